@@ -1,0 +1,66 @@
+# The commands a stranger types. Each does its own set-up in .venv; only Python, a C++ compiler and make are needed.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-native test-sanitize test-oracle lint format bench clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(wildcard native/*/*.cpp native/*/*.h) CMakeLists.txt pyproject.toml
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+help:                     ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# An editable install: Python sources are read in place, the native module is built again when it changes.
+$(VENV)/.installed: $(BIN)/python $(NATIVE)
+	$(PIP) "scikit-build-core>=0.10" "nanobind>=2.4" "cmake>=3.18" ninja
+	$(PIP) --no-build-isolation --editable '.[test]'
+	@touch $@
+
+demo: $(VENV)/.installed  ## build the demo model once, then let it answer a question
+	$(BIN)/argosy run --model demo "What is the capital of France?"
+
+test: $(VENV)/.installed test-native  ## all tests that need no torch
+	$(BIN)/python -m pytest tests --ignore=tests/oracle
+
+test-native: $(VENV)/.installed  ## the C++ tests
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/tests -G Ninja -DARGOSY_MODULE=OFF -DARGOSY_NATIVE_TESTS=ON > build/tests.log 2>&1 || { cat build/tests.log; exit 1; }
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/tests > build/tests.log 2>&1 || { cat build/tests.log; exit 1; }
+	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/tests --output-on-failure
+
+test-sanitize: $(VENV)/.installed  ## the C++ tests under AddressSanitizer and UBSan
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DARGOSY_MODULE=OFF -DARGOSY_NATIVE_TESTS=ON \
+	  -DCMAKE_BUILD_TYPE=Debug -DARGOSY_SANITIZE=address,undefined
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize
+	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/sanitize --output-on-failure
+
+$(VENV)/.oracle: $(VENV)/.installed
+	$(PIP) --no-build-isolation --editable '.[oracle]'
+	@touch $@
+
+test-oracle: $(VENV)/.oracle  ## compare with transformers on freshly made checkpoints
+	$(BIN)/python -m pytest tests/oracle
+
+$(VENV)/.lint: $(VENV)/.installed
+	$(PIP) --no-build-isolation --editable '.[lint]'
+	@touch $@
+
+lint: $(VENV)/.lint       ## ruff, mypy strict, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'native/*.cpp' 'native/*.h')
+
+format: $(VENV)/.lint     ## rewrite the sources as lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files --cached --others --exclude-standard 'native/*.cpp' 'native/*.h')
+
+bench: $(VENV)/.installed ## the short form of every benchmark
+	$(BIN)/python benchmarks/run_all.py --short
+
+clean:                    ## remove what was built
+	rm -rf build $(VENV)
