@@ -1,0 +1,37 @@
+"""Run mixture-of-experts models bigger than your memory.
+
+    with Engine("path/or/demo", memory="2GiB") as engine:
+        print(engine.generate("Why is the sky blue?").text)
+
+Public names only; `docs/architecture.md` is the map. Names load when they are first used, so that `argosy --help`
+answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from argosy.config import Budget, SamplingParams
+    from argosy.engine.engine import Engine
+    from argosy.prompt.prompt import Prompt
+
+__all__ = ["Budget", "Engine", "Prompt", "SamplingParams", "errors"]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Budget": "argosy.config",
+    "SamplingParams": "argosy.config",
+    "Engine": "argosy.engine.engine",
+    "Prompt": "argosy.prompt.prompt",
+}
+
+
+def __getattr__(name: str) -> object:
+    import importlib
+
+    if name == "errors":
+        return importlib.import_module("argosy.errors")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'argosy' has no attribute '{name}'")

@@ -1,0 +1,221 @@
+"""What a user sets and what a checkpoint is, as frozen and strict values.
+
+The command line and the environment are read in one place and become an `EngineConfig`; a family file turns
+`config.json` into a `ModelConfig`. Everything below receives these objects and reads nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Literal, Self
+
+from argosy.errors import UsageError
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+_UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": 1 << 40}
+_UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "k": KIB, "m": MIB, "g": GIB, "t": 1 << 40}
+
+KvDtype = Literal["f32", "f16"]
+
+
+def parse_size(text: str | int, *, total_bytes: int | None = None) -> int:
+    """Turn `8GiB`, `8GB`, `512M`, `75%` or a plain number of bytes into bytes.
+
+    A percentage is of `total_bytes`: what the machine or its cgroup allows.
+
+    Raises:
+        UsageError: not a size, not above zero, or a percentage without a total.
+    """
+    if isinstance(text, int):
+        size = text
+    elif match := re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(%|[a-zA-Z]*)\s*", text):
+        number, unit = float(match[1]), match[2].lower()
+        if unit == "%":
+            if total_bytes is None:
+                raise UsageError(f"'{text}' is a share, and there is no total here to take it of")
+            if number > 100:
+                raise UsageError(f"'{text}' is more than all of the memory; the largest share is 100%")
+            size = int(total_bytes * number / 100)
+        elif unit in _UNITS:
+            size = int(number * _UNITS[unit])
+        else:
+            raise UsageError(f"unknown unit '{match[2]}' in '{text}'; known: KiB MiB GiB TiB KB MB GB TB %")
+    else:
+        raise UsageError(f"'{text}' is not a size", hint="write 8GiB, 8GB or 75%")
+    if size <= 0:
+        raise UsageError(f"a size must be above zero, found '{text}'")
+    return size
+
+
+def format_bytes(count: float) -> str:
+    """Memory for a person: `16.5 GiB`, `310 MiB`, `12 KiB`, `0 B`."""
+    for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if abs(count) >= size:
+            value = count / size
+            return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
+    return f"{count:.0f} B"
+
+
+class _Strict:
+    """`from_mapping` for dataclasses: a misspelt key gets an answer."""
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, object]) -> Self:
+        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        for key in values:
+            if key not in known:
+                raise UsageError(f"unknown setting '{key}'; known: {', '.join(known)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget(_Strict):
+    """What one process may use: all of it, interpreter included. The planner adds no hidden margin."""
+
+    ram_bytes: int
+    context_tokens: int | None = None  # None: the model's own, as far as the budget carries it
+
+    def __post_init__(self) -> None:
+        if self.ram_bytes <= 0:
+            raise UsageError(f"ram_bytes must be above zero, found {self.ram_bytes}")
+        if self.context_tokens is not None and self.context_tokens < 1:
+            raise UsageError(f"context_tokens must be at least 1, found {self.context_tokens}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig(_Strict):
+    """How one engine runs. Which tokens come out depends on none of these but `kv_dtype` and `instruction_set`."""
+
+    budget: Budget
+    threads: int
+    kv_dtype: KvDtype = "f32"
+    instruction_set: str | None = None  # None: the best this processor has; a name caps the choice
+    chunk_tokens: int = 256  # most prompt tokens in one step
+    max_sequences: int = 8  # most sequences in one step
+    readers: int = 4  # threads that read experts
+    experts_off: bool = False  # leave routed experts out of every sum: only for comparing with a dense base
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "chunk_tokens", "max_sequences", "readers"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.kv_dtype not in ("f32", "f16"):
+            raise UsageError(f"kv_dtype must be f32 or f16, found '{self.kv_dtype}'")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams(_Strict):
+    """How the next token is chosen, and when to stop. Zero temperature is greedy: the lowest id wins a tie."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and answer (CTRL, arXiv:1909.05858)
+    presence_penalty: float = 0.0  # over the answer, as OpenAI defines it
+    frequency_penalty: float = 0.0
+    seed: int | None = None  # None: a fresh one, reported in the result
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None  # None: none; n: the chosen token's and the n best
+    ignore_eos: bool = False
+    stop: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature <= 100, "from 0 to 100"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty <= 100, "above 0, at most 100"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "from -2 to 2"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "from 0 to 20"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
+        )
+        for name, holds, wanted in checks:
+            if not holds:
+                raise UsageError(f"{name} must be {wanted}, found {getattr(self, name)}")
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        if any(not stop for stop in self.stop):
+            raise UsageError("a stop string must hold at least one character, found ''")
+        for token_id, bias in self.logit_bias.items():
+            if not -100 <= bias <= 100:
+                raise UsageError(f"logit_bias must be from -100 to 100, found {bias} for token {token_id}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding: angle of dimension pair j at position p is p * inverse_frequency(j)."""
+
+    theta: float
+    rotary_dim: int  # of head_dim, the first so many dimensions turn
+    kind: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
+    factor: float = 1.0
+    original_context: int = 0  # positions the model was trained on, before scaling
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn: None computes 0.1 ln(factor) + 1
+    mscale: float | None = None  # yarn, DeepSeek's variant
+    mscale_all_dim: float | None = None
+    truncate: bool = True  # yarn: whole-number correction range
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """How experts are chosen: score, top-k, then the routing weights."""
+
+    score: Literal["softmax"] = "softmax"
+    renormalize: bool = True  # routing weights of a token sum to one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerConfig:
+    """What differs from layer to layer."""
+
+    is_moe: bool
+    sliding_window: int = 0  # 0: full attention
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A checkpoint's geometry and flags, in Argosy's words."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    layers: tuple[LayerConfig, ...]
+    rope: RopeConfig
+    norm_eps: float
+    context_tokens: int  # the longest sequence the model was made for
+    num_experts: int
+    experts_per_token: int
+    expert_width: int
+    router: RouterConfig
+    dense_width: int = 0  # FFN of layers without routed experts
+    shared_width: int = 0  # always-on shared expert; 0: none
+    shared_is_gated: bool = False  # its output times sigmoid(shared_score . x)
+    has_qkv_bias: bool = False
+    has_o_bias: bool = False
+    has_qk_norm: bool = False  # RMSNorm per head on q and k, before rotary
+    is_embedding_tied: bool = False  # the head is the embedding table
+    eos_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        return tuple(i for i, layer in enumerate(self.layers) if layer.is_moe)

@@ -1,0 +1,85 @@
+"""Every error Argosy raises on purpose, as one small tree.
+
+    ArgosyError                      exit code   HTTP status
+    ├── UsageError                           2           400   a setting, option or request that cannot be meant
+    │   └── PromptTooLong                    2           400   prompt and answer do not fit the context
+    ├── DoesNotFit                           3           503   the memory budget is below the floor
+    ├── CheckpointError                      4           500   a file is missing, damaged or lies about itself
+    │   ├── UnsupportedModel                 4           500   the mathematics it asks for is not built in
+    │   └── CorruptRecord                    4           500   bytes changed since the pack was written
+    ├── ReadFailed                           4           500   the drive or file system refused a read
+    ├── DiskFull                             5           507   no room for what has to be written
+    └── FetchFailed                          1           502   something to be downloaded could not be had
+
+Each carries its facts as attributes, so that the command line and the server say the same sentence. `hint`, when
+there is one, is what to do next. `assert` is for what only our own mistake can break.
+"""
+
+from __future__ import annotations
+
+
+class ArgosyError(Exception):
+    """Base of every error raised on purpose; `str()` is one sentence for a person."""
+
+    exit_code = 1
+    http_status = 500
+
+    def __init__(self, message: str, *, hint: str | None = None, **facts: object) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.facts = facts
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"
+
+
+class UsageError(ArgosyError):
+    """A setting, option or request that cannot be meant."""
+
+    exit_code = 2
+    http_status = 400
+
+
+class PromptTooLong(UsageError):
+    """Prompt and answer do not fit the context; facts: `needed`, `available`."""
+
+
+class DoesNotFit(ArgosyError):
+    """The memory budget is below the floor; facts: `needed_bytes`, `budget_bytes`."""
+
+    exit_code = 3
+    http_status = 503
+
+
+class CheckpointError(ArgosyError):
+    """A file is missing, damaged or lies about itself; facts: `path`, and `tensor` where one is named."""
+
+    exit_code = 4
+
+
+class UnsupportedModel(CheckpointError):
+    """The checkpoint asks for mathematics that is not built in; facts: `key`, `value`, `supported`."""
+
+
+class CorruptRecord(CheckpointError):
+    """Bytes changed since the pack was written; facts: `path`, `layer`, `expert`."""
+
+
+class ReadFailed(ArgosyError):
+    """The drive or file system refused a read; facts: `path`, `offset`, `nbytes`."""
+
+    exit_code = 4
+
+
+class DiskFull(ArgosyError):
+    """No room for what has to be written; facts: `path`, `needed_bytes`, `free_bytes`."""
+
+    exit_code = 5
+    http_status = 507
+
+
+class FetchFailed(ArgosyError):
+    """Something to be downloaded could not be had; facts: `what`."""
+
+    http_status = 502
