@@ -1,0 +1,1 @@
+"""Batch -> logits. `decoder.py` is the way through; `families/` map checkpoints to it."""

@@ -1,0 +1,32 @@
+"""Tokens that run together in one step, flattened over their sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one forward pass needs to know; T tokens of S sequences.
+
+    token_ids, positions, sequence: int32 [T]; `sequence` is a row of `block_table`.
+    slots: int64 [T], where a token's keys and values go: KV block * tokens per block + offset.
+    block_table: int32 [S, blocks]; unused entries are 0.
+    is_decode: bool [T]; prompt tokens are False.
+    last_rows: int64 [L], rows whose logits are wanted.
+    """
+
+    token_ids: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    sequence: NDArray[np.int32]
+    slots: NDArray[np.int64]
+    block_table: NDArray[np.int32]
+    is_decode: NDArray[np.bool_]
+    last_rows: NDArray[np.int64]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)

@@ -1,0 +1,84 @@
+"""Rotary position embedding: angles of a batch of positions (RoFormer, arXiv:2104.09864).
+
+Frequencies follow the scaling kinds that checkpoints ask for: linear (arXiv:2306.15595), yarn (arXiv:2309.00071)
+and llama3 (its config's own formula). The dynamic kind changes nothing up to the context the model was trained on;
+beyond it, the angles of earlier tokens would depend on how long the sequence has become, so equal tokens in chunks
+of any size would be lost: a dynamic model's context ends there (see its family file).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy.config import RopeConfig
+
+
+class Rope:
+    """cos and sin tables for any positions."""
+
+    def __init__(self, config: RopeConfig) -> None:
+        self.inverse_frequency = inverse_frequency(config)
+        self.scale = _attention_factor(config) if config.kind == "yarn" else 1.0
+
+    def angles(self, positions: NDArray[np.int32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Positions [tokens] -> cos, sin float32 [tokens, rotary_dim / 2]."""
+        # Angles in float64: at position 32768 a float32 angle is off by up to 0.001 rad.
+        angle = positions[:, None].astype(np.float64) * self.inverse_frequency
+        return (
+            np.ascontiguousarray(self.scale * np.cos(angle), np.float32),
+            np.ascontiguousarray(self.scale * np.sin(angle), np.float32),
+        )
+
+
+def inverse_frequency(config: RopeConfig) -> NDArray[np.float64]:
+    """float64 [rotary_dim / 2]: how far each pair of dimensions turns from one position to the next, in radians."""
+    dim = config.rotary_dim
+    plain = config.theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+    match config.kind:
+        case "default" | "dynamic":
+            return plain
+        case "linear":
+            return plain / config.factor
+        case "yarn":
+            return _yarn(config, plain)
+        case "llama3":
+            return _llama3(config, plain)
+
+
+def _yarn(config: RopeConfig, plain: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Fast dimensions keep their frequency, slow ones are interpolated, a ramp lies between."""
+    dim = config.rotary_dim
+
+    def dimension_of(rotations: float) -> float:
+        turns = config.original_context / (rotations * 2 * math.pi)
+        return dim * math.log(turns) / (2 * math.log(config.theta))
+
+    low, high = dimension_of(config.beta_fast), dimension_of(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    interpolated = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
+    return plain / config.factor * interpolated + plain * (1 - interpolated)
+
+
+def _attention_factor(config: RopeConfig) -> float:
+    def mscale(weight: float) -> float:
+        return 1.0 if config.factor <= 1 else 0.1 * weight * math.log(config.factor) + 1.0
+
+    if config.attention_factor is not None:
+        return config.attention_factor
+    if config.mscale and config.mscale_all_dim:
+        return mscale(config.mscale) / mscale(config.mscale_all_dim)
+    return mscale(1.0)
+
+
+def _llama3(config: RopeConfig, plain: NDArray[np.float64]) -> NDArray[np.float64]:
+    turns = config.original_context * plain / (2 * math.pi)  # within the trained context
+    share = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
+    keep = np.clip(share, 0, 1)
+    return plain / config.factor * (1 - keep) + plain * keep

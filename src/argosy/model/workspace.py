@@ -1,0 +1,57 @@
+"""Working buffers of one forward pass, allocated once and counted in the memory plan."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy.config import ModelConfig
+
+Array = NDArray[np.float32]
+
+
+def buffer_columns(config: ModelConfig) -> dict[str, int]:
+    """float32 columns per token of every buffer."""
+    query = config.num_heads * config.head_dim
+    key = config.num_kv_heads * config.head_dim
+    hidden = config.hidden_size
+    return {
+        "hidden": hidden,
+        "normed": hidden,
+        "block": hidden,  # what a block adds to the hidden state
+        "query": query,
+        "key": key,
+        "value": key,
+        "attended": query,
+        "router_logits": config.num_experts,
+        "routing_weights": config.experts_per_token,
+        "shared_score": 1,
+        "expert_out": config.experts_per_token * hidden,
+    }
+
+
+def workspace_bytes(config: ModelConfig, max_tokens: int, threads: int, context_tokens: int) -> int:
+    """Bytes of the buffers below and of the native scratch behind them, for a batch of `max_tokens`."""
+    per_token = 4 * sum(buffer_columns(config).values())
+    widest = max(config.expert_width * config.experts_per_token, config.dense_width, config.shared_width)
+    # Gate and up of the widest FFN in float32, and a quantised copy of them and of the FFN's input.
+    per_token += 2 * 4 * widest + 2 * (widest + 2 * config.hidden_size)
+    # Dispatch, rotary tables and other numpy temporaries are small beside these; two more rows cover them.
+    per_token += 2 * 4 * config.hidden_size
+    scores = threads * 16 * context_tokens * 4  # a tile of attention scores per thread
+    return max_tokens * per_token + scores
+
+
+class Workspace:
+    """Named float32 buffers of [max_tokens, columns]; `take` gives the first rows."""
+
+    def __init__(self, config: ModelConfig, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self._buffers = {
+            name: np.empty((max_tokens, columns), np.float32)
+            for name, columns in buffer_columns(config).items()
+        }
+        self.expert_ids = np.empty((max_tokens, config.experts_per_token), np.int32)
+
+    def take(self, name: str, num_tokens: int) -> Array:
+        return self._buffers[name][:num_tokens]
