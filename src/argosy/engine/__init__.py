@@ -1,0 +1,1 @@
+"""Prompt -> token events. `engine.py` is the map of the system."""

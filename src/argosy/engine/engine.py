@@ -1,0 +1,451 @@
+"""Prompt -> token events. `Engine.step` is the map of the system.
+
+    prompt/ ─ tokens ─ scheduler ─ model/ ─ sampler ─ commit ─ events
+
+An engine owns everything that has a size: the memory plan, the dense weights, the KV cache, the working buffers and
+the expert source. It is one process's single user of them; calls from several threads take turns.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy import _native
+from argosy.checkpoint.files import ModelFiles
+from argosy.config import Budget, EngineConfig, KvDtype, ModelConfig, SamplingParams, parse_size
+from argosy.engine.kv_cache import KvBlocks
+from argosy.engine.ledger import Ledger
+from argosy.engine.memory_plan import KV_BLOCK_TOKENS, MemoryPlan, plan_memory
+from argosy.engine.sampler import Sampler, SamplerState
+from argosy.engine.scheduler import Scheduled, Scheduler
+from argosy.engine.sequence import FinishReason, Result, TokenEvent, TokenLogprob
+from argosy.engine.sequence import Sequence as EngineSequence
+from argosy.errors import PromptTooLong, UsageError
+from argosy.experts.cache import CachedSource
+from argosy.experts.source import ExpertFiles, ExpertSource, Progress, ResidentSource
+from argosy.model.clock import PartClock
+from argosy.model.decoder import Decoder
+from argosy.model.families import open_model
+from argosy.model.moe import RouteObserver
+from argosy.model.weights import load_dense
+from argosy.model.workspace import Workspace
+from argosy.plan import machine
+from argosy.prompt.prompt import Message, Prompt, PromptBuilder
+from argosy.prompt.tokenizer import Tokenizer
+
+PromptLike = str | Sequence[int] | Sequence[Message] | Prompt
+
+
+class Engine:
+    """Runs one model within one memory budget.
+
+    Args:
+        model: a checkpoint or pack directory, or `demo` for the embedded default model.
+        memory: the whole process's budget: bytes, `8GiB`, `8GB`, `75%`, or a `Budget`. None: what is free, less a
+            margin (`plan.machine.default_budget`).
+        threads: compute threads; None: the cores this process may use.
+        context: positions of the KV cache, shared by all sequences; None: as the budget carries.
+        kv_dtype: `f32`, or `f16` for half the memory and rounded keys and values.
+        instruction_set: caps the choice of kernels: `plain`, `avx2` or `avx512`.
+        expert_slots: fixes the size of the expert cache instead of giving it what the budget leaves.
+        experts_off: leave routed experts out of every sum, to compare with a dense base.
+        progress: hears what start-up is doing.
+        observe_routes: hears (layer, expert_ids [tokens, k]) of every step. Routing can reveal text: keep it private.
+
+    Raises:
+        DoesNotFit, CheckpointError and its kin, UsageError: see `errors`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "demo",
+        *,
+        memory: str | int | Budget | None = None,
+        threads: int | None = None,
+        context: int | None = None,
+        kv_dtype: KvDtype = "f32",
+        instruction_set: str | None = None,
+        chunk_tokens: int = 256,
+        max_sequences: int = 8,
+        readers: int = 4,
+        expert_slots: int | None = None,
+        experts_off: bool = False,
+        progress: Progress | None = None,
+        observe_routes: RouteObserver | None = None,
+    ) -> None:
+        self._lock = threading.RLock()
+        self._is_open = False
+        _choose_instruction_set(instruction_set)
+        directory = _locate(model, progress)
+        files = open_model(directory)
+        self.tokenizer = Tokenizer.open(directory)
+        self._prompts = PromptBuilder(self.tokenizer, vocab_size=files.config.vocab_size)
+        self.settings = EngineConfig(
+            budget=_budget(memory, context),
+            threads=threads or machine.usable_cores(),
+            kv_dtype=kv_dtype,
+            instruction_set=instruction_set,
+            chunk_tokens=chunk_tokens,
+            max_sequences=max_sequences,
+            readers=readers,
+            experts_off=experts_off,
+        )
+        if expert_slots is not None and not files.config.experts_per_token <= expert_slots:
+            raise UsageError(
+                f"expert_slots must be at least experts_per_token = {files.config.experts_per_token},"
+                f" found {expert_slots}"
+            )
+        self.config: ModelConfig = files.config
+        self.plan: MemoryPlan = plan_memory(
+            files,
+            self.settings,
+            process_bytes=machine.process_footprint().resident_bytes,
+            expert_slots=expert_slots,
+        )
+        self._store = _native.Store(readers)
+        try:
+            self._start(files, progress, observe_routes)
+        except BaseException:
+            self._store.close()
+            raise
+        self._is_open = True
+
+    def _start(
+        self, files: ModelFiles, progress: Progress | None, observe_routes: RouteObserver | None
+    ) -> None:
+        plan, config, settings = self.plan, self.config, self.settings
+        opened: dict[str, int] = {}
+
+        def open_file(path: str) -> int:
+            if path not in opened:
+                opened[path] = self._store.open(path)
+            return opened[path]
+
+        self._clock = PartClock()
+        self._weights = load_dense(self._store, files.dense, open_file=open_file, progress=progress)
+        self._experts: ExpertSource | None = None
+        if files.experts and not settings.experts_off:
+            expert_files = ExpertFiles(self._store, files.experts, open_file=open_file)
+            if plan.is_resident:
+                self._experts = ResidentSource(self._store, expert_files, files.experts, progress=progress)
+            else:
+                self._experts = CachedSource(
+                    self._store,
+                    expert_files,
+                    num_slots=plan.num_slots,
+                    num_layers=config.num_layers,
+                    experts_per_token=config.experts_per_token,
+                )
+        self._blocks = KvBlocks(-(-plan.context_tokens // KV_BLOCK_TOKENS), KV_BLOCK_TOKENS)
+        kv = _native.KvCache(
+            config.num_layers,
+            self._blocks.num_blocks,
+            KV_BLOCK_TOKENS,
+            config.num_kv_heads,
+            config.head_dim,
+            settings.kv_dtype,
+        )
+        self._runtime = _native.Runtime(settings.threads)
+        self._decoder = Decoder(
+            config,
+            self._weights,
+            self._experts,
+            kv,
+            self._runtime,
+            Workspace(config, plan.chunk_tokens + settings.max_sequences),
+            mark=self._clock.mark,
+            observe=observe_routes,
+        )
+        self._scheduler = Scheduler(
+            self._blocks, chunk_tokens=plan.chunk_tokens, max_sequences=settings.max_sequences
+        )
+        self._sampler = Sampler()
+        self._sequences: list[EngineSequence] = []
+        self._eos_ids = set(config.eos_ids) | set(self.tokenizer.eos_ids if self.tokenizer else ())
+        self._prompt_tokens = self._new_tokens = 0
+        self._clock.mark("other")
+        self._started_at = perf_counter()
+        self._seconds_at_start = dict(self._clock.seconds)
+
+    # ── one step ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def step(self) -> list[TokenEvent]:
+        """Prefill one chunk, or decode one token, for every sequence in the next batch.
+
+        If anything fails half-way, ^C included, every sequence in the engine is cancelled: their KV is not whole.
+        """
+        with self._lock:
+            self._require_open()
+            try:
+                self._clock.mark("other")
+                scheduled = self._scheduler.next_batch()
+                self._clock.mark("other")
+                hidden = self._decoder.forward(scheduled.batch)  # layers -> router -> expert source -> kernel
+                if not scheduled.ready:
+                    return []
+                logits = self._decoder.logits(hidden, scheduled.batch.last_rows)
+                return self._commit(scheduled, logits)
+            except BaseException:
+                for sequence in list(self._sequences):
+                    self._finish(sequence, "cancelled")
+                raise
+
+    def _commit(self, scheduled: Scheduled, logits: NDArray[np.float32]) -> list[TokenEvent]:
+        """Sample, append, finish, free KV blocks."""
+        events = []
+        for sequence, row in zip(scheduled.ready, logits, strict=True):
+            sampled = self._sampler.sample(row, sequence.params, sequence.sampler_state)
+            self._clock.mark("sampling")
+            if sequence.first_token_at is None:
+                sequence.first_token_at = perf_counter()
+                self._prompt_tokens += len(sequence.prompt_ids)
+            self._new_tokens += 1
+            logprob = None
+            if sequence.logprobs is not None:
+                logprob = TokenLogprob(sampled.token_id, sampled.logprob, tuple(sampled.top_logprobs))
+                sequence.logprobs.append(logprob)
+            events.append(self._append(sequence, sampled.token_id, logprob))
+            self._clock.mark("other")
+        return events
+
+    def _append(self, sequence: EngineSequence, token_id: int, logprob: TokenLogprob | None) -> TokenEvent:
+        sequence.new_ids.append(token_id)
+        text = ""
+        reason: FinishReason | None = None
+        if token_id in self._eos_ids and not sequence.params.ignore_eos:
+            reason = "stop"
+        elif sequence.decoder is not None:
+            text = sequence.decoder.push(token_id)
+        if reason is None and len(sequence.new_ids) >= sequence.max_new_tokens:
+            reason = "length"
+        if reason is not None and sequence.decoder is not None:
+            text += sequence.decoder.finish()
+        if sequence.stop_strings is not None:
+            text, hit = sequence.stop_strings.push(text)
+            if hit:
+                reason = "stop"
+            elif reason is not None:
+                text += sequence.stop_strings.finish()
+        sequence.text += text
+        result = self._finish(sequence, reason) if reason is not None else None
+        event = TokenEvent(token_id, text, logprob, reason, result)
+        sequence.events.append(event)
+        return event
+
+    def _finish(self, sequence: EngineSequence, reason: FinishReason) -> Result:
+        self._scheduler.remove(sequence)
+        self._sequences.remove(sequence)
+        prompt, new = len(sequence.prompt_ids), len(sequence.new_ids)
+        sequence.result = Result(
+            text=sequence.text,
+            token_ids=sequence.new_ids,
+            finish_reason=reason,
+            logprobs=sequence.logprobs,
+            usage={"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new},
+            seed=sequence.sampler_state.seed,
+            ledger=self._ledger_since(sequence),
+        )
+        return sequence.result
+
+    # ── what a caller uses ──────────────────────────────────────────────────────────────────────────────────
+
+    def submit(self, prompt: PromptLike, params: SamplingParams | None = None) -> EngineSequence:
+        """Queue a prompt. Its events collect in `.events` as `step` is called.
+
+        Raises:
+            PromptTooLong: the prompt leaves no room for an answer.
+            UsageError: what `PromptBuilder.build` refuses, or parameters that this model cannot honour.
+        """
+        params = params or SamplingParams()
+        with self._lock:
+            self._require_open()
+            prompt_ids = list(self._prompts.build(prompt).token_ids or ())
+            available = self.plan.context_tokens
+            if len(prompt_ids) >= available:
+                raise PromptTooLong(
+                    f"the prompt has {len(prompt_ids)} tokens, and the context holds {available}"
+                    " with at least one for the answer",
+                    hint="raise --context (more memory), or shorten the prompt",
+                    needed=len(prompt_ids) + 1,
+                    available=available,
+                )
+            if params.stop and self.tokenizer is None:
+                raise UsageError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
+            for token_id in params.logit_bias:
+                if not 0 <= token_id < self.config.vocab_size:
+                    raise UsageError(
+                        f"logit_bias names token {token_id}; the vocabulary has {self.config.vocab_size}"
+                    )
+            seed = params.seed if params.seed is not None else secrets.randbits(63)
+            sequence = EngineSequence(
+                prompt_ids,
+                params,
+                max_new_tokens=min(params.max_tokens, available - len(prompt_ids)),
+                sampler_state=SamplerState(seed=seed, prompt_ids=prompt_ids),
+                decoder=self.tokenizer.stream() if self.tokenizer else None,
+            )
+            sequence.started_at = perf_counter()
+            sequence.counters_at_start = self.ledger
+            self._sequences.append(sequence)
+            self._scheduler.add(sequence)
+            return sequence
+
+    def cancel(self, sequence: EngineSequence) -> None:
+        """Stop a sequence and free what it holds; harmless when it has finished."""
+        with self._lock:
+            if sequence in self._sequences:
+                self._finish(sequence, "cancelled")
+
+    def stream(self, prompt: PromptLike, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
+        """Events of one answer, as they come; the last has the result. Closing the iterator cancels the rest."""
+        sequence = self.submit(prompt, params)
+        try:
+            while sequence.events or sequence.result is None:
+                while sequence.events:
+                    yield sequence.events.popleft()
+                if sequence.result is None:
+                    self.step()
+        finally:
+            self.cancel(sequence)
+
+    def generate(self, prompt: PromptLike, params: SamplingParams | None = None) -> Result:
+        """One whole answer."""
+        return self.generate_batch([prompt], params)[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[PromptLike],
+        params: SamplingParams | Sequence[SamplingParams | None] | None = None,
+    ) -> list[Result]:
+        """Answers of several prompts that run together; each is what it would be alone."""
+        each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
+        sequences: list[EngineSequence] = []
+        try:
+            for prompt, own in zip(prompts, each, strict=True):
+                sequences.append(self.submit(prompt, own))
+            while any(sequence.result is None for sequence in sequences):
+                self.step()
+        finally:
+            for sequence in sequences:
+                self.cancel(sequence)
+        return [sequence.result for sequence in sequences if sequence.result is not None]
+
+    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Next-token logits at every position: float32 [tokens, vocab_size]. Works without a tokenizer."""
+        out = np.empty((len(token_ids), self.config.vocab_size), np.float32)
+        with self._lock:
+            sequence = self.submit(list(token_ids), SamplingParams(max_tokens=1))
+            try:
+                if self._sequences[:-1]:
+                    raise UsageError("logits() runs alone; finish or cancel what was submitted before")
+                at = 0
+                while at < len(out):
+                    self._clock.mark("other")
+                    batch = self._scheduler.next_batch().batch
+                    hidden = self._decoder.forward(batch)
+                    for start in range(
+                        0, batch.num_tokens, 16
+                    ):  # a few rows at a time: the vocabulary is wide
+                        rows = np.arange(start, min(start + 16, batch.num_tokens))
+                        out[at + rows] = self._decoder.logits(hidden, rows)
+                    at += batch.num_tokens
+            finally:
+                self.cancel(sequence)
+        return out
+
+    @property
+    def ledger(self) -> Ledger:
+        """Totals since the engine started."""
+        stats = self._experts.stats if self._experts is not None else None
+        self._clock.mark("other")
+        return Ledger(
+            prompt_tokens=self._prompt_tokens,
+            new_tokens=self._new_tokens,
+            wall_s=sum(self._clock.seconds.values()) - sum(self._seconds_at_start.values()),
+            lookups=stats.lookups if stats else 0,
+            hits=stats.hits if stats else 0,
+            bytes_read=stats.bytes_read if stats else 0,
+            peak_bytes=machine.process_footprint().peak_bytes,
+            parts={part: s - self._seconds_at_start[part] for part, s in self._clock.seconds.items()},
+        )
+
+    def close(self) -> None:
+        """Cancel what runs and give everything back; harmless the second time."""
+        with self._lock:
+            if not self._is_open:
+                return
+            for sequence in list(self._sequences):
+                self._finish(sequence, "cancelled")
+            self._is_open = False
+            self._prompts.close()
+            self._store.close()
+            self._runtime.close()
+            del self._decoder, self._weights, self._experts
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ── helpers ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _ledger_since(self, sequence: EngineSequence) -> Ledger:
+        now, before = self.ledger, sequence.counters_at_start
+        first = sequence.first_token_at
+        return Ledger(
+            prompt_tokens=len(sequence.prompt_ids),
+            new_tokens=len(sequence.new_ids),
+            wall_s=now.wall_s - before.wall_s,
+            time_to_first_token_s=None if first is None else first - sequence.started_at,
+            lookups=now.lookups - before.lookups,
+            hits=now.hits - before.hits,
+            bytes_read=now.bytes_read - before.bytes_read,
+            peak_bytes=now.peak_bytes,
+            parts={part: seconds - before.parts[part] for part, seconds in now.parts.items()},
+        )
+
+    def _require_open(self) -> None:
+        if not self._is_open:
+            raise UsageError("the engine is closed")
+
+
+def _choose_instruction_set(cap: str | None) -> None:
+    available = _native.instruction_sets()
+    if cap is None:
+        _native.use_instruction_set(available[-1])
+        return
+    if cap not in available:
+        raise UsageError(f"unknown instruction set '{cap}'; this processor has: {', '.join(available)}")
+    _native.use_instruction_set(cap)
+
+
+def _locate(model: str | Path, progress: Progress | None) -> Path:
+    if str(model) == "demo" and not os.path.isdir(model):
+        from argosy.demo.locate import locate
+
+        return locate(progress=progress)
+    return Path(model)
+
+
+def _budget(memory: str | int | Budget | None, context: int | None) -> Budget:
+    if isinstance(memory, Budget):
+        return memory
+    limit = machine.memory_limit()
+    if memory is None:
+        ram_bytes, _ = machine.default_budget(limit)
+    else:
+        ram_bytes = parse_size(memory, total_bytes=limit.total_bytes)
+    return Budget(ram_bytes=ram_bytes, context_tokens=context)

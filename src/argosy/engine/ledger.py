@@ -1,0 +1,60 @@
+"""What an answer cost: tokens, speed, reads, memory, and where the wall time went.
+
+A request's ledger is the difference of the engine's counters between its start and its end. Requests that ran
+together share steps, so their hit rates and reads are those of the steps they were in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from argosy.model.clock import PARTS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """Seconds are wall time; bytes are bytes; `parts` sum to `wall_s`."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    wall_s: float = 0.0
+    time_to_first_token_s: float | None = None
+    lookups: int = 0
+    hits: int = 0
+    bytes_read: int = 0
+    peak_bytes: int = 0  # of the process since it started, page cache not counted
+    parts: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of expert look-ups that found the expert in memory, 0 to 1."""
+        return self.hits / self.lookups if self.lookups else None
+
+    @property
+    def prefill_tok_per_s(self) -> float | None:
+        first = self.time_to_first_token_s
+        return self.prompt_tokens / first if first else None
+
+    @property
+    def decode_tok_per_s(self) -> float | None:
+        """Tokens after the first, over the time they took."""
+        if self.time_to_first_token_s is None or self.new_tokens < 2:
+            return None
+        return (self.new_tokens - 1) / max(1e-9, self.wall_s - self.time_to_first_token_s)
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "wall_s": self.wall_s,
+            "time_to_first_token_s": self.time_to_first_token_s,
+            "prefill_tok_per_s": self.prefill_tok_per_s,
+            "decode_tok_per_s": self.decode_tok_per_s,
+            "lookups": self.lookups,
+            "hits": self.hits,
+            "hit_rate": self.hit_rate,
+            "bytes_read": self.bytes_read,
+            "peak_bytes": self.peak_bytes,
+            "parts": dict(self.parts),
+        }
