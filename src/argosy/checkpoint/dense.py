@@ -1,0 +1,260 @@
+"""Read a Llama-style dense checkpoint, one float32 tensor at a time.
+
+    safetensors directory  or  GGUF file   ->   DenseModel: config + tensors under one set of names
+
+Names and row order are those of `LlamaForCausalLM` whatever the file: a GGUF keeps q and k rows in the order
+of its rotary kernel (adjacent pairs), so they are put back into halves here. Quantised GGUF blocks are
+dequantised; bfloat16 and float16 widen exactly.
+
+Elsewhere: the tokenizer of a GGUF is `dense_tokenizer.py`; what is made of a dense model is `upcycle.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from argosy.checkpoint.json_strict import open_regular, read_at, read_object
+from argosy.checkpoint.safetensors import TensorRef, open_tensors
+from argosy.errors import CheckpointError, UnsupportedModel
+
+Float32 = npt.NDArray[np.float32]
+
+_GGUF_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_GGUF_MODEL_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """A dense model as numbers: config in `LlamaConfig` spelling, tensors by name, read on demand."""
+
+    path: Path
+    config: Mapping[str, Any]
+    dtype: str  # to store it in without loss: that of a safetensors checkpoint, F16 for a GGUF
+    readers: Mapping[str, Callable[[], Float32]]
+
+    def read(self, name: str) -> Float32:
+        """The tensor `name` as float32, rows first. Each call reads it again: nothing is kept."""
+        return self.readers[name]()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that the config gives `name`."""
+        return expected_shapes(self.config)[name]
+
+
+def open_dense(path: Path) -> DenseModel:
+    """Open a GGUF file, or a directory of config.json and safetensors.
+
+    Raises:
+        CheckpointError: neither of the two, a layer without its tensors, or a tensor of another shape.
+        UnsupportedModel: another architecture, or a flag that has no counterpart.
+    """
+    model = _open_gguf(path) if path.is_file() else _open_safetensors(path)
+    for name in expected_shapes(model.config):
+        if name not in model.readers:
+            raise CheckpointError(f"{path.name}: tensor {name} is missing", path=path, tensor=name)
+    return model
+
+
+def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a dense Llama model and its shape."""
+    hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim = config.get("head_dim") or hidden // num_heads
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        shapes |= {
+            f"{at}.input_layernorm.weight": (hidden,),
+            f"{at}.self_attn.q_proj.weight": (num_heads * head_dim, hidden),
+            f"{at}.self_attn.k_proj.weight": (num_kv_heads * head_dim, hidden),
+            f"{at}.self_attn.v_proj.weight": (num_kv_heads * head_dim, hidden),
+            f"{at}.self_attn.o_proj.weight": (hidden, num_heads * head_dim),
+            f"{at}.post_attention_layernorm.weight": (hidden,),
+            f"{at}.mlp.gate_proj.weight": (ffn, hidden),
+            f"{at}.mlp.up_proj.weight": (ffn, hidden),
+            f"{at}.mlp.down_proj.weight": (hidden, ffn),
+        }
+    shapes["model.norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    return shapes
+
+
+def to_half_split(rows: Float32, num_heads: int) -> Float32:
+    """Reorder q or k rows from GGUF order (adjacent rotary pairs) to halves: 0 2 4 .. 1 3 5 .. in each head."""
+    head_dim = rows.shape[0] // num_heads
+    pairs = rows.reshape(num_heads, head_dim // 2, 2, *rows.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows.shape))
+
+
+def _require_shape(
+    path: Path, name: str, found: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    if name in shapes and found != shapes[name]:
+        raise CheckpointError(
+            f"{path.name}: {name} is {list(found)}, expected {list(shapes[name])}", path=path, tensor=name
+        )
+
+
+def _open_gguf(path: Path) -> DenseModel:
+    from gguf import GGUFReader, dequantize
+
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, OSError, IndexError, KeyError) as error:
+        raise CheckpointError(f"{path.name} is not a readable GGUF file: {error}", path=path) from error
+
+    def field(key: str, default: Any = None) -> Any:
+        found = reader.get_field(key)
+        return default if found is None else found.contents()
+
+    architecture = field("general.architecture")
+    if architecture != "llama":
+        raise UnsupportedModel(
+            f"{path.name} is of architecture {architecture!r}; supported: llama",
+            key="general.architecture",
+            value=architecture,
+            supported=("llama",),
+        )
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    num_heads = int(field("llama.attention.head_count"))
+    num_kv_heads = int(field("llama.attention.head_count_kv", num_heads))
+    config = {
+        "hidden_size": int(field("llama.embedding_length")),
+        "intermediate_size": int(field("llama.feed_forward_length")),
+        "num_hidden_layers": int(field("llama.block_count")),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "vocab_size": len(field("tokenizer.ggml.tokens", ())),
+        "max_position_embeddings": int(field("llama.context_length")),
+        # 9.999999747378752e-06 is the float32 nearest to 1e-05: write the number that was meant.
+        "rms_norm_eps": float(f"{field('llama.attention.layer_norm_rms_epsilon'):.7g}"),
+        "rope_theta": float(field("llama.rope.freq_base", 10000.0)),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "bos_token_id": field("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": field("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": field("tokenizer.ggml.padding_token_id"),
+    }
+    shapes = expected_shapes(config)
+    permuted_heads = {"attn_q": num_heads, "attn_k": num_kv_heads}
+
+    def reader_of(tensor: Any, heads: int | None) -> Callable[[], Float32]:
+        def read() -> Float32:
+            values = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+            return to_half_split(values, heads) if heads else values
+
+        return read
+
+    readers: dict[str, Callable[[], Float32]] = {}
+    for gguf_name, tensor in tensors.items():
+        prefix, *rest = gguf_name.split(".")
+        if gguf_name in _GGUF_MODEL_NAMES:
+            name, part = _GGUF_MODEL_NAMES[gguf_name], ""
+        elif prefix == "blk" and len(rest) == 3 and rest[1] in _GGUF_LAYER_NAMES and rest[2] == "weight":
+            name, part = f"model.layers.{rest[0]}.{_GGUF_LAYER_NAMES[rest[1]]}.weight", rest[1]
+        else:
+            raise UnsupportedModel(
+                f"{path.name}: tensor {gguf_name} has no place in a plain Llama model",
+                key="tensor",
+                value=gguf_name,
+                supported=tuple(_GGUF_LAYER_NAMES),
+            )
+        _require_shape(path, name, tuple(int(size) for size in reversed(tensor.shape)), shapes)
+        readers[name] = reader_of(tensor, permuted_heads.get(part))
+    return DenseModel(path=path, config=config, dtype="F16", readers=readers)
+
+
+def _open_safetensors(directory: Path) -> DenseModel:
+    config: dict[str, Any] = dict(read_object(directory / "config.json"))
+    _require_plain_llama(config, directory)
+    rope: dict[str, Any] = config.get("rope_parameters") or {}
+    config.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+    config.setdefault("rms_norm_eps", 1e-6)
+    config.setdefault("tie_word_embeddings", False)
+    if config.get("num_key_value_heads") is None:
+        config["num_key_value_heads"] = config["num_attention_heads"]
+    shapes = expected_shapes(config)
+    refs = {name: ref for name, ref in open_tensors(directory).items() if name in shapes}
+    for ref in refs.values():
+        _require_shape(ref.path, ref.name, ref.shape, shapes)
+        if ref.dtype not in ("F32", "F16", "BF16"):
+            raise UnsupportedModel(
+                f"{ref.path.name}: {ref.name} has dtype {ref.dtype}; supported: F32, F16, BF16",
+                key="dtype",
+                value=ref.dtype,
+                supported=("F32", "F16", "BF16"),
+            )
+    dtypes = {ref.dtype for ref in refs.values()}
+    return DenseModel(
+        path=directory,
+        config=config,
+        dtype=dtypes.pop() if len(dtypes) == 1 else "F32",
+        readers={name: _reader_of(ref) for name, ref in refs.items()},
+    )
+
+
+def _require_plain_llama(config: Mapping[str, Any], directory: Path) -> None:
+    def refuse(key: str, value: object, *supported: object) -> UnsupportedModel:
+        names = ", ".join(map(repr, supported))
+        return UnsupportedModel(
+            f"{directory.name}/config.json asks for {key} {value!r}; supported: {names}",
+            key=key,
+            value=value,
+            supported=supported,
+        )
+
+    for key, supported in _supported_values():
+        if config.get(key, supported[0]) not in supported:
+            raise refuse(key, config[key], *supported)
+    rope = config.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+        raise refuse("rope_parameters", rope, {"rope_type": "default"})
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        if not isinstance(config.get(key), int):
+            raise CheckpointError(
+                f"{directory.name}/config.json: {key} is missing or not a whole number", path=directory
+            )
+
+
+def _supported_values() -> Iterator[tuple[str, tuple[object, ...]]]:
+    """Flags that change the mathematics, and what a plain Llama model has; the first is the default."""
+    yield "model_type", ("llama",)
+    yield "hidden_act", ("silu",)
+    yield "attention_bias", (False, None)
+    yield "mlp_bias", (False, None)
+    yield "rope_scaling", (None,)
+
+
+def _reader_of(ref: TensorRef) -> Callable[[], Float32]:
+    def read() -> Float32:
+        with open_regular(ref.path) as (descriptor, _):
+            raw = read_at(descriptor, ref.nbytes, ref.offset, ref.path)
+        return _widen(raw, ref.dtype).reshape(ref.shape)
+
+    return read
+
+
+def _widen(raw: bytes, dtype: str) -> Float32:
+    if dtype == "BF16":
+        return (np.frombuffer(raw, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(raw, dtype={"F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float32)

@@ -1,0 +1,87 @@
+"""The tensors that a `ModelConfig` calls for, under Argosy's own names, with their shapes.
+
+    ModelConfig  ->  dense_shapes   {"embed": (vocab, hidden), "layers.0.q": (heads * head_dim, hidden), ...}
+                 ->  expert_shapes  gate, up, down of one routed expert
+
+Shapes are [rows, columns] as a product y = W x needs them; a vector has one number. Files are checked against
+these, in place and packed alike, so that nothing after this room meets a matrix of a size it did not expect.
+
+Elsewhere: what a checkpoint calls these tensors is `model/families/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from argosy.config import ModelConfig
+
+Shape = tuple[int, ...]
+
+
+class ExpertShapes(NamedTuple):
+    """Shapes of the three matrices of one routed expert."""
+
+    gate: tuple[int, int]
+    up: tuple[int, int]
+    down: tuple[int, int]
+
+
+def expert_shapes(config: ModelConfig) -> ExpertShapes:
+    """Shapes of gate, up and down: the same for every routed expert of a model."""
+    wide, narrow = (config.expert_width, config.hidden_size), (config.hidden_size, config.expert_width)
+    return ExpertShapes(wide, wide, narrow)
+
+
+def dense_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    """Canonical name and shape of every tensor that each token needs, in the order a token meets them."""
+    hidden = config.hidden_size
+    yield "embed", (config.vocab_size, hidden)
+    for layer in range(config.num_layers):
+        for name, shape in _layer_shapes(config, layer):
+            yield f"layers.{layer}.{name}", shape
+    yield "final_norm", (hidden,)
+    if not config.is_embedding_tied:
+        yield "head", (config.vocab_size, hidden)
+
+
+def _layer_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
+    hidden = config.hidden_size
+    q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    yield "attn_norm", (hidden,)
+    yield "q", (q_rows, hidden)
+    yield "k", (kv_rows, hidden)
+    yield "v", (kv_rows, hidden)
+    if config.has_qkv_bias:
+        yield "q_bias", (q_rows,)
+        yield "k_bias", (kv_rows,)
+        yield "v_bias", (kv_rows,)
+    if config.has_qk_norm:
+        yield "q_norm", (config.head_dim,)
+        yield "k_norm", (config.head_dim,)
+    yield "o", (hidden, q_rows)
+    if config.has_o_bias:
+        yield "o_bias", (hidden,)
+    yield "mlp_norm", (hidden,)
+    if not config.layers[layer].is_moe:
+        yield "gate", (config.dense_width, hidden)
+        yield "up", (config.dense_width, hidden)
+        yield "down", (hidden, config.dense_width)
+        return
+    yield "router", (config.num_experts, hidden)
+    if config.shared_width:
+        yield "shared_gate", (config.shared_width, hidden)
+        yield "shared_up", (config.shared_width, hidden)
+        yield "shared_down", (hidden, config.shared_width)
+        if config.shared_is_gated:
+            yield "shared_score", (1, hidden)
+
+
+def is_kept_exact(name: str) -> bool:
+    """Whether a dense tensor keeps float32 in a pack: norms and biases, and the rows that score experts.
+
+    The router decides which experts run. A rounding there does not blur the sum, it picks another expert; and
+    all of these together are a thousandth of a model.
+    """
+    last = name.rpartition(".")[2]
+    return last.endswith(("norm", "_bias")) or last in ("router", "shared_score")

@@ -1,0 +1,394 @@
+"""The packed form of a model: its layout on disk, its manifest, and how it is opened and verified.
+
+    DIR/argosy.json    the manifest, written last: formats, a checksum of every record, BLAKE3 of every file
+    DIR/dense.bin      dense matrices, each at a multiple of 4096
+    DIR/experts.bin    one record per routed expert, at multiples of the stride: gate, up, down, one read
+    DIR/config.json    and the tokenizer's files: copies
+
+Record (layer, expert) lies at (index of the layer among those with experts * num_experts + expert) * stride.
+Inside a record each matrix starts at a multiple of 64, and the stride is a multiple of 4096, the block that
+unbuffered reads want. A directory without a manifest is not a pack, so half of one never opens. The manifest
+is proved like any other file: sizes and shapes follow from the config, ranges lie in the files, and its own
+BLAKE3 covers it.
+
+Elsewhere: packs are written by `pack.py`; record checksums are verified by whoever reads a record.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+import blake3
+import numpy as np
+
+from argosy.checkpoint.files import (
+    ExpertMatrix,
+    ExpertRecord,
+    MatrixRef,
+    ModelFiles,
+    Piece,
+    matrix_bytes,
+)
+from argosy.checkpoint.geometry import dense_shapes, expert_shapes
+from argosy.checkpoint.json_strict import kind_of, open_regular, quote, read_object
+from argosy.config import Format, ModelConfig
+from argosy.errors import CheckpointError, CorruptRecord
+
+MANIFEST_FILE = "argosy.json"
+DENSE_FILE = "dense.bin"
+EXPERTS_FILE = "experts.bin"
+PARTIAL_SUFFIX = ".partial"
+PACK_VERSION = 1
+
+FILE_ALIGNMENT = 4096
+MATRIX_ALIGNMENT = 64
+STORED_FORMATS: tuple[Format, ...] = get_args(Format)
+
+Progress = Callable[[str, float], None]  # what is being done, and which share of it is done
+
+
+def round_up(count: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is at least `count`."""
+    return -(-count // multiple) * multiple
+
+
+@dataclass(frozen=True, slots=True)
+class RecordLayout:
+    """Where the three matrices of an expert lie in its record; the same for every expert of a pack."""
+
+    gate: ExpertMatrix
+    up: ExpertMatrix
+    down: ExpertMatrix
+    nbytes: int  # without the padding at the end
+    stride: int  # from one record to the next
+
+
+def record_layout(config: ModelConfig, format: Format) -> RecordLayout:
+    """The record of a model's experts in a format."""
+    matrices = []
+    at = 0
+    for rows, cols in expert_shapes(config):
+        at = round_up(at, MATRIX_ALIGNMENT)
+        matrices.append(ExpertMatrix(0, at, format, rows, cols))
+        at += matrix_bytes(format, rows, cols)
+    gate, up, down = matrices
+    return RecordLayout(gate, up, down, at, round_up(at, FILE_ALIGNMENT))
+
+
+def lay_out_dense(config: ModelConfig, format_of: Callable[[str], Format], path: Path) -> list[MatrixRef]:
+    """The dense matrices of a pack, one after the other in `path`."""
+    refs = []
+    at = 0
+    for name, shape in dense_shapes(config):
+        rows, cols = shape if len(shape) == 2 else (1, shape[0])
+        format = format_of(name)
+        nbytes = matrix_bytes(format, rows, cols)
+        refs.append(MatrixRef(name, path, at, nbytes, format, rows, cols))
+        at = round_up(at + nbytes, FILE_ALIGNMENT)
+    return refs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What `argosy.json` says."""
+
+    format: str  # as asked for: bf16, q8, q4, or source
+    config: ModelConfig
+    dense_formats: Mapping[str, Format]
+    dense_checksums: Mapping[str, int]
+    expert_format: Format
+    expert_checksums: list[int]  # in the order of the records
+    files: Mapping[str, tuple[int, str]]  # name -> bytes, BLAKE3
+
+    def to_bytes(self) -> bytes:
+        """The file's text. Equal manifests give equal bytes."""
+        contents = {
+            "format": self.format,
+            "config": asdict(self.config),
+            "dense": {
+                name: {"format": format, "crc32c_wide": self.dense_checksums[name]}
+                for name, format in self.dense_formats.items()
+            },
+            "experts": {"format": self.expert_format, "crc32c_wide": self.expert_checksums},
+            "files": {
+                name: {"nbytes": nbytes, "blake3": digest} for name, (nbytes, digest) in self.files.items()
+            },
+        }
+        manifest = {"argosy_pack": PACK_VERSION, "blake3": _digest_of(contents), "contents": contents}
+        return (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read `argosy.json` and prove that it is whole.
+
+    Raises:
+        CheckpointError: it is missing, damaged, from a newer version, or not what a manifest looks like.
+    """
+    path = directory / MANIFEST_FILE
+    raw = read_object(path)
+    if raw.get("argosy_pack") != PACK_VERSION:
+        raise CheckpointError(
+            f"{MANIFEST_FILE} is of version {quote(raw.get('argosy_pack'))}, this Argosy reads "
+            f"version {PACK_VERSION}",
+            hint="make the pack again from its source",
+            path=path,
+        )
+    reader = _Strict(path)
+    reader.keys(raw, "the manifest", "argosy_pack", "blake3", "contents")
+    contents = reader.mapping(raw["contents"], "contents")
+    if raw["blake3"] != _digest_of(contents):
+        raise CheckpointError(
+            f"{MANIFEST_FILE} does not match its own BLAKE3: it was changed or damaged", path=path
+        )
+    reader.keys(contents, "contents", "format", "config", "dense", "experts", "files")
+    dense_formats: dict[str, Format] = {}
+    dense_checksums: dict[str, int] = {}
+    for name, entry in reader.mapping(contents["dense"], "dense").items():
+        tensor = reader.keys(reader.mapping(entry, name), name, "format", "crc32c_wide")
+        dense_formats[name] = reader.format(tensor["format"], name)
+        dense_checksums[name] = reader.checksum(tensor["crc32c_wide"], name)
+    experts = reader.keys(reader.mapping(contents["experts"], "experts"), "experts", "format", "crc32c_wide")
+    checksums = experts["crc32c_wide"]
+    if not isinstance(checksums, list):
+        raise reader.wrong("experts.crc32c_wide", checksums, "a list")
+    files: dict[str, tuple[int, str]] = {}
+    for name, entry in reader.mapping(contents["files"], "files").items():
+        file = reader.keys(reader.mapping(entry, name), name, "nbytes", "blake3")
+        if "/" in name or name.startswith("."):
+            raise reader.wrong("files", name, "plain file names")
+        files[name] = reader.count(file["nbytes"], name), str(file["blake3"])
+    return Manifest(
+        format=str(contents["format"]),
+        config=cast(ModelConfig, _from_json(ModelConfig, contents["config"], "config", reader)),
+        dense_formats=dense_formats,
+        dense_checksums=dense_checksums,
+        expert_format=reader.format(experts["format"], "experts"),
+        expert_checksums=[reader.checksum(value, "experts.crc32c_wide") for value in checksums],
+        files=files,
+    )
+
+
+def open_pack(directory: str | Path) -> ModelFiles | None:
+    """The pack in `directory`, or None if it is not one.
+
+    Raises:
+        CheckpointError: it is an unfinished pack, or its manifest and files do not belong together.
+    """
+    directory = Path(directory)
+    if directory.name.endswith(PARTIAL_SUFFIX):
+        raise CheckpointError(
+            f"{directory} is a pack that was not finished",
+            hint=f"`argosy pack SRC {directory.name.removesuffix(PARTIAL_SUFFIX)}` continues it",
+            path=directory,
+        )
+    if not (directory / MANIFEST_FILE).exists():
+        return None
+    manifest = read_manifest(directory)
+    config = manifest.config
+    _check_files(directory, manifest)
+    expected = [name for name, _ in dense_shapes(config)]
+    if sorted(expected) != sorted(manifest.dense_formats):
+        odd = sorted(set(expected) ^ set(manifest.dense_formats))[0]
+        fault = "does not have" if odd in expected else "has an unexpected"
+        raise CheckpointError(f"{MANIFEST_FILE} {fault} tensor {quote(odd)}", path=directory, tensor=odd)
+    dense = lay_out_dense(config, lambda name: manifest.dense_formats[name], directory / DENSE_FILE)
+    layout = record_layout(config, manifest.expert_format)
+    num_records = len(config.moe_layers) * config.num_experts
+    if len(manifest.expert_checksums) != num_records:
+        raise CheckpointError(
+            f"{MANIFEST_FILE} has checksums of {len(manifest.expert_checksums)} experts, "
+            f"expected {num_records}",
+            path=directory,
+        )
+    dense_end = round_up(dense[-1].offset + dense[-1].nbytes, FILE_ALIGNMENT)
+    for name, needed in ((DENSE_FILE, dense_end), (EXPERTS_FILE, num_records * layout.stride)):
+        if manifest.files[name][0] != needed:
+            raise CheckpointError(
+                f"{name} has {manifest.files[name][0]} bytes, expected {needed}", path=directory / name
+            )
+    with_checksums = {
+        ref.name: MatrixRef(
+            ref.name, ref.path, ref.offset, ref.nbytes, ref.format, ref.rows, ref.cols,
+            manifest.dense_checksums[ref.name],
+        )
+        for ref in dense
+    }  # fmt: skip
+    path = directory / EXPERTS_FILE
+    experts = {
+        key: ExpertRecord(
+            (Piece(path, index * layout.stride, layout.nbytes, manifest.expert_checksums[index]),),
+            layout.gate,
+            layout.up,
+            layout.down,
+        )
+        for index, key in enumerate(expert_keys(config))
+    }
+    return ModelFiles(directory, config, with_checksums, experts, is_packed=True)
+
+
+def expert_keys(config: ModelConfig) -> Iterator[tuple[int, int]]:
+    """(layer, expert) in the order of a pack's records."""
+    return ((layer, expert) for layer in config.moe_layers for expert in range(config.num_experts))
+
+
+def _check_files(directory: Path, manifest: Manifest) -> None:
+    for required in (DENSE_FILE, EXPERTS_FILE):
+        if required not in manifest.files:
+            raise CheckpointError(f"{MANIFEST_FILE} does not name {required}", path=directory)
+    for name, (nbytes, _) in manifest.files.items():
+        with open_regular(directory / name) as (_, found):
+            if found != nbytes:
+                raise CheckpointError(
+                    f"{name} has {found} bytes, {MANIFEST_FILE} says {nbytes}", path=directory / name
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `verify_pack` read."""
+
+    directory: Path
+    num_files: int
+    nbytes: int
+
+
+def verify_pack(directory: str | Path, progress: Progress | None = None) -> VerifyReport:
+    """Read a pack from end to end and compare each file with its BLAKE3.
+
+    Raises:
+        CheckpointError: `directory` is not a pack, or a file was changed.
+        CorruptRecord: the change is in a dense tensor or an expert, which is named.
+    """
+    directory = Path(directory)
+    model = open_pack(directory)
+    if model is None:
+        raise CheckpointError(f"{directory} is not a pack: it has no {MANIFEST_FILE}", path=directory)
+    files = read_manifest(directory).files
+    total = sum(nbytes for nbytes, _ in files.values())
+    done = 0
+    for name, (_, expected) in files.items():
+        hasher = blake3.blake3()
+        with (directory / name).open("rb") as file:
+            while chunk := file.read(8 << 20):
+                hasher.update(chunk)
+                done += len(chunk)
+                if progress is not None:
+                    progress(f"verifying {name}", done / total)
+        if hasher.hexdigest() != expected:
+            raise _locate_damage(model, directory / name)
+    return VerifyReport(directory, len(files), total)
+
+
+def _locate_damage(model: ModelFiles, path: Path) -> CheckpointError:
+    """Name the tensor or expert whose bytes changed."""
+    if path.name == DENSE_FILE:
+        for ref in model.dense.values():
+            if checksum_of(path, ref.offset, ref.nbytes) != ref.checksum:
+                return CorruptRecord(
+                    f"{path.name}: {ref.name} changed since the pack was written", path=path, tensor=ref.name
+                )
+    if path.name == EXPERTS_FILE:
+        for (layer, expert), record in model.experts.items():
+            piece = record.pieces[0]
+            if checksum_of(path, piece.offset, piece.nbytes) != piece.checksum:
+                return CorruptRecord(
+                    f"{path.name}: expert {expert} of layer {layer} changed since the pack was written",
+                    path=path,
+                    layer=layer,
+                    expert=expert,
+                )
+    return CheckpointError(f"{path.name} changed since the pack was written: its BLAKE3 differs", path=path)
+
+
+def checksum_of(path: Path, offset: int, nbytes: int) -> int:
+    """crc32c_wide of a range of a file."""
+    from argosy import _native  # the arithmetic is native; opening a pack does without
+
+    if nbytes == 0:
+        return int(_native.crc32c_wide(np.zeros(0, np.uint8)))
+    return int(_native.crc32c_wide(np.memmap(path, np.uint8, "r", offset, (nbytes,))))
+
+
+def _digest_of(contents: Mapping[str, object]) -> str:
+    return blake3.blake3(json.dumps(contents, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class _Strict:
+    """Checks on values from a manifest; each refusal is one sentence."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def wrong(self, where: str, value: object, expected: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path.name}: {quote(where)} is {quote(value)}, {kind_of(value)}; expected {expected}",
+            path=self.path,
+        )
+
+    def mapping(self, value: object, where: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise self.wrong(where, value, "an object")
+        return value
+
+    def keys(self, value: dict[str, Any], where: str, *expected: str) -> dict[str, Any]:
+        if value.keys() != set(expected):
+            raise self.wrong(where, sorted(value), f"the keys {', '.join(expected)}")
+        return value
+
+    def count(self, value: object, where: str) -> int:
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise self.wrong(where, value, "a whole number from 0 to 2^63 - 1")
+        return value
+
+    def checksum(self, value: object, where: str) -> int:
+        if type(value) is not int or not 0 <= value < 2**32:
+            raise self.wrong(where, value, "a checksum of 32 bits")
+        return value
+
+    def format(self, value: object, where: str) -> Format:
+        if value not in STORED_FORMATS:
+            raise self.wrong(where, value, f"one of {', '.join(STORED_FORMATS)}")
+        return value
+
+
+def _from_json(kind: Any, value: object, where: str, reader: _Strict) -> object:
+    """Rebuild a frozen config object from JSON, checking every type on the way."""
+    if is_dataclass(kind):
+        given = reader.mapping(value, where)
+        hints = get_type_hints(kind)
+        known = {field.name: field for field in fields(kind)}
+        for key in given:
+            if key not in known:
+                raise reader.wrong(where, key, f"one of the keys {', '.join(known)}")
+        for name, field in known.items():
+            if name not in given and field.default is MISSING and field.default_factory is MISSING:
+                raise reader.wrong(where, sorted(given), f"the key {name}")
+        arguments = {
+            key: _from_json(hints[key], item, f"{where}.{key}", reader) for key, item in given.items()
+        }
+        return cast(Any, kind)(**arguments)
+    origin = get_origin(kind)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise reader.wrong(where, value, "a list")
+        return tuple(_from_json(get_args(kind)[0], item, where, reader) for item in value)
+    if origin is Literal:
+        if value not in get_args(kind):
+            raise reader.wrong(where, value, f"one of {', '.join(get_args(kind))}")
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        kind = next(option for option in get_args(kind) if option is not types.NoneType)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise reader.wrong(where, value, kind.__name__)
+    if kind is int and not 0 <= cast(int, value) < 2**63:
+        raise reader.wrong(where, value, "a whole number from 0 to 2^63 - 1")
+    return value

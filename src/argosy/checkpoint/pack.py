@@ -1,0 +1,555 @@
+"""Write a model in packed form: one read per expert, aligned, with a checksum on every record.
+
+    ModelFiles  ->  pack  ->  DIR.partial/ (record by record, each noted in a journal)  ->  manifest  ->  DIR/
+
+    format    experts   other matrices   norms, biases, router, shared_score
+    bf16      bf16      bf16             f32
+    q8        q8        q8               f32
+    q4        q4        q8               f32
+    source    as they are, bit for bit
+
+Norms, biases and the rows that score experts stay float32, exactly: a rounded router does not blur a sum, it
+picks another expert. From float32 or float16, `bf16` rounds to nearest even: it was asked for by name.
+Quantised weights are never quantised again.
+
+Memory is bounded by one record and a few slices, whatever the model's size. A pack that is killed goes on
+where it stopped: what the journal names is read again and compared with its checksum, the rest is written.
+The manifest comes last, after the data is on the drive, and then the directory gets its name.
+
+Elsewhere: the layout and the way back is `manifest.py`; the arithmetic of q8 and q4 is `native/kernels/`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import blake3
+import numpy as np
+import numpy.typing as npt
+
+from argosy import _native
+from argosy.checkpoint.files import (
+    BYTES_PER_VALUE,
+    PANEL_ROWS,
+    ExpertRecord,
+    MatrixRef,
+    ModelFiles,
+    matrix_bytes,
+)
+from argosy.checkpoint.geometry import is_kept_exact
+from argosy.checkpoint.json_strict import JSON_LIMIT_BYTES, open_regular, read_at
+from argosy.checkpoint.manifest import (
+    DENSE_FILE,
+    EXPERTS_FILE,
+    FILE_ALIGNMENT,
+    MANIFEST_FILE,
+    PACK_VERSION,
+    PARTIAL_SUFFIX,
+    Manifest,
+    Progress,
+    checksum_of,
+    expert_keys,
+    lay_out_dense,
+    open_pack,
+    record_layout,
+    round_up,
+    verify_pack,
+)
+from argosy.config import Format, format_bytes
+from argosy.errors import CheckpointError, DiskFull, UsageError
+
+__all__ = ["PACK_FORMATS", "PackReport", "open_pack", "pack", "verify_pack"]
+
+PACK_FORMATS = ("bf16", "q8", "q4", "source")
+JOURNAL_FILE = "journal"
+
+_SLICE_VALUES = 1 << 20  # of a matrix that is read and converted at once
+_COPIED_NAMES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json",
+    "merges.txt",
+)  # fmt: skip
+_COPIED_PREFIXES = ("LICENSE", "LICENCE", "NOTICE")
+
+Bytes = npt.NDArray[np.uint8]
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class PackReport:
+    """What `pack` did."""
+
+    directory: Path
+    format: str
+    source_bytes: int  # dense weights and experts, before
+    packed_bytes: int  # all files of the pack
+    seconds: float
+    resumed_bytes: int  # of the pack, found written by an earlier run
+    restarted_because: str | None  # why an earlier run's work was thrown away
+
+
+def pack(
+    files: ModelFiles, destination: str | Path, *, format: str, progress: Progress | None = None
+) -> PackReport:
+    """Write `files` as a pack.
+
+    Args:
+        files: a checkpoint in place, or a pack that is not quantised.
+        destination: a directory that does not exist yet; `<destination>.partial` is used until the pack is
+        whole. format: bf16, q8, q4 or source. progress: called with what is being done and the share of it
+        that is done.
+
+    Raises:
+        UsageError: the format is unknown, the source is quantised, `destination` exists, or another process
+        packs to it. DiskFull: there is no room; what was written stays, and the same call continues.
+        CheckpointError: the source changed meanwhile, or holds values that are not numbers.
+    """
+    started = time.monotonic()
+    destination = Path(destination)
+    _require_packable(files, destination, format)
+    with _Writer(files, destination, format, progress or (lambda what, share: None)) as writer:
+        writer.write_all()
+        packed_bytes = writer.finish()
+    return PackReport(
+        directory=destination,
+        format=format,
+        source_bytes=files.dense_bytes + files.expert_bytes,
+        packed_bytes=packed_bytes,
+        seconds=time.monotonic() - started,
+        resumed_bytes=writer.resumed_bytes,
+        restarted_because=writer.restarted_because,
+    )
+
+
+def _require_packable(files: ModelFiles, destination: Path, format: str) -> None:
+    if format not in PACK_FORMATS:
+        raise UsageError(f"unknown format '{format}'; known: {', '.join(PACK_FORMATS)}")
+    if files.expert_format in ("q8", "q4"):
+        raise UsageError(
+            f"{files.directory} is already {files.expert_format}; "
+            "quantised weights are never quantised again",
+            hint="pack from the original checkpoint",
+        )
+    if destination.name.endswith(PARTIAL_SUFFIX) or destination.name in ("", ".", ".."):
+        raise UsageError(f"'{destination}' cannot be the name of a pack")
+    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
+        raise UsageError(f"{destination} exists and is not a directory")
+    if destination.is_dir() and any(destination.iterdir()):
+        raise UsageError(f"{destination} exists and is not empty", hint="remove it, or choose another name")
+    if not destination.absolute().parent.is_dir():
+        raise UsageError(f"{destination.absolute().parent} does not exist")
+
+
+@dataclass(frozen=True, slots=True)
+class _SourceMatrix:
+    """Where a matrix comes from."""
+
+    name: str
+    path: Path
+    offset: int
+    format: Format
+    rows: int
+    cols: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """What is written and noted at once: one dense matrix, or one expert with its three."""
+
+    file: str
+    offset: int
+    nbytes: int
+    end: int  # of the unit and the padding after it
+    parts: tuple[tuple[_SourceMatrix, Format, int], ...]  # source, format to write, offset inside the unit
+
+
+def _dense_format(files: ModelFiles, format: str) -> Callable[[str], Format]:
+    matrix_formats: dict[str, Format] = {"bf16": "bf16", "q8": "q8", "q4": "q8"}
+    matrix_format = matrix_formats.get(format)
+
+    def format_of(name: str) -> Format:
+        if matrix_format is None:
+            return files.dense[name].format
+        return "f32" if is_kept_exact(name) else matrix_format
+
+    return format_of
+
+
+def _plan(files: ModelFiles, format: str) -> tuple[list[MatrixRef], list[_Unit]]:
+    """Everything that a pack holds, in the order in which it is written."""
+    units = []
+    dense = lay_out_dense(files.config, _dense_format(files, format), Path(DENSE_FILE))
+    for target in dense:
+        ref = files.dense[target.name]
+        source = _SourceMatrix(ref.name, ref.path, ref.offset, ref.format, ref.rows, ref.cols)
+        end = round_up(target.offset + target.nbytes, FILE_ALIGNMENT)
+        units.append(_Unit(DENSE_FILE, target.offset, target.nbytes, end, ((source, target.format, 0),)))
+    expert_format = files.expert_format if format == "source" else cast(Format, format)
+    layout = record_layout(files.config, expert_format)
+    for index, (layer, expert) in enumerate(expert_keys(files.config)):
+        record = files.experts[layer, expert]
+        parts = tuple(
+            (_expert_source(record, name, layer, expert), expert_format, getattr(layout, name).offset)
+            for name in ("gate", "up", "down")
+        )
+        start = index * layout.stride
+        units.append(_Unit(EXPERTS_FILE, start, layout.nbytes, start + layout.stride, parts))
+    return dense, units
+
+
+def _expert_source(record: ExpertRecord, name: str, layer: int, expert: int) -> _SourceMatrix:
+    matrix = getattr(record, name)
+    piece = record.pieces[matrix.piece]
+    label = f"{name} of expert {expert} in layer {layer}"
+    return _SourceMatrix(
+        label, piece.path, piece.offset + matrix.offset, matrix.format, matrix.rows, matrix.cols
+    )
+
+
+class _Writer:
+    """One run of `pack`: owns the partial directory while it is open."""
+
+    def __init__(self, files: ModelFiles, destination: Path, format: str, progress: Progress) -> None:
+        self._files = files
+        self._destination = destination
+        self._format = format
+        self._progress = progress
+        self._parent = destination.absolute().parent
+        self._partial = destination.with_name(destination.name + PARTIAL_SUFFIX)
+        self._dense, self._units = _plan(files, format)
+        self._copied = _files_to_copy(files.directory)
+        self._fingerprint = self._source_fingerprint()
+        self._checksums: list[int] = []
+        self._hashers = {name: blake3.blake3() for name in (DENSE_FILE, EXPERTS_FILE)}
+        self._targets: dict[str, int] = {}
+        self._sources: dict[Path, int] = {}
+        self._open_files = ExitStack()
+        self._runtime = _native.Runtime(len(os.sched_getaffinity(0)))
+        self._open_files.callback(self._runtime.close)
+        self.resumed_bytes = 0
+        self.restarted_because: str | None = None
+
+    def __enter__(self) -> _Writer:
+        try:
+            with self._writing():
+                self._partial.mkdir(exist_ok=True)
+            self._lock = self._open_target(JOURNAL_FILE)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"another process is writing {self._partial}") from None
+            for name in self._hashers:
+                self._targets[name] = self._open_target(name)
+            self._resume()
+            self._require_room()
+        except BaseException:
+            self._open_files.close()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open_files.close()
+
+    def write_all(self) -> None:
+        """Write every unit that an earlier run has not."""
+        total = sum(unit.end - unit.offset for unit in self._units)
+        done = self.resumed_bytes
+        for unit in self._units[len(self._checksums) :]:
+            checksum = self._write_unit(unit)
+            self._append_to_journal(f"{len(self._checksums)} {checksum}\n")
+            self._checksums.append(checksum)
+            done += unit.end - unit.offset
+            self._progress(f"packing {self._format}", done / total)
+
+    def finish(self) -> int:
+        """Copy the small files, write the manifest, give the directory its name; returns the pack's bytes."""
+        sizes = {}
+        for name, descriptor in self._targets.items():
+            with self._writing():
+                os.fsync(descriptor)
+            sizes[name] = os.fstat(descriptor).st_size, self._hashers[name].hexdigest()
+        for source in self._copied:
+            sizes[source.name] = self._copy(source)
+        if self._source_fingerprint() != self._fingerprint:
+            raise CheckpointError(
+                f"{self._files.directory} changed while it was packed",
+                hint="run the same command again: it starts over",
+            )
+        num_dense = len(self._dense)
+        manifest = Manifest(
+            format=self._format,
+            config=self._files.config,
+            dense_formats={ref.name: ref.format for ref in self._dense},
+            dense_checksums={
+                ref.name: checksum for ref, checksum in zip(self._dense, self._checksums, strict=False)
+            },
+            expert_format=self._units[-1].parts[0][1],
+            expert_checksums=self._checksums[num_dense:],
+            files=dict(sorted(sizes.items())),
+        ).to_bytes()
+        self._write_small(MANIFEST_FILE, manifest)
+        (self._partial / JOURNAL_FILE).unlink()
+        _sync_directory(self._partial)
+        with self._writing():
+            os.rename(self._partial, self._destination)
+        _sync_directory(self._parent)
+        return sum(nbytes for nbytes, _ in sizes.values()) + len(manifest)
+
+    # One unit: read slices of the source, convert, write, hash.
+
+    def _write_unit(self, unit: _Unit) -> int:
+        if unit.file == EXPERTS_FILE:
+            record = np.zeros(unit.end - unit.offset, np.uint8)
+            for source, format, at in unit.parts:
+                for start, piece in self._converted(source, format):
+                    record[at + start : at + start + piece.size] = piece
+            self._write(unit.file, record, unit.offset)
+            return int(_native.crc32c_wide(record[: unit.nbytes]))
+        ((source, format, _),) = unit.parts
+        written = 0
+        for start, piece in self._converted(source, format):
+            self._write(unit.file, piece, unit.offset + start)
+            written = start + piece.size
+        self._write(unit.file, np.zeros(unit.end - unit.offset - written, np.uint8), unit.offset + written)
+        return checksum_of(self._partial / unit.file, unit.offset, unit.nbytes)
+
+    def _converted(self, source: _SourceMatrix, format: Format) -> Iterator[tuple[int, Bytes]]:
+        """Slices of a matrix in another format, each with its offset in the result."""
+        step = max(PANEL_ROWS, _SLICE_VALUES // max(1, source.cols) // PANEL_ROWS * PANEL_ROWS)
+        for row in range(0, source.rows, step):
+            num_rows = min(step, source.rows - row)
+            raw = self._read_rows(source, row, num_rows)
+            # Whole panels only, so the slices of a quantised matrix follow each other as in one piece.
+            start = matrix_bytes(format, row, source.cols)
+            yield start, raw if format == source.format else self._convert(source, raw, num_rows, format)
+
+    def _convert(self, source: _SourceMatrix, raw: Bytes, rows: int, format: Format) -> Bytes:
+        """Rows of a matrix in another format.
+
+        Raises:
+            CheckpointError: a value is not a number, or is too large for the format.
+        """
+        values = _widen(source.format, raw).reshape(rows, source.cols)
+        if not np.isfinite(values).all():
+            raise CheckpointError(
+                f"{source.path.name}: {source.name} holds a value that is not a finite number",
+                path=source.path,
+                tensor=source.name,
+            )
+        if format == "f32":
+            return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        if format == "bf16":
+            rounded = round_to_bf16(values)
+            if ((rounded & 0x7F80) == 0x7F80).any():
+                raise CheckpointError(
+                    f"{source.path.name}: {source.name} holds {np.abs(values).max():.9g}, too large for bf16",
+                    path=source.path,
+                    tensor=source.name,
+                )
+            return rounded.reshape(-1).view(np.uint8)
+        out = np.zeros(matrix_bytes(format, rows, source.cols), np.uint8)
+        _native.quantize(format, np.ascontiguousarray(values), out, self._runtime)
+        return out
+
+    def _read_rows(self, source: _SourceMatrix, row: int, num_rows: int) -> Bytes:
+        descriptor = self._sources.get(source.path)
+        if descriptor is None:
+            descriptor = self._open_files.enter_context(open_regular(source.path))[0]
+            self._sources[source.path] = descriptor
+        row_bytes = source.cols * BYTES_PER_VALUE[source.format]
+        offset = source.offset + row * row_bytes
+        return np.frombuffer(read_at(descriptor, num_rows * row_bytes, offset, source.path), np.uint8)
+
+    def _write(self, name: str, data: Bytes, offset: int) -> None:
+        self._hashers[name].update(data.data)
+        self._write_at(self._targets[name], data.data, offset)
+
+    # Journal: one line that says what is packed from what, then "<unit> <checksum>" for each unit written.
+
+    def _resume(self) -> None:
+        """Take over what an earlier run wrote, as far as it is exactly what this run would write."""
+        header = json.dumps({"version": PACK_VERSION, "format": self._format, "source": self._fingerprint})
+        lines = self._read_journal()
+        if lines and lines[0] != header:
+            self.restarted_because = self._difference(lines[0])
+            self._progress(f"starting over: {self.restarted_because}", 0.0)
+            lines = []
+        if not lines:
+            self._truncate(self._lock, 0)
+            for descriptor in self._targets.values():
+                self._truncate(descriptor, 0)
+            self._append_to_journal(header + "\n")
+        for line in lines[1:]:
+            unit = self._units[len(self._checksums)] if len(self._checksums) < len(self._units) else None
+            checksum = self._checksum_of_written(unit) if unit is not None else None
+            if unit is None or line != f"{len(self._checksums)} {checksum}":
+                break
+            assert checksum is not None
+            self._hash_written(unit)
+            self._checksums.append(checksum)
+            self.resumed_bytes += unit.end - unit.offset
+            self._progress("checking what an earlier run wrote", len(self._checksums) / len(self._units))
+        kept = [header, *(f"{index} {checksum}" for index, checksum in enumerate(self._checksums))]
+        self._truncate(self._lock, sum(len(line) + 1 for line in kept))
+        for name, descriptor in self._targets.items():
+            ends = [unit.end for unit in self._units[: len(self._checksums)] if unit.file == name]
+            self._truncate(descriptor, max(ends, default=0))
+
+    def _read_journal(self) -> list[str]:
+        size = os.fstat(self._lock).st_size
+        text = os.pread(self._lock, size, 0).decode("utf-8", "replace")
+        return text.split("\n")[:-1]  # a line without its newline was cut off by the kill
+
+    def _append_to_journal(self, line: str) -> None:
+        self._write_at(self._lock, memoryview(line.encode()), os.fstat(self._lock).st_size)
+
+    def _checksum_of_written(self, unit: _Unit) -> int | None:
+        if os.fstat(self._targets[unit.file]).st_size < unit.end:
+            return None
+        return checksum_of(self._partial / unit.file, unit.offset, unit.nbytes)
+
+    def _hash_written(self, unit: _Unit) -> None:
+        view = np.memmap(self._partial / unit.file, np.uint8, "r", unit.offset, (unit.end - unit.offset,))
+        self._hashers[unit.file].update(view.data)
+
+    def _difference(self, header: str) -> str:
+        try:
+            earlier = json.loads(header)
+            if earlier["format"] != self._format:
+                return f"the unfinished pack is {earlier['format']}, asked for is {self._format}"
+            if earlier["version"] != PACK_VERSION:
+                return "the unfinished pack is of another version of Argosy"
+        except (ValueError, TypeError, KeyError):
+            return "the journal of the unfinished pack is damaged"
+        return f"{self._files.directory} changed since the unfinished pack was begun"
+
+    def _source_fingerprint(self) -> list[list[object]]:
+        """Name, size and time of change of every file that the pack is made from."""
+        paths = {unit.parts[0][0].path for unit in self._units} | set(self._copied)
+        paths |= {source.path for unit in self._units for source, _, _ in unit.parts}
+        found: list[list[object]] = []
+        for path in sorted(paths):
+            try:
+                status = path.stat()
+                found.append([path.name, status.st_size, status.st_mtime_ns])
+            except OSError:
+                found.append([path.name, None, None])  # gone, and so different from what it was
+        return found
+
+    # Files: everything that can run out of room goes through here.
+
+    def _require_room(self) -> None:
+        needed = sum(unit.end - unit.offset for unit in self._units) - self.resumed_bytes
+        needed += sum(path.stat().st_size for path in self._copied)
+        free = shutil.disk_usage(self._parent).free
+        if needed > free:
+            raise self._disk_full(needed, free)
+
+    def _open_target(self, name: str) -> int:
+        with self._writing():
+            descriptor = os.open(
+                self._partial / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
+            )
+        self._open_files.callback(os.close, descriptor)
+        return descriptor
+
+    def _truncate(self, descriptor: int, size: int) -> None:
+        with self._writing():
+            os.ftruncate(descriptor, size)
+
+    def _write_at(self, descriptor: int, data: memoryview, offset: int) -> None:
+        with self._writing(len(data)):
+            while data:
+                written = os.pwrite(descriptor, data, offset)
+                data, offset = data[written:], offset + written
+
+    def _write_small(self, name: str, data: bytes) -> None:
+        """Write a whole file so that it is either absent or complete, and on the drive."""
+        temporary = f".{name}.new"
+        descriptor = self._open_target(temporary)
+        self._truncate(descriptor, 0)
+        self._write_at(descriptor, memoryview(data), 0)
+        with self._writing():
+            os.fsync(descriptor)
+            os.rename(self._partial / temporary, self._partial / name)
+
+    def _copy(self, source: Path) -> tuple[int, str]:
+        with open_regular(source) as (descriptor, size):
+            data = read_at(descriptor, size, 0, source)
+        self._write_small(source.name, data)
+        return size, blake3.blake3(data).hexdigest()
+
+    @contextmanager
+    def _writing(self, needed_bytes: int = 0) -> Iterator[None]:
+        """Turn what a file system answers in this block into a sentence."""
+        try:
+            yield
+        except OSError as error:
+            # EFBIG: a limit on the size of files (ulimit -f, some network file systems) is a full disk to us.
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                needed = max(needed_bytes, self._remaining_bytes())
+                raise self._disk_full(needed, shutil.disk_usage(self._parent).free) from error
+            raise UsageError(f"{self._partial} cannot be written: {error.strerror}") from error
+
+    def _disk_full(self, needed_bytes: int, free_bytes: int) -> DiskFull:
+        return DiskFull(
+            f"{self._partial} needs {format_bytes(needed_bytes)} more, and its file system has "
+            f"{format_bytes(free_bytes)} free",
+            hint="make room and run the same command again: it continues where it stopped",
+            path=self._partial,
+            needed_bytes=needed_bytes,
+            free_bytes=free_bytes,
+        )
+
+    def _remaining_bytes(self) -> int:
+        return sum(unit.end - unit.offset for unit in self._units[len(self._checksums) :])
+
+
+def _files_to_copy(directory: Path) -> list[Path]:
+    """Config, tokenizer and licence of a model, as far as they are there."""
+    names = sorted(entry.name for entry in directory.iterdir())
+    chosen = [name for name in names if name in _COPIED_NAMES or name.startswith(_COPIED_PREFIXES)]
+    paths = [directory / name for name in chosen if (directory / name).is_file()]
+    for path in paths:
+        if path.stat().st_size > JSON_LIMIT_BYTES:
+            raise CheckpointError(
+                f"{path.name} is {path.stat().st_size} bytes long, at most {JSON_LIMIT_BYTES} are read"
+            )
+    return paths
+
+
+def _widen(format: Format, raw: Bytes) -> Float32:
+    """float32 values of f32, f16 or bf16 bytes; exact."""
+    if format == "f32":
+        return raw.view(np.float32)
+    if format == "f16":
+        return raw.view(np.float16).astype(np.float32)
+    return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def round_to_bf16(values: Float32) -> npt.NDArray[np.uint16]:
+    """The nearest bfloat16 of finite numbers, ties to even."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits >> 16) & 1
+    rounded += bits
+    rounded += 0x7FFF
+    rounded >>= 16
+    return rounded.astype(np.uint16)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,259 @@
+"""Find every tensor of a safetensors checkpoint, and prove where its bytes are, without reading them.
+
+    directory  ->  open_tensors  ->  {name: TensorRef(file, offset, length, dtype, shape)}
+
+A file is `model.safetensors`, or shards named by `model.safetensors.index.json`. Of each file only the header
+is read: 8 bytes of length, then JSON. Nothing is believed: a range lies inside the file that is really there,
+ranges follow each other without overlap or hole (as the format's reference implementation demands), length is
+dtype times shape, and the index and its shards agree in both directions. Whatever is wrong is one
+CheckpointError.
+
+Elsewhere: which tensors a model must have is `model/families/`; the packed form is `pack.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from argosy.checkpoint.json_strict import (
+    kind_of,
+    open_regular,
+    parse_object,
+    quote,
+    read_at,
+    read_object,
+)
+from argosy.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+HEADER_LIMIT_BYTES = 100_000_000  # as the reference implementation
+_LARGEST_NUMBER = 2**63 - 1
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32,
+    "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """Where one tensor lies: `nbytes` bytes at `offset` of `path`, rows first, little-endian."""
+
+    name: str
+    path: Path
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def open_tensors(directory: Path) -> dict[str, TensorRef]:
+    """Every tensor of the checkpoint in `directory`, by name.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or anything in it is not as the module's first lines promise.
+    """
+    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
+    has_single, has_index = _exists(single), _exists(index)
+    if has_single and has_index:
+        raise CheckpointError(
+            f"{directory} holds both {SINGLE_FILE} and {INDEX_FILE}, and only one of them can be meant",
+            hint="move one of them away",
+            path=directory,
+        )
+    if has_single:
+        return read_header(single)
+    if has_index:
+        return _read_shards(index)
+    raise _nothing_to_read(directory)
+
+
+def read_header(path: Path) -> dict[str, TensorRef]:
+    """Every tensor of one safetensors file, in the order of their bytes.
+
+    Raises:
+        CheckpointError: the header lies about the file, or cannot be read.
+    """
+    with open_regular(path) as (descriptor, file_bytes):
+        if file_bytes < 8:
+            raise CheckpointError(
+                f"{path.name} is {file_bytes} bytes long, too short to be a safetensors file", path=path
+            )
+        header_bytes = int.from_bytes(read_at(descriptor, 8, 0, path), "little")
+        if header_bytes > HEADER_LIMIT_BYTES:
+            raise CheckpointError(
+                f"{path.name} claims a header of {header_bytes} bytes, at most {HEADER_LIMIT_BYTES} are read",
+                path=path,
+            )
+        if 8 + header_bytes > file_bytes:
+            raise CheckpointError(
+                f"{path.name} claims a header of {header_bytes} bytes, and the file has "
+                f"{file_bytes - 8} after the length",
+                hint="the download may be incomplete",
+                path=path,
+            )
+        text = read_at(descriptor, header_bytes, 8, path)
+    if not text.startswith(b"{"):
+        raise CheckpointError(f"{path.name}: the header does not start with '{{'", path=path)
+    entries = parse_object(text, path, "header")
+    _check_metadata(entries.pop("__metadata__", {}), path)
+    data_start = 8 + header_bytes
+    refs = [_tensor_ref(name, entry, path, data_start) for name, entry in entries.items()]
+    refs.sort(key=lambda ref: (ref.offset, ref.nbytes))
+    _check_ranges(refs, path, data_start, file_bytes)
+    return {ref.name: ref for ref in refs}
+
+
+def _check_metadata(metadata: object, path: Path) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path.name}: __metadata__ has to map text to text", path=path)
+
+
+def _tensor_ref(name: str, entry: object, path: Path, data_start: int) -> TensorRef:
+    def refuse(sentence: str) -> CheckpointError:
+        return CheckpointError(f"{path.name}: {quote(name)} {sentence}", path=path, tensor=name)
+
+    if not isinstance(entry, dict):
+        raise refuse(f"is {kind_of(entry)} in the header, expected an object")
+    if entry.keys() != {"dtype", "shape", "data_offsets"}:
+        found = ", ".join(sorted(quote(key) for key in entry)) or "nothing"
+        raise refuse(f"is described by {found}; expected data_offsets, dtype, shape")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise refuse(f"has dtype {quote(dtype)}; known: {', '.join(DTYPE_BITS)}")
+    if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
+        raise refuse(f"has shape {quote(shape)}, expected a list of whole numbers from 0 to 2^63 - 1")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
+        raise refuse(f"has data_offsets {quote(offsets)}, expected two whole numbers from 0 to 2^63 - 1")
+
+    num_bits = DTYPE_BITS[dtype]
+    for size in shape:
+        num_bits *= size
+        # Checked at every step, as an implementation with 64-bit arithmetic would have to.
+        if num_bits > _LARGEST_NUMBER:
+            raise refuse(f"is {dtype} {shape}, more than 2^63 - 1 bits")
+    if num_bits % 8:
+        raise refuse(f"is {dtype} {shape}, which is not a whole number of bytes")
+    begin, end = offsets
+    if end < begin or end - begin != num_bits // 8:
+        raise refuse(
+            f"is {dtype} {shape} and needs {num_bits // 8} bytes, its data_offsets {offsets} "
+            f"hold {end - begin}"
+        )
+    return TensorRef(name, path, data_start + begin, end - begin, dtype, tuple(shape))
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST_NUMBER
+
+
+def _check_ranges(refs: list[TensorRef], path: Path, data_start: int, file_bytes: int) -> None:
+    """Prove that the ranges, in order, are exactly the bytes after the header."""
+    at, before = data_start, "the header"
+    for ref in refs:
+        if ref.offset + ref.nbytes > file_bytes:
+            raise CheckpointError(
+                f"{path.name}: {quote(ref.name)} ends at byte {ref.offset + ref.nbytes}, "
+                f"and the file has {file_bytes} bytes",
+                hint="the download may be incomplete",
+                path=path,
+                tensor=ref.name,
+            )
+        if ref.offset != at:
+            fault = "overlaps" if ref.offset < at else "leaves a hole after"
+            raise CheckpointError(
+                f"{path.name}: {quote(ref.name)} {fault} {quote(before)}: it starts at byte "
+                f"{ref.offset}, expected {at}",
+                path=path,
+                tensor=ref.name,
+            )
+        at, before = ref.offset + ref.nbytes, ref.name
+    if at != file_bytes:
+        raise CheckpointError(
+            f"{path.name} has {file_bytes} bytes, and its tensors end at byte {at}", path=path
+        )
+
+
+def _read_shards(index: Path) -> dict[str, TensorRef]:
+    weight_map = _read_weight_map(index)
+    found: dict[str, TensorRef] = {}
+    for shard in sorted(set(weight_map.values())):
+        refs = read_header(index.parent / shard)
+        for name, ref in refs.items():
+            promised = weight_map.get(name)
+            if promised != shard:
+                where = "does not name it" if promised is None else f"puts it into {promised}"
+                raise CheckpointError(
+                    f"{shard} holds {quote(name)}, and {index.name} {where}", path=ref.path, tensor=name
+                )
+            found[name] = ref
+    for name, shard in weight_map.items():
+        if name not in found:
+            raise CheckpointError(
+                f"{index.name} puts {quote(name)} into {shard}, which does not hold it",
+                path=index,
+                tensor=name,
+            )
+    return found
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    raw = read_object(index)
+    for key in raw:
+        if key not in ("metadata", "weight_map"):
+            raise CheckpointError(
+                f"{index.name} has the unknown key '{quote(key)}'; known: metadata, weight_map",
+                path=index,
+                key=key,
+            )
+    entries = raw.get("weight_map")
+    if not isinstance(entries, dict) or not entries:
+        raise CheckpointError(f"{index.name} has no weight_map from tensor names to shards", path=index)
+    weight_map: dict[str, str] = {}
+    for name, shard in entries.items():
+        if not isinstance(shard, str):
+            raise CheckpointError(
+                f"{index.name} puts {quote(name)} into {quote(shard)}, expected a file name",
+                path=index,
+                tensor=name,
+            )
+        if not _is_plain_file_name(shard):
+            raise CheckpointError(
+                f"{index.name} names the shard '{quote(shard)}'; a shard is a plain name, "
+                "without a folder, that ends in .safetensors",
+                path=index,
+                tensor=name,
+            )
+        weight_map[name] = shard
+    return weight_map
+
+
+def _is_plain_file_name(name: str) -> bool:
+    is_plain = name.isprintable() and "/" not in name and "\\" not in name and not name.startswith(".")
+    return is_plain and name.endswith(".safetensors") and len(name) <= 255
+
+
+def _exists(path: Path) -> bool:
+    return path.is_symlink() or path.exists()  # a dangling link counts, so that it gets its own sentence
+
+
+def _nothing_to_read(directory: Path) -> CheckpointError:
+    """The sentence for a directory without safetensors: what was looked for, and what lies there instead."""
+    looked_for = f"{directory} holds no safetensors: looked for {SINGLE_FILE} and {INDEX_FILE}"
+    names = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
+    for name in names:
+        if name.endswith(_PICKLE_SUFFIXES):
+            return CheckpointError(
+                f"{looked_for}, found {quote(name)}, a format that can run code when it is read",
+                hint="get the safetensors files of this model; nothing else is read",
+                path=directory,
+                found=name,
+            )
+    for name in names:
+        if name.endswith((".safetensors", ".gguf")):
+            return CheckpointError(f"{looked_for}, found {quote(name)}", path=directory, found=name)
+    return CheckpointError(looked_for, path=directory)

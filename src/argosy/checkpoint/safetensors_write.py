@@ -1,0 +1,95 @@
+"""Write a safetensors file tensor by tensor, without holding it in memory.
+
+    (name, dtype, shape, read) ...  ->  header from the shapes  ->  one tensor at a time  ->  fsync
+
+The header comes first in the format, so shapes must be known before the first byte of data is made; `read` is
+called once for each tensor, in order. Tensors lie in the order given: name what is read together side by side.
+
+Elsewhere: reading is `safetensors.py`. A directory becomes visible at once by a rename, which is the caller's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from argosy.checkpoint.safetensors import DTYPE_BITS
+
+Bytes: TypeAlias = bytes | bytearray | memoryview
+TensorToWrite: TypeAlias = tuple[str, str, tuple[int, ...], Callable[[], Bytes]]
+
+_NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2"}
+
+
+def write_safetensors(
+    path: Path, tensors: Iterable[TensorToWrite], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write `tensors` to `path`, and return when they are on the drive.
+
+    Args:
+        tensors: name, dtype as the format spells it ("F32", "BF16", ...), shape, and what returns the bytes:
+            little-endian, rows first, exactly dtype times shape.
+        metadata: free text for `__metadata__`.
+
+    Raises:
+        ValueError: a name comes twice, a dtype is unknown, or `read` returned another number of bytes.
+        OSError: the drive refused; what was written stays there, unfinished.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    planned: list[tuple[str, int, Callable[[], Bytes]]] = []
+    offset = 0
+    for name, dtype, shape, read in tensors:
+        if name in header:
+            raise ValueError(f"tensor {name!r} is given twice")
+        if dtype not in DTYPE_BITS:
+            raise ValueError(f"tensor {name!r} has dtype {dtype!r}; known: {', '.join(sorted(DTYPE_BITS))}")
+        nbytes = prod(shape) * DTYPE_BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        planned.append((name, nbytes, read))
+        offset += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the first tensor starts at a multiple of 8
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little"))
+        stream.write(text)
+        for name, nbytes, read in planned:
+            data = memoryview(read()).cast("B")
+            if data.nbytes != nbytes:
+                raise ValueError(f"tensor {name!r} came as {data.nbytes} bytes, expected {nbytes}")
+            stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def encode(values: npt.NDArray[np.floating], dtype: str) -> bytes:
+    """The bytes of `values` as `dtype`: F32, F16 or BF16, rounded to nearest even.
+
+    Raises:
+        ValueError: another dtype, or a number that the dtype has no room for.
+    """
+    if dtype == "BF16":
+        encoded: npt.NDArray[np.generic] = to_bfloat16_bits(values)
+        is_finite = bool((np.asarray(encoded, dtype=np.uint16) & 0x7F80 != 0x7F80).all())
+    elif dtype in _NUMPY_DTYPES:
+        with np.errstate(over="ignore"):
+            encoded = np.ascontiguousarray(values, dtype=_NUMPY_DTYPES[dtype])
+        is_finite = bool(np.isfinite(encoded).all())
+    else:
+        raise ValueError(f"dtype {dtype!r}; supported: F32, F16, BF16")
+    if not is_finite:
+        raise ValueError(f"a value is not a finite number, or too large for {dtype}")
+    return encoded.tobytes()
+
+
+def to_bfloat16_bits(values: npt.NDArray[np.floating]) -> npt.NDArray[np.uint16]:
+    """Round float32 to bfloat16, to nearest even, as bit patterns: NumPy has no bfloat16. NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)

@@ -1,0 +1,121 @@
+"""Families: what `config.json` means and what tensors are called, one file each.
+
+    directory  ->  open_model  ->  ModelFiles     a pack, or safetensors with config.json
+
+A new family is a file with `MODEL_TYPE`, `LAYOUTS` and `parse_config`, its test, and one line of `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol, cast
+
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.json_strict import quote, read_object
+from argosy.checkpoint.manifest import MANIFEST_FILE, open_pack
+from argosy.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_tensors
+from argosy.config import ModelConfig
+from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.model.families import mixtral, qwen2_moe, qwen3_moe
+from argosy.model.families.config_reader import ConfigReader
+from argosy.model.families.layout import Layout, read_layout
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+
+
+class Family(Protocol):
+    """What a family file has to offer."""
+
+    MODEL_TYPE: str
+    LAYOUTS: tuple[Layout, ...]
+
+    def parse_config(self, raw: Mapping[str, object]) -> ModelConfig: ...
+
+
+FAMILIES: Mapping[str, Family] = {
+    family.MODEL_TYPE: cast(Family, family) for family in (mixtral, qwen2_moe, qwen3_moe)
+}
+
+
+def open_model(directory: str | Path) -> ModelFiles:
+    """Find and prove everything a model is read from; reads headers, and no weights.
+
+    Args:
+        directory: a pack, or a checkpoint as the hub has it: `config.json` and safetensors.
+
+    Raises:
+        CheckpointError: there is no model, or a file is missing, damaged or lies about itself.
+        UnsupportedModel: it asks for mathematics that is not built in.
+    """
+    directory = Path(directory)
+    if not directory.exists():
+        raise CheckpointError(f"{directory} does not exist", path=directory)
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory} is a file; a model is a directory with {CONFIG_FILE} and safetensors",
+            hint=f"try {directory.parent}",
+            path=directory,
+        )
+    packed = open_pack(directory)
+    if packed is not None:
+        _require_same_config(packed)
+        return packed
+    config_path = directory / CONFIG_FILE
+    if not config_path.exists() and not config_path.is_symlink():
+        raise _without_config(directory)
+    family, config = read_config(directory)
+    return read_layout(directory, config, family.LAYOUTS, open_tensors(directory))
+
+
+def read_config(directory: Path) -> tuple[Family, ModelConfig]:
+    """The family and configuration of a checkpoint.
+
+    `generation_config.json`, where there is one, has the last word on which tokens end an answer.
+
+    Raises:
+        UnsupportedModel: a family, key or value that is not built in.   CheckpointError: a file is malformed.
+    """
+    raw = read_object(directory / CONFIG_FILE)
+    model_type = raw.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise UnsupportedModel(
+            f"{CONFIG_FILE} asks for model_type '{quote(model_type)}'; supported: {', '.join(FAMILIES)}",
+            path=directory / CONFIG_FILE,
+            key="model_type",
+            value=model_type,
+            supported=list(FAMILIES),
+        )
+    config = family.parse_config(raw)
+    generation_path = directory / GENERATION_FILE
+    if generation_path.exists():
+        reader = ConfigReader(read_object(generation_path), family.MODEL_TYPE, generation_path)
+        eos_ids = reader.token_ids("eos_token_id")
+        if eos_ids:
+            config = replace(config, eos_ids=eos_ids)
+    return family, config
+
+
+def _require_same_config(packed: ModelFiles) -> None:
+    """Prove that a pack's manifest says what the `config.json` beside it says."""
+    _, config = read_config(packed.directory)
+    # Whether the head is its own tensor was seen in the source's files, not in its config.
+    if replace(config, is_embedding_tied=packed.config.is_embedding_tied) != packed.config:
+        raise CheckpointError(
+            f"{MANIFEST_FILE} and {CONFIG_FILE} in {packed.directory} describe different models",
+            hint="make the pack again from its source",
+            path=packed.directory,
+        )
+
+
+def _without_config(directory: Path) -> CheckpointError:
+    names = sorted(entry.name for entry in directory.iterdir())
+    weights = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf"))]
+    looked_for = (
+        f"looked for {MANIFEST_FILE} (a pack), and for {CONFIG_FILE} with {SINGLE_FILE} or {INDEX_FILE}"
+    )
+    found = f", found {quote(weights[0])} without {CONFIG_FILE}" if weights else ""
+    return CheckpointError(f"{directory} holds no model: {looked_for}{found}", path=directory)

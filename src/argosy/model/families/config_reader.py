@@ -1,0 +1,290 @@
+"""Read `config.json` key by key, so that nothing in it goes unnoticed.
+
+    raw dict  ->  ConfigReader.integer("hidden_size"), ...  ->  finish(): a key nobody asked for is refused
+
+A key is one of: read (it decides the mathematics), neutral (known, and accepted only with the value that
+changes nothing), harmless (training, generation or bookkeeping), or unknown. An unknown one may change the
+mathematics, so the model is refused by its name. An absent key has the default of the family's `transformers`
+5 config class.
+
+Elsewhere: which keys a family has is its own file; rope is `rope_config.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from argosy.checkpoint.json_strict import kind_of, quote
+from argosy.errors import CheckpointError, UnsupportedModel
+
+# Models have about a hundred layers and a few hundred experts; a size beyond these is a damaged file.
+MOST_LAYERS = 4096
+MOST_EXPERTS = 65_536
+LARGEST_SIZE = 2**31 - 1
+
+# Training, generation and bookkeeping: none of them changes what the weights compute.
+HARMLESS = frozenset({
+    "architectures", "auto_map", "model_type", "transformers_version", "_name_or_path", "name_or_path",
+    "_commit_hash", "torch_dtype", "dtype", "initializer_range", "use_cache", "use_return_dict",
+    "return_dict", "output_attentions", "output_hidden_states", "output_router_logits",
+    "router_aux_loss_coef", "router_jitter_noise", "attention_dropout", "hidden_dropout", "embd_pdrop",
+    "resid_pdrop", "attn_implementation", "_attn_implementation", "_attn_implementation_autoset",
+    "experts_implementation", "pad_token_id", "tokenizer_class", "id2label", "label2id", "num_labels",
+    "problem_type", "finetuning_task", "task_specific_params", "chunk_size_feed_forward",
+    "gradient_checkpointing", "torchscript", "tie_encoder_decoder", "language", "license", "do_sample",
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty",
+    "max_length", "min_length", "max_new_tokens", "no_repeat_ngram_size", "num_beams", "num_beam_groups",
+    "num_return_sequences", "early_stopping", "diversity_penalty", "bad_words_ids", "suppress_tokens",
+    "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
+    "exponential_decay_length_penalty", "encoder_no_repeat_ngram_size", "remove_invalid_values",
+    "return_dict_in_generate", "output_scores", "prefix", "unsloth_version", "unsloth_fixed",
+})  # fmt: skip
+
+# Known switches of other models: fine while they are off.
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "quantization_config": (None,),
+    "compression_config": (None,),
+    "pretraining_tp": (1, None),
+    "is_encoder_decoder": (False,),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "pruned_heads": (None, {}),
+    "per_layer_config": (None,),
+    "tie_last_hidden_states": (None,),
+    "use_bfloat16": (False, True),
+    "tf_legacy_loss": (False,),
+    "mlp_bias": (False, None),
+    "partial_rotary_factor": (1, None),
+    "rope_interleaved": (False, None),
+}
+
+
+class AttentionShape(NamedTuple):
+    """Hidden size and heads of a model."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class ConfigReader:
+    """One pass over a config: ask for every key that matters, then `finish()`."""
+
+    def __init__(self, raw: Mapping[str, object], family: str, path: Path = Path("config.json")) -> None:
+        self._raw = raw
+        self._family = family
+        self._path = path
+        self._asked: set[str] = set()
+
+    def integer(self, *names: str, default: int | None, least: int = 1, most: int = LARGEST_SIZE) -> int:
+        """A whole number under any of its `names`."""
+        name, value = self._find(*names, default=default)
+        if type(value) is not int or not least <= value <= most:
+            raise self._wrong(name, value, f"a whole number from {least} to {most}")
+        return value
+
+    def optional_integer(self, name: str, default: int | None = None, least: int = 1) -> int | None:
+        """A whole number, or None where the file says null or nothing."""
+        if self._raw.get(name, default) is None:
+            self._asked.add(name)
+            return None
+        return self.integer(name, default=default, least=least)
+
+    def number(self, name: str, default: float) -> float:
+        """A number above zero that fits a float64."""
+        _, value = self._find(name, default=default)
+        if not is_positive_number(value):
+            raise self._wrong(name, value, "a number above zero")
+        return float(value)  # type: ignore[arg-type]
+
+    def flag(self, name: str, default: bool) -> bool:
+        _, value = self._find(name, default=default)
+        if type(value) is not bool:
+            raise self._wrong(name, value, "true or false")
+        return value
+
+    def one_of(self, name: str, default: str, supported: tuple[str, ...]) -> str:
+        """Text that has to be one of the `supported`."""
+        _, value = self._find(name, default=default)
+        if not isinstance(value, str) or value not in supported:
+            raise self._unsupported(name, value, ", ".join(supported))
+        return value
+
+    def integers(self, name: str, *, least: int, most: int) -> tuple[int, ...]:
+        """A list of whole numbers; null or absent is empty."""
+        value = self._raw.get(name)
+        self._asked.add(name)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(
+            type(item) is int and least <= item <= most for item in value
+        ):
+            raise self._wrong(name, value, f"a list of whole numbers from {least} to {most}")
+        return tuple(value)
+
+    def token_ids(self, name: str, default: int | None = None) -> tuple[int, ...]:
+        """One token id, a list of them, or null."""
+        value = self._raw.get(name, default)
+        self._asked.add(name)
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        token_ids = []
+        for item in items:
+            if type(item) is not int or not -1 <= item <= LARGEST_SIZE:
+                raise self._wrong(name, value, "a token id, a list of them, or null")
+            if item >= 0:  # -1 is how some configs write "none"
+                token_ids.append(item)
+        return tuple(token_ids)
+
+    def mapping(self, name: str) -> dict[str, object] | None:
+        """An object, or None where the file says null or nothing."""
+        value = self._raw.get(name)
+        self._asked.add(name)
+        if value is not None and not isinstance(value, dict):
+            raise self._wrong(name, value, "an object or null")
+        return value
+
+    def texts(self, name: str) -> tuple[str, ...] | None:
+        """A list of texts, or None where the file says null or nothing."""
+        value = self._raw.get(name)
+        self._asked.add(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self._wrong(name, value, "a list of texts or null")
+        return tuple(value)
+
+    def attention_shape(self, *, hidden_size: int, num_heads: int, num_kv_heads: int) -> AttentionShape:
+        """Hidden size and heads; the arguments are the family's defaults. Null key heads: as many as heads.
+
+        Raises:
+            CheckpointError: a size is missing or malformed, or query heads do not share out over key heads.
+        """
+        hidden_size = self.integer("hidden_size", default=hidden_size)
+        num_heads = self.integer("num_attention_heads", default=num_heads)
+        num_kv_heads = self.optional_integer("num_key_value_heads", default=num_kv_heads) or num_heads
+        if num_heads % num_kv_heads:
+            raise CheckpointError(
+                f"{self._path.name}: num_attention_heads is {num_heads}, expected a multiple of "
+                f"num_key_value_heads, which is {num_kv_heads}",
+                path=self._path,
+                key="num_key_value_heads",
+            )
+        head_dim = self.optional_integer("head_dim") or hidden_size // num_heads
+        if head_dim == 0:
+            raise CheckpointError(
+                f"{self._path.name}: hidden_size {hidden_size} leaves nothing for each of {num_heads} heads",
+                path=self._path,
+                key="head_dim",
+            )
+        return AttentionShape(hidden_size, num_heads, num_kv_heads, head_dim)
+
+    def layer_types(self, num_layers: int) -> tuple[str, ...] | None:
+        """`layer_types`, once it has a supported kind for each layer; None where there is none."""
+        kinds = self.texts("layer_types")
+        if kinds is None:
+            return None
+        for kind in kinds:
+            if kind not in ("full_attention", "sliding_attention"):
+                raise self._unsupported("layer_types", kind, "full_attention, sliding_attention")
+        if len(kinds) != num_layers:
+            raise CheckpointError(
+                f"{self._path.name}: layer_types has {len(kinds)} entries, expected one for each of "
+                f"{num_layers} layers",
+                path=self._path,
+                key="layer_types",
+            )
+        return kinds
+
+    def has(self, name: str) -> bool:
+        return name in self._raw
+
+    def neutral(self, name: str, *accepted: object) -> None:
+        """A key of other models that may stand here with a value that changes nothing."""
+        self._asked.add(name)
+        if name in self._raw and not any(_is_same(self._raw[name], value) for value in accepted):
+            raise self._unsupported(name, self._raw[name], " or ".join(_as_json(value) for value in accepted))
+
+    def unsupported(self, name: str, supported: str) -> UnsupportedModel:
+        """The error for a value that is well-formed, and asks for something that is not built in."""
+        return self._unsupported(name, self._raw.get(name), supported)
+
+    def finish(self) -> None:
+        """Refuse every key that was not asked for.
+
+        Raises:
+            UnsupportedModel: names the key, its value and the keys that are understood.
+        """
+        if isinstance(quantization := self._raw.get("quantization_config"), dict):
+            method = quantization.get("quant_method", quantization.get("quant_algo", "unknown"))
+            error = self._unsupported("quantization_config", method, "unquantised bf16, f16 and f32 tensors")
+            error.hint = "get the unquantised checkpoint, then `argosy pack --format q8` or `q4`"
+            raise error
+        for name, accepted in NEUTRAL.items():
+            self.neutral(name, *accepted)
+        for key, value in self._raw.items():
+            if key not in self._asked and key not in HARMLESS:
+                raise UnsupportedModel(
+                    f"{self._path.name} sets {quote(key)} to {_as_json(value)}, and {self._family} does not "
+                    f"know this key; supported: {', '.join(sorted(self._asked - NEUTRAL.keys()))}",
+                    key=key,
+                    value=value,
+                    supported=sorted(self._asked - NEUTRAL.keys()),
+                )
+
+    def _find(self, *names: str, default: object) -> tuple[str, object]:
+        """The value under any of its names; two names have to agree."""
+        self._asked.update(names)
+        given = [name for name in names if name in self._raw]
+        if not given:
+            return names[0], default
+        for other in given[1:]:
+            if not _is_same(self._raw[other], self._raw[given[0]]):
+                raise CheckpointError(
+                    f"{self._path.name} gives {given[0]} as {_as_json(self._raw[given[0]])} and {other}, "
+                    f"its other name, as {_as_json(self._raw[other])}",
+                    path=self._path,
+                    key=other,
+                )
+        return given[0], self._raw[given[0]]
+
+    def _wrong(self, name: str, value: object, expected: str) -> CheckpointError:
+        found = (
+            _as_json(value)
+            if value is None or isinstance(value, bool)
+            else f"{_as_json(value)}, {kind_of(value)}"
+        )
+        return CheckpointError(
+            f"{self._path.name}: {name} is {found}; expected {expected}",
+            path=self._path,
+            key=name,
+            value=value,
+        )
+
+    def _unsupported(self, name: str, value: object, supported: str) -> UnsupportedModel:
+        return UnsupportedModel(
+            f"{self._path.name} asks for {name} {_as_json(value)}; supported: {supported}",
+            path=self._path,
+            key=name,
+            value=value,
+            supported=supported,
+        )
+
+
+def is_positive_number(value: object) -> bool:
+    # 1e300: a whole number in JSON may have a thousand digits, and float() of it would fail.
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e300
+
+
+def _is_same(one: object, other: object) -> bool:
+    # True == 1 in Python and not in JSON.
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
+def _as_json(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"'{quote(value)}'" if isinstance(value, str) else quote(value)

@@ -1,0 +1,201 @@
+"""What a checkpoint calls its tensors, and how that becomes `ModelFiles`.
+
+    ModelConfig + Layout + {name: TensorRef}  ->  read_layout  ->  ModelFiles
+
+A family has one layout or several: the hub keeps one tensor per expert matrix, and `transformers` 5 can also
+write all experts of a layer as one fused tensor, [experts, 2 * width, hidden] with gate before up. The first
+layout whose expert tensors are there is read. Every tensor is accounted for: one that is missing, has another
+shape, has a dtype that no kernel reads, or is not asked for is an error with its name. Only what old
+exporters leave behind is passed over (`_LEFTOVERS`).
+
+Elsewhere: shapes are `checkpoint/geometry.py`; where bytes lie is `checkpoint/safetensors.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from argosy.checkpoint.files import (
+    BYTES_PER_VALUE,
+    ExpertMatrix,
+    ExpertRecord,
+    MatrixRef,
+    ModelFiles,
+    Piece,
+    require_one_expert_format,
+)
+from argosy.checkpoint.geometry import dense_shapes, expert_shapes
+from argosy.checkpoint.json_strict import quote
+from argosy.checkpoint.safetensors import TensorRef
+from argosy.config import Format, ModelConfig
+from argosy.errors import CheckpointError, UnsupportedModel
+
+_FORMAT_OF_DTYPE: Mapping[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+# Constants that old exporters saved with the weights; they are computed from the config here.
+_LEFTOVERS = re.compile(
+    r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|model\.layers\.\d+\.self_attn\.bias"
+)
+
+MODEL_NAMES = {
+    "embed": "model.embed_tokens.weight",
+    "head": "lm_head.weight",
+    "final_norm": "model.norm.weight",
+}
+ATTENTION_NAMES = {
+    "attn_norm": "input_layernorm.weight",
+    "q": "self_attn.q_proj.weight",
+    "k": "self_attn.k_proj.weight",
+    "v": "self_attn.v_proj.weight",
+    "o": "self_attn.o_proj.weight",
+    "q_bias": "self_attn.q_proj.bias",
+    "k_bias": "self_attn.k_proj.bias",
+    "v_bias": "self_attn.v_proj.bias",
+    "o_bias": "self_attn.o_proj.bias",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+    "mlp_norm": "post_attention_layernorm.weight",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Names below `model.layers.{i}.`: dense ones by canonical name, experts one by one or fused."""
+
+    layer_names: Mapping[str, str]
+    expert_names: tuple[str, str, str] | None = None  # gate, up, down, with {expert}
+    fused_names: tuple[str, str] | None = None  # gate and up in one, down
+
+    def dense_name(self, canonical: str) -> str:
+        """The checkpoint's name of a dense tensor."""
+        if canonical in MODEL_NAMES:
+            return MODEL_NAMES[canonical]
+        _, layer, last = canonical.split(".")
+        return f"model.layers.{layer}.{self.layer_names[last]}"
+
+    def names_of_expert(self, layer: int, expert: int) -> tuple[str, ...]:
+        """The checkpoint's names of the tensors that an expert is read from."""
+        if self.fused_names is not None:
+            return tuple(f"model.layers.{layer}.{name}" for name in self.fused_names)
+        assert self.expert_names is not None
+        return tuple(f"model.layers.{layer}.{name.format(expert=expert)}" for name in self.expert_names)
+
+
+def read_layout(
+    directory: Path, config: ModelConfig, layouts: tuple[Layout, ...], tensors: Mapping[str, TensorRef]
+) -> ModelFiles:
+    """Account for every tensor of a checkpoint.
+
+    Raises:
+        CheckpointError: a tensor is missing, extra, or of another shape than the config calls for.
+        UnsupportedModel: a tensor has a dtype that no kernel reads.
+    """
+    if config.is_embedding_tied and MODEL_NAMES["head"] in tensors:
+        # Tied in the config, and yet a head in the files: the files win, as in transformers 5.
+        config = replace(config, is_embedding_tied=False)
+    probe = config.moe_layers[0]
+    layout = next((one for one in layouts if one.names_of_expert(probe, 0)[0] in tensors), layouts[0])
+    reader = _Accounts(directory, tensors)
+    dense = {
+        canonical: reader.dense(canonical, layout.dense_name(canonical), shape)
+        for canonical, shape in dense_shapes(config)
+    }
+    experts = reader.experts(config, layout)
+    reader.refuse_extra(config)
+    require_one_expert_format(experts, directory)
+    return ModelFiles(directory, config, dense, experts)
+
+
+class _Accounts:
+    """Takes tensors by name, and knows at the end which nobody took."""
+
+    def __init__(self, directory: Path, tensors: Mapping[str, TensorRef]) -> None:
+        self._directory = directory
+        self._tensors = tensors
+        self._taken: set[str] = set()
+
+    def take(self, name: str, shape: tuple[int, ...]) -> tuple[TensorRef, Format]:
+        """The tensor `name` and its format, once it has the expected shape."""
+        ref = self._tensors.get(name)
+        if ref is None:
+            raise CheckpointError(
+                f"{name} is missing from the {len(self._tensors)} tensors in {self._directory}",
+                path=self._directory,
+                tensor=name,
+            )
+        if ref.shape != shape:
+            raise CheckpointError(
+                f"{ref.path.name}: {name} is {list(ref.shape)}, expected {list(shape)}",
+                path=ref.path,
+                tensor=name,
+                found=ref.shape,
+                expected=shape,
+            )
+        if ref.dtype not in _FORMAT_OF_DTYPE:
+            raise UnsupportedModel(
+                f"{ref.path.name}: {name} has dtype {ref.dtype}; supported: {', '.join(_FORMAT_OF_DTYPE)}",
+                path=ref.path,
+                tensor=name,
+                key="dtype",
+                value=ref.dtype,
+                supported=list(_FORMAT_OF_DTYPE),
+            )
+        self._taken.add(name)
+        return ref, _FORMAT_OF_DTYPE[ref.dtype]
+
+    def dense(self, canonical: str, name: str, shape: tuple[int, ...]) -> MatrixRef:
+        ref, format = self.take(name, shape)
+        rows, cols = shape if len(shape) == 2 else (1, shape[0])
+        return MatrixRef(name, ref.path, ref.offset, ref.nbytes, format, rows, cols)
+
+    def experts(self, config: ModelConfig, layout: Layout) -> dict[tuple[int, int], ExpertRecord]:
+        read = self._fused_expert if layout.fused_names is not None else self._single_expert
+        return {
+            (layer, expert): read(config, layer, expert, layout.names_of_expert(layer, expert))
+            for layer in config.moe_layers
+            for expert in range(config.num_experts)
+        }
+
+    def _single_expert(
+        self, config: ModelConfig, layer: int, expert: int, names: tuple[str, ...]
+    ) -> ExpertRecord:
+        pieces, matrices = [], []
+        for index, (name, shape) in enumerate(zip(names, expert_shapes(config), strict=True)):
+            ref, format = self.take(name, shape)
+            pieces.append(Piece(ref.path, ref.offset, ref.nbytes))
+            matrices.append(ExpertMatrix(index, 0, format, *shape))
+        return ExpertRecord(tuple(pieces), *matrices)
+
+    def _fused_expert(
+        self, config: ModelConfig, layer: int, expert: int, names: tuple[str, ...]
+    ) -> ExpertRecord:
+        gate, _, down = expert_shapes(config)
+        gate_up_ref, gate_up_format = self.take(names[0], (config.num_experts, 2 * gate[0], gate[1]))
+        down_ref, down_format = self.take(names[1], (config.num_experts, *down))
+        gate_bytes = gate[0] * gate[1] * BYTES_PER_VALUE[gate_up_format]
+        down_bytes = down[0] * down[1] * BYTES_PER_VALUE[down_format]
+        pieces = (
+            Piece(gate_up_ref.path, gate_up_ref.offset + expert * 2 * gate_bytes, 2 * gate_bytes),
+            Piece(down_ref.path, down_ref.offset + expert * down_bytes, down_bytes),
+        )
+        return ExpertRecord(
+            pieces,
+            gate=ExpertMatrix(0, 0, gate_up_format, *gate),
+            up=ExpertMatrix(0, gate_bytes, gate_up_format, *gate),
+            down=ExpertMatrix(1, 0, down_format, *down),
+        )
+
+    def refuse_extra(self, config: ModelConfig) -> None:
+        extra = [name for name in self._tensors if name not in self._taken and not _LEFTOVERS.fullmatch(name)]
+        if extra:
+            others = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+            ref = self._tensors[extra[0]]
+            raise CheckpointError(
+                f"{ref.path.name}: {quote(extra[0])} {list(ref.shape)}{others}: a {config.family} model with "
+                "this config.json has no such tensor",
+                path=ref.path,
+                tensor=extra[0],
+                extra=extra,
+            )

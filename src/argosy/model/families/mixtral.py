@@ -1,0 +1,76 @@
+"""Mixtral (Jiang et al., arXiv:2401.04088): routed experts in every layer, routing weights that sum to one.
+
+The hub's names are of the first release (`block_sparse_moe`, w1 = gate, w3 = up, w2 = down); `transformers` 5
+can also write its own (`mlp.experts.gate_up_proj`). A sliding window, where one is set, holds in every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from argosy.config import LayerConfig, ModelConfig, RouterConfig
+from argosy.model.families.config_reader import MOST_EXPERTS, MOST_LAYERS, ConfigReader
+from argosy.model.families.layout import ATTENTION_NAMES, Layout
+from argosy.model.families.rope_config import read_rope
+
+MODEL_TYPE = "mixtral"
+
+LAYOUTS = (
+    Layout(
+        layer_names={**ATTENTION_NAMES, "router": "block_sparse_moe.gate.weight"},
+        expert_names=(
+            "block_sparse_moe.experts.{expert}.w1.weight",
+            "block_sparse_moe.experts.{expert}.w3.weight",
+            "block_sparse_moe.experts.{expert}.w2.weight",
+        ),
+    ),
+    Layout(
+        layer_names={**ATTENTION_NAMES, "router": "mlp.gate.weight"},
+        fused_names=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+    ),
+)
+
+
+def parse_config(raw: Mapping[str, object]) -> ModelConfig:
+    """Read a `config.json`; an absent key has the default of `MixtralConfig` in transformers 5.24.
+
+    Raises:
+        UnsupportedModel: a key or value asks for something that is not built in.
+        CheckpointError: a key is missing, malformed, or contradicts another.
+    """
+    reader = ConfigReader(raw, MODEL_TYPE)
+    shape = reader.attention_shape(hidden_size=4096, num_heads=32, num_kv_heads=8)
+    context_tokens = reader.integer("max_position_embeddings", default=131_072)
+    num_layers = reader.integer("num_hidden_layers", default=32, most=MOST_LAYERS)
+    num_experts = reader.integer(
+        "num_local_experts", "num_experts", "n_routed_experts", default=8, most=MOST_EXPERTS
+    )
+    window = reader.optional_integer("sliding_window") or 0
+    reader.one_of("hidden_act", "silu", ("silu",))
+    reader.neutral("attention_bias", False)
+    reader.neutral("use_sliding_window", window > 0)
+    config = ModelConfig(
+        family=MODEL_TYPE,
+        vocab_size=reader.integer("vocab_size", default=32_000),
+        hidden_size=shape.hidden_size,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        layers=(LayerConfig(is_moe=True, sliding_window=window),) * num_layers,
+        rope=read_rope(
+            reader, head_dim=shape.head_dim, context_tokens=context_tokens, default_theta=1_000_000.0
+        ),
+        norm_eps=reader.number("rms_norm_eps", 1e-5),
+        context_tokens=context_tokens,
+        num_experts=num_experts,
+        experts_per_token=reader.integer(
+            "num_experts_per_tok", "num_experts_per_token", default=2, most=num_experts
+        ),
+        expert_width=reader.integer("intermediate_size", default=14_336),
+        router=RouterConfig(renormalize=True),
+        is_embedding_tied=reader.flag("tie_word_embeddings", False),
+        eos_ids=reader.token_ids("eos_token_id", default=2),
+        bos_id=next(iter(reader.token_ids("bos_token_id", default=1)), None),
+    )
+    reader.finish()
+    return config

@@ -1,0 +1,92 @@
+"""Qwen2-MoE (Qwen1.5-MoE, Qwen2-57B-A14B): routed experts, and a shared expert behind a sigmoid.
+
+Biases on q, k and v unless `qkv_bias` is false. With `use_sliding_window`, the window holds in the even
+layers below `max_window_layers`, or where `layer_types` says so: the rule of Qwen2MoeConfig in transformers
+5.24.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from argosy.config import LayerConfig, ModelConfig, RouterConfig
+from argosy.errors import CheckpointError
+from argosy.model.families.config_reader import MOST_EXPERTS, MOST_LAYERS, ConfigReader
+from argosy.model.families.qwen_moe import LAYOUTS, read_moe_layers
+from argosy.model.families.rope_config import read_rope
+
+__all__ = ["LAYOUTS", "MODEL_TYPE", "parse_config"]
+
+MODEL_TYPE = "qwen2_moe"
+
+
+def parse_config(raw: Mapping[str, object]) -> ModelConfig:
+    """Read a `config.json`; an absent key has the default of `Qwen2MoeConfig` in transformers 5.24.
+
+    Raises:
+        UnsupportedModel: a key or value asks for something that is not built in.
+        CheckpointError: a key is missing, malformed, or contradicts another.
+    """
+    reader = ConfigReader(raw, MODEL_TYPE)
+    shape = reader.attention_shape(hidden_size=2048, num_heads=16, num_kv_heads=16)
+    context_tokens = reader.integer("max_position_embeddings", default=32_768)
+    num_layers = reader.integer("num_hidden_layers", default=24, most=MOST_LAYERS)
+    num_experts = reader.integer(
+        "num_experts", "num_local_experts", "n_routed_experts", default=60, most=MOST_EXPERTS
+    )
+    windows = _read_windows(reader, num_layers)
+    is_moe = read_moe_layers(reader, num_layers)
+    reader.one_of("hidden_act", "silu", ("silu",))
+    config = ModelConfig(
+        family=MODEL_TYPE,
+        vocab_size=reader.integer("vocab_size", default=151_936),
+        hidden_size=shape.hidden_size,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        layers=tuple(
+            LayerConfig(is_moe=moe, sliding_window=window)
+            for moe, window in zip(is_moe, windows, strict=True)
+        ),
+        rope=read_rope(
+            reader, head_dim=shape.head_dim, context_tokens=context_tokens, default_theta=10_000.0
+        ),
+        norm_eps=reader.number("rms_norm_eps", 1e-6),
+        context_tokens=context_tokens,
+        num_experts=num_experts,
+        experts_per_token=reader.integer(
+            "num_experts_per_tok", "num_experts_per_token", default=4, most=num_experts
+        ),
+        expert_width=reader.integer("moe_intermediate_size", default=1408),
+        router=RouterConfig(renormalize=reader.flag("norm_topk_prob", False)),
+        dense_width=reader.integer("intermediate_size", default=5632),
+        shared_width=reader.integer("shared_expert_intermediate_size", default=5632),
+        shared_is_gated=True,
+        has_qkv_bias=reader.flag("qkv_bias", True),
+        is_embedding_tied=reader.flag("tie_word_embeddings", False),
+        eos_ids=reader.token_ids("eos_token_id"),
+        bos_id=next(iter(reader.token_ids("bos_token_id")), None),
+    )
+    reader.finish()
+    return config
+
+
+def _read_windows(reader: ConfigReader, num_layers: int) -> tuple[int, ...]:
+    """The sliding window of each layer, 0 for full attention."""
+    is_used = reader.flag("use_sliding_window", False)
+    window = reader.optional_integer("sliding_window", default=4096, least=0)
+    most_layers = reader.integer("max_window_layers", default=28, least=0)
+    kinds = reader.layer_types(num_layers)
+    if kinds is None:
+        is_sliding = tuple(is_used and layer % 2 == 0 and layer < most_layers for layer in range(num_layers))
+    else:
+        is_sliding = tuple(kind == "sliding_attention" for kind in kinds)
+    if not any(is_sliding):
+        return (0,) * num_layers
+    if not is_used or not window:
+        raise CheckpointError(
+            f"config.json asks for sliding attention in layer {is_sliding.index(True)}, and its window is "
+            f"{'off (use_sliding_window is false)' if not is_used else window}",
+            key="sliding_window",
+        )
+    return tuple(window if sliding else 0 for sliding in is_sliding)

@@ -1,0 +1,85 @@
+"""Qwen3-MoE (arXiv:2505.09388): routed experts only; each head of q and k is normed before it turns.
+
+`attention_bias` puts a bias on q, k, v and o. With `use_sliding_window`, the window holds in every layer
+(Qwen3MoeModel in transformers 5.24); `max_window_layers`, which released files still carry, decides nothing
+there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from argosy.config import LayerConfig, ModelConfig, RouterConfig
+from argosy.model.families.config_reader import MOST_EXPERTS, MOST_LAYERS, ConfigReader
+from argosy.model.families.qwen_moe import LAYOUTS, read_moe_layers
+from argosy.model.families.rope_config import read_rope
+
+__all__ = ["LAYOUTS", "MODEL_TYPE", "parse_config"]
+
+MODEL_TYPE = "qwen3_moe"
+
+
+def parse_config(raw: Mapping[str, object]) -> ModelConfig:
+    """Read a `config.json`; an absent key has the default of `Qwen3MoeConfig` in transformers 5.24.
+
+    Raises:
+        UnsupportedModel: a key or value asks for something that is not built in.
+        CheckpointError: a key is missing, malformed, or contradicts another.
+    """
+    reader = ConfigReader(raw, MODEL_TYPE)
+    shape = reader.attention_shape(hidden_size=2048, num_heads=32, num_kv_heads=4)
+    context_tokens = reader.integer("max_position_embeddings", default=32_768)
+    num_layers = reader.integer("num_hidden_layers", default=24, most=MOST_LAYERS)
+    num_experts = reader.integer(
+        "num_experts", "num_local_experts", "n_routed_experts", default=128, most=MOST_EXPERTS
+    )
+    window = _read_window(reader, num_layers)
+    is_moe = read_moe_layers(reader, num_layers)
+    has_bias = reader.flag("attention_bias", False)
+    reader.one_of("hidden_act", "silu", ("silu",))
+    # Released files repeat these keys of sister models (Qwen3-Coder does).
+    reader.neutral("qkv_bias", False)
+    reader.neutral("use_qk_norm", True)
+    reader.neutral("shared_expert_intermediate_size", 0, None)
+    config = ModelConfig(
+        family=MODEL_TYPE,
+        vocab_size=reader.integer("vocab_size", default=151_936),
+        hidden_size=shape.hidden_size,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        layers=tuple(LayerConfig(is_moe=moe, sliding_window=window) for moe in is_moe),
+        rope=read_rope(
+            reader, head_dim=shape.head_dim, context_tokens=context_tokens, default_theta=10_000.0
+        ),
+        norm_eps=reader.number("rms_norm_eps", 1e-6),
+        context_tokens=context_tokens,
+        num_experts=num_experts,
+        experts_per_token=reader.integer(
+            "num_experts_per_tok", "num_experts_per_token", default=8, most=num_experts
+        ),
+        expert_width=reader.integer("moe_intermediate_size", default=768),
+        router=RouterConfig(renormalize=reader.flag("norm_topk_prob", False)),
+        dense_width=reader.integer("intermediate_size", default=6144),
+        has_qkv_bias=has_bias,
+        has_o_bias=has_bias,
+        has_qk_norm=True,
+        is_embedding_tied=reader.flag("tie_word_embeddings", False),
+        eos_ids=reader.token_ids("eos_token_id"),
+        bos_id=next(iter(reader.token_ids("bos_token_id")), None),
+    )
+    reader.finish()
+    return config
+
+
+def _read_window(reader: ConfigReader, num_layers: int) -> int:
+    """The sliding window of all layers, 0 for full attention."""
+    is_used = reader.flag("use_sliding_window", False)
+    window = reader.optional_integer("sliding_window", default=4096, least=0)
+    reader.optional_integer("max_window_layers", least=0)
+    active = (window or 0) if is_used else 0
+    kinds = reader.layer_types(num_layers)
+    expected = "sliding_attention" if active else "full_attention"
+    if kinds is not None and any(kind != expected for kind in kinds):
+        raise reader.unsupported("layer_types", f"{expected} in every layer, as the other keys say")
+    return active

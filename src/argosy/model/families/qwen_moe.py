@@ -1,0 +1,52 @@
+"""What Qwen2-MoE and Qwen3-MoE share: which layers have routed experts, and what the tensors are called."""
+
+from __future__ import annotations
+
+from argosy.errors import CheckpointError
+from argosy.model.families.config_reader import ConfigReader
+from argosy.model.families.layout import ATTENTION_NAMES, Layout
+
+_LAYER_NAMES = {
+    **ATTENTION_NAMES,
+    "router": "mlp.gate.weight",
+    "shared_gate": "mlp.shared_expert.gate_proj.weight",
+    "shared_up": "mlp.shared_expert.up_proj.weight",
+    "shared_down": "mlp.shared_expert.down_proj.weight",
+    "shared_score": "mlp.shared_expert_gate.weight",
+    "gate": "mlp.gate_proj.weight",
+    "up": "mlp.up_proj.weight",
+    "down": "mlp.down_proj.weight",
+}
+
+LAYOUTS = (
+    Layout(
+        layer_names=_LAYER_NAMES,
+        expert_names=(
+            "mlp.experts.{expert}.gate_proj.weight",
+            "mlp.experts.{expert}.up_proj.weight",
+            "mlp.experts.{expert}.down_proj.weight",
+        ),
+    ),
+    Layout(layer_names=_LAYER_NAMES, fused_names=("mlp.experts.gate_up_proj", "mlp.experts.down_proj")),
+)
+
+
+def read_moe_layers(reader: ConfigReader, num_layers: int) -> tuple[bool, ...]:
+    """For each layer, whether it has routed experts.
+
+    Layer i has them unless `mlp_only_layers` names it, if i + 1 is a multiple of `decoder_sparse_step`
+    (Qwen2MoeDecoderLayer and Qwen3MoeDecoderLayer in transformers 5.24).
+
+    Raises:
+        CheckpointError: no layer has them.
+    """
+    dense_layers = reader.integers("mlp_only_layers", least=0, most=num_layers - 1)
+    step = reader.integer("decoder_sparse_step", default=1)
+    is_moe = tuple(layer not in dense_layers and (layer + 1) % step == 0 for layer in range(num_layers))
+    if not any(is_moe):
+        raise CheckpointError(
+            f"config.json leaves none of the {num_layers} layers with routed experts: mlp_only_layers is "
+            f"{list(dense_layers)}, decoder_sparse_step is {step}",
+            key="mlp_only_layers",
+        )
+    return is_moe

@@ -1,0 +1,199 @@
+"""Read how positions turn, in both spellings that configs have.
+
+    rope_theta + rope_scaling {"type" or "rope_type": ...}     hub files of 2023 to 2025
+    rope_parameters {"rope_theta": ..., "rope_type": ...}      written by transformers 5
+
+Kinds and their fields are those of `modeling_rope_utils.py` in transformers 5.24, defaults included. A field
+that the kind does not use is refused by name: someone meant something by it.
+
+Elsewhere: the angles themselves are `model/rope.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from argosy.checkpoint.json_strict import quote
+from argosy.config import RopeConfig
+from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.model.families.config_reader import LARGEST_SIZE, ConfigReader, is_positive_number
+
+Kind = Literal["default", "linear", "dynamic", "yarn", "llama3"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_COMMON = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
+_FIELDS: dict[Kind, set[str]] = {
+    "default": set(),
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "yarn": {
+        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+        "mscale_all_dim", "truncate",
+    },
+    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+}  # fmt: skip
+
+
+def read_rope(
+    reader: ConfigReader, *, head_dim: int, context_tokens: int, default_theta: float
+) -> RopeConfig:
+    """The rotary embedding that a config asks for.
+
+    Args:
+        reader: the config.
+        head_dim: all of it turns in these families.
+        context_tokens: max_position_embeddings.
+        default_theta: of the family, where the file names none.
+
+    Raises:
+        UnsupportedModel: a kind or field that is not built in, named.
+        CheckpointError: a field is missing, malformed, or said twice differently.
+    """
+    parameters, name = _one_mapping(reader)
+    fields = _Fields(parameters, name)
+    kind = _kind(fields)
+    fields.refuse_unknown(kind)
+    if head_dim % 2:
+        raise CheckpointError(
+            f"config.json gives heads of {head_dim} dimensions, and rotary embedding turns pairs"
+        )
+    if fields.number("partial_rotary_factor", 1.0) != 1.0:
+        raise fields.unsupported("partial_rotary_factor", "1.0")
+
+    theta = reader.number("rope_theta", default_theta)
+    if "rope_theta" in parameters:
+        inner = fields.number("rope_theta", None)
+        if reader.has("rope_theta") and inner != theta:
+            raise CheckpointError(
+                f"config.json gives rope_theta as {theta} and, in {name}, as {inner}", key="rope_theta"
+            )
+        theta = inner
+
+    original = context_tokens
+    if kind in ("yarn", "llama3"):
+        original = fields.integer("original_max_position_embeddings", context_tokens)
+        # Where the file names it outside as well, that one wins (transformers' standardize_rope_params).
+        original = reader.optional_integer("original_max_position_embeddings") or original
+    else:
+        reader.neutral("original_max_position_embeddings", context_tokens, None)
+    factor = 1.0
+    if kind != "default":
+        # yarn with "factor": null means the ratio of the two contexts.
+        default_factor = context_tokens / original if kind == "yarn" and fields.is_null("factor") else None
+        factor = fields.number("factor", default_factor)
+    rope = RopeConfig(
+        theta=theta,
+        rotary_dim=head_dim,
+        kind=kind,
+        factor=factor,
+        original_context=original,
+        beta_fast=fields.number("beta_fast", 32.0),
+        beta_slow=fields.number("beta_slow", 1.0),
+        attention_factor=fields.optional_number("attention_factor"),
+        mscale=fields.optional_number("mscale"),
+        mscale_all_dim=fields.optional_number("mscale_all_dim"),
+        truncate=fields.flag("truncate", True),
+        low_freq_factor=fields.number("low_freq_factor", None if kind == "llama3" else 1.0),
+        high_freq_factor=fields.number("high_freq_factor", None if kind == "llama3" else 4.0),
+    )
+    if kind == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
+        raise CheckpointError(
+            f"config.json: {name} gives high_freq_factor {rope.high_freq_factor}, expected more than "
+            f"low_freq_factor {rope.low_freq_factor}",
+            key="high_freq_factor",
+        )
+    if kind == "yarn" and theta <= 1.0:
+        raise CheckpointError(
+            f"config.json gives rope_theta {theta}, expected more than 1 for yarn", key="rope_theta"
+        )
+    return rope
+
+
+def _one_mapping(reader: ConfigReader) -> tuple[dict[str, object], str]:
+    scaling, parameters = reader.mapping("rope_scaling"), reader.mapping("rope_parameters")
+    if scaling and parameters and scaling != parameters:
+        raise CheckpointError(
+            "config.json gives both rope_scaling and rope_parameters, and they differ", key="rope_scaling"
+        )
+    if scaling:
+        return scaling, "rope_scaling"
+    return parameters or {}, "rope_parameters"
+
+
+def _kind(fields: _Fields) -> Kind:
+    given = [name for name in ("rope_type", "type") if name in fields.values]
+    if len(given) == 2 and fields.values["rope_type"] != fields.values["type"]:
+        raise CheckpointError(
+            f"config.json: {fields.name} gives rope_type {quote(fields.values['rope_type'])} "
+            f"and type {quote(fields.values['type'])}",
+            key="rope_type",
+        )
+    kind = fields.values[given[0]] if given else "default"
+    if kind not in KINDS:
+        raise fields.unsupported(given[0], ", ".join(KINDS))
+    return kind
+
+
+class _Fields:
+    """The values of rope_scaling or rope_parameters, with sentences that say which."""
+
+    def __init__(self, values: dict[str, object], name: str) -> None:
+        self.values, self.name = values, name
+
+    def refuse_unknown(self, kind: Kind) -> None:
+        known = _COMMON | _FIELDS[kind]
+        for key in self.values:
+            if key not in known:
+                raise UnsupportedModel(
+                    f"config.json: {self.name} sets {quote(key)} to {quote(self.values[key])}, and "
+                    f"kind '{kind}' does not know this key; supported: {', '.join(sorted(known))}",
+                    key=key,
+                    value=self.values[key],
+                    supported=sorted(known),
+                )
+
+    def is_null(self, key: str) -> bool:
+        return key in self.values and self.values[key] is None
+
+    def number(self, key: str, default: float | None) -> float:
+        """A number above zero. Null and absent mean the default; without a default it must be there."""
+        value = self.values.get(key)
+        if value is None:
+            if default is None:
+                raise CheckpointError(f"config.json: {self.name} does not give {key}", key=key)
+            return default
+        if not is_positive_number(value):
+            raise CheckpointError(
+                f"config.json: {self.name} gives {key} {quote(value)}, expected a number above 0", key=key
+            )
+        return float(value)  # type: ignore[arg-type]
+
+    def optional_number(self, key: str) -> float | None:
+        return None if self.values.get(key) is None else self.number(key, None)
+
+    def integer(self, key: str, default: int) -> int:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if type(value) is not int or not 1 <= value <= LARGEST_SIZE:
+            raise CheckpointError(
+                f"config.json: {self.name} gives {key} {quote(value)}, expected a whole number from 1",
+                key=key,
+            )
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.values.get(key, default)
+        if type(value) is not bool:
+            raise CheckpointError(
+                f"config.json: {self.name} gives {key} {quote(value)}, expected true or false", key=key
+            )
+        return value
+
+    def unsupported(self, key: str, supported: str) -> UnsupportedModel:
+        return UnsupportedModel(
+            f"config.json: {self.name} asks for {key} {quote(self.values.get(key))}; supported: {supported}",
+            key=key,
+            value=self.values.get(key),
+            supported=supported,
+        )

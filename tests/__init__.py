@@ -1,0 +1,1 @@
+"""Tests mirror src/ and native/; `models/` makes tiny checkpoints."""

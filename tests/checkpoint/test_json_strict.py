@@ -1,0 +1,45 @@
+"""Small JSON files: two readers can never disagree about them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from argosy.checkpoint.json_strict import quote, read_object
+from argosy.errors import CheckpointError
+
+
+def test_an_object_is_read_as_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"a": [1, 2.5, null, true, "\\u00e9"]}')
+
+    assert read_object(path) == {"a": [1, 2.5, None, True, "é"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("[]", "a list"), ("null", "null"), ("1", "a whole number"), ("true", "true or false")],
+)
+def test_another_outermost_value_is_refused_by_its_kind(tmp_path: Path, text: str, found: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+
+    with pytest.raises(CheckpointError, match=f"config.json is {found}, expected an object"):
+        read_object(path)
+
+
+def test_a_file_that_is_too_long_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    with path.open("wb") as file:
+        file.truncate(100_000_001)
+
+    with pytest.raises(CheckpointError, match="is 100000001 bytes long, at most 100000000 are read"):
+        read_object(path)
+
+
+def test_a_quote_is_short_and_printable() -> None:
+    assert quote("plain é") == "plain é"
+    assert quote("a\nb\x1b\ud800") == "a\\nb\\x1b\\ud800"
+    assert len(quote("x" * 10_000)) < 200
+    assert quote([1, None]) == "[1, None]"

@@ -1,0 +1,310 @@
+"""A pack holds the same model: exactly where that is promised, and within half a step where it is quantised."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import blake3
+import numpy as np
+import pytest
+from tests.checkpoint import packed_formats
+from tests.models.safetensors_file import Array, read_checkpoint, write_checkpoint
+from tests.models.tiny import RawConfig, mixtral, qwen2_moe, qwen3_moe, random_tensors, write_model
+
+from argosy.checkpoint import pack as pack_module
+from argosy.checkpoint.files import MatrixRef, ModelFiles, matrix_bytes
+from argosy.checkpoint.pack import PACK_FORMATS, PackReport, open_pack, pack, round_to_bf16, verify_pack
+from argosy.errors import CheckpointError, UsageError
+from argosy.model.families import open_model
+
+every_format = pytest.mark.parametrize("format", PACK_FORMATS)
+
+
+def packed(
+    tmp_path: Path, config: RawConfig, format: str, dtype: str = "BF16"
+) -> tuple[ModelFiles, ModelFiles]:
+    """A tiny model in place and its pack."""
+    source = open_model(write_model(tmp_path / "source", config, seed=5, dtype=dtype))
+    pack(source, tmp_path / "packed", format=format)
+    return source, open_model(tmp_path / "packed")
+
+
+def dense_values(files: ModelFiles, name: str) -> Array:
+    ref = files.dense[name]
+    return packed_formats.decode(ref.format, dense_bytes(ref), ref.rows, ref.cols)
+
+
+def dense_bytes(ref: MatrixRef) -> bytes:
+    return ref.path.read_bytes()[ref.offset : ref.offset + ref.nbytes]
+
+
+def expert_bytes(files: ModelFiles, key: tuple[int, int], name: str) -> bytes:
+    record = files.experts[key]
+    matrix = getattr(record, name)
+    piece = record.pieces[matrix.piece]
+    start = piece.offset + matrix.offset
+    return piece.path.read_bytes()[
+        start : start + packed_formats.nbytes(matrix.format, matrix.rows, matrix.cols)
+    ]
+
+
+def expert_values(files: ModelFiles, key: tuple[int, int], name: str) -> Array:
+    matrix = getattr(files.experts[key], name)
+    return packed_formats.decode(matrix.format, expert_bytes(files, key, name), matrix.rows, matrix.cols)
+
+
+def is_kept_exact(name: str) -> bool:
+    last = name.rpartition(".")[2]
+    return last in ("router", "shared_score") or last.endswith(("norm", "bias"))
+
+
+@every_format
+@pytest.mark.parametrize("make", [mixtral, qwen2_moe, qwen3_moe], ids=lambda make: make.__name__)
+def test_formats_are_as_promised_and_exact_parts_are_exact(tmp_path: Path, make: Any, format: str) -> None:
+    changes = {} if make is mixtral else {"mlp_only_layers": [1]}
+    source, files = packed(tmp_path, make(**changes), format, "F16" if format == "source" else "BF16")
+
+    assert files.is_packed
+    assert files.config == source.config
+    assert files.dense.keys() == source.dense.keys()
+    assert list(files.experts) == list(source.experts)
+    expected = {"bf16": ("bf16", "bf16"), "q8": ("q8", "q8"), "q4": ("q8", "q4"), "source": ("f16", "f16")}[
+        format
+    ]
+    assert files.expert_format == expected[1]
+    for name, ref in files.dense.items():
+        kept = is_kept_exact(name) and format != "source"
+        assert ref.format == ("f32" if kept else expected[0])
+        if kept or format in ("bf16", "source"):
+            assert np.array_equal(dense_values(files, name), dense_values(source, name))
+    for key in files.experts:
+        for name in ("gate", "up", "down"):
+            if format in ("bf16", "source"):
+                assert expert_bytes(files, key, name) == expert_bytes(source, key, name)
+
+
+@pytest.mark.parametrize(("format", "most_steps"), [("q8", 127), ("q4", 8)])
+def test_quantised_weights_are_within_a_step_of_the_source(
+    tmp_path: Path, format: str, most_steps: int
+) -> None:
+    source, files = packed(tmp_path, qwen2_moe(hidden_size=72, moe_intermediate_size=37), format)
+
+    for key in list(files.experts)[::5]:
+        for name in ("gate", "up", "down"):
+            matrix = getattr(files.experts[key], name)
+            stored = expert_bytes(files, key, name)
+            quants, scales = packed_formats.quants_and_scales(format, stored, matrix.rows, matrix.cols)
+            wanted = expert_values(source, key, name)
+            step = np.repeat(np.abs(scales), 32, axis=1)[:, : matrix.cols]
+            error = np.abs(quants * step * np.sign(np.repeat(scales, 32, axis=1)[:, : matrix.cols]) - wanted)
+            assert np.abs(quants).max() <= most_steps
+            # Half a step by rounding; q4 may clip its largest values when that makes the whole group better.
+            assert (error <= step * (0.51 if format == "q8" else 1.5)).all()
+            assert (error**2).mean() ** 0.5 <= 0.6 * step.mean()
+
+
+def test_records_are_aligned_for_unbuffered_reads(tmp_path: Path) -> None:
+    _, files = packed(tmp_path, qwen3_moe(), "q4")
+
+    stride = files.experts[0, 1].pieces[0].offset
+    assert stride % 4096 == 0
+    for index, record in enumerate(files.experts.values()):
+        (piece,) = record.pieces
+        assert piece.offset == index * stride
+        assert piece.path == tmp_path / "packed" / "experts.bin"
+        end = 0
+        for matrix in (record.gate, record.up, record.down):
+            assert matrix.piece == 0
+            assert matrix.offset % 64 == 0
+            assert matrix.offset >= end
+            end = matrix.offset + packed_formats.nbytes("q4", matrix.rows, matrix.cols)
+        assert piece.nbytes == end <= stride
+    assert (tmp_path / "packed" / "experts.bin").stat().st_size == stride * len(files.experts)
+    assert all(ref.offset % 4096 == 0 for ref in files.dense.values())
+
+
+@every_format
+def test_checksums_are_those_of_the_bytes(tmp_path: Path, format: str) -> None:
+    _, files = packed(tmp_path, qwen2_moe(num_experts=3, num_hidden_layers=2), format)
+
+    for ref in files.dense.values():
+        assert ref.checksum == packed_formats.crc32c_wide(dense_bytes(ref))
+    content = (tmp_path / "packed" / "experts.bin").read_bytes()
+    for record in files.experts.values():
+        (piece,) = record.pieces
+        assert piece.checksum == packed_formats.crc32c_wide(
+            content[piece.offset : piece.offset + piece.nbytes]
+        )
+    named = json.loads((tmp_path / "packed" / "argosy.json").read_text())["contents"]["files"]
+    assert named.keys() == {path.name for path in (tmp_path / "packed").iterdir()} - {"argosy.json"}
+    for name, facts in named.items():
+        data = (tmp_path / "packed" / name).read_bytes()
+        assert facts == {"nbytes": len(data), "blake3": blake3.blake3(data).hexdigest()}
+
+
+def test_config_tokenizer_and_licence_come_along(tmp_path: Path) -> None:
+    directory = write_model(tmp_path / "source", mixtral(), seed=5)
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "LICENSE",
+        "README.md",
+        "x.bin",
+    ):
+        (directory / name).write_text(f"content of {name}")
+    (directory / "generation_config.json").write_text('{"eos_token_id": [2, 9]}')
+
+    pack(open_model(directory), tmp_path / "packed", format="q8")
+
+    assert {path.name for path in (tmp_path / "packed").iterdir()} == {
+        "argosy.json", "dense.bin", "experts.bin", "config.json", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "LICENSE", "generation_config.json",
+    }  # fmt: skip
+    assert (tmp_path / "packed" / "chat_template.jinja").read_text() == "content of chat_template.jinja"
+    assert open_model(tmp_path / "packed").config.eos_ids == (2, 9)
+
+
+def test_float32_rounds_to_the_nearest_bf16_ties_to_even(tmp_path: Path) -> None:
+    values = np.array([1.0, 1.00390625, 1.01171875, -3.14159274, 1e-40, 0.0, -0.0], np.float32)
+    bits = round_to_bf16(values)
+    assert bits.tolist() == [0x3F80, 0x3F80, 0x3F82, 0xC049, 0x0001, 0x0000, 0x8000]
+
+    source, files = packed(tmp_path, mixtral(), "bf16", "F32")
+    for name in ("layers.1.q", "embed"):
+        wanted = round_to_bf16(np.asarray(dense_values(source, name), np.float32))
+        assert dense_bytes(files.dense[name]) == wanted.tobytes()
+
+
+def test_a_packed_model_can_be_packed_again_unless_it_is_quantised(tmp_path: Path) -> None:
+    source, files = packed(tmp_path, qwen3_moe(), "bf16")
+    pack(files, tmp_path / "again", format="q4")
+    pack(source, tmp_path / "direct", format="q4")
+    for name in ("dense.bin", "experts.bin"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes()
+
+    with pytest.raises(UsageError, match=r"is already q4; quantised weights are never quantised again"):
+        pack(open_model(tmp_path / "again"), tmp_path / "third", format="q8")
+
+
+@every_format
+def test_slices_do_not_show_in_the_result(
+    tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_model(write_model(tmp_path / "source", qwen2_moe(hidden_size=72), seed=5, dtype="F32"))
+    pack(source, tmp_path / "whole", format=format)
+    monkeypatch.setattr(pack_module, "_SLICE_VALUES", 1)  # 16 rows at a time
+    pack(source, tmp_path / "sliced", format=format)
+
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "sliced" / path.name).read_bytes()
+
+
+def test_memory_is_bounded_by_slices_and_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = mixtral(vocab_size=40_000, hidden_size=256, num_hidden_layers=1, tie_word_embeddings=True)
+    source = open_model(write_model(tmp_path / "source", config, seed=5, dtype="F32"))
+    monkeypatch.setattr(pack_module, "_SLICE_VALUES", 64 << 10)
+    assert source.dense["embed"].nbytes > 40_000_000
+
+    tracemalloc.start()
+    pack(source, tmp_path / "packed", format="q8")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert peak < 6_000_000
+
+
+def test_the_report_gives_sizes_and_seconds(tmp_path: Path) -> None:
+    source = open_model(write_model(tmp_path / "source", mixtral(), seed=5))
+    seen: list[tuple[str, float]] = []
+
+    report = pack(
+        source, tmp_path / "packed", format="q8", progress=lambda what, share: seen.append((what, share))
+    )
+
+    assert isinstance(report, PackReport)
+    assert report.source_bytes == source.dense_bytes + source.expert_bytes
+    assert report.packed_bytes == sum(path.stat().st_size for path in (tmp_path / "packed").iterdir())
+    assert 0 < report.seconds < 60
+    assert (report.resumed_bytes, report.restarted_because) == (0, None)
+    assert [share for _, share in seen] == sorted(share for _, share in seen)
+    assert seen[-1] == ("packing q8", 1.0)
+    assert not (tmp_path / "packed.partial").exists()
+
+
+# Refused
+
+
+@pytest.mark.parametrize("format", ["bf16", "q8", "q4"])
+def test_a_weight_that_is_not_a_number_is_refused_by_name(tmp_path: Path, format: str) -> None:
+    config = qwen3_moe()
+    tensors = random_tensors(config, 5, "F32")
+    tensors["model.layers.1.mlp.experts.3.up_proj.weight"][2, 1] = np.nan
+    source = write_tensors(tmp_path / "source", config, tensors)
+
+    with pytest.raises(
+        CheckpointError, match=r"up of expert 3 in layer 1 holds a value that is not a finite number"
+    ):
+        pack(open_model(source), tmp_path / "packed", format=format)
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_weight_too_large_for_bf16_is_refused(tmp_path: Path) -> None:
+    config = mixtral()
+    tensors = random_tensors(config, 5, "F32")
+    tensors["lm_head.weight"][0, 0] = np.finfo(np.float32).max
+    source = write_tensors(tmp_path / "source", config, tensors)
+
+    with pytest.raises(CheckpointError, match=r"lm_head.weight holds 3.40282347e\+38, too large for bf16"):
+        pack(open_model(source), tmp_path / "packed", format="bf16")
+
+
+def write_tensors(directory: Path, config: RawConfig, tensors: dict[str, Array]) -> Path:
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    write_checkpoint(directory, {name: ("F32", tensor) for name, tensor in tensors.items()})
+    return directory
+
+
+def test_places_that_cannot_become_a_pack_are_refused(tmp_path: Path) -> None:
+    source = open_model(write_model(tmp_path / "source", mixtral(), seed=5))
+
+    def refusal(destination: Path, format: str = "q8") -> str:
+        with pytest.raises(UsageError) as caught:
+            pack(source, destination, format=format)
+        return str(caught.value)
+
+    assert "unknown format 'q5'; known: bf16, q8, q4, source" in refusal(tmp_path / "packed", "q5")
+    assert "exists and is not empty" in refusal(tmp_path / "source")
+    (tmp_path / "file").write_text("")
+    assert "exists and is not a directory" in refusal(tmp_path / "file")
+    (tmp_path / "link").symlink_to("gone")
+    assert "exists and is not a directory" in refusal(tmp_path / "link")
+    assert "does not exist" in refusal(tmp_path / "no" / "such" / "place")
+    assert "cannot be the name of a pack" in refusal(tmp_path / "a.partial")
+
+    (tmp_path / "empty").mkdir()
+    pack(source, tmp_path / "empty", format="q8")
+    assert open_pack(tmp_path / "empty") is not None
+
+
+def test_sizes_are_those_of_the_kernels(tmp_path: Path) -> None:
+    from argosy import _native
+
+    for format in ("f32", "f16", "bf16", "q8", "q4"):
+        for rows, cols in ((1, 1), (15, 31), (16, 32), (17, 33), (40, 96)):
+            expected = packed_formats.nbytes(format, rows, cols)
+            assert matrix_bytes(format, rows, cols) == expected == _native.matrix_bytes(format, rows, cols)
+
+
+def test_verify_reads_everything_and_finds_it_as_written(tmp_path: Path) -> None:
+    packed(tmp_path, mixtral(), "q4")
+    total = sum(p.stat().st_size for p in (tmp_path / "packed").iterdir() if p.name != "argosy.json")
+
+    report = verify_pack(tmp_path / "packed")
+
+    assert (report.num_files, report.nbytes) == (3, total)
+    assert read_checkpoint(tmp_path / "source")  # the source is untouched

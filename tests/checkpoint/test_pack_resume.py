@@ -1,0 +1,320 @@
+"""A pack that is killed, starved of room or disturbed goes on, and ends with the bytes of one that was not."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.models.tiny import qwen2_moe, write_model
+
+from argosy.checkpoint import pack as pack_module
+from argosy.checkpoint.pack import PackReport, open_pack, pack, verify_pack
+from argosy.errors import CheckpointError, DiskFull, UsageError
+from argosy.model.families import open_model
+
+# Packs argv[1] into argv[2]; kills itself with SIGKILL in the middle of write number argv[3], half of it written.
+KILLED_AT_A_WRITE = """
+import os, signal, sys
+from argosy.checkpoint.pack import pack
+from argosy.model.families import open_model
+
+real_pwrite, left = os.pwrite, int(sys.argv[3])
+
+def pwrite(descriptor, data, offset):
+    global left
+    left -= 1
+    if left == 0:
+        real_pwrite(descriptor, data[: len(data) // 2], offset)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real_pwrite(descriptor, data, offset)
+
+os.pwrite = pwrite
+pack(open_model(sys.argv[1]), sys.argv[2], format="q4")
+"""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    directory = write_model(tmp_path / "source", qwen2_moe(num_hidden_layers=2, num_experts=4), seed=5)
+    (directory / "tokenizer.json").write_text("{}")
+    return directory
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def pack_to(source: Path, destination: Path, **options: Any) -> PackReport:
+    return pack(open_model(source), destination, format="q4", **options)
+
+
+def run_killed(source: Path, destination: Path, at_write: int) -> int:
+    command = [sys.executable, "-c", KILLED_AT_A_WRITE, str(source), str(destination), str(at_write)]
+    return subprocess.run(command, check=False, timeout=60).returncode
+
+
+def test_killed_again_and_again_it_still_ends_with_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    pack_to(source, tmp_path / "undisturbed")
+    destination = tmp_path / "packed"
+    kills = 0
+    # 11: odd and small, so that kills fall on data, on padding, on the journal and on the manifest.
+    while (code := run_killed(source, destination, 11)) == -signal.SIGKILL:
+        kills += 1
+        assert not destination.exists()
+        with pytest.raises(CheckpointError, match="is a pack that was not finished"):
+            open_pack(tmp_path / "packed.partial")
+        assert kills < 40
+
+    assert code == 0
+    assert kills >= 5
+    assert contents(destination) == contents(tmp_path / "undisturbed")
+    assert not (tmp_path / "packed.partial").exists()
+
+
+# The first four writes: the journal's header, a tensor, its padding, its line in the journal.
+@pytest.mark.parametrize("at_write", [1, 2, 3, 4, 5, -1, -2, -3, -4, -5, -6])
+def test_killed_at_the_first_and_last_writes(source: Path, tmp_path: Path, at_write: int) -> None:
+    writes = count_writes(lambda: pack_to(source, tmp_path / "undisturbed"))
+    destination = tmp_path / "packed"
+
+    assert (
+        run_killed(source, destination, at_write if at_write > 0 else writes + 1 + at_write)
+        == -signal.SIGKILL
+    )
+    assert not destination.exists()
+    report = pack_to(source, destination)
+
+    assert report.restarted_because is None
+    assert (report.resumed_bytes > 0) == (at_write not in (1, 2, 3, 4))
+    assert contents(destination) == contents(tmp_path / "undisturbed")
+
+
+def count_writes(action: Callable[[], object]) -> int:
+    count = 0
+    real = os.pwrite
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        nonlocal count
+        count += 1
+        return real(descriptor, data, offset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        action()
+    return count
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.7, 0.95])
+def test_killed_from_outside_at_any_time(source: Path, tmp_path: Path, share: float) -> None:
+    pack_to(source, tmp_path / "undisturbed")
+    destination = tmp_path / "packed"
+    slow = "import os, sys, time; real = os.pwrite\n"
+    slow += "def pwrite(*a):\n    time.sleep(0.004)\n    return real(*a)\nos.pwrite = pwrite\n"
+    slow += "from argosy.checkpoint.pack import pack; from argosy.model.families import open_model\n"
+    slow += "print('ready', flush=True); pack(open_model(sys.argv[1]), sys.argv[2], format='q4')"
+    command = [sys.executable, "-c", slow, str(source), str(destination)]
+    writes = count_writes(lambda: pack_to(source, tmp_path / "counted"))
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.004 * writes * share)
+        process.kill()
+
+    if not destination.exists():  # a slow machine may have let it finish
+        pack_to(source, destination)
+    assert contents(destination) == contents(tmp_path / "undisturbed")
+    verify_pack(destination)
+
+
+def interrupted(source: Path, destination: Path, at_write: int = 40) -> Path:
+    assert run_killed(source, destination, at_write) == -signal.SIGKILL
+    return destination.with_name(destination.name + ".partial")
+
+
+def test_what_was_damaged_meanwhile_is_written_again(source: Path, tmp_path: Path) -> None:
+    pack_to(source, tmp_path / "undisturbed")
+    partial = interrupted(source, tmp_path / "packed", 80)
+    content = bytearray((partial / "dense.bin").read_bytes())
+    content[len(content) // 2] ^= 1
+    (partial / "dense.bin").write_bytes(content)
+
+    report = pack_to(source, tmp_path / "packed")
+
+    assert 0 < report.resumed_bytes < len(content)
+    assert contents(tmp_path / "packed") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("journal", [b"", b"nonsense\n", b"{}\n0 1\n", b"\xff\xfe", b"[]\n"])
+def test_a_damaged_journal_means_starting_over(source: Path, tmp_path: Path, journal: bytes) -> None:
+    pack_to(source, tmp_path / "undisturbed")
+    partial = interrupted(source, tmp_path / "packed")
+    (partial / "journal").write_bytes(journal)
+
+    report = pack_to(source, tmp_path / "packed")
+
+    assert report.resumed_bytes == 0
+    assert contents(tmp_path / "packed") == contents(tmp_path / "undisturbed")
+
+
+def test_a_source_that_changed_means_starting_over_and_it_is_said(source: Path, tmp_path: Path) -> None:
+    interrupted(source, tmp_path / "packed")
+    write_model(source, qwen2_moe(num_hidden_layers=2, num_experts=4), seed=6)
+    said: list[str] = []
+
+    report = pack_to(source, tmp_path / "packed", progress=lambda what, share: said.append(what))
+
+    because = f"{source} changed since the unfinished pack was begun"
+    assert report.restarted_because == because
+    assert f"starting over: {because}" in said
+    assert report.resumed_bytes == 0
+    pack_to(source, tmp_path / "undisturbed")
+    assert contents(tmp_path / "packed") == contents(tmp_path / "undisturbed")
+
+
+def test_another_format_means_starting_over_and_it_is_said(source: Path, tmp_path: Path) -> None:
+    interrupted(source, tmp_path / "packed")
+
+    report = pack(open_model(source), tmp_path / "packed", format="q8")
+
+    assert report.restarted_because == "the unfinished pack is q4, asked for is q8"
+    assert open_model(tmp_path / "packed").expert_format == "q8"
+
+
+def test_a_source_that_changes_while_it_is_packed_is_refused(source: Path, tmp_path: Path) -> None:
+    def touch(what: str, share: float) -> None:
+        if share > 0.5:
+            os.utime(source / "model.safetensors", ns=(1, int(share * 1e9)))
+
+    with pytest.raises(CheckpointError, match=f"{source} changed while it was packed"):
+        pack_to(source, tmp_path / "packed", progress=touch)
+    assert not (tmp_path / "packed").exists()
+
+    assert "changed since" in (pack_to(source, tmp_path / "packed").restarted_because or "")
+
+
+def test_two_processes_do_not_write_one_pack(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "packed.partial").mkdir()
+    with (tmp_path / "packed.partial" / "journal").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match=r"another process is writing .*packed.partial"):
+            pack_to(source, tmp_path / "packed")
+    pack_to(source, tmp_path / "packed")
+
+
+def test_an_interrupt_leaves_what_a_later_run_continues(source: Path, tmp_path: Path) -> None:
+    def interrupt(what: str, share: float) -> None:
+        if share > 0.6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack_to(source, tmp_path / "packed", progress=interrupt)
+    assert not (tmp_path / "packed").exists()
+
+    assert pack_to(source, tmp_path / "packed").resumed_bytes > 0
+
+
+# Disk full
+
+
+def test_too_little_room_is_said_before_anything_is_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(pack_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+
+    with pytest.raises(DiskFull) as caught:
+        pack_to(source, tmp_path / "packed")
+
+    assert caught.value.facts["free_bytes"] == 1000
+    needed = caught.value.facts["needed_bytes"]
+    assert isinstance(needed, int)
+    assert 50_000 < needed < 10_000_000
+    assert "more, and its file system has 1000 B free\nhint: make room and run the same command again" in str(
+        caught.value
+    )
+    assert caught.value.exit_code == 5
+    assert (tmp_path / "packed.partial" / "experts.bin").stat().st_size == 0
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fills_up_meanwhile_is_said_and_the_pack_continues_later(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    real, left = os.pwrite, 60
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(code, os.strerror(code))
+        return real(descriptor, data[:3000], offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(DiskFull) as caught:
+        pack_to(source, tmp_path / "packed")
+    assert caught.value.facts["needed_bytes"] > 0  # type: ignore[operator]
+    monkeypatch.undo()
+
+    assert pack_to(source, tmp_path / "packed").resumed_bytes > 0
+    pack_to(source, tmp_path / "undisturbed")
+    assert contents(tmp_path / "packed") == contents(tmp_path / "undisturbed")
+
+
+def test_a_limit_on_file_sizes_is_a_full_disk_too(source: Path, tmp_path: Path) -> None:
+    script = (
+        "import resource, sys; from argosy.checkpoint.pack import pack; from argosy.errors import DiskFull\n"
+    )
+    script += "from argosy.model.families import open_model; files = open_model(sys.argv[1])\n"
+    script += "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))\n"
+    script += "try:\n    pack(files, sys.argv[2], format='q4')\n"
+    script += "except DiskFull as error:\n    print(error.exit_code, error)"
+    command = [sys.executable, "-c", script, str(source), str(tmp_path / "packed")]
+
+    found = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+
+    assert found.startswith(f"5 {tmp_path / 'packed.partial'} needs ")
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    assert pack_to(source, tmp_path / "packed").resumed_bytes > 0
+
+
+def test_a_real_file_system_without_room(source: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        pytest.skip("a tmpfs cannot be mounted here: no permission")
+    try:
+        with pytest.raises(DiskFull) as caught:
+            pack_to(source, disk / "packed")
+        assert caught.value.facts["free_bytes"] < 65_537  # type: ignore[operator]
+
+        # Room by the look of it, and none when it comes to writing.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pack_module._Writer, "_require_room", lambda self: None)
+            with pytest.raises(DiskFull):
+                pack_to(source, disk / "packed")
+        with pytest.raises(CheckpointError, match="not finished"):
+            open_pack(disk / "packed.partial")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_the_journal_says_what_is_packed_from_what(source: Path, tmp_path: Path) -> None:
+    partial = interrupted(source, tmp_path / "packed")
+
+    header = json.loads((partial / "journal").read_text().split("\n")[0])
+
+    assert header["format"] == "q4"
+    assert {name for name, _, _ in header["source"]} == {"config.json", "model.safetensors", "tokenizer.json"}

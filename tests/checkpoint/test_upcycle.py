@@ -1,0 +1,186 @@
+"""Upcycling: the mixture at step 0 is the dense model, and its experts are ready to learn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.checkpoint.dense_models import (
+    NumpyDense,
+    made_up_tensors,
+    write_dense_directory,
+    write_dense_gguf,
+)
+from tests.models.numpy_model import NumpyModel
+from tests.models.safetensors_file import read_checkpoint, read_header
+
+from argosy.checkpoint.dense import open_dense
+from argosy.checkpoint.upcycle import upcycle
+from argosy.errors import CheckpointError, UnsupportedModel, UsageError
+
+TOKEN_IDS = [3, 17, 40, 5, 5, 29, 1]
+SIZES = {"num_experts": 4, "experts_per_token": 2, "width": 8}
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_at_step_zero_the_mixture_is_the_dense_model(dtype: str, tie: bool, tmp_path: Path):
+    dense = write_dense_directory(tmp_path / "dense", dtype=dtype, tie_word_embeddings=tie)
+    mixture = upcycle(dense, tmp_path / "mixture", **SIZES)
+    expected, found = NumpyDense(dense).logits(TOKEN_IDS), NumpyModel(mixture).logits(TOKEN_IDS)
+    # Both in float64: 2 W x / 2 is W x, and zero experts add zero; only sums may differ in their last bit.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_a_gguf_gives_the_same_mixture_as_the_safetensors_of_the_same_model(tmp_path: Path):
+    from_gguf = upcycle(write_dense_gguf(tmp_path / "dense.gguf"), tmp_path / "a", **SIZES)
+    from_safetensors = upcycle(
+        write_dense_directory(tmp_path / "dense", dtype="F16"), tmp_path / "b", **SIZES
+    )
+    expected, found = read_checkpoint(from_safetensors), read_checkpoint(from_gguf)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert np.array_equal(found[name], tensor), name
+
+
+def test_each_expert_copies_dense_neurons_and_no_neuron_is_copied_twice(tmp_path: Path):
+    dense = write_dense_directory(tmp_path / "dense")
+    tensors = read_checkpoint(
+        upcycle(dense, tmp_path / "mixture", num_experts=8, experts_per_token=2, width=8)
+    )
+    gate, up = (made_up_tensors()[f"model.layers.1.mlp.{part}_proj.weight"] for part in ("gate", "up"))
+    copied: list[int] = []
+    for expert in range(8):
+        at = f"model.layers.1.mlp.experts.{expert}"
+        for row, up_row in zip(
+            tensors[f"{at}.gate_proj.weight"], tensors[f"{at}.up_proj.weight"], strict=True
+        ):
+            (neuron,) = np.flatnonzero((gate == row).all(axis=1))
+            assert np.array_equal(up[neuron], up_row)
+            copied.append(int(neuron))
+        assert not tensors[f"{at}.down_proj.weight"].any()
+    assert sorted(copied) == list(range(64))
+
+
+def test_the_seed_decides_which_neurons_are_copied(tmp_path: Path):
+    dense = write_dense_directory(tmp_path / "dense")
+    name = "model.layers.0.mlp.experts.0.gate_proj.weight"
+    same, again, other = (
+        read_checkpoint(upcycle(dense, tmp_path / label, seed=seed, **SIZES))[name]
+        for label, seed in (("same", 5), ("again", 5), ("other", 6))
+    )
+    assert np.array_equal(same, again)
+    assert not np.array_equal(same, other)
+
+
+def test_the_three_matrices_of_an_expert_lie_side_by_side_in_the_file(tmp_path: Path):
+    mixture = upcycle(write_dense_directory(tmp_path / "dense"), tmp_path / "mixture", **SIZES)
+    header, _ = read_header(mixture / "model.safetensors")
+    names = sorted(header, key=lambda name: header[name]["data_offsets"])
+    first = names.index("model.layers.0.mlp.experts.2.gate_proj.weight")
+    parts = [name.split(".")[-2] for name in names[first : first + 3]]
+    assert parts == ["gate_proj", "up_proj", "down_proj"]
+    assert all(".experts.2." in name for name in names[first : first + 3])
+
+
+def test_the_tokenizer_of_a_directory_is_copied_and_that_of_a_gguf_is_rebuilt(tmp_path: Path):
+    from tokenizers import Tokenizer
+
+    copied = upcycle(write_dense_directory(tmp_path / "dense"), tmp_path / "a", **SIZES)
+    assert (copied / "tokenizer.json").read_text() == "{}"
+
+    rebuilt = upcycle(write_dense_gguf(tmp_path / "dense.gguf"), tmp_path / "b", **SIZES)
+    tokenizer = Tokenizer.from_file(str(rebuilt / "tokenizer.json"))
+    encoded = tokenizer.encode("<|im_start|>the cat 12<|im_end|>")
+    assert encoded.tokens == ["<|im_start|>", "the", "Ġ", "c", "a", "t", "Ġ", "1", "2", "<|im_end|>"]
+    assert tokenizer.decode(encoded.ids) == "the cat 12"
+    config = json.loads((rebuilt / "tokenizer_config.json").read_text())
+    assert (config["bos_token"], config["eos_token"]) == ("<|im_start|>", "<|im_end|>")
+    assert "message['content']" in config["chat_template"]
+    assert json.loads((rebuilt / "generation_config.json").read_text())["eos_token_id"] == 2
+
+
+def test_progress_rises_from_zero_and_stays_below_one(tmp_path: Path):
+    shares: list[float] = []
+    dense = write_dense_directory(tmp_path / "dense")
+    upcycle(dense, tmp_path / "mixture", **SIZES, progress=lambda _, share: shares.append(share))
+    assert shares[0] == 0
+    assert shares == sorted(shares)
+    assert 0.9 < shares[-1] < 1
+
+
+def test_an_existing_destination_is_left_as_it_is(tmp_path: Path):
+    (tmp_path / "mixture").mkdir()
+    (tmp_path / "mixture" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="exists already"):
+        upcycle(write_dense_directory(tmp_path / "dense"), tmp_path / "mixture", **SIZES)
+    assert [path.name for path in (tmp_path / "mixture").iterdir()] == ["notes.txt"]
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path):
+    dense = write_dense_directory(tmp_path / "dense")
+
+    def interrupt(_: str, share: float) -> None:
+        if share > 0.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        upcycle(dense, tmp_path / "out" / "mixture", **SIZES, progress=interrupt)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_more_neurons_than_the_dense_model_has_are_refused_with_both_numbers(tmp_path: Path):
+    dense = write_dense_directory(tmp_path / "dense")
+    with pytest.raises(UsageError, match="need 72 distinct neurons, and the dense FFN has 64") as caught:
+        upcycle(dense, tmp_path / "mixture", num_experts=9, experts_per_token=2, width=8)
+    assert caught.value.hint == "at most width 7"
+    with pytest.raises(UsageError, match="5 experts per token, and there are 4 experts"):
+        upcycle(dense, tmp_path / "mixture", num_experts=4, experts_per_token=5, width=8)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_type", "gemma"),
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}),
+    ],
+)
+def test_a_flag_that_has_no_counterpart_is_refused_by_name(key: str, value: object, tmp_path: Path):
+    with pytest.raises(UnsupportedModel, match=key):
+        upcycle(write_dense_directory(tmp_path / "dense", **{key: value}), tmp_path / "mixture", **SIZES)
+
+
+def test_a_gguf_of_another_architecture_or_tokenizer_is_refused_by_name(tmp_path: Path):
+    with pytest.raises(UnsupportedModel, match="'gemma'; supported: llama"):
+        upcycle(write_dense_gguf(tmp_path / "a.gguf", architecture="gemma"), tmp_path / "mixture", **SIZES)
+    with pytest.raises(UnsupportedModel, match="gpt2/llama-bpe; supported: gpt2/smollm"):
+        upcycle(
+            write_dense_gguf(tmp_path / "b.gguf", pre_tokenizer="llama-bpe"), tmp_path / "mixture", **SIZES
+        )
+
+
+def test_a_missing_or_misshapen_tensor_is_named(tmp_path: Path):
+    dense = write_dense_directory(tmp_path / "dense")
+    (dense / "config.json").write_text(
+        (dense / "config.json").read_text().replace('"intermediate_size": 64', '"intermediate_size": 60')
+    )
+    with pytest.raises(CheckpointError, match=r"gate_proj.weight is \[64, 32\], expected \[60, 32\]"):
+        open_dense(dense)
+    other = write_dense_directory(tmp_path / "other")
+    (other / "config.json").write_text(
+        (other / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    )
+    with pytest.raises(CheckpointError, match=r"tensor model.layers.2.input_layernorm.weight is missing"):
+        open_dense(other)
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path):
+    (tmp_path / "dense.gguf").write_bytes(b"not a model at all" * 10)
+    with pytest.raises(CheckpointError, match="not a readable GGUF file"):
+        open_dense(tmp_path / "dense.gguf")

@@ -1,0 +1,332 @@
+"""From a directory to ModelFiles: every tensor is accounted for."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.models.configurations import CONFIGURATIONS, Configuration
+from tests.models.safetensors_file import Array, decode, read_checkpoint, write_checkpoint
+from tests.models.tiny import (
+    RawConfig,
+    mixtral,
+    moe_layers,
+    num_experts,
+    qwen2_moe,
+    qwen3_moe,
+    random_tensors,
+)
+from tests.models.tiny import write_model as write_tiny_model
+
+from argosy.checkpoint.files import ModelFiles, check_vector
+from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.model.families import open_model
+
+MAKERS = (mixtral, qwen2_moe, qwen3_moe)
+every_family = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
+
+DTYPE = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+NUMPY = {"f32": "<f4", "f16": "<f2", "bf16": "<u2"}
+
+
+def write(
+    directory: Path, config: RawConfig, change: Callable[[dict[str, Array]], None] | None = None
+) -> Path:
+    """A tiny model, its tensors changed by `change`."""
+    tensors = random_tensors(config, 3, "BF16")
+    if change is not None:
+        change(tensors)
+    (directory / "config.json").write_text(json.dumps(config))
+    write_checkpoint(directory, {name: ("BF16", tensor) for name, tensor in tensors.items()})
+    return directory
+
+
+def refusal(directory: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        open_model(directory)
+    return str(caught.value)
+
+
+def stored(path: Path, offset: int, format: str, rows: int, cols: int) -> Array:
+    """The values of a matrix, read where ModelFiles says that they are."""
+    raw = np.frombuffer(path.read_bytes(), np.uint8)[
+        offset : offset + rows * cols * np.dtype(NUMPY[format]).itemsize
+    ]
+    return decode(DTYPE[format], raw.view(NUMPY[format])).reshape(rows, cols)
+
+
+def expert_matrix(files: ModelFiles, layer: int, expert: int, name: str) -> Array:
+    record = files.experts[layer, expert]
+    matrix = getattr(record, name)
+    piece = record.pieces[matrix.piece]
+    assert matrix.offset + matrix.rows * matrix.cols * np.dtype(NUMPY[matrix.format]).itemsize <= piece.nbytes
+    return stored(piece.path, piece.offset + matrix.offset, matrix.format, matrix.rows, matrix.cols)
+
+
+def hub_names(config: RawConfig, layer: int, expert: int) -> tuple[str, str, str]:
+    if config["model_type"] == "mixtral":
+        base = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
+        return base + "w1.weight", base + "w3.weight", base + "w2.weight"
+    base = f"model.layers.{layer}.mlp.experts.{expert}."
+    return base + "gate_proj.weight", base + "up_proj.weight", base + "down_proj.weight"
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda configuration: configuration.name)
+def test_every_tensor_is_found_where_it_lies(tmp_path: Path, configuration: Configuration) -> None:
+    config = configuration.config
+    write_tiny_model(tmp_path, config, seed=1, dtype=configuration.dtype, num_shards=configuration.num_shards)
+    tensors = read_checkpoint(tmp_path)
+
+    files = open_model(tmp_path)
+
+    for ref in files.dense.values():
+        found = stored(ref.path, ref.offset, ref.format, ref.rows, ref.cols)
+        assert np.array_equal(found.reshape(tensors[ref.name].shape), tensors[ref.name])
+    assert files.experts.keys() == {(i, e) for i in moe_layers(config) for e in range(num_experts(config))}
+    used = {ref.name for ref in files.dense.values()}
+    for layer, expert in files.experts:
+        names = hub_names(config, layer, expert)
+        used |= set(names)
+        for name, hub_name in zip(("gate", "up", "down"), names, strict=True):
+            assert np.array_equal(expert_matrix(files, layer, expert, name), tensors[hub_name])
+        assert len(files.experts[layer, expert].pieces) == 3
+        assert all(piece.checksum is None for piece in files.experts[layer, expert].pieces)
+    assert used == tensors.keys()
+    assert files.dense_bytes + files.expert_bytes == sum(
+        tensor.size * (4 if configuration.dtype == "F32" else 2) for tensor in tensors.values()
+    )
+    assert not files.is_packed
+    assert ("head" in files.dense) != config["tie_word_embeddings"]
+
+
+def test_canonical_names_are_those_of_the_seams(tmp_path: Path) -> None:
+    write(tmp_path, qwen2_moe(mlp_only_layers=[1]))
+
+    names = {name: ref.name for name, ref in open_model(tmp_path).dense.items()}
+
+    assert names["embed"] == "model.embed_tokens.weight"
+    assert names["head"] == "lm_head.weight"
+    assert names["final_norm"] == "model.norm.weight"
+    assert names["layers.0.attn_norm"] == "model.layers.0.input_layernorm.weight"
+    assert names["layers.0.mlp_norm"] == "model.layers.0.post_attention_layernorm.weight"
+    assert names["layers.0.q"] == "model.layers.0.self_attn.q_proj.weight"
+    assert names["layers.0.k_bias"] == "model.layers.0.self_attn.k_proj.bias"
+    assert names["layers.0.router"] == "model.layers.0.mlp.gate.weight"
+    assert names["layers.0.shared_up"] == "model.layers.0.mlp.shared_expert.up_proj.weight"
+    assert names["layers.0.shared_score"] == "model.layers.0.mlp.shared_expert_gate.weight"
+    assert names["layers.1.down"] == "model.layers.1.mlp.down_proj.weight"
+    assert "layers.1.router" not in names
+
+
+def fuse(config: RawConfig, tensors: dict[str, Array]) -> dict[str, Array]:
+    """The layout that transformers 5 writes with `save_original_format=False`."""
+    fused = {
+        name.replace("block_sparse_moe.gate", "mlp.gate"): t
+        for name, t in tensors.items()
+        if ".experts." not in name
+    }
+    for layer in moe_layers(config):
+        triples = [
+            [tensors[name] for name in hub_names(config, layer, expert)]
+            for expert in range(num_experts(config))
+        ]
+        base = f"model.layers.{layer}.mlp.experts."
+        fused[base + "gate_up_proj"] = np.stack([np.concatenate([gate, up]) for gate, up, _ in triples])
+        fused[base + "down_proj"] = np.stack([down for _, _, down in triples])
+    return fused
+
+
+@every_family
+def test_experts_that_lie_fused_are_read_as_two_pieces(tmp_path: Path, make: Any) -> None:
+    config = make()
+    tensors = random_tensors(config, 3, "BF16")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_checkpoint(tmp_path, {name: ("BF16", tensor) for name, tensor in fuse(config, tensors).items()})
+
+    files = open_model(tmp_path)
+
+    for layer, expert in files.experts:
+        assert len(files.experts[layer, expert].pieces) == 2
+        for name, hub_name in zip(("gate", "up", "down"), hub_names(config, layer, expert), strict=True):
+            assert np.array_equal(expert_matrix(files, layer, expert, name), tensors[hub_name])
+
+
+def test_fused_experts_of_another_shape_are_refused(tmp_path: Path) -> None:
+    config = qwen3_moe()
+    tensors = fuse(config, random_tensors(config, 3, "BF16"))
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    tensors[name] = tensors[name].transpose(0, 2, 1)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_checkpoint(tmp_path, {name: ("BF16", tensor) for name, tensor in tensors.items()})
+
+    assert refusal(tmp_path) == f"model.safetensors: {name} is [6, 32, 48], expected [6, 48, 32]"
+
+
+@every_family
+def test_a_missing_tensor_is_named(tmp_path: Path, make: Any) -> None:
+    for name in ("model.layers.1.self_attn.k_proj.weight", hub_names(make(), 2, 5)[1], "model.norm.weight"):
+        write(tmp_path, make(), lambda tensors, name=name: tensors.pop(name))
+
+        assert re.fullmatch(rf"{re.escape(name)} is missing from the \d+ tensors in .*", refusal(tmp_path))
+
+
+@every_family
+def test_a_tensor_of_another_shape_is_refused_with_both_shapes(tmp_path: Path, make: Any) -> None:
+    name = hub_names(make(), 1, 3)[2]
+
+    def cut(tensors: dict[str, Array]) -> None:
+        tensors[name] = tensors[name][:, :-1]
+
+    write(tmp_path, make(), cut)
+
+    rows, cols = random_tensors(make(), 3, "BF16")[name].shape
+    assert (
+        refusal(tmp_path) == f"model.safetensors: {name} is [{rows}, {cols - 1}], expected [{rows}, {cols}]"
+    )
+
+
+@every_family
+def test_a_tensor_that_nothing_reads_is_refused(tmp_path: Path, make: Any) -> None:
+    def add(tensors: dict[str, Array]) -> None:
+        tensors["model.layers.0.self_attn.sinks"] = np.zeros(4, np.float32)
+        tensors["model.layers.1.self_attn.sinks"] = np.zeros(4, np.float32)
+
+    write(tmp_path, make(), add)
+
+    assert refusal(tmp_path) == (
+        f"model.safetensors: model.layers.0.self_attn.sinks [4] and 1 more: a {make()['model_type']} model with this "
+        "config.json has no such tensor"
+    )
+
+
+def test_a_layer_or_expert_too_many_is_refused(tmp_path: Path) -> None:
+    tensors = random_tensors(qwen3_moe(num_hidden_layers=4), 3, "BF16")
+    write(tmp_path, qwen3_moe(), lambda kept: kept.update(tensors))
+    assert "model.layers.3." in refusal(tmp_path)
+
+
+def test_constants_that_old_exporters_left_are_passed_over(tmp_path: Path) -> None:
+    def add(tensors: dict[str, Array]) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(5, np.float32)
+        tensors["model.rotary_emb.inv_freq"] = np.zeros(5, np.float32)
+
+    open_model(write(tmp_path, mixtral(), add))
+
+
+def test_a_head_in_the_files_wins_over_tied_in_the_config(tmp_path: Path) -> None:
+    config = qwen3_moe(tie_word_embeddings=True)
+
+    def add(tensors: dict[str, Array]) -> None:
+        tensors["lm_head.weight"] = np.ones((112, 32), np.float32)
+
+    files = open_model(write(tmp_path, config, add))
+
+    assert not files.config.is_embedding_tied
+    assert files.dense["head"].name == "lm_head.weight"
+
+
+def test_a_dtype_that_no_kernel_reads_is_refused(tmp_path: Path) -> None:
+    config = mixtral()
+    tensors: dict[str, tuple[str, Array]] = {
+        name: ("BF16", tensor) for name, tensor in random_tensors(config, 3, "BF16").items()
+    }
+    tensors["model.norm.weight"] = ("I32", np.zeros(40, np.int32))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_checkpoint(tmp_path, tensors)
+
+    with pytest.raises(UnsupportedModel, match=r"model.norm.weight has dtype I32; supported: F32, F16, BF16"):
+        open_model(tmp_path)
+
+
+def test_norms_in_float32_beside_bf16_are_fine_and_experts_of_two_formats_are_not(tmp_path: Path) -> None:
+    config = mixtral()
+    tensors: dict[str, tuple[str, Array]] = {
+        name: ("F32" if "norm" in name else "BF16", tensor)
+        for name, tensor in random_tensors(config, 3, "BF16").items()
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_checkpoint(tmp_path, tensors)
+    assert open_model(tmp_path).dense["final_norm"].format == "f32"
+
+    name = hub_names(config, 1, 2)[1]
+    tensors[name] = ("F16", tensors[name][1])
+    write_checkpoint(tmp_path, tensors)
+    assert "up of expert 2 in layer 1 is f16, the experts before it are bf16" in refusal(tmp_path)
+
+
+# Directories and the small files
+
+
+def test_a_directory_without_a_model_says_what_was_looked_for(tmp_path: Path) -> None:
+    assert refusal(tmp_path) == (
+        f"{tmp_path} holds no model: looked for argosy.json (a pack), and for config.json with model.safetensors or "
+        "model.safetensors.index.json"
+    )
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert refusal(tmp_path).endswith(", found model.safetensors without config.json")
+
+
+def test_a_config_without_weights_says_what_was_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(mixtral()))
+    assert "holds no safetensors: looked for model.safetensors and model.safetensors.index.json" in refusal(
+        tmp_path
+    )
+
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    assert "found pytorch_model.bin, a format that can run code" in refusal(tmp_path)
+
+
+def test_a_path_that_is_no_directory_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "gone") == f"{tmp_path / 'gone'} does not exist"
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert "is a file; a model is a directory" in refusal(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3", None, 7, ["mixtral"]])
+def test_an_unknown_family_is_refused_by_name(tmp_path: Path, model_type: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+
+    with pytest.raises(UnsupportedModel, match=r"model_type '.*'; supported: mixtral, qwen2_moe, qwen3_moe"):
+        open_model(tmp_path)
+
+
+def test_generation_config_has_the_last_word_on_the_end_of_an_answer(tmp_path: Path) -> None:
+    write(tmp_path, qwen3_moe(eos_token_id=2))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 5], "temperature": 0.6}))
+    assert open_model(tmp_path).config.eos_ids == (7, 5)
+
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6}))
+    assert open_model(tmp_path).config.eos_ids == (2,)
+
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": "x"}))
+    assert refusal(tmp_path).startswith("generation_config.json: eos_token_id is 'x', text")
+
+
+def test_a_config_of_many_layers_costs_nothing_when_the_files_have_few(tmp_path: Path) -> None:
+    write(tmp_path, mixtral())
+    config = mixtral(num_hidden_layers=4096, num_local_experts=65_536)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    assert "model.layers.0.block_sparse_moe.gate.weight is [6, 40], expected [65536, 40]" in refusal(tmp_path)
+
+
+# Norms
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_norm_that_is_not_a_number_is_refused_by_name(value: float) -> None:
+    values = np.ones(8, np.float32)
+    check_vector("model.norm.weight", values)
+    values[5] = value
+
+    with pytest.raises(CheckpointError) as caught:
+        check_vector("model.norm.weight", values, Path("a/model.safetensors"))
+
+    found = re.escape(f"model.safetensors: model.norm.weight holds {value} at position 5 of 8")
+    assert re.match(found, str(caught.value))
+    assert caught.value.facts["tensor"] == "model.norm.weight"
