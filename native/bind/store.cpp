@@ -1,0 +1,196 @@
+// bind/store.cpp: Arena, Store and their file systems for Python: check, unlock the GIL, call.
+#include "store/store.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cerrno>
+#include <chrono>
+#include <stdexcept>
+#include <system_error>
+#include <utility>
+
+#include "bind/bind.h"
+#include "store/arena.h"
+#include "store/crc32c.h"
+#include "store/drive_probe.h"
+
+namespace argosy {
+namespace {
+
+using namespace nb::literals;
+
+using PieceTuple = std::tuple<int, int64_t, int64_t, int64_t>;  // file_id, offset, nbytes, dest_offset
+using Done = std::tuple<int64_t, std::optional<std::string>, std::optional<std::string>>;
+
+// ^C is looked for this often while Python waits for the drive.
+constexpr std::chrono::milliseconds kSignalInterval{100};
+
+// Calls `body` and turns a failed system call into the OSError of `path`.
+template <class Body>
+auto with_os_errors(const std::string& path, Body&& body) {
+  try {
+    return body();
+  } catch (const std::system_error& error) {
+    errno = error.code().value();
+    PyErr_SetFromErrnoWithFilename(PyExc_OSError, path.c_str());
+    throw nb::python_error();
+  }
+}
+
+Fault parse_fault(const std::string& kind) {
+  if (kind == "eio") return Fault::io_error;
+  if (kind == "eintr") return Fault::interrupted;
+  if (kind == "short") return Fault::partial;
+  if (kind == "truncated") return Fault::truncated;
+  if (kind == "flip") return Fault::flipped_bit;
+  if (kind == "delay") return Fault::delayed;
+  throw std::invalid_argument("unknown kind of fault '" + kind +
+                              "'; known: eio, eintr, short, truncated, flip, delay");
+}
+
+std::optional<std::string> error_kind(ReadError error) {
+  switch (error) {
+    case ReadError::io:
+      return "io";
+    case ReadError::checksum:
+      return "checksum";
+    case ReadError::short_file:
+      return "short";
+    case ReadError::none:
+      break;
+  }
+  return std::nullopt;
+}
+
+nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> arena_view(Arena& arena) {
+  using Holder = std::shared_ptr<const void>;
+  uint8_t* data = arena.data();
+  nb::capsule owner(new Holder(arena.hold()),
+                    [](void* holder) noexcept { delete static_cast<Holder*>(holder); });
+  return {data, {arena.size()}, owner};
+}
+
+std::vector<Done> wait_any(Store& store, const std::vector<int64_t>& tickets) {
+  std::vector<Completion> done;
+  while (done.empty() && !tickets.empty()) {
+    {
+      nb::gil_scoped_release released;
+      done = store.wait_any(tickets, kSignalInterval);
+    }
+    if (done.empty() && PyErr_CheckSignals() != 0) throw nb::python_error();
+  }
+  std::vector<Done> result;
+  for (Completion& completion : done) {
+    const bool failed = completion.error != ReadError::none;
+    result.emplace_back(completion.ticket,
+                        failed ? std::optional(std::move(completion.message)) : std::nullopt,
+                        error_kind(completion.error));
+  }
+  return result;
+}
+
+uint32_t checksum_of(nb::handle buffer) {
+  Py_buffer view;
+  if (PyObject_GetBuffer(buffer.ptr(), &view, PyBUF_SIMPLE) != 0) throw nb::python_error();
+  uint32_t checksum;
+  {
+    nb::gil_scoped_release released;  // the view keeps the bytes in place
+    checksum = crc32c_wide(static_cast<const uint8_t*>(view.buf), size_t(view.len));
+  }
+  PyBuffer_Release(&view);
+  return checksum;
+}
+
+}  // namespace
+
+void bind_store(nb::module_& m) {
+  nb::class_<Arena>(m, "Arena")
+      .def(nb::init<size_t>(), "nbytes"_a)
+      .def_prop_ro("nbytes", &Arena::size)
+      .def("array", &arena_view)
+      .def("close", &Arena::close);
+
+  nb::class_<FileSystem>(m, "FileSystem");
+  nb::class_<RealFileSystem, FileSystem>(m, "RealFileSystem").def(nb::init<>());
+  nb::class_<FaultyFileSystem, FileSystem>(m, "FaultyFileSystem")
+      .def(
+          "__init__",
+          [](FaultyFileSystem* self, int64_t fail_read, const std::string& kind, int64_t num_faults,
+             double delay_seconds, std::shared_ptr<FileSystem> inner) {
+            if (!inner) inner = std::make_shared<RealFileSystem>();
+            new (self)
+                FaultyFileSystem(std::move(inner), parse_fault(kind), fail_read, num_faults, delay_seconds);
+          },
+          "fail_read"_a, "kind"_a, "num_faults"_a = 1, "delay_seconds"_a = 0.05, "inner"_a = nb::none())
+      .def_prop_ro("num_reads", &FaultyFileSystem::num_reads);
+
+  nb::class_<Store>(m, "Store")
+      .def(
+          "__init__",
+          [](Store* self, int num_readers, std::shared_ptr<FileSystem> file_system) {
+            if (!file_system) file_system = std::make_shared<RealFileSystem>();
+            new (self) Store(num_readers, std::move(file_system));
+          },
+          "num_readers"_a, "file_system"_a = nb::none())
+      .def(
+          "open",
+          [](Store& store, const std::string& path, bool direct) {
+            return with_os_errors(path, [&] { return store.open(path, direct); });
+          },
+          "path"_a, "direct"_a = true)
+      .def(
+          "info",
+          [](const Store& store, int file_id) {
+            const FileInfo info = store.info(file_id);
+            return std::tuple(info.path, info.size, info.alignment, info.is_direct, info.why_not_direct);
+          },
+          "file_id"_a)
+      .def(
+          "fetch",
+          [](Store& store, Arena& arena, const std::vector<PieceTuple>& tuples,
+             const std::optional<std::vector<uint32_t>>& checksums) {
+            std::vector<Piece> pieces;
+            pieces.reserve(tuples.size());
+            for (const auto& [file_id, offset, nbytes, dest_offset] : tuples) {
+              pieces.push_back({file_id, offset, nbytes, dest_offset});
+            }
+            if (checksums && checksums->size() != pieces.size()) {
+              throw std::invalid_argument("there are " + std::to_string(pieces.size()) + " pieces and " +
+                                          std::to_string(checksums->size()) + " checksums");
+            }
+            return store.fetch(arena, pieces, checksums.value_or(std::vector<uint32_t>{}));
+          },
+          "arena"_a, "pieces"_a, "checksums"_a = nb::none())
+      .def("wait_any", &wait_any, "tickets"_a)
+      .def("cancel", &Store::cancel, "ticket"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("pending", &Store::pending)
+      .def("stats",
+           [](const Store& store) {
+             const StoreStats stats = store.stats();
+             nb::dict result;
+             result["bytes_read"] = stats.bytes_read;
+             result["reads"] = stats.reads;
+             result["read_seconds"] = stats.read_seconds;
+             result["checksum_seconds"] = stats.checksum_seconds;
+             result["busy_seconds"] = stats.busy_seconds;
+             return result;
+           })
+      .def("close", &Store::close, nb::call_guard<nb::gil_scoped_release>());
+
+  m.def("crc32c_wide", &checksum_of, "buffer"_a);
+  m.def(
+      "drive_probe",
+      [](const std::string& path, int64_t record_bytes, int64_t num_records, int num_readers, bool direct) {
+        return with_os_errors(path, [&] {
+          nb::gil_scoped_release released;
+          return drive_probe(path, record_bytes, num_records, num_readers, direct);
+        });
+      },
+      "path"_a, "record_bytes"_a, "num_records"_a, "num_readers"_a, "direct"_a);
+}
+
+}  // namespace argosy

@@ -1,0 +1,44 @@
+// arena.cpp: map a little more than asked for, and give back what is before and after the aligned part.
+#include "store/arena.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <stdexcept>
+
+namespace argosy {
+namespace {
+
+void refuse(size_t nbytes, const char* reason) {
+  throw OutOfMemory("cannot reserve " + std::to_string(nbytes) + " bytes of memory: " + reason);
+}
+
+}  // namespace
+
+Arena::Arena(size_t nbytes) : size_(nbytes) {
+  if (nbytes > SIZE_MAX / 4) refuse(nbytes, "more than an address space holds");
+  const size_t page = size_t(sysconf(_SC_PAGESIZE));
+  const size_t mapped = nbytes == 0 ? page : (nbytes + page - 1) / page * page;
+
+  void* raw = mmap(nullptr, mapped + kAlignment, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (raw == MAP_FAILED) refuse(nbytes, strerror(errno));
+  auto* start = static_cast<uint8_t*>(raw);
+  const size_t before = (kAlignment - reinterpret_cast<uintptr_t>(start) % kAlignment) % kAlignment;
+  uint8_t* aligned = start + before;
+  if (before > 0) munmap(start, before);
+  munmap(aligned + mapped, kAlignment - before);
+  mapping_ = std::shared_ptr<uint8_t>(aligned, [mapped](uint8_t* data) { munmap(data, mapped); });
+
+  // Both are advice: a kernel without huge pages refuses the first, and everything still works.
+  madvise(aligned, mapped, MADV_HUGEPAGE);
+  madvise(aligned, mapped, MADV_DONTDUMP);
+}
+
+uint8_t* Arena::data() {
+  if (is_closed()) throw std::invalid_argument("the arena is closed");
+  return mapping_.get();
+}
+
+}  // namespace argosy

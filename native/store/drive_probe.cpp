@@ -1,0 +1,105 @@
+// drive_probe.cpp: shuffle the records, start the readers together, measure from the first start to the last
+// end.
+#include "store/drive_probe.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <latch>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "store/arena.h"
+#include "store/file_system.h"
+
+namespace argosy {
+namespace {
+
+// A reader that fills one small buffer again and again finds it in the processor's cache, and looks up to a
+// third faster than one that fills the slots of an expert cache (benchmarks/reads.py).
+constexpr int64_t kDestinationBytes = int64_t{256} << 20;
+
+class ClosedAtEnd {
+ public:
+  ClosedAtEnd(FileSystem& file_system, int handle) : file_system_(file_system), handle_(handle) {}
+  ~ClosedAtEnd() { file_system_.close(handle_); }
+  ClosedAtEnd(const ClosedAtEnd&) = delete;
+  ClosedAtEnd& operator=(const ClosedAtEnd&) = delete;
+
+ private:
+  FileSystem& file_system_;
+  int handle_;
+};
+
+std::vector<int64_t> shuffled_records(int64_t num_in_file, int64_t num_records) {
+  std::vector<int64_t> all(static_cast<size_t>(num_in_file));
+  std::iota(all.begin(), all.end(), int64_t{0});
+  std::mt19937_64 random{std::random_device{}()};
+  std::vector<int64_t> records;
+  while (int64_t(records.size()) < num_records) {
+    std::shuffle(all.begin(), all.end(), random);
+    const auto wanted = std::min<int64_t>(num_in_file, num_records - int64_t(records.size()));
+    records.insert(records.end(), all.begin(), all.begin() + wanted);
+  }
+  return records;
+}
+
+}  // namespace
+
+double drive_probe(const std::string& path, int64_t record_bytes, int64_t num_records, int num_readers,
+                   bool direct) {
+  if (record_bytes < 1 || num_records < 1 || num_readers < 1) {
+    throw std::invalid_argument("a probe needs at least 1 byte, 1 record and 1 reader");
+  }
+  RealFileSystem file_system;
+  const OpenFile file = file_system.open(path, direct);
+  const ClosedAtEnd closed_at_end(file_system, file.handle);
+  if (direct && !file.is_direct) throw std::runtime_error(path + ": " + file.why_not_direct);
+  record_bytes = (record_bytes + file.alignment - 1) / file.alignment * file.alignment;
+  const int64_t num_in_file = file.size / record_bytes;
+  if (num_in_file < 1) {
+    throw std::invalid_argument(path + " holds " + std::to_string(file.size) + " bytes, and a record has " +
+                                std::to_string(record_bytes));
+  }
+  const std::vector<int64_t> records = shuffled_records(num_in_file, num_records);
+  if (!direct) file_system.drop_cache(file.handle, 0, 0);
+
+  std::atomic<size_t> next{0};
+  std::atomic<int> error{0};
+  std::latch ready(num_readers);
+  const int64_t num_slots = std::max<int64_t>(
+      num_readers, std::min(num_records, std::max<int64_t>(1, kDestinationBytes / record_bytes)));
+  Arena arena(size_t(num_slots * record_bytes));
+  memset(arena.data(), 0, arena.size());
+
+  // Each reader notes its own times: this thread may be woken long after they have begun.
+  std::vector<double> began(static_cast<size_t>(num_readers)), ended(static_cast<size_t>(num_readers));
+  const auto read_records = [&](size_t reader) {
+    ready.arrive_and_wait();
+    began[reader] = file_system.seconds();
+    for (size_t i = next++; i < records.size() && error == 0; i = next++) {
+      uint8_t* slot = arena.data() + int64_t(i) % num_slots * record_bytes;
+      ssize_t got;
+      do {
+        got = file_system.pread(file.handle, slot, size_t(record_bytes), records[i] * record_bytes);
+      } while (got == -EINTR);
+      if (got != record_bytes) error = got < 0 ? int(-got) : EIO;
+    }
+    ended[reader] = file_system.seconds();
+  };
+  std::vector<std::thread> readers;
+  for (size_t reader = 0; reader < began.size(); ++reader) readers.emplace_back(read_records, reader);
+  for (std::thread& reader : readers) reader.join();
+  const double seconds =
+      *std::max_element(ended.begin(), ended.end()) - *std::min_element(began.begin(), began.end());
+  if (!direct) file_system.drop_cache(file.handle, 0, 0);
+  if (error != 0) throw std::system_error(error, std::generic_category(), path);
+  return double(record_bytes) * double(num_records) / seconds;
+}
+
+}  // namespace argosy

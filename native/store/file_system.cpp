@@ -1,0 +1,115 @@
+// file_system.cpp: opening a file for O_DIRECT where its file system takes it.
+//
+// Three answers are tried in order: open() itself refuses, statx() tells the alignment (Linux 6.1 and newer),
+// or one page is read to see. Where all fail the file is opened buffered, with the reason kept.
+#include "store/file_system.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <system_error>
+
+namespace argosy {
+namespace {
+
+struct DirectAnswer {
+  bool is_known = false;  // statx told
+  int64_t alignment = 0;  // 0: no direct reads
+};
+
+#if defined(STATX_DIOALIGN)
+DirectAnswer ask_alignment(int handle) {
+  struct statx facts;
+  if (statx(handle, "", AT_EMPTY_PATH, STATX_DIOALIGN, &facts) != 0 || !(facts.stx_mask & STATX_DIOALIGN))
+    return {};
+  return {true, std::max<int64_t>(facts.stx_dio_mem_align, facts.stx_dio_offset_align)};
+}
+#else
+DirectAnswer ask_alignment(int) { return {}; }
+#endif
+
+// 0, or the error of reading one aligned page.
+int try_one_page(int handle) {
+  constexpr size_t page = size_t(FileSystem::kMinAlignment);
+  void* buffer = std::aligned_alloc(page, page);
+  if (buffer == nullptr) return ENOMEM;
+  ssize_t got;
+  do {
+    got = ::pread(handle, buffer, page, 0);
+  } while (got < 0 && errno == EINTR);
+  const int error = got < 0 ? errno : 0;
+  std::free(buffer);
+  return error;
+}
+
+OpenFile open_direct(const std::string& path) {
+  OpenFile file;
+  file.handle = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
+  if (file.handle < 0) {
+    file.why_not_direct = std::string("the file system refuses O_DIRECT: ") + strerror(errno);
+    return file;
+  }
+  const DirectAnswer answer = ask_alignment(file.handle);
+  if (answer.is_known && answer.alignment == 0) {
+    file.why_not_direct = "the file system takes no direct reads of this file";
+  } else if (const int error = try_one_page(file.handle)) {
+    file.why_not_direct = std::string("a trial read with O_DIRECT failed: ") + strerror(error);
+  } else {
+    file.is_direct = true;
+    file.alignment = std::max(FileSystem::kMinAlignment, answer.alignment);
+    // A file system that does not tell may take O_DIRECT and go through the page cache all the same.
+    file.drops_cache = !answer.is_known;
+    return file;
+  }
+  ::close(file.handle);
+  file.handle = -1;
+  return file;
+}
+
+}  // namespace
+
+OpenFile RealFileSystem::open(const std::string& path, bool direct) {
+  OpenFile file;
+  file.why_not_direct = "buffered reads were asked for";
+  if (direct) file = open_direct(path);
+  if (!file.is_direct) {
+    file.handle = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (file.handle < 0) throw std::system_error(errno, std::generic_category(), path);
+    file.alignment = kMinAlignment;
+    file.drops_cache = true;
+    // Read-ahead beyond what was asked for would stay in the page cache, which the budget pays for.
+    posix_fadvise(file.handle, 0, 0, POSIX_FADV_RANDOM);
+  }
+  struct stat facts;
+  int error = fstat(file.handle, &facts) == 0 ? 0 : errno;
+  if (error == 0 && !S_ISREG(facts.st_mode)) error = S_ISDIR(facts.st_mode) ? EISDIR : EINVAL;
+  if (error != 0) {
+    ::close(file.handle);
+    throw std::system_error(error, std::generic_category(), path);
+  }
+  file.size = facts.st_size;
+  return file;
+}
+
+ssize_t RealFileSystem::pread(int handle, void* buffer, size_t nbytes, int64_t offset) {
+  const ssize_t got = ::pread(handle, buffer, nbytes, offset);
+  return got < 0 ? -errno : got;
+}
+
+void RealFileSystem::drop_cache(int handle, int64_t offset, int64_t nbytes) {
+  posix_fadvise(handle, offset, nbytes, POSIX_FADV_DONTNEED);
+}
+
+void RealFileSystem::close(int handle) { ::close(handle); }
+
+double RealFileSystem::seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace argosy

@@ -1,0 +1,83 @@
+// file_system.h: the few calls the store makes on files and the clock, behind one interface, so that a test
+// can make the Nth read fail.
+//
+//   RealFileSystem    the kernel's calls; decides whether a file is read with O_DIRECT
+//   FaultyFileSystem  another file system, with one fault put into it
+#pragma once
+
+#include <sys/types.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+namespace argosy {
+
+struct OpenFile {
+  int handle = -1;
+  int64_t size = 0;
+  int64_t alignment = 1;       // of offset, length and memory of every read
+  bool is_direct = false;      // past the page cache
+  bool drops_cache = false;    // the page cache has to be dropped behind each read
+  std::string why_not_direct;  // empty when is_direct
+};
+
+class FileSystem {
+ public:
+  // Layout must not depend on how a file can be read, so every file is read in whole pages at least.
+  static constexpr int64_t kMinAlignment = 4096;
+
+  virtual ~FileSystem() = default;
+  // Throws std::system_error. `direct` false: buffered on purpose.
+  virtual OpenFile open(const std::string& path, bool direct) = 0;
+  // As pread(2), but with the error as a negative number: bytes read, 0 at the end of the file, or -errno.
+  virtual ssize_t pread(int handle, void* buffer, size_t nbytes, int64_t offset) = 0;
+  virtual void drop_cache(int handle, int64_t offset, int64_t nbytes) = 0;
+  virtual void close(int handle) = 0;
+  virtual double seconds() = 0;  // of a clock that never goes back
+};
+
+class RealFileSystem : public FileSystem {
+ public:
+  OpenFile open(const std::string& path, bool direct) override;
+  ssize_t pread(int handle, void* buffer, size_t nbytes, int64_t offset) override;
+  void drop_cache(int handle, int64_t offset, int64_t nbytes) override;
+  void close(int handle) override;
+  double seconds() override;
+};
+
+enum class Fault {
+  io_error,     // EIO
+  interrupted,  // EINTR, which a reader must try again
+  partial,      // half of what was asked for, which is legal and must be read on
+  truncated,    // end of file
+  flipped_bit,  // the bytes arrive, and one bit of the one in the middle is wrong
+  delayed       // the bytes arrive later
+};
+
+class FaultyFileSystem : public FileSystem {
+ public:
+  // Reads are counted from 1 over all files; those from `first_read` on, `num_faults` of them, get the fault.
+  FaultyFileSystem(std::shared_ptr<FileSystem> inner, Fault fault, int64_t first_read, int64_t num_faults = 1,
+                   double delay_seconds = 0.05);
+
+  OpenFile open(const std::string& path, bool direct) override;
+  ssize_t pread(int handle, void* buffer, size_t nbytes, int64_t offset) override;
+  void drop_cache(int handle, int64_t offset, int64_t nbytes) override;
+  void close(int handle) override;
+  double seconds() override;
+
+  int64_t num_reads() const { return num_reads_; }
+
+ private:
+  std::shared_ptr<FileSystem> inner_;
+  Fault fault_;
+  int64_t first_read_;
+  int64_t num_faults_;
+  double delay_seconds_;
+  std::atomic<int64_t> num_reads_{0};
+};
+
+}  // namespace argosy

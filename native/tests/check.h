@@ -1,0 +1,50 @@
+// check.h: what a native test needs. A failed check prints where and goes on; check_result() is for main to
+// return.
+#pragma once
+
+#include <cstdio>
+#include <sstream>
+#include <string>
+
+namespace argosy::testing {
+
+inline int num_checks = 0;
+inline int num_failures = 0;
+
+inline void report(bool holds, const char* file, int line, const std::string& sentence) {
+  ++num_checks;
+  if (holds) return;
+  ++num_failures;
+  if (num_failures <= 20) fprintf(stderr, "%s:%d: %s\n", file, line, sentence.c_str());
+}
+
+template <class A, class B>
+void report_equal(const A& found, const B& expected, const char* file, int line, const char* what) {
+  const bool holds = found == expected;
+  std::ostringstream sentence;
+  if (!holds) sentence << what << ": found " << found << ", expected " << expected;
+  report(holds, file, line, sentence.str());
+}
+
+inline int check_result() {
+  printf("%d checks, %d failed\n", num_checks, num_failures);
+  return num_failures == 0 ? 0 : 1;
+}
+
+}  // namespace argosy::testing
+
+#define CHECK(condition) argosy::testing::report(bool(condition), __FILE__, __LINE__, #condition)
+
+#define CHECK_EQUAL(found, expected) \
+  argosy::testing::report_equal((found), (expected), __FILE__, __LINE__, #found)
+
+#define CHECK_THROWS(type, expression)                                                 \
+  do {                                                                                 \
+    bool thrown = false;                                                               \
+    try {                                                                              \
+      (void)(expression);                                                              \
+    } catch (const type&) {                                                            \
+      thrown = true;                                                                   \
+    }                                                                                  \
+    argosy::testing::report(thrown, __FILE__, __LINE__, #expression " throws " #type); \
+  } while (false)

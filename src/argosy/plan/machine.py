@@ -1,0 +1,265 @@
+"""What this machine lets one process use: memory, cores, drive.
+
+    /proc, /sys, cgroups  ->  facts  ->  memory plan, `argosy doctor`
+
+Everything is read from files of the kernel, below a `root` that a test can put elsewhere. A fact that cannot be read
+is None, never a guess. Nothing here is measured: measuring is `cli/doctor.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from argosy.config import MIB, format_bytes
+
+_ROOT = Path("/")
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryLimit:
+    """What this process may use at most, and what of it nobody else uses."""
+
+    total_bytes: int
+    free_bytes: int  # what this process holds already counts as free
+    source: str  # "machine", or the cgroup whose limit is the smallest
+
+    def __str__(self) -> str:
+        return f"{format_bytes(self.free_bytes)} free of {format_bytes(self.total_bytes)} ({self.source})"
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Memory of this process now, and the most it ever had."""
+
+    resident_bytes: int
+    anonymous_bytes: int
+    file_bytes: int  # mapped files and shared memory
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drive:
+    """Where a path lies."""
+
+    file_system: str  # "ext4"
+    device: str  # "/dev/nvme0n1p2"
+    mount_point: str
+    read_ahead_kb: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Cgroup:
+    path: Path
+    version: int
+    name: str  # "cgroup v2 /user.slice"
+
+
+def memory_limit(root: Path = _ROOT) -> MemoryLimit:
+    """The smallest of the machine's memory and the limits of this process's cgroup and its parents."""
+    facts = _meminfo(root)
+    total, free, source = facts["MemTotal"], facts["MemAvailable"], "machine"
+    for group in _cgroups(root, "memory"):
+        limit, used = _cgroup_memory(group)
+        if limit is None or limit >= facts["MemTotal"]:
+            continue
+        free = min(free, max(0, limit - used))
+        if limit < total:
+            total, source = limit, group.name
+    own_bytes = process_footprint(root).anonymous_bytes
+    return MemoryLimit(total, min(total, free + own_bytes), source)
+
+
+def default_budget(limit: MemoryLimit) -> tuple[int, int]:
+    """(budget_bytes, margin_bytes) of a process that was given no budget.
+
+    The margin is 5 % and at least 512 MiB, for what starts later, and at most an eighth on a small machine.
+    """
+    margin_bytes = min(max(limit.free_bytes // 20, 512 * MIB), limit.free_bytes // 8)
+    return limit.free_bytes - margin_bytes, margin_bytes
+
+
+def swap_bytes(root: Path = _ROOT) -> int:
+    return _meminfo(root).get("SwapTotal", 0)
+
+
+def process_footprint(root: Path = _ROOT) -> Footprint:
+    status = _sizes(root / "proc/self/status")
+    anonymous_bytes = status["RssAnon"]
+    file_bytes = status["RssFile"] + status["RssShmem"]
+    return Footprint(anonymous_bytes + file_bytes, anonymous_bytes, file_bytes, status["VmHWM"])
+
+
+def cgroup_peak_bytes(root: Path = _ROOT) -> int | None:
+    """The most this process's memory cgroup ever held, page cache included; None unless the process is alone in it."""
+    group = next(_cgroups(root, "memory"), None)
+    if group is None:
+        return None
+    if (_read(group.path / "cgroup.procs") or "").split() != [str(os.getpid())]:
+        return None
+    return _number(group.path / ("memory.peak" if group.version == 2 else "memory.max_usage_in_bytes"))
+
+
+def usable_cores(root: Path = _ROOT) -> int:
+    """Cores this process may run on: its affinity mask, or the CPU quota of a cgroup where that is less."""
+    cores = len(os.sched_getaffinity(0))
+    for group in _cgroups(root, "cpu"):
+        if (quota := _cpu_quota(group)) is not None:
+            cores = min(cores, max(1, int(quota)))
+    return cores
+
+
+def cpu_model(root: Path = _ROOT) -> str:
+    for line in (_read(root / "proc/cpuinfo") or "").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.machine()
+
+
+def drive_of(path: Path, root: Path = _ROOT) -> Drive | None:
+    """The mount that holds `path` (or the nearest parent that exists)."""
+    place = nearest_existing(path)
+    best: Drive | None = None
+    for mount in _mounts(root):
+        if not place.is_relative_to(mount.mount_point):
+            continue
+        if best is not None and len(mount.mount_point) < len(best.mount_point):
+            continue
+        block = root / "sys/dev/block" / mount.device_number
+        ahead = _first_number(
+            root / "sys/class/bdi" / mount.device_number / "read_ahead_kb",
+            block / "queue/read_ahead_kb",
+            block.resolve().parent / "queue/read_ahead_kb",  # a partition has its drive's queue
+        )
+        best = Drive(mount.file_system, mount.device, mount.mount_point, ahead)
+    return best
+
+
+def free_disk_bytes(path: Path) -> int:
+    """What an ordinary user may still write where `path` is, or will be."""
+    facts = os.statvfs(nearest_existing(path))
+    return facts.f_bavail * facts.f_frsize
+
+
+def nearest_existing(path: Path) -> Path:
+    place = path.expanduser().absolute()
+    while not place.exists():
+        place = place.parent
+    return place.resolve()
+
+
+@dataclass(frozen=True, slots=True)
+class _Mount:
+    device_number: str  # "259:2"
+    inner_path: str  # the part of the file system that is mounted
+    mount_point: str
+    file_system: str
+    device: str
+    options: tuple[str, ...]  # of the file system: for cgroup v1, its controllers
+
+
+def _mounts(root: Path) -> Iterator[_Mount]:
+    """/proc/self/mountinfo, see proc_pid_mountinfo(5)."""
+    for line in (_read(root / "proc/self/mountinfo") or "").splitlines():
+        mount, _, file_system = line.partition(" - ")
+        fields, rest = mount.split(), file_system.split()
+        if len(fields) >= 5 and len(rest) >= 2:
+            options = tuple(rest[2].split(",")) if len(rest) > 2 else ()
+            yield _Mount(fields[2], _unescape(fields[3]), _unescape(fields[4]), rest[0], rest[1], options)
+
+
+def _unescape(text: str) -> str:
+    for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        text = text.replace(code, char)
+    return text
+
+
+def _cgroups(root: Path, controller: str) -> Iterator[_Cgroup]:
+    """This process's cgroup for a controller, then its parents up to the mount; version 1 where that has it."""
+    memberships: dict[str, str] = {}
+    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        for name in controllers.split(","):
+            memberships[name] = path  # version 2 has no names: ""
+    version = 1 if controller in memberships else 2
+    own_path = memberships.get(controller if version == 1 else "")
+    if own_path is None:
+        return
+    for mount in _mounts(root):
+        if mount.file_system != ("cgroup" if version == 1 else "cgroup2"):
+            continue
+        if version == 1 and controller not in mount.options:
+            continue
+        top = root / mount.mount_point.lstrip("/")
+        # In a container the mount may show only a part of the tree, and the path may lead outside of it.
+        own = Path(own_path)
+        inside = own.relative_to(mount.inner_path) if own.is_relative_to(mount.inner_path) else Path()
+        for part in (inside, *inside.parents):
+            yield _Cgroup(top / part, version, f"cgroup v{version} {Path('/') / part}")
+        return
+
+
+def _cgroup_memory(group: _Cgroup) -> tuple[int | None, int]:
+    """(limit or None, bytes in use that cannot simply be reclaimed)."""
+    if group.version == 2:
+        limit, used = _number(group.path / "memory.max"), _number(group.path / "memory.current")
+        prefix = ""
+    else:
+        limit, used = (
+            _number(group.path / "memory.limit_in_bytes"),
+            _number(group.path / "memory.usage_in_bytes"),
+        )
+        prefix = "total_"  # with the groups below
+    if limit is None or used is None:
+        return None, 0
+    cache_bytes = 0
+    for line in (_read(group.path / "memory.stat") or "").splitlines():
+        name, _, value = line.partition(" ")
+        if name in (f"{prefix}inactive_file", f"{prefix}active_file"):
+            cache_bytes += int(value)
+    return limit, max(0, used - cache_bytes)
+
+
+def _cpu_quota(group: _Cgroup) -> float | None:
+    if group.version == 2:
+        quota, _, period = (_read(group.path / "cpu.max") or "max").partition(" ")
+        return None if quota.strip() == "max" else int(quota) / int(period)
+    quota_us = _number(group.path / "cpu.cfs_quota_us")
+    period_us = _number(group.path / "cpu.cfs_period_us")
+    return None if not period_us or quota_us is None or quota_us <= 0 else quota_us / period_us
+
+
+def _meminfo(root: Path) -> dict[str, int]:
+    return _sizes(root / "proc/meminfo")
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """`Name:  123 kB` lines, in bytes."""
+    sizes: dict[str, int] = {}
+    for line in path.read_text().splitlines():
+        name, _, value = line.partition(":")
+        words = value.split()
+        if len(words) == 2 and words[1] == "kB":
+            sizes[name] = int(words[0]) * 1024
+    return sizes
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
+
+
+def _first_number(*paths: Path) -> int | None:
+    return next((number for path in paths if (number := _number(path)) is not None), None)
+
+
+def _number(path: Path) -> int | None:
+    text = (_read(path) or "").strip()
+    return int(text) if text.lstrip("-").isdigit() else None

@@ -1,0 +1,274 @@
+"""The store as Python sees it: bytes, checksums, faults, and ^C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+
+from argosy._native import Arena, FaultyFileSystem, RealFileSystem, Store, crc32c_wide, drive_probe
+
+PAGE = 4096
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "experts.bin"
+    path.write_bytes(np.random.default_rng(3).integers(0, 256, 8 * PAGE + 100, np.uint8).tobytes())
+    return path
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    store = Store(2)
+    yield store
+    store.close()
+
+
+def fetch_one(
+    store: Store,
+    arena: Arena,
+    file_id: int,
+    offset: int,
+    nbytes: int,
+    dest_offset: int,
+    checksum: int | None = None,
+) -> tuple[str | None, str | None]:
+    piece = (file_id, offset, nbytes, dest_offset)
+    ticket = store.fetch(arena, [piece], None if checksum is None else [checksum])
+    [(done, message, kind)] = store.wait_any([ticket])
+    assert done == ticket
+    return message, kind
+
+
+def test_a_fetched_piece_begins_at_its_offset_within_the_alignment(store: Store, file: Path) -> None:
+    arena, content = Arena(16 * PAGE), file.read_bytes()
+    file_id = store.open(str(file))
+    path, size, alignment, is_direct, why_not = store.info(file_id)
+    assert (path, size, alignment) == (str(file), len(content), PAGE)
+    assert is_direct == (why_not == "")
+
+    for offset, nbytes in [(0, 1), (1, PAGE), (5000, 20_000), (len(content) - 7, 7), (0, len(content))]:
+        wanted = content[offset : offset + nbytes]
+        checksum = crc32c_wide(wanted)
+        assert fetch_one(store, arena, file_id, offset, nbytes, PAGE, checksum=checksum) == (None, None)
+        start = PAGE + offset % alignment
+        assert arena.array()[start : start + nbytes].tobytes() == wanted
+
+
+def test_a_buffered_read_says_why_it_is_not_direct(store: Store, file: Path) -> None:
+    file_id = store.open(str(file), direct=False)
+    assert store.info(file_id)[3:] == (False, "buffered reads were asked for")
+    arena = Arena(16 * PAGE)
+    assert fetch_one(store, arena, file_id, 3, 10_000, 0) == (None, None)
+    assert arena.array()[3:10_003].tobytes() == file.read_bytes()[3:10_003]
+
+
+def test_the_checksum_is_the_crc_of_four_quarters() -> None:
+    def crc(data: bytes) -> int:
+        value = 0xFFFFFFFF
+        for byte in data:
+            value ^= byte
+            for _ in range(8):
+                value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
+        return value ^ 0xFFFFFFFF
+
+    assert crc(b"123456789") == 0xE3069283
+    for nbytes in (0, 1, 3, 4, 5, 31, 32, 33, 257):
+        data = bytes(range(256)) * 2
+        data = data[:nbytes]
+        quarter = -(-nbytes // 4)
+        words = [crc(data[i * quarter : (i + 1) * quarter]).to_bytes(4, "little") for i in range(4)]
+        assert crc32c_wide(data) == crc(b"".join(words))
+        assert crc32c_wide(np.frombuffer(data, np.uint8)) == crc32c_wide(data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("eio", "io"), ("flip", "checksum"), ("truncated", "short"), ("short", None), ("eintr", None)],
+)
+def test_a_fault_fails_the_ticket_that_met_it_or_is_read_over(
+    file: Path, kind: Literal["eio", "flip", "truncated", "short", "eintr"], expected: str | None
+) -> None:
+    faulty = FaultyFileSystem(2, kind)
+    store, arena, content = Store(1, faulty), Arena(4 * PAGE), file.read_bytes()
+    file_id = store.open(str(file))
+    checksum = crc32c_wide(content[:PAGE])
+    kinds = [fetch_one(store, arena, file_id, 0, PAGE, 0, checksum=checksum)[1] for _ in range(3)]
+    assert kinds == [None, expected, None]
+    assert arena.array()[:PAGE].tobytes() == content[:PAGE]
+    assert faulty.num_reads >= 3
+    store.close()
+
+
+def test_a_failure_is_a_sentence_with_file_and_bytes(file: Path) -> None:
+    store, arena = Store(1, FaultyFileSystem(1, "eio")), Arena(16 * PAGE)
+    file_id = store.open(str(file))
+    assert fetch_one(store, arena, file_id, 10, 20, 0) == (
+        "experts.bin: reading bytes 10 to 30: Input/output error",
+        "io",
+    )
+    size = file.stat().st_size
+    message, kind = fetch_one(store, arena, file_id, size - 1, 2, 0)
+    assert kind == "short"
+    assert message == f"experts.bin ends at byte {size}, and bytes {size - 1} to {size + 1} were asked for"
+    message, kind = fetch_one(store, arena, file_id, 0, 4, 0, checksum=0)
+    assert kind == "checksum"
+    assert message is not None
+    assert message.startswith("experts.bin: bytes 0 to 4 have the checksum ")
+    assert message.endswith(", expected 00000000")
+
+
+def test_a_piece_that_cannot_be_meant_is_refused_with_the_numbers(store: Store, file: Path) -> None:
+    arena, file_id = Arena(PAGE), store.open(str(file))
+    with pytest.raises(ValueError, match="multiple of 4096, found 1"):
+        store.fetch(arena, [(file_id, 0, 10, 1)], None)
+    with pytest.raises(ValueError, match="takes 8192 bytes at 0, and the arena ends at 4096"):
+        store.fetch(arena, [(file_id, PAGE - 1, 2, 0)], None)
+    with pytest.raises(ValueError, match="no file has the id 99"):
+        store.fetch(arena, [(99, 0, 10, 0)], None)
+    with pytest.raises(ValueError, match="1 pieces and 0 checksums"):
+        store.fetch(arena, [(file_id, 0, 10, 0)], [])
+    with pytest.raises(ValueError, match="no fetch has the ticket 12345"):
+        store.wait_any([12345])
+    with pytest.raises(FileNotFoundError, match="nothing here"):
+        store.open("nothing here")
+    with pytest.raises(IsADirectoryError):
+        store.open(str(file.parent))
+    with pytest.raises(ValueError, match="at least 1 reader"):
+        Store(0)
+    with pytest.raises(ValueError, match="unknown kind of fault 'fire'"):
+        FaultyFileSystem(1, "fire")  # type: ignore[arg-type]
+    assert store.pending() == 0
+    assert store.wait_any([]) == []
+
+
+def test_a_cancelled_ticket_is_forgotten(file: Path) -> None:
+    faulty = FaultyFileSystem(1, "delay", num_faults=1000, delay_seconds=0.05)
+    store, arena = Store(1, faulty), Arena(8 * PAGE)
+    file_id = store.open(str(file))
+    tickets = [store.fetch(arena, [(file_id, i * PAGE, PAGE, i * PAGE)], None) for i in range(4)]
+    assert store.cancel(tickets[3])
+    assert not store.cancel(tickets[3])
+    for ticket in tickets[:3]:
+        assert store.wait_any([ticket]) == [(ticket, None, None)]
+    assert not arena.array()[3 * PAGE : 4 * PAGE].any()
+    store.close()
+
+
+def test_interrupt_ends_a_wait_within_a_moment(file: Path) -> None:
+    store, arena = Store(1, FaultyFileSystem(1, "delay", delay_seconds=1.0)), Arena(PAGE)
+    file_id = store.open(str(file))
+    ticket = store.fetch(arena, [(file_id, 0, PAGE, 0)], None)
+    timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        store.wait_any([ticket])
+    assert time.monotonic() - start < 0.9  # the read itself takes longer
+    timer.join()
+    assert store.cancel(ticket)
+    store.close()
+
+
+def test_other_threads_run_while_one_waits(file: Path) -> None:
+    store, arena = Store(1, FaultyFileSystem(1, "delay", delay_seconds=0.3)), Arena(PAGE)
+    ticket = store.fetch(arena, [(store.open(str(file)), 0, PAGE, 0)], None)
+    waiter = threading.Thread(target=store.wait_any, args=([ticket],))
+    waiter.start()
+    steps = 0
+    while waiter.is_alive():
+        time.sleep(0.005)
+        steps += 1
+    assert steps >= 10
+    store.close()
+
+
+def test_a_view_outlives_its_closed_arena(store: Store, file: Path) -> None:
+    arena, file_id = Arena(2 * PAGE), store.open(str(file))
+    assert arena.nbytes == 2 * PAGE
+    view = arena.array()
+    assert fetch_one(store, arena, file_id, 0, PAGE, 0) == (None, None)
+    arena.close()
+    assert view[:PAGE].tobytes() == file.read_bytes()[:PAGE]
+    with pytest.raises(ValueError, match="the arena is closed"):
+        arena.array()
+    with pytest.raises(ValueError, match="the arena is closed"):
+        store.fetch(arena, [(file_id, 0, 1, 0)], None)
+    with pytest.raises(MemoryError, match="cannot reserve"):
+        Arena(1 << 60)
+
+
+def test_an_arena_takes_no_memory_before_it_is_used() -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+    before = resident_bytes()
+    arena = Arena(256 << 20)
+    assert resident_bytes() - before < 16 << 20
+    arena.array()[: 64 << 20] = 1
+    assert resident_bytes() - before > 60 << 20
+    arena.close()
+    assert resident_bytes() - before < 16 << 20
+
+
+def test_buffered_reads_leave_nothing_in_the_page_cache(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "large.bin"
+    with open(path, "wb") as out:
+        out.write(os.urandom(8 << 20))
+        out.flush()
+        os.fsync(out.fileno())
+    file_id = store.open(str(path), direct=False)
+    arena = Arena(8 << 20)
+    assert fetch_one(store, arena, file_id, 0, 8 << 20, 0) == (None, None)
+    if (cached := cached_bytes(path)) is None:
+        pytest.skip("this machine cannot tell what is in the page cache (no mincore on this file)")
+    assert cached < 1 << 20
+
+
+def cached_bytes(path: Path) -> int | None:
+    """Bytes of a file in the page cache, by mincore(2)."""
+    import ctypes
+    import mmap
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    nbytes = path.stat().st_size
+    with open(path, "r+b") as handle, mmap.mmap(handle.fileno(), nbytes) as mapping:
+        pages = (ctypes.c_ubyte * (nbytes // mmap.PAGESIZE))()
+        start = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        if libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), pages) != 0:
+            return None
+        return sum(page & 1 for page in pages) * mmap.PAGESIZE
+
+
+def test_stats_count_what_was_read(store: Store, file: Path) -> None:
+    arena, file_id = Arena(16 * PAGE), store.open(str(file))
+    fetch_one(store, arena, file_id, 0, 2 * PAGE, 0)
+    stats = store.stats()
+    assert (stats["bytes_read"], stats["reads"]) == (2 * PAGE, 1)
+    assert 0 < stats["read_seconds"] < 10
+    assert 0 < stats["busy_seconds"] < 10
+
+
+def test_probe_gives_a_bandwidth_or_a_reason(file: Path) -> None:
+    assert drive_probe(str(file), PAGE, 16, 2, False) > 0
+    with pytest.raises(ValueError, match="a record has 1048576"):
+        drive_probe(str(file), 1 << 20, 1, 1, False)
+    with pytest.raises(FileNotFoundError):
+        drive_probe("nothing here", PAGE, 1, 1, False)
+
+
+def test_a_closed_store_says_so(file: Path) -> None:
+    store = Store(1, RealFileSystem())
+    file_id = store.open(str(file))
+    store.close()
+    store.close()
+    with pytest.raises(ValueError, match="the store is closed"):
+        store.fetch(Arena(PAGE), [(file_id, 0, 1, 0)], None)

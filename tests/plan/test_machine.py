@@ -1,0 +1,202 @@
+"""Facts of machines that are not this one: each test writes the kernel's files it needs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from argosy.config import GIB, MIB
+from argosy.plan import machine
+from argosy.plan.machine import MemoryLimit
+
+KB = 1024
+
+
+class FakeMachine:
+    """A root directory with 16 GiB of memory, of which 10 GiB are available."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.write(
+            "proc/meminfo",
+            f"MemTotal: {16 * GIB // KB} kB\nMemAvailable: {10 * GIB // KB} kB\nSwapTotal: 2048 kB\n",
+        )
+        self.write(
+            "proc/self/status",
+            f"Name:\tpython\nVmHWM:\t{400 * KB} kB\nVmRSS:\t{300 * KB} kB\nRssAnon:\t{200 * KB} kB\n"
+            f"RssFile:\t{90 * KB} kB\nRssShmem:\t{10 * KB} kB\nThreads:\t3\n",
+        )
+
+    def write(self, path: str, text: str) -> None:
+        place = self.root / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text)
+
+    def put_in_cgroup_v2(self, path: str = "/user.slice/app", inner_path: str = "/") -> None:
+        self.write("proc/self/cgroup", f"0::{path}\n")
+        self.write(
+            "proc/self/mountinfo",
+            f"24 1 0:22 {inner_path} /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n",
+        )
+
+    def put_in_cgroup_v1(self, path: str = "/docker/abc") -> None:
+        self.write("proc/self/cgroup", f"9:name=systemd:/\n4:memory:{path}\n3:cpu,cpuacct:{path}\n0::/\n")
+        self.write(
+            "proc/self/mountinfo",
+            "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n"
+            "32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu,cpuacct\n"
+            "35 31 0:32 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+            "41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n",
+        )
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> FakeMachine:
+    return FakeMachine(tmp_path)
+
+
+OWN_BYTES = 200 * MIB  # RssAnon of the fake process
+
+
+def test_without_a_cgroup_the_machine_is_the_limit(fake: FakeMachine) -> None:
+    assert machine.memory_limit(fake.root) == MemoryLimit(16 * GIB, 10 * GIB + OWN_BYTES, "machine")
+    assert machine.swap_bytes(fake.root) == 2 * MIB
+
+
+def test_cgroup_v2_limit_is_found_and_its_page_cache_counts_as_free(fake: FakeMachine) -> None:
+    fake.put_in_cgroup_v2()
+    fake.write("sys/fs/cgroup/user.slice/app/memory.max", f"{4 * GIB}\n")
+    fake.write("sys/fs/cgroup/user.slice/app/memory.current", f"{3 * GIB}\n")
+    fake.write(
+        "sys/fs/cgroup/user.slice/app/memory.stat",
+        f"anon {GIB}\ninactive_file {GIB}\nactive_file {GIB // 2}\n",
+    )
+    limit = machine.memory_limit(fake.root)
+    assert limit == MemoryLimit(4 * GIB, 4 * GIB - 3 * GIB // 2 + OWN_BYTES, "cgroup v2 /user.slice/app")
+    assert str(limit) == "2.7 GiB free of 4.0 GiB (cgroup v2 /user.slice/app)"
+
+
+def test_the_smallest_limit_of_all_parents_wins(fake: FakeMachine) -> None:
+    fake.put_in_cgroup_v2()
+    for group, limit_text, used in (("user.slice/app", "max", 10), ("user.slice", str(2 * GIB), 50 * MIB)):
+        fake.write(f"sys/fs/cgroup/{group}/memory.max", limit_text + "\n")
+        fake.write(f"sys/fs/cgroup/{group}/memory.current", f"{used}\n")
+    limit = machine.memory_limit(fake.root)
+    assert limit == MemoryLimit(2 * GIB, 2 * GIB, "cgroup v2 /user.slice")  # free is never more than all
+
+
+def test_cgroup_v1_limit_is_found_and_a_huge_one_is_none(fake: FakeMachine) -> None:
+    fake.put_in_cgroup_v1()
+    memory = "sys/fs/cgroup/memory"
+    fake.write(f"{memory}/memory.limit_in_bytes", "9223372036854771712\n")
+    fake.write(f"{memory}/memory.usage_in_bytes", f"{9 * GIB}\n")
+    assert machine.memory_limit(fake.root).source == "machine"
+
+    fake.write(f"{memory}/docker/abc/memory.limit_in_bytes", f"{GIB}\n")
+    fake.write(f"{memory}/docker/abc/memory.usage_in_bytes", f"{800 * MIB}\n")
+    fake.write(
+        f"{memory}/docker/abc/memory.stat",
+        f"inactive_file 1\ntotal_inactive_file {100 * MIB}\ntotal_active_file {50 * MIB}\n",
+    )
+    expected = GIB - 650 * MIB + OWN_BYTES
+    assert machine.memory_limit(fake.root) == MemoryLimit(GIB, expected, "cgroup v1 /docker/abc")
+
+
+def test_in_a_container_the_path_may_lead_outside_the_mount(fake: FakeMachine) -> None:
+    fake.put_in_cgroup_v2(
+        path="/system.slice/docker-abc.scope/init", inner_path="/system.slice/docker-abc.scope"
+    )
+    fake.write("sys/fs/cgroup/memory.max", f"{3 * GIB}\n")
+    fake.write("sys/fs/cgroup/memory.current", "0\n")
+    assert machine.memory_limit(fake.root).total_bytes == 3 * GIB
+    fake.put_in_cgroup_v2(path="/elsewhere", inner_path="/system.slice/docker-abc.scope")
+    assert machine.memory_limit(fake.root).total_bytes == 3 * GIB
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "margin_bytes"),
+    [(100 * GIB, 5 * GIB), (8 * GIB, 512 * MIB), (2 * GIB, 256 * MIB), (512 * MIB, 64 * MIB)],
+)
+def test_the_margin_is_a_twentieth_and_not_too_much_of_a_small_machine(
+    free_bytes: int, margin_bytes: int
+) -> None:
+    limit = MemoryLimit(200 * GIB, free_bytes, "machine")
+    assert machine.default_budget(limit) == (free_bytes - margin_bytes, margin_bytes)
+
+
+def test_footprint_is_what_the_kernel_counts(fake: FakeMachine) -> None:
+    found = machine.process_footprint(fake.root)
+    assert (found.resident_bytes, found.anonymous_bytes, found.file_bytes, found.peak_bytes) == tuple(
+        n * MIB for n in (300, 200, 100, 400)
+    )
+
+
+def test_cgroup_peak_counts_only_for_a_process_alone(fake: FakeMachine) -> None:
+    assert machine.cgroup_peak_bytes(fake.root) is None
+    fake.put_in_cgroup_v2()
+    group = "sys/fs/cgroup/user.slice/app"
+    fake.write(f"{group}/memory.peak", f"{GIB}\n")
+    fake.write(f"{group}/cgroup.procs", f"{os.getpid()}\n1\n")
+    assert machine.cgroup_peak_bytes(fake.root) is None
+    fake.write(f"{group}/cgroup.procs", f"{os.getpid()}\n")
+    assert machine.cgroup_peak_bytes(fake.root) == GIB
+    fake.put_in_cgroup_v1()
+    fake.write("sys/fs/cgroup/memory/docker/abc/cgroup.procs", f"{os.getpid()}\n")
+    fake.write("sys/fs/cgroup/memory/docker/abc/memory.max_usage_in_bytes", f"{2 * GIB}\n")
+    assert machine.cgroup_peak_bytes(fake.root) == 2 * GIB
+
+
+def test_cores_are_the_mask_or_a_smaller_quota(fake: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert machine.usable_cores(fake.root) == 8
+    fake.put_in_cgroup_v2()
+    fake.write("sys/fs/cgroup/user.slice/app/cpu.max", "max 100000\n")
+    fake.write("sys/fs/cgroup/user.slice/cpu.max", "250000 100000\n")
+    assert machine.usable_cores(fake.root) == 2
+    fake.write("sys/fs/cgroup/user.slice/cpu.max", "50000 100000\n")
+    assert machine.usable_cores(fake.root) == 1
+    fake.put_in_cgroup_v1()
+    fake.write("sys/fs/cgroup/cpu/cpu.cfs_quota_us", "-1\n")
+    fake.write("sys/fs/cgroup/cpu/docker/abc/cpu.cfs_quota_us", "300000\n")
+    fake.write("sys/fs/cgroup/cpu/docker/abc/cpu.cfs_period_us", "100000\n")
+    assert machine.usable_cores(fake.root) == 3
+
+
+def test_the_drive_is_that_of_the_longest_mount_point(fake: FakeMachine, tmp_path: Path) -> None:
+    data = tmp_path / "data set"
+    data.mkdir()
+    escaped = str(data).replace(" ", "\\040")
+    fake.write(
+        "proc/self/mountinfo",
+        "27 1 254:0 / / rw,relatime - ext4 /dev/vda rw\n"
+        f"28 27 259:2 / {escaped} rw shared:9 master:3 - xfs /dev/nvme0n1p2 rw\n"
+        "29 27 0:44 / /elsewhere rw - tmpfs tmpfs rw\n",
+    )
+    fake.write("sys/class/bdi/254:0/read_ahead_kb", "8192\n")
+    disk = fake.root / "sys/devices/nvme0n1"
+    fake.write("sys/devices/nvme0n1/queue/read_ahead_kb", "128\n")
+    (disk / "nvme0n1p2").mkdir()
+    (fake.root / "sys/dev/block").mkdir(parents=True)
+    (fake.root / "sys/dev/block/259:2").symlink_to(disk / "nvme0n1p2")
+
+    found = machine.drive_of(data / "not" / "yet" / "there", fake.root)
+    assert found == machine.Drive("xfs", "/dev/nvme0n1p2", str(data), 128)
+    other = machine.drive_of(Path("/usr"), fake.root)
+    assert other == machine.Drive("ext4", "/dev/vda", "/", 8192)
+
+
+def test_the_processor_is_named_or_its_architecture_is(fake: FakeMachine) -> None:
+    assert machine.cpu_model(fake.root) == os.uname().machine
+    fake.write("proc/cpuinfo", "processor\t: 0\nmodel name\t: Some CPU 9000\n")
+    assert machine.cpu_model(fake.root) == "Some CPU 9000"
+
+
+def test_this_machine_has_facts_that_agree() -> None:
+    limit, footprint = machine.memory_limit(), machine.process_footprint()
+    assert 0 < limit.free_bytes <= limit.total_bytes
+    assert 0 < footprint.resident_bytes <= limit.total_bytes
+    assert footprint.peak_bytes >= footprint.anonymous_bytes
+    assert 1 <= machine.usable_cores() <= (os.cpu_count() or 1)
+    assert machine.free_disk_bytes(Path("nothing") / "here") > 0
