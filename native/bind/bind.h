@@ -1,0 +1,112 @@
+// bind.h: what the bindings share. A binding checks, unlocks the interpreter, calls.
+//
+// Checks throw std::invalid_argument, which Python sees as ValueError, with what was found and what was
+// expected.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+namespace argosy {
+
+namespace nb = nanobind;
+
+void bind_kernels(nb::module_& m);
+void bind_store(nb::module_& m);
+
+using Array = nb::ndarray<nb::ro, nb::device::cpu>;  // read only
+using OutArray = nb::ndarray<nb::device::cpu>;       // written to
+
+constexpr int64_t kAnySize = -1;
+
+[[noreturn]] inline void refuse(const std::string& sentence) { throw std::invalid_argument(sentence); }
+
+inline void require_size(std::string_view name, int64_t found, int64_t expected) {
+  if (found != expected) {
+    refuse(std::string(name) + " is " + std::to_string(found) + ", expected " + std::to_string(expected));
+  }
+}
+
+inline void require_range(std::string_view name, int64_t found, int64_t lowest, int64_t highest) {
+  if (found < lowest || found > highest) {
+    refuse(std::string(name) + " is " + std::to_string(found) + ", expected " + std::to_string(lowest) +
+           " to " + std::to_string(highest));
+  }
+}
+
+inline std::string dtype_name(nb::dlpack::dtype dtype) {
+  switch (nb::dlpack::dtype_code(dtype.code)) {
+    case nb::dlpack::dtype_code::Float:
+      return "float" + std::to_string(dtype.bits);
+    case nb::dlpack::dtype_code::Int:
+      return "int" + std::to_string(dtype.bits);
+    case nb::dlpack::dtype_code::UInt:
+      return "uint" + std::to_string(dtype.bits);
+    case nb::dlpack::dtype_code::Bool:
+      return "bool";
+    default:
+      return "dtype code " + std::to_string(dtype.code) + " of " + std::to_string(dtype.bits) + " bits";
+  }
+}
+
+template <class ArrayType>
+std::string shape_text(const ArrayType& array) {
+  std::string text = "[";
+  for (size_t i = 0; i < array.ndim(); ++i) text += (i > 0 ? ", " : "") + std::to_string(array.shape(i));
+  return text + "]";
+}
+
+inline std::string shape_text(std::initializer_list<int64_t> shape) {
+  std::string text = "[";
+  for (const int64_t size : shape) {
+    text += (text.size() > 1 ? ", " : "") + (size == kAnySize ? std::string("any") : std::to_string(size));
+  }
+  return text + "]";
+}
+
+// Proves element type, shape (kAnySize: whatever it is), C order and alignment.
+template <class T, class ArrayType>
+void require_array(const char* name, const ArrayType& array, std::initializer_list<int64_t> shape) {
+  if (array.dtype() != nb::dtype<T>()) {
+    refuse(std::string(name) + " is " + dtype_name(array.dtype()) + ", expected " +
+           dtype_name(nb::dtype<T>()));
+  }
+  bool fits = array.ndim() == shape.size();
+  size_t i = 0;
+  for (const int64_t size : shape) {
+    fits = fits && (size == kAnySize || int64_t(array.shape(i)) == size);
+    ++i;
+  }
+  if (!fits)
+    refuse(std::string(name) + " has shape " + shape_text(array) + ", expected " + shape_text(shape));
+  int64_t stride = 1;
+  for (i = array.ndim(); i-- > 0;) {
+    if (array.size() > 0 && array.shape(i) != 1 && array.stride(i) != stride) {
+      refuse(std::string(name) + " is not C-contiguous");
+    }
+    stride *= int64_t(array.shape(i));
+  }
+  if (reinterpret_cast<uintptr_t>(array.data()) % alignof(T) != 0) {
+    refuse(std::string(name) + " is not aligned to its elements");
+  }
+}
+
+template <class T>
+const T* read_array(const char* name, const Array& array, std::initializer_list<int64_t> shape) {
+  require_array<T>(name, array, shape);
+  return static_cast<const T*>(array.data());
+}
+
+template <class T>
+T* write_array(const char* name, const OutArray& array, std::initializer_list<int64_t> shape) {
+  require_array<T>(name, array, shape);
+  return static_cast<T*>(array.data());
+}
+
+}  // namespace argosy

@@ -1,0 +1,409 @@
+// kernels.cpp: matrices, the KV cache and every operation on them, for Python.
+
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "bind/bind.h"
+#include "kernels/kernel_table.h"
+#include "ops/attention.h"
+#include "ops/layer.h"
+#include "ops/matmul.h"
+#include "ops/swiglu.h"
+#include "store/arena.h"
+
+namespace argosy {
+
+using namespace nb::literals;
+
+namespace {
+
+constexpr const char* kFormatNames[kNumFormats] = {"f32", "f16", "bf16", "q8", "q4"};
+constexpr int64_t kLargestSize = int64_t{1} << 30;  // of a row or a column: products stay below 2^62 bytes
+
+Format parse_format(const std::string& name) {
+  for (int i = 0; i < kNumFormats; ++i) {
+    if (name == kFormatNames[i]) return Format(i);
+  }
+  refuse("unknown format '" + name + "'; known: f32, f16, bf16, q8, q4");
+}
+
+int64_t checked_matrix_bytes(Format format, int64_t rows, int64_t cols) {
+  require_range("rows", rows, 0, kLargestSize);
+  require_range("cols", cols, 0, kLargestSize);
+  return matrix_bytes(format, rows, cols);
+}
+
+// Weights inside an arena or a numpy array, kept alive and in place.
+struct Memory {
+  nb::object owner;
+  std::shared_ptr<const void> hold;
+  const uint8_t* data;
+  int64_t nbytes;
+};
+
+Memory open_memory(nb::object owner) {
+  if (nb::isinstance<Arena>(owner)) {
+    Arena& arena = *nb::inst_ptr<Arena>(owner);
+    return {owner, arena.hold(), arena.data(), int64_t(arena.size())};
+  }
+  const Array array = nb::cast<Array>(owner);
+  return {owner, nullptr, read_array<uint8_t>("memory", array, {kAnySize}), int64_t(array.shape(0))};
+}
+
+struct Matrix {
+  Memory memory;
+  MatrixView view;
+};
+
+// Proves that the matrix lies inside the memory.
+MatrixView view_matrix(const char* name, const uint8_t* data, int64_t nbytes, int64_t offset, Format format,
+                       int64_t rows, int64_t cols) {
+  const int64_t size = checked_matrix_bytes(format, rows, cols);
+  if (offset < 0 || offset > nbytes || size > nbytes - offset) {
+    refuse(std::string(name) + " of " + std::to_string(size) + " bytes at offset " + std::to_string(offset) +
+           " does not lie inside memory of " + std::to_string(nbytes) + " bytes");
+  }
+  return {format, data + offset, rows, cols};
+}
+
+void require_ids(const char* name, const int32_t* ids, int64_t n, int64_t limit) {
+  const int32_t* wrong = std::find_if(ids, ids + n, [&](int32_t id) { return id < 0 || id >= limit; });
+  if (wrong != ids + n) {
+    refuse(std::string(name) + "[" + std::to_string(wrong - ids) + "] is " + std::to_string(*wrong) +
+           ", expected 0 to " + std::to_string(limit - 1));
+  }
+}
+
+void bind_choice(nb::module_& m) {
+  m.def("instruction_sets", &instruction_sets);
+  m.def("use_instruction_set", &use_instruction_set, "name"_a);
+  m.def("instruction_set", [] { return std::string(kernels().name); });
+
+  nb::class_<Runtime>(m, "Runtime")
+      .def(nb::init<int>(), "num_threads"_a)
+      .def_prop_ro("num_threads", &Runtime::num_threads)
+      .def_prop_ro("scratch_bytes", &Runtime::scratch_bytes)
+      .def("close", &Runtime::close, nb::call_guard<nb::gil_scoped_release>());
+}
+
+void bind_matrix(nb::module_& m) {
+  m.def(
+      "matrix_bytes",
+      [](const std::string& format, int64_t rows, int64_t cols) {
+        return checked_matrix_bytes(parse_format(format), rows, cols);
+      },
+      "format"_a, "rows"_a, "cols"_a);
+
+  m.def(
+      "quantize",
+      [](const std::string& format_name, const Array& weights, const OutArray& out, Runtime* runtime) {
+        const Format format = parse_format(format_name);
+        const float* from = read_array<float>("weights", weights, {kAnySize, kAnySize});
+        const int64_t rows = int64_t(weights.shape(0));
+        const int64_t cols = int64_t(weights.shape(1));
+        uint8_t* to = write_array<uint8_t>("out", out, {checked_matrix_bytes(format, rows, cols)});
+        nb::gil_scoped_release released;
+        quantize(runtime, format, from, rows, cols, to);
+      },
+      "format"_a, "weights"_a, "out"_a.noconvert(), "runtime"_a.none() = nb::none());
+
+  m.def(
+      "dequantize",
+      [](const std::string& format_name, const Array& data, int64_t rows, int64_t cols) {
+        const Format format = parse_format(format_name);
+        const uint8_t* from = read_array<uint8_t>("data", data, {checked_matrix_bytes(format, rows, cols)});
+        auto values = std::make_unique<float[]>(size_t(rows * cols));
+        {
+          nb::gil_scoped_release released;
+          dequantize({format, from, rows, cols}, values.get());
+        }
+        float* raw = values.release();
+        const nb::capsule owner(raw, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+        const size_t shape[2] = {size_t(rows), size_t(cols)};
+        return nb::ndarray<nb::numpy, float>(raw, 2, shape, owner);
+      },
+      "format"_a, "data"_a, "rows"_a, "cols"_a);
+
+  nb::class_<Matrix>(m, "Matrix")
+      .def(
+          "__init__",
+          [](Matrix* self, nb::object owner, int64_t offset, const std::string& format, int64_t rows,
+             int64_t cols) {
+            Memory memory = open_memory(std::move(owner));
+            const MatrixView view =
+                view_matrix("a matrix", memory.data, memory.nbytes, offset, parse_format(format), rows, cols);
+            new (self) Matrix{std::move(memory), view};
+          },
+          "memory"_a, "offset"_a, "format"_a, "rows"_a, "cols"_a)
+      .def_prop_ro("rows", [](const Matrix& self) { return self.view.rows; })
+      .def_prop_ro("cols", [](const Matrix& self) { return self.view.cols; })
+      .def_prop_ro("format", [](const Matrix& self) { return kFormatNames[int(self.view.format)]; });
+
+  m.def(
+      "matmul",
+      [](Runtime& runtime, const std::vector<const Matrix*>& matrices, const Array& x,
+         const std::vector<OutArray>& outs) {
+        require_size("number of outs", int64_t(outs.size()), int64_t(matrices.size()));
+        const float* from = read_array<float>("x", x, {kAnySize, kAnySize});
+        const int64_t num_tokens = int64_t(x.shape(0));
+        std::vector<Product> products;
+        for (size_t i = 0; i < outs.size(); ++i) {
+          const MatrixView& view = matrices[i]->view;
+          require_size("columns of x", int64_t(x.shape(1)), view.cols);
+          products.push_back({view, write_array<float>("out", outs[i], {num_tokens, view.rows})});
+        }
+        nb::gil_scoped_release released;
+        matmul(runtime, products, from, num_tokens);
+      },
+      "runtime"_a, "matrices"_a, "x"_a, "outs"_a);
+
+  m.def(
+      "embed",
+      [](Runtime& runtime, const Matrix& matrix, const Array& ids, const OutArray& out) {
+        const int32_t* rows = read_array<int32_t>("ids", ids, {kAnySize});
+        const int64_t num_tokens = int64_t(ids.shape(0));
+        float* to = write_array<float>("out", out, {num_tokens, matrix.view.cols});
+        require_ids("ids", rows, num_tokens, matrix.view.rows);
+        nb::gil_scoped_release released;
+        embed(runtime, matrix.view, rows, num_tokens, to);
+      },
+      "runtime"_a, "matrix"_a, "ids"_a, "out"_a.noconvert());
+}
+
+void bind_layer(nb::module_& m) {
+  m.def(
+      "rms_norm",
+      [](Runtime& runtime, const Array& x, const Array& weight, float eps, const OutArray& out) {
+        const float* from = read_array<float>("x", x, {kAnySize, kAnySize});
+        const int64_t rows = int64_t(x.shape(0));
+        const int64_t cols = int64_t(x.shape(1));
+        const float* by = read_array<float>("weight", weight, {cols});
+        float* to = write_array<float>("out", out, {rows, cols});
+        nb::gil_scoped_release released;
+        rms_norm(runtime, from, by, eps, rows, cols, to);
+      },
+      "runtime"_a, "x"_a, "weight"_a, "eps"_a, "out"_a.noconvert());
+
+  m.def(
+      "rope",
+      [](Runtime& runtime, const OutArray& x, const Array& cosine, const Array& sine) {
+        float* values = write_array<float>("x", x, {kAnySize, kAnySize, kAnySize});
+        const int64_t num_tokens = int64_t(x.shape(0));
+        const float* c = read_array<float>("cosine", cosine, {num_tokens, kAnySize});
+        const int64_t num_pairs = int64_t(cosine.shape(1));
+        const float* s = read_array<float>("sine", sine, {num_tokens, num_pairs});
+        const int64_t head_dim = int64_t(x.shape(2));
+        require_range("rotated dimensions", 2 * num_pairs, 0, head_dim);
+        nb::gil_scoped_release released;
+        rope(runtime, values, num_tokens, int64_t(x.shape(1)), head_dim, c, s, num_pairs);
+      },
+      "runtime"_a, "x"_a.noconvert(), "cosine"_a, "sine"_a);
+
+  m.def(
+      "route",
+      [](Runtime& runtime, const Array& logits, int64_t k, bool renormalize, const OutArray& ids,
+         const OutArray& weights) {
+        const float* from = read_array<float>("logits", logits, {kAnySize, kAnySize});
+        const int64_t num_tokens = int64_t(logits.shape(0));
+        const int64_t num_experts = int64_t(logits.shape(1));
+        require_range("k", k, 1, num_experts);
+        int32_t* chosen = write_array<int32_t>("ids", ids, {num_tokens, k});
+        float* to = write_array<float>("weights", weights, {num_tokens, k});
+        nb::gil_scoped_release released;
+        route(runtime, from, num_tokens, num_experts, k, renormalize, chosen, to);
+      },
+      "runtime"_a, "logits"_a, "k"_a, "renormalize"_a, "ids"_a.noconvert(), "weights"_a.noconvert());
+
+  m.def(
+      "combine",
+      [](Runtime& runtime, const Array& expert_out, const Array& weights, const OutArray& out) {
+        const float* w = read_array<float>("weights", weights, {kAnySize, kAnySize});
+        const int64_t num_tokens = int64_t(weights.shape(0));
+        const int64_t k = int64_t(weights.shape(1));
+        float* to = write_array<float>("out", out, {num_tokens, kAnySize});
+        const int64_t hidden = int64_t(out.shape(1));
+        const float* from = read_array<float>("expert_out", expert_out, {num_tokens * k, hidden});
+        nb::gil_scoped_release released;
+        combine(runtime, from, w, num_tokens, k, hidden, to);
+      },
+      "runtime"_a, "expert_out"_a, "weights"_a, "out"_a.noconvert());
+
+  m.def(
+      "add_sigmoid_gated",
+      [](Runtime& runtime, const Array& x, const Array& gate_logit, const OutArray& out) {
+        const float* from = read_array<float>("x", x, {kAnySize, kAnySize});
+        const int64_t num_tokens = int64_t(x.shape(0));
+        const int64_t hidden = int64_t(x.shape(1));
+        const float* gate = read_array<float>("gate_logit", gate_logit, {num_tokens});
+        float* to = write_array<float>("out", out, {num_tokens, hidden});
+        nb::gil_scoped_release released;
+        add_sigmoid_gated(runtime, from, gate, num_tokens, hidden, to);
+      },
+      "runtime"_a, "x"_a, "gate_logit"_a, "out"_a.noconvert());
+}
+
+void bind_experts(nb::module_& m) {
+  m.def(
+      "swiglu_experts",
+      [](Runtime& runtime, Arena& arena, const std::string& format_name, int64_t hidden, int64_t width,
+         const Array& offsets, const Array& x, const Array& starts, const Array& token, const Array& row,
+         const OutArray& out) {
+        const Format format = parse_format(format_name);
+        const int64_t* at = read_array<int64_t>("offsets", offsets, {kAnySize, 3});
+        const int64_t num_experts = int64_t(offsets.shape(0));
+        const float* from = read_array<float>("x", x, {kAnySize, hidden});
+        const int64_t num_tokens = int64_t(x.shape(0));
+        const int32_t* start = read_array<int32_t>("starts", starts, {num_experts + 1});
+        const int32_t* tokens = read_array<int32_t>("token", token, {kAnySize});
+        const int64_t assignments = int64_t(token.shape(0));
+        const int32_t* rows = read_array<int32_t>("row", row, {assignments});
+        float* to = write_array<float>("out", out, {kAnySize, hidden});
+        require_size("starts[0]", start[0], 0);
+        require_size("the last of starts", start[num_experts], assignments);
+        if (!std::is_sorted(start, start + num_experts + 1)) refuse("starts does not ascend");
+        require_ids("token", tokens, assignments, num_tokens);
+        require_ids("row", rows, assignments, int64_t(out.shape(0)));
+
+        const std::shared_ptr<const void> hold = arena.hold();
+        const uint8_t* data = arena.data();
+        const int64_t nbytes = int64_t(arena.size());
+        std::vector<ExpertView> experts;
+        for (int64_t i = 0; i < num_experts; ++i) {
+          experts.push_back({view_matrix("a gate", data, nbytes, at[3 * i], format, width, hidden),
+                             view_matrix("an up", data, nbytes, at[3 * i + 1], format, width, hidden),
+                             view_matrix("a down", data, nbytes, at[3 * i + 2], format, hidden, width)});
+        }
+        nb::gil_scoped_release released;
+        swiglu_experts(runtime, experts, from, num_tokens, {start, tokens, rows}, to);
+      },
+      "runtime"_a, "arena"_a, "format"_a, "hidden"_a, "width"_a, "offsets"_a, "x"_a, "starts"_a, "token"_a,
+      "row"_a, "out"_a.noconvert());
+
+  m.def(
+      "swiglu",
+      [](Runtime& runtime, const Matrix& gate, const Matrix& up, const Matrix& down, const Array& x,
+         const OutArray& out) {
+        const int64_t width = gate.view.rows;
+        const int64_t hidden = gate.view.cols;
+        require_size("rows of up", up.view.rows, width);
+        require_size("columns of up", up.view.cols, hidden);
+        require_size("rows of down", down.view.rows, hidden);
+        require_size("columns of down", down.view.cols, width);
+        const float* from = read_array<float>("x", x, {kAnySize, hidden});
+        const int64_t num_tokens = int64_t(x.shape(0));
+        require_range("tokens", num_tokens, 0, INT32_MAX);
+        float* to = write_array<float>("out", out, {num_tokens, hidden});
+        const int32_t starts[2] = {0, int32_t(num_tokens)};
+        nb::gil_scoped_release released;
+        swiglu_experts(runtime, {{gate.view, up.view, down.view}}, from, num_tokens,
+                       {starts, nullptr, nullptr}, to);
+      },
+      "runtime"_a, "gate"_a, "up"_a, "down"_a, "x"_a, "out"_a.noconvert());
+}
+
+bool is_f16(const std::string& dtype) {
+  if (dtype != "f32" && dtype != "f16") refuse("unknown KV dtype '" + dtype + "'; known: f32, f16");
+  return dtype == "f16";
+}
+
+// Every block that the positions of the batch reach is a block of the cache.
+void require_blocks(const KvCache& kv, const AttentionBatch& batch, int64_t num_sequences) {
+  require_ids("sequence", batch.sequence, batch.num_tokens, num_sequences);
+  require_ids("position", batch.position, batch.num_tokens, batch.max_blocks * kv.shape().block_tokens);
+  for (int64_t token = 0; token < batch.num_tokens; ++token) {
+    const int64_t last = batch.position[token];
+    // The next token of the same sequence sees all that this one sees, or more.
+    if (token + 1 < batch.num_tokens && batch.sequence[token + 1] == batch.sequence[token] &&
+        batch.position[token + 1] >= last && batch.window == 0) {
+      continue;
+    }
+    const int64_t first = batch.window > 0 ? std::max<int64_t>(0, last - batch.window + 1) : 0;
+    const int32_t* row = batch.block_table + batch.sequence[token] * batch.max_blocks;
+    const int64_t first_block = first / kv.shape().block_tokens;
+    require_ids("block_table", row + first_block, last / kv.shape().block_tokens + 1 - first_block,
+                kv.num_blocks());
+  }
+}
+
+void bind_attention(nb::module_& m) {
+  m.def(
+      "kv_cache_bytes",
+      [](int64_t num_layers, int64_t num_blocks, int64_t block_tokens, int64_t kv_heads, int64_t head_dim,
+         const std::string& dtype) {
+        return KvCache::bytes(num_layers, num_blocks, block_tokens, kv_heads, head_dim, is_f16(dtype));
+      },
+      "num_layers"_a, "num_blocks"_a, "block_tokens"_a, "kv_heads"_a, "head_dim"_a, "dtype"_a);
+
+  nb::class_<KvCache>(m, "KvCache")
+      .def(
+          "__init__",
+          [](KvCache* self, int64_t num_layers, int64_t num_blocks, int64_t block_tokens, int64_t kv_heads,
+             int64_t head_dim, const std::string& dtype) {
+            new (self) KvCache(num_layers, num_blocks, block_tokens, kv_heads, head_dim, is_f16(dtype));
+          },
+          "num_layers"_a, "num_blocks"_a, "block_tokens"_a, "kv_heads"_a, "head_dim"_a, "dtype"_a)
+      .def_prop_ro("nbytes", &KvCache::nbytes);
+
+  m.def(
+      "kv_write",
+      [](Runtime& runtime, KvCache& kv, int64_t layer, const Array& keys, const Array& values,
+         const Array& slots) {
+        require_range("layer", layer, 0, kv.num_layers() - 1);
+        const KvLayer& shape = kv.shape();
+        const int64_t* at = read_array<int64_t>("slots", slots, {kAnySize});
+        const int64_t num_tokens = int64_t(slots.shape(0));
+        const float* k = read_array<float>("keys", keys, {num_tokens, shape.kv_heads, shape.head_dim});
+        const float* v = read_array<float>("values", values, {num_tokens, shape.kv_heads, shape.head_dim});
+        for (int64_t i = 0; i < num_tokens; ++i) {
+          require_range("a slot", at[i], 0, kv.num_blocks() * shape.block_tokens - 1);
+        }
+        nb::gil_scoped_release released;
+        kv_write(runtime, kv.layer(layer), k, v, at, num_tokens);
+      },
+      "runtime"_a, "kv"_a, "layer"_a, "keys"_a, "values"_a, "slots"_a);
+
+  m.def(
+      "attention",
+      [](Runtime& runtime, KvCache& kv, int64_t layer, const Array& q, const Array& block_table,
+         const Array& sequence, const Array& position, float scale, int64_t window, const OutArray& out) {
+        require_range("layer", layer, 0, kv.num_layers() - 1);
+        require_range("window", window, 0, INT32_MAX);
+        AttentionBatch batch = {};
+        batch.q = read_array<float>("q", q, {kAnySize, kAnySize, kv.shape().head_dim});
+        batch.num_tokens = int64_t(q.shape(0));
+        batch.num_heads = int64_t(q.shape(1));
+        if (batch.num_heads == 0 || batch.num_heads % kv.shape().kv_heads != 0) {
+          refuse("q has " + std::to_string(batch.num_heads) + " heads, expected a multiple of the " +
+                 std::to_string(kv.shape().kv_heads) + " KV heads");
+        }
+        batch.block_table = read_array<int32_t>("block_table", block_table, {kAnySize, kAnySize});
+        batch.max_blocks = int64_t(block_table.shape(1));
+        batch.sequence = read_array<int32_t>("sequence", sequence, {batch.num_tokens});
+        batch.position = read_array<int32_t>("position", position, {batch.num_tokens});
+        batch.scale = scale;
+        batch.window = window;
+        float* to = write_array<float>("out", out, {batch.num_tokens, batch.num_heads * kv.shape().head_dim});
+        require_blocks(kv, batch, int64_t(block_table.shape(0)));
+        nb::gil_scoped_release released;
+        attention(runtime, kv.layer(layer), batch, to);
+      },
+      "runtime"_a, "kv"_a, "layer"_a, "q"_a, "block_table"_a, "sequence"_a, "position"_a, "scale"_a,
+      "window"_a, "out"_a.noconvert());
+}
+
+}  // namespace
+
+void bind_kernels(nb::module_& m) {
+  bind_choice(m);
+  bind_matrix(m);
+  bind_layer(m);
+  bind_experts(m);
+  bind_attention(m);
+}
+
+}  // namespace argosy

@@ -1,0 +1,9 @@
+// module.cpp: argosy._native, the one door between Python and C++.
+
+#include "bind/bind.h"
+
+NB_MODULE(_native, m) {
+  m.doc() = "Arithmetic, threads and bytes of Argosy. Shapes and errors: _native.pyi.";
+  argosy::bind_store(m);
+  argosy::bind_kernels(m);
+}

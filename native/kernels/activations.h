@@ -1,0 +1,159 @@
+// activations.h: one token's activations as integers of 16 bits in two bytes, for products with q8 and q4 weights.
+//
+//   x  float32, from column 32 * group_begin on.    activations  the layout of formats.h, a row of `cols`.
+//
+// A group whose largest magnitude is below 1e-33 becomes zero. A group with an infinity or a NaN gets that as
+// its scale and zeros as its quants, so every product with it is NaN.
+#pragma once
+
+#include "kernels/half.h"
+#include "kernels/kernel_table.h"
+
+namespace argosy {
+namespace {
+
+constexpr float kSmallestGroup = 1e-33f;    // kLargestQuant / this is still a float
+constexpr float kLargestQuant = 256 * 127;  // so that the high byte stays within -127 to 127
+
+// `sum` of the quants, `high_sum` of their high bytes.
+inline void finish_activation_group(uint8_t* activations, int64_t cols, int64_t group, float absmax,
+                                    int32_t sum, int32_t high_sum) {
+  const float scale_q4 = absmax < kSmallestGroup ? 0.0f : absmax / 127.0f;
+  const float scale_q8 = scale_q4 * 0.00390625f;
+  const int32_t offset_q8 = -128 * sum;
+  const int32_t offset_q4 = -8 * high_sum;
+  std::memcpy(activations + activation_scales_at(Format::q8, cols) + 4 * group, &scale_q8, 4);
+  std::memcpy(activations + activation_scales_at(Format::q4, cols) + 4 * group, &scale_q4, 4);
+  std::memcpy(activations + activation_offsets_at(Format::q8, cols) + 4 * group, &offset_q8, 4);
+  std::memcpy(activations + activation_offsets_at(Format::q4, cols) + 4 * group, &offset_q4, 4);
+}
+
+#if !ARGOSY_VECTOR  // the reference
+
+void quantize_activations(const float* x, int64_t cols, int64_t group_begin, int64_t group_end,
+                          uint8_t* activations) {
+  x -= group_begin * kGroupSize;
+  for (int64_t group = group_begin; group < group_end; ++group) {
+    const int64_t begin = group * kGroupSize;
+    const int64_t n = cols - begin < kGroupSize ? cols - begin : kGroupSize;
+    // Magnitudes as bit patterns: their order is the order of the numbers, with infinity and NaN on top.
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t magnitude = read_unaligned<uint32_t>(x + begin + i) & 0x7FFFFFFFu;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    const float absmax = bit_cast<float>(largest);
+    const bool usable = absmax >= kSmallestGroup && largest < 0x7F800000u;
+    const float inverse = usable ? kLargestQuant / absmax : 0.0f;
+    int8_t high[kGroupSize] = {}, low[kGroupSize] = {};
+    int32_t sum = 0, high_sum = 0;
+    for (int64_t i = 0; i < n && usable; ++i) {
+      // Adding 1.5 * 2^23 leaves no room for a fraction: the sum rounds to nearest even.
+      const int32_t quant = int32_t((x[begin + i] * inverse + 12582912.0f) - 12582912.0f);
+      high[i] = int8_t((quant + 128) >> 8);
+      low[i] = int8_t(quant - 256 * high[i]);
+      sum += quant;
+      high_sum += high[i];
+    }
+    std::memcpy(activations + begin, high, kGroupSize);
+    std::memcpy(activations + activation_low_at(cols) + begin, low, kGroupSize);
+    finish_activation_group(activations, cols, group, absmax, sum, high_sum);
+  }
+}
+
+#elif ARGOSY_AVX512
+
+void quantize_activations(const float* x, int64_t cols, int64_t group_begin, int64_t group_end,
+                          uint8_t* activations) {
+  x -= group_begin * kGroupSize;
+  const __m512i magnitude_bits = _mm512_set1_epi32(0x7FFFFFFF);
+  for (int64_t group = group_begin; group < group_end; ++group) {
+    const int64_t begin = group * kGroupSize;
+    const int64_t n = cols - begin < kGroupSize ? cols - begin : kGroupSize;
+    const Vec first = n >= 16 ? load(x + begin) : load(x + begin, n);
+    const Vec second = n > 16 ? load(x + begin + 16, n - 16) : zeros();
+    const __m512i magnitudes = _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(first), magnitude_bits),
+                                                _mm512_and_si512(_mm512_castps_si512(second), magnitude_bits));
+    const int32_t largest = _mm512_reduce_max_epi32(magnitudes);
+    const float absmax = bit_cast<float>(largest);
+    const bool usable = absmax >= kSmallestGroup && largest < 0x7F800000;
+    const Vec inverse = broadcast(usable ? kLargestQuant / absmax : 0.0f);
+    // Infinity times zero is NaN and converts to the smallest integer: masked away with the rest of an
+    // unusable group.
+    const __mmask16 kept = usable ? __mmask16(0xFFFF) : __mmask16(0);
+    __m512i sum = _mm512_setzero_si512(), high_sum = _mm512_setzero_si512();
+    for (int i = 0; i < 2; ++i) {
+      const __m512i quants = _mm512_maskz_cvtps_epi32(kept, mul(i == 0 ? first : second, inverse));
+      const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(quants, _mm512_set1_epi32(128)), 8);
+      uint8_t* to = activations + begin + 16 * i;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(high));
+      // The low byte of a quant is what remains: the high byte was rounded up where the low one is negative.
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + activation_low_at(cols)), _mm512_cvtepi32_epi8(quants));
+      sum = _mm512_add_epi32(sum, quants);
+      high_sum = _mm512_add_epi32(high_sum, high);
+    }
+    finish_activation_group(activations, cols, group, absmax, _mm512_reduce_add_epi32(sum),
+                            _mm512_reduce_add_epi32(high_sum));
+  }
+}
+
+#else  // AVX2
+
+// 32 numbers from -128 to 127.
+inline void store_as_bytes(uint8_t* to, const __m256i (&numbers)[4]) {
+  // Packing works within 128-bit halves; the permutation puts the columns back in order.
+  const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(numbers[0], numbers[1]),
+                                            _mm256_packs_epi32(numbers[2], numbers[3]));
+  const __m256i ordered = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), ordered);
+}
+
+inline int32_t sum_of(const __m256i (&numbers)[4]) {
+  const __m256i sums =
+      _mm256_add_epi32(_mm256_add_epi32(numbers[0], numbers[1]), _mm256_add_epi32(numbers[2], numbers[3]));
+  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4E));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1));
+  return _mm_cvtsi128_si32(sum);
+}
+
+void quantize_activations(const float* x, int64_t cols, int64_t group_begin, int64_t group_end,
+                          uint8_t* activations) {
+  x -= group_begin * kGroupSize;
+  const __m256i magnitude_bits = _mm256_set1_epi32(0x7FFFFFFF);
+  for (int64_t group = group_begin; group < group_end; ++group) {
+    const int64_t begin = group * kGroupSize;
+    const int64_t n = cols - begin < kGroupSize ? cols - begin : kGroupSize;
+    alignas(32) float padded[kGroupSize] = {};
+    std::memcpy(padded, x + begin, size_t(n) * sizeof(float));
+    Vec part[4];
+    __m256i magnitudes = _mm256_setzero_si256();
+    for (int i = 0; i < 4; ++i) {
+      part[i] = load(padded + 8 * i);
+      magnitudes =
+          _mm256_max_epi32(magnitudes, _mm256_and_si256(_mm256_castps_si256(part[i]), magnitude_bits));
+    }
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(magnitudes), _mm256_extracti128_si256(magnitudes, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xB1));
+    const int32_t largest = _mm_cvtsi128_si32(four);
+    const float absmax = bit_cast<float>(largest);
+    const bool usable = absmax >= kSmallestGroup && largest < 0x7F800000;
+    const Vec inverse = broadcast(usable ? kLargestQuant / absmax : 0.0f);
+    const __m256i kept = _mm256_set1_epi32(usable ? -1 : 0);
+    __m256i quants[4], high[4], low[4];
+    for (int i = 0; i < 4; ++i) {
+      quants[i] = _mm256_and_si256(kept, _mm256_cvtps_epi32(mul(part[i], inverse)));
+      high[i] = _mm256_srai_epi32(_mm256_add_epi32(quants[i], _mm256_set1_epi32(128)), 8);
+      low[i] = _mm256_sub_epi32(quants[i], _mm256_slli_epi32(high[i], 8));
+    }
+    store_as_bytes(activations + begin, high);
+    store_as_bytes(activations + activation_low_at(cols) + begin, low);
+    finish_activation_group(activations, cols, group, absmax, sum_of(quants), sum_of(high));
+  }
+}
+
+#endif
+
+}  // namespace
+}  // namespace argosy

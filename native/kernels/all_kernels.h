@@ -1,0 +1,44 @@
+// all_kernels.h: every kernel in one table, compiled once per instruction set by isa_*.cpp.
+//
+// Everything in these headers has internal linkage, and none of it uses inline functions of the standard
+// library: a function that two instruction sets share by name is compiled for both, and the linker keeps one.
+#pragma once
+
+#include "kernels/activations.h"
+#include "kernels/attention.h"
+#include "kernels/combine.h"
+#include "kernels/kernel_table.h"
+#include "kernels/kv_write.h"
+#include "kernels/matmul_float.h"
+#include "kernels/matmul_quantized.h"
+#include "kernels/quantize.h"
+#include "kernels/rms_norm.h"
+#include "kernels/rope.h"
+#include "kernels/route.h"
+#include "kernels/swiglu.h"
+
+namespace argosy {
+namespace {
+
+constexpr KernelTable kernel_table_named(const char* name) {
+  return {
+      .name = name,
+      .matmul = {matmul_float<F32Weights>, matmul_float<F16Weights>, matmul_float<Bf16Weights>,
+                 matmul_quantized<Format::q8>, matmul_quantized<Format::q4>},
+      .quantize_activations = quantize_activations,
+      .quantize_q8 = quantize_panels<Format::q8>,
+      .quantize_q4 = quantize_panels<Format::q4>,
+      .dequantize_row = dequantize_row,
+      .rms_norm = rms_norm,
+      .rope = rope,
+      .route = route,
+      .silu_mul = silu_mul,
+      .combine = combine,
+      .add_sigmoid_gated = add_sigmoid_gated,
+      .kv_write = kv_write,
+      .attention = attention,
+  };
+}
+
+}  // namespace
+}  // namespace argosy

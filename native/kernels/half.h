@@ -1,0 +1,53 @@
+// half.h: float16 and bfloat16 to float32 and back, rounding to nearest even, for code without vectors.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace argosy {
+
+// Not std::bit_cast: all_kernels.h says why.
+template <class To, class From>
+static inline To bit_cast(From from) {
+  return __builtin_bit_cast(To, from);
+}
+
+static inline float float_from_bf16(uint16_t bits) { return bit_cast<float>(uint32_t(bits) << 16); }
+
+static inline uint16_t bf16_from_float(float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return uint16_t((bits >> 16) | 0x40u);  // NaN stays NaN
+  return uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
+
+static inline float float_from_f16(uint16_t half) {
+  const uint32_t sign = uint32_t(half & 0x8000u) << 16;
+  const uint32_t magnitude = half & 0x7FFFu;
+  if (magnitude >= 0x7C00u) return bit_cast<float>(sign | 0x7F800000u | ((magnitude & 0x3FFu) << 13));
+  if (magnitude >= 0x0400u) return bit_cast<float>(sign | ((magnitude << 13) + (112u << 23)));
+  const float subnormal = float(magnitude) * 0x1p-24f;
+  return bit_cast<float>(sign | bit_cast<uint32_t>(subnormal));
+}
+
+static inline uint16_t f16_from_float(float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return uint16_t(sign | 0x7E00u | ((magnitude >> 13) & 0x3FFu));
+  if (magnitude >= 0x477FF000u) return uint16_t(sign | 0x7C00u);  // 65520 and above round to infinity
+  if (magnitude < 0x38800000u) {
+    // Subnormal: adding 0.5 moves the wanted bits to the end of the mantissa, rounded by the addition itself.
+    const float shifted = bit_cast<float>(magnitude) + 0.5f;
+    return uint16_t(sign | (bit_cast<uint32_t>(shifted) - 0x3F000000u));
+  }
+  return uint16_t(sign | ((magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13));
+}
+
+template <class T>
+static inline T read_unaligned(const void* from) {
+  T value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+}  // namespace argosy

@@ -1,0 +1,26 @@
+// isa_avx2.cpp: the kernels for AVX2 with FMA and F16C.
+
+#if defined(__x86_64__)
+
+#define ARGOSY_VECTOR 1
+#define ARGOSY_AVX512 0
+#include "kernels/quantized_tile_avx2.h"
+#include "kernels/vector_avx2.h"
+
+namespace argosy {
+namespace {
+// Tiles that fill the 16 registers.
+constexpr int kFloatTileRows = 2, kFloatTileTokens = 4, kFloatRowsAlone = 4;
+constexpr int kOnePanelTokens = 2, kTwoPanelsTokens = 0;
+constexpr int kScoreQueries = 4, kValueQueries = 2;
+}  // namespace
+}  // namespace argosy
+
+#include "kernels/all_kernels.h"
+
+namespace argosy {
+extern const KernelTable kAvx2Kernels;
+const KernelTable kAvx2Kernels = kernel_table_named("avx2");
+}  // namespace argosy
+
+#endif

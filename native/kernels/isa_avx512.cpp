@@ -1,0 +1,26 @@
+// isa_avx512.cpp: the kernels for AVX-512 with VNNI.
+
+#if defined(__x86_64__)
+
+#define ARGOSY_VECTOR 1
+#define ARGOSY_AVX512 1
+#include "kernels/quantized_tile_avx512.h"
+#include "kernels/vector_avx512.h"
+
+namespace argosy {
+namespace {
+// Tiles that fill the 32 registers.
+constexpr int kFloatTileRows = 4, kFloatTileTokens = 6, kFloatRowsAlone = 4;
+constexpr int kOnePanelTokens = 8, kTwoPanelsTokens = 6;
+constexpr int kScoreQueries = 8, kValueQueries = 4;
+}  // namespace
+}  // namespace argosy
+
+#include "kernels/all_kernels.h"
+
+namespace argosy {
+extern const KernelTable kAvx512Kernels;
+const KernelTable kAvx512Kernels = kernel_table_named("avx512");
+}  // namespace argosy
+
+#endif

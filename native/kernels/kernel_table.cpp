@@ -1,0 +1,66 @@
+// kernel_table.cpp: which instruction set runs.
+
+#include "kernels/kernel_table.h"
+
+#include <atomic>
+#include <stdexcept>
+
+namespace argosy {
+
+extern const KernelTable kPlainKernels;
+#if defined(__x86_64__)
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512Kernels;
+#endif
+
+namespace {
+
+std::vector<const KernelTable*> runnable_tables() {
+  std::vector<const KernelTable*> tables = {&kPlainKernels};
+#if defined(__x86_64__)
+  // __builtin_cpu_supports also asks (XGETBV) whether the operating system saves the wide registers.
+  __builtin_cpu_init();
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2) tables.push_back(&kAvx2Kernels);
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")) {
+    tables.push_back(&kAvx512Kernels);
+  }
+#endif
+  return tables;
+}
+
+const std::vector<const KernelTable*>& tables() {
+  static const std::vector<const KernelTable*> all = runnable_tables();
+  return all;
+}
+
+std::atomic<const KernelTable*> chosen{nullptr};
+
+}  // namespace
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const KernelTable* table : tables()) names.push_back(table->name);
+  return names;
+}
+
+const KernelTable& kernel_table(const std::string& name) {
+  std::string known;
+  for (const KernelTable* table : tables()) {
+    if (table->name == name) return *table;
+    known += (known.empty() ? "" : ", ") + std::string(table->name);
+  }
+  throw std::invalid_argument("instruction set '" + name + "' is not one this CPU runs; it runs " + known);
+}
+
+void use_instruction_set(const std::string& name) { chosen.store(&kernel_table(name)); }
+
+const KernelTable& kernels() {
+  const KernelTable* table = chosen.load(std::memory_order_relaxed);
+  return table != nullptr ? *table : *tables().back();
+}
+
+}  // namespace argosy

@@ -1,0 +1,131 @@
+// kernel_table.h: every kernel as a function pointer, one table per instruction set, chosen at run time.
+//
+//   kernels()  ->  KernelTable of the best set this CPU has, or of the one use_instruction_set() named
+//
+// A kernel works on a range (rows of a matrix, tokens of a batch) and allocates nothing; sharing the ranges
+// out over threads is native/ops. Promise: for one row and one token the floating-point operations and their
+// order are the same whatever the range, the number of tokens in the call and the alignment of the weights.
+// The order differs between instruction sets.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels/formats.h"
+
+namespace argosy {
+
+// y[t][r - row_begin] = sum over c of W[r][c] * x[t][c]
+struct MatmulArgs {
+  const uint8_t* weights;  // the whole matrix
+  int64_t cols;
+  int64_t row_begin, row_end;  // q8, q4: row_begin is a multiple of 16
+  const uint8_t* x;  // token t begins at x + x_stride * (x_index ? x_index[t] : t); float32 [cols], or for
+  int64_t x_stride;  //   q8 and q4 what quantize_activations wrote. x_stride in bytes
+  const int32_t* x_index;
+  float* y;          // token t begins at y + y_stride * (y_index ? y_index[t] : t)
+  int64_t y_stride;  // in floats
+  const int32_t* y_index;
+  int64_t num_tokens;
+};
+
+// Where one layer's keys and values lie. A block holds, for each KV head,
+//   keys    [tiles of 16 positions][head_dim][16]: one load is the same dimension of sixteen positions;
+//   values  [positions][head_dim padded to 16].
+// Positions of a block are padded to 16. Elements are float32 or float16.
+struct KvLayer {
+  uint8_t* keys;
+  uint8_t* values;
+  int64_t block_tokens, kv_heads, head_dim;
+  bool is_f16;
+};
+
+static inline int64_t kv_padded_dim(const KvLayer& kv) { return round_up(kv.head_dim, 16); }
+static inline int64_t kv_element_bytes(const KvLayer& kv) { return kv.is_f16 ? 2 : 4; }
+// Of one head in one block.
+static inline int64_t key_head_bytes(const KvLayer& kv) {
+  return round_up(kv.block_tokens, 16) * kv.head_dim * kv_element_bytes(kv);
+}
+static inline int64_t value_head_bytes(const KvLayer& kv) {
+  return round_up(kv.block_tokens, 16) * kv_padded_dim(kv) * kv_element_bytes(kv);
+}
+static inline uint8_t* key_head(const KvLayer& kv, int64_t block, int64_t head) {
+  return kv.keys + (block * kv.kv_heads + head) * key_head_bytes(kv);
+}
+static inline uint8_t* value_head(const KvLayer& kv, int64_t block, int64_t head) {
+  return kv.values + (block * kv.kv_heads + head) * value_head_bytes(kv);
+}
+
+struct KvWriteArgs {
+  KvLayer kv;
+  const float* keys;     // [num_tokens][kv_heads][head_dim]
+  const float* values;   // the same
+  const int64_t* slots;  // block * block_tokens + offset
+  int64_t num_tokens;
+  int64_t kv_head;  // the one to write
+};
+
+// Keys are taken sixteen positions at a time, for up to this many (token, head) pairs at once.
+[[maybe_unused]] static constexpr int64_t kKeyTile = 16;
+[[maybe_unused]] static constexpr int64_t kMaxQueries = 32;
+
+// Tokens of one sequence against one KV head.
+struct AttentionArgs {
+  KvLayer kv;
+  int64_t kv_head;
+  const float* q;            // [num_tokens][num_heads][head_dim]
+  float* out;                // the same
+  const int32_t* positions;  // [num_tokens]
+  int64_t num_tokens, num_heads;
+  const int32_t* blocks;  // of the sequence: position p lies in blocks[p / block_tokens]
+  float scale;
+  int64_t window;  // a token sees its last `window` positions, itself included; 0: all
+  float* scratch;  // attention_scratch_floats(head_dim)
+};
+
+struct KernelTable {
+  const char* name;
+
+  void (*matmul[kNumFormats])(const MatmulArgs& args);
+  // x begins at column 32 * group_begin; `activations` is the token's whole row of `cols`.
+  void (*quantize_activations)(const float* x, int64_t cols, int64_t group_begin, int64_t group_end,
+                               uint8_t* activations);
+
+  // Weights in and out. Panels [panel_begin, panel_end) of q8 or q4; `out` is the whole matrix.
+  void (*quantize_q8)(const float* weights, int64_t rows, int64_t cols, int64_t panel_begin,
+                      int64_t panel_end, uint8_t* out);
+  void (*quantize_q4)(const float* weights, int64_t rows, int64_t cols, int64_t panel_begin,
+                      int64_t panel_end, uint8_t* out);
+  void (*dequantize_row)(Format format, const uint8_t* weights, int64_t cols, int64_t row, float* out);
+
+  // out may be x.
+  void (*rms_norm)(const float* x, const float* weight, int64_t cols, float eps, float* out);
+  // x [num_heads][head_dim]; cosine and sine [num_pairs]: dimension i turns with dimension i + num_pairs.
+  void (*rope)(float* x, int64_t num_heads, int64_t head_dim, const float* cosine, const float* sine,
+               int64_t num_pairs);
+  void (*route)(const float* logits, int64_t num_experts, int64_t k, bool renormalize, int32_t* ids,
+                float* weights,
+                float* scratch);                                                // scratch: num_experts floats
+  void (*silu_mul)(const float* gate, const float* up, int64_t n, float* out);  // out may be gate or up
+  void (*combine)(const float* expert_out, const float* weights, int64_t k, int64_t hidden, float* out);
+  void (*add_sigmoid_gated)(const float* x, float gate_logit, int64_t hidden, float* out);
+
+  void (*kv_write)(const KvWriteArgs& args);
+  void (*attention)(const AttentionArgs& args);
+};
+
+// Scores of a tile and the running weighted sum of each query.
+static inline constexpr int64_t attention_scratch_floats(int64_t head_dim) {
+  return kMaxQueries * (kKeyTile + round_up(head_dim, kKeyTile));
+}
+
+// "plain", "avx2", "avx512": those this CPU and its operating system can run, worst first.
+std::vector<std::string> instruction_sets();
+
+// Throws std::invalid_argument for a name that is not in instruction_sets().
+void use_instruction_set(const std::string& name);
+const KernelTable& kernel_table(const std::string& name);
+
+const KernelTable& kernels();
+
+}  // namespace argosy

@@ -1,0 +1,190 @@
+// matmul_float.h: y = W x for float32, float16 and bfloat16 weights.
+//
+//   W  rows x cols, row-major at any alignment.    x  float32 [tokens][cols].    y  float32, overwritten.
+//
+// Few tokens: bound by memory, 4 or 2 bytes per weight. Many: bound by multiply-adds. A sum has one
+// accumulator per lane, columns in ascending order, and one fold of the lanes at the end; tiles run over rows
+// and tokens only, so a (row, token) gets the same sum in every tile.
+#pragma once
+
+#include "kernels/half.h"
+#include "kernels/kernel_table.h"
+#include "kernels/matmul_args.h"
+
+namespace argosy {
+namespace {
+
+#if !ARGOSY_VECTOR  // the reference
+
+struct F32Weights {
+  static constexpr int64_t kBytes = 4;
+  static float load(const uint8_t* from) { return read_unaligned<float>(from); }
+};
+struct F16Weights {
+  static constexpr int64_t kBytes = 2;
+  static float load(const uint8_t* from) { return float_from_f16(read_unaligned<uint16_t>(from)); }
+};
+struct Bf16Weights {
+  static constexpr int64_t kBytes = 2;
+  static float load(const uint8_t* from) { return float_from_bf16(read_unaligned<uint16_t>(from)); }
+};
+
+template <class Weights>
+void matmul_float(const MatmulArgs& a) {
+  for (int64_t row = a.row_begin; row < a.row_end; ++row) {
+    const uint8_t* weights = a.weights + row * a.cols * Weights::kBytes;
+    for (int64_t token = 0; token < a.num_tokens; ++token) {
+      const float* x = float_row(a, token);
+      float sum = 0.0f;
+      for (int64_t col = 0; col < a.cols; ++col)
+        sum += Weights::load(weights + col * Weights::kBytes) * x[col];
+      output_row(a, token)[row - a.row_begin] = sum;
+    }
+  }
+}
+
+#else
+
+// Many tokens take the columns in blocks, so that what a tile reads again lies in the first-level cache. The sums
+// of a tile, one vector each, wait in between. The activations of a block are copied first, vectors of a tile's tokens
+// side by side: rows whose distance is a large power of two would push each other out of the cache.
+constexpr int64_t kBlockRows = 64, kBlockTokens = 24, kBlockCols = 512;
+static_assert(kBlockRows % kFloatTileRows == 0 && kBlockTokens % kFloatTileTokens == 0);
+
+// The activations of kTokens tokens where they are: vector `i` of token j.
+template <int kTokens>
+struct RowsOfX {
+  RowsOfX(const MatmulArgs& a, int64_t token) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kTokens; ++j) x[j] = float_row(a, token + j);
+  }
+  Vec at(int64_t col, int j) const { return load(x[j] + col); }
+  Vec at(int64_t col, int j, int64_t n) const { return load(x[j] + col, n); }
+  const float* x[kTokens];
+};
+
+// The same, copied: columns from `begin` on, zeros behind the last.
+template <int kTokens>
+struct CopyOfX {
+  Vec at(int64_t col, int j) const { return load(copy + (col - begin) * kTokens + j * kLanes); }
+  Vec at(int64_t col, int j, int64_t) const { return at(col, j); }
+  const float* copy;
+  int64_t begin;
+};
+
+template <int kTokens>
+void copy_x(const MatmulArgs& a, int64_t token, int64_t begin, int64_t end, float* copy) {
+  const RowsOfX<kTokens> x(a, token);
+  for (int64_t col = begin; col < end; col += kLanes) {
+    for (int j = 0; j < kTokens; ++j, copy += kLanes) {
+      store(copy, end - col >= kLanes ? x.at(col, j) : x.at(col, j, end - col));
+    }
+  }
+}
+
+// Columns [begin, end) of a tile. The sums come from `waiting` unless begin is 0, and go there unless end is the last.
+template <class Weights, int kRows, int kTokens, class X>
+void matmul_float_tile(const MatmulArgs& a, const X& x, int64_t row, int64_t token, int64_t begin, int64_t end,
+                       Vec* waiting) {
+  const uint8_t* weights[kRows];
+  Vec sum[kRows][kTokens];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    weights[i] = a.weights + (row + i) * a.cols * Weights::kBytes;
+#pragma GCC unroll 8
+    for (int j = 0; j < kTokens; ++j) sum[i][j] = begin == 0 ? zeros() : waiting[i * kTokens + j];
+  }
+  int64_t col = begin;
+  for (; col + kLanes <= end; col += kLanes) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const Vec w = Weights::load(weights[i] + col * Weights::kBytes);
+      // The next tile, into the second-level cache: rows may be too short for the hardware to see a stream.
+      __builtin_prefetch(weights[i] + (col + kRows * a.cols) * Weights::kBytes, 0, 2);
+#pragma GCC unroll 8
+      for (int j = 0; j < kTokens; ++j) sum[i][j] = fma(w, x.at(col, j), sum[i][j]);
+    }
+  }
+  if (col < end) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const Vec w = Weights::load(weights[i] + col * Weights::kBytes, end - col);
+#pragma GCC unroll 8
+      for (int j = 0; j < kTokens; ++j) sum[i][j] = fma(w, x.at(col, j, end - col), sum[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < kTokens; ++j) {
+    float* y = output_row(a, token + j) + (row - a.row_begin);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      if (end == a.cols) {
+        y[i] = sum_lanes(sum[i][j]);
+      } else {
+        waiting[i * kTokens + j] = sum[i][j];
+      }
+    }
+  }
+}
+
+// The rows [row, row_end) for kTokens tokens.
+template <class Weights, int kTokens, class X>
+void matmul_float_rows(const MatmulArgs& a, const X& x, int64_t row, int64_t row_end, int64_t token, int64_t begin,
+                       int64_t end, Vec* waiting) {
+  constexpr int kRows = kTokens == 1 ? kFloatRowsAlone : kFloatTileRows;
+  for (; row + kRows <= row_end; row += kRows, waiting += kRows * kTokens) {
+    matmul_float_tile<Weights, kRows, kTokens>(a, x, row, token, begin, end, waiting);
+  }
+  for (; row < row_end; ++row, waiting += kTokens) {
+    matmul_float_tile<Weights, 1, kTokens>(a, x, row, token, begin, end, waiting);
+  }
+}
+
+// As many columns as a block has, for all its rows and tokens.
+template <class Weights>
+void matmul_float_block(const MatmulArgs& a, int64_t row, int64_t row_end, int64_t token, int64_t token_end,
+                        int64_t begin, int64_t end, Vec* waiting) {
+  alignas(64) float copy[kFloatTileTokens * kBlockCols];
+  for (; token < token_end; token += kFloatTileTokens, waiting += kBlockRows * kFloatTileTokens) {
+    with_number<kFloatTileTokens>(
+        token_end - token < kFloatTileTokens ? token_end - token : kFloatTileTokens,
+        [&]<int kTokens>(Number<kTokens>) {
+          copy_x<kTokens>(a, token, begin, end, copy);
+          matmul_float_rows<Weights, kTokens>(a, CopyOfX<kTokens>{copy, begin}, row, row_end, token, begin, end,
+                                              waiting);
+        });
+  }
+}
+
+template <class Weights>
+void matmul_float(const MatmulArgs& a) {
+  if (a.num_tokens <= kFloatTileTokens || a.cols == 0) {
+    // One tile of tokens reads a weight once: whole rows.
+    for (int64_t token = 0; token < a.num_tokens; token += kFloatTileTokens) {
+      const int64_t rest = a.num_tokens - token;
+      with_number<kFloatTileTokens>(rest < kFloatTileTokens ? rest : kFloatTileTokens,
+                                    [&]<int kTokens>(Number<kTokens>) {
+                                      const RowsOfX<kTokens> x(a, token);
+                                      matmul_float_rows<Weights, kTokens>(a, x, a.row_begin, a.row_end, token, 0,
+                                                                          a.cols, nullptr);
+                                    });
+    }
+    return;
+  }
+  Vec waiting[kBlockRows * kBlockTokens];
+  for (int64_t row = a.row_begin; row < a.row_end; row += kBlockRows) {
+    const int64_t row_end = a.row_end - row < kBlockRows ? a.row_end : row + kBlockRows;
+    for (int64_t token = 0; token < a.num_tokens; token += kBlockTokens) {
+      const int64_t token_end = a.num_tokens - token < kBlockTokens ? a.num_tokens : token + kBlockTokens;
+      for (int64_t col = 0; col < a.cols; col += kBlockCols) {
+        const int64_t col_end = a.cols - col < kBlockCols ? a.cols : col + kBlockCols;
+        matmul_float_block<Weights>(a, row, row_end, token, token_end, col, col_end, waiting);
+      }
+    }
+  }
+}
+
+#endif
+
+}  // namespace
+}  // namespace argosy

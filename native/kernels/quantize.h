@@ -1,0 +1,168 @@
+// quantize.h: float32 weights to q8 and q4 panels, and rows of any format back to float32.
+//
+//   q8  scale = largest magnitude in the group / 127, rounded to float16; q = weight / scale to the nearest.
+//   q4  the float16 scale, of a list of candidates, with the least squared error over the group.
+//
+// A group with an infinity or a NaN gets a NaN scale: it must not look like a number afterwards. One version,
+// written in vectors of four with a fixed order of sums: every machine packs the same bytes.
+#pragma once
+
+#include "kernels/half.h"
+#include "kernels/kernel_table.h"
+
+namespace argosy {
+namespace {
+
+using Floats = float __attribute__((vector_size(16)));
+constexpr int kGroupParts = int(kGroupSize) / 4;
+
+// A group of one row, zeros where the matrix has no column.
+struct WeightGroup {
+  Floats part[kGroupParts];
+  float absmax;     // NaN if any weight is not finite
+  float outermost;  // the weight with the largest magnitude
+};
+
+inline WeightGroup load_group(const float* weights, int64_t n) {
+  float values[kGroupSize] = {};
+  std::memcpy(values, weights, size_t(n) * sizeof(float));
+  WeightGroup group;
+  std::memcpy(group.part, values, sizeof values);
+  uint32_t most = 0;
+  for (int i = 0; i < kGroupSize; ++i) {
+    const uint32_t magnitude = bit_cast<uint32_t>(values[i]) & 0x7FFFFFFFu;
+    most = magnitude > most ? magnitude : most;
+  }
+  group.absmax = bit_cast<float>(most >= 0x7F800000u ? 0x7FC00000u : most);
+  group.outermost = group.absmax;
+  for (int i = 0; i < kGroupSize; ++i) {
+    if (values[i] == -group.absmax) group.outermost = -group.absmax;
+  }
+  return group;
+}
+
+// To the nearest whole number (even on a tie) within [low, high]; |x| below 2^22.
+inline Floats round_within(Floats x, float low, float high) {
+  const Floats rounder = {12582912.0f, 12582912.0f, 12582912.0f, 12582912.0f};
+  const Floats lowest = {low, low, low, low};
+  const Floats highest = {high, high, high, high};
+  Floats whole = (x + rounder) - rounder;
+  whole = whole < lowest ? lowest : whole;
+  return whole > highest ? highest : whole;
+}
+
+inline void round_group(const WeightGroup& group, float inverse, float low, float high, int8_t* quants) {
+  for (int i = 0; i < kGroupParts; ++i) {
+    const Floats whole = round_within(group.part[i] * inverse, low, high);
+    for (int lane = 0; lane < 4; ++lane) quants[4 * i + lane] = int8_t(whole[lane]);
+  }
+}
+
+inline float scale_q8(const WeightGroup& group) {
+  return float_from_f16(f16_from_float(group.absmax / 127.0f));
+}
+
+// How many steps of the scale the outermost weight is away from zero: the candidates of a q4 scale. Minus
+// means that it gets a negative quant, of which there is one more.
+constexpr float kStepsQ4[] = {-8.0f, -7.75f, -7.5f, -7.25f, -7.0f, -8.25f, -8.5f, -8.75f,
+                              -9.0f, 7.0f,   6.75f, 6.5f,   7.25f, 7.5f,   7.75f, 8.0f};
+
+inline float scale_q4(const WeightGroup& group) {
+  float best_scale = 0.0f;
+  float best_error = 0.0f;  // less the sum of squared weights, which all candidates share
+  for (const float steps : kStepsQ4) {
+    const float inverse = steps / group.outermost;
+    Floats products = {};
+    Floats squares = {};
+    for (int i = 0; i < kGroupParts; ++i) {
+      const Floats q = round_within(group.part[i] * inverse, -8.0f, 7.0f);
+      products += group.part[i] * q;
+      squares += q * q;
+    }
+    const float product = (products[0] + products[2]) + (products[1] + products[3]);
+    const float square = (squares[0] + squares[2]) + (squares[1] + squares[3]);
+    // The best scale for these quants, as float16 will hold it.
+    const float scale = float_from_f16(f16_from_float(product / square));
+    const float error = scale * (scale * square - 2.0f * product);
+    if (error < best_error) {
+      best_error = error;
+      best_scale = scale;
+    }
+  }
+  return best_scale;
+}
+
+// The scale and the quants of one group; zeros for a group that is zero, or too small for float16.
+template <Format kFormat>
+float quantize_group(const WeightGroup& group, int8_t* quants) {
+  std::memset(quants, 0, kGroupSize);
+  if (!(group.absmax >= 1e-30f)) return group.absmax != group.absmax ? group.absmax : 0.0f;
+  const float scale = kFormat == Format::q8 ? scale_q8(group) : scale_q4(group);
+  const float inverse = 1.0f / scale;
+  if (!(inverse < 1e30f && inverse > -1e30f) || inverse == 0.0f) return scale;
+  if (kFormat == Format::q8) {
+    round_group(group, inverse, -127.0f, 127.0f, quants);
+  } else {
+    round_group(group, inverse, -8.0f, 7.0f, quants);
+  }
+  return scale;
+}
+
+template <Format kFormat>
+void quantize_panels(const float* weights, int64_t rows, int64_t cols, int64_t panel_begin, int64_t panel_end,
+                     uint8_t* out) {
+  const int64_t groups = num_groups(cols);
+  for (int64_t index = panel_begin; index < panel_end; ++index) {
+    uint8_t* panel = out + index * panel_bytes(kFormat, cols);
+    uint8_t* scales = panel + quant_bytes(kFormat, cols);
+    std::memset(panel, kFormat == Format::q8 ? 0x80 : 0x88, size_t(quant_bytes(kFormat, cols)));
+    std::memset(scales, 0, size_t(panel_bytes(kFormat, cols) - quant_bytes(kFormat, cols)));
+    for (int64_t r = 0; r < kPanelRows && index * kPanelRows + r < rows; ++r) {
+      const float* row = weights + (index * kPanelRows + r) * cols;
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t n = cols - g * kGroupSize < kGroupSize ? cols - g * kGroupSize : kGroupSize;
+        const WeightGroup group = load_group(row + g * kGroupSize, n);
+        int8_t q[kGroupSize];
+        const uint16_t scale = f16_from_float(quantize_group<kFormat>(group, q));
+        std::memcpy(scales + (g * kPanelRows + r) * 2, &scale, 2);
+        uint8_t bytes[kGroupSize];
+        if constexpr (kFormat == Format::q8) {
+          for (int i = 0; i < 32; ++i) bytes[i] = uint8_t(q[i] + 128);
+          for (int64_t chunk = 0; chunk < 8; ++chunk) {
+            std::memcpy(panel + (g * 8 + chunk) * kChunkBytes + r * 4, bytes + 4 * chunk, 4);
+          }
+        } else {
+          for (int i = 0; i < 16; ++i) bytes[i] = uint8_t((q[i] + 8) | (q[i + 16] + 8) << 4);
+          for (int64_t chunk = 0; chunk < 4; ++chunk) {
+            std::memcpy(panel + (g * 4 + chunk) * kChunkBytes + r * 4, bytes + 4 * chunk, 4);
+          }
+        }
+      }
+    }
+  }
+}
+
+inline void dequantize_panel_row(Format format, const uint8_t* weights, int64_t cols, int64_t row,
+                                 float* out) {
+  const uint8_t* panel = weights + row / kPanelRows * panel_bytes(format, cols);
+  const uint8_t* scales = panel + quant_bytes(format, cols) + row % kPanelRows * 2;
+  for (int64_t col = 0; col < cols; ++col) {
+    const float scale = float_from_f16(read_unaligned<uint16_t>(scales + col / kGroupSize * kPanelRows * 2));
+    out[col] = scale * float(quant_at(format, panel, row % kPanelRows, col));
+  }
+}
+
+void dequantize_row(Format format, const uint8_t* weights, int64_t cols, int64_t row, float* out) {
+  if (is_quantized(format)) return dequantize_panel_row(format, weights, cols, row, out);
+  const uint8_t* values = weights + row * cols * weight_bytes(format);
+  if (format == Format::f32) {
+    std::memcpy(out, values, size_t(cols) * 4);
+  } else if (format == Format::f16) {
+    for (int64_t i = 0; i < cols; ++i) out[i] = float_from_f16(read_unaligned<uint16_t>(values + 2 * i));
+  } else {
+    for (int64_t i = 0; i < cols; ++i) out[i] = float_from_bf16(read_unaligned<uint16_t>(values + 2 * i));
+  }
+}
+
+}  // namespace
+}  // namespace argosy

@@ -1,0 +1,29 @@
+// rope.h: rotary position embedding of one token, in place (Su et al., arXiv:2104.09864; half-split pairs).
+//
+//   x  float32 [num_heads][head_dim].    cosine, sine  float32 [num_pairs], num_pairs <= head_dim / 2.
+//
+// Dimension i < num_pairs turns with dimension i + num_pairs; dimensions from 2 num_pairs on stay. One
+// version: each element is three operations whatever the vector width.
+#pragma once
+
+#include "kernels/kernel_table.h"
+
+namespace argosy {
+namespace {
+
+void rope(float* x, int64_t num_heads, int64_t head_dim, const float* __restrict cosine,
+          const float* __restrict sine, int64_t num_pairs) {
+  for (int64_t head = 0; head < num_heads; ++head) {
+    float* __restrict first = x + head * head_dim;
+    float* __restrict second = first + num_pairs;
+    for (int64_t i = 0; i < num_pairs; ++i) {
+      const float a = first[i];
+      const float b = second[i];
+      first[i] = a * cosine[i] - b * sine[i];
+      second[i] = b * cosine[i] + a * sine[i];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace argosy

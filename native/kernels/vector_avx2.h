@@ -1,0 +1,101 @@
+// vector_avx2.h: eight floats, the few operations the kernels need.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/half.h"
+
+namespace argosy {
+namespace {
+
+using Vec = __m256;
+constexpr int64_t kLanes = 8;
+
+inline Vec zeros() { return _mm256_setzero_ps(); }
+inline Vec broadcast(float value) { return _mm256_set1_ps(value); }
+inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec max_or_second(Vec a, Vec b) { return _mm256_max_ps(a, b); }  // NaN in either: b
+inline Vec min_or_second(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+inline Vec round_to_nearest(Vec a) {
+  return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+// Bit patterns below have lane i set for i < n.
+inline __m256i first_lanes(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Vec keep_lanes(Vec a, int64_t begin, int64_t end, float otherwise) {
+  const __m256i kept = _mm256_andnot_si256(first_lanes(begin), first_lanes(end));
+  return _mm256_blendv_ps(broadcast(otherwise), a, _mm256_castsi256_ps(kept));
+}
+
+inline Vec load(const float* from) { return _mm256_loadu_ps(from); }
+inline Vec load(const float* from, int64_t n) { return _mm256_maskload_ps(from, first_lanes(n)); }
+inline void store(float* to, Vec a) { _mm256_storeu_ps(to, a); }
+inline void store(float* to, Vec a, int64_t n) { _mm256_maskstore_ps(to, first_lanes(n), a); }
+
+struct F32Weights {
+  static constexpr int64_t kBytes = 4;
+  static Vec load(const uint8_t* from) { return _mm256_loadu_ps(reinterpret_cast<const float*>(from)); }
+  static Vec load(const uint8_t* from, int64_t n) {
+    return _mm256_maskload_ps(reinterpret_cast<const float*>(from), first_lanes(n));
+  }
+};
+
+// The first n of eight 16-bit values, zeros behind them.
+inline __m128i load_16bit(const uint8_t* from, int64_t n) {
+  uint16_t values[8] = {};
+  std::memcpy(values, from, size_t(n) * 2);
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+}
+
+struct F16Weights {
+  static constexpr int64_t kBytes = 2;
+  static Vec load(const uint8_t* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  static Vec load(const uint8_t* from, int64_t n) { return _mm256_cvtph_ps(load_16bit(from, n)); }
+};
+
+struct Bf16Weights {
+  static constexpr int64_t kBytes = 2;
+  static Vec widen(__m128i bits) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  static Vec load(const uint8_t* from) {
+    return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  static Vec load(const uint8_t* from, int64_t n) { return widen(load_16bit(from, n)); }
+};
+
+// Lanes are folded in halves: 0+4, 1+5, ..., then 0+2, 1+3, then 0+1.
+inline float sum_lanes(Vec a) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline float max_lanes(Vec a) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+// a * 2^n for whole n from -250 to 250, in two steps so that 2^n need not be a float.
+inline Vec scale_by_power(Vec a, Vec n) {
+  const __m256i exponent = _mm256_cvtps_epi32(n);
+  const __m256i half = _mm256_srai_epi32(exponent, 1);
+  const __m256i bias = _mm256_set1_epi32(127);
+  const __m256i first = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
+  const __m256i second = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(exponent, half), bias), 23);
+  return mul(mul(a, _mm256_castsi256_ps(first)), _mm256_castsi256_ps(second));
+}
+
+}  // namespace
+}  // namespace argosy

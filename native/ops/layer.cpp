@@ -1,0 +1,64 @@
+#include "ops/layer.h"
+
+#include "kernels/kernel_table.h"
+
+namespace argosy {
+
+void rms_norm(Runtime& runtime, const float* x, const float* weight, float eps, int64_t rows, int64_t cols,
+              float* out) {
+  const KernelTable& table = kernels();
+  const auto lock = runtime.lock();
+  runtime.parallel_for(rows, cols, [&](int64_t begin, int64_t end, int) {
+    for (int64_t row = begin; row < end; ++row)
+      table.rms_norm(x + row * cols, weight, cols, eps, out + row * cols);
+  });
+}
+
+void rope(Runtime& runtime, float* x, int64_t num_tokens, int64_t num_heads, int64_t head_dim,
+          const float* cosine, const float* sine, int64_t num_pairs) {
+  const KernelTable& table = kernels();
+  const auto lock = runtime.lock();
+  runtime.parallel_for(num_tokens, num_heads * head_dim, [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t) {
+      table.rope(x + t * num_heads * head_dim, num_heads, head_dim, cosine + t * num_pairs,
+                 sine + t * num_pairs, num_pairs);
+    }
+  });
+}
+
+void route(Runtime& runtime, const float* logits, int64_t num_tokens, int64_t num_experts, int64_t k,
+           bool renormalize, int32_t* ids, float* weights) {
+  const KernelTable& table = kernels();
+  const auto lock = runtime.lock();
+  float* scratch = reinterpret_cast<float*>(runtime.scratch(runtime.num_threads() * num_experts * 4));
+  runtime.parallel_for(num_tokens, num_experts * (k + 4), [&](int64_t begin, int64_t end, int worker) {
+    for (int64_t t = begin; t < end; ++t) {
+      table.route(logits + t * num_experts, num_experts, k, renormalize, ids + t * k, weights + t * k,
+                  scratch + worker * num_experts);
+    }
+  });
+}
+
+void combine(Runtime& runtime, const float* expert_out, const float* weights, int64_t num_tokens, int64_t k,
+             int64_t hidden, float* out) {
+  const KernelTable& table = kernels();
+  const auto lock = runtime.lock();
+  runtime.parallel_for(num_tokens, k * hidden, [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t) {
+      table.combine(expert_out + t * k * hidden, weights + t * k, k, hidden, out + t * hidden);
+    }
+  });
+}
+
+void add_sigmoid_gated(Runtime& runtime, const float* x, const float* gate_logit, int64_t num_tokens,
+                       int64_t hidden, float* out) {
+  const KernelTable& table = kernels();
+  const auto lock = runtime.lock();
+  runtime.parallel_for(num_tokens, hidden, [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t) {
+      table.add_sigmoid_gated(x + t * hidden, gate_logit[t], hidden, out + t * hidden);
+    }
+  });
+}
+
+}  // namespace argosy

@@ -1,0 +1,30 @@
+// layer.h: the small operations between the products of a layer. Each takes a whole batch.
+#pragma once
+
+#include <cstdint>
+
+#include "ops/runtime.h"
+
+namespace argosy {
+
+// out[n] = x[n] / sqrt(mean(x[n]^2) + eps) * weight; out may be x.
+void rms_norm(Runtime& runtime, const float* x, const float* weight, float eps, int64_t rows, int64_t cols,
+              float* out);
+
+// x [num_tokens][num_heads][head_dim] in place; cosine and sine [num_tokens][num_pairs].
+void rope(Runtime& runtime, float* x, int64_t num_tokens, int64_t num_heads, int64_t head_dim,
+          const float* cosine, const float* sine, int64_t num_pairs);
+
+// ids and weights [num_tokens][k] of logits [num_tokens][num_experts].
+void route(Runtime& runtime, const float* logits, int64_t num_tokens, int64_t num_experts, int64_t k,
+           bool renormalize, int32_t* ids, float* weights);
+
+// out[t] += sum over j of weights[t][j] * expert_out[t * k + j]
+void combine(Runtime& runtime, const float* expert_out, const float* weights, int64_t num_tokens, int64_t k,
+             int64_t hidden, float* out);
+
+// out[t] += sigmoid(gate_logit[t]) * x[t]
+void add_sigmoid_gated(Runtime& runtime, const float* x, const float* gate_logit, int64_t num_tokens,
+                       int64_t hidden, float* out);
+
+}  // namespace argosy

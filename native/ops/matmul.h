@@ -1,0 +1,40 @@
+// matmul.h: products with weights, for a whole batch.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "ops/runtime.h"
+
+namespace argosy {
+
+struct MatrixView {
+  Format format;
+  const uint8_t* data;
+  int64_t rows, cols;
+};
+
+// out[t][r] = sum over c of W[r][c] * x[t][c]
+struct Product {
+  MatrixView matrix;
+  float* out;  // [num_tokens][matrix.rows]
+};
+
+// Several matrices of as many columns that share x float32 [num_tokens][cols]: one quantisation of x, one
+// parallel loop.
+void matmul(Runtime& runtime, const std::vector<Product>& products, const float* x, int64_t num_tokens);
+
+// out[t] = row ids[t] of the matrix, as float32. Ids are in range.
+void embed(Runtime& runtime, const MatrixView& matrix, const int32_t* ids, int64_t num_tokens, float* out);
+
+// `out` is matrix_bytes(format, rows, cols) of any format. Without a runtime on the calling thread.
+void quantize(Runtime* runtime, Format format, const float* weights, int64_t rows, int64_t cols,
+              uint8_t* out);
+void dequantize(const MatrixView& matrix, float* out);
+
+// Activations of num_tokens tokens as int8; the rows are activation_bytes(cols) apart. The caller holds the
+// lock.
+void quantize_tokens(Runtime& runtime, const float* x, int64_t cols, int64_t num_tokens,
+                     uint8_t* activations);
+
+}  // namespace argosy

@@ -1,0 +1,46 @@
+#include "ops/runtime.h"
+
+#include <new>
+#include <stdexcept>
+#include <string>
+
+namespace argosy {
+
+namespace {
+constexpr std::align_val_t kScratchAlignment{4096};
+}
+
+Runtime::Runtime(int num_threads) : num_threads_(num_threads) {
+  if (num_threads < 1 || num_threads > 1024) {
+    throw std::invalid_argument("num_threads is " + std::to_string(num_threads) + ", expected 1 to 1024");
+  }
+  pool_ = std::make_unique<ThreadPool>(num_threads);
+}
+
+void Runtime::FreeScratch::operator()(uint8_t* memory) const { ::operator delete(memory, kScratchAlignment); }
+
+std::unique_lock<std::mutex> Runtime::lock() {
+  std::unique_lock<std::mutex> held(mutex_);
+  if (pool_ == nullptr) throw std::invalid_argument("this runtime is closed");
+  return held;
+}
+
+uint8_t* Runtime::scratch(int64_t bytes) {
+  if (bytes > scratch_bytes_) {
+    scratch_.reset();
+    scratch_bytes_ = 0;
+    const int64_t size = round_up(bytes, 1 << 16);
+    scratch_.reset(static_cast<uint8_t*>(::operator new(size_t(size), kScratchAlignment)));
+    scratch_bytes_ = size;
+  }
+  return scratch_.get();
+}
+
+void Runtime::close() {
+  std::unique_lock<std::mutex> held(mutex_);
+  pool_.reset();
+  scratch_.reset();
+  scratch_bytes_ = 0;
+}
+
+}  // namespace argosy

@@ -1,0 +1,75 @@
+// runtime.h: the threads and the scratch memory that operations share.
+//
+//   Runtime runtime(2);
+//   matmul(runtime, matrices, x, num_tokens);
+//
+// An operation locks the runtime, asks for its scratch once, and splits its work over the pool. Scratch only
+// grows.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+
+#include "kernels/formats.h"
+#include "store/thread_pool.h"
+
+namespace argosy {
+
+// Where the parts of an operation's scratch begin; each at a multiple of 64 bytes.
+class ScratchLayout {
+ public:
+  int64_t add(int64_t bytes) {
+    const int64_t at = bytes_;
+    bytes_ += round_up(bytes, 64);
+    return at;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  int64_t bytes_ = 0;
+};
+
+class Runtime {
+ public:
+  explicit Runtime(int num_threads);  // throws std::invalid_argument below 1
+
+  int num_threads() const { return num_threads_; }
+  int64_t scratch_bytes() const { return scratch_bytes_; }
+  void close();  // ends the threads, gives the scratch back; operations then throw std::invalid_argument
+
+  // For operations. Hold the lock from before scratch() to the end of the operation.
+  std::unique_lock<std::mutex> lock();
+  uint8_t* scratch(int64_t bytes);
+
+  // body(begin, end, worker) over [0, count). `item_work` is about how many multiply-adds or bytes an item
+  // costs: it decides how many items make a range, and a loop too small to share runs on the caller.
+  template <class F>
+  void parallel_for(int64_t count, int64_t item_work, F&& body) {
+    if (count <= 0) return;
+    if (num_threads_ == 1 || count == 1 || count * item_work < kWorthSharing)
+      return body(int64_t{0}, count, 0);
+    const int64_t largest =
+        count / (int64_t{4} * num_threads_);  // several ranges each, so that all end together
+    const int64_t wanted = kRangeWork / (item_work + 1);
+    const int64_t grain = wanted < largest ? wanted : largest;
+    pool_->parallel_for(count, grain > 1 ? grain : 1, body);
+  }
+
+ private:
+  // Waking a thread takes some microseconds, in which a core does about this much.
+  static constexpr int64_t kWorthSharing = int64_t{128} << 10;
+  static constexpr int64_t kRangeWork = int64_t{256} << 10;
+
+  struct FreeScratch {
+    void operator()(uint8_t* memory) const;
+  };
+
+  int num_threads_;
+  std::mutex mutex_;
+  std::unique_ptr<ThreadPool> pool_;
+  std::unique_ptr<uint8_t, FreeScratch> scratch_;
+  int64_t scratch_bytes_ = 0;
+};
+
+}  // namespace argosy

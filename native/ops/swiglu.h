@@ -1,0 +1,29 @@
+// swiglu.h: feed-forward networks of a layer: routed experts, shared experts, dense.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "ops/matmul.h"
+
+namespace argosy {
+
+struct ExpertView {
+  MatrixView gate, up;  // [width, hidden]
+  MatrixView down;      // [hidden, width]
+};
+
+// Which tokens each expert runs: expert i runs assignments starts[i] to starts[i + 1]. An assignment reads
+// x[token[a]] and writes out[row[a]]; without `token` and `row` assignment a reads and writes row a.
+struct Dispatch {
+  const int32_t* starts;  // [experts + 1]
+  const int32_t* token;
+  const int32_t* row;
+};
+
+// y = (silu(x Wg^T) * (x Wu^T)) Wd^T for every assignment. All experts share two parallel loops: gate and up
+// with what lies between, then down.
+void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, const float* x,
+                    int64_t num_tokens, const Dispatch& dispatch, float* out);
+
+}  // namespace argosy

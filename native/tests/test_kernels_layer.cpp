@@ -1,0 +1,201 @@
+// The small operations of a layer, and attention: against the reference, and the same for a token wherever it
+// stands.
+
+#include "ops/attention.h"
+#include "ops/layer.h"
+#include "ops/swiglu.h"
+#include "tests/kernel_cases.h"
+
+namespace argosy::testing {
+namespace {
+
+void norms_meet_the_reference() {
+  for (const KernelTable* table : all_tables()) {
+    for (const int64_t cols : kSizes) {
+      if (cols == 0) continue;
+      const std::vector<float> x = normal(cols, 1), weight = normal(cols, 2);
+      std::vector<float> expected(x.size()), found = x;
+      plain().rms_norm(x.data(), weight.data(), cols, 1e-6f, expected.data());
+      table->rms_norm(found.data(), weight.data(), cols, 1e-6f, found.data());
+      CHECK(near(found, expected, 2e-6));
+    }
+  }
+}
+
+// e^x hides in silu: silu(x) = x / (1 + e^-x).
+void silu_is_exact_to_a_few_units_and_the_same_in_every_lane() {
+  std::vector<float> x;
+  for (float value = -88.0f; value < 100.0f; value += 0.037f) x.push_back(value);
+  for (const float value : {0.0f, -0.0f, 1e-30f, -1e-30f, -103.0f, -150.0f, -3e38f, 3e38f, INFINITY, NAN}) {
+    x.push_back(value);
+  }
+  const std::vector<float> ones(x.size(), 1.0f);
+  for (const KernelTable* table : all_tables()) {
+    std::vector<float> found(x.size());
+    table->silu_mul(x.data(), ones.data(), int64_t(x.size()), found.data());
+    for (size_t i = 0; i < x.size(); ++i) {
+      const double expected = double(x[i]) / (1.0 + std::exp(-double(x[i])));
+      if (std::isfinite(expected)) {
+        // Two units for e^x, and one each for the sum and the quotient; below the smallest normal number,
+        // that.
+        CHECK(std::fabs(double(found[i]) - expected) <= 4 * 0x1p-23 * std::fabs(expected) + 2e-38);
+      } else {
+        CHECK(std::isnan(found[i]) == std::isnan(expected));
+      }
+    }
+    for (const float value : {-3.7f, 0.01f, 12.0f}) {
+      for (int64_t n = 1; n < 40; ++n) {
+        const std::vector<float> same(size_t(n), value), ups(size_t(n), 1.0f);
+        std::vector<float> out(static_cast<size_t>(n));
+        table->silu_mul(same.data(), ups.data(), n, out.data());
+        for (const float each : out) CHECK_EQUAL(each, out[0]);
+        table->silu_mul(&value, ups.data(), 1, &out[0]);
+        CHECK_EQUAL(out[0], out.back());
+      }
+    }
+  }
+}
+
+void routes_meet_the_reference() {
+  for (const KernelTable* table : all_tables()) {
+    for (const int64_t experts : {1, 7, 8, 15, 16, 17, 60, 128}) {
+      const int64_t k = experts < 4 ? experts : 4;
+      const std::vector<float> logits = normal(experts, 3, 4.0f);
+      std::vector<float> scratch(static_cast<size_t>(experts));
+      std::vector<float> expected(static_cast<size_t>(k)), found = expected;
+      std::vector<int32_t> expected_ids(static_cast<size_t>(k)), ids = expected_ids;
+      plain().route(logits.data(), experts, k, true, expected_ids.data(), expected.data(), scratch.data());
+      table->route(logits.data(), experts, k, true, ids.data(), found.data(), scratch.data());
+      CHECK(ids == expected_ids);
+      CHECK(near(found, expected, 2e-6));
+    }
+  }
+}
+
+// Sequences of random keys, with NaN in every place that no token may see.
+struct Cache {
+  Cache(int64_t heads, int64_t dim, int64_t block, bool is_f16)
+      : kv(1, kBlocks, block, heads, dim, is_f16), block_tokens(block) {
+    const int64_t all = kBlocks * block_tokens;
+    const std::vector<float> garbage(size_t(all * heads * dim), NAN);
+    std::vector<int64_t> slots;
+    for (int64_t i = 0; i < all; ++i) slots.push_back(i);
+    Runtime runtime(1);
+    kv_write(runtime, kv.layer(0), garbage.data(), garbage.data(), slots.data(), all);
+    slots.clear();
+    for (int64_t i = 0; i < kLength; ++i) {
+      slots.push_back(blocks[size_t(i / block_tokens)] * block_tokens + i % block_tokens);
+    }
+    keys = normal(kLength * heads * dim, 5);
+    values = normal(kLength * heads * dim, 6);
+    kv_write(runtime, kv.layer(0), keys.data(), values.data(), slots.data(), kLength);
+  }
+  static constexpr int64_t kBlocks = 16, kLength = 75;
+  std::vector<int32_t> blocks = {3, 9, 0, 12, 7, 15, 1, 2, 11, 5, 6, 4, 8, 10, 13, 14};
+  KvCache kv;
+  int64_t block_tokens;
+  std::vector<float> keys, values;
+};
+
+std::vector<float> attend(const KernelTable& table, Cache& cache, const std::vector<float>& q, int64_t heads,
+                          int64_t begin, int64_t end, int64_t window) {
+  const KvLayer kv = cache.kv.layer(0);
+  const int64_t row = heads * kv.head_dim;
+  std::vector<float> out(size_t((end - begin) * row), NAN);
+  std::vector<float> scratch(static_cast<size_t>(attention_scratch_floats(kv.head_dim)));
+  std::vector<int32_t> positions;
+  for (int64_t p = begin; p < end; ++p) positions.push_back(int32_t(p));
+  for (int64_t head = 0; head < kv.kv_heads; ++head) {
+    AttentionArgs args = {};
+    args.kv = kv;
+    args.kv_head = head;
+    args.q = q.data() + begin * row;
+    args.out = out.data();
+    args.positions = positions.data();
+    args.num_tokens = end - begin;
+    args.num_heads = heads;
+    args.blocks = cache.blocks.data();
+    args.scale = 0.3f;
+    args.window = window;
+    args.scratch = scratch.data();
+    table.attention(args);
+  }
+  return out;
+}
+
+void attention_meets_the_reference_in_every_chunk() {
+  const int64_t shapes[][3] = {
+      {2, 1, 7}, {2, 2, 16}, {9, 1, 40}, {4, 2, 64}, {1, 1, 130}};  // heads, KV heads, dim
+  for (const KernelTable* table : all_tables()) {
+    for (const auto& [heads, kv_heads, dim] : shapes) {
+      for (const int64_t block_tokens : {5, 16, 48}) {
+        for (const int64_t window : {0, 1, 19}) {
+          const bool is_f16 = (dim + block_tokens + window) % 2 == 0;
+          Cache cache(kv_heads, dim, block_tokens, is_f16);
+          const std::vector<float> q = normal(Cache::kLength * heads * dim, 7);
+          const std::vector<float> expected = attend(plain(), cache, q, heads, 0, Cache::kLength, window);
+          const std::vector<float> together = attend(*table, cache, q, heads, 0, Cache::kLength, window);
+          CHECK(near(together, expected, 4e-6));
+          for (const int64_t chunk : {1, 3, 32}) {
+            std::vector<float> pieces;
+            for (int64_t begin = 0; begin < Cache::kLength; begin += chunk) {
+              const int64_t end = std::min(begin + chunk, Cache::kLength);
+              const std::vector<float> piece = attend(*table, cache, q, heads, begin, end, window);
+              pieces.insert(pieces.end(), piece.begin(), piece.end());
+            }
+            CHECK(same_bits(pieces, together));
+          }
+        }
+      }
+    }
+  }
+}
+
+// Operations on three threads give what they give on one.
+void threads_change_no_bit() {
+  constexpr int64_t kTokens = 103, kHidden = 200, kWidth = 130;
+  Runtime one(1), three(3);
+  const std::vector<float> x = normal(kTokens * kHidden, 8);
+  for (const std::string& name : instruction_sets()) {
+    use_instruction_set(name);
+    for (const Format format : kFormats) {
+      std::vector<Weights> weights;
+      std::vector<ExpertView> experts;
+      for (unsigned i = 0; i < 3; ++i) {
+        weights.emplace_back(format, normal(kWidth * kHidden, 10 + i, 0.1f), kWidth, kHidden, 1);
+        weights.emplace_back(format, normal(kWidth * kHidden, 20 + i, 0.1f), kWidth, kHidden, 2);
+        weights.emplace_back(format, normal(kWidth * kHidden, 30 + i, 0.1f), kHidden, kWidth, 3);
+        experts.push_back({weights[3 * i].view, weights[3 * i + 1].view, weights[3 * i + 2].view});
+      }
+      const std::vector<int32_t> starts = {0, 50, 50, kTokens};
+      std::vector<int32_t> token, row;
+      for (int32_t i = 0; i < kTokens; ++i) {
+        token.push_back(int32_t(i * 7 % kTokens));
+        row.push_back(int32_t(i * 5 % kTokens));
+      }
+      std::vector<float> expected(size_t(kTokens * kHidden), NAN), found = expected;
+      const Dispatch dispatch = {starts.data(), token.data(), row.data()};
+      swiglu_experts(one, experts, x.data(), kTokens, dispatch, expected.data());
+      swiglu_experts(three, experts, x.data(), kTokens, dispatch, found.data());
+      CHECK(same_bits(found, expected));
+
+      std::vector<float> y_one(size_t(kTokens * kWidth)), y_three = y_one;
+      matmul(one, {{weights[0].view, y_one.data()}}, x.data(), kTokens);
+      matmul(three, {{weights[0].view, y_three.data()}}, x.data(), kTokens);
+      CHECK(same_bits(y_three, y_one));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace argosy::testing
+
+int main() {
+  using namespace argosy::testing;
+  norms_meet_the_reference();
+  silu_is_exact_to_a_few_units_and_the_same_in_every_lane();
+  routes_meet_the_reference();
+  attention_meets_the_reference_in_every_chunk();
+  threads_change_no_bit();
+  return check_result();
+}

@@ -1,0 +1,272 @@
+"""The native module: arithmetic, threads and bytes.
+
+Arrays are C-contiguous; float arrays are float32 and integers int32 unless a docstring says otherwise. A wrong size,
+dtype, range or name raises ValueError with what was found and what was expected. Every operation releases the GIL.
+One `Runtime` runs one operation at a time.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Format = Literal["f32", "f16", "bf16", "q8", "q4"]
+InstructionSet = Literal["plain", "avx2", "avx512"]
+_Floats = NDArray[np.float32]
+_Ints = NDArray[np.int32]
+_Bytes = NDArray[np.uint8]
+
+# Kernels (native/kernels, native/ops).
+#
+# Promise: for one row and one token the floating-point operations and their order are the same whatever else is in
+# the call, the number of threads and the alignment of the weights.
+
+def instruction_sets() -> list[InstructionSet]:
+    """Those this CPU can run, worst first."""
+
+def use_instruction_set(name: str) -> None:
+    """Run on `name` from now on. Without a call the best one runs."""
+
+def instruction_set() -> InstructionSet: ...
+
+class Runtime:
+    """A pool of threads, the caller among them, and scratch memory that only grows."""
+
+    def __init__(self, num_threads: int) -> None: ...
+    @property
+    def num_threads(self) -> int: ...
+    @property
+    def scratch_bytes(self) -> int: ...
+    def close(self) -> None:
+        """End the threads and give back the scratch; operations then raise ValueError."""
+
+def matrix_bytes(format: Format, rows: int, cols: int) -> int:
+    """Bytes of a matrix (layout: native/kernels/formats.h)."""
+
+def quantize(format: Format, weights: _Floats, out: _Bytes, runtime: Runtime | None = None) -> None:
+    """Write weights [rows, cols] to `out` [matrix_bytes] in any format; q8 and q4 on the threads of `runtime`.
+
+    The bytes are the same on every instruction set. q4 scales have the least squared error of a list of candidates. A
+    group of 32 with an infinity or a NaN gets a NaN scale.
+    """
+
+def dequantize(format: Format, data: _Bytes, rows: int, cols: int) -> _Floats:
+    """The weights [rows, cols] that the products see."""
+
+class Matrix:
+    """Weights inside an arena or a uint8 array, which it keeps alive. Any offset works; 64 is the fastest."""
+
+    def __init__(self, memory: Arena | _Bytes, offset: int, format: Format, rows: int, cols: int) -> None: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    @property
+    def format(self) -> Format: ...
+
+def matmul(runtime: Runtime, matrices: Sequence[Matrix], x: _Floats, outs: Sequence[_Floats]) -> None:
+    """outs[i] = x matrices[i]^T, for x [tokens, cols] and outs[i] [tokens, rows of matrix i].
+
+    With q8 and q4 weights x becomes int8 per group of 32, once for all matrices.
+    """
+
+def embed(runtime: Runtime, matrix: Matrix, ids: _Ints, out: _Floats) -> None:
+    """out[t] = row ids[t] of the matrix."""
+
+def rms_norm(runtime: Runtime, x: _Floats, weight: _Floats, eps: float, out: _Floats) -> None:
+    """out[n] = x[n] / sqrt(mean(x[n]^2) + eps) * weight, for x [n, cols]; out may be x."""
+
+def rope(runtime: Runtime, x: _Floats, cosine: _Floats, sine: _Floats) -> None:
+    """Rotate x [tokens, heads, head_dim] in place, by cosine and sine [tokens, pairs].
+
+    Dimension i turns with dimension i + pairs; dimensions from 2 * pairs on stay.
+    """
+
+def route(runtime: Runtime, logits: _Floats, k: int, renormalize: bool, ids: _Ints, weights: _Floats) -> None:
+    """Softmax over all experts of logits [tokens, experts]; the k best into ids and weights [tokens, k].
+
+    Best first; on a tie the lower id wins. With `renormalize` the weights of a token sum to 1.
+    """
+
+def combine(runtime: Runtime, expert_out: _Floats, weights: _Floats, out: _Floats) -> None:
+    """out[t] += sum over j, ascending, of weights[t, j] * expert_out[t * k + j]."""
+
+def add_sigmoid_gated(runtime: Runtime, x: _Floats, gate_logit: _Floats, out: _Floats) -> None:
+    """out[t] += sigmoid(gate_logit[t]) * x[t], for x and out [tokens, hidden]."""
+
+def swiglu_experts(
+    runtime: Runtime,
+    arena: Arena,
+    format: Format,
+    hidden: int,
+    width: int,
+    offsets: NDArray[np.int64],
+    x: _Floats,
+    starts: _Ints,
+    token: _Ints,
+    row: _Ints,
+    out: _Floats,
+) -> None:
+    """Run each expert on its tokens: out[row[a]] = (silu(x Wg^T) * (x Wu^T)) Wd^T with x = x[token[a]].
+
+    Args:
+        offsets: int64 [experts, 3], where gate and up [width, hidden] and down [hidden, width] begin in the arena.
+        x: [tokens, hidden].
+        starts: [experts + 1]; expert i runs assignments starts[i] to starts[i + 1], and the last is their number.
+        token: [assignments], row of x.
+        row: [assignments], row of `out`, each at most once.
+        out: [any, hidden]; rows that `row` does not name stay as they are.
+    """
+
+def swiglu(runtime: Runtime, gate: Matrix, up: Matrix, down: Matrix, x: _Floats, out: _Floats) -> None:
+    """The same for one network and all tokens of x [tokens, hidden]: a dense layer or a shared expert."""
+
+def kv_cache_bytes(
+    num_layers: int,
+    num_blocks: int,
+    block_tokens: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: Literal["f32", "f16"],
+) -> int:
+    """What a KvCache takes. Block positions and value dimensions are padded to 16."""
+
+class KvCache:
+    """Keys and values of all layers; memory appears when it is first written."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_tokens: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: Literal["f32", "f16"],
+    ) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+
+def kv_write(
+    runtime: Runtime, kv: KvCache, layer: int, keys: _Floats, values: _Floats, slots: NDArray[np.int64]
+) -> None:
+    """Store keys and values [tokens, kv_heads, head_dim]; slot = block * block_tokens + offset, int64 [tokens]."""
+
+def attention(
+    runtime: Runtime,
+    kv: KvCache,
+    layer: int,
+    q: _Floats,
+    block_table: _Ints,
+    sequence: _Ints,
+    position: _Ints,
+    scale: float,
+    window: int,
+    out: _Floats,
+) -> None:
+    """Causal grouped-query attention; tokens of a sequence that stand next to each other share its keys.
+
+    Args:
+        q: [tokens, heads, head_dim], heads a multiple of kv_heads.
+        block_table: [sequences, max_blocks]; position p of sequence s lies in block block_table[s, p // block_tokens].
+        sequence, position: [tokens]. A token sees the positions up to its own, which must be written already.
+        window: a token sees its last `window` positions, itself included; 0 for all.
+        out: [tokens, heads * head_dim].
+    """
+
+# Store (native/store).
+
+class Arena:
+    """One private block of memory, aligned to 2 MiB and on huge pages; a page takes memory once it is written.
+
+    Raises:
+        MemoryError: the system would not reserve it.
+    """
+
+    def __init__(self, nbytes: int) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+    def array(self) -> _Bytes:
+        """A view of all bytes. It keeps the memory, also after close()."""
+
+    def close(self) -> None:
+        """Let go of the memory; it goes back to the system with the last view, matrix or read that uses it."""
+
+class FileSystem:
+    """Where a store's reads go."""
+
+class RealFileSystem(FileSystem):
+    def __init__(self) -> None: ...
+
+class FaultyFileSystem(FileSystem):
+    """For tests: `num_faults` reads from the `fail_read`-th on (counted from 1) meet a fault.
+
+    eio: fails. eintr: interrupted, to be tried again. short: half the bytes, to be read on. truncated: end of file.
+    flip: one wrong bit in the middle. delay: comes `delay_seconds` later.
+    """
+
+    def __init__(
+        self,
+        fail_read: int,
+        kind: Literal["eio", "eintr", "short", "truncated", "flip", "delay"],
+        num_faults: int = 1,
+        delay_seconds: float = 0.05,
+        inner: FileSystem | None = None,
+    ) -> None: ...
+    @property
+    def num_reads(self) -> int: ...
+
+class Store:
+    """Threads that read pieces of files into arenas."""
+
+    def __init__(self, num_readers: int, file_system: FileSystem | None = None) -> None: ...
+    def open(self, path: str, direct: bool = True) -> int:
+        """A file id. O_DIRECT if the file system takes it, else buffered, with the page cache dropped behind reads.
+
+        Raises:
+            OSError: the file cannot be opened, or is not a regular file.
+        """
+
+    def info(self, file_id: int) -> tuple[str, int, int, bool, str]:
+        """path, size, alignment, is_direct, why_not_direct. The alignment is at least 4096."""
+
+    def fetch(
+        self,
+        arena: Arena,
+        pieces: Sequence[tuple[int, int, int, int]],
+        checksums: Sequence[int] | None = None,
+    ) -> int:
+        """Start reading (file_id, offset, nbytes, dest_offset) pieces; a ticket.
+
+        A piece is rounded outwards to the alignment: its bytes begin at dest_offset + offset % alignment, and
+        dest_offset is a multiple of the alignment. A checksum is the crc32c_wide of exactly the piece.
+        """
+
+    def wait_any(self, tickets: Sequence[int]) -> list[tuple[int, str | None, str | None]]:
+        """Block until one is done; all that are done as (ticket, error sentence, "io" | "checksum" | "short").
+
+        They are forgotten. Nothing is written for a ticket that is done, also when it failed. ^C ends the wait and
+        leaves the tickets as they are.
+        """
+
+    def cancel(self, ticket: int) -> bool:
+        """Forget a ticket once its bytes no longer move: what has not begun is dropped. False: not known."""
+
+    def pending(self) -> int:
+        """Tickets that are not done."""
+
+    def stats(self) -> dict[str, float]:
+        """bytes_read, reads; read_seconds and checksum_seconds summed over readers; busy_seconds of wall time."""
+
+    def close(self) -> None:
+        """Join the readers and close the files. What was not read fails."""
+
+def crc32c_wide(buffer: bytes | bytearray | memoryview | NDArray[Any]) -> int:
+    """Checksum of a record: CRC32C over the CRC32Cs of four quarters (native/store/crc32c.h)."""
+
+def drive_probe(path: str, record_bytes: int, num_records: int, num_readers: int, direct: bool) -> float:
+    """Bytes per second of reading records at shuffled places into huge-page buffers.
+
+    Raises:
+        OSError: cannot be opened or read.   RuntimeError: `direct` is refused.   ValueError: less than one record.
+    """

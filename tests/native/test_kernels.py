@@ -1,0 +1,547 @@
+"""The operations of `argosy._native` against numpy, and the promise that a token's result is its own.
+
+Every test runs once per instruction set of this CPU. Tolerances: sums of n float32 products in another order differ
+by about n * 2^-24 of the sum of magnitudes; `close` allows that, for the sizes used here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from argosy import _native as native
+
+Floats = NDArray[np.float32]
+FORMATS = ["f32", "f16", "bf16", "q8", "q4"]
+# Around the vectors (8, 16), the panel (16) and the group (32).
+SIZES = [0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 70]
+
+
+@pytest.fixture(params=native.instruction_sets(), autouse=True)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = native.instruction_set()
+    native.use_instruction_set(request.param)
+    yield request.param
+    native.use_instruction_set(before)
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[native.Runtime]:
+    runtime = native.Runtime(2)
+    yield runtime
+    runtime.close()
+
+
+def normal(*shape: int, seed: int = 0) -> Floats:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape, dtype=np.float32)
+
+
+def pack(format: str, weights: Floats, *, misalign: int = 0) -> NDArray[np.uint8]:
+    """The bytes of a matrix, `misalign` bytes after a 64-byte boundary or so."""
+    memory = np.zeros(native.matrix_bytes(format, *weights.shape) + misalign, np.uint8)
+    native.quantize(format, weights, memory[misalign:])
+    return memory
+
+
+def matrix_of(format: str, weights: Floats, *, misalign: int = 0) -> native.Matrix:
+    return native.Matrix(pack(format, weights, misalign=misalign), misalign, format, *weights.shape)
+
+
+def multiply(runtime: native.Runtime, matrix: native.Matrix, x: Floats) -> Floats:
+    out = np.full((len(x), matrix.rows), np.nan, np.float32)
+    native.matmul(runtime, [matrix], x, [out])
+    return out
+
+
+def quantized_activations(format: str, x: Floats) -> Floats:
+    """x as products with quantised weights see it, per group of 32.
+
+    q8: 16 bits, scale = absmax / 32512, to the nearest even; q4: the high byte of that, rounded.
+    """
+    if format not in ("q8", "q4"):
+        return x
+    padded = np.zeros((len(x), -(-x.shape[1] // 32) * 32), np.float32)
+    padded[:, : x.shape[1]] = x
+    groups = padded.reshape(len(x), -1, 32)
+    absmax = np.abs(groups).max(axis=2, keepdims=True, initial=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inverse = np.where(absmax > 0, np.float32(32512) / absmax, np.float32(0))
+    quants = np.rint(groups * inverse)
+    quants = quants / 256 if format == "q8" else np.floor((quants + 128) / 256)
+    return (quants * (absmax / np.float32(127))).reshape(padded.shape)[:, : x.shape[1]].astype(np.float32)
+
+
+def close(
+    found: Floats, expected: NDArray[np.floating], magnitude: NDArray[np.floating] | float = 1.0
+) -> bool:
+    return bool(np.all(np.abs(found - expected) <= 2e-6 * magnitude + 1e-30))
+
+
+# Products.
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("cols", SIZES)
+def test_matmul_is_the_product_with_the_dequantised_weights(
+    runtime: native.Runtime, format: str, cols: int
+) -> None:
+    for rows in (0, 1, 15, 16, 17, 33, 49):
+        weights = normal(rows, cols)
+        memory = pack(format, weights)
+        seen = native.dequantize(format, memory, rows, cols).astype(np.float64)
+        x = normal(3, cols, seed=1)
+        x_seen = quantized_activations(format, x)
+        found = multiply(runtime, native.Matrix(memory, 0, format, rows, cols), x)
+        assert close(found, x_seen @ seen.T, np.abs(x_seen) @ np.abs(seen).T)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("shape", [(1, 1), (49, 70), (40, 32), (64, 200)])
+def test_a_token_gets_the_same_bits_whatever_the_number_of_tokens(
+    runtime: native.Runtime, format: str, shape: tuple[int, int]
+) -> None:
+    matrix = matrix_of(format, normal(*shape))
+    x = normal(53, shape[1], seed=2)
+    alone = np.concatenate([multiply(runtime, matrix, x[i : i + 1]) for i in range(len(x))])
+    for count in [*range(1, 18), 53]:
+        assert np.array_equal(multiply(runtime, matrix, x[:count]), alone[:count])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_threads_alignment_and_row_ranges_change_no_bit(format: str) -> None:
+    weights, x = normal(531, 300), normal(5, 300, seed=3)
+    one, many = native.Runtime(1), native.Runtime(3)
+    expected = multiply(one, matrix_of(format, weights), x)
+    assert np.array_equal(multiply(many, matrix_of(format, weights), x), expected)
+    for misalign in (1, 2, 3, 61):
+        assert np.array_equal(multiply(many, matrix_of(format, weights, misalign=misalign), x), expected)
+    for rows in (1, 4, 16, 17, 35):
+        assert np.array_equal(multiply(many, matrix_of(format, weights[:rows]), x), expected[:, :rows])
+    one.close()
+    many.close()
+
+
+def test_matrices_of_different_formats_share_one_call(runtime: native.Runtime) -> None:
+    matrices = [matrix_of(format, normal(20 + i, 64)) for i, format in enumerate(FORMATS)]
+    x = normal(4, 64, seed=4)
+    outs = [np.empty((4, matrix.rows), np.float32) for matrix in matrices]
+    native.matmul(runtime, matrices, x, outs)
+    for matrix, out in zip(matrices, outs, strict=True):
+        assert np.array_equal(out, multiply(runtime, matrix, x))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_nan_weight_reaches_its_row_and_no_other(runtime: native.Runtime, format: str) -> None:
+    weights = normal(20, 70)
+    weights[3, 40] = np.nan
+    weights[7, 69] = np.inf
+    found = multiply(runtime, matrix_of(format, weights), normal(3, 70))
+    assert np.isnan(found[:, 3]).all()
+    assert not np.isfinite(found[:, 7]).any()
+    assert np.isfinite(np.delete(found, [3, 7], axis=1)).all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_activation_that_is_no_number_spoils_its_token_alone(
+    runtime: native.Runtime, format: str, value: float
+) -> None:
+    x = normal(5, 70)
+    x[2, 33] = value
+    found = multiply(runtime, matrix_of(format, normal(20, 70, seed=5)), x)
+    assert not np.isfinite(found[2]).any()
+    assert np.isfinite(np.delete(found, 2, axis=0)).all()
+
+
+# Formats.
+
+
+@pytest.mark.parametrize("cols", [1, 31, 32, 33, 100])
+def test_q8_is_within_half_a_step_and_q4_beats_scaling_by_the_largest(cols: int) -> None:
+    weights = normal(37, cols)
+    padded = np.zeros((37, -(-cols // 32), 32), np.float32)
+    padded.reshape(37, -1)[:, :cols] = weights
+    absmax = np.abs(padded).max(axis=2, keepdims=True)
+    restored = {}
+    for format in ("q8", "q4"):
+        memory = pack(format, weights)
+        restored[format] = native.dequantize(format, memory, 37, cols)
+    step = np.broadcast_to(absmax / 127, padded.shape).reshape(37, -1)[:, :cols]
+    # Half a step, and what rounding the scale to float16 (2^-11) takes from the largest weight.
+    assert np.all(np.abs(restored["q8"] - weights) <= step * (0.5 + 127 * 2.0**-11))
+    naive = np.clip(np.rint(padded / (absmax / 7)), -8, 7) * (absmax / 7)
+    naive_error = np.square(naive - padded).sum()
+    assert np.square(restored["q4"] - weights).sum() < (0.9 if cols >= 31 else 1.0) * naive_error + 1e-6
+
+
+@pytest.mark.parametrize("format", ["q8", "q4"])
+def test_every_instruction_set_packs_the_same_bytes(format: str) -> None:
+    weights = np.concatenate([normal(16, 96), 1e-6 * normal(16, 96), np.zeros((3, 96), np.float32)])
+    found = pack(format, weights)
+    native.use_instruction_set("plain")
+    assert np.array_equal(found, pack(format, weights))
+
+
+@pytest.mark.parametrize("format", ["q8", "q4"])
+def test_what_was_quantised_once_stays_as_it_is(format: str) -> None:
+    once = native.dequantize(format, pack(format, normal(19, 77)), 19, 77)
+    twice = native.dequantize(format, pack(format, once), 19, 77)
+    assert np.abs(once - twice).max() <= 2.0**-10 * np.abs(once).max()
+
+
+def test_bf16_and_f16_round_to_the_nearest(runtime: native.Runtime) -> None:
+    values = np.array(
+        [[1.0, -0.0, 1e-8, 6e-8, 3.1e-5, 65519.0, 65520.0, 1 + 2**-11, 1 + 3 * 2**-11, -1e38]], np.float32
+    )
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16).astype(np.float32)
+    assert np.array_equal(native.dequantize("f16", pack("f16", values), 1, values.shape[1]), expected)
+    bits = np.array([[0x3F80_8000, 0x3F81_8000, 0x3F80_8001, 0x7F7F_FFFF]], np.uint32)
+    found = native.dequantize("bf16", pack("bf16", bits.view(np.float32)), 1, 4).view(np.uint32)
+    assert found.tolist() == [[0x3F80_0000, 0x3F82_0000, 0x3F81_0000, 0x7F80_0000]]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_embed_gives_rows_of_the_dequantised_matrix(runtime: native.Runtime, format: str) -> None:
+    memory = pack(format, normal(33, 45))
+    ids = np.array([32, 0, 15, 16, 32], np.int32)
+    out = np.empty((5, 45), np.float32)
+    native.embed(runtime, native.Matrix(memory, 0, format, 33, 45), ids, out)
+    assert np.array_equal(out, native.dequantize(format, memory, 33, 45)[ids])
+
+
+# Between the products.
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_rms_norm(runtime: native.Runtime, size: int) -> None:
+    x, weight = normal(5, size), normal(size, seed=1)
+    wide = x.astype(np.float64)
+    expected = wide / np.sqrt(np.square(wide).mean(axis=1, keepdims=True) + 1e-6) * weight
+    out = np.empty_like(x)
+    native.rms_norm(runtime, x, weight, 1e-6, out)
+    assert close(out, expected, np.abs(expected))
+    native.rms_norm(runtime, x, weight, 1e-6, x)
+    assert np.array_equal(x, out)
+
+
+@pytest.mark.parametrize("pairs", [0, 1, 8, 17, 32])
+def test_rope_turns_the_first_dimensions_in_half_split_pairs(runtime: native.Runtime, pairs: int) -> None:
+    x, angle = normal(4, 3, 70), normal(4, pairs)
+    cosine, sine = np.cos(angle), np.sin(angle)
+    a, b = x[:, :, :pairs], x[:, :, pairs : 2 * pairs]
+    c, s = cosine[:, None], sine[:, None]
+    expected = np.concatenate([a * c - b * s, b * c + a * s, x[:, :, 2 * pairs :]], axis=2)
+    native.rope(runtime, x, cosine, sine)
+    assert close(x, expected)
+
+
+@pytest.mark.parametrize("num_experts", [1, 5, 8, 16, 17, 60, 128])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_route_takes_the_best_experts_first(
+    runtime: native.Runtime, num_experts: int, renormalize: bool
+) -> None:
+    k = min(4, num_experts)
+    logits = normal(9, num_experts)
+    ids, weights = np.empty((9, k), np.int32), np.empty((9, k), np.float32)
+    native.route(runtime, logits, k, renormalize, ids, weights)
+    scores = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    scores /= scores.sum(axis=1, keepdims=True)
+    expected_ids = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    expected = np.take_along_axis(scores, expected_ids, axis=1)
+    if renormalize:
+        expected /= expected.sum(axis=1, keepdims=True)
+    assert np.array_equal(ids, expected_ids)
+    assert close(weights, expected)
+
+
+def test_route_prefers_the_lower_id_on_a_tie_and_survives_nan(runtime: native.Runtime) -> None:
+    logits = np.array([[1, 3, 3, 2, 3], [np.nan, 1, np.nan, 2, 0]], np.float32)
+    ids, weights = np.empty((2, 3), np.int32), np.empty((2, 3), np.float32)
+    native.route(runtime, logits, 3, True, ids, weights)
+    assert ids[0].tolist() == [1, 2, 4]
+    assert len(set(ids[1])) == 3
+    assert np.isnan(weights[1]).all()
+
+
+def test_combine_and_the_shared_gate_add_to_what_is_there(runtime: native.Runtime) -> None:
+    expert_out, weights, hidden = normal(6, 300), normal(3, 2), normal(3, 300, seed=1)
+    out = hidden.copy()
+    native.combine(runtime, expert_out, weights, out)
+    assert close(out, hidden + np.einsum("tk,tkh->th", weights, expert_out.reshape(3, 2, 300)), 10.0)
+    gate = np.array([-1e4, 0, 3], np.float32)
+    out = hidden.copy()
+    native.add_sigmoid_gated(runtime, expert_out[:3], gate, out)
+    with np.errstate(over="ignore"):
+        sigmoid = 1 / (1 + np.exp(-gate.astype(np.float64)))
+    assert close(out, hidden + sigmoid[:, None] * expert_out[:3], 10.0)
+
+
+# Experts.
+
+
+def silu(x: Floats) -> Floats:
+    return x / (1 + np.exp(-x.astype(np.float64)))
+
+
+class Experts:
+    """Some experts in an arena, a batch dispatched to them, and the same by numpy."""
+
+    def __init__(self, format: str, *, num: int = 5, hidden: int = 70, width: int = 45) -> None:
+        self.format, self.hidden, self.width = format, hidden, width
+        shapes = [(width, hidden), (width, hidden), (hidden, width)]
+        sizes = [native.matrix_bytes(format, *shape) for shape in shapes]
+        self.arena = native.Arena(num * (sum(sizes) + 3))
+        memory = self.arena.array()
+        self.offsets = np.zeros((num, 3), np.int64)
+        self.weights: list[list[Floats]] = []
+        at = 0
+        for expert in range(num):
+            self.weights.append([])
+            for i, (shape, size) in enumerate(zip(shapes, sizes, strict=True)):
+                native.quantize(format, normal(*shape, seed=100 * expert + i) * 0.2, memory[at : at + size])
+                self.weights[-1].append(native.dequantize(format, memory[at : at + size], *shape))
+                self.offsets[expert, i] = at
+                at += size + 1
+
+    def matrix(self, expert: int, i: int) -> native.Matrix:
+        rows, cols = self.weights[expert][i].shape
+        return native.Matrix(self.arena, int(self.offsets[expert, i]), self.format, rows, cols)
+
+    def run(self, runtime: native.Runtime, x: Floats, chosen: NDArray[np.int32]) -> Floats:
+        """out[t * k + j] = expert chosen[t, j] of x[t]."""
+        flat = chosen.reshape(-1)
+        row = np.argsort(flat, kind="stable").astype(np.int32)
+        token = row // np.int32(chosen.shape[1])
+        counts = np.bincount(flat, minlength=len(self.offsets))
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        out = np.full((len(flat), self.hidden), np.nan, np.float32)
+        native.swiglu_experts(
+            runtime,
+            self.arena,
+            self.format,
+            self.hidden,
+            self.width,
+            self.offsets,
+            x,
+            starts,
+            token,
+            row,
+            out,
+        )
+        return out
+
+    def expected(self, x: Floats, expert: int) -> tuple[Floats, Floats]:
+        gate, up, down = self.weights[expert]
+        x = quantized_activations(self.format, x)
+        inner = quantized_activations(self.format, (silu(x @ gate.T) * (x @ up.T)).astype(np.float32))
+        return inner @ down.T, np.abs(inner) @ np.abs(down.T)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_experts_run_their_tokens(runtime: native.Runtime, format: str) -> None:
+    experts = Experts(format)
+    x = normal(60, 70, seed=9)
+    chosen = np.random.default_rng(1).integers(0, 5, (60, 2)).astype(np.int32)
+    chosen[chosen == 3] = 1  # an expert without tokens
+    out = experts.run(runtime, x, chosen)
+    for expert in (0, 1, 2, 4):
+        rows = np.flatnonzero(chosen.reshape(-1) == expert)
+        expected, magnitude = experts.expected(x[rows // 2], expert)
+        # An inner value that rounds to another int8 on the way moves the sum by a step of one product.
+        slack = 2e-5 if format in ("f32", "f16", "bf16") else 5e-3
+        assert np.all(np.abs(out[rows] - expected) <= slack * (magnitude + 1))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_expert_gives_a_token_the_same_bits_alone_and_among_others(format: str) -> None:
+    experts = Experts(format, num=2, hidden=200, width=130)
+    x = normal(101, 200, seed=9)
+    one, many = native.Runtime(1), native.Runtime(3)
+    zeros, ones = np.zeros((101, 1), np.int32), np.ones((101, 1), np.int32)
+    together = experts.run(many, x, np.concatenate([zeros, ones], axis=1))
+    for token in (0, 1, 46, 47, 48, 49, 100):
+        alone = experts.run(one, x[token : token + 1], np.array([[1]], np.int32))
+        assert np.array_equal(alone[0], together[2 * token + 1])
+    for count in range(1, 18):
+        assert np.array_equal(experts.run(many, x[:count], zeros[:count]), together[0 : 2 * count : 2])
+    dense = np.empty((101, 200), np.float32)
+    native.swiglu(many, experts.matrix(0, 0), experts.matrix(0, 1), experts.matrix(0, 2), x, dense)
+    assert np.array_equal(dense, together[::2])
+    one.close()
+    many.close()
+
+
+# Attention.
+
+
+class Conversation:
+    """Keys and values of one sequence in blocks that lie in no order, and attention over them by numpy."""
+
+    def __init__(
+        self,
+        runtime: native.Runtime,
+        kv: native.KvCache,
+        blocks: list[int],
+        block_tokens: int,
+        k: Floats,
+        v: Floats,
+    ) -> None:
+        self.blocks, self.k, self.v = blocks, k, v
+        position = np.arange(len(k))
+        slots = np.array(blocks, np.int64)[position // block_tokens] * block_tokens + position % block_tokens
+        native.kv_write(runtime, kv, 1, k, v, slots)
+
+    def expected(self, q: Floats, position: int, window: int) -> tuple[Floats, Floats]:
+        first = max(0, position - window + 1) if window else 0
+        k, v = (
+            self.k[first : position + 1].astype(np.float64),
+            self.v[first : position + 1].astype(np.float64),
+        )
+        group = q.shape[0] // k.shape[1]
+        out = []
+        for head in range(q.shape[0]):
+            scores = k[:, head // group] @ q[head] * 0.3
+            weights = np.exp(scores - scores.max())
+            out.append(weights @ v[:, head // group] / weights.sum())
+        return np.array(out), np.abs(v).max()
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(4, 4, 16), (8, 2, 64), (6, 2, 20), (12, 1, 128), (3, 1, 7)]
+)
+@pytest.mark.parametrize("block_tokens", [16, 5, 32])
+@pytest.mark.parametrize("window", [0, 1, 20])
+def test_attention_is_the_same_alone_in_a_chunk_and_in_a_batch(
+    dtype: str, heads: int, kv_heads: int, dim: int, block_tokens: int, window: int
+) -> None:
+    runtime = native.Runtime(2)
+    length = 75
+    needed = -(-length // block_tokens)
+    kv = native.KvCache(2, 2 * needed + 3, block_tokens, kv_heads, dim, dtype)
+    assert kv.nbytes == native.kv_cache_bytes(2, 2 * needed + 3, block_tokens, kv_heads, dim, dtype)
+    order = np.random.default_rng(0).permutation(2 * needed + 3).tolist()
+    k, v = normal(2, length, kv_heads, dim), normal(2, length, kv_heads, dim, seed=1)
+    if dtype == "f16":
+        k, v = k.astype(np.float16).astype(np.float32), v.astype(np.float16).astype(np.float32)
+    # What lies in blocks of others, and behind the end, must not matter.
+    everything = np.arange((2 * needed + 3) * block_tokens, dtype=np.int64)
+    garbage = np.full((len(everything), kv_heads, dim), np.nan, np.float32)
+    native.kv_write(runtime, kv, 1, garbage, garbage, everything)
+    tables = [order[:needed], order[needed : 2 * needed]]
+    talks = [Conversation(runtime, kv, tables[i], block_tokens, k[i], v[i]) for i in range(2)]
+    block_table = np.array(tables, np.int32)
+    q = normal(2, length, heads, dim, seed=2)
+
+    def attend(sequence: list[int], position: list[int]) -> Floats:
+        out = np.full((len(sequence), heads * dim), np.nan, np.float32)
+        native.attention(
+            runtime, kv, 1, q[sequence, position], block_table, np.array(sequence, np.int32),
+            np.array(position, np.int32), 0.3, window, out,
+        )  # fmt: skip
+        return out
+
+    alone = [np.concatenate([attend([s], [p]) for p in range(length)]) for s in range(2)]
+    for sequence, talk in enumerate(talks):
+        for position in (0, 1, 4, 15, 16, 17, 31, 32, 74):
+            expected, magnitude = talk.expected(q[sequence, position], position, window)
+            found = alone[sequence][position].reshape(heads, dim)
+            assert np.all(np.abs(found - expected) <= 2e-6 * magnitude)
+        for begin, end in ((0, length), (0, 1), (3, 10), (15, 33), (40, 75)):
+            found = attend([sequence] * (end - begin), list(range(begin, end)))
+            assert np.array_equal(found, alone[sequence][begin:end])
+    mixed = attend([0, 1, 1, 0, 0, 0, 1], [74, 3, 4, 20, 21, 22, 60])
+    assert np.array_equal(mixed[[0, 3, 4, 5]], alone[0][[74, 20, 21, 22]])
+    assert np.array_equal(mixed[[1, 2, 6]], alone[1][[3, 4, 60]])
+    runtime.close()
+
+
+def test_large_scores_neither_overflow_nor_vanish(runtime: native.Runtime) -> None:
+    kv = native.KvCache(2, 4, 16, 1, 8, "f32")
+    k, v = normal(40, 1, 8) * 300, normal(40, 1, 8, seed=1)
+    talk = Conversation(runtime, kv, [0, 1, 2], 16, k, v)
+    q = normal(1, 2, 8, seed=2) * 300
+    out = np.empty((1, 16), np.float32)
+    zero = np.zeros(1, np.int32)
+    native.attention(runtime, kv, 1, q, np.array([[0, 1, 2]], np.int32), zero, zero + 39, 0.3, 0, out)
+    expected, _ = talk.expected(q[0], 39, 0)
+    assert np.allclose(out.reshape(2, 8), expected, atol=1e-2)
+
+
+# What is refused, with both numbers.
+
+
+def test_wrong_arguments_are_refused_with_both_numbers(runtime: native.Runtime) -> None:
+    matrix = matrix_of("q8", normal(16, 64))
+    x, out = normal(2, 64), np.empty((2, 16), np.float32)
+
+    def refused(sentence: str) -> pytest.RaisesExc[ValueError]:
+        return pytest.raises(ValueError, match=sentence)
+
+    with refused("columns of x is 63, expected 64"):
+        native.matmul(runtime, [matrix], normal(2, 63), [out])
+    with refused(r"out has shape \[2, 16\], expected \[3, 16\]"):
+        native.matmul(runtime, [matrix], normal(3, 64), [out])
+    with refused("number of outs is 0, expected 1"):
+        native.matmul(runtime, [matrix], x, [])
+    with refused("x is float64, expected float32"):
+        native.matmul(runtime, [matrix], x.astype(np.float64), [out])
+    with refused("x is not C-contiguous"):
+        native.matmul(runtime, [matrix], np.asfortranarray(x), [out])
+    with refused(r"a matrix of 1088 bytes at offset 1 does not lie inside memory of 1088 bytes"):
+        native.Matrix(np.zeros(1088, np.uint8), 1, "q8", 16, 64)
+    with refused("at offset -1 does not lie inside"):
+        native.Matrix(np.zeros(1088, np.uint8), -1, "q8", 16, 64)
+    with refused("unknown format 'q5'; known: f32, f16, bf16, q8, q4"):
+        native.matrix_bytes("q5", 1, 1)
+    with refused("rows is -1, expected 0 to"):
+        native.matrix_bytes("f32", -1, 1)
+    with refused(r"ids\[1\] is 16, expected 0 to 15"):
+        native.embed(runtime, matrix, np.array([0, 16], np.int32), np.empty((2, 64), np.float32))
+    with refused("k is 9, expected 1 to 8"):
+        native.route(runtime, normal(1, 8), 9, True, np.empty((1, 9), np.int32), np.empty((1, 9), np.float32))
+    with refused("rotated dimensions is 10, expected 0 to 8"):
+        native.rope(runtime, normal(1, 1, 8), normal(1, 5), normal(1, 5))
+    with refused("num_threads is 0, expected 1 to 1024"):
+        native.Runtime(0)
+    with refused("instruction set 'mmx' is not one this CPU runs; it runs plain"):
+        native.use_instruction_set("mmx")
+    closed = native.Runtime(1)
+    closed.close()
+    with refused("this runtime is closed"):
+        native.matmul(closed, [matrix], x, [out])
+
+
+def test_attention_refuses_what_lies_outside_the_cache(runtime: native.Runtime) -> None:
+    kv = native.KvCache(1, 2, 16, 2, 8, "f16")
+    q, out, zero = normal(1, 4, 8), np.empty((1, 32), np.float32), np.zeros(1, np.int32)
+    table = np.array([[1, 2]], np.int32)
+    with pytest.raises(ValueError, match=r"block_table\[1\] is 2, expected 0 to 1"):
+        native.attention(runtime, kv, 0, q, table, zero, zero + 16, 1.0, 0, out)
+    native.attention(runtime, kv, 0, q, table, zero, zero + 15, 1.0, 0, out)
+    with pytest.raises(ValueError, match=r"position\[0\] is 32, expected 0 to 31"):
+        native.attention(runtime, kv, 0, q, table, zero, zero + 32, 1.0, 0, out)
+    with pytest.raises(ValueError, match=r"sequence\[0\] is 1, expected 0 to 0"):
+        native.attention(runtime, kv, 0, q, table, zero + 1, zero, 1.0, 0, out)
+    with pytest.raises(ValueError, match="q has 3 heads, expected a multiple of the 2 KV heads"):
+        native.attention(runtime, kv, 0, q[:, :3].copy(), table, zero, zero, 1.0, 0, out[:, :24].copy())
+    with pytest.raises(ValueError, match="layer is 1, expected 0 to 0"):
+        native.attention(runtime, kv, 1, q, table, zero, zero, 1.0, 0, out)
+    with pytest.raises(ValueError, match="a slot is 32, expected 0 to 31"):
+        native.kv_write(runtime, kv, 0, q[:, :2].copy(), q[:, :2].copy(), np.array([32], np.int64))
+    with pytest.raises(ValueError, match="unknown KV dtype 'f64'; known: f32, f16"):
+        native.KvCache(1, 1, 16, 1, 8, "f64")
+
+
+def test_a_matrix_keeps_its_memory(runtime: native.Runtime) -> None:
+    weights, x = normal(16, 64), normal(1, 64)
+    expected = multiply(runtime, matrix_of("f32", weights), x)
+    arena = native.Arena(4096)
+    arena.array()[:] = pack("f32", weights)
+    matrix = native.Matrix(arena, 0, "f32", 16, 64)
+    del arena
+    assert np.array_equal(multiply(runtime, matrix, x), expected)
