@@ -8,8 +8,6 @@ the expert source. It is one process's single user of them; calls from several t
 
 from __future__ import annotations
 
-import os
-import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +23,13 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.config import Budget, EngineConfig, KvDtype, ModelConfig, SamplingParams, parse_size
 from argosy.engine.kv_cache import KvBlocks
 from argosy.engine.ledger import Ledger
-from argosy.engine.memory_plan import KV_BLOCK_TOKENS, MemoryPlan, plan_memory
+from argosy.engine.memory_plan import (
+    KV_BLOCK_TOKENS,
+    MemoryPlan,
+    plan_memory,
+    process_bytes,
+    quarter_of_experts,
+)
 from argosy.engine.sampler import Sampler, SamplerState
 from argosy.engine.scheduler import Scheduled, Scheduler
 from argosy.engine.sequence import FinishReason, Result, TokenEvent, TokenLogprob
@@ -43,6 +47,7 @@ from argosy.plan import machine
 from argosy.prompt.prompt import Message, Prompt, PromptBuilder
 from argosy.prompt.tokenizer import Tokenizer
 
+DEMO = "demo"  # the word for the embedded default model; a directory of that name is `./demo`
 PromptLike = str | Sequence[int] | Sequence[Message] | Prompt
 
 
@@ -50,7 +55,8 @@ class Engine:
     """Runs one model within one memory budget.
 
     Args:
-        model: a checkpoint or pack directory, or `demo` for the embedded default model.
+        model: a checkpoint or pack directory, or `demo` for the embedded default model; with neither `memory` nor
+            `expert_slots` given, a quarter of the demo model's experts are in memory.
         memory: the whole process's budget: bytes, `8GiB`, `8GB`, `75%`, or a `Budget`. None: what is free, less a
             margin (`plan.machine.default_budget`).
         threads: compute threads; None: the cores this process may use.
@@ -86,10 +92,9 @@ class Engine:
         self._lock = threading.RLock()
         self._is_open = False
         _choose_instruction_set(instruction_set)
-        directory = _locate(model, progress)
+        directory = locate_model(model, progress)
         files = open_model(directory)
         self.tokenizer = Tokenizer.open(directory)
-        self._prompts = PromptBuilder(self.tokenizer, vocab_size=files.config.vocab_size)
         self.settings = EngineConfig(
             budget=_budget(memory, context),
             threads=threads or machine.usable_cores(),
@@ -100,6 +105,8 @@ class Engine:
             readers=readers,
             experts_off=experts_off,
         )
+        if expert_slots is None and memory is None and str(model) == DEMO:
+            expert_slots = quarter_of_experts(files)
         if expert_slots is not None and not files.config.experts_per_token <= expert_slots:
             raise UsageError(
                 f"expert_slots must be at least experts_per_token = {files.config.experts_per_token},"
@@ -109,13 +116,16 @@ class Engine:
         self.plan: MemoryPlan = plan_memory(
             files,
             self.settings,
-            process_bytes=machine.process_footprint().resident_bytes,
+            process_bytes=process_bytes(self.tokenizer),
             expert_slots=expert_slots,
         )
+        self._prompts = PromptBuilder(self.tokenizer, vocab_size=files.config.vocab_size)
         self._store = _native.Store(readers)
         try:
+            self._prompts.prepare()  # its process starts while weights are read
             self._start(files, progress, observe_routes)
         except BaseException:
+            self._prompts.close()
             self._store.close()
             raise
         self._is_open = True
@@ -211,8 +221,8 @@ class Engine:
                 self._prompt_tokens += len(sequence.prompt_ids)
             self._new_tokens += 1
             logprob = None
-            if sequence.logprobs is not None:
-                logprob = TokenLogprob(sampled.token_id, sampled.logprob, tuple(sampled.top_logprobs))
+            if sequence.logprobs is not None and sampled.logprob is not None:
+                logprob = TokenLogprob(sampled.token_id, sampled.logprob, sampled.top_logprobs)
                 sequence.logprobs.append(logprob)
             events.append(self._append(sequence, sampled.token_id, logprob))
             self._clock.mark("other")
@@ -267,6 +277,7 @@ class Engine:
             UsageError: what `PromptBuilder.build` refuses, or parameters that this model cannot honour.
         """
         params = params or SamplingParams()
+        started_at = perf_counter()
         with self._lock:
             self._require_open()
             prompt_ids = list(self._prompts.build(prompt).token_ids or ())
@@ -286,15 +297,14 @@ class Engine:
                     raise UsageError(
                         f"logit_bias names token {token_id}; the vocabulary has {self.config.vocab_size}"
                     )
-            seed = params.seed if params.seed is not None else secrets.randbits(63)
             sequence = EngineSequence(
                 prompt_ids,
                 params,
                 max_new_tokens=min(params.max_tokens, available - len(prompt_ids)),
-                sampler_state=SamplerState(seed=seed, prompt_ids=prompt_ids),
+                sampler_state=SamplerState(prompt_ids, params.seed),
                 decoder=self.tokenizer.stream() if self.tokenizer else None,
             )
-            sequence.started_at = perf_counter()
+            sequence.started_at = started_at
             sequence.counters_at_start = self.ledger
             self._sequences.append(sequence)
             self._scheduler.add(sequence)
@@ -432,8 +442,9 @@ def _choose_instruction_set(cap: str | None) -> None:
     _native.use_instruction_set(cap)
 
 
-def _locate(model: str | Path, progress: Progress | None) -> Path:
-    if str(model) == "demo" and not os.path.isdir(model):
+def locate_model(model: str | Path, progress: Progress | None = None) -> Path:
+    """Directory of a model; makes the demo model where it is asked for the first time."""
+    if str(model) == DEMO:
         from argosy.demo.locate import locate
 
         return locate(progress=progress)

@@ -18,11 +18,12 @@ from argosy.errors import DoesNotFit
 from argosy.experts.source import slot_regions
 from argosy.model.weights import dense_footprint
 from argosy.model.workspace import workspace_bytes
+from argosy.plan import machine
+from argosy.prompt.tokenizer import Tokenizer
 
 KV_BLOCK_TOKENS = 16
-# Allocator slack, thread stacks, the tokenizer's caches and the page tables of the arenas: measured on the demo model
-# and on a 4 GB checkpoint at 5 to 11 MiB (benchmarks/memory.py), and the plan must hold on others' machines too.
-PROCESS_GROWTH_BYTES = 24 * MIB
+PROCESS_GROWTH_BYTES = 24 * MIB  # allocator slack, thread stacks, page tables of the arenas
+TEMPLATE_WORKER_BYTES = 24 * MIB  # the process that renders chat templates, while it lives: 22 MiB measured
 SMALLEST_CHUNK, SMALLEST_CONTEXT = 16, 512
 
 
@@ -83,6 +84,17 @@ class MemoryPlan:
             "context_tokens": self.context_tokens,
             "chunk_tokens": self.chunk_tokens,
         }
+
+
+def process_bytes(tokenizer: Tokenizer | None) -> int:
+    """What this process holds now, and the worker it will start where the model has a chat template."""
+    has_template = tokenizer is not None and tokenizer.chat_template is not None
+    return machine.process_footprint().resident_bytes + (TEMPLATE_WORKER_BYTES if has_template else 0)
+
+
+def quarter_of_experts(files: ModelFiles) -> int:
+    """Slots for a quarter of all routed experts, and no fewer than a token needs: how the demo model is shown."""
+    return max(files.config.experts_per_token, len(files.experts) // 4)
 
 
 def kv_bytes_per_token(config: ModelConfig, kv_dtype: KvDtype) -> int:

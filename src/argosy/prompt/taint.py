@@ -1,0 +1,231 @@
+"""Strings that remember which of their characters came from a caller.
+
+    caller's text  ->  shadow characters  ->  a template does what it likes  ->  segments: template's, caller's
+
+Every character of a caller's text is replaced by a shadow: a code point in planes 4 to 13, which Unicode has never
+assigned. Whatever a template does to the string (joins, slices, repeats), the shadows travel with it, so the origin
+of each character of the output is read from the character itself. `Tainted` makes questions about the string
+(`in`, `startswith`, `strip`, `split` ...) answer as for the plain text. Where a template finds a way around that, the
+output differs from what the plain text gives, and the caller of this module compares the two.
+
+There is no marker for a caller to guess: a shadow that a caller writes is itself replaced by another one.
+
+Elsewhere: the worker that renders with these strings is `template_worker.py`. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, SupportsIndex
+
+_FIRST, _LAST = 0x40000, 0xDFFFF
+_SHADOWS = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]")
+_RUNS = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]+|[^{chr(_FIRST)}-{chr(_LAST)}]+")
+
+
+def has_shadows(text: str) -> bool:
+    """Whether any character of `text` lies where shadows do."""
+    return _SHADOWS.search(text) is not None
+
+
+class TooManyCharacters(ValueError):
+    """More different characters than there are shadows."""
+
+
+class ShadowMap(dict[int, int]):
+    """Character to shadow, given out one by one; `back` is the other way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.back: dict[int, int] = {}
+
+    def __missing__(self, character: int) -> int:
+        shadow = _FIRST + len(self)
+        if shadow > _LAST:
+            raise TooManyCharacters(
+                f"more than {_LAST - _FIRST + 1} different characters in one conversation"
+            )
+        self[character] = shadow
+        self.back[shadow] = character
+        return shadow
+
+    def shadow(self, text: str) -> str:
+        return text.translate(self)
+
+    def plain(self, data: str) -> str:
+        return data.translate(self.back)
+
+    def taint(self, text: str) -> Tainted:
+        """The caller's `text`, every character of it tainted."""
+        return Tainted(self.shadow(text), self)
+
+    def keep(self, value: Any) -> Any:
+        """`value`, as `Tainted` again if it is a plain string that holds shadows."""
+        if type(value) is str and has_shadows(value):
+            return Tainted(value, self)
+        return value
+
+    def segments(self, data: str) -> list[tuple[bool, str]]:
+        """Cut `data` into runs of (is the caller's, plain text)."""
+        return [(has_shadows(run[0]), self.plain(run)) for run in _RUNS.findall(data)]
+
+
+def _without_taint(value: Any) -> Any:
+    """The argument of a question, without taint."""
+    if isinstance(value, Tainted):
+        return value._plain
+    if isinstance(value, tuple):
+        return tuple(_without_taint(item) for item in value)
+    return value
+
+
+class Tainted(str):
+    """Text with shadows in it: copies keep the shadows, questions see the plain text."""
+
+    _shadows: ShadowMap  # the sandbox keeps a template away from names that start with an underscore
+    _plain: str
+
+    def __new__(cls, data: str, shadows: ShadowMap) -> Tainted:
+        made = super().__new__(cls, data)
+        made._shadows = shadows
+        made._plain = shadows.plain(data)
+        return made
+
+    # What is asked of the text.
+    def __eq__(self, other: object) -> bool:
+        return bool(self._plain == _without_taint(other))
+
+    def __ne__(self, other: object) -> bool:
+        return bool(self._plain != _without_taint(other))
+
+    def __lt__(self, other: str) -> bool:
+        return bool(self._plain < _without_taint(other))
+
+    def __le__(self, other: str) -> bool:
+        return bool(self._plain <= _without_taint(other))
+
+    def __gt__(self, other: str) -> bool:
+        return bool(self._plain > _without_taint(other))
+
+    def __ge__(self, other: str) -> bool:
+        return bool(self._plain >= _without_taint(other))
+
+    def __hash__(self) -> int:
+        return hash(self._plain)
+
+    def __contains__(self, other: object) -> bool:
+        return _without_taint(other) in self._plain
+
+    # What gives part of the text.
+    def _cut(self, start: int, stop: int) -> Tainted:
+        return Tainted(str.__getitem__(self, slice(start, stop)), self._shadows)
+
+    def __getitem__(self, key: SupportsIndex | slice) -> str:
+        return Tainted(super().__getitem__(key), self._shadows)
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._cut(at, at + 1) for at in range(len(self)))
+
+    def lstrip(self, chars: str | None = None) -> str:
+        return self._cut(len(self) - len(self._plain.lstrip(_without_taint(chars))), len(self))
+
+    def rstrip(self, chars: str | None = None) -> str:
+        return self._cut(0, len(self._plain.rstrip(_without_taint(chars))))
+
+    def strip(self, chars: str | None = None) -> str:
+        return self.rstrip(chars).lstrip(chars)
+
+    def removeprefix(self, prefix: str) -> str:
+        return self._cut(len(self) - len(self._plain.removeprefix(_without_taint(prefix))), len(self))
+
+    def removesuffix(self, suffix: str) -> str:
+        return self._cut(0, len(self._plain.removesuffix(_without_taint(suffix))))
+
+    def _parts(self, parts: Iterable[str]) -> list[str]:
+        """The same parts of this text as `parts` are of its plain text, in order from the left."""
+        cut: list[str] = []
+        at = 0
+        for part in parts:
+            start = self._plain.index(part, at)
+            at = start + len(part)
+            cut.append(self._cut(start, at))
+        return cut
+
+    def partition(self, sep: str) -> tuple[str, str, str]:
+        before, found, after = self._parts(self._plain.partition(_without_taint(sep)))
+        return before, found, after
+
+    def rpartition(self, sep: str) -> tuple[str, str, str]:
+        before, found, _ = self._plain.rpartition(_without_taint(sep))
+        start, stop = len(before), len(before) + len(found)
+        return self._cut(0, start), self._cut(start, stop), self._cut(stop, len(self))
+
+    def splitlines(self, keepends: bool = False) -> list[str]:
+        whole = self._parts(self._plain.splitlines(True))
+        if keepends:
+            return whole
+        return [line[: len(bare)] for line, bare in zip(whole, self._plain.splitlines(), strict=True)]
+
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
+        return self._split(self._plain.split(_without_taint(sep), maxsplit), sep)
+
+    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
+        return self._split(self._plain.rsplit(_without_taint(sep), maxsplit), sep)
+
+    def _split(self, parts: list[str], sep: str | None) -> list[str]:
+        if sep is None:
+            return self._parts(parts)
+        cut, at = [], 0
+        for part in parts:
+            cut.append(self._cut(at, at + len(part)))
+            at += len(part) + len(sep)
+        return list(cut)
+
+    def replace(self, old: str, new: str, count: SupportsIndex = -1) -> str:
+        if not old:
+            return Tainted(str.replace(self, old, new, count), self._shadows)
+        pieces = self._split(self._plain.split(_without_taint(old), count), old)
+        return Tainted(str.join(str(new), pieces), self._shadows)
+
+    # What makes new text of it.
+    def __add__(self, other: str) -> str:
+        return Tainted(super().__add__(other), self._shadows)
+
+    def __radd__(self, other: str) -> str:
+        return Tainted(str.__add__(other, self), self._shadows)
+
+    def as_json(self, ensure_ascii: bool) -> str:
+        """This text as a JSON string, tainted from its first quote to its last."""
+        return self._shadows.shadow(json.dumps(self._plain, ensure_ascii=ensure_ascii))
+
+    def join(self, parts: Iterable[str]) -> str:
+        return Tainted(super().join(parts), self._shadows)
+
+
+def _question(name: str) -> Callable[..., Any]:
+    def ask(self: Tainted, *args: Any) -> Any:
+        return getattr(self._plain, name)(*(_without_taint(arg) for arg in args))
+
+    ask.__name__ = name
+    return ask
+
+
+def _change(name: str) -> Callable[..., Any]:
+    def change(self: Tainted) -> Tainted:
+        # Case may change a string's length, so the result counts as the caller's throughout.
+        return self._shadows.taint(getattr(self._plain, name)())
+
+    change.__name__ = name
+    return change
+
+
+for _name in ("startswith", "endswith", "find", "rfind", "index", "rindex", "count"):
+    setattr(Tainted, _name, _question(_name))
+for _name in ("alnum", "alpha", "ascii", "decimal", "digit", "identifier", "lower", "numeric", "printable"):
+    setattr(Tainted, "is" + _name, _question("is" + _name))
+for _name in ("isspace", "istitle", "isupper"):
+    setattr(Tainted, _name, _question(_name))
+for _name in ("upper", "lower", "title", "capitalize", "swapcase", "casefold"):
+    setattr(Tainted, _name, _change(_name))

@@ -1,0 +1,269 @@
+"""Render one chat template after another, in a process of its own that may be killed.
+
+    stdin: one JSON request per line  ->  render twice  ->  stdout: one JSON answer per line
+
+A template is part of a model file: data from a stranger. It runs in jinja2's immutable sandbox, and this process has
+no file, no network and little memory to give; whoever started it keeps the time. The first rendering uses the
+callers' plain texts, as every other engine does. The second uses tainted ones and shows who wrote which
+character. If the two differ, the template computes with the text in a way that hides its origin, and the answer
+is a refusal.
+
+Elsewhere: `chat.py` starts this process, keeps the time and reads the answers; `taint.py` explains tainted text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import json
+import os
+import resource
+import select
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.compiler import CodeGenerator, Frame
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from argosy.prompt.taint import ShadowMap, Tainted, TooManyCharacters, has_shadows
+
+_IDLE_SECONDS = 2.0  # then the process ends, and its memory is free; the next request starts another
+_CPU_SECONDS = 60  # in case whoever keeps the time is gone
+_MEMORY_BYTES = 128 << 20  # beyond what the process has when it is ready
+_MEMORY_BYTES_PER_CHARACTER = 400  # two renderings, shadows and JSON of them
+_WARM_UP = r"""{% macro one(m) %}{{ 'a\u00e9\n' ~ m.content | trim | upper }}{% endmacro %}
+{{ one(messages[0]) }}{{ '%s {}'.format(messages | tojson) }}{{ strftime_now('%d %B %Y') }}{{ 1 // 0 }}"""
+
+
+class Refused(Exception):
+    """The conversation cannot be rendered; `kind` says whose doing that is."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what training counts; here it is its content."""
+
+    tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _TaintGenerator(CodeGenerator):
+    """`a ~ b` keeps the taint of its parts."""
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        self.write("environment.concat(map(str, (")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write(")))")
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The environment hub templates are written for; with a map, its strings keep their taint."""
+
+    code_generator_class = _TaintGenerator
+    intercepted_binops = frozenset({"+", "*", "%"})
+
+    def __init__(self, shadows: ShadowMap | None, now: datetime.datetime) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        self.shadows = shadows
+        self.keep: Callable[[Any], Any] = shadows.keep if shadows is not None else lambda value: value
+        self.concat = self._concat  # type: ignore[method-assign]
+        for name in ("random", "pprint"):  # no two renderings alike; shows what a string is inside
+            del self.filters[name]
+        del self.globals["lipsum"]
+        self.filters = {name: self._keeping(made) for name, made in self.filters.items()}
+        self.filters["tojson"] = self._to_json
+        self.filters["replace"] = self._replace
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["strftime_now"] = now.strftime
+
+    def _concat(self, parts: Iterable[str]) -> str:
+        return self.keep("".join(parts))  # type: ignore[no-any-return]
+
+    def _keeping(self, made: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(made)
+        def keeping(*args: Any, **kwargs: Any) -> Any:
+            return self.keep(made(*args, **kwargs))
+
+        return keeping
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        return self.keep(super().call_binop(context, operator, left, right))
+
+    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.keep(super().call(context, obj, *args, **kwargs))
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return self.keep(super().getitem(obj, argument))
+
+    def _replace(self, text: Any, old: str, new: str, count: int = -1) -> str:
+        text = text if isinstance(text, str) else str(text)
+        return self.keep(text.replace(old, new, count))  # type: ignore[no-any-return]
+
+    def _to_json(
+        self,
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        """JSON in which a tainted string is tainted from its first quote to its last."""
+        held: list[str] = []
+
+        def hold(inner: Any) -> Any:
+            inner = self.keep(inner)
+            if isinstance(inner, Tainted):
+                held.append(inner.as_json(ensure_ascii))
+                return f"{chr(0)}{len(held) - 1}{chr(0)}"
+            if isinstance(inner, dict):
+                return {key: hold(item) for key, item in inner.items()}
+            if isinstance(inner, list | tuple):
+                return [hold(item) for item in inner]
+            return inner
+
+        form: dict[str, Any] = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+        text = json.dumps(hold(value), ensure_ascii=ensure_ascii, **form)
+        for at, shadow in enumerate(held):
+            text = text.replace(f'"\\u0000{at}\\u0000"', shadow)
+        return self.keep(text)  # type: ignore[no-any-return]
+
+
+def _raise_exception(message: str) -> None:
+    raise Refused("refused", str(message))
+
+
+def render_segments(
+    template: str,
+    messages: list[dict[str, str]],
+    *,
+    fixed: dict[str, Any],
+    variables: dict[str, Any],
+    max_characters: int,
+    now: datetime.datetime | None = None,
+) -> list[tuple[bool, str]]:
+    """Render `messages` and say who wrote what.
+
+    Args:
+        template: source of the chat template.
+        messages: role and content; the content is the caller's, the role is one of a fixed list.
+        fixed: variables from the model's own files (`bos_token` ...): as good as the template's text.
+        variables: variables from the caller, text, number or truth each; text is the caller's.
+        max_characters: bound of the output.
+        now: what `strftime_now` tells; the present by default.
+
+    Returns:
+        (is the caller's, text) in order; neighbours differ in their origin.
+
+    Raises:
+        Refused: kind "refused" (the template says no), "template" (it fails), "too_long", or "computed"
+            (it makes new text of the callers').
+    """
+    if has_shadows(template) or has_shadows(json.dumps(fixed, ensure_ascii=False)):
+        raise Refused("template", "it holds characters of Unicode planes 4 to 13, which do not exist")
+    now = now or datetime.datetime.now()
+
+    def render(shadows: ShadowMap | None) -> str:
+        taint: Callable[[str], str] = str if shadows is None else shadows.taint
+        try:
+            compiled = _Environment(shadows, now).from_string(template)
+        except TemplateError as error:
+            raise Refused("template", _said(error)) from None
+        conversation = [{**message, "content": taint(message["content"])} for message in messages]
+        said = {name: taint(value) if isinstance(value, str) else value for name, value in variables.items()}
+        context = {**fixed, **said, "messages": conversation}
+        pieces, length = [], 0
+        try:
+            for piece in compiled.generate(context):
+                pieces.append(piece)
+                length += len(piece)
+                if length > max_characters:
+                    raise Refused("too_long", f"it wrote more than {max_characters} characters")
+        except (Refused, RecursionError, MemoryError):
+            raise
+        except TooManyCharacters as error:
+            raise Refused("refused", str(error)) from None
+        except Exception as error:  # a template can raise anything that Python can
+            raise Refused("template", _said(error)) from None
+        return "".join(pieces)
+
+    expected, shadows = render(None), ShadowMap()
+    try:
+        data = render(shadows)
+    except Refused as refusal:
+        raise Refused("computed" if refusal.kind == "template" else refusal.kind, str(refusal)) from None
+    segments = shadows.segments(data)
+    if "".join(text for _, text in segments) != expected:
+        raise Refused("computed", "its output depends on the text in a way that hides whose it is")
+    return segments
+
+
+def _said(error: Exception) -> str:
+    line = getattr(error, "lineno", None)
+    first = (str(error) or type(error).__name__).splitlines()[0][:300]
+    return f"line {line}: {first}" if line else first
+
+
+def _virtual_bytes() -> int:
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        return int(statm.read().split()[0]) * resource.getpagesize()
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return {"segments": render_segments(**request)}
+    except Refused as refusal:
+        return {"kind": refusal.kind, "message": str(refusal)}
+    except (RecursionError, MemoryError) as error:
+        what = "memory" if isinstance(error, MemoryError) else "depth"
+        return {"kind": "template", "message": f"it needs more {what} than a chat template may have"}
+
+
+def main() -> None:
+    """Answer until stdin ends or nobody has asked for a while."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for whoever waits for the answer
+    with contextlib.suppress(Refused):  # what this imports cannot be imported later, without a file to open
+        render_segments(
+            _WARM_UP, [{"role": "user", "content": "a"}], fixed={}, variables={}, max_characters=99
+        )
+    ready_bytes = _virtual_bytes()
+    for limit, value in (
+        (resource.RLIMIT_CPU, _CPU_SECONDS),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, 3),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(limit, (value, value))
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
+    sink.write(b"ready\n")
+    sink.flush()
+    while select.select([source], [], [], _IDLE_SECONDS)[0]:
+        line = source.readline()
+        if not line:
+            return
+        memory = ready_bytes + _MEMORY_BYTES + _MEMORY_BYTES_PER_CHARACTER * len(line)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_AS, (memory, resource.RLIM_INFINITY))
+        sink.write(json.dumps(_answer(json.loads(line))).encode("ascii") + b"\n")
+        sink.flush()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BrokenPipeError:
+        os._exit(0)

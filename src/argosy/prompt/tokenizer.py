@@ -1,0 +1,465 @@
+"""Text to token ids and back, from the files of a model's directory.
+
+    caller's text   ->  encode           ->  ids, none of them a control token
+    segments        ->  encode_segments  ->  ids, control tokens only where the template wrote them
+    one id at a time -> StreamDecoder    ->  text, never half a character
+
+A control token is an added token (`<|im_end|>`, `<think>`, special or not), BOS, EOS or padding. Text that spells one
+is encoded with ordinary tokens that spell the same. Text that spells none gets the ids that `tokenizers` gives for the
+whole, boundaries of segments included, so it reads as the model was trained to read it.
+
+Elsewhere: segments come from `chat.py`; stop strings are `stop.py`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+
+from argosy.errors import CheckpointError, UsageError
+
+_MAX_FILE_BYTES = 256 << 20
+_MAX_TEMPLATE_CHARACTERS = 1 << 20
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+Segment = tuple[bool, str]
+"""(is the caller's, text): of a rendered conversation, who wrote what."""
+
+
+class _Control(NamedTuple):
+    """A control token found in a text: its id, and where it is spelled."""
+
+    token_id: int
+    start: int
+    stop: int
+
+
+class Tokenizer:
+    """One model's tokenizer; made by `Tokenizer.open`.
+
+    Attributes:
+        vocab_size: ids run from 0 to `vocab_size - 1`; a model's own vocabulary may be padded beyond it.
+        eos_ids: ids that end an answer.
+        bos_id: id that starts a text, or None.
+        unk_id: id that stands for what has no other, or None; text may hold it, and cannot spell it.
+        prefix_ids: what stands before a raw text: BOS where the model's files ask for it.
+        control_ids: ids that only a template may use.
+        special_tokens: `bos_token`, `eos_token` ... as the model's files spell them, for templates.
+        chat_template: source of the chat template, or None.
+    """
+
+    def __init__(
+        self,
+        core: tokenizers.Tokenizer,
+        *,
+        config: Mapping[str, Any] | None = None,
+        generation_config: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        config = config or {}
+        self._core = core
+        core.no_truncation()
+        core.no_padding()
+        self._added = dict(core.get_added_tokens_decoder())
+        self._content = {token_id: str(token.content) for token_id, token in self._added.items()}
+        self.vocab_size = max(core.get_vocab_size(with_added_tokens=True), max(self._added, default=-1) + 1)
+        self.special_tokens = {
+            name: text for name in _NAMED if (text := _token_text(config.get(name))) is not None
+        }
+        self.bos_id = self._id_of("bos_token")
+        self.unk_id = self._find_unk()
+        self.eos_ids = self._eos_ids(generation_config or {})
+        named = {self.bos_id, self._id_of("pad_token"), *self.eos_ids} - {None, self.unk_id}
+        # An added token of nothing but white space (runs of spaces, in code) cannot be mistaken for a marker.
+        written = {i for i, token in self._added.items() if token.special or self._content[i].strip()}
+        self.control_ids: frozenset[int] = frozenset(named | written)  # type: ignore[arg-type]
+        self.hidden_ids = frozenset(i for i, token in self._added.items() if token.special) | set(
+            self.eos_ids
+        )
+        self.chat_template = chat_template
+        self.prefix_ids = self._prefix_ids(config)
+        self._template_controls = functools.lru_cache(maxsize=1024)(self._find_template_controls)
+
+    @classmethod
+    def open(cls, directory: Path | str) -> Tokenizer | None:
+        """Read `tokenizer.json` and what stands beside it; None where there is no such file.
+
+        Raises:
+            CheckpointError: a file cannot be parsed, or is larger than any tokenizer.
+        """
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            return None
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise CheckpointError(
+                f"{path}: {path.stat().st_size} bytes, more than {_MAX_FILE_BYTES}", path=path
+            )
+        try:
+            core = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises plain Exception
+            raise CheckpointError(f"{path}: not a tokenizer: {_first_line(error)}", path=path) from None
+        config = _read_json(directory / "tokenizer_config.json")
+        try:
+            return cls(
+                core,
+                config=config,
+                generation_config=_read_json(directory / "generation_config.json"),
+                chat_template=_read_template(directory, config),
+            )
+        except _BadField as error:
+            raise CheckpointError(f"{directory}: {error}", path=directory) from None
+
+    def _id_of(self, name: str) -> int | None:
+        text = self.special_tokens.get(name)
+        return None if text is None else self._core.token_to_id(text)
+
+    def _find_unk(self) -> int | None:
+        """The id that stands for what has no other: asked of the model with a character that does not exist."""
+        tokens = self._core.model.tokenize("\U000e0fff")
+        found = tokens[0].id if len(tokens) == 1 else None
+        return found if found in self._added else self._id_of("unk_token")
+
+    def _eos_ids(self, generation_config: Mapping[str, Any]) -> tuple[int, ...]:
+        listed = generation_config.get("eos_token_id")
+        listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
+        if not all(isinstance(item, int) and not isinstance(item, bool) for item in listed):
+            raise _BadField(f"generation_config.json: eos_token_id is {listed}, expected ids")
+        own = self._id_of("eos_token")
+        return tuple(sorted({*listed, *([] if own is None else [own])}))
+
+    def _prefix_ids(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        asked = config.get("add_bos_token")
+        if asked is not None:
+            return (self.bos_id,) if asked and self.bos_id is not None else ()
+        bare = self._core.encode("a", add_special_tokens=False).ids
+        full = self._core.encode("a", add_special_tokens=True).ids
+        added = next((at for at in range(len(full)) if full[at : at + len(bare)] == bare), 0)
+        return tuple(full[:added])
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a caller's text; no control token is among them, whatever the text spells.
+
+        Raises:
+            UsageError: a lone surrogate, or a character that this tokenizer can only write as a control token.
+        """
+        return self.encode_segments([(True, text)])
+
+    def encode_segments(self, segments: Sequence[Segment]) -> list[int]:
+        """Ids of a rendered conversation, as one text; only the template's own text makes control tokens.
+
+        A control token counts if the template's text between two of the caller's texts, taken alone, has it at that
+        place. So a caller can neither add one (not even by completing what the template began) nor undo one.
+        """
+        whole = "".join(text for _, text in segments)
+        wanted: list[_Control] = []
+        at = 0
+        for is_callers, run in groupby(segments, key=lambda segment: segment[0]):
+            text = "".join(part for _, part in run)
+            if not is_callers:
+                own = self._template_controls(text)
+                wanted += [_Control(token_id, at + start, at + stop) for token_id, start, stop in own]
+            at += len(text)
+        ids, found = self._encode_all(whole)
+        if self._cores(found, whole) == self._cores(wanted, whole):
+            return ids
+        ids, at = [], 0
+        for token_id, start, stop in wanted:
+            ids += [*self._encode_plain(whole[at:start], is_start=at == 0), token_id]
+            at = stop
+        return ids + self._encode_plain(whole[at:], is_start=at == 0)
+
+    def _encode_all(self, text: str) -> tuple[list[int], list[_Control]]:
+        """Ids with control tokens allowed everywhere, and where those are."""
+        try:
+            encoding = self._core.encode(text, add_special_tokens=False)
+        except TypeError:  # what it says of a string that is no Unicode text
+            raise UsageError("the text holds half a character (a lone surrogate)") from None
+        ids: list[int] = encoding.ids
+        if self.control_ids.isdisjoint(ids):
+            return ids, []
+        spans = zip(ids, encoding.offsets, strict=True)
+        controls = [_Control(token_id, *span) for token_id, span in spans if token_id in self.control_ids]
+        # The unknown token stands for what has no other; that is no marker unless the text spells it.
+        return ids, [
+            c
+            for c in controls
+            if c[0] != self.unk_id or self._content.get(c[0], "") in text[c.start : c.stop]
+        ]
+
+    def _find_template_controls(self, text: str) -> tuple[_Control, ...]:
+        return tuple(self._encode_all(text)[1])
+
+    @staticmethod
+    def _cores(controls: Iterable[_Control], text: str) -> list[_Control]:
+        """The same without the white space that a token may take from its sides."""
+        cores = []
+        for token_id, start, stop in controls:
+            span = text[start:stop]
+            first = start + len(span) - len(span.lstrip())
+            cores.append(_Control(token_id, first, first + len(span.strip())))
+        return cores
+
+    def _encode_plain(self, text: str, *, is_start: bool) -> list[int]:
+        """Ids of a text in which nothing is a marker: the steps of `tokenizers` without its added tokens."""
+        if not text:
+            return []
+        core = self._core
+        if core.normalizer is not None:
+            text = core.normalizer.normalize_str(text)
+        splitter = core.pre_tokenizer if is_start else self._later_pre_tokenizer
+        words = [text] if splitter is None else [word for word, _ in splitter.pre_tokenize_str(text)]
+        return [token_id for word in words for token_id in self._encode_word(word)]
+
+    @functools.cached_property
+    def _later_pre_tokenizer(self) -> Any:
+        """The pre-tokenizer as it acts behind the start of a text: `prepend_scheme: first` means no more."""
+        own = self._core.pre_tokenizer
+        if own is None:
+            return None
+        state = own.__getstate__()
+        later = state.replace(b'"prepend_scheme":"first"', b'"prepend_scheme":"never"')
+        if later == state:
+            return own
+        # A copy is made by way of a tokenizer without a vocabulary; the state is what tokenizer.json holds.
+        empty = json.loads(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str())
+        return tokenizers.Tokenizer.from_str(
+            json.dumps({**empty, "pre_tokenizer": json.loads(later)})
+        ).pre_tokenizer
+
+    def _encode_word(self, word: str) -> list[int]:
+        """Ids of one word of the pre-tokenizer; a vocabulary may hold a marker as a word, so cut it there."""
+        ids = [token.id for token in self._core.model.tokenize(word)]
+        markers = {self.token_text(token_id) for token_id in self.control_ids.intersection(ids)}
+        if self.unk_id is not None and (unknown := self.token_text(self.unk_id)) not in word:
+            markers.discard(unknown)
+        if not markers:
+            return ids
+        starts = re.finditer("|".join(f"(?={re.escape(marker)})" for marker in markers), word)
+        cuts = [0, *sorted({start.start() + 1 for start in starts} - {len(word)}), len(word)]
+        if len(cuts) == 2:
+            shown = "', '".join(sorted(markers))
+            raise UsageError(f"the text holds '{shown}', which this model can only read as a control token")
+        pieces = (word[start:stop] for start, stop in pairwise(cuts))
+        return [token_id for piece in pieces for token_id in self._encode_word(piece)]
+
+    def decode(self, token_ids: Iterable[int], *, keep_special: bool = False) -> str:
+        """Text of `token_ids`; special tokens are left out unless `keep_special`."""
+        stream = self.stream(keep_special=keep_special)
+        return "".join([*map(stream.push, token_ids), stream.finish()])
+
+    def token_text(self, token_id: int) -> str:
+        """How the vocabulary spells one token, or '' for an id without one."""
+        return self._core.id_to_token(token_id) or ""
+
+    def stream(self, *, keep_special: bool = False) -> StreamDecoder:
+        """A decoder that is given one id at a time."""
+        added = dict(self._content)
+        hidden = frozenset() if keep_special else self.hidden_ids
+        return StreamDecoder(self._core, added, hidden)
+
+
+class StreamDecoder:
+    """Turns ids into text as they come; what is half a character waits for its other half.
+
+    A token costs the same however many came before it. Bytes that are no UTF-8 become U+FFFD as soon as
+    that is certain.
+    """
+
+    def __init__(self, core: tokenizers.Tokenizer, added: Mapping[int, str], hidden: frozenset[int]) -> None:
+        self._core = core
+        self._added = added
+        self._hidden = hidden
+        self._pieces = _pieces_of(core)
+
+    def push(self, token_id: int) -> str:
+        """Text that is certain now that `token_id` has come; often the token's own, sometimes none, or more."""
+        if token_id in self._hidden:
+            return ""
+        if token_id in self._added:
+            return self._pieces.literal(self._added[token_id])
+        token = self._core.id_to_token(token_id)
+        return "" if token is None else self._pieces.token(token_id, token)
+
+    def finish(self) -> str:
+        """What was waiting, once it is known that no more ids come: U+FFFD for half a character."""
+        return self._pieces.finish()
+
+
+class _Pieces:
+    """What a token adds to the text; one subclass for each kind of decoder."""
+
+    def __init__(self) -> None:
+        self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def token(self, token_id: int, token: str) -> str:
+        raise NotImplementedError
+
+    def literal(self, text: str) -> str:
+        """An added token, which is spelled as it is."""
+        return self._bytes.decode(text.encode())
+
+    def finish(self) -> str:
+        return self._bytes.decode(b"", final=True)
+
+
+class _BytePieces(_Pieces):
+    """Byte-level vocabularies: a character of a token stands for one byte (GPT-2's table)."""
+
+    def token(self, token_id: int, token: str) -> str:
+        table = _byte_table()
+        if all(character in table for character in token):
+            return self._bytes.decode(bytes(table[character] for character in token))
+        return self._bytes.decode(token.encode())
+
+
+class _SentencePieces(_Pieces):
+    """SentencePiece vocabularies: U+2581 is a space, `<0x0A>` a byte, one space at the start is not the text's."""
+
+    def __init__(self, *, has_bytes: bool, space: str, strips_start: bool) -> None:
+        super().__init__()
+        self._has_bytes = has_bytes
+        self._space = space
+        self._strips = strips_start
+
+    def token(self, token_id: int, token: str) -> str:
+        if self._has_bytes and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return self._start(self._bytes.decode(bytes([int(token[3:5], 16)])))
+        return self._start(self._bytes.decode(token.replace(self._space, " ").encode()))
+
+    def literal(self, text: str) -> str:
+        return self._start(super().literal(text))
+
+    def _start(self, text: str) -> str:
+        if not text or not self._strips:
+            return text
+        self._strips = False
+        return text.removeprefix(" ")
+
+
+class _WindowPieces(_Pieces):
+    """Any other decoder: decode the last few tokens with and without the new one, and show the difference."""
+
+    _LONGEST = 8  # no character has more bytes, so a longer wait is for nothing
+
+    def __init__(self, core: tokenizers.Tokenizer) -> None:
+        super().__init__()
+        self._core = core
+        self._shown: list[int] = []  # the last tokens whose text is out
+        self._waiting: list[int] = []
+
+    def token(self, token_id: int, token: str) -> str:
+        self._waiting.append(token_id)
+        before = self._core.decode(self._shown, skip_special_tokens=False)
+        text = self._core.decode(self._shown + self._waiting, skip_special_tokens=False)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self._waiting) < self._LONGEST:
+            return ""
+        self._shown, self._waiting = (self._shown + self._waiting)[-self._LONGEST :], []
+        return text[len(before) :]
+
+    def literal(self, text: str) -> str:
+        return self.finish() + text
+
+    def finish(self) -> str:
+        if not self._waiting:
+            return ""
+        before = self._core.decode(self._shown, skip_special_tokens=False)
+        text = self._core.decode(self._shown + self._waiting, skip_special_tokens=False)
+        self._waiting = []
+        return text[len(before) :]
+
+
+def _pieces_of(core: tokenizers.Tokenizer) -> _Pieces:
+    """The way to decode that fits the decoder which tokenizer.json names."""
+    if core.decoder is None:
+        return _WindowPieces(core)
+    state = json.loads(core.decoder.__getstate__())
+    steps = state["decoders"] if state["type"] == "Sequence" else [state]
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return _BytePieces()
+    if kinds == ["Metaspace"]:
+        strips = steps[0].get("prepend_scheme") != "never"
+        return _SentencePieces(has_bytes=False, space=steps[0]["replacement"], strips_start=strips)
+    if set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip"} and kinds[:1] == ["Replace"]:
+        replace, rest = steps[0], steps[1:]
+        strips = [step for step in rest if step["type"] == "Strip"]
+        plain = replace["pattern"].get("String") is not None and replace["content"] == " "
+        if plain and kinds.count("Replace") == 1 and all(_strips_one_space(step) for step in strips):
+            return _SentencePieces(
+                has_bytes="ByteFallback" in kinds,
+                space=replace["pattern"]["String"],
+                strips_start=bool(strips),
+            )
+    return _WindowPieces(core)
+
+
+def _strips_one_space(step: Mapping[str, Any]) -> bool:
+    return (step["content"], step["start"], step["stop"]) == (" ", 1, 0)
+
+
+@functools.cache
+def _byte_table() -> dict[str, int]:
+    """GPT-2's table: the character that stands for each byte, the other way round."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}
+
+
+class _BadField(ValueError):
+    """A field of a tokenizer's files that cannot be meant."""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _token_text(value: Any) -> str | None:
+    """A special token's spelling: the files write it as a string or as an object."""
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    if value is not None and not isinstance(value, str):
+        raise _BadField(f"tokenizer_config.json: a special token is {value!r}, expected text")
+    return value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > _MAX_FILE_BYTES:
+        raise CheckpointError(f"{path}: {path.stat().st_size} bytes, more than {_MAX_FILE_BYTES}", path=path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {_first_line(error)}", path=path) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected an object", path=path)
+    return content
+
+
+def _read_template(directory: Path, config: Mapping[str, Any]) -> str | None:
+    """The chat template: a file of its own, or a field of tokenizer_config.json."""
+    path = directory / "chat_template.jinja"
+    try:
+        template = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path}: not UTF-8", path=path) from None
+    if isinstance(template, list):  # several, by name
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, Mapping)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(f"{directory}: chat_template is not text", path=directory)
+    if template is not None and len(template) > _MAX_TEMPLATE_CHARACTERS:
+        raise CheckpointError(
+            f"{directory}: the chat template has {len(template)} characters, more than {_MAX_TEMPLATE_CHARACTERS}",
+            path=directory,
+        )
+    return template

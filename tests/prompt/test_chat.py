@@ -1,0 +1,363 @@
+"""Chat templates: what the template wrote and what a caller wrote stay apart, within bounds."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jinja2
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tests.prompt.templates_for_tests import ALL, LLAMA2, MIXTRAL, QWEN3, TRICKS
+from tests.prompt.tokenizers_for_tests import CHATML, SPECIAL, STRUCTURAL, byte_level_json, llama_json
+
+from argosy.errors import CheckpointError, UsageError
+from argosy.prompt.chat import ChatTemplate, check_messages, render
+from argosy.prompt.prompt import Prompt, PromptBuilder
+from argosy.prompt.template_worker import Refused, _Generation, render_segments
+from argosy.prompt.tokenizer import Tokenizer
+
+NOW = datetime.datetime(2026, 1, 2, 3, 4, 5)
+SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+
+Messages = list[dict[str, str]]
+BYTE_LEVEL = Tokenizer(tokenizers.Tokenizer.from_str(byte_level_json()), config={"eos_token": "<|im_end|>"})
+HI: Messages = [{"role": "user", "content": "Hi"}]
+
+
+def segments_of(template: str, messages: Messages, **variables: object) -> list[tuple[bool, str]]:
+    fixed = {**SPECIAL_TOKENS, "add_generation_prompt": True}
+    return render_segments(
+        template, messages, fixed=fixed, variables=variables, max_characters=1 << 20, now=NOW
+    )
+
+
+def plainly(template: str, messages: Messages, **variables: object) -> str:
+    """What the hub's own renderer gives: jinja2, with nothing of ours in it."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+    environment.globals["strftime_now"] = NOW.strftime
+    context = {**SPECIAL_TOKENS, "add_generation_prompt": True, **variables, "messages": messages}
+    return environment.from_string(template).render(**context)
+
+
+WORDS = """<|im_end|> <think> </think> <tool_response> </tool_response> [/INST] Hello cat é🙂 " \\ {{ 1 }} %s {} ß İ"""
+words = st.sampled_from([*WORDS.split(" "), " ", "\n", "  x", "\n</think>\n", "\U00050000"])
+contents = st.one_of(
+    st.lists(words, max_size=8).map("".join), st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+)
+turns = st.lists(contents, min_size=1, max_size=5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(said=turns)
+@pytest.mark.parametrize("name", ALL)
+def test_templates_read_as_in_plain_jinja_and_show_who_wrote_what(name: str, said: list[str]) -> None:
+    roles = ["user", "assistant"] * 3
+    messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+    segments = segments_of(ALL[name], messages)
+    assert "".join(text for _, text in segments) == plainly(ALL[name], messages)
+
+    # Nothing of the callers is among the template's own text: it is the same whatever they say.
+    if name in ("chatml", "llama2"):
+        assert "".join(text for is_callers, text in segments if not is_callers) == plainly(
+            ALL[name], [{**message, "content": ""} for message in messages]
+        )
+
+
+def test_the_callers_text_is_marked_wherever_the_template_puts_it() -> None:
+    segments = segments_of(TRICKS, [{"role": "user", "content": "  CAT\nSAT "}])
+    template_wrote = "".join(text for is_callers, text in segments if not is_callers)
+    assert "CAT" not in template_wrote
+    assert "SAT" not in template_wrote
+    assert "cat" not in template_wrote
+    callers = [text for is_callers, text in segments if is_callers]
+    assert callers[0] == "CAT\nSAT"
+    assert '"  CAT\\nSAT "' in callers
+
+
+def test_trimming_is_followed() -> None:
+    messages = [{"role": "user", "content": "  hello \n"}]
+    assert segments_of(LLAMA2, messages) == [(False, "<s>[INST] "), (True, "hello"), (False, " [/INST]")]
+
+
+def test_thinking_of_earlier_turns_is_cut_off_as_the_model_expects() -> None:
+    messages = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "<think>\nfour\n</think>\n\n4"},
+        {"role": "user", "content": "<think>no</think>"},
+    ]
+    segments = segments_of(QWEN3, messages, enable_thinking=False)
+    assert [text for is_callers, text in segments if is_callers] == ["2+2?", "4", "<think>no</think>"]
+    assert segments[-1] == (False, "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.content | escape }}{% endfor %}",
+        "{{ messages[0].content | urlencode }}",
+        "{{ messages[0].content | wordwrap(3) }}",
+        "{{ messages[0].content.split()[2] | int }}",
+        "{{ {'<b> x&y 42 words': '1'}[messages[0].content] | length }}{{ ('%r' % messages[0].content) }}",
+    ],
+)
+def test_a_template_that_makes_new_text_of_the_callers_is_refused(template: str) -> None:
+    messages = [{"role": "user", "content": "<b> x&y 42 words"}]
+    with pytest.raises(Refused) as caught:
+        segments_of(template, messages)
+    assert caught.value.kind == "computed"
+
+
+def test_the_shadows_themselves_are_no_way_in() -> None:
+    said = "".join(map(chr, (0x40000, 0x40001, 0xDFFFF, 0x10FFFF))) + "<|im_end|>"
+    segments = segments_of(CHATML, [{"role": "system", "content": said}, {"role": "user", "content": said}])
+    assert [text for is_callers, text in segments if is_callers] == [said, said]
+    with pytest.raises(Refused, match="planes 4 to 13"):
+        segments_of(chr(0x40000), HI)
+
+
+@pytest.mark.parametrize("marker", [*SPECIAL, *STRUCTURAL])
+@pytest.mark.parametrize("role", ["system", "user", "tool"])
+def test_no_marker_from_a_caller_becomes_a_control_token(marker: str, role: str) -> None:
+    for template in (CHATML, QWEN3):
+        counts = []
+        for said in ("x", f"x{marker}y", marker, f"{marker[:3]}{marker}{marker[3:]}", f"end|>{marker}<|im_"):
+            messages = [{"role": role, "content": said}, {"role": "user", "content": "ok"}]
+            ids = BYTE_LEVEL.encode_segments(segments_of(template, messages))
+            counts.append([i for i in ids if i in BYTE_LEVEL.control_ids])
+        assert all(count == counts[0] for count in counts)
+
+
+def test_variables_from_a_caller_are_a_callers_text() -> None:
+    segments = segments_of("{{ documents_title }}{{ messages[0].content }}", HI, documents_title="<|im_end|>")
+    assert segments == [(True, "<|im_end|>Hi")]
+
+
+# The process
+
+
+@pytest.fixture
+def chatml() -> Iterator[ChatTemplate]:
+    template = ChatTemplate(CHATML)
+    yield template
+    template.close()
+
+
+def test_rendering_gives_the_ids_of_the_whole_text(chatml: ChatTemplate) -> None:
+    prompt = render(HI, BYTE_LEVEL, chatml)
+    assert prompt.text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert prompt.token_ids == tuple(BYTE_LEVEL._core.encode(prompt.text, add_special_tokens=False).ids)
+    shorter = render(HI, BYTE_LEVEL, chatml, add_generation_prompt=False)
+    assert prompt.text.startswith(shorter.text)
+    assert shorter.text.endswith("Hi<|im_end|>\n")
+
+
+def test_one_process_answers_again_and_a_new_one_replaces_it_when_it_is_gone(chatml: ChatTemplate) -> None:
+    chatml.prepare()
+    first = chatml.segments(HI)
+    process = chatml._worker._process  # type: ignore[union-attr]
+    assert chatml.segments(HI) == first
+    assert chatml._worker._process is process  # type: ignore[union-attr]
+    process.kill()
+    process.wait()
+    assert chatml.segments(HI) == first
+
+
+def test_the_process_ends_by_itself_when_nobody_asks(chatml: ChatTemplate) -> None:
+    chatml.segments(HI)
+    worker = chatml._worker
+    assert worker is not None
+    assert worker._process.wait(timeout=20) == 0
+    assert chatml.segments(HI)
+
+
+def test_a_template_that_does_not_end_is_stopped() -> None:
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    template = ChatTemplate(loops, render_seconds=0.5)
+    start = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"did not end within 0\.5 seconds"):
+        template.segments(HI)
+    assert time.monotonic() - start < 20
+    assert template._worker is None
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        (
+            "{% for a in range(99999) %}xxxxxxxxxxxxxxxxxxxxxxxxxxxxxx{% endfor %}",
+            "more than 10485.. characters",
+        ),
+        ("{{ 'x' * 9999999 }}", "more than 10485.. characters"),
+        ("{{ ('x' * 999999999) | length }}", "more memory"),
+        (
+            "{% set n = namespace(x='x') %}{% for a in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+            "more memory",
+        ),
+        ("{% if %}", "line 1"),
+        ("{{ messages[0].content.nothing.here }}", "no attribute 'nothing'"),
+        ("{{ nothing.here }}", "'nothing' is undefined"),
+        ("{% include 'secrets' %}", "loader"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe|not safely"),
+        ("{{ cycler.__init__.__globals__.os.system('true') }}", "unsafe"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ " + "(" * 5000 + "}}", "line|depth"),
+        ("{{ " + "[" * 90 + "]" * 90 + "(1) }}", "line|depth|callable"),
+    ],
+)
+def test_a_bad_template_fails_with_its_reason(source: str, sentence: str) -> None:
+    template = ChatTemplate(source)
+    with pytest.raises(CheckpointError, match=sentence):
+        template.segments(HI)
+    template.close()
+
+
+def test_a_format_string_reaches_no_inside_of_python() -> None:
+    assert segments_of("{{ '{0.__class__}x'.format(1) }}", HI) == [(False, "x")]
+
+
+def test_what_a_template_refuses_is_said_in_its_words() -> None:
+    template = ChatTemplate(MIXTRAL, SPECIAL_TOKENS)
+    with pytest.raises(UsageError, match="refuses this conversation: Conversation roles must alternate"):
+        template.segments([*HI, *HI])
+    with pytest.raises(UsageError, match="Only user and assistant roles are supported!"):
+        template.segments([*HI, {"role": "tool", "content": "4"}])
+    template.close()
+
+
+def test_a_template_that_hides_whose_text_it_writes_is_refused_with_a_way_out() -> None:
+    template = ChatTemplate("{{ messages[0].content | e }}")
+    with pytest.raises(CheckpointError, match="cannot be used safely") as caught:
+        template.segments([{"role": "user", "content": "a < b"}])
+    assert "--raw" in str(caught.value.hint)
+    template.close()
+
+
+def test_the_process_can_open_no_file() -> None:
+    code = (
+        "import sys; sys.path[:0] = %r\n"
+        "from argosy.prompt import template_worker as w\n"
+        "def answer(request):\n"
+        "    try:\n"
+        "        open('/etc/passwd')\n"
+        "    except OSError as error:\n"
+        "        return {'kind': 'x', 'message': str(error)}\n"
+        "w._answer = answer\n"
+        "w.main()\n"
+    )
+    paths = [
+        str(Path(render_segments.__code__.co_filename).parents[2]),
+        str(Path(jinja2.__file__).parents[1]),
+    ]
+    command = [sys.executable, "-I", "-S", "-c", code % paths]
+    done = subprocess.run(command, input=b"{}\n", capture_output=True, check=True, timeout=60)
+    assert b"Too many open files" in done.stdout
+
+
+def test_a_long_message_is_rendered_in_time(chatml: ChatTemplate) -> None:
+    said = "The quick brown fox é <|im_end|>\n" * 30_000
+    segments = chatml.segments([{"role": "user", "content": said}])
+    assert [text for is_callers, text in segments if is_callers] == [said]
+
+
+# Messages
+
+
+@pytest.mark.parametrize(
+    ("messages", "sentence"),
+    [
+        ([], "at least one message"),
+        ([{"role": "user"}], "message 0: no 'content'"),
+        ([{"content": "x"}], "message 0: no 'role'"),
+        (
+            [{"role": "robot", "content": "x"}],
+            "unknown role 'robot'; known: system, developer, user, assistant, tool",
+        ),
+        ([{"role": "user", "content": 3}], "content is a int, expected text"),
+        ([*HI, {"role": "user", "content": "x", "name": "y"}], "message 1: unknown key 'name'"),
+        ([*HI, {"role": "assistant", "content": "x"}], "nothing to answer"),
+        ([{"role": "user", "content": "\udc00"}], "lone surrogate"),
+    ],
+)
+def test_messages_that_cannot_be_meant_are_named(messages: Messages, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        check_messages(messages)
+
+
+def test_variables_with_a_meaning_of_their_own_are_refused(chatml: ChatTemplate) -> None:
+    with pytest.raises(UsageError, match="'messages' is not a variable to be set"):
+        chatml.segments(HI, variables={"messages": None})
+    with pytest.raises(UsageError, match="'tree' is a dict, expected text, a number or a truth"):
+        chatml.segments(HI, variables={"tree": {"<|im_end|>": 1}})  # type: ignore[dict-item]
+
+
+# Every way to ask
+
+
+def llama_tokenizer(template: str | None) -> Tokenizer:
+    core = tokenizers.Tokenizer.from_str(llama_json())
+    return Tokenizer(core, config=SPECIAL_TOKENS, chat_template=template)
+
+
+def test_a_string_is_one_user_message_where_there_is_a_template() -> None:
+    builder = PromptBuilder(llama_tokenizer(MIXTRAL), vocab_size=600)
+    prompt = builder.build("Hi")
+    assert prompt.text == "<s> [INST] Hi [/INST]"
+    assert prompt == builder.build(HI)
+    assert prompt.token_ids is not None
+    assert prompt.token_ids.count(1) == 1
+    builder.close()
+
+
+def test_raw_text_gets_bos_and_no_template() -> None:
+    for template in (MIXTRAL, None):
+        tokenizer = llama_tokenizer(template)
+        builder = PromptBuilder(tokenizer, vocab_size=600)
+        assert builder.build(Prompt.raw("Hi <s>")).token_ids == (1, *tokenizer.encode("Hi <s>"))
+    assert builder.build("Hi") == builder.build(Prompt.raw("Hi"))
+
+
+def test_token_ids_are_taken_as_they_are() -> None:
+    import numpy as np
+
+    builder = PromptBuilder(None, vocab_size=10)
+    assert builder.build([1, 2, 9]).token_ids == (1, 2, 9)
+    assert builder.build(np.array([1, 2])).token_ids == (1, 2)  # type: ignore[arg-type]
+    assert builder.build(Prompt((3,))).token_ids == (3,)
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        ([], "at least one token"),
+        ([10], "token id 10 is not in the vocabulary, 0 to 9"),
+        ([-1], "token id -1"),
+        ([1, "a"], "found a mixture"),
+        ([1.5], "found a mixture"),
+        ([True], "found a mixture"),
+        ("text", "no tokenizer.json, so it cannot take text"),
+        (HI, "no tokenizer.json, so it cannot take messages"),
+        (Prompt.raw("x"), "no tokenizer.json"),
+    ],
+)
+def test_a_prompt_that_cannot_be_meant_is_named(request_: object, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        PromptBuilder(None, vocab_size=10).build(request_)  # type: ignore[arg-type]
+
+
+def test_messages_for_a_model_without_a_template_are_refused_with_a_way_out() -> None:
+    with pytest.raises(UsageError, match="no chat template") as caught:
+        PromptBuilder(llama_tokenizer(None), vocab_size=600).build(HI)
+    assert "Prompt.raw" in str(caught.value.hint)
