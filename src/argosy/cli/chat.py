@@ -1,0 +1,184 @@
+"""`argosy chat`: a conversation in the terminal.
+
+^C stops an answer; ^C again, or twice at the prompt, leaves. The conversation lives in this process only, and its
+history is not written anywhere.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from argosy.cli.options import DEMO, engine_options, open_engine, sampling_options, split_options
+from argosy.cli.output import ledger_lines, write_text
+from argosy.errors import PromptTooLong, UsageError
+
+if TYPE_CHECKING:
+    from argosy.config import SamplingParams
+    from argosy.engine.engine import Engine
+    from argosy.engine.sequence import Result
+
+HELP = """/help     this list
+/reset    forget the conversation
+/ledger   where the time and the memory went
+/quit     leave; so does ^D
+Alt-Enter starts a new line. ^C stops an answer, twice leaves."""
+
+
+@click.command("chat")
+@click.argument("model", default=DEMO)
+@click.option("--system", metavar="TEXT", help="System message of the conversation.")
+@engine_options
+@sampling_options
+def chat(model: str, system: str | None, **options: Any) -> None:
+    """Talk with MODEL, a directory; without one, with the demo model.
+
+    \b
+    Examples:
+      argosy chat
+      argosy chat ./Qwen3-30B-A3B --memory 75% --temperature 0.7 --top-p 0.9
+    """
+    settings, params = split_options(options)
+    with open_engine(model, settings) as engine:
+        Conversation(engine, params, system).talk(_reader())
+
+
+class Conversation:
+    """Turns of one chat; `talk` reads until there is no more to read."""
+
+    def __init__(self, engine: Engine, params: SamplingParams, system: str | None = None) -> None:
+        self._engine = engine
+        self._params = params
+        self._start = [] if system is None else [{"role": "system", "content": system}]
+        self.messages: list[dict[str, str]] = list(self._start)
+        self._last: Result | None = None
+
+    def talk(self, read: Callable[[], str]) -> None:
+        """Answer what `read` gives, until it raises EOFError or /quit is said.
+
+        Raises:
+            KeyboardInterrupt: ^C twice, at the prompt or while an answer was being stopped.
+        """
+        print("/help lists commands, ^D leaves", file=sys.stderr)
+        is_leaving = False
+        while True:
+            try:
+                said = read().strip()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                if is_leaving:
+                    raise
+                is_leaving = True
+                print("^C again leaves", file=sys.stderr)
+                continue
+            is_leaving = False
+            if said == "/quit":
+                return
+            if said.startswith("/"):
+                self._command(said)
+            elif said:
+                self._turn(said)
+
+    def _command(self, said: str) -> None:
+        if said == "/help":
+            print(HELP, file=sys.stderr)
+        elif said == "/reset":
+            self.messages = list(self._start)
+            print("the conversation starts anew", file=sys.stderr)
+        elif said == "/ledger":
+            if self._last is not None:
+                print("last answer", file=sys.stderr)
+                print(
+                    *ledger_lines(self._last.ledger, None, self._last.finish_reason),
+                    sep="\n",
+                    file=sys.stderr,
+                )
+            print("since the start", file=sys.stderr)
+            print(*ledger_lines(self._engine.ledger, self._engine.plan), sep="\n", file=sys.stderr)
+        else:
+            print(
+                f"unknown command '{said.split(maxsplit=1)[0]}'; known: /help /reset /ledger /quit",
+                file=sys.stderr,
+            )
+
+    def _turn(self, said: str) -> None:
+        self.messages.append({"role": "user", "content": said})
+        try:
+            result = self._answer()
+        except UsageError as error:
+            self.messages.pop()
+            print(f"error: {error.message}", file=sys.stderr)
+            if isinstance(error, PromptTooLong):
+                print(
+                    "hint: /reset forgets the conversation; --context makes room for a longer one",
+                    file=sys.stderr,
+                )
+            return
+        self._last = result
+        self.messages.append({"role": "assistant", "content": result.text})
+        if result.finish_reason == "cancelled":
+            print("(stopped)", file=sys.stderr)
+        elif result.finish_reason == "length":
+            print(f"(cut after {len(result.token_ids)} tokens)", file=sys.stderr)
+
+    def _answer(self) -> Result:
+        """Show one answer; between two steps, ^C ends it with everything in order."""
+        engine = self._engine
+        sequence = engine.submit(self.messages, self._params)
+        try:
+            with _interrupts() as was_interrupted:
+                while sequence.result is None and not was_interrupted():
+                    engine.step()
+                    while sequence.events:
+                        write_text(sequence.events.popleft().text)
+        finally:
+            engine.cancel(sequence)
+        write_text("\n")
+        assert sequence.result is not None  # finished, or cancelled just now
+        return sequence.result
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Remember the first ^C instead of raising it; the second one raises."""
+    count = 0
+
+    def remember(number: int, frame: object) -> None:
+        nonlocal count
+        count += 1
+        if count > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield lambda: count > 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _reader() -> Callable[[], str]:
+    """A line editor on a terminal, plain lines otherwise."""
+    if not sys.stdin.isatty():
+
+        def read_line() -> str:
+            line = sys.stdin.readline()
+            if not line:
+                raise EOFError
+            return line
+
+        return read_line
+
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    session: PromptSession[str] = PromptSession("> ", history=InMemoryHistory(), key_bindings=keys)
+    return session.prompt

@@ -1,0 +1,270 @@
+"""`argosy doctor`: what this machine offers, its drive measured, and one line of advice."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from argosy.config import GIB, KIB, MIB, format_bytes
+from argosy.errors import DiskFull, UsageError
+
+if TYPE_CHECKING:
+    from argosy.cli.output import Progress
+
+_RECORD_BYTES = (256 * KIB, MIB, 4 * MIB)
+_NUM_READERS = (1, 4)
+_SMALLEST_FILE_BYTES = 64 * MIB
+_CHUNK_BYTES = 8 * MIB
+_CELL_SECONDS = 0.25
+# A drive below this makes streaming a matter of patience: a token of a large model misses a GB or so.
+_SLOW_BYTES_PER_S = 0.5e9
+
+
+@click.command("doctor")
+@click.option(
+    "--path",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    default=Path("."),
+    help="Directory on the drive to measure: where models are, or will be.",
+)
+@click.option("--size", metavar="SIZE", default="1GiB", help="Size of the temporary file (default: 1GiB).")
+@click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
+def doctor(path: Path, size: str, as_json: bool) -> None:
+    """Show cores, memory limits and the drive of this machine, with advice.
+
+    The drive is measured on a temporary file, of a tenth of the free space at most, that is removed afterwards.
+
+    \b
+    Examples:
+      argosy doctor
+      argosy doctor --path /data/models --size 4GiB --json
+    """
+    from argosy.cli.output import progress_bar
+    from argosy.config import parse_size
+
+    size_bytes = parse_size(size)
+    facts = machine_facts(path)
+    with progress_bar() as progress:
+        facts["drive"] |= measure_drive(path, size_bytes, progress)
+    facts["advice"] = advice(facts)
+    if as_json:
+        import json
+
+        print(json.dumps(facts, ensure_ascii=False))
+    else:
+        print(*fact_lines(facts), sep="\n")
+
+
+def machine_facts(path: Path) -> dict[str, Any]:
+    """What can be read without measuring."""
+    from argosy import _native
+    from argosy.cli.settings import Settings
+    from argosy.plan import machine
+
+    known = _native.instruction_sets()
+    chosen = Settings.read().instruction_set or known[-1]
+    if chosen not in known:
+        raise UsageError(f"ARGOSY_INSTRUCTION_SET is '{chosen}', and this processor has: {', '.join(known)}")
+    limit = machine.memory_limit()
+    budget_bytes, margin_bytes = machine.default_budget(limit)
+    drive = machine.drive_of(path)
+    return {
+        "cores": machine.usable_cores(),
+        "cpu": machine.cpu_model(),
+        "instruction_sets": known,
+        "instruction_set": chosen,
+        "memory": {
+            "total_bytes": limit.total_bytes,
+            "free_bytes": limit.free_bytes,
+            "limited_by": limit.source,
+            "default_budget_bytes": budget_bytes,
+            "margin_bytes": margin_bytes,
+            "swap_bytes": machine.swap_bytes(),
+        },
+        "drive": {
+            "path": str(path.resolve()),
+            "file_system": drive.file_system if drive else None,
+            "device": drive.device if drive else None,
+            "read_ahead_kb": drive.read_ahead_kb if drive else None,
+            "free_bytes": machine.free_disk_bytes(path),
+        },
+    }
+
+
+def measure_drive(path: Path, size_bytes: int, progress: Progress | None = None) -> dict[str, Any]:
+    """Bandwidth of random record reads from a temporary file; nothing of it stays, also after ^C or a kill.
+
+    Raises:
+        DiskFull: the file does not fit.   UsageError: the directory cannot be written to.
+    """
+    from argosy.plan import machine
+
+    file_bytes = min(size_bytes, machine.free_disk_bytes(path) // 10) // _CHUNK_BYTES * _CHUNK_BYTES
+    if file_bytes < _SMALLEST_FILE_BYTES:
+        needed = format_bytes(_SMALLEST_FILE_BYTES)
+        why = f"the temporary file would have less than {needed}"
+        return {"file_bytes": 0, "measured": [], "why_not_measured": why, "why_not_direct": None}
+    tell = progress or (lambda what, share: None)
+    try:
+        # The file has no name, or loses it at once, so the system removes it however this process ends.
+        with tempfile.TemporaryFile(dir=path) as file:
+            _fill(file, file_bytes, tell)
+            measured, why_not_direct = _measure(f"/proc/self/fd/{file.fileno()}", file_bytes, tell)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(
+                f"the temporary file needs {format_bytes(file_bytes)} in {path}, and there is no room for it",
+                hint="give a smaller --size",
+                path=str(path),
+                needed_bytes=file_bytes,
+                free_bytes=machine.free_disk_bytes(path),
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UsageError(
+                f"{path} cannot be written to, and the drive is measured on a file there",
+                hint="name a directory of yours on the same drive: `argosy doctor --path DIR`",
+            ) from error
+        raise
+    return {
+        "file_bytes": file_bytes,
+        "measured": measured,
+        "why_not_measured": None,
+        "why_not_direct": why_not_direct,
+    }
+
+
+def _fill(file: IO[bytes], file_bytes: int, tell: Callable[[str, float], None]) -> None:
+    """Random bytes, all different: a file system that compresses or shares blocks must not shine here."""
+    import numpy as np
+
+    generator = np.random.default_rng()
+    for done in range(0, file_bytes, _CHUNK_BYTES):
+        file.write(generator.bytes(_CHUNK_BYTES))
+        tell("writing a temporary file", 0.5 * done / file_bytes)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _measure(
+    name: str, file_bytes: int, tell: Callable[[str, float], None]
+) -> tuple[list[dict[str, Any]], str | None]:
+    from argosy import _native
+
+    cells = [
+        (direct, record_bytes, num_readers)
+        for direct in (True, False)
+        for record_bytes in _RECORD_BYTES
+        for num_readers in _NUM_READERS
+    ]
+    measured: list[dict[str, Any]] = []
+    why_not_direct = None
+    for number, (direct, record_bytes, num_readers) in enumerate(cells):
+        tell("measuring reads", 0.5 + 0.5 * number / len(cells))
+        if direct and why_not_direct is not None:
+            continue
+        try:
+            few = 16 * MIB // record_bytes
+            first = _native.drive_probe(name, record_bytes, few, num_readers, direct)
+            enough = int(min(first * _CELL_SECONDS, file_bytes)) // record_bytes
+            speed = _native.drive_probe(name, record_bytes, max(few, enough), num_readers, direct)
+        except RuntimeError as refusal:
+            why_not_direct = str(refusal).removeprefix(f"{name}: ")
+            continue
+        measured.append(
+            {
+                "is_direct": direct,
+                "record_bytes": record_bytes,
+                "num_readers": num_readers,
+                "bytes_per_s": speed,
+            }
+        )
+    return measured, why_not_direct
+
+
+def best_speed(facts: dict[str, Any], *, is_direct: bool) -> float | None:
+    """The fastest cell, in bytes per second."""
+    speeds = [cell["bytes_per_s"] for cell in facts["drive"]["measured"] if cell["is_direct"] == is_direct]
+    return max(speeds, default=None)
+
+
+def advice(facts: dict[str, Any]) -> str:
+    """The one thing that matters most here."""
+    drive, memory = facts["drive"], facts["memory"]
+    if drive["why_not_measured"] is not None:
+        return f"make room at {drive['path']}: {drive['why_not_measured']}"
+    if drive["file_system"] in ("tmpfs", "ramfs"):
+        return f"{drive['path']} is memory and not a drive: models there take the memory that experts need"
+    if memory["free_bytes"] < GIB:
+        return (
+            f"only {format_bytes(memory['free_bytes'])} of memory is free ({memory['limited_by']}): the demo model"
+            " runs; for larger ones end other programs or raise the limit"
+        )
+    direct, buffered = best_speed(facts, is_direct=True), best_speed(facts, is_direct=False)
+    if direct is None:
+        return (
+            f"keep models on a file system with direct reads, such as ext4 or xfs: {drive['why_not_direct']}"
+        )
+    fastest = max(direct, buffered or 0.0)
+    if fastest < _SLOW_BYTES_PER_S:
+        return (
+            f"this drive reads {fastest / 1e9:.2f} GB/s: prefer models that fit"
+            f" {format_bytes(memory['default_budget_bytes'])}, or keep large ones on an NVMe drive"
+        )
+    if memory["swap_bytes"]:
+        return "keep --memory below what is free: this machine has swap, and swapped weights are slow weights"
+    return (
+        f"ready: every GB of experts that is not in memory costs {1e9 / direct:.2f} s;"
+        " `argosy pack` makes each expert one aligned read"
+    )
+
+
+def fact_lines(facts: dict[str, Any]) -> list[str]:
+    """The same facts for a person."""
+    memory, drive = facts["memory"], facts["drive"]
+    free, total = format_bytes(memory["free_bytes"]), format_bytes(memory["total_bytes"])
+    ahead = "" if drive["read_ahead_kb"] is None else f", read-ahead {drive['read_ahead_kb']} KiB"
+    swap = format_bytes(memory["swap_bytes"]) if memory["swap_bytes"] else "none"
+    lines = [
+        f"cores     {facts['cores']} usable, {facts['cpu']}",
+        f"  instruction sets  {', '.join(facts['instruction_sets'])}; {facts['instruction_set']} is used",
+        f"memory    {free} free of {total} ({memory['limited_by']})",
+        f"  default budget    {format_bytes(memory['default_budget_bytes'])},"
+        f" a margin of {format_bytes(memory['margin_bytes'])} left free",
+        f"  swap              {swap}",
+        f"drive     {drive['path']}",
+        f"  file system       {drive['file_system'] or 'unknown'} on {drive['device'] or 'an unknown device'},"
+        f" {format_bytes(drive['free_bytes'])} free{ahead}",
+    ]
+    if drive["measured"]:
+        lines.append(
+            f"  random reads      measured, GB/s, on a temporary file of {format_bytes(drive['file_bytes'])}"
+        )
+        lines += _table(drive)
+    if drive["why_not_direct"] is not None:
+        lines.append(f"  O_DIRECT          refused: {drive['why_not_direct']}")
+    if drive["why_not_measured"] is not None:
+        lines.append(f"  random reads      not measured: {drive['why_not_measured']}")
+    lines.append(f"advice    {facts['advice']}")
+    return lines
+
+
+def _table(drive: dict[str, Any]) -> list[str]:
+    speeds = {
+        (cell["is_direct"], cell["num_readers"], cell["record_bytes"]): cell["bytes_per_s"]
+        for cell in drive["measured"]
+    }
+    lines = [f"    {'record':<26}" + "".join(f"{format_bytes(nbytes):>10}" for nbytes in _RECORD_BYTES)]
+    for direct in (True, False):
+        for num_readers in _NUM_READERS:
+            row = [speeds.get((direct, num_readers, nbytes)) for nbytes in _RECORD_BYTES]
+            if None not in row:
+                readers = "1 reader" if num_readers == 1 else f"{num_readers} readers"
+                label = f"{'O_DIRECT' if direct else 'page cache'}, {readers}"
+                lines.append(f"    {label:<26}" + "".join(f"{speed / 1e9:>10.2f}" for speed in row if speed))
+    return lines

@@ -1,0 +1,136 @@
+"""The entry point: find the command, run it, and turn every way to end into a sentence and an exit code.
+
+0 ok   1 unexpected   2 usage   3 will not fit   4 corrupt or unreadable   5 disk full   130 interrupted
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from argosy.errors import ArgosyError
+
+INTERRUPTED = 130
+
+# Name -> (module, attribute, one line of help): a command is imported when it is called.
+_COMMANDS = {
+    "run": ("argosy.cli.run", "run", "Answer one prompt."),
+    "chat": ("argosy.cli.chat", "chat", "Talk with a model in the terminal."),
+    "show": ("argosy.cli.show", "show", "What a model is, and whether it fits, before anything is loaded."),
+    "pack": ("argosy.cli.pack", "pack", "Write a model in packed form: one aligned read for each expert."),
+    "doctor": ("argosy.cli.doctor", "doctor", "What this machine offers: cores, memory, drive, and advice."),
+    "upcycle": ("argosy.cli.upcycle", "upcycle", "Make a mixture of experts from a dense model."),
+}
+
+
+class _Commands(click.Group):
+    """Commands by name, imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, attribute, _ = _COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, _, line) in _COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], _COMMANDS, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(_COMMANDS)}"
+            raise click.UsageError(f"No such command '{args[0]}'; {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from argosy import __version__
+
+        print(f"argosy {__version__}")
+        ctx.exit()
+
+
+@click.group(cls=_Commands, context_settings={"max_content_width": 100})
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_print_version,
+    help="Print the version.",
+)
+def cli() -> None:
+    """Run mixture-of-experts models bigger than your memory.
+
+    \b
+    Examples:
+      argosy run "Why is the sky blue?"
+      argosy show ./Qwen3-30B-A3B --memory 16GiB
+
+    `argosy COMMAND --help` explains a command. Environment: ARGOSY_MEMORY, ARGOSY_THREADS, ARGOSY_INSTRUCTION_SET,
+    ARGOSY_CACHE, ARGOSY_TRACEBACK, NO_COLOR.
+    """
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code. Errors are printed, never raised."""
+    try:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows '?'
+        with cli.make_context("argosy", list(sys.argv[1:] if args is None else args)) as context:
+            cli.invoke(context)
+        sys.stdout.flush()
+        return 0
+    except click.exceptions.Exit as done:  # --help and --version end this way
+        return done.exit_code
+    except BrokenPipeError:
+        # The reader has gone: nothing to say, and nothing more to write when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (KeyboardInterrupt, click.Abort):
+        print("\ninterrupted", file=sys.stderr)  # the terminal has shown ^C on a line of its own
+        return INTERRUPTED
+    except click.ClickException as error:
+        _print_click_error(error)
+        return error.exit_code
+    except ArgosyError as error:
+        if _wants_traceback():
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except Exception as error:  # the last line of defence: a person gets a sentence
+        if _wants_traceback():
+            raise
+        first = (str(error).splitlines() or [""])[0]
+        print(
+            f"error: unexpected {type(error).__name__}: {first}\nhint: ARGOSY_TRACEBACK=1 shows where it comes from",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _wants_traceback() -> bool:
+    from argosy.cli.settings import wants_traceback
+
+    return wants_traceback()
+
+
+def _print_click_error(error: click.ClickException) -> None:
+    message = error.format_message()
+    print(f"error: {message[:1].lower()}{message[1:]}", file=sys.stderr)
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    if context is not None:
+        print(f"hint: `{context.command_path} --help` shows what can be said", file=sys.stderr)

@@ -1,0 +1,90 @@
+"""What several commands print, and where: ledgers, plans, progress, text from a model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+from argosy.config import format_bytes
+
+if TYPE_CHECKING:
+    from argosy.engine.ledger import Ledger
+    from argosy.engine.memory_plan import MemoryPlan
+
+Progress = Callable[[str, float], None]
+
+# A terminal obeys control characters; text from a model must not steer it.
+_CONTROLS = {
+    code: "\N{REPLACEMENT CHARACTER}"
+    for code in (*range(0x20), *range(0x7F, 0xA0))
+    if chr(code) not in "\n\t"
+}
+
+
+def write_text(text: str, stream: TextIO | None = None) -> None:
+    """Show a model's text as it comes; on a terminal, control characters become U+FFFD."""
+    stream = sys.stdout if stream is None else stream
+    stream.write(text.translate(_CONTROLS) if stream.isatty() else text)
+    stream.flush()
+
+
+def ledger_lines(
+    ledger: Ledger, plan: MemoryPlan | None = None, finish_reason: str | None = None
+) -> list[str]:
+    """Where the memory and the time went, for a person."""
+    ended = f", {finish_reason}" if finish_reason else ""
+    lines = [f"tokens   {ledger.prompt_tokens} prompt, {ledger.new_tokens} new{ended}"]
+    speed = [
+        f"{rate:.1f} tok/s {what}"
+        for what, rate in (("decode", ledger.decode_tok_per_s), ("prefill", ledger.prefill_tok_per_s))
+        if rate is not None
+    ]
+    if ledger.time_to_first_token_s is not None:
+        speed.append(f"first token after {ledger.time_to_first_token_s:.2f} s")
+    if speed:
+        lines.append("speed    " + ", ".join(speed))
+    if ledger.hit_rate is not None:
+        read = (
+            f"{ledger.bytes_read / 1e9:.2f} GB"
+            if ledger.bytes_read >= 1e9
+            else f"{ledger.bytes_read / 1e6:.1f} MB"
+        )
+        lines.append(
+            f"experts  hit rate {ledger.hit_rate:.2f} ({ledger.hits} of {ledger.lookups}), {read} read"
+        )
+    peak = f"memory   peak {format_bytes(ledger.peak_bytes)}"
+    lines.append(peak if plan is None else f"{peak}, planned {format_bytes(plan.total_bytes)}")
+    if plan is not None:
+        lines += plan_lines(plan)
+    lines.append(f"time     {ledger.wall_s:.3f} s")
+    lines += [f"  {part.replace('_', ' '):<20}{seconds:>10.3f} s" for part, seconds in ledger.parts.items()]
+    return lines
+
+
+def plan_lines(plan: MemoryPlan) -> list[str]:
+    return [
+        f"  {label:<20}{format_bytes(count):>10}   {note}".rstrip() for label, count, note in plan.lines()
+    ]
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress | None]:
+    """A bar on stderr while that is a terminal, and nothing otherwise."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading headers", total=1.0)
+        yield lambda what, share: bar.update(task, description=what, completed=share)

@@ -1,0 +1,110 @@
+"""`argosy run`: answer one prompt."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from argosy.cli.options import DEMO, engine_options, open_engine, sampling_options, split_options
+from argosy.cli.output import ledger_lines, write_text
+from argosy.errors import UsageError
+
+if TYPE_CHECKING:
+    from argosy.engine.engine import Engine, PromptLike
+    from argosy.engine.sequence import Result
+
+
+@click.command("run")
+@click.argument("prompt", required=False)
+@click.option(
+    "-m", "--model", default=DEMO, metavar="MODEL", help="Directory of a model; default: the demo model."
+)
+@click.option("--system", metavar="TEXT", help="System message before the prompt.")
+@click.option("--raw", is_flag=True, help="Continue the text as it is: no chat template.")
+@click.option("--json", "as_json", is_flag=True, help="Print the answer and its ledger as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no ledger.")
+@engine_options
+@sampling_options
+def run(
+    prompt: str | None, model: str, system: str | None, raw: bool, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Answer PROMPT, or the text on stdin. The answer goes to stdout, its ledger to stderr.
+
+    \b
+    Examples:
+      argosy run "Why is the sky blue?"
+      argosy run -m ./Qwen3-30B-A3B --memory 16GiB < question.txt
+    """
+    settings, params = split_options(options)
+    request = _request(_read_prompt(prompt), system, raw)
+    with open_engine(model, settings) as engine:
+        result = _answer(engine, request, params, shows_text=not as_json)
+        if as_json:
+            print(_as_json(result, engine))
+        elif not quiet:
+            print(*ledger_lines(result.ledger, engine.plan, result.finish_reason), sep="\n", file=sys.stderr)
+
+
+def _read_prompt(prompt: str | None) -> str:
+    if prompt is not None and prompt != "-":
+        return prompt
+    if prompt is None and sys.stdin.isatty():
+        raise UsageError("run needs a prompt", hint='argosy run "Why is the sky blue?", or text on stdin')
+    try:
+        text = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the text on stdin is not UTF-8: {error.reason} at byte {error.start}") from None
+    text = text.removesuffix("\n")
+    if not text:
+        raise UsageError("run needs a prompt, and stdin is empty")
+    return text
+
+
+def _request(text: str, system: str | None, raw: bool) -> PromptLike:
+    from argosy.prompt.prompt import Prompt
+
+    if raw and system is not None:
+        raise UsageError("--raw has no place for --system: there are no messages without a chat template")
+    if raw:
+        return Prompt.raw(text)
+    if system is None:
+        return text
+    return [{"role": "system", "content": system}, {"role": "user", "content": text}]
+
+
+def _answer(engine: Engine, request: PromptLike, params: Any, *, shows_text: bool) -> Result:
+    result = None
+    for event in engine.stream(request, params):
+        if shows_text:
+            write_text(event.text)
+        result = event.result
+    assert result is not None  # the last event has it
+    if shows_text and not result.text.endswith("\n"):
+        write_text("\n")
+    return result
+
+
+def _as_json(result: Result, engine: Engine) -> str:
+    import json
+
+    facts: dict[str, Any] = {
+        "text": result.text,
+        "token_ids": list(result.token_ids),
+        "finish_reason": result.finish_reason,
+        "usage": result.usage,
+        "seed": result.seed,
+        "ledger": result.ledger.as_dict(),
+        "plan": engine.plan.as_dict(),
+    }
+    if result.logprobs is not None:
+        facts["logprobs"] = [
+            {
+                "token_id": entry.token_id,
+                "logprob": entry.logprob,
+                "top": [{"token_id": token_id, "logprob": value} for token_id, value in entry.top],
+            }
+            for entry in result.logprobs
+        ]
+    return json.dumps(facts, ensure_ascii=False)

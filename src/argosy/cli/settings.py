@@ -1,0 +1,71 @@
+"""What the environment says, read in one place; a flag goes before it.
+
+    flags, environment -> Settings -> keyword arguments of Engine
+
+ARGOSY_MEMORY, ARGOSY_THREADS and ARGOSY_INSTRUCTION_SET are defaults of the flags of the same name.
+ARGOSY_CACHE is where the demo model is kept (`demo/locate.py` asks for it), ARGOSY_TRACEBACK=1 shows tracebacks,
+and NO_COLOR is honoured by rich. A misspelt ARGOSY_ variable gets an answer.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from argosy.config import KvDtype
+from argosy.errors import UsageError
+
+KNOWN = ("ARGOSY_MEMORY", "ARGOSY_THREADS", "ARGOSY_INSTRUCTION_SET", "ARGOSY_CACHE", "ARGOSY_TRACEBACK")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How to run an engine; None leaves a choice to it."""
+
+    memory: str | None = None
+    threads: int | None = None
+    context: int | None = None
+    kv_dtype: KvDtype | None = None
+    instruction_set: str | None = None
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str] | None = None, **flags: Any) -> Self:
+        """Flags that were given, and the environment for the others.
+
+        Raises:
+            UsageError: a variable that is no number, or is misspelt.
+        """
+        environment = os.environ if environment is None else environment
+        for name in environment:
+            if name.startswith("ARGOSY") and name not in KNOWN:
+                near = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.8)
+                if near:
+                    raise UsageError(f"unknown environment variable {name}; did you mean {near[0]}?")
+        values: dict[str, Any] = {
+            "memory": environment.get("ARGOSY_MEMORY") or None,
+            "threads": _whole_number(environment, "ARGOSY_THREADS"),
+            "instruction_set": environment.get("ARGOSY_INSTRUCTION_SET") or None,
+        }
+        return cls(**{**values, **{name: value for name, value in flags.items() if value is not None}})
+
+    def for_engine(self) -> dict[str, Any]:
+        """Keyword arguments of `Engine`: only what was said."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def wants_traceback(environment: Mapping[str, str] | None = None) -> bool:
+    value = (os.environ if environment is None else environment).get("ARGOSY_TRACEBACK", "")
+    return value not in ("", "0")
+
+
+def _whole_number(environment: Mapping[str, str], name: str) -> int | None:
+    text = environment.get(name)
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"{name} must be a whole number of at least 1, found '{text}'")
+    return int(text)

@@ -1,0 +1,155 @@
+"""`argosy show`: what a model is, and whether it fits, from the headers of its files."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from argosy.cli.options import DEMO, engine_options
+from argosy.config import format_bytes
+from argosy.errors import DoesNotFit
+
+if TYPE_CHECKING:
+    from argosy.checkpoint.files import ModelFiles
+    from argosy.cli.settings import Settings
+    from argosy.engine.memory_plan import MemoryPlan
+
+
+@click.command("show")
+@click.argument("model", default=DEMO)
+@engine_options
+@click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
+def show(model: str, as_json: bool, **options: Any) -> None:
+    """Show family, geometry and memory plan of MODEL. Reads headers, and no weights.
+
+    Exit code 3 says that it does not fit the budget.
+
+    \b
+    Examples:
+      argosy show ./Qwen3-30B-A3B --memory 16GiB
+      argosy show ./mixtral-q4 --memory 75% --context 32768 --json
+    """
+    from argosy.cli.output import progress_bar
+    from argosy.cli.settings import Settings
+    from argosy.engine.engine import locate_model
+    from argosy.engine.memory_plan import quarter_of_experts
+    from argosy.model.families import open_model
+
+    settings = Settings.read(**options)
+    with progress_bar() as progress:
+        files = open_model(locate_model(model, progress))
+    slots = quarter_of_experts(files) if model == DEMO and settings.memory is None else None
+    facts = model_facts(files)
+    if not as_json:
+        print(*fact_lines(facts), sep="\n")
+    try:
+        plan = _plan(files, settings, slots)
+    except DoesNotFit as refusal:
+        if as_json:
+            _print_json({**facts, "fits": False, "plan": refusal.facts.get("plan"), "why": refusal.message})
+        else:
+            print("fits      no")
+        raise
+    if as_json:
+        _print_json({**facts, "fits": True, "plan": plan.as_dict()})
+        return
+    from argosy.cli.output import plan_lines
+
+    print(f"fits      yes, {format_bytes(plan.total_bytes)} of {format_bytes(plan.budget_bytes)}")
+    print(*plan_lines(plan), sep="\n")
+
+
+def model_facts(files: ModelFiles) -> dict[str, Any]:
+    """Family, geometry and sizes, by name."""
+    config = files.config
+    per_expert = 0
+    if files.experts:
+        record = next(iter(files.experts.values()))
+        per_expert = sum(matrix.rows * matrix.cols for matrix in (record.gate, record.up, record.down))
+    dense = sum(ref.rows * ref.cols for ref in files.dense.values())
+    return {
+        "directory": str(files.directory),
+        "family": config.family,
+        "is_packed": files.is_packed,
+        "expert_format": files.expert_format if files.experts else None,
+        "num_layers": config.num_layers,
+        "num_moe_layers": len(config.moe_layers),
+        "hidden_size": config.hidden_size,
+        "num_heads": config.num_heads,
+        "num_kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "num_experts": config.num_experts,
+        "experts_per_token": config.experts_per_token,
+        "expert_width": config.expert_width,
+        "shared_width": config.shared_width,
+        "vocab_size": config.vocab_size,
+        "context_tokens": config.context_tokens,
+        "num_parameters": dense + per_expert * len(files.experts),
+        "num_parameters_per_token": dense + per_expert * len(config.moe_layers) * config.experts_per_token,
+        "dense_bytes": files.dense_bytes,
+        "expert_bytes": files.expert_bytes,
+    }
+
+
+def fact_lines(facts: dict[str, Any]) -> list[str]:
+    """The same facts for a person."""
+    shared = f", a shared one of width {facts['shared_width']}" if facts["shared_width"] else ""
+    kind = "a pack" if facts["is_packed"] else "as the hub has it"
+    everything, active = facts["num_parameters"], facts["num_parameters_per_token"]
+    return [
+        f"model     {facts['directory']}",
+        f"  family        {facts['family']}, {kind}, experts {facts['expert_format']}",
+        f"  parameters    {_count(everything)}, {_count(active)} of them for a token",
+        f"  layers        {facts['num_layers']}, {facts['num_moe_layers']} with routed experts",
+        f"  experts       {facts['num_experts']} in a layer, {facts['experts_per_token']} for a token,"
+        f" width {facts['expert_width']}{shared}",
+        f"  attention     {facts['num_heads']} heads, {facts['num_kv_heads']} of keys and values,"
+        f" {facts['head_dim']} wide; hidden size {facts['hidden_size']}",
+        f"  vocabulary    {facts['vocab_size']} tokens; context {facts['context_tokens']} tokens",
+        f"  on disk       {format_bytes(facts['dense_bytes'])} for every token,"
+        f" {format_bytes(facts['expert_bytes'])} of routed experts",
+    ]
+
+
+def _count(parameters: int) -> str:
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if parameters >= size:
+            return f"{parameters / size:.3g} {unit}"
+    return str(parameters)
+
+
+def _plan(files: ModelFiles, settings: Settings, expert_slots: int | None) -> MemoryPlan:
+    """The plan that `Engine` would make, in a process that holds what its process would."""
+    from argosy.config import Budget, EngineConfig, parse_size
+    from argosy.engine.memory_plan import plan_memory, process_bytes
+    from argosy.plan import machine
+    from argosy.prompt.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.open(files.directory)  # held while the process is measured, as the engine holds it
+    limit = machine.memory_limit()
+    ram_bytes = (
+        machine.default_budget(limit)[0]
+        if settings.memory is None
+        else parse_size(settings.memory, total_bytes=limit.total_bytes)
+    )
+    config = EngineConfig(
+        budget=Budget(ram_bytes=ram_bytes, context_tokens=settings.context),
+        threads=settings.threads or machine.usable_cores(),
+        kv_dtype=settings.kv_dtype or "f32",
+        instruction_set=settings.instruction_set,
+    )
+    plan = plan_memory(
+        files,
+        config,
+        process_bytes=process_bytes(tokenizer),
+        expert_slots=expert_slots,
+    )
+    del tokenizer
+    return plan
+
+
+def _print_json(facts: dict[str, Any]) -> None:
+    import json
+
+    print(json.dumps(facts, ensure_ascii=False))

@@ -1,0 +1,44 @@
+"""`argosy upcycle`: make a mixture of experts from a dense model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("upcycle")
+@click.argument("dense", type=click.Path(path_type=Path))
+@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
+@click.option("--experts", type=int, default=8, show_default=True, help="Routed experts of a layer.")
+@click.option("--experts-per-token", type=int, default=2, show_default=True, help="Of them, for a token.")
+@click.option("--width", type=int, default=96, show_default=True, help="Neurons of an expert.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses neurons and the first router.")
+def upcycle(
+    dense: Path, destination: Path, experts: int, experts_per_token: int, width: int, seed: int
+) -> None:
+    """Make the Qwen2-MoE checkpoint DST of the dense Llama-style model DENSE.
+
+    DENSE is a safetensors directory or a GGUF file. Its feed-forward network becomes the shared expert; routed
+    experts start from its neurons, with an output of zero, so that DST first says exactly what DENSE says, and
+    training only its experts and router makes it better (sparse upcycling, arXiv:2212.05055).
+
+    \b
+    Examples:
+      argosy upcycle ./SmolLM2-135M-Instruct ./smol-moe
+      argosy upcycle model.gguf ./moe --experts 16 --experts-per-token 4 --width 64
+    """
+    from argosy.checkpoint.upcycle import upcycle as make
+    from argosy.cli.output import progress_bar
+
+    with progress_bar() as progress:
+        made = make(
+            dense,
+            destination,
+            num_experts=experts,
+            experts_per_token=experts_per_token,
+            width=width,
+            seed=seed,
+            progress=progress,
+        )
+    print(made)

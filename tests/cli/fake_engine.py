@@ -1,0 +1,86 @@
+"""An engine that says what a test tells it to, with the surface that the command line uses."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace, TracebackType
+from typing import Any
+
+from argosy.config import MIB, SamplingParams
+from argosy.engine.ledger import Ledger
+from argosy.engine.sequence import Result, TokenEvent
+
+
+class FakePlan:
+    budget_bytes, total_bytes = 512 * MIB, 300 * MIB
+
+    def lines(self) -> list[tuple[str, int, str]]:
+        return [("dense weights", 200 * MIB, ""), ("expert cache", 100 * MIB, "60 of 240 experts (25 %)")]
+
+    def as_dict(self) -> dict[str, int]:
+        return {"budget_bytes": self.budget_bytes, "total_bytes": self.total_bytes}
+
+
+class FakeEngine:
+    """Answers every prompt with `answer`, a token a word; `before_token` may raise."""
+
+    answer: tuple[str, ...] = ("Paris", " is", " it.")
+    before_open: Callable[[], None] = staticmethod(lambda: None)
+    before_token: Callable[[int], None] = staticmethod(lambda at: None)
+    opened: list[dict[str, Any]]
+    prompts: list[Any]
+    params: list[SamplingParams]
+
+    def __init__(self, model: object, *, progress: object = None, **arguments: Any) -> None:
+        self.before_open()
+        type(self).opened.append({"model": model, **arguments})
+        self.plan = FakePlan()
+        self.is_open = True
+
+    @property
+    def ledger(self) -> Ledger:
+        parts = {"router": 0.25, "expert_compute": 0.75}
+        return Ledger(prompt_tokens=7, new_tokens=3, wall_s=1.0, time_to_first_token_s=0.5, hits=6, lookups=10,
+                      bytes_read=2_500_000_000, peak_bytes=280 * MIB, parts=parts)  # fmt: skip
+
+    def submit(self, prompt: Any, params: SamplingParams) -> SimpleNamespace:
+        type(self).prompts.append([dict(m) for m in prompt] if isinstance(prompt, list) else prompt)
+        type(self).params.append(params)
+        self.sequence = SimpleNamespace(events=deque(), result=None, at=0)
+        return self.sequence
+
+    def step(self) -> None:
+        at = self.sequence.at
+        self.before_token(at)
+        self.sequence.at += 1
+        is_last = self.sequence.at == len(self.answer)
+        if is_last:
+            self.finish("stop")
+        event = TokenEvent(at, self.answer[at], None, "stop" if is_last else None, self.sequence.result)
+        self.sequence.events.append(event)
+
+    def finish(self, reason: Any) -> None:
+        count = self.sequence.at
+        usage = {"prompt_tokens": 7, "completion_tokens": count, "total_tokens": 7 + count}
+        self.sequence.result = Result(
+            "".join(self.answer[:count]), list(range(count)), reason, None, usage, 9, self.ledger
+        )
+
+    def cancel(self, sequence: SimpleNamespace) -> None:
+        if sequence.result is None:
+            self.finish("cancelled")
+
+    def stream(self, prompt: Any, params: SamplingParams) -> Iterator[TokenEvent]:
+        sequence = self.submit(prompt, params)
+        while sequence.result is None:
+            self.step()
+            yield sequence.events.popleft()
+
+    def __enter__(self) -> FakeEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.is_open = False

@@ -1,0 +1,216 @@
+"""Every way a command can end: a sentence on stderr and a stable exit code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from tests.cli.fake_engine import FakeEngine
+
+from argosy import errors
+from argosy.cli.main import _COMMANDS, main
+from argosy.cli.settings import Settings, wants_traceback
+from argosy.errors import UsageError
+
+Engine = type[FakeEngine]
+Captured = pytest.CaptureFixture[str]
+
+
+def argosy(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "argosy", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.parametrize("command", ["", *_COMMANDS])
+def test_help_is_under_40_lines_with_two_examples(command: str, capsys: Captured) -> None:
+    assert main([*command.split(), "--help"]) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) < 40
+    assert all(len(line) <= 100 for line in out.splitlines())
+    examples = out.split("Examples:")[1].split("\n\n")[0].strip().splitlines()
+    assert len(examples) == 2
+    assert all(line.strip().startswith("argosy") for line in examples)
+
+
+def test_help_names_every_command(capsys: Captured) -> None:
+    main(["--help"])
+    listed = capsys.readouterr().out.split("Commands:")[1].split()
+    assert set(_COMMANDS) <= set(listed)
+
+
+def test_version_comes_alone_and_without_the_heavy_imports(capsys: Captured) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("argosy 0.")
+    code = (
+        "import sys; from argosy.cli.main import main; main(['run', '--help'])\n"
+        "heavy = {'numpy', 'tokenizers', 'rich', 'prompt_toolkit', 'jinja2', 'argosy._native'} & set(sys.modules)\n"
+        "sys.exit(repr(heavy) if heavy else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_first_output_comes_within_200_ms() -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
+        assert argosy("--version").returncode == 0
+        return time.perf_counter() - start
+
+    bare = min(_seconds_of_a_bare_interpreter() for _ in range(3))
+    assert min(seconds() for _ in range(5)) - bare < 0.2
+
+
+def _seconds_of_a_bare_interpreter() -> float:
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", ""], check=True, timeout=60)
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["rnu"], "no such command 'rnu'; did you mean 'run'?"),
+        (["xyzzy"], "no such command 'xyzzy'; known: run, chat"),
+        (["run", "--tempretaure", "1"], "--temperature"),
+        (["show", "--memroy", "1GB"], "--memory"),
+        (["run", "--kv", "f8", "x"], "'f8' is not one of 'f32', 'f16'"),
+        (["run", "--threads", "0", "x"], "0 is not in the range"),
+        (["run", "a", "b"], "unexpected extra argument"),
+        (["run", "--temperature", "-1", "x"], "temperature must be from 0 to 100, found -1.0"),
+        (["run", "--top-p", "2", "x"], "top_p must be above 0, at most 1, found 2.0"),
+        (["run", "-n", "0", "x"], "max_tokens must be at least 1, found 0"),
+        (["run", "--stop", "", "x"], "a stop string must hold at least one character"),
+        (["run", "--logit-bias", "7:3", "x"], "--logit-bias takes ID=X, found '7:3'"),
+        (["run", "--raw", "--system", "s", "x"], "--raw has no place for --system"),
+        (["upcycle", "only-one"], "missing argument 'DST'"),
+    ],
+)
+def test_what_cannot_be_meant_is_named_and_exits_2(
+    arguments: list[str], sentence: str, engine: Engine, capsys: Captured
+) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert sentence in captured.err
+    assert captured.out == ""
+    assert engine.opened == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.UsageError, 2),
+        (errors.PromptTooLong, 2),
+        (errors.DoesNotFit, 3),
+        (errors.CheckpointError, 4),
+        (errors.UnsupportedModel, 4),
+        (errors.CorruptRecord, 4),
+        (errors.ReadFailed, 4),
+        (errors.DiskFull, 5),
+        (errors.FetchFailed, 1),
+    ],
+)
+def test_an_error_of_ours_is_its_sentence_and_its_code(
+    error: type[errors.ArgosyError], code: int, engine: Engine, capsys: Captured
+) -> None:
+    def fail() -> None:
+        raise error("layer 3 is upside down", hint="turn it over")
+
+    engine.before_open = staticmethod(fail)
+    assert main(["run", "-m", "x", "Hi"]) == code
+    assert capsys.readouterr().err == "error: layer 3 is upside down\nhint: turn it over\n"
+
+
+def test_an_error_nobody_expected_is_one_line_and_a_way_to_see_more(
+    engine: Engine, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError("division by zero\nand more")
+
+    engine.before_open = staticmethod(fail)
+    assert main(["run", "-m", "x", "Hi"]) == 1
+    assert capsys.readouterr().err == (
+        "error: unexpected ZeroDivisionError: division by zero\n"
+        "hint: ARGOSY_TRACEBACK=1 shows where it comes from\n"
+    )
+    monkeypatch.setenv("ARGOSY_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["run", "-m", "x", "Hi"])
+
+
+@pytest.mark.parametrize("at", ["open", "token"])
+def test_an_interrupt_anywhere_exits_130_with_a_clean_line(at: str, engine: Engine, capsys: Captured) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    setattr(engine, f"before_{at}", staticmethod(interrupt))
+    assert main(["run", "-m", "x", "Hi"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_a_reader_that_goes_away_is_no_error(engine: Engine) -> None:
+    code = (
+        "import sys, argosy.engine.engine as e\n"
+        "from tests.cli.fake_engine import FakeEngine\n"
+        "class Engine(FakeEngine):\n"
+        "    opened, prompts, params, answer = [], [], [], ('word ',) * 200000\n"
+        "e.Engine = Engine\n"
+        "from argosy.cli.main import main\n"
+        "sys.exit(main(['run', '-m', 'x', 'Hi']))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(10)
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(timeout=60), said) == (1, b"")
+
+
+# The environment
+
+
+def test_flags_go_before_the_environment_and_only_what_was_said_reaches_the_engine() -> None:
+    environment = {"ARGOSY_MEMORY": "2GiB", "ARGOSY_THREADS": "3", "HOME": "/"}
+    settings = Settings.read(environment, memory="1GiB", kv_dtype="f16")
+    assert settings.for_engine() == {"memory": "1GiB", "threads": 3, "kv_dtype": "f16"}
+    assert Settings.read({}).for_engine() == {}
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"ARGOSY_THREADS": "many"}, "ARGOSY_THREADS must be a whole number of at least 1, found 'many'"),
+        ({"ARGOSY_THREADS": "0"}, "at least 1, found '0'"),
+        (
+            {"ARGOSY_MEMROY": "1GiB"},
+            "unknown environment variable ARGOSY_MEMROY; did you mean ARGOSY_MEMORY?",
+        ),
+    ],
+)
+def test_a_variable_that_cannot_be_meant_is_named(environment: dict[str, str], sentence: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Settings.read(environment)
+    assert sentence in str(caught.value)
+
+
+def test_tracebacks_are_off_unless_asked_for() -> None:
+    assert [wants_traceback({"ARGOSY_TRACEBACK": value}) for value in ("", "0", "1", "yes")] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert not wants_traceback({})
+
+
+def test_the_module_runs_as_the_command() -> None:
+    done = argosy("show", "/nowhere", env={**os.environ})
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr == "error: /nowhere does not exist\n"

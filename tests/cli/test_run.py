@@ -1,0 +1,265 @@
+"""`argosy run`, `show` and `upcycle`: what is asked of the engine, and what is printed where."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.cli.fake_engine import FakeEngine
+
+from argosy.cli.main import main
+from argosy.cli.output import write_text
+from argosy.config import SamplingParams
+from argosy.prompt.prompt import Prompt
+
+Engine = type[FakeEngine]
+Captured = pytest.CaptureFixture[str]
+
+
+def test_the_answer_goes_to_stdout_and_its_ledger_to_stderr(engine: Engine, capsys: Captured) -> None:
+    assert main(["run", "-m", "model", "Capital of France?"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "Paris is it.\n"
+    assert captured.err == (
+        "tokens   7 prompt, 3 new, stop\n"
+        "speed    4.0 tok/s decode, 14.0 tok/s prefill, first token after 0.50 s\n"
+        "experts  hit rate 0.60 (6 of 10), 2.50 GB read\n"
+        "memory   peak 280 MiB, planned 300 MiB\n"
+        "  dense weights          200 MiB\n"
+        "  expert cache           100 MiB   60 of 240 experts (25 %)\n"
+        "time     1.000 s\n"
+        "  router                   0.250 s\n"
+        "  expert compute           0.750 s\n"
+    )
+
+
+def test_quiet_prints_the_answer_alone(engine: Engine, capsys: Captured) -> None:
+    assert main(["run", "-m", "model", "-q", "Hi"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_text_is_shown_as_it_comes(engine: Engine, capsys: Captured) -> None:
+    seen = []
+    engine.before_token = staticmethod(lambda at: seen.append(capsys.readouterr().out))
+    main(["run", "-m", "model", "Hi"])
+    assert seen == ["", "Paris", " is"]
+
+
+def test_json_has_text_ids_reason_usage_seed_and_ledger(engine: Engine, capsys: Captured) -> None:
+    assert main(["run", "-m", "model", "--json", "Hi"]) == 0
+    captured = capsys.readouterr()
+    facts = json.loads(captured.out)
+    assert captured.err == ""
+    assert facts["text"] == "Paris is it."
+    assert facts["token_ids"] == [0, 1, 2]
+    assert facts["finish_reason"] == "stop"
+    assert facts["usage"] == {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    assert facts["seed"] == 9
+    assert facts["ledger"]["hit_rate"] == 0.6
+    assert facts["plan"]["total_bytes"] == 300 << 20
+
+
+def test_options_reach_the_engine_and_the_sampler(
+    engine: Engine, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ARGOSY_THREADS", "2")
+    engine_words = "--memory 1GiB --context 64 --kv f16 --instruction-set avx2"
+    truncation = "-n 9 -t 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 --seed 0 --stop a --logprobs 0 --ignore-eos"
+    penalties = "--repetition-penalty 1.1 --presence-penalty 0.2 --frequency-penalty -0.3 --logit-bias 5=-100"
+    words = f"run -m model {engine_words} {truncation} {penalties}".split()
+    assert main([*words, "--stop", " b", "Hi"]) == 0
+    assert engine.opened == [
+        {
+            "model": "model",
+            "memory": "1GiB",
+            "threads": 2,
+            "context": 64,
+            "kv_dtype": "f16",
+            "instruction_set": "avx2",
+        }
+    ]
+    assert engine.params == [
+        SamplingParams(
+            max_tokens=9, temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.1, presence_penalty=0.2,
+            frequency_penalty=-0.3, seed=0, stop=("a", " b"), logit_bias={5: -100.0}, logprobs=0, ignore_eos=True,
+        )
+    ]  # fmt: skip
+
+
+def test_without_options_the_engines_own_choices_hold(engine: Engine, capsys: Captured) -> None:
+    main(["run", "-m", "model", "Hi"])
+    assert engine.opened == [{"model": "model"}]
+    assert engine.params == [SamplingParams()]
+    assert engine.prompts == ["Hi"]
+
+
+def test_raw_text_and_a_system_message_are_said_as_what_they_are(engine: Engine, capsys: Captured) -> None:
+    main(["run", "-m", "model", "--raw", "Once"])
+    main(["run", "-m", "model", "--system", "Be brief.", "Hi"])
+    assert engine.prompts == [
+        Prompt.raw("Once"),
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"), [("Hello\n", "Hello"), ("two\nlines\n\n", "two\nlines\n"), ("no end", "no end")]
+)
+def test_the_prompt_may_come_on_stdin(
+    text: str, prompt: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    for arguments in ([], ["-"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        assert main(["run", "-m", "model", *arguments]) == 0
+    assert engine.prompts == [prompt, prompt]
+
+
+def test_no_prompt_at_all_is_named(engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert main(["run", "-m", "model"]) == 2
+    assert "stdin is empty" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff"), encoding="utf-8"))
+    assert main(["run", "-m", "model"]) == 2
+    assert "not UTF-8" in capsys.readouterr().err
+    terminal = io.StringIO("")
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdin", terminal)
+    assert main(["run", "-m", "model"]) == 2
+    assert "run needs a prompt" in capsys.readouterr().err
+    assert engine.opened == []
+
+
+def test_without_a_model_the_demo_model_answers(engine: Engine) -> None:
+    for arguments in ([], ["-m", "demo"]):
+        assert main(["run", *arguments, "Hi"]) == 0
+        assert engine.opened.pop() == {"model": "demo"}
+
+
+def test_a_terminal_is_not_steered_by_a_models_text() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal, file = Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        write_text("a\x1b[2J\x9bb\tc\n\r", stream)
+    assert terminal.getvalue() == "a\ufffd[2J\ufffdb\tc\n\ufffd"
+    assert file.getvalue() == "a\x1b[2J\x9bb\tc\n\r"
+
+
+# With a real engine
+
+
+def test_a_real_model_answers_the_same_streamed_and_as_json(chat_model: Path, capsys: Captured) -> None:
+    common = ["-m", str(chat_model), "--threads", "1", "-n", "12", "Hello <|im_end|>"]
+    assert main(["run", *common]) == 0
+    streamed = capsys.readouterr()
+    assert main(["run", "--json", *common]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert streamed.out.removesuffix("\n") == facts["text"].removesuffix("\n")
+    assert facts["usage"]["completion_tokens"] == len(facts["token_ids"]) <= 12
+    assert sum(facts["ledger"]["parts"].values()) == pytest.approx(
+        facts["ledger"]["wall_s"], rel=0.02, abs=1e-3
+    )
+    assert "expert cache" in streamed.err
+
+
+def test_logprobs_are_in_the_json(chat_model: Path, capsys: Captured) -> None:
+    assert (
+        main(["run", "-m", str(chat_model), "--threads", "1", "-n", "2", "--logprobs", "3", "--json", "Hi"])
+        == 0
+    )
+    facts = json.loads(capsys.readouterr().out)
+    assert [entry["token_id"] for entry in facts["logprobs"]] == facts["token_ids"]
+    assert all(entry["top"][0]["token_id"] == entry["token_id"] for entry in facts["logprobs"])  # greedy
+    assert all(len(entry["top"]) == 3 for entry in facts["logprobs"])
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(
+    chat_model: Path, capsys: Captured
+) -> None:
+    assert main(["run", "-m", str(chat_model), "--context", "64", "word " * 100]) == 2
+    assert "and the context holds 64" in capsys.readouterr().err
+
+
+def test_an_interrupt_of_the_real_process_exits_130(chat_model: Path) -> None:
+    command = [sys.executable, "-m", "argosy", "run", "-m", str(chat_model), "--threads", "1"]
+    # A full pipe keeps the answer from ending before the signal comes.
+    code = (
+        "import sys, argosy.cli.run as run\n"
+        "real = run.write_text\n"
+        "run.write_text = lambda text: (real(text), __import__('time').sleep(0.2))\n"
+        "from argosy.cli.main import main\n"
+        f"sys.exit(main({[*command[3:], '-n', '200', '--ignore-eos', 'Hi']!r}))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ}
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == b"\ninterrupted\n"
+
+
+# show
+
+
+def test_show_prints_family_geometry_and_plan(chat_model: Path, capsys: Captured) -> None:
+    assert main(["show", str(chat_model), "--memory", "400MiB"]) == 0
+    out = capsys.readouterr().out
+    assert "qwen3_moe, as the hub has it, experts bf16" in out
+    assert "6 in a layer, 2 for a token, width 24" in out
+    assert "fits      yes, " in out
+    assert " of 400 MiB" in out
+    assert "18 of 18 experts (100 %)" in out
+    assert main(["show", str(chat_model), "--memory", "400MiB", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["fits"] is True
+    assert facts["plan"]["budget_bytes"] == 400 << 20
+    assert facts["num_parameters"] > facts["num_parameters_per_token"]
+    assert facts["num_experts"] == 6
+
+
+def test_show_of_what_does_not_fit_exits_3_and_says_what_would(chat_model: Path, capsys: Captured) -> None:
+    assert main(["show", str(chat_model), "--memory", "2MiB"]) == 3
+    captured = capsys.readouterr()
+    assert captured.out.endswith("fits      no\n")
+    assert "smallest budget that works" in captured.err
+    assert main(["show", str(chat_model), "--memory", "2MiB", "--json"]) == 3
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["fits"] is False
+    assert facts["plan"]["total_bytes"] > 2 << 20
+
+
+def test_show_of_no_model_exits_4(tmp_path: Path, capsys: Captured) -> None:
+    assert main(["show", str(tmp_path)]) == 4
+    assert "holds no model" in capsys.readouterr().err
+
+
+# upcycle
+
+
+def test_upcycle_hands_its_options_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    asked: list[object] = []
+
+    def upcycle(dense: Path, destination: Path, **options: object) -> Path:
+        asked.append((dense, destination, options))
+        return destination
+
+    monkeypatch.setattr("argosy.checkpoint.upcycle.upcycle", upcycle)
+    assert (
+        main(["upcycle", "dense", "dst", "--experts", "4", "--experts-per-token", "1", "--width", "32"]) == 0
+    )
+    expected = {"num_experts": 4, "experts_per_token": 1, "width": 32, "seed": 0, "progress": None}
+    assert asked == [(Path("dense"), Path("dst"), expected)]
+    assert capsys.readouterr().out == "dst\n"
