@@ -10,8 +10,8 @@ layer may ask for more experts than there are slots.
 Which expert leaves: the least recently used of all layers, except that a layer keeps its last `floor` experts (an
 equal share of the slots, at most `experts_per_token`): with fewer slots than one token touches, a plain global LRU
 evicts each expert just before it is needed again. Prompt tokens sweep through nearly every expert once per chunk. What
-they alone ask for takes free slots, and then only the slots of a small window that it reuses newest first: a sweep
-comes round again in the same order, so what was swept last is needed last.
+they alone ask for takes free slots, and then only the slots of a small window, newest first: a sweep comes round again
+in the same order, so what was swept last is needed last. What decode uses stays; what was only swept in leaves first.
 
 Elsewhere: `benchmarks/replay.py` measures policies on recorded routing.
 """
@@ -69,12 +69,8 @@ class CachePolicy:
         """Find a slot for a missing expert, evicting another if need be, and pin it. None: wait for an unpin."""
         if self._free:
             slot: int | None = self._free.pop()
-            is_scan = False  # nobody was displaced: it may stay like any other
         elif is_scan:
-            # A full window whose experts are all in use makes the sweep wait, not the window grow.
-            slot = self._evict_oldest(key[0]) if len(self._window) < self.window_slots else None
-            if slot is None:
-                slot = self._from_window(newest=True)
+            slot = self._slot_for_sweep(key[0])
         else:
             slot = self._from_window(newest=False)
             if slot is None:
@@ -99,6 +95,13 @@ class CachePolicy:
         if slot is None:
             slot, _ = self._layers[key[0]].pop(key[1])
         self._free.append(slot)
+
+    def _slot_for_sweep(self, layer: int) -> int | None:
+        """From the window; from others only while the window is small, and never more at once than the window has."""
+        if len(self._pinned & self._window.keys()) >= self.window_slots:
+            return None
+        slot = self._evict_oldest(layer) if len(self._window) < self.window_slots else None
+        return self._from_window(newest=True) if slot is None else slot
 
     def _from_window(self, *, newest: bool) -> int | None:
         keys = reversed(self._window) if newest else iter(self._window)
@@ -165,32 +168,43 @@ class _CachedLease:
         self, source: CachedSource, layer: int, expert_ids: Sequence[int], scan: Collection[int]
     ) -> None:
         self._source = source
-        self._layer = layer
         self._scan = scan
+        self._keys = [(layer, expert) for expert in expert_ids]
+        self._hits: list[Key] = []
+        self._missing: list[Key] = []  # the next to be read comes last
         self._held: list[Key] = []
         self._in_flight: dict[int, Key] = {}
-        policy, stats = source.policy, source.stats
-        keys = [(layer, expert) for expert in expert_ids]
-        self._hits = [key for key in keys if policy.slot(key) is not None]
-        for key in self._hits:  # before any miss may evict one of them
-            policy.use(key, is_scan=key[1] in scan)
-        hits = set(self._hits)
-        # What decode waits for is read first; within that, in the order of the file.
-        self._missing = sorted(
-            (key for key in keys if key not in hits), key=lambda key: (key[1] in scan, key)
-        )
-        self._missing.reverse()
-        stats.lookups += len(keys)
-        stats.hits += len(hits)
 
     def __enter__(self) -> _CachedLease:
-        self._held = list(self._hits)
-        self._issue()
+        try:
+            self._find()
+            self._issue()
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end()
+
+    def _find(self) -> None:
+        policy, stats, scan = self._source.policy, self._source.stats, self._scan
+        for key in self._keys:  # before any miss may evict one of them
+            if policy.slot(key) is None:
+                self._missing.append(key)
+            else:
+                self._hits.append(key)
+                self._held.append(key)
+                policy.use(key, is_scan=key[1] in scan)
+        # What decode waits for is read first; within that, in the order of the file.
+        self._missing.sort(key=lambda key: (key[1] in scan, key), reverse=True)
+        stats.lookups += len(self._keys)
+        stats.hits += len(self._hits)
+
+    def _end(self) -> None:
+        """Give back what is held, and wait until no read moves bytes."""
         self._give_back()
         for ticket, key in self._in_flight.items():
             self._source._store.cancel(ticket)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.checkpoint.files import ExpertRecord
+from argosy.config import Format
 from argosy.errors import ArgosyError, CorruptRecord, ReadFailed
 
 Key = tuple[int, int]  # (layer, expert)
@@ -69,7 +70,7 @@ class ExpertSource(Protocol):
     def arena(self) -> _native.Arena: ...
 
     @property
-    def format(self) -> str: ...
+    def format(self) -> Format: ...
 
     @property
     def stats(self) -> SourceStats: ...
@@ -117,7 +118,7 @@ class ExpertFiles:
         self._store = store
         self._records = records
         first = next(iter(records.values()))
-        self.format = first.gate.format
+        self.format: Format = first.gate.format
         self._file_ids = {str(piece.path): 0 for record in records.values() for piece in record.pieces}
         for path in self._file_ids:
             self._file_ids[path] = open_file(path)
@@ -195,22 +196,24 @@ class ResidentSource:
         in_flight: dict[int, Key] = {}
         waiting = iter(self._slot_of.items())
         num_landed = 0
-        while num_landed < len(records):
-            # A few dozen reads in flight keep every reader busy; more would only lengthen a clean-up after ^C.
-            while len(in_flight) < 32 and (following := next(waiting, None)) is not None:
-                key, slot = following
-                in_flight[files.fetch(self.arena, slot, key)] = key
-            for ticket, message, kind in store.wait_any(list(in_flight)):
-                key = in_flight.pop(ticket)
-                if message is not None:
-                    for other in in_flight:
-                        store.cancel(other)
-                    raise files.failure(key, message, kind)
-                self._offsets[key] = files.offsets(self._slot_of[key], key)
-                self.stats.bytes_read += files.expert_bytes(key)
-                num_landed += 1
-            if progress is not None:
-                progress("reading experts", num_landed / len(records))
+        try:
+            while num_landed < len(records):
+                # A few dozen reads in flight keep every reader busy; more would only lengthen a clean-up after ^C.
+                while len(in_flight) < 32 and (following := next(waiting, None)) is not None:
+                    key, slot = following
+                    in_flight[files.fetch(self.arena, slot, key)] = key
+                for ticket, message, kind in store.wait_any(list(in_flight)):
+                    key = in_flight.pop(ticket)
+                    if message is not None:
+                        raise files.failure(key, message, kind)
+                    self._offsets[key] = files.offsets(self._slot_of[key], key)
+                    self.stats.bytes_read += files.expert_bytes(key)
+                    num_landed += 1
+                if progress is not None:
+                    progress("reading experts", num_landed / len(records))
+        finally:
+            for ticket in in_flight:
+                store.cancel(ticket)
 
     def lease(self, layer: int, expert_ids: Sequence[int], scan: Collection[int] = ()) -> Lease:
         self.stats.lookups += len(expert_ids)

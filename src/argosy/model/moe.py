@@ -31,7 +31,7 @@ class DenseFfn:
         name = f"layers.{layer}."
         self.norm_eps = config.norm_eps
         self.norm = weights.vectors[name + "mlp_norm"]
-        self.matrices = tuple(weights.matrices[name + part] for part in ("gate", "up", "down"))
+        self.gate, self.up, self.down = (weights.matrices[name + part] for part in ("gate", "up", "down"))
 
     def add_to(
         self, hidden: Array, batch: Batch, runtime: _native.Runtime, workspace: Workspace, mark: Mark
@@ -39,7 +39,7 @@ class DenseFfn:
         """Add the block's output to `hidden` float32 [tokens, hidden_size], in place."""
         normed, block = (workspace.take(name, batch.num_tokens) for name in ("normed", "block"))
         _native.rms_norm(runtime, hidden, self.norm, self.norm_eps, normed)
-        _native.swiglu(runtime, *self.matrices, normed, block)
+        _native.swiglu(runtime, self.gate, self.up, self.down, normed, block)
         hidden += block
         mark("attention_and_dense")
 
@@ -63,7 +63,11 @@ class MoeFfn:
         self.norm = weights.vectors[name + "mlp_norm"]
         self.router = weights.matrices[name + "router"]
         self.shared = (
-            tuple(weights.matrices[name + part] for part in ("shared_gate", "shared_up", "shared_down"))
+            (
+                weights.matrices[name + "shared_gate"],
+                weights.matrices[name + "shared_up"],
+                weights.matrices[name + "shared_down"],
+            )
             if config.shared_width
             else None
         )

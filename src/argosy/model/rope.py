@@ -36,7 +36,7 @@ class Rope:
 def inverse_frequency(config: RopeConfig) -> NDArray[np.float64]:
     """float64 [rotary_dim / 2]: how far each pair of dimensions turns from one position to the next, in radians."""
     dim = config.rotary_dim
-    plain = config.theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+    plain: NDArray[np.float64] = config.theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
     match config.kind:
         case "default" | "dynamic":
             return plain
@@ -62,7 +62,7 @@ def _yarn(config: RopeConfig, plain: NDArray[np.float64]) -> NDArray[np.float64]
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001
-    interpolated = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
+    interpolated: NDArray[np.float64] = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
     return plain / config.factor * interpolated + plain * (1 - interpolated)
 
 
@@ -80,5 +80,5 @@ def _attention_factor(config: RopeConfig) -> float:
 def _llama3(config: RopeConfig, plain: NDArray[np.float64]) -> NDArray[np.float64]:
     turns = config.original_context * plain / (2 * math.pi)  # within the trained context
     share = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
-    keep = np.clip(share, 0, 1)
+    keep: NDArray[np.float64] = np.clip(share, 0, 1)
     return plain / config.factor * (1 - keep) + plain * keep

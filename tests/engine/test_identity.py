@@ -1,0 +1,212 @@
+"""What is resident, how many threads run and who shares the batch decide how fast a token comes, never which one.
+
+Every comparison is of bits: the same logits, the same tokens, the same log-probabilities. It holds within one
+instruction set, for weights in place and packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.models.safetensors_file import Array
+from tests.models.tiny import RawConfig, mixtral, prompt_ids, qwen2_moe, qwen3_moe, write_model
+
+from argosy import Engine, SamplingParams, _native
+from argosy.checkpoint.pack import pack
+from argosy.model.families import open_model
+
+NUM_NEW = 12
+GREEDY = SamplingParams(max_tokens=NUM_NEW, temperature=0, ignore_eos=True, logprobs=3)
+SAMPLED = SamplingParams(max_tokens=NUM_NEW, temperature=0.8, top_p=0.9, seed=11, ignore_eos=True, logprobs=3)
+
+# A context in which eight sequences fit at once.
+CONFIGS = {
+    "mixtral": mixtral(max_position_embeddings=1024, hidden_size=80, intermediate_size=72),
+    "qwen2_moe": qwen2_moe(
+        max_position_embeddings=1024,
+        use_sliding_window=True,
+        sliding_window=9,
+        num_experts=7,
+        num_experts_per_tok=3,
+        mlp_only_layers=[1],
+        num_hidden_layers=4,
+    ),
+    "qwen3_moe": qwen3_moe(
+        max_position_embeddings=1024,
+        num_experts=16,
+        num_experts_per_tok=4,
+        hidden_size=72,
+        attention_bias=True,
+        rope_scaling={"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16},
+    ),
+}
+CASES = [(family, "in place") for family in CONFIGS] + [
+    ("qwen3_moe", format) for format in ("bf16", "q8", "q4")
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on disk and the instruction set to run it with."""
+
+    directory: Path
+    config: RawConfig
+    instruction_set: str
+
+    @property
+    def prompt(self) -> list[int]:
+        return prompt_ids(self.config, 5, 37)
+
+    @property
+    def num_experts(self) -> int:
+        return len(open_model(self.directory).experts)
+
+    @property
+    def experts_per_token(self) -> int:
+        return int(self.config["num_experts_per_tok"])
+
+    def engine(self, **options: Any) -> Engine:
+        settings = {"memory": "4GiB", "threads": 1, "instruction_set": self.instruction_set} | options
+        return Engine(self.directory, **settings)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All that a caller can see of a model's arithmetic."""
+
+    logits: Array
+    greedy: Any
+    sampled: Any
+
+    @classmethod
+    def of(cls, engine: Engine, prompt: list[int]) -> Answers:
+        return cls(
+            engine.logits(prompt),
+            visible(engine.generate(prompt, GREEDY)),
+            visible(engine.generate(prompt, SAMPLED)),
+        )
+
+    def assert_equal(self, other: Answers) -> None:
+        np.testing.assert_array_equal(self.logits, other.logits)
+        assert self.greedy == other.greedy
+        assert self.sampled == other.sampled
+
+
+def visible(result: Any) -> tuple[Any, ...]:
+    return result.token_ids, result.logprobs, result.finish_reason
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    root = tmp_path_factory.mktemp("identity")
+    found = {}
+    for family, config in CONFIGS.items():
+        found[family, "in place"] = write_model(root / family, config, seed=3)
+    for family, format in CASES:
+        if format != "in place":
+            found[family, format] = root / f"{family}-{format}"
+            pack(open_model(root / family), found[family, format], format=format)
+    return found
+
+
+@pytest.fixture(params=_native.instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}".replace(" ", "-"))
+def case(
+    request: pytest.FixtureRequest, directories: dict[tuple[str, str], Path], instruction_set: str
+) -> Iterator[Case]:
+    return Case(directories[request.param], CONFIGS[request.param[0]], instruction_set)
+
+
+@cache
+def answers_of_resident(directory: Path, instruction_set: str, prompt: tuple[int, ...]) -> Answers:
+    with Engine(directory, memory="4GiB", threads=1, instruction_set=instruction_set) as engine:
+        assert engine.plan.is_resident
+        return Answers.of(engine, list(prompt))
+
+
+def resident(case: Case) -> Answers:
+    return answers_of_resident(case.directory, case.instruction_set, tuple(case.prompt))
+
+
+@pytest.mark.parametrize("share", [0, 0.25, 0.5], ids=["floor", "quarter", "half"])
+def test_a_small_expert_cache_changes_nothing(case: Case, share: float) -> None:
+    num_slots = max(case.experts_per_token, int(share * case.num_experts))
+    with case.engine(expert_slots=num_slots) as engine:
+        assert engine.plan.num_slots == num_slots
+        assert not engine.plan.is_resident
+        Answers.of(engine, case.prompt).assert_equal(resident(case))
+
+
+def test_two_threads_change_nothing(case: Case) -> None:
+    with case.engine(threads=2) as engine:
+        Answers.of(engine, case.prompt).assert_equal(resident(case))
+
+
+def test_two_threads_and_the_smallest_cache_change_nothing(case: Case) -> None:
+    with case.engine(threads=2, expert_slots=case.experts_per_token, readers=1) as engine:
+        Answers.of(engine, case.prompt).assert_equal(resident(case))
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3])
+def test_prompt_chunks_change_nothing(case: Case, chunk_tokens: int) -> None:
+    with case.engine(chunk_tokens=chunk_tokens, expert_slots=case.num_experts // 2) as engine:
+        Answers.of(engine, case.prompt).assert_equal(resident(case))
+
+
+def test_a_warm_cache_changes_nothing(case: Case) -> None:
+    with case.engine(expert_slots=case.num_experts // 2) as engine:
+        cold = Answers.of(engine, case.prompt)
+        engine.generate(prompt_ids(case.config, 99, 50), GREEDY)
+        warm = Answers.of(engine, case.prompt)
+    cold.assert_equal(resident(case))
+    warm.assert_equal(resident(case))
+
+
+def test_rounded_keys_and_values_change_little_and_the_same_everywhere(case: Case) -> None:
+    with case.engine(kv_dtype="f16") as engine:
+        rounded = Answers.of(engine, case.prompt)
+    with case.engine(
+        kv_dtype="f16", chunk_tokens=3, threads=2, expert_slots=case.experts_per_token
+    ) as engine:
+        Answers.of(engine, case.prompt).assert_equal(rounded)
+    assert not np.array_equal(rounded.logits, resident(case).logits)
+    # Keys and values have 11 bits; a first wrong expert or position moves logits by a third of their size and more.
+    assert np.median(abs(rounded.logits - resident(case).logits)) < 0.01 * abs(resident(case).logits).max()
+
+
+@pytest.mark.parametrize("slots", ["floor", "all"])
+def test_a_batch_of_eight_changes_nothing(case: Case, slots: str) -> None:
+    prompts = [case.prompt] + [prompt_ids(case.config, seed, 1 + 6 * seed) for seed in range(7)]
+    params = [GREEDY, SAMPLED] * 4
+    num_slots = case.experts_per_token if slots == "floor" else None
+    with case.engine() as engine:
+        alone = [visible(engine.generate(prompt, own)) for prompt, own in zip(prompts, params, strict=True)]
+    with case.engine(expert_slots=num_slots, chunk_tokens=16, threads=2) as engine:
+        together = [visible(result) for result in engine.generate_batch(prompts, params)]
+
+    assert together == alone
+    assert together[0] == resident(case).greedy
+
+
+def test_a_budget_that_holds_some_experts_changes_nothing(tmp_path: Path) -> None:
+    """As a user says it, in bytes of memory; the experts are large enough to outweigh the process's own growth."""
+    config = qwen3_moe(hidden_size=128, moe_intermediate_size=256, num_experts=16, num_hidden_layers=5)
+    write_model(tmp_path, config, seed=1)
+    prompt = prompt_ids(config, 1, 40)
+    with Engine(tmp_path, memory="4GiB", threads=1, context=128) as engine:
+        plan, expected = engine.plan, Answers.of(engine, prompt)
+    without_experts = plan.total_bytes - plan.expert_bytes
+    with Engine(tmp_path, memory=without_experts + plan.expert_bytes // 2, threads=1, context=128) as engine:
+        assert plan.is_resident
+        assert engine.config.experts_per_token <= engine.plan.num_slots < engine.plan.num_experts
+        Answers.of(engine, prompt).assert_equal(expected)

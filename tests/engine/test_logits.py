@@ -1,0 +1,61 @@
+"""The engine computes what transformers computes: tiny checkpoints of three families, every flag on in one and off in
+another; and what the numpy model computes, on configurations drawn at random."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.models.numpy_model import NumpyModel
+from tests.models.random_models import random_configuration, write_decided_model
+from tests.models.references import LARGEST_DIFFERENCE, REFERENCES, Reference, difference
+
+from argosy import Engine, SamplingParams, _native
+
+INSTRUCTION_SETS = _native.instruction_sets()
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("reference", REFERENCES, ids=lambda reference: reference.name)
+def test_logits_and_greedy_continuation_equal_transformers(
+    reference: Reference, instruction_set: str
+) -> None:
+    greedy = SamplingParams(max_tokens=len(reference.greedy), temperature=0, ignore_eos=True)
+    with Engine(reference.directory, memory="4GiB", threads=1, instruction_set=instruction_set) as engine:
+        logits = engine.logits(reference.input_ids)
+        result = engine.generate(reference.input_ids, greedy)
+
+    assert difference(logits, reference.logits) <= LARGEST_DIFFERENCE
+    assert result.token_ids == reference.greedy
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_logits_equal_the_numpy_model_on_random_configurations(seed: int, tmp_path: Path) -> None:
+    prompt = write_decided_model(tmp_path, random_configuration(seed), num_tokens=1 + 7 * seed % 41)
+    expected = NumpyModel(tmp_path).logits(prompt)
+    with Engine(
+        tmp_path,
+        memory="4GiB",
+        threads=1 + seed % 2,
+        chunk_tokens=(1, 3, 16, 256)[seed % 4],
+        instruction_set=INSTRUCTION_SETS[seed % len(INSTRUCTION_SETS)],
+        expert_slots=smallest_cache(tmp_path) if seed % 5 < 3 else None,
+    ) as engine:
+        logits = engine.logits(prompt)
+
+    assert difference(logits, expected) <= LARGEST_DIFFERENCE
+
+
+def smallest_cache(directory: Path) -> int:
+    return int(NumpyModel(directory).config["num_experts_per_tok"])
+
+
+def test_greedy_tokens_equal_the_numpy_model_past_the_window_and_a_block_boundary(tmp_path: Path) -> None:
+    configuration = random_configuration(0)
+    prompt = write_decided_model(tmp_path, configuration, num_tokens=12)
+    with Engine(tmp_path, memory="4GiB", threads=1) as engine:
+        result = engine.generate(prompt, SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
+        logits = engine.logits(prompt + result.token_ids)
+
+    assert difference(logits, NumpyModel(tmp_path).logits(prompt + result.token_ids)) <= LARGEST_DIFFERENCE
+    assert result.token_ids == logits[len(prompt) - 1 : -1].argmax(axis=1).tolist()

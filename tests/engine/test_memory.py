@@ -1,0 +1,77 @@
+"""`--memory` is the whole process: a model of four times the budget runs in a memory cgroup whose limit is the budget.
+
+The larger form of this, with its figures, is `benchmarks/memory.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.cgroup import CappedRun, run_capped, why_no_cap
+from benchmarks.make_checkpoint import raw_config, write_checkpoint
+
+from argosy.model.families import open_model
+
+BUDGET_BYTES = 112 << 20
+PROMPT_TOKENS, NEW_TOKENS = 1000, 200
+
+GENERATE = """
+import json, random, sys
+from argosy import Engine, SamplingParams
+
+model, memory, prompt_tokens, new_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+prompt = random.Random(5).choices(range(1024), k=prompt_tokens)
+with Engine(model, memory=memory, threads=2, context=prompt_tokens + new_tokens) as engine:
+    result = engine.generate(prompt, SamplingParams(max_tokens=new_tokens, ignore_eos=True))
+    plan = engine.plan
+    print(json.dumps([result.token_ids, result.ledger.as_dict(), plan.as_dict()]))
+"""
+
+
+def generate(model: Path, limit_bytes: int) -> tuple[CappedRun, list[int], dict[str, Any], dict[str, int]]:
+    arguments = [str(model), str(limit_bytes), str(PROMPT_TOKENS), str(NEW_TOKENS)]
+    run = run_capped(
+        [sys.executable, "-c", GENERATE, *arguments], limit_bytes=limit_bytes, timeout_s=250, env=os.environ
+    )
+    assert run.num_oom_kills == 0, "killed for memory"
+    assert run.returncode == 0, run.stderr
+    token_ids, ledger, plan = json.loads(run.stdout)
+    return run, token_ids, ledger, plan
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Iterator[Path]:
+    """500 MiB in bf16; taken away at once, because pytest keeps its directories for a while."""
+    config = raw_config(
+        hidden=512, layers=10, experts=64, width=256, heads=4, kv_heads=1, vocab=1024, context=2048
+    )
+    directory = tmp_path / "checkpoint"
+    write_checkpoint(directory, config)
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.mark.skipif(bool(why_no_cap()), reason=why_no_cap() or "")
+def test_a_model_of_four_times_the_budget_runs_in_a_cgroup_of_the_budget(checkpoint: Path) -> None:
+    files = open_model(checkpoint)
+    assert files.dense_bytes + files.expert_bytes >= 4 * BUDGET_BYTES
+    capped, token_ids, ledger, plan = generate(checkpoint, BUDGET_BYTES)
+
+    assert capped.peak_bytes <= BUDGET_BYTES
+    assert capped.peak_swap_bytes == 0
+    assert plan["total_bytes"] <= BUDGET_BYTES
+    assert plan["expert_slots"] < plan["experts"] / 4
+    assert ledger["bytes_read"] > 4 * BUDGET_BYTES
+    assert sum(ledger["parts"].values()) == pytest.approx(ledger["wall_s"], rel=1e-3)
+
+    _, resident_ids, resident_ledger, _ = generate(checkpoint, 1 << 30)
+    assert resident_ledger["hits"] == resident_ledger["lookups"]
+    assert len(token_ids) == NEW_TOKENS
+    assert token_ids == resident_ids

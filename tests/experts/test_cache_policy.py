@@ -1,0 +1,217 @@
+"""Which expert is in which slot, and which one leaves next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from argosy.experts.cache import CachePolicy
+from argosy.experts.source import Key
+
+Asked = tuple[int, list[int], bool]  # layer, experts, is_scan
+
+
+def lease(policy: CachePolicy, layer: int, experts: Iterable[int], *, is_scan: bool = False) -> int:
+    """Ask as a lease does: pin hits, admit misses, unpin what has been computed; returns the number of hits."""
+    keys = [(layer, expert) for expert in experts]
+    held = [key for key in keys if policy.slot(key) is not None]
+    num_hits = len(held)
+    for key in held:
+        policy.use(key, is_scan=is_scan)
+    missing = [key for key in keys if key not in set(held)]
+    while missing:
+        while missing and policy.admit(missing[0], is_scan=is_scan) is not None:
+            held.append(missing.pop(0))
+        assert held, "no slot is to be had although nothing is pinned"
+        for key in held:
+            policy.unpin(key)
+        held = []
+    for key in held:
+        policy.unpin(key)
+    return num_hits
+
+
+def decode(policy: CachePolicy, token: list[list[int]]) -> None:
+    for layer, experts in enumerate(token):
+        lease(policy, layer, experts)
+
+
+def sweep(policy: CachePolicy, *, num_layers: int, num_experts: int) -> None:
+    for layer in range(num_layers):
+        lease(policy, layer, range(num_experts), is_scan=True)
+
+
+def check(policy: CachePolicy, pinned: dict[Key, int]) -> None:
+    resident = policy.resident()
+    slots = {key: policy.slot(key) for key in resident}
+    assert len(set(slots.values())) == len(resident), "two experts in one slot"
+    assert all(slot is not None and 0 <= slot < policy.num_slots for slot in slots.values())
+    for key, slot in pinned.items():
+        assert slots[key] == slot, f"{key} was pinned in slot {slot}"
+
+
+sizes = st.tuples(
+    st.integers(1, 4), st.integers(1, 12), st.integers(1, 4)
+)  # layers, experts, experts per token
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> tuple[int, int, int, int, list[Asked]]:
+    num_layers, num_experts, k = draw(sizes)
+    k = min(k, num_experts)
+    num_slots = draw(st.integers(k, num_layers * num_experts))
+    experts = st.lists(st.integers(0, num_experts - 1), min_size=1, unique=True)
+    asked = st.lists(st.tuples(st.integers(0, num_layers - 1), experts, st.booleans()), max_size=40)
+    return num_layers, num_experts, k, num_slots, draw(asked)
+
+
+@given(histories(), st.data())
+@settings(deadline=None, max_examples=200)
+def test_a_pinned_expert_keeps_its_slot_and_no_slot_holds_two(
+    history: tuple[int, int, int, int, list[Asked]], data: st.DataObject
+) -> None:
+    num_layers, _, k, num_slots, asked = history
+    policy = CachePolicy(num_slots=num_slots, num_layers=num_layers, experts_per_token=k)
+    pinned: dict[Key, int] = {}
+    for layer, experts, is_scan in asked:
+        for expert in experts:
+            key = (layer, expert)
+            slot = policy.slot(key)
+            if slot is not None:
+                policy.use(key, is_scan=is_scan)
+                pinned[key] = slot
+            elif (slot := policy.admit(key, is_scan=is_scan)) is not None:
+                pinned[key] = slot
+                if data.draw(st.integers(0, 9)) == 0:  # its bytes never arrive
+                    policy.drop(key)
+                    del pinned[key]
+                    assert policy.slot(key) is None
+            check(policy, pinned)
+        for key in data.draw(st.permutations(sorted(pinned)))[: data.draw(st.integers(0, len(pinned)))]:
+            policy.unpin(key)
+            del pinned[key]
+        check(policy, pinned)
+
+
+@given(histories())
+@settings(deadline=None, max_examples=200)
+def test_any_number_of_experts_passes_through_any_number_of_slots(
+    history: tuple[int, int, int, int, list[Asked]],
+) -> None:
+    num_layers, _, k, num_slots, asked = history
+    policy = CachePolicy(num_slots=num_slots, num_layers=num_layers, experts_per_token=k)
+    for layer, experts, is_scan in asked:
+        lease(policy, layer, experts, is_scan=is_scan)
+        check(policy, {})
+    assert len(policy.resident()) <= num_slots
+
+
+@given(histories())
+@settings(deadline=None, max_examples=200)
+def test_slots_are_filled_before_anything_leaves(
+    history: tuple[int, int, int, int, list[Asked]],
+) -> None:
+    num_layers, _, k, num_slots, asked = history
+    policy = CachePolicy(num_slots=num_slots, num_layers=num_layers, experts_per_token=k)
+    seen: set[Key] = set()
+    for layer, experts, is_scan in asked:
+        lease(policy, layer, experts, is_scan=is_scan)
+        seen |= {(layer, expert) for expert in experts}
+        assert len(policy.resident()) == min(num_slots, len(seen))
+
+
+def test_the_least_recently_used_expert_leaves_first() -> None:
+    policy = CachePolicy(num_slots=4, num_layers=1, experts_per_token=1)
+    for expert in (0, 1, 2, 3, 0, 1):
+        lease(policy, 0, [expert])
+    lease(policy, 0, [4])
+    assert policy.resident() == {(0, 0), (0, 1), (0, 3), (0, 4)}
+
+
+def test_decode_that_fits_the_cache_never_misses_again() -> None:
+    policy = CachePolicy(num_slots=12, num_layers=3, experts_per_token=2)
+    tokens = [[[0, 1], [2, 3], [4, 5]], [[6, 1], [2, 7], [0, 5]]]
+    for token in tokens:
+        decode(policy, token)
+    for token in tokens * 3:
+        for layer, experts in enumerate(token):
+            assert lease(policy, layer, experts) == 2
+
+
+def test_a_layer_keeps_its_share_while_others_ask() -> None:
+    policy = CachePolicy(num_slots=8, num_layers=4, experts_per_token=2)
+    decode(policy, [[0, 1]] * 4)
+    for expert in range(2, 40):
+        lease(policy, 3, [expert])
+    for layer in range(3):
+        assert lease(policy, layer, [0, 1]) == 2
+
+
+def test_with_fewer_slots_than_one_token_asks_for_some_still_hit() -> None:
+    num_layers, k = 8, 4
+    policy = CachePolicy(num_slots=num_layers * k // 2, num_layers=num_layers, experts_per_token=k)
+    hits = 0
+    for _ in range(20):
+        for layer in range(num_layers):
+            hits += lease(policy, layer, range(k))
+    assert hits > 0  # a plain global LRU evicts each expert just before it is needed again
+
+
+def test_a_sweep_leaves_three_quarters_of_what_decode_uses() -> None:
+    num_layers, num_experts, k = 6, 64, 4
+    policy = CachePolicy(num_slots=96, num_layers=num_layers, experts_per_token=k)
+    for start in range(0, 16, k):  # 16 experts of each layer: as many as there are slots
+        decode(policy, [list(range(start, start + k))] * num_layers)
+    used = policy.resident()
+    assert len(used) == 96
+    for _ in range(3):
+        sweep(policy, num_layers=num_layers, num_experts=num_experts)
+        assert len(used & policy.resident()) >= 72
+
+
+def test_a_sweep_takes_slots_only_once() -> None:
+    num_layers, num_experts = 6, 64
+    policy = CachePolicy(num_slots=96, num_layers=num_layers, experts_per_token=4)
+    for start in range(0, 16, 4):
+        decode(policy, [list(range(start, start + 4))] * num_layers)
+    sweep(policy, num_layers=num_layers, num_experts=num_experts)
+    left = {key for key in policy.resident() if key[1] < 16}
+    sweep(policy, num_layers=num_layers, num_experts=num_experts)
+    assert left <= policy.resident()
+
+
+def test_a_second_sweep_finds_what_the_first_left() -> None:
+    policy = CachePolicy(num_slots=32, num_layers=4, experts_per_token=2)
+    sweep(policy, num_layers=4, num_experts=16)
+    hits = sum(lease(policy, layer, range(16), is_scan=True) for layer in range(4))
+    assert hits >= 24  # of 64 with 32 slots; a least recently used order would find none
+
+
+def test_a_sweep_does_not_make_an_expert_younger() -> None:
+    policy = CachePolicy(num_slots=4, num_layers=1, experts_per_token=1)
+    for expert in range(4):
+        lease(policy, 0, [expert])
+    lease(policy, 0, [0], is_scan=True)
+    lease(policy, 0, [4])
+    assert (0, 0) not in policy.resident()
+
+
+def test_decode_takes_back_what_a_sweep_took() -> None:
+    policy = CachePolicy(num_slots=16, num_layers=1, experts_per_token=2)
+    lease(policy, 0, range(16))
+    lease(policy, 0, range(16, 64), is_scan=True)
+    kept = {key for key in policy.resident() if key[1] < 16}
+    assert len(kept) == 12
+    lease(policy, 0, [64, 65, 66, 67])
+    assert kept <= policy.resident()
+
+
+def test_an_expert_that_never_arrived_gives_its_slot_to_the_next() -> None:
+    policy = CachePolicy(num_slots=1, num_layers=1, experts_per_token=1)
+    slot = policy.admit((0, 3), is_scan=False)
+    assert policy.admit((0, 4), is_scan=False) is None
+    policy.drop((0, 3))
+    assert policy.slot((0, 3)) is None
+    assert policy.admit((0, 4), is_scan=False) == slot

@@ -1,0 +1,232 @@
+"""Leases of the cached source: hits first, each miss as it lands, nothing left behind when one is cut short."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Collection
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.experts.fake_store import MATRIX_BYTES, FakeStore, make_records, matrix_content
+
+from argosy.errors import CorruptRecord, ReadFailed
+from argosy.experts.cache import CachedSource
+from argosy.experts.source import ExpertFiles, ExpertGroup
+
+NUM_LAYERS, NUM_EXPERTS = 3, 12
+
+
+class Rig:
+    """A cached source over a fake store, and what its experts must look like."""
+
+    def __init__(self, *, num_slots: int, k: int = 2, num_pieces: int = 1, **store: Any) -> None:
+        keys = [(layer, expert) for layer in range(NUM_LAYERS) for expert in range(NUM_EXPERTS)]
+        self.records, self.files = make_records(keys, num_pieces=num_pieces)
+        self.store = FakeStore(self.files, **store)
+        files = ExpertFiles(self.store, self.records, open_file=self.store.open)  # type: ignore[arg-type]
+        self.source = CachedSource(
+            self.store,  # type: ignore[arg-type]
+            files,
+            num_slots=num_slots,
+            num_layers=NUM_LAYERS,
+            experts_per_token=k,
+        )
+
+    def run(self, layer: int, experts: list[int], scan: Collection[int] = ()) -> list[list[int]]:
+        """One whole lease; returns the groups it came in."""
+        groups = []
+        with self.source.lease(layer, experts, scan) as lease:
+            for group in lease:
+                self.check(layer, group)
+                groups.append(list(group.expert_ids))
+        self.check_idle()
+        return groups
+
+    def check(self, layer: int, group: ExpertGroup) -> None:
+        """Every matrix of the group is where its offsets say."""
+        memory = self.source.arena.array()
+        for expert, offsets in zip(group.expert_ids, group.offsets.tolist(), strict=True):
+            found = [memory[at : at + MATRIX_BYTES].tobytes() for at in offsets]
+            assert found == matrix_content(self.records, self.files, (layer, expert))
+
+    def check_idle(self) -> None:
+        """No read is in flight, and every slot can be had."""
+        assert not self.store.in_flight
+        trial = copy.deepcopy(self.source.policy)
+        for i in range(trial.num_slots):
+            assert trial.admit((0, NUM_EXPERTS + i), is_scan=False) is not None, "a slot is still pinned"
+
+
+def all_of(groups: list[list[int]]) -> list[int]:
+    return sorted(expert for group in groups for expert in group)
+
+
+leases = st.lists(
+    st.tuples(
+        st.integers(0, NUM_LAYERS - 1),
+        st.lists(st.integers(0, NUM_EXPERTS - 1), min_size=1, unique=True),
+        st.sets(st.integers(0, NUM_EXPERTS - 1)),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(leases, st.integers(2, NUM_LAYERS * NUM_EXPERTS), st.integers(0, 1000), st.sampled_from([1, 2, 3]))
+@settings(deadline=None, max_examples=150)
+def test_every_expert_comes_exactly_once_with_its_own_bytes(
+    asked: list[tuple[int, list[int], set[int]]], num_slots: int, seed: int, num_pieces: int
+) -> None:
+    rig = Rig(num_slots=num_slots, seed=seed, num_pieces=num_pieces)
+    for layer, experts, scan in asked:
+        groups = rig.run(layer, experts, scan)
+        assert all_of(groups) == sorted(experts)
+        assert all(groups)
+    stats = rig.source.stats
+    assert stats.lookups == sum(len(experts) for _, experts, _ in asked)
+    assert stats.lookups - stats.hits == rig.store.num_fetches
+    assert stats.bytes_read == rig.store.num_fetches * 3 * MATRIX_BYTES
+
+
+def test_hits_come_first_and_together() -> None:
+    for seed in range(20):
+        rig = Rig(num_slots=12, seed=seed)
+        rig.run(0, [1, 3, 5])
+        groups = rig.run(0, [0, 1, 2, 3, 4, 5])
+        assert groups[0] == [1, 3, 5]
+        assert all_of(groups[1:]) == [0, 2, 4]
+
+
+def test_all_misses_are_issued_before_the_first_wait() -> None:
+    rig = Rig(num_slots=12)
+    rig.run(0, [1])
+    rig.store.log.clear()
+    with rig.source.lease(0, [0, 1, 2, 3]) as lease:
+        assert [kind for kind, _ in rig.store.log] == ["fetch"] * 3  # even before the hits are computed
+        list(lease)
+
+
+def test_with_too_few_slots_every_slot_has_a_read_in_flight() -> None:
+    rig = Rig(num_slots=4)
+    assert all_of(rig.run(1, list(range(12)))) == list(range(12))
+    assert rig.store.most_in_flight == 4
+
+
+def test_what_decode_waits_for_is_read_before_what_a_sweep_asks_for() -> None:
+    rig = Rig(num_slots=12)
+    fetched = []
+    fetch = rig.source._files.fetch
+    rig.source._files.fetch = lambda arena, slot, key: fetched.append(key[1]) or fetch(arena, slot, key)  # type: ignore[method-assign, func-returns-value]
+    rig.run(0, [0, 1, 2, 3, 4, 5], scan=[0, 1, 3, 4])
+    assert fetched == [2, 5, 0, 1, 3, 4]
+
+
+def test_weights_stay_until_the_next_group_is_asked_for() -> None:
+    for seed in range(20):
+        rig = Rig(num_slots=3, k=1, seed=seed)
+        rig.run(0, [0, 1, 2])
+        with rig.source.lease(0, list(range(12))) as lease:
+            for group in lease:
+                rig.check(0, group)
+                if rig.store.in_flight:  # what lands meanwhile lands elsewhere
+                    results = rig.store.wait_any(list(rig.store.in_flight))
+                    rig.check(0, group)
+                    _put_back(rig.store, results)
+
+
+def _put_back(store: FakeStore, results: list[tuple[int, str | None, str | None]]) -> None:
+    """Let reads that landed early be found by the next wait."""
+    early = {ticket for ticket, _, _ in results}
+    wait_any = store.wait_any
+
+    def wait(tickets: list[int]) -> list[tuple[int, str | None, str | None]]:
+        landed = [(ticket, None, None) for ticket in tickets if ticket in early]
+        if landed:
+            early.difference_update(ticket for ticket, _, _ in landed)
+            return list(landed)
+        return wait_any(tickets)
+
+    store.wait_any = wait  # type: ignore[method-assign]
+
+
+def interrupt(rig: Rig, stop_after: int) -> None:
+    with rig.source.lease(0, list(range(10))) as lease:
+        for _ in itertools.islice(lease, stop_after):
+            pass
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 2])
+def test_a_lease_cut_short_leaves_no_read_in_flight_and_no_slot_taken(stop_after: int) -> None:
+    for seed in range(20):
+        rig = Rig(num_slots=6, seed=seed)
+        rig.run(0, [0, 1])
+        with pytest.raises(KeyboardInterrupt):
+            interrupt(rig, stop_after)
+        rig.check_idle()
+        assert all_of(rig.run(0, list(range(10)))) == list(range(10))
+
+
+def test_an_interrupt_while_waiting_leaves_no_read_in_flight() -> None:
+    rig = Rig(num_slots=6)
+    wait_any = rig.store.wait_any
+
+    def interrupted(tickets: list[int]) -> Any:
+        raise KeyboardInterrupt
+
+    rig.store.wait_any = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt), rig.source.lease(0, [0, 1, 2]) as lease:
+        list(lease)
+    rig.check_idle()
+    rig.store.wait_any = wait_any  # type: ignore[method-assign]
+    assert all_of(rig.run(0, [0, 1, 2])) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"), [("io", ReadFailed), ("short", ReadFailed), ("checksum", CorruptRecord)]
+)
+@pytest.mark.parametrize("fails", [1, 2, 3, 5])
+def test_a_failed_read_is_named_and_the_source_goes_on(kind: str, error: type[Exception], fails: int) -> None:
+    for seed in range(20):
+        rig = Rig(num_slots=6, seed=seed, fail=lambda number: ("it broke", kind) if number == fails else None)
+        with pytest.raises(error, match=r"experts\.bin: layer 2, expert \d+: .*it broke") as raised:
+            rig.run(2, [0, 3, 4, 5, 8])
+        failed = raised.value.facts["expert"]  # type: ignore[attr-defined]
+        assert raised.value.facts["layer"] == 2  # type: ignore[attr-defined]
+        rig.check_idle()
+        assert rig.source.policy.slot((2, failed)) is None
+        assert all_of(rig.run(2, [0, 3, 4, 5, 8])) == [0, 3, 4, 5, 8]
+
+
+def test_every_read_failing_at_once_still_leaves_a_usable_source() -> None:
+    broken = True
+    rig = Rig(num_slots=6, fail=lambda number: ("no", "io") if broken else None)
+    for _ in range(5):
+        with pytest.raises(ReadFailed):
+            rig.run(0, [0, 1, 2, 3])
+        rig.check_idle()
+        assert not rig.source.policy.resident()
+    broken = False
+    rig.run(0, [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("refused", [1, 3, 8])
+def test_a_read_that_cannot_be_started_leaves_nothing_behind(refused: int) -> None:
+    """The first are refused as the lease opens, the last while it is iterated."""
+    for seed in range(10):
+        rig = Rig(num_slots=6, seed=seed, refuse=refused)
+        with pytest.raises(OSError, match="no"):
+            rig.run(0, list(range(10)))
+        rig.check_idle()
+        assert all_of(rig.run(0, list(range(10)))) == list(range(10))
+
+
+def test_a_lease_that_was_never_opened_holds_nothing() -> None:
+    rig = Rig(num_slots=4)
+    rig.run(0, [0, 1])
+    rig.source.lease(0, [0, 1, 2])
+    rig.check_idle()
+    assert rig.source.stats.lookups == 2

@@ -1,0 +1,101 @@
+"""The cached source over the real store, on a file system whose Nth read fails, comes short, lies or dawdles."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.experts.fake_store import MATRIX_BYTES, make_records, matrix_content
+
+from argosy import _native
+from argosy.checkpoint.files import ExpertRecord
+from argosy.errors import ArgosyError, CorruptRecord, ReadFailed
+from argosy.experts.cache import CachedSource
+from argosy.experts.source import ExpertFiles, Key
+
+KEYS = [(0, expert) for expert in range(10)]
+ASKED = [1, 2, 4, 7, 8]
+
+
+class Rig:
+    """Ten experts in a real file with checksums, six slots, one reader so that reads come in order."""
+
+    def __init__(self, directory: Path, faults: _native.FaultyFileSystem | None, num_pieces: int = 1) -> None:
+        # A flipped bit is in the middle of a read; a record lies in the middle of its block.
+        start, gap = (2000, 4096 - 3 * MATRIX_BYTES) if num_pieces == 1 else (3, 7)
+        records, files = make_records(KEYS, num_pieces=num_pieces, start=start, gap=gap)
+        (content,) = files.values()
+        path = directory / "experts.bin"
+        path.write_bytes(content.tobytes())
+        self.content = {str(path): content}
+        self.records = {key: _located(record, path, content) for key, record in records.items()}
+        self.store = _native.Store(1, faults) if faults is not None else _native.Store(1)
+        expert_files = ExpertFiles(self.store, self.records, open_file=self.store.open)
+        self.source = CachedSource(self.store, expert_files, num_slots=6, num_layers=1, experts_per_token=2)
+
+    def run(self) -> list[int]:
+        found = []
+        with self.source.lease(0, ASKED) as lease:
+            for group in lease:
+                memory = self.source.arena.array()
+                for expert, offsets in zip(group.expert_ids, group.offsets.tolist(), strict=True):
+                    matrices = [memory[at : at + MATRIX_BYTES].tobytes() for at in offsets]
+                    assert matrices == matrix_content(self.records, self.content, (0, expert))
+                    found.append(expert)
+        return sorted(found)
+
+
+def _located(record: ExpertRecord, path: Path, content: np.ndarray) -> ExpertRecord:
+    pieces = tuple(
+        replace(
+            piece,
+            path=path,
+            checksum=_native.crc32c_wide(content[piece.offset : piece.offset + piece.nbytes].tobytes()),
+        )
+        for piece in record.pieces
+    )
+    return replace(record, pieces=pieces)
+
+
+def num_opening_reads(directory: Path) -> int:
+    """Reads that opening the file costs, before the first expert is asked for."""
+    faults = _native.FaultyFileSystem(1 << 40, "eio")
+    Rig(directory, faults)
+    return faults.num_reads
+
+
+@pytest.mark.parametrize("nth", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("kind", "error"), [("eio", ReadFailed), ("truncated", ReadFailed), ("flip", CorruptRecord)]
+)
+def test_the_nth_read_that_goes_wrong_is_named_and_the_next_lease_is_whole(
+    tmp_path: Path, kind: str, error: type[ArgosyError], nth: int
+) -> None:
+    # A lease reads its experts in ascending order.
+    faults = _native.FaultyFileSystem(num_opening_reads(tmp_path) + nth, kind)
+    rig = Rig(tmp_path, faults)
+    key: Key = (0, ASKED[nth - 1])
+    with pytest.raises(error, match=rf"experts\.bin: layer 0, expert {key[1]}: "):
+        rig.run()
+    assert rig.store.pending() == 0
+    assert rig.source.policy.slot(key) is None
+    assert rig.run() == ASKED
+
+
+@pytest.mark.parametrize("kind", ["eintr", "short"])
+def test_an_interrupted_or_partial_read_is_continued(tmp_path: Path, kind: str) -> None:
+    faults = _native.FaultyFileSystem(num_opening_reads(tmp_path) + 2, kind, num_faults=3)
+    assert Rig(tmp_path, faults, num_pieces=3).run() == ASKED
+
+
+def test_a_lease_left_while_reads_are_slow_waits_until_no_byte_moves(tmp_path: Path) -> None:
+    first = num_opening_reads(tmp_path) + 1
+    faults = _native.FaultyFileSystem(first, "delay", num_faults=2, delay_seconds=0.1)
+    rig = Rig(tmp_path, faults)
+    with rig.source.lease(0, ASKED):
+        pass
+    assert rig.store.pending() == 0
+    assert not rig.source.policy.resident()
+    assert rig.run() == ASKED

@@ -1,0 +1,155 @@
+"""The configurations with committed references: three families, each flag on in one and off in another.
+
+`seed` is chosen so that no routing decision and no greedy choice of the reference is a near tie
+(`make_models.py` looks for it, and writes the margins into the reference's metadata).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tests.models.tiny import RawConfig, mixtral, qwen2_moe, qwen3_moe, respelt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configuration:
+    """A checkpoint to make: its config.json, and how its weights are stored."""
+
+    name: str
+    config: RawConfig
+    dtype: str = "BF16"
+    num_shards: int = 1
+
+
+def yarn(factor: float, original: int, **more: Any) -> dict[str, Any]:
+    return {"factor": factor, "original_max_position_embeddings": original} | more
+
+
+CONFIGURATIONS = (
+    Configuration(name="mixtral_plain", config=mixtral(num_local_experts=8)),
+    Configuration(
+        name="mixtral_window_top1",
+        config=mixtral(sliding_window=8, num_experts_per_tok=1, intermediate_size=16),
+    ),
+    Configuration(
+        name="mixtral_head_dim_tied_sharded",
+        config=respelt(mixtral(head_dim=24, tie_word_embeddings=True, num_experts_per_tok=3), theta=1e4),
+        num_shards=2,
+    ),
+    Configuration(
+        name="mixtral_yarn",
+        config=mixtral(rope_scaling={"type": "yarn"} | yarn(8.0, 16), rope_theta=1e4, head_dim=16),
+    ),
+    Configuration(
+        name="mixtral_linear_f32",
+        config=mixtral(
+            rope_scaling={"type": "linear", "factor": 3.0},
+            rope_theta=1e4,
+            torch_dtype="float32",
+            hidden_size=28,
+            intermediate_size=17,
+            num_local_experts=5,
+            num_key_value_heads=4,
+            head_dim=10,
+            vocab_size=101,
+        ),
+        dtype="F32",
+    ),
+    Configuration(
+        name="qwen2_moe_plain_f16", config=qwen2_moe(torch_dtype="float16", num_experts=8), dtype="F16"
+    ),
+    Configuration(
+        name="qwen2_moe_renormalised_dense_layer",
+        config=qwen2_moe(norm_topk_prob=True, mlp_only_layers=[1], num_experts_per_tok=3),
+    ),
+    Configuration(
+        name="qwen2_moe_every_second_tied",
+        config=qwen2_moe(
+            decoder_sparse_step=2,
+            tie_word_embeddings=True,
+            qkv_bias=False,
+            num_key_value_heads=1,
+            num_hidden_layers=4,
+            rope_scaling={"rope_type": "dynamic", "factor": 2.0},
+        ),
+    ),
+    Configuration(
+        name="qwen2_moe_window",  # layers below max_window_layers, every second one
+        config=qwen2_moe(
+            use_sliding_window=True,
+            sliding_window=7,
+            max_window_layers=3,
+            num_hidden_layers=4,
+            num_key_value_heads=2,
+            rope_scaling={"rope_type": "linear", "factor": 2.0},
+        ),
+    ),
+    Configuration(
+        name="qwen2_moe_layer_types_yarn",
+        config=respelt(
+            qwen2_moe(
+                use_sliding_window=True,
+                sliding_window=9,
+                layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+                num_experts_per_tok=4,
+            ),
+            theta=1e2,
+            rope_type="yarn",
+            **yarn(4.0, 64, beta_fast=4.0, beta_slow=0.5, truncate=False, mscale=0.7, mscale_all_dim=1.0),
+        ),
+    ),
+    Configuration(name="qwen3_moe_plain", config=qwen3_moe(num_experts=8)),
+    Configuration(
+        name="qwen3_moe_bias_llama3",
+        config=qwen3_moe(
+            attention_bias=True,
+            norm_topk_prob=False,
+            rope_theta=1e4,
+            rope_scaling={
+                "rope_type": "llama3",
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 20,
+            },
+        ),
+    ),
+    Configuration(
+        name="qwen3_moe_tied_dense_layers_sharded",
+        config=respelt(
+            qwen3_moe(tie_word_embeddings=True, mlp_only_layers=[0, 2], num_hidden_layers=4, head_dim=24),
+            theta=1e6,
+            rope_type="linear",
+            factor=4.0,
+        ),
+        num_shards=3,
+    ),
+    Configuration(
+        name="qwen3_moe_window_top1",
+        config=qwen3_moe(
+            use_sliding_window=True, sliding_window=6, num_experts_per_tok=1, norm_topk_prob=False
+        ),
+    ),
+    Configuration(
+        name="qwen3_moe_yarn_eos_list",
+        config=respelt(
+            qwen3_moe(eos_token_id=[2, 5], num_experts=12, num_experts_per_tok=4, moe_intermediate_size=12),
+            theta=1e4,
+            rope_type="yarn",
+            **yarn(4.0, 24, attention_factor=1.25),
+        ),
+    ),
+    Configuration(
+        name="qwen3_moe_dynamic_every_second",
+        config=qwen3_moe(
+            decoder_sparse_step=2,
+            mlp_only_layers=[3],
+            num_hidden_layers=4,
+            head_dim=12,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            rope_scaling={"rope_type": "dynamic", "factor": 4.0},
+        ),
+    ),
+)

@@ -1,0 +1,182 @@
+"""Write tiny checkpoints and what transformers computes from them (needs torch and transformers).
+
+    python -m tests.models.make_models                              # the committed references, again
+    python -m tests.models.make_models --out DIR --seed 7 --scale 2 # other values and sizes of the same configurations
+    python -m tests.models.make_models --out DIR qwen3_moe_plain    # only some
+
+Each directory is a checkpoint as the hub has it, and `ref.safetensors` beside it: `input_ids` and `greedy` (int64),
+`logits` (float32 [tokens, vocab]; float32 arithmetic, eager attention and experts). `greedy` is decoded with the
+cache and equals what full passes choose. `reference.json` says the seed, the versions, and the smallest margins:
+of a routing decision (1 - probability of the first expert left out / of the last one chosen) and of a greedy choice
+(best logit less the second, over the largest magnitude). Seeds with a near tie are passed over, because a near tie
+would test the order of sums and not the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import numpy as np
+import torch
+import transformers
+from tests.models.configurations import CONFIGURATIONS, Configuration
+from tests.models.safetensors_file import Array, write_safetensors
+from tests.models.tiny import NEW_TOKENS, RawConfig, prompt_ids, write_model
+
+REFERENCE = Path(__file__).parent / "reference"
+SMALLEST_ROUTER_MARGIN = 2e-3
+SMALLEST_GREEDY_MARGIN = 5e-3
+FEWEST_DISTINCT_TOKENS = NEW_TOKENS // 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What transformers makes of a prompt."""
+
+    logits: Array
+    greedy: list[int]
+    router_margin: float
+    greedy_margin: float
+
+    @property
+    def is_decided(self) -> bool:
+        return (
+            self.router_margin > SMALLEST_ROUTER_MARGIN
+            and self.greedy_margin > SMALLEST_GREEDY_MARGIN
+            and len(set(self.greedy)) >= FEWEST_DISTINCT_TOKENS
+        )
+
+
+def load(directory: Path) -> transformers.PreTrainedModel:
+    """The checkpoint in float32, every tensor accounted for."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
+    )
+    problems = {kind: names for kind, names in info.items() if names}
+    if problems:
+        raise SystemExit(f"{directory}: {problems}")
+    return model.eval()
+
+
+@torch.no_grad()
+def answer(model: transformers.PreTrainedModel, token_ids: list[int], num_tokens: int = NEW_TOKENS) -> Answer:
+    """Logits of the prompt, and the greedy continuation with the cache."""
+    margins: list[float] = []
+    handles = [
+        module.register_forward_hook(lambda m, _, out: margins.append(routing_margin(out[0], m.top_k)))
+        for module in model.modules()
+        if type(module).__name__.endswith("TopKRouter")
+    ]
+    ids = torch.tensor([token_ids])
+    logits = model(input_ids=ids).logits[0].float().numpy()
+    greedy, cache, step = [], None, ids
+    for _ in range(num_tokens):
+        out = model(input_ids=step, cache=cache, use_cache=True)
+        cache, step = out.cache, out.logits[:, -1].argmax(-1, keepdim=True)
+        greedy.append(int(step))
+    full = model(input_ids=torch.tensor([token_ids + greedy[:-1]])).logits[0, len(token_ids) - 1 :]
+    for handle in handles:
+        handle.remove()
+    if full.argmax(-1).tolist() != greedy:
+        raise SystemExit(f"cached and full passes differ: {greedy} {full.argmax(-1).tolist()}")
+    best = full.topk(2).values
+    greedy_margin = float(((best[:, 0] - best[:, 1]) / full.abs().max(-1).values).min())
+    return Answer(logits=logits, greedy=greedy, router_margin=min(margins), greedy_margin=greedy_margin)
+
+
+def routing_margin(router_logits: torch.Tensor, k: int) -> float:
+    best_first = router_logits.softmax(-1).sort(-1, descending=True).values
+    return float((1 - best_first[:, k] / best_first[:, k - 1]).min())
+
+
+def make(configuration: Configuration, directory: Path, *, first_seed: int) -> Answer:
+    """Write the first seed, from `first_seed` upwards, that has no near tie; returns its reference."""
+    config = configuration.config
+    for seed in range(first_seed, first_seed + 1000):
+        write_model(
+            directory, config, seed=seed, dtype=configuration.dtype, num_shards=configuration.num_shards
+        )
+        token_ids = prompt_ids(config, seed)
+        reference = answer(load(directory), token_ids)
+        if reference.is_decided:
+            break
+    else:
+        raise SystemExit(f"{configuration.name}: 1000 seeds, each with a near tie")
+    write_safetensors(
+        directory / "ref.safetensors",
+        {
+            "input_ids": ("I64", np.array(token_ids)),
+            "greedy": ("I64", np.array(reference.greedy)),
+            "logits": ("F32", reference.logits),
+        },
+    )
+    facts = {
+        "seed": seed,
+        "smallest_router_margin": round(reference.router_margin, 6),
+        "smallest_greedy_margin": round(reference.greedy_margin, 6),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    (directory / "reference.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return reference
+
+
+def scaled(config: RawConfig, scale: float) -> RawConfig:
+    """The same flags at another size; heads keep an even width."""
+    if scale == 1:
+        return config
+    step = 2 * config["num_attention_heads"]
+    sizes = {"hidden_size": max(step, round(config["hidden_size"] * scale / step) * step)}
+    for key in (
+        "vocab_size",
+        "intermediate_size",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+    ):
+        if key in config:
+            sizes[key] = max(8, round(config[key] * scale))
+    return config | sizes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", help="configurations; none: all of them")
+    parser.add_argument("--out", type=Path, default=REFERENCE)
+    parser.add_argument("--seed", type=int, default=0, help="first seed to try")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="factor on hidden size, widths and vocabulary"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    known = {c.name: c for c in CONFIGURATIONS}
+    unknown = set(arguments.names) - set(known)
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    for name in arguments.names or known:
+        c = known[name]
+        resized = Configuration(
+            name=name, config=scaled(c.config, arguments.scale), dtype=c.dtype, num_shards=c.num_shards
+        )
+        directory = arguments.out / name
+        reference = make(resized, directory, first_seed=arguments.seed)
+        size = sum(file.stat().st_size for file in directory.iterdir())
+        print(
+            f"{name:40} {size / 1000:7.0f} kB  router margin {reference.router_margin:.4f}  "
+            f"greedy margin {reference.greedy_margin:.4f}  {reference.greedy}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The three families in numpy and float64, slow and plain: what Argosy must compute, written a second time.
+
+It shares no line with the engine: it reads config.json and the files itself. `make_models.py` holds it against
+transformers; tests hold the engine against it on models that are made on the fly.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from tests.models.safetensors_file import Array, read_checkpoint
+from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts
+
+DEFAULT_THETA = {"mixtral": 1e6, "qwen2_moe": 1e4, "qwen3_moe": 1e4}
+
+
+class NumpyModel:
+    """A checkpoint's logits, one full pass over all tokens, no cache.
+
+    After `logits`, `router_margin` is the smallest relative distance between the last chosen expert and the first
+    one left out, over all tokens and layers: below about 1e-5, float32 may choose differently.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.config: RawConfig = json.loads((directory / "config.json").read_text())
+        self.tensors = {name: t.astype(np.float64) for name, t in read_checkpoint(directory).items()}
+        self.windows = sliding_windows(self.config)
+        self.router_margin = math.inf
+
+    def logits(self, token_ids: list[int]) -> Array:
+        """float64 [tokens, vocab]."""
+        self.router_margin = math.inf
+        hidden = self.tensors["model.embed_tokens.weight"][token_ids]
+        for layer in range(self.config["num_hidden_layers"]):
+            prefix = f"model.layers.{layer}."
+            hidden = hidden + self.attention(layer, self.norm(prefix + "input_layernorm", hidden))
+            hidden = hidden + self.feed_forward(layer, self.norm(prefix + "post_attention_layernorm", hidden))
+        is_tied = self.config["tie_word_embeddings"]
+        head = self.tensors["model.embed_tokens.weight" if is_tied else "lm_head.weight"]
+        return self.norm("model.norm", hidden) @ head.T
+
+    def greedy(self, token_ids: list[int], num_tokens: int) -> list[int]:
+        """The continuation that takes the best token each time."""
+        known = list(token_ids)
+        for _ in range(num_tokens):
+            known.append(int(self.logits(known)[-1].argmax()))
+        return known[len(token_ids) :]
+
+    def norm(self, name: str, x: Array) -> Array:
+        mean_square = (x * x).mean(axis=-1, keepdims=True)
+        return self.tensors[name + ".weight"] * x / np.sqrt(mean_square + self.config["rms_norm_eps"])
+
+    def linear(self, name: str, x: Array) -> Array:
+        y = x @ self.tensors[name + ".weight"].T
+        return y + self.tensors[name + ".bias"] if name + ".bias" in self.tensors else y
+
+    def attention(self, layer: int, x: Array) -> Array:
+        prefix, dim = f"model.layers.{layer}.self_attn.", head_dim(self.config)
+        num_tokens = len(x)
+        q, k, v = (self.linear(f"{prefix}{name}_proj", x).reshape(num_tokens, -1, dim) for name in "qkv")
+        if prefix + "q_norm.weight" in self.tensors:
+            q, k = self.norm(prefix + "q_norm", q), self.norm(prefix + "k_norm", k)
+        frequency, scale = rope_frequencies(self.config)
+        q, k = rotate(q, frequency, scale), rotate(k, frequency, scale)
+
+        heads_per_kv_head = q.shape[1] // k.shape[1]
+        position = np.arange(num_tokens)
+        distance = position[:, None] - position[None, :]
+        is_seen = distance >= 0
+        if self.windows[layer]:
+            is_seen &= distance < self.windows[layer]
+        out = np.empty_like(q)
+        for head in range(q.shape[1]):
+            scores = q[:, head] @ k[:, head // heads_per_kv_head].T / math.sqrt(dim)
+            out[:, head] = softmax(np.where(is_seen, scores, -np.inf)) @ v[:, head // heads_per_kv_head]
+        return self.linear(prefix + "o_proj", out.reshape(num_tokens, -1))
+
+    def feed_forward(self, layer: int, x: Array) -> Array:
+        if layer not in moe_layers(self.config):
+            return self.swiglu(f"model.layers.{layer}.mlp.", x)
+        is_mixtral = self.config["model_type"] == "mixtral"
+        block = f"model.layers.{layer}." + ("block_sparse_moe." if is_mixtral else "mlp.")
+        names = ("w1", "w3", "w2") if is_mixtral else ("gate_proj", "up_proj", "down_proj")
+        k = self.config["num_experts_per_tok"]
+
+        probabilities = softmax(x @ self.tensors[block + "gate.weight"].T)
+        order = np.argsort(-probabilities, axis=1, kind="stable")
+        self.note_margin(np.take_along_axis(probabilities, order, axis=1), k)
+        out = np.zeros_like(x)
+        for token, chosen in enumerate(order[:, :k]):
+            weights = probabilities[token, chosen]
+            if is_mixtral or self.config["norm_topk_prob"]:
+                weights = weights / weights.sum()
+            for expert, weight in zip(chosen, weights, strict=True):
+                out[token] += weight * self.swiglu(f"{block}experts.{expert}.", x[token], names)
+        if self.config["model_type"] == "qwen2_moe":
+            gate = sigmoid(x @ self.tensors[block + "shared_expert_gate.weight"].T)
+            out += gate * self.swiglu(block + "shared_expert.", x)
+        return out
+
+    def swiglu(
+        self, prefix: str, x: Array, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    ) -> Array:
+        gate, up, down = (self.tensors[f"{prefix}{name}.weight"] for name in names)
+        score = x @ gate.T
+        return (score * sigmoid(score) * (x @ up.T)) @ down.T
+
+    def note_margin(self, best_first: Array, k: int) -> None:
+        if k < num_experts(self.config):
+            margins = 1 - best_first[:, k] / best_first[:, k - 1]
+            self.router_margin = min(self.router_margin, float(margins.min()))
+
+
+def sliding_windows(config: RawConfig) -> list[int]:
+    """Each layer's window as transformers reads the config; 0 is full attention."""
+    num_layers, window = config["num_hidden_layers"], config.get("sliding_window") or 0
+    if config["model_type"] == "mixtral":
+        return [window] * num_layers
+    if not config.get("use_sliding_window", False):
+        return [0] * num_layers
+    if config["model_type"] == "qwen3_moe":
+        return [window] * num_layers
+    first_full = config.get("max_window_layers", 28)
+    kinds = config.get("layer_types") or [
+        "sliding_attention" if i % 2 == 0 and i < first_full else "full_attention" for i in range(num_layers)
+    ]
+    return [window if kind == "sliding_attention" else 0 for kind in kinds]
+
+
+def rope_frequencies(config: RawConfig) -> tuple[Array, float]:
+    """Angle per position of each dimension pair, and the factor on cosine and sine."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.get("rope_theta", config.get("rope_theta", DEFAULT_THETA[config["model_type"]]))
+    dim = head_dim(config)
+    frequency = theta ** -(np.arange(0, dim, 2) / dim)
+    original = rope.get("original_max_position_embeddings", config["max_position_embeddings"])
+    factor = rope.get("factor", 1.0)
+    if kind == "linear":
+        return frequency / factor, 1.0
+    if kind == "llama3":
+        turns = original * frequency / (2 * math.pi)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        return frequency * (kept + (1 - kept) / factor), 1.0
+    if kind == "yarn":
+        return yarn_frequencies(rope, frequency, theta, original)
+    # Dynamic scaling changes nothing up to max_position_embeddings, and no test goes beyond.
+    assert kind in ("default", "dynamic"), kind
+    return frequency, 1.0
+
+
+def yarn_frequencies(rope: RawConfig, frequency: Array, theta: float, original: int) -> tuple[Array, float]:
+    dim, factor = 2 * len(frequency), rope["factor"]
+
+    def dim_that_turns(times: float) -> float:
+        return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dim_that_turns(rope.get("beta_fast") or 32), dim_that_turns(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    stretched = np.clip((np.arange(dim // 2) - low) / (high - low if high != low else 0.001), 0, 1)
+
+    def magnitude(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1
+
+    scale = rope.get("attention_factor")
+    if scale is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        scale = magnitude(rope["mscale"]) / magnitude(rope["mscale_all_dim"])
+    return frequency * (1 - stretched) + frequency / factor * stretched, magnitude(
+        1
+    ) if scale is None else scale
+
+
+def rotate(x: Array, frequency: Array, scale: float) -> Array:
+    """x [tokens, heads, dim]: dimension j turns with dimension j + dim / 2."""
+    angle = np.arange(len(x))[:, None, None] * frequency
+    cos, sin = scale * np.cos(angle), scale * np.sin(angle)
+    first, second = np.split(x, 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def softmax(x: Array) -> Array:
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))

@@ -1,0 +1,139 @@
+"""Configurations drawn at random: families, flags, sizes and storage in combinations nobody would write down.
+
+Sizes are small and awkward on purpose: widths of one, odd column counts, one expert, all experts chosen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tests.models.configurations import Configuration
+from tests.models.numpy_model import NumpyModel
+from tests.models.tiny import (
+    RawConfig,
+    mixtral,
+    moe_layers,
+    prompt_ids,
+    qwen2_moe,
+    qwen3_moe,
+    respelt,
+    write_model,
+)
+
+# Router decisions closer than this may fall differently in float32 and float64.
+SMALLEST_MARGIN = 1e-3
+
+
+def random_configuration(seed: int) -> Configuration:
+    """One configuration per seed; every family takes a third of the seeds."""
+    rng = np.random.default_rng([seed, 2])
+
+    def pick(*choices: Any) -> Any:
+        return choices[rng.integers(len(choices))]
+
+    num_kv_heads = pick(1, 2, 3)
+    num_heads = num_kv_heads * pick(1, 2, 4)
+    num_layers = pick(1, 2, 3, 5)
+    num_experts = pick(1, 2, 5, 8, 19)
+    dtype, torch_dtype = pick(
+        ("BF16", "bfloat16"), ("BF16", "bfloat16"), ("F16", "float16"), ("F32", "float32")
+    )
+    config: RawConfig = {
+        "hidden_size": num_heads * 2 * pick(1, 2, 3, 5),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "num_hidden_layers": num_layers,
+        "num_experts_per_tok": int(rng.integers(1, min(num_experts, 8) + 1)),
+        "vocab_size": pick(17, 64, 200),
+        "tie_word_embeddings": pick(True, False),
+        "rms_norm_eps": pick(1e-5, 1e-6),
+        "torch_dtype": torch_dtype,
+        "rope_theta": pick(1e4, 1e6),
+    }
+    # Not left to hidden_size / heads: transformers cannot scale Mixtral's positions without it.
+    config["head_dim"] = pick(4, 8, 10, 16, 34)
+    match seed % 3:
+        case 0:
+            config = mixtral(
+                **config,
+                intermediate_size=pick(1, 7, 32, 40),
+                num_local_experts=num_experts,
+                sliding_window=pick(None, 1, 5, 64),
+            )
+        case 1:
+            config = qwen2_moe(
+                **config,
+                intermediate_size=pick(1, 31, 64),
+                moe_intermediate_size=pick(1, 7, 32, 40),
+                shared_expert_intermediate_size=pick(1, 16, 33),
+                num_experts=num_experts,
+                norm_topk_prob=pick(True, False),
+                qkv_bias=pick(True, False),
+                use_sliding_window=pick(True, False),
+                sliding_window=pick(1, 5, 64),
+                max_window_layers=pick(0, 2, 4),
+            )
+        case 2:
+            config = qwen3_moe(
+                **config,
+                intermediate_size=pick(1, 31, 64),
+                moe_intermediate_size=pick(1, 7, 32, 40),
+                num_experts=num_experts,
+                norm_topk_prob=pick(True, False),
+                attention_bias=pick(True, False),
+                use_sliding_window=pick(True, False),
+                sliding_window=pick(1, 5, 64),
+            )
+    if config["model_type"] != "mixtral":
+        dense = {
+            "mlp_only_layers": [i for i in range(num_layers) if rng.random() < 0.2],
+            "decoder_sparse_step": pick(1, 1, 2),
+        }
+        if moe_layers(config | dense):
+            config |= dense
+    scaling = pick(
+        None,
+        None,
+        {"rope_type": "linear", "factor": pick(1.5, 4.0)},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {
+            "rope_type": "yarn",
+            "factor": pick(2.0, 32.0),
+            "original_max_position_embeddings": pick(8, 64),
+            "beta_fast": pick(4.0, 32.0),
+            "beta_slow": pick(0.5, 1.0),
+            "truncate": pick(True, False),
+        },
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": pick(2.0, 4.0),
+            "original_max_position_embeddings": pick(8, 32),
+        },
+    )
+    if pick(True, False):
+        config = respelt(config, theta=config["rope_theta"], **(scaling or {}))
+    else:
+        config["rope_scaling"] = scaling
+    return Configuration(name=f"random_{seed}", config=config, dtype=dtype, num_shards=pick(1, 1, 2, 4))
+
+
+def write_decided_model(directory: Path, configuration: Configuration, *, num_tokens: int) -> list[int]:
+    """Write the first seed whose routing of its prompt is no near tie; returns the prompt."""
+    for seed in range(1000):
+        write_model(
+            directory,
+            configuration.config,
+            seed=seed,
+            dtype=configuration.dtype,
+            num_shards=configuration.num_shards,
+        )
+        prompt = prompt_ids(configuration.config, seed, num_tokens)
+        model = NumpyModel(directory)
+        model.logits(prompt)
+        if model.router_margin > SMALLEST_MARGIN:
+            return prompt
+    raise AssertionError(f"{configuration.name}: 1000 seeds, each with a near tie")

@@ -1,0 +1,56 @@
+"""The committed references: tiny checkpoints and what transformers computed from them.
+
+    reference/<name>/   config.json, weights, ref.safetensors, reference.json
+
+`make_models.py` writes them; the configurations are `configurations.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from tests.models.safetensors_file import Array, read_safetensors
+
+DIRECTORY = Path(__file__).parent / "reference"
+
+# float32 sums in another order differ by a few 1e-6 of the largest logit on these models; one wrong flag moves it by
+# more than 1e-2. The bound leaves room for other processors and lets nothing else through.
+LARGEST_DIFFERENCE = 2e-4
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One checkpoint with its prompt, the prompt's logits and the greedy continuation."""
+
+    directory: Path
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @cached_property
+    def tensors(self) -> dict[str, Array]:
+        return read_safetensors(self.directory / "ref.safetensors")
+
+    @property
+    def input_ids(self) -> list[int]:
+        return [int(i) for i in self.tensors["input_ids"]]
+
+    @property
+    def logits(self) -> Array:
+        return self.tensors["logits"]
+
+    @property
+    def greedy(self) -> list[int]:
+        return [int(i) for i in self.tensors["greedy"]]
+
+
+REFERENCES = tuple(Reference(directory) for directory in sorted(DIRECTORY.iterdir()))
+
+
+def difference(found: Array, expected: Array) -> float:
+    """Largest absolute difference over the largest magnitude expected."""
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    return float(abs(found - expected).max() / abs(expected).max())

@@ -1,0 +1,266 @@
+"""Tiny random checkpoints in the layout the hub uses, without torch.
+
+    a config.json as the hub has it  ->  names and shapes of its tensors  ->  seeded random values  ->  files
+
+Nothing is left at zero or one: norms, biases and routers are random too, so that no flag hides behind a neutral
+value. Values are exact in the format they are stored in. Elsewhere: the configurations with committed references
+are `configurations.py`; their references come from `make_models.py` (transformers), and `numpy_model.py` is the
+second opinion.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tests.models.safetensors_file import Array, decode, encode, write_checkpoint
+
+RawConfig = dict[str, Any]
+
+PROMPT_TOKENS = 32
+NEW_TOKENS = 16
+
+SWIGLU_NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+def mixtral(**changes: Any) -> RawConfig:
+    """A config.json with the keys of Mixtral-8x7B's."""
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 40,
+        "initializer_range": 0.02,
+        "intermediate_size": 20,
+        "max_position_embeddings": 128,
+        "model_type": "mixtral",
+        "num_attention_heads": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "num_local_experts": 6,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.36.0.dev0",
+        "use_cache": True,
+        "vocab_size": 112,
+    } | changes
+
+
+def qwen2_moe(**changes: Any) -> RawConfig:
+    """A config.json with the keys of Qwen1.5-MoE-A2.7B's."""
+    return {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "decoder_sparse_step": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 40,
+        "initializer_range": 0.02,
+        "intermediate_size": 48,
+        "max_position_embeddings": 128,
+        "max_window_layers": 3,
+        "model_type": "qwen2_moe",
+        "moe_intermediate_size": 20,
+        "norm_topk_prob": False,
+        "num_attention_heads": 4,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "shared_expert_intermediate_size": 40,
+        "sliding_window": 32768,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.39.0.dev0",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 112,
+    } | changes
+
+
+def qwen3_moe(**changes: Any) -> RawConfig:
+    """A config.json with the keys of Qwen3-30B-A3B's."""
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "decoder_sparse_step": 1,
+        "eos_token_id": 2,
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "hidden_size": 32,
+        "initializer_range": 0.02,
+        "intermediate_size": 48,
+        "max_position_embeddings": 128,
+        "max_window_layers": 3,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "num_attention_heads": 4,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 112,
+    } | changes
+
+
+def respelt(config: RawConfig, *, theta: float, **scaling: Any) -> RawConfig:
+    """The same model as transformers 5 writes it: `rope_parameters` and `dtype` in place of the older keys."""
+    kept = {
+        key: value
+        for key, value in config.items()
+        if key not in ("rope_theta", "rope_scaling", "torch_dtype")
+    }
+    rope = {"rope_theta": theta, "rope_type": "default"} | scaling
+    return kept | {
+        "dtype": config["torch_dtype"],
+        "pad_token_id": None,
+        "rope_parameters": rope,
+        "transformers_version": "5.24.0",
+    }
+
+
+def head_dim(config: RawConfig) -> int:
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+def num_experts(config: RawConfig) -> int:
+    return config["num_local_experts"] if config["model_type"] == "mixtral" else config["num_experts"]
+
+
+def moe_layers(config: RawConfig) -> list[int]:
+    """Layers with routed experts: 'every n-th, counted from the n-th' less the ones listed as dense."""
+    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    return [i for i in range(config["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0]
+
+
+def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of every tensor that the hub's checkpoint of this config holds."""
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    q_rows = config["num_attention_heads"] * head_dim(config)
+    kv_rows = config["num_key_value_heads"] * head_dim(config)
+    family = config["model_type"]
+    has_qkv_bias = {"mixtral": False, "qwen2_moe": config.get("qkv_bias", True)}.get(
+        family, config.get("attention_bias", False)
+    )
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        attention = layer + "self_attn."
+        shapes[layer + "input_layernorm.weight"] = (hidden,)
+        for name, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
+            shapes[f"{attention}{name}_proj.weight"] = (rows, hidden)
+            if has_qkv_bias:
+                shapes[f"{attention}{name}_proj.bias"] = (rows,)
+        shapes[attention + "o_proj.weight"] = (hidden, q_rows)
+        if family == "qwen3_moe":
+            if has_qkv_bias:
+                shapes[attention + "o_proj.bias"] = (hidden,)
+            shapes[attention + "q_norm.weight"] = shapes[attention + "k_norm.weight"] = (head_dim(config),)
+        shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
+        if i in moe_layers(config):
+            shapes |= moe_shapes(config, layer)
+        else:
+            shapes |= swiglu_shapes(
+                layer + "mlp.", ("gate_proj", "up_proj", "down_proj"), hidden, config["intermediate_size"]
+            )
+    shapes["model.norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    return shapes
+
+
+def moe_shapes(config: RawConfig, layer: str) -> dict[str, tuple[int, ...]]:
+    hidden = config["hidden_size"]
+    if config["model_type"] == "mixtral":
+        block, names, width = layer + "block_sparse_moe.", ("w1", "w3", "w2"), config["intermediate_size"]
+    else:
+        block, names, width = (
+            layer + "mlp.",
+            ("gate_proj", "up_proj", "down_proj"),
+            config["moe_intermediate_size"],
+        )
+    shapes: dict[str, tuple[int, ...]] = {block + "gate.weight": (num_experts(config), hidden)}
+    for expert in range(num_experts(config)):
+        shapes |= swiglu_shapes(f"{block}experts.{expert}.", names, hidden, width)
+    if config["model_type"] == "qwen2_moe":
+        shared = config["shared_expert_intermediate_size"]
+        shapes |= swiglu_shapes(block + "shared_expert.", names, hidden, shared)
+        shapes[block + "shared_expert_gate.weight"] = (1, hidden)
+    return shapes
+
+
+def swiglu_shapes(
+    prefix: str, names: tuple[str, str, str], hidden: int, width: int
+) -> dict[str, tuple[int, ...]]:
+    gate, up, down = names
+    return {
+        f"{prefix}{gate}.weight": (width, hidden),
+        f"{prefix}{up}.weight": (width, hidden),
+        f"{prefix}{down}.weight": (hidden, width),
+    }
+
+
+def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]:
+    """Seeded values, exact in `dtype`, of a size that keeps activations near one and routing decided."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in tensor_shapes(config).items():
+        noise = rng.standard_normal(shape, np.float32)
+        if "norm" in name:
+            values = 1 + 0.2 * noise
+        elif name.endswith(".bias"):
+            values = 0.3 * noise
+        elif "embed_tokens" in name:
+            # A tied table is the head too: at unit size a token would only ever predict itself.
+            values = noise * (0.5 * shape[1] ** -0.5 if config["tie_word_embeddings"] else 1.0)
+        elif name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight")):
+            values = noise * (1.5 * shape[1] ** -0.5)
+        else:
+            values = noise * (1.2 * shape[1] ** -0.5)
+        tensors[name] = decode(dtype, encode(dtype, values)).reshape(shape)
+    return tensors
+
+
+def write_model(
+    directory: Path, config: RawConfig, *, seed: int, dtype: str = "BF16", num_shards: int = 1
+) -> Path:
+    """Write config.json and the weights; returns `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = random_tensors(config, seed, dtype)
+    write_checkpoint(directory, {name: (dtype, t) for name, t in tensors.items()}, num_shards=num_shards)
+    return directory
+
+
+def prompt_ids(config: RawConfig, seed: int, num_tokens: int = PROMPT_TOKENS) -> list[int]:
+    return [int(i) for i in np.random.default_rng([seed, 1]).integers(3, config["vocab_size"], num_tokens)]

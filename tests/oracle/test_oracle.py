@@ -1,0 +1,218 @@
+"""Fresh checkpoints against transformers: other seeds and sizes than the committed references, and random flags.
+
+Needs torch and transformers (`make test-oracle`). The reference is float32 arithmetic on the stored weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tests.models.configurations import CONFIGURATIONS, Configuration
+from tests.models.make_models import answer, load, make, scaled
+from tests.models.numpy_model import softmax
+from tests.models.random_models import random_configuration, write_decided_model
+from tests.models.references import LARGEST_DIFFERENCE, difference
+from tests.models.safetensors_file import Array, read_safetensors
+from tests.models.tiny import RawConfig, mixtral, prompt_ids, qwen2_moe, qwen3_moe, write_model
+
+from argosy import Engine, SamplingParams, _native
+from argosy.checkpoint.pack import pack
+from argosy.model.families import open_model
+from argosy.model.rope import Rope
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+FIRST_SEED = 20_000
+SCALED = tuple(replace(c, config=scaled(c.config, 1.7)) for c in CONFIGURATIONS)
+RANDOM = tuple(random_configuration(seed) for seed in range(1000, 1024))
+
+# Sizes at which every loop of a kernel runs many times, and no dimension is a multiple of a vector.
+LARGE = (
+    Configuration(
+        name="mixtral_large",
+        config=mixtral(
+            hidden_size=260, intermediate_size=333, num_local_experts=8, num_hidden_layers=4, head_dim=34
+        ),
+    ),
+    Configuration(
+        name="qwen2_moe_large",
+        config=qwen2_moe(
+            hidden_size=264,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            moe_intermediate_size=90,
+            shared_expert_intermediate_size=300,
+            num_experts=24,
+            num_experts_per_tok=4,
+        ),
+    ),
+    Configuration(
+        name="qwen3_moe_large",
+        config=qwen3_moe(
+            hidden_size=250,
+            moe_intermediate_size=70,
+            num_attention_heads=8,
+            head_dim=48,
+            num_experts=32,
+            num_experts_per_tok=8,
+        ),
+    ),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_quiet_thread() -> Iterator[None]:
+    transformers.utils.logging.disable_progress_bar()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def name_of(configuration: Configuration) -> str:
+    return configuration.name
+
+
+@pytest.mark.parametrize("configuration", [*SCALED, *LARGE], ids=name_of)
+def test_logits_and_greedy_continuation_equal_transformers(
+    configuration: Configuration, tmp_path: Path
+) -> None:
+    reference = make(configuration, tmp_path, first_seed=FIRST_SEED)
+    prompt = [int(i) for i in read_safetensors(tmp_path / "ref.safetensors")["input_ids"]]
+    greedy = SamplingParams(max_tokens=len(reference.greedy), ignore_eos=True)
+    for instruction_set in _native.instruction_sets():
+        with Engine(tmp_path, memory="8GiB", threads=1, instruction_set=instruction_set) as engine:
+            logits = engine.logits(prompt)
+            tokens = engine.generate(prompt, greedy).token_ids
+        assert difference(logits, reference.logits) <= LARGEST_DIFFERENCE, instruction_set
+        assert tokens == reference.greedy, instruction_set
+
+
+@pytest.mark.parametrize("configuration", RANDOM, ids=name_of)
+def test_random_configurations_equal_transformers(configuration: Configuration, tmp_path: Path) -> None:
+    prompt = write_decided_model(tmp_path, configuration, num_tokens=24)
+    with torch.no_grad():
+        expected = load(tmp_path)(input_ids=torch.tensor([prompt])).logits[0].numpy()
+    with Engine(tmp_path, memory="8GiB", threads=1, chunk_tokens=7) as engine:
+        assert difference(engine.logits(prompt), expected) <= LARGEST_DIFFERENCE
+
+
+def test_a_long_prompt_equals_transformers(tmp_path: Path) -> None:
+    """Hundreds of positions: sums over many keys, many KV blocks, several chunks."""
+    config = qwen3_moe(max_position_embeddings=2048, num_experts=16, num_experts_per_tok=4, hidden_size=64)
+    for seed in range(FIRST_SEED, FIRST_SEED + 100):
+        write_model(tmp_path, config, seed=seed)
+        prompt = prompt_ids(config, seed, 700)
+        reference = answer(load(tmp_path), prompt, num_tokens=1)
+        if reference.router_margin > 1e-4:
+            break
+    with Engine(tmp_path, memory="8GiB", threads=2, expert_slots=8, chunk_tokens=256) as engine:
+        assert difference(engine.logits(prompt), reference.logits) <= LARGEST_DIFFERENCE
+
+
+@pytest.mark.parametrize("configuration", [*CONFIGURATIONS, *RANDOM], ids=name_of)
+def test_a_config_means_what_transformers_reads_in_it(configuration: Configuration, tmp_path: Path) -> None:
+    write_model(tmp_path, configuration.config, seed=1)
+    ours = open_model(tmp_path).config
+    model = load(tmp_path)
+    theirs, layers = model.config, model.model.layers
+    attention = [layer.self_attn for layer in layers]
+
+    assert ours.num_layers == len(layers) == theirs.num_hidden_layers
+    assert [layer.is_moe for layer in ours.layers] == [hasattr(layer.mlp, "experts") for layer in layers]
+    assert [layer.sliding_window for layer in ours.layers] == [
+        window_of(theirs, module) for module in attention
+    ]
+    assert ours.head_dim == attention[0].head_dim
+    assert (ours.num_heads, ours.num_kv_heads) == (theirs.num_attention_heads, theirs.num_key_value_heads)
+    assert (ours.vocab_size, ours.hidden_size) == tuple(model.model.embed_tokens.weight.shape)
+    assert ours.norm_eps == layers[0].input_layernorm.variance_epsilon
+    assert ours.is_embedding_tied == (model.lm_head.weight is model.model.embed_tokens.weight)
+    assert ours.has_qk_norm == hasattr(attention[0], "q_norm")
+    assert ours.has_qkv_bias == (attention[0].q_proj.bias is not None)
+    assert ours.has_o_bias == (attention[0].o_proj.bias is not None)
+    assert ours.context_tokens == theirs.max_position_embeddings
+    routers = [layer.mlp.gate for layer in layers if hasattr(layer.mlp, "experts")]
+    assert ours.num_experts == routers[0].num_experts
+    assert ours.experts_per_token == routers[0].top_k
+    assert ours.router.renormalize == getattr(routers[0], "norm_topk_prob", True)
+    assert (ours.shared_width > 0) == hasattr(layers[ours.moe_layers[0]].mlp, "shared_expert")
+    eos = theirs.eos_token_id
+    assert ours.eos_ids == tuple(eos if isinstance(eos, list) else [eos])
+
+    rope, rotary = Rope(ours.rope), model.model.rotary_emb
+    np.testing.assert_allclose(rope.inverse_frequency, rotary.inv_freq.numpy(), rtol=1e-6)
+    assert rope.scale == pytest.approx(rotary.attention_scaling, rel=1e-12)
+
+
+def window_of(config: transformers.PreTrainedConfig, attention: torch.nn.Module) -> int:
+    """The window transformers applies in this layer; 0 is full attention."""
+    if config.model_type == "mixtral":
+        return config.sliding_window or 0
+    return getattr(attention, "sliding_window", None) or 0
+
+
+# In Mixtral and Qwen3-MoE an absent num_key_value_heads is not "as many as heads".
+DEFAULT_KV_HEADS = {"mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4}
+OPTIONAL_KEYS = ["head_dim", "rope_theta", "num_key_value_heads", "norm_topk_prob", "rms_norm_eps"]
+
+
+@pytest.mark.parametrize("family", [mixtral, qwen2_moe, qwen3_moe], ids=lambda family: family.__name__)
+@pytest.mark.parametrize("missing", OPTIONAL_KEYS)
+def test_an_absent_key_has_the_default_of_transformers(
+    family: Callable[..., RawConfig], missing: str, tmp_path: Path
+) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 16, "head_dim": 4}
+    config = family(**sizes, num_key_value_heads=DEFAULT_KV_HEADS[family.__name__])
+    write_model(tmp_path, config, seed=2)
+    without = {key: value for key, value in config.items() if key != missing}
+    (tmp_path / "config.json").write_text(json.dumps(without))
+    prompt = prompt_ids(config, 2, 8)
+    with torch.no_grad():
+        expected = load(tmp_path)(input_ids=torch.tensor([prompt])).logits[0].numpy()
+    with Engine(tmp_path, memory="8GiB", threads=1) as engine:
+        assert difference(engine.logits(prompt), expected) <= LARGEST_DIFFERENCE
+
+
+# Every expert chosen: a rounded router score that tips one decision would hide what rounding itself costs.
+ALL_CHOSEN = [
+    mixtral(hidden_size=128, intermediate_size=96, num_experts_per_tok=6),
+    qwen2_moe(hidden_size=128, moe_intermediate_size=96, num_experts_per_tok=6, norm_topk_prob=True),
+    qwen3_moe(hidden_size=128, moe_intermediate_size=96, num_experts_per_tok=6),
+]
+
+
+@pytest.mark.parametrize("config", ALL_CHOSEN, ids=lambda config: config["model_type"])
+def test_a_pack_answers_like_its_source(config: RawConfig, tmp_path: Path) -> None:
+    """bf16 keeps every bit of a bf16 checkpoint; q8 rounds weights and activations to eight bits, q4 weights to four.
+
+    Random weights have no structure that hides rounding; the bounds are about three times what is found. A wrong
+    scale, row or column costs more than one nat.
+    """
+    write_model(tmp_path / "source", config, seed=FIRST_SEED)
+    prompt = prompt_ids(config, FIRST_SEED)
+    with torch.no_grad():
+        expected = load(tmp_path / "source")(input_ids=torch.tensor([prompt])).logits[0].numpy()
+    logits = {}
+    for format in ("bf16", "q8", "q4"):
+        pack(open_model(tmp_path / "source"), tmp_path / format, format=format)
+        with Engine(tmp_path / format, memory="8GiB", threads=1) as engine:
+            logits[format] = engine.logits(prompt)
+
+    assert difference(logits["bf16"], expected) <= LARGEST_DIFFERENCE
+    assert mean_divergence(expected, logits["q8"]) < 0.002
+    assert mean_divergence(expected, logits["q4"]) < 0.04
+
+
+def mean_divergence(expected: Array, found: Array) -> float:
+    """Mean KL divergence of the next-token distributions, in nats."""
+    p, q = softmax(expected.astype(np.float64)), softmax(found.astype(np.float64))
+    return float((p * np.log(p / q)).sum(axis=1).mean())

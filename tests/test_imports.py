@@ -1,0 +1,112 @@
+"""Which room may import which: the design's table, read from the imports themselves."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "argosy"
+
+EVERYONE = {"config", "errors"}
+MAY_IMPORT = {
+    "prompt": set(),
+    "guard": set(),
+    "observe": set(),
+    "checkpoint": {"_native"},
+    "demo": {"checkpoint", "model"},
+    "plan": {"checkpoint", "_native"},
+    "experts": {"checkpoint", "_native"},
+    "model": {"experts", "checkpoint", "_native"},
+    "engine": {"prompt", "model", "experts", "checkpoint", "plan", "demo", "_native"},
+    "config": {"errors"},
+    "errors": set(),
+}
+ANY_ROOM = {"cli", "__init__", "__main__"}  # the command line, and the package's public names
+
+NEVER_AT_RUN_TIME = {"torch", "transformers", "pickle", "_pickle", "marshal", "shelve", "dill", "safetensors"}
+
+
+def test_every_room_has_a_row() -> None:
+    assert {room_of(path) for path in modules()} <= MAY_IMPORT.keys() | ANY_ROOM
+
+
+def test_arrows_never_form_a_circle() -> None:
+    TopologicalSorter(MAY_IMPORT).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("room", sorted(MAY_IMPORT))
+def test_a_room_imports_only_what_the_design_lets_it(room: str) -> None:
+    allowed = MAY_IMPORT[room] | EVERYONE | {room} if room not in EVERYONE else MAY_IMPORT[room]
+    found = [
+        f"{path.relative_to(SOURCE)}:{line} imports {imported}"
+        for path in modules()
+        if room_of(path) == room
+        for line, imported in imports(path)
+        if imported.startswith("argosy") and target_room(imported) not in allowed
+    ]
+    assert found == []
+
+
+def test_nothing_imports_torch_or_reads_a_pickle() -> None:
+    found = [
+        f"{path.relative_to(SOURCE)}:{line} imports {imported}"
+        for path in modules()
+        for line, imported in imports(path)
+        if imported.partition(".")[0] in NEVER_AT_RUN_TIME
+    ]
+    assert found == []
+
+
+def test_the_check_sees_every_way_to_import(tmp_path: Path) -> None:
+    module = tmp_path / "module.py"
+    module.write_text(
+        "import argosy.engine.engine as e\n"
+        "from argosy import _native, errors\n"
+        "from argosy.model import rope\n"
+        "def later():\n    import importlib\n    importlib.import_module('argosy.cli.main')\n    __import__('torch')\n"
+    )
+    assert [imported for _, imported in imports(module)] == [
+        "argosy.engine.engine",
+        "argosy._native",
+        "argosy.errors",
+        "argosy.model.rope",
+        "importlib",
+        "argosy.cli.main",
+        "torch",
+    ]
+
+
+def modules() -> list[Path]:
+    return sorted(SOURCE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def target_room(imported: str) -> str:
+    """The room of an absolute name; the package itself stands for its public names, which only callers use."""
+    parts = imported.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, absolute module name) of each import, also inside functions and behind TYPE_CHECKING."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if hasattr(node, "lineno")]
+    for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset)):
+        match node:
+            case ast.Import(names=names):
+                yield from ((node.lineno, alias.name) for alias in names)
+            case ast.ImportFrom(level=0, module=str(module), names=names):
+                yield from ((node.lineno, f"{module}.{alias.name}") for alias in names)
+            case ast.ImportFrom():
+                pytest.fail(f"{path}:{node.lineno}: relative imports are not used here")
+            case ast.Call(
+                func=ast.Name(id="__import__" | "import_module") | ast.Attribute(attr="import_module"),
+                args=[ast.Constant(value=str(name)), *_],
+            ):
+                yield node.lineno, name
