@@ -1,6 +1,6 @@
 # The commands a stranger types. Each does its own set-up in .venv; only Python, a C++ compiler and make are needed.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-native test-sanitize test-oracle lint format bench clean
+.PHONY: FORCE help demo test test-native test-sanitize test-oracle lint format bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,8 +14,11 @@ help:                     ## list the commands
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# An editable install: Python sources are read in place, the native module is built again when it changes.
-$(VENV)/.installed: $(BIN)/python $(NATIVE)
+# An editable install: Python sources are read in place; a new module or a change of native code installs again.
+$(VENV)/.modules: FORCE | $(BIN)/python
+	@find src -name '*.py' | sort > $@.new; cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+$(VENV)/.installed: $(BIN)/python $(NATIVE) $(VENV)/.modules
 	$(PIP) "scikit-build-core>=0.10" "nanobind>=2.4" "cmake>=3.18" ninja
 	$(PIP) --no-build-isolation --editable '.[test]'
 	@touch $@

@@ -36,6 +36,7 @@ struct QuantizedTile {
 #pragma GCC unroll 2
       for (int i = 0; i < kPanels; ++i) sum[i][j] = zeros();
     }
+#pragma GCC unroll 1  // the registers are full
     for (int64_t group = 0; group < groups; ++group) {
       __m512i dot[kPanels][kTokens];
 #pragma GCC unroll 16
@@ -86,7 +87,7 @@ struct QuantizedTile {
   [[gnu::always_inline]] static inline void add_group(const uint8_t* quants, int64_t stride, const uint8_t* const (&x)[kTokens],
                                int64_t col, __m512i (&dot)[kPanels][kTokens]) {
     constexpr int kChunks = kSame == Format::q8 ? 8 : 4;
-#pragma GCC unroll 8
+#pragma GCC unroll 1
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       __m512i w[kPanels];
 #pragma GCC unroll 2
