@@ -54,7 +54,14 @@ def test_a_refusal_says_what_was_needed_what_was_found_and_what_would_help(files
     with pytest.raises(DoesNotFit) as refused:
         plan(files, 20 * MIB, context=4096)
     sentence = str(refused.value)
-    for word in ("the budget is 20.0 MiB", "dense weights", "KV cache", "4096 tokens", "--context", "--kv f16"):
+    for word in (
+        "the budget is 20.0 MiB",
+        "dense weights",
+        "KV cache",
+        "4096 tokens",
+        "--context",
+        "--kv f16",
+    ):
         assert word in sentence
 
 

@@ -1,0 +1,247 @@
+"""What every benchmark prints and records: the machine, who else was busy, medians, ratios, a CSV row.
+
+    with Sample() as sample: ...          ->  seconds, load average, cores that other processes used meanwhile
+    alternate({"a": ..., "b": ...}, n)    ->  A B A B, so that a slow minute hits both
+    Report("decode")                      ->  a table on stdout, rows in benchmarks/results/decode.csv
+
+Elsewhere: memory caps are `cgroup.py`; random checkpoints are `make_checkpoint.py`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from argosy import _native
+from argosy.config import format_bytes
+from argosy.plan import machine
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+# Another process that used less than this share of a core is not worth a name.
+_WORTH_NAMING = 0.05
+
+
+def commit() -> str:
+    """The commit that is measured, with a `+` when files differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(REPOSITORY), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def machine_line() -> str:
+    total = machine.memory_limit().total_bytes
+    return (
+        f"{machine.usable_cores()} cores ({machine.cpu_model()}), {_native.instruction_sets()[-1]}, "
+        f"{format_bytes(total)}, commit {commit()}"
+    )
+
+
+@dataclass
+class Sample:
+    """One timed stretch of work, and how busy others kept the machine meanwhile."""
+
+    seconds: float = 0.0
+    load: float = 0.0  # one-minute load average at the end
+    other_cores: float = 0.0  # used by processes that are neither this one nor its children
+    others: str = ""  # the busiest of them: "python 0.97, cc1plus 0.40"
+    values: dict[str, float] = field(default_factory=dict)
+    _started: float = 0.0
+    _before: dict[int, tuple[str, int, int]] = field(default_factory=dict)
+
+    def __enter__(self) -> Self:
+        self._before = _processes()
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.seconds = time.perf_counter() - self._started
+        self.load = os.getloadavg()[0]
+        after, own = _processes(), os.getpid()
+        shares: dict[str, float] = {}
+        for pid, (name, parent, ticks) in after.items():
+            if own in (pid, parent) or _has_ancestor(after, pid, own):
+                continue
+            used = ticks - self._before.get(pid, ("", 0, 0))[2]
+            if used > 0:
+                shares[name] = shares.get(name, 0.0) + used / _TICKS_PER_S / max(self.seconds, 1e-9)
+        self.other_cores = sum(shares.values())
+        named = sorted(shares.items(), key=lambda item: -item[1])[:3]
+        self.others = ", ".join(f"{name} {share:.2f}" for name, share in named if share >= _WORTH_NAMING)
+
+    def neighbours(self) -> str:
+        named = f" ({self.others})" if self.others else ""
+        return f"load {self.load:.1f}, others used {self.other_cores:.2f} cores{named}"
+
+
+def _processes() -> dict[int, tuple[str, int, int]]:
+    """Process id -> (name, parent, CPU ticks so far)."""
+    found = {}
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            text = Path("/proc", entry, "stat").read_text()
+        except OSError:
+            continue  # it ended meanwhile
+        name = text[text.index("(") + 1 : text.rindex(")")]
+        fields = text[text.rindex(")") + 2 :].split()
+        found[int(entry)] = (name, int(fields[1]), int(fields[11]) + int(fields[12]))
+    return found
+
+
+def _has_ancestor(processes: Mapping[int, tuple[str, int, int]], pid: int, ancestor: int) -> bool:
+    while pid in processes and pid != ancestor:
+        pid = processes[pid][1]
+    return pid == ancestor
+
+
+def alternate(
+    variants: Mapping[str, Callable[[], Mapping[str, float]]], repeats: int, *, log: bool = True
+) -> dict[str, list[Sample]]:
+    """Run the variants in turn, `repeats` times round; each returns its figures by name."""
+    samples: dict[str, list[Sample]] = {name: [] for name in variants}
+    for number in range(repeats):
+        for name, run in variants.items():
+            with Sample() as sample:
+                sample.values = dict(run())
+            samples[name].append(sample)
+            if log:
+                figures = "  ".join(f"{key} {value:.4g}" for key, value in sample.values.items())
+                print(
+                    f"  {number + 1}/{repeats} {name}: {figures}   [{sample.neighbours()}]", file=sys.stderr
+                )
+    return samples
+
+
+class Report:
+    """Prints what a benchmark found, and appends it to a CSV file."""
+
+    def __init__(self, script: str, *, state: str = "") -> None:
+        self.script = script
+        self._machine = machine_line()
+        self._correct = ""
+        self._width = 0
+        self._has_header = False
+        self._state = state
+
+    def correct(self, sentence: str) -> None:
+        """What was checked before anything was timed; call first."""
+        self._correct = sentence
+        print(f"correct    {sentence}")
+
+    def opening(self) -> None:
+        print(f"machine    {self._machine}")
+        if self._state:
+            print(f"state      {self._state}")
+
+    def line(self, name: str, text: str) -> None:
+        print(f"{name:<10} {text}")
+
+    def figure(self, label: str, unit: str, samples: Sequence[Sample], key: str, **facts: Any) -> float:
+        """One line of the table: median, min and max of `sample.values[key]`; returns the median."""
+        values = [sample.values[key] for sample in samples]
+        if not self._has_header:
+            print(f"{'':<34}{'median':>10}{'min':>10}{'max':>10}")
+            self._has_header = True
+        median = statistics.median(values)
+        shown = "".join(f"{_short(value):>10}" for value in (median, min(values), max(values)))
+        print(f"{label:<34}{shown}  {unit}")
+        self.record(label, unit, values, samples, **facts)
+        return median
+
+    def ratio(self, label: str, over: float, under: float, *, target: str = "") -> float:
+        ratio = over / under if under else float("nan")
+        note = f"   target {target}" if target else ""
+        print(f"{label:<34}{_short(ratio):>10}{note}")
+        self.record(label, "ratio", [ratio], [])
+        return ratio
+
+    def record(
+        self, label: str, unit: str, values: Sequence[float], samples: Sequence[Sample], **facts: Any
+    ) -> None:
+        """Append a row to benchmarks/results/<script>.csv."""
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{self.script}.csv"
+        row = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": self._machine,
+            "state": self._state,
+            "correct": self._correct,
+            "label": label,
+            "unit": unit,
+            "median": statistics.median(values),
+            "min": min(values),
+            "max": max(values),
+            "samples": json.dumps([round(value, 6) for value in values]),
+            "load": max((sample.load for sample in samples), default=os.getloadavg()[0]),
+            "other_cores": max((sample.other_cores for sample in samples), default=""),
+            "others": "; ".join(sample.others for sample in samples if sample.others),
+            "facts": json.dumps(facts, default=str),
+        }
+        is_new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def neighbours(self, samples: Sequence[Sample]) -> None:
+        """The busiest minute of the samples, so that a reader can discount them."""
+        worst = max(samples, key=lambda sample: sample.other_cores)
+        self.line("others", worst.neighbours() + " at worst")
+
+
+def _short(value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 0.01 else f"{value:.2f}"
+
+
+def run_inside(script: str, arguments: Sequence[object]) -> list[str]:
+    """The command that runs a benchmark's own inner part in a fresh interpreter."""
+    return [sys.executable, str(REPOSITORY / "benchmarks" / script), *map(str, arguments)]
+
+
+def print_plan(report: Report, plan: Sequence[Sequence[Any]], budget_bytes: int) -> None:
+    """The memory plan, as `argosy show` has it."""
+    total = sum(nbytes for _, nbytes, _ in plan)
+    report.line("plan", f"{format_bytes(total)} of {format_bytes(budget_bytes)}")
+    for name, nbytes, note in plan:
+        print(f"  {name:<18}{format_bytes(nbytes):>10}   {note}")
+
+
+def print_parts(parts: Mapping[str, float], wall_s: float) -> None:
+    """Where the wall time went, as the ledger has it."""
+    for part, seconds in sorted(parts.items(), key=lambda item: -item[1]):
+        print(f"  {part.replace('_', ' '):<22}{seconds:>8.2f} s {100 * seconds / max(wall_s, 1e-9):>5.0f} %")
+
+
+def drop_page_cache(directory: Path) -> None:
+    """Forget the cached pages of a model's files: this needs no privilege, and no other file suffers."""
+    for path in directory.iterdir():
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

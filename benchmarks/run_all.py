@@ -1,0 +1,45 @@
+"""Does every benchmark still run, and does each still meet its bound? Runs them one after the other.
+
+    python benchmarks/run_all.py [--short]
+
+Each is a script with one question; run alone, it takes more options. Exit code 1 if any failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SCRIPTS = ("replay", "reads", "decode", "memory", "quantisation", "demo")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--short", action="store_true", help="small models and few repeats: a few minutes in all"
+    )
+    parser.add_argument(
+        "only", nargs="*", metavar="SCRIPT", help=f"of: {', '.join(SCRIPTS)}; none: all of them"
+    )
+    options = parser.parse_args()
+    if unknown := set(options.only) - set(SCRIPTS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(SCRIPTS)}")
+    failed = []
+    for name in options.only or SCRIPTS:
+        path = Path(__file__).with_name(f"{name}.py")
+        question = path.read_text().split("\n", 1)[0].strip('" ')
+        print(f"\n── {name}: {question}", flush=True)
+        started = time.perf_counter()
+        flags = ["--short"] if options.short else []
+        if subprocess.run([sys.executable, str(path), *flags], check=False).returncode:
+            failed.append(name)
+        print(f"   {time.perf_counter() - started:.0f} s", flush=True)
+    print(f"\nfailed: {', '.join(failed)}" if failed else "\nall good")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

