@@ -1,6 +1,6 @@
 """Several prompts at once: they share every expert that is read, and each answer is what it would be alone.
 
-    python examples/answer_together.py
+python examples/answer_together.py
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from tests.checkpoint.dense_models import CONFIG, made_up_tensors, write_dense_g
 from tests.models.numpy_model import NumpyModel
 from tests.models.safetensors_file import read_checkpoint
 
-from argosy.demo import base, build, build_demo
+from argosy.demo import base, build
+from argosy.demo.build import build_demo
 from argosy.demo.experts import ARCHITECTURE, EXPERTS_FILE, TrainedExperts
 from argosy.errors import CheckpointError, DiskFull, FetchFailed, UsageError
 

@@ -122,6 +122,7 @@ def _count(parameters: int) -> str:
 def _plan(files: ModelFiles, settings: Settings, expert_slots: int | None) -> MemoryPlan:
     """The plan that `Engine` would make, in a process that holds what its process would."""
     from argosy.config import Budget, EngineConfig, parse_size
+    from argosy.engine.engine import DEMO_CONTEXT
     from argosy.engine.memory_plan import plan_memory, process_bytes
     from argosy.plan import machine
     from argosy.prompt.tokenizer import Tokenizer
@@ -133,8 +134,9 @@ def _plan(files: ModelFiles, settings: Settings, expert_slots: int | None) -> Me
         if settings.memory is None
         else parse_size(settings.memory, total_bytes=limit.total_bytes)
     )
+    context = settings.context if expert_slots is None else settings.context or DEMO_CONTEXT
     config = EngineConfig(
-        budget=Budget(ram_bytes=ram_bytes, context_tokens=settings.context),
+        budget=Budget(ram_bytes=ram_bytes, context_tokens=context),
         threads=settings.threads or machine.usable_cores(),
         kv_dtype=settings.kv_dtype or "f32",
         instruction_set=settings.instruction_set,

@@ -9,7 +9,3 @@ The dense base is SmolLM2-135M-Instruct; eight routed experts per layer were add
     experts.py   read the trained experts
     build.py     put both together
 """
-
-from argosy.demo.build import build_demo
-
-__all__ = ["build_demo"]

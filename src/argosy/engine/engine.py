@@ -48,6 +48,7 @@ from argosy.prompt.prompt import Message, Prompt, PromptBuilder
 from argosy.prompt.tokenizer import Tokenizer
 
 DEMO = "demo"  # the word for the embedded default model; a directory of that name is `./demo`
+DEMO_CONTEXT = 2048  # positions, where neither a budget nor a context is given
 PromptLike = str | Sequence[int] | Sequence[Message] | Prompt
 
 
@@ -95,6 +96,9 @@ class Engine:
         directory = locate_model(model, progress)
         files = open_model(directory)
         self.tokenizer = Tokenizer.open(directory)
+        if expert_slots is None and memory is None and str(model) == DEMO:
+            expert_slots = quarter_of_experts(files)
+            context = context or DEMO_CONTEXT
         self.settings = EngineConfig(
             budget=_budget(memory, context),
             threads=threads or machine.usable_cores(),
@@ -105,8 +109,6 @@ class Engine:
             readers=readers,
             experts_off=experts_off,
         )
-        if expert_slots is None and memory is None and str(model) == DEMO:
-            expert_slots = quarter_of_experts(files)
         if expert_slots is not None and not files.config.experts_per_token <= expert_slots:
             raise UsageError(
                 f"expert_slots must be at least experts_per_token = {files.config.experts_per_token},"
