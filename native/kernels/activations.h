@@ -1,4 +1,4 @@
-// activations.h: one token's activations as integers of 16 bits in two bytes, for products with q8 and q4 weights.
+// activations.h: one token's activations as 16-bit integers in two bytes, for q8 and q4 weights.
 //
 //   x  float32, from column 32 * group_begin on.    activations  the layout of formats.h, a row of `cols`.
 //
@@ -72,8 +72,9 @@ void quantize_activations(const float* x, int64_t cols, int64_t group_begin, int
     const int64_t n = cols - begin < kGroupSize ? cols - begin : kGroupSize;
     const Vec first = n >= 16 ? load(x + begin) : load(x + begin, n);
     const Vec second = n > 16 ? load(x + begin + 16, n - 16) : zeros();
-    const __m512i magnitudes = _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(first), magnitude_bits),
-                                                _mm512_and_si512(_mm512_castps_si512(second), magnitude_bits));
+    const __m512i magnitudes =
+        _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(first), magnitude_bits),
+                         _mm512_and_si512(_mm512_castps_si512(second), magnitude_bits));
     const int32_t largest = _mm512_reduce_max_epi32(magnitudes);
     const float absmax = bit_cast<float>(largest);
     const bool usable = absmax >= kSmallestGroup && largest < 0x7F800000;
@@ -88,7 +89,8 @@ void quantize_activations(const float* x, int64_t cols, int64_t group_begin, int
       uint8_t* to = activations + begin + 16 * i;
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(high));
       // The low byte of a quant is what remains: the high byte was rounded up where the low one is negative.
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + activation_low_at(cols)), _mm512_cvtepi32_epi8(quants));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + activation_low_at(cols)),
+                       _mm512_cvtepi32_epi8(quants));
       sum = _mm512_add_epi32(sum, quants);
       high_sum = _mm512_add_epi32(high_sum, high);
     }

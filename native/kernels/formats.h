@@ -71,11 +71,12 @@ static inline int32_t quant_at(Format format, const uint8_t* panel, int64_t row,
 //   int8  [groups * 32]   low
 //   float [groups]        scale = largest magnitude in the group / 127, for high alone (q4)
 //   float [groups]        scale / 256, for both (q8)
-//   int32 [groups]        -128 * sum of (256 * high + low): takes the offset of the q8 quants out of a dot product
+//   int32 [groups]        -128 * sum of (256 * high + low): takes the offset of the q8 quants out of a dot
+//                         product
 //   int32 [groups]        -8 * sum of high: the same for q4
 //
-// Beside q4 weights, whose own rounding is sixteen times that of q8, 8 bits of an activation are plenty. Beside q8
-// weights they are not: the error of the activations would be three times that of the weights
+// Beside q4 weights, whose own rounding is sixteen times that of q8, 8 bits of an activation are plenty.
+// Beside q8 weights they are not: the error of the activations would be three times that of the weights
 // (docs/decisions/0006-sixteen-bit-activations-for-q8.md).
 static inline constexpr int64_t activation_low_at(int64_t cols) { return num_groups(cols) * kGroupSize; }
 static inline constexpr int64_t activation_scales_at(Format format, int64_t cols) {

@@ -11,7 +11,8 @@ namespace argosy {
 namespace {
 // Tiles that fill the 32 registers.
 constexpr int kFloatTileRows = 4, kFloatTileTokens = 6, kFloatRowsAlone = 4;
-constexpr int kOnePanelTokens = 8, kTwoPanelsTokens = 6;
+constexpr int kOnePanelTokens = 8;
+constexpr int two_panels_tokens(Format format) { return format == Format::q8 ? 4 : 6; }
 constexpr int kScoreQueries = 8, kValueQueries = 4;
 }  // namespace
 }  // namespace argosy

@@ -45,9 +45,10 @@ void matmul_float(const MatmulArgs& a) {
 
 #else
 
-// Many tokens take the columns in blocks, so that what a tile reads again lies in the first-level cache. The sums
-// of a tile, one vector each, wait in between. The activations of a block are copied first, vectors of a tile's tokens
-// side by side: rows whose distance is a large power of two would push each other out of the cache.
+// Many tokens take the columns in blocks, so that what a tile reads again lies in the first-level cache. The
+// sums of a tile, one vector each, wait in between. The activations of a block are copied first, vectors of a
+// tile's tokens side by side: rows whose distance is a large power of two would push each other out of the
+// cache.
 constexpr int64_t kBlockRows = 64, kBlockTokens = 24, kBlockCols = 512;
 static_assert(kBlockRows % kFloatTileRows == 0 && kBlockTokens % kFloatTileTokens == 0);
 
@@ -82,10 +83,11 @@ void copy_x(const MatmulArgs& a, int64_t token, int64_t begin, int64_t end, floa
   }
 }
 
-// Columns [begin, end) of a tile. The sums come from `waiting` unless begin is 0, and go there unless end is the last.
+// Columns [begin, end) of a tile. The sums come from `waiting` unless begin is 0, and go there unless end is
+// the last.
 template <class Weights, int kRows, int kTokens, class X>
-void matmul_float_tile(const MatmulArgs& a, const X& x, int64_t row, int64_t token, int64_t begin, int64_t end,
-                       Vec* waiting) {
+void matmul_float_tile(const MatmulArgs& a, const X& x, int64_t row, int64_t token, int64_t begin,
+                       int64_t end, Vec* waiting) {
   const uint8_t* weights[kRows];
   Vec sum[kRows][kTokens];
 #pragma GCC unroll 8
@@ -129,8 +131,8 @@ void matmul_float_tile(const MatmulArgs& a, const X& x, int64_t row, int64_t tok
 
 // The rows [row, row_end) for kTokens tokens.
 template <class Weights, int kTokens, class X>
-void matmul_float_rows(const MatmulArgs& a, const X& x, int64_t row, int64_t row_end, int64_t token, int64_t begin,
-                       int64_t end, Vec* waiting) {
+void matmul_float_rows(const MatmulArgs& a, const X& x, int64_t row, int64_t row_end, int64_t token,
+                       int64_t begin, int64_t end, Vec* waiting) {
   constexpr int kRows = kTokens == 1 ? kFloatRowsAlone : kFloatTileRows;
   for (; row + kRows <= row_end; row += kRows, waiting += kRows * kTokens) {
     matmul_float_tile<Weights, kRows, kTokens>(a, x, row, token, begin, end, waiting);
@@ -146,13 +148,12 @@ void matmul_float_block(const MatmulArgs& a, int64_t row, int64_t row_end, int64
                         int64_t begin, int64_t end, Vec* waiting) {
   alignas(64) float copy[kFloatTileTokens * kBlockCols];
   for (; token < token_end; token += kFloatTileTokens, waiting += kBlockRows * kFloatTileTokens) {
-    with_number<kFloatTileTokens>(
-        token_end - token < kFloatTileTokens ? token_end - token : kFloatTileTokens,
-        [&]<int kTokens>(Number<kTokens>) {
-          copy_x<kTokens>(a, token, begin, end, copy);
-          matmul_float_rows<Weights, kTokens>(a, CopyOfX<kTokens>{copy, begin}, row, row_end, token, begin, end,
-                                              waiting);
-        });
+    with_number<kFloatTileTokens>(token_end - token < kFloatTileTokens ? token_end - token : kFloatTileTokens,
+                                  [&]<int kTokens>(Number<kTokens>) {
+                                    copy_x<kTokens>(a, token, begin, end, copy);
+                                    matmul_float_rows<Weights, kTokens>(a, CopyOfX<kTokens>{copy, begin}, row,
+                                                                        row_end, token, begin, end, waiting);
+                                  });
   }
 }
 
@@ -162,12 +163,11 @@ void matmul_float(const MatmulArgs& a) {
     // One tile of tokens reads a weight once: whole rows.
     for (int64_t token = 0; token < a.num_tokens; token += kFloatTileTokens) {
       const int64_t rest = a.num_tokens - token;
-      with_number<kFloatTileTokens>(rest < kFloatTileTokens ? rest : kFloatTileTokens,
-                                    [&]<int kTokens>(Number<kTokens>) {
-                                      const RowsOfX<kTokens> x(a, token);
-                                      matmul_float_rows<Weights, kTokens>(a, x, a.row_begin, a.row_end, token, 0,
-                                                                          a.cols, nullptr);
-                                    });
+      with_number<kFloatTileTokens>(
+          rest < kFloatTileTokens ? rest : kFloatTileTokens, [&]<int kTokens>(Number<kTokens>) {
+            const RowsOfX<kTokens> x(a, token);
+            matmul_float_rows<Weights, kTokens>(a, x, a.row_begin, a.row_end, token, 0, a.cols, nullptr);
+          });
     }
     return;
   }

@@ -1,8 +1,7 @@
 // matmul_quantized.h: y = W x for q8 and q4 weights and int8 activations.
 //
-//   W  panels of 16 rows (formats.h), at any alignment.    x  what quantize_activations wrote, per token: both bytes
-//   of an activation beside q8 weights, the high one beside q4.
-//   y  float32, overwritten.
+//   W  panels of 16 rows (formats.h), at any alignment.    x  what quantize_activations wrote, per token:
+//   both bytes of an activation beside q8 weights, the high one beside q4. y  float32, overwritten.
 //
 // For each group in ascending order: y += (weight scale * activation scale) * float(dot), where dot is the
 // exact integer sum over the group of q * activation. Few tokens: bound by memory, 1.0625 or 0.5625 bytes per
@@ -51,7 +50,7 @@ void matmul_quantized(const MatmulArgs& a) {
 // Tiles of kPanels panels and kTokens tokens, and the rest in smaller ones.
 template <Format kFormat, int kPanels>
 void matmul_quantized_panels(const MatmulArgs& a, int64_t row) {
-  constexpr int kTokens = kPanels == 1 ? kOnePanelTokens : kTwoPanelsTokens;
+  constexpr int kTokens = kPanels == 1 ? kOnePanelTokens : two_panels_tokens(kFormat);
   int64_t token = 0;
   for (; token + kTokens <= a.num_tokens; token += kTokens) {
     QuantizedTile<kFormat, kPanels, kTokens>::run(a, row, token);
@@ -64,7 +63,7 @@ void matmul_quantized_panels(const MatmulArgs& a, int64_t row) {
 template <Format kFormat>
 void matmul_quantized(const MatmulArgs& a) {
   int64_t row = a.row_begin;
-  if constexpr (kTwoPanelsTokens > 0) {
+  if constexpr (two_panels_tokens(kFormat) > 0) {
     for (; row + kPanelRows < a.row_end; row += 2 * kPanelRows) {
       matmul_quantized_panels<kFormat, 2>(a, row);
     }

@@ -1,9 +1,8 @@
 // quantized_tile_avx2.h: the inner loop of matmul_quantized with exact 16-bit products.
 //
-// q8: weights and activations are widened to 16 bits; vpmaddwd gives each row two partial sums of 32 bits.
-// q4: a nibble times an activation, and the sum of the sixteen such products a lane collects in a group, fits
-// 16 bits
-//     (16 * 15 * 127 = 30480), so vpmaddubsw cannot saturate.
+//   q8  weights and activations are widened to 16 bits; vpmaddwd gives each row two partial sums of 32 bits.
+//   q4  a nibble times an activation, and the sum of the sixteen such products that a lane collects in a
+//       group, fits 16 bits (16 * 15 * 127 = 30480), so vpmaddubsw cannot saturate.
 #pragma once
 
 #include "kernels/kernel_table.h"
@@ -17,48 +16,81 @@ inline __m256i load_bytes(const uint8_t* from) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }
 
-// The dot products of a group, rows 0-7 and 8-15, before the offset.
-[[gnu::always_inline]] inline void dot_group_q8(const uint8_t* quants, const uint8_t* x, const uint8_t* x_low, __m256i& low,
-                         __m256i& high) {
-  __m256i pairs[4];  // rows 0-3, 4-7, 8-11, 12-15; two partial sums each
-  for (int i = 0; i < 4; ++i) pairs[i] = _mm256_setzero_si256();
+// How far ahead of the products the weights are asked for.
+constexpr int64_t kPanelPrefetchBytes = 4096;
+
+// The dot products of a group, rows 0-7 and 8-15 of each token, before the
+// offset.
+template <int kTokens>
+[[gnu::always_inline]] inline void dot_group_q8(const uint8_t* quants, const uint8_t* const (&x)[kTokens],
+                                                int64_t col, int64_t low_at, __m256i (&dot)[kTokens][2]) {
+  __m256i pairs[kTokens][4];  // rows 0-3, 4-7, 8-11, 12-15; two partial sums each
+#pragma GCC unroll 4
+  for (int j = 0; j < kTokens; ++j) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) pairs[j][i] = _mm256_setzero_si256();
+  }
 #pragma GCC unroll 8
   for (int chunk = 0; chunk < 8; ++chunk) {
-    const __m128i high_bytes = _mm_cvtepi8_epi16(_mm_cvtsi32_si128(read_unaligned<int32_t>(x + 4 * chunk)));
-    const __m128i low_bytes = _mm_cvtepi8_epi16(_mm_cvtsi32_si128(read_unaligned<int32_t>(x_low + 4 * chunk)));
-    const __m128i four = _mm_add_epi16(_mm_slli_epi16(high_bytes, 8), low_bytes);
-    const __m256i activations = _mm256_broadcastq_epi64(four);
+    __m256i activations[kTokens];
+#pragma GCC unroll 4
+    for (int j = 0; j < kTokens; ++j) {
+      const uint8_t* from = x[j] + col + 4 * chunk;
+      const __m128i high = _mm_cvtepi8_epi16(_mm_cvtsi32_si128(read_unaligned<int32_t>(from)));
+      const __m128i low = _mm_cvtepi8_epi16(_mm_cvtsi32_si128(read_unaligned<int32_t>(from + low_at)));
+      activations[j] = _mm256_broadcastq_epi64(_mm_add_epi16(_mm_slli_epi16(high, 8), low));
+    }
+    __builtin_prefetch(quants + chunk * kChunkBytes + kPanelPrefetchBytes);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const uint8_t* from = quants + chunk * kChunkBytes + 16 * i;
       const __m256i weights = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-      pairs[i] = _mm256_add_epi32(pairs[i], _mm256_madd_epi16(weights, activations));
+#pragma GCC unroll 4
+      for (int j = 0; j < kTokens; ++j) {
+        pairs[j][i] = _mm256_add_epi32(pairs[j][i], _mm256_madd_epi16(weights, activations[j]));
+      }
     }
   }
   // Horizontal addition works within 128-bit halves: rows 0 1 4 5 | 2 3 6 7, put back in order.
-  low = _mm256_permute4x64_epi64(_mm256_hadd_epi32(pairs[0], pairs[1]), 0xD8);
-  high = _mm256_permute4x64_epi64(_mm256_hadd_epi32(pairs[2], pairs[3]), 0xD8);
+#pragma GCC unroll 4
+  for (int j = 0; j < kTokens; ++j) {
+    dot[j][0] = _mm256_permute4x64_epi64(_mm256_hadd_epi32(pairs[j][0], pairs[j][1]), 0xD8);
+    dot[j][1] = _mm256_permute4x64_epi64(_mm256_hadd_epi32(pairs[j][2], pairs[j][3]), 0xD8);
+  }
 }
 
-[[gnu::always_inline]] inline void dot_group_q4(const uint8_t* quants, const uint8_t* x, __m256i& low, __m256i& high) {
+template <int kTokens>
+[[gnu::always_inline]] inline void dot_group_q4(const uint8_t* quants, const uint8_t* const (&x)[kTokens],
+                                                int64_t col, __m256i (&dot)[kTokens][2]) {
   const __m256i nibble = _mm256_set1_epi8(0x0F);
-  __m256i sums[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};  // 16-bit, two per row
+  __m256i sums[kTokens][2];  // 16-bit, two per row
+#pragma GCC unroll 4
+  for (int j = 0; j < kTokens; ++j) sums[j][0] = sums[j][1] = _mm256_setzero_si256();
 #pragma GCC unroll 4
   for (int chunk = 0; chunk < 4; ++chunk) {
-    const __m256i first = _mm256_set1_epi32(read_unaligned<int32_t>(x + 4 * chunk));
-    const __m256i second = _mm256_set1_epi32(read_unaligned<int32_t>(x + 4 * (chunk + 4)));
+    __builtin_prefetch(quants + chunk * kChunkBytes + kPanelPrefetchBytes);
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
       const __m256i both = load_bytes(quants + chunk * kChunkBytes + 32 * i);
       const __m256i bottom = _mm256_and_si256(both, nibble);
       const __m256i top = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
-      sums[i] = _mm256_add_epi16(sums[i], _mm256_maddubs_epi16(bottom, first));
-      sums[i] = _mm256_add_epi16(sums[i], _mm256_maddubs_epi16(top, second));
+#pragma GCC unroll 4
+      for (int j = 0; j < kTokens; ++j) {
+        const uint8_t* from = x[j] + col + 4 * chunk;
+        const __m256i first = _mm256_set1_epi32(read_unaligned<int32_t>(from));
+        const __m256i second = _mm256_set1_epi32(read_unaligned<int32_t>(from + 16));
+        const __m256i both_halves =
+            _mm256_add_epi16(_mm256_maddubs_epi16(bottom, first), _mm256_maddubs_epi16(top, second));
+        sums[j][i] = _mm256_add_epi16(sums[j][i], both_halves);
+      }
     }
   }
   const __m256i ones = _mm256_set1_epi16(1);
-  low = _mm256_madd_epi16(sums[0], ones);
-  high = _mm256_madd_epi16(sums[1], ones);
+#pragma GCC unroll 4
+  for (int j = 0; j < kTokens; ++j) {
+    dot[j][0] = _mm256_madd_epi16(sums[j][0], ones);
+    dot[j][1] = _mm256_madd_epi16(sums[j][1], ones);
+  }
 }
 
 template <Format kFormat, int kPanels, int kTokens>
@@ -83,20 +115,19 @@ struct QuantizedTile {
     for (int64_t group = 0; group < groups; ++group) {
       const Vec weight_scale[2] = {F16Weights::load(scales + group * 32),
                                    F16Weights::load(scales + group * 32 + 16)};
+      __m256i dot[kTokens][2];
+      if constexpr (kFormat == Format::q8) {
+        dot_group_q8<kTokens>(quants + group * kGroupBytes, x, group * kGroupSize, activation_low_at(a.cols),
+                              dot);
+      } else {
+        dot_group_q4<kTokens>(quants + group * kGroupBytes, x, group * kGroupSize, dot);
+      }
 #pragma GCC unroll 4
       for (int j = 0; j < kTokens; ++j) {
-        __m256i dot[2];
-        const uint8_t* activations = x[j] + group * kGroupSize;
-        if constexpr (kFormat == Format::q8) {
-          dot_group_q8(quants + group * kGroupBytes, activations, activations + activation_low_at(a.cols), dot[0],
-                       dot[1]);
-        } else {
-          dot_group_q4(quants + group * kGroupBytes, activations, dot[0], dot[1]);
-        }
         const __m256i offset = _mm256_set1_epi32(read_unaligned<int32_t>(x[j] + offsets_at + group * 4));
         const Vec scale = broadcast(read_unaligned<float>(x[j] + scales_at + group * 4));
         for (int half = 0; half < 2; ++half) {
-          const Vec exact = _mm256_cvtepi32_ps(_mm256_add_epi32(dot[half], offset));
+          const Vec exact = _mm256_cvtepi32_ps(_mm256_add_epi32(dot[j][half], offset));
           sum[j][half] = fma(mul(weight_scale[half], scale), exact, sum[j][half]);
         }
       }
