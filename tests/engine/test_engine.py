@@ -137,3 +137,7 @@ def test_the_demo_model_runs_with_a_quarter_of_its_experts_unless_a_budget_is_gi
         assert engine.plan.num_slots == engine.plan.num_experts // 4
     with Engine("demo", threads=1, memory="1GiB") as engine:
         assert engine.plan.is_resident
+
+
+def test_a_step_without_work_does_nothing(engine: Engine) -> None:
+    assert engine.step() == []

@@ -198,6 +198,8 @@ class Engine:
         """
         with self._lock:
             self._require_open()
+            if not self._scheduler.has_work:  # another thread's step finished it
+                return []
             try:
                 self._clock.mark("other")
                 scheduled = self._scheduler.next_batch()
