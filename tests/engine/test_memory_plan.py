@@ -7,7 +7,7 @@ from tests.models.tiny import qwen3_moe, write_model
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import MIB, Budget, EngineConfig
-from argosy.engine.memory_plan import MemoryPlan, kv_bytes_per_token, plan_memory
+from argosy.engine.memory_plan import MemoryPlan, kv_bytes, plan_memory
 from argosy.errors import DoesNotFit
 from argosy.model.families import open_model
 
@@ -75,5 +75,5 @@ def test_experts_get_what_the_others_leave(files: ModelFiles) -> None:
     roomy = plan(files, 1024 * MIB)
     assert roomy.is_resident
     assert roomy.context_tokens == files.config.context_tokens
-    assert roomy.kv_bytes == 4096 * kv_bytes_per_token(files.config, "f32")
+    assert roomy.kv_bytes == kv_bytes(files.config, 4096, "f32")
     assert roomy.chunk_tokens == 256

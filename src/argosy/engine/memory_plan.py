@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from argosy import _native
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import MIB, EngineConfig, KvDtype, ModelConfig, format_bytes
 from argosy.errors import DoesNotFit
@@ -97,9 +98,12 @@ def quarter_of_experts(files: ModelFiles) -> int:
     return max(files.config.experts_per_token, len(files.experts) // 4)
 
 
-def kv_bytes_per_token(config: ModelConfig, kv_dtype: KvDtype) -> int:
-    """Keys and values of one position in all layers."""
-    return config.num_layers * 2 * config.num_kv_heads * config.head_dim * (4 if kv_dtype == "f32" else 2)
+def kv_bytes(config: ModelConfig, num_tokens: int, kv_dtype: KvDtype) -> int:
+    """Keys and values of so many positions in all layers, in whole blocks."""
+    num_blocks = -(-num_tokens // KV_BLOCK_TOKENS)
+    return _native.kv_cache_bytes(
+        config.num_layers, num_blocks, KV_BLOCK_TOKENS, config.num_kv_heads, config.head_dim, kv_dtype
+    )
 
 
 def plan_memory(
@@ -121,7 +125,7 @@ def plan_memory(
     dense = dense_footprint(files.dense)
 
     def plan(context: int, chunk: int) -> MemoryPlan:
-        kv = -(-context // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS * kv_bytes_per_token(model, config.kv_dtype)
+        kv = kv_bytes(model, context, config.kv_dtype)
         tokens = chunk + config.max_sequences
         working = workspace_bytes(model, tokens, config.threads, context)
         working += 3 * 4 * model.vocab_size * config.max_sequences  # logits, and the sampler's copies of them
@@ -185,9 +189,8 @@ def _does_not_fit(floor: MemoryPlan, config: EngineConfig, model: ModelConfig) -
         f"  +  smallest expert cache {format_bytes(floor.expert_bytes)}"
     )
     hints = [f"`--memory {-(-needed // MIB)}MiB` is the smallest budget that works"]
-    per_token = kv_bytes_per_token(model, config.kv_dtype)
     if floor.context_tokens > SMALLEST_CONTEXT:
-        saved = (floor.context_tokens - SMALLEST_CONTEXT) * per_token
+        saved = floor.kv_bytes - kv_bytes(model, SMALLEST_CONTEXT, config.kv_dtype)
         hints.append(f"`--context {SMALLEST_CONTEXT}` needs about {format_bytes(needed - saved)}")
     if config.kv_dtype == "f32":
         hints.append(f"`--kv f16` needs about {format_bytes(needed - floor.kv_bytes // 2)}")
