@@ -33,18 +33,16 @@ def show(model: str, as_json: bool, **options: Any) -> None:
     from argosy.cli.output import progress_bar
     from argosy.cli.settings import Settings
     from argosy.engine.engine import locate_model
-    from argosy.engine.memory_plan import quarter_of_experts
     from argosy.model.families import open_model
 
     settings = Settings.read(**options)
     with progress_bar() as progress:
         files = open_model(locate_model(model, progress))
-    slots = quarter_of_experts(files) if model == DEMO and settings.memory is None else None
     facts = model_facts(files)
     if not as_json:
         print(*fact_lines(facts), sep="\n")
     try:
-        plan = _plan(files, settings, slots)
+        plan = _plan(model, files, settings)
     except DoesNotFit as refusal:
         if as_json:
             _print_json({**facts, "fits": False, "plan": refusal.facts.get("plan"), "why": refusal.message})
@@ -119,36 +117,15 @@ def _count(parameters: int) -> str:
     return str(parameters)
 
 
-def _plan(files: ModelFiles, settings: Settings, expert_slots: int | None) -> MemoryPlan:
+def _plan(model: str, files: ModelFiles, settings: Settings) -> MemoryPlan:
     """The plan that `Engine` would make, in a process that holds what its process would."""
-    from argosy.config import Budget, EngineConfig, parse_size
-    from argosy.engine.engine import DEMO_CONTEXT
+    from argosy.engine.engine import settle
     from argosy.engine.memory_plan import plan_memory, process_bytes
-    from argosy.plan import machine
     from argosy.prompt.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.open(files.directory)  # held while the process is measured, as the engine holds it
-    limit = machine.memory_limit()
-    ram_bytes = (
-        machine.default_budget(limit)[0]
-        if settings.memory is None
-        else parse_size(settings.memory, total_bytes=limit.total_bytes)
-    )
-    context = settings.context if expert_slots is None else settings.context or DEMO_CONTEXT
-    config = EngineConfig(
-        budget=Budget(ram_bytes=ram_bytes, context_tokens=context),
-        threads=settings.threads or machine.usable_cores(),
-        kv_dtype=settings.kv_dtype or "f32",
-        instruction_set=settings.instruction_set,
-    )
-    plan = plan_memory(
-        files,
-        config,
-        process_bytes=process_bytes(tokenizer),
-        expert_slots=expert_slots,
-    )
-    del tokenizer
-    return plan
+    config, expert_slots = settle(model, files, **settings.for_engine())
+    return plan_memory(files, config, process_bytes=process_bytes(tokenizer), expert_slots=expert_slots)
 
 
 def _print_json(facts: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,12 +96,13 @@ class Engine:
         directory = locate_model(model, progress)
         files = open_model(directory)
         self.tokenizer = Tokenizer.open(directory)
-        if expert_slots is None and memory is None and str(model) == DEMO:
-            expert_slots = quarter_of_experts(files)
-            context = context or DEMO_CONTEXT
-        self.settings = EngineConfig(
-            budget=_budget(memory, context),
-            threads=threads or machine.usable_cores(),
+        self.settings, expert_slots = settle(
+            model,
+            files,
+            memory=memory,
+            context=context,
+            expert_slots=expert_slots,
+            threads=threads,
             kv_dtype=kv_dtype,
             instruction_set=instruction_set,
             chunk_tokens=chunk_tokens,
@@ -453,6 +454,26 @@ def locate_model(model: str | Path, progress: Progress | None = None) -> Path:
 
         return locate(progress=progress)
     return Path(model)
+
+
+def settle(
+    model: str | Path,
+    files: ModelFiles,
+    *,
+    memory: str | int | Budget | None = None,
+    context: int | None = None,
+    expert_slots: int | None = None,
+    threads: int | None = None,
+    **others: Any,
+) -> tuple[EngineConfig, int | None]:
+    """Settings and expert slots where some are left open: what `Engine` runs with and `argosy show` plans with."""
+    if expert_slots is None and memory is None and str(model) == DEMO:
+        expert_slots = quarter_of_experts(files)
+        context = context or DEMO_CONTEXT
+    config = EngineConfig(
+        budget=_budget(memory, context), threads=threads or machine.usable_cores(), **others
+    )
+    return config, expert_slots
 
 
 def _budget(memory: str | int | Budget | None, context: int | None) -> Budget:

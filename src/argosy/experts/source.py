@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.checkpoint.files import ExpertRecord
+from argosy.checkpoint.manifest import round_up
 from argosy.config import Format
 from argosy.errors import ArgosyError, CorruptRecord, ReadFailed
 
@@ -87,10 +88,6 @@ class ExpertSource(Protocol):
 
 
 LARGEST_ALIGNMENT = 4096  # of reads, in bytes; what a plan assumes before a file is opened
-
-
-def round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
 
 
 def slot_regions(records: Mapping[Key, ExpertRecord], alignment: int = LARGEST_ALIGNMENT) -> list[int]:

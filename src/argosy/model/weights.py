@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.checkpoint.files import MatrixRef, check_vector
+from argosy.checkpoint.manifest import round_up
 from argosy.errors import CorruptRecord, ReadFailed
 
 Vector = NDArray[np.float32]
@@ -35,7 +36,7 @@ class DenseWeights:
 
 def _region_bytes(ref: MatrixRef, alignment: int) -> int:
     # Alignment to spare on both sides: reads are rounded outwards to whole blocks.
-    return -(-(ref.offset % alignment + ref.nbytes) // alignment) * alignment
+    return round_up(ref.offset % alignment + ref.nbytes, alignment)
 
 
 def dense_footprint(refs: Mapping[str, MatrixRef], alignment: int = 4096) -> int:
