@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 import pytest
-from tests.cli.tiny_chat_model import write_chat_model
 
 from argosy.cli.main import cli
+from tests.cli.tiny_chat_model import write_chat_model
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^\$ argosy (.*)$", README, flags=re.MULTILINE)

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tests.models.tiny import mixtral, qwen2_moe, qwen3_moe
 
 from argosy.checkpoint.json_strict import read_object
 from argosy.checkpoint.safetensors import DTYPE_BITS, read_header
 from argosy.errors import ArgosyError
 from argosy.model.families import FAMILIES
+from tests.models.tiny import mixtral, qwen2_moe, qwen3_moe
 
 sizes = st.one_of(st.integers(-2, 9), st.sampled_from([2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64, 10**30]))
 anything = st.recursive(

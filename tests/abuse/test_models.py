@@ -16,10 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.helpers.command import run_argosy
-from tests.helpers.word_tokenizer import write_word_tokenizer
-from tests.models.safetensors_file import Array, edit_header, read_header, write_checkpoint
-from tests.models.tiny import mixtral, qwen3_moe, random_tensors, write_model
 
 from argosy import Engine, SamplingParams
 from argosy.checkpoint.pack import pack
@@ -33,6 +29,10 @@ from argosy.errors import (
     UsageError,
 )
 from argosy.model.families import open_model
+from tests.helpers.command import run_argosy
+from tests.helpers.word_tokenizer import write_word_tokenizer
+from tests.models.safetensors_file import Array, edit_header, read_header, write_checkpoint
+from tests.models.tiny import mixtral, qwen3_moe, random_tensors, write_model
 
 CONFIG = qwen3_moe()
 FIRST_SHARD, SECOND_SHARD = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

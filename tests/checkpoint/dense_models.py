@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from gguf import GGUFWriter
+
 from tests.models.numpy_model import NumpyModel
 from tests.models.safetensors_file import Array, read_checkpoint, write_safetensors
 

@@ -12,12 +12,12 @@ import blake3
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.models.tiny import qwen2_moe, write_model
 
 from argosy.checkpoint.manifest import open_pack, read_manifest, verify_pack
 from argosy.checkpoint.pack import pack
 from argosy.errors import ArgosyError, CheckpointError, CorruptRecord
 from argosy.model.families import open_model
+from tests.models.tiny import qwen2_moe, write_model
 
 
 @pytest.fixture(scope="module")

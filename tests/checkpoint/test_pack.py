@@ -10,15 +10,15 @@ from typing import Any
 import blake3
 import numpy as np
 import pytest
-from tests.checkpoint import packed_formats
-from tests.models.safetensors_file import Array, read_checkpoint, write_checkpoint
-from tests.models.tiny import RawConfig, mixtral, qwen2_moe, qwen3_moe, random_tensors, write_model
 
 from argosy.checkpoint import pack as pack_module
 from argosy.checkpoint.files import MatrixRef, ModelFiles, matrix_bytes
 from argosy.checkpoint.pack import PACK_FORMATS, PackReport, open_pack, pack, round_to_bf16, verify_pack
 from argosy.errors import CheckpointError, UsageError
 from argosy.model.families import open_model
+from tests.checkpoint import packed_formats
+from tests.models.safetensors_file import Array, read_checkpoint, write_checkpoint
+from tests.models.tiny import RawConfig, mixtral, qwen2_moe, qwen3_moe, random_tensors, write_model
 
 every_format = pytest.mark.parametrize("format", PACK_FORMATS)
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.models.tiny import qwen2_moe, write_model
 
 from argosy.checkpoint import pack as pack_module
 from argosy.checkpoint.pack import PackReport, open_pack, pack, verify_pack
 from argosy.errors import CheckpointError, DiskFull, UsageError
 from argosy.model.families import open_model
+from tests.models.tiny import qwen2_moe, write_model
 
 # Packs argv[1] into argv[2]; kills itself with SIGKILL in the middle of write number argv[3], half of it written.
 KILLED_AT_A_WRITE = """

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tests.checkpoint.raw_files import entry, write_index, write_raw
 
 from argosy.checkpoint.safetensors import HEADER_LIMIT_BYTES, open_tensors, read_header
 from argosy.errors import ArgosyError, CheckpointError
+from tests.checkpoint.raw_files import entry, write_index, write_raw
 
 
 @pytest.fixture

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from argosy.checkpoint.dense import open_dense
+from argosy.checkpoint.upcycle import upcycle
+from argosy.errors import CheckpointError, UnsupportedModel, UsageError
 from tests.checkpoint.dense_models import (
     NumpyDense,
     made_up_tensors,
@@ -15,10 +19,6 @@ from tests.checkpoint.dense_models import (
 )
 from tests.models.numpy_model import NumpyModel
 from tests.models.safetensors_file import read_checkpoint, read_header
-
-from argosy.checkpoint.dense import open_dense
-from argosy.checkpoint.upcycle import upcycle
-from argosy.errors import CheckpointError, UnsupportedModel, UsageError
 
 TOKEN_IDS = [3, 17, 40, 5, 5, 29, 1]
 SIZES = {"num_experts": 4, "experts_per_token": 2, "width": 8}

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from tests.cli.fake_engine import FakeEngine
-from tests.cli.tiny_chat_model import write_chat_model
 
 from argosy.config import SamplingParams
+from tests.cli.fake_engine import FakeEngine
+from tests.cli.tiny_chat_model import write_chat_model
 
 
 @pytest.fixture(autouse=True)

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.cli.fake_engine import FakeEngine
 
 from argosy.cli.chat import Conversation
 from argosy.cli.main import main
 from argosy.config import SamplingParams
 from argosy.errors import PromptTooLong, UsageError
+from tests.cli.fake_engine import FakeEngine
 
 Engine = type[FakeEngine]
 Captured = pytest.CaptureFixture[str]

@@ -8,12 +8,12 @@ import sys
 import time
 
 import pytest
-from tests.cli.fake_engine import FakeEngine
 
 from argosy import errors
 from argosy.cli.main import _COMMANDS, main
 from argosy.cli.settings import Settings, wants_traceback
 from argosy.errors import UsageError
+from tests.cli.fake_engine import FakeEngine
 
 Engine = type[FakeEngine]
 Captured = pytest.CaptureFixture[str]

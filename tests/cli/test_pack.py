@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from tests.models.tiny import qwen3_moe, write_model
 
 from argosy.checkpoint.pack import PACK_FORMATS
 from argosy.cli.pack import FORMATS, pack
 from argosy.errors import CorruptRecord, UsageError
 from argosy.model.families import open_model
+from tests.models.tiny import qwen3_moe, write_model
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.cli.fake_engine import FakeEngine
 
 from argosy.cli.main import main
 from argosy.cli.output import write_text
 from argosy.config import SamplingParams
 from argosy.prompt.prompt import Prompt
+from tests.cli.fake_engine import FakeEngine
 
 Engine = type[FakeEngine]
 Captured = pytest.CaptureFixture[str]

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
-from tests.checkpoint.dense_models import CONFIG, made_up_tensors, write_dense_gguf
-from tests.models.numpy_model import NumpyModel
-from tests.models.safetensors_file import read_checkpoint
 
 from argosy.demo import base, build
 from argosy.demo.build import build_demo
 from argosy.demo.experts import ARCHITECTURE, EXPERTS_FILE, TrainedExperts
 from argosy.errors import CheckpointError, DiskFull, FetchFailed, UsageError
+from tests.checkpoint.dense_models import CONFIG, made_up_tensors, write_dense_gguf
+from tests.models.numpy_model import NumpyModel
+from tests.models.safetensors_file import read_checkpoint
 
 NUM_EXPERTS, WIDTH = 4, 32
 

@@ -7,10 +7,10 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from tests.models.references import REFERENCES
 
 from argosy import Budget, Engine, SamplingParams
 from argosy.errors import PromptTooLong, UsageError
+from tests.models.references import REFERENCES
 
 REFERENCE = next(reference for reference in REFERENCES if reference.name == "qwen3_moe_plain")
 PROMPT = REFERENCE.input_ids

@@ -6,11 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
+from argosy import Engine, SamplingParams, _native
 from tests.models.numpy_model import NumpyModel
 from tests.models.random_models import random_configuration, write_decided_model
 from tests.models.references import LARGEST_DIFFERENCE, REFERENCES, Reference, difference
-
-from argosy import Engine, SamplingParams, _native
 
 INSTRUCTION_SETS = _native.instruction_sets()
 

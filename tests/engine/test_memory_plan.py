@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from tests.models.tiny import qwen3_moe, write_model
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import MIB, Budget, EngineConfig
 from argosy.engine.memory_plan import MemoryPlan, kv_bytes, plan_memory
 from argosy.errors import DoesNotFit
 from argosy.model.families import open_model
+from tests.models.tiny import qwen3_moe, write_model
 
 PROCESS_BYTES = 50 * MIB
 

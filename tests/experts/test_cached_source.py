@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.experts.fake_store import MATRIX_BYTES, FakeStore, make_records, matrix_content
 
 from argosy.errors import CorruptRecord, ReadFailed
 from argosy.experts.cache import CachedSource
 from argosy.experts.source import ExpertFiles, ExpertGroup
+from tests.experts.fake_store import MATRIX_BYTES, FakeStore, make_records, matrix_content
 
 NUM_LAYERS, NUM_EXPERTS = 3, 12
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.experts.fake_store import MATRIX_BYTES, make_records, matrix_content
 
 from argosy import _native
 from argosy.checkpoint.files import ExpertRecord
 from argosy.errors import ArgosyError, CorruptRecord, ReadFailed
 from argosy.experts.cache import CachedSource
 from argosy.experts.source import ExpertFiles, Key
+from tests.experts.fake_store import MATRIX_BYTES, make_records, matrix_content
 
 KEYS = [(0, expert) for expert in range(10)]
 ASKED = [1, 2, 4, 7, 8]

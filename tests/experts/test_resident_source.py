@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from tests.experts.fake_store import MATRIX_BYTES, FakeStore, make_records, matrix_content
 
 from argosy.errors import CorruptRecord
 from argosy.experts.source import ExpertFiles, ResidentSource
+from tests.experts.fake_store import MATRIX_BYTES, FakeStore, make_records, matrix_content
 
 KEYS = [(layer, expert) for layer in (0, 2) for expert in range(50)]  # layer 1 is dense
 

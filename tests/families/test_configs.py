@@ -6,11 +6,11 @@ import re
 from typing import Any
 
 import pytest
-from tests.models.tiny import RawConfig, mixtral, qwen2_moe, qwen3_moe, respelt
 
 from argosy.config import LayerConfig, ModelConfig, RopeConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES
+from tests.models.tiny import RawConfig, mixtral, qwen2_moe, qwen3_moe, respelt
 
 MAKERS = (mixtral, qwen2_moe, qwen3_moe)
 every_family = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)

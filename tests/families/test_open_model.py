@@ -10,6 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from argosy.checkpoint.files import ModelFiles, check_vector
+from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.model.families import open_model
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.safetensors_file import Array, decode, read_checkpoint, write_checkpoint
 from tests.models.tiny import (
@@ -22,10 +26,6 @@ from tests.models.tiny import (
     random_tensors,
 )
 from tests.models.tiny import write_model as write_tiny_model
-
-from argosy.checkpoint.files import ModelFiles, check_vector
-from argosy.errors import CheckpointError, UnsupportedModel
-from argosy.model.families import open_model
 
 MAKERS = (mixtral, qwen2_moe, qwen3_moe)
 every_family = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)

@@ -26,6 +26,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import numpy as np
 import torch
 import transformers
+
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.safetensors_file import Array, write_safetensors
 from tests.models.tiny import NEW_TOKENS, RawConfig, prompt_ids, write_model

@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+
 from tests.models.safetensors_file import Array, read_checkpoint
 from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts
 

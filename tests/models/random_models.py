@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from tests.models.configurations import Configuration
 from tests.models.numpy_model import NumpyModel
 from tests.models.tiny import (

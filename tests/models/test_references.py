@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.numpy_model import NumpyModel
 from tests.models.references import DIRECTORY, REFERENCES, Reference, difference

@@ -15,6 +15,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+
+from argosy import Engine, SamplingParams, _native
+from argosy.checkpoint.pack import pack
+from argosy.model.families import open_model
+from argosy.model.rope import Rope
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.make_models import answer, load, make, scaled
 from tests.models.numpy_model import softmax
@@ -22,11 +27,6 @@ from tests.models.random_models import random_configuration, write_decided_model
 from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.safetensors_file import Array, read_safetensors
 from tests.models.tiny import RawConfig, mixtral, prompt_ids, qwen2_moe, qwen3_moe, write_model
-
-from argosy import Engine, SamplingParams, _native
-from argosy.checkpoint.pack import pack
-from argosy.model.families import open_model
-from argosy.model.rope import Rope
 
 pytestmark = pytest.mark.filterwarnings("default")
 

@@ -16,14 +16,14 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tests.prompt.templates_for_tests import ALL, LLAMA2, MIXTRAL, QWEN3, TRICKS
-from tests.prompt.tokenizers_for_tests import CHATML, SPECIAL, STRUCTURAL, byte_level_json, llama_json
 
 from argosy.errors import CheckpointError, UsageError
 from argosy.prompt.chat import ChatTemplate, check_messages, render
 from argosy.prompt.prompt import Prompt, PromptBuilder
 from argosy.prompt.template_worker import Refused, _Generation, render_segments
 from argosy.prompt.tokenizer import Tokenizer
+from tests.prompt.templates_for_tests import ALL, LLAMA2, MIXTRAL, QWEN3, TRICKS
+from tests.prompt.tokenizers_for_tests import CHATML, SPECIAL, STRUCTURAL, byte_level_json, llama_json
 
 NOW = datetime.datetime(2026, 1, 2, 3, 4, 5)
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -10,6 +10,9 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+
+from argosy.errors import CheckpointError, UsageError
+from argosy.prompt.tokenizer import Tokenizer
 from tests.prompt.tokenizers_for_tests import (
     SPECIAL,
     STRUCTURAL,
@@ -20,9 +23,6 @@ from tests.prompt.tokenizers_for_tests import (
     word_piece_json,
     write_tokenizer,
 )
-
-from argosy.errors import CheckpointError, UsageError
-from argosy.prompt.tokenizer import Tokenizer
 
 LLAMA_CONFIG = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": {"content": "<unk>", "special": True}}
 QWEN_CONFIG = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None}
