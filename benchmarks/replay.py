@@ -6,7 +6,7 @@ A trace is the CSV of BigMoeOnEdge (`turn,phase,step,layer,slot,expert,...`; pha
 file, or a directory of `*.route.csv`. The prompt runs as one chunk, as the engine runs it, and then the answer token
 by token; the hit rate is that of the answer, its first use of every expert included.
 
-    argosy      `experts.cache.CachePolicy`, through the leases of the engine
+    argosy      `experts.policy.CachePolicy`, through the leases of the engine
     lru         one least-recently-used order over all layers
     per layer   the same, with an equal share of the slots for each layer
     optimum     evicts what is used farthest in the future (Belady 1966): the best that can be done

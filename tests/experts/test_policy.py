@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from argosy.experts.cache import CachePolicy
+from argosy.experts.policy import CachePolicy
 from argosy.experts.source import Key
 
 Asked = tuple[int, list[int], bool]  # layer, experts, is_scan
