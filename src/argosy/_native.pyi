@@ -52,7 +52,7 @@ def quantize(format: Format, weights: _Floats, out: _Bytes, runtime: Runtime | N
     group of 32 with an infinity or a NaN gets a NaN scale. The other formats only hold what a GGUF file has.
     """
 
-def transcode(block_type: BlockType, data: _Bytes, rows: int, cols: int) -> _Bytes:
+def transcode(block_type: str, data: _Bytes, rows: int, cols: int) -> _Bytes:
     """GGUF blocks of a matrix [rows, cols] as the bytes of its slot format, without loss.
 
     Q8_0 becomes q8, Q4_0 q4, the others the format of their name. cols is a multiple of 32, or 256 for the K types.
