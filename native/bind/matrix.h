@@ -17,7 +17,8 @@
 
 namespace argosy {
 
-inline constexpr const char* kFormatNames[kNumFormats] = {"f32", "f16", "bf16", "q8", "q4"};
+inline constexpr const char* kFormatNames[kNumFormats] = {"f32",  "f16",  "bf16", "q8",   "q4",
+                                                          "q4_1", "q5_0", "q4_k", "q5_k", "q6_k"};
 inline constexpr int64_t kLargestSize = int64_t{1}
                                         << 30;  // of a row or a column: products stay below 2^62 bytes
 
@@ -25,7 +26,9 @@ inline Format parse_format(const std::string& name) {
   for (int i = 0; i < kNumFormats; ++i) {
     if (name == kFormatNames[i]) return Format(i);
   }
-  refuse("unknown format '" + name + "'; known: f32, f16, bf16, q8, q4");
+  std::string known;
+  for (const char* each : kFormatNames) known += (known.empty() ? "" : ", ") + std::string(each);
+  refuse("unknown format '" + name + "'; known: " + known);
 }
 
 inline int64_t checked_matrix_bytes(Format format, int64_t rows, int64_t cols) {

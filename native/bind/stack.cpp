@@ -226,15 +226,13 @@ class BoundStack {
     require_ids("token_ids", batch.token_ids, tokens, stack_->description().embedding.rows);
     require_range("rotated dimensions", 2 * batch.num_pairs, 0, kv.shape().head_dim);
     require_slots(kv, batch.slots, tokens);
-    require_blocks(kv,
-                   {
-                       .num_tokens = tokens,
-                       .block_table = batch.block_table,
-                       .max_blocks = batch.max_blocks,
-                       .sequence = batch.sequence,
-                       .position = batch.position,
-                   },
-                   int64_t(block_table.shape(0)));
+    AttentionBatch reach = {};
+    reach.num_tokens = tokens;
+    reach.block_table = batch.block_table;
+    reach.max_blocks = batch.max_blocks;
+    reach.sequence = batch.sequence;
+    reach.position = batch.position;
+    require_blocks(kv, reach, int64_t(block_table.shape(0)));
     require_rows(batch.last_rows, batch.num_last, tokens);
     batch_ = {token_ids, position, sequence, slots, is_decode, block_table, cosine, sine, last_rows};
     logits_ = logits;
@@ -304,15 +302,14 @@ class BoundStack {
 
   void add_resident(StackDescription& description, const Array& offsets) const {
     if (description.experts_off) refuse("resident_offsets without the arena they lie in");
-    const int64_t layers = int64_t(description.layers.size());
-    const int64_t* at = read_array<int64_t>("resident_offsets", offsets, {layers, kAnySize, 3});
-    const int64_t num_experts = int64_t(offsets.shape(1));
-    for (Layer& layer : description.layers) {
-      if (RoutedFfn* ffn = std::get_if<RoutedFfn>(&layer.ffn)) {
-        require_size("experts in resident_offsets", num_experts, ffn->router.matrix.rows);
-        ffn->resident = view_routed(*ffn, at, num_experts);
-      }
-      at += 3 * num_experts;
+    const int64_t* at = read_array<int64_t>("resident_offsets", offsets, {kAnySize, kAnySize, 3});
+    const int64_t num_layers = int64_t(offsets.shape(0)), num_experts = int64_t(offsets.shape(1));
+    for (size_t i = 0; i < description.layers.size(); ++i) {
+      RoutedFfn* ffn = std::get_if<RoutedFfn>(&description.layers[i].ffn);
+      if (ffn == nullptr) continue;
+      require_range("a routed layer of resident_offsets", int64_t(i), 0, num_layers - 1);
+      require_size("experts in resident_offsets", num_experts, ffn->router.matrix.rows);
+      ffn->resident = view_routed(*ffn, at + int64_t(i) * num_experts * 3, num_experts);
     }
   }
 
