@@ -341,7 +341,7 @@ def test_a_signal_ends_a_long_step_between_two_layers(tmp_path: Path) -> None:
     instruction_set = _native.instruction_set()
     handler = signal.signal(signal.SIGALRM, interrupt)
     try:
-        _native.use_instruction_set("plain")  # some tenths of a second a layer
+        _native.use_instruction_set("plain")  # about a tenth of a second a layer
         with open_parts(directory, "resident") as parts:
             decoder = decoder_of(parts)
             (batch,) = batches(parts.config, [[Run(sequence, 10) for sequence in range(4)]])
