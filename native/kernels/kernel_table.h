@@ -112,6 +112,11 @@ struct KernelTable {
 
   void (*kv_write)(const KvWriteArgs& args);
   void (*attention)(const AttentionArgs& args);
+
+  // For ops/machine_probe.h. Both return a number that depends on all they did.
+  uint64_t (*read_memory)(const uint8_t* data, int64_t nbytes);  // aligned to 64; a multiple of 512
+  uint64_t (*multiply_int8)(int64_t rounds);                     // int8_products_per_round each
+  int64_t int8_products_per_round;
 };
 
 // Scores of a tile and the running weighted sum of each query.
