@@ -7,4 +7,5 @@ NB_MODULE(_native, m) {
   argosy::bind_store(m);
   argosy::bind_kernels(m);
   argosy::bind_stack(m);
+  argosy::bind_probe(m);
 }

@@ -310,6 +310,20 @@ class Stack:
     def take_lookups(self) -> int:
         """Resident experts that were used since the last call, counted once per layer and step."""
 
+# Probes (native/ops/machine_probe.h): how fast this machine is right now. The best of several passes.
+
+def memory_probe(threads: int, nbytes: int) -> float:
+    """Bytes per second at which `threads` threads together read `nbytes` on huge pages with the widest loads.
+
+    Takes `nbytes` of memory while it runs; below the size of the last cache it measures that cache.
+
+    Raises:
+        ValueError: threads below 1, or less than 4 MiB a thread.   MemoryError: no such memory.
+    """
+
+def int8_probe(threads: int) -> float:
+    """Integer operations per second, two per multiply-add, of the instruction that products with q4 weights use."""
+
 # Store (native/store).
 
 class Arena:
