@@ -8,8 +8,10 @@ the expert source. It is one process's single user of them; calls from several t
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -34,14 +36,14 @@ from argosy.engine.sampler import Sampler, SamplerState
 from argosy.engine.scheduler import Scheduled, Scheduler
 from argosy.engine.sequence import FinishReason, Result, TokenEvent, TokenLogprob
 from argosy.engine.sequence import Sequence as EngineSequence
-from argosy.errors import PromptTooLong, UsageError
+from argosy.errors import DoesNotFit, PromptTooLong, UsageError
 from argosy.experts.cache import CachedSource
 from argosy.experts.source import ExpertFiles, ExpertSource, Progress, ResidentSource
 from argosy.model.clock import PartClock
 from argosy.model.decoder import Decoder
 from argosy.model.families import open_model
 from argosy.model.moe import RouteObserver
-from argosy.model.weights import load_dense
+from argosy.model.weights import DenseReading
 from argosy.model.workspace import Workspace
 from argosy.plan import machine
 from argosy.prompt.prompt import Message, Prompt, PromptBuilder
@@ -95,7 +97,7 @@ class Engine:
         _choose_instruction_set(instruction_set)
         directory = locate_model(model, progress)
         files = open_model(directory)
-        self.tokenizer = Tokenizer.open(directory)
+        self.config: ModelConfig = files.config
         self.settings, expert_slots = settle(
             model,
             files,
@@ -115,37 +117,57 @@ class Engine:
                 f"expert_slots must be at least experts_per_token = {files.config.experts_per_token},"
                 f" found {expert_slots}"
             )
-        self.config: ModelConfig = files.config
+        self._clock = PartClock()
+        with ExitStack() as undo:
+            self._store = _native.Store(readers)
+            undo.callback(self._store.close)
+            open_file = functools.cache(self._store.open)
+            self._load(directory, files, expert_slots, open_file, progress)
+            undo.callback(self._prompts.close)
+            self._prompts.prepare()  # its process starts while experts are read
+            self._start(files, open_file, progress, observe_routes)
+            undo.pop_all()
+        self._is_open = True
+
+    def _load(
+        self,
+        directory: Path,
+        files: ModelFiles,
+        expert_slots: int | None,
+        open_file: Callable[[str], int],
+        progress: Progress | None,
+    ) -> None:
+        """Read dense weights, build the tokenizer meanwhile, and plan with what the process then holds."""
+        held = machine.process_footprint().resident_bytes
+        reading = None
+        with suppress(DoesNotFit):  # if it does not fit even so: nothing is read, and the plan below says why
+            plan_memory(files, self.settings, process_bytes=held, expert_slots=expert_slots)
+            reading = DenseReading(self._store, files.dense, open_file=open_file, progress=progress)
+        dense_bytes = 0
+        try:
+            self.tokenizer = Tokenizer.open(directory)
+            if reading is not None:
+                self._weights = reading.finish()
+                dense_bytes = self._weights.nbytes
+        finally:
+            if reading is not None:
+                reading.cancel()
         self.plan: MemoryPlan = plan_memory(
             files,
             self.settings,
-            process_bytes=process_bytes(self.tokenizer),
+            process_bytes=max(held, process_bytes(self.tokenizer) - dense_bytes),
             expert_slots=expert_slots,
         )
         self._prompts = PromptBuilder(self.tokenizer, vocab_size=files.config.vocab_size)
-        self._store = _native.Store(readers)
-        try:
-            self._prompts.prepare()  # its process starts while weights are read
-            self._start(files, progress, observe_routes)
-        except BaseException:
-            self._prompts.close()
-            self._store.close()
-            raise
-        self._is_open = True
 
     def _start(
-        self, files: ModelFiles, progress: Progress | None, observe_routes: RouteObserver | None
+        self,
+        files: ModelFiles,
+        open_file: Callable[[str], int],
+        progress: Progress | None,
+        observe_routes: RouteObserver | None,
     ) -> None:
         plan, config, settings = self.plan, self.config, self.settings
-        opened: dict[str, int] = {}
-
-        def open_file(path: str) -> int:
-            if path not in opened:
-                opened[path] = self._store.open(path)
-            return opened[path]
-
-        self._clock = PartClock()
-        self._weights = load_dense(self._store, files.dense, open_file=open_file, progress=progress)
         self._experts: ExpertSource | None = None
         if files.experts and not settings.experts_off:
             expert_files = ExpertFiles(self._store, files.experts, open_file=open_file)
