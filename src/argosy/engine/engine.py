@@ -15,7 +15,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,10 @@ from argosy.model.weights import DenseReading
 from argosy.model.workspace import Workspace
 from argosy.plan import machine
 from argosy.prompt.prompt import Message, Prompt, PromptBuilder
-from argosy.prompt.tokenizer import Tokenizer
+from argosy.prompt.tokenizer import Tokenizer, has_chat_template
+
+if TYPE_CHECKING:
+    from argosy.prompt.chat import Worker
 
 DEMO = "demo"  # the word for the embedded default model; a directory of that name is `./demo`
 DEMO_CONTEXT = 2048  # positions, where neither a budget nor a context is given
@@ -122,9 +125,11 @@ class Engine:
             self._store = _native.Store(readers)
             undo.callback(self._store.close)
             open_file = functools.cache(self._store.open)
+            worker = _start_worker(directory)
+            if worker is not None:
+                undo.callback(worker.stop)
             self._load(directory, files, expert_slots, open_file, progress)
-            undo.callback(self._prompts.close)
-            self._prompts.prepare()  # its process starts while experts are read
+            self._prompts = PromptBuilder(self.tokenizer, vocab_size=files.config.vocab_size, worker=worker)
             self._start(files, open_file, progress, observe_routes)
             undo.pop_all()
         self._is_open = True
@@ -158,7 +163,6 @@ class Engine:
             process_bytes=max(held, process_bytes(self.tokenizer) - dense_bytes),
             expert_slots=expert_slots,
         )
-        self._prompts = PromptBuilder(self.tokenizer, vocab_size=files.config.vocab_size)
 
     def _start(
         self,
@@ -457,6 +461,15 @@ class Engine:
     def _require_open(self) -> None:
         if not self._is_open:
             raise UsageError("the engine is closed")
+
+
+def _start_worker(directory: Path) -> Worker | None:
+    """The process that renders chat templates, to be ready with the first prompt; None for a model without one."""
+    if not has_chat_template(directory):
+        return None
+    from argosy.prompt.chat import Worker
+
+    return Worker()
 
 
 def _choose_instruction_set(cap: str | None) -> None:
