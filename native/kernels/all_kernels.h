@@ -16,6 +16,7 @@
 #include "kernels/rope.h"
 #include "kernels/route.h"
 #include "kernels/swiglu.h"
+#include "kernels/transcode_panel.h"
 
 namespace argosy {
 namespace {
@@ -24,10 +25,16 @@ constexpr KernelTable kernel_table_named(const char* name) {
   return {
       .name = name,
       .matmul = {matmul_float<F32Weights>, matmul_float<F16Weights>, matmul_float<Bf16Weights>,
-                 matmul_quantized<Format::q8>, matmul_quantized<Format::q4>},
+                 matmul_quantized<Format::q8>, matmul_quantized<Format::q4>, matmul_quantized<Format::q4_1>,
+                 matmul_quantized<Format::q5_0>, matmul_quantized<Format::q4_k>,
+                 matmul_quantized<Format::q5_k>, matmul_quantized<Format::q6_k>},
       .quantize_activations = quantize_activations,
       .quantize_q8 = quantize_panels<Format::q8>,
       .quantize_q4 = quantize_panels<Format::q4>,
+      .transcode = {transcode_panels<BlockType::q8_0>, transcode_panels<BlockType::q4_0>,
+                    transcode_panels<BlockType::q4_1>, transcode_panels<BlockType::q5_0>,
+                    transcode_panels<BlockType::q4_k>, transcode_panels<BlockType::q5_k>,
+                    transcode_panels<BlockType::q6_k>},
       .dequantize_row = dequantize_row,
       .rms_norm = rms_norm,
       .rope = rope,

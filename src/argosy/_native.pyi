@@ -11,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Format = Literal["f32", "f16", "bf16", "q8", "q4"]
+Format = Literal["f32", "f16", "bf16", "q8", "q4", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k"]
+BlockType = Literal["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q5_K", "Q6_K"]
 InstructionSet = Literal["plain", "avx2", "avx512"]
 _Floats = NDArray[np.float32]
 _Ints = NDArray[np.int32]
@@ -45,10 +46,16 @@ def matrix_bytes(format: Format, rows: int, cols: int) -> int:
     """Bytes of a matrix (layout: native/kernels/formats.h)."""
 
 def quantize(format: Format, weights: _Floats, out: _Bytes, runtime: Runtime | None = None) -> None:
-    """Write weights [rows, cols] to `out` [matrix_bytes] in any format; q8 and q4 on the threads of `runtime`.
+    """Write weights [rows, cols] to `out` [matrix_bytes] as f32, f16, bf16, or q8 or q4 on the threads of `runtime`.
 
     The bytes are the same on every instruction set. q4 scales have the least squared error of a list of candidates. A
-    group of 32 with an infinity or a NaN gets a NaN scale.
+    group of 32 with an infinity or a NaN gets a NaN scale. The other formats only hold what a GGUF file has.
+    """
+
+def transcode(block_type: str, data: _Bytes, rows: int, cols: int) -> _Bytes:
+    """GGUF blocks of a matrix [rows, cols] as the bytes of its slot format, without loss.
+
+    Q8_0 becomes q8, Q4_0 q4, the others the format of their name. cols is a multiple of 32, or 256 for the K types.
     """
 
 def dequantize(format: Format, data: _Bytes, rows: int, cols: int) -> _Floats:
@@ -68,7 +75,7 @@ class Matrix:
 def matmul(runtime: Runtime, matrices: Sequence[Matrix], x: _Floats, outs: Sequence[_Floats]) -> None:
     """outs[i] = x matrices[i]^T, for x [tokens, cols] and outs[i] [tokens, rows of matrix i].
 
-    With q8 and q4 weights x becomes int8 per group of 32, once for all matrices.
+    With quantised weights x becomes int8 (beside q8: int16) per group of 32, once for all matrices.
     """
 
 def embed(runtime: Runtime, matrix: Matrix, ids: _Ints, out: _Floats) -> None:
@@ -216,6 +223,9 @@ class FaultyFileSystem(FileSystem):
     @property
     def num_reads(self) -> int: ...
 
+Piece = tuple[int, int, int, int] | tuple[int, int, int, int, str, int, int]
+STAGING_BYTES: int
+
 class Store:
     """Threads that read pieces of files into arenas."""
 
@@ -230,24 +240,38 @@ class Store:
     def info(self, file_id: int) -> tuple[str, int, int, bool, str]:
         """path, size, alignment, is_direct, why_not_direct. The alignment is at least 4096."""
 
-    def fetch(
-        self,
-        arena: Arena,
-        pieces: Sequence[tuple[int, int, int, int]],
-        checksums: Sequence[int] | None = None,
-    ) -> int:
-        """Start reading (file_id, offset, nbytes, dest_offset) pieces; a ticket.
+    def fetch(self, arena: Arena, pieces: Sequence[Piece], checksums: Sequence[int] | None = None) -> int:
+        """Start reading pieces (file_id, offset, nbytes, dest_offset); a ticket.
 
-        A piece is rounded outwards to the alignment: its bytes begin at dest_offset + offset % alignment, and
+        A plain piece is rounded outwards to the alignment: its bytes begin at dest_offset + offset % alignment, and
         dest_offset is a multiple of the alignment. A checksum is the crc32c_wide of exactly the piece.
+
+        A piece (..., block_type, rows, cols) is a matrix of GGUF blocks ("Q4_0"): a reader turns it into the slot
+        format that belongs to them, beginning exactly at dest_offset, a multiple of 64. It has no checksum.
         """
 
-    def wait_any(self, tickets: Sequence[int]) -> list[tuple[int, str | None, str | None]]:
+    def fetch_many(
+        self,
+        arena: Arena,
+        records: Sequence[tuple[Sequence[Piece], Sequence[int] | None, int]],
+        ahead: bool = False,
+    ) -> list[int]:
+        """The same for several (pieces, checksums, base) in one go, a ticket each; `base` is added to each dest_offset.
+
+        What is read `ahead` waits until the readers have nothing else to do.
+        """
+
+    def wait_any(
+        self, tickets: Sequence[int], block: bool = True
+    ) -> list[tuple[int, str | None, str | None]]:
         """Block until one is done; all that are done as (ticket, error sentence, "io" | "checksum" | "short").
 
         They are forgotten. Nothing is written for a ticket that is done, also when it failed. ^C ends the wait and
-        leaves the tickets as they are.
+        leaves the tickets as they are. With `block` false only those that are done already.
         """
+
+    def drop(self, tickets: Sequence[int]) -> list[int]:
+        """Forget those that no reader has begun, and return them. Never waits."""
 
     def cancel(self, ticket: int) -> bool:
         """Forget a ticket once its bytes no longer move: what has not begun is dropped. False: not known."""
@@ -255,8 +279,12 @@ class Store:
     def pending(self) -> int:
         """Tickets that are not done."""
 
+    @property
+    def staging_bytes(self) -> int:
+        """What the readers may come to hold to transcode from, STAGING_BYTES each."""
+
     def stats(self) -> dict[str, float]:
-        """bytes_read, reads; read_seconds and checksum_seconds summed over readers; busy_seconds of wall time."""
+        """bytes_read, reads; read_, checksum_ and transcode_seconds summed over readers; busy_seconds of wall time."""
 
     def close(self) -> None:
         """Join the readers and close the files. What was not read fails."""

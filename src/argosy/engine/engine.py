@@ -150,7 +150,7 @@ class Engine:
         if files.experts and not settings.experts_off:
             expert_files = ExpertFiles(self._store, files.experts, open_file=open_file)
             if plan.is_resident:
-                self._experts = ResidentSource(self._store, expert_files, files.experts, progress=progress)
+                self._experts = ResidentSource(self._store, expert_files, progress=progress)
             else:
                 self._experts = CachedSource(
                     self._store,

@@ -104,7 +104,7 @@ class MoeFfn:
                 _native.swiglu_experts(
                     runtime,
                     self.experts.arena,
-                    self.experts.format,
+                    self.experts.formats(self.layer)[0],
                     self.config.hidden_size,
                     self.config.expert_width,
                     group.offsets,
