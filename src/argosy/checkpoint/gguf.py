@@ -17,6 +17,7 @@ Elsewhere: which keys and tensors a model must have is `model/families/`; blocks
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,11 @@ from argosy.checkpoint.files import SLOT_FORMATS
 from argosy.checkpoint.json_strict import open_regular, quote, read_at
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.errors import CheckpointError, UnsupportedModel
+
+GGUF_SUFFIX = ".gguf"
+GGUF_METADATA_FILE = "metadata.gguf"  # in a pack that was made from a GGUF: its metadata, without tensors
+
+_FIRST_PART = re.compile(r"-0*1-of-\d+\.gguf$")
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -223,6 +229,24 @@ def read_gguf(path: Path) -> GgufFile:
         data_start = _round_up(cursor.at, alignment)
         tensors = _place(relative, cursor, data_start, alignment)
         return GgufFile(path, metadata, tensors, cursor.bytes(metadata_start, metadata_end))
+
+
+def find_gguf(directory: Path) -> Path | None:
+    """The one GGUF file in `directory`, or None where there is none.
+
+    Raises:
+        CheckpointError: there are several.
+    """
+    found = sorted(entry for entry in directory.iterdir() if entry.suffix == GGUF_SUFFIX)
+    if len(found) > 1 and not _FIRST_PART.search(
+        found[0].name
+    ):  # a model in parts: refused with its own sentence
+        raise CheckpointError(
+            f"{directory} holds {len(found)} {GGUF_SUFFIX} files: {', '.join(quote(path.name) for path in found[:8])}",
+            hint=f"name the one that is meant, for instance {found[0]}",
+            path=directory,
+        )
+    return found[0] if found else None
 
 
 def metadata_only(file: GgufFile) -> bytes:

@@ -136,8 +136,7 @@ def _require_packable(files: ModelFiles, destination: Path, format: str) -> None
         raise UsageError(f"unknown format '{format}'; known: {', '.join(PACK_FORMATS)}")
     if files.expert_format in ("q8", "q4"):
         raise UsageError(
-            f"{files.directory} is already {files.expert_format}; "
-            "quantised weights are never quantised again",
+            f"{files.path} is already {files.expert_format}; quantised weights are never quantised again",
             hint="pack from the original checkpoint",
         )
     if destination.name.endswith(PARTIAL_SUFFIX) or destination.name in ("", ".", ".."):
@@ -227,7 +226,7 @@ class _Writer:
         self._parent = destination.absolute().parent
         self._partial = destination.with_name(destination.name + PARTIAL_SUFFIX)
         self._dense, self._units = _plan(files, format)
-        self._copied = _files_to_copy(files.directory)
+        self._copied = _files_to_copy(files.path)
         self._fingerprint = self._source_fingerprint()
         self._checksums: list[int] = []
         self._hashers = {name: blake3.blake3() for name in (DENSE_FILE, EXPERTS_FILE)}
@@ -282,7 +281,7 @@ class _Writer:
             sizes[source.name] = self._copy(source)
         if self._source_fingerprint() != self._fingerprint:
             raise CheckpointError(
-                f"{self._files.directory} changed while it was packed",
+                f"{self._files.path} changed while it was packed",
                 hint="run the same command again: it starts over",
             )
         num_dense = len(self._dense)
@@ -431,7 +430,7 @@ class _Writer:
                 return "the unfinished pack is of another version of Argosy"
         except (ValueError, TypeError, KeyError):
             return "the journal of the unfinished pack is damaged"
-        return f"{self._files.directory} changed since the unfinished pack was begun"
+        return f"{self._files.path} changed since the unfinished pack was begun"
 
     def _source_fingerprint(self) -> list[list[object]]:
         """Name, size and time of change of every file that the pack is made from."""
