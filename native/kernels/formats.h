@@ -10,11 +10,12 @@
 //     q4       4      8   f16 of 32                  -
 //     q4_1     4      0   f16 of 32                  f16 of 32
 //     q5_0     5     16   f16 of 32                  -
-//     q4_k     4      0   f16 of 256 * u8 of 32      - f16 of 256 * u8 of 32
-//     q5_k     5      0   f16 of 256 * u8 of 32      - f16 of 256 * u8 of 32
+//     q4_k     4      0   f16 of 256 * u8 of 32      f16 of 256 * u8 of 32
+//     q5_k     5      0   f16 of 256 * u8 of 32      f16 of 256 * u8 of 32
 //     q6_k     6     32   f16 of 256 * int8 of 16    -
 //
-// The last five hold what GGUF's blocks of the same name hold, bit for bit (kernels/transcode.h).
+// The last five hold what GGUF's blocks of the same name hold, bit for bit but for the sign of a min that
+// they subtract (kernels/transcode.h).
 //
 // A quantised matrix is a list of panels of 16 rows. A block is the columns that share a float16 scale, 32 or
 // 256 of them. A panel holds all its blocks, then for every block the float16 scales of the 16 rows and,

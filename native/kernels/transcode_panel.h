@@ -39,9 +39,9 @@ inline void store_bytes(uint8_t* to, const RowWords& words) {
   }
 }
 
-inline void store_halves(uint8_t* to, const PanelRows& rows, int64_t at) {
+inline void store_halves(uint8_t* to, const PanelRows& rows, int64_t at, uint16_t flip = 0) {
   for (int64_t r = 0; r < kPanelRows; ++r) {
-    const uint16_t half = rows.half(r, at);
+    const uint16_t half = rows.half(r, at) ^ flip;
     std::memcpy(to + 2 * r, &half, 2);
   }
 }
@@ -122,7 +122,7 @@ template <Format kFormat>
 inline void transcode_k_scales(const PanelRows& rows, uint8_t* block, uint8_t* scales) {
   constexpr QuantFormat kQuant = quant_format(kFormat);
   store_halves(scales, rows, 0);
-  store_halves(scales + kPanelRows * 2, rows, 2);
+  store_halves(scales + kPanelRows * 2, rows, 2, 0x8000);  // these blocks subtract what they call dmin
   RowWords packed[3];
   load_words(rows, 4, packed);
   uint8_t* sub_scales = block + kQuant.sub_scales_at();

@@ -25,7 +25,7 @@ inline WeightScale weight_scale_at(Format format, const uint8_t* panel, int64_t 
   const uint8_t sub_scale = subs[q.sub_scales_at() + inside / q.sub_scale_cols * kPanelRows];
   if (!q.has_min) return {scale * float(int8_t(sub_scale)), 0.0f};
   const uint8_t sub_min = subs[q.sub_mins_at() + inside / kGroupSize * kPanelRows];
-  return {scale * float(sub_scale), -(min * float(sub_min))};
+  return {scale * float(sub_scale), min * float(sub_min)};
 }
 
 }  // namespace
