@@ -44,9 +44,7 @@ struct QuantizedTile {
       sum[j][0] = sum[j][1] = zeros();
     }
     for (int64_t group = 0; group < num_groups(a.cols); ++group) {
-      const int64_t block = group / kBlockGroups;
-      const uint8_t* quants =
-          panel + block * kQuant.block_bytes() + group % kBlockGroups * kQuant.group_bytes();
+      const uint8_t* quants = panel + group * kQuant.group_bytes();
       if (ahead > 0) {
         for (int64_t line = 0; line < kQuant.group_bytes(); line += 64)
           __builtin_prefetch(quants + ahead + line);
@@ -59,8 +57,7 @@ struct QuantizedTile {
       }
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
-        scale(panel + block * kQuant.block_bytes() + half * 8,
-              scales + block * kQuant.scale_bytes() + half * 16, x, a.cols, group, half, dot, sum);
+        scale(scales + group / kBlockGroups * kQuant.block_scale_bytes(), x, a.cols, group, half, dot, sum);
       }
     }
     const int64_t rows = a.row_end - row;
@@ -163,14 +160,16 @@ struct QuantizedTile {
     return _mm256_or_si256(low, _mm256_and_si256(in_place, mask));
   }
 
-  // Adds the dot products of eight rows of a group to the sums. `block` and `scales` begin at those rows.
-  [[gnu::always_inline]] static inline void scale(const uint8_t* block, const uint8_t* scales, const Rows& x,
-                                                  int64_t cols, int64_t group, int half, const Dots& dot,
+  // Adds the dot products of eight rows of a group to the sums.
+  [[gnu::always_inline]] static inline void scale(const uint8_t* scales, const Rows& x, int64_t cols,
+                                                  int64_t group, int half, const Dots& dot,
                                                   Vec (&sum)[kTokens][2]) {
-    const Vec block_scale = F16Weights::load(scales);
+    const int64_t first_row = half * 8;
+    const Vec block_scale = F16Weights::load(scales + first_row * 2);
     Vec weight_scale[kParts] = {block_scale};
     if constexpr (kQuant.sub_scale_cols > 0) {
-      const uint8_t* sub_scales = block + kQuant.sub_scales_at() + group % kBlockGroups * kParts * kPanelRows;
+      const uint8_t* sub_scales =
+          scales + kQuant.sub_scales_at() + first_row + group % kBlockGroups * kParts * kPanelRows;
 #pragma GCC unroll 2
       for (int part = 0; part < kParts; ++part) {
         weight_scale[part] = mul(block_scale, bytes_to_floats(sub_scales + part * kPanelRows, kParts == 2));
@@ -178,9 +177,10 @@ struct QuantizedTile {
     }
     Vec min = zeros();
     if constexpr (kQuant.has_min) {
-      min = F16Weights::load(scales + kPanelRows * 2);
+      min = F16Weights::load(scales + (kPanelRows + first_row) * 2);
       if constexpr (kQuant.sub_scale_cols > 0) {
-        const uint8_t* sub_mins = block + kQuant.sub_mins_at() + group % kBlockGroups * kPanelRows;
+        const uint8_t* sub_mins =
+            scales + kQuant.sub_mins_at() + first_row + group % kBlockGroups * kPanelRows;
         min = mul(min, bytes_to_floats(sub_mins, false));
       }
     }

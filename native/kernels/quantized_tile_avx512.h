@@ -45,10 +45,9 @@ struct QuantizedTile {
       for (int j = 0; j < kTokens; ++j) x[j] = activation_row(a, token + j);
     }
 
-    const uint8_t* block(int64_t group) const { return panel + group / kBlockGroups * kQuant.block_bytes(); }
-    const uint8_t* quants(int64_t group) const { return block(group) + group % kBlockGroups * kGroupBytes; }
+    const uint8_t* quants(int64_t group) const { return panel + group * kGroupBytes; }
     const uint8_t* block_scales(int64_t group) const {
-      return scales + group / kBlockGroups * kQuant.scale_bytes();
+      return scales + group / kBlockGroups * kQuant.block_scale_bytes();
     }
 
     int64_t cols, stride;
@@ -174,13 +173,12 @@ struct QuantizedTile {
     const int64_t x_sum_at = activation_sums_at(o.cols) + group * 4;
 #pragma GCC unroll 2
     for (int i = 0; i < kPanels; ++i) {
-      const uint8_t* block = o.block(group) + i * o.stride;
       const uint8_t* scales = o.block_scales(group) + i * o.stride;
       const Vec block_scale = F16Weights::load(scales);
       Vec weight_scale[kParts] = {block_scale};
       if constexpr (kQuant.sub_scale_cols > 0) {
         const uint8_t* sub_scales =
-            block + kQuant.sub_scales_at() + group % kBlockGroups * kParts * kPanelRows;
+            scales + kQuant.sub_scales_at() + group % kBlockGroups * kParts * kPanelRows;
 #pragma GCC unroll 2
         for (int part = 0; part < kParts; ++part) {
           weight_scale[part] = mul(block_scale, bytes_to_floats(sub_scales + part * kPanelRows, kParts == 2));
@@ -190,7 +188,7 @@ struct QuantizedTile {
       if constexpr (kQuant.has_min) {
         min = F16Weights::load(scales + kPanelRows * 2);
         if constexpr (kQuant.sub_scale_cols > 0) {
-          const uint8_t* sub_mins = block + kQuant.sub_mins_at() + group % kBlockGroups * kPanelRows;
+          const uint8_t* sub_mins = scales + kQuant.sub_mins_at() + group % kBlockGroups * kPanelRows;
           min = mul(min, bytes_to_floats(sub_mins, false));
         }
       }

@@ -60,13 +60,13 @@ inline void swap_bits(RowWords& a, int shift, uint32_t mask) {
 }
 
 template <BlockType kType>
-void transcode_block(const PanelRows& rows, uint8_t* block, uint8_t* scales);
+void transcode_block(const PanelRows& rows, uint8_t* quants, uint8_t* scales);
 
 template <>
-void transcode_block<BlockType::q8_0>(const PanelRows& rows, uint8_t* block, uint8_t* scales) {
-  RowWords quants[8];
-  load_words(rows, 2, quants);
-  for (int c = 0; c < 8; ++c) store_words(block + c * kChunkBytes, quants[c] ^ 0x80808080u);
+void transcode_block<BlockType::q8_0>(const PanelRows& rows, uint8_t* quants, uint8_t* scales) {
+  RowWords words[8];
+  load_words(rows, 2, words);
+  for (int c = 0; c < 8; ++c) store_words(quants + c * kChunkBytes, words[c] ^ 0x80808080u);
   store_halves(scales, rows, 0);
 }
 
@@ -78,21 +78,21 @@ inline void transcode_nibbles(const PanelRows& rows, int64_t at, uint8_t* group)
 }
 
 template <>
-void transcode_block<BlockType::q4_0>(const PanelRows& rows, uint8_t* block, uint8_t* scales) {
-  transcode_nibbles(rows, 2, block);
+void transcode_block<BlockType::q4_0>(const PanelRows& rows, uint8_t* quants, uint8_t* scales) {
+  transcode_nibbles(rows, 2, quants);
   store_halves(scales, rows, 0);
 }
 
 template <>
-void transcode_block<BlockType::q4_1>(const PanelRows& rows, uint8_t* block, uint8_t* scales) {
-  transcode_nibbles(rows, 4, block);
+void transcode_block<BlockType::q4_1>(const PanelRows& rows, uint8_t* quants, uint8_t* scales) {
+  transcode_nibbles(rows, 4, quants);
   store_halves(scales, rows, 0);
   store_halves(scales + kPanelRows * 2, rows, 2);
 }
 
 template <>
-void transcode_block<BlockType::q5_0>(const PanelRows& rows, uint8_t* block, uint8_t* scales) {
-  transcode_nibbles(rows, 6, block);
+void transcode_block<BlockType::q5_0>(const PanelRows& rows, uint8_t* quants, uint8_t* scales) {
+  transcode_nibbles(rows, 6, quants);
   store_halves(scales, rows, 0);
   // Bit 4 c + j of the word, c from 0 to 7, goes to bit 8 j + c.
   RowWords high[1];
@@ -102,7 +102,7 @@ void transcode_block<BlockType::q5_0>(const PanelRows& rows, uint8_t* block, uin
   swap_bits(bits, 3, 0x0A0A0A0A);
   swap_bits(bits, 6, 0x00CC00CC);
   swap_bits(bits, 12, 0x0000F0F0);
-  store_words(block + 4 * kChunkBytes, bits);
+  store_words(quants + 4 * kChunkBytes, bits);
 }
 
 // Two groups whose quants are the low and the high halves of words[0] to words[7].
@@ -119,14 +119,14 @@ inline void store_two_groups(const RowWords* words, uint8_t* low_group, uint8_t*
 // bits of bytes 0 to 7; those of groups 4 to 7 have their low four bits in bytes 8 to 11 and the highest two
 // in the top of bytes 0 to 7.
 template <Format kFormat>
-inline void transcode_k_scales(const PanelRows& rows, uint8_t* block, uint8_t* scales) {
+inline void transcode_k_scales(const PanelRows& rows, uint8_t* scales) {
   constexpr QuantFormat kQuant = quant_format(kFormat);
   store_halves(scales, rows, 0);
   store_halves(scales + kPanelRows * 2, rows, 2, 0x8000);  // these blocks subtract what they call dmin
   RowWords packed[3];
   load_words(rows, 4, packed);
-  uint8_t* sub_scales = block + kQuant.sub_scales_at();
-  uint8_t* sub_mins = block + kQuant.sub_mins_at();
+  uint8_t* sub_scales = scales + kQuant.sub_scales_at();
+  uint8_t* sub_mins = scales + kQuant.sub_mins_at();
   store_bytes(sub_scales, packed[0] & 0x3F3F3F3Fu);
   store_bytes(sub_scales + 4 * kPanelRows, (packed[2] & kLowNibbles) | ((packed[0] >> 2) & 0x30303030u));
   store_bytes(sub_mins, packed[1] & 0x3F3F3F3Fu);
@@ -134,24 +134,24 @@ inline void transcode_k_scales(const PanelRows& rows, uint8_t* block, uint8_t* s
 }
 
 template <>
-void transcode_block<BlockType::q4_k>(const PanelRows& rows, uint8_t* block, uint8_t* scales) {
+void transcode_block<BlockType::q4_k>(const PanelRows& rows, uint8_t* quants, uint8_t* scales) {
   constexpr int64_t kGroupBytes = quant_format(Format::q4_k).group_bytes();
-  transcode_k_scales<Format::q4_k>(rows, block, scales);
+  transcode_k_scales<Format::q4_k>(rows, scales);
   for (int64_t pair = 0; pair < 4; ++pair) {
     RowWords words[8];
     load_words(rows, 16 + 32 * pair, words);
-    store_two_groups(words, block + 2 * pair * kGroupBytes, block + (2 * pair + 1) * kGroupBytes);
+    store_two_groups(words, quants + 2 * pair * kGroupBytes, quants + (2 * pair + 1) * kGroupBytes);
   }
 }
 
 template <>
-void transcode_block<BlockType::q5_k>(const PanelRows& rows, uint8_t* block, uint8_t* scales) {
+void transcode_block<BlockType::q5_k>(const PanelRows& rows, uint8_t* quants, uint8_t* scales) {
   constexpr int64_t kGroupBytes = quant_format(Format::q5_k).group_bytes();
-  transcode_k_scales<Format::q5_k>(rows, block, scales);
+  transcode_k_scales<Format::q5_k>(rows, scales);
   for (int64_t pair = 0; pair < 4; ++pair) {
     RowWords words[8];
     load_words(rows, 48 + 32 * pair, words);
-    store_two_groups(words, block + 2 * pair * kGroupBytes, block + (2 * pair + 1) * kGroupBytes);
+    store_two_groups(words, quants + 2 * pair * kGroupBytes, quants + (2 * pair + 1) * kGroupBytes);
   }
   // Bit g of a byte of word c belongs to group g: to bit c of the byte in group g's plane.
   RowWords high[8];
@@ -159,15 +159,15 @@ void transcode_block<BlockType::q5_k>(const PanelRows& rows, uint8_t* block, uin
   for (int i = 0; i < 4; ++i) swap_bits(high[i], high[i + 4], 4, 0x0F0F0F0F);
   for (int i = 0; i < 8; i += i % 2 == 0 ? 1 : 3) swap_bits(high[i], high[i + 2], 2, 0x33333333);
   for (int i = 0; i < 8; i += 2) swap_bits(high[i], high[i + 1], 1, 0x55555555);
-  for (int g = 0; g < 8; ++g) store_words(block + g * kGroupBytes + 4 * kChunkBytes, high[g]);
+  for (int g = 0; g < 8; ++g) store_words(quants + g * kGroupBytes + 4 * kChunkBytes, high[g]);
 }
 
 template <>
-void transcode_block<BlockType::q6_k>(const PanelRows& rows, uint8_t* block, uint8_t* scales) {
+void transcode_block<BlockType::q6_k>(const PanelRows& rows, uint8_t* quants, uint8_t* scales) {
   constexpr QuantFormat kQuant = quant_format(Format::q6_k);
   constexpr int64_t kGroupBytes = kQuant.group_bytes();
   for (int64_t half = 0; half < 2; ++half) {  // of 128 columns
-    uint8_t* groups = block + 4 * half * kGroupBytes;
+    uint8_t* groups = quants + 4 * half * kGroupBytes;
     for (int64_t i = 0; i < 2; ++i) {
       RowWords words[8];
       load_words(rows, 64 * half + 32 * i, words);
@@ -189,7 +189,7 @@ void transcode_block<BlockType::q6_k>(const PanelRows& rows, uint8_t* block, uin
   RowWords sub_scales[4];
   load_words(rows, 192, sub_scales);
   for (int i = 0; i < 4; ++i) {
-    store_bytes(block + kQuant.sub_scales_at() + i * 4 * kPanelRows, sub_scales[i]);
+    store_bytes(scales + kQuant.sub_scales_at() + i * 4 * kPanelRows, sub_scales[i]);
   }
   store_halves(scales, rows, 208);
 }
@@ -211,9 +211,10 @@ void transcode_panels(const TranscodeArgs& a) {
       for (int64_t r = 0; r < kPanelRows; ++r) {
         rows.row[r] = r < present ? from + r * row_bytes + b * block_bytes(kType) : kNoRow;
       }
-      transcode_block<kType>(rows, panel + b * kQuant.block_bytes(), scales + b * kQuant.scale_bytes());
+      transcode_block<kType>(rows, panel + b * kQuant.block_quant_bytes(),
+                             scales + b * kQuant.block_scale_bytes());
     }
-    uint8_t* end = scales + blocks * kQuant.scale_bytes();
+    uint8_t* end = scales + blocks * kQuant.block_scale_bytes();
     std::memset(end, 0, size_t(panel + panel_bytes(kFormat, a.cols) - end));
   }
 }
