@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from argosy.prompt.chat import Worker
 
 DEMO = "demo"  # the word for the embedded default model; a directory of that name is `./demo`
-DEMO_CONTEXT = 2048  # positions, where neither a budget nor a context is given
+DEMO_CONTEXT, DEMO_CHUNK = 2048, 256  # tokens, where nothing is said
 PromptLike = str | Sequence[int] | Sequence[Message] | Prompt
 
 
@@ -69,6 +69,7 @@ class Engine:
         context: positions of the KV cache, shared by all sequences; None: as the budget carries.
         kv_dtype: `f32`, or `f16` for half the memory and rounded keys and values.
         instruction_set: caps the choice of kernels: `plain`, `avx2` or `avx512`.
+        chunk_tokens: most prompt tokens in one step; None: as the memory plan finds best.
         expert_slots: fixes the size of the expert cache instead of giving it what the budget leaves.
         experts_off: leave routed experts out of every sum, to compare with a dense base.
         progress: hears what start-up is doing.
@@ -87,7 +88,7 @@ class Engine:
         context: int | None = None,
         kv_dtype: KvDtype = "f32",
         instruction_set: str | None = None,
-        chunk_tokens: int = 256,
+        chunk_tokens: int | None = None,
         max_sequences: int = 8,
         readers: int = 4,
         expert_slots: int | None = None,
@@ -499,14 +500,18 @@ def settle(
     context: int | None = None,
     expert_slots: int | None = None,
     threads: int | None = None,
+    chunk_tokens: int | None = None,
     **others: Any,
 ) -> tuple[EngineConfig, int | None]:
     """Settings and expert slots where some are left open: what `Engine` runs with and `argosy show` plans with."""
     if expert_slots is None and memory is None and str(model) == DEMO:
         expert_slots = quarter_of_experts(files)
-        context = context or DEMO_CONTEXT
+        context, chunk_tokens = context or DEMO_CONTEXT, chunk_tokens or DEMO_CHUNK
     config = EngineConfig(
-        budget=_budget(memory, context), threads=threads or machine.usable_cores(), **others
+        budget=_budget(memory, context),
+        threads=threads or machine.usable_cores(),
+        chunk_tokens=chunk_tokens,
+        **others,
     )
     return config, expert_slots
 
