@@ -52,7 +52,9 @@ _SWIGLU = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj
 
 def one_type(block_type: str) -> TypeOf:
     """All matrices in one type, as llama.cpp's quantiser would leave the rest in F32."""
-    return lambda name: "F32" if "ffn_gate_inp" in name or "norm" in name or name.endswith("bias") else block_type
+    return lambda name: (
+        "F32" if "ffn_gate_inp" in name or "norm" in name or name.endswith("bias") else block_type
+    )
 
 
 def mixed(name: str) -> str:
@@ -163,7 +165,9 @@ def to_blocks(values: Array, type_name: str, rng: np.random.Generator) -> tuple[
     return blocks, np.asarray(gguf.dequantize(blocks, kind), np.float32)
 
 
-def random_blocks(type_name: str, shape: tuple[int, ...], deviation: float, rng: np.random.Generator) -> Array:
+def random_blocks(
+    type_name: str, shape: tuple[int, ...], deviation: float, rng: np.random.Generator
+) -> Array:
     """Blocks of random bits whose values have mean 0 and about the wanted standard deviation."""
     kind = GGMLQuantizationType[type_name]
     block_values, block_bytes = gguf.GGML_QUANT_SIZES[kind]
@@ -171,7 +175,9 @@ def random_blocks(type_name: str, shape: tuple[int, ...], deviation: float, rng:
     assert cols % block_values == 0
     blocks = rng.integers(0, 256, (rows * cols // block_values, block_bytes), np.uint8)
     # Where the float16 scale and, for those that have one, the scale of the minima lie, and what makes the mean 0.
-    scale_at, minima_at, balance = {"Q4_K": (0, 2, 7.5), "Q5_K": (0, 2, 15.5), "Q6_K": (208, None, 0.0)}[type_name]
+    scale_at, minima_at, balance = {"Q4_K": (0, 2, 7.5), "Q5_K": (0, 2, 15.5), "Q6_K": (208, None, 0.0)}[
+        type_name
+    ]
 
     def set_scales(scale: Array) -> None:
         blocks[:, scale_at : scale_at + 2] = scale.astype("<f2").reshape(-1, 1).view(np.uint8)
