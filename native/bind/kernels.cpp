@@ -22,14 +22,17 @@ using namespace nb::literals;
 
 namespace {
 
-constexpr const char* kFormatNames[kNumFormats] = {"f32", "f16", "bf16", "q8", "q4"};
+constexpr const char* kFormatNames[kNumFormats] = {"f32",  "f16",  "bf16", "q8",   "q4",
+                                                   "q4_1", "q5_0", "q4_k", "q5_k", "q6_k"};
 constexpr int64_t kLargestSize = int64_t{1} << 30;  // of a row or a column: products stay below 2^62 bytes
 
 Format parse_format(const std::string& name) {
   for (int i = 0; i < kNumFormats; ++i) {
     if (name == kFormatNames[i]) return Format(i);
   }
-  refuse("unknown format '" + name + "'; known: f32, f16, bf16, q8, q4");
+  std::string known;
+  for (const char* each : kFormatNames) known += (known.empty() ? "" : ", ") + std::string(each);
+  refuse("unknown format '" + name + "'; known: " + known);
 }
 
 int64_t checked_matrix_bytes(Format format, int64_t rows, int64_t cols) {
@@ -103,6 +106,10 @@ void bind_matrix(nb::module_& m) {
       "quantize",
       [](const std::string& format_name, const Array& weights, const OutArray& out, Runtime* runtime) {
         const Format format = parse_format(format_name);
+        if (format > Format::q4) {
+          refuse("nothing is quantised to " + format_name +
+                 ", which only holds what a GGUF file has; known: f32, f16, bf16, q8, q4");
+        }
         const float* from = read_array<float>("weights", weights, {kAnySize, kAnySize});
         const int64_t rows = int64_t(weights.shape(0));
         const int64_t cols = int64_t(weights.shape(1));
@@ -111,6 +118,32 @@ void bind_matrix(nb::module_& m) {
         quantize(runtime, format, from, rows, cols, to);
       },
       "format"_a, "weights"_a, "out"_a.noconvert(), "runtime"_a.none() = nb::none());
+
+  m.def(
+      "transcode",
+      [](const std::string& block_type, const Array& data, int64_t rows, int64_t cols) {
+        const std::optional<BlockType> type = block_type_named(block_type);
+        if (!type) {
+          refuse("unknown block type '" + block_type + "'; known: Q8_0, Q4_0, Q4_1, Q5_0, Q4_K, Q5_K, Q6_K");
+        }
+        const int64_t size = checked_matrix_bytes(slot_format(*type), rows, cols);
+        const int64_t block_cols = quant_format(slot_format(*type)).block_cols;
+        if (cols % block_cols != 0) {
+          refuse("cols is " + std::to_string(cols) + ", expected a multiple of " +
+                 std::to_string(block_cols) + " for " + block_type);
+        }
+        const uint8_t* from = read_array<uint8_t>("data", data, {rows * block_row_bytes(*type, cols)});
+        auto matrix = std::make_unique_for_overwrite<uint8_t[]>(size_t(size));
+        {
+          nb::gil_scoped_release released;
+          transcode(*type, from, rows, cols, 0, round_up(rows, kPanelRows) / kPanelRows, matrix.get());
+        }
+        uint8_t* raw = matrix.release();
+        const nb::capsule owner(raw, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
+        const size_t shape[1] = {size_t(size)};
+        return nb::ndarray<nb::numpy, uint8_t>(raw, 1, shape, owner);
+      },
+      "block_type"_a, "data"_a, "rows"_a, "cols"_a);
 
   m.def(
       "dequantize",

@@ -1,4 +1,4 @@
-// activations.h: one token's activations as 16-bit integers in two bytes, for q8 and q4 weights.
+// activations.h: one token's activations as 16-bit integers in two bytes, for quantised weights.
 //
 //   x  float32, from column 32 * group_begin on.    activations  the layout of formats.h, a row of `cols`.
 //
@@ -15,17 +15,21 @@ namespace {
 constexpr float kSmallestGroup = 1e-33f;    // kLargestQuant / this is still a float
 constexpr float kLargestQuant = 256 * 127;  // so that the high byte stays within -127 to 127
 
-// `sum` of the quants, `high_sum` of their high bytes.
+// `sum` of the quants, `high_sum_0` and `high_sum_1` of their high bytes in the first and in the second half
+// of the group.
 inline void finish_activation_group(uint8_t* activations, int64_t cols, int64_t group, float absmax,
-                                    int32_t sum, int32_t high_sum) {
-  const float scale_q4 = absmax < kSmallestGroup ? 0.0f : absmax / 127.0f;
-  const float scale_q8 = scale_q4 * 0.00390625f;
-  const int32_t offset_q8 = -128 * sum;
-  const int32_t offset_q4 = -8 * high_sum;
-  std::memcpy(activations + activation_scales_at(Format::q8, cols) + 4 * group, &scale_q8, 4);
-  std::memcpy(activations + activation_scales_at(Format::q4, cols) + 4 * group, &scale_q4, 4);
-  std::memcpy(activations + activation_offsets_at(Format::q8, cols) + 4 * group, &offset_q8, 4);
-  std::memcpy(activations + activation_offsets_at(Format::q4, cols) + 4 * group, &offset_q4, 4);
+                                    int32_t sum, int32_t high_sum_0, int32_t high_sum_1) {
+  const auto put = [&](int64_t at, auto value) { std::memcpy(activations + at, &value, sizeof value); };
+  const float scale = absmax < kSmallestGroup ? 0.0f : absmax / 127.0f;
+  const int32_t high_sum = high_sum_0 + high_sum_1;
+  put(activation_scales_at(Format::q4, cols) + 4 * group, scale);
+  put(activation_scales_at(Format::q8, cols) + 4 * group, scale * 0.00390625f);
+  put(activation_offsets_at(Format::q8, cols) + 4 * group, -128 * sum);
+  put(activation_offsets_at(Format::q4, cols) + 4 * group, -8 * high_sum);
+  put(activation_offsets_at(Format::q5_0, cols) + 4 * group, -16 * high_sum);
+  put(activation_offsets_at(Format::q6_k, cols) + 8 * group, -32 * high_sum_0);
+  put(activation_offsets_at(Format::q6_k, cols) + 8 * group + 4, -32 * high_sum_1);
+  put(activation_sums_at(cols) + 4 * group, scale * float(high_sum));
 }
 
 #if !ARGOSY_VECTOR  // the reference
@@ -46,18 +50,18 @@ void quantize_activations(const float* x, int64_t cols, int64_t group_begin, int
     const bool usable = absmax >= kSmallestGroup && largest < 0x7F800000u;
     const float inverse = usable ? kLargestQuant / absmax : 0.0f;
     int8_t high[kGroupSize] = {}, low[kGroupSize] = {};
-    int32_t sum = 0, high_sum = 0;
+    int32_t sum = 0, high_sum[2] = {};
     for (int64_t i = 0; i < n && usable; ++i) {
       // Adding 1.5 * 2^23 leaves no room for a fraction: the sum rounds to nearest even.
       const int32_t quant = int32_t((x[begin + i] * inverse + 12582912.0f) - 12582912.0f);
       high[i] = int8_t((quant + 128) >> 8);
       low[i] = int8_t(quant - 256 * high[i]);
       sum += quant;
-      high_sum += high[i];
+      high_sum[i / 16] += high[i];
     }
     std::memcpy(activations + begin, high, kGroupSize);
     std::memcpy(activations + activation_low_at(cols) + begin, low, kGroupSize);
-    finish_activation_group(activations, cols, group, absmax, sum, high_sum);
+    finish_activation_group(activations, cols, group, absmax, sum, high_sum[0], high_sum[1]);
   }
 }
 
@@ -82,7 +86,8 @@ void quantize_activations(const float* x, int64_t cols, int64_t group_begin, int
     // Infinity times zero is NaN and converts to the smallest integer: masked away with the rest of an
     // unusable group.
     const __mmask16 kept = usable ? __mmask16(0xFFFF) : __mmask16(0);
-    __m512i sum = _mm512_setzero_si512(), high_sum = _mm512_setzero_si512();
+    __m512i sum = _mm512_setzero_si512();
+    int32_t high_sum[2];
     for (int i = 0; i < 2; ++i) {
       const __m512i quants = _mm512_maskz_cvtps_epi32(kept, mul(i == 0 ? first : second, inverse));
       const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(quants, _mm512_set1_epi32(128)), 8);
@@ -92,10 +97,10 @@ void quantize_activations(const float* x, int64_t cols, int64_t group_begin, int
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + activation_low_at(cols)),
                        _mm512_cvtepi32_epi8(quants));
       sum = _mm512_add_epi32(sum, quants);
-      high_sum = _mm512_add_epi32(high_sum, high);
+      high_sum[i] = _mm512_reduce_add_epi32(high);
     }
-    finish_activation_group(activations, cols, group, absmax, _mm512_reduce_add_epi32(sum),
-                            _mm512_reduce_add_epi32(high_sum));
+    finish_activation_group(activations, cols, group, absmax, _mm512_reduce_add_epi32(sum), high_sum[0],
+                            high_sum[1]);
   }
 }
 
@@ -110,9 +115,7 @@ inline void store_as_bytes(uint8_t* to, const __m256i (&numbers)[4]) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), ordered);
 }
 
-inline int32_t sum_of(const __m256i (&numbers)[4]) {
-  const __m256i sums =
-      _mm256_add_epi32(_mm256_add_epi32(numbers[0], numbers[1]), _mm256_add_epi32(numbers[2], numbers[3]));
+inline int32_t sum_of(__m256i sums) {
   __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
   sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4E));
   sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1));
@@ -151,7 +154,11 @@ void quantize_activations(const float* x, int64_t cols, int64_t group_begin, int
     }
     store_as_bytes(activations + begin, high);
     store_as_bytes(activations + activation_low_at(cols) + begin, low);
-    finish_activation_group(activations, cols, group, absmax, sum_of(quants), sum_of(high));
+    const __m256i sums =
+        _mm256_add_epi32(_mm256_add_epi32(quants[0], quants[1]), _mm256_add_epi32(quants[2], quants[3]));
+    finish_activation_group(activations, cols, group, absmax, sum_of(sums),
+                            sum_of(_mm256_add_epi32(high[0], high[1])),
+                            sum_of(_mm256_add_epi32(high[2], high[3])));
   }
 }
 

@@ -11,11 +11,13 @@
 #include "kernels/kv_write.h"
 #include "kernels/matmul_float.h"
 #include "kernels/matmul_quantized.h"
+#include "kernels/probe.h"
 #include "kernels/quantize.h"
 #include "kernels/rms_norm.h"
 #include "kernels/rope.h"
 #include "kernels/route.h"
 #include "kernels/swiglu.h"
+#include "kernels/transcode_panel.h"
 
 namespace argosy {
 namespace {
@@ -24,10 +26,16 @@ constexpr KernelTable kernel_table_named(const char* name) {
   return {
       .name = name,
       .matmul = {matmul_float<F32Weights>, matmul_float<F16Weights>, matmul_float<Bf16Weights>,
-                 matmul_quantized<Format::q8>, matmul_quantized<Format::q4>},
+                 matmul_quantized<Format::q8>, matmul_quantized<Format::q4>, matmul_quantized<Format::q4_1>,
+                 matmul_quantized<Format::q5_0>, matmul_quantized<Format::q4_k>,
+                 matmul_quantized<Format::q5_k>, matmul_quantized<Format::q6_k>},
       .quantize_activations = quantize_activations,
       .quantize_q8 = quantize_panels<Format::q8>,
       .quantize_q4 = quantize_panels<Format::q4>,
+      .transcode = {transcode_panels<BlockType::q8_0>, transcode_panels<BlockType::q4_0>,
+                    transcode_panels<BlockType::q4_1>, transcode_panels<BlockType::q5_0>,
+                    transcode_panels<BlockType::q4_k>, transcode_panels<BlockType::q5_k>,
+                    transcode_panels<BlockType::q6_k>},
       .dequantize_row = dequantize_row,
       .rms_norm = rms_norm,
       .rope = rope,
@@ -37,6 +45,9 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .add_sigmoid_gated = add_sigmoid_gated,
       .kv_write = kv_write,
       .attention = attention,
+      .read_memory = read_memory,
+      .multiply_int8 = multiply_int8,
+      .int8_products_per_round = kInt8ProductsPerRound,
   };
 }
 

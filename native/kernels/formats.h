@@ -1,16 +1,34 @@
 // formats.h: how the weights of a matrix lie in memory.
 //
 //   f32, f16, bf16   row-major [rows, cols], no padding, any alignment.
-//   q8, q4           32 columns of a row are a group and share one float16 scale; weight = scale * q.
-//                    q8: q from -127 to 127.    q4: q from -8 to 7.
+//   the others       quantised: weight = scale * (q - zero), or scale * q + min, with whole numbers q of
+//   `bits`
+//                    bits. Rows are padded to 16, columns to a block.
 //
-// A quantised matrix is a list of panels of 16 rows, rows padded with zeros to 16 and columns to 32. A panel
-// holds all its quants, then all its scales (float16 [groups][16]), and is padded to 64 bytes:
+//            bits  zero   scale                      min
+//     q8       8    128   f16 of 32 columns          -
+//     q4       4      8   f16 of 32                  -
+//     q4_1     4      0   f16 of 32                  f16 of 32
+//     q5_0     5     16   f16 of 32                  -
+//     q4_k     4      0   f16 of 256 * u8 of 32      - f16 of 256 * u8 of 32
+//     q5_k     5      0   f16 of 256 * u8 of 32      - f16 of 256 * u8 of 32
+//     q6_k     6     32   f16 of 256 * int8 of 16    -
 //
-//   q8 quants   group g, chunk c = 0..7: 64 bytes; byte 4 r + j = q[row r][32 g + 4 c + j] + 128.
-//   q4 quants   group g, chunk c = 0..3: 64 bytes; byte 4 r + j = (q of column 32 g + 4 c + j) + 8 in the low
+// The last five hold what GGUF's blocks of the same name hold, bit for bit (kernels/transcode.h).
+//
+// A quantised matrix is a list of panels of 16 rows. A block is the columns that share a float16 scale, 32 or
+// 256 of them. A panel holds all its blocks, then for every block the float16 scales of the 16 rows and,
+// where there are, the float16 mins; it is padded to 64 bytes. A block holds its groups of 32 columns, then
+// its sub-scales [group or half group][16 rows], then its sub-mins [group][16 rows]. A group is:
+//
+//   8 bits   chunk c = 0..7: 64 bytes; byte 4 r + j = q of row r, column 4 c + j.
+//   others   chunk c = 0..3: 64 bytes; byte 4 r + j = the lower 4 bits of q of column 4 c + j in the low
 //   half,
-//               (q of column 32 g + 4 (c + 4) + j) + 8 in the high half.
+//            and of column 4 (c + 4) + j in the high half;
+//   5 bits   then 64 bytes; bit c of byte 4 r + j = the highest bit of q of column 4 c + j;
+//   6 bits   then 2 times 64 bytes; bits 2 c and 2 c + 1 of byte 4 r + j = the two highest bits of q of
+//   column
+//            4 c + j in the first 64 bytes, of column 4 (c + 4) + j in the second (c = 0..3).
 //
 // So 64 bytes are four columns of sixteen rows: what one vpdpbusd multiplies with four broadcast activations.
 #pragma once
@@ -19,35 +37,81 @@
 
 namespace argosy {
 
-enum class Format : uint8_t { f32, f16, bf16, q8, q4 };
+enum class Format : uint8_t { f32, f16, bf16, q8, q4, q4_1, q5_0, q4_k, q5_k, q6_k };
 
 // Internal linkage throughout: this header is compiled under several instruction sets, and the linker must
 // not pick one of the copies for all.
-[[maybe_unused]] static constexpr int kNumFormats = 5;
+[[maybe_unused]] static constexpr int kNumFormats = 10;
 [[maybe_unused]] static constexpr int64_t kGroupSize = 32;
 [[maybe_unused]] static constexpr int64_t kPanelRows = 16;
-[[maybe_unused]] static constexpr int64_t kChunkBytes = 64;  // four columns of a panel (q4: two times four)
+[[maybe_unused]] static constexpr int64_t kChunkBytes =
+    64;  // four columns of a panel (4 bits: two times four)
+[[maybe_unused]] static constexpr int64_t kLongestBlock = 256;
 
 static inline constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-static inline constexpr bool is_quantized(Format format) {
-  return format == Format::q8 || format == Format::q4;
+// The table above.
+struct QuantFormat {
+  int bits;
+  int zero;
+  int64_t block_cols;
+  int64_t sub_scale_cols;  // 0: a block has no sub-scales
+  bool has_min;
+
+  constexpr int64_t group_bytes() const { return kChunkBytes * bits; }
+  constexpr int64_t block_groups() const { return block_cols / kGroupSize; }
+  constexpr int64_t sub_scales_at() const { return block_groups() * group_bytes(); }  // inside a block
+  constexpr int64_t sub_mins_at() const {
+    return sub_scales_at() + (sub_scale_cols > 0 ? block_cols / sub_scale_cols * kPanelRows : 0);
+  }
+  constexpr int64_t block_bytes() const {
+    return sub_mins_at() + (sub_scale_cols > 0 && has_min ? block_groups() * kPanelRows : 0);
+  }
+  // The float16 scales of one block, then its mins.
+  constexpr int64_t scale_bytes() const { return kPanelRows * 2 * (has_min ? 2 : 1); }
+};
+
+static inline constexpr bool is_quantized(Format format) { return format >= Format::q8; }
+
+// Of a quantised format.
+static inline constexpr QuantFormat quant_format(Format format) {
+  switch (format) {
+    case Format::q8:
+      return {8, 128, 32, 0, false};
+    case Format::q4_1:
+      return {4, 0, 32, 0, true};
+    case Format::q5_0:
+      return {5, 16, 32, 0, false};
+    case Format::q4_k:
+      return {4, 0, 256, 32, true};
+    case Format::q5_k:
+      return {5, 0, 256, 32, true};
+    case Format::q6_k:
+      return {6, 32, 256, 16, false};
+    default:
+      return {4, 8, 32, 0, false};
+  }
 }
 
 static inline constexpr int64_t num_groups(int64_t cols) { return round_up(cols, kGroupSize) / kGroupSize; }
 
+static inline constexpr int64_t num_blocks(Format format, int64_t cols) {
+  return round_up(cols, quant_format(format).block_cols) / quant_format(format).block_cols;
+}
+
 // Of f32, f16, bf16.
 static inline constexpr int64_t weight_bytes(Format format) { return format == Format::f32 ? 4 : 2; }
 
-// Of the quants of one panel; the scales follow.
-static inline constexpr int64_t quant_bytes(Format format, int64_t cols) {
-  return num_groups(cols) * kChunkBytes * (format == Format::q8 ? 8 : 4);
+// Where the float16 scales of a panel begin, behind its blocks.
+static inline constexpr int64_t scales_at(Format format, int64_t cols) {
+  return num_blocks(format, cols) * quant_format(format).block_bytes();
 }
 
 static inline constexpr int64_t panel_bytes(Format format, int64_t cols) {
-  return round_up(quant_bytes(format, cols) + num_groups(cols) * kPanelRows * 2, 64);
+  return round_up(scales_at(format, cols) + num_blocks(format, cols) * quant_format(format).scale_bytes(),
+                  64);
 }
 
 static inline constexpr int64_t matrix_bytes(Format format, int64_t rows, int64_t cols) {
@@ -55,38 +119,55 @@ static inline constexpr int64_t matrix_bytes(Format format, int64_t rows, int64_
   return rows * cols * weight_bytes(format);
 }
 
-// The quant of row 0 to 15 of a panel, as the number it stands for.
+// q of row 0 to 15 of a panel, less the format's zero.
 static inline int32_t quant_at(Format format, const uint8_t* panel, int64_t row, int64_t col) {
-  const int64_t group = col / kGroupSize;
+  const QuantFormat q = quant_format(format);
+  const uint8_t* group = panel + col / q.block_cols * q.block_bytes() +
+                         col % q.block_cols / kGroupSize * q.group_bytes() + row * 4 + col % 4;
   const int64_t chunk = col % kGroupSize / 4;
-  const int64_t byte = row * 4 + col % 4;
-  if (format == Format::q8) return panel[(group * 8 + chunk) * kChunkBytes + byte] - 128;
-  const uint8_t both = panel[(group * 4 + chunk % 4) * kChunkBytes + byte];
-  return (chunk < 4 ? both & 0xF : both >> 4) - 8;
+  if (q.bits == 8) return group[chunk * kChunkBytes] - q.zero;
+  const uint8_t* high = group + 4 * kChunkBytes;
+  int32_t quant = group[chunk % 4 * kChunkBytes] >> (chunk < 4 ? 0 : 4) & 0xF;
+  if (q.bits == 5) quant += (*high >> chunk & 1) * 16;
+  if (q.bits == 6) quant += (high[chunk / 4 * kChunkBytes] >> chunk % 4 * 2 & 3) * 16;
+  return quant - q.zero;
 }
 
-// One token's activations, quantised for products with q8 and q4 weights; 64-byte aligned, in this order:
+// One token's activations, quantised for products with quantised weights; 64-byte aligned, in this order:
 //
 //   int8  [groups * 32]   high: with low, x / (scale / 256) rounded to the nearest (even) = 256 * high + low
 //   int8  [groups * 32]   low
-//   float [groups]        scale = largest magnitude in the group / 127, for high alone (q4)
+//   float [groups]        scale = largest magnitude in the group / 127, for high alone (all but q8)
 //   float [groups]        scale / 256, for both (q8)
-//   int32 [groups]        -128 * sum of (256 * high + low): takes the offset of the q8 quants out of a dot
+//   int32 [groups]        -128 * sum of (256 * high + low): takes the zero of the q8 quants out of a dot
 //                         product
 //   int32 [groups]        -8 * sum of high: the same for q4
+//   int32 [groups]        -16 * sum of high: the same for q5_0
+//   int32 [2 * groups]    -32 * sum of high, of half groups: the same for q6_k
+//   float [groups]        scale * sum of high: what a min is multiplied with
 //
 // Beside q4 weights, whose own rounding is sixteen times that of q8, 8 bits of an activation are plenty.
 // Beside q8 weights they are not: the error of the activations would be three times that of the weights
 // (docs/decisions/0006-sixteen-bit-activations-for-q8.md).
 static inline constexpr int64_t activation_low_at(int64_t cols) { return num_groups(cols) * kGroupSize; }
 static inline constexpr int64_t activation_scales_at(Format format, int64_t cols) {
-  return num_groups(cols) * (2 * kGroupSize + (format == Format::q4 ? 0 : 4));
+  return num_groups(cols) * (2 * kGroupSize + (format == Format::q8 ? 4 : 0));
 }
+// Of q8, q4, q5_0, q6_k: the formats with a zero.
 static inline constexpr int64_t activation_offsets_at(Format format, int64_t cols) {
-  return num_groups(cols) * (2 * kGroupSize + (format == Format::q8 ? 8 : 12));
+  const int64_t behind = format == Format::q8     ? 8
+                         : format == Format::q4   ? 12
+                         : format == Format::q5_0 ? 16
+                                                  : 20;
+  return num_groups(cols) * (2 * kGroupSize + behind);
 }
+static inline constexpr int64_t activation_sums_at(int64_t cols) {
+  return num_groups(cols) * (2 * kGroupSize + 28);
+}
+// An odd number of cache lines, so that the same column of many tokens does not fall into few sets of the
+// cache.
 static inline constexpr int64_t activation_bytes(int64_t cols) {
-  return round_up(num_groups(cols) * (2 * kGroupSize + 16), 64);
+  return round_up(num_groups(cols) * (2 * kGroupSize + 32), 128) + 64;
 }
 
 }  // namespace argosy

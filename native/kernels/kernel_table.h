@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernels/formats.h"
+#include "kernels/transcode.h"
 
 namespace argosy {
 
@@ -19,9 +20,9 @@ namespace argosy {
 struct MatmulArgs {
   const uint8_t* weights;  // the whole matrix
   int64_t cols;
-  int64_t row_begin, row_end;  // q8, q4: row_begin is a multiple of 16
+  int64_t row_begin, row_end;  // quantised: row_begin is a multiple of 16
   const uint8_t* x;  // token t begins at x + x_stride * (x_index ? x_index[t] : t); float32 [cols], or for
-  int64_t x_stride;  //   q8 and q4 what quantize_activations wrote. x_stride in bytes
+  int64_t x_stride;  //   quantised weights what quantize_activations wrote. x_stride in bytes
   const int32_t* x_index;
   float* y;          // token t begins at y + y_stride * (y_index ? y_index[t] : t)
   int64_t y_stride;  // in floats
@@ -65,8 +66,10 @@ struct KvWriteArgs {
   int64_t kv_head;  // the one to write
 };
 
-// Keys are taken sixteen positions at a time, for up to this many (token, head) pairs at once.
+// Keys lie in tiles of sixteen positions and are taken four tiles at a time, for up to this many (token,
+// head) pairs at once.
 [[maybe_unused]] static constexpr int64_t kKeyTile = 16;
+[[maybe_unused]] static constexpr int64_t kStretchKeys = 64;
 [[maybe_unused]] static constexpr int64_t kMaxQueries = 32;
 
 // Tokens of one sequence against one KV head.
@@ -83,6 +86,14 @@ struct AttentionArgs {
   float* scratch;  // attention_scratch_floats(head_dim)
 };
 
+// What transcode() takes.
+struct TranscodeArgs {
+  const uint8_t* rows_data;
+  int64_t rows, cols;
+  int64_t panel_begin, panel_end;
+  uint8_t* matrix;
+};
+
 struct KernelTable {
   const char* name;
 
@@ -96,6 +107,7 @@ struct KernelTable {
                       int64_t panel_end, uint8_t* out);
   void (*quantize_q4)(const float* weights, int64_t rows, int64_t cols, int64_t panel_begin,
                       int64_t panel_end, uint8_t* out);
+  void (*transcode[kNumBlockTypes])(const TranscodeArgs& args);
   void (*dequantize_row)(Format format, const uint8_t* weights, int64_t cols, int64_t row, float* out);
 
   // out may be x.
@@ -112,11 +124,16 @@ struct KernelTable {
 
   void (*kv_write)(const KvWriteArgs& args);
   void (*attention)(const AttentionArgs& args);
+
+  // For ops/machine_probe.h. Both return a number that depends on all they did.
+  uint64_t (*read_memory)(const uint8_t* data, int64_t nbytes);  // aligned to 64; a multiple of 512
+  uint64_t (*multiply_int8)(int64_t rounds);                     // int8_products_per_round each
+  int64_t int8_products_per_round;
 };
 
-// Scores of a tile and the running weighted sum of each query.
+// A copy of each query, its scores of a stretch and its running weighted sum.
 static inline constexpr int64_t attention_scratch_floats(int64_t head_dim) {
-  return kMaxQueries * (kKeyTile + round_up(head_dim, kKeyTile));
+  return kMaxQueries * (kStretchKeys + 2 * round_up(head_dim, kKeyTile));
 }
 
 // "plain", "avx2", "avx512": those this CPU and its operating system can run, worst first.

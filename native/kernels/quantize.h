@@ -14,6 +14,7 @@
 
 #include "kernels/half.h"
 #include "kernels/kernel_table.h"
+#include "kernels/weight_scale.h"
 
 namespace argosy {
 namespace {
@@ -136,9 +137,9 @@ void quantize_panels(const float* weights, int64_t rows, int64_t cols, int64_t p
   const int64_t groups = num_groups(cols);
   for (int64_t index = panel_begin; index < panel_end; ++index) {
     uint8_t* panel = out + index * panel_bytes(kFormat, cols);
-    uint8_t* scales = panel + quant_bytes(kFormat, cols);
-    std::memset(panel, kFormat == Format::q8 ? 0x80 : 0x88, size_t(quant_bytes(kFormat, cols)));
-    std::memset(scales, 0, size_t(panel_bytes(kFormat, cols) - quant_bytes(kFormat, cols)));
+    uint8_t* scales = panel + scales_at(kFormat, cols);
+    std::memset(panel, kFormat == Format::q8 ? 0x80 : 0x88, size_t(scales_at(kFormat, cols)));
+    std::memset(scales, 0, size_t(panel_bytes(kFormat, cols) - scales_at(kFormat, cols)));
     for (int64_t r = 0; r < kPanelRows && index * kPanelRows + r < rows; ++r) {
       const float* row = weights + (index * kPanelRows + r) * cols;
       for (int64_t g = 0; g < groups; ++g) {
@@ -167,10 +168,10 @@ void quantize_panels(const float* weights, int64_t rows, int64_t cols, int64_t p
 inline void dequantize_panel_row(Format format, const uint8_t* weights, int64_t cols, int64_t row,
                                  float* out) {
   const uint8_t* panel = weights + row / kPanelRows * panel_bytes(format, cols);
-  const uint8_t* scales = panel + quant_bytes(format, cols) + row % kPanelRows * 2;
   for (int64_t col = 0; col < cols; ++col) {
-    const float scale = float_from_f16(read_unaligned<uint16_t>(scales + col / kGroupSize * kPanelRows * 2));
-    out[col] = scale * float(quant_at(format, panel, row % kPanelRows, col));
+    const auto [scale, min] = weight_scale_at(format, panel, cols, row % kPanelRows, col);
+    const float value = scale * float(quant_at(format, panel, row % kPanelRows, col));
+    out[col] = quant_format(format).has_min ? value + min : value;
   }
 }
 

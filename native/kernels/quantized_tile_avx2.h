@@ -99,11 +99,11 @@ struct QuantizedTile {
 
   static void run(const MatmulArgs& a, int64_t row, int64_t token) {
     const int64_t groups = num_groups(a.cols);
-    const int64_t scales_at = activation_scales_at(kFormat, a.cols);
+    const int64_t x_scales_at = activation_scales_at(kFormat, a.cols);
     const int64_t offsets_at = activation_offsets_at(kFormat, a.cols);
     constexpr int64_t kGroupBytes = kChunkBytes * (kFormat == Format::q8 ? 8 : 4);
     const uint8_t* quants = a.weights + row / kPanelRows * panel_bytes(kFormat, a.cols);
-    const uint8_t* scales = quants + quant_bytes(kFormat, a.cols);
+    const uint8_t* scales = quants + scales_at(kFormat, a.cols);
     const uint8_t* x[kTokens];
     Vec sum[kTokens][2];
 #pragma GCC unroll 4
@@ -125,7 +125,7 @@ struct QuantizedTile {
 #pragma GCC unroll 4
       for (int j = 0; j < kTokens; ++j) {
         const __m256i offset = _mm256_set1_epi32(read_unaligned<int32_t>(x[j] + offsets_at + group * 4));
-        const Vec scale = broadcast(read_unaligned<float>(x[j] + scales_at + group * 4));
+        const Vec scale = broadcast(read_unaligned<float>(x[j] + x_scales_at + group * 4));
         for (int half = 0; half < 2; ++half) {
           const Vec exact = _mm256_cvtepi32_ps(_mm256_add_epi32(dot[j][half], offset));
           sum[j][half] = fma(mul(weight_scale[half], scale), exact, sum[j][half]);

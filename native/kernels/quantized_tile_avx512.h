@@ -30,12 +30,12 @@ struct QuantizedTile {
   static void run(const MatmulArgs& a, int64_t row, int64_t token) {
     const int64_t groups = num_groups(a.cols);
     const int64_t stride = panel_bytes(kFormat, a.cols);
-    const int64_t scales_at = activation_scales_at(kFormat, a.cols);
+    const int64_t x_scales_at = activation_scales_at(kFormat, a.cols);
     const int64_t offsets_at = activation_offsets_at(kFormat, a.cols);
     const int64_t low_at = activation_low_at(a.cols);
     constexpr int64_t kGroupBytes = kChunkBytes * (kFormat == Format::q8 ? 8 : 4);
     const uint8_t* quants = a.weights + row / kPanelRows * stride;
-    const uint8_t* scales = quants + quant_bytes(kFormat, a.cols);
+    const uint8_t* scales = quants + scales_at(kFormat, a.cols);
     Rows x;
     Vec sum[kPanels][kTokens];
 #pragma GCC unroll 16
@@ -60,7 +60,8 @@ struct QuantizedTile {
         const Vec weight_scale = F16Weights::load(scales + i * stride + group * kPanelRows * 2);
 #pragma GCC unroll 16
         for (int j = 0; j < kTokens; ++j) {
-          const Vec scale = mul(weight_scale, broadcast(read_unaligned<float>(x[j] + scales_at + group * 4)));
+          const Vec scale =
+              mul(weight_scale, broadcast(read_unaligned<float>(x[j] + x_scales_at + group * 4)));
           __m512i whole = dot[i][j][0];
           if constexpr (kBytes == 2) whole = _mm512_add_epi32(_mm512_slli_epi32(whole, 8), dot[i][j][1]);
           sum[i][j] = fma(scale, _mm512_cvtepi32_ps(whole), sum[i][j]);

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Format = Literal["f32", "f16", "bf16", "q8", "q4"]
+Format = Literal["f32", "f16", "bf16", "q8", "q4", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k"]
+BlockType = Literal["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q5_K", "Q6_K"]
 InstructionSet = Literal["plain", "avx2", "avx512"]
 _Floats = NDArray[np.float32]
 _Ints = NDArray[np.int32]
@@ -45,10 +46,16 @@ def matrix_bytes(format: Format, rows: int, cols: int) -> int:
     """Bytes of a matrix (layout: native/kernels/formats.h)."""
 
 def quantize(format: Format, weights: _Floats, out: _Bytes, runtime: Runtime | None = None) -> None:
-    """Write weights [rows, cols] to `out` [matrix_bytes] in any format; q8 and q4 on the threads of `runtime`.
+    """Write weights [rows, cols] to `out` [matrix_bytes] as f32, f16, bf16, or q8 or q4 on the threads of `runtime`.
 
     The bytes are the same on every instruction set. q4 scales have the least squared error of a list of candidates. A
-    group of 32 with an infinity or a NaN gets a NaN scale.
+    group of 32 with an infinity or a NaN gets a NaN scale. The other formats only hold what a GGUF file has.
+    """
+
+def transcode(block_type: BlockType, data: _Bytes, rows: int, cols: int) -> _Bytes:
+    """GGUF blocks of a matrix [rows, cols] as the bytes of its slot format, without loss.
+
+    Q8_0 becomes q8, Q4_0 q4, the others the format of their name. cols is a multiple of 32, or 256 for the K types.
     """
 
 def dequantize(format: Format, data: _Bytes, rows: int, cols: int) -> _Floats:
@@ -68,7 +75,7 @@ class Matrix:
 def matmul(runtime: Runtime, matrices: Sequence[Matrix], x: _Floats, outs: Sequence[_Floats]) -> None:
     """outs[i] = x matrices[i]^T, for x [tokens, cols] and outs[i] [tokens, rows of matrix i].
 
-    With q8 and q4 weights x becomes int8 per group of 32, once for all matrices.
+    With quantised weights x becomes int8 (beside q8: int16) per group of 32, once for all matrices.
     """
 
 def embed(runtime: Runtime, matrix: Matrix, ids: _Ints, out: _Floats) -> None:
@@ -173,6 +180,20 @@ def attention(
         window: a token sees its last `window` positions, itself included; 0 for all.
         out: [tokens, heads * head_dim].
     """
+
+# Probes (native/ops/machine_probe.h): how fast this machine is right now. The best of several passes.
+
+def memory_probe(threads: int, nbytes: int) -> float:
+    """Bytes per second at which `threads` threads together read `nbytes` on huge pages with the widest loads.
+
+    Takes `nbytes` of memory while it runs; below the size of the last cache it measures that cache.
+
+    Raises:
+        ValueError: threads below 1, or less than 4 MiB a thread.   MemoryError: no such memory.
+    """
+
+def int8_probe(threads: int) -> float:
+    """Integer operations per second, two per multiply-add, of the instruction that products with q4 weights use."""
 
 # Store (native/store).
 

@@ -19,7 +19,8 @@ _UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": 1 << 40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "k": KIB, "m": MIB, "g": GIB, "t": 1 << 40}
 
 KvDtype = Literal["f32", "f16"]
-Format = Literal["f32", "f16", "bf16", "q8", "q4"]  # how the weights of a matrix are stored
+# How the weights of a matrix lie in memory; native/kernels/formats.h has the layouts.
+Format = Literal["f32", "f16", "bf16", "q8", "q4", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k"]
 
 
 def parse_size(text: str | int, *, total_bytes: int | None = None) -> int:

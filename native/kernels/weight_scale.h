@@ -1,0 +1,32 @@
+// weight_scale.h: what the quants of one row and column are multiplied with, read one at a time.
+#pragma once
+
+#include "kernels/formats.h"
+#include "kernels/half.h"
+
+namespace argosy {
+namespace {
+
+// The factors of one column of one row: weight = scale * (q - zero) + min.
+struct WeightScale {
+  float scale, min;
+};
+
+inline WeightScale weight_scale_at(Format format, const uint8_t* panel, int64_t cols, int64_t row,
+                                   int64_t col) {
+  const QuantFormat q = quant_format(format);
+  const int64_t block = col / q.block_cols;
+  const int64_t inside = col % q.block_cols;
+  const uint8_t* scales = panel + scales_at(format, cols) + block * q.scale_bytes() + row * 2;
+  const float scale = float_from_f16(read_unaligned<uint16_t>(scales));
+  const float min = q.has_min ? float_from_f16(read_unaligned<uint16_t>(scales + kPanelRows * 2)) : 0.0f;
+  if (q.sub_scale_cols == 0) return {scale, min};
+  const uint8_t* subs = panel + block * q.block_bytes() + row;
+  const uint8_t sub_scale = subs[q.sub_scales_at() + inside / q.sub_scale_cols * kPanelRows];
+  if (!q.has_min) return {scale * float(int8_t(sub_scale)), 0.0f};
+  const uint8_t sub_min = subs[q.sub_mins_at() + inside / kGroupSize * kPanelRows];
+  return {scale * float(sub_scale), -(min * float(sub_min))};
+}
+
+}  // namespace
+}  // namespace argosy

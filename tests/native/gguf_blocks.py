@@ -1,0 +1,44 @@
+"""Random GGUF blocks, built from their layout, and what the `gguf` package reads in them."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+# Block type -> slot format, columns of a block, bytes of a block, where its float16 values lie.
+BLOCK_TYPES: dict[str, tuple[str, int, int, tuple[int, ...]]] = {
+    "Q8_0": ("q8", 32, 34, (0,)),
+    "Q4_0": ("q4", 32, 18, (0,)),
+    "Q4_1": ("q4_1", 32, 20, (0, 2)),
+    "Q5_0": ("q5_0", 32, 22, (0,)),
+    "Q4_K": ("q4_k", 256, 144, (0, 2)),
+    "Q5_K": ("q5_k", 256, 176, (0, 2)),
+    "Q6_K": ("q6_k", 256, 210, (208,)),
+}
+BLOCK_TYPE_OF = {format: name for name, (format, *_) in BLOCK_TYPES.items()}
+
+
+def block_cols(format: str) -> int:
+    return BLOCK_TYPES[BLOCK_TYPE_OF[format]][1]
+
+
+def random_blocks(block_type: str, rows: int, cols: int, *, seed: int = 0, scale: float = 0.02) -> Bytes:
+    """Any bits in the quants and sub-scales; float16 scales and mins normal, of both signs, about `scale`."""
+    _, width, size, halves = BLOCK_TYPES[block_type]
+    generator = np.random.default_rng([seed, rows, cols])
+    blocks = generator.integers(0, 256, (rows * cols // width, size), dtype=np.uint8)
+    for at in halves:
+        values = generator.standard_normal(len(blocks)) * scale
+        blocks[:, at : at + 2] = values.astype(np.float16).reshape(-1, 1).view(np.uint8)
+    return blocks.reshape(-1)
+
+
+def dequantized(block_type: str, blocks: Bytes, rows: int, cols: int) -> Floats:
+    kind = gguf.GGMLQuantizationType[block_type]
+    _, width, size, _ = BLOCK_TYPES[block_type]
+    with np.errstate(invalid="ignore", over="ignore"):
+        return gguf.quants.dequantize(blocks.reshape(rows, cols // width * size), kind).reshape(rows, cols)
