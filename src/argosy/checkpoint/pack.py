@@ -194,7 +194,7 @@ def _plan(files: ModelFiles, format: str) -> tuple[list[MatrixRef], list[_Unit]]
         source = _SourceMatrix(ref.name, ref.path, ref.offset, ref.format, ref.rows, ref.cols)
         end = round_up(target.offset + target.nbytes, FILE_ALIGNMENT)
         units.append(_Unit(DENSE_FILE, target.offset, target.nbytes, end, ((source, target.format, 0),)))
-    expert_format = files.expert_format if format == "source" else cast(Format, format)
+    expert_format = cast(Format, files.expert_format if format == "source" else format)
     layout = record_layout(files.config, expert_format)
     for index, (layer, expert) in enumerate(expert_keys(files.config)):
         record = files.experts[layer, expert]

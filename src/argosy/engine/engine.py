@@ -38,9 +38,8 @@ from argosy.errors import PromptTooLong, UsageError
 from argosy.experts.cache import CachedSource
 from argosy.experts.source import ExpertFiles, ExpertSource, Progress, ResidentSource
 from argosy.model.clock import PartClock
-from argosy.model.decoder import Decoder
+from argosy.model.decoder import Decoder, RouteObserver
 from argosy.model.families import open_model
-from argosy.model.moe import RouteObserver
 from argosy.model.weights import load_dense
 from argosy.model.workspace import Workspace
 from argosy.plan import machine
@@ -150,7 +149,7 @@ class Engine:
         if files.experts and not settings.experts_off:
             expert_files = ExpertFiles(self._store, files.experts, open_file=open_file)
             if plan.is_resident:
-                self._experts = ResidentSource(self._store, expert_files, files.experts, progress=progress)
+                self._experts = ResidentSource(self._store, expert_files, progress=progress)
             else:
                 self._experts = CachedSource(
                     self._store,
@@ -176,7 +175,7 @@ class Engine:
             kv,
             self._runtime,
             Workspace(config, plan.chunk_tokens + settings.max_sequences),
-            mark=self._clock.mark,
+            clock=self._clock,
             observe=observe_routes,
         )
         self._scheduler = Scheduler(
@@ -205,10 +204,7 @@ class Engine:
                 self._clock.mark("other")
                 scheduled = self._scheduler.next_batch()
                 self._clock.mark("other")
-                hidden = self._decoder.forward(scheduled.batch)  # layers -> router -> expert source -> kernel
-                if not scheduled.ready:
-                    return []
-                logits = self._decoder.logits(hidden, scheduled.batch.last_rows)
+                logits = self._decoder.forward(scheduled.batch)  # layers -> router -> expert source -> kernel
                 return self._commit(scheduled, logits)
             except BaseException:
                 for sequence in list(self._sequences):
@@ -367,12 +363,12 @@ class Engine:
                 while at < len(out):
                     self._clock.mark("other")
                     batch = self._scheduler.next_batch().batch
-                    hidden = self._decoder.forward(batch)
+                    self._decoder.forward(batch)
                     for start in range(
                         0, batch.num_tokens, 16
                     ):  # a few rows at a time: the vocabulary is wide
                         rows = np.arange(start, min(start + 16, batch.num_tokens))
-                        out[at + rows] = self._decoder.logits(hidden, rows)
+                        out[at + rows] = self._decoder.logits(rows)
                     at += batch.num_tokens
             finally:
                 self.cancel(sequence)

@@ -1,10 +1,11 @@
 """Divide a memory budget before anything is loaded.
 
-    budget = process + dense weights + KV cache + working buffers + expert cache
+    budget = process + dense weights + KV cache + working buffers + staging + expert cache
 
-Dense weights have the first claim, then the KV cache, then working buffers; experts get the rest. The budget is the
-whole process, interpreter included, so the plan starts from what the process holds now. Below the floor (one
-token's experts of one layer in memory) it is refused with the numbers.
+Dense weights have the first claim, then the KV cache, then working buffers and what readers transcode from; experts get
+the rest, in equal slots, or one behind the other when all of them fit. The budget is the whole process, interpreter
+included, so the plan starts from what the process holds now. Below the floor (one token's experts of one layer in
+memory) it is refused with the numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from argosy import _native
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import MIB, EngineConfig, KvDtype, ModelConfig, format_bytes
 from argosy.errors import DoesNotFit
-from argosy.experts.source import slot_regions
+from argosy.experts.source import resident_bytes, slot_bytes
 from argosy.model.weights import dense_footprint
 from argosy.model.workspace import workspace_bytes
 from argosy.plan import machine
@@ -37,7 +38,9 @@ class MemoryPlan:
     dense_bytes: int
     kv_bytes: int
     working_bytes: int
+    staging_bytes: int  # what readers transcode from
     slot_bytes: int
+    resident_bytes: int  # of all experts, one behind the other
     num_slots: int
     num_experts: int  # routed experts of all layers
     context_tokens: int
@@ -45,12 +48,12 @@ class MemoryPlan:
 
     @property
     def expert_bytes(self) -> int:
-        return self.num_slots * self.slot_bytes
+        return self.resident_bytes if self.is_resident else self.num_slots * self.slot_bytes
 
     @property
     def total_bytes(self) -> int:
         fixed = self.process_bytes + self.dense_bytes + self.kv_bytes + self.working_bytes
-        return fixed + self.expert_bytes
+        return fixed + self.staging_bytes + self.expert_bytes
 
     @property
     def is_resident(self) -> bool:
@@ -64,6 +67,7 @@ class MemoryPlan:
             ("dense weights", self.dense_bytes, ""),
             ("KV cache", self.kv_bytes, f"{self.context_tokens} tokens"),
             ("working buffers", self.working_bytes, f"{self.chunk_tokens} tokens a step"),
+            *([("staging", self.staging_bytes, "to transcode from")] if self.staging_bytes else []),
             (
                 "expert cache",
                 self.expert_bytes,
@@ -79,6 +83,7 @@ class MemoryPlan:
             "dense_bytes": self.dense_bytes,
             "kv_bytes": self.kv_bytes,
             "working_bytes": self.working_bytes,
+            "staging_bytes": self.staging_bytes,
             "expert_cache_bytes": self.expert_bytes,
             "expert_slots": self.num_slots,
             "experts": self.num_experts,
@@ -91,6 +96,12 @@ def process_bytes(tokenizer: Tokenizer | None) -> int:
     """What this process holds now, and the worker it will start where the model has a chat template."""
     has_template = tokenizer is not None and tokenizer.chat_template is not None
     return machine.process_footprint().resident_bytes + (TEMPLATE_WORKER_BYTES if has_template else 0)
+
+
+def has_blocks(files: ModelFiles) -> bool:
+    """Whether readers transcode anything of this model."""
+    pieces = (piece for record in files.experts.values() for piece in record.pieces)
+    return any(ref.block_type for ref in files.dense.values()) or any(piece.transcode for piece in pieces)
 
 
 def quarter_of_experts(files: ModelFiles) -> int:
@@ -119,7 +130,8 @@ def plan_memory(
     """
     model = files.config
     num_experts = len(files.experts)
-    one_slot = sum(slot_regions(files.experts))
+    one_slot, all_experts = slot_bytes(files.experts), resident_bytes(files.experts)
+    staging = config.readers * _native.STAGING_BYTES if has_blocks(files) else 0
     fewest_slots = min(num_experts, model.experts_per_token) if expert_slots is None else expert_slots
     fixed = process_bytes + PROCESS_GROWTH_BYTES
     dense = dense_footprint(files.dense)
@@ -129,15 +141,19 @@ def plan_memory(
         tokens = chunk + config.max_sequences
         working = workspace_bytes(model, tokens, config.threads, context)
         working += 3 * 4 * model.vocab_size * config.max_sequences  # logits, and the sampler's copies of them
-        left = config.budget.ram_bytes - fixed - dense - kv - working
+        left = config.budget.ram_bytes - fixed - dense - kv - working - staging
         slots = fewest_slots if expert_slots is not None else max(fewest_slots, left // max(1, one_slot))
+        if expert_slots is None and left >= all_experts:
+            slots = num_experts
         return MemoryPlan(
             budget_bytes=config.budget.ram_bytes,
             process_bytes=fixed,
             dense_bytes=dense,
             kv_bytes=kv,
             working_bytes=working,
+            staging_bytes=staging,
             slot_bytes=one_slot,
+            resident_bytes=all_experts,
             num_slots=min(num_experts, slots),
             num_experts=num_experts,
             context_tokens=context,
@@ -185,7 +201,7 @@ def _does_not_fit(floor: MemoryPlan, config: EngineConfig, model: ModelConfig) -
     parts = (
         f"  process {format_bytes(floor.process_bytes)}  +  dense weights {format_bytes(floor.dense_bytes)}"
         f"  +  KV cache {format_bytes(floor.kv_bytes)} ({floor.context_tokens} tokens)"
-        f"  +  working buffers {format_bytes(floor.working_bytes)}"
+        f"  +  working buffers {format_bytes(floor.working_bytes + floor.staging_bytes)}"
         f"  +  smallest expert cache {format_bytes(floor.expert_bytes)}"
     )
     hints = [f"`--memory {-(-needed // MIB)}MiB` is the smallest budget that works"]
