@@ -168,6 +168,9 @@ class RopeConfig:
     truncate: bool = True  # yarn: whole-number correction range
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
+    frequency_factors: tuple[
+        float, ...
+    ] = ()  # each pair's frequency is divided by its factor, before the kind's rule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,8 @@ import numpy.typing as npt
 from argosy.checkpoint.json_strict import quote
 from argosy.config import Format, ModelConfig
 from argosy.errors import CheckpointError
+
+_Value = TypeVar("_Value", bound=np.generic)
 
 BYTES_PER_VALUE = {"f32": 4, "f16": 2, "bf16": 2}
 
@@ -167,7 +170,7 @@ class ExpertRecord:
 class ModelFiles:
     """A model on disk. `dense` by canonical name, `experts` by (layer, expert)."""
 
-    directory: Path
+    path: Path  # its directory, or its GGUF file
     config: ModelConfig
     dense: Mapping[str, MatrixRef]
     experts: Mapping[tuple[int, int], ExpertRecord]
@@ -214,7 +217,7 @@ def require_one_format_a_layer(experts: Mapping[tuple[int, int], ExpertRecord], 
                 )
 
 
-def in_halves(rows: npt.NDArray[np.generic], num_heads: int) -> npt.NDArray[np.generic]:
+def in_halves(rows: npt.NDArray[_Value], num_heads: int) -> npt.NDArray[_Value]:
     """Rows [heads * head_dim, ...] of q or k from adjacent rotary pairs to halves: 0 2 4 .. 1 3 5 .. in each head.
 
     GGUF files of the llama architecture hold them paired; a row may be values, or the bytes of its blocks.
