@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from argosy import _native
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import MIB, Budget, EngineConfig
 from argosy.engine.memory_plan import MemoryPlan, kv_bytes, plan_memory
 from argosy.errors import DoesNotFit
+from argosy.experts.source import resident_bytes
 from argosy.model.families import open_model
 from tests.models.tiny import qwen3_moe, write_model
 
@@ -69,6 +73,31 @@ def test_a_context_that_was_asked_for_is_kept_or_refused_never_shrunk(files: Mod
     needed = smallest_budget(files, context=3000)
     assert plan(files, needed, context=3000).context_tokens == 3000
     assert plan(files, needed).context_tokens >= 512
+
+
+def test_what_readers_transcode_from_is_planned_where_a_file_has_blocks(files: ModelFiles) -> None:
+    name, ref = next((name, ref) for name, ref in files.dense.items() if name.endswith(".q"))
+    shape = {"rows": 32, "cols": 64}
+    blocks = replace(ref, format="q4", block_type="Q4_0", nbytes=32 * 36, **shape)
+    with_blocks = replace(files, dense={**files.dense, name: blocks})
+    roomy = Budget(ram_bytes=1024 * MIB)
+    for readers in (1, 4):
+        config = EngineConfig(budget=roomy, threads=2, readers=readers)
+        planned = plan_memory(with_blocks, config, process_bytes=PROCESS_BYTES)
+        assert planned.staging_bytes == _native.Store(readers).staging_bytes
+        assert ("staging", planned.staging_bytes, "to transcode from") in planned.lines()
+    assert plan(files, 1024 * MIB).staging_bytes == 0
+
+
+def test_all_experts_take_what_they_need_and_no_slot_of_the_largest(files: ModelFiles) -> None:
+    everything = plan(files, 1024 * MIB)
+    fits = 1024 * MIB - (everything.budget_bytes - everything.total_bytes)
+    exact = plan(files, fits, context=everything.context_tokens)
+    assert exact.is_resident
+    assert exact.expert_bytes == resident_bytes(files.experts)
+    assert (
+        not plan(files, fits - 1, context=everything.context_tokens, chunk_tokens=256).total_bytes > fits - 1
+    )
 
 
 def test_experts_get_what_the_others_leave(files: ModelFiles) -> None:
