@@ -11,7 +11,9 @@ the call with the tokens to the id of the most likely next one.
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -26,8 +28,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from cgroup import CappedRun, run_capped
 from common import REPOSITORY
+from make_checkpoint import named_model
 from random_weights import document
 
 ARGOSY, LLAMA_CPP = "argosy", "llama.cpp"
@@ -238,3 +243,75 @@ def require_documents(run: Run, first_document: int) -> str:
 def prompts(count: int, length: int, *, first_document: int = 1) -> list[list[int]]:
     """Beginnings of `count` documents of `random_weights.py`."""
     return [document(first_document + number, length) for number in range(count)]
+
+
+# ── cases ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+MODELS = Path(os.environ.get("ARGOSY_BENCH_MODELS", REPOSITORY / "build" / "models"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One line of a table: a model, and the threads."""
+
+    geometry: str
+    format: str
+    threads: int
+    model: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.geometry} {self.format} {self.threads}T"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"geometry": self.geometry, "format": self.format, "threads": self.threads}
+
+
+def parse_cases(
+    parser: argparse.ArgumentParser,
+    *,
+    geometries: str = "small,mid",
+    formats: str = "Q4_0,Q4_K_M,Q8_0",
+    threads: str = "1,2",
+    repeats: int = 3,
+) -> tuple[argparse.Namespace, list[Case]]:
+    """Add what all scripts understand, parse, and make the models that are not there yet."""
+    parser.add_argument("--geometries", default=geometries)
+    parser.add_argument("--formats", default=formats)
+    parser.add_argument("--threads", default=threads)
+    parser.add_argument("--routing", choices=["recorded", "uniform"], default="recorded")
+    parser.add_argument("--models", type=Path, default=MODELS, help="where model files are kept")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--short", action="store_true", help="the tiny model, Q4_0, two threads, once")
+    options = parser.parse_args()
+    if options.short:
+        options.geometries, options.formats, options.threads, options.repeats = "tiny", "Q4_0", "2", 1
+    cases = []
+    for geometry in options.geometries.split(","):
+        for format in options.formats.split(","):
+            model = named_model(options.models, geometry, format, routing=options.routing)
+            for count in options.threads.split(","):
+                cases.append(Case(geometry=geometry, format=format, threads=int(count), model=model))
+    return options, cases
+
+
+def token_bytes(files: ModelFiles) -> int:
+    """Weights that one token needs, as stored: dense ones without the embedding table, and its experts."""
+    config = files.config
+    dense = files.dense_bytes
+    if not config.is_embedding_tied:
+        dense -= files.dense["embed"].nbytes
+    return dense + files.expert_bytes // config.num_experts * config.experts_per_token
+
+
+def token_operations(files: ModelFiles) -> int:
+    """Integer operations of one prompt token's matrix products, two per multiply-add; the head is not among them."""
+    config = files.config
+    dense = sum(
+        math.prod(shape)
+        for name, shape in dense_shapes(config)
+        if len(shape) == 2 and name not in ("embed", "head") and not name.endswith("router")
+    )
+    expert = sum(math.prod(shape) for shape in expert_shapes(config))
+    return 2 * (dense + len(config.moe_layers) * config.experts_per_token * expert)
