@@ -24,7 +24,7 @@ Elsewhere: when an answer ends is the engine's business; logits come from `model
 from __future__ import annotations
 
 import math
-import secrets
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -64,9 +64,9 @@ class SamplerState:
     """
 
     def __init__(self, prompt_ids: Sequence[int], seed: int | None = None) -> None:
-        self.seed = secrets.randbits(63) if seed is None else seed
+        self.seed = int.from_bytes(os.urandom(8)) >> 1 if seed is None else seed
         self.step = 0
-        self._prompt_ids = np.unique(np.asarray(prompt_ids, np.int64))
+        self._prompt_ids = np.array(sorted(set(prompt_ids)), np.int64)
         self._counts: dict[int, int] = {}
 
     def accept(self, token_id: int) -> None:

@@ -7,7 +7,7 @@ the format of their file, or in the slot format of its GGUF blocks; norms and bi
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,8 @@ from argosy.checkpoint.manifest import round_up
 from argosy.errors import CorruptRecord, ReadFailed
 
 Vector = NDArray[np.float32]
+
+_MOST_IN_FLIGHT = 256  # tensors: nobody may be here to issue the next read while the tokenizer is being built
 
 
 def is_vector(name: str) -> bool:
@@ -33,6 +35,11 @@ class DenseWeights:
     matrices: Mapping[str, _native.Matrix]
     vectors: Mapping[str, Vector]
     arena: _native.Arena
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory, the gaps between matrices included."""
+        return self.arena.nbytes + sum(vector.nbytes for vector in self.vectors.values())
 
 
 def _passes_scratch(ref: MatrixRef) -> bool:
@@ -65,6 +72,42 @@ def dense_footprint(refs: Mapping[str, MatrixRef], alignment: int = 4096) -> int
     return places + vectors + max((_reordering_bytes(ref, alignment) for ref in refs.values()), default=0)
 
 
+class DenseReading:
+    """Dense tensors on their way into memory; whoever waits for them may do something else first.
+
+    Reads are under way once this exists. `finish` or `cancel` ends them.
+    """
+
+    def __init__(
+        self,
+        store: _native.Store,
+        refs: Mapping[str, MatrixRef],
+        *,
+        open_file: Callable[[str], int],
+        progress: Callable[[str, float], None] | None = None,
+    ) -> None:
+        self._steps = _read_dense(store, refs, open_file, progress)
+        next(self._steps)
+
+    def finish(self) -> DenseWeights:
+        """Wait for every tensor.
+
+        Raises:
+            ReadFailed: the drive refused.   CorruptRecord: a packed tensor does not match its checksum.
+            CheckpointError: a norm or bias holds NaN or infinity.
+        """
+        try:
+            next(self._steps)
+        except StopIteration as done:
+            weights: DenseWeights = done.value
+            return weights
+        raise AssertionError("the reading of dense tensors pauses only once")
+
+    def cancel(self) -> None:
+        """Wait until no read moves bytes, and forget them all; harmless after `finish`."""
+        self._steps.close()
+
+
 def load_dense(
     store: _native.Store,
     refs: Mapping[str, MatrixRef],
@@ -72,12 +115,17 @@ def load_dense(
     open_file: Callable[[str], int],
     progress: Callable[[str, float], None] | None = None,
 ) -> DenseWeights:
-    """Read every dense tensor.
+    """Read every dense tensor, and wait for it: `DenseReading`, without a pause."""
+    return DenseReading(store, refs, open_file=open_file, progress=progress).finish()
 
-    Raises:
-        ReadFailed: the drive refused.   CorruptRecord: a packed tensor does not match its checksum.
-        CheckpointError: a norm or bias holds NaN or infinity.
-    """
+
+def _read_dense(
+    store: _native.Store,
+    refs: Mapping[str, MatrixRef],
+    open_file: Callable[[str], int],
+    progress: Callable[[str, float], None] | None,
+) -> Generator[None, None, DenseWeights]:
+    """Start the first reads, pause, and go on until all tensors are there."""
     file_ids = {path: open_file(path) for path in sorted({str(ref.path) for ref in refs.values()})}
     alignment = max(store.info(file_id)[2] for file_id in file_ids.values())
     arena = _native.Arena(max(1, sum(_place_bytes(ref, alignment) for ref in refs.values())))
@@ -123,11 +171,16 @@ def load_dense(
         else:
             matrices[name] = _native.Matrix(arena, start, ref.format, ref.rows, ref.cols)
 
+    def issue() -> None:
+        while waiting and len(in_flight) < (1 if _passes_scratch(refs[waiting[0]]) else _MOST_IN_FLIGHT):
+            name = waiting.popleft()
+            in_flight[fetch(name)] = name
+
     try:
+        issue()
+        yield
         while waiting or in_flight:
-            while waiting and len(in_flight) < (1 if _passes_scratch(refs[waiting[0]]) else 16):
-                name = waiting.popleft()
-                in_flight[fetch(name)] = name
+            issue()
             for ticket, message, kind in store.wait_any(list(in_flight)):
                 name = in_flight.pop(ticket)
                 ref = refs[name]

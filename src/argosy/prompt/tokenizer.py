@@ -474,6 +474,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def has_chat_template(directory: Path) -> bool:
+    """Whether `Tokenizer.open` will find one. Costs a small file, where building a tokenizer costs 0.1 s."""
+    if not (directory / "tokenizer.json").is_file():
+        return False
+    return _read_template(directory, _read_json(directory / "tokenizer_config.json")) is not None
+
+
 def _read_template(directory: Path, config: Mapping[str, Any]) -> str | None:
     """The chat template: a file of its own, or a field of tokenizer_config.json."""
     path = directory / "chat_template.jinja"
