@@ -1,12 +1,15 @@
 """How near do demand reads through the store come to the drive's own speed at the same record size?
 
-    python benchmarks/reads.py [--path DIR] [--records 1MiB 2.5MiB 9MiB] [--repeats 5] [--readers 4]
+    python benchmarks/reads.py [--path DIR] [--records 1MiB 2.5MiB 9MiB] [--blocks Q4_0 Q8_0 Q4_K] [--shape 768x2048]
+                               [--readers 2 4 8] [--repeats 5]
 
 Decode asks for the experts that a layer misses, computes, and asks again: 8 records at shuffled places are fetched
-together into expert slots, each checked against its CRC, and the next 8 only when all are in. The ceiling is plain
-O_DIRECT reads of the same records by 1, 2 and 4 threads, the fastest of them, in turn with the store. Both fill as many
-slots, one after another: a buffer that stays in the processor's cache is filled faster than any expert slot can be. The
-bytes are compared with a plain read first.
+together into expert slots, and the next 8 only when all are in. A record of `--records` is one piece as in a pack,
+checked against its CRC. One of `--blocks` is an expert as in a GGUF: three slices of stacked tensors at 32-byte-aligned
+offsets, each a matrix of `--shape` (or its transpose), transcoded as it lands. The ceiling is plain O_DIRECT reads of
+the size of a piece by 1, 2 and 4 threads, the fastest of them, in turn with the store. Both fill as many slots, one
+after another: a buffer that stays in the processor's cache is filled faster than any expert slot can be. What lands is
+compared with a plain read first.
 """
 
 from __future__ import annotations
@@ -15,12 +18,16 @@ import argparse
 import random
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from argosy import _native
+from argosy.checkpoint.files import SLOT_FORMATS, MatrixRef
 from argosy.config import MIB, format_bytes, parse_size
 from common import Report, alternate
 
@@ -29,39 +36,53 @@ PROBE_READERS = (1, 2, 4)
 CHUNK_BYTES = 8 * MIB
 ARENA_BYTES = 256 * MIB  # as in native/store/drive_probe.cpp
 PAGE_BYTES = 4096
+# Columns and bytes of a block in a GGUF.
+BLOCKS = {
+    "Q8_0": (32, 34),
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+    "Q5_0": (32, 22),
+    "Q4_K": (256, 144),
+    "Q5_K": (256, 176),
+    "Q6_K": (256, 210),
+}
 
 
 class Records:
-    """Records of one size in a file, read through a store as a layer's misses."""
+    """Records in a file, read through a store as a layer's misses. Subclasses say what one is."""
 
-    def __init__(self, path: Path, record_bytes: int, readers: int) -> None:
+    name: str
+    piece_bytes: int  # what one read asks for
+    slot_bytes: int
+    count: int
+
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.record_bytes = record_bytes
-        self.slot_bytes = -(-record_bytes // PAGE_BYTES) * PAGE_BYTES
-        self.count = path.stat().st_size // self.slot_bytes
+
+    def record(self, number: int) -> tuple[list[_native.Piece], list[int] | None]:
+        """Its pieces, relative to a slot, and their checksums."""
+        raise NotImplementedError
+
+    def is_whole(self, number: int, slot: NDArray[np.uint8]) -> bool:
+        """Whether a slot holds what a plain read of the file says it must."""
+        raise NotImplementedError
+
+    def start(self, readers: int) -> None:
         self.store = _native.Store(readers)
-        self.file_id = self.store.open(str(path))
+        self.file_id = self.store.open(str(self.path))
         self.num_slots = max(1, ARENA_BYTES // self.slot_bytes // MISSES) * MISSES
         self.arena = _native.Arena(self.num_slots * self.slot_bytes)
         self.arena.array()[:] = 0  # slots of a running engine have their pages
-        with path.open("rb") as file:
-            self.checksums = [_native.crc32c_wide(self._plain(file, number)) for number in range(self.count)]
-
-    def _plain(self, file: object, number: int) -> bytes:
-        file.seek(number * self.slot_bytes)  # type: ignore[attr-defined]
-        content: bytes = file.read(self.record_bytes)  # type: ignore[attr-defined]
-        return content
 
     def fetch(self, numbers: list[int], first_slot: int = 0) -> None:
         """One layer: all issued, then waited for as they land."""
-        waiting = [
-            self.store.fetch(
-                self.arena,
-                [(self.file_id, number * self.slot_bytes, self.record_bytes, slot * self.slot_bytes)],
-                [self.checksums[number]],
-            )
-            for slot, number in enumerate(numbers, first_slot)
-        ]
+        waiting = self.store.fetch_many(
+            self.arena,
+            [
+                (*self.record(number), slot * self.slot_bytes)
+                for slot, number in enumerate(numbers, first_slot)
+            ],
+        )
         while waiting:
             for ticket, message, _ in self.store.wait_any(waiting):
                 if message is not None:
@@ -71,14 +92,12 @@ class Records:
     def check(self) -> int:
         """Compare every record with a plain read; returns how many."""
         memory = self.arena.array()
-        with self.path.open("rb") as file:
-            for first in range(0, self.count, MISSES):
-                numbers = list(range(first, min(first + MISSES, self.count)))
-                self.fetch(numbers)
-                for slot, number in enumerate(numbers):
-                    begin = slot * self.slot_bytes
-                    if memory[begin : begin + self.record_bytes].tobytes() != self._plain(file, number):
-                        raise SystemExit(f"record {number} differs from a plain read")
+        for first in range(0, self.count, MISSES):
+            numbers = list(range(first, min(first + MISSES, self.count)))
+            self.fetch(numbers)
+            for slot, number in enumerate(numbers):
+                if not self.is_whole(number, memory[slot * self.slot_bytes :][: self.slot_bytes]):
+                    raise SystemExit(f"{self.name}: record {number} differs from a plain read")
         return self.count
 
     def through_store(self, num_records: int) -> dict[str, float]:
@@ -89,53 +108,137 @@ class Records:
         for first in range(0, num_records, MISSES):
             self.fetch(numbers[first : first + MISSES], first % self.num_slots)
         after = self.store.stats()
-        return {"bytes": after["bytes_read"] - before["bytes_read"]}
+        return {name: after[name] - before[name] for name in ("bytes_read", "transcode_seconds")}
+
+    def plain_read(self, offset: int, nbytes: int) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            return file.read(nbytes)
 
     def close(self) -> None:
         self.store.close()
         self.arena.close()
 
 
-def measure(
-    report: Report, path: Path, record_bytes: int, *, readers: int, repeats: int, run_bytes: int
-) -> None:
-    records = Records(path, record_bytes, readers)
-    try:
-        num_records = max(1, run_bytes // records.slot_bytes // MISSES) * MISSES
+class PackRecords(Records):
+    """One piece each, with a checksum."""
 
-        def store() -> dict[str, float]:
-            return records.through_store(num_records)
+    def __init__(self, path: Path, record_bytes: int) -> None:
+        super().__init__(path)
+        self.name = format_bytes(record_bytes)
+        self.record_bytes = record_bytes
+        self.piece_bytes = self.slot_bytes = -(-record_bytes // PAGE_BYTES) * PAGE_BYTES
+        self.count = path.stat().st_size // self.slot_bytes
+        self._checksums = [_native.crc32c_wide(self._content(number)) for number in range(self.count)]
 
-        def probe(num_readers: int) -> Callable[[], dict[str, float]]:
-            def run() -> dict[str, float]:
-                speed = _native.drive_probe(str(path), records.slot_bytes, num_records, num_readers, True)
-                return {"GB/s": speed / 1e9}
+    def _content(self, number: int) -> bytes:
+        return self.plain_read(number * self.slot_bytes, self.record_bytes)
 
-            return run
+    def record(self, number: int) -> tuple[list[_native.Piece], list[int] | None]:
+        place = (self.file_id, number * self.slot_bytes, self.record_bytes, 0)
+        return [place], [self._checksums[number]]
 
-        store()  # both start warm
-        samples = alternate({"store": store, **{f"raw {n}": probe(n) for n in PROBE_READERS}}, repeats)
-        for sample in samples["store"]:
-            sample.values["GB/s"] = sample.values["bytes"] / sample.seconds / 1e9
-        size = format_bytes(record_bytes)
-        facts = {"record_bytes": record_bytes, "readers": readers, "misses": MISSES}
-        reached = report.figure(
-            f"store, {size}, {readers} readers", "GB/s", samples["store"], "GB/s", **facts
-        )
-        ceilings = {
-            n: report.figure(
-                f"raw O_DIRECT, {size}, {n} readers", "GB/s", samples[f"raw {n}"], "GB/s", **facts
+    def is_whole(self, number: int, slot: NDArray[np.uint8]) -> bool:
+        return slot[: self.record_bytes].tobytes() == self._content(number)
+
+
+class BlockRecords(Records):
+    """Three slices of stacked tensors, in blocks of a GGUF, that become panels."""
+
+    def __init__(self, path: Path, block_type: str, rows: int, cols: int) -> None:
+        super().__init__(path)
+        self.block_type = block_type
+        self.shapes = ((rows, cols), (rows, cols), (cols, rows))
+        matrix = MatrixRef("", path, 0, 0, SLOT_FORMATS[block_type], rows, cols)
+        width, size = BLOCKS[block_type]
+        self.piece_bytes = rows * cols // width * size
+        self.name = f"{block_type} 3 x {format_bytes(self.piece_bytes)}"
+        self.places = [0, matrix.landed_bytes, 2 * matrix.landed_bytes]
+        self.landed = [replace(matrix, rows=r, cols=c).landed_bytes for r, c in self.shapes]
+        self.slot_bytes = -(-(self.places[2] + self.landed[2]) // PAGE_BYTES) * PAGE_BYTES
+        third = path.stat().st_size // 3
+        self.count = (third - PAGE_BYTES) // self.piece_bytes
+        self.tensors = [i * third // 32 * 32 + 32 * (i + 1) for i in range(3)]
+
+    def record(self, number: int) -> tuple[list[_native.Piece], list[int] | None]:
+        return [
+            (
+                self.file_id,
+                start + number * self.piece_bytes,
+                self.piece_bytes,
+                place,
+                self.block_type,
+                rows,
+                cols,
             )
-            for n in PROBE_READERS
-        }
+            for start, place, (rows, cols) in zip(self.tensors, self.places, self.shapes, strict=True)
+        ], None
+
+    def is_whole(self, number: int, slot: NDArray[np.uint8]) -> bool:
+        return all(
+            np.array_equal(
+                slot[place : place + nbytes],
+                _native.transcode(
+                    self.block_type,
+                    np.frombuffer(
+                        self.plain_read(start + number * self.piece_bytes, self.piece_bytes), np.uint8
+                    ),
+                    rows,
+                    cols,
+                ),
+            )
+            for start, place, nbytes, (rows, cols) in zip(
+                self.tensors, self.places, self.landed, self.shapes, strict=True
+            )
+        )
+
+
+def measure(report: Report, records: Records, readers: list[int], *, repeats: int, run_bytes: int) -> None:
+    """The store with each number of readers beside raw reads, in turn."""
+    num_records = max(1, run_bytes // records.slot_bytes // MISSES) * MISSES
+    pieces = max(1, run_bytes // records.piece_bytes)
+
+    def store(num_readers: int) -> Callable[[], dict[str, float]]:
+        def run() -> dict[str, float]:
+            records.start(num_readers)
+            try:
+                began = time.perf_counter()
+                figures = records.through_store(num_records)
+                seconds = time.perf_counter() - began
+                speed = figures["bytes_read"] / seconds / 1e9
+                return {"GB/s": speed, "cores": figures["transcode_seconds"] / seconds}
+            finally:
+                records.close()
+
+        return run
+
+    def probe(num_readers: int) -> Callable[[], dict[str, float]]:
+        def run() -> dict[str, float]:
+            path, nbytes = str(records.path), records.piece_bytes
+            return {"GB/s": _native.drive_probe(path, nbytes, pieces, num_readers, True) / 1e9}
+
+        return run
+
+    variants = {f"store {n}": store(n) for n in readers} | {f"raw {n}": probe(n) for n in PROBE_READERS}
+    samples = alternate(variants, repeats)
+    reached, ceilings = {}, {}
+    for n in readers:
+        facts = {"record": records.name, "readers": n, "misses": MISSES}
+        label = f"store, {records.name}, {n} readers"
+        reached[n] = report.figure(label, "GB/s", samples[f"store {n}"], "GB/s", **facts)
+        if isinstance(records, BlockRecords):
+            report.figure("  of it transcoding", "cores", samples[f"store {n}"], "cores", **facts)
+    for n in PROBE_READERS:
+        label = f"raw O_DIRECT, {format_bytes(records.piece_bytes)}, {n} readers"
+        ceilings[n] = report.figure(label, "GB/s", samples[f"raw {n}"], "GB/s", readers=n)
+    report.neighbours([sample for group in samples.values() for sample in group])
+    for n in readers:
         # Per round the store stands beside the fastest raw reads of the same few seconds.
-        rounds = zip(samples["store"], *(samples[f"raw {n}"] for n in PROBE_READERS), strict=True)
+        rounds = zip(samples[f"store {n}"], *(samples[f"raw {m}"] for m in PROBE_READERS), strict=True)
         paired = [s.values["GB/s"] / max(raw.values["GB/s"] for raw in raws) for s, *raws in rounds]
         print(f"  ratio of each round: {', '.join(f'{ratio:.2f}' for ratio in paired)}", file=sys.stderr)
-        report.neighbours([sample for group in samples.values() for sample in group])
-        report.ratio(f"ratio of medians, {size}", reached, max(ceilings.values()), target=">= 0.9")
-    finally:
-        records.close()
+        label = f"ratio of medians, {records.name}, {n}"
+        report.ratio(label, reached[n], max(ceilings.values()), target=">= 0.9")
 
 
 def write_random(path: Path, file_bytes: int) -> None:
@@ -149,37 +252,35 @@ def write_random(path: Path, file_bytes: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--path", type=Path, default=Path("."), help="directory on the drive to measure")
-    parser.add_argument("--records", nargs="+", default=["1MiB", "2.5MiB", "9MiB"], help="record sizes")
+    parser.add_argument("--records", nargs="*", default=["1MiB", "2.5MiB", "9MiB"], help="record sizes")
+    parser.add_argument("--blocks", nargs="*", default=["Q4_0", "Q8_0"], choices=list(BLOCKS))
+    parser.add_argument("--shape", default="768x2048", help="rows x columns of gate and up")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--readers", type=int, default=4)
+    parser.add_argument("--readers", type=int, nargs="+", default=[4])
     parser.add_argument("--file-size", default="1GiB")
     parser.add_argument("--run-size", default="512MiB", help="bytes of one timed stretch")
     arguments = parser.parse_args()
+    rows, cols = (int(text) for text in arguments.shape.split("x"))
 
     report = Report("reads", state="file of random bytes, records shuffled, slots touched before")
     with tempfile.TemporaryDirectory(dir=arguments.path, prefix="argosy-reads-") as folder:
         path = Path(folder) / "records.bin"
         write_random(path, parse_size(arguments.file_size))
-        sizes = [parse_size(text) for text in arguments.records]
+        kinds: list[Records] = [PackRecords(path, parse_size(text)) for text in arguments.records]
+        kinds += [BlockRecords(path, block_type, rows, cols) for block_type in arguments.blocks]
         checked = 0
-        for record_bytes in sizes:
-            records = Records(path, record_bytes, arguments.readers)
+        for records in kinds:
+            records.start(max(arguments.readers))
             _, _, _, is_direct, why_not = records.store.info(records.file_id)
             if not is_direct:
                 raise SystemExit(f"no O_DIRECT here, so there is no ceiling to compare with: {why_not}")
             checked += records.check()
             records.close()
-        report.correct(f"{checked} records equal to a plain read, and to their checksums")
+        report.correct(f"{checked} records equal to a plain read, checked or transcoded")
         report.opening()
-        for record_bytes in sizes:
-            measure(
-                report,
-                path,
-                record_bytes,
-                readers=arguments.readers,
-                repeats=arguments.repeats,
-                run_bytes=parse_size(arguments.run_size),
-            )
+        run_bytes = parse_size(arguments.run_size)
+        for records in kinds:
+            measure(report, records, arguments.readers, repeats=arguments.repeats, run_bytes=run_bytes)
     return 0
 
 

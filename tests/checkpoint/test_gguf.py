@@ -1,0 +1,204 @@
+"""The GGUF reader finds what a file holds, and believes nothing."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from time import perf_counter
+
+import gguf
+import numpy as np
+import pytest
+
+from argosy.checkpoint.files import SLOT_FORMATS, in_halves
+from argosy.checkpoint.gguf import BLOCK_SIZES, GgufArray, metadata_only, read_gguf, read_values
+from argosy.checkpoint.safetensors import TensorRef
+from argosy.errors import CheckpointError, UnsupportedModel
+from tests.checkpoint.raw_gguf import ARRAY, STRING, RawGguf, entry, tensor, text
+from tests.models.gguf_models import BLOCK_TYPES, TYPES, in_pairs, to_blocks
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "model.gguf"
+
+
+def test_it_finds_every_key_and_tensor(path: Path) -> None:
+    raw = RawGguf()
+    file = read_gguf(raw.write(path))
+    start = len(raw.to_bytes()) - len(raw.data)
+
+    assert file.text("general.architecture") == "qwen3moe"
+    assert file.integer("a.count") == 7
+    assert file.number("a.rate") == 1e-5  # and not the float32 nearest to it
+    assert file.flag("a.is_on", default=False) is True
+    assert file.texts("a.words") == ["one", "", "drei €"]
+    assert file.numbers("a.numbers") == [1, -2, 3]
+    flags = file.metadata["a.flags"]
+    assert isinstance(flags, GgufArray)
+    assert flags.values() == [True, False]
+    assert list(file.tensors.values()) == [
+        TensorRef("x", path, start, 32, "F32", (2, 4)),
+        TensorRef("y", path, start + 32, 12, "F32", (3,)),
+        TensorRef("z", path, start + 64, 68, "Q8_0", (2, 32)),
+    ]
+
+
+def test_a_key_that_is_missing_or_of_another_kind_is_said(path: Path) -> None:
+    file = read_gguf(RawGguf().write(path))
+    with pytest.raises(CheckpointError, match=r"model\.gguf has no key a\.size"):
+        file.integer("a.size")
+    with pytest.raises(
+        CheckpointError, match=r"a\.words is an array of 3, expected a whole number from 0 to"
+    ):
+        file.integer("a.words")
+    with pytest.raises(CheckpointError, match=r"a\.is_on is 'True', expected a number above zero"):
+        file.number("a.is_on")
+    with pytest.raises(CheckpointError, match=r"a\.count is '7', expected an array of texts"):
+        file.texts("a.count")
+
+
+def test_tensors_may_be_listed_in_any_order_and_version_2_reads_alike(path: Path) -> None:
+    raw = RawGguf(version=2)
+    raw.tensors.reverse()
+    assert read_gguf(raw.write(path)).tensors["x"].shape == (2, 4)
+
+
+def test_the_last_tensor_may_be_padded_and_the_alignment_may_be_another(path: Path) -> None:
+    raw = RawGguf()
+    raw.data += bytes(28)
+    assert len(read_gguf(raw.write(path)).tensors) == 3
+    raw = RawGguf(
+        metadata=[entry("general.alignment", 4, 64)],
+        tensors=[tensor("x", [4, 2], 0, 0), tensor("y", [3], 0, 64)],
+        data=bytes(76),
+        alignment=64,
+    )
+    assert read_gguf(raw.write(path)).tensors["y"].offset % 64 == 0
+
+
+def test_metadata_alone_make_a_file_with_the_same_metadata(path: Path, tmp_path: Path) -> None:
+    file = read_gguf(RawGguf().write(path))
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(metadata_only(file))
+    again = read_gguf(copy)
+    assert again.tensors == {}
+    assert again.metadata_bytes == file.metadata_bytes
+    assert again.texts("a.words") == file.texts("a.words")
+
+
+def array(item_kind: int, num_items: int, *first: int) -> bytes:
+    """An array under the key `a` that claims so many items, and the bytes that follow."""
+    return text("a") + struct.pack(f"<IIQ{len(first)}Q", ARRAY, item_kind, num_items, *first)
+
+
+LIES = {
+    "starts with 'GGML', a GGUF file with 'GGUF'": RawGguf(magic=b"GGML"),
+    "claims 1099511627776 metadata entries, and the": RawGguf(num_entries=2**40),
+    "claims 1099511627776 tensors, and the": RawGguf(num_tensors=2**40),
+    "the key a is given twice": RawGguf(metadata=[entry("a", 4, 1), entry("a", 4, 1)]),
+    "metadata entry 0 has an empty key": RawGguf(metadata=[entry("", 4, 1), entry("a.long.key", 10, 1)]),
+    "a is a bool of value 2, expected 0 or 1": RawGguf(metadata=[text("a") + b"\7\0\0\0\2"]),
+    "a has the unknown type 13": RawGguf(metadata=[text("a") + struct.pack("<IQ", 13, 0)]),
+    "a is an array of arrays": RawGguf(metadata=[array(ARRAY, 0)]),
+    "the items of a have the unknown type 99": RawGguf(metadata=[array(99, 0)]),
+    "a claims 4611686018427387904 items of uint64": RawGguf(metadata=[array(10, 2**62)]),
+    "a claims 4611686018427387904 items of string": RawGguf(metadata=[array(STRING, 2**62)]),
+    "inside its header: a would end at byte": RawGguf(metadata=[array(STRING, 1, 2**63)]),
+    "inside its header: the key of metadata entry 0 would end": RawGguf(metadata=[struct.pack("<Q", 60_000)]),
+    "the key of metadata entry 0 has 70000 bytes, at most 65535": RawGguf(metadata=[entry("a" * 70_000, 4, 1)]),
+    "the key of metadata entry 0 is not UTF-8 text: byte 1": RawGguf(metadata=[entry(b"a\xff", 4, 1)]),
+    "general.alignment is 24, expected a power of two from 8": RawGguf(metadata=[entry("general.alignment", 4, 24)]),
+    "general.alignment is 0, expected": RawGguf(metadata=[entry("general.alignment", 4, 0)]),
+    "the name of a tensor has 65 bytes, at most 64": RawGguf(tensors=[tensor("x" * 65, [4], 0, 0)]),
+    "a tensor has an empty name": RawGguf(tensors=[tensor("", [4], 0, 0)]),
+    "x has 5 dimensions, at most 4": RawGguf(tensors=[tensor("x", [1] * 5, 0, 0)]),
+    "x has the unknown type 4; known: F32": RawGguf(tensors=[tensor("x", [4], 4, 0)]),
+    "x has rows of 33 values, and Q8_0 stores blocks of 32": RawGguf(tensors=[tensor("x", [33], 8, 0)]),
+    "x is F32 [4294967296, 4294967296], more than": RawGguf(tensors=[tensor("x", [2**32, 2**32], 0, 0)]),
+    "the tensor x is listed twice": RawGguf(tensors=[tensor("x", [8], 0, 0), tensor("x", [8], 0, 32)]),
+    "y overlaps x: it starts at byte": RawGguf(tensors=[tensor("x", [16], 0, 0), tensor("y", [8], 0, 32)]),
+    "y leaves a hole after x": RawGguf(tensors=[tensor("x", [8], 0, 0), tensor("y", [8], 0, 64)]),
+    "x leaves a hole after the header": RawGguf(tensors=[tensor("x", [8], 0, 32)]),
+    "x starts 8 bytes into the data, expected a multiple of 32": RawGguf(tensors=[tensor("x", [8], 0, 8)]),
+    "x ends at byte": RawGguf(tensors=[tensor("x", [8, 1000], 0, 0)]),
+    "and its tensors end at byte": RawGguf(tensors=[tensor("x", [8], 0, 0)]),
+    "and no tensor after its header": RawGguf(tensors=[]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sentence", LIES)
+def test_a_lie_is_refused_by_name(sentence: str, path: Path) -> None:
+    with pytest.raises(CheckpointError) as refusal:
+        read_gguf(LIES[sentence].write(path))
+    assert sentence in refusal.value.message
+    assert refusal.value.message.startswith("model.gguf")
+
+
+def test_a_file_of_another_byte_order_version_or_in_parts_is_refused_with_what_to_do(path: Path) -> None:
+    big = b"GGUF" + struct.pack(">IQQ", 3, 1, 1) + bytes(100)
+    path.write_bytes(big)
+    with pytest.raises(
+        UnsupportedModel, match=r"is a big-endian GGUF file; supported: little-endian\n?.*hint"
+    ):
+        read_gguf(path)
+    with pytest.raises(UnsupportedModel, match="is GGUF version 1; supported: 2, 3"):
+        read_gguf(RawGguf(version=1).write(path))
+    parts = RawGguf(metadata=[entry("split.count", 2, 3)])
+    with pytest.raises(UnsupportedModel, match=r"is one of 3 parts of a model.*\n?hint: join them"):
+        read_gguf(parts.write(path))
+
+
+def test_a_large_vocabulary_is_stepped_over_and_a_huge_file_is_not_read(path: Path) -> None:
+    """A sparse file of 10 GB; what is read of it is its header, and long texts are never decoded."""
+    tokens = [f"token{at}" for at in range(100_000)]
+    raw = RawGguf(
+        metadata=[entry("tokenizer.ggml.tokens", ARRAY, (STRING, tokens))],
+        tensors=[tensor("x", [2_500_000, 1000], 0, 0)],
+        data=b"",
+    )
+    raw.write(path)
+    with path.open("r+b") as file:
+        file.truncate(len(raw.to_bytes()) + 10_000_000_000)
+    started = perf_counter()
+    found = read_gguf(path)
+    seconds = perf_counter() - started
+    assert found.tensors["x"].nbytes == 10_000_000_000
+    assert found.texts("tokenizer.ggml.tokens")[99_999] == "token99999"
+    assert seconds < 2  # some 30 ms on a quiet machine; reading the file would take seconds
+
+
+def test_sizes_of_blocks_are_those_of_the_gguf_package() -> None:
+    for name, (values, nbytes) in BLOCK_SIZES.items():
+        if name != "Q8_1":  # two float16 in ggml, which the package counts as float32
+            assert (values, nbytes) == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]], name
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_values_are_those_that_the_gguf_package_reads(type_name: str, path: Path) -> None:
+    rng = np.random.default_rng(7)
+    blocks, expected = to_blocks(rng.standard_normal((19, 512), np.float32), type_name, rng)
+    writer = gguf.GGUFWriter(path, "any")
+    writer.add_tensor("x", blocks, raw_dtype=gguf.GGMLQuantizationType[type_name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = read_values(read_gguf(path).tensors["x"])
+    np.testing.assert_array_equal(found, expected.reshape(19, 512))
+
+
+def test_values_of_a_type_without_a_kernel_are_refused_by_name(path: Path) -> None:
+    file = read_gguf(RawGguf(tensors=[tensor("x", [32], 7, 0)], data=bytes(24)).write(path))
+    with pytest.raises(UnsupportedModel, match="x is Q5_1; supported: F32, F16, BF16, Q8_0"):
+        read_values(file.tensors["x"])
+
+
+def test_slot_formats_hold_every_block_type_of_the_tests() -> None:
+    assert set(SLOT_FORMATS) == set(BLOCK_TYPES)
+
+
+def test_rows_in_pairs_come_back_in_halves() -> None:
+    rows = np.arange(24 * 3).reshape(24, 3)
+    np.testing.assert_array_equal(in_halves(in_pairs(rows, 4), 4), rows)
+    assert in_halves(np.arange(8).reshape(8, 1), 2).ravel().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]

@@ -1,0 +1,204 @@
+"""Tiny checkpoints as GGUF files, in every type of block, and the same weights dequantised beside them.
+
+    config.json as the hub has it + a type for each tensor  ->  model.gguf
+                                                            ->  directory with the dequantised weights in F32
+
+Blocks are written and read by the `gguf` package, so nothing here is ours but names and order. Types that it cannot
+quantise to (the K types) get random blocks of the wanted size: a weight is what its block says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+
+from tests.models.safetensors_file import Array, write_checkpoint
+from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts, random_tensors
+
+ARCHITECTURES = {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q5_K", "Q6_K")
+TYPES = ("F32", "F16", "BF16", *BLOCK_TYPES)
+
+TypeOf = Callable[[str], str]  # the GGUF name of a tensor -> its type
+
+_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate": "ffn_gate_inp",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+}
+_MODEL_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+_SWIGLU = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+
+
+def one_type(block_type: str) -> TypeOf:
+    """All matrices in one type, as llama.cpp's quantiser would leave the rest in F32."""
+    return lambda name: (
+        "F32" if "ffn_gate_inp" in name or "norm" in name or name.endswith("bias") else block_type
+    )
+
+
+def mixed(name: str) -> str:
+    """Something like Q4_K_M: better types for the head, for values and for every second layer's down."""
+    if name == "output.weight" or ("attn_v" in name and name.endswith("weight")):
+        return "Q6_K"
+    if "ffn_down_exps" in name:
+        return "Q6_K" if name.startswith("blk.0.") else "Q5_0" if name.startswith("blk.1.") else "Q4_K"
+    return one_type("Q4_K")(name)
+
+
+def write_gguf_model(
+    path: Path, config: RawConfig, type_of: TypeOf, *, seed: int, split_experts: bool = False
+) -> Path:
+    """Write `path` and, in a directory named `<path>.f32`, the dequantised weights; returns that directory.
+
+    With `split_experts`, every expert is a tensor of its own, as in files of early 2024.
+    """
+    rng = np.random.default_rng([seed, 3])
+    exact: dict[str, Array] = {}
+    writer = GGUFWriter(path, ARCHITECTURES[config["model_type"]])
+    add_metadata(writer, config)
+    stacks: dict[str, list[Array]] = {}
+    for hub_name, values in random_tensors(config, seed, "F32").items():
+        name, heads, is_expert = gguf_name(hub_name, config)
+        type_name = type_of(name)
+        blocks, kept = to_blocks(values.astype(np.float32), type_name, rng)
+        exact[hub_name] = kept.reshape(values.shape)
+        if name.endswith("ffn_gate_inp_shexp.weight"):
+            blocks = blocks.reshape(-1)
+        if heads:
+            blocks = in_pairs(blocks, heads)
+        if is_expert and not split_experts:
+            stacks.setdefault(name, []).append(blocks)
+            if len(stacks[name]) == num_experts(config):
+                add(writer, name, np.stack(stacks.pop(name)), type_name)
+        else:
+            add(writer, name if not is_expert else numbered(name, hub_name), blocks, type_name)
+    assert not stacks
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    directory = path.with_name(path.name + ".f32")
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))
+    write_checkpoint(directory, {name: ("F32", values) for name, values in exact.items()})
+    return directory
+
+
+def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
+    """What llama.cpp's conversion script says of such a model."""
+    width = config["intermediate_size"]
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(width)
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(head_dim(config))
+    writer.add_value_length(head_dim(config))
+    writer.add_rope_dimension_count(head_dim(config))
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_expert_count(num_experts(config))
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    if config["model_type"] != "mixtral":
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if config["model_type"] == "qwen2_moe":
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    writer.add_tokenizer_model("none")
+    writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_eos_token_id(config["eos_token_id"])
+    assert len(moe_layers(config)) == config["num_hidden_layers"]
+
+
+def gguf_name(hub_name: str, config: RawConfig) -> tuple[str, int, bool]:
+    """The GGUF name, the heads whose rows lie in pairs there (0: none do), and whether it is one of many experts."""
+    part, _, suffix = hub_name.rpartition(".")
+    if part in _MODEL_NAMES:
+        return f"{_MODEL_NAMES[part]}.{suffix}", 0, False
+    layer, part = part.removeprefix("model.layers.").split(".", 1)
+    if ".experts." in part:
+        return f"blk.{layer}.ffn_{_SWIGLU[part.rpartition('.')[2]]}_exps.weight", 0, True
+    heads = {
+        "self_attn.q_proj": config["num_attention_heads"],
+        "self_attn.k_proj": config["num_key_value_heads"],
+    }.get(part, 0)
+    return f"blk.{layer}.{_NAMES[part]}.{suffix}", heads if config["model_type"] == "mixtral" else 0, False
+
+
+def numbered(name: str, hub_name: str) -> str:
+    """The name of one expert's own tensor."""
+    expert = hub_name.split(".experts.")[1].partition(".")[0]
+    return name.replace("_exps.", f".{expert}.")
+
+
+def to_blocks(values: Array, type_name: str, rng: np.random.Generator) -> tuple[Array, Array]:
+    """What a tensor is in the file, rows first, and the values that it then has."""
+    kind = GGMLQuantizationType[type_name]
+    if type_name in ("Q4_K", "Q5_K", "Q6_K"):
+        blocks = random_blocks(type_name, values.shape, float(values.std()), rng)
+    elif type_name == "F32":
+        blocks = values
+    else:
+        blocks = gguf.quantize(values, kind)
+    return blocks, np.asarray(gguf.dequantize(blocks, kind), np.float32)
+
+
+def random_blocks(
+    type_name: str, shape: tuple[int, ...], deviation: float, rng: np.random.Generator
+) -> Array:
+    """Blocks of random bits whose values have mean 0 and about the wanted standard deviation."""
+    kind = GGMLQuantizationType[type_name]
+    block_values, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    rows, cols = int(np.prod(shape[:-1])), shape[-1]
+    assert cols % block_values == 0
+    blocks = rng.integers(0, 256, (rows * cols // block_values, block_bytes), np.uint8)
+    # Where the float16 scale and, for those that have one, the scale of the minima lie, and what makes the mean 0.
+    scale_at, minima_at, balance = {"Q4_K": (0, 2, 7.5), "Q5_K": (0, 2, 15.5), "Q6_K": (208, None, 0.0)}[
+        type_name
+    ]
+
+    def set_scales(scale: Array) -> None:
+        blocks[:, scale_at : scale_at + 2] = scale.astype("<f2").reshape(-1, 1).view(np.uint8)
+        if minima_at is not None:
+            minima = (balance * scale).astype("<f2")
+            blocks[:, minima_at : minima_at + 2] = minima.reshape(-1, 1).view(np.uint8)
+
+    set_scales(np.ones(len(blocks)))
+    unit = float(np.asarray(gguf.dequantize(blocks, kind)).std())
+    set_scales(deviation / unit * rng.uniform(0.5, 1.5, len(blocks)))
+    return blocks.reshape(*shape[:-1], -1)
+
+
+def in_pairs(rows: Array, num_heads: int) -> Array:
+    """Row j and row j + half of a head become neighbours, as llama.cpp's conversion leaves q and k of a llama."""
+    halves = rows.reshape(num_heads, 2, -1, *rows.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def add(writer: GGUFWriter, name: str, blocks: Array, type_name: str) -> None:
+    if type_name in ("F32", "F16"):
+        writer.add_tensor(name, blocks)
+    else:
+        writer.add_tensor(name, blocks, raw_dtype=GGMLQuantizationType[type_name])
