@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "argosy"
 
 EVERYONE = {"config", "errors"}
 MAY_IMPORT = {
-    "prompt": set(),
+    "prompt": {"checkpoint"},
     "guard": set(),
     "observe": set(),
     "checkpoint": {"_native"},

@@ -18,6 +18,8 @@ namespace argosy {
 namespace nb = nanobind;
 
 void bind_kernels(nb::module_& m);
+void bind_stack(nb::module_& m);
+void bind_probe(nb::module_& m);
 void bind_store(nb::module_& m);
 
 using Array = nb::ndarray<nb::ro, nb::device::cpu>;  // read only

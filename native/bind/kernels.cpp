@@ -9,78 +9,18 @@
 #include <vector>
 
 #include "bind/bind.h"
+#include "bind/matrix.h"
 #include "kernels/kernel_table.h"
 #include "ops/attention.h"
 #include "ops/layer.h"
 #include "ops/matmul.h"
 #include "ops/swiglu.h"
-#include "store/arena.h"
 
 namespace argosy {
 
 using namespace nb::literals;
 
 namespace {
-
-constexpr const char* kFormatNames[kNumFormats] = {"f32",  "f16",  "bf16", "q8",   "q4",
-                                                   "q4_1", "q5_0", "q4_k", "q5_k", "q6_k"};
-constexpr int64_t kLargestSize = int64_t{1} << 30;  // of a row or a column: products stay below 2^62 bytes
-
-Format parse_format(const std::string& name) {
-  for (int i = 0; i < kNumFormats; ++i) {
-    if (name == kFormatNames[i]) return Format(i);
-  }
-  std::string known;
-  for (const char* each : kFormatNames) known += (known.empty() ? "" : ", ") + std::string(each);
-  refuse("unknown format '" + name + "'; known: " + known);
-}
-
-int64_t checked_matrix_bytes(Format format, int64_t rows, int64_t cols) {
-  require_range("rows", rows, 0, kLargestSize);
-  require_range("cols", cols, 0, kLargestSize);
-  return matrix_bytes(format, rows, cols);
-}
-
-// Weights inside an arena or a numpy array, kept alive and in place.
-struct Memory {
-  nb::object owner;
-  std::shared_ptr<const void> hold;
-  const uint8_t* data;
-  int64_t nbytes;
-};
-
-Memory open_memory(nb::object owner) {
-  if (nb::isinstance<Arena>(owner)) {
-    Arena& arena = *nb::inst_ptr<Arena>(owner);
-    return {owner, arena.hold(), arena.data(), int64_t(arena.size())};
-  }
-  const Array array = nb::cast<Array>(owner);
-  return {owner, nullptr, read_array<uint8_t>("memory", array, {kAnySize}), int64_t(array.shape(0))};
-}
-
-struct Matrix {
-  Memory memory;
-  MatrixView view;
-};
-
-// Proves that the matrix lies inside the memory.
-MatrixView view_matrix(const char* name, const uint8_t* data, int64_t nbytes, int64_t offset, Format format,
-                       int64_t rows, int64_t cols) {
-  const int64_t size = checked_matrix_bytes(format, rows, cols);
-  if (offset < 0 || offset > nbytes || size > nbytes - offset) {
-    refuse(std::string(name) + " of " + std::to_string(size) + " bytes at offset " + std::to_string(offset) +
-           " does not lie inside memory of " + std::to_string(nbytes) + " bytes");
-  }
-  return {format, data + offset, rows, cols};
-}
-
-void require_ids(const char* name, const int32_t* ids, int64_t n, int64_t limit) {
-  const int32_t* wrong = std::find_if(ids, ids + n, [&](int32_t id) { return id < 0 || id >= limit; });
-  if (wrong != ids + n) {
-    refuse(std::string(name) + "[" + std::to_string(wrong - ids) + "] is " + std::to_string(*wrong) +
-           ", expected 0 to " + std::to_string(limit - 1));
-  }
-}
 
 void bind_choice(nb::module_& m) {
   m.def("instruction_sets", &instruction_sets);
@@ -283,10 +223,9 @@ void bind_layer(nb::module_& m) {
 void bind_experts(nb::module_& m) {
   m.def(
       "swiglu_experts",
-      [](Runtime& runtime, Arena& arena, const std::string& format_name, int64_t hidden, int64_t width,
+      [](Runtime& runtime, Arena& arena, const FormatNames& formats, int64_t hidden, int64_t width,
          const Array& offsets, const Array& x, const Array& starts, const Array& token, const Array& row,
          const OutArray& out) {
-        const Format format = parse_format(format_name);
         const int64_t* at = read_array<int64_t>("offsets", offsets, {kAnySize, 3});
         const int64_t num_experts = int64_t(offsets.shape(0));
         const float* from = read_array<float>("x", x, {kAnySize, hidden});
@@ -303,38 +242,27 @@ void bind_experts(nb::module_& m) {
         require_ids("row", rows, assignments, int64_t(out.shape(0)));
 
         const std::shared_ptr<const void> hold = arena.hold();
-        const uint8_t* data = arena.data();
-        const int64_t nbytes = int64_t(arena.size());
-        std::vector<ExpertView> experts;
-        for (int64_t i = 0; i < num_experts; ++i) {
-          experts.push_back({view_matrix("a gate", data, nbytes, at[3 * i], format, width, hidden),
-                             view_matrix("an up", data, nbytes, at[3 * i + 1], format, width, hidden),
-                             view_matrix("a down", data, nbytes, at[3 * i + 2], format, hidden, width)});
-        }
+        const std::vector<ExpertView> experts = view_experts(
+            arena.data(), int64_t(arena.size()), at, num_experts, parse_formats(formats), hidden, width);
         nb::gil_scoped_release released;
         swiglu_experts(runtime, experts, from, num_tokens, {start, tokens, rows}, to);
       },
-      "runtime"_a, "arena"_a, "format"_a, "hidden"_a, "width"_a, "offsets"_a, "x"_a, "starts"_a, "token"_a,
+      "runtime"_a, "arena"_a, "formats"_a, "hidden"_a, "width"_a, "offsets"_a, "x"_a, "starts"_a, "token"_a,
       "row"_a, "out"_a.noconvert());
 
   m.def(
       "swiglu",
       [](Runtime& runtime, const Matrix& gate, const Matrix& up, const Matrix& down, const Array& x,
          const OutArray& out) {
-        const int64_t width = gate.view.rows;
+        const ExpertView network = view_network(gate, up, down);
         const int64_t hidden = gate.view.cols;
-        require_size("rows of up", up.view.rows, width);
-        require_size("columns of up", up.view.cols, hidden);
-        require_size("rows of down", down.view.rows, hidden);
-        require_size("columns of down", down.view.cols, width);
         const float* from = read_array<float>("x", x, {kAnySize, hidden});
         const int64_t num_tokens = int64_t(x.shape(0));
         require_range("tokens", num_tokens, 0, INT32_MAX);
         float* to = write_array<float>("out", out, {num_tokens, hidden});
         const int32_t starts[2] = {0, int32_t(num_tokens)};
         nb::gil_scoped_release released;
-        swiglu_experts(runtime, {{gate.view, up.view, down.view}}, from, num_tokens,
-                       {starts, nullptr, nullptr}, to);
+        swiglu_experts(runtime, {network}, from, num_tokens, {starts, nullptr, nullptr}, to);
       },
       "runtime"_a, "gate"_a, "up"_a, "down"_a, "x"_a, "out"_a.noconvert());
 }
@@ -342,25 +270,6 @@ void bind_experts(nb::module_& m) {
 bool is_f16(const std::string& dtype) {
   if (dtype != "f32" && dtype != "f16") refuse("unknown KV dtype '" + dtype + "'; known: f32, f16");
   return dtype == "f16";
-}
-
-// Every block that the positions of the batch reach is a block of the cache.
-void require_blocks(const KvCache& kv, const AttentionBatch& batch, int64_t num_sequences) {
-  require_ids("sequence", batch.sequence, batch.num_tokens, num_sequences);
-  require_ids("position", batch.position, batch.num_tokens, batch.max_blocks * kv.shape().block_tokens);
-  for (int64_t token = 0; token < batch.num_tokens; ++token) {
-    const int64_t last = batch.position[token];
-    // The next token of the same sequence sees all that this one sees, or more.
-    if (token + 1 < batch.num_tokens && batch.sequence[token + 1] == batch.sequence[token] &&
-        batch.position[token + 1] >= last && batch.window == 0) {
-      continue;
-    }
-    const int64_t first = batch.window > 0 ? std::max<int64_t>(0, last - batch.window + 1) : 0;
-    const int32_t* row = batch.block_table + batch.sequence[token] * batch.max_blocks;
-    const int64_t first_block = first / kv.shape().block_tokens;
-    require_ids("block_table", row + first_block, last / kv.shape().block_tokens + 1 - first_block,
-                kv.num_blocks());
-  }
 }
 
 void bind_attention(nb::module_& m) {
@@ -392,9 +301,7 @@ void bind_attention(nb::module_& m) {
         const int64_t num_tokens = int64_t(slots.shape(0));
         const float* k = read_array<float>("keys", keys, {num_tokens, shape.kv_heads, shape.head_dim});
         const float* v = read_array<float>("values", values, {num_tokens, shape.kv_heads, shape.head_dim});
-        for (int64_t i = 0; i < num_tokens; ++i) {
-          require_range("a slot", at[i], 0, kv.num_blocks() * shape.block_tokens - 1);
-        }
+        require_slots(kv, at, num_tokens);
         nb::gil_scoped_release released;
         kv_write(runtime, kv.layer(layer), k, v, at, num_tokens);
       },

@@ -6,4 +6,6 @@ NB_MODULE(_native, m) {
   m.doc() = "Arithmetic, threads and bytes of Argosy. Shapes and errors: _native.pyi.";
   argosy::bind_store(m);
   argosy::bind_kernels(m);
+  argosy::bind_stack(m);
+  argosy::bind_probe(m);
 }

@@ -23,7 +23,6 @@ namespace {
 
 using namespace nb::literals;
 
-using PieceTuple = std::tuple<int, int64_t, int64_t, int64_t>;  // file_id, offset, nbytes, dest_offset
 using Done = std::tuple<int64_t, std::optional<std::string>, std::optional<std::string>>;
 
 // ^C is looked for this often while Python waits for the drive.
@@ -74,9 +73,51 @@ nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> arena_view(Arena& arena) {
   return {data, {arena.size()}, owner};
 }
 
-std::vector<Done> wait_any(Store& store, const std::vector<int64_t>& tickets) {
+// (file_id, offset, nbytes, dest_offset), or with (block_type, rows, cols) behind.
+Piece parse_piece(nb::handle given) {
+  const nb::tuple fields = nb::cast<nb::tuple>(given);
+  if (fields.size() != 4 && fields.size() != 7) {
+    throw std::invalid_argument("a piece has 4 fields, or 7 to be transcoded; found " +
+                                std::to_string(fields.size()));
+  }
+  Piece piece{nb::cast<int>(fields[0]), nb::cast<int64_t>(fields[1]), nb::cast<int64_t>(fields[2]),
+              nb::cast<int64_t>(fields[3])};
+  if (fields.size() == 7) {
+    const auto name = nb::cast<std::string>(fields[4]);
+    const std::optional<BlockType> type = block_type_named(name);
+    if (!type) throw std::invalid_argument("unknown block type '" + name + "'");
+    piece.transcode = Transcode{*type, nb::cast<int64_t>(fields[5]), nb::cast<int64_t>(fields[6])};
+  }
+  return piece;
+}
+
+Record parse_record(nb::handle pieces, const std::optional<std::vector<uint32_t>>& checksums,
+                    int64_t base_offset) {
+  Record record;
+  for (nb::handle piece : nb::cast<nb::sequence>(pieces)) record.pieces.push_back(parse_piece(piece));
+  if (checksums && checksums->size() != record.pieces.size()) {
+    throw std::invalid_argument("there are " + std::to_string(record.pieces.size()) + " pieces and " +
+                                std::to_string(checksums->size()) + " checksums");
+  }
+  if (checksums) record.checksums = *checksums;
+  record.base_offset = base_offset;
+  return record;
+}
+
+std::vector<int64_t> fetch_many(Store& store, Arena& arena, nb::sequence records, bool ahead) {
+  std::vector<Record> parsed;
+  for (nb::handle given : records) {
+    const auto [pieces, checksums, base_offset] =
+        nb::cast<std::tuple<nb::sequence, std::optional<std::vector<uint32_t>>, int64_t>>(given);
+    parsed.push_back(parse_record(pieces, checksums, base_offset));
+  }
+  return store.fetch(arena, parsed, ahead);
+}
+
+std::vector<Done> wait_any(Store& store, const std::vector<int64_t>& tickets, bool block) {
   std::vector<Completion> done;
-  while (done.empty() && !tickets.empty()) {
+  if (!block) done = store.wait_any(tickets, std::chrono::milliseconds(0));
+  while (block && done.empty() && !tickets.empty()) {
     {
       nb::gil_scoped_release released;
       done = store.wait_any(tickets, kSignalInterval);
@@ -151,23 +192,17 @@ void bind_store(nb::module_& m) {
           "file_id"_a)
       .def(
           "fetch",
-          [](Store& store, Arena& arena, const std::vector<PieceTuple>& tuples,
+          [](Store& store, Arena& arena, nb::sequence pieces,
              const std::optional<std::vector<uint32_t>>& checksums) {
-            std::vector<Piece> pieces;
-            pieces.reserve(tuples.size());
-            for (const auto& [file_id, offset, nbytes, dest_offset] : tuples) {
-              pieces.push_back({file_id, offset, nbytes, dest_offset});
-            }
-            if (checksums && checksums->size() != pieces.size()) {
-              throw std::invalid_argument("there are " + std::to_string(pieces.size()) + " pieces and " +
-                                          std::to_string(checksums->size()) + " checksums");
-            }
-            return store.fetch(arena, pieces, checksums.value_or(std::vector<uint32_t>{}));
+            return store.fetch(arena, {parse_record(pieces, checksums, 0)})[0];
           },
           "arena"_a, "pieces"_a, "checksums"_a = nb::none())
-      .def("wait_any", &wait_any, "tickets"_a)
+      .def("fetch_many", &fetch_many, "arena"_a, "records"_a, "ahead"_a = false)
+      .def("wait_any", &wait_any, "tickets"_a, "block"_a = true)
+      .def("drop", &Store::drop, "tickets"_a)
       .def("cancel", &Store::cancel, "ticket"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("pending", &Store::pending)
+      .def_prop_ro("staging_bytes", &Store::staging_bytes)
       .def("stats",
            [](const Store& store) {
              const StoreStats stats = store.stats();
@@ -176,11 +211,13 @@ void bind_store(nb::module_& m) {
              result["reads"] = stats.reads;
              result["read_seconds"] = stats.read_seconds;
              result["checksum_seconds"] = stats.checksum_seconds;
+             result["transcode_seconds"] = stats.transcode_seconds;
              result["busy_seconds"] = stats.busy_seconds;
              return result;
            })
       .def("close", &Store::close, nb::call_guard<nb::gil_scoped_release>());
 
+  m.attr("STAGING_BYTES") = Store::kStagingBytes;
   m.def("crc32c_wide", &checksum_of, "buffer"_a);
   m.def(
       "drive_probe",

@@ -11,6 +11,7 @@
 #include "kernels/kv_write.h"
 #include "kernels/matmul_float.h"
 #include "kernels/matmul_quantized.h"
+#include "kernels/probe.h"
 #include "kernels/quantize.h"
 #include "kernels/rms_norm.h"
 #include "kernels/rope.h"
@@ -44,6 +45,9 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .add_sigmoid_gated = add_sigmoid_gated,
       .kv_write = kv_write,
       .attention = attention,
+      .read_memory = read_memory,
+      .multiply_int8 = multiply_int8,
+      .int8_products_per_round = kInt8ProductsPerRound,
   };
 }
 

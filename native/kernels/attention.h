@@ -5,10 +5,14 @@
 //   p from max(0, position[t] - window + 1) to position[t]; heads h that share the KV head; keys and values
 //   in KV blocks (layout: kernel_table.h); q and out float32.
 //
-// The reference goes over the keys twice. The vector version takes tiles of sixteen positions, at fixed
-// places, with a running maximum (Milakov and Gimelshein, arXiv:1805.02867): which tiles a token meets, and
-// in which order, follows from its position alone, so its output is the same in decode and in a prefill chunk
-// of any size. A tile is loaded once for all the tokens and heads of the call.
+// The reference goes over the keys twice. The vector version takes stretches of four tiles of sixteen
+// positions, at fixed places, with a running maximum (Milakov and Gimelshein, arXiv:1805.02867): which
+// positions share a stretch, and the order of the sums in it, follows from a token's position alone, so its
+// output is the same in decode and in a prefill chunk of any size.
+//
+// Bound by multiply-adds where many tokens and heads share the keys, by reading them for one token. Keys of a
+// few tiles, and values of a few columns, stay in the first-level cache while all queries of the call pass
+// by.
 #pragma once
 
 #include <math.h>
@@ -16,6 +20,7 @@
 #include "kernels/exp.h"
 #include "kernels/half.h"
 #include "kernels/kernel_table.h"
+#include "kernels/matmul_args.h"
 
 namespace argosy {
 namespace {
@@ -66,69 +71,99 @@ void attention(const AttentionArgs& a) {
 
 #else
 
-// One (token, head) on its way through the keys.
+constexpr int64_t kTileVecs = kKeyTile / kLanes;
+constexpr int64_t kStretchTiles = kStretchKeys / kKeyTile;
+
+// One (token, head) on its way through the keys. A lane counts positions with the padding of the blocks.
 struct Query {
-  const float* q;
-  float* out;
-  float* scores;        // [16], of the tile at hand; then the weights of its keys
+  float* q;             // [padded_dim], a copy: rows of the batch may lie a power of two apart
+  float* scores;        // [kStretchKeys], of the stretch at hand; then the weights of its keys
   float* values;        // [padded_dim], running weighted sum
-  int64_t first, last;  // positions it sees
+  int64_t first, last;  // lanes it sees, of all
   float most;           // running maximum of the scores
   float sum;            // running sum of the weights
-  int64_t begin, end;   // keys of the tile at hand that it sees
+  int64_t begin, end;   // lanes it sees, of the stretch at hand
 };
 
-constexpr int64_t kTileVecs = kKeyTile / kLanes;
+struct KeyTile {
+  const uint8_t* keys;
+  const uint8_t* values;
+  int64_t num_keys;
+};
 
-// The scores of one tile for kCount queries: a key element is loaded once for all of them.
-template <class Element, int kCount>
-void score_tile(Query* const* queries, const uint8_t* keys, int64_t dim, float scale) {
+// The scores of kTiles tiles for kCount queries: an element of a key is loaded once for all of them, one of a
+// query once for all tiles.
+template <class Element, int kCount, int kTiles>
+void score_tiles(Query* const* queries, const KeyTile* tiles, int64_t at, int64_t dim, float scale) {
   const float* q[kCount];
-  Vec score[kCount][kTileVecs];
+  const uint8_t* keys[kTiles];
+  Vec score[kCount][kTiles][kTileVecs];
+#pragma GCC unroll 2
+  for (int t = 0; t < kTiles; ++t) keys[t] = tiles[t].keys;
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i) {
     q[i] = queries[i]->q;
 #pragma GCC unroll 2
-    for (int v = 0; v < kTileVecs; ++v) score[i][v] = zeros();
+    for (int t = 0; t < kTiles; ++t) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kTileVecs; ++v) score[i][t][v] = zeros();
+    }
   }
   for (int64_t d = 0; d < dim; ++d) {
-    Vec key[kTileVecs];
+    Vec key[kTiles][kTileVecs];
 #pragma GCC unroll 2
-    for (int v = 0; v < kTileVecs; ++v)
-      key[v] = Element::load(keys + (d * kKeyTile + v * kLanes) * Element::kBytes);
+    for (int t = 0; t < kTiles; ++t) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kTileVecs; ++v)
+        key[t][v] = Element::load(keys[t] + (d * kKeyTile + v * kLanes) * Element::kBytes);
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i) {
+      const Vec element = broadcast(q[i][d]);
 #pragma GCC unroll 2
-      for (int v = 0; v < kTileVecs; ++v) score[i][v] = fma(broadcast(q[i][d]), key[v], score[i][v]);
+      for (int t = 0; t < kTiles; ++t) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kTileVecs; ++v) score[i][t][v] = fma(element, key[t][v], score[i][t][v]);
+      }
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kTileVecs; ++v) {
-      store(queries[i]->scores + v * kLanes, mul(score[i][v], broadcast(scale)));
+    for (int t = 0; t < kTiles; ++t) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kTileVecs; ++v) {
+        store(queries[i]->scores + at + t * kKeyTile + v * kLanes, mul(score[i][t][v], broadcast(scale)));
+      }
     }
   }
 }
 
-// Scores become weights; what was summed so far is scaled to the new maximum.
-inline void soften_tile(Query& query, int64_t padded_dim) {
-  Vec score[kTileVecs];
-  float most = query.most;
-  for (int v = 0; v < kTileVecs; ++v) {
-    const int64_t before = v * kLanes;
-    const int64_t begin = query.begin > before ? query.begin - before : 0;
-    const int64_t end = query.end > before ? query.end - before : 0;
-    score[v] = keep_lanes(load(query.scores + before), begin < kLanes ? begin : kLanes,
-                          end < kLanes ? end : kLanes, -INFINITY);
-    const float here = max_lanes(score[v]);
-    most = here > most ? here : most;
+// Scores of a stretch become weights; what was summed so far is scaled to the new maximum.
+inline void soften(Query& query, const KeyTile* tiles, int64_t padded_dim) {
+  const int64_t tile_begin = query.begin / kKeyTile;
+  const int64_t tile_end = (query.end + kKeyTile - 1) / kKeyTile;
+  Vec largest = broadcast(query.most);
+  for (int64_t t = tile_begin; t < tile_end; ++t) {
+    for (int64_t v = 0; v < kTileVecs; ++v) {
+      const int64_t at = t * kKeyTile + v * kLanes;
+      const int64_t keys = tiles[t].num_keys - v * kLanes;
+      const int64_t begin = query.begin > at ? query.begin - at : 0;
+      int64_t end = query.end - at < keys ? query.end - at : keys;
+      end = end > 0 ? end : 0;
+      if (begin > 0 || end < kLanes) {
+        store(query.scores + at, keep_lanes(load(query.scores + at), begin < kLanes ? begin : kLanes,
+                                            end < kLanes ? end : kLanes, -INFINITY));
+      }
+      largest = max_or_second(load(query.scores + at), largest);
+    }
   }
+  const float most = max_lanes(largest);
   Vec sum = zeros();
-  for (int v = 0; v < kTileVecs; ++v) {
-    score[v] = exp(sub(score[v], broadcast(most)));
-    store(query.scores + v * kLanes, score[v]);
-    sum = add(sum, score[v]);
+  for (int64_t at = tile_begin * kKeyTile; at < tile_end * kKeyTile; at += kLanes) {
+    const Vec weight = exp(sub(load(query.scores + at), broadcast(most)));
+    store(query.scores + at, weight);
+    sum = add(sum, weight);
   }
   // Multiplying by one changes no bit, so leaving it out changes none either.
   if (most > query.most) {
@@ -142,10 +177,10 @@ inline void soften_tile(Query& query, int64_t padded_dim) {
   query.sum += sum_lanes(sum);
 }
 
-// Adds the weighted values of keys [begin, end) of a tile, keys in ascending order, for kCount queries that
-// see them.
+// Adds the weighted values of lanes [begin, end), in ascending order, to kVecs vectors of columns from d on,
+// for kCount queries that see these lanes.
 template <class Element, int kCount, int kVecs>
-void add_values(Query* const* queries, const uint8_t* values, int64_t padded_dim, int64_t d, int64_t begin,
+void add_values(Query* const* queries, const KeyTile* tiles, int64_t padded_dim, int64_t d, int64_t begin,
                 int64_t end) {
   const float* weights[kCount];
   Vec sum[kCount][kVecs];
@@ -155,13 +190,21 @@ void add_values(Query* const* queries, const uint8_t* values, int64_t padded_dim
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) sum[i][v] = load(queries[i]->values + d + v * kLanes);
   }
-  for (int64_t key = begin; key < end; ++key) {
-    const uint8_t* row = values + (key * padded_dim + d) * Element::kBytes;
+  for (int64_t t = begin / kKeyTile; t * kKeyTile < end; ++t) {
+    const KeyTile& tile = tiles[t];
+    const int64_t first = begin > t * kKeyTile ? begin - t * kKeyTile : 0;
+    const int64_t after = end - t * kKeyTile < tile.num_keys ? end - t * kKeyTile : tile.num_keys;
+    for (int64_t key = first; key < after; ++key) {
+      const uint8_t* row = tile.values + (key * padded_dim + d) * Element::kBytes;
+      Vec value[kVecs];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) {
-      const Vec value = Element::load(row + v * kLanes * Element::kBytes);
+      for (int v = 0; v < kVecs; ++v) value[v] = Element::load(row + v * kLanes * Element::kBytes);
 #pragma GCC unroll 8
-      for (int i = 0; i < kCount; ++i) sum[i][v] = fma(broadcast(weights[i][key]), value, sum[i][v]);
+      for (int i = 0; i < kCount; ++i) {
+        const Vec weight = broadcast(weights[i][t * kKeyTile + key]);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; ++v) sum[i][v] = fma(weight, value[v], sum[i][v]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -171,75 +214,105 @@ void add_values(Query* const* queries, const uint8_t* values, int64_t padded_dim
   }
 }
 
-template <class Element, int kCount>
-void add_all_values(Query* const* queries, const uint8_t* values, int64_t padded_dim, int64_t begin,
-                    int64_t end) {
-  int64_t d = 0;
-  for (; d + 4 * kLanes <= padded_dim; d += 4 * kLanes) {
-    add_values<Element, kCount, 4>(queries, values, padded_dim, d, begin, end);
-  }
-  for (; d < padded_dim; d += kLanes) {
-    add_values<Element, kCount, 1>(queries, values, padded_dim, d, begin, end);
+// The same for all queries of a stretch: several at once where they see the same lanes.
+template <class Element, int kVecs>
+void add_columns(Query* const* queries, int64_t count, const KeyTile* tiles, int64_t padded_dim, int64_t d) {
+  int64_t i = 0;
+  while (i < count) {
+    int64_t same = 1;
+    while (same < kValueQueries && i + same < count && queries[i + same]->begin == queries[i]->begin &&
+           queries[i + same]->end == queries[i]->end) {
+      ++same;
+    }
+    if (same < kValueQueries) {
+      for (; same > 0; --same, ++i) {
+        add_values<Element, 1, kVecs>(queries + i, tiles, padded_dim, d, queries[i]->begin, queries[i]->end);
+      }
+    } else {
+      add_values<Element, kValueQueries, kVecs>(queries + i, tiles, padded_dim, d, queries[i]->begin,
+                                                queries[i]->end);
+      i += kValueQueries;
+    }
   }
 }
 
-// One tile for the queries that see any of it: `whole` of them see all its keys and come first.
-template <class Element>
-void attend_tile(const AttentionArgs& a, Query* const* queries, int64_t count, int64_t whole,
-                 int64_t num_keys, const uint8_t* keys, const uint8_t* values) {
-  const int64_t dim = a.kv.head_dim;
-  const int64_t padded_dim = kv_padded_dim(a.kv);
+template <class Element, int kTiles>
+void score_queries(Query* const* queries, int64_t count, const KeyTile* tiles, int64_t tile, int64_t dim,
+                   float scale) {
+  const int64_t at = tile * kKeyTile;
+  const auto are_seen = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (queries[i]->begin < at + kTiles * kKeyTile && queries[i]->end > at) return true;
+    }
+    return false;
+  };
   int64_t i = 0;
   for (; i + kScoreQueries <= count; i += kScoreQueries) {
-    score_tile<Element, kScoreQueries>(queries + i, keys, dim, a.scale);
+    if (!are_seen(i, i + kScoreQueries)) continue;
+    score_tiles<Element, kScoreQueries, kTiles>(queries + i, tiles + tile, at, dim, scale);
   }
-  for (; i + 2 <= count; i += 2) score_tile<Element, 2>(queries + i, keys, dim, a.scale);
-  for (; i < count; ++i) score_tile<Element, 1>(queries + i, keys, dim, a.scale);
-  for (i = 0; i < count; ++i) soften_tile(*queries[i], padded_dim);
-  for (i = 0; i + kValueQueries <= whole; i += kValueQueries) {
-    add_all_values<Element, kValueQueries>(queries + i, values, padded_dim, 0, num_keys);
+  with_number<kScoreQueries - 1>(count - i, [&]<int kRest>(Number<kRest>) {
+    if (are_seen(i, count)) score_tiles<Element, kRest, kTiles>(queries + i, tiles + tile, at, dim, scale);
+  });
+}
+
+// Tiles [0, num_tiles) of a stretch for the queries that see any of it.
+template <class Element>
+void attend_stretch(const AttentionArgs& a, Query* const* queries, int64_t count, const KeyTile* tiles,
+                    int64_t tile_begin, int64_t tile_end) {
+  const int64_t dim = a.kv.head_dim;
+  const int64_t padded_dim = kv_padded_dim(a.kv);
+  int64_t tile = tile_begin;
+  for (; tile + kScoreTiles <= tile_end; tile += kScoreTiles) {
+    score_queries<Element, kScoreTiles>(queries, count, tiles, tile, dim, a.scale);
   }
-  for (; i < count; ++i) {
-    add_all_values<Element, 1>(queries + i, values, padded_dim, queries[i]->begin, queries[i]->end);
+  for (; tile < tile_end; ++tile) score_queries<Element, 1>(queries, count, tiles, tile, dim, a.scale);
+  for (int64_t i = 0; i < count; ++i) soften(*queries[i], tiles, padded_dim);
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= padded_dim; d += 4 * kLanes) {
+    add_columns<Element, 4>(queries, count, tiles, padded_dim, d);
   }
+  for (; d < padded_dim; d += kLanes) add_columns<Element, 1>(queries, count, tiles, padded_dim, d);
+}
+
+inline int64_t tiles_per_block(const KvLayer& kv) { return (kv.block_tokens + kKeyTile - 1) / kKeyTile; }
+
+inline int64_t lane_of(const KvLayer& kv, int64_t position) {
+  return position / kv.block_tokens * tiles_per_block(kv) * kKeyTile + position % kv.block_tokens;
 }
 
 template <class Element>
 void attend_queries(const AttentionArgs& a, Query* all, int64_t count) {
   const KvLayer& kv = a.kv;
+  const int64_t per_block = tiles_per_block(kv);
   int64_t first = all[0].first;
   int64_t last = all[0].last;
   for (int64_t i = 1; i < count; ++i) {
     first = all[i].first < first ? all[i].first : first;
     last = all[i].last > last ? all[i].last : last;
   }
-  for (int64_t block = first / kv.block_tokens; block <= last / kv.block_tokens; ++block) {
-    const uint8_t* keys = key_head(kv, a.blocks[block], a.kv_head);
-    const uint8_t* values = value_head(kv, a.blocks[block], a.kv_head);
-    for (int64_t offset = 0; offset < kv.block_tokens; offset += kKeyTile) {
-      const int64_t start = block * kv.block_tokens + offset;
-      const int64_t num_keys = kv.block_tokens - offset < kKeyTile ? kv.block_tokens - offset : kKeyTile;
-      Query* seeing[kMaxQueries];
-      int64_t whole = 0;
-      int64_t partial = kMaxQueries;  // filled from the end
-      for (int64_t i = 0; i < count; ++i) {
-        Query& query = all[i];
-        query.begin = query.first > start ? query.first - start : 0;
-        query.end = query.last - start + 1 < num_keys ? query.last - start + 1 : num_keys;
-        if (query.begin >= query.end) continue;
-        if (query.begin == 0 && query.end == num_keys) {
-          seeing[whole++] = &query;
-        } else {
-          seeing[--partial] = &query;
-        }
-      }
-      int64_t seen = whole;
-      for (; partial < kMaxQueries; ++partial) seeing[seen++] = seeing[partial];
-      if (seen == 0) continue;
-      attend_tile<Element>(a, seeing, seen, whole, num_keys,
-                           keys + offset * kv.head_dim * kv_element_bytes(kv),
-                           values + offset * kv_padded_dim(kv) * kv_element_bytes(kv));
+  for (int64_t stretch = first / kStretchKeys; stretch <= last / kStretchKeys; ++stretch) {
+    const int64_t start = stretch * kStretchKeys;
+    const int64_t tile_begin = first > start ? (first - start) / kKeyTile : 0;
+    const int64_t tile_end = last - start < kStretchKeys ? (last - start) / kKeyTile + 1 : kStretchTiles;
+    KeyTile tiles[kStretchTiles] = {};
+    for (int64_t t = tile_begin; t < tile_end; ++t) {
+      const int64_t tile = stretch * kStretchTiles + t;
+      const int64_t block = a.blocks[tile / per_block];
+      const int64_t offset = tile % per_block * kKeyTile;
+      tiles[t].keys = key_head(kv, block, a.kv_head) + offset * kv.head_dim * Element::kBytes;
+      tiles[t].values = value_head(kv, block, a.kv_head) + offset * kv_padded_dim(kv) * Element::kBytes;
+      tiles[t].num_keys = kv.block_tokens - offset < kKeyTile ? kv.block_tokens - offset : kKeyTile;
     }
+    Query* seeing[kMaxQueries];
+    int64_t seen = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      Query& query = all[i];
+      query.begin = query.first > start ? query.first - start : 0;
+      query.end = query.last - start + 1 < kStretchKeys ? query.last - start + 1 : kStretchKeys;
+      if (query.begin < query.end) seeing[seen++] = &query;
+    }
+    if (seen > 0) attend_stretch<Element>(a, seeing, seen, tiles, tile_begin, tile_end);
   }
 }
 
@@ -251,14 +324,22 @@ void attention(const AttentionArgs& a) {
   for (int64_t begin = 0; begin < a.num_tokens * group; begin += kMaxQueries) {
     const int64_t rest = a.num_tokens * group - begin;
     const int64_t count = rest < kMaxQueries ? rest : kMaxQueries;
+    const auto row_of = [&](int64_t i) {
+      return ((begin + i) / group * a.num_heads + a.kv_head * group + (begin + i) % group) * dim;
+    };
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t token = (begin + i) / group;
-      const int64_t at = (token * a.num_heads + a.kv_head * group + (begin + i) % group) * dim;
-      const int64_t last = a.positions[token];
-      float* scratch = a.scratch + i * (kKeyTile + padded_dim);
-      queries[i] =
-          Query{a.q + at, a.out + at, scratch, scratch + kKeyTile, first_position(a, last), last, -INFINITY,
-                0.0f,     0,          0};
+      const int64_t last = a.positions[(begin + i) / group];
+      float* scratch = a.scratch + i * (kStretchKeys + 2 * padded_dim);
+      queries[i] = Query{scratch,
+                         scratch + padded_dim,
+                         scratch + padded_dim + kStretchKeys,
+                         lane_of(a.kv, first_position(a, last)),
+                         lane_of(a.kv, last),
+                         -INFINITY,
+                         0.0f,
+                         0,
+                         0};
+      for (int64_t d = 0; d < dim; ++d) queries[i].q[d] = a.q[row_of(i) + d];
       for (int64_t d = 0; d < padded_dim; d += kLanes) store(queries[i].values + d, zeros());
     }
     if (a.kv.is_f16) {
@@ -270,7 +351,7 @@ void attention(const AttentionArgs& a) {
       const Vec share = broadcast(1.0f / queries[i].sum);
       for (int64_t d = 0; d < dim; d += kLanes) {
         const int64_t n = dim - d < kLanes ? dim - d : kLanes;
-        store(queries[i].out + d, mul(load(queries[i].values + d), share), n);
+        store(a.out + row_of(i) + d, mul(load(queries[i].values + d), share), n);
       }
     }
   }

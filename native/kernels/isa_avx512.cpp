@@ -15,7 +15,7 @@ constexpr int kOnePanelTokens = 8;
 constexpr int two_panels_tokens(Format format) {
   return format == Format::q8 || format == Format::q6_k ? 4 : 6;
 }
-constexpr int kScoreQueries = 8, kValueQueries = 4;
+constexpr int kScoreQueries = 8, kScoreTiles = 2, kValueQueries = 4;
 }  // namespace
 }  // namespace argosy
 

@@ -66,8 +66,10 @@ struct KvWriteArgs {
   int64_t kv_head;  // the one to write
 };
 
-// Keys are taken sixteen positions at a time, for up to this many (token, head) pairs at once.
+// Keys lie in tiles of sixteen positions and are taken four tiles at a time, for up to this many (token,
+// head) pairs at once.
 [[maybe_unused]] static constexpr int64_t kKeyTile = 16;
+[[maybe_unused]] static constexpr int64_t kStretchKeys = 64;
 [[maybe_unused]] static constexpr int64_t kMaxQueries = 32;
 
 // Tokens of one sequence against one KV head.
@@ -122,11 +124,16 @@ struct KernelTable {
 
   void (*kv_write)(const KvWriteArgs& args);
   void (*attention)(const AttentionArgs& args);
+
+  // For ops/machine_probe.h. Both return a number that depends on all they did.
+  uint64_t (*read_memory)(const uint8_t* data, int64_t nbytes);  // aligned to 64; a multiple of 512
+  uint64_t (*multiply_int8)(int64_t rounds);                     // int8_products_per_round each
+  int64_t int8_products_per_round;
 };
 
-// Scores of a tile and the running weighted sum of each query.
+// A copy of each query, its scores of a stretch and its running weighted sum.
 static inline constexpr int64_t attention_scratch_floats(int64_t head_dim) {
-  return kMaxQueries * (kKeyTile + round_up(head_dim, kKeyTile));
+  return kMaxQueries * (kStretchKeys + 2 * round_up(head_dim, kKeyTile));
 }
 
 // "plain", "avx2", "avx512": those this CPU and its operating system can run, worst first.

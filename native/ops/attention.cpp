@@ -99,15 +99,17 @@ void attention(Runtime& runtime, const KvLayer& kv, const AttentionBatch& batch,
     const int64_t seen = batch.position[t] + 1;
     work += 2 * batch.num_heads * kv.head_dim * (batch.window > 0 ? std::min(seen, batch.window) : seen);
   }
-  const int64_t items = int64_t(runs.size()) * kv.kv_heads;
+  const int64_t num_runs = int64_t(runs.size());
+  const int64_t items = num_runs * kv.kv_heads;
   const int64_t row = batch.num_heads * kv.head_dim;
-  // The longest runs come last in a prefill: begin with them, so that all threads end together.
+  // One KV head after the other, so that its keys stay in the cache. The longest runs come last in a prefill:
+  // begin with them, so that all threads end together.
   runtime.parallel_for(items, work / items + 1, [&](int64_t begin, int64_t end, int worker) {
     for (int64_t item = begin; item < end; ++item) {
-      const Run& run = runs[size_t((items - 1 - item) / kv.kv_heads)];
+      const Run& run = runs[runs.size() - 1 - size_t(item % num_runs)];
       table.attention({
           .kv = kv,
-          .kv_head = (items - 1 - item) % kv.kv_heads,
+          .kv_head = item / num_runs,
           .q = batch.q + run.begin * row,
           .out = out + run.begin * row,
           .positions = batch.position + run.begin,

@@ -19,8 +19,8 @@ Runtime::Runtime(int num_threads) : num_threads_(num_threads) {
 
 void Runtime::FreeScratch::operator()(uint8_t* memory) const { ::operator delete(memory, kScratchAlignment); }
 
-std::unique_lock<std::mutex> Runtime::lock() {
-  std::unique_lock<std::mutex> held(mutex_);
+std::unique_lock<std::recursive_mutex> Runtime::lock() {
+  std::unique_lock held(mutex_);
   if (pool_ == nullptr) throw std::invalid_argument("this runtime is closed");
   return held;
 }
@@ -37,7 +37,7 @@ uint8_t* Runtime::scratch(int64_t bytes) {
 }
 
 void Runtime::close() {
-  std::unique_lock<std::mutex> held(mutex_);
+  const std::unique_lock held(mutex_);
   pool_.reset();
   scratch_.reset();
   scratch_bytes_ = 0;

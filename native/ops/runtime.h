@@ -38,8 +38,9 @@ class Runtime {
   int64_t scratch_bytes() const { return scratch_bytes_; }
   void close();  // ends the threads, gives the scratch back; operations then throw std::invalid_argument
 
-  // For operations. Hold the lock from before scratch() to the end of the operation.
-  std::unique_lock<std::mutex> lock();
+  // For operations. Hold the lock from before scratch() to the end of the operation. The thread that holds it
+  // may call further operations; each has the scratch for itself, so what was there before is lost.
+  std::unique_lock<std::recursive_mutex> lock();
   uint8_t* scratch(int64_t bytes);
 
   // body(begin, end, worker) over [0, count). `item_work` is about how many multiply-adds or bytes an item
@@ -66,7 +67,7 @@ class Runtime {
   };
 
   int num_threads_;
-  std::mutex mutex_;
+  std::recursive_mutex mutex_;
   std::unique_ptr<ThreadPool> pool_;
   std::unique_ptr<uint8_t, FreeScratch> scratch_;
   int64_t scratch_bytes_ = 0;

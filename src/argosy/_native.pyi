@@ -5,7 +5,7 @@ dtype, range or name raises ValueError with what was found and what was expected
 One `Runtime` runs one operation at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -52,7 +52,7 @@ def quantize(format: Format, weights: _Floats, out: _Bytes, runtime: Runtime | N
     group of 32 with an infinity or a NaN gets a NaN scale. The other formats only hold what a GGUF file has.
     """
 
-def transcode(block_type: BlockType, data: _Bytes, rows: int, cols: int) -> _Bytes:
+def transcode(block_type: str, data: _Bytes, rows: int, cols: int) -> _Bytes:
     """GGUF blocks of a matrix [rows, cols] as the bytes of its slot format, without loss.
 
     Q8_0 becomes q8, Q4_0 q4, the others the format of their name. cols is a multiple of 32, or 256 for the K types.
@@ -105,7 +105,7 @@ def add_sigmoid_gated(runtime: Runtime, x: _Floats, gate_logit: _Floats, out: _F
 def swiglu_experts(
     runtime: Runtime,
     arena: Arena,
-    format: Format,
+    formats: Sequence[Format],
     hidden: int,
     width: int,
     offsets: NDArray[np.int64],
@@ -118,6 +118,7 @@ def swiglu_experts(
     """Run each expert on its tokens: out[row[a]] = (silu(x Wg^T) * (x Wu^T)) Wd^T with x = x[token[a]].
 
     Args:
+        formats: of gate, up and down.
         offsets: int64 [experts, 3], where gate and up [width, hidden] and down [hidden, width] begin in the arena.
         x: [tokens, hidden].
         starts: [experts + 1]; expert i runs assignments starts[i] to starts[i + 1], and the last is their number.
@@ -181,6 +182,148 @@ def attention(
         out: [tokens, heads * head_dim].
     """
 
+# The layers of a decoder (native/ops/stack.h), as one operation.
+
+class Mixer:
+    """How a layer lets positions see each other."""
+
+class Ffn:
+    """The feed-forward network of a layer."""
+
+def grouped_query_attention(
+    query: Matrix,
+    key: Matrix,
+    value: Matrix,
+    output: Matrix,
+    *,
+    num_heads: int,
+    window: int,
+    scale: float,
+    query_bias: _Floats | None = None,
+    key_bias: _Floats | None = None,
+    value_bias: _Floats | None = None,
+    output_bias: _Floats | None = None,
+    query_norm: _Floats | None = None,
+    key_norm: _Floats | None = None,
+) -> Mixer:
+    """q, k, v -> norm of each head -> rotary -> KV cache -> attention -> output projection.
+
+    Args:
+        query, output: [heads * head_dim, hidden] and back.   key, value: [kv_heads * head_dim, hidden].
+        window, scale: as for `attention`.
+        query_bias ...: one number per row of the matrix; None for none.
+        query_norm, key_norm: [head_dim], both or none.
+    """
+
+def dense_ffn(gate: Matrix, up: Matrix, down: Matrix) -> Ffn:
+    """SwiGLU of every token: gate and up [width, hidden], down [hidden, width]."""
+
+def routed_ffn(
+    router: Matrix,
+    *,
+    experts_per_token: int,
+    renormalize: bool,
+    width: int,
+    formats: Sequence[Format],
+    shared: Sequence[Matrix] | None = None,
+    shared_score: Matrix | None = None,
+) -> Ffn:
+    """Experts of `width` that the router chooses, as `route` does, and a shared one for every token.
+
+    Args:
+        router: [experts, hidden].
+        formats: of gate, up and down of the routed experts.
+        shared: gate, up and down of the shared expert.
+        shared_score: [1, hidden]; the shared expert's output is taken times sigmoid(shared_score . x).
+    """
+
+class Stack:
+    """Embedding, layers and head of a decoder, run without Python between them; one step at a time.
+
+    It keeps everything it is given alive. Its bits are those of the operations above, called one by one.
+
+    Args:
+        embedding, head: [vocabulary, hidden].   final_norm: [hidden].
+        layers: (norm [hidden], mixer, norm [hidden], feed-forward network) of each layer of `kv`.
+        buffers: working memory by name, [max_tokens, columns] each (`model.workspace`).
+        arena: where routed experts lie; None leaves them out of every sum.
+        resident_offsets: int64 [layers, experts, 3], where gate, up and down begin in the arena if every expert is
+            there for good; None where experts are leased.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        kv: KvCache,
+        *,
+        embedding: Matrix,
+        head: Matrix,
+        final_norm: _Floats,
+        norm_eps: float,
+        layers: Sequence[tuple[_Floats, Mixer, _Floats, Ffn]],
+        buffers: Mapping[str, NDArray[Any]],
+        arena: Arena | None,
+        resident_offsets: NDArray[np.int64] | None,
+    ) -> None: ...
+    def begin(
+        self,
+        token_ids: _Ints,
+        position: _Ints,
+        sequence: _Ints,
+        slots: NDArray[np.int64],
+        is_decode: NDArray[np.bool_],
+        block_table: _Ints,
+        cosine: _Floats,
+        sine: _Floats,
+        last_rows: NDArray[np.int64],
+        logits: _Floats,
+    ) -> None:
+        """Start a step, whatever became of the one before; nothing is computed yet.
+
+        Args:
+            token_ids, position, sequence, slots, is_decode: [tokens]; slots int64, is_decode bool.
+            block_table: [sequences, blocks].
+            cosine, sine: [tokens, pairs], as for `rope`.
+            last_rows: int64 [rows], tokens whose logits are wanted.
+            logits: [rows, vocabulary], written at the end of the step.
+        """
+
+    def advance(self) -> tuple[int, list[int], list[int]] | None:
+        """Run on until the step is done (None), or a layer waits for leased experts.
+
+        Then: the layer, the experts its tokens chose (ascending), and those of them that only prompt tokens chose. All
+        must have been run before the next call. ^C ends the call between two layers, and with it the step.
+        """
+
+    def run_shared(self) -> None:
+        """Run the shared expert of the layer that waits, if it has one; once, before the next `advance`."""
+
+    def run_experts(self, expert_ids: Sequence[int], offsets: NDArray[np.int64]) -> None:
+        """Run experts of the layer that waits; offsets int64 [experts, 3] from the arena's start to gate, up, down."""
+
+    def logits(self, rows: NDArray[np.int64], out: _Floats) -> None:
+        """Logits [rows, vocabulary] of any tokens of the step that is done."""
+
+    def take_seconds(self) -> tuple[float, float, float]:
+        """Seconds of the router, of attention and dense networks, and of routed experts since the last call."""
+
+    def take_lookups(self) -> int:
+        """Resident experts that were used since the last call, counted once per layer and step."""
+
+# Probes (native/ops/machine_probe.h): how fast this machine is right now. The best of several passes.
+
+def memory_probe(threads: int, nbytes: int) -> float:
+    """Bytes per second at which `threads` threads together read `nbytes` on huge pages with the widest loads.
+
+    Takes `nbytes` of memory while it runs; below the size of the last cache it measures that cache.
+
+    Raises:
+        ValueError: threads below 1, or less than 4 MiB a thread.   MemoryError: no such memory.
+    """
+
+def int8_probe(threads: int) -> float:
+    """Integer operations per second, two per multiply-add, of the instruction that products with q4 weights use."""
+
 # Store (native/store).
 
 class Arena:
@@ -223,6 +366,9 @@ class FaultyFileSystem(FileSystem):
     @property
     def num_reads(self) -> int: ...
 
+Piece = tuple[int, int, int, int] | tuple[int, int, int, int, str, int, int]
+STAGING_BYTES: int
+
 class Store:
     """Threads that read pieces of files into arenas."""
 
@@ -237,24 +383,38 @@ class Store:
     def info(self, file_id: int) -> tuple[str, int, int, bool, str]:
         """path, size, alignment, is_direct, why_not_direct. The alignment is at least 4096."""
 
-    def fetch(
-        self,
-        arena: Arena,
-        pieces: Sequence[tuple[int, int, int, int]],
-        checksums: Sequence[int] | None = None,
-    ) -> int:
-        """Start reading (file_id, offset, nbytes, dest_offset) pieces; a ticket.
+    def fetch(self, arena: Arena, pieces: Sequence[Piece], checksums: Sequence[int] | None = None) -> int:
+        """Start reading pieces (file_id, offset, nbytes, dest_offset); a ticket.
 
-        A piece is rounded outwards to the alignment: its bytes begin at dest_offset + offset % alignment, and
+        A plain piece is rounded outwards to the alignment: its bytes begin at dest_offset + offset % alignment, and
         dest_offset is a multiple of the alignment. A checksum is the crc32c_wide of exactly the piece.
+
+        A piece (..., block_type, rows, cols) is a matrix of GGUF blocks ("Q4_0"): a reader turns it into the slot
+        format that belongs to them, beginning exactly at dest_offset, a multiple of 64. It has no checksum.
         """
 
-    def wait_any(self, tickets: Sequence[int]) -> list[tuple[int, str | None, str | None]]:
+    def fetch_many(
+        self,
+        arena: Arena,
+        records: Sequence[tuple[Sequence[Piece], Sequence[int] | None, int]],
+        ahead: bool = False,
+    ) -> list[int]:
+        """The same for several (pieces, checksums, base) in one go, a ticket each; `base` is added to each dest_offset.
+
+        What is read `ahead` waits until the readers have nothing else to do.
+        """
+
+    def wait_any(
+        self, tickets: Sequence[int], block: bool = True
+    ) -> list[tuple[int, str | None, str | None]]:
         """Block until one is done; all that are done as (ticket, error sentence, "io" | "checksum" | "short").
 
         They are forgotten. Nothing is written for a ticket that is done, also when it failed. ^C ends the wait and
-        leaves the tickets as they are.
+        leaves the tickets as they are. With `block` false only those that are done already.
         """
+
+    def drop(self, tickets: Sequence[int]) -> list[int]:
+        """Forget those that no reader has begun, and return them. Never waits."""
 
     def cancel(self, ticket: int) -> bool:
         """Forget a ticket once its bytes no longer move: what has not begun is dropped. False: not known."""
@@ -262,8 +422,12 @@ class Store:
     def pending(self) -> int:
         """Tickets that are not done."""
 
+    @property
+    def staging_bytes(self) -> int:
+        """What the readers may come to hold to transcode from, STAGING_BYTES each."""
+
     def stats(self) -> dict[str, float]:
-        """bytes_read, reads; read_seconds and checksum_seconds summed over readers; busy_seconds of wall time."""
+        """bytes_read, reads; read_, checksum_ and transcode_seconds summed over readers; busy_seconds of wall time."""
 
     def close(self) -> None:
         """Join the readers and close the files. What was not read fails."""

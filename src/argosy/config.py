@@ -95,15 +95,16 @@ class EngineConfig(_Strict):
     threads: int
     kv_dtype: KvDtype = "f32"
     instruction_set: str | None = None  # None: the best this processor has; a name caps the choice
-    chunk_tokens: int = 256  # most prompt tokens in one step
+    chunk_tokens: int | None = None  # most prompt tokens in one step; None: what the memory plan finds best
     max_sequences: int = 8  # most sequences in one step
     readers: int = 4  # threads that read experts
     experts_off: bool = False  # leave routed experts out of every sum: only for comparing with a dense base
 
     def __post_init__(self) -> None:
         for name in ("threads", "chunk_tokens", "max_sequences", "readers"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, found {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, found {value}")
         if self.kv_dtype not in ("f32", "f16"):
             raise UsageError(f"kv_dtype must be f32 or f16, found '{self.kv_dtype}'")
 
@@ -168,6 +169,9 @@ class RopeConfig:
     truncate: bool = True  # yarn: whole-number correction range
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
+    frequency_factors: tuple[
+        float, ...
+    ] = ()  # each pair's frequency is divided by its factor, before the kind's rule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

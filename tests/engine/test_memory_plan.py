@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from argosy import _native
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import MIB, Budget, EngineConfig
-from argosy.engine.memory_plan import MemoryPlan, kv_bytes, plan_memory
+from argosy.engine.memory_plan import MemoryPlan, experts_read, kv_bytes, plan_memory
 from argosy.errors import DoesNotFit
+from argosy.experts.source import resident_bytes
 from argosy.model.families import open_model
 from tests.models.tiny import qwen3_moe, write_model
 
@@ -22,7 +26,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 
 
 def plan(
-    files: ModelFiles, ram_bytes: int, *, context: int | None = None, chunk_tokens: int = 256
+    files: ModelFiles, ram_bytes: int, *, context: int | None = None, chunk_tokens: int | None = 256
 ) -> MemoryPlan:
     budget = Budget(ram_bytes=ram_bytes, context_tokens=context)
     config = EngineConfig(budget=budget, threads=2, chunk_tokens=chunk_tokens)
@@ -71,9 +75,83 @@ def test_a_context_that_was_asked_for_is_kept_or_refused_never_shrunk(files: Mod
     assert plan(files, needed).context_tokens >= 512
 
 
+def test_what_readers_transcode_from_is_planned_where_a_file_has_blocks(files: ModelFiles) -> None:
+    name, ref = next((name, ref) for name, ref in files.dense.items() if name.endswith(".q"))
+    shape = {"rows": 32, "cols": 64}
+    blocks = replace(ref, format="q4", block_type="Q4_0", nbytes=32 * 36, **shape)
+    with_blocks = replace(files, dense={**files.dense, name: blocks})
+    roomy = Budget(ram_bytes=1024 * MIB)
+    for readers in (1, 4):
+        config = EngineConfig(budget=roomy, threads=2, readers=readers)
+        planned = plan_memory(with_blocks, config, process_bytes=PROCESS_BYTES)
+        assert planned.staging_bytes == _native.Store(readers).staging_bytes
+        assert ("staging", planned.staging_bytes, "to transcode from") in planned.lines()
+    assert plan(files, 1024 * MIB).staging_bytes == 0
+
+
+def test_all_experts_take_what_they_need_and_no_slot_of_the_largest(files: ModelFiles) -> None:
+    everything = plan(files, 1024 * MIB)
+    fits = 1024 * MIB - (everything.budget_bytes - everything.total_bytes)
+    exact = plan(files, fits, context=everything.context_tokens)
+    assert exact.is_resident
+    assert exact.expert_bytes == resident_bytes(files.experts)
+    assert (
+        not plan(files, fits - 1, context=everything.context_tokens, chunk_tokens=256).total_bytes > fits - 1
+    )
+
+
 def test_experts_get_what_the_others_leave(files: ModelFiles) -> None:
     roomy = plan(files, 1024 * MIB)
     assert roomy.is_resident
     assert roomy.context_tokens == files.config.context_tokens
     assert roomy.kv_bytes == kv_bytes(files.config, 4096, "f32")
     assert roomy.chunk_tokens == 256
+
+
+def large_model(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    """16 experts of 0.4 MB in each of 8 layers: large enough for working buffers to cost a few of them."""
+    directory = tmp_path_factory.mktemp("plan") / "large"
+    config = qwen3_moe(
+        max_position_embeddings=4096,
+        hidden_size=128,
+        moe_intermediate_size=512,
+        num_experts=16,
+        num_experts_per_tok=2,
+        num_hidden_layers=8,
+    )
+    write_model(directory, config, seed=3)
+    return open_model(directory)
+
+
+def test_the_chunk_is_the_one_that_reads_least(tmp_path_factory: pytest.TempPathFactory) -> None:
+    files = large_model(tmp_path_factory)
+    all_in_memory = plan(files, 4096 * MIB, chunk_tokens=None)
+    assert all_in_memory.is_resident
+    assert all_in_memory.chunk_tokens == 512
+    for share in (0.05, 0.1, 0.2, 0.5, 0.8):
+        budget = all_in_memory.total_bytes - int((1 - share) * all_in_memory.expert_bytes)
+        chosen = plan(files, budget, context=4096, chunk_tokens=None)
+        least = experts_read(files.config, chosen)
+        for chunk in (16, 64, 256, 512, 1024, 2048):
+            try:
+                other = plan(files, budget, context=4096, chunk_tokens=chunk)
+            except DoesNotFit:
+                continue
+            assert least <= experts_read(files.config, other)
+
+
+def test_a_long_chunk_pays_while_its_buffers_cost_few_slots(tmp_path_factory: pytest.TempPathFactory) -> None:
+    files = large_model(tmp_path_factory)
+    everything = plan(files, 4096 * MIB, context=4096, chunk_tokens=1024)
+    chunks = []
+    for share in (0.7, 0.3, 0.05):
+        budget = everything.total_bytes - int((1 - share) * everything.expert_bytes)
+        chunks.append(plan(files, budget, context=4096, chunk_tokens=None).chunk_tokens)
+    assert chunks == sorted(chunks, reverse=True)
+    assert chunks[0] >= 512
+    assert chunks[-1] <= 256
+
+
+def test_a_chunk_that_was_asked_for_is_never_exceeded(files: ModelFiles) -> None:
+    for ram_bytes in range(smallest_budget(files), 200 * MIB, 7 * MIB):
+        assert plan(files, ram_bytes, chunk_tokens=40).chunk_tokens <= 40

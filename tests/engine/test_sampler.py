@@ -147,6 +147,23 @@ def test_no_seed_means_a_fresh_one_that_can_be_told() -> None:
     assert SamplerState([], first.seed).uniform() == first.uniform()
 
 
+def test_equal_scores_are_taken_in_the_order_of_their_ids() -> None:
+    logits = np.zeros(30_000, np.float32)
+    params = SamplingParams(temperature=1.0, top_p=0.5)
+    for seed in range(20):
+        state = SamplerState([], seed)
+        uniform = state.uniform()
+        assert SAMPLER.sample(logits, params, state).token_id == int(uniform * 15_000)
+
+
+def test_the_number_of_a_seed_and_a_step_is_that_of_numpy() -> None:
+    state = SamplerState([], 12345)
+    for step in range(5):
+        expected = np.random.Generator(np.random.Philox(key=12345, counter=step)).random()
+        assert state.uniform() == expected
+        state.accept(0)
+
+
 def test_greedy_takes_the_lowest_id_on_a_tie() -> None:
     logits = np.array([0, 3, 1, 3, 3], np.float32)
     assert SAMPLER.sample(logits, SamplingParams(), SamplerState([])).token_id == 1
@@ -159,12 +176,16 @@ def test_top_k_keeps_exactly_k_and_the_lower_ids_of_a_tie() -> None:
     assert drawn == {0, 1, 2}
 
 
+@pytest.mark.parametrize("spread", [0.1, 2.0, 6.0], ids=["flat", "usual", "peaked"])
 @pytest.mark.parametrize(
-    ("top_p", "min_p"), [(1.0, 0.0), (0.999, 0.0), (0.5, 0.0), (1.0, 1e-4), (0.9999999, 1e-9)]
+    ("top_k", "top_p", "min_p"),
+    [(0, 1.0, 0.0), (0, 0.999, 0.0), (0, 0.5, 0.0), (0, 1.0, 1e-4), (0, 0.9999999, 1e-9), (5000, 0.9, 0.0)],
 )
-def test_a_large_vocabulary_is_cut_as_a_small_one_is(top_p: float, min_p: float) -> None:
-    logits = np.random.default_rng(1).normal(0, 2, 20_000).astype(np.float32)
-    params = SamplingParams(temperature=1.0, top_p=top_p, min_p=min_p)
+def test_a_large_vocabulary_is_cut_as_a_small_one_is(
+    spread: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    logits = np.random.default_rng(1).normal(0, spread, 20_000).astype(np.float32)
+    params = SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
     chances = reference(logits.tolist(), params, [], [])
     for seed in range(30):
         state = SamplerState([], seed)

@@ -20,6 +20,7 @@ from argosy.experts.source import Key
 ROWS, COLS = 3, 5
 MATRIX_BYTES = ROWS * COLS * 4
 PiecePlace = tuple[int, int, int, int]  # file id, offset, nbytes, destination
+FakeRecord = tuple[list[PiecePlace], list[int] | None, int]
 
 
 def make_records(
@@ -58,6 +59,7 @@ class FakeStore:
     """Does what `_native.Store` promises, with everything under the test's control.
 
     fail: (num_fetches so far) -> (message, kind) or None.   refuse: the number of a fetch that raises at once.
+    begun: the share of reads that a reader has begun as soon as they are asked for.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class FakeStore:
         alignment: int = 64,
         fail: Callable[[int], tuple[str, str] | None] = lambda number: None,
         refuse: int | None = None,
+        begun: float = 0.0,
     ) -> None:
         self.alignment = alignment
         self.in_flight: dict[int, tuple[Any, list[PiecePlace]]] = {}
@@ -79,6 +82,9 @@ class FakeStore:
         self._random = random.Random(seed)
         self._fail = fail
         self._refuse = refuse
+        self._begun_share = begun
+        self._begun: set[int] = set()
+        self.ahead: set[int] = set()  # tickets that were read ahead
 
     def open(self, path: str) -> int:
         return self._paths.index(path)
@@ -87,27 +93,36 @@ class FakeStore:
         path = self._paths[file_id]
         return path, len(self._files[path]), self.alignment, True, ""
 
-    def fetch(self, arena: Any, pieces: list[PiecePlace], checksums: list[int] | None) -> int:
-        self.num_fetches += 1
-        if self.num_fetches == self._refuse:
+    def fetch_many(self, arena: Any, records: list[FakeRecord], ahead: bool = False) -> list[int]:
+        first = self.num_fetches + 1
+        self.num_fetches += len(records)
+        if self._refuse in range(first, first + len(records)):
             raise OSError("no")
-        for file_id, offset, nbytes, dest in pieces:
-            assert dest % self.alignment == 0
-            begin, end = self._outwards(offset, nbytes)
-            assert dest + end - begin <= arena.nbytes
-            self._view(arena, dest, end - begin)[:] = 0xEE
-            assert 0 <= file_id < len(self._paths)
-        ticket = self.num_fetches
-        self.in_flight[ticket] = (arena, pieces)
+        tickets = list(range(first, first + len(records)))
+        for ticket, (relative, _, base) in zip(tickets, records, strict=True):
+            pieces = [(file_id, offset, nbytes, base + dest) for file_id, offset, nbytes, dest in relative]
+            for file_id, offset, nbytes, dest in pieces:
+                assert dest % self.alignment == 0
+                begin, end = self._outwards(offset, nbytes)
+                assert dest + end - begin <= arena.nbytes
+                self._view(arena, dest, end - begin)[:] = 0xEE
+                assert 0 <= file_id < len(self._paths)
+            self.in_flight[ticket] = (arena, pieces)
+            if self._random.random() < self._begun_share:
+                self._begun.add(ticket)
+        if ahead:
+            self.ahead |= set(tickets)
         self.most_in_flight = max(self.most_in_flight, len(self.in_flight))
-        self.log.append(("fetch", ticket))
-        return ticket
+        self.log.append(("ahead" if ahead else "fetch", len(records)))
+        return tickets
 
-    def wait_any(self, tickets: list[int]) -> list[tuple[int, str | None, str | None]]:
+    def wait_any(self, tickets: list[int], block: bool = True) -> list[tuple[int, str | None, str | None]]:
         assert tickets, "nothing to wait for"
         assert set(tickets) <= set(self.in_flight)
-        self.log.append(("wait", len(tickets)))
-        done = self._random.sample(tickets, self._random.randint(1, len(tickets)))
+        self.log.append(("wait" if block else "poll", len(tickets)))
+        if not block:
+            tickets = [ticket for ticket in tickets if ticket in self._begun]
+        done = self._random.sample(tickets, self._random.randint(min(block, len(tickets)), len(tickets)))
         results: list[tuple[int, str | None, str | None]] = []
         for ticket in done:
             arena, pieces = self.in_flight.pop(ticket)
@@ -120,6 +135,14 @@ class FakeStore:
                 self._view(arena, dest, len(bytes_there))[:] = bytes_there
             results.append((ticket, None, None))
         return results
+
+    def drop(self, tickets: list[int]) -> list[int]:
+        assert set(tickets) <= set(self.in_flight)
+        dropped = [ticket for ticket in tickets if ticket not in self._begun]
+        for ticket in dropped:
+            del self.in_flight[ticket]
+        self.log.append(("drop", len(dropped)))
+        return dropped
 
     def cancel(self, ticket: int) -> bool:
         self.log.append(("cancel", ticket))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from argosy.errors import CorruptRecord, ReadFailed
 from argosy.experts.cache import CachedSource
-from argosy.experts.source import ExpertFiles, ExpertGroup
+from argosy.experts.source import ExpertFiles, ExpertGroup, Key
 from tests.experts.fake_store import MATRIX_BYTES, FakeStore, make_records, matrix_content
 
 NUM_LAYERS, NUM_EXPERTS = 3, 12
@@ -105,7 +105,7 @@ def test_all_misses_are_issued_before_the_first_wait() -> None:
     rig.run(0, [1])
     rig.store.log.clear()
     with rig.source.lease(0, [0, 1, 2, 3]) as lease:
-        assert [kind for kind, _ in rig.store.log] == ["fetch"] * 3  # even before the hits are computed
+        assert rig.store.log == [("fetch", 3)]  # even before the hits are computed
         list(lease)
 
 
@@ -119,7 +119,12 @@ def test_what_decode_waits_for_is_read_before_what_a_sweep_asks_for() -> None:
     rig = Rig(num_slots=12)
     fetched = []
     fetch = rig.source._files.fetch
-    rig.source._files.fetch = lambda arena, slot, key: fetched.append(key[1]) or fetch(arena, slot, key)  # type: ignore[method-assign, func-returns-value]
+
+    def record(arena: Any, experts: list[tuple[Key, int]], *, ahead: bool = False) -> list[int]:
+        fetched.extend(key[1] for key, _ in experts)
+        return fetch(arena, experts, ahead=ahead)
+
+    rig.source._files.fetch = record  # type: ignore[method-assign]
     rig.run(0, [0, 1, 2, 3, 4, 5], scan=[0, 1, 3, 4])
     assert fetched == [2, 5, 0, 1, 3, 4]
 

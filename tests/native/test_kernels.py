@@ -322,7 +322,7 @@ class Experts:
         native.swiglu_experts(
             runtime,
             self.arena,
-            self.format,
+            (self.format,) * 3,
             self.hidden,
             self.width,
             self.offsets,

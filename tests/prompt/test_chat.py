@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from argosy.errors import CheckpointError, UsageError
-from argosy.prompt.chat import ChatTemplate, check_messages, render
+from argosy.prompt.chat import ChatTemplate, Worker, check_messages, render
 from argosy.prompt.prompt import Prompt, PromptBuilder
 from argosy.prompt.template_worker import Refused, _Generation, render_segments
 from argosy.prompt.tokenizer import Tokenizer
@@ -164,7 +164,6 @@ def test_rendering_gives_the_ids_of_the_whole_text(chatml: ChatTemplate) -> None
 
 
 def test_one_process_answers_again_and_a_new_one_replaces_it_when_it_is_gone(chatml: ChatTemplate) -> None:
-    chatml.prepare()
     first = chatml.segments(HI)
     process = chatml._worker._process  # type: ignore[union-attr]
     assert chatml.segments(HI) == first
@@ -172,6 +171,15 @@ def test_one_process_answers_again_and_a_new_one_replaces_it_when_it_is_gone(cha
     process.kill()
     process.wait()
     assert chatml.segments(HI) == first
+
+
+def test_a_process_that_was_started_before_the_template_was_known_renders_it(chatml: ChatTemplate) -> None:
+    worker = Worker()
+    early = ChatTemplate(chatml._source, chatml._special_tokens, worker=worker)
+    assert early.segments(HI) == chatml.segments(HI)
+    assert early._worker is worker
+    early.close()
+    assert not worker.is_alive
 
 
 def test_the_process_ends_by_itself_when_nobody_asks(chatml: ChatTemplate) -> None:

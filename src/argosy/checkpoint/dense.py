@@ -6,7 +6,7 @@ Names and row order are those of `LlamaForCausalLM` whatever the file: a GGUF ke
 of its rotary kernel (adjacent pairs), so they are put back into halves here. Quantised GGUF blocks are
 dequantised; bfloat16 and float16 widen exactly.
 
-Elsewhere: the tokenizer of a GGUF is `dense_tokenizer.py`; what is made of a dense model is `upcycle.py`.
+Elsewhere: the tokenizer of a GGUF is `gguf_tokenizer.py`; what is made of a dense model is `upcycle.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from argosy.checkpoint.files import in_halves
+from argosy.checkpoint.gguf import read_gguf, read_values
 from argosy.checkpoint.json_strict import open_regular, read_at, read_object
 from argosy.checkpoint.safetensors import TensorRef, open_tensors
 from argosy.errors import CheckpointError, UnsupportedModel
@@ -100,13 +102,6 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def to_half_split(rows: Float32, num_heads: int) -> Float32:
-    """Reorder q or k rows from GGUF order (adjacent rotary pairs) to halves: 0 2 4 .. 1 3 5 .. in each head."""
-    head_dim = rows.shape[0] // num_heads
-    pairs = rows.reshape(num_heads, head_dim // 2, 2, *rows.shape[1:])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows.shape))
-
-
 def _require_shape(
     path: Path, name: str, found: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
@@ -117,18 +112,8 @@ def _require_shape(
 
 
 def _open_gguf(path: Path) -> DenseModel:
-    from gguf import GGUFReader, dequantize
-
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, OSError, IndexError, KeyError) as error:
-        raise CheckpointError(f"{path.name} is not a readable GGUF file: {error}", path=path) from error
-
-    def field(key: str, default: Any = None) -> Any:
-        found = reader.get_field(key)
-        return default if found is None else found.contents()
-
-    architecture = field("general.architecture")
+    file = read_gguf(path)
+    architecture = file.text("general.architecture")
     if architecture != "llama":
         raise UnsupportedModel(
             f"{path.name} is of architecture {architecture!r}; supported: llama",
@@ -136,37 +121,33 @@ def _open_gguf(path: Path) -> DenseModel:
             value=architecture,
             supported=("llama",),
         )
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    num_heads = int(field("llama.attention.head_count"))
-    num_kv_heads = int(field("llama.attention.head_count_kv", num_heads))
+    num_heads = file.integer("llama.attention.head_count", least=1)
+    num_kv_heads = file.integer("llama.attention.head_count_kv", num_heads, least=1)
+    embedding = file.tensors.get("token_embd.weight")
     config = {
-        "hidden_size": int(field("llama.embedding_length")),
-        "intermediate_size": int(field("llama.feed_forward_length")),
-        "num_hidden_layers": int(field("llama.block_count")),
+        "hidden_size": file.integer("llama.embedding_length", least=1),
+        "intermediate_size": file.integer("llama.feed_forward_length", least=1),
+        "num_hidden_layers": file.integer("llama.block_count", least=1),
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_kv_heads,
-        "vocab_size": len(field("tokenizer.ggml.tokens", ())),
-        "max_position_embeddings": int(field("llama.context_length")),
-        # 9.999999747378752e-06 is the float32 nearest to 1e-05: write the number that was meant.
-        "rms_norm_eps": float(f"{field('llama.attention.layer_norm_rms_epsilon'):.7g}"),
-        "rope_theta": float(field("llama.rope.freq_base", 10000.0)),
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "bos_token_id": field("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": field("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": field("tokenizer.ggml.padding_token_id"),
+        "vocab_size": embedding.shape[0] if embedding is not None and embedding.shape else 0,
+        "max_position_embeddings": file.integer("llama.context_length", least=1),
+        "rms_norm_eps": file.number("llama.attention.layer_norm_rms_epsilon"),
+        "rope_theta": file.number("llama.rope.freq_base", 10000.0),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        **{
+            f"{name}_token_id": file.metadata.get(f"tokenizer.ggml.{role}_token_id")
+            for name, role in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+        },
     }
     shapes = expected_shapes(config)
     permuted_heads = {"attn_q": num_heads, "attn_k": num_kv_heads}
 
-    def reader_of(tensor: Any, heads: int | None) -> Callable[[], Float32]:
-        def read() -> Float32:
-            values = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-            return to_half_split(values, heads) if heads else values
-
-        return read
+    def reader_of(ref: TensorRef, heads: int) -> Callable[[], Float32]:
+        return lambda: in_halves(read_values(ref), heads) if heads else read_values(ref)
 
     readers: dict[str, Callable[[], Float32]] = {}
-    for gguf_name, tensor in tensors.items():
+    for gguf_name, ref in file.tensors.items():
         prefix, *rest = gguf_name.split(".")
         if gguf_name in _GGUF_MODEL_NAMES:
             name, part = _GGUF_MODEL_NAMES[gguf_name], ""
@@ -179,8 +160,8 @@ def _open_gguf(path: Path) -> DenseModel:
                 value=gguf_name,
                 supported=tuple(_GGUF_LAYER_NAMES),
             )
-        _require_shape(path, name, tuple(int(size) for size in reversed(tensor.shape)), shapes)
-        readers[name] = reader_of(tensor, permuted_heads.get(part))
+        _require_shape(path, name, ref.shape, shapes)
+        readers[name] = reader_of(ref, permuted_heads.get(part, 0))
     return DenseModel(path=path, config=config, dtype="F16", readers=readers)
 
 

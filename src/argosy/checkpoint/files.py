@@ -1,14 +1,18 @@
 """What a model is read from: the same description for a checkpoint in place and for a pack.
 
-    model/families/  (safetensors)  ──┐
-                                      ├──>  ModelFiles: config, dense matrices, expert records
-    checkpoint/pack.py  (a pack)    ──┘
+    model/families/  (safetensors, GGUF)  ──┐
+                                            ├──>  ModelFiles: config, dense matrices, expert records
+    checkpoint/pack.py  (a pack)          ──┘
 
 Everything here is a place in a file (path, offset, length), proved to lie inside it; no bytes of weights are
-read. An expert is read as one piece from a pack, as three from a checkpoint with one tensor per matrix, as
-two where gate and up lie fused.
+read. An expert is read as one piece from a pack, as three from a checkpoint with one tensor per matrix or from
+the stacked tensors of a GGUF, as two where gate and up lie fused.
 
-Elsewhere: bytes move in `native/store/`; which experts are resident is `experts/`.
+A file may hold a matrix in blocks of GGUF; then it is transcoded without loss while it lands, and `format` is what
+it is in memory. Experts of a layer share the formats of gate, of up and of down; these may differ from each other
+and from layer to layer, as they do in Q4_K_M files.
+
+Elsewhere: bytes move in `native/store/`, which transcodes; which experts are resident is `experts/`.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,27 +30,61 @@ from argosy.checkpoint.json_strict import quote
 from argosy.config import Format, ModelConfig
 from argosy.errors import CheckpointError
 
+_Value = TypeVar("_Value", bound=np.generic)
+
 BYTES_PER_VALUE = {"f32": 4, "f16": 2, "bf16": 2}
 
 GROUP_COLS = 32  # quantised: columns that share a scale
 PANEL_ROWS = 16  # quantised: rows that lie interleaved
+_SUPER_COLS = 256  # K formats: columns that share the scale of the scales
 _PANEL_ALIGNMENT = 64
+
+# Bytes of one panel: (columns of a block, bytes of the block's 16 rows: quants and high bits, scales, minima).
+_PANEL_BLOCKS: Mapping[str, tuple[int, int]] = {
+    "q8": (GROUP_COLS, 512 + 32),
+    "q4": (GROUP_COLS, 256 + 32),
+    "q4_1": (GROUP_COLS, 256 + 32 + 32),
+    "q5_0": (GROUP_COLS, 256 + 64 + 32),
+    "q4_k": (_SUPER_COLS, 2048 + 32 + 32 + 128 + 128),
+    "q5_k": (_SUPER_COLS, 2048 + 512 + 32 + 32 + 128 + 128),
+    "q6_k": (_SUPER_COLS, 2048 + 1024 + 32 + 256),
+}
+
+# GGUF's name of a block type -> the slot format that holds it without loss.
+SLOT_FORMATS: Mapping[str, Format] = {
+    "Q8_0": "q8",
+    "Q4_0": "q4",
+    "Q4_1": "q4_1",
+    "Q5_0": "q5_0",
+    "Q4_K": "q4_k",
+    "Q5_K": "q5_k",
+    "Q6_K": "q6_k",
+}
+
+
+def is_quantised(format: Format) -> bool:
+    """Whether weights of this format have lost something that no other format gives back."""
+    return format not in BYTES_PER_VALUE
 
 
 def matrix_bytes(format: Format, rows: int, cols: int) -> int:
     """Bytes of a matrix in a format; the kernels' own rule, here without the kernels."""
     if format in BYTES_PER_VALUE:
         return rows * cols * BYTES_PER_VALUE[format]
-    groups = -(-cols // GROUP_COLS)
-    quant_bytes = groups * GROUP_COLS * PANEL_ROWS // (1 if format == "q8" else 2)
-    scale_bytes = groups * PANEL_ROWS * 2
-    panel_bytes = -(-(quant_bytes + scale_bytes) // _PANEL_ALIGNMENT) * _PANEL_ALIGNMENT
+    block_cols, block_bytes = _PANEL_BLOCKS[format]
+    panel_bytes = -(-cols // block_cols) * block_bytes
+    panel_bytes = -(-panel_bytes // _PANEL_ALIGNMENT) * _PANEL_ALIGNMENT
     return -(-rows // PANEL_ROWS) * panel_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class MatrixRef:
-    """One dense matrix or vector (rows = 1) in a file; `name` is what the file calls it."""
+    """One dense matrix or vector (rows = 1) in a file; `name` is what the file calls it.
+
+    `format` is what it is in memory. Where `block_type` is set, the file holds GGUF blocks instead, `nbytes` of
+    them, row after row, and whoever reads transcodes. Where `paired_heads` is set, rows of so many heads lie in
+    the order of a rotary kernel that turns adjacent pairs, and whoever reads puts them in halves (`in_halves`).
+    """
 
     name: str
     path: Path
@@ -55,21 +94,50 @@ class MatrixRef:
     rows: int
     cols: int
     checksum: int | None = None  # crc32c_wide of the bytes; packs have one
+    block_type: str | None = None
+    paired_heads: int = 0
+
+    @property
+    def landed_bytes(self) -> int:
+        """Bytes that it takes in memory."""
+        return matrix_bytes(self.format, self.rows, self.cols)
+
+
+@dataclass(frozen=True, slots=True)
+class Transcode:
+    """GGUF blocks that become a slot format while they land: [rows, cols] of a block type such as "Q4_0"."""
+
+    block_type: str
+    rows: int
+    cols: int
+
+    @property
+    def format(self) -> Format:
+        """The slot format they become."""
+        return SLOT_FORMATS[self.block_type]
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes that one read brings."""
+    """Bytes that one read brings; one whole matrix where they are transcoded."""
 
     path: Path
     offset: int
     nbytes: int
     checksum: int | None = None  # crc32c_wide of the bytes; packs have one
+    transcode: Transcode | None = None
+
+    @property
+    def landed_bytes(self) -> int:
+        """Bytes that it takes in memory."""
+        if self.transcode is None:
+            return self.nbytes
+        return matrix_bytes(self.transcode.format, self.transcode.rows, self.transcode.cols)
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertMatrix:
-    """Where a matrix of an expert lies inside one of its pieces."""
+    """Where a matrix of an expert lies inside one of its pieces, once that has landed."""
 
     piece: int
     offset: int
@@ -89,14 +157,20 @@ class ExpertRecord:
 
     @property
     def nbytes(self) -> int:
+        """Bytes that are read."""
         return sum(piece.nbytes for piece in self.pieces)
+
+    @property
+    def formats(self) -> tuple[Format, Format, Format]:
+        """Formats of gate, up and down."""
+        return self.gate.format, self.up.format, self.down.format
 
 
 @dataclass(frozen=True)
 class ModelFiles:
     """A model on disk. `dense` by canonical name, `experts` by (layer, expert)."""
 
-    directory: Path
+    path: Path  # its directory, or its GGUF file
     config: ModelConfig
     dense: Mapping[str, MatrixRef]
     experts: Mapping[tuple[int, int], ExpertRecord]
@@ -112,31 +186,44 @@ class ModelFiles:
         """Bytes of all routed experts together."""
         return sum(record.nbytes for record in self.experts.values())
 
+    def expert_formats(self, layer: int) -> tuple[Format, Format, Format]:
+        """Formats of gate, up and down in a layer: `require_one_format_a_layer` has seen to it."""
+        return self.experts[layer, 0].formats
+
     @cached_property
-    def expert_format(self) -> Format:
-        """The format of every routed expert: `require_one_expert_format` has seen to it."""
-        return next(iter(self.experts.values())).gate.format
+    def expert_format(self) -> str:
+        """All formats of routed experts, for a person: `q4`, or `q4_k+q6_k` in the order they appear."""
+        layers = dict.fromkeys(layer for layer, _ in self.experts)
+        return "+".join(dict.fromkeys(format for layer in layers for format in self.expert_formats(layer)))
 
 
-def require_one_expert_format(experts: Mapping[tuple[int, int], ExpertRecord], directory: Path) -> None:
-    """Prove that all expert matrices share one format, because one kernel call runs many experts.
+def require_one_format_a_layer(experts: Mapping[tuple[int, int], ExpertRecord], directory: Path) -> None:
+    """Prove that the experts of a layer share their formats, because one kernel call runs many experts.
 
     Raises:
         CheckpointError: they do not; names the first that differs.
     """
-    expected: str | None = None
     for (layer, expert), record in experts.items():
-        for name in ("gate", "up", "down"):
-            found = getattr(record, name).format
-            expected = expected or found
+        for name, found, expected in zip(
+            ("gate", "up", "down"), record.formats, experts[layer, 0].formats, strict=True
+        ):
             if found != expected:
                 raise CheckpointError(
-                    f"{directory}: {name} of expert {expert} in layer {layer} is {found}, the experts before "
-                    f"it are {expected}; one model has one expert format",
+                    f"{directory}: {name} of expert {expert} in layer {layer} is {found}, that of expert 0 is "
+                    f"{expected}; the experts of a layer have one format",
                     path=directory,
                     layer=layer,
                     expert=expert,
                 )
+
+
+def in_halves(rows: npt.NDArray[_Value], num_heads: int) -> npt.NDArray[_Value]:
+    """Rows [heads * head_dim, ...] of q or k from adjacent rotary pairs to halves: 0 2 4 .. 1 3 5 .. in each head.
+
+    GGUF files of the llama architecture hold them paired; a row may be values, or the bytes of its blocks.
+    """
+    pairs = rows.reshape(num_heads, -1, 2, *rows.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
 
 def check_vector(name: str, values: npt.NDArray[np.floating], path: Path | None = None) -> None:

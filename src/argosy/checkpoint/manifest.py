@@ -4,12 +4,13 @@
     DIR/dense.bin      dense matrices, each at a multiple of 4096
     DIR/experts.bin    one record per routed expert, at multiples of the stride: gate, up, down, one read
     DIR/config.json    and the tokenizer's files: copies
+    DIR/metadata.gguf  in place of these, where the pack was made from a GGUF: its metadata, without tensors
 
-Record (layer, expert) lies at (index of the layer among those with experts * num_experts + expert) * stride.
-Inside a record each matrix starts at a multiple of 64, and the stride is a multiple of 4096, the block that
-unbuffered reads want. A directory without a manifest is not a pack, so half of one never opens. The manifest
-is proved like any other file: sizes and shapes follow from the config, ranges lie in the files, and its own
-BLAKE3 covers it.
+Records follow each other, layer by layer and expert by expert, at multiples of 4096, the block that unbuffered reads
+want. Inside a record each matrix starts at a multiple of 64. All records of a layer are alike; layers differ where
+their formats do, and then the manifest lists the formats of gate, up and down for each layer with experts. A
+directory without a manifest is not a pack, so half of one never opens. The manifest is proved like any other file:
+sizes and shapes follow from the config, ranges lie in the files, and its own BLAKE3 covers it.
 
 Elsewhere: packs are written by `pack.py`; record checksums are verified by whoever reads a record.
 """
@@ -57,9 +58,12 @@ def round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
+ExpertFormats = tuple[Format, Format, Format]  # of gate, up and down
+
+
 @dataclass(frozen=True, slots=True)
 class RecordLayout:
-    """Where the three matrices of an expert lie in its record; the same for every expert of a pack."""
+    """Where the three matrices of an expert lie in its record; the same for every expert of a layer."""
 
     gate: ExpertMatrix
     up: ExpertMatrix
@@ -68,16 +72,28 @@ class RecordLayout:
     stride: int  # from one record to the next
 
 
-def record_layout(config: ModelConfig, format: Format) -> RecordLayout:
-    """The record of a model's experts in a format."""
+def record_layout(config: ModelConfig, formats: ExpertFormats) -> RecordLayout:
+    """The record of a model's experts in the formats of gate, up and down."""
     matrices = []
     at = 0
-    for rows, cols in expert_shapes(config):
+    for format, (rows, cols) in zip(formats, expert_shapes(config), strict=True):
         at = round_up(at, MATRIX_ALIGNMENT)
         matrices.append(ExpertMatrix(0, at, format, rows, cols))
         at += matrix_bytes(format, rows, cols)
     gate, up, down = matrices
     return RecordLayout(gate, up, down, at, round_up(at, FILE_ALIGNMENT))
+
+
+def lay_out_experts(
+    config: ModelConfig, formats_of: Callable[[int], ExpertFormats]
+) -> Iterator[tuple[tuple[int, int], int, RecordLayout]]:
+    """((layer, expert), offset, layout) of every record of a pack, in their order."""
+    at = 0
+    for layer in config.moe_layers:
+        layout = record_layout(config, formats_of(layer))
+        for expert in range(config.num_experts):
+            yield (layer, expert), at, layout
+            at += layout.stride
 
 
 def lay_out_dense(config: ModelConfig, format_of: Callable[[str], Format], path: Path) -> list[MatrixRef]:
@@ -101,7 +117,7 @@ class Manifest:
     config: ModelConfig
     dense_formats: Mapping[str, Format]
     dense_checksums: Mapping[str, int]
-    expert_format: Format
+    expert_formats: Mapping[int, ExpertFormats]  # by layer
     expert_checksums: list[int]  # in the order of the records
     files: Mapping[str, tuple[int, str]]  # name -> bytes, BLAKE3
 
@@ -114,13 +130,20 @@ class Manifest:
                 name: {"format": format, "crc32c_wide": self.dense_checksums[name]}
                 for name, format in self.dense_formats.items()
             },
-            "experts": {"format": self.expert_format, "crc32c_wide": self.expert_checksums},
+            "experts": {"format": self._formats_to_json(), "crc32c_wide": self.expert_checksums},
             "files": {
                 name: {"nbytes": nbytes, "blake3": digest} for name, (nbytes, digest) in self.files.items()
             },
         }
         manifest = {"argosy_pack": PACK_VERSION, "blake3": _digest_of(contents), "contents": contents}
         return (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
+
+    def _formats_to_json(self) -> object:
+        """One format where all matrices of all experts share it, else gate, up and down of each layer with experts."""
+        formats = {format for three in self.expert_formats.values() for format in three}
+        if len(formats) == 1:
+            return formats.pop()
+        return [list(self.expert_formats[layer]) for layer in self.config.moe_layers]
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -162,12 +185,13 @@ def read_manifest(directory: Path) -> Manifest:
         if "/" in name or name.startswith("."):
             raise reader.wrong("files", name, "plain file names")
         files[name] = reader.count(file["nbytes"], name), str(file["blake3"])
+    config = cast(ModelConfig, _from_json(ModelConfig, contents["config"], "config", reader))
     return Manifest(
         format=str(contents["format"]),
-        config=cast(ModelConfig, _from_json(ModelConfig, contents["config"], "config", reader)),
+        config=config,
         dense_formats=dense_formats,
         dense_checksums=dense_checksums,
-        expert_format=reader.format(experts["format"], "experts"),
+        expert_formats=reader.expert_formats(experts["format"], config.moe_layers),
         expert_checksums=[reader.checksum(value, "experts.crc32c_wide") for value in checksums],
         files=files,
     )
@@ -197,16 +221,16 @@ def open_pack(directory: str | Path) -> ModelFiles | None:
         fault = "does not have" if odd in expected else "has an unexpected"
         raise CheckpointError(f"{MANIFEST_FILE} {fault} tensor {quote(odd)}", path=directory, tensor=odd)
     dense = lay_out_dense(config, lambda name: manifest.dense_formats[name], directory / DENSE_FILE)
-    layout = record_layout(config, manifest.expert_format)
-    num_records = len(config.moe_layers) * config.num_experts
-    if len(manifest.expert_checksums) != num_records:
+    records = list(lay_out_experts(config, manifest.expert_formats.__getitem__))
+    if len(manifest.expert_checksums) != len(records):
         raise CheckpointError(
             f"{MANIFEST_FILE} has checksums of {len(manifest.expert_checksums)} experts, "
-            f"expected {num_records}",
+            f"expected {len(records)}",
             path=directory,
         )
+    experts_end = records[-1][1] + records[-1][2].stride
     dense_end = round_up(dense[-1].offset + dense[-1].nbytes, FILE_ALIGNMENT)
-    for name, needed in ((DENSE_FILE, dense_end), (EXPERTS_FILE, num_records * layout.stride)):
+    for name, needed in ((DENSE_FILE, dense_end), (EXPERTS_FILE, experts_end)):
         if manifest.files[name][0] != needed:
             raise CheckpointError(
                 f"{name} has {manifest.files[name][0]} bytes, expected {needed}", path=directory / name
@@ -221,19 +245,11 @@ def open_pack(directory: str | Path) -> ModelFiles | None:
     path = directory / EXPERTS_FILE
     experts = {
         key: ExpertRecord(
-            (Piece(path, index * layout.stride, layout.nbytes, manifest.expert_checksums[index]),),
-            layout.gate,
-            layout.up,
-            layout.down,
+            (Piece(path, offset, layout.nbytes, checksum),), layout.gate, layout.up, layout.down
         )
-        for index, key in enumerate(expert_keys(config))
+        for (key, offset, layout), checksum in zip(records, manifest.expert_checksums, strict=True)
     }
     return ModelFiles(directory, config, with_checksums, experts, is_packed=True)
-
-
-def expert_keys(config: ModelConfig) -> Iterator[tuple[int, int]]:
-    """(layer, expert) in the order of a pack's records."""
-    return ((layer, expert) for layer in config.moe_layers for expert in range(config.num_experts))
 
 
 def _check_files(directory: Path, manifest: Manifest) -> None:
@@ -354,6 +370,18 @@ class _Strict:
         if value not in STORED_FORMATS:
             raise self.wrong(where, value, f"one of {', '.join(STORED_FORMATS)}")
         return value
+
+    def expert_formats(self, value: object, layers: tuple[int, ...]) -> dict[int, ExpertFormats]:
+        """Formats of gate, up and down for each layer with experts: one for all, or a list of threes."""
+        if not isinstance(value, list):
+            format = self.format(value, "experts.format")
+            return dict.fromkeys(layers, (format, format, format))
+        if len(value) != len(layers) or not all(
+            isinstance(three, list) and len(three) == 3 for three in value
+        ):
+            raise self.wrong("experts.format", value, f"three formats for each of {len(layers)} layers")
+        gate_up_down = ([self.format(item, "experts.format") for item in three] for three in value)
+        return {layer: (gate, up, down) for layer, (gate, up, down) in zip(layers, gate_up_down, strict=True)}
 
 
 def _from_json(kind: Any, value: object, where: str, reader: _Strict) -> object:

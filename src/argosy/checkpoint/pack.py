@@ -6,7 +6,7 @@
     bf16      bf16      bf16             f32
     q8        q8        q8               f32
     q4        q4        q8               f32
-    source    as they are, bit for bit
+    source    as they are, bit for bit; blocks of a GGUF become slot formats, which hold the same weights
 
 Norms, biases and the rows that score experts stay float32, exactly: a rounded router does not blur a sum, it
 picks another expert. From float32 or float16, `bf16` rounds to nearest even: it was asked for by name.
@@ -44,9 +44,12 @@ from argosy.checkpoint.files import (
     ExpertRecord,
     MatrixRef,
     ModelFiles,
+    in_halves,
+    is_quantised,
     matrix_bytes,
 )
 from argosy.checkpoint.geometry import is_kept_exact
+from argosy.checkpoint.gguf import GGUF_METADATA_FILE, metadata_only, read_gguf
 from argosy.checkpoint.json_strict import JSON_LIMIT_BYTES, open_regular, read_at
 from argosy.checkpoint.manifest import (
     DENSE_FILE,
@@ -55,13 +58,13 @@ from argosy.checkpoint.manifest import (
     MANIFEST_FILE,
     PACK_VERSION,
     PARTIAL_SUFFIX,
+    ExpertFormats,
     Manifest,
     Progress,
     checksum_of,
-    expert_keys,
     lay_out_dense,
+    lay_out_experts,
     open_pack,
-    record_layout,
     round_up,
     verify_pack,
 )
@@ -77,7 +80,7 @@ _SLICE_VALUES = 1 << 20  # of a matrix that is read and converted at once
 _COPIED_NAMES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json",
-    "merges.txt",
+    "merges.txt", GGUF_METADATA_FILE,
 )  # fmt: skip
 _COPIED_PREFIXES = ("LICENSE", "LICENCE", "NOTICE")
 
@@ -134,11 +137,10 @@ def pack(
 def _require_packable(files: ModelFiles, destination: Path, format: str) -> None:
     if format not in PACK_FORMATS:
         raise UsageError(f"unknown format '{format}'; known: {', '.join(PACK_FORMATS)}")
-    if files.expert_format in ("q8", "q4"):
+    if format != "source" and (quantised := _quantised_formats(files)):
         raise UsageError(
-            f"{files.directory} is already {files.expert_format}; "
-            "quantised weights are never quantised again",
-            hint="pack from the original checkpoint",
+            f"{files.path} is already {quantised}; quantised weights are never quantised again",
+            hint="`--format source` keeps them as they are; for another format, pack from the original checkpoint",
         )
     if destination.name.endswith(PARTIAL_SUFFIX) or destination.name in ("", ".", ".."):
         raise UsageError(f"'{destination}' cannot be the name of a pack")
@@ -150,9 +152,18 @@ def _require_packable(files: ModelFiles, destination: Path, format: str) -> None
         raise UsageError(f"{destination.absolute().parent} does not exist")
 
 
+def _quantised_formats(files: ModelFiles) -> str:
+    """The quantised formats of the experts, else of the dense matrices, or ''."""
+    experts = {format for layer in files.config.moe_layers for format in files.expert_formats(layer)}
+    for formats in (experts, {ref.format for ref in files.dense.values()}):
+        if quantised := sorted(filter(is_quantised, formats)):
+            return "+".join(quantised)
+    return ""
+
+
 @dataclass(frozen=True, slots=True)
 class _SourceMatrix:
-    """Where a matrix comes from."""
+    """Where a matrix comes from, and what is done to it: blocks are transcoded, paired rows put into halves."""
 
     name: str
     path: Path
@@ -160,6 +171,14 @@ class _SourceMatrix:
     format: Format
     rows: int
     cols: int
+    nbytes: int
+    block_type: str | None = None
+    paired_heads: int = 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in the file; panels of a slot format have no rows of their own."""
+        return self.nbytes // self.rows if self.block_type else self.cols * BYTES_PER_VALUE[self.format]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,18 +210,25 @@ def _plan(files: ModelFiles, format: str) -> tuple[list[MatrixRef], list[_Unit]]
     dense = lay_out_dense(files.config, _dense_format(files, format), Path(DENSE_FILE))
     for target in dense:
         ref = files.dense[target.name]
-        source = _SourceMatrix(ref.name, ref.path, ref.offset, ref.format, ref.rows, ref.cols)
+        source = _SourceMatrix(
+            ref.name, ref.path, ref.offset, ref.format, ref.rows, ref.cols, ref.nbytes, ref.block_type,
+            ref.paired_heads,
+        )  # fmt: skip
         end = round_up(target.offset + target.nbytes, FILE_ALIGNMENT)
         units.append(_Unit(DENSE_FILE, target.offset, target.nbytes, end, ((source, target.format, 0),)))
-    expert_format = files.expert_format if format == "source" else cast(Format, format)
-    layout = record_layout(files.config, expert_format)
-    for index, (layer, expert) in enumerate(expert_keys(files.config)):
+
+    def formats_of(layer: int) -> ExpertFormats:
+        if format == "source":
+            return files.expert_formats(layer)
+        asked = cast(Format, format)
+        return asked, asked, asked
+
+    for (layer, expert), start, layout in lay_out_experts(files.config, formats_of):
         record = files.experts[layer, expert]
         parts = tuple(
-            (_expert_source(record, name, layer, expert), expert_format, getattr(layout, name).offset)
-            for name in ("gate", "up", "down")
+            (_expert_source(record, name, layer, expert), matrix.format, matrix.offset)
+            for name, matrix in (("gate", layout.gate), ("up", layout.up), ("down", layout.down))
         )
-        start = index * layout.stride
         units.append(_Unit(EXPERTS_FILE, start, layout.nbytes, start + layout.stride, parts))
     return dense, units
 
@@ -211,9 +237,12 @@ def _expert_source(record: ExpertRecord, name: str, layer: int, expert: int) -> 
     matrix = getattr(record, name)
     piece = record.pieces[matrix.piece]
     label = f"{name} of expert {expert} in layer {layer}"
+    # A transcoded piece is one matrix; any other holds its matrices as they are.
+    nbytes = piece.nbytes if piece.transcode else matrix_bytes(matrix.format, matrix.rows, matrix.cols)
     return _SourceMatrix(
-        label, piece.path, piece.offset + matrix.offset, matrix.format, matrix.rows, matrix.cols
-    )
+        label, piece.path, piece.offset + (0 if piece.transcode else matrix.offset), matrix.format,
+        matrix.rows, matrix.cols, nbytes, piece.transcode.block_type if piece.transcode else None,
+    )  # fmt: skip
 
 
 class _Writer:
@@ -227,7 +256,8 @@ class _Writer:
         self._parent = destination.absolute().parent
         self._partial = destination.with_name(destination.name + PARTIAL_SUFFIX)
         self._dense, self._units = _plan(files, format)
-        self._copied = _files_to_copy(files.directory)
+        self._copied = _files_to_copy(files.path)
+        self._made = _files_to_make(files.path)
         self._fingerprint = self._source_fingerprint()
         self._checksums: list[int] = []
         self._hashers = {name: blake3.blake3() for name in (DENSE_FILE, EXPERTS_FILE)}
@@ -280,9 +310,12 @@ class _Writer:
             sizes[name] = os.fstat(descriptor).st_size, self._hashers[name].hexdigest()
         for source in self._copied:
             sizes[source.name] = self._copy(source)
+        for name, data in self._made.items():
+            self._write_small(name, data)
+            sizes[name] = len(data), blake3.blake3(data).hexdigest()
         if self._source_fingerprint() != self._fingerprint:
             raise CheckpointError(
-                f"{self._files.directory} changed while it was packed",
+                f"{self._files.path} changed while it was packed",
                 hint="run the same command again: it starts over",
             )
         num_dense = len(self._dense)
@@ -293,7 +326,10 @@ class _Writer:
             dense_checksums={
                 ref.name: checksum for ref, checksum in zip(self._dense, self._checksums, strict=False)
             },
-            expert_format=self._units[-1].parts[0][1],
+            expert_formats={
+                layer: _formats_of(self._units[num_dense + index * self._files.config.num_experts])
+                for index, layer in enumerate(self._files.config.moe_layers)
+            },
             expert_checksums=self._checksums[num_dense:],
             files=dict(sorted(sizes.items())),
         ).to_bytes()
@@ -326,6 +362,8 @@ class _Writer:
     def _converted(self, source: _SourceMatrix, format: Format) -> Iterator[tuple[int, Bytes]]:
         """Slices of a matrix in another format, each with its offset in the result."""
         step = max(PANEL_ROWS, _SLICE_VALUES // max(1, source.cols) // PANEL_ROWS * PANEL_ROWS)
+        if source.paired_heads or (is_quantised(source.format) and source.block_type is None):
+            step = max(1, source.rows)  # rows change places, or are panels that cannot be cut here
         for row in range(0, source.rows, step):
             num_rows = min(step, source.rows - row)
             raw = self._read_rows(source, row, num_rows)
@@ -366,9 +404,15 @@ class _Writer:
         if descriptor is None:
             descriptor = self._open_files.enter_context(open_regular(source.path))[0]
             self._sources[source.path] = descriptor
-        row_bytes = source.cols * BYTES_PER_VALUE[source.format]
-        offset = source.offset + row * row_bytes
-        return np.frombuffer(read_at(descriptor, num_rows * row_bytes, offset, source.path), np.uint8)
+        if is_quantised(source.format) and source.block_type is None:
+            return np.frombuffer(read_at(descriptor, source.nbytes, source.offset, source.path), np.uint8)
+        nbytes, offset = num_rows * source.row_bytes, source.offset + row * source.row_bytes
+        raw = np.frombuffer(read_at(descriptor, nbytes, offset, source.path), np.uint8)
+        if source.paired_heads:
+            raw = in_halves(raw.reshape(num_rows, -1), source.paired_heads).reshape(-1)
+        if source.block_type is None:
+            return raw
+        return _native.transcode(source.block_type, raw, num_rows, source.cols)
 
     def _write(self, name: str, data: Bytes, offset: int) -> None:
         self._hashers[name].update(data.data)
@@ -431,7 +475,7 @@ class _Writer:
                 return "the unfinished pack is of another version of Argosy"
         except (ValueError, TypeError, KeyError):
             return "the journal of the unfinished pack is damaged"
-        return f"{self._files.directory} changed since the unfinished pack was begun"
+        return f"{self._files.path} changed since the unfinished pack was begun"
 
     def _source_fingerprint(self) -> list[list[object]]:
         """Name, size and time of change of every file that the pack is made from."""
@@ -450,7 +494,7 @@ class _Writer:
 
     def _require_room(self) -> None:
         needed = sum(unit.end - unit.offset for unit in self._units) - self.resumed_bytes
-        needed += sum(path.stat().st_size for path in self._copied)
+        needed += sum(path.stat().st_size for path in self._copied) + sum(map(len, self._made.values()))
         free = shutil.disk_usage(self._parent).free
         if needed > free:
             raise self._disk_full(needed, free)
@@ -515,17 +559,28 @@ class _Writer:
         return sum(unit.end - unit.offset for unit in self._units[len(self._checksums) :])
 
 
-def _files_to_copy(directory: Path) -> list[Path]:
-    """Config, tokenizer and licence of a model, as far as they are there."""
+def _formats_of(unit: _Unit) -> ExpertFormats:
+    gate, up, down = (format for _, format, _ in unit.parts)
+    return gate, up, down
+
+
+def _files_to_copy(path: Path) -> list[Path]:
+    """Config, tokenizer and licence of a model, as far as they are there. A GGUF holds its own config and tokenizer."""
+    directory, others = (path, _COPIED_NAMES) if path.is_dir() else (path.parent, ())
     names = sorted(entry.name for entry in directory.iterdir())
-    chosen = [name for name in names if name in _COPIED_NAMES or name.startswith(_COPIED_PREFIXES)]
+    chosen = [name for name in names if name in others or name.startswith(_COPIED_PREFIXES)]
     paths = [directory / name for name in chosen if (directory / name).is_file()]
-    for path in paths:
-        if path.stat().st_size > JSON_LIMIT_BYTES:
+    for found in paths:
+        if found.stat().st_size > JSON_LIMIT_BYTES:
             raise CheckpointError(
-                f"{path.name} is {path.stat().st_size} bytes long, at most {JSON_LIMIT_BYTES} are read"
+                f"{found.name} is {found.stat().st_size} bytes long, at most {JSON_LIMIT_BYTES} are read"
             )
     return paths
+
+
+def _files_to_make(path: Path) -> dict[str, bytes]:
+    """The metadata of a GGUF, as a file of a pack: its tokenizer and chat template are read from there."""
+    return {} if path.is_dir() else {GGUF_METADATA_FILE: metadata_only(read_gguf(path))}
 
 
 def _widen(format: Format, raw: Bytes) -> Float32:

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from argosy.checkpoint.dense import DenseModel, Float32, open_dense
-from argosy.checkpoint.dense_tokenizer import read_tokenizer
+from argosy.checkpoint.gguf_tokenizer import tokenizer_files
 from argosy.checkpoint.safetensors_write import Bytes, TensorToWrite, encode, write_safetensors
 from argosy.errors import CheckpointError, UsageError
 
@@ -185,7 +185,7 @@ def write_tokenizer_files(dense_path: Path, directory: Path) -> None:
             if (dense_path / name).is_file():
                 shutil.copyfile(dense_path / name, directory / name)
         return
-    tokenizer_json, tokenizer_config = read_tokenizer(dense_path)
+    tokenizer_json, tokenizer_config = tokenizer_files(dense_path)
     (directory / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     _write_json(directory / "tokenizer_config.json", tokenizer_config)
     config = open_dense(dense_path).config

@@ -67,7 +67,7 @@ def model_facts(files: ModelFiles) -> dict[str, Any]:
         per_expert = sum(matrix.rows * matrix.cols for matrix in (record.gate, record.up, record.down))
     dense = sum(ref.rows * ref.cols for ref in files.dense.values())
     return {
-        "directory": str(files.directory),
+        "directory": str(files.path),
         "family": config.family,
         "is_packed": files.is_packed,
         "expert_format": files.expert_format if files.experts else None,
@@ -123,7 +123,7 @@ def _plan(model: str, files: ModelFiles, settings: Settings) -> MemoryPlan:
     from argosy.engine.memory_plan import plan_memory, process_bytes
     from argosy.prompt.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.open(files.directory)  # held while the process is measured, as the engine holds it
+    tokenizer = Tokenizer.open(files.path)  # held while the process is measured, as the engine holds it
     config, expert_slots = settle(model, files, **settings.for_engine())
     return plan_memory(files, config, process_bytes=process_bytes(tokenizer), expert_slots=expert_slots)
 

@@ -11,10 +11,9 @@ Elsewhere: it was trained and written by `recipes/demo_model/`; `build.py` joins
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
+from argosy.checkpoint.gguf import read_gguf, read_values
+from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.upcycle import RoutedExperts
 from argosy.errors import CheckpointError
 
@@ -39,43 +38,30 @@ class TrainedExperts:
         Raises:
             CheckpointError: it is missing, or not the experts of a demo model.
         """
-        from gguf import GGUFReader
-
         self._path = path
         try:
-            reader = GGUFReader(path)
-        except (ValueError, OSError, IndexError, KeyError) as error:
+            file = read_gguf(path)
+        except CheckpointError as error:
             raise CheckpointError(
-                f"{path.name} is not a readable GGUF file: {error}",
+                f"{path.name} is not readable: {error.message}",
                 hint="it is part of Argosy; install Argosy again",
                 path=path,
             ) from error
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.base_sha256 = str(self._field(reader, BASE_DIGEST_KEY))
-        self.experts_per_token = int(self._field(reader, EXPERTS_PER_TOKEN_KEY))
-        self.num_experts, self.width, self.hidden_size = self._shape("blk.0.ffn_gate_exps.weight")
+        self._tensors = file.tensors
+        self.base_sha256 = file.text(BASE_DIGEST_KEY)
+        self.experts_per_token = file.integer(EXPERTS_PER_TOKEN_KEY, least=1)
+        self.num_experts, self.width, self.hidden_size = self._tensor("blk.0.ffn_gate_exps.weight").shape
         self.num_layers = sum(name.endswith(".ffn_gate_inp.weight") for name in self._tensors)
 
     def layer(self, layer: int) -> RoutedExperts:
         """The routed experts of one layer, dequantised to float32."""
-        from gguf import dequantize
+        parts = {
+            part: read_values(self._tensor(f"blk.{layer}.{name}.weight"))
+            for part, name in TENSOR_OF_PART.items()
+        }
+        return RoutedExperts(**parts)
 
-        found: dict[str, Any] = {}
-        for part, tensor_name in TENSOR_OF_PART.items():
-            tensor = self._tensor(f"blk.{layer}.{tensor_name}.weight")
-            found[part] = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-        return RoutedExperts(**found)
-
-    def _field(self, reader: Any, key: str) -> Any:
-        found = reader.get_field(key)
-        if found is None:
-            raise CheckpointError(f"{self._path.name} has no field {key}", path=self._path)
-        return found.contents()
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(size) for size in reversed(self._tensor(name).shape))
-
-    def _tensor(self, name: str) -> Any:
+    def _tensor(self, name: str) -> TensorRef:
         if name not in self._tensors:
             raise CheckpointError(
                 f"{self._path.name}: tensor {name} is missing", path=self._path, tensor=name

@@ -8,12 +8,14 @@ the expert source. It is one process's single user of them; calls from several t
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,21 +36,23 @@ from argosy.engine.sampler import Sampler, SamplerState
 from argosy.engine.scheduler import Scheduled, Scheduler
 from argosy.engine.sequence import FinishReason, Result, TokenEvent, TokenLogprob
 from argosy.engine.sequence import Sequence as EngineSequence
-from argosy.errors import PromptTooLong, UsageError
+from argosy.errors import DoesNotFit, PromptTooLong, UsageError
 from argosy.experts.cache import CachedSource
 from argosy.experts.source import ExpertFiles, ExpertSource, Progress, ResidentSource
 from argosy.model.clock import PartClock
-from argosy.model.decoder import Decoder
+from argosy.model.decoder import Decoder, RouteObserver
 from argosy.model.families import open_model
-from argosy.model.moe import RouteObserver
-from argosy.model.weights import load_dense
+from argosy.model.weights import DenseReading
 from argosy.model.workspace import Workspace
 from argosy.plan import machine
 from argosy.prompt.prompt import Message, Prompt, PromptBuilder
-from argosy.prompt.tokenizer import Tokenizer
+from argosy.prompt.tokenizer import Tokenizer, has_chat_template
+
+if TYPE_CHECKING:
+    from argosy.prompt.chat import Worker
 
 DEMO = "demo"  # the word for the embedded default model; a directory of that name is `./demo`
-DEMO_CONTEXT = 2048  # positions, where neither a budget nor a context is given
+DEMO_CONTEXT, DEMO_CHUNK = 2048, 256  # tokens, where nothing is said
 PromptLike = str | Sequence[int] | Sequence[Message] | Prompt
 
 
@@ -64,6 +68,7 @@ class Engine:
         context: positions of the KV cache, shared by all sequences; None: as the budget carries.
         kv_dtype: `f32`, or `f16` for half the memory and rounded keys and values.
         instruction_set: caps the choice of kernels: `plain`, `avx2` or `avx512`.
+        chunk_tokens: most prompt tokens in one step; None: as the memory plan finds best.
         expert_slots: fixes the size of the expert cache instead of giving it what the budget leaves.
         experts_off: leave routed experts out of every sum, to compare with a dense base.
         progress: hears what start-up is doing.
@@ -82,7 +87,7 @@ class Engine:
         context: int | None = None,
         kv_dtype: KvDtype = "f32",
         instruction_set: str | None = None,
-        chunk_tokens: int = 256,
+        chunk_tokens: int | None = None,
         max_sequences: int = 8,
         readers: int = 4,
         expert_slots: int | None = None,
@@ -95,7 +100,7 @@ class Engine:
         _choose_instruction_set(instruction_set)
         directory = locate_model(model, progress)
         files = open_model(directory)
-        self.tokenizer = Tokenizer.open(directory)
+        self.config: ModelConfig = files.config
         self.settings, expert_slots = settle(
             model,
             files,
@@ -115,42 +120,63 @@ class Engine:
                 f"expert_slots must be at least experts_per_token = {files.config.experts_per_token},"
                 f" found {expert_slots}"
             )
-        self.config: ModelConfig = files.config
+        self._clock = PartClock()
+        with ExitStack() as undo:
+            self._store = _native.Store(readers)
+            undo.callback(self._store.close)
+            open_file = functools.cache(self._store.open)
+            worker = _start_worker(directory)
+            if worker is not None:
+                undo.callback(worker.stop)
+            self._load(directory, files, expert_slots, open_file, progress)
+            self._prompts = PromptBuilder(self.tokenizer, vocab_size=files.config.vocab_size, worker=worker)
+            self._start(files, open_file, progress, observe_routes)
+            undo.pop_all()
+        self._is_open = True
+
+    def _load(
+        self,
+        directory: Path,
+        files: ModelFiles,
+        expert_slots: int | None,
+        open_file: Callable[[str], int],
+        progress: Progress | None,
+    ) -> None:
+        """Read dense weights, build the tokenizer meanwhile, and plan with what the process then holds."""
+        held = machine.process_footprint().resident_bytes
+        reading = None
+        with suppress(DoesNotFit):  # if it does not fit even so: nothing is read, and the plan below says why
+            plan_memory(files, self.settings, process_bytes=held, expert_slots=expert_slots)
+            reading = DenseReading(self._store, files.dense, open_file=open_file, progress=progress)
+        dense_bytes = 0
+        try:
+            self.tokenizer = Tokenizer.open(directory)
+            if reading is not None:
+                self._weights = reading.finish()
+                dense_bytes = self._weights.nbytes
+        finally:
+            if reading is not None:
+                reading.cancel()
         self.plan: MemoryPlan = plan_memory(
             files,
             self.settings,
-            process_bytes=process_bytes(self.tokenizer),
+            process_bytes=max(held, process_bytes(self.tokenizer) - dense_bytes),
             expert_slots=expert_slots,
         )
-        self._prompts = PromptBuilder(self.tokenizer, vocab_size=files.config.vocab_size)
-        self._store = _native.Store(readers)
-        try:
-            self._prompts.prepare()  # its process starts while weights are read
-            self._start(files, progress, observe_routes)
-        except BaseException:
-            self._prompts.close()
-            self._store.close()
-            raise
-        self._is_open = True
 
     def _start(
-        self, files: ModelFiles, progress: Progress | None, observe_routes: RouteObserver | None
+        self,
+        files: ModelFiles,
+        open_file: Callable[[str], int],
+        progress: Progress | None,
+        observe_routes: RouteObserver | None,
     ) -> None:
         plan, config, settings = self.plan, self.config, self.settings
-        opened: dict[str, int] = {}
-
-        def open_file(path: str) -> int:
-            if path not in opened:
-                opened[path] = self._store.open(path)
-            return opened[path]
-
-        self._clock = PartClock()
-        self._weights = load_dense(self._store, files.dense, open_file=open_file, progress=progress)
         self._experts: ExpertSource | None = None
         if files.experts and not settings.experts_off:
             expert_files = ExpertFiles(self._store, files.experts, open_file=open_file)
             if plan.is_resident:
-                self._experts = ResidentSource(self._store, expert_files, files.experts, progress=progress)
+                self._experts = ResidentSource(self._store, expert_files, progress=progress)
             else:
                 self._experts = CachedSource(
                     self._store,
@@ -176,7 +202,7 @@ class Engine:
             kv,
             self._runtime,
             Workspace(config, plan.chunk_tokens + settings.max_sequences),
-            mark=self._clock.mark,
+            clock=self._clock,
             observe=observe_routes,
         )
         self._scheduler = Scheduler(
@@ -205,10 +231,7 @@ class Engine:
                 self._clock.mark("other")
                 scheduled = self._scheduler.next_batch()
                 self._clock.mark("other")
-                hidden = self._decoder.forward(scheduled.batch)  # layers -> router -> expert source -> kernel
-                if not scheduled.ready:
-                    return []
-                logits = self._decoder.logits(hidden, scheduled.batch.last_rows)
+                logits = self._decoder.forward(scheduled.batch)  # layers -> router -> expert source -> kernel
                 return self._commit(scheduled, logits)
             except BaseException:
                 for sequence in list(self._sequences):
@@ -367,12 +390,12 @@ class Engine:
                 while at < len(out):
                     self._clock.mark("other")
                     batch = self._scheduler.next_batch().batch
-                    hidden = self._decoder.forward(batch)
+                    self._decoder.forward(batch)
                     for start in range(
                         0, batch.num_tokens, 16
                     ):  # a few rows at a time: the vocabulary is wide
                         rows = np.arange(start, min(start + 16, batch.num_tokens))
-                        out[at + rows] = self._decoder.logits(hidden, rows)
+                        out[at + rows] = self._decoder.logits(rows)
                     at += batch.num_tokens
             finally:
                 self.cancel(sequence)
@@ -437,6 +460,15 @@ class Engine:
             raise UsageError("the engine is closed")
 
 
+def _start_worker(directory: Path) -> Worker | None:
+    """The process that renders chat templates, to be ready with the first prompt; None for a model without one."""
+    if not has_chat_template(directory):
+        return None
+    from argosy.prompt.chat import Worker
+
+    return Worker()
+
+
 def _choose_instruction_set(cap: str | None) -> None:
     available = _native.instruction_sets()
     if cap is None:
@@ -464,14 +496,18 @@ def settle(
     context: int | None = None,
     expert_slots: int | None = None,
     threads: int | None = None,
+    chunk_tokens: int | None = None,
     **others: Any,
 ) -> tuple[EngineConfig, int | None]:
     """Settings and expert slots where some are left open: what `Engine` runs with and `argosy show` plans with."""
     if expert_slots is None and memory is None and str(model) == DEMO:
         expert_slots = quarter_of_experts(files)
-        context = context or DEMO_CONTEXT
+        context, chunk_tokens = context or DEMO_CONTEXT, chunk_tokens or DEMO_CHUNK
     config = EngineConfig(
-        budget=_budget(memory, context), threads=threads or machine.usable_cores(), **others
+        budget=_budget(memory, context),
+        threads=threads or machine.usable_cores(),
+        chunk_tokens=chunk_tokens,
+        **others,
     )
     return config, expert_slots
 

@@ -23,9 +23,11 @@ Elsewhere: when an answer ends is the engine's business; logits come from `model
 
 from __future__ import annotations
 
-import secrets
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +37,13 @@ from argosy.errors import ArgosyError, UsageError
 
 Logits = npt.NDArray[np.float32]
 
-_FIRST_CANDIDATES = 256  # of a nucleus: most hold fewer, and sorting these is cheap
+Ids = npt.NDArray[np.int64]
+
+_SORTED_AT_ONCE = 2048  # scores; sorting so many costs as much as a look through a vocabulary
+_NEAR_THE_BEST = (
+    0.002  # of the best token's weight: what is lighter rarely decides where a cut or a draw falls
+)
+_SMALLEST_TEMPERATURE = 1e-37  # of float32, with all its bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +64,9 @@ class SamplerState:
     """
 
     def __init__(self, prompt_ids: Sequence[int], seed: int | None = None) -> None:
-        self.seed = secrets.randbits(63) if seed is None else seed
+        self.seed = int.from_bytes(os.urandom(8)) >> 1 if seed is None else seed
         self.step = 0
-        self._prompt_ids = np.unique(np.asarray(prompt_ids, np.int64))
+        self._prompt_ids = np.array(sorted(set(prompt_ids)), np.int64)
         self._counts: dict[int, int] = {}
 
     def accept(self, token_id: int) -> None:
@@ -77,8 +85,8 @@ class SamplerState:
 
     def uniform(self) -> float:
         """The number from 0 up to, not including, 1 that belongs to this seed and step."""
-        bits = np.random.Philox(key=self.seed, counter=self.step)
-        return float(np.random.Generator(bits).random())
+        bits: int = np.random.Philox(key=self.seed, counter=self.step).random_raw()
+        return (bits >> 11) * 2.0**-53
 
 
 class Sampler:
@@ -96,19 +104,23 @@ class Sampler:
             ArgosyError: a logit is NaN or +inf, or all are -inf: the weights or the arithmetic are broken.
             UsageError: `logit_bias` names a token outside the vocabulary.
         """
-        best = logits.max()
-        if not np.isfinite(best):
+        best_id = int(logits.argmax())  # the first NaN, if there is one
+        best = float(logits[best_id])
+        if not math.isfinite(best):
             raise ArgosyError(
                 f"the model gave no usable scores for token {state.step + 1} of the answer: "
                 f"the largest logit is {best}, and {int(np.isnan(logits).sum())} of {logits.size} are NaN",
                 hint="the weights may be damaged: check the files, or try another --instruction-set",
             )
         scores = self._adjust(logits, params, state)
-        token_id = int(scores.argmax()) if params.temperature == 0 else self._draw(scores, params, state)
+        if params.temperature > 0:
+            token_id = _draw(scores, params, state.uniform())
+        else:
+            token_id = best_id if scores is logits else int(scores.argmax())
         state.accept(token_id)
         if params.logprobs is None:
             return Sampled(token_id)
-        return self._with_logprobs(token_id, logits, params.logprobs)
+        return _with_logprobs(token_id, logits, params.logprobs)
 
     def _adjust(self, logits: Logits, params: SamplingParams, state: SamplerState) -> Logits:
         """Bias and penalties; the logits themselves where there are none."""
@@ -137,56 +149,87 @@ class Sampler:
             scores[ids] -= np.float32(params.presence_penalty) + np.float32(params.frequency_penalty) * times
         return scores
 
-    def _draw(self, scores: Logits, params: SamplingParams, state: SamplerState) -> int:
-        """Temperature, truncation, and one draw.
 
-        Sorting a vocabulary costs more than all the rest, so only as many of the largest scores are sorted as
-        settle where truncation cuts and where the draw falls.
-        """
-        uniform, vocab = state.uniform(), scores.size
-        most = min(params.top_k, vocab) if params.top_k else vocab
-        total = None if most < vocab else float(_weights(scores, scores.max(), params.temperature).sum())
-        count = most if total is None else min(_FIRST_CANDIDATES, vocab)
-        while True:
-            ids, weights = _largest(scores, count, params.temperature)
-            sums = np.cumsum(weights)
-            mass = total = float(sums[-1]) if total is None else total
-            kept = count
-            if params.top_p < 1.0:
-                kept = int(np.count_nonzero(sums - weights < params.top_p * total))
-            if params.min_p > 0.0:
-                kept = min(kept, int(np.count_nonzero(weights >= params.min_p)))
-            if kept < count:
-                mass = float(sums[kept - 1])
-            at = int(np.searchsorted(sums, uniform * mass, side="right"))
-            is_cut_known = kept < count or (params.top_p >= 1.0 and params.min_p <= 0.0)
-            if count == most or (is_cut_known and at < kept):
-                return int(ids[min(at, kept - 1)])
-            count = min(8 * count, most)
+def _draw(scores: Logits, params: SamplingParams, uniform: float) -> int:
+    """Temperature, truncation, and one draw.
 
-    def _with_logprobs(self, token_id: int, logits: Logits, count: int) -> Sampled:
-        best = logits.max()
-        log_total = float(best) + float(np.log(_weights(logits, best, 1.0).sum()))
-        top = _largest(logits, min(count, logits.size), 1.0)[0] if count else ()
-        pairs = tuple((int(i), float(logits[i]) - log_total) for i in top)
-        return Sampled(token_id, float(logits[token_id]) - log_total, pairs)
+    What truncation keeps is the front of the order in which the draw counts, so it is known by how much weight it
+    holds; no more of the vocabulary is sorted than where the cut and the draw fall.
+    """
+    ids: Ids | None = None
+    if 0 < params.top_k < scores.size:
+        ids = _largest(scores, params.top_k)
+        scores = scores[ids]
+    weights = _weights(scores, params.temperature)
+    mass = float(weights.sum(dtype=np.float64))
+    if params.top_p < 1.0:
+        _, nucleus = _reach(scores, weights, params.top_p * mass, side="left")
+        mass = min(mass, nucleus)
+    if params.min_p > 0.0:
+        likely = weights[weights >= params.min_p].sum(dtype=np.float64)
+        mass = min(mass, float(likely))
+    at, _ = _reach(scores, weights, uniform * mass, side="right")
+    return at if ids is None else int(ids[at])
 
 
-def _weights(scores: Logits, best: np.float32, temperature: float) -> npt.NDArray[np.float64]:
+def _reach(
+    scores: Logits, weights: Logits, target: float, *, side: Literal["left", "right"]
+) -> tuple[int, float]:
+    """Add up weights, largest score first (on a tie the lower id), until they sum to `target` or more.
+
+    With `side` "right" the sum has to be more than `target`.
+
+    Returns:
+        The id whose weight was added last, and the sum.
+    """
+    above = 0.0  # the weight of all that come before the candidates
+    is_near = weights >= _NEAR_THE_BEST
+    ids = np.flatnonzero(is_near)
+    near = float(weights[ids].sum(dtype=np.float64))
+    is_enough = near >= target if side == "left" else near > target
+    if not is_enough and (further := np.flatnonzero(~is_near & (weights > 0))).size:
+        above, ids = near, further
+    if ids.size > _SORTED_AT_ONCE:  # a flat distribution: weigh buckets of scores, and sort one of them
+        found = scores[ids]
+        best = found.max()
+        if span := float(best - found.min()):
+            bucket = ((best - found) * np.float32(_SORTED_AT_ONCE / span)).astype(np.int64)
+            sums = above + np.cumsum(np.bincount(bucket, weights[ids]))
+            at = min(int(np.searchsorted(sums, target, side=side)), sums.size - 1)
+            above, ids = float(sums[at - 1]) if at else above, ids[bucket == at]
+    ids = ids[np.argsort(-scores[ids], kind="stable")]
+    sums = above + np.cumsum(weights[ids], dtype=np.float64)
+    at = min(int(np.searchsorted(sums, target, side=side)), ids.size - 1)
+    return int(ids[at]), float(sums[at])
+
+
+def _weights(scores: Logits, temperature: float) -> Logits:
+    """e^(score / temperature), the best one's being 1."""
     with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -inf, as it should
-        result: npt.NDArray[np.float64] = np.exp((scores.astype(np.float64) - float(best)) / temperature)
-    return result
+        weights: Logits = scores - scores.max()
+        weights /= np.float32(max(temperature, _SMALLEST_TEMPERATURE))
+        np.exp(weights, out=weights)
+    return weights
 
 
-def _largest(
-    scores: Logits, count: int, temperature: float
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Ids and weights of the `count` largest scores, largest first; on a tie the lower id comes first, and stays."""
-    if count < scores.size:
-        smallest_kept = np.partition(scores, scores.size - count)[scores.size - count]
-        ids = np.flatnonzero(scores >= smallest_kept)
-    else:
-        ids = np.arange(scores.size)
-    order = np.argsort(-scores[ids], kind="stable")[:count]
-    ids = ids[order]
-    return ids, _weights(scores[ids], scores[ids[0]], temperature)
+def _largest(scores: Logits, count: int) -> Ids:
+    """Ids of the `count` largest scores, largest first; on a tie the lower id comes first, and stays."""
+    if count == scores.size:
+        return np.argsort(-scores, kind="stable")
+    # Partitioning a vocabulary is dear. Few lie far above the mean, so what is below a threshold is put aside first.
+    best, mean = float(scores.max()), float(scores.mean(dtype=np.float64))
+    found = scores
+    for share in (0.5, 0.25, 0.125):
+        threshold = mean + share * (best - mean)
+        if np.count_nonzero(is_above := scores >= threshold) >= count:
+            found = scores[is_above]
+            break
+    ids = np.flatnonzero(scores >= np.partition(found, found.size - count)[found.size - count])
+    return ids[np.argsort(-scores[ids], kind="stable")[:count]]
+
+
+def _with_logprobs(token_id: int, logits: Logits, count: int) -> Sampled:
+    log_total = float(logits.max()) + math.log(_weights(logits, 1.0).sum(dtype=np.float64))
+    top = _largest(logits, min(count, logits.size)) if count else ()
+    pairs = tuple((int(i), float(logits[i]) - log_total) for i in top)
+    return Sampled(token_id, float(logits[token_id]) - log_total, pairs)

@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from argosy.engine.kv_cache import KvBlocks
 from argosy.engine.sequence import Sequence
@@ -25,6 +26,28 @@ class Scheduled:
     ready: list[Sequence]
 
 
+@dataclass(frozen=True, slots=True)
+class _Decoding:
+    """What stays the same from step to step while the same sequences decode, and no prompt is there."""
+
+    sequences: list[Sequence]
+    rows: NDArray[np.int32]  # 0, 1, 2 ...
+    last_rows: NDArray[np.int64]  # the same
+    is_decode: NDArray[np.bool_]
+    block_table: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, sequences: list[Sequence]) -> _Decoding:
+        count = len(sequences)
+        return cls(
+            sequences,
+            np.arange(count, dtype=np.int32),
+            np.arange(count),
+            np.ones(count, np.bool_),
+            _block_table(sequences),
+        )
+
+
 class Scheduler:
     def __init__(self, blocks: KvBlocks, *, chunk_tokens: int, max_sequences: int) -> None:
         self._blocks = blocks
@@ -32,6 +55,7 @@ class Scheduler:
         self._max_sequences = max_sequences
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
+        self._decoding = _Decoding.of([])
 
     @property
     def has_work(self) -> bool:
@@ -52,6 +76,8 @@ class Scheduler:
         """The next step's tokens; call only while `has_work`."""
         self._admit()
         parts: list[tuple[Sequence, int]] = [(s, 1) for s in self._running if not s.is_prefilling]
+        if len(parts) == len(self._running):
+            return self._decode()
         left = self._chunk_tokens
         for sequence in self._running:
             if sequence.is_prefilling and left:
@@ -70,36 +96,64 @@ class Scheduler:
             sequence.blocks = self._blocks.take(needed)
             self._running.append(sequence)
 
+    def _decode(self) -> Scheduled:
+        """One token for every sequence: the step that has to cost nothing."""
+        if self._decoding.sequences != self._running:
+            self._decoding = _Decoding.of(list(self._running))
+        same, block_tokens = self._decoding, self._blocks.block_tokens
+        positions = [s.num_computed for s in same.sequences]
+        slots = [
+            s.blocks[at // block_tokens] * block_tokens + at % block_tokens
+            for s, at in zip(same.sequences, positions, strict=True)
+        ]
+        for sequence in same.sequences:
+            sequence.num_computed += 1
+        batch = Batch(
+            token_ids=np.array([s.new_ids[-1] for s in same.sequences], np.int32),
+            positions=np.array(positions, np.int32),
+            sequence=same.rows,
+            slots=np.array(slots, np.int64),
+            block_table=same.block_table,
+            is_decode=same.is_decode,
+            last_rows=same.last_rows,
+        )
+        return Scheduled(batch, same.sequences)
+
     def _gather(self, parts: list[tuple[Sequence, int]]) -> Scheduled:
+        """Chunks of prompts, beside one token for each sequence that decodes."""
         block_tokens = self._blocks.block_tokens
-        table = np.zeros((len(parts), max(len(s.blocks) for s, _ in parts)), np.int32)
+        table = _block_table([sequence for sequence, _ in parts])
         token_ids: list[int] = []
-        positions, rows, slots, is_decode = [], [], [], []
-        ready, last_rows = [], []
-        num_tokens = 0
+        positions, slots, ready, last_rows = [], [], [], []
         for row, (sequence, count) in enumerate(parts):
             start = sequence.num_computed
-            table[row, : len(sequence.blocks)] = sequence.blocks
             token_ids += sequence.tokens_from(start, count)
             where = np.arange(start, start + count, dtype=np.int32)
             positions.append(where)
-            rows.append(np.full(count, row, np.int32))
             slots.append(
                 table[row, where // block_tokens].astype(np.int64) * block_tokens + where % block_tokens
             )
-            is_decode.append(np.full(count, not sequence.is_prefilling))
-            num_tokens += count
             if start + count == sequence.num_tokens:
                 ready.append(sequence)
-                last_rows.append(num_tokens - 1)
-            sequence.num_computed += count
+                last_rows.append(len(token_ids) - 1)
+        counts = [count for _, count in parts]
         batch = Batch(
             token_ids=np.array(token_ids, np.int32),
             positions=np.concatenate(positions),
-            sequence=np.concatenate(rows),
+            sequence=np.repeat(np.arange(len(parts), dtype=np.int32), counts),
             slots=np.concatenate(slots),
             block_table=table,
-            is_decode=np.concatenate(is_decode),
+            is_decode=np.repeat([not sequence.is_prefilling for sequence, _ in parts], counts),
             last_rows=np.array(last_rows, np.int64),
         )
+        for sequence, count in parts:
+            sequence.num_computed += count
         return Scheduled(batch, ready)
+
+
+def _block_table(sequences: list[Sequence]) -> NDArray[np.int32]:
+    """int32 [sequences, blocks]; entries beyond a sequence's own are 0."""
+    table = np.zeros((len(sequences), max((len(s.blocks) for s in sequences), default=0)), np.int32)
+    for row, sequence in enumerate(sequences):
+        table[row, : len(sequence.blocks)] = sequence.blocks
+    return table

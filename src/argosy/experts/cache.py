@@ -5,6 +5,10 @@
 One arena of equal slots serves all layers. `policy.CachePolicy` decides which expert leaves; `CachedSource` adds the
 reads. Every miss of a layer is issued before the first expert is computed, as far as there are slots; a slot whose
 expert has been computed is free for the next miss, so a layer may ask for more experts than there are slots.
+
+`expect` says what the next layer will ask for. Once the open lease has issued all of its own reads, those of the hint
+begin, behind them, in slots of the sweep's window; the next lease takes them over wherever they are. So a prompt
+sweeps through its layers without the drive ever waiting for arithmetic.
 """
 
 from __future__ import annotations
@@ -12,15 +16,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from types import TracebackType
 
-import numpy as np
-
 from argosy import _native
+from argosy.config import Format
+from argosy.errors import ArgosyError
 from argosy.experts.policy import CachePolicy
 from argosy.experts.source import ExpertFiles, ExpertGroup, Key, Lease, SourceStats
 
 
 class CachedSource:
     """A fixed number of slots for all experts of all layers."""
+
+    resident_offsets = None
 
     def __init__(
         self,
@@ -31,7 +37,6 @@ class CachedSource:
         num_layers: int,
         experts_per_token: int,
     ) -> None:
-        self.format = files.format
         self.stats = SourceStats()
         self.arena = _native.Arena(files.slot_bytes * num_slots)
         self.policy = CachePolicy(
@@ -39,20 +44,110 @@ class CachedSource:
         )
         self._store = store
         self._files = files
+        self._open: _CachedLease | None = None
+        self._hint: list[Key] = []  # not yet asked for; the next comes last
+        self._kept: set[Key] = set()  # of the hint, in memory, pinned until the next lease
+        self._early: dict[Key, int] = {}  # reads that no lease waits for: expert -> ticket
+
+    def formats(self, layer: int) -> tuple[Format, Format, Format]:
+        return self._files.formats(layer)
 
     def lease(self, layer: int, expert_ids: Sequence[int], scan: Collection[int] = ()) -> Lease:
         return _CachedLease(self, layer, expert_ids, scan)
 
+    def expect(self, layer: int, expert_ids: Sequence[int]) -> None:
+        self._forget_hint()
+        if self._open is not None and self._open.layer == layer:
+            return  # its slots are in use already
+        self._hint = sorted(((layer, expert) for expert in expert_ids), reverse=True)
+        self._read_ahead()
+
+    def count_resident(self, lookups: int) -> None:
+        raise AssertionError("a cache has no expert for good")
+
     def close(self) -> None:
+        for ticket in self._early.values():
+            self._store.cancel(ticket)
         self.arena.close()
+
+    def _fetch(self, keys: Sequence[Key], *, ahead: bool = False) -> dict[Key, int]:
+        """Start reads into the slots of experts that were just admitted; their tickets."""
+        try:
+            places = [(key, self._place(key)) for key in keys]
+            return dict(zip(keys, self._files.fetch(self.arena, places, ahead=ahead), strict=True))
+        except BaseException:
+            for key in keys:
+                self.policy.drop(key)
+            raise
+
+    def _place(self, key: Key) -> int:
+        slot = self.policy.slot(key)
+        assert slot is not None  # pinned since it was found or admitted
+        return slot * self._files.slot_bytes
+
+    # ── the hint ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _read_ahead(self) -> None:
+        """Start reads of the hint, unless the open lease still needs slots itself."""
+        if not self._hint or (self._open is not None and self._open.is_short_of_slots):
+            return
+        policy, admitted = self.policy, []
+        while self._hint:
+            key = self._hint[-1]
+            if key in self._early:
+                pass
+            elif policy.slot(key) is not None:
+                policy.use(key, is_scan=True)  # the reads of its neighbours must not displace it
+                self._kept.add(key)
+            elif policy.admit(key, is_scan=True) is not None:
+                admitted.append(key)
+            else:
+                break
+            self._hint.pop()
+        if admitted:
+            self._early |= self._fetch(admitted, ahead=True)
+
+    def _take_over(self, key: Key) -> int | None:
+        """Hand the early read of an expert to a lease."""
+        self._kept.discard(key)
+        return self._early.pop(key, None)
+
+    def _forget_hint(self) -> None:
+        """Give up what the last hint still holds, as far as no reader has begun it. Never waits."""
+        self._hint.clear()
+        for key in self._kept:
+            self.policy.unpin(key)
+        self._kept.clear()
+        if not self._early:
+            return
+        dropped = set(self._store.drop(list(self._early.values())))
+        for key in [key for key, ticket in self._early.items() if ticket in dropped]:
+            del self._early[key]
+            self.policy.drop(key)
+        if self._early:
+            self._collect_early(block=False)
+
+    def _collect_early(self, *, block: bool) -> None:
+        """Free the slots of early reads that have ended. Experts that came anyway stay until something leaves."""
+        keys = {ticket: key for key, ticket in self._early.items()}
+        for ticket, message, _ in self._store.wait_any(list(keys), block):
+            key = keys[ticket]
+            del self._early[key]
+            if message is not None:
+                self.policy.drop(key)  # who needs it will read it again, and hear of the error
+                continue
+            self.policy.unpin(key)
+            self.stats.bytes_read += self._files.expert_bytes(key)
+            self.stats.idle_reads += 1
 
 
 class _CachedLease:
-    """Hits first, then misses as they land. Ends with no read in flight, also when it is cut short."""
+    """Hits first, then misses as they land. Ends with none of its reads in flight, also when it is cut short."""
 
     def __init__(
         self, source: CachedSource, layer: int, expert_ids: Sequence[int], scan: Collection[int]
     ) -> None:
+        self.layer = layer
         self._source = source
         self._scan = scan
         self._keys = [(layer, expert) for expert in expert_ids]
@@ -61,7 +156,12 @@ class _CachedLease:
         self._held: list[Key] = []
         self._in_flight: dict[int, Key] = {}
 
+    @property
+    def is_short_of_slots(self) -> bool:
+        return bool(self._missing)
+
     def __enter__(self) -> _CachedLease:
+        self._source._open = self
         try:
             self._find()
             self._issue()
@@ -76,21 +176,29 @@ class _CachedLease:
         self._end()
 
     def _find(self) -> None:
-        policy, stats, scan = self._source.policy, self._source.stats, self._scan
+        source, scan = self._source, self._scan
+        policy, stats = source.policy, source.stats
         for key in self._keys:  # before any miss may evict one of them
-            if policy.slot(key) is None:
+            early = source._take_over(key)
+            if early is not None:
+                self._in_flight[early] = key
+                stats.reads_ahead += 1
+            elif policy.slot(key) is None:
                 self._missing.append(key)
+                continue
             else:
                 self._hits.append(key)
                 self._held.append(key)
-                policy.use(key, is_scan=key[1] in scan)
+            policy.use(key, is_scan=key[1] in scan)
+        source._forget_hint()
         # What decode waits for is read first; within that, in the order of the file.
         self._missing.sort(key=lambda key: (key[1] in scan, key), reverse=True)
         stats.lookups += len(self._keys)
         stats.hits += len(self._hits)
 
     def _end(self) -> None:
-        """Give back what is held, and wait until no read moves bytes."""
+        """Give back what is held, and wait until no read of this lease moves bytes."""
+        self._source._open = None
         self._give_back()
         for ticket, key in self._in_flight.items():
             self._source._store.cancel(ticket)
@@ -104,8 +212,12 @@ class _CachedLease:
         while self._in_flight or self._missing:
             self._give_back()
             self._issue()
+            if not self._in_flight:
+                assert source._early  # else a slot could be had: nothing else is pinned
+                source._collect_early(block=True)
+                continue
             landed: list[Key] = []
-            failed: Exception | None = None
+            failed: ArgosyError | None = None
             for ticket, message, kind in source._store.wait_any(list(self._in_flight)):
                 key = self._in_flight.pop(ticket)
                 if message is not None:
@@ -120,19 +232,16 @@ class _CachedLease:
             yield self._group(landed)
 
     def _issue(self) -> None:
-        """Start as many of the missing reads as there are slots for."""
-        source = self._source
+        """Start as many of the missing reads as there are slots for, then those of the hint."""
+        source, admitted = self._source, []
         while self._missing:
             key = self._missing[-1]
-            slot = source.policy.admit(key, is_scan=key[1] in self._scan)
-            if slot is None:
+            if source.policy.admit(key, is_scan=key[1] in self._scan) is None:
                 break
-            self._missing.pop()
-            try:
-                self._in_flight[source._files.fetch(source.arena, slot, key)] = key
-            except BaseException:
-                source.policy.drop(key)
-                raise
+            admitted.append(self._missing.pop())
+        if admitted:
+            self._in_flight.update((ticket, key) for key, ticket in source._fetch(admitted).items())
+        source._read_ahead()
 
     def _give_back(self) -> None:
         for key in self._held:
@@ -140,10 +249,6 @@ class _CachedLease:
         self._held = []
 
     def _group(self, keys: list[Key]) -> ExpertGroup:
-        source = self._source
-        offsets = np.empty((len(keys), 3), np.int64)
-        for row, key in enumerate(keys):
-            slot = source.policy.slot(key)
-            assert slot is not None  # pinned since it was found or admitted
-            offsets[row] = source._files.offsets(slot, key)
-        return ExpertGroup([expert for _, expert in keys], offsets)
+        source, experts = self._source, [expert for _, expert in keys]
+        places = [source._place(key) for key in keys]
+        return ExpertGroup(experts, source._files.offsets(self.layer, experts, places))

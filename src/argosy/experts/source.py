@@ -7,7 +7,7 @@ then each group as it lands, so that reading and computing overlap. Weights of a
 next group is asked for, or the lease ends. What is resident decides how fast a token comes, never which token comes.
 
 `ResidentSource` holds every expert; `cache.CachedSource` holds what the budget allows. A model can be tested with
-any other object that has `lease`.
+any other object that has these methods.
 
 Elsewhere: choosing experts is `model/router`; the bytes on disk are `checkpoint/`; reading is `native/store`.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from types import TracebackType
 from typing import Protocol
 
@@ -57,24 +58,39 @@ class Lease(Protocol):
 
 @dataclass(slots=True)
 class SourceStats:
-    """Counters since the source was made; `hits / lookups` is the hit rate."""
+    """Counters since the source was made; `hits / lookups` is the hit rate.
+
+    A miss whose read was under way before the lease asked counts in `reads_ahead`; what was read ahead for nothing
+    counts in `idle_reads`. `bytes_read` has both.
+    """
 
     lookups: int = 0
     hits: int = 0
     bytes_read: int = 0
+    reads_ahead: int = 0
+    idle_reads: int = 0
 
 
 class ExpertSource(Protocol):
-    """Where leased experts lie (`arena`, in `format`), and how to get a lease."""
+    """Where leased experts lie (`arena`), in which formats, and how to get a lease."""
 
     @property
     def arena(self) -> _native.Arena: ...
 
     @property
-    def format(self) -> Format: ...
+    def stats(self) -> SourceStats: ...
 
     @property
-    def stats(self) -> SourceStats: ...
+    def resident_offsets(self) -> NDArray[np.int64] | None:
+        """Bytes from the arena's start to gate, up and down: int64 [layers, experts, 3].
+
+        Not None when every expert is in memory for good; then nobody needs a lease.
+        """
+        ...
+
+    def formats(self, layer: int) -> tuple[Format, Format, Format]:
+        """The formats of gate, up and down of a layer's experts."""
+        ...
 
     def lease(self, layer: int, expert_ids: Sequence[int], scan: Collection[int] = ()) -> Lease:
         """Lease experts of a layer, each named once.
@@ -84,76 +100,140 @@ class ExpertSource(Protocol):
         """
         ...
 
+    def expect(self, layer: int, expert_ids: Sequence[int]) -> None:
+        """Say what the next lease will ask for, while the present one is open, so that its reads can begin.
+
+        Never waits. What is read this way passes through the cache as a sweep does; a wrong hint costs reads.
+        """
+        ...
+
+    def count_resident(self, lookups: int) -> None:
+        """Count experts that were used through `resident_offsets`."""
+        ...
+
     def close(self) -> None: ...
 
 
 LARGEST_ALIGNMENT = 4096  # of reads, in bytes; what a plan assumes before a file is opened
+MATRIX_ALIGNMENT = 64  # where a transcoded matrix may begin
 
 
-def slot_regions(records: Mapping[Key, ExpertRecord], alignment: int = LARGEST_ALIGNMENT) -> list[int]:
-    """Bytes that each piece of an expert takes in a slot; their sum is the size of a slot.
+def _lay_out(record: ExpertRecord, alignment: int) -> tuple[list[int], int]:
+    """Where each piece of an expert goes in its memory, and how much memory that is.
 
-    A piece is read outwards to whole blocks of `alignment` bytes (O_DIRECT asks for it), so its data begin up to a
-    block into its region.
+    A plain piece is read outwards to whole blocks of `alignment` bytes (O_DIRECT asks for it), so its data begin up to
+    a block behind its place. A transcoded one takes exactly its matrix.
     """
-    num_pieces = len(next(iter(records.values())).pieces) if records else 0
-    return [
-        max(
-            round_up(record.pieces[i].offset % alignment + record.pieces[i].nbytes, alignment)
-            for record in records.values()
-        )
-        for i in range(num_pieces)
-    ]
+    places, end = [], 0
+    for piece in record.pieces:
+        if piece.transcode is not None:
+            place = round_up(end, MATRIX_ALIGNMENT)
+            end = place + piece.landed_bytes
+        else:
+            place = round_up(end, alignment)
+            end = place + round_up(piece.offset % alignment + piece.nbytes, alignment)
+        places.append(place)
+    return places, end
+
+
+def _starts_at(record: ExpertRecord, alignment: int) -> int:
+    """What the place of an expert in an arena must be a multiple of."""
+    return MATRIX_ALIGNMENT if all(piece.transcode for piece in record.pieces) else alignment
+
+
+def slot_bytes(records: Mapping[Key, ExpertRecord], alignment: int = LARGEST_ALIGNMENT) -> int:
+    """Bytes of a slot that can hold any expert: those of the largest.
+
+    Where formats differ from layer to layer (Q4_K_M files keep some `down` in Q6_K), smaller experts leave part of it
+    unused.
+    """
+    return round_up(
+        max((_lay_out(record, alignment)[1] for record in records.values()), default=0), alignment
+    )
+
+
+def resident_bytes(records: Mapping[Key, ExpertRecord], alignment: int = LARGEST_ALIGNMENT) -> int:
+    """Bytes of an arena that holds every expert, one behind the other."""
+    end = 0
+    for record in records.values():
+        end = round_up(end, _starts_at(record, alignment)) + _lay_out(record, alignment)[1]
+    return end
 
 
 class ExpertFiles:
-    """Knows how one expert record lies in a slot, and starts reads into one."""
+    """Knows how an expert record lies in memory, and starts reads of several."""
 
     def __init__(
         self, store: _native.Store, records: Mapping[Key, ExpertRecord], *, open_file: Callable[[str], int]
     ) -> None:
+        self.records = records
         self._store = store
-        self._records = records
-        first = next(iter(records.values()))
-        self.format: Format = first.gate.format
-        self._file_ids = {str(piece.path): 0 for record in records.values() for piece in record.pieces}
-        for path in self._file_ids:
-            self._file_ids[path] = open_file(path)
+        paths = {str(piece.path) for record in records.values() for piece in record.pieces}
+        self._file_ids = {path: open_file(path) for path in sorted(paths)}
         self.alignment = max(store.info(file_id)[2] for file_id in self._file_ids.values())
-        self._region_bytes = slot_regions(records, self.alignment)
-        self.slot_bytes = sum(self._region_bytes)
+        num_layers, num_experts = (1 + max(key[i] for key in records) for i in (0, 1))
+        self._formats = {layer: record.formats for (layer, _), record in records.items()}
+        # Bytes from an expert's place to gate, up and down.
+        self._offsets = np.zeros((num_layers, num_experts, 3), np.int64)
+        self.slot_bytes = slot_bytes(records, self.alignment)
+        for key, record in records.items():
+            places, _ = _lay_out(record, self.alignment)
+            starts = [
+                place if piece.transcode else place + piece.offset % self.alignment
+                for piece, place in zip(record.pieces, places, strict=True)
+            ]
+            self._offsets[key] = [
+                starts[matrix.piece] + matrix.offset for matrix in (record.gate, record.up, record.down)
+            ]
+
+    def formats(self, layer: int) -> tuple[Format, Format, Format]:
+        return self._formats[layer]
 
     def expert_bytes(self, key: Key) -> int:
-        return self._records[key].nbytes
+        """Bytes that are read for an expert."""
+        return self.records[key].nbytes
 
-    def fetch(self, arena: _native.Arena, slot: int, key: Key) -> int:
-        """Start reading an expert into a slot; returns the store's ticket."""
-        pieces, checksums, dest = [], [], slot * self.slot_bytes
-        for piece, region in zip(self._records[key].pieces, self._region_bytes, strict=True):
-            pieces.append((self._file_ids[str(piece.path)], piece.offset, piece.nbytes, dest))
+    def places(self) -> tuple[dict[Key, int], int]:
+        """Where each expert lies when all are in one arena, one behind the other, and the bytes of that arena."""
+        places, end = {}, 0
+        for key, record in self.records.items():
+            places[key] = round_up(end, _starts_at(record, self.alignment))
+            end = places[key] + _lay_out(record, self.alignment)[1]
+        return places, end
+
+    def fetch(
+        self, arena: _native.Arena, experts: Sequence[tuple[Key, int]], *, ahead: bool = False
+    ) -> list[int]:
+        """Start reading (expert, its place in the arena); returns the store's tickets, all or none."""
+        return self._store.fetch_many(
+            arena, [self._record(key, place) for key, place in experts], ahead=ahead
+        )
+
+    def _record(self, key: Key, place: int) -> tuple[list[_native.Piece], list[int] | None, int]:
+        record = self.records[key]
+        places, _ = _lay_out(record, self.alignment)
+        pieces: list[_native.Piece] = []
+        checksums = []
+        for piece, at in zip(record.pieces, places, strict=True):
+            where = (self._file_ids[str(piece.path)], piece.offset, piece.nbytes, at)
+            if (blocks := piece.transcode) is not None:
+                pieces.append((*where, blocks.block_type, blocks.rows, blocks.cols))
+            else:
+                pieces.append(where)
             if piece.checksum is not None:
                 checksums.append(piece.checksum)
-            dest += region
-        return self._store.fetch(arena, pieces, checksums or None)
+        return pieces, checksums or None, place
 
-    def offsets(self, slot: int, key: Key) -> tuple[int, int, int]:
-        """Bytes from the arena's start to gate, up and down of an expert that lies in a slot."""
-        record = self._records[key]
-        starts, dest = [], slot * self.slot_bytes
-        for piece, region in zip(record.pieces, self._region_bytes, strict=True):
-            starts.append(dest + piece.offset % self.alignment)
-            dest += region
-        gate, up, down = record.gate, record.up, record.down
-        return (
-            starts[gate.piece] + gate.offset,
-            starts[up.piece] + up.offset,
-            starts[down.piece] + down.offset,
-        )
+    def offsets(self, layer: int, experts: Sequence[int], places: Sequence[int]) -> NDArray[np.int64]:
+        """Bytes from the arena's start to gate, up and down of experts at these places: int64 [experts, 3]."""
+        offsets: NDArray[np.int64] = self._offsets[layer, experts]
+        offsets += np.array(places, np.int64)[:, None]
+        return offsets
 
     def failure(self, key: Key, message: str, kind: str | None) -> ArgosyError:
         """The sentence for a read that failed, naming file, layer and expert."""
         layer, expert = key
-        pieces = self._records[key].pieces
+        pieces = self.records[key].pieces
         where = f"{pieces[0].path.name}: layer {layer}, expert {expert}"
         if kind == "checksum":
             return CorruptRecord(
@@ -175,47 +255,49 @@ class ExpertFiles:
 class ResidentSource:
     """Every expert in memory, read once at start; a lease is then a look-up."""
 
-    def __init__(
-        self,
-        store: _native.Store,
-        files: ExpertFiles,
-        records: Mapping[Key, ExpertRecord],
-        *,
-        progress: Progress | None = None,
-    ) -> None:
-        self.format = files.format
+    def __init__(self, store: _native.Store, files: ExpertFiles, *, progress: Progress | None = None) -> None:
         self.stats = SourceStats()
-        self.arena = _native.Arena(max(1, files.slot_bytes * len(records)))
-        self._slot_of = {key: slot for slot, key in enumerate(records)}
-        num_experts = 1 + max(expert for _, expert in records)
-        num_layers = 1 + max(layer for layer, _ in records)
-        self._offsets = np.zeros((num_layers, num_experts, 3), np.int64)
+        self._files = files
+        places, arena_bytes = files.places()
+        self.arena = _native.Arena(max(1, arena_bytes))
+        num_layers, num_experts = (1 + max(key[i] for key in places) for i in (0, 1))
+        self.resident_offsets = np.zeros((num_layers, num_experts, 3), np.int64)
+        for key, place in places.items():
+            self.resident_offsets[key] = files.offsets(key[0], [key[1]], [place])[0]
         in_flight: dict[int, Key] = {}
-        waiting = iter(self._slot_of.items())
+        waiting = iter(places.items())
         num_landed = 0
         try:
-            while num_landed < len(records):
+            while num_landed < len(places):
                 # A few dozen reads in flight keep every reader busy; more would only lengthen a clean-up after ^C.
-                while len(in_flight) < 32 and (following := next(waiting, None)) is not None:
-                    key, slot = following
-                    in_flight[files.fetch(self.arena, slot, key)] = key
+                following = list(islice(waiting, 32 - len(in_flight)))
+                tickets = files.fetch(self.arena, following)
+                in_flight.update(zip(tickets, (key for key, _ in following), strict=True))
                 for ticket, message, kind in store.wait_any(list(in_flight)):
                     key = in_flight.pop(ticket)
                     if message is not None:
                         raise files.failure(key, message, kind)
-                    self._offsets[key] = files.offsets(self._slot_of[key], key)
                     self.stats.bytes_read += files.expert_bytes(key)
                     num_landed += 1
                 if progress is not None:
-                    progress("reading experts", num_landed / len(records))
+                    progress("reading experts", num_landed / len(places))
         finally:
             for ticket in in_flight:
                 store.cancel(ticket)
 
+    def formats(self, layer: int) -> tuple[Format, Format, Format]:
+        return self._files.formats(layer)
+
     def lease(self, layer: int, expert_ids: Sequence[int], scan: Collection[int] = ()) -> Lease:
-        self.stats.lookups += len(expert_ids)
-        self.stats.hits += len(expert_ids)
-        return _ResidentLease(ExpertGroup(expert_ids, self._offsets[layer, list(expert_ids)]))
+        self.count_resident(len(expert_ids))
+        return _ResidentLease(ExpertGroup(expert_ids, self.resident_offsets[layer, list(expert_ids)]))
+
+    def expect(self, layer: int, expert_ids: Sequence[int]) -> None:
+        pass
+
+    def count_resident(self, lookups: int) -> None:
+        self.stats.lookups += lookups
+        self.stats.hits += lookups
 
     def close(self) -> None:
         self.arena.close()

@@ -1,10 +1,19 @@
-"""Batch -> hidden state -> logits: embedding, layers, head.
+"""Batch -> logits: embedding, layers, head.
 
-One decoder runs every family; what differs is in `ModelConfig`, and a family's file says how its checkpoint maps
-to it. All sums have one fixed order, so a token's logits do not depend on the batch it ran in.
+    native stack  ─ experts it needs ─>  expert source  ─ groups as they land ─>  native stack
+
+The layers run in native code. With every expert in memory a step is one native call; otherwise the stack stops at each
+layer with routed experts, and Python leases them: reads are issued first, then the shared expert runs, then each group
+as it lands. One decoder runs every family; what differs is in `ModelConfig`, and a family's file says how its
+checkpoint maps to it. All sums have one fixed order, so a token's logits do not depend on the batch it ran in, and not
+on the order in which experts land.
+
+Elsewhere: what a layer does is native/ops/stack.cpp; what a model's layers are made of is `layers.py`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,16 +21,28 @@ from numpy.typing import NDArray
 from argosy import _native
 from argosy.config import ModelConfig
 from argosy.experts.source import ExpertSource
-from argosy.model.attention import Attention
 from argosy.model.batch import Batch
-from argosy.model.moe import DenseFfn, Mark, MoeFfn, RouteObserver
+from argosy.model.clock import PartClock
+from argosy.model.layers import describe_layers
 from argosy.model.rope import Rope
 from argosy.model.weights import DenseWeights
 from argosy.model.workspace import Array, Workspace
 
+RouteObserver = Callable[[int, NDArray[np.int32]], None]  # layer, expert_ids [tokens, k]
+
+# A prompt that needs this share of a layer's experts needs nearly all of the next layer's.
+SWEEP_SHARE = 0.9
+
 
 class Decoder:
-    """A decoder-only transformer with mixture-of-experts layers."""
+    """A decoder-only transformer with mixture-of-experts layers; one step at a time.
+
+    Args:
+        experts: None leaves routed experts out of every sum.
+        kv: keys and values of all layers.
+        clock: gets the time of each part of a step.
+        observe: hears the experts that each token of each layer chose; the array is valid during the call.
+    """
 
     def __init__(
         self,
@@ -32,44 +53,76 @@ class Decoder:
         runtime: _native.Runtime,
         workspace: Workspace,
         *,
-        mark: Mark,
+        clock: PartClock,
         observe: RouteObserver | None = None,
     ) -> None:
         self.config = config
-        self.kv = kv
-        self._runtime = runtime
+        self._experts = experts
         self._workspace = workspace
-        self._mark = mark
+        self._clock = clock
+        self._observe = observe
         self._rope = Rope(config.rope)
-        self._embed = weights.matrices["embed"]
-        self._head = self._embed if config.is_embedding_tied else weights.matrices["head"]
-        self._final_norm = weights.vectors["final_norm"]
-        self._layers = [
-            (
-                Attention(config, i, weights),
-                MoeFfn(config, i, weights, experts, observe)
-                if layer.is_moe
-                else DenseFfn(config, i, weights),
-            )
-            for i, layer in enumerate(config.layers)
-        ]
+        self._next_moe_layer = dict(zip(config.moe_layers, config.moe_layers[1:], strict=False))
+        # An observer hears every layer's choice, so its steps stop there, as those do that wait for reads.
+        resident_offsets = None if experts is None or observe is not None else experts.resident_offsets
+        embedding = weights.matrices["embed"]
+        self._stack = _native.Stack(
+            runtime,
+            kv,
+            embedding=embedding,
+            head=embedding if config.is_embedding_tied else weights.matrices["head"],
+            final_norm=weights.vectors["final_norm"],
+            norm_eps=config.norm_eps,
+            layers=describe_layers(config, weights, experts),
+            buffers=workspace.buffers,
+            arena=None if experts is None else experts.arena,
+            resident_offsets=resident_offsets,
+        )
 
     def forward(self, batch: Batch) -> Array:
-        """Run all layers; returns float32 [tokens, hidden_size], valid until the next call."""
-        hidden = self._workspace.take("hidden", batch.num_tokens)
-        _native.embed(self._runtime, self._embed, batch.token_ids, hidden)
-        angles = self._rope.angles(batch.positions)
-        self._mark("attention_and_dense")
-        for attention, ffn in self._layers:
-            attention.add_to(hidden, batch, angles, self.kv, self._runtime, self._workspace)
-            ffn.add_to(hidden, batch, self._runtime, self._workspace, self._mark)
-        return hidden
+        """Run all layers; logits of `batch.last_rows`: float32 [rows, vocab_size], a fresh array."""
+        logits = np.empty((len(batch.last_rows), self.config.vocab_size), np.float32)
+        self._stack.begin(
+            batch.token_ids,
+            batch.positions,
+            batch.sequence,
+            batch.slots,
+            batch.is_decode,
+            batch.block_table,
+            *self._rope.angles(batch.positions),
+            batch.last_rows,
+            logits,
+        )
+        while (demand := self._stack.advance()) is not None:
+            self._run_experts(batch, *demand)
+        self._clock.mark_native(self._stack.take_seconds())
+        if lookups := self._stack.take_lookups():
+            assert self._experts is not None
+            self._experts.count_resident(lookups)
+        return logits
 
-    def logits(self, hidden: Array, rows: NDArray[np.int64]) -> Array:
-        """Logits of some rows of `hidden`: float32 [rows, vocab_size], a fresh array."""
-        chosen = np.ascontiguousarray(hidden[rows])
-        _native.rms_norm(self._runtime, chosen, self._final_norm, self.config.norm_eps, chosen)
-        out = np.empty((len(rows), self.config.vocab_size), np.float32)
-        _native.matmul(self._runtime, [self._head], chosen, [out])
-        self._mark("attention_and_dense")
-        return out
+    def logits(self, rows: NDArray[np.int64]) -> Array:
+        """Logits of any rows of the batch that ran last: float32 [rows, vocab_size], a fresh array."""
+        logits = np.empty((len(rows), self.config.vocab_size), np.float32)
+        self._stack.logits(rows, logits)
+        self._clock.mark_native(self._stack.take_seconds())
+        return logits
+
+    def _run_experts(
+        self, batch: Batch, layer: int, expert_ids: Sequence[int], scan: Collection[int]
+    ) -> None:
+        """Lease the experts that a layer waits for, and run each group as it lands."""
+        experts, stack, clock = self._experts, self._stack, self._clock
+        assert experts is not None
+        if self._observe is not None:
+            self._observe(layer, self._workspace.buffers["expert_ids"][: batch.num_tokens])
+        with experts.lease(layer, expert_ids, scan) as lease:
+            following = self._next_moe_layer.get(layer)
+            if following is not None and scan and len(expert_ids) >= SWEEP_SHARE * self.config.num_experts:
+                experts.expect(following, range(self.config.num_experts))
+            stack.run_shared()  # while the first reads run
+            clock.mark_native(stack.take_seconds())
+            for group in lease:
+                clock.mark("waiting_for_reads")
+                stack.run_experts(group.expert_ids, group.offsets)
+                clock.mark_native(stack.take_seconds())

@@ -37,6 +37,8 @@ def inverse_frequency(config: RopeConfig) -> NDArray[np.float64]:
     """float64 [rotary_dim / 2]: how far each pair of dimensions turns from one position to the next, in radians."""
     dim = config.rotary_dim
     plain: NDArray[np.float64] = config.theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+    if config.frequency_factors:
+        plain = plain / np.array(config.frequency_factors)
     match config.kind:
         case "default" | "dynamic":
             return plain

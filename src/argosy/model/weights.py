@@ -1,23 +1,26 @@
 """Read the part that every token needs into private memory, at drive speed.
 
 Dense weights are read, not mapped: mapped pages are the first the system takes back under pressure. Matrices stay in
-the format of their file; norms and biases become float32.
+the format of their file, or in the slot format of its GGUF blocks; norms and biases become float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from argosy import _native
-from argosy.checkpoint.files import MatrixRef, check_vector
+from argosy.checkpoint.files import MatrixRef, check_vector, in_halves
 from argosy.checkpoint.manifest import round_up
 from argosy.errors import CorruptRecord, ReadFailed
 
 Vector = NDArray[np.float32]
+
+_MOST_IN_FLIGHT = 256  # tensors: nobody may be here to issue the next read while the tokenizer is being built
 
 
 def is_vector(name: str) -> bool:
@@ -33,16 +36,76 @@ class DenseWeights:
     vectors: Mapping[str, Vector]
     arena: _native.Arena
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory, the gaps between matrices included."""
+        return self.arena.nbytes + sum(vector.nbytes for vector in self.vectors.values())
 
-def _region_bytes(ref: MatrixRef, alignment: int) -> int:
+
+def _passes_scratch(ref: MatrixRef) -> bool:
+    """Whether rows of blocks have to change places before they are transcoded, which no reader does."""
+    return ref.block_type is not None and ref.paired_heads > 0
+
+
+def _read_bytes(ref: MatrixRef, alignment: int) -> int:
     # Alignment to spare on both sides: reads are rounded outwards to whole blocks.
     return round_up(ref.offset % alignment + ref.nbytes, alignment)
 
 
+def _place_bytes(ref: MatrixRef, alignment: int) -> int:
+    if ref.block_type is not None:
+        return round_up(ref.landed_bytes, alignment)
+    return _read_bytes(ref, alignment)
+
+
+def _reordering_bytes(ref: MatrixRef, alignment: int) -> int:
+    """What it takes, while it lands, to put rows in another order."""
+    if _passes_scratch(ref):
+        return _read_bytes(ref, alignment) + ref.nbytes + ref.landed_bytes
+    return ref.nbytes if ref.paired_heads else 0
+
+
 def dense_footprint(refs: Mapping[str, MatrixRef], alignment: int = 4096) -> int:
     """Bytes of memory that `load_dense` will take."""
-    regions = sum(_region_bytes(ref, alignment) for ref in refs.values())
-    return regions + sum(4 * ref.rows * ref.cols for name, ref in refs.items() if is_vector(name))
+    places = sum(_place_bytes(ref, alignment) for ref in refs.values())
+    vectors = sum(4 * ref.rows * ref.cols for name, ref in refs.items() if is_vector(name))
+    return places + vectors + max((_reordering_bytes(ref, alignment) for ref in refs.values()), default=0)
+
+
+class DenseReading:
+    """Dense tensors on their way into memory; whoever waits for them may do something else first.
+
+    Reads are under way once this exists. `finish` or `cancel` ends them.
+    """
+
+    def __init__(
+        self,
+        store: _native.Store,
+        refs: Mapping[str, MatrixRef],
+        *,
+        open_file: Callable[[str], int],
+        progress: Callable[[str, float], None] | None = None,
+    ) -> None:
+        self._steps = _read_dense(store, refs, open_file, progress)
+        next(self._steps)
+
+    def finish(self) -> DenseWeights:
+        """Wait for every tensor.
+
+        Raises:
+            ReadFailed: the drive refused.   CorruptRecord: a packed tensor does not match its checksum.
+            CheckpointError: a norm or bias holds NaN or infinity.
+        """
+        try:
+            next(self._steps)
+        except StopIteration as done:
+            weights: DenseWeights = done.value
+            return weights
+        raise AssertionError("the reading of dense tensors pauses only once")
+
+    def cancel(self) -> None:
+        """Wait until no read moves bytes, and forget them all; harmless after `finish`."""
+        self._steps.close()
 
 
 def load_dense(
@@ -52,31 +115,72 @@ def load_dense(
     open_file: Callable[[str], int],
     progress: Callable[[str, float], None] | None = None,
 ) -> DenseWeights:
-    """Read every dense tensor.
+    """Read every dense tensor, and wait for it: `DenseReading`, without a pause."""
+    return DenseReading(store, refs, open_file=open_file, progress=progress).finish()
 
-    Raises:
-        ReadFailed: the drive refused.   CorruptRecord: a packed tensor does not match its checksum.
-        CheckpointError: a norm or bias holds NaN or infinity.
-    """
+
+def _read_dense(
+    store: _native.Store,
+    refs: Mapping[str, MatrixRef],
+    open_file: Callable[[str], int],
+    progress: Callable[[str, float], None] | None,
+) -> Generator[None, None, DenseWeights]:
+    """Start the first reads, pause, and go on until all tensors are there."""
     file_ids = {path: open_file(path) for path in sorted({str(ref.path) for ref in refs.values()})}
     alignment = max(store.info(file_id)[2] for file_id in file_ids.values())
-    total = sum(_region_bytes(ref, alignment) for ref in refs.values())
-    arena = _native.Arena(max(1, total))
+    arena = _native.Arena(max(1, sum(_place_bytes(ref, alignment) for ref in refs.values())))
+    # One matrix at a time, and last: everything else is read past it.
+    scratch = _native.Arena(
+        max((_read_bytes(ref, alignment) for ref in refs.values() if _passes_scratch(ref)), default=1)
+    )
+    waiting = deque(sorted(refs, key=lambda name: _passes_scratch(refs[name])))
     places: dict[str, int] = {}
+    end = 0
+    for name in waiting:
+        places[name] = end
+        end += _place_bytes(refs[name], alignment)
     in_flight: dict[int, str] = {}
-    waiting = iter(refs.items())
-    dest = done_bytes = 0
     matrices: dict[str, _native.Matrix] = {}
     vectors: dict[str, Vector] = {}
+    total_bytes, done_bytes = sum(ref.nbytes for ref in refs.values()), 0
+
+    def fetch(name: str) -> int:
+        ref = refs[name]
+        piece = (file_ids[str(ref.path)], ref.offset, ref.nbytes)
+        if _passes_scratch(ref):
+            return store.fetch(scratch, [(*piece, 0)])
+        if ref.block_type is not None:
+            return store.fetch(arena, [(*piece, places[name], ref.block_type, ref.rows, ref.cols)])
+        return store.fetch(arena, [(*piece, places[name])], None if ref.checksum is None else [ref.checksum])
+
+    def land(name: str) -> None:
+        ref, start = refs[name], places[name]
+        if ref.block_type is None:
+            start += ref.offset % alignment
+        memory = arena.array()[start : start + ref.landed_bytes]
+        if ref.block_type is not None and _passes_scratch(ref):
+            raw = scratch.array()[ref.offset % alignment :][: ref.nbytes].reshape(ref.rows, -1)
+            blocks = in_halves(raw, ref.paired_heads).reshape(-1).view(np.uint8)
+            memory[:] = _native.transcode(ref.block_type, blocks, ref.rows, ref.cols)
+        elif ref.paired_heads:
+            memory[:] = in_halves(memory.reshape(ref.rows, -1), ref.paired_heads).reshape(-1)
+        if is_vector(name):
+            values = _native.dequantize(ref.format, memory, ref.rows, ref.cols).reshape(-1)
+            check_vector(ref.name, values)
+            vectors[name] = values
+        else:
+            matrices[name] = _native.Matrix(arena, start, ref.format, ref.rows, ref.cols)
+
+    def issue() -> None:
+        while waiting and len(in_flight) < (1 if _passes_scratch(refs[waiting[0]]) else _MOST_IN_FLIGHT):
+            name = waiting.popleft()
+            in_flight[fetch(name)] = name
+
     try:
-        while len(matrices) + len(vectors) < len(refs):
-            while len(in_flight) < 16 and (following := next(waiting, None)) is not None:
-                name, ref = following
-                piece = (file_ids[str(ref.path)], ref.offset, ref.nbytes, dest)
-                checksums = None if ref.checksum is None else [ref.checksum]
-                in_flight[store.fetch(arena, [piece], checksums)] = name
-                places[name] = dest + ref.offset % alignment
-                dest += _region_bytes(ref, alignment)
+        issue()
+        yield
+        while waiting or in_flight:
+            issue()
             for ticket, message, kind in store.wait_any(list(in_flight)):
                 name = in_flight.pop(ticket)
                 ref = refs[name]
@@ -85,16 +189,10 @@ def load_dense(
                     raise error(
                         f"{ref.path.name}: {ref.name}: {message}", path=str(ref.path), tensor=ref.name
                     )
-                if is_vector(name):
-                    raw = arena.array()[places[name] : places[name] + ref.nbytes]
-                    values = _native.dequantize(ref.format, raw, ref.rows, ref.cols).reshape(-1)
-                    check_vector(ref.name, values)
-                    vectors[name] = values
-                else:
-                    matrices[name] = _native.Matrix(arena, places[name], ref.format, ref.rows, ref.cols)
+                land(name)
                 done_bytes += ref.nbytes
                 if progress is not None:
-                    progress("reading dense weights", min(1.0, done_bytes / max(1, total)))
+                    progress("reading dense weights", done_bytes / total_bytes)
     finally:
         for ticket in in_flight:
             store.cancel(ticket)

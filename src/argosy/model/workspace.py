@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,9 +12,12 @@ from argosy.config import ModelConfig
 
 Array = NDArray[np.float32]
 
+# Experts and order of the assignments (one token, one of its experts).
+_INTEGERS = ("expert_ids", "assignment", "group_token", "group_row")
+
 
 def buffer_columns(config: ModelConfig) -> dict[str, int]:
-    """float32 columns per token of every buffer."""
+    """Columns per token of every buffer, of four bytes each."""
     query = config.num_heads * config.head_dim
     key = config.num_kv_heads * config.head_dim
     hidden = config.hidden_size
@@ -27,7 +33,7 @@ def buffer_columns(config: ModelConfig) -> dict[str, int]:
         "routing_weights": config.experts_per_token,
         "shared_score": 1,
         "expert_out": config.experts_per_token * hidden,
-    }
+    } | dict.fromkeys(_INTEGERS, config.experts_per_token)
 
 
 def workspace_bytes(config: ModelConfig, max_tokens: int, threads: int, context_tokens: int) -> int:
@@ -36,22 +42,17 @@ def workspace_bytes(config: ModelConfig, max_tokens: int, threads: int, context_
     widest = max(config.expert_width * config.experts_per_token, config.dense_width, config.shared_width)
     # Gate and up of the widest FFN in float32, and a quantised copy of them and of the FFN's input.
     per_token += 2 * 4 * widest + 2 * (widest + 2 * config.hidden_size)
-    # Dispatch, rotary tables and other numpy temporaries are small beside these; two more rows cover them.
+    # Rotary tables and other numpy temporaries are small beside these; two more rows cover them.
     per_token += 2 * 4 * config.hidden_size
     scores = threads * 16 * context_tokens * 4  # a tile of attention scores per thread
     return max_tokens * per_token + scores
 
 
 class Workspace:
-    """Named float32 buffers of [max_tokens, columns]; `take` gives the first rows."""
+    """Named buffers of [max_tokens, columns]: float32, and int32 where experts and tokens are counted."""
 
     def __init__(self, config: ModelConfig, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        self._buffers = {
-            name: np.empty((max_tokens, columns), np.float32)
+        self.buffers: Mapping[str, NDArray[Any]] = {
+            name: np.empty((max_tokens, columns), np.int32 if name in _INTEGERS else np.float32)
             for name, columns in buffer_columns(config).items()
         }
-        self.expert_ids = np.empty((max_tokens, config.experts_per_token), np.int32)
-
-    def take(self, name: str, num_tokens: int) -> Array:
-        return self._buffers[name][:num_tokens]

@@ -9,7 +9,6 @@ is None, never a guess. Nothing here is measured: measuring is `cli/doctor.py`.
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +116,7 @@ def cpu_model(root: Path = _ROOT) -> str:
         name, _, value = line.partition(":")
         if name.strip() == "model name":
             return value.strip()
-    return platform.machine()
+    return os.uname().machine
 
 
 def drive_of(path: Path, root: Path = _ROOT) -> Drive | None:

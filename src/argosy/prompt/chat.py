@@ -102,7 +102,8 @@ def render(
 class ChatTemplate:
     """A model's chat template, and the process that renders it.
 
-    The process starts with the first use (or with `prepare`), and ends two seconds after the last.
+    The process is `worker`, if it was started before; it starts with the first use otherwise, and ends two seconds
+    after the last.
     """
 
     def __init__(
@@ -111,11 +112,12 @@ class ChatTemplate:
         special_tokens: Mapping[str, str] | None = None,
         *,
         render_seconds: float = _RENDER_SECONDS,
+        worker: Worker | None = None,
     ) -> None:
         self._source = source
         self._special_tokens = dict(special_tokens or {})
         self._render_seconds = render_seconds
-        self._worker: _Worker | None = None
+        self._worker = worker
         self._lock = threading.Lock()
 
     def segments(
@@ -154,12 +156,6 @@ class ChatTemplate:
             return [(bool(is_callers), str(text)) for is_callers, text in answer["segments"]]
         raise _failure(str(answer.get("kind")), str(answer.get("message")))
 
-    def prepare(self) -> None:
-        """Start the process now, without waiting for it."""
-        with self._lock:
-            if self._worker is None or not self._worker.is_alive:
-                self._worker = _Worker()
-
     def close(self) -> None:
         with self._lock:
             if self._worker is not None:
@@ -169,7 +165,7 @@ class ChatTemplate:
     def _ask(self, request: bytes, seconds: float) -> dict[str, Any]:
         for _ in range(2):  # the first process may have gone to rest just now
             if self._worker is None or not self._worker.is_alive:
-                self._worker = _Worker()
+                self._worker = Worker()
             try:
                 return self._worker.ask(request, seconds)
             except _Gone:
@@ -201,8 +197,11 @@ class _Gone(Exception):
     """The process ended, or was about to."""
 
 
-class _Worker:
-    """One process of `template_worker.py`: it is ready once, then answers line by line."""
+class Worker:
+    """One process of `template_worker.py`: it is ready once, then answers line by line.
+
+    Any template can be rendered by any worker, so one may be started before the template is known.
+    """
 
     def __init__(self) -> None:
         spec = importlib.util.find_spec("jinja2")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self, SupportsIndex
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
-    from argosy.prompt.chat import ChatTemplate
+    from argosy.prompt.chat import ChatTemplate, Worker
     from argosy.prompt.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
@@ -40,19 +40,15 @@ class Prompt:
 class PromptBuilder:
     """Makes a `Prompt` with token ids of whatever a caller gives; one for each engine."""
 
-    def __init__(self, tokenizer: Tokenizer | None, *, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, *, vocab_size: int, worker: Worker | None = None) -> None:
+        """`worker`: the process that renders chat templates, if it was started before."""
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._template: ChatTemplate | None = None
         if tokenizer is not None and tokenizer.chat_template is not None:
             from argosy.prompt.chat import ChatTemplate
 
-            self._template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
-
-    def prepare(self) -> None:
-        """Start the process that renders chat templates now, to have it ready when the first conversation comes."""
-        if self._template is not None:
-            self._template.prepare()
+            self._template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, worker=worker)
 
     def close(self) -> None:
         if self._template is not None:

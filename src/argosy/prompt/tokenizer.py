@@ -1,4 +1,4 @@
-"""Text to token ids and back, from the files of a model's directory.
+"""Text to token ids and back, from the files of a model's directory or the metadata of its GGUF.
 
     caller's text   ->  encode           ->  ids, none of them a control token
     segments        ->  encode_segments  ->  ids, control tokens only where the template wrote them
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
+from argosy.checkpoint.gguf import GGUF_METADATA_FILE, find_gguf, read_gguf
 from argosy.errors import CheckpointError, UsageError
 
 _MAX_FILE_BYTES = 256 << 20
@@ -89,16 +90,44 @@ class Tokenizer:
         self._template_controls = functools.lru_cache(maxsize=1024)(self._find_template_controls)
 
     @classmethod
-    def open(cls, directory: Path | str) -> Tokenizer | None:
-        """Read `tokenizer.json` and what stands beside it; None where there is no such file.
+    def open(cls, path: Path | str) -> Tokenizer | None:
+        """Read `tokenizer.json` and what stands beside it, or the metadata of a GGUF; None where there is neither.
+
+        Args:
+            path: a `.gguf` file, or a model's directory.
 
         Raises:
             CheckpointError: a file cannot be parsed, or is larger than any tokenizer.
+            UnsupportedModel: a GGUF describes a kind of tokenizer that is not built in.
         """
-        directory = Path(directory)
-        path = directory / "tokenizer.json"
-        if not path.is_file():
+        path = Path(path)
+        if not path.is_dir():
+            return cls._of_gguf(path)
+        if (path / GGUF_METADATA_FILE).is_file():
+            return cls._of_gguf(path / GGUF_METADATA_FILE)
+        if (path / "tokenizer.json").is_file():
+            return cls._of_directory(path)
+        gguf = find_gguf(path)
+        return None if gguf is None else cls._of_gguf(gguf)
+
+    @classmethod
+    def _of_gguf(cls, path: Path) -> Tokenizer | None:
+        # Rebuilding one pulls in more than reading tokenizer.json does.
+        from argosy.checkpoint.gguf_tokenizer import read_tokenizer
+
+        read = read_tokenizer(read_gguf(path))
+        if read is None:
             return None
+        return cls(
+            read.core,
+            config=read.config,
+            generation_config={"eos_token_id": list(read.eos_ids)},
+            chat_template=_checked_template(read.chat_template, path),
+        )
+
+    @classmethod
+    def _of_directory(cls, directory: Path) -> Tokenizer:
+        path = directory / "tokenizer.json"
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise CheckpointError(
                 f"{path}: {path.stat().st_size} bytes, more than {_MAX_FILE_BYTES}", path=path
@@ -445,6 +474,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def has_chat_template(directory: Path) -> bool:
+    """Whether `Tokenizer.open` will find one. Costs a small file, where building a tokenizer costs 0.1 s."""
+    if not (directory / "tokenizer.json").is_file():
+        return False
+    return _read_template(directory, _read_json(directory / "tokenizer_config.json")) is not None
+
+
 def _read_template(directory: Path, config: Mapping[str, Any]) -> str | None:
     """The chat template: a file of its own, or a field of tokenizer_config.json."""
     path = directory / "chat_template.jinja"
@@ -455,11 +491,15 @@ def _read_template(directory: Path, config: Mapping[str, Any]) -> str | None:
     if isinstance(template, list):  # several, by name
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, Mapping)}
         template = named.get("default")
+    return _checked_template(template, directory)
+
+
+def _checked_template(template: object, path: Path) -> str | None:
     if template is not None and not isinstance(template, str):
-        raise CheckpointError(f"{directory}: chat_template is not text", path=directory)
+        raise CheckpointError(f"{path}: chat_template is not text", path=path)
     if template is not None and len(template) > _MAX_TEMPLATE_CHARACTERS:
         raise CheckpointError(
-            f"{directory}: the chat template has {len(template)} characters, more than {_MAX_TEMPLATE_CHARACTERS}",
-            path=directory,
+            f"{path}: the chat template has {len(template)} characters, more than {_MAX_TEMPLATE_CHARACTERS}",
+            path=path,
         )
     return template

@@ -1,8 +1,9 @@
-"""Families: what `config.json` means and what tensors are called, one file each.
+"""Families: what `config.json` or the metadata of a GGUF mean and what tensors are called, one file each.
 
-    directory  ->  open_model  ->  ModelFiles     a pack, or safetensors with config.json
+    path  ->  open_model  ->  ModelFiles     a pack, safetensors with config.json, or a GGUF file
 
-A new family is a file with `MODEL_TYPE`, `LAYOUTS` and `parse_config`, its test, and one line of `FAMILIES`.
+A new family is a file with `MODEL_TYPE`, `LAYOUTS`, `parse_config`, `GGUF_ARCHITECTURE` and `open_gguf`, its test,
+and one line of `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.gguf import GGUF_METADATA_FILE, GGUF_SUFFIX, GgufFile, find_gguf, read_gguf
 from argosy.checkpoint.json_strict import quote, read_object
 from argosy.checkpoint.manifest import MANIFEST_FILE, open_pack
 from argosy.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_tensors
@@ -32,7 +34,11 @@ class Family(Protocol):
     MODEL_TYPE: str
     LAYOUTS: tuple[Layout, ...]
 
+    GGUF_ARCHITECTURE: str
+
     def parse_config(self, raw: Mapping[str, object]) -> ModelConfig: ...
+
+    def open_gguf(self, file: GgufFile) -> ModelFiles: ...
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -40,34 +46,65 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def open_model(directory: str | Path) -> ModelFiles:
+def open_model(path: str | Path) -> ModelFiles:
     """Find and prove everything a model is read from; reads headers, and no weights.
 
     Args:
-        directory: a pack, or a checkpoint as the hub has it: `config.json` and safetensors.
+        path: a pack; a checkpoint as the hub has it, `config.json` and safetensors; a `.gguf` file, or a directory
+            that holds exactly one.
 
     Raises:
         CheckpointError: there is no model, or a file is missing, damaged or lies about itself.
         UnsupportedModel: it asks for mathematics that is not built in.
     """
-    directory = Path(directory)
-    if not directory.exists():
-        raise CheckpointError(f"{directory} does not exist", path=directory)
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"{directory} is a file; a model is a directory with {CONFIG_FILE} and safetensors",
-            hint=f"try {directory.parent}",
-            path=directory,
-        )
-    packed = open_pack(directory)
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist", path=path)
+    if not path.is_dir():
+        if path.suffix != GGUF_SUFFIX:
+            raise CheckpointError(
+                f"{path} is a file; a model is a {GGUF_SUFFIX} file, or a directory with {CONFIG_FILE} and safetensors",
+                hint=f"try {path.parent}",
+                path=path,
+            )
+        return _open_gguf(path)
+    packed = open_pack(path)
     if packed is not None:
-        _require_same_config(packed)
+        if not (path / GGUF_METADATA_FILE).exists():
+            _require_same_config(packed)
         return packed
-    config_path = directory / CONFIG_FILE
+    has_tensors = any((path / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
+    if not has_tensors and (gguf := find_gguf(path)) is not None:
+        return _open_gguf(gguf)
+    config_path = path / CONFIG_FILE
     if not config_path.exists() and not config_path.is_symlink():
-        raise _without_config(directory)
-    family, config = read_config(directory)
-    return read_layout(directory, config, family.LAYOUTS, open_tensors(directory))
+        raise _without_config(path)
+    family, config = read_config(path)
+    return read_layout(path, config, family.LAYOUTS, open_tensors(path))
+
+
+def _open_gguf(path: Path) -> ModelFiles:
+    file = read_gguf(path)
+    kind = file.text("general.type", "model")
+    if kind != "model":
+        raise UnsupportedModel(
+            f"{path.name} is a GGUF of type '{quote(kind)}'; supported: model",
+            path=path,
+            key="general.type",
+            value=kind,
+            supported=("model",),
+        )
+    architecture = file.text("general.architecture")
+    families = {family.GGUF_ARCHITECTURE: family for family in FAMILIES.values()}
+    if architecture not in families:
+        raise UnsupportedModel(
+            f"{path.name} is of architecture '{quote(architecture)}'; supported: {', '.join(families)}",
+            path=path,
+            key="general.architecture",
+            value=architecture,
+            supported=list(families),
+        )
+    return families[architecture].open_gguf(file)
 
 
 def read_config(directory: Path) -> tuple[Family, ModelConfig]:
@@ -101,21 +138,22 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig]:
 
 def _require_same_config(packed: ModelFiles) -> None:
     """Prove that a pack's manifest says what the `config.json` beside it says."""
-    _, config = read_config(packed.directory)
+    _, config = read_config(packed.path)
     # Whether the head is its own tensor was seen in the source's files, not in its config.
     if replace(config, is_embedding_tied=packed.config.is_embedding_tied) != packed.config:
         raise CheckpointError(
-            f"{MANIFEST_FILE} and {CONFIG_FILE} in {packed.directory} describe different models",
+            f"{MANIFEST_FILE} and {CONFIG_FILE} in {packed.path} describe different models",
             hint="make the pack again from its source",
-            path=packed.directory,
+            path=packed.path,
         )
 
 
 def _without_config(directory: Path) -> CheckpointError:
     names = sorted(entry.name for entry in directory.iterdir())
-    weights = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf"))]
+    weights = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth"))]
     looked_for = (
-        f"looked for {MANIFEST_FILE} (a pack), and for {CONFIG_FILE} with {SINGLE_FILE} or {INDEX_FILE}"
+        f"looked for {MANIFEST_FILE} (a pack), for {CONFIG_FILE} with {SINGLE_FILE} or {INDEX_FILE}, and for a "
+        f"{GGUF_SUFFIX} file"
     )
     found = f", found {quote(weights[0])} without {CONFIG_FILE}" if weights else ""
     return CheckpointError(f"{directory} holds no model: {looked_for}{found}", path=directory)

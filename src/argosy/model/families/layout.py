@@ -25,7 +25,7 @@ from argosy.checkpoint.files import (
     MatrixRef,
     ModelFiles,
     Piece,
-    require_one_expert_format,
+    require_one_format_a_layer,
 )
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.json_strict import quote
@@ -104,7 +104,7 @@ def read_layout(
     }
     experts = reader.experts(config, layout)
     reader.refuse_extra(config)
-    require_one_expert_format(experts, directory)
+    require_one_format_a_layer(experts, directory)
     return ModelFiles(directory, config, dense, experts)
 
 

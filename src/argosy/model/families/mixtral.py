@@ -2,18 +2,27 @@
 
 The hub's names are of the first release (`block_sparse_moe`, w1 = gate, w3 = up, w2 = down); `transformers` 5
 can also write its own (`mlp.experts.gate_up_proj`). A sliding window, where one is set, holds in every layer.
+
+In GGUF it is the `llama` architecture with experts. Rows of q and k lie there in the order of a rotary kernel that
+turns adjacent pairs, and are put back into halves while they land.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.gguf import GgufFile
 from argosy.config import LayerConfig, ModelConfig, RouterConfig
 from argosy.model.families.config_reader import MOST_EXPERTS, MOST_LAYERS, ConfigReader
+from argosy.model.families.gguf_config import GgufConfigReader, frequency_factors
+from argosy.model.families.gguf_layout import read_gguf_layout
 from argosy.model.families.layout import ATTENTION_NAMES, Layout
 from argosy.model.families.rope_config import read_rope
 
 MODEL_TYPE = "mixtral"
+GGUF_ARCHITECTURE = "llama"
 
 LAYOUTS = (
     Layout(
@@ -74,3 +83,31 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     )
     reader.finish()
     return config
+
+
+def open_gguf(file: GgufFile) -> ModelFiles:
+    """The model in a GGUF file of architecture `llama` with experts.
+
+    Raises:
+        UnsupportedModel: no experts, or a key, value or tensor type that is not built in.
+        CheckpointError: a key or tensor is missing, malformed, or contradicts another.
+    """
+    reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
+    if reader.integer("expert_count", 0, least=0) == 0:
+        raise reader.unsupported(
+            "expert_count", 0, "1 and more: this is a dense model, and Argosy runs mixtures"
+        )
+    common = reader.common()
+    rope = replace(common.pop("rope"), frequency_factors=frequency_factors(file, common["head_dim"]))
+    window = reader.integer("attention.sliding_window", 0, least=0)
+    width = reader.integer("feed_forward_length")
+    config = ModelConfig(
+        family=MODEL_TYPE,
+        layers=(LayerConfig(is_moe=True, sliding_window=window),) * reader.num_layers(),
+        rope=rope,
+        expert_width=reader.integer("expert_feed_forward_length", width),
+        router=RouterConfig(renormalize=reader.flag("expert_weights_norm", True)),
+        **common,
+    )
+    reader.finish()
+    return read_gguf_layout(file, config, is_paired=True, has_rope_freqs=True)

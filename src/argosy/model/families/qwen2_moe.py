@@ -9,15 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.gguf import GgufFile
 from argosy.config import LayerConfig, ModelConfig, RouterConfig
 from argosy.errors import CheckpointError
 from argosy.model.families.config_reader import MOST_EXPERTS, MOST_LAYERS, ConfigReader
+from argosy.model.families.gguf_config import GgufConfigReader
+from argosy.model.families.gguf_layout import layer_tensor, read_gguf_layout
 from argosy.model.families.qwen_moe import LAYOUTS, read_moe_layers
 from argosy.model.families.rope_config import read_rope
 
-__all__ = ["LAYOUTS", "MODEL_TYPE", "parse_config"]
+__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
 
 MODEL_TYPE = "qwen2_moe"
+GGUF_ARCHITECTURE = "qwen2moe"
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
@@ -69,6 +74,34 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     )
     reader.finish()
     return config
+
+
+def open_gguf(file: GgufFile) -> ModelFiles:
+    """The model in a GGUF file of architecture `qwen2moe`.
+
+    A window of some layers only, as `config.json` may ask for, has no spelling there; one is refused.
+
+    Raises:
+        UnsupportedModel: a key, value or tensor type that is not built in.
+        CheckpointError: a key or tensor is missing, malformed, or contradicts another.
+    """
+    reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
+    common = reader.common()
+    width = reader.integer("feed_forward_length", 0, least=0)
+    if window := reader.integer("attention.sliding_window", 0, least=0):
+        raise reader.unsupported("attention.sliding_window", window, "0")
+    config = ModelConfig(
+        family=MODEL_TYPE,
+        layers=(LayerConfig(is_moe=True),) * reader.num_layers(),
+        expert_width=reader.integer("expert_feed_forward_length", width // common["experts_per_token"]),
+        router=RouterConfig(renormalize=reader.flag("expert_weights_norm", False)),
+        shared_width=reader.integer("expert_shared_feed_forward_length", width),
+        shared_is_gated=True,
+        has_qkv_bias=layer_tensor(0, "q_bias") in file.tensors,
+        **common,
+    )
+    reader.finish()
+    return read_gguf_layout(file, config, is_paired=False, has_rope_freqs=False)
 
 
 def _read_windows(reader: ConfigReader, num_layers: int) -> tuple[int, ...]:

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.gguf import GgufFile
 from argosy.config import LayerConfig, ModelConfig, RouterConfig
 from argosy.model.families.config_reader import MOST_EXPERTS, MOST_LAYERS, ConfigReader
+from argosy.model.families.gguf_config import GgufConfigReader
+from argosy.model.families.gguf_layout import read_gguf_layout
 from argosy.model.families.qwen_moe import LAYOUTS, read_moe_layers
 from argosy.model.families.rope_config import read_rope
 
-__all__ = ["LAYOUTS", "MODEL_TYPE", "parse_config"]
+__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
 
 MODEL_TYPE = "qwen3_moe"
+GGUF_ARCHITECTURE = "qwen3moe"
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
@@ -70,6 +75,29 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     )
     reader.finish()
     return config
+
+
+def open_gguf(file: GgufFile) -> ModelFiles:
+    """The model in a GGUF file of architecture `qwen3moe`. Absent, `expert_weights_norm` is true there.
+
+    Raises:
+        UnsupportedModel: a key, value or tensor type that is not built in.
+        CheckpointError: a key or tensor is missing, malformed, or contradicts another.
+    """
+    reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
+    common = reader.common()
+    window = reader.integer("attention.sliding_window", 0, least=0)
+    reader.integer("feed_forward_length", 0, least=0)  # of layers without experts, and all have them there
+    config = ModelConfig(
+        family=MODEL_TYPE,
+        layers=(LayerConfig(is_moe=True, sliding_window=window),) * reader.num_layers(),
+        expert_width=reader.integer("expert_feed_forward_length"),
+        router=RouterConfig(renormalize=reader.flag("expert_weights_norm", True)),
+        has_qk_norm=True,
+        **common,
+    )
+    reader.finish()
+    return read_gguf_layout(file, config, is_paired=False, has_rope_freqs=False)
 
 
 def _read_window(reader: ConfigReader, num_layers: int) -> int:

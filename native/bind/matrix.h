@@ -1,0 +1,135 @@
+// matrix.h: weights in memory that Python owns, and the checks that views of them and of a batch lie inside.
+#pragma once
+
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bind/bind.h"
+#include "ops/attention.h"
+#include "ops/swiglu.h"
+#include "store/arena.h"
+
+namespace argosy {
+
+inline constexpr const char* kFormatNames[kNumFormats] = {"f32",  "f16",  "bf16", "q8",   "q4",
+                                                          "q4_1", "q5_0", "q4_k", "q5_k", "q6_k"};
+inline constexpr int64_t kLargestSize = int64_t{1}
+                                        << 30;  // of a row or a column: products stay below 2^62 bytes
+
+inline Format parse_format(const std::string& name) {
+  for (int i = 0; i < kNumFormats; ++i) {
+    if (name == kFormatNames[i]) return Format(i);
+  }
+  std::string known;
+  for (const char* each : kFormatNames) known += (known.empty() ? "" : ", ") + std::string(each);
+  refuse("unknown format '" + name + "'; known: " + known);
+}
+
+inline int64_t checked_matrix_bytes(Format format, int64_t rows, int64_t cols) {
+  require_range("rows", rows, 0, kLargestSize);
+  require_range("cols", cols, 0, kLargestSize);
+  return matrix_bytes(format, rows, cols);
+}
+
+// Weights inside an arena or a numpy array, kept alive and in place.
+struct Memory {
+  nb::object owner;
+  std::shared_ptr<const void> hold;
+  const uint8_t* data;
+  int64_t nbytes;
+};
+
+inline Memory open_memory(nb::object owner) {
+  if (nb::isinstance<Arena>(owner)) {
+    Arena& arena = *nb::inst_ptr<Arena>(owner);
+    return {owner, arena.hold(), arena.data(), int64_t(arena.size())};
+  }
+  const Array array = nb::cast<Array>(owner);
+  return {owner, nullptr, read_array<uint8_t>("memory", array, {kAnySize}), int64_t(array.shape(0))};
+}
+
+struct Matrix {
+  Memory memory;
+  MatrixView view;
+};
+
+// Proves that the matrix lies inside the memory.
+inline MatrixView view_matrix(const char* name, const uint8_t* data, int64_t nbytes, int64_t offset,
+                              Format format, int64_t rows, int64_t cols) {
+  const int64_t size = checked_matrix_bytes(format, rows, cols);
+  if (offset < 0 || offset > nbytes || size > nbytes - offset) {
+    refuse(std::string(name) + " of " + std::to_string(size) + " bytes at offset " + std::to_string(offset) +
+           " does not lie inside memory of " + std::to_string(nbytes) + " bytes");
+  }
+  return {format, data + offset, rows, cols};
+}
+
+inline void require_ids(const char* name, const int32_t* ids, int64_t n, int64_t limit) {
+  const int32_t* wrong = std::find_if(ids, ids + n, [&](int32_t id) { return id < 0 || id >= limit; });
+  if (wrong != ids + n) {
+    refuse(std::string(name) + "[" + std::to_string(wrong - ids) + "] is " + std::to_string(*wrong) +
+           ", expected 0 to " + std::to_string(limit - 1));
+  }
+}
+
+// Of gate, up and down.
+using FormatNames = std::array<std::string, 3>;
+
+inline std::array<Format, 3> parse_formats(const FormatNames& names) {
+  return {parse_format(names[0]), parse_format(names[1]), parse_format(names[2])};
+}
+
+// offsets [num_experts][3]: where gate, up and down begin.
+inline std::vector<ExpertView> view_experts(const uint8_t* data, int64_t nbytes, const int64_t* offsets,
+                                            int64_t num_experts, const std::array<Format, 3>& formats,
+                                            int64_t hidden, int64_t width) {
+  std::vector<ExpertView> experts;
+  experts.reserve(size_t(num_experts));
+  for (const int64_t* at = offsets; at != offsets + 3 * num_experts; at += 3) {
+    experts.push_back({view_matrix("a gate", data, nbytes, at[0], formats[0], width, hidden),
+                       view_matrix("an up", data, nbytes, at[1], formats[1], width, hidden),
+                       view_matrix("a down", data, nbytes, at[2], formats[2], hidden, width)});
+  }
+  return experts;
+}
+
+inline void require_slots(const KvCache& kv, const int64_t* slots, int64_t num_tokens) {
+  for (int64_t i = 0; i < num_tokens; ++i)
+    require_range("a slot", slots[i], 0, kv.num_blocks() * kv.shape().block_tokens - 1);
+}
+
+// gate and up [width, hidden], down [hidden, width].
+inline ExpertView view_network(const Matrix& gate, const Matrix& up, const Matrix& down) {
+  require_size("rows of up", up.view.rows, gate.view.rows);
+  require_size("columns of up", up.view.cols, gate.view.cols);
+  require_size("rows of down", down.view.rows, gate.view.cols);
+  require_size("columns of down", down.view.cols, gate.view.rows);
+  return {gate.view, up.view, down.view};
+}
+
+// Every block that the positions of the batch reach is a block of the cache.
+inline void require_blocks(const KvCache& kv, const AttentionBatch& batch, int64_t num_sequences) {
+  require_ids("sequence", batch.sequence, batch.num_tokens, num_sequences);
+  require_ids("position", batch.position, batch.num_tokens, batch.max_blocks * kv.shape().block_tokens);
+  for (int64_t token = 0; token < batch.num_tokens; ++token) {
+    const int64_t last = batch.position[token];
+    // The next token of the same sequence sees all that this one sees, or more.
+    if (token + 1 < batch.num_tokens && batch.sequence[token + 1] == batch.sequence[token] &&
+        batch.position[token + 1] >= last && batch.window == 0) {
+      continue;
+    }
+    const int64_t first = batch.window > 0 ? std::max<int64_t>(0, last - batch.window + 1) : 0;
+    const int32_t* row = batch.block_table + batch.sequence[token] * batch.max_blocks;
+    const int64_t first_block = first / kv.shape().block_tokens;
+    require_ids("block_table", row + first_block, last / kv.shape().block_tokens + 1 - first_block,
+                kv.num_blocks());
+  }
+}
+
+}  // namespace argosy

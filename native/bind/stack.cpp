@@ -1,0 +1,385 @@
+// stack.cpp: the layers of a decoder, for Python.
+//
+// Python describes a model from matrices and vectors it owns; a Stack keeps all of it alive, and checks once
+// that sizes agree. A step keeps its batch until the next one begins.
+
+#include "ops/stack.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "bind/bind.h"
+#include "bind/matrix.h"
+
+namespace argosy {
+
+using namespace nb::literals;
+
+namespace {
+
+// How long a call runs before it looks whether ^C was pressed.
+constexpr std::chrono::milliseconds kSignalInterval{50};
+
+// Python objects whose memory a description points to.
+struct Kept {
+  std::vector<Memory> memories;
+  std::vector<Array> arrays;
+
+  MatrixView keep(const Matrix& matrix) {
+    memories.push_back(matrix.memory);
+    return matrix.view;
+  }
+  const float* keep(const char* name, const Array& vector, int64_t size) {
+    arrays.push_back(vector);
+    return read_array<float>(name, vector, {size});
+  }
+  const float* keep(const char* name, const std::optional<Array>& vector, int64_t size) {
+    return vector ? keep(name, *vector, size) : nullptr;
+  }
+  ExpertView keep(const Matrix& gate, const Matrix& up, const Matrix& down) {
+    for (const Matrix* matrix : {&gate, &up, &down}) memories.push_back(matrix->memory);
+    return view_network(gate, up, down);
+  }
+  void keep(const Kept& other) {
+    memories.insert(memories.end(), other.memories.begin(), other.memories.end());
+    arrays.insert(arrays.end(), other.arrays.begin(), other.arrays.end());
+  }
+};
+
+struct BoundMixer {
+  Mixer mixer;
+  Kept kept;
+};
+
+struct BoundFfn {
+  Ffn ffn;
+  Kept kept;
+};
+
+using NetworkOfMatrices = std::tuple<const Matrix*, const Matrix*, const Matrix*>;
+using LayerOfObjects = std::tuple<Array, const BoundMixer*, Array, const BoundFfn*>;
+using DemandOfLists = std::tuple<int64_t, std::vector<int32_t>, std::vector<int32_t>>;
+
+BoundMixer grouped_query_attention(
+    const Matrix& query, const Matrix& key, const Matrix& value, const Matrix& output, int64_t num_heads,
+    int64_t window, float scale, const std::optional<Array>& query_bias, const std::optional<Array>& key_bias,
+    const std::optional<Array>& value_bias, const std::optional<Array>& output_bias,
+    const std::optional<Array>& query_norm, const std::optional<Array>& key_norm) {
+  require_range("heads", num_heads, 1, query.view.rows);
+  require_range("window", window, 0, INT32_MAX);
+  require_size("rows of query modulo heads", query.view.rows % num_heads, 0);
+  if (query_norm.has_value() != key_norm.has_value()) refuse("query_norm and key_norm come together");
+  const int64_t head_dim = query.view.rows / num_heads;
+  BoundMixer bound;
+  Kept& kept = bound.kept;
+  bound.mixer = GroupedQueryAttention{
+      .query = kept.keep(query),
+      .key = kept.keep(key),
+      .value = kept.keep(value),
+      .output = kept.keep(output),
+      .query_bias = kept.keep("query_bias", query_bias, query.view.rows),
+      .key_bias = kept.keep("key_bias", key_bias, key.view.rows),
+      .value_bias = kept.keep("value_bias", value_bias, value.view.rows),
+      .output_bias = kept.keep("output_bias", output_bias, output.view.rows),
+      .query_norm = kept.keep("query_norm", query_norm, head_dim),
+      .key_norm = kept.keep("key_norm", key_norm, head_dim),
+      .num_heads = num_heads,
+      .window = window,
+      .scale = scale,
+  };
+  return bound;
+}
+
+BoundFfn dense_ffn(const Matrix& gate, const Matrix& up, const Matrix& down) {
+  BoundFfn bound;
+  bound.ffn = DenseFfn{bound.kept.keep(gate, up, down)};
+  return bound;
+}
+
+BoundFfn routed_ffn(const Matrix& router, int64_t experts_per_token, bool renormalize, int64_t width,
+                    const FormatNames& formats, const std::optional<NetworkOfMatrices>& shared,
+                    const Matrix* shared_score) {
+  require_range("experts_per_token", experts_per_token, 1, router.view.rows);
+  BoundFfn bound;
+  RoutedFfn ffn = {};
+  ffn.router = {bound.kept.keep(router), experts_per_token, renormalize};
+  ffn.width = width;
+  ffn.formats = parse_formats(formats);
+  if (shared) {
+    const auto& [gate, up, down] = *shared;
+    ffn.shared = SharedExpert{bound.kept.keep(*gate, *up, *down), std::nullopt};
+    if (shared_score != nullptr) ffn.shared->score = bound.kept.keep(*shared_score);
+  }
+  bound.ffn = std::move(ffn);
+  return bound;
+}
+
+// Proves that the blocks of a layer fit the hidden state, the cache and each other.
+void require_fit(const GroupedQueryAttention& mixer, const KvLayer& kv, int64_t hidden) {
+  require_size("rows of query", mixer.query.rows, mixer.num_heads * kv.head_dim);
+  require_size("heads modulo KV heads", mixer.num_heads % kv.kv_heads, 0);
+  require_size("rows of key", mixer.key.rows, kv.kv_heads * kv.head_dim);
+  require_size("rows of value", mixer.value.rows, kv.kv_heads * kv.head_dim);
+  require_size("rows of output", mixer.output.rows, hidden);
+  require_size("columns of query", mixer.query.cols, hidden);
+  require_size("columns of key", mixer.key.cols, hidden);
+  require_size("columns of value", mixer.value.cols, hidden);
+  require_size("columns of output", mixer.output.cols, mixer.query.rows);
+}
+
+void require_fit(const DenseFfn& ffn, int64_t hidden) {
+  require_size("columns of gate", ffn.network.gate.cols, hidden);
+}
+
+void require_fit(const RoutedFfn& ffn, int64_t hidden) {
+  require_size("columns of router", ffn.router.matrix.cols, hidden);
+  if (!ffn.shared) return;
+  require_size("columns of the shared gate", ffn.shared->network.gate.cols, hidden);
+  if (ffn.shared->score) {
+    require_size("rows of shared_score", ffn.shared->score->rows, 1);
+    require_size("columns of shared_score", ffn.shared->score->cols, hidden);
+  }
+}
+
+// What a Stack needs of each buffer: columns of float32, or int32 where it says so.
+struct BufferColumns {
+  int64_t query = 0, key = 0, experts = 0, k = 0;
+
+  void widen(const GroupedQueryAttention& mixer) {
+    query = std::max(query, mixer.query.rows);
+    key = std::max(key, mixer.key.rows);
+  }
+  void widen(const DenseFfn&) {}
+  void widen(const RoutedFfn& ffn) {
+    experts = std::max(experts, ffn.router.matrix.rows);
+    k = std::max(k, ffn.router.k);
+  }
+};
+
+class BoundStack {
+ public:
+  BoundStack(Runtime& runtime, KvCache& kv, const Matrix& embedding, const Matrix& head,
+             const Array& final_norm, float norm_eps, const std::vector<LayerOfObjects>& layers,
+             const nb::dict& buffers, Arena* arena, const std::optional<Array>& resident_offsets)
+      : hidden_(embedding.view.cols) {
+    require_size("columns of head", head.view.cols, hidden_);
+    require_size("number of layers", int64_t(layers.size()), kv.num_layers());
+    if (arena != nullptr) experts_ = {nb::object(), arena->hold(), arena->data(), int64_t(arena->size())};
+
+    StackDescription description;
+    description.embedding = kept_.keep(embedding);
+    description.head = kept_.keep(head);
+    description.final_norm = kept_.keep("final_norm", final_norm, hidden_);
+    description.norm_eps = norm_eps;
+    description.experts_off = arena == nullptr;
+    BufferColumns columns;
+    for (const auto& [mixer_norm, mixer, ffn_norm, ffn] : layers) {
+      kept_.keep(mixer->kept);
+      kept_.keep(ffn->kept);
+      description.layers.push_back({kept_.keep("mixer_norm", mixer_norm, hidden_), mixer->mixer,
+                                    kept_.keep("ffn_norm", ffn_norm, hidden_), ffn->ffn});
+      const auto check_mixer = [&](const auto& block) {
+        require_fit(block, kv.shape(), hidden_);
+        columns.widen(block);
+      };
+      const auto check_ffn = [&](const auto& block) {
+        require_fit(block, hidden_);
+        columns.widen(block);
+      };
+      std::visit(check_mixer, mixer->mixer);
+      std::visit(check_ffn, ffn->ffn);
+    }
+    if (resident_offsets) add_resident(description, *resident_offsets);
+    stack_ = std::make_unique<Stack>(runtime, kv, std::move(description), open_buffers(buffers, columns));
+  }
+
+  void begin(const Array& token_ids, const Array& position, const Array& sequence, const Array& slots,
+             const Array& is_decode, const Array& block_table, const Array& cosine, const Array& sine,
+             const Array& last_rows, const OutArray& logits) {
+    const KvCache& kv = stack_->kv();
+    StepBatch batch = {};
+    const int64_t tokens = batch.num_tokens = int64_t(token_ids.shape(0));
+    require_range("tokens", tokens, 1, stack_->max_tokens());
+    batch.token_ids = read_array<int32_t>("token_ids", token_ids, {tokens});
+    batch.position = read_array<int32_t>("position", position, {tokens});
+    batch.sequence = read_array<int32_t>("sequence", sequence, {tokens});
+    batch.slots = read_array<int64_t>("slots", slots, {tokens});
+    batch.is_decode = read_array<bool>("is_decode", is_decode, {tokens});
+    batch.block_table = read_array<int32_t>("block_table", block_table, {kAnySize, kAnySize});
+    batch.max_blocks = int64_t(block_table.shape(1));
+    batch.cosine = read_array<float>("cosine", cosine, {tokens, kAnySize});
+    batch.num_pairs = int64_t(cosine.shape(1));
+    batch.sine = read_array<float>("sine", sine, {tokens, batch.num_pairs});
+    batch.last_rows = read_array<int64_t>("last_rows", last_rows, {kAnySize});
+    batch.num_last = int64_t(last_rows.shape(0));
+    batch.logits = write_array<float>("logits", logits, {batch.num_last, vocabulary()});
+
+    require_ids("token_ids", batch.token_ids, tokens, stack_->description().embedding.rows);
+    require_range("rotated dimensions", 2 * batch.num_pairs, 0, kv.shape().head_dim);
+    require_slots(kv, batch.slots, tokens);
+    AttentionBatch reach = {};
+    reach.num_tokens = tokens;
+    reach.block_table = batch.block_table;
+    reach.max_blocks = batch.max_blocks;
+    reach.sequence = batch.sequence;
+    reach.position = batch.position;
+    require_blocks(kv, reach, int64_t(block_table.shape(0)));
+    require_rows(batch.last_rows, batch.num_last, tokens);
+    batch_ = {token_ids, position, sequence, slots, is_decode, block_table, cosine, sine, last_rows};
+    logits_ = logits;
+    num_tokens_ = tokens;
+    stack_->begin(batch);
+  }
+
+  std::optional<DemandOfLists> advance() {
+    while (true) {
+      Pause pause;
+      {
+        nb::gil_scoped_release released;
+        pause = stack_->advance(kSignalInterval);
+      }
+      if (pause == Pause::done) return std::nullopt;
+      if (pause == Pause::experts) {
+        const Demand& demand = stack_->demand();
+        return DemandOfLists(demand.layer, demand.expert_ids, demand.scan);
+      }
+      if (PyErr_CheckSignals() != 0) throw nb::python_error();
+    }
+  }
+
+  void run_shared() {
+    nb::gil_scoped_release released;
+    stack_->run_shared();
+  }
+
+  void run_experts(const std::vector<int32_t>& expert_ids, const Array& offsets) {
+    const int64_t num_experts = int64_t(expert_ids.size());
+    const int64_t* at = read_array<int64_t>("offsets", offsets, {num_experts, 3});
+    const Layer& layer = stack_->description().layers[size_t(stack_->demand().layer)];
+    const std::vector<ExpertView> experts = view_routed(std::get<RoutedFfn>(layer.ffn), at, num_experts);
+    nb::gil_scoped_release released;
+    stack_->run_experts(expert_ids, experts);
+  }
+
+  void logits(const Array& rows, const OutArray& out) {
+    const int64_t* chosen = read_array<int64_t>("rows", rows, {kAnySize});
+    const int64_t num_rows = int64_t(rows.shape(0));
+    float* to = write_array<float>("out", out, {num_rows, vocabulary()});
+    require_rows(chosen, num_rows, num_tokens_);
+    nb::gil_scoped_release released;
+    stack_->logits(chosen, num_rows, to);
+  }
+
+  std::tuple<double, double, double> take_seconds() {
+    const auto seconds = stack_->take_seconds();
+    return {seconds[0], seconds[1], seconds[2]};
+  }
+
+  int64_t take_lookups() { return stack_->take_lookups(); }
+
+ private:
+  int64_t vocabulary() const { return stack_->description().head.rows; }
+
+  void require_rows(const int64_t* rows, int64_t num_rows, int64_t num_tokens) const {
+    require_range("number of rows", num_rows, 0, stack_->max_tokens());
+    for (int64_t i = 0; i < num_rows; ++i) require_range("a row", rows[i], 0, num_tokens - 1);
+  }
+
+  std::vector<ExpertView> view_routed(const RoutedFfn& ffn, const int64_t* offsets,
+                                      int64_t num_experts) const {
+    return view_experts(experts_.data, experts_.nbytes, offsets, num_experts, ffn.formats, hidden_,
+                        ffn.width);
+  }
+
+  void add_resident(StackDescription& description, const Array& offsets) const {
+    if (description.experts_off) refuse("resident_offsets without the arena they lie in");
+    const int64_t* at = read_array<int64_t>("resident_offsets", offsets, {kAnySize, kAnySize, 3});
+    const int64_t num_layers = int64_t(offsets.shape(0)), num_experts = int64_t(offsets.shape(1));
+    for (size_t i = 0; i < description.layers.size(); ++i) {
+      RoutedFfn* ffn = std::get_if<RoutedFfn>(&description.layers[i].ffn);
+      if (ffn == nullptr) continue;
+      require_range("a routed layer of resident_offsets", int64_t(i), 0, num_layers - 1);
+      require_size("experts in resident_offsets", num_experts, ffn->router.matrix.rows);
+      ffn->resident = view_routed(*ffn, at + int64_t(i) * num_experts * 3, num_experts);
+    }
+  }
+
+  StackBuffers open_buffers(const nb::dict& buffers, const BufferColumns& columns) {
+    StackBuffers opened = {};
+    opened.max_tokens = kAnySize;
+    const auto open = [&]<class T>(const char* name, int64_t width, T*& data) {
+      const OutArray array = nb::cast<OutArray>(buffers[name]);
+      data = write_array<T>(name, array, {opened.max_tokens, kAnySize});
+      opened.max_tokens = int64_t(array.shape(0));
+      require_range(std::string("columns of ") + name, int64_t(array.shape(1)), width, kLargestSize);
+      buffers_.push_back(array);
+    };
+    open("hidden", hidden_, opened.hidden);
+    open("normed", hidden_, opened.normed);
+    open("block", hidden_, opened.block);
+    open("query", columns.query, opened.query);
+    open("key", columns.key, opened.key);
+    open("value", columns.key, opened.value);
+    open("attended", columns.query, opened.attended);
+    open("router_logits", columns.experts, opened.router_logits);
+    open("routing_weights", columns.k, opened.routing_weights);
+    open("expert_ids", columns.k, opened.expert_ids);
+    open("shared_score", 1, opened.shared_score);
+    open("expert_out", columns.k * hidden_, opened.expert_out);
+    open("assignment", columns.k, opened.assignment);
+    open("group_token", columns.k, opened.group_token);
+    open("group_row", columns.k, opened.group_row);
+    return opened;
+  }
+
+  Memory experts_ = {};  // the arena that offsets count from
+  Kept kept_;
+  std::vector<OutArray> buffers_;
+  std::vector<Array> batch_;
+  OutArray logits_;
+  int64_t hidden_ = 0, num_tokens_ = 0;
+  std::unique_ptr<Stack> stack_;
+};
+
+}  // namespace
+
+void bind_stack(nb::module_& m) {
+  nb::class_<BoundMixer>(m, "Mixer");
+  nb::class_<BoundFfn>(m, "Ffn");
+
+  m.def("grouped_query_attention", &grouped_query_attention, "query"_a, "key"_a, "value"_a, "output"_a,
+        nb::kw_only(), "num_heads"_a, "window"_a, "scale"_a, "query_bias"_a.none() = nb::none(),
+        "key_bias"_a.none() = nb::none(), "value_bias"_a.none() = nb::none(),
+        "output_bias"_a.none() = nb::none(), "query_norm"_a.none() = nb::none(),
+        "key_norm"_a.none() = nb::none());
+  m.def("dense_ffn", &dense_ffn, "gate"_a, "up"_a, "down"_a);
+  m.def("routed_ffn", &routed_ffn, "router"_a, nb::kw_only(), "experts_per_token"_a, "renormalize"_a,
+        "width"_a, "formats"_a, "shared"_a.none() = nb::none(), "shared_score"_a.none() = nb::none());
+
+  nb::class_<BoundStack>(m, "Stack")
+      .def(nb::init<Runtime&, KvCache&, const Matrix&, const Matrix&, const Array&, float,
+                    const std::vector<LayerOfObjects>&, const nb::dict&, Arena*,
+                    const std::optional<Array>&>(),
+           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), "runtime"_a, "kv"_a, nb::kw_only(), "embedding"_a,
+           "head"_a, "final_norm"_a, "norm_eps"_a, "layers"_a, "buffers"_a, "arena"_a.none(),
+           "resident_offsets"_a.none())
+      .def("begin", &BoundStack::begin, "token_ids"_a, "position"_a, "sequence"_a, "slots"_a, "is_decode"_a,
+           "block_table"_a, "cosine"_a, "sine"_a, "last_rows"_a, "logits"_a.noconvert())
+      .def("advance", &BoundStack::advance)
+      .def("run_shared", &BoundStack::run_shared)
+      .def("run_experts", &BoundStack::run_experts, "expert_ids"_a, "offsets"_a)
+      .def("logits", &BoundStack::logits, "rows"_a, "out"_a.noconvert())
+      .def("take_seconds", &BoundStack::take_seconds)
+      .def("take_lookups", &BoundStack::take_lookups);
+}
+
+}  // namespace argosy

@@ -1,0 +1,19 @@
+// machine_probe.h: how fast this machine is right now, to hold figures against.
+//
+// Both take the best of several passes: a neighbour on the same core makes a pass slower, never faster.
+#pragma once
+
+#include <cstdint>
+
+namespace argosy {
+
+// Bytes per second at which `threads` threads together read `nbytes` on huge pages with the widest loads.
+// Takes `nbytes` of memory while it runs. Below the size of the last cache it measures that cache. Throws
+// std::invalid_argument for threads below 1 or nbytes below 4 MiB a thread, OutOfMemory.
+double memory_probe(int threads, int64_t nbytes);
+
+// Integer operations per second, two per multiply-add, of the instruction that the products with q4 weights
+// use. Throws std::invalid_argument for threads below 1.
+double int8_probe(int threads);
+
+}  // namespace argosy

@@ -1,0 +1,291 @@
+#include "ops/stack.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "ops/layer.h"
+
+namespace argosy {
+
+namespace {
+
+// out[n] += x[n], or x[0] for every row with x_stride 0.
+void add_rows(Runtime& runtime, const float* x, int64_t x_stride, int64_t rows, int64_t cols, float* out) {
+  const auto lock = runtime.lock();
+  runtime.parallel_for(rows, cols, [&](int64_t begin, int64_t end, int) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float* from = x + row * x_stride;
+      float* to = out + row * cols;
+      for (int64_t i = 0; i < cols; ++i) to[i] += from[i];
+    }
+  });
+}
+
+void add_bias(Runtime& runtime, const float* bias, int64_t rows, int64_t cols, float* out) {
+  if (bias != nullptr) add_rows(runtime, bias, 0, rows, cols, out);
+}
+
+// One network, all tokens.
+void swiglu(Runtime& runtime, const ExpertView& network, const float* x, int64_t num_tokens, float* out) {
+  const int32_t starts[2] = {0, int32_t(num_tokens)};
+  swiglu_experts(runtime, {network}, x, num_tokens, {starts, nullptr, nullptr}, out);
+}
+
+}  // namespace
+
+Stack::Stack(Runtime& runtime, KvCache& kv, StackDescription description, const StackBuffers& buffers)
+    : runtime_(runtime), kv_(kv), description_(std::move(description)), buffers_(buffers) {
+  size_t most_experts = 0;
+  for (const Layer& layer : description_.layers) {
+    if (const RoutedFfn* ffn = std::get_if<RoutedFfn>(&layer.ffn))
+      most_experts = std::max(most_experts, size_t(ffn->router.matrix.rows));
+  }
+  starts_.resize(most_experts + 1);
+  next_.resize(most_experts);
+  decode_wants_.resize(most_experts);
+  is_claimed_.resize(most_experts);
+}
+
+void Stack::begin(const StepBatch& batch) {
+  batch_ = batch;
+  layer_ = 0;
+  stage_ = Stage::begun;
+}
+
+Pause Stack::advance(std::chrono::nanoseconds slice) {
+  const auto lock = runtime_.lock();
+  start_clock();
+  const Clock::time_point end = last_mark_ + slice;
+  const Stage stage = std::exchange(stage_, Stage::done);  // what throws ends the step
+  if (stage == Stage::done) return Pause::done;
+  if (stage == Stage::begun) {
+    embed(runtime_, description_.embedding, batch_.token_ids, batch_.num_tokens, buffers_.hidden);
+  } else if (stage == Stage::waits_for_experts) {
+    if (num_unclaimed_ > 0) {
+      throw std::invalid_argument("layer " + std::to_string(layer_) + " still waits for " +
+                                  std::to_string(num_unclaimed_) + " experts");
+    }
+    combine_experts(routed_ffn());
+    ++layer_;
+  }
+  for (; layer_ < int64_t(description_.layers.size()); ++layer_) {
+    if (Clock::now() >= end) {
+      stage_ = Stage::between_layers;
+      return Pause::time;
+    }
+    const Layer& layer = description_.layers[size_t(layer_)];
+    norm(layer.mixer_norm);
+    std::visit([&](const auto& mixer) { mix(mixer); }, layer.mixer);
+    norm(layer.ffn_norm);
+    const bool is_complete = std::visit([&](const auto& ffn) { return feed_forward(ffn); }, layer.ffn);
+    if (!is_complete) {
+      stage_ = Stage::waits_for_experts;
+      return Pause::experts;
+    }
+  }
+  logits(batch_.last_rows, batch_.num_last, batch_.logits);
+  return Pause::done;
+}
+
+void Stack::norm(const float* weight) {
+  const int64_t hidden = description_.embedding.cols;
+  rms_norm(runtime_, buffers_.hidden, weight, description_.norm_eps, batch_.num_tokens, hidden,
+           buffers_.normed);
+}
+
+// Adds the block's output to the hidden state.
+void Stack::mix(const GroupedQueryAttention& mixer) {
+  const KvLayer kv = kv_.layer(layer_);
+  const int64_t tokens = batch_.num_tokens;
+  const float eps = description_.norm_eps;
+  float *query = buffers_.query, *key = buffers_.key, *value = buffers_.value;
+
+  matmul(runtime_, {{mixer.query, query}, {mixer.key, key}, {mixer.value, value}}, buffers_.normed, tokens);
+  add_bias(runtime_, mixer.query_bias, tokens, mixer.query.rows, query);
+  add_bias(runtime_, mixer.key_bias, tokens, mixer.key.rows, key);
+  add_bias(runtime_, mixer.value_bias, tokens, mixer.value.rows, value);
+  if (mixer.query_norm != nullptr) {
+    rms_norm(runtime_, query, mixer.query_norm, eps, tokens * mixer.num_heads, kv.head_dim, query);
+    rms_norm(runtime_, key, mixer.key_norm, eps, tokens * kv.kv_heads, kv.head_dim, key);
+  }
+  rope(runtime_, query, tokens, mixer.num_heads, kv.head_dim, batch_.cosine, batch_.sine, batch_.num_pairs);
+  rope(runtime_, key, tokens, kv.kv_heads, kv.head_dim, batch_.cosine, batch_.sine, batch_.num_pairs);
+
+  kv_write(runtime_, kv, key, value, batch_.slots, tokens);
+  attention(runtime_, kv,
+            {
+                .q = query,
+                .num_tokens = tokens,
+                .num_heads = mixer.num_heads,
+                .block_table = batch_.block_table,
+                .max_blocks = batch_.max_blocks,
+                .sequence = batch_.sequence,
+                .position = batch_.position,
+                .scale = mixer.scale,
+                .window = mixer.window,
+            },
+            buffers_.attended);
+  matmul(runtime_, {{mixer.output, buffers_.block}}, buffers_.attended, tokens);
+  add_bias(runtime_, mixer.output_bias, tokens, mixer.output.rows, buffers_.block);
+  add_rows(runtime_, buffers_.block, mixer.output.rows, tokens, mixer.output.rows, buffers_.hidden);
+  mark(Part::attention_and_dense);
+}
+
+bool Stack::feed_forward(const DenseFfn& ffn) {
+  const int64_t hidden = description_.embedding.cols;
+  swiglu(runtime_, ffn.network, buffers_.normed, batch_.num_tokens, buffers_.block);
+  add_rows(runtime_, buffers_.block, hidden, batch_.num_tokens, hidden, buffers_.hidden);
+  mark(Part::attention_and_dense);
+  return true;
+}
+
+bool Stack::feed_forward(const RoutedFfn& ffn) {
+  if (!description_.experts_off) dispatch(ffn);
+  if (!description_.experts_off && ffn.resident.empty()) return false;
+  add_shared(ffn);
+  if (description_.experts_off) return true;
+  resident_group_.clear();
+  for (const int32_t expert : demand_.expert_ids) resident_group_.push_back(ffn.resident[size_t(expert)]);
+  lookups_ += int64_t(demand_.expert_ids.size());
+  run_group(demand_.expert_ids, resident_group_);
+  combine_experts(ffn);
+  return true;
+}
+
+// Chooses the experts of each token and sorts the assignments (token * k + rank) by expert, stably.
+void Stack::dispatch(const RoutedFfn& ffn) {
+  const int64_t experts = ffn.router.matrix.rows, k = ffn.router.k, assignments = batch_.num_tokens * k;
+  matmul(runtime_, {{ffn.router.matrix, buffers_.router_logits}}, buffers_.normed, batch_.num_tokens);
+  route(runtime_, buffers_.router_logits, batch_.num_tokens, experts, k, ffn.router.renormalize,
+        buffers_.expert_ids, buffers_.routing_weights);
+
+  std::fill(starts_.begin(), starts_.end(), 0);
+  std::fill(decode_wants_.begin(), decode_wants_.end(), false);
+  for (int64_t a = 0; a < assignments; ++a) {
+    const size_t expert = size_t(buffers_.expert_ids[a]);
+    ++starts_[expert + 1];
+    if (batch_.is_decode[a / k]) decode_wants_[expert] = true;
+  }
+  demand_.layer = layer_;
+  demand_.expert_ids.clear();
+  demand_.scan.clear();
+  for (size_t expert = 0; expert < size_t(experts); ++expert) {
+    if (starts_[expert + 1] > 0) {
+      demand_.expert_ids.push_back(int32_t(expert));
+      if (!decode_wants_[expert]) demand_.scan.push_back(int32_t(expert));
+    }
+    starts_[expert + 1] += starts_[expert];
+    next_[expert] = starts_[expert];
+  }
+  for (int64_t a = 0; a < assignments; ++a) {
+    buffers_.assignment[next_[size_t(buffers_.expert_ids[a])]++] = int32_t(a);
+  }
+  std::fill(is_claimed_.begin(), is_claimed_.end(), false);
+  num_unclaimed_ = int64_t(demand_.expert_ids.size());
+  mark(Part::router);
+}
+
+void Stack::add_shared(const RoutedFfn& ffn) {
+  if (!ffn.shared) return;
+  const int64_t hidden = description_.embedding.cols, tokens = batch_.num_tokens;
+  swiglu(runtime_, ffn.shared->network, buffers_.normed, tokens, buffers_.block);
+  if (ffn.shared->score) {
+    matmul(runtime_, {{*ffn.shared->score, buffers_.shared_score}}, buffers_.normed, tokens);
+    add_sigmoid_gated(runtime_, buffers_.block, buffers_.shared_score, tokens, hidden, buffers_.hidden);
+  } else {
+    add_rows(runtime_, buffers_.block, hidden, tokens, hidden, buffers_.hidden);
+  }
+  mark(Part::attention_and_dense);
+}
+
+// Runs experts of the demand on the tokens that chose them.
+void Stack::run_group(const std::vector<int32_t>& expert_ids, const std::vector<ExpertView>& experts) {
+  const int64_t k = routed_ffn().router.k;
+  group_starts_.assign(1, 0);
+  int32_t* row = buffers_.group_row;
+  for (const int32_t id : expert_ids) {
+    const size_t expert = size_t(id);
+    row = std::copy(buffers_.assignment + starts_[expert], buffers_.assignment + starts_[expert + 1], row);
+    group_starts_.push_back(int32_t(row - buffers_.group_row));
+  }
+  const int64_t assignments = group_starts_.back();
+  for (int64_t a = 0; a < assignments; ++a) buffers_.group_token[a] = int32_t(buffers_.group_row[a] / k);
+  swiglu_experts(runtime_, experts, buffers_.normed, batch_.num_tokens,
+                 {group_starts_.data(), buffers_.group_token, buffers_.group_row}, buffers_.expert_out);
+  mark(Part::expert_compute);
+}
+
+void Stack::combine_experts(const RoutedFfn& ffn) {
+  combine(runtime_, buffers_.expert_out, buffers_.routing_weights, batch_.num_tokens, ffn.router.k,
+          description_.embedding.cols, buffers_.hidden);
+  mark(Part::expert_compute);
+}
+
+const RoutedFfn& Stack::routed_ffn() const {
+  return std::get<RoutedFfn>(description_.layers[size_t(layer_)].ffn);
+}
+
+void Stack::require_waiting() const {
+  if (stage_ != Stage::waits_for_experts) throw std::invalid_argument("no layer waits for experts");
+}
+
+const Demand& Stack::demand() const {
+  require_waiting();
+  return demand_;
+}
+
+void Stack::run_shared() {
+  const auto lock = runtime_.lock();
+  require_waiting();
+  start_clock();
+  add_shared(routed_ffn());
+}
+
+void Stack::run_experts(const std::vector<int32_t>& expert_ids, const std::vector<ExpertView>& experts) {
+  const auto lock = runtime_.lock();
+  require_waiting();
+  start_clock();
+  for (const int32_t expert : expert_ids) {
+    if (!claim(expert)) {
+      throw std::invalid_argument("layer " + std::to_string(layer_) + " does not wait for expert " +
+                                  std::to_string(expert));
+    }
+  }
+  run_group(expert_ids, experts);
+}
+
+// Counts an expert off the demand. False: it is not in it, or not any more.
+bool Stack::claim(int32_t expert) {
+  const auto found = std::lower_bound(demand_.expert_ids.begin(), demand_.expert_ids.end(), expert);
+  if (found == demand_.expert_ids.end() || *found != expert) return false;
+  if (is_claimed_[size_t(expert)]) return false;
+  is_claimed_[size_t(expert)] = true;
+  --num_unclaimed_;
+  return true;
+}
+
+void Stack::logits(const int64_t* rows, int64_t num_rows, float* out) {
+  const auto lock = runtime_.lock();
+  const int64_t hidden = description_.embedding.cols;
+  for (int64_t i = 0; i < num_rows; ++i) {
+    std::copy_n(buffers_.hidden + rows[i] * hidden, hidden, buffers_.normed + i * hidden);
+  }
+  rms_norm(runtime_, buffers_.normed, description_.final_norm, description_.norm_eps, num_rows, hidden,
+           buffers_.normed);
+  matmul(runtime_, {{description_.head, out}}, buffers_.normed, num_rows);
+  mark(Part::attention_and_dense);
+}
+
+void Stack::mark(Part part) {
+  const Clock::time_point now = Clock::now();
+  seconds_[size_t(part)] += std::chrono::duration<double>(now - last_mark_).count();
+  last_mark_ = now;
+}
+
+std::array<double, kNumParts> Stack::take_seconds() { return std::exchange(seconds_, {}); }
+
+int64_t Stack::take_lookups() { return std::exchange(lookups_, 0); }
+
+}  // namespace argosy

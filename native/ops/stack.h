@@ -1,0 +1,211 @@
+// stack.h: the layers of a decoder, run on a batch without Python between them.
+//
+//   Stack stack(runtime, kv, description, buffers);
+//   stack.begin(batch);
+//   while (true) {
+//     switch (stack.advance(50ms)) {
+//       case Pause::time: continue;      // look for ^C, for instance
+//       case Pause::done: return;        // batch.logits is written
+//       case Pause::experts: ...         // lease demand().expert_ids, run_shared(), run_experts() as they
+//       land
+//     }
+//   }
+//
+// A step pauses for experts at every layer that has routed ones, or never where all of them are in memory for
+// good. Each call is one or more operations of ops/, so the bits are those of the operations called one by
+// one: for one row and one token the order of sums is fixed, and every assignment (one token, one of its
+// experts) has a row of its own until `combine` adds them in the router's order.
+//
+// A new kind of mixer or feed-forward network is another alternative of `Mixer` or `Ffn` and one more
+// overload of `mix` or `feed_forward`.
+#pragma once
+
+#include <array>
+#include <chrono>
+#include <cstdint>
+#include <optional>
+#include <variant>
+#include <vector>
+
+#include "ops/attention.h"
+#include "ops/matmul.h"
+#include "ops/runtime.h"
+#include "ops/swiglu.h"
+
+namespace argosy {
+
+// Grouped-query attention (arXiv:2305.13245): q, k, v -> rotary -> KV cache -> attention -> output
+// projection.
+struct GroupedQueryAttention {
+  MatrixView query;                   // [num_heads * head_dim, hidden]
+  MatrixView key, value;              // [kv_heads * head_dim, hidden]
+  MatrixView output;                  // [hidden, num_heads * head_dim]
+  const float* query_bias = nullptr;  // one per row of the matrix; nullptr: none
+  const float* key_bias = nullptr;
+  const float* value_bias = nullptr;
+  const float* output_bias = nullptr;
+  const float* query_norm = nullptr;  // [head_dim], of each head before rotary; nullptr: none
+  const float* key_norm = nullptr;
+  int64_t num_heads = 0;
+  int64_t window = 0;  // a token sees its last `window` positions; 0: all
+  float scale = 0;     // of the scores
+};
+
+using Mixer = std::variant<GroupedQueryAttention>;
+
+struct DenseFfn {
+  ExpertView network;
+};
+
+// Softmax over all experts, the k best.
+struct Router {
+  MatrixView matrix;  // [num_experts, hidden]
+  int64_t k = 0;
+  bool renormalize = false;  // the weights of a token sum to 1
+};
+
+// Runs for every token.
+struct SharedExpert {
+  ExpertView network;
+  std::optional<MatrixView> score;  // [1, hidden]: the output is taken times sigmoid(score . x)
+};
+
+struct RoutedFfn {
+  Router router;
+  int64_t width = 0;              // of an expert
+  std::array<Format, 3> formats;  // of gate, up and down of every expert of the layer
+  std::optional<SharedExpert> shared;
+  std::vector<ExpertView> resident;  // of all experts; empty where they are leased
+};
+
+using Ffn = std::variant<DenseFfn, RoutedFfn>;
+
+struct Layer {
+  const float* mixer_norm;  // [hidden]
+  Mixer mixer;
+  const float* ffn_norm;  // [hidden]
+  Ffn ffn;
+};
+
+struct StackDescription {
+  MatrixView embedding, head;  // [vocabulary, hidden]
+  const float* final_norm;     // [hidden]
+  float norm_eps;
+  bool experts_off;  // leave routed experts out of every sum
+  std::vector<Layer> layers;
+};
+
+// Room for max_tokens rows of each.
+struct StackBuffers {
+  int64_t max_tokens;
+  float *hidden, *normed, *block;  // [hidden]; `block` is what a block adds to the hidden state
+  float *query, *attended;         // [num_heads * head_dim]
+  float *key, *value;              // [kv_heads * head_dim]
+  float* router_logits;            // [num_experts]
+  float* routing_weights;          // [k]
+  int32_t* expert_ids;             // [k]
+  float* shared_score;             // [1]
+  float* expert_out;               // [k * hidden]
+  int32_t *assignment, *group_token, *group_row;  // [k]
+};
+
+// What one step runs. All numbers are in range, and all memory stays until the step is done.
+struct StepBatch {
+  int64_t num_tokens;
+  const int32_t* token_ids;
+  const int32_t* position;
+  const int32_t* sequence;  // a row of block_table
+  const int64_t* slots;     // where keys and values go
+  const bool* is_decode;    // false: a prompt token
+  const int32_t* block_table;
+  int64_t max_blocks;
+  const float *cosine, *sine;  // [num_tokens][num_pairs]
+  int64_t num_pairs;
+  const int64_t* last_rows;  // [num_last], rows whose logits are wanted; at most max_tokens
+  int64_t num_last;
+  float* logits;  // [num_last][vocabulary]
+};
+
+// The experts a layer waits for, ascending; `scan` are those that only prompt tokens chose.
+struct Demand {
+  int64_t layer;
+  std::vector<int32_t> expert_ids, scan;
+};
+
+// Where the time of a step goes.
+enum class Part { router, attention_and_dense, expert_compute };
+constexpr int kNumParts = 3;
+
+enum class Pause { done, experts, time };
+
+class Stack {
+ public:
+  // The memory behind the views, and the KV cache, outlive the stack. Sizes agree.
+  Stack(Runtime& runtime, KvCache& kv, StackDescription description, const StackBuffers& buffers);
+
+  // Starts a step, whatever became of the one before.
+  void begin(const StepBatch& batch);
+
+  // Runs on until the step is done, a layer waits for experts, or `slice` has passed.
+  // Throws std::invalid_argument when a layer waited and not all of its experts were run.
+  Pause advance(std::chrono::nanoseconds slice);
+
+  // After Pause::experts, and before the next advance(): the shared expert, if there is one; and routed
+  // experts of the demand, each once, as they come. Throw std::invalid_argument when no layer waits, or for
+  // an expert not asked for.
+  const Demand& demand() const;
+  void run_shared();
+  void run_experts(const std::vector<int32_t>& expert_ids, const std::vector<ExpertView>& experts);
+
+  // Logits [num_rows][vocabulary] of rows of the batch that was run, at most max_tokens.
+  void logits(const int64_t* rows, int64_t num_rows, float* out);
+
+  const StackDescription& description() const { return description_; }
+  int64_t max_tokens() const { return buffers_.max_tokens; }
+  const KvCache& kv() const { return kv_; }
+
+  // Seconds by Part, and look-ups of resident experts, since the last time they were taken.
+  std::array<double, kNumParts> take_seconds();
+  int64_t take_lookups();
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  enum class Stage { begun, between_layers, waits_for_experts, done };
+
+  void mix(const GroupedQueryAttention& attention);
+  bool feed_forward(const DenseFfn& ffn);  // false: it waits for experts
+  bool feed_forward(const RoutedFfn& ffn);
+  void dispatch(const RoutedFfn& ffn);
+  void add_shared(const RoutedFfn& ffn);
+  void run_group(const std::vector<int32_t>& expert_ids, const std::vector<ExpertView>& experts);
+  void combine_experts(const RoutedFfn& ffn);
+  void norm(const float* weight);
+  const RoutedFfn& routed_ffn() const;  // of the layer that runs
+  void require_waiting() const;
+  bool claim(int32_t expert);
+  void start_clock() { last_mark_ = Clock::now(); }
+  void mark(Part part);
+
+  Runtime& runtime_;
+  KvCache& kv_;
+  StackDescription description_;
+  StackBuffers buffers_;
+
+  StepBatch batch_ = {};
+  Stage stage_ = Stage::done;
+  int64_t layer_ = 0;
+  Demand demand_ = {};
+  std::vector<int32_t> starts_;     // [experts + 1]: where an expert's part of buffers_.assignment begins
+  std::vector<int32_t> next_;       // [experts]: while it is filled
+  std::vector<bool> decode_wants_;  // [experts]
+  std::vector<bool> is_claimed_;    // [experts]
+  int64_t num_unclaimed_ = 0;       // experts of the demand that were not run yet
+  std::vector<int32_t> group_starts_;
+  std::vector<ExpertView> resident_group_;
+
+  Clock::time_point last_mark_;
+  std::array<double, kNumParts> seconds_ = {};
+  int64_t lookups_ = 0;
+};
+
+}  // namespace argosy

@@ -1,0 +1,540 @@
+"""Find every tensor of a GGUF file and what its metadata say, and prove where the bytes are, without reading them.
+
+    file.gguf  ->  read_gguf  ->  GgufFile: metadata by key, {name: TensorRef(file, offset, length, type, shape)}
+
+    "GGUF" | version | counts | key, type, value ... | name, shape, type, offset ... | padding | data, tensor by tensor
+
+The format is that of ggml's docs/gguf.md, versions 2 and 3, little-endian. Only the header is read, however large the
+file. Nothing is believed: counts and lengths are bounded by the bytes that are there before anything is made of
+them, keys and tensor names come once, tensors follow each other in the data part without overlap or hole, each
+starts at a multiple of the alignment, and the file ends where they do. Whatever is wrong is one CheckpointError.
+
+Long arrays (the vocabulary has a hundred thousand entries) are stepped over, and decoded when somebody asks.
+
+Elsewhere: which keys and tensors a model must have is `model/families/`; blocks become slot formats in
+`native/kernels/transcode`.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from argosy.checkpoint.files import SLOT_FORMATS
+from argosy.checkpoint.json_strict import open_regular, quote, read_at
+from argosy.checkpoint.safetensors import TensorRef
+from argosy.errors import CheckpointError, UnsupportedModel
+
+GGUF_SUFFIX = ".gguf"
+GGUF_METADATA_FILE = "metadata.gguf"  # in a pack that was made from a GGUF: its metadata, without tensors
+
+_FIRST_PART = re.compile(r"-0*1-of-\d+\.gguf$")
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+
+HEADER_LIMIT_BYTES = 256 << 20  # a vocabulary of 256 k tokens with its merges takes 12 MB
+_FIRST_READ_BYTES = 1 << 20
+_LONGEST_KEY = 65_535  # the specification's limits
+_LONGEST_TENSOR_NAME = 64
+_MOST_DIMENSIONS = 4
+_LARGEST_ALIGNMENT = 1 << 20
+_LARGEST_NUMBER = 2**63 - 1
+
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+_TYPE_NAMES = {
+    0: "uint8", 1: "int8", 2: "uint16", 3: "int16", 4: "uint32", 5: "int32", 6: "float32", _BOOL: "bool",
+    _STRING: "string", _ARRAY: "array", 10: "uint64", 11: "int64", 12: "float64",
+}  # fmt: skip
+_LENGTH, _TYPE = struct.Struct("<Q"), struct.Struct("<I")
+_SMALLEST_ENTRY = 8 + 1 + 4 + 1  # of the metadata: key length, key, type, value
+_SMALLEST_TENSOR = 8 + 1 + 4 + 4 + 8  # of the tensor list: name length, name, dimensions, type, offset
+
+# Type number -> name, values of a block, bytes of a block: ggml's table. What runs is `model/families/layout.py`'s.
+TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 36), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36),
+}  # fmt: skip
+BLOCK_SIZES: Mapping[str, tuple[int, int]] = {name: size for name, *size in TENSOR_TYPES.values()}  # type: ignore[misc]
+
+Scalar = int | float | bool | str
+
+
+@dataclass(frozen=True, slots=True)
+class GgufArray:
+    """An array of the metadata, as bytes of the file until it is asked for."""
+
+    path: Path
+    key: str
+    item_type: int
+    num_items: int
+    raw: bytes
+
+    def __len__(self) -> int:
+        return self.num_items
+
+    def values(self) -> list[Scalar]:
+        """All items.
+
+        Raises:
+            CheckpointError: a text is not UTF-8, or a truth value is neither 0 nor 1.
+        """
+        if self.item_type == _STRING:
+            return list(self._texts())
+        if self.item_type == _BOOL:
+            if max(self.raw, default=0) > 1:
+                raise CheckpointError(
+                    f"{self.path.name}: {quote(self.key)} holds {max(self.raw)}, expected 0 or 1 for a bool",
+                    path=self.path,
+                    key=self.key,
+                )
+            return [item == 1 for item in self.raw]
+        return list(struct.unpack(f"<{self.num_items}{_NUMBERS[self.item_type]}", self.raw))
+
+    def _texts(self) -> Iterator[str]:
+        at, raw, unpack = 0, self.raw, _LENGTH.unpack_from
+        for index in range(self.num_items):
+            start = at + 8
+            at = start + unpack(raw, at)[0]
+            try:
+                yield raw[start:at].decode("utf-8")
+            except UnicodeDecodeError:
+                raise CheckpointError(
+                    f"{self.path.name}: item {index} of {quote(self.key)} is not UTF-8",
+                    path=self.path,
+                    key=self.key,
+                ) from None
+
+
+Value = Scalar | GgufArray
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFile:
+    """What the header of a file says. Shapes of tensors are rows first, as everywhere here."""
+
+    path: Path
+    metadata: Mapping[str, Value]
+    tensors: Mapping[str, TensorRef]
+    metadata_bytes: bytes  # the key-value part as it stands in the file, for a copy without tensors
+
+    def integer(self, key: str, default: int | None = None, *, least: int = 0, most: int = 2**31 - 1) -> int:
+        """A whole number.
+
+        Raises:
+            CheckpointError: it is missing and has no default, is of another type, or out of bounds.
+        """
+        value = self._find(key, default)
+        if type(value) is not int or not least <= value <= most:
+            raise self.wrong(key, value, f"a whole number from {least} to {most}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A number above zero. float32 values become the shortest decimal that means them: 1e-05, not 9.99e-06."""
+        value = self._find(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
+            raise self.wrong(key, value, "a number above zero")
+        return float(str(np.float32(value))) if isinstance(value, float) else float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self._find(key, default)
+        if not isinstance(value, bool):
+            raise self.wrong(key, value, "true or false")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """Text."""
+        value = self._find(key, default)
+        if not isinstance(value, str):
+            raise self.wrong(key, value, "text")
+        return value
+
+    def texts(self, key: str) -> list[str]:
+        """An array of texts."""
+        value = self._find(key, None)
+        if not isinstance(value, GgufArray) or value.item_type != _STRING:
+            raise self.wrong(key, value, "an array of texts")
+        return value.values()  # type: ignore[return-value]
+
+    def numbers(self, key: str) -> list[float]:
+        """An array of numbers."""
+        value = self._find(key, None)
+        if not isinstance(value, GgufArray) or value.item_type not in _NUMBERS:
+            raise self.wrong(key, value, "an array of numbers")
+        return value.values()  # type: ignore[return-value]
+
+    def wrong(self, key: str, value: object, expected: str) -> CheckpointError:
+        """The sentence for a value that cannot be meant."""
+        found = f"an array of {len(value)}" if isinstance(value, GgufArray) else f"'{quote(value)}'"
+        return CheckpointError(
+            f"{self.path.name}: {quote(key)} is {found}, expected {expected}", path=self.path, key=key
+        )
+
+    def _find(self, key: str, default: Value | None) -> Value:
+        value = self.metadata.get(key, default)
+        if value is None:
+            raise CheckpointError(f"{self.path.name} has no key {key}", path=self.path, key=key)
+        return value
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Read the header of a GGUF file.
+
+    Raises:
+        CheckpointError: it lies about the file, or cannot be read.
+        UnsupportedModel: it is well-formed, and of a kind that is not read here: big-endian, or one of several parts.
+    """
+    with open_regular(path) as (descriptor, file_bytes):
+        cursor = _Cursor(path, descriptor, file_bytes)
+        num_tensors, num_entries = _read_start(cursor)
+        metadata_start = cursor.at
+        metadata = _read_metadata(cursor, num_entries)
+        metadata_end = cursor.at
+        if isinstance(parts := metadata.get("split.count"), int) and parts > 1:
+            raise UnsupportedModel(
+                f"{path.name} is one of {parts} parts of a model, and a model in parts is not read yet",
+                hint="join them with llama.cpp's `llama-gguf-split --merge`, or use safetensors",
+                path=path,
+                key="split.count",
+                value=parts,
+                supported=(1,),
+            )
+        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        # The specification wants a multiple of 8; every reader in use computes with a power of two.
+        if (
+            type(alignment) is not int
+            or not 8 <= alignment <= _LARGEST_ALIGNMENT
+            or alignment & (alignment - 1)
+        ):
+            raise cursor.refuse(
+                f"general.alignment is {quote(alignment)}, expected a power of two from 8 to {_LARGEST_ALIGNMENT}"
+            )
+        relative = [_read_tensor(cursor) for _ in range(num_tensors)]
+        data_start = _round_up(cursor.at, alignment)
+        tensors = _place(relative, cursor, data_start, alignment)
+        return GgufFile(path, metadata, tensors, cursor.bytes(metadata_start, metadata_end))
+
+
+def find_gguf(directory: Path) -> Path | None:
+    """The one GGUF file in `directory`, or None where there is none.
+
+    Raises:
+        CheckpointError: there are several.
+    """
+    found = sorted(entry for entry in directory.iterdir() if entry.suffix == GGUF_SUFFIX)
+    if len(found) > 1 and not _FIRST_PART.search(
+        found[0].name
+    ):  # a model in parts: refused with its own sentence
+        raise CheckpointError(
+            f"{directory} holds {len(found)} {GGUF_SUFFIX} files: {', '.join(quote(path.name) for path in found[:8])}",
+            hint=f"name the one that is meant, for instance {found[0]}",
+            path=directory,
+        )
+    return found[0] if found else None
+
+
+def metadata_only(file: GgufFile) -> bytes:
+    """The bytes of a GGUF file with the same metadata and no tensors, as vocabularies are passed around."""
+    return MAGIC + struct.pack("<IQQ", 3, 0, len(file.metadata)) + file.metadata_bytes
+
+
+def read_values(ref: TensorRef) -> npt.NDArray[np.float32]:
+    """A tensor's values as float32, in its shape; bfloat16 and float16 widen exactly, blocks are dequantised.
+
+    Raises:
+        CheckpointError: the file has changed.   UnsupportedModel: a type that no kernel reads.
+    """
+    with open_regular(ref.path) as (descriptor, _):
+        raw = np.frombuffer(read_at(descriptor, ref.nbytes, ref.offset, ref.path), np.uint8)
+    match ref.dtype:
+        case "F32":
+            return raw.view("<f4").astype(np.float32).reshape(ref.shape)
+        case "F16":
+            return raw.view("<f2").astype(np.float32).reshape(ref.shape)
+        case "BF16":
+            return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(ref.shape)
+    if ref.dtype not in SLOT_FORMATS:
+        raise UnsupportedModel(
+            f"{ref.path.name}: {quote(ref.name)} is {ref.dtype}; supported: F32, F16, BF16, {', '.join(SLOT_FORMATS)}",
+            path=ref.path,
+            tensor=ref.name,
+            key="type",
+            value=ref.dtype,
+            supported=["F32", "F16", "BF16", *SLOT_FORMATS],
+        )
+    from argosy import _native  # the arithmetic is native; reading a header does without
+
+    rows, cols = prod(ref.shape[:-1]), ref.shape[-1]
+    slots = _native.transcode(ref.dtype, raw, rows, cols)
+    return _native.dequantize(SLOT_FORMATS[ref.dtype], slots, rows, cols).reshape(ref.shape)
+
+
+class _Cursor:
+    """A place in the header. Bytes are read from the file as they are needed, and never beyond its end."""
+
+    def __init__(self, path: Path, descriptor: int, file_bytes: int) -> None:
+        self.path, self.file_bytes = path, file_bytes
+        self.at = 0
+        self._descriptor = descriptor
+        self._buffer = b""
+
+    def refuse(self, sentence: str, hint: str | None = None) -> CheckpointError:
+        return CheckpointError(f"{self.path.name}: {sentence}", hint=hint, path=self.path)
+
+    @property
+    def bytes_left(self) -> int:
+        return self.file_bytes - self.at
+
+    def bytes(self, start: int, stop: int) -> bytes:
+        """Bytes of the header that were read already."""
+        return self._buffer[start:stop]
+
+    def need(self, nbytes: int, what: str) -> int:
+        """Move over `nbytes` bytes, which are in the buffer afterwards; returns where they start."""
+        start, stop = self.at, self.at + nbytes
+        if stop > len(self._buffer):
+            self._fill(stop, what)
+        self.at = stop
+        return start
+
+    def _fill(self, stop: int, what: str) -> None:
+        if stop > self.file_bytes:
+            raise self.refuse(
+                f"the file ends at byte {self.file_bytes}, inside its header: {what} would end at byte {stop}",
+                hint="the download may be incomplete",
+            )
+        if stop > HEADER_LIMIT_BYTES:
+            raise self.refuse(
+                f"the header is larger than {HEADER_LIMIT_BYTES} bytes: {what} would end at byte {stop}"
+            )
+        have = len(self._buffer)
+        wanted = min(self.file_bytes, max(stop, 2 * have, _FIRST_READ_BYTES))
+        self._buffer += read_at(self._descriptor, wanted - have, have, self.path)
+
+    def unpack(self, layout: struct.Struct, what: str) -> int:
+        start = self.need(layout.size, what)
+        number: int = layout.unpack_from(self._buffer, start)[0]
+        return number
+
+    def text(self, what: str, longest: int = _LARGEST_NUMBER) -> str:
+        nbytes = self.unpack(_LENGTH, f"the length of {what}")
+        if nbytes > longest:
+            raise self.refuse(f"{what} has {nbytes} bytes, at most {longest} are allowed")
+        start = self.need(nbytes, what)
+        try:
+            return self._buffer[start : self.at].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.refuse(f"{what} is not UTF-8 text: byte {error.start} of it is wrong") from None
+
+    def step_over_texts(self, num_items: int, what: str) -> None:
+        """Move over an array of texts, each a length and so many bytes."""
+        at, buffer, unpack = self.at, self._buffer, _LENGTH.unpack_from
+        for index in range(num_items):
+            if at + 8 > len(buffer):
+                self.at = at
+                self.need(8, f"item {index} of {what}")
+                buffer = self._buffer
+            at += 8 + unpack(buffer, at)[0]
+        self.at = min(at, self.file_bytes)
+        self.need(at - self.at, what)
+
+
+def _read_start(cursor: _Cursor) -> tuple[int, int]:
+    """Check magic and version; returns the counts of tensors and metadata entries, each possible in this file."""
+    path = cursor.path
+    if cursor.file_bytes < 24:
+        raise cursor.refuse(f"{cursor.file_bytes} bytes are too few for a GGUF file")
+    cursor.need(4, "the magic")
+    magic = cursor.bytes(0, 4)
+    if magic == MAGIC[::-1]:
+        raise _big_endian(path)
+    if magic != MAGIC:
+        raise cursor.refuse(f"starts with '{quote(magic.decode('latin-1'))}', a GGUF file with 'GGUF'")
+    version = cursor.unpack(_TYPE, "the version")
+    # A big-endian file has the same magic; its version read the wrong way round has zeros below.
+    if version and version & 0xFFFF == 0:
+        raise _big_endian(path)
+    if version not in VERSIONS:
+        raise UnsupportedModel(
+            f"{path.name} is GGUF version {version}; supported: {', '.join(map(str, VERSIONS))}",
+            hint="convert the model again with a current llama.cpp" if version == 1 else None,
+            path=path,
+            key="version",
+            value=version,
+            supported=VERSIONS,
+        )
+    num_tensors = cursor.unpack(_LENGTH, "the number of tensors")
+    num_entries = cursor.unpack(_LENGTH, "the number of metadata entries")
+    for what, count, least in (
+        ("metadata entries", num_entries, _SMALLEST_ENTRY),
+        ("tensors", num_tensors, _SMALLEST_TENSOR),
+    ):
+        if count * least > cursor.bytes_left:
+            raise cursor.refuse(
+                f"claims {count} {what}, and the {cursor.bytes_left} bytes after the counts have room for "
+                f"{cursor.bytes_left // least}"
+            )
+    return num_tensors, num_entries
+
+
+def _big_endian(path: Path) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{path.name} is a big-endian GGUF file; supported: little-endian",
+        hint="get the little-endian file, which is the usual one, or convert it with `gguf-convert-endian`",
+        path=path,
+        key="endianness",
+        value="big",
+        supported=("little",),
+    )
+
+
+def _read_metadata(cursor: _Cursor, num_entries: int) -> dict[str, Value]:
+    metadata: dict[str, Value] = {}
+    for index in range(num_entries):
+        key = cursor.text(f"the key of metadata entry {index}", _LONGEST_KEY)
+        if not key:
+            raise cursor.refuse(f"metadata entry {index} has an empty key")
+        if key in metadata:
+            raise cursor.refuse(f"the key {quote(key)} is given twice")
+        kind = cursor.unpack(_TYPE, f"the type of {quote(key)}")
+        metadata[key] = _read_value(cursor, key, kind)
+    return metadata
+
+
+def _read_value(cursor: _Cursor, key: str, kind: int) -> Value:
+    shown = quote(key)
+    if kind in _NUMBERS:
+        layout = struct.Struct("<" + _NUMBERS[kind])
+        return cursor.unpack(layout, shown)
+    if kind == _BOOL:
+        start = cursor.need(1, shown)
+        byte = cursor.bytes(start, start + 1)[0]
+        if byte > 1:
+            raise cursor.refuse(f"{shown} is a bool of value {byte}, expected 0 or 1")
+        return byte == 1
+    if kind == _STRING:
+        return cursor.text(shown)
+    if kind == _ARRAY:
+        return _read_array(cursor, key)
+    raise cursor.refuse(f"{shown} has the unknown type {kind}; known: 0 to {max(_TYPE_NAMES)}")
+
+
+def _read_array(cursor: _Cursor, key: str) -> GgufArray:
+    shown = quote(key)
+    item_type = cursor.unpack(_TYPE, f"the item type of {shown}")
+    if item_type == _ARRAY:
+        raise cursor.refuse(
+            f"{shown} is an array of arrays, which no model uses; expected an array of plain values"
+        )
+    if item_type not in _TYPE_NAMES:
+        raise cursor.refuse(
+            f"the items of {shown} have the unknown type {item_type}; known: 0 to {max(_TYPE_NAMES)}"
+        )
+    num_items = cursor.unpack(_LENGTH, f"the length of {shown}")
+    item_bytes = {_STRING: 8, _BOOL: 1}.get(item_type) or struct.calcsize("<" + _NUMBERS[item_type])
+    if num_items * item_bytes > cursor.bytes_left:
+        raise cursor.refuse(
+            f"{shown} claims {num_items} items of {_TYPE_NAMES[item_type]}, and the {cursor.bytes_left} bytes "
+            f"behind it have room for {cursor.bytes_left // item_bytes}",
+            hint="the download may be incomplete",
+        )
+    start = cursor.at
+    if item_type == _STRING:
+        cursor.step_over_texts(num_items, shown)
+    else:
+        cursor.need(num_items * item_bytes, shown)
+    return GgufArray(cursor.path, key, item_type, num_items, cursor.bytes(start, cursor.at))
+
+
+def _read_tensor(cursor: _Cursor) -> TensorRef:
+    """One entry of the tensor list; its offset counts from the start of the data part."""
+    name = cursor.text("the name of a tensor", _LONGEST_TENSOR_NAME)
+    shown = quote(name)
+
+    def refuse(sentence: str) -> CheckpointError:
+        return CheckpointError(f"{cursor.path.name}: {shown} {sentence}", path=cursor.path, tensor=name)
+
+    if not name:
+        raise cursor.refuse("a tensor has an empty name")
+    num_dimensions = cursor.unpack(_TYPE, f"the dimensions of {shown}")
+    if num_dimensions > _MOST_DIMENSIONS:
+        raise refuse(f"has {num_dimensions} dimensions, at most {_MOST_DIMENSIONS} are allowed")
+    sizes = [cursor.unpack(_LENGTH, f"the shape of {shown}") for _ in range(num_dimensions)]
+    kind = cursor.unpack(_TYPE, f"the type of {shown}")
+    offset = cursor.unpack(_LENGTH, f"the offset of {shown}")
+    if kind not in TENSOR_TYPES:
+        raise refuse(
+            f"has the unknown type {kind}; known: {', '.join(name for name, *_ in TENSOR_TYPES.values())}"
+        )
+    dtype, block_values, block_bytes = TENSOR_TYPES[kind]
+    num_values = 1
+    for size in sizes:
+        num_values *= size
+        # Checked at every step, as an implementation with 64-bit arithmetic would have to.
+        if num_values * block_bytes > _LARGEST_NUMBER:
+            raise refuse(f"is {dtype} {sizes[::-1]}, more than 2^63 - 1 bytes")
+    row = sizes[0] if sizes else 1
+    if row % block_values:
+        raise refuse(f"has rows of {row} values, and {dtype} stores blocks of {block_values}")
+    return TensorRef(
+        name, cursor.path, offset, num_values // block_values * block_bytes, dtype, tuple(reversed(sizes))
+    )
+
+
+def _place(
+    relative: list[TensorRef], cursor: _Cursor, data_start: int, alignment: int
+) -> dict[str, TensorRef]:
+    """Prove that the tensors, in order, are exactly the data part; returns them with offsets in the file."""
+    tensors: dict[str, TensorRef] = {}
+    for ref in relative:
+        if ref.name in tensors:
+            raise cursor.refuse(f"the tensor {quote(ref.name)} is listed twice")
+        tensors[ref.name] = TensorRef(
+            ref.name, ref.path, data_start + ref.offset, ref.nbytes, ref.dtype, ref.shape
+        )
+    end, before = data_start, "the header"
+    for ref in sorted(tensors.values(), key=lambda ref: (ref.offset, ref.nbytes)):
+        shown, expected = quote(ref.name), _round_up(end, alignment)
+        if (ref.offset - data_start) % alignment:
+            raise cursor.refuse(
+                f"{shown} starts {ref.offset - data_start} bytes into the data, expected a multiple of {alignment}"
+            )
+        if ref.offset != expected:
+            fault = "overlaps" if ref.offset < expected else "leaves a hole after"
+            raise cursor.refuse(
+                f"{shown} {fault} {quote(before)}: it starts at byte {ref.offset}, expected {expected}"
+            )
+        end, before = ref.offset + ref.nbytes, ref.name
+        if end > cursor.file_bytes:
+            raise cursor.refuse(
+                f"{shown} ends at byte {end}, and the file has {cursor.file_bytes} bytes",
+                hint="the download may be incomplete",
+            )
+    # Writers fill the last tensor up to the alignment, or do not.
+    if tensors and cursor.file_bytes > _round_up(end, alignment):
+        raise cursor.refuse(f"the file has {cursor.file_bytes} bytes, and its tensors end at byte {end}")
+    if not tensors and cursor.file_bytes > data_start:
+        raise cursor.refuse(
+            f"the file has {cursor.file_bytes} bytes, and no tensor after its header of {cursor.at}"
+        )
+    return tensors
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

@@ -1,0 +1,251 @@
+"""Read the metadata of a GGUF file key by key, so that nothing in them goes unnoticed.
+
+    GgufFile  ->  GgufConfigReader.integer("block_count"), ...  ->  finish(): a key nobody asked for is refused
+
+Keys of the architecture's own namespace (`qwen3moe.` ...) decide the mathematics: each is read, or known and accepted
+only with the value that changes nothing, or refused by its name. Other namespaces (`general.`, `tokenizer.`,
+`quantize.` ...) describe the file. Meanings and defaults are those of llama.cpp's loader.
+
+Elsewhere: which keys a family has is its own file; `config.json` is read by `config_reader.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from argosy.checkpoint.files import check_vector
+from argosy.checkpoint.gguf import GgufArray, GgufFile, read_values
+from argosy.checkpoint.json_strict import quote
+from argosy.config import RopeConfig
+from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.model.families.config_reader import LARGEST_SIZE, MOST_EXPERTS, MOST_LAYERS
+
+# Keys that any writer may add, with the values that change nothing.
+_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "attention.causal": (True,),
+    "attention.scale": (0.0,),
+    "expert_gating_func": (0, 1),  # none given, softmax
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "expert_shared_count": (0,),
+    "expert_weights_scale": (0.0, 1.0),
+    "interleave_moe_layer_step": (0, 1),
+    "leading_dense_block_count": (0,),
+    "logit_scale": (0.0, 1.0),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "moe_every_n_layers": (0, 1),
+    "nextn_predict_layers": (0,),
+    "pooling_type": (0,),
+    "rope.scale_linear": (1.0,),
+    "rope.scaling.yarn_ext_factor": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+    "tensor_data_layout": ("Meta AI original pth",),  # the name of the order that q and k always have there
+    "use_parallel_residual": (False,),
+}
+_HARMLESS = frozenset({"rope.scaling.finetuned"})
+
+
+class GgufConfigReader:
+    """One pass over the keys of an architecture: ask for every key that matters, then `finish()`."""
+
+    def __init__(self, file: GgufFile, architecture: str) -> None:
+        self.file = file
+        self._architecture = architecture
+        self._asked: set[str] = set()
+
+    def key(self, name: str) -> str:
+        """The full key of `name`, which counts as asked for."""
+        self._asked.add(name)
+        return f"{self._architecture}.{name}"
+
+    def has(self, name: str) -> bool:
+        return f"{self._architecture}.{name}" in self.file.metadata
+
+    def integer(
+        self, name: str, default: int | None = None, *, least: int = 1, most: int = LARGEST_SIZE
+    ) -> int:
+        """A whole number; an array with one for each layer counts if all of them are the same."""
+        key = self.key(name)
+        value = self.file.metadata.get(key)
+        if isinstance(value, GgufArray):
+            found = set(value.values())
+            if len(found) != 1:
+                raise self.unsupported(name, sorted(map(str, found)), "the same value in every layer")
+            (item,) = found
+            if type(item) is not int or not least <= item <= most:
+                raise self.file.wrong(key, item, f"whole numbers from {least} to {most}")
+            return item
+        return self.file.integer(key, default, least=least, most=most)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        return self.file.number(self.key(name), default)
+
+    def flag(self, name: str, default: bool) -> bool:
+        return self.file.flag(self.key(name), default)
+
+    def unsupported(self, name: str, value: object, supported: str) -> UnsupportedModel:
+        """The error for a value that is well-formed, and asks for something that is not built in."""
+        key = self.key(name)
+        return UnsupportedModel(
+            f"{self.file.path.name} asks for {key} {quote(value)}; supported: {supported}",
+            path=self.file.path,
+            key=key,
+            value=value,
+            supported=supported,
+        )
+
+    def common(self) -> dict[str, Any]:
+        """What every family reads the same way, as arguments of `ModelConfig`.
+
+        Raises:
+            CheckpointError: a key is missing, malformed, or contradicts another or the tensors.
+            UnsupportedModel: heads of two widths, or partial rotary embedding.
+        """
+        hidden_size = self.integer("embedding_length")
+        num_heads = self.integer("attention.head_count")
+        num_kv_heads = self.integer("attention.head_count_kv", num_heads)
+        if num_heads % num_kv_heads:
+            raise CheckpointError(
+                f"{self.file.path.name}: attention.head_count is {num_heads}, expected a multiple of "
+                f"attention.head_count_kv, which is {num_kv_heads}",
+                path=self.file.path,
+                key=self.key("attention.head_count"),
+            )
+        head_dim = self.integer("attention.key_length", hidden_size // num_heads)
+        if (width := self.integer("attention.value_length", head_dim)) != head_dim:
+            raise self.unsupported("attention.value_length", width, f"{head_dim}, as attention.key_length")
+        embedding = self.file.tensors.get("token_embd.weight")
+        vocab_size = embedding.shape[0] if embedding is not None and embedding.shape else 1
+        if (claimed := self.integer("vocab_size", vocab_size)) != vocab_size:
+            raise CheckpointError(
+                f"{self.file.path.name}: {self.key('vocab_size')} is {claimed}, and token_embd.weight has "
+                f"{vocab_size} rows",
+                path=self.file.path,
+                key=self.key("vocab_size"),
+            )
+        num_experts = self.integer("expert_count", most=MOST_EXPERTS)
+        context_tokens = self.integer("context_length")
+        return {
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "rope": self._rope(head_dim, context_tokens),
+            "norm_eps": self.number("attention.layer_norm_rms_epsilon"),
+            "context_tokens": context_tokens,
+            "num_experts": num_experts,
+            "experts_per_token": self.integer("expert_used_count", most=num_experts),
+            "is_embedding_tied": "output.weight" not in self.file.tensors,
+            "eos_ids": tuple(self._token_ids("eos", "eot", "eom")),
+            "bos_id": next(iter(self._token_ids("bos")), None),
+        }
+
+    def num_layers(self) -> int:
+        return self.integer("block_count", most=MOST_LAYERS)
+
+    def finish(self) -> None:
+        """Refuse every key of the architecture that was not asked for.
+
+        Raises:
+            UnsupportedModel: names the key, its value and what is understood.
+        """
+        prefix = self._architecture + "."
+        for key, value in self.file.metadata.items():
+            name = key.removeprefix(prefix)
+            if not key.startswith(prefix) or name in self._asked or name in _HARMLESS:
+                continue
+            accepted = _NEUTRAL.get(name)
+            if accepted is None:
+                known = sorted(self._asked | _NEUTRAL.keys())
+                shown = f"an array of {len(value)}" if isinstance(value, GgufArray) else f"'{quote(value)}'"
+                raise UnsupportedModel(
+                    f"{self.file.path.name} sets {quote(key)} to {shown}, and {self._architecture} does not know "
+                    f"this key; supported: {', '.join(known)}",
+                    path=self.file.path,
+                    key=key,
+                    value=value,
+                    supported=known,
+                )
+            if value not in accepted:
+                raise self.unsupported(name, value, " or ".join(map(str, accepted)))
+
+    def _rope(self, head_dim: int, context_tokens: int) -> RopeConfig:
+        if head_dim % 2:
+            raise CheckpointError(
+                f"{self.file.path.name} gives heads of {head_dim} dimensions, and rotary embedding turns pairs",
+                path=self.file.path,
+            )
+        if (turning := self.integer("rope.dimension_count", head_dim)) != head_dim:
+            raise self.unsupported("rope.dimension_count", turning, f"{head_dim}, all of a head")
+        theta = self.number("rope.freq_base", 10_000.0)
+        kind = self.file.text(
+            self.key("rope.scaling.type"), "linear" if self.has("rope.scaling.factor") else "none"
+        )
+        factor = self.number("rope.scaling.factor", 1.0) if self._is_set("rope.scaling.factor") else 1.0
+        original = self.integer("rope.scaling.original_context_length", context_tokens)
+        match kind:
+            case "none":
+                return RopeConfig(theta=theta, rotary_dim=head_dim, original_context=context_tokens)
+            case "linear":
+                return RopeConfig(
+                    theta=theta,
+                    rotary_dim=head_dim,
+                    kind="linear",
+                    factor=factor,
+                    original_context=context_tokens,
+                )
+            case "yarn":
+                # The attention factor multiplies what yarn computes from its scaling factor.
+                attention = self.number("rope.scaling.attn_factor", 1.0)
+                computed = 1.0 + 0.1 * float(np.log(max(1.0, factor)))
+                return RopeConfig(
+                    theta=theta,
+                    rotary_dim=head_dim,
+                    kind="yarn",
+                    factor=factor,
+                    original_context=original,
+                    beta_fast=self.number("rope.scaling.yarn_beta_fast", 32.0),
+                    beta_slow=self.number("rope.scaling.yarn_beta_slow", 1.0),
+                    attention_factor=None if attention == 1.0 else attention * computed,
+                )
+        raise self.unsupported("rope.scaling.type", kind, "none, linear, yarn")
+
+    def _is_set(self, name: str) -> bool:
+        """Whether a number is there and is not the 0 by which writers say "none"."""
+        return self.file.metadata.get(self.key(name)) not in (None, 0.0)
+
+    def _token_ids(self, *roles: str) -> list[int]:
+        keys = [f"tokenizer.ggml.{role}_token_id" for role in roles]
+        return sorted({self.file.integer(key) for key in keys if key in self.file.metadata})
+
+
+def frequency_factors(file: GgufFile, head_dim: int) -> tuple[float, ...]:
+    """What `rope_freqs.weight` divides the frequency of each rotary pair by; empty where it changes nothing.
+
+    Raises:
+        CheckpointError: it has another shape than half a head, or holds what cannot divide.
+    """
+    ref = file.tensors.get("rope_freqs.weight")
+    if ref is None:
+        return ()
+    if ref.shape != (head_dim // 2,):
+        raise CheckpointError(
+            f"{file.path.name}: rope_freqs.weight is {list(ref.shape)}, expected [{head_dim // 2}]",
+            path=file.path,
+            tensor=ref.name,
+        )
+    values = read_values(ref)
+    check_vector(ref.name, values, file.path)
+    if (values <= 0).any():
+        raise CheckpointError(
+            f"{file.path.name}: rope_freqs.weight holds {values.min()}, expected numbers above zero",
+            path=file.path,
+            tensor=ref.name,
+        )
+    return () if (values == 1.0).all() else tuple(map(float, values))

@@ -1,0 +1,205 @@
+"""What a GGUF file calls its tensors, and how that becomes `ModelFiles`.
+
+    ModelConfig + GgufFile  ->  read_gguf_layout  ->  ModelFiles
+
+The names are llama.cpp's, the same for all families: `blk.{layer}.attn_q.weight` and so on. The experts of a layer are
+stacked in one tensor per matrix, [experts, rows, cols], and an expert is a slice of each, read in place; files of
+early 2024 have one tensor per expert instead (`blk.{layer}.ffn_gate.{expert}.weight`). Every tensor is accounted
+for, as `layout.py` does for safetensors.
+
+Elsewhere: shapes are `checkpoint/geometry.py`; where bytes lie is `checkpoint/gguf.py`; blocks become slot formats
+while they land, in `native/store/`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from argosy.checkpoint.files import (
+    SLOT_FORMATS,
+    ExpertMatrix,
+    ExpertRecord,
+    MatrixRef,
+    ModelFiles,
+    Piece,
+    Transcode,
+    require_one_format_a_layer,
+)
+from argosy.checkpoint.geometry import dense_shapes, expert_shapes
+from argosy.checkpoint.gguf import GgufFile
+from argosy.checkpoint.json_strict import quote
+from argosy.checkpoint.safetensors import TensorRef
+from argosy.config import Format, ModelConfig
+from argosy.errors import CheckpointError, UnsupportedModel
+
+_FLOAT_FORMATS: Mapping[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+FORMAT_OF_TYPE: Mapping[str, Format] = {**_FLOAT_FORMATS, **SLOT_FORMATS}
+
+_MODEL_NAMES = {"embed": "token_embd.weight", "head": "output.weight", "final_norm": "output_norm.weight"}
+_LAYER_NAMES = {
+    "attn_norm": "attn_norm.weight",
+    "q": "attn_q.weight",
+    "k": "attn_k.weight",
+    "v": "attn_v.weight",
+    "o": "attn_output.weight",
+    "q_bias": "attn_q.bias",
+    "k_bias": "attn_k.bias",
+    "v_bias": "attn_v.bias",
+    "o_bias": "attn_output.bias",
+    "q_norm": "attn_q_norm.weight",
+    "k_norm": "attn_k_norm.weight",
+    "mlp_norm": "ffn_norm.weight",
+    "router": "ffn_gate_inp.weight",
+    "shared_gate": "ffn_gate_shexp.weight",
+    "shared_up": "ffn_up_shexp.weight",
+    "shared_down": "ffn_down_shexp.weight",
+    "shared_score": "ffn_gate_inp_shexp.weight",
+}
+_EXPERT_NAMES = ("ffn_gate", "ffn_up", "ffn_down")
+# Read by the family into its config, or a constant that old converters left behind.
+_NOT_WEIGHTS = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
+
+
+def layer_tensor(layer: int, canonical: str) -> str:
+    """The name of a dense tensor of a layer, such as `q_bias`."""
+    return f"blk.{layer}.{_LAYER_NAMES[canonical]}"
+
+
+def read_gguf_layout(
+    file: GgufFile, config: ModelConfig, *, is_paired: bool, has_rope_freqs: bool
+) -> ModelFiles:
+    """Account for every tensor of a GGUF file.
+
+    Args:
+        is_paired: rows of q and k lie in the order of adjacent rotary pairs, as the llama architecture has them.
+        has_rope_freqs: the family reads `rope_freqs.weight`.
+
+    Raises:
+        CheckpointError: a tensor is missing, extra, or of another shape than the metadata call for.
+        UnsupportedModel: a tensor has a type that no kernel reads.
+    """
+    accounts = _Accounts(file)
+    dense = {}
+    for canonical, shape in dense_shapes(config):
+        last = canonical.rpartition(".")[2]
+        heads = {"q": config.num_heads, "k": config.num_kv_heads}.get(last, 0) if is_paired else 0
+        dense[canonical] = accounts.dense(canonical, shape, heads)
+    experts: dict[tuple[int, int], ExpertRecord] = {}
+    for layer in config.moe_layers:
+        experts |= accounts.experts(config, layer)
+    accounts.refuse_extra(config, has_rope_freqs)
+    require_one_format_a_layer(experts, file.path)
+    return ModelFiles(file.path, config, dense, experts)
+
+
+class _Accounts:
+    """Takes tensors by name, and knows at the end which nobody took."""
+
+    def __init__(self, file: GgufFile) -> None:
+        self._path: Path = file.path
+        self._tensors = file.tensors
+        self._taken: set[str] = set()
+
+    def take(self, name: str, *shapes: tuple[int, ...]) -> TensorRef:
+        """The tensor `name`, once it has one of the expected shapes and a type that kernels read."""
+        ref = self._tensors.get(name)
+        if ref is None:
+            raise CheckpointError(
+                f"{self._path.name}: {name} is missing from its {len(self._tensors)} tensors",
+                path=self._path,
+                tensor=name,
+            )
+        if ref.shape not in shapes:
+            raise CheckpointError(
+                f"{self._path.name}: {name} is {list(ref.shape)}, expected {list(shapes[0])}",
+                path=self._path,
+                tensor=name,
+                found=ref.shape,
+                expected=shapes[0],
+            )
+        if ref.dtype not in FORMAT_OF_TYPE:
+            raise UnsupportedModel(
+                f"{self._path.name}: {name} is {ref.dtype}; supported: {', '.join(FORMAT_OF_TYPE)}",
+                hint="Q4_K_M, Q5_K_M, Q6_K, Q8_0, Q4_0 and BF16 files of a model use these types only",
+                path=self._path,
+                tensor=name,
+                key="type",
+                value=ref.dtype,
+                supported=list(FORMAT_OF_TYPE),
+            )
+        self._taken.add(name)
+        return ref
+
+    def dense(self, canonical: str, shape: tuple[int, ...], paired_heads: int) -> MatrixRef:
+        if canonical in _MODEL_NAMES:
+            name = _MODEL_NAMES[canonical]
+        else:
+            _, layer, last = canonical.split(".")
+            name = layer_tensor(int(layer), last)
+        # The one row that scores the shared expert is a vector there.
+        shapes = (shape, shape[1:]) if len(shape) == 2 and shape[0] == 1 else (shape,)
+        ref = self.take(name, *shapes)
+        rows, cols = shape if len(shape) == 2 else (1, shape[0])
+        return MatrixRef(
+            name, ref.path, ref.offset, ref.nbytes, FORMAT_OF_TYPE[ref.dtype], rows, cols,
+            block_type=ref.dtype if ref.dtype in SLOT_FORMATS else None,
+            paired_heads=paired_heads,
+        )  # fmt: skip
+
+    def experts(self, config: ModelConfig, layer: int) -> dict[tuple[int, int], ExpertRecord]:
+        """The routed experts of a layer."""
+        shapes = tuple(expert_shapes(config))
+        if (
+            f"blk.{layer}.ffn_gate_exps.weight" not in self._tensors
+            and f"blk.{layer}.ffn_gate.0.weight" in self._tensors
+        ):
+            slices = [
+                [
+                    self.take(f"blk.{layer}.{name}.{expert}.weight", shape)
+                    for name, shape in zip(_EXPERT_NAMES, shapes, strict=True)
+                ]
+                for expert in range(config.num_experts)
+            ]
+        else:
+            stacked = [
+                self.take(f"blk.{layer}.{name}_exps.weight", (config.num_experts, *shape))
+                for name, shape in zip(_EXPERT_NAMES, shapes, strict=True)
+            ]
+            slices = [[_slice(ref, expert) for ref in stacked] for expert in range(config.num_experts)]
+        return {(layer, expert): _record(refs) for expert, refs in enumerate(slices)}
+
+    def refuse_extra(self, config: ModelConfig, has_rope_freqs: bool) -> None:
+        extra = [
+            name
+            for name in self._tensors
+            if name not in self._taken
+            and not (_NOT_WEIGHTS.fullmatch(name) and (has_rope_freqs or name != "rope_freqs.weight"))
+        ]
+        if extra:
+            others = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+            raise CheckpointError(
+                f"{self._path.name}: {quote(extra[0])} {list(self._tensors[extra[0]].shape)}{others}: a "
+                f"{config.family} model with these metadata has no such tensor",
+                path=self._path,
+                tensor=extra[0],
+                extra=extra,
+            )
+
+
+def _slice(stacked: TensorRef, expert: int) -> TensorRef:
+    """One expert of a stacked tensor."""
+    nbytes = stacked.nbytes // stacked.shape[0]
+    offset = stacked.offset + expert * nbytes
+    return TensorRef(stacked.name, stacked.path, offset, nbytes, stacked.dtype, stacked.shape[1:])
+
+
+def _record(refs: list[TensorRef]) -> ExpertRecord:
+    pieces, matrices = [], []
+    for index, ref in enumerate(refs):
+        rows, cols = ref.shape
+        transcode = Transcode(ref.dtype, rows, cols) if ref.dtype in SLOT_FORMATS else None
+        pieces.append(Piece(ref.path, ref.offset, ref.nbytes, transcode=transcode))
+        matrices.append(ExpertMatrix(index, 0, FORMAT_OF_TYPE[ref.dtype], rows, cols))
+    return ExpertRecord(tuple(pieces), *matrices)

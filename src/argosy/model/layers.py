@@ -1,0 +1,76 @@
+"""Describe a checkpoint's layers to the native stack, which runs them: which matrices, norms and sizes each one has.
+
+A layer is a mixer, which lets positions see each other, and a feed-forward network, each behind its own norm. A family
+with another kind of either adds a function here and its counterpart in native/ops/stack.h.
+"""
+
+from __future__ import annotations
+
+from argosy import _native
+from argosy.config import ModelConfig
+from argosy.experts.source import ExpertSource
+from argosy.model.weights import DenseWeights, Vector
+
+Layer = tuple[Vector, _native.Mixer, Vector, _native.Ffn]  # norm, mixer, norm, feed-forward network
+
+
+def describe_layers(config: ModelConfig, weights: DenseWeights, experts: ExpertSource | None) -> list[Layer]:
+    """Every layer of a model, over the memory of `weights`.
+
+    Args:
+        experts: what routed experts are leased from; None leaves them out of every sum.
+    """
+    return [
+        (
+            weights.vectors[f"layers.{i}.attn_norm"],
+            _attention(config, i, weights),
+            weights.vectors[f"layers.{i}.mlp_norm"],
+            _routed_ffn(config, i, weights, experts) if layer.is_moe else _dense_ffn(i, weights),
+        )
+        for i, layer in enumerate(config.layers)
+    ]
+
+
+def _attention(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mixer:
+    """Grouped-query attention (arXiv:2305.13245)."""
+    name = f"layers.{layer}."
+    query, key, value, output = (weights.matrices[name + part] for part in "qkvo")
+    return _native.grouped_query_attention(
+        query,
+        key,
+        value,
+        output,
+        num_heads=config.num_heads,
+        window=config.layers[layer].sliding_window,
+        scale=config.head_dim**-0.5,
+        query_bias=weights.vectors.get(name + "q_bias"),
+        key_bias=weights.vectors.get(name + "k_bias"),
+        value_bias=weights.vectors.get(name + "v_bias"),
+        output_bias=weights.vectors.get(name + "o_bias"),
+        query_norm=weights.vectors.get(name + "q_norm"),
+        key_norm=weights.vectors.get(name + "k_norm"),
+    )
+
+
+def _dense_ffn(layer: int, weights: DenseWeights) -> _native.Ffn:
+    """SwiGLU (arXiv:2002.05202)."""
+    return _native.dense_ffn(*(weights.matrices[f"layers.{layer}.{part}"] for part in ("gate", "up", "down")))
+
+
+def _routed_ffn(
+    config: ModelConfig, layer: int, weights: DenseWeights, experts: ExpertSource | None
+) -> _native.Ffn:
+    """Routed experts, and a shared one where the family has it."""
+    name = f"layers.{layer}."
+    shared = None
+    if config.shared_width:
+        shared = [weights.matrices[name + part] for part in ("shared_gate", "shared_up", "shared_down")]
+    return _native.routed_ffn(
+        weights.matrices[name + "router"],
+        experts_per_token=config.experts_per_token,
+        renormalize=config.router.renormalize,
+        width=config.expert_width,
+        formats=("f32", "f32", "f32") if experts is None else experts.formats(layer),
+        shared=shared,
+        shared_score=weights.matrices[name + "shared_score"] if config.shared_is_gated else None,
+    )

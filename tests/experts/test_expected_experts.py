@@ -1,0 +1,220 @@
+"""Hints of what the next layer will ask for: its reads begin early, wrong ones cost no more than reads."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from argosy.errors import ReadFailed
+from tests.experts.fake_store import MATRIX_BYTES
+from tests.experts.test_cached_source import NUM_EXPERTS, NUM_LAYERS, Rig, all_of
+
+ALL = list(range(NUM_EXPERTS))
+
+
+def lease_and_expect(
+    rig: Rig, layer: int, experts: list[int], scan: set[int], hint: tuple[int, list[int]] | None
+) -> list[int]:
+    found: list[int] = []
+    with rig.source.lease(layer, experts, scan) as lease:
+        if hint is not None:
+            before = len(rig.store.log)
+            rig.source.expect(*hint)
+            assert not {"wait", "cancel"} & {kind for kind, _ in rig.store.log[before:]}, "a hint waited"
+        for group in lease:
+            rig.check(layer, group)
+            found += group.expert_ids
+    return sorted(found)
+
+
+def check_all_slots_can_be_had(rig: Rig) -> None:
+    trial = copy.deepcopy(rig.source.policy)
+    for i in range(trial.num_slots):
+        assert trial.admit((0, NUM_EXPERTS + i), is_scan=False) is not None, "a slot is still pinned"
+
+
+experts = st.lists(st.integers(0, NUM_EXPERTS - 1), min_size=1, unique=True)
+steps = st.lists(
+    st.tuples(
+        st.integers(0, NUM_LAYERS - 1),
+        experts,
+        st.sets(st.integers(0, NUM_EXPERTS - 1)),
+        st.none() | st.tuples(st.integers(0, NUM_LAYERS - 1), experts),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(
+    steps,
+    st.integers(2, NUM_LAYERS * NUM_EXPERTS),
+    st.integers(0, 1000),
+    st.sampled_from([0.0, 0.3, 1.0]),
+)
+@settings(deadline=None, max_examples=300)
+def test_whatever_was_expected_every_expert_comes_once_with_its_own_bytes(
+    asked: list[tuple[int, list[int], set[int], tuple[int, list[int]] | None]],
+    num_slots: int,
+    seed: int,
+    begun: float,
+) -> None:
+    rig = Rig(num_slots=num_slots, seed=seed, begun=begun)
+    for layer, wanted, scan, hint in asked:
+        assert lease_and_expect(rig, layer, wanted, scan, hint) == sorted(wanted)
+        policy = rig.source.policy
+        assert set(rig.source._early) <= policy.resident()
+    stats = rig.source.stats
+    assert stats.lookups == sum(len(wanted) for _, wanted, _, _ in asked)
+    assert stats.bytes_read % (3 * MATRIX_BYTES) == 0
+    assert stats.lookups - stats.hits + stats.idle_reads == stats.bytes_read // (3 * MATRIX_BYTES)
+    rig.source._forget_hint()
+    while rig.source._early:
+        rig.source._collect_early(block=True)
+    assert not rig.store.in_flight
+    check_all_slots_can_be_had(rig)
+
+
+def test_the_next_lease_takes_over_what_was_expected_of_it() -> None:
+    for seed in range(10):
+        rig = Rig(num_slots=36, seed=seed)
+        lease_and_expect(rig, 0, [0, 1, 2], {0, 1, 2}, (1, [3, 4, 5]))
+        assert len(rig.store.ahead) == 3
+        fetches = rig.store.num_fetches
+        assert all_of(rig.run(1, [3, 4, 5])) == [3, 4, 5]
+        assert rig.store.num_fetches == fetches
+        assert (rig.source.stats.reads_ahead, rig.source.stats.hits, rig.source.stats.idle_reads) == (3, 0, 0)
+
+
+def test_an_open_lease_reads_all_of_its_own_before_what_is_expected_next() -> None:
+    rig = Rig(num_slots=8, k=2)  # a window of 2
+    with rig.source.lease(0, ALL, ALL) as lease:
+        rig.source.expect(1, ALL)
+        for group in lease:
+            rig.check(0, group)
+            if rig.source._open is not None and rig.source._open._missing:
+                assert not rig.store.ahead
+    assert len(rig.store.ahead) >= 1
+
+
+def test_a_sweep_over_layers_never_leaves_the_drive_idle_and_reads_nothing_twice() -> None:
+    rig = Rig(num_slots=24, k=2, begun=1.0)
+    for layer in range(NUM_LAYERS):
+        following = (layer + 1, ALL) if layer + 1 < NUM_LAYERS else None
+        assert lease_and_expect(rig, layer, ALL, set(ALL), following) == ALL
+        if following:
+            assert rig.store.in_flight, "nothing is being read between two layers"
+    assert rig.store.num_fetches == NUM_LAYERS * NUM_EXPERTS
+
+
+def test_what_is_expected_takes_no_more_than_the_window_and_displaces_nothing_that_is_pinned() -> None:
+    rig = Rig(num_slots=16, k=2)
+    for layer in range(NUM_LAYERS):
+        rig.run(layer, [0, 1, 2, 3])
+    window = rig.source.policy.window_slots
+    with rig.source.lease(0, [0, 1, 2, 3]) as lease:
+        rig.source.expect(2, ALL)
+        assert 0 < len(rig.source._early) <= window
+        for group in lease:
+            rig.check(0, group)
+    kept = sum(rig.source.policy.slot((layer, expert)) is not None for layer in (0, 1) for expert in range(4))
+    assert kept >= 8 - window
+
+
+def test_experts_of_a_hint_that_are_in_memory_stay_until_they_are_asked_for() -> None:
+    rig = Rig(num_slots=8, k=2)
+    rig.run(1, [0, 1], scan=[0, 1])
+    lease_and_expect(rig, 0, ALL, set(ALL), (1, [0, 1, 2, 3]))
+    fetched = {key for key in rig.source._early if key[0] == 1}
+    hits = rig.source.stats.hits
+    in_memory = {key for key in rig.source._kept if key[0] == 1}
+    rig.run(1, [0, 1, 2, 3])
+    assert rig.source.stats.hits - hits == len(in_memory)
+    assert not fetched & in_memory
+
+
+def test_when_another_layer_leases_first_the_hint_is_given_up_without_waiting() -> None:
+    rig = Rig(num_slots=24)
+    lease_and_expect(rig, 0, [0], set(), (1, [3, 4, 5]))
+    assert len(rig.store.in_flight) == 3
+    rig.run(2, [7])
+    assert not rig.source._early
+    assert all(rig.source.policy.slot((1, expert)) is None for expert in (3, 4, 5))
+    assert not {kind for kind, _ in rig.store.log} & {"cancel"}
+
+
+def test_a_read_that_came_for_nothing_still_serves_a_later_lease() -> None:
+    rig = Rig(num_slots=24, begun=1.0)
+    lease_and_expect(rig, 0, [0], set(), (1, [3]))
+    while rig.source._early:  # begun, so it lands: at the latest by one of these leases
+        list_of(rig, 2, [7])
+    assert rig.source.stats.idle_reads == 1
+    fetches = rig.store.num_fetches
+    list_of(rig, 1, [3])
+    assert rig.store.num_fetches == fetches
+
+
+def list_of(rig: Rig, layer: int, wanted: list[int]) -> None:
+    assert lease_and_expect(rig, layer, wanted, set(), None) == sorted(wanted)
+
+
+def test_an_early_read_that_fails_is_heard_of_by_who_needs_it_only() -> None:
+    failing = {2, 3}
+    rig = Rig(num_slots=24, begun=1.0, fail=lambda number: ("broke", "io") if number in failing else None)
+    lease_and_expect(rig, 0, [0], set(), (1, [3]))
+    while rig.source._early:
+        list_of(rig, 0, [0])  # nobody asks for it: no error
+    lease_and_expect(rig, 0, [0], set(), (1, [3]))
+    with pytest.raises(ReadFailed, match="layer 1, expert 3"):
+        list_of(rig, 1, [3])
+    list_of(rig, 1, [3])
+    check_all_slots_can_be_had(rig)
+
+
+def test_a_hint_whose_reads_cannot_be_started_leaves_nothing_behind() -> None:
+    rig = Rig(num_slots=24, refuse=2)
+    rig.run(0, [0])
+    with rig.source.lease(0, [0]), pytest.raises(OSError, match="no"):
+        rig.source.expect(1, [3, 4])
+    rig.check_idle()
+    list_of(rig, 1, [3, 4])
+
+
+def test_closing_ends_what_was_read_ahead() -> None:
+    rig = Rig(num_slots=24, begun=1.0)
+    lease_and_expect(rig, 0, [0], set(), (1, ALL))
+    assert rig.store.in_flight
+    rig.source.close()
+    assert not rig.store.in_flight
+
+
+def test_a_layer_that_expects_itself_goes_on_undisturbed() -> None:
+    rig = Rig(num_slots=6)
+    assert lease_and_expect(rig, 0, ALL, set(ALL), (0, ALL)) == ALL
+    rig.check_idle()
+
+
+def test_decode_takes_what_was_read_ahead_out_of_the_window() -> None:
+    rig = Rig(num_slots=8, k=2)
+    lease_and_expect(rig, 0, [0, 1], set(), (1, [2, 3]))
+    list_of(rig, 1, [2, 3])
+    rig.run(2, ALL, scan=ALL)  # a sweep displaces what was only swept in
+    assert all(rig.source.policy.slot((1, expert)) is not None for expert in (2, 3))
+
+
+def test_a_failing_lease_leaves_its_hint_to_be_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(num_slots=12, begun=0.5)
+
+    def interrupted(tickets: list[int], block: bool = True) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.store, "wait_any", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lease_and_expect(rig, 0, [0, 1, 2], set(), (1, [4, 5]))
+    list_of(rig, 2, [1, 2])
+    list_of(rig, 1, [4, 5])

@@ -1,0 +1,153 @@
+"""Experts in GGUF blocks, over the real store: each lands as panels, in a slot or in its place for good."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from argosy import _native
+from argosy.checkpoint.files import (
+    SLOT_FORMATS,
+    ExpertMatrix,
+    ExpertRecord,
+    Piece,
+    Transcode,
+    matrix_bytes,
+)
+from argosy.config import Format
+from argosy.experts.cache import CachedSource
+from argosy.experts.source import (
+    ExpertFiles,
+    ExpertGroup,
+    Key,
+    ResidentSource,
+    resident_bytes,
+    slot_bytes,
+)
+from tests.native.gguf_blocks import random_blocks
+
+NUM_EXPERTS = 6
+HIDDEN, WIDTH = 512, 256
+SHAPES = ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH))  # gate, up, down
+# What a Q4_K_M file does: `down` has more bits in some layers; the last layer is not quantised at all.
+LAYERS: tuple[tuple[str, str, str], ...] = (
+    ("Q4_K", "Q4_K", "Q6_K"),
+    ("Q4_K", "Q4_K", "Q4_K"),
+    ("Q8_0", "Q5_0", "Q4_0"),
+    ("f32", "Q4_1", "f32"),
+    ("f32", "f32", "f32"),
+)
+
+
+class Model:
+    """A file as a GGUF has it: for each matrix of a layer one tensor with all experts, 32-byte aligned."""
+
+    def __init__(self, directory: Path) -> None:
+        path = directory / "model.gguf"
+        content: list[bytes] = [b"\xff" * 4128]
+        end = 4128
+        self.truth: dict[Key, list[bytes]] = {}
+        pieces: dict[Key, list[Piece]] = {}
+        formats: dict[int, list[Format]] = {}
+        for layer, types in enumerate(LAYERS):
+            for i, (kind, (rows, cols)) in enumerate(zip(types, SHAPES, strict=True)):
+                formats.setdefault(layer, []).append(SLOT_FORMATS.get(kind, "f32"))
+                for expert in range(NUM_EXPERTS):
+                    seed = (layer * 3 + i) * NUM_EXPERTS + expert
+                    if kind == "f32":
+                        blocks = np.random.default_rng(seed).standard_normal(rows * cols, np.float32)
+                        in_file = landed = blocks.tobytes()
+                        transcode = None
+                    else:
+                        raw = random_blocks(kind, rows, cols, seed=seed)
+                        in_file = raw.tobytes()
+                        landed = _native.transcode(kind, raw, rows, cols).tobytes()
+                        transcode = Transcode(kind, rows, cols)
+                    piece = Piece(path, end, len(in_file), transcode=transcode)
+                    assert piece.landed_bytes == len(landed)
+                    pieces.setdefault((layer, expert), []).append(piece)
+                    self.truth.setdefault((layer, expert), []).append(landed)
+                    content.append(in_file)
+                    end += len(in_file)
+        path.write_bytes(b"".join(content))
+        self.records = {
+            key: ExpertRecord(
+                tuple(each),
+                *(
+                    ExpertMatrix(i, 0, formats[key[0]][i], rows, cols)
+                    for i, (rows, cols) in enumerate(SHAPES)
+                ),
+            )
+            for key, each in sorted(pieces.items())
+        }
+
+    def check(self, layer: int, experts: Sequence[int], memory: np.ndarray, offsets: np.ndarray) -> None:
+        for expert, starts in zip(experts, offsets.tolist(), strict=True):
+            for start, expected in zip(starts, self.truth[layer, expert], strict=True):
+                assert memory[start : start + len(expected)].tobytes() == expected
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(tmp_path_factory.mktemp("transcoded"))
+
+
+def open_files(model: Model, store: _native.Store) -> ExpertFiles:
+    return ExpertFiles(store, model.records, open_file=store.open)
+
+
+@pytest.mark.parametrize("num_slots", [2, 7, 20])
+def test_leased_experts_are_the_transcoded_blocks(model: Model, num_slots: int) -> None:
+    store = _native.Store(3)
+    files = open_files(model, store)
+    source = CachedSource(store, files, num_slots=num_slots, num_layers=len(LAYERS), experts_per_token=2)
+    assert source.resident_offsets is None
+    for _ in range(2):
+        for layer in range(len(LAYERS)):
+            found: list[int] = []
+            with source.lease(layer, range(NUM_EXPERTS), range(NUM_EXPERTS)) as lease:
+                source.expect((layer + 1) % len(LAYERS), range(NUM_EXPERTS))
+                for group in lease:
+                    assert isinstance(group, ExpertGroup)
+                    model.check(layer, group.expert_ids, source.arena.array(), group.offsets)
+                    found += group.expert_ids
+            assert sorted(found) == list(range(NUM_EXPERTS))
+    source.close()
+    store.close()
+
+
+def test_resident_experts_lie_one_behind_the_other_and_in_their_formats(model: Model) -> None:
+    store = _native.Store(3)
+    source = ResidentSource(store, open_files(model, store))
+    assert source.arena.nbytes == resident_bytes(model.records)
+    assert resident_bytes(model.records) < slot_bytes(model.records) * len(model.records)
+    offsets = source.resident_offsets
+    assert offsets.shape == (len(LAYERS), NUM_EXPERTS, 3)
+    memory = source.arena.array()
+    for layer, types in enumerate(LAYERS):
+        model.check(layer, range(NUM_EXPERTS), memory, offsets[layer])
+        with source.lease(layer, [4, 1]) as lease:
+            (group,) = lease
+        assert (group.offsets == offsets[layer, [4, 1]]).all()
+        assert source.formats(layer) == tuple(SLOT_FORMATS.get(kind, "f32") for kind in types)
+    source.count_resident(7)
+    assert source.stats.lookups == source.stats.hits == 2 * len(LAYERS) + 7
+    assert source.stats.bytes_read == sum(record.nbytes for record in model.records.values())
+
+
+def test_memory_of_blocks_is_that_of_their_matrices_and_no_more(model: Model) -> None:
+    blocks_only = {key: record for key, record in model.records.items() if key[0] < 3}
+    exact = sum(
+        matrix_bytes(matrix.format, matrix.rows, matrix.cols)
+        for record in blocks_only.values()
+        for matrix in (record.gate, record.up, record.down)
+    )
+    assert resident_bytes(blocks_only) == exact
+
+
+def test_a_slot_holds_the_largest_expert_whatever_its_formats(model: Model) -> None:
+    largest = max(sum(piece.landed_bytes for piece in record.pieces) for record in model.records.values())
+    assert largest <= slot_bytes(model.records) <= largest + 3 * 2 * 4096

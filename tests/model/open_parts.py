@@ -1,0 +1,113 @@
+"""What stands around a decoder, opened for a checkpoint; and batches by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from argosy import _native
+from argosy.config import ModelConfig
+from argosy.experts.cache import CachedSource
+from argosy.experts.source import ExpertFiles, ExpertSource, ResidentSource
+from argosy.model.batch import Batch
+from argosy.model.families import open_model
+from argosy.model.weights import DenseWeights, load_dense
+
+BLOCK_TOKENS = 16
+BLOCKS_A_SEQUENCE = 6
+NUM_SEQUENCES = 4
+
+Residency = Literal["resident", "smallest cache", "no experts"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Weights, experts and threads of one model; every decoder takes a KV cache of its own."""
+
+    config: ModelConfig
+    weights: DenseWeights
+    experts: ExpertSource | None
+    runtime: _native.Runtime
+
+    def kv(self) -> _native.KvCache:
+        config = self.config
+        num_blocks = NUM_SEQUENCES * BLOCKS_A_SEQUENCE
+        return _native.KvCache(
+            config.num_layers, num_blocks, BLOCK_TOKENS, config.num_kv_heads, config.head_dim, "f32"
+        )
+
+
+@contextmanager
+def open_parts(directory: Path, residency: Residency, *, threads: int = 1) -> Iterator[Parts]:
+    files = open_model(directory)
+    config = files.config
+    store = _native.Store(2)
+    opened: dict[str, int] = {}
+
+    def open_file(path: str) -> int:
+        if path not in opened:
+            opened[path] = store.open(path)
+        return opened[path]
+
+    experts: ExpertSource | None = None
+    try:
+        weights = load_dense(store, files.dense, open_file=open_file)
+        expert_files = ExpertFiles(store, files.experts, open_file=open_file)
+        if residency == "resident":
+            experts = ResidentSource(store, expert_files)
+        elif residency == "smallest cache":
+            experts = CachedSource(
+                store,
+                expert_files,
+                num_slots=config.experts_per_token,
+                num_layers=config.num_layers,
+                experts_per_token=config.experts_per_token,
+            )
+        yield Parts(config, weights, experts, _native.Runtime(threads))
+    finally:
+        if experts is not None:
+            experts.close()
+        store.close()
+
+
+@dataclass(frozen=True)
+class Run:
+    """The next `count` tokens of a sequence: prompt tokens, or one that decodes."""
+
+    sequence: int
+    count: int = 1
+    is_decode: bool = False
+
+
+def decode(sequence: int) -> Run:
+    return Run(sequence, is_decode=True)
+
+
+def batches(config: ModelConfig, steps: Sequence[Sequence[Run]], *, seed: int = 0) -> Iterator[Batch]:
+    """Batches of random tokens. Blocks of the sequences lie among each other, as they do in the engine."""
+    rng = np.random.default_rng(seed)
+    places = rng.permutation(NUM_SEQUENCES * BLOCKS_A_SEQUENCE).astype(np.int32)
+    table = places.reshape(NUM_SEQUENCES, BLOCKS_A_SEQUENCE)
+    length = [0] * NUM_SEQUENCES
+    for runs in steps:
+        positions, sequences, is_decode = [], [], []
+        for run in runs:
+            positions += range(length[run.sequence], length[run.sequence] + run.count)
+            sequences += [run.sequence] * run.count
+            is_decode += [run.is_decode] * run.count
+            length[run.sequence] += run.count
+        where, rows = np.array(positions, np.int32), np.array(sequences, np.int32)
+        yield Batch(
+            token_ids=rng.integers(0, config.vocab_size, len(where), dtype=np.int32),
+            positions=where,
+            sequence=rows,
+            slots=table[rows, where // BLOCK_TOKENS].astype(np.int64) * BLOCK_TOKENS + where % BLOCK_TOKENS,
+            block_table=table,
+            is_decode=np.array(is_decode),
+            last_rows=np.arange(len(where), dtype=np.int64),
+        )

@@ -1,0 +1,145 @@
+"""A step of a decoder as separate operations, one after the other: what the native stack must equal bit for bit.
+
+Every operation is called from Python on whole batches, and experts are leased whether or not all are in memory.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy import _native
+from argosy.config import ModelConfig
+from argosy.experts.source import ExpertSource
+from argosy.model.batch import Batch
+from argosy.model.rope import Rope
+from argosy.model.weights import DenseWeights
+
+Floats = NDArray[np.float32]
+
+
+class ReferenceDecoder:
+    """Batch -> logits of every token."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DenseWeights,
+        experts: ExpertSource | None,
+        kv: _native.KvCache,
+        runtime: _native.Runtime,
+    ) -> None:
+        self.config, self.weights, self.experts, self.kv, self.runtime = config, weights, experts, kv, runtime
+        self.rope = Rope(config.rope)
+
+    def logits(self, batch: Batch) -> Floats:
+        embedding = self.weights.matrices["embed"]
+        hidden = np.empty((batch.num_tokens, self.config.hidden_size), np.float32)
+        _native.embed(self.runtime, embedding, batch.token_ids, hidden)
+        for layer in range(self.config.num_layers):
+            self._add_attention(hidden, layer, batch)
+            self._add_ffn(hidden, layer, batch)
+        head = embedding if self.config.is_embedding_tied else self.weights.matrices["head"]
+        return self._product(head, self._norm(hidden, "final_norm"))
+
+    def _norm(self, x: Floats, name: str) -> Floats:
+        out = np.empty_like(x)
+        _native.rms_norm(self.runtime, x, self.weights.vectors[name], self.config.norm_eps, out)
+        return out
+
+    def _product(self, matrix: _native.Matrix, x: Floats) -> Floats:
+        out = np.empty((len(x), matrix.rows), np.float32)
+        _native.matmul(self.runtime, [matrix], x, [out])
+        return out
+
+    def _projection(self, name: str, x: Floats) -> Floats:
+        out = self._product(self.weights.matrices[name], x)
+        if name + "_bias" in self.weights.vectors:
+            out += self.weights.vectors[name + "_bias"]
+        return out
+
+    def _add_attention(self, hidden: Floats, layer: int, batch: Batch) -> None:
+        config, tokens, name = self.config, batch.num_tokens, f"layers.{layer}."
+        normed = self._norm(hidden, name + "attn_norm")
+        query, key, value = (
+            self._projection(name + part, normed).reshape(tokens, -1, config.head_dim) for part in "qkv"
+        )
+        if config.has_qk_norm:
+            query = self._norm(query.reshape(-1, config.head_dim), name + "q_norm").reshape(query.shape)
+            key = self._norm(key.reshape(-1, config.head_dim), name + "k_norm").reshape(key.shape)
+        for heads in (query, key):
+            _native.rope(self.runtime, heads, *self.rope.angles(batch.positions))
+        _native.kv_write(self.runtime, self.kv, layer, key, value, batch.slots)
+        attended = np.empty((tokens, config.num_heads * config.head_dim), np.float32)
+        _native.attention(
+            self.runtime,
+            self.kv,
+            layer,
+            query,
+            batch.block_table,
+            batch.sequence,
+            batch.positions,
+            config.head_dim**-0.5,
+            config.layers[layer].sliding_window,
+            attended,
+        )
+        hidden += self._projection(name + "o", attended)
+
+    def _add_ffn(self, hidden: Floats, layer: int, batch: Batch) -> None:
+        name = f"layers.{layer}."
+        normed = self._norm(hidden, name + "mlp_norm")
+        if not self.config.layers[layer].is_moe:
+            hidden += self._swiglu(normed, *(name + part for part in ("gate", "up", "down")))
+            return
+        self._add_shared(hidden, normed, name)
+        if self.experts is not None:
+            self._add_routed(hidden, normed, layer, batch, self.experts)
+
+    def _swiglu(self, x: Floats, *names: str) -> Floats:
+        out = np.empty_like(x)
+        gate, up, down = (self.weights.matrices[name] for name in names)
+        _native.swiglu(self.runtime, gate, up, down, x, out)
+        return out
+
+    def _add_shared(self, hidden: Floats, normed: Floats, name: str) -> None:
+        if not self.config.shared_width:
+            return
+        out = self._swiglu(normed, *(name + part for part in ("shared_gate", "shared_up", "shared_down")))
+        if self.config.shared_is_gated:
+            score = self._product(self.weights.matrices[name + "shared_score"], normed)
+            _native.add_sigmoid_gated(self.runtime, out, score.reshape(-1), hidden)
+        else:
+            hidden += out
+
+    def _add_routed(
+        self, hidden: Floats, normed: Floats, layer: int, batch: Batch, experts: ExpertSource
+    ) -> None:
+        config, k = self.config, self.config.experts_per_token
+        logits = self._product(self.weights.matrices[f"layers.{layer}.router"], normed)
+        ids, weights = np.empty((len(normed), k), np.int32), np.empty((len(normed), k), np.float32)
+        _native.route(self.runtime, logits, k, config.router.renormalize, ids, weights)
+
+        flat = ids.reshape(-1)
+        out = np.empty((flat.size, config.hidden_size), np.float32)
+        wanted_by_decode = set(ids[batch.is_decode].reshape(-1).tolist())
+        chosen = sorted(set(flat.tolist()))
+        scan = [expert for expert in chosen if expert not in wanted_by_decode]
+        with experts.lease(layer, chosen, scan) as lease:
+            for group in lease:
+                rows = [np.flatnonzero(flat == expert).astype(np.int32) for expert in group.expert_ids]
+                row = np.concatenate(rows)
+                starts = np.cumsum([0, *(len(each) for each in rows)], dtype=np.int32)
+                _native.swiglu_experts(
+                    self.runtime,
+                    experts.arena,
+                    experts.formats(layer),
+                    config.hidden_size,
+                    config.expert_width,
+                    group.offsets,
+                    normed,
+                    starts,
+                    row // np.int32(k),
+                    row,
+                    out,
+                )
+        _native.combine(self.runtime, out, weights, hidden)

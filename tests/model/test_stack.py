@@ -1,0 +1,357 @@
+"""The native stack gives the bits of its operations called one by one, and stops where Python has to decide."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from argosy import _native
+from argosy.checkpoint.pack import pack
+from argosy.experts.source import Lease
+from argosy.model.clock import PARTS, PartClock
+from argosy.model.decoder import Decoder, RouteObserver
+from argosy.model.families import open_model
+from argosy.model.workspace import Workspace
+from tests.model.open_parts import Parts, Run, batches, decode, open_parts
+from tests.model.reference_step import Floats, ReferenceDecoder
+from tests.models.references import REFERENCES
+from tests.models.tiny import mixtral, qwen2_moe, qwen3_moe, write_model
+
+MAX_TOKENS = 40
+
+# Chunks, one token, a batch, and prompt tokens beside others that decode; past a block and a sliding window.
+STEPS = [
+    [Run(0, 7)],
+    [Run(0, 21), Run(1, 3)],
+    [decode(0), Run(1, 11)],
+    [decode(0)],
+    [decode(0), decode(1), Run(2, 35)],
+    [decode(2), decode(0), decode(1)],
+    [Run(3, 1), decode(1)],
+]
+
+CHECKPOINTS = {reference.name: reference.directory for reference in REFERENCES}
+PACKED = {
+    "mixtral-q8": (mixtral(hidden_size=80, intermediate_size=72), "q8"),
+    "qwen2_moe-q4": (qwen2_moe(mlp_only_layers=[1], num_hidden_layers=4), "q4"),
+    "qwen3_moe-q4": (qwen3_moe(num_experts=16, num_experts_per_tok=4, attention_bias=True), "q4"),
+}
+
+
+@pytest.fixture(scope="module", params=[*CHECKPOINTS, *PACKED])
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param in CHECKPOINTS:
+        return CHECKPOINTS[request.param]
+    config, format = PACKED[request.param]
+    root = tmp_path_factory.mktemp(request.param)
+    pack(open_model(write_model(root / "plain", config, seed=5)), root / "packed", format=format)
+    return root / "packed"
+
+
+@pytest.fixture(params=_native.instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _native.instruction_set()
+    _native.use_instruction_set(request.param)
+    yield request.param
+    _native.use_instruction_set(before)
+
+
+def decoder_of(
+    parts: Parts, *, observe: RouteObserver | None = None, clock: PartClock | None = None
+) -> Decoder:
+    return Decoder(
+        parts.config,
+        parts.weights,
+        parts.experts,
+        parts.kv(),
+        parts.runtime,
+        Workspace(parts.config, MAX_TOKENS),
+        clock=clock or PartClock(),
+        observe=observe,
+    )
+
+
+def run(parts: Parts, decoder: Decoder | ReferenceDecoder) -> list[Floats]:
+    step = decoder.forward if isinstance(decoder, Decoder) else decoder.logits
+    return [step(batch) for batch in batches(parts.config, STEPS)]
+
+
+@pytest.mark.parametrize("residency", ["resident", "smallest cache", "no experts"])
+def test_a_step_has_the_bits_of_its_operations(directory: Path, residency: Any, instruction_set: str) -> None:
+    with open_parts(directory, residency) as parts:
+        expected = run(
+            parts, ReferenceDecoder(parts.config, parts.weights, parts.experts, parts.kv(), parts.runtime)
+        )
+        found = run(parts, decoder_of(parts))
+
+    for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert np.isfinite(theirs).all()
+        np.testing.assert_array_equal(ours, theirs, err_msg=f"step {step}")
+
+
+def test_threads_and_observers_change_nothing_and_all_choices_are_heard(directory: Path) -> None:
+    heard: list[tuple[int, tuple[int, ...]]] = []
+
+    def observe(layer: int, expert_ids: Any) -> None:
+        heard.append((layer, expert_ids.shape))
+        assert all(len(set(row)) == len(row) for row in expert_ids.tolist())
+
+    with open_parts(directory, "resident") as parts:
+        expected = run(parts, decoder_of(parts))
+    with open_parts(directory, "resident", threads=2) as parts:
+        found = run(parts, decoder_of(parts, observe=observe))
+        config = parts.config
+
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    num_tokens = [sum(run.count for run in runs) for runs in STEPS]
+    assert heard == [
+        (layer, (tokens, config.experts_per_token)) for tokens in num_tokens for layer in config.moe_layers
+    ]
+
+
+def test_a_resident_model_needs_no_lease_and_counts_the_same_lookups() -> None:
+    reference = REFERENCES[0]
+    with open_parts(reference.directory, "resident") as parts:
+        assert parts.experts is not None
+        run(parts, decoder_of(parts, observe=lambda layer, ids: None))
+        leased = parts.experts.stats.lookups
+
+        def no_lease(*_: Any) -> Lease:
+            raise AssertionError("a resident model asked for a lease")
+
+        parts.experts.lease = no_lease  # type: ignore[method-assign]
+        run(parts, decoder_of(parts))
+
+    assert leased > 0
+    assert parts.experts.stats.lookups == 2 * leased
+    assert parts.experts.stats.hits == 2 * leased
+
+
+class Watched:
+    """An expert source that notes what it is asked for."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def lease(self, layer: int, expert_ids: Sequence[int], scan: Collection[int] = ()) -> Lease:
+        self.calls.append(("lease", layer, list(expert_ids), list(scan)))
+        lease: Lease = self.source.lease(layer, expert_ids, scan)
+        return lease
+
+    def expect(self, layer: int, expert_ids: Sequence[int]) -> None:
+        self.calls.append(("expect", layer, list(expert_ids)))
+        self.source.expect(layer, expert_ids)
+
+
+def watched_calls(directory: Path, steps: Sequence[Sequence[Run]]) -> tuple[list[Any], Any]:
+    with open_parts(directory, "smallest cache") as parts:
+        source = Watched(parts.experts)
+        watched = Parts(parts.config, parts.weights, source, parts.runtime)  # type: ignore[arg-type]
+        choices: list[Any] = []
+        decoder = decoder_of(watched, observe=lambda layer, ids: choices.append(ids.copy()))
+        for batch in batches(parts.config, steps):
+            decoder.forward(batch)
+        return source.calls, choices
+
+
+def test_a_lease_names_the_experts_chosen_and_those_that_only_prompt_tokens_chose(tmp_path: Path) -> None:
+    directory = write_model(tmp_path, qwen3_moe(num_experts=16, num_experts_per_tok=2), seed=1)
+    calls, choices = watched_calls(directory, [[Run(0, 5)], [decode(0), Run(1, 3)], [decode(0), decode(1)]])
+    leases = [call for call in calls if call[0] == "lease"]
+    num_decoding = [0] * 3 + [1] * 3 + [2] * 3  # the first rows of a batch here
+    assert len(leases) == len(choices) == 9
+    for (_, layer, experts, scan), ids, decoding in zip(leases, choices, num_decoding, strict=True):
+        assert layer in range(3)
+        assert experts == sorted(set(ids.reshape(-1).tolist()))
+        assert scan == sorted(set(experts) - set(ids[:decoding].reshape(-1).tolist()))
+
+
+def test_a_prompt_that_sweeps_through_a_layer_hints_at_the_next(tmp_path: Path) -> None:
+    directory = write_model(
+        tmp_path, mixtral(num_local_experts=4, num_experts_per_tok=2, num_hidden_layers=3), seed=1
+    )
+    calls, _ = watched_calls(directory, [[Run(0, 40)], [decode(0)]])
+    everyone = list(range(4))
+    assert [call[:3] for call in calls[:5]] == [
+        ("lease", 0, everyone),
+        ("expect", 1, everyone),
+        ("lease", 1, everyone),
+        ("expect", 2, everyone),
+        ("lease", 2, everyone),
+    ]
+    assert [call[0] for call in calls[5:]] == ["lease"] * 3  # a token that decodes sweeps through nothing
+
+
+def test_a_failed_read_ends_the_step_and_the_next_one_is_whole(tmp_path: Path) -> None:
+    directory = write_model(tmp_path, qwen2_moe(), seed=2)
+    with open_parts(directory, "smallest cache") as parts:
+        source = Watched(parts.experts)
+        decoder = decoder_of(Parts(parts.config, parts.weights, source, parts.runtime))  # type: ignore[arg-type]
+        (batch,) = batches(parts.config, [[Run(0, 9)]])
+        expected = decoder.forward(batch)
+        lease, source.lease = source.lease, fail_at_second_call(source.lease)  # type: ignore[method-assign]
+        with pytest.raises(InterruptedError):
+            decoder.forward(batch)
+        source.lease = lease  # type: ignore[method-assign]
+        np.testing.assert_array_equal(decoder.forward(batch), expected)
+
+
+def fail_at_second_call(lease: Any) -> Any:
+    calls: list[int] = []
+
+    def failing(layer: int, expert_ids: Sequence[int], scan: Collection[int] = ()) -> Any:
+        calls.append(layer)
+        if len(calls) == 2:
+            raise InterruptedError
+        return lease(layer, expert_ids, scan)
+
+    return failing
+
+
+@pytest.mark.parametrize("residency", ["resident", "smallest cache"])
+def test_native_seconds_reach_the_clock_and_the_parts_sum_to_the_whole(residency: Any) -> None:
+    clock = PartClock()
+    with open_parts(REFERENCES[0].directory, residency) as parts:
+        decoder = decoder_of(parts, clock=clock)
+        clock.mark("other")
+        before, last = dict(clock.seconds), clock._last
+        run(parts, decoder)
+    spent = {part: clock.seconds[part] - before[part] for part in PARTS}
+    assert sum(spent.values()) == pytest.approx(clock._last - last)
+    assert all(spent[part] > 0 for part in ("router", "attention_and_dense", "expert_compute", "other"))
+    assert (spent["waiting_for_reads"] > 0) == (residency == "smallest cache")
+
+
+def test_logits_of_any_rows_are_those_of_the_step() -> None:
+    with open_parts(REFERENCES[0].directory, "resident") as parts:
+        decoder = decoder_of(parts)
+        (batch,) = batches(parts.config, [[Run(0, 9)]])
+        whole = decoder.forward(batch)
+        np.testing.assert_array_equal(decoder.logits(np.array([8, 0, 3])), whole[[8, 0, 3]])
+
+
+# ── what the binding refuses ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def waiting(tmp_path: Path) -> Iterator[tuple[_native.Stack, Any, tuple[int, list[int], list[int]]]]:
+    """A stack that waits for experts, its source, and what it waits for."""
+    directory = write_model(tmp_path, qwen3_moe(num_experts=8, num_experts_per_tok=3), seed=1)
+    with open_parts(directory, "resident") as parts:
+        decoder = decoder_of(parts, observe=lambda layer, ids: None)
+        (batch,) = batches(parts.config, [[Run(0, 1)]])
+        begin(decoder, batch)
+        demand = decoder._stack.advance()
+        assert demand is not None
+        yield decoder._stack, parts.experts, demand
+
+
+def begin(decoder: Decoder, batch: Any, **changes: Any) -> None:
+    cosine, sine = decoder._rope.angles(batch.positions)
+    arguments = {
+        "token_ids": batch.token_ids,
+        "position": batch.positions,
+        "sequence": batch.sequence,
+        "slots": batch.slots,
+        "is_decode": batch.is_decode,
+        "block_table": batch.block_table,
+        "cosine": cosine,
+        "sine": sine,
+        "last_rows": batch.last_rows,
+        "logits": np.empty((len(batch.last_rows), decoder.config.vocab_size), np.float32),
+    }
+    decoder._stack.begin(**(arguments | changes))
+
+
+def test_an_expert_runs_once_and_only_if_its_layer_waits_for_it(waiting: Any) -> None:
+    stack, source, (layer, wanted, _) = waiting
+    other = next(expert for expert in range(8) if expert not in wanted)
+
+    def run(experts: list[int]) -> None:
+        stack.run_experts(experts, source.resident_offsets[layer, experts])
+
+    with pytest.raises(ValueError, match=f"layer {layer} does not wait for expert {other}"):
+        run([other])
+    run(wanted[:2])
+    with pytest.raises(ValueError, match=f"layer {layer} does not wait for expert {wanted[1]}"):
+        run([wanted[1]])
+    with pytest.raises(ValueError, match=f"layer {layer} still waits for 1 experts"):
+        stack.advance()
+    with pytest.raises(ValueError, match="no layer waits for experts"):
+        run(wanted[2:])
+
+
+def test_an_expert_outside_the_arena_is_refused(waiting: Any) -> None:
+    stack, source, (_, wanted, _) = waiting
+    with pytest.raises(ValueError, match="does not lie inside memory of"):
+        stack.run_experts(wanted[:1], np.full((1, 3), source.arena.nbytes, np.int64))
+
+
+WRONG_BATCHES = {
+    "token_ids": (np.array([0, 112], np.int32), r"token_ids\[1\] is 112, expected 0 to 111"),
+    "position": (np.array([0, 96], np.int32), r"position\[1\] is 96, expected 0 to 95"),
+    "sequence": (np.array([0, 4], np.int32), r"sequence\[1\] is 4, expected 0 to 3"),
+    "slots": (np.array([0, 384], np.int64), "a slot is 384, expected 0 to 383"),
+    "last_rows": (np.array([0, 2], np.int64), "a row is 2, expected 0 to 1"),
+    "block_table": (np.full((4, 6), 24, np.int32), r"block_table\[0\] is 24, expected 0 to 23"),
+    "is_decode": (np.array([0, 1], np.int32), "is_decode is int32, expected bool"),
+    "cosine": (np.zeros((3, 4), np.float32), r"cosine has shape \[3, 4\], expected \[2, any\]"),
+    "logits": (np.zeros((1, 112), np.float32), r"logits has shape \[1, 112\], expected \[2, 112\]"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_BATCHES)
+def test_a_batch_that_does_not_fit_is_refused_with_both_numbers(name: str, tmp_path: Path) -> None:
+    value, sentence = WRONG_BATCHES[name]
+    with open_parts(write_model(tmp_path, mixtral(), seed=1), "resident") as parts:
+        decoder = decoder_of(parts)
+        (batch,) = batches(parts.config, [[Run(0, 2)]])
+        with pytest.raises(ValueError, match=sentence):
+            begin(decoder, batch, **{name: value})
+
+
+def test_a_step_of_more_tokens_than_there_is_room_for_is_refused(tmp_path: Path) -> None:
+    with open_parts(write_model(tmp_path, mixtral(), seed=1), "resident") as parts:
+        (batch,) = batches(parts.config, [[Run(0, MAX_TOKENS + 1)]])
+        with pytest.raises(ValueError, match="tokens is 41, expected 1 to 40"):
+            decoder_of(parts).forward(batch)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_a_signal_ends_a_long_step_between_two_layers(tmp_path: Path) -> None:
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    directory = write_model(
+        tmp_path, mixtral(hidden_size=256, intermediate_size=512, num_hidden_layers=12), seed=1
+    )
+    instruction_set = _native.instruction_set()
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        _native.use_instruction_set("plain")  # about a tenth of a second a layer
+        with open_parts(directory, "resident") as parts:
+            decoder = decoder_of(parts)
+            (batch,) = batches(parts.config, [[Run(sequence, 10) for sequence in range(4)]])
+            logits = np.full((batch.num_tokens, parts.config.vocab_size), np.nan, np.float32)
+            begin(decoder, batch, logits=logits)
+            signal.setitimer(signal.ITIMER_REAL, 0.001)
+            with pytest.raises(Interrupted):
+                decoder._stack.advance()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        _native.use_instruction_set(instruction_set)
+    assert np.isnan(logits).all()  # the head has not run

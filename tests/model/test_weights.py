@@ -1,0 +1,126 @@
+"""Dense weights arrive whole: from any format and block type, with rows in the order that the kernels turn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from argosy import _native
+from argosy.checkpoint.files import SLOT_FORMATS, MatrixRef
+from argosy.errors import CheckpointError, CorruptRecord, ReadFailed
+from argosy.model.weights import DenseWeights, dense_footprint, load_dense
+from tests.native.gguf_blocks import dequantized, random_blocks
+
+ROWS, COLS, HEADS = 96, 256, 3
+
+
+class Dense:
+    """A file with a norm, float matrices and matrices of blocks, some of them with rotary rows in pairs."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "dense.gguf"
+        self.content = bytearray(b"\xff" * 96)
+        self.refs: dict[str, MatrixRef] = {}
+        self.truth: dict[str, NDArray[np.float32]] = {}
+        norm = np.random.default_rng(0).standard_normal(COLS, np.float32)
+        self._add("final_norm", norm.tobytes(), norm.reshape(1, -1))
+        for i, (name, paired) in enumerate((("embed", 0), ("layers.0.q", HEADS))):
+            values = np.random.default_rng(i).standard_normal((ROWS, COLS), np.float32)
+            self._add(name, values.tobytes(), values, paired=paired)
+        for i, block_type in enumerate(SLOT_FORMATS):
+            for part, paired in (("o", 0), ("q", HEADS), ("k", 1)):
+                blocks = random_blocks(block_type, ROWS, COLS, seed=10 * i + paired)
+                values = dequantized(block_type, blocks, ROWS, COLS)
+                self._add(f"layers.{i + 1}.{part}", blocks.tobytes(), values, block_type, paired)
+        self.path.write_bytes(self.content)
+
+    def _add(
+        self,
+        name: str,
+        content: bytes,
+        values: NDArray[np.float32],
+        block_type: str | None = None,
+        paired: int = 0,
+    ) -> None:
+        rows, cols = values.shape
+        ref = MatrixRef(
+            name,
+            self.path,
+            len(self.content),
+            len(content),
+            SLOT_FORMATS[block_type] if block_type else "f32",
+            rows,
+            cols,
+            block_type=block_type,
+            paired_heads=paired,
+            checksum=None if block_type or paired else _native.crc32c_wide(content),
+        )
+        self.refs[name] = ref
+        self.content += content + b"\xff" * (-len(content) % 32)
+        heads = values.reshape(paired or 1, -1, cols)
+        if paired:  # rows of a head: 0 2 4 ... 1 3 5 ...
+            heads = np.concatenate([heads[:, 0::2], heads[:, 1::2]], axis=1)
+        self.truth[name] = heads.reshape(rows, cols)
+
+    def load(self, faults: _native.FaultyFileSystem | None = None) -> DenseWeights:
+        store = _native.Store(3, faults) if faults else _native.Store(3)
+        try:
+            return load_dense(store, self.refs, open_file=store.open)
+        finally:
+            store.close()
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Dense:
+    return Dense(tmp_path)
+
+
+def test_every_weight_has_the_value_of_the_file_and_its_row(dense: Dense) -> None:
+    weights = dense.load()
+    assert set(weights.matrices) | set(weights.vectors) == set(dense.refs)
+    np.testing.assert_array_equal(weights.vectors["final_norm"], dense.truth["final_norm"][0])
+    runtime = _native.Runtime(1)
+    for name, matrix in weights.matrices.items():
+        found = np.empty((ROWS, COLS), np.float32)
+        _native.embed(runtime, matrix, np.arange(ROWS, dtype=np.int32), found)
+        np.testing.assert_array_equal(found, dense.truth[name], err_msg=name)
+    runtime.close()
+
+
+def test_the_footprint_covers_what_is_taken(dense: Dense) -> None:
+    weights = dense.load()
+    vectors = sum(vector.nbytes for vector in weights.vectors.values())
+    in_halves = max(ref.nbytes for ref in dense.refs.values() if ref.paired_heads)
+    footprint = dense_footprint(dense.refs)
+    assert weights.arena.nbytes + vectors + in_halves <= footprint
+    landed = sum(ref.landed_bytes for ref in dense.refs.values())
+    assert weights.arena.nbytes <= landed + 2 * 4096 * len(dense.refs)
+
+
+def test_a_start_that_fails_names_the_tensor(dense: Dense) -> None:
+    opening = _native.FaultyFileSystem(1 << 40, "eio")
+    store = _native.Store(1, opening)
+    store.open(str(dense.path))
+    store.close()
+    faults = _native.FaultyFileSystem(opening.num_reads + 1, "truncated", num_faults=1 << 40)
+    with pytest.raises(ReadFailed, match=r"dense\.gguf: \S+: dense\.gguf ends at byte"):
+        dense.load(faults)
+
+
+def test_a_packed_tensor_that_changed_is_refused(dense: Dense) -> None:
+    dense.refs["embed"] = replace(dense.refs["embed"], checksum=7)
+    with pytest.raises(CorruptRecord, match=r"embed: .*expected 00000007"):
+        dense.load()
+
+
+def test_a_norm_with_a_nan_is_refused(dense: Dense) -> None:
+    ref = dense.refs["final_norm"]
+    dense.refs["final_norm"] = replace(ref, checksum=None)
+    dense.content[ref.offset + 8 : ref.offset + 12] = np.float32(np.nan).tobytes()
+    dense.path.write_bytes(dense.content)
+    with pytest.raises(CheckpointError, match="final_norm holds nan at position 2 of 256"):
+        dense.load()
