@@ -68,6 +68,26 @@ def test_every_instruction_set_writes_the_same_bytes(block_type: str) -> None:
     assert np.array_equal(found, native.transcode(block_type, blocks, 19, cols))
 
 
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
+def test_products_are_those_of_the_weights_in_the_blocks(block_type: str) -> None:
+    """To the last bits of float32 sums, for activations that are whole numbers of their scale."""
+    format, width, *_ = BLOCK_TYPES[block_type]
+    rows, cols = 37, 2 * width
+    blocks = random_blocks(block_type, rows, cols)
+    weights = dequantized(block_type, blocks, rows, cols).astype(np.float64)
+    x = np.random.default_rng(3).integers(-126, 127, (11, cols)).astype(np.float32)
+    x[:, ::32] = 127  # so that each group's scale is one
+    matrix = native.Matrix(native.transcode(block_type, blocks, rows, cols), 0, format, rows, cols)
+    runtime = native.Runtime(2)
+    out, alone = np.empty((11, rows), np.float32), np.empty((1, rows), np.float32)
+    native.matmul(runtime, [matrix], x, [out])
+    assert np.all(np.abs(out - x @ weights.T) <= 2e-6 * (np.abs(x) @ np.abs(weights).T))
+    for token in range(11):
+        native.matmul(runtime, [matrix], x[token : token + 1], [alone])
+        assert np.array_equal(alone[0], out[token])
+    runtime.close()
+
+
 def test_what_cannot_be_transcoded_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="unknown block type 'Q3_K'; known: Q8_0"):
         native.transcode("Q3_K", np.zeros(0, np.uint8), 0, 0)  # type: ignore[arg-type]

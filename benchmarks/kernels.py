@@ -1,0 +1,145 @@
+"""How near are the products to the machine's walls: reading weights for one token, integer products for many?
+
+    python benchmarks/kernels.py --rows 768 --cols 2048
+
+For every quantised format: bytes of weights per second with one token, weights cold, over a plain read of memory; and
+int8 operations per second with many tokens over the peak of the instruction. q8 counts twice, for its activations have
+two bytes. Figures are the best of many short samples, walls the best of all probes of the run, which are taken before
+each figure: a neighbour only ever slows one down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from typing import get_args
+
+import numpy as np
+
+from argosy import _native
+from argosy.config import Format
+from benchmarks.common import Report
+
+FORMATS = [format for format in get_args(Format) if format not in ("f32", "f16", "bf16")]
+ARENA_BYTES = 256 << 20  # eight times the last cache of the machine this was written on
+COLD_SAMPLE_BYTES = 12 << 20  # about half a millisecond
+
+
+class Matrices:
+    """An arena full of matrices of one format. Any bytes are quants; these are finite float16 scales, too."""
+
+    def __init__(self, memory: _native.Arena, format: Format, rows: int, cols: int) -> None:
+        size = _native.matrix_bytes(format, rows, cols)
+        self.format, self.rows, self.cols, self.nbytes = format, rows, cols, size
+        self.all = [
+            _native.Matrix(memory, i * size, format, rows, cols) for i in range(memory.nbytes // size)
+        ]
+        self._next = 0
+
+    def take(self, count: int) -> Sequence[_native.Matrix]:
+        """The next `count`; by the time they come round again the cache has forgotten them."""
+        if self._next + count > len(self.all):
+            self._next = 0
+        self._next += count
+        return self.all[self._next - count : self._next]
+
+
+def best_rate(work: Callable[[], float], seconds: float) -> float:
+    """The best of what `work` (amount done) reaches per second."""
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        amount = work()
+        best = max(best, amount / (time.perf_counter() - begin))
+    return best
+
+
+def require_right(runtime: _native.Runtime, memory: _native.Arena, matrices: Matrices) -> None:
+    rows, cols = matrices.rows, matrices.cols
+    x = np.random.default_rng(1).standard_normal((9, cols), dtype=np.float32)
+    out = np.empty((9, rows), np.float32)
+    _native.matmul(runtime, [matrices.all[0]], x, [out])
+    weights = _native.dequantize(matrices.format, memory.array()[: matrices.nbytes], rows, cols)
+    expected = x.astype(np.float64) @ weights.T.astype(np.float64)
+    magnitude = np.abs(x).astype(np.float64) @ np.abs(weights).T.astype(np.float64)
+    # An activation of 8 bits is off by up to 1/254 of the largest of its group.
+    if not np.all(np.abs(out - expected) <= 0.01 * magnitude):
+        raise SystemExit(f"{matrices.format}: the product is not that of the dequantised weights")
+    alone = np.empty((1, rows), np.float32)
+    for token in range(9):
+        _native.matmul(runtime, [matrices.all[0]], x[token : token + 1], [alone])
+        if not np.array_equal(alone[0], out[token]):
+            raise SystemExit(f"{matrices.format}: a token's product depends on the others in the call")
+
+
+def read_rate(runtime: _native.Runtime, matrices: Matrices, seconds: float) -> float:
+    """Bytes per second with one token and weights that no cache holds."""
+    count = max(1, COLD_SAMPLE_BYTES // matrices.nbytes)
+    x = np.ones((1, matrices.cols), np.float32)
+    outs = [np.empty((1, matrices.rows), np.float32) for _ in range(count)]
+
+    def work() -> float:
+        _native.matmul(runtime, matrices.take(count), x, outs)
+        return count * matrices.nbytes
+
+    return best_rate(work, seconds)
+
+
+def product_rate(runtime: _native.Runtime, matrices: Matrices, tokens: int, seconds: float) -> float:
+    """int8 operations per second, two per multiply-add."""
+    x = np.random.default_rng(2).standard_normal((tokens, matrices.cols), dtype=np.float32)
+    outs = [np.empty((tokens, matrices.rows), np.float32) for _ in range(2)]
+    passes = 2 if matrices.format == "q8" else 1
+
+    def work() -> float:
+        _native.matmul(runtime, matrices.take(2), x, outs)
+        return 2 * 2 * passes * tokens * matrices.rows * matrices.cols
+
+    return best_rate(work, seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rows", type=int, default=768)
+    parser.add_argument("--cols", type=int, default=2048)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tokens", type=int, nargs="*", default=[8, 32, 128])
+    parser.add_argument("--formats", nargs="*", choices=FORMATS, default=FORMATS)
+    parser.add_argument("--seconds", type=float, default=0.5, help="per figure")
+    options = parser.parse_args()
+
+    report = Report("kernels")
+    runtime = _native.Runtime(options.threads)
+    memory = _native.Arena(ARENA_BYTES)
+    bits = np.random.default_rng(0).integers(0, 256, ARENA_BYTES, dtype=np.uint8)
+    np.bitwise_and(bits, 0x3B, out=memory.array())
+    del bits
+    formats = [Matrices(memory, format, options.rows, options.cols) for format in options.formats]
+    for matrices in formats:
+        require_right(runtime, memory, matrices)
+    report.correct(f"{len(formats)} formats: the dequantised weights' product, each token its own bits")
+    report.opening()
+    shape = f"{options.rows} x {options.cols}, {options.threads} threads"
+    report.line("shape", f"{shape}; best of {options.seconds} s a figure")
+    counts = "".join(f"{f'{tokens} tokens':>19}" for tokens in options.tokens)
+    print(f"{'':<8}{'1 token, cold':>22}{counts}")
+    read_wall = max(_native.memory_probe(options.threads, ARENA_BYTES) for _ in range(5))
+    peak = _native.int8_probe(options.threads)
+    for matrices in formats:
+        read_wall = max(read_wall, _native.memory_probe(options.threads, ARENA_BYTES))
+        rate = read_rate(runtime, matrices, options.seconds)
+        cells = [f"{rate / 1e9:>10.1f} GB/s ({rate / read_wall:.2f})"]
+        facts = {"format": matrices.format, "shape": shape}
+        report.record("weights read", "GB/s", [rate / 1e9], [], wall=read_wall / 1e9, **facts)
+        for tokens in options.tokens:
+            peak = max(peak, _native.int8_probe(options.threads))
+            rate = product_rate(runtime, matrices, tokens, options.seconds)
+            cells.append(f"{rate / 1e9:>7.0f} Gop/s ({rate / peak:.2f})")
+            report.record("int8", "Gop/s", [rate / 1e9], [], peak=peak / 1e9, tokens=tokens, **facts)
+        print(f"{matrices.format:<8}{''.join(cells)}")
+    report.line("walls", f"read {read_wall / 1e9:.1f} GB/s, int8 {peak / 1e9:.0f} Gop/s")
+
+
+if __name__ == "__main__":
+    main()
