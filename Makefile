@@ -34,11 +34,15 @@ test-native: $(VENV)/.installed  ## the C++ tests
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/tests > build/tests.log 2>&1 || { cat build/tests.log; exit 1; }
 	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/tests --output-on-failure
 
-test-sanitize: $(VENV)/.installed  ## the C++ tests under AddressSanitizer and UBSan
+test-sanitize: $(VENV)/.installed  ## the C++ tests under AddressSanitizer and UBSan, threads under ThreadSanitizer
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DARGOSY_MODULE=OFF -DARGOSY_NATIVE_TESTS=ON \
 	  -DCMAKE_BUILD_TYPE=Debug -DARGOSY_SANITIZE=address,undefined
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize
 	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/sanitize --output-on-failure
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize-threads -G Ninja -DARGOSY_MODULE=OFF -DARGOSY_NATIVE_TESTS=ON \
+	  -DCMAKE_BUILD_TYPE=Debug -DARGOSY_SANITIZE=thread
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize-threads --target test_thread_pool test_store
+	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/sanitize-threads --output-on-failure -R 'test_thread_pool|test_store'
 
 $(VENV)/.oracle: $(VENV)/.installed
 	$(PIP) --no-build-isolation --editable '.[oracle]'

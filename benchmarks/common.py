@@ -1,6 +1,7 @@
 """What every benchmark prints and records: the machine, who else was busy, medians, ratios, a CSV row.
 
     with Sample() as sample: ...          ->  seconds, load average, cores that other processes used meanwhile
+    probe_machine(2, path)                ->  read bandwidth, int8 and drive speed, to stand beside a sample
     alternate({"a": ..., "b": ...}, n)    ->  A B A B, so that a slow minute hits both
     Report("decode")                      ->  a table on stdout, rows in benchmarks/results/decode.csv
 
@@ -9,6 +10,7 @@ Elsewhere: memory caps are `cgroup.py`; random checkpoints are `make_checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -17,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,6 +56,29 @@ def machine_line() -> str:
         f"{machine.usable_cores()} cores ({machine.cpu_model()}), {_native.instruction_sets()[-1]}, "
         f"{format_bytes(total)}, commit {commit()}"
     )
+
+
+_PROBE_MEMORY_BYTES = 512 << 20  # larger than any cache
+_PROBE_DRIVE_BYTES = 512 << 20
+
+
+def probe_machine(threads: int, path: Path | None = None, record_bytes: int = 2 << 20) -> dict[str, float]:
+    """What the machine gives at this moment: GB/s of memory, Gop/s of int8, and GB/s of the drive under `path`.
+
+    Takes about a second. The drive is read at random with O_DIRECT, in records of whole 4 KiB pages.
+    """
+    found = {
+        "memory GB/s": max(_native.memory_probe(threads, _PROBE_MEMORY_BYTES) for _ in range(3)) / 1e9,
+        "int8 Gop/s": max(_native.int8_probe(threads) for _ in range(3)) / 1e9,
+    }
+    if path is not None:
+        record_bytes = -(-record_bytes // 4096) * 4096
+        num_records = max(8, min(_PROBE_DRIVE_BYTES, path.stat().st_size) // record_bytes)
+        found["drive GB/s"] = max(
+            _native.drive_probe(str(path), record_bytes, num_records, readers, True) / 1e9
+            for readers in (1, 2, 4)
+        )
+    return found
 
 
 @dataclass
@@ -163,19 +188,21 @@ class Report:
         """One line of the table: median, min and max of `sample.values[key]`; returns the median."""
         values = [sample.values[key] for sample in samples]
         if not self._has_header:
-            print(f"{'':<34}{'median':>10}{'min':>10}{'max':>10}")
+            print(f"{'':<46}{'median':>10}{'min':>10}{'max':>10}")
             self._has_header = True
         median = statistics.median(values)
         shown = "".join(f"{_short(value):>10}" for value in (median, min(values), max(values)))
-        print(f"{label:<34}{shown}  {unit}")
+        print(f"{label:<46}{shown}  {unit}")
         self.record(label, unit, values, samples, **facts)
         return median
 
-    def ratio(self, label: str, over: float, under: float, *, target: str = "") -> float:
+    def ratio(self, label: str, over: float, under: float, *, target: str = "", **facts: Any) -> float:
+        """One line with a quotient; `target` is such as ">= 0.85", and the line says whether it is met."""
         ratio = over / under if under else float("nan")
-        note = f"   target {target}" if target else ""
-        print(f"{label:<34}{_short(ratio):>10}{note}")
-        self.record(label, "ratio", [ratio], [])
+        said = verdict(ratio, target)
+        note = f"   target {target}: {said}" if target else ""
+        print(f"{label:<46}{_short(ratio):>10}{note}")
+        self.record(label, "ratio", [ratio], [], target=target, verdict=said, **facts)
         return ratio
 
     def record(
@@ -213,6 +240,17 @@ class Report:
         self.line("others", worst.neighbours() + " at worst")
 
 
+def verdict(value: float, target: str) -> str:
+    """"met" or "missed"; "not measured" without a number, and nothing without a target."""
+    if not target:
+        return ""
+    if math.isnan(value):
+        return "not measured"
+    relation, number = target.split()[:2]
+    is_met = value >= float(number) if relation == ">=" else value <= float(number)
+    return "met" if is_met else "missed"
+
+
 def _short(value: float) -> str:
     if math.isnan(value):
         return "-"
@@ -238,10 +276,42 @@ def print_parts(parts: Mapping[str, float], wall_s: float) -> None:
         print(f"  {part.replace('_', ' '):<22}{seconds:>8.2f} s {100 * seconds / max(wall_s, 1e-9):>5.0f} %")
 
 
-def drop_page_cache(directory: Path) -> None:
+def drop_page_cache(model: Path) -> None:
     """Forget the cached pages of a model's files: this needs no privilege, and no other file suffers."""
-    for path in directory.iterdir():
+    for path in model.iterdir() if model.is_dir() else [model]:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def file_bytes(model: Path) -> int:
+    """Of a file, or of all files in a directory."""
+    return sum(path.stat().st_size for path in (model.iterdir() if model.is_dir() else [model]))
+
+
+class CannotSet(Exception):
+    """A setting of the machine that this user may not change."""
+
+
+@contextlib.contextmanager
+def read_ahead(path: Path, kib: int) -> Iterator[None]:
+    """Set `read_ahead_kb` of the drive under `path`, and set it back.
+
+    Raises:
+        CannotSet: there is no such setting, or it may not be written.
+    """
+    device = path.stat().st_dev
+    place = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+    setting = place / "queue" / "read_ahead_kb"
+    if not setting.exists():
+        setting = place.parent / "queue" / "read_ahead_kb"  # of the drive that a partition is on
+    try:
+        before = setting.read_text()
+        setting.write_text(str(kib))
+    except OSError as error:
+        raise CannotSet(f"{setting}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        setting.write_text(before)

@@ -1,11 +1,18 @@
-"""How big a checkpoint do you need? Write one of any geometry with random weights, shard by shard.
+"""How big a checkpoint do you need? Write one of any geometry with random weights, tensor by tensor.
 
-    python benchmarks/make_checkpoint.py /tmp/model --family qwen3_moe --layers 20 --experts 32 --width 768
-    python benchmarks/make_checkpoint.py /tmp/model-q4 --format q4 ...       # packed, the shards removed
+    python benchmarks/make_checkpoint.py /tmp/mid-Q4_0.gguf --geometry mid --format Q4_0 --routing recorded
+    python benchmarks/make_checkpoint.py /tmp/model --geometry small                 # bf16 safetensors
+    python benchmarks/make_checkpoint.py /tmp/model-q4 --format q4 --layers 20 ...   # packed, the shards removed
 
-The files are what the hub has for the family: config.json, bf16 safetensors with an index, no tokenizer. Values come
-from a few megabytes of normal numbers, scaled by 1 / sqrt(columns) and read from a new place for every tensor, so a
-gigabyte takes seconds and a tensor's memory. Routing is close to uniform, which is the worst case for a cache.
+    small            1.3 B parameters: hidden 1024, 16 layers, 8 of 64 experts of width 384
+    mid             10.1 B: hidden 2048, 16 layers, 8 of 128 experts of width 768
+    mixtral-like     3.0 B: hidden 2048, 8 layers, 2 of 8 experts of width 7168
+    tiny             0.1 B, for the short form of a benchmark
+
+A checkpoint of safetensors is what the hub has for the family: config.json, bf16 shards with an index, no tokenizer. A
+GGUF is what llama.cpp makes of it, with its choice of type for each tensor and a BPE vocabulary of its own. Values come
+from a few megabytes of normal numbers, quantised once and read from a new place for every tensor, so a gigabyte takes
+seconds and a tensor's memory; `random_weights.py` says what they mean, `routing.py` measures the routing.
 """
 
 from __future__ import annotations
@@ -20,17 +27,63 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.pack import pack
-from argosy.checkpoint.safetensors_write import TensorToWrite, to_bfloat16_bits, write_safetensors
-from argosy.config import format_bytes
+from argosy.checkpoint.safetensors_write import TensorToWrite, encode, to_bfloat16_bits, write_safetensors
+from argosy.config import ModelConfig, format_bytes
 from argosy.model.families import FAMILIES, open_model
+from random_weights import ROUTINGS, Exact, Normal, RandomWeights, Recipe, Routing
 
 RawConfig = dict[str, Any]
+Bytes = NDArray[np.uint8]
 
+GEOMETRIES: Mapping[str, Mapping[str, Any]] = {
+    "tiny": {
+        "hidden": 512,
+        "layers": 8,
+        "experts": 32,
+        "experts_per_token": 4,
+        "width": 256,
+        "heads": 4,
+        "kv_heads": 2,
+        "vocab": 32_000,
+    },
+    "small": {
+        "hidden": 1024,
+        "layers": 16,
+        "experts": 64,
+        "experts_per_token": 8,
+        "width": 384,
+        "heads": 8,
+        "kv_heads": 2,
+        "vocab": 32_000,
+    },
+    "mid": {
+        "hidden": 2048,
+        "layers": 16,
+        "experts": 128,
+        "experts_per_token": 8,
+        "width": 768,
+        "heads": 32,
+        "kv_heads": 4,
+        "vocab": 32_000,
+    },
+    "mixtral-like": {
+        "family": "mixtral",
+        "hidden": 2048,
+        "layers": 8,
+        "experts": 8,
+        "experts_per_token": 2,
+        "width": 7168,
+        "heads": 32,
+        "kv_heads": 4,
+        "vocab": 32_000,
+    },
+}
 # Odd, so that tensors of a power of two in size do not all start at the same place.
-_BLOCK_VALUES = (4 << 20) + 1
+_POOL_VALUES = (4 << 20) + 256
 
 
 def raw_config(
@@ -98,15 +151,75 @@ def raw_config(
     raise ValueError(f"unknown family '{family}'; known: {', '.join(FAMILIES)}")
 
 
+def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
+    return FAMILIES[raw["model_type"]].parse_config(raw)
+
+
+class Pool:
+    """Bytes of normal numbers in one block type, and in any size and deviation."""
+
+    def __init__(self, block_type: str, seed: int) -> None:
+        self._block_type = block_type
+        self._random = np.random.default_rng([seed, 7])
+        normal = self._random.standard_normal(_POOL_VALUES, np.float32)
+        self._normal = normal
+        self._blocks: dict[float, Bytes] = {}  # deviation -> [blocks, block bytes]
+
+    def _scaled(self, deviation: float) -> Bytes:
+        if deviation not in self._blocks:
+            if self._block_type == "BF16":
+                blocks = to_bfloat16_bits(self._normal * deviation).view(np.uint8).reshape(-1, 2)
+            elif self._block_type == "F32":
+                blocks = (self._normal * deviation).view(np.uint8).reshape(-1, 4)
+            elif self._block_type == "F16":
+                blocks = (self._normal * deviation).astype(np.float16).view(np.uint8).reshape(-1, 2)
+            else:
+                from gguf_blocks import block_shape, scale_blocks, to_blocks
+
+                values, nbytes = block_shape(self._block_type)
+                whole = to_blocks(self._block_type, self._normal.reshape(-1, values)).reshape(-1, nbytes)
+                blocks = scale_blocks(self._block_type, whole, deviation)
+            self._blocks[deviation] = blocks
+        return self._blocks[deviation]
+
+    def fill(self, out: Bytes, deviation: float) -> None:
+        """Fill a flat array, from a new place of the pool on, round and round."""
+        source = self._scaled(deviation)
+        start = int(self._random.integers(len(source))) * source.shape[1]
+        flat, at = source.reshape(-1), 0
+        while at < len(out):
+            part = flat[start : start + len(out) - at]
+            out[at : at + len(part)] = part
+            at += len(part)
+            start = 0
+
+
+def tensor_bytes(pool: Pool, recipe: Normal, row_bytes: int, *, copies: int = 1) -> Bytes:
+    """`copies` independent tensors of a recipe, one after another."""
+    rows = math.prod(recipe.shape[:-1])
+    out = np.zeros((copies, rows, row_bytes), np.uint8)
+    for one in out:
+        pool.fill(one[recipe.silent_rows :].reshape(-1), recipe.deviation)
+    return out.reshape(-1)
+
+
+# ── safetensors ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def write_checkpoint(
-    directory: Path, config: Mapping[str, Any], *, seed: int = 0, shard_bytes: int = 1 << 30
+    directory: Path,
+    config: Mapping[str, Any],
+    *,
+    routing: Routing = "plain",
+    seed: int = 0,
+    shard_bytes: int = 1 << 30,
 ) -> int:
     """Write config.json, the shards and their index into a new directory; returns the bytes of all tensors."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     shards: list[list[TensorToWrite]] = [[]]
     total = filled = 0
-    for tensor in _tensors(config, seed):
+    for tensor in _tensors(config, routing, seed):
         nbytes = 2 * math.prod(tensor[2])
         if filled and filled + nbytes > shard_bytes:
             shards.append([])
@@ -124,101 +237,280 @@ def write_checkpoint(
     return total
 
 
-def _tensors(raw: Mapping[str, Any], seed: int) -> Iterator[TensorToWrite]:
+def _tensors(raw: Mapping[str, Any], routing: Routing, seed: int) -> Iterator[TensorToWrite]:
     """Every tensor of the checkpoint in the order of its layers, an expert's three side by side."""
-    family = FAMILIES[raw["model_type"]]
-    config, layout = family.parse_config(raw), family.LAYOUTS[0]
-    values = _Values(seed)
-    written = set()
+    config, layout = parse_config(raw), FAMILIES[raw["model_type"]].LAYOUTS[0]
+    weights, pool = RandomWeights(config, routing=routing, seed=seed), Pool("BF16", seed)
+
+    def reader(recipe: Recipe) -> Callable[[], Any]:
+        if isinstance(recipe, Exact):
+            return lambda: encode(recipe.read(), "BF16")
+        return lambda: tensor_bytes(pool, recipe, 2 * recipe.shape[-1])
+
     for canonical, shape in dense_shapes(config):
-        name = layout.dense_name(canonical)
-        yield name, "BF16", shape, values.reader(canonical, shape)
-        layer = int(canonical.split(".")[1]) if canonical.startswith("layers.") else None
-        if layer in config.moe_layers and layer not in written and canonical.endswith(".router"):
-            written.add(layer)
+        yield layout.dense_name(canonical), "BF16", shape, reader(weights[canonical])
+        if canonical.endswith(".router"):
+            layer = int(canonical.split(".")[1])
             for expert in range(config.num_experts):
                 names = layout.names_of_expert(layer, expert)
-                for name, expert_shape in zip(names, expert_shapes(config), strict=True):
-                    yield name, "BF16", expert_shape, values.reader("expert", expert_shape)
+                for name, matrix in zip(names, ("gate", "up", "down"), strict=True):
+                    recipe = weights[f"expert.{matrix}"]
+                    yield name, "BF16", recipe.shape, reader(recipe)
 
 
-class _Values:
-    """Random values of every tensor, out of one block of normal numbers."""
+# ── GGUF ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def __init__(self, seed: int) -> None:
-        self._random = np.random.default_rng(seed)
-        self._normal = self._random.standard_normal(_BLOCK_VALUES, np.float32)
-        self._blocks: dict[float, memoryview] = {}  # standard deviation -> bf16 bytes
-
-    def reader(self, canonical: str, shape: tuple[int, ...]) -> Callable[[], bytes]:
-        start = int(self._random.integers(_BLOCK_VALUES))
-        count = math.prod(shape)
-        last = canonical.rsplit(".", 1)[-1]
-        if last.endswith("norm"):
-            return lambda: np.full(count, 0x3F80, "<u2").tobytes()  # one
-        if last.endswith("bias"):
-            return lambda: bytes(2 * count)
-        deviation = 1.0 if last == "embed" else shape[-1] ** -0.5
-        return lambda: self._read(deviation, start, count)
-
-    def _read(self, deviation: float, start: int, count: int) -> bytes:
-        if deviation not in self._blocks:
-            self._blocks[deviation] = memoryview(to_bfloat16_bits(self._normal * deviation)).cast("B")
-        block, parts = self._blocks[deviation], []
-        while count:
-            taken = min(count, _BLOCK_VALUES - start)
-            parts.append(block[2 * start : 2 * (start + taken)])
-            count -= taken
-            start = 0
-        return b"".join(parts)
+GGUF_FORMATS = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K_M", "Q5_K", "Q6_K")
+_GGUF_NAMES = {
+    "embed": "token_embd.weight",
+    "head": "output.weight",
+    "final_norm": "output_norm.weight",
+    "attn_norm": "attn_norm.weight",
+    "q": "attn_q.weight",
+    "k": "attn_k.weight",
+    "v": "attn_v.weight",
+    "o": "attn_output.weight",
+    "q_bias": "attn_q.bias",
+    "k_bias": "attn_k.bias",
+    "v_bias": "attn_v.bias",
+    "q_norm": "attn_q_norm.weight",
+    "k_norm": "attn_k_norm.weight",
+    "mlp_norm": "ffn_norm.weight",
+    "router": "ffn_gate_inp.weight",
+    "shared_gate": "ffn_gate_shexp.weight",
+    "shared_up": "ffn_up_shexp.weight",
+    "shared_down": "ffn_down_shexp.weight",
+    "shared_score": "ffn_gate_inp_shexp.weight",
+}
 
 
-def make_model(directory: Path, config: Mapping[str, Any], *, format: str = "bf16", seed: int = 0) -> Path:
-    """A checkpoint in place for bf16, a pack for `pack-bf16`, q8 and q4; what is there already is used again."""
-    wanted = {"config": dict(config), "format": format, "seed": seed}
-    note = directory.with_name(directory.name + ".made.json")
-    if note.exists() and directory.exists() and json.loads(note.read_text()) == wanted:
-        return directory
-    shutil.rmtree(directory, ignore_errors=True)
-    if format == "bf16":
-        write_checkpoint(directory, config, seed=seed)
+def block_type_of(format: str, name: str, layer: int, num_layers: int, cols: int) -> str:
+    """The type that llama-quantize gives a matrix (llama.cpp, src/llama-quant.cpp), by canonical name.
+
+    The head keeps 6 bits below 8. Q4_K_M gives `v` and `down` 6 bits in the first and last eighth of the layers and in
+    every third between. Where 256 does not divide a row, Q4_K becomes Q5_0, and Q5_K and Q6_K become Q8_0 (llama.cpp
+    has Q5_1 for Q5_K, which Argosy does not read).
+    """
+    last = name.rpartition(".")[2]
+    if last in ("router", "shared_score"):
+        return "F32"
+    if format in ("F16", "BF16", "Q8_0"):
+        return format
+    chosen = {"Q4_K_M": "Q4_K"}.get(format, format)
+    eighth = num_layers // 8
+    wants_more = layer < eighth or layer >= 7 * num_layers // 8 or (layer - eighth) % 3 == 2
+    if last == "head" or (format == "Q4_K_M" and last in ("v", "down", "shared_down") and wants_more):
+        chosen = "Q6_K"
+    if cols % 256:
+        return {"Q4_K": "Q5_0", "Q5_K": "Q8_0", "Q6_K": "Q8_0"}.get(chosen, chosen)
+    return chosen
+
+
+def write_gguf(
+    path: Path, raw: Mapping[str, Any], *, format: str, routing: Routing = "plain", seed: int = 0
+) -> int:
+    """Write one GGUF file, with the architecture's metadata and a BPE vocabulary; returns the bytes of all tensors."""
+    import gguf
+
+    from gguf_blocks import row_bytes, to_blocks
+
+    config = parse_config(raw)
+    weights = RandomWeights(config, routing=routing, seed=seed)
+    pools: dict[str, Pool] = {}
+    writer = gguf.GGUFWriter(path, {"mixtral": "llama"}.get(raw["model_type"], _architecture(raw)))
+    _write_metadata(writer, raw, config)
+    planned: list[tuple[str, Recipe, int]] = []  # block type, recipe, copies
+
+    def plan(canonical: str, name: str, layer: int, copies: int = 0) -> None:
+        recipe = weights[canonical]
+        cols = recipe.shape[-1]
+        block_type = "F32"
+        if len(recipe.shape) > 1:
+            block_type = block_type_of(format, canonical, layer, config.num_layers, cols)
+        shape = [*recipe.shape[:-1], row_bytes(block_type, cols)]
+        if copies:
+            shape.insert(0, copies)
+        kind = gguf.GGMLQuantizationType[block_type]
+        writer.add_tensor_info(name, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=kind)
+        planned.append((block_type, recipe, max(1, copies)))
+
+    for canonical, _ in dense_shapes(config):
+        last = canonical.rpartition(".")[2]
+        layer = int(canonical.split(".")[1]) if canonical.startswith("layers.") else 0
+        prefix = f"blk.{layer}." if canonical.startswith("layers.") else ""
+        plan(canonical, prefix + _GGUF_NAMES[last], layer)
+        if last == "router":
+            for matrix in ("gate", "up", "down"):
+                name = f"{prefix}ffn_{matrix}_exps.weight"
+                plan(f"expert.{matrix}", name, layer, copies=config.num_experts)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    total = 0
+    for block_type, recipe, copies in planned:
+        cols = recipe.shape[-1]
+        if isinstance(recipe, Exact):
+            values = recipe.read().reshape(-1, cols)
+            parts = [
+                to_blocks(block_type, values[begin : begin + 4096]) for begin in range(0, len(values), 4096)
+            ]
+            data = np.concatenate(parts).reshape(-1)
+        else:
+            pool = pools.setdefault(block_type, Pool(block_type, seed))
+            data = tensor_bytes(pool, recipe, row_bytes(block_type, cols), copies=copies)
+        writer.write_tensor_data(data)
+        total += data.nbytes
+    writer.close()
+    return total
+
+
+def _architecture(raw: Mapping[str, Any]) -> str:
+    return str(raw["model_type"]).replace("_", "")
+
+
+def _write_metadata(writer: Any, raw: Mapping[str, Any], config: ModelConfig) -> None:
+    import gguf
+
+    writer.add_name("random weights")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.context_tokens)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_layers)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope.theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.experts_per_token)
+    writer.add_feed_forward_length(config.expert_width)
+    if raw["model_type"] != "mixtral":
+        writer.add_expert_feed_forward_length(config.expert_width)
+    if config.shared_width:
+        writer.add_expert_shared_feed_forward_length(config.shared_width)
+    tokens, merges = vocabulary(config.vocab_size)
+    kinds = [gguf.TokenType.NORMAL] * (len(tokens) - 2) + [gguf.TokenType.CONTROL] * 2
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(len(tokens) - 2)
+    writer.add_eos_token_id(len(tokens) - 1)
+    writer.add_add_bos_token(False)
+
+
+def vocabulary(size: int) -> tuple[list[str], list[str]]:
+    """A byte-level BPE of `size` tokens, and its merges: bytes, then words of lower-case letters, then two controls.
+
+    Raises:
+        ValueError: fewer than 258 tokens, or more than words of four letters can name.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    unprintable = [byte for byte in range(256) if byte not in printable]
+    tokens = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(unprintable))]
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    merges: list[str] = []
+    words = letters
+    num_words = size - len(tokens) - 2
+    while len(merges) < num_words:
+        merges += [f"{word} {letter}" for word in words for letter in letters]
+        words = [word + letter for word in words for letter in letters]
+        if len(words[0]) > 4:
+            raise ValueError(f"a vocabulary of {size} tokens: at most 475,000 words can be named")
+    if num_words < 0:
+        raise ValueError(f"a vocabulary of {size} tokens: 256 bytes and two controls are the least")
+    merges = merges[:num_words]
+    return tokens + [merge.replace(" ", "") for merge in merges] + ["<s>", "</s>"], merges
+
+
+# ── making, once ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def make_model(
+    path: Path,
+    config: Mapping[str, Any],
+    *,
+    format: str = "bf16",
+    routing: Routing = "plain",
+    seed: int = 0,
+) -> Path:
+    """A model at `path`; what is there already is used again.
+
+    `bf16` is a checkpoint of safetensors, `pack-bf16`, `q8` and `q4` are packs, and `GGUF_FORMATS` one file.
+    """
+    wanted = {"config": dict(config), "format": format, "routing": routing, "seed": seed}
+    note = path.with_name(path.name + ".made.json")
+    if note.exists() and path.exists() and json.loads(note.read_text()) == wanted:
+        return path
+    note.unlink(missing_ok=True)
+    path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if format in GGUF_FORMATS:
+        write_gguf(path, config, format=format, routing=routing, seed=seed)
+    elif format == "bf16":
+        write_checkpoint(path, config, routing=routing, seed=seed)
     else:
-        source = directory.with_name(directory.name + ".source")
+        source = path.with_name(path.name + ".source")
         shutil.rmtree(source, ignore_errors=True)
         try:
-            write_checkpoint(source, config, seed=seed)
-            pack(open_model(source), directory, format=format.removeprefix("pack-"))
+            write_checkpoint(source, config, routing=routing, seed=seed)
+            pack(open_model(source), path, format=format.removeprefix("pack-"))
         finally:
             shutil.rmtree(source, ignore_errors=True)
     note.write_text(json.dumps(wanted))
-    return directory
+    return path
+
+
+def named_model(
+    models: Path, geometry: str, format: str, *, routing: Routing = "recorded", family: str | None = None
+) -> Path:
+    """`models/mid-Q4_0.gguf` and its like; written if it is not there. Routing other than `recorded` is in the name."""
+    kind = "" if routing == "recorded" else f"-{routing}"
+    suffix = ".gguf" if format in GGUF_FORMATS else ""
+    settings = dict(GEOMETRIES[geometry])
+    if family:
+        settings["family"] = family
+    name = f"{geometry}{f'-{family}' if family else ''}-{format}{kind}{suffix}"
+    return make_model(models / name, raw_config(**settings), format=format, routing=routing)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--family", choices=list(FAMILIES), default="qwen3_moe")
-    parser.add_argument("--format", choices=["bf16", "pack-bf16", "q8", "q4"], default="bf16")
+    parser.add_argument("path", type=Path, help="a directory, or a file for GGUF")
+    parser.add_argument("--geometry", choices=list(GEOMETRIES), help="sizes by name; others change single ones")
+    parser.add_argument("--family", choices=list(FAMILIES))
+    parser.add_argument("--format", choices=["bf16", "pack-bf16", "q8", "q4", *GGUF_FORMATS], default="bf16")
+    parser.add_argument("--routing", choices=ROUTINGS, default="plain")
     parser.add_argument("--seed", type=int, default=0)
     defaults = raw_config.__kwdefaults__ or {}
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    for name in defaults:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     options = vars(parser.parse_args())
-    geometry = {name: options[name] for name in defaults}
+    settings = dict(GEOMETRIES.get(options["geometry"], {}))
+    settings |= {name: options[name] for name in ("family", *defaults) if options[name] is not None}
+    raw = raw_config(**settings)
     started = time.perf_counter()
-    directory = make_model(
-        options["directory"],
-        raw_config(options["family"], **geometry),
-        format=options["format"],
-        seed=options["seed"],
+    path = make_model(
+        options["path"], raw, format=options["format"], routing=options["routing"], seed=options["seed"]
     )
     seconds = time.perf_counter() - started
-    files = open_model(directory)
-    total = files.dense_bytes + files.expert_bytes
-    print(f"{directory}: {format_bytes(total)} in {seconds:.1f} s ({total / seconds / 1e9:.2f} GB/s)")
+    files = path.rglob("*") if path.is_dir() else [path]
+    total = sum(file.stat().st_size for file in files if file.is_file())
+    config = parse_config(raw)
+    num_experts = len(config.moe_layers) * config.num_experts
+    parameters = num_experts * sum(math.prod(shape) for shape in expert_shapes(config))
+    parameters += sum(math.prod(shape) for _, shape in dense_shapes(config))
     print(
-        f"  dense weights {format_bytes(files.dense_bytes)}   routed experts {format_bytes(files.expert_bytes)}"
+        f"{path}: {parameters / 1e9:.2f} B parameters, {format_bytes(total)} in {seconds:.1f} s"
+        f" ({total / seconds / 1e9:.2f} GB/s)"
     )
+    if options["routing"] != "plain":
+        from routing import print_locality
+
+        print_locality(RandomWeights(config, routing=options["routing"], seed=options["seed"]))
 
 
 if __name__ == "__main__":

@@ -87,6 +87,18 @@ inline float max_lanes(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
+// x where a == b, `otherwise` elsewhere.
+inline Vec where_equal(Vec a, Vec b, Vec x, Vec otherwise) {
+  return _mm256_blendv_ps(otherwise, x, _mm256_cmp_ps(a, b, _CMP_EQ_OQ));
+}
+// Takes over value and index where value > best; NaN is not.
+inline void keep_greater(Vec value, Vec index, Vec& best, Vec& best_index) {
+  const Vec greater = _mm256_cmp_ps(value, best, _CMP_GT_OQ);
+  best = _mm256_blendv_ps(best, value, greater);
+  best_index = _mm256_blendv_ps(best_index, index, greater);
+}
+inline Vec lane_numbers() { return _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7); }
+
 // a * 2^n for whole n from -250 to 250, in two steps so that 2^n need not be a float.
 inline Vec scale_by_power(Vec a, Vec n) {
   const __m256i exponent = _mm256_cvtps_epi32(n);

@@ -80,6 +80,18 @@ inline float max_lanes(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
+// x where a == b, `otherwise` elsewhere.
+inline Vec where_equal(Vec a, Vec b, Vec x, Vec otherwise) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), otherwise, x);
+}
+// Takes over value and index where value > best; NaN is not.
+inline void keep_greater(Vec value, Vec index, Vec& best, Vec& best_index) {
+  const __mmask16 greater = _mm512_cmp_ps_mask(value, best, _CMP_GT_OQ);
+  best = _mm512_mask_blend_ps(greater, best, value);
+  best_index = _mm512_mask_blend_ps(greater, best_index, index);
+}
+inline Vec lane_numbers() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+
 inline Vec scale_by_power(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
 
 }  // namespace

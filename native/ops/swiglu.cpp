@@ -11,6 +11,8 @@ namespace {
 constexpr int64_t kWidthBlock = 32;   // rows of gate and up in one item: a group of the activations of down
 constexpr int64_t kHiddenBlock = 64;  // rows of down in one item
 constexpr int64_t kTokenBlock = 48;   // tokens whose gate and up outputs wait in a worker's scratch
+constexpr int64_t kManyTokens =
+    8;  // of an expert, from which on its activations weigh as much as its weights
 
 static_assert(kWidthBlock == kGroupSize);
 
@@ -25,6 +27,38 @@ struct Activations {
     args.x = is_quantized(format) ? quants : reinterpret_cast<const uint8_t*>(floats);
     args.x_stride = is_quantized(format) ? quant_stride : float_stride * 4;
   }
+};
+
+// The order in which threads get the blocks of rows of the experts. With few tokens: one expert after the
+// other, so that a thread reads weights that follow each other. With many: as many experts side by side as
+// there are threads, so that each keeps the activations of one in its cache, and no two write to the same
+// lines.
+class BlockOrder {
+ public:
+  BlockOrder(int64_t num_experts, int64_t blocks, int64_t side_by_side)
+      : num_experts_(num_experts), blocks_(blocks), side_by_side_(side_by_side) {}
+
+  int64_t size() const { return num_experts_ * blocks_; }
+
+  // body(expert, block, count) for items [begin, end): `count` blocks of the expert that follow each other,
+  // at most longest(expert).
+  template <class Longest, class Body>
+  void visit(int64_t begin, int64_t end, Longest&& longest, Body&& body) const {
+    while (begin < end) {
+      const int64_t first = begin / (side_by_side_ * blocks_) * side_by_side_;
+      const int64_t beside = std::min(side_by_side_, num_experts_ - first);
+      const int64_t within = begin - first * blocks_;
+      const int64_t expert = first + within % beside;
+      const int64_t block = within / beside;
+      int64_t count = 1;
+      if (beside == 1) count = std::max(count, std::min({end - begin, blocks_ - block, longest(expert)}));
+      body(expert, block, count);
+      begin += count;
+    }
+  }
+
+ private:
+  int64_t num_experts_, blocks_, side_by_side_;
 };
 
 bool wants_quants(const std::vector<ExpertView>& experts, MatrixView ExpertView::* matrix) {
@@ -62,13 +96,14 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
   const Activations of_inner = {inner, inner_stride, inner_quants, activation_bytes(width)};
   const int64_t mean_tokens = assignments / num_experts + 1;
 
-  // Gate, up and what lies between, for 32 of one expert's inner neurons.
-  const int64_t width_blocks = round_up(width, kWidthBlock) / kWidthBlock;
-  const auto run_gate_up = [&](int64_t item, int worker) {
-    const int64_t index = item / width_blocks;
+  const int64_t side_by_side = mean_tokens < kManyTokens ? 1 : runtime.num_threads();
+
+  // Gate, up and what lies between, for some blocks of one expert's inner neurons: so many that the outputs
+  // of its tokens fit the scratch.
+  const auto run_gate_up = [&](int64_t index, int64_t block, int64_t num_blocks, int worker) {
     const ExpertView& expert = experts[index];
-    const int64_t row = item % width_blocks * kWidthBlock;
-    const int64_t rows = std::min(kWidthBlock, width - row);
+    const int64_t row = block * kWidthBlock;
+    const int64_t rows = std::min(num_blocks * kWidthBlock, width - row);
     float* gate = reinterpret_cast<float*>(scratch + workers_at) + worker * worker_floats;
     float* up = gate + kTokenBlock * kWidthBlock;
     for (int64_t a = dispatch.starts[index]; a < dispatch.starts[index + 1]; a += kTokenBlock) {
@@ -86,7 +121,7 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
           args.x += a * args.x_stride;
         }
         args.y = y;
-        args.y_stride = kWidthBlock;
+        args.y_stride = num_blocks * kWidthBlock;
         args.num_tokens = count;
         table.matmul[int(matrix.format)](args);
       };
@@ -94,32 +129,36 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
       multiply(expert.up, up);
       for (int64_t i = 0; i < count; ++i) {
         float* to = inner + (a + i) * inner_stride + row;
-        table.silu_mul(gate + i * kWidthBlock, up + i * kWidthBlock, rows, to);
+        table.silu_mul(gate + i * num_blocks * kWidthBlock, up + i * num_blocks * kWidthBlock, rows, to);
         if (is_quantized(expert.down.format)) {
-          const int64_t group = row / kGroupSize;
-          table.quantize_activations(to, width, group, group + 1,
+          table.quantize_activations(to, width, block, block + num_blocks,
                                      inner_quants + (a + i) * activation_bytes(width));
         }
       }
     }
   };
-  runtime.parallel_for(num_experts * width_blocks, 2 * kWidthBlock * hidden * mean_tokens,
-                       [&](int64_t begin, int64_t end, int worker) {
-                         for (int64_t item = begin; item < end; ++item) run_gate_up(item, worker);
-                       });
+  const BlockOrder of_width(num_experts, round_up(width, kWidthBlock) / kWidthBlock, side_by_side);
+  const auto most_blocks = [&](int64_t index) {
+    const int64_t tokens = dispatch.starts[index + 1] - dispatch.starts[index];
+    return kTokenBlock / std::max<int64_t>(tokens, 1);
+  };
+  runtime.parallel_for(
+      of_width.size(), 2 * kWidthBlock * hidden * mean_tokens, [&](int64_t begin, int64_t end, int worker) {
+        of_width.visit(begin, end, most_blocks, [&](int64_t expert, int64_t block, int64_t count) {
+          run_gate_up(expert, block, count, worker);
+        });
+      });
 
-  const int64_t hidden_blocks = round_up(hidden, kHiddenBlock) / kHiddenBlock;
-  const auto run_down = [&](int64_t item) {
-    const int64_t index = item / hidden_blocks;
+  const auto run_down = [&](int64_t index, int64_t block, int64_t num_blocks) {
     const MatrixView& down = experts[index].down;
-    const int64_t row = item % hidden_blocks * kHiddenBlock;
+    const int64_t row = block * kHiddenBlock;
     const int64_t a = dispatch.starts[index];
     MatmulArgs args = {};
     of_inner.give(down.format, args);
     args.weights = down.data;
     args.cols = width;
     args.row_begin = row;
-    args.row_end = std::min(row + kHiddenBlock, hidden);
+    args.row_end = std::min(row + num_blocks * kHiddenBlock, hidden);
     args.x += a * args.x_stride;
     args.y = out + row;
     args.y_stride = hidden;
@@ -131,9 +170,10 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
     args.num_tokens = dispatch.starts[index + 1] - a;
     if (args.num_tokens > 0) table.matmul[int(down.format)](args);
   };
-  runtime.parallel_for(num_experts * hidden_blocks, kHiddenBlock * width * mean_tokens,
+  const BlockOrder of_hidden(num_experts, round_up(hidden, kHiddenBlock) / kHiddenBlock, side_by_side);
+  runtime.parallel_for(of_hidden.size(), kHiddenBlock * width * mean_tokens,
                        [&](int64_t begin, int64_t end, int) {
-                         for (int64_t item = begin; item < end; ++item) run_down(item);
+                         of_hidden.visit(begin, end, [](int64_t) { return INT64_MAX; }, run_down);
                        });
 }
 

@@ -159,10 +159,9 @@ void Store::add_piece(Request& request, const Piece& piece, std::optional<uint32
   const auto& [path, file] = files_[size_t(piece.file_id)];
   const int64_t align = file.alignment;
   if (piece.offset < 0 || piece.nbytes < 1 || piece.offset > kMost - align - piece.nbytes) {
-    throw std::invalid_argument(file_name(path) +
-                                ": a piece must begin at 0 or later and hold at least 1 byte, found offset " +
-                                std::to_string(piece.offset) + " and " + std::to_string(piece.nbytes) +
-                                " bytes");
+    throw std::invalid_argument(
+        file_name(path) + ": a piece must begin at 0 or later and hold at least 1 byte, found offset " +
+        std::to_string(piece.offset) + " and " + std::to_string(piece.nbytes) + " bytes");
   }
   if (base_offset < 0 || piece.dest_offset < 0 || piece.dest_offset > kMost - base_offset) {
     throw std::invalid_argument("dest_offset must be 0 or more, found " + std::to_string(piece.dest_offset));
@@ -195,7 +194,7 @@ void Store::add_piece(Request& request, const Piece& piece, std::optional<uint32
                                   std::to_string(kStagingBytes - 2 * align) + " at most");
     }
     const int64_t num_panels = divide_up(rows, kPanelRows);
-    const int64_t num_parts = divide_up(num_panels, std::max<int64_t>(1, kPartBytes / panel_bytes));
+    const int64_t num_parts = divide_up(num_panels, std::max<int64_t>(1, kTranscodedPartBytes / panel_bytes));
     const int64_t part_panels = divide_up(num_panels, num_parts);
     for (int64_t panel = 0; panel < num_panels; panel += part_panels) {
       const int64_t panel_end = std::min(panel + part_panels, num_panels);
@@ -392,7 +391,7 @@ Store::Outcome Store::read_range(const PieceState& piece, const Part& part, int6
   return outcome;
 }
 
-void Store::add_seconds(double StoreStats::*counter, double seconds) {
+void Store::add_seconds(double StoreStats::* counter, double seconds) {
   std::lock_guard lock(mutex_);
   stats_.*counter += seconds;
 }

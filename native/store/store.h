@@ -1,14 +1,15 @@
 // store.h: bytes from files into arenas, asynchronously.
 //
-//   fetch(records) -> tickets     reader threads: pread, check or transcode     wait_any(tickets) -> which are in
+//   fetch(records) -> tickets     reader threads: pread, check or transcode     wait_any(tickets) -> which
+//   are in
 //
 // A piece is bytes [offset, offset + nbytes) of a file. A plain one is read in place with its surroundings,
 // rounded outwards to the file's alignment: to `dest_offset`, so that its own bytes begin at dest_offset +
-// offset % alignment. One with a Transcode is a matrix of GGUF blocks: a reader reads some of its panels into a
-// staging buffer of its own, turns them into slot format while they are in the processor's cache, and goes on
-// with the next; the matrix begins exactly at dest_offset. A large piece is cut into parts that several readers
-// take. A ticket is done when all its pieces are in memory and match their checksums, or one of them failed and
-// nothing moves any more: after that, nobody writes to that memory.
+// offset % alignment. One with a Transcode is a matrix of GGUF blocks: a reader reads some of its panels into
+// a staging buffer of its own, turns them into slot format while they are in the processor's cache, and goes
+// on with the next; the matrix begins exactly at dest_offset. A large piece is cut into parts that several
+// readers take. A ticket is done when all its pieces are in memory and match their checksums, or one of them
+// failed and nothing moves any more: after that, nobody writes to that memory.
 //
 // What is needed now goes before what is read ahead; within each the order is that of the calls.
 #pragma once
@@ -72,7 +73,7 @@ struct Completion {
 struct StoreStats {
   int64_t bytes_read = 0;
   int64_t reads = 0;
-  double read_seconds = 0;      // in pread, summed over readers
+  double read_seconds = 0;       // in pread, summed over readers
   double checksum_seconds = 0;   // summed over readers
   double transcode_seconds = 0;  // summed over readers
   double busy_seconds = 0;       // wall time with at least one part in a reader's hands
@@ -83,6 +84,10 @@ class Store {
   // Small enough that the readers share the last piece of a layer, large enough for the drive: whole pieces
   // of 2.5 MiB were 7 % slower, parts of 0.5 MiB no faster (benchmarks/reads.py).
   static constexpr int64_t kPartBytes = int64_t{1} << 20;
+  // Half of that where a part is transcoded: nothing hides what is transcoded after the last read of a layer.
+  // With whole slices of 864 KiB, one expert of a Q4_0 file took 1.43 ms, with halves 1.19 ms (eight experts:
+  // the same).
+  static constexpr int64_t kTranscodedPartBytes = kPartBytes / 2;
   // What each reader may hold to transcode from, once it has to: one huge page.
   static constexpr int64_t kStagingBytes = int64_t{2} << 20;
 
@@ -96,10 +101,10 @@ class Store {
   int open(const std::string& path, bool direct = true);
   FileInfo info(int file_id) const;
 
-  // Starts reading records, one ticket each, in one go. Throws std::invalid_argument, and starts nothing, for a
-  // piece that cannot be meant: unknown file, unaligned or outside the arena, a matrix of another size, a
-  // checksum beside a transcoded piece. A file that ends too early is found by the reader. `ahead` is for what
-  // nobody waits for yet. The arena's memory is held until the tickets are done.
+  // Starts reading records, one ticket each, in one go. Throws std::invalid_argument, and starts nothing, for
+  // a piece that cannot be meant: unknown file, unaligned or outside the arena, a matrix of another size, a
+  // checksum beside a transcoded piece. A file that ends too early is found by the reader. `ahead` is for
+  // what nobody waits for yet. The arena's memory is held until the tickets are done.
   std::vector<int64_t> fetch(Arena& arena, const std::vector<Record>& records, bool ahead = false);
   int64_t fetch(Arena& arena, std::vector<Piece> pieces, std::vector<uint32_t> checksums = {}) {
     return fetch(arena, {Record{std::move(pieces), std::move(checksums)}})[0];
@@ -148,7 +153,7 @@ class Store {
   Outcome read_range(const PieceState& piece, const Part& part, int64_t needed_end, uint8_t* memory);
   Outcome check_piece(const PieceState& piece);
   void finish_part(std::unique_lock<std::mutex>& lock, const Part& part, Outcome outcome);
-  void add_seconds(double StoreStats::*counter, double seconds);
+  void add_seconds(double StoreStats::* counter, double seconds);
   void require_open() const;
 
   const std::shared_ptr<FileSystem> file_system_;
@@ -157,8 +162,8 @@ class Store {
   std::condition_variable part_came_;
   std::condition_variable ticket_done_;
   std::deque<std::pair<std::string, OpenFile>> files_;  // a deque: readers keep references
-  std::deque<Part> queue_;        // needed now
-  std::deque<Part> ahead_queue_;  // when there is nothing in queue_
+  std::deque<Part> queue_;                              // needed now
+  std::deque<Part> ahead_queue_;                        // when there is nothing in queue_
   std::unordered_map<int64_t, std::unique_ptr<Request>> requests_;
   std::vector<std::thread> readers_;
   StoreStats stats_;

@@ -60,10 +60,13 @@ ThreadPool::~ThreadPool() {
 
 void ThreadPool::run(int64_t count, int64_t grain, Body body, const void* context) {
   if (count <= 0) return;
-  if (grain < 1) grain = 1;
-  const int64_t num_ranges = (count + grain - 1) / grain;
+  if (count > INT64_MAX / kGrainLimit) {
+    throw std::invalid_argument("a loop of " + std::to_string(count) + " rounds, expected at most " +
+                                std::to_string(INT64_MAX / kGrainLimit));
+  }
+  grain = std::clamp<int64_t>(grain, 1, kGrainLimit - 1);
   std::lock_guard one_at_a_time(callers_);
-  if (threads_.empty() || num_ranges == 1) {
+  if (threads_.empty() || count <= grain) {
     for (int64_t begin = 0; begin < count; begin += grain) {
       body(context, begin, std::min(begin + grain, count), 0);
     }
@@ -73,11 +76,9 @@ void ThreadPool::run(int64_t count, int64_t grain, Body body, const void* contex
   body_ = body;
   context_ = context;
   count_ = count;
-  grain_ = grain;
-  num_ranges_ = num_ranges;
   failed_.store(false, std::memory_order_relaxed);
-  unfinished_.store(num_ranges, std::memory_order_relaxed);
-  unclaimed_.store(num_ranges);
+  unfinished_.store(count, std::memory_order_relaxed);
+  unclaimed_.store(count * kGrainLimit + grain);
   if (sleepers_.load() > 0) {
     {
       std::lock_guard lock(mutex_);
@@ -105,7 +106,7 @@ void ThreadPool::run(int64_t count, int64_t grain, Body body, const void* contex
 }
 
 void ThreadPool::work(int worker) {
-  const auto has_work = [this] { return unclaimed_.load() > 0 || stopping_.load(); };
+  const auto has_work = [this] { return unclaimed_.load() >= kGrainLimit || stopping_.load(); };
   while (true) {
     while (run_one_range(worker)) {
     }
@@ -119,23 +120,33 @@ void ThreadPool::work(int worker) {
   }
 }
 
+// Half of a thread's fair share, so that the last claims are small, but not so small that claiming costs.
+int64_t ThreadPool::claim_size(int64_t unclaimed, int64_t grain) const {
+  const int64_t share = std::max(unclaimed / (2 * size()), (grain + 7) / 8);
+  return std::min({share, grain, unclaimed});
+}
+
 bool ThreadPool::run_one_range(int worker) {
-  int64_t unclaimed = unclaimed_.load();
+  int64_t seen = unclaimed_.load();
+  int64_t unclaimed = 0;
+  int64_t claimed = 0;
   do {
-    if (unclaimed <= 0) return false;
-  } while (!unclaimed_.compare_exchange_weak(unclaimed, unclaimed - 1));
+    if (seen < kGrainLimit) return false;
+    unclaimed = seen / kGrainLimit;
+    claimed = claim_size(unclaimed, seen % kGrainLimit);
+  } while (!unclaimed_.compare_exchange_weak(seen, seen - claimed * kGrainLimit));
 
   if (!failed_.load(std::memory_order_relaxed)) {
-    const int64_t begin = (num_ranges_ - unclaimed) * grain_;
+    const int64_t begin = count_ - unclaimed;
     try {
-      body_(context_, begin, std::min(begin + grain_, count_), worker);
+      body_(context_, begin, begin + claimed, worker);
     } catch (...) {
       std::lock_guard lock(mutex_);
       if (!error_) error_ = std::current_exception();
       failed_ = true;
     }
   }
-  if (unfinished_.fetch_sub(1) == 1 && caller_sleeps_.load()) {
+  if (unfinished_.fetch_sub(claimed) == claimed && caller_sleeps_.load()) {
     std::lock_guard lock(mutex_);
     work_done_.notify_one();
   }

@@ -5,6 +5,7 @@
 //
 // The caller takes part as worker 0, so a pool of n starts n - 1 threads. Ranges are handed out one at a
 // time: a worker whose core is busy elsewhere takes fewer, and one that never wakes up is not waited for.
+// Towards the end of a loop they become smaller, so that all threads end together.
 // Workers spin for a few microseconds between loops, because a layer makes several in a row, and then sleep.
 #pragma once
 
@@ -29,8 +30,8 @@ class ThreadPool {
 
   int size() const { return int(threads_.size()) + 1; }
 
-  // Calls body(begin, end, worker) for ranges that cover [0, count) once. Each begins at a multiple of
-  // `grain` and holds at most `grain`; worker is from 0 to size() - 1, and no two calls with the same worker
+  // Calls body(begin, end, worker) for ranges that cover [0, count) once, in ascending order of their
+  // beginning, each of at most `grain`; worker is from 0 to size() - 1, and no two calls with the same worker
   // overlap. Returns when all have returned. An exception in a body drops the ranges not yet begun and comes
   // out here. Calls from several threads take turns; a body must not call parallel_for of its own pool.
   template <class F>
@@ -50,17 +51,19 @@ class ThreadPool {
   void run(int64_t count, int64_t grain, Body body, const void* context);
   void work(int worker);
   bool run_one_range(int worker);
+  int64_t claim_size(int64_t unclaimed, int64_t grain) const;
 
-  // The loop in progress. Written by the caller while no range is unfinished; read by a worker only between
+  // The loop in progress. Written by the caller while nothing is unfinished; read by a worker only between
   // taking a range off `unclaimed_` and counting it off `unfinished_`.
   Body body_ = nullptr;
   const void* context_ = nullptr;
   int64_t count_ = 0;
-  int64_t grain_ = 1;
-  int64_t num_ranges_ = 0;
   std::exception_ptr error_;  // guarded by mutex_
   std::atomic<bool> failed_{false};
 
+  // How many are not claimed yet, times kGrainLimit, plus the grain: a worker that comes late sizes its claim
+  // by the same word that it takes it from. Below kGrainLimit nothing is left.
+  static constexpr int64_t kGrainLimit = int64_t{1} << 20;
   alignas(64) std::atomic<int64_t> unclaimed_{0};
   alignas(64) std::atomic<int64_t> unfinished_{0};
 

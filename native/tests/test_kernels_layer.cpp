@@ -1,6 +1,8 @@
 // The small operations of a layer, and attention: against the reference, and the same for a token wherever it
 // stands.
 
+#include <algorithm>
+
 #include "ops/attention.h"
 #include "ops/layer.h"
 #include "ops/swiglu.h"
@@ -68,6 +70,38 @@ void routes_meet_the_reference() {
       table->route(logits.data(), experts, k, true, ids.data(), found.data(), scratch.data());
       CHECK(ids == expected_ids);
       CHECK(near(found, expected, 2e-6));
+    }
+  }
+}
+
+void ties_go_to_the_lower_expert() {
+  const float specials[] = {0.0f, -0.0f, INFINITY, -INFINITY, NAN, 1.0f, -1.0f};
+  std::mt19937 generator(9);
+  for (const KernelTable* table : all_tables()) {
+    for (int round = 0; round < 300; ++round) {
+      const int64_t experts = 1 + int64_t(generator() % 140);
+      const int64_t k = 1 + int64_t(generator() % uint32_t(std::min<int64_t>(experts, 10)));
+      const uint32_t kinds = round % 3 == 0 ? 7 : round % 3 == 1 ? 4 : 2;
+      std::vector<float> logits(static_cast<size_t>(experts)), scratch = logits;
+      bool is_ordered = true;
+      for (float& logit : logits) {
+        logit = specials[generator() % kinds];
+        is_ordered = is_ordered && !std::isnan(logit);
+      }
+      std::vector<float> weights(static_cast<size_t>(k));
+      std::vector<int32_t> ids(static_cast<size_t>(k)), order(static_cast<size_t>(experts));
+      table->route(logits.data(), experts, k, false, ids.data(), weights.data(), scratch.data());
+      for (size_t i = 0; i < order.size(); ++i) order[i] = int32_t(i);
+      if (is_ordered) {
+        std::stable_sort(order.begin(), order.end(),
+                         [&](int32_t a, int32_t b) { return logits[size_t(a)] > logits[size_t(b)]; });
+        CHECK(std::equal(ids.begin(), ids.end(), order.begin()));
+      } else {
+        CHECK(std::isnan(weights[0]));
+        std::sort(ids.begin(), ids.end());
+        CHECK(std::adjacent_find(ids.begin(), ids.end()) == ids.end());
+        CHECK(ids[0] >= 0 && ids.back() < experts);
+      }
     }
   }
 }
@@ -153,18 +187,19 @@ void attention_meets_the_reference_in_every_chunk() {
 
 // Operations on three threads give what they give on one.
 void threads_change_no_bit() {
-  constexpr int64_t kTokens = 103, kHidden = 200, kWidth = 130;
+  constexpr int64_t kTokens = 103;
   Runtime one(1), three(3);
-  const std::vector<float> x = normal(kTokens * kHidden, 8);
   for (const std::string& name : instruction_sets()) {
     use_instruction_set(name);
     for (const Format format : kFormats) {
+      const int64_t hidden = cols_of(format, 200), width = cols_of(format, 130);
+      const std::vector<float> x = normal(kTokens * hidden, 8);
       std::vector<Weights> weights;
       std::vector<ExpertView> experts;
       for (unsigned i = 0; i < 3; ++i) {
-        weights.emplace_back(format, normal(kWidth * kHidden, 10 + i, 0.1f), kWidth, kHidden, 1);
-        weights.emplace_back(format, normal(kWidth * kHidden, 20 + i, 0.1f), kWidth, kHidden, 2);
-        weights.emplace_back(format, normal(kWidth * kHidden, 30 + i, 0.1f), kHidden, kWidth, 3);
+        weights.push_back(Weights::random(format, width, hidden, 10 + i, 1));
+        weights.push_back(Weights::random(format, width, hidden, 20 + i, 2));
+        weights.push_back(Weights::random(format, hidden, width, 30 + i, 3));
         experts.push_back({weights[3 * i].view, weights[3 * i + 1].view, weights[3 * i + 2].view});
       }
       const std::vector<int32_t> starts = {0, 50, 50, kTokens};
@@ -173,13 +208,13 @@ void threads_change_no_bit() {
         token.push_back(int32_t(i * 7 % kTokens));
         row.push_back(int32_t(i * 5 % kTokens));
       }
-      std::vector<float> expected(size_t(kTokens * kHidden), NAN), found = expected;
+      std::vector<float> expected(size_t(kTokens * hidden), NAN), found = expected;
       const Dispatch dispatch = {starts.data(), token.data(), row.data()};
       swiglu_experts(one, experts, x.data(), kTokens, dispatch, expected.data());
       swiglu_experts(three, experts, x.data(), kTokens, dispatch, found.data());
       CHECK(same_bits(found, expected));
 
-      std::vector<float> y_one(size_t(kTokens * kWidth)), y_three = y_one;
+      std::vector<float> y_one(size_t(kTokens * width)), y_three = y_one;
       matmul(one, {{weights[0].view, y_one.data()}}, x.data(), kTokens);
       matmul(three, {{weights[0].view, y_three.data()}}, x.data(), kTokens);
       CHECK(same_bits(y_three, y_one));
@@ -195,6 +230,7 @@ int main() {
   norms_meet_the_reference();
   silu_is_exact_to_a_few_units_and_the_same_in_every_lane();
   routes_meet_the_reference();
+  ties_go_to_the_lower_expert();
   attention_meets_the_reference_in_every_chunk();
   threads_change_no_bit();
   return check_result();

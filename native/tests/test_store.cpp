@@ -280,7 +280,8 @@ void a_closed_arena_lives_until_its_reads_are_done() {
   CHECK_THROWS(std::invalid_argument, store.fetch(arena, {{id, 0, kPage, 0}}));
 }
 
-// ── matrices of GGUF blocks ─────────────────────────────────────────────────────────────────────────────────
+// ── matrices of GGUF blocks
+// ─────────────────────────────────────────────────────────────────────────────────
 
 constexpr BlockType kBlockTypes[] = {BlockType::q8_0, BlockType::q4_0, BlockType::q4_1, BlockType::q5_0,
                                      BlockType::q4_k, BlockType::q5_k, BlockType::q6_k};
@@ -305,7 +306,8 @@ std::vector<uint8_t> panels_of(const BlockMatrix& matrix, const uint8_t* blocks)
   return panels;
 }
 
-bool holds_panels(Arena& arena, int64_t dest, const BlockMatrix& matrix, const TestFile& file, int64_t offset) {
+bool holds_panels(Arena& arena, int64_t dest, const BlockMatrix& matrix, const TestFile& file,
+                  int64_t offset) {
   const std::vector<uint8_t> panels = panels_of(matrix, file.at(offset));
   return std::equal(panels.begin(), panels.end(), arena.data() + dest);
 }
@@ -320,7 +322,8 @@ void a_matrix_of_blocks_lands_as_panels_at_any_offset() {
     for (const BlockType type : kBlockTypes) {
       for (const int64_t rows : {1, 15, 16, 17, 700, 1500}) {
         const BlockMatrix matrix{type, rows, rows > 100 ? 1536 : 256};
-        for (const int64_t offset : {int64_t{0}, int64_t{32}, kPage - 32, file.size() - matrix.file_bytes()}) {
+        for (const int64_t offset :
+             {int64_t{0}, int64_t{32}, kPage - 32, file.size() - matrix.file_bytes()}) {
           if (offset + matrix.file_bytes() > file.size()) continue;
           constexpr int64_t dest = 5 * 64;
           const int64_t end = dest + matrix.bytes();
@@ -338,16 +341,16 @@ void a_matrix_of_blocks_lands_as_panels_at_any_offset() {
 }
 
 void a_large_matrix_of_blocks_is_shared_by_the_readers() {
-  const BlockMatrix matrix{BlockType::q4_0, 3000, 2048};  // 3.3 MiB: four parts
+  const BlockMatrix matrix{BlockType::q4_0, 3000, 2048};  // 3.3 MiB: seven parts
   const TestFile file(matrix.file_bytes() + 96);
   Store store(4);
   const int id = store.open(file.path());
   Arena arena{size_t(matrix.bytes())};
   CHECK_EQUAL(wait_one(store, store.fetch(arena, {matrix.piece(id, 96, 0)})).message, "");
   CHECK(holds_panels(arena, 0, matrix, file, 96));
-  CHECK_EQUAL(store.stats().reads, 4);
+  CHECK_EQUAL(store.stats().reads, 7);
   // What is read twice, at the borders of parts, is two blocks of the file a part at most.
-  CHECK(store.stats().bytes_read <= matrix.file_bytes() + 4 * 2 * kPage);
+  CHECK(store.stats().bytes_read <= matrix.file_bytes() + 7 * 2 * kPage);
 }
 
 void plain_and_transcoded_pieces_share_a_ticket() {
@@ -358,11 +361,11 @@ void plain_and_transcoded_pieces_share_a_ticket() {
   Arena arena{size_t{1} << 20};
   const int64_t base = 16 * kPage, down_at = base + gate.bytes();
   const int64_t plain_at = (gate.bytes() + down.bytes() + kPage - 1) / kPage * kPage;
-  const auto tickets =
-      store.fetch(arena, {Record{{gate.piece(id, 32, 0), down.piece(id, 20 * kPage + 64, gate.bytes()),
-                                  {id, 40 * kPage + 5, 3000, plain_at}},
-                                 {},
-                                 base}});
+  const auto tickets = store.fetch(arena, {Record{{gate.piece(id, 32, 0),
+                                                   down.piece(id, 20 * kPage + 64, gate.bytes()),
+                                                   {id, 40 * kPage + 5, 3000, plain_at}},
+                                                  {},
+                                                  base}});
   CHECK_EQUAL(tickets.size(), 1u);
   CHECK_EQUAL(wait_one(store, tickets[0]).message, "");
   CHECK(holds_panels(arena, base, gate, file, 32));
@@ -405,7 +408,7 @@ void a_failed_read_of_blocks_fails_its_ticket_and_writes_nothing_of_that_part() 
 }
 
 void blocks_that_are_cancelled_or_closed_on_move_nothing_after() {
-  const BlockMatrix matrix{BlockType::q8_0, 2048, 1024};  // three parts
+  const BlockMatrix matrix{BlockType::q8_0, 2048, 1024};  // five parts
   const TestFile file(matrix.file_bytes());
   Store store(1, faulty(Fault::delayed, 1, 1'000'000, 0.03));
   const int id = store.open(file.path());
@@ -459,7 +462,8 @@ void blocks_that_cannot_be_meant_are_refused_at_once() {
   CHECK_EQUAL(store.pending(), 0);
 }
 
-// ── what nobody waits for yet ───────────────────────────────────────────────────────────────────────────────
+// ── what nobody waits for yet
+// ───────────────────────────────────────────────────────────────────────────────
 
 void what_is_needed_goes_before_what_is_read_ahead() {
   const TestFile file(8 * kPage);

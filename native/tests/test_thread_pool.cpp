@@ -1,5 +1,6 @@
 // test_thread_pool.cpp: every range runs once, on whichever thread, and an exception comes out.
 #include <atomic>
+#include <chrono>
 #include <stdexcept>
 #include <thread>
 #include <vector>
@@ -18,13 +19,56 @@ void every_index_is_visited_once_at_any_count_and_grain() {
       std::vector<std::atomic<int>> visits(size_t(count + 1));
       std::atomic<bool> is_in_range{true};
       pool.parallel_for(count, grain, [&](int64_t begin, int64_t end, int worker) {
-        if (worker < 0 || worker >= 3 || begin % grain != 0 || end - begin > grain) is_in_range = false;
+        if (worker < 0 || worker >= 3 || begin >= end || end - begin > grain) is_in_range = false;
         for (int64_t i = begin; i < end; ++i) ++visits[size_t(i)];
       });
       for (int64_t i = 0; i < count; ++i) CHECK_EQUAL(visits[size_t(i)].load(), 1);
       CHECK(is_in_range);
     }
   }
+}
+
+void the_last_ranges_are_small() {
+  ThreadPool pool(2);
+  std::vector<std::atomic<int64_t>> length(1000);
+  pool.parallel_for(1000, 64, [&](int64_t begin, int64_t end, int) { length[size_t(begin)] = end - begin; });
+  CHECK_EQUAL(length[0].load(), 64);
+  for (int64_t begin = 984; begin < 1000; ++begin) CHECK(length[size_t(begin)].load() <= 8);
+}
+
+void many_threads_share_few_cores() {
+  ThreadPool pool(16);
+  for (int64_t round = 0; round < 200; ++round) {
+    std::vector<int64_t> squares(300);
+    pool.parallel_for(300, 1 + round % 9, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) squares[size_t(i)] = i * i;
+    });
+    for (int64_t i = 0; i < 300; ++i) CHECK_EQUAL(squares[size_t(i)], i * i);
+  }
+}
+
+// Short loops in a row, while another process keeps one core busy: nobody waits for a thread that does not
+// run. A barrier that spins takes a time slice of some milliseconds for each.
+void a_busy_neighbour_does_not_stop_short_loops() {
+  std::atomic<bool> is_over{false};
+  std::vector<std::thread> neighbours;
+  for (unsigned i = 0; i < 1 + std::thread::hardware_concurrency() / 2; ++i) {
+    neighbours.emplace_back([&] {
+      while (!is_over) continue;
+    });
+  }
+  ThreadPool pool(2);
+  constexpr int kLoops = 2000;
+  std::atomic<int64_t> sum{0};
+  const auto start = std::chrono::steady_clock::now();
+  for (int round = 0; round < kLoops; ++round) {
+    pool.parallel_for(8, 1, [&](int64_t begin, int64_t, int) { sum += begin; });
+  }
+  const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+  is_over = true;
+  for (std::thread& neighbour : neighbours) neighbour.join();
+  CHECK_EQUAL(sum.load(), int64_t{kLoops} * 28);
+  CHECK(taken.count() < kLoops * 1e-3);
 }
 
 void what_a_worker_wrote_is_seen_by_the_caller() {
@@ -84,6 +128,9 @@ void callers_take_turns() {
 
 int main() {
   every_index_is_visited_once_at_any_count_and_grain();
+  the_last_ranges_are_small();
+  many_threads_share_few_cores();
+  a_busy_neighbour_does_not_stop_short_loops();
   what_a_worker_wrote_is_seen_by_the_caller();
   workers_that_slept_wake_up();
   an_exception_comes_out_and_the_pool_still_works();

@@ -1,0 +1,66 @@
+"""Do Argosy and llama.cpp say the same about the same file?
+
+    python benchmarks/agree.py [--geometries small] [--formats Q4_0,Q4_K_M,Q8_0,...] [--tokens 96] [--short]
+
+Both read a document and give logits at every position. Their arithmetic differs (llama.cpp rounds activations to 8 bits
+in blocks of its own), so the distributions do, a little: KL(llama.cpp || Argosy) in nats, and how often the most likely
+token is the same among positions where llama.cpp's first two are more than 0.05 apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common import Report
+from engines import ARGOSY, LLAMA_CPP, Job, logits, parse_cases, peer_python
+from random_weights import document
+
+TIE = 0.05
+
+
+def log_softmax(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = values.astype(np.float64)
+    shifted -= shifted.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=96)
+    options, cases = parse_cases(
+        parser, geometries="small", formats="F16,BF16,Q8_0,Q4_0,Q4_1,Q4_K_M,Q5_K,Q6_K", threads="2"
+    )
+    report = Report("agree", state="one document, all positions in one batch")
+    if peer_python() is None:
+        print("skipped: llama.cpp is not installed (benchmarks/install_peer.sh)", file=sys.stderr)
+        return 0
+    tokens = document(3, options.tokens)
+    is_good = True
+    for number, case in enumerate(cases):
+        job = Job(model=case.model, prompts=[tokens], num_new=1, threads=case.threads, warm_up=False)
+        ours, theirs = log_softmax(logits(ARGOSY, job)), log_softmax(logits(LLAMA_CPP, job))
+        if number == 0:
+            expected = np.array(document(3, options.tokens + 1)[1:])
+            right = int((ours.argmax(axis=1) == expected).sum())
+            report.correct(f"{case.name}: {right}/{len(expected)} of Argosy's guesses continue the document")
+            report.opening()
+            is_good = right == len(expected)
+        divergence = (np.exp(theirs) * (theirs - ours)).sum(axis=1)
+        two = np.sort(theirs, axis=1)[:, -2:]
+        clear = two[:, 1] - two[:, 0] > TIE
+        same = float((ours.argmax(axis=1) == theirs.argmax(axis=1))[clear].mean())
+        mean = report.ratio(
+            f"{case.name}: mean KL", float(divergence.mean()), 1.0, target="<= 0.002", row=0, **case.facts
+        )
+        report.ratio(f"{case.name}: largest KL", float(divergence.max()), 1.0, **case.facts)
+        agreed = report.ratio(f"{case.name}: same first token", same, 1.0, target=">= 0.99", **case.facts)
+        is_good = is_good and mean <= 0.002 and agreed >= 0.99
+    return 0 if is_good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

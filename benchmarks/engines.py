@@ -1,0 +1,317 @@
+"""Run a job on Argosy or on llama.cpp: one child process for each run, driven the same way, timed by itself.
+
+    run(ARGOSY, Job(model, prompts=[...], num_new=64, threads=2))   ->  Run: load, prefill and decode seconds, memory
+    run(LLAMA_CPP, job, limit_bytes=2 << 30, timeout_s=300)         ->  inside a memory cgroup; what came before the end
+
+A child reads the job as JSON from stdin (`ours.py`, `peer.py`) and appends an event to a file for everything that it
+does, so that a run that is stopped still tells how far it got. Each prompt is one run: prefill, then `num_new` steps of
+one token each, greedy, in a cleared KV cache; the first is the warm-up where `warm_up` says so. Both sides time from
+the call with the tokens to the id of the most likely next one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.geometry import dense_shapes, expert_shapes
+from cgroup import CappedRun, run_capped
+from common import REPOSITORY
+from make_checkpoint import named_model
+from random_weights import document
+
+ARGOSY, LLAMA_CPP = "argosy", "llama.cpp"
+# llama.cpp's threads spin at barriers; told to sleep they are faster where a drive or a neighbour is waited for.
+PASSIVE = {"OMP_WAIT_POLICY": "passive"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What an engine is asked to do. `memory` is Argosy's budget; the last two are llama.cpp's."""
+
+    model: Path
+    prompts: Sequence[Sequence[int]]
+    num_new: int
+    threads: int = 2
+    warm_up: bool = True
+    given: Sequence[Sequence[int]] | None = None  # what each step is fed, instead of the most likely token
+    memory: int | None = None
+    repack: bool = True
+    flash_attention: bool = True
+
+    @property
+    def context(self) -> int:
+        longest = max(len(prompt) for prompt in self.prompts) + self.num_new + 1
+        return -(-longest // 256) * 256  # llama.cpp rounds its context up to this
+
+
+@dataclass
+class Run:
+    """What a child told, and how it ended."""
+
+    engine: str
+    job: Job
+    events: list[dict[str, Any]]
+    ended: str  # "": well; else why not
+    started_at: float  # monotonic, before the process was made
+    capped: CappedRun | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def _of(self, kind: str) -> list[dict[str, Any]]:
+        first = 1 if self.job.warm_up else 0
+        return [event for event in self.events if event["event"] == kind and event.get("run", first) >= first]
+
+    def _one(self, kind: str) -> dict[str, Any]:
+        found = self._of(kind)
+        return found[0] if found else {}
+
+    def require(self) -> Run:
+        """This run, if it ended well.
+
+        Raises:
+            SystemExit: it did not; with its last words.
+        """
+        if self.ended:
+            raise SystemExit(f"{self.engine}: {self.ended}")
+        return self
+
+    @property
+    def load_s(self) -> float:
+        return float(self._one("loaded").get("seconds", float("nan")))
+
+    @property
+    def peak_bytes(self) -> int:
+        return int(self._one("done").get("peak_bytes", 0))
+
+    @property
+    def prefill_tok_per_s(self) -> float:
+        """Median over the runs; NaN if none came to its end."""
+        return median([event["tokens"] / event["seconds"] for event in self._of("prefill")])
+
+    @property
+    def decode_s(self) -> list[float]:
+        return [event["seconds"] for event in self._of("token")]
+
+    @property
+    def decode_tok_per_s(self) -> float:
+        """Tokens over the time they took, all runs together; NaN without a token."""
+        return len(self.decode_s) / sum(self.decode_s) if self.decode_s else float("nan")
+
+    def total(self, kind: str, key: str) -> float:
+        """Sum of a counter over all prefills or all tokens."""
+        return sum(event.get(key, 0) for event in self._of(kind))
+
+    def answers(self) -> list[list[int]]:
+        """Ids of each run, the warm-up's too: the prefill's and those of the steps."""
+        ids: dict[int, list[int]] = {}
+        for event in self.events:
+            if "id" in event:
+                ids.setdefault(event["run"], []).append(event["id"])
+        return [ids[run] for run in sorted(ids)]
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values) if values else float("nan")
+
+
+def peer_python() -> Path | None:
+    """The interpreter that has llama.cpp: `ARGOSY_PEER_PYTHON`, or what `install_peer.sh` makes; None without one."""
+    named = os.environ.get("ARGOSY_PEER_PYTHON")
+    path = Path(named) if named else REPOSITORY / "build" / "peer-venv" / "bin" / "python"
+    return path if path.exists() else None
+
+
+def engines(*, quiet: bool = False) -> list[str]:
+    """Argosy, and llama.cpp where it is installed; says so where it is not."""
+    if peer_python():
+        return [ARGOSY, LLAMA_CPP]
+    if not quiet:
+        print("llama.cpp is not installed: Argosy alone (benchmarks/install_peer.sh)", file=sys.stderr)
+    return [ARGOSY]
+
+
+def run(
+    engine: str,
+    job: Job,
+    *,
+    limit_bytes: int | None = None,
+    timeout_s: float = 900,
+    environment: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
+) -> Run:
+    """Run a job in a fresh process; an unhappy end is in `Run.ended`, with the events up to it.
+
+    Raises:
+        NoMemoryCap: `limit_bytes` was asked for, and no memory cgroup can be made here.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        return _run(engine, job, Path(scratch), None, limit_bytes, timeout_s, environment or {}, prefix)
+
+
+def logits(engine: str, job: Job) -> NDArray[np.float32]:
+    """Logits [tokens, vocab] at every position of the job's only prompt."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "logits.npy"
+        _run(engine, job, Path(scratch), path, None, 900, {}, ()).require()
+        found: NDArray[np.float32] = np.load(path)
+        return found
+
+
+def _run(
+    engine: str,
+    job: Job,
+    scratch: Path,
+    logits_path: Path | None,
+    limit_bytes: int | None,
+    timeout_s: float,
+    environment: Mapping[str, str],
+    prefix: Sequence[str],
+) -> Run:
+    events_path = scratch / "events.jsonl"
+    events_path.touch()
+    described = asdict(job) | {
+        "model": str(job.model),
+        "context": job.context,
+        "events": str(events_path),
+        "logits": None if logits_path is None else str(logits_path),
+    }
+    job_path = scratch / "job.json"
+    job_path.write_text(json.dumps(described))
+    env = os.environ | environment
+    interpreter = sys.executable
+    if engine == LLAMA_CPP:
+        peer = peer_python()
+        assert peer is not None
+        interpreter = str(peer)
+        env.pop("PYTHONPATH", None)
+    script = REPOSITORY / "benchmarks" / ("peer.py" if engine == LLAMA_CPP else "ours.py")
+    # Through a shell: the job becomes stdin inside the cgroup, too.
+    command = [*prefix, "/bin/sh", "-c", 'exec "$1" "$2" < "$3"', "sh", interpreter, script, job_path]
+    started_at, capped, ended = time.monotonic(), None, ""
+    try:
+        if limit_bytes is not None:
+            capped = run_capped(list(map(str, command)), limit_bytes=limit_bytes, timeout_s=timeout_s, env=env)
+            code, stderr = capped.returncode, capped.stderr
+            if capped.num_oom_kills:
+                ended = "killed: the limit is too small for it"
+        else:
+            done = subprocess.run(
+                list(map(str, command)), capture_output=True, text=True, check=False, timeout=timeout_s, env=env
+            )
+            code, stderr = done.returncode, done.stderr
+        if code and not ended:
+            ended = f"exit code {code}: {stderr.strip()[-600:]}"
+    except (TimeoutError, subprocess.TimeoutExpired):
+        ended = f"stopped after {timeout_s:.0f} s"
+    lines = events_path.read_text().splitlines()
+    events = [json.loads(line) for line in lines if line.endswith("}")]
+    return Run(engine, job, events, ended, started_at, capped, dict(environment))
+
+
+def require_documents(run: Run, first_document: int) -> str:
+    """The answers continue the documents that the prompts begin; a sentence for the report.
+
+    Raises:
+        SystemExit: they do not.
+    """
+    right = asked = 0
+    for number, answer in enumerate(run.answers()):
+        length = len(run.job.prompts[number])
+        expected = document(first_document + number, length + len(answer))[length:]
+        right += sum(a == b for a, b in zip(answer, expected, strict=True))
+        asked += len(answer)
+    if right != asked:
+        raise SystemExit(f"{run.engine}: {right}/{asked} tokens of the answers continue their documents")
+    return f"{run.engine}: {right}/{asked} tokens continue their documents"
+
+
+def prompts(count: int, length: int, *, first_document: int = 1) -> list[list[int]]:
+    """Beginnings of `count` documents of `random_weights.py`."""
+    return [document(first_document + number, length) for number in range(count)]
+
+
+# ── cases ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+MODELS = Path(os.environ.get("ARGOSY_BENCH_MODELS", REPOSITORY / "build" / "models"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One line of a table: a model, and the threads."""
+
+    geometry: str
+    format: str
+    threads: int
+    model: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.geometry} {self.format} {self.threads}T"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"geometry": self.geometry, "format": self.format, "threads": self.threads}
+
+
+def parse_cases(
+    parser: argparse.ArgumentParser,
+    *,
+    geometries: str = "small,mid",
+    formats: str = "Q4_0,Q4_K_M,Q8_0",
+    threads: str = "1,2",
+    repeats: int = 3,
+) -> tuple[argparse.Namespace, list[Case]]:
+    """Add what all scripts understand, parse, and make the models that are not there yet."""
+    parser.add_argument("--geometries", default=geometries)
+    parser.add_argument("--formats", default=formats)
+    parser.add_argument("--threads", default=threads)
+    parser.add_argument("--routing", choices=["recorded", "uniform"], default="recorded")
+    parser.add_argument("--models", type=Path, default=MODELS, help="where model files are kept")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--short", action="store_true", help="the tiny model, Q4_0, two threads, once")
+    options = parser.parse_args()
+    if options.short:
+        options.geometries, options.formats, options.threads, options.repeats = "tiny", "Q4_0", "2", 1
+    cases = []
+    for geometry in options.geometries.split(","):
+        for format in options.formats.split(","):
+            model = named_model(options.models, geometry, format, routing=options.routing)
+            for count in options.threads.split(","):
+                cases.append(Case(geometry=geometry, format=format, threads=int(count), model=model))
+    return options, cases
+
+
+def token_bytes(files: ModelFiles) -> int:
+    """Weights that one token needs, as stored: dense ones without the embedding table, and its experts."""
+    config = files.config
+    dense = files.dense_bytes
+    if not config.is_embedding_tied:
+        dense -= files.dense["embed"].nbytes
+    return dense + files.expert_bytes // config.num_experts * config.experts_per_token
+
+
+def token_operations(files: ModelFiles) -> int:
+    """Integer operations of one prompt token's matrix products, two per multiply-add; the head is not among them."""
+    config = files.config
+    dense = sum(
+        math.prod(shape)
+        for name, shape in dense_shapes(config)
+        if len(shape) == 2 and name not in ("embed", "head") and not name.endswith("router")
+    )
+    expert = sum(math.prod(shape) for shape in expert_shapes(config))
+    return 2 * (dense + len(config.moe_layers) * config.experts_per_token * expert)

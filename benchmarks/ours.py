@@ -1,0 +1,94 @@
+"""Argosy, driven by the same job as `peer.py`, through the public `Engine` (`engines.py` starts both)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+
+STARTED = time.monotonic()
+
+from typing import Any  # noqa: E402
+
+from argosy import Engine, SamplingParams  # noqa: E402
+
+IMPORTED = time.monotonic()
+
+
+class GivenTokens:
+    """Stands before the engine's sampler: chooses as it does, and then says the token that was given."""
+
+    def __init__(self, sampler: Any, token_ids: list[int]) -> None:
+        self._sampler, self._token_ids, self.chosen = sampler, iter(token_ids), list[int]()
+
+    def sample(self, *arguments: Any) -> Any:
+        sampled = self._sampler.sample(*arguments)
+        self.chosen.append(sampled.token_id)
+        return dataclasses.replace(sampled, token_id=next(self._token_ids))
+
+
+def peak_bytes() -> int:
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+
+
+def main() -> None:
+    job = json.loads(sys.stdin.read())
+    events = open(job["events"], "a", buffering=1)  # noqa: SIM115
+
+    def tell(event: str, **facts: object) -> None:
+        events.write(json.dumps({"event": event, "at": time.monotonic(), **facts}) + "\n")
+
+    tell("started", at_start=STARTED, import_s=IMPORTED - STARTED)
+    begin = time.perf_counter()
+    engine = Engine(
+        job["model"], memory=job.get("memory"), threads=job["threads"], context=job["context"], max_sequences=1
+    )
+    counters = engine.ledger
+    tell(
+        "loaded",
+        seconds=time.perf_counter() - begin,
+        bytes_read=counters.bytes_read,
+        plan=[list(line) for line in engine.plan.lines()],
+        is_resident=engine.plan.is_resident,
+    )
+    if job.get("logits"):
+        import numpy as np
+
+        (prompt,) = job["prompts"]
+        np.save(job["logits"], engine.logits(prompt))
+        tell("done", peak_bytes=peak_bytes())
+        return
+    given, sampler = job.get("given"), engine._sampler
+    params = SamplingParams(max_tokens=job["num_new"] + 1, ignore_eos=True)
+    for run, prompt in enumerate(job["prompts"]):
+        if given:
+            engine._sampler = GivenTokens(sampler, [*given[run], 0])  # type: ignore[assignment]
+        before, begin = engine.ledger, time.perf_counter()
+        sequence = engine.submit(prompt, params)
+        tokens = []
+        while not tokens:
+            tokens = engine.step()
+        seconds, after = time.perf_counter() - begin, engine.ledger
+        read = after.bytes_read - before.bytes_read
+        tell(
+            "prefill", run=run, tokens=len(prompt), seconds=seconds, id=tokens[0].token_id, bytes_read=read,
+            hits=after.hits - before.hits, lookups=after.lookups - before.lookups,
+        )  # fmt: skip
+        while sequence.result is None:
+            before, begin = engine.ledger, time.perf_counter()
+            (event,) = engine.step()
+            seconds, after = time.perf_counter() - begin, engine.ledger
+            tell(
+                "token", run=run, seconds=seconds, id=event.token_id,
+                bytes_read=after.bytes_read - before.bytes_read,
+                hits=after.hits - before.hits, lookups=after.lookups - before.lookups,
+            )  # fmt: skip
+    tell("done", peak_bytes=peak_bytes(), parts=engine.ledger.parts)
+
+
+if __name__ == "__main__":
+    main()
+    os._exit(0)  # freeing gigabytes page by page tells nothing

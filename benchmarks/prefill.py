@@ -1,0 +1,86 @@
+"""How fast does prefill run with the whole model in memory, beside llama.cpp and beside the processor's int8 peak?
+
+    python benchmarks/prefill.py [--geometries mid] [--formats Q4_0,Q8_0] [--threads 1,2] [--tokens 512] [--short]
+
+Each sample is a fresh process that loads the file, reads one document to warm up and then three others of `--tokens`,
+A B A B. Operations are those of the weights' matrix products, two per multiply-add; attention comes on top. The peak is
+measured right before each sample.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from argosy.model.families import open_model
+from common import Report, alternate, probe_machine
+from engines import (
+    ARGOSY,
+    LLAMA_CPP,
+    Case,
+    Job,
+    engines,
+    parse_cases,
+    prompts,
+    require_documents,
+    run,
+    token_operations,
+)
+
+DOCUMENTS = 4  # one to warm up
+
+
+def sample(engine: str, job: Job, told: list[str]) -> Callable[[], dict[str, float]]:
+    def one() -> dict[str, float]:
+        before = probe_machine(job.threads)
+        done = run(engine, job).require()
+        sentence = require_documents(done, 1)
+        if sentence not in told:
+            told.append(sentence)
+        return {"prefill": done.prefill_tok_per_s, "int8 Gop/s": before["int8 Gop/s"]}
+
+    return one
+
+
+def measure(report: Report, case: Case, options: argparse.Namespace, *, is_first: bool) -> None:
+    count, length = (2, 64) if options.short else (DOCUMENTS, options.tokens)
+    job = Job(model=case.model, prompts=prompts(count, length), num_new=0, threads=case.threads)
+    told: list[str] = []
+    samples = alternate({engine: sample(engine, job, told) for engine in engines()}, options.repeats)
+    report.correct("; ".join(told))
+    if is_first:
+        report.opening()
+    every = [one for found in samples.values() for one in found]
+    operations = token_operations(open_model(case.model))
+    report.figure(f"{case.name}: int8 peak", "Gop/s", every, "int8 Gop/s", **case.facts)
+    ours = report.figure(f"{case.name}: {ARGOSY}", "tok/s", samples[ARGOSY], "prefill", **case.facts)
+    reached = [one.values["prefill"] * operations / 1e9 / one.values["int8 Gop/s"] for one in samples[ARGOSY]]
+    is_asked = case.format in ("Q4_0", "Q8_0")
+    report.ratio(
+        f"{case.name}: operations/s over the peak",
+        sorted(reached)[len(reached) // 2],
+        1.0,
+        target=">= 0.5" if is_asked else "",
+        row=4 if is_asked else None,
+        token_operations=operations,
+        **case.facts,
+    )
+    if LLAMA_CPP in samples:
+        theirs = report.figure(f"{case.name}: {LLAMA_CPP}", "tok/s", samples[LLAMA_CPP], "prefill", **case.facts)
+        report.ratio(f"{case.name}: over {LLAMA_CPP}", ours, theirs, target=">= 2.5", row=3, **case.facts)
+    report.neighbours(every)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=512)
+    options, cases = parse_cases(parser)
+    report = Report("prefill", state="weights in memory, KV cache empty, warmed by one prompt")
+    for number, case in enumerate(cases):
+        measure(report, case, options, is_first=number == 0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""Random weights by tensor name, with the routing and the answers a benchmark needs.
+
+    RandomWeights(config, routing="recorded")["layers.3.router"]   ->  Normal(...) | Exact(...)
+
+    plain      every matrix is noise
+    uniform    each token of a document chooses its experts afresh: the worst case of a cache
+    recorded   the hierarchical Gaussian generator fitted to recorded traces (next-token overlap and LRU curve)
+
+With `uniform` and `recorded` token ids are documents, `DOCUMENT_TOKENS` ids in a row each, and the greedy answer to the
+beginning of a document is its rest: a check of the arithmetic that any engine can make, and routing that follows the
+text and not a loop. It works through `RESERVED` channels of the residual stream, which embeddings fill and no layer
+writes (rows of zeros in `o` and `down`), so that routers and head see them as they were:
+
+    0            one                            -> an expert's popularity                          G_e    share v_g
+    1 to 63      the document's latent          -> what the document is about                      Doc_e  share v_d
+    64 to 159    the token's latent, AR(1)      -> what stays from one token to the next           u_te   share g
+    160 to 255   the token's code               -> the head's row of the following id
+    the rest     noise, and what layers write   -> what is new in every token and layer            eps    the remainder
+
+    score of expert e for token t = sqrt(v_g) G_e + sqrt(v_d) Doc_e + sqrt(g) u_te + sqrt(1 - v_g - v_d - g) eps
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy.checkpoint.geometry import dense_shapes, expert_shapes
+from argosy.config import ModelConfig
+
+Floats: TypeAlias = NDArray[np.float32]
+Routing = Literal["plain", "uniform", "recorded"]
+ROUTINGS: tuple[Routing, ...] = ("plain", "uniform", "recorded")
+
+DOCUMENT_TOKENS = 640
+RESERVED = 256
+_ONE, _DOCUMENT, _TOKEN, _CODE = slice(0, 1), slice(1, 64), slice(64, 160), slice(160, RESERVED)
+# Fitted to recorded routing; the static share v_g + v_d rises with depth by 2 x 0.15 in all.
+V_GLOBAL, V_DOCUMENT, V_TOKEN, RHO = 0.15, 0.40, 0.30, 0.5
+_DEPTH_SPREAD = 0.15
+_ATTENTION_SHARE = 0.25
+# The logit of a document's next token before layers have added to the norm, about 13 after that; the others have a
+# deviation near 1.8, so the largest of 32000 stays below 8.
+_NEXT_LOGIT = 18.0
+
+
+@dataclass(frozen=True, slots=True)
+class Normal:
+    """Independent normal numbers; the first `silent_rows` rows are zero."""
+
+    shape: tuple[int, ...]
+    deviation: float
+    silent_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """float32 values that matter one by one: `read()` gives them in `shape`."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Floats]
+
+
+Recipe: TypeAlias = Normal | Exact
+
+
+class RandomWeights:
+    """What every tensor of a geometry holds, by canonical name; an expert's are `expert.gate`, `.up`, `.down`.
+
+    Raises:
+        ValueError: hidden_size leaves no room beside the reserved channels.
+    """
+
+    def __init__(self, config: ModelConfig, *, routing: Routing = "plain", seed: int = 0) -> None:
+        if routing != "plain" and config.hidden_size < 2 * RESERVED:
+            raise ValueError(
+                f"{routing} routing reserves {RESERVED} channels, and hidden_size is {config.hidden_size};"
+                f" the least is {2 * RESERVED}"
+            )
+        self.config, self.routing, self._seed = config, routing, seed
+        self.shapes: dict[str, tuple[int, ...]] = dict(dense_shapes(config))
+        shapes = expert_shapes(config)
+        self.shapes |= {"expert.gate": shapes.gate, "expert.up": shapes.up, "expert.down": shapes.down}
+
+    def __getitem__(self, name: str) -> Recipe:
+        shape, kind = self.shapes[name], name.rpartition(".")[2]
+        if kind.endswith("norm"):
+            return Exact(shape, lambda: np.ones(shape, np.float32))
+        if kind.endswith("bias"):
+            return Exact(shape, lambda: np.zeros(shape, np.float32))
+        if self.routing != "plain":
+            if kind == "embed":
+                return Exact(shape, self.embedding)
+            if kind == "head":
+                return Exact(shape, self._head)
+            if kind == "router":
+                return Exact(shape, lambda: self.router(int(name.split(".")[1])))
+        deviation = 1.0 if kind == "embed" else shape[-1] ** -0.5
+        if self.routing == "plain" or kind not in ("o", "down", "shared_down"):
+            return Normal(shape, deviation)
+        # Attention pulls the tokens of a text towards each other; at full size a few layers of it leave nothing else.
+        return Normal(shape, deviation * (_ATTENTION_SHARE if kind == "o" else 1.0), silent_rows=RESERVED)
+
+    def _random(self, *purpose: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, *purpose])
+
+    def _codes(self) -> Floats:
+        """[vocab, code channels], all of the same length, so that no id is easier to say than another."""
+        width = _CODE.stop - _CODE.start
+        codes = self._random(1).standard_normal((self.config.vocab_size, width), np.float32)
+        return codes * (math.sqrt(width) / np.linalg.norm(codes, axis=1, keepdims=True))
+
+    def embedding(self) -> Floats:
+        """float32 [vocab, hidden]."""
+        vocab, hidden = self.config.vocab_size, self.config.hidden_size
+        table = self._random(2).standard_normal((vocab, hidden), np.float32)
+        documents = np.arange(vocab) // DOCUMENT_TOKENS
+        latents = self._random(3).standard_normal((documents[-1] + 1, _DOCUMENT.stop - _DOCUMENT.start))
+        table[:, _ONE] = 1.0
+        table[:, _DOCUMENT] = latents[documents]
+        token = table[:, _TOKEN]
+        for number in range(1, vocab):
+            if documents[number] == documents[number - 1]:
+                token[number] = RHO * token[number - 1] + math.sqrt(1 - RHO * RHO) * token[number]
+        table[:, _CODE] = self._codes()
+        return table
+
+    def _head(self) -> Floats:
+        vocab, hidden = self.config.vocab_size, self.config.hidden_size
+        table = self._random(4).standard_normal((vocab, hidden), np.float32)
+        table *= (hidden - RESERVED) ** -0.5
+        table[:, :RESERVED] = 0.0
+        width = _CODE.stop - _CODE.start
+        table[:, _CODE] = np.roll(self._codes(), 1, axis=0) * (_NEXT_LOGIT / width)
+        return table
+
+    def shares(self, layer: int) -> tuple[float, float, float, float]:
+        """v_g, v_d, g and the remainder at this depth; they sum to 1."""
+        if self.routing == "uniform":
+            return 0.0, 0.0, 0.0, 1.0
+        depth = layer / max(1, self.config.num_layers - 1)
+        static = V_GLOBAL + V_DOCUMENT + _DEPTH_SPREAD * (2 * depth - 1)
+        of_static = V_GLOBAL / (V_GLOBAL + V_DOCUMENT)
+        of_rest = V_TOKEN / (1 - V_GLOBAL - V_DOCUMENT)
+        rest = 1 - static
+        return static * of_static, static * (1 - of_static), rest * of_rest, rest * (1 - of_rest)
+
+    def router(self, layer: int) -> Floats:
+        """float32 [experts, hidden] of a layer."""
+        shape = self.shapes[f"layers.{layer}.router"]
+        rows = self._random(5, layer).standard_normal(shape, np.float32)
+        v_global, v_document, v_token, rest = self.shares(layer)
+        rows[:, _CODE] = 0.0
+        for channels, share in (
+            (_ONE, v_global),
+            (_DOCUMENT, v_document),
+            (_TOKEN, v_token),
+            (slice(RESERVED, shape[1]), rest),
+        ):
+            rows[:, channels] *= math.sqrt(share / (channels.stop - channels.start))
+        return rows
+
+    def chosen(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Experts [layers, tokens, k] that the routers choose before layers have added anything to the embedding.
+
+        What layers add later is noise to the routers of `uniform` and `recorded`; `routing.py` measures the real thing.
+        """
+        embedding = self.embedding()[tokens]
+        k = self.config.experts_per_token
+        return np.stack(
+            [
+                np.argpartition(embedding @ -self.router(layer).T, k - 1, axis=1)[:, :k]
+                for layer in self.config.moe_layers
+            ]
+        )
+
+
+def document(number: int, num_tokens: int = DOCUMENT_TOKENS, *, vocab: int = 32_000) -> list[int]:
+    """The first ids of a document; a longer text goes on into the next."""
+    begin = number * DOCUMENT_TOKENS
+    return [(begin + position) % vocab for position in range(num_tokens)]

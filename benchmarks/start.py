@@ -1,0 +1,73 @@
+"""How long from starting a process to the first token of a resident model?
+
+    python benchmarks/start.py [--geometries small] [--formats Q4_0] [--repeats 5] [--short]
+
+The file is read once before, so that it is in the page cache: llama.cpp maps it; Argosy reads past the cache all the
+same. Timed from before the process is made to the token after 16 tokens of prompt. llama.cpp is started through Python
+here, which its own program is not: the verdict leaves the time of that import out of its figure, and nothing of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from common import Report, alternate
+from engines import ARGOSY, LLAMA_CPP, Job, Run, engines, parse_cases, prompts, require_documents, run
+
+
+def first_token_s(done: Run) -> float:
+    (event,) = [event for event in done.events if event["event"] == "prefill"]
+    return float(event["at"] - done.started_at)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options, cases = parse_cases(parser, geometries="small", formats="Q4_0", threads="2", repeats=5)
+    report = Report("start", state="file in the page cache, a fresh process each time")
+    for number, case in enumerate(cases):
+        with case.model.open("rb") as file:
+            while file.read(16 << 20):
+                pass
+        job = Job(model=case.model, prompts=prompts(1, 16), num_new=0, threads=case.threads, warm_up=False)
+        told: list[str] = []
+
+        def sample(engine: str, job: Job = job, told: list[str] = told) -> Callable[[], dict[str, float]]:
+            def one() -> dict[str, float]:
+                done = run(engine, job).require()
+                sentence = require_documents(done, 1)
+                if sentence not in told:
+                    told.append(sentence)
+                (started,) = [event for event in done.events if event["event"] == "started"]
+                first = first_token_s(done)
+                return {
+                    "first": first,
+                    "less import": first - started["import_s"],
+                    "import": started["import_s"],
+                    "load": done.load_s,
+                }
+
+            return one
+
+        samples = alternate({engine: sample(engine) for engine in engines()}, options.repeats)
+        report.correct("; ".join(told))
+        if number == 0:
+            report.opening()
+        for engine, found in samples.items():
+            report.figure(f"{case.name}: {engine}, first token", "s", found, "first", **case.facts)
+            report.figure(f"{case.name}: {engine}, of which import", "s", found, "import", **case.facts)
+            report.figure(f"{case.name}: {engine}, of which load", "s", found, "load", **case.facts)
+        ours = sorted(one.values["first"] for one in samples[ARGOSY])[options.repeats // 2]
+        report.ratio(f"{case.name}: seconds", ours, 1.0, target="<= 1.5", row=11, **case.facts)
+        if LLAMA_CPP in samples:
+            theirs = sorted(one.values["less import"] for one in samples[LLAMA_CPP])[options.repeats // 2]
+            report.ratio(
+                f"{case.name}: over {LLAMA_CPP} less its import", ours, theirs, target="<= 1", row=11, **case.facts
+            )
+        report.neighbours([one for found in samples.values() for one in found])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

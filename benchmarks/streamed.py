@@ -1,0 +1,282 @@
+"""How fast does a model run that does not fit, beside llama.cpp with mmap in the same memory limit?
+
+    python benchmarks/streamed.py [--formats Q4_0] [--caps 75,50,25,12] [--ask decode,prefill] [--read-ahead 128,8192]
+
+Each run is a fresh process in a memory cgroup whose limit is a share of the file's size, swap forbidden, page cache
+charged to it, the file's pages dropped before. Argosy gets the limit as its budget. Both decode a document to warm
+their caches and then another, which is timed.
+
+    128 KiB     the read-ahead of most distributions; llama.cpp at its best of 1 and 2 threads, passive waiting
+    8192 KiB    the machine as it comes: llama.cpp as it comes, two threads
+    overlap     of Argosy: max(time of a token in memory, missed bytes / drive) over the time of a streamed token
+
+A run that does not come to its end within `--timeout` is judged by the tokens it made, and the table says so. The
+quantised weights of llama.cpp are not repacked here: its second copy could not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+
+from argosy.config import format_bytes
+from argosy.model.families import open_model
+from cgroup import NoMemoryCap
+from common import (
+    CannotSet,
+    Report,
+    Sample,
+    alternate,
+    drop_page_cache,
+    file_bytes,
+    probe_machine,
+    read_ahead,
+)
+from engines import (
+    ARGOSY,
+    LLAMA_CPP,
+    PASSIVE,
+    Case,
+    Job,
+    Run,
+    engines,
+    parse_cases,
+    prompts,
+    require_documents,
+    run,
+)
+
+TUNED_KIB, AS_IT_COMES_KIB = 128, 8192
+PROMPT_TOKENS = 8
+TARGETS = {TUNED_KIB: ">= 3", AS_IT_COMES_KIB: ">= 15"}
+ROWS = {TUNED_KIB: 5, AS_IT_COMES_KIB: 6}
+
+
+class Streamed:
+    """Runs of one model in one limit; remembers what was said about them."""
+
+    def __init__(self, case: Case, share: int, options: argparse.Namespace) -> None:
+        self.case, self.share, self.options = case, share, options
+        self.limit_bytes = file_bytes(case.model) * share // 100
+        self.told: list[str] = []
+        self.notes: list[str] = []
+
+    @property
+    def name(self) -> str:
+        return f"{self.case.geometry} {self.case.format} {self.share} %"
+
+    def run(self, engine: str, job: Job, read_ahead_kib: int, *, passive: bool = False) -> Run:
+        drop_page_cache(job.model)
+        with read_ahead(job.model, read_ahead_kib):
+            done = run(
+                engine,
+                job,
+                limit_bytes=self.limit_bytes,
+                timeout_s=self.options.timeout,
+                environment=PASSIVE if passive else {},
+            )
+        if done.ended:
+            self.notes.append(f"{engine} at {read_ahead_kib} KiB, {job.threads}T: {done.ended}")
+            if engine == ARGOSY:
+                done.require()
+        elif (sentence := require_documents(done, 1)) not in self.told:
+            self.told.append(sentence)
+        return done
+
+    def job(self, threads: int, num_new: int) -> Job:
+        return Job(
+            model=self.case.model,
+            prompts=prompts(2, PROMPT_TOKENS),
+            num_new=num_new,
+            threads=threads,
+            memory=self.limit_bytes,
+            repack=False,
+        )
+
+    def decode(self, engine: str, threads: int, read_ahead_kib: int) -> Callable[[], dict[str, float]]:
+        """tok/s, MB read a token; and of the drive and the memory before."""
+        tuned = read_ahead_kib == TUNED_KIB
+        num_new = self.options.new if tuned or engine == ARGOSY else min(self.options.new, self.options.new_slow)
+
+        def one() -> dict[str, float]:
+            machine = probe_machine(threads, self.case.model)
+            done = self.run(engine, self.job(threads, num_new), read_ahead_kib, passive=tuned)
+            tokens = max(1, len(done.decode_s))
+            values = {
+                "decode": done.decode_tok_per_s,
+                "tokens": len(done.decode_s),
+                "MB/token": done.total("token", "bytes_read") / tokens / 1e6,
+                "drive GB/s": machine["drive GB/s"],
+                "peak": done.capped.peak_bytes / self.limit_bytes if done.capped else math.nan,
+            }
+            if lookups := done.total("token", "lookups"):
+                values["hit"] = done.total("token", "hits") / lookups
+            return values
+
+        return one
+
+    def prefill(self, engine: str, threads: int, num_tokens: int) -> Callable[[], dict[str, float]]:
+        job = Job(
+            model=self.case.model,
+            prompts=prompts(1, num_tokens),
+            num_new=0,
+            threads=threads,
+            warm_up=False,
+            memory=self.limit_bytes,
+            repack=False,
+        )
+
+        def one() -> dict[str, float]:
+            done = self.run(engine, job, TUNED_KIB, passive=True)
+            return {"prefill": done.prefill_tok_per_s, "MB": done.total("prefill", "bytes_read") / 1e6}
+
+        return one
+
+
+def variants(read_ahead_kib: int, threads: int) -> dict[str, tuple[str, int]]:
+    """What runs in turn: a name, the engine and its threads."""
+    found = {ARGOSY: (ARGOSY, threads)}
+    if LLAMA_CPP in engines(quiet=True):
+        counts = (1, 2) if read_ahead_kib == TUNED_KIB else (threads,)
+        found |= {f"{LLAMA_CPP} {count}T": (LLAMA_CPP, count) for count in counts}
+    return found
+
+
+def best_peer(samples: dict[str, list[Sample]], key: str) -> float:
+    """The best single run of llama.cpp, which flatters it; NaN without one."""
+    values = [
+        sample.values[key]
+        for name, found in samples.items()
+        if name.startswith(LLAMA_CPP)
+        for sample in found
+        if not math.isnan(sample.values[key])
+    ]
+    return max(values, default=math.nan)
+
+
+def ask_decode(report: Report, streamed: Streamed, read_ahead_kib: int, resident_s: float) -> None:
+    case, name = streamed.case, f"{streamed.name}, {read_ahead_kib} KiB"
+    ways = variants(read_ahead_kib, case.threads)
+    runs = {way: streamed.decode(engine, threads, read_ahead_kib) for way, (engine, threads) in ways.items()}
+    samples = alternate(runs, streamed.options.repeats)
+    report.correct("; ".join(streamed.told) or "no run came to its end")
+    facts = case.facts | {"share": streamed.share, "limit_bytes": streamed.limit_bytes}
+    for way, found in samples.items():
+        report.figure(f"{name}: {way}", "tok/s", found, "decode", notes=streamed.notes, **facts)
+        report.figure(f"{name}: {way} reads", "MB/token", found, "MB/token", **facts)
+    report.figure(f"{name}: {ARGOSY} hit rate", "", samples[ARGOSY], "hit", **facts)
+    report.figure(f"{name}: {ARGOSY} peak over limit", "", samples[ARGOSY], "peak", **facts)
+    ours = sorted(sample.values["decode"] for sample in samples[ARGOSY])[len(samples[ARGOSY]) // 2]
+    theirs = best_peer(samples, "decode")
+    if LLAMA_CPP in engines(quiet=True):
+        is_asked = streamed.share in (75, 50, 25) or read_ahead_kib == AS_IT_COMES_KIB
+        if math.isnan(theirs):
+            report.line("peer", f"{name}: llama.cpp made no token of the timed answer in {streamed.options.timeout} s")
+            # What it reached at most: less than one token in all that time.
+            theirs = 1 / streamed.options.timeout
+        report.ratio(
+            f"{name}: over {LLAMA_CPP}, best run",
+            ours,
+            theirs,
+            target=TARGETS[read_ahead_kib] if is_asked else "",
+            row=ROWS[read_ahead_kib],
+            notes=streamed.notes,
+            **facts,
+        )
+    if read_ahead_kib == TUNED_KIB and not math.isnan(resident_s):
+        shares = []
+        for sample in samples[ARGOSY]:
+            reading_s = sample.values["MB/token"] / 1e3 / sample.values["drive GB/s"]
+            shares.append(max(resident_s, reading_s) * sample.values["decode"])
+        report.ratio(
+            f"{name}: overlap",
+            sorted(shares)[len(shares) // 2],
+            1.0,
+            target=">= 0.85" if streamed.share in (50, 25) else "",
+            row=7 if streamed.share in (50, 25) else None,
+            resident_s=resident_s,
+            **facts,
+        )
+    for note in streamed.notes:
+        report.line("note", note)
+    report.neighbours([sample for found in samples.values() for sample in found])
+
+
+def ask_prefill(report: Report, streamed: Streamed) -> None:
+    case, num_tokens = streamed.case, streamed.options.tokens
+    name = f"{streamed.name}, prefill of {num_tokens}"
+    ways = variants(TUNED_KIB, case.threads)
+    runs = {way: streamed.prefill(engine, threads, num_tokens) for way, (engine, threads) in ways.items()}
+    samples = alternate(runs, streamed.options.repeats)
+    report.correct("; ".join(streamed.told) or "no run came to its end")
+    facts = case.facts | {"share": streamed.share, "limit_bytes": streamed.limit_bytes}
+    for way, found in samples.items():
+        report.figure(f"{name}: {way}", "tok/s", found, "prefill", notes=streamed.notes, **facts)
+        report.figure(f"{name}: {way} reads", "MB", found, "MB", **facts)
+    if LLAMA_CPP in engines(quiet=True):
+        ours = sorted(sample.values["prefill"] for sample in samples[ARGOSY])[len(samples[ARGOSY]) // 2]
+        report.ratio(
+            f"{name}: over {LLAMA_CPP}, best run",
+            ours,
+            best_peer(samples, "prefill"),
+            target=">= 4" if streamed.share == 25 else "",
+            row=9 if streamed.share == 25 else None,
+            **facts,
+        )
+    for note in streamed.notes:
+        report.line("note", note)
+
+
+def resident_step_s(case: Case, num_new: int) -> float:
+    """Seconds of a token with every expert in memory."""
+    done = run(
+        ARGOSY,
+        Job(model=case.model, prompts=prompts(2, PROMPT_TOKENS), num_new=num_new, threads=case.threads),
+    ).require()
+    require_documents(done, 1)
+    return 1 / done.decode_tok_per_s
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--caps", default="75,50,25,12", help="limits, in percent of the file")
+    parser.add_argument("--ask", default="decode,prefill")
+    parser.add_argument("--read-ahead", default=f"{TUNED_KIB},{AS_IT_COMES_KIB}")
+    parser.add_argument("--new", type=int, default=32, help="tokens of an answer")
+    parser.add_argument("--new-slow", type=int, default=4, help="of llama.cpp as the machine comes")
+    parser.add_argument("--tokens", type=int, default=512, help="of the prompt, where prefill is asked")
+    parser.add_argument("--timeout", type=float, default=180, help="seconds for one run")
+    options, cases = parse_cases(parser, geometries="mid", formats="Q4_0,Q8_0", threads="2", repeats=2)
+    caps = [int(cap) for cap in options.caps.split(",")]
+    if options.short:
+        # The interpreter's own memory is most of a tiny model's: a limit that is more than the file.
+        caps, options.new, options.tokens, options.read_ahead = [165], 8, 64, str(TUNED_KIB)
+    report = Report("streamed", state="page cache dropped, caches warmed by one answer; prefill from cold")
+    for number, case in enumerate(cases):
+        if number == 0:
+            report.opening()
+        asked = options.ask.split(",")
+        resident_s = resident_step_s(case, options.new) if "decode" in asked else math.nan
+        files = open_model(case.model)
+        report.line(
+            "model",
+            f"{case.name}: {format_bytes(file_bytes(case.model))}, {len(files.experts)} experts of"
+            f" {format_bytes(files.expert_bytes // len(files.experts))}; a token in memory takes {resident_s:.4f} s",
+        )
+        try:
+            for cap in caps:
+                if "decode" in asked:
+                    for kib in map(int, options.read_ahead.split(",")):
+                        ask_decode(report, Streamed(case, cap, options), kib, resident_s)
+                if "prefill" in asked and (cap == 25 or options.short):
+                    ask_prefill(report, Streamed(case, cap, options))
+        except (NoMemoryCap, CannotSet) as reason:
+            print(f"skipped: {reason}", file=sys.stderr)
+            return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""What was reached beside what was asked? A Markdown table from the newest rows of benchmarks/results/*.csv.
+
+    python benchmarks/table.py [--since 2026-11-24T20:00] [--write docs/performance.md]
+
+`--write` puts the table between the two markers of the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS
+
+BEGIN, END = "<!-- results: benchmarks/table.py -->", "<!-- end of results -->"
+QUESTIONS = {
+    0: "agreement with llama.cpp on the same file, KL in nats",
+    1: "resident decode: weight bytes/s over the memory's read bandwidth",
+    2: "resident decode over llama.cpp",
+    3: "prefill of 512 tokens over llama.cpp",
+    4: "prefill: int8 operations/s over the measured peak",
+    5: "streamed decode over llama.cpp at its best, read-ahead 128 KiB",
+    6: "streamed decode over llama.cpp as the machine comes, read-ahead 8192 KiB",
+    7: "streamed decode over max(compute, missed bytes / drive)",
+    8: "demand reads over raw O_DIRECT at the record size",
+    9: "prefill of 512 tokens at 25 % over llama.cpp at its best",
+    10: "8 sequences at once over what the union of their experts allows",
+    11: "process start to first token: seconds, and over llama.cpp",
+    12: "Python's share of a decode step",
+    13: "decode beside a busy process over decode on the quiet machine",
+    14: "peak memory of a resident model over its file",
+}
+
+
+def newest(since: str) -> dict[tuple[int, str], dict[str, Any]]:
+    """Row number and label -> the last record of it."""
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for path in sorted(RESULTS.glob("*.csv")):
+        with path.open(newline="") as file:
+            for record in csv.DictReader(file):
+                facts = json.loads(record["facts"])
+                number = facts.get("row")
+                if number is not None and record["time"] >= since and facts.get("geometry") != "tiny":
+                    found[int(number), record["label"]] = record | {"facts": facts}
+    return found
+
+
+def markdown(found: dict[tuple[int, str], dict[str, Any]]) -> str:
+    lines = ["| # | what | case | reached | target | verdict |", "|---|---|---|---|---|---|"]
+    for number, question in QUESTIONS.items():
+        of_row = [(label, record) for (row, label), record in sorted(found.items()) if row == number]
+        if not of_row:
+            lines.append(f"| {number or '-'} | {question} | | not measured | | |")
+        for label, record in of_row:
+            facts = record["facts"]
+            value = float(record["median"])
+            shown = f"{value:.4f}" if abs(value) < 0.1 else f"{value:.2f}"
+            target, said = facts.get("target", ""), facts.get("verdict", "")
+            lines.append(f"| {number or '-'} | {question} | {label} | {shown} | {target} | {said} |")
+    machines = sorted({record["machine"] for record in found.values()})
+    return "\n".join([*lines, "", *(f"Measured on {machine}." for machine in machines)])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--since", default="", help="leave out what is older than this time (UTC)")
+    parser.add_argument("--write", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    table = markdown(newest(options.since))
+    if options.write is None:
+        print(table)
+        return 0
+    text = options.write.read_text()
+    if BEGIN not in text or END not in text:
+        raise SystemExit(f"{options.write} has no line '{BEGIN}' followed by '{END}'")
+    head, rest = text.split(BEGIN, 1)
+    options.write.write_text(f"{head}{BEGIN}\n{table}\n{END}{rest.split(END, 1)[1]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
