@@ -85,8 +85,8 @@ class Store {
   // of 2.5 MiB were 7 % slower, parts of 0.5 MiB no faster (benchmarks/reads.py).
   static constexpr int64_t kPartBytes = int64_t{1} << 20;
   // Half of that where a part is transcoded: nothing hides what is transcoded after the last read of a layer.
-  // With whole slices of 864 KiB, one expert of a Q4_0 file took 1.43 ms, with halves 1.19 ms (eight experts:
-  // the same).
+  // One expert of three slices of 864 KiB took 1.46 ms with halves, 1.63 ms with whole slices
+  // (docs/experiments.md).
   static constexpr int64_t kTranscodedPartBytes = kPartBytes / 2;
   // What each reader may hold to transcode from, once it has to: one huge page.
   static constexpr int64_t kStagingBytes = int64_t{2} << 20;
