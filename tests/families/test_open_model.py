@@ -256,7 +256,7 @@ def test_norms_in_float32_beside_bf16_are_fine_and_experts_of_two_formats_are_no
     name = hub_names(config, 1, 2)[1]
     tensors[name] = ("F16", tensors[name][1])
     write_checkpoint(tmp_path, tensors)
-    assert "up of expert 2 in layer 1 is f16, the experts before it are bf16" in refusal(tmp_path)
+    assert "up of expert 2 in layer 1 is f16, that of expert 0 is bf16" in refusal(tmp_path)
 
 
 # Directories and the small files
@@ -264,8 +264,8 @@ def test_norms_in_float32_beside_bf16_are_fine_and_experts_of_two_formats_are_no
 
 def test_a_directory_without_a_model_says_what_was_looked_for(tmp_path: Path) -> None:
     assert refusal(tmp_path) == (
-        f"{tmp_path} holds no model: looked for argosy.json (a pack), and for config.json with model.safetensors or "
-        "model.safetensors.index.json"
+        f"{tmp_path} holds no model: looked for argosy.json (a pack), for config.json with model.safetensors or "
+        "model.safetensors.index.json, and for a .gguf file"
     )
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert refusal(tmp_path).endswith(", found model.safetensors without config.json")
@@ -284,7 +284,9 @@ def test_a_config_without_weights_says_what_was_looked_for(tmp_path: Path) -> No
 def test_a_path_that_is_no_directory_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "gone") == f"{tmp_path / 'gone'} does not exist"
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert "is a file; a model is a directory" in refusal(tmp_path / "model.safetensors")
+    assert "is a file; a model is a .gguf file, or a directory with" in refusal(
+        tmp_path / "model.safetensors"
+    )
 
 
 @pytest.mark.parametrize("model_type", ["llama", "deepseek_v3", None, 7, ["mixtral"]])
