@@ -10,16 +10,17 @@
 //     q4       4      8   f16 of 32                  -
 //     q4_1     4      0   f16 of 32                  f16 of 32
 //     q5_0     5     16   f16 of 32                  -
-//     q4_k     4      0   f16 of 256 * u8 of 32      - f16 of 256 * u8 of 32
-//     q5_k     5      0   f16 of 256 * u8 of 32      - f16 of 256 * u8 of 32
+//     q4_k     4      0   f16 of 256 * u8 of 32      f16 of 256 * u8 of 32
+//     q5_k     5      0   f16 of 256 * u8 of 32      f16 of 256 * u8 of 32
 //     q6_k     6     32   f16 of 256 * int8 of 16    -
 //
-// The last five hold what GGUF's blocks of the same name hold, bit for bit (kernels/transcode.h).
+// The last five hold what GGUF's blocks of the same name hold, bit for bit but for the sign of a min that
+// they subtract (kernels/transcode.h).
 //
 // A quantised matrix is a list of panels of 16 rows. A block is the columns that share a float16 scale, 32 or
-// 256 of them. A panel holds all its blocks, then for every block the float16 scales of the 16 rows and,
-// where there are, the float16 mins; it is padded to 64 bytes. A block holds its groups of 32 columns, then
-// its sub-scales [group or half group][16 rows], then its sub-mins [group][16 rows]. A group is:
+// 256 of them. A panel holds all its quants, then the scales of all its blocks; it is padded to 64 bytes. The
+// scales of a block are float16 [16 rows], then, where there are, its mins float16 [16], its sub-scales
+// [group or half group][16] and its sub-mins [group][16]. The quants of a group of 32 columns are:
 //
 //   8 bits   chunk c = 0..7: 64 bytes; byte 4 r + j = q of row r, column 4 c + j.
 //   others   chunk c = 0..3: 64 bytes; byte 4 r + j = the lower 4 bits of q of column 4 c + j in the low
@@ -62,15 +63,15 @@ struct QuantFormat {
 
   constexpr int64_t group_bytes() const { return kChunkBytes * bits; }
   constexpr int64_t block_groups() const { return block_cols / kGroupSize; }
-  constexpr int64_t sub_scales_at() const { return block_groups() * group_bytes(); }  // inside a block
+  constexpr int64_t block_quant_bytes() const { return block_groups() * group_bytes(); }
+  // Inside the scales of a block.
+  constexpr int64_t sub_scales_at() const { return kPanelRows * 2 * (has_min ? 2 : 1); }
   constexpr int64_t sub_mins_at() const {
     return sub_scales_at() + (sub_scale_cols > 0 ? block_cols / sub_scale_cols * kPanelRows : 0);
   }
-  constexpr int64_t block_bytes() const {
+  constexpr int64_t block_scale_bytes() const {
     return sub_mins_at() + (sub_scale_cols > 0 && has_min ? block_groups() * kPanelRows : 0);
   }
-  // The float16 scales of one block, then its mins.
-  constexpr int64_t scale_bytes() const { return kPanelRows * 2 * (has_min ? 2 : 1); }
 };
 
 static inline constexpr bool is_quantized(Format format) { return format >= Format::q8; }
@@ -104,14 +105,14 @@ static inline constexpr int64_t num_blocks(Format format, int64_t cols) {
 // Of f32, f16, bf16.
 static inline constexpr int64_t weight_bytes(Format format) { return format == Format::f32 ? 4 : 2; }
 
-// Where the float16 scales of a panel begin, behind its blocks.
+// Where the scales of a panel begin, behind its quants.
 static inline constexpr int64_t scales_at(Format format, int64_t cols) {
-  return num_blocks(format, cols) * quant_format(format).block_bytes();
+  return num_blocks(format, cols) * quant_format(format).block_quant_bytes();
 }
 
 static inline constexpr int64_t panel_bytes(Format format, int64_t cols) {
-  return round_up(scales_at(format, cols) + num_blocks(format, cols) * quant_format(format).scale_bytes(),
-                  64);
+  return round_up(
+      scales_at(format, cols) + num_blocks(format, cols) * quant_format(format).block_scale_bytes(), 64);
 }
 
 static inline constexpr int64_t matrix_bytes(Format format, int64_t rows, int64_t cols) {
@@ -122,8 +123,7 @@ static inline constexpr int64_t matrix_bytes(Format format, int64_t rows, int64_
 // q of row 0 to 15 of a panel, less the format's zero.
 static inline int32_t quant_at(Format format, const uint8_t* panel, int64_t row, int64_t col) {
   const QuantFormat q = quant_format(format);
-  const uint8_t* group = panel + col / q.block_cols * q.block_bytes() +
-                         col % q.block_cols / kGroupSize * q.group_bytes() + row * 4 + col % 4;
+  const uint8_t* group = panel + col / kGroupSize * q.group_bytes() + row * 4 + col % 4;
   const int64_t chunk = col % kGroupSize / 4;
   if (q.bits == 8) return group[chunk * kChunkBytes] - q.zero;
   const uint8_t* high = group + 4 * kChunkBytes;

@@ -12,7 +12,6 @@ namespace {
 // Tiles that fill the 16 registers.
 constexpr int kFloatTileRows = 2, kFloatTileTokens = 4, kFloatRowsAlone = 4;
 constexpr int kOnePanelTokens = 2;
-constexpr int two_panels_tokens(Format) { return 0; }
 constexpr int kScoreQueries = 4, kScoreTiles = 1, kValueQueries = 2;
 }  // namespace
 }  // namespace argosy

@@ -25,7 +25,7 @@ std::vector<const KernelTable*> runnable_tables() {
   if (avx2) tables.push_back(&kAvx2Kernels);
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")) {
+      __builtin_cpu_supports("avx512vnni")) {
     tables.push_back(&kAvx512Kernels);
   }
 #endif

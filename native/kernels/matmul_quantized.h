@@ -4,8 +4,10 @@
 //   both bytes of an activation beside q8 weights, the high one beside the others. y  float32, overwritten.
 //
 // For each group in ascending order: y += (weight scale * activation scale) * float(dot), where dot is the
-// exact integer sum over the group of q * activation. Few tokens: bound by memory, 1.0625 or 0.5625 bytes per
-// weight. Many: bound by integer multiply-adds.
+// exact integer sum over the group of q * activation; then, where the format has mins, y += min * (activation
+// scale * sum of the activations). q6_k: y += activation scale * (sum over both halves of scale *
+// float(dot)). Few tokens: bound by memory, 0.56 to 1.06 bytes per weight. Many: bound by integer
+// multiply-adds.
 #pragma once
 
 #include "kernels/half.h"
@@ -35,13 +37,15 @@ void matmul_reference(const MatmulArgs& a) {
       float sum = 0.0f;
       for (int64_t group = 0; group < num_groups(a.cols); ++group) {
         const float scale = read_unaligned<float>(x + activation_scales_at(kFormat, a.cols) + group * 4);
+        float scaled = 0.0f;
         for (int64_t begin = group * kGroupSize; begin < (group + 1) * kGroupSize; begin += kSameScale) {
           int32_t dot = 0;
           for (int64_t col = begin; col < begin + kSameScale; ++col) {
             dot += quant_at(kFormat, panel, lane, col) * activation_at(kFormat, x, a.cols, col);
           }
-          sum += (weight_scale_at(kFormat, panel, a.cols, lane, begin).scale * scale) * float(dot);
+          scaled += weight_scale_at(kFormat, panel, a.cols, lane, begin).scale * float(dot);
         }
+        sum += scaled * scale;
         if (kQuant.has_min) {
           sum += weight_scale_at(kFormat, panel, a.cols, lane, group * kGroupSize).min *
                  read_unaligned<float>(x + activation_sums_at(a.cols) + group * 4);
@@ -61,29 +65,39 @@ void matmul_quantized(const MatmulArgs& a) {
 
 #else
 
-// Tiles of kPanels panels and kTokens tokens, and the rest in smaller ones.
-template <Format kFormat, int kPanels>
-void matmul_quantized_panels(const MatmulArgs& a, int64_t row) {
-  constexpr int kTokens = kPanels == 1 ? kOnePanelTokens : two_panels_tokens(kFormat);
-  int64_t token = 0;
-  for (; token + kTokens <= a.num_tokens; token += kTokens) {
-    QuantizedTile<kFormat, kPanels, kTokens>::run(a, row, token);
+// All tokens of kPanels panels, in tiles of much the same size: a tile of one token takes as long as one of
+// two.
+template <Format kFormat, int kPanels, int kMostTokens>
+void matmul_panels(const MatmulArgs& a, int64_t row) {
+  // The first pass over the weights waits for them, so it asks for the next panels. One token alone reads in
+  // an order that the hardware foresees, and faster.
+  const bool asks = a.num_tokens > 1 && row + kPanels * kPanelRows < a.row_end;
+  const int64_t next = asks ? kPanels * panel_bytes(kFormat, a.cols) : 0;
+  const int64_t tiles = (a.num_tokens + kMostTokens - 1) / kMostTokens;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t begin = a.num_tokens * tile / tiles;
+    with_number<kMostTokens>(a.num_tokens * (tile + 1) / tiles - begin, [&]<int kTokens>(Number<kTokens>) {
+      QuantizedTile<kFormat, kPanels, kTokens>::run(a, row, begin, tile == 0 ? next : 0);
+    });
   }
-  with_number<kTokens - 1>(a.num_tokens - token, [&]<int kRest>(Number<kRest>) {
-    QuantizedTile<kFormat, kPanels, kRest>::run(a, row, token);
-  });
 }
 
 template <Format kFormat>
 void matmul_quantized(const MatmulArgs& a) {
-  if constexpr (kFormat != Format::q8 && kFormat != Format::q4) return matmul_reference<kFormat>(a);
   int64_t row = a.row_begin;
-  if constexpr (two_panels_tokens(kFormat) > 0) {
+#if ARGOSY_AVX512
+  if (a.num_tokens == 1 && panel_bytes(kFormat, a.cols) <= kShortPanelBytes) {
+    for (; row < a.row_end; row += kPanelRows) QuantizedTile<kFormat, 1, 1>::run_ascending(a, row, 0);
+    return;
+  }
+  // Two or three tokens of one panel at a time: reading is what takes the time.
+  if (a.num_tokens == 1 || a.num_tokens > 3) {
     for (; row + kPanelRows < a.row_end; row += 2 * kPanelRows) {
-      matmul_quantized_panels<kFormat, 2>(a, row);
+      matmul_panels<kFormat, 2, two_panels_tokens(kFormat)>(a, row);
     }
   }
-  for (; row < a.row_end; row += kPanelRows) matmul_quantized_panels<kFormat, 1>(a, row);
+#endif
+  for (; row < a.row_end; row += kPanelRows) matmul_panels<kFormat, 1, kOnePanelTokens>(a, row);
 }
 
 #endif

@@ -1,8 +1,10 @@
 // quantized_tile_avx2.h: the inner loop of matmul_quantized with exact 16-bit products.
 //
-//   q8  weights and activations are widened to 16 bits; vpmaddwd gives each row two partial sums of 32 bits.
-//   q4  a nibble times an activation, and the sum of the sixteen such products that a lane collects in a
-//       group, fits 16 bits (16 * 15 * 127 = 30480), so vpmaddubsw cannot saturate.
+//   8 bits   weights and activations are widened to 16 bits; vpmaddwd gives each row two partial sums of 32
+//            bits.
+//   others   vpmaddubsw multiplies bytes and adds pairs into 16 bits; so many of them are added as 16 bits
+//   hold
+//            without saturating (8, 4, 2 products of 2 * 15, 31, 63 * 127).
 #pragma once
 
 #include "kernels/kernel_table.h"
@@ -16,120 +18,46 @@ inline __m256i load_bytes(const uint8_t* from) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }
 
-// How far ahead of the products the weights are asked for.
-constexpr int64_t kPanelPrefetchBytes = 4096;
-
-// The dot products of a group, rows 0-7 and 8-15 of each token, before the
-// offset.
-template <int kTokens>
-[[gnu::always_inline]] inline void dot_group_q8(const uint8_t* quants, const uint8_t* const (&x)[kTokens],
-                                                int64_t col, int64_t low_at, __m256i (&dot)[kTokens][2]) {
-  __m256i pairs[kTokens][4];  // rows 0-3, 4-7, 8-11, 12-15; two partial sums each
-#pragma GCC unroll 4
-  for (int j = 0; j < kTokens; ++j) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) pairs[j][i] = _mm256_setzero_si256();
-  }
-#pragma GCC unroll 8
-  for (int chunk = 0; chunk < 8; ++chunk) {
-    __m256i activations[kTokens];
-#pragma GCC unroll 4
-    for (int j = 0; j < kTokens; ++j) {
-      const uint8_t* from = x[j] + col + 4 * chunk;
-      const __m128i high = _mm_cvtepi8_epi16(_mm_cvtsi32_si128(read_unaligned<int32_t>(from)));
-      const __m128i low = _mm_cvtepi8_epi16(_mm_cvtsi32_si128(read_unaligned<int32_t>(from + low_at)));
-      activations[j] = _mm256_broadcastq_epi64(_mm_add_epi16(_mm_slli_epi16(high, 8), low));
-    }
-    __builtin_prefetch(quants + chunk * kChunkBytes + kPanelPrefetchBytes);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const uint8_t* from = quants + chunk * kChunkBytes + 16 * i;
-      const __m256i weights = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-#pragma GCC unroll 4
-      for (int j = 0; j < kTokens; ++j) {
-        pairs[j][i] = _mm256_add_epi32(pairs[j][i], _mm256_madd_epi16(weights, activations[j]));
-      }
-    }
-  }
-  // Horizontal addition works within 128-bit halves: rows 0 1 4 5 | 2 3 6 7, put back in order.
-#pragma GCC unroll 4
-  for (int j = 0; j < kTokens; ++j) {
-    dot[j][0] = _mm256_permute4x64_epi64(_mm256_hadd_epi32(pairs[j][0], pairs[j][1]), 0xD8);
-    dot[j][1] = _mm256_permute4x64_epi64(_mm256_hadd_epi32(pairs[j][2], pairs[j][3]), 0xD8);
-  }
-}
-
-template <int kTokens>
-[[gnu::always_inline]] inline void dot_group_q4(const uint8_t* quants, const uint8_t* const (&x)[kTokens],
-                                                int64_t col, __m256i (&dot)[kTokens][2]) {
-  const __m256i nibble = _mm256_set1_epi8(0x0F);
-  __m256i sums[kTokens][2];  // 16-bit, two per row
-#pragma GCC unroll 4
-  for (int j = 0; j < kTokens; ++j) sums[j][0] = sums[j][1] = _mm256_setzero_si256();
-#pragma GCC unroll 4
-  for (int chunk = 0; chunk < 4; ++chunk) {
-    __builtin_prefetch(quants + chunk * kChunkBytes + kPanelPrefetchBytes);
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      const __m256i both = load_bytes(quants + chunk * kChunkBytes + 32 * i);
-      const __m256i bottom = _mm256_and_si256(both, nibble);
-      const __m256i top = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
-#pragma GCC unroll 4
-      for (int j = 0; j < kTokens; ++j) {
-        const uint8_t* from = x[j] + col + 4 * chunk;
-        const __m256i first = _mm256_set1_epi32(read_unaligned<int32_t>(from));
-        const __m256i second = _mm256_set1_epi32(read_unaligned<int32_t>(from + 16));
-        const __m256i both_halves =
-            _mm256_add_epi16(_mm256_maddubs_epi16(bottom, first), _mm256_maddubs_epi16(top, second));
-        sums[j][i] = _mm256_add_epi16(sums[j][i], both_halves);
-      }
-    }
-  }
-  const __m256i ones = _mm256_set1_epi16(1);
-#pragma GCC unroll 4
-  for (int j = 0; j < kTokens; ++j) {
-    dot[j][0] = _mm256_madd_epi16(sums[j][0], ones);
-    dot[j][1] = _mm256_madd_epi16(sums[j][1], ones);
-  }
+inline Vec bytes_to_floats(const uint8_t* from, bool is_signed) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return _mm256_cvtepi32_ps(is_signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
 }
 
 template <Format kFormat, int kPanels, int kTokens>
 struct QuantizedTile {
   static_assert(kPanels == 1);
+  static constexpr QuantFormat kQuant = quant_format(kFormat);
+  static constexpr int64_t kBlockGroups = kQuant.block_groups();
+  static constexpr int kParts = kFormat == Format::q6_k ? 2 : 1;  // of a group, each with a scale of its own
+  using Rows = const uint8_t* [kTokens];
+  using Dots = __m256i[kTokens][kParts][2];  // rows 0-7 and 8-15
 
-  static void run(const MatmulArgs& a, int64_t row, int64_t token) {
-    const int64_t groups = num_groups(a.cols);
-    const int64_t x_scales_at = activation_scales_at(kFormat, a.cols);
-    const int64_t offsets_at = activation_offsets_at(kFormat, a.cols);
-    constexpr int64_t kGroupBytes = kChunkBytes * (kFormat == Format::q8 ? 8 : 4);
-    const uint8_t* quants = a.weights + row / kPanelRows * panel_bytes(kFormat, a.cols);
-    const uint8_t* scales = quants + scales_at(kFormat, a.cols);
-    const uint8_t* x[kTokens];
+  // Rows [row, row + 16) of tokens [token, token + kTokens). The weights that lie `ahead` are asked for.
+  static void run(const MatmulArgs& a, int64_t row, int64_t token, int64_t ahead) {
+    const uint8_t* panel = a.weights + row / kPanelRows * panel_bytes(kFormat, a.cols);
+    const uint8_t* scales = panel + scales_at(kFormat, a.cols);
+    Rows x;
     Vec sum[kTokens][2];
 #pragma GCC unroll 4
     for (int j = 0; j < kTokens; ++j) {
       x[j] = activation_row(a, token + j);
-      sum[j][0] = zeros();
-      sum[j][1] = zeros();
+      sum[j][0] = sum[j][1] = zeros();
     }
-    for (int64_t group = 0; group < groups; ++group) {
-      const Vec weight_scale[2] = {F16Weights::load(scales + group * 32),
-                                   F16Weights::load(scales + group * 32 + 16)};
-      __m256i dot[kTokens][2];
-      if constexpr (kFormat == Format::q8) {
-        dot_group_q8<kTokens>(quants + group * kGroupBytes, x, group * kGroupSize, activation_low_at(a.cols),
-                              dot);
-      } else {
-        dot_group_q4<kTokens>(quants + group * kGroupBytes, x, group * kGroupSize, dot);
+    for (int64_t group = 0; group < num_groups(a.cols); ++group) {
+      const uint8_t* quants = panel + group * kQuant.group_bytes();
+      if (ahead > 0) {
+        for (int64_t line = 0; line < kQuant.group_bytes(); line += 64)
+          __builtin_prefetch(quants + ahead + line);
       }
-#pragma GCC unroll 4
-      for (int j = 0; j < kTokens; ++j) {
-        const __m256i offset = _mm256_set1_epi32(read_unaligned<int32_t>(x[j] + offsets_at + group * 4));
-        const Vec scale = broadcast(read_unaligned<float>(x[j] + x_scales_at + group * 4));
-        for (int half = 0; half < 2; ++half) {
-          const Vec exact = _mm256_cvtepi32_ps(_mm256_add_epi32(dot[j][half], offset));
-          sum[j][half] = fma(mul(weight_scale[half], scale), exact, sum[j][half]);
-        }
+      Dots dot;
+      if constexpr (kQuant.bits == 8) {
+        multiply_wide(quants, x, group * kGroupSize, activation_low_at(a.cols), dot);
+      } else {
+        multiply(quants, x, group * kGroupSize, dot);
+      }
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        scale(scales + group / kBlockGroups * kQuant.block_scale_bytes(), x, a.cols, group, half, dot, sum);
       }
     }
     const int64_t rows = a.row_end - row;
@@ -138,6 +66,148 @@ struct QuantizedTile {
       float* y = output_row(a, token + j) + (row - a.row_begin);
       store(y, sum[j][0], rows < 8 ? rows : 8);
       if (rows > 8) store(y + 8, sum[j][1], rows < 16 ? rows - 8 : 8);
+    }
+  }
+
+ private:
+  // 16-bit activations, both bytes; the zero of the quants is still in the dot products.
+  [[gnu::always_inline]] static inline void multiply_wide(const uint8_t* quants, const Rows& x, int64_t col,
+                                                          int64_t low_at, Dots& dot) {
+    __m256i pairs[kTokens][4];  // rows 0-3, 4-7, 8-11, 12-15; two partial sums each
+#pragma GCC unroll 4
+    for (int j = 0; j < kTokens; ++j) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) pairs[j][i] = _mm256_setzero_si256();
+    }
+#pragma GCC unroll 8
+    for (int chunk = 0; chunk < 8; ++chunk) {
+      __m256i activations[kTokens];
+#pragma GCC unroll 4
+      for (int j = 0; j < kTokens; ++j) {
+        const uint8_t* from = x[j] + col + 4 * chunk;
+        const __m128i high = _mm_cvtepi8_epi16(_mm_cvtsi32_si128(read_unaligned<int32_t>(from)));
+        const __m128i low = _mm_cvtepi8_epi16(_mm_cvtsi32_si128(read_unaligned<int32_t>(from + low_at)));
+        activations[j] = _mm256_broadcastq_epi64(_mm_add_epi16(_mm_slli_epi16(high, 8), low));
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const uint8_t* from = quants + chunk * kChunkBytes + 16 * i;
+        const __m256i weights = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#pragma GCC unroll 4
+        for (int j = 0; j < kTokens; ++j) {
+          pairs[j][i] = _mm256_add_epi32(pairs[j][i], _mm256_madd_epi16(weights, activations[j]));
+        }
+      }
+    }
+    // Horizontal addition works within 128-bit halves: rows 0 1 4 5 | 2 3 6 7, put back in order.
+#pragma GCC unroll 4
+    for (int j = 0; j < kTokens; ++j) {
+      dot[j][0][0] = _mm256_permute4x64_epi64(_mm256_hadd_epi32(pairs[j][0], pairs[j][1]), 0xD8);
+      dot[j][0][1] = _mm256_permute4x64_epi64(_mm256_hadd_epi32(pairs[j][2], pairs[j][3]), 0xD8);
+    }
+  }
+
+  [[gnu::always_inline]] static inline void multiply(const uint8_t* quants, const Rows& x, int64_t col,
+                                                     Dots& dot) {
+    // Chunks whose products 16 bits hold, within one part of the group.
+    constexpr int kRun = kQuant.bits == 4 ? 8 : kQuant.bits == 5 ? 4 : 2;
+    const __m256i ones = _mm256_set1_epi16(1);
+#pragma GCC unroll 4
+    for (int j = 0; j < kTokens; ++j) {
+#pragma GCC unroll 2
+      for (int part = 0; part < kParts; ++part) dot[j][part][0] = dot[j][part][1] = _mm256_setzero_si256();
+    }
+#pragma GCC unroll 4
+    for (int begin = 0; begin < 8; begin += kRun) {
+      __m256i sums[kTokens][2];  // 16-bit, two per row
+#pragma GCC unroll 4
+      for (int j = 0; j < kTokens; ++j) sums[j][0] = sums[j][1] = _mm256_setzero_si256();
+#pragma GCC unroll 8
+      for (int chunk = begin; chunk < begin + kRun; ++chunk) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          const __m256i w = unpack(quants + 32 * half, chunk);
+#pragma GCC unroll 4
+          for (int j = 0; j < kTokens; ++j) {
+            const __m256i four = _mm256_set1_epi32(read_unaligned<int32_t>(x[j] + col + 4 * chunk));
+            sums[j][half] = _mm256_add_epi16(sums[j][half], _mm256_maddubs_epi16(w, four));
+          }
+        }
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < kTokens; ++j) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          __m256i& to = dot[j][kParts == 1 ? 0 : begin / 4][half];
+          to = _mm256_add_epi32(to, _mm256_madd_epi16(sums[j][half], ones));
+        }
+      }
+    }
+  }
+
+  // Four columns of eight rows as bytes.
+  [[gnu::always_inline]] static inline __m256i unpack(const uint8_t* group, int chunk) {
+    const __m256i both = load_bytes(group + chunk % 4 * kChunkBytes);
+    const __m256i low =
+        _mm256_and_si256(chunk < 4 ? both : _mm256_srli_epi16(both, 4), _mm256_set1_epi8(0x0F));
+    if constexpr (kQuant.bits == 4) return low;
+    constexpr int kHighBits = kQuant.bits - 4;
+    const int plane = chunk * kHighBits / 8;
+    const int bit = chunk * kHighBits % 8;
+    const __m256i high = load_bytes(group + (4 + plane) * kChunkBytes);
+    const __m256i in_place = bit <= 4 ? _mm256_slli_epi16(high, 4 - bit) : _mm256_srli_epi16(high, bit - 4);
+    const __m256i mask = _mm256_set1_epi8(kHighBits == 1 ? 0x10 : 0x30);
+    return _mm256_or_si256(low, _mm256_and_si256(in_place, mask));
+  }
+
+  // Adds the dot products of eight rows of a group to the sums.
+  [[gnu::always_inline]] static inline void scale(const uint8_t* scales, const Rows& x, int64_t cols,
+                                                  int64_t group, int half, const Dots& dot,
+                                                  Vec (&sum)[kTokens][2]) {
+    const int64_t first_row = half * 8;
+    const Vec block_scale = F16Weights::load(scales + first_row * 2);
+    Vec weight_scale[kParts] = {block_scale};
+    if constexpr (kQuant.sub_scale_cols > 0) {
+      const uint8_t* sub_scales =
+          scales + kQuant.sub_scales_at() + first_row + group % kBlockGroups * kParts * kPanelRows;
+#pragma GCC unroll 2
+      for (int part = 0; part < kParts; ++part) {
+        weight_scale[part] = mul(block_scale, bytes_to_floats(sub_scales + part * kPanelRows, kParts == 2));
+      }
+    }
+    Vec min = zeros();
+    if constexpr (kQuant.has_min) {
+      min = F16Weights::load(scales + (kPanelRows + first_row) * 2);
+      if constexpr (kQuant.sub_scale_cols > 0) {
+        const uint8_t* sub_mins =
+            scales + kQuant.sub_mins_at() + first_row + group % kBlockGroups * kPanelRows;
+        min = mul(min, bytes_to_floats(sub_mins, false));
+      }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kTokens; ++j) {
+      const Vec x_scale =
+          broadcast(read_unaligned<float>(x[j] + activation_scales_at(kFormat, cols) + group * 4));
+      Vec exact[kParts];
+#pragma GCC unroll 2
+      for (int part = 0; part < kParts; ++part) {
+        __m256i whole = dot[j][part][half];
+        if constexpr (kQuant.zero != 0) {
+          const uint8_t* offset = x[j] + activation_offsets_at(kFormat, cols) + (group * kParts + part) * 4;
+          whole = _mm256_add_epi32(whole, _mm256_set1_epi32(read_unaligned<int32_t>(offset)));
+        }
+        exact[part] = _mm256_cvtepi32_ps(whole);
+      }
+      if constexpr (kParts == 1) {
+        sum[j][half] = fma(mul(weight_scale[0], x_scale), exact[0], sum[j][half]);
+      } else {
+        sum[j][half] =
+            fma(x_scale, fma(weight_scale[1], exact[1], mul(weight_scale[0], exact[0])), sum[j][half]);
+      }
+      if constexpr (kQuant.has_min) {
+        const Vec x_sum = broadcast(read_unaligned<float>(x[j] + activation_sums_at(cols) + group * 4));
+        sum[j][half] = fma(min, x_sum, sum[j][half]);
+      }
     }
   }
 };

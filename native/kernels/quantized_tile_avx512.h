@@ -1,9 +1,9 @@
 // quantized_tile_avx512.h: the inner loop of matmul_quantized with vpdpbusd.
 //
-// Sixteen rows are the lanes of a register: 64 bytes of a panel times four broadcast activations add to
-// sixteen sums. The sum starts at the group's offset, which takes 128 (q8) or 8 (q4) out of every weight.
-// Beside q8 weights there are two sums, of the high and of the low bytes of the activations; weights are
-// loaded once.
+// Sixteen rows are the lanes of a register: 64 bytes of quants times four broadcast activations add to
+// sixteen sums. A sum starts at the group's offset, which takes the zero of the format out of every weight.
+// Beside q8 weights there are two sums, of the high and of the low bytes of the activations; q6_k has one per
+// half group.
 #pragma once
 
 #include "kernels/kernel_table.h"
@@ -13,61 +13,203 @@
 namespace argosy {
 namespace {
 
-// How far ahead of the products the weights are asked for.
-constexpr int64_t kPanelPrefetchBytes = 8192;
+// A panel about as long as the L1 cache.
+constexpr int64_t kShortPanelBytes = 40 << 10;
 
 inline __m512i broadcast_four(const uint8_t* activations) {
   return _mm512_set1_epi32(read_unaligned<int32_t>(activations));
 }
 
+inline Vec bytes_to_floats(const uint8_t* from, bool is_signed) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm512_cvtepi32_ps(is_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+}
+
 template <Format kFormat, int kPanels, int kTokens>
 struct QuantizedTile {
-  // Sums of a group: of the high bytes of the activations, and beside q8 weights of the low ones.
-  static constexpr int kBytes = kFormat == Format::q8 ? 2 : 1;
-  using Dots = __m512i[kPanels][kTokens][kBytes];
-  using Rows = const uint8_t* [kTokens];
+  static constexpr QuantFormat kQuant = quant_format(kFormat);
+  static constexpr int64_t kGroupBytes = kQuant.group_bytes();
+  static constexpr int64_t kBlockGroups = kQuant.block_groups();
+  static constexpr int kParts = kFormat == Format::q6_k ? 2 : 1;  // of a group, each with a scale of its own
+  using Dots = __m512i[kPanels][kTokens][kParts];
+  using Sums = Vec[kPanels][kTokens];
 
-  static void run(const MatmulArgs& a, int64_t row, int64_t token) {
+  // What the loop over the groups goes through.
+  struct Operands {
+    Operands(const MatmulArgs& a, int64_t row, int64_t token)
+        : cols(a.cols),
+          stride(panel_bytes(kFormat, a.cols)),
+          panel(a.weights + row / kPanelRows * stride),
+          scales(panel + scales_at(kFormat, a.cols)) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kTokens; ++j) x[j] = activation_row(a, token + j);
+    }
+
+    const uint8_t* quants(int64_t group) const { return panel + group * kGroupBytes; }
+    const uint8_t* block_scales(int64_t group) const {
+      return scales + group / kBlockGroups * kQuant.block_scale_bytes();
+    }
+
+    int64_t cols, stride;
+    const uint8_t *panel, *scales;  // of the first panel; the second lies `stride` further
+    const uint8_t* x[kTokens];
+  };
+
+  // Rows [row, row + 16 * kPanels) of tokens [token, token + kTokens). The weights that lie `ahead` are asked
+  // for; 0 for none.
+  static void run(const MatmulArgs& a, int64_t row, int64_t token, int64_t ahead) {
+    const Operands o(a, row, token);
+    Sums sum = {};
+    for (int64_t group = 0; group < num_groups(a.cols); ++group) {
+      if (ahead > 0) prefetch(o, group, ahead);
+      Dots dot;
+      multiply(o, group, dot);
+      scale(o, group, dot, sum);
+    }
+    put(a, row, token, sum);
+  }
+
+  // The same for short panels, in two passes. One token is bound by reading the weights, and the hardware
+  // reads ahead only while addresses ascend: first all quants of the panel, then its scales, then the next
+  // panel.
+  static void run_ascending(const MatmulArgs& a, int64_t row, int64_t token) {
+    constexpr int64_t kMostGroups = kShortPanelBytes / kGroupBytes;
+    const Operands o(a, row, token);
     const int64_t groups = num_groups(a.cols);
-    const int64_t stride = panel_bytes(kFormat, a.cols);
-    const int64_t x_scales_at = activation_scales_at(kFormat, a.cols);
-    const int64_t offsets_at = activation_offsets_at(kFormat, a.cols);
-    const int64_t low_at = activation_low_at(a.cols);
-    constexpr int64_t kGroupBytes = kChunkBytes * (kFormat == Format::q8 ? 8 : 4);
-    const uint8_t* quants = a.weights + row / kPanelRows * stride;
-    const uint8_t* scales = quants + scales_at(kFormat, a.cols);
-    Rows x;
-    Vec sum[kPanels][kTokens];
+    Dots dots[kMostGroups];
+    Sums sum = {};
+    for (int64_t group = 0; group < groups; ++group) multiply(o, group, dots[group]);
+    for (int64_t group = 0; group < groups; ++group) scale(o, group, dots[group], sum);
+    put(a, row, token, sum);
+  }
+
+ private:
+  [[gnu::always_inline]] static inline void prefetch(const Operands& o, int64_t group, int64_t ahead) {
+    constexpr int kIntoL2 = 2;
+#pragma GCC unroll 2
+    for (int i = 0; i < kPanels; ++i) {
+      const uint8_t* from = o.quants(group) + i * o.stride + ahead;
+#pragma GCC unroll 8
+      for (int64_t line = 0; line < kGroupBytes; line += 64) __builtin_prefetch(from + line, 0, kIntoL2);
+      __builtin_prefetch(o.block_scales(group) + i * o.stride + ahead, 0, kIntoL2);
+    }
+  }
+
+  // The exact dot products of a group.
+  [[gnu::always_inline]] static inline void multiply(const Operands& o, int64_t group, Dots& dot) {
+    const int64_t x_at = group * kGroupSize;
+    const int64_t low_at = activation_low_at(o.cols) + x_at;
+    __m512i low[kPanels][kTokens];  // q8
 #pragma GCC unroll 16
     for (int j = 0; j < kTokens; ++j) {
-      x[j] = activation_row(a, token + j);
 #pragma GCC unroll 2
-      for (int i = 0; i < kPanels; ++i) sum[i][j] = zeros();
+      for (int i = 0; i < kPanels; ++i) {
+        if constexpr (kFormat == Format::q8) low[i][j] = offset(o, group, j, 0);
+#pragma GCC unroll 2
+        for (int part = 0; part < kParts; ++part) {
+          dot[i][j][part] = kFormat == Format::q8 ? _mm512_setzero_si512() : offset(o, group, j, part);
+        }
+      }
     }
-    for (int64_t group = 0; group < groups; ++group) {
-      Dots dot;
+#pragma GCC unroll 8
+    for (int step = 0; step < 8; ++step) {
+      // Chunks c and c + 4 share bytes.
+      const int chunk = kQuant.bits == 8 ? step : step / 2 + step % 2 * 4;
+      __m512i w[kPanels];
+#pragma GCC unroll 2
+      for (int i = 0; i < kPanels; ++i) w[i] = unpack(o.quants(group) + i * o.stride, chunk);
+#pragma GCC unroll 16
+      for (int j = 0; j < kTokens; ++j) {
+        const __m512i four = broadcast_four(o.x[j] + x_at + 4 * chunk);
+#pragma GCC unroll 2
+        for (int i = 0; i < kPanels; ++i) {
+          __m512i& to = dot[i][j][kParts == 1 ? 0 : chunk / 4];
+          to = _mm512_dpbusd_epi32(to, w[i], four);
+        }
+        if constexpr (kFormat == Format::q8) {
+          const __m512i four_low = broadcast_four(o.x[j] + low_at + 4 * chunk);
+#pragma GCC unroll 2
+          for (int i = 0; i < kPanels; ++i) low[i][j] = _mm512_dpbusd_epi32(low[i][j], w[i], four_low);
+        }
+      }
+    }
+    if constexpr (kFormat == Format::q8) {
 #pragma GCC unroll 16
       for (int j = 0; j < kTokens; ++j) {
 #pragma GCC unroll 2
         for (int i = 0; i < kPanels; ++i) {
-          dot[i][j][0] = kBytes == 1 ? broadcast_four(x[j] + offsets_at + group * 4) : _mm512_setzero_si512();
-          if constexpr (kBytes == 2) dot[i][j][1] = broadcast_four(x[j] + offsets_at + group * 4);
-        }
-      }
-      add_group(quants + group * kGroupBytes, stride, x, group * kGroupSize, low_at, dot);
-#pragma GCC unroll 2
-      for (int i = 0; i < kPanels; ++i) {
-        const Vec weight_scale = F16Weights::load(scales + i * stride + group * kPanelRows * 2);
-#pragma GCC unroll 16
-        for (int j = 0; j < kTokens; ++j) {
-          const Vec scale =
-              mul(weight_scale, broadcast(read_unaligned<float>(x[j] + x_scales_at + group * 4)));
-          __m512i whole = dot[i][j][0];
-          if constexpr (kBytes == 2) whole = _mm512_add_epi32(_mm512_slli_epi32(whole, 8), dot[i][j][1]);
-          sum[i][j] = fma(scale, _mm512_cvtepi32_ps(whole), sum[i][j]);
+          dot[i][j][0] = _mm512_add_epi32(_mm512_slli_epi32(dot[i][j][0], 8), low[i][j]);
         }
       }
     }
+  }
+
+  [[gnu::always_inline]] static inline __m512i offset(const Operands& o, int64_t group, int token, int part) {
+    if constexpr (kQuant.zero == 0) return _mm512_setzero_si512();
+    return broadcast_four(o.x[token] + activation_offsets_at(kFormat, o.cols) + (group * kParts + part) * 4);
+  }
+
+  // Four columns of sixteen rows as bytes.
+  [[gnu::always_inline]] static inline __m512i unpack(const uint8_t* group, int chunk) {
+    if constexpr (kQuant.bits == 8) return _mm512_loadu_si512(group + chunk * kChunkBytes);
+    const __m512i both = _mm512_loadu_si512(group + chunk % 4 * kChunkBytes);
+    const __m512i low =
+        _mm512_and_si512(chunk < 4 ? both : _mm512_srli_epi16(both, 4), _mm512_set1_epi8(0x0F));
+    if constexpr (kQuant.bits == 4) return low;
+    constexpr int kHighBits = kQuant.bits - 4;
+    const int plane = chunk * kHighBits / 8;
+    const int bit = chunk * kHighBits % 8;
+    const __m512i high = _mm512_loadu_si512(group + (4 + plane) * kChunkBytes);
+    const __m512i in_place =
+        bit <= 4 ? _mm512_slli_epi16(high, unsigned(4 - bit)) : _mm512_srli_epi16(high, unsigned(bit - 4));
+    const __m512i mask = _mm512_set1_epi8(kHighBits == 1 ? 0x10 : 0x30);
+    return _mm512_ternarylogic_epi32(low, in_place, mask, 0xF8);  // low | (in_place & mask)
+  }
+
+  // Adds the dot products of a group to the sums.
+  [[gnu::always_inline]] static inline void scale(const Operands& o, int64_t group, const Dots& dot,
+                                                  Sums& sum) {
+    const int64_t x_scale_at = activation_scales_at(kFormat, o.cols) + group * 4;
+    const int64_t x_sum_at = activation_sums_at(o.cols) + group * 4;
+#pragma GCC unroll 2
+    for (int i = 0; i < kPanels; ++i) {
+      const uint8_t* scales = o.block_scales(group) + i * o.stride;
+      const Vec block_scale = F16Weights::load(scales);
+      Vec weight_scale[kParts] = {block_scale};
+      if constexpr (kQuant.sub_scale_cols > 0) {
+        const uint8_t* sub_scales =
+            scales + kQuant.sub_scales_at() + group % kBlockGroups * kParts * kPanelRows;
+#pragma GCC unroll 2
+        for (int part = 0; part < kParts; ++part) {
+          weight_scale[part] = mul(block_scale, bytes_to_floats(sub_scales + part * kPanelRows, kParts == 2));
+        }
+      }
+      Vec min = zeros();
+      if constexpr (kQuant.has_min) {
+        min = F16Weights::load(scales + kPanelRows * 2);
+        if constexpr (kQuant.sub_scale_cols > 0) {
+          const uint8_t* sub_mins = scales + kQuant.sub_mins_at() + group % kBlockGroups * kPanelRows;
+          min = mul(min, bytes_to_floats(sub_mins, false));
+        }
+      }
+#pragma GCC unroll 16
+      for (int j = 0; j < kTokens; ++j) {
+        const Vec x_scale = broadcast(read_unaligned<float>(o.x[j] + x_scale_at));
+        if constexpr (kParts == 1) {
+          sum[i][j] = fma(mul(weight_scale[0], x_scale), _mm512_cvtepi32_ps(dot[i][j][0]), sum[i][j]);
+        } else {
+          const Vec first = mul(weight_scale[0], _mm512_cvtepi32_ps(dot[i][j][0]));
+          sum[i][j] = fma(x_scale, fma(weight_scale[1], _mm512_cvtepi32_ps(dot[i][j][1]), first), sum[i][j]);
+        }
+        if constexpr (kQuant.has_min) {
+          sum[i][j] = fma(min, broadcast(read_unaligned<float>(o.x[j] + x_sum_at)), sum[i][j]);
+        }
+      }
+    }
+  }
+
+  [[gnu::always_inline]] static inline void put(const MatmulArgs& a, int64_t row, int64_t token,
+                                                const Sums& sum) {
 #pragma GCC unroll 2
     for (int i = 0; i < kPanels; ++i) {
       const int64_t rows = a.row_end - (row + i * kPanelRows);
@@ -76,45 +218,6 @@ struct QuantizedTile {
         store(output_row(a, token + j) + (row - a.row_begin) + i * kPanelRows, sum[i][j],
               rows < kPanelRows ? rows : kPanelRows);
       }
-    }
-  }
-
-  [[gnu::always_inline]] static inline void add_group(const uint8_t* quants, int64_t stride, const Rows& x,
-                                                      int64_t col, int64_t low_at, Dots& dot) {
-    constexpr int kChunks = kFormat == Format::q8 ? 8 : 4;
-#pragma GCC unroll 8
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      __m512i w[kPanels];
-#pragma GCC unroll 2
-      for (int i = 0; i < kPanels; ++i) {
-        const uint8_t* from = quants + i * stride + chunk * kChunkBytes;
-        w[i] = _mm512_loadu_si512(from);
-        __builtin_prefetch(from + kPanelPrefetchBytes);
-      }
-      if constexpr (kFormat == Format::q8) {
-        add_chunk<0>(w, x, col + 4 * chunk, dot);
-        add_chunk<1>(w, x, low_at + col + 4 * chunk, dot);
-      } else {
-        const __m512i nibble = _mm512_set1_epi8(0x0F);
-        __m512i half[kPanels];
-#pragma GCC unroll 2
-        for (int i = 0; i < kPanels; ++i) half[i] = _mm512_and_si512(w[i], nibble);
-        add_chunk<0>(half, x, col + 4 * chunk, dot);
-#pragma GCC unroll 2
-        for (int i = 0; i < kPanels; ++i) half[i] = _mm512_and_si512(_mm512_srli_epi16(w[i], 4), nibble);
-        add_chunk<0>(half, x, col + 4 * (chunk + 4), dot);
-      }
-    }
-  }
-
-  template <int kByte>
-  [[gnu::always_inline]] static inline void add_chunk(const __m512i (&w)[kPanels], const Rows& x, int64_t at,
-                                                      Dots& dot) {
-#pragma GCC unroll 16
-    for (int j = 0; j < kTokens; ++j) {
-      const __m512i four = broadcast_four(x[j] + at);
-#pragma GCC unroll 2
-      for (int i = 0; i < kPanels; ++i) dot[i][j][kByte] = _mm512_dpbusd_epi32(dot[i][j][kByte], w[i], four);
     }
   }
 };

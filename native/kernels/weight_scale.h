@@ -17,15 +17,16 @@ inline WeightScale weight_scale_at(Format format, const uint8_t* panel, int64_t 
   const QuantFormat q = quant_format(format);
   const int64_t block = col / q.block_cols;
   const int64_t inside = col % q.block_cols;
-  const uint8_t* scales = panel + scales_at(format, cols) + block * q.scale_bytes() + row * 2;
-  const float scale = float_from_f16(read_unaligned<uint16_t>(scales));
-  const float min = q.has_min ? float_from_f16(read_unaligned<uint16_t>(scales + kPanelRows * 2)) : 0.0f;
+  const uint8_t* scales = panel + scales_at(format, cols) + block * q.block_scale_bytes();
+  const float scale = float_from_f16(read_unaligned<uint16_t>(scales + row * 2));
+  const float min =
+      q.has_min ? float_from_f16(read_unaligned<uint16_t>(scales + (kPanelRows + row) * 2)) : 0.0f;
   if (q.sub_scale_cols == 0) return {scale, min};
-  const uint8_t* subs = panel + block * q.block_bytes() + row;
+  const uint8_t* subs = scales + row;
   const uint8_t sub_scale = subs[q.sub_scales_at() + inside / q.sub_scale_cols * kPanelRows];
   if (!q.has_min) return {scale * float(int8_t(sub_scale)), 0.0f};
   const uint8_t sub_min = subs[q.sub_mins_at() + inside / kGroupSize * kPanelRows];
-  return {scale * float(sub_scale), -(min * float(sub_min))};
+  return {scale * float(sub_scale), min * float(sub_min)};
 }
 
 }  // namespace

@@ -9,13 +9,17 @@
 #include <string>
 #include <vector>
 
+#include "kernels/half.h"
 #include "kernels/kernel_table.h"
 #include "ops/matmul.h"
 #include "tests/check.h"
 
 namespace argosy::testing {
 
-inline const Format kFormats[] = {Format::f32, Format::f16, Format::bf16, Format::q8, Format::q4};
+inline const Format kFormats[] = {Format::f32,  Format::f16,  Format::bf16, Format::q8,   Format::q4,
+                                  Format::q4_1, Format::q5_0, Format::q4_k, Format::q5_k, Format::q6_k};
+inline const BlockType kBlockTypes[] = {BlockType::q8_0, BlockType::q4_0, BlockType::q4_1, BlockType::q5_0,
+                                        BlockType::q4_k, BlockType::q5_k, BlockType::q6_k};
 
 // Around the vectors (8, 16), the panel (16) and the group (32).
 inline const int64_t kSizes[] = {0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 70};
@@ -35,13 +39,69 @@ inline std::vector<const KernelTable*> all_tables() {
 }
 inline const KernelTable& plain() { return kernel_table("plain"); }
 
+// Formats that float32 weights become; the others hold what GGUF's blocks have.
+inline bool is_quantized_here(Format format) { return format <= Format::q4; }
+
+// The columns that a matrix of this format can have: `cols` or, for GGUF's blocks, the next whole block.
+inline int64_t cols_of(Format format, int64_t cols) {
+  return is_quantized_here(format) ? cols : round_up(cols, quant_format(format).block_cols);
+}
+
+inline BlockType block_type_of(Format format) {
+  for (const BlockType type : kBlockTypes) {
+    if (slot_format(type) == format) return type;
+  }
+  return {};
+}
+
+// Where the float16 scale of a block lies in its bytes; a float16 min lies two bytes further.
+inline int64_t scale_at(BlockType type) { return type == BlockType::q6_k ? 208 : 0; }
+
+inline void put_half(uint8_t* to, float value) {
+  const uint16_t half = f16_from_float(value);
+  std::memcpy(to, &half, 2);
+}
+
+// Any quants and sub-scales; scales and mins such that weights are of the order of one.
+inline std::vector<uint8_t> random_blocks(BlockType type, int64_t rows, int64_t cols, unsigned seed) {
+  std::mt19937 generator(seed);
+  const QuantFormat quant = quant_format(slot_format(type));
+  std::vector<uint8_t> bytes(size_t(rows * block_row_bytes(type, cols)));
+  for (uint8_t& byte : bytes) byte = uint8_t(generator());
+  const float largest = float(1 << (quant.bits - 1)) * (quant.sub_scale_cols > 0 ? 32.0f : 1.0f);
+  std::normal_distribution<float> distribution(0.0f, 1.0f);
+  for (size_t at = size_t(scale_at(type)); at < bytes.size(); at += size_t(block_bytes(type))) {
+    put_half(&bytes[at], distribution(generator) / largest);
+    if (quant.has_min) put_half(&bytes[at + 2], distribution(generator) / largest);
+  }
+  return bytes;
+}
+
 // Exactly the bytes of a matrix, `misalign` after an aligned address, so that a sanitizer sees a read beyond.
 struct Weights {
-  Weights(Format format, const std::vector<float>& values, int64_t rows, int64_t cols, int64_t misalign = 0)
+  Weights(Format format, int64_t rows, int64_t cols, int64_t misalign)
       : bytes(new uint8_t[size_t(matrix_bytes(format, rows, cols) + misalign)]),
-        view{format, bytes.get() + misalign, rows, cols} {
+        view{format, bytes.get() + misalign, rows, cols} {}
+
+  Weights(Format format, const std::vector<float>& values, int64_t rows, int64_t cols, int64_t misalign = 0)
+      : Weights(format, rows, cols, misalign) {
     quantize(nullptr, format, values.data(), rows, cols, bytes.get() + misalign);
   }
+
+  Weights(BlockType type, const std::vector<uint8_t>& blocks, int64_t rows, int64_t cols,
+          int64_t misalign = 0)
+      : Weights(slot_format(type), rows, cols, misalign) {
+    transcode(type, blocks.data(), rows, cols, 0, round_up(rows, kPanelRows) / kPanelRows,
+              bytes.get() + misalign);
+  }
+
+  // cols is cols_of(format, ...).
+  static Weights random(Format format, int64_t rows, int64_t cols, unsigned seed, int64_t misalign = 0) {
+    if (is_quantized_here(format)) return Weights(format, normal(rows * cols, seed), rows, cols, misalign);
+    const BlockType type = block_type_of(format);
+    return Weights(type, random_blocks(type, rows, cols, seed), rows, cols, misalign);
+  }
+
   std::unique_ptr<uint8_t[]> bytes;
   MatrixView view;
 };

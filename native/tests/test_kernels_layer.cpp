@@ -187,18 +187,19 @@ void attention_meets_the_reference_in_every_chunk() {
 
 // Operations on three threads give what they give on one.
 void threads_change_no_bit() {
-  constexpr int64_t kTokens = 103, kHidden = 200, kWidth = 130;
+  constexpr int64_t kTokens = 103;
   Runtime one(1), three(3);
-  const std::vector<float> x = normal(kTokens * kHidden, 8);
   for (const std::string& name : instruction_sets()) {
     use_instruction_set(name);
     for (const Format format : kFormats) {
+      const int64_t hidden = cols_of(format, 200), width = cols_of(format, 130);
+      const std::vector<float> x = normal(kTokens * hidden, 8);
       std::vector<Weights> weights;
       std::vector<ExpertView> experts;
       for (unsigned i = 0; i < 3; ++i) {
-        weights.emplace_back(format, normal(kWidth * kHidden, 10 + i, 0.1f), kWidth, kHidden, 1);
-        weights.emplace_back(format, normal(kWidth * kHidden, 20 + i, 0.1f), kWidth, kHidden, 2);
-        weights.emplace_back(format, normal(kWidth * kHidden, 30 + i, 0.1f), kHidden, kWidth, 3);
+        weights.push_back(Weights::random(format, width, hidden, 10 + i, 1));
+        weights.push_back(Weights::random(format, width, hidden, 20 + i, 2));
+        weights.push_back(Weights::random(format, hidden, width, 30 + i, 3));
         experts.push_back({weights[3 * i].view, weights[3 * i + 1].view, weights[3 * i + 2].view});
       }
       const std::vector<int32_t> starts = {0, 50, 50, kTokens};
@@ -207,13 +208,13 @@ void threads_change_no_bit() {
         token.push_back(int32_t(i * 7 % kTokens));
         row.push_back(int32_t(i * 5 % kTokens));
       }
-      std::vector<float> expected(size_t(kTokens * kHidden), NAN), found = expected;
+      std::vector<float> expected(size_t(kTokens * hidden), NAN), found = expected;
       const Dispatch dispatch = {starts.data(), token.data(), row.data()};
       swiglu_experts(one, experts, x.data(), kTokens, dispatch, expected.data());
       swiglu_experts(three, experts, x.data(), kTokens, dispatch, found.data());
       CHECK(same_bits(found, expected));
 
-      std::vector<float> y_one(size_t(kTokens * kWidth)), y_three = y_one;
+      std::vector<float> y_one(size_t(kTokens * width)), y_three = y_one;
       matmul(one, {{weights[0].view, y_one.data()}}, x.data(), kTokens);
       matmul(three, {{weights[0].view, y_three.data()}}, x.data(), kTokens);
       CHECK(same_bits(y_three, y_one));

@@ -8,12 +8,13 @@ namespace {
 void vector_paths_meet_the_reference() {
   for (const KernelTable* table : all_tables()) {
     for (const Format format : kFormats) {
-      for (const int64_t cols : kSizes) {
+      for (const int64_t size : kSizes) {
+        const int64_t cols = cols_of(format, size);
         for (const int64_t rows : {0, 1, 8, 15, 16, 17, 33, 49}) {
-          const int64_t num_tokens = 1 + (rows + cols) % 15;
-          const Weights w(format, normal(rows * cols, 1), rows, cols, (rows + cols) % 4);
+          const int64_t num_tokens = 1 + (rows + size) % 15;
+          const Weights w = Weights::random(format, rows, cols, 1, (rows + size) % 4);
           const std::vector<float> x = normal(num_tokens * cols, 2);
-          // 70 products of numbers up to about 4, each rounded to 2^-24, in another order.
+          // Up to 256 products of numbers up to about 4, each rounded to 2^-24, in another order.
           CHECK(
               near(multiply(*table, w.view, x, num_tokens), multiply(plain(), w.view, x, num_tokens), 4e-5));
         }
@@ -23,35 +24,55 @@ void vector_paths_meet_the_reference() {
 }
 
 void a_token_has_one_order_of_sums() {
-  constexpr int64_t kTokens = 70, kRows = 53, kCols = 165;
+  constexpr int64_t kTokens = 70, kRows = 53;
   for (const KernelTable* table : all_tables()) {
     for (const Format format : kFormats) {
-      const Weights w(format, normal(kRows * kCols, 3), kRows, kCols);
-      const std::vector<float> x = normal(kTokens * kCols, 4);
+      const int64_t cols = cols_of(format, 165);
+      const Weights w = Weights::random(format, kRows, cols, 3);
+      const std::vector<float> x = normal(kTokens * cols, 4);
       const std::vector<float> all = multiply(*table, w.view, x, kTokens);
       for (int64_t count = 1; count <= 17; ++count) {
-        const std::vector<float> some(x.end() - count * kCols, x.end());
+        const std::vector<float> some(x.end() - count * cols, x.end());
         CHECK(same_bits(multiply(*table, w.view, some, count),
                         std::vector<float>(all.end() - count * kRows, all.end())));
       }
       for (int64_t misalign = 1; misalign < 4; ++misalign) {
-        const Weights odd(format, normal(kRows * kCols, 3), kRows, kCols, misalign);
+        const Weights odd = Weights::random(format, kRows, cols, 3, misalign);
         CHECK(same_bits(multiply(*table, odd.view, x, kTokens), all));
       }
     }
   }
 }
 
+// One token takes another way through short panels than through long ones.
+void a_long_row_has_the_same_order_of_sums() {
+  constexpr int64_t kTokens = 5, kRows = 40, kCols = 5120;
+  for (const KernelTable* table : all_tables()) {
+    if (table == &plain()) continue;
+    for (const Format format : kFormats) {
+      const Weights w = Weights::random(format, kRows, kCols, 3);
+      const std::vector<float> x = normal(kTokens * kCols, 4);
+      const std::vector<float> all = multiply(*table, w.view, x, kTokens);
+      for (int64_t t = 0; t < kTokens; ++t) {
+        const std::vector<float> one(x.begin() + t * kCols, x.begin() + (t + 1) * kCols);
+        CHECK(same_bits(multiply(*table, w.view, one, 1),
+                        std::vector<float>(all.begin() + t * kRows, all.begin() + (t + 1) * kRows)));
+      }
+    }
+  }
+}
+
 void rows_and_tokens_may_be_picked() {
-  constexpr int64_t kTokens = 9, kRows = 50, kCols = 70;
+  constexpr int64_t kTokens = 9, kRows = 50;
   const std::vector<int32_t> from = {8, 0, 3, 3, 1};
   const std::vector<int32_t> to = {0, 4, 1, 3, 2};
   for (const KernelTable* table : all_tables()) {
     for (const Format format : kFormats) {
-      const Weights w(format, normal(kRows * kCols, 5), kRows, kCols);
-      const std::vector<float> x = normal(kTokens * kCols, 6);
+      const int64_t cols = cols_of(format, 70);
+      const Weights w = Weights::random(format, kRows, cols, 5);
+      const std::vector<float> x = normal(kTokens * cols, 6);
       const std::vector<float> all = multiply(*table, w.view, x, kTokens);
-      const Inputs inputs(*table, format, x, kCols, kTokens);
+      const Inputs inputs(*table, format, x, cols, kTokens);
       const int64_t ranges[][2] = {{0, 16}, {16, 32}, {16, 48}, {32, 50}, {48, 50}};
       for (const auto& [begin, end] : ranges) {
         std::vector<float> y(size_t(5 * (end - begin)), NAN);
@@ -73,38 +94,65 @@ void rows_and_tokens_may_be_picked() {
   }
 }
 
-// The largest sums there are: with all scales one, the result is a whole number that a float holds.
+// Every result is a whole number that a float holds, of activations that are whole numbers: it must be exact.
+void check_exact_products(const KernelTable& table, const MatrixView& w) {
+  std::vector<float> seen(size_t(w.rows * w.cols));
+  dequantize(w, seen.data());
+  for (int tokens = 1; tokens < 9; ++tokens) {
+    std::vector<float> x(size_t(tokens * w.cols));
+    for (size_t i = 0; i < x.size(); ++i) {
+      x[i] = (i / size_t(w.cols)) % 2 == 0 || i % 3 == 0 ? 127.0f : -127.0f;
+    }
+    const std::vector<float> y = multiply(table, w, x, tokens);
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t row = 0; row < w.rows; ++row) {
+        double sum = 0;
+        for (int64_t col = 0; col < w.cols; ++col) {
+          sum += double(seen[size_t(row * w.cols + col)]) * double(x[size_t(t * w.cols + col)]);
+        }
+        CHECK_EQUAL(double(y[size_t(t * w.rows + row)]), sum);
+      }
+    }
+  }
+}
+
+// The largest sums there are, with all scales one.
 void integer_sums_are_exact() {
   constexpr int64_t kRows = 16, kCols = 64;
+  const auto is_high = [](int64_t row, int64_t col) {
+    const int64_t kind = row % 4;
+    return kind == 0 || (kind == 1 && col % 2 == 0) || (kind == 2 && col % 7 != 0);
+  };
   for (const KernelTable* table : all_tables()) {
     for (const Format format : {Format::q8, Format::q4}) {
-      const float most = format == Format::q8 ? 127.0f : 7.0f;
-      const float least = format == Format::q8 ? -127.0f : -8.0f;
       std::vector<float> values(kRows * kCols);
       for (int64_t row = 0; row < kRows; ++row) {
         for (int64_t col = 0; col < kCols; ++col) {
-          const int64_t kind = row % 4;
-          const bool high = kind == 0 || (kind == 1 && col % 2 == 0) || (kind == 2 && col % 7 != 0);
-          values[size_t(row * kCols + col)] = high ? most : least;
+          const float most = format == Format::q8 ? 127.0f : 7.0f;
+          const float least = format == Format::q8 ? -127.0f : -8.0f;
+          values[size_t(row * kCols + col)] = is_high(row, col) ? most : least;
         }
       }
-      const Weights w(format, values, kRows, kCols);
-      std::vector<float> seen(size_t(kRows * kCols));
-      dequantize(w.view, seen.data());
-      for (int tokens = 1; tokens < 9; ++tokens) {
-        std::vector<float> x(size_t(tokens * kCols));
-        for (size_t i = 0; i < x.size(); ++i) x[i] = (i / kCols) % 2 == 0 || i % 3 == 0 ? 127.0f : -127.0f;
-        const std::vector<float> y = multiply(*table, w.view, x, tokens);
-        for (int64_t t = 0; t < tokens; ++t) {
-          for (int64_t row = 0; row < kRows; ++row) {
-            double sum = 0;
-            for (int64_t col = 0; col < kCols; ++col) {
-              sum += double(seen[size_t(row * kCols + col)]) * double(x[size_t(t * kCols + col)]);
-            }
-            CHECK_EQUAL(double(y[size_t(t * kRows + row)]), sum);
-          }
+      check_exact_products(*table, Weights(format, values, kRows, kCols).view);
+    }
+    for (const BlockType type : kBlockTypes) {
+      const QuantFormat quant = quant_format(slot_format(type));
+      const int64_t size = block_bytes(type);
+      std::vector<uint8_t> blocks(size_t(kRows * size));
+      for (int64_t row = 0; row < kRows; ++row) {
+        uint8_t* block = blocks.data() + row * size;
+        for (int64_t i = 0; i < size; ++i) block[i] = is_high(row, i) ? 0xFF : 0x00;
+        if (quant.sub_scale_cols == 32) {  // sub-scales of one, sub-mins of zero
+          std::memset(block + 4, 1, 4);
+          std::memset(block + 8, 0, 4);
+          std::memset(block + 12, 1, 4);
+        } else if (quant.sub_scale_cols == 16) {
+          for (int64_t i = 0; i < 16; ++i) block[192 + i] = is_high(row, i) ? 0x01 : 0xFF;
         }
+        put_half(block + scale_at(type), 1.0f);
+        if (quant.has_min) put_half(block + 2, quant.sub_scale_cols == 0 ? -3.0f : 1.0f);
       }
+      check_exact_products(*table, Weights(type, blocks, kRows, quant.block_cols).view);
     }
   }
 }
@@ -133,6 +181,16 @@ void activations_are_the_same_bytes_everywhere() {
   }
 }
 
+// Blocks with a NaN for a scale in row 3 and an infinity in row 7.
+Weights spoiled(Format format, int64_t rows) {
+  const BlockType type = block_type_of(format);
+  const int64_t cols = quant_format(format).block_cols;
+  std::vector<uint8_t> blocks = random_blocks(type, rows, cols, 8);
+  put_half(blocks.data() + 3 * block_bytes(type) + scale_at(type), NAN);
+  put_half(blocks.data() + 7 * block_bytes(type) + scale_at(type), INFINITY);
+  return Weights(type, blocks, rows, cols);
+}
+
 void nan_and_infinity_stay_in_their_row() {
   constexpr int64_t kRows = 20, kCols = 70;
   for (const KernelTable* table : all_tables()) {
@@ -140,8 +198,9 @@ void nan_and_infinity_stay_in_their_row() {
       std::vector<float> values = normal(kRows * kCols, 8);
       values[3 * kCols + 40] = NAN;
       values[7 * kCols + 69] = -INFINITY;
-      const Weights w(format, values, kRows, kCols);
-      const std::vector<float> y = multiply(*table, w.view, normal(2 * kCols, 9), 2);
+      const Weights w =
+          is_quantized_here(format) ? Weights(format, values, kRows, kCols) : spoiled(format, kRows);
+      const std::vector<float> y = multiply(*table, w.view, normal(2 * w.view.cols, 9), 2);
       for (size_t i = 0; i < y.size(); ++i) {
         const size_t row = i % kRows;
         CHECK(std::isfinite(y[i]) == (row != 3 && row != 7));
@@ -167,6 +226,30 @@ void every_instruction_set_packs_the_same_bytes() {
   }
 }
 
+// A reader transcodes some panels of a matrix at a time, from the rows it has.
+void panels_may_be_transcoded_apart() {
+  constexpr int64_t kRows = 53;
+  for (const KernelTable* table : all_tables()) {
+    for (const BlockType type : kBlockTypes) {
+      const Format format = slot_format(type);
+      const int64_t cols = 2 * quant_format(format).block_cols;
+      const int64_t row_bytes = block_row_bytes(type, cols);
+      const std::vector<uint8_t> blocks = random_blocks(type, kRows, cols, 11);
+      std::vector<uint8_t> whole(size_t(matrix_bytes(format, kRows, cols))), parts(whole.size());
+      table->transcode[int(type)]({blocks.data(), kRows, cols, 0, 4, whole.data()});
+      const int64_t ranges[][2] = {{2, 4}, {0, 1}, {1, 2}};
+      for (const auto& [begin, end] : ranges) {
+        // Only these rows, at the end of their memory.
+        const int64_t rows = (end * kPanelRows < kRows ? end * kPanelRows : kRows) - begin * kPanelRows;
+        const std::vector<uint8_t> some(blocks.begin() + begin * kPanelRows * row_bytes,
+                                        blocks.begin() + (begin * kPanelRows + rows) * row_bytes);
+        table->transcode[int(type)]({some.data(), kRows, cols, begin, end, parts.data()});
+      }
+      CHECK(parts == whole);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace argosy::testing
 
@@ -174,10 +257,12 @@ int main() {
   using namespace argosy::testing;
   vector_paths_meet_the_reference();
   a_token_has_one_order_of_sums();
+  a_long_row_has_the_same_order_of_sums();
   rows_and_tokens_may_be_picked();
   integer_sums_are_exact();
   activations_are_the_same_bytes_everywhere();
   nan_and_infinity_stay_in_their_row();
   every_instruction_set_packs_the_same_bytes();
+  panels_may_be_transcoded_apart();
   return check_result();
 }

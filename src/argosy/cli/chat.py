@@ -36,7 +36,7 @@ Alt-Enter starts a new line. ^C stops an answer, twice leaves."""
 @engine_options
 @sampling_options
 def chat(model: str, system: str | None, **options: Any) -> None:
-    """Talk with MODEL, a directory; without one, with the demo model.
+    """Talk with MODEL, a directory or a GGUF file; without one, with the demo model.
 
     \b
     Examples:

@@ -28,7 +28,7 @@ def show(model: str, as_json: bool, **options: Any) -> None:
     \b
     Examples:
       argosy show ./Qwen3-30B-A3B --memory 16GiB
-      argosy show ./mixtral-q4 --memory 75% --context 32768 --json
+      argosy show ./mixtral.Q4_K_M.gguf --memory 75% --context 32768 --json
     """
     from argosy.cli.output import progress_bar
     from argosy.cli.settings import Settings
@@ -67,9 +67,11 @@ def model_facts(files: ModelFiles) -> dict[str, Any]:
         per_expert = sum(matrix.rows * matrix.cols for matrix in (record.gate, record.up, record.down))
     dense = sum(ref.rows * ref.cols for ref in files.dense.values())
     return {
-        "directory": str(files.path),
+        "path": str(files.path),
         "family": config.family,
         "is_packed": files.is_packed,
+        "is_gguf": files.path.is_file(),
+        "dense_formats": list(dict.fromkeys(ref.format for ref in files.dense.values())),
         "expert_format": files.expert_format if files.experts else None,
         "num_layers": config.num_layers,
         "num_moe_layers": len(config.moe_layers),
@@ -93,11 +95,12 @@ def model_facts(files: ModelFiles) -> dict[str, Any]:
 def fact_lines(facts: dict[str, Any]) -> list[str]:
     """The same facts for a person."""
     shared = f", a shared one of width {facts['shared_width']}" if facts["shared_width"] else ""
-    kind = "a pack" if facts["is_packed"] else "as the hub has it"
+    kind = "a pack" if facts["is_packed"] else "a GGUF file" if facts["is_gguf"] else "as the hub has it"
+    dense = "+".join(facts["dense_formats"])
     everything, active = facts["num_parameters"], facts["num_parameters_per_token"]
     return [
-        f"model     {facts['directory']}",
-        f"  family        {facts['family']}, {kind}, experts {facts['expert_format']}",
+        f"model     {facts['path']}",
+        f"  family        {facts['family']}, {kind}, experts {facts['expert_format']}, else {dense}",
         f"  parameters    {_count(everything)}, {_count(active)} of them for a token",
         f"  layers        {facts['num_layers']}, {facts['num_moe_layers']} with routed experts",
         f"  experts       {facts['num_experts']} in a layer, {facts['experts_per_token']} for a token,"

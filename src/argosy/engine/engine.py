@@ -60,8 +60,8 @@ class Engine:
     """Runs one model within one memory budget.
 
     Args:
-        model: a checkpoint or pack directory, or `demo` for the embedded default model; with neither `memory` nor
-            `expert_slots` given, a quarter of the demo model's experts are in memory.
+        model: a checkpoint or pack directory, a GGUF file, or `demo` for the embedded default model; with neither
+            `memory` nor `expert_slots` given, a quarter of the demo model's experts are in memory.
         memory: the whole process's budget: bytes, `8GiB`, `8GB`, `75%`, or a `Budget`. None: what is free, less a
             margin (`plan.machine.default_budget`).
         threads: compute threads; None: the cores this process may use.
@@ -480,7 +480,7 @@ def _choose_instruction_set(cap: str | None) -> None:
 
 
 def locate_model(model: str | Path, progress: Progress | None = None) -> Path:
-    """Directory of a model; makes the demo model where it is asked for the first time."""
+    """Where a model is; makes the demo model where it is asked for the first time."""
     if str(model) == DEMO:
         from argosy.demo.locate import locate
 

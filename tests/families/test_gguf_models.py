@@ -1,0 +1,239 @@
+"""What the metadata and tensors of a GGUF mean, and that nothing in them goes unnoticed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGUFWriter, RopeScalingType
+
+from argosy.checkpoint.files import Transcode
+from argosy.config import ModelConfig, RopeConfig, RouterConfig
+from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.model.families import open_model
+from argosy.model.rope import Rope
+from tests.models import gguf_models
+from tests.models.gguf_models import mixed, one_type, write_gguf_model
+from tests.models.tiny import RawConfig, mixtral, qwen2_moe, qwen3_moe
+
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2}
+CONFIGS: dict[str, RawConfig] = {
+    "llama": mixtral(**SIZES, intermediate_size=32),
+    "qwen2moe": qwen2_moe(**SIZES, moe_intermediate_size=32, shared_expert_intermediate_size=64),
+    "qwen3moe": qwen3_moe(**SIZES, moe_intermediate_size=32),
+}
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Writes a model whose metadata and tensors a test can add to or take from."""
+
+    def write(
+        architecture: str,
+        *,
+        extra: Callable[[GGUFWriter], object] = lambda writer: None,
+        without: str | None = None,
+        tensors: dict[str, np.ndarray[Any, Any]] | None = None,
+        type_name: str = "Q8_0",
+        **changes: Any,
+    ) -> Path:
+        plain = gguf_models.add_metadata
+
+        def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
+            plain(writer, config)
+            if without is not None:
+                del writer.kv_data[0][f"{architecture}.{without}"]
+            extra(writer)
+            for name, values in (tensors or {}).items():
+                writer.add_tensor(name, values)
+
+        monkeypatch.setattr(gguf_models, "add_metadata", add_metadata)
+        path = tmp_path / "model.gguf"
+        write_gguf_model(path, CONFIGS[architecture] | changes, one_type(type_name), seed=1)
+        monkeypatch.setattr(gguf_models, "add_metadata", plain)
+        return path
+
+    return write
+
+
+def hub_config(path: Path) -> ModelConfig:
+    """What the same model's config.json means."""
+    return open_model(path.with_name(path.name + ".f32")).config
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_metadata_mean_what_config_json_means(architecture: str, is_tied: bool, write: Write) -> None:
+    path = write(architecture, tie_word_embeddings=is_tied)
+    # A GGUF does not keep two values that decide nothing there: widths of layers without routed experts, and
+    # qwen3moe and qwen2moe always, and never, renormalise.
+    assert replace(open_model(path).config, dense_width=0) == replace(hub_config(path), dense_width=0)
+
+
+def test_a_directory_with_one_gguf_is_that_gguf(write: Write, tmp_path: Path) -> None:
+    path = write("qwen3moe")
+    (tmp_path / "config.json").write_text("{}")  # as repositories of GGUF files have it
+    assert open_model(tmp_path) == open_model(path)
+    (tmp_path / "other.gguf").write_bytes(path.read_bytes())
+    with pytest.raises(
+        CheckpointError, match=r"holds 2 \.gguf files: model\.gguf, other\.gguf\nhint: name the one"
+    ):
+        open_model(tmp_path)
+
+
+def test_experts_are_slices_of_the_stacked_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    config = qwen3_moe(hidden_size=256, head_dim=64, moe_intermediate_size=256, num_experts=3)
+    write_gguf_model(path, config, mixed, seed=1)
+    files = open_model(path)
+    assert files.expert_formats(0) == ("q4_k", "q4_k", "q6_k")
+    assert files.expert_formats(1) == ("q4_k", "q4_k", "q5_0")
+    assert files.expert_format == "q4_k+q6_k+q5_0"
+    first, second = files.experts[0, 0], files.experts[0, 1]
+    assert [piece.transcode for piece in first.pieces] == [
+        Transcode("Q4_K", 256, 256), Transcode("Q4_K", 256, 256), Transcode("Q6_K", 256, 256)
+    ]  # fmt: skip
+    assert [b.offset - a.offset for a, b in zip(first.pieces, second.pieces, strict=True)] == [
+        256 * 144, 256 * 144, 256 * 210
+    ]  # fmt: skip
+    assert files.dense["layers.0.v"].block_type == "Q6_K"
+    assert files.dense["final_norm"].block_type is None
+
+
+def test_only_llama_has_its_rows_in_pairs(write: Write) -> None:
+    for architecture in CONFIGS:
+        files = open_model(write(architecture))
+        config = files.config
+        paired = (files.dense["layers.0.q"].paired_heads, files.dense["layers.0.k"].paired_heads)
+        assert paired == ((config.num_heads, config.num_kv_heads) if architecture == "llama" else (0, 0))
+        assert files.dense["layers.0.v"].paired_heads == 0
+        files.path.unlink()
+        _remove(files.path.with_name(files.path.name + ".f32"))
+
+
+def _remove(directory: Path) -> None:
+    for path in directory.iterdir():
+        path.unlink()
+    directory.rmdir()
+
+
+def test_routing_keys_are_read(write: Write) -> None:
+    path = write("qwen3moe", extra=lambda writer: writer.add_expert_weights_norm(False))
+    assert open_model(path).config.router == RouterConfig(renormalize=False)
+
+
+ROPES: dict[str, tuple[Callable[[GGUFWriter], object], RopeConfig]] = {
+    "linear": (
+        lambda w: (w.add_rope_scaling_type(RopeScalingType.LINEAR), w.add_rope_scaling_factor(4.0)),
+        RopeConfig(theta=1e6, rotary_dim=16, kind="linear", factor=4.0, original_context=128),
+    ),
+    "yarn": (
+        lambda w: (
+            w.add_rope_scaling_type(RopeScalingType.YARN),
+            w.add_rope_scaling_factor(2.0),
+            w.add_rope_scaling_orig_ctx_len(64),
+        ),
+        RopeConfig(theta=1e6, rotary_dim=16, kind="yarn", factor=2.0, original_context=64),
+    ),
+    "none": (
+        lambda w: w.add_rope_scaling_type(RopeScalingType.NONE),
+        RopeConfig(theta=1e6, rotary_dim=16, original_context=128),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rope_scaling_is_read(kind: str, write: Write) -> None:
+    extra, expected = ROPES[kind]
+    path = write("qwen3moe", extra=extra)
+    assert open_model(path).config.rope == expected
+
+
+def test_frequency_factors_divide_the_frequencies(write: Write) -> None:
+    factors = np.array([1.0, 2.0, 4.0, 8.0], np.float32)
+    config = open_model(write("llama", tensors={"rope_freqs.weight": factors})).config
+    assert config.rope.frequency_factors == (1.0, 2.0, 4.0, 8.0)
+    plain = Rope(replace(config.rope, frequency_factors=())).inverse_frequency
+    np.testing.assert_array_equal(Rope(config.rope).inverse_frequency, plain / factors)
+
+
+REFUSED: dict[str, tuple[str, Callable[[GGUFWriter], object]]] = {
+    r"sets qwen3moe\.attention\.clamp_kqv to '8\.0', and qwen3moe does not know this key": (
+        "qwen3moe", lambda w: w.add_clamp_kqv(8.0)),
+    r"asks for qwen3moe\.expert_gating_func 2; supported: 0 or 1": (
+        "qwen3moe", lambda w: w.add_uint32("qwen3moe.expert_gating_func", 2)),
+    r"asks for qwen3moe\.expert_weights_scale 2\.5; supported": (
+        "qwen3moe", lambda w: w.add_expert_weights_scale(2.5)),
+    r"asks for qwen3moe\.leading_dense_block_count 1; supported: 0": (
+        "qwen3moe", lambda w: w.add_leading_dense_block_count(1)),
+    r"asks for qwen3moe\.rope\.scaling\.type longrope; supported: none, linear, yarn": (
+        "qwen3moe", lambda w: w.add_string("qwen3moe.rope.scaling.type", "longrope")),
+    r"asks for qwen2moe\.attention\.sliding_window 32; supported: 0": (
+        "qwen2moe", lambda w: w.add_sliding_window(32)),
+    r"is a GGUF of type 'adapter'; supported: model": ("llama", lambda w: w.add_type("adapter")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_mathematics_that_is_not_built_in_is_refused_by_name(sentence: str, write: Write) -> None:
+    architecture, extra = REFUSED[sentence]
+    with pytest.raises(UnsupportedModel, match=sentence):
+        open_model(write(architecture, extra=extra))
+
+
+def test_a_dense_model_and_another_architecture_are_refused(write: Write, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match=r"llama\.expert_count 0; supported: .* this is a dense model"):
+        open_model(write("llama", without="expert_count"))
+    writer = GGUFWriter(tmp_path / "other.gguf", "deepseek2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(
+        UnsupportedModel, match=r"of architecture 'deepseek2'; supported: llama, qwen2moe, qwen3moe"
+    ):
+        open_model(tmp_path / "other.gguf")
+
+
+def test_a_missing_extra_or_misshapen_tensor_is_named(write: Write, tmp_path: Path) -> None:
+    odd = {"blk.0.attn_sinks.weight": np.zeros(4, np.float32)}
+    with pytest.raises(
+        CheckpointError, match=r"blk\.0\.attn_sinks\.weight \[4\]: a qwen3_moe model with these"
+    ):
+        open_model(write("qwen3moe", tensors=odd))
+    _again(tmp_path)
+    with pytest.raises(CheckpointError, match=r"rope_freqs\.weight \[8\]: a qwen3_moe model"):
+        open_model(write("qwen3moe", tensors={"rope_freqs.weight": np.ones(8, np.float32)}))
+    _again(tmp_path)
+    with pytest.raises(CheckpointError, match=r"blk\.2\.attn_norm\.weight is missing from its"):
+        open_model(write("qwen3moe", extra=lambda w: w.kv_data[0].update(_more_layers(w))))
+    _again(tmp_path)
+    with pytest.raises(CheckpointError, match=r"rope_freqs\.weight is \[3\], expected \[4\]"):
+        open_model(write("llama", tensors={"rope_freqs.weight": np.ones(3, np.float32)}))
+
+
+def _again(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").unlink()
+    _remove(tmp_path / "model.gguf.f32")
+
+
+def _more_layers(writer: GGUFWriter) -> dict[str, Any]:
+    writer.kv_data[0]["qwen3moe.block_count"].value = 3
+    return {}
+
+
+def test_a_type_without_a_kernel_is_refused_by_name(write: Write) -> None:
+    with pytest.raises(
+        UnsupportedModel, match=r"token_embd\.weight is Q5_1; supported: F32, F16, BF16, Q8_0"
+    ):
+        open_model(write("qwen3moe", type_name="Q5_1"))
+
+
+def test_a_key_that_is_missing_is_named(write: Write) -> None:
+    with pytest.raises(CheckpointError, match=r"model\.gguf has no key qwen3moe\.expert_feed_forward_length"):
+        open_model(write("qwen3moe", without="expert_feed_forward_length"))
