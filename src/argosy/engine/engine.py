@@ -125,10 +125,13 @@ class Engine:
             self._store = _native.Store(readers)
             undo.callback(self._store.close)
             open_file = functools.cache(self._store.open)
-            worker = _start_worker(directory)
+            worker = _start_worker() if has_chat_template(directory) else None
             if worker is not None:
                 undo.callback(worker.stop)
             self._load(directory, files, expert_slots, open_file, progress)
+            if worker is None and self.tokenizer is not None and self.tokenizer.chat_template is not None:
+                worker = _start_worker()  # a GGUF tells only now
+                undo.callback(worker.stop)
             self._prompts = PromptBuilder(self.tokenizer, vocab_size=files.config.vocab_size, worker=worker)
             self._start(files, open_file, progress, observe_routes)
             undo.pop_all()
@@ -460,10 +463,8 @@ class Engine:
             raise UsageError("the engine is closed")
 
 
-def _start_worker(directory: Path) -> Worker | None:
-    """The process that renders chat templates, to be ready with the first prompt; None for a model without one."""
-    if not has_chat_template(directory):
-        return None
+def _start_worker() -> Worker:
+    """The process that renders chat templates, to be ready with the first prompt."""
     from argosy.prompt.chat import Worker
 
     return Worker()
