@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from dataclasses import replace
+
 import pytest
 
 from argosy import _native
@@ -140,16 +142,19 @@ def test_the_chunk_is_the_one_that_reads_least(tmp_path_factory: pytest.TempPath
             assert least <= experts_read(files.config, other)
 
 
-def test_a_long_chunk_pays_while_its_buffers_cost_few_slots(tmp_path_factory: pytest.TempPathFactory) -> None:
-    files = large_model(tmp_path_factory)
-    everything = plan(files, 4096 * MIB, context=4096, chunk_tokens=1024)
-    chunks = []
-    for share in (0.6, 0.3, 0.05):
-        budget = everything.total_bytes - int((1 - share) * everything.expert_bytes)
-        chunks.append(plan(files, budget, context=4096, chunk_tokens=None).chunk_tokens)
-    assert chunks == sorted(chunks, reverse=True)
-    assert chunks[0] >= 512
-    assert chunks[-1] <= 256
+def test_a_long_chunk_pays_while_its_buffers_cost_few_slots(files: ModelFiles) -> None:
+    """10 B parameters at 4 bits: 2048 experts of 2.65 MB; working buffers of 0.2 MB a token."""
+    model = replace(files.config, num_experts=128, experts_per_token=8, layers=files.config.layers[:1] * 16)
+    some = plan(files, 1024 * MIB)
+
+    def best_chunk(share: float) -> int:
+        def read(chunk: int) -> float:
+            slots = int(2048 * share - chunk * 0.2 / 2.65)
+            return experts_read(model, replace(some, num_slots=slots, num_experts=2048, chunk_tokens=chunk))
+
+        return min((128, 256, 512, 1024, 2048), key=read)
+
+    assert [best_chunk(share) for share in (0.75, 0.5, 0.25, 0.12)] == [1024, 1024, 1024, 512]
 
 
 def test_a_chunk_that_was_asked_for_is_never_exceeded(files: ModelFiles) -> None:

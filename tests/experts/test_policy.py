@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from argosy.experts import policy as policy_module
 from argosy.experts.policy import CachePolicy
 from argosy.experts.source import Key
 
@@ -15,6 +16,8 @@ Asked = tuple[int, list[int], bool]  # layer, experts, is_scan
 
 def lease(policy: CachePolicy, layer: int, experts: Iterable[int], *, is_scan: bool = False) -> int:
     """Ask as a lease does: pin hits, admit misses, unpin what has been computed; returns the number of hits."""
+    if not is_scan:
+        policy.begin(layer)
     keys = [(layer, expert) for expert in experts]
     held = [key for key in keys if policy.slot(key) is not None]
     num_hits = len(held)
@@ -76,6 +79,8 @@ def test_a_pinned_expert_keeps_its_slot_and_no_slot_holds_two(
     policy = CachePolicy(num_slots=num_slots, num_layers=num_layers, experts_per_token=k)
     pinned: dict[Key, int] = {}
     for layer, experts, is_scan in asked:
+        if not is_scan:
+            policy.begin(layer)
         for expert in experts:
             key = (layer, expert)
             slot = policy.slot(key)
@@ -128,6 +133,87 @@ def test_the_least_recently_used_expert_leaves_first() -> None:
         lease(policy, 0, [expert])
     lease(policy, 0, [4])
     assert policy.resident() == {(0, 0), (0, 1), (0, 3), (0, 4)}
+
+
+def test_what_was_used_more_often_stays_longer() -> None:
+    policy = CachePolicy(num_slots=3, num_layers=1, experts_per_token=1)
+    for expert in (0, 0, 0, 0, 1, 2, 3):
+        lease(policy, 0, [expert])
+    assert policy.resident() == {(0, 0), (0, 2), (0, 3)}
+    for expert in range(4, 30):  # many uses long ago are worth little
+        lease(policy, 0, [expert])
+    assert (0, 0) not in policy.resident()
+
+
+def test_uses_are_remembered_when_an_expert_leaves() -> None:
+    policy = CachePolicy(num_slots=2, num_layers=1, experts_per_token=1)
+    for expert in (0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8):
+        lease(policy, 0, [expert])
+    assert (0, 0) not in policy.resident()
+    for expert in (0, 9, 10, 11):
+        lease(policy, 0, [expert])
+    assert (0, 0) in policy.resident()
+
+
+def test_age_counts_the_turns_of_the_experts_own_layer() -> None:
+    policy = CachePolicy(num_slots=6, num_layers=2, experts_per_token=1)
+    for expert in range(3):
+        lease(policy, 1, [expert])
+    for expert in range(3):
+        lease(policy, 0, [expert])
+    for _ in range(6):
+        lease(policy, 1, [2])
+    lease(policy, 1, [3])  # layer 0 has not come round since its last expert was used
+    assert {(0, 0), (0, 1), (0, 2), (1, 2), (1, 3)} < policy.resident()
+
+
+def test_of_two_that_are_equally_old_the_one_whose_layer_comes_round_last_leaves() -> None:
+    policy = CachePolicy(num_slots=8, num_layers=4, experts_per_token=1)
+    for expert in (0, 1):
+        decode(policy, [[expert]] * 4)
+    lease(policy, 0, [2])  # layers 1, 2 and 3 come before layer 0 does again
+    assert (0, 0) not in policy.resident()
+    lease(policy, 1, [2])
+    assert (0, 1) not in policy.resident() or (1, 0) not in policy.resident()
+    for layer in (2, 3):
+        assert lease(policy, layer, [0, 1]) == 2
+
+
+@given(histories())
+@settings(deadline=None, max_examples=200)
+def test_who_leaves_is_the_oldest_of_a_plain_search(
+    history: tuple[int, int, int, int, list[Asked]],
+) -> None:
+    num_layers, _, k, num_slots, asked = history
+    policy = CachePolicy(num_slots=num_slots, num_layers=num_layers, experts_per_token=k)
+    for layer, experts, _ in asked:
+        policy.begin(layer)
+        for expert in experts:
+            key, before = (layer, expert), policy.resident()
+            if policy.slot(key) is not None:
+                policy.use(key, is_scan=False)
+                policy.unpin(key)
+                continue
+            expected = oldest(policy, layer) if len(before) == num_slots else None
+            policy.admit(key, is_scan=False)
+            policy.unpin(key)
+            assert before - policy.resident() == (set() if expected is None else {expected})
+
+
+def oldest(policy: CachePolicy, asking_layer: int) -> Key:
+    """By looking at every expert: of those above their layer's floor the oldest, then the latest layer's."""
+    ages = [
+        (here.worth[expert] - here.turn * policy_module._GROWTH, here.passed, number, expert)
+        for number, here in enumerate(policy._layers)
+        for expert in here.slots
+        if number == asking_layer or len(here.slots) > policy.floor
+    ] or [
+        (here.worth[expert] - here.turn * policy_module._GROWTH, here.passed, number, expert)
+        for number, here in enumerate(policy._layers)
+        for expert in here.slots
+    ]
+    *_, number, expert = min(ages)
+    return number, expert
 
 
 def test_decode_that_fits_the_cache_never_misses_again() -> None:

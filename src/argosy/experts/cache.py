@@ -178,6 +178,8 @@ class _CachedLease:
     def _find(self) -> None:
         source, scan = self._source, self._scan
         policy, stats = source.policy, source.stats
+        if len(scan) < len(self._keys):
+            policy.begin(self.layer)
         for key in self._keys:  # before any miss may evict one of them
             early = source._take_over(key)
             if early is not None:
