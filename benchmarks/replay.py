@@ -1,6 +1,8 @@
 """Which expert should leave? Replays recorded routing through the expert cache and its rivals.
 
     python benchmarks/replay.py ../shared/data/routing [--residency 5,12,25,50] [--short]
+    python benchmarks/replay.py --synthetic             # routing that no policy was tuned on
+    python benchmarks/replay.py --look-ahead            # what would guessing the next layer's experts save?
 
 A trace is the CSV of BigMoeOnEdge (`turn,phase,step,layer,slot,expert,...`; phase 0 is the prompt, 1 the answer): a
 file, or a directory of `*.route.csv`. The prompt runs as one chunk, as the engine runs it, and then the answer token
@@ -24,9 +26,14 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from argosy.experts.cache import CachedSource
+from argosy.experts.policy import CachePolicy
 from argosy.experts.source import Key
 from common import REPOSITORY, Report
 
@@ -84,6 +91,70 @@ def read_trace(path: Path) -> Trace:
     )
 
 
+def synthetic_traces() -> list[Trace]:
+    """Routing that no policy was tuned on; what each is made of is in its name."""
+    return [
+        synthetic("as fitted"),
+        synthetic("one subject", document=0.6, popular=0.1, drifting=0.2),
+        synthetic("popular experts", document=0.2, popular=0.5, drifting=0.1),
+        synthetic("drifting", document=0.2, popular=0.05, drifting=0.6, memory=0.9),
+        synthetic("six subjects", document=0.5, num_documents=6),
+        synthetic("uniform", document=0.0, popular=0.0, drifting=0.0),
+        synthetic("8 of 128", num_layers=12, num_experts=128, experts_per_token=8),
+        synthetic("four sequences", num_sequences=4, num_tokens=80),
+    ]
+
+
+def synthetic(
+    name: str,
+    *,
+    num_layers: int = 24,
+    num_experts: int = 64,
+    experts_per_token: int = 6,
+    num_tokens: int = 160,
+    popular: float = 0.15,
+    document: float = 0.4,
+    drifting: float = 0.3,
+    memory: float = 0.5,
+    num_documents: int = 1,
+    num_sequences: int = 1,
+) -> Trace:
+    """Top-k of Gaussian scores: shares of their variance stay for good, for a document, and from token to token.
+
+    `drifting` is the share that moves slowly (autoregressive, by `memory`); the rest is new for every token. The first
+    layers have less that stays than the last. With several sequences a step asks for the union of their experts.
+    """
+    random = np.random.default_rng(sum(name.encode()))
+    shape = num_layers, num_experts
+    depth = np.linspace(-0.15, 0.15, num_layers)[:, None]
+    tilt = 1 + depth / max(popular + document, 0.15)
+    for_good, for_document = np.sqrt(popular * tilt), np.sqrt(document * tilt)
+    fresh = np.sqrt(np.maximum(0, 1 - (popular + document) * tilt - drifting))
+    always = random.normal(size=shape)
+    drifts = [random.normal(size=shape) for _ in range(num_sequences)]
+
+    def experts(which: int, subject: NDArray[np.float64]) -> NDArray[np.int64]:
+        drifts[which] = memory * drifts[which] + np.sqrt(1 - memory**2) * random.normal(size=shape)
+        scores = for_good * always + for_document * subject + np.sqrt(drifting) * drifts[which]
+        scores = scores + fresh * random.normal(size=shape)
+        return np.argsort(-scores, axis=1)[:, :experts_per_token]
+
+    def step(subjects: list[NDArray[np.float64]]) -> list[list[int]]:
+        chosen = np.concatenate([experts(i, subject) for i, subject in enumerate(subjects)], axis=1)
+        return [list(dict.fromkeys(row)) for row in chosen.tolist()]
+
+    prompt: list[set[int]] = [set() for _ in range(num_layers)]
+    answer = []
+    for _ in range(num_documents):
+        subjects = [random.normal(size=shape) for _ in range(num_sequences)]
+        if not answer:
+            for _ in range(60):
+                for layer, found in enumerate(step(subjects)):
+                    prompt[layer] |= set(found)
+        answer += [step(subjects) for _ in range(num_tokens // num_documents)]
+    return Trace(name, num_experts, experts_per_token, [sorted(layer) for layer in prompt], answer)
+
+
 # ── policies ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -103,21 +174,20 @@ class _InstantStore:
 class _NoFiles:
     """Stands in for `ExpertFiles`: an expert is one byte."""
 
-    format = "f32"
     slot_bytes = 1
 
     def __init__(self) -> None:
         self._ticket = 0
 
-    def fetch(self, arena: Any, slot: int, key: Key) -> int:
-        self._ticket += 1
-        return self._ticket
+    def fetch(self, arena: Any, experts: Sequence[tuple[Key, int]], *, ahead: bool = False) -> list[int]:
+        self._ticket += len(experts)
+        return list(range(self._ticket - len(experts), self._ticket))
 
     def expert_bytes(self, key: Key) -> int:
         return 1
 
-    def offsets(self, slot: int, key: Key) -> tuple[int, int, int]:
-        return slot, slot, slot
+    def offsets(self, layer: int, experts: Sequence[int], places: Sequence[int]) -> NDArray[np.int64]:
+        return np.repeat(np.array(places, np.int64)[:, None], 3, axis=1)
 
 
 class Argosy:
@@ -216,6 +286,95 @@ class Optimum:
         return hits
 
 
+def look_ahead(
+    trace: Trace, num_slots: int, *, recall: float | None, read_ms: float, compute_ms: float
+) -> tuple[float, float]:
+    """Decode with one drive and one processor, guessing each next layer's experts; None: without guesses.
+
+    A layer waits for its own reads, one after the other on the drive. While it computes, and only if the drive has
+    nothing else to do by then, what is missing of a guess is read: `experts_per_token` of them, each right with
+    probability `recall` and any other otherwise. A guess goes where a sweep goes, so it displaces little.
+
+    Returns:
+        milliseconds and reads of a token, the first 16 left out.
+    """
+    random = Random(0)
+    policy = CachePolicy(
+        num_slots=num_slots, num_layers=trace.num_layers, experts_per_token=trace.experts_per_token
+    )
+    now = drive_free = 0.0
+    num_reads = 0
+    landing: dict[Key, float] = {}
+
+    def lease(layer: int, experts: Sequence[int], *, is_scan: bool) -> None:
+        nonlocal now, drive_free, num_reads
+        if not is_scan:
+            policy.begin(layer)
+        keys = [(layer, expert) for expert in experts]
+        held = [key for key in keys if policy.slot(key) is not None]
+        missing = [key for key in keys if policy.slot(key) is None]
+        ready = now
+        for key in held:
+            policy.use(key, is_scan=is_scan)
+            ready = max(ready, landing.pop(key, 0.0))
+        for key in missing:
+            while policy.admit(key, is_scan=is_scan) is None:
+                for other in held:
+                    policy.unpin(other)
+                held = []
+            held.append(key)
+            if not is_scan:
+                ready = drive_free = max(drive_free, now) + read_ms
+                num_reads += 1
+        for key in held:
+            policy.unpin(key)
+        now = ready
+
+    def guess(layer: int, experts: Sequence[int]) -> None:
+        nonlocal drive_free, num_reads
+        others = [expert for expert in range(trace.num_experts) if expert not in experts]
+        for expert in experts:
+            key = layer, expert if random.random() < (recall or 0.0) else random.choice(others)
+            if drive_free > now + compute_ms or policy.slot(key) is not None:
+                continue
+            if policy.admit(key, is_scan=True) is not None:
+                drive_free = landing[key] = max(drive_free, now) + read_ms
+                num_reads += 1
+                policy.unpin(key)
+
+    for layer, experts in enumerate(trace.prompt):
+        lease(layer, experts, is_scan=True)
+    asked = [(layer, experts) for token in trace.answer for layer, experts in enumerate(token)]
+    skipped = 16 * trace.num_layers
+    for number, (layer, experts) in enumerate(asked):
+        if number == skipped:
+            start = now, num_reads
+        lease(layer, experts, is_scan=False)
+        if recall is not None and number + 1 < len(asked):
+            guess(*asked[number + 1])
+        now += compute_ms
+    tokens = len(trace.answer) - 16
+    return (now - start[0]) / tokens, (num_reads - start[1]) / tokens
+
+
+def print_look_ahead(trace: Trace) -> None:
+    print(
+        f"\n{trace.name}: guessing the next layer's experts, change of time (of reads) by share of right guesses"
+    )
+    recalls = (0.5, 0.65, 0.8, 0.9, 1.0)
+    print(f"{'residency':>10}  {'one read':>8}" + "".join(f"{recall:>16}" for recall in recalls))
+    for percent in (12, 25, 50):
+        num_slots = trace.num_layers * trace.num_experts * percent // 100
+        for read_ms in (0.9, 0.3):  # 2.65 MB at 3 and at 9 GB/s; a layer's arithmetic takes 0.36 ms
+            times = {"read_ms": read_ms, "compute_ms": 0.36}
+            time, reads = look_ahead(trace, num_slots, recall=None, **times)
+            row = ""
+            for recall in recalls:
+                other = look_ahead(trace, num_slots, recall=recall, **times)
+                row += f"{other[0] / time - 1:>+8.0%} ({other[1] / reads - 1:>+5.0%})"
+            print(f"{percent:>8} %  {read_ms:>5} ms {row}")
+
+
 POLICIES = {"argosy": Argosy, "lru": Lru, "per layer": PerLayerLru, "optimum": Optimum}
 
 
@@ -259,17 +418,31 @@ def main() -> int:
     parser.add_argument("traces", type=Path, nargs="?", default=DEFAULT_TRACES)
     parser.add_argument("--residency", default="3,5,6,9,12,19,25,37,50,75", help="percent of all experts")
     parser.add_argument("--short", action="store_true", help="three residencies")
+    parser.add_argument("--synthetic", action="store_true", help="generated routing instead of recorded")
+    parser.add_argument(
+        "--look-ahead", action="store_true", help="what guessing the next layer's experts saves"
+    )
     options = parser.parse_args()
     percents = [int(p) for p in ("6,12,25" if options.short else options.residency).split(",")]
-    paths = sorted(options.traces.glob("*.route.csv")) if options.traces.is_dir() else [options.traces]
-    if not paths or not paths[0].exists():
+    traces = synthetic_traces() if options.synthetic else None
+    paths = (
+        []
+        if traces
+        else sorted(options.traces.glob("*.route.csv"))
+        if options.traces.is_dir()
+        else [options.traces]
+    )
+    if traces is None and (not paths or not paths[0].exists()):
         print(f"skipped: no recorded routing at {options.traces}", file=sys.stderr)
         return 0
-    traces = [read_trace(path) for path in paths]
+    traces = traces or [read_trace(path) for path in paths]
     report = Report("replay", state="no reads and no arithmetic: only which expert is resident")
     report.correct(check(traces))
     report.opening()
     for trace in traces:
+        if options.look_ahead:
+            print_look_ahead(trace)
+            continue
         print(
             f"\n{trace.name}: {trace.num_layers} layers, {trace.experts_per_token} of {trace.num_experts} experts, "
             f"prompt and {len(trace.answer)} tokens\nhit rate of the answer\n"
