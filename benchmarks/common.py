@@ -241,7 +241,7 @@ class Report:
 
 
 def verdict(value: float, target: str) -> str:
-    """"met" or "missed"; "not measured" without a number, and nothing without a target."""
+    """ "met" or "missed"; "not measured" without a number, and nothing without a target."""
     if not target:
         return ""
     if math.isnan(value):

@@ -480,7 +480,9 @@ def named_model(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("path", type=Path, help="a directory, or a file for GGUF")
-    parser.add_argument("--geometry", choices=list(GEOMETRIES), help="sizes by name; others change single ones")
+    parser.add_argument(
+        "--geometry", choices=list(GEOMETRIES), help="sizes by name; others change single ones"
+    )
     parser.add_argument("--family", choices=list(FAMILIES))
     parser.add_argument("--format", choices=["bf16", "pack-bf16", "q8", "q4", *GGUF_FORMATS], default="bf16")
     parser.add_argument("--routing", choices=ROUTINGS, default="plain")

@@ -98,7 +98,9 @@ class Streamed:
     def decode(self, engine: str, threads: int, read_ahead_kib: int) -> Callable[[], dict[str, float]]:
         """tok/s, MB read a token; and of the drive and the memory before."""
         tuned = read_ahead_kib == TUNED_KIB
-        num_new = self.options.new if tuned or engine == ARGOSY else min(self.options.new, self.options.new_slow)
+        num_new = (
+            self.options.new if tuned or engine == ARGOSY else min(self.options.new, self.options.new_slow)
+        )
 
         def one() -> dict[str, float]:
             machine = probe_machine(threads, self.case.model)
@@ -173,7 +175,9 @@ def ask_decode(report: Report, streamed: Streamed, read_ahead_kib: int, resident
     if LLAMA_CPP in engines(quiet=True):
         is_asked = streamed.share in (75, 50, 25) or read_ahead_kib == AS_IT_COMES_KIB
         if math.isnan(theirs):
-            report.line("peer", f"{name}: llama.cpp made no token of the timed answer in {streamed.options.timeout} s")
+            report.line(
+                "peer", f"{name}: llama.cpp made no token of the timed answer in {streamed.options.timeout} s"
+            )
             # What it reached at most: less than one token in all that time.
             theirs = 1 / streamed.options.timeout
         report.ratio(
