@@ -152,7 +152,7 @@ void require_fit(const RoutedFfn& ffn, int64_t hidden) {
 
 // What a Stack needs of each buffer: columns of float32, or int32 where it says so.
 struct BufferColumns {
-  int64_t query = 0, key = 0, experts = 0, k = 0;
+  int64_t query = 0, key = 0, pairs = 0, experts = 0, k = 0;
 
   void widen(const GroupedQueryAttention& mixer) {
     query = std::max(query, mixer.query.rows);
@@ -168,10 +168,12 @@ struct BufferColumns {
 class BoundStack {
  public:
   BoundStack(Runtime& runtime, KvCache& kv, const Matrix& embedding, const Matrix& head,
-             const Array& final_norm, float norm_eps, const std::vector<LayerOfObjects>& layers,
-             const nb::dict& buffers, Arena* arena, const std::optional<Array>& resident_offsets)
+             const Array& final_norm, float norm_eps, const Rotary& rotary,
+             const std::vector<LayerOfObjects>& layers, const nb::dict& buffers, Arena* arena,
+             const std::optional<Array>& resident_offsets)
       : hidden_(embedding.view.cols) {
     require_size("columns of head", head.view.cols, hidden_);
+    require_range("rotated dimensions", 2 * rotary.num_pairs(), 0, kv.shape().head_dim);
     require_size("number of layers", int64_t(layers.size()), kv.num_layers());
     if (arena != nullptr) experts_ = {nb::object(), arena->hold(), arena->data(), int64_t(arena->size())};
 
@@ -180,8 +182,10 @@ class BoundStack {
     description.head = kept_.keep(head);
     description.final_norm = kept_.keep("final_norm", final_norm, hidden_);
     description.norm_eps = norm_eps;
+    description.rotary = rotary;
     description.experts_off = arena == nullptr;
     BufferColumns columns;
+    columns.pairs = rotary.num_pairs();
     for (const auto& [mixer_norm, mixer, ffn_norm, ffn] : layers) {
       kept_.keep(mixer->kept);
       kept_.keep(ffn->kept);
@@ -203,8 +207,8 @@ class BoundStack {
   }
 
   void begin(const Array& token_ids, const Array& position, const Array& sequence, const Array& slots,
-             const Array& is_decode, const Array& block_table, const Array& cosine, const Array& sine,
-             const Array& last_rows, const OutArray& logits) {
+             const Array& is_decode, const Array& block_table, const Array& last_rows,
+             const OutArray& logits) {
     const KvCache& kv = stack_->kv();
     StepBatch batch = {};
     const int64_t tokens = batch.num_tokens = int64_t(token_ids.shape(0));
@@ -216,15 +220,11 @@ class BoundStack {
     batch.is_decode = read_array<bool>("is_decode", is_decode, {tokens});
     batch.block_table = read_array<int32_t>("block_table", block_table, {kAnySize, kAnySize});
     batch.max_blocks = int64_t(block_table.shape(1));
-    batch.cosine = read_array<float>("cosine", cosine, {tokens, kAnySize});
-    batch.num_pairs = int64_t(cosine.shape(1));
-    batch.sine = read_array<float>("sine", sine, {tokens, batch.num_pairs});
     batch.last_rows = read_array<int64_t>("last_rows", last_rows, {kAnySize});
     batch.num_last = int64_t(last_rows.shape(0));
     batch.logits = write_array<float>("logits", logits, {batch.num_last, vocabulary()});
 
     require_ids("token_ids", batch.token_ids, tokens, stack_->description().embedding.rows);
-    require_range("rotated dimensions", 2 * batch.num_pairs, 0, kv.shape().head_dim);
     require_slots(kv, batch.slots, tokens);
     AttentionBatch reach = {};
     reach.num_tokens = tokens;
@@ -234,7 +234,7 @@ class BoundStack {
     reach.position = batch.position;
     require_blocks(kv, reach, int64_t(block_table.shape(0)));
     require_rows(batch.last_rows, batch.num_last, tokens);
-    batch_ = {token_ids, position, sequence, slots, is_decode, block_table, cosine, sine, last_rows};
+    batch_ = {token_ids, position, sequence, slots, is_decode, block_table, last_rows};
     logits_ = logits;
     num_tokens_ = tokens;
     stack_->begin(batch);
@@ -330,6 +330,8 @@ class BoundStack {
     open("key", columns.key, opened.key);
     open("value", columns.key, opened.value);
     open("attended", columns.query, opened.attended);
+    open("cosine", columns.pairs, opened.cosine);
+    open("sine", columns.pairs, opened.sine);
     open("router_logits", columns.experts, opened.router_logits);
     open("routing_weights", columns.k, opened.routing_weights);
     open("expert_ids", columns.k, opened.expert_ids);
@@ -365,15 +367,36 @@ void bind_stack(nb::module_& m) {
   m.def("routed_ffn", &routed_ffn, "router"_a, nb::kw_only(), "experts_per_token"_a, "renormalize"_a,
         "width"_a, "formats"_a, "shared"_a.none() = nb::none(), "shared_score"_a.none() = nb::none());
 
+  nb::class_<Rotary>(m, "Rotary")
+      .def(
+          "__init__",
+          [](Rotary* self, const Array& inverse_frequency, double scale) {
+            const double* from = read_array<double>("inverse_frequency", inverse_frequency, {kAnySize});
+            new (self) Rotary{{from, from + inverse_frequency.shape(0)}, scale};
+          },
+          "inverse_frequency"_a, "scale"_a)
+      .def(
+          "angles",
+          [](const Rotary& self, Runtime& runtime, const Array& position, const OutArray& cosine,
+             const OutArray& sine) {
+            const int32_t* from = read_array<int32_t>("position", position, {kAnySize});
+            const int64_t num_tokens = int64_t(position.shape(0));
+            float* c = write_array<float>("cosine", cosine, {num_tokens, self.num_pairs()});
+            float* s = write_array<float>("sine", sine, {num_tokens, self.num_pairs()});
+            nb::gil_scoped_release released;
+            rotary_angles(runtime, self, from, num_tokens, c, s);
+          },
+          "runtime"_a, "position"_a, "cosine"_a.noconvert(), "sine"_a.noconvert());
+
   nb::class_<BoundStack>(m, "Stack")
-      .def(nb::init<Runtime&, KvCache&, const Matrix&, const Matrix&, const Array&, float,
+      .def(nb::init<Runtime&, KvCache&, const Matrix&, const Matrix&, const Array&, float, const Rotary&,
                     const std::vector<LayerOfObjects>&, const nb::dict&, Arena*,
                     const std::optional<Array>&>(),
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), "runtime"_a, "kv"_a, nb::kw_only(), "embedding"_a,
-           "head"_a, "final_norm"_a, "norm_eps"_a, "layers"_a, "buffers"_a, "arena"_a.none(),
+           "head"_a, "final_norm"_a, "norm_eps"_a, "rotary"_a, "layers"_a, "buffers"_a, "arena"_a.none(),
            "resident_offsets"_a.none())
       .def("begin", &BoundStack::begin, "token_ids"_a, "position"_a, "sequence"_a, "slots"_a, "is_decode"_a,
-           "block_table"_a, "cosine"_a, "sine"_a, "last_rows"_a, "logits"_a.noconvert())
+           "block_table"_a, "last_rows"_a, "logits"_a.noconvert())
       .def("advance", &BoundStack::advance)
       .def("run_shared", &BoundStack::run_shared)
       .def("run_experts", &BoundStack::run_experts, "expert_ids"_a, "offsets"_a)

@@ -62,6 +62,8 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
   if (stage == Stage::done) return Pause::done;
   if (stage == Stage::begun) {
     embed(runtime_, description_.embedding, batch_.token_ids, batch_.num_tokens, buffers_.hidden);
+    rotary_angles(runtime_, description_.rotary, batch_.position, batch_.num_tokens, buffers_.cosine,
+                  buffers_.sine);
   } else if (stage == Stage::waits_for_experts) {
     if (num_unclaimed_ > 0) {
       throw std::invalid_argument("layer " + std::to_string(layer_) + " still waits for " +
@@ -110,8 +112,10 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
     rms_norm(runtime_, query, mixer.query_norm, eps, tokens * mixer.num_heads, kv.head_dim, query);
     rms_norm(runtime_, key, mixer.key_norm, eps, tokens * kv.kv_heads, kv.head_dim, key);
   }
-  rope(runtime_, query, tokens, mixer.num_heads, kv.head_dim, batch_.cosine, batch_.sine, batch_.num_pairs);
-  rope(runtime_, key, tokens, kv.kv_heads, kv.head_dim, batch_.cosine, batch_.sine, batch_.num_pairs);
+  rope(runtime_, query, tokens, mixer.num_heads, kv.head_dim, buffers_.cosine, buffers_.sine,
+       description_.rotary.num_pairs());
+  rope(runtime_, key, tokens, kv.kv_heads, kv.head_dim, buffers_.cosine, buffers_.sine,
+       description_.rotary.num_pairs());
 
   kv_write(runtime_, kv, key, value, batch_.slots, tokens);
   attention(runtime_, kv,

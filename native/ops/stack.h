@@ -29,6 +29,7 @@
 
 #include "ops/attention.h"
 #include "ops/matmul.h"
+#include "ops/rotary.h"
 #include "ops/runtime.h"
 #include "ops/swiglu.h"
 
@@ -91,6 +92,7 @@ struct StackDescription {
   MatrixView embedding, head;  // [vocabulary, hidden]
   const float* final_norm;     // [hidden]
   float norm_eps;
+  Rotary rotary;
   bool experts_off;  // leave routed experts out of every sum
   std::vector<Layer> layers;
 };
@@ -101,6 +103,7 @@ struct StackBuffers {
   float *hidden, *normed, *block;  // [hidden]; `block` is what a block adds to the hidden state
   float *query, *attended;         // [num_heads * head_dim]
   float *key, *value;              // [kv_heads * head_dim]
+  float *cosine, *sine;            // [pairs]
   float* router_logits;            // [num_experts]
   float* routing_weights;          // [k]
   int32_t* expert_ids;             // [k]
@@ -119,8 +122,6 @@ struct StepBatch {
   const bool* is_decode;    // false: a prompt token
   const int32_t* block_table;
   int64_t max_blocks;
-  const float *cosine, *sine;  // [num_tokens][num_pairs]
-  int64_t num_pairs;
   const int64_t* last_rows;  // [num_last], rows whose logits are wanted; at most max_tokens
   int64_t num_last;
   float* logits;  // [num_last][vocabulary]

@@ -237,6 +237,16 @@ def routed_ffn(
         shared_score: [1, hidden]; the shared expert's output is taken times sigmoid(shared_score . x).
     """
 
+class Rotary:
+    """Angles of the rotary position embedding: position * inverse_frequency (float64 [pairs], in radians).
+
+    Computed in float64, as are the cosines and sines times `scale`; then rounded to float32.
+    """
+
+    def __init__(self, inverse_frequency: NDArray[np.float64], scale: float) -> None: ...
+    def angles(self, runtime: Runtime, position: _Ints, cosine: _Floats, sine: _Floats) -> None:
+        """Positions [tokens] -> cosine and sine [tokens, pairs], as `rope` takes them."""
+
 class Stack:
     """Embedding, layers and head of a decoder, run without Python between them; one step at a time.
 
@@ -260,6 +270,7 @@ class Stack:
         head: Matrix,
         final_norm: _Floats,
         norm_eps: float,
+        rotary: Rotary,
         layers: Sequence[tuple[_Floats, Mixer, _Floats, Ffn]],
         buffers: Mapping[str, NDArray[Any]],
         arena: Arena | None,
@@ -273,8 +284,6 @@ class Stack:
         slots: NDArray[np.int64],
         is_decode: NDArray[np.bool_],
         block_table: _Ints,
-        cosine: _Floats,
-        sine: _Floats,
         last_rows: NDArray[np.int64],
         logits: _Floats,
     ) -> None:
@@ -283,7 +292,6 @@ class Stack:
         Args:
             token_ids, position, sequence, slots, is_decode: [tokens]; slots int64, is_decode bool.
             block_table: [sequences, blocks].
-            cosine, sine: [tokens, pairs], as for `rope`.
             last_rows: int64 [rows], tokens whose logits are wanted.
             logits: [rows, vocabulary], written at the end of the step.
         """

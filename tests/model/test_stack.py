@@ -257,7 +257,6 @@ def waiting(tmp_path: Path) -> Iterator[tuple[_native.Stack, Any, tuple[int, lis
 
 
 def begin(decoder: Decoder, batch: Any, **changes: Any) -> None:
-    cosine, sine = decoder._rope.angles(batch.positions)
     arguments = {
         "token_ids": batch.token_ids,
         "position": batch.positions,
@@ -265,8 +264,6 @@ def begin(decoder: Decoder, batch: Any, **changes: Any) -> None:
         "slots": batch.slots,
         "is_decode": batch.is_decode,
         "block_table": batch.block_table,
-        "cosine": cosine,
-        "sine": sine,
         "last_rows": batch.last_rows,
         "logits": np.empty((len(batch.last_rows), decoder.config.vocab_size), np.float32),
     }
@@ -305,7 +302,6 @@ WRONG_BATCHES = {
     "last_rows": (np.array([0, 2], np.int64), "a row is 2, expected 0 to 1"),
     "block_table": (np.full((4, 6), 24, np.int32), r"block_table\[0\] is 24, expected 0 to 23"),
     "is_decode": (np.array([0, 1], np.int32), "is_decode is int32, expected bool"),
-    "cosine": (np.zeros((3, 4), np.float32), r"cosine has shape \[3, 4\], expected \[2, any\]"),
     "logits": (np.zeros((1, 112), np.float32), r"logits has shape \[1, 112\], expected \[2, 112\]"),
 }
 

@@ -19,7 +19,7 @@ import transformers
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.pack import pack
 from argosy.model.families import open_model
-from argosy.model.rope import Rope
+from argosy.model.rope import angle_scale, inverse_frequency
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.make_models import answer, load, make, scaled
 from tests.models.numpy_model import softmax
@@ -148,9 +148,9 @@ def test_a_config_means_what_transformers_reads_in_it(configuration: Configurati
     eos = theirs.eos_token_id
     assert ours.eos_ids == tuple(eos if isinstance(eos, list) else [eos])
 
-    rope, rotary = Rope(ours.rope), model.model.rotary_emb
-    np.testing.assert_allclose(rope.inverse_frequency, rotary.inv_freq.numpy(), rtol=1e-6)
-    assert rope.scale == pytest.approx(rotary.attention_scaling, rel=1e-12)
+    rotary = model.model.rotary_emb
+    np.testing.assert_allclose(inverse_frequency(ours.rope), rotary.inv_freq.numpy(), rtol=1e-6)
+    assert angle_scale(ours.rope) == pytest.approx(rotary.attention_scaling, rel=1e-12)
 
 
 def window_of(config: transformers.PreTrainedConfig, attention: torch.nn.Module) -> int:

@@ -141,7 +141,7 @@ def plan_memory(
     def plan(context: int, chunk: int) -> MemoryPlan:
         kv = kv_bytes(model, context, config.kv_dtype)
         tokens = chunk + config.max_sequences
-        working = workspace_bytes(model, tokens, config.threads, context)
+        working = workspace_bytes(model, tokens, config.threads)
         working += 3 * 4 * model.vocab_size * config.max_sequences  # logits, and the sampler's copies of them
         left = config.budget.ram_bytes - fixed - dense - kv - working - staging
         slots = fewest_slots if expert_slots is not None else max(fewest_slots, left // max(1, one_slot))

@@ -24,7 +24,7 @@ from argosy.experts.source import ExpertSource
 from argosy.model.batch import Batch
 from argosy.model.clock import PartClock
 from argosy.model.layers import describe_layers
-from argosy.model.rope import Rope
+from argosy.model.rope import angle_scale, inverse_frequency
 from argosy.model.weights import DenseWeights
 from argosy.model.workspace import Array, Workspace
 
@@ -61,7 +61,6 @@ class Decoder:
         self._workspace = workspace
         self._clock = clock
         self._observe = observe
-        self._rope = Rope(config.rope)
         self._next_moe_layer = dict(zip(config.moe_layers, config.moe_layers[1:], strict=False))
         # An observer hears every layer's choice, so its steps stop there, as those do that wait for reads.
         resident_offsets = None if experts is None or observe is not None else experts.resident_offsets
@@ -73,6 +72,7 @@ class Decoder:
             head=embedding if config.is_embedding_tied else weights.matrices["head"],
             final_norm=weights.vectors["final_norm"],
             norm_eps=config.norm_eps,
+            rotary=_native.Rotary(inverse_frequency(config.rope), angle_scale(config.rope)),
             layers=describe_layers(config, weights, experts),
             buffers=workspace.buffers,
             arena=None if experts is None else experts.arena,
@@ -89,7 +89,6 @@ class Decoder:
             batch.slots,
             batch.is_decode,
             batch.block_table,
-            *self._rope.angles(batch.positions),
             batch.last_rows,
             logits,
         )

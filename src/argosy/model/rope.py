@@ -1,4 +1,4 @@
-"""Rotary position embedding: angles of a batch of positions (RoFormer, arXiv:2104.09864).
+"""Rotary position embedding: how far dimensions turn from position to position (RoFormer, arXiv:2104.09864).
 
 Frequencies follow the scaling kinds that checkpoints ask for: linear (arXiv:2306.15595), yarn (arXiv:2309.00071)
 and llama3 (its config's own formula). The dynamic kind changes nothing up to the context the model was trained on;
@@ -16,21 +16,9 @@ from numpy.typing import NDArray
 from argosy.config import RopeConfig
 
 
-class Rope:
-    """cos and sin tables for any positions."""
-
-    def __init__(self, config: RopeConfig) -> None:
-        self.inverse_frequency = inverse_frequency(config)
-        self.scale = _attention_factor(config) if config.kind == "yarn" else 1.0
-
-    def angles(self, positions: NDArray[np.int32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Positions [tokens] -> cos, sin float32 [tokens, rotary_dim / 2]."""
-        # Angles in float64: at position 32768 a float32 angle is off by up to 0.001 rad.
-        angle = positions[:, None].astype(np.float64) * self.inverse_frequency
-        return (
-            np.ascontiguousarray(self.scale * np.cos(angle), np.float32),
-            np.ascontiguousarray(self.scale * np.sin(angle), np.float32),
-        )
+def angle_scale(config: RopeConfig) -> float:
+    """What cosines and sines are multiplied with: yarn's attention factor, 1 for the other kinds."""
+    return _attention_factor(config) if config.kind == "yarn" else 1.0
 
 
 def inverse_frequency(config: RopeConfig) -> NDArray[np.float64]:

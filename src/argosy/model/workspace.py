@@ -29,6 +29,8 @@ def buffer_columns(config: ModelConfig) -> dict[str, int]:
         "key": key,
         "value": key,
         "attended": query,
+        "cosine": config.rope.rotary_dim // 2,
+        "sine": config.rope.rotary_dim // 2,
         "router_logits": config.num_experts,
         "routing_weights": config.experts_per_token,
         "shared_score": 1,
@@ -36,16 +38,17 @@ def buffer_columns(config: ModelConfig) -> dict[str, int]:
     } | dict.fromkeys(_INTEGERS, config.experts_per_token)
 
 
-def workspace_bytes(config: ModelConfig, max_tokens: int, threads: int, context_tokens: int) -> int:
+def workspace_bytes(config: ModelConfig, max_tokens: int, threads: int) -> int:
     """Bytes of the buffers below and of the native scratch behind them, for a batch of `max_tokens`."""
     per_token = 4 * sum(buffer_columns(config).values())
     widest = max(config.expert_width * config.experts_per_token, config.dense_width, config.shared_width)
     # Gate and up of the widest FFN in float32, and a quantised copy of them and of the FFN's input.
     per_token += 2 * 4 * widest + 2 * (widest + 2 * config.hidden_size)
-    # Rotary tables and other numpy temporaries are small beside these; two more rows cover them.
+    # The batch and other small arrays take less than two more rows.
     per_token += 2 * 4 * config.hidden_size
-    scores = threads * 16 * context_tokens * 4  # a tile of attention scores per thread
-    return max_tokens * per_token + scores
+    # Per thread 32 queries of attention, each with 64 scores and its running sum (kernels/kernel_table.h).
+    attention = threads * 32 * (64 + 2 * -(-config.head_dim // 16) * 16) * 4
+    return max_tokens * per_token + attention
 
 
 class Workspace:

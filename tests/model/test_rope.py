@@ -1,0 +1,32 @@
+"""Angles of the rotary position embedding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from argosy import _native
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_angles_are_computed_in_double_and_rounded_once(threads: int) -> None:
+    inverse_frequency = 1e6 ** -(np.arange(64) / 64)
+    positions = np.array([0, 1, 2, 77, 32_768, 131_071], np.int32).repeat(200)
+    cosine, sine = np.full((2, len(positions), 64), np.nan, np.float32)
+    _native.Rotary(inverse_frequency, 1.25).angles(_native.Runtime(threads), positions, cosine, sine)
+
+    angle = positions[:, None] * inverse_frequency
+    # One step of float32: two good doubles may round apart.
+    np.testing.assert_array_max_ulp(cosine, (1.25 * np.cos(angle)).astype(np.float32), maxulp=1)
+    np.testing.assert_array_max_ulp(sine, (1.25 * np.sin(angle)).astype(np.float32), maxulp=1)
+
+
+def test_angles_refuse_arrays_that_do_not_fit() -> None:
+    rotary = _native.Rotary(np.ones(4), 1.0)
+    with pytest.raises(ValueError, match=r"cosine has shape \[2, 3\], expected \[2, 4\]"):
+        rotary.angles(
+            _native.Runtime(1),
+            np.zeros(2, np.int32),
+            np.zeros((2, 3), np.float32),
+            np.zeros((2, 4), np.float32),
+        )
