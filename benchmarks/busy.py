@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 
-from common import Report, alternate
+from common import Report, alternate, tidy_up_when_terminated
 from engines import ARGOSY, LLAMA_CPP, PASSIVE, Job, engines, parse_cases, prompts, require_documents, run
 
 TIMEOUT_S = 120.0
@@ -53,6 +53,7 @@ def sample(
 
 
 def main() -> int:
+    tidy_up_when_terminated()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--new", type=int, default=64)
     options, cases = parse_cases(parser, geometries="small", formats="Q4_0", threads="2")

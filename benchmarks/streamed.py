@@ -33,6 +33,7 @@ from common import (
     file_bytes,
     probe_machine,
     read_ahead,
+    tidy_up_when_terminated,
 )
 from engines import (
     ARGOSY,
@@ -244,6 +245,7 @@ def resident_step_s(case: Case, num_new: int) -> float:
 
 
 def main() -> int:
+    tidy_up_when_terminated()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--caps", default="75,50,25,12", help="limits, in percent of the file")
     parser.add_argument("--ask", default="decode,prefill")
@@ -267,8 +269,10 @@ def main() -> int:
         report.line(
             "model",
             f"{case.name}: {format_bytes(file_bytes(case.model))}, {len(files.experts)} experts of"
-            f" {format_bytes(files.expert_bytes // len(files.experts))}; a token in memory takes {resident_s:.4f} s",
+            f" {format_bytes(files.expert_bytes // len(files.experts))}",
         )
+        if not math.isnan(resident_s):
+            report.line("resident", f"a token takes {1e3 * resident_s:.1f} ms with every expert in memory")
         try:
             for cap in caps:
                 if "decode" in asked:
