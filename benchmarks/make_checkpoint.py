@@ -6,7 +6,7 @@
 
     small            1.3 B parameters: hidden 1024, 16 layers, 8 of 64 experts of width 384
     mid             10.1 B: hidden 2048, 16 layers, 8 of 128 experts of width 768
-    mixtral-like     3.0 B: hidden 2048, 8 layers, 2 of 8 experts of width 7168
+    mixtral-like     3.1 B: hidden 2048, 8 layers, 2 of 8 experts of width 7168
     tiny             0.1 B, for the short form of a benchmark
 
 A checkpoint of safetensors is what the hub has for the family: config.json, bf16 shards with an index, no tokenizer. A
