@@ -1,6 +1,6 @@
 # The commands a stranger types. Each does its own set-up in .venv; only Python, a C++ compiler and make are needed.
 .DEFAULT_GOAL := help
-.PHONY: FORCE help demo test test-native test-sanitize test-oracle lint format bench clean
+.PHONY: FORCE help demo test test-native test-sanitize test-oracle lint format bench peer clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -68,6 +68,12 @@ format: $(VENV)/.lint     ## rewrite the sources as lint wants them
 
 bench: $(VENV)/.installed ## the short form of every benchmark
 	$(BIN)/python benchmarks/run_all.py --short
+
+build/peer-venv: benchmarks/install_peer.sh
+	PYTHON="$(PYTHON)" benchmarks/install_peer.sh $@
+	@touch $@
+
+peer: build/peer-venv     ## llama.cpp, compiled here, for the benchmarks to compare with
 
 clean:                    ## remove what was built
 	rm -rf build $(VENV)

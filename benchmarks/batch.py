@@ -26,7 +26,9 @@ from random_weights import document
 PROMPT_TOKENS = 16
 
 
-def decode_together(engine: Engine, texts: Sequence[Sequence[int]], num_new: int) -> tuple[float, list[list[int]]]:
+def decode_together(
+    engine: Engine, texts: Sequence[Sequence[int]], num_new: int
+) -> tuple[float, list[list[int]]]:
     """Seconds of the steps in which every sequence decodes, and the answers."""
     params = SamplingParams(max_tokens=num_new + 1, ignore_eos=True)
     sequences = [engine.submit(list(text), params) for text in texts]

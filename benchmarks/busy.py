@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 
-from common import Report, alternate
+from common import Report, alternate, tidy_up_when_terminated
 from engines import ARGOSY, LLAMA_CPP, PASSIVE, Job, engines, parse_cases, prompts, require_documents, run
 
 TIMEOUT_S = 120.0
@@ -36,7 +36,24 @@ def neighbour(*, is_there: bool) -> Iterator[None]:
         process.wait()
 
 
+def sample(
+    engine: str, job: Job, environment: Mapping[str, str], told: list[str], *, is_busy: bool
+) -> Callable[[], dict[str, float]]:
+    def one() -> dict[str, float]:
+        with neighbour(is_there=is_busy):
+            done = run(engine, job, environment=environment, timeout_s=TIMEOUT_S)
+        if done.ended and not done.ended.startswith("stopped"):
+            done.require()
+        sentence = require_documents(done, 1)
+        if sentence not in told:
+            told.append(sentence)
+        return {"decode": done.decode_tok_per_s}
+
+    return one
+
+
 def main() -> int:
+    tidy_up_when_terminated()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--new", type=int, default=64)
     options, cases = parse_cases(parser, geometries="small", formats="Q4_0", threads="2")
@@ -50,30 +67,11 @@ def main() -> int:
         )
         told: list[str] = []
 
-        def sample(
-            engine: str,
-            environment: Mapping[str, str],
-            is_busy: bool,
-            job: Job = job,
-            told: list[str] = told,
-        ) -> Callable[[], dict[str, float]]:
-            def one() -> dict[str, float]:
-                with neighbour(is_there=is_busy):
-                    done = run(engine, job, environment=environment, timeout_s=TIMEOUT_S)
-                if done.ended and not done.ended.startswith("stopped"):
-                    done.require()
-                sentence = require_documents(done, 1)
-                if sentence not in told:
-                    told.append(sentence)
-                return {"decode": done.decode_tok_per_s}
-
-            return one
-
         ways: dict[str, tuple[str, Mapping[str, str]]] = {ARGOSY: (ARGOSY, {})}
         if LLAMA_CPP in engines(quiet=number > 0):
             ways |= {LLAMA_CPP: (LLAMA_CPP, {}), f"{LLAMA_CPP}, passive": (LLAMA_CPP, PASSIVE)}
         variants = {
-            f"{name}{', busy' if is_busy else ''}": sample(engine, environment, is_busy)
+            f"{name}{', busy' if is_busy else ''}": sample(engine, job, environment, told, is_busy=is_busy)
             for name, (engine, environment) in ways.items()
             for is_busy in (False, True)
         }

@@ -15,6 +15,7 @@ import csv
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -241,7 +242,7 @@ class Report:
 
 
 def verdict(value: float, target: str) -> str:
-    """"met" or "missed"; "not measured" without a number, and nothing without a target."""
+    """ "met" or "missed"; "not measured" without a number, and nothing without a target."""
     if not target:
         return ""
     if math.isnan(value):
@@ -288,6 +289,15 @@ def drop_page_cache(model: Path) -> None:
 def file_bytes(model: Path) -> int:
     """Of a file, or of all files in a directory."""
     return sum(path.stat().st_size for path in (model.iterdir() if model.is_dir() else [model]))
+
+
+def tidy_up_when_terminated() -> None:
+    """Let SIGTERM end this process as an exception does, so that what was set on the machine is set back."""
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 class CannotSet(Exception):

@@ -205,13 +205,20 @@ def _run(
     started_at, capped, ended = time.monotonic(), None, ""
     try:
         if limit_bytes is not None:
-            capped = run_capped(list(map(str, command)), limit_bytes=limit_bytes, timeout_s=timeout_s, env=env)
+            capped = run_capped(
+                list(map(str, command)), limit_bytes=limit_bytes, timeout_s=timeout_s, env=env
+            )
             code, stderr = capped.returncode, capped.stderr
             if capped.num_oom_kills:
                 ended = "killed: the limit is too small for it"
         else:
             done = subprocess.run(
-                list(map(str, command)), capture_output=True, text=True, check=False, timeout=timeout_s, env=env
+                list(map(str, command)),
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=timeout_s,
+                env=env,
             )
             code, stderr = done.returncode, done.stderr
         if code and not ended:
@@ -287,12 +294,12 @@ def parse_cases(
     options = parser.parse_args()
     if options.short:
         options.geometries, options.formats, options.threads, options.repeats = "tiny", "Q4_0", "2", 1
-    cases = []
+    cases: list[Case] = []
     for geometry in options.geometries.split(","):
         for format in options.formats.split(","):
             model = named_model(options.models, geometry, format, routing=options.routing)
-            for count in options.threads.split(","):
-                cases.append(Case(geometry=geometry, format=format, threads=int(count), model=model))
+            counts = map(int, options.threads.split(","))
+            cases += [Case(geometry=geometry, format=format, threads=count, model=model) for count in counts]
     return options, cases
 
 

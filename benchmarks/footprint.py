@@ -17,7 +17,7 @@ from engines import ARGOSY, Job, engines, parse_cases, prompts, require_document
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    options, cases = parse_cases(parser, formats="Q4_0,Q8_0", threads="2", repeats=1)
+    _, cases = parse_cases(parser, formats="Q4_0,Q8_0", threads="2", repeats=1)
     report = Report("footprint", state="weights in memory, 32 tokens of prompt, 8 of answer")
     is_good = True
     for number, case in enumerate(cases):

@@ -71,9 +71,7 @@ def _half(values: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.fl
     return rounded.reshape(-1, 1).view(np.uint8), rounded.astype(np.float32)
 
 
-def _with_minimum(
-    values: NDArray[np.float32], levels: int
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def _with_minimum(values: NDArray[np.float32], levels: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Of Q4_K and Q5_K: header [n, 16] with d, dmin and the packed scales, and quants [n, 8, 32] below `levels`."""
     groups = values.reshape(-1, 8, 32)
     low = np.minimum(groups.min(axis=2), 0)

@@ -6,7 +6,7 @@
 
     small            1.3 B parameters: hidden 1024, 16 layers, 8 of 64 experts of width 384
     mid             10.1 B: hidden 2048, 16 layers, 8 of 128 experts of width 768
-    mixtral-like     3.0 B: hidden 2048, 8 layers, 2 of 8 experts of width 7168
+    mixtral-like     3.1 B: hidden 2048, 8 layers, 2 of 8 experts of width 7168
     tiny             0.1 B, for the short form of a benchmark
 
 A checkpoint of safetensors is what the hub has for the family: config.json, bf16 shards with an index, no tokenizer. A
@@ -480,7 +480,9 @@ def named_model(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("path", type=Path, help="a directory, or a file for GGUF")
-    parser.add_argument("--geometry", choices=list(GEOMETRIES), help="sizes by name; others change single ones")
+    parser.add_argument(
+        "--geometry", choices=list(GEOMETRIES), help="sizes by name; others change single ones"
+    )
     parser.add_argument("--family", choices=list(FAMILIES))
     parser.add_argument("--format", choices=["bf16", "pack-bf16", "q8", "q4", *GGUF_FORMATS], default="bf16")
     parser.add_argument("--routing", choices=ROUTINGS, default="plain")

@@ -44,7 +44,11 @@ def main() -> None:
     tell("started", at_start=STARTED, import_s=IMPORTED - STARTED)
     begin = time.perf_counter()
     engine = Engine(
-        job["model"], memory=job.get("memory"), threads=job["threads"], context=job["context"], max_sequences=1
+        job["model"],
+        memory=job.get("memory"),
+        threads=job["threads"],
+        context=job["context"],
+        max_sequences=1,
     )
     counters = engine.ledger
     tell(

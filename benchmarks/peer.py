@@ -112,7 +112,14 @@ def main() -> None:
         model.decode(prompt)
         token = int(model.logits(-1).argmax())
         seconds = time.perf_counter() - begin
-        tell("prefill", run=run, tokens=len(prompt), seconds=seconds, id=token, bytes_read=bytes_read() - before)
+        tell(
+            "prefill",
+            run=run,
+            tokens=len(prompt),
+            seconds=seconds,
+            id=token,
+            bytes_read=bytes_read() - before,
+        )
         for number in range(job["num_new"]):
             before = bytes_read()
             fed = given[run][number] if given else token

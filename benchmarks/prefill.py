@@ -67,7 +67,9 @@ def measure(report: Report, case: Case, options: argparse.Namespace, *, is_first
         **case.facts,
     )
     if LLAMA_CPP in samples:
-        theirs = report.figure(f"{case.name}: {LLAMA_CPP}", "tok/s", samples[LLAMA_CPP], "prefill", **case.facts)
+        theirs = report.figure(
+            f"{case.name}: {LLAMA_CPP}", "tok/s", samples[LLAMA_CPP], "prefill", **case.facts
+        )
         report.ratio(f"{case.name}: over {LLAMA_CPP}", ours, theirs, target=">= 2.5", row=3, **case.facts)
     report.neighbours(every)
 

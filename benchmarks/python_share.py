@@ -119,7 +119,9 @@ def main() -> int:
             samples = alternate({"plain": plain, "watched": watched}, options.repeats)
         report.figure(f"{case.name}: step", "ms", samples["plain"], "step ms", **case.facts)
         report.figure(f"{case.name}: step, watched", "ms", samples["watched"], "step ms", **case.facts)
-        report.figure(f"{case.name}: outside native code", "us", samples["watched"], "python us", **case.facts)
+        report.figure(
+            f"{case.name}: outside native code", "us", samples["watched"], "python us", **case.facts
+        )
         shares = sorted(sample.values["share"] for sample in samples["watched"])
         report.ratio(
             f"{case.name}: share of a step",

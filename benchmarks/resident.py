@@ -75,7 +75,9 @@ def measure(report: Report, case: Case, options: argparse.Namespace, *, is_first
         **case.facts,
     )
     if LLAMA_CPP in samples:
-        theirs = report.figure(f"{case.name}: {LLAMA_CPP}", "tok/s", samples[LLAMA_CPP], "decode", **case.facts)
+        theirs = report.figure(
+            f"{case.name}: {LLAMA_CPP}", "tok/s", samples[LLAMA_CPP], "decode", **case.facts
+        )
         target = min(1.5, 0.9 * wall / theirs)
         report.ratio(
             f"{case.name}: over {LLAMA_CPP}", ours, theirs, target=f">= {target:.2f}", row=2, **case.facts
@@ -87,7 +89,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--new", type=int, default=64, help="tokens of each answer")
     options, cases = parse_cases(parser)
-    report = Report("resident", state="file in the page cache or not, weights in memory, warmed by one answer")
+    report = Report(
+        "resident", state="file in the page cache or not, weights in memory, warmed by one answer"
+    )
     for number, case in enumerate(cases):
         measure(report, case, options, is_first=number == 0)
     return 0

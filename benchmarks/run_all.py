@@ -2,8 +2,8 @@
 
     python benchmarks/run_all.py [--short] [SCRIPT ...]
 
-Each is a script with one question; run alone, it takes more options. Where llama.cpp is not installed, Argosy runs alone.
-At the end `table.py` prints what was reached beside its target. Exit code 1 if any failed.
+Each is a script with one question; run alone, it takes more options. Where llama.cpp is not installed, Argosy runs
+alone. Without `--short`, `table.py` prints at the end what was reached beside its target. Exit code 1 if any failed.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ def main() -> int:
         if subprocess.run([sys.executable, str(path), *flags], check=False).returncode:
             failed.append(name)
         print(f"   {time.perf_counter() - started:.0f} s", flush=True)
+    if not options.short:
+        subprocess.run([sys.executable, str(Path(__file__).with_name("table.py"))], check=False)
     print(f"\nfailed: {', '.join(failed)}" if failed else "\nall good")
     return 1 if failed else 0
 

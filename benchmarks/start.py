@@ -14,12 +14,26 @@ import sys
 from collections.abc import Callable
 
 from common import Report, alternate
-from engines import ARGOSY, LLAMA_CPP, Job, Run, engines, parse_cases, prompts, require_documents, run
+from engines import ARGOSY, LLAMA_CPP, Job, engines, parse_cases, prompts, require_documents, run
 
 
-def first_token_s(done: Run) -> float:
-    (event,) = [event for event in done.events if event["event"] == "prefill"]
-    return float(event["at"] - done.started_at)
+def sample(engine: str, job: Job, told: list[str]) -> Callable[[], dict[str, float]]:
+    def one() -> dict[str, float]:
+        done = run(engine, job).require()
+        sentence = require_documents(done, 1)
+        if sentence not in told:
+            told.append(sentence)
+        (started,) = [event for event in done.events if event["event"] == "started"]
+        (token,) = [event for event in done.events if event["event"] == "prefill"]
+        first = float(token["at"] - done.started_at)
+        return {
+            "first": first,
+            "less import": first - started["import_s"],
+            "import": started["import_s"],
+            "load": done.load_s,
+        }
+
+    return one
 
 
 def main() -> int:
@@ -33,24 +47,7 @@ def main() -> int:
         job = Job(model=case.model, prompts=prompts(1, 16), num_new=0, threads=case.threads, warm_up=False)
         told: list[str] = []
 
-        def sample(engine: str, job: Job = job, told: list[str] = told) -> Callable[[], dict[str, float]]:
-            def one() -> dict[str, float]:
-                done = run(engine, job).require()
-                sentence = require_documents(done, 1)
-                if sentence not in told:
-                    told.append(sentence)
-                (started,) = [event for event in done.events if event["event"] == "started"]
-                first = first_token_s(done)
-                return {
-                    "first": first,
-                    "less import": first - started["import_s"],
-                    "import": started["import_s"],
-                    "load": done.load_s,
-                }
-
-            return one
-
-        samples = alternate({engine: sample(engine) for engine in engines()}, options.repeats)
+        samples = alternate({engine: sample(engine, job, told) for engine in engines()}, options.repeats)
         report.correct("; ".join(told))
         if number == 0:
             report.opening()
@@ -63,7 +60,12 @@ def main() -> int:
         if LLAMA_CPP in samples:
             theirs = sorted(one.values["less import"] for one in samples[LLAMA_CPP])[options.repeats // 2]
             report.ratio(
-                f"{case.name}: over {LLAMA_CPP} less its import", ours, theirs, target="<= 1", row=11, **case.facts
+                f"{case.name}: over {LLAMA_CPP} less its import",
+                ours,
+                theirs,
+                target="<= 1",
+                row=11,
+                **case.facts,
             )
         report.neighbours([one for found in samples.values() for one in found])
     return 0

@@ -33,6 +33,7 @@ from common import (
     file_bytes,
     probe_machine,
     read_ahead,
+    tidy_up_when_terminated,
 )
 from engines import (
     ARGOSY,
@@ -98,7 +99,9 @@ class Streamed:
     def decode(self, engine: str, threads: int, read_ahead_kib: int) -> Callable[[], dict[str, float]]:
         """tok/s, MB read a token; and of the drive and the memory before."""
         tuned = read_ahead_kib == TUNED_KIB
-        num_new = self.options.new if tuned or engine == ARGOSY else min(self.options.new, self.options.new_slow)
+        num_new = (
+            self.options.new if tuned or engine == ARGOSY else min(self.options.new, self.options.new_slow)
+        )
 
         def one() -> dict[str, float]:
             machine = probe_machine(threads, self.case.model)
@@ -173,7 +176,9 @@ def ask_decode(report: Report, streamed: Streamed, read_ahead_kib: int, resident
     if LLAMA_CPP in engines(quiet=True):
         is_asked = streamed.share in (75, 50, 25) or read_ahead_kib == AS_IT_COMES_KIB
         if math.isnan(theirs):
-            report.line("peer", f"{name}: llama.cpp made no token of the timed answer in {streamed.options.timeout} s")
+            report.line(
+                "peer", f"{name}: llama.cpp made no token of the timed answer in {streamed.options.timeout} s"
+            )
             # What it reached at most: less than one token in all that time.
             theirs = 1 / streamed.options.timeout
         report.ratio(
@@ -240,6 +245,7 @@ def resident_step_s(case: Case, num_new: int) -> float:
 
 
 def main() -> int:
+    tidy_up_when_terminated()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--caps", default="75,50,25,12", help="limits, in percent of the file")
     parser.add_argument("--ask", default="decode,prefill")
@@ -263,8 +269,10 @@ def main() -> int:
         report.line(
             "model",
             f"{case.name}: {format_bytes(file_bytes(case.model))}, {len(files.experts)} experts of"
-            f" {format_bytes(files.expert_bytes // len(files.experts))}; a token in memory takes {resident_s:.4f} s",
+            f" {format_bytes(files.expert_bytes // len(files.experts))}",
         )
+        if not math.isnan(resident_s):
+            report.line("resident", f"a token takes {1e3 * resident_s:.1f} ms with every expert in memory")
         try:
             for cap in caps:
                 if "decode" in asked:

@@ -1,0 +1,77 @@
+"""The models that benchmarks are run on say what they are meant to say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from gguf.quants import dequantize
+
+from argosy import Engine, SamplingParams
+from benchmarks.gguf_blocks import BLOCK_TYPES, scale_blocks, to_blocks
+from benchmarks.make_checkpoint import block_type_of, make_model, parse_config, raw_config, vocabulary
+from benchmarks.random_weights import RandomWeights, document
+from benchmarks.routing import overlap
+
+RAW = raw_config(
+    hidden=512, layers=2, experts=8, experts_per_token=2, width=256, heads=4, vocab=1280, context=512
+)
+# Root mean square of the rounding, for normal numbers: half a step of the type, and room for a poor scale.
+LARGEST_ROUNDING = {"F16": 3e-4, "BF16": 2e-3, "Q8_0": 0.006, "Q6_K": 0.021, "Q5_0": 0.045, "Q5_K": 0.041}
+
+
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
+def test_blocks_hold_what_was_quantised(block_type: str):
+    values = np.random.default_rng(1).standard_normal((8, 512)).astype(np.float32)
+    values[0] = 0
+    blocks = to_blocks(block_type, values)
+    raw = blocks.view(np.float16) if block_type == "F16" else blocks
+    found = dequantize(raw, gguf.GGMLQuantizationType[block_type]).reshape(values.shape)
+    assert np.sqrt(np.mean((found - values) ** 2)) <= LARGEST_ROUNDING.get(block_type, 0.09)
+    assert not found[0].any()
+
+
+@pytest.mark.parametrize("block_type", ["Q8_0", "Q4_1", "Q5_K", "Q6_K"])
+def test_scaled_blocks_hold_scaled_values(block_type: str):
+    kind = gguf.GGMLQuantizationType[block_type]
+    values = np.random.default_rng(2).standard_normal((4, 256)).astype(np.float32)
+    blocks = to_blocks(block_type, values)
+    nbytes = gguf.GGML_QUANT_SIZES[kind][1]
+    scaled = scale_blocks(block_type, blocks.reshape(-1, nbytes), 0.25).reshape(blocks.shape)
+    np.testing.assert_allclose(
+        dequantize(scaled, kind), dequantize(blocks, kind) / 4, rtol=1e-3, atol=1e-4
+    )  # float16 scales, some of them subnormal
+
+
+@pytest.mark.parametrize("format", ["Q4_0", "Q4_K_M", "BF16"])
+def test_an_answer_continues_the_document(tmp_path: Path, format: str):
+    model = make_model(tmp_path / "model.gguf", RAW, format=format, routing="recorded")
+    text = document(0, 40)
+    with Engine(model, memory="1GiB", context=64) as engine:
+        params = SamplingParams(max_tokens=24, ignore_eos=True)
+        assert engine.generate(text[:16], params).token_ids == text[16:]
+
+
+def test_recorded_routing_stays_with_its_experts_and_uniform_routing_does_not():
+    config, text = parse_config(RAW), np.array(document(1, 256))
+    recorded = overlap(RandomWeights(config, routing="recorded").chosen(text), 1)
+    uniform = overlap(RandomWeights(config, routing="uniform").chosen(text), 1)
+    assert abs(uniform - 2 / 8) < 0.05  # chance
+    assert recorded > uniform + 0.1
+
+
+def test_the_types_are_those_of_llama_quantize():
+    down = [block_type_of("Q4_K_M", f"layers.{i}.down", i, 16, 768) for i in range(16)]
+    assert [i for i, kind in enumerate(down) if kind == "Q6_K"] == [0, 1, 4, 7, 10, 13, 14, 15]
+    assert block_type_of("Q4_0", "head", 0, 16, 1024) == "Q6_K"
+    assert block_type_of("Q4_K_M", "layers.0.down", 0, 16, 384) == "Q8_0"
+    assert block_type_of("Q4_K_M", "layers.2.down", 2, 16, 384) == "Q5_0"
+    assert block_type_of("Q8_0", "layers.0.router", 0, 16, 1024) == "F32"
+
+
+def test_every_token_of_the_vocabulary_is_another_one():
+    tokens, merges = vocabulary(32_000)
+    assert len(tokens) == len(set(tokens)) == 32_000
+    assert len(merges) == 32_000 - 258
