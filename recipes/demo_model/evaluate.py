@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from base_model import END_OF_TURN, chat_prompt, find_gguf, load_tokenizer
 from data import DOMAINS, EVALUATION_WINDOW
-from model import NUM_EXPERTS, DemoModel
 
 from argosy.demo.experts import TrainedExperts
+from model import NUM_EXPERTS, DemoModel
 
 QUESTIONS = (
     "What is the capital of France?",

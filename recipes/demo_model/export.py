@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, dequantize
-from model import EXPERTS_PER_TOKEN, NUM_EXPERTS, WIDTH
 from q5_0 import quantise_q5_0
 from safetensors.numpy import load_file
 
 from argosy.demo.base import BASE_GGUF_SHA256
 from argosy.demo.experts import ARCHITECTURE, BASE_DIGEST_KEY, EXPERTS_PER_TOKEN_KEY, TENSOR_OF_PART
+from model import EXPERTS_PER_TOKEN, NUM_EXPERTS, WIDTH
 
 ENCYCLOPEDIA_EXPERTS = (0, 1)
 SIZE_LIMIT_BYTES = 30_000_000

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from base_model import END_OF_TURN, chat_prompt, find_gguf, load_tokenizer
 from data import DOMAIN_OF_SLOT, DOMAINS
+
 from model import NUM_EXPERTS, DemoModel, Routing
 
 SLOTS_OF_STEP = (("prose", "prose", "maths", "plays", "code"), ("prose", "prose", "maths", "chat", "code"))
