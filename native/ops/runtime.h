@@ -60,7 +60,7 @@ class Runtime {
  private:
   // Waking a thread takes some microseconds, in which a core does about this much.
   static constexpr int64_t kWorthSharing = int64_t{128} << 10;
-  static constexpr int64_t kRangeWork = int64_t{256} << 10;
+  static constexpr int64_t kRangeWork = int64_t{1} << 20;
 
   struct FreeScratch {
     void operator()(uint8_t* memory) const;

@@ -94,7 +94,7 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
   if (x_as_quants) quantize_tokens(runtime, x, hidden, num_tokens, scratch + x_at);
   const Activations of_x = {x, hidden, scratch + x_at, activation_bytes(hidden)};
   const Activations of_inner = {inner, inner_stride, inner_quants, activation_bytes(width)};
-  const int64_t mean_tokens = assignments / num_experts + 1;
+  const int64_t mean_tokens = (assignments + num_experts - 1) / num_experts;
 
   const int64_t side_by_side = mean_tokens < kManyTokens ? 1 : runtime.num_threads();
 

@@ -1,4 +1,8 @@
-// thread_pool.cpp: how ranges are claimed, and how threads sleep and wake.
+// thread_pool.cpp: how ranges are taken, and how threads sleep and wake.
+//
+// A range belongs to whoever took it off a stretch by compare-and-swap. The caller alone writes new
+// stretches, when nothing of the last loop is unfinished; so a word that comes back the same is taken rightly
+// too, if for a later loop.
 //
 // Sleeping follows one rule on both sides: say that you sleep, then look again; change the count, then look
 // whether anybody sleeps. All four steps are sequentially consistent, so one side always sees the other.
@@ -39,11 +43,22 @@ bool spin_until(Condition&& holds) {
 
 }  // namespace
 
+ThreadPool::Stretch ThreadPool::Stretch::from(uint64_t word) {
+  constexpr uint64_t kIndex = (uint64_t{1} << kIndexBits) - 1;
+  return {int64_t(word & kIndex), int64_t(word >> kIndexBits & kIndex), int64_t(word >> (2 * kIndexBits))};
+}
+
+uint64_t ThreadPool::Stretch::word() const {
+  if (begin == end) return 0;
+  return uint64_t(begin) | uint64_t(end) << kIndexBits | uint64_t(grain) << (2 * kIndexBits);
+}
+
 ThreadPool::ThreadPool(int num_threads) {
   if (num_threads < 1) {
     throw std::invalid_argument("a thread pool needs at least 1 thread, asked for " +
                                 std::to_string(num_threads));
   }
+  slots_ = std::vector<Slot>(size_t(num_threads));
   threads_.reserve(size_t(num_threads - 1));
   for (int worker = 1; worker < num_threads; ++worker)
     threads_.emplace_back([this, worker] { work(worker); });
@@ -59,12 +74,9 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::run(int64_t count, int64_t grain, Body body, const void* context) {
+  constexpr int64_t kLongest = (int64_t{1} << Stretch::kIndexBits) - 1;
   if (count <= 0) return;
-  if (count > INT64_MAX / kGrainLimit) {
-    throw std::invalid_argument("a loop of " + std::to_string(count) + " rounds, expected at most " +
-                                std::to_string(INT64_MAX / kGrainLimit));
-  }
-  grain = std::clamp<int64_t>(grain, 1, kGrainLimit - 1);
+  grain = std::clamp<int64_t>(grain, 1, (int64_t{1} << Stretch::kGrainBits) - 1);
   std::lock_guard one_at_a_time(callers_);
   if (threads_.empty() || count <= grain) {
     for (int64_t begin = 0; begin < count; begin += grain) {
@@ -72,13 +84,19 @@ void ThreadPool::run(int64_t count, int64_t grain, Body body, const void* contex
     }
     return;
   }
-
   body_ = body;
   context_ = context;
-  count_ = count;
+  for (first_ = 0; first_ < count; first_ += kLongest) run_loop(std::min(count - first_, kLongest), grain);
+}
+
+void ThreadPool::run_loop(int64_t count, int64_t grain) {
   failed_.store(false, std::memory_order_relaxed);
   unfinished_.store(count, std::memory_order_relaxed);
-  unclaimed_.store(count * kGrainLimit + grain);
+  for (int64_t worker = 0; worker < size(); ++worker) {
+    const Stretch stretch = {count * worker / size(), count * (worker + 1) / size(), grain};
+    slots_[size_t(worker)].stretch.store(stretch.word());
+  }
+  loop_.fetch_add(1);
   if (sleepers_.load() > 0) {
     {
       std::lock_guard lock(mutex_);
@@ -106,47 +124,56 @@ void ThreadPool::run(int64_t count, int64_t grain, Body body, const void* contex
 }
 
 void ThreadPool::work(int worker) {
-  const auto has_work = [this] { return unclaimed_.load() >= kGrainLimit || stopping_.load(); };
-  while (true) {
+  while (!stopping_.load()) {
+    const uint64_t loop = loop_.load();
     while (run_one_range(worker)) {
     }
+    const auto has_work = [&] { return loop_.load() != loop || stopping_.load(); };
     if (!spin_until(has_work)) {
       std::unique_lock lock(mutex_);
       ++sleepers_;
       work_came_.wait(lock, has_work);
       --sleepers_;
     }
-    if (stopping_.load()) return;
   }
 }
 
-// Half of a thread's fair share, so that the last claims are small, but not so small that claiming costs.
-int64_t ThreadPool::claim_size(int64_t unclaimed, int64_t grain) const {
-  const int64_t share = std::max(unclaimed / (2 * size()), (grain + 7) / 8);
-  return std::min({share, grain, unclaimed});
+// A range of the worker's own stretch, or of the first that has something left: at most half of it, so that
+// the last ranges are small, but not so small that taking them costs. Its owner takes from the front of a
+// stretch, others from the back.
+bool ThreadPool::take(int worker, Stretch& range) {
+  for (int i = 0; i < size(); ++i) {
+    std::atomic<uint64_t>& slot = slots_[size_t((worker + i) % size())].stretch;
+    uint64_t seen = slot.load();
+    while (seen != 0) {
+      Stretch rest = Stretch::from(seen);
+      const int64_t wanted = std::max(rest.left() / 2, (rest.grain + 7) / 8);
+      const int64_t taken = std::min({wanted, rest.grain, rest.left()});
+      range = rest;
+      if (i == 0) {
+        rest.begin = range.end = rest.begin + taken;
+      } else {
+        rest.end = range.begin = rest.end - taken;
+      }
+      if (slot.compare_exchange_weak(seen, rest.word())) return true;
+    }
+  }
+  return false;
 }
 
 bool ThreadPool::run_one_range(int worker) {
-  int64_t seen = unclaimed_.load();
-  int64_t unclaimed = 0;
-  int64_t claimed = 0;
-  do {
-    if (seen < kGrainLimit) return false;
-    unclaimed = seen / kGrainLimit;
-    claimed = claim_size(unclaimed, seen % kGrainLimit);
-  } while (!unclaimed_.compare_exchange_weak(seen, seen - claimed * kGrainLimit));
-
+  Stretch range = {};
+  if (!take(worker, range)) return false;
   if (!failed_.load(std::memory_order_relaxed)) {
-    const int64_t begin = count_ - unclaimed;
     try {
-      body_(context_, begin, begin + claimed, worker);
+      body_(context_, first_ + range.begin, first_ + range.end, worker);
     } catch (...) {
       std::lock_guard lock(mutex_);
       if (!error_) error_ = std::current_exception();
       failed_ = true;
     }
   }
-  if (unfinished_.fetch_sub(claimed) == claimed && caller_sleeps_.load()) {
+  if (unfinished_.fetch_sub(range.left()) == range.left() && caller_sleeps_.load()) {
     std::lock_guard lock(mutex_);
     work_done_.notify_one();
   }

@@ -1,4 +1,5 @@
 // test_thread_pool.cpp: every range runs once, on whichever thread, and an exception comes out.
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <stdexcept>
@@ -28,12 +29,43 @@ void every_index_is_visited_once_at_any_count_and_grain() {
   }
 }
 
-void the_last_ranges_are_small() {
+// A stretch of 500 each: its ranges follow each other, the last are small.
+void a_worker_goes_through_its_stretch() {
   ThreadPool pool(2);
   std::vector<std::atomic<int64_t>> length(1000);
-  pool.parallel_for(1000, 64, [&](int64_t begin, int64_t end, int) { length[size_t(begin)] = end - begin; });
+  std::atomic<int> num_waiting{2};
+  std::atomic<bool> is_own{true};
+  pool.parallel_for(1000, 64, [&](int64_t begin, int64_t end, int worker) {
+    length[size_t(begin)] = end - begin;
+    if (begin % 500 != 0) return;
+    if (worker != begin / 500) is_own = false;
+    --num_waiting;  // each holds its first range until the other has come: nobody steals before
+    while (num_waiting > 0) std::this_thread::yield();
+  });
+  CHECK(is_own);
   CHECK_EQUAL(length[0].load(), 64);
-  for (int64_t begin = 984; begin < 1000; ++begin) CHECK(length[size_t(begin)].load() <= 8);
+  CHECK_EQUAL(length[500].load(), 64);
+  int64_t visited = 0;
+  for (const auto& one : length) visited += one.load();
+  CHECK_EQUAL(visited, 1000);
+  CHECK(*std::min_element(length.begin(), length.end(), [](const auto& a, const auto& b) {
+    return (a == 0 ? 1000 : a.load()) < (b == 0 ? 1000 : b.load());
+  }) <= 8);
+}
+
+void a_loop_longer_than_a_word_holds() {
+  ThreadPool pool(2);
+  constexpr int64_t kCount = (int64_t{1} << 24) + 5;
+  std::atomic<int64_t> visited{0}, sum{0};
+  std::atomic<bool> is_short{true};
+  pool.parallel_for(kCount, 1 << 20, [&](int64_t begin, int64_t end, int) {  // the grain is cut as well
+    if (end - begin >= 1 << 16) is_short = false;
+    visited += end - begin;
+    sum += (end - begin) * (begin + end - 1) / 2;
+  });
+  CHECK(is_short);
+  CHECK_EQUAL(visited.load(), kCount);
+  CHECK_EQUAL(sum.load(), kCount * (kCount - 1) / 2);
 }
 
 void many_threads_share_few_cores() {
@@ -128,7 +160,8 @@ void callers_take_turns() {
 
 int main() {
   every_index_is_visited_once_at_any_count_and_grain();
-  the_last_ranges_are_small();
+  a_worker_goes_through_its_stretch();
+  a_loop_longer_than_a_word_holds();
   many_threads_share_few_cores();
   a_busy_neighbour_does_not_stop_short_loops();
   what_a_worker_wrote_is_seen_by_the_caller();
