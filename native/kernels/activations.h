@@ -67,6 +67,16 @@ void quantize_activations(const float* x, int64_t cols, int64_t group_begin, int
 
 #elif ARGOSY_AVX512
 
+// Sums of 32 signed bytes, of each half: differences from zero are summed in one instruction once the bytes
+// are made unsigned.
+inline void sum_halves(__m256i bytes, int32_t (&sums)[2]) {
+  const __m256i unsigned_bytes = _mm256_xor_si256(bytes, _mm256_set1_epi8(int8_t(-128)));
+  const __m256i eights = _mm256_sad_epu8(unsigned_bytes, _mm256_setzero_si256());
+  const __m256i halves = _mm256_add_epi64(eights, _mm256_unpackhi_epi64(eights, eights));
+  sums[0] = _mm_cvtsi128_si32(_mm256_castsi256_si128(halves)) - 16 * 128;
+  sums[1] = _mm_cvtsi128_si32(_mm256_extracti128_si256(halves, 1)) - 16 * 128;
+}
+
 void quantize_activations(const float* x, int64_t cols, int64_t group_begin, int64_t group_end,
                           uint8_t* activations) {
   x -= group_begin * kGroupSize;
@@ -86,21 +96,22 @@ void quantize_activations(const float* x, int64_t cols, int64_t group_begin, int
     // Infinity times zero is NaN and converts to the smallest integer: masked away with the rest of an
     // unusable group.
     const __mmask16 kept = usable ? __mmask16(0xFFFF) : __mmask16(0);
-    __m512i sum = _mm512_setzero_si512();
-    int32_t high_sum[2];
-    for (int i = 0; i < 2; ++i) {
-      const __m512i quants = _mm512_maskz_cvtps_epi32(kept, mul(i == 0 ? first : second, inverse));
-      const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(quants, _mm512_set1_epi32(128)), 8);
-      uint8_t* to = activations + begin + 16 * i;
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(high));
-      // The low byte of a quant is what remains: the high byte was rounded up where the low one is negative.
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + activation_low_at(cols)),
-                       _mm512_cvtepi32_epi8(quants));
-      sum = _mm512_add_epi32(sum, quants);
-      high_sum[i] = _mm512_reduce_add_epi32(high);
-    }
-    finish_activation_group(activations, cols, group, absmax, _mm512_reduce_add_epi32(sum), high_sum[0],
-                            high_sum[1]);
+    const __m512i quants[2] = {_mm512_maskz_cvtps_epi32(kept, mul(first, inverse)),
+                               _mm512_maskz_cvtps_epi32(kept, mul(second, inverse))};
+    const auto high_bytes = [](__m512i quant) {
+      return _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(quant, _mm512_set1_epi32(128)), 8));
+    };
+    const __m256i high = _mm256_set_m128i(high_bytes(quants[1]), high_bytes(quants[0]));
+    // The low byte of a quant is what remains: the high byte was rounded up where the low one is negative.
+    const __m256i low = _mm256_set_m128i(_mm512_cvtepi32_epi8(quants[1]), _mm512_cvtepi32_epi8(quants[0]));
+    uint8_t* to = activations + begin;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), high);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + activation_low_at(cols)), low);
+    int32_t high_sum[2], low_sum[2];
+    sum_halves(high, high_sum);
+    sum_halves(low, low_sum);
+    const int32_t sum = 256 * (high_sum[0] + high_sum[1]) + low_sum[0] + low_sum[1];
+    finish_activation_group(activations, cols, group, absmax, sum, high_sum[0], high_sum[1]);
   }
 }
 
