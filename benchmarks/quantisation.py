@@ -28,6 +28,7 @@ from argosy.checkpoint.pack import pack
 from argosy.demo.build import build_demo
 from argosy.model.families import open_model
 from common import DATA, Report, Sample
+from divergence import divergence
 
 TARGETS = {"q8": 0.001, "q4": 0.08}  # nats, mean
 WINDOW_TOKENS = 512
@@ -70,24 +71,6 @@ def stdlib_texts() -> dict[str, str]:
             if (inspect.isclass(value) or inspect.isfunction(value) or value is module) and value.__doc__:
                 parts.append(inspect.getdoc(value) or "")
     return {"standard library": "\n\n".join(dict.fromkeys(parts))}
-
-
-def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
-
-
-def divergence(
-    reference: NDArray[np.float32], other: NDArray[np.float32]
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """KL(reference || other) of each row, and whether both have the same best token; a few rows at a time."""
-    divergences, agrees = [], []
-    for start in range(0, len(reference), 64):
-        log_p = log_probabilities(reference[start : start + 64])
-        log_q = log_probabilities(other[start : start + 64])
-        divergences.append((np.exp(log_p) * (log_p - log_q)).sum(axis=-1))
-        agrees.append(log_p.argmax(axis=-1) == log_q.argmax(axis=-1))
-    return np.concatenate(divergences), np.concatenate(agrees)
 
 
 def main() -> int:
