@@ -13,19 +13,13 @@ import argparse
 import sys
 
 import numpy as np
-from numpy.typing import NDArray
 
 from common import Report
+from divergence import divergence
 from engines import ARGOSY, LLAMA_CPP, Job, logits, parse_cases, peer_python
 from random_weights import document
 
 TIE = 0.05
-
-
-def log_softmax(values: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = values.astype(np.float64)
-    shifted -= shifted.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
 
 
 def main() -> int:
@@ -42,21 +36,20 @@ def main() -> int:
     is_good = True
     for number, case in enumerate(cases):
         job = Job(model=case.model, prompts=[tokens], num_new=1, threads=case.threads, warm_up=False)
-        ours, theirs = log_softmax(logits(ARGOSY, job)), log_softmax(logits(LLAMA_CPP, job))
+        ours, theirs = logits(ARGOSY, job), logits(LLAMA_CPP, job)
         if number == 0:
             expected = np.array(document(3, options.tokens + 1)[1:])
             right = int((ours.argmax(axis=1) == expected).sum())
             report.correct(f"{case.name}: {right}/{len(expected)} of Argosy's guesses continue the document")
             report.opening()
             is_good = right == len(expected)
-        divergence = (np.exp(theirs) * (theirs - ours)).sum(axis=1)
+        divergences, agrees = divergence(theirs, ours)
         two = np.sort(theirs, axis=1)[:, -2:]
-        clear = two[:, 1] - two[:, 0] > TIE
-        same = float((ours.argmax(axis=1) == theirs.argmax(axis=1))[clear].mean())
+        same = float(agrees[two[:, 1] - two[:, 0] > TIE].mean())
         mean = report.ratio(
-            f"{case.name}: mean KL", float(divergence.mean()), 1.0, target="<= 0.002", row=0, **case.facts
+            f"{case.name}: mean KL", float(divergences.mean()), 1.0, target="<= 0.002", row=0, **case.facts
         )
-        report.ratio(f"{case.name}: largest KL", float(divergence.max()), 1.0, **case.facts)
+        report.ratio(f"{case.name}: largest KL", float(divergences.max()), 1.0, **case.facts)
         agreed = report.ratio(f"{case.name}: same first token", same, 1.0, target=">= 0.99", **case.facts)
         is_good = is_good and mean <= 0.002 and agreed >= 0.99
     return 0 if is_good else 1

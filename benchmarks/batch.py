@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from argosy import Engine, SamplingParams
 from argosy.model.families import open_model
-from common import Report, alternate, file_bytes, probe_machine
+from common import Report, alternate, file_bytes, probe_memory
 from engines import Case, parse_cases, prompts, token_bytes
 from random_weights import document
 
@@ -85,11 +85,11 @@ def measure(report: Report, case: Case, options: argparse.Namespace, *, is_first
             report.opening()
 
         def together() -> dict[str, float]:
-            memory = probe_machine(case.threads)["memory GB/s"]
+            memory = probe_memory(case.threads)
             return {"decode": 1 / decode_together(engine, texts, num_new)[0], "memory GB/s": memory}
 
         def alone() -> dict[str, float]:
-            memory = probe_machine(case.threads)["memory GB/s"]
+            memory = probe_memory(case.threads)
             return {"decode": 1 / decode_together(engine, texts[:1], num_new)[0], "memory GB/s": memory}
 
         samples = alternate({"one": alone, "together": together}, options.repeats)

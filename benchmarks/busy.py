@@ -44,9 +44,7 @@ def sample(
             done = run(engine, job, environment=environment, timeout_s=TIMEOUT_S)
         if done.ended and not done.ended.startswith("stopped"):
             done.require()
-        sentence = require_documents(done, 1)
-        if sentence not in told:
-            told.append(sentence)
+        require_documents(done, told)
         return {"decode": done.decode_tok_per_s}
 
     return one

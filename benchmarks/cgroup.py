@@ -159,16 +159,11 @@ def _make(hierarchy: _Hierarchy, parent: Path, group: Path, limit_bytes: int) ->
     group.mkdir()
     (group / hierarchy.limit).write_text(str(limit_bytes))
     # Swap accounting may be switched off; then the machine's swap, if any, shows in the samples.
-    swap, no_swap = (
-        ("memory.memsw.limit_in_bytes", limit_bytes)
-        if hierarchy.version == "v1"
-        else (
-            "memory.swap.max",
-            0,
-        )
-    )
     with contextlib.suppress(OSError):
-        (group / swap).write_text(str(no_swap))
+        if hierarchy.version == "v1":
+            (group / "memory.memsw.limit_in_bytes").write_text(str(limit_bytes))  # memory and swap together
+        else:
+            (group / "memory.swap.max").write_text("0")
 
 
 def _hierarchies(reasons: list[str]) -> Iterator[_Hierarchy]:

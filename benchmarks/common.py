@@ -1,7 +1,7 @@
 """What every benchmark prints and records: the machine, who else was busy, medians, ratios, a CSV row.
 
     with Sample() as sample: ...          ->  seconds, load average, cores that other processes used meanwhile
-    probe_machine(2, path)                ->  read bandwidth, int8 and drive speed, to stand beside a sample
+    probe_memory, probe_int8, probe_drive ->  what the machine gives at this moment, to stand beside a sample
     alternate({"a": ..., "b": ...}, n)    ->  A B A B, so that a slow minute hits both
     Report("decode")                      ->  a table on stdout, rows in benchmarks/results/decode.csv
 
@@ -33,6 +33,8 @@ from argosy.plan import machine
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
+# Recorded routing and held-out texts, which are not ours to pass on: `shared/data` beside the checkout, or named.
+DATA = Path(os.environ.get("ARGOSY_BENCH_DATA", REPOSITORY.parent / "shared" / "data"))
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 # Another process that used less than this share of a core is not worth a name.
 _WORTH_NAMING = 0.05
@@ -61,25 +63,30 @@ def machine_line() -> str:
 
 _PROBE_MEMORY_BYTES = 512 << 20  # larger than any cache
 _PROBE_DRIVE_BYTES = 512 << 20
+_PAGE_BYTES = 4096
 
 
-def probe_machine(threads: int, path: Path | None = None, record_bytes: int = 2 << 20) -> dict[str, float]:
-    """What the machine gives at this moment: GB/s of memory, Gop/s of int8, and GB/s of the drive under `path`.
+def probe_memory(threads: int) -> float:
+    """GB/s at which `threads` read memory at this moment, the best of three looks."""
+    return max(_native.memory_probe(threads, _PROBE_MEMORY_BYTES) for _ in range(3)) / 1e9
 
-    Takes about a second. The drive is read at random with O_DIRECT, in records of whole 4 KiB pages.
+
+def probe_int8(threads: int) -> float:
+    """Gop/s of int8 products at this moment, two operations per multiply-add, the best of three looks."""
+    return max(_native.int8_probe(threads) for _ in range(3)) / 1e9
+
+
+def probe_drive(path: Path, record_bytes: int) -> float:
+    """GB/s at which the drive gives a file at this moment, the best of 1, 2 and 4 readers.
+
+    Records of whole 4 KiB pages at shuffled places, with O_DIRECT; half a GiB of them, less of a smaller file.
     """
-    found = {
-        "memory GB/s": max(_native.memory_probe(threads, _PROBE_MEMORY_BYTES) for _ in range(3)) / 1e9,
-        "int8 Gop/s": max(_native.int8_probe(threads) for _ in range(3)) / 1e9,
-    }
-    if path is not None:
-        record_bytes = -(-record_bytes // 4096) * 4096
-        num_records = max(8, min(_PROBE_DRIVE_BYTES, path.stat().st_size) // record_bytes)
-        found["drive GB/s"] = max(
-            _native.drive_probe(str(path), record_bytes, num_records, readers, True) / 1e9
-            for readers in (1, 2, 4)
-        )
-    return found
+    record_bytes = -(-record_bytes // _PAGE_BYTES) * _PAGE_BYTES
+    num_records = max(8, min(_PROBE_DRIVE_BYTES, path.stat().st_size) // record_bytes)
+    return max(
+        _native.drive_probe(str(path), record_bytes, num_records, readers, True) / 1e9
+        for readers in (1, 2, 4)
+    )
 
 
 @dataclass
@@ -199,12 +206,17 @@ class Report:
 
     def ratio(self, label: str, over: float, under: float, *, target: str = "", **facts: Any) -> float:
         """One line with a quotient; `target` is such as ">= 0.85", and the line says whether it is met."""
-        ratio = over / under if under else float("nan")
-        said = verdict(ratio, target)
+        return self.shares(label, [over / under if under else math.nan], target=target, **facts)
+
+    def shares(self, label: str, values: Sequence[float], *, target: str = "", **facts: Any) -> float:
+        """One line with the median of quotients that each belong to one sample; judged as `ratio` is."""
+        median = statistics.median(values)
+        said = verdict(median, target)
+        several = f"{_short(min(values)):>10}{_short(max(values)):>10}" if len(values) > 1 else ""
         note = f"   target {target}: {said}" if target else ""
-        print(f"{label:<46}{_short(ratio):>10}{note}")
-        self.record(label, "ratio", [ratio], [], target=target, verdict=said, **facts)
-        return ratio
+        print(f"{label:<46}{_short(median):>10}{several}{note}")
+        self.record(label, "ratio", values, [], target=target, verdict=said, **facts)
+        return median
 
     def record(
         self, label: str, unit: str, values: Sequence[float], samples: Sequence[Sample], **facts: Any

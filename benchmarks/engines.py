@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.files import ModelFiles, is_quantised
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from cgroup import CappedRun, run_capped
 from common import REPOSITORY
@@ -38,6 +38,7 @@ from random_weights import document
 ARGOSY, LLAMA_CPP = "argosy", "llama.cpp"
 # llama.cpp's threads spin at barriers; told to sleep they are faster where a drive or a neighbour is waited for.
 PASSIVE = {"OMP_WAIT_POLICY": "passive"}
+FIRST_DOCUMENT = 1  # of the prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,11 @@ class Run:
     def total(self, kind: str, key: str) -> float:
         """Sum of a counter over all prefills or all tokens."""
         return sum(event.get(key, 0) for event in self._of(kind))
+
+    def part_s(self, part: str) -> float:
+        """Seconds of a token that Argosy's ledger gives to a part, on average; NaN without a token."""
+        tokens = self._of("token")
+        return sum(event["parts"][part] for event in tokens) / len(tokens) if tokens else float("nan")
 
     def answers(self) -> list[list[int]]:
         """Ids of each run, the warm-up's too: the prefill's and those of the steps."""
@@ -230,8 +236,8 @@ def _run(
     return Run(engine, job, events, ended, started_at, capped, dict(environment))
 
 
-def require_documents(run: Run, first_document: int) -> str:
-    """The answers continue the documents that the prompts begin; a sentence for the report.
+def require_documents(run: Run, told: list[str]) -> None:
+    """The answers continue the documents of `prompts`; `told` gets a sentence about it, unless it has it.
 
     Raises:
         SystemExit: they do not.
@@ -239,17 +245,19 @@ def require_documents(run: Run, first_document: int) -> str:
     right = asked = 0
     for number, answer in enumerate(run.answers()):
         length = len(run.job.prompts[number])
-        expected = document(first_document + number, length + len(answer))[length:]
+        expected = document(FIRST_DOCUMENT + number, length + len(answer))[length:]
         right += sum(a == b for a, b in zip(answer, expected, strict=True))
         asked += len(answer)
     if right != asked:
         raise SystemExit(f"{run.engine}: {right}/{asked} tokens of the answers continue their documents")
-    return f"{run.engine}: {right}/{asked} tokens continue their documents"
+    sentence = f"{run.engine}: {right}/{asked} tokens continue their documents"
+    if sentence not in told:
+        told.append(sentence)
 
 
-def prompts(count: int, length: int, *, first_document: int = 1) -> list[list[int]]:
+def prompts(count: int, length: int) -> list[list[int]]:
     """Beginnings of `count` documents of `random_weights.py`."""
-    return [document(first_document + number, length) for number in range(count)]
+    return [document(FIRST_DOCUMENT + number, length) for number in range(count)]
 
 
 # ── cases ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -312,13 +320,36 @@ def token_bytes(files: ModelFiles) -> int:
     return dense + files.expert_bytes // config.num_experts * config.experts_per_token
 
 
-def token_operations(files: ModelFiles) -> int:
-    """Integer operations of one prompt token's matrix products, two per multiply-add; the head is not among them."""
+@dataclass(frozen=True)
+class Operations:
+    """int8 operations of one prompt token's matrix products, two per multiply-add.
+
+    `useful` counts each product once. `executed` counts those with q8 weights twice, because their activations have 16
+    bits and both bytes are multiplied (docs/decisions/0006). The head, which one token of a prompt needs, the router
+    and weights in floats are in neither.
+    """
+
+    useful: int
+    executed: int
+
+
+def token_operations(files: ModelFiles) -> Operations:
     config = files.config
-    dense = sum(
-        math.prod(shape)
+    products = [
+        (files.dense[name].format, math.prod(shape))
         for name, shape in dense_shapes(config)
         if len(shape) == 2 and name not in ("embed", "head") and not name.endswith("router")
+    ]
+    for layer in config.moe_layers:
+        for format, shape in zip(files.expert_formats(layer), expert_shapes(config), strict=True):
+            products.append((format, config.experts_per_token * math.prod(shape)))
+    quantised = [(format, 2 * count) for format, count in products if is_quantised(format)]
+    return Operations(
+        useful=sum(count for _, count in quantised),
+        executed=sum(count * passes(format) for format, count in quantised),
     )
-    expert = sum(math.prod(shape) for shape in expert_shapes(config))
-    return 2 * (dense + len(config.moe_layers) * config.experts_per_token * expert)
+
+
+def passes(format: str) -> int:
+    """How often the int8 products of a weight format are run: for each byte of an activation."""
+    return 2 if format == "q8" else 1

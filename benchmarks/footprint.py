@@ -25,7 +25,9 @@ def main() -> int:
         for engine in engines(quiet=number > 0):
             with Sample() as sample:
                 done = run(engine, job).require()
-            report.correct(require_documents(done, 1))
+            told: list[str] = []
+            require_documents(done, told)
+            report.correct("; ".join(told))
             if number == 0 and engine == ARGOSY:
                 report.opening()
             sample.values["peak"] = done.peak_bytes / 2**20

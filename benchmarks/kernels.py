@@ -19,7 +19,8 @@ import numpy as np
 
 from argosy import _native
 from argosy.config import Format
-from benchmarks.common import Report
+from common import Report
+from engines import passes
 
 FORMATS = [format for format in get_args(Format) if format not in ("f32", "f16", "bf16")]
 ARENA_BYTES = 256 << 20  # eight times the last cache of the machine this was written on
@@ -90,11 +91,11 @@ def product_rate(runtime: _native.Runtime, matrices: Matrices, tokens: int, seco
     """int8 operations per second, two per multiply-add."""
     x = np.random.default_rng(2).standard_normal((tokens, matrices.cols), dtype=np.float32)
     outs = [np.empty((tokens, matrices.rows), np.float32) for _ in range(2)]
-    passes = 2 if matrices.format == "q8" else 1
+    operations = 2 * 2 * passes(matrices.format) * tokens * matrices.rows * matrices.cols
 
     def work() -> float:
         _native.matmul(runtime, matrices.take(2), x, outs)
-        return 2 * 2 * passes * tokens * matrices.rows * matrices.cols
+        return operations
 
     return best_rate(work, seconds)
 

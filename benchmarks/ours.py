@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import sys
 import time
 
 STARTED = time.monotonic()
@@ -13,6 +11,7 @@ STARTED = time.monotonic()
 from typing import Any  # noqa: E402
 
 from argosy import Engine, SamplingParams  # noqa: E402
+from child import Work, peak_bytes  # noqa: E402
 
 IMPORTED = time.monotonic()
 
@@ -29,18 +28,9 @@ class GivenTokens:
         return dataclasses.replace(sampled, token_id=next(self._token_ids))
 
 
-def peak_bytes() -> int:
-    with open("/proc/self/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
-
-
 def main() -> None:
-    job = json.loads(sys.stdin.read())
-    events = open(job["events"], "a", buffering=1)  # noqa: SIM115
-
-    def tell(event: str, **facts: object) -> None:
-        events.write(json.dumps({"event": event, "at": time.monotonic(), **facts}) + "\n")
-
+    work = Work()
+    job, tell = work.job, work.tell
     tell("started", at_start=STARTED, import_s=IMPORTED - STARTED)
     begin = time.perf_counter()
     engine = Engine(
@@ -89,8 +79,9 @@ def main() -> None:
                 "token", run=run, seconds=seconds, id=event.token_id,
                 bytes_read=after.bytes_read - before.bytes_read,
                 hits=after.hits - before.hits, lookups=after.lookups - before.lookups,
+                parts={part: total - before.parts[part] for part, total in after.parts.items()},
             )  # fmt: skip
-    tell("done", peak_bytes=peak_bytes(), parts=engine.ledger.parts)
+    tell("done", peak_bytes=peak_bytes())
 
 
 if __name__ == "__main__":

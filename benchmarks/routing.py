@@ -67,10 +67,10 @@ def print_table(rows: Sequence[tuple[str, int, int, dict[str, float]]]) -> None:
 
 def recorded() -> list[tuple[str, int, int, dict[str, float]]]:
     """Figures of the recorded answers, where they are."""
-    from replay import DEFAULT_TRACES, read_trace
+    from replay import RECORDED, read_trace
 
     rows = []
-    for path in sorted(DEFAULT_TRACES.glob("*.route.csv")):
+    for path in sorted(RECORDED.glob("*.route.csv")):
         trace = read_trace(path)
         # A row of the recording may come twice, and a layer may then have fewer experts: the first k distinct ones.
         k = trace.experts_per_token

@@ -14,15 +14,13 @@ import sys
 from collections.abc import Callable
 
 from common import Report, alternate
-from engines import ARGOSY, LLAMA_CPP, Job, engines, parse_cases, prompts, require_documents, run
+from engines import ARGOSY, LLAMA_CPP, Job, engines, median, parse_cases, prompts, require_documents, run
 
 
 def sample(engine: str, job: Job, told: list[str]) -> Callable[[], dict[str, float]]:
     def one() -> dict[str, float]:
         done = run(engine, job).require()
-        sentence = require_documents(done, 1)
-        if sentence not in told:
-            told.append(sentence)
+        require_documents(done, told)
         (started,) = [event for event in done.events if event["event"] == "started"]
         (token,) = [event for event in done.events if event["event"] == "prefill"]
         first = float(token["at"] - done.started_at)
@@ -51,17 +49,19 @@ def main() -> int:
         report.correct("; ".join(told))
         if number == 0:
             report.opening()
+        first = {}
         for engine, found in samples.items():
-            report.figure(f"{case.name}: {engine}, first token", "s", found, "first", **case.facts)
+            first[engine] = report.figure(
+                f"{case.name}: {engine}, first token", "s", found, "first", **case.facts
+            )
             report.figure(f"{case.name}: {engine}, of which import", "s", found, "import", **case.facts)
             report.figure(f"{case.name}: {engine}, of which load", "s", found, "load", **case.facts)
-        ours = sorted(one.values["first"] for one in samples[ARGOSY])[options.repeats // 2]
-        report.ratio(f"{case.name}: seconds", ours, 1.0, target="<= 1.5", row=11, **case.facts)
+        report.ratio(f"{case.name}: seconds", first[ARGOSY], 1.0, target="<= 1.5", row=11, **case.facts)
         if LLAMA_CPP in samples:
-            theirs = sorted(one.values["less import"] for one in samples[LLAMA_CPP])[options.repeats // 2]
+            theirs = median([one.values["less import"] for one in samples[LLAMA_CPP]])
             report.ratio(
                 f"{case.name}: over {LLAMA_CPP} less its import",
-                ours,
+                first[ARGOSY],
                 theirs,
                 target="<= 1",
                 row=11,

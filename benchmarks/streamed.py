@@ -9,6 +9,11 @@ their caches and then another, which is timed.
     128 KiB     the read-ahead of most distributions; llama.cpp at its best of 1 and 2 threads, passive waiting
     8192 KiB    the machine as it comes: llama.cpp as it comes, two threads
     overlap     of Argosy: max(time of a token in memory, missed bytes / drive) over the time of a streamed token
+    no look-ahead: the same, where attention and router come on top of the reads: the experts of a layer are known only
+                after them, so until then the drive has nothing to do (docs/experiments.md says why nothing is guessed)
+
+The drive is measured three times right before each sample and three times right after it, and the median counts: its
+rate moves by a fifth and more from one second to the next.
 
 A run that does not come to its end within `--timeout` is judged by the tokens it made, and the table says so. The
 quantised weights of llama.cpp are not repacked here: its second copy could not fit.
@@ -18,8 +23,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from argosy.config import format_bytes
 from argosy.model.families import open_model
@@ -31,7 +38,7 @@ from common import (
     alternate,
     drop_page_cache,
     file_bytes,
-    probe_machine,
+    probe_drive,
     read_ahead,
     tidy_up_when_terminated,
 )
@@ -43,6 +50,7 @@ from engines import (
     Job,
     Run,
     engines,
+    median,
     parse_cases,
     prompts,
     require_documents,
@@ -53,6 +61,18 @@ TUNED_KIB, AS_IT_COMES_KIB = 128, 8192
 PROMPT_TOKENS = 8
 TARGETS = {TUNED_KIB: ">= 3", AS_IT_COMES_KIB: ">= 15"}
 ROWS = {TUNED_KIB: 5, AS_IT_COMES_KIB: 6}
+DRIVE_LOOKS = 3  # before a sample, and again after it
+DRIVE_RECORD_BYTES = 2 << 20
+# Parts of the ledger in which a layer's experts are not known yet.
+BEFORE_EXPERTS = ("router", "attention_and_dense")
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Seconds of a token with every expert in memory, and those of its experts alone."""
+
+    token_s: float
+    experts_s: float
 
 
 class Streamed:
@@ -82,8 +102,8 @@ class Streamed:
             self.notes.append(f"{engine} at {read_ahead_kib} KiB, {job.threads}T: {done.ended}")
             if engine == ARGOSY:
                 done.require()
-        elif (sentence := require_documents(done, 1)) not in self.told:
-            self.told.append(sentence)
+        else:
+            require_documents(done, self.told)
         return done
 
     def job(self, threads: int, num_new: int) -> Job:
@@ -97,28 +117,33 @@ class Streamed:
         )
 
     def decode(self, engine: str, threads: int, read_ahead_kib: int) -> Callable[[], dict[str, float]]:
-        """tok/s, MB read a token; and of the drive and the memory before."""
+        """tok/s, MB read a token, seconds before a token's experts are known, and the drive's rate beside it all."""
         tuned = read_ahead_kib == TUNED_KIB
         num_new = (
             self.options.new if tuned or engine == ARGOSY else min(self.options.new, self.options.new_slow)
         )
 
         def one() -> dict[str, float]:
-            machine = probe_machine(threads, self.case.model)
+            drive = self.look_at_drive()
             done = self.run(engine, self.job(threads, num_new), read_ahead_kib, passive=tuned)
+            drive += self.look_at_drive()
             tokens = max(1, len(done.decode_s))
             values = {
                 "decode": done.decode_tok_per_s,
                 "tokens": len(done.decode_s),
                 "MB/token": done.total("token", "bytes_read") / tokens / 1e6,
-                "drive GB/s": machine["drive GB/s"],
+                "drive GB/s": statistics.median(drive),
                 "peak": done.capped.peak_bytes / self.limit_bytes if done.capped else math.nan,
             }
-            if lookups := done.total("token", "lookups"):
-                values["hit"] = done.total("token", "hits") / lookups
+            if engine == ARGOSY:
+                values["hit"] = done.total("token", "hits") / max(1, done.total("token", "lookups"))
+                values["before experts"] = sum(done.part_s(part) for part in BEFORE_EXPERTS)
             return values
 
         return one
+
+    def look_at_drive(self) -> list[float]:
+        return [probe_drive(self.case.model, DRIVE_RECORD_BYTES) for _ in range(DRIVE_LOOKS)]
 
     def prefill(self, engine: str, threads: int, num_tokens: int) -> Callable[[], dict[str, float]]:
         job = Job(
@@ -159,7 +184,7 @@ def best_peer(samples: dict[str, list[Sample]], key: str) -> float:
     return max(values, default=math.nan)
 
 
-def ask_decode(report: Report, streamed: Streamed, read_ahead_kib: int, resident_s: float) -> None:
+def ask_decode(report: Report, streamed: Streamed, read_ahead_kib: int, resident: Resident) -> None:
     case, name = streamed.case, f"{streamed.name}, {read_ahead_kib} KiB"
     ways = variants(read_ahead_kib, case.threads)
     runs = {way: streamed.decode(engine, threads, read_ahead_kib) for way, (engine, threads) in ways.items()}
@@ -171,7 +196,7 @@ def ask_decode(report: Report, streamed: Streamed, read_ahead_kib: int, resident
         report.figure(f"{name}: {way} reads", "MB/token", found, "MB/token", **facts)
     report.figure(f"{name}: {ARGOSY} hit rate", "", samples[ARGOSY], "hit", **facts)
     report.figure(f"{name}: {ARGOSY} peak over limit", "", samples[ARGOSY], "peak", **facts)
-    ours = sorted(sample.values["decode"] for sample in samples[ARGOSY])[len(samples[ARGOSY]) // 2]
+    ours = median([sample.values["decode"] for sample in samples[ARGOSY]])
     theirs = best_peer(samples, "decode")
     if LLAMA_CPP in engines(quiet=True):
         is_asked = streamed.share in (75, 50, 25) or read_ahead_kib == AS_IT_COMES_KIB
@@ -190,23 +215,45 @@ def ask_decode(report: Report, streamed: Streamed, read_ahead_kib: int, resident
             notes=streamed.notes,
             **facts,
         )
-    if read_ahead_kib == TUNED_KIB and not math.isnan(resident_s):
-        shares = []
-        for sample in samples[ARGOSY]:
-            reading_s = sample.values["MB/token"] / 1e3 / sample.values["drive GB/s"]
-            shares.append(max(resident_s, reading_s) * sample.values["decode"])
-        report.ratio(
-            f"{name}: overlap",
-            sorted(shares)[len(shares) // 2],
-            1.0,
-            target=">= 0.85" if streamed.share in (50, 25) else "",
-            row=7 if streamed.share in (50, 25) else None,
-            resident_s=resident_s,
-            **facts,
-        )
+    if read_ahead_kib == TUNED_KIB:
+        report_roofline(report, name, streamed, samples[ARGOSY], resident)
     for note in streamed.notes:
         report.line("note", note)
     report.neighbours([sample for found in samples.values() for sample in found])
+
+
+def report_roofline(
+    report: Report, name: str, streamed: Streamed, samples: list[Sample], resident: Resident
+) -> None:
+    """How near Argosy's samples come to the drive and the arithmetic, and what these allow, in parts."""
+    reading = [one.values["MB/token"] / 1e3 / one.values["drive GB/s"] for one in samples]
+    before = [one.values["before experts"] for one in samples]
+    token = [1 / one.values["decode"] for one in samples]
+    drive = median([one.values["drive GB/s"] for one in samples])
+    read_mb = median([one.values["MB/token"] for one in samples])
+    report.line(
+        "roofline",
+        f"{name}: a token takes {1e3 * median(token):.1f} ms; reads {1e3 * median(reading):.1f}"
+        f" ({read_mb:.0f} MB at {drive:.2f} GB/s); in memory {1e3 * resident.token_s:.1f}, its experts"
+        f" {1e3 * resident.experts_s:.1f}; attention and router, before experts are known, {1e3 * median(before):.1f}",
+    )
+    is_asked = streamed.share in (50, 25)
+    facts = streamed.case.facts | {"share": streamed.share, "resident_s": resident.token_s}
+    report.shares(
+        f"{name}: overlap",
+        [max(resident.token_s, r) / t for r, t in zip(reading, token, strict=True)],
+        target=">= 0.85" if is_asked else "",
+        row=7 if is_asked else None,
+        reading_s=median(reading),
+        **facts,
+    )
+    report.shares(
+        f"{name}: overlap, no look-ahead",
+        [(b + max(resident.experts_s, r)) / t for b, r, t in zip(before, reading, token, strict=True)],
+        before_experts_s=median(before),
+        resident_experts_s=resident.experts_s,
+        **facts,
+    )
 
 
 def ask_prefill(report: Report, streamed: Streamed) -> None:
@@ -221,7 +268,7 @@ def ask_prefill(report: Report, streamed: Streamed) -> None:
         report.figure(f"{name}: {way}", "tok/s", found, "prefill", notes=streamed.notes, **facts)
         report.figure(f"{name}: {way} reads", "MB", found, "MB", **facts)
     if LLAMA_CPP in engines(quiet=True):
-        ours = sorted(sample.values["prefill"] for sample in samples[ARGOSY])[len(samples[ARGOSY]) // 2]
+        ours = median([sample.values["prefill"] for sample in samples[ARGOSY]])
         report.ratio(
             f"{name}: over {LLAMA_CPP}, best run",
             ours,
@@ -234,14 +281,13 @@ def ask_prefill(report: Report, streamed: Streamed) -> None:
         report.line("note", note)
 
 
-def resident_step_s(case: Case, num_new: int) -> float:
-    """Seconds of a token with every expert in memory."""
+def measure_resident(case: Case, num_new: int) -> Resident:
     done = run(
         ARGOSY,
         Job(model=case.model, prompts=prompts(2, PROMPT_TOKENS), num_new=num_new, threads=case.threads),
     ).require()
-    require_documents(done, 1)
-    return 1 / done.decode_tok_per_s
+    require_documents(done, [])
+    return Resident(token_s=1 / done.decode_tok_per_s, experts_s=done.part_s("expert_compute"))
 
 
 def main() -> int:
@@ -264,20 +310,19 @@ def main() -> int:
         if number == 0:
             report.opening()
         asked = options.ask.split(",")
-        resident_s = resident_step_s(case, options.new) if "decode" in asked else math.nan
         files = open_model(case.model)
         report.line(
             "model",
             f"{case.name}: {format_bytes(file_bytes(case.model))}, {len(files.experts)} experts of"
             f" {format_bytes(files.expert_bytes // len(files.experts))}",
         )
-        if not math.isnan(resident_s):
-            report.line("resident", f"a token takes {1e3 * resident_s:.1f} ms with every expert in memory")
+        if "decode" in asked:
+            resident = measure_resident(case, options.new)
         try:
             for cap in caps:
                 if "decode" in asked:
                     for kib in map(int, options.read_ahead.split(",")):
-                        ask_decode(report, Streamed(case, cap, options), kib, resident_s)
+                        ask_decode(report, Streamed(case, cap, options), kib, resident)
                 if "prefill" in asked and (cap == 25 or options.short):
                     ask_prefill(report, Streamed(case, cap, options))
         except (NoMemoryCap, CannotSet) as reason:

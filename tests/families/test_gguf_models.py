@@ -210,7 +210,9 @@ def test_a_missing_extra_or_misshapen_tensor_is_named(write: Write, tmp_path: Pa
     with pytest.raises(CheckpointError, match=r"rope_freqs\.weight \[8\]: a qwen3_moe model"):
         open_model(write("qwen3moe", tensors={"rope_freqs.weight": np.ones(8, np.float32)}))
     _again(tmp_path)
-    with pytest.raises(CheckpointError, match=r"blk\.2\.attn_norm\.weight is missing from its"):
+    with pytest.raises(
+        CheckpointError, match=r"blk\.2\.attn_norm\.weight is missing from the \d+ tensors in"
+    ):
         open_model(write("qwen3moe", extra=lambda w: w.kv_data[0].update(_more_layers(w))))
     _again(tmp_path)
     with pytest.raises(CheckpointError, match=r"rope_freqs\.weight is \[3\], expected \[4\]"):

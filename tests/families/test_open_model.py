@@ -239,7 +239,7 @@ def test_a_dtype_that_no_kernel_reads_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     write_checkpoint(tmp_path, tensors)
 
-    with pytest.raises(UnsupportedModel, match=r"model.norm.weight has dtype I32; supported: F32, F16, BF16"):
+    with pytest.raises(UnsupportedModel, match=r"model.norm.weight is I32; supported: F32, F16, BF16"):
         open_model(tmp_path)
 
 

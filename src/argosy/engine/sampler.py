@@ -18,7 +18,7 @@ applies last. Log-probabilities are the model's own: of the logits as they came,
 The number of step 9 depends on the seed and on how many tokens the answer has: not on the batch, the budget or the
 machine (Philox, Salmon et al., SC 2011).
 
-Elsewhere: when an answer ends is the engine's business; logits come from `model/head.py`.
+Elsewhere: when an answer ends is the engine's business; logits come from `model/decoder.py`.
 """
 
 from __future__ import annotations

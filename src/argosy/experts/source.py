@@ -9,7 +9,7 @@ next group is asked for, or the lease ends. What is resident decides how fast a 
 `ResidentSource` holds every expert; `cache.CachedSource` holds what the budget allows. A model can be tested with
 any other object that has these methods.
 
-Elsewhere: choosing experts is `model/router`; the bytes on disk are `checkpoint/`; reading is `native/store`.
+Elsewhere: choosing experts is `native/kernels/route.h`; the bytes on disk are `checkpoint/`; reading is `native/store`.
 """
 
 from __future__ import annotations

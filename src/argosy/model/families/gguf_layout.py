@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 from argosy.checkpoint.files import (
     SLOT_FORMATS,
@@ -29,10 +28,9 @@ from argosy.checkpoint.files import (
 )
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.gguf import GgufFile
-from argosy.checkpoint.json_strict import quote
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import Format, ModelConfig
-from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.model.families.accounts import TensorAccounts
 
 _FLOAT_FORMATS: Mapping[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 FORMAT_OF_TYPE: Mapping[str, Format] = {**_FLOAT_FORMATS, **SLOT_FORMATS}
@@ -58,8 +56,10 @@ _LAYER_NAMES = {
     "shared_score": "ffn_gate_inp_shexp.weight",
 }
 _EXPERT_NAMES = ("ffn_gate", "ffn_up", "ffn_down")
-# Read by the family into its config, or a constant that old converters left behind.
-_NOT_WEIGHTS = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
+_TYPE_HINT = "Q4_K_M, Q5_K_M, Q6_K, Q8_0, Q4_0 and BF16 files of a model use these types only"
+# A constant that old converters left behind; and the same or what a family reads into its config.
+_LEFTOVERS = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
+_NOT_WEIGHTS = re.compile(rf"rope_freqs\.weight|{_LEFTOVERS.pattern}")
 
 
 def layer_tensor(layer: int, canonical: str) -> str:
@@ -80,7 +80,7 @@ def read_gguf_layout(
         CheckpointError: a tensor is missing, extra, or of another shape than the metadata call for.
         UnsupportedModel: a tensor has a type that no kernel reads.
     """
-    accounts = _Accounts(file)
+    accounts = _Accounts(file.path, file.tensors, FORMAT_OF_TYPE, hint=_TYPE_HINT)
     dense = {}
     for canonical, shape in dense_shapes(config):
         last = canonical.rpartition(".")[2]
@@ -89,48 +89,13 @@ def read_gguf_layout(
     experts: dict[tuple[int, int], ExpertRecord] = {}
     for layer in config.moe_layers:
         experts |= accounts.experts(config, layer)
-    accounts.refuse_extra(config, has_rope_freqs)
+    accounts.refuse_extra(config, _NOT_WEIGHTS if has_rope_freqs else _LEFTOVERS, "these metadata")
     require_one_format_a_layer(experts, file.path)
     return ModelFiles(file.path, config, dense, experts)
 
 
-class _Accounts:
-    """Takes tensors by name, and knows at the end which nobody took."""
-
-    def __init__(self, file: GgufFile) -> None:
-        self._path: Path = file.path
-        self._tensors = file.tensors
-        self._taken: set[str] = set()
-
-    def take(self, name: str, *shapes: tuple[int, ...]) -> TensorRef:
-        """The tensor `name`, once it has one of the expected shapes and a type that kernels read."""
-        ref = self._tensors.get(name)
-        if ref is None:
-            raise CheckpointError(
-                f"{self._path.name}: {name} is missing from its {len(self._tensors)} tensors",
-                path=self._path,
-                tensor=name,
-            )
-        if ref.shape not in shapes:
-            raise CheckpointError(
-                f"{self._path.name}: {name} is {list(ref.shape)}, expected {list(shapes[0])}",
-                path=self._path,
-                tensor=name,
-                found=ref.shape,
-                expected=shapes[0],
-            )
-        if ref.dtype not in FORMAT_OF_TYPE:
-            raise UnsupportedModel(
-                f"{self._path.name}: {name} is {ref.dtype}; supported: {', '.join(FORMAT_OF_TYPE)}",
-                hint="Q4_K_M, Q5_K_M, Q6_K, Q8_0, Q4_0 and BF16 files of a model use these types only",
-                path=self._path,
-                tensor=name,
-                key="type",
-                value=ref.dtype,
-                supported=list(FORMAT_OF_TYPE),
-            )
-        self._taken.add(name)
-        return ref
+class _Accounts(TensorAccounts):
+    """Tensors of a GGUF file, as dense matrices and experts."""
 
     def dense(self, canonical: str, shape: tuple[int, ...], paired_heads: int) -> MatrixRef:
         if canonical in _MODEL_NAMES:
@@ -140,10 +105,10 @@ class _Accounts:
             name = layer_tensor(int(layer), last)
         # The one row that scores the shared expert is a vector there.
         shapes = (shape, shape[1:]) if len(shape) == 2 and shape[0] == 1 else (shape,)
-        ref = self.take(name, *shapes)
+        ref, format = self.take(name, *shapes)
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
         return MatrixRef(
-            name, ref.path, ref.offset, ref.nbytes, FORMAT_OF_TYPE[ref.dtype], rows, cols,
+            name, ref.path, ref.offset, ref.nbytes, format, rows, cols,
             block_type=ref.dtype if ref.dtype in SLOT_FORMATS else None,
             paired_heads=paired_heads,
         )  # fmt: skip
@@ -151,41 +116,21 @@ class _Accounts:
     def experts(self, config: ModelConfig, layer: int) -> dict[tuple[int, int], ExpertRecord]:
         """The routed experts of a layer."""
         shapes = tuple(expert_shapes(config))
-        if (
-            f"blk.{layer}.ffn_gate_exps.weight" not in self._tensors
-            and f"blk.{layer}.ffn_gate.0.weight" in self._tensors
-        ):
+        if f"blk.{layer}.ffn_gate_exps.weight" not in self and f"blk.{layer}.ffn_gate.0.weight" in self:
             slices = [
                 [
-                    self.take(f"blk.{layer}.{name}.{expert}.weight", shape)
+                    self.take(f"blk.{layer}.{name}.{expert}.weight", shape)[0]
                     for name, shape in zip(_EXPERT_NAMES, shapes, strict=True)
                 ]
                 for expert in range(config.num_experts)
             ]
         else:
             stacked = [
-                self.take(f"blk.{layer}.{name}_exps.weight", (config.num_experts, *shape))
+                self.take(f"blk.{layer}.{name}_exps.weight", (config.num_experts, *shape))[0]
                 for name, shape in zip(_EXPERT_NAMES, shapes, strict=True)
             ]
             slices = [[_slice(ref, expert) for ref in stacked] for expert in range(config.num_experts)]
         return {(layer, expert): _record(refs) for expert, refs in enumerate(slices)}
-
-    def refuse_extra(self, config: ModelConfig, has_rope_freqs: bool) -> None:
-        extra = [
-            name
-            for name in self._tensors
-            if name not in self._taken
-            and not (_NOT_WEIGHTS.fullmatch(name) and (has_rope_freqs or name != "rope_freqs.weight"))
-        ]
-        if extra:
-            others = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-            raise CheckpointError(
-                f"{self._path.name}: {quote(extra[0])} {list(self._tensors[extra[0]].shape)}{others}: a "
-                f"{config.family} model with these metadata has no such tensor",
-                path=self._path,
-                tensor=extra[0],
-                extra=extra,
-            )
 
 
 def _slice(stacked: TensorRef, expert: int) -> TensorRef:

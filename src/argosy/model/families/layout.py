@@ -28,10 +28,9 @@ from argosy.checkpoint.files import (
     require_one_format_a_layer,
 )
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
-from argosy.checkpoint.json_strict import quote
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import Format, ModelConfig
-from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.model.families.accounts import TensorAccounts
 
 _FORMAT_OF_DTYPE: Mapping[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 # Constants that old exporters saved with the weights; they are computed from the config here.
@@ -97,55 +96,21 @@ def read_layout(
         config = replace(config, is_embedding_tied=False)
     probe = config.moe_layers[0]
     layout = next((one for one in layouts if one.names_of_expert(probe, 0)[0] in tensors), layouts[0])
-    reader = _Accounts(directory, tensors)
+    reader = _Accounts(directory, tensors, _FORMAT_OF_DTYPE)
     dense = {
-        canonical: reader.dense(canonical, layout.dense_name(canonical), shape)
+        canonical: reader.dense(layout.dense_name(canonical), shape)
         for canonical, shape in dense_shapes(config)
     }
     experts = reader.experts(config, layout)
-    reader.refuse_extra(config)
+    reader.refuse_extra(config, _LEFTOVERS, "this config.json")
     require_one_format_a_layer(experts, directory)
     return ModelFiles(directory, config, dense, experts)
 
 
-class _Accounts:
-    """Takes tensors by name, and knows at the end which nobody took."""
+class _Accounts(TensorAccounts):
+    """Tensors of safetensors files, as dense matrices and experts."""
 
-    def __init__(self, directory: Path, tensors: Mapping[str, TensorRef]) -> None:
-        self._directory = directory
-        self._tensors = tensors
-        self._taken: set[str] = set()
-
-    def take(self, name: str, shape: tuple[int, ...]) -> tuple[TensorRef, Format]:
-        """The tensor `name` and its format, once it has the expected shape."""
-        ref = self._tensors.get(name)
-        if ref is None:
-            raise CheckpointError(
-                f"{name} is missing from the {len(self._tensors)} tensors in {self._directory}",
-                path=self._directory,
-                tensor=name,
-            )
-        if ref.shape != shape:
-            raise CheckpointError(
-                f"{ref.path.name}: {name} is {list(ref.shape)}, expected {list(shape)}",
-                path=ref.path,
-                tensor=name,
-                found=ref.shape,
-                expected=shape,
-            )
-        if ref.dtype not in _FORMAT_OF_DTYPE:
-            raise UnsupportedModel(
-                f"{ref.path.name}: {name} has dtype {ref.dtype}; supported: {', '.join(_FORMAT_OF_DTYPE)}",
-                path=ref.path,
-                tensor=name,
-                key="dtype",
-                value=ref.dtype,
-                supported=list(_FORMAT_OF_DTYPE),
-            )
-        self._taken.add(name)
-        return ref, _FORMAT_OF_DTYPE[ref.dtype]
-
-    def dense(self, canonical: str, name: str, shape: tuple[int, ...]) -> MatrixRef:
+    def dense(self, name: str, shape: tuple[int, ...]) -> MatrixRef:
         ref, format = self.take(name, shape)
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
         return MatrixRef(name, ref.path, ref.offset, ref.nbytes, format, rows, cols)
@@ -186,16 +151,3 @@ class _Accounts:
             up=ExpertMatrix(0, gate_bytes, gate_up_format, *gate),
             down=ExpertMatrix(1, 0, down_format, *down),
         )
-
-    def refuse_extra(self, config: ModelConfig) -> None:
-        extra = [name for name in self._tensors if name not in self._taken and not _LEFTOVERS.fullmatch(name)]
-        if extra:
-            others = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-            ref = self._tensors[extra[0]]
-            raise CheckpointError(
-                f"{ref.path.name}: {quote(extra[0])} {list(ref.shape)}{others}: a {config.family} model with "
-                "this config.json has no such tensor",
-                path=ref.path,
-                tensor=extra[0],
-                extra=extra,
-            )

@@ -15,11 +15,11 @@ from dataclasses import replace
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import LayerConfig, ModelConfig, RouterConfig
-from argosy.model.families.config_reader import MOST_EXPERTS, MOST_LAYERS, ConfigReader
+from argosy.model.families.common_config import read_common
+from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.families.gguf_config import GgufConfigReader, frequency_factors
 from argosy.model.families.gguf_layout import read_gguf_layout
 from argosy.model.families.layout import ATTENTION_NAMES, Layout
-from argosy.model.families.rope_config import read_rope
 
 MODEL_TYPE = "mixtral"
 GGUF_ARCHITECTURE = "llama"
@@ -48,38 +48,30 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     reader = ConfigReader(raw, MODEL_TYPE)
-    shape = reader.attention_shape(hidden_size=4096, num_heads=32, num_kv_heads=8)
-    context_tokens = reader.integer("max_position_embeddings", default=131_072)
-    num_layers = reader.integer("num_hidden_layers", default=32, most=MOST_LAYERS)
-    num_experts = reader.integer(
-        "num_local_experts", "num_experts", "n_routed_experts", default=8, most=MOST_EXPERTS
+    common = read_common(
+        reader,
+        vocab_size=32_000,
+        hidden_size=4096,
+        num_heads=32,
+        num_kv_heads=8,
+        rope_theta=1_000_000.0,
+        norm_eps=1e-5,
+        context_tokens=131_072,
+        num_experts=8,
+        experts_per_token=2,
+        eos_id=2,
+        bos_id=1,
     )
+    num_layers = reader.integer("num_hidden_layers", default=32, most=MOST_LAYERS)
     window = reader.optional_integer("sliding_window") or 0
-    reader.one_of("hidden_act", "silu", ("silu",))
     reader.neutral("attention_bias", False)
     reader.neutral("use_sliding_window", window > 0)
     config = ModelConfig(
         family=MODEL_TYPE,
-        vocab_size=reader.integer("vocab_size", default=32_000),
-        hidden_size=shape.hidden_size,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
         layers=(LayerConfig(is_moe=True, sliding_window=window),) * num_layers,
-        rope=read_rope(
-            reader, head_dim=shape.head_dim, context_tokens=context_tokens, default_theta=1_000_000.0
-        ),
-        norm_eps=reader.number("rms_norm_eps", 1e-5),
-        context_tokens=context_tokens,
-        num_experts=num_experts,
-        experts_per_token=reader.integer(
-            "num_experts_per_tok", "num_experts_per_token", default=2, most=num_experts
-        ),
         expert_width=reader.integer("intermediate_size", default=14_336),
         router=RouterConfig(renormalize=True),
-        is_embedding_tied=reader.flag("tie_word_embeddings", False),
-        eos_ids=reader.token_ids("eos_token_id", default=2),
-        bos_id=next(iter(reader.token_ids("bos_token_id", default=1)), None),
+        **common,
     )
     reader.finish()
     return config

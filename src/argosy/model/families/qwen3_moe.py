@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import LayerConfig, ModelConfig, RouterConfig
-from argosy.model.families.config_reader import MOST_EXPERTS, MOST_LAYERS, ConfigReader
+from argosy.model.families.common_config import read_common
+from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.families.gguf_config import GgufConfigReader
 from argosy.model.families.gguf_layout import read_gguf_layout
 from argosy.model.families.qwen_moe import LAYOUTS, read_moe_layers
-from argosy.model.families.rope_config import read_rope
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
 
@@ -32,46 +32,36 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     reader = ConfigReader(raw, MODEL_TYPE)
-    shape = reader.attention_shape(hidden_size=2048, num_heads=32, num_kv_heads=4)
-    context_tokens = reader.integer("max_position_embeddings", default=32_768)
-    num_layers = reader.integer("num_hidden_layers", default=24, most=MOST_LAYERS)
-    num_experts = reader.integer(
-        "num_experts", "num_local_experts", "n_routed_experts", default=128, most=MOST_EXPERTS
+    common = read_common(
+        reader,
+        vocab_size=151_936,
+        hidden_size=2048,
+        num_heads=32,
+        num_kv_heads=4,
+        rope_theta=10_000.0,
+        norm_eps=1e-6,
+        context_tokens=32_768,
+        num_experts=128,
+        experts_per_token=8,
     )
+    num_layers = reader.integer("num_hidden_layers", default=24, most=MOST_LAYERS)
     window = _read_window(reader, num_layers)
     is_moe = read_moe_layers(reader, num_layers)
     has_bias = reader.flag("attention_bias", False)
-    reader.one_of("hidden_act", "silu", ("silu",))
     # Released files repeat these keys of sister models (Qwen3-Coder does).
     reader.neutral("qkv_bias", False)
     reader.neutral("use_qk_norm", True)
     reader.neutral("shared_expert_intermediate_size", 0, None)
     config = ModelConfig(
         family=MODEL_TYPE,
-        vocab_size=reader.integer("vocab_size", default=151_936),
-        hidden_size=shape.hidden_size,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
         layers=tuple(LayerConfig(is_moe=moe, sliding_window=window) for moe in is_moe),
-        rope=read_rope(
-            reader, head_dim=shape.head_dim, context_tokens=context_tokens, default_theta=10_000.0
-        ),
-        norm_eps=reader.number("rms_norm_eps", 1e-6),
-        context_tokens=context_tokens,
-        num_experts=num_experts,
-        experts_per_token=reader.integer(
-            "num_experts_per_tok", "num_experts_per_token", default=8, most=num_experts
-        ),
         expert_width=reader.integer("moe_intermediate_size", default=768),
         router=RouterConfig(renormalize=reader.flag("norm_topk_prob", False)),
         dense_width=reader.integer("intermediate_size", default=6144),
         has_qkv_bias=has_bias,
         has_o_bias=has_bias,
         has_qk_norm=True,
-        is_embedding_tied=reader.flag("tie_word_embeddings", False),
-        eos_ids=reader.token_ids("eos_token_id"),
-        bos_id=next(iter(reader.token_ids("bos_token_id")), None),
+        **common,
     )
     reader.finish()
     return config

@@ -1,0 +1,100 @@
+"""Account for every tensor of a checkpoint: each is taken once by its name, and what nobody takes is refused.
+
+Elsewhere: names and shapes are `layout.py` (safetensors) and `gguf_layout.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from re import Pattern
+
+from argosy.checkpoint.json_strict import quote
+from argosy.checkpoint.safetensors import TensorRef
+from argosy.config import Format, ModelConfig
+from argosy.errors import CheckpointError, UnsupportedModel
+
+
+class TensorAccounts:
+    """Takes tensors by name, and knows at the end which nobody took.
+
+    Args:
+        path: the directory or file that they are in.
+        formats: the types that kernels read, and the format each has in memory.
+        hint: what to do about another type.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, TensorRef],
+        formats: Mapping[str, Format],
+        hint: str | None = None,
+    ) -> None:
+        self._path = path
+        self._tensors = tensors
+        self._formats = formats
+        self._hint = hint
+        self._taken: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def take(self, name: str, *shapes: tuple[int, ...]) -> tuple[TensorRef, Format]:
+        """The tensor `name` and its format, once it has one of the expected shapes.
+
+        Raises:
+            CheckpointError: it is missing, or of another shape.
+            UnsupportedModel: it has a type that no kernel reads.
+        """
+        ref = self._tensors.get(name)
+        if ref is None:
+            raise CheckpointError(
+                f"{name} is missing from the {len(self._tensors)} tensors in {self._path}",
+                path=self._path,
+                tensor=name,
+            )
+        if ref.shape not in shapes:
+            raise CheckpointError(
+                f"{ref.path.name}: {name} is {list(ref.shape)}, expected {list(shapes[0])}",
+                path=ref.path,
+                tensor=name,
+                found=ref.shape,
+                expected=shapes[0],
+            )
+        if ref.dtype not in self._formats:
+            raise UnsupportedModel(
+                f"{ref.path.name}: {name} is {ref.dtype}; supported: {', '.join(self._formats)}",
+                hint=self._hint,
+                path=ref.path,
+                tensor=name,
+                key="dtype",
+                value=ref.dtype,
+                supported=list(self._formats),
+            )
+        self._taken.add(name)
+        return ref, self._formats[ref.dtype]
+
+    def refuse_extra(self, config: ModelConfig, passed_over: Pattern[str], described_by: str) -> None:
+        """Refuse what nobody took, and is not a constant that writers leave behind.
+
+        Args:
+            passed_over: names of such constants.
+            described_by: what says which tensors there are, such as "this config.json".
+
+        Raises:
+            CheckpointError: names the first such tensor, and how many more there are.
+        """
+        extra = [
+            name for name in self._tensors if name not in self._taken and not passed_over.fullmatch(name)
+        ]
+        if extra:
+            others = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+            ref = self._tensors[extra[0]]
+            raise CheckpointError(
+                f"{ref.path.name}: {quote(extra[0])} {list(ref.shape)}{others}: a {config.family} model with "
+                f"{described_by} has no such tensor",
+                path=ref.path,
+                tensor=extra[0],
+                extra=extra,
+            )

@@ -1,0 +1,58 @@
+"""What every family reads from `config.json` in the same way; its defaults are the family's own.
+
+    ConfigReader + defaults  ->  read_common  ->  arguments of `ModelConfig`
+
+Elsewhere: the same for GGUF metadata is `GgufConfigReader.common`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from argosy.model.families.config_reader import MOST_EXPERTS, ConfigReader
+from argosy.model.families.rope_config import read_rope
+
+
+def read_common(
+    reader: ConfigReader,
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    rope_theta: float,
+    norm_eps: float,
+    context_tokens: int,
+    num_experts: int,
+    experts_per_token: int,
+    eos_id: int | None = None,
+    bos_id: int | None = None,
+) -> dict[str, Any]:
+    """Sizes, heads, rotary embedding, experts and token ids; the arguments are what an absent key means.
+
+    Raises:
+        UnsupportedModel: a rotary embedding or activation that is not built in.
+        CheckpointError: a key is missing, malformed, or contradicts another.
+    """
+    shape = reader.attention_shape(hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads)
+    context_tokens = reader.integer("max_position_embeddings", default=context_tokens)
+    num_experts = reader.integer(
+        "num_experts", "num_local_experts", "n_routed_experts", default=num_experts, most=MOST_EXPERTS
+    )
+    reader.one_of("hidden_act", "silu", ("silu",))
+    return {
+        "vocab_size": reader.integer("vocab_size", default=vocab_size),
+        **shape._asdict(),
+        "rope": read_rope(
+            reader, head_dim=shape.head_dim, context_tokens=context_tokens, default_theta=rope_theta
+        ),
+        "norm_eps": reader.number("rms_norm_eps", norm_eps),
+        "context_tokens": context_tokens,
+        "num_experts": num_experts,
+        "experts_per_token": reader.integer(
+            "num_experts_per_tok", "num_experts_per_token", default=experts_per_token, most=num_experts
+        ),
+        "is_embedding_tied": reader.flag("tie_word_embeddings", False),
+        "eos_ids": reader.token_ids("eos_token_id", eos_id),
+        "bos_id": next(iter(reader.token_ids("bos_token_id", bos_id)), None),
+    }
