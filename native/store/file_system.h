@@ -17,6 +17,7 @@ namespace argosy {
 
 struct OpenFile {
   int handle = -1;
+  int cached_handle = -1;  // for read_cached; -1: the page cache is not asked
   int64_t size = 0;
   int64_t alignment = 1;       // of offset, length and memory of every read
   bool is_direct = false;      // past the page cache
@@ -34,8 +35,12 @@ class FileSystem {
   virtual OpenFile open(const std::string& path, bool direct) = 0;
   // As pread(2), but with the error as a negative number: bytes read, 0 at the end of the file, or -errno.
   virtual ssize_t pread(int handle, void* buffer, size_t nbytes, int64_t offset) = 0;
+  // As pread, from the page cache alone, if that holds all of [offset, offset + nbytes) up to the end of the
+  // file: nothing is read from the drive, and nothing comes into the page cache. -EAGAIN: it does not hold
+  // all of them. Any other error: kernel or file system cannot say, and need not be asked again.
+  virtual ssize_t read_cached(const OpenFile& file, void* buffer, size_t nbytes, int64_t offset) = 0;
   virtual void drop_cache(int handle, int64_t offset, int64_t nbytes) = 0;
-  virtual void close(int handle) = 0;
+  virtual void close(const OpenFile& file) = 0;
   virtual double seconds() = 0;  // of a clock that never goes back
 };
 
@@ -43,8 +48,9 @@ class RealFileSystem : public FileSystem {
  public:
   OpenFile open(const std::string& path, bool direct) override;
   ssize_t pread(int handle, void* buffer, size_t nbytes, int64_t offset) override;
+  ssize_t read_cached(const OpenFile& file, void* buffer, size_t nbytes, int64_t offset) override;
   void drop_cache(int handle, int64_t offset, int64_t nbytes) override;
-  void close(int handle) override;
+  void close(const OpenFile& file) override;
   double seconds() override;
 };
 
@@ -54,24 +60,34 @@ enum class Fault {
   partial,      // half of what was asked for, which is legal and must be read on
   truncated,    // end of file
   flipped_bit,  // the bytes arrive, and one bit of the one in the middle is wrong
-  delayed       // the bytes arrive later
+  delayed,      // the bytes arrive later
+  // Of the page cache; reads from the drive are sound.
+  uncached,        // EAGAIN
+  partial_cached,  // half of what was asked for
+  no_cache         // EOPNOTSUPP
 };
 
 class FaultyFileSystem : public FileSystem {
  public:
   // Reads are counted from 1 over all files; those from `first_read` on, `num_faults` of them, get the fault.
+  // The reads are those from the drive, and then nothing is read from the page cache; or those from the page
+  // cache, for a fault of that.
   FaultyFileSystem(std::shared_ptr<FileSystem> inner, Fault fault, int64_t first_read, int64_t num_faults = 1,
                    double delay_seconds = 0.05);
 
   OpenFile open(const std::string& path, bool direct) override;
   ssize_t pread(int handle, void* buffer, size_t nbytes, int64_t offset) override;
+  ssize_t read_cached(const OpenFile& file, void* buffer, size_t nbytes, int64_t offset) override;
   void drop_cache(int handle, int64_t offset, int64_t nbytes) override;
-  void close(int handle) override;
+  void close(const OpenFile& file) override;
   double seconds() override;
 
   int64_t num_reads() const { return num_reads_; }
 
  private:
+  bool is_fault_of_cache() const { return fault_ >= Fault::uncached; }
+  bool has_fault(int64_t read) const { return read >= first_read_ && read - first_read_ < num_faults_; }
+
   std::shared_ptr<FileSystem> inner_;
   Fault fault_;
   int64_t first_read_;
