@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
+#include <unordered_set>
 #include <utility>
 
 #include "store/crc32c.h"
@@ -258,17 +259,18 @@ bool Store::cancel(int64_t ticket) {
 
 std::vector<int64_t> Store::drop(const std::vector<int64_t>& tickets) {
   std::vector<int64_t> dropped;
+  std::unordered_set<const Request*> requests;  // theirs
   std::lock_guard lock(mutex_);
   for (const int64_t ticket : tickets) {
     const auto found = requests_.find(ticket);
     if (found == requests_.end() || found->second->is_begun || found->second->parts_left == 0) continue;
-    const auto is_its = [request = found->second.get()](const Part& part) { return part.request == request; };
-    std::erase_if(queue_, is_its);
-    std::erase_if(ahead_queue_, is_its);
-    requests_.erase(found);
-    --num_pending_;
-    dropped.push_back(ticket);
+    if (requests.insert(found->second.get()).second) dropped.push_back(ticket);
   }
+  const auto is_theirs = [&requests](const Part& part) { return requests.contains(part.request); };
+  std::erase_if(queue_, is_theirs);
+  std::erase_if(ahead_queue_, is_theirs);
+  for (const int64_t ticket : dropped) requests_.erase(ticket);
+  num_pending_ -= int64_t(dropped.size());
   return dropped;
 }
 

@@ -441,8 +441,10 @@ class Store:
         """What the readers may come to hold to transcode from, STAGING_BYTES each."""
 
     def stats(self) -> dict[str, float]:
-        """bytes_read, and cached_bytes of them from the page cache; reads; read_, checksum_ and transcode_seconds summed
-        over readers; busy_seconds of wall time."""
+        """bytes_read, and cached_bytes of them from the page cache; reads; busy_seconds of wall time.
+
+        read_, checksum_ and transcode_seconds are summed over readers.
+        """
 
     def close(self) -> None:
         """Join the readers and close the files. What was not read fails."""
