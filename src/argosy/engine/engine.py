@@ -9,9 +9,10 @@ the expert source. It is one process's single user of them; calls from several t
 from __future__ import annotations
 
 import functools
+import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -57,6 +58,18 @@ DEMO_CONTEXT, DEMO_CHUNK = 2048, 256  # tokens, where nothing is said
 PromptLike = str | Sequence[int] | Sequence[Message] | Prompt
 
 
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """No search for garbage: a start makes a hundred thousand objects that stay, and no cycles."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class Engine:
     """Runs one model within one memory budget.
 
@@ -79,6 +92,7 @@ class Engine:
         DoesNotFit, CheckpointError and its kin, UsageError: see `errors`.
     """
 
+    @_no_collections()
     def __init__(
         self,
         model: str | Path = "demo",
