@@ -82,7 +82,7 @@ OpenFile open_direct(const std::string& path) {
 #if defined(SYS_cachestat)
 constexpr long kCachestat = SYS_cachestat;
 #else
-constexpr long kCachestat = 451;  // on every architecture
+constexpr long kCachestat = 451;  // on x86-64 and arm64, as on most
 #endif
 
 // Bytes of [offset, offset + nbytes) that the page cache holds, or -errno. The range is of whole pages.
@@ -97,11 +97,14 @@ int64_t cached_bytes(int handle, int64_t offset, int64_t nbytes) {
   return int64_t(pages.cached) * sysconf(_SC_PAGESIZE);
 }
 
-// A descriptor for read_cached, or -1: only if the kernel can say what is cached, and something is.
-int open_cached(const std::string& path) {
-  const int handle = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+// A descriptor for read_cached, or -1: only if the kernel can say what is cached, and something is. `facts`
+// are those of the file that is meant: another may have taken its name.
+int open_cached(const std::string& path, const struct stat& facts) {
+  const int handle = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (handle < 0) return -1;
-  if (cached_bytes(handle, 0, 0) > 0) {  // 0: to the end of the file
+  struct stat own;
+  const bool is_same = fstat(handle, &own) == 0 && own.st_dev == facts.st_dev && own.st_ino == facts.st_ino;
+  if (is_same && cached_bytes(handle, 0, 0) > 0) {  // 0: to the end of the file
     posix_fadvise(handle, 0, 0, POSIX_FADV_RANDOM);
     return handle;
   }
@@ -131,7 +134,7 @@ OpenFile RealFileSystem::open(const std::string& path, bool direct) {
     throw std::system_error(error, std::generic_category(), path);
   }
   file.size = facts.st_size;
-  if (file.is_direct) file.cached_handle = open_cached(path);
+  if (file.is_direct && !file.drops_cache) file.cached_handle = open_cached(path, facts);
   return file;
 }
 
