@@ -6,7 +6,9 @@
 // A file that is read directly gets a second, buffered descriptor for what the page cache happens to hold.
 // RWF_NOWAIT alone would not do: where pages are missing Linux starts to read them ahead (since 5.9; 1 MiB of
 // a dropped file was in the cache after one such call of 1 MiB), and the budget does not pay for a page
-// cache. So cachestat (Linux 6.5) is asked first whether every page is there.
+// cache. So cachestat (Linux 6.5) is asked first whether every page is there. A cached page may also carry
+// the mark at which read-ahead goes on with what is missing in the window behind it; so whole stretches have
+// to be cached, and the one behind them.
 #include "store/file_system.h"
 
 #include <fcntl.h>
@@ -97,19 +99,27 @@ int64_t cached_bytes(int handle, int64_t offset, int64_t nbytes) {
   return int64_t(pages.cached) * sysconf(_SC_PAGESIZE);
 }
 
-// A descriptor for read_cached, or -1: only if the kernel can say what is cached, and something is. `facts`
-// are those of the file that is meant: another may have taken its name.
-int open_cached(const std::string& path, const struct stat& facts) {
+// Gives `file` a descriptor for read_cached, if the kernel can say what is cached, and a stretch of the file
+// is. `facts` are those of the file that is meant: another may have taken its name.
+void open_cached(const std::string& path, const struct stat& facts, OpenFile& file) {
   const int handle = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (handle < 0) return -1;
+  if (handle < 0) return;
   struct stat own;
-  const bool is_same = fstat(handle, &own) == 0 && own.st_dev == facts.st_dev && own.st_ino == facts.st_ino;
-  if (is_same && cached_bytes(handle, 0, 0) > 0) {  // 0: to the end of the file
-    posix_fadvise(handle, 0, 0, POSIX_FADV_RANDOM);
-    return handle;
+  bool is_any_cached = false;
+  if (fstat(handle, &own) == 0 && own.st_dev == facts.st_dev && own.st_ino == facts.st_ino) {
+    for (int64_t at = 0; at < file.size; at += FileSystem::kStretchBytes) {
+      const int64_t nbytes = std::min(file.size - at, FileSystem::kStretchBytes);
+      const bool is_cached = cached_bytes(handle, at, nbytes) >= nbytes;
+      file.cached_stretches.push_back(is_cached);
+      is_any_cached |= is_cached;
+    }
   }
-  ::close(handle);
-  return -1;
+  if (is_any_cached) {
+    posix_fadvise(handle, 0, 0, POSIX_FADV_RANDOM);
+    file.cached_handle = handle;
+  } else {
+    ::close(handle);
+  }
 }
 
 }  // namespace
@@ -134,7 +144,7 @@ OpenFile RealFileSystem::open(const std::string& path, bool direct) {
     throw std::system_error(error, std::generic_category(), path);
   }
   file.size = facts.st_size;
-  if (file.is_direct && !file.drops_cache) file.cached_handle = open_cached(path, facts);
+  if (file.is_direct && !file.drops_cache) open_cached(path, facts, file);
   return file;
 }
 
@@ -148,6 +158,11 @@ ssize_t RealFileSystem::read_cached(const OpenFile& file, void* buffer, size_t n
   const int64_t last_page_end = (file.size + page - 1) / page * page;
   const int64_t wanted = std::min(int64_t(nbytes), last_page_end - offset);
   if (wanted <= 0) return -EAGAIN;
+  const int64_t last_stretch =
+      std::min((offset + wanted - 1) / kStretchBytes + 1, (file.size - 1) / kStretchBytes);
+  for (int64_t stretch = offset / kStretchBytes; stretch <= last_stretch; ++stretch) {
+    if (!file.cached_stretches[size_t(stretch)]) return -EAGAIN;
+  }
   const int64_t cached = cached_bytes(file.cached_handle, offset, wanted);
   if (cached < 0) return ssize_t(cached);
   if (cached < wanted) return -EAGAIN;

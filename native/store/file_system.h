@@ -12,12 +12,14 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 namespace argosy {
 
 struct OpenFile {
   int handle = -1;
-  int cached_handle = -1;  // for read_cached; -1: the page cache is not asked
+  int cached_handle = -1;              // for read_cached; -1: the page cache is not asked
+  std::vector<bool> cached_stretches;  // of kStretchBytes: wholly in the page cache when the file was opened
   int64_t size = 0;
   int64_t alignment = 1;       // of offset, length and memory of every read
   bool is_direct = false;      // past the page cache
@@ -35,9 +37,13 @@ class FileSystem {
   virtual OpenFile open(const std::string& path, bool direct) = 0;
   // As pread(2), but with the error as a negative number: bytes read, 0 at the end of the file, or -errno.
   virtual ssize_t pread(int handle, void* buffer, size_t nbytes, int64_t offset) = 0;
-  // As pread, from the page cache alone, if that holds all of [offset, offset + nbytes) up to the end of the
-  // file: nothing is read from the drive, and nothing comes into the page cache. -EAGAIN: it does not hold
-  // all of them. Any other error: kernel or file system cannot say, and need not be asked again.
+  // More than any read-ahead; 8 MiB is the largest seen.
+  static constexpr int64_t kStretchBytes = int64_t{16} << 20;
+
+  // As pread, from the page cache alone, if that holds all of [offset, offset + nbytes) and, when the file
+  // was opened, the whole stretches it lies in and one behind. Nothing is read from the drive, and nothing
+  // comes into the page cache. -EAGAIN: it does not hold all of them. Any other error: kernel or file system
+  // cannot say, and need not be asked again.
   virtual ssize_t read_cached(const OpenFile& file, void* buffer, size_t nbytes, int64_t offset) = 0;
   virtual void drop_cache(int handle, int64_t offset, int64_t nbytes) = 0;
   virtual void close(const OpenFile& file) = 0;

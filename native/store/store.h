@@ -11,9 +11,9 @@
 // readers take. A ticket is done when all its pieces are in memory and match their checksums, or one of them
 // failed and nothing moves any more: after that, nobody writes to that memory.
 //
-// What the page cache holds anyway is copied from there, part by part; the rest is read past it. A file of
-// which nothing is cached when it is opened is not looked for there, and where it was not found several times
-// in a row it is looked for now and then only.
+// Stretches that the page cache holds anyway are copied from there, part by part; the rest is read past it. A
+// file without one when it is opened is not looked for there, and where parts were missing several times in a
+// row, only now and then.
 //
 // What is needed now goes before what is read ahead; within each the order is that of the calls.
 #pragma once

@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -529,14 +530,16 @@ void a_probe_reads_what_it_says() {
 // ── what the page cache holds
 // ───────────────────────────────────────────────────────────────────────────────
 
-// Writes the file to the drive and takes it out of the page cache, but for its first `nbytes`.
+// Writes the file to the drive and takes it out of the page cache, but for its first `nbytes`: they are read
+// as a program would, with as much read ahead as the machine likes.
 void keep_in_page_cache(const TestFile& file, int64_t nbytes) {
   const int handle = ::open(file.path().c_str(), O_RDONLY);
   CHECK_EQUAL(fsync(handle), 0);
   posix_fadvise(handle, 0, 0, POSIX_FADV_DONTNEED);
-  posix_fadvise(handle, 0, 0, POSIX_FADV_RANDOM);
-  std::vector<uint8_t> buffer(size_t(std::max<int64_t>(nbytes, 1)));
-  CHECK_EQUAL(::pread(handle, buffer.data(), size_t(nbytes), 0), ssize_t(nbytes));
+  std::vector<uint8_t> buffer(size_t{1} << 17);
+  for (int64_t at = 0; at < nbytes; at += int64_t(buffer.size())) {
+    CHECK(::pread(handle, buffer.data(), std::min(buffer.size(), size_t(nbytes - at)), at) > 0);
+  }
   ::close(handle);
 }
 
@@ -562,31 +565,29 @@ bool has_page_cache_to_ask(const TestFile& file) {
 }
 
 void what_the_page_cache_holds_comes_from_there_and_nothing_is_added() {
-  const TestFile file(6 * Store::kPartBytes + 777);
+  constexpr int64_t stretch = FileSystem::kStretchBytes;
+  const TestFile file(4 * stretch + 777);
   if (!has_page_cache_to_ask(file)) return;
-  const int64_t last_page = file.size() % kPage == 0 ? file.size() : file.size() / kPage * kPage + kPage;
-  for (const int64_t kept : {int64_t{0}, 2 * Store::kPartBytes + 3 * kPage, file.size()}) {
+  Arena arena{size_t(5 * stretch)};
+  const uint32_t checksum = file.checksum(0, file.size());
+  for (const int64_t kept : {int64_t{0}, stretch / 2, 2 * stretch + 3 * kPage, file.size()}) {
     keep_in_page_cache(file, kept);
-    const int64_t held = in_page_cache(file);
+    int64_t held = -1;  // what is on its way does not count yet
+    for (int64_t before = -2; before != held; before = std::exchange(held, in_page_cache(file)))
+      std::this_thread::sleep_for(milliseconds(30));
     Store store(3);
     const int id = store.open(file.path());
-    Arena arena{size_t(8 * Store::kPartBytes)};
-    CHECK_EQUAL(
-        wait_one(store, store.fetch(arena, {{id, 0, file.size(), 0}}, {file.checksum(0, file.size())}))
-            .message,
-        "");
+    std::fill_n(arena.data(), arena.size(), uint8_t{0});
+    CHECK_EQUAL(wait_one(store, store.fetch(arena, {{id, 0, file.size(), 0}}, {checksum})).message, "");
     CHECK(holds(arena, 0, file, 0, file.size()));
-    const StoreStats stats = store.stats();
     CHECK_EQUAL(in_page_cache(file), held);
-    CHECK_EQUAL(stats.reads, 7);  // of seven equal parts, each from one place
-    if (kept == 0) CHECK_EQUAL(stats.cached_bytes, 0);
-    if (kept == file.size()) {
-      CHECK_EQUAL(held, last_page);
-      CHECK_EQUAL(stats.cached_bytes, file.size());
-    } else {
-      CHECK(stats.cached_bytes <= kept);
-      if (kept > 0) CHECK(stats.cached_bytes > Store::kPartBytes);
-    }
+    const StoreStats stats = store.stats();
+    CHECK_EQUAL(stats.reads, 65);  // of as many parts, each from one place
+    CHECK_EQUAL(stats.bytes_read, file.size());
+    if (kept < stretch) CHECK_EQUAL(stats.cached_bytes, 0);  // as when only a header was read
+    if (kept > stretch) CHECK(stats.cached_bytes >= stretch / 2);
+    if (kept == file.size()) CHECK_EQUAL(stats.cached_bytes, file.size());
+    CHECK(stats.cached_bytes <= held);
   }
 }
 
@@ -594,15 +595,14 @@ void blocks_come_from_the_page_cache_too() {
   const BlockMatrix matrix{BlockType::q4_0, 3000, 2048};
   const TestFile file(matrix.file_bytes() + 96);
   if (!has_page_cache_to_ask(file)) return;
-  for (const int64_t kept : {int64_t{0}, file.size() / 2, file.size()}) {
-    keep_in_page_cache(file, kept);
+  for (const bool is_cached : {false, true}) {
+    keep_in_page_cache(file, is_cached ? file.size() : 0);
     Store store(2);
     const int id = store.open(file.path());
     Arena arena{size_t(matrix.bytes())};
     CHECK_EQUAL(wait_one(store, store.fetch(arena, {matrix.piece(id, 96, 0)})).message, "");
     CHECK(holds_panels(arena, 0, matrix, file, 96));
-    CHECK_EQUAL(store.stats().cached_bytes > 0, kept > 0);
-    CHECK_EQUAL(store.stats().cached_bytes == store.stats().bytes_read, kept == file.size());
+    CHECK_EQUAL(store.stats().cached_bytes, is_cached ? store.stats().bytes_read : 0);
   }
 }
 
