@@ -30,7 +30,7 @@ from argosy import _native
 from argosy.checkpoint.files import SLOT_FORMATS, MatrixRef
 from argosy.checkpoint.gguf import BLOCK_SIZES
 from argosy.config import MIB, format_bytes, parse_size
-from common import Report, alternate
+from common import Report, alternate, drop_page_cache
 
 MISSES = 8  # of one layer
 PROBE_READERS = (1, 2, 4)
@@ -59,6 +59,7 @@ class Records:
         raise NotImplementedError
 
     def start(self, readers: int) -> None:
+        drop_page_cache(self.path)  # what is cached when the store opens the file would come from there
         self.store = _native.Store(readers)
         self.file_id = self.store.open(str(self.path))
         self.num_slots = max(1, ARENA_BYTES // self.slot_bytes // MISSES) * MISSES
@@ -99,6 +100,8 @@ class Records:
         for first in range(0, num_records, MISSES):
             self.fetch(numbers[first : first + MISSES], first % self.num_slots)
         after = self.store.stats()
+        if after["cached_bytes"]:
+            raise SystemExit(f"{self.name}: the page cache answered, which says nothing about the drive")
         return {name: after[name] - before[name] for name in ("bytes_read", "transcode_seconds")}
 
     def plain_read(self, offset: int, nbytes: int) -> bytes:

@@ -47,8 +47,12 @@ Fault parse_fault(const std::string& kind) {
   if (kind == "truncated") return Fault::truncated;
   if (kind == "flip") return Fault::flipped_bit;
   if (kind == "delay") return Fault::delayed;
-  throw std::invalid_argument("unknown kind of fault '" + kind +
-                              "'; known: eio, eintr, short, truncated, flip, delay");
+  if (kind == "uncached") return Fault::uncached;
+  if (kind == "short_cached") return Fault::partial_cached;
+  if (kind == "no_cache") return Fault::no_cache;
+  throw std::invalid_argument(
+      "unknown kind of fault '" + kind +
+      "'; known: eio, eintr, short, truncated, flip, delay, uncached, short_cached, no_cache");
 }
 
 std::optional<std::string> error_kind(ReadError error) {
@@ -209,6 +213,7 @@ void bind_store(nb::module_& m) {
              nb::dict result;
              result["bytes_read"] = stats.bytes_read;
              result["reads"] = stats.reads;
+             result["cached_bytes"] = stats.cached_bytes;
              result["read_seconds"] = stats.read_seconds;
              result["checksum_seconds"] = stats.checksum_seconds;
              result["transcode_seconds"] = stats.transcode_seconds;

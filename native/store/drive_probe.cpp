@@ -26,14 +26,14 @@ constexpr int64_t kDestinationBytes = int64_t{256} << 20;
 
 class ClosedAtEnd {
  public:
-  ClosedAtEnd(FileSystem& file_system, int handle) : file_system_(file_system), handle_(handle) {}
-  ~ClosedAtEnd() { file_system_.close(handle_); }
+  ClosedAtEnd(FileSystem& file_system, const OpenFile& file) : file_system_(file_system), file_(file) {}
+  ~ClosedAtEnd() { file_system_.close(file_); }
   ClosedAtEnd(const ClosedAtEnd&) = delete;
   ClosedAtEnd& operator=(const ClosedAtEnd&) = delete;
 
  private:
   FileSystem& file_system_;
-  int handle_;
+  const OpenFile& file_;
 };
 
 std::vector<int64_t> shuffled_records(int64_t num_in_file, int64_t num_records) {
@@ -58,7 +58,7 @@ double drive_probe(const std::string& path, int64_t record_bytes, int64_t num_re
   }
   RealFileSystem file_system;
   const OpenFile file = file_system.open(path, direct);
-  const ClosedAtEnd closed_at_end(file_system, file.handle);
+  const ClosedAtEnd closed_at_end(file_system, file);
   if (direct && !file.is_direct) throw std::runtime_error(path + ": " + file.why_not_direct);
   record_bytes = (record_bytes + file.alignment - 1) / file.alignment * file.alignment;
   const int64_t num_in_file = file.size / record_bytes;

@@ -12,11 +12,14 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 namespace argosy {
 
 struct OpenFile {
   int handle = -1;
+  int cached_handle = -1;              // for read_cached; -1: the page cache is not asked
+  std::vector<bool> cached_stretches;  // of kStretchBytes: wholly in the page cache when the file was opened
   int64_t size = 0;
   int64_t alignment = 1;       // of offset, length and memory of every read
   bool is_direct = false;      // past the page cache
@@ -34,8 +37,16 @@ class FileSystem {
   virtual OpenFile open(const std::string& path, bool direct) = 0;
   // As pread(2), but with the error as a negative number: bytes read, 0 at the end of the file, or -errno.
   virtual ssize_t pread(int handle, void* buffer, size_t nbytes, int64_t offset) = 0;
+  // More than any read-ahead; 8 MiB is the largest seen.
+  static constexpr int64_t kStretchBytes = int64_t{16} << 20;
+
+  // As pread, from the page cache alone, if that holds all of [offset, offset + nbytes) and, when the file
+  // was opened, the whole stretches it lies in and one behind. Nothing is read from the drive, and nothing
+  // comes into the page cache. -EAGAIN: it does not hold all of them. Any other error: kernel or file system
+  // cannot say, and need not be asked again.
+  virtual ssize_t read_cached(const OpenFile& file, void* buffer, size_t nbytes, int64_t offset) = 0;
   virtual void drop_cache(int handle, int64_t offset, int64_t nbytes) = 0;
-  virtual void close(int handle) = 0;
+  virtual void close(const OpenFile& file) = 0;
   virtual double seconds() = 0;  // of a clock that never goes back
 };
 
@@ -43,8 +54,9 @@ class RealFileSystem : public FileSystem {
  public:
   OpenFile open(const std::string& path, bool direct) override;
   ssize_t pread(int handle, void* buffer, size_t nbytes, int64_t offset) override;
+  ssize_t read_cached(const OpenFile& file, void* buffer, size_t nbytes, int64_t offset) override;
   void drop_cache(int handle, int64_t offset, int64_t nbytes) override;
-  void close(int handle) override;
+  void close(const OpenFile& file) override;
   double seconds() override;
 };
 
@@ -54,24 +66,34 @@ enum class Fault {
   partial,      // half of what was asked for, which is legal and must be read on
   truncated,    // end of file
   flipped_bit,  // the bytes arrive, and one bit of the one in the middle is wrong
-  delayed       // the bytes arrive later
+  delayed,      // the bytes arrive later
+  // Of the page cache; reads from the drive are sound.
+  uncached,        // EAGAIN
+  partial_cached,  // half of what was asked for
+  no_cache         // EOPNOTSUPP
 };
 
 class FaultyFileSystem : public FileSystem {
  public:
   // Reads are counted from 1 over all files; those from `first_read` on, `num_faults` of them, get the fault.
+  // The reads are those from the drive, and then nothing is read from the page cache; or those from the page
+  // cache, for a fault of that.
   FaultyFileSystem(std::shared_ptr<FileSystem> inner, Fault fault, int64_t first_read, int64_t num_faults = 1,
                    double delay_seconds = 0.05);
 
   OpenFile open(const std::string& path, bool direct) override;
   ssize_t pread(int handle, void* buffer, size_t nbytes, int64_t offset) override;
+  ssize_t read_cached(const OpenFile& file, void* buffer, size_t nbytes, int64_t offset) override;
   void drop_cache(int handle, int64_t offset, int64_t nbytes) override;
-  void close(int handle) override;
+  void close(const OpenFile& file) override;
   double seconds() override;
 
   int64_t num_reads() const { return num_reads_; }
 
  private:
+  bool is_fault_of_cache() const { return fault_ >= Fault::uncached; }
+  bool has_fault(int64_t read) const { return read >= first_read_ && read - first_read_ < num_faults_; }
+
   std::shared_ptr<FileSystem> inner_;
   Fault fault_;
   int64_t first_read_;

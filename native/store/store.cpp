@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
+#include <unordered_set>
 #include <utility>
 
 #include "store/crc32c.h"
@@ -15,8 +16,7 @@
 namespace argosy {
 
 struct Store::PieceState {
-  const std::string* path;
-  const OpenFile* file;
+  File* file;
   int64_t offset;
   int64_t nbytes;
   uint8_t* memory;  // for `offset` rounded down; for a transcoded piece, the matrix
@@ -36,7 +36,9 @@ struct Store::Request {
 
 namespace {
 
-constexpr int64_t kMatrixAlignment = 64;  // where a transcoded matrix may begin
+constexpr int64_t kMatrixAlignment = 64;   // where a transcoded matrix may begin
+constexpr int64_t kMissesInARow = 8;       // after which the page cache is asked for
+constexpr int64_t kAskedAfterMisses = 64;  // one part in so many
 
 int64_t round_down(int64_t value, int64_t step) { return value / step * step; }
 int64_t divide_up(int64_t value, int64_t step) { return (value + step - 1) / step; }
@@ -93,7 +95,7 @@ int Store::open(const std::string& path, bool direct) {
   OpenFile file = file_system_->open(path, direct);
   std::lock_guard lock(mutex_);
   if (is_closed_) {
-    file_system_->close(file.handle);
+    file_system_->close(file);
     require_open();
   }
   files_.emplace_back(path, std::move(file));
@@ -105,8 +107,8 @@ FileInfo Store::info(int file_id) const {
   if (file_id < 0 || size_t(file_id) >= files_.size()) {
     throw std::invalid_argument("no file has the id " + std::to_string(file_id));
   }
-  const auto& [path, file] = files_[size_t(file_id)];
-  return {path, file.size, file.alignment, file.is_direct, file.why_not_direct};
+  const File& file = files_[size_t(file_id)];
+  return {file.path, file.open.size, file.open.alignment, file.open.is_direct, file.open.why_not_direct};
 }
 
 std::vector<int64_t> Store::fetch(Arena& arena, const std::vector<Record>& records, bool ahead) {
@@ -150,14 +152,15 @@ std::vector<int64_t> Store::fetch(Arena& arena, const std::vector<Record>& recor
 }
 
 void Store::add_piece(Request& request, const Piece& piece, std::optional<uint32_t> checksum,
-                      int64_t base_offset, Arena& arena, std::vector<Part>& parts) const {
+                      int64_t base_offset, Arena& arena, std::vector<Part>& parts) {
   constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
   const int64_t arena_bytes = int64_t(arena.size());
   if (piece.file_id < 0 || size_t(piece.file_id) >= files_.size()) {
     throw std::invalid_argument("no file has the id " + std::to_string(piece.file_id));
   }
-  const auto& [path, file] = files_[size_t(piece.file_id)];
-  const int64_t align = file.alignment;
+  File& file = files_[size_t(piece.file_id)];
+  const std::string& path = file.path;
+  const int64_t align = file.open.alignment;
   if (piece.offset < 0 || piece.nbytes < 1 || piece.offset > kMost - align - piece.nbytes) {
     throw std::invalid_argument(
         file_name(path) + ": a piece must begin at 0 or later and hold at least 1 byte, found offset " +
@@ -209,7 +212,7 @@ void Store::add_piece(Request& request, const Piece& piece, std::optional<uint32
       parts.push_back({&request, index, begin, std::min(begin + part_bytes, region_end)});
     }
   }
-  request.pieces.push_back({&path, &file, piece.offset, piece.nbytes, arena.data() + dest_offset, checksum,
+  request.pieces.push_back({&file, piece.offset, piece.nbytes, arena.data() + dest_offset, checksum,
                             piece.transcode, int64_t(parts.size() - parts_before)});
 }
 
@@ -256,17 +259,18 @@ bool Store::cancel(int64_t ticket) {
 
 std::vector<int64_t> Store::drop(const std::vector<int64_t>& tickets) {
   std::vector<int64_t> dropped;
+  std::unordered_set<const Request*> requests;  // theirs
   std::lock_guard lock(mutex_);
   for (const int64_t ticket : tickets) {
     const auto found = requests_.find(ticket);
     if (found == requests_.end() || found->second->is_begun || found->second->parts_left == 0) continue;
-    const auto is_its = [request = found->second.get()](const Part& part) { return part.request == request; };
-    std::erase_if(queue_, is_its);
-    std::erase_if(ahead_queue_, is_its);
-    requests_.erase(found);
-    --num_pending_;
-    dropped.push_back(ticket);
+    if (requests.insert(found->second.get()).second) dropped.push_back(ticket);
   }
+  const auto is_theirs = [&requests](const Part& part) { return requests.contains(part.request); };
+  std::erase_if(queue_, is_theirs);
+  std::erase_if(ahead_queue_, is_theirs);
+  for (const int64_t ticket : dropped) requests_.erase(ticket);
+  num_pending_ -= int64_t(dropped.size());
   return dropped;
 }
 
@@ -301,7 +305,7 @@ void Store::close() {
   for (std::thread& reader : readers) reader.join();
   ticket_done_.notify_all();
   std::lock_guard lock(mutex_);
-  for (auto& [path, file] : files_) file_system_->close(file.handle);
+  for (const File& file : files_) file_system_->close(file.open);
   for (auto& [ticket, request] : requests_) request->memory.reset();
 }
 
@@ -331,7 +335,7 @@ Store::Outcome Store::read_part(const Part& part, std::optional<Arena>& staging)
   const PieceState& piece = part.request->pieces[part.piece];
   const int64_t piece_end = piece.offset + piece.nbytes;  // beyond it the file may end
   if (!piece.transcode) {
-    uint8_t* memory = piece.memory + (part.begin - round_down(piece.offset, piece.file->alignment));
+    uint8_t* memory = piece.memory + (part.begin - round_down(piece.offset, piece.file->open.alignment));
     return read_range(piece, part, std::min(part.end, piece_end), memory);
   }
   if (!staging) {
@@ -357,11 +361,14 @@ Store::Outcome Store::read_part(const Part& part, std::optional<Arena>& staging)
 // Bytes [part.begin, part.end) of the file to `memory`; it is an error if it ends before `needed_end`.
 Store::Outcome Store::read_range(const PieceState& piece, const Part& part, int64_t needed_end,
                                  uint8_t* memory) {
-  const OpenFile& file = *piece.file;
+  const OpenFile& file = piece.file->open;
+  const std::string& path = piece.file->path;
   int64_t num_reads = 0, num_bytes = 0;
   Outcome outcome;
   const double start = file_system_->seconds();
-  int64_t end = part.begin;  // what is in memory ends here
+  const int64_t cached = read_cached(*piece.file, memory, part.begin, part.end - part.begin);
+  if (cached > 0) num_reads = 1, num_bytes = cached;
+  int64_t end = part.begin + cached;  // what is in memory ends here
   while (end < needed_end) {
     const int64_t from = round_down(end, file.alignment);  // a direct read cannot go on inside a block
     const ssize_t got =
@@ -369,15 +376,14 @@ Store::Outcome Store::read_range(const PieceState& piece, const Part& part, int6
     ++num_reads;
     if (got == -EINTR) continue;
     if (got < 0) {
-      outcome = {ReadError::io, file_name(*piece.path) + ": reading " + range_of(piece.offset, piece.nbytes) +
-                                    ": " + strerror(int(-got))};
+      outcome = {ReadError::io, file_name(path) + ": reading " + range_of(piece.offset, piece.nbytes) + ": " +
+                                    strerror(int(-got))};
       break;
     }
     num_bytes += got;
     if (from + got <= end) {
-      outcome = {ReadError::short_file, file_name(*piece.path) + " ends at byte " + std::to_string(end) +
-                                            ", and " + range_of(piece.offset, piece.nbytes) +
-                                            " were asked for"};
+      outcome = {ReadError::short_file, file_name(path) + " ends at byte " + std::to_string(end) + ", and " +
+                                            range_of(piece.offset, piece.nbytes) + " were asked for"};
       break;
     }
     end = from + got;
@@ -387,8 +393,30 @@ Store::Outcome Store::read_range(const PieceState& piece, const Part& part, int6
   std::lock_guard lock(mutex_);
   stats_.reads += num_reads;
   stats_.bytes_read += num_bytes;
+  stats_.cached_bytes += cached;
   stats_.read_seconds += seconds;
   return outcome;
+}
+
+// Bytes of the part that the page cache holds, from its begin on; 0 in most cases: it holds none, or is not
+// asked.
+int64_t Store::read_cached(File& file, uint8_t* memory, int64_t offset, int64_t nbytes) {
+  if (!file.is_cache_asked.load(std::memory_order_relaxed)) return 0;
+  if (file.cache_misses.load(std::memory_order_relaxed) >= kMissesInARow &&
+      file.cache_misses.fetch_add(1, std::memory_order_relaxed) % kAskedAfterMisses != 0) {
+    return 0;
+  }
+  const ssize_t got = file_system_->read_cached(file.open, memory, size_t(nbytes), offset);
+  if (got > 0) {
+    file.cache_misses.store(0, std::memory_order_relaxed);
+    return got;
+  }
+  if (got == 0 || got == -EAGAIN || got == -EINTR) {
+    file.cache_misses.fetch_add(1, std::memory_order_relaxed);
+  } else {
+    file.is_cache_asked.store(false, std::memory_order_relaxed);
+  }
+  return 0;
 }
 
 void Store::add_seconds(double StoreStats::* counter, double seconds) {
@@ -399,10 +427,10 @@ void Store::add_seconds(double StoreStats::* counter, double seconds) {
 Store::Outcome Store::check_piece(const PieceState& piece) {
   const double start = file_system_->seconds();
   const uint32_t found =
-      crc32c_wide(piece.memory + piece.offset % piece.file->alignment, size_t(piece.nbytes));
+      crc32c_wide(piece.memory + piece.offset % piece.file->open.alignment, size_t(piece.nbytes));
   add_seconds(&StoreStats::checksum_seconds, file_system_->seconds() - start);
   if (found == *piece.checksum) return {};
-  return {ReadError::checksum, file_name(*piece.path) + ": " + range_of(piece.offset, piece.nbytes) +
+  return {ReadError::checksum, file_name(piece.file->path) + ": " + range_of(piece.offset, piece.nbytes) +
                                    " have the checksum " + hex(found) + ", expected " + hex(*piece.checksum)};
 }
 

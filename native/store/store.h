@@ -11,9 +11,14 @@
 // readers take. A ticket is done when all its pieces are in memory and match their checksums, or one of them
 // failed and nothing moves any more: after that, nobody writes to that memory.
 //
+// Stretches that the page cache holds anyway are copied from there, part by part; the rest is read past it. A
+// file without one when it is opened is not looked for there, and where parts were missing several times in a
+// row, only now and then.
+//
 // What is needed now goes before what is read ahead; within each the order is that of the calls.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -24,6 +29,7 @@
 #include <string>
 #include <thread>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "kernels/transcode.h"
@@ -73,6 +79,7 @@ struct Completion {
 struct StoreStats {
   int64_t bytes_read = 0;
   int64_t reads = 0;
+  int64_t cached_bytes = 0;      // of bytes_read, those that came from the page cache
   double read_seconds = 0;       // in pread, summed over readers
   double checksum_seconds = 0;   // summed over readers
   double transcode_seconds = 0;  // summed over readers
@@ -130,6 +137,15 @@ class Store {
   void close();
 
  private:
+  struct File {
+    File(std::string file_path, OpenFile opened)
+        : path(std::move(file_path)), open(std::move(opened)), is_cache_asked(open.cached_handle >= 0) {}
+
+    const std::string path;
+    const OpenFile open;
+    std::atomic<bool> is_cache_asked;
+    std::atomic<int64_t> cache_misses{0};  // in a row
+  };
   struct Request;
   struct PieceState;
   struct Part {
@@ -147,9 +163,10 @@ class Store {
 
   // Appends the piece to the request and its parts to `parts`. Holding the lock.
   void add_piece(Request& request, const Piece& piece, std::optional<uint32_t> checksum, int64_t dest_offset,
-                 Arena& arena, std::vector<Part>& parts) const;
+                 Arena& arena, std::vector<Part>& parts);
   void read_parts();
   Outcome read_part(const Part& part, std::optional<Arena>& staging);
+  int64_t read_cached(File& file, uint8_t* memory, int64_t offset, int64_t nbytes);
   Outcome read_range(const PieceState& piece, const Part& part, int64_t needed_end, uint8_t* memory);
   Outcome check_piece(const PieceState& piece);
   void finish_part(std::unique_lock<std::mutex>& lock, const Part& part, Outcome outcome);
@@ -161,9 +178,9 @@ class Store {
   mutable std::mutex mutex_;  // guards everything below
   std::condition_variable part_came_;
   std::condition_variable ticket_done_;
-  std::deque<std::pair<std::string, OpenFile>> files_;  // a deque: readers keep references
-  std::deque<Part> queue_;                              // needed now
-  std::deque<Part> ahead_queue_;                        // when there is nothing in queue_
+  std::deque<File> files_;        // a deque: readers keep references
+  std::deque<Part> queue_;        // needed now
+  std::deque<Part> ahead_queue_;  // when there is nothing in queue_
   std::unordered_map<int64_t, std::unique_ptr<Request>> requests_;
   std::vector<std::thread> readers_;
   StoreStats stats_;

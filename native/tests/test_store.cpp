@@ -1,5 +1,6 @@
 // test_store.cpp: bytes arrive where they belong, whatever the kernel does to a read.
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -12,6 +13,7 @@
 #include <stdexcept>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -525,6 +527,125 @@ void a_probe_reads_what_it_says() {
   CHECK_THROWS(std::system_error, drive_probe("no such file", kPage, 1, 1, false));
 }
 
+// ── what the page cache holds
+// ───────────────────────────────────────────────────────────────────────────────
+
+// Writes the file to the drive and takes it out of the page cache, but for its first `nbytes`: they are read
+// as a program would, with as much read ahead as the machine likes.
+void keep_in_page_cache(const TestFile& file, int64_t nbytes) {
+  const int handle = ::open(file.path().c_str(), O_RDONLY);
+  CHECK_EQUAL(fsync(handle), 0);
+  posix_fadvise(handle, 0, 0, POSIX_FADV_DONTNEED);
+  std::vector<uint8_t> buffer(size_t{1} << 17);
+  for (int64_t at = 0; at < nbytes; at += int64_t(buffer.size())) {
+    CHECK(::pread(handle, buffer.data(), std::min(buffer.size(), size_t(nbytes - at)), at) > 0);
+  }
+  ::close(handle);
+}
+
+// Bytes of the file that the page cache holds.
+int64_t in_page_cache(const TestFile& file) {
+  const int handle = ::open(file.path().c_str(), O_RDONLY);
+  void* memory = mmap(nullptr, size_t(file.size()), PROT_READ, MAP_SHARED, handle, 0);
+  std::vector<uint8_t> pages(size_t((file.size() + kPage - 1) / kPage));
+  CHECK_EQUAL(mincore(memory, size_t(file.size()), pages.data()), 0);
+  munmap(memory, size_t(file.size()));
+  ::close(handle);
+  return kPage * std::count_if(pages.begin(), pages.end(), [](uint8_t page) { return page & 1; });
+}
+
+// Whether the page cache can be asked here: not by a kernel before 6.5, nor of a file without O_DIRECT.
+bool has_page_cache_to_ask(const TestFile& file) {
+  keep_in_page_cache(file, file.size());
+  RealFileSystem file_system;
+  const OpenFile opened = file_system.open(file.path(), true);
+  file_system.close(opened);
+  if (opened.cached_handle < 0) printf("skipped: the page cache cannot be asked here\n");
+  return opened.cached_handle >= 0;
+}
+
+void what_the_page_cache_holds_comes_from_there_and_nothing_is_added() {
+  constexpr int64_t stretch = FileSystem::kStretchBytes;
+  const TestFile file(4 * stretch + 777);
+  if (!has_page_cache_to_ask(file)) return;
+  Arena arena{size_t(5 * stretch)};
+  const uint32_t checksum = file.checksum(0, file.size());
+  for (const int64_t kept : {int64_t{0}, stretch / 2, 2 * stretch + 3 * kPage, file.size()}) {
+    keep_in_page_cache(file, kept);
+    int64_t held = -1;  // what is on its way does not count yet
+    for (int64_t before = -2; before != held; before = std::exchange(held, in_page_cache(file)))
+      std::this_thread::sleep_for(milliseconds(30));
+    Store store(3);
+    const int id = store.open(file.path());
+    std::fill_n(arena.data(), arena.size(), uint8_t{0});
+    CHECK_EQUAL(wait_one(store, store.fetch(arena, {{id, 0, file.size(), 0}}, {checksum})).message, "");
+    CHECK(holds(arena, 0, file, 0, file.size()));
+    CHECK_EQUAL(in_page_cache(file), held);
+    const StoreStats stats = store.stats();
+    CHECK_EQUAL(stats.reads, 65);  // of as many parts, each from one place
+    CHECK_EQUAL(stats.bytes_read, file.size());
+    if (kept < stretch) CHECK_EQUAL(stats.cached_bytes, 0);  // as when only a header was read
+    if (kept > stretch) CHECK(stats.cached_bytes >= stretch / 2);
+    if (kept == file.size()) CHECK_EQUAL(stats.cached_bytes, file.size());
+    CHECK(stats.cached_bytes <= held);
+  }
+}
+
+void blocks_come_from_the_page_cache_too() {
+  const BlockMatrix matrix{BlockType::q4_0, 3000, 2048};
+  const TestFile file(matrix.file_bytes() + 96);
+  if (!has_page_cache_to_ask(file)) return;
+  for (const bool is_cached : {false, true}) {
+    keep_in_page_cache(file, is_cached ? file.size() : 0);
+    Store store(2);
+    const int id = store.open(file.path());
+    Arena arena{size_t(matrix.bytes())};
+    CHECK_EQUAL(wait_one(store, store.fetch(arena, {matrix.piece(id, 96, 0)})).message, "");
+    CHECK(holds_panels(arena, 0, matrix, file, 96));
+    CHECK_EQUAL(store.stats().cached_bytes, is_cached ? store.stats().bytes_read : 0);
+  }
+}
+
+void what_the_page_cache_loses_is_read_from_the_drive() {
+  const TestFile file(40 * kPage + 17);
+  if (!has_page_cache_to_ask(file)) return;
+  for (const Fault fault : {Fault::uncached, Fault::partial_cached, Fault::no_cache}) {
+    keep_in_page_cache(file, file.size());
+    const auto file_system = faulty(fault, 2, 1);
+    Store store(1, file_system);
+    const int id = store.open(file.path());
+    Arena arena{size_t(64 * kPage)};
+    for (int64_t i = 0; i < 4; ++i) {
+      const int64_t at = 10 * kPage * i, nbytes = i < 3 ? 10 * kPage : 10 * kPage + 17;
+      const auto ticket = store.fetch(arena, {{id, at, nbytes, at}}, {file.checksum(at, nbytes)});
+      CHECK_EQUAL(wait_one(store, ticket).message, "");
+    }
+    CHECK(holds(arena, 0, file, 0, file.size()));
+    // The second of four met the fault: it alone came from the drive, or half of it, or everything from it
+    // on.
+    const int64_t lost = fault == Fault::uncached         ? 10 * kPage
+                         : fault == Fault::partial_cached ? 5 * kPage
+                                                          : 0;
+    CHECK_EQUAL(store.stats().cached_bytes, fault == Fault::no_cache ? 10 * kPage : file.size() - lost);
+    CHECK_EQUAL(store.stats().reads, fault == Fault::partial_cached ? 5 : 4);
+    CHECK_EQUAL(file_system->num_reads(), fault == Fault::no_cache ? 2 : 4);
+  }
+}
+
+void a_page_cache_without_the_file_is_asked_rarely() {
+  const TestFile file(kPage);
+  if (!has_page_cache_to_ask(file)) return;
+  const auto file_system = faulty(Fault::uncached, 1, 1'000'000);
+  Store store(1, file_system);
+  const int id = store.open(file.path());
+  Arena arena{size_t(kPage)};
+  for (int i = 0; i < 200; ++i)
+    CHECK_EQUAL(wait_one(store, store.fetch(arena, {{id, 0, kPage, 0}})).message, "");
+  // Eight misses in a row, and then one part in 64.
+  CHECK(file_system->num_reads() >= 8 + 2 && file_system->num_reads() <= 8 + 4);
+  CHECK_EQUAL(store.stats().cached_bytes, 0);
+}
+
 }  // namespace
 
 int main() {
@@ -547,6 +668,10 @@ int main() {
   a_failed_read_of_blocks_fails_its_ticket_and_writes_nothing_of_that_part();
   blocks_that_are_cancelled_or_closed_on_move_nothing_after();
   blocks_that_cannot_be_meant_are_refused_at_once();
+  what_the_page_cache_holds_comes_from_there_and_nothing_is_added();
+  blocks_come_from_the_page_cache_too();
+  what_the_page_cache_loses_is_read_from_the_drive();
+  a_page_cache_without_the_file_is_asked_rarely();
   what_is_needed_goes_before_what_is_read_ahead();
   what_no_reader_has_begun_is_dropped_without_waiting();
   an_arena_is_aligned_zero_and_untouched();

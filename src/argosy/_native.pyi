@@ -360,13 +360,17 @@ class FaultyFileSystem(FileSystem):
     """For tests: `num_faults` reads from the `fail_read`-th on (counted from 1) meet a fault.
 
     eio: fails. eintr: interrupted, to be tried again. short: half the bytes, to be read on. truncated: end of file.
-    flip: one wrong bit in the middle. delay: comes `delay_seconds` later.
+    flip: one wrong bit in the middle. delay: comes `delay_seconds` later. These are reads from the drive, and then the
+    page cache is not asked. Of reads from the page cache: uncached: it lost the bytes. short_cached: it has the first
+    half. no_cache: it cannot say.
     """
 
     def __init__(
         self,
         fail_read: int,
-        kind: Literal["eio", "eintr", "short", "truncated", "flip", "delay"],
+        kind: Literal[
+            "eio", "eintr", "short", "truncated", "flip", "delay", "uncached", "short_cached", "no_cache"
+        ],
         num_faults: int = 1,
         delay_seconds: float = 0.05,
         inner: FileSystem | None = None,
@@ -383,6 +387,8 @@ class Store:
     def __init__(self, num_readers: int, file_system: FileSystem | None = None) -> None: ...
     def open(self, path: str, direct: bool = True) -> int:
         """A file id. O_DIRECT if the file system takes it, else buffered, with the page cache dropped behind reads.
+
+        With O_DIRECT, too, what the page cache holds when it is read comes from there; nothing is added to it.
 
         Raises:
             OSError: the file cannot be opened, or is not a regular file.
@@ -435,7 +441,10 @@ class Store:
         """What the readers may come to hold to transcode from, STAGING_BYTES each."""
 
     def stats(self) -> dict[str, float]:
-        """bytes_read, reads; read_, checksum_ and transcode_seconds summed over readers; busy_seconds of wall time."""
+        """bytes_read, and cached_bytes of them from the page cache; reads; busy_seconds of wall time.
+
+        read_, checksum_ and transcode_seconds are summed over readers.
+        """
 
     def close(self) -> None:
         """Join the readers and close the files. What was not read fails."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from argosy import Engine, _native
+from argosy.checkpoint.gguf import GgufFile
+from argosy.engine.memory_plan import PROCESS_GROWTH_BYTES, TOKENIZER_ROOM_BYTES
 from argosy.errors import CheckpointError, DoesNotFit
+from argosy.experts.cache import CachedSource
+from argosy.experts.source import ExpertFiles, ResidentReading
 from argosy.model.families import open_model
 from argosy.model.weights import DenseReading, load_dense
 from argosy.prompt.tokenizer import Tokenizer
@@ -57,11 +62,68 @@ def test_a_tokenizer_that_cannot_be_read_ends_the_reads(
     assert pending == [0]
 
 
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which came first: the tokenizer, or the reading of all experts."""
+    order: list[str] = []
+    start, build = ResidentReading.__init__, Tokenizer.open
+
+    def started(reading: ResidentReading, store: _native.Store, files: ExpertFiles) -> None:
+        order.append("experts")
+        start(reading, store, files)
+
+    def built(path: Path, header: GgufFile | None) -> Tokenizer | None:
+        order.append("tokenizer")
+        return build(path, header)
+
+    monkeypatch.setattr(ResidentReading, "__init__", started)
+    monkeypatch.setattr(Tokenizer, "open", staticmethod(built))
+    return order
+
+
+def test_experts_are_read_early_only_where_they_fit_with_room_to_spare(
+    directory: Path, order: list[str]
+) -> None:
+    with Engine(directory, memory="1GiB", threads=1) as engine:
+        assert order == ["experts", "tokenizer"]
+        needed, expected = engine.plan.total_bytes, engine.logits([1, 2, 3]).tolist()
+    order.clear()
+    with Engine(directory, memory=needed + TOKENIZER_ROOM_BYTES // 2, threads=1) as engine:
+        assert order == ["tokenizer", "experts"]
+        assert engine.plan.is_resident
+        assert engine.logits([1, 2, 3]).tolist() == expected
+    order.clear()
+    with Engine(directory, memory="1GiB", threads=1, expert_slots=engine.config.experts_per_token) as engine:
+        assert order == ["tokenizer"]
+        assert engine.logits([1, 2, 3]).tolist() == expected
+
+
+def test_experts_read_early_make_way_for_a_tokenizer_beyond_reason(
+    directory: Path, order: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"memory": "1GiB", "threads": 1, "context": 64, "chunk_tokens": 16}
+    with Engine(directory, **settings) as engine:
+        plan, expected = engine.plan, engine.logits([1, 2, 3]).tolist()
+        assert engine._experts is not None
+        landed_bytes = engine._weights.nbytes + engine._experts.arena.nbytes
+    # Room for a token's experts is left, and not for all of them.
+    others = plan.total_bytes - plan.expert_bytes - plan.process_bytes + PROCESS_GROWTH_BYTES
+    held = plan.budget_bytes - others - engine.config.experts_per_token * plan.slot_bytes
+    monkeypatch.setattr("argosy.engine.engine.process_bytes", lambda tokenizer: held + landed_bytes)
+    order.clear()
+    with Engine(directory, **settings) as engine:
+        assert order == ["experts", "tokenizer"]
+        assert isinstance(engine._experts, CachedSource)
+        assert engine.plan.num_slots == engine.config.experts_per_token
+        assert engine.logits([1, 2, 3]).tolist() == expected
+
+
 def test_a_budget_that_is_too_small_reads_nothing(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("a read began")
 
     monkeypatch.setattr(DenseReading, "__init__", refuse)
+    monkeypatch.setattr(ResidentReading, "__init__", refuse)
     with pytest.raises(DoesNotFit, match=r"the budget is 1\.0 MiB"):
         Engine(directory, memory="1MiB", threads=1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from argosy.errors import CorruptRecord
-from argosy.experts.source import ExpertFiles, ResidentSource
+from argosy.experts.source import ExpertFiles, load_resident
 from tests.experts.fake_store import MATRIX_BYTES, FakeStore, make_records, matrix_content
 
 KEYS = [(layer, expert) for layer in (0, 2) for expert in range(50)]  # layer 1 is dense
@@ -18,7 +18,7 @@ def test_every_expert_is_read_once_and_lies_where_the_lease_says(num_pieces: int
     store = FakeStore(content, alignment=alignment, seed=num_pieces)
     files = ExpertFiles(store, records, open_file=store.open)  # type: ignore[arg-type]
     shares: list[float] = []
-    source = ResidentSource(store, files, progress=lambda what, share: shares.append(share))  # type: ignore[arg-type]
+    source = load_resident(store, files, progress=lambda what, share: shares.append(share))  # type: ignore[arg-type]
 
     assert store.num_fetches == len(KEYS)
     assert not store.in_flight
@@ -41,7 +41,7 @@ def test_a_damaged_expert_stops_the_start_with_its_name_and_no_read_in_flight() 
     store = FakeStore(content, fail=lambda number: ("sum differs", "checksum") if number == 60 else None)
     files = ExpertFiles(store, records, open_file=store.open)  # type: ignore[arg-type]
     with pytest.raises(CorruptRecord, match=r"layer 2, expert 9: "):
-        ResidentSource(store, files)  # type: ignore[arg-type]
+        load_resident(store, files)  # type: ignore[arg-type]
     assert not store.in_flight
 
 
@@ -54,6 +54,6 @@ def test_an_interrupted_start_leaves_no_read_in_flight() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ResidentSource(store, files, progress=interrupt)  # type: ignore[arg-type]
+        load_resident(store, files, progress=interrupt)  # type: ignore[arg-type]
     assert store.num_fetches > 0
     assert not store.in_flight

@@ -23,7 +23,7 @@ from argosy.experts.source import (
     ExpertFiles,
     ExpertGroup,
     Key,
-    ResidentSource,
+    load_resident,
     resident_bytes,
     slot_bytes,
 )
@@ -121,7 +121,7 @@ def test_leased_experts_are_the_transcoded_blocks(model: Model, num_slots: int) 
 
 def test_resident_experts_lie_one_behind_the_other_and_in_their_formats(model: Model) -> None:
     store = _native.Store(3)
-    source = ResidentSource(store, open_files(model, store))
+    source = load_resident(store, open_files(model, store))
     assert source.arena.nbytes == resident_bytes(model.records)
     assert resident_bytes(model.records) < slot_bytes(model.records) * len(model.records)
     offsets = source.resident_offsets

@@ -13,7 +13,7 @@ import numpy as np
 from argosy import _native
 from argosy.config import ModelConfig
 from argosy.experts.cache import CachedSource
-from argosy.experts.source import ExpertFiles, ExpertSource, ResidentSource
+from argosy.experts.source import ExpertFiles, ExpertSource, load_resident
 from argosy.model.batch import Batch
 from argosy.model.families import open_model
 from argosy.model.weights import DenseWeights, load_dense
@@ -59,7 +59,7 @@ def open_parts(directory: Path, residency: Residency, *, threads: int = 1) -> It
         weights = load_dense(store, files.dense, open_file=open_file)
         expert_files = ExpertFiles(store, files.experts, open_file=open_file)
         if residency == "resident":
-            experts = ResidentSource(store, expert_files)
+            experts = load_resident(store, expert_files)
         elif residency == "smallest cache":
             experts = CachedSource(
                 store,

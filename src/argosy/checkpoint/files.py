@@ -19,9 +19,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,9 @@ import numpy.typing as npt
 from argosy.checkpoint.json_strict import quote
 from argosy.config import Format, ModelConfig
 from argosy.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from argosy.checkpoint.gguf import GgufFile
 
 _Value = TypeVar("_Value", bound=np.generic)
 
@@ -67,6 +70,7 @@ def is_quantised(format: Format) -> bool:
     return format not in BYTES_PER_VALUE
 
 
+@cache
 def matrix_bytes(format: Format, rows: int, cols: int) -> int:
     """Bytes of a matrix in a format; the kernels' own rule, here without the kernels."""
     if format in BYTES_PER_VALUE:
@@ -175,6 +179,7 @@ class ModelFiles:
     dense: Mapping[str, MatrixRef]
     experts: Mapping[tuple[int, int], ExpertRecord]
     is_packed: bool = False
+    header: GgufFile | None = None  # of the GGUF file, for whoever needs the rest of its metadata
 
     @cached_property
     def dense_bytes(self) -> int:

@@ -186,16 +186,13 @@ def _byte_level(file: GgufFile, vocab: dict[str, int]) -> tuple[tokenizers.Token
             supported=tuple(_WORDS),
         )
     words = _WORDS[name]
-    merges = []
-    for merge in file.texts("tokenizer.ggml.merges"):
-        left, space, right = merge.partition(" ")
-        if not space:
-            raise CheckpointError(
-                f"{file.path.name}: tokenizer.ggml.merges holds '{quote(merge)}', expected two tokens and a space",
-                path=file.path,
-                key="tokenizer.ggml.merges",
-            )
-        merges.append((left, right))
+    merges = [tuple(merge.split(" ", 1)) for merge in file.texts("tokenizer.ggml.merges")]
+    if whole := [merge[0] for merge in merges if len(merge) != 2]:
+        raise CheckpointError(
+            f"{file.path.name}: tokenizer.ggml.merges holds '{quote(whole[0])}', expected two tokens and a space",
+            path=file.path,
+            key="tokenizer.ggml.merges",
+        )
     core = _tokenizer_of(file, vocab=vocab, merges=merges, ignore_merges=words.ignores_merges)
     if words.is_nfc:
         core.normalizer = normalizers.NFC()

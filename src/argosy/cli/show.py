@@ -126,7 +126,8 @@ def _plan(model: str, files: ModelFiles, settings: Settings) -> MemoryPlan:
     from argosy.engine.memory_plan import plan_memory, process_bytes
     from argosy.prompt.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.open(files.path)  # held while the process is measured, as the engine holds it
+    # Held while the process is measured, as the engine holds it.
+    tokenizer = Tokenizer.open(files.path, files.header)
     config, expert_slots = settle(model, files, **settings.for_engine())
     return plan_memory(files, config, process_bytes=process_bytes(tokenizer), expert_slots=expert_slots)
 

@@ -9,9 +9,10 @@ the expert source. It is one process's single user of them; calls from several t
 from __future__ import annotations
 
 import functools
+import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -27,6 +28,7 @@ from argosy.engine.kv_cache import KvBlocks
 from argosy.engine.ledger import Ledger
 from argosy.engine.memory_plan import (
     KV_BLOCK_TOKENS,
+    TOKENIZER_ROOM_BYTES,
     MemoryPlan,
     plan_memory,
     process_bytes,
@@ -38,7 +40,7 @@ from argosy.engine.sequence import FinishReason, Result, TokenEvent, TokenLogpro
 from argosy.engine.sequence import Sequence as EngineSequence
 from argosy.errors import DoesNotFit, PromptTooLong, UsageError
 from argosy.experts.cache import CachedSource
-from argosy.experts.source import ExpertFiles, ExpertSource, Progress, ResidentSource
+from argosy.experts.source import ExpertFiles, ExpertSource, Progress, ResidentReading, load_resident
 from argosy.model.clock import PartClock
 from argosy.model.decoder import Decoder, RouteObserver
 from argosy.model.families import open_model
@@ -54,6 +56,18 @@ if TYPE_CHECKING:
 DEMO = "demo"  # the word for the embedded default model; a directory of that name is `./demo`
 DEMO_CONTEXT, DEMO_CHUNK = 2048, 256  # tokens, where nothing is said
 PromptLike = str | Sequence[int] | Sequence[Message] | Prompt
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """No search for garbage: a start makes a hundred thousand objects that stay, and no cycles."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Engine:
@@ -78,6 +92,7 @@ class Engine:
         DoesNotFit, CheckpointError and its kin, UsageError: see `errors`.
     """
 
+    @_no_collections()
     def __init__(
         self,
         model: str | Path = "demo",
@@ -145,27 +160,43 @@ class Engine:
         open_file: Callable[[str], int],
         progress: Progress | None,
     ) -> None:
-        """Read dense weights, build the tokenizer meanwhile, and plan with what the process then holds."""
+        """Read weights, build the tokenizer meanwhile, and plan with what the process then holds.
+
+        Experts are read this early where all of them fit whatever the tokenizer will hold, within reason.
+        """
         held = machine.process_footprint().resident_bytes
-        reading = None
-        with suppress(DoesNotFit):  # if it does not fit even so: nothing is read, and the plan below says why
-            plan_memory(files, self.settings, process_bytes=held, expert_slots=expert_slots)
-            reading = DenseReading(self._store, files.dense, open_file=open_file, progress=progress)
-        dense_bytes = 0
-        try:
-            self.tokenizer = Tokenizer.open(directory)
+        plan_with = functools.partial(plan_memory, files, self.settings, expert_slots=expert_slots)
+        self._experts: ExpertSource | None = None
+        landed_bytes = 0
+        with ExitStack() as undo:
+            reading = experts_reading = None
+            with suppress(
+                DoesNotFit
+            ):  # if it does not fit even so: nothing is read, and the plan below says why
+                plan = plan_with(process_bytes=held)
+                reading = DenseReading(self._store, files.dense, open_file=open_file, progress=progress)
+                undo.callback(reading.cancel)
+                to_spare = plan.budget_bytes - plan.total_bytes
+                if self._has_experts(files) and plan.is_resident and to_spare >= TOKENIZER_ROOM_BYTES:
+                    expert_files = ExpertFiles(self._store, files.experts, open_file=open_file)
+                    experts_reading = ResidentReading(self._store, expert_files)
+                    undo.callback(experts_reading.cancel)
+            self.tokenizer = Tokenizer.open(directory, files.header)
             if reading is not None:
                 self._weights = reading.finish()
-                dense_bytes = self._weights.nbytes
-        finally:
-            if reading is not None:
-                reading.cancel()
-        self.plan: MemoryPlan = plan_memory(
-            files,
-            self.settings,
-            process_bytes=max(held, process_bytes(self.tokenizer) - dense_bytes),
-            expert_slots=expert_slots,
+                landed_bytes += self._weights.nbytes
+            if experts_reading is not None:
+                self._experts = experts_reading.finish(progress)
+                landed_bytes += self._experts.arena.nbytes
+        self.plan: MemoryPlan = plan_with(
+            process_bytes=max(held, process_bytes(self.tokenizer) - landed_bytes)
         )
+        if self._experts is not None and not self.plan.is_resident:  # a tokenizer beyond reason
+            self._experts.close()
+            self._experts = None
+
+    def _has_experts(self, files: ModelFiles) -> bool:
+        return bool(files.experts) and not self.settings.experts_off
 
     def _start(
         self,
@@ -175,11 +206,10 @@ class Engine:
         observe_routes: RouteObserver | None,
     ) -> None:
         plan, config, settings = self.plan, self.config, self.settings
-        self._experts: ExpertSource | None = None
-        if files.experts and not settings.experts_off:
+        if self._has_experts(files) and self._experts is None:
             expert_files = ExpertFiles(self._store, files.experts, open_file=open_file)
             if plan.is_resident:
-                self._experts = ResidentSource(self._store, expert_files, progress=progress)
+                self._experts = load_resident(self._store, expert_files, progress=progress)
             else:
                 self._experts = CachedSource(
                     self._store,

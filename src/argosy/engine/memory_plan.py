@@ -25,6 +25,7 @@ from argosy.prompt.tokenizer import Tokenizer
 KV_BLOCK_TOKENS = 16
 PROCESS_GROWTH_BYTES = 24 * MIB  # allocator slack, thread stacks, page tables of the arenas
 TEMPLATE_WORKER_BYTES = 24 * MIB  # the process that renders chat templates, while it lives: 22 MiB measured
+TOKENIZER_ROOM_BYTES = 256 * MIB  # to spare where experts are read before the tokenizer is built and measured
 SMALLEST_CHUNK, SMALLEST_CONTEXT = 16, 512
 RESIDENT_CHUNK = 512  # tokens: with 8 of 128 experts, 32 for each; more only make working buffers larger
 PLANNED_PROMPT, PLANNED_ANSWER = 1024, 256  # tokens of the request that a chunk is chosen for

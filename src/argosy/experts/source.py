@@ -14,9 +14,9 @@ Elsewhere: choosing experts is `native/kernels/route.h`; the bytes on disk are `
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from types import TracebackType
 from typing import Protocol
 
@@ -230,6 +230,13 @@ class ExpertFiles:
         offsets += np.array(places, np.int64)[:, None]
         return offsets
 
+    def all_offsets(self, places: Mapping[Key, int]) -> NDArray[np.int64]:
+        """The same for every expert at its place: int64 [layers, experts, 3]."""
+        starts = np.zeros(self._offsets.shape[:2], np.int64)
+        for key, place in places.items():
+            starts[key] = place
+        return self._offsets + starts[:, :, None]
+
     def failure(self, key: Key, message: str, kind: str | None) -> ArgosyError:
         """The sentence for a read that failed, naming file, layer and expert."""
         layer, expert = key
@@ -252,38 +259,74 @@ class ExpertFiles:
         )
 
 
-class ResidentSource:
-    """Every expert in memory, read once at start; a lease is then a look-up."""
+_WATCHED = 32  # tickets: readers take them in their order, so a few of the oldest tell of the next that lands
 
-    def __init__(self, store: _native.Store, files: ExpertFiles, *, progress: Progress | None = None) -> None:
-        self.stats = SourceStats()
+
+class ResidentReading:
+    """All experts on their way into memory; whoever waits for them may do something else first.
+
+    Reads are under way once this exists. `finish` or `cancel` ends them.
+    """
+
+    def __init__(self, store: _native.Store, files: ExpertFiles) -> None:
+        self._store = store
         self._files = files
         places, arena_bytes = files.places()
-        self.arena = _native.Arena(max(1, arena_bytes))
-        num_layers, num_experts = (1 + max(key[i] for key in places) for i in (0, 1))
-        self.resident_offsets = np.zeros((num_layers, num_experts, 3), np.int64)
-        for key, place in places.items():
-            self.resident_offsets[key] = files.offsets(key[0], [key[1]], [place])[0]
-        in_flight: dict[int, Key] = {}
-        waiting = iter(places.items())
-        num_landed = 0
+        self._offsets = files.all_offsets(places)
+        self._arena = _native.Arena(max(1, arena_bytes))
+        # All at once: nobody may be here to start the next while the tokenizer is being built.
+        self._in_flight = dict(zip(files.fetch(self._arena, list(places.items())), places, strict=True))
+
+    def finish(self, progress: Progress | None = None) -> ResidentSource:
+        """Wait for every expert.
+
+        Raises:
+            ReadFailed: the drive refused.   CorruptRecord: an expert does not match its checksum.
+        """
+        num_experts, bytes_read = len(self._in_flight), 0
+        waiting = deque(self._in_flight)
+        watched: list[int] = []
         try:
-            while num_landed < len(places):
-                # A few dozen reads in flight keep every reader busy; more would only lengthen a clean-up after ^C.
-                following = list(islice(waiting, 32 - len(in_flight)))
-                tickets = files.fetch(self.arena, following)
-                in_flight.update(zip(tickets, (key for key, _ in following), strict=True))
-                for ticket, message, kind in store.wait_any(list(in_flight)):
-                    key = in_flight.pop(ticket)
+            while self._in_flight:
+                while waiting and len(watched) < _WATCHED:
+                    watched.append(waiting.popleft())
+                done = self._store.wait_any(watched)
+                landed = [(self._in_flight.pop(ticket), message, kind) for ticket, message, kind in done]
+                watched = [ticket for ticket in watched if ticket in self._in_flight]
+                for key, message, kind in landed:
                     if message is not None:
-                        raise files.failure(key, message, kind)
-                    self.stats.bytes_read += files.expert_bytes(key)
-                    num_landed += 1
+                        raise self._files.failure(key, message, kind)
+                    bytes_read += self._files.expert_bytes(key)
                 if progress is not None:
-                    progress("reading experts", num_landed / len(places))
+                    progress("reading experts", 1 - len(self._in_flight) / num_experts)
         finally:
-            for ticket in in_flight:
-                store.cancel(ticket)
+            self.cancel()
+        return ResidentSource(self._files, self._arena, self._offsets, bytes_read)
+
+    def cancel(self) -> None:
+        """Wait until no read moves bytes, and forget them all; harmless after `finish`."""
+        for ticket in set(self._in_flight) - set(self._store.drop(list(self._in_flight))):
+            self._store.cancel(ticket)
+        self._in_flight.clear()
+
+
+def load_resident(
+    store: _native.Store, files: ExpertFiles, *, progress: Progress | None = None
+) -> ResidentSource:
+    """Read every expert, and wait for it: `ResidentReading`, without a pause."""
+    return ResidentReading(store, files).finish(progress)
+
+
+class ResidentSource:
+    """Every expert in memory, read once at start (`load_resident`); a lease is then a look-up."""
+
+    def __init__(
+        self, files: ExpertFiles, arena: _native.Arena, offsets: NDArray[np.int64], bytes_read: int
+    ) -> None:
+        self.stats = SourceStats(bytes_read=bytes_read)
+        self.arena = arena
+        self.resident_offsets = offsets
+        self._files = files
 
     def formats(self, layer: int) -> tuple[Format, Format, Format]:
         return self._files.formats(layer)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from argosy.checkpoint.gguf import GGUF_METADATA_FILE, find_gguf, read_gguf
+from argosy.checkpoint.gguf import GGUF_METADATA_FILE, GgufFile, find_gguf, read_gguf
 from argosy.errors import CheckpointError, UsageError
 
 _MAX_FILE_BYTES = 256 << 20
@@ -90,11 +90,12 @@ class Tokenizer:
         self._template_controls = functools.lru_cache(maxsize=1024)(self._find_template_controls)
 
     @classmethod
-    def open(cls, path: Path | str) -> Tokenizer | None:
+    def open(cls, path: Path | str, header: GgufFile | None = None) -> Tokenizer | None:
         """Read `tokenizer.json` and what stands beside it, or the metadata of a GGUF; None where there is neither.
 
         Args:
             path: a `.gguf` file, or a model's directory.
+            header: of a GGUF file that was read already; if that is the file meant, it is not read again.
 
         Raises:
             CheckpointError: a file cannot be parsed, or is larger than any tokenizer.
@@ -102,20 +103,21 @@ class Tokenizer:
         """
         path = Path(path)
         if not path.is_dir():
-            return cls._of_gguf(path)
+            return cls._of_gguf(path, header)
         if (path / GGUF_METADATA_FILE).is_file():
-            return cls._of_gguf(path / GGUF_METADATA_FILE)
+            return cls._of_gguf(path / GGUF_METADATA_FILE, header)
         if (path / "tokenizer.json").is_file():
             return cls._of_directory(path)
         gguf = find_gguf(path)
-        return None if gguf is None else cls._of_gguf(gguf)
+        return None if gguf is None else cls._of_gguf(gguf, header)
 
     @classmethod
-    def _of_gguf(cls, path: Path) -> Tokenizer | None:
+    def _of_gguf(cls, path: Path, header: GgufFile | None) -> Tokenizer | None:
         # Rebuilding one pulls in more than reading tokenizer.json does.
         from argosy.checkpoint.gguf_tokenizer import read_tokenizer
 
-        read = read_tokenizer(read_gguf(path))
+        file = header if header is not None and header.path == path else read_gguf(path)
+        read = read_tokenizer(file)
         if read is None:
             return None
         return cls(

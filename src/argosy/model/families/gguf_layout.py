@@ -91,7 +91,7 @@ def read_gguf_layout(
         experts |= accounts.experts(config, layer)
     accounts.refuse_extra(config, _NOT_WEIGHTS if has_rope_freqs else _LEFTOVERS, "these metadata")
     require_one_format_a_layer(experts, file.path)
-    return ModelFiles(file.path, config, dense, experts)
+    return ModelFiles(file.path, config, dense, experts, header=file)
 
 
 class _Accounts(TensorAccounts):
