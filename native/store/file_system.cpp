@@ -4,7 +4,7 @@
 // or one page is read to see. Where all fail the file is opened buffered, with the reason kept.
 //
 // A file that is read directly gets a second, buffered descriptor for what the page cache happens to hold.
-// RWF_NOWAIT alone would not do: where pages are missing Linux starts to read them ahead (since 5.9; 1 MiB of
+// RWF_NOWAIT alone would not do: where pages are missing Linux starts to read them ahead (1 MiB of
 // a dropped file was in the cache after one such call of 1 MiB), and the budget does not pay for a page
 // cache. So cachestat (Linux 6.5) is asked first whether every page is there. A cached page may also carry
 // the mark at which read-ahead goes on with what is missing in the window behind it; so whole stretches have
