@@ -34,11 +34,12 @@ test-native: $(VENV)/.installed  ## the C++ tests
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/tests > build/tests.log 2>&1 || { cat build/tests.log; exit 1; }
 	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/tests --output-on-failure
 
+# Without stack-use-after-return: GCC stores 64 bytes, aligned, into its fake stack of 32-byte alignment (GCC bug 110027).
 test-sanitize: $(VENV)/.installed  ## the C++ tests under AddressSanitizer and UBSan, threads under ThreadSanitizer
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DARGOSY_MODULE=OFF -DARGOSY_NATIVE_TESTS=ON \
 	  -DCMAKE_BUILD_TYPE=Debug -DARGOSY_SANITIZE=address,undefined
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize
-	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/sanitize --output-on-failure
+	ASAN_OPTIONS=detect_stack_use_after_return=0 PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/sanitize --output-on-failure
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize-threads -G Ninja -DARGOSY_MODULE=OFF -DARGOSY_NATIVE_TESTS=ON \
 	  -DCMAKE_BUILD_TYPE=Debug -DARGOSY_SANITIZE=thread
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize-threads --target test_thread_pool test_store
