@@ -34,6 +34,7 @@ from argosy.checkpoint.pack import pack
 from argosy.checkpoint.safetensors_write import TensorToWrite, encode, to_bfloat16_bits, write_safetensors
 from argosy.config import ModelConfig, format_bytes
 from argosy.model.families import FAMILIES, open_model
+from argosy.model.families.gguf_layout import dense_name
 from random_weights import ROUTINGS, Exact, Normal, RandomWeights, Recipe, Routing
 
 RawConfig = dict[str, Any]
@@ -261,27 +262,6 @@ def _tensors(raw: Mapping[str, Any], routing: Routing, seed: int) -> Iterator[Te
 # ── GGUF ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 GGUF_FORMATS = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K_M", "Q5_K", "Q6_K")
-_GGUF_NAMES = {
-    "embed": "token_embd.weight",
-    "head": "output.weight",
-    "final_norm": "output_norm.weight",
-    "attn_norm": "attn_norm.weight",
-    "q": "attn_q.weight",
-    "k": "attn_k.weight",
-    "v": "attn_v.weight",
-    "o": "attn_output.weight",
-    "q_bias": "attn_q.bias",
-    "k_bias": "attn_k.bias",
-    "v_bias": "attn_v.bias",
-    "q_norm": "attn_q_norm.weight",
-    "k_norm": "attn_k_norm.weight",
-    "mlp_norm": "ffn_norm.weight",
-    "router": "ffn_gate_inp.weight",
-    "shared_gate": "ffn_gate_shexp.weight",
-    "shared_up": "ffn_up_shexp.weight",
-    "shared_down": "ffn_down_shexp.weight",
-    "shared_score": "ffn_gate_inp_shexp.weight",
-}
 
 
 def block_type_of(format: str, name: str, layer: int, num_layers: int, cols: int) -> str:
@@ -337,11 +317,10 @@ def write_gguf(
     for canonical, _ in dense_shapes(config):
         last = canonical.rpartition(".")[2]
         layer = int(canonical.split(".")[1]) if canonical.startswith("layers.") else 0
-        prefix = f"blk.{layer}." if canonical.startswith("layers.") else ""
-        plan(canonical, prefix + _GGUF_NAMES[last], layer)
+        plan(canonical, dense_name(canonical), layer)
         if last == "router":
             for matrix in ("gate", "up", "down"):
-                name = f"{prefix}ffn_{matrix}_exps.weight"
+                name = f"blk.{layer}.ffn_{matrix}_exps.weight"
                 plan(f"expert.{matrix}", name, layer, copies=config.num_experts)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

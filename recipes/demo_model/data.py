@@ -403,6 +403,17 @@ def prose_documents(articles: list[Article], chance: random.Random) -> list[Docu
 # ---------------------------------------------------------------- sequences
 
 
+def encode(document: Document, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """Token ids of a document, and which of them the model is trained to write."""
+    ids: list[int] = []
+    targets: list[bool] = []
+    for piece in document:
+        piece_ids = tokenizer.encode(piece.text).ids
+        ids += piece_ids
+        targets += [piece.is_target] * len(piece_ids)
+    return ids, targets
+
+
 def pack(documents: list[Document], tokenizer: Tokenizer, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Fill sequences of `length` tokens; each starts at the start of a document, the last one in it is cut.
 
@@ -414,10 +425,9 @@ def pack(documents: list[Document], tokenizer: Tokenizer, length: int) -> tuple[
     ids: list[int] = []
     targets: list[bool] = []
     for document in documents:
-        for piece in document:
-            piece_ids = tokenizer.encode(piece.text).ids
-            ids += piece_ids
-            targets += [piece.is_target] * len(piece_ids)
+        document_ids, document_targets = encode(document, tokenizer)
+        ids += document_ids
+        targets += document_targets
         if len(ids) >= length:
             all_ids.append(ids[:length])
             all_targets.append(targets[:length])
@@ -432,10 +442,9 @@ def stream(
     ids: list[int] = []
     targets: list[bool] = []
     for document in documents:
-        for piece in document:
-            piece_ids = tokenizer.encode(piece.text).ids
-            ids += piece_ids
-            targets += [piece.is_target] * len(piece_ids)
+        document_ids, document_targets = encode(document, tokenizer)
+        ids += document_ids
+        targets += document_targets
         if len(ids) >= num_tokens:
             break
     return np.array(ids[:num_tokens], dtype=np.uint16), np.array(targets[:num_tokens], dtype=bool)

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Format = Literal["f32", "f16", "bf16", "q8", "q4", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k"]
-BlockType = Literal["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q5_K", "Q6_K"]
 InstructionSet = Literal["plain", "avx2", "avx512"]
 _Floats = NDArray[np.float32]
 _Ints = NDArray[np.int32]

@@ -17,6 +17,7 @@ import codecs
 import functools
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -325,14 +326,14 @@ class StreamDecoder:
         return self._pieces.finish()
 
 
-class _Pieces:
+class _Pieces(ABC):
     """What a token adds to the text; one subclass for each kind of decoder."""
 
     def __init__(self) -> None:
         self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def token(self, token_id: int, token: str) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def token(self, token_id: int, token: str) -> str: ...
 
     def literal(self, text: str) -> str:
         """An added token, which is spelled as it is."""

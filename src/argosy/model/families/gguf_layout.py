@@ -62,9 +62,12 @@ _LEFTOVERS = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
 _NOT_WEIGHTS = re.compile(rf"rope_freqs\.weight|{_LEFTOVERS.pattern}")
 
 
-def layer_tensor(layer: int, canonical: str) -> str:
-    """The name of a dense tensor of a layer, such as `q_bias`."""
-    return f"blk.{layer}.{_LAYER_NAMES[canonical]}"
+def dense_name(canonical: str) -> str:
+    """What a GGUF calls a dense tensor, such as `head` or `layers.3.q_bias`."""
+    if canonical in _MODEL_NAMES:
+        return _MODEL_NAMES[canonical]
+    _, layer, last = canonical.split(".")
+    return f"blk.{layer}.{_LAYER_NAMES[last]}"
 
 
 def read_gguf_layout(
@@ -98,11 +101,7 @@ class _Accounts(TensorAccounts):
     """Tensors of a GGUF file, as dense matrices and experts."""
 
     def dense(self, canonical: str, shape: tuple[int, ...], paired_heads: int) -> MatrixRef:
-        if canonical in _MODEL_NAMES:
-            name = _MODEL_NAMES[canonical]
-        else:
-            _, layer, last = canonical.split(".")
-            name = layer_tensor(int(layer), last)
+        name = dense_name(canonical)
         # The one row that scores the shared expert is a vector there.
         shapes = (shape, shape[1:]) if len(shape) == 2 and shape[0] == 1 else (shape,)
         ref, format = self.take(name, *shapes)

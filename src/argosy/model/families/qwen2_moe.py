@@ -16,7 +16,7 @@ from argosy.errors import CheckpointError
 from argosy.model.families.common_config import read_common
 from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.families.gguf_config import GgufConfigReader
-from argosy.model.families.gguf_layout import layer_tensor, read_gguf_layout
+from argosy.model.families.gguf_layout import dense_name, read_gguf_layout
 from argosy.model.families.qwen_moe import LAYOUTS, read_moe_layers
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
@@ -87,7 +87,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
         router=RouterConfig(renormalize=reader.flag("expert_weights_norm", False)),
         shared_width=reader.integer("expert_shared_feed_forward_length", width),
         shared_is_gated=True,
-        has_qkv_bias=layer_tensor(0, "q_bias") in file.tensors,
+        has_qkv_bias=dense_name("layers.0.q_bias") in file.tensors,
         **common,
     )
     reader.finish()
