@@ -160,7 +160,7 @@ void bind_store(nb::module_& m) {
       .def("close", &Arena::close);
 
   nb::class_<FileSystem>(m, "FileSystem");
-  nb::class_<RealFileSystem, FileSystem>(m, "RealFileSystem").def(nb::init<>());
+  nb::class_<RealFileSystem, FileSystem>(m, "RealFileSystem").def(nb::init<bool>(), "has_queue"_a = true);
   nb::class_<FaultyFileSystem, FileSystem>(m, "FaultyFileSystem")
       .def(
           "__init__",
@@ -207,6 +207,8 @@ void bind_store(nb::module_& m) {
       .def("cancel", &Store::cancel, "ticket"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("pending", &Store::pending)
       .def_prop_ro("staging_bytes", &Store::staging_bytes)
+      .def_prop_ro("staging_held_bytes", &Store::staging_held_bytes)
+      .def_prop_ro("is_asynchronous", &Store::is_asynchronous)
       .def("stats",
            [](const Store& store) {
              const StoreStats stats = store.stats();

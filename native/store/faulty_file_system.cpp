@@ -1,7 +1,9 @@
 // faulty_file_system.cpp: one fault, put into the reads of another file system.
 #include <cerrno>
 #include <chrono>
+#include <mutex>
 #include <thread>
+#include <unordered_map>
 #include <utility>
 
 #include "store/file_system.h"
@@ -26,8 +28,7 @@ OpenFile FaultyFileSystem::open(const std::string& path, bool direct) {
   return file;
 }
 
-ssize_t FaultyFileSystem::pread(int handle, void* buffer, size_t nbytes, int64_t offset) {
-  if (is_fault_of_cache() || !has_fault(++num_reads_)) return inner_->pread(handle, buffer, nbytes, offset);
+ssize_t FaultyFileSystem::spoil(ssize_t got, uint8_t* memory) const {
   switch (fault_) {
     case Fault::io_error:
       return -EIO;
@@ -35,24 +36,66 @@ ssize_t FaultyFileSystem::pread(int handle, void* buffer, size_t nbytes, int64_t
       return -EINTR;
     case Fault::truncated:
       return 0;
-    case Fault::partial: {
-      const ssize_t got = inner_->pread(handle, buffer, nbytes, offset);
+    case Fault::partial:
       return got > 1 ? got / 2 : got;
-    }
-    case Fault::flipped_bit: {
-      const ssize_t got = inner_->pread(handle, buffer, nbytes, offset);
-      if (got > 0) static_cast<uint8_t*>(buffer)[got / 2] ^= 1;
+    case Fault::flipped_bit:
+      if (got > 0) memory[got / 2] ^= 1;
       return got;
-    }
     case Fault::delayed:
       std::this_thread::sleep_for(std::chrono::duration<double>(delay_seconds_));
-      return inner_->pread(handle, buffer, nbytes, offset);
+      return got;
     case Fault::uncached:
     case Fault::partial_cached:
     case Fault::no_cache:
       break;
   }
-  return -EINVAL;
+  return got;
+}
+
+ssize_t FaultyFileSystem::pread(int handle, void* buffer, size_t nbytes, int64_t offset) {
+  const bool is_bad = !is_fault_of_cache() && has_fault(++num_reads_);
+  const ssize_t got = inner_->pread(handle, buffer, nbytes, offset);
+  return is_bad ? spoil(got, static_cast<uint8_t*>(buffer)) : got;
+}
+
+// Another queue; remembers by their tags which reads get the fault.
+class FaultyFileSystem::Queue : public ReadQueue {
+ public:
+  Queue(FaultyFileSystem& owner, std::unique_ptr<ReadQueue> inner)
+      : owner_(owner), inner_(std::move(inner)) {}
+
+  size_t submit(std::span<const AsyncRead> reads) override {
+    std::lock_guard lock(mutex_);
+    for (const AsyncRead& read : reads) {
+      if (!owner_.is_fault_of_cache() && owner_.has_fault(++owner_.num_reads_)) bad_[read.tag] = read.memory;
+    }
+    const size_t taken = inner_->submit(reads);
+    for (const AsyncRead& read : reads.subspan(taken)) bad_.erase(read.tag);
+    return taken;
+  }
+
+  size_t wait(std::span<AsyncResult> results) override {
+    const size_t num_results = inner_->wait(results);
+    std::lock_guard lock(mutex_);
+    for (AsyncResult& result : results.first(num_results)) {
+      const auto found = bad_.find(result.tag);
+      if (found == bad_.end()) continue;
+      result.got = owner_.spoil(result.got, found->second);
+      bad_.erase(found);
+    }
+    return num_results;
+  }
+
+ private:
+  FaultyFileSystem& owner_;
+  std::unique_ptr<ReadQueue> inner_;
+  std::mutex mutex_;
+  std::unordered_map<uint64_t, uint8_t*> bad_;
+};
+
+std::unique_ptr<ReadQueue> FaultyFileSystem::read_queue(int depth) {
+  std::unique_ptr<ReadQueue> queue = inner_->read_queue(depth);
+  return queue ? std::make_unique<Queue>(*this, std::move(queue)) : nullptr;
 }
 
 ssize_t FaultyFileSystem::read_cached(const OpenFile& file, void* buffer, size_t nbytes, int64_t offset) {

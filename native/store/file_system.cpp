@@ -24,6 +24,8 @@
 #include <cstring>
 #include <system_error>
 
+#include "store/kernel_queue.h"
+
 namespace argosy {
 namespace {
 
@@ -178,6 +180,10 @@ void RealFileSystem::drop_cache(int handle, int64_t offset, int64_t nbytes) {
 void RealFileSystem::close(const OpenFile& file) {
   ::close(file.handle);
   if (file.cached_handle >= 0) ::close(file.cached_handle);
+}
+
+std::unique_ptr<ReadQueue> RealFileSystem::read_queue(int depth) {
+  return has_queue_ ? open_kernel_queue(depth) : nullptr;
 }
 
 double RealFileSystem::seconds() {

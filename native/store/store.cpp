@@ -1,7 +1,8 @@
-// store.cpp: the queue of parts, the reader threads, and the end of a ticket.
+// store.cpp: the queue of parts, how they begin and land, and the end of a ticket.
 #include "store/store.h"
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cinttypes>
 #include <cstdio>
@@ -72,13 +73,51 @@ int64_t transcoded_bytes(const Piece& piece, const std::string& name) {
 
 }  // namespace
 
+// Staging memory in granules: the first run that is long enough. A part takes nine of them, so what is tried
+// in vain is little.
+class Store::Staging {
+ public:
+  explicit Staging(int64_t nbytes) : arena_(size_t(nbytes)), is_taken_(size_t(nbytes / kGranule)) {}
+
+  int64_t size() const { return int64_t(arena_.size()); }
+  uint8_t* at(int64_t offset) { return arena_.data() + offset; }
+
+  std::optional<int64_t> take(int64_t nbytes) {
+    const auto wanted = size_t(divide_up(nbytes, kGranule));
+    size_t run = 0;
+    for (size_t i = 0; i < is_taken_.size(); ++i) {
+      run = is_taken_[i] ? 0 : run + 1;
+      if (run < wanted) continue;
+      mark(i + 1 - wanted, wanted, true);
+      return int64_t(i + 1 - wanted) * kGranule;
+    }
+    return std::nullopt;
+  }
+
+  void give_back(int64_t offset, int64_t nbytes) {
+    mark(size_t(offset / kGranule), size_t(divide_up(nbytes, kGranule)), false);
+  }
+
+ private:
+  static constexpr int64_t kGranule = 64 << 10;
+
+  void mark(size_t first, size_t count, bool is_taken) {
+    std::fill_n(is_taken_.begin() + std::ptrdiff_t(first), count, is_taken);
+  }
+
+  Arena arena_;
+  std::vector<bool> is_taken_;
+};
+
 Store::Store(int num_readers, std::shared_ptr<FileSystem> file_system)
     : file_system_(std::move(file_system)), num_readers_(num_readers) {
   if (num_readers < 1) {
     throw std::invalid_argument("a store needs at least 1 reader, asked for " + std::to_string(num_readers));
   }
+  queue_of_kernel_ = file_system_->read_queue(kMaxBegun);
+  for (size_t i = kMaxBegun; i > 0; --i) free_.push_back(i - 1);
   readers_.reserve(size_t(num_readers));
-  for (int i = 0; i < num_readers; ++i) readers_.emplace_back([this] { read_parts(); });
+  for (int i = 0; i < num_readers; ++i) readers_.emplace_back([this] { serve(); });
 }
 
 Store::~Store() { close(); }
@@ -142,12 +181,7 @@ std::vector<int64_t> Store::fetch(Arena& arena, const std::vector<Record>& recor
   }
   std::deque<Part>& queue = ahead ? ahead_queue_ : queue_;
   queue.insert(queue.end(), parts.begin(), parts.end());
-  lock.unlock();
-  if (parts.size() < size_t(num_readers_)) {
-    for (size_t i = 0; i < parts.size(); ++i) part_came_.notify_one();
-  } else {
-    part_came_.notify_all();
-  }
+  begin_parts(lock);
   return tickets;
 }
 
@@ -279,10 +313,15 @@ int64_t Store::pending() const {
   return num_pending_;
 }
 
+int64_t Store::staging_held_bytes() const {
+  std::lock_guard lock(mutex_);
+  return staging_ ? staging_->size() : 0;
+}
+
 StoreStats Store::stats() const {
   std::lock_guard lock(mutex_);
   StoreStats stats = stats_;
-  if (num_busy_ > 0) stats.busy_seconds += file_system_->seconds() - busy_since_;
+  if (free_.size() < kMaxBegun) stats.busy_seconds += file_system_->seconds() - busy_since_;
   return stats;
 }
 
@@ -301,7 +340,7 @@ void Store::close() {
       queue->clear();
     }
   }
-  part_came_.notify_all();
+  reader_needed_.notify_all();
   for (std::thread& reader : readers) reader.join();
   ticket_done_.notify_all();
   std::lock_guard lock(mutex_);
@@ -309,87 +348,205 @@ void Store::close() {
   for (auto& [ticket, request] : requests_) request->memory.reset();
 }
 
-void Store::read_parts() {
-  std::optional<Arena> staging;  // from the first part that needs it
+void Store::serve() {
   std::unique_lock lock(mutex_);
   while (true) {
-    part_came_.wait(lock, [this] { return is_closed_ || !queue_.empty() || !ahead_queue_.empty(); });
-    std::deque<Part>& queue = queue_.empty() ? ahead_queue_ : queue_;
-    if (queue.empty()) return;  // closed
-    const Part part = queue.front();
-    queue.pop_front();
-    part.request->is_begun = true;
-    if (num_busy_++ == 0) busy_since_ = file_system_->seconds();
-    Outcome outcome;
-    if (part.request->outcome.error == ReadError::none) {  // else the rest of a failed request is not read
-      lock.unlock();
-      outcome = read_part(part, staging);
-      lock.lock();
+    begin_parts(lock);
+    if (!landed_.empty()) {
+      finish_landed(lock);
+    } else if (num_in_flight_ > 0 && !is_reaping_) {
+      reap(lock);
+    } else if (is_closed_ && num_in_flight_ == 0 && num_submitting_ == 0) {
+      reader_needed_.notify_all();
+      return;
+    } else {
+      reader_needed_.wait(lock);
     }
-    finish_part(lock, part, std::move(outcome));
-    if (--num_busy_ == 0) stats_.busy_seconds += file_system_->seconds() - busy_since_;
   }
 }
 
-Store::Outcome Store::read_part(const Part& part, std::optional<Arena>& staging) {
+// The queue whose first part may begin now; null if none may. What is read ahead takes no more than keeps the
+// drive at work: parts that have begun are in the way of those that come to be needed.
+std::deque<Store::Part>* Store::next_queue() {
+  if (free_.empty()) return nullptr;
+  if (!queue_.empty()) return &queue_;
+  const int num_begun = kMaxBegun - int(free_.size());
+  return !ahead_queue_.empty() && num_begun < 2 * num_readers_ ? &ahead_queue_ : nullptr;
+}
+
+// Begins as many parts as there is room for, in their order: the kernel gets those it can read by itself, in
+// one call; the others land as they are. Lets go of the lock for the call.
+void Store::begin_parts(std::unique_lock<std::mutex>& lock) {
+  std::array<AsyncRead, kMaxBegun> reads;
+  size_t num_reads = 0, num_landed = 0;
+  while (std::deque<Part>* queue = next_queue()) {
+    const Part part = queue->front();
+    const PieceState& piece = part.request->pieces[part.piece];
+    if (part.request->outcome.error != ReadError::none) {  // the rest of a failed request is not read
+      queue->pop_front();
+      finish_part(lock, part, {});
+      continue;
+    }
+    const OpenFile& file = piece.file->open;
+    const bool asks_cache = Store::asks_cache(*piece.file);
+    const bool is_for_kernel = queue_of_kernel_ && file.is_direct && !file.drops_cache && !asks_cache;
+    if (!is_for_kernel && num_unread_ >= num_readers_) break;
+    Begun begun{part};
+    begun.asks_cache = asks_cache;
+    uint8_t* memory = piece.memory + (part.begin - round_down(piece.offset, file.alignment));
+    if (piece.transcode) {
+      try {
+        if (!staging_) staging_ = std::make_unique<Staging>(staging_bytes());
+      } catch (const OutOfMemory& error) {
+        queue->pop_front();
+        finish_part(lock, part, {ReadError::io, error.what()});
+        continue;
+      }
+      const std::optional<int64_t> offset = staging_->take(part.end - part.begin);
+      if (!offset) break;
+      begun.staging_offset = *offset;
+      memory = staging_->at(*offset);
+    }
+    queue->pop_front();
+    part.request->is_begun = true;
+    begun.begin_seconds = file_system_->seconds();
+    if (free_.size() == kMaxBegun) busy_since_ = begun.begin_seconds;
+    const size_t index = free_.back();
+    free_.pop_back();
+    begun_[index] = begun;
+    if (is_for_kernel) {
+      reads[num_reads++] = {file.handle, memory, size_t(part.end - part.begin), part.begin, index};
+    } else {
+      landed_.push_back(index);
+      ++num_unread_;
+      ++num_landed;
+    }
+  }
+  if (num_reads > 0) {
+    ++num_submitting_;
+    lock.unlock();
+    const size_t num_taken = queue_of_kernel_->submit({reads.data(), num_reads});
+    lock.lock();
+    --num_submitting_;
+    num_in_flight_ += int(num_taken);
+    for (size_t i = num_taken; i < num_reads; ++i) {
+      landed_.push_back(reads[i].tag);
+      ++num_unread_;
+      ++num_landed;
+    }
+  }
+  wake_readers(num_landed + (num_reads > 0 && !is_reaping_ ? 1 : 0));
+}
+
+void Store::wake_readers(size_t num_needed) {
+  if (num_needed >= size_t(num_readers_)) {
+    reader_needed_.notify_all();
+  } else {
+    for (size_t i = 0; i < num_needed; ++i) reader_needed_.notify_one();
+  }
+}
+
+// Waits until the kernel has read something, and shares it out. Nobody waits there while this reader finishes
+// its part: by then more may have landed, and that wakes others.
+void Store::reap(std::unique_lock<std::mutex>& lock) {
+  std::array<AsyncResult, kMaxBegun> results;
+  is_reaping_ = true;
+  lock.unlock();
+  const size_t num_results = queue_of_kernel_->wait(results);
+  lock.lock();
+  is_reaping_ = false;
+  num_in_flight_ -= int(num_results);
+  const double now = file_system_->seconds();
+  for (size_t i = 0; i < num_results; ++i) {
+    Begun& begun = begun_[results[i].tag];
+    begun.got = results[i].got;
+    stats_.read_seconds += now - begun.begin_seconds;
+    landed_.push_back(results[i].tag);
+  }
+  wake_readers(num_results - 1);
+}
+
+void Store::finish_landed(std::unique_lock<std::mutex>& lock) {
+  const size_t index = landed_.front();
+  landed_.pop_front();
+  const Begun begun = begun_[index];
+  const Part& part = begun.part;
+  Outcome outcome;
+  if (part.request->outcome.error == ReadError::none) {
+    lock.unlock();
+    outcome = read_part(begun);
+    lock.lock();
+  }
+  if (begun.got == Begun::kUnread) --num_unread_;
+  if (part.request->pieces[part.piece].transcode) {
+    staging_->give_back(begun.staging_offset, part.end - part.begin);
+  }
+  finish_part(lock, part, std::move(outcome));
+  free_.push_back(index);
+  if (free_.size() == kMaxBegun) stats_.busy_seconds += file_system_->seconds() - busy_since_;
+}
+
+// Brings a part that has landed to where it belongs.
+Store::Outcome Store::read_part(const Begun& begun) {
+  const Part& part = begun.part;
   const PieceState& piece = part.request->pieces[part.piece];
   const int64_t piece_end = piece.offset + piece.nbytes;  // beyond it the file may end
   if (!piece.transcode) {
     uint8_t* memory = piece.memory + (part.begin - round_down(piece.offset, piece.file->open.alignment));
-    return read_range(piece, part, std::min(part.end, piece_end), memory);
-  }
-  if (!staging) {
-    try {
-      staging.emplace(size_t(kStagingBytes));
-    } catch (const OutOfMemory& error) {
-      return {ReadError::io, error.what()};
-    }
+    return read_range(piece, begun, std::min(part.end, piece_end), memory);
   }
   const auto& [type, rows, cols] = *piece.transcode;
   const int64_t panel_bytes = kPanelRows * block_row_bytes(type, cols);
   const int64_t data_begin = piece.offset + part.panel_begin * panel_bytes;
   const int64_t data_end = std::min(piece.offset + part.panel_end * panel_bytes, piece_end);
-  Outcome outcome = read_range(piece, part, data_end, staging->data());
+  uint8_t* staged = staging_->at(begun.staging_offset);
+  Outcome outcome = read_range(piece, begun, data_end, staged);
   if (outcome.error != ReadError::none) return outcome;
   const double start = file_system_->seconds();
-  transcode(type, staging->data() + (data_begin - part.begin), rows, cols, part.panel_begin, part.panel_end,
+  transcode(type, staged + (data_begin - part.begin), rows, cols, part.panel_begin, part.panel_end,
             piece.memory);
   add_seconds(&StoreStats::transcode_seconds, file_system_->seconds() - start);
   return {};
 }
 
-// Bytes [part.begin, part.end) of the file to `memory`; it is an error if it ends before `needed_end`.
-Store::Outcome Store::read_range(const PieceState& piece, const Part& part, int64_t needed_end,
+// Bytes [part.begin, part.end) of the file to `memory`, as far as they are not there yet; it is an error if
+// it ends before `needed_end`.
+Store::Outcome Store::read_range(const PieceState& piece, const Begun& begun, int64_t needed_end,
                                  uint8_t* memory) {
+  const Part& part = begun.part;
   const OpenFile& file = piece.file->open;
   const std::string& path = piece.file->path;
+  ssize_t got = begun.got;
   int64_t num_reads = 0, num_bytes = 0;
   Outcome outcome;
   const double start = file_system_->seconds();
-  const int64_t cached = read_cached(*piece.file, memory, part.begin, part.end - part.begin);
+  const int64_t cached =
+      begun.asks_cache ? read_cached(*piece.file, memory, part.begin, part.end - part.begin) : 0;
   if (cached > 0) num_reads = 1, num_bytes = cached;
   int64_t end = part.begin + cached;  // what is in memory ends here
   while (end < needed_end) {
     const int64_t from = round_down(end, file.alignment);  // a direct read cannot go on inside a block
-    const ssize_t got =
-        file_system_->pread(file.handle, memory + (from - part.begin), size_t(part.end - from), from);
+    if (got == Begun::kUnread) {
+      got = file_system_->pread(file.handle, memory + (from - part.begin), size_t(part.end - from), from);
+    }
     ++num_reads;
-    if (got == -EINTR) continue;
-    if (got < 0) {
+    const ssize_t latest = std::exchange(got, Begun::kUnread);
+    if (latest == -EINTR) continue;
+    if (latest < 0) {
       outcome = {ReadError::io, file_name(path) + ": reading " + range_of(piece.offset, piece.nbytes) + ": " +
-                                    strerror(int(-got))};
+                                    strerror(int(-latest))};
       break;
     }
-    num_bytes += got;
-    if (from + got <= end) {
+    num_bytes += latest;
+    if (from + latest <= end) {
       outcome = {ReadError::short_file, file_name(path) + " ends at byte " + std::to_string(end) + ", and " +
                                             range_of(piece.offset, piece.nbytes) + " were asked for"};
       break;
     }
-    end = from + got;
+    end = from + latest;
   }
   if (file.drops_cache) file_system_->drop_cache(file.handle, part.begin, part.end - part.begin);
-  const double seconds = file_system_->seconds() - start;
+  const double seconds = begun.got == Begun::kUnread ? file_system_->seconds() - start : 0;
   std::lock_guard lock(mutex_);
   stats_.reads += num_reads;
   stats_.bytes_read += num_bytes;
@@ -398,14 +555,15 @@ Store::Outcome Store::read_range(const PieceState& piece, const Part& part, int6
   return outcome;
 }
 
-// Bytes of the part that the page cache holds, from its begin on; 0 in most cases: it holds none, or is not
-// asked.
+// Whether the page cache is to be looked at before a part is read from the drive.
+bool Store::asks_cache(File& file) {
+  if (!file.is_cache_asked.load(std::memory_order_relaxed)) return false;
+  return file.cache_misses.load(std::memory_order_relaxed) < kMissesInARow ||
+         file.cache_misses.fetch_add(1, std::memory_order_relaxed) % kAskedAfterMisses == 0;
+}
+
+// Bytes of the part that the page cache holds, from its begin on; 0 if it does not hold all of them.
 int64_t Store::read_cached(File& file, uint8_t* memory, int64_t offset, int64_t nbytes) {
-  if (!file.is_cache_asked.load(std::memory_order_relaxed)) return 0;
-  if (file.cache_misses.load(std::memory_order_relaxed) >= kMissesInARow &&
-      file.cache_misses.fetch_add(1, std::memory_order_relaxed) % kAskedAfterMisses != 0) {
-    return 0;
-  }
   const ssize_t got = file_system_->read_cached(file.open, memory, size_t(nbytes), offset);
   if (got > 0) {
     file.cache_misses.store(0, std::memory_order_relaxed);

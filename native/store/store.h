@@ -1,15 +1,23 @@
 // store.h: bytes from files into arenas, asynchronously.
 //
-//   fetch(records) -> tickets     reader threads: pread, check or transcode     wait_any(tickets) -> which
+//   fetch(records) -> tickets     readers: check or transcode what has landed     wait_any(tickets) -> which
 //   are in
 //
 // A piece is bytes [offset, offset + nbytes) of a file. A plain one is read in place with its surroundings,
 // rounded outwards to the file's alignment: to `dest_offset`, so that its own bytes begin at dest_offset +
-// offset % alignment. One with a Transcode is a matrix of GGUF blocks: a reader reads some of its panels into
-// a staging buffer of its own, turns them into slot format while they are in the processor's cache, and goes
-// on with the next; the matrix begins exactly at dest_offset. A large piece is cut into parts that several
-// readers take. A ticket is done when all its pieces are in memory and match their checksums, or one of them
-// failed and nothing moves any more: after that, nobody writes to that memory.
+// offset % alignment. One with a Transcode is a matrix of GGUF blocks: some of its panels are read into
+// staging memory, and a reader turns them into slot format; the matrix begins exactly at dest_offset. A large
+// piece is cut into parts. A ticket is done when all its pieces are in memory and match their checksums, or
+// one of them failed and nothing moves any more: after that, nobody writes to that memory.
+//
+//            direct                      reaped
+//   queue ----------> kernel's queue ------------> landed ---> a reader: transcode, check, end the ticket
+//         \------------------------------------->
+//          page cache, buffered files, or no kernel's queue: the reader calls pread
+//
+// Whoever fetches hands its first parts to the kernel in one call, so the drive begins before anybody wakes,
+// and has the next read at hand whatever the processor is busy with. One reader at a time waits for the
+// kernel's results and shares them out.
 //
 // Stretches that the page cache holds anyway are copied from there, part by part; the rest is read past it. A
 // file without one when it is opened is not looked for there, and where parts were missing several times in a
@@ -18,6 +26,7 @@
 // What is needed now goes before what is read ahead; within each the order is that of the calls.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -80,10 +89,10 @@ struct StoreStats {
   int64_t bytes_read = 0;
   int64_t reads = 0;
   int64_t cached_bytes = 0;      // of bytes_read, those that came from the page cache
-  double read_seconds = 0;       // in pread, summed over readers
+  double read_seconds = 0;       // from the begin of each read to its end, summed over reads
   double checksum_seconds = 0;   // summed over readers
   double transcode_seconds = 0;  // summed over readers
-  double busy_seconds = 0;       // wall time with at least one part in a reader's hands
+  double busy_seconds = 0;       // wall time with at least one part begun and not finished
 };
 
 class Store {
@@ -95,8 +104,9 @@ class Store {
   // One expert of three slices of 864 KiB took 1.46 ms with halves, 1.63 ms with whole slices
   // (docs/experiments.md).
   static constexpr int64_t kTranscodedPartBytes = kPartBytes / 2;
-  // What each reader may hold to transcode from, once it has to: one huge page.
+  // Memory for each reader to transcode from, once it has to: one huge page.
   static constexpr int64_t kStagingBytes = int64_t{2} << 20;
+  static constexpr int kMaxBegun = 16;  // parts
 
   explicit Store(int num_readers,
                  std::shared_ptr<FileSystem> file_system = std::make_shared<RealFileSystem>());
@@ -129,6 +139,10 @@ class Store {
 
   // Memory for transcoding that the readers may come to hold, all of them together.
   int64_t staging_bytes() const { return num_readers_ * kStagingBytes; }
+  // What they hold of it.
+  int64_t staging_held_bytes() const;
+
+  bool is_asynchronous() const { return queue_of_kernel_ != nullptr; }
 
   int64_t pending() const;  // tickets that are not done
   StoreStats stats() const;
@@ -160,14 +174,31 @@ class Store {
     ReadError error = ReadError::none;
     std::string message;
   };
+  // A part that has begun. Ended, if `got` says so.
+  struct Begun {
+    static constexpr ssize_t kUnread = -100'000;  // no errno is as small
+
+    Part part;
+    int64_t staging_offset = 0;
+    ssize_t got = kUnread;  // as of FileSystem::pread
+    double begin_seconds = 0;
+    bool asks_cache = false;
+  };
+  class Staging;
 
   // Appends the piece to the request and its parts to `parts`. Holding the lock.
   void add_piece(Request& request, const Piece& piece, std::optional<uint32_t> checksum, int64_t dest_offset,
                  Arena& arena, std::vector<Part>& parts);
-  void read_parts();
-  Outcome read_part(const Part& part, std::optional<Arena>& staging);
+  void serve();
+  std::deque<Part>* next_queue();
+  void begin_parts(std::unique_lock<std::mutex>& lock);
+  void reap(std::unique_lock<std::mutex>& lock);
+  void finish_landed(std::unique_lock<std::mutex>& lock);
+  void wake_readers(size_t num_needed);
+  static bool asks_cache(File& file);
+  Outcome read_part(const Begun& begun);
   int64_t read_cached(File& file, uint8_t* memory, int64_t offset, int64_t nbytes);
-  Outcome read_range(const PieceState& piece, const Part& part, int64_t needed_end, uint8_t* memory);
+  Outcome read_range(const PieceState& piece, const Begun& begun, int64_t needed_end, uint8_t* memory);
   Outcome check_piece(const PieceState& piece);
   void finish_part(std::unique_lock<std::mutex>& lock, const Part& part, Outcome outcome);
   void add_seconds(double StoreStats::* counter, double seconds);
@@ -176,17 +207,25 @@ class Store {
   const std::shared_ptr<FileSystem> file_system_;
   const int num_readers_;
   mutable std::mutex mutex_;  // guards everything below
-  std::condition_variable part_came_;
+  std::condition_variable reader_needed_;
   std::condition_variable ticket_done_;
   std::deque<File> files_;        // a deque: readers keep references
   std::deque<Part> queue_;        // needed now
   std::deque<Part> ahead_queue_;  // when there is nothing in queue_
+  std::array<Begun, kMaxBegun> begun_;
+  std::vector<size_t> free_;          // of begun_
+  std::deque<size_t> landed_;         // of begun_: a reader's turn
+  std::unique_ptr<Staging> staging_;  // from the first part that needs it
+  std::unique_ptr<ReadQueue> queue_of_kernel_;
+  int num_submitting_ = 0;  // threads that hand reads to the kernel
+  int num_in_flight_ = 0;   // of the kernel
+  int num_unread_ = 0;      // in landed_, or with a reader that calls pread
+  bool is_reaping_ = false;
   std::unordered_map<int64_t, std::unique_ptr<Request>> requests_;
   std::vector<std::thread> readers_;
   StoreStats stats_;
   int64_t next_ticket_ = 1;
   int64_t num_pending_ = 0;
-  int num_busy_ = 0;
   double busy_since_ = 0;
   bool is_closed_ = false;
 };

@@ -29,6 +29,9 @@ namespace {
 constexpr milliseconds kLong{20'000};
 constexpr int64_t kPage = 4096;
 
+// Whether the kernel reads by itself or threads do: all tests run with both.
+bool has_queue = true;
+
 // A file of random bytes that goes away with the test.
 class TestFile {
  public:
@@ -65,16 +68,17 @@ bool holds(Arena& arena, int64_t dest, const TestFile& file, int64_t offset, int
   return std::equal(file.at(offset), file.at(offset + nbytes), arena.data() + dest + offset % kPage);
 }
 
+std::shared_ptr<FileSystem> files() { return std::make_shared<RealFileSystem>(has_queue); }
+
 std::shared_ptr<FaultyFileSystem> faulty(Fault fault, int64_t first_read, int64_t num_faults = 1,
                                          double delay_seconds = 0.05) {
-  return std::make_shared<FaultyFileSystem>(std::make_shared<RealFileSystem>(), fault, first_read, num_faults,
-                                            delay_seconds);
+  return std::make_shared<FaultyFileSystem>(files(), fault, first_read, num_faults, delay_seconds);
 }
 
 void pieces_arrive_at_any_offset_direct_and_buffered() {
   const TestFile file(3 * kPage + 777);
   for (const bool direct : {true, false}) {
-    Store store(2);
+    Store store(2, files());
     const int id = store.open(file.path(), direct);
     const FileInfo info = store.info(id);
     CHECK_EQUAL(info.alignment, kPage);
@@ -100,7 +104,7 @@ void pieces_arrive_at_any_offset_direct_and_buffered() {
 
 void a_large_piece_is_shared_by_the_readers() {
   const TestFile file(3 * Store::kPartBytes + 5000);
-  Store store(4);
+  Store store(4, files());
   const int id = store.open(file.path());
   Arena arena{size_t(4 * Store::kPartBytes)};
   const int64_t nbytes = file.size() - 100;
@@ -115,7 +119,7 @@ void a_large_piece_is_shared_by_the_readers() {
 
 void many_tickets_end_each_for_itself() {
   const TestFile file(64 * kPage);
-  Store store(3);
+  Store store(3, files());
   const int id = store.open(file.path());
   Arena arena{size_t(64 * kPage)};
   std::vector<int64_t> waiting;
@@ -169,7 +173,7 @@ void a_failed_read_fails_its_ticket_and_no_other() {
 
 void a_file_that_ends_too_early_is_an_error_and_not_a_loop() {
   const TestFile file(2 * kPage + 100);
-  Store store(1);
+  Store store(1, files());
   const int id = store.open(file.path());
   Arena arena{size_t(8 * kPage)};
   const Completion past = wait_one(store, store.fetch(arena, {{id, kPage, kPage + 101, 0}}));
@@ -245,7 +249,7 @@ void closing_fails_what_is_queued_and_joins() {
 
 void a_piece_that_cannot_be_meant_is_refused_at_once() {
   const TestFile file(4 * kPage);
-  Store store(1);
+  Store store(1, files());
   const int id = store.open(file.path());
   Arena arena{size_t(4 * kPage)};
   const Piece wrong[] = {
@@ -317,7 +321,7 @@ bool holds_panels(Arena& arena, int64_t dest, const BlockMatrix& matrix, const T
 void a_matrix_of_blocks_lands_as_panels_at_any_offset() {
   const TestFile file((int64_t{3} << 20) + 1000);
   for (const bool direct : {true, false}) {
-    Store store(3);
+    Store store(3, files());
     CHECK_EQUAL(store.staging_bytes(), 3 * Store::kStagingBytes);
     const int id = store.open(file.path(), direct);
     Arena arena{size_t{8} << 20};
@@ -345,7 +349,7 @@ void a_matrix_of_blocks_lands_as_panels_at_any_offset() {
 void a_large_matrix_of_blocks_is_shared_by_the_readers() {
   const BlockMatrix matrix{BlockType::q4_0, 3000, 2048};  // 3.3 MiB: seven parts
   const TestFile file(matrix.file_bytes() + 96);
-  Store store(4);
+  Store store(4, files());
   const int id = store.open(file.path());
   Arena arena{size_t(matrix.bytes())};
   CHECK_EQUAL(wait_one(store, store.fetch(arena, {matrix.piece(id, 96, 0)})).message, "");
@@ -358,7 +362,7 @@ void a_large_matrix_of_blocks_is_shared_by_the_readers() {
 void plain_and_transcoded_pieces_share_a_ticket() {
   const BlockMatrix gate{BlockType::q4_k, 40, 512}, down{BlockType::q6_k, 64, 256};
   const TestFile file(64 * kPage);
-  Store store(2);
+  Store store(2, files());
   const int id = store.open(file.path());
   Arena arena{size_t{1} << 20};
   const int64_t base = 16 * kPage, down_at = base + gate.bytes();
@@ -428,7 +432,7 @@ void blocks_that_are_cancelled_or_closed_on_move_nothing_after() {
 
 void blocks_that_cannot_be_meant_are_refused_at_once() {
   const TestFile file(16 * kPage);
-  Store store(1);
+  Store store(1, files());
   const int id = store.open(file.path());
   Arena arena{size_t(16 * kPage)};
   const BlockMatrix good{BlockType::q4_0, 16, 256};
@@ -510,6 +514,115 @@ void what_no_reader_has_begun_is_dropped_without_waiting() {
   CHECK(store.fetch(arena, std::vector<Record>{}).empty());
 }
 
+void what_is_read_ahead_leaves_room_for_what_is_needed() {
+  const TestFile file(32 * kPage);
+  const auto file_system = faulty(Fault::delayed, 1, 1'000'000, 0.02);
+  Store store(2, file_system);
+  const int id = store.open(file.path());
+  Arena arena{size_t(32 * kPage)};
+  std::vector<Record> records;
+  for (int64_t i = 0; i < 32; ++i) records.push_back({{{id, i * kPage, kPage, 0}}, {}, i * kPage});
+  const auto ahead = store.fetch(arena, records, true);
+  CHECK(file_system->num_reads() <= 2 * 2);
+  const auto dropped = store.drop(ahead);
+  CHECK(dropped.size() >= 32u - 2 * 2 - 1);
+  for (const int64_t ticket : ahead) {
+    const bool is_dropped = std::find(dropped.begin(), dropped.end(), ticket) != dropped.end();
+    if (!is_dropped) CHECK_EQUAL(wait_one(store, ticket).message, "");
+  }
+  CHECK_EQUAL(store.pending(), 0);
+}
+
+// More parts than may begin at once, and more than there is staging memory for, from several threads.
+void everything_arrives_however_much_is_asked_for() {
+  const BlockMatrix matrix{BlockType::q4_0, 2000, 2048};  // five parts
+  constexpr int64_t num_plain = 100;
+  const int64_t plain_bytes = 37 * kPage + 5;
+  const TestFile file(matrix.file_bytes() + num_plain * plain_bytes);
+  const auto read_all = [&](Store& store, int id) {
+    Arena arena{size_t(8 * matrix.bytes() + num_plain * (plain_bytes + 2 * kPage))};
+    std::vector<Record> records;
+    for (int64_t i = 0; i < 8; ++i) records.push_back({{matrix.piece(id, 0, i * matrix.bytes())}});
+    const int64_t plain = (8 * matrix.bytes() + kPage - 1) / kPage * kPage;
+    const auto plain_at = [&](int64_t i) { return plain + i * 39 * kPage; };
+    for (int64_t i = 0; i < num_plain; ++i) {
+      const int64_t offset = matrix.file_bytes() + i * plain_bytes;
+      records.push_back({{{id, offset, plain_bytes, plain_at(i)}}, {file.checksum(offset, plain_bytes)}});
+    }
+    std::vector<int64_t> waiting = store.fetch(arena, records);
+    while (!waiting.empty()) {
+      for (const Completion& done : store.wait_any(waiting, kLong)) {
+        CHECK_EQUAL(done.message, "");
+        std::erase(waiting, done.ticket);
+      }
+    }
+    for (int64_t i = 0; i < 8; ++i) CHECK(holds_panels(arena, i * matrix.bytes(), matrix, file, 0));
+    for (int64_t i = 0; i < num_plain; ++i)
+      CHECK(holds(arena, plain_at(i), file, matrix.file_bytes() + i * plain_bytes, plain_bytes));
+  };
+  for (const int num_readers : {1, 4}) {
+    Store store(num_readers, files());
+    CHECK_EQUAL(store.staging_held_bytes(), 0);
+    const int id = store.open(file.path());
+    std::thread other([&] { read_all(store, id); });
+    read_all(store, id);
+    other.join();
+    CHECK_EQUAL(store.pending(), 0);
+    CHECK_EQUAL(store.staging_held_bytes(), num_readers * Store::kStagingBytes);
+  }
+}
+
+// A kernel that takes few reads at a time, or none.
+class StingyFiles : public RealFileSystem {
+ public:
+  explicit StingyFiles(size_t most) : most_(most) {}
+
+  std::unique_ptr<ReadQueue> read_queue(int depth) override {
+    auto inner = RealFileSystem::read_queue(depth);
+    return inner ? std::make_unique<Queue>(most_, std::move(inner)) : nullptr;
+  }
+
+ private:
+  class Queue : public ReadQueue {
+   public:
+    Queue(size_t most, std::unique_ptr<ReadQueue> inner) : most_(most), inner_(std::move(inner)) {}
+    size_t submit(std::span<const AsyncRead> reads) override {
+      return inner_->submit(reads.first(std::min(most_, reads.size())));
+    }
+    size_t wait(std::span<AsyncResult> results) override { return inner_->wait(results); }
+
+   private:
+    size_t most_;
+    std::unique_ptr<ReadQueue> inner_;
+  };
+
+  size_t most_;
+};
+
+void what_the_kernel_does_not_take_is_read_by_threads() {
+  const BlockMatrix matrix{BlockType::q4_0, 3000, 2048};  // seven parts
+  const TestFile file(matrix.file_bytes());
+  for (const size_t most : {0u, 1u, 3u}) {
+    Store store(3, std::make_shared<StingyFiles>(most));
+    const int id = store.open(file.path());
+    Arena arena{size_t(matrix.bytes())};
+    CHECK_EQUAL(wait_one(store, store.fetch(arena, {matrix.piece(id, 0, 0)})).message, "");
+    CHECK(holds_panels(arena, 0, matrix, file, 0));
+    CHECK_EQUAL(store.stats().reads, 7);
+  }
+}
+
+void a_store_ends_with_reads_in_flight() {
+  const TestFile file(64 * kPage);
+  for (int i = 0; i < 20; ++i) {
+    Arena arena{size_t(64 * kPage)};
+    Store store(2, files());
+    const int id = store.open(file.path());
+    CHECK_EQUAL(store.is_asynchronous(), has_queue);
+    for (int64_t page = 0; page < 64; ++page) store.fetch(arena, {{id, page * kPage, kPage, page * kPage}});
+  }
+}
+
 void an_arena_is_aligned_zero_and_untouched() {
   Arena arena(3 * Arena::kAlignment + 5);
   CHECK_EQUAL(reinterpret_cast<uintptr_t>(arena.data()) % Arena::kAlignment, 0u);
@@ -575,7 +688,7 @@ void what_the_page_cache_holds_comes_from_there_and_nothing_is_added() {
     int64_t held = -1;  // what is on its way does not count yet
     for (int64_t before = -2; before != held; before = std::exchange(held, in_page_cache(file)))
       std::this_thread::sleep_for(milliseconds(30));
-    Store store(3);
+    Store store(3, files());
     const int id = store.open(file.path());
     std::fill_n(arena.data(), arena.size(), uint8_t{0});
     CHECK_EQUAL(wait_one(store, store.fetch(arena, {{id, 0, file.size(), 0}}, {checksum})).message, "");
@@ -597,7 +710,7 @@ void blocks_come_from_the_page_cache_too() {
   if (!has_page_cache_to_ask(file)) return;
   for (const bool is_cached : {false, true}) {
     keep_in_page_cache(file, is_cached ? file.size() : 0);
-    Store store(2);
+    Store store(2, files());
     const int id = store.open(file.path());
     Arena arena{size_t(matrix.bytes())};
     CHECK_EQUAL(wait_one(store, store.fetch(arena, {matrix.piece(id, 96, 0)})).message, "");
@@ -649,31 +762,40 @@ void a_page_cache_without_the_file_is_asked_rarely() {
 }  // namespace
 
 int main() {
-  pieces_arrive_at_any_offset_direct_and_buffered();
-  a_large_piece_is_shared_by_the_readers();
-  many_tickets_end_each_for_itself();
-  an_interrupted_or_partial_read_goes_on();
-  a_failed_read_fails_its_ticket_and_no_other();
-  a_file_that_ends_too_early_is_an_error_and_not_a_loop();
-  a_flipped_bit_is_found_by_the_checksum();
+  for (const bool kernel_reads : {true, false}) {
+    has_queue = kernel_reads;
+    pieces_arrive_at_any_offset_direct_and_buffered();
+    a_large_piece_is_shared_by_the_readers();
+    many_tickets_end_each_for_itself();
+    an_interrupted_or_partial_read_goes_on();
+    a_failed_read_fails_its_ticket_and_no_other();
+    a_file_that_ends_too_early_is_an_error_and_not_a_loop();
+    a_flipped_bit_is_found_by_the_checksum();
+    waiting_ends_when_its_time_is_over();
+    a_closed_arena_lives_until_its_reads_are_done();
+    a_matrix_of_blocks_lands_as_panels_at_any_offset();
+    a_large_matrix_of_blocks_is_shared_by_the_readers();
+    plain_and_transcoded_pieces_share_a_ticket();
+    an_interrupted_or_partial_read_of_blocks_goes_on();
+    a_failed_read_of_blocks_fails_its_ticket_and_writes_nothing_of_that_part();
+    blocks_that_are_cancelled_or_closed_on_move_nothing_after();
+    what_the_page_cache_holds_comes_from_there_and_nothing_is_added();
+    blocks_come_from_the_page_cache_too();
+    what_the_page_cache_loses_is_read_from_the_drive();
+    a_page_cache_without_the_file_is_asked_rarely();
+    what_is_read_ahead_leaves_room_for_what_is_needed();
+    everything_arrives_however_much_is_asked_for();
+    a_store_ends_with_reads_in_flight();
+  }
+  // One reader takes one part after another: what has begun is known.
   a_cancelled_ticket_is_forgotten_and_nothing_moves_after();
-  waiting_ends_when_its_time_is_over();
   closing_fails_what_is_queued_and_joins();
-  a_piece_that_cannot_be_meant_is_refused_at_once();
-  a_closed_arena_lives_until_its_reads_are_done();
-  a_matrix_of_blocks_lands_as_panels_at_any_offset();
-  a_large_matrix_of_blocks_is_shared_by_the_readers();
-  plain_and_transcoded_pieces_share_a_ticket();
-  an_interrupted_or_partial_read_of_blocks_goes_on();
-  a_failed_read_of_blocks_fails_its_ticket_and_writes_nothing_of_that_part();
-  blocks_that_are_cancelled_or_closed_on_move_nothing_after();
-  blocks_that_cannot_be_meant_are_refused_at_once();
-  what_the_page_cache_holds_comes_from_there_and_nothing_is_added();
-  blocks_come_from_the_page_cache_too();
-  what_the_page_cache_loses_is_read_from_the_drive();
-  a_page_cache_without_the_file_is_asked_rarely();
   what_is_needed_goes_before_what_is_read_ahead();
   what_no_reader_has_begun_is_dropped_without_waiting();
+
+  what_the_kernel_does_not_take_is_read_by_threads();
+  a_piece_that_cannot_be_meant_is_refused_at_once();
+  blocks_that_cannot_be_meant_are_refused_at_once();
   an_arena_is_aligned_zero_and_untouched();
   a_probe_reads_what_it_says();
   return testing::check_result();

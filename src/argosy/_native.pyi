@@ -353,7 +353,9 @@ class FileSystem:
     """Where a store's reads go."""
 
 class RealFileSystem(FileSystem):
-    def __init__(self) -> None: ...
+    """The kernel's files. `has_queue` False: as on a system without asynchronous reads."""
+
+    def __init__(self, has_queue: bool = True) -> None: ...
 
 class FaultyFileSystem(FileSystem):
     """For tests: `num_faults` reads from the `fail_read`-th on (counted from 1) meet a fault.
@@ -439,10 +441,18 @@ class Store:
     def staging_bytes(self) -> int:
         """What the readers may come to hold to transcode from, STAGING_BYTES each."""
 
+    @property
+    def staging_held_bytes(self) -> int:
+        """What they hold of it now."""
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether the kernel reads by itself; else the readers call pread."""
+
     def stats(self) -> dict[str, float]:
         """bytes_read, and cached_bytes of them from the page cache; reads; busy_seconds of wall time.
 
-        read_, checksum_ and transcode_seconds are summed over readers.
+        read_seconds are summed over reads, from begin to end; checksum_ and transcode_seconds over readers.
         """
 
     def close(self) -> None:
