@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from argosy.experts.source import ExpertFiles, ResidentReading
 from argosy.model.families import open_model
 from argosy.model.weights import DenseReading, load_dense
 from argosy.prompt.tokenizer import Tokenizer
+from tests.models.gguf_models import one_type, write_gguf_model
 from tests.models.tiny import qwen3_moe, write_model
 
 
@@ -140,3 +144,26 @@ def test_reads_that_are_cancelled_leave_none_pending(directory: Path) -> None:
         assert store.pending() == 0
     finally:
         store.close()
+
+
+def test_the_budget_that_a_refusal_names_works_where_readers_transcode(tmp_path: Path) -> None:
+    # What the first reads transcode from is in the plan already, and must not count as the process's own too.
+    config = qwen3_moe(vocab_size=32768, hidden_size=256, moe_intermediate_size=32)
+    write_gguf_model(tmp_path / "model.gguf", config, one_type("Q8_0"), seed=3)
+    start = (
+        "import sys\n"
+        "from argosy import Engine\n"
+        "from argosy.errors import DoesNotFit\n"
+        "try:\n"
+        "    Engine(sys.argv[1], memory=sys.argv[2], threads=1).close()\n"
+        "except DoesNotFit as error:\n"
+        "    print(error.hint)\n"
+    )
+
+    def hint_of(memory: str) -> str:
+        command = [sys.executable, "-c", start, str(tmp_path / "model.gguf"), memory]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    named = re.search(r"--memory (\d+MiB)", hint_of("20MiB"))
+    assert named is not None
+    assert hint_of(named[1]) == ""

@@ -167,7 +167,7 @@ class Engine:
         held = machine.process_footprint().resident_bytes
         plan_with = functools.partial(plan_memory, files, self.settings, expert_slots=expert_slots)
         self._experts: ExpertSource | None = None
-        landed_bytes = 0
+        landed_bytes = 0  # the plan counts them by themselves
         with ExitStack() as undo:
             reading = experts_reading = None
             with suppress(
@@ -188,6 +188,7 @@ class Engine:
             if experts_reading is not None:
                 self._experts = experts_reading.finish(progress)
                 landed_bytes += self._experts.arena.nbytes
+            landed_bytes += self._store.staging_held_bytes
         self.plan: MemoryPlan = plan_with(
             process_bytes=max(held, process_bytes(self.tokenizer) - landed_bytes)
         )

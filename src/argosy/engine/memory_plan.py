@@ -24,6 +24,7 @@ from argosy.prompt.tokenizer import Tokenizer
 
 KV_BLOCK_TOKENS = 16
 PROCESS_GROWTH_BYTES = 24 * MIB  # allocator slack, thread stacks, page tables of the arenas
+PROCESS_VARIES_BYTES = 2 * MIB  # what one start of the process holds and the next one does not
 TEMPLATE_WORKER_BYTES = 24 * MIB  # the process that renders chat templates, while it lives: 22 MiB measured
 TOKENIZER_ROOM_BYTES = 256 * MIB  # to spare where experts are read before the tokenizer is built and measured
 SMALLEST_CHUNK, SMALLEST_CONTEXT = 16, 512
@@ -129,7 +130,7 @@ def plan_memory(
     left.
 
     Raises:
-        DoesNotFit: with the smallest budget that works, and what would shrink it.
+        DoesNotFit: with a budget that just works, and what would shrink it.
     """
     model = files.config
     num_experts = len(files.experts)
@@ -238,7 +239,7 @@ def _does_not_fit(floor: MemoryPlan, config: EngineConfig, model: ModelConfig) -
         f"  +  working buffers {format_bytes(floor.working_bytes + floor.staging_bytes)}"
         f"  +  smallest expert cache {format_bytes(floor.expert_bytes)}"
     )
-    hints = [f"`--memory {-(-needed // MIB)}MiB` is the smallest budget that works"]
+    hints = [f"`--memory {-(-(needed + PROCESS_VARIES_BYTES) // MIB)}MiB` works"]
     if floor.context_tokens > SMALLEST_CONTEXT:
         saved = floor.kv_bytes - kv_bytes(model, SMALLEST_CONTEXT, config.kv_dtype)
         hints.append(f"`--context {SMALLEST_CONTEXT}` needs about {format_bytes(needed - saved)}")
