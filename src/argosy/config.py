@@ -158,6 +158,7 @@ class RopeConfig:
 
     theta: float
     rotary_dim: int  # of head_dim, the first so many dimensions turn
+    is_interleaved: bool = False  # dimension 2 i turns with 2 i + 1, not with i + rotary_dim / 2
     kind: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
     factor: float = 1.0
     original_context: int = 0  # positions the model was trained on, before scaling
@@ -176,10 +177,58 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
-    """How experts are chosen: score, top-k, then the routing weights."""
+    """How experts are chosen: score, choice, then the routing weights (native/kernels/route.h)."""
 
-    score: Literal["softmax"] = "softmax"
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    has_bias: bool = False  # of the router's product: `router_bias`
+    has_choice_bias: bool = False  # added to scores for the choice, not for the weights: `choice_bias`
+    num_groups: int = 1  # experts lie in so many groups of equal size,
+    kept_groups: int = 1  # and only those of the best groups can be chosen
+    group_score: Literal["max", "top2"] = (
+        "top2"  # what a group is worth: its best, or the sum of its best two
+    )
     renormalize: bool = True  # routing weights of a token sum to one
+    renormalize_eps: float = 0.0  # added to the sum they are divided by
+    scale: float = 1.0  # of the routing weights, last
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationConfig:
+    """What lies between the gate and up products of an expert and its down product.
+
+    silu: silu(gate) * up.   clamped: with gate cut off above at `limit` and up at both signs of it,
+    gate * sigmoid(alpha * gate) * (up + 1), as gpt-oss has it.
+    """
+
+    kind: Literal["silu", "clamped"] = "silu"
+    limit: float = 0.0
+    alpha: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values share a compressed vector."""
+
+    query_rank: int  # 0: queries are not compressed
+    kv_rank: int
+    nope_dim: int  # of a head, the dimensions of query and key that do not turn
+    rope_dim: int  # and those that do; the key's are shared by all heads
+    value_dim: int
+    norm_eps: float  # of the norms of the compressed vectors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaConfig:
+    """A gated delta net (arXiv:2412.06464): a state per sequence instead of keys and values."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int  # of a head
+    value_dim: int
+    conv_width: int  # positions that the causal convolution sees
+
+
+MixerKind = Literal["attention", "latent", "delta"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +236,7 @@ class LayerConfig:
     """What differs from layer to layer."""
 
     is_moe: bool
+    mixer: MixerKind = "attention"
     sliding_window: int = 0  # 0: full attention
 
 
@@ -208,12 +258,25 @@ class ModelConfig:
     experts_per_token: int
     expert_width: int
     router: RouterConfig
+    activation: ActivationConfig = ActivationConfig()  # of all feed-forward networks
+    latent: LatentConfig | None = None  # of the layers whose mixer is "latent"
+    delta: DeltaConfig | None = None  # of those whose mixer is "delta"
+    attention_scale: float = 0.0  # of the scores; 0: 1 / sqrt(head_dim)
     dense_width: int = 0  # FFN of layers without routed experts
     shared_width: int = 0  # always-on shared expert; 0: none
     shared_is_gated: bool = False  # its output times sigmoid(shared_score . x)
     has_qkv_bias: bool = False
     has_o_bias: bool = False
-    has_qk_norm: bool = False  # RMSNorm per head on q and k, before rotary
+    qk_norm: Literal["none", "head", "flat"] = (
+        "none"  # RMSNorm before rotary: of each head, or of all at once
+    )
+    qkv_limit: float = 0.0  # q, k and v are cut off at both signs of it; 0: not
+    has_sinks: bool = False  # a learnt score per head that takes weight and adds nothing: `sinks`
+    has_output_gate: bool = (
+        False  # each head's output times sigmoid of its gate; q has rows for both, head by head
+    )
+    has_expert_bias: bool = False  # gate, up and down of routed experts
+    norm_offset: float = 0.0  # norms hold their weight less this: 1 where they are zero-centred
     is_embedding_tied: bool = False  # the head is the embedding table
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None

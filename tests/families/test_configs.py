@@ -56,7 +56,7 @@ def test_qwen2_moe() -> None:
     )
     assert config.has_qkv_bias
     assert not config.has_o_bias
-    assert not config.has_qk_norm
+    assert config.qk_norm == "none"
     assert not config.router.renormalize
     assert config.head_dim == 10
 
@@ -65,7 +65,7 @@ def test_qwen3_moe() -> None:
     config = parse(qwen3_moe())
 
     assert (config.head_dim, config.shared_width, config.dense_width, config.expert_width) == (16, 0, 48, 24)
-    assert config.has_qk_norm
+    assert config.qk_norm != "none"
     assert not config.has_qkv_bias
     assert config.router.renormalize
 

@@ -64,7 +64,7 @@ class ReferenceDecoder:
         query, key, value = (
             self._projection(name + part, normed).reshape(tokens, -1, config.head_dim) for part in "qkv"
         )
-        if config.has_qk_norm:
+        if config.qk_norm != "none":
             query = self._norm(query.reshape(-1, config.head_dim), name + "q_norm").reshape(query.shape)
             key = self._norm(key.reshape(-1, config.head_dim), name + "k_norm").reshape(key.shape)
         cosine, sine = np.empty((2, tokens, config.rope.rotary_dim // 2), np.float32)

@@ -136,7 +136,7 @@ def test_a_config_means_what_transformers_reads_in_it(configuration: Configurati
     assert (ours.vocab_size, ours.hidden_size) == tuple(model.model.embed_tokens.weight.shape)
     assert ours.norm_eps == layers[0].input_layernorm.variance_epsilon
     assert ours.is_embedding_tied == (model.lm_head.weight is model.model.embed_tokens.weight)
-    assert ours.has_qk_norm == hasattr(attention[0], "q_norm")
+    assert (ours.qk_norm == "head") == hasattr(attention[0], "q_norm")
     assert ours.has_qkv_bias == (attention[0].q_proj.bias is not None)
     assert ours.has_o_bias == (attention[0].o_proj.bias is not None)
     assert ours.context_tokens == theirs.max_position_embeddings

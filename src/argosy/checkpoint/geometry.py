@@ -11,10 +11,10 @@ Elsewhere: what a checkpoint calls these tensors is `model/families/`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from argosy.config import ModelConfig
+from argosy.config import MixerKind, ModelConfig
 
 Shape = tuple[int, ...]
 
@@ -46,9 +46,15 @@ def dense_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 
 
 def _layer_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
+    yield "attn_norm", (config.hidden_size,)
+    yield from _MIXER_SHAPES[config.layers[layer].mixer](config)
+    yield "mlp_norm", (config.hidden_size,)
+    yield from _routed_shapes(config) if config.layers[layer].is_moe else _dense_shapes(config)
+
+
+def _attention_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     hidden = config.hidden_size
     q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    yield "attn_norm", (hidden,)
     yield "q", (q_rows, hidden)
     yield "k", (kv_rows, hidden)
     yield "v", (kv_rows, hidden)
@@ -56,18 +62,27 @@ def _layer_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]
         yield "q_bias", (q_rows,)
         yield "k_bias", (kv_rows,)
         yield "v_bias", (kv_rows,)
-    if config.has_qk_norm:
+    if config.qk_norm == "head":
         yield "q_norm", (config.head_dim,)
         yield "k_norm", (config.head_dim,)
     yield "o", (hidden, q_rows)
     if config.has_o_bias:
         yield "o_bias", (hidden,)
-    yield "mlp_norm", (hidden,)
-    if not config.layers[layer].is_moe:
-        yield "gate", (config.dense_width, hidden)
-        yield "up", (config.dense_width, hidden)
-        yield "down", (hidden, config.dense_width)
-        return
+
+
+_MIXER_SHAPES: Mapping[MixerKind, Callable[[ModelConfig], Iterator[tuple[str, Shape]]]] = {
+    "attention": _attention_shapes,
+}
+
+
+def _dense_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    yield "gate", (config.dense_width, config.hidden_size)
+    yield "up", (config.dense_width, config.hidden_size)
+    yield "down", (config.hidden_size, config.dense_width)
+
+
+def _routed_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    hidden = config.hidden_size
     yield "router", (config.num_experts, hidden)
     if config.shared_width:
         yield "shared_gate", (config.shared_width, hidden)

@@ -6,8 +6,10 @@ with another kind of either adds a function here and its counterpart in native/o
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from argosy import _native
-from argosy.config import ModelConfig
+from argosy.config import MixerKind, ModelConfig
 from argosy.experts.source import ExpertSource
 from argosy.model.weights import DenseWeights, Vector
 
@@ -23,7 +25,7 @@ def describe_layers(config: ModelConfig, weights: DenseWeights, experts: ExpertS
     return [
         (
             weights.vectors[f"layers.{i}.attn_norm"],
-            _attention(config, i, weights),
+            _MIXERS[layer.mixer](config, i, weights),
             weights.vectors[f"layers.{i}.mlp_norm"],
             _routed_ffn(config, i, weights, experts) if layer.is_moe else _dense_ffn(i, weights),
         )
@@ -42,7 +44,7 @@ def _attention(config: ModelConfig, layer: int, weights: DenseWeights) -> _nativ
         output,
         num_heads=config.num_heads,
         window=config.layers[layer].sliding_window,
-        scale=config.head_dim**-0.5,
+        scale=config.attention_scale or config.head_dim**-0.5,
         query_bias=weights.vectors.get(name + "q_bias"),
         key_bias=weights.vectors.get(name + "k_bias"),
         value_bias=weights.vectors.get(name + "v_bias"),
@@ -50,6 +52,11 @@ def _attention(config: ModelConfig, layer: int, weights: DenseWeights) -> _nativ
         query_norm=weights.vectors.get(name + "q_norm"),
         key_norm=weights.vectors.get(name + "k_norm"),
     )
+
+
+_MIXERS: Mapping[MixerKind, Callable[[ModelConfig, int, DenseWeights], _native.Mixer]] = {
+    "attention": _attention,
+}
 
 
 def _dense_ffn(layer: int, weights: DenseWeights) -> _native.Ffn:

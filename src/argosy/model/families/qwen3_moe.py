@@ -60,7 +60,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         dense_width=reader.integer("intermediate_size", default=6144),
         has_qkv_bias=has_bias,
         has_o_bias=has_bias,
-        has_qk_norm=True,
+        qk_norm="head",
         **common,
     )
     reader.finish()
@@ -83,7 +83,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
         layers=(LayerConfig(is_moe=True, sliding_window=window),) * reader.num_layers(),
         expert_width=reader.integer("expert_feed_forward_length"),
         router=RouterConfig(renormalize=reader.flag("expert_weights_norm", True)),
-        has_qk_norm=True,
+        qk_norm="head",
         **common,
     )
     reader.finish()
