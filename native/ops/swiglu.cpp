@@ -121,19 +121,23 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
           args.x += a * args.x_stride;
         }
         args.y = y;
-        args.y_stride = num_blocks * kWidthBlock;
+        args.y_stride = rows;
         args.num_tokens = count;
         table.matmul[int(matrix.format)](args);
       };
       multiply(expert.gate, gate);
       multiply(expert.up, up);
-      for (int64_t i = 0; i < count; ++i) {
-        float* to = inner + (a + i) * inner_stride + row;
-        table.silu_mul(gate + i * num_blocks * kWidthBlock, up + i * num_blocks * kWidthBlock, rows, to);
-        if (is_quantized(expert.down.format)) {
-          table.quantize_activations(to, width, block, block + num_blocks,
-                                     inner_quants + (a + i) * activation_bytes(width));
+      // Quantised activations are made of what is still in the cache; float32 ones are kept as they are.
+      if (!is_quantized(expert.down.format)) {
+        for (int64_t i = 0; i < count; ++i) {
+          table.silu_mul(gate + i * rows, up + i * rows, rows, inner + (a + i) * inner_stride + row);
         }
+        continue;
+      }
+      table.silu_mul(gate, up, count * rows, gate);
+      for (int64_t i = 0; i < count; ++i) {
+        table.quantize_activations(gate + i * rows, width, block, block + num_blocks,
+                                   inner_quants + (a + i) * activation_bytes(width));
       }
     }
   };
