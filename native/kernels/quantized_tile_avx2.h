@@ -255,6 +255,7 @@ struct QuantizedTile {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(subs));
     const __m256i pairs = kIsNibbles ? _mm256_cvtepu8_epi16(bytes) : _mm256_cvtepi8_epi16(bytes);
     const __m256i sub_scales = kIsNibbles ? _mm256_and_si256(pairs, _mm256_set1_epi16(0xF)) : pairs;
+    const __m256i zero_scales = _mm256_mullo_epi16(sub_scales, _mm256_set1_epi16(kQuant.zero));
 #pragma GCC unroll 4
     for (int j = 0; j < kTokens; ++j) {
       const Vec x_scale =
@@ -264,8 +265,7 @@ struct QuantizedTile {
           _mm256_blend_epi16(dot[j][0][half], _mm256_slli_epi32(dot[j][kParts - 1][half], 16), 0xAA);
       __m256i whole = _mm256_madd_epi16(dots, sub_scales);
       if constexpr (kQuant.zero != 0) {
-        const __m256i offset = _mm256_madd_epi16(negated, sub_scales);
-        whole = _mm256_add_epi32(whole, _mm256_slli_epi32(offset, kQuant.zero_shift()));
+        whole = _mm256_add_epi32(whole, _mm256_madd_epi16(negated, zero_scales));
       }
       sum[j][half] = fma(mul(block_scale, x_scale), _mm256_cvtepi32_ps(whole), sum[j][half]);
       if constexpr (kQuant.has_min) {

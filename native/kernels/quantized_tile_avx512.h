@@ -242,6 +242,7 @@ struct QuantizedTile {
     const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(subs));
     const __m512i pairs = kIsNibbles ? _mm512_cvtepu8_epi16(bytes) : _mm512_cvtepi8_epi16(bytes);
     const __m512i sub_scales = kIsNibbles ? _mm512_and_si512(pairs, _mm512_set1_epi16(0xF)) : pairs;
+    const __m512i zero_scales = _mm512_mullo_epi16(sub_scales, _mm512_set1_epi16(kQuant.zero));
 #pragma GCC unroll 16
     for (int j = 0; j < kTokens; ++j) {
       const Vec x_scale =
@@ -250,11 +251,9 @@ struct QuantizedTile {
           broadcast_four(o.x[j] + activation_negated_sums_at(kFormat, o.cols) + group * 4);
       const __m512i dots =
           _mm512_mask_blend_epi16(0xAAAAAAAA, dot[j][0], _mm512_slli_epi32(dot[j][kParts - 1], 16));
-      __m512i whole = _mm512_madd_epi16(dots, sub_scales);
-      if constexpr (kQuant.zero != 0) {
-        const __m512i offset = _mm512_madd_epi16(negated, sub_scales);
-        whole = _mm512_add_epi32(whole, _mm512_slli_epi32(offset, unsigned(kQuant.zero_shift())));
-      }
+      const __m512i offset =
+          kQuant.zero != 0 ? _mm512_madd_epi16(negated, zero_scales) : _mm512_setzero_si512();
+      const __m512i whole = _mm512_dpwssd_epi32(offset, dots, sub_scales);
       sum[j] = fma(mul(block_scale, x_scale), _mm512_cvtepi32_ps(whole), sum[j]);
       if constexpr (kQuant.has_min) {
         const __m512i mins = _mm512_madd_epi16(negated, _mm512_srli_epi16(pairs, 4));
