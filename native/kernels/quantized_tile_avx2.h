@@ -3,8 +3,8 @@
 //   8 bits   weights and activations are widened to 16 bits; vpmaddwd gives each row two partial sums of 32
 //            bits.
 //   others   vpmaddubsw multiplies bytes and adds pairs into 16 bits; so many of them are added as 16 bits
-//   hold
-//            without saturating (8, 4, 2 products of 2 * 15, 31, 63 * 127).
+//            hold without saturating (8, 4, 2 products of 2 * 15, 31, 63 * 127). Bytes of a table that are
+//            too large for one are taken with their sign instead: the weight's goes over to the activation.
 #pragma once
 
 #include "kernels/kernel_table.h"
@@ -23,12 +23,19 @@ inline Vec bytes_to_floats(const uint8_t* from, bool is_signed) {
   return _mm256_cvtepi32_ps(is_signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
 }
 
+inline __m256i broadcast_four(const uint8_t* bytes) {
+  return _mm256_set1_epi32(read_unaligned<int32_t>(bytes));
+}
+
 template <Format kFormat, int kPanels, int kTokens>
 struct QuantizedTile {
   static_assert(kPanels == 1);
   static constexpr QuantFormat kQuant = quant_format(kFormat);
   static constexpr int64_t kBlockGroups = kQuant.block_groups();
-  static constexpr int kParts = kFormat == Format::q6_k ? 2 : 1;  // of a group, each with a scale of its own
+  static constexpr int kParts = kQuant.parts();
+  static constexpr int kLargestByte = kQuant.largest_byte();
+  // Quants with their sign, and no zero to take out: those that vpmaddubsw cannot hold otherwise.
+  static constexpr bool kIsSigned = kQuant.table != nullptr && kLargestByte > 127;
   using Rows = const uint8_t* [kTokens];
   using Dots = __m256i[kTokens][kParts][2];  // rows 0-7 and 8-15
 
@@ -111,14 +118,15 @@ struct QuantizedTile {
   [[gnu::always_inline]] static inline void multiply(const uint8_t* quants, const Rows& x, int64_t col,
                                                      Dots& dot) {
     // Chunks whose products 16 bits hold, within one part of the group.
-    constexpr int kRun = kQuant.bits == 4 ? 8 : kQuant.bits == 5 ? 4 : 2;
+    constexpr int kMost = kIsSigned ? 1 : kLargestByte < 16 ? 8 : kLargestByte < 32 ? 4 : 2;
+    constexpr int kRun = kMost * kParts > 8 ? 8 / kParts : kMost;
     const __m256i ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 4
     for (int j = 0; j < kTokens; ++j) {
 #pragma GCC unroll 2
       for (int part = 0; part < kParts; ++part) dot[j][part][0] = dot[j][part][1] = _mm256_setzero_si256();
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int begin = 0; begin < 8; begin += kRun) {
       __m256i sums[kTokens][2];  // 16-bit, two per row
 #pragma GCC unroll 4
@@ -130,8 +138,11 @@ struct QuantizedTile {
           const __m256i w = unpack(quants + 32 * half, chunk);
 #pragma GCC unroll 4
           for (int j = 0; j < kTokens; ++j) {
-            const __m256i four = _mm256_set1_epi32(read_unaligned<int32_t>(x[j] + col + 4 * chunk));
-            sums[j][half] = _mm256_add_epi16(sums[j][half], _mm256_maddubs_epi16(w, four));
+            const __m256i four = broadcast_four(x[j] + col + 4 * chunk);
+            const __m256i products = kIsSigned
+                                         ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(four, w))
+                                         : _mm256_maddubs_epi16(w, four);
+            sums[j][half] = _mm256_add_epi16(sums[j][half], products);
           }
         }
       }
@@ -146,19 +157,38 @@ struct QuantizedTile {
     }
   }
 
-  // Four columns of eight rows as bytes.
+  // Four columns of eight rows as bytes, with their sign if kIsSigned.
   [[gnu::always_inline]] static inline __m256i unpack(const uint8_t* group, int chunk) {
-    const __m256i both = load_bytes(group + chunk % 4 * kChunkBytes);
-    const __m256i low =
-        _mm256_and_si256(chunk < 4 ? both : _mm256_srli_epi16(both, 4), _mm256_set1_epi8(0x0F));
-    if constexpr (kQuant.bits == 4) return low;
-    constexpr int kHighBits = kQuant.bits - 4;
-    const int plane = chunk * kHighBits / 8;
-    const int bit = chunk * kHighBits % 8;
-    const __m256i high = load_bytes(group + (4 + plane) * kChunkBytes);
-    const __m256i in_place = bit <= 4 ? _mm256_slli_epi16(high, 4 - bit) : _mm256_srli_epi16(high, bit - 4);
-    const __m256i mask = _mm256_set1_epi8(kHighBits == 1 ? 0x10 : 0x30);
-    return _mm256_or_si256(low, _mm256_and_si256(in_place, mask));
+    if constexpr (kQuant.table != nullptr) {
+      return _mm256_shuffle_epi8(table(), low_bits(group, chunk));
+    } else if constexpr (kQuant.bits == kQuant.low_bits()) {
+      return low_bits(group, chunk);
+    } else {
+      constexpr int kLowBits = kQuant.low_bits(), kHighBits = kQuant.bits - kLowBits;
+      const int plane = chunk * kHighBits / 8;
+      const int bit = chunk * kHighBits % 8;
+      const __m256i high = load_bytes(group + (kLowBits + plane) * kChunkBytes);
+      const __m256i in_place =
+          bit <= kLowBits ? _mm256_slli_epi16(high, kLowBits - bit) : _mm256_srli_epi16(high, bit - kLowBits);
+      const __m256i mask = _mm256_set1_epi8(((1 << kHighBits) - 1) << kLowBits);
+      return _mm256_or_si256(low_bits(group, chunk), _mm256_and_si256(in_place, mask));
+    }
+  }
+
+  [[gnu::always_inline]] static inline __m256i low_bits(const uint8_t* group, int chunk) {
+    if constexpr (kQuant.low_bits() == 2) {
+      const __m256i four = load_bytes(group + chunk / 4 * kChunkBytes);
+      return _mm256_and_si256(_mm256_srli_epi16(four, chunk % 4 * 2), _mm256_set1_epi8(0x03));
+    } else {
+      const __m256i two = load_bytes(group + chunk % 4 * kChunkBytes);
+      return _mm256_and_si256(chunk < 4 ? two : _mm256_srli_epi16(two, 4), _mm256_set1_epi8(0x0F));
+    }
+  }
+
+  [[gnu::always_inline]] static inline __m256i table() {
+    const __m256i bytes =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kQuant.table)));
+    return kIsSigned ? _mm256_sub_epi8(bytes, _mm256_set1_epi8(int8_t(kQuant.zero))) : bytes;
   }
 
   // Adds the dot products of eight rows of a group to the sums.
@@ -166,20 +196,24 @@ struct QuantizedTile {
                                                   int64_t group, int half, const Dots& dot,
                                                   Vec (&sum)[kTokens][2]) {
     const int64_t first_row = half * 8;
-    const Vec block_scale = F16Weights::load(scales + first_row * 2);
+    const uint8_t* block_scales = scales + first_row * 2;
+    const Vec block_scale = kQuant.is_bf16 ? Bf16Weights::load(block_scales) : F16Weights::load(block_scales);
+    Vec min = zeros();
+    if constexpr (kQuant.has_min) min = F16Weights::load(scales + (kPanelRows + first_row) * 2);
+    const uint8_t* subs = scales + kQuant.sub_scales_at() + group % kBlockGroups * kParts * kPanelRows;
+    if constexpr (kQuant.is_paired()) {
+      return scale_pairs(x, cols, group, half, block_scale, sub(zeros(), min), subs + 2 * first_row, dot,
+                         sum);
+    }
     Vec weight_scale[kParts] = {block_scale};
     if constexpr (kQuant.sub_scale_cols > 0) {
-      const uint8_t* sub_scales =
-          scales + kQuant.sub_scales_at() + first_row + group % kBlockGroups * kParts * kPanelRows;
+      constexpr bool kHasSign = kQuant.sub_scales == SubScales::signed_bytes;
 #pragma GCC unroll 2
       for (int part = 0; part < kParts; ++part) {
-        weight_scale[part] = mul(block_scale, bytes_to_floats(sub_scales + part * kPanelRows, kParts == 2));
+        weight_scale[part] =
+            mul(block_scale, bytes_to_floats(subs + first_row + part * kPanelRows, kHasSign));
       }
-    }
-    Vec min = zeros();
-    if constexpr (kQuant.has_min) {
-      min = F16Weights::load(scales + (kPanelRows + first_row) * 2);
-      if constexpr (kQuant.sub_scale_cols > 0) {
+      if constexpr (kQuant.has_min) {
         const uint8_t* sub_mins =
             scales + kQuant.sub_mins_at() + first_row + group % kBlockGroups * kPanelRows;
         min = mul(min, bytes_to_floats(sub_mins, false));
@@ -193,9 +227,10 @@ struct QuantizedTile {
 #pragma GCC unroll 2
       for (int part = 0; part < kParts; ++part) {
         __m256i whole = dot[j][part][half];
-        if constexpr (kQuant.zero != 0) {
-          const uint8_t* offset = x[j] + activation_offsets_at(kFormat, cols) + (group * kParts + part) * 4;
-          whole = _mm256_add_epi32(whole, _mm256_set1_epi32(read_unaligned<int32_t>(offset)));
+        if constexpr (kQuant.zero != 0 && !kIsSigned) {
+          const uint8_t* negated =
+              x[j] + activation_negated_sums_at(kFormat, cols) + (group * kParts + part) * 4;
+          whole = _mm256_add_epi32(whole, _mm256_slli_epi32(broadcast_four(negated), kQuant.zero_shift()));
         }
         exact[part] = _mm256_cvtepi32_ps(whole);
       }
@@ -208,6 +243,35 @@ struct QuantizedTile {
       if constexpr (kQuant.has_min) {
         const Vec x_sum = broadcast(read_unaligned<float>(x[j] + activation_sums_at(cols) + group * 4));
         sum[j][half] = fma(min, x_sum, sum[j][half]);
+      }
+    }
+  }
+
+  // The same where sub-scales lie in pairs: 16 bits hold a dot product of half a group, so one multiply-add
+  // takes both of a row. The zero of the quants comes out of the sums of the activations likewise.
+  [[gnu::always_inline]] static inline void scale_pairs(const Rows& x, int64_t cols, int64_t group, int half,
+                                                        Vec block_scale, Vec negated_min, const uint8_t* subs,
+                                                        const Dots& dot, Vec (&sum)[kTokens][2]) {
+    constexpr bool kIsNibbles = kQuant.sub_scales == SubScales::nibble_pairs;
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(subs));
+    const __m256i pairs = kIsNibbles ? _mm256_cvtepu8_epi16(bytes) : _mm256_cvtepi8_epi16(bytes);
+    const __m256i sub_scales = kIsNibbles ? _mm256_and_si256(pairs, _mm256_set1_epi16(0xF)) : pairs;
+    const __m256i zero_scales = _mm256_mullo_epi16(sub_scales, _mm256_set1_epi16(kQuant.zero));
+#pragma GCC unroll 4
+    for (int j = 0; j < kTokens; ++j) {
+      const Vec x_scale =
+          broadcast(read_unaligned<float>(x[j] + activation_scales_at(kFormat, cols) + group * 4));
+      const __m256i negated = broadcast_four(x[j] + activation_negated_sums_at(kFormat, cols) + group * 4);
+      const __m256i dots =
+          _mm256_blend_epi16(dot[j][0][half], _mm256_slli_epi32(dot[j][kParts - 1][half], 16), 0xAA);
+      __m256i whole = _mm256_madd_epi16(dots, sub_scales);
+      if constexpr (kQuant.zero != 0) {
+        whole = _mm256_add_epi32(whole, _mm256_madd_epi16(negated, zero_scales));
+      }
+      sum[j][half] = fma(mul(block_scale, x_scale), _mm256_cvtepi32_ps(whole), sum[j][half]);
+      if constexpr (kQuant.has_min) {
+        const __m256i mins = _mm256_madd_epi16(negated, _mm256_srli_epi16(pairs, 4));
+        sum[j][half] = fma(mul(negated_min, x_scale), _mm256_cvtepi32_ps(mins), sum[j][half]);
       }
     }
   }

@@ -2,8 +2,8 @@
 //
 // Sixteen rows are the lanes of a register: 64 bytes of quants times four broadcast activations add to
 // sixteen sums. A sum starts at the group's offset, which takes the zero of the format out of every weight.
-// Beside q8 weights there are two sums, of the high and of the low bytes of the activations; q6_k has one per
-// half group.
+// Beside q8 weights there are two sums, of the high and of the low bytes of the activations; formats whose
+// scale is of 16 columns have one per half group. A table is looked up with vpshufb.
 #pragma once
 
 #include "kernels/kernel_table.h"
@@ -30,7 +30,7 @@ struct QuantizedTile {
   static constexpr QuantFormat kQuant = quant_format(kFormat);
   static constexpr int64_t kGroupBytes = kQuant.group_bytes();
   static constexpr int64_t kBlockGroups = kQuant.block_groups();
-  static constexpr int kParts = kFormat == Format::q6_k ? 2 : 1;  // of a group, each with a scale of its own
+  static constexpr int kParts = kQuant.parts();
   using Dots = __m512i[kPanels][kTokens][kParts];
   using Sums = Vec[kPanels][kTokens];
 
@@ -145,25 +145,47 @@ struct QuantizedTile {
   }
 
   [[gnu::always_inline]] static inline __m512i offset(const Operands& o, int64_t group, int token, int part) {
-    if constexpr (kQuant.zero == 0) return _mm512_setzero_si512();
-    return broadcast_four(o.x[token] + activation_offsets_at(kFormat, o.cols) + (group * kParts + part) * 4);
+    if constexpr (kQuant.zero == 0 || kQuant.is_paired()) {
+      return _mm512_setzero_si512();
+    } else {
+      const uint8_t* negated = o.x[token] + activation_negated_sums_at(kFormat, o.cols);
+      return _mm512_slli_epi32(broadcast_four(negated + (group * kParts + part) * 4),
+                               unsigned(kQuant.zero_shift()));
+    }
   }
 
   // Four columns of sixteen rows as bytes.
   [[gnu::always_inline]] static inline __m512i unpack(const uint8_t* group, int chunk) {
-    if constexpr (kQuant.bits == 8) return _mm512_loadu_si512(group + chunk * kChunkBytes);
-    const __m512i both = _mm512_loadu_si512(group + chunk % 4 * kChunkBytes);
-    const __m512i low =
-        _mm512_and_si512(chunk < 4 ? both : _mm512_srli_epi16(both, 4), _mm512_set1_epi8(0x0F));
-    if constexpr (kQuant.bits == 4) return low;
-    constexpr int kHighBits = kQuant.bits - 4;
-    const int plane = chunk * kHighBits / 8;
-    const int bit = chunk * kHighBits % 8;
-    const __m512i high = _mm512_loadu_si512(group + (4 + plane) * kChunkBytes);
-    const __m512i in_place =
-        bit <= 4 ? _mm512_slli_epi16(high, unsigned(4 - bit)) : _mm512_srli_epi16(high, unsigned(bit - 4));
-    const __m512i mask = _mm512_set1_epi8(kHighBits == 1 ? 0x10 : 0x30);
-    return _mm512_ternarylogic_epi32(low, in_place, mask, 0xF8);  // low | (in_place & mask)
+    if constexpr (kQuant.bits == 8) {
+      return _mm512_loadu_si512(group + chunk * kChunkBytes);
+    } else if constexpr (kQuant.table != nullptr) {
+      return _mm512_shuffle_epi8(table(), low_bits(group, chunk));
+    } else if constexpr (kQuant.bits == kQuant.low_bits()) {
+      return low_bits(group, chunk);
+    } else {
+      constexpr int kLowBits = kQuant.low_bits(), kHighBits = kQuant.bits - kLowBits;
+      const int plane = chunk * kHighBits / 8;
+      const int bit = chunk * kHighBits % 8;
+      const __m512i high = _mm512_loadu_si512(group + (kLowBits + plane) * kChunkBytes);
+      const __m512i in_place = bit <= kLowBits ? _mm512_slli_epi16(high, unsigned(kLowBits - bit))
+                                               : _mm512_srli_epi16(high, unsigned(bit - kLowBits));
+      const __m512i mask = _mm512_set1_epi8(((1 << kHighBits) - 1) << kLowBits);
+      return _mm512_ternarylogic_epi32(low_bits(group, chunk), in_place, mask, 0xF8);  // low | (high & mask)
+    }
+  }
+
+  [[gnu::always_inline]] static inline __m512i low_bits(const uint8_t* group, int chunk) {
+    if constexpr (kQuant.low_bits() == 2) {
+      const __m512i four = _mm512_loadu_si512(group + chunk / 4 * kChunkBytes);
+      return _mm512_and_si512(_mm512_srli_epi16(four, unsigned(chunk % 4 * 2)), _mm512_set1_epi8(0x03));
+    } else {
+      const __m512i two = _mm512_loadu_si512(group + chunk % 4 * kChunkBytes);
+      return _mm512_and_si512(chunk < 4 ? two : _mm512_srli_epi16(two, 4), _mm512_set1_epi8(0x0F));
+    }
+  }
+
+  [[gnu::always_inline]] static inline __m512i table() {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kQuant.table)));
   }
 
   // Adds the dot products of a group to the sums.
@@ -174,20 +196,22 @@ struct QuantizedTile {
 #pragma GCC unroll 2
     for (int i = 0; i < kPanels; ++i) {
       const uint8_t* scales = o.block_scales(group) + i * o.stride;
-      const Vec block_scale = F16Weights::load(scales);
+      const Vec block_scale = kQuant.is_bf16 ? Bf16Weights::load(scales) : F16Weights::load(scales);
+      Vec min = zeros();
+      if constexpr (kQuant.has_min) min = F16Weights::load(scales + kPanelRows * 2);
+      const uint8_t* subs = scales + kQuant.sub_scales_at() + group % kBlockGroups * kParts * kPanelRows;
+      if constexpr (kQuant.is_paired()) {
+        scale_pairs(o, group, block_scale, sub(zeros(), min), subs, dot[i], sum[i]);
+        continue;
+      }
       Vec weight_scale[kParts] = {block_scale};
       if constexpr (kQuant.sub_scale_cols > 0) {
-        const uint8_t* sub_scales =
-            scales + kQuant.sub_scales_at() + group % kBlockGroups * kParts * kPanelRows;
+        constexpr bool kIsSigned = kQuant.sub_scales == SubScales::signed_bytes;
 #pragma GCC unroll 2
         for (int part = 0; part < kParts; ++part) {
-          weight_scale[part] = mul(block_scale, bytes_to_floats(sub_scales + part * kPanelRows, kParts == 2));
+          weight_scale[part] = mul(block_scale, bytes_to_floats(subs + part * kPanelRows, kIsSigned));
         }
-      }
-      Vec min = zeros();
-      if constexpr (kQuant.has_min) {
-        min = F16Weights::load(scales + kPanelRows * 2);
-        if constexpr (kQuant.sub_scale_cols > 0) {
+        if constexpr (kQuant.has_min) {
           const uint8_t* sub_mins = scales + kQuant.sub_mins_at() + group % kBlockGroups * kPanelRows;
           min = mul(min, bytes_to_floats(sub_mins, false));
         }
@@ -204,6 +228,36 @@ struct QuantizedTile {
         if constexpr (kQuant.has_min) {
           sum[i][j] = fma(min, broadcast(read_unaligned<float>(o.x[j] + x_sum_at)), sum[i][j]);
         }
+      }
+    }
+  }
+
+  // The same where sub-scales lie in pairs: 16 bits hold a dot product of half a group, so one multiply-add
+  // takes both of a row. The zero of the quants comes out of the sums of the activations likewise.
+  [[gnu::always_inline]] static inline void scale_pairs(const Operands& o, int64_t group, Vec block_scale,
+                                                        Vec negated_min, const uint8_t* subs,
+                                                        const __m512i (&dot)[kTokens][kParts],
+                                                        Vec (&sum)[kTokens]) {
+    constexpr bool kIsNibbles = kQuant.sub_scales == SubScales::nibble_pairs;
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(subs));
+    const __m512i pairs = kIsNibbles ? _mm512_cvtepu8_epi16(bytes) : _mm512_cvtepi8_epi16(bytes);
+    const __m512i sub_scales = kIsNibbles ? _mm512_and_si512(pairs, _mm512_set1_epi16(0xF)) : pairs;
+    const __m512i zero_scales = _mm512_mullo_epi16(sub_scales, _mm512_set1_epi16(kQuant.zero));
+#pragma GCC unroll 16
+    for (int j = 0; j < kTokens; ++j) {
+      const Vec x_scale =
+          broadcast(read_unaligned<float>(o.x[j] + activation_scales_at(kFormat, o.cols) + group * 4));
+      const __m512i negated =
+          broadcast_four(o.x[j] + activation_negated_sums_at(kFormat, o.cols) + group * 4);
+      const __m512i dots =
+          _mm512_mask_blend_epi16(0xAAAAAAAA, dot[j][0], _mm512_slli_epi32(dot[j][kParts - 1], 16));
+      const __m512i offset =
+          kQuant.zero != 0 ? _mm512_madd_epi16(negated, zero_scales) : _mm512_setzero_si512();
+      const __m512i whole = _mm512_dpwssd_epi32(offset, dots, sub_scales);
+      sum[j] = fma(mul(block_scale, x_scale), _mm512_cvtepi32_ps(whole), sum[j]);
+      if constexpr (kQuant.has_min) {
+        const __m512i mins = _mm512_madd_epi16(negated, _mm512_srli_epi16(pairs, 4));
+        sum[j] = fma(mul(negated_min, x_scale), _mm512_cvtepi32_ps(mins), sum[j]);
       }
     }
   }

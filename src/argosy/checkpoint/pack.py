@@ -481,6 +481,8 @@ class _Writer:
         """Name, size and time of change of every file that the pack is made from."""
         paths = {unit.parts[0][0].path for unit in self._units} | set(self._copied)
         paths |= {source.path for unit in self._units for source, _, _ in unit.parts}
+        if self._files.path.is_file():  # a GGUF whose first part may have no tensors
+            paths.add(self._files.path)
         found: list[list[object]] = []
         for path in sorted(paths):
             try:
