@@ -46,9 +46,9 @@ void bind_matrix(nb::module_& m) {
       "quantize",
       [](const std::string& format_name, const Array& weights, const OutArray& out, Runtime* runtime) {
         const Format format = parse_format(format_name);
-        if (format > Format::q4) {
+        if (format == Format::f8 || format > Format::q4) {
           refuse("nothing is quantised to " + format_name +
-                 ", which only holds what a GGUF file has; known: f32, f16, bf16, q8, q4");
+                 ", which only holds what a file has; known: f32, f16, bf16, q8, q4");
         }
         const float* from = read_array<float>("weights", weights, {kAnySize, kAnySize});
         const int64_t rows = int64_t(weights.shape(0));
@@ -61,29 +61,31 @@ void bind_matrix(nb::module_& m) {
 
   m.def(
       "transcode",
-      [](const std::string& block_type, const Array& data, int64_t rows, int64_t cols) {
+      [](const std::string& block_type, const Array& data, int64_t rows, int64_t cols,
+         const std::optional<OutArray>& out) {
         const std::optional<BlockType> type = block_type_named(block_type);
-        if (!type) {
-          refuse("unknown block type '" + block_type + "'; known: Q8_0, Q4_0, Q4_1, Q5_0, Q4_K, Q5_K, Q6_K");
-        }
+        if (!type) refuse("unknown block type '" + block_type + "'; known: " + block_type_names());
         const int64_t size = checked_matrix_bytes(slot_format(*type), rows, cols);
-        const int64_t block_cols = quant_format(slot_format(*type)).block_cols;
-        if (cols % block_cols != 0) {
+        if (!has_whole_blocks(*type, cols)) {
           refuse("cols is " + std::to_string(cols) + ", expected a multiple of " +
-                 std::to_string(block_cols) + " for " + block_type);
+                 std::to_string(block_cols(*type)) + " for " + block_type);
         }
-        const uint8_t* from = read_array<uint8_t>("data", data, {rows * block_row_bytes(*type, cols)});
-        auto matrix = std::make_unique_for_overwrite<uint8_t[]>(size_t(size));
+        const uint8_t* from = read_array<uint8_t>("data", data, {source_bytes(*type, rows, cols)});
+        auto matrix = std::make_unique_for_overwrite<uint8_t[]>(size_t(out ? 0 : size));
+        uint8_t* to = out ? write_array<uint8_t>("out", *out, {size}) : matrix.get();
+        bool is_finite;
         {
           nb::gil_scoped_release released;
-          transcode(*type, from, rows, cols, 0, round_up(rows, kPanelRows) / kPanelRows, matrix.get());
+          is_finite = transcode(*type, from, rows, cols, 0, num_strips(*type, rows), to);
         }
+        if (!is_finite) refuse(block_type + " holds a weight or scale that is not a finite number");
+        if (out) return nb::cast(*out);
         uint8_t* raw = matrix.release();
         const nb::capsule owner(raw, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
         const size_t shape[1] = {size_t(size)};
-        return nb::ndarray<nb::numpy, uint8_t>(raw, 1, shape, owner);
+        return nb::cast(nb::ndarray<nb::numpy, uint8_t>(raw, 1, shape, owner));
       },
-      "block_type"_a, "data"_a, "rows"_a, "cols"_a);
+      "block_type"_a, "data"_a, "rows"_a, "cols"_a, "out"_a.noconvert().none() = nb::none());
 
   m.def(
       "dequantize",

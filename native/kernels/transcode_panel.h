@@ -217,7 +217,7 @@ void transcode_block<BlockType::q6_k>(const BlockRows& rows, uint8_t* quants, ui
 }
 
 template <BlockType kType>
-void transcode_panels(const TranscodeArgs& a) {
+bool transcode_panels(const TranscodeArgs& a) {
   constexpr Format kFormat = slot_format(kType);
   constexpr QuantFormat kQuant = quant_format(kFormat);
   static constexpr uint8_t kNoRow[block_bytes(kType)] = {};
@@ -248,6 +248,7 @@ void transcode_panels(const TranscodeArgs& a) {
     uint8_t* end = scales + blocks * kQuant.block_scale_bytes();
     std::memset(end, 0, size_t(panel + panel_bytes(kFormat, a.cols) - end));
   }
+  return true;
 }
 
 }  // namespace

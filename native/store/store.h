@@ -5,10 +5,11 @@
 //
 // A piece is bytes [offset, offset + nbytes) of a file. A plain one is read in place with its surroundings,
 // rounded outwards to the file's alignment: to `dest_offset`, so that its own bytes begin at dest_offset +
-// offset % alignment. One with a Transcode is a matrix of GGUF blocks: some of its panels are read into
-// staging memory, and a reader turns them into slot format; the matrix begins exactly at dest_offset. A large
-// piece is cut into parts. A ticket is done when all its pieces are in memory and match their checksums, or
-// one of them failed and nothing moves any more: after that, nobody writes to that memory.
+// offset % alignment. One with a Transcode is a matrix of blocks, or its codes or its scales: some of its
+// panels are read into staging memory, and a reader turns them into slot format; the matrix begins exactly at
+// dest_offset. A large piece is cut into parts. A ticket is done when all its pieces are in memory and match
+// their checksums, or one of them failed and nothing moves any more: after that, nobody writes to that
+// memory.
 //
 //            direct                      reaped
 //   queue ----------> kernel's queue ------------> landed ---> a reader: transcode, check, end the ticket
@@ -55,7 +56,7 @@ struct FileInfo {
   std::string why_not_direct;
 };
 
-// A matrix of GGUF blocks, rows one after another, that becomes panels of slot_format(block_type).
+// Rows of blocks, one after another, that become a matrix of slot_format(block_type), or their share of it.
 struct Transcode {
   BlockType block_type;
   int64_t rows;
@@ -77,7 +78,7 @@ struct Record {
   int64_t base_offset = 0;               // of the arena
 };
 
-enum class ReadError { none, io, checksum, short_file };
+enum class ReadError { none, io, checksum, short_file, not_finite };
 
 struct Completion {
   int64_t ticket;

@@ -16,8 +16,9 @@
 
 namespace argosy::testing {
 
-inline const Format kFormats[] = {Format::f32,  Format::f16,  Format::bf16, Format::q8,   Format::q4,
-                                  Format::q4_1, Format::q5_0, Format::q4_k, Format::q5_k, Format::q6_k};
+inline const Format kFormats[] = {Format::f32,  Format::f16,  Format::bf16, Format::f8,
+                                  Format::q8,   Format::q4,   Format::q4_1, Format::q5_0,
+                                  Format::q4_k, Format::q5_k, Format::q6_k};
 inline const BlockType kBlockTypes[] = {BlockType::q8_0, BlockType::q4_0, BlockType::q4_1, BlockType::q5_0,
                                         BlockType::q4_k, BlockType::q5_k, BlockType::q6_k};
 
@@ -39,12 +40,13 @@ inline std::vector<const KernelTable*> all_tables() {
 }
 inline const KernelTable& plain() { return kernel_table("plain"); }
 
-// Formats that float32 weights become; the others hold what GGUF's blocks have.
-inline bool is_quantized_here(Format format) { return format <= Format::q4; }
+// Formats that float32 weights become; the others hold what files have.
+inline bool is_quantized_here(Format format) { return format <= Format::q4 && format != Format::f8; }
 
 // The columns that a matrix of this format can have: `cols` or, for GGUF's blocks, the next whole block.
 inline int64_t cols_of(Format format, int64_t cols) {
-  return is_quantized_here(format) ? cols : round_up(cols, quant_format(format).block_cols);
+  return is_quantized_here(format) || format == Format::f8 ? cols
+                                                           : round_up(cols, quant_format(format).block_cols);
 }
 
 inline BlockType block_type_of(Format format) {
@@ -91,15 +93,37 @@ struct Weights {
   Weights(BlockType type, const std::vector<uint8_t>& blocks, int64_t rows, int64_t cols,
           int64_t misalign = 0)
       : Weights(slot_format(type), rows, cols, misalign) {
-    transcode(type, blocks.data(), rows, cols, 0, round_up(rows, kPanelRows) / kPanelRows,
-              bytes.get() + misalign);
+    CHECK(transcode(type, blocks.data(), rows, cols, 0, num_strips(type, rows), bytes.get() + misalign));
+  }
+
+  // Both tensors of an FP8 matrix.
+  Weights(const std::vector<uint8_t>& codes, const std::vector<float>& scales, int64_t rows, int64_t cols,
+          int64_t misalign = 0)
+      : Weights(Format::f8, rows, cols, misalign) {
+    uint8_t* matrix = bytes.get() + misalign;
+    for (const KernelTable* table : all_tables()) {  // whatever a code is
+      table->transcode[int(BlockType::f8_codes)](
+          {codes.data(), rows, cols, 0, num_strips(BlockType::f8_codes, rows), matrix});
+      table->transcode[int(BlockType::f8_scales)]({reinterpret_cast<const uint8_t*>(scales.data()), rows,
+                                                   cols, 0, num_strips(BlockType::f8_scales, rows), matrix});
+    }
   }
 
   // cols is cols_of(format, ...).
   static Weights random(Format format, int64_t rows, int64_t cols, unsigned seed, int64_t misalign = 0) {
     if (is_quantized_here(format)) return Weights(format, normal(rows * cols, seed), rows, cols, misalign);
+    if (format == Format::f8) return random_f8(rows, cols, seed, misalign);
     const BlockType type = block_type_of(format);
     return Weights(type, random_blocks(type, rows, cols, seed), rows, cols, misalign);
+  }
+
+  // Every code but NaN, and scales such that weights are of the order of one.
+  static Weights random_f8(int64_t rows, int64_t cols, unsigned seed, int64_t misalign) {
+    std::mt19937 generator(seed);
+    std::vector<uint8_t> codes(size_t(rows * cols));
+    for (uint8_t& code : codes) code = uint8_t(generator() % 0x7F + generator() % 2 * 0x80);
+    const int64_t blocks = round_up(rows, kF8Block) / kF8Block * round_up(cols, kF8Block) / kF8Block;
+    return Weights(codes, normal(blocks, seed + 1, 0.01f), rows, cols, misalign);
   }
 
   std::unique_ptr<uint8_t[]> bytes;

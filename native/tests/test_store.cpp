@@ -307,8 +307,8 @@ struct BlockMatrix {
 // Random bytes are blocks of some weights, so any file will do.
 std::vector<uint8_t> panels_of(const BlockMatrix& matrix, const uint8_t* blocks) {
   std::vector<uint8_t> panels(size_t(matrix.bytes()));
-  transcode(matrix.type, blocks, matrix.rows, matrix.cols, 0, (matrix.rows + kPanelRows - 1) / kPanelRows,
-            panels.data());
+  CHECK(transcode(matrix.type, blocks, matrix.rows, matrix.cols, 0,
+                  (matrix.rows + kPanelRows - 1) / kPanelRows, panels.data()));
   return panels;
 }
 
