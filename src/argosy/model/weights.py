@@ -24,8 +24,8 @@ _MOST_IN_FLIGHT = 256  # tensors: nobody may be here to issue the next read whil
 
 
 def is_vector(name: str) -> bool:
-    """Norms and biases; everything else is the matrix of a product."""
-    return name.endswith(("norm", "_bias"))
+    """Norms, biases and sinks; everything else is the matrix of a product."""
+    return name.endswith(("norm", "_bias", "sinks"))
 
 
 @dataclass(frozen=True, slots=True)
