@@ -84,6 +84,10 @@ def _dense_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 def _routed_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     hidden = config.hidden_size
     yield "router", (config.num_experts, hidden)
+    if config.router.has_bias:
+        yield "router_bias", (config.num_experts,)
+    if config.router.has_choice_bias:
+        yield "choice_bias", (config.num_experts,)
     if config.shared_width:
         yield "shared_gate", (config.shared_width, hidden)
         yield "shared_up", (config.shared_width, hidden)
