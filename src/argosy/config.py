@@ -278,6 +278,7 @@ class ModelConfig:
     has_expert_bias: bool = False  # gate, up and down of routed experts
     norm_offset: float = 0.0  # norms hold their weight less this: 1 where they are zero-centred
     is_embedding_tied: bool = False  # the head is the embedding table
+    num_mtp_layers: int = 0  # of multi-token prediction: behind `layers` in the files, never in memory
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
 

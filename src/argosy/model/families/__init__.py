@@ -95,6 +95,7 @@ def _open_gguf(path: Path) -> ModelFiles:
             supported=("model",),
         )
     architecture = file.text("general.architecture")
+    # Families that share an architecture share its reader.
     families = {family.GGUF_ARCHITECTURE: family for family in FAMILIES.values()}
     if architecture not in families:
         raise UnsupportedModel(

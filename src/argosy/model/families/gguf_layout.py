@@ -92,7 +92,8 @@ def read_gguf_layout(
     experts: dict[tuple[int, int], ExpertRecord] = {}
     for layer in config.moe_layers:
         experts |= accounts.experts(config, layer)
-    accounts.refuse_extra(config, _NOT_WEIGHTS if has_rope_freqs else _LEFTOVERS, "these metadata")
+    passed_over = _NOT_WEIGHTS if has_rope_freqs else _LEFTOVERS
+    accounts.refuse_extra(config, passed_over.fullmatch, "these metadata")
     require_one_format_a_layer(experts, file.path)
     return ModelFiles(file.path, config, dense, experts, header=file)
 

@@ -5,8 +5,9 @@
 A family has one layout or several: the hub keeps one tensor per expert matrix, and `transformers` 5 can also
 write all experts of a layer as one fused tensor, [experts, 2 * width, hidden] with gate before up. The first
 layout whose expert tensors are there is read. Every tensor is accounted for: one that is missing, has another
-shape, has a dtype that no kernel reads, or is not asked for is an error with its name. Only what old
-exporters leave behind is passed over (`_LEFTOVERS`).
+shape, has a dtype that no kernel reads, or is not asked for is an error with its name. Passed over is only what
+is known and has no part in text: constants that old exporters leave behind (`_LEFTOVERS`), layers for
+multi-token prediction, and what a layout names itself, such as a vision tower.
 
 Elsewhere: shapes are `checkpoint/geometry.py`; where bytes lie is `checkpoint/safetensors.py`.
 """
@@ -14,7 +15,7 @@ Elsewhere: shapes are `checkpoint/geometry.py`; where bytes lie is `checkpoint/s
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,15 +35,11 @@ from argosy.model.families.accounts import TensorAccounts
 
 _FORMAT_OF_DTYPE: Mapping[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 # Constants that old exporters saved with the weights; they are computed from the config here.
-_LEFTOVERS = re.compile(
-    r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|model\.layers\.\d+\.self_attn\.bias"
+_LEFTOVERS = (
+    r"({prefix})?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|{prefix}layers\.\d+\.self_attn\.bias"
 )
 
-MODEL_NAMES = {
-    "embed": "model.embed_tokens.weight",
-    "head": "lm_head.weight",
-    "final_norm": "model.norm.weight",
-}
+_MODEL_NAMES = {"embed": "embed_tokens.weight", "final_norm": "norm.weight"}
 ATTENTION_NAMES = {
     "attn_norm": "input_layernorm.weight",
     "q": "self_attn.q_proj.weight",
@@ -61,25 +58,46 @@ ATTENTION_NAMES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Names below `model.layers.{i}.`: dense ones by canonical name, experts one by one or fused."""
+    """Names below `{prefix}layers.{i}.`: dense ones by canonical name, experts one by one or fused."""
 
     layer_names: Mapping[str, str]
     expert_names: tuple[str, str, str] | None = None  # gate, up, down, with {expert}
     fused_names: tuple[str, str] | None = None  # gate and up in one, down
+    prefix: str = "model."
+    head_name: str = "lm_head.weight"
+    passed_over: str | None = None  # regular expression of whole names: tensors that text does not need
 
     def dense_name(self, canonical: str) -> str:
         """The checkpoint's name of a dense tensor."""
-        if canonical in MODEL_NAMES:
-            return MODEL_NAMES[canonical]
+        if canonical == "head":
+            return self.head_name
+        if canonical in _MODEL_NAMES:
+            return self.prefix + _MODEL_NAMES[canonical]
         _, layer, last = canonical.split(".")
-        return f"model.layers.{layer}.{self.layer_names[last]}"
+        return f"{self.prefix}layers.{layer}.{self.layer_names[last]}"
 
     def names_of_expert(self, layer: int, expert: int) -> tuple[str, ...]:
         """The checkpoint's names of the tensors that an expert is read from."""
         if self.fused_names is not None:
-            return tuple(f"model.layers.{layer}.{name}" for name in self.fused_names)
+            return tuple(f"{self.prefix}layers.{layer}.{name}" for name in self.fused_names)
         assert self.expert_names is not None
-        return tuple(f"model.layers.{layer}.{name.format(expert=expert)}" for name in self.expert_names)
+        return tuple(
+            f"{self.prefix}layers.{layer}.{name.format(expert=expert)}" for name in self.expert_names
+        )
+
+    def is_passed_over(self, config: ModelConfig) -> Callable[[str], bool]:
+        """Tells the names of tensors that may stand in a checkpoint of `config` and are never read."""
+        prefix = re.escape(self.prefix)
+        known = re.compile("|".join(filter(None, (_LEFTOVERS.format(prefix=prefix), self.passed_over))))
+        layer_of = re.compile(prefix + r"layers\.(\d{1,9})\..+")
+        # Layers for multi-token prediction are numbered on from the model's own.
+        mtp_layers = range(config.num_layers, config.num_layers + config.num_mtp_layers)
+
+        def is_known(name: str) -> bool:
+            layer = layer_of.fullmatch(name)
+            return known.fullmatch(name) is not None or (layer is not None and int(layer[1]) in mtp_layers)
+
+        return is_known
 
 
 def read_layout(
@@ -91,18 +109,18 @@ def read_layout(
         CheckpointError: a tensor is missing, extra, or of another shape than the config calls for.
         UnsupportedModel: a tensor has a dtype that no kernel reads.
     """
-    if config.is_embedding_tied and MODEL_NAMES["head"] in tensors:
-        # Tied in the config, and yet a head in the files: the files win, as in transformers 5.
-        config = replace(config, is_embedding_tied=False)
     probe = config.moe_layers[0]
     layout = next((one for one in layouts if one.names_of_expert(probe, 0)[0] in tensors), layouts[0])
+    if config.is_embedding_tied and layout.head_name in tensors:
+        # Tied in the config, and yet a head in the files: the files win, as in transformers 5.
+        config = replace(config, is_embedding_tied=False)
     reader = _Accounts(directory, tensors, _FORMAT_OF_DTYPE)
     dense = {
         canonical: reader.dense(layout.dense_name(canonical), shape)
         for canonical, shape in dense_shapes(config)
     }
     experts = reader.experts(config, layout)
-    reader.refuse_extra(config, _LEFTOVERS, "this config.json")
+    reader.refuse_extra(config, layout.is_passed_over(config), "this config.json")
     require_one_format_a_layer(experts, directory)
     return ModelFiles(directory, config, dense, experts)
 
