@@ -11,6 +11,7 @@
 
 #include "bind/bind.h"
 #include "bind/matrix.h"
+#include "bind/routing.h"
 #include "kernels/kernel_table.h"
 #include "ops/attention.h"
 #include "ops/layer.h"
@@ -178,20 +179,33 @@ void bind_layer(nb::module_& m) {
       },
       "runtime"_a, "x"_a.noconvert(), "cosine"_a, "sine"_a);
 
+  nb::class_<Routing>(m, "Routing")
+      .def(
+          "__init__",
+          [](Routing* self, int64_t experts_per_token, const std::string& score,
+             const std::optional<Array>& choice_bias, int64_t num_groups, int64_t kept_groups,
+             const std::string& group_score, bool renormalize, float renormalize_eps, float scale) {
+            new (self) Routing(make_routing(experts_per_token, score, choice_bias, num_groups, kept_groups,
+                                            group_score, renormalize, renormalize_eps, scale));
+          },
+          "experts_per_token"_a, nb::kw_only(), "score"_a, "choice_bias"_a.none() = nb::none(),
+          "num_groups"_a = 1, "kept_groups"_a = 1, "group_score"_a = "top2", "renormalize"_a,
+          "renormalize_eps"_a = 0.0f, "scale"_a = 1.0f);
+
   m.def(
       "route",
-      [](Runtime& runtime, const Array& logits, int64_t k, bool renormalize, const OutArray& ids,
+      [](Runtime& runtime, const Routing& routing, const Array& logits, const OutArray& ids,
          const OutArray& weights) {
         const float* from = read_array<float>("logits", logits, {kAnySize, kAnySize});
         const int64_t num_tokens = int64_t(logits.shape(0));
         const int64_t num_experts = int64_t(logits.shape(1));
-        require_range("k", k, 1, num_experts);
-        int32_t* chosen = write_array<int32_t>("ids", ids, {num_tokens, k});
-        float* to = write_array<float>("weights", weights, {num_tokens, k});
+        const RouteRule rule = routing.checked(num_experts);
+        int32_t* chosen = write_array<int32_t>("ids", ids, {num_tokens, rule.k});
+        float* to = write_array<float>("weights", weights, {num_tokens, rule.k});
         nb::gil_scoped_release released;
-        route(runtime, from, num_tokens, num_experts, k, renormalize, chosen, to);
+        route(runtime, rule, from, num_tokens, num_experts, chosen, to);
       },
-      "runtime"_a, "logits"_a, "k"_a, "renormalize"_a, "ids"_a.noconvert(), "weights"_a.noconvert());
+      "runtime"_a, "routing"_a, "logits"_a, "ids"_a.noconvert(), "weights"_a.noconvert());
 
   m.def(
       "combine",

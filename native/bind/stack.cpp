@@ -19,6 +19,7 @@
 
 #include "bind/bind.h"
 #include "bind/matrix.h"
+#include "bind/routing.h"
 
 namespace argosy {
 
@@ -109,14 +110,18 @@ BoundFfn dense_ffn(const Matrix& gate, const Matrix& up, const Matrix& down) {
   return bound;
 }
 
-BoundFfn routed_ffn(const Matrix& router, int64_t experts_per_token, bool renormalize, int64_t width,
-                    const FormatNames& formats, const std::optional<NetworkOfMatrices>& shared,
+BoundFfn routed_ffn(const Matrix& router, const Routing& routing, const std::optional<Array>& router_bias,
+                    int64_t width, const FormatNames& formats, const std::optional<NetworkOfMatrices>& shared,
                     const Matrix* shared_score, const std::optional<Array>& gate_bias,
                     const std::optional<Array>& up_bias, const std::optional<Array>& down_bias) {
-  require_range("experts_per_token", experts_per_token, 1, router.view.rows);
   BoundFfn bound;
   RoutedFfn ffn = {};
-  ffn.router = {bound.kept.keep(router), experts_per_token, renormalize};
+  ffn.router = {
+      .matrix = bound.kept.keep(router),
+      .bias = bound.kept.keep("router_bias", router_bias, router.view.rows),
+      .rule = routing.checked(router.view.rows),
+  };
+  if (routing.choice_bias) bound.kept.arrays.push_back(*routing.choice_bias);
   ffn.width = width;
   ffn.formats = parse_formats(formats);
   const int64_t num_experts = router.view.rows;
@@ -170,7 +175,7 @@ struct BufferColumns {
   void widen(const DenseFfn&) {}
   void widen(const RoutedFfn& ffn) {
     experts = std::max(experts, ffn.router.matrix.rows);
-    k = std::max(k, ffn.router.k);
+    k = std::max(k, ffn.router.rule.k);
   }
 };
 
@@ -374,10 +379,10 @@ void bind_stack(nb::module_& m) {
         "output_bias"_a.none() = nb::none(), "query_norm"_a.none() = nb::none(),
         "key_norm"_a.none() = nb::none(), "sinks"_a.none() = nb::none());
   m.def("dense_ffn", &dense_ffn, "gate"_a, "up"_a, "down"_a);
-  m.def("routed_ffn", &routed_ffn, "router"_a, nb::kw_only(), "experts_per_token"_a, "renormalize"_a,
-        "width"_a, "formats"_a, "shared"_a.none() = nb::none(), "shared_score"_a.none() = nb::none(),
-        "gate_bias"_a.none() = nb::none(), "up_bias"_a.none() = nb::none(),
-        "down_bias"_a.none() = nb::none());
+  m.def("routed_ffn", &routed_ffn, "router"_a, "routing"_a, nb::kw_only(),
+        "router_bias"_a.none() = nb::none(), "width"_a, "formats"_a, "shared"_a.none() = nb::none(),
+        "shared_score"_a.none() = nb::none(), "gate_bias"_a.none() = nb::none(),
+        "up_bias"_a.none() = nb::none(), "down_bias"_a.none() = nb::none());
 
   nb::class_<Rotary>(m, "Rotary")
       .def(

@@ -162,10 +162,11 @@ bool Stack::feed_forward(const RoutedFfn& ffn) {
 
 // Chooses the experts of each token and sorts the assignments (token * k + rank) by expert, stably.
 void Stack::dispatch(const RoutedFfn& ffn) {
-  const int64_t experts = ffn.router.matrix.rows, k = ffn.router.k, assignments = batch_.num_tokens * k;
+  const int64_t experts = ffn.router.matrix.rows, k = ffn.router.rule.k, assignments = batch_.num_tokens * k;
   matmul(runtime_, {{ffn.router.matrix, buffers_.router_logits}}, buffers_.normed, batch_.num_tokens);
-  route(runtime_, buffers_.router_logits, batch_.num_tokens, experts, k, ffn.router.renormalize,
-        buffers_.expert_ids, buffers_.routing_weights);
+  add_bias(runtime_, ffn.router.bias, batch_.num_tokens, experts, buffers_.router_logits);
+  route(runtime_, ffn.router.rule, buffers_.router_logits, batch_.num_tokens, experts, buffers_.expert_ids,
+        buffers_.routing_weights);
 
   std::fill(starts_.begin(), starts_.end(), 0);
   std::fill(decode_wants_.begin(), decode_wants_.end(), false);
@@ -209,7 +210,7 @@ void Stack::add_shared(const RoutedFfn& ffn) {
 // Runs the experts of group_, which are of the demand, on the tokens that chose them.
 void Stack::run_group(const std::vector<int32_t>& expert_ids) {
   const RoutedFfn& ffn = routed_ffn();
-  const int64_t k = ffn.router.k, hidden = description_.embedding.cols;
+  const int64_t k = ffn.router.rule.k, hidden = description_.embedding.cols;
   for (size_t i = 0; i < expert_ids.size(); ++i) {
     const auto row_of = [&](const float* table, int64_t cols) {
       return table != nullptr ? table + expert_ids[i] * cols : nullptr;
@@ -233,7 +234,7 @@ void Stack::run_group(const std::vector<int32_t>& expert_ids) {
 }
 
 void Stack::combine_experts(const RoutedFfn& ffn) {
-  combine(runtime_, buffers_.expert_out, buffers_.routing_weights, batch_.num_tokens, ffn.router.k,
+  combine(runtime_, buffers_.expert_out, buffers_.routing_weights, batch_.num_tokens, ffn.router.rule.k,
           description_.embedding.cols, buffers_.hidden);
   mark(Part::expert_compute);
 }

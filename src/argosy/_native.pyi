@@ -90,10 +90,38 @@ def rope(runtime: Runtime, x: _Floats, cosine: _Floats, sine: _Floats) -> None:
     Dimension i turns with dimension i + pairs; dimensions from 2 * pairs on stay.
     """
 
-def route(runtime: Runtime, logits: _Floats, k: int, renormalize: bool, ids: _Ints, weights: _Floats) -> None:
-    """Softmax over all experts of logits [tokens, experts]; the k best into ids and weights [tokens, k].
+class Routing:
+    """How the experts of a token follow from its router logits (native/kernels/route.h).
 
-    Best first; on a tie the lower id wins. With `renormalize` the weights of a token sum to 1.
+    Scores are the softmax over all experts, or each one's sigmoid. The k best are chosen by score plus `choice_bias`,
+    of the best `kept_groups` of `num_groups` groups of equal size; a group is worth its best expert, or the sum of its
+    best two. On a tie the lower id wins. Routing weights are the scores, without the bias, of those chosen; with
+    `renormalize` divided by their sum plus `renormalize_eps`; times `scale`.
+
+    Args:
+        experts_per_token: k.
+        choice_bias: [experts]; None for none.
+    """
+
+    def __init__(
+        self,
+        experts_per_token: int,
+        *,
+        score: Literal["softmax", "sigmoid"],
+        choice_bias: _Floats | None = None,
+        num_groups: int = 1,
+        kept_groups: int = 1,
+        group_score: Literal["max", "top2"] = "top2",
+        renormalize: bool,
+        renormalize_eps: float = 0.0,
+        scale: float = 1.0,
+    ) -> None: ...
+
+def route(runtime: Runtime, routing: Routing, logits: _Floats, ids: _Ints, weights: _Floats) -> None:
+    """Logits [tokens, experts] -> ids (best first) and routing weights [tokens, k].
+
+    Raises:
+        ValueError: the routing does not fit the number of experts.
     """
 
 def combine(runtime: Runtime, expert_out: _Floats, weights: _Floats, out: _Floats) -> None:
@@ -239,9 +267,9 @@ def dense_ffn(gate: Matrix, up: Matrix, down: Matrix) -> Ffn:
 
 def routed_ffn(
     router: Matrix,
+    routing: Routing,
     *,
-    experts_per_token: int,
-    renormalize: bool,
+    router_bias: _Floats | None = None,
     width: int,
     formats: Sequence[Format],
     shared: Sequence[Matrix] | None = None,
@@ -254,6 +282,7 @@ def routed_ffn(
 
     Args:
         router: [experts, hidden].
+        router_bias: [experts], added to the router's product; None for none.
         formats: of gate, up and down of the routed experts.
         shared: gate, up and down of the shared expert.
         shared_score: [1, hidden]; the shared expert's output is taken times sigmoid(shared_score . x).

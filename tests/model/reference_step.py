@@ -12,7 +12,7 @@ from argosy import _native
 from argosy.config import ModelConfig
 from argosy.experts.source import ExpertSource
 from argosy.model.batch import Batch
-from argosy.model.layers import describe_activation
+from argosy.model.layers import describe_activation, routing
 from argosy.model.rope import angle_scale, inverse_frequency
 from argosy.model.weights import DenseWeights
 
@@ -119,9 +119,9 @@ class ReferenceDecoder:
         self, hidden: Floats, normed: Floats, layer: int, batch: Batch, experts: ExpertSource
     ) -> None:
         config, k = self.config, self.config.experts_per_token
-        logits = self._product(self.weights.matrices[f"layers.{layer}.router"], normed)
+        logits = self._projection(f"layers.{layer}.router", normed)
         ids, weights = np.empty((len(normed), k), np.int32), np.empty((len(normed), k), np.float32)
-        _native.route(self.runtime, logits, k, config.router.renormalize, ids, weights)
+        _native.route(self.runtime, routing(config, layer, self.weights), logits, ids, weights)
 
         flat = ids.reshape(-1)
         out = np.empty((flat.size, config.hidden_size), np.float32)

@@ -86,6 +86,10 @@ def _dense_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 def _routed_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     hidden = config.hidden_size
     yield "router", (config.num_experts, hidden)
+    if config.router.has_bias:
+        yield "router_bias", (config.num_experts,)
+    if config.router.has_choice_bias:
+        yield "choice_bias", (config.num_experts,)
     if config.has_expert_bias:
         yield "expert_gate_bias", (config.num_experts, config.expert_width)
         yield "expert_up_bias", (config.num_experts, config.expert_width)

@@ -81,8 +81,8 @@ def _routed_ffn(
         shared = [weights.matrices[name + part] for part in ("shared_gate", "shared_up", "shared_down")]
     return _native.routed_ffn(
         weights.matrices[name + "router"],
-        experts_per_token=config.experts_per_token,
-        renormalize=config.router.renormalize,
+        routing(config, layer, weights),
+        router_bias=weights.vectors.get(name + "router_bias"),
         width=config.expert_width,
         formats=("f32", "f32", "f32") if experts is None else experts.formats(layer),
         shared=shared,
@@ -90,4 +90,20 @@ def _routed_ffn(
         gate_bias=weights.vectors.get(name + "expert_gate_bias"),
         up_bias=weights.vectors.get(name + "expert_up_bias"),
         down_bias=weights.vectors.get(name + "expert_down_bias"),
+    )
+
+
+def routing(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Routing:
+    """How a layer's experts follow from its router's product and bias."""
+    router = config.router
+    return _native.Routing(
+        config.experts_per_token,
+        score=router.score,
+        choice_bias=weights.vectors.get(f"layers.{layer}.choice_bias"),
+        num_groups=router.num_groups,
+        kept_groups=router.kept_groups,
+        group_score=router.group_score,
+        renormalize=router.renormalize,
+        renormalize_eps=router.renormalize_eps,
+        scale=router.scale,
     )
