@@ -33,6 +33,11 @@ def describe_layers(config: ModelConfig, weights: DenseWeights, experts: ExpertS
     ]
 
 
+def kv_shapes(config: ModelConfig) -> list[_native.KvShape]:
+    """What each layer keeps of every position."""
+    return [_KV_SHAPES[layer.mixer](config) for layer in config.layers]
+
+
 def describe_activation(config: ModelConfig) -> _native.Activation:
     """What lies between the products of a feed-forward network."""
     activation = config.activation
@@ -63,6 +68,17 @@ def _attention(config: ModelConfig, layer: int, weights: DenseWeights) -> _nativ
 
 _MIXERS: Mapping[MixerKind, Callable[[ModelConfig, int, DenseWeights], _native.Mixer]] = {
     "attention": _attention,
+}
+
+
+def _latent_dim(config: ModelConfig) -> int:
+    assert config.latent is not None
+    return config.latent.kv_rank + config.latent.rope_dim
+
+
+_KV_SHAPES: Mapping[MixerKind, Callable[[ModelConfig], _native.KvShape]] = {
+    "attention": lambda config: _native.KvShape.keys_values(config.num_kv_heads, config.head_dim),
+    "latent": lambda config: _native.KvShape.latent(_latent_dim(config)),
 }
 
 
