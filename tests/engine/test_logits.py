@@ -10,6 +10,7 @@ import pytest
 from argosy import Engine, SamplingParams, _native
 from tests.models.numpy_model import NumpyModel
 from tests.models.random_models import random_configuration, write_decided_model
+from tests.models.runnable import runnable
 from tests.models.references import LARGEST_DIFFERENCE, REFERENCES, Reference, difference
 
 INSTRUCTION_SETS = _native.instruction_sets()
@@ -18,10 +19,11 @@ INSTRUCTION_SETS = _native.instruction_sets()
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("reference", REFERENCES, ids=lambda reference: reference.name)
 def test_logits_and_greedy_continuation_equal_transformers(
-    reference: Reference, instruction_set: str
+    reference: Reference, instruction_set: str, tmp_path: Path
 ) -> None:
     greedy = SamplingParams(max_tokens=len(reference.greedy), temperature=0, ignore_eos=True)
-    with Engine(reference.directory, memory="4GiB", threads=1, instruction_set=instruction_set) as engine:
+    model = runnable(reference.directory, tmp_path)
+    with Engine(model, memory="4GiB", threads=1, instruction_set=instruction_set) as engine:
         logits = engine.logits(reference.input_ids)
         result = engine.generate(reference.input_ids, greedy)
 

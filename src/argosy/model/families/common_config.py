@@ -53,7 +53,11 @@ def read_common(
         "context_tokens": context_tokens,
         "num_experts": num_experts,
         "experts_per_token": reader.integer(
-            "num_experts_per_tok", "num_experts_per_token", "experts_per_token", default=experts_per_token, most=num_experts
+            "num_experts_per_tok",
+            "num_experts_per_token",
+            "experts_per_token",
+            default=experts_per_token,
+            most=num_experts,
         ),
         "is_embedding_tied": reader.flag("tie_word_embeddings", False),
         "eos_ids": reader.token_ids("eos_token_id", eos_id),
