@@ -39,7 +39,12 @@ def test_a_config_of_the_hub() -> None:
     assert config.router == RouterConfig(has_bias=True, renormalize=True)
     assert config.activation == ActivationConfig(kind="clamped", limit=7.0, alpha=1.702)
     assert config.has_qkv_bias and config.has_o_bias and config.has_sinks and config.has_expert_bias
-    assert (config.head_dim, config.expert_width, config.num_experts, config.experts_per_token) == (12, 18, 5, 2)
+    assert (config.head_dim, config.expert_width, config.num_experts, config.experts_per_token) == (
+        12,
+        18,
+        5,
+        2,
+    )
     assert (config.rope.kind, config.rope.truncate, config.rope.original_context) == ("yarn", False, 16)
     assert config.eos_ids == (2,)
     assert config.bos_id is None
