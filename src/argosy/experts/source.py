@@ -217,7 +217,7 @@ class ExpertFiles:
         for piece, at in zip(record.pieces, places, strict=True):
             where = (self._file_ids[str(piece.path)], piece.offset, piece.nbytes, at)
             if (blocks := piece.transcode) is not None:
-                pieces.append((*where, blocks.block_type, blocks.rows, blocks.cols))
+                pieces.append((*where, blocks.block_type, blocks.rows, blocks.cols, blocks.interleaved))
             else:
                 pieces.append(where)
             if piece.checksum is not None:
