@@ -150,13 +150,17 @@ class Transcode:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes that one read brings; whole matrices, or all their quants or scales, where they are transcoded."""
+    """Bytes that one read brings; whole matrices, or all their quants or scales, where they are transcoded.
+
+    Where quants and scales are two pieces, the second `completes` the first: it lands in the same memory.
+    """
 
     path: Path
     offset: int
     nbytes: int
     checksum: int | None = None  # crc32c_wide of the bytes; packs have one
     transcode: Transcode | None = None
+    completes: int | None = None  # an earlier piece of the record
 
     @property
     def landed_bytes(self) -> int:
@@ -216,7 +220,7 @@ class ModelFiles:
     @cached_property
     def dense_bytes(self) -> int:
         """Bytes of everything that each token needs."""
-        return sum(ref.nbytes for ref in self.dense.values())
+        return sum(ref.nbytes if ref.turn is None else ref.nbytes // 2 for ref in self.dense.values())
 
     @cached_property
     def expert_bytes(self) -> int:
