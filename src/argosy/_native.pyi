@@ -11,8 +11,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Format = Literal["f32", "f16", "bf16", "q8", "q4", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k"]
+Format = Literal[
+    "f32", "f16", "bf16",
+    "q8", "q4", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4", "int4",
+]  # fmt: skip
 InstructionSet = Literal["plain", "avx2", "avx512"]
+Activation = tuple[Literal["silu", "clamped"], float, float]  # kind, limit, alpha
 _Floats = NDArray[np.float32]
 _Ints = NDArray[np.int32]
 _Bytes = NDArray[np.uint8]
@@ -48,13 +52,18 @@ def quantize(format: Format, weights: _Floats, out: _Bytes, runtime: Runtime | N
     """Write weights [rows, cols] to `out` [matrix_bytes] as f32, f16, bf16, or q8 or q4 on the threads of `runtime`.
 
     The bytes are the same on every instruction set. q4 scales have the least squared error of a list of candidates. A
-    group of 32 with an infinity or a NaN gets a NaN scale. The other formats only hold what a GGUF file has.
+    group of 32 with an infinity or a NaN gets a NaN scale. The other formats only hold what a file has.
     """
 
-def transcode(block_type: str, data: _Bytes, rows: int, cols: int) -> _Bytes:
-    """GGUF blocks of a matrix [rows, cols] as the bytes of its slot format, without loss.
+def transcode(
+    block_type: str, data: _Bytes, rows: int, cols: int, interleaved: int = 1, out: _Bytes | None = None
+) -> _Bytes:
+    """Blocks of a matrix [rows, cols] as the bytes of its slot format, without loss.
 
-    Q8_0 becomes q8, Q4_0 q4, the others the format of their name. cols is a multiple of 32, or 256 for the K types.
+    Q8_0 becomes q8, Q4_0 q4, GGUF's other types the format of their name; cols is a multiple of their block's 32 or
+    256. `int4_quants`, `int4_scales`, `mxfp4_quants` and `mxfp4_scales` (native/kernels/transcode.h) write only their
+    part of the panels: to `out` [matrix_bytes], which is returned, or beside zeros. `interleaved` matrices of `rows`
+    rows each, row by row in `data`, come out one behind the other.
     """
 
 def dequantize(format: Format, data: _Bytes, rows: int, cols: int) -> _Floats:
@@ -83,16 +92,45 @@ def embed(runtime: Runtime, matrix: Matrix, ids: _Ints, out: _Floats) -> None:
 def rms_norm(runtime: Runtime, x: _Floats, weight: _Floats, eps: float, out: _Floats) -> None:
     """out[n] = x[n] / sqrt(mean(x[n]^2) + eps) * weight, for x [n, cols]; out may be x."""
 
-def rope(runtime: Runtime, x: _Floats, cosine: _Floats, sine: _Floats) -> None:
+def rope(runtime: Runtime, x: _Floats, cosine: _Floats, sine: _Floats, is_interleaved: bool = False) -> None:
     """Rotate x [tokens, heads, head_dim] in place, by cosine and sine [tokens, pairs].
 
-    Dimension i turns with dimension i + pairs; dimensions from 2 * pairs on stay.
+    Dimension i turns with dimension i + pairs, or, interleaved, dimension 2 i with 2 i + 1; dimensions from 2 * pairs
+    on stay.
     """
 
-def route(runtime: Runtime, logits: _Floats, k: int, renormalize: bool, ids: _Ints, weights: _Floats) -> None:
-    """Softmax over all experts of logits [tokens, experts]; the k best into ids and weights [tokens, k].
+class Routing:
+    """How the experts of a token follow from its router logits (native/kernels/route.h).
 
-    Best first; on a tie the lower id wins. With `renormalize` the weights of a token sum to 1.
+    Scores are the softmax over all experts, or each one's sigmoid. The k best are chosen by score plus `choice_bias`,
+    of the best `kept_groups` of `num_groups` groups of equal size; a group is worth its best expert, or the sum of its
+    best two. On a tie the lower id wins. Routing weights are the scores, without the bias, of those chosen; with
+    `renormalize` divided by their sum plus `renormalize_eps`; times `scale`.
+
+    Args:
+        experts_per_token: k.
+        choice_bias: [experts]; None for none.
+    """
+
+    def __init__(
+        self,
+        experts_per_token: int,
+        *,
+        score: Literal["softmax", "sigmoid"],
+        choice_bias: _Floats | None = None,
+        num_groups: int = 1,
+        kept_groups: int = 1,
+        group_score: Literal["max", "top2"] = "top2",
+        renormalize: bool,
+        renormalize_eps: float = 0.0,
+        scale: float = 1.0,
+    ) -> None: ...
+
+def route(runtime: Runtime, routing: Routing, logits: _Floats, ids: _Ints, weights: _Floats) -> None:
+    """Logits [tokens, experts] -> ids (best first) and routing weights [tokens, k].
+
+    Raises:
+        ValueError: the routing does not fit the number of experts.
     """
 
 def combine(runtime: Runtime, expert_out: _Floats, weights: _Floats, out: _Floats) -> None:
@@ -113,8 +151,13 @@ def swiglu_experts(
     token: _Ints,
     row: _Ints,
     out: _Floats,
+    *,
+    activation: Activation = ("silu", 0.0, 0.0),
+    gate_bias: _Floats | None = None,
+    up_bias: _Floats | None = None,
+    down_bias: _Floats | None = None,
 ) -> None:
-    """Run each expert on its tokens: out[row[a]] = (silu(x Wg^T) * (x Wu^T)) Wd^T with x = x[token[a]].
+    """Run each expert on its tokens: out[row[a]] = activation(x Wg^T + bg, x Wu^T + bu) Wd^T + bd, x = x[token[a]].
 
     Args:
         formats: of gate, up and down.
@@ -124,32 +167,46 @@ def swiglu_experts(
         token: [assignments], row of x.
         row: [assignments], row of `out`, each at most once.
         out: [any, hidden]; rows that `row` does not name stay as they are.
+        activation: of gate and up.
+        gate_bias, up_bias: [experts, width].   down_bias: [experts, hidden].
     """
 
-def swiglu(runtime: Runtime, gate: Matrix, up: Matrix, down: Matrix, x: _Floats, out: _Floats) -> None:
+def swiglu(
+    runtime: Runtime,
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+    x: _Floats,
+    out: _Floats,
+    activation: Activation = ("silu", 0.0, 0.0),
+) -> None:
     """The same for one network and all tokens of x [tokens, hidden]: a dense layer or a shared expert."""
 
+class KvShape:
+    """What a layer keeps of each position in a KvCache."""
+
+    @staticmethod
+    def keys_values(kv_heads: int, head_dim: int) -> KvShape:
+        """A key and a value for each KV head. Positions of a block and dimensions of values are padded to 16."""
+
+    @staticmethod
+    def latent(dim: int) -> KvShape:
+        """One vector that all heads share, and nothing else."""
+
+    @staticmethod
+    def none() -> KvShape:
+        """Nothing: the layer has a recurrent state."""
+
 def kv_cache_bytes(
-    num_layers: int,
-    num_blocks: int,
-    block_tokens: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype: Literal["f32", "f16"],
+    layers: Sequence[KvShape], num_blocks: int, block_tokens: int, dtype: Literal["f32", "f16"]
 ) -> int:
-    """What a KvCache takes. Block positions and value dimensions are padded to 16."""
+    """What a KvCache takes."""
 
 class KvCache:
-    """Keys and values of all layers; memory appears when it is first written."""
+    """What all layers keep of the positions they have seen; memory appears when it is first written."""
 
     def __init__(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        block_tokens: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: Literal["f32", "f16"],
+        self, layers: Sequence[KvShape], num_blocks: int, block_tokens: int, dtype: Literal["f32", "f16"]
     ) -> None: ...
     @property
     def nbytes(self) -> int: ...
@@ -170,6 +227,7 @@ def attention(
     scale: float,
     window: int,
     out: _Floats,
+    sinks: _Floats | None = None,
 ) -> None:
     """Causal grouped-query attention; tokens of a sequence that stand next to each other share its keys.
 
@@ -179,6 +237,7 @@ def attention(
         sequence, position: [tokens]. A token sees the positions up to its own, which must be written already.
         window: a token sees its last `window` positions, itself included; 0 for all.
         out: [tokens, heads * head_dim].
+        sinks: [heads], a score of each head that takes weight and adds nothing; None for none.
     """
 
 # The layers of a decoder (native/ops/stack.h), as one operation.
@@ -204,6 +263,7 @@ def grouped_query_attention(
     output_bias: _Floats | None = None,
     query_norm: _Floats | None = None,
     key_norm: _Floats | None = None,
+    sinks: _Floats | None = None,
 ) -> Mixer:
     """q, k, v -> norm of each head -> rotary -> KV cache -> attention -> output projection.
 
@@ -212,6 +272,7 @@ def grouped_query_attention(
         window, scale: as for `attention`.
         query_bias ...: one number per row of the matrix; None for none.
         query_norm, key_norm: [head_dim], both or none.
+        sinks: [heads], as for `attention`.
     """
 
 def dense_ffn(gate: Matrix, up: Matrix, down: Matrix) -> Ffn:
@@ -219,30 +280,38 @@ def dense_ffn(gate: Matrix, up: Matrix, down: Matrix) -> Ffn:
 
 def routed_ffn(
     router: Matrix,
+    routing: Routing,
     *,
-    experts_per_token: int,
-    renormalize: bool,
+    router_bias: _Floats | None = None,
     width: int,
     formats: Sequence[Format],
     shared: Sequence[Matrix] | None = None,
     shared_score: Matrix | None = None,
+    gate_bias: _Floats | None = None,
+    up_bias: _Floats | None = None,
+    down_bias: _Floats | None = None,
 ) -> Ffn:
     """Experts of `width` that the router chooses, as `route` does, and a shared one for every token.
 
     Args:
         router: [experts, hidden].
+        router_bias: [experts], added to the router's product; None for none.
         formats: of gate, up and down of the routed experts.
         shared: gate, up and down of the shared expert.
         shared_score: [1, hidden]; the shared expert's output is taken times sigmoid(shared_score . x).
+        gate_bias, up_bias: of the routed experts, experts * width numbers.   down_bias: experts * hidden.
     """
 
 class Rotary:
     """Angles of the rotary position embedding: position * inverse_frequency (float64 [pairs], in radians).
 
-    Computed in float64, as are the cosines and sines times `scale`; then rounded to float32.
+    Computed in float64, as are the cosines and sines times `scale`; then rounded to float32. `is_interleaved`: which
+    dimensions make a pair, as for `rope`.
     """
 
-    def __init__(self, inverse_frequency: NDArray[np.float64], scale: float) -> None: ...
+    def __init__(
+        self, inverse_frequency: NDArray[np.float64], scale: float, is_interleaved: bool = False
+    ) -> None: ...
     def angles(self, runtime: Runtime, position: _Ints, cosine: _Floats, sine: _Floats) -> None:
         """Positions [tokens] -> cosine and sine [tokens, pairs], as `rope` takes them."""
 
@@ -253,6 +322,7 @@ class Stack:
 
     Args:
         embedding, head: [vocabulary, hidden].   final_norm: [hidden].
+        activation: of all feed-forward networks.
         layers: (norm [hidden], mixer, norm [hidden], feed-forward network) of each layer of `kv`.
         buffers: working memory by name, [max_tokens, columns] each (`model.workspace`).
         arena: where routed experts lie; None leaves them out of every sum.
@@ -270,6 +340,7 @@ class Stack:
         final_norm: _Floats,
         norm_eps: float,
         rotary: Rotary,
+        activation: Activation,
         layers: Sequence[tuple[_Floats, Mixer, _Floats, Ffn]],
         buffers: Mapping[str, NDArray[Any]],
         arena: Arena | None,
@@ -379,7 +450,13 @@ class FaultyFileSystem(FileSystem):
     @property
     def num_reads(self) -> int: ...
 
-Piece = tuple[int, int, int, int] | tuple[int, int, int, int, str, int, int]
+# file_id, offset, nbytes, dest_offset; to be transcoded: and block_type, rows, cols, which may be followed by how many
+# matrices of so many rows lie interleaved.
+Piece = (
+    tuple[int, int, int, int]
+    | tuple[int, int, int, int, str, int, int]
+    | tuple[int, int, int, int, str, int, int, int]
+)
 STAGING_BYTES: int
 
 class Store:

@@ -12,7 +12,8 @@ from argosy import _native
 from argosy.config import ModelConfig
 from argosy.experts.source import ExpertSource
 from argosy.model.batch import Batch
-from argosy.model.rope import angle_scale, inverse_frequency
+from argosy.model.layers import describe_activation, routing
+from argosy.model.rope import rotary
 from argosy.model.weights import DenseWeights
 
 Floats = NDArray[np.float32]
@@ -30,7 +31,7 @@ class ReferenceDecoder:
         runtime: _native.Runtime,
     ) -> None:
         self.config, self.weights, self.experts, self.kv, self.runtime = config, weights, experts, kv, runtime
-        self.rotary = _native.Rotary(inverse_frequency(config.rope), angle_scale(config.rope))
+        self.rotary = rotary(config.rope)
 
     def logits(self, batch: Batch) -> Floats:
         embedding = self.weights.matrices["embed"]
@@ -70,7 +71,7 @@ class ReferenceDecoder:
         cosine, sine = np.empty((2, tokens, config.rope.rotary_dim // 2), np.float32)
         self.rotary.angles(self.runtime, batch.positions, cosine, sine)
         for heads in (query, key):
-            _native.rope(self.runtime, heads, cosine, sine)
+            _native.rope(self.runtime, heads, cosine, sine, config.rope.is_interleaved)
         _native.kv_write(self.runtime, self.kv, layer, key, value, batch.slots)
         attended = np.empty((tokens, config.num_heads * config.head_dim), np.float32)
         _native.attention(
@@ -84,6 +85,7 @@ class ReferenceDecoder:
             config.head_dim**-0.5,
             config.layers[layer].sliding_window,
             attended,
+            self.weights.vectors.get(name + "sinks"),
         )
         hidden += self._projection(name + "o", attended)
 
@@ -100,7 +102,7 @@ class ReferenceDecoder:
     def _swiglu(self, x: Floats, *names: str) -> Floats:
         out = np.empty_like(x)
         gate, up, down = (self.weights.matrices[name] for name in names)
-        _native.swiglu(self.runtime, gate, up, down, x, out)
+        _native.swiglu(self.runtime, gate, up, down, x, out, describe_activation(self.config))
         return out
 
     def _add_shared(self, hidden: Floats, normed: Floats, name: str) -> None:
@@ -117,9 +119,9 @@ class ReferenceDecoder:
         self, hidden: Floats, normed: Floats, layer: int, batch: Batch, experts: ExpertSource
     ) -> None:
         config, k = self.config, self.config.experts_per_token
-        logits = self._product(self.weights.matrices[f"layers.{layer}.router"], normed)
+        logits = self._projection(f"layers.{layer}.router", normed)
         ids, weights = np.empty((len(normed), k), np.int32), np.empty((len(normed), k), np.float32)
-        _native.route(self.runtime, logits, k, config.router.renormalize, ids, weights)
+        _native.route(self.runtime, routing(config, layer, self.weights), logits, ids, weights)
 
         flat = ids.reshape(-1)
         out = np.empty((flat.size, config.hidden_size), np.float32)
@@ -130,6 +132,11 @@ class ReferenceDecoder:
             for group in lease:
                 rows = [np.flatnonzero(flat == expert).astype(np.int32) for expert in group.expert_ids]
                 row = np.concatenate(rows)
+                biases = {
+                    f"{part}_bias": table.reshape(config.num_experts, -1)[list(group.expert_ids)]
+                    for part in ("gate", "up", "down")
+                    if (table := self.weights.vectors.get(f"layers.{layer}.expert_{part}_bias")) is not None
+                }
                 starts = np.cumsum([0, *(len(each) for each in rows)], dtype=np.int32)
                 _native.swiglu_experts(
                     self.runtime,
@@ -143,5 +150,7 @@ class ReferenceDecoder:
                     row // np.int32(k),
                     row,
                     out,
+                    activation=describe_activation(config),
+                    **biases,
                 )
         _native.combine(self.runtime, out, weights, hidden)

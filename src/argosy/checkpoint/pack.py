@@ -44,6 +44,7 @@ from argosy.checkpoint.files import (
     ExpertRecord,
     MatrixRef,
     ModelFiles,
+    Piece,
     in_halves,
     is_quantised,
     matrix_bytes,
@@ -163,7 +164,11 @@ def _quantised_formats(files: ModelFiles) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _SourceMatrix:
-    """Where a matrix comes from, and what is done to it: blocks are transcoded, paired rows put into halves."""
+    """Where a matrix comes from, and what is done to it.
+
+    Blocks are transcoded, paired rows put into halves; values `strides` apart come to lie row after row: (from one
+    row to the next, from one column to the next).
+    """
 
     name: str
     path: Path
@@ -174,6 +179,10 @@ class _SourceMatrix:
     nbytes: int
     block_type: str | None = None
     paired_heads: int = 0
+    strides: tuple[int, int] | None = None
+    pieces: tuple[
+        Piece, ...
+    ] = ()  # quants and scales apart: they land in one memory, the matrix at `offset` in it
 
     @property
     def row_bytes(self) -> int:
@@ -210,9 +219,11 @@ def _plan(files: ModelFiles, format: str) -> tuple[list[MatrixRef], list[_Unit]]
     dense = lay_out_dense(files.config, _dense_format(files, format), Path(DENSE_FILE))
     for target in dense:
         ref = files.dense[target.name]
+        offset = ref.offset + (ref.turn or 0) * BYTES_PER_VALUE.get(ref.format, 0)
+        strides = None if ref.turn is None else (2 * ref.cols, 2)
         source = _SourceMatrix(
-            ref.name, ref.path, ref.offset, ref.format, ref.rows, ref.cols, ref.nbytes, ref.block_type,
-            ref.paired_heads,
+            ref.name, ref.path, offset, ref.format, ref.rows, ref.cols, ref.nbytes, ref.block_type,
+            ref.paired_heads, strides,
         )  # fmt: skip
         end = round_up(target.offset + target.nbytes, FILE_ALIGNMENT)
         units.append(_Unit(DENSE_FILE, target.offset, target.nbytes, end, ((source, target.format, 0),)))
@@ -237,11 +248,24 @@ def _expert_source(record: ExpertRecord, name: str, layer: int, expert: int) -> 
     matrix = getattr(record, name)
     piece = record.pieces[matrix.piece]
     label = f"{name} of expert {expert} in layer {layer}"
+    if others := tuple(other for other in record.pieces if other.completes == matrix.piece):
+        nbytes = matrix_bytes(matrix.format, matrix.rows, matrix.cols)
+        return _SourceMatrix(
+            label,
+            piece.path,
+            matrix.offset,
+            matrix.format,
+            matrix.rows,
+            matrix.cols,
+            nbytes,
+            pieces=(piece, *others),
+        )
     # A transcoded piece is one matrix; any other holds its matrices as they are.
     nbytes = piece.nbytes if piece.transcode else matrix_bytes(matrix.format, matrix.rows, matrix.cols)
     return _SourceMatrix(
         label, piece.path, piece.offset + (0 if piece.transcode else matrix.offset), matrix.format,
         matrix.rows, matrix.cols, nbytes, piece.transcode.block_type if piece.transcode else None,
+        strides=matrix.strides,
     )  # fmt: skip
 
 
@@ -362,7 +386,8 @@ class _Writer:
     def _converted(self, source: _SourceMatrix, format: Format) -> Iterator[tuple[int, Bytes]]:
         """Slices of a matrix in another format, each with its offset in the result."""
         step = max(PANEL_ROWS, _SLICE_VALUES // max(1, source.cols) // PANEL_ROWS * PANEL_ROWS)
-        if source.paired_heads or (is_quantised(source.format) and source.block_type is None):
+        are_panels = is_quantised(source.format) and source.block_type is None
+        if source.paired_heads or source.strides or are_panels:
             step = max(1, source.rows)  # rows change places, or are panels that cannot be cut here
         for row in range(0, source.rows, step):
             num_rows = min(step, source.rows - row)
@@ -400,12 +425,13 @@ class _Writer:
         return out
 
     def _read_rows(self, source: _SourceMatrix, row: int, num_rows: int) -> Bytes:
-        descriptor = self._sources.get(source.path)
-        if descriptor is None:
-            descriptor = self._open_files.enter_context(open_regular(source.path))[0]
-            self._sources[source.path] = descriptor
+        if source.pieces:
+            return self._read_completed(source)
+        descriptor = self._open_source(source.path)
         if is_quantised(source.format) and source.block_type is None:
             return np.frombuffer(read_at(descriptor, source.nbytes, source.offset, source.path), np.uint8)
+        if source.strides is not None:
+            return self._read_strided(source, descriptor)
         nbytes, offset = num_rows * source.row_bytes, source.offset + row * source.row_bytes
         raw = np.frombuffer(read_at(descriptor, nbytes, offset, source.path), np.uint8)
         if source.paired_heads:
@@ -413,6 +439,47 @@ class _Writer:
         if source.block_type is None:
             return raw
         return _native.transcode(source.block_type, raw, num_rows, source.cols)
+
+    def _open_source(self, path: Path) -> int:
+        descriptor = self._sources.get(path)
+        if descriptor is None:
+            descriptor = self._open_files.enter_context(open_regular(path))[0]
+            self._sources[path] = descriptor
+        return descriptor
+
+    def _read_completed(self, source: _SourceMatrix) -> Bytes:
+        """A matrix whose quants and scales are pieces of their own."""
+        landed = np.zeros(source.pieces[0].landed_bytes, np.uint8)
+        for piece in source.pieces:
+            assert piece.transcode is not None
+            raw = read_at(self._open_source(piece.path), piece.nbytes, piece.offset, piece.path)
+            blocks = piece.transcode
+            _native.transcode(
+                blocks.block_type,
+                np.frombuffer(raw, np.uint8),
+                blocks.rows,
+                blocks.cols,
+                blocks.interleaved,
+                landed,
+            )
+        return landed[source.offset : source.offset + source.nbytes]
+
+    def _read_strided(self, source: _SourceMatrix, descriptor: int) -> Bytes:
+        """All of a matrix whose values lie apart, row after row."""
+        assert source.strides is not None
+        size = BYTES_PER_VALUE[source.format]
+        last = sum(
+            stride * (count - 1)
+            for stride, count in zip(source.strides, (source.rows, source.cols), strict=True)
+        )
+        raw = read_at(descriptor, (last + 1) * size, source.offset, source.path)
+        apart = np.lib.stride_tricks.as_strided(
+            np.frombuffer(raw, f"u{size}"),
+            (source.rows, source.cols),
+            tuple(stride * size for stride in source.strides),
+            writeable=False,
+        )
+        return np.ascontiguousarray(apart).reshape(-1).view(np.uint8)
 
     def _write(self, name: str, data: Bytes, offset: int) -> None:
         self._hashers[name].update(data.data)
@@ -481,6 +548,9 @@ class _Writer:
         """Name, size and time of change of every file that the pack is made from."""
         paths = {unit.parts[0][0].path for unit in self._units} | set(self._copied)
         paths |= {source.path for unit in self._units for source, _, _ in unit.parts}
+        paths |= {
+            piece.path for unit in self._units for source, _, _ in unit.parts for piece in source.pieces
+        }
         found: list[list[object]] = []
         for path in sorted(paths):
             try:
