@@ -24,11 +24,15 @@ def read_common(
     norm_eps: float,
     context_tokens: int,
     num_experts: int,
-    experts_per_token: int,
+    experts_per_token: int | None,
     eos_id: int | None = None,
     bos_id: int | None = None,
+    rotary_dim: int | None = None,
 ) -> dict[str, Any]:
     """Sizes, heads, rotary embedding, experts and token ids; the arguments are what an absent key means.
+
+    Args:
+        rotary_dim: how many dimensions of a head turn; None: all of them.
 
     Raises:
         UnsupportedModel: a rotary embedding or activation that is not built in.
@@ -44,7 +48,10 @@ def read_common(
         "vocab_size": reader.integer("vocab_size", default=vocab_size),
         **shape._asdict(),
         "rope": read_rope(
-            reader, head_dim=shape.head_dim, context_tokens=context_tokens, default_theta=rope_theta
+            reader,
+            head_dim=rotary_dim or shape.head_dim,
+            context_tokens=context_tokens,
+            default_theta=rope_theta,
         ),
         "norm_eps": reader.number("rms_norm_eps", norm_eps),
         "context_tokens": context_tokens,

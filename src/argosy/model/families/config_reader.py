@@ -41,6 +41,7 @@ HARMLESS = frozenset({
     "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
     "exponential_decay_length_penalty", "encoder_no_repeat_ngram_size", "remove_invalid_values",
     "return_dict_in_generate", "output_scores", "prefix", "unsloth_version", "unsloth_fixed",
+    "aux_loss_alpha", "seq_aux", "ep_size", "sep_token_id", "decoder_start_token_id",
 })  # fmt: skip
 
 # Known switches of other models: fine while they are off.
@@ -232,6 +233,10 @@ class ConfigReader:
         self._asked.add(name)
         if name in self._raw and not any(_is_same(self._raw[name], value) for value in accepted):
             raise self._unsupported(name, self._raw[name], " or ".join(_as_json(value) for value in accepted))
+
+    def passed(self, *names: str) -> None:
+        """Keys that may stand here with any value, because they are about another part of the model."""
+        self._asked.update(names)
 
     def unsupported(self, name: str, supported: str) -> UnsupportedModel:
         """The error for a value that is well-formed, and asks for something that is not built in."""
