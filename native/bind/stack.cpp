@@ -129,7 +129,10 @@ BoundFfn routed_ffn(const Matrix& router, const Routing& routing, const std::opt
 }
 
 // Proves that the blocks of a layer fit the hidden state, the cache and each other.
-void require_fit(const GroupedQueryAttention& mixer, const KvLayer& kv, int64_t hidden) {
+void require_fit(const GroupedQueryAttention& mixer, const KvShape& kv, const Rotary& rotary,
+                 int64_t hidden) {
+  require_kind(kv, KvShape::Kind::keys_values);
+  require_range("rotated dimensions", 2 * rotary.num_pairs(), 0, kv.head_dim);
   require_size("rows of query", mixer.query.rows, mixer.num_heads * kv.head_dim);
   require_size("heads modulo KV heads", mixer.num_heads % kv.kv_heads, 0);
   require_size("rows of key", mixer.key.rows, kv.kv_heads * kv.head_dim);
@@ -178,7 +181,6 @@ class BoundStack {
              const std::optional<Array>& resident_offsets)
       : hidden_(embedding.view.cols) {
     require_size("columns of head", head.view.cols, hidden_);
-    require_range("rotated dimensions", 2 * rotary.num_pairs(), 0, kv.shape().head_dim);
     require_size("number of layers", int64_t(layers.size()), kv.num_layers());
     if (arena != nullptr) experts_ = {nb::object(), arena->hold(), arena->data(), int64_t(arena->size())};
 
@@ -196,8 +198,9 @@ class BoundStack {
       kept_.keep(ffn->kept);
       description.layers.push_back({kept_.keep("mixer_norm", mixer_norm, hidden_), mixer->mixer,
                                     kept_.keep("ffn_norm", ffn_norm, hidden_), ffn->ffn});
+      const KvShape& shape = kv.shape(int64_t(description.layers.size()) - 1);
       const auto check_mixer = [&](const auto& block) {
-        require_fit(block, kv.shape(), hidden_);
+        require_fit(block, shape, rotary, hidden_);
         columns.widen(block);
       };
       const auto check_ffn = [&](const auto& block) {
@@ -376,11 +379,11 @@ void bind_stack(nb::module_& m) {
   nb::class_<Rotary>(m, "Rotary")
       .def(
           "__init__",
-          [](Rotary* self, const Array& inverse_frequency, double scale) {
+          [](Rotary* self, const Array& inverse_frequency, double scale, bool is_interleaved) {
             const double* from = read_array<double>("inverse_frequency", inverse_frequency, {kAnySize});
-            new (self) Rotary{{from, from + inverse_frequency.shape(0)}, scale};
+            new (self) Rotary{{from, from + inverse_frequency.shape(0)}, scale, is_interleaved};
           },
-          "inverse_frequency"_a, "scale"_a)
+          "inverse_frequency"_a, "scale"_a, "is_interleaved"_a = false)
       .def(
           "angles",
           [](const Rotary& self, Runtime& runtime, const Array& position, const OutArray& cosine,

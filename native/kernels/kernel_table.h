@@ -57,6 +57,13 @@ static inline uint8_t* value_head(const KvLayer& kv, int64_t block, int64_t head
   return kv.values + (block * kv.kv_heads + head) * value_head_bytes(kv);
 }
 
+// Where one layer with latent attention keeps its vectors: [blocks][block_tokens][dim] of float32 or float16.
+struct LatentLayer {
+  uint8_t* vectors;
+  int64_t block_tokens, dim;
+  bool is_f16;
+};
+
 struct KvWriteArgs {
   KvLayer kv;
   const float* keys;     // [num_tokens][kv_heads][head_dim]
@@ -137,9 +144,10 @@ struct KernelTable {
 
   // out may be x.
   void (*rms_norm)(const float* x, const float* weight, int64_t cols, float eps, float* out);
-  // x [num_heads][head_dim]; cosine and sine [num_pairs]: dimension i turns with dimension i + num_pairs.
+  // x [num_heads][head_dim]; cosine and sine [num_pairs]: dimension i turns with dimension i + num_pairs, or
+  // dimension 2 i with 2 i + 1 where pairs are interleaved.
   void (*rope)(float* x, int64_t num_heads, int64_t head_dim, const float* cosine, const float* sine,
-               int64_t num_pairs);
+               int64_t num_pairs, bool is_interleaved);
   void (*route)(const RouteArgs& args);
   void (*silu_mul)(const float* gate, const float* up, int64_t n, float* out);  // out may be gate or up
   void (*combine)(const float* expert_out, const float* weights, int64_t k, int64_t hidden, float* out);

@@ -14,7 +14,7 @@ void rms_norm(Runtime& runtime, const float* x, const float* weight, float eps, 
 
 // x [num_tokens][num_heads][head_dim] in place; cosine and sine [num_tokens][num_pairs].
 void rope(Runtime& runtime, float* x, int64_t num_tokens, int64_t num_heads, int64_t head_dim,
-          const float* cosine, const float* sine, int64_t num_pairs);
+          const float* cosine, const float* sine, int64_t num_pairs, bool is_interleaved);
 
 // ids and weights [num_tokens][k] of logits [num_tokens][num_experts].
 void route(Runtime& runtime, const RouteRule& rule, const float* logits, int64_t num_tokens,

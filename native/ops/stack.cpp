@@ -112,10 +112,11 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
     rms_norm(runtime_, query, mixer.query_norm, eps, tokens * mixer.num_heads, kv.head_dim, query);
     rms_norm(runtime_, key, mixer.key_norm, eps, tokens * kv.kv_heads, kv.head_dim, key);
   }
+  const Rotary& rotary = description_.rotary;
   rope(runtime_, query, tokens, mixer.num_heads, kv.head_dim, buffers_.cosine, buffers_.sine,
-       description_.rotary.num_pairs());
-  rope(runtime_, key, tokens, kv.kv_heads, kv.head_dim, buffers_.cosine, buffers_.sine,
-       description_.rotary.num_pairs());
+       rotary.num_pairs(), rotary.is_interleaved);
+  rope(runtime_, key, tokens, kv.kv_heads, kv.head_dim, buffers_.cosine, buffers_.sine, rotary.num_pairs(),
+       rotary.is_interleaved);
 
   kv_write(runtime_, kv, key, value, batch_.slots, tokens);
   attention(runtime_, kv,

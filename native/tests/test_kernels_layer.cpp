@@ -172,7 +172,7 @@ void tied_groups_go_to_the_lower_one() {
 // Sequences of random keys, with NaN in every place that no token may see.
 struct Cache {
   Cache(int64_t heads, int64_t dim, int64_t block, bool is_f16)
-      : kv(1, kBlocks, block, heads, dim, is_f16), block_tokens(block) {
+      : kv({KvShape::keys_values(heads, dim)}, kBlocks, block, is_f16), block_tokens(block) {
     const int64_t all = kBlocks * block_tokens;
     const std::vector<float> garbage(size_t(all * heads * dim), NAN);
     std::vector<int64_t> slots;

@@ -240,6 +240,16 @@ def test_rope_turns_the_first_dimensions_in_half_split_pairs(runtime: native.Run
     assert close(x, expected)
 
 
+@pytest.mark.parametrize("pairs", [0, 1, 8, 17, 32])
+def test_interleaved_rope_turns_neighbours(runtime: native.Runtime, pairs: int) -> None:
+    x, angle = normal(4, 3, 70), normal(4, pairs)
+    turned = (x[:, :, : 2 * pairs : 2] + 1j * x[:, :, 1 : 2 * pairs : 2]) * np.exp(1j * angle)[:, None]
+    expected = x.copy()
+    expected[:, :, : 2 * pairs : 2], expected[:, :, 1 : 2 * pairs : 2] = turned.real, turned.imag
+    native.rope(runtime, x, np.cos(angle), np.sin(angle), is_interleaved=True)
+    assert close(x, expected)
+
+
 def routed(
     runtime: native.Runtime, logits: Floats, k: int, *, renormalize: bool = False, **rule: Any
 ) -> tuple[NDArray[np.int32], Floats]:
@@ -511,8 +521,8 @@ def test_attention_is_the_same_alone_in_a_chunk_and_in_a_batch(
     runtime = native.Runtime(2)
     length = 75
     needed = -(-length // block_tokens)
-    kv = native.KvCache(2, 2 * needed + 3, block_tokens, kv_heads, dim, dtype)
-    assert kv.nbytes == native.kv_cache_bytes(2, 2 * needed + 3, block_tokens, kv_heads, dim, dtype)
+    shapes = [native.KvShape.latent(3), native.KvShape.keys_values(kv_heads, dim), native.KvShape.none()]
+    kv = native.KvCache(shapes, 2 * needed + 3, block_tokens, dtype)
     order = np.random.default_rng(0).permutation(2 * needed + 3).tolist()
     k, v = normal(2, length, kv_heads, dim), normal(2, length, kv_heads, dim, seed=1)
     if dtype == "f16":
@@ -549,8 +559,38 @@ def test_attention_is_the_same_alone_in_a_chunk_and_in_a_batch(
     runtime.close()
 
 
+@pytest.mark.parametrize(("dtype", "element"), [("f32", 4), ("f16", 2)])
+def test_a_kv_cache_takes_what_the_shapes_of_its_layers_say(dtype: str, element: int) -> None:
+    keys_values, latent, none = (
+        native.KvShape.keys_values(3, 20),
+        native.KvShape.latent(7),
+        native.KvShape.none(),
+    )
+
+    def nbytes(*layers: native.KvShape) -> int:
+        kv = native.KvCache(layers, 5, 9, dtype)
+        assert kv.nbytes == native.kv_cache_bytes(layers, 5, 9, dtype)
+        return kv.nbytes
+
+    # Positions of a block and dimensions of values are padded to 16; latent vectors are not.
+    assert nbytes(keys_values) == 5 * 16 * 3 * (20 + 32) * element
+    assert nbytes(latent) == 5 * 9 * 7 * element
+    assert nbytes(none) == 0
+    assert nbytes(none, latent, keys_values, latent) == nbytes(keys_values) + 2 * nbytes(latent)
+    for refused in ([], [native.KvShape.latent(0)], [native.KvShape.keys_values(1, 1 << 61)]):
+        with pytest.raises(ValueError, match="a KV cache of"):
+            native.kv_cache_bytes(refused, 5, 9, dtype)
+
+
+def test_an_operation_refuses_a_layer_that_keeps_something_else(runtime: native.Runtime) -> None:
+    kv = native.KvCache([native.KvShape.latent(8), native.KvShape.none()], 1, 16, "f32")
+    for layer, kept in enumerate(("latent vectors", "nothing")):
+        with pytest.raises(ValueError, match=f"keeps {kept}, expected one that keeps keys and values"):
+            native.kv_write(runtime, kv, layer, normal(1, 1, 8), normal(1, 1, 8), np.zeros(1, np.int64))
+
+
 def test_large_scores_neither_overflow_nor_vanish(runtime: native.Runtime) -> None:
-    kv = native.KvCache(2, 4, 16, 1, 8, "f32")
+    kv = native.KvCache([native.KvShape.keys_values(1, 8)] * 2, 4, 16, "f32")
     k, v = normal(40, 1, 8) * 300, normal(40, 1, 8, seed=1)
     talk = Conversation(runtime, kv, [0, 1, 2], 16, k, v)
     q = normal(1, 2, 8, seed=2) * 300
@@ -606,7 +646,7 @@ def test_wrong_arguments_are_refused_with_both_numbers(runtime: native.Runtime) 
 
 
 def test_attention_refuses_what_lies_outside_the_cache(runtime: native.Runtime) -> None:
-    kv = native.KvCache(1, 2, 16, 2, 8, "f16")
+    kv = native.KvCache([native.KvShape.keys_values(2, 8)], 2, 16, "f16")
     q, out, zero = normal(1, 4, 8), np.empty((1, 32), np.float32), np.zeros(1, np.int32)
     table = np.array([[1, 2]], np.int32)
     with pytest.raises(ValueError, match=r"block_table\[1\] is 2, expected 0 to 1"):
@@ -623,7 +663,7 @@ def test_attention_refuses_what_lies_outside_the_cache(runtime: native.Runtime) 
     with pytest.raises(ValueError, match="a slot is 32, expected 0 to 31"):
         native.kv_write(runtime, kv, 0, q[:, :2].copy(), q[:, :2].copy(), np.array([32], np.int64))
     with pytest.raises(ValueError, match="unknown KV dtype 'f64'; known: f32, f16"):
-        native.KvCache(1, 1, 16, 1, 8, "f64")
+        native.KvCache([native.KvShape.none()], 1, 16, "f64")
 
 
 def test_a_matrix_keeps_its_memory(runtime: native.Runtime) -> None:

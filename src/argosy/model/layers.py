@@ -33,6 +33,11 @@ def describe_layers(config: ModelConfig, weights: DenseWeights, experts: ExpertS
     ]
 
 
+def kv_shapes(config: ModelConfig) -> list[_native.KvShape]:
+    """What each layer keeps of every position."""
+    return [_KV_SHAPES[layer.mixer](config) for layer in config.layers]
+
+
 def _attention(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mixer:
     """Grouped-query attention (arXiv:2305.13245)."""
     name = f"layers.{layer}."
@@ -56,6 +61,17 @@ def _attention(config: ModelConfig, layer: int, weights: DenseWeights) -> _nativ
 
 _MIXERS: Mapping[MixerKind, Callable[[ModelConfig, int, DenseWeights], _native.Mixer]] = {
     "attention": _attention,
+}
+
+
+def _latent_dim(config: ModelConfig) -> int:
+    assert config.latent is not None
+    return config.latent.kv_rank + config.latent.rope_dim
+
+
+_KV_SHAPES: Mapping[MixerKind, Callable[[ModelConfig], _native.KvShape]] = {
+    "attention": lambda config: _native.KvShape.keys_values(config.num_kv_heads, config.head_dim),
+    "latent": lambda config: _native.KvShape.latent(_latent_dim(config)),
 }
 
 
