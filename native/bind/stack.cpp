@@ -19,6 +19,7 @@
 
 #include "bind/bind.h"
 #include "bind/matrix.h"
+#include "bind/routing.h"
 
 namespace argosy {
 
@@ -105,13 +106,17 @@ BoundFfn dense_ffn(const Matrix& gate, const Matrix& up, const Matrix& down) {
   return bound;
 }
 
-BoundFfn routed_ffn(const Matrix& router, int64_t experts_per_token, bool renormalize, int64_t width,
-                    const FormatNames& formats, const std::optional<NetworkOfMatrices>& shared,
+BoundFfn routed_ffn(const Matrix& router, const Routing& routing, const std::optional<Array>& router_bias,
+                    int64_t width, const FormatNames& formats, const std::optional<NetworkOfMatrices>& shared,
                     const Matrix* shared_score) {
-  require_range("experts_per_token", experts_per_token, 1, router.view.rows);
   BoundFfn bound;
   RoutedFfn ffn = {};
-  ffn.router = {bound.kept.keep(router), experts_per_token, renormalize};
+  ffn.router = {
+      .matrix = bound.kept.keep(router),
+      .bias = bound.kept.keep("router_bias", router_bias, router.view.rows),
+      .rule = routing.checked(router.view.rows),
+  };
+  if (routing.choice_bias) bound.kept.arrays.push_back(*routing.choice_bias);
   ffn.width = width;
   ffn.formats = parse_formats(formats);
   if (shared) {
@@ -124,7 +129,10 @@ BoundFfn routed_ffn(const Matrix& router, int64_t experts_per_token, bool renorm
 }
 
 // Proves that the blocks of a layer fit the hidden state, the cache and each other.
-void require_fit(const GroupedQueryAttention& mixer, const KvLayer& kv, int64_t hidden) {
+void require_fit(const GroupedQueryAttention& mixer, const KvShape& kv, const Rotary& rotary,
+                 int64_t hidden) {
+  require_kind(kv, KvShape::Kind::keys_values);
+  require_range("rotated dimensions", 2 * rotary.num_pairs(), 0, kv.head_dim);
   require_size("rows of query", mixer.query.rows, mixer.num_heads * kv.head_dim);
   require_size("heads modulo KV heads", mixer.num_heads % kv.kv_heads, 0);
   require_size("rows of key", mixer.key.rows, kv.kv_heads * kv.head_dim);
@@ -161,7 +169,7 @@ struct BufferColumns {
   void widen(const DenseFfn&) {}
   void widen(const RoutedFfn& ffn) {
     experts = std::max(experts, ffn.router.matrix.rows);
-    k = std::max(k, ffn.router.k);
+    k = std::max(k, ffn.router.rule.k);
   }
 };
 
@@ -173,7 +181,6 @@ class BoundStack {
              const std::optional<Array>& resident_offsets)
       : hidden_(embedding.view.cols) {
     require_size("columns of head", head.view.cols, hidden_);
-    require_range("rotated dimensions", 2 * rotary.num_pairs(), 0, kv.shape().head_dim);
     require_size("number of layers", int64_t(layers.size()), kv.num_layers());
     if (arena != nullptr) experts_ = {nb::object(), arena->hold(), arena->data(), int64_t(arena->size())};
 
@@ -191,8 +198,9 @@ class BoundStack {
       kept_.keep(ffn->kept);
       description.layers.push_back({kept_.keep("mixer_norm", mixer_norm, hidden_), mixer->mixer,
                                     kept_.keep("ffn_norm", ffn_norm, hidden_), ffn->ffn});
+      const KvShape& shape = kv.shape(int64_t(description.layers.size()) - 1);
       const auto check_mixer = [&](const auto& block) {
-        require_fit(block, kv.shape(), hidden_);
+        require_fit(block, shape, rotary, hidden_);
         columns.widen(block);
       };
       const auto check_ffn = [&](const auto& block) {
@@ -364,17 +372,18 @@ void bind_stack(nb::module_& m) {
         "output_bias"_a.none() = nb::none(), "query_norm"_a.none() = nb::none(),
         "key_norm"_a.none() = nb::none());
   m.def("dense_ffn", &dense_ffn, "gate"_a, "up"_a, "down"_a);
-  m.def("routed_ffn", &routed_ffn, "router"_a, nb::kw_only(), "experts_per_token"_a, "renormalize"_a,
-        "width"_a, "formats"_a, "shared"_a.none() = nb::none(), "shared_score"_a.none() = nb::none());
+  m.def("routed_ffn", &routed_ffn, "router"_a, "routing"_a, nb::kw_only(),
+        "router_bias"_a.none() = nb::none(), "width"_a, "formats"_a, "shared"_a.none() = nb::none(),
+        "shared_score"_a.none() = nb::none());
 
   nb::class_<Rotary>(m, "Rotary")
       .def(
           "__init__",
-          [](Rotary* self, const Array& inverse_frequency, double scale) {
+          [](Rotary* self, const Array& inverse_frequency, double scale, bool is_interleaved) {
             const double* from = read_array<double>("inverse_frequency", inverse_frequency, {kAnySize});
-            new (self) Rotary{{from, from + inverse_frequency.shape(0)}, scale};
+            new (self) Rotary{{from, from + inverse_frequency.shape(0)}, scale, is_interleaved};
           },
-          "inverse_frequency"_a, "scale"_a)
+          "inverse_frequency"_a, "scale"_a, "is_interleaved"_a = false)
       .def(
           "angles",
           [](const Rotary& self, Runtime& runtime, const Array& position, const OutArray& cosine,
