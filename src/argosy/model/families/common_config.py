@@ -28,6 +28,7 @@ def read_common(
     head_dim: int | None = None,
     eos_id: int | None = None,
     bos_id: int | None = None,
+    partial_rotary_factor: float | None = None,
 ) -> dict[str, Any]:
     """Sizes, heads, rotary embedding, experts and token ids; the arguments are what an absent key means.
 
@@ -47,7 +48,8 @@ def read_common(
         "vocab_size": reader.integer("vocab_size", default=vocab_size),
         **shape._asdict(),
         "rope": read_rope(
-            reader, head_dim=shape.head_dim, context_tokens=context_tokens, default_theta=rope_theta
+            reader, head_dim=shape.head_dim, context_tokens=context_tokens, default_theta=rope_theta,
+            default_partial=partial_rotary_factor,
         ),
         "norm_eps": reader.number("rms_norm_eps", norm_eps),
         "context_tokens": context_tokens,

@@ -251,7 +251,8 @@ class ConfigReader:
             error.hint = "get the unquantised checkpoint, then `argosy pack --format q8` or `q4`"
             raise error
         for name, accepted in NEUTRAL.items():
-            self.neutral(name, *accepted)
+            if name not in self._asked:
+                self.neutral(name, *accepted)
         for key, value in self._raw.items():
             if key not in self._asked and key not in HARMLESS:
                 raise UnsupportedModel(
