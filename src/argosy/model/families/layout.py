@@ -93,12 +93,12 @@ class Layout:
         prefix = re.escape(self.prefix)
         known = re.compile("|".join(filter(None, (_LEFTOVERS.format(prefix=prefix), self.passed_over))))
         layer_of = re.compile(prefix + r"layers\.(\d{1,9})\..+")
-        # Layers for multi-token prediction are numbered on from the model's own.
-        mtp_layers = range(config.num_layers, config.num_layers + config.num_mtp_layers)
 
         def is_known(name: str) -> bool:
             layer = layer_of.fullmatch(name)
-            return known.fullmatch(name) is not None or (layer is not None and int(layer[1]) in mtp_layers)
+            return known.fullmatch(name) is not None or (
+                layer is not None and int(layer[1]) in config.mtp_layers
+            )
 
         return is_known
 
@@ -118,9 +118,7 @@ def read_layout(
         # Tied in the config, and yet a head in the files: the files win, as in transformers 5.
         config = replace(config, is_embedding_tied=False)
     reader = _Accounts(directory, tensors, _FORMAT_OF_DTYPE)
-    dense = {
-        canonical: reader.dense(canonical, shape, layout) for canonical, shape in dense_shapes(config)
-    }
+    dense = {canonical: reader.dense(canonical, shape, layout) for canonical, shape in dense_shapes(config)}
     experts = reader.experts(config, layout)
     reader.refuse_extra(config, layout.is_passed_over(config), "this config.json")
     require_one_format_a_layer(experts, directory)
