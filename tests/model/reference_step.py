@@ -12,7 +12,7 @@ from argosy import _native
 from argosy.config import ModelConfig
 from argosy.experts.source import ExpertSource
 from argosy.model.batch import Batch
-from argosy.model.layers import routing
+from argosy.model.layers import describe_activation, routing
 from argosy.model.rope import rotary
 from argosy.model.weights import DenseWeights
 
@@ -66,8 +66,15 @@ class ReferenceDecoder:
             self._projection(name + part, normed).reshape(tokens, -1, config.head_dim) for part in "qkv"
         )
         if config.qk_norm != "none":
-            query = self._norm(query.reshape(-1, config.head_dim), name + "q_norm").reshape(query.shape)
-            key = self._norm(key.reshape(-1, config.head_dim), name + "k_norm").reshape(key.shape)
+            first = tokens if config.qk_norm == "flat" else -1
+            query, key = (
+                self._norm(
+                    np.ascontiguousarray(x).reshape(first, len(self.weights.vectors[weight])), weight
+                ).reshape(x.shape)
+                for x, weight in ((query, name + "q_norm"), (key, name + "k_norm"))
+            )
+        if config.qkv_limit:
+            query, key, value = (np.clip(x, -config.qkv_limit, config.qkv_limit) for x in (query, key, value))
         cosine, sine = np.empty((2, tokens, config.rope.rotary_dim // 2), np.float32)
         self.rotary.angles(self.runtime, batch.positions, cosine, sine)
         for heads in (query, key):
@@ -85,6 +92,7 @@ class ReferenceDecoder:
             config.head_dim**-0.5,
             config.layers[layer].sliding_window,
             attended,
+            self.weights.vectors.get(name + "sinks"),
         )
         hidden += self._projection(name + "o", attended)
 
@@ -101,7 +109,7 @@ class ReferenceDecoder:
     def _swiglu(self, x: Floats, *names: str) -> Floats:
         out = np.empty_like(x)
         gate, up, down = (self.weights.matrices[name] for name in names)
-        _native.swiglu(self.runtime, gate, up, down, x, out)
+        _native.swiglu(self.runtime, gate, up, down, x, out, describe_activation(self.config))
         return out
 
     def _add_shared(self, hidden: Floats, normed: Floats, name: str) -> None:
@@ -131,6 +139,11 @@ class ReferenceDecoder:
             for group in lease:
                 rows = [np.flatnonzero(flat == expert).astype(np.int32) for expert in group.expert_ids]
                 row = np.concatenate(rows)
+                biases = {
+                    f"{part}_bias": table.reshape(config.num_experts, -1)[list(group.expert_ids)]
+                    for part in ("gate", "up", "down")
+                    if (table := self.weights.vectors.get(f"layers.{layer}.expert_{part}_bias")) is not None
+                }
                 starts = np.cumsum([0, *(len(each) for each in rows)], dtype=np.int32)
                 _native.swiglu_experts(
                     self.runtime,
@@ -144,5 +157,7 @@ class ReferenceDecoder:
                     row // np.int32(k),
                     row,
                     out,
+                    activation=describe_activation(config),
+                    **biases,
                 )
         _native.combine(self.runtime, out, weights, hidden)

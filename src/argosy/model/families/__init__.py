@@ -23,10 +23,14 @@ from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import (
     deepseek_v2,
     deepseek_v3,
+    glm4_moe,
     glm4_moe_lite,
+    gpt_oss,
     kimi_k2,
     kimi_k25,
+    minimax_m2,
     mixtral,
+    olmoe,
     qwen2_moe,
     qwen3_moe,
 )
@@ -56,11 +60,15 @@ FAMILIES: Mapping[str, Family] = {
         mixtral,
         qwen2_moe,
         qwen3_moe,
+        gpt_oss,
         deepseek_v2,
         deepseek_v3,
         kimi_k2,
         kimi_k25,
         glm4_moe_lite,
+        glm4_moe,
+        olmoe,
+        minimax_m2,
     )
 }
 

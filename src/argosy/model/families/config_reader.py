@@ -111,6 +111,13 @@ class ConfigReader:
             raise self._wrong(name, value, "a number above zero")
         return float(value)  # type: ignore[arg-type]
 
+    def optional_number(self, name: str) -> float | None:
+        """A number above zero, or None where the file says null or nothing."""
+        if self._raw.get(name) is None:
+            self._asked.add(name)
+            return None
+        return self.number(name, 1.0)
+
     def flag(self, name: str, default: bool) -> bool:
         _, value = self._find(name, default=default)
         if type(value) is not bool:
@@ -183,7 +190,9 @@ class ConfigReader:
             raise self._wrong(name, value, "a list of texts or null")
         return tuple(value)
 
-    def attention_shape(self, *, hidden_size: int, num_heads: int, num_kv_heads: int) -> AttentionShape:
+    def attention_shape(
+        self, *, hidden_size: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None = None
+    ) -> AttentionShape:
         """Hidden size and heads; the arguments are the family's defaults. Null key heads: as many as heads.
 
         Raises:
@@ -199,7 +208,7 @@ class ConfigReader:
                 path=self._path,
                 key="num_key_value_heads",
             )
-        head_dim = self.optional_integer("head_dim") or hidden_size // num_heads
+        head_dim = self.optional_integer("head_dim", head_dim) or hidden_size // num_heads
         if head_dim == 0:
             raise CheckpointError(
                 f"{self._where}: hidden_size {hidden_size} leaves nothing for each of {num_heads} heads",
@@ -254,7 +263,8 @@ class ConfigReader:
             error.hint = "get the unquantised checkpoint, then `argosy pack --format q8` or `q4`"
             raise error
         for name, accepted in NEUTRAL.items():
-            self.neutral(name, *accepted)
+            if name not in self._asked:
+                self.neutral(name, *accepted)
         for key, value in self._raw.items():
             if key not in self._asked and key not in HARMLESS:
                 raise UnsupportedModel(
