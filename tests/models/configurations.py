@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from tests.models.configuration import Configuration, yarn
+from tests.models.configurations_latent import LATENT
 from tests.models.tiny import gpt_oss, mixtral, qwen2_moe, qwen3_moe, respelt
 
 __all__ = ["CONFIGURATIONS", "Configuration"]
@@ -191,4 +192,5 @@ CONFIGURATIONS = (
         ),
         dtype="F32",
     ),
+    *LATENT,
 )

@@ -94,6 +94,7 @@ LATENT = (
                 kv_lora_rank=17,
                 head_dim=6,
                 qk_head_dim=16,
+                rope_interleave=True,
             ),
             theta=1e3,
             rope_type="yarn",
@@ -106,7 +107,9 @@ LATENT = (
         name="kimi_k2_many_experts",
         config=kimi_k2(n_routed_experts=13, num_experts_per_tok=5, num_hidden_layers=2),
     ),
-    Configuration(name="kimi_k25_wrapper", config=kimi_k25(rms_norm_eps=1e-5)),
+    Configuration(
+        name="kimi_k25_wrapper", config=kimi_k25(rms_norm_eps=1e-5, v_head_dim=14, moe_intermediate_size=8)
+    ),
     Configuration(
         name="kimi_k25_deepseek_text_sharded",
         config=kimi_k25(
@@ -138,7 +141,7 @@ LATENT = (
             n_group=2,
             topk_group=1,
             n_routed_experts=6,
-            vocab_size=70,
+            vocab_size=60,
         ),
     ),
     Configuration(

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.models.safetensors_file import Array, read_checkpoint
-from tests.models.tiny import RawConfig, head_dim, num_experts, text_of
+from tests.models.tiny import RawConfig, head_dim, text_of
 
 DEFAULT_THETA = {"mixtral": 1e6, "qwen2_moe": 1e4, "qwen3_moe": 1e4, "gpt_oss": 1.5e5}
 
@@ -135,9 +135,7 @@ class NumpyModel:
             worth = grouped[:, :, -2:].sum(axis=2) if has_bias and num_groups > 1 else grouped[:, :, -1]
             best = np.sort(worth, axis=1)[:, ::-1]
             if kept < num_groups:
-                self.router_margin = min(
-                    self.router_margin, float((1 - best[:, kept] / best[:, kept - 1]).min())
-                )
+                self.note_margin(best, kept)
             is_kept = np.repeat(worth >= best[:, kept - 1 : kept], grouped.shape[2], axis=1)
             for_choice = np.where(is_kept, for_choice, -1.0)
         order = np.argsort(-for_choice, axis=1, kind="stable")
@@ -204,7 +202,7 @@ class NumpyModel:
         return (score * sigmoid(score) * (x @ up.T)) @ down.T
 
     def note_margin(self, best_first: Array, k: int) -> None:
-        if k < num_experts(self.config):
+        if k < best_first.shape[1]:
             margins = (best_first[:, k - 1] - best_first[:, k]) / abs(best_first[:, k - 1])
             self.router_margin = min(self.router_margin, float(margins.min()))
 

@@ -119,6 +119,7 @@ def glm4_moe_lite(**changes: Any) -> RawConfig:
         architectures=["Glm4MoeLiteForCausalLM"],
         eos_token_id=[2, 4],
         model_type="glm4_moe_lite",
+        moe_intermediate_size=9,
         n_group=1,
         pad_token_id=2,
         partial_rotary_factor=1.0,
