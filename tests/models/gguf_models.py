@@ -194,6 +194,8 @@ def add_latent_metadata(writer: GGUFWriter, config: RawConfig, *, split_kv: bool
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(scaling["factor"])
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(float(scaling["beta_fast"]))
+        writer.add_rope_scaling_yarn_beta_slow(float(scaling["beta_slow"]))
         writer.add_rope_scaling_yarn_log_mul(0.1 * scaling["mscale_all_dim"])
     writer.add_leading_dense_block_count(config["first_k_dense_replace"])
     writer.add_expert_count(config["n_routed_experts"])
@@ -210,7 +212,8 @@ def add_latent_metadata(writer: GGUFWriter, config: RawConfig, *, split_kv: bool
     writer.add_expert_group_used_count(config["topk_group"])
     writer.add_tokenizer_model("none")
     writer.add_bos_token_id(config.get("bos_token_id", 1))
-    writer.add_eos_token_id(config["eos_token_id"])
+    eos = config["eos_token_id"]
+    writer.add_eos_token_id(eos[0] if isinstance(eos, list) else eos)
 
 
 def add_split_kv(
