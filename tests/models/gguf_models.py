@@ -95,7 +95,7 @@ def write_gguf_model(
     add_metadata(writer, config)
     stacks: dict[str, list[Array]] = {}
     for hub_name, values in random_tensors(config, seed, "F32").items():
-        if hub_name.split(".")[-1] in _SLICES:
+        if hub_name.rpartition(".")[2] in _SLICES:
             exact[hub_name] = add_slices(writer, hub_name, values, type_of, rng)
             continue
         name, heads, is_expert = gguf_name(hub_name, config)
@@ -129,7 +129,7 @@ def add_slices(
 ) -> Array:
     """The tensors that a fused tensor of gpt-oss is there, inputs last; returns it with the values they then have."""
     exact = np.empty(values.shape, np.float32)
-    layer, last = hub_name.split(".")[2], hub_name.split(".")[-1]
+    layer, last = hub_name.removeprefix("model.layers.").partition(".")[0], hub_name.rpartition(".")[2]
     for part, where in _SLICES[last].items():
         name = f"blk.{layer}.{part}"
         matrices = values[where].swapaxes(-1, -2) if values.ndim == 3 else values[where]
