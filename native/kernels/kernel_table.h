@@ -28,6 +28,7 @@ struct MatmulArgs {
   int64_t y_stride;  // in floats
   const int32_t* y_index;
   int64_t num_tokens;
+  const uint8_t* next_weights;  // null, or the panels that the caller reads next: a hint
 };
 
 // Where one layer's keys and values lie. A block holds, for each KV head,
@@ -169,6 +170,7 @@ struct LatentAttentionArgs {
 struct TranscodeArgs {
   const uint8_t* rows_data;
   int64_t rows, cols;
+  int64_t interleaved;
   int64_t panel_begin, panel_end;
   uint8_t* matrix;
 };
