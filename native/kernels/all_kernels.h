@@ -9,6 +9,7 @@
 #include "kernels/combine.h"
 #include "kernels/kernel_table.h"
 #include "kernels/kv_write.h"
+#include "kernels/latent_attention.h"
 #include "kernels/matmul_f8.h"
 #include "kernels/matmul_float.h"
 #include "kernels/matmul_quantized.h"
@@ -56,6 +57,9 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .add_sigmoid_gated = add_sigmoid_gated,
       .kv_write = kv_write,
       .attention = attention,
+      .latent_attention = latent_attention,
+      .latent_merge = latent_merge,
+      .latent_finish = latent_finish,
       .read_memory = read_memory,
       .multiply_int8 = multiply_int8,
       .int8_products_per_round = kInt8ProductsPerRound,

@@ -27,6 +27,16 @@ void add_bias(Runtime& runtime, const float* bias, int64_t rows, int64_t cols, f
   if (bias != nullptr) add_rows(runtime, bias, 0, rows, cols, out);
 }
 
+// To -limit .. limit; NaN stays.
+void cut_off(Runtime& runtime, float limit, int64_t rows, int64_t cols, float* out) {
+  const auto lock = runtime.lock();
+  runtime.parallel_for(rows, cols, [&](int64_t begin, int64_t end, int) {
+    for (float* x = out + begin * cols; x < out + end * cols; ++x) {
+      *x = *x > limit ? limit : *x < -limit ? -limit : *x;
+    }
+  });
+}
+
 // One network, all tokens.
 void swiglu(Runtime& runtime, const ExpertView& network, const Activation& activation, const float* x,
             int64_t num_tokens, float* out) {
@@ -110,8 +120,20 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
   add_bias(runtime_, mixer.key_bias, tokens, mixer.key.rows, key);
   add_bias(runtime_, mixer.value_bias, tokens, mixer.value.rows, value);
   if (mixer.query_norm != nullptr) {
-    rms_norm(runtime_, query, mixer.query_norm, eps, tokens * mixer.num_heads, kv.head_dim, query);
-    rms_norm(runtime_, key, mixer.key_norm, eps, tokens * kv.kv_heads, kv.head_dim, key);
+    const auto norm_heads = [&](const float* weight, int64_t heads, float* x) {
+      if (mixer.is_norm_flat) {
+        rms_norm(runtime_, x, weight, eps, tokens, heads * kv.head_dim, x);
+      } else {
+        rms_norm(runtime_, x, weight, eps, tokens * heads, kv.head_dim, x);
+      }
+    };
+    norm_heads(mixer.query_norm, mixer.num_heads, query);
+    norm_heads(mixer.key_norm, kv.kv_heads, key);
+  }
+  if (mixer.limit > 0) {
+    cut_off(runtime_, mixer.limit, tokens, mixer.query.rows, query);
+    cut_off(runtime_, mixer.limit, tokens, mixer.key.rows, key);
+    cut_off(runtime_, mixer.limit, tokens, mixer.value.rows, value);
   }
   const Rotary& rotary = description_.rotary;
   rope(runtime_, query, tokens, mixer.num_heads, kv.head_dim, buffers_.cosine, buffers_.sine,
@@ -136,6 +158,46 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
             buffers_.attended);
   matmul(runtime_, {{mixer.output, buffers_.block}}, buffers_.attended, tokens);
   add_bias(runtime_, mixer.output_bias, tokens, mixer.output.rows, buffers_.block);
+  add_rows(runtime_, buffers_.block, mixer.output.rows, tokens, mixer.output.rows, buffers_.hidden);
+  mark(Part::attention_and_dense);
+}
+
+void Stack::mix(const LatentAttention& mixer) {
+  const LatentHeads& heads = mixer.heads;
+  const LatentLayer kv = kv_.latent_layer(layer_);
+  const int64_t tokens = batch_.num_tokens;
+  float *query = buffers_.query, *vectors = buffers_.key;
+
+  if (mixer.query_down) {
+    float* latent = buffers_.query_latent;
+    matmul(runtime_, {{*mixer.query_down, latent}, {mixer.kv_down, vectors}}, buffers_.normed, tokens);
+    rms_norm(runtime_, latent, mixer.query_norm, mixer.norm_eps, tokens, mixer.query_down->rows, latent);
+    matmul(runtime_, {{mixer.query, query}}, latent, tokens);
+  } else {
+    matmul(runtime_, {{mixer.query, query}, {mixer.kv_down, vectors}}, buffers_.normed, tokens);
+  }
+  latent_norm(runtime_, vectors, mixer.kv_norm, mixer.norm_eps, tokens, heads.kv_rank, kv.dim);
+  const Rotary& rotary = description_.rotary;
+  rope(runtime_, query + heads.nope_dim, tokens, heads.num_heads, heads.query_dim(), buffers_.cosine,
+       buffers_.sine, rotary.num_pairs(), rotary.is_interleaved);
+  rope(runtime_, vectors + heads.kv_rank, tokens, 1, kv.dim, buffers_.cosine, buffers_.sine,
+       rotary.num_pairs(), rotary.is_interleaved);
+
+  latent_write(runtime_, kv, vectors, batch_.slots, tokens);
+  latent_attention(runtime_, kv, heads,
+                   {
+                       .q = query,
+                       .num_tokens = tokens,
+                       .num_heads = heads.num_heads,
+                       .block_table = batch_.block_table,
+                       .max_blocks = batch_.max_blocks,
+                       .sequence = batch_.sequence,
+                       .position = batch_.position,
+                       .scale = heads.scale,
+                       .window = 0,
+                   },
+                   buffers_.attended);
+  matmul(runtime_, {{mixer.output, buffers_.block}}, buffers_.attended, tokens);
   add_rows(runtime_, buffers_.block, mixer.output.rows, tokens, mixer.output.rows, buffers_.hidden);
   mark(Part::attention_and_dense);
 }

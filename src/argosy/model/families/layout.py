@@ -3,12 +3,12 @@
     ModelConfig + Layout + {name: TensorRef}  ->  read_layout  ->  ModelFiles
 
 A family has one layout or several: the hub keeps one tensor per expert matrix, and `transformers` 5 can also
-write all experts of a layer as one fused tensor, [experts, 2 * width, hidden] with gate before up. Some keep fused
-tensors transposed, [experts, hidden, 2 * width] with columns of gate and up by turns; these can be packed, and not
-be run in place; or as MXFP4 blocks and scales, rows of gate and up by turns. The first layout whose expert tensors are there is read. Every tensor is accounted for: one that is
-missing, has another shape, has a dtype that no kernel reads, or is not asked for is an error with its name. Passed
-over is only what is known and has no part in text: constants that old exporters leave behind (`_LEFTOVERS`), layers
-for multi-token prediction, and what a layout names itself, such as a vision tower.
+write all experts of a layer as one fused tensor, [experts, 2 * width, hidden] with gate before up. Others have rows of
+gate and up by turns, in MXFP4 blocks and scales; or keep fused tensors transposed, [experts, hidden, 2 * width]: these
+can be packed, and not be run in place. The first layout whose expert tensors are there is read. Every tensor is
+accounted for: one that is missing, has another shape, has a dtype that no kernel reads, or is not asked for is an
+error with its name. Passed over is only what is known and has no part in text: constants that old exporters leave
+behind (`_LEFTOVERS`), layers for multi-token prediction, and what a layout names itself, such as a vision tower.
 
 Elsewhere: shapes are `checkpoint/geometry.py`; where bytes lie is `checkpoint/safetensors.py`.
 """
@@ -97,12 +97,12 @@ class Layout:
         prefix = re.escape(self.prefix)
         known = re.compile("|".join(filter(None, (_LEFTOVERS.format(prefix=prefix), self.passed_over))))
         layer_of = re.compile(prefix + r"layers\.(\d{1,9})\..+")
-        # Layers for multi-token prediction are numbered on from the model's own.
-        mtp_layers = range(config.num_layers, config.num_layers + config.num_mtp_layers)
 
         def is_known(name: str) -> bool:
             layer = layer_of.fullmatch(name)
-            return known.fullmatch(name) is not None or (layer is not None and int(layer[1]) in mtp_layers)
+            return known.fullmatch(name) is not None or (
+                layer is not None and int(layer[1]) in config.mtp_layers
+            )
 
         return is_known
 
