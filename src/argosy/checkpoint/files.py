@@ -41,6 +41,7 @@ GROUP_COLS = 32  # quantised: columns that share a scale
 PANEL_ROWS = 16  # quantised: rows that lie interleaved
 _SUPER_COLS = 256  # K formats, iq4_xs: columns that share the scale of the scales
 _PANEL_ALIGNMENT = 64
+F8_BLOCK = 128  # f8: rows, and columns, that share a scale
 
 # Bytes of one panel: (columns of a block, bytes of the block's 16 rows: quants and high bits, scales, minima).
 _PANEL_BLOCKS: Mapping[str, tuple[int, int]] = {
@@ -81,6 +82,9 @@ PART_FORMATS: Mapping[str, Format] = {
     "int4_scales": "int4",
     "mxfp4_quants": "mxfp4",
     "mxfp4_scales": "mxfp4",
+    "f8_codes": "f8",
+    "f8_scales": "f8",
+    "f8_scales_bf16": "f8",
 }
 
 
@@ -89,11 +93,18 @@ def is_quantised(format: Format) -> bool:
     return format not in BYTES_PER_VALUE
 
 
+def f8_scales_bytes(cols: int) -> int:
+    """Bytes of the scales before each 128 rows of an f8 matrix."""
+    return -(-4 * -(-cols // F8_BLOCK) // _PANEL_ALIGNMENT) * _PANEL_ALIGNMENT
+
+
 @cache
 def matrix_bytes(format: Format, rows: int, cols: int) -> int:
     """Bytes of a matrix in a format; the kernels' own rule, here without the kernels."""
     if format in BYTES_PER_VALUE:
         return rows * cols * BYTES_PER_VALUE[format]
+    if format == "f8":
+        return -(-rows // F8_BLOCK) * f8_scales_bytes(cols) + rows * cols
     block_cols, block_bytes = _PANEL_BLOCKS[format]
     panel_bytes = -(-cols // block_cols) * block_bytes
     panel_bytes = -(-panel_bytes // _PANEL_ALIGNMENT) * _PANEL_ALIGNMENT
@@ -117,9 +128,10 @@ class KeyValueRows(NamedTuple):
 class MatrixRef:
     """One dense matrix or vector (rows = 1) in a file; `name` is what the file calls it.
 
-    `format` is what it is in memory. Where `block_type` is set, the file holds GGUF blocks instead, `nbytes` of
-    them, row after row, and whoever reads transcodes. Where `paired_heads` is set, rows of so many heads lie in
-    the order of a rotary kernel that turns adjacent pairs, and whoever reads puts them in halves (`in_halves`).
+    `format` is what it is in memory. Where `block_type` is set, the file holds blocks instead, `nbytes` of them, row
+    after row, and whoever reads transcodes; where these are codes alone, `scales` is the piece with the rest.
+    Where `paired_heads` is set, rows of so many heads lie in the order of a rotary kernel that turns adjacent pairs,
+    and whoever reads puts them in halves (`in_halves`).
     Where `turn` is set, values of two tensors alternate in the `nbytes` of the file, and this one's are the first,
     third ... (0) or the second, fourth ... (1).
     Where `key_value_rows` is set, whoever reads splits the matrix in two (`model/latent_up.py`).
@@ -137,6 +149,12 @@ class MatrixRef:
     paired_heads: int = 0
     turn: int | None = None
     key_value_rows: KeyValueRows | None = None
+    scales: Piece | None = None
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that are read."""
+        return self.nbytes + (self.scales.nbytes if self.scales is not None else 0)
 
     @property
     def landed_bytes(self) -> int:
@@ -246,7 +264,7 @@ class ModelFiles:
     @cached_property
     def dense_bytes(self) -> int:
         """Bytes of everything that each token needs."""
-        return sum(ref.nbytes if ref.turn is None else ref.nbytes // 2 for ref in self.dense.values())
+        return sum(ref.read_bytes if ref.turn is None else ref.nbytes // 2 for ref in self.dense.values())
 
     @cached_property
     def expert_bytes(self) -> int:

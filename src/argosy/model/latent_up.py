@@ -4,7 +4,8 @@
                                              v_up [heads * value, rank]  the value half of each head
 
 Absorbed attention multiplies a query with the transposed key half, so memory holds that and not the key half: each
-weight is there once, and both products read rows in order. Weights of float formats keep their bits. Groups of
+weight is there once, and both products read rows in order. Weights of float formats keep their bits. So do FP8 weights,
+whose scales belong to squares, where heads and the rank end where squares do; elsewhere they become float32. Groups of
 quantised weights lie along the rank and cannot be turned without quantising again: the key half becomes float16, which
 is off by a thirtieth of a step of q8's quants at most, and by less of the others'. The value half stays as it is where
 heads end where panels do.
@@ -21,9 +22,11 @@ from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.checkpoint.files import (
+    F8_BLOCK,
     PANEL_ROWS,
     KeyValueRows,
     MatrixRef,
+    f8_scales_bytes,
     is_panelled,
     is_quantised,
     matrix_bytes,
@@ -37,6 +40,12 @@ Shape = tuple[Format, int, int]  # format, rows, columns
 def split_shapes(ref: MatrixRef) -> tuple[Shape, Shape]:
     """What k_up and v_up of a matrix are in memory."""
     heads = _rows(ref)
+    if ref.format == "f8":
+        kept: Format = "f8" if _ends_at_squares(ref) else "f32"
+        return (
+            (kept, heads.num_heads * ref.cols, heads.key_rows),
+            (kept, heads.num_heads * heads.value_rows, ref.cols),
+        )
     keeps_panels = is_panelled(ref.format) and _ends_at_panels(heads)
     key_format: Format = "f16" if is_quantised(ref.format) else ref.format
     value_format: Format = ref.format if keeps_panels else key_format
@@ -49,13 +58,17 @@ def split_shapes(ref: MatrixRef) -> tuple[Shape, Shape]:
 def passing_bytes(ref: MatrixRef) -> int:
     """Bytes of memory, beside the matrix and what becomes of it, that `split` takes."""
     heads = _rows(ref)
-    rows = (heads.key_rows + heads.value_rows) * (1 if _ends_at_panels(heads) else heads.num_heads)
+    has_own_heads = ref.format != "f8" and _ends_at_panels(heads)
+    rows = (heads.key_rows + heads.value_rows) * (1 if has_own_heads else heads.num_heads)
     return 3 * 4 * rows * ref.cols  # as float32, and numpy's copies of it
 
 
 def split(ref: MatrixRef, matrix: Bytes, keys: Bytes, values: Bytes) -> None:
     """Write k_up and v_up of a matrix; `matrix` holds it as `ref` says, landed."""
     heads = _rows(ref)
+    if ref.format == "f8":
+        _split_f8(ref, matrix, keys, values)
+        return
     (key_format, _, _), (value_format, _, _) = split_shapes(ref)
     key_bytes, value_bytes = len(keys) // heads.num_heads, len(values) // heads.num_heads
     for head, (raw, exact) in enumerate(_heads(ref, matrix)):
@@ -66,6 +79,50 @@ def split(ref: MatrixRef, matrix: Bytes, keys: Bytes, values: Bytes) -> None:
             value_place.view(exact.dtype).reshape(heads.value_rows, ref.cols)[:] = exact[heads.key_rows :]
         else:
             value_place[:] = raw[len(raw) - value_bytes :]
+
+
+def _split_f8(ref: MatrixRef, matrix: Bytes, keys: Bytes, values: Bytes) -> None:
+    heads = _rows(ref)
+    if not _ends_at_squares(ref):
+        whole = _native.dequantize("f8", matrix, ref.rows, ref.cols).reshape(heads.num_heads, -1, ref.cols)
+        key_place = keys.view(np.float32).reshape(heads.num_heads, ref.cols, heads.key_rows)
+        key_place[:] = whole[:, : heads.key_rows].transpose(0, 2, 1)
+        values.view(np.float32).reshape(heads.num_heads, -1, ref.cols)[:] = whole[:, heads.key_rows :]
+        return
+    codes, scales = _f8_parts(matrix, ref.rows, ref.cols)
+    codes = codes.reshape(heads.num_heads, -1, codes.shape[1])
+    scales = scales.reshape(heads.num_heads, -1, scales.shape[1])
+    key_squares = heads.key_rows // F8_BLOCK
+    (_, key_rows, key_cols), (_, value_rows, value_cols) = split_shapes(ref)
+    _join_f8(
+        codes[:, : heads.key_rows].transpose(0, 2, 1),
+        scales[:, :key_squares].transpose(0, 2, 1),
+        key_rows,
+        key_cols,
+        keys,
+    )
+    _join_f8(codes[:, heads.key_rows :], scales[:, key_squares:], value_rows, value_cols, values)
+
+
+def _ends_at_squares(ref: MatrixRef) -> bool:
+    heads = _rows(ref)
+    return all(size % F8_BLOCK == 0 for size in (heads.key_rows, heads.value_rows, ref.cols))
+
+
+def _f8_parts(matrix: Bytes, rows: int, cols: int) -> tuple[Bytes, NDArray[np.float32]]:
+    """Codes [rows, cols] and scales [rows / 128, cols / 128] of an f8 matrix of whole squares."""
+    stretches = matrix.reshape(rows // F8_BLOCK, -1)
+    header = f8_scales_bytes(cols)
+    scales = np.ascontiguousarray(stretches[:, : 4 * (cols // F8_BLOCK)]).view(np.float32)
+    return stretches[:, header:].reshape(rows, cols), scales
+
+
+def _join_f8(codes: Bytes, scales: NDArray[np.float32], rows: int, cols: int, matrix: Bytes) -> None:
+    """The f8 matrix [rows, cols] of codes and scales in that order."""
+    _native.transcode("f8_codes", np.ascontiguousarray(codes).reshape(-1), rows, cols, out=matrix)
+    _native.transcode(
+        "f8_scales", np.ascontiguousarray(scales).reshape(-1).view(np.uint8), rows, cols, out=matrix
+    )
 
 
 def _rows(ref: MatrixRef) -> KeyValueRows:
