@@ -17,6 +17,7 @@ compressed-tensors 0.12.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -212,7 +213,8 @@ class _Reader:
         return value
 
     def _refused(self, where: str, value: object) -> UnsupportedModel:
-        said = f"'{quote(value)}'" if isinstance(value, str) else "null" if value is None else quote(value)
+        named = value is None or isinstance(value, bool)
+        said = json.dumps(value) if named else f"'{quote(value)}'" if isinstance(value, str) else quote(value)
         return UnsupportedModel(
             f"{self._path.name} asks for {where} {said}; supported: {SUPPORTED}",
             hint="get the checkpoint in one of these, then `argosy pack --format q8` or `q4` if it is to be smaller",
