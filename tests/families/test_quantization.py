@@ -252,7 +252,7 @@ def test_an_int4_checkpoint_that_is_not_whole_is_named(damage: Damage, sentence:
 def test_int4_in_columns_that_are_no_groups_is_refused_by_name(tmp_path: Path) -> None:
     write_int4_model(tmp_path / "model", INT4_CONFIG | {"moe_intermediate_size": 72}, seed=1)
     with pytest.raises(
-        UnsupportedModel, match="down_proj.weight_packed is of 72 columns; supported: whole groups of 32"
+        UnsupportedModel, match=r"down_proj\.weight_packed is of 72 columns; supported: whole groups of 32"
     ):
         open_model(tmp_path / "model")
 
