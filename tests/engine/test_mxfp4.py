@@ -105,6 +105,10 @@ def test_quantised_experts_are_never_quantised_again(tmp_path: Path) -> None:
 def test_blocks_that_contradict_the_config_are_refused(tmp_path: Path) -> None:
     write_mxfp4_model(tmp_path / "model", config_of(num_experts=2, experts_per_token=1), seed=1)
     text = (tmp_path / "model" / "config.json").read_text()
+    odd = text.replace('"intermediate_size": 224', '"intermediate_size": 230')
+    (tmp_path / "model" / "config.json").write_text(odd)
+    with pytest.raises(CheckpointError, match="intermediate_size 230, and rows of MXFP4 are blocks of 32"):
+        open_model(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text(
         text.replace('"intermediate_size": 224', '"intermediate_size": 192')
     )
