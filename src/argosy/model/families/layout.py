@@ -209,7 +209,8 @@ class _Accounts(TensorAccounts):
         for key, size in (("hidden_size", gate[1]), ("intermediate_size", down[1])):
             if size % GROUP_COLS:
                 raise CheckpointError(
-                    f"config.json gives {key} {size}, and rows of MXFP4 are blocks of {GROUP_COLS}", key=key
+                    f"config.json gives {key} as {size}, and rows of MXFP4 are blocks of {GROUP_COLS}",
+                    key=key,
                 )
         pieces: list[Piece] = []
         for blocks, scales, (rows, cols), interleaved in (
