@@ -291,5 +291,10 @@ class ModelConfig:
         return len(self.layers)
 
     @property
+    def mtp_layers(self) -> range:
+        """Layers for multi-token prediction, which files number on from the model's own."""
+        return range(self.num_layers, self.num_layers + self.num_mtp_layers)
+
+    @property
     def moe_layers(self) -> tuple[int, ...]:
         return tuple(i for i, layer in enumerate(self.layers) if layer.is_moe)

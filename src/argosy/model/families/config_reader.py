@@ -41,6 +41,7 @@ HARMLESS = frozenset({
     "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
     "exponential_decay_length_penalty", "encoder_no_repeat_ngram_size", "remove_invalid_values",
     "return_dict_in_generate", "output_scores", "prefix", "unsloth_version", "unsloth_fixed",
+    "aux_loss_alpha", "seq_aux", "ep_size", "sep_token_id", "decoder_start_token_id",
 })  # fmt: skip
 
 # Known switches of other models: fine while they are off.
@@ -109,6 +110,13 @@ class ConfigReader:
         if not is_positive_number(value):
             raise self._wrong(name, value, "a number above zero")
         return float(value)  # type: ignore[arg-type]
+
+    def optional_number(self, name: str) -> float | None:
+        """A number above zero, or None where the file says null or nothing."""
+        if self._raw.get(name) is None:
+            self._asked.add(name)
+            return None
+        return self.number(name, 1.0)
 
     def flag(self, name: str, default: bool) -> bool:
         _, value = self._find(name, default=default)
@@ -183,7 +191,7 @@ class ConfigReader:
         return tuple(value)
 
     def attention_shape(
-        self, *, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int | None = None
+        self, *, hidden_size: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None = None
     ) -> AttentionShape:
         """Hidden size and heads; the arguments are the family's defaults. Null key heads: as many as heads.
 
@@ -234,6 +242,10 @@ class ConfigReader:
         self._asked.add(name)
         if name in self._raw and not any(_is_same(self._raw[name], value) for value in accepted):
             raise self._unsupported(name, self._raw[name], " or ".join(_as_json(value) for value in accepted))
+
+    def passed(self, *names: str) -> None:
+        """Keys that may stand here with any value, because they are about another part of the model."""
+        self._asked.update(names)
 
     def unsupported(self, name: str, supported: str) -> UnsupportedModel:
         """The error for a value that is well-formed, and asks for something that is not built in."""

@@ -98,12 +98,12 @@ class Layout:
         prefix = re.escape(self.prefix)
         known = re.compile("|".join(filter(None, (_LEFTOVERS.format(prefix=prefix), self.passed_over))))
         layer_of = re.compile(prefix + r"layers\.(\d{1,9})\..+")
-        # Layers for multi-token prediction are numbered on from the model's own.
-        mtp_layers = range(config.num_layers, config.num_layers + config.num_mtp_layers)
 
         def is_known(name: str) -> bool:
             layer = layer_of.fullmatch(name)
-            return known.fullmatch(name) is not None or (layer is not None and int(layer[1]) in mtp_layers)
+            return known.fullmatch(name) is not None or (
+                layer is not None and int(layer[1]) in config.mtp_layers
+            )
 
         return is_known
 
