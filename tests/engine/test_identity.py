@@ -21,6 +21,7 @@ from argosy.model.families import open_model
 from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.safetensors_file import Array
 from tests.models.tiny import RawConfig, gpt_oss, mixtral, prompt_ids, qwen2_moe, qwen3_moe, write_model
+from tests.models.tiny_latent import deepseek_v3
 
 NUM_NEW = 12
 GREEDY = SamplingParams(max_tokens=NUM_NEW, temperature=0, ignore_eos=True, logprobs=3)
@@ -61,6 +62,16 @@ CASES = [(family, "in place") for family in CONFIGS] + [
 ]
 CASES += [("gpt_oss", "source"), ("gpt_oss", "mxfp4")]
 CONFIGS["gpt_oss"] = GPT_OSS
+CONFIGS["deepseek_v3"] = (
+    deepseek_v3(  # latent attention, groups of experts, a bias of the choice, a dense layer
+        max_position_embeddings=1024,
+        hidden_size=72,
+        n_routed_experts=12,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+    )
+)
+CASES += [("deepseek_v3", "in place"), ("deepseek_v3", "q8")]
 
 
 @dataclass(frozen=True)
