@@ -19,6 +19,7 @@
 
 #include "bind/bind.h"
 #include "bind/matrix.h"
+#include "bind/routing.h"
 
 namespace argosy {
 
@@ -73,7 +74,8 @@ BoundMixer grouped_query_attention(
     const Matrix& query, const Matrix& key, const Matrix& value, const Matrix& output, int64_t num_heads,
     int64_t window, float scale, const std::optional<Array>& query_bias, const std::optional<Array>& key_bias,
     const std::optional<Array>& value_bias, const std::optional<Array>& output_bias,
-    const std::optional<Array>& query_norm, const std::optional<Array>& key_norm) {
+    const std::optional<Array>& query_norm, const std::optional<Array>& key_norm, bool is_norm_flat,
+    float limit, const std::optional<Array>& sinks) {
   require_range("heads", num_heads, 1, query.view.rows);
   require_range("window", window, 0, INT32_MAX);
   require_size("rows of query modulo heads", query.view.rows % num_heads, 0);
@@ -90,8 +92,11 @@ BoundMixer grouped_query_attention(
       .key_bias = kept.keep("key_bias", key_bias, key.view.rows),
       .value_bias = kept.keep("value_bias", value_bias, value.view.rows),
       .output_bias = kept.keep("output_bias", output_bias, output.view.rows),
-      .query_norm = kept.keep("query_norm", query_norm, head_dim),
-      .key_norm = kept.keep("key_norm", key_norm, head_dim),
+      .query_norm = kept.keep("query_norm", query_norm, is_norm_flat ? query.view.rows : head_dim),
+      .key_norm = kept.keep("key_norm", key_norm, is_norm_flat ? key.view.rows : head_dim),
+      .is_norm_flat = is_norm_flat,
+      .limit = limit,
+      .sinks = kept.keep("sinks", sinks, num_heads),
       .num_heads = num_heads,
       .window = window,
       .scale = scale,
@@ -127,15 +132,24 @@ BoundFfn dense_ffn(const Matrix& gate, const Matrix& up, const Matrix& down) {
   return bound;
 }
 
-BoundFfn routed_ffn(const Matrix& router, int64_t experts_per_token, bool renormalize, int64_t width,
-                    const FormatNames& formats, const std::optional<NetworkOfMatrices>& shared,
-                    const Matrix* shared_score) {
-  require_range("experts_per_token", experts_per_token, 1, router.view.rows);
+BoundFfn routed_ffn(const Matrix& router, const Routing& routing, const std::optional<Array>& router_bias,
+                    int64_t width, const FormatNames& formats, const std::optional<NetworkOfMatrices>& shared,
+                    const Matrix* shared_score, const std::optional<Array>& gate_bias,
+                    const std::optional<Array>& up_bias, const std::optional<Array>& down_bias) {
   BoundFfn bound;
   RoutedFfn ffn = {};
-  ffn.router = {bound.kept.keep(router), experts_per_token, renormalize};
+  ffn.router = {
+      .matrix = bound.kept.keep(router),
+      .bias = bound.kept.keep("router_bias", router_bias, router.view.rows),
+      .rule = routing.checked(router.view.rows),
+  };
+  if (routing.choice_bias) bound.kept.arrays.push_back(*routing.choice_bias);
   ffn.width = width;
   ffn.formats = parse_formats(formats);
+  const int64_t num_experts = router.view.rows;
+  ffn.biases = {bound.kept.keep("gate_bias", gate_bias, num_experts * width),
+                bound.kept.keep("up_bias", up_bias, num_experts * width),
+                bound.kept.keep("down_bias", down_bias, num_experts * router.view.cols)};
   if (shared) {
     const auto& [gate, up, down] = *shared;
     ffn.shared = SharedExpert{bound.kept.keep(*gate, *up, *down), std::nullopt};
@@ -208,7 +222,7 @@ struct BufferColumns {
   void widen(const DenseFfn&) {}
   void widen(const RoutedFfn& ffn) {
     experts = std::max(experts, ffn.router.matrix.rows);
-    k = std::max(k, ffn.router.k);
+    k = std::max(k, ffn.router.rule.k);
   }
 };
 
@@ -216,8 +230,8 @@ class BoundStack {
  public:
   BoundStack(Runtime& runtime, KvCache& kv, const Matrix& embedding, const Matrix& head,
              const Array& final_norm, float norm_eps, const Rotary& rotary,
-             const std::vector<LayerOfObjects>& layers, const nb::dict& buffers, Arena* arena,
-             const std::optional<Array>& resident_offsets)
+             const ActivationOfNumbers& activation, const std::vector<LayerOfObjects>& layers,
+             const nb::dict& buffers, Arena* arena, const std::optional<Array>& resident_offsets)
       : hidden_(embedding.view.cols) {
     require_size("columns of head", head.view.cols, hidden_);
     require_size("number of layers", int64_t(layers.size()), kv.num_layers());
@@ -229,6 +243,7 @@ class BoundStack {
     description.final_norm = kept_.keep("final_norm", final_norm, hidden_);
     description.norm_eps = norm_eps;
     description.rotary = rotary;
+    description.activation = parse_activation(activation);
     description.experts_off = arena == nullptr;
     BufferColumns columns;
     columns.pairs = rotary.num_pairs();
@@ -410,13 +425,16 @@ void bind_stack(nb::module_& m) {
         nb::kw_only(), "num_heads"_a, "window"_a, "scale"_a, "query_bias"_a.none() = nb::none(),
         "key_bias"_a.none() = nb::none(), "value_bias"_a.none() = nb::none(),
         "output_bias"_a.none() = nb::none(), "query_norm"_a.none() = nb::none(),
-        "key_norm"_a.none() = nb::none());
+        "key_norm"_a.none() = nb::none(), "is_norm_flat"_a = false, "limit"_a = 0.0f,
+        "sinks"_a.none() = nb::none());
   m.def("multi_head_latent_attention", &multi_head_latent_attention, "query"_a, "kv_down"_a, "key_up"_a,
         "value_up"_a, "output"_a, nb::kw_only(), "num_heads"_a, "rope_dim"_a, "scale"_a, "norm_eps"_a,
         "kv_norm"_a, "query_down"_a.none() = nb::none(), "query_norm"_a.none() = nb::none());
   m.def("dense_ffn", &dense_ffn, "gate"_a, "up"_a, "down"_a);
-  m.def("routed_ffn", &routed_ffn, "router"_a, nb::kw_only(), "experts_per_token"_a, "renormalize"_a,
-        "width"_a, "formats"_a, "shared"_a.none() = nb::none(), "shared_score"_a.none() = nb::none());
+  m.def("routed_ffn", &routed_ffn, "router"_a, "routing"_a, nb::kw_only(),
+        "router_bias"_a.none() = nb::none(), "width"_a, "formats"_a, "shared"_a.none() = nb::none(),
+        "shared_score"_a.none() = nb::none(), "gate_bias"_a.none() = nb::none(),
+        "up_bias"_a.none() = nb::none(), "down_bias"_a.none() = nb::none());
 
   nb::class_<Rotary>(m, "Rotary")
       .def(
@@ -441,11 +459,11 @@ void bind_stack(nb::module_& m) {
 
   nb::class_<BoundStack>(m, "Stack")
       .def(nb::init<Runtime&, KvCache&, const Matrix&, const Matrix&, const Array&, float, const Rotary&,
-                    const std::vector<LayerOfObjects>&, const nb::dict&, Arena*,
+                    const ActivationOfNumbers&, const std::vector<LayerOfObjects>&, const nb::dict&, Arena*,
                     const std::optional<Array>&>(),
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), "runtime"_a, "kv"_a, nb::kw_only(), "embedding"_a,
-           "head"_a, "final_norm"_a, "norm_eps"_a, "rotary"_a, "layers"_a, "buffers"_a, "arena"_a.none(),
-           "resident_offsets"_a.none())
+           "head"_a, "final_norm"_a, "norm_eps"_a, "rotary"_a, "activation"_a, "layers"_a, "buffers"_a,
+           "arena"_a.none(), "resident_offsets"_a.none())
       .def("begin", &BoundStack::begin, "token_ids"_a, "position"_a, "sequence"_a, "slots"_a, "is_decode"_a,
            "block_table"_a, "last_rows"_a, "logits"_a.noconvert())
       .def("advance", &BoundStack::advance)

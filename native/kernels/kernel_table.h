@@ -89,8 +89,55 @@ struct AttentionArgs {
   int64_t num_tokens, num_heads;
   const int32_t* blocks;  // of the sequence: position p lies in blocks[p / block_tokens]
   float scale;
-  int64_t window;  // a token sees its last `window` positions, itself included; 0: all
-  float* scratch;  // attention_scratch_floats(head_dim)
+  int64_t window;                // a token sees its last `window` positions, itself included; 0: all
+  float* scratch;                // attention_scratch_floats(head_dim)
+  const float* sinks = nullptr;  // [num_heads], a score that takes weight and adds nothing; nullptr: none
+};
+
+// What a feed-forward network does between its first two products and its last.
+//   silu     silu(gate) * up, where silu(x) = x / (1 + e^-x)  (Shazeer, arXiv:2002.05202)
+//   clamped  g * sigmoid(alpha * g) * (u + 1), where g is gate, at most `limit`, and u is up, from -limit to
+//            limit  (gpt-oss)
+struct Activation {
+  enum class Kind { silu, clamped };
+  Kind kind = Kind::silu;
+  float limit = 0, alpha = 0;
+};
+
+// out[t][i] = activation of gate[t][i] + gate_bias[i] and up[t][i] + up_bias[i]
+struct ActivateArgs {
+  Activation activation;
+  const float *gate, *up;            // [num_tokens][n], `stride` floats apart
+  const float *gate_bias, *up_bias;  // [n]; nullptr: none
+  int64_t stride;
+  int64_t num_tokens, n;
+  float* out;  // [num_tokens][n]; may be gate or up
+  int64_t out_stride;
+};
+
+enum class Score { softmax, sigmoid };
+enum class GroupScore { max, top2 };
+
+// How a token's experts follow from its logits (route.h).
+struct RouteRule {
+  int64_t k;                 // experts of a token
+  Score score;               // of all logits
+  const float* choice_bias;  // [num_experts], added to scores for the choice alone; nullptr: none
+  int64_t num_groups;        // of equal size, one behind the other
+  int64_t kept_groups;       // the best of them, which together hold k experts or more
+  GroupScore group_score;    // top2 needs groups of two or more
+  bool renormalize;          // weights are divided by their sum plus renormalize_eps
+  float renormalize_eps;
+  float scale;  // of the weights, last
+};
+
+struct RouteArgs {
+  RouteRule rule;
+  const float* logits;  // [num_experts]
+  int64_t num_experts;
+  int32_t* ids;    // [k]
+  float* weights;  // [k]
+  float* scratch;  // route_scratch_floats(num_experts)
 };
 
 // Latent attention: sixteen heads of one token go through the vectors together, a column; two columns at most
@@ -148,10 +195,8 @@ struct KernelTable {
   // dimension 2 i with 2 i + 1 where pairs are interleaved.
   void (*rope)(float* x, int64_t num_heads, int64_t head_dim, const float* cosine, const float* sine,
                int64_t num_pairs, bool is_interleaved);
-  void (*route)(const float* logits, int64_t num_experts, int64_t k, bool renormalize, int32_t* ids,
-                float* weights,
-                float* scratch);                                                // scratch: num_experts floats
-  void (*silu_mul)(const float* gate, const float* up, int64_t n, float* out);  // out may be gate or up
+  void (*route)(const RouteArgs& args);
+  void (*activate)(const ActivateArgs& args);
   void (*combine)(const float* expert_out, const float* weights, int64_t k, int64_t hidden, float* out);
   void (*add_sigmoid_gated)(const float* x, float gate_logit, int64_t hidden, float* out);
 
@@ -173,6 +218,9 @@ struct KernelTable {
 static inline constexpr int64_t attention_scratch_floats(int64_t head_dim) {
   return kMaxQueries * (kStretchKeys + 2 * round_up(head_dim, kKeyTile));
 }
+
+// The scores of all experts, what each is worth in the choice, and each group.
+static inline constexpr int64_t route_scratch_floats(int64_t num_experts) { return 3 * num_experts; }
 
 static inline constexpr int64_t latent_state_floats(int64_t value_dim) {
   return (value_dim + 2) * kColumnHeads;

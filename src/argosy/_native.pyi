@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 Format = Literal["f32", "f16", "bf16", "q8", "q4", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k"]
 InstructionSet = Literal["plain", "avx2", "avx512"]
+Activation = tuple[Literal["silu", "clamped"], float, float]  # kind, limit, alpha
 _Floats = NDArray[np.float32]
 _Ints = NDArray[np.int32]
 _Bytes = NDArray[np.uint8]
@@ -90,10 +91,38 @@ def rope(runtime: Runtime, x: _Floats, cosine: _Floats, sine: _Floats, is_interl
     on stay.
     """
 
-def route(runtime: Runtime, logits: _Floats, k: int, renormalize: bool, ids: _Ints, weights: _Floats) -> None:
-    """Softmax over all experts of logits [tokens, experts]; the k best into ids and weights [tokens, k].
+class Routing:
+    """How the experts of a token follow from its router logits (native/kernels/route.h).
 
-    Best first; on a tie the lower id wins. With `renormalize` the weights of a token sum to 1.
+    Scores are the softmax over all experts, or each one's sigmoid. The k best are chosen by score plus `choice_bias`,
+    of the best `kept_groups` of `num_groups` groups of equal size; a group is worth its best expert, or the sum of its
+    best two. On a tie the lower id wins. Routing weights are the scores, without the bias, of those chosen; with
+    `renormalize` divided by their sum plus `renormalize_eps`; times `scale`.
+
+    Args:
+        experts_per_token: k.
+        choice_bias: [experts]; None for none.
+    """
+
+    def __init__(
+        self,
+        experts_per_token: int,
+        *,
+        score: Literal["softmax", "sigmoid"],
+        choice_bias: _Floats | None = None,
+        num_groups: int = 1,
+        kept_groups: int = 1,
+        group_score: Literal["max", "top2"] = "top2",
+        renormalize: bool,
+        renormalize_eps: float = 0.0,
+        scale: float = 1.0,
+    ) -> None: ...
+
+def route(runtime: Runtime, routing: Routing, logits: _Floats, ids: _Ints, weights: _Floats) -> None:
+    """Logits [tokens, experts] -> ids (best first) and routing weights [tokens, k].
+
+    Raises:
+        ValueError: the routing does not fit the number of experts.
     """
 
 def combine(runtime: Runtime, expert_out: _Floats, weights: _Floats, out: _Floats) -> None:
@@ -114,8 +143,13 @@ def swiglu_experts(
     token: _Ints,
     row: _Ints,
     out: _Floats,
+    *,
+    activation: Activation = ("silu", 0.0, 0.0),
+    gate_bias: _Floats | None = None,
+    up_bias: _Floats | None = None,
+    down_bias: _Floats | None = None,
 ) -> None:
-    """Run each expert on its tokens: out[row[a]] = (silu(x Wg^T) * (x Wu^T)) Wd^T with x = x[token[a]].
+    """Run each expert on its tokens: out[row[a]] = activation(x Wg^T + bg, x Wu^T + bu) Wd^T + bd, x = x[token[a]].
 
     Args:
         formats: of gate, up and down.
@@ -125,9 +159,19 @@ def swiglu_experts(
         token: [assignments], row of x.
         row: [assignments], row of `out`, each at most once.
         out: [any, hidden]; rows that `row` does not name stay as they are.
+        activation: of gate and up.
+        gate_bias, up_bias: [experts, width].   down_bias: [experts, hidden].
     """
 
-def swiglu(runtime: Runtime, gate: Matrix, up: Matrix, down: Matrix, x: _Floats, out: _Floats) -> None:
+def swiglu(
+    runtime: Runtime,
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+    x: _Floats,
+    out: _Floats,
+    activation: Activation = ("silu", 0.0, 0.0),
+) -> None:
     """The same for one network and all tokens of x [tokens, hidden]: a dense layer or a shared expert."""
 
 class KvShape:
@@ -175,6 +219,7 @@ def attention(
     scale: float,
     window: int,
     out: _Floats,
+    sinks: _Floats | None = None,
 ) -> None:
     """Causal grouped-query attention; tokens of a sequence that stand next to each other share its keys.
 
@@ -184,6 +229,7 @@ def attention(
         sequence, position: [tokens]. A token sees the positions up to its own, which must be written already.
         window: a token sees its last `window` positions, itself included; 0 for all.
         out: [tokens, heads * head_dim].
+        sinks: [heads], a score of each head that takes weight and adds nothing; None for none.
     """
 
 def latent_write(
@@ -242,14 +288,19 @@ def grouped_query_attention(
     output_bias: _Floats | None = None,
     query_norm: _Floats | None = None,
     key_norm: _Floats | None = None,
+    is_norm_flat: bool = False,
+    limit: float = 0.0,
+    sinks: _Floats | None = None,
 ) -> Mixer:
-    """q, k, v -> norm of each head -> rotary -> KV cache -> attention -> output projection.
+    """q, k, v -> norm -> cut off -> rotary -> KV cache -> attention -> output projection.
 
     Args:
         query, output: [heads * head_dim, hidden] and back.   key, value: [kv_heads * head_dim, hidden].
         window, scale: as for `attention`.
         query_bias ...: one number per row of the matrix; None for none.
-        query_norm, key_norm: [head_dim], both or none.
+        query_norm, key_norm: of each head, [head_dim]; flat: of all heads at once, a number per row; both or none.
+        limit: q, k and v are cut off at both signs of it; 0: not.
+        sinks: [heads], as for `attention`.
     """
 
 def multi_head_latent_attention(
@@ -283,21 +334,26 @@ def dense_ffn(gate: Matrix, up: Matrix, down: Matrix) -> Ffn:
 
 def routed_ffn(
     router: Matrix,
+    routing: Routing,
     *,
-    experts_per_token: int,
-    renormalize: bool,
+    router_bias: _Floats | None = None,
     width: int,
     formats: Sequence[Format],
     shared: Sequence[Matrix] | None = None,
     shared_score: Matrix | None = None,
+    gate_bias: _Floats | None = None,
+    up_bias: _Floats | None = None,
+    down_bias: _Floats | None = None,
 ) -> Ffn:
     """Experts of `width` that the router chooses, as `route` does, and a shared one for every token.
 
     Args:
         router: [experts, hidden].
+        router_bias: [experts], added to the router's product; None for none.
         formats: of gate, up and down of the routed experts.
         shared: gate, up and down of the shared expert.
         shared_score: [1, hidden]; the shared expert's output is taken times sigmoid(shared_score . x).
+        gate_bias, up_bias: of the routed experts, experts * width numbers.   down_bias: experts * hidden.
     """
 
 class Rotary:
@@ -320,6 +376,7 @@ class Stack:
 
     Args:
         embedding, head: [vocabulary, hidden].   final_norm: [hidden].
+        activation: of all feed-forward networks.
         layers: (norm [hidden], mixer, norm [hidden], feed-forward network) of each layer of `kv`.
         buffers: working memory by name, [max_tokens, columns] each (`model.workspace`).
         arena: where routed experts lie; None leaves them out of every sum.
@@ -337,6 +394,7 @@ class Stack:
         final_norm: _Floats,
         norm_eps: float,
         rotary: Rotary,
+        activation: Activation,
         layers: Sequence[tuple[_Floats, Mixer, _Floats, Ffn]],
         buffers: Mapping[str, NDArray[Any]],
         arena: Arena | None,

@@ -279,12 +279,18 @@ class ModelConfig:
     has_expert_bias: bool = False  # gate, up and down of routed experts
     norm_offset: float = 0.0  # norms hold their weight less this: 1 where they are zero-centred
     is_embedding_tied: bool = False  # the head is the embedding table
+    num_mtp_layers: int = 0  # of multi-token prediction: behind `layers` in the files, never in memory
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def mtp_layers(self) -> range:
+        """Layers for multi-token prediction, which files number on from the model's own."""
+        return range(self.num_layers, self.num_layers + self.num_mtp_layers)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

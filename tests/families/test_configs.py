@@ -10,6 +10,7 @@ import pytest
 from argosy.config import LayerConfig, ModelConfig, RopeConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES
+from argosy.model.families.config_reader import ConfigReader
 from tests.models.tiny import RawConfig, mixtral, qwen2_moe, qwen3_moe, respelt
 
 MAKERS = (mixtral, qwen2_moe, qwen3_moe)
@@ -399,3 +400,29 @@ def test_a_value_that_cannot_be_meant_is_refused(make: Any, changes: dict[str, A
 
     assert re.search(sentence, found), found
     assert found.startswith("config.json")
+
+
+# A config inside a config
+
+
+def test_a_nested_config_is_read_as_strictly_and_its_sentences_say_where() -> None:
+    def text_config(values: object) -> ConfigReader:
+        return ConfigReader({"text_config": values}, "wrapper").nested("text_config", "inner", "inner_text")
+
+    reader = text_config({"model_type": "inner_text", "hidden_size": 8, "use_cache": True})
+    assert reader.integer("hidden_size", default=None) == 8
+    reader.finish()
+
+    with pytest.raises(
+        UnsupportedModel, match=r"config.json: text_config sets depth to 3, and wrapper does not"
+    ):
+        text_config({"depth": 3}).finish()
+    with pytest.raises(UnsupportedModel, match=r"model_type 'other'; supported: inner, inner_text"):
+        text_config({"model_type": "other"})
+    with pytest.raises(
+        CheckpointError, match=r"config.json: text_config: hidden_size is 'x', text; expected a whole"
+    ):
+        text_config({"hidden_size": "x"}).integer("hidden_size", default=None)
+    for missing in (None, 3):
+        with pytest.raises(CheckpointError, match=r"config.json: text_config is .*expected an object"):
+            text_config(missing)

@@ -12,6 +12,7 @@ from argosy import _native
 from argosy.config import ModelConfig
 from argosy.experts.source import ExpertSource
 from argosy.model.batch import Batch
+from argosy.model.layers import describe_activation, routing
 from argosy.model.rope import rotary
 from argosy.model.weights import DenseWeights
 
@@ -68,8 +69,15 @@ class ReferenceDecoder:
             self._projection(name + part, normed).reshape(tokens, -1, config.head_dim) for part in "qkv"
         )
         if config.qk_norm != "none":
-            query = self._norm(query.reshape(-1, config.head_dim), name + "q_norm").reshape(query.shape)
-            key = self._norm(key.reshape(-1, config.head_dim), name + "k_norm").reshape(key.shape)
+            first = tokens if config.qk_norm == "flat" else -1
+            query, key = (
+                self._norm(
+                    np.ascontiguousarray(x).reshape(first, len(self.weights.vectors[weight])), weight
+                ).reshape(x.shape)
+                for x, weight in ((query, name + "q_norm"), (key, name + "k_norm"))
+            )
+        if config.qkv_limit:
+            query, key, value = (np.clip(x, -config.qkv_limit, config.qkv_limit) for x in (query, key, value))
         cosine, sine = np.empty((2, tokens, config.rope.rotary_dim // 2), np.float32)
         self.rotary.angles(self.runtime, batch.positions, cosine, sine)
         for heads in (query, key):
@@ -87,6 +95,7 @@ class ReferenceDecoder:
             config.head_dim**-0.5,
             config.layers[layer].sliding_window,
             attended,
+            self.weights.vectors.get(name + "sinks"),
         )
         hidden += self._projection(name + "o", attended)
 
@@ -138,7 +147,7 @@ class ReferenceDecoder:
     def _swiglu(self, x: Floats, *names: str) -> Floats:
         out = np.empty_like(x)
         gate, up, down = (self.weights.matrices[name] for name in names)
-        _native.swiglu(self.runtime, gate, up, down, x, out)
+        _native.swiglu(self.runtime, gate, up, down, x, out, describe_activation(self.config))
         return out
 
     def _add_shared(self, hidden: Floats, normed: Floats, name: str) -> None:
@@ -155,9 +164,9 @@ class ReferenceDecoder:
         self, hidden: Floats, normed: Floats, layer: int, batch: Batch, experts: ExpertSource
     ) -> None:
         config, k = self.config, self.config.experts_per_token
-        logits = self._product(self.weights.matrices[f"layers.{layer}.router"], normed)
+        logits = self._projection(f"layers.{layer}.router", normed)
         ids, weights = np.empty((len(normed), k), np.int32), np.empty((len(normed), k), np.float32)
-        _native.route(self.runtime, logits, k, config.router.renormalize, ids, weights)
+        _native.route(self.runtime, routing(config, layer, self.weights), logits, ids, weights)
 
         flat = ids.reshape(-1)
         out = np.empty((flat.size, config.hidden_size), np.float32)
@@ -168,6 +177,11 @@ class ReferenceDecoder:
             for group in lease:
                 rows = [np.flatnonzero(flat == expert).astype(np.int32) for expert in group.expert_ids]
                 row = np.concatenate(rows)
+                biases = {
+                    f"{part}_bias": table.reshape(config.num_experts, -1)[list(group.expert_ids)]
+                    for part in ("gate", "up", "down")
+                    if (table := self.weights.vectors.get(f"layers.{layer}.expert_{part}_bias")) is not None
+                }
                 starts = np.cumsum([0, *(len(each) for each in rows)], dtype=np.int32)
                 _native.swiglu_experts(
                     self.runtime,
@@ -181,5 +195,7 @@ class ReferenceDecoder:
                     row // np.int32(k),
                     row,
                     out,
+                    activation=describe_activation(config),
+                    **biases,
                 )
         _native.combine(self.runtime, out, weights, hidden)

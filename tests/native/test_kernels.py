@@ -7,6 +7,7 @@ by about n * 2^-24 of the sum of magnitudes; `close` allows that, for the sizes 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -249,32 +250,120 @@ def test_interleaved_rope_turns_neighbours(runtime: native.Runtime, pairs: int) 
     assert close(x, expected)
 
 
+def routed(
+    runtime: native.Runtime, logits: Floats, k: int, *, renormalize: bool = False, **rule: Any
+) -> tuple[NDArray[np.int32], Floats]:
+    ids, weights = np.full((len(logits), k), -1, np.int32), np.full((len(logits), k), np.nan, np.float32)
+    rule = {"score": "softmax"} | rule
+    native.route(runtime, native.Routing(k, renormalize=renormalize, **rule), logits, ids, weights)
+    return ids, weights
+
+
+def best_first(worth: Floats, k: int) -> NDArray[np.int64]:
+    return np.argsort(-worth, axis=-1, kind="stable")[..., :k]
+
+
+def expected_routes(
+    logits: Floats,
+    k: int,
+    *,
+    score: str,
+    choice_bias: Floats | None,
+    num_groups: int,
+    kept_groups: int,
+    group_score: str,
+    renormalize: bool,
+    renormalize_eps: float,
+    scale: float,
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The sentences of native/kernels/route.h, in float64."""
+    x = logits.astype(np.float64)
+    scores = np.exp(x - x.max(axis=1, keepdims=True))
+    scores = scores / scores.sum(axis=1, keepdims=True) if score == "softmax" else 1 / (1 + np.exp(-x))
+    worth = scores if choice_bias is None else scores + choice_bias
+    grouped = worth.reshape(len(x), num_groups, -1)
+    best_two = -np.sort(-grouped, axis=2)[:, :, :2]
+    kept = best_first(best_two[:, :, 0] if group_score == "max" else best_two.sum(axis=2), kept_groups)
+    is_kept = np.zeros((len(x), num_groups), bool)
+    np.put_along_axis(is_kept, kept, True, axis=1)
+    ids = best_first(np.where(is_kept[:, :, None], grouped, -np.inf).reshape(worth.shape), k)
+    weights = np.take_along_axis(scores, ids, axis=1)
+    if renormalize:
+        weights = weights / (weights.sum(axis=1, keepdims=True) + renormalize_eps)
+    return ids, weights * scale
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_routes_are_those_of_the_rule(runtime: native.Runtime, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    num_groups = int(rng.choice([1, 2, 3, 8]))
+    size = int(rng.choice([2, 5, 16, 48]))
+    num_experts = num_groups * size
+    kept_groups = int(rng.integers(1, num_groups + 1))
+    rule: dict[str, Any] = {
+        "score": str(rng.choice(["softmax", "sigmoid"])),
+        "choice_bias": rng.normal(0, 0.5, num_experts).astype(np.float32) if rng.random() < 0.6 else None,
+        "num_groups": num_groups,
+        "kept_groups": kept_groups,
+        "group_score": str(rng.choice(["max", "top2"])),
+        "renormalize": bool(rng.integers(2)),
+        "renormalize_eps": float(rng.choice([0.0, 1e-20, 0.125])),
+        "scale": float(rng.choice([1.0, 2.5])),
+    }
+    k = int(rng.integers(1, min(8, kept_groups * size) + 1))
+    logits = rng.normal(0, 2, (9, num_experts)).astype(np.float32)
+    ids, weights = routed(runtime, logits, k, **rule)
+    expected_ids, expected = expected_routes(logits, k, **rule)
+    assert np.array_equal(ids, expected_ids)
+    assert np.allclose(weights, expected, rtol=4e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("num_experts", [1, 5, 8, 16, 17, 60, 128])
-@pytest.mark.parametrize("renormalize", [False, True])
-def test_route_takes_the_best_experts_first(
-    runtime: native.Runtime, num_experts: int, renormalize: bool
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_the_weights_of_a_token_sum_to_the_scale(
+    runtime: native.Runtime, num_experts: int, score: str
 ) -> None:
     k = min(4, num_experts)
-    logits = normal(9, num_experts)
-    ids, weights = np.empty((9, k), np.int32), np.empty((9, k), np.float32)
-    native.route(runtime, logits, k, renormalize, ids, weights)
-    scores = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    scores /= scores.sum(axis=1, keepdims=True)
-    expected_ids = np.argsort(-logits, axis=1, kind="stable")[:, :k]
-    expected = np.take_along_axis(scores, expected_ids, axis=1)
-    if renormalize:
-        expected /= expected.sum(axis=1, keepdims=True)
-    assert np.array_equal(ids, expected_ids)
-    assert close(weights, expected)
+    _, weights = routed(runtime, normal(9, num_experts), k, score=score, renormalize=True, scale=1.5)
+    assert np.allclose(weights.sum(axis=1), 1.5, rtol=1e-6)
+
+
+def test_the_choice_bias_changes_the_choice_and_not_the_weights(runtime: native.Runtime) -> None:
+    logits = normal(1, 4)
+    plain_ids, plain_weights = routed(runtime, logits, 4, score="sigmoid")
+    least_wanted = plain_ids[0, -1]
+    bias = np.zeros(4, np.float32)
+    bias[least_wanted] = 9
+    ids, weights = routed(runtime, logits, 4, score="sigmoid", choice_bias=bias)
+    assert ids[0, 0] == least_wanted
+    assert dict(zip(ids[0], weights[0], strict=True)) == dict(
+        zip(plain_ids[0], plain_weights[0], strict=True)
+    )
 
 
 def test_route_prefers_the_lower_id_on_a_tie_and_survives_nan(runtime: native.Runtime) -> None:
     logits = np.array([[1, 3, 3, 2, 3], [np.nan, 1, np.nan, 2, 0]], np.float32)
-    ids, weights = np.empty((2, 3), np.int32), np.empty((2, 3), np.float32)
-    native.route(runtime, logits, 3, True, ids, weights)
-    assert ids[0].tolist() == [1, 2, 4]
-    assert len(set(ids[1])) == 3
+    ids, weights = routed(runtime, logits, 3, renormalize=True)
+    assert ids.tolist() == [[1, 2, 4], [3, 1, 4]]
     assert np.isnan(weights[1]).all()
+    ids, weights = routed(runtime, logits, 4, score="sigmoid", choice_bias=np.zeros(5, np.float32))
+    assert ids.tolist() == [[1, 2, 4, 3], [3, 1, 4, 0]]
+    assert np.isnan(weights[1]).tolist() == [False, False, False, True]
+
+
+def test_a_routing_that_does_not_fit_the_experts_is_refused(runtime: native.Runtime) -> None:
+    logits = normal(1, 12)
+    for rule, sentence in (
+        ({"score": "tanh"}, "unknown score 'tanh'; known: softmax, sigmoid"),
+        ({"group_score": "mean"}, "unknown group_score 'mean'; known: max, top2"),
+        ({"choice_bias": np.zeros(11, np.float32)}, r"choice_bias has shape \[11\], expected \[12\]"),
+        ({"num_groups": 5}, "experts modulo groups is 2, expected 0"),
+        ({"num_groups": 3, "kept_groups": 4}, "kept_groups is 4, expected 1 to 3"),
+        ({"num_groups": 6, "kept_groups": 1}, "experts_per_token is 3, expected 1 to 2"),
+        ({"num_groups": 12, "kept_groups": 4}, "experts of a group is 1, expected 2 to 12"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            routed(runtime, logits, 3, **rule)
 
 
 def test_combine_and_the_shared_gate_add_to_what_is_there(runtime: native.Runtime) -> None:
@@ -542,8 +631,8 @@ def test_wrong_arguments_are_refused_with_both_numbers(runtime: native.Runtime) 
         native.matrix_bytes("f32", -1, 1)
     with refused(r"ids\[1\] is 16, expected 0 to 15"):
         native.embed(runtime, matrix, np.array([0, 16], np.int32), np.empty((2, 64), np.float32))
-    with refused("k is 9, expected 1 to 8"):
-        native.route(runtime, normal(1, 8), 9, True, np.empty((1, 9), np.int32), np.empty((1, 9), np.float32))
+    with refused("experts_per_token is 9, expected 1 to 8"):
+        routed(runtime, normal(1, 8), 9)
     with refused("rotated dimensions is 10, expected 0 to 8"):
         native.rope(runtime, normal(1, 1, 8), normal(1, 5), normal(1, 5))
     with refused("num_threads is 0, expected 1 to 1024"):

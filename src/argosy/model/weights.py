@@ -21,12 +21,15 @@ from argosy.model.latent_up import passing_bytes, split, split_shapes
 
 Vector = NDArray[np.float32]
 
+# Those that a family may store less an offset; what a mixer norms inside itself is stored as it is.
+_OFFSET_NORMS = frozenset({"attn_norm", "mlp_norm", "final_norm", "q_norm", "k_norm"})
+
 _MOST_IN_FLIGHT = 256  # tensors: nobody may be here to issue the next read while the tokenizer is being built
 
 
 def is_vector(name: str) -> bool:
-    """Norms and biases; everything else is the matrix of a product."""
-    return name.endswith(("norm", "_bias"))
+    """Norms, biases and sinks; everything else is the matrix of a product."""
+    return name.endswith(("norm", "_bias", "sinks"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,9 @@ class DenseReading:
     """Dense tensors on their way into memory; whoever waits for them may do something else first.
 
     Reads are under way once this exists. `finish` or `cancel` ends them.
+
+    Args:
+        norm_offset: added to the weights of norms (`ModelConfig.norm_offset`).
     """
 
     def __init__(
@@ -100,9 +106,10 @@ class DenseReading:
         refs: Mapping[str, MatrixRef],
         *,
         open_file: Callable[[str], int],
+        norm_offset: float = 0.0,
         progress: Callable[[str, float], None] | None = None,
     ) -> None:
-        self._steps = _read_dense(store, refs, open_file, progress)
+        self._steps = _read_dense(store, refs, open_file, norm_offset, progress)
         next(self._steps)
 
     def finish(self) -> DenseWeights:
@@ -129,16 +136,18 @@ def load_dense(
     refs: Mapping[str, MatrixRef],
     *,
     open_file: Callable[[str], int],
+    norm_offset: float = 0.0,
     progress: Callable[[str, float], None] | None = None,
 ) -> DenseWeights:
     """Read every dense tensor, and wait for it: `DenseReading`, without a pause."""
-    return DenseReading(store, refs, open_file=open_file, progress=progress).finish()
+    return DenseReading(store, refs, open_file=open_file, norm_offset=norm_offset, progress=progress).finish()
 
 
 def _read_dense(
     store: _native.Store,
     refs: Mapping[str, MatrixRef],
     open_file: Callable[[str], int],
+    norm_offset: float,
     progress: Callable[[str, float], None] | None,
 ) -> Generator[None, None, DenseWeights]:
     """Start the first reads, pause, and go on until all tensors are there."""
@@ -176,7 +185,7 @@ def _read_dense(
             return
         if ref.block_type is None:
             start += ref.offset % alignment
-        memory = arena.array()[start : start + ref.landed_bytes]
+        memory = arena.array()[start : start + (ref.landed_bytes if ref.turn is None else ref.nbytes)]
         if ref.block_type is not None and _passes_scratch(ref):
             raw = scratch.array()[ref.offset % alignment :][: ref.nbytes].reshape(ref.rows, -1)
             blocks = in_halves(raw, ref.paired_heads).reshape(-1).view(np.uint8)
@@ -184,8 +193,13 @@ def _read_dense(
         elif ref.paired_heads:
             memory[:] = in_halves(memory.reshape(ref.rows, -1), ref.paired_heads).reshape(-1)
         if is_vector(name):
-            values = _native.dequantize(ref.format, memory, ref.rows, ref.cols).reshape(-1)
+            cols = ref.cols if ref.turn is None else 2 * ref.cols
+            values = _native.dequantize(ref.format, memory, ref.rows, cols).reshape(-1)
+            if ref.turn is not None:
+                values = np.ascontiguousarray(values[ref.turn :: 2])
             check_vector(ref.name, values)
+            if name.rpartition(".")[2] in _OFFSET_NORMS:
+                values += np.float32(norm_offset)
             vectors[name] = values
         else:
             matrices[name] = _native.Matrix(arena, start, ref.format, ref.rows, ref.cols)

@@ -5,9 +5,8 @@ Elsewhere: names and shapes are `layout.py` (safetensors) and `gguf_layout.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from re import Pattern
 
 from argosy.checkpoint.json_strict import quote
 from argosy.checkpoint.safetensors import TensorRef
@@ -75,19 +74,19 @@ class TensorAccounts:
         self._taken.add(name)
         return ref, self._formats[ref.dtype]
 
-    def refuse_extra(self, config: ModelConfig, passed_over: Pattern[str], described_by: str) -> None:
-        """Refuse what nobody took, and is not a constant that writers leave behind.
+    def refuse_extra(
+        self, config: ModelConfig, is_passed_over: Callable[[str], object], described_by: str
+    ) -> None:
+        """Refuse what nobody took, and is not known to have no part in the model.
 
         Args:
-            passed_over: names of such constants.
+            is_passed_over: tells the names of such tensors: constants that writers leave behind, vision towers.
             described_by: what says which tensors there are, such as "this config.json".
 
         Raises:
             CheckpointError: names the first such tensor, and how many more there are.
         """
-        extra = [
-            name for name in self._tensors if name not in self._taken and not passed_over.fullmatch(name)
-        ]
+        extra = [name for name in self._tensors if name not in self._taken and not is_passed_over(name)]
         if extra:
             others = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
             ref = self._tensors[extra[0]]

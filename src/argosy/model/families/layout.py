@@ -3,10 +3,12 @@
     ModelConfig + Layout + {name: TensorRef}  ->  read_layout  ->  ModelFiles
 
 A family has one layout or several: the hub keeps one tensor per expert matrix, and `transformers` 5 can also
-write all experts of a layer as one fused tensor, [experts, 2 * width, hidden] with gate before up. The first
-layout whose expert tensors are there is read. Every tensor is accounted for: one that is missing, has another
-shape, has a dtype that no kernel reads, or is not asked for is an error with its name. Only what old
-exporters leave behind is passed over (`_LEFTOVERS`).
+write all experts of a layer as one fused tensor, [experts, 2 * width, hidden] with gate before up. Some keep fused
+tensors transposed, [experts, hidden, 2 * width] with columns of gate and up by turns; these can be packed, and not
+be run in place. The first layout whose expert tensors are there is read. Every tensor is accounted for: one that is missing, has another
+shape, has a dtype that no kernel reads, or is not asked for is an error with its name. Passed over is only what
+is known and has no part in text: constants that old exporters leave behind (`_LEFTOVERS`), layers for
+multi-token prediction, and what a layout names itself, such as a vision tower.
 
 Elsewhere: shapes are `checkpoint/geometry.py`; where bytes lie is `checkpoint/safetensors.py`.
 """
@@ -14,7 +16,7 @@ Elsewhere: shapes are `checkpoint/geometry.py`; where bytes lie is `checkpoint/s
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,15 +36,11 @@ from argosy.model.families.accounts import TensorAccounts
 
 _FORMAT_OF_DTYPE: Mapping[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 # Constants that old exporters saved with the weights; they are computed from the config here.
-_LEFTOVERS = re.compile(
-    r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|model\.layers\.\d+\.self_attn\.bias"
+_LEFTOVERS = (
+    r"({prefix})?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|{prefix}layers\.\d+\.self_attn\.bias"
 )
 
-MODEL_NAMES = {
-    "embed": "model.embed_tokens.weight",
-    "head": "lm_head.weight",
-    "final_norm": "model.norm.weight",
-}
+_MODEL_NAMES = {"embed": "embed_tokens.weight", "final_norm": "norm.weight"}
 ATTENTION_NAMES = {
     "attn_norm": "input_layernorm.weight",
     "q": "self_attn.q_proj.weight",
@@ -61,25 +59,48 @@ ATTENTION_NAMES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Names below `model.layers.{i}.`: dense ones by canonical name, experts one by one or fused."""
+    """Names below `{prefix}layers.{i}.`: dense ones by canonical name, experts one by one or fused."""
 
     layer_names: Mapping[str, str]
     expert_names: tuple[str, str, str] | None = None  # gate, up, down, with {expert}
     fused_names: tuple[str, str] | None = None  # gate and up in one, down
+    transposed_names: tuple[str, str] | None = None  # the same, transposed, with gate and up by turns
+    by_turns: tuple[str, str] | None = None  # canonical names of two whose values alternate in one tensor
+    prefix: str = "model."
+    head_name: str = "lm_head.weight"
+    passed_over: str | None = None  # regular expression of whole names: tensors that text does not need
 
     def dense_name(self, canonical: str) -> str:
         """The checkpoint's name of a dense tensor."""
-        if canonical in MODEL_NAMES:
-            return MODEL_NAMES[canonical]
+        if canonical == "head":
+            return self.head_name
+        if canonical in _MODEL_NAMES:
+            return self.prefix + _MODEL_NAMES[canonical]
         _, layer, last = canonical.split(".")
-        return f"model.layers.{layer}.{self.layer_names[last]}"
+        return f"{self.prefix}layers.{layer}.{self.layer_names[last]}"
 
     def names_of_expert(self, layer: int, expert: int) -> tuple[str, ...]:
         """The checkpoint's names of the tensors that an expert is read from."""
-        if self.fused_names is not None:
-            return tuple(f"model.layers.{layer}.{name}" for name in self.fused_names)
+        if stacked := self.fused_names or self.transposed_names:
+            return tuple(f"{self.prefix}layers.{layer}.{name}" for name in stacked)
         assert self.expert_names is not None
-        return tuple(f"model.layers.{layer}.{name.format(expert=expert)}" for name in self.expert_names)
+        return tuple(
+            f"{self.prefix}layers.{layer}.{name.format(expert=expert)}" for name in self.expert_names
+        )
+
+    def is_passed_over(self, config: ModelConfig) -> Callable[[str], bool]:
+        """Tells the names of tensors that may stand in a checkpoint of `config` and are never read."""
+        prefix = re.escape(self.prefix)
+        known = re.compile("|".join(filter(None, (_LEFTOVERS.format(prefix=prefix), self.passed_over))))
+        layer_of = re.compile(prefix + r"layers\.(\d{1,9})\..+")
+
+        def is_known(name: str) -> bool:
+            layer = layer_of.fullmatch(name)
+            return known.fullmatch(name) is not None or (
+                layer is not None and int(layer[1]) in config.mtp_layers
+            )
+
+        return is_known
 
 
 def read_layout(
@@ -91,18 +112,15 @@ def read_layout(
         CheckpointError: a tensor is missing, extra, or of another shape than the config calls for.
         UnsupportedModel: a tensor has a dtype that no kernel reads.
     """
-    if config.is_embedding_tied and MODEL_NAMES["head"] in tensors:
-        # Tied in the config, and yet a head in the files: the files win, as in transformers 5.
-        config = replace(config, is_embedding_tied=False)
     probe = config.moe_layers[0]
     layout = next((one for one in layouts if one.names_of_expert(probe, 0)[0] in tensors), layouts[0])
+    if config.is_embedding_tied and layout.head_name in tensors:
+        # Tied in the config, and yet a head in the files: the files win, as in transformers 5.
+        config = replace(config, is_embedding_tied=False)
     reader = _Accounts(directory, tensors, _FORMAT_OF_DTYPE)
-    dense = {
-        canonical: reader.dense(layout.dense_name(canonical), shape)
-        for canonical, shape in dense_shapes(config)
-    }
+    dense = {canonical: reader.dense(canonical, shape, layout) for canonical, shape in dense_shapes(config)}
     experts = reader.experts(config, layout)
-    reader.refuse_extra(config, _LEFTOVERS, "this config.json")
+    reader.refuse_extra(config, layout.is_passed_over(config), "this config.json")
     require_one_format_a_layer(experts, directory)
     return ModelFiles(directory, config, dense, experts)
 
@@ -110,13 +128,19 @@ def read_layout(
 class _Accounts(TensorAccounts):
     """Tensors of safetensors files, as dense matrices and experts."""
 
-    def dense(self, name: str, shape: tuple[int, ...]) -> MatrixRef:
-        ref, format = self.take(name, shape)
+    def dense(self, canonical: str, shape: tuple[int, ...], layout: Layout) -> MatrixRef:
+        name, last = layout.dense_name(canonical), canonical.rpartition(".")[2]
+        turn = layout.by_turns.index(last) if layout.by_turns and last in layout.by_turns else None
+        ref, format = self.take(name, shape if turn is None else (*shape[:-1], 2 * shape[-1]))
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
-        return MatrixRef(name, ref.path, ref.offset, ref.nbytes, format, rows, cols)
+        return MatrixRef(name, ref.path, ref.offset, ref.nbytes, format, rows, cols, turn=turn)
 
     def experts(self, config: ModelConfig, layout: Layout) -> dict[tuple[int, int], ExpertRecord]:
-        read = self._fused_expert if layout.fused_names is not None else self._single_expert
+        read = self._single_expert
+        if layout.fused_names is not None:
+            read = self._fused_expert
+        elif layout.transposed_names is not None:
+            read = self._transposed_expert
         return {
             (layer, expert): read(config, layer, expert, layout.names_of_expert(layer, expert))
             for layer in config.moe_layers
@@ -150,4 +174,22 @@ class _Accounts(TensorAccounts):
             gate=ExpertMatrix(0, 0, gate_up_format, *gate),
             up=ExpertMatrix(0, gate_bytes, gate_up_format, *gate),
             down=ExpertMatrix(1, 0, down_format, *down),
+        )
+
+    def _transposed_expert(
+        self, config: ModelConfig, layer: int, expert: int, names: tuple[str, ...]
+    ) -> ExpertRecord:
+        (width, hidden), _, _ = expert_shapes(config)
+        pieces, formats = [], []
+        for name, shape in zip(names, ((hidden, 2 * width), (width, hidden)), strict=True):
+            ref, format = self.take(name, (config.num_experts, *shape))
+            nbytes = ref.nbytes // config.num_experts
+            pieces.append(Piece(ref.path, ref.offset + expert * nbytes, nbytes))
+            formats.append(format)
+        gate_up, down = formats
+        return ExpertRecord(
+            tuple(pieces),
+            gate=ExpertMatrix(0, 0, gate_up, width, hidden, strides=(2, 2 * width)),
+            up=ExpertMatrix(0, BYTES_PER_VALUE[gate_up], gate_up, width, hidden, strides=(2, 2 * width)),
+            down=ExpertMatrix(1, 0, down, hidden, width, strides=(1, hidden)),
         )
