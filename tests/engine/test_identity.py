@@ -20,6 +20,7 @@ from argosy.checkpoint.pack import pack
 from argosy.model.families import open_model
 from tests.models.safetensors_file import Array
 from tests.models.tiny import RawConfig, mixtral, prompt_ids, qwen2_moe, qwen3_moe, write_model
+from tests.models.tiny_latent import deepseek_v3
 
 NUM_NEW = 12
 GREEDY = SamplingParams(max_tokens=NUM_NEW, temperature=0, ignore_eos=True, logprobs=3)
@@ -45,9 +46,18 @@ CONFIGS = {
         attention_bias=True,
         rope_scaling={"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16},
     ),
+    "deepseek_v3": deepseek_v3(
+        max_position_embeddings=1024,
+        num_attention_heads=17,
+        num_key_value_heads=17,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+    ),
 }
-CASES = [(family, "in place") for family in CONFIGS] + [
-    ("qwen3_moe", format) for format in ("bf16", "q8", "q4")
+CASES = [
+    *((family, "in place") for family in CONFIGS),
+    *(("qwen3_moe", format) for format in ("bf16", "q8", "q4")),
+    ("deepseek_v3", "q8"),
 ]
 
 
