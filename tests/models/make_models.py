@@ -88,7 +88,7 @@ def answer(model: transformers.PreTrainedModel, token_ids: list[int], num_tokens
     """Logits of the prompt, and the greedy continuation with the cache."""
     margins: list[float] = []
     handles = [
-        module.register_forward_hook(lambda m, _, out: margins.append(routing_margin(m, out[0])))
+        module.register_forward_hook(lambda m, inputs, out: margins.append(routing_margin(m, inputs, out[0])))
         for module in model.modules()
         if type(module).__name__.lower().endswith("topkrouter")
     ]
@@ -109,9 +109,9 @@ def answer(model: transformers.PreTrainedModel, token_ids: list[int], num_tokens
     return Answer(logits=logits, greedy=greedy, router_margin=min(margins), greedy_margin=greedy_margin)
 
 
-def routing_margin(router: torch.nn.Module, logits: torch.Tensor) -> float:
+def routing_margin(router: torch.nn.Module, inputs: tuple[torch.Tensor, ...], logits: torch.Tensor) -> float:
     """The smallest relative distance between what is chosen last and what is left out first: experts, and groups."""
-    bias = getattr(router, "e_score_correction_bias", None)
+    bias = inputs[1] if len(inputs) > 1 else getattr(router, "e_score_correction_bias", None)
     scores = logits.softmax(-1) if bias is None else logits.sigmoid() + bias
     num_groups, kept = getattr(router, "num_group", None) or 1, getattr(router, "topk_group", None) or 1
     margins = []

@@ -12,7 +12,7 @@ from argosy import Engine, SamplingParams
 from tests.models.gguf_models import TypeOf, mixed, one_type, write_gguf_model
 from tests.models.make_models import load
 from tests.models.references import LARGEST_DIFFERENCE, difference
-from tests.models.tiny import RawConfig, mixtral, prompt_ids, qwen2_moe, qwen3_moe
+from tests.models.tiny import RawConfig, gpt_oss, mixtral, prompt_ids, qwen2_moe, qwen3_moe
 from tests.oracle.test_oracle import mean_divergence
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -33,6 +33,8 @@ CONFIGS = [
     mixtral(**SIZES, intermediate_size=512, num_local_experts=4),
     qwen2_moe(**SIZES, moe_intermediate_size=256, shared_expert_intermediate_size=768, num_experts=4),
     qwen3_moe(**SIZES, moe_intermediate_size=256, num_experts=4),
+    # What llama.cpp's conversion has no key for: bounds of yarn that are no whole numbers.
+    gpt_oss(**SIZES, intermediate_size=256, num_local_experts=4),
 ]
 KINDS = {"F32": one_type("F32"), "Q8_0": one_type("Q8_0"), "Q4_0": one_type("Q4_0"), "mixed": mixed}
 

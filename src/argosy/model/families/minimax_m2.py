@@ -1,7 +1,7 @@
 """MiniMax-M2: q and k normed over all heads at once, a part of each head turns, and a router of sigmoid scores.
 
-Experts are chosen by score plus a learnt bias, and weighed by the score alone, so that the weights of a token sum to one.
-The hub says how much of a head turns by `rotary_dim`, transformers by `partial_rotary_factor`. Modules for multi-token
+Experts are chosen by score plus a learnt bias and weighed by the score alone; the weights of a token sum to one. The hub
+says how much of a head turns by `rotary_dim`, transformers by `partial_rotary_factor`. Modules for multi-token
 prediction (`model.mtp.`) are known, and left alone.
 """
 
