@@ -47,6 +47,13 @@ CONFIGS = {
         attention_bias=True,
         rope_scaling={"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16},
     ),
+    "deepseek_v3": deepseek_v3(
+        max_position_embeddings=1024,
+        num_attention_heads=17,
+        num_key_value_heads=17,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+    ),
 }
 GPT_OSS = gpt_oss(  # sinks, alternate windows, biases of experts
     max_position_embeddings=1024,
@@ -57,8 +64,10 @@ GPT_OSS = gpt_oss(  # sinks, alternate windows, biases of experts
     initial_context_length=1024,
     rope_scaling={"rope_type": "yarn", "factor": 8.0},
 )
-CASES = [(family, "in place") for family in CONFIGS] + [
-    ("qwen3_moe", format) for format in ("bf16", "q8", "q4")
+CASES = [
+    *((family, "in place") for family in CONFIGS),
+    *(("qwen3_moe", format) for format in ("bf16", "q8", "q4")),
+    ("deepseek_v3", "q8"),
 ]
 CASES += [("gpt_oss", "source"), ("gpt_oss", "mxfp4")]
 CONFIGS["gpt_oss"] = GPT_OSS
