@@ -4,7 +4,7 @@
                                                             ->  directory with the dequantised weights in F32
 
 Blocks are written and read by the `gguf` package, so nothing here is ours but names and order. Types that it cannot
-quantise to (the K types) get random blocks of the wanted size: a weight is what its block says.
+quantise to get random blocks of the wanted size: a weight is what its block says.
 """
 
 from __future__ import annotations
@@ -28,8 +28,22 @@ ARCHITECTURES = {
     "qwen3_moe": "qwen3moe",
     **dict.fromkeys(LATENT_FAMILIES, "deepseek2"),
     "gpt_oss": "gpt-oss",
+    "glm4_moe": "glm4moe",
+    "olmoe": "olmoe",
+    "minimax_m2": "minimax-m2",
 }
-BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q5_K", "Q6_K")
+# Types that the `gguf` package does not quantise to: where the float16 scale and, for those that have one, the scale of
+# the minima lie, and what makes the mean 0.
+_RANDOM_TYPES: dict[str, tuple[int, int | None, float]] = {
+    "Q4_K": (0, 2, 7.5),
+    "Q5_K": (0, 2, 15.5),
+    "Q6_K": (208, None, 0.0),
+    "Q2_K": (80, 82, 1.5),
+    "Q3_K": (108, None, 0.0),
+    "IQ4_NL": (0, None, 0.0),
+    "IQ4_XS": (0, None, 0.0),
+}
+BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "MXFP4", *_RANDOM_TYPES)
 TYPES = ("F32", "F16", "BF16", *BLOCK_TYPES)
 
 TypeOf = Callable[[str], str]  # the GGUF name of a tensor -> its type
@@ -96,6 +110,15 @@ def mixed(name: str) -> str:
     return one_type("Q4_K")(name)
 
 
+def mixed_small(name: str) -> str:
+    """The types of few bits, side by side as Q2_K and IQ4_XS files have them."""
+    if "ffn_down_exps" in name:
+        return "Q3_K" if name.startswith("blk.0.") else "IQ4_NL"
+    if "attn_v" in name and name.endswith("weight"):
+        return "MXFP4"
+    return one_type("Q2_K" if "exps" in name else "IQ4_XS")(name)
+
+
 def write_gguf_model(
     path: Path,
     config: RawConfig,
@@ -104,15 +127,23 @@ def write_gguf_model(
     seed: int,
     split_experts: bool = False,
     split_kv: bool = True,
+    tensors_per_part: int = 0,
+    has_bare_first_part: bool = False,
 ) -> Path:
     """Write `path` and, in a directory named `<path>.f32`, the dequantised weights; returns that directory.
 
     With `split_experts`, every expert is a tensor of its own, as in files of early 2024; without `split_kv`, so are
-    latent attention's keys and values, as in files before April 2025.
+    latent attention's keys and values, as in files before April 2025. With `tensors_per_part`, the model comes in parts
+    beside `path`, the first of which may have no tensors.
     """
     rng = np.random.default_rng([seed, 3])
     exact: dict[str, Array] = {}
-    writer = GGUFWriter(path, ARCHITECTURES[config["model_type"]])
+    writer = GGUFWriter(
+        path,
+        ARCHITECTURES[config["model_type"]],
+        split_max_tensors=tensors_per_part,
+        small_first_shard=has_bare_first_part,
+    )
     if config["model_type"] in LATENT_FAMILIES:
         add_latent_metadata(writer, text_of(config), split_kv=split_kv)
     else:
@@ -182,7 +213,8 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
-    writer.add_rope_dimension_count(head_dim(config))
+    share = config.get("partial_rotary_factor", 1.0)
+    writer.add_rope_dimension_count(config.get("rotary_dim") or int(head_dim(config) * share))
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_expert_count(num_experts(config))
@@ -194,15 +226,31 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(scaling["factor"])
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
-    elif config["model_type"] != "mixtral":
+    elif config["model_type"] == "minimax_m2":
+        writer.add_expert_feed_forward_length(width)
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    elif config["model_type"] not in ("mixtral", "olmoe"):
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if config["model_type"] == "glm4_moe":
+        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+        writer.add_expert_shared_count(config["n_shared_experts"])
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_nextn_predict_layers(0)
+        if config["n_group"] > 1:
+            writer.add_expert_group_count(config["n_group"])
+            writer.add_expert_group_used_count(config["topk_group"])
     if config["model_type"] == "qwen2_moe":
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     writer.add_tokenizer_model("none")
-    if "bos_token_id" in config:
+    if config.get("bos_token_id") is not None:
         writer.add_bos_token_id(config["bos_token_id"])
-    writer.add_eos_token_id(config["eos_token_id"])
-    assert len(moe_layers(config)) == config["num_hidden_layers"]
+    eos = config["eos_token_id"]
+    writer.add_eos_token_id(eos[0] if isinstance(eos, list) else eos)
+    if isinstance(eos, list):
+        writer.add_eot_token_id(eos[1])
+    assert config["model_type"] == "glm4_moe" or len(moe_layers(config)) == config["num_hidden_layers"]
 
 
 def add_latent_metadata(writer: GGUFWriter, config: RawConfig, *, split_kv: bool) -> None:
@@ -299,7 +347,9 @@ def gguf_name(hub_name: str, config: RawConfig) -> tuple[str, int, bool]:
         heads = config["num_attention_heads" if part == "self_attn.q_proj" else "num_key_value_heads"]
     if suffix == "sinks":
         return f"blk.{layer}.attn_sinks.weight", 0, False
-    if config["model_type"] == "gpt_oss" and part == "post_attention_layernorm":
+    if suffix == "e_score_correction_bias":
+        return f"blk.{layer}.exp_probs_b.bias", 0, False
+    if config["model_type"] in ("gpt_oss", "glm4_moe") and part == "post_attention_layernorm":
         return f"blk.{layer}.post_attention_norm.weight", 0, False
     return f"blk.{layer}.{_NAMES[part]}.{suffix}", heads, False
 
@@ -313,7 +363,7 @@ def numbered(name: str, hub_name: str) -> str:
 def to_blocks(values: Array, type_name: str, rng: np.random.Generator) -> tuple[Array, Array]:
     """What a tensor is in the file, rows first, and the values that it then has."""
     kind = GGMLQuantizationType[type_name]
-    if type_name in ("Q4_K", "Q5_K", "Q6_K"):
+    if type_name in _RANDOM_TYPES:
         blocks = random_blocks(type_name, values.shape, float(values.std()), rng)
     elif type_name == "F32":
         blocks = values
@@ -331,10 +381,7 @@ def random_blocks(
     rows, cols = int(np.prod(shape[:-1])), shape[-1]
     assert cols % block_values == 0
     blocks = rng.integers(0, 256, (rows * cols // block_values, block_bytes), np.uint8)
-    # Where the float16 scale and, for those that have one, the scale of the minima lie, and what makes the mean 0.
-    scale_at, minima_at, balance = {"Q4_K": (0, 2, 7.5), "Q5_K": (0, 2, 15.5), "Q6_K": (208, None, 0.0)}[
-        type_name
-    ]
+    scale_at, minima_at, balance = _RANDOM_TYPES[type_name]
 
     def set_scales(scale: Array) -> None:
         blocks[:, scale_at : scale_at + 2] = scale.astype("<f2").reshape(-1, 1).view(np.uint8)

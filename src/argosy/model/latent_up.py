@@ -4,18 +4,18 @@
                                              v_up [heads * value, rank]  the value half of each head
 
 Absorbed attention multiplies a query with the transposed key half, so memory holds that and not the key half: each
-weight is there once, and both products read rows in order. Weights of float formats keep their bits. So do FP8 weights,
-whose scales belong to squares, where heads and the rank end where squares do; elsewhere they become float32. Groups of
-quantised weights lie along the rank and cannot be turned without quantising again: the key half becomes float16, which
-is off by a thirtieth of a step of q8's quants at most, and by less of the others'. The value half stays as it is where
-heads end where panels do.
+weight is there once, and both products read rows in order. Weights of float formats keep their bits, and so do those of
+f8, whose scales are of square blocks, where halves of a head are whole blocks; elsewhere these become float32. Groups
+of other quantised weights lie along the rank and cannot be turned without quantising again: the key half becomes
+float16, which is off by a thirtieth of a step of q8's quants at most, and by less of the others'. Their value half
+stays as it is where halves of a head are whole panels, and becomes float16, too, where they are not.
 
 Elsewhere: when this happens is `model/weights.py`; the arithmetic is native/ops/latent_attention.h.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +23,12 @@ from numpy.typing import NDArray
 from argosy import _native
 from argosy.checkpoint.files import (
     F8_BLOCK,
-    PANEL_ROWS,
     KeyValueRows,
     MatrixRef,
     f8_scales_bytes,
-    is_panelled,
     is_quantised,
     matrix_bytes,
+    rows_together,
 )
 from argosy.config import Format
 
@@ -39,89 +38,64 @@ Shape = tuple[Format, int, int]  # format, rows, columns
 
 def split_shapes(ref: MatrixRef) -> tuple[Shape, Shape]:
     """What k_up and v_up of a matrix are in memory."""
-    heads = _rows(ref)
-    if ref.format == "f8":
-        kept: Format = "f8" if _ends_at_squares(ref) else "f32"
-        return (
-            (kept, heads.num_heads * ref.cols, heads.key_rows),
-            (kept, heads.num_heads * heads.value_rows, ref.cols),
-        )
-    keeps_panels = is_panelled(ref.format) and _ends_at_panels(heads)
-    key_format: Format = "f16" if is_quantised(ref.format) else ref.format
-    value_format: Format = ref.format if keeps_panels else key_format
-    return (
-        (key_format, heads.num_heads * ref.cols, heads.key_rows),
-        (value_format, heads.num_heads * heads.value_rows, ref.cols),
-    )
+    num_heads, key_rows, value_rows = _rows(ref)
+    whole_format: Format = "f32" if ref.format == "f8" else "f16"
+    value_format: Format = ref.format if _is_cut_between_heads(ref) else whole_format
+    key_format: Format = "f16" if is_quantised(ref.format) and ref.format != "f8" else value_format
+    return (key_format, num_heads * ref.cols, key_rows), (value_format, num_heads * value_rows, ref.cols)
 
 
 def passing_bytes(ref: MatrixRef) -> int:
     """Bytes of memory, beside the matrix and what becomes of it, that `split` takes."""
-    heads = _rows(ref)
-    has_own_heads = ref.format != "f8" and _ends_at_panels(heads)
-    rows = (heads.key_rows + heads.value_rows) * (1 if has_own_heads else heads.num_heads)
-    return 3 * 4 * rows * ref.cols  # as float32, and numpy's copies of it
+    (key_format, _, key_rows), (value_format, _, _) = split_shapes(ref)
+    if key_format == ref.format:
+        return 0
+    rows = key_rows if value_format == ref.format else ref.rows
+    return (4 + 2) * rows * ref.cols  # as float32, then as float16 where that is wanted
 
 
 def split(ref: MatrixRef, matrix: Bytes, keys: Bytes, values: Bytes) -> None:
     """Write k_up and v_up of a matrix; `matrix` holds it as `ref` says, landed."""
-    heads = _rows(ref)
-    if ref.format == "f8":
-        _split_f8(ref, matrix, keys, values)
-        return
     (key_format, _, _), (value_format, _, _) = split_shapes(ref)
-    key_bytes, value_bytes = len(keys) // heads.num_heads, len(values) // heads.num_heads
-    for head, (raw, exact) in enumerate(_heads(ref, matrix)):
-        key_place = keys[head * key_bytes : (head + 1) * key_bytes].view(exact.dtype)
-        key_place.reshape(ref.cols, heads.key_rows)[:] = exact[: heads.key_rows].T
-        value_place = values[head * value_bytes : (head + 1) * value_bytes]
-        if value_format == key_format:
-            value_place.view(exact.dtype).reshape(heads.value_rows, ref.cols)[:] = exact[heads.key_rows :]
-        else:
-            value_place[:] = raw[len(raw) - value_bytes :]
-
-
-def _split_f8(ref: MatrixRef, matrix: Bytes, keys: Bytes, values: Bytes) -> None:
-    heads = _rows(ref)
-    if not _ends_at_squares(ref):
-        whole = _native.dequantize("f8", matrix, ref.rows, ref.cols).reshape(heads.num_heads, -1, ref.cols)
-        key_place = keys.view(np.float32).reshape(heads.num_heads, ref.cols, heads.key_rows)
-        key_place[:] = whole[:, : heads.key_rows].transpose(0, 2, 1)
-        values.view(np.float32).reshape(heads.num_heads, -1, ref.cols)[:] = whole[:, heads.key_rows :]
+    num_heads, key_rows, _ = _rows(ref)
+    if value_format != ref.format:
+        exact = _native.dequantize(ref.format, matrix, ref.rows, ref.cols)
+        exact = exact.astype(np.float32 if value_format == "f32" else np.float16, copy=False)
+        _split_whole(exact.reshape(num_heads, -1, ref.cols), key_rows, keys, values)
         return
-    codes, scales = _f8_parts(matrix, ref.rows, ref.cols)
-    codes = codes.reshape(heads.num_heads, -1, codes.shape[1])
-    scales = scales.reshape(heads.num_heads, -1, scales.shape[1])
-    key_squares = heads.key_rows // F8_BLOCK
-    (_, key_rows, key_cols), (_, value_rows, value_cols) = split_shapes(ref)
-    _join_f8(
-        codes[:, : heads.key_rows].transpose(0, 2, 1),
-        scales[:, :key_squares].transpose(0, 2, 1),
-        key_rows,
-        key_cols,
-        keys,
-    )
-    _join_f8(codes[:, heads.key_rows :], scales[:, key_squares:], value_rows, value_cols, values)
+    heads = matrix.reshape(num_heads, -1)
+    if not is_quantised(ref.format):
+        bits = heads.view(np.uint32 if ref.format == "f32" else np.uint16)
+        _split_whole(bits.reshape(num_heads, -1, ref.cols), key_rows, keys, values)
+        return
+    key_bytes = matrix_bytes(ref.format, key_rows, ref.cols)
+    values.reshape(num_heads, -1)[:] = heads[:, key_bytes:]
+    for head, place in zip(heads, keys.reshape(num_heads, -1), strict=True):
+        if key_format == "f8":
+            _turn_f8(head[:key_bytes], key_rows, ref.cols, place)
+        else:
+            exact = _native.dequantize(ref.format, head[:key_bytes], key_rows, ref.cols).astype(np.float16)
+            place.view(np.float16).reshape(ref.cols, key_rows)[:] = exact.T
 
 
-def _ends_at_squares(ref: MatrixRef) -> bool:
-    heads = _rows(ref)
-    return all(size % F8_BLOCK == 0 for size in (heads.key_rows, heads.value_rows, ref.cols))
+def _split_whole(heads: NDArray[Any], key_rows: int, keys: Bytes, values: Bytes) -> None:
+    """Split [heads, key + value, rank] of numbers that take so many bytes in memory, too."""
+    num_heads, rows, rank = heads.shape
+    turned = keys.view(heads.dtype).reshape(num_heads, rank, key_rows)
+    turned[:] = heads[:, :key_rows].transpose(0, 2, 1)
+    values.view(heads.dtype).reshape(num_heads, rows - key_rows, rank)[:] = heads[:, key_rows:]
 
 
-def _f8_parts(matrix: Bytes, rows: int, cols: int) -> tuple[Bytes, NDArray[np.float32]]:
-    """Codes [rows, cols] and scales [rows / 128, cols / 128] of an f8 matrix of whole squares."""
-    stretches = matrix.reshape(rows // F8_BLOCK, -1)
-    header = f8_scales_bytes(cols)
-    scales = np.ascontiguousarray(stretches[:, : 4 * (cols // F8_BLOCK)]).view(np.float32)
-    return stretches[:, header:].reshape(rows, cols), scales
-
-
-def _join_f8(codes: Bytes, scales: NDArray[np.float32], rows: int, cols: int, matrix: Bytes) -> None:
-    """The f8 matrix [rows, cols] of codes and scales in that order."""
-    _native.transcode("f8_codes", np.ascontiguousarray(codes).reshape(-1), rows, cols, out=matrix)
-    _native.transcode(
-        "f8_scales", np.ascontiguousarray(scales).reshape(-1).view(np.uint8), rows, cols, out=matrix
+def _turn_f8(matrix: Bytes, rows: int, cols: int, out: Bytes) -> None:
+    """Transpose an f8 matrix of whole blocks (layout: native/kernels/formats.h)."""
+    down, across = rows // F8_BLOCK, cols // F8_BLOCK
+    strips, turned = matrix.reshape(down, -1), out.reshape(across, -1)
+    codes = strips[:, f8_scales_bytes(cols) :].reshape(down, F8_BLOCK, across, F8_BLOCK)
+    places = turned[:, f8_scales_bytes(rows) :].reshape(across, F8_BLOCK, down, F8_BLOCK)
+    places[:] = codes.transpose(2, 3, 0, 1)
+    turned[:, : f8_scales_bytes(rows)] = 0
+    turned[:, : 4 * down].reshape(across, down, 4)[:] = (
+        strips[:, : 4 * across].reshape(down, across, 4).transpose(1, 0, 2)
     )
 
 
@@ -130,25 +104,9 @@ def _rows(ref: MatrixRef) -> KeyValueRows:
     return ref.key_value_rows
 
 
-def _ends_at_panels(heads: KeyValueRows) -> bool:
-    return heads.key_rows % PANEL_ROWS == 0 and heads.value_rows % PANEL_ROWS == 0
-
-
-def _heads(ref: MatrixRef, matrix: Bytes) -> Iterator[tuple[Bytes, NDArray[np.generic]]]:
-    """The bytes of each head, and its rows: float formats as whole numbers of their size, all others as float16."""
-    heads = _rows(ref)
-    rows = heads.key_rows + heads.value_rows
-    if not is_quantised(ref.format):
-        element = np.uint32 if ref.format == "f32" else np.uint16
-        for raw in matrix.reshape(heads.num_heads, -1):
-            yield raw, raw.view(element).reshape(rows, ref.cols)
-        return
-    if is_panelled(ref.format) and _ends_at_panels(heads):
-        nbytes = matrix_bytes(ref.format, rows, ref.cols)
-        for head in range(heads.num_heads):
-            raw = matrix[head * nbytes : (head + 1) * nbytes]
-            yield raw, _native.dequantize(ref.format, raw, rows, ref.cols).astype(np.float16)
-        return
-    whole = _native.dequantize(ref.format, matrix, ref.rows, ref.cols)
-    for each in whole.reshape(heads.num_heads, rows, ref.cols):
-        yield matrix[:0], each.astype(np.float16)
+def _is_cut_between_heads(ref: MatrixRef) -> bool:
+    """Whether keys and values of a head can be told apart without touching weights."""
+    _, key_rows, value_rows = _rows(ref)
+    together = rows_together(ref.format)
+    is_turned_whole = ref.format != "f8" or ref.cols % F8_BLOCK == 0
+    return key_rows % together == 0 and value_rows % together == 0 and is_turned_whole
