@@ -11,6 +11,7 @@
 
 #include "bind/bind.h"
 #include "bind/matrix.h"
+#include "bind/routing.h"
 #include "kernels/kernel_table.h"
 #include "ops/attention.h"
 #include "ops/layer.h"
@@ -47,7 +48,7 @@ void bind_matrix(nb::module_& m) {
       "quantize",
       [](const std::string& format_name, const Array& weights, const OutArray& out, Runtime* runtime) {
         const Format format = parse_format(format_name);
-        if (format > Format::q4) {
+        if (format == Format::f8 || format > Format::q4) {
           refuse("nothing is quantised to " + format_name +
                  ", which only holds what a file has; known: f32, f16, bf16, q8, q4");
         }
@@ -69,16 +70,20 @@ void bind_matrix(nb::module_& m) {
         require_range("interleaved", interleaved, 1, kLargestSize);
         require_range("rows", rows, 0, kLargestSize / interleaved);
         const int64_t size = interleaved * checked_matrix_bytes(slot_format(*type), rows, cols);
-        const int64_t block_cols = quant_format(slot_format(*type)).block_cols;
-        if (cols % block_cols != 0) {
+        if (interleaved > 1 && slot_format(*type) == Format::f8) refuse("f8 is never interleaved");
+        if (!has_whole_blocks(*type, cols)) {
           refuse("cols is " + std::to_string(cols) + ", expected a multiple of " +
-                 std::to_string(block_cols) + " for " + block_type);
+                 std::to_string(block_cols(*type)) + " for " + block_type);
         }
         const uint8_t* from =
-            read_array<uint8_t>("data", data, {interleaved * rows * block_row_bytes(*type, cols)});
+            read_array<uint8_t>("data", data, {source_bytes(*type, interleaved * rows, cols)});
         const auto fill = [&](uint8_t* matrix) {
-          nb::gil_scoped_release released;
-          transcode(*type, from, rows, cols, interleaved, 0, round_up(rows, kPanelRows) / kPanelRows, matrix);
+          bool is_finite;
+          {
+            nb::gil_scoped_release released;
+            is_finite = transcode(*type, from, rows, cols, interleaved, 0, num_strips(*type, rows), matrix);
+          }
+          if (!is_finite) refuse(block_type + " hold a code or scale that is not a finite number");
         };
         if (out) {
           fill(write_array<uint8_t>("out", *out, {size}));
@@ -173,7 +178,7 @@ void bind_layer(nb::module_& m) {
 
   m.def(
       "rope",
-      [](Runtime& runtime, const OutArray& x, const Array& cosine, const Array& sine) {
+      [](Runtime& runtime, const OutArray& x, const Array& cosine, const Array& sine, bool is_interleaved) {
         float* values = write_array<float>("x", x, {kAnySize, kAnySize, kAnySize});
         const int64_t num_tokens = int64_t(x.shape(0));
         const float* c = read_array<float>("cosine", cosine, {num_tokens, kAnySize});
@@ -182,24 +187,37 @@ void bind_layer(nb::module_& m) {
         const int64_t head_dim = int64_t(x.shape(2));
         require_range("rotated dimensions", 2 * num_pairs, 0, head_dim);
         nb::gil_scoped_release released;
-        rope(runtime, values, num_tokens, int64_t(x.shape(1)), head_dim, c, s, num_pairs);
+        rope(runtime, values, num_tokens, int64_t(x.shape(1)), head_dim, c, s, num_pairs, is_interleaved);
       },
-      "runtime"_a, "x"_a.noconvert(), "cosine"_a, "sine"_a);
+      "runtime"_a, "x"_a.noconvert(), "cosine"_a, "sine"_a, "is_interleaved"_a = false);
+
+  nb::class_<Routing>(m, "Routing")
+      .def(
+          "__init__",
+          [](Routing* self, int64_t experts_per_token, const std::string& score,
+             const std::optional<Array>& choice_bias, int64_t num_groups, int64_t kept_groups,
+             const std::string& group_score, bool renormalize, float renormalize_eps, float scale) {
+            new (self) Routing(make_routing(experts_per_token, score, choice_bias, num_groups, kept_groups,
+                                            group_score, renormalize, renormalize_eps, scale));
+          },
+          "experts_per_token"_a, nb::kw_only(), "score"_a, "choice_bias"_a.none() = nb::none(),
+          "num_groups"_a = 1, "kept_groups"_a = 1, "group_score"_a = "top2", "renormalize"_a,
+          "renormalize_eps"_a = 0.0f, "scale"_a = 1.0f);
 
   m.def(
       "route",
-      [](Runtime& runtime, const Array& logits, int64_t k, bool renormalize, const OutArray& ids,
+      [](Runtime& runtime, const Routing& routing, const Array& logits, const OutArray& ids,
          const OutArray& weights) {
         const float* from = read_array<float>("logits", logits, {kAnySize, kAnySize});
         const int64_t num_tokens = int64_t(logits.shape(0));
         const int64_t num_experts = int64_t(logits.shape(1));
-        require_range("k", k, 1, num_experts);
-        int32_t* chosen = write_array<int32_t>("ids", ids, {num_tokens, k});
-        float* to = write_array<float>("weights", weights, {num_tokens, k});
+        const RouteRule rule = routing.checked(num_experts);
+        int32_t* chosen = write_array<int32_t>("ids", ids, {num_tokens, rule.k});
+        float* to = write_array<float>("weights", weights, {num_tokens, rule.k});
         nb::gil_scoped_release released;
-        route(runtime, from, num_tokens, num_experts, k, renormalize, chosen, to);
+        route(runtime, rule, from, num_tokens, num_experts, chosen, to);
       },
-      "runtime"_a, "logits"_a, "k"_a, "renormalize"_a, "ids"_a.noconvert(), "weights"_a.noconvert());
+      "runtime"_a, "routing"_a, "logits"_a, "ids"_a.noconvert(), "weights"_a.noconvert());
 
   m.def(
       "combine",
@@ -229,12 +247,15 @@ void bind_layer(nb::module_& m) {
       "runtime"_a, "x"_a, "gate_logit"_a, "out"_a.noconvert());
 }
 
+const ActivationOfNumbers kSilu = {"silu", 0.0f, 0.0f};
+
 void bind_experts(nb::module_& m) {
   m.def(
       "swiglu_experts",
       [](Runtime& runtime, Arena& arena, const FormatNames& formats, int64_t hidden, int64_t width,
          const Array& offsets, const Array& x, const Array& starts, const Array& token, const Array& row,
-         const OutArray& out) {
+         const OutArray& out, const ActivationOfNumbers& activation, const std::optional<Array>& gate_bias,
+         const std::optional<Array>& up_bias, const std::optional<Array>& down_bias) {
         const int64_t* at = read_array<int64_t>("offsets", offsets, {kAnySize, 3});
         const int64_t num_experts = int64_t(offsets.shape(0));
         const float* from = read_array<float>("x", x, {kAnySize, hidden});
@@ -251,18 +272,32 @@ void bind_experts(nb::module_& m) {
         require_ids("row", rows, assignments, int64_t(out.shape(0)));
 
         const std::shared_ptr<const void> hold = arena.hold();
-        const std::vector<ExpertView> experts = view_experts(
-            arena.data(), int64_t(arena.size()), at, num_experts, parse_formats(formats), hidden, width);
+        std::vector<ExpertView> experts = view_experts(arena.data(), int64_t(arena.size()), at, num_experts,
+                                                       parse_formats(formats), hidden, width);
+        const auto set_biases = [&](const char* name, const std::optional<Array>& biases, int64_t size,
+                                    const float* ExpertBias::* bias) {
+          if (!biases) return;
+          const float* from_row = read_array<float>(name, *biases, {num_experts, size});
+          for (ExpertView& expert : experts) {
+            expert.bias.*bias = from_row;
+            from_row += size;
+          }
+        };
+        set_biases("gate_bias", gate_bias, width, &ExpertBias::gate);
+        set_biases("up_bias", up_bias, width, &ExpertBias::up);
+        set_biases("down_bias", down_bias, hidden, &ExpertBias::down);
+        const Activation between = parse_activation(activation);
         nb::gil_scoped_release released;
-        swiglu_experts(runtime, experts, from, num_tokens, {start, tokens, rows}, to);
+        swiglu_experts(runtime, experts, between, from, num_tokens, {start, tokens, rows}, to);
       },
       "runtime"_a, "arena"_a, "formats"_a, "hidden"_a, "width"_a, "offsets"_a, "x"_a, "starts"_a, "token"_a,
-      "row"_a, "out"_a.noconvert());
+      "row"_a, "out"_a.noconvert(), nb::kw_only(), "activation"_a = kSilu, "gate_bias"_a.none() = nb::none(),
+      "up_bias"_a.none() = nb::none(), "down_bias"_a.none() = nb::none());
 
   m.def(
       "swiglu",
       [](Runtime& runtime, const Matrix& gate, const Matrix& up, const Matrix& down, const Array& x,
-         const OutArray& out) {
+         const OutArray& out, const ActivationOfNumbers& activation) {
         const ExpertView network = view_network(gate, up, down);
         const int64_t hidden = gate.view.cols;
         const float* from = read_array<float>("x", x, {kAnySize, hidden});
@@ -270,10 +305,11 @@ void bind_experts(nb::module_& m) {
         require_range("tokens", num_tokens, 0, INT32_MAX);
         float* to = write_array<float>("out", out, {num_tokens, hidden});
         const int32_t starts[2] = {0, int32_t(num_tokens)};
+        const Activation between = parse_activation(activation);
         nb::gil_scoped_release released;
-        swiglu_experts(runtime, {network}, from, num_tokens, {starts, nullptr, nullptr}, to);
+        swiglu_experts(runtime, {network}, between, from, num_tokens, {starts, nullptr, nullptr}, to);
       },
-      "runtime"_a, "gate"_a, "up"_a, "down"_a, "x"_a, "out"_a.noconvert());
+      "runtime"_a, "gate"_a, "up"_a, "down"_a, "x"_a, "out"_a.noconvert(), "activation"_a = kSilu);
 }
 
 bool is_f16(const std::string& dtype) {
@@ -282,22 +318,27 @@ bool is_f16(const std::string& dtype) {
 }
 
 void bind_attention(nb::module_& m) {
+  nb::class_<KvShape>(m, "KvShape")
+      .def_static("keys_values", &KvShape::keys_values, "kv_heads"_a, "head_dim"_a)
+      .def_static("latent", &KvShape::latent, "dim"_a)
+      .def_static("none", [] { return KvShape{}; });
+
   m.def(
       "kv_cache_bytes",
-      [](int64_t num_layers, int64_t num_blocks, int64_t block_tokens, int64_t kv_heads, int64_t head_dim,
+      [](const std::vector<KvShape>& layers, int64_t num_blocks, int64_t block_tokens,
          const std::string& dtype) {
-        return KvCache::bytes(num_layers, num_blocks, block_tokens, kv_heads, head_dim, is_f16(dtype));
+        return KvCache::bytes(layers, num_blocks, block_tokens, is_f16(dtype));
       },
-      "num_layers"_a, "num_blocks"_a, "block_tokens"_a, "kv_heads"_a, "head_dim"_a, "dtype"_a);
+      "layers"_a, "num_blocks"_a, "block_tokens"_a, "dtype"_a);
 
   nb::class_<KvCache>(m, "KvCache")
       .def(
           "__init__",
-          [](KvCache* self, int64_t num_layers, int64_t num_blocks, int64_t block_tokens, int64_t kv_heads,
-             int64_t head_dim, const std::string& dtype) {
-            new (self) KvCache(num_layers, num_blocks, block_tokens, kv_heads, head_dim, is_f16(dtype));
+          [](KvCache* self, const std::vector<KvShape>& layers, int64_t num_blocks, int64_t block_tokens,
+             const std::string& dtype) {
+            new (self) KvCache(layers, num_blocks, block_tokens, is_f16(dtype));
           },
-          "num_layers"_a, "num_blocks"_a, "block_tokens"_a, "kv_heads"_a, "head_dim"_a, "dtype"_a)
+          "layers"_a, "num_blocks"_a, "block_tokens"_a, "dtype"_a)
       .def_prop_ro("nbytes", &KvCache::nbytes);
 
   m.def(
@@ -305,7 +346,8 @@ void bind_attention(nb::module_& m) {
       [](Runtime& runtime, KvCache& kv, int64_t layer, const Array& keys, const Array& values,
          const Array& slots) {
         require_range("layer", layer, 0, kv.num_layers() - 1);
-        const KvLayer& shape = kv.shape();
+        const KvShape& shape = kv.shape(layer);
+        require_kind(shape, KvShape::Kind::keys_values);
         const int64_t* at = read_array<int64_t>("slots", slots, {kAnySize});
         const int64_t num_tokens = int64_t(slots.shape(0));
         const float* k = read_array<float>("keys", keys, {num_tokens, shape.kv_heads, shape.head_dim});
@@ -319,16 +361,19 @@ void bind_attention(nb::module_& m) {
   m.def(
       "attention",
       [](Runtime& runtime, KvCache& kv, int64_t layer, const Array& q, const Array& block_table,
-         const Array& sequence, const Array& position, float scale, int64_t window, const OutArray& out) {
+         const Array& sequence, const Array& position, float scale, int64_t window, const OutArray& out,
+         const std::optional<Array>& sinks) {
         require_range("layer", layer, 0, kv.num_layers() - 1);
         require_range("window", window, 0, INT32_MAX);
+        const KvShape& shape = kv.shape(layer);
+        require_kind(shape, KvShape::Kind::keys_values);
         AttentionBatch batch = {};
-        batch.q = read_array<float>("q", q, {kAnySize, kAnySize, kv.shape().head_dim});
+        batch.q = read_array<float>("q", q, {kAnySize, kAnySize, shape.head_dim});
         batch.num_tokens = int64_t(q.shape(0));
         batch.num_heads = int64_t(q.shape(1));
-        if (batch.num_heads == 0 || batch.num_heads % kv.shape().kv_heads != 0) {
+        if (batch.num_heads == 0 || batch.num_heads % shape.kv_heads != 0) {
           refuse("q has " + std::to_string(batch.num_heads) + " heads, expected a multiple of the " +
-                 std::to_string(kv.shape().kv_heads) + " KV heads");
+                 std::to_string(shape.kv_heads) + " KV heads");
         }
         batch.block_table = read_array<int32_t>("block_table", block_table, {kAnySize, kAnySize});
         batch.max_blocks = int64_t(block_table.shape(1));
@@ -336,13 +381,68 @@ void bind_attention(nb::module_& m) {
         batch.position = read_array<int32_t>("position", position, {batch.num_tokens});
         batch.scale = scale;
         batch.window = window;
-        float* to = write_array<float>("out", out, {batch.num_tokens, batch.num_heads * kv.shape().head_dim});
+        batch.sinks = sinks ? read_array<float>("sinks", *sinks, {batch.num_heads}) : nullptr;
+        float* to = write_array<float>("out", out, {batch.num_tokens, batch.num_heads * shape.head_dim});
         require_blocks(kv, batch, int64_t(block_table.shape(0)));
         nb::gil_scoped_release released;
         attention(runtime, kv.layer(layer), batch, to);
       },
       "runtime"_a, "kv"_a, "layer"_a, "q"_a, "block_table"_a, "sequence"_a, "position"_a, "scale"_a,
-      "window"_a, "out"_a.noconvert());
+      "window"_a, "out"_a.noconvert(), "sinks"_a.none() = nb::none());
+
+  m.def(
+      "latent_write",
+      [](Runtime& runtime, KvCache& kv, int64_t layer, const Array& vectors, const Array& slots) {
+        require_range("layer", layer, 0, kv.num_layers() - 1);
+        require_kind(kv.shape(layer), KvShape::Kind::latent);
+        const int64_t* at = read_array<int64_t>("slots", slots, {kAnySize});
+        const int64_t num_tokens = int64_t(slots.shape(0));
+        const float* from = read_array<float>("vectors", vectors, {num_tokens, kv.shape(layer).head_dim});
+        require_slots(kv, at, num_tokens);
+        nb::gil_scoped_release released;
+        latent_write(runtime, kv.latent_layer(layer), from, at, num_tokens);
+      },
+      "runtime"_a, "kv"_a, "layer"_a, "vectors"_a, "slots"_a);
+
+  m.def(
+      "latent_attention",
+      [](Runtime& runtime, KvCache& kv, int64_t layer, const Array& q, const Matrix& key_up,
+         const Matrix& value_up, const Array& block_table, const Array& sequence, const Array& position,
+         float scale, const OutArray& out) {
+        require_range("layer", layer, 0, kv.num_layers() - 1);
+        const KvShape& shape = kv.shape(layer);
+        require_kind(shape, KvShape::Kind::latent);
+        AttentionBatch batch = {};
+        batch.q = read_array<float>("q", q, {kAnySize, kAnySize, kAnySize});
+        batch.num_tokens = int64_t(q.shape(0));
+        batch.num_heads = int64_t(q.shape(1));
+        const LatentHeads heads = view_latent_heads(key_up.view, value_up.view, batch.num_heads,
+                                                    int64_t(q.shape(2)) - key_up.view.cols, scale);
+        require_size("kv_rank + rope_dim", heads.vector_dim(), shape.head_dim);
+        batch.block_table = read_array<int32_t>("block_table", block_table, {kAnySize, kAnySize});
+        batch.max_blocks = int64_t(block_table.shape(1));
+        batch.sequence = read_array<int32_t>("sequence", sequence, {batch.num_tokens});
+        batch.position = read_array<int32_t>("position", position, {batch.num_tokens});
+        float* to = write_array<float>("out", out, {batch.num_tokens, batch.num_heads * heads.value_dim});
+        require_blocks(kv, batch, int64_t(block_table.shape(0)));
+        nb::gil_scoped_release released;
+        latent_attention(runtime, kv.latent_layer(layer), heads, batch, to);
+      },
+      "runtime"_a, "kv"_a, "layer"_a, "q"_a, "key_up"_a, "value_up"_a, "block_table"_a, "sequence"_a,
+      "position"_a, "scale"_a, "out"_a.noconvert());
+
+  m.def(
+      "latent_scratch_bytes",
+      [](int64_t num_heads, int64_t nope_dim, int64_t rope_dim, int64_t kv_rank, int64_t max_tokens,
+         int num_threads) {
+        LatentHeads heads = {};
+        heads.num_heads = num_heads;
+        heads.nope_dim = nope_dim;
+        heads.rope_dim = rope_dim;
+        heads.kv_rank = kv_rank;
+        return latent_scratch_bytes(heads, max_tokens, num_threads);
+      },
+      "num_heads"_a, "nope_dim"_a, "rope_dim"_a, "kv_rank"_a, "max_tokens"_a, "num_threads"_a);
 }
 
 }  // namespace

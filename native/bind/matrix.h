@@ -3,23 +3,26 @@
 
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 
 #include <algorithm>
 #include <array>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "bind/bind.h"
 #include "ops/attention.h"
+#include "ops/latent_attention.h"
 #include "ops/swiglu.h"
 #include "store/arena.h"
 
 namespace argosy {
 
-inline constexpr const char* kFormatNames[kNumFormats] = {"f32",    "f16",    "bf16",  "q8",   "q4",   "q4_1",
-                                                          "q5_0",   "q4_k",   "q5_k",  "q6_k", "q2_k", "q3_k",
-                                                          "iq4_nl", "iq4_xs", "mxfp4", "int4"};
+inline constexpr const char* kFormatNames[kNumFormats] = {"f32",  "f16",    "bf16",   "f8",    "q8",   "q4",
+                                                          "q4_1", "q5_0",   "q4_k",   "q5_k",  "q6_k", "q2_k",
+                                                          "q3_k", "iq4_nl", "iq4_xs", "mxfp4", "int4"};
 inline constexpr int64_t kLargestSize = int64_t{1}
                                         << 30;  // of a row or a column: products stay below 2^62 bytes
 
@@ -86,6 +89,17 @@ inline std::array<Format, 3> parse_formats(const FormatNames& names) {
   return {parse_format(names[0]), parse_format(names[1]), parse_format(names[2])};
 }
 
+// Kind ("silu" or "clamped"), limit and alpha.
+using ActivationOfNumbers = std::tuple<std::string, float, float>;
+
+inline Activation parse_activation(const ActivationOfNumbers& activation) {
+  const auto& [kind, limit, alpha] = activation;
+  if (kind == "silu") return {};
+  if (kind != "clamped") refuse("unknown activation '" + kind + "'; known: silu, clamped");
+  if (!(limit > 0)) refuse("limit is " + std::to_string(limit) + ", expected more than 0");
+  return {Activation::Kind::clamped, limit, alpha};
+}
+
 // offsets [num_experts][3]: where gate, up and down begin.
 inline std::vector<ExpertView> view_experts(const uint8_t* data, int64_t nbytes, const int64_t* offsets,
                                             int64_t num_experts, const std::array<Format, 3>& formats,
@@ -100,9 +114,16 @@ inline std::vector<ExpertView> view_experts(const uint8_t* data, int64_t nbytes,
   return experts;
 }
 
+inline void require_kind(const KvShape& shape, KvShape::Kind kind) {
+  constexpr const char* kNames[] = {"nothing", "keys and values", "latent vectors"};
+  if (shape.kind == kind) return;
+  refuse(std::string("a layer that keeps ") + kNames[int(shape.kind)] + ", expected one that keeps " +
+         kNames[int(kind)]);
+}
+
 inline void require_slots(const KvCache& kv, const int64_t* slots, int64_t num_tokens) {
   for (int64_t i = 0; i < num_tokens; ++i)
-    require_range("a slot", slots[i], 0, kv.num_blocks() * kv.shape().block_tokens - 1);
+    require_range("a slot", slots[i], 0, kv.num_blocks() * kv.block_tokens() - 1);
 }
 
 // gate and up [width, hidden], down [hidden, width].
@@ -114,10 +135,35 @@ inline ExpertView view_network(const Matrix& gate, const Matrix& up, const Matri
   return {gate.view, up.view, down.view};
 }
 
+// key_up [num_heads * kv_rank, nope_dim], value_up [num_heads * value_dim, kv_rank].
+inline LatentHeads view_latent_heads(const MatrixView& key_up, const MatrixView& value_up, int64_t num_heads,
+                                     int64_t rope_dim, float scale) {
+  require_range("heads", num_heads, 1, kLargestSize);
+  require_range("rope_dim", rope_dim, 0, kLargestSize);
+  const LatentHeads heads = {.key_up = key_up,
+                             .value_up = value_up,
+                             .num_heads = num_heads,
+                             .nope_dim = key_up.cols,
+                             .rope_dim = rope_dim,
+                             .kv_rank = value_up.cols,
+                             .value_dim = value_up.rows / num_heads,
+                             .scale = scale};
+  require_size("rows of key_up", key_up.rows, num_heads * heads.kv_rank);
+  require_size("rows of value_up modulo heads", value_up.rows % num_heads, 0);
+  require_range("rows of value_up", value_up.rows, 1, kLargestSize);
+  require_range("columns of value_up", value_up.cols, 1, kLargestSize);
+  // A product of a quantised matrix begins at a panel.
+  if (is_quantized(key_up.format))
+    require_size("kv_rank modulo panel, of a quantised key_up", heads.kv_rank % kPanelRows, 0);
+  if (is_quantized(value_up.format))
+    require_size("value_dim modulo panel, of a quantised value_up", heads.value_dim % kPanelRows, 0);
+  return heads;
+}
+
 // Every block that the positions of the batch reach is a block of the cache.
 inline void require_blocks(const KvCache& kv, const AttentionBatch& batch, int64_t num_sequences) {
   require_ids("sequence", batch.sequence, batch.num_tokens, num_sequences);
-  require_ids("position", batch.position, batch.num_tokens, batch.max_blocks * kv.shape().block_tokens);
+  require_ids("position", batch.position, batch.num_tokens, batch.max_blocks * kv.block_tokens());
   for (int64_t token = 0; token < batch.num_tokens; ++token) {
     const int64_t last = batch.position[token];
     // The next token of the same sequence sees all that this one sees, or more.
@@ -127,8 +173,8 @@ inline void require_blocks(const KvCache& kv, const AttentionBatch& batch, int64
     }
     const int64_t first = batch.window > 0 ? std::max<int64_t>(0, last - batch.window + 1) : 0;
     const int32_t* row = batch.block_table + batch.sequence[token] * batch.max_blocks;
-    const int64_t first_block = first / kv.shape().block_tokens;
-    require_ids("block_table", row + first_block, last / kv.shape().block_tokens + 1 - first_block,
+    const int64_t first_block = first / kv.block_tokens();
+    require_ids("block_table", row + first_block, last / kv.block_tokens() + 1 - first_block,
                 kv.num_blocks());
   }
 }

@@ -19,6 +19,7 @@
 
 #include "bind/bind.h"
 #include "bind/matrix.h"
+#include "bind/routing.h"
 
 namespace argosy {
 
@@ -73,7 +74,8 @@ BoundMixer grouped_query_attention(
     const Matrix& query, const Matrix& key, const Matrix& value, const Matrix& output, int64_t num_heads,
     int64_t window, float scale, const std::optional<Array>& query_bias, const std::optional<Array>& key_bias,
     const std::optional<Array>& value_bias, const std::optional<Array>& output_bias,
-    const std::optional<Array>& query_norm, const std::optional<Array>& key_norm) {
+    const std::optional<Array>& query_norm, const std::optional<Array>& key_norm, bool is_norm_flat,
+    float limit, const std::optional<Array>& sinks) {
   require_range("heads", num_heads, 1, query.view.rows);
   require_range("window", window, 0, INT32_MAX);
   require_size("rows of query modulo heads", query.view.rows % num_heads, 0);
@@ -90,12 +92,37 @@ BoundMixer grouped_query_attention(
       .key_bias = kept.keep("key_bias", key_bias, key.view.rows),
       .value_bias = kept.keep("value_bias", value_bias, value.view.rows),
       .output_bias = kept.keep("output_bias", output_bias, output.view.rows),
-      .query_norm = kept.keep("query_norm", query_norm, head_dim),
-      .key_norm = kept.keep("key_norm", key_norm, head_dim),
+      .query_norm = kept.keep("query_norm", query_norm, is_norm_flat ? query.view.rows : head_dim),
+      .key_norm = kept.keep("key_norm", key_norm, is_norm_flat ? key.view.rows : head_dim),
+      .is_norm_flat = is_norm_flat,
+      .limit = limit,
+      .sinks = kept.keep("sinks", sinks, num_heads),
       .num_heads = num_heads,
       .window = window,
       .scale = scale,
   };
+  return bound;
+}
+
+BoundMixer multi_head_latent_attention(const Matrix& query, const Matrix& kv_down, const Matrix& key_up,
+                                       const Matrix& value_up, const Matrix& output, int64_t num_heads,
+                                       int64_t rope_dim, float scale, float norm_eps, const Array& kv_norm,
+                                       const Matrix* query_down, const std::optional<Array>& query_norm) {
+  if ((query_down != nullptr) != query_norm.has_value()) refuse("query_down and query_norm come together");
+  BoundMixer bound;
+  Kept& kept = bound.kept;
+  LatentAttention mixer;
+  mixer.heads = view_latent_heads(kept.keep(key_up), kept.keep(value_up), num_heads, rope_dim, scale);
+  if (query_down != nullptr) {
+    mixer.query_down = kept.keep(*query_down);
+    mixer.query_norm = kept.keep("query_norm", query_norm, query_down->view.rows);
+  }
+  mixer.query = kept.keep(query);
+  mixer.kv_down = kept.keep(kv_down);
+  mixer.kv_norm = kept.keep("kv_norm", kv_norm, mixer.heads.kv_rank);
+  mixer.output = kept.keep(output);
+  mixer.norm_eps = norm_eps;
+  bound.mixer = mixer;
   return bound;
 }
 
@@ -105,15 +132,24 @@ BoundFfn dense_ffn(const Matrix& gate, const Matrix& up, const Matrix& down) {
   return bound;
 }
 
-BoundFfn routed_ffn(const Matrix& router, int64_t experts_per_token, bool renormalize, int64_t width,
-                    const FormatNames& formats, const std::optional<NetworkOfMatrices>& shared,
-                    const Matrix* shared_score) {
-  require_range("experts_per_token", experts_per_token, 1, router.view.rows);
+BoundFfn routed_ffn(const Matrix& router, const Routing& routing, const std::optional<Array>& router_bias,
+                    int64_t width, const FormatNames& formats, const std::optional<NetworkOfMatrices>& shared,
+                    const Matrix* shared_score, const std::optional<Array>& gate_bias,
+                    const std::optional<Array>& up_bias, const std::optional<Array>& down_bias) {
   BoundFfn bound;
   RoutedFfn ffn = {};
-  ffn.router = {bound.kept.keep(router), experts_per_token, renormalize};
+  ffn.router = {
+      .matrix = bound.kept.keep(router),
+      .bias = bound.kept.keep("router_bias", router_bias, router.view.rows),
+      .rule = routing.checked(router.view.rows),
+  };
+  if (routing.choice_bias) bound.kept.arrays.push_back(*routing.choice_bias);
   ffn.width = width;
   ffn.formats = parse_formats(formats);
+  const int64_t num_experts = router.view.rows;
+  ffn.biases = {bound.kept.keep("gate_bias", gate_bias, num_experts * width),
+                bound.kept.keep("up_bias", up_bias, num_experts * width),
+                bound.kept.keep("down_bias", down_bias, num_experts * router.view.cols)};
   if (shared) {
     const auto& [gate, up, down] = *shared;
     ffn.shared = SharedExpert{bound.kept.keep(*gate, *up, *down), std::nullopt};
@@ -124,7 +160,10 @@ BoundFfn routed_ffn(const Matrix& router, int64_t experts_per_token, bool renorm
 }
 
 // Proves that the blocks of a layer fit the hidden state, the cache and each other.
-void require_fit(const GroupedQueryAttention& mixer, const KvLayer& kv, int64_t hidden) {
+void require_fit(const GroupedQueryAttention& mixer, const KvShape& kv, const Rotary& rotary,
+                 int64_t hidden) {
+  require_kind(kv, KvShape::Kind::keys_values);
+  require_range("rotated dimensions", 2 * rotary.num_pairs(), 0, kv.head_dim);
   require_size("rows of query", mixer.query.rows, mixer.num_heads * kv.head_dim);
   require_size("heads modulo KV heads", mixer.num_heads % kv.kv_heads, 0);
   require_size("rows of key", mixer.key.rows, kv.kv_heads * kv.head_dim);
@@ -134,6 +173,20 @@ void require_fit(const GroupedQueryAttention& mixer, const KvLayer& kv, int64_t 
   require_size("columns of key", mixer.key.cols, hidden);
   require_size("columns of value", mixer.value.cols, hidden);
   require_size("columns of output", mixer.output.cols, mixer.query.rows);
+}
+
+void require_fit(const LatentAttention& mixer, const KvShape& kv, const Rotary& rotary, int64_t hidden) {
+  require_kind(kv, KvShape::Kind::latent);
+  const LatentHeads& heads = mixer.heads;
+  require_size("kv_rank + rope_dim", heads.vector_dim(), kv.head_dim);
+  require_size("rotated dimensions", 2 * rotary.num_pairs(), heads.rope_dim);
+  require_size("rows of query", mixer.query.rows, heads.num_heads * heads.query_dim());
+  if (mixer.query_down) require_size("columns of query_down", mixer.query_down->cols, hidden);
+  require_size("columns of query", mixer.query.cols, mixer.query_down ? mixer.query_down->rows : hidden);
+  require_size("rows of kv_down", mixer.kv_down.rows, heads.vector_dim());
+  require_size("columns of kv_down", mixer.kv_down.cols, hidden);
+  require_size("rows of output", mixer.output.rows, hidden);
+  require_size("columns of output", mixer.output.cols, heads.num_heads * heads.value_dim);
 }
 
 void require_fit(const DenseFfn& ffn, int64_t hidden) {
@@ -152,16 +205,24 @@ void require_fit(const RoutedFfn& ffn, int64_t hidden) {
 
 // What a Stack needs of each buffer: columns of float32, or int32 where it says so.
 struct BufferColumns {
-  int64_t query = 0, key = 0, pairs = 0, experts = 0, k = 0;
+  int64_t query = 0, key = 0, value = 0, attended = 0, query_latent = 0, pairs = 0, experts = 0, k = 0;
 
   void widen(const GroupedQueryAttention& mixer) {
     query = std::max(query, mixer.query.rows);
     key = std::max(key, mixer.key.rows);
+    value = std::max(value, mixer.value.rows);
+    attended = std::max(attended, mixer.output.cols);
+  }
+  void widen(const LatentAttention& mixer) {
+    query = std::max(query, mixer.query.rows);
+    key = std::max(key, mixer.kv_down.rows);
+    attended = std::max(attended, mixer.output.cols);
+    if (mixer.query_down) query_latent = std::max(query_latent, mixer.query_down->rows);
   }
   void widen(const DenseFfn&) {}
   void widen(const RoutedFfn& ffn) {
     experts = std::max(experts, ffn.router.matrix.rows);
-    k = std::max(k, ffn.router.k);
+    k = std::max(k, ffn.router.rule.k);
   }
 };
 
@@ -169,11 +230,10 @@ class BoundStack {
  public:
   BoundStack(Runtime& runtime, KvCache& kv, const Matrix& embedding, const Matrix& head,
              const Array& final_norm, float norm_eps, const Rotary& rotary,
-             const std::vector<LayerOfObjects>& layers, const nb::dict& buffers, Arena* arena,
-             const std::optional<Array>& resident_offsets)
+             const ActivationOfNumbers& activation, const std::vector<LayerOfObjects>& layers,
+             const nb::dict& buffers, Arena* arena, const std::optional<Array>& resident_offsets)
       : hidden_(embedding.view.cols) {
     require_size("columns of head", head.view.cols, hidden_);
-    require_range("rotated dimensions", 2 * rotary.num_pairs(), 0, kv.shape().head_dim);
     require_size("number of layers", int64_t(layers.size()), kv.num_layers());
     if (arena != nullptr) experts_ = {nb::object(), arena->hold(), arena->data(), int64_t(arena->size())};
 
@@ -183,6 +243,7 @@ class BoundStack {
     description.final_norm = kept_.keep("final_norm", final_norm, hidden_);
     description.norm_eps = norm_eps;
     description.rotary = rotary;
+    description.activation = parse_activation(activation);
     description.experts_off = arena == nullptr;
     BufferColumns columns;
     columns.pairs = rotary.num_pairs();
@@ -191,8 +252,9 @@ class BoundStack {
       kept_.keep(ffn->kept);
       description.layers.push_back({kept_.keep("mixer_norm", mixer_norm, hidden_), mixer->mixer,
                                     kept_.keep("ffn_norm", ffn_norm, hidden_), ffn->ffn});
+      const KvShape& shape = kv.shape(int64_t(description.layers.size()) - 1);
       const auto check_mixer = [&](const auto& block) {
-        require_fit(block, kv.shape(), hidden_);
+        require_fit(block, shape, rotary, hidden_);
         columns.widen(block);
       };
       const auto check_ffn = [&](const auto& block) {
@@ -328,8 +390,9 @@ class BoundStack {
     open("block", hidden_, opened.block);
     open("query", columns.query, opened.query);
     open("key", columns.key, opened.key);
-    open("value", columns.key, opened.value);
-    open("attended", columns.query, opened.attended);
+    open("value", columns.value, opened.value);
+    open("query_latent", columns.query_latent, opened.query_latent);
+    open("attended", columns.attended, opened.attended);
     open("cosine", columns.pairs, opened.cosine);
     open("sine", columns.pairs, opened.sine);
     open("router_logits", columns.experts, opened.router_logits);
@@ -362,19 +425,25 @@ void bind_stack(nb::module_& m) {
         nb::kw_only(), "num_heads"_a, "window"_a, "scale"_a, "query_bias"_a.none() = nb::none(),
         "key_bias"_a.none() = nb::none(), "value_bias"_a.none() = nb::none(),
         "output_bias"_a.none() = nb::none(), "query_norm"_a.none() = nb::none(),
-        "key_norm"_a.none() = nb::none());
+        "key_norm"_a.none() = nb::none(), "is_norm_flat"_a = false, "limit"_a = 0.0f,
+        "sinks"_a.none() = nb::none());
+  m.def("multi_head_latent_attention", &multi_head_latent_attention, "query"_a, "kv_down"_a, "key_up"_a,
+        "value_up"_a, "output"_a, nb::kw_only(), "num_heads"_a, "rope_dim"_a, "scale"_a, "norm_eps"_a,
+        "kv_norm"_a, "query_down"_a.none() = nb::none(), "query_norm"_a.none() = nb::none());
   m.def("dense_ffn", &dense_ffn, "gate"_a, "up"_a, "down"_a);
-  m.def("routed_ffn", &routed_ffn, "router"_a, nb::kw_only(), "experts_per_token"_a, "renormalize"_a,
-        "width"_a, "formats"_a, "shared"_a.none() = nb::none(), "shared_score"_a.none() = nb::none());
+  m.def("routed_ffn", &routed_ffn, "router"_a, "routing"_a, nb::kw_only(),
+        "router_bias"_a.none() = nb::none(), "width"_a, "formats"_a, "shared"_a.none() = nb::none(),
+        "shared_score"_a.none() = nb::none(), "gate_bias"_a.none() = nb::none(),
+        "up_bias"_a.none() = nb::none(), "down_bias"_a.none() = nb::none());
 
   nb::class_<Rotary>(m, "Rotary")
       .def(
           "__init__",
-          [](Rotary* self, const Array& inverse_frequency, double scale) {
+          [](Rotary* self, const Array& inverse_frequency, double scale, bool is_interleaved) {
             const double* from = read_array<double>("inverse_frequency", inverse_frequency, {kAnySize});
-            new (self) Rotary{{from, from + inverse_frequency.shape(0)}, scale};
+            new (self) Rotary{{from, from + inverse_frequency.shape(0)}, scale, is_interleaved};
           },
-          "inverse_frequency"_a, "scale"_a)
+          "inverse_frequency"_a, "scale"_a, "is_interleaved"_a = false)
       .def(
           "angles",
           [](const Rotary& self, Runtime& runtime, const Array& position, const OutArray& cosine,
@@ -390,11 +459,11 @@ void bind_stack(nb::module_& m) {
 
   nb::class_<BoundStack>(m, "Stack")
       .def(nb::init<Runtime&, KvCache&, const Matrix&, const Matrix&, const Array&, float, const Rotary&,
-                    const std::vector<LayerOfObjects>&, const nb::dict&, Arena*,
+                    const ActivationOfNumbers&, const std::vector<LayerOfObjects>&, const nb::dict&, Arena*,
                     const std::optional<Array>&>(),
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), "runtime"_a, "kv"_a, nb::kw_only(), "embedding"_a,
-           "head"_a, "final_norm"_a, "norm_eps"_a, "rotary"_a, "layers"_a, "buffers"_a, "arena"_a.none(),
-           "resident_offsets"_a.none())
+           "head"_a, "final_norm"_a, "norm_eps"_a, "rotary"_a, "activation"_a, "layers"_a, "buffers"_a,
+           "arena"_a.none(), "resident_offsets"_a.none())
       .def("begin", &BoundStack::begin, "token_ids"_a, "position"_a, "sequence"_a, "slots"_a, "is_decode"_a,
            "block_table"_a, "last_rows"_a, "logits"_a.noconvert())
       .def("advance", &BoundStack::advance)

@@ -1,6 +1,9 @@
 // formats.h: how the weights of a matrix lie in memory.
 //
 //   f32, f16, bf16   row-major [rows, cols], no padding, any alignment.
+//   f8               FP8 E4M3 codes with a float32 scale for each block of 128 rows and 128 columns. Every
+//                    128 rows: their scales, [ceil(cols / 128)], padded with zeros to 64 bytes, then the
+//                    codes, row-major. The last stretch has the rows that are left.
 //   the others       quantised: weight = scale * q, or scale * q + min, where q is what a code of `bits` bits
 //                    stands for: the code less `zero`, or an entry of a table of 16. Rows are padded to 16,
 //                    columns to a block.
@@ -52,6 +55,7 @@ enum class Format : uint8_t {
   f32,
   f16,
   bf16,
+  f8,
   q8,
   q4,
   q4_1,
@@ -69,7 +73,7 @@ enum class Format : uint8_t {
 
 // Internal linkage throughout: this header is compiled under several instruction sets, and the linker must
 // not pick one of the copies for all.
-[[maybe_unused]] static constexpr int kNumFormats = 16;
+[[maybe_unused]] static constexpr int kNumFormats = 17;
 [[maybe_unused]] static constexpr int64_t kGroupSize = 32;
 [[maybe_unused]] static constexpr int64_t kPanelRows = 16;
 [[maybe_unused]] static constexpr int64_t kChunkBytes =
@@ -169,6 +173,20 @@ static inline constexpr int64_t num_blocks(Format format, int64_t cols) {
   return round_up(cols, quant_format(format).block_cols) / quant_format(format).block_cols;
 }
 
+// f8: rows and columns of a block, whose weights share a scale.
+[[maybe_unused]] static constexpr int64_t kF8Block = 128;
+
+static inline constexpr int64_t f8_scales_bytes(int64_t cols) {
+  return round_up(round_up(cols, kF8Block) / kF8Block * 4, 64);
+}
+// Where the scales of a row begin, and its codes.
+static inline constexpr int64_t f8_scales_at(int64_t row, int64_t cols) {
+  return row / kF8Block * (f8_scales_bytes(cols) + kF8Block * cols);
+}
+static inline constexpr int64_t f8_row_at(int64_t row, int64_t cols) {
+  return f8_scales_at(row, cols) + f8_scales_bytes(cols) + row % kF8Block * cols;
+}
+
 // Of f32, f16, bf16.
 static inline constexpr int64_t weight_bytes(Format format) { return format == Format::f32 ? 4 : 2; }
 
@@ -184,6 +202,7 @@ static inline constexpr int64_t panel_bytes(Format format, int64_t cols) {
 
 static inline constexpr int64_t matrix_bytes(Format format, int64_t rows, int64_t cols) {
   if (is_quantized(format)) return round_up(rows, kPanelRows) / kPanelRows * panel_bytes(format, cols);
+  if (format == Format::f8) return round_up(rows, kF8Block) / kF8Block * f8_scales_bytes(cols) + rows * cols;
   return rows * cols * weight_bytes(format);
 }
 

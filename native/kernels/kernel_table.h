@@ -20,9 +20,9 @@ namespace argosy {
 struct MatmulArgs {
   const uint8_t* weights;  // the whole matrix
   int64_t cols;
-  int64_t row_begin, row_end;  // quantised: row_begin is a multiple of 16
+  int64_t row_begin, row_end;  // panels: row_begin is a multiple of 16
   const uint8_t* x;  // token t begins at x + x_stride * (x_index ? x_index[t] : t); float32 [cols], or for
-  int64_t x_stride;  //   quantised weights what quantize_activations wrote. x_stride in bytes
+  int64_t x_stride;  //   weights in panels what quantize_activations wrote. x_stride in bytes
   const int32_t* x_index;
   float* y;          // token t begins at y + y_stride * (y_index ? y_index[t] : t)
   int64_t y_stride;  // in floats
@@ -58,6 +58,13 @@ static inline uint8_t* value_head(const KvLayer& kv, int64_t block, int64_t head
   return kv.values + (block * kv.kv_heads + head) * value_head_bytes(kv);
 }
 
+// Where one layer with latent attention keeps its vectors: [blocks][block_tokens][dim] of float32 or float16.
+struct LatentLayer {
+  uint8_t* vectors;
+  int64_t block_tokens, dim;
+  bool is_f16;
+};
+
 struct KvWriteArgs {
   KvLayer kv;
   const float* keys;     // [num_tokens][kv_heads][head_dim]
@@ -83,11 +90,83 @@ struct AttentionArgs {
   int64_t num_tokens, num_heads;
   const int32_t* blocks;  // of the sequence: position p lies in blocks[p / block_tokens]
   float scale;
-  int64_t window;  // a token sees its last `window` positions, itself included; 0: all
-  float* scratch;  // attention_scratch_floats(head_dim)
+  int64_t window;                // a token sees its last `window` positions, itself included; 0: all
+  float* scratch;                // attention_scratch_floats(head_dim)
+  const float* sinks = nullptr;  // [num_heads], a score that takes weight and adds nothing; nullptr: none
 };
 
-// What transcode() takes.
+// What a feed-forward network does between its first two products and its last.
+//   silu     silu(gate) * up, where silu(x) = x / (1 + e^-x)  (Shazeer, arXiv:2002.05202)
+//   clamped  g * sigmoid(alpha * g) * (u + 1), where g is gate, at most `limit`, and u is up, from -limit to
+//            limit  (gpt-oss)
+struct Activation {
+  enum class Kind { silu, clamped };
+  Kind kind = Kind::silu;
+  float limit = 0, alpha = 0;
+};
+
+// out[t][i] = activation of gate[t][i] + gate_bias[i] and up[t][i] + up_bias[i]
+struct ActivateArgs {
+  Activation activation;
+  const float *gate, *up;            // [num_tokens][n], `stride` floats apart
+  const float *gate_bias, *up_bias;  // [n]; nullptr: none
+  int64_t stride;
+  int64_t num_tokens, n;
+  float* out;  // [num_tokens][n]; may be gate or up
+  int64_t out_stride;
+};
+
+enum class Score { softmax, sigmoid };
+enum class GroupScore { max, top2 };
+
+// How a token's experts follow from its logits (route.h).
+struct RouteRule {
+  int64_t k;                 // experts of a token
+  Score score;               // of all logits
+  const float* choice_bias;  // [num_experts], added to scores for the choice alone; nullptr: none
+  int64_t num_groups;        // of equal size, one behind the other
+  int64_t kept_groups;       // the best of them, which together hold k experts or more
+  GroupScore group_score;    // top2 needs groups of two or more
+  bool renormalize;          // weights are divided by their sum plus renormalize_eps
+  float renormalize_eps;
+  float scale;  // of the weights, last
+};
+
+struct RouteArgs {
+  RouteRule rule;
+  const float* logits;  // [num_experts]
+  int64_t num_experts;
+  int32_t* ids;    // [k]
+  float* weights;  // [k]
+  float* scratch;  // route_scratch_floats(num_experts)
+};
+
+// Latent attention: sixteen heads of one token go through the vectors together, a column; two columns at most
+// in a call; positions in sections.
+[[maybe_unused]] static constexpr int64_t kColumnHeads = 16;
+[[maybe_unused]] static constexpr int64_t kMostColumns = 2;
+[[maybe_unused]] static constexpr int64_t kSectionPositions = 256;
+
+struct LatentColumn {
+  const float* q;     // [num_heads][dim]
+  int64_t num_heads;  // kColumnHeads at most
+  int64_t last;       // the position of the token: it sees those up to this one
+  float* state;       // latent_state_floats(value_dim): values [value_dim][kColumnHeads], then most, then sum
+};
+
+// Columns of one sequence against the section of positions that starts at `begin`, which each of them sees.
+struct LatentAttentionArgs {
+  LatentLayer kv;
+  const int32_t* blocks;  // of the sequence: position p lies in blocks[p / block_tokens]
+  const LatentColumn* columns;
+  int64_t num_columns;
+  int64_t begin;
+  int64_t value_dim;  // values are the first so many elements of a vector
+  float scale;
+  float* scratch;  // latent_scratch_floats(dim)
+};
+
+// What transcode() takes; panels are strips of strip_rows(type) rows.
 struct TranscodeArgs {
   const uint8_t* rows_data;
   int64_t rows, cols;
@@ -109,23 +188,27 @@ struct KernelTable {
                       int64_t panel_end, uint8_t* out);
   void (*quantize_q4)(const float* weights, int64_t rows, int64_t cols, int64_t panel_begin,
                       int64_t panel_end, uint8_t* out);
-  void (*transcode[kNumBlockTypes])(const TranscodeArgs& args);
+  bool (*transcode[kNumBlockTypes])(const TranscodeArgs& args);
   void (*dequantize_row)(Format format, const uint8_t* weights, int64_t cols, int64_t row, float* out);
 
   // out may be x.
   void (*rms_norm)(const float* x, const float* weight, int64_t cols, float eps, float* out);
-  // x [num_heads][head_dim]; cosine and sine [num_pairs]: dimension i turns with dimension i + num_pairs.
+  // x [num_heads][head_dim]; cosine and sine [num_pairs]: dimension i turns with dimension i + num_pairs, or
+  // dimension 2 i with 2 i + 1 where pairs are interleaved.
   void (*rope)(float* x, int64_t num_heads, int64_t head_dim, const float* cosine, const float* sine,
-               int64_t num_pairs);
-  void (*route)(const float* logits, int64_t num_experts, int64_t k, bool renormalize, int32_t* ids,
-                float* weights,
-                float* scratch);                                                // scratch: num_experts floats
-  void (*silu_mul)(const float* gate, const float* up, int64_t n, float* out);  // out may be gate or up
+               int64_t num_pairs, bool is_interleaved);
+  void (*route)(const RouteArgs& args);
+  void (*activate)(const ActivateArgs& args);
   void (*combine)(const float* expert_out, const float* weights, int64_t k, int64_t hidden, float* out);
   void (*add_sigmoid_gated)(const float* x, float gate_logit, int64_t hidden, float* out);
 
   void (*kv_write)(const KvWriteArgs& args);
   void (*attention)(const AttentionArgs& args);
+
+  void (*latent_attention)(const LatentAttentionArgs& args);
+  // Adds the state of a column's next section.
+  void (*latent_merge)(const float* next, int64_t value_dim, int64_t num_heads, float* state);
+  void (*latent_finish)(const float* state, int64_t value_dim, int64_t num_heads, float* out);
 
   // For ops/machine_probe.h. Both return a number that depends on all they did.
   uint64_t (*read_memory)(const uint8_t* data, int64_t nbytes);  // aligned to 64; a multiple of 512
@@ -136,6 +219,20 @@ struct KernelTable {
 // A copy of each query, its scores of a stretch and its running weighted sum.
 static inline constexpr int64_t attention_scratch_floats(int64_t head_dim) {
   return kMaxQueries * (kStretchKeys + 2 * round_up(head_dim, kKeyTile));
+}
+
+// The scores of all experts, what each is worth in the choice, and each group.
+static inline constexpr int64_t route_scratch_floats(int64_t num_experts) { return 3 * num_experts; }
+
+static inline constexpr int64_t latent_state_floats(int64_t value_dim) {
+  return (value_dim + 2) * kColumnHeads;
+}
+// Distance of vectors in the scratch: an odd number of cache lines, so that they spread over the sets of a
+// cache.
+static inline constexpr int64_t latent_stride(int64_t dim) { return (round_up(dim, 16) / 16 | 1) * 16; }
+// Vectors of a stretch as float32, and queries and scores of the columns.
+static inline constexpr int64_t latent_scratch_floats(int64_t dim) {
+  return kStretchKeys * latent_stride(dim) + kMostColumns * kColumnHeads * (dim + kStretchKeys);
 }
 
 // "plain", "avx2", "avx512": those this CPU and its operating system can run, worst first.

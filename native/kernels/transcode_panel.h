@@ -409,7 +409,7 @@ void transcode_panel(const uint8_t* from, int64_t row_stride, int64_t present, i
 }
 
 template <BlockType kType>
-void transcode_panels(const TranscodeArgs& a) {
+bool transcode_panels(const TranscodeArgs& a) {
   constexpr Format kFormat = slot_format(kType);
   const int64_t row_bytes = block_row_bytes(kType, a.cols);
   const int64_t row_stride = a.interleaved * row_bytes;
@@ -423,6 +423,7 @@ void transcode_panels(const TranscodeArgs& a) {
                              next != nullptr ? next + i * kPanelRows * row_bytes : nullptr);
     }
   }
+  return true;
 }
 
 }  // namespace

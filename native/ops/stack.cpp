@@ -27,10 +27,21 @@ void add_bias(Runtime& runtime, const float* bias, int64_t rows, int64_t cols, f
   if (bias != nullptr) add_rows(runtime, bias, 0, rows, cols, out);
 }
 
+// To -limit .. limit; NaN stays.
+void cut_off(Runtime& runtime, float limit, int64_t rows, int64_t cols, float* out) {
+  const auto lock = runtime.lock();
+  runtime.parallel_for(rows, cols, [&](int64_t begin, int64_t end, int) {
+    for (float* x = out + begin * cols; x < out + end * cols; ++x) {
+      *x = *x > limit ? limit : *x < -limit ? -limit : *x;
+    }
+  });
+}
+
 // One network, all tokens.
-void swiglu(Runtime& runtime, const ExpertView& network, const float* x, int64_t num_tokens, float* out) {
+void swiglu(Runtime& runtime, const ExpertView& network, const Activation& activation, const float* x,
+            int64_t num_tokens, float* out) {
   const int32_t starts[2] = {0, int32_t(num_tokens)};
-  swiglu_experts(runtime, {network}, x, num_tokens, {starts, nullptr, nullptr}, out);
+  swiglu_experts(runtime, {network}, activation, x, num_tokens, {starts, nullptr, nullptr}, out);
 }
 
 }  // namespace
@@ -109,13 +120,26 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
   add_bias(runtime_, mixer.key_bias, tokens, mixer.key.rows, key);
   add_bias(runtime_, mixer.value_bias, tokens, mixer.value.rows, value);
   if (mixer.query_norm != nullptr) {
-    rms_norm(runtime_, query, mixer.query_norm, eps, tokens * mixer.num_heads, kv.head_dim, query);
-    rms_norm(runtime_, key, mixer.key_norm, eps, tokens * kv.kv_heads, kv.head_dim, key);
+    const auto norm_heads = [&](const float* weight, int64_t heads, float* x) {
+      if (mixer.is_norm_flat) {
+        rms_norm(runtime_, x, weight, eps, tokens, heads * kv.head_dim, x);
+      } else {
+        rms_norm(runtime_, x, weight, eps, tokens * heads, kv.head_dim, x);
+      }
+    };
+    norm_heads(mixer.query_norm, mixer.num_heads, query);
+    norm_heads(mixer.key_norm, kv.kv_heads, key);
   }
+  if (mixer.limit > 0) {
+    cut_off(runtime_, mixer.limit, tokens, mixer.query.rows, query);
+    cut_off(runtime_, mixer.limit, tokens, mixer.key.rows, key);
+    cut_off(runtime_, mixer.limit, tokens, mixer.value.rows, value);
+  }
+  const Rotary& rotary = description_.rotary;
   rope(runtime_, query, tokens, mixer.num_heads, kv.head_dim, buffers_.cosine, buffers_.sine,
-       description_.rotary.num_pairs());
-  rope(runtime_, key, tokens, kv.kv_heads, kv.head_dim, buffers_.cosine, buffers_.sine,
-       description_.rotary.num_pairs());
+       rotary.num_pairs(), rotary.is_interleaved);
+  rope(runtime_, key, tokens, kv.kv_heads, kv.head_dim, buffers_.cosine, buffers_.sine, rotary.num_pairs(),
+       rotary.is_interleaved);
 
   kv_write(runtime_, kv, key, value, batch_.slots, tokens);
   attention(runtime_, kv,
@@ -129,6 +153,7 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
                 .position = batch_.position,
                 .scale = mixer.scale,
                 .window = mixer.window,
+                .sinks = mixer.sinks,
             },
             buffers_.attended);
   matmul(runtime_, {{mixer.output, buffers_.block}}, buffers_.attended, tokens);
@@ -137,9 +162,49 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
   mark(Part::attention_and_dense);
 }
 
+void Stack::mix(const LatentAttention& mixer) {
+  const LatentHeads& heads = mixer.heads;
+  const LatentLayer kv = kv_.latent_layer(layer_);
+  const int64_t tokens = batch_.num_tokens;
+  float *query = buffers_.query, *vectors = buffers_.key;
+
+  if (mixer.query_down) {
+    float* latent = buffers_.query_latent;
+    matmul(runtime_, {{*mixer.query_down, latent}, {mixer.kv_down, vectors}}, buffers_.normed, tokens);
+    rms_norm(runtime_, latent, mixer.query_norm, mixer.norm_eps, tokens, mixer.query_down->rows, latent);
+    matmul(runtime_, {{mixer.query, query}}, latent, tokens);
+  } else {
+    matmul(runtime_, {{mixer.query, query}, {mixer.kv_down, vectors}}, buffers_.normed, tokens);
+  }
+  latent_norm(runtime_, vectors, mixer.kv_norm, mixer.norm_eps, tokens, heads.kv_rank, kv.dim);
+  const Rotary& rotary = description_.rotary;
+  rope(runtime_, query + heads.nope_dim, tokens, heads.num_heads, heads.query_dim(), buffers_.cosine,
+       buffers_.sine, rotary.num_pairs(), rotary.is_interleaved);
+  rope(runtime_, vectors + heads.kv_rank, tokens, 1, kv.dim, buffers_.cosine, buffers_.sine,
+       rotary.num_pairs(), rotary.is_interleaved);
+
+  latent_write(runtime_, kv, vectors, batch_.slots, tokens);
+  latent_attention(runtime_, kv, heads,
+                   {
+                       .q = query,
+                       .num_tokens = tokens,
+                       .num_heads = heads.num_heads,
+                       .block_table = batch_.block_table,
+                       .max_blocks = batch_.max_blocks,
+                       .sequence = batch_.sequence,
+                       .position = batch_.position,
+                       .scale = heads.scale,
+                       .window = 0,
+                   },
+                   buffers_.attended);
+  matmul(runtime_, {{mixer.output, buffers_.block}}, buffers_.attended, tokens);
+  add_rows(runtime_, buffers_.block, mixer.output.rows, tokens, mixer.output.rows, buffers_.hidden);
+  mark(Part::attention_and_dense);
+}
+
 bool Stack::feed_forward(const DenseFfn& ffn) {
   const int64_t hidden = description_.embedding.cols;
-  swiglu(runtime_, ffn.network, buffers_.normed, batch_.num_tokens, buffers_.block);
+  swiglu(runtime_, ffn.network, description_.activation, buffers_.normed, batch_.num_tokens, buffers_.block);
   add_rows(runtime_, buffers_.block, hidden, batch_.num_tokens, hidden, buffers_.hidden);
   mark(Part::attention_and_dense);
   return true;
@@ -150,20 +215,21 @@ bool Stack::feed_forward(const RoutedFfn& ffn) {
   if (!description_.experts_off && ffn.resident.empty()) return false;
   add_shared(ffn);
   if (description_.experts_off) return true;
-  resident_group_.clear();
-  for (const int32_t expert : demand_.expert_ids) resident_group_.push_back(ffn.resident[size_t(expert)]);
+  group_.clear();
+  for (const int32_t expert : demand_.expert_ids) group_.push_back(ffn.resident[size_t(expert)]);
   lookups_ += int64_t(demand_.expert_ids.size());
-  run_group(demand_.expert_ids, resident_group_);
+  run_group(demand_.expert_ids);
   combine_experts(ffn);
   return true;
 }
 
 // Chooses the experts of each token and sorts the assignments (token * k + rank) by expert, stably.
 void Stack::dispatch(const RoutedFfn& ffn) {
-  const int64_t experts = ffn.router.matrix.rows, k = ffn.router.k, assignments = batch_.num_tokens * k;
+  const int64_t experts = ffn.router.matrix.rows, k = ffn.router.rule.k, assignments = batch_.num_tokens * k;
   matmul(runtime_, {{ffn.router.matrix, buffers_.router_logits}}, buffers_.normed, batch_.num_tokens);
-  route(runtime_, buffers_.router_logits, batch_.num_tokens, experts, k, ffn.router.renormalize,
-        buffers_.expert_ids, buffers_.routing_weights);
+  add_bias(runtime_, ffn.router.bias, batch_.num_tokens, experts, buffers_.router_logits);
+  route(runtime_, ffn.router.rule, buffers_.router_logits, batch_.num_tokens, experts, buffers_.expert_ids,
+        buffers_.routing_weights);
 
   std::fill(starts_.begin(), starts_.end(), 0);
   std::fill(decode_wants_.begin(), decode_wants_.end(), false);
@@ -194,7 +260,7 @@ void Stack::dispatch(const RoutedFfn& ffn) {
 void Stack::add_shared(const RoutedFfn& ffn) {
   if (!ffn.shared) return;
   const int64_t hidden = description_.embedding.cols, tokens = batch_.num_tokens;
-  swiglu(runtime_, ffn.shared->network, buffers_.normed, tokens, buffers_.block);
+  swiglu(runtime_, ffn.shared->network, description_.activation, buffers_.normed, tokens, buffers_.block);
   if (ffn.shared->score) {
     matmul(runtime_, {{*ffn.shared->score, buffers_.shared_score}}, buffers_.normed, tokens);
     add_sigmoid_gated(runtime_, buffers_.block, buffers_.shared_score, tokens, hidden, buffers_.hidden);
@@ -204,9 +270,18 @@ void Stack::add_shared(const RoutedFfn& ffn) {
   mark(Part::attention_and_dense);
 }
 
-// Runs experts of the demand on the tokens that chose them.
-void Stack::run_group(const std::vector<int32_t>& expert_ids, const std::vector<ExpertView>& experts) {
-  const int64_t k = routed_ffn().router.k;
+// Runs the experts of group_, which are of the demand, on the tokens that chose them.
+void Stack::run_group(const std::vector<int32_t>& expert_ids) {
+  const RoutedFfn& ffn = routed_ffn();
+  const int64_t k = ffn.router.rule.k, hidden = description_.embedding.cols;
+  for (size_t i = 0; i < expert_ids.size(); ++i) {
+    const auto row_of = [&](const float* table, int64_t cols) {
+      return table != nullptr ? table + expert_ids[i] * cols : nullptr;
+    };
+    const ExpertBiases& biases = ffn.biases;
+    group_[i].bias = {row_of(biases.gate, ffn.width), row_of(biases.up, ffn.width),
+                      row_of(biases.down, hidden)};
+  }
   group_starts_.assign(1, 0);
   int32_t* row = buffers_.group_row;
   for (const int32_t id : expert_ids) {
@@ -216,13 +291,13 @@ void Stack::run_group(const std::vector<int32_t>& expert_ids, const std::vector<
   }
   const int64_t assignments = group_starts_.back();
   for (int64_t a = 0; a < assignments; ++a) buffers_.group_token[a] = int32_t(buffers_.group_row[a] / k);
-  swiglu_experts(runtime_, experts, buffers_.normed, batch_.num_tokens,
+  swiglu_experts(runtime_, group_, description_.activation, buffers_.normed, batch_.num_tokens,
                  {group_starts_.data(), buffers_.group_token, buffers_.group_row}, buffers_.expert_out);
   mark(Part::expert_compute);
 }
 
 void Stack::combine_experts(const RoutedFfn& ffn) {
-  combine(runtime_, buffers_.expert_out, buffers_.routing_weights, batch_.num_tokens, ffn.router.k,
+  combine(runtime_, buffers_.expert_out, buffers_.routing_weights, batch_.num_tokens, ffn.router.rule.k,
           description_.embedding.cols, buffers_.hidden);
   mark(Part::expert_compute);
 }
@@ -257,7 +332,8 @@ void Stack::run_experts(const std::vector<int32_t>& expert_ids, const std::vecto
                                   std::to_string(expert));
     }
   }
-  run_group(expert_ids, experts);
+  group_ = experts;
+  run_group(expert_ids);
 }
 
 // Counts an expert off the demand. False: it is not in it, or not any more.

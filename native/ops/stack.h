@@ -28,6 +28,7 @@
 #include <vector>
 
 #include "ops/attention.h"
+#include "ops/latent_attention.h"
 #include "ops/matmul.h"
 #include "ops/rotary.h"
 #include "ops/runtime.h"
@@ -45,24 +46,39 @@ struct GroupedQueryAttention {
   const float* key_bias = nullptr;
   const float* value_bias = nullptr;
   const float* output_bias = nullptr;
-  const float* query_norm = nullptr;  // [head_dim], of each head before rotary; nullptr: none
-  const float* key_norm = nullptr;
+  const float* query_norm = nullptr;  // before rotary: [head_dim], of each head, or one per row of the matrix
+  const float* key_norm = nullptr;    //   where it is flat, over all heads at once; nullptr: none
+  bool is_norm_flat = false;
+  float limit = 0;               // q, k and v are cut off at both signs of it, behind the norm; 0: not
+  const float* sinks = nullptr;  // [num_heads], a score that takes weight and adds nothing; nullptr: none
   int64_t num_heads = 0;
   int64_t window = 0;  // a token sees its last `window` positions; 0: all
   float scale = 0;     // of the scores
 };
 
-using Mixer = std::variant<GroupedQueryAttention>;
+// Multi-head latent attention (arXiv:2405.04434): compressed query and compressed keys and values -> norms ->
+// rotary of the dimensions that turn -> KV cache -> attention -> output projection.
+struct LatentAttention {
+  std::optional<MatrixView> query_down;  // [query_rank, hidden]; none: `query` takes the hidden state
+  const float* query_norm = nullptr;     // [query_rank], with query_down
+  MatrixView query;                      // [num_heads * (nope_dim + rope_dim), query_rank or hidden]
+  MatrixView kv_down;                    // [kv_rank + rope_dim, hidden]
+  const float* kv_norm = nullptr;        // [kv_rank]
+  LatentHeads heads;
+  MatrixView output;  // [hidden, num_heads * value_dim]
+  float norm_eps = 0;
+};
+
+using Mixer = std::variant<GroupedQueryAttention, LatentAttention>;
 
 struct DenseFfn {
   ExpertView network;
 };
 
-// Softmax over all experts, the k best.
 struct Router {
-  MatrixView matrix;  // [num_experts, hidden]
-  int64_t k = 0;
-  bool renormalize = false;  // the weights of a token sum to 1
+  MatrixView matrix;            // [num_experts, hidden]
+  const float* bias = nullptr;  // [num_experts], of the product; nullptr: none
+  RouteRule rule = {};
 };
 
 // Runs for every token.
@@ -71,12 +87,19 @@ struct SharedExpert {
   std::optional<MatrixView> score;  // [1, hidden]: the output is taken times sigmoid(score . x)
 };
 
+// Biases of all routed experts of a layer; nullptr: none.
+struct ExpertBiases {
+  const float *gate = nullptr, *up = nullptr;  // [num_experts, width]
+  const float* down = nullptr;                 // [num_experts, hidden]
+};
+
 struct RoutedFfn {
   Router router;
   int64_t width = 0;              // of an expert
   std::array<Format, 3> formats;  // of gate, up and down of every expert of the layer
+  ExpertBiases biases = {};
   std::optional<SharedExpert> shared;
-  std::vector<ExpertView> resident;  // of all experts; empty where they are leased
+  std::vector<ExpertView> resident;  // of all experts, biases not set; empty where they are leased
 };
 
 using Ffn = std::variant<DenseFfn, RoutedFfn>;
@@ -93,7 +116,8 @@ struct StackDescription {
   const float* final_norm;     // [hidden]
   float norm_eps;
   Rotary rotary;
-  bool experts_off;  // leave routed experts out of every sum
+  Activation activation;  // of all feed-forward networks
+  bool experts_off;       // leave routed experts out of every sum
   std::vector<Layer> layers;
 };
 
@@ -101,8 +125,9 @@ struct StackDescription {
 struct StackBuffers {
   int64_t max_tokens;
   float *hidden, *normed, *block;  // [hidden]; `block` is what a block adds to the hidden state
-  float *query, *attended;         // [num_heads * head_dim]
-  float *key, *value;              // [kv_heads * head_dim]
+  float *query, *attended;         // [num_heads * head_dim]; attended [num_heads * value_dim]
+  float *key, *value;              // [kv_heads * head_dim]; key [kv_rank + rope_dim]
+  float* query_latent;             // [query_rank]
   float *cosine, *sine;            // [pairs]
   float* router_logits;            // [num_experts]
   float* routing_weights;          // [k]
@@ -174,11 +199,12 @@ class Stack {
   enum class Stage { begun, between_layers, waits_for_experts, done };
 
   void mix(const GroupedQueryAttention& attention);
+  void mix(const LatentAttention& attention);
   bool feed_forward(const DenseFfn& ffn);  // false: it waits for experts
   bool feed_forward(const RoutedFfn& ffn);
   void dispatch(const RoutedFfn& ffn);
   void add_shared(const RoutedFfn& ffn);
-  void run_group(const std::vector<int32_t>& expert_ids, const std::vector<ExpertView>& experts);
+  void run_group(const std::vector<int32_t>& expert_ids);
   void combine_experts(const RoutedFfn& ffn);
   void norm(const float* weight);
   const RoutedFfn& routed_ffn() const;  // of the layer that runs
@@ -202,7 +228,7 @@ class Stack {
   std::vector<bool> is_claimed_;    // [experts]
   int64_t num_unclaimed_ = 0;       // experts of the demand that were not run yet
   std::vector<int32_t> group_starts_;
-  std::vector<ExpertView> resident_group_;
+  std::vector<ExpertView> group_;
 
   Clock::time_point last_mark_;
   std::array<double, kNumParts> seconds_ = {};

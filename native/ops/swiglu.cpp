@@ -47,6 +47,15 @@ const uint8_t* rows_at(const MatrixView& matrix, int64_t row) {
   return matrix.data + row / kPanelRows * panel_bytes(matrix.format, matrix.cols);
 }
 
+// To the rows and tokens that a product has just written.
+void add_bias(const MatmulArgs& product, const float* bias) {
+  for (int64_t token = 0; token < product.num_tokens; ++token) {
+    float* y = product.y + product.y_stride * (product.y_index != nullptr ? product.y_index[token] : token);
+    for (int64_t row = product.row_begin; row < product.row_end; ++row)
+      y[row - product.row_begin] += bias[row];
+  }
+}
+
 bool wants_quants(const std::vector<ExpertView>& experts, MatrixView ExpertView::* matrix) {
   return std::any_of(experts.begin(), experts.end(),
                      [&](const ExpertView& expert) { return is_quantized((expert.*matrix).format); });
@@ -54,8 +63,8 @@ bool wants_quants(const std::vector<ExpertView>& experts, MatrixView ExpertView:
 
 }  // namespace
 
-void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, const float* x,
-                    int64_t num_tokens, const Dispatch& dispatch, float* out) {
+void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, const Activation& activation,
+                    const float* x, int64_t num_tokens, const Dispatch& dispatch, float* out) {
   const int64_t num_experts = int64_t(experts.size());
   const int64_t assignments = experts.empty() ? 0 : dispatch.starts[num_experts];
   if (assignments == 0) return;
@@ -123,14 +132,20 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
       multiply(expert.gate, gate, reads_on ? rows_at(expert.up, row) : nullptr);
       multiply(expert.up, up, reads_on ? rows_after(&ExpertView::gate, index, row + rows) : nullptr);
       // Quantised activations are made of what is still in the cache; float32 ones are kept as they are.
-      if (!is_quantized(expert.down.format)) {
-        for (int64_t i = 0; i < count; ++i) {
-          table.silu_mul(gate + i * rows, up + i * rows, rows, inner + (a + i) * inner_stride + row);
-        }
-        continue;
-      }
-      table.silu_mul(gate, up, count * rows, gate);
-      for (int64_t i = 0; i < count; ++i) {
+      const bool becomes_quants = is_quantized(expert.down.format);
+      table.activate({
+          .activation = activation,
+          .gate = gate,
+          .up = up,
+          .gate_bias = expert.bias.gate != nullptr ? expert.bias.gate + row : nullptr,
+          .up_bias = expert.bias.up != nullptr ? expert.bias.up + row : nullptr,
+          .stride = rows,
+          .num_tokens = count,
+          .n = rows,
+          .out = becomes_quants ? gate : inner + a * inner_stride + row,
+          .out_stride = becomes_quants ? rows : inner_stride,
+      });
+      for (int64_t i = 0; i < count && becomes_quants; ++i) {
         table.quantize_activations(gate + i * rows, width, block, block + num_blocks,
                                    inner_quants + (a + i) * activation_bytes(width));
       }
@@ -168,8 +183,10 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
       args.y += a * hidden;
     }
     args.num_tokens = dispatch.starts[index + 1] - a;
+    if (args.num_tokens == 0) return;
     args.next_weights = rows_after(&ExpertView::down, index, args.row_end);
-    if (args.num_tokens > 0) table.matmul[int(down.format)](args);
+    table.matmul[int(down.format)](args);
+    if (const float* bias = experts[index].bias.down) add_bias(args, bias);
   };
   const int64_t hidden_blocks = round_up(hidden, kHiddenBlock) / kHiddenBlock;
   runtime.parallel_for(num_experts * hidden_blocks, kHiddenBlock * width * mean_tokens,

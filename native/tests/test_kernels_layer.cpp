@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "ops/attention.h"
+#include "ops/latent_attention.h"
 #include "ops/layer.h"
 #include "ops/swiglu.h"
 #include "tests/kernel_cases.h"
@@ -24,6 +25,15 @@ void norms_meet_the_reference() {
   }
 }
 
+std::vector<float> activated(const KernelTable& table, const Activation& activation,
+                             const std::vector<float>& gate, const std::vector<float>& up,
+                             const float* gate_bias = nullptr, const float* up_bias = nullptr) {
+  const int64_t n = int64_t(gate.size());
+  std::vector<float> out(gate.size(), NAN);
+  table.activate({activation, gate.data(), up.data(), gate_bias, up_bias, n, 1, n, out.data(), n});
+  return out;
+}
+
 // e^x hides in silu: silu(x) = x / (1 + e^-x).
 void silu_is_exact_to_a_few_units_and_the_same_in_every_lane() {
   std::vector<float> x;
@@ -33,8 +43,7 @@ void silu_is_exact_to_a_few_units_and_the_same_in_every_lane() {
   }
   const std::vector<float> ones(x.size(), 1.0f);
   for (const KernelTable* table : all_tables()) {
-    std::vector<float> found(x.size());
-    table->silu_mul(x.data(), ones.data(), int64_t(x.size()), found.data());
+    const std::vector<float> found = activated(*table, {}, x, ones);
     for (size_t i = 0; i < x.size(); ++i) {
       const double expected = double(x[i]) / (1.0 + std::exp(-double(x[i])));
       if (std::isfinite(expected)) {
@@ -48,28 +57,118 @@ void silu_is_exact_to_a_few_units_and_the_same_in_every_lane() {
     for (const float value : {-3.7f, 0.01f, 12.0f}) {
       for (int64_t n = 1; n < 40; ++n) {
         const std::vector<float> same(size_t(n), value), ups(size_t(n), 1.0f);
-        std::vector<float> out(static_cast<size_t>(n));
-        table->silu_mul(same.data(), ups.data(), n, out.data());
+        const std::vector<float> out = activated(*table, {}, same, ups);
         for (const float each : out) CHECK_EQUAL(each, out[0]);
-        table->silu_mul(&value, ups.data(), 1, &out[0]);
-        CHECK_EQUAL(out[0], out.back());
+        CHECK_EQUAL(activated(*table, {}, {value}, {1.0f})[0], out.back());
       }
     }
   }
 }
 
-void routes_meet_the_reference() {
+void a_clamped_activation_cuts_off_and_keeps_nan() {
+  const Activation clamped = {Activation::Kind::clamped, 7.0f, 1.702f};
+  std::vector<float> gate, up;
+  for (const float g : {-200.0f, -9.0f, -0.5f, 0.0f, 0.3f, 6.9f, 7.0f, 7.1f, 300.0f, INFINITY, NAN}) {
+    for (const float u : {-1e30f, -7.5f, -7.0f, -1.0f, 0.0f, 2.5f, 7.0f, 7.5f, INFINITY, NAN}) {
+      gate.push_back(g);
+      up.push_back(u);
+    }
+  }
+  const std::vector<float> gate_bias = normal(int64_t(gate.size()), 11),
+                           up_bias = normal(int64_t(up.size()), 12);
   for (const KernelTable* table : all_tables()) {
-    for (const int64_t experts : {1, 7, 8, 15, 16, 17, 60, 128}) {
-      const int64_t k = experts < 4 ? experts : 4;
-      const std::vector<float> logits = normal(experts, 3, 4.0f);
-      std::vector<float> scratch(static_cast<size_t>(experts));
-      std::vector<float> expected(static_cast<size_t>(k)), found = expected;
-      std::vector<int32_t> expected_ids(static_cast<size_t>(k)), ids = expected_ids;
-      plain().route(logits.data(), experts, k, true, expected_ids.data(), expected.data(), scratch.data());
-      table->route(logits.data(), experts, k, true, ids.data(), found.data(), scratch.data());
-      CHECK(ids == expected_ids);
-      CHECK(near(found, expected, 2e-6));
+    for (const bool has_bias : {false, true}) {
+      const std::vector<float> found =
+          has_bias ? activated(*table, clamped, gate, up, gate_bias.data(), up_bias.data())
+                   : activated(*table, clamped, gate, up);
+      for (size_t i = 0; i < gate.size(); ++i) {
+        double g = gate[i] + (has_bias ? gate_bias[i] : 0.0f), u = up[i] + (has_bias ? up_bias[i] : 0.0f);
+        if (std::isnan(g) || std::isnan(u)) {
+          CHECK(std::isnan(found[i]));
+          continue;
+        }
+        g = std::min(g, 7.0);
+        u = std::max(-7.0, std::min(u, 7.0));
+        const double expected = g / (1.0 + std::exp(-double(1.702f) * g)) * (u + 1.0);
+        CHECK(std::fabs(double(found[i]) - expected) <= 1e-6 * std::fabs(expected) + 2e-38);
+      }
+    }
+  }
+}
+
+// Rows of tokens that lie apart, in place, with the last vector in part.
+void activations_stay_inside_their_rows() {
+  constexpr int64_t kRows = 21, kStride = 40, kTokens = 3;
+  for (const KernelTable* table : all_tables()) {
+    for (const Activation& activation : {Activation{}, Activation{Activation::Kind::clamped, 1.0f, 2.0f}}) {
+      const std::vector<float> before = normal(kTokens * kStride, 13), up = normal(kTokens * kStride, 14);
+      const std::vector<float> bias = normal(kRows, 15);
+      std::vector<float> gate = before;
+      table->activate({activation, gate.data(), up.data(), bias.data(), nullptr, kStride, kTokens, kRows,
+                       gate.data(), kStride});
+      for (int64_t token = 0; token < kTokens; ++token) {
+        for (int64_t i = 0; i < kStride; ++i) {
+          const size_t at = size_t(token * kStride + i);
+          const std::vector<float> one =
+              i < kRows ? activated(*table, activation, {before[at] + bias[size_t(i)]}, {up[at]})
+                        : std::vector<float>{before[at]};
+          CHECK_EQUAL(gate[at], one[0]);
+        }
+      }
+    }
+  }
+}
+
+struct Routed {
+  std::vector<int32_t> ids;
+  std::vector<float> weights;
+};
+
+Routed route(const KernelTable& table, const RouteRule& rule, const std::vector<float>& logits) {
+  const int64_t experts = int64_t(logits.size());
+  Routed routed = {std::vector<int32_t>(size_t(rule.k), -1), std::vector<float>(size_t(rule.k), NAN)};
+  std::vector<float> scratch(size_t(route_scratch_floats(experts)));
+  RouteArgs args = {};
+  args.rule = rule;
+  args.logits = logits.data();
+  args.num_experts = experts;
+  args.ids = routed.ids.data();
+  args.weights = routed.weights.data();
+  args.scratch = scratch.data();
+  table.route(args);
+  return routed;
+}
+
+RouteRule plain_rule(int64_t k) {
+  RouteRule rule = {};
+  rule.k = k;
+  rule.num_groups = rule.kept_groups = 1;
+  rule.scale = 1.0f;
+  return rule;
+}
+
+void routes_meet_the_reference() {
+  std::mt19937 generator(4);
+  for (const KernelTable* table : all_tables()) {
+    for (const int64_t experts : {1, 7, 8, 15, 16, 17, 60, 128, 384}) {
+      for (int round = 0; round < 16; ++round) {
+        RouteRule rule = plain_rule(std::min<int64_t>(experts, 8));
+        const std::vector<float> logits = normal(experts, unsigned(3 + round), 3.0f);
+        const std::vector<float> bias = normal(experts, unsigned(50 + round), 0.3f);
+        rule.score = round & 1 ? Score::sigmoid : Score::softmax;
+        if (round & 2) rule.choice_bias = bias.data();
+        rule.renormalize = (round & 4) != 0;
+        rule.renormalize_eps = 1e-20f;
+        rule.scale = 2.5f;
+        if ((round & 8) != 0 && experts % 4 == 0) {
+          rule.num_groups = 4;
+          rule.kept_groups = experts < 16 ? 4 : 2;
+          rule.group_score = generator() % 2 ? GroupScore::max : GroupScore::top2;
+        }
+        const Routed expected = route(plain(), rule, logits), found = route(*table, rule, logits);
+        CHECK(found.ids == expected.ids);
+        CHECK(near(found.weights, expected.weights, 2e-6));
+      }
     }
   }
 }
@@ -80,36 +179,61 @@ void ties_go_to_the_lower_expert() {
   for (const KernelTable* table : all_tables()) {
     for (int round = 0; round < 300; ++round) {
       const int64_t experts = 1 + int64_t(generator() % 140);
-      const int64_t k = 1 + int64_t(generator() % uint32_t(std::min<int64_t>(experts, 10)));
+      RouteRule rule = plain_rule(1 + int64_t(generator() % uint32_t(std::min<int64_t>(experts, 10))));
       const uint32_t kinds = round % 3 == 0 ? 7 : round % 3 == 1 ? 4 : 2;
-      std::vector<float> logits(static_cast<size_t>(experts)), scratch = logits;
-      bool is_ordered = true;
-      for (float& logit : logits) {
-        logit = specials[generator() % kinds];
-        is_ordered = is_ordered && !std::isnan(logit);
-      }
-      std::vector<float> weights(static_cast<size_t>(k));
-      std::vector<int32_t> ids(static_cast<size_t>(k)), order(static_cast<size_t>(experts));
-      table->route(logits.data(), experts, k, false, ids.data(), weights.data(), scratch.data());
+      std::vector<float> logits(static_cast<size_t>(experts));
+      for (float& logit : logits) logit = specials[generator() % kinds];
+      const std::vector<float> zeros(logits.size());
+      rule.score = round % 2 ? Score::sigmoid : Score::softmax;
+      if (round % 5 == 0 && rule.score == Score::sigmoid) rule.choice_bias = zeros.data();
+      const Routed found = route(*table, rule, logits);
+      std::vector<int32_t> order(logits.size());
       for (size_t i = 0; i < order.size(); ++i) order[i] = int32_t(i);
-      if (is_ordered) {
-        std::stable_sort(order.begin(), order.end(),
-                         [&](int32_t a, int32_t b) { return logits[size_t(a)] > logits[size_t(b)]; });
-        CHECK(std::equal(ids.begin(), ids.end(), order.begin()));
-      } else {
-        CHECK(std::isnan(weights[0]));
-        std::sort(ids.begin(), ids.end());
-        CHECK(std::adjacent_find(ids.begin(), ids.end()) == ids.end());
-        CHECK(ids[0] >= 0 && ids.back() < experts);
-      }
+      const auto worth = [&](int32_t id) {
+        const float logit = logits[size_t(id)];
+        if (std::isnan(logit)) return -INFINITY;
+        return rule.choice_bias == nullptr ? logit : float(1.0 / (1.0 + std::exp(-double(logit))));
+      };
+      std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return worth(a) > worth(b); });
+      CHECK(std::equal(found.ids.begin(), found.ids.end(), order.begin()));
+      const bool has_nan = std::any_of(logits.begin(), logits.end(), [](float x) { return std::isnan(x); });
+      if (has_nan && rule.score == Score::softmax) CHECK(std::isnan(found.weights[0]));
     }
+  }
+}
+
+void tied_groups_go_to_the_lower_one() {
+  const std::vector<float> logits(27, 1.0f);
+  for (const KernelTable* table : all_tables()) {
+    RouteRule rule = plain_rule(3);
+    rule.score = Score::sigmoid;
+    rule.num_groups = 3;
+    rule.kept_groups = 2;
+    for (const GroupScore score : {GroupScore::max, GroupScore::top2}) {
+      rule.group_score = score;
+      CHECK(route(*table, rule, logits).ids == (std::vector<int32_t>{0, 1, 2}));
+    }
+    // Two good ones are worth more than the best one.
+    std::vector<float> mixed(27, -5.0f);
+    mixed[3] = 1.0f, mixed[4] = 1.0f, mixed[13] = 2.0f, mixed[22] = 1.0f, mixed[26] = 1.0f;
+    rule.kept_groups = 1;
+    CHECK(route(*table, rule, mixed).ids == (std::vector<int32_t>{3, 4, 0}));
+    rule.group_score = GroupScore::max;
+    CHECK(route(*table, rule, mixed).ids == (std::vector<int32_t>{13, 9, 10}));
+    // Nothing of another group, though all of this one is minus infinity or worse.
+    std::vector<float> bias(27, -1.0f);
+    std::fill_n(bias.begin() + 9, 9, -INFINITY);
+    bias[11] = NAN;
+    bias[13] = 1.0f;
+    rule.choice_bias = bias.data();
+    CHECK(route(*table, rule, mixed).ids == (std::vector<int32_t>{13, 9, 10}));
   }
 }
 
 // Sequences of random keys, with NaN in every place that no token may see.
 struct Cache {
   Cache(int64_t heads, int64_t dim, int64_t block, bool is_f16)
-      : kv(1, kBlocks, block, heads, dim, is_f16), block_tokens(block) {
+      : kv({KvShape::keys_values(heads, dim)}, kBlocks, block, is_f16), block_tokens(block) {
     const int64_t all = kBlocks * block_tokens;
     const std::vector<float> garbage(size_t(all * heads * dim), NAN);
     std::vector<int64_t> slots;
@@ -132,7 +256,7 @@ struct Cache {
 };
 
 std::vector<float> attend(const KernelTable& table, Cache& cache, const std::vector<float>& q, int64_t heads,
-                          int64_t begin, int64_t end, int64_t window) {
+                          int64_t begin, int64_t end, int64_t window, const float* sinks = nullptr) {
   const KvLayer kv = cache.kv.layer(0);
   const int64_t row = heads * kv.head_dim;
   std::vector<float> out(size_t((end - begin) * row), NAN);
@@ -152,6 +276,7 @@ std::vector<float> attend(const KernelTable& table, Cache& cache, const std::vec
     args.scale = 0.3f;
     args.window = window;
     args.scratch = scratch.data();
+    args.sinks = sinks;
     table.attention(args);
   }
   return out;
@@ -167,19 +292,137 @@ void attention_meets_the_reference_in_every_chunk() {
           const bool is_f16 = (dim + block_tokens + window) % 2 == 0;
           Cache cache(kv_heads, dim, block_tokens, is_f16);
           const std::vector<float> q = normal(Cache::kLength * heads * dim, 7);
-          const std::vector<float> expected = attend(plain(), cache, q, heads, 0, Cache::kLength, window);
-          const std::vector<float> together = attend(*table, cache, q, heads, 0, Cache::kLength, window);
+          // Below, among and above the scores.
+          const std::vector<float> some = normal(heads, 8, 6.0f);
+          const float* sinks = block_tokens == 16 ? some.data() : nullptr;
+          const std::vector<float> expected =
+              attend(plain(), cache, q, heads, 0, Cache::kLength, window, sinks);
+          const std::vector<float> together =
+              attend(*table, cache, q, heads, 0, Cache::kLength, window, sinks);
           CHECK(near(together, expected, 4e-6));
           for (const int64_t chunk : {1, 3, 32}) {
             std::vector<float> pieces;
             for (int64_t begin = 0; begin < Cache::kLength; begin += chunk) {
               const int64_t end = std::min(begin + chunk, Cache::kLength);
-              const std::vector<float> piece = attend(*table, cache, q, heads, begin, end, window);
+              const std::vector<float> piece = attend(*table, cache, q, heads, begin, end, window, sinks);
               pieces.insert(pieces.end(), piece.begin(), piece.end());
             }
             CHECK(same_bits(pieces, together));
           }
         }
+      }
+    }
+  }
+}
+
+// A sink is one more position with that score and a value of zero.
+void a_sink_takes_its_share_of_the_weights() {
+  constexpr int64_t kHeads = 4, kKvHeads = 2, kDim = 16;
+  Cache cache(kKvHeads, kDim, 16, false);
+  const std::vector<float> q = normal(Cache::kLength * kHeads * kDim, 7);
+  const std::vector<float> sinks = {-1.5f, 0.0f, 3.0f, 40.0f};
+  for (const KernelTable* table : all_tables()) {
+    const std::vector<float> without = attend(*table, cache, q, kHeads, 0, Cache::kLength, 0);
+    const std::vector<float> with = attend(*table, cache, q, kHeads, 0, Cache::kLength, 0, sinks.data());
+    for (int64_t token = 0; token < Cache::kLength; ++token) {
+      for (int64_t head = 0; head < kHeads; ++head) {
+        double sum = 0;
+        const float* query = q.data() + (token * kHeads + head) * kDim;
+        for (int64_t p = 0; p <= token; ++p) {
+          const float* key = cache.keys.data() + (p * kKvHeads + head * kKvHeads / kHeads) * kDim;
+          double score = 0;
+          for (int64_t d = 0; d < kDim; ++d) score += double(query[d]) * double(key[d]);
+          sum += std::exp(score * double(0.3f));
+        }
+        const double share = sum / (sum + std::exp(double(sinks[size_t(head)])));
+        for (int64_t d = 0; d < kDim; ++d) {
+          const size_t at = size_t((token * kHeads + head) * kDim + d);
+          CHECK(std::fabs(double(with[at]) - share * double(without[at])) <= 1e-5 * share);
+        }
+      }
+    }
+  }
+}
+
+// One sequence's latent vectors, with NaN in every place that no token may see.
+struct LatentCache {
+  LatentCache(int64_t dim, int64_t block, bool is_f16)
+      : kv({KvShape::latent(dim)}, kBlocks, block, is_f16), block_tokens(block) {
+    const std::vector<float> garbage(size_t(kBlocks * block * dim), NAN);
+    std::vector<int64_t> slots;
+    for (int64_t i = 0; i < kBlocks * block; ++i) slots.push_back(i);
+    Runtime runtime(1);
+    latent_write(runtime, kv.latent_layer(0), garbage.data(), slots.data(), kBlocks * block);
+    slots.clear();
+    for (int64_t i = 0; i < kLength; ++i) {
+      slots.push_back(blocks[size_t(i / block)] * block + i % block);
+    }
+    const std::vector<float> vectors = normal(kLength * dim, 5);
+    latent_write(runtime, kv.latent_layer(0), vectors.data(), slots.data(), kLength);
+  }
+  static constexpr int64_t kBlocks = 16, kLength = kSectionPositions + 75;
+  std::vector<int32_t> blocks = {3, 9, 0, 12, 7, 15, 1, 2, 11, 5, 6, 4, 8, 10, 13, 14};
+  KvCache kv;
+  int64_t block_tokens;
+};
+
+// The columns of tokens [begin, end), one or two in a call, and both sections of those that see them.
+std::vector<float> attend_latent(const KernelTable& table, LatentCache& cache, const std::vector<float>& q,
+                                 int64_t heads, int64_t value_dim, int64_t begin, int64_t end) {
+  const LatentLayer kv = cache.kv.latent_layer(0);
+  const int64_t state_floats = latent_state_floats(value_dim);
+  std::vector<float> out(size_t((end - begin) * heads * value_dim), NAN);
+  std::vector<float> scratch(size_t(latent_scratch_floats(kv.dim)), NAN);
+  std::vector<float> states(size_t(2 * kMostColumns * state_floats), NAN);
+  for (int64_t token = begin; token < end; token += kMostColumns) {
+    for (int64_t section = 0; section < 2; ++section) {
+      LatentColumn columns[kMostColumns];
+      int64_t count = 0;
+      for (int64_t t = token; t < std::min(token + kMostColumns, end); ++t) {
+        if (t < section * kSectionPositions) continue;
+        float* state = states.data() + (section * kMostColumns + t - token) * state_floats;
+        columns[count++] = {q.data() + t * heads * kv.dim, heads, t, state};
+      }
+      if (count == 0) continue;
+      LatentAttentionArgs args = {};
+      args.kv = kv;
+      args.blocks = cache.blocks.data();
+      args.columns = columns;
+      args.num_columns = count;
+      args.begin = section * kSectionPositions;
+      args.value_dim = value_dim;
+      args.scale = 0.3f;
+      args.scratch = scratch.data();
+      table.latent_attention(args);
+    }
+    for (int64_t t = token; t < std::min(token + kMostColumns, end); ++t) {
+      float* state = states.data() + (t - token) * state_floats;
+      if (t >= kSectionPositions)
+        table.latent_merge(state + kMostColumns * state_floats, value_dim, heads, state);
+      table.latent_finish(state, value_dim, heads, out.data() + (t - begin) * heads * value_dim);
+    }
+  }
+  return out;
+}
+
+void latent_attention_meets_the_reference_in_every_chunk() {
+  const int64_t shapes[][3] = {{1, 7, 7}, {3, 19, 13}, {16, 40, 32}, {7, 70, 64}};  // heads, dim, value dim
+  for (const KernelTable* table : all_tables()) {
+    for (const auto& [heads, dim, value_dim] : shapes) {
+      for (const int64_t block_tokens : {21, 32}) {
+        LatentCache cache(dim, block_tokens, (dim + block_tokens) % 2 == 0);
+        const int64_t length = LatentCache::kLength;
+        const std::vector<float> q = normal(length * heads * dim, 7, 0.5f);
+        const std::vector<float> expected = attend_latent(plain(), cache, q, heads, value_dim, 0, length);
+        const std::vector<float> together = attend_latent(*table, cache, q, heads, value_dim, 0, length);
+        CHECK(near(together, expected, 4e-6));
+        std::vector<float> pieces;
+        for (int64_t begin = 0; begin < length; ++begin) {
+          const std::vector<float> piece =
+              attend_latent(*table, cache, q, heads, value_dim, begin, begin + 1);
+          pieces.insert(pieces.end(), piece.begin(), piece.end());
+        }
+        CHECK(same_bits(pieces, together));
       }
     }
   }
@@ -202,6 +445,8 @@ void threads_change_no_bit() {
         weights.push_back(Weights::random(format, hidden, width, 30 + i, 3));
         experts.push_back({weights[3 * i].view, weights[3 * i + 1].view, weights[3 * i + 2].view});
       }
+      const std::vector<float> biases = normal(width + hidden, 9);
+      experts[2].bias = {biases.data(), biases.data() + 1, biases.data() + width};
       const std::vector<int32_t> starts = {0, 50, 50, kTokens};
       std::vector<int32_t> token, row;
       for (int32_t i = 0; i < kTokens; ++i) {
@@ -210,8 +455,9 @@ void threads_change_no_bit() {
       }
       std::vector<float> expected(size_t(kTokens * hidden), NAN), found = expected;
       const Dispatch dispatch = {starts.data(), token.data(), row.data()};
-      swiglu_experts(one, experts, x.data(), kTokens, dispatch, expected.data());
-      swiglu_experts(three, experts, x.data(), kTokens, dispatch, found.data());
+      const Activation clamped = {Activation::Kind::clamped, 7.0f, 1.702f};
+      swiglu_experts(one, experts, clamped, x.data(), kTokens, dispatch, expected.data());
+      swiglu_experts(three, experts, clamped, x.data(), kTokens, dispatch, found.data());
       CHECK(same_bits(found, expected));
 
       std::vector<float> y_one(size_t(kTokens * width)), y_three = y_one;
@@ -229,9 +475,14 @@ int main() {
   using namespace argosy::testing;
   norms_meet_the_reference();
   silu_is_exact_to_a_few_units_and_the_same_in_every_lane();
+  a_clamped_activation_cuts_off_and_keeps_nan();
+  activations_stay_inside_their_rows();
   routes_meet_the_reference();
   ties_go_to_the_lower_expert();
+  tied_groups_go_to_the_lower_one();
   attention_meets_the_reference_in_every_chunk();
+  a_sink_takes_its_share_of_the_weights();
+  latent_attention_meets_the_reference_in_every_chunk();
   threads_change_no_bit();
   return check_result();
 }

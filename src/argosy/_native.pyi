@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Format = Literal[
-    "f32", "f16", "bf16",
+    "f32", "f16", "bf16", "f8",
     "q8", "q4", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4", "int4",
 ]  # fmt: skip
 InstructionSet = Literal["plain", "avx2", "avx512"]
+Activation = tuple[Literal["silu", "clamped"], float, float]  # kind, limit, alpha
 _Floats = NDArray[np.float32]
 _Ints = NDArray[np.int32]
 _Bytes = NDArray[np.uint8]
@@ -60,9 +61,12 @@ def transcode(
     """Blocks of a matrix [rows, cols] as the bytes of its slot format, without loss.
 
     Q8_0 becomes q8, Q4_0 q4, GGUF's other types the format of their name; cols is a multiple of their block's 32 or
-    256. `int4_quants`, `int4_scales`, `mxfp4_quants` and `mxfp4_scales` (native/kernels/transcode.h) write only their
-    part of the panels: to `out` [matrix_bytes], which is returned, or beside zeros. `interleaved` matrices of `rows`
+    256. `int4_quants`, `int4_scales`, `mxfp4_quants`, `mxfp4_scales`, `f8_codes`, `f8_scales` and `f8_scales_bf16`
+    (native/kernels/transcode.h) write only their part of the matrix: to `out` [matrix_bytes], which is returned, or beside zeros. `interleaved` matrices of `rows`
     rows each, row by row in `data`, come out one behind the other.
+
+    Raises:
+        ValueError: a code of f8 is NaN, or a scale gives weights that no float32 holds.
     """
 
 def dequantize(format: Format, data: _Bytes, rows: int, cols: int) -> _Floats:
@@ -91,16 +95,45 @@ def embed(runtime: Runtime, matrix: Matrix, ids: _Ints, out: _Floats) -> None:
 def rms_norm(runtime: Runtime, x: _Floats, weight: _Floats, eps: float, out: _Floats) -> None:
     """out[n] = x[n] / sqrt(mean(x[n]^2) + eps) * weight, for x [n, cols]; out may be x."""
 
-def rope(runtime: Runtime, x: _Floats, cosine: _Floats, sine: _Floats) -> None:
+def rope(runtime: Runtime, x: _Floats, cosine: _Floats, sine: _Floats, is_interleaved: bool = False) -> None:
     """Rotate x [tokens, heads, head_dim] in place, by cosine and sine [tokens, pairs].
 
-    Dimension i turns with dimension i + pairs; dimensions from 2 * pairs on stay.
+    Dimension i turns with dimension i + pairs, or, interleaved, dimension 2 i with 2 i + 1; dimensions from 2 * pairs
+    on stay.
     """
 
-def route(runtime: Runtime, logits: _Floats, k: int, renormalize: bool, ids: _Ints, weights: _Floats) -> None:
-    """Softmax over all experts of logits [tokens, experts]; the k best into ids and weights [tokens, k].
+class Routing:
+    """How the experts of a token follow from its router logits (native/kernels/route.h).
 
-    Best first; on a tie the lower id wins. With `renormalize` the weights of a token sum to 1.
+    Scores are the softmax over all experts, or each one's sigmoid. The k best are chosen by score plus `choice_bias`,
+    of the best `kept_groups` of `num_groups` groups of equal size; a group is worth its best expert, or the sum of its
+    best two. On a tie the lower id wins. Routing weights are the scores, without the bias, of those chosen; with
+    `renormalize` divided by their sum plus `renormalize_eps`; times `scale`.
+
+    Args:
+        experts_per_token: k.
+        choice_bias: [experts]; None for none.
+    """
+
+    def __init__(
+        self,
+        experts_per_token: int,
+        *,
+        score: Literal["softmax", "sigmoid"],
+        choice_bias: _Floats | None = None,
+        num_groups: int = 1,
+        kept_groups: int = 1,
+        group_score: Literal["max", "top2"] = "top2",
+        renormalize: bool,
+        renormalize_eps: float = 0.0,
+        scale: float = 1.0,
+    ) -> None: ...
+
+def route(runtime: Runtime, routing: Routing, logits: _Floats, ids: _Ints, weights: _Floats) -> None:
+    """Logits [tokens, experts] -> ids (best first) and routing weights [tokens, k].
+
+    Raises:
+        ValueError: the routing does not fit the number of experts.
     """
 
 def combine(runtime: Runtime, expert_out: _Floats, weights: _Floats, out: _Floats) -> None:
@@ -121,8 +154,13 @@ def swiglu_experts(
     token: _Ints,
     row: _Ints,
     out: _Floats,
+    *,
+    activation: Activation = ("silu", 0.0, 0.0),
+    gate_bias: _Floats | None = None,
+    up_bias: _Floats | None = None,
+    down_bias: _Floats | None = None,
 ) -> None:
-    """Run each expert on its tokens: out[row[a]] = (silu(x Wg^T) * (x Wu^T)) Wd^T with x = x[token[a]].
+    """Run each expert on its tokens: out[row[a]] = activation(x Wg^T + bg, x Wu^T + bu) Wd^T + bd, x = x[token[a]].
 
     Args:
         formats: of gate, up and down.
@@ -132,32 +170,46 @@ def swiglu_experts(
         token: [assignments], row of x.
         row: [assignments], row of `out`, each at most once.
         out: [any, hidden]; rows that `row` does not name stay as they are.
+        activation: of gate and up.
+        gate_bias, up_bias: [experts, width].   down_bias: [experts, hidden].
     """
 
-def swiglu(runtime: Runtime, gate: Matrix, up: Matrix, down: Matrix, x: _Floats, out: _Floats) -> None:
+def swiglu(
+    runtime: Runtime,
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+    x: _Floats,
+    out: _Floats,
+    activation: Activation = ("silu", 0.0, 0.0),
+) -> None:
     """The same for one network and all tokens of x [tokens, hidden]: a dense layer or a shared expert."""
 
+class KvShape:
+    """What a layer keeps of each position in a KvCache."""
+
+    @staticmethod
+    def keys_values(kv_heads: int, head_dim: int) -> KvShape:
+        """A key and a value for each KV head. Positions of a block and dimensions of values are padded to 16."""
+
+    @staticmethod
+    def latent(dim: int) -> KvShape:
+        """One vector that all heads share, and nothing else."""
+
+    @staticmethod
+    def none() -> KvShape:
+        """Nothing: the layer has a recurrent state."""
+
 def kv_cache_bytes(
-    num_layers: int,
-    num_blocks: int,
-    block_tokens: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype: Literal["f32", "f16"],
+    layers: Sequence[KvShape], num_blocks: int, block_tokens: int, dtype: Literal["f32", "f16"]
 ) -> int:
-    """What a KvCache takes. Block positions and value dimensions are padded to 16."""
+    """What a KvCache takes."""
 
 class KvCache:
-    """Keys and values of all layers; memory appears when it is first written."""
+    """What all layers keep of the positions they have seen; memory appears when it is first written."""
 
     def __init__(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        block_tokens: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: Literal["f32", "f16"],
+        self, layers: Sequence[KvShape], num_blocks: int, block_tokens: int, dtype: Literal["f32", "f16"]
     ) -> None: ...
     @property
     def nbytes(self) -> int: ...
@@ -178,6 +230,7 @@ def attention(
     scale: float,
     window: int,
     out: _Floats,
+    sinks: _Floats | None = None,
 ) -> None:
     """Causal grouped-query attention; tokens of a sequence that stand next to each other share its keys.
 
@@ -187,7 +240,41 @@ def attention(
         sequence, position: [tokens]. A token sees the positions up to its own, which must be written already.
         window: a token sees its last `window` positions, itself included; 0 for all.
         out: [tokens, heads * head_dim].
+        sinks: [heads], a score of each head that takes weight and adds nothing; None for none.
     """
+
+def latent_write(
+    runtime: Runtime, kv: KvCache, layer: int, vectors: _Floats, slots: NDArray[np.int64]
+) -> None:
+    """Store the latent vectors [tokens, dim] of a layer that keeps such; slots as for `kv_write`."""
+
+def latent_attention(
+    runtime: Runtime,
+    kv: KvCache,
+    layer: int,
+    q: _Floats,
+    key_up: Matrix,
+    value_up: Matrix,
+    block_table: _Ints,
+    sequence: _Ints,
+    position: _Ints,
+    scale: float,
+    out: _Floats,
+) -> None:
+    """Causal multi-head latent attention (arXiv:2405.04434) in its absorbed form, over vectors that heads share.
+
+    Args:
+        q: [tokens, heads, nope_dim + rope_dim], its last rope_dim dimensions turned.
+        key_up: [heads * kv_rank, nope_dim]. For each head, what makes a query of kv_rank dimensions of nope_dim.
+        value_up: [heads * value_dim, kv_rank]. For each head, what makes its result of the weighted sum of latents.
+        block_table, sequence, position: as for `attention`.
+        out: [tokens, heads * value_dim].
+    """
+
+def latent_scratch_bytes(
+    num_heads: int, nope_dim: int, rope_dim: int, kv_rank: int, max_tokens: int, num_threads: int
+) -> int:
+    """What `latent_attention` takes of a runtime's scratch, at most."""
 
 # The layers of a decoder (native/ops/stack.h), as one operation.
 
@@ -212,14 +299,45 @@ def grouped_query_attention(
     output_bias: _Floats | None = None,
     query_norm: _Floats | None = None,
     key_norm: _Floats | None = None,
+    is_norm_flat: bool = False,
+    limit: float = 0.0,
+    sinks: _Floats | None = None,
 ) -> Mixer:
-    """q, k, v -> norm of each head -> rotary -> KV cache -> attention -> output projection.
+    """q, k, v -> norm -> cut off -> rotary -> KV cache -> attention -> output projection.
 
     Args:
         query, output: [heads * head_dim, hidden] and back.   key, value: [kv_heads * head_dim, hidden].
         window, scale: as for `attention`.
         query_bias ...: one number per row of the matrix; None for none.
-        query_norm, key_norm: [head_dim], both or none.
+        query_norm, key_norm: of each head, [head_dim]; flat: of all heads at once, a number per row; both or none.
+        limit: q, k and v are cut off at both signs of it; 0: not.
+        sinks: [heads], as for `attention`.
+    """
+
+def multi_head_latent_attention(
+    query: Matrix,
+    kv_down: Matrix,
+    key_up: Matrix,
+    value_up: Matrix,
+    output: Matrix,
+    *,
+    num_heads: int,
+    rope_dim: int,
+    scale: float,
+    norm_eps: float,
+    kv_norm: _Floats,
+    query_down: Matrix | None = None,
+    query_norm: _Floats | None = None,
+) -> Mixer:
+    """Query and compressed keys and values -> norms -> rotary -> KV cache -> attention -> output projection.
+
+    Args:
+        query: [heads * (nope_dim + rope_dim), query_rank], or of the hidden state without `query_down`.
+        kv_down: [kv_rank + rope_dim, hidden].   kv_norm: [kv_rank].
+        key_up, value_up, scale: as for `latent_attention`.
+        output: [hidden, heads * value_dim].
+        query_down, query_norm: [query_rank, hidden] and [query_rank], both or none.
+        norm_eps: of both norms.
     """
 
 def dense_ffn(gate: Matrix, up: Matrix, down: Matrix) -> Ffn:
@@ -227,30 +345,38 @@ def dense_ffn(gate: Matrix, up: Matrix, down: Matrix) -> Ffn:
 
 def routed_ffn(
     router: Matrix,
+    routing: Routing,
     *,
-    experts_per_token: int,
-    renormalize: bool,
+    router_bias: _Floats | None = None,
     width: int,
     formats: Sequence[Format],
     shared: Sequence[Matrix] | None = None,
     shared_score: Matrix | None = None,
+    gate_bias: _Floats | None = None,
+    up_bias: _Floats | None = None,
+    down_bias: _Floats | None = None,
 ) -> Ffn:
     """Experts of `width` that the router chooses, as `route` does, and a shared one for every token.
 
     Args:
         router: [experts, hidden].
+        router_bias: [experts], added to the router's product; None for none.
         formats: of gate, up and down of the routed experts.
         shared: gate, up and down of the shared expert.
         shared_score: [1, hidden]; the shared expert's output is taken times sigmoid(shared_score . x).
+        gate_bias, up_bias: of the routed experts, experts * width numbers.   down_bias: experts * hidden.
     """
 
 class Rotary:
     """Angles of the rotary position embedding: position * inverse_frequency (float64 [pairs], in radians).
 
-    Computed in float64, as are the cosines and sines times `scale`; then rounded to float32.
+    Computed in float64, as are the cosines and sines times `scale`; then rounded to float32. `is_interleaved`: which
+    dimensions make a pair, as for `rope`.
     """
 
-    def __init__(self, inverse_frequency: NDArray[np.float64], scale: float) -> None: ...
+    def __init__(
+        self, inverse_frequency: NDArray[np.float64], scale: float, is_interleaved: bool = False
+    ) -> None: ...
     def angles(self, runtime: Runtime, position: _Ints, cosine: _Floats, sine: _Floats) -> None:
         """Positions [tokens] -> cosine and sine [tokens, pairs], as `rope` takes them."""
 
@@ -261,6 +387,7 @@ class Stack:
 
     Args:
         embedding, head: [vocabulary, hidden].   final_norm: [hidden].
+        activation: of all feed-forward networks.
         layers: (norm [hidden], mixer, norm [hidden], feed-forward network) of each layer of `kv`.
         buffers: working memory by name, [max_tokens, columns] each (`model.workspace`).
         arena: where routed experts lie; None leaves them out of every sum.
@@ -278,6 +405,7 @@ class Stack:
         final_norm: _Floats,
         norm_eps: float,
         rotary: Rotary,
+        activation: Activation,
         layers: Sequence[tuple[_Floats, Mixer, _Floats, Ffn]],
         buffers: Mapping[str, NDArray[Any]],
         arena: Arena | None,
@@ -436,7 +564,7 @@ class Store:
     def wait_any(
         self, tickets: Sequence[int], block: bool = True
     ) -> list[tuple[int, str | None, str | None]]:
-        """Block until one is done; all that are done as (ticket, error sentence, "io" | "checksum" | "short").
+        """Block until one is done; all that are done as (ticket, error sentence, "io" | "checksum" | "short" | "not finite").
 
         They are forgotten. Nothing is written for a ticket that is done, also when it failed. ^C ends the wait and
         leaves the tickets as they are. With `block` false only those that are done already.

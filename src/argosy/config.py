@@ -21,7 +21,7 @@ _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "k": KIB, "m": M
 KvDtype = Literal["f32", "f16"]
 # How the weights of a matrix lie in memory; native/kernels/formats.h has the layouts.
 Format = Literal[
-    "f32", "f16", "bf16",
+    "f32", "f16", "bf16", "f8",
     "q8", "q4", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4", "int4",
 ]  # fmt: skip
 
@@ -218,6 +218,7 @@ class LatentConfig:
     rope_dim: int  # and those that do; the key's are shared by all heads
     value_dim: int
     norm_eps: float  # of the norms of the compressed vectors
+    is_up_split: bool = False  # the file holds k_up, transposed head by head, and v_up instead of kv_up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,12 +282,18 @@ class ModelConfig:
     has_expert_bias: bool = False  # gate, up and down of routed experts
     norm_offset: float = 0.0  # norms hold their weight less this: 1 where they are zero-centred
     is_embedding_tied: bool = False  # the head is the embedding table
+    num_mtp_layers: int = 0  # of multi-token prediction: behind `layers` in the files, never in memory
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def mtp_layers(self) -> range:
+        """Layers for multi-token prediction, which files number on from the model's own."""
+        return range(self.num_layers, self.num_layers + self.num_mtp_layers)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -18,8 +18,21 @@ import pytest
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.pack import pack
 from argosy.model.families import open_model
+from tests.models.hub_quantised import write_fp8_model, write_int4_model
+from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.safetensors_file import Array
-from tests.models.tiny import RawConfig, mixtral, prompt_ids, qwen2_moe, qwen3_moe, write_model
+from tests.models.tiny import (
+    RawConfig,
+    glm4_moe,
+    gpt_oss,
+    mixtral,
+    olmoe,
+    prompt_ids,
+    qwen2_moe,
+    qwen3_moe,
+    write_model,
+)
+from tests.models.tiny_latent import deepseek_v3, kimi_k2
 
 NUM_NEW = 12
 GREEDY = SamplingParams(max_tokens=NUM_NEW, temperature=0, ignore_eos=True, logprobs=3)
@@ -45,10 +58,59 @@ CONFIGS = {
         attention_bias=True,
         rope_scaling={"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16},
     ),
+    "deepseek_v3": deepseek_v3(  # latent attention, groups of experts, a bias for the choice, a dense layer
+        max_position_embeddings=1024,
+        n_routed_experts=12,
+        num_attention_heads=17,
+        num_key_value_heads=17,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+    ),
+    "glm4_moe": glm4_moe(  # a part of the head turns, groups of experts, a bias for the choice alone
+        max_position_embeddings=1024,
+        hidden_size=72,
+        n_routed_experts=15,
+        n_group=3,
+        topk_group=2,
+        num_experts_per_tok=4,
+        use_qk_norm=True,
+        routed_scaling_factor=1.5,
+    ),
+    "olmoe": olmoe(max_position_embeddings=1024, clip_qkv=0.8, num_experts=9, num_experts_per_tok=3),
 }
-CASES = [(family, "in place") for family in CONFIGS] + [
-    ("qwen3_moe", format) for format in ("bf16", "q8", "q4")
+GPT_OSS = gpt_oss(  # sinks, alternate windows, biases of experts
+    max_position_embeddings=1024,
+    hidden_size=96,
+    intermediate_size=64,
+    num_local_experts=9,
+    num_experts_per_tok=3,
+    initial_context_length=1024,
+    rope_scaling={"rope_type": "yarn", "factor": 8.0},
+)
+CASES = [
+    *((family, "in place") for family in CONFIGS),
+    *(("qwen3_moe", format) for format in ("bf16", "q8", "q4")),
+    ("deepseek_v3", "q8"),
 ]
+CASES += [("gpt_oss", "source"), ("gpt_oss", "mxfp4")]
+CONFIGS["gpt_oss"] = GPT_OSS
+CASES += [("qwen3_moe_blocks", "fp8"), ("kimi_k2", "int4")]
+QUANTISED = {
+    "qwen3_moe_blocks": qwen3_moe(  # a block of 128 and a part of one, in rows and in columns
+        max_position_embeddings=1024,
+        hidden_size=140,
+        moe_intermediate_size=136,
+        num_experts=9,
+        num_experts_per_tok=3,
+    ),
+    "kimi_k2": kimi_k2(
+        max_position_embeddings=1024,
+        hidden_size=96,
+        moe_intermediate_size=64,
+        n_routed_experts=9,
+        num_experts_per_tok=3,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -108,8 +170,14 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str
     found = {}
     for family, config in CONFIGS.items():
         found[family, "in place"] = write_model(root / family, config, seed=3)
+    write_fp8_model(root / "fp8", QUANTISED["qwen3_moe_blocks"], seed=3)
+    found["qwen3_moe_blocks", "fp8"] = root / "fp8"
+    write_int4_model(root / "int4", QUANTISED["kimi_k2"], seed=3)
+    found["kimi_k2", "int4"] = root / "int4"
+    write_mxfp4_model(root / "gpt_oss-mxfp4", GPT_OSS, seed=3)
+    found["gpt_oss", "mxfp4"] = root / "gpt_oss-mxfp4"
     for family, format in CASES:
-        if format != "in place":
+        if (family, format) not in found:
             found[family, format] = root / f"{family}-{format}"
             pack(open_model(root / family), found[family, format], format=format)
     return found
@@ -124,7 +192,7 @@ def instruction_set(request: pytest.FixtureRequest) -> str:
 def case(
     request: pytest.FixtureRequest, directories: dict[tuple[str, str], Path], instruction_set: str
 ) -> Iterator[Case]:
-    return Case(directories[request.param], CONFIGS[request.param[0]], instruction_set)
+    return Case(directories[request.param], (CONFIGS | QUANTISED)[request.param[0]], instruction_set)
 
 
 @cache

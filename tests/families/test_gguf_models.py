@@ -18,13 +18,25 @@ from argosy.model.families import open_model
 from argosy.model.rope import inverse_frequency
 from tests.models import gguf_models
 from tests.models.gguf_models import mixed, one_type, write_gguf_model
-from tests.models.tiny import RawConfig, mixtral, qwen2_moe, qwen3_moe
+from tests.models.tiny import RawConfig, glm4_moe, minimax_m2, mixtral, olmoe, qwen2_moe, qwen3_moe
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2}
 CONFIGS: dict[str, RawConfig] = {
     "llama": mixtral(**SIZES, intermediate_size=32),
     "qwen2moe": qwen2_moe(**SIZES, moe_intermediate_size=32, shared_expert_intermediate_size=64),
     "qwen3moe": qwen3_moe(**SIZES, moe_intermediate_size=32),
+    "glm4moe": glm4_moe(
+        **SIZES,
+        moe_intermediate_size=32,
+        intermediate_size=64,
+        num_nextn_predict_layers=0,
+        n_group=3,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+        head_dim=16,
+    ),
+    "olmoe": olmoe(**SIZES, intermediate_size=32),
+    "minimax-m2": minimax_m2(**SIZES, intermediate_size=32, head_dim=16),
 }
 
 Write = Callable[..., Path]
@@ -190,12 +202,12 @@ def test_mathematics_that_is_not_built_in_is_refused_by_name(sentence: str, writ
 def test_a_dense_model_and_another_architecture_are_refused(write: Write, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match=r"llama\.expert_count 0; supported: .* this is a dense model"):
         open_model(write("llama", without="expert_count"))
-    writer = GGUFWriter(tmp_path / "other.gguf", "deepseek2")
+    writer = GGUFWriter(tmp_path / "other.gguf", "kimi-linear")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     with pytest.raises(
-        UnsupportedModel, match=r"of architecture 'deepseek2'; supported: llama, qwen2moe, qwen3moe"
+        UnsupportedModel, match=r"of architecture 'kimi-linear'; supported: llama, qwen2moe, qwen3moe"
     ):
         open_model(tmp_path / "other.gguf")
 

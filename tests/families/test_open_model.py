@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,30 @@ import numpy as np
 import pytest
 
 from argosy.checkpoint.files import ModelFiles, check_vector
+from argosy.checkpoint.safetensors import open_tensors
+from argosy.config import ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
-from argosy.model.families import open_model
+from argosy.model.families import FAMILIES, open_model
+from argosy.model.families.layout import Layout, read_layout
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.safetensors_file import Array, decode, read_checkpoint, write_checkpoint
 from tests.models.tiny import (
     RawConfig,
+    expert_names,
+    glm4_moe,
+    minimax_m2,
     mixtral,
     moe_layers,
     num_experts,
+    olmoe,
     qwen2_moe,
     qwen3_moe,
     random_tensors,
+    text_of,
 )
 from tests.models.tiny import write_model as write_tiny_model
 
-MAKERS = (mixtral, qwen2_moe, qwen3_moe)
+MAKERS = (mixtral, qwen2_moe, qwen3_moe, glm4_moe, olmoe, minimax_m2)
 every_family = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 
 DTYPE = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
@@ -69,14 +78,24 @@ def expert_matrix(files: ModelFiles, layer: int, expert: int, name: str) -> Arra
 
 
 def hub_names(config: RawConfig, layer: int, expert: int) -> tuple[str, str, str]:
-    if config["model_type"] == "mixtral":
-        base = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
-        return base + "w1.weight", base + "w3.weight", base + "w2.weight"
-    base = f"model.layers.{layer}.mlp.experts.{expert}."
-    return base + "gate_proj.weight", base + "up_proj.weight", base + "down_proj.weight"
+    prefix = "language_model." if "text_config" in config else ""
+    block, (gate, up, down) = expert_names(config, f"{prefix}model.layers.{layer}.")
+    base = f"{block}experts.{expert}."
+    return f"{base}{gate}.weight", f"{base}{up}.weight", f"{base}{down}.weight"
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda configuration: configuration.name)
+def is_another_part_s(name: str, config: RawConfig) -> bool:
+    """A vision tower's, or of a layer for multi-token prediction."""
+    text, (first, *rest) = text_of(config), name.removeprefix("language_model.").split(".")
+    is_mtp = rest[0] == "layers" and int(rest[1]) >= text["num_hidden_layers"]
+    return is_mtp or first in ("vision_tower", "mm_projector")
+
+
+# One tensor for each matrix of an expert; the others have tests of their own.
+SEPARATE = [one for one in CONFIGURATIONS if one.config["model_type"] != "gpt_oss"]
+
+
+@pytest.mark.parametrize("configuration", SEPARATE, ids=lambda configuration: configuration.name)
 def test_every_tensor_is_found_where_it_lies(tmp_path: Path, configuration: Configuration) -> None:
     config = configuration.config
     write_tiny_model(tmp_path, config, seed=1, dtype=configuration.dtype, num_shards=configuration.num_shards)
@@ -96,12 +115,12 @@ def test_every_tensor_is_found_where_it_lies(tmp_path: Path, configuration: Conf
             assert np.array_equal(expert_matrix(files, layer, expert, name), tensors[hub_name])
         assert len(files.experts[layer, expert].pieces) == 3
         assert all(piece.checksum is None for piece in files.experts[layer, expert].pieces)
-    assert used == tensors.keys()
+    assert used == {name for name in tensors if not is_another_part_s(name, config)}
     assert files.dense_bytes + files.expert_bytes == sum(
-        tensor.size * (4 if configuration.dtype == "F32" else 2) for tensor in tensors.values()
+        tensors[name].size * (4 if configuration.dtype == "F32" else 2) for name in used
     )
     assert not files.is_packed
-    assert ("head" in files.dense) != config["tie_word_embeddings"]
+    assert ("head" in files.dense) != text_of(config)["tie_word_embeddings"]
 
 
 def test_canonical_names_are_those_of_the_seams(tmp_path: Path) -> None:
@@ -126,9 +145,7 @@ def test_canonical_names_are_those_of_the_seams(tmp_path: Path) -> None:
 def fuse(config: RawConfig, tensors: dict[str, Array]) -> dict[str, Array]:
     """The layout that transformers 5 writes with `save_original_format=False`."""
     fused = {
-        name.replace("block_sparse_moe.gate", "mlp.gate"): t
-        for name, t in tensors.items()
-        if ".experts." not in name
+        name.replace("block_sparse_moe.", "mlp."): t for name, t in tensors.items() if ".experts." not in name
     }
     for layer in moe_layers(config):
         triples = [
@@ -218,6 +235,45 @@ def test_constants_that_old_exporters_left_are_passed_over(tmp_path: Path) -> No
     open_model(write(tmp_path, mixtral(), add))
 
 
+def within(directory: Path, config: RawConfig, layout: Layout, model_config: ModelConfig) -> ModelFiles:
+    """The text model of a checkpoint that has more: every name of `config`'s behind `language_model.`."""
+    tensors = {f"language_model.{name}": tensor for name, tensor in random_tensors(config, 3, "BF16").items()}
+    tensors["vision_tower.patch.proj.weight"] = tensors["vision.weight"] = np.ones((2, 2), np.float32)
+    write_checkpoint(directory, {name: ("BF16", tensor) for name, tensor in tensors.items()})
+    return read_layout(directory, model_config, (layout,), open_tensors(directory))
+
+
+def test_a_text_model_may_lie_behind_a_prefix_beside_what_is_passed_over(tmp_path: Path) -> None:
+    config = FAMILIES["qwen3_moe"].parse_config(qwen3_moe())
+    layout = replace(
+        FAMILIES["qwen3_moe"].LAYOUTS[0],
+        prefix="language_model.model.",
+        head_name="language_model.lm_head.weight",
+    )
+    with pytest.raises(CheckpointError, match=r"vision_tower.patch.proj.weight \[2, 2\]"):
+        within(tmp_path, qwen3_moe(), replace(layout, passed_over=r"vision\..*"), config)
+
+    files = within(tmp_path, qwen3_moe(), replace(layout, passed_over=r"vision(_tower)?\..*"), config)
+
+    assert files.dense["head"].name == "language_model.lm_head.weight"
+    assert files.dense["layers.2.q"].name == "language_model.model.layers.2.self_attn.q_proj.weight"
+    with pytest.raises(CheckpointError, match=r"model.embed_tokens.weight is missing"):
+        within(tmp_path, qwen3_moe(), FAMILIES["qwen3_moe"].LAYOUTS[0], config)
+
+
+def test_layers_for_multi_token_prediction_are_recognised_and_left_out(tmp_path: Path) -> None:
+    write(tmp_path, qwen3_moe(num_hidden_layers=5))
+    config = FAMILIES["qwen3_moe"].parse_config(qwen3_moe())
+    layouts = FAMILIES["qwen3_moe"].LAYOUTS
+    with pytest.raises(CheckpointError, match=r"model.layers.4.*and \d+ more"):
+        read_layout(tmp_path, replace(config, num_mtp_layers=1), layouts, open_tensors(tmp_path))
+
+    files = read_layout(tmp_path, replace(config, num_mtp_layers=2), layouts, open_tensors(tmp_path))
+
+    assert files.config.num_layers == 3
+    assert {layer for layer, _ in files.experts} == {0, 1, 2}
+
+
 def test_a_head_in_the_files_wins_over_tied_in_the_config(tmp_path: Path) -> None:
     config = qwen3_moe(tie_word_embeddings=True)
 
@@ -289,7 +345,7 @@ def test_a_path_that_is_no_directory_is_refused(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3", None, 7, ["mixtral"]])
+@pytest.mark.parametrize("model_type", ["llama", "kimi_linear", None, 7, ["mixtral"]])
 def test_an_unknown_family_is_refused_by_name(tmp_path: Path, model_type: object) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
 

@@ -12,7 +12,8 @@ from argosy import _native
 from argosy.config import ModelConfig
 from argosy.experts.source import ExpertSource
 from argosy.model.batch import Batch
-from argosy.model.rope import angle_scale, inverse_frequency
+from argosy.model.layers import describe_activation, routing
+from argosy.model.rope import rotary
 from argosy.model.weights import DenseWeights
 
 Floats = NDArray[np.float32]
@@ -30,21 +31,24 @@ class ReferenceDecoder:
         runtime: _native.Runtime,
     ) -> None:
         self.config, self.weights, self.experts, self.kv, self.runtime = config, weights, experts, kv, runtime
-        self.rotary = _native.Rotary(inverse_frequency(config.rope), angle_scale(config.rope))
+        self.rotary = rotary(config.rope)
 
     def logits(self, batch: Batch) -> Floats:
         embedding = self.weights.matrices["embed"]
         hidden = np.empty((batch.num_tokens, self.config.hidden_size), np.float32)
         _native.embed(self.runtime, embedding, batch.token_ids, hidden)
         for layer in range(self.config.num_layers):
-            self._add_attention(hidden, layer, batch)
+            if self.config.layers[layer].mixer == "latent":
+                self._add_latent_attention(hidden, layer, batch)
+            else:
+                self._add_attention(hidden, layer, batch)
             self._add_ffn(hidden, layer, batch)
         head = embedding if self.config.is_embedding_tied else self.weights.matrices["head"]
         return self._product(head, self._norm(hidden, "final_norm"))
 
-    def _norm(self, x: Floats, name: str) -> Floats:
+    def _norm(self, x: Floats, name: str, eps: float | None = None) -> Floats:
         out = np.empty_like(x)
-        _native.rms_norm(self.runtime, x, self.weights.vectors[name], self.config.norm_eps, out)
+        _native.rms_norm(self.runtime, x, self.weights.vectors[name], eps or self.config.norm_eps, out)
         return out
 
     def _product(self, matrix: _native.Matrix, x: Floats) -> Floats:
@@ -65,12 +69,19 @@ class ReferenceDecoder:
             self._projection(name + part, normed).reshape(tokens, -1, config.head_dim) for part in "qkv"
         )
         if config.qk_norm != "none":
-            query = self._norm(query.reshape(-1, config.head_dim), name + "q_norm").reshape(query.shape)
-            key = self._norm(key.reshape(-1, config.head_dim), name + "k_norm").reshape(key.shape)
+            first = tokens if config.qk_norm == "flat" else -1
+            query, key = (
+                self._norm(
+                    np.ascontiguousarray(x).reshape(first, len(self.weights.vectors[weight])), weight
+                ).reshape(x.shape)
+                for x, weight in ((query, name + "q_norm"), (key, name + "k_norm"))
+            )
+        if config.qkv_limit:
+            query, key, value = (np.clip(x, -config.qkv_limit, config.qkv_limit) for x in (query, key, value))
         cosine, sine = np.empty((2, tokens, config.rope.rotary_dim // 2), np.float32)
         self.rotary.angles(self.runtime, batch.positions, cosine, sine)
         for heads in (query, key):
-            _native.rope(self.runtime, heads, cosine, sine)
+            _native.rope(self.runtime, heads, cosine, sine, config.rope.is_interleaved)
         _native.kv_write(self.runtime, self.kv, layer, key, value, batch.slots)
         attended = np.empty((tokens, config.num_heads * config.head_dim), np.float32)
         _native.attention(
@@ -83,6 +94,42 @@ class ReferenceDecoder:
             batch.positions,
             config.head_dim**-0.5,
             config.layers[layer].sliding_window,
+            attended,
+            self.weights.vectors.get(name + "sinks"),
+        )
+        hidden += self._projection(name + "o", attended)
+
+    def _add_latent_attention(self, hidden: Floats, layer: int, batch: Batch) -> None:
+        config, latent, tokens, name = self.config, self.config.latent, batch.num_tokens, f"layers.{layer}."
+        assert latent is not None
+        query = normed = self._norm(hidden, name + "attn_norm")
+        if latent.query_rank:
+            down = self._product(self.weights.matrices[name + "q_down"], normed)
+            query = self._norm(down, name + "q_down_norm", latent.norm_eps)
+        query = self._product(self.weights.matrices[name + ("q_up" if latent.query_rank else "q")], query)
+        query = query.reshape(tokens, config.num_heads, -1)
+        vectors = self._product(self.weights.matrices[name + "kv_down"], normed)
+        compressed = vectors[:, : latent.kv_rank].copy()
+        vectors[:, : latent.kv_rank] = self._norm(compressed, name + "kv_norm", latent.norm_eps)
+        cosine, sine = np.empty((2, tokens, config.rope.rotary_dim // 2), np.float32)
+        self.rotary.angles(self.runtime, batch.positions, cosine, sine)
+        for turning in (query[:, :, latent.nope_dim :], vectors[:, None, latent.kv_rank :]):
+            turned = turning.copy()
+            _native.rope(self.runtime, turned, cosine, sine, config.rope.is_interleaved)
+            turning[:] = turned
+        _native.latent_write(self.runtime, self.kv, layer, vectors, batch.slots)
+        attended = np.empty((tokens, config.num_heads * latent.value_dim), np.float32)
+        _native.latent_attention(
+            self.runtime,
+            self.kv,
+            layer,
+            query,
+            self.weights.matrices[name + "k_up"],
+            self.weights.matrices[name + "v_up"],
+            batch.block_table,
+            batch.sequence,
+            batch.positions,
+            config.attention_scale or (latent.nope_dim + latent.rope_dim) ** -0.5,
             attended,
         )
         hidden += self._projection(name + "o", attended)
@@ -100,7 +147,7 @@ class ReferenceDecoder:
     def _swiglu(self, x: Floats, *names: str) -> Floats:
         out = np.empty_like(x)
         gate, up, down = (self.weights.matrices[name] for name in names)
-        _native.swiglu(self.runtime, gate, up, down, x, out)
+        _native.swiglu(self.runtime, gate, up, down, x, out, describe_activation(self.config))
         return out
 
     def _add_shared(self, hidden: Floats, normed: Floats, name: str) -> None:
@@ -117,9 +164,9 @@ class ReferenceDecoder:
         self, hidden: Floats, normed: Floats, layer: int, batch: Batch, experts: ExpertSource
     ) -> None:
         config, k = self.config, self.config.experts_per_token
-        logits = self._product(self.weights.matrices[f"layers.{layer}.router"], normed)
+        logits = self._projection(f"layers.{layer}.router", normed)
         ids, weights = np.empty((len(normed), k), np.int32), np.empty((len(normed), k), np.float32)
-        _native.route(self.runtime, logits, k, config.router.renormalize, ids, weights)
+        _native.route(self.runtime, routing(config, layer, self.weights), logits, ids, weights)
 
         flat = ids.reshape(-1)
         out = np.empty((flat.size, config.hidden_size), np.float32)
@@ -130,6 +177,11 @@ class ReferenceDecoder:
             for group in lease:
                 rows = [np.flatnonzero(flat == expert).astype(np.int32) for expert in group.expert_ids]
                 row = np.concatenate(rows)
+                biases = {
+                    f"{part}_bias": table.reshape(config.num_experts, -1)[list(group.expert_ids)]
+                    for part in ("gate", "up", "down")
+                    if (table := self.weights.vectors.get(f"layers.{layer}.expert_{part}_bias")) is not None
+                }
                 starts = np.cumsum([0, *(len(each) for each in rows)], dtype=np.int32)
                 _native.swiglu_experts(
                     self.runtime,
@@ -143,5 +195,7 @@ class ReferenceDecoder:
                     row // np.int32(k),
                     row,
                     out,
+                    activation=describe_activation(config),
+                    **biases,
                 )
         _native.combine(self.runtime, out, weights, hidden)

@@ -20,7 +20,8 @@ from argosy.model.workspace import Workspace
 from tests.model.open_parts import Parts, Run, batches, decode, open_parts
 from tests.model.reference_step import Floats, ReferenceDecoder
 from tests.models.references import REFERENCES
-from tests.models.tiny import mixtral, qwen2_moe, qwen3_moe, write_model
+from tests.models.runnable import runnable
+from tests.models.tiny import gpt_oss, minimax_m2, mixtral, qwen2_moe, qwen3_moe, write_model
 
 MAX_TOKENS = 40
 
@@ -38,7 +39,9 @@ STEPS = [
 CHECKPOINTS = {reference.name: reference.directory for reference in REFERENCES}
 PACKED = {
     "mixtral-q8": (mixtral(hidden_size=80, intermediate_size=72), "q8"),
+    "minimax_m2-q8": (minimax_m2(num_local_experts=16, num_experts_per_tok=4), "q8"),
     "qwen2_moe-q4": (qwen2_moe(mlp_only_layers=[1], num_hidden_layers=4), "q4"),
+    "gpt_oss-q8": (gpt_oss(hidden_size=72, intermediate_size=40, num_experts_per_tok=3), "q8"),
     "qwen3_moe-q4": (qwen3_moe(num_experts=16, num_experts_per_tok=4, attention_bias=True), "q4"),
 }
 
@@ -46,7 +49,7 @@ PACKED = {
 @pytest.fixture(scope="module", params=[*CHECKPOINTS, *PACKED])
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param in CHECKPOINTS:
-        return CHECKPOINTS[request.param]
+        return runnable(CHECKPOINTS[request.param], tmp_path_factory.mktemp(request.param))
     config, format = PACKED[request.param]
     root = tmp_path_factory.mktemp(request.param)
     pack(open_model(write_model(root / "plain", config, seed=5)), root / "packed", format=format)

@@ -1,4 +1,4 @@
-"""The three families in numpy and float64, slow and plain: what Argosy must compute, written a second time.
+"""The families in numpy and float64, slow and plain: what Argosy must compute, written a second time.
 
 It shares no line with the engine: it reads config.json and the files itself. `make_models.py` holds it against
 transformers; tests hold the engine against it on models that are made on the fly.
@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from tests.models.safetensors_file import Array, read_checkpoint
-from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts
+from tests.models.tiny import CHOICE_BIASES, RawConfig, expert_names, head_dim, text_of
 
-DEFAULT_THETA = {"mixtral": 1e6, "qwen2_moe": 1e4, "qwen3_moe": 1e4}
+DEFAULT_THETA = {"mixtral": 1e6, "qwen2_moe": 1e4, "qwen3_moe": 1e4, "gpt_oss": 1.5e5}
+DEFAULT_THETA |= {"glm4_moe": 1e4, "olmoe": 1e4, "minimax_m2": 5e6}
 
 
 class NumpyModel:
@@ -26,8 +27,13 @@ class NumpyModel:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.config: RawConfig = json.loads((directory / "config.json").read_text())
-        self.tensors = {name: t.astype(np.float64) for name, t in read_checkpoint(directory).items()}
+        raw: RawConfig = json.loads((directory / "config.json").read_text())
+        self.config = text_of(raw)
+        self.prefix = "language_model." if "text_config" in raw else ""
+        self.tensors = {
+            name.removeprefix(self.prefix): t.astype(np.float64)
+            for name, t in read_checkpoint(directory).items()
+        }
         self.windows = sliding_windows(self.config)
         self.router_margin = math.inf
 
@@ -50,19 +56,27 @@ class NumpyModel:
             known.append(int(self.logits(known)[-1].argmax()))
         return known[len(token_ids) :]
 
-    def norm(self, name: str, x: Array) -> Array:
+    def norm(self, name: str, x: Array, eps: float | None = None) -> Array:
         mean_square = (x * x).mean(axis=-1, keepdims=True)
-        return self.tensors[name + ".weight"] * x / np.sqrt(mean_square + self.config["rms_norm_eps"])
+        eps = self.config["rms_norm_eps"] if eps is None else eps
+        return self.tensors[name + ".weight"] * x / np.sqrt(mean_square + eps)
 
     def linear(self, name: str, x: Array) -> Array:
         y = x @ self.tensors[name + ".weight"].T
         return y + self.tensors[name + ".bias"] if name + ".bias" in self.tensors else y
 
     def attention(self, layer: int, x: Array) -> Array:
+        if "kv_lora_rank" in self.config:
+            return self.latent_attention(f"model.layers.{layer}.self_attn.", x)
         prefix, dim = f"model.layers.{layer}.self_attn.", head_dim(self.config)
         num_tokens = len(x)
-        q, k, v = (self.linear(f"{prefix}{name}_proj", x).reshape(num_tokens, -1, dim) for name in "qkv")
-        if prefix + "q_norm.weight" in self.tensors:
+        q, k, v = (self.linear(f"{prefix}{name}_proj", x) for name in "qkv")
+        if is_flat := self.config["model_type"] in ("olmoe", "minimax_m2"):
+            q, k = self.norm(prefix + "q_norm", q), self.norm(prefix + "k_norm", k)
+        if limit := self.config.get("clip_qkv"):
+            q, k, v = (np.clip(y, -limit, limit) for y in (q, k, v))
+        q, k, v = (y.reshape(num_tokens, -1, dim) for y in (q, k, v))
+        if prefix + "q_norm.weight" in self.tensors and not is_flat:
             q, k = self.norm(prefix + "q_norm", q), self.norm(prefix + "k_norm", k)
         frequency, scale = rope_frequencies(self.config)
         q, k = rotate(q, frequency, scale), rotate(k, frequency, scale)
@@ -76,30 +90,134 @@ class NumpyModel:
         out = np.empty_like(q)
         for head in range(q.shape[1]):
             scores = q[:, head] @ k[:, head // heads_per_kv_head].T / math.sqrt(dim)
-            out[:, head] = softmax(np.where(is_seen, scores, -np.inf)) @ v[:, head // heads_per_kv_head]
+            scores = np.where(is_seen, scores, -np.inf)
+            if prefix + "sinks" in self.tensors:
+                sink = np.full((num_tokens, 1), self.tensors[prefix + "sinks"][head])
+                weights = softmax(np.concatenate([scores, sink], axis=1))[:, :-1]
+            else:
+                weights = softmax(scores)
+            out[:, head] = weights @ v[:, head // heads_per_kv_head]
         return self.linear(prefix + "o_proj", out.reshape(num_tokens, -1))
 
+    def latent_attention(self, prefix: str, x: Array) -> Array:
+        """The plain form: keys and values of every head are made from the compressed vectors."""
+        config, num_tokens = self.config, len(x)
+        nope, turning, rank = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["kv_lora_rank"]
+        if config["q_lora_rank"] is None:
+            q = self.linear(prefix + "q_proj", x)
+        else:
+            compressed = self.norm(prefix + "q_a_layernorm", self.linear(prefix + "q_a_proj", x), 1e-6)
+            q = self.linear(prefix + "q_b_proj", compressed)
+        q = q.reshape(num_tokens, -1, nope + turning)
+        latent, shared_key = np.split(self.linear(prefix + "kv_a_proj_with_mqa", x), [rank], axis=-1)
+        latent = self.norm(prefix + "kv_a_layernorm", latent, 1e-6)
+        frequency, factor = rope_frequencies(config)
+        turn = rotate_pairs if config.get("rope_interleave", True) else rotate
+        q_turned, key_turned = (turn(t, frequency, factor) for t in (q[..., nope:], shared_key[:, None]))
+
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        magnitude = 1.0
+        if rope.get("mscale_all_dim") and rope["factor"] > 1:
+            magnitude = 0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1
+        scale = magnitude**2 / math.sqrt(nope + turning)
+        is_seen = np.tri(num_tokens, dtype=bool)
+        keys_values = self.linear(prefix + "kv_b_proj", latent).reshape(num_tokens, q.shape[1], -1)
+        out = np.empty((num_tokens, q.shape[1], keys_values.shape[2] - nope))
+        for head in range(q.shape[1]):
+            key, value = np.split(keys_values[:, head], [nope], axis=-1)
+            scores = q[:, head, :nope] @ key.T + q_turned[:, head] @ key_turned[:, 0].T
+            out[:, head] = softmax(np.where(is_seen, scale * scores, -np.inf)) @ value
+        return self.linear(prefix + "o_proj", out.reshape(num_tokens, -1))
+
+    def deepseek_feed_forward(self, prefix: str, x: Array) -> Array:
+        config, k = self.config, self.config["num_experts_per_tok"]
+        logits = x @ self.tensors[prefix + "gate.weight"].T
+        has_bias = prefix + "gate.e_score_correction_bias" in self.tensors
+        scores = sigmoid(logits) if has_bias else softmax(logits)
+        for_choice = scores + self.tensors[prefix + "gate.e_score_correction_bias"] if has_bias else scores
+        num_groups, kept = config["n_group"] or 1, config["topk_group"] or 1
+        if has_bias or config["topk_method"] == "group_limited_greedy":
+            grouped = np.sort(for_choice.reshape(len(x), num_groups, -1), axis=2)
+            worth = grouped[:, :, -2:].sum(axis=2) if has_bias and num_groups > 1 else grouped[:, :, -1]
+            best = np.sort(worth, axis=1)[:, ::-1]
+            if kept < num_groups:
+                self.note_margin(best, kept)
+            is_kept = np.repeat(worth >= best[:, kept - 1 : kept], grouped.shape[2], axis=1)
+            for_choice = np.where(is_kept, for_choice, -1.0)
+        order = np.argsort(-for_choice, axis=1, kind="stable")
+        self.note_margin(np.take_along_axis(for_choice, order, axis=1), k)
+        out = self.swiglu(prefix + "shared_experts.", x)
+        for token, chosen in enumerate(order[:, :k]):
+            weights = scores[token, chosen]
+            if has_bias and config["norm_topk_prob"]:
+                weights = weights / weights.sum()
+            for expert, weight in zip(chosen, config["routed_scaling_factor"] * weights, strict=True):
+                out[token] += weight * self.swiglu(f"{prefix}experts.{expert}.", x[token])
+        return out
+
     def feed_forward(self, layer: int, x: Array) -> Array:
-        if layer not in moe_layers(self.config):
+        if f"model.layers.{layer}.mlp.gate_proj.weight" in self.tensors:
             return self.swiglu(f"model.layers.{layer}.mlp.", x)
-        is_mixtral = self.config["model_type"] == "mixtral"
-        block = f"model.layers.{layer}." + ("block_sparse_moe." if is_mixtral else "mlp.")
-        names = ("w1", "w3", "w2") if is_mixtral else ("gate_proj", "up_proj", "down_proj")
+        if "kv_lora_rank" in self.config:
+            return self.deepseek_feed_forward(f"model.layers.{layer}.mlp.", x)
+        if self.config["model_type"] == "gpt_oss":
+            return self.clamped_experts(f"model.layers.{layer}.mlp.", x)
+        block, names = expert_names(self.config, f"model.layers.{layer}.")
         k = self.config["num_experts_per_tok"]
 
-        probabilities = softmax(x @ self.tensors[block + "gate.weight"].T)
-        order = np.argsort(-probabilities, axis=1, kind="stable")
-        self.note_margin(np.take_along_axis(probabilities, order, axis=1), k)
+        scores, worth = self.router(block, x)
+        order = np.argsort(-worth, axis=1, kind="stable")
+        self.note_margin(np.take_along_axis(worth, order, axis=1), k)
         out = np.zeros_like(x)
         for token, chosen in enumerate(order[:, :k]):
-            weights = probabilities[token, chosen]
-            if is_mixtral or self.config["norm_topk_prob"]:
+            weights = scores[token, chosen]
+            if self.config.get("norm_topk_prob", True):  # Mixtral and MiniMax-M2 always
                 weights = weights / weights.sum()
+            weights = weights * self.config.get("routed_scaling_factor", 1.0)
             for expert, weight in zip(chosen, weights, strict=True):
                 out[token] += weight * self.swiglu(f"{block}experts.{expert}.", x[token], names)
         if self.config["model_type"] == "qwen2_moe":
             gate = sigmoid(x @ self.tensors[block + "shared_expert_gate.weight"].T)
             out += gate * self.swiglu(block + "shared_expert.", x)
+        if self.config["model_type"] == "glm4_moe":
+            out += self.swiglu(block + "shared_experts.", x)
+        return out
+
+    def router(self, block: str, x: Array) -> tuple[Array, Array]:
+        """What weighs experts, and what each is worth in the choice: minus infinity outside the best groups."""
+        logits = x @ self.tensors[block + "gate.weight"].T
+        if self.config["model_type"] not in CHOICE_BIASES:
+            return softmax(logits), softmax(logits)
+        scores = sigmoid(logits)
+        worth = scores + self.tensors[block + CHOICE_BIASES[self.config["model_type"]]]
+        num_groups, kept = self.config.get("n_group", 1), self.config.get("topk_group", 1)
+        if num_groups == 1:
+            return scores, worth
+        grouped = worth.reshape(len(x), num_groups, -1)
+        groups = np.sort(grouped, axis=2)[:, :, -2:].sum(axis=2)
+        order = np.argsort(-groups, axis=1, kind="stable")
+        if kept < num_groups:
+            self.note_gap(np.take_along_axis(groups, order, axis=1), kept)
+        is_kept = np.zeros_like(groups, dtype=bool)
+        np.put_along_axis(is_kept, order[:, :kept], True, axis=1)
+        return scores, np.where(is_kept[:, :, None], grouped, -np.inf).reshape(worth.shape)
+
+    def clamped_experts(self, block: str, x: Array) -> Array:
+        """gpt-oss: the softmax is over the chosen alone; columns of gate and up alternate."""
+        k, limit = self.config["num_experts_per_tok"], self.config.get("swiglu_limit", 7.0)
+        alpha = self.config.get("swiglu_alpha", 1.702)
+        logits = self.linear(block + "router", x)
+        order = np.argsort(-logits, axis=1, kind="stable")
+        self.note_margin(softmax(np.take_along_axis(logits, order, axis=1)), k)
+        gate_up, down = (self.tensors[f"{block}experts.{name}_proj"] for name in ("gate_up", "down"))
+        gate_up_bias, down_bias = (self.tensors[f"{block}experts.{n}_proj_bias"] for n in ("gate_up", "down"))
+        out = np.zeros_like(x)
+        for token, chosen in enumerate(order[:, :k]):
+            for expert, weight in zip(chosen, softmax(logits[token, chosen]), strict=True):
+                inner = x[token] @ gate_up[expert] + gate_up_bias[expert]
+                gate, up = np.minimum(inner[0::2], limit), np.clip(inner[1::2], -limit, limit)
+                neurons = gate * sigmoid(alpha * gate) * (up + 1)
+                out[token] += weight * (neurons @ down[expert] + down_bias[expert])
         return out
 
     def swiglu(
@@ -110,16 +228,24 @@ class NumpyModel:
         return (score * sigmoid(score) * (x @ up.T)) @ down.T
 
     def note_margin(self, best_first: Array, k: int) -> None:
-        if k < num_experts(self.config):
-            margins = 1 - best_first[:, k] / best_first[:, k - 1]
-            self.router_margin = min(self.router_margin, float(margins.min()))
+        if k < best_first.shape[1]:
+            self.note_gap(best_first, k)
+
+    def note_gap(self, best_first: Array, k: int) -> None:
+        margins = (best_first[:, k - 1] - best_first[:, k]) / np.abs(best_first[:, k - 1])
+        self.router_margin = min(self.router_margin, float(margins.min()))
 
 
 def sliding_windows(config: RawConfig) -> list[int]:
     """Each layer's window as transformers reads the config; 0 is full attention."""
     num_layers, window = config["num_hidden_layers"], config.get("sliding_window") or 0
+    if "kv_lora_rank" in config:
+        return [0] * num_layers
     if config["model_type"] == "mixtral":
         return [window] * num_layers
+    if config["model_type"] == "gpt_oss":
+        kinds = config.get("layer_types") or ["sliding_attention", "full_attention"] * num_layers
+        return [window if kind == "sliding_attention" else 0 for kind in kinds[:num_layers]]
     if not config.get("use_sliding_window", False):
         return [0] * num_layers
     if config["model_type"] == "qwen3_moe":
@@ -135,8 +261,9 @@ def rope_frequencies(config: RawConfig) -> tuple[Array, float]:
     """Angle per position of each dimension pair, and the factor on cosine and sine."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta", config.get("rope_theta", DEFAULT_THETA[config["model_type"]]))
-    dim = head_dim(config)
+    theta = rope.get("rope_theta", config.get("rope_theta", DEFAULT_THETA.get(config["model_type"], 1e4)))
+    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    dim = config.get("rotary_dim") or config.get("qk_rope_head_dim") or int(head_dim(config) * share)
     frequency = theta ** -(np.arange(0, dim, 2) / dim)
     original = rope.get("original_max_position_embeddings", config["max_position_embeddings"])
     factor = rope.get("factor", 1.0)
@@ -178,11 +305,18 @@ def yarn_frequencies(rope: RawConfig, frequency: Array, theta: float, original: 
 
 
 def rotate(x: Array, frequency: Array, scale: float) -> Array:
-    """x [tokens, heads, dim]: dimension j turns with dimension j + dim / 2."""
+    """x [tokens, heads, dim]: of the dimensions that turn, j turns with j + half; others stay."""
+    x, rest = x[..., : 2 * len(frequency)], x[..., 2 * len(frequency) :]
     angle = np.arange(len(x))[:, None, None] * frequency
     cos, sin = scale * np.cos(angle), scale * np.sin(angle)
     first, second = np.split(x, 2, axis=-1)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def rotate_pairs(x: Array, frequency: Array, scale: float) -> Array:
+    """x [tokens, heads, dim]: dimension 2 j turns with dimension 2 j + 1."""
+    turned = rotate(np.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1), frequency, scale)
+    return np.stack(np.split(turned, 2, axis=-1), axis=-1).reshape(x.shape)
 
 
 def softmax(x: Array) -> Array:

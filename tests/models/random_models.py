@@ -14,8 +14,12 @@ from tests.models.configurations import Configuration
 from tests.models.numpy_model import NumpyModel
 from tests.models.tiny import (
     RawConfig,
+    glm4_moe,
+    gpt_oss,
+    minimax_m2,
     mixtral,
     moe_layers,
+    olmoe,
     prompt_ids,
     qwen2_moe,
     qwen3_moe,
@@ -28,7 +32,7 @@ SMALLEST_MARGIN = 1e-3
 
 
 def random_configuration(seed: int) -> Configuration:
-    """One configuration per seed; every family takes a third of the seeds."""
+    """One configuration per seed; every family takes a sixth of the seeds."""
     rng = np.random.default_rng([seed, 2])
 
     def pick(*choices: Any) -> Any:
@@ -55,7 +59,7 @@ def random_configuration(seed: int) -> Configuration:
     }
     # Not left to hidden_size / heads: transformers cannot scale Mixtral's positions without it.
     config["head_dim"] = pick(4, 8, 10, 16, 34)
-    match seed % 3:
+    match seed % 6:
         case 0:
             config = mixtral(
                 **config,
@@ -87,7 +91,41 @@ def random_configuration(seed: int) -> Configuration:
                 use_sliding_window=pick(True, False),
                 sliding_window=pick(1, 5, 64),
             )
-    if config["model_type"] != "mixtral":
+        case 3:
+            num_groups = pick(1, 2, 3)
+            config = glm4_moe(
+                **config | {"num_experts_per_tok": pick(1, 2), "head_dim": pick(8, 10, 16, 34)},
+                intermediate_size=pick(1, 31, 64),
+                moe_intermediate_size=pick(1, 7, 32, 40),
+                n_routed_experts=num_groups * pick(2, 5, 8),
+                n_group=num_groups,
+                topk_group=int(rng.integers(1, num_groups + 1)),
+                n_shared_experts=pick(1, 2),
+                norm_topk_prob=pick(True, False),
+                attention_bias=pick(True, False),
+                use_qk_norm=pick(True, False),
+                routed_scaling_factor=pick(1.0, 2.5),
+                first_k_dense_replace=pick(0, num_layers - 1),
+            )
+            config["partial_rotary_factor"] = pick(1.0, 4.5 / config["head_dim"])
+        case 4:
+            config = olmoe(
+                **config | {"head_dim": None},
+                intermediate_size=pick(1, 7, 32, 40),
+                num_experts=num_experts,
+                norm_topk_prob=pick(True, False),
+                attention_bias=pick(True, False),
+                clip_qkv=pick(None, 0.7, 3.0),
+            )
+            del config["head_dim"]
+        case 5:
+            config = minimax_m2(
+                **config,
+                intermediate_size=pick(1, 7, 32, 40),
+                num_local_experts=num_experts,
+                rotary_dim=pick(2, 4, config["head_dim"]),
+            )
+    if config["model_type"].startswith("qwen"):
         dense = {
             "mlp_only_layers": [i for i in range(num_layers) if rng.random() < 0.2],
             "decoder_sparse_step": pick(1, 1, 2),
@@ -120,6 +158,52 @@ def random_configuration(seed: int) -> Configuration:
     else:
         config["rope_scaling"] = scaling
     return Configuration(name=f"random_{seed}", config=config, dtype=dtype, num_shards=pick(1, 1, 2, 4))
+
+
+def random_gpt_oss(seed: int) -> Configuration:
+    """The same for gpt-oss: windows and limits that matter or do not, all kinds of rotary embedding."""
+    rng = np.random.default_rng([seed, 4])
+
+    def pick(*choices: Any) -> Any:
+        return choices[rng.integers(len(choices))]
+
+    num_kv_heads = pick(1, 2, 3)
+    num_heads = num_kv_heads * pick(1, 2, 4)
+    num_layers = pick(1, 2, 3, 5)
+    num_experts = pick(1, 2, 5, 8, 19)
+    kinds = ["sliding_attention", "full_attention"]
+    dtype, torch_dtype = pick(("BF16", "bfloat16"), ("F16", "float16"), ("F32", "float32"))
+    config = gpt_oss(
+        hidden_size=num_heads * 2 * pick(1, 2, 3, 5),
+        intermediate_size=pick(1, 7, 32, 40),
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=pick(4, 8, 10, 16, 34),
+        num_hidden_layers=num_layers,
+        num_local_experts=num_experts,
+        num_experts_per_tok=int(rng.integers(1, min(num_experts, 8) + 1)),
+        vocab_size=pick(17, 64, 200),
+        tie_word_embeddings=pick(True, False),
+        attention_bias=pick(True, False),
+        layer_types=pick(None, [kinds[rng.integers(2)] for _ in range(num_layers)]),
+        sliding_window=pick(1, 5, 64),
+        swiglu_limit=pick(0.3, 1.0, 7.0),
+        swiglu_alpha=pick(1.0, 1.702),
+        torch_dtype=torch_dtype,
+        rope_scaling=pick(
+            {"rope_type": "linear", "factor": 4.0},
+            {
+                "rope_type": "yarn",
+                "factor": pick(2.0, 32.0),
+                "original_max_position_embeddings": pick(8, 64),
+                "truncate": pick(True, False),
+            },
+        ),
+        initial_context_length=None,
+    )
+    return Configuration(
+        name=f"random_gpt_oss_{seed}", config=config, dtype=dtype, num_shards=pick(1, 1, 2, 4)
+    )
 
 
 def write_decided_model(directory: Path, configuration: Configuration, *, num_tokens: int) -> list[int]:

@@ -16,12 +16,16 @@ from typing import Any
 
 import numpy as np
 
+from tests.models import tiny_latent
 from tests.models.safetensors_file import Array, decode, encode, write_checkpoint
 
 RawConfig = dict[str, Any]
 
 PROMPT_TOKENS = 32
 NEW_TOKENS = 16
+
+# Of families whose routers have a bias for the choice alone.
+CHOICE_BIASES = {"glm4_moe": "gate.e_score_correction_bias", "minimax_m2": "e_score_correction_bias"}
 
 SWIGLU_NAMES = ("gate_proj", "up_proj", "down_proj")
 
@@ -134,6 +138,175 @@ def qwen3_moe(**changes: Any) -> RawConfig:
     } | changes
 
 
+def gpt_oss(**changes: Any) -> RawConfig:
+    """A config.json with the keys of gpt-oss-20b's, less `quantization_config`."""
+    num_layers = changes.get("num_hidden_layers", 3)
+    return {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "eos_token_id": 2,
+        "head_dim": 12,
+        "hidden_act": "silu",
+        "hidden_size": 28,
+        "initial_context_length": 16,
+        "initializer_range": 0.02,
+        "intermediate_size": 18,
+        "layer_types": [("sliding_attention", "full_attention")[i % 2] for i in range(num_layers)],
+        "max_position_embeddings": 128,
+        "model_type": "gpt_oss",
+        "num_attention_heads": 4,
+        "num_experts_per_tok": 2,
+        "experts_per_token": changes.get("num_experts_per_tok", 2),
+        "num_hidden_layers": num_layers,
+        "num_key_value_heads": 2,
+        "num_local_experts": 5,
+        "output_router_logits": False,
+        "pad_token_id": 0,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 16,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 150000,
+        "router_aux_loss_coef": 0.9,
+        "sliding_window": 8,
+        "swiglu_limit": 7.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.55.0.dev0",
+        "use_cache": True,
+        "vocab_size": 112,
+    } | changes
+
+
+def glm4_moe(**changes: Any) -> RawConfig:
+    """A config.json with the keys of GLM-4.5-Air's."""
+    return {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "eos_token_id": [2, 5],
+        "first_k_dense_replace": 1,
+        "head_dim": 12,
+        "hidden_act": "silu",
+        "hidden_size": 36,
+        "initializer_range": 0.02,
+        "intermediate_size": 20,
+        "max_position_embeddings": 128,
+        "model_type": "glm4_moe",
+        "moe_intermediate_size": 12,
+        "n_group": 1,
+        "n_routed_experts": 6,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "num_nextn_predict_layers": 1,
+        "pad_token_id": 0,
+        "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "routed_scaling_factor": 1.0,
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.54.0",
+        "use_cache": True,
+        "use_qk_norm": False,
+        "vocab_size": 68,
+    } | changes
+
+
+def olmoe(**changes: Any) -> RawConfig:
+    """A config.json with the keys of OLMoE-1B-7B-0924's."""
+    return {
+        "architectures": ["OlmoeForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "clip_qkv": None,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 40,
+        "initializer_range": 0.02,
+        "intermediate_size": 12,
+        "max_position_embeddings": 128,
+        "model_type": "olmoe",
+        "norm_topk_prob": False,
+        "num_attention_heads": 4,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "output_router_logits": False,
+        "pad_token_id": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "router_aux_loss_coef": 0.01,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.43.0.dev0",
+        "use_cache": True,
+        "vocab_size": 68,
+    } | changes
+
+
+def minimax_m2(**changes: Any) -> RawConfig:
+    """A config.json with the keys of MiniMax-M2's, less `quantization_config`."""
+    return {
+        "architectures": ["MiniMaxM2ForCausalLM"],
+        "attention_dropout": 0.0,
+        "attn_type_list": [1] * min(changes.get("num_hidden_layers", 3), 100),
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "head_dim": 12,
+        "hidden_act": "silu",
+        "hidden_size": 36,
+        "initializer_range": 0.02,
+        "intermediate_size": 12,
+        "layernorm_full_attention_beta": 1.0,
+        "layernorm_linear_attention_beta": 1.0,
+        "layernorm_mlp_beta": 1.0,
+        "max_position_embeddings": 128,
+        "mlp_intermediate_size": 64,
+        "model_type": "minimax_m2",
+        "mtp_transformer_layers": 1,
+        "num_attention_heads": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "num_local_experts": 6,
+        "num_mtp_modules": 3,
+        "output_router_logits": False,
+        "qk_norm_type": "per_layer",
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 5000000,
+        "rotary_dim": 6,
+        "router_aux_loss_coef": 0.001,
+        "router_jitter_noise": 0.0,
+        "scoring_func": "sigmoid",
+        "shared_intermediate_size": 0,
+        "shared_moe_mode": "sigmoid",
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.46.1",
+        "use_cache": True,
+        "use_mtp": True,
+        "use_qk_norm": True,
+        "use_routing_bias": True,
+        "vocab_size": 68,
+    } | changes
+
+
 def respelt(config: RawConfig, *, theta: float, **scaling: Any) -> RawConfig:
     """The same model as transformers 5 writes it: `rope_parameters` and `dtype` in place of the older keys."""
     kept = {
@@ -150,28 +323,43 @@ def respelt(config: RawConfig, *, theta: float, **scaling: Any) -> RawConfig:
     }
 
 
+def text_of(config: RawConfig) -> RawConfig:
+    """The text model's part of a config."""
+    return config.get("text_config", config)
+
+
 def head_dim(config: RawConfig) -> int:
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
 def num_experts(config: RawConfig) -> int:
-    return config["num_local_experts"] if config["model_type"] == "mixtral" else config["num_experts"]
+    text = text_of(config)
+    return next(
+        text[name] for name in ("num_local_experts", "num_experts", "n_routed_experts") if name in text
+    )
 
 
 def moe_layers(config: RawConfig) -> list[int]:
-    """Layers with routed experts: 'every n-th, counted from the n-th' less the ones listed as dense."""
+    """Layers with routed experts: behind the dense ones, or 'every n-th, counted from the n-th' less those listed."""
+    if config["model_type"] in tiny_latent.LATENT_FAMILIES:
+        text = text_of(config)
+        return [i for i in range(text["num_hidden_layers"]) if tiny_latent.is_moe(text, i)]
+    if "first_k_dense_replace" in config:
+        return list(range(config["first_k_dense_replace"], config["num_hidden_layers"]))
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     return [i for i in range(config["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0]
 
 
 def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of every tensor that the hub's checkpoint of this config holds."""
+    if config["model_type"] in tiny_latent.LATENT_FAMILIES:
+        return tiny_latent.latent_shapes(config)
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     q_rows = config["num_attention_heads"] * head_dim(config)
     kv_rows = config["num_key_value_heads"] * head_dim(config)
     family = config["model_type"]
-    has_qkv_bias = {"mixtral": False, "qwen2_moe": config.get("qkv_bias", True)}.get(
-        family, config.get("attention_bias", False)
+    has_qkv_bias = {"mixtral": False, "minimax_m2": False, "qwen2_moe": config.get("qkv_bias", True)}.get(
+        family, config.get("attention_bias", family == "gpt_oss")
     )
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
     for i in range(config["num_hidden_layers"]):
@@ -183,10 +371,14 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
             if has_qkv_bias:
                 shapes[f"{attention}{name}_proj.bias"] = (rows,)
         shapes[attention + "o_proj.weight"] = (hidden, q_rows)
-        if family == "qwen3_moe":
-            if has_qkv_bias:
-                shapes[attention + "o_proj.bias"] = (hidden,)
+        if family in ("qwen3_moe", "gpt_oss", "olmoe") and has_qkv_bias:
+            shapes[attention + "o_proj.bias"] = (hidden,)
+        if family == "gpt_oss":
+            shapes[attention + "sinks"] = (config["num_attention_heads"],)
+        if family == "qwen3_moe" or (family == "glm4_moe" and config["use_qk_norm"]):
             shapes[attention + "q_norm.weight"] = shapes[attention + "k_norm.weight"] = (head_dim(config),)
+        if family in ("olmoe", "minimax_m2"):
+            shapes[attention + "q_norm.weight"], shapes[attention + "k_norm.weight"] = (q_rows,), (kv_rows,)
         shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
         if i in moe_layers(config):
             shapes |= moe_shapes(config, layer)
@@ -202,22 +394,43 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
 
 def moe_shapes(config: RawConfig, layer: str) -> dict[str, tuple[int, ...]]:
     hidden = config["hidden_size"]
-    if config["model_type"] == "mixtral":
-        block, names, width = layer + "block_sparse_moe.", ("w1", "w3", "w2"), config["intermediate_size"]
-    else:
-        block, names, width = (
-            layer + "mlp.",
-            ("gate_proj", "up_proj", "down_proj"),
-            config["moe_intermediate_size"],
-        )
+    if config["model_type"] == "gpt_oss":
+        return transposed_moe_shapes(layer + "mlp.", num_experts(config), hidden, config["intermediate_size"])
+    width = config.get("moe_intermediate_size", config["intermediate_size"])
+    block, names = expert_names(config, layer)
     shapes: dict[str, tuple[int, ...]] = {block + "gate.weight": (num_experts(config), hidden)}
+    if config["model_type"] in CHOICE_BIASES:
+        shapes[block + CHOICE_BIASES[config["model_type"]]] = (num_experts(config),)
     for expert in range(num_experts(config)):
         shapes |= swiglu_shapes(f"{block}experts.{expert}.", names, hidden, width)
     if config["model_type"] == "qwen2_moe":
         shared = config["shared_expert_intermediate_size"]
         shapes |= swiglu_shapes(block + "shared_expert.", names, hidden, shared)
         shapes[block + "shared_expert_gate.weight"] = (1, hidden)
+    if config["model_type"] == "glm4_moe":
+        shapes |= swiglu_shapes(block + "shared_experts.", names, hidden, config["n_shared_experts"] * width)
     return shapes
+
+
+def expert_names(config: RawConfig, layer: str) -> tuple[str, tuple[str, str, str]]:
+    """Where the experts of a layer are, and what their gate, up and down are called."""
+    if config["model_type"] in ("mixtral", "minimax_m2"):
+        return layer + "block_sparse_moe.", ("w1", "w3", "w2")
+    return layer + "mlp.", ("gate_proj", "up_proj", "down_proj")
+
+
+def transposed_moe_shapes(
+    block: str, num_experts: int, hidden: int, width: int
+) -> dict[str, tuple[int, ...]]:
+    """Experts in one tensor, columns of gate and up by turns."""
+    return {
+        block + "router.weight": (num_experts, hidden),
+        block + "router.bias": (num_experts,),
+        block + "experts.gate_up_proj": (num_experts, hidden, 2 * width),
+        block + "experts.gate_up_proj_bias": (num_experts, 2 * width),
+        block + "experts.down_proj": (num_experts, width, hidden),
+        block + "experts.down_proj_bias": (num_experts, hidden),
+    }
 
 
 def swiglu_shapes(
@@ -239,15 +452,19 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
         noise = rng.standard_normal(shape, np.float32)
         if "norm" in name:
             values = 1 + 0.2 * noise
-        elif name.endswith(".bias"):
+        elif name.endswith("e_score_correction_bias"):
+            values = 0.1 * noise
+        elif name.endswith((".bias", "_bias")):
             values = 0.3 * noise
+        elif name.endswith("sinks"):
+            values = noise
         elif "embed_tokens" in name:
             # A tied table is the head too: at unit size a token would only ever predict itself.
-            values = noise * (0.5 * shape[1] ** -0.5 if config["tie_word_embeddings"] else 1.0)
-        elif name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight")):
+            values = noise * (0.5 * shape[1] ** -0.5 if text_of(config)["tie_word_embeddings"] else 1.0)
+        elif name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight", "mlp.router.weight")):
             values = noise * (1.5 * shape[1] ** -0.5)
         else:
-            values = noise * (1.2 * shape[1] ** -0.5)
+            values = noise * (1.2 * shape[1] ** -0.5)  # [rows, inputs], or [experts, inputs, columns]
         tensors[name] = decode(dtype, encode(dtype, values)).reshape(shape)
     return tensors
 
@@ -264,4 +481,7 @@ def write_model(
 
 
 def prompt_ids(config: RawConfig, seed: int, num_tokens: int = PROMPT_TOKENS) -> list[int]:
-    return [int(i) for i in np.random.default_rng([seed, 1]).integers(3, config["vocab_size"], num_tokens)]
+    return [
+        int(i)
+        for i in np.random.default_rng([seed, 1]).integers(3, text_of(config)["vocab_size"], num_tokens)
+    ]

@@ -23,16 +23,29 @@ from argosy.model.rope import angle_scale, inverse_frequency
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.make_models import answer, load, make, scaled
 from tests.models.numpy_model import softmax
-from tests.models.random_models import random_configuration, write_decided_model
+from tests.models.random_models import random_configuration, random_gpt_oss, write_decided_model
 from tests.models.references import LARGEST_DIFFERENCE, difference
+from tests.models.runnable import runnable
 from tests.models.safetensors_file import Array, read_safetensors
-from tests.models.tiny import RawConfig, mixtral, prompt_ids, qwen2_moe, qwen3_moe, write_model
+from tests.models.tiny import (
+    RawConfig,
+    glm4_moe,
+    gpt_oss,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    prompt_ids,
+    qwen2_moe,
+    qwen3_moe,
+    write_model,
+)
 
 pytestmark = pytest.mark.filterwarnings("default")
 
 FIRST_SEED = 20_000
 SCALED = tuple(replace(c, config=scaled(c.config, 1.7)) for c in CONFIGURATIONS)
 RANDOM = tuple(random_configuration(seed) for seed in range(1000, 1024))
+RANDOM += tuple(random_gpt_oss(seed) for seed in range(1000, 1008))
 
 # Sizes at which every loop of a kernel runs many times, and no dimension is a multiple of a vector.
 LARGE = (
@@ -65,6 +78,55 @@ LARGE = (
             num_experts_per_tok=8,
         ),
     ),
+    Configuration(
+        name="glm4_moe_large",
+        config=glm4_moe(
+            hidden_size=250,
+            moe_intermediate_size=70,
+            num_attention_heads=6,
+            head_dim=44,
+            use_qk_norm=True,
+            n_routed_experts=40,
+            n_group=5,
+            topk_group=2,
+            num_experts_per_tok=8,
+            routed_scaling_factor=2.5,
+        ),
+    ),
+    Configuration(
+        name="olmoe_large",
+        config=olmoe(
+            hidden_size=264,
+            intermediate_size=70,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            num_experts=24,
+        ),
+    ),
+    Configuration(
+        name="minimax_m2_large",
+        config=minimax_m2(
+            hidden_size=250,
+            intermediate_size=70,
+            num_attention_heads=6,
+            head_dim=48,
+            rotary_dim=26,
+            num_local_experts=33,
+            num_experts_per_tok=8,
+        ),
+    ),
+    Configuration(
+        name="gpt_oss_large",
+        config=gpt_oss(
+            hidden_size=250,
+            intermediate_size=90,
+            num_attention_heads=8,
+            head_dim=48,
+            num_local_experts=24,
+            num_experts_per_tok=4,
+            sliding_window=13,
+        ),
+    ),
 )
 
 
@@ -88,8 +150,9 @@ def test_logits_and_greedy_continuation_equal_transformers(
     reference = make(configuration, tmp_path, first_seed=FIRST_SEED)
     prompt = [int(i) for i in read_safetensors(tmp_path / "ref.safetensors")["input_ids"]]
     greedy = SamplingParams(max_tokens=len(reference.greedy), ignore_eos=True)
+    model = runnable(tmp_path, tmp_path)
     for instruction_set in _native.instruction_sets():
-        with Engine(tmp_path, memory="8GiB", threads=1, instruction_set=instruction_set) as engine:
+        with Engine(model, memory="8GiB", threads=1, instruction_set=instruction_set) as engine:
             logits = engine.logits(prompt)
             tokens = engine.generate(prompt, greedy).token_ids
         assert difference(logits, reference.logits) <= LARGEST_DIFFERENCE, instruction_set
@@ -101,7 +164,7 @@ def test_random_configurations_equal_transformers(configuration: Configuration, 
     prompt = write_decided_model(tmp_path, configuration, num_tokens=24)
     with torch.no_grad():
         expected = load(tmp_path)(input_ids=torch.tensor([prompt])).logits[0].numpy()
-    with Engine(tmp_path, memory="8GiB", threads=1, chunk_tokens=7) as engine:
+    with Engine(runnable(tmp_path, tmp_path), memory="8GiB", threads=1, chunk_tokens=7) as engine:
         assert difference(engine.logits(prompt), expected) <= LARGEST_DIFFERENCE
 
 
@@ -136,15 +199,28 @@ def test_a_config_means_what_transformers_reads_in_it(configuration: Configurati
     assert (ours.vocab_size, ours.hidden_size) == tuple(model.model.embed_tokens.weight.shape)
     assert ours.norm_eps == layers[0].input_layernorm.variance_epsilon
     assert ours.is_embedding_tied == (model.lm_head.weight is model.model.embed_tokens.weight)
-    assert (ours.qk_norm == "head") == hasattr(attention[0], "q_norm")
+    assert (ours.qk_norm != "none") == hasattr(attention[0], "q_norm")
+    if ours.qk_norm != "none":
+        width = {"head": ours.head_dim, "flat": ours.num_heads * ours.head_dim}[ours.qk_norm]
+        assert attention[0].q_norm.weight.shape == (width,)
+    assert (ours.qkv_limit or None) == getattr(theirs, "clip_qkv", None)
     assert ours.has_qkv_bias == (attention[0].q_proj.bias is not None)
     assert ours.has_o_bias == (attention[0].o_proj.bias is not None)
     assert ours.context_tokens == theirs.max_position_embeddings
-    routers = [layer.mlp.gate for layer in layers if hasattr(layer.mlp, "experts")]
+    routers = [
+        layer.mlp.router if hasattr(layer.mlp, "router") else layer.mlp.gate
+        for layer in layers
+        if hasattr(layer.mlp, "experts")
+    ]
     assert ours.num_experts == routers[0].num_experts
     assert ours.experts_per_token == routers[0].top_k
     assert ours.router.renormalize == getattr(routers[0], "norm_topk_prob", True)
-    assert (ours.shared_width > 0) == hasattr(layers[ours.moe_layers[0]].mlp, "shared_expert")
+    assert ours.router.scale == getattr(routers[0], "routed_scaling_factor", 1.0)
+    assert ours.router.num_groups == getattr(routers[0], "num_group", 1)
+    assert ours.router.kept_groups == getattr(routers[0], "topk_group", 1)
+    moe = layers[ours.moe_layers[0]].mlp
+    shared = getattr(moe, "shared_expert", None) or getattr(moe, "shared_experts", None)
+    assert ours.shared_width == (shared.gate_proj.out_features if shared else 0)
     eos = theirs.eos_token_id
     assert ours.eos_ids == tuple(eos if isinstance(eos, list) else [eos])
 
@@ -161,11 +237,15 @@ def window_of(config: transformers.PreTrainedConfig, attention: torch.nn.Module)
 
 
 # In Mixtral and Qwen3-MoE an absent num_key_value_heads is not "as many as heads".
-DEFAULT_KV_HEADS = {"mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4}
+DEFAULT_KV_HEADS = {
+    "mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4, "glm4_moe": 8, "olmoe": 16, "minimax_m2": 8,
+}  # fmt: skip
 OPTIONAL_KEYS = ["head_dim", "rope_theta", "num_key_value_heads", "norm_topk_prob", "rms_norm_eps"]
 
 
-@pytest.mark.parametrize("family", [mixtral, qwen2_moe, qwen3_moe], ids=lambda family: family.__name__)
+@pytest.mark.parametrize(
+    "family", [mixtral, qwen2_moe, qwen3_moe, glm4_moe, olmoe, minimax_m2], ids=lambda family: family.__name__
+)
 @pytest.mark.parametrize("missing", OPTIONAL_KEYS)
 def test_an_absent_key_has_the_default_of_transformers(
     family: Callable[..., RawConfig], missing: str, tmp_path: Path
@@ -182,11 +262,35 @@ def test_an_absent_key_has_the_default_of_transformers(
         assert difference(engine.logits(prompt), expected) <= LARGEST_DIFFERENCE
 
 
+@pytest.mark.parametrize(
+    "missing",
+    ["head_dim", "rope_theta", "rope_scaling", "num_key_value_heads", "rms_norm_eps", "attention_bias",
+     "layer_types", "sliding_window", "swiglu_limit"],
+)  # fmt: skip
+def test_an_absent_key_of_gpt_oss_has_the_default_of_transformers(missing: str, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 16, "head_dim": 64}
+    config = gpt_oss(**sizes, num_key_value_heads=8)
+    if missing == "rope_scaling":
+        config["initial_context_length"] = 4096
+    write_model(tmp_path, config, seed=2)
+    without = {key: value for key, value in config.items() if key != missing}
+    (tmp_path / "config.json").write_text(json.dumps(without))
+    prompt = prompt_ids(config, 2, 8)
+    with torch.no_grad():
+        expected = load(tmp_path)(input_ids=torch.tensor([prompt])).logits[0].numpy()
+    with Engine(runnable(tmp_path, tmp_path), memory="8GiB", threads=1) as engine:
+        assert difference(engine.logits(prompt), expected) <= LARGEST_DIFFERENCE
+
+
 # Every expert chosen: a rounded router score that tips one decision would hide what rounding itself costs.
 ALL_CHOSEN = [
     mixtral(hidden_size=128, intermediate_size=96, num_experts_per_tok=6),
     qwen2_moe(hidden_size=128, moe_intermediate_size=96, num_experts_per_tok=6, norm_topk_prob=True),
     qwen3_moe(hidden_size=128, moe_intermediate_size=96, num_experts_per_tok=6),
+    glm4_moe(hidden_size=128, moe_intermediate_size=96, num_experts_per_tok=6, intermediate_size=192),
+    olmoe(hidden_size=128, intermediate_size=96, num_experts_per_tok=6),
+    minimax_m2(hidden_size=128, intermediate_size=96, num_experts_per_tok=6),
+    gpt_oss(hidden_size=128, intermediate_size=96, num_experts_per_tok=5),
 ]
 
 

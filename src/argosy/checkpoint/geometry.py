@@ -71,16 +71,45 @@ def _attention_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
         yield "q_bias", (q_rows,)
         yield "k_bias", (kv_rows,)
         yield "v_bias", (kv_rows,)
-    if config.qk_norm == "head":
-        yield "q_norm", (config.head_dim,)
-        yield "k_norm", (config.head_dim,)
+    if config.qk_norm != "none":
+        is_flat = config.qk_norm == "flat"
+        yield "q_norm", (q_rows if is_flat else config.head_dim,)
+        yield "k_norm", (kv_rows if is_flat else config.head_dim,)
+    if config.has_sinks:
+        yield "sinks", (config.num_heads,)
     yield "o", (hidden, q_rows)
     if config.has_o_bias:
         yield "o_bias", (hidden,)
 
 
+def _latent_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    """Multi-head latent attention. A head's rows: nope, then rope in q; nope (of the key), then value in kv_up.
+
+    With `is_up_split`, k_up has kv_rank rows of nope columns for each head: the key half of kv_up, transposed.
+    """
+    latent = config.latent
+    assert latent is not None
+    hidden, heads, rank = config.hidden_size, config.num_heads, latent.kv_rank
+    q_rows = heads * (latent.nope_dim + latent.rope_dim)
+    if latent.query_rank:
+        yield "q_down", (latent.query_rank, hidden)
+        yield "q_down_norm", (latent.query_rank,)
+        yield "q_up", (q_rows, latent.query_rank)
+    else:
+        yield "q", (q_rows, hidden)
+    yield "kv_down", (rank + latent.rope_dim, hidden)
+    yield "kv_norm", (rank,)
+    if latent.is_up_split:
+        yield "k_up", (heads * rank, latent.nope_dim)
+        yield "v_up", (heads * latent.value_dim, rank)
+    else:
+        yield "kv_up", (heads * (latent.nope_dim + latent.value_dim), rank)
+    yield "o", (hidden, heads * latent.value_dim)
+
+
 _MIXER_SHAPES: Mapping[MixerKind, Callable[[ModelConfig], Iterator[tuple[str, Shape]]]] = {
     "attention": _attention_shapes,
+    "latent": _latent_shapes,
 }
 
 
@@ -93,6 +122,14 @@ def _dense_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 def _routed_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     hidden = config.hidden_size
     yield "router", (config.num_experts, hidden)
+    if config.router.has_bias:
+        yield "router_bias", (config.num_experts,)
+    if config.router.has_choice_bias:
+        yield "choice_bias", (config.num_experts,)
+    if config.has_expert_bias:
+        yield "expert_gate_bias", (config.num_experts, config.expert_width)
+        yield "expert_up_bias", (config.num_experts, config.expert_width)
+        yield "expert_down_bias", (config.num_experts, hidden)
     if config.shared_width:
         yield "shared_gate", (config.shared_width, hidden)
         yield "shared_up", (config.shared_width, hidden)
@@ -102,10 +139,10 @@ def _routed_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 
 
 def is_kept_exact(name: str) -> bool:
-    """Whether a dense tensor keeps float32 in a pack: norms and biases, and the rows that score experts.
+    """Whether a dense tensor keeps float32 in a pack: norms, biases and sinks, and the rows that score experts.
 
     The router decides which experts run. A rounding there does not blur the sum, it picks another expert; and
     all of these together are a thousandth of a model.
     """
     last = name.rpartition(".")[2]
-    return last.endswith(("norm", "_bias")) or last in ("router", "shared_score")
+    return last.endswith(("norm", "_bias")) or last in ("router", "shared_score", "sinks")

@@ -6,11 +6,12 @@
     bf16      bf16      bf16             f32
     q8        q8        q8               f32
     q4        q4        q8               f32
-    source    as they are, bit for bit; blocks of a GGUF become slot formats, which hold the same weights
+    source    as they are, bit for bit; blocks, codes and scales become slot formats, which hold the same weights
 
 Norms, biases and the rows that score experts stay float32, exactly: a rounded router does not blur a sum, it
 picks another expert. From float32 or float16, `bf16` rounds to nearest even: it was asked for by name.
-Quantised weights are never quantised again.
+Formats that models are
+released in (f8, int4, mxfp4) count as exact; what somebody quantised, such as a GGUF, is never quantised again.
 
 Memory is bounded by one record and a few slices, whatever the model's size. A pack that is killed goes on
 where it stopped: what the journal names is read again and compared with its checksum, the rest is written.
@@ -40,10 +41,13 @@ import numpy.typing as npt
 from argosy import _native
 from argosy.checkpoint.files import (
     BYTES_PER_VALUE,
+    F8_BLOCK,
     PANEL_ROWS,
     ExpertRecord,
     MatrixRef,
     ModelFiles,
+    Piece,
+    Transcode,
     in_halves,
     is_quantised,
     matrix_bytes,
@@ -74,6 +78,11 @@ from argosy.errors import CheckpointError, DiskFull, UsageError
 __all__ = ["PACK_FORMATS", "PackReport", "open_pack", "pack", "verify_pack"]
 
 PACK_FORMATS = ("bf16", "q8", "q4", "source")
+REQUANTISED: tuple[Format, ...] = (
+    "f8",
+    "int4",
+    "mxfp4",
+)  # what models are released in: the weights are exact
 JOURNAL_FILE = "journal"
 
 _SLICE_VALUES = 1 << 20  # of a matrix that is read and converted at once
@@ -153,17 +162,23 @@ def _require_packable(files: ModelFiles, destination: Path, format: str) -> None
 
 
 def _quantised_formats(files: ModelFiles) -> str:
-    """The quantised formats of the experts, else of the dense matrices, or ''."""
+    """The quantised formats of the experts, else of the dense matrices, that are kept as they are, or ''."""
     experts = {format for layer in files.config.moe_layers for format in files.expert_formats(layer)}
     for formats in (experts, {ref.format for ref in files.dense.values()}):
-        if quantised := sorted(filter(is_quantised, formats)):
+        if quantised := sorted(
+            format for format in formats if is_quantised(format) and format not in REQUANTISED
+        ):
             return "+".join(quantised)
     return ""
 
 
 @dataclass(frozen=True, slots=True)
 class _SourceMatrix:
-    """Where a matrix comes from, and what is done to it: blocks are transcoded, paired rows put into halves."""
+    """Where a matrix comes from, and what is done to it.
+
+    Blocks are transcoded, paired rows put into halves; values `strides` apart come to lie row after row: (from one
+    row to the next, from one column to the next).
+    """
 
     name: str
     path: Path
@@ -174,6 +189,10 @@ class _SourceMatrix:
     nbytes: int
     block_type: str | None = None
     paired_heads: int = 0
+    strides: tuple[int, int] | None = None
+    pieces: tuple[
+        Piece, ...
+    ] = ()  # quants and scales apart: they land in one memory, the matrix at `offset` in it
 
     @property
     def row_bytes(self) -> int:
@@ -210,9 +229,20 @@ def _plan(files: ModelFiles, format: str) -> tuple[list[MatrixRef], list[_Unit]]
     dense = lay_out_dense(files.config, _dense_format(files, format), Path(DENSE_FILE))
     for target in dense:
         ref = files.dense[target.name]
+        offset = ref.offset + (ref.turn or 0) * BYTES_PER_VALUE.get(ref.format, 0)
+        strides = None if ref.turn is None else (2 * ref.cols, 2)
+        if ref.scales is not None:
+            assert ref.block_type is not None
+            codes = Piece(
+                ref.path, ref.offset, ref.nbytes, transcode=Transcode(ref.block_type, ref.rows, ref.cols)
+            )
+            source = _completed_source(ref.name, (codes, ref.scales), 0, ref.format, ref.rows, ref.cols)
+            end = round_up(target.offset + target.nbytes, FILE_ALIGNMENT)
+            units.append(_Unit(DENSE_FILE, target.offset, target.nbytes, end, ((source, target.format, 0),)))
+            continue
         source = _SourceMatrix(
-            ref.name, ref.path, ref.offset, ref.format, ref.rows, ref.cols, ref.nbytes, ref.block_type,
-            ref.paired_heads,
+            ref.name, ref.path, offset, ref.format, ref.rows, ref.cols, ref.nbytes, ref.block_type,
+            ref.paired_heads, strides,
         )  # fmt: skip
         end = round_up(target.offset + target.nbytes, FILE_ALIGNMENT)
         units.append(_Unit(DENSE_FILE, target.offset, target.nbytes, end, ((source, target.format, 0),)))
@@ -237,12 +267,25 @@ def _expert_source(record: ExpertRecord, name: str, layer: int, expert: int) -> 
     matrix = getattr(record, name)
     piece = record.pieces[matrix.piece]
     label = f"{name} of expert {expert} in layer {layer}"
+    if others := tuple(other for other in record.pieces if other.completes == matrix.piece):
+        return _completed_source(
+            label, (piece, *others), matrix.offset, matrix.format, matrix.rows, matrix.cols
+        )
     # A transcoded piece is one matrix; any other holds its matrices as they are.
     nbytes = piece.nbytes if piece.transcode else matrix_bytes(matrix.format, matrix.rows, matrix.cols)
     return _SourceMatrix(
         label, piece.path, piece.offset + (0 if piece.transcode else matrix.offset), matrix.format,
         matrix.rows, matrix.cols, nbytes, piece.transcode.block_type if piece.transcode else None,
+        strides=matrix.strides,
     )  # fmt: skip
+
+
+def _completed_source(
+    label: str, pieces: tuple[Piece, ...], offset: int, format: Format, rows: int, cols: int
+) -> _SourceMatrix:
+    """A matrix at `offset` of the memory where its codes and its scales land."""
+    nbytes = matrix_bytes(format, rows, cols)
+    return _SourceMatrix(label, pieces[0].path, offset, format, rows, cols, nbytes, pieces=pieces)
 
 
 class _Writer:
@@ -361,8 +404,12 @@ class _Writer:
 
     def _converted(self, source: _SourceMatrix, format: Format) -> Iterator[tuple[int, Bytes]]:
         """Slices of a matrix in another format, each with its offset in the result."""
+        if is_quantised(source.format) and format != source.format:
+            yield from self._requantised(source, format)
+            return
         step = max(PANEL_ROWS, _SLICE_VALUES // max(1, source.cols) // PANEL_ROWS * PANEL_ROWS)
-        if source.paired_heads or (is_quantised(source.format) and source.block_type is None):
+        are_panels = is_quantised(source.format) and source.block_type is None
+        if source.paired_heads or source.strides or are_panels:
             step = max(1, source.rows)  # rows change places, or are panels that cannot be cut here
         for row in range(0, source.rows, step):
             num_rows = min(step, source.rows - row)
@@ -371,13 +418,25 @@ class _Writer:
             start = matrix_bytes(format, row, source.cols)
             yield start, raw if format == source.format else self._convert(source, raw, num_rows, format)
 
+    def _requantised(self, source: _SourceMatrix, format: Format) -> Iterator[tuple[int, Bytes]]:
+        """The same for a quantised matrix, from the exact values of its weights."""
+        whole = self._read_rows(source, 0, source.rows)
+        step = max(F8_BLOCK, _SLICE_VALUES // max(1, source.cols) // F8_BLOCK * F8_BLOCK)
+        for row in range(0, source.rows, step):
+            num_rows = min(step, source.rows - row)
+            start, end = (matrix_bytes(source.format, count, source.cols) for count in (row, row + num_rows))
+            values = _native.dequantize(source.format, whole[start:end], num_rows, source.cols)
+            yield matrix_bytes(format, row, source.cols), self._convert_values(source, values, format)
+
     def _convert(self, source: _SourceMatrix, raw: Bytes, rows: int, format: Format) -> Bytes:
-        """Rows of a matrix in another format.
+        return self._convert_values(source, _widen(source.format, raw).reshape(rows, source.cols), format)
+
+    def _convert_values(self, source: _SourceMatrix, values: Float32, format: Format) -> Bytes:
+        """Rows of a matrix [rows, cols] in another format.
 
         Raises:
             CheckpointError: a value is not a number, or is too large for the format.
         """
-        values = _widen(source.format, raw).reshape(rows, source.cols)
         if not np.isfinite(values).all():
             raise CheckpointError(
                 f"{source.path.name}: {source.name} holds a value that is not a finite number",
@@ -395,17 +454,18 @@ class _Writer:
                     tensor=source.name,
                 )
             return rounded.reshape(-1).view(np.uint8)
-        out = np.zeros(matrix_bytes(format, rows, source.cols), np.uint8)
+        out = np.zeros(matrix_bytes(format, len(values), source.cols), np.uint8)
         _native.quantize(format, np.ascontiguousarray(values), out, self._runtime)
         return out
 
     def _read_rows(self, source: _SourceMatrix, row: int, num_rows: int) -> Bytes:
-        descriptor = self._sources.get(source.path)
-        if descriptor is None:
-            descriptor = self._open_files.enter_context(open_regular(source.path))[0]
-            self._sources[source.path] = descriptor
+        if source.pieces:
+            return self._read_completed(source)
+        descriptor = self._open_source(source.path)
         if is_quantised(source.format) and source.block_type is None:
             return np.frombuffer(read_at(descriptor, source.nbytes, source.offset, source.path), np.uint8)
+        if source.strides is not None:
+            return self._read_strided(source, descriptor)
         nbytes, offset = num_rows * source.row_bytes, source.offset + row * source.row_bytes
         raw = np.frombuffer(read_at(descriptor, nbytes, offset, source.path), np.uint8)
         if source.paired_heads:
@@ -413,6 +473,48 @@ class _Writer:
         if source.block_type is None:
             return raw
         return _native.transcode(source.block_type, raw, num_rows, source.cols)
+
+    def _open_source(self, path: Path) -> int:
+        descriptor = self._sources.get(path)
+        if descriptor is None:
+            descriptor = self._open_files.enter_context(open_regular(path))[0]
+            self._sources[path] = descriptor
+        return descriptor
+
+    def _read_completed(self, source: _SourceMatrix) -> Bytes:
+        """A matrix whose quants and scales are pieces of their own."""
+        landed = np.zeros(source.pieces[0].landed_bytes, np.uint8)
+        for piece in source.pieces:
+            assert piece.transcode is not None
+            raw = read_at(self._open_source(piece.path), piece.nbytes, piece.offset, piece.path)
+            blocks = piece.transcode
+            data = np.frombuffer(raw, np.uint8)
+            try:
+                _native.transcode(
+                    blocks.block_type, data, blocks.rows, blocks.cols, blocks.interleaved, landed
+                )
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{piece.path.name}: {source.name}: {error}", path=piece.path, tensor=source.name
+                ) from error
+        return landed[source.offset : source.offset + source.nbytes]
+
+    def _read_strided(self, source: _SourceMatrix, descriptor: int) -> Bytes:
+        """All of a matrix whose values lie apart, row after row."""
+        assert source.strides is not None
+        size = BYTES_PER_VALUE[source.format]
+        last = sum(
+            stride * (count - 1)
+            for stride, count in zip(source.strides, (source.rows, source.cols), strict=True)
+        )
+        raw = read_at(descriptor, (last + 1) * size, source.offset, source.path)
+        apart = np.lib.stride_tricks.as_strided(
+            np.frombuffer(raw, f"u{size}"),
+            (source.rows, source.cols),
+            tuple(stride * size for stride in source.strides),
+            writeable=False,
+        )
+        return np.ascontiguousarray(apart).reshape(-1).view(np.uint8)
 
     def _write(self, name: str, data: Bytes, offset: int) -> None:
         self._hashers[name].update(data.data)
@@ -481,6 +583,9 @@ class _Writer:
         """Name, size and time of change of every file that the pack is made from."""
         paths = {unit.parts[0][0].path for unit in self._units} | set(self._copied)
         paths |= {source.path for unit in self._units for source, _, _ in unit.parts}
+        paths |= {
+            piece.path for unit in self._units for source, _, _ in unit.parts for piece in source.pieces
+        }
         if self._files.path.is_file():  # a GGUF whose first part may have no tensors
             paths.add(self._files.path)
         found: list[list[object]] = []

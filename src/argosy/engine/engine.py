@@ -38,12 +38,13 @@ from argosy.engine.sampler import Sampler, SamplerState
 from argosy.engine.scheduler import Scheduled, Scheduler
 from argosy.engine.sequence import FinishReason, Result, TokenEvent, TokenLogprob
 from argosy.engine.sequence import Sequence as EngineSequence
-from argosy.errors import DoesNotFit, PromptTooLong, UsageError
+from argosy.errors import DoesNotFit, PromptTooLong, UnsupportedModel, UsageError
 from argosy.experts.cache import CachedSource
 from argosy.experts.source import ExpertFiles, ExpertSource, Progress, ResidentReading, load_resident
 from argosy.model.clock import PartClock
 from argosy.model.decoder import Decoder, RouteObserver
 from argosy.model.families import open_model
+from argosy.model.layers import kv_shapes
 from argosy.model.weights import DenseReading
 from argosy.model.workspace import Workspace
 from argosy.plan import machine
@@ -115,6 +116,13 @@ class Engine:
         _choose_instruction_set(instruction_set)
         directory = locate_model(model, progress)
         files = open_model(directory)
+        if files.has_strided_experts:
+            raise UnsupportedModel(
+                f"{directory} keeps its experts transposed, and they cannot be read row by row",
+                hint=f"`argosy pack {directory} DIR --format source` puts them in order, and DIR runs",
+                path=directory,
+                key="experts",
+            )
         self.config: ModelConfig = files.config
         self.settings, expert_slots = settle(
             model,
@@ -174,7 +182,13 @@ class Engine:
                 DoesNotFit
             ):  # if it does not fit even so: nothing is read, and the plan below says why
                 plan = plan_with(process_bytes=held)
-                reading = DenseReading(self._store, files.dense, open_file=open_file, progress=progress)
+                reading = DenseReading(
+                    self._store,
+                    files.dense,
+                    open_file=open_file,
+                    norm_offset=files.config.norm_offset,
+                    progress=progress,
+                )
                 undo.callback(reading.cancel)
                 to_spare = plan.budget_bytes - plan.total_bytes
                 if self._has_experts(files) and plan.is_resident and to_spare >= TOKENIZER_ROOM_BYTES:
@@ -220,14 +234,7 @@ class Engine:
                     experts_per_token=config.experts_per_token,
                 )
         self._blocks = KvBlocks(-(-plan.context_tokens // KV_BLOCK_TOKENS), KV_BLOCK_TOKENS)
-        kv = _native.KvCache(
-            config.num_layers,
-            self._blocks.num_blocks,
-            KV_BLOCK_TOKENS,
-            config.num_kv_heads,
-            config.head_dim,
-            settings.kv_dtype,
-        )
+        kv = _native.KvCache(kv_shapes(config), self._blocks.num_blocks, KV_BLOCK_TOKENS, settings.kv_dtype)
         self._runtime = _native.Runtime(settings.threads)
         self._decoder = Decoder(
             config,

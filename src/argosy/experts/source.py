@@ -27,7 +27,7 @@ from argosy import _native
 from argosy.checkpoint.files import ExpertRecord
 from argosy.checkpoint.manifest import round_up
 from argosy.config import Format
-from argosy.errors import ArgosyError, CorruptRecord, ReadFailed
+from argosy.errors import ArgosyError, CheckpointError, CorruptRecord, ReadFailed
 
 Key = tuple[int, int]  # (layer, expert)
 Progress = Callable[[str, float], None]  # what is going on, and the share done from 0 to 1
@@ -122,11 +122,14 @@ def _lay_out(record: ExpertRecord, alignment: int) -> tuple[list[int], int]:
     """Where each piece of an expert goes in its memory, and how much memory that is.
 
     A plain piece is read outwards to whole blocks of `alignment` bytes (O_DIRECT asks for it), so its data begin up to
-    a block behind its place. A transcoded one takes exactly its matrix.
+    a block behind its place. A transcoded one takes exactly its matrices, where it does not complete those of another.
     """
-    places, end = [], 0
+    places: list[int] = []
+    end = 0
     for piece in record.pieces:
-        if piece.transcode is not None:
+        if piece.completes is not None:
+            place = places[piece.completes]
+        elif piece.transcode is not None:
             place = round_up(end, MATRIX_ALIGNMENT)
             end = place + piece.landed_bytes
         else:
@@ -246,6 +249,14 @@ class ExpertFiles:
             return CorruptRecord(
                 f"{where}: the bytes do not match their checksum ({message})",
                 hint="the file changed after it was packed; pack the checkpoint again, or check the drive",
+                path=str(pieces[0].path),
+                layer=layer,
+                expert=expert,
+            )
+        if kind == "not finite":
+            return CheckpointError(
+                f"layer {layer}, expert {expert}: {message}",
+                hint="the file is damaged; get it again",
                 path=str(pieces[0].path),
                 layer=layer,
                 expert=expert,

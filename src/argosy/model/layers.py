@@ -33,6 +33,17 @@ def describe_layers(config: ModelConfig, weights: DenseWeights, experts: ExpertS
     ]
 
 
+def kv_shapes(config: ModelConfig) -> list[_native.KvShape]:
+    """What each layer keeps of every position."""
+    return [_KV_SHAPES[layer.mixer](config) for layer in config.layers]
+
+
+def describe_activation(config: ModelConfig) -> _native.Activation:
+    """What lies between the products of a feed-forward network."""
+    activation = config.activation
+    return activation.kind, activation.limit, activation.alpha
+
+
 def _attention(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mixer:
     """Grouped-query attention (arXiv:2305.13245)."""
     name = f"layers.{layer}."
@@ -51,11 +62,46 @@ def _attention(config: ModelConfig, layer: int, weights: DenseWeights) -> _nativ
         output_bias=weights.vectors.get(name + "o_bias"),
         query_norm=weights.vectors.get(name + "q_norm"),
         key_norm=weights.vectors.get(name + "k_norm"),
+        is_norm_flat=config.qk_norm == "flat",
+        limit=config.qkv_limit,
+        sinks=weights.vectors.get(name + "sinks"),
+    )
+
+
+def _latent(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mixer:
+    """Multi-head latent attention (arXiv:2405.04434). Loading has split kv_up into k_up, transposed, and v_up."""
+    latent, name = config.latent, f"layers.{layer}."
+    assert latent is not None
+    return _native.multi_head_latent_attention(
+        weights.matrices[name + ("q_up" if latent.query_rank else "q")],
+        weights.matrices[name + "kv_down"],
+        weights.matrices[name + "k_up"],
+        weights.matrices[name + "v_up"],
+        weights.matrices[name + "o"],
+        num_heads=config.num_heads,
+        rope_dim=latent.rope_dim,
+        scale=config.attention_scale or (latent.nope_dim + latent.rope_dim) ** -0.5,
+        norm_eps=latent.norm_eps,
+        kv_norm=weights.vectors[name + "kv_norm"],
+        query_down=weights.matrices.get(name + "q_down"),
+        query_norm=weights.vectors.get(name + "q_down_norm"),
     )
 
 
 _MIXERS: Mapping[MixerKind, Callable[[ModelConfig, int, DenseWeights], _native.Mixer]] = {
     "attention": _attention,
+    "latent": _latent,
+}
+
+
+def _latent_dim(config: ModelConfig) -> int:
+    assert config.latent is not None
+    return config.latent.kv_rank + config.latent.rope_dim
+
+
+_KV_SHAPES: Mapping[MixerKind, Callable[[ModelConfig], _native.KvShape]] = {
+    "attention": lambda config: _native.KvShape.keys_values(config.num_kv_heads, config.head_dim),
+    "latent": lambda config: _native.KvShape.latent(_latent_dim(config)),
 }
 
 
@@ -74,10 +120,29 @@ def _routed_ffn(
         shared = [weights.matrices[name + part] for part in ("shared_gate", "shared_up", "shared_down")]
     return _native.routed_ffn(
         weights.matrices[name + "router"],
-        experts_per_token=config.experts_per_token,
-        renormalize=config.router.renormalize,
+        routing(config, layer, weights),
+        router_bias=weights.vectors.get(name + "router_bias"),
         width=config.expert_width,
         formats=("f32", "f32", "f32") if experts is None else experts.formats(layer),
         shared=shared,
         shared_score=weights.matrices[name + "shared_score"] if config.shared_is_gated else None,
+        gate_bias=weights.vectors.get(name + "expert_gate_bias"),
+        up_bias=weights.vectors.get(name + "expert_up_bias"),
+        down_bias=weights.vectors.get(name + "expert_down_bias"),
+    )
+
+
+def routing(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Routing:
+    """How a layer's experts follow from its router's product and bias."""
+    router = config.router
+    return _native.Routing(
+        config.experts_per_token,
+        score=router.score,
+        choice_bias=weights.vectors.get(f"layers.{layer}.choice_bias"),
+        num_groups=router.num_groups,
+        kept_groups=router.kept_groups,
+        group_score=router.group_score,
+        renormalize=router.renormalize,
+        renormalize_eps=router.renormalize_eps,
+        scale=router.scale,
     )

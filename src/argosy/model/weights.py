@@ -14,23 +14,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy import _native
-from argosy.checkpoint.files import MatrixRef, check_vector, in_halves
+from argosy.checkpoint.files import MatrixRef, check_vector, in_halves, matrix_bytes
 from argosy.checkpoint.manifest import round_up
-from argosy.errors import CorruptRecord, ReadFailed
+from argosy.errors import CheckpointError, CorruptRecord, ReadFailed
+from argosy.model.latent_up import passing_bytes, split, split_shapes
 
 Vector = NDArray[np.float32]
+
+# Those that a family may store less an offset; what a mixer norms inside itself is stored as it is.
+_OFFSET_NORMS = frozenset({"attn_norm", "mlp_norm", "final_norm", "q_norm", "k_norm"})
 
 _MOST_IN_FLIGHT = 256  # tensors: nobody may be here to issue the next read while the tokenizer is being built
 
 
 def is_vector(name: str) -> bool:
-    """Norms and biases; everything else is the matrix of a product."""
-    return name.endswith(("norm", "_bias"))
+    """Norms, biases and sinks; everything else is the matrix of a product."""
+    return name.endswith(("norm", "_bias", "sinks"))
 
 
 @dataclass(frozen=True, slots=True)
 class DenseWeights:
-    """matrices and float32 vectors by canonical name, and the memory the matrices lie in."""
+    """matrices and float32 vectors by canonical name, and the memory the matrices lie in.
+
+    In place of `kv_up` there are `k_up` and `v_up` (`latent_up.py`).
+    """
 
     matrices: Mapping[str, _native.Matrix]
     vectors: Mapping[str, Vector]
@@ -43,8 +50,14 @@ class DenseWeights:
 
 
 def _passes_scratch(ref: MatrixRef) -> bool:
-    """Whether rows of blocks have to change places before they are transcoded, which no reader does."""
-    return ref.block_type is not None and ref.paired_heads > 0
+    """Whether it lands beside its place: it is split in two, or rows of blocks change places before they are
+    transcoded, which no reader does."""
+    return ref.key_value_rows is not None or (ref.block_type is not None and ref.paired_heads > 0)
+
+
+def _scratch_bytes(ref: MatrixRef, alignment: int) -> int:
+    """What one that lands beside its place takes there: codes and scales are transcoded on the way."""
+    return round_up(ref.landed_bytes, alignment) if ref.scales is not None else _read_bytes(ref, alignment)
 
 
 def _read_bytes(ref: MatrixRef, alignment: int) -> int:
@@ -52,7 +65,15 @@ def _read_bytes(ref: MatrixRef, alignment: int) -> int:
     return round_up(ref.offset % alignment + ref.nbytes, alignment)
 
 
+def _split_places(ref: MatrixRef, alignment: int) -> tuple[int, int]:
+    """Bytes of the places of k_up and v_up."""
+    key, value = (round_up(matrix_bytes(*shape), alignment) for shape in split_shapes(ref))
+    return key, value
+
+
 def _place_bytes(ref: MatrixRef, alignment: int) -> int:
+    if ref.key_value_rows is not None:
+        return sum(_split_places(ref, alignment))
     if ref.block_type is not None:
         return round_up(ref.landed_bytes, alignment)
     return _read_bytes(ref, alignment)
@@ -60,6 +81,9 @@ def _place_bytes(ref: MatrixRef, alignment: int) -> int:
 
 def _reordering_bytes(ref: MatrixRef, alignment: int) -> int:
     """What it takes, while it lands, to put rows in another order."""
+    if ref.key_value_rows is not None:
+        landed = ref.landed_bytes if ref.block_type is not None and ref.scales is None else 0
+        return _scratch_bytes(ref, alignment) + landed + passing_bytes(ref)
     if _passes_scratch(ref):
         return _read_bytes(ref, alignment) + ref.nbytes + ref.landed_bytes
     return ref.nbytes if ref.paired_heads else 0
@@ -76,6 +100,9 @@ class DenseReading:
     """Dense tensors on their way into memory; whoever waits for them may do something else first.
 
     Reads are under way once this exists. `finish` or `cancel` ends them.
+
+    Args:
+        norm_offset: added to the weights of norms (`ModelConfig.norm_offset`).
     """
 
     def __init__(
@@ -84,9 +111,10 @@ class DenseReading:
         refs: Mapping[str, MatrixRef],
         *,
         open_file: Callable[[str], int],
+        norm_offset: float = 0.0,
         progress: Callable[[str, float], None] | None = None,
     ) -> None:
-        self._steps = _read_dense(store, refs, open_file, progress)
+        self._steps = _read_dense(store, refs, open_file, norm_offset, progress)
         next(self._steps)
 
     def finish(self) -> DenseWeights:
@@ -113,25 +141,29 @@ def load_dense(
     refs: Mapping[str, MatrixRef],
     *,
     open_file: Callable[[str], int],
+    norm_offset: float = 0.0,
     progress: Callable[[str, float], None] | None = None,
 ) -> DenseWeights:
     """Read every dense tensor, and wait for it: `DenseReading`, without a pause."""
-    return DenseReading(store, refs, open_file=open_file, progress=progress).finish()
+    return DenseReading(store, refs, open_file=open_file, norm_offset=norm_offset, progress=progress).finish()
 
 
 def _read_dense(
     store: _native.Store,
     refs: Mapping[str, MatrixRef],
     open_file: Callable[[str], int],
+    norm_offset: float,
     progress: Callable[[str, float], None] | None,
 ) -> Generator[None, None, DenseWeights]:
     """Start the first reads, pause, and go on until all tensors are there."""
-    file_ids = {path: open_file(path) for path in sorted({str(ref.path) for ref in refs.values()})}
+    paths = {str(ref.path) for ref in refs.values()}
+    paths |= {str(ref.scales.path) for ref in refs.values() if ref.scales is not None}
+    file_ids = {path: open_file(path) for path in sorted(paths)}
     alignment = max(store.info(file_id)[2] for file_id in file_ids.values())
     arena = _native.Arena(max(1, sum(_place_bytes(ref, alignment) for ref in refs.values())))
     # One matrix at a time, and last: everything else is read past it.
     scratch = _native.Arena(
-        max((_read_bytes(ref, alignment) for ref in refs.values() if _passes_scratch(ref)), default=1)
+        max((_scratch_bytes(ref, alignment) for ref in refs.values() if _passes_scratch(ref)), default=1)
     )
     waiting = deque(sorted(refs, key=lambda name: _passes_scratch(refs[name])))
     places: dict[str, int] = {}
@@ -142,22 +174,37 @@ def _read_dense(
     in_flight: dict[int, str] = {}
     matrices: dict[str, _native.Matrix] = {}
     vectors: dict[str, Vector] = {}
-    total_bytes, done_bytes = sum(ref.nbytes for ref in refs.values()), 0
+    total_bytes, done_bytes = sum(ref.read_bytes for ref in refs.values()), 0
 
     def fetch(name: str) -> int:
         ref = refs[name]
         piece = (file_ids[str(ref.path)], ref.offset, ref.nbytes)
+        if ref.scales is not None:
+            assert ref.block_type is not None
+            assert ref.scales.transcode is not None
+            target, at = (scratch, 0) if _passes_scratch(ref) else (arena, places[name])
+            others = (file_ids[str(ref.scales.path)], ref.scales.offset, ref.scales.nbytes)
+            return store.fetch(
+                target,
+                [
+                    (*piece, at, ref.block_type, ref.rows, ref.cols),
+                    (*others, at, ref.scales.transcode.block_type, ref.rows, ref.cols),
+                ],
+            )
         if _passes_scratch(ref):
-            return store.fetch(scratch, [(*piece, 0)])
+            return store.fetch(scratch, [(*piece, 0)], None if ref.checksum is None else [ref.checksum])
         if ref.block_type is not None:
             return store.fetch(arena, [(*piece, places[name], ref.block_type, ref.rows, ref.cols)])
         return store.fetch(arena, [(*piece, places[name])], None if ref.checksum is None else [ref.checksum])
 
     def land(name: str) -> None:
         ref, start = refs[name], places[name]
+        if ref.key_value_rows is not None:
+            land_split(name)
+            return
         if ref.block_type is None:
             start += ref.offset % alignment
-        memory = arena.array()[start : start + ref.landed_bytes]
+        memory = arena.array()[start : start + (ref.landed_bytes if ref.turn is None else ref.nbytes)]
         if ref.block_type is not None and _passes_scratch(ref):
             raw = scratch.array()[ref.offset % alignment :][: ref.nbytes].reshape(ref.rows, -1)
             blocks = in_halves(raw, ref.paired_heads).reshape(-1).view(np.uint8)
@@ -165,11 +212,33 @@ def _read_dense(
         elif ref.paired_heads:
             memory[:] = in_halves(memory.reshape(ref.rows, -1), ref.paired_heads).reshape(-1)
         if is_vector(name):
-            values = _native.dequantize(ref.format, memory, ref.rows, ref.cols).reshape(-1)
+            cols = ref.cols if ref.turn is None else 2 * ref.cols
+            values = _native.dequantize(ref.format, memory, ref.rows, cols).reshape(-1)
+            if ref.turn is not None:
+                values = np.ascontiguousarray(values[ref.turn :: 2])
             check_vector(ref.name, values)
+            if name.rpartition(".")[2] in _OFFSET_NORMS:
+                values += np.float32(norm_offset)
             vectors[name] = values
         else:
             matrices[name] = _native.Matrix(arena, start, ref.format, ref.rows, ref.cols)
+
+    def land_split(name: str) -> None:
+        ref, start = refs[name], places[name]
+        if ref.scales is not None:
+            matrix = scratch.array()[: ref.landed_bytes]
+        else:
+            matrix = scratch.array()[ref.offset % alignment :][: ref.nbytes]
+        if ref.block_type is not None and ref.scales is None:
+            matrix = _native.transcode(ref.block_type, matrix, ref.rows, ref.cols)
+        starts = start, start + _split_places(ref, alignment)[0]
+        shapes = split_shapes(ref)
+        halves = [
+            arena.array()[at : at + matrix_bytes(*shape)] for at, shape in zip(starts, shapes, strict=True)
+        ]
+        split(ref, matrix, halves[0], halves[1])
+        for part, at, shape in zip(("k_up", "v_up"), starts, shapes, strict=True):
+            matrices[name.removesuffix("kv_up") + part] = _native.Matrix(arena, at, *shape)
 
     def issue() -> None:
         while waiting and len(in_flight) < (1 if _passes_scratch(refs[waiting[0]]) else _MOST_IN_FLIGHT):
@@ -184,13 +253,15 @@ def _read_dense(
             for ticket, message, kind in store.wait_any(list(in_flight)):
                 name = in_flight.pop(ticket)
                 ref = refs[name]
+                if message is not None and kind == "not finite":
+                    raise CheckpointError(f"{ref.name}: {message}", path=str(ref.path), tensor=ref.name)
                 if message is not None:
                     error = CorruptRecord if kind == "checksum" else ReadFailed
                     raise error(
                         f"{ref.path.name}: {ref.name}: {message}", path=str(ref.path), tensor=ref.name
                     )
                 land(name)
-                done_bytes += ref.nbytes
+                done_bytes += ref.read_bytes
                 if progress is not None:
                     progress("reading dense weights", done_bytes / total_bytes)
     finally:

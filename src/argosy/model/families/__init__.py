@@ -20,9 +20,23 @@ from argosy.checkpoint.manifest import MANIFEST_FILE, open_pack
 from argosy.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_tensors
 from argosy.config import ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
-from argosy.model.families import mixtral, qwen2_moe, qwen3_moe
+from argosy.model.families import (
+    deepseek_v2,
+    deepseek_v3,
+    glm4_moe,
+    glm4_moe_lite,
+    gpt_oss,
+    kimi_k2,
+    kimi_k25,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+)
 from argosy.model.families.config_reader import ConfigReader
 from argosy.model.families.layout import Layout, read_layout
+from argosy.model.families.quantization import read_quantization
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -42,7 +56,21 @@ class Family(Protocol):
 
 
 FAMILIES: Mapping[str, Family] = {
-    family.MODEL_TYPE: cast(Family, family) for family in (mixtral, qwen2_moe, qwen3_moe)
+    family.MODEL_TYPE: cast(Family, family)
+    for family in (
+        mixtral,
+        qwen2_moe,
+        qwen3_moe,
+        gpt_oss,
+        deepseek_v2,
+        deepseek_v3,
+        kimi_k2,
+        kimi_k25,
+        glm4_moe_lite,
+        glm4_moe,
+        olmoe,
+        minimax_m2,
+    )
 }
 
 
@@ -80,7 +108,8 @@ def open_model(path: str | Path) -> ModelFiles:
     if not config_path.exists() and not config_path.is_symlink():
         raise _without_config(path)
     family, config = read_config(path)
-    return read_layout(path, config, family.LAYOUTS, open_tensors(path))
+    quantization = read_quantization(read_object(config_path), config_path)
+    return read_layout(path, config, family.LAYOUTS, open_tensors(path), quantization)
 
 
 def config_alone(path: str | Path) -> ModelConfig | None:
@@ -110,6 +139,7 @@ def _open_gguf(path: Path) -> ModelFiles:
             supported=("model",),
         )
     architecture = file.text("general.architecture")
+    # Families that share an architecture share its reader.
     families = {family.GGUF_ARCHITECTURE: family for family in FAMILIES.values()}
     if architecture not in families:
         raise UnsupportedModel(

@@ -5,14 +5,16 @@ Elsewhere: names and shapes are `layout.py` (safetensors) and `gguf_layout.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from re import Pattern
+from typing import TypeVar
 
 from argosy.checkpoint.json_strict import quote
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import Format, ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
+
+_Format = TypeVar("_Format", Format, str, None)
 
 
 class TensorAccounts:
@@ -47,6 +49,21 @@ class TensorAccounts:
             CheckpointError: it is missing, or of another shape.
             UnsupportedModel: it has a type that no kernel reads.
         """
+        return self._take(name, shapes, self._formats)
+
+    def take_bytes(self, name: str, *shapes: tuple[int, ...]) -> TensorRef:
+        """The same for a tensor of bytes that the layout knows how to read."""
+        return self._take(name, shapes, {"U8": None})[0]
+
+    def take_part(
+        self, name: str, types: Mapping[str, str], *shapes: tuple[int, ...]
+    ) -> tuple[TensorRef, str]:
+        """The same for codes or scales: `types` has the block type of each dtype that they may have."""
+        return self._take(name, shapes, types)
+
+    def _take(
+        self, name: str, shapes: tuple[tuple[int, ...], ...], formats: Mapping[str, _Format]
+    ) -> tuple[TensorRef, _Format]:
         ref = self._tensors.get(name)
         if ref is None:
             raise CheckpointError(
@@ -62,32 +79,32 @@ class TensorAccounts:
                 found=ref.shape,
                 expected=shapes[0],
             )
-        if ref.dtype not in self._formats:
+        if ref.dtype not in formats:
             raise UnsupportedModel(
-                f"{ref.path.name}: {name} is {ref.dtype}; supported: {', '.join(self._formats)}",
+                f"{ref.path.name}: {name} is {ref.dtype}; supported: {', '.join(formats)}",
                 hint=self._hint,
                 path=ref.path,
                 tensor=name,
                 key="dtype",
                 value=ref.dtype,
-                supported=list(self._formats),
+                supported=list(formats),
             )
         self._taken.add(name)
-        return ref, self._formats[ref.dtype]
+        return ref, formats[ref.dtype]
 
-    def refuse_extra(self, config: ModelConfig, passed_over: Pattern[str], described_by: str) -> None:
-        """Refuse what nobody took, and is not a constant that writers leave behind.
+    def refuse_extra(
+        self, config: ModelConfig, is_passed_over: Callable[[str], object], described_by: str
+    ) -> None:
+        """Refuse what nobody took, and is not known to have no part in the model.
 
         Args:
-            passed_over: names of such constants.
+            is_passed_over: tells the names of such tensors: constants that writers leave behind, vision towers.
             described_by: what says which tensors there are, such as "this config.json".
 
         Raises:
             CheckpointError: names the first such tensor, and how many more there are.
         """
-        extra = [
-            name for name in self._tensors if name not in self._taken and not passed_over.fullmatch(name)
-        ]
+        extra = [name for name in self._tensors if name not in self._taken and not is_passed_over(name)]
         if extra:
             others = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
             ref = self._tensors[extra[0]]

@@ -19,22 +19,33 @@ def read_common(
     vocab_size: int,
     hidden_size: int,
     num_heads: int,
-    num_kv_heads: int,
+    num_kv_heads: int | None,
     rope_theta: float,
     norm_eps: float,
     context_tokens: int,
     num_experts: int,
-    experts_per_token: int,
+    experts_per_token: int | None,
+    head_dim: int | None = None,
     eos_id: int | None = None,
     bos_id: int | None = None,
+    rotary_dim: int | None = None,
+    partial_rotary_factor: float | None = None,
 ) -> dict[str, Any]:
     """Sizes, heads, rotary embedding, experts and token ids; the arguments are what an absent key means.
+
+    Args:
+        num_kv_heads: None: as many as heads.
+        experts_per_token: None: the file has to say.
+        rotary_dim: how many dimensions of a head turn; None: all of them, or the part that the file says.
+        partial_rotary_factor: that part, in families whose files say it; None: in this one they do not.
 
     Raises:
         UnsupportedModel: a rotary embedding or activation that is not built in.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
-    shape = reader.attention_shape(hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads)
+    shape = reader.attention_shape(
+        hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
+    )
     context_tokens = reader.integer("max_position_embeddings", default=context_tokens)
     num_experts = reader.integer(
         "num_experts", "num_local_experts", "n_routed_experts", default=num_experts, most=MOST_EXPERTS
@@ -44,13 +55,21 @@ def read_common(
         "vocab_size": reader.integer("vocab_size", default=vocab_size),
         **shape._asdict(),
         "rope": read_rope(
-            reader, head_dim=shape.head_dim, context_tokens=context_tokens, default_theta=rope_theta
+            reader,
+            head_dim=rotary_dim or shape.head_dim,
+            context_tokens=context_tokens,
+            default_theta=rope_theta,
+            default_partial=partial_rotary_factor,
         ),
         "norm_eps": reader.number("rms_norm_eps", norm_eps),
         "context_tokens": context_tokens,
         "num_experts": num_experts,
         "experts_per_token": reader.integer(
-            "num_experts_per_tok", "num_experts_per_token", default=experts_per_token, most=num_experts
+            "num_experts_per_tok",
+            "num_experts_per_token",
+            "experts_per_token",
+            default=experts_per_token,
+            most=num_experts,
         ),
         "is_embedding_tied": reader.flag("tie_word_embeddings", False),
         "eos_ids": reader.token_ids("eos_token_id", eos_id),

@@ -1,6 +1,7 @@
 """Read `config.json` key by key, so that nothing in it goes unnoticed.
 
     raw dict  ->  ConfigReader.integer("hidden_size"), ...  ->  finish(): a key nobody asked for is refused
+                  ConfigReader.nested("text_config"), the text part of a config for several modalities
 
 A key is one of: read (it decides the mathematics), neutral (known, and accepted only with the value that
 changes nothing), harmless (training, generation or bookkeeping), or unknown. An unknown one may change the
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 from argosy.checkpoint.json_strict import kind_of, quote
 from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.model.families.quantization import KEY, read_quantization
 
 # Models have about a hundred layers and a few hundred experts; a size beyond these is a damaged file.
 MOST_LAYERS = 4096
@@ -40,11 +42,11 @@ HARMLESS = frozenset({
     "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
     "exponential_decay_length_penalty", "encoder_no_repeat_ngram_size", "remove_invalid_values",
     "return_dict_in_generate", "output_scores", "prefix", "unsloth_version", "unsloth_fixed",
+    "aux_loss_alpha", "seq_aux", "ep_size", "sep_token_id", "decoder_start_token_id",
 })  # fmt: skip
 
 # Known switches of other models: fine while they are off.
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "quantization_config": (None,),
     "compression_config": (None,),
     "pretraining_tp": (1, None),
     "is_encoder_decoder": (False,),
@@ -74,10 +76,18 @@ class AttentionShape(NamedTuple):
 class ConfigReader:
     """One pass over a config: ask for every key that matters, then `finish()`."""
 
-    def __init__(self, raw: Mapping[str, object], family: str, path: Path = Path("config.json")) -> None:
+    def __init__(
+        self,
+        raw: Mapping[str, object],
+        family: str,
+        path: Path = Path("config.json"),
+        *,
+        within: str | None = None,
+    ) -> None:
         self._raw = raw
         self._family = family
         self._path = path
+        self._where = path.name if within is None else f"{path.name}: {within}"
         self._asked: set[str] = set()
 
     def integer(self, *names: str, default: int | None, least: int = 1, most: int = LARGEST_SIZE) -> int:
@@ -100,6 +110,13 @@ class ConfigReader:
         if not is_positive_number(value):
             raise self._wrong(name, value, "a number above zero")
         return float(value)  # type: ignore[arg-type]
+
+    def optional_number(self, name: str) -> float | None:
+        """A number above zero, or None where the file says null or nothing."""
+        if self._raw.get(name) is None:
+            self._asked.add(name)
+            return None
+        return self.number(name, 1.0)
 
     def flag(self, name: str, default: bool) -> bool:
         _, value = self._find(name, default=default)
@@ -147,6 +164,22 @@ class ConfigReader:
             raise self._wrong(name, value, "an object or null")
         return value
 
+    def nested(self, name: str, *model_types: str) -> ConfigReader:
+        """A reader of the config inside this one, such as `text_config`; it has a `finish()` of its own.
+
+        Args:
+            model_types: of the family, any of which the inner config may name.
+
+        Raises:
+            CheckpointError: it is missing, or no object.   UnsupportedModel: it names another model_type.
+        """
+        inner = self.mapping(name)
+        if inner is None:
+            raise self._wrong(name, inner, "an object")
+        reader = ConfigReader(inner, self._family, self._path, within=name)
+        reader.one_of("model_type", model_types[0], model_types)
+        return reader
+
     def texts(self, name: str) -> tuple[str, ...] | None:
         """A list of texts, or None where the file says null or nothing."""
         value = self._raw.get(name)
@@ -157,7 +190,9 @@ class ConfigReader:
             raise self._wrong(name, value, "a list of texts or null")
         return tuple(value)
 
-    def attention_shape(self, *, hidden_size: int, num_heads: int, num_kv_heads: int) -> AttentionShape:
+    def attention_shape(
+        self, *, hidden_size: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None = None
+    ) -> AttentionShape:
         """Hidden size and heads; the arguments are the family's defaults. Null key heads: as many as heads.
 
         Raises:
@@ -168,15 +203,15 @@ class ConfigReader:
         num_kv_heads = self.optional_integer("num_key_value_heads", default=num_kv_heads) or num_heads
         if num_heads % num_kv_heads:
             raise CheckpointError(
-                f"{self._path.name}: num_attention_heads is {num_heads}, expected a multiple of "
+                f"{self._where}: num_attention_heads is {num_heads}, expected a multiple of "
                 f"num_key_value_heads, which is {num_kv_heads}",
                 path=self._path,
                 key="num_key_value_heads",
             )
-        head_dim = self.optional_integer("head_dim") or hidden_size // num_heads
+        head_dim = self.optional_integer("head_dim", head_dim) or hidden_size // num_heads
         if head_dim == 0:
             raise CheckpointError(
-                f"{self._path.name}: hidden_size {hidden_size} leaves nothing for each of {num_heads} heads",
+                f"{self._where}: hidden_size {hidden_size} leaves nothing for each of {num_heads} heads",
                 path=self._path,
                 key="head_dim",
             )
@@ -192,7 +227,7 @@ class ConfigReader:
                 raise self._unsupported("layer_types", kind, "full_attention, sliding_attention")
         if len(kinds) != num_layers:
             raise CheckpointError(
-                f"{self._path.name}: layer_types has {len(kinds)} entries, expected one for each of "
+                f"{self._where}: layer_types has {len(kinds)} entries, expected one for each of "
                 f"{num_layers} layers",
                 path=self._path,
                 key="layer_types",
@@ -208,6 +243,10 @@ class ConfigReader:
         if name in self._raw and not any(_is_same(self._raw[name], value) for value in accepted):
             raise self._unsupported(name, self._raw[name], " or ".join(_as_json(value) for value in accepted))
 
+    def passed(self, *names: str) -> None:
+        """Keys that may stand here with any value, because they are about another part of the model."""
+        self._asked.update(names)
+
     def unsupported(self, name: str, supported: str) -> UnsupportedModel:
         """The error for a value that is well-formed, and asks for something that is not built in."""
         return self._unsupported(name, self._raw.get(name), supported)
@@ -218,17 +257,16 @@ class ConfigReader:
         Raises:
             UnsupportedModel: names the key, its value and the keys that are understood.
         """
-        if isinstance(quantization := self._raw.get("quantization_config"), dict):
-            method = quantization.get("quant_method", quantization.get("quant_algo", "unknown"))
-            error = self._unsupported("quantization_config", method, "unquantised bf16, f16 and f32 tensors")
-            error.hint = "get the unquantised checkpoint, then `argosy pack --format q8` or `q4`"
-            raise error
+        if KEY not in self._asked:
+            read_quantization(self._raw, self._path)
+            self._asked.add(KEY)
         for name, accepted in NEUTRAL.items():
-            self.neutral(name, *accepted)
+            if name not in self._asked:
+                self.neutral(name, *accepted)
         for key, value in self._raw.items():
             if key not in self._asked and key not in HARMLESS:
                 raise UnsupportedModel(
-                    f"{self._path.name} sets {quote(key)} to {_as_json(value)}, and {self._family} does not "
+                    f"{self._where} sets {quote(key)} to {_as_json(value)}, and {self._family} does not "
                     f"know this key; supported: {', '.join(sorted(self._asked - NEUTRAL.keys()))}",
                     key=key,
                     value=value,
@@ -244,7 +282,7 @@ class ConfigReader:
         for other in given[1:]:
             if not _is_same(self._raw[other], self._raw[given[0]]):
                 raise CheckpointError(
-                    f"{self._path.name} gives {given[0]} as {_as_json(self._raw[given[0]])} and {other}, "
+                    f"{self._where} gives {given[0]} as {_as_json(self._raw[given[0]])} and {other}, "
                     f"its other name, as {_as_json(self._raw[other])}",
                     path=self._path,
                     key=other,
@@ -258,7 +296,7 @@ class ConfigReader:
             else f"{_as_json(value)}, {kind_of(value)}"
         )
         return CheckpointError(
-            f"{self._path.name}: {name} is {found}; expected {expected}",
+            f"{self._where}: {name} is {found}; expected {expected}",
             path=self._path,
             key=name,
             value=value,
@@ -266,7 +304,7 @@ class ConfigReader:
 
     def _unsupported(self, name: str, value: object, supported: str) -> UnsupportedModel:
         return UnsupportedModel(
-            f"{self._path.name} asks for {name} {_as_json(value)}; supported: {supported}",
+            f"{self._where} asks for {name} {_as_json(value)}; supported: {supported}",
             path=self._path,
             key=name,
             value=value,

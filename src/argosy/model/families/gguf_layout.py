@@ -48,8 +48,25 @@ _LAYER_NAMES = {
     "o_bias": "attn_output.bias",
     "q_norm": "attn_q_norm.weight",
     "k_norm": "attn_k_norm.weight",
+    "sinks": "attn_sinks.weight",
+    "q_down": "attn_q_a.weight",
+    "q_down_norm": "attn_q_a_norm.weight",
+    "q_up": "attn_q_b.weight",
+    "kv_down": "attn_kv_a_mqa.weight",
+    "kv_norm": "attn_kv_a_norm.weight",
+    "kv_up": "attn_kv_b.weight",
+    "k_up": "attn_k_b.weight",
+    "v_up": "attn_v_b.weight",
     "mlp_norm": "ffn_norm.weight",
     "router": "ffn_gate_inp.weight",
+    "router_bias": "ffn_gate_inp.bias",
+    "choice_bias": "exp_probs_b.bias",
+    "expert_gate_bias": "ffn_gate_exps.bias",
+    "expert_up_bias": "ffn_up_exps.bias",
+    "expert_down_bias": "ffn_down_exps.bias",
+    "gate": "ffn_gate.weight",
+    "up": "ffn_up.weight",
+    "down": "ffn_down.weight",
     "shared_gate": "ffn_gate_shexp.weight",
     "shared_up": "ffn_up_shexp.weight",
     "shared_down": "ffn_down_shexp.weight",
@@ -62,22 +79,28 @@ _LEFTOVERS = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
 _NOT_WEIGHTS = re.compile(rf"rope_freqs\.weight|{_LEFTOVERS.pattern}")
 
 
-def dense_name(canonical: str) -> str:
-    """What a GGUF calls a dense tensor, such as `head` or `layers.3.q_bias`."""
+def dense_name(canonical: str, names: Mapping[str, str] = {}) -> str:
+    """What a GGUF calls a dense tensor, such as `head` or `layers.3.q_bias`; `names` has an architecture's own."""
     if canonical in _MODEL_NAMES:
         return _MODEL_NAMES[canonical]
     _, layer, last = canonical.split(".")
-    return f"blk.{layer}.{_LAYER_NAMES[last]}"
+    return f"blk.{layer}.{names.get(last) or _LAYER_NAMES[last]}"
 
 
 def read_gguf_layout(
-    file: GgufFile, config: ModelConfig, *, is_paired: bool, has_rope_freqs: bool
+    file: GgufFile,
+    config: ModelConfig,
+    *,
+    is_paired: bool,
+    has_rope_freqs: bool,
+    names: Mapping[str, str] = {},
 ) -> ModelFiles:
     """Account for every tensor of a GGUF file.
 
     Args:
         is_paired: rows of q and k lie in the order of adjacent rotary pairs, as the llama architecture has them.
         has_rope_freqs: the family reads `rope_freqs.weight`.
+        names: below `blk.{layer}.`, where the architecture has other ones than most.
 
     Raises:
         CheckpointError: a tensor is missing, extra, or of another shape than the metadata call for.
@@ -88,24 +111,39 @@ def read_gguf_layout(
     for canonical, shape in dense_shapes(config):
         last = canonical.rpartition(".")[2]
         heads = {"q": config.num_heads, "k": config.num_kv_heads}.get(last, 0) if is_paired else 0
-        dense[canonical] = accounts.dense(canonical, shape, heads)
+        stacked = config.num_heads if last in ("k_up", "v_up") else 1
+        dense[canonical] = accounts.dense(dense_name(canonical, names), shape, heads, stacked)
     experts: dict[tuple[int, int], ExpertRecord] = {}
     for layer in config.moe_layers:
         experts |= accounts.experts(config, layer)
-    accounts.refuse_extra(config, _NOT_WEIGHTS if has_rope_freqs else _LEFTOVERS, "these metadata")
+    leftovers = _NOT_WEIGHTS if has_rope_freqs else _LEFTOVERS
+    accounts.refuse_extra(
+        config,
+        lambda name: leftovers.fullmatch(name) or _layer_of(name) in config.mtp_layers,
+        "these metadata",
+    )
     require_one_format_a_layer(experts, file.path)
     return ModelFiles(file.path, config, dense, experts, header=file)
+
+
+def _layer_of(name: str) -> int | None:
+    """The layer that a tensor belongs to; None for one of the model as a whole."""
+    layer = re.match(r"blk\.(\d{1,9})\.", name)
+    return int(layer[1]) if layer else None
 
 
 class _Accounts(TensorAccounts):
     """Tensors of a GGUF file, as dense matrices and experts."""
 
-    def dense(self, canonical: str, shape: tuple[int, ...], paired_heads: int) -> MatrixRef:
-        name = dense_name(canonical)
-        # The one row that scores the shared expert is a vector there.
-        shapes = (shape, shape[1:]) if len(shape) == 2 and shape[0] == 1 else (shape,)
-        ref, format = self.take(name, *shapes)
+    def dense(self, name: str, shape: tuple[int, ...], paired_heads: int, stacked: int) -> MatrixRef:
+        """A matrix or vector; `stacked` is how many matrices of one tensor lie one below the other in it."""
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
+        shapes: tuple[tuple[int, ...], ...] = (shape,)
+        if stacked > 1:
+            shapes = ((stacked, rows // stacked, cols),)
+        elif len(shape) == 2 and rows == 1:
+            shapes = (shape, (cols,))  # the one row that scores the shared expert is a vector there
+        ref, format = self.take(name, *shapes)
         return MatrixRef(
             name, ref.path, ref.offset, ref.nbytes, format, rows, cols,
             block_type=ref.dtype if ref.dtype in SLOT_FORMATS else None,

@@ -3,10 +3,13 @@
     ModelConfig + Layout + {name: TensorRef}  ->  read_layout  ->  ModelFiles
 
 A family has one layout or several: the hub keeps one tensor per expert matrix, and `transformers` 5 can also
-write all experts of a layer as one fused tensor, [experts, 2 * width, hidden] with gate before up. The first
-layout whose expert tensors are there is read. Every tensor is accounted for: one that is missing, has another
-shape, has a dtype that no kernel reads, or is not asked for is an error with its name. Only what old
-exporters leave behind is passed over (`_LEFTOVERS`).
+write all experts of a layer as one fused tensor, [experts, 2 * width, hidden] with gate before up. Others have rows of
+gate and up by turns, in MXFP4 blocks and scales; or keep fused tensors transposed, [experts, hidden, 2 * width]: these
+can be packed, and not be run in place. A weight may be codes and scales: `weight` E4M3 with `weight_scale_inv`, or
+`weight_packed` with `weight_scale` and `weight_shape`. The first layout whose expert tensors are there is read. Every tensor is
+accounted for: one that is missing, has another shape, has a dtype that no kernel reads, or is not asked for is an
+error with its name. Passed over is only what is known and has no part in text: constants that old exporters leave
+behind (`_LEFTOVERS`), layers for multi-token prediction, and what a layout names itself, such as a vision tower.
 
 Elsewhere: shapes are `checkpoint/geometry.py`; where bytes lie is `checkpoint/safetensors.py`.
 """
@@ -14,35 +17,37 @@ Elsewhere: shapes are `checkpoint/geometry.py`; where bytes lie is `checkpoint/s
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from argosy.checkpoint.files import (
     BYTES_PER_VALUE,
+    GROUP_COLS,
     ExpertMatrix,
     ExpertRecord,
     MatrixRef,
     ModelFiles,
     Piece,
+    Transcode,
+    matrix_bytes,
     require_one_format_a_layer,
 )
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import Format, ModelConfig
+from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families.accounts import TensorAccounts
+from argosy.model.families.quantization import FP8_BLOCK, INT4_GROUP, Quantization
 
+# F8_E4M3 is not among them: it takes a scale.
 _FORMAT_OF_DTYPE: Mapping[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 # Constants that old exporters saved with the weights; they are computed from the config here.
-_LEFTOVERS = re.compile(
-    r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|model\.layers\.\d+\.self_attn\.bias"
+_LEFTOVERS = (
+    r"({prefix})?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|{prefix}layers\.\d+\.self_attn\.bias"
 )
 
-MODEL_NAMES = {
-    "embed": "model.embed_tokens.weight",
-    "head": "lm_head.weight",
-    "final_norm": "model.norm.weight",
-}
+_MODEL_NAMES = {"embed": "embed_tokens.weight", "final_norm": "norm.weight"}
 ATTENTION_NAMES = {
     "attn_norm": "input_layernorm.weight",
     "q": "self_attn.q_proj.weight",
@@ -61,62 +66,189 @@ ATTENTION_NAMES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Names below `model.layers.{i}.`: dense ones by canonical name, experts one by one or fused."""
+    """Names below `{prefix}layers.{i}.`: dense ones by canonical name, experts one by one or fused."""
 
     layer_names: Mapping[str, str]
     expert_names: tuple[str, str, str] | None = None  # gate, up, down, with {expert}
     fused_names: tuple[str, str] | None = None  # gate and up in one, down
+    transposed_names: tuple[str, str] | None = None  # the same, transposed, with gate and up by turns
+    mxfp4_names: tuple[str, str, str, str] | None = None  # blocks and scales of gate and up by turns, of down
+    by_turns: tuple[str, str] | None = None  # canonical names of two whose values alternate in one tensor
+    prefix: str = "model."
+    head_name: str = "lm_head.weight"
+    passed_over: str | None = None  # regular expression of whole names: tensors that text does not need
 
     def dense_name(self, canonical: str) -> str:
         """The checkpoint's name of a dense tensor."""
-        if canonical in MODEL_NAMES:
-            return MODEL_NAMES[canonical]
+        if canonical == "head":
+            return self.head_name
+        if canonical in _MODEL_NAMES:
+            return self.prefix + _MODEL_NAMES[canonical]
         _, layer, last = canonical.split(".")
-        return f"model.layers.{layer}.{self.layer_names[last]}"
+        return f"{self.prefix}layers.{layer}.{self.layer_names[last]}"
 
     def names_of_expert(self, layer: int, expert: int) -> tuple[str, ...]:
         """The checkpoint's names of the tensors that an expert is read from."""
-        if self.fused_names is not None:
-            return tuple(f"model.layers.{layer}.{name}" for name in self.fused_names)
+        if stacked := self.fused_names or self.transposed_names or self.mxfp4_names:
+            return tuple(f"{self.prefix}layers.{layer}.{name}" for name in stacked)
         assert self.expert_names is not None
-        return tuple(f"model.layers.{layer}.{name.format(expert=expert)}" for name in self.expert_names)
+        return tuple(
+            f"{self.prefix}layers.{layer}.{name.format(expert=expert)}" for name in self.expert_names
+        )
+
+    def is_passed_over(self, config: ModelConfig) -> Callable[[str], bool]:
+        """Tells the names of tensors that may stand in a checkpoint of `config` and are never read."""
+        prefix = re.escape(self.prefix)
+        known = re.compile("|".join(filter(None, (_LEFTOVERS.format(prefix=prefix), self.passed_over))))
+        layer_of = re.compile(prefix + r"layers\.(\d{1,9})\..+")
+
+        def is_known(name: str) -> bool:
+            layer = layer_of.fullmatch(name)
+            return known.fullmatch(name) is not None or (
+                layer is not None and int(layer[1]) in config.mtp_layers
+            )
+
+        return is_known
 
 
 def read_layout(
-    directory: Path, config: ModelConfig, layouts: tuple[Layout, ...], tensors: Mapping[str, TensorRef]
+    directory: Path,
+    config: ModelConfig,
+    layouts: tuple[Layout, ...],
+    tensors: Mapping[str, TensorRef],
+    quantization: Quantization | None = None,
 ) -> ModelFiles:
     """Account for every tensor of a checkpoint.
+
+    Args:
+        quantization: what its config says about quantised tensors.
 
     Raises:
         CheckpointError: a tensor is missing, extra, or of another shape than the config calls for.
         UnsupportedModel: a tensor has a dtype that no kernel reads.
     """
-    if config.is_embedding_tied and MODEL_NAMES["head"] in tensors:
+    probe = config.moe_layers[0]
+    layout = next(
+        (one for one in layouts if _is_there(one.names_of_expert(probe, 0)[0], tensors)), layouts[0]
+    )
+    if config.is_embedding_tied and layout.head_name in tensors:
         # Tied in the config, and yet a head in the files: the files win, as in transformers 5.
         config = replace(config, is_embedding_tied=False)
-    probe = config.moe_layers[0]
-    layout = next((one for one in layouts if one.names_of_expert(probe, 0)[0] in tensors), layouts[0])
-    reader = _Accounts(directory, tensors, _FORMAT_OF_DTYPE)
-    dense = {
-        canonical: reader.dense(layout.dense_name(canonical), shape)
-        for canonical, shape in dense_shapes(config)
-    }
+    reader = _Accounts(directory, tensors, quantization)
+    dense = {canonical: reader.dense(canonical, shape, layout) for canonical, shape in dense_shapes(config)}
     experts = reader.experts(config, layout)
-    reader.refuse_extra(config, _LEFTOVERS, "this config.json")
+    reader.refuse_extra(config, layout.is_passed_over(config), "this config.json")
     require_one_format_a_layer(experts, directory)
     return ModelFiles(directory, config, dense, experts)
+
+
+def _packed(name: str) -> str:
+    """What compressed-tensors calls the codes of a weight."""
+    return name.removesuffix("weight") + "weight_packed"
+
+
+def _is_there(name: str, tensors: Mapping[str, TensorRef]) -> bool:
+    return name in tensors or _packed(name) in tensors
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A matrix as the files have it: one tensor, or codes and scales, each with the block type that they are."""
+
+    format: Format
+    ref: TensorRef
+    block_type: str | None = None
+    scales: tuple[TensorRef, str] | None = None
 
 
 class _Accounts(TensorAccounts):
     """Tensors of safetensors files, as dense matrices and experts."""
 
-    def dense(self, name: str, shape: tuple[int, ...]) -> MatrixRef:
+    def __init__(
+        self, directory: Path, tensors: Mapping[str, TensorRef], quantization: Quantization | None
+    ) -> None:
+        super().__init__(directory, tensors, _FORMAT_OF_DTYPE)
+        self._quantization = quantization
+
+    def weight(self, name: str, shape: tuple[int, ...]) -> _Stored:
+        """The tensor or tensors of a weight; which of them there are says how it is stored.
+
+        Raises:
+            CheckpointError: one is missing or of another shape, or `quantization_config` says otherwise.
+            UnsupportedModel: one has a dtype that nothing reads.
+        """
+        ref = self._tensors.get(name)
+        if ref is None and _packed(name) in self:
+            return self._int4(name, shape)
+        if ref is not None and ref.dtype == "F8_E4M3" and len(shape) == 2:
+            return self._f8(name, shape)
         ref, format = self.take(name, shape)
+        return _Stored(format, ref)
+
+    def _f8(self, name: str, shape: tuple[int, ...]) -> _Stored:
+        self._require_said("fp8", name, name)
+        codes, block_type = self.take_part(name, {"F8_E4M3": "f8_codes"}, shape)
+        blocks = tuple(-(-size // FP8_BLOCK) for size in shape)
+        scales = self.take_part(name + "_scale_inv", {"F32": "f8_scales", "BF16": "f8_scales_bf16"}, blocks)
+        return _Stored("f8", codes, block_type, scales)
+
+    def _int4(self, name: str, shape: tuple[int, ...]) -> _Stored:
+        packed, base = _packed(name), name.removesuffix("weight")
+        self._require_said("int4", name, packed)
+        rows, cols = shape
+        if cols % INT4_GROUP:
+            raise UnsupportedModel(
+                f"{self._tensors[packed].path.name}: {packed} is of {cols} columns; supported: whole groups of "
+                f"{INT4_GROUP}",
+                path=self._tensors[packed].path,
+                tensor=packed,
+            )
+        codes, block_type = self.take_part(packed, {"I32": "int4_quants"}, (rows, cols // 8))
+        scales = self.take_part(base + "weight_scale", {"BF16": "int4_scales"}, (rows, cols // INT4_GROUP))
+        self.take_part(base + "weight_shape", {"I32": "", "I64": ""}, (2,))
+        return _Stored("int4", codes, block_type, scales)
+
+    def _require_said(self, method: str, name: str, tensor: str) -> None:
+        """Prove that the config knows of a quantised weight."""
+        said, path = self._quantization, self._tensors[tensor].path
+        if said is None or said.method != method:
+            raise CheckpointError(
+                f"{path.name}: {tensor} is {self._tensors[tensor].dtype}, quantised as {method}, and config.json "
+                f"{'has no quantization_config' if said is None else f'says {said.method}'}",
+                path=path,
+                tensor=tensor,
+            )
+        if said.excludes(name.removesuffix(".weight")):
+            raise CheckpointError(
+                f"{path.name}: {tensor} is {self._tensors[tensor].dtype}, and the quantization_config of config.json "
+                "says that it is not quantised",
+                path=path,
+                tensor=tensor,
+            )
+
+    def dense(self, canonical: str, shape: tuple[int, ...], layout: Layout) -> MatrixRef:
+        name, last = layout.dense_name(canonical), canonical.rpartition(".")[2]
+        turn = layout.by_turns.index(last) if layout.by_turns and last in layout.by_turns else None
+        stored = self.weight(name, shape if turn is None else (*shape[:-1], 2 * shape[-1]))
+        ref = stored.ref
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
-        return MatrixRef(name, ref.path, ref.offset, ref.nbytes, format, rows, cols)
+        scales = None
+        if stored.scales is not None:
+            part, block_type = stored.scales
+            scales = Piece(part.path, part.offset, part.nbytes, transcode=Transcode(block_type, rows, cols))
+        return MatrixRef(
+            ref.name, ref.path, ref.offset, ref.nbytes, stored.format, rows, cols,
+            block_type=stored.block_type, turn=turn, scales=scales,
+        )  # fmt: skip
 
     def experts(self, config: ModelConfig, layout: Layout) -> dict[tuple[int, int], ExpertRecord]:
-        read = self._fused_expert if layout.fused_names is not None else self._single_expert
+        read = self._single_expert
+        if layout.fused_names is not None:
+            read = self._fused_expert
+        elif layout.transposed_names is not None:
+            read = self._transposed_expert
+        elif layout.mxfp4_names is not None:
+            read = self._mxfp4_expert
         return {
             (layer, expert): read(config, layer, expert, layout.names_of_expert(layer, expert))
             for layer in config.moe_layers
@@ -126,11 +258,25 @@ class _Accounts(TensorAccounts):
     def _single_expert(
         self, config: ModelConfig, layer: int, expert: int, names: tuple[str, ...]
     ) -> ExpertRecord:
-        pieces, matrices = [], []
-        for index, (name, shape) in enumerate(zip(names, expert_shapes(config), strict=True)):
-            ref, format = self.take(name, shape)
-            pieces.append(Piece(ref.path, ref.offset, ref.nbytes))
-            matrices.append(ExpertMatrix(index, 0, format, *shape))
+        pieces: list[Piece] = []
+        matrices = []
+        for name, shape in zip(names, expert_shapes(config), strict=True):
+            stored, first = self.weight(name, shape), len(pieces)
+            matrices.append(ExpertMatrix(first, 0, stored.format, *shape))
+            ref, block_type = stored.ref, stored.block_type
+            transcode = Transcode(block_type, *shape) if block_type is not None else None
+            pieces.append(Piece(ref.path, ref.offset, ref.nbytes, transcode=transcode))
+            if stored.scales is not None:
+                ref, block_type = stored.scales
+                pieces.append(
+                    Piece(
+                        ref.path,
+                        ref.offset,
+                        ref.nbytes,
+                        transcode=Transcode(block_type, *shape),
+                        completes=first,
+                    )
+                )
         return ExpertRecord(tuple(pieces), *matrices)
 
     def _fused_expert(
@@ -150,4 +296,62 @@ class _Accounts(TensorAccounts):
             gate=ExpertMatrix(0, 0, gate_up_format, *gate),
             up=ExpertMatrix(0, gate_bytes, gate_up_format, *gate),
             down=ExpertMatrix(1, 0, down_format, *down),
+        )
+
+    def _transposed_expert(
+        self, config: ModelConfig, layer: int, expert: int, names: tuple[str, ...]
+    ) -> ExpertRecord:
+        (width, hidden), _, _ = expert_shapes(config)
+        pieces, formats = [], []
+        for name, shape in zip(names, ((hidden, 2 * width), (width, hidden)), strict=True):
+            ref, format = self.take(name, (config.num_experts, *shape))
+            nbytes = ref.nbytes // config.num_experts
+            pieces.append(Piece(ref.path, ref.offset + expert * nbytes, nbytes))
+            formats.append(format)
+        gate_up, down = formats
+        return ExpertRecord(
+            tuple(pieces),
+            gate=ExpertMatrix(0, 0, gate_up, width, hidden, strides=(2, 2 * width)),
+            up=ExpertMatrix(0, BYTES_PER_VALUE[gate_up], gate_up, width, hidden, strides=(2, 2 * width)),
+            down=ExpertMatrix(1, 0, down, hidden, width, strides=(1, hidden)),
+        )
+
+    def _mxfp4_expert(
+        self, config: ModelConfig, layer: int, expert: int, names: tuple[str, ...]
+    ) -> ExpertRecord:
+        """Blocks [experts, rows, cols / 32, 16] and scales [experts, rows, cols / 32] of OCP MXFP4."""
+        gate, _, down = expert_shapes(config)
+        for key, size in (("hidden_size", gate[1]), ("intermediate_size", down[1])):
+            if size % GROUP_COLS:
+                raise CheckpointError(
+                    f"config.json gives {key} as {size}, and rows of MXFP4 are blocks of {GROUP_COLS}",
+                    key=key,
+                )
+        pieces: list[Piece] = []
+        for blocks, scales, (rows, cols), interleaved in (
+            (names[0], names[1], gate, 2),
+            (names[2], names[3], down, 1),
+        ):
+            groups = (config.num_experts, interleaved * rows, cols // GROUP_COLS)
+            first = len(pieces)
+            for name, block_type, shape in (
+                (blocks, "mxfp4_quants", (*groups, GROUP_COLS // 2)),
+                (scales, "mxfp4_scales", groups),
+            ):
+                ref = self.take_bytes(name, shape)
+                nbytes = ref.nbytes // config.num_experts
+                pieces.append(
+                    Piece(
+                        ref.path,
+                        ref.offset + expert * nbytes,
+                        nbytes,
+                        transcode=Transcode(block_type, rows, cols, interleaved),
+                        completes=first if block_type == "mxfp4_scales" else None,
+                    )
+                )
+        return ExpertRecord(
+            tuple(pieces),
+            gate=ExpertMatrix(0, 0, "mxfp4", *gate),
+            up=ExpertMatrix(0, matrix_bytes("mxfp4", *gate), "mxfp4", *gate),
+            down=ExpertMatrix(2, 0, "mxfp4", *down),
         )
