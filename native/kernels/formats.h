@@ -31,8 +31,9 @@
 // A quantised matrix is a list of panels of 16 rows. A block is the columns that share a 16-bit scale, 32 or
 // 256 of them. A panel holds all its quants, then the scales of all its blocks; it is padded to 64 bytes. The
 // scales of a block are 16-bit floats [16 rows], then, where there are, its mins float16 [16], its sub-scales
-// [group or half group][16] and its sub-mins [group][16]; 4-bit ones share a byte, the min in the high half.
-// The quants of a group of 32 columns are:
+// [group or half group][16] and its sub-mins [group][16]. q2_k and q3_k have sub-scales [group][16][half
+// group] instead, so that both of a row are multiplied at once; those of q2_k share a byte with their
+// sub-mins, which are the high half. The quants of a group of 32 columns are:
 //
 //   8 bits   chunk c = 0..7: 64 bytes; byte 4 r + j = q of row r, column 4 c + j.
 //   4 to 6   chunk c = 0..3: 64 bytes; byte 4 r + j = the lower 4 bits of q of column 4 c + j in the low
@@ -90,7 +91,7 @@ static inline constexpr int64_t round_up(int64_t n, int64_t multiple) {
 [[maybe_unused]] static constexpr uint8_t kIq4Bytes[16] = {1,   24,  45,  63,  79,  93,  106, 118,
                                                            129, 141, 153, 166, 181, 197, 217, 241};
 
-enum class SubScales : uint8_t { none, bytes, signed_bytes, nibbles };
+enum class SubScales : uint8_t { none, bytes, signed_bytes, signed_pairs, nibble_pairs };
 
 // The table at the top.
 struct QuantFormat {
@@ -117,6 +118,10 @@ struct QuantFormat {
     int largest = 0;
     for (int i = 0; i < 16; ++i) largest = table[i] > largest ? table[i] : largest;
     return largest;
+  }
+  // Whether those of both half groups of a row lie together.
+  constexpr bool is_paired() const {
+    return sub_scales == SubScales::signed_pairs || sub_scales == SubScales::nibble_pairs;
   }
   // Inside the scales of a block.
   constexpr int64_t sub_scales_at() const { return kPanelRows * 2 * (has_min ? 2 : 1); }
@@ -146,9 +151,9 @@ static inline constexpr QuantFormat quant_format(Format format) {
     case Format::q6_k:
       return {6, 32, 256, 16, false, SubScales::signed_bytes};
     case Format::q2_k:
-      return {2, 0, 256, 16, true, SubScales::nibbles};
+      return {2, 0, 256, 16, true, SubScales::nibble_pairs};
     case Format::q3_k:
-      return {3, 4, 256, 16, false, SubScales::signed_bytes};
+      return {3, 4, 256, 16, false, SubScales::signed_pairs};
     case Format::iq4_nl:
       return {4, 128, 32, 0, false, SubScales::none, false, kIq4Bytes};
     case Format::iq4_xs:
@@ -226,7 +231,8 @@ static inline int32_t quant_at(Format format, const uint8_t* panel, int64_t row,
 //   int32 [groups]        -(sum of 256 * high + low): times the zero of the q8 quants, it takes that out of a
 //                         dot product
 //   int32 [groups]        -(sum of high): the same for the other formats with a zero
-//   int32 [2 * groups]    -(sum of high) of half groups: for those whose scale is of 16 columns
+//   int32 [2 * groups]    -(sum of high) of half groups: for q6_k
+//   int16 [2 * groups]    the same: for formats whose sub-scales lie in pairs
 //   float [groups]        scale * sum of high: what a min is multiplied with
 //
 // Beside q4 weights, whose own rounding is sixteen times that of q8, 8 bits of an activation are plenty.
@@ -237,16 +243,17 @@ static inline constexpr int64_t activation_scales_at(Format format, int64_t cols
   return num_groups(cols) * (2 * kGroupSize + (format == Format::q8 ? 4 : 0));
 }
 static inline constexpr int64_t activation_negated_sums_at(Format format, int64_t cols) {
-  const int64_t behind = format == Format::q8 ? 8 : quant_format(format).parts() == 1 ? 12 : 16;
+  const QuantFormat quant = quant_format(format);
+  const int64_t behind = format == Format::q8 ? 8 : quant.parts() == 1 ? 12 : quant.is_paired() ? 24 : 16;
   return num_groups(cols) * (2 * kGroupSize + behind);
 }
 static inline constexpr int64_t activation_sums_at(int64_t cols) {
-  return num_groups(cols) * (2 * kGroupSize + 24);
+  return num_groups(cols) * (2 * kGroupSize + 28);
 }
 // An odd number of cache lines, so that the same column of many tokens does not fall into few sets of the
 // cache.
 static inline constexpr int64_t activation_bytes(int64_t cols) {
-  return round_up(num_groups(cols) * (2 * kGroupSize + 28), 128) + 64;
+  return round_up(num_groups(cols) * (2 * kGroupSize + 32), 128) + 64;
 }
 
 }  // namespace argosy
