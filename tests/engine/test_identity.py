@@ -20,7 +20,17 @@ from argosy.checkpoint.pack import pack
 from argosy.model.families import open_model
 from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.safetensors_file import Array
-from tests.models.tiny import RawConfig, gpt_oss, mixtral, prompt_ids, qwen2_moe, qwen3_moe, write_model
+from tests.models.tiny import (
+    RawConfig,
+    glm4_moe,
+    gpt_oss,
+    mixtral,
+    olmoe,
+    prompt_ids,
+    qwen2_moe,
+    qwen3_moe,
+    write_model,
+)
 from tests.models.tiny_latent import deepseek_v3
 
 NUM_NEW = 12
@@ -47,13 +57,25 @@ CONFIGS = {
         attention_bias=True,
         rope_scaling={"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16},
     ),
-    "deepseek_v3": deepseek_v3(
+    "deepseek_v3": deepseek_v3(  # latent attention, groups of experts, a bias for the choice, a dense layer
         max_position_embeddings=1024,
+        n_routed_experts=12,
         num_attention_heads=17,
         num_key_value_heads=17,
         qk_nope_head_dim=16,
         v_head_dim=16,
     ),
+    "glm4_moe": glm4_moe(  # a part of the head turns, groups of experts, a bias for the choice alone
+        max_position_embeddings=1024,
+        hidden_size=72,
+        n_routed_experts=15,
+        n_group=3,
+        topk_group=2,
+        num_experts_per_tok=4,
+        use_qk_norm=True,
+        routed_scaling_factor=1.5,
+    ),
+    "olmoe": olmoe(max_position_embeddings=1024, clip_qkv=0.8, num_experts=9, num_experts_per_tok=3),
 }
 GPT_OSS = gpt_oss(  # sinks, alternate windows, biases of experts
     max_position_embeddings=1024,

@@ -264,7 +264,7 @@ def minimax_m2(**changes: Any) -> RawConfig:
     return {
         "architectures": ["MiniMaxM2ForCausalLM"],
         "attention_dropout": 0.0,
-        "attn_type_list": [1] * changes.get("num_hidden_layers", 3),
+        "attn_type_list": [1] * min(changes.get("num_hidden_layers", 3), 100),
         "bos_token_id": None,
         "eos_token_id": 2,
         "head_dim": 12,

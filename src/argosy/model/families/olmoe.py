@@ -70,6 +70,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     """
     reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
     common = reader.common()
+    reader.neutral("attention.clamp_kqv", 0.0)
     width = reader.integer("feed_forward_length")
     config = ModelConfig(
         family=MODEL_TYPE,
