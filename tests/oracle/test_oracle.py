@@ -251,6 +251,10 @@ def test_an_absent_key_has_the_default_of_transformers(
     family: Callable[..., RawConfig], missing: str, tmp_path: Path
 ) -> None:
     sizes: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 16, "head_dim": 4}
+    if family is minimax_m2:
+        if missing == "head_dim":
+            pytest.skip("128 there, whatever the other sizes are: too large a model for this test")
+        sizes["rotary_dim"] = 2
     config = family(**sizes, num_key_value_heads=DEFAULT_KV_HEADS[family.__name__])
     write_model(tmp_path, config, seed=2)
     without = {key: value for key, value in config.items() if key != missing}
