@@ -9,6 +9,8 @@
 #include "kernels/combine.h"
 #include "kernels/kernel_table.h"
 #include "kernels/kv_write.h"
+#include "kernels/latent_attention.h"
+#include "kernels/matmul_f8.h"
 #include "kernels/matmul_float.h"
 #include "kernels/matmul_quantized.h"
 #include "kernels/probe.h"
@@ -17,6 +19,7 @@
 #include "kernels/rope.h"
 #include "kernels/route.h"
 #include "kernels/swiglu.h"
+#include "kernels/transcode_f8.h"
 #include "kernels/transcode_panel.h"
 
 namespace argosy {
@@ -25,7 +28,7 @@ namespace {
 constexpr KernelTable kernel_table_named(const char* name) {
   return {
       .name = name,
-      .matmul = {matmul_float<F32Weights>, matmul_float<F16Weights>, matmul_float<Bf16Weights>,
+      .matmul = {matmul_float<F32Weights>, matmul_float<F16Weights>, matmul_float<Bf16Weights>, matmul_f8,
                  matmul_quantized<Format::q8>, matmul_quantized<Format::q4>, matmul_quantized<Format::q4_1>,
                  matmul_quantized<Format::q5_0>, matmul_quantized<Format::q4_k>,
                  matmul_quantized<Format::q5_k>, matmul_quantized<Format::q6_k>,
@@ -42,7 +45,9 @@ constexpr KernelTable kernel_table_named(const char* name) {
                     transcode_panels<BlockType::q3_k>, transcode_panels<BlockType::iq4_nl>,
                     transcode_panels<BlockType::iq4_xs>, transcode_panels<BlockType::mxfp4>,
                     transcode_panels<BlockType::int4_quants>, transcode_panels<BlockType::int4_scales>,
-                    transcode_panels<BlockType::mxfp4_quants>, transcode_panels<BlockType::mxfp4_scales>},
+                    transcode_panels<BlockType::mxfp4_quants>, transcode_panels<BlockType::mxfp4_scales>,
+                    transcode_f8_codes, transcode_f8_scales<BlockType::f8_scales>,
+                    transcode_f8_scales<BlockType::f8_scales_bf16>},
       .dequantize_row = dequantize_row,
       .rms_norm = rms_norm,
       .rope = rope,
@@ -52,6 +57,9 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .add_sigmoid_gated = add_sigmoid_gated,
       .kv_write = kv_write,
       .attention = attention,
+      .latent_attention = latent_attention,
+      .latent_merge = latent_merge,
+      .latent_finish = latent_finish,
       .read_memory = read_memory,
       .multiply_int8 = multiply_int8,
       .int8_products_per_round = kInt8ProductsPerRound,

@@ -28,6 +28,7 @@
 #include <vector>
 
 #include "ops/attention.h"
+#include "ops/latent_attention.h"
 #include "ops/matmul.h"
 #include "ops/rotary.h"
 #include "ops/runtime.h"
@@ -55,7 +56,20 @@ struct GroupedQueryAttention {
   float scale = 0;     // of the scores
 };
 
-using Mixer = std::variant<GroupedQueryAttention>;
+// Multi-head latent attention (arXiv:2405.04434): compressed query and compressed keys and values -> norms ->
+// rotary of the dimensions that turn -> KV cache -> attention -> output projection.
+struct LatentAttention {
+  std::optional<MatrixView> query_down;  // [query_rank, hidden]; none: `query` takes the hidden state
+  const float* query_norm = nullptr;     // [query_rank], with query_down
+  MatrixView query;                      // [num_heads * (nope_dim + rope_dim), query_rank or hidden]
+  MatrixView kv_down;                    // [kv_rank + rope_dim, hidden]
+  const float* kv_norm = nullptr;        // [kv_rank]
+  LatentHeads heads;
+  MatrixView output;  // [hidden, num_heads * value_dim]
+  float norm_eps = 0;
+};
+
+using Mixer = std::variant<GroupedQueryAttention, LatentAttention>;
 
 struct DenseFfn {
   ExpertView network;
@@ -111,8 +125,9 @@ struct StackDescription {
 struct StackBuffers {
   int64_t max_tokens;
   float *hidden, *normed, *block;  // [hidden]; `block` is what a block adds to the hidden state
-  float *query, *attended;         // [num_heads * head_dim]
-  float *key, *value;              // [kv_heads * head_dim]
+  float *query, *attended;         // [num_heads * head_dim]; attended [num_heads * value_dim]
+  float *key, *value;              // [kv_heads * head_dim]; key [kv_rank + rope_dim]
+  float* query_latent;             // [query_rank]
   float *cosine, *sine;            // [pairs]
   float* router_logits;            // [num_experts]
   float* routing_weights;          // [k]
@@ -184,6 +199,7 @@ class Stack {
   enum class Stage { begun, between_layers, waits_for_experts, done };
 
   void mix(const GroupedQueryAttention& attention);
+  void mix(const LatentAttention& attention);
   bool feed_forward(const DenseFfn& ffn);  // false: it waits for experts
   bool feed_forward(const RoutedFfn& ffn);
   void dispatch(const RoutedFfn& ffn);

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.models import tiny_latent
 from tests.models.safetensors_file import Array, decode, encode, write_checkpoint
 
 RawConfig = dict[str, Any]
@@ -322,18 +323,27 @@ def respelt(config: RawConfig, *, theta: float, **scaling: Any) -> RawConfig:
     }
 
 
+def text_of(config: RawConfig) -> RawConfig:
+    """The text model's part of a config."""
+    return config.get("text_config", config)
+
+
 def head_dim(config: RawConfig) -> int:
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
 def num_experts(config: RawConfig) -> int:
+    text = text_of(config)
     return next(
-        config[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in config
+        text[name] for name in ("num_local_experts", "num_experts", "n_routed_experts") if name in text
     )
 
 
 def moe_layers(config: RawConfig) -> list[int]:
     """Layers with routed experts: behind the dense ones, or 'every n-th, counted from the n-th' less those listed."""
+    if config["model_type"] in tiny_latent.LATENT_FAMILIES:
+        text = text_of(config)
+        return [i for i in range(text["num_hidden_layers"]) if tiny_latent.is_moe(text, i)]
     if "first_k_dense_replace" in config:
         return list(range(config["first_k_dense_replace"], config["num_hidden_layers"]))
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
@@ -342,6 +352,8 @@ def moe_layers(config: RawConfig) -> list[int]:
 
 def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of every tensor that the hub's checkpoint of this config holds."""
+    if config["model_type"] in tiny_latent.LATENT_FAMILIES:
+        return tiny_latent.latent_shapes(config)
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     q_rows = config["num_attention_heads"] * head_dim(config)
     kv_rows = config["num_key_value_heads"] * head_dim(config)
@@ -448,7 +460,7 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
             values = noise
         elif "embed_tokens" in name:
             # A tied table is the head too: at unit size a token would only ever predict itself.
-            values = noise * (0.5 * shape[1] ** -0.5 if config["tie_word_embeddings"] else 1.0)
+            values = noise * (0.5 * shape[1] ** -0.5 if text_of(config)["tie_word_embeddings"] else 1.0)
         elif name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight", "mlp.router.weight")):
             values = noise * (1.5 * shape[1] ** -0.5)
         else:
@@ -469,4 +481,7 @@ def write_model(
 
 
 def prompt_ids(config: RawConfig, seed: int, num_tokens: int = PROMPT_TOKENS) -> list[int]:
-    return [int(i) for i in np.random.default_rng([seed, 1]).integers(3, config["vocab_size"], num_tokens)]
+    return [
+        int(i)
+        for i in np.random.default_rng([seed, 1]).integers(3, text_of(config)["vocab_size"], num_tokens)
+    ]

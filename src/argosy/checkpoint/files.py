@@ -18,17 +18,17 @@ Elsewhere: bytes move in `native/store/`, which transcodes; which experts are re
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from argosy.checkpoint.json_strict import quote
 from argosy.config import Format, ModelConfig
-from argosy.errors import CheckpointError
+from argosy.errors import CheckpointError, UnsupportedModel
 
 if TYPE_CHECKING:
     from argosy.checkpoint.gguf import GgufFile
@@ -39,6 +39,7 @@ BYTES_PER_VALUE = {"f32": 4, "f16": 2, "bf16": 2}
 
 GROUP_COLS = 32  # quantised: columns that share a scale
 PANEL_ROWS = 16  # quantised: rows that lie interleaved
+F8_BLOCK = 128  # f8: rows and columns of a block, whose weights share a scale
 _SUPER_COLS = 256  # K formats, iq4_xs: columns that share the scale of the scales
 _PANEL_ALIGNMENT = 64
 
@@ -94,10 +95,32 @@ def matrix_bytes(format: Format, rows: int, cols: int) -> int:
     """Bytes of a matrix in a format; the kernels' own rule, here without the kernels."""
     if format in BYTES_PER_VALUE:
         return rows * cols * BYTES_PER_VALUE[format]
+    if format == "f8":
+        return -(-rows // F8_BLOCK) * f8_scales_bytes(cols) + rows * cols
     block_cols, block_bytes = _PANEL_BLOCKS[format]
     panel_bytes = -(-cols // block_cols) * block_bytes
     panel_bytes = -(-panel_bytes // _PANEL_ALIGNMENT) * _PANEL_ALIGNMENT
     return -(-rows // PANEL_ROWS) * panel_bytes
+
+
+def f8_scales_bytes(cols: int) -> int:
+    """Bytes of the scales that lie before each 128 rows of codes."""
+    return -(-4 * -(-cols // F8_BLOCK) // 64) * 64
+
+
+def rows_together(format: Format) -> int:
+    """How many rows share what lies beside their weights: a matrix may be cut behind each so many."""
+    if format in BYTES_PER_VALUE:
+        return 1
+    return F8_BLOCK if format == "f8" else PANEL_ROWS
+
+
+class KeyValueRows(NamedTuple):
+    """How the rows of the matrix that makes keys and values of a latent vector lie: head by head, key first."""
+
+    num_heads: int
+    key_rows: int
+    value_rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +132,7 @@ class MatrixRef:
     the order of a rotary kernel that turns adjacent pairs, and whoever reads puts them in halves (`in_halves`).
     Where `turn` is set, values of two tensors alternate in the `nbytes` of the file, and this one's are the first,
     third ... (0) or the second, fourth ... (1).
+    Where `key_value_rows` is set, whoever reads splits the matrix in two (`model/latent_up.py`).
     """
 
     name: str
@@ -122,10 +146,11 @@ class MatrixRef:
     block_type: str | None = None
     paired_heads: int = 0
     turn: int | None = None
+    key_value_rows: KeyValueRows | None = None
 
     @property
     def landed_bytes(self) -> int:
-        """Bytes that it takes in memory."""
+        """Bytes that it takes in memory, before anything is split."""
         return matrix_bytes(self.format, self.rows, self.cols)
 
 
@@ -216,6 +241,24 @@ class ModelFiles:
     experts: Mapping[tuple[int, int], ExpertRecord]
     is_packed: bool = False
     header: GgufFile | None = None  # of the GGUF file, for whoever needs the rest of its metadata
+
+    def __post_init__(self) -> None:
+        latent, num_heads = self.config.latent, self.config.num_heads
+        if latent is None:
+            return
+        rows = KeyValueRows(num_heads, latent.nope_dim, latent.value_dim)
+        dense = dict(self.dense)
+        for name, ref in self.dense.items():
+            if name.endswith(".kv_up"):
+                dense[name] = replace(ref, key_value_rows=rows)
+            elif name.endswith((".k_up", ".v_up")) and ref.rows // num_heads % rows_together(ref.format):
+                raise UnsupportedModel(
+                    f"{self.path.name}: {quote(ref.name)} is {ref.format} with {ref.rows // num_heads} rows for each "
+                    f"head; supported: a multiple of {rows_together(ref.format)}, or f32, f16, bf16",
+                    path=self.path,
+                    tensor=ref.name,
+                )
+        object.__setattr__(self, "dense", dense)
 
     @cached_property
     def dense_bytes(self) -> int:

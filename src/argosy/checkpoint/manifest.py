@@ -186,6 +186,9 @@ def read_manifest(directory: Path) -> Manifest:
             raise reader.wrong("files", name, "plain file names")
         files[name] = reader.count(file["nbytes"], name), str(file["blake3"])
     config = cast(ModelConfig, _from_json(ModelConfig, contents["config"], "config", reader))
+    for mixer, sizes in (("latent", config.latent), ("delta", config.delta)):
+        if sizes is None and any(layer.mixer == mixer for layer in config.layers):
+            raise reader.wrong(f"config.{mixer}", None, f"an object, for layers whose mixer is {mixer}")
     return Manifest(
         format=str(contents["format"]),
         config=config,
@@ -413,6 +416,7 @@ def _from_json(kind: Any, value: object, where: str, reader: _Strict) -> object:
         if value is None:
             return None
         kind = next(option for option in get_args(kind) if option is not types.NoneType)
+        return _from_json(kind, value, where, reader)
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
