@@ -7,6 +7,7 @@
 #include "kernels/activations.h"
 #include "kernels/attention.h"
 #include "kernels/combine.h"
+#include "kernels/gated_delta.h"
 #include "kernels/kernel_table.h"
 #include "kernels/kv_write.h"
 #include "kernels/matmul_float.h"
@@ -43,8 +44,12 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .silu_mul = silu_mul,
       .combine = combine,
       .add_sigmoid_gated = add_sigmoid_gated,
+      .mul_sigmoid = mul_sigmoid,
       .kv_write = kv_write,
       .attention = attention,
+      .delta_gates = delta_gates,
+      .delta_conv = delta_conv,
+      .delta_rule = delta_rule,
       .read_memory = read_memory,
       .multiply_int8 = multiply_int8,
       .int8_products_per_round = kInt8ProductsPerRound,

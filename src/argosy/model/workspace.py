@@ -20,7 +20,8 @@ def buffer_columns(config: ModelConfig) -> dict[str, int]:
     """Columns per token of every buffer, of four bytes each."""
     query = config.num_heads * config.head_dim
     key = config.num_kv_heads * config.head_dim
-    hidden = config.hidden_size
+    hidden, delta = config.hidden_size, config.delta
+    gated = 2 * query if config.has_output_gate else 0
     return {
         "hidden": hidden,
         "normed": hidden,
@@ -28,7 +29,9 @@ def buffer_columns(config: ModelConfig) -> dict[str, int]:
         "query": query,
         "key": key,
         "value": key,
-        "attended": query,
+        "attended": max(query, delta.value_channels if delta else 0),
+        "projected": max(gated, delta.conv_channels + delta.value_channels if delta else 0),
+        "delta_gates": 2 * delta.num_value_heads if delta else 0,
         "cosine": config.rope.rotary_dim // 2,
         "sine": config.rope.rotary_dim // 2,
         "router_logits": config.num_experts,
