@@ -10,6 +10,7 @@
 
 #include "bind/bind.h"
 #include "bind/matrix.h"
+#include "bind/routing.h"
 #include "kernels/kernel_table.h"
 #include "ops/attention.h"
 #include "ops/layer.h"
@@ -164,7 +165,7 @@ void bind_layer(nb::module_& m) {
 
   m.def(
       "rope",
-      [](Runtime& runtime, const OutArray& x, const Array& cosine, const Array& sine) {
+      [](Runtime& runtime, const OutArray& x, const Array& cosine, const Array& sine, bool is_interleaved) {
         float* values = write_array<float>("x", x, {kAnySize, kAnySize, kAnySize});
         const int64_t num_tokens = int64_t(x.shape(0));
         const float* c = read_array<float>("cosine", cosine, {num_tokens, kAnySize});
@@ -173,24 +174,37 @@ void bind_layer(nb::module_& m) {
         const int64_t head_dim = int64_t(x.shape(2));
         require_range("rotated dimensions", 2 * num_pairs, 0, head_dim);
         nb::gil_scoped_release released;
-        rope(runtime, values, num_tokens, int64_t(x.shape(1)), head_dim, c, s, num_pairs);
+        rope(runtime, values, num_tokens, int64_t(x.shape(1)), head_dim, c, s, num_pairs, is_interleaved);
       },
-      "runtime"_a, "x"_a.noconvert(), "cosine"_a, "sine"_a);
+      "runtime"_a, "x"_a.noconvert(), "cosine"_a, "sine"_a, "is_interleaved"_a = false);
+
+  nb::class_<Routing>(m, "Routing")
+      .def(
+          "__init__",
+          [](Routing* self, int64_t experts_per_token, const std::string& score,
+             const std::optional<Array>& choice_bias, int64_t num_groups, int64_t kept_groups,
+             const std::string& group_score, bool renormalize, float renormalize_eps, float scale) {
+            new (self) Routing(make_routing(experts_per_token, score, choice_bias, num_groups, kept_groups,
+                                            group_score, renormalize, renormalize_eps, scale));
+          },
+          "experts_per_token"_a, nb::kw_only(), "score"_a, "choice_bias"_a.none() = nb::none(),
+          "num_groups"_a = 1, "kept_groups"_a = 1, "group_score"_a = "top2", "renormalize"_a,
+          "renormalize_eps"_a = 0.0f, "scale"_a = 1.0f);
 
   m.def(
       "route",
-      [](Runtime& runtime, const Array& logits, int64_t k, bool renormalize, const OutArray& ids,
+      [](Runtime& runtime, const Routing& routing, const Array& logits, const OutArray& ids,
          const OutArray& weights) {
         const float* from = read_array<float>("logits", logits, {kAnySize, kAnySize});
         const int64_t num_tokens = int64_t(logits.shape(0));
         const int64_t num_experts = int64_t(logits.shape(1));
-        require_range("k", k, 1, num_experts);
-        int32_t* chosen = write_array<int32_t>("ids", ids, {num_tokens, k});
-        float* to = write_array<float>("weights", weights, {num_tokens, k});
+        const RouteRule rule = routing.checked(num_experts);
+        int32_t* chosen = write_array<int32_t>("ids", ids, {num_tokens, rule.k});
+        float* to = write_array<float>("weights", weights, {num_tokens, rule.k});
         nb::gil_scoped_release released;
-        route(runtime, from, num_tokens, num_experts, k, renormalize, chosen, to);
+        route(runtime, rule, from, num_tokens, num_experts, chosen, to);
       },
-      "runtime"_a, "logits"_a, "k"_a, "renormalize"_a, "ids"_a.noconvert(), "weights"_a.noconvert());
+      "runtime"_a, "routing"_a, "logits"_a, "ids"_a.noconvert(), "weights"_a.noconvert());
 
   m.def(
       "combine",
@@ -273,22 +287,27 @@ bool is_f16(const std::string& dtype) {
 }
 
 void bind_attention(nb::module_& m) {
+  nb::class_<KvShape>(m, "KvShape")
+      .def_static("keys_values", &KvShape::keys_values, "kv_heads"_a, "head_dim"_a)
+      .def_static("latent", &KvShape::latent, "dim"_a)
+      .def_static("none", [] { return KvShape{}; });
+
   m.def(
       "kv_cache_bytes",
-      [](int64_t num_layers, int64_t num_blocks, int64_t block_tokens, int64_t kv_heads, int64_t head_dim,
+      [](const std::vector<KvShape>& layers, int64_t num_blocks, int64_t block_tokens,
          const std::string& dtype) {
-        return KvCache::bytes(num_layers, num_blocks, block_tokens, kv_heads, head_dim, is_f16(dtype));
+        return KvCache::bytes(layers, num_blocks, block_tokens, is_f16(dtype));
       },
-      "num_layers"_a, "num_blocks"_a, "block_tokens"_a, "kv_heads"_a, "head_dim"_a, "dtype"_a);
+      "layers"_a, "num_blocks"_a, "block_tokens"_a, "dtype"_a);
 
   nb::class_<KvCache>(m, "KvCache")
       .def(
           "__init__",
-          [](KvCache* self, int64_t num_layers, int64_t num_blocks, int64_t block_tokens, int64_t kv_heads,
-             int64_t head_dim, const std::string& dtype) {
-            new (self) KvCache(num_layers, num_blocks, block_tokens, kv_heads, head_dim, is_f16(dtype));
+          [](KvCache* self, const std::vector<KvShape>& layers, int64_t num_blocks, int64_t block_tokens,
+             const std::string& dtype) {
+            new (self) KvCache(layers, num_blocks, block_tokens, is_f16(dtype));
           },
-          "num_layers"_a, "num_blocks"_a, "block_tokens"_a, "kv_heads"_a, "head_dim"_a, "dtype"_a)
+          "layers"_a, "num_blocks"_a, "block_tokens"_a, "dtype"_a)
       .def_prop_ro("nbytes", &KvCache::nbytes);
 
   m.def(
@@ -296,7 +315,8 @@ void bind_attention(nb::module_& m) {
       [](Runtime& runtime, KvCache& kv, int64_t layer, const Array& keys, const Array& values,
          const Array& slots) {
         require_range("layer", layer, 0, kv.num_layers() - 1);
-        const KvLayer& shape = kv.shape();
+        const KvShape& shape = kv.shape(layer);
+        require_kind(shape, KvShape::Kind::keys_values);
         const int64_t* at = read_array<int64_t>("slots", slots, {kAnySize});
         const int64_t num_tokens = int64_t(slots.shape(0));
         const float* k = read_array<float>("keys", keys, {num_tokens, shape.kv_heads, shape.head_dim});
@@ -313,13 +333,15 @@ void bind_attention(nb::module_& m) {
          const Array& sequence, const Array& position, float scale, int64_t window, const OutArray& out) {
         require_range("layer", layer, 0, kv.num_layers() - 1);
         require_range("window", window, 0, INT32_MAX);
+        const KvShape& shape = kv.shape(layer);
+        require_kind(shape, KvShape::Kind::keys_values);
         AttentionBatch batch = {};
-        batch.q = read_array<float>("q", q, {kAnySize, kAnySize, kv.shape().head_dim});
+        batch.q = read_array<float>("q", q, {kAnySize, kAnySize, shape.head_dim});
         batch.num_tokens = int64_t(q.shape(0));
         batch.num_heads = int64_t(q.shape(1));
-        if (batch.num_heads == 0 || batch.num_heads % kv.shape().kv_heads != 0) {
+        if (batch.num_heads == 0 || batch.num_heads % shape.kv_heads != 0) {
           refuse("q has " + std::to_string(batch.num_heads) + " heads, expected a multiple of the " +
-                 std::to_string(kv.shape().kv_heads) + " KV heads");
+                 std::to_string(shape.kv_heads) + " KV heads");
         }
         batch.block_table = read_array<int32_t>("block_table", block_table, {kAnySize, kAnySize});
         batch.max_blocks = int64_t(block_table.shape(1));
@@ -327,7 +349,7 @@ void bind_attention(nb::module_& m) {
         batch.position = read_array<int32_t>("position", position, {batch.num_tokens});
         batch.scale = scale;
         batch.window = window;
-        float* to = write_array<float>("out", out, {batch.num_tokens, batch.num_heads * kv.shape().head_dim});
+        float* to = write_array<float>("out", out, {batch.num_tokens, batch.num_heads * shape.head_dim});
         require_blocks(kv, batch, int64_t(block_table.shape(0)));
         nb::gil_scoped_release released;
         attention(runtime, kv.layer(layer), batch, to);

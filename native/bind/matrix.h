@@ -99,9 +99,16 @@ inline std::vector<ExpertView> view_experts(const uint8_t* data, int64_t nbytes,
   return experts;
 }
 
+inline void require_kind(const KvShape& shape, KvShape::Kind kind) {
+  constexpr const char* kNames[] = {"nothing", "keys and values", "latent vectors"};
+  if (shape.kind == kind) return;
+  refuse(std::string("a layer that keeps ") + kNames[int(shape.kind)] + ", expected one that keeps " +
+         kNames[int(kind)]);
+}
+
 inline void require_slots(const KvCache& kv, const int64_t* slots, int64_t num_tokens) {
   for (int64_t i = 0; i < num_tokens; ++i)
-    require_range("a slot", slots[i], 0, kv.num_blocks() * kv.shape().block_tokens - 1);
+    require_range("a slot", slots[i], 0, kv.num_blocks() * kv.block_tokens() - 1);
 }
 
 // gate and up [width, hidden], down [hidden, width].
@@ -116,7 +123,7 @@ inline ExpertView view_network(const Matrix& gate, const Matrix& up, const Matri
 // Every block that the positions of the batch reach is a block of the cache.
 inline void require_blocks(const KvCache& kv, const AttentionBatch& batch, int64_t num_sequences) {
   require_ids("sequence", batch.sequence, batch.num_tokens, num_sequences);
-  require_ids("position", batch.position, batch.num_tokens, batch.max_blocks * kv.shape().block_tokens);
+  require_ids("position", batch.position, batch.num_tokens, batch.max_blocks * kv.block_tokens());
   for (int64_t token = 0; token < batch.num_tokens; ++token) {
     const int64_t last = batch.position[token];
     // The next token of the same sequence sees all that this one sees, or more.
@@ -126,8 +133,8 @@ inline void require_blocks(const KvCache& kv, const AttentionBatch& batch, int64
     }
     const int64_t first = batch.window > 0 ? std::max<int64_t>(0, last - batch.window + 1) : 0;
     const int32_t* row = batch.block_table + batch.sequence[token] * batch.max_blocks;
-    const int64_t first_block = first / kv.shape().block_tokens;
-    require_ids("block_table", row + first_block, last / kv.shape().block_tokens + 1 - first_block,
+    const int64_t first_block = first / kv.block_tokens();
+    require_ids("block_table", row + first_block, last / kv.block_tokens() + 1 - first_block,
                 kv.num_blocks());
   }
 }

@@ -21,6 +21,7 @@
 #include "bind/bind.h"
 #include "bind/matrix.h"
 #include "bind/recurrent.h"
+#include "bind/routing.h"
 
 namespace argosy {
 
@@ -144,13 +145,17 @@ BoundFfn dense_ffn(const Matrix& gate, const Matrix& up, const Matrix& down) {
   return bound;
 }
 
-BoundFfn routed_ffn(const Matrix& router, int64_t experts_per_token, bool renormalize, int64_t width,
-                    const FormatNames& formats, const std::optional<NetworkOfMatrices>& shared,
+BoundFfn routed_ffn(const Matrix& router, const Routing& routing, const std::optional<Array>& router_bias,
+                    int64_t width, const FormatNames& formats, const std::optional<NetworkOfMatrices>& shared,
                     const Matrix* shared_score) {
-  require_range("experts_per_token", experts_per_token, 1, router.view.rows);
   BoundFfn bound;
   RoutedFfn ffn = {};
-  ffn.router = {bound.kept.keep(router), experts_per_token, renormalize};
+  ffn.router = {
+      .matrix = bound.kept.keep(router),
+      .bias = bound.kept.keep("router_bias", router_bias, router.view.rows),
+      .rule = routing.checked(router.view.rows),
+  };
+  if (routing.choice_bias) bound.kept.arrays.push_back(*routing.choice_bias);
   ffn.width = width;
   ffn.formats = parse_formats(formats);
   if (shared) {
@@ -163,7 +168,10 @@ BoundFfn routed_ffn(const Matrix& router, int64_t experts_per_token, bool renorm
 }
 
 // Proves that the blocks of a layer fit the hidden state, the cache and each other.
-void require_fit(const GroupedQueryAttention& mixer, const KvLayer& kv, int64_t hidden) {
+void require_fit(const GroupedQueryAttention& mixer, const KvShape& kv, const Rotary& rotary,
+                 int64_t hidden) {
+  require_kind(kv, KvShape::Kind::keys_values);
+  require_range("rotated dimensions", 2 * rotary.num_pairs(), 0, kv.head_dim);
   const int64_t attended = mixer.num_heads * kv.head_dim;
   require_size("rows of query", mixer.query.rows, mixer.has_gate ? 2 * attended : attended);
   require_size("heads modulo KV heads", mixer.num_heads % kv.kv_heads, 0);
@@ -176,7 +184,8 @@ void require_fit(const GroupedQueryAttention& mixer, const KvLayer& kv, int64_t 
   require_size("columns of output", mixer.output.cols, attended);
 }
 
-void require_fit(const GatedDeltaNet& net, const KvLayer&, int64_t hidden) {
+void require_fit(const GatedDeltaNet& net, const KvShape& kv, const Rotary&, int64_t hidden) {
+  require_kind(kv, KvShape::Kind::none);
   for (const MatrixView* matrix : {&net.qkv, &net.b})
     require_size("columns of qkv or b", matrix->cols, hidden);
   if (net.z) require_size("columns of z", net.z->cols, hidden);
@@ -225,7 +234,7 @@ struct BufferColumns {
   void widen(const DenseFfn&) {}
   void widen(const RoutedFfn& ffn) {
     experts = std::max(experts, ffn.router.matrix.rows);
-    k = std::max(k, ffn.router.k);
+    k = std::max(k, ffn.router.rule.k);
   }
 };
 
@@ -238,7 +247,6 @@ class BoundStack {
       : recurrent_(recurrent), hidden_(embedding.view.cols) {
     RecurrentState* state = recurrent.is_none() ? nullptr : nb::cast<RecurrentState*>(recurrent);
     require_size("columns of head", head.view.cols, hidden_);
-    require_range("rotated dimensions", 2 * rotary.num_pairs(), 0, kv.shape().head_dim);
     require_size("number of layers", int64_t(layers.size()), kv.num_layers());
     if (arena != nullptr) experts_ = {nb::object(), arena->hold(), arena->data(), int64_t(arena->size())};
 
@@ -256,8 +264,9 @@ class BoundStack {
       kept_.keep(ffn->kept);
       description.layers.push_back({kept_.keep("mixer_norm", mixer_norm, hidden_), mixer->mixer,
                                     kept_.keep("ffn_norm", ffn_norm, hidden_), ffn->ffn});
+      const KvShape& shape = kv.shape(int64_t(description.layers.size()) - 1);
       const auto check_mixer = [&](const auto& block) {
-        require_fit(block, kv.shape(), hidden_);
+        require_fit(block, shape, rotary, hidden_);
         require_state(block, state);
         columns.widen(block);
       };
@@ -452,17 +461,18 @@ void bind_stack(nb::module_& m) {
       "qkv"_a, "b"_a, "output"_a, nb::kw_only(), "z"_a.none() = nb::none(), "a"_a.none() = nb::none(),
       "conv"_a, "rate"_a, "dt_bias"_a, "norm"_a, "sizes"_a, "is_tiled"_a, "state_layer"_a);
   m.def("dense_ffn", &dense_ffn, "gate"_a, "up"_a, "down"_a);
-  m.def("routed_ffn", &routed_ffn, "router"_a, nb::kw_only(), "experts_per_token"_a, "renormalize"_a,
-        "width"_a, "formats"_a, "shared"_a.none() = nb::none(), "shared_score"_a.none() = nb::none());
+  m.def("routed_ffn", &routed_ffn, "router"_a, "routing"_a, nb::kw_only(),
+        "router_bias"_a.none() = nb::none(), "width"_a, "formats"_a, "shared"_a.none() = nb::none(),
+        "shared_score"_a.none() = nb::none());
 
   nb::class_<Rotary>(m, "Rotary")
       .def(
           "__init__",
-          [](Rotary* self, const Array& inverse_frequency, double scale) {
+          [](Rotary* self, const Array& inverse_frequency, double scale, bool is_interleaved) {
             const double* from = read_array<double>("inverse_frequency", inverse_frequency, {kAnySize});
-            new (self) Rotary{{from, from + inverse_frequency.shape(0)}, scale};
+            new (self) Rotary{{from, from + inverse_frequency.shape(0)}, scale, is_interleaved};
           },
-          "inverse_frequency"_a, "scale"_a)
+          "inverse_frequency"_a, "scale"_a, "is_interleaved"_a = false)
       .def(
           "angles",
           [](const Rotary& self, Runtime& runtime, const Array& position, const OutArray& cosine,

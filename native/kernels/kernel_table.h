@@ -57,6 +57,13 @@ static inline uint8_t* value_head(const KvLayer& kv, int64_t block, int64_t head
   return kv.values + (block * kv.kv_heads + head) * value_head_bytes(kv);
 }
 
+// Where one layer with latent attention keeps its vectors: [blocks][block_tokens][dim] of float32 or float16.
+struct LatentLayer {
+  uint8_t* vectors;
+  int64_t block_tokens, dim;
+  bool is_f16;
+};
+
 struct KvWriteArgs {
   KvLayer kv;
   const float* keys;     // [num_tokens][kv_heads][head_dim]
@@ -122,6 +129,31 @@ struct DeltaRuleArgs {
   int64_t num_tokens, key_dim, value_dim;
 };
 
+enum class Score { softmax, sigmoid };
+enum class GroupScore { max, top2 };
+
+// How a token's experts follow from its logits (route.h).
+struct RouteRule {
+  int64_t k;                 // experts of a token
+  Score score;               // of all logits
+  const float* choice_bias;  // [num_experts], added to scores for the choice alone; nullptr: none
+  int64_t num_groups;        // of equal size, one behind the other
+  int64_t kept_groups;       // the best of them, which together hold k experts or more
+  GroupScore group_score;    // top2 needs groups of two or more
+  bool renormalize;          // weights are divided by their sum plus renormalize_eps
+  float renormalize_eps;
+  float scale;  // of the weights, last
+};
+
+struct RouteArgs {
+  RouteRule rule;
+  const float* logits;  // [num_experts]
+  int64_t num_experts;
+  int32_t* ids;    // [k]
+  float* weights;  // [k]
+  float* scratch;  // route_scratch_floats(num_experts)
+};
+
 // What transcode() takes.
 struct TranscodeArgs {
   const uint8_t* rows_data;
@@ -148,12 +180,11 @@ struct KernelTable {
 
   // out may be x.
   void (*rms_norm)(const float* x, const float* weight, int64_t cols, float eps, float* out);
-  // x [num_heads][head_dim]; cosine and sine [num_pairs]: dimension i turns with dimension i + num_pairs.
+  // x [num_heads][head_dim]; cosine and sine [num_pairs]: dimension i turns with dimension i + num_pairs, or
+  // dimension 2 i with 2 i + 1 where pairs are interleaved.
   void (*rope)(float* x, int64_t num_heads, int64_t head_dim, const float* cosine, const float* sine,
-               int64_t num_pairs);
-  void (*route)(const float* logits, int64_t num_experts, int64_t k, bool renormalize, int32_t* ids,
-                float* weights,
-                float* scratch);                                                // scratch: num_experts floats
+               int64_t num_pairs, bool is_interleaved);
+  void (*route)(const RouteArgs& args);
   void (*silu_mul)(const float* gate, const float* up, int64_t n, float* out);  // out may be gate or up
   void (*combine)(const float* expert_out, const float* weights, int64_t k, int64_t hidden, float* out);
   void (*add_sigmoid_gated)(const float* x, float gate_logit, int64_t hidden, float* out);
@@ -176,6 +207,9 @@ struct KernelTable {
 static inline constexpr int64_t attention_scratch_floats(int64_t head_dim) {
   return kMaxQueries * (kStretchKeys + 2 * round_up(head_dim, kKeyTile));
 }
+
+// The scores of all experts, what each is worth in the choice, and each group.
+static inline constexpr int64_t route_scratch_floats(int64_t num_experts) { return 3 * num_experts; }
 
 // "plain", "avx2", "avx512": those this CPU and its operating system can run, worst first.
 std::vector<std::string> instruction_sets();

@@ -1,9 +1,10 @@
-// rope.h: rotary position embedding of one token, in place (Su et al., arXiv:2104.09864; half-split pairs).
+// rope.h: rotary position embedding of one token, in place (Su et al., arXiv:2104.09864).
 //
 //   x  float32 [num_heads][head_dim].    cosine, sine  float32 [num_pairs], num_pairs <= head_dim / 2.
 //
-// Dimension i < num_pairs turns with dimension i + num_pairs; dimensions from 2 num_pairs on stay. One
-// version: each element is three operations whatever the vector width.
+// Dimension i < num_pairs turns with dimension i + num_pairs; where pairs are interleaved, dimension 2 i with
+// 2 i + 1, as in the paper. Dimensions from 2 num_pairs on stay. One version: each element is three
+// operations whatever the vector width.
 #pragma once
 
 #include "kernels/kernel_table.h"
@@ -11,8 +12,22 @@
 namespace argosy {
 namespace {
 
+void rope_interleaved(float* x, int64_t num_heads, int64_t head_dim, const float* __restrict cosine,
+                      const float* __restrict sine, int64_t num_pairs) {
+  for (int64_t head = 0; head < num_heads; ++head) {
+    float* __restrict pair = x + head * head_dim;
+    for (int64_t i = 0; i < num_pairs; ++i) {
+      const float a = pair[2 * i];
+      const float b = pair[2 * i + 1];
+      pair[2 * i] = a * cosine[i] - b * sine[i];
+      pair[2 * i + 1] = b * cosine[i] + a * sine[i];
+    }
+  }
+}
+
 void rope(float* x, int64_t num_heads, int64_t head_dim, const float* __restrict cosine,
-          const float* __restrict sine, int64_t num_pairs) {
+          const float* __restrict sine, int64_t num_pairs, bool is_interleaved) {
+  if (is_interleaved) return rope_interleaved(x, num_heads, head_dim, cosine, sine, num_pairs);
   for (int64_t head = 0; head < num_heads; ++head) {
     float* __restrict first = x + head * head_dim;
     float* __restrict second = first + num_pairs;

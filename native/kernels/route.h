@@ -1,10 +1,19 @@
 // route.h: the experts of one token, and the weight of each.
 //
-//   logits  float32 [num_experts].    ids  int32 [k], best first; on a tie the lower id wins.
-//   weights  float32 [k]: softmax over all experts at the chosen ones; with renormalize divided by their sum.
+//   score of expert e   softmax over all logits, or sigmoid of its own
+//   worth of e          score + choice_bias; without a bias its logit, in the same order, because two experts
+//   whose
+//                       scores round to the same number are then still told apart. NaN is worth minus
+//                       infinity
+//   worth of a group    its best expert's, or the sum of score + choice_bias of its best two
+//   ids    int32 [k]    the k experts of greatest worth, best first, of the kept_groups groups of greatest
+//   worth; what
+//                       lies in other groups is never chosen. On a tie the lower id wins, of experts and of
+//                       groups
+//   weights  float32 [k]  scores (no bias) of those; with renormalize divided by (their sum + eps); times
+//   scale
 //
-// Chosen by logit, so that two experts whose softmax rounds to the same number are still told apart. NaN
-// logits give NaN weights and k different ids all the same.
+// As DeepSeek-V3 has it (arXiv:2412.19437, section 2.1.2). NaN logits give k different ids all the same.
 #pragma once
 
 #include <math.h>
@@ -15,55 +24,122 @@
 namespace argosy {
 namespace {
 
-// Ranks from `rank` on; those before are chosen.
-inline void choose_experts(const float* logits, int64_t num_experts, int64_t rank, int64_t k, int32_t* ids) {
-  for (; rank < k; ++rank) {
-    int64_t best = -1;
-    for (int64_t expert = 0; expert < num_experts; ++expert) {
-      if (best >= 0 && !(logits[expert] > logits[best])) continue;
-      bool is_taken = false;
-      for (int64_t i = 0; i < rank; ++i) is_taken |= ids[i] == expert;
-      if (!is_taken) best = expert;
+// The first of the largest, which becomes NaN. Something is not NaN.
+inline int64_t take_best(float* left, int64_t n) {
+  int64_t best = -1;
+  for (int64_t i = 0; i < n; ++i) {
+    if (left[i] == left[i] && (best < 0 || left[i] > left[best])) best = i;
+  }
+  left[best] = NAN;
+  return best;
+}
+
+inline float or_least(float worth) { return worth == worth ? worth : -INFINITY; }
+
+// What lies outside of the best groups becomes NaN in `left`.
+inline void keep_groups(const RouteArgs& args, const float* scores, float* left, float* groups) {
+  const RouteRule& rule = args.rule;
+  const int64_t size = args.num_experts / rule.num_groups;
+  for (int64_t group = 0; group < rule.num_groups; ++group) {
+    const int64_t begin = group * size;
+    float best = -INFINITY, second = -INFINITY;
+    for (int64_t expert = begin; expert < begin + size; ++expert) {
+      float worth = left[expert];
+      if (rule.group_score == GroupScore::top2 && rule.choice_bias == nullptr) worth = scores[expert];
+      if (worth > best) {
+        second = best;
+        best = worth;
+      } else if (worth > second) {
+        second = worth;
+      }
     }
-    ids[rank] = int32_t(best);
+    groups[group] = or_least(rule.group_score == GroupScore::top2 ? best + second : best);
+  }
+  for (int64_t i = 0; i < rule.kept_groups; ++i) take_best(groups, rule.num_groups);
+  for (int64_t expert = 0; expert < args.num_experts; ++expert) {
+    if (groups[expert / size] == groups[expert / size]) left[expert] = NAN;
   }
 }
 
-inline void weigh_choice(const float* scores, float sum, int64_t k, bool renormalize, const int32_t* ids,
-                         float* weights) {
-  float chosen_sum = 0.0f;
-  for (int64_t rank = 0; rank < k; ++rank) {
-    weights[rank] = scores[ids[rank]] / sum;
-    chosen_sum += weights[rank];
+inline void weigh_choice(const RouteArgs& args, const float* scores) {
+  const RouteRule& rule = args.rule;
+  float sum = 0.0f;
+  for (int64_t rank = 0; rank < rule.k; ++rank) {
+    args.weights[rank] = scores[args.ids[rank]];
+    sum += args.weights[rank];
   }
-  for (int64_t rank = 0; renormalize && rank < k; ++rank) weights[rank] /= chosen_sum;
+  sum += rule.renormalize_eps;
+  for (int64_t rank = 0; rank < rule.k; ++rank) {
+    if (rule.renormalize) args.weights[rank] /= sum;
+    args.weights[rank] *= rule.scale;
+  }
 }
 
 #if !ARGOSY_VECTOR  // the reference
 
-void route(const float* logits, int64_t num_experts, int64_t k, bool renormalize, int32_t* ids,
-           float* weights, float* scratch) {
-  choose_experts(logits, num_experts, 0, k, ids);
-  const float most = logits[ids[0]];
-  float sum = 0.0f;
-  for (int64_t expert = 0; expert < num_experts; ++expert) {
-    scratch[expert] = expf(logits[expert] - most);
-    sum += scratch[expert];
+inline void score_experts(const RouteArgs& args, float* scores, float* left) {
+  const int64_t n = args.num_experts;
+  float most = -INFINITY, sum = 0.0f;
+  for (int64_t expert = 0; expert < n; ++expert)
+    most = args.logits[expert] > most ? args.logits[expert] : most;
+  for (int64_t expert = 0; expert < n; ++expert) {
+    const bool is_sigmoid = args.rule.score == Score::sigmoid;
+    scores[expert] =
+        is_sigmoid ? 1.0f / (1.0f + expf(-args.logits[expert])) : expf(args.logits[expert] - most);
+    sum += scores[expert];
   }
-  weigh_choice(scratch, sum, k, renormalize, ids, weights);
+  for (int64_t expert = 0; expert < n; ++expert) {
+    if (args.rule.score == Score::softmax) scores[expert] /= sum;
+    const float* bias = args.rule.choice_bias;
+    left[expert] = or_least(bias == nullptr ? args.logits[expert] : scores[expert] + bias[expert]);
+  }
+}
+
+inline void choose_experts(const RouteArgs& args, float* left) {
+  for (int64_t rank = 0; rank < args.rule.k; ++rank)
+    args.ids[rank] = int32_t(take_best(left, args.num_experts));
 }
 
 #else
 
-// The same with one pass over all logits for each rank; what is chosen becomes NaN in `left`. Each lane keeps
-// the first of its largest, and the lowest id among the lanes wins, so ties go as above.
-inline void choose_experts_in_lanes(const float* logits, int64_t num_experts, int64_t k, int32_t* ids,
-                                    float* left) {
-  const int64_t whole = num_experts / kLanes * kLanes;
-  const int64_t rest = num_experts - whole;
-  for (int64_t expert = 0; expert < whole; expert += kLanes) store(left + expert, load(logits + expert));
-  if (rest > 0) store(left + whole, load(logits + whole, rest), rest);
-  for (int64_t rank = 0; rank < k; ++rank) {
+inline void score_experts(const RouteArgs& args, float* scores, float* left) {
+  const float *logits = args.logits, *bias = args.rule.choice_bias;
+  const bool is_sigmoid = args.rule.score == Score::sigmoid;
+  const int64_t n = args.num_experts;
+  Vec most = broadcast(-INFINITY);
+  for (int64_t expert = 0; expert < n && !is_sigmoid; expert += kLanes) {
+    const int64_t lanes = n - expert < kLanes ? n - expert : kLanes;
+    most = max_or_second(keep_lanes(load(logits + expert, lanes), 0, lanes, -INFINITY), most);
+  }
+  most = broadcast(max_lanes(most));
+  Vec sums = zeros();
+  for (int64_t expert = 0; expert < n; expert += kLanes) {
+    const int64_t lanes = n - expert < kLanes ? n - expert : kLanes;
+    const Vec logit = load(logits + expert, lanes);
+    Vec score;
+    if (is_sigmoid) {
+      score = div(broadcast(1.0f), add(broadcast(1.0f), exp(sub(zeros(), logit))));
+    } else {
+      score = keep_lanes(exp(sub(logit, most)), 0, lanes, 0.0f);
+      sums = add(sums, score);
+    }
+    store(scores + expert, score, lanes);
+  }
+  const Vec sum = broadcast(is_sigmoid ? 1.0f : sum_lanes(sums));
+  for (int64_t expert = 0; expert < n; expert += kLanes) {
+    const int64_t lanes = n - expert < kLanes ? n - expert : kLanes;
+    const Vec score = div(load(scores + expert, lanes), sum);
+    store(scores + expert, score, lanes);
+    const Vec worth = bias == nullptr ? load(logits + expert, lanes) : add(score, load(bias + expert, lanes));
+    store(left + expert, max_or_second(worth, broadcast(-INFINITY)), lanes);
+  }
+}
+
+// One pass over all for each rank; what is chosen becomes NaN. Each lane keeps the first of its largest, and
+// the lowest id among the lanes wins, so ties go as above.
+inline void choose_experts(const RouteArgs& args, float* left) {
+  const int64_t n = args.num_experts, whole = n / kLanes * kLanes;
+  for (int64_t rank = 0; rank < args.rule.k; ++rank) {
     Vec best = broadcast(-INFINITY);
     Vec best_id = zeros();
     Vec id = lane_numbers();
@@ -71,33 +147,29 @@ inline void choose_experts_in_lanes(const float* logits, int64_t num_experts, in
       keep_greater(load(left + expert), id, best, best_id);
       id = add(id, broadcast(float(kLanes)));
     }
-    if (rest > 0) {
-      keep_greater(keep_lanes(load(left + whole, rest), 0, rest, -INFINITY), id, best, best_id);
+    if (n > whole) {
+      keep_greater(keep_lanes(load(left + whole, n - whole), 0, n - whole, -INFINITY), id, best, best_id);
     }
     const float most = max_lanes(best);
-    // Only minus infinity and NaN are left.
-    if (most == -INFINITY) return choose_experts(logits, num_experts, rank, k, ids);
-    const Vec among = where_equal(best, broadcast(most), sub(zeros(), best_id), broadcast(-INFINITY));
-    ids[rank] = int32_t(-max_lanes(among));
-    left[ids[rank]] = NAN;
+    if (most > -INFINITY) {
+      const Vec among = where_equal(best, broadcast(most), sub(zeros(), best_id), broadcast(-INFINITY));
+      args.ids[rank] = int32_t(-max_lanes(among));
+      left[args.ids[rank]] = NAN;
+    } else {  // only minus infinity is left, which no lane took
+      args.ids[rank] = int32_t(take_best(left, n));
+    }
   }
-}
-
-void route(const float* logits, int64_t num_experts, int64_t k, bool renormalize, int32_t* ids,
-           float* weights, float* scratch) {
-  choose_experts_in_lanes(logits, num_experts, k, ids, scratch);
-  const Vec most = broadcast(logits[ids[0]]);
-  Vec sum = zeros();
-  for (int64_t expert = 0; expert < num_experts; expert += kLanes) {
-    const int64_t n = num_experts - expert < kLanes ? num_experts - expert : kLanes;
-    const Vec scores = keep_lanes(exp(sub(load(logits + expert, n), most)), 0, n, 0.0f);
-    sum = add(sum, scores);
-    store(scratch + expert, scores, n);
-  }
-  weigh_choice(scratch, sum_lanes(sum), k, renormalize, ids, weights);
 }
 
 #endif
+
+void route(const RouteArgs& args) {
+  float *scores = args.scratch, *left = scores + args.num_experts, *groups = left + args.num_experts;
+  score_experts(args, scores, left);
+  if (args.rule.kept_groups < args.rule.num_groups) keep_groups(args, scores, left, groups);
+  choose_experts(args, left);
+  weigh_choice(args, scores);
+}
 
 }  // namespace
 }  // namespace argosy

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace argosy {
@@ -28,43 +29,68 @@ std::vector<Run> split_into_runs(const AttentionBatch& batch, int64_t longest) {
   return runs;
 }
 
+constexpr int64_t kMostBytes = int64_t{1} << 62;
+
 int64_t checked_product(std::initializer_list<int64_t> factors) {
   int64_t product = 1;
   for (const int64_t factor : factors) {
     if (factor < 1)
       throw std::invalid_argument("a KV cache of size " + std::to_string(factor) + ", expected 1 or more");
-    if (product > (int64_t{1} << 62) / factor)
-      throw std::invalid_argument("a KV cache of more than 2^62 bytes");
+    if (product > kMostBytes / factor) throw std::invalid_argument("a KV cache of more than 2^62 bytes");
     product *= factor;
   }
   return product;
 }
 
-}  // namespace
-
-int64_t KvCache::bytes(int64_t num_layers, int64_t num_blocks, int64_t block_tokens, int64_t kv_heads,
-                       int64_t head_dim, bool is_f16) {
+int64_t layer_bytes(const KvShape& shape, int64_t num_blocks, int64_t block_tokens, bool is_f16) {
+  if (shape.kind == KvShape::Kind::none) return 0;
   // Each factor first, so that rounding up cannot overflow.
-  checked_product({num_layers, num_blocks, block_tokens, kv_heads, head_dim});
-  const int64_t per_head =
-      checked_product({round_up(block_tokens, kKeyTile), head_dim + round_up(head_dim, kKeyTile)});
-  return checked_product({num_layers, num_blocks, kv_heads, per_head, is_f16 ? 2 : 4});
+  checked_product({num_blocks, block_tokens, shape.kv_heads, shape.head_dim});
+  int64_t per_head = checked_product({block_tokens, shape.head_dim});
+  if (shape.kind == KvShape::Kind::keys_values) {
+    per_head = checked_product(
+        {round_up(block_tokens, kKeyTile), shape.head_dim + round_up(shape.head_dim, kKeyTile)});
+  }
+  return checked_product({num_blocks, shape.kv_heads, per_head, is_f16 ? 2 : 4});
 }
 
-KvCache::KvCache(int64_t num_layers, int64_t num_blocks, int64_t block_tokens, int64_t kv_heads,
-                 int64_t head_dim, bool is_f16)
-    : num_layers_(num_layers),
+}  // namespace
+
+int64_t KvCache::bytes(const std::vector<KvShape>& layers, int64_t num_blocks, int64_t block_tokens,
+                       bool is_f16) {
+  checked_product({int64_t(layers.size()), num_blocks, block_tokens});
+  int64_t sum = 0;
+  for (const KvShape& shape : layers) {
+    sum += layer_bytes(shape, num_blocks, block_tokens, is_f16);
+    if (sum > kMostBytes) throw std::invalid_argument("a KV cache of more than 2^62 bytes");
+  }
+  return sum;
+}
+
+KvCache::KvCache(std::vector<KvShape> layers, int64_t num_blocks, int64_t block_tokens, bool is_f16)
+    : layers_(std::move(layers)),
       num_blocks_(num_blocks),
-      shape_{nullptr, nullptr, block_tokens, kv_heads, head_dim, is_f16},
-      arena_(size_t(bytes(num_layers, num_blocks, block_tokens, kv_heads, head_dim, is_f16))) {}
+      block_tokens_(block_tokens),
+      is_f16_(is_f16),
+      nbytes_(bytes(layers_, num_blocks, block_tokens, is_f16)),
+      arena_(size_t(std::max<int64_t>(1, nbytes_))) {
+  int64_t end = 0;
+  for (const KvShape& shape : layers_) {
+    offsets_.push_back(end);
+    end += layer_bytes(shape, num_blocks, block_tokens, is_f16);
+  }
+}
 
 KvLayer KvCache::layer(int64_t index) {
-  const int64_t keys = num_blocks_ * shape_.kv_heads * key_head_bytes(shape_);
-  const int64_t values = num_blocks_ * shape_.kv_heads * value_head_bytes(shape_);
-  KvLayer layer = shape_;
-  layer.keys = arena_.data() + index * (keys + values);
-  layer.values = layer.keys + keys;
+  const KvShape& shape = layers_[size_t(index)];
+  KvLayer layer = {nullptr, nullptr, block_tokens_, shape.kv_heads, shape.head_dim, is_f16_};
+  layer.keys = arena_.data() + offsets_[size_t(index)];
+  layer.values = layer.keys + num_blocks_ * shape.kv_heads * key_head_bytes(layer);
   return layer;
+}
+
+LatentLayer KvCache::latent_layer(int64_t index) {
+  return {arena_.data() + offsets_[size_t(index)], block_tokens_, layers_[size_t(index)].head_dim, is_f16_};
 }
 
 void kv_write(Runtime& runtime, const KvLayer& kv, const float* keys, const float* values,

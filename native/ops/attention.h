@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "kernels/kernel_table.h"
 #include "ops/runtime.h"
@@ -9,25 +10,47 @@
 
 namespace argosy {
 
-// Keys and values of all layers, in blocks of block_tokens positions (layout: kernels/kernel_table.h).
+// What a layer keeps of each position.
+struct KvShape {
+  enum class Kind {
+    none,         // nothing: the layer has a recurrent state
+    keys_values,  // a key and a value of head_dim elements for each KV head
+    latent,       // one vector of head_dim elements, which all heads share
+  };
+  Kind kind = Kind::none;
+  int64_t kv_heads = 0, head_dim = 0;
+
+  static KvShape keys_values(int64_t kv_heads, int64_t head_dim) {
+    return {Kind::keys_values, kv_heads, head_dim};
+  }
+  static KvShape latent(int64_t dim) { return {Kind::latent, 1, dim}; }
+};
+
+// What all layers keep, in blocks of block_tokens positions (layout: kernels/kernel_table.h).
 class KvCache {
  public:
   // Throws std::invalid_argument for a size below 1 or a cache beyond 2^62 bytes.
-  KvCache(int64_t num_layers, int64_t num_blocks, int64_t block_tokens, int64_t kv_heads, int64_t head_dim,
-          bool is_f16);
+  KvCache(std::vector<KvShape> layers, int64_t num_blocks, int64_t block_tokens, bool is_f16);
 
-  static int64_t bytes(int64_t num_layers, int64_t num_blocks, int64_t block_tokens, int64_t kv_heads,
-                       int64_t head_dim, bool is_f16);
+  static int64_t bytes(const std::vector<KvShape>& layers, int64_t num_blocks, int64_t block_tokens,
+                       bool is_f16);
 
+  // Of a layer with that kind of shape.
   KvLayer layer(int64_t index);
-  const KvLayer& shape() const { return shape_; }
-  int64_t num_layers() const { return num_layers_; }
+  LatentLayer latent_layer(int64_t index);
+
+  const KvShape& shape(int64_t index) const { return layers_[size_t(index)]; }
+  int64_t num_layers() const { return int64_t(layers_.size()); }
   int64_t num_blocks() const { return num_blocks_; }
-  int64_t nbytes() const { return int64_t(arena_.size()); }
+  int64_t block_tokens() const { return block_tokens_; }
+  int64_t nbytes() const { return nbytes_; }
 
  private:
-  int64_t num_layers_, num_blocks_;
-  KvLayer shape_;  // without pointers
+  std::vector<KvShape> layers_;
+  std::vector<int64_t> offsets_;  // of each layer in the arena
+  int64_t num_blocks_, block_tokens_;
+  bool is_f16_;
+  int64_t nbytes_;
   Arena arena_;
 };
 

@@ -1,7 +1,5 @@
 #include "ops/layer.h"
 
-#include "kernels/kernel_table.h"
-
 namespace argosy {
 
 void rms_norm(Runtime& runtime, const float* x, const float* weight, float eps, int64_t rows, int64_t cols,
@@ -15,26 +13,33 @@ void rms_norm(Runtime& runtime, const float* x, const float* weight, float eps, 
 }
 
 void rope(Runtime& runtime, float* x, int64_t num_tokens, int64_t num_heads, int64_t head_dim,
-          const float* cosine, const float* sine, int64_t num_pairs) {
+          const float* cosine, const float* sine, int64_t num_pairs, bool is_interleaved) {
   const KernelTable& table = kernels();
   const auto lock = runtime.lock();
   runtime.parallel_for(num_tokens, num_heads * head_dim, [&](int64_t begin, int64_t end, int) {
     for (int64_t t = begin; t < end; ++t) {
       table.rope(x + t * num_heads * head_dim, num_heads, head_dim, cosine + t * num_pairs,
-                 sine + t * num_pairs, num_pairs);
+                 sine + t * num_pairs, num_pairs, is_interleaved);
     }
   });
 }
 
-void route(Runtime& runtime, const float* logits, int64_t num_tokens, int64_t num_experts, int64_t k,
-           bool renormalize, int32_t* ids, float* weights) {
+void route(Runtime& runtime, const RouteRule& rule, const float* logits, int64_t num_tokens,
+           int64_t num_experts, int32_t* ids, float* weights) {
   const KernelTable& table = kernels();
   const auto lock = runtime.lock();
-  float* scratch = reinterpret_cast<float*>(runtime.scratch(runtime.num_threads() * num_experts * 4));
-  runtime.parallel_for(num_tokens, num_experts * (k + 4), [&](int64_t begin, int64_t end, int worker) {
+  const int64_t floats = route_scratch_floats(num_experts);
+  float* scratch = reinterpret_cast<float*>(runtime.scratch(runtime.num_threads() * floats * 4));
+  runtime.parallel_for(num_tokens, num_experts * (rule.k + 4), [&](int64_t begin, int64_t end, int worker) {
     for (int64_t t = begin; t < end; ++t) {
-      table.route(logits + t * num_experts, num_experts, k, renormalize, ids + t * k, weights + t * k,
-                  scratch + worker * num_experts);
+      table.route({
+          .rule = rule,
+          .logits = logits + t * num_experts,
+          .num_experts = num_experts,
+          .ids = ids + t * rule.k,
+          .weights = weights + t * rule.k,
+          .scratch = scratch + worker * floats,
+      });
     }
   });
 }

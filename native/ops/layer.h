@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "kernels/kernel_table.h"
 #include "ops/runtime.h"
 
 namespace argosy {
@@ -13,11 +14,11 @@ void rms_norm(Runtime& runtime, const float* x, const float* weight, float eps, 
 
 // x [num_tokens][num_heads][head_dim] in place; cosine and sine [num_tokens][num_pairs].
 void rope(Runtime& runtime, float* x, int64_t num_tokens, int64_t num_heads, int64_t head_dim,
-          const float* cosine, const float* sine, int64_t num_pairs);
+          const float* cosine, const float* sine, int64_t num_pairs, bool is_interleaved);
 
 // ids and weights [num_tokens][k] of logits [num_tokens][num_experts].
-void route(Runtime& runtime, const float* logits, int64_t num_tokens, int64_t num_experts, int64_t k,
-           bool renormalize, int32_t* ids, float* weights);
+void route(Runtime& runtime, const RouteRule& rule, const float* logits, int64_t num_tokens,
+           int64_t num_experts, int32_t* ids, float* weights);
 
 // out[t] += sum over j of weights[t][j] * expert_out[t * k + j]
 void combine(Runtime& runtime, const float* expert_out, const float* weights, int64_t num_tokens, int64_t k,

@@ -13,6 +13,7 @@ namespace argosy {
 struct Rotary {
   std::vector<double> inverse_frequency;
   double scale = 1;
+  bool is_interleaved = false;  // dimension 2 i turns with 2 i + 1, not with i + num_pairs
 
   int64_t num_pairs() const { return int64_t(inverse_frequency.size()); }
 };

@@ -166,10 +166,11 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
     rms_norm(runtime_, query, mixer.query_norm, eps, tokens * mixer.num_heads, kv.head_dim, query);
     rms_norm(runtime_, key, mixer.key_norm, eps, tokens * kv.kv_heads, kv.head_dim, key);
   }
+  const Rotary& rotary = description_.rotary;
   rope(runtime_, query, tokens, mixer.num_heads, kv.head_dim, buffers_.cosine, buffers_.sine,
-       description_.rotary.num_pairs());
-  rope(runtime_, key, tokens, kv.kv_heads, kv.head_dim, buffers_.cosine, buffers_.sine,
-       description_.rotary.num_pairs());
+       rotary.num_pairs(), rotary.is_interleaved);
+  rope(runtime_, key, tokens, kv.kv_heads, kv.head_dim, buffers_.cosine, buffers_.sine, rotary.num_pairs(),
+       rotary.is_interleaved);
 
   kv_write(runtime_, kv, key, value, batch_.slots, tokens);
   attention(runtime_, kv,
@@ -257,10 +258,11 @@ bool Stack::feed_forward(const RoutedFfn& ffn) {
 
 // Chooses the experts of each token and sorts the assignments (token * k + rank) by expert, stably.
 void Stack::dispatch(const RoutedFfn& ffn) {
-  const int64_t experts = ffn.router.matrix.rows, k = ffn.router.k, assignments = batch_.num_tokens * k;
+  const int64_t experts = ffn.router.matrix.rows, k = ffn.router.rule.k, assignments = batch_.num_tokens * k;
   matmul(runtime_, {{ffn.router.matrix, buffers_.router_logits}}, buffers_.normed, batch_.num_tokens);
-  route(runtime_, buffers_.router_logits, batch_.num_tokens, experts, k, ffn.router.renormalize,
-        buffers_.expert_ids, buffers_.routing_weights);
+  add_bias(runtime_, ffn.router.bias, batch_.num_tokens, experts, buffers_.router_logits);
+  route(runtime_, ffn.router.rule, buffers_.router_logits, batch_.num_tokens, experts, buffers_.expert_ids,
+        buffers_.routing_weights);
 
   std::fill(starts_.begin(), starts_.end(), 0);
   std::fill(decode_wants_.begin(), decode_wants_.end(), false);
@@ -303,7 +305,7 @@ void Stack::add_shared(const RoutedFfn& ffn) {
 
 // Runs experts of the demand on the tokens that chose them.
 void Stack::run_group(const std::vector<int32_t>& expert_ids, const std::vector<ExpertView>& experts) {
-  const int64_t k = routed_ffn().router.k;
+  const int64_t k = routed_ffn().router.rule.k;
   group_starts_.assign(1, 0);
   int32_t* row = buffers_.group_row;
   for (const int32_t id : expert_ids) {
@@ -319,7 +321,7 @@ void Stack::run_group(const std::vector<int32_t>& expert_ids, const std::vector<
 }
 
 void Stack::combine_experts(const RoutedFfn& ffn) {
-  combine(runtime_, buffers_.expert_out, buffers_.routing_weights, batch_.num_tokens, ffn.router.k,
+  combine(runtime_, buffers_.expert_out, buffers_.routing_weights, batch_.num_tokens, ffn.router.rule.k,
           description_.embedding.cols, buffers_.hidden);
   mark(Part::expert_compute);
 }

@@ -75,11 +75,10 @@ struct DenseFfn {
   ExpertView network;
 };
 
-// Softmax over all experts, the k best.
 struct Router {
-  MatrixView matrix;  // [num_experts, hidden]
-  int64_t k = 0;
-  bool renormalize = false;  // the weights of a token sum to 1
+  MatrixView matrix;            // [num_experts, hidden]
+  const float* bias = nullptr;  // [num_experts], of the product; nullptr: none
+  RouteRule rule = {};
 };
 
 // Runs for every token.

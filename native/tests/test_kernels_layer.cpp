@@ -58,18 +58,56 @@ void silu_is_exact_to_a_few_units_and_the_same_in_every_lane() {
   }
 }
 
+struct Routed {
+  std::vector<int32_t> ids;
+  std::vector<float> weights;
+};
+
+Routed route(const KernelTable& table, const RouteRule& rule, const std::vector<float>& logits) {
+  const int64_t experts = int64_t(logits.size());
+  Routed routed = {std::vector<int32_t>(size_t(rule.k), -1), std::vector<float>(size_t(rule.k), NAN)};
+  std::vector<float> scratch(size_t(route_scratch_floats(experts)));
+  RouteArgs args = {};
+  args.rule = rule;
+  args.logits = logits.data();
+  args.num_experts = experts;
+  args.ids = routed.ids.data();
+  args.weights = routed.weights.data();
+  args.scratch = scratch.data();
+  table.route(args);
+  return routed;
+}
+
+RouteRule plain_rule(int64_t k) {
+  RouteRule rule = {};
+  rule.k = k;
+  rule.num_groups = rule.kept_groups = 1;
+  rule.scale = 1.0f;
+  return rule;
+}
+
 void routes_meet_the_reference() {
+  std::mt19937 generator(4);
   for (const KernelTable* table : all_tables()) {
-    for (const int64_t experts : {1, 7, 8, 15, 16, 17, 60, 128}) {
-      const int64_t k = experts < 4 ? experts : 4;
-      const std::vector<float> logits = normal(experts, 3, 4.0f);
-      std::vector<float> scratch(static_cast<size_t>(experts));
-      std::vector<float> expected(static_cast<size_t>(k)), found = expected;
-      std::vector<int32_t> expected_ids(static_cast<size_t>(k)), ids = expected_ids;
-      plain().route(logits.data(), experts, k, true, expected_ids.data(), expected.data(), scratch.data());
-      table->route(logits.data(), experts, k, true, ids.data(), found.data(), scratch.data());
-      CHECK(ids == expected_ids);
-      CHECK(near(found, expected, 2e-6));
+    for (const int64_t experts : {1, 7, 8, 15, 16, 17, 60, 128, 384}) {
+      for (int round = 0; round < 16; ++round) {
+        RouteRule rule = plain_rule(std::min<int64_t>(experts, 8));
+        const std::vector<float> logits = normal(experts, unsigned(3 + round), 3.0f);
+        const std::vector<float> bias = normal(experts, unsigned(50 + round), 0.3f);
+        rule.score = round & 1 ? Score::sigmoid : Score::softmax;
+        if (round & 2) rule.choice_bias = bias.data();
+        rule.renormalize = (round & 4) != 0;
+        rule.renormalize_eps = 1e-20f;
+        rule.scale = 2.5f;
+        if ((round & 8) != 0 && experts % 4 == 0) {
+          rule.num_groups = 4;
+          rule.kept_groups = experts < 16 ? 4 : 2;
+          rule.group_score = generator() % 2 ? GroupScore::max : GroupScore::top2;
+        }
+        const Routed expected = route(plain(), rule, logits), found = route(*table, rule, logits);
+        CHECK(found.ids == expected.ids);
+        CHECK(near(found.weights, expected.weights, 2e-6));
+      }
     }
   }
 }
@@ -80,36 +118,61 @@ void ties_go_to_the_lower_expert() {
   for (const KernelTable* table : all_tables()) {
     for (int round = 0; round < 300; ++round) {
       const int64_t experts = 1 + int64_t(generator() % 140);
-      const int64_t k = 1 + int64_t(generator() % uint32_t(std::min<int64_t>(experts, 10)));
+      RouteRule rule = plain_rule(1 + int64_t(generator() % uint32_t(std::min<int64_t>(experts, 10))));
       const uint32_t kinds = round % 3 == 0 ? 7 : round % 3 == 1 ? 4 : 2;
-      std::vector<float> logits(static_cast<size_t>(experts)), scratch = logits;
-      bool is_ordered = true;
-      for (float& logit : logits) {
-        logit = specials[generator() % kinds];
-        is_ordered = is_ordered && !std::isnan(logit);
-      }
-      std::vector<float> weights(static_cast<size_t>(k));
-      std::vector<int32_t> ids(static_cast<size_t>(k)), order(static_cast<size_t>(experts));
-      table->route(logits.data(), experts, k, false, ids.data(), weights.data(), scratch.data());
+      std::vector<float> logits(static_cast<size_t>(experts));
+      for (float& logit : logits) logit = specials[generator() % kinds];
+      const std::vector<float> zeros(logits.size());
+      rule.score = round % 2 ? Score::sigmoid : Score::softmax;
+      if (round % 5 == 0 && rule.score == Score::sigmoid) rule.choice_bias = zeros.data();
+      const Routed found = route(*table, rule, logits);
+      std::vector<int32_t> order(logits.size());
       for (size_t i = 0; i < order.size(); ++i) order[i] = int32_t(i);
-      if (is_ordered) {
-        std::stable_sort(order.begin(), order.end(),
-                         [&](int32_t a, int32_t b) { return logits[size_t(a)] > logits[size_t(b)]; });
-        CHECK(std::equal(ids.begin(), ids.end(), order.begin()));
-      } else {
-        CHECK(std::isnan(weights[0]));
-        std::sort(ids.begin(), ids.end());
-        CHECK(std::adjacent_find(ids.begin(), ids.end()) == ids.end());
-        CHECK(ids[0] >= 0 && ids.back() < experts);
-      }
+      const auto worth = [&](int32_t id) {
+        const float logit = logits[size_t(id)];
+        if (std::isnan(logit)) return -INFINITY;
+        return rule.choice_bias == nullptr ? logit : float(1.0 / (1.0 + std::exp(-double(logit))));
+      };
+      std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return worth(a) > worth(b); });
+      CHECK(std::equal(found.ids.begin(), found.ids.end(), order.begin()));
+      const bool has_nan = std::any_of(logits.begin(), logits.end(), [](float x) { return std::isnan(x); });
+      if (has_nan && rule.score == Score::softmax) CHECK(std::isnan(found.weights[0]));
     }
+  }
+}
+
+void tied_groups_go_to_the_lower_one() {
+  const std::vector<float> logits(27, 1.0f);
+  for (const KernelTable* table : all_tables()) {
+    RouteRule rule = plain_rule(3);
+    rule.score = Score::sigmoid;
+    rule.num_groups = 3;
+    rule.kept_groups = 2;
+    for (const GroupScore score : {GroupScore::max, GroupScore::top2}) {
+      rule.group_score = score;
+      CHECK(route(*table, rule, logits).ids == (std::vector<int32_t>{0, 1, 2}));
+    }
+    // Two good ones are worth more than the best one.
+    std::vector<float> mixed(27, -5.0f);
+    mixed[3] = 1.0f, mixed[4] = 1.0f, mixed[13] = 2.0f, mixed[22] = 1.0f, mixed[26] = 1.0f;
+    rule.kept_groups = 1;
+    CHECK(route(*table, rule, mixed).ids == (std::vector<int32_t>{3, 4, 0}));
+    rule.group_score = GroupScore::max;
+    CHECK(route(*table, rule, mixed).ids == (std::vector<int32_t>{13, 9, 10}));
+    // Nothing of another group, though all of this one is minus infinity or worse.
+    std::vector<float> bias(27, -1.0f);
+    std::fill_n(bias.begin() + 9, 9, -INFINITY);
+    bias[11] = NAN;
+    bias[13] = 1.0f;
+    rule.choice_bias = bias.data();
+    CHECK(route(*table, rule, mixed).ids == (std::vector<int32_t>{13, 9, 10}));
   }
 }
 
 // Sequences of random keys, with NaN in every place that no token may see.
 struct Cache {
   Cache(int64_t heads, int64_t dim, int64_t block, bool is_f16)
-      : kv(1, kBlocks, block, heads, dim, is_f16), block_tokens(block) {
+      : kv({KvShape::keys_values(heads, dim)}, kBlocks, block, is_f16), block_tokens(block) {
     const int64_t all = kBlocks * block_tokens;
     const std::vector<float> garbage(size_t(all * heads * dim), NAN);
     std::vector<int64_t> slots;
@@ -231,6 +294,7 @@ int main() {
   silu_is_exact_to_a_few_units_and_the_same_in_every_lane();
   routes_meet_the_reference();
   ties_go_to_the_lower_expert();
+  tied_groups_go_to_the_lower_one();
   attention_meets_the_reference_in_every_chunk();
   threads_change_no_bit();
   return check_result();

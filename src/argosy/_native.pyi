@@ -83,16 +83,45 @@ def embed(runtime: Runtime, matrix: Matrix, ids: _Ints, out: _Floats) -> None:
 def rms_norm(runtime: Runtime, x: _Floats, weight: _Floats, eps: float, out: _Floats) -> None:
     """out[n] = x[n] / sqrt(mean(x[n]^2) + eps) * weight, for x [n, cols]; out may be x."""
 
-def rope(runtime: Runtime, x: _Floats, cosine: _Floats, sine: _Floats) -> None:
+def rope(runtime: Runtime, x: _Floats, cosine: _Floats, sine: _Floats, is_interleaved: bool = False) -> None:
     """Rotate x [tokens, heads, head_dim] in place, by cosine and sine [tokens, pairs].
 
-    Dimension i turns with dimension i + pairs; dimensions from 2 * pairs on stay.
+    Dimension i turns with dimension i + pairs, or, interleaved, dimension 2 i with 2 i + 1; dimensions from 2 * pairs
+    on stay.
     """
 
-def route(runtime: Runtime, logits: _Floats, k: int, renormalize: bool, ids: _Ints, weights: _Floats) -> None:
-    """Softmax over all experts of logits [tokens, experts]; the k best into ids and weights [tokens, k].
+class Routing:
+    """How the experts of a token follow from its router logits (native/kernels/route.h).
 
-    Best first; on a tie the lower id wins. With `renormalize` the weights of a token sum to 1.
+    Scores are the softmax over all experts, or each one's sigmoid. The k best are chosen by score plus `choice_bias`,
+    of the best `kept_groups` of `num_groups` groups of equal size; a group is worth its best expert, or the sum of its
+    best two. On a tie the lower id wins. Routing weights are the scores, without the bias, of those chosen; with
+    `renormalize` divided by their sum plus `renormalize_eps`; times `scale`.
+
+    Args:
+        experts_per_token: k.
+        choice_bias: [experts]; None for none.
+    """
+
+    def __init__(
+        self,
+        experts_per_token: int,
+        *,
+        score: Literal["softmax", "sigmoid"],
+        choice_bias: _Floats | None = None,
+        num_groups: int = 1,
+        kept_groups: int = 1,
+        group_score: Literal["max", "top2"] = "top2",
+        renormalize: bool,
+        renormalize_eps: float = 0.0,
+        scale: float = 1.0,
+    ) -> None: ...
+
+def route(runtime: Runtime, routing: Routing, logits: _Floats, ids: _Ints, weights: _Floats) -> None:
+    """Logits [tokens, experts] -> ids (best first) and routing weights [tokens, k].
+
+    Raises:
+        ValueError: the routing does not fit the number of experts.
     """
 
 def combine(runtime: Runtime, expert_out: _Floats, weights: _Floats, out: _Floats) -> None:
@@ -129,27 +158,31 @@ def swiglu_experts(
 def swiglu(runtime: Runtime, gate: Matrix, up: Matrix, down: Matrix, x: _Floats, out: _Floats) -> None:
     """The same for one network and all tokens of x [tokens, hidden]: a dense layer or a shared expert."""
 
+class KvShape:
+    """What a layer keeps of each position in a KvCache."""
+
+    @staticmethod
+    def keys_values(kv_heads: int, head_dim: int) -> KvShape:
+        """A key and a value for each KV head. Positions of a block and dimensions of values are padded to 16."""
+
+    @staticmethod
+    def latent(dim: int) -> KvShape:
+        """One vector that all heads share, and nothing else."""
+
+    @staticmethod
+    def none() -> KvShape:
+        """Nothing: the layer has a recurrent state."""
+
 def kv_cache_bytes(
-    num_layers: int,
-    num_blocks: int,
-    block_tokens: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype: Literal["f32", "f16"],
+    layers: Sequence[KvShape], num_blocks: int, block_tokens: int, dtype: Literal["f32", "f16"]
 ) -> int:
-    """What a KvCache takes. Block positions and value dimensions are padded to 16."""
+    """What a KvCache takes."""
 
 class KvCache:
-    """Keys and values of all layers; memory appears when it is first written."""
+    """What all layers keep of the positions they have seen; memory appears when it is first written."""
 
     def __init__(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        block_tokens: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: Literal["f32", "f16"],
+        self, layers: Sequence[KvShape], num_blocks: int, block_tokens: int, dtype: Literal["f32", "f16"]
     ) -> None: ...
     @property
     def nbytes(self) -> int: ...
@@ -219,9 +252,9 @@ def dense_ffn(gate: Matrix, up: Matrix, down: Matrix) -> Ffn:
 
 def routed_ffn(
     router: Matrix,
+    routing: Routing,
     *,
-    experts_per_token: int,
-    renormalize: bool,
+    router_bias: _Floats | None = None,
     width: int,
     formats: Sequence[Format],
     shared: Sequence[Matrix] | None = None,
@@ -231,6 +264,7 @@ def routed_ffn(
 
     Args:
         router: [experts, hidden].
+        router_bias: [experts], added to the router's product; None for none.
         formats: of gate, up and down of the routed experts.
         shared: gate, up and down of the shared expert.
         shared_score: [1, hidden]; the shared expert's output is taken times sigmoid(shared_score . x).
@@ -239,10 +273,13 @@ def routed_ffn(
 class Rotary:
     """Angles of the rotary position embedding: position * inverse_frequency (float64 [pairs], in radians).
 
-    Computed in float64, as are the cosines and sines times `scale`; then rounded to float32.
+    Computed in float64, as are the cosines and sines times `scale`; then rounded to float32. `is_interleaved`: which
+    dimensions make a pair, as for `rope`.
     """
 
-    def __init__(self, inverse_frequency: NDArray[np.float64], scale: float) -> None: ...
+    def __init__(
+        self, inverse_frequency: NDArray[np.float64], scale: float, is_interleaved: bool = False
+    ) -> None: ...
     def angles(self, runtime: Runtime, position: _Ints, cosine: _Floats, sine: _Floats) -> None:
         """Positions [tokens] -> cosine and sine [tokens, pairs], as `rope` takes them."""
 

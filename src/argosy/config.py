@@ -215,6 +215,7 @@ class LatentConfig:
     rope_dim: int  # and those that do; the key's are shared by all heads
     value_dim: int
     norm_eps: float  # of the norms of the compressed vectors
+    is_up_split: bool = False  # the file holds k_up, transposed head by head, and v_up instead of kv_up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

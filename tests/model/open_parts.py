@@ -16,6 +16,7 @@ from argosy.experts.cache import CachedSource
 from argosy.experts.source import ExpertFiles, ExpertSource, load_resident
 from argosy.model.batch import Batch
 from argosy.model.families import open_model
+from argosy.model.layers import kv_shapes
 from argosy.model.weights import DenseWeights, load_dense
 
 BLOCK_TOKENS = 16
@@ -35,11 +36,8 @@ class Parts:
     runtime: _native.Runtime
 
     def kv(self) -> _native.KvCache:
-        config = self.config
         num_blocks = NUM_SEQUENCES * BLOCKS_A_SEQUENCE
-        return _native.KvCache(
-            config.num_layers, num_blocks, BLOCK_TOKENS, config.num_kv_heads, config.head_dim, "f32"
-        )
+        return _native.KvCache(kv_shapes(self.config), num_blocks, BLOCK_TOKENS, "f32")
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from argosy import _native
 from argosy.config import ModelConfig
 from argosy.experts.source import ExpertSource
 from argosy.model.batch import Batch
-from argosy.model.rope import angle_scale, inverse_frequency
+from argosy.model.layers import routing
+from argosy.model.rope import rotary
 from argosy.model.weights import DenseWeights
 
 Floats = NDArray[np.float32]
@@ -30,7 +31,7 @@ class ReferenceDecoder:
         runtime: _native.Runtime,
     ) -> None:
         self.config, self.weights, self.experts, self.kv, self.runtime = config, weights, experts, kv, runtime
-        self.rotary = _native.Rotary(inverse_frequency(config.rope), angle_scale(config.rope))
+        self.rotary = rotary(config.rope)
 
     def logits(self, batch: Batch) -> Floats:
         embedding = self.weights.matrices["embed"]
@@ -70,7 +71,7 @@ class ReferenceDecoder:
         cosine, sine = np.empty((2, tokens, config.rope.rotary_dim // 2), np.float32)
         self.rotary.angles(self.runtime, batch.positions, cosine, sine)
         for heads in (query, key):
-            _native.rope(self.runtime, heads, cosine, sine)
+            _native.rope(self.runtime, heads, cosine, sine, config.rope.is_interleaved)
         _native.kv_write(self.runtime, self.kv, layer, key, value, batch.slots)
         attended = np.empty((tokens, config.num_heads * config.head_dim), np.float32)
         _native.attention(
@@ -117,9 +118,9 @@ class ReferenceDecoder:
         self, hidden: Floats, normed: Floats, layer: int, batch: Batch, experts: ExpertSource
     ) -> None:
         config, k = self.config, self.config.experts_per_token
-        logits = self._product(self.weights.matrices[f"layers.{layer}.router"], normed)
+        logits = self._projection(f"layers.{layer}.router", normed)
         ids, weights = np.empty((len(normed), k), np.int32), np.empty((len(normed), k), np.float32)
-        _native.route(self.runtime, logits, k, config.router.renormalize, ids, weights)
+        _native.route(self.runtime, routing(config, layer, self.weights), logits, ids, weights)
 
         flat = ids.reshape(-1)
         out = np.empty((flat.size, config.hidden_size), np.float32)

@@ -7,6 +7,7 @@ by about n * 2^-24 of the sum of magnitudes; `close` allows that, for the sizes 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -239,32 +240,130 @@ def test_rope_turns_the_first_dimensions_in_half_split_pairs(runtime: native.Run
     assert close(x, expected)
 
 
+@pytest.mark.parametrize("pairs", [0, 1, 8, 17, 32])
+def test_interleaved_rope_turns_neighbours(runtime: native.Runtime, pairs: int) -> None:
+    x, angle = normal(4, 3, 70), normal(4, pairs)
+    turned = (x[:, :, : 2 * pairs : 2] + 1j * x[:, :, 1 : 2 * pairs : 2]) * np.exp(1j * angle)[:, None]
+    expected = x.copy()
+    expected[:, :, : 2 * pairs : 2], expected[:, :, 1 : 2 * pairs : 2] = turned.real, turned.imag
+    native.rope(runtime, x, np.cos(angle), np.sin(angle), is_interleaved=True)
+    assert close(x, expected)
+
+
+def routed(
+    runtime: native.Runtime, logits: Floats, k: int, *, renormalize: bool = False, **rule: Any
+) -> tuple[NDArray[np.int32], Floats]:
+    ids, weights = np.full((len(logits), k), -1, np.int32), np.full((len(logits), k), np.nan, np.float32)
+    rule = {"score": "softmax"} | rule
+    native.route(runtime, native.Routing(k, renormalize=renormalize, **rule), logits, ids, weights)
+    return ids, weights
+
+
+def best_first(worth: Floats, k: int) -> NDArray[np.int64]:
+    return np.argsort(-worth, axis=-1, kind="stable")[..., :k]
+
+
+def expected_routes(
+    logits: Floats,
+    k: int,
+    *,
+    score: str,
+    choice_bias: Floats | None,
+    num_groups: int,
+    kept_groups: int,
+    group_score: str,
+    renormalize: bool,
+    renormalize_eps: float,
+    scale: float,
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The sentences of native/kernels/route.h, in float64."""
+    x = logits.astype(np.float64)
+    scores = np.exp(x - x.max(axis=1, keepdims=True))
+    scores = scores / scores.sum(axis=1, keepdims=True) if score == "softmax" else 1 / (1 + np.exp(-x))
+    worth = scores if choice_bias is None else scores + choice_bias
+    grouped = worth.reshape(len(x), num_groups, -1)
+    best_two = -np.sort(-grouped, axis=2)[:, :, :2]
+    kept = best_first(best_two[:, :, 0] if group_score == "max" else best_two.sum(axis=2), kept_groups)
+    is_kept = np.zeros((len(x), num_groups), bool)
+    np.put_along_axis(is_kept, kept, True, axis=1)
+    ids = best_first(np.where(is_kept[:, :, None], grouped, -np.inf).reshape(worth.shape), k)
+    weights = np.take_along_axis(scores, ids, axis=1)
+    if renormalize:
+        weights = weights / (weights.sum(axis=1, keepdims=True) + renormalize_eps)
+    return ids, weights * scale
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_routes_are_those_of_the_rule(runtime: native.Runtime, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    num_groups = int(rng.choice([1, 2, 3, 8]))
+    size = int(rng.choice([2, 5, 16, 48]))
+    num_experts = num_groups * size
+    kept_groups = int(rng.integers(1, num_groups + 1))
+    rule: dict[str, Any] = {
+        "score": str(rng.choice(["softmax", "sigmoid"])),
+        "choice_bias": rng.normal(0, 0.5, num_experts).astype(np.float32) if rng.random() < 0.6 else None,
+        "num_groups": num_groups,
+        "kept_groups": kept_groups,
+        "group_score": str(rng.choice(["max", "top2"])),
+        "renormalize": bool(rng.integers(2)),
+        "renormalize_eps": float(rng.choice([0.0, 1e-20, 0.125])),
+        "scale": float(rng.choice([1.0, 2.5])),
+    }
+    k = int(rng.integers(1, min(8, kept_groups * size) + 1))
+    logits = rng.normal(0, 2, (9, num_experts)).astype(np.float32)
+    ids, weights = routed(runtime, logits, k, **rule)
+    expected_ids, expected = expected_routes(logits, k, **rule)
+    assert np.array_equal(ids, expected_ids)
+    assert np.allclose(weights, expected, rtol=4e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("num_experts", [1, 5, 8, 16, 17, 60, 128])
-@pytest.mark.parametrize("renormalize", [False, True])
-def test_route_takes_the_best_experts_first(
-    runtime: native.Runtime, num_experts: int, renormalize: bool
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_the_weights_of_a_token_sum_to_the_scale(
+    runtime: native.Runtime, num_experts: int, score: str
 ) -> None:
     k = min(4, num_experts)
-    logits = normal(9, num_experts)
-    ids, weights = np.empty((9, k), np.int32), np.empty((9, k), np.float32)
-    native.route(runtime, logits, k, renormalize, ids, weights)
-    scores = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    scores /= scores.sum(axis=1, keepdims=True)
-    expected_ids = np.argsort(-logits, axis=1, kind="stable")[:, :k]
-    expected = np.take_along_axis(scores, expected_ids, axis=1)
-    if renormalize:
-        expected /= expected.sum(axis=1, keepdims=True)
-    assert np.array_equal(ids, expected_ids)
-    assert close(weights, expected)
+    _, weights = routed(runtime, normal(9, num_experts), k, score=score, renormalize=True, scale=1.5)
+    assert np.allclose(weights.sum(axis=1), 1.5, rtol=1e-6)
+
+
+def test_the_choice_bias_changes_the_choice_and_not_the_weights(runtime: native.Runtime) -> None:
+    logits = normal(1, 4)
+    plain_ids, plain_weights = routed(runtime, logits, 4, score="sigmoid")
+    least_wanted = plain_ids[0, -1]
+    bias = np.zeros(4, np.float32)
+    bias[least_wanted] = 9
+    ids, weights = routed(runtime, logits, 4, score="sigmoid", choice_bias=bias)
+    assert ids[0, 0] == least_wanted
+    assert dict(zip(ids[0], weights[0], strict=True)) == dict(
+        zip(plain_ids[0], plain_weights[0], strict=True)
+    )
 
 
 def test_route_prefers_the_lower_id_on_a_tie_and_survives_nan(runtime: native.Runtime) -> None:
     logits = np.array([[1, 3, 3, 2, 3], [np.nan, 1, np.nan, 2, 0]], np.float32)
-    ids, weights = np.empty((2, 3), np.int32), np.empty((2, 3), np.float32)
-    native.route(runtime, logits, 3, True, ids, weights)
-    assert ids[0].tolist() == [1, 2, 4]
-    assert len(set(ids[1])) == 3
+    ids, weights = routed(runtime, logits, 3, renormalize=True)
+    assert ids.tolist() == [[1, 2, 4], [3, 1, 4]]
     assert np.isnan(weights[1]).all()
+    ids, weights = routed(runtime, logits, 4, score="sigmoid", choice_bias=np.zeros(5, np.float32))
+    assert ids.tolist() == [[1, 2, 4, 3], [3, 1, 4, 0]]
+    assert np.isnan(weights[1]).tolist() == [False, False, False, True]
+
+
+def test_a_routing_that_does_not_fit_the_experts_is_refused(runtime: native.Runtime) -> None:
+    logits = normal(1, 12)
+    for rule, sentence in (
+        ({"score": "tanh"}, "unknown score 'tanh'; known: softmax, sigmoid"),
+        ({"group_score": "mean"}, "unknown group_score 'mean'; known: max, top2"),
+        ({"choice_bias": np.zeros(11, np.float32)}, r"choice_bias has shape \[11\], expected \[12\]"),
+        ({"num_groups": 5}, "experts modulo groups is 2, expected 0"),
+        ({"num_groups": 3, "kept_groups": 4}, "kept_groups is 4, expected 1 to 3"),
+        ({"num_groups": 6, "kept_groups": 1}, "experts_per_token is 3, expected 1 to 2"),
+        ({"num_groups": 12, "kept_groups": 4}, "experts of a group is 1, expected 2 to 12"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            routed(runtime, logits, 3, **rule)
 
 
 def test_combine_and_the_shared_gate_add_to_what_is_there(runtime: native.Runtime) -> None:
@@ -422,8 +521,8 @@ def test_attention_is_the_same_alone_in_a_chunk_and_in_a_batch(
     runtime = native.Runtime(2)
     length = 75
     needed = -(-length // block_tokens)
-    kv = native.KvCache(2, 2 * needed + 3, block_tokens, kv_heads, dim, dtype)
-    assert kv.nbytes == native.kv_cache_bytes(2, 2 * needed + 3, block_tokens, kv_heads, dim, dtype)
+    shapes = [native.KvShape.latent(3), native.KvShape.keys_values(kv_heads, dim), native.KvShape.none()]
+    kv = native.KvCache(shapes, 2 * needed + 3, block_tokens, dtype)
     order = np.random.default_rng(0).permutation(2 * needed + 3).tolist()
     k, v = normal(2, length, kv_heads, dim), normal(2, length, kv_heads, dim, seed=1)
     if dtype == "f16":
@@ -460,8 +559,38 @@ def test_attention_is_the_same_alone_in_a_chunk_and_in_a_batch(
     runtime.close()
 
 
+@pytest.mark.parametrize(("dtype", "element"), [("f32", 4), ("f16", 2)])
+def test_a_kv_cache_takes_what_the_shapes_of_its_layers_say(dtype: str, element: int) -> None:
+    keys_values, latent, none = (
+        native.KvShape.keys_values(3, 20),
+        native.KvShape.latent(7),
+        native.KvShape.none(),
+    )
+
+    def nbytes(*layers: native.KvShape) -> int:
+        kv = native.KvCache(layers, 5, 9, dtype)
+        assert kv.nbytes == native.kv_cache_bytes(layers, 5, 9, dtype)
+        return kv.nbytes
+
+    # Positions of a block and dimensions of values are padded to 16; latent vectors are not.
+    assert nbytes(keys_values) == 5 * 16 * 3 * (20 + 32) * element
+    assert nbytes(latent) == 5 * 9 * 7 * element
+    assert nbytes(none) == 0
+    assert nbytes(none, latent, keys_values, latent) == nbytes(keys_values) + 2 * nbytes(latent)
+    for refused in ([], [native.KvShape.latent(0)], [native.KvShape.keys_values(1, 1 << 61)]):
+        with pytest.raises(ValueError, match="a KV cache of"):
+            native.kv_cache_bytes(refused, 5, 9, dtype)
+
+
+def test_an_operation_refuses_a_layer_that_keeps_something_else(runtime: native.Runtime) -> None:
+    kv = native.KvCache([native.KvShape.latent(8), native.KvShape.none()], 1, 16, "f32")
+    for layer, kept in enumerate(("latent vectors", "nothing")):
+        with pytest.raises(ValueError, match=f"keeps {kept}, expected one that keeps keys and values"):
+            native.kv_write(runtime, kv, layer, normal(1, 1, 8), normal(1, 1, 8), np.zeros(1, np.int64))
+
+
 def test_large_scores_neither_overflow_nor_vanish(runtime: native.Runtime) -> None:
-    kv = native.KvCache(2, 4, 16, 1, 8, "f32")
+    kv = native.KvCache([native.KvShape.keys_values(1, 8)] * 2, 4, 16, "f32")
     k, v = normal(40, 1, 8) * 300, normal(40, 1, 8, seed=1)
     talk = Conversation(runtime, kv, [0, 1, 2], 16, k, v)
     q = normal(1, 2, 8, seed=2) * 300
@@ -502,8 +631,8 @@ def test_wrong_arguments_are_refused_with_both_numbers(runtime: native.Runtime) 
         native.matrix_bytes("f32", -1, 1)
     with refused(r"ids\[1\] is 16, expected 0 to 15"):
         native.embed(runtime, matrix, np.array([0, 16], np.int32), np.empty((2, 64), np.float32))
-    with refused("k is 9, expected 1 to 8"):
-        native.route(runtime, normal(1, 8), 9, True, np.empty((1, 9), np.int32), np.empty((1, 9), np.float32))
+    with refused("experts_per_token is 9, expected 1 to 8"):
+        routed(runtime, normal(1, 8), 9)
     with refused("rotated dimensions is 10, expected 0 to 8"):
         native.rope(runtime, normal(1, 1, 8), normal(1, 5), normal(1, 5))
     with refused("num_threads is 0, expected 1 to 1024"):
@@ -517,7 +646,7 @@ def test_wrong_arguments_are_refused_with_both_numbers(runtime: native.Runtime) 
 
 
 def test_attention_refuses_what_lies_outside_the_cache(runtime: native.Runtime) -> None:
-    kv = native.KvCache(1, 2, 16, 2, 8, "f16")
+    kv = native.KvCache([native.KvShape.keys_values(2, 8)], 2, 16, "f16")
     q, out, zero = normal(1, 4, 8), np.empty((1, 32), np.float32), np.zeros(1, np.int32)
     table = np.array([[1, 2]], np.int32)
     with pytest.raises(ValueError, match=r"block_table\[1\] is 2, expected 0 to 1"):
@@ -534,7 +663,7 @@ def test_attention_refuses_what_lies_outside_the_cache(runtime: native.Runtime) 
     with pytest.raises(ValueError, match="a slot is 32, expected 0 to 31"):
         native.kv_write(runtime, kv, 0, q[:, :2].copy(), q[:, :2].copy(), np.array([32], np.int64))
     with pytest.raises(ValueError, match="unknown KV dtype 'f64'; known: f32, f16"):
-        native.KvCache(1, 1, 16, 1, 8, "f64")
+        native.KvCache([native.KvShape.none()], 1, 16, "f64")
 
 
 def test_a_matrix_keeps_its_memory(runtime: native.Runtime) -> None:

@@ -70,8 +70,34 @@ def _attention_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
         yield "o_bias", (hidden,)
 
 
+def _latent_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    """Multi-head latent attention. A head's rows: nope, then rope in q; nope (of the key), then value in kv_up.
+
+    With `is_up_split`, k_up has kv_rank rows of nope columns for each head: the key half of kv_up, transposed.
+    """
+    latent = config.latent
+    assert latent is not None
+    hidden, heads, rank = config.hidden_size, config.num_heads, latent.kv_rank
+    q_rows = heads * (latent.nope_dim + latent.rope_dim)
+    if latent.query_rank:
+        yield "q_down", (latent.query_rank, hidden)
+        yield "q_down_norm", (latent.query_rank,)
+        yield "q_up", (q_rows, latent.query_rank)
+    else:
+        yield "q", (q_rows, hidden)
+    yield "kv_down", (rank + latent.rope_dim, hidden)
+    yield "kv_norm", (rank,)
+    if latent.is_up_split:
+        yield "k_up", (heads * rank, latent.nope_dim)
+        yield "v_up", (heads * latent.value_dim, rank)
+    else:
+        yield "kv_up", (heads * (latent.nope_dim + latent.value_dim), rank)
+    yield "o", (hidden, heads * latent.value_dim)
+
+
 _MIXER_SHAPES: Mapping[MixerKind, Callable[[ModelConfig], Iterator[tuple[str, Shape]]]] = {
     "attention": _attention_shapes,
+    "latent": _latent_shapes,
 }
 
 
@@ -84,6 +110,10 @@ def _dense_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 def _routed_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     hidden = config.hidden_size
     yield "router", (config.num_experts, hidden)
+    if config.router.has_bias:
+        yield "router_bias", (config.num_experts,)
+    if config.router.has_choice_bias:
+        yield "choice_bias", (config.num_experts,)
     if config.shared_width:
         yield "shared_gate", (config.shared_width, hidden)
         yield "shared_up", (config.shared_width, hidden)

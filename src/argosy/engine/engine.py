@@ -44,6 +44,7 @@ from argosy.experts.source import ExpertFiles, ExpertSource, Progress, ResidentR
 from argosy.model.clock import PartClock
 from argosy.model.decoder import Decoder, RouteObserver
 from argosy.model.families import open_model
+from argosy.model.layers import kv_shapes
 from argosy.model.weights import DenseReading
 from argosy.model.workspace import Workspace
 from argosy.plan import machine
@@ -220,14 +221,7 @@ class Engine:
                     experts_per_token=config.experts_per_token,
                 )
         self._blocks = KvBlocks(-(-plan.context_tokens // KV_BLOCK_TOKENS), KV_BLOCK_TOKENS)
-        kv = _native.KvCache(
-            config.num_layers,
-            self._blocks.num_blocks,
-            KV_BLOCK_TOKENS,
-            config.num_kv_heads,
-            config.head_dim,
-            settings.kv_dtype,
-        )
+        kv = _native.KvCache(kv_shapes(config), self._blocks.num_blocks, KV_BLOCK_TOKENS, settings.kv_dtype)
         self._runtime = _native.Runtime(settings.threads)
         self._decoder = Decoder(
             config,

@@ -17,6 +17,7 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.config import MIB, EngineConfig, KvDtype, ModelConfig, format_bytes
 from argosy.errors import DoesNotFit
 from argosy.experts.source import resident_bytes, slot_bytes
+from argosy.model.layers import kv_shapes
 from argosy.model.weights import dense_footprint
 from argosy.model.workspace import workspace_bytes
 from argosy.plan import machine
@@ -113,11 +114,9 @@ def quarter_of_experts(files: ModelFiles) -> int:
 
 
 def kv_bytes(config: ModelConfig, num_tokens: int, kv_dtype: KvDtype) -> int:
-    """Keys and values of so many positions in all layers, in whole blocks."""
+    """What all layers keep of so many positions, in whole blocks."""
     num_blocks = -(-num_tokens // KV_BLOCK_TOKENS)
-    return _native.kv_cache_bytes(
-        config.num_layers, num_blocks, KV_BLOCK_TOKENS, config.num_kv_heads, config.head_dim, kv_dtype
-    )
+    return _native.kv_cache_bytes(kv_shapes(config), num_blocks, KV_BLOCK_TOKENS, kv_dtype)
 
 
 def plan_memory(

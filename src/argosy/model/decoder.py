@@ -24,7 +24,7 @@ from argosy.experts.source import ExpertSource
 from argosy.model.batch import Batch
 from argosy.model.clock import PartClock
 from argosy.model.layers import describe_layers
-from argosy.model.rope import angle_scale, inverse_frequency
+from argosy.model.rope import rotary
 from argosy.model.weights import DenseWeights
 from argosy.model.workspace import Array, Workspace
 
@@ -72,7 +72,7 @@ class Decoder:
             head=embedding if config.is_embedding_tied else weights.matrices["head"],
             final_norm=weights.vectors["final_norm"],
             norm_eps=config.norm_eps,
-            rotary=_native.Rotary(inverse_frequency(config.rope), angle_scale(config.rope)),
+            rotary=rotary(config.rope),
             layers=describe_layers(config, weights, experts),
             buffers=workspace.buffers,
             arena=None if experts is None else experts.arena,

@@ -33,6 +33,11 @@ def describe_layers(config: ModelConfig, weights: DenseWeights, experts: ExpertS
     ]
 
 
+def kv_shapes(config: ModelConfig) -> list[_native.KvShape]:
+    """What each layer keeps of every position."""
+    return [_KV_SHAPES[layer.mixer](config) for layer in config.layers]
+
+
 def _attention(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mixer:
     """Grouped-query attention (arXiv:2305.13245)."""
     name = f"layers.{layer}."
@@ -59,6 +64,17 @@ _MIXERS: Mapping[MixerKind, Callable[[ModelConfig, int, DenseWeights], _native.M
 }
 
 
+def _latent_dim(config: ModelConfig) -> int:
+    assert config.latent is not None
+    return config.latent.kv_rank + config.latent.rope_dim
+
+
+_KV_SHAPES: Mapping[MixerKind, Callable[[ModelConfig], _native.KvShape]] = {
+    "attention": lambda config: _native.KvShape.keys_values(config.num_kv_heads, config.head_dim),
+    "latent": lambda config: _native.KvShape.latent(_latent_dim(config)),
+}
+
+
 def _dense_ffn(layer: int, weights: DenseWeights) -> _native.Ffn:
     """SwiGLU (arXiv:2002.05202)."""
     return _native.dense_ffn(*(weights.matrices[f"layers.{layer}.{part}"] for part in ("gate", "up", "down")))
@@ -74,10 +90,26 @@ def _routed_ffn(
         shared = [weights.matrices[name + part] for part in ("shared_gate", "shared_up", "shared_down")]
     return _native.routed_ffn(
         weights.matrices[name + "router"],
-        experts_per_token=config.experts_per_token,
-        renormalize=config.router.renormalize,
+        routing(config, layer, weights),
+        router_bias=weights.vectors.get(name + "router_bias"),
         width=config.expert_width,
         formats=("f32", "f32", "f32") if experts is None else experts.formats(layer),
         shared=shared,
         shared_score=weights.matrices[name + "shared_score"] if config.shared_is_gated else None,
+    )
+
+
+def routing(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Routing:
+    """How a layer's experts follow from its router's product and bias."""
+    router = config.router
+    return _native.Routing(
+        config.experts_per_token,
+        score=router.score,
+        choice_bias=weights.vectors.get(f"layers.{layer}.choice_bias"),
+        num_groups=router.num_groups,
+        kept_groups=router.kept_groups,
+        group_score=router.group_score,
+        renormalize=router.renormalize,
+        renormalize_eps=router.renormalize_eps,
+        scale=router.scale,
     )

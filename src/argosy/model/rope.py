@@ -13,7 +13,13 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from argosy import _native
 from argosy.config import RopeConfig
+
+
+def rotary(config: RopeConfig) -> _native.Rotary:
+    """What the native stack turns queries and keys with."""
+    return _native.Rotary(inverse_frequency(config), angle_scale(config), config.is_interleaved)
 
 
 def angle_scale(config: RopeConfig) -> float:

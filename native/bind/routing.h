@@ -1,0 +1,60 @@
+// routing.h: how experts are chosen, as Python says it.
+#pragma once
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <optional>
+#include <string>
+
+#include "bind/bind.h"
+#include "kernels/kernel_table.h"
+
+namespace argosy {
+
+struct Routing {
+  RouteRule rule;
+  std::optional<Array> choice_bias;  // what the rule points to
+
+  // Proves that it can be applied to so many experts.
+  RouteRule checked(int64_t num_experts) const {
+    require_range("experts_per_token", rule.k, 1, num_experts);
+    require_range("num_groups", rule.num_groups, 1, num_experts);
+    require_size("experts modulo groups", num_experts % rule.num_groups, 0);
+    require_range("kept_groups", rule.kept_groups, 1, rule.num_groups);
+    const int64_t size = num_experts / rule.num_groups;
+    require_range("experts_per_token", rule.k, 1, rule.kept_groups * size);
+    if (rule.kept_groups < rule.num_groups && rule.group_score == GroupScore::top2) {
+      require_range("experts of a group", size, 2, num_experts);
+    }
+    if (choice_bias) read_array<float>("choice_bias", *choice_bias, {num_experts});
+    return rule;
+  }
+};
+
+inline Routing make_routing(int64_t experts_per_token, const std::string& score,
+                            const std::optional<Array>& choice_bias, int64_t num_groups, int64_t kept_groups,
+                            const std::string& group_score, bool renormalize, float renormalize_eps,
+                            float scale) {
+  if (score != "softmax" && score != "sigmoid") {
+    refuse("unknown score '" + score + "'; known: softmax, sigmoid");
+  }
+  if (group_score != "max" && group_score != "top2") {
+    refuse("unknown group_score '" + group_score + "'; known: max, top2");
+  }
+  return {
+      .rule = {.k = experts_per_token,
+               .score = score == "softmax" ? Score::softmax : Score::sigmoid,
+               .choice_bias =
+                   choice_bias ? read_array<float>("choice_bias", *choice_bias, {kAnySize}) : nullptr,
+               .num_groups = num_groups,
+               .kept_groups = kept_groups,
+               .group_score = group_score == "max" ? GroupScore::max : GroupScore::top2,
+               .renormalize = renormalize,
+               .renormalize_eps = renormalize_eps,
+               .scale = scale},
+      .choice_bias = choice_bias,
+  };
+}
+
+}  // namespace argosy
