@@ -1,5 +1,6 @@
 // kernels.cpp: matrices, the KV cache and every operation on them, for Python.
 
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -234,12 +235,15 @@ void bind_layer(nb::module_& m) {
       "runtime"_a, "x"_a, "gate_logit"_a, "out"_a.noconvert());
 }
 
+const ActivationOfNumbers kSilu = {"silu", 0.0f, 0.0f};
+
 void bind_experts(nb::module_& m) {
   m.def(
       "swiglu_experts",
       [](Runtime& runtime, Arena& arena, const FormatNames& formats, int64_t hidden, int64_t width,
          const Array& offsets, const Array& x, const Array& starts, const Array& token, const Array& row,
-         const OutArray& out) {
+         const OutArray& out, const ActivationOfNumbers& activation, const std::optional<Array>& gate_bias,
+         const std::optional<Array>& up_bias, const std::optional<Array>& down_bias) {
         const int64_t* at = read_array<int64_t>("offsets", offsets, {kAnySize, 3});
         const int64_t num_experts = int64_t(offsets.shape(0));
         const float* from = read_array<float>("x", x, {kAnySize, hidden});
@@ -256,18 +260,32 @@ void bind_experts(nb::module_& m) {
         require_ids("row", rows, assignments, int64_t(out.shape(0)));
 
         const std::shared_ptr<const void> hold = arena.hold();
-        const std::vector<ExpertView> experts = view_experts(
-            arena.data(), int64_t(arena.size()), at, num_experts, parse_formats(formats), hidden, width);
+        std::vector<ExpertView> experts = view_experts(arena.data(), int64_t(arena.size()), at, num_experts,
+                                                       parse_formats(formats), hidden, width);
+        const auto set_biases = [&](const char* name, const std::optional<Array>& biases, int64_t size,
+                                    const float* ExpertBias::* bias) {
+          if (!biases) return;
+          const float* from_row = read_array<float>(name, *biases, {num_experts, size});
+          for (ExpertView& expert : experts) {
+            expert.bias.*bias = from_row;
+            from_row += size;
+          }
+        };
+        set_biases("gate_bias", gate_bias, width, &ExpertBias::gate);
+        set_biases("up_bias", up_bias, width, &ExpertBias::up);
+        set_biases("down_bias", down_bias, hidden, &ExpertBias::down);
+        const Activation between = parse_activation(activation);
         nb::gil_scoped_release released;
-        swiglu_experts(runtime, experts, from, num_tokens, {start, tokens, rows}, to);
+        swiglu_experts(runtime, experts, between, from, num_tokens, {start, tokens, rows}, to);
       },
       "runtime"_a, "arena"_a, "formats"_a, "hidden"_a, "width"_a, "offsets"_a, "x"_a, "starts"_a, "token"_a,
-      "row"_a, "out"_a.noconvert());
+      "row"_a, "out"_a.noconvert(), nb::kw_only(), "activation"_a = kSilu, "gate_bias"_a.none() = nb::none(),
+      "up_bias"_a.none() = nb::none(), "down_bias"_a.none() = nb::none());
 
   m.def(
       "swiglu",
       [](Runtime& runtime, const Matrix& gate, const Matrix& up, const Matrix& down, const Array& x,
-         const OutArray& out) {
+         const OutArray& out, const ActivationOfNumbers& activation) {
         const ExpertView network = view_network(gate, up, down);
         const int64_t hidden = gate.view.cols;
         const float* from = read_array<float>("x", x, {kAnySize, hidden});
@@ -275,10 +293,11 @@ void bind_experts(nb::module_& m) {
         require_range("tokens", num_tokens, 0, INT32_MAX);
         float* to = write_array<float>("out", out, {num_tokens, hidden});
         const int32_t starts[2] = {0, int32_t(num_tokens)};
+        const Activation between = parse_activation(activation);
         nb::gil_scoped_release released;
-        swiglu_experts(runtime, {network}, from, num_tokens, {starts, nullptr, nullptr}, to);
+        swiglu_experts(runtime, {network}, between, from, num_tokens, {starts, nullptr, nullptr}, to);
       },
-      "runtime"_a, "gate"_a, "up"_a, "down"_a, "x"_a, "out"_a.noconvert());
+      "runtime"_a, "gate"_a, "up"_a, "down"_a, "x"_a, "out"_a.noconvert(), "activation"_a = kSilu);
 }
 
 bool is_f16(const std::string& dtype) {
@@ -330,7 +349,8 @@ void bind_attention(nb::module_& m) {
   m.def(
       "attention",
       [](Runtime& runtime, KvCache& kv, int64_t layer, const Array& q, const Array& block_table,
-         const Array& sequence, const Array& position, float scale, int64_t window, const OutArray& out) {
+         const Array& sequence, const Array& position, float scale, int64_t window, const OutArray& out,
+         const std::optional<Array>& sinks) {
         require_range("layer", layer, 0, kv.num_layers() - 1);
         require_range("window", window, 0, INT32_MAX);
         const KvShape& shape = kv.shape(layer);
@@ -349,13 +369,14 @@ void bind_attention(nb::module_& m) {
         batch.position = read_array<int32_t>("position", position, {batch.num_tokens});
         batch.scale = scale;
         batch.window = window;
+        batch.sinks = sinks ? read_array<float>("sinks", *sinks, {batch.num_heads}) : nullptr;
         float* to = write_array<float>("out", out, {batch.num_tokens, batch.num_heads * shape.head_dim});
         require_blocks(kv, batch, int64_t(block_table.shape(0)));
         nb::gil_scoped_release released;
         attention(runtime, kv.layer(layer), batch, to);
       },
       "runtime"_a, "kv"_a, "layer"_a, "q"_a, "block_table"_a, "sequence"_a, "position"_a, "scale"_a,
-      "window"_a, "out"_a.noconvert());
+      "window"_a, "out"_a.noconvert(), "sinks"_a.none() = nb::none());
 }
 
 }  // namespace

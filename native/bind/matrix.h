@@ -3,11 +3,13 @@
 
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 
 #include <algorithm>
 #include <array>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "bind/bind.h"
@@ -83,6 +85,17 @@ using FormatNames = std::array<std::string, 3>;
 
 inline std::array<Format, 3> parse_formats(const FormatNames& names) {
   return {parse_format(names[0]), parse_format(names[1]), parse_format(names[2])};
+}
+
+// Kind ("silu" or "clamped"), limit and alpha.
+using ActivationOfNumbers = std::tuple<std::string, float, float>;
+
+inline Activation parse_activation(const ActivationOfNumbers& activation) {
+  const auto& [kind, limit, alpha] = activation;
+  if (kind == "silu") return {};
+  if (kind != "clamped") refuse("unknown activation '" + kind + "'; known: silu, clamped");
+  if (!(limit > 0)) refuse("limit is " + std::to_string(limit) + ", expected more than 0");
+  return {Activation::Kind::clamped, limit, alpha};
 }
 
 // offsets [num_experts][3]: where gate, up and down begin.

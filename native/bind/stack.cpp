@@ -80,7 +80,8 @@ BoundMixer grouped_query_attention(
     const Matrix& query, const Matrix& key, const Matrix& value, const Matrix& output, int64_t num_heads,
     int64_t window, float scale, const std::optional<Array>& query_bias, const std::optional<Array>& key_bias,
     const std::optional<Array>& value_bias, const std::optional<Array>& output_bias,
-    const std::optional<Array>& query_norm, const std::optional<Array>& key_norm, bool has_gate) {
+    const std::optional<Array>& query_norm, const std::optional<Array>& key_norm,
+    const std::optional<Array>& sinks, bool has_gate) {
   require_range("heads", num_heads, 1, query.view.rows);
   require_range("window", window, 0, INT32_MAX);
   const int64_t parts = has_gate ? 2 * num_heads : num_heads;
@@ -100,6 +101,7 @@ BoundMixer grouped_query_attention(
       .output_bias = kept.keep("output_bias", output_bias, output.view.rows),
       .query_norm = kept.keep("query_norm", query_norm, head_dim),
       .key_norm = kept.keep("key_norm", key_norm, head_dim),
+      .sinks = kept.keep("sinks", sinks, num_heads),
       .num_heads = num_heads,
       .window = window,
       .scale = scale,
@@ -147,7 +149,8 @@ BoundFfn dense_ffn(const Matrix& gate, const Matrix& up, const Matrix& down) {
 
 BoundFfn routed_ffn(const Matrix& router, const Routing& routing, const std::optional<Array>& router_bias,
                     int64_t width, const FormatNames& formats, const std::optional<NetworkOfMatrices>& shared,
-                    const Matrix* shared_score) {
+                    const Matrix* shared_score, const std::optional<Array>& gate_bias,
+                    const std::optional<Array>& up_bias, const std::optional<Array>& down_bias) {
   BoundFfn bound;
   RoutedFfn ffn = {};
   ffn.router = {
@@ -158,6 +161,10 @@ BoundFfn routed_ffn(const Matrix& router, const Routing& routing, const std::opt
   if (routing.choice_bias) bound.kept.arrays.push_back(*routing.choice_bias);
   ffn.width = width;
   ffn.formats = parse_formats(formats);
+  const int64_t num_experts = router.view.rows;
+  ffn.biases = {bound.kept.keep("gate_bias", gate_bias, num_experts * width),
+                bound.kept.keep("up_bias", up_bias, num_experts * width),
+                bound.kept.keep("down_bias", down_bias, num_experts * router.view.cols)};
   if (shared) {
     const auto& [gate, up, down] = *shared;
     ffn.shared = SharedExpert{bound.kept.keep(*gate, *up, *down), std::nullopt};
@@ -242,8 +249,9 @@ class BoundStack {
  public:
   BoundStack(Runtime& runtime, KvCache& kv, const Matrix& embedding, const Matrix& head,
              const Array& final_norm, float norm_eps, const Rotary& rotary,
-             const std::vector<LayerOfObjects>& layers, const nb::dict& buffers, Arena* arena,
-             const std::optional<Array>& resident_offsets, const nb::object& recurrent)
+             const ActivationOfNumbers& activation, const std::vector<LayerOfObjects>& layers,
+             const nb::dict& buffers, Arena* arena, const std::optional<Array>& resident_offsets,
+             const nb::object& recurrent)
       : recurrent_(recurrent), hidden_(embedding.view.cols) {
     RecurrentState* state = recurrent.is_none() ? nullptr : nb::cast<RecurrentState*>(recurrent);
     require_size("columns of head", head.view.cols, hidden_);
@@ -256,6 +264,7 @@ class BoundStack {
     description.final_norm = kept_.keep("final_norm", final_norm, hidden_);
     description.norm_eps = norm_eps;
     description.rotary = rotary;
+    description.activation = parse_activation(activation);
     description.experts_off = arena == nullptr;
     BufferColumns columns;
     columns.pairs = rotary.num_pairs();
@@ -449,7 +458,7 @@ void bind_stack(nb::module_& m) {
         nb::kw_only(), "num_heads"_a, "window"_a, "scale"_a, "query_bias"_a.none() = nb::none(),
         "key_bias"_a.none() = nb::none(), "value_bias"_a.none() = nb::none(),
         "output_bias"_a.none() = nb::none(), "query_norm"_a.none() = nb::none(),
-        "key_norm"_a.none() = nb::none(), "has_gate"_a = false);
+        "key_norm"_a.none() = nb::none(), "sinks"_a.none() = nb::none(), "has_gate"_a = false);
   m.def(
       "gated_delta_net",
       [](const Matrix& qkv, const Matrix& b, const Matrix& output, const Matrix* z, const Matrix* a,
@@ -463,7 +472,8 @@ void bind_stack(nb::module_& m) {
   m.def("dense_ffn", &dense_ffn, "gate"_a, "up"_a, "down"_a);
   m.def("routed_ffn", &routed_ffn, "router"_a, "routing"_a, nb::kw_only(),
         "router_bias"_a.none() = nb::none(), "width"_a, "formats"_a, "shared"_a.none() = nb::none(),
-        "shared_score"_a.none() = nb::none());
+        "shared_score"_a.none() = nb::none(), "gate_bias"_a.none() = nb::none(),
+        "up_bias"_a.none() = nb::none(), "down_bias"_a.none() = nb::none());
 
   nb::class_<Rotary>(m, "Rotary")
       .def(
@@ -488,11 +498,11 @@ void bind_stack(nb::module_& m) {
 
   nb::class_<BoundStack>(m, "Stack")
       .def(nb::init<Runtime&, KvCache&, const Matrix&, const Matrix&, const Array&, float, const Rotary&,
-                    const std::vector<LayerOfObjects>&, const nb::dict&, Arena*, const std::optional<Array>&,
-                    const nb::object&>(),
+                    const ActivationOfNumbers&, const std::vector<LayerOfObjects>&, const nb::dict&, Arena*,
+                    const std::optional<Array>&, const nb::object&>(),
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), "runtime"_a, "kv"_a, nb::kw_only(), "embedding"_a,
-           "head"_a, "final_norm"_a, "norm_eps"_a, "rotary"_a, "layers"_a, "buffers"_a, "arena"_a.none(),
-           "resident_offsets"_a.none(), "recurrent"_a.none() = nb::none())
+           "head"_a, "final_norm"_a, "norm_eps"_a, "rotary"_a, "activation"_a, "layers"_a, "buffers"_a,
+           "arena"_a.none(), "resident_offsets"_a.none(), "recurrent"_a.none() = nb::none())
       .def("begin", &BoundStack::begin, "token_ids"_a, "position"_a, "sequence"_a, "slots"_a, "is_decode"_a,
            "block_table"_a, "last_rows"_a, "logits"_a.noconvert(), "state_slots"_a.none() = nb::none())
       .def("advance", &BoundStack::advance)

@@ -41,7 +41,7 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .rms_norm = rms_norm,
       .rope = rope,
       .route = route,
-      .silu_mul = silu_mul,
+      .activate = activate,
       .combine = combine,
       .add_sigmoid_gated = add_sigmoid_gated,
       .mul_sigmoid = mul_sigmoid,

@@ -3,12 +3,14 @@
 //   out[t][h] = sum over p of softmax over p (scale * q[t][h] . key[p]) * value[p]
 //
 //   p from max(0, position[t] - window + 1) to position[t]; heads h that share the KV head; keys and values
-//   in KV blocks (layout: kernel_table.h); q and out float32.
+//   in KV blocks (layout: kernel_table.h); q and out float32. A sink is one more score of a head: it takes
+//   its weight from the others and adds no value (gpt-oss; arXiv:2309.17453 has why models want one).
 //
 // The reference goes over the keys twice. The vector version takes stretches of four tiles of sixteen
 // positions, at fixed places, with a running maximum (Milakov and Gimelshein, arXiv:1805.02867): which
 // positions share a stretch, and the order of the sums in it, follows from a token's position alone, so its
-// output is the same in decode and in a prefill chunk of any size.
+// output is the same in decode and in a prefill chunk of any size. A sink is where the running maximum and
+// sum begin.
 //
 // Bound by multiply-adds where many tokens and heads share the keys, by reading them for one token. Keys of a
 // few tiles, and values of a few columns, stay in the first-level cache while all queries of the call pass
@@ -27,6 +29,11 @@ namespace {
 
 inline int64_t first_position(const AttentionArgs& a, int64_t position) {
   return a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
+}
+
+// Without one: a score whose weight is zero.
+inline float sink_of(const AttentionArgs& a, int64_t head) {
+  return a.sinks != nullptr ? a.sinks[head] : -INFINITY;
 }
 
 #if !ARGOSY_VECTOR  // the reference
@@ -53,9 +60,10 @@ void attention(const AttentionArgs& a) {
     for (int64_t head = a.kv_head * group; head < (a.kv_head + 1) * group; ++head) {
       const float* q = a.q + (token * a.num_heads + head) * dim;
       float* out = a.out + (token * a.num_heads + head) * dim;
-      float most = -INFINITY;
+      const float sink = sink_of(a, head);
+      float most = sink;
       for (int64_t p = first_position(a, last); p <= last; ++p) most = fmaxf(most, attention_score(a, q, p));
-      float sum = 0.0f;
+      float sum = expf(sink - most);
       for (int64_t d = 0; d < dim; ++d) out[d] = 0.0f;
       for (int64_t p = first_position(a, last); p <= last; ++p) {
         const float weight = expf(attention_score(a, q, p) - most);
@@ -324,9 +332,8 @@ void attention(const AttentionArgs& a) {
   for (int64_t begin = 0; begin < a.num_tokens * group; begin += kMaxQueries) {
     const int64_t rest = a.num_tokens * group - begin;
     const int64_t count = rest < kMaxQueries ? rest : kMaxQueries;
-    const auto row_of = [&](int64_t i) {
-      return ((begin + i) / group * a.num_heads + a.kv_head * group + (begin + i) % group) * dim;
-    };
+    const auto head_of = [&](int64_t i) { return a.kv_head * group + (begin + i) % group; };
+    const auto row_of = [&](int64_t i) { return ((begin + i) / group * a.num_heads + head_of(i)) * dim; };
     for (int64_t i = 0; i < count; ++i) {
       const int64_t last = a.positions[(begin + i) / group];
       float* scratch = a.scratch + i * (kStretchKeys + 2 * padded_dim);
@@ -335,8 +342,8 @@ void attention(const AttentionArgs& a) {
                          scratch + padded_dim + kStretchKeys,
                          lane_of(a.kv, first_position(a, last)),
                          lane_of(a.kv, last),
-                         -INFINITY,
-                         0.0f,
+                         sink_of(a, head_of(i)),
+                         a.sinks != nullptr ? 1.0f : 0.0f,
                          0,
                          0};
       for (int64_t d = 0; d < dim; ++d) queries[i].q[d] = a.q[row_of(i) + d];

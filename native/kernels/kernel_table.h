@@ -89,8 +89,30 @@ struct AttentionArgs {
   int64_t num_tokens, num_heads;
   const int32_t* blocks;  // of the sequence: position p lies in blocks[p / block_tokens]
   float scale;
-  int64_t window;  // a token sees its last `window` positions, itself included; 0: all
-  float* scratch;  // attention_scratch_floats(head_dim)
+  int64_t window;                // a token sees its last `window` positions, itself included; 0: all
+  float* scratch;                // attention_scratch_floats(head_dim)
+  const float* sinks = nullptr;  // [num_heads], a score that takes weight and adds nothing; nullptr: none
+};
+
+// What a feed-forward network does between its first two products and its last.
+//   silu     silu(gate) * up, where silu(x) = x / (1 + e^-x)  (Shazeer, arXiv:2002.05202)
+//   clamped  g * sigmoid(alpha * g) * (u + 1), where g is gate, at most `limit`, and u is up, from -limit to
+//            limit  (gpt-oss)
+struct Activation {
+  enum class Kind { silu, clamped };
+  Kind kind = Kind::silu;
+  float limit = 0, alpha = 0;
+};
+
+// out[t][i] = activation of gate[t][i] + gate_bias[i] and up[t][i] + up_bias[i]
+struct ActivateArgs {
+  Activation activation;
+  const float *gate, *up;            // [num_tokens][n], `stride` floats apart
+  const float *gate_bias, *up_bias;  // [n]; nullptr: none
+  int64_t stride;
+  int64_t num_tokens, n;
+  float* out;  // [num_tokens][n]; may be gate or up
+  int64_t out_stride;
 };
 
 // The gates of num_heads value heads: token t's begin at a + t * a_stride and b + t * b_stride, in place.
@@ -185,7 +207,7 @@ struct KernelTable {
   void (*rope)(float* x, int64_t num_heads, int64_t head_dim, const float* cosine, const float* sine,
                int64_t num_pairs, bool is_interleaved);
   void (*route)(const RouteArgs& args);
-  void (*silu_mul)(const float* gate, const float* up, int64_t n, float* out);  // out may be gate or up
+  void (*activate)(const ActivateArgs& args);
   void (*combine)(const float* expert_out, const float* weights, int64_t k, int64_t hidden, float* out);
   void (*add_sigmoid_gated)(const float* x, float gate_logit, int64_t hidden, float* out);
 

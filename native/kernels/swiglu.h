@@ -1,6 +1,9 @@
-// swiglu.h: out = silu(gate) * up, where silu(x) = x / (1 + e^-x). (Shazeer, arXiv:2002.05202)
+// swiglu.h: what lies between the products of a feed-forward network: activations and their biases
+// (kernel_table.h, Activation).
 //
-//   gate, up, out  float32 [n]; out may be gate or up.
+//   gate, up, out  float32 [tokens][n]; out may be gate or up.
+//
+// The clamped gate is only cut off above, and NaN stays NaN in both.
 //
 //   mul_sigmoid    x *= 1 / (1 + e^-gate): the output gate of attention heads
 #pragma once
@@ -15,8 +18,25 @@ namespace {
 
 #if !ARGOSY_VECTOR  // the reference
 
-void silu_mul(const float* gate, const float* up, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+inline float activated(const Activation& activation, float gate, float up) {
+  if (activation.kind == Activation::Kind::silu) return gate / (1.0f + expf(-gate)) * up;
+  const float limit = activation.limit;
+  gate = gate > limit ? limit : gate;
+  up = up > limit ? limit : up < -limit ? -limit : up;
+  return gate * sigmoid(activation.alpha * gate) * (up + 1.0f);
+}
+
+void activate(const ActivateArgs& a) {
+  for (int64_t token = 0; token < a.num_tokens; ++token) {
+    for (int64_t i = 0; i < a.n; ++i) {
+      float gate = a.gate[token * a.stride + i], up = a.up[token * a.stride + i];
+      if (a.gate_bias != nullptr) gate += a.gate_bias[i];
+      if (a.up_bias != nullptr) up += a.up_bias[i];
+      a.out[token * a.out_stride + i] = activated(a.activation, gate, up);
+    }
+  }
 }
 
 void mul_sigmoid(const float* gate, int64_t n, float* x) {
@@ -27,11 +47,43 @@ void mul_sigmoid(const float* gate, int64_t n, float* x) {
 
 inline Vec silu(Vec x) { return div(x, add(broadcast(1.0f), exp(sub(zeros(), x)))); }
 
-void silu_mul(const float* gate, const float* up, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int64_t here = n - i < kLanes ? n - i : kLanes;
-    store(out + i, mul(silu(load(gate + i, here)), load(up + i, here)), here);
+struct SiluActivation {
+  Vec operator()(Vec gate, Vec up) const { return mul(silu(gate), up); }
+};
+
+struct ClampedActivation {
+  Vec limit, minus_limit, minus_alpha;
+
+  Vec operator()(Vec gate, Vec up) const {
+    const Vec one = broadcast(1.0f);
+    // The bound comes first: a comparison with NaN gives the second.
+    gate = min_or_second(limit, gate);
+    up = max_or_second(minus_limit, min_or_second(limit, up));
+    return mul(div(gate, add(one, exp(mul(minus_alpha, gate)))), add(up, one));
   }
+};
+
+template <class Activated>
+void activate_rows(const ActivateArgs& a, const Activated& activated) {
+  for (int64_t token = 0; token < a.num_tokens; ++token) {
+    const float* gates = a.gate + token * a.stride;
+    const float* ups = a.up + token * a.stride;
+    float* out = a.out + token * a.out_stride;
+    for (int64_t i = 0; i < a.n; i += kLanes) {
+      const int64_t here = a.n - i < kLanes ? a.n - i : kLanes;
+      Vec gate = load(gates + i, here), up = load(ups + i, here);
+      if (a.gate_bias != nullptr) gate = add(gate, load(a.gate_bias + i, here));
+      if (a.up_bias != nullptr) up = add(up, load(a.up_bias + i, here));
+      store(out + i, activated(gate, up), here);
+    }
+  }
+}
+
+void activate(const ActivateArgs& a) {
+  const Activation& activation = a.activation;
+  if (activation.kind == Activation::Kind::silu) return activate_rows(a, SiluActivation{});
+  activate_rows(a, ClampedActivation{broadcast(activation.limit), broadcast(-activation.limit),
+                                     broadcast(-activation.alpha)});
 }
 
 void mul_sigmoid(const float* gate, int64_t n, float* x) {

@@ -145,6 +145,7 @@ void attention(Runtime& runtime, const KvLayer& kv, const AttentionBatch& batch,
           .scale = batch.scale,
           .window = batch.window,
           .scratch = scratch + worker * scratch_floats,
+          .sinks = batch.sinks,
       });
     }
   });

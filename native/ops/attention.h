@@ -66,7 +66,8 @@ struct AttentionBatch {
   const int32_t* sequence;  // [num_tokens]
   const int32_t* position;  // [num_tokens]; its blocks are in range
   float scale;
-  int64_t window;  // 0: all positions
+  int64_t window;                // 0: all positions
+  const float* sinks = nullptr;  // [num_heads]; nullptr: none
 };
 
 void attention(Runtime& runtime, const KvLayer& kv, const AttentionBatch& batch, float* out);

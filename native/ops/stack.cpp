@@ -36,9 +36,10 @@ void copy_heads(Runtime& runtime, const float* x, int64_t stride, int64_t rows, 
 }
 
 // One network, all tokens.
-void swiglu(Runtime& runtime, const ExpertView& network, const float* x, int64_t num_tokens, float* out) {
+void swiglu(Runtime& runtime, const ExpertView& network, const Activation& activation, const float* x,
+            int64_t num_tokens, float* out) {
   const int32_t starts[2] = {0, int32_t(num_tokens)};
-  swiglu_experts(runtime, {network}, x, num_tokens, {starts, nullptr, nullptr}, out);
+  swiglu_experts(runtime, {network}, activation, x, num_tokens, {starts, nullptr, nullptr}, out);
 }
 
 }  // namespace
@@ -184,6 +185,7 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
                 .position = batch_.position,
                 .scale = mixer.scale,
                 .window = mixer.window,
+                .sinks = mixer.sinks,
             },
             buffers_.attended);
   if (mixer.has_gate) {
@@ -237,7 +239,7 @@ void Stack::mix(const GatedDeltaNet& net) {
 
 bool Stack::feed_forward(const DenseFfn& ffn) {
   const int64_t hidden = description_.embedding.cols;
-  swiglu(runtime_, ffn.network, buffers_.normed, batch_.num_tokens, buffers_.block);
+  swiglu(runtime_, ffn.network, description_.activation, buffers_.normed, batch_.num_tokens, buffers_.block);
   add_rows(runtime_, buffers_.block, hidden, batch_.num_tokens, hidden, buffers_.hidden);
   mark(Part::attention_and_dense);
   return true;
@@ -248,10 +250,10 @@ bool Stack::feed_forward(const RoutedFfn& ffn) {
   if (!description_.experts_off && ffn.resident.empty()) return false;
   add_shared(ffn);
   if (description_.experts_off) return true;
-  resident_group_.clear();
-  for (const int32_t expert : demand_.expert_ids) resident_group_.push_back(ffn.resident[size_t(expert)]);
+  group_.clear();
+  for (const int32_t expert : demand_.expert_ids) group_.push_back(ffn.resident[size_t(expert)]);
   lookups_ += int64_t(demand_.expert_ids.size());
-  run_group(demand_.expert_ids, resident_group_);
+  run_group(demand_.expert_ids);
   combine_experts(ffn);
   return true;
 }
@@ -293,7 +295,7 @@ void Stack::dispatch(const RoutedFfn& ffn) {
 void Stack::add_shared(const RoutedFfn& ffn) {
   if (!ffn.shared) return;
   const int64_t hidden = description_.embedding.cols, tokens = batch_.num_tokens;
-  swiglu(runtime_, ffn.shared->network, buffers_.normed, tokens, buffers_.block);
+  swiglu(runtime_, ffn.shared->network, description_.activation, buffers_.normed, tokens, buffers_.block);
   if (ffn.shared->score) {
     matmul(runtime_, {{*ffn.shared->score, buffers_.shared_score}}, buffers_.normed, tokens);
     add_sigmoid_gated(runtime_, buffers_.block, buffers_.shared_score, tokens, hidden, buffers_.hidden);
@@ -303,9 +305,18 @@ void Stack::add_shared(const RoutedFfn& ffn) {
   mark(Part::attention_and_dense);
 }
 
-// Runs experts of the demand on the tokens that chose them.
-void Stack::run_group(const std::vector<int32_t>& expert_ids, const std::vector<ExpertView>& experts) {
-  const int64_t k = routed_ffn().router.rule.k;
+// Runs the experts of group_, which are of the demand, on the tokens that chose them.
+void Stack::run_group(const std::vector<int32_t>& expert_ids) {
+  const RoutedFfn& ffn = routed_ffn();
+  const int64_t k = ffn.router.rule.k, hidden = description_.embedding.cols;
+  for (size_t i = 0; i < expert_ids.size(); ++i) {
+    const auto row_of = [&](const float* table, int64_t cols) {
+      return table != nullptr ? table + expert_ids[i] * cols : nullptr;
+    };
+    const ExpertBiases& biases = ffn.biases;
+    group_[i].bias = {row_of(biases.gate, ffn.width), row_of(biases.up, ffn.width),
+                      row_of(biases.down, hidden)};
+  }
   group_starts_.assign(1, 0);
   int32_t* row = buffers_.group_row;
   for (const int32_t id : expert_ids) {
@@ -315,7 +326,7 @@ void Stack::run_group(const std::vector<int32_t>& expert_ids, const std::vector<
   }
   const int64_t assignments = group_starts_.back();
   for (int64_t a = 0; a < assignments; ++a) buffers_.group_token[a] = int32_t(buffers_.group_row[a] / k);
-  swiglu_experts(runtime_, experts, buffers_.normed, batch_.num_tokens,
+  swiglu_experts(runtime_, group_, description_.activation, buffers_.normed, batch_.num_tokens,
                  {group_starts_.data(), buffers_.group_token, buffers_.group_row}, buffers_.expert_out);
   mark(Part::expert_compute);
 }
@@ -356,7 +367,8 @@ void Stack::run_experts(const std::vector<int32_t>& expert_ids, const std::vecto
                                   std::to_string(expert));
     }
   }
-  run_group(expert_ids, experts);
+  group_ = experts;
+  run_group(expert_ids);
 }
 
 // Counts an expert off the demand. False: it is not in it, or not any more.

@@ -48,6 +48,7 @@ struct GroupedQueryAttention {
   const float* output_bias = nullptr;
   const float* query_norm = nullptr;  // [head_dim], of each head before rotary; nullptr: none
   const float* key_norm = nullptr;
+  const float* sinks = nullptr;  // [num_heads], a score that takes weight and adds nothing; nullptr: none
   int64_t num_heads = 0;
   int64_t window = 0;  // a token sees its last `window` positions; 0: all
   float scale = 0;     // of the scores
@@ -87,12 +88,19 @@ struct SharedExpert {
   std::optional<MatrixView> score;  // [1, hidden]: the output is taken times sigmoid(score . x)
 };
 
+// Biases of all routed experts of a layer; nullptr: none.
+struct ExpertBiases {
+  const float *gate = nullptr, *up = nullptr;  // [num_experts, width]
+  const float* down = nullptr;                 // [num_experts, hidden]
+};
+
 struct RoutedFfn {
   Router router;
   int64_t width = 0;              // of an expert
   std::array<Format, 3> formats;  // of gate, up and down of every expert of the layer
+  ExpertBiases biases = {};
   std::optional<SharedExpert> shared;
-  std::vector<ExpertView> resident;  // of all experts; empty where they are leased
+  std::vector<ExpertView> resident;  // of all experts, biases not set; empty where they are leased
 };
 
 using Ffn = std::variant<DenseFfn, RoutedFfn>;
@@ -109,7 +117,8 @@ struct StackDescription {
   const float* final_norm;     // [hidden]
   float norm_eps;
   Rotary rotary;
-  bool experts_off;  // leave routed experts out of every sum
+  Activation activation;  // of all feed-forward networks
+  bool experts_off;       // leave routed experts out of every sum
   std::vector<Layer> layers;
 };
 
@@ -204,7 +213,7 @@ class Stack {
   bool feed_forward(const RoutedFfn& ffn);
   void dispatch(const RoutedFfn& ffn);
   void add_shared(const RoutedFfn& ffn);
-  void run_group(const std::vector<int32_t>& expert_ids, const std::vector<ExpertView>& experts);
+  void run_group(const std::vector<int32_t>& expert_ids);
   void combine_experts(const RoutedFfn& ffn);
   void norm(const float* weight);
   const RoutedFfn& routed_ffn() const;  // of the layer that runs
@@ -230,7 +239,7 @@ class Stack {
   std::vector<bool> is_claimed_;    // [experts]
   int64_t num_unclaimed_ = 0;       // experts of the demand that were not run yet
   std::vector<int32_t> group_starts_;
-  std::vector<ExpertView> resident_group_;
+  std::vector<ExpertView> group_;
 
   Clock::time_point last_mark_;
   std::array<double, kNumParts> seconds_ = {};

@@ -61,6 +61,15 @@ class BlockOrder {
   int64_t num_experts_, blocks_, side_by_side_;
 };
 
+// To the rows and tokens that a product has just written.
+void add_bias(const MatmulArgs& product, const float* bias) {
+  for (int64_t token = 0; token < product.num_tokens; ++token) {
+    float* y = product.y + product.y_stride * (product.y_index != nullptr ? product.y_index[token] : token);
+    for (int64_t row = product.row_begin; row < product.row_end; ++row)
+      y[row - product.row_begin] += bias[row];
+  }
+}
+
 bool wants_quants(const std::vector<ExpertView>& experts, MatrixView ExpertView::* matrix) {
   return std::any_of(experts.begin(), experts.end(),
                      [&](const ExpertView& expert) { return is_quantized((expert.*matrix).format); });
@@ -68,8 +77,8 @@ bool wants_quants(const std::vector<ExpertView>& experts, MatrixView ExpertView:
 
 }  // namespace
 
-void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, const float* x,
-                    int64_t num_tokens, const Dispatch& dispatch, float* out) {
+void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, const Activation& activation,
+                    const float* x, int64_t num_tokens, const Dispatch& dispatch, float* out) {
   const int64_t num_experts = int64_t(experts.size());
   const int64_t assignments = experts.empty() ? 0 : dispatch.starts[num_experts];
   if (assignments == 0) return;
@@ -127,13 +136,21 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
       };
       multiply(expert.gate, gate);
       multiply(expert.up, up);
-      for (int64_t i = 0; i < count; ++i) {
-        float* to = inner + (a + i) * inner_stride + row;
-        table.silu_mul(gate + i * num_blocks * kWidthBlock, up + i * num_blocks * kWidthBlock, rows, to);
-        if (is_quantized(expert.down.format)) {
-          table.quantize_activations(to, width, block, block + num_blocks,
-                                     inner_quants + (a + i) * activation_bytes(width));
-        }
+      table.activate({
+          .activation = activation,
+          .gate = gate,
+          .up = up,
+          .gate_bias = expert.bias.gate != nullptr ? expert.bias.gate + row : nullptr,
+          .up_bias = expert.bias.up != nullptr ? expert.bias.up + row : nullptr,
+          .stride = num_blocks * kWidthBlock,
+          .num_tokens = count,
+          .n = rows,
+          .out = inner + a * inner_stride + row,
+          .out_stride = inner_stride,
+      });
+      for (int64_t i = 0; i < count && is_quantized(expert.down.format); ++i) {
+        table.quantize_activations(inner + (a + i) * inner_stride + row, width, block, block + num_blocks,
+                                   inner_quants + (a + i) * activation_bytes(width));
       }
     }
   };
@@ -168,7 +185,9 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
       args.y += a * hidden;
     }
     args.num_tokens = dispatch.starts[index + 1] - a;
-    if (args.num_tokens > 0) table.matmul[int(down.format)](args);
+    if (args.num_tokens == 0) return;
+    table.matmul[int(down.format)](args);
+    if (const float* bias = experts[index].bias.down) add_bias(args, bias);
   };
   const BlockOrder of_hidden(num_experts, round_up(hidden, kHiddenBlock) / kHiddenBlock, side_by_side);
   runtime.parallel_for(of_hidden.size(), kHiddenBlock * width * mean_tokens,

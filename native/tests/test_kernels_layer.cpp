@@ -24,6 +24,15 @@ void norms_meet_the_reference() {
   }
 }
 
+std::vector<float> activated(const KernelTable& table, const Activation& activation,
+                             const std::vector<float>& gate, const std::vector<float>& up,
+                             const float* gate_bias = nullptr, const float* up_bias = nullptr) {
+  const int64_t n = int64_t(gate.size());
+  std::vector<float> out(gate.size(), NAN);
+  table.activate({activation, gate.data(), up.data(), gate_bias, up_bias, n, 1, n, out.data(), n});
+  return out;
+}
+
 // e^x hides in silu: silu(x) = x / (1 + e^-x).
 void silu_is_exact_to_a_few_units_and_the_same_in_every_lane() {
   std::vector<float> x;
@@ -33,8 +42,7 @@ void silu_is_exact_to_a_few_units_and_the_same_in_every_lane() {
   }
   const std::vector<float> ones(x.size(), 1.0f);
   for (const KernelTable* table : all_tables()) {
-    std::vector<float> found(x.size());
-    table->silu_mul(x.data(), ones.data(), int64_t(x.size()), found.data());
+    const std::vector<float> found = activated(*table, {}, x, ones);
     for (size_t i = 0; i < x.size(); ++i) {
       const double expected = double(x[i]) / (1.0 + std::exp(-double(x[i])));
       if (std::isfinite(expected)) {
@@ -48,11 +56,63 @@ void silu_is_exact_to_a_few_units_and_the_same_in_every_lane() {
     for (const float value : {-3.7f, 0.01f, 12.0f}) {
       for (int64_t n = 1; n < 40; ++n) {
         const std::vector<float> same(size_t(n), value), ups(size_t(n), 1.0f);
-        std::vector<float> out(static_cast<size_t>(n));
-        table->silu_mul(same.data(), ups.data(), n, out.data());
+        const std::vector<float> out = activated(*table, {}, same, ups);
         for (const float each : out) CHECK_EQUAL(each, out[0]);
-        table->silu_mul(&value, ups.data(), 1, &out[0]);
-        CHECK_EQUAL(out[0], out.back());
+        CHECK_EQUAL(activated(*table, {}, {value}, {1.0f})[0], out.back());
+      }
+    }
+  }
+}
+
+void a_clamped_activation_cuts_off_and_keeps_nan() {
+  const Activation clamped = {Activation::Kind::clamped, 7.0f, 1.702f};
+  std::vector<float> gate, up;
+  for (const float g : {-200.0f, -9.0f, -0.5f, 0.0f, 0.3f, 6.9f, 7.0f, 7.1f, 300.0f, INFINITY, NAN}) {
+    for (const float u : {-1e30f, -7.5f, -7.0f, -1.0f, 0.0f, 2.5f, 7.0f, 7.5f, INFINITY, NAN}) {
+      gate.push_back(g);
+      up.push_back(u);
+    }
+  }
+  const std::vector<float> gate_bias = normal(int64_t(gate.size()), 11),
+                           up_bias = normal(int64_t(up.size()), 12);
+  for (const KernelTable* table : all_tables()) {
+    for (const bool has_bias : {false, true}) {
+      const std::vector<float> found =
+          has_bias ? activated(*table, clamped, gate, up, gate_bias.data(), up_bias.data())
+                   : activated(*table, clamped, gate, up);
+      for (size_t i = 0; i < gate.size(); ++i) {
+        double g = gate[i] + (has_bias ? gate_bias[i] : 0.0f), u = up[i] + (has_bias ? up_bias[i] : 0.0f);
+        if (std::isnan(g) || std::isnan(u)) {
+          CHECK(std::isnan(found[i]));
+          continue;
+        }
+        g = std::min(g, 7.0);
+        u = std::max(-7.0, std::min(u, 7.0));
+        const double expected = g / (1.0 + std::exp(-double(1.702f) * g)) * (u + 1.0);
+        CHECK(std::fabs(double(found[i]) - expected) <= 1e-6 * std::fabs(expected) + 2e-38);
+      }
+    }
+  }
+}
+
+// Rows of tokens that lie apart, in place, with the last vector in part.
+void activations_stay_inside_their_rows() {
+  constexpr int64_t kRows = 21, kStride = 40, kTokens = 3;
+  for (const KernelTable* table : all_tables()) {
+    for (const Activation& activation : {Activation{}, Activation{Activation::Kind::clamped, 1.0f, 2.0f}}) {
+      const std::vector<float> before = normal(kTokens * kStride, 13), up = normal(kTokens * kStride, 14);
+      const std::vector<float> bias = normal(kRows, 15);
+      std::vector<float> gate = before;
+      table->activate({activation, gate.data(), up.data(), bias.data(), nullptr, kStride, kTokens, kRows,
+                       gate.data(), kStride});
+      for (int64_t token = 0; token < kTokens; ++token) {
+        for (int64_t i = 0; i < kStride; ++i) {
+          const size_t at = size_t(token * kStride + i);
+          const std::vector<float> one =
+              i < kRows ? activated(*table, activation, {before[at] + bias[size_t(i)]}, {up[at]})
+                        : std::vector<float>{before[at]};
+          CHECK_EQUAL(gate[at], one[0]);
+        }
       }
     }
   }
@@ -195,7 +255,7 @@ struct Cache {
 };
 
 std::vector<float> attend(const KernelTable& table, Cache& cache, const std::vector<float>& q, int64_t heads,
-                          int64_t begin, int64_t end, int64_t window) {
+                          int64_t begin, int64_t end, int64_t window, const float* sinks = nullptr) {
   const KvLayer kv = cache.kv.layer(0);
   const int64_t row = heads * kv.head_dim;
   std::vector<float> out(size_t((end - begin) * row), NAN);
@@ -215,6 +275,7 @@ std::vector<float> attend(const KernelTable& table, Cache& cache, const std::vec
     args.scale = 0.3f;
     args.window = window;
     args.scratch = scratch.data();
+    args.sinks = sinks;
     table.attention(args);
   }
   return out;
@@ -230,18 +291,52 @@ void attention_meets_the_reference_in_every_chunk() {
           const bool is_f16 = (dim + block_tokens + window) % 2 == 0;
           Cache cache(kv_heads, dim, block_tokens, is_f16);
           const std::vector<float> q = normal(Cache::kLength * heads * dim, 7);
-          const std::vector<float> expected = attend(plain(), cache, q, heads, 0, Cache::kLength, window);
-          const std::vector<float> together = attend(*table, cache, q, heads, 0, Cache::kLength, window);
+          // Below, among and above the scores.
+          const std::vector<float> some = normal(heads, 8, 6.0f);
+          const float* sinks = block_tokens == 16 ? some.data() : nullptr;
+          const std::vector<float> expected =
+              attend(plain(), cache, q, heads, 0, Cache::kLength, window, sinks);
+          const std::vector<float> together =
+              attend(*table, cache, q, heads, 0, Cache::kLength, window, sinks);
           CHECK(near(together, expected, 4e-6));
           for (const int64_t chunk : {1, 3, 32}) {
             std::vector<float> pieces;
             for (int64_t begin = 0; begin < Cache::kLength; begin += chunk) {
               const int64_t end = std::min(begin + chunk, Cache::kLength);
-              const std::vector<float> piece = attend(*table, cache, q, heads, begin, end, window);
+              const std::vector<float> piece = attend(*table, cache, q, heads, begin, end, window, sinks);
               pieces.insert(pieces.end(), piece.begin(), piece.end());
             }
             CHECK(same_bits(pieces, together));
           }
+        }
+      }
+    }
+  }
+}
+
+// A sink is one more position with that score and a value of zero.
+void a_sink_takes_its_share_of_the_weights() {
+  constexpr int64_t kHeads = 4, kKvHeads = 2, kDim = 16;
+  Cache cache(kKvHeads, kDim, 16, false);
+  const std::vector<float> q = normal(Cache::kLength * kHeads * kDim, 7);
+  const std::vector<float> sinks = {-1.5f, 0.0f, 3.0f, 40.0f};
+  for (const KernelTable* table : all_tables()) {
+    const std::vector<float> without = attend(*table, cache, q, kHeads, 0, Cache::kLength, 0);
+    const std::vector<float> with = attend(*table, cache, q, kHeads, 0, Cache::kLength, 0, sinks.data());
+    for (int64_t token = 0; token < Cache::kLength; ++token) {
+      for (int64_t head = 0; head < kHeads; ++head) {
+        double sum = 0;
+        const float* query = q.data() + (token * kHeads + head) * kDim;
+        for (int64_t p = 0; p <= token; ++p) {
+          const float* key = cache.keys.data() + (p * kKvHeads + head * kKvHeads / kHeads) * kDim;
+          double score = 0;
+          for (int64_t d = 0; d < kDim; ++d) score += double(query[d]) * double(key[d]);
+          sum += std::exp(score * double(0.3f));
+        }
+        const double share = sum / (sum + std::exp(double(sinks[size_t(head)])));
+        for (int64_t d = 0; d < kDim; ++d) {
+          const size_t at = size_t((token * kHeads + head) * kDim + d);
+          CHECK(std::fabs(double(with[at]) - share * double(without[at])) <= 1e-5 * share);
         }
       }
     }
@@ -265,6 +360,8 @@ void threads_change_no_bit() {
         weights.push_back(Weights::random(format, hidden, width, 30 + i, 3));
         experts.push_back({weights[3 * i].view, weights[3 * i + 1].view, weights[3 * i + 2].view});
       }
+      const std::vector<float> biases = normal(width + hidden, 9);
+      experts[2].bias = {biases.data(), biases.data() + 1, biases.data() + width};
       const std::vector<int32_t> starts = {0, 50, 50, kTokens};
       std::vector<int32_t> token, row;
       for (int32_t i = 0; i < kTokens; ++i) {
@@ -273,8 +370,9 @@ void threads_change_no_bit() {
       }
       std::vector<float> expected(size_t(kTokens * hidden), NAN), found = expected;
       const Dispatch dispatch = {starts.data(), token.data(), row.data()};
-      swiglu_experts(one, experts, x.data(), kTokens, dispatch, expected.data());
-      swiglu_experts(three, experts, x.data(), kTokens, dispatch, found.data());
+      const Activation clamped = {Activation::Kind::clamped, 7.0f, 1.702f};
+      swiglu_experts(one, experts, clamped, x.data(), kTokens, dispatch, expected.data());
+      swiglu_experts(three, experts, clamped, x.data(), kTokens, dispatch, found.data());
       CHECK(same_bits(found, expected));
 
       std::vector<float> y_one(size_t(kTokens * width)), y_three = y_one;
@@ -292,10 +390,13 @@ int main() {
   using namespace argosy::testing;
   norms_meet_the_reference();
   silu_is_exact_to_a_few_units_and_the_same_in_every_lane();
+  a_clamped_activation_cuts_off_and_keeps_nan();
+  activations_stay_inside_their_rows();
   routes_meet_the_reference();
   ties_go_to_the_lower_expert();
   tied_groups_go_to_the_lower_one();
   attention_meets_the_reference_in_every_chunk();
+  a_sink_takes_its_share_of_the_weights();
   threads_change_no_bit();
   return check_result();
 }

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 Format = Literal["f32", "f16", "bf16", "q8", "q4", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k"]
 InstructionSet = Literal["plain", "avx2", "avx512"]
+Activation = tuple[Literal["silu", "clamped"], float, float]  # kind, limit, alpha
 _Floats = NDArray[np.float32]
 _Ints = NDArray[np.int32]
 _Bytes = NDArray[np.uint8]
@@ -142,8 +143,13 @@ def swiglu_experts(
     token: _Ints,
     row: _Ints,
     out: _Floats,
+    *,
+    activation: Activation = ("silu", 0.0, 0.0),
+    gate_bias: _Floats | None = None,
+    up_bias: _Floats | None = None,
+    down_bias: _Floats | None = None,
 ) -> None:
-    """Run each expert on its tokens: out[row[a]] = (silu(x Wg^T) * (x Wu^T)) Wd^T with x = x[token[a]].
+    """Run each expert on its tokens: out[row[a]] = activation(x Wg^T + bg, x Wu^T + bu) Wd^T + bd, x = x[token[a]].
 
     Args:
         formats: of gate, up and down.
@@ -153,9 +159,19 @@ def swiglu_experts(
         token: [assignments], row of x.
         row: [assignments], row of `out`, each at most once.
         out: [any, hidden]; rows that `row` does not name stay as they are.
+        activation: of gate and up.
+        gate_bias, up_bias: [experts, width].   down_bias: [experts, hidden].
     """
 
-def swiglu(runtime: Runtime, gate: Matrix, up: Matrix, down: Matrix, x: _Floats, out: _Floats) -> None:
+def swiglu(
+    runtime: Runtime,
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+    x: _Floats,
+    out: _Floats,
+    activation: Activation = ("silu", 0.0, 0.0),
+) -> None:
     """The same for one network and all tokens of x [tokens, hidden]: a dense layer or a shared expert."""
 
 class KvShape:
@@ -203,6 +219,7 @@ def attention(
     scale: float,
     window: int,
     out: _Floats,
+    sinks: _Floats | None = None,
 ) -> None:
     """Causal grouped-query attention; tokens of a sequence that stand next to each other share its keys.
 
@@ -212,6 +229,7 @@ def attention(
         sequence, position: [tokens]. A token sees the positions up to its own, which must be written already.
         window: a token sees its last `window` positions, itself included; 0 for all.
         out: [tokens, heads * head_dim].
+        sinks: [heads], a score of each head that takes weight and adds nothing; None for none.
     """
 
 # The layers of a decoder (native/ops/stack.h), as one operation.
@@ -237,6 +255,7 @@ def grouped_query_attention(
     output_bias: _Floats | None = None,
     query_norm: _Floats | None = None,
     key_norm: _Floats | None = None,
+    sinks: _Floats | None = None,
 ) -> Mixer:
     """q, k, v -> norm of each head -> rotary -> KV cache -> attention -> output projection.
 
@@ -245,6 +264,7 @@ def grouped_query_attention(
         window, scale: as for `attention`.
         query_bias ...: one number per row of the matrix; None for none.
         query_norm, key_norm: [head_dim], both or none.
+        sinks: [heads], as for `attention`.
     """
 
 def dense_ffn(gate: Matrix, up: Matrix, down: Matrix) -> Ffn:
@@ -259,6 +279,9 @@ def routed_ffn(
     formats: Sequence[Format],
     shared: Sequence[Matrix] | None = None,
     shared_score: Matrix | None = None,
+    gate_bias: _Floats | None = None,
+    up_bias: _Floats | None = None,
+    down_bias: _Floats | None = None,
 ) -> Ffn:
     """Experts of `width` that the router chooses, as `route` does, and a shared one for every token.
 
@@ -268,6 +291,7 @@ def routed_ffn(
         formats: of gate, up and down of the routed experts.
         shared: gate, up and down of the shared expert.
         shared_score: [1, hidden]; the shared expert's output is taken times sigmoid(shared_score . x).
+        gate_bias, up_bias: of the routed experts, experts * width numbers.   down_bias: experts * hidden.
     """
 
 class Rotary:
@@ -290,6 +314,7 @@ class Stack:
 
     Args:
         embedding, head: [vocabulary, hidden].   final_norm: [hidden].
+        activation: of all feed-forward networks.
         layers: (norm [hidden], mixer, norm [hidden], feed-forward network) of each layer of `kv`.
         buffers: working memory by name, [max_tokens, columns] each (`model.workspace`).
         arena: where routed experts lie; None leaves them out of every sum.
@@ -307,6 +332,7 @@ class Stack:
         final_norm: _Floats,
         norm_eps: float,
         rotary: Rotary,
+        activation: Activation,
         layers: Sequence[tuple[_Floats, Mixer, _Floats, Ffn]],
         buffers: Mapping[str, NDArray[Any]],
         arena: Arena | None,

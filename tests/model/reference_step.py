@@ -12,7 +12,7 @@ from argosy import _native
 from argosy.config import ModelConfig
 from argosy.experts.source import ExpertSource
 from argosy.model.batch import Batch
-from argosy.model.layers import routing
+from argosy.model.layers import describe_activation, routing
 from argosy.model.rope import rotary
 from argosy.model.weights import DenseWeights
 
@@ -85,6 +85,7 @@ class ReferenceDecoder:
             config.head_dim**-0.5,
             config.layers[layer].sliding_window,
             attended,
+            self.weights.vectors.get(name + "sinks"),
         )
         hidden += self._projection(name + "o", attended)
 
@@ -101,7 +102,7 @@ class ReferenceDecoder:
     def _swiglu(self, x: Floats, *names: str) -> Floats:
         out = np.empty_like(x)
         gate, up, down = (self.weights.matrices[name] for name in names)
-        _native.swiglu(self.runtime, gate, up, down, x, out)
+        _native.swiglu(self.runtime, gate, up, down, x, out, describe_activation(self.config))
         return out
 
     def _add_shared(self, hidden: Floats, normed: Floats, name: str) -> None:
@@ -131,6 +132,11 @@ class ReferenceDecoder:
             for group in lease:
                 rows = [np.flatnonzero(flat == expert).astype(np.int32) for expert in group.expert_ids]
                 row = np.concatenate(rows)
+                biases = {
+                    f"{part}_bias": table.reshape(config.num_experts, -1)[list(group.expert_ids)]
+                    for part in ("gate", "up", "down")
+                    if (table := self.weights.vectors.get(f"layers.{layer}.expert_{part}_bias")) is not None
+                }
                 starts = np.cumsum([0, *(len(each) for each in rows)], dtype=np.int32)
                 _native.swiglu_experts(
                     self.runtime,
@@ -144,5 +150,7 @@ class ReferenceDecoder:
                     row // np.int32(k),
                     row,
                     out,
+                    activation=describe_activation(config),
+                    **biases,
                 )
         _native.combine(self.runtime, out, weights, hidden)

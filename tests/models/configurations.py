@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tests.models.tiny import RawConfig, mixtral, qwen2_moe, qwen3_moe, respelt
+from tests.models.tiny import RawConfig, gpt_oss, mixtral, qwen2_moe, qwen3_moe, respelt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,5 +151,59 @@ CONFIGURATIONS = (
             num_key_value_heads=3,
             rope_scaling={"rope_type": "dynamic", "factor": 4.0},
         ),
+    ),
+    Configuration(name="gpt_oss_plain", config=gpt_oss()),
+    Configuration(
+        name="gpt_oss_clamped_top1",  # inner neurons are of the order of one, so half of them are cut off
+        config=gpt_oss(
+            swiglu_limit=0.6, swiglu_alpha=1.1, num_experts_per_tok=1, layer_types=None, num_hidden_layers=3
+        ),
+    ),
+    Configuration(
+        name="gpt_oss_full_attention_f16",
+        config=gpt_oss(
+            layer_types=["full_attention"] * 3,
+            num_hidden_layers=3,
+            attention_bias=False,
+            torch_dtype="float16",
+            num_key_value_heads=1,
+            hidden_size=44,
+            intermediate_size=17,
+            rope_scaling=yarn(4.0, 16, rope_type="yarn", beta_fast=4.0, attention_factor=1.1),
+        ),
+        dtype="F16",
+    ),
+    Configuration(
+        name="gpt_oss_windows_sharded",
+        config=respelt(
+            gpt_oss(
+                layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+                sliding_window=3,
+                num_hidden_layers=3,
+                num_local_experts=9,
+                num_experts_per_tok=4,
+                initial_context_length=128,
+                head_dim=24,
+                vocab_size=101,
+            ),
+            theta=1e4,
+        ),
+        num_shards=2,
+    ),
+    Configuration(
+        name="gpt_oss_f32",
+        config=gpt_oss(
+            torch_dtype="float32",
+            num_local_experts=3,
+            num_experts_per_tok=3,
+            head_dim=10,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            hidden_size=36,
+            intermediate_size=16,
+            tie_word_embeddings=True,
+            num_hidden_layers=2,
+        ),
+        dtype="F32",
     ),
 )

@@ -15,7 +15,7 @@ import numpy as np
 from tests.models.safetensors_file import Array, read_checkpoint
 from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts
 
-DEFAULT_THETA = {"mixtral": 1e6, "qwen2_moe": 1e4, "qwen3_moe": 1e4}
+DEFAULT_THETA = {"mixtral": 1e6, "qwen2_moe": 1e4, "qwen3_moe": 1e4, "gpt_oss": 1.5e5}
 
 
 class NumpyModel:
@@ -76,12 +76,20 @@ class NumpyModel:
         out = np.empty_like(q)
         for head in range(q.shape[1]):
             scores = q[:, head] @ k[:, head // heads_per_kv_head].T / math.sqrt(dim)
-            out[:, head] = softmax(np.where(is_seen, scores, -np.inf)) @ v[:, head // heads_per_kv_head]
+            scores = np.where(is_seen, scores, -np.inf)
+            if prefix + "sinks" in self.tensors:
+                sink = np.full((num_tokens, 1), self.tensors[prefix + "sinks"][head])
+                weights = softmax(np.concatenate([scores, sink], axis=1))[:, :-1]
+            else:
+                weights = softmax(scores)
+            out[:, head] = weights @ v[:, head // heads_per_kv_head]
         return self.linear(prefix + "o_proj", out.reshape(num_tokens, -1))
 
     def feed_forward(self, layer: int, x: Array) -> Array:
         if layer not in moe_layers(self.config):
             return self.swiglu(f"model.layers.{layer}.mlp.", x)
+        if self.config["model_type"] == "gpt_oss":
+            return self.clamped_experts(f"model.layers.{layer}.mlp.", x)
         is_mixtral = self.config["model_type"] == "mixtral"
         block = f"model.layers.{layer}." + ("block_sparse_moe." if is_mixtral else "mlp.")
         names = ("w1", "w3", "w2") if is_mixtral else ("gate_proj", "up_proj", "down_proj")
@@ -102,6 +110,24 @@ class NumpyModel:
             out += gate * self.swiglu(block + "shared_expert.", x)
         return out
 
+    def clamped_experts(self, block: str, x: Array) -> Array:
+        """gpt-oss: the softmax is over the chosen alone; columns of gate and up alternate."""
+        k, limit = self.config["num_experts_per_tok"], self.config.get("swiglu_limit", 7.0)
+        alpha = self.config.get("swiglu_alpha", 1.702)
+        logits = self.linear(block + "router", x)
+        order = np.argsort(-logits, axis=1, kind="stable")
+        self.note_margin(softmax(np.take_along_axis(logits, order, axis=1)), k)
+        gate_up, down = (self.tensors[f"{block}experts.{name}_proj"] for name in ("gate_up", "down"))
+        gate_up_bias, down_bias = (self.tensors[f"{block}experts.{n}_proj_bias"] for n in ("gate_up", "down"))
+        out = np.zeros_like(x)
+        for token, chosen in enumerate(order[:, :k]):
+            for expert, weight in zip(chosen, softmax(logits[token, chosen]), strict=True):
+                inner = x[token] @ gate_up[expert] + gate_up_bias[expert]
+                gate, up = np.minimum(inner[0::2], limit), np.clip(inner[1::2], -limit, limit)
+                neurons = gate * sigmoid(alpha * gate) * (up + 1)
+                out[token] += weight * (neurons @ down[expert] + down_bias[expert])
+        return out
+
     def swiglu(
         self, prefix: str, x: Array, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     ) -> Array:
@@ -120,6 +146,9 @@ def sliding_windows(config: RawConfig) -> list[int]:
     num_layers, window = config["num_hidden_layers"], config.get("sliding_window") or 0
     if config["model_type"] == "mixtral":
         return [window] * num_layers
+    if config["model_type"] == "gpt_oss":
+        kinds = config.get("layer_types") or ["sliding_attention", "full_attention"] * num_layers
+        return [window if kind == "sliding_attention" else 0 for kind in kinds[:num_layers]]
     if not config.get("use_sliding_window", False):
         return [0] * num_layers
     if config["model_type"] == "qwen3_moe":

@@ -134,6 +134,52 @@ def qwen3_moe(**changes: Any) -> RawConfig:
     } | changes
 
 
+def gpt_oss(**changes: Any) -> RawConfig:
+    """A config.json with the keys of gpt-oss-20b's, less `quantization_config`."""
+    num_layers = changes.get("num_hidden_layers", 4)
+    return {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "eos_token_id": 2,
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "hidden_size": 40,
+        "initial_context_length": 16,
+        "initializer_range": 0.02,
+        "intermediate_size": 24,
+        "layer_types": [("sliding_attention", "full_attention")[i % 2] for i in range(num_layers)],
+        "max_position_embeddings": 128,
+        "model_type": "gpt_oss",
+        "num_attention_heads": 4,
+        "num_experts_per_tok": 2,
+        "experts_per_token": changes.get("num_experts_per_tok", 2),
+        "num_hidden_layers": num_layers,
+        "num_key_value_heads": 2,
+        "num_local_experts": 6,
+        "output_router_logits": False,
+        "pad_token_id": 0,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 16,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 150000,
+        "router_aux_loss_coef": 0.9,
+        "sliding_window": 8,
+        "swiglu_limit": 7.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.55.0.dev0",
+        "use_cache": True,
+        "vocab_size": 112,
+    } | changes
+
+
 def respelt(config: RawConfig, *, theta: float, **scaling: Any) -> RawConfig:
     """The same model as transformers 5 writes it: `rope_parameters` and `dtype` in place of the older keys."""
     kept = {
@@ -155,7 +201,7 @@ def head_dim(config: RawConfig) -> int:
 
 
 def num_experts(config: RawConfig) -> int:
-    return config["num_local_experts"] if config["model_type"] == "mixtral" else config["num_experts"]
+    return config["num_local_experts" if "num_local_experts" in config else "num_experts"]
 
 
 def moe_layers(config: RawConfig) -> list[int]:
@@ -171,7 +217,7 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
     kv_rows = config["num_key_value_heads"] * head_dim(config)
     family = config["model_type"]
     has_qkv_bias = {"mixtral": False, "qwen2_moe": config.get("qkv_bias", True)}.get(
-        family, config.get("attention_bias", False)
+        family, config.get("attention_bias", family == "gpt_oss")
     )
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
     for i in range(config["num_hidden_layers"]):
@@ -183,9 +229,11 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
             if has_qkv_bias:
                 shapes[f"{attention}{name}_proj.bias"] = (rows,)
         shapes[attention + "o_proj.weight"] = (hidden, q_rows)
+        if family in ("qwen3_moe", "gpt_oss") and has_qkv_bias:
+            shapes[attention + "o_proj.bias"] = (hidden,)
+        if family == "gpt_oss":
+            shapes[attention + "sinks"] = (config["num_attention_heads"],)
         if family == "qwen3_moe":
-            if has_qkv_bias:
-                shapes[attention + "o_proj.bias"] = (hidden,)
             shapes[attention + "q_norm.weight"] = shapes[attention + "k_norm.weight"] = (head_dim(config),)
         shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
         if i in moe_layers(config):
@@ -202,6 +250,8 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
 
 def moe_shapes(config: RawConfig, layer: str) -> dict[str, tuple[int, ...]]:
     hidden = config["hidden_size"]
+    if config["model_type"] == "gpt_oss":
+        return transposed_moe_shapes(layer + "mlp.", num_experts(config), hidden, config["intermediate_size"])
     if config["model_type"] == "mixtral":
         block, names, width = layer + "block_sparse_moe.", ("w1", "w3", "w2"), config["intermediate_size"]
     else:
@@ -218,6 +268,20 @@ def moe_shapes(config: RawConfig, layer: str) -> dict[str, tuple[int, ...]]:
         shapes |= swiglu_shapes(block + "shared_expert.", names, hidden, shared)
         shapes[block + "shared_expert_gate.weight"] = (1, hidden)
     return shapes
+
+
+def transposed_moe_shapes(
+    block: str, num_experts: int, hidden: int, width: int
+) -> dict[str, tuple[int, ...]]:
+    """Experts in one tensor, columns of gate and up by turns."""
+    return {
+        block + "router.weight": (num_experts, hidden),
+        block + "router.bias": (num_experts,),
+        block + "experts.gate_up_proj": (num_experts, hidden, 2 * width),
+        block + "experts.gate_up_proj_bias": (num_experts, 2 * width),
+        block + "experts.down_proj": (num_experts, width, hidden),
+        block + "experts.down_proj_bias": (num_experts, hidden),
+    }
 
 
 def swiglu_shapes(
@@ -239,15 +303,17 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
         noise = rng.standard_normal(shape, np.float32)
         if "norm" in name:
             values = 1 + 0.2 * noise
-        elif name.endswith(".bias"):
+        elif name.endswith((".bias", "_bias")):
             values = 0.3 * noise
+        elif name.endswith("sinks"):
+            values = noise
         elif "embed_tokens" in name:
             # A tied table is the head too: at unit size a token would only ever predict itself.
             values = noise * (0.5 * shape[1] ** -0.5 if config["tie_word_embeddings"] else 1.0)
-        elif name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight")):
+        elif name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight", "mlp.router.weight")):
             values = noise * (1.5 * shape[1] ** -0.5)
         else:
-            values = noise * (1.2 * shape[1] ** -0.5)
+            values = noise * (1.2 * shape[1] ** -0.5)  # [rows, inputs], or [experts, inputs, columns]
         tensors[name] = decode(dtype, encode(dtype, values)).reshape(shape)
     return tensors
 

@@ -88,6 +88,8 @@ class MatrixRef:
     `format` is what it is in memory. Where `block_type` is set, the file holds GGUF blocks instead, `nbytes` of
     them, row after row, and whoever reads transcodes. Where `paired_heads` is set, rows of so many heads lie in
     the order of a rotary kernel that turns adjacent pairs, and whoever reads puts them in halves (`in_halves`).
+    Where `turn` is set, values of two tensors alternate in the `nbytes` of the file, and this one's are the first,
+    third ... (0) or the second, fourth ... (1).
     """
 
     name: str
@@ -100,6 +102,7 @@ class MatrixRef:
     checksum: int | None = None  # crc32c_wide of the bytes; packs have one
     block_type: str | None = None
     paired_heads: int = 0
+    turn: int | None = None
 
     @property
     def landed_bytes(self) -> int:
@@ -141,13 +144,18 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class ExpertMatrix:
-    """Where a matrix of an expert lies inside one of its pieces, once that has landed."""
+    """Where a matrix of an expert lies inside one of its pieces, once that has landed.
+
+    Where `strides` are set, its rows do not lie together: from one row to the next, and from one column to the next,
+    it is so many values. Nothing computes with such a matrix; `pack` puts it in order.
+    """
 
     piece: int
     offset: int
     format: Format
     rows: int
     cols: int
+    strides: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +202,11 @@ class ModelFiles:
     def expert_formats(self, layer: int) -> tuple[Format, Format, Format]:
         """Formats of gate, up and down in a layer: `require_one_format_a_layer` has seen to it."""
         return self.experts[layer, 0].formats
+
+    @cached_property
+    def has_strided_experts(self) -> bool:
+        """Whether rows of its experts do not lie together, so that it has to be packed before it runs."""
+        return any(record.gate.strides is not None for record in self.experts.values())
 
     @cached_property
     def expert_format(self) -> str:

@@ -65,6 +65,8 @@ def _attention_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     if config.qk_norm == "head":
         yield "q_norm", (config.head_dim,)
         yield "k_norm", (config.head_dim,)
+    if config.has_sinks:
+        yield "sinks", (config.num_heads,)
     yield "o", (hidden, q_rows)
     if config.has_o_bias:
         yield "o_bias", (hidden,)
@@ -114,6 +116,10 @@ def _routed_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
         yield "router_bias", (config.num_experts,)
     if config.router.has_choice_bias:
         yield "choice_bias", (config.num_experts,)
+    if config.has_expert_bias:
+        yield "expert_gate_bias", (config.num_experts, config.expert_width)
+        yield "expert_up_bias", (config.num_experts, config.expert_width)
+        yield "expert_down_bias", (config.num_experts, hidden)
     if config.shared_width:
         yield "shared_gate", (config.shared_width, hidden)
         yield "shared_up", (config.shared_width, hidden)
@@ -123,10 +129,10 @@ def _routed_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 
 
 def is_kept_exact(name: str) -> bool:
-    """Whether a dense tensor keeps float32 in a pack: norms and biases, and the rows that score experts.
+    """Whether a dense tensor keeps float32 in a pack: norms, biases and sinks, and the rows that score experts.
 
     The router decides which experts run. A rounding there does not blur the sum, it picks another expert; and
     all of these together are a thousandth of a model.
     """
     last = name.rpartition(".")[2]
-    return last.endswith(("norm", "_bias")) or last in ("router", "shared_score")
+    return last.endswith(("norm", "_bias")) or last in ("router", "shared_score", "sinks")

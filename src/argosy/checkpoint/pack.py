@@ -163,7 +163,11 @@ def _quantised_formats(files: ModelFiles) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _SourceMatrix:
-    """Where a matrix comes from, and what is done to it: blocks are transcoded, paired rows put into halves."""
+    """Where a matrix comes from, and what is done to it.
+
+    Blocks are transcoded, paired rows put into halves; values `strides` apart come to lie row after row: (from one
+    row to the next, from one column to the next).
+    """
 
     name: str
     path: Path
@@ -174,6 +178,7 @@ class _SourceMatrix:
     nbytes: int
     block_type: str | None = None
     paired_heads: int = 0
+    strides: tuple[int, int] | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -210,9 +215,11 @@ def _plan(files: ModelFiles, format: str) -> tuple[list[MatrixRef], list[_Unit]]
     dense = lay_out_dense(files.config, _dense_format(files, format), Path(DENSE_FILE))
     for target in dense:
         ref = files.dense[target.name]
+        offset = ref.offset + (ref.turn or 0) * BYTES_PER_VALUE.get(ref.format, 0)
+        strides = None if ref.turn is None else (2 * ref.cols, 2)
         source = _SourceMatrix(
-            ref.name, ref.path, ref.offset, ref.format, ref.rows, ref.cols, ref.nbytes, ref.block_type,
-            ref.paired_heads,
+            ref.name, ref.path, offset, ref.format, ref.rows, ref.cols, ref.nbytes, ref.block_type,
+            ref.paired_heads, strides,
         )  # fmt: skip
         end = round_up(target.offset + target.nbytes, FILE_ALIGNMENT)
         units.append(_Unit(DENSE_FILE, target.offset, target.nbytes, end, ((source, target.format, 0),)))
@@ -242,6 +249,7 @@ def _expert_source(record: ExpertRecord, name: str, layer: int, expert: int) -> 
     return _SourceMatrix(
         label, piece.path, piece.offset + (0 if piece.transcode else matrix.offset), matrix.format,
         matrix.rows, matrix.cols, nbytes, piece.transcode.block_type if piece.transcode else None,
+        strides=matrix.strides,
     )  # fmt: skip
 
 
@@ -362,7 +370,8 @@ class _Writer:
     def _converted(self, source: _SourceMatrix, format: Format) -> Iterator[tuple[int, Bytes]]:
         """Slices of a matrix in another format, each with its offset in the result."""
         step = max(PANEL_ROWS, _SLICE_VALUES // max(1, source.cols) // PANEL_ROWS * PANEL_ROWS)
-        if source.paired_heads or (is_quantised(source.format) and source.block_type is None):
+        are_panels = is_quantised(source.format) and source.block_type is None
+        if source.paired_heads or source.strides or are_panels:
             step = max(1, source.rows)  # rows change places, or are panels that cannot be cut here
         for row in range(0, source.rows, step):
             num_rows = min(step, source.rows - row)
@@ -406,6 +415,8 @@ class _Writer:
             self._sources[source.path] = descriptor
         if is_quantised(source.format) and source.block_type is None:
             return np.frombuffer(read_at(descriptor, source.nbytes, source.offset, source.path), np.uint8)
+        if source.strides is not None:
+            return self._read_strided(source, descriptor)
         nbytes, offset = num_rows * source.row_bytes, source.offset + row * source.row_bytes
         raw = np.frombuffer(read_at(descriptor, nbytes, offset, source.path), np.uint8)
         if source.paired_heads:
@@ -413,6 +424,20 @@ class _Writer:
         if source.block_type is None:
             return raw
         return _native.transcode(source.block_type, raw, num_rows, source.cols)
+
+    def _read_strided(self, source: _SourceMatrix, descriptor: int) -> Bytes:
+        """All of a matrix whose values lie apart, row after row."""
+        assert source.strides is not None
+        size = BYTES_PER_VALUE[source.format]
+        last = sum(stride * (count - 1) for stride, count in zip(source.strides, (source.rows, source.cols), strict=True))
+        raw = read_at(descriptor, (last + 1) * size, source.offset, source.path)
+        apart = np.lib.stride_tricks.as_strided(
+            np.frombuffer(raw, f"u{size}"),
+            (source.rows, source.cols),
+            tuple(stride * size for stride in source.strides),
+            writeable=False,
+        )
+        return np.ascontiguousarray(apart).reshape(-1).view(np.uint8)
 
     def _write(self, name: str, data: Bytes, offset: int) -> None:
         self._hashers[name].update(data.data)

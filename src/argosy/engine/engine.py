@@ -38,7 +38,7 @@ from argosy.engine.sampler import Sampler, SamplerState
 from argosy.engine.scheduler import Scheduled, Scheduler
 from argosy.engine.sequence import FinishReason, Result, TokenEvent, TokenLogprob
 from argosy.engine.sequence import Sequence as EngineSequence
-from argosy.errors import DoesNotFit, PromptTooLong, UsageError
+from argosy.errors import DoesNotFit, PromptTooLong, UnsupportedModel, UsageError
 from argosy.experts.cache import CachedSource
 from argosy.experts.source import ExpertFiles, ExpertSource, Progress, ResidentReading, load_resident
 from argosy.model.clock import PartClock
@@ -116,6 +116,13 @@ class Engine:
         _choose_instruction_set(instruction_set)
         directory = locate_model(model, progress)
         files = open_model(directory)
+        if files.has_strided_experts:
+            raise UnsupportedModel(
+                f"{directory} keeps its experts transposed, and they cannot be read row by row",
+                hint=f"`argosy pack {directory} DIR --format source` puts them in order; get the MXFP4 checkpoint to run it in place",
+                path=directory,
+                key="experts",
+            )
         self.config: ModelConfig = files.config
         self.settings, expert_slots = settle(
             model,

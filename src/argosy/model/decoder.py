@@ -23,7 +23,7 @@ from argosy.config import ModelConfig
 from argosy.experts.source import ExpertSource
 from argosy.model.batch import Batch
 from argosy.model.clock import PartClock
-from argosy.model.layers import describe_layers
+from argosy.model.layers import describe_activation, describe_layers
 from argosy.model.rope import rotary
 from argosy.model.weights import DenseWeights
 from argosy.model.workspace import Array, Workspace
@@ -73,6 +73,7 @@ class Decoder:
             final_norm=weights.vectors["final_norm"],
             norm_eps=config.norm_eps,
             rotary=rotary(config.rope),
+            activation=describe_activation(config),
             layers=describe_layers(config, weights, experts),
             buffers=workspace.buffers,
             arena=None if experts is None else experts.arena,

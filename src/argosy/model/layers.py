@@ -38,6 +38,12 @@ def kv_shapes(config: ModelConfig) -> list[_native.KvShape]:
     return [_KV_SHAPES[layer.mixer](config) for layer in config.layers]
 
 
+def describe_activation(config: ModelConfig) -> _native.Activation:
+    """What lies between the products of a feed-forward network."""
+    activation = config.activation
+    return activation.kind, activation.limit, activation.alpha
+
+
 def _attention(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mixer:
     """Grouped-query attention (arXiv:2305.13245)."""
     name = f"layers.{layer}."
@@ -56,6 +62,7 @@ def _attention(config: ModelConfig, layer: int, weights: DenseWeights) -> _nativ
         output_bias=weights.vectors.get(name + "o_bias"),
         query_norm=weights.vectors.get(name + "q_norm"),
         key_norm=weights.vectors.get(name + "k_norm"),
+        sinks=weights.vectors.get(name + "sinks"),
     )
 
 
@@ -96,6 +103,9 @@ def _routed_ffn(
         formats=("f32", "f32", "f32") if experts is None else experts.formats(layer),
         shared=shared,
         shared_score=weights.matrices[name + "shared_score"] if config.shared_is_gated else None,
+        gate_bias=weights.vectors.get(name + "expert_gate_bias"),
+        up_bias=weights.vectors.get(name + "expert_up_bias"),
+        down_bias=weights.vectors.get(name + "expert_down_bias"),
     )
 
 

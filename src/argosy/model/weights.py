@@ -24,8 +24,8 @@ _MOST_IN_FLIGHT = 256  # tensors: nobody may be here to issue the next read whil
 
 
 def is_vector(name: str) -> bool:
-    """Norms and biases; everything else is the matrix of a product."""
-    return name.endswith(("norm", "_bias"))
+    """Norms, biases and sinks; everything else is the matrix of a product."""
+    return name.endswith(("norm", "_bias", "sinks"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ def _read_dense(
         ref, start = refs[name], places[name]
         if ref.block_type is None:
             start += ref.offset % alignment
-        memory = arena.array()[start : start + ref.landed_bytes]
+        memory = arena.array()[start : start + (ref.landed_bytes if ref.turn is None else ref.nbytes)]
         if ref.block_type is not None and _passes_scratch(ref):
             raw = scratch.array()[ref.offset % alignment :][: ref.nbytes].reshape(ref.rows, -1)
             blocks = in_halves(raw, ref.paired_heads).reshape(-1).view(np.uint8)
@@ -165,7 +165,10 @@ def _read_dense(
         elif ref.paired_heads:
             memory[:] = in_halves(memory.reshape(ref.rows, -1), ref.paired_heads).reshape(-1)
         if is_vector(name):
-            values = _native.dequantize(ref.format, memory, ref.rows, ref.cols).reshape(-1)
+            cols = ref.cols if ref.turn is None else 2 * ref.cols
+            values = _native.dequantize(ref.format, memory, ref.rows, cols).reshape(-1)
+            if ref.turn is not None:
+                values = np.ascontiguousarray(values[ref.turn :: 2])
             check_vector(ref.name, values)
             vectors[name] = values
         else:

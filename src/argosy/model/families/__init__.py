@@ -20,7 +20,7 @@ from argosy.checkpoint.manifest import MANIFEST_FILE, open_pack
 from argosy.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_tensors
 from argosy.config import ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
-from argosy.model.families import mixtral, qwen2_moe, qwen3_moe
+from argosy.model.families import gpt_oss, mixtral, qwen2_moe, qwen3_moe
 from argosy.model.families.config_reader import ConfigReader
 from argosy.model.families.layout import Layout, read_layout
 
@@ -42,7 +42,7 @@ class Family(Protocol):
 
 
 FAMILIES: Mapping[str, Family] = {
-    family.MODEL_TYPE: cast(Family, family) for family in (mixtral, qwen2_moe, qwen3_moe)
+    family.MODEL_TYPE: cast(Family, family) for family in (mixtral, qwen2_moe, qwen3_moe, gpt_oss)
 }
 
 

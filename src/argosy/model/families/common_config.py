@@ -25,6 +25,7 @@ def read_common(
     context_tokens: int,
     num_experts: int,
     experts_per_token: int,
+    head_dim: int | None = None,
     eos_id: int | None = None,
     bos_id: int | None = None,
 ) -> dict[str, Any]:
@@ -34,7 +35,9 @@ def read_common(
         UnsupportedModel: a rotary embedding or activation that is not built in.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
-    shape = reader.attention_shape(hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads)
+    shape = reader.attention_shape(
+        hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
+    )
     context_tokens = reader.integer("max_position_embeddings", default=context_tokens)
     num_experts = reader.integer(
         "num_experts", "num_local_experts", "n_routed_experts", default=num_experts, most=MOST_EXPERTS
@@ -50,7 +53,7 @@ def read_common(
         "context_tokens": context_tokens,
         "num_experts": num_experts,
         "experts_per_token": reader.integer(
-            "num_experts_per_tok", "num_experts_per_token", default=experts_per_token, most=num_experts
+            "num_experts_per_tok", "num_experts_per_token", "experts_per_token", default=experts_per_token, most=num_experts
         ),
         "is_embedding_tied": reader.flag("tie_word_embeddings", False),
         "eos_ids": reader.token_ids("eos_token_id", eos_id),

@@ -182,7 +182,9 @@ class ConfigReader:
             raise self._wrong(name, value, "a list of texts or null")
         return tuple(value)
 
-    def attention_shape(self, *, hidden_size: int, num_heads: int, num_kv_heads: int) -> AttentionShape:
+    def attention_shape(
+        self, *, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int | None = None
+    ) -> AttentionShape:
         """Hidden size and heads; the arguments are the family's defaults. Null key heads: as many as heads.
 
         Raises:
@@ -198,7 +200,7 @@ class ConfigReader:
                 path=self._path,
                 key="num_key_value_heads",
             )
-        head_dim = self.optional_integer("head_dim") or hidden_size // num_heads
+        head_dim = self.optional_integer("head_dim", head_dim) or hidden_size // num_heads
         if head_dim == 0:
             raise CheckpointError(
                 f"{self._where}: hidden_size {hidden_size} leaves nothing for each of {num_heads} heads",

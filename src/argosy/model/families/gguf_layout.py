@@ -48,8 +48,13 @@ _LAYER_NAMES = {
     "o_bias": "attn_output.bias",
     "q_norm": "attn_q_norm.weight",
     "k_norm": "attn_k_norm.weight",
+    "sinks": "attn_sinks.weight",
     "mlp_norm": "ffn_norm.weight",
     "router": "ffn_gate_inp.weight",
+    "router_bias": "ffn_gate_inp.bias",
+    "expert_gate_bias": "ffn_gate_exps.bias",
+    "expert_up_bias": "ffn_up_exps.bias",
+    "expert_down_bias": "ffn_down_exps.bias",
     "shared_gate": "ffn_gate_shexp.weight",
     "shared_up": "ffn_up_shexp.weight",
     "shared_down": "ffn_down_shexp.weight",
@@ -62,22 +67,28 @@ _LEFTOVERS = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
 _NOT_WEIGHTS = re.compile(rf"rope_freqs\.weight|{_LEFTOVERS.pattern}")
 
 
-def dense_name(canonical: str) -> str:
-    """What a GGUF calls a dense tensor, such as `head` or `layers.3.q_bias`."""
+def dense_name(canonical: str, names: Mapping[str, str] = {}) -> str:
+    """What a GGUF calls a dense tensor, such as `head` or `layers.3.q_bias`; `names` has an architecture's own."""
     if canonical in _MODEL_NAMES:
         return _MODEL_NAMES[canonical]
     _, layer, last = canonical.split(".")
-    return f"blk.{layer}.{_LAYER_NAMES[last]}"
+    return f"blk.{layer}.{names.get(last) or _LAYER_NAMES[last]}"
 
 
 def read_gguf_layout(
-    file: GgufFile, config: ModelConfig, *, is_paired: bool, has_rope_freqs: bool
+    file: GgufFile,
+    config: ModelConfig,
+    *,
+    is_paired: bool,
+    has_rope_freqs: bool,
+    names: Mapping[str, str] = {},
 ) -> ModelFiles:
     """Account for every tensor of a GGUF file.
 
     Args:
         is_paired: rows of q and k lie in the order of adjacent rotary pairs, as the llama architecture has them.
         has_rope_freqs: the family reads `rope_freqs.weight`.
+        names: below `blk.{layer}.`, where the architecture has other ones than most.
 
     Raises:
         CheckpointError: a tensor is missing, extra, or of another shape than the metadata call for.
@@ -88,7 +99,7 @@ def read_gguf_layout(
     for canonical, shape in dense_shapes(config):
         last = canonical.rpartition(".")[2]
         heads = {"q": config.num_heads, "k": config.num_kv_heads}.get(last, 0) if is_paired else 0
-        dense[canonical] = accounts.dense(canonical, shape, heads)
+        dense[canonical] = accounts.dense(dense_name(canonical, names), shape, heads)
     experts: dict[tuple[int, int], ExpertRecord] = {}
     for layer in config.moe_layers:
         experts |= accounts.experts(config, layer)
@@ -101,8 +112,7 @@ def read_gguf_layout(
 class _Accounts(TensorAccounts):
     """Tensors of a GGUF file, as dense matrices and experts."""
 
-    def dense(self, canonical: str, shape: tuple[int, ...], paired_heads: int) -> MatrixRef:
-        name = dense_name(canonical)
+    def dense(self, name: str, shape: tuple[int, ...], paired_heads: int) -> MatrixRef:
         # The one row that scores the shared expert is a vector there.
         shapes = (shape, shape[1:]) if len(shape) == 2 and shape[0] == 1 else (shape,)
         ref, format = self.take(name, *shapes)

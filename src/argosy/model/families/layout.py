@@ -3,8 +3,9 @@
     ModelConfig + Layout + {name: TensorRef}  ->  read_layout  ->  ModelFiles
 
 A family has one layout or several: the hub keeps one tensor per expert matrix, and `transformers` 5 can also
-write all experts of a layer as one fused tensor, [experts, 2 * width, hidden] with gate before up. The first
-layout whose expert tensors are there is read. Every tensor is accounted for: one that is missing, has another
+write all experts of a layer as one fused tensor, [experts, 2 * width, hidden] with gate before up. Some keep fused
+tensors transposed, [experts, hidden, 2 * width] with columns of gate and up by turns; these can be packed, and not
+be run in place. The first layout whose expert tensors are there is read. Every tensor is accounted for: one that is missing, has another
 shape, has a dtype that no kernel reads, or is not asked for is an error with its name. Passed over is only what
 is known and has no part in text: constants that old exporters leave behind (`_LEFTOVERS`), layers for
 multi-token prediction, and what a layout names itself, such as a vision tower.
@@ -63,6 +64,8 @@ class Layout:
     layer_names: Mapping[str, str]
     expert_names: tuple[str, str, str] | None = None  # gate, up, down, with {expert}
     fused_names: tuple[str, str] | None = None  # gate and up in one, down
+    transposed_names: tuple[str, str] | None = None  # the same, transposed, with gate and up by turns
+    by_turns: tuple[str, str] | None = None  # canonical names of two whose values alternate in one tensor
     prefix: str = "model."
     head_name: str = "lm_head.weight"
     passed_over: str | None = None  # regular expression of whole names: tensors that text does not need
@@ -78,8 +81,8 @@ class Layout:
 
     def names_of_expert(self, layer: int, expert: int) -> tuple[str, ...]:
         """The checkpoint's names of the tensors that an expert is read from."""
-        if self.fused_names is not None:
-            return tuple(f"{self.prefix}layers.{layer}.{name}" for name in self.fused_names)
+        if stacked := self.fused_names or self.transposed_names:
+            return tuple(f"{self.prefix}layers.{layer}.{name}" for name in stacked)
         assert self.expert_names is not None
         return tuple(
             f"{self.prefix}layers.{layer}.{name.format(expert=expert)}" for name in self.expert_names
@@ -116,8 +119,7 @@ def read_layout(
         config = replace(config, is_embedding_tied=False)
     reader = _Accounts(directory, tensors, _FORMAT_OF_DTYPE)
     dense = {
-        canonical: reader.dense(layout.dense_name(canonical), shape)
-        for canonical, shape in dense_shapes(config)
+        canonical: reader.dense(canonical, shape, layout) for canonical, shape in dense_shapes(config)
     }
     experts = reader.experts(config, layout)
     reader.refuse_extra(config, layout.is_passed_over(config), "this config.json")
@@ -128,13 +130,19 @@ def read_layout(
 class _Accounts(TensorAccounts):
     """Tensors of safetensors files, as dense matrices and experts."""
 
-    def dense(self, name: str, shape: tuple[int, ...]) -> MatrixRef:
-        ref, format = self.take(name, shape)
+    def dense(self, canonical: str, shape: tuple[int, ...], layout: Layout) -> MatrixRef:
+        name, last = layout.dense_name(canonical), canonical.rpartition(".")[2]
+        turn = layout.by_turns.index(last) if layout.by_turns and last in layout.by_turns else None
+        ref, format = self.take(name, shape if turn is None else (*shape[:-1], 2 * shape[-1]))
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
-        return MatrixRef(name, ref.path, ref.offset, ref.nbytes, format, rows, cols)
+        return MatrixRef(name, ref.path, ref.offset, ref.nbytes, format, rows, cols, turn=turn)
 
     def experts(self, config: ModelConfig, layout: Layout) -> dict[tuple[int, int], ExpertRecord]:
-        read = self._fused_expert if layout.fused_names is not None else self._single_expert
+        read = self._single_expert
+        if layout.fused_names is not None:
+            read = self._fused_expert
+        elif layout.transposed_names is not None:
+            read = self._transposed_expert
         return {
             (layer, expert): read(config, layer, expert, layout.names_of_expert(layer, expert))
             for layer in config.moe_layers
@@ -168,4 +176,22 @@ class _Accounts(TensorAccounts):
             gate=ExpertMatrix(0, 0, gate_up_format, *gate),
             up=ExpertMatrix(0, gate_bytes, gate_up_format, *gate),
             down=ExpertMatrix(1, 0, down_format, *down),
+        )
+
+    def _transposed_expert(
+        self, config: ModelConfig, layer: int, expert: int, names: tuple[str, ...]
+    ) -> ExpertRecord:
+        (width, hidden), _, _ = expert_shapes(config)
+        pieces, formats = [], []
+        for name, shape in zip(names, ((hidden, 2 * width), (width, hidden)), strict=True):
+            ref, format = self.take(name, (config.num_experts, *shape))
+            nbytes = ref.nbytes // config.num_experts
+            pieces.append(Piece(ref.path, ref.offset + expert * nbytes, nbytes))
+            formats.append(format)
+        gate_up, down = formats
+        return ExpertRecord(
+            tuple(pieces),
+            gate=ExpertMatrix(0, 0, gate_up, width, hidden, strides=(2, 2 * width)),
+            up=ExpertMatrix(0, BYTES_PER_VALUE[gate_up], gate_up, width, hidden, strides=(2, 2 * width)),
+            down=ExpertMatrix(1, 0, down, hidden, width, strides=(1, hidden)),
         )

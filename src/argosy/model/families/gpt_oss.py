@@ -1,0 +1,156 @@
+"""gpt-oss (arXiv:2508.10925): attention with sinks, every second layer in a window, and a bias on every product.
+
+Experts clamp what their activation sees, and router and experts have biases too. Layers alternate between a sliding
+window and full attention, the window first, unless `layer_types` says otherwise. The hub has experts in MXFP4: blocks
+and scales stacked over the experts of a layer, rows of gate and up by turns. The unquantised form keeps them
+transposed, [experts, hidden, 2 * width] with columns by turns, so that no row lies together: `argosy pack` reads it,
+and a pack runs.
+
+Positions turn by yarn without whole-number bounds (`truncate` is false). GGUF metadata have no key for that; it is a
+property of the weights, and holds there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.gguf import GgufFile
+from argosy.config import ActivationConfig, LayerConfig, ModelConfig, RouterConfig
+from argosy.errors import CheckpointError
+from argosy.model.families.common_config import read_common
+from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.families.gguf_config import GgufConfigReader
+from argosy.model.families.gguf_layout import read_gguf_layout
+from argosy.model.families.layout import ATTENTION_NAMES, Layout
+
+MODEL_TYPE = "gpt_oss"
+GGUF_ARCHITECTURE = "gpt-oss"
+
+_LAYER_NAMES = {
+    **ATTENTION_NAMES,
+    "sinks": "self_attn.sinks",
+    "router": "mlp.router.weight",
+    "router_bias": "mlp.router.bias",
+    "expert_gate_bias": "mlp.experts.gate_up_proj_bias",
+    "expert_up_bias": "mlp.experts.gate_up_proj_bias",
+    "expert_down_bias": "mlp.experts.down_proj_bias",
+}
+_BY_TURNS = ("expert_gate_bias", "expert_up_bias")
+
+LAYOUTS = (
+    Layout(
+        layer_names=_LAYER_NAMES,
+        by_turns=_BY_TURNS,
+        transposed_names=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+    ),
+)
+
+# What a config without rope_parameters means, and the activation of every released model.
+_DEFAULT_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+_LIMIT, _ALPHA = 7.0, 1.702
+
+
+def parse_config(raw: Mapping[str, object]) -> ModelConfig:
+    """Read a `config.json`; an absent key has the default of `GptOssConfig` in transformers 5.24.
+
+    Raises:
+        UnsupportedModel: a key or value asks for something that is not built in.
+        CheckpointError: a key is missing, malformed, or contradicts another.
+    """
+    if not raw.get("rope_scaling") and not raw.get("rope_parameters"):
+        raw = {**raw, "rope_scaling": _DEFAULT_ROPE}
+    reader = ConfigReader(raw, MODEL_TYPE)
+    common = read_common(
+        reader,
+        vocab_size=201_088,
+        hidden_size=2880,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=64,
+        rope_theta=150_000.0,
+        norm_eps=1e-5,
+        context_tokens=131_072,
+        num_experts=128,
+        experts_per_token=4,
+    )
+    num_layers = reader.integer("num_hidden_layers", default=36, most=MOST_LAYERS)
+    windows = _read_windows(reader, num_layers)
+    has_bias = reader.flag("attention_bias", True)
+    # The same number again, from the exporter of the released files.
+    reader.neutral("initial_context_length", common["rope"].original_context, None)
+    config = ModelConfig(
+        family=MODEL_TYPE,
+        layers=tuple(LayerConfig(is_moe=True, sliding_window=window) for window in windows),
+        expert_width=reader.integer("intermediate_size", default=2880),
+        router=RouterConfig(has_bias=True, renormalize=True),
+        activation=ActivationConfig(
+            kind="clamped",
+            limit=reader.number("swiglu_limit", _LIMIT),
+            alpha=reader.number("swiglu_alpha", _ALPHA),
+        ),
+        has_qkv_bias=has_bias,
+        has_o_bias=has_bias,
+        has_sinks=True,
+        has_expert_bias=True,
+        **common,
+    )
+    reader.finish()
+    return config
+
+
+def open_gguf(file: GgufFile) -> ModelFiles:
+    """The model in a GGUF file of architecture `gpt-oss`; even layers have the window there.
+
+    Raises:
+        UnsupportedModel: a key, value or tensor type that is not built in.
+        CheckpointError: a key or tensor is missing, malformed, or contradicts another.
+    """
+    reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
+    common = reader.common()
+    rope = common.pop("rope")
+    window = reader.integer("attention.sliding_window")
+    width = reader.integer("feed_forward_length", 0, least=0)
+    config = ModelConfig(
+        family=MODEL_TYPE,
+        layers=tuple(
+            LayerConfig(is_moe=True, sliding_window=window if layer % 2 == 0 else 0)
+            for layer in range(reader.num_layers())
+        ),
+        rope=replace(rope, truncate=False) if rope.kind == "yarn" else rope,
+        expert_width=reader.integer("expert_feed_forward_length", width),
+        router=RouterConfig(has_bias=True, renormalize=True),
+        activation=ActivationConfig(kind="clamped", limit=_LIMIT, alpha=_ALPHA),
+        has_qkv_bias=True,
+        has_o_bias=True,
+        has_sinks=True,
+        has_expert_bias=True,
+        **common,
+    )
+    reader.finish()
+    return read_gguf_layout(
+        file, config, is_paired=False, has_rope_freqs=False, names={"mlp_norm": "post_attention_norm.weight"}
+    )
+
+
+def _read_windows(reader: ConfigReader, num_layers: int) -> tuple[int, ...]:
+    """The sliding window of each layer, 0 for full attention."""
+    window = reader.optional_integer("sliding_window", default=128)
+    kinds = reader.layer_types(num_layers)
+    is_sliding = [
+        layer % 2 == 0 if kinds is None else kinds[layer] == "sliding_attention" for layer in range(num_layers)
+    ]
+    if window is None and any(is_sliding):
+        raise CheckpointError(
+            f"config.json asks for sliding attention in layer {is_sliding.index(True)}, and sliding_window is null",
+            key="sliding_window",
+        )
+    return tuple(window if window is not None and sliding else 0 for sliding in is_sliding)
