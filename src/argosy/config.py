@@ -229,7 +229,9 @@ class DeltaConfig:
     conv_width: int  # positions that the causal convolution sees
     has_joined_qkvz: bool = False  # one matrix holds q, k, v and z of a key head, then those of the next
     has_joined_ba: bool = False  # the same of b and a
-    is_tiled: bool = False  # value head i goes with key head i % num_key_heads, not with i // value heads of each
+    is_tiled: bool = (
+        False  # value head i goes with key head i % num_key_heads, not with i // value heads of each
+    )
     is_rate_log: bool = True  # the rate of decay is kept as log(-rate)
 
     @property
@@ -313,6 +315,11 @@ class ModelConfig:
     def delta_layers(self) -> tuple[int, ...]:
         """Layers with a recurrent state."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.mixer == "delta")
+
+    @property
+    def mtp_layers(self) -> range:
+        """Layers for multi-token prediction, which files number on from the model's own."""
+        return range(self.num_layers, self.num_layers + self.num_mtp_layers)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -190,12 +190,12 @@ def test_mathematics_that_is_not_built_in_is_refused_by_name(sentence: str, writ
 def test_a_dense_model_and_another_architecture_are_refused(write: Write, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match=r"llama\.expert_count 0; supported: .* this is a dense model"):
         open_model(write("llama", without="expert_count"))
-    writer = GGUFWriter(tmp_path / "other.gguf", "deepseek2")
+    writer = GGUFWriter(tmp_path / "other.gguf", "kimi-linear")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     with pytest.raises(
-        UnsupportedModel, match=r"of architecture 'deepseek2'; supported: llama, qwen2moe, qwen3moe"
+        UnsupportedModel, match=r"of architecture 'kimi-linear'; supported: llama, qwen2moe, qwen3moe"
     ):
         open_model(tmp_path / "other.gguf")
 

@@ -332,7 +332,7 @@ def test_a_path_that_is_no_directory_is_refused(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3", None, 7, ["mixtral"]])
+@pytest.mark.parametrize("model_type", ["llama", "kimi_linear", None, 7, ["mixtral"]])
 def test_an_unknown_family_is_refused_by_name(tmp_path: Path, model_type: object) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
 

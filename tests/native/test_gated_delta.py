@@ -125,7 +125,9 @@ class Net:
         v = mixed[:, 2 * keys :].reshape(-1, value_heads, value_dim)
         q = unit(q) / np.sqrt(key_dim)
         k = unit(k)
-        decay = np.exp(self.rate.astype(np.float64) * np.logaddexp(0, self.a + self.dt_bias.astype(np.float64)))
+        decay = np.exp(
+            self.rate.astype(np.float64) * np.logaddexp(0, self.a + self.dt_bias.astype(np.float64))
+        )
         beta = 1 / (1 + np.exp(-self.b.astype(np.float64)))
         out = np.empty((self.num_tokens, value_heads, value_dim))
         for head in range(value_heads):
@@ -222,7 +224,9 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         native.recurrent_state_bytes(1, 1, (1, 1, 0, 4, 4))
     with pytest.raises(ValueError, match="more than 2\\^62 bytes"):
         native.recurrent_state_bytes(1 << 40, 1 << 20, (16, 32, 128, 128, 4))
-    assert native.recurrent_state_bytes(2, 3, (16, 32, 128, 128, 4)) == 2 * 3 * 4 * (3 * 8192 + 32 * 128 * 128)
+    assert native.recurrent_state_bytes(2, 3, (16, 32, 128, 128, 4)) == 2 * 3 * 4 * (
+        3 * 8192 + 32 * 128 * 128
+    )
     net = Net.random((1, 1, 4, 4, 2), 3)
     with pytest.raises(ValueError, match="two runs of slot 0"):
         net.run(net.state(), runs=[(0, 1, 0), (1, 3, 0)])

@@ -429,7 +429,10 @@ class _Writer:
         """All of a matrix whose values lie apart, row after row."""
         assert source.strides is not None
         size = BYTES_PER_VALUE[source.format]
-        last = sum(stride * (count - 1) for stride, count in zip(source.strides, (source.rows, source.cols), strict=True))
+        last = sum(
+            stride * (count - 1)
+            for stride, count in zip(source.strides, (source.rows, source.cols), strict=True)
+        )
         raw = read_at(descriptor, (last + 1) * size, source.offset, source.path)
         apart = np.lib.stride_tricks.as_strided(
             np.frombuffer(raw, f"u{size}"),

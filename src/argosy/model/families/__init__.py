@@ -20,7 +20,20 @@ from argosy.checkpoint.manifest import MANIFEST_FILE, open_pack
 from argosy.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_tensors
 from argosy.config import ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
-from argosy.model.families import gpt_oss, mixtral, qwen2_moe, qwen3_moe
+from argosy.model.families import (
+    deepseek_v2,
+    deepseek_v3,
+    glm4_moe_lite,
+    gpt_oss,
+    kimi_k2,
+    kimi_k25,
+    mixtral,
+    qwen2_moe,
+    qwen3_5_moe,
+    qwen3_5_moe_text,
+    qwen3_moe,
+    qwen3_next,
+)
 from argosy.model.families.config_reader import ConfigReader
 from argosy.model.families.layout import Layout, read_layout
 
@@ -42,7 +55,21 @@ class Family(Protocol):
 
 
 FAMILIES: Mapping[str, Family] = {
-    family.MODEL_TYPE: cast(Family, family) for family in (mixtral, qwen2_moe, qwen3_moe, gpt_oss)
+    family.MODEL_TYPE: cast(Family, family)
+    for family in (
+        mixtral,
+        qwen2_moe,
+        qwen3_moe,
+        gpt_oss,
+        deepseek_v2,
+        deepseek_v3,
+        kimi_k2,
+        kimi_k25,
+        glm4_moe_lite,
+        qwen3_next,
+        qwen3_5_moe,
+        qwen3_5_moe_text,
+    )
 }
 
 

@@ -24,12 +24,19 @@ def read_common(
     norm_eps: float,
     context_tokens: int,
     num_experts: int,
-    experts_per_token: int,
+    experts_per_token: int | None,
     head_dim: int | None = None,
     eos_id: int | None = None,
     bos_id: int | None = None,
+    rotary_dim: int | None = None,
+    rotary_share: float | None = None,
+    has_axes: bool = False,
 ) -> dict[str, Any]:
     """Sizes, heads, rotary embedding, experts and token ids; the arguments are what an absent key means.
+
+    Args:
+        rotary_dim: how many dimensions of a head turn; None: all of them.
+        rotary_share, has_axes: as for `read_rope`.
 
     Raises:
         UnsupportedModel: a rotary embedding or activation that is not built in.
@@ -47,13 +54,22 @@ def read_common(
         "vocab_size": reader.integer("vocab_size", default=vocab_size),
         **shape._asdict(),
         "rope": read_rope(
-            reader, head_dim=shape.head_dim, context_tokens=context_tokens, default_theta=rope_theta
+            reader,
+            head_dim=rotary_dim or shape.head_dim,
+            context_tokens=context_tokens,
+            default_theta=rope_theta,
+            default_share=rotary_share,
+            has_axes=has_axes,
         ),
         "norm_eps": reader.number("rms_norm_eps", norm_eps),
         "context_tokens": context_tokens,
         "num_experts": num_experts,
         "experts_per_token": reader.integer(
-            "num_experts_per_tok", "num_experts_per_token", "experts_per_token", default=experts_per_token, most=num_experts
+            "num_experts_per_tok",
+            "num_experts_per_token",
+            "experts_per_token",
+            default=experts_per_token,
+            most=num_experts,
         ),
         "is_embedding_tied": reader.flag("tie_word_embeddings", False),
         "eos_ids": reader.token_ids("eos_token_id", eos_id),

@@ -41,6 +41,7 @@ HARMLESS = frozenset({
     "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
     "exponential_decay_length_penalty", "encoder_no_repeat_ngram_size", "remove_invalid_values",
     "return_dict_in_generate", "output_scores", "prefix", "unsloth_version", "unsloth_fixed",
+    "aux_loss_alpha", "seq_aux", "ep_size", "sep_token_id", "decoder_start_token_id",
 })  # fmt: skip
 
 # Known switches of other models: fine while they are off.
@@ -209,14 +210,16 @@ class ConfigReader:
             )
         return AttentionShape(hidden_size, num_heads, num_kv_heads, head_dim)
 
-    def layer_types(self, num_layers: int) -> tuple[str, ...] | None:
+    def layer_types(
+        self, num_layers: int, supported: tuple[str, ...] = ("full_attention", "sliding_attention")
+    ) -> tuple[str, ...] | None:
         """`layer_types`, once it has a supported kind for each layer; None where there is none."""
         kinds = self.texts("layer_types")
         if kinds is None:
             return None
         for kind in kinds:
-            if kind not in ("full_attention", "sliding_attention"):
-                raise self._unsupported("layer_types", kind, "full_attention, sliding_attention")
+            if kind not in supported:
+                raise self._unsupported("layer_types", kind, ", ".join(supported))
         if len(kinds) != num_layers:
             raise CheckpointError(
                 f"{self._where}: layer_types has {len(kinds)} entries, expected one for each of "
@@ -235,6 +238,10 @@ class ConfigReader:
         if name in self._raw and not any(_is_same(self._raw[name], value) for value in accepted):
             raise self._unsupported(name, self._raw[name], " or ".join(_as_json(value) for value in accepted))
 
+    def passed(self, *names: str) -> None:
+        """Keys that may stand here with any value, because they are about another part of the model."""
+        self._asked.update(names)
+
     def unsupported(self, name: str, supported: str) -> UnsupportedModel:
         """The error for a value that is well-formed, and asks for something that is not built in."""
         return self._unsupported(name, self._raw.get(name), supported)
@@ -251,7 +258,8 @@ class ConfigReader:
             error.hint = "get the unquantised checkpoint, then `argosy pack --format q8` or `q4`"
             raise error
         for name, accepted in NEUTRAL.items():
-            self.neutral(name, *accepted)
+            if name not in self._asked:
+                self.neutral(name, *accepted)
         for key, value in self._raw.items():
             if key not in self._asked and key not in HARMLESS:
                 raise UnsupportedModel(

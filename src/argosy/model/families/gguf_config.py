@@ -38,7 +38,6 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "attn_logit_softcapping": (0.0,),
     "final_logit_softcapping": (0.0,),
     "moe_every_n_layers": (0, 1),
-    "nextn_predict_layers": (0,),
     "pooling_type": (0,),
     "rope.scale_linear": (1.0,),
     "rope.scaling.yarn_ext_factor": (1.0,),
@@ -99,14 +98,18 @@ class GgufConfigReader:
             supported=supported,
         )
 
-    def common(self) -> dict[str, Any]:
-        """What every family reads the same way, as arguments of `ModelConfig`.
+    def common(self, *, rotary_dim: int | None = None) -> dict[str, Any]:
+        """What every family with keys and values reads the same way, as arguments of `ModelConfig`.
+
+        Args:
+            rotary_dim: how many dimensions of a head turn; None: all of them.
 
         Raises:
             CheckpointError: a key is missing, malformed, or contradicts another or the tensors.
             UnsupportedModel: heads of two widths, or partial rotary embedding.
         """
-        hidden_size = self.integer("embedding_length")
+        sizes = self.sizes()
+        hidden_size, context_tokens = sizes["hidden_size"], sizes["context_tokens"]
         num_heads = self.integer("attention.head_count")
         num_kv_heads = self.integer("attention.head_count_kv", num_heads)
         if num_heads % num_kv_heads:
@@ -119,6 +122,20 @@ class GgufConfigReader:
         head_dim = self.integer("attention.key_length", hidden_size // num_heads)
         if (width := self.integer("attention.value_length", head_dim)) != head_dim:
             raise self.unsupported("attention.value_length", width, f"{head_dim}, as attention.key_length")
+        return {
+            **sizes,
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "rope": self.rope(rotary_dim or head_dim, context_tokens),
+        }
+
+    def sizes(self) -> dict[str, Any]:
+        """What every family reads the same way, whatever its mixers are, as arguments of `ModelConfig`.
+
+        Raises:
+            CheckpointError: a key is missing, malformed, or contradicts another or the tensors.
+        """
         embedding = self.file.tensors.get("token_embd.weight")
         vocab_size = embedding.shape[0] if embedding is not None and embedding.shape else 1
         if (claimed := self.integer("vocab_size", vocab_size)) != vocab_size:
@@ -129,16 +146,11 @@ class GgufConfigReader:
                 key=self.key("vocab_size"),
             )
         num_experts = self.integer("expert_count", most=MOST_EXPERTS)
-        context_tokens = self.integer("context_length")
         return {
             "vocab_size": vocab_size,
-            "hidden_size": hidden_size,
-            "num_heads": num_heads,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "rope": self._rope(head_dim, context_tokens),
+            "hidden_size": self.integer("embedding_length"),
             "norm_eps": self.number("attention.layer_norm_rms_epsilon"),
-            "context_tokens": context_tokens,
+            "context_tokens": self.integer("context_length"),
             "num_experts": num_experts,
             "experts_per_token": self.integer("expert_used_count", most=num_experts),
             "is_embedding_tied": "output.weight" not in self.file.tensors,
@@ -147,7 +159,18 @@ class GgufConfigReader:
         }
 
     def num_layers(self) -> int:
-        return self.integer("block_count", most=MOST_LAYERS)
+        """Layers of the model, less those for multi-token prediction, which the file counts too."""
+        num_layers, num_mtp_layers = self.integer("block_count", most=MOST_LAYERS), self.num_mtp_layers()
+        if num_mtp_layers >= num_layers:
+            raise CheckpointError(
+                f"{self.file.path.name}: {self.key('nextn_predict_layers')} is {num_mtp_layers} of {num_layers} layers",
+                path=self.file.path,
+                key=self.key("nextn_predict_layers"),
+            )
+        return num_layers - num_mtp_layers
+
+    def num_mtp_layers(self) -> int:
+        return self.integer("nextn_predict_layers", 0, least=0, most=MOST_LAYERS)
 
     def finish(self) -> None:
         """Refuse every key of the architecture that was not asked for.
@@ -175,7 +198,12 @@ class GgufConfigReader:
             if value not in accepted:
                 raise self.unsupported(name, value, " or ".join(map(str, accepted)))
 
-    def _rope(self, head_dim: int, context_tokens: int) -> RopeConfig:
+    def rope(self, head_dim: int, context_tokens: int) -> RopeConfig:
+        """How positions turn, all of `head_dim` dimensions.
+
+        Raises:
+            CheckpointError: `head_dim` is odd, or a key is malformed.   UnsupportedModel: partial, or another kind.
+        """
         if head_dim % 2:
             raise CheckpointError(
                 f"{self.file.path.name} gives heads of {head_dim} dimensions, and rotary embedding turns pairs",
@@ -187,7 +215,7 @@ class GgufConfigReader:
         kind = self.file.text(
             self.key("rope.scaling.type"), "linear" if self.has("rope.scaling.factor") else "none"
         )
-        factor = self.number("rope.scaling.factor", 1.0) if self._is_set("rope.scaling.factor") else 1.0
+        factor = self.number("rope.scaling.factor", 1.0) if self.is_set("rope.scaling.factor") else 1.0
         original = self.integer("rope.scaling.original_context_length", context_tokens)
         match kind:
             case "none":
@@ -216,7 +244,7 @@ class GgufConfigReader:
                 )
         raise self.unsupported("rope.scaling.type", kind, "none, linear, yarn")
 
-    def _is_set(self, name: str) -> bool:
+    def is_set(self, name: str) -> bool:
         """Whether a number is there and is not the 0 by which writers say "none"."""
         return self.file.metadata.get(self.key(name)) not in (None, 0.0)
 

@@ -103,10 +103,20 @@ def read_gguf_layout(
     experts: dict[tuple[int, int], ExpertRecord] = {}
     for layer in config.moe_layers:
         experts |= accounts.experts(config, layer)
-    passed_over = _NOT_WEIGHTS if has_rope_freqs else _LEFTOVERS
-    accounts.refuse_extra(config, passed_over.fullmatch, "these metadata")
+    leftovers = _NOT_WEIGHTS if has_rope_freqs else _LEFTOVERS
+    accounts.refuse_extra(
+        config,
+        lambda name: leftovers.fullmatch(name) or _layer_of(name) in config.mtp_layers,
+        "these metadata",
+    )
     require_one_format_a_layer(experts, file.path)
     return ModelFiles(file.path, config, dense, experts, header=file)
+
+
+def _layer_of(name: str) -> int | None:
+    """The layer that a tensor belongs to; None for one of the model as a whole."""
+    layer = re.match(r"blk\.(\d{1,9})\.", name)
+    return int(layer[1]) if layer else None
 
 
 class _Accounts(TensorAccounts):

@@ -146,7 +146,8 @@ def _read_windows(reader: ConfigReader, num_layers: int) -> tuple[int, ...]:
     window = reader.optional_integer("sliding_window", default=128)
     kinds = reader.layer_types(num_layers)
     is_sliding = [
-        layer % 2 == 0 if kinds is None else kinds[layer] == "sliding_attention" for layer in range(num_layers)
+        layer % 2 == 0 if kinds is None else kinds[layer] == "sliding_attention"
+        for layer in range(num_layers)
     ]
     if window is None and any(is_sliding):
         raise CheckpointError(

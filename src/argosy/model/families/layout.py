@@ -93,12 +93,12 @@ class Layout:
         prefix = re.escape(self.prefix)
         known = re.compile("|".join(filter(None, (_LEFTOVERS.format(prefix=prefix), self.passed_over))))
         layer_of = re.compile(prefix + r"layers\.(\d{1,9})\..+")
-        # Layers for multi-token prediction are numbered on from the model's own.
-        mtp_layers = range(config.num_layers, config.num_layers + config.num_mtp_layers)
 
         def is_known(name: str) -> bool:
             layer = layer_of.fullmatch(name)
-            return known.fullmatch(name) is not None or (layer is not None and int(layer[1]) in mtp_layers)
+            return known.fullmatch(name) is not None or (
+                layer is not None and int(layer[1]) in config.mtp_layers
+            )
 
         return is_known
 
@@ -118,9 +118,7 @@ def read_layout(
         # Tied in the config, and yet a head in the files: the files win, as in transformers 5.
         config = replace(config, is_embedding_tied=False)
     reader = _Accounts(directory, tensors, _FORMAT_OF_DTYPE)
-    dense = {
-        canonical: reader.dense(canonical, shape, layout) for canonical, shape in dense_shapes(config)
-    }
+    dense = {canonical: reader.dense(canonical, shape, layout) for canonical, shape in dense_shapes(config)}
     experts = reader.experts(config, layout)
     reader.refuse_extra(config, layout.is_passed_over(config), "this config.json")
     require_one_format_a_layer(experts, directory)
@@ -133,7 +131,10 @@ class _Accounts(TensorAccounts):
     def dense(self, canonical: str, shape: tuple[int, ...], layout: Layout) -> MatrixRef:
         name, last = layout.dense_name(canonical), canonical.rpartition(".")[2]
         turn = layout.by_turns.index(last) if layout.by_turns and last in layout.by_turns else None
-        ref, format = self.take(name, shape if turn is None else (*shape[:-1], 2 * shape[-1]))
+        stored = shape if turn is None else (*shape[:-1], 2 * shape[-1])
+        if last.endswith("conv"):  # of one input channel each
+            stored = (stored[0], 1, *stored[1:])
+        ref, format = self.take(name, stored)
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
         return MatrixRef(name, ref.path, ref.offset, ref.nbytes, format, rows, cols, turn=turn)
 

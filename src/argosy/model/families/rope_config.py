@@ -21,6 +21,7 @@ from argosy.model.families.config_reader import LARGEST_SIZE, ConfigReader, is_p
 Kind = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+_AXES = frozenset({"mrope_section", "mrope_interleaved"})
 _COMMON = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
 _FIELDS: dict[Kind, set[str]] = {
     "default": set(),
@@ -35,15 +36,24 @@ _FIELDS: dict[Kind, set[str]] = {
 
 
 def read_rope(
-    reader: ConfigReader, *, head_dim: int, context_tokens: int, default_theta: float
+    reader: ConfigReader,
+    *,
+    head_dim: int,
+    context_tokens: int,
+    default_theta: float,
+    default_share: float | None = None,
+    has_axes: bool = False,
 ) -> RopeConfig:
     """The rotary embedding that a config asks for.
 
     Args:
         reader: the config.
-        head_dim: all of it turns in these families.
+        head_dim: all of it turns, or with `default_share` the first part.
         context_tokens: max_position_embeddings.
         default_theta: of the family, where the file names none.
+        default_share: the same of `partial_rotary_factor`, the share of a head that turns; None: always all.
+        has_axes: fields about the axes of positions in images may stand here (m-rope). Text has the same position on
+            all axes, so they change nothing.
 
     Raises:
         UnsupportedModel: a kind or field that is not built in, named.
@@ -52,13 +62,19 @@ def read_rope(
     parameters, name = _one_mapping(reader)
     fields = _Fields(parameters, name)
     kind = _kind(fields)
-    fields.refuse_unknown(kind)
-    if head_dim % 2:
-        raise CheckpointError(
-            f"config.json gives heads of {head_dim} dimensions, and rotary embedding turns pairs"
+    fields.refuse_unknown(kind, _AXES if has_axes else frozenset())
+    rotary_dim = head_dim
+    if default_share is not None:
+        rotary_dim = int(
+            head_dim
+            * fields.number("partial_rotary_factor", reader.number("partial_rotary_factor", default_share))
         )
-    if fields.number("partial_rotary_factor", 1.0) != 1.0:
+    elif fields.number("partial_rotary_factor", 1.0) != 1.0:
         raise fields.unsupported("partial_rotary_factor", "1.0")
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        raise CheckpointError(
+            f"config.json turns {rotary_dim} of heads of {head_dim} dimensions, and rotary embedding turns pairs"
+        )
 
     theta = reader.number("rope_theta", default_theta)
     if "rope_theta" in parameters:
@@ -83,7 +99,7 @@ def read_rope(
         factor = fields.number("factor", default_factor)
     rope = RopeConfig(
         theta=theta,
-        rotary_dim=head_dim,
+        rotary_dim=rotary_dim,
         kind=kind,
         factor=factor,
         original_context=original,
@@ -140,8 +156,8 @@ class _Fields:
     def __init__(self, values: dict[str, object], name: str) -> None:
         self.values, self.name = values, name
 
-    def refuse_unknown(self, kind: Kind) -> None:
-        known = _COMMON | _FIELDS[kind]
+    def refuse_unknown(self, kind: Kind, also_known: frozenset[str]) -> None:
+        known = _COMMON | _FIELDS[kind] | also_known
         for key in self.values:
             if key not in known:
                 raise UnsupportedModel(

@@ -1,0 +1,267 @@
+"""What the DeepSeek families share: latent attention, shared experts, and what the tensors are called.
+
+    deepseek_v2, deepseek_v3, kimi_k2, kimi_k25, glm4_moe_lite  ->  read_latent_model  ->  ModelConfig
+
+All have latent attention (DeepSeek-V2, arXiv:2405.04434) with an interleaved rotary embedding, dense networks in the
+first layers, and routed experts beside shared ones in the others. They differ in the router and in defaults, so a
+family file gives those and nothing else. The norms of the compressed vectors have an epsilon of their own, 1e-6
+whatever `rms_norm_eps` says (DeepseekV3Attention in transformers 5.24, as in the code that DeepSeek published).
+
+Elsewhere: the same for GGUF metadata is `deepseek_gguf.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from argosy.config import LatentConfig, LayerConfig, ModelConfig, RopeConfig, RouterConfig
+from argosy.errors import CheckpointError
+from argosy.model.families.common_config import read_common
+from argosy.model.families.config_reader import MOST_EXPERTS, MOST_LAYERS, ConfigReader
+from argosy.model.families.layout import ATTENTION_NAMES, Layout
+
+LATENT_NORM_EPS = 1e-6
+RENORMALIZE_EPS = 1e-20
+
+_LAYER_NAMES = {
+    **ATTENTION_NAMES,
+    "q_a": "self_attn.q_a_proj.weight",
+    "q_a_norm": "self_attn.q_a_layernorm.weight",
+    "q_b": "self_attn.q_b_proj.weight",
+    "kv_a": "self_attn.kv_a_proj_with_mqa.weight",
+    "kv_a_norm": "self_attn.kv_a_layernorm.weight",
+    "kv_b": "self_attn.kv_b_proj.weight",
+    "router": "mlp.gate.weight",
+    "choice_bias": "mlp.gate.e_score_correction_bias",
+    "shared_gate": "mlp.shared_experts.gate_proj.weight",
+    "shared_up": "mlp.shared_experts.up_proj.weight",
+    "shared_down": "mlp.shared_experts.down_proj.weight",
+    "gate": "mlp.gate_proj.weight",
+    "up": "mlp.up_proj.weight",
+    "down": "mlp.down_proj.weight",
+}
+
+LAYOUTS = (
+    Layout(
+        layer_names=_LAYER_NAMES,
+        expert_names=(
+            "mlp.experts.{expert}.gate_proj.weight",
+            "mlp.experts.{expert}.up_proj.weight",
+            "mlp.experts.{expert}.down_proj.weight",
+        ),
+    ),
+    Layout(layer_names=_LAYER_NAMES, fused_names=("mlp.experts.gate_up_proj", "mlp.experts.down_proj")),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """What an absent key means: the defaults of a family's config class in transformers 5.24."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    dense_width: int
+    expert_width: int
+    num_experts: int
+    experts_per_token: int | None  # None: the file has to say
+    num_shared_experts: int
+    first_dense_layers: int
+    context_tokens: int
+    query_rank: int
+    nope_dim: int
+    value_dim: int
+    norm_eps: float = 1e-6
+    kv_rank: int = 512
+    rope_dim: int = 64
+    num_mtp_layers: int = 0
+    eos_id: int
+    bos_id: int
+
+
+DEEPSEEK_V3 = Defaults(
+    vocab_size=129_280,
+    hidden_size=7168,
+    num_layers=61,
+    num_heads=128,
+    num_kv_heads=128,
+    dense_width=18_432,
+    expert_width=2048,
+    num_experts=256,
+    experts_per_token=8,
+    num_shared_experts=1,
+    first_dense_layers=3,
+    context_tokens=4096,
+    query_rank=1536,
+    nope_dim=128,
+    value_dim=128,
+    num_mtp_layers=1,
+    eos_id=1,
+    bos_id=0,
+)
+
+ReadRouter = Callable[[ConfigReader, int, int], RouterConfig]  # reader, experts, experts per token
+
+
+def read_latent_model(
+    reader: ConfigReader,
+    *,
+    family: str,
+    defaults: Defaults,
+    read_router: ReadRouter,
+    read_moe_layers: Callable[[ConfigReader, int], Sequence[bool]] | None = None,
+) -> ModelConfig:
+    """The whole of such a config; the caller calls `finish()`.
+
+    Args:
+        read_router: reads the keys of the family's router.
+        read_moe_layers: tells for each of so many layers whether it has routed experts; None: all of them from
+            `first_k_dense_replace` on.
+
+    Raises:
+        UnsupportedModel: a key or value asks for something that is not built in.
+        CheckpointError: a key is missing, malformed, or contradicts another.
+    """
+    latent = LatentConfig(
+        query_rank=reader.optional_integer("q_lora_rank", default=defaults.query_rank) or 0,
+        kv_rank=reader.integer("kv_lora_rank", default=defaults.kv_rank),
+        nope_dim=reader.integer("qk_nope_head_dim", default=defaults.nope_dim),
+        rope_dim=reader.integer("qk_rope_head_dim", default=defaults.rope_dim),
+        value_dim=reader.integer("v_head_dim", default=defaults.value_dim),
+        norm_eps=LATENT_NORM_EPS,
+    )
+    head_dim = latent.nope_dim + latent.rope_dim
+    common = read_common(
+        reader,
+        vocab_size=defaults.vocab_size,
+        hidden_size=defaults.hidden_size,
+        num_heads=defaults.num_heads,
+        num_kv_heads=defaults.num_kv_heads,
+        rope_theta=10_000.0,
+        norm_eps=defaults.norm_eps,
+        context_tokens=defaults.context_tokens,
+        num_experts=defaults.num_experts,
+        experts_per_token=defaults.experts_per_token,
+        eos_id=defaults.eos_id,
+        bos_id=defaults.bos_id,
+        rotary_dim=latent.rope_dim,
+    )
+    if common["num_kv_heads"] != common["num_heads"]:
+        raise CheckpointError(
+            f"config.json gives num_key_value_heads as {common['num_kv_heads']}, expected {common['num_heads']}, as "
+            "num_attention_heads: latent attention has a key for each head",
+            key="num_key_value_heads",
+        )
+    # transformers 5 repeats sizes under these names: the dimensions that turn, and all of a head.
+    reader.neutral("head_dim", latent.rope_dim, None)
+    reader.neutral("qk_head_dim", head_dim)
+    reader.neutral("attention_bias", False, None)
+    reader.neutral("moe_layer_freq", 1)
+    is_interleaved = reader.flag("rope_interleave", True)
+    rope = replace(common.pop("rope"), is_interleaved=is_interleaved)
+    num_layers = reader.integer("num_hidden_layers", default=defaults.num_layers, most=MOST_LAYERS)
+    is_moe = (read_moe_layers or layers_behind_the_dense(defaults.first_dense_layers))(reader, num_layers)
+    expert_width = reader.integer("moe_intermediate_size", default=defaults.expert_width)
+    num_shared = (
+        reader.optional_integer("n_shared_experts", default=defaults.num_shared_experts, least=0) or 0
+    )
+    return ModelConfig(
+        family=family,
+        layers=tuple(LayerConfig(is_moe=moe, mixer="latent") for moe in is_moe),
+        rope=rope,
+        expert_width=expert_width,
+        router=read_router(reader, common["num_experts"], common["experts_per_token"]),
+        latent=latent,
+        attention_scale=attention_scale(head_dim, rope),
+        dense_width=reader.integer("intermediate_size", default=defaults.dense_width),
+        shared_width=num_shared * expert_width,
+        num_mtp_layers=reader.integer(
+            "num_nextn_predict_layers",
+            "num_mtp_layers",
+            default=defaults.num_mtp_layers,
+            least=0,
+            most=MOST_LAYERS,
+        ),
+        **(common | {"head_dim": head_dim}),
+    )
+
+
+def read_sigmoid_router(scale: float, num_groups: int, kept_groups: int) -> ReadRouter:
+    """The router of DeepSeek-V3 (arXiv:2412.19437): sigmoid scores, and a bias that steers only the choice.
+
+    The arguments are the family's defaults.
+    """
+
+    def read(reader: ConfigReader, num_experts: int, experts_per_token: int) -> RouterConfig:
+        reader.one_of("scoring_func", "sigmoid", ("sigmoid",))
+        reader.one_of("topk_method", "noaux_tc", ("noaux_tc",))
+        renormalize = reader.flag("norm_topk_prob", True)
+        router = RouterConfig(
+            score="sigmoid",
+            has_choice_bias=True,
+            num_groups=reader.optional_integer("n_group", default=num_groups) or 1,
+            kept_groups=reader.optional_integer("topk_group", default=kept_groups) or 1,
+            group_score="top2",
+            renormalize=renormalize,
+            renormalize_eps=RENORMALIZE_EPS if renormalize else 0.0,
+            scale=reader.number("routed_scaling_factor", scale),
+        )
+        return require_groups(router, num_experts, experts_per_token)
+
+    return read
+
+
+def require_groups(router: RouterConfig, num_experts: int, experts_per_token: int) -> RouterConfig:
+    """The router, once its groups share out the experts and leave enough of them to choose from.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    groups, kept = router.num_groups, router.kept_groups
+    found = f"{num_experts} experts in {groups} groups, {kept} of them kept"
+    if groups > MOST_EXPERTS or num_experts % groups:
+        raise CheckpointError(f"the router has {found}; expected groups of equal size", key="n_group")
+    size = num_experts // groups
+    if kept > groups or kept * size < experts_per_token:
+        raise CheckpointError(
+            f"the router has {found}; expected at most all groups, and the {experts_per_token} experts of a token "
+            f"among those of the kept",
+            key="topk_group",
+        )
+    if groups > 1 and router.group_score == "top2" and size < 2:
+        raise CheckpointError(
+            f"the router has {found}; a group is worth its best two experts, expected two at least",
+            key="n_group",
+        )
+    return router
+
+
+def attention_scale(head_dim: int, rope: RopeConfig) -> float:
+    """What scores are multiplied with: 1 / sqrt(head_dim), times the square of yarn's magnitude of all dimensions.
+
+    `yarn_apply_mscale` of `modeling_deepseek_v2.py` in transformers 5.24.
+    """
+    magnitude = 1.0
+    if rope.kind == "yarn" and rope.mscale_all_dim and rope.factor > 1:
+        magnitude = 0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0
+    return float(head_dim**-0.5 * magnitude * magnitude)
+
+
+def layers_behind_the_dense(default: int) -> Callable[[ConfigReader, int], Sequence[bool]]:
+    """Reads `first_k_dense_replace`, of which `default` is the family's; the layers from there on have experts."""
+
+    def read(reader: ConfigReader, num_layers: int) -> Sequence[bool]:
+        first = reader.optional_integer("first_k_dense_replace", default=default, least=0) or 0
+        if first >= num_layers:
+            raise CheckpointError(
+                f"config.json leaves none of the {num_layers} layers with routed experts: first_k_dense_replace is "
+                f"{first}",
+                key="first_k_dense_replace",
+            )
+        return [layer >= first for layer in range(num_layers)]
+
+    return read

@@ -1,0 +1,149 @@
+"""The `deepseek2` architecture of GGUF: DeepSeek-V2, V3 and R1, Kimi-K2, GLM-4.7-Flash.
+
+Which of them a file holds, its metadata say only by the router: softmax is DeepSeek-V2's, sigmoid that of all others.
+Files from April 2025 on have `kv_b` in two tensors, `attn_k_b` with each head's part transposed and `attn_v_b`, and
+describe one shared head of keys as wide as the cache; the sizes of a head stand in keys that end in `_mla`. Older files
+have `attn_kv_b` and the sizes in the keys without the ending.
+
+Files of DeepSeek-V3 before October 2025 do not say that experts lie in groups, so nothing here can either: such a
+file chooses among all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.gguf import GgufFile
+from argosy.config import LatentConfig, LayerConfig, ModelConfig, RopeConfig, RouterConfig
+from argosy.errors import CheckpointError
+from argosy.model.families.deepseek import (
+    LATENT_NORM_EPS,
+    RENORMALIZE_EPS,
+    attention_scale,
+    require_groups,
+)
+from argosy.model.families.gguf_config import GgufConfigReader
+from argosy.model.families.gguf_layout import read_gguf_layout
+
+GGUF_ARCHITECTURE = "deepseek2"
+
+_SOFTMAX, _SIGMOID = 1, 2  # llama.cpp's numbers of gating functions
+
+
+def open_gguf(file: GgufFile) -> ModelFiles:
+    """The model in a GGUF file of architecture `deepseek2`.
+
+    Raises:
+        UnsupportedModel: a key, value or tensor type that is not built in.
+        CheckpointError: a key or tensor is missing, malformed, or contradicts another.
+    """
+    reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
+    sizes = reader.sizes()
+    num_heads = reader.integer("attention.head_count")
+    latent = _read_latent(reader, num_heads)
+    head_dim = latent.nope_dim + latent.rope_dim
+    rope = _read_rope(reader, latent.rope_dim, sizes["context_tokens"])
+    num_layers = reader.num_layers()
+    num_dense = reader.integer("leading_dense_block_count", 0, least=0)
+    if num_dense >= num_layers:
+        raise CheckpointError(
+            f"{file.path.name}: {reader.key('leading_dense_block_count')} is {num_dense} of {num_layers} layers, and "
+            "none has routed experts",
+            path=file.path,
+            key=reader.key("leading_dense_block_count"),
+        )
+    router = _read_router(
+        reader, num_layers, sizes["vocab_size"], f"blk.{num_dense}.exp_probs_b.bias" in file.tensors
+    )
+    expert_width = reader.integer("expert_feed_forward_length")
+    shared_width = reader.integer("expert_shared_count", 0, least=0) * expert_width
+    config = ModelConfig(
+        family="deepseek_v3" if router.score == "sigmoid" else "deepseek_v2",
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=head_dim,
+        layers=tuple(LayerConfig(is_moe=layer >= num_dense, mixer="latent") for layer in range(num_layers)),
+        rope=rope,
+        expert_width=expert_width,
+        router=require_groups(router, sizes["num_experts"], sizes["experts_per_token"]),
+        latent=latent,
+        attention_scale=attention_scale(head_dim, rope),
+        dense_width=reader.integer("feed_forward_length", least=0 if num_dense == 0 else 1),
+        shared_width=shared_width,
+        num_mtp_layers=reader.num_mtp_layers(),
+        **sizes,
+    )
+    reader.finish()
+    return read_gguf_layout(file, config, is_paired=False, has_rope_freqs=False)
+
+
+def _read_latent(reader: GgufConfigReader, num_heads: int) -> LatentConfig:
+    """Sizes of a head and of the compressed vectors, in the spelling of either age."""
+    kv_rank = reader.integer("attention.kv_lora_rank")
+    rope_dim = reader.integer("rope.dimension_count")
+    is_split = reader.has("attention.key_length_mla")
+    if is_split:
+        head_dim, value_dim = (reader.integer(f"attention.{name}_length_mla") for name in ("key", "value"))
+        shared = {"head_count_kv": 1, "key_length": kv_rank + rope_dim, "value_length": kv_rank}
+    else:
+        head_dim, value_dim = (reader.integer(f"attention.{name}_length") for name in ("key", "value"))
+        shared = {"head_count_kv": num_heads}
+    for name, expected in shared.items():
+        if (found := reader.integer(f"attention.{name}", expected)) != expected:
+            raise CheckpointError(
+                f"{reader.file.path.name}: {reader.key(f'attention.{name}')} is {found}, expected {expected}",
+                path=reader.file.path,
+                key=reader.key(f"attention.{name}"),
+            )
+    if head_dim <= rope_dim:
+        raise CheckpointError(
+            f"{reader.file.path.name} gives heads of {head_dim} dimensions, of which {rope_dim} turn; expected some "
+            "that do not",
+            path=reader.file.path,
+            key=reader.key("rope.dimension_count"),
+        )
+    return LatentConfig(
+        query_rank=reader.integer("attention.q_lora_rank", 0, least=0),
+        kv_rank=kv_rank,
+        nope_dim=head_dim - rope_dim,
+        rope_dim=rope_dim,
+        value_dim=value_dim,
+        norm_eps=LATENT_NORM_EPS,
+    )
+
+
+def _read_rope(reader: GgufConfigReader, rope_dim: int, context_tokens: int) -> RopeConfig:
+    """Interleaved; yarn's magnitude of all dimensions stands in a key of its own, times 0.1 and as float32.
+
+    Its other magnitude has no key, and llama.cpp takes it for the same, as it is in every released model.
+    """
+    rope = reader.rope(rope_dim, context_tokens)
+    magnitude = None
+    if rope.kind == "yarn" and reader.is_set("rope.scaling.yarn_log_multiplier"):
+        magnitude = round(reader.number("rope.scaling.yarn_log_multiplier") / 0.1, 6)
+    return replace(rope, is_interleaved=True, mscale=magnitude, mscale_all_dim=magnitude)
+
+
+def _read_router(
+    reader: GgufConfigReader, num_layers: int, vocab_size: int, has_choice_bias: bool
+) -> RouterConfig:
+    function = reader.integer("expert_gating_func", 0, least=0)
+    if function == 0:
+        # Files older than the key: softmax, and first ones of GLM-4.7-Flash, which llama.cpp knows by their size.
+        is_glm = num_layers in (47, 48) and vocab_size == 154_880
+        function = _SIGMOID if is_glm else _SOFTMAX
+    if function not in (_SOFTMAX, _SIGMOID):
+        raise reader.unsupported("expert_gating_func", function, "1 (softmax), 2 (sigmoid)")
+    is_sigmoid = function == _SIGMOID
+    renormalize = reader.flag("expert_weights_norm", False)
+    return RouterConfig(
+        score="sigmoid" if is_sigmoid else "softmax",
+        has_choice_bias=has_choice_bias,
+        num_groups=reader.integer("expert_group_count", 0, least=0) or 1,
+        kept_groups=reader.integer("expert_group_used_count", 0, least=0) or 1,
+        group_score="top2" if is_sigmoid else "max",
+        renormalize=renormalize,
+        renormalize_eps=RENORMALIZE_EPS if renormalize else 0.0,
+        scale=reader.number("expert_weights_scale") if reader.is_set("expert_weights_scale") else 1.0,
+    )

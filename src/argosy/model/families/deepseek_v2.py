@@ -1,0 +1,72 @@
+"""DeepSeek-V2, V2-Lite and V2.5 (arXiv:2405.04434): latent attention; softmax routing, of all or of the best groups.
+
+Routing weights are the probabilities of the chosen experts as they are, times `routed_scaling_factor`. With
+`norm_topk_prob` DeepSeek's own code divides by their sum and leaves the factor out, and transformers 5.24 does not heed
+the key; no released model sets it, and here it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from argosy.config import ModelConfig, RouterConfig
+from argosy.model.families.config_reader import ConfigReader
+from argosy.model.families.deepseek import LAYOUTS, Defaults, read_latent_model, require_groups
+from argosy.model.families.deepseek_gguf import GGUF_ARCHITECTURE, open_gguf
+
+__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
+
+MODEL_TYPE = "deepseek_v2"
+
+_DEFAULTS = Defaults(
+    vocab_size=102_400,
+    hidden_size=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    dense_width=11_008,
+    expert_width=1407,
+    num_experts=64,
+    experts_per_token=None,
+    num_shared_experts=2,
+    first_dense_layers=0,
+    context_tokens=2048,
+    query_rank=1536,
+    nope_dim=128,
+    value_dim=128,
+    eos_id=2,
+    bos_id=1,
+)
+
+
+def parse_config(raw: Mapping[str, object]) -> ModelConfig:
+    """Read a `config.json`; an absent key has the default of `DeepseekV2Config` in transformers 5.24.
+
+    Raises:
+        UnsupportedModel: a key or value asks for something that is not built in.
+        CheckpointError: a key is missing, malformed, or contradicts another.
+    """
+    reader = ConfigReader(raw, MODEL_TYPE)
+    config = read_latent_model(reader, family=MODEL_TYPE, defaults=_DEFAULTS, read_router=_read_router)
+    # Always interleaved there: a file that says otherwise means something else.
+    reader.neutral("rope_interleave", True)
+    reader.finish()
+    return config
+
+
+def _read_router(reader: ConfigReader, num_experts: int, experts_per_token: int) -> RouterConfig:
+    reader.one_of("scoring_func", "softmax", ("softmax",))
+    method = reader.one_of("topk_method", "greedy", ("greedy", "group_limited_greedy"))
+    reader.neutral("norm_topk_prob", False, None)
+    num_groups = reader.optional_integer("n_group") or 1
+    kept_groups = reader.optional_integer("topk_group") or 1
+    is_limited = method == "group_limited_greedy"
+    router = RouterConfig(
+        score="softmax",
+        num_groups=num_groups if is_limited else 1,
+        kept_groups=kept_groups if is_limited else 1,
+        group_score="max",
+        renormalize=False,
+        scale=reader.number("routed_scaling_factor", 1.0),
+    )
+    return require_groups(router, num_experts, experts_per_token)

@@ -1,0 +1,36 @@
+"""DeepSeek-V3 and R1 (arXiv:2412.19437): latent attention, and sigmoid routing within the best groups of experts.
+
+Files of the hub carry a layer for multi-token prediction behind the model's own; it is left alone. With
+`rope_interleave` false, pairs of rotary dimensions lie in halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from argosy.config import ModelConfig
+from argosy.model.families.config_reader import ConfigReader
+from argosy.model.families.deepseek import DEEPSEEK_V3, LAYOUTS, read_latent_model, read_sigmoid_router
+from argosy.model.families.deepseek_gguf import GGUF_ARCHITECTURE, open_gguf
+
+__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
+
+MODEL_TYPE = "deepseek_v3"
+
+
+def parse_config(raw: Mapping[str, object]) -> ModelConfig:
+    """Read a `config.json`; an absent key has the default of `DeepseekV3Config` in transformers 5.24.
+
+    Raises:
+        UnsupportedModel: a key or value asks for something that is not built in.
+        CheckpointError: a key is missing, malformed, or contradicts another.
+    """
+    reader = ConfigReader(raw, MODEL_TYPE)
+    config = read_latent_model(
+        reader,
+        family=MODEL_TYPE,
+        defaults=DEEPSEEK_V3,
+        read_router=read_sigmoid_router(scale=2.5, num_groups=8, kept_groups=4),
+    )
+    reader.finish()
+    return config

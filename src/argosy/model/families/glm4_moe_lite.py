@@ -1,0 +1,87 @@
+"""GLM-4.7-Flash: a small GLM-4 mixture of experts with the latent attention and the router of DeepSeek-V3.
+
+Which layers are dense is said by `mlp_layer_types` where transformers wrote the file, and by `first_k_dense_replace` on
+the hub. A layer for multi-token prediction lies behind the model's own in the files; it is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from argosy.config import ModelConfig
+from argosy.errors import CheckpointError
+from argosy.model.families.config_reader import ConfigReader
+from argosy.model.families.deepseek import (
+    LAYOUTS,
+    Defaults,
+    layers_behind_the_dense,
+    read_latent_model,
+    read_sigmoid_router,
+)
+from argosy.model.families.deepseek_gguf import GGUF_ARCHITECTURE, open_gguf
+
+__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
+
+MODEL_TYPE = "glm4_moe_lite"
+
+_DEFAULTS = Defaults(
+    vocab_size=154_880,
+    hidden_size=2048,
+    num_layers=47,
+    num_heads=20,
+    num_kv_heads=20,
+    dense_width=10_240,
+    expert_width=1536,
+    num_experts=64,
+    experts_per_token=4,
+    num_shared_experts=1,
+    first_dense_layers=1,
+    context_tokens=202_752,
+    query_rank=768,
+    nope_dim=192,
+    value_dim=256,
+    norm_eps=1e-5,
+    eos_id=1,
+    bos_id=0,
+)
+
+
+def parse_config(raw: Mapping[str, object]) -> ModelConfig:
+    """Read a `config.json`; an absent key has the default of `Glm4MoeLiteConfig` in transformers 5.24.
+
+    Raises:
+        UnsupportedModel: a key or value asks for something that is not built in.
+        CheckpointError: a key is missing, malformed, or contradicts another.
+    """
+    reader = ConfigReader(raw, MODEL_TYPE)
+    config = read_latent_model(
+        reader,
+        family=MODEL_TYPE,
+        defaults=_DEFAULTS,
+        read_router=read_sigmoid_router(scale=1.8, num_groups=1, kept_groups=1),
+        read_moe_layers=_read_moe_layers,
+    )
+    reader.finish()
+    return config
+
+
+def _read_moe_layers(reader: ConfigReader, num_layers: int) -> Sequence[bool]:
+    kinds = reader.texts("mlp_layer_types")
+    if kinds is None:
+        return layers_behind_the_dense(_DEFAULTS.first_dense_layers)(reader, num_layers)
+    if len(kinds) != num_layers or not set(kinds) <= {"dense", "sparse"} or "sparse" not in kinds:
+        raise CheckpointError(
+            f"config.json: mlp_layer_types has {len(kinds)} entries, expected 'dense' or 'sparse' for each of "
+            f"{num_layers} layers, and at least one 'sparse'",
+            key="mlp_layer_types",
+        )
+    is_moe = [kind == "sparse" for kind in kinds]
+    if reader.has("first_k_dense_replace"):
+        first = layers_behind_the_dense(_DEFAULTS.first_dense_layers)(reader, num_layers)
+        if list(first) != is_moe:
+            raise CheckpointError(
+                "config.json gives the dense layers twice, in first_k_dense_replace and in mlp_layer_types, and they "
+                "differ",
+                key="mlp_layer_types",
+            )
+    return is_moe

@@ -1,0 +1,61 @@
+"""Kimi-K2.5 and K2.6: the text part, a Kimi-K2 behind `language_model.`; the vision tower is passed over.
+
+`config.json` is a wrapper with the text model in `text_config`, whose `model_type` is "kimi_k2" on the hub and
+"deepseek_v3" where transformers wrote it. The wrapper's keys are about images and video, and about tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from argosy.config import ModelConfig
+from argosy.model.families import deepseek, kimi_k2
+from argosy.model.families.config_reader import ConfigReader
+from argosy.model.families.deepseek_gguf import GGUF_ARCHITECTURE, open_gguf
+
+__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
+
+MODEL_TYPE = "kimi_k25"
+
+LAYOUTS = tuple(
+    replace(
+        layout,
+        prefix="language_model.model.",
+        head_name="language_model.lm_head.weight",
+        passed_over=r"(vision_tower|mm_projector)\..*",
+    )
+    for layout in deepseek.LAYOUTS
+)
+
+# Of the vision tower, its projector, and the placeholders that images and video have in a prompt.
+_VISION_KEYS = (
+    "vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
+    "media_placeholder_token_id", "video_placeholder", "use_unified_vision_chunk", "ignore_index",
+    "projection_hidden_size", "projection_layer_norm_eps",
+)  # fmt: skip
+
+
+def parse_config(raw: Mapping[str, object]) -> ModelConfig:
+    """Read the text part of a `config.json`; an absent key means what it means to DeepSeek-V3.
+
+    Whether the head is the embedding table, and which tokens start and end a text, the wrapper says where it says
+    anything.
+
+    Raises:
+        UnsupportedModel: a key or value asks for something that is not built in.
+        CheckpointError: a key is missing, malformed, or contradicts another.
+    """
+    wrapper = ConfigReader(raw, MODEL_TYPE)
+    text = wrapper.nested("text_config", "kimi_k2", "deepseek_v3")
+    config = kimi_k2.read_text(text, MODEL_TYPE)
+    text.finish()
+    config = replace(
+        config,
+        is_embedding_tied=wrapper.flag("tie_word_embeddings", config.is_embedding_tied),
+        eos_ids=wrapper.token_ids("eos_token_id") or config.eos_ids,
+        bos_id=next(iter(wrapper.token_ids("bos_token_id")), config.bos_id),
+    )
+    wrapper.passed(*_VISION_KEYS)
+    wrapper.finish()
+    return config
