@@ -80,8 +80,8 @@ BoundMixer grouped_query_attention(
     const Matrix& query, const Matrix& key, const Matrix& value, const Matrix& output, int64_t num_heads,
     int64_t window, float scale, const std::optional<Array>& query_bias, const std::optional<Array>& key_bias,
     const std::optional<Array>& value_bias, const std::optional<Array>& output_bias,
-    const std::optional<Array>& query_norm, const std::optional<Array>& key_norm,
-    const std::optional<Array>& sinks, bool has_gate) {
+    const std::optional<Array>& query_norm, const std::optional<Array>& key_norm, bool is_norm_flat,
+    float limit, const std::optional<Array>& sinks, bool has_gate) {
   require_range("heads", num_heads, 1, query.view.rows);
   require_range("window", window, 0, INT32_MAX);
   const int64_t parts = has_gate ? 2 * num_heads : num_heads;
@@ -99,8 +99,10 @@ BoundMixer grouped_query_attention(
       .key_bias = kept.keep("key_bias", key_bias, key.view.rows),
       .value_bias = kept.keep("value_bias", value_bias, value.view.rows),
       .output_bias = kept.keep("output_bias", output_bias, output.view.rows),
-      .query_norm = kept.keep("query_norm", query_norm, head_dim),
-      .key_norm = kept.keep("key_norm", key_norm, head_dim),
+      .query_norm = kept.keep("query_norm", query_norm, is_norm_flat ? query.view.rows : head_dim),
+      .key_norm = kept.keep("key_norm", key_norm, is_norm_flat ? key.view.rows : head_dim),
+      .is_norm_flat = is_norm_flat,
+      .limit = limit,
       .sinks = kept.keep("sinks", sinks, num_heads),
       .num_heads = num_heads,
       .window = window,
@@ -458,7 +460,8 @@ void bind_stack(nb::module_& m) {
         nb::kw_only(), "num_heads"_a, "window"_a, "scale"_a, "query_bias"_a.none() = nb::none(),
         "key_bias"_a.none() = nb::none(), "value_bias"_a.none() = nb::none(),
         "output_bias"_a.none() = nb::none(), "query_norm"_a.none() = nb::none(),
-        "key_norm"_a.none() = nb::none(), "sinks"_a.none() = nb::none(), "has_gate"_a = false);
+        "key_norm"_a.none() = nb::none(), "is_norm_flat"_a = false, "limit"_a = 0.0f,
+        "sinks"_a.none() = nb::none(), "has_gate"_a = false);
   m.def(
       "gated_delta_net",
       [](const Matrix& qkv, const Matrix& b, const Matrix& output, const Matrix* z, const Matrix* a,

@@ -27,6 +27,16 @@ void add_bias(Runtime& runtime, const float* bias, int64_t rows, int64_t cols, f
   if (bias != nullptr) add_rows(runtime, bias, 0, rows, cols, out);
 }
 
+// To -limit .. limit; NaN stays.
+void cut_off(Runtime& runtime, float limit, int64_t rows, int64_t cols, float* out) {
+  const auto lock = runtime.lock();
+  runtime.parallel_for(rows, cols, [&](int64_t begin, int64_t end, int) {
+    for (float* x = out + begin * cols; x < out + end * cols; ++x) {
+      *x = *x > limit ? limit : *x < -limit ? -limit : *x;
+    }
+  });
+}
+
 // The first `cols` of every `stride` floats.
 void copy_heads(Runtime& runtime, const float* x, int64_t stride, int64_t rows, int64_t cols, float* out) {
   const auto lock = runtime.lock();
@@ -164,8 +174,20 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
   if (mixer.has_gate)
     copy_heads(runtime_, projected, 2 * kv.head_dim, tokens * mixer.num_heads, kv.head_dim, query);
   if (mixer.query_norm != nullptr) {
-    rms_norm(runtime_, query, mixer.query_norm, eps, tokens * mixer.num_heads, kv.head_dim, query);
-    rms_norm(runtime_, key, mixer.key_norm, eps, tokens * kv.kv_heads, kv.head_dim, key);
+    const auto norm_heads = [&](const float* weight, int64_t heads, float* x) {
+      if (mixer.is_norm_flat) {
+        rms_norm(runtime_, x, weight, eps, tokens, heads * kv.head_dim, x);
+      } else {
+        rms_norm(runtime_, x, weight, eps, tokens * heads, kv.head_dim, x);
+      }
+    };
+    norm_heads(mixer.query_norm, mixer.num_heads, query);
+    norm_heads(mixer.key_norm, kv.kv_heads, key);
+  }
+  if (mixer.limit > 0) {
+    cut_off(runtime_, mixer.limit, tokens, mixer.num_heads * kv.head_dim, query);
+    cut_off(runtime_, mixer.limit, tokens, mixer.key.rows, key);
+    cut_off(runtime_, mixer.limit, tokens, mixer.value.rows, value);
   }
   const Rotary& rotary = description_.rotary;
   rope(runtime_, query, tokens, mixer.num_heads, kv.head_dim, buffers_.cosine, buffers_.sine,

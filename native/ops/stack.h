@@ -46,8 +46,10 @@ struct GroupedQueryAttention {
   const float* key_bias = nullptr;
   const float* value_bias = nullptr;
   const float* output_bias = nullptr;
-  const float* query_norm = nullptr;  // [head_dim], of each head before rotary; nullptr: none
-  const float* key_norm = nullptr;
+  const float* query_norm = nullptr;  // before rotary: [head_dim], of each head, or one per row of the matrix
+  const float* key_norm = nullptr;    //   where it is flat, over all heads at once; nullptr: none
+  bool is_norm_flat = false;
+  float limit = 0;               // q, k and v are cut off at both signs of it, behind the norm; 0: not
   const float* sinks = nullptr;  // [num_heads], a score that takes weight and adds nothing; nullptr: none
   int64_t num_heads = 0;
   int64_t window = 0;  // a token sees its last `window` positions; 0: all

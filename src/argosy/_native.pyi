@@ -321,16 +321,19 @@ def grouped_query_attention(
     output_bias: _Floats | None = None,
     query_norm: _Floats | None = None,
     key_norm: _Floats | None = None,
+    is_norm_flat: bool = False,
+    limit: float = 0.0,
     sinks: _Floats | None = None,
     has_gate: bool = False,
 ) -> Mixer:
-    """q, k, v -> norm of each head -> rotary -> KV cache -> attention -> output projection.
+    """q, k, v -> norm -> cut off -> rotary -> KV cache -> attention -> output projection.
 
     Args:
         query, output: [heads * head_dim, hidden] and back.   key, value: [kv_heads * head_dim, hidden].
         window, scale: as for `attention`.
         query_bias ...: one number per row of the matrix; None for none.
-        query_norm, key_norm: [head_dim], both or none.
+        query_norm, key_norm: of each head, [head_dim]; flat: of all heads at once, a number per row; both or none.
+        limit: q, k and v are cut off at both signs of it; 0: not.
         sinks: [heads], as for `attention`.
         has_gate: query has rows [query, gate] of each head; what a head saw is taken times sigmoid of its gate.
     """

@@ -54,7 +54,7 @@ def open_parts(directory: Path, residency: Residency, *, threads: int = 1) -> It
 
     experts: ExpertSource | None = None
     try:
-        weights = load_dense(store, files.dense, open_file=open_file)
+        weights = load_dense(store, files.dense, open_file=open_file, norm_offset=files.config.norm_offset)
         expert_files = ExpertFiles(store, files.experts, open_file=open_file)
         if residency == "resident":
             experts = load_resident(store, expert_files)

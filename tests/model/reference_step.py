@@ -66,8 +66,15 @@ class ReferenceDecoder:
             self._projection(name + part, normed).reshape(tokens, -1, config.head_dim) for part in "qkv"
         )
         if config.qk_norm != "none":
-            query = self._norm(query.reshape(-1, config.head_dim), name + "q_norm").reshape(query.shape)
-            key = self._norm(key.reshape(-1, config.head_dim), name + "k_norm").reshape(key.shape)
+            first = tokens if config.qk_norm == "flat" else -1
+            query, key = (
+                self._norm(
+                    np.ascontiguousarray(x).reshape(first, len(self.weights.vectors[weight])), weight
+                ).reshape(x.shape)
+                for x, weight in ((query, name + "q_norm"), (key, name + "k_norm"))
+            )
+        if config.qkv_limit:
+            query, key, value = (np.clip(x, -config.qkv_limit, config.qkv_limit) for x in (query, key, value))
         cosine, sine = np.empty((2, tokens, config.rope.rotary_dim // 2), np.float32)
         self.rotary.angles(self.runtime, batch.positions, cosine, sine)
         for heads in (query, key):

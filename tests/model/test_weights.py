@@ -66,10 +66,12 @@ class Dense:
             heads = np.concatenate([heads[:, 0::2], heads[:, 1::2]], axis=1)
         self.truth[name] = heads.reshape(rows, cols)
 
-    def load(self, faults: _native.FaultyFileSystem | None = None) -> DenseWeights:
+    def load(
+        self, faults: _native.FaultyFileSystem | None = None, *, norm_offset: float = 0.0
+    ) -> DenseWeights:
         store = _native.Store(3, faults) if faults else _native.Store(3)
         try:
-            return load_dense(store, self.refs, open_file=store.open)
+            return load_dense(store, self.refs, open_file=store.open, norm_offset=norm_offset)
         finally:
             store.close()
 
@@ -89,6 +91,17 @@ def test_every_weight_has_the_value_of_the_file_and_its_row(dense: Dense) -> Non
         _native.embed(runtime, matrix, np.arange(ROWS, dtype=np.int32), found)
         np.testing.assert_array_equal(found, dense.truth[name], err_msg=name)
     runtime.close()
+
+
+def test_an_offset_is_added_to_norms_of_the_hidden_state_and_to_nothing_else(dense: Dense) -> None:
+    ref = dense.refs["final_norm"]
+    for name in ("layers.0.q_norm", "layers.0.inner_norm", "layers.0.q_bias"):
+        dense.refs[name] = ref
+    plain, offset = dense.load().vectors, dense.load(norm_offset=1.0).vectors
+    for name in ("final_norm", "layers.0.q_norm"):
+        np.testing.assert_array_equal(offset[name], plain[name] + np.float32(1))
+    for name in ("layers.0.inner_norm", "layers.0.q_bias"):
+        np.testing.assert_array_equal(offset[name], plain[name])
 
 
 def test_the_footprint_covers_what_is_taken(dense: Dense) -> None:

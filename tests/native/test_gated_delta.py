@@ -1,4 +1,4 @@
-"""The gated delta net of `argosy._native` against a formula in float64, and the promise that a token's result is its own.
+"""The gated delta net of `argosy._native` against a formula in float64; a token's result is its own.
 
 Every test runs once per instruction set of this CPU.
 """

@@ -63,9 +63,10 @@ def _attention_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
         yield "q_bias", (query_rows,)
         yield "k_bias", (kv_rows,)
         yield "v_bias", (kv_rows,)
-    if config.qk_norm == "head":
-        yield "q_norm", (config.head_dim,)
-        yield "k_norm", (config.head_dim,)
+    if config.qk_norm != "none":
+        is_flat = config.qk_norm == "flat"
+        yield "q_norm", (q_rows if is_flat else config.head_dim,)
+        yield "k_norm", (kv_rows if is_flat else config.head_dim,)
     if config.has_sinks:
         yield "sinks", (config.num_heads,)
     yield "o", (hidden, q_rows)

@@ -183,7 +183,13 @@ class Engine:
                 DoesNotFit
             ):  # if it does not fit even so: nothing is read, and the plan below says why
                 plan = plan_with(process_bytes=held)
-                reading = DenseReading(self._store, files.dense, open_file=open_file, progress=progress)
+                reading = DenseReading(
+                    self._store,
+                    files.dense,
+                    open_file=open_file,
+                    norm_offset=files.config.norm_offset,
+                    progress=progress,
+                )
                 undo.callback(reading.cancel)
                 to_spare = plan.budget_bytes - plan.total_bytes
                 if self._has_experts(files) and plan.is_resident and to_spare >= TOKENIZER_ROOM_BYTES:

@@ -64,6 +64,8 @@ def _attention(config: ModelConfig, layer: int, weights: DenseWeights) -> _nativ
         output_bias=weights.vectors.get(name + "o_bias"),
         query_norm=weights.vectors.get(name + "q_norm"),
         key_norm=weights.vectors.get(name + "k_norm"),
+        is_norm_flat=config.qk_norm == "flat",
+        limit=config.qkv_limit,
         sinks=weights.vectors.get(name + "sinks"),
         has_gate=config.has_output_gate,
     )

@@ -20,6 +20,9 @@ from argosy.errors import CorruptRecord, ReadFailed
 
 Vector = NDArray[np.float32]
 
+# Those that a family may store less an offset; what a mixer norms inside itself is stored as it is.
+_OFFSET_NORMS = frozenset({"attn_norm", "mlp_norm", "final_norm", "q_norm", "k_norm"})
+
 _MOST_IN_FLIGHT = 256  # tensors: nobody may be here to issue the next read while the tokenizer is being built
 
 
@@ -79,6 +82,9 @@ class DenseReading:
     """Dense tensors on their way into memory; whoever waits for them may do something else first.
 
     Reads are under way once this exists. `finish` or `cancel` ends them.
+
+    Args:
+        norm_offset: added to the weights of norms (`ModelConfig.norm_offset`).
     """
 
     def __init__(
@@ -87,9 +93,10 @@ class DenseReading:
         refs: Mapping[str, MatrixRef],
         *,
         open_file: Callable[[str], int],
+        norm_offset: float = 0.0,
         progress: Callable[[str, float], None] | None = None,
     ) -> None:
-        self._steps = _read_dense(store, refs, open_file, progress)
+        self._steps = _read_dense(store, refs, open_file, norm_offset, progress)
         next(self._steps)
 
     def finish(self) -> DenseWeights:
@@ -116,16 +123,18 @@ def load_dense(
     refs: Mapping[str, MatrixRef],
     *,
     open_file: Callable[[str], int],
+    norm_offset: float = 0.0,
     progress: Callable[[str, float], None] | None = None,
 ) -> DenseWeights:
     """Read every dense tensor, and wait for it: `DenseReading`, without a pause."""
-    return DenseReading(store, refs, open_file=open_file, progress=progress).finish()
+    return DenseReading(store, refs, open_file=open_file, norm_offset=norm_offset, progress=progress).finish()
 
 
 def _read_dense(
     store: _native.Store,
     refs: Mapping[str, MatrixRef],
     open_file: Callable[[str], int],
+    norm_offset: float,
     progress: Callable[[str, float], None] | None,
 ) -> Generator[None, None, DenseWeights]:
     """Start the first reads, pause, and go on until all tensors are there."""
@@ -173,6 +182,8 @@ def _read_dense(
             if ref.turn is not None:
                 values = np.ascontiguousarray(values[ref.turn :: 2])
             check_vector(ref.name, values)
+            if name.rpartition(".")[2] in _OFFSET_NORMS:
+                values += np.float32(norm_offset)
             if name.endswith("delta_conv"):  # in memory position by position: channels run side by side
                 values = np.ascontiguousarray(values.reshape(ref.rows, ref.cols).T)
             vectors[name] = values

@@ -23,11 +23,14 @@ from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import (
     deepseek_v2,
     deepseek_v3,
+    glm4_moe,
     glm4_moe_lite,
     gpt_oss,
     kimi_k2,
     kimi_k25,
+    minimax_m2,
     mixtral,
+    olmoe,
     qwen2_moe,
     qwen3_5_moe,
     qwen3_5_moe_text,
@@ -69,6 +72,9 @@ FAMILIES: Mapping[str, Family] = {
         qwen3_next,
         qwen3_5_moe,
         qwen3_5_moe_text,
+        glm4_moe,
+        olmoe,
+        minimax_m2,
     )
 }
 

@@ -19,7 +19,7 @@ def read_common(
     vocab_size: int,
     hidden_size: int,
     num_heads: int,
-    num_kv_heads: int,
+    num_kv_heads: int | None,
     rope_theta: float,
     norm_eps: float,
     context_tokens: int,
@@ -29,14 +29,17 @@ def read_common(
     eos_id: int | None = None,
     bos_id: int | None = None,
     rotary_dim: int | None = None,
-    rotary_share: float | None = None,
+    partial_rotary_factor: float | None = None,
     has_axes: bool = False,
 ) -> dict[str, Any]:
     """Sizes, heads, rotary embedding, experts and token ids; the arguments are what an absent key means.
 
     Args:
-        rotary_dim: how many dimensions of a head turn; None: all of them.
-        rotary_share, has_axes: as for `read_rope`.
+        num_kv_heads: None: as many as heads.
+        experts_per_token: None: the file has to say.
+        rotary_dim: how many dimensions of a head turn; None: all of them, or the part that the file says.
+        partial_rotary_factor: that part, in families whose files say it; None: in this one they do not.
+        has_axes: as for `read_rope`.
 
     Raises:
         UnsupportedModel: a rotary embedding or activation that is not built in.
@@ -58,7 +61,7 @@ def read_common(
             head_dim=rotary_dim or shape.head_dim,
             context_tokens=context_tokens,
             default_theta=rope_theta,
-            default_share=rotary_share,
+            default_partial=partial_rotary_factor,
             has_axes=has_axes,
         ),
         "norm_eps": reader.number("rms_norm_eps", norm_eps),

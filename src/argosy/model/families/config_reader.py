@@ -111,6 +111,13 @@ class ConfigReader:
             raise self._wrong(name, value, "a number above zero")
         return float(value)  # type: ignore[arg-type]
 
+    def optional_number(self, name: str) -> float | None:
+        """A number above zero, or None where the file says null or nothing."""
+        if self._raw.get(name) is None:
+            self._asked.add(name)
+            return None
+        return self.number(name, 1.0)
+
     def flag(self, name: str, default: bool) -> bool:
         _, value = self._find(name, default=default)
         if type(value) is not bool:
@@ -184,7 +191,7 @@ class ConfigReader:
         return tuple(value)
 
     def attention_shape(
-        self, *, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int | None = None
+        self, *, hidden_size: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None = None
     ) -> AttentionShape:
         """Hidden size and heads; the arguments are the family's defaults. Null key heads: as many as heads.
 

@@ -23,12 +23,10 @@ from argosy.model.families.deepseek import (
     attention_scale,
     require_groups,
 )
-from argosy.model.families.gguf_config import GgufConfigReader
+from argosy.model.families.gguf_config import SIGMOID, SOFTMAX, GgufConfigReader
 from argosy.model.families.gguf_layout import read_gguf_layout
 
 GGUF_ARCHITECTURE = "deepseek2"
-
-_SOFTMAX, _SIGMOID = 1, 2  # llama.cpp's numbers of gating functions
 
 
 def open_gguf(file: GgufFile) -> ModelFiles:
@@ -132,10 +130,10 @@ def _read_router(
     if function == 0:
         # Files older than the key: softmax, and first ones of GLM-4.7-Flash, which llama.cpp knows by their size.
         is_glm = num_layers in (47, 48) and vocab_size == 154_880
-        function = _SIGMOID if is_glm else _SOFTMAX
-    if function not in (_SOFTMAX, _SIGMOID):
+        function = SIGMOID if is_glm else SOFTMAX
+    if function not in (SOFTMAX, SIGMOID):
         raise reader.unsupported("expert_gating_func", function, "1 (softmax), 2 (sigmoid)")
-    is_sigmoid = function == _SIGMOID
+    is_sigmoid = function == SIGMOID
     renormalize = reader.flag("expert_weights_norm", False)
     return RouterConfig(
         score="sigmoid" if is_sigmoid else "softmax",

@@ -26,6 +26,7 @@ from argosy.model.families.config_reader import LARGEST_SIZE, MOST_EXPERTS, MOST
 # Keys that any writer may add, with the values that change nothing.
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
     "attention.scale": (0.0,),
     "expert_gating_func": (0, 1),  # none given, softmax
     "expert_group_count": (0, 1),
@@ -46,6 +47,8 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "tensor_data_layout": ("Meta AI original pth",),  # the name of the order that q and k always have there
     "use_parallel_residual": (False,),
 }
+SOFTMAX, SIGMOID = 1, 2  # values of expert_gating_func; 0 is none given
+
 _HARMLESS = frozenset({"rope.scaling.finetuned"})
 
 
@@ -87,6 +90,12 @@ class GgufConfigReader:
     def flag(self, name: str, default: bool) -> bool:
         return self.file.flag(self.key(name), default)
 
+    def neutral(self, name: str, *accepted: object) -> None:
+        """A key that may stand here with a value that changes nothing in this architecture."""
+        value = self.file.metadata.get(self.key(name))
+        if value is not None and value not in accepted:
+            raise self.unsupported(name, value, " or ".join(map(str, accepted)))
+
     def unsupported(self, name: str, value: object, supported: str) -> UnsupportedModel:
         """The error for a value that is well-formed, and asks for something that is not built in."""
         key = self.key(name)
@@ -98,15 +107,15 @@ class GgufConfigReader:
             supported=supported,
         )
 
-    def common(self, *, rotary_dim: int | None = None) -> dict[str, Any]:
+    def common(self, *, has_partial_rope: bool = False) -> dict[str, Any]:
         """What every family with keys and values reads the same way, as arguments of `ModelConfig`.
 
         Args:
-            rotary_dim: how many dimensions of a head turn; None: all of them.
+            has_partial_rope: `rope.dimension_count` may be less than all of a head.
 
         Raises:
             CheckpointError: a key is missing, malformed, or contradicts another or the tensors.
-            UnsupportedModel: heads of two widths, or partial rotary embedding.
+            UnsupportedModel: heads of two widths, or a rotary embedding that is not built in.
         """
         sizes = self.sizes()
         hidden_size, context_tokens = sizes["hidden_size"], sizes["context_tokens"]
@@ -127,8 +136,11 @@ class GgufConfigReader:
             "num_heads": num_heads,
             "num_kv_heads": num_kv_heads,
             "head_dim": head_dim,
-            "rope": self.rope(rotary_dim or head_dim, context_tokens),
+            "rope": self.rope(self._turning(head_dim) if has_partial_rope else head_dim, context_tokens),
         }
+
+    def _turning(self, head_dim: int) -> int:
+        return self.integer("rope.dimension_count", head_dim, most=head_dim)
 
     def sizes(self) -> dict[str, Any]:
         """What every family reads the same way, whatever its mixers are, as arguments of `ModelConfig`.

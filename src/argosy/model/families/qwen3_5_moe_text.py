@@ -18,7 +18,7 @@ from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.families.qwen_delta import (
     DELTA_NAMES,
     MTP_TENSORS,
-    ROTARY_SHARE,
+    PARTIAL_ROTARY_FACTOR,
     read_delta,
     read_layers,
     shared_arguments,
@@ -71,7 +71,7 @@ def read_text(reader: ConfigReader, family: str) -> ModelConfig:
         num_kv_heads=2,
         head_dim=256,
         rope_theta=10_000.0,
-        rotary_share=ROTARY_SHARE,
+        partial_rotary_factor=PARTIAL_ROTARY_FACTOR,
         has_axes=True,
         norm_eps=1e-6,
         context_tokens=32_768,

@@ -1,8 +1,8 @@
 """What Qwen3-Next and Qwen3.5-MoE share: three gated delta nets, then one layer of attention behind an output gate.
 
 Norms are zero-centred, but for the one inside a delta net. A quarter of each head turns. Which layers have attention
-`layer_types` says, or `full_attention_interval`: every so many-th. Layers for multi-token prediction (`mtp.*`) are known
-and left alone.
+`layer_types` says, or `full_attention_interval`: every so many-th. Layers for multi-token prediction (`mtp.*`) are
+known and left alone.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ DELTA_NAMES = {
 
 _MIXERS: Mapping[str, MixerKind] = {"linear_attention": "delta", "full_attention": "attention"}
 
-# The rotary share of a head, where a file names none.
-ROTARY_SHARE = 0.25
+PARTIAL_ROTARY_FACTOR = 0.25  # where a file names none
 
 
 def read_layers(reader: ConfigReader, is_moe: tuple[bool, ...]) -> tuple[LayerConfig, ...]:

@@ -38,8 +38,7 @@ def open_delta_gguf(file: GgufFile, architecture: str, family: str) -> ModelFile
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
     reader = GgufConfigReader(file, architecture)
-    head_dim = reader.integer("attention.key_length")
-    common = reader.common(rotary_dim=reader.integer("rope.dimension_count", most=head_dim))
+    common = reader.common(has_partial_rope=True)
     reader.key(
         "rope.dimension_sections"
     )  # axes of positions in images: text has the same position on all of them

@@ -41,17 +41,18 @@ def read_rope(
     head_dim: int,
     context_tokens: int,
     default_theta: float,
-    default_share: float | None = None,
+    default_partial: float | None = None,
     has_axes: bool = False,
 ) -> RopeConfig:
     """The rotary embedding that a config asks for.
 
     Args:
         reader: the config.
-        head_dim: all of it turns, or with `default_share` the first part.
+        head_dim: of it, `partial_rotary_factor` turns in some families.
         context_tokens: max_position_embeddings.
         default_theta: of the family, where the file names none.
-        default_share: the same of `partial_rotary_factor`, the share of a head that turns; None: always all.
+        default_partial: the partial_rotary_factor of the family, where the file names none; None: it has no such key,
+            and all of a head turns.
         has_axes: fields about the axes of positions in images may stand here (m-rope). Text has the same position on
             all axes, so they change nothing.
 
@@ -63,19 +64,7 @@ def read_rope(
     fields = _Fields(parameters, name)
     kind = _kind(fields)
     fields.refuse_unknown(kind, _AXES if has_axes else frozenset())
-    rotary_dim = head_dim
-    if default_share is not None:
-        rotary_dim = int(
-            head_dim
-            * fields.number("partial_rotary_factor", reader.number("partial_rotary_factor", default_share))
-        )
-    elif fields.number("partial_rotary_factor", 1.0) != 1.0:
-        raise fields.unsupported("partial_rotary_factor", "1.0")
-    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
-        raise CheckpointError(
-            f"config.json turns {rotary_dim} of heads of {head_dim} dimensions, and rotary embedding turns pairs"
-        )
-
+    rotary_dim = _rotary_dim(reader, fields, head_dim, default_partial)
     theta = reader.number("rope_theta", default_theta)
     if "rope_theta" in parameters:
         inner = fields.number("rope_theta", None)
@@ -123,6 +112,28 @@ def read_rope(
             f"config.json gives rope_theta {theta}, expected more than 1 for yarn", key="rope_theta"
         )
     return rope
+
+
+def _rotary_dim(reader: ConfigReader, fields: _Fields, head_dim: int, default_partial: float | None) -> int:
+    """How many dimensions of a head turn."""
+    key = "partial_rotary_factor"
+    if default_partial is None:
+        if fields.number(key, 1.0) != 1.0:
+            raise fields.unsupported(key, "1.0")
+        return head_dim
+    outer = reader.number(key, default_partial)
+    factor = fields.number(key, outer)
+    if reader.has(key) and factor != outer:
+        raise CheckpointError(
+            f"config.json gives {key} as {outer} and, in {fields.name}, as {factor}", key=key
+        )
+    rotary_dim = int(head_dim * factor) if factor <= 1 else 0
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise CheckpointError(
+            f"config.json gives {key} as {factor} of {head_dim} dimensions, expected pairs that lie in a head",
+            key=key,
+        )
+    return rotary_dim
 
 
 def _one_mapping(reader: ConfigReader) -> tuple[dict[str, object], str]:

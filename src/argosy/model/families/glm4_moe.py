@@ -1,0 +1,121 @@
+"""GLM-4.5, 4.6 and 4.7: grouped-query attention, of whose heads the first part turns, and the router of DeepSeek-V3.
+
+The first layers have dense networks; the others add a shared expert to the routed ones. Air has no norm of q and k, the
+large models do. A layer for multi-token prediction lies behind the model's own in the files; it is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.gguf import GgufFile
+from argosy.config import LayerConfig, ModelConfig, RouterConfig
+from argosy.errors import CheckpointError
+from argosy.model.families.common_config import read_common
+from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.families.deepseek import (
+    LAYOUTS,
+    RENORMALIZE_EPS,
+    layers_behind_the_dense,
+    read_sigmoid_router,
+    require_groups,
+)
+from argosy.model.families.gguf_config import SIGMOID, GgufConfigReader
+from argosy.model.families.gguf_layout import read_gguf_layout
+
+__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
+
+MODEL_TYPE = "glm4_moe"
+GGUF_ARCHITECTURE = "glm4moe"
+
+
+def parse_config(raw: Mapping[str, object]) -> ModelConfig:
+    """Read a `config.json`; an absent key has the default of `Glm4MoeConfig` in transformers 5.24.
+
+    Raises:
+        UnsupportedModel: a key or value asks for something that is not built in.
+        CheckpointError: a key is missing, malformed, or contradicts another.
+    """
+    reader = ConfigReader(raw, MODEL_TYPE)
+    common = read_common(
+        reader,
+        vocab_size=151_552,
+        hidden_size=4096,
+        num_heads=96,
+        num_kv_heads=8,
+        rope_theta=10_000.0,
+        norm_eps=1e-5,
+        context_tokens=131_072,
+        num_experts=128,
+        experts_per_token=8,
+        partial_rotary_factor=0.5,
+    )
+    num_layers = reader.integer("num_hidden_layers", default=46, most=MOST_LAYERS)
+    is_moe = layers_behind_the_dense(1)(reader, num_layers)
+    expert_width = reader.integer("moe_intermediate_size", default=1408)
+    read_router = read_sigmoid_router(scale=1.0, num_groups=1, kept_groups=1)
+    config = ModelConfig(
+        family=MODEL_TYPE,
+        layers=tuple(LayerConfig(is_moe=moe) for moe in is_moe),
+        expert_width=expert_width,
+        router=read_router(reader, common["num_experts"], common["experts_per_token"]),
+        dense_width=reader.integer("intermediate_size", default=10_944),
+        shared_width=reader.integer("n_shared_experts", default=1) * expert_width,
+        has_qkv_bias=reader.flag("attention_bias", False),
+        qk_norm="head" if reader.flag("use_qk_norm", False) else "none",
+        num_mtp_layers=reader.integer(
+            "num_nextn_predict_layers", "num_mtp_layers", default=1, least=0, most=MOST_LAYERS
+        ),
+        **common,
+    )
+    reader.finish()
+    return config
+
+
+def open_gguf(file: GgufFile) -> ModelFiles:
+    """The model in a GGUF file of architecture `glm4moe`; whether q and k are normed, and biased, the tensors say.
+
+    Raises:
+        UnsupportedModel: a key, value or tensor type that is not built in.
+        CheckpointError: a key or tensor is missing, malformed, or contradicts another.
+    """
+    reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
+    common = reader.common(has_partial_rope=True)
+    num_layers = reader.num_layers()
+    num_dense = reader.integer("leading_dense_block_count", 0, least=0)
+    if num_dense >= num_layers:
+        raise CheckpointError(
+            f"{file.path.name}: {reader.key('leading_dense_block_count')} is {num_dense} of {num_layers} layers, and "
+            "none has routed experts",
+            path=file.path,
+            key=reader.key("leading_dense_block_count"),
+        )
+    reader.neutral("expert_gating_func", 0, SIGMOID)
+    renormalize = reader.flag("expert_weights_norm", False)
+    router = RouterConfig(
+        score="sigmoid",
+        has_choice_bias=f"blk.{num_dense}.exp_probs_b.bias" in file.tensors,
+        num_groups=reader.integer("expert_group_count", 0, least=0) or 1,
+        kept_groups=reader.integer("expert_group_used_count", 0, least=0) or 1,
+        renormalize=renormalize,
+        renormalize_eps=RENORMALIZE_EPS if renormalize else 0.0,
+        scale=reader.number("expert_weights_scale") if reader.is_set("expert_weights_scale") else 1.0,
+    )
+    expert_width = reader.integer("expert_feed_forward_length")
+    config = ModelConfig(
+        family=MODEL_TYPE,
+        layers=tuple(LayerConfig(is_moe=layer >= num_dense) for layer in range(num_layers)),
+        expert_width=expert_width,
+        router=require_groups(router, common["num_experts"], common["experts_per_token"]),
+        dense_width=reader.integer("feed_forward_length"),
+        shared_width=reader.integer("expert_shared_count", 0, least=0) * expert_width,
+        has_qkv_bias="blk.0.attn_q.bias" in file.tensors,
+        qk_norm="head" if "blk.0.attn_q_norm.weight" in file.tensors else "none",
+        num_mtp_layers=reader.num_mtp_layers(),
+        **common,
+    )
+    reader.finish()
+    return read_gguf_layout(
+        file, config, is_paired=False, has_rope_freqs=False, names={"mlp_norm": "post_attention_norm.weight"}
+    )
