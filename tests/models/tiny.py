@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.models import tiny_delta
 from tests.models.safetensors_file import Array, decode, encode, write_checkpoint
 
 RawConfig = dict[str, Any]
@@ -196,6 +197,12 @@ def respelt(config: RawConfig, *, theta: float, **scaling: Any) -> RawConfig:
     }
 
 
+def text_part(config: RawConfig) -> RawConfig:
+    """Of a config for several modalities, the one of its text model; else the config itself."""
+    text: RawConfig = config.get("text_config", config)
+    return text
+
+
 def head_dim(config: RawConfig) -> int:
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
@@ -212,6 +219,10 @@ def moe_layers(config: RawConfig) -> list[int]:
 
 def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of every tensor that the hub's checkpoint of this config holds."""
+    if config["model_type"] in tiny_delta.FAMILIES:
+        # The hub has Qwen3.5's experts fused.
+        is_fused = config["model_type"] != "qwen3_next"
+        return tiny_delta.delta_tensor_shapes(config, moe_layers(text_part(config)), is_fused=is_fused)
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     q_rows = config["num_attention_heads"] * head_dim(config)
     kv_rows = config["num_key_value_heads"] * head_dim(config)
@@ -302,14 +313,17 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
     for name, shape in tensor_shapes(config).items():
         noise = rng.standard_normal(shape, np.float32)
         if "norm" in name:
-            values = 1 + 0.2 * noise
+            is_zero_centred = config["model_type"] in tiny_delta.FAMILIES and "linear_attn" not in name
+            values = (0 if is_zero_centred else 1) + 0.2 * noise
+        elif name.endswith("A_log"):
+            values = noise
         elif name.endswith((".bias", "_bias")):
             values = 0.3 * noise
         elif name.endswith("sinks"):
             values = noise
         elif "embed_tokens" in name:
             # A tied table is the head too: at unit size a token would only ever predict itself.
-            values = noise * (0.5 * shape[1] ** -0.5 if config["tie_word_embeddings"] else 1.0)
+            values = noise * (0.5 * shape[1] ** -0.5 if text_part(config)["tie_word_embeddings"] else 1.0)
         elif name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight", "mlp.router.weight")):
             values = noise * (1.5 * shape[1] ** -0.5)
         else:
@@ -330,4 +344,5 @@ def write_model(
 
 
 def prompt_ids(config: RawConfig, seed: int, num_tokens: int = PROMPT_TOKENS) -> list[int]:
-    return [int(i) for i in np.random.default_rng([seed, 1]).integers(3, config["vocab_size"], num_tokens)]
+    vocab = text_part(config)["vocab_size"]
+    return [int(i) for i in np.random.default_rng([seed, 1]).integers(3, vocab, num_tokens)]
