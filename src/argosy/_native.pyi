@@ -128,6 +128,9 @@ def route(runtime: Runtime, routing: Routing, logits: _Floats, ids: _Ints, weigh
 def combine(runtime: Runtime, expert_out: _Floats, weights: _Floats, out: _Floats) -> None:
     """out[t] += sum over j, ascending, of weights[t, j] * expert_out[t * k + j]."""
 
+def mul_sigmoid(runtime: Runtime, gate: _Floats, x: _Floats) -> None:
+    """x[n] *= sigmoid(gate[n]), elementwise, for x and gate [n, cols]."""
+
 def add_sigmoid_gated(runtime: Runtime, x: _Floats, gate_logit: _Floats, out: _Floats) -> None:
     """out[t] += sigmoid(gate_logit[t]) * x[t], for x and out [tokens, hidden]."""
 

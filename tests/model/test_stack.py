@@ -21,6 +21,7 @@ from tests.model.open_parts import Parts, Run, batches, decode, open_parts
 from tests.model.reference_step import Floats, ReferenceDecoder
 from tests.models.references import REFERENCES
 from tests.models.tiny import mixtral, qwen2_moe, qwen3_moe, write_model
+from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 
 MAX_TOKENS = 40
 
@@ -39,6 +40,7 @@ CHECKPOINTS = {reference.name: reference.directory for reference in REFERENCES}
 PACKED = {
     "mixtral-q8": (mixtral(hidden_size=80, intermediate_size=72), "q8"),
     "qwen2_moe-q4": (qwen2_moe(mlp_only_layers=[1], num_hidden_layers=4), "q4"),
+    "qwen3_next-q8": (qwen3_next(), "q8"),
     "qwen3_moe-q4": (qwen3_moe(num_experts=16, num_experts_per_tok=4, attention_bias=True), "q4"),
 }
 
@@ -72,6 +74,7 @@ def decoder_of(
         parts.runtime,
         Workspace(parts.config, MAX_TOKENS),
         clock=clock or PartClock(),
+        recurrent=parts.recurrent(),
         observe=observe,
     )
 
@@ -85,7 +88,10 @@ def run(parts: Parts, decoder: Decoder | ReferenceDecoder) -> list[Floats]:
 def test_a_step_has_the_bits_of_its_operations(directory: Path, residency: Any, instruction_set: str) -> None:
     with open_parts(directory, residency) as parts:
         expected = run(
-            parts, ReferenceDecoder(parts.config, parts.weights, parts.experts, parts.kv(), parts.runtime)
+            parts,
+            ReferenceDecoder(
+                parts.config, parts.weights, parts.experts, parts.kv(), parts.runtime, parts.recurrent()
+            ),
         )
         found = run(parts, decoder_of(parts))
 

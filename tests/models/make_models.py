@@ -137,6 +137,8 @@ def scaled(config: RawConfig, scale: float) -> RawConfig:
     """The same flags at another size; heads keep an even width."""
     if scale == 1:
         return config
+    if "text_config" in config:
+        return config | {"text_config": scaled(config["text_config"], scale)}
     step = 2 * config["num_attention_heads"]
     sizes = {"hidden_size": max(step, round(config["hidden_size"] * scale / step) * step)}
     for key in (

@@ -12,10 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.models import tiny_delta
+from tests.models.numpy_delta import delta_net
 from tests.models.safetensors_file import Array, read_checkpoint
-from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts
+from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts, text_part
 
-DEFAULT_THETA = {"mixtral": 1e6, "qwen2_moe": 1e4, "qwen3_moe": 1e4, "gpt_oss": 1.5e5}
+DEFAULT_THETA = {"mixtral": 1e6, "qwen2_moe": 1e4, "qwen3_moe": 1e4, "gpt_oss": 1.5e5} | dict.fromkeys(
+    tiny_delta.FAMILIES, 1e4
+)
 
 
 class NumpyModel:
@@ -26,8 +30,14 @@ class NumpyModel:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.config: RawConfig = json.loads((directory / "config.json").read_text())
-        self.tensors = {name: t.astype(np.float64) for name, t in read_checkpoint(directory).items()}
+        self.config: RawConfig = text_part(json.loads((directory / "config.json").read_text()))
+        self.tensors = {
+            name.replace("model.language_model.", "model.", 1): t.astype(np.float64)
+            for name, t in read_checkpoint(directory).items()
+        }
+        self.is_delta = self.config["model_type"] in tiny_delta.FAMILIES
+        if self.is_delta:
+            self.kinds = tiny_delta.layer_kinds(self.config)
         self.windows = sliding_windows(self.config)
         self.router_margin = math.inf
 
@@ -37,7 +47,11 @@ class NumpyModel:
         hidden = self.tensors["model.embed_tokens.weight"][token_ids]
         for layer in range(self.config["num_hidden_layers"]):
             prefix = f"model.layers.{layer}."
-            hidden = hidden + self.attention(layer, self.norm(prefix + "input_layernorm", hidden))
+            normed = self.norm(prefix + "input_layernorm", hidden)
+            if self.is_delta and self.kinds[layer] == "linear_attention":
+                hidden = hidden + delta_net(self.config, self.tensors, prefix + "linear_attn.", normed)
+            else:
+                hidden = hidden + self.attention(layer, normed)
             hidden = hidden + self.feed_forward(layer, self.norm(prefix + "post_attention_layernorm", hidden))
         is_tied = self.config["tie_word_embeddings"]
         head = self.tensors["model.embed_tokens.weight" if is_tied else "lm_head.weight"]
@@ -52,7 +66,8 @@ class NumpyModel:
 
     def norm(self, name: str, x: Array) -> Array:
         mean_square = (x * x).mean(axis=-1, keepdims=True)
-        return self.tensors[name + ".weight"] * x / np.sqrt(mean_square + self.config["rms_norm_eps"])
+        weight = self.tensors[name + ".weight"] + (1 if self.is_delta else 0)  # zero-centred there
+        return weight * x / np.sqrt(mean_square + self.config["rms_norm_eps"])
 
     def linear(self, name: str, x: Array) -> Array:
         y = x @ self.tensors[name + ".weight"].T
@@ -62,6 +77,8 @@ class NumpyModel:
         prefix, dim = f"model.layers.{layer}.self_attn.", head_dim(self.config)
         num_tokens = len(x)
         q, k, v = (self.linear(f"{prefix}{name}_proj", x).reshape(num_tokens, -1, dim) for name in "qkv")
+        if self.is_delta:
+            q, output_gate = q[:, 0::2], q[:, 1::2]
         if prefix + "q_norm.weight" in self.tensors:
             q, k = self.norm(prefix + "q_norm", q), self.norm(prefix + "k_norm", k)
         frequency, scale = rope_frequencies(self.config)
@@ -83,6 +100,8 @@ class NumpyModel:
             else:
                 weights = softmax(scores)
             out[:, head] = weights @ v[:, head // heads_per_kv_head]
+        if self.is_delta:
+            out *= sigmoid(output_gate)
         return self.linear(prefix + "o_proj", out.reshape(num_tokens, -1))
 
     def feed_forward(self, layer: int, x: Array) -> Array:
@@ -101,11 +120,11 @@ class NumpyModel:
         out = np.zeros_like(x)
         for token, chosen in enumerate(order[:, :k]):
             weights = probabilities[token, chosen]
-            if is_mixtral or self.config["norm_topk_prob"]:
+            if is_mixtral or self.config.get("norm_topk_prob", True):
                 weights = weights / weights.sum()
             for expert, weight in zip(chosen, weights, strict=True):
                 out[token] += weight * self.swiglu(f"{block}experts.{expert}.", x[token], names)
-        if self.config["model_type"] == "qwen2_moe":
+        if block + "shared_expert_gate.weight" in self.tensors:
             gate = sigmoid(x @ self.tensors[block + "shared_expert_gate.weight"].T)
             out += gate * self.swiglu(block + "shared_expert.", x)
         return out
@@ -131,7 +150,12 @@ class NumpyModel:
     def swiglu(
         self, prefix: str, x: Array, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     ) -> Array:
-        gate, up, down = (self.tensors[f"{prefix}{name}.weight"] for name in names)
+        stack, _, expert = prefix.rstrip(".").rpartition(".")
+        if f"{stack}.gate_up_proj" in self.tensors:  # fused over the experts of a layer
+            gate, up = np.split(self.tensors[f"{stack}.gate_up_proj"][int(expert)], 2)
+            down = self.tensors[f"{stack}.down_proj"][int(expert)]
+        else:
+            gate, up, down = (self.tensors[f"{prefix}{name}.weight"] for name in names)
         score = x @ gate.T
         return (score * sigmoid(score) * (x @ up.T)) @ down.T
 
@@ -166,6 +190,8 @@ def rope_frequencies(config: RawConfig) -> tuple[Array, float]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", config.get("rope_theta", DEFAULT_THETA[config["model_type"]]))
     dim = head_dim(config)
+    if config["model_type"] in tiny_delta.FAMILIES:
+        dim = int(dim * rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.25)))
     frequency = theta ** -(np.arange(0, dim, 2) / dim)
     original = rope.get("original_max_position_embeddings", config["max_position_embeddings"])
     factor = rope.get("factor", 1.0)
@@ -207,11 +233,12 @@ def yarn_frequencies(rope: RawConfig, frequency: Array, theta: float, original: 
 
 
 def rotate(x: Array, frequency: Array, scale: float) -> Array:
-    """x [tokens, heads, dim]: dimension j turns with dimension j + dim / 2."""
+    """x [tokens, heads, dim]: of the first 2 n dimensions, n frequencies, j turns with j + n."""
+    x, rest = np.split(x, [2 * len(frequency)], axis=-1)
     angle = np.arange(len(x))[:, None, None] * frequency
     cos, sin = scale * np.cos(angle), scale * np.sin(angle)
     first, second = np.split(x, 2, axis=-1)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
 def softmax(x: Array) -> Array:

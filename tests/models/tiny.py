@@ -186,7 +186,7 @@ def respelt(config: RawConfig, *, theta: float, **scaling: Any) -> RawConfig:
     kept = {
         key: value
         for key, value in config.items()
-        if key not in ("rope_theta", "rope_scaling", "torch_dtype")
+        if key not in ("rope_theta", "rope_scaling", "torch_dtype", *scaling)
     }
     rope = {"rope_theta": theta, "rope_type": "default"} | scaling
     return kept | {

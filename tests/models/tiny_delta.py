@@ -25,21 +25,21 @@ def qwen3_next(**changes: Any) -> RawConfig:
         "full_attention_interval": 2,
         "head_dim": 16,
         "hidden_act": "silu",
-        "hidden_size": 36,
+        "hidden_size": 28,
         "initializer_range": 0.02,
         "intermediate_size": 48,
         "linear_conv_kernel_dim": 4,
-        "linear_key_head_dim": 12,
+        "linear_key_head_dim": 10,
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
-        "linear_value_head_dim": 10,
+        "linear_value_head_dim": 9,
         "max_position_embeddings": 128,
         "mlp_only_layers": [],
         "model_type": "qwen3_next",
-        "moe_intermediate_size": 12,
+        "moe_intermediate_size": 8,
         "norm_topk_prob": True,
         "num_attention_heads": 4,
-        "num_experts": 6,
+        "num_experts": 5,
         "num_experts_per_tok": 2,
         "num_hidden_layers": 3,
         "num_key_value_heads": 2,
@@ -49,13 +49,13 @@ def qwen3_next(**changes: Any) -> RawConfig:
         "rope_scaling": None,
         "rope_theta": 10000000,
         "router_aux_loss_coef": 0.001,
-        "shared_expert_intermediate_size": 20,
+        "shared_expert_intermediate_size": 12,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
         "transformers_version": "4.57.0.dev0",
         "use_cache": True,
         "use_sliding_window": False,
-        "vocab_size": 112,
+        "vocab_size": 80,
     } | changes
 
 
@@ -71,22 +71,22 @@ def qwen3_5_moe_text(**changes: Any) -> RawConfig:
         "full_attention_interval": 2,
         "head_dim": 16,
         "hidden_act": "silu",
-        "hidden_size": 36,
+        "hidden_size": 28,
         "initializer_range": 0.02,
         "linear_conv_kernel_dim": 4,
-        "linear_key_head_dim": 12,
+        "linear_key_head_dim": 10,
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
-        "linear_value_head_dim": 10,
+        "linear_value_head_dim": 9,
         "mamba_ssm_dtype": "float32",
         "max_position_embeddings": 128,
         "mlp_only_layers": [],
         "model_type": "qwen3_5_moe_text",
-        "moe_intermediate_size": 12,
+        "moe_intermediate_size": 8,
         "mtp_num_hidden_layers": 1,
         "mtp_use_dedicated_embeddings": False,
         "num_attention_heads": 4,
-        "num_experts": 6,
+        "num_experts": 5,
         "num_experts_per_tok": 2,
         "num_hidden_layers": 3,
         "num_key_value_heads": 2,
@@ -99,10 +99,10 @@ def qwen3_5_moe_text(**changes: Any) -> RawConfig:
             "rope_type": "default",
         },
         "router_aux_loss_coef": 0.001,
-        "shared_expert_intermediate_size": 20,
+        "shared_expert_intermediate_size": 12,
         "tie_word_embeddings": False,
         "use_cache": True,
-        "vocab_size": 112,
+        "vocab_size": 80,
     } | changes
 
 
@@ -112,12 +112,12 @@ def qwen3_5_moe(**changes: Any) -> RawConfig:
     del text["architectures"]
     return {
         "architectures": ["Qwen3_5MoeForConditionalGeneration"],
-        "image_token_id": 101,
+        "image_token_id": 51,
         "model_type": "qwen3_5_moe",
         "text_config": text,
         "tie_word_embeddings": text["tie_word_embeddings"],
         "transformers_version": "4.57.0.dev0",
-        "video_token_id": 102,
+        "video_token_id": 52,
         "vision_config": {
             "deepstack_visual_indexes": [],
             "depth": 1,
@@ -134,8 +134,8 @@ def qwen3_5_moe(**changes: Any) -> RawConfig:
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
         },
-        "vision_end_token_id": 104,
-        "vision_start_token_id": 103,
+        "vision_end_token_id": 54,
+        "vision_start_token_id": 53,
     }
 
 
@@ -193,7 +193,9 @@ def _delta_shapes(config: RawConfig) -> Shapes:
         projections = {"qkvz": 2 * keys + 2 * values, "ba": 2 * heads}
     else:
         projections = {"qkv": 2 * keys + values, "z": values, "b": heads, "a": heads}
-    shapes: Shapes = {f"linear_attn.in_proj_{name}.weight": (rows, hidden) for name, rows in projections.items()}
+    shapes: Shapes = {
+        f"linear_attn.in_proj_{name}.weight": (rows, hidden) for name, rows in projections.items()
+    }
     return shapes | {
         "linear_attn.conv1d.weight": (2 * keys + values, 1, config["linear_conv_kernel_dim"]),
         "linear_attn.A_log": (heads,),

@@ -413,6 +413,7 @@ def _from_json(kind: Any, value: object, where: str, reader: _Strict) -> object:
         if value is None:
             return None
         kind = next(option for option in get_args(kind) if option is not types.NoneType)
+        return _from_json(kind, value, where, reader)
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
