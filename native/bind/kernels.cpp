@@ -50,7 +50,7 @@ void bind_matrix(nb::module_& m) {
         const Format format = parse_format(format_name);
         if (format > Format::q4) {
           refuse("nothing is quantised to " + format_name +
-                 ", which only holds what a GGUF file has; known: f32, f16, bf16, q8, q4");
+                 ", which only holds what a file has; known: f32, f16, bf16, q8, q4");
         }
         const float* from = read_array<float>("weights", weights, {kAnySize, kAnySize});
         const int64_t rows = int64_t(weights.shape(0));
@@ -63,29 +63,37 @@ void bind_matrix(nb::module_& m) {
 
   m.def(
       "transcode",
-      [](const std::string& block_type, const Array& data, int64_t rows, int64_t cols) {
+      [](const std::string& block_type, const Array& data, int64_t rows, int64_t cols, int64_t interleaved,
+         const std::optional<OutArray>& out) -> nb::object {
         const std::optional<BlockType> type = block_type_named(block_type);
-        if (!type) {
-          refuse("unknown block type '" + block_type + "'; known: Q8_0, Q4_0, Q4_1, Q5_0, Q4_K, Q5_K, Q6_K");
-        }
-        const int64_t size = checked_matrix_bytes(slot_format(*type), rows, cols);
+        if (!type) refuse("unknown block type '" + block_type + "'; known: " + known_block_types());
+        require_range("interleaved", interleaved, 1, kLargestSize);
+        require_range("rows", rows, 0, kLargestSize / interleaved);
+        const int64_t size = interleaved * checked_matrix_bytes(slot_format(*type), rows, cols);
         const int64_t block_cols = quant_format(slot_format(*type)).block_cols;
         if (cols % block_cols != 0) {
           refuse("cols is " + std::to_string(cols) + ", expected a multiple of " +
                  std::to_string(block_cols) + " for " + block_type);
         }
-        const uint8_t* from = read_array<uint8_t>("data", data, {rows * block_row_bytes(*type, cols)});
-        auto matrix = std::make_unique_for_overwrite<uint8_t[]>(size_t(size));
-        {
+        const uint8_t* from =
+            read_array<uint8_t>("data", data, {interleaved * rows * block_row_bytes(*type, cols)});
+        const auto fill = [&](uint8_t* matrix) {
           nb::gil_scoped_release released;
-          transcode(*type, from, rows, cols, 0, round_up(rows, kPanelRows) / kPanelRows, matrix.get());
+          transcode(*type, from, rows, cols, interleaved, 0, round_up(rows, kPanelRows) / kPanelRows, matrix);
+        };
+        if (out) {
+          fill(write_array<uint8_t>("out", *out, {size}));
+          return nb::cast(*out);
         }
+        auto matrix = std::make_unique<uint8_t[]>(size_t(size));
+        fill(matrix.get());
         uint8_t* raw = matrix.release();
         const nb::capsule owner(raw, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
         const size_t shape[1] = {size_t(size)};
-        return nb::ndarray<nb::numpy, uint8_t>(raw, 1, shape, owner);
+        return nb::cast(nb::ndarray<nb::numpy, uint8_t>(raw, 1, shape, owner));
       },
-      "block_type"_a, "data"_a, "rows"_a, "cols"_a);
+      "block_type"_a, "data"_a, "rows"_a, "cols"_a, "interleaved"_a = 1,
+      "out"_a.noconvert().none() = nb::none());
 
   m.def(
       "dequantize",

@@ -77,20 +77,22 @@ nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> arena_view(Arena& arena) {
   return {data, {arena.size()}, owner};
 }
 
-// (file_id, offset, nbytes, dest_offset), or with (block_type, rows, cols) behind.
+// (file_id, offset, nbytes, dest_offset), or with (block_type, rows, cols) or (block_type, rows, cols,
+// interleaved) behind.
 Piece parse_piece(nb::handle given) {
   const nb::tuple fields = nb::cast<nb::tuple>(given);
-  if (fields.size() != 4 && fields.size() != 7) {
-    throw std::invalid_argument("a piece has 4 fields, or 7 to be transcoded; found " +
+  if (fields.size() != 4 && fields.size() != 7 && fields.size() != 8) {
+    throw std::invalid_argument("a piece has 4 fields, or 7 or 8 to be transcoded; found " +
                                 std::to_string(fields.size()));
   }
   Piece piece{nb::cast<int>(fields[0]), nb::cast<int64_t>(fields[1]), nb::cast<int64_t>(fields[2]),
               nb::cast<int64_t>(fields[3])};
-  if (fields.size() == 7) {
+  if (fields.size() > 4) {
     const auto name = nb::cast<std::string>(fields[4]);
     const std::optional<BlockType> type = block_type_named(name);
     if (!type) throw std::invalid_argument("unknown block type '" + name + "'");
-    piece.transcode = Transcode{*type, nb::cast<int64_t>(fields[5]), nb::cast<int64_t>(fields[6])};
+    piece.transcode = Transcode{*type, nb::cast<int64_t>(fields[5]), nb::cast<int64_t>(fields[6]),
+                                fields.size() > 7 ? nb::cast<int64_t>(fields[7]) : 1};
   }
   return piece;
 }

@@ -24,11 +24,10 @@ inline void finish_activation_group(uint8_t* activations, int64_t cols, int64_t 
   const int32_t high_sum = high_sum_0 + high_sum_1;
   put(activation_scales_at(Format::q4, cols) + 4 * group, scale);
   put(activation_scales_at(Format::q8, cols) + 4 * group, scale * 0.00390625f);
-  put(activation_offsets_at(Format::q8, cols) + 4 * group, -128 * sum);
-  put(activation_offsets_at(Format::q4, cols) + 4 * group, -8 * high_sum);
-  put(activation_offsets_at(Format::q5_0, cols) + 4 * group, -16 * high_sum);
-  put(activation_offsets_at(Format::q6_k, cols) + 8 * group, -32 * high_sum_0);
-  put(activation_offsets_at(Format::q6_k, cols) + 8 * group + 4, -32 * high_sum_1);
+  put(activation_negated_sums_at(Format::q8, cols) + 4 * group, -sum);
+  put(activation_negated_sums_at(Format::q4, cols) + 4 * group, -high_sum);
+  put(activation_negated_sums_at(Format::q6_k, cols) + 8 * group, -high_sum_0);
+  put(activation_negated_sums_at(Format::q6_k, cols) + 8 * group + 4, -high_sum_1);
   put(activation_sums_at(cols) + 4 * group, scale * float(high_sum));
 }
 

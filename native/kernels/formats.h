@@ -1,35 +1,44 @@
 // formats.h: how the weights of a matrix lie in memory.
 //
 //   f32, f16, bf16   row-major [rows, cols], no padding, any alignment.
-//   the others       quantised: weight = scale * (q - zero), or scale * q + min, with whole numbers q of
-//   `bits`
-//                    bits. Rows are padded to 16, columns to a block.
+//   the others       quantised: weight = scale * q, or scale * q + min, where q is what a code of `bits` bits
+//                    stands for: the code less `zero`, or an entry of a table of 16. Rows are padded to 16,
+//                    columns to a block.
 //
-//            bits  zero   scale                      min
-//     q8       8    128   f16 of 32 columns          -
-//     q4       4      8   f16 of 32                  -
-//     q4_1     4      0   f16 of 32                  f16 of 32
-//     q5_0     5     16   f16 of 32                  -
-//     q4_k     4      0   f16 of 256 * u8 of 32      f16 of 256 * u8 of 32
-//     q5_k     5      0   f16 of 256 * u8 of 32      f16 of 256 * u8 of 32
-//     q6_k     6     32   f16 of 256 * int8 of 16    -
+//            bits  q            scale                          min
+//     q8       8   - 128        f16 of 32 columns              -
+//     q4       4   - 8          f16 of 32                      -
+//     q4_1     4   - 0          f16 of 32                      f16 of 32
+//     q5_0     5   - 16         f16 of 32                      -
+//     q4_k     4   - 0          f16 of 256 * u8 of 32          f16 of 256 * u8 of 32
+//     q5_k     5   - 0          f16 of 256 * u8 of 32          f16 of 256 * u8 of 32
+//     q6_k     6   - 32         f16 of 256 * int8 of 16        -
+//     q2_k     2   - 0          f16 of 256 * 4 bits of 16      f16 of 256 * 4 bits of 16
+//     q3_k     3   - 4          f16 of 256 * int8 of 16        -
+//     iq4_nl   4   table iq4    f16 of 32                      -
+//     iq4_xs   4   table iq4    f16 of 256 * int8 of 32        -
+//     mxfp4    4   table e2m1   bf16 of 32                     -
+//     int4     4   - 8          bf16 of 32                     -
 //
-// The last five hold what GGUF's blocks of the same name hold, bit for bit but for the sign of a min that
-// they subtract (kernels/transcode.h).
+// All from q4_1 to mxfp4 hold what GGUF's blocks of the same name hold, bit for bit but for the sign of a min
+// that they subtract (kernels/transcode.h). mxfp4 is that of the OCP Microscaling Formats (MX) Specification
+// v1.0: the table holds its values doubled, so a scale is half of what the file says, and a bfloat16, which
+// has every power of two from 2^-133 to 2^127. int4 is what compressed-tensors packs.
 //
-// A quantised matrix is a list of panels of 16 rows. A block is the columns that share a float16 scale, 32 or
+// A quantised matrix is a list of panels of 16 rows. A block is the columns that share a 16-bit scale, 32 or
 // 256 of them. A panel holds all its quants, then the scales of all its blocks; it is padded to 64 bytes. The
-// scales of a block are float16 [16 rows], then, where there are, its mins float16 [16], its sub-scales
-// [group or half group][16] and its sub-mins [group][16]. The quants of a group of 32 columns are:
+// scales of a block are 16-bit floats [16 rows], then, where there are, its mins float16 [16], its sub-scales
+// [group or half group][16] and its sub-mins [group][16]; 4-bit ones share a byte, the min in the high half.
+// The quants of a group of 32 columns are:
 //
 //   8 bits   chunk c = 0..7: 64 bytes; byte 4 r + j = q of row r, column 4 c + j.
-//   others   chunk c = 0..3: 64 bytes; byte 4 r + j = the lower 4 bits of q of column 4 c + j in the low
+//   4 to 6   chunk c = 0..3: 64 bytes; byte 4 r + j = the lower 4 bits of q of column 4 c + j in the low
 //   half,
 //            and of column 4 (c + 4) + j in the high half;
-//   5 bits   then 64 bytes; bit c of byte 4 r + j = the highest bit of q of column 4 c + j;
-//   6 bits   then 2 times 64 bytes; bits 2 c and 2 c + 1 of byte 4 r + j = the two highest bits of q of
-//   column
-//            4 c + j in the first 64 bytes, of column 4 (c + 4) + j in the second (c = 0..3).
+//   2, 3     2 times 64 bytes: bits 2 c and 2 c + 1 of byte 4 r + j = the two lowest bits of q of column
+//            4 c + j in the first 64 bytes, of column 4 (c + 4) + j in the second (c = 0..3);
+//   3, 5     then 64 bytes; bit c of byte 4 r + j = the highest bit of q of column 4 c + j;
+//   6 bits   then 2 times 64 bytes for the two highest bits, as 2 bits have them.
 //
 // So 64 bytes are four columns of sixteen rows: what one vpdpbusd multiplies with four broadcast activations.
 #pragma once
@@ -38,11 +47,28 @@
 
 namespace argosy {
 
-enum class Format : uint8_t { f32, f16, bf16, q8, q4, q4_1, q5_0, q4_k, q5_k, q6_k };
+enum class Format : uint8_t {
+  f32,
+  f16,
+  bf16,
+  q8,
+  q4,
+  q4_1,
+  q5_0,
+  q4_k,
+  q5_k,
+  q6_k,
+  q2_k,
+  q3_k,
+  iq4_nl,
+  iq4_xs,
+  mxfp4,
+  int4
+};
 
 // Internal linkage throughout: this header is compiled under several instruction sets, and the linker must
 // not pick one of the copies for all.
-[[maybe_unused]] static constexpr int kNumFormats = 10;
+[[maybe_unused]] static constexpr int kNumFormats = 16;
 [[maybe_unused]] static constexpr int64_t kGroupSize = 32;
 [[maybe_unused]] static constexpr int64_t kPanelRows = 16;
 [[maybe_unused]] static constexpr int64_t kChunkBytes =
@@ -53,24 +79,48 @@ static inline constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// The table above.
+// The values of a table's sixteen codes, plus its zero: bytes, for instructions that want them without a
+// sign.
+[[maybe_unused]] static constexpr uint8_t kE2m1Bytes[16] = {16, 17, 18, 19, 20, 22, 24, 28,
+                                                            16, 15, 14, 13, 12, 10, 8,  4};
+[[maybe_unused]] static constexpr uint8_t kIq4Bytes[16] = {1,   24,  45,  63,  79,  93,  106, 118,
+                                                           129, 141, 153, 166, 181, 197, 217, 241};
+
+enum class SubScales : uint8_t { none, bytes, signed_bytes, nibbles };
+
+// The table at the top.
 struct QuantFormat {
   int bits;
-  int zero;
+  int zero;  // a power of two, or none
   int64_t block_cols;
-  int64_t sub_scale_cols;  // 0: a block has no sub-scales
-  bool has_min;
+  int64_t sub_scale_cols = 0;  // 0: a block has no sub-scales
+  bool has_min = false;
+  SubScales sub_scales = SubScales::none;
+  bool is_bf16 = false;            // the scales
+  const uint8_t* table = nullptr;  // of 16 bytes; null: a code is its own byte
 
   constexpr int64_t group_bytes() const { return kChunkBytes * bits; }
   constexpr int64_t block_groups() const { return block_cols / kGroupSize; }
   constexpr int64_t block_quant_bytes() const { return block_groups() * group_bytes(); }
+  // Parts of a group that have a scale of their own.
+  constexpr int parts() const { return sub_scale_cols == 16 ? 2 : 1; }
+  // Bits that lie together, before the planes of the higher ones.
+  constexpr int low_bits() const { return bits == 8 ? 8 : bits < 4 ? 2 : 4; }
+  constexpr int zero_shift() const { return __builtin_ctz(unsigned(zero)); }
+  // The largest byte that stands for a weight.
+  constexpr int largest_byte() const {
+    if (table == nullptr) return (1 << bits) - 1;
+    int largest = 0;
+    for (int i = 0; i < 16; ++i) largest = table[i] > largest ? table[i] : largest;
+    return largest;
+  }
   // Inside the scales of a block.
   constexpr int64_t sub_scales_at() const { return kPanelRows * 2 * (has_min ? 2 : 1); }
   constexpr int64_t sub_mins_at() const {
     return sub_scales_at() + (sub_scale_cols > 0 ? block_cols / sub_scale_cols * kPanelRows : 0);
   }
   constexpr int64_t block_scale_bytes() const {
-    return sub_mins_at() + (sub_scale_cols > 0 && has_min ? block_groups() * kPanelRows : 0);
+    return sub_mins_at() + (sub_scales == SubScales::bytes ? block_groups() * kPanelRows : 0);
   }
 };
 
@@ -80,19 +130,31 @@ static inline constexpr bool is_quantized(Format format) { return format >= Form
 static inline constexpr QuantFormat quant_format(Format format) {
   switch (format) {
     case Format::q8:
-      return {8, 128, 32, 0, false};
+      return {8, 128, 32};
     case Format::q4_1:
       return {4, 0, 32, 0, true};
     case Format::q5_0:
-      return {5, 16, 32, 0, false};
+      return {5, 16, 32};
     case Format::q4_k:
-      return {4, 0, 256, 32, true};
+      return {4, 0, 256, 32, true, SubScales::bytes};
     case Format::q5_k:
-      return {5, 0, 256, 32, true};
+      return {5, 0, 256, 32, true, SubScales::bytes};
     case Format::q6_k:
-      return {6, 32, 256, 16, false};
+      return {6, 32, 256, 16, false, SubScales::signed_bytes};
+    case Format::q2_k:
+      return {2, 0, 256, 16, true, SubScales::nibbles};
+    case Format::q3_k:
+      return {3, 4, 256, 16, false, SubScales::signed_bytes};
+    case Format::iq4_nl:
+      return {4, 128, 32, 0, false, SubScales::none, false, kIq4Bytes};
+    case Format::iq4_xs:
+      return {4, 128, 256, 32, false, SubScales::signed_bytes, false, kIq4Bytes};
+    case Format::mxfp4:
+      return {4, 16, 32, 0, false, SubScales::none, true, kE2m1Bytes};
+    case Format::int4:
+      return {4, 8, 32, 0, false, SubScales::none, true};
     default:
-      return {4, 8, 32, 0, false};
+      return {4, 8, 32};
   }
 }
 
@@ -120,17 +182,20 @@ static inline constexpr int64_t matrix_bytes(Format format, int64_t rows, int64_
   return rows * cols * weight_bytes(format);
 }
 
-// q of row 0 to 15 of a panel, less the format's zero.
+// q of row 0 to 15 of a panel.
 static inline int32_t quant_at(Format format, const uint8_t* panel, int64_t row, int64_t col) {
   const QuantFormat q = quant_format(format);
   const uint8_t* group = panel + col / kGroupSize * q.group_bytes() + row * 4 + col % 4;
   const int64_t chunk = col % kGroupSize / 4;
   if (q.bits == 8) return group[chunk * kChunkBytes] - q.zero;
-  const uint8_t* high = group + 4 * kChunkBytes;
-  int32_t quant = group[chunk % 4 * kChunkBytes] >> (chunk < 4 ? 0 : 4) & 0xF;
-  if (q.bits == 5) quant += (*high >> chunk & 1) * 16;
-  if (q.bits == 6) quant += (high[chunk / 4 * kChunkBytes] >> chunk % 4 * 2 & 3) * 16;
-  return quant - q.zero;
+  const auto pair_at = [&](int64_t plane) {
+    return group[(plane + chunk / 4) * kChunkBytes] >> chunk % 4 * 2 & 3;
+  };
+  int32_t code = q.bits < 4 ? pair_at(0) : group[chunk % 4 * kChunkBytes] >> (chunk < 4 ? 0 : 4) & 0xF;
+  if (q.bits == 3) code += (group[2 * kChunkBytes] >> chunk & 1) * 4;
+  if (q.bits == 5) code += (group[4 * kChunkBytes] >> chunk & 1) * 16;
+  if (q.bits == 6) code += pair_at(4) * 16;
+  return (q.table != nullptr ? q.table[code] : code) - q.zero;
 }
 
 // One token's activations, quantised for products with quantised weights; 64-byte aligned, in this order:
@@ -139,11 +204,10 @@ static inline int32_t quant_at(Format format, const uint8_t* panel, int64_t row,
 //   int8  [groups * 32]   low
 //   float [groups]        scale = largest magnitude in the group / 127, for high alone (all but q8)
 //   float [groups]        scale / 256, for both (q8)
-//   int32 [groups]        -128 * sum of (256 * high + low): takes the zero of the q8 quants out of a dot
-//                         product
-//   int32 [groups]        -8 * sum of high: the same for q4
-//   int32 [groups]        -16 * sum of high: the same for q5_0
-//   int32 [2 * groups]    -32 * sum of high, of half groups: the same for q6_k
+//   int32 [groups]        -(sum of 256 * high + low): times the zero of the q8 quants, it takes that out of a
+//                         dot product
+//   int32 [groups]        -(sum of high): the same for the other formats with a zero
+//   int32 [2 * groups]    -(sum of high) of half groups: for those whose scale is of 16 columns
 //   float [groups]        scale * sum of high: what a min is multiplied with
 //
 // Beside q4 weights, whose own rounding is sixteen times that of q8, 8 bits of an activation are plenty.
@@ -153,21 +217,17 @@ static inline constexpr int64_t activation_low_at(int64_t cols) { return num_gro
 static inline constexpr int64_t activation_scales_at(Format format, int64_t cols) {
   return num_groups(cols) * (2 * kGroupSize + (format == Format::q8 ? 4 : 0));
 }
-// Of q8, q4, q5_0, q6_k: the formats with a zero.
-static inline constexpr int64_t activation_offsets_at(Format format, int64_t cols) {
-  const int64_t behind = format == Format::q8     ? 8
-                         : format == Format::q4   ? 12
-                         : format == Format::q5_0 ? 16
-                                                  : 20;
+static inline constexpr int64_t activation_negated_sums_at(Format format, int64_t cols) {
+  const int64_t behind = format == Format::q8 ? 8 : quant_format(format).parts() == 1 ? 12 : 16;
   return num_groups(cols) * (2 * kGroupSize + behind);
 }
 static inline constexpr int64_t activation_sums_at(int64_t cols) {
-  return num_groups(cols) * (2 * kGroupSize + 28);
+  return num_groups(cols) * (2 * kGroupSize + 24);
 }
 // An odd number of cache lines, so that the same column of many tokens does not fall into few sets of the
 // cache.
 static inline constexpr int64_t activation_bytes(int64_t cols) {
-  return round_up(num_groups(cols) * (2 * kGroupSize + 32), 128) + 64;
+  return round_up(num_groups(cols) * (2 * kGroupSize + 28), 128) + 64;
 }
 
 }  // namespace argosy

@@ -13,7 +13,7 @@ namespace {
 constexpr int kFloatTileRows = 4, kFloatTileTokens = 6, kFloatRowsAlone = 4;
 constexpr int kOnePanelTokens = 8;
 constexpr int two_panels_tokens(Format format) {
-  return format == Format::q8 || format == Format::q6_k ? 4 : 6;
+  return format == Format::q8 || quant_format(format).parts() == 2 ? 4 : 6;
 }
 constexpr int kScoreQueries = 8, kScoreTiles = 2, kValueQueries = 4;
 }  // namespace

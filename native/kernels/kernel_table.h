@@ -180,6 +180,7 @@ struct RouteArgs {
 struct TranscodeArgs {
   const uint8_t* rows_data;
   int64_t rows, cols;
+  int64_t interleaved;
   int64_t panel_begin, panel_end;
   uint8_t* matrix;
 };

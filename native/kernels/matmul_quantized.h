@@ -5,9 +5,9 @@
 //
 // For each group in ascending order: y += (weight scale * activation scale) * float(dot), where dot is the
 // exact integer sum over the group of q * activation; then, where the format has mins, y += min * (activation
-// scale * sum of the activations). q6_k: y += activation scale * (sum over both halves of scale *
-// float(dot)). Few tokens: bound by memory, 0.56 to 1.06 bytes per weight. Many: bound by integer
-// multiply-adds.
+// scale * sum of the activations). Where a scale is of 16 columns: y += activation scale * (sum over both
+// halves of scale * float(dot), then of min * float(sum of the activations)). Few tokens: bound by memory,
+// 0.33 to 1.06 bytes per weight. Many: bound by integer multiply-adds.
 #pragma once
 
 #include "kernels/half.h"
@@ -28,7 +28,7 @@ template <Format kFormat>
 void matmul_reference(const MatmulArgs& a) {
   constexpr QuantFormat kQuant = quant_format(kFormat);
   // Columns that share a scale of the weights and one of the activations.
-  constexpr int64_t kSameScale = kQuant.sub_scale_cols == 16 ? 16 : kGroupSize;
+  constexpr int64_t kSameScale = kGroupSize / kQuant.parts();
   for (int64_t row = a.row_begin; row < a.row_end; ++row) {
     const uint8_t* panel = a.weights + row / kPanelRows * panel_bytes(kFormat, a.cols);
     const int64_t lane = row % kPanelRows;
@@ -45,8 +45,16 @@ void matmul_reference(const MatmulArgs& a) {
           }
           scaled += weight_scale_at(kFormat, panel, a.cols, lane, begin).scale * float(dot);
         }
+        if constexpr (kQuant.has_min && kQuant.parts() == 2) {
+          const uint8_t* negated = x + activation_negated_sums_at(kFormat, a.cols) + group * 8;
+          for (int64_t part = 0; part < 2; ++part) {
+            const int64_t begin = group * kGroupSize + part * kSameScale;
+            scaled += weight_scale_at(kFormat, panel, a.cols, lane, begin).min *
+                      float(-read_unaligned<int32_t>(negated + part * 4));
+          }
+        }
         sum += scaled * scale;
-        if (kQuant.has_min) {
+        if constexpr (kQuant.has_min && kQuant.parts() == 1) {
           sum += weight_scale_at(kFormat, panel, a.cols, lane, group * kGroupSize).min *
                  read_unaligned<float>(x + activation_sums_at(a.cols) + group * 4);
         }

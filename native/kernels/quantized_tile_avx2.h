@@ -3,8 +3,8 @@
 //   8 bits   weights and activations are widened to 16 bits; vpmaddwd gives each row two partial sums of 32
 //            bits.
 //   others   vpmaddubsw multiplies bytes and adds pairs into 16 bits; so many of them are added as 16 bits
-//   hold
-//            without saturating (8, 4, 2 products of 2 * 15, 31, 63 * 127).
+//            hold without saturating (8, 4, 2 products of 2 * 15, 31, 63 * 127). Bytes of a table that are
+//            too large for one are taken with their sign instead: the weight's goes over to the activation.
 #pragma once
 
 #include "kernels/kernel_table.h"
@@ -18,9 +18,19 @@ inline __m256i load_bytes(const uint8_t* from) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }
 
-inline Vec bytes_to_floats(const uint8_t* from, bool is_signed) {
+inline __m256i widen_bytes(const uint8_t* from) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
+inline Vec bytes_to_floats(const uint8_t* from) { return _mm256_cvtepi32_ps(widen_bytes(from)); }
+inline Vec signed_bytes_to_floats(const uint8_t* from) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-  return _mm256_cvtepi32_ps(is_signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+}
+inline Vec low_nibbles_to_floats(const uint8_t* from) {
+  return _mm256_cvtepi32_ps(_mm256_and_si256(widen_bytes(from), _mm256_set1_epi32(0xF)));
+}
+inline Vec high_nibbles_to_floats(const uint8_t* from) {
+  return _mm256_cvtepi32_ps(_mm256_srli_epi32(widen_bytes(from), 4));
 }
 
 template <Format kFormat, int kPanels, int kTokens>
@@ -28,7 +38,10 @@ struct QuantizedTile {
   static_assert(kPanels == 1);
   static constexpr QuantFormat kQuant = quant_format(kFormat);
   static constexpr int64_t kBlockGroups = kQuant.block_groups();
-  static constexpr int kParts = kFormat == Format::q6_k ? 2 : 1;  // of a group, each with a scale of its own
+  static constexpr int kParts = kQuant.parts();
+  static constexpr int kLargestByte = kQuant.largest_byte();
+  // Quants with their sign, and no zero to take out: those that vpmaddubsw cannot hold otherwise.
+  static constexpr bool kIsSigned = kQuant.table != nullptr && kLargestByte > 127;
   using Rows = const uint8_t* [kTokens];
   using Dots = __m256i[kTokens][kParts][2];  // rows 0-7 and 8-15
 
@@ -110,14 +123,15 @@ struct QuantizedTile {
   [[gnu::always_inline]] static inline void multiply(const uint8_t* quants, const Rows& x, int64_t col,
                                                      Dots& dot) {
     // Chunks whose products 16 bits hold, within one part of the group.
-    constexpr int kRun = kQuant.bits == 4 ? 8 : kQuant.bits == 5 ? 4 : 2;
+    constexpr int kMost = kIsSigned ? 1 : kLargestByte < 16 ? 8 : kLargestByte < 32 ? 4 : 2;
+    constexpr int kRun = kMost * kParts > 8 ? 8 / kParts : kMost;
     const __m256i ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 4
     for (int j = 0; j < kTokens; ++j) {
 #pragma GCC unroll 2
       for (int part = 0; part < kParts; ++part) dot[j][part][0] = dot[j][part][1] = _mm256_setzero_si256();
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int begin = 0; begin < 8; begin += kRun) {
       __m256i sums[kTokens][2];  // 16-bit, two per row
 #pragma GCC unroll 4
@@ -130,7 +144,10 @@ struct QuantizedTile {
 #pragma GCC unroll 4
           for (int j = 0; j < kTokens; ++j) {
             const __m256i four = _mm256_set1_epi32(read_unaligned<int32_t>(x[j] + col + 4 * chunk));
-            sums[j][half] = _mm256_add_epi16(sums[j][half], _mm256_maddubs_epi16(w, four));
+            const __m256i products = kIsSigned
+                                         ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(four, w))
+                                         : _mm256_maddubs_epi16(w, four);
+            sums[j][half] = _mm256_add_epi16(sums[j][half], products);
           }
         }
       }
@@ -145,19 +162,44 @@ struct QuantizedTile {
     }
   }
 
-  // Four columns of eight rows as bytes.
+  // Four columns of eight rows as bytes, with their sign if kIsSigned.
   [[gnu::always_inline]] static inline __m256i unpack(const uint8_t* group, int chunk) {
-    const __m256i both = load_bytes(group + chunk % 4 * kChunkBytes);
-    const __m256i low =
-        _mm256_and_si256(chunk < 4 ? both : _mm256_srli_epi16(both, 4), _mm256_set1_epi8(0x0F));
-    if constexpr (kQuant.bits == 4) return low;
-    constexpr int kHighBits = kQuant.bits - 4;
-    const int plane = chunk * kHighBits / 8;
-    const int bit = chunk * kHighBits % 8;
-    const __m256i high = load_bytes(group + (4 + plane) * kChunkBytes);
-    const __m256i in_place = bit <= 4 ? _mm256_slli_epi16(high, 4 - bit) : _mm256_srli_epi16(high, bit - 4);
-    const __m256i mask = _mm256_set1_epi8(kHighBits == 1 ? 0x10 : 0x30);
-    return _mm256_or_si256(low, _mm256_and_si256(in_place, mask));
+    if constexpr (kQuant.table != nullptr) {
+      return _mm256_shuffle_epi8(table(), low_bits(group, chunk));
+    } else if constexpr (kQuant.bits == kQuant.low_bits()) {
+      return low_bits(group, chunk);
+    } else {
+      constexpr int kLowBits = kQuant.low_bits(), kHighBits = kQuant.bits - kLowBits;
+      const int plane = chunk * kHighBits / 8;
+      const int bit = chunk * kHighBits % 8;
+      const __m256i high = load_bytes(group + (kLowBits + plane) * kChunkBytes);
+      const __m256i in_place =
+          bit <= kLowBits ? _mm256_slli_epi16(high, kLowBits - bit) : _mm256_srli_epi16(high, bit - kLowBits);
+      const __m256i mask = _mm256_set1_epi8(((1 << kHighBits) - 1) << kLowBits);
+      return _mm256_or_si256(low_bits(group, chunk), _mm256_and_si256(in_place, mask));
+    }
+  }
+
+  [[gnu::always_inline]] static inline __m256i low_bits(const uint8_t* group, int chunk) {
+    if constexpr (kQuant.low_bits() == 2) {
+      const __m256i four = load_bytes(group + chunk / 4 * kChunkBytes);
+      return _mm256_and_si256(_mm256_srli_epi16(four, chunk % 4 * 2), _mm256_set1_epi8(0x03));
+    } else {
+      const __m256i two = load_bytes(group + chunk % 4 * kChunkBytes);
+      return _mm256_and_si256(chunk < 4 ? two : _mm256_srli_epi16(two, 4), _mm256_set1_epi8(0x0F));
+    }
+  }
+
+  [[gnu::always_inline]] static inline __m256i table() {
+    const __m256i bytes =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kQuant.table)));
+    return kIsSigned ? _mm256_sub_epi8(bytes, _mm256_set1_epi8(int8_t(kQuant.zero))) : bytes;
+  }
+
+  [[gnu::always_inline]] static inline Vec sub_scales_to_floats(const uint8_t* from) {
+    if constexpr (kQuant.sub_scales == SubScales::bytes) return bytes_to_floats(from);
+    if constexpr (kQuant.sub_scales == SubScales::signed_bytes) return signed_bytes_to_floats(from);
+    return low_nibbles_to_floats(from);
   }
 
   // Adds the dot products of eight rows of a group to the sums.
@@ -165,50 +207,64 @@ struct QuantizedTile {
                                                   int64_t group, int half, const Dots& dot,
                                                   Vec (&sum)[kTokens][2]) {
     const int64_t first_row = half * 8;
-    const Vec block_scale = F16Weights::load(scales + first_row * 2);
+    const uint8_t* block_scales = scales + first_row * 2;
+    const Vec block_scale = kQuant.is_bf16 ? Bf16Weights::load(block_scales) : F16Weights::load(block_scales);
     Vec weight_scale[kParts] = {block_scale};
+    Vec min[kParts] = {};
+    if constexpr (kQuant.has_min) min[0] = F16Weights::load(scales + (kPanelRows + first_row) * 2);
     if constexpr (kQuant.sub_scale_cols > 0) {
       const uint8_t* sub_scales =
           scales + kQuant.sub_scales_at() + first_row + group % kBlockGroups * kParts * kPanelRows;
+      // Of half groups the sums of the activations are at hand negated.
+      const Vec block_min = kParts == 1 ? min[0] : sub(zeros(), min[0]);
 #pragma GCC unroll 2
       for (int part = 0; part < kParts; ++part) {
-        weight_scale[part] = mul(block_scale, bytes_to_floats(sub_scales + part * kPanelRows, kParts == 2));
+        const uint8_t* from = sub_scales + part * kPanelRows;
+        weight_scale[part] = mul(block_scale, sub_scales_to_floats(from));
+        if constexpr (kQuant.sub_scales == SubScales::nibbles) {
+          min[part] = mul(block_min, high_nibbles_to_floats(from));
+        }
       }
-    }
-    Vec min = zeros();
-    if constexpr (kQuant.has_min) {
-      min = F16Weights::load(scales + (kPanelRows + first_row) * 2);
-      if constexpr (kQuant.sub_scale_cols > 0) {
+      if constexpr (kQuant.sub_scales == SubScales::bytes) {
         const uint8_t* sub_mins =
             scales + kQuant.sub_mins_at() + first_row + group % kBlockGroups * kPanelRows;
-        min = mul(min, bytes_to_floats(sub_mins, false));
+        min[0] = mul(block_min, bytes_to_floats(sub_mins));
       }
     }
 #pragma GCC unroll 4
     for (int j = 0; j < kTokens; ++j) {
       const Vec x_scale =
           broadcast(read_unaligned<float>(x[j] + activation_scales_at(kFormat, cols) + group * 4));
+      const uint8_t* negated = x[j] + activation_negated_sums_at(kFormat, cols) + group * kParts * 4;
       Vec exact[kParts];
 #pragma GCC unroll 2
       for (int part = 0; part < kParts; ++part) {
         __m256i whole = dot[j][part][half];
-        if constexpr (kQuant.zero != 0) {
-          const uint8_t* offset = x[j] + activation_offsets_at(kFormat, cols) + (group * kParts + part) * 4;
-          whole = _mm256_add_epi32(whole, _mm256_set1_epi32(read_unaligned<int32_t>(offset)));
+        if constexpr (kQuant.zero != 0 && !kIsSigned) {
+          whole = _mm256_add_epi32(whole,
+                                   _mm256_slli_epi32(broadcast_sum(negated + part * 4), kQuant.zero_shift()));
         }
         exact[part] = _mm256_cvtepi32_ps(whole);
       }
       if constexpr (kParts == 1) {
         sum[j][half] = fma(mul(weight_scale[0], x_scale), exact[0], sum[j][half]);
+        if constexpr (kQuant.has_min) {
+          const Vec x_sum = broadcast(read_unaligned<float>(x[j] + activation_sums_at(cols) + group * 4));
+          sum[j][half] = fma(min[0], x_sum, sum[j][half]);
+        }
       } else {
-        sum[j][half] =
-            fma(x_scale, fma(weight_scale[1], exact[1], mul(weight_scale[0], exact[0])), sum[j][half]);
-      }
-      if constexpr (kQuant.has_min) {
-        const Vec x_sum = broadcast(read_unaligned<float>(x[j] + activation_sums_at(cols) + group * 4));
-        sum[j][half] = fma(min, x_sum, sum[j][half]);
+        Vec scaled = fma(weight_scale[1], exact[1], mul(weight_scale[0], exact[0]));
+        if constexpr (kQuant.has_min) {
+          scaled = fma(min[0], _mm256_cvtepi32_ps(broadcast_sum(negated)), scaled);
+          scaled = fma(min[1], _mm256_cvtepi32_ps(broadcast_sum(negated + 4)), scaled);
+        }
+        sum[j][half] = fma(x_scale, scaled, sum[j][half]);
       }
     }
+  }
+
+  [[gnu::always_inline]] static inline __m256i broadcast_sum(const uint8_t* from) {
+    return _mm256_set1_epi32(read_unaligned<int32_t>(from));
   }
 };
 

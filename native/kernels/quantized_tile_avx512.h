@@ -2,8 +2,8 @@
 //
 // Sixteen rows are the lanes of a register: 64 bytes of quants times four broadcast activations add to
 // sixteen sums. A sum starts at the group's offset, which takes the zero of the format out of every weight.
-// Beside q8 weights there are two sums, of the high and of the low bytes of the activations; q6_k has one per
-// half group.
+// Beside q8 weights there are two sums, of the high and of the low bytes of the activations; formats whose
+// scale is of 16 columns have one per half group. A table is looked up with vpshufb.
 #pragma once
 
 #include "kernels/kernel_table.h"
@@ -20,9 +20,19 @@ inline __m512i broadcast_four(const uint8_t* activations) {
   return _mm512_set1_epi32(read_unaligned<int32_t>(activations));
 }
 
-inline Vec bytes_to_floats(const uint8_t* from, bool is_signed) {
+inline __m512i widen_bytes(const uint8_t* from) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline Vec bytes_to_floats(const uint8_t* from) { return _mm512_cvtepi32_ps(widen_bytes(from)); }
+inline Vec signed_bytes_to_floats(const uint8_t* from) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  return _mm512_cvtepi32_ps(is_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
+inline Vec low_nibbles_to_floats(const uint8_t* from) {
+  return _mm512_cvtepi32_ps(_mm512_and_si512(widen_bytes(from), _mm512_set1_epi32(0xF)));
+}
+inline Vec high_nibbles_to_floats(const uint8_t* from) {
+  return _mm512_cvtepi32_ps(_mm512_srli_epi32(widen_bytes(from), 4));
 }
 
 template <Format kFormat, int kPanels, int kTokens>
@@ -30,7 +40,7 @@ struct QuantizedTile {
   static constexpr QuantFormat kQuant = quant_format(kFormat);
   static constexpr int64_t kGroupBytes = kQuant.group_bytes();
   static constexpr int64_t kBlockGroups = kQuant.block_groups();
-  static constexpr int kParts = kFormat == Format::q6_k ? 2 : 1;  // of a group, each with a scale of its own
+  static constexpr int kParts = kQuant.parts();
   using Dots = __m512i[kPanels][kTokens][kParts];
   using Sums = Vec[kPanels][kTokens];
 
@@ -145,25 +155,53 @@ struct QuantizedTile {
   }
 
   [[gnu::always_inline]] static inline __m512i offset(const Operands& o, int64_t group, int token, int part) {
-    if constexpr (kQuant.zero == 0) return _mm512_setzero_si512();
-    return broadcast_four(o.x[token] + activation_offsets_at(kFormat, o.cols) + (group * kParts + part) * 4);
+    if constexpr (kQuant.zero == 0) {
+      return _mm512_setzero_si512();
+    } else {
+      const uint8_t* negated = o.x[token] + activation_negated_sums_at(kFormat, o.cols);
+      return _mm512_slli_epi32(broadcast_four(negated + (group * kParts + part) * 4),
+                               unsigned(kQuant.zero_shift()));
+    }
   }
 
   // Four columns of sixteen rows as bytes.
   [[gnu::always_inline]] static inline __m512i unpack(const uint8_t* group, int chunk) {
-    if constexpr (kQuant.bits == 8) return _mm512_loadu_si512(group + chunk * kChunkBytes);
-    const __m512i both = _mm512_loadu_si512(group + chunk % 4 * kChunkBytes);
-    const __m512i low =
-        _mm512_and_si512(chunk < 4 ? both : _mm512_srli_epi16(both, 4), _mm512_set1_epi8(0x0F));
-    if constexpr (kQuant.bits == 4) return low;
-    constexpr int kHighBits = kQuant.bits - 4;
-    const int plane = chunk * kHighBits / 8;
-    const int bit = chunk * kHighBits % 8;
-    const __m512i high = _mm512_loadu_si512(group + (4 + plane) * kChunkBytes);
-    const __m512i in_place =
-        bit <= 4 ? _mm512_slli_epi16(high, unsigned(4 - bit)) : _mm512_srli_epi16(high, unsigned(bit - 4));
-    const __m512i mask = _mm512_set1_epi8(kHighBits == 1 ? 0x10 : 0x30);
-    return _mm512_ternarylogic_epi32(low, in_place, mask, 0xF8);  // low | (in_place & mask)
+    if constexpr (kQuant.bits == 8) {
+      return _mm512_loadu_si512(group + chunk * kChunkBytes);
+    } else if constexpr (kQuant.table != nullptr) {
+      return _mm512_shuffle_epi8(table(), low_bits(group, chunk));
+    } else if constexpr (kQuant.bits == kQuant.low_bits()) {
+      return low_bits(group, chunk);
+    } else {
+      constexpr int kLowBits = kQuant.low_bits(), kHighBits = kQuant.bits - kLowBits;
+      const int plane = chunk * kHighBits / 8;
+      const int bit = chunk * kHighBits % 8;
+      const __m512i high = _mm512_loadu_si512(group + (kLowBits + plane) * kChunkBytes);
+      const __m512i in_place = bit <= kLowBits ? _mm512_slli_epi16(high, unsigned(kLowBits - bit))
+                                               : _mm512_srli_epi16(high, unsigned(bit - kLowBits));
+      const __m512i mask = _mm512_set1_epi8(((1 << kHighBits) - 1) << kLowBits);
+      return _mm512_ternarylogic_epi32(low_bits(group, chunk), in_place, mask, 0xF8);  // low | (high & mask)
+    }
+  }
+
+  [[gnu::always_inline]] static inline __m512i low_bits(const uint8_t* group, int chunk) {
+    if constexpr (kQuant.low_bits() == 2) {
+      const __m512i four = _mm512_loadu_si512(group + chunk / 4 * kChunkBytes);
+      return _mm512_and_si512(_mm512_srli_epi16(four, unsigned(chunk % 4 * 2)), _mm512_set1_epi8(0x03));
+    } else {
+      const __m512i two = _mm512_loadu_si512(group + chunk % 4 * kChunkBytes);
+      return _mm512_and_si512(chunk < 4 ? two : _mm512_srli_epi16(two, 4), _mm512_set1_epi8(0x0F));
+    }
+  }
+
+  [[gnu::always_inline]] static inline __m512i table() {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kQuant.table)));
+  }
+
+  [[gnu::always_inline]] static inline Vec sub_scales_to_floats(const uint8_t* from) {
+    if constexpr (kQuant.sub_scales == SubScales::bytes) return bytes_to_floats(from);
+    if constexpr (kQuant.sub_scales == SubScales::signed_bytes) return signed_bytes_to_floats(from);
+    return low_nibbles_to_floats(from);
   }
 
   // Adds the dot products of a group to the sums.
@@ -174,22 +212,26 @@ struct QuantizedTile {
 #pragma GCC unroll 2
     for (int i = 0; i < kPanels; ++i) {
       const uint8_t* scales = o.block_scales(group) + i * o.stride;
-      const Vec block_scale = F16Weights::load(scales);
+      const Vec block_scale = kQuant.is_bf16 ? Bf16Weights::load(scales) : F16Weights::load(scales);
       Vec weight_scale[kParts] = {block_scale};
+      Vec min[kParts] = {};
+      if constexpr (kQuant.has_min) min[0] = F16Weights::load(scales + kPanelRows * 2);
       if constexpr (kQuant.sub_scale_cols > 0) {
         const uint8_t* sub_scales =
             scales + kQuant.sub_scales_at() + group % kBlockGroups * kParts * kPanelRows;
+        // Of half groups the sums of the activations are at hand negated.
+        const Vec block_min = kParts == 1 ? min[0] : sub(zeros(), min[0]);
 #pragma GCC unroll 2
         for (int part = 0; part < kParts; ++part) {
-          weight_scale[part] = mul(block_scale, bytes_to_floats(sub_scales + part * kPanelRows, kParts == 2));
+          const uint8_t* from = sub_scales + part * kPanelRows;
+          weight_scale[part] = mul(block_scale, sub_scales_to_floats(from));
+          if constexpr (kQuant.sub_scales == SubScales::nibbles) {
+            min[part] = mul(block_min, high_nibbles_to_floats(from));
+          }
         }
-      }
-      Vec min = zeros();
-      if constexpr (kQuant.has_min) {
-        min = F16Weights::load(scales + kPanelRows * 2);
-        if constexpr (kQuant.sub_scale_cols > 0) {
-          const uint8_t* sub_mins = scales + kQuant.sub_mins_at() + group % kBlockGroups * kPanelRows;
-          min = mul(min, bytes_to_floats(sub_mins, false));
+        if constexpr (kQuant.sub_scales == SubScales::bytes) {
+          min[0] = mul(block_min,
+                       bytes_to_floats(scales + kQuant.sub_mins_at() + group % kBlockGroups * kPanelRows));
         }
       }
 #pragma GCC unroll 16
@@ -197,12 +239,18 @@ struct QuantizedTile {
         const Vec x_scale = broadcast(read_unaligned<float>(o.x[j] + x_scale_at));
         if constexpr (kParts == 1) {
           sum[i][j] = fma(mul(weight_scale[0], x_scale), _mm512_cvtepi32_ps(dot[i][j][0]), sum[i][j]);
+          if constexpr (kQuant.has_min) {
+            sum[i][j] = fma(min[0], broadcast(read_unaligned<float>(o.x[j] + x_sum_at)), sum[i][j]);
+          }
         } else {
-          const Vec first = mul(weight_scale[0], _mm512_cvtepi32_ps(dot[i][j][0]));
-          sum[i][j] = fma(x_scale, fma(weight_scale[1], _mm512_cvtepi32_ps(dot[i][j][1]), first), sum[i][j]);
-        }
-        if constexpr (kQuant.has_min) {
-          sum[i][j] = fma(min, broadcast(read_unaligned<float>(o.x[j] + x_sum_at)), sum[i][j]);
+          Vec scaled = mul(weight_scale[0], _mm512_cvtepi32_ps(dot[i][j][0]));
+          scaled = fma(weight_scale[1], _mm512_cvtepi32_ps(dot[i][j][1]), scaled);
+          if constexpr (kQuant.has_min) {
+            const uint8_t* negated = o.x[j] + activation_negated_sums_at(kFormat, o.cols) + group * 8;
+            scaled = fma(min[0], _mm512_cvtepi32_ps(broadcast_four(negated)), scaled);
+            scaled = fma(min[1], _mm512_cvtepi32_ps(broadcast_four(negated + 4)), scaled);
+          }
+          sum[i][j] = fma(x_scale, scaled, sum[i][j]);
         }
       }
     }

@@ -1,33 +1,78 @@
-// transcode.h: GGUF's quantised blocks to the panels of formats.h, without loss.
+// transcode.h: quantised weights as files have them to the panels of formats.h, without loss.
 //
-//   Q8_0 Q4_0 Q4_1 Q5_0   a row is blocks of 32 columns      ->  q8 q4 q4_1 q5_0
-//   Q4_K Q5_K Q6_K        a row is blocks of 256 columns     ->  q4_k q5_k q6_k
+//   Q8_0 Q4_0 Q4_1 Q5_0 IQ4_NL MXFP4        a row is blocks of 32 columns    ->  q8 q4 q4_1 q5_0 iq4_nl mxfp4
+//   Q4_K Q5_K Q6_K Q2_K Q3_K IQ4_XS         a row is blocks of 256 columns   ->  q4_k q5_k q6_k q2_k q3_k
+//   iq4_xs int4_quants int4_scales                 compressed-tensors               ->  int4 mxfp4_quants
+//   mxfp4_scales               OCP MX                           ->  mxfp4
 //
-// Every weight has the value that the block gives it: only the order of the bits changes. The blocks' layouts
-// are those of the GGUF specification (ggml's block_q8_0 to block_q6_K).
+// Every weight has the value that the file gives it: only the order of the bits changes. The blocks' layouts
+// are those of the GGUF specification (ggml's block_q8_0 to block_mxfp4), whose MXFP4 takes a scale of 255
+// for 2^128, where OCP MX has NaN.
+//
+// Safetensors files have quants and scales in tensors of their own. Each becomes its part of every panel, and
+// they may land in any order, or at the same time:
+//
+//   int4_quants    int32 [rows, cols / 8], the first column in the lowest four bits: value + 8
+//   int4_scales    bf16 [rows, cols / 32]
+//   mxfp4_quants   u8 [rows, cols / 2], the even column in the low half: a code of e2m1
+//   mxfp4_scales   u8 [rows, cols / 32], e8m0: 2^(byte - 127), 255 is NaN
+//
+// In the sense of this file, their block is what they have of 32 columns. Padding belongs to the scales.
+//
+// Several matrices may lie interleaved in one tensor, a row of the first, a row of the second, and so on:
+// they become matrices one behind the other.
 #pragma once
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <string_view>
 
 #include "kernels/formats.h"
 
 namespace argosy {
 
-enum class BlockType : uint8_t { q8_0, q4_0, q4_1, q5_0, q4_k, q5_k, q6_k };
-[[maybe_unused]] static constexpr int kNumBlockTypes = 7;
+enum class BlockType : uint8_t {
+  q8_0,
+  q4_0,
+  q4_1,
+  q5_0,
+  q4_k,
+  q5_k,
+  q6_k,
+  q2_k,
+  q3_k,
+  iq4_nl,
+  iq4_xs,
+  mxfp4,
+  int4_quants,
+  int4_scales,
+  mxfp4_quants,
+  mxfp4_scales
+};
+[[maybe_unused]] static constexpr int kNumBlockTypes = 16;
 
 static inline constexpr Format slot_format(BlockType type) {
-  constexpr Format formats[kNumBlockTypes] = {Format::q8,   Format::q4,   Format::q4_1, Format::q5_0,
-                                              Format::q4_k, Format::q5_k, Format::q6_k};
+  constexpr Format formats[kNumBlockTypes] = {Format::q8,   Format::q4,     Format::q4_1,   Format::q5_0,
+                                              Format::q4_k, Format::q5_k,   Format::q6_k,   Format::q2_k,
+                                              Format::q3_k, Format::iq4_nl, Format::iq4_xs, Format::mxfp4,
+                                              Format::int4, Format::int4,   Format::mxfp4,  Format::mxfp4};
   return formats[int(type)];
 }
 
 // Bytes of one block in the file.
 static inline constexpr int64_t block_bytes(BlockType type) {
-  constexpr int64_t bytes[kNumBlockTypes] = {34, 18, 20, 22, 144, 176, 210};
+  constexpr int64_t bytes[kNumBlockTypes] = {34,  18, 20,  22, 144, 176, 210, 84,
+                                             110, 18, 136, 17, 16,  2,   16,  1};
   return bytes[int(type)];
+}
+
+// Whether it brings quants only, and whether scales only.
+static inline constexpr bool is_quants(BlockType type) {
+  return type == BlockType::int4_quants || type == BlockType::mxfp4_quants;
+}
+static inline constexpr bool is_scales(BlockType type) {
+  return type == BlockType::int4_scales || type == BlockType::mxfp4_scales;
 }
 
 // Bytes of a row in the file; cols is a multiple of the block's columns.
@@ -35,13 +80,17 @@ static inline constexpr int64_t block_row_bytes(BlockType type, int64_t cols) {
   return cols / quant_format(slot_format(type)).block_cols * block_bytes(type);
 }
 
-// By GGUF's name, such as "Q4_0".
+// By GGUF's name, such as "Q4_0", or that of a part, such as "int4_scales".
 std::optional<BlockType> block_type_named(std::string_view name);
+// All of them, with commas between.
+std::string known_block_types();
 
 // Rows of panels [panel_begin, panel_end), the last of which may be short, to the same panels of `matrix`.
 // `rows` is the number of rows of the whole matrix and `matrix` its first byte; `rows_data` begins at the
-// first row of panel_begin. cols is a multiple of the block's columns. Any alignment.
-void transcode(BlockType type, const uint8_t* rows_data, int64_t rows, int64_t cols, int64_t panel_begin,
-               int64_t panel_end, uint8_t* matrix);
+// first row of panel_begin. cols is a multiple of the block's columns. Any alignment. With `interleaved`
+// matrices of `rows` rows each, `rows_data` has the rows of all of them, and they become matrices of
+// matrix_bytes(...) one behind the other.
+void transcode(BlockType type, const uint8_t* rows_data, int64_t rows, int64_t cols, int64_t interleaved,
+               int64_t panel_begin, int64_t panel_end, uint8_t* matrix);
 
 }  // namespace argosy

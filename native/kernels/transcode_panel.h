@@ -1,4 +1,4 @@
-// transcode_panel.h: sixteen rows of GGUF blocks to one panel (transcode.h has the contract).
+// transcode_panel.h: sixteen rows of blocks to one panel (transcode.h has the contract).
 //
 // One version for every instruction set: four words of four rows are transposed in registers, so that a
 // vector holds one word of each row; the rest is and, or and shift. A row that the matrix does not have is
@@ -166,6 +166,21 @@ void transcode_block<BlockType::q4_k>(const BlockRows& rows, uint8_t* quants, ui
   }
 }
 
+// Bit g of a byte of word c, from c = 0 to 7, to bit c of the byte in word g.
+inline void transpose_bits(RowWords (&words)[8]) {
+  for (int i = 0; i < 4; ++i) swap_bits(words[i], words[i + 4], 4, 0x0F0F0F0F);
+  for (int i = 0; i < 8; i += i % 2 == 0 ? 1 : 3) swap_bits(words[i], words[i + 2], 2, 0x33333333);
+  for (int i = 0; i < 8; i += 2) swap_bits(words[i], words[i + 1], 1, 0x55555555);
+}
+
+// Bits 2 g and 2 g + 1 of a byte of word c, from c = 0 to 3, to bits 2 c and 2 c + 1 of the byte in word g.
+inline void transpose_pairs(RowWords (&words)[4]) {
+  swap_bits(words[0], words[2], 4, 0x0F0F0F0F);
+  swap_bits(words[1], words[3], 4, 0x0F0F0F0F);
+  swap_bits(words[0], words[1], 2, 0x33333333);
+  swap_bits(words[2], words[3], 2, 0x33333333);
+}
+
 template <>
 void transcode_block<BlockType::q5_k>(const BlockRows& rows, uint8_t* quants, uint8_t* scales) {
   constexpr int64_t kGroupBytes = quant_format(Format::q5_k).group_bytes();
@@ -175,13 +190,21 @@ void transcode_block<BlockType::q5_k>(const BlockRows& rows, uint8_t* quants, ui
     rows.load(48 + 32 * pair, words);
     store_two_groups(rows, words, quants + 2 * pair * kGroupBytes, quants + (2 * pair + 1) * kGroupBytes);
   }
-  // Bit g of a byte of word c belongs to group g: to bit c of the byte in group g's plane.
-  RowWords high[8];
+  RowWords high[8];  // bit g of a byte belongs to group g
   rows.load(16, high);
-  for (int i = 0; i < 4; ++i) swap_bits(high[i], high[i + 4], 4, 0x0F0F0F0F);
-  for (int i = 0; i < 8; i += i % 2 == 0 ? 1 : 3) swap_bits(high[i], high[i + 2], 2, 0x33333333);
-  for (int i = 0; i < 8; i += 2) swap_bits(high[i], high[i + 1], 1, 0x55555555);
+  transpose_bits(high);
   for (int g = 0; g < 8; ++g) rows.store(quants + g * kGroupBytes + 4 * kChunkBytes, high[g]);
+}
+
+// 32 bytes with two bits of each of four groups: those of group g at bits 2 g and 2 g + 1. `planes` is where
+// those of the first group go.
+inline void store_pair_planes(const BlockRows& rows, int64_t at, uint8_t* planes, int64_t group_bytes) {
+  for (int64_t plane = 0; plane < 2; ++plane) {
+    RowWords pairs[4];
+    rows.load(at + 16 * plane, pairs);
+    transpose_pairs(pairs);
+    for (int g = 0; g < 4; ++g) rows.store(planes + g * group_bytes + plane * kChunkBytes, pairs[g]);
+  }
 }
 
 template <>
@@ -195,18 +218,7 @@ void transcode_block<BlockType::q6_k>(const BlockRows& rows, uint8_t* quants, ui
       rows.load(64 * half + 32 * i, words);
       store_two_groups(rows, words, groups + i * kGroupBytes, groups + (i + 2) * kGroupBytes);
     }
-    // Two bits of a byte of word c, at bit 2 g, belong to group g: to bits 2 (c % 4) of its plane c / 4.
-    for (int64_t plane = 0; plane < 2; ++plane) {
-      RowWords high[4];
-      rows.load(128 + 32 * half + 16 * plane, high);
-      swap_bits(high[0], high[2], 4, 0x0F0F0F0F);
-      swap_bits(high[1], high[3], 4, 0x0F0F0F0F);
-      swap_bits(high[0], high[1], 2, 0x33333333);
-      swap_bits(high[2], high[3], 2, 0x33333333);
-      for (int g = 0; g < 4; ++g) {
-        rows.store(groups + g * kGroupBytes + (4 + plane) * kChunkBytes, high[g]);
-      }
-    }
+    store_pair_planes(rows, 128 + 32 * half, groups + 4 * kChunkBytes, kGroupBytes);
   }
   RowWords sub_scales[4];
   rows.load(192, sub_scales);
@@ -216,37 +228,179 @@ void transcode_block<BlockType::q6_k>(const BlockRows& rows, uint8_t* quants, ui
   rows.copy_halves(208, scales);
 }
 
+template <>
+void transcode_block<BlockType::q2_k>(const BlockRows& rows, uint8_t* quants, uint8_t* scales) {
+  constexpr QuantFormat kQuant = quant_format(Format::q2_k);
+  for (int64_t half = 0; half < 2; ++half) {
+    store_pair_planes(rows, 16 + 32 * half, quants + 4 * half * kQuant.group_bytes(), kQuant.group_bytes());
+  }
+  RowWords sub_scales[4];
+  rows.load(0, sub_scales);
+  for (int i = 0; i < 4; ++i) {
+    rows.store_bytes(scales + kQuant.sub_scales_at() + i * 4 * kPanelRows, sub_scales[i]);
+  }
+  rows.copy_halves(80, scales);
+  rows.copy_halves(82, scales + kPanelRows * 2, 0x8000);  // these blocks subtract what they call dmin
+}
+
+// Bytes of six bits, less 32.
+inline RowWords signed_six_bits(const RowWords& bytes) {
+  const RowWords number = bytes ^ 0x20202020u;
+  const RowWords sign = number & 0x20202020u;
+  return number | (sign << 1) | (sign << 2);
+}
+
+template <>
+void transcode_block<BlockType::q3_k>(const BlockRows& rows, uint8_t* quants, uint8_t* scales) {
+  constexpr QuantFormat kQuant = quant_format(Format::q3_k);
+  constexpr int64_t kGroupBytes = kQuant.group_bytes();
+  for (int64_t half = 0; half < 2; ++half) {
+    store_pair_planes(rows, 32 + 32 * half, quants + 4 * half * kGroupBytes, kGroupBytes);
+  }
+  RowWords high[8];  // bit g of a byte belongs to group g
+  rows.load(0, high);
+  transpose_bits(high);
+  for (int g = 0; g < 8; ++g) rows.store(quants + g * kGroupBytes + 2 * kChunkBytes, high[g]);
+  // Sixteen sub-scales of six bits: the low four in the halves of eight bytes, the highest two in four.
+  RowWords packed[4];
+  rows.load(92, packed);  // from the last quants on: behind the scales the block ends
+  uint8_t* sub_scales = scales + kQuant.sub_scales_at();
+  for (int i = 0; i < 4; ++i) {
+    const RowWords low = (packed[1 + i % 2] >> (i / 2 * 4)) & kLowNibbles;
+    const RowWords top = ((packed[3] >> (2 * i)) & 0x03030303u) << 4;
+    rows.store_bytes(sub_scales + i * 4 * kPanelRows, signed_six_bits(low | top));
+  }
+  rows.copy_halves(108, scales);
+}
+
+template <>
+void transcode_block<BlockType::iq4_nl>(const BlockRows& rows, uint8_t* quants, uint8_t* scales) {
+  transcode_nibbles(rows, 2, quants);
+  rows.copy_halves(0, scales);
+}
+
+// The lowest four nibbles of each word, one a byte.
+inline RowWords spread_nibbles(const RowWords& words) {
+  const RowWords pairs = ((words & 0xFFFFu) | (words << 8)) & 0x00FF00FFu;
+  return (pairs | (pairs << 4)) & kLowNibbles;
+}
+
+template <>
+void transcode_block<BlockType::iq4_xs>(const BlockRows& rows, uint8_t* quants, uint8_t* scales) {
+  constexpr QuantFormat kQuant = quant_format(Format::iq4_xs);
+  for (int64_t g = 0; g < 8; ++g) transcode_nibbles(rows, 8 + 16 * g, quants + g * kQuant.group_bytes());
+  rows.copy_halves(0, scales);
+  // Eight sub-scales of six bits: the highest two in a word of 16 bits, the low four in one of 32.
+  RowWords top, low;
+  rows.load_one(2, top);
+  rows.load_one(4, low);
+  for (int i = 0; i < 2; ++i) {
+    const RowWords eight = (top >> (8 * i)) & 0xFFu;
+    const RowWords four = (eight | (eight << 12)) & 0x000F000Fu;
+    const RowWords pairs = (four | (four << 6)) & 0x03030303u;
+    const RowWords bytes = spread_nibbles(low >> (16 * i)) | (pairs << 4);
+    rows.store_bytes(scales + kQuant.sub_scales_at() + i * 4 * kPanelRows, signed_six_bits(bytes));
+  }
+}
+
+// 2^(e8m0 - 128), half of what the byte stands for, as a bfloat16. 255 gives `last`.
+inline uint16_t half_of_e8m0(uint8_t e8m0, uint16_t last) {
+  if (e8m0 == 255) return last;
+  return uint16_t(e8m0 < 2 ? 0x20 << e8m0 : (e8m0 - 1) << 7);  // below 2^-126: subnormal
+}
+
+inline void store_e8m0(const BlockRows& rows, uint8_t* scales, uint16_t last) {
+  for (int64_t r = 0; r < kRowsAtOnce; ++r) {
+    const uint16_t scale = half_of_e8m0(rows.row[r][0], last);
+    std::memcpy(scales + 2 * (rows.first + r), &scale, 2);
+  }
+}
+
+template <>
+void transcode_block<BlockType::mxfp4>(const BlockRows& rows, uint8_t* quants, uint8_t* scales) {
+  transcode_nibbles(rows, 1, quants);
+  store_e8m0(rows, scales, 0x7F00);  // 2^127
+}
+
+// 16 bytes with two neighbouring columns each: nibbles of columns 4 c to 4 c + 3 and 4 (c + 4) to 4 (c + 4) +
+// 3 share a word of a panel.
+inline void transcode_neighbours(const BlockRows& rows, uint8_t* group) {
+  RowWords words[4];
+  rows.load(0, words);
+  for (int c = 0; c < 4; ++c) {
+    const int shift = c % 2 * 16;
+    rows.store(group + c * kChunkBytes,
+               spread_nibbles(words[c / 2] >> shift) | (spread_nibbles(words[c / 2 + 2] >> shift) << 4));
+  }
+}
+
+template <>
+void transcode_block<BlockType::int4_quants>(const BlockRows& rows, uint8_t* quants, uint8_t*) {
+  transcode_neighbours(rows, quants);
+}
+
+template <>
+void transcode_block<BlockType::int4_scales>(const BlockRows& rows, uint8_t*, uint8_t* scales) {
+  rows.copy_halves(0, scales);
+}
+
+template <>
+void transcode_block<BlockType::mxfp4_quants>(const BlockRows& rows, uint8_t* quants, uint8_t*) {
+  transcode_neighbours(rows, quants);
+}
+
+template <>
+void transcode_block<BlockType::mxfp4_scales>(const BlockRows& rows, uint8_t*, uint8_t* scales) {
+  store_e8m0(rows, scales, 0x7FC0);  // NaN
+}
+
+// Sixteen rows, row_stride bytes apart, `present` of them there, to one panel. The bytes at `next` are those
+// of the next panel.
 template <BlockType kType>
-void transcode_panels(const TranscodeArgs& a) {
+void transcode_panel(const uint8_t* from, int64_t row_stride, int64_t present, int64_t cols, uint8_t* panel,
+                     const uint8_t* next) {
   constexpr Format kFormat = slot_format(kType);
   constexpr QuantFormat kQuant = quant_format(kFormat);
   static constexpr uint8_t kNoRow[block_bytes(kType)] = {};
-  const int64_t row_bytes = block_row_bytes(kType, a.cols);
-  const int64_t blocks = num_blocks(kFormat, a.cols);
-  for (int64_t index = a.panel_begin; index < a.panel_end; ++index) {
-    const uint8_t* from = a.rows_data + (index - a.panel_begin) * kPanelRows * row_bytes;
-    const int64_t present = a.rows - index * kPanelRows;
-    uint8_t* panel = a.matrix + index * panel_bytes(kFormat, a.cols);
-    uint8_t* scales = panel + scales_at(kFormat, a.cols);
-    for (int64_t b = 0; b < blocks; ++b) {
-      // Sixteen short streams are more than the hardware foresees; the next panel's rows are one piece.
-      if (index + 1 < a.panel_end) {
-        const uint8_t* next = from + kPanelRows * (row_bytes + b * block_bytes(kType));
-        for (int64_t at = 0; at < kPanelRows * block_bytes(kType); at += 64)
-          __builtin_prefetch(next + at, 0, 2);
-      }
-      for (int64_t first = 0; first < kPanelRows; first += kRowsAtOnce) {
-        BlockRows rows = {{}, first};
-        for (int64_t r = 0; r < kRowsAtOnce; ++r) {
-          const bool is_row = first + r < present;
-          rows.row[r] = is_row ? from + (first + r) * row_bytes + b * block_bytes(kType) : kNoRow;
-        }
-        transcode_block<kType>(rows, panel + b * kQuant.block_quant_bytes(),
-                               scales + b * kQuant.block_scale_bytes());
-      }
+  const int64_t blocks = num_blocks(kFormat, cols);
+  uint8_t* scales = panel + scales_at(kFormat, cols);
+  for (int64_t b = 0; b < blocks; ++b) {
+    // Sixteen short streams are more than the hardware foresees; the next panel's rows are one piece.
+    if (next != nullptr) {
+      const uint8_t* share = next + b * kPanelRows * block_bytes(kType);
+      for (int64_t at = 0; at < kPanelRows * block_bytes(kType); at += 64)
+        __builtin_prefetch(share + at, 0, 2);
     }
+    for (int64_t first = 0; first < kPanelRows; first += kRowsAtOnce) {
+      BlockRows rows = {{}, first};
+      for (int64_t r = 0; r < kRowsAtOnce; ++r) {
+        const bool is_row = first + r < present;
+        rows.row[r] = is_row ? from + (first + r) * row_stride + b * block_bytes(kType) : kNoRow;
+      }
+      transcode_block<kType>(rows, panel + b * kQuant.block_quant_bytes(),
+                             scales + b * kQuant.block_scale_bytes());
+    }
+  }
+  if constexpr (!is_quants(kType)) {
     uint8_t* end = scales + blocks * kQuant.block_scale_bytes();
-    std::memset(end, 0, size_t(panel + panel_bytes(kFormat, a.cols) - end));
+    std::memset(end, 0, size_t(panel + panel_bytes(kFormat, cols) - end));
+  }
+}
+
+template <BlockType kType>
+void transcode_panels(const TranscodeArgs& a) {
+  constexpr Format kFormat = slot_format(kType);
+  const int64_t row_bytes = block_row_bytes(kType, a.cols);
+  const int64_t row_stride = a.interleaved * row_bytes;
+  for (int64_t index = a.panel_begin; index < a.panel_end; ++index) {
+    const uint8_t* from = a.rows_data + (index - a.panel_begin) * kPanelRows * row_stride;
+    const uint8_t* next = index + 1 < a.panel_end ? from + kPanelRows * row_stride : nullptr;
+    for (int64_t i = 0; i < a.interleaved; ++i) {
+      uint8_t* matrix = a.matrix + i * matrix_bytes(kFormat, a.rows, a.cols);
+      transcode_panel<kType>(from + i * row_bytes, row_stride, a.rows - index * kPanelRows, a.cols,
+                             matrix + index * panel_bytes(kFormat, a.cols),
+                             next != nullptr ? next + i * kPanelRows * row_bytes : nullptr);
+    }
   }
 }
 

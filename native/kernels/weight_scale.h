@@ -7,7 +7,7 @@
 namespace argosy {
 namespace {
 
-// The factors of one column of one row: weight = scale * (q - zero) + min.
+// The factors of one column of one row: weight = scale * q + min.
 struct WeightScale {
   float scale, min;
 };
@@ -18,13 +18,17 @@ inline WeightScale weight_scale_at(Format format, const uint8_t* panel, int64_t 
   const int64_t block = col / q.block_cols;
   const int64_t inside = col % q.block_cols;
   const uint8_t* scales = panel + scales_at(format, cols) + block * q.block_scale_bytes();
-  const float scale = float_from_f16(read_unaligned<uint16_t>(scales + row * 2));
+  const uint16_t bits = read_unaligned<uint16_t>(scales + row * 2);
+  const float scale = q.is_bf16 ? float_from_bf16(bits) : float_from_f16(bits);
   const float min =
       q.has_min ? float_from_f16(read_unaligned<uint16_t>(scales + (kPanelRows + row) * 2)) : 0.0f;
-  if (q.sub_scale_cols == 0) return {scale, min};
+  if (q.sub_scales == SubScales::none) return {scale, min};
   const uint8_t* subs = scales + row;
   const uint8_t sub_scale = subs[q.sub_scales_at() + inside / q.sub_scale_cols * kPanelRows];
-  if (!q.has_min) return {scale * float(int8_t(sub_scale)), 0.0f};
+  if (q.sub_scales == SubScales::signed_bytes) return {scale * float(int8_t(sub_scale)), 0.0f};
+  if (q.sub_scales == SubScales::nibbles) {
+    return {scale * float(sub_scale & 0xF), min * float(sub_scale >> 4)};
+  }
   const uint8_t sub_min = subs[q.sub_mins_at() + inside / kGroupSize * kPanelRows];
   return {scale * float(sub_scale), min * float(sub_min)};
 }

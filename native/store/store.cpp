@@ -58,17 +58,19 @@ std::string hex(uint32_t value) {
 
 // Bytes of the matrix that a piece becomes.
 int64_t transcoded_bytes(const Piece& piece, const std::string& name) {
-  const auto& [type, rows, cols] = *piece.transcode;
+  const auto& [type, rows, cols, interleaved] = *piece.transcode;
   const int64_t block_cols = quant_format(slot_format(type)).block_cols;
-  // Half a byte for each weight at least: no product below can overflow.
-  const bool is_possible = rows > 0 && cols > 0 && cols % block_cols == 0 &&
-                           piece.nbytes < int64_t{1} << 55 && cols / 2 <= piece.nbytes / rows;
-  if (!is_possible || rows * block_row_bytes(type, cols) != piece.nbytes) {
+  // A byte for 32 weights at least: no product below can overflow.
+  const bool is_possible = rows > 0 && cols > 0 && interleaved > 0 && cols % block_cols == 0 &&
+                           piece.nbytes < int64_t{1} << 50 && interleaved <= piece.nbytes / rows &&
+                           cols / kGroupSize <= piece.nbytes / (rows * interleaved);
+  if (!is_possible || interleaved * rows * block_row_bytes(type, cols) != piece.nbytes) {
     throw std::invalid_argument(name + ": " + std::to_string(piece.nbytes) + " bytes are not " +
+                                (interleaved == 1 ? "" : std::to_string(interleaved) + " times ") +
                                 std::to_string(rows) + " rows of " + std::to_string(cols) +
                                 " columns in blocks of " + std::to_string(block_cols));
   }
-  return matrix_bytes(slot_format(type), rows, cols);
+  return interleaved * matrix_bytes(slot_format(type), rows, cols);
 }
 
 }  // namespace
@@ -222,13 +224,13 @@ void Store::add_piece(Request& request, const Piece& piece, std::optional<uint32
   const size_t parts_before = parts.size();
   if (piece.transcode) {
     if (checksum) throw std::invalid_argument("a piece that is transcoded has no checksum");
-    const auto& [type, rows, cols] = *piece.transcode;
-    const int64_t panel_bytes = kPanelRows * block_row_bytes(type, cols);
+    const int64_t rows = piece.transcode->rows, cols = piece.transcode->cols;
+    const int64_t panel_bytes = piece.transcode->panel_bytes();
     if (panel_bytes > kStagingBytes - 2 * align) {
-      throw std::invalid_argument(file_name(path) + ": " + std::to_string(kPanelRows) + " rows of " +
-                                  std::to_string(cols) + " columns take " + std::to_string(panel_bytes) +
-                                  " bytes, and a reader transcodes from " +
-                                  std::to_string(kStagingBytes - 2 * align) + " at most");
+      throw std::invalid_argument(
+          file_name(path) + ": " + std::to_string(kPanelRows * piece.transcode->interleaved) + " rows of " +
+          std::to_string(cols) + " columns take " + std::to_string(panel_bytes) +
+          " bytes, and a reader transcodes from " + std::to_string(kStagingBytes - 2 * align) + " at most");
     }
     const int64_t num_panels = divide_up(rows, kPanelRows);
     const int64_t num_parts = divide_up(num_panels, std::max<int64_t>(1, kTranscodedPartBytes / panel_bytes));
@@ -495,16 +497,16 @@ Store::Outcome Store::read_part(const Begun& begun) {
     uint8_t* memory = piece.memory + (part.begin - round_down(piece.offset, piece.file->open.alignment));
     return read_range(piece, begun, std::min(part.end, piece_end), memory);
   }
-  const auto& [type, rows, cols] = *piece.transcode;
-  const int64_t panel_bytes = kPanelRows * block_row_bytes(type, cols);
+  const auto& [type, rows, cols, interleaved] = *piece.transcode;
+  const int64_t panel_bytes = piece.transcode->panel_bytes();
   const int64_t data_begin = piece.offset + part.panel_begin * panel_bytes;
   const int64_t data_end = std::min(piece.offset + part.panel_end * panel_bytes, piece_end);
   uint8_t* staged = staging_->at(begun.staging_offset);
   Outcome outcome = read_range(piece, begun, data_end, staged);
   if (outcome.error != ReadError::none) return outcome;
   const double start = file_system_->seconds();
-  transcode(type, staged + (data_begin - part.begin), rows, cols, part.panel_begin, part.panel_end,
-            piece.memory);
+  transcode(type, staged + (data_begin - part.begin), rows, cols, interleaved, part.panel_begin,
+            part.panel_end, piece.memory);
   add_seconds(&StoreStats::transcode_seconds, file_system_->seconds() - start);
   return {};
 }

@@ -5,7 +5,7 @@
 //
 // A piece is bytes [offset, offset + nbytes) of a file. A plain one is read in place with its surroundings,
 // rounded outwards to the file's alignment: to `dest_offset`, so that its own bytes begin at dest_offset +
-// offset % alignment. One with a Transcode is a matrix of GGUF blocks: some of its panels are read into
+// offset % alignment. One with a Transcode is a matrix of blocks: some of its panels are read into
 // staging memory, and a reader turns them into slot format; the matrix begins exactly at dest_offset. A large
 // piece is cut into parts. A ticket is done when all its pieces are in memory and match their checksums, or
 // one of them failed and nothing moves any more: after that, nobody writes to that memory.
@@ -55,11 +55,17 @@ struct FileInfo {
   std::string why_not_direct;
 };
 
-// A matrix of GGUF blocks, rows one after another, that becomes panels of slot_format(block_type).
+// A matrix of blocks, rows one after another, that becomes panels of slot_format(block_type), or the quants
+// or the scales of these panels (kernels/transcode.h). With several matrices interleaved, row by row, in one
+// tensor, each has `rows` rows, and they become matrices one behind the other.
 struct Transcode {
   BlockType block_type;
   int64_t rows;
   int64_t cols;
+  int64_t interleaved = 1;
+
+  // Bytes of the file that become one panel of each matrix.
+  int64_t panel_bytes() const { return kPanelRows * interleaved * block_row_bytes(block_type, cols); }
 };
 
 struct Piece {

@@ -16,10 +16,15 @@
 
 namespace argosy::testing {
 
-inline const Format kFormats[] = {Format::f32,  Format::f16,  Format::bf16, Format::q8,   Format::q4,
-                                  Format::q4_1, Format::q5_0, Format::q4_k, Format::q5_k, Format::q6_k};
-inline const BlockType kBlockTypes[] = {BlockType::q8_0, BlockType::q4_0, BlockType::q4_1, BlockType::q5_0,
-                                        BlockType::q4_k, BlockType::q5_k, BlockType::q6_k};
+inline const Format kFormats[] = {Format::f32,    Format::f16,    Format::bf16,  Format::q8,
+                                  Format::q4,     Format::q4_1,   Format::q5_0,  Format::q4_k,
+                                  Format::q5_k,   Format::q6_k,   Format::q2_k,  Format::q3_k,
+                                  Format::iq4_nl, Format::iq4_xs, Format::mxfp4, Format::int4};
+// Those that bring a whole matrix.
+inline const BlockType kBlockTypes[] = {BlockType::q8_0,   BlockType::q4_0,   BlockType::q4_1,
+                                        BlockType::q5_0,   BlockType::q4_k,   BlockType::q5_k,
+                                        BlockType::q6_k,   BlockType::q2_k,   BlockType::q3_k,
+                                        BlockType::iq4_nl, BlockType::iq4_xs, BlockType::mxfp4};
 
 // Around the vectors (8, 16), the panel (16) and the group (32).
 inline const int64_t kSizes[] = {0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 70};
@@ -54,8 +59,19 @@ inline BlockType block_type_of(Format format) {
   return {};
 }
 
-// Where the float16 scale of a block lies in its bytes; a float16 min lies two bytes further.
-inline int64_t scale_at(BlockType type) { return type == BlockType::q6_k ? 208 : 0; }
+// Where the scale of a block lies in its bytes; a float16 min lies two bytes further.
+inline int64_t scale_at(BlockType type) {
+  switch (type) {
+    case BlockType::q6_k:
+      return 208;
+    case BlockType::q2_k:
+      return 80;
+    case BlockType::q3_k:
+      return 108;
+    default:
+      return 0;
+  }
+}
 
 inline void put_half(uint8_t* to, float value) {
   const uint16_t half = f16_from_float(value);
@@ -68,10 +84,20 @@ inline std::vector<uint8_t> random_blocks(BlockType type, int64_t rows, int64_t 
   const QuantFormat quant = quant_format(slot_format(type));
   std::vector<uint8_t> bytes(size_t(rows * block_row_bytes(type, cols)));
   for (uint8_t& byte : bytes) byte = uint8_t(generator());
-  const float largest = float(1 << (quant.bits - 1)) * (quant.sub_scale_cols > 0 ? 32.0f : 1.0f);
+  if (is_quants(type)) return bytes;
+  const float largest = float(quant.table != nullptr ? quant.zero : 1 << (quant.bits - 1)) *
+                        (quant.sub_scale_cols > 0 ? 32.0f : 1.0f);
   std::normal_distribution<float> distribution(0.0f, 1.0f);
   for (size_t at = size_t(scale_at(type)); at < bytes.size(); at += size_t(block_bytes(type))) {
-    put_half(&bytes[at], distribution(generator) / largest);
+    const float scale = distribution(generator) / largest;
+    if (type == BlockType::mxfp4 || type == BlockType::mxfp4_scales) {
+      bytes[at] = uint8_t(122 + bytes[at] % 6);
+    } else if (type == BlockType::int4_scales) {
+      const uint16_t bits = bf16_from_float(scale);
+      std::memcpy(&bytes[at], &bits, 2);
+    } else {
+      put_half(&bytes[at], scale);
+    }
     if (quant.has_min) put_half(&bytes[at + 2], distribution(generator) / largest);
   }
   return bytes;
@@ -91,13 +117,24 @@ struct Weights {
   Weights(BlockType type, const std::vector<uint8_t>& blocks, int64_t rows, int64_t cols,
           int64_t misalign = 0)
       : Weights(slot_format(type), rows, cols, misalign) {
-    transcode(type, blocks.data(), rows, cols, 0, round_up(rows, kPanelRows) / kPanelRows,
-              bytes.get() + misalign);
+    bring(type, blocks);
+  }
+
+  void bring(BlockType type, const std::vector<uint8_t>& blocks) {
+    transcode(type, blocks.data(), view.rows, view.cols, 1, 0, round_up(view.rows, kPanelRows) / kPanelRows,
+              const_cast<uint8_t*>(view.data));
   }
 
   // cols is cols_of(format, ...).
   static Weights random(Format format, int64_t rows, int64_t cols, unsigned seed, int64_t misalign = 0) {
     if (is_quantized_here(format)) return Weights(format, normal(rows * cols, seed), rows, cols, misalign);
+    if (format == Format::int4) {
+      Weights parts(format, rows, cols, misalign);
+      for (const BlockType type : {BlockType::int4_scales, BlockType::int4_quants}) {
+        parts.bring(type, random_blocks(type, rows, cols, seed));
+      }
+      return parts;
+    }
     const BlockType type = block_type_of(format);
     return Weights(type, random_blocks(type, rows, cols, seed), rows, cols, misalign);
   }

@@ -142,15 +142,27 @@ void integer_sums_are_exact() {
       for (int64_t row = 0; row < kRows; ++row) {
         uint8_t* block = blocks.data() + row * size;
         for (int64_t i = 0; i < size; ++i) block[i] = is_high(row, i) ? 0xFF : 0x00;
-        if (quant.sub_scale_cols == 32) {  // sub-scales of one, sub-mins of zero
+        if (quant.sub_scales == SubScales::bytes) {  // sub-scales of one, sub-mins of zero
           std::memset(block + 4, 1, 4);
           std::memset(block + 8, 0, 4);
           std::memset(block + 12, 1, 4);
-        } else if (quant.sub_scale_cols == 16) {
+        } else if (type == BlockType::q6_k) {
           for (int64_t i = 0; i < 16; ++i) block[192 + i] = is_high(row, i) ? 0x01 : 0xFF;
+        } else if (type == BlockType::q2_k) {
+          std::memset(block, 0x11, 16);
+        } else if (type == BlockType::q3_k) {  // 33 less 32
+          std::memset(block + 96, 0x11, 8);
+          std::memset(block + 104, 0xAA, 4);
+        } else if (type == BlockType::iq4_xs) {
+          std::memset(block + 2, 0xAA, 2);
+          std::memset(block + 4, 0x11, 4);
+        }
+        if (type == BlockType::mxfp4) {
+          block[0] = 128;
+          continue;
         }
         put_half(block + scale_at(type), 1.0f);
-        if (quant.has_min) put_half(block + 2, quant.sub_scale_cols == 0 ? -3.0f : 1.0f);
+        if (quant.has_min) put_half(block + scale_at(type) + 2, quant.sub_scale_cols == 0 ? -3.0f : 1.0f);
       }
       check_exact_products(*table, Weights(type, blocks, kRows, quant.block_cols).view);
     }
@@ -181,14 +193,14 @@ void activations_are_the_same_bytes_everywhere() {
   }
 }
 
-// Blocks with a NaN for a scale in row 3 and an infinity in row 7.
+// Panels with a NaN for a scale in row 3 and an infinity in row 7.
 Weights spoiled(Format format, int64_t rows) {
-  const BlockType type = block_type_of(format);
   const int64_t cols = quant_format(format).block_cols;
-  std::vector<uint8_t> blocks = random_blocks(type, rows, cols, 8);
-  put_half(blocks.data() + 3 * block_bytes(type) + scale_at(type), NAN);
-  put_half(blocks.data() + 7 * block_bytes(type) + scale_at(type), INFINITY);
-  return Weights(type, blocks, rows, cols);
+  Weights w = Weights::random(format, rows, cols, 8);
+  const uint16_t infinity = quant_format(format).is_bf16 ? 0x7F80 : 0x7C00, nan = infinity | 0x40;
+  std::memcpy(w.bytes.get() + scales_at(format, cols) + 3 * 2, &nan, 2);
+  std::memcpy(w.bytes.get() + scales_at(format, cols) + 7 * 2, &infinity, 2);
+  return w;
 }
 
 void nan_and_infinity_stay_in_their_row() {
@@ -230,22 +242,39 @@ void every_instruction_set_packs_the_same_bytes() {
 void panels_may_be_transcoded_apart() {
   constexpr int64_t kRows = 53;
   for (const KernelTable* table : all_tables()) {
-    for (const BlockType type : kBlockTypes) {
+    for (int number = 0; number < kNumBlockTypes; ++number) {
+      const BlockType type = BlockType(number);
       const Format format = slot_format(type);
       const int64_t cols = 2 * quant_format(format).block_cols;
       const int64_t row_bytes = block_row_bytes(type, cols);
-      const std::vector<uint8_t> blocks = random_blocks(type, kRows, cols, 11);
-      std::vector<uint8_t> whole(size_t(matrix_bytes(format, kRows, cols))), parts(whole.size());
-      table->transcode[int(type)]({blocks.data(), kRows, cols, 0, 4, whole.data()});
-      const int64_t ranges[][2] = {{2, 4}, {0, 1}, {1, 2}};
-      for (const auto& [begin, end] : ranges) {
-        // Only these rows, at the end of their memory.
-        const int64_t rows = (end * kPanelRows < kRows ? end * kPanelRows : kRows) - begin * kPanelRows;
-        const std::vector<uint8_t> some(blocks.begin() + begin * kPanelRows * row_bytes,
-                                        blocks.begin() + (begin * kPanelRows + rows) * row_bytes);
-        table->transcode[int(type)]({some.data(), kRows, cols, begin, end, parts.data()});
+      for (const int64_t interleaved : {1, 2, 3}) {
+        const std::vector<uint8_t> blocks = random_blocks(type, interleaved * kRows, cols, 11);
+        std::vector<uint8_t> whole(size_t(interleaved * matrix_bytes(format, kRows, cols))),
+            parts(whole.size());
+        table->transcode[number]({blocks.data(), kRows, cols, interleaved, 0, 4, whole.data()});
+        const int64_t ranges[][2] = {{2, 4}, {0, 1}, {1, 2}};
+        for (const auto& [begin, end] : ranges) {
+          // Only these rows, at the end of their memory.
+          const int64_t rows = (end * kPanelRows < kRows ? end * kPanelRows : kRows) - begin * kPanelRows;
+          const int64_t stride = interleaved * row_bytes;
+          const std::vector<uint8_t> some(blocks.begin() + begin * kPanelRows * stride,
+                                          blocks.begin() + (begin * kPanelRows + rows) * stride);
+          table->transcode[number]({some.data(), kRows, cols, interleaved, begin, end, parts.data()});
+        }
+        CHECK(parts == whole);
+        // Each matrix is what its own rows give.
+        std::vector<uint8_t> apart;
+        for (int64_t i = 0; i < interleaved; ++i) {
+          std::vector<uint8_t> own, matrix(size_t(matrix_bytes(format, kRows, cols)));
+          for (int64_t row = 0; row < kRows; ++row) {
+            const auto at = blocks.begin() + (row * interleaved + i) * row_bytes;
+            own.insert(own.end(), at, at + row_bytes);
+          }
+          table->transcode[number]({own.data(), kRows, cols, 1, 0, 4, matrix.data()});
+          apart.insert(apart.end(), matrix.begin(), matrix.end());
+        }
+        CHECK(apart == whole);
       }
-      CHECK(parts == whole);
     }
   }
 }

@@ -289,26 +289,27 @@ void a_closed_arena_lives_until_its_reads_are_done() {
 // ── matrices of GGUF blocks
 // ─────────────────────────────────────────────────────────────────────────────────
 
-constexpr BlockType kBlockTypes[] = {BlockType::q8_0, BlockType::q4_0, BlockType::q4_1, BlockType::q5_0,
-                                     BlockType::q4_k, BlockType::q5_k, BlockType::q6_k};
-
 struct BlockMatrix {
   BlockType type;
   int64_t rows;
   int64_t cols;
+  int64_t interleaved = 1;
 
-  int64_t file_bytes() const { return rows * block_row_bytes(type, cols); }
-  int64_t bytes() const { return matrix_bytes(slot_format(type), rows, cols); }
+  int64_t file_bytes() const { return interleaved * rows * block_row_bytes(type, cols); }
+  int64_t bytes() const { return interleaved * matrix_bytes(slot_format(type), rows, cols); }
   Piece piece(int file_id, int64_t offset, int64_t dest) const {
-    return {file_id, offset, file_bytes(), dest, Transcode{type, rows, cols}};
+    return {file_id, offset, file_bytes(), dest, Transcode{type, rows, cols, interleaved}};
   }
 };
 
-// Random bytes are blocks of some weights, so any file will do.
+constexpr uint8_t kUntouched = 0xA5;
+
+// Random bytes are blocks of some weights, so any file will do. What only brings quants or scales leaves the
+// rest of the panels alone.
 std::vector<uint8_t> panels_of(const BlockMatrix& matrix, const uint8_t* blocks) {
-  std::vector<uint8_t> panels(size_t(matrix.bytes()));
-  transcode(matrix.type, blocks, matrix.rows, matrix.cols, 0, (matrix.rows + kPanelRows - 1) / kPanelRows,
-            panels.data());
+  std::vector<uint8_t> panels(size_t(matrix.bytes()), kUntouched);
+  transcode(matrix.type, blocks, matrix.rows, matrix.cols, matrix.interleaved, 0,
+            (matrix.rows + kPanelRows - 1) / kPanelRows, panels.data());
   return panels;
 }
 
@@ -325,18 +326,18 @@ void a_matrix_of_blocks_lands_as_panels_at_any_offset() {
     CHECK_EQUAL(store.staging_bytes(), 3 * Store::kStagingBytes);
     const int id = store.open(file.path(), direct);
     Arena arena{size_t{8} << 20};
-    for (const BlockType type : kBlockTypes) {
+    for (int type = 0; type < kNumBlockTypes; ++type) {
       for (const int64_t rows : {1, 15, 16, 17, 700, 1500}) {
-        const BlockMatrix matrix{type, rows, rows > 100 ? 1536 : 256};
+        const BlockMatrix matrix{BlockType(type), rows, rows > 100 ? 1536 : 256, 1 + rows % 2};
         for (const int64_t offset :
              {int64_t{0}, int64_t{32}, kPage - 32, file.size() - matrix.file_bytes()}) {
           if (offset + matrix.file_bytes() > file.size()) continue;
           constexpr int64_t dest = 5 * 64;
           const int64_t end = dest + matrix.bytes();
-          std::fill_n(arena.data(), size_t(end + 64), uint8_t{0xA5});
+          std::fill_n(arena.data(), size_t(end + 64), kUntouched);
           CHECK_EQUAL(wait_one(store, store.fetch(arena, {matrix.piece(id, offset, dest)})).message, "");
           CHECK(holds_panels(arena, dest, matrix, file, offset));
-          const auto is_untouched = [](uint8_t byte) { return byte == 0xA5; };
+          const auto is_untouched = [](uint8_t byte) { return byte == kUntouched; };
           CHECK(std::all_of(arena.data(), arena.data() + dest, is_untouched));
           CHECK(std::all_of(arena.data() + end, arena.data() + end + 64, is_untouched));
         }
@@ -357,6 +358,26 @@ void a_large_matrix_of_blocks_is_shared_by_the_readers() {
   CHECK_EQUAL(store.stats().reads, 7);
   // What is read twice, at the borders of parts, is two blocks of the file a part at most.
   CHECK(store.stats().bytes_read <= matrix.file_bytes() + 7 * 2 * kPage);
+}
+
+// Quants and scales of one matrix, and of two whose rows alternate, in parts that land in any order.
+void quants_and_scales_land_in_the_same_panels() {
+  const TestFile file(int64_t{5} << 20);
+  for (const int64_t interleaved : {1, 2}) {
+    const BlockMatrix quants{BlockType::mxfp4_quants, 1100, 2048, interleaved};  // several parts
+    const BlockMatrix scales{BlockType::mxfp4_scales, 1100, 2048, interleaved};
+    Store store(4, files());
+    const int id = store.open(file.path());
+    Arena arena{size_t(quants.bytes())};
+    const int64_t scales_at = quants.file_bytes() + 17;
+    CHECK_EQUAL(
+        wait_one(store, store.fetch(arena, {scales.piece(id, scales_at, 0), quants.piece(id, 3, 0)})).message,
+        "");
+    std::vector<uint8_t> panels = panels_of(quants, file.at(3));
+    transcode(scales.type, file.at(scales_at), scales.rows, scales.cols, interleaved, 0, 69, panels.data());
+    CHECK(std::equal(panels.begin(), panels.end(), arena.data()));
+    CHECK(store.stats().reads > 3);
+  }
 }
 
 void plain_and_transcoded_pieces_share_a_ticket() {
@@ -454,6 +475,11 @@ void blocks_that_cannot_be_meant_are_refused_at_once() {
       piece(18, 0, INT64_MAX / 32, 64),
       piece(INT64_MAX / 4, 0, 16, INT64_MAX / 64 * 32),
       {id, 0, 210, 0, Transcode{BlockType::q6_k, 1, 32}},
+      {id, 0, nbytes, 0, Transcode{BlockType::q4_0, 16, 256, 0}},
+      {id, 0, nbytes, 0, Transcode{BlockType::q4_0, 16, 256, -1}},
+      {id, 0, nbytes, 0, Transcode{BlockType::q4_0, 16, 256, 2}},
+      {id, 0, nbytes, 0, Transcode{BlockType::q4_0, 16, 256, INT64_MAX / 16}},
+      {id, 0, 1, 0, Transcode{BlockType::mxfp4_scales, 1, INT64_MAX / 32 * 32}},
   };
   for (const Piece& each : wrong) CHECK_THROWS(std::invalid_argument, store.fetch(arena, {each}));
   CHECK_THROWS(std::invalid_argument, store.fetch(arena, {piece(nbytes, 0, 16, 256)}, {1}));
@@ -775,6 +801,7 @@ int main() {
     a_closed_arena_lives_until_its_reads_are_done();
     a_matrix_of_blocks_lands_as_panels_at_any_offset();
     a_large_matrix_of_blocks_is_shared_by_the_readers();
+    quants_and_scales_land_in_the_same_panels();
     plain_and_transcoded_pieces_share_a_ticket();
     an_interrupted_or_partial_read_of_blocks_goes_on();
     a_failed_read_of_blocks_fails_its_ticket_and_writes_nothing_of_that_part();

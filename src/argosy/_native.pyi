@@ -11,7 +11,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Format = Literal["f32", "f16", "bf16", "q8", "q4", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k"]
+Format = Literal[
+    "f32", "f16", "bf16",
+    "q8", "q4", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4", "int4",
+]  # fmt: skip
 InstructionSet = Literal["plain", "avx2", "avx512"]
 Activation = tuple[Literal["silu", "clamped"], float, float]  # kind, limit, alpha
 _Floats = NDArray[np.float32]
@@ -49,13 +52,18 @@ def quantize(format: Format, weights: _Floats, out: _Bytes, runtime: Runtime | N
     """Write weights [rows, cols] to `out` [matrix_bytes] as f32, f16, bf16, or q8 or q4 on the threads of `runtime`.
 
     The bytes are the same on every instruction set. q4 scales have the least squared error of a list of candidates. A
-    group of 32 with an infinity or a NaN gets a NaN scale. The other formats only hold what a GGUF file has.
+    group of 32 with an infinity or a NaN gets a NaN scale. The other formats only hold what a file has.
     """
 
-def transcode(block_type: str, data: _Bytes, rows: int, cols: int) -> _Bytes:
-    """GGUF blocks of a matrix [rows, cols] as the bytes of its slot format, without loss.
+def transcode(
+    block_type: str, data: _Bytes, rows: int, cols: int, interleaved: int = 1, out: _Bytes | None = None
+) -> _Bytes:
+    """Blocks of a matrix [rows, cols] as the bytes of its slot format, without loss.
 
-    Q8_0 becomes q8, Q4_0 q4, the others the format of their name. cols is a multiple of 32, or 256 for the K types.
+    Q8_0 becomes q8, Q4_0 q4, GGUF's other types the format of their name; cols is a multiple of their block's 32 or
+    256. `int4_quants`, `int4_scales`, `mxfp4_quants` and `mxfp4_scales` (native/kernels/transcode.h) write only their
+    part of the panels: to `out` [matrix_bytes], which is returned, or beside zeros. `interleaved` matrices of `rows`
+    rows each, row by row in `data`, come out one behind the other.
     """
 
 def dequantize(format: Format, data: _Bytes, rows: int, cols: int) -> _Floats:
@@ -548,7 +556,13 @@ class FaultyFileSystem(FileSystem):
     @property
     def num_reads(self) -> int: ...
 
-Piece = tuple[int, int, int, int] | tuple[int, int, int, int, str, int, int]
+# file_id, offset, nbytes, dest_offset; to be transcoded: and block_type, rows, cols, which may be followed by how many
+# matrices of so many rows lie interleaved.
+Piece = (
+    tuple[int, int, int, int]
+    | tuple[int, int, int, int, str, int, int]
+    | tuple[int, int, int, int, str, int, int, int]
+)
 STAGING_BYTES: int
 
 class Store:

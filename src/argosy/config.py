@@ -20,7 +20,10 @@ _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "k": KIB, "m": M
 
 KvDtype = Literal["f32", "f16"]
 # How the weights of a matrix lie in memory; native/kernels/formats.h has the layouts.
-Format = Literal["f32", "f16", "bf16", "q8", "q4", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k"]
+Format = Literal[
+    "f32", "f16", "bf16",
+    "q8", "q4", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4", "int4",
+]  # fmt: skip
 
 
 def parse_size(text: str | int, *, total_bytes: int | None = None) -> int:

@@ -21,7 +21,7 @@ from tests.models.gguf_models import BLOCK_TYPES, TYPES, TypeOf, mixed, one_type
 from tests.models.numpy_model import NumpyModel, softmax
 from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.safetensors_file import Array
-from tests.models.tiny import RawConfig, mixtral, prompt_ids, qwen2_moe, qwen3_moe
+from tests.models.tiny import RawConfig, gpt_oss, mixtral, prompt_ids, qwen2_moe, qwen3_moe
 
 # Mean KL in nats that 8-bit activations may cost; 0.0003 is found. A wrong scale, row or column costs more than one.
 LARGEST_DIVERGENCE = 0.002
@@ -43,6 +43,8 @@ def config_of(family: str, *, num_experts: int, experts_per_token: int) -> RawCo
         case "qwen2_moe":
             shared = {"shared_expert_intermediate_size": 512, "intermediate_size": 512}
             return qwen2_moe(**sizes, **shared, num_experts=num_experts, moe_intermediate_size=256)
+        case "gpt_oss":
+            return gpt_oss(**sizes, num_local_experts=num_experts, intermediate_size=256)
         case _:
             return qwen3_moe(**sizes, num_experts=num_experts, moe_intermediate_size=256)
 
@@ -54,7 +56,7 @@ def mean_divergence(expected: Array, found: Array) -> float:
 
 def every_type() -> list[Any]:
     kinds = [*((name, one_type(name)) for name in TYPES), ("mixed", mixed)]
-    families = ("mixtral", "qwen2_moe", "qwen3_moe")
+    families = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
     return [pytest.param(family, kind, id=f"{family}-{name}") for family in families for name, kind in kinds]
 
 
@@ -86,7 +88,7 @@ def test_experts_of_their_own_tensors_read_like_stacked_ones(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("instruction_set", _native.instruction_sets())
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"])
 def test_greedy_answers_are_equal_at_every_budget_in_place_and_packed(
     family: str, instruction_set: str, tmp_path: Path
 ) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from argosy import Engine, SamplingParams, _native
 from tests.models.numpy_model import NumpyModel
-from tests.models.random_models import random_configuration, write_decided_model
+from tests.models.random_models import random_configuration, random_gpt_oss, write_decided_model
 from tests.models.references import LARGEST_DIFFERENCE, REFERENCES, Reference, difference
+from tests.models.runnable import runnable
 
 INSTRUCTION_SETS = _native.instruction_sets()
 
@@ -18,10 +19,11 @@ INSTRUCTION_SETS = _native.instruction_sets()
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("reference", REFERENCES, ids=lambda reference: reference.name)
 def test_logits_and_greedy_continuation_equal_transformers(
-    reference: Reference, instruction_set: str
+    reference: Reference, instruction_set: str, tmp_path: Path
 ) -> None:
     greedy = SamplingParams(max_tokens=len(reference.greedy), temperature=0, ignore_eos=True)
-    with Engine(reference.directory, memory="4GiB", threads=1, instruction_set=instruction_set) as engine:
+    model = runnable(reference.directory, tmp_path)
+    with Engine(model, memory="4GiB", threads=1, instruction_set=instruction_set) as engine:
         logits = engine.logits(reference.input_ids)
         result = engine.generate(reference.input_ids, greedy)
 
@@ -35,6 +37,23 @@ def test_logits_equal_the_numpy_model_on_random_configurations(seed: int, tmp_pa
     expected = NumpyModel(tmp_path).logits(prompt)
     with Engine(
         tmp_path,
+        memory="4GiB",
+        threads=1 + seed % 2,
+        chunk_tokens=(1, 3, 16, 256)[seed % 4],
+        instruction_set=INSTRUCTION_SETS[seed % len(INSTRUCTION_SETS)],
+        expert_slots=smallest_cache(tmp_path) if seed % 5 < 3 else None,
+    ) as engine:
+        logits = engine.logits(prompt)
+
+    assert difference(logits, expected) <= LARGEST_DIFFERENCE
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_logits_equal_the_numpy_model_on_random_configurations_of_gpt_oss(seed: int, tmp_path: Path) -> None:
+    prompt = write_decided_model(tmp_path, random_gpt_oss(seed), num_tokens=1 + 7 * seed % 41)
+    expected = NumpyModel(tmp_path).logits(prompt)
+    with Engine(
+        runnable(tmp_path, tmp_path),
         memory="4GiB",
         threads=1 + seed % 2,
         chunk_tokens=(1, 3, 16, 256)[seed % 4],

@@ -80,7 +80,11 @@ def hub_names(config: RawConfig, layer: int, expert: int) -> tuple[str, str, str
     return base + "gate_proj.weight", base + "up_proj.weight", base + "down_proj.weight"
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda configuration: configuration.name)
+# One tensor for each matrix of an expert; the others have tests of their own.
+SEPARATE = [one for one in CONFIGURATIONS if one.config["model_type"] != "gpt_oss"]
+
+
+@pytest.mark.parametrize("configuration", SEPARATE, ids=lambda configuration: configuration.name)
 def test_every_tensor_is_found_where_it_lies(tmp_path: Path, configuration: Configuration) -> None:
     config = configuration.config
     write_tiny_model(tmp_path, config, seed=1, dtype=configuration.dtype, num_shards=configuration.num_shards)

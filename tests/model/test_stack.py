@@ -20,6 +20,7 @@ from argosy.model.workspace import Workspace
 from tests.model.open_parts import Parts, Run, batches, decode, open_parts
 from tests.model.reference_step import Floats, ReferenceDecoder
 from tests.models.references import REFERENCES
+from tests.models.runnable import runnable
 from tests.models.tiny import mixtral, qwen2_moe, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 
@@ -48,7 +49,7 @@ PACKED = {
 @pytest.fixture(scope="module", params=[*CHECKPOINTS, *PACKED])
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param in CHECKPOINTS:
-        return CHECKPOINTS[request.param]
+        return runnable(CHECKPOINTS[request.param], tmp_path_factory.mktemp(request.param))
     config, format = PACKED[request.param]
     root = tmp_path_factory.mktemp(request.param)
     pack(open_model(write_model(root / "plain", config, seed=5)), root / "packed", format=format)

@@ -157,19 +157,19 @@ CONFIGURATIONS = (
     Configuration(
         name="gpt_oss_clamped_top1",  # inner neurons are of the order of one, so half of them are cut off
         config=gpt_oss(
-            swiglu_limit=0.6, swiglu_alpha=1.1, num_experts_per_tok=1, layer_types=None, num_hidden_layers=3
+            swiglu_limit=0.6, swiglu_alpha=1.1, num_experts_per_tok=1, layer_types=None, num_key_value_heads=4
         ),
     ),
     Configuration(
         name="gpt_oss_full_attention_f16",
         config=gpt_oss(
-            layer_types=["full_attention"] * 3,
-            num_hidden_layers=3,
+            layer_types=["full_attention"] * 2,
+            num_hidden_layers=2,
             attention_bias=False,
             torch_dtype="float16",
             num_key_value_heads=1,
             hidden_size=44,
-            intermediate_size=17,
+            intermediate_size=9,
             rope_scaling=yarn(4.0, 16, rope_type="yarn", beta_fast=4.0, attention_factor=1.1),
         ),
         dtype="F16",
@@ -183,8 +183,9 @@ CONFIGURATIONS = (
                 num_hidden_layers=3,
                 num_local_experts=9,
                 num_experts_per_tok=4,
+                intermediate_size=10,
                 initial_context_length=128,
-                head_dim=24,
+                head_dim=14,
                 vocab_size=101,
             ),
             theta=1e4,
@@ -195,13 +196,12 @@ CONFIGURATIONS = (
         name="gpt_oss_f32",
         config=gpt_oss(
             torch_dtype="float32",
-            num_local_experts=3,
+            num_local_experts=4,
             num_experts_per_tok=3,
             head_dim=10,
             num_attention_heads=6,
             num_key_value_heads=3,
-            hidden_size=36,
-            intermediate_size=16,
+            vocab_size=84,
             tie_word_embeddings=True,
             num_hidden_layers=2,
         ),

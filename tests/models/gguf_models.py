@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -20,7 +21,12 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from tests.models.safetensors_file import Array, write_checkpoint
 from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts, random_tensors
 
-ARCHITECTURES = {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+ARCHITECTURES = {
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "gpt_oss": "gpt-oss",
+}
 BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q5_K", "Q6_K")
 TYPES = ("F32", "F16", "BF16", *BLOCK_TYPES)
 
@@ -41,6 +47,14 @@ _NAMES = {
     "mlp.shared_expert.up_proj": "ffn_up_shexp",
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.router": "ffn_gate_inp",
+}
+# What fused tensors of gpt-oss are there, by the last part of their names.
+_SLICES: dict[str, dict[str, Any]] = {
+    "gate_up_proj": {"ffn_gate_exps.weight": np.s_[:, :, 0::2], "ffn_up_exps.weight": np.s_[:, :, 1::2]},
+    "gate_up_proj_bias": {"ffn_gate_exps.bias": np.s_[:, 0::2], "ffn_up_exps.bias": np.s_[:, 1::2]},
+    "down_proj": {"ffn_down_exps.weight": np.s_[:]},
+    "down_proj_bias": {"ffn_down_exps.bias": np.s_[:]},
 }
 _MODEL_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -53,7 +67,9 @@ _SWIGLU = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj
 def one_type(block_type: str) -> TypeOf:
     """All matrices in one type, as llama.cpp's quantiser would leave the rest in F32."""
     return lambda name: (
-        "F32" if "ffn_gate_inp" in name or "norm" in name or name.endswith("bias") else block_type
+        "F32"
+        if "ffn_gate_inp" in name or "norm" in name or "sinks" in name or name.endswith("bias")
+        else block_type
     )
 
 
@@ -79,6 +95,9 @@ def write_gguf_model(
     add_metadata(writer, config)
     stacks: dict[str, list[Array]] = {}
     for hub_name, values in random_tensors(config, seed, "F32").items():
+        if hub_name.split(".")[-1] in _SLICES:
+            exact[hub_name] = add_slices(writer, hub_name, values, type_of, rng)
+            continue
         name, heads, is_expert = gguf_name(hub_name, config)
         type_name = type_of(name)
         blocks, kept = to_blocks(values.astype(np.float32), type_name, rng)
@@ -105,6 +124,22 @@ def write_gguf_model(
     return directory
 
 
+def add_slices(
+    writer: GGUFWriter, hub_name: str, values: Array, type_of: TypeOf, rng: np.random.Generator
+) -> Array:
+    """The tensors that a fused tensor of gpt-oss is there, inputs last; returns it with the values they then have."""
+    exact = np.empty(values.shape, np.float32)
+    layer, last = hub_name.split(".")[2], hub_name.split(".")[-1]
+    for part, where in _SLICES[last].items():
+        name = f"blk.{layer}.{part}"
+        matrices = values[where].swapaxes(-1, -2) if values.ndim == 3 else values[where]
+        blocks, kept = to_blocks(np.ascontiguousarray(matrices), type_of(name), rng)
+        add(writer, name, blocks, type_of(name))
+        kept = kept.reshape(matrices.shape)
+        exact[where] = kept.swapaxes(-1, -2) if values.ndim == 3 else kept
+    return exact
+
+
 def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     """What llama.cpp's conversion script says of such a model."""
     width = config["intermediate_size"]
@@ -122,12 +157,20 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_expert_count(num_experts(config))
     writer.add_expert_used_count(config["num_experts_per_tok"])
-    if config["model_type"] != "mixtral":
+    if config["model_type"] == "gpt_oss":
+        scaling = config["rope_scaling"]
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_expert_feed_forward_length(width)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling["factor"])
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+    elif config["model_type"] != "mixtral":
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     if config["model_type"] == "qwen2_moe":
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     writer.add_tokenizer_model("none")
-    writer.add_bos_token_id(config["bos_token_id"])
+    if "bos_token_id" in config:
+        writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
     assert len(moe_layers(config)) == config["num_hidden_layers"]
 
@@ -144,6 +187,10 @@ def gguf_name(hub_name: str, config: RawConfig) -> tuple[str, int, bool]:
         "self_attn.q_proj": config["num_attention_heads"],
         "self_attn.k_proj": config["num_key_value_heads"],
     }.get(part, 0)
+    if suffix == "sinks":
+        return f"blk.{layer}.attn_sinks.weight", 0, False
+    if config["model_type"] == "gpt_oss" and part == "post_attention_layernorm":
+        return f"blk.{layer}.post_attention_norm.weight", 0, False
     return f"blk.{layer}.{_NAMES[part]}.{suffix}", heads if config["model_type"] == "mixtral" else 0, False
 
 

@@ -14,6 +14,7 @@ from tests.models.configurations import Configuration
 from tests.models.numpy_model import NumpyModel
 from tests.models.tiny import (
     RawConfig,
+    gpt_oss,
     mixtral,
     moe_layers,
     prompt_ids,
@@ -120,6 +121,52 @@ def random_configuration(seed: int) -> Configuration:
     else:
         config["rope_scaling"] = scaling
     return Configuration(name=f"random_{seed}", config=config, dtype=dtype, num_shards=pick(1, 1, 2, 4))
+
+
+def random_gpt_oss(seed: int) -> Configuration:
+    """The same for gpt-oss: windows and limits that matter or do not, all kinds of rotary embedding."""
+    rng = np.random.default_rng([seed, 4])
+
+    def pick(*choices: Any) -> Any:
+        return choices[rng.integers(len(choices))]
+
+    num_kv_heads = pick(1, 2, 3)
+    num_heads = num_kv_heads * pick(1, 2, 4)
+    num_layers = pick(1, 2, 3, 5)
+    num_experts = pick(1, 2, 5, 8, 19)
+    kinds = ["sliding_attention", "full_attention"]
+    dtype, torch_dtype = pick(("BF16", "bfloat16"), ("F16", "float16"), ("F32", "float32"))
+    config = gpt_oss(
+        hidden_size=num_heads * 2 * pick(1, 2, 3, 5),
+        intermediate_size=pick(1, 7, 32, 40),
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=pick(4, 8, 10, 16, 34),
+        num_hidden_layers=num_layers,
+        num_local_experts=num_experts,
+        num_experts_per_tok=int(rng.integers(1, min(num_experts, 8) + 1)),
+        vocab_size=pick(17, 64, 200),
+        tie_word_embeddings=pick(True, False),
+        attention_bias=pick(True, False),
+        layer_types=pick(None, [kinds[rng.integers(2)] for _ in range(num_layers)]),
+        sliding_window=pick(1, 5, 64),
+        swiglu_limit=pick(0.3, 1.0, 7.0),
+        swiglu_alpha=pick(1.0, 1.702),
+        torch_dtype=torch_dtype,
+        rope_scaling=pick(
+            {"rope_type": "linear", "factor": 4.0},
+            {
+                "rope_type": "yarn",
+                "factor": pick(2.0, 32.0),
+                "original_max_position_embeddings": pick(8, 64),
+                "truncate": pick(True, False),
+            },
+        ),
+        initial_context_length=None,
+    )
+    return Configuration(
+        name=f"random_gpt_oss_{seed}", config=config, dtype=dtype, num_shards=pick(1, 1, 2, 4)
+    )
 
 
 def write_decided_model(directory: Path, configuration: Configuration, *, num_tokens: int) -> list[int]:

@@ -51,7 +51,7 @@ def test_the_references_cover_every_flag() -> None:
     kinds = {rope.get("rope_type", rope.get("type")) for rope in ropes}
 
     assert len(REFERENCES) >= 14
-    assert {config["model_type"] for config in configs} == {"mixtral", "qwen2_moe", "qwen3_moe"}
+    assert {config["model_type"] for config in configs} == {"gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe"}
     assert kinds >= {"default", "linear", "dynamic", "yarn", "llama3"}
     assert {"rope_parameters" in config for config in configs} == {True, False}
     for flag in ("tie_word_embeddings", "norm_topk_prob", "use_sliding_window", "attention_bias"):

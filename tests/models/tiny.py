@@ -137,18 +137,18 @@ def qwen3_moe(**changes: Any) -> RawConfig:
 
 def gpt_oss(**changes: Any) -> RawConfig:
     """A config.json with the keys of gpt-oss-20b's, less `quantization_config`."""
-    num_layers = changes.get("num_hidden_layers", 4)
+    num_layers = changes.get("num_hidden_layers", 3)
     return {
         "architectures": ["GptOssForCausalLM"],
         "attention_bias": True,
         "attention_dropout": 0.0,
         "eos_token_id": 2,
-        "head_dim": 16,
+        "head_dim": 12,
         "hidden_act": "silu",
-        "hidden_size": 40,
+        "hidden_size": 28,
         "initial_context_length": 16,
         "initializer_range": 0.02,
-        "intermediate_size": 24,
+        "intermediate_size": 18,
         "layer_types": [("sliding_attention", "full_attention")[i % 2] for i in range(num_layers)],
         "max_position_embeddings": 128,
         "model_type": "gpt_oss",
@@ -157,7 +157,7 @@ def gpt_oss(**changes: Any) -> RawConfig:
         "experts_per_token": changes.get("num_experts_per_tok", 2),
         "num_hidden_layers": num_layers,
         "num_key_value_heads": 2,
-        "num_local_experts": 6,
+        "num_local_experts": 5,
         "output_router_logits": False,
         "pad_token_id": 0,
         "rms_norm_eps": 1e-05,

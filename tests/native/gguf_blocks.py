@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
-# Block type -> slot format, columns of a block, bytes of a block, where its float16 values lie.
+# Block type -> slot format, columns of a block, bytes of a block, where its float16 values lie (MXFP4 has none: its
+# scale is a byte, the block's first).
 BLOCK_TYPES: dict[str, tuple[str, int, int, tuple[int, ...]]] = {
     "Q8_0": ("q8", 32, 34, (0,)),
     "Q4_0": ("q4", 32, 18, (0,)),
@@ -18,6 +19,11 @@ BLOCK_TYPES: dict[str, tuple[str, int, int, tuple[int, ...]]] = {
     "Q4_K": ("q4_k", 256, 144, (0, 2)),
     "Q5_K": ("q5_k", 256, 176, (0, 2)),
     "Q6_K": ("q6_k", 256, 210, (208,)),
+    "Q2_K": ("q2_k", 256, 84, (80, 82)),
+    "Q3_K": ("q3_k", 256, 110, (108,)),
+    "IQ4_NL": ("iq4_nl", 32, 18, (0,)),
+    "IQ4_XS": ("iq4_xs", 256, 136, (0,)),
+    "MXFP4": ("mxfp4", 32, 17, ()),
 }
 BLOCK_TYPE_OF = {format: name for name, (format, *_) in BLOCK_TYPES.items()}
 
@@ -34,6 +40,9 @@ def random_blocks(block_type: str, rows: int, cols: int, *, seed: int = 0, scale
     for at in halves:
         values = generator.standard_normal(len(blocks)) * scale
         blocks[:, at : at + 2] = values.astype(np.float16).reshape(-1, 1).view(np.uint8)
+    if block_type == "MXFP4":
+        exponents = np.log2(np.abs(generator.standard_normal(len(blocks))) * scale).clip(-20, 20)
+        blocks[:, 0] = (127 + exponents.round()).astype(np.uint8)
     return blocks.reshape(-1)
 
 

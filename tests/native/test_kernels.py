@@ -410,7 +410,7 @@ class Experts:
         rows, cols = self.weights[expert][i].shape
         return native.Matrix(self.arena, int(self.offsets[expert, i]), self.format, rows, cols)
 
-    def run(self, runtime: native.Runtime, x: Floats, chosen: NDArray[np.int32]) -> Floats:
+    def run(self, runtime: native.Runtime, x: Floats, chosen: NDArray[np.int32], **options: Any) -> Floats:
         """out[t * k + j] = expert chosen[t, j] of x[t]."""
         flat = chosen.reshape(-1)
         row = np.argsort(flat, kind="stable").astype(np.int32)
@@ -430,6 +430,7 @@ class Experts:
             token,
             row,
             out,
+            **options,
         )
         return out
 
@@ -453,6 +454,34 @@ def test_experts_run_their_tokens(runtime: native.Runtime, format: str) -> None:
         # An inner value that rounds to another int8 on the way moves the sum by a step of one product.
         slack = 2e-5 if format in ("f32", "f16", "bf16") else 5e-3
         assert np.all(np.abs(out[rows] - expected) <= slack * (magnitude + 1))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_experts_add_their_biases_and_clamp_what_lies_between(runtime: native.Runtime, format: str) -> None:
+    experts = Experts(format)
+    x = 3 * normal(60, 70, seed=9)
+    chosen = np.random.default_rng(1).integers(0, 5, (60, 2)).astype(np.int32)
+    gate_bias, up_bias, down_bias = normal(5, 45, seed=1), normal(5, 45, seed=2), 4 * normal(5, 70, seed=3)
+    limit, alpha = 2.0, 1.702
+    out = experts.run(
+        runtime,
+        x,
+        chosen,
+        activation=("clamped", limit, alpha),
+        gate_bias=gate_bias,
+        up_bias=up_bias,
+        down_bias=down_bias,
+    )
+    for expert, (gate, up, down) in enumerate(experts.weights):
+        rows = np.flatnonzero(chosen.reshape(-1) == expert)
+        seen = quantized_activations(format, x[rows // 2])
+        g = np.minimum(seen @ gate.T + gate_bias[expert], limit)
+        u = np.clip(seen @ up.T + up_bias[expert], -limit, limit)
+        assert (g == limit).any() and (u == limit).any() and (u == -limit).any()
+        inner = quantized_activations(format, (g / (1 + np.exp(-alpha * g)) * (u + 1)).astype(np.float32))
+        slack = 2e-5 if format in ("f32", "f16", "bf16") else 5e-3
+        magnitude = np.abs(inner) @ np.abs(down.T)
+        assert np.all(np.abs(out[rows] - inner @ down.T - down_bias[expert]) <= slack * (magnitude + 1))
 
 
 @pytest.mark.parametrize("format", FORMATS)

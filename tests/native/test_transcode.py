@@ -1,4 +1,4 @@
-"""GGUF blocks in slot formats: the values that the `gguf` package reads, bit for bit."""
+"""Blocks in slot formats, bit for bit: the values that the `gguf` package reads, or the specification has."""
 
 from __future__ import annotations
 
@@ -74,13 +74,19 @@ def test_products_are_those_of_the_weights_in_the_blocks(block_type: str) -> Non
     format, width, *_ = BLOCK_TYPES[block_type]
     rows, cols = 37, 2 * width
     blocks = random_blocks(block_type, rows, cols)
-    weights = dequantized(block_type, blocks, rows, cols).astype(np.float64)
+    memory = native.transcode(block_type, blocks, rows, cols)
+    matrix = native.Matrix(memory, 0, format, rows, cols)
+    require_products(matrix, dequantized(block_type, blocks, rows, cols))
+
+
+def require_products(matrix: native.Matrix, weights: np.ndarray) -> None:
+    rows, cols = weights.shape
     x = np.random.default_rng(3).integers(-126, 127, (11, cols)).astype(np.float32)
     x[:, ::32] = 127  # so that each group's scale is one
-    matrix = native.Matrix(native.transcode(block_type, blocks, rows, cols), 0, format, rows, cols)
     runtime = native.Runtime(2)
     out, alone = np.empty((11, rows), np.float32), np.empty((1, rows), np.float32)
     native.matmul(runtime, [matrix], x, [out])
+    weights = weights.astype(np.float64)
     assert np.all(np.abs(out - x @ weights.T) <= 2e-6 * (np.abs(x) @ np.abs(weights).T))
     for token in range(11):
         native.matmul(runtime, [matrix], x[token : token + 1], [alone])
@@ -88,17 +94,95 @@ def test_products_are_those_of_the_weights_in_the_blocks(block_type: str) -> Non
     runtime.close()
 
 
+def test_scales_of_mxfp4_may_be_any_byte() -> None:
+    """2^-128 to 2^126 of the doubled values, subnormal at the low end; 255 is 2^127 in GGUF files."""
+    blocks = random_blocks("MXFP4", 256, 32).reshape(256, 17)
+    blocks[:, 0] = np.arange(256)
+    require_same_values("MXFP4", blocks.reshape(-1), 256, 32)
+    smallest = native.dequantize("mxfp4", native.transcode("MXFP4", blocks[0] & 0x11, 1, 32), 1, 32)
+    assert smallest[0, 0] == np.float32(2.0**-128)
+
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def nibbles_of(quants: Bytes) -> Bytes:
+    """Two per byte, the low half first: [rows, 2 * bytes]."""
+    return np.stack([quants & 15, quants >> 4], axis=-1).reshape(len(quants), -1)
+
+
+def random_int4(rows: int, cols: int) -> tuple[Bytes, Bytes, np.ndarray]:
+    """Quants, scales and, by the specification of compressed-tensors, the values."""
+    generator = np.random.default_rng([rows, cols])
+    quants = generator.integers(0, 2**32, (rows, cols // 8), np.uint32)
+    scales = (generator.standard_normal((rows, cols // 32)) * 0.02).astype(np.float32).view(np.uint32) >> 16
+    shifts = 4 * np.arange(8, dtype=np.uint32)
+    whole = (quants[:, :, None] >> shifts & 15).reshape(rows, cols).astype(np.float32) - 8
+    values = whole * np.repeat((scales << 16).view(np.float32), 32, axis=1)
+    return quants.view(np.uint8), scales.astype(np.uint16).view(np.uint8), values
+
+
+def random_mxfp4(rows: int, cols: int) -> tuple[Bytes, Bytes, np.ndarray]:
+    """Quants, scales of every size, and, by the OCP MX specification, the values."""
+    generator = np.random.default_rng([rows, cols])
+    quants = generator.integers(0, 256, (rows, cols // 2), np.uint8)
+    scales = generator.integers(0, 256, (rows, cols // 32), np.uint8)
+    scales.reshape(-1)[: min(scales.size, 3)] = [0, 1, 254][: scales.size]
+    powers = np.ldexp(1.0, scales.astype(np.int32) - 127)
+    powers[scales == 255] = np.nan
+    with np.errstate(over="ignore"):
+        values = (E2M1[nibbles_of(quants)] * np.repeat(powers, 32, axis=1)).astype(np.float32)
+    return quants, scales, values
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 40])
+@pytest.mark.parametrize(("format", "random_parts"), [("int4", random_int4), ("mxfp4", random_mxfp4)])
+def test_quants_and_scales_of_safetensors_meet_in_the_panels(format, random_parts, rows: int) -> None:
+    for cols in (32, 96, 256):
+        quants, scales, expected = random_parts(rows, cols)
+        for parts in ((("quants", quants), ("scales", scales)), (("scales", scales), ("quants", quants))):
+            matrix = np.full(native.matrix_bytes(format, rows, cols), 0xA5, np.uint8)
+            for name, data in parts:
+                assert (
+                    native.transcode(f"{format}_{name}", data.reshape(-1), rows, cols, out=matrix) is matrix
+                )
+            assert np.array_equal(native.dequantize(format, matrix, rows, cols), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 23])
+def test_matrices_that_take_turns_row_by_row_come_out_apart(rows: int) -> None:
+    quants, scales, expected = random_mxfp4(2 * rows, 64)
+    size = native.matrix_bytes("mxfp4", rows, 64)
+    both = native.transcode("mxfp4_quants", quants.reshape(-1), rows, 64, interleaved=2)
+    native.transcode("mxfp4_scales", scales.reshape(-1), rows, 64, interleaved=2, out=both)
+    assert len(both) == 2 * size
+    for i in range(2):
+        found = native.dequantize("mxfp4", both[i * size :][:size], rows, 64)
+        assert np.array_equal(found, expected[i::2], equal_nan=True)
+
+
+def test_products_with_int4_are_those_of_the_specification() -> None:
+    rows, cols = 37, 96
+    quants, scales, weights = random_int4(rows, cols)
+    memory = native.transcode("int4_quants", quants.reshape(-1), rows, cols)
+    native.transcode("int4_scales", scales.reshape(-1), rows, cols, out=memory)
+    require_products(native.Matrix(memory, 0, "int4", rows, cols), weights)
+
+
 def test_what_cannot_be_transcoded_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="unknown block type 'Q3_K'; known: Q8_0"):
-        native.transcode("Q3_K", np.zeros(0, np.uint8), 0, 0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown block type 'IQ3_S'; known: Q8_0"):
+        native.transcode("IQ3_S", np.zeros(0, np.uint8), 0, 0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="cols is 128, expected a multiple of 256 for Q4_K"):
         native.transcode("Q4_K", np.zeros(72, np.uint8), 1, 128)
     with pytest.raises(ValueError, match=r"data has shape \[17\], expected \[18\]"):
         native.transcode("Q4_0", np.zeros(17, np.uint8), 1, 32)
 
 
-@pytest.mark.parametrize("format", ["q4_1", "q5_0", "q4_k", "q5_k", "q6_k"])
-def test_nothing_is_quantised_to_a_format_that_only_gguf_files_have(format: str) -> None:
+@pytest.mark.parametrize(
+    "format",
+    [*("q4_1", "q5_0", "q4_k", "q5_k", "q6_k"), *("q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4", "int4")],
+)
+def test_nothing_is_quantised_to_a_format_that_only_files_have(format: str) -> None:
     out = np.zeros(native.matrix_bytes(format, 1, 256), np.uint8)
     with pytest.raises(ValueError, match=f"nothing is quantised to {format}"):
         native.quantize(format, np.zeros((1, 256), np.float32), out)

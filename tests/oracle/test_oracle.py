@@ -23,16 +23,18 @@ from argosy.model.rope import angle_scale, inverse_frequency
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.make_models import answer, load, make, scaled
 from tests.models.numpy_model import softmax
-from tests.models.random_models import random_configuration, write_decided_model
+from tests.models.random_models import random_configuration, random_gpt_oss, write_decided_model
 from tests.models.references import LARGEST_DIFFERENCE, difference
+from tests.models.runnable import runnable
 from tests.models.safetensors_file import Array, read_safetensors
-from tests.models.tiny import RawConfig, mixtral, prompt_ids, qwen2_moe, qwen3_moe, write_model
+from tests.models.tiny import RawConfig, gpt_oss, mixtral, prompt_ids, qwen2_moe, qwen3_moe, write_model
 
 pytestmark = pytest.mark.filterwarnings("default")
 
 FIRST_SEED = 20_000
 SCALED = tuple(replace(c, config=scaled(c.config, 1.7)) for c in CONFIGURATIONS)
 RANDOM = tuple(random_configuration(seed) for seed in range(1000, 1024))
+RANDOM += tuple(random_gpt_oss(seed) for seed in range(1000, 1008))
 
 # Sizes at which every loop of a kernel runs many times, and no dimension is a multiple of a vector.
 LARGE = (
@@ -65,6 +67,18 @@ LARGE = (
             num_experts_per_tok=8,
         ),
     ),
+    Configuration(
+        name="gpt_oss_large",
+        config=gpt_oss(
+            hidden_size=250,
+            intermediate_size=90,
+            num_attention_heads=8,
+            head_dim=48,
+            num_local_experts=24,
+            num_experts_per_tok=4,
+            sliding_window=13,
+        ),
+    ),
 )
 
 
@@ -88,8 +102,9 @@ def test_logits_and_greedy_continuation_equal_transformers(
     reference = make(configuration, tmp_path, first_seed=FIRST_SEED)
     prompt = [int(i) for i in read_safetensors(tmp_path / "ref.safetensors")["input_ids"]]
     greedy = SamplingParams(max_tokens=len(reference.greedy), ignore_eos=True)
+    model = runnable(tmp_path, tmp_path)
     for instruction_set in _native.instruction_sets():
-        with Engine(tmp_path, memory="8GiB", threads=1, instruction_set=instruction_set) as engine:
+        with Engine(model, memory="8GiB", threads=1, instruction_set=instruction_set) as engine:
             logits = engine.logits(prompt)
             tokens = engine.generate(prompt, greedy).token_ids
         assert difference(logits, reference.logits) <= LARGEST_DIFFERENCE, instruction_set
@@ -101,7 +116,7 @@ def test_random_configurations_equal_transformers(configuration: Configuration, 
     prompt = write_decided_model(tmp_path, configuration, num_tokens=24)
     with torch.no_grad():
         expected = load(tmp_path)(input_ids=torch.tensor([prompt])).logits[0].numpy()
-    with Engine(tmp_path, memory="8GiB", threads=1, chunk_tokens=7) as engine:
+    with Engine(runnable(tmp_path, tmp_path), memory="8GiB", threads=1, chunk_tokens=7) as engine:
         assert difference(engine.logits(prompt), expected) <= LARGEST_DIFFERENCE
 
 
@@ -140,7 +155,11 @@ def test_a_config_means_what_transformers_reads_in_it(configuration: Configurati
     assert ours.has_qkv_bias == (attention[0].q_proj.bias is not None)
     assert ours.has_o_bias == (attention[0].o_proj.bias is not None)
     assert ours.context_tokens == theirs.max_position_embeddings
-    routers = [layer.mlp.gate for layer in layers if hasattr(layer.mlp, "experts")]
+    routers = [
+        layer.mlp.router if hasattr(layer.mlp, "router") else layer.mlp.gate
+        for layer in layers
+        if hasattr(layer.mlp, "experts")
+    ]
     assert ours.num_experts == routers[0].num_experts
     assert ours.experts_per_token == routers[0].top_k
     assert ours.router.renormalize == getattr(routers[0], "norm_topk_prob", True)
@@ -182,11 +201,32 @@ def test_an_absent_key_has_the_default_of_transformers(
         assert difference(engine.logits(prompt), expected) <= LARGEST_DIFFERENCE
 
 
+@pytest.mark.parametrize(
+    "missing",
+    ["head_dim", "rope_theta", "rope_scaling", "num_key_value_heads", "rms_norm_eps", "attention_bias",
+     "layer_types", "sliding_window", "swiglu_limit"],
+)  # fmt: skip
+def test_an_absent_key_of_gpt_oss_has_the_default_of_transformers(missing: str, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 16, "head_dim": 64}
+    config = gpt_oss(**sizes, num_key_value_heads=8)
+    if missing == "rope_scaling":
+        config["initial_context_length"] = 4096
+    write_model(tmp_path, config, seed=2)
+    without = {key: value for key, value in config.items() if key != missing}
+    (tmp_path / "config.json").write_text(json.dumps(without))
+    prompt = prompt_ids(config, 2, 8)
+    with torch.no_grad():
+        expected = load(tmp_path)(input_ids=torch.tensor([prompt])).logits[0].numpy()
+    with Engine(runnable(tmp_path, tmp_path), memory="8GiB", threads=1) as engine:
+        assert difference(engine.logits(prompt), expected) <= LARGEST_DIFFERENCE
+
+
 # Every expert chosen: a rounded router score that tips one decision would hide what rounding itself costs.
 ALL_CHOSEN = [
     mixtral(hidden_size=128, intermediate_size=96, num_experts_per_tok=6),
     qwen2_moe(hidden_size=128, moe_intermediate_size=96, num_experts_per_tok=6, norm_topk_prob=True),
     qwen3_moe(hidden_size=128, moe_intermediate_size=96, num_experts_per_tok=6),
+    gpt_oss(hidden_size=128, intermediate_size=96, num_experts_per_tok=5),
 ]
 
 

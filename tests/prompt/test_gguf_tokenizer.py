@@ -11,6 +11,8 @@ import tokenizers
 from gguf import GGUFWriter
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
+from argosy.checkpoint.gguf import read_gguf
+from argosy.checkpoint.gguf_tokenizer import read_tokenizer
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.prompt.tokenizer import Tokenizer
 
@@ -102,6 +104,22 @@ def test_byte_level_ids_are_those_of_the_original(pre: str, tmp_path: Path) -> N
         ids = core.encode(text, add_special_tokens=False).ids
         assert tokenizer.encode(text) == ids
         assert tokenizer.decode(ids) == text
+
+
+def test_words_of_gpt_4o_are_cut_by_case_and_keep_their_contractions(tmp_path: Path) -> None:
+    core = trained("gpt-2")
+    file = read_gguf(write_bpe(tmp_path / "v.gguf", core, "gpt-4o", bos=0, eos=2))
+    read = read_tokenizer(file)
+    assert read is not None
+    cut = {
+        "HelloWorld": ["Hello", "World"],
+        "I'm they'LL": ["I'm", "Ġthey'LL"],
+        "12345 67": ["123", "45", "Ġ", "67"],
+        "a //b\n\n c": ["a", "Ġ//", "b", "ĊĊ", "Ġc"],
+        "x   y": ["x", "ĠĠ", "Ġy"],
+    }
+    for text, words in cut.items():
+        assert [word for word, _ in read.core.pre_tokenizer.pre_tokenize_str(text)] == words
 
 
 def test_special_tokens_and_the_template_come_from_the_metadata(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ BYTES_PER_VALUE = {"f32": 4, "f16": 2, "bf16": 2}
 
 GROUP_COLS = 32  # quantised: columns that share a scale
 PANEL_ROWS = 16  # quantised: rows that lie interleaved
-_SUPER_COLS = 256  # K formats: columns that share the scale of the scales
+_SUPER_COLS = 256  # K formats, iq4_xs: columns that share the scale of the scales
 _PANEL_ALIGNMENT = 64
 
 # Bytes of one panel: (columns of a block, bytes of the block's 16 rows: quants and high bits, scales, minima).
@@ -51,6 +51,12 @@ _PANEL_BLOCKS: Mapping[str, tuple[int, int]] = {
     "q4_k": (_SUPER_COLS, 2048 + 32 + 32 + 128 + 128),
     "q5_k": (_SUPER_COLS, 2048 + 512 + 32 + 32 + 128 + 128),
     "q6_k": (_SUPER_COLS, 2048 + 1024 + 32 + 256),
+    "q2_k": (_SUPER_COLS, 1024 + 32 + 32 + 256),
+    "q3_k": (_SUPER_COLS, 1024 + 512 + 32 + 256),
+    "iq4_nl": (GROUP_COLS, 256 + 32),
+    "iq4_xs": (_SUPER_COLS, 2048 + 32 + 128),
+    "mxfp4": (GROUP_COLS, 256 + 32),
+    "int4": (GROUP_COLS, 256 + 32),
 }
 
 # GGUF's name of a block type -> the slot format that holds it without loss.
@@ -62,6 +68,19 @@ SLOT_FORMATS: Mapping[str, Format] = {
     "Q4_K": "q4_k",
     "Q5_K": "q5_k",
     "Q6_K": "q6_k",
+    "Q2_K": "q2_k",
+    "Q3_K": "q3_k",
+    "IQ4_NL": "iq4_nl",
+    "IQ4_XS": "iq4_xs",
+    "MXFP4": "mxfp4",
+}
+
+# Tensors of safetensors files that hold the quants or the scales of a matrix -> the slot format they are part of.
+PART_FORMATS: Mapping[str, Format] = {
+    "int4_quants": "int4",
+    "int4_scales": "int4",
+    "mxfp4_quants": "mxfp4",
+    "mxfp4_scales": "mxfp4",
 }
 
 
@@ -112,34 +131,43 @@ class MatrixRef:
 
 @dataclass(frozen=True, slots=True)
 class Transcode:
-    """GGUF blocks that become a slot format while they land: [rows, cols] of a block type such as "Q4_0"."""
+    """Blocks that become a slot format while they land: [rows, cols] of a type such as "Q4_0" or "mxfp4_scales".
+
+    A type of `PART_FORMATS` writes its part of the panels and leaves the other alone. Where `interleaved` matrices
+    take turns row by row in the file, each has `rows` rows, and they land one behind the other.
+    """
 
     block_type: str
     rows: int
     cols: int
+    interleaved: int = 1
 
     @property
     def format(self) -> Format:
         """The slot format they become."""
-        return SLOT_FORMATS[self.block_type]
+        return PART_FORMATS.get(self.block_type) or SLOT_FORMATS[self.block_type]
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes that one read brings; one whole matrix where they are transcoded."""
+    """Bytes that one read brings; whole matrices, or all their quants or scales, where they are transcoded.
+
+    Where quants and scales are two pieces, the second `completes` the first: it lands in the same memory.
+    """
 
     path: Path
     offset: int
     nbytes: int
     checksum: int | None = None  # crc32c_wide of the bytes; packs have one
     transcode: Transcode | None = None
+    completes: int | None = None  # an earlier piece of the record
 
     @property
     def landed_bytes(self) -> int:
         """Bytes that it takes in memory."""
-        if self.transcode is None:
+        if (blocks := self.transcode) is None:
             return self.nbytes
-        return matrix_bytes(self.transcode.format, self.transcode.rows, self.transcode.cols)
+        return blocks.interleaved * matrix_bytes(blocks.format, blocks.rows, blocks.cols)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +220,7 @@ class ModelFiles:
     @cached_property
     def dense_bytes(self) -> int:
         """Bytes of everything that each token needs."""
-        return sum(ref.nbytes for ref in self.dense.values())
+        return sum(ref.nbytes if ref.turn is None else ref.nbytes // 2 for ref in self.dense.values())
 
     @cached_property
     def expert_bytes(self) -> int:

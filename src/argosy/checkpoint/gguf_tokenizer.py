@@ -33,6 +33,12 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_O200K = (  # a word is capitals and then small letters, with what stands before it and a contraction after it
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
@@ -51,11 +57,14 @@ _WORDS: Mapping[str, _Words] = {
     "smollm": _Words(patterns=(r"\p{N}", _GPT2)),
     "llama-bpe": _Words(patterns=(_LLAMA3,), ignores_merges=True, adds_bos=True),
     "qwen2": _Words(patterns=(_QWEN2,), is_nfc=True),
+    "gpt-4o": _Words(patterns=(_O200K,), ignores_merges=True),
     # What llama.cpp does for a file that names none.
     "default": _Words(patterns=(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
 }
 # Spellings of tokens that end a turn, whatever the file says of eos: models are trained to stop at any of them.
-_ENDS_OF_TURN = frozenset({"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"})
+_ENDS_OF_TURN = frozenset({
+    "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|return|>", "<|call|>",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,6 +44,7 @@ from argosy.checkpoint.files import (
     ExpertRecord,
     MatrixRef,
     ModelFiles,
+    Piece,
     in_halves,
     is_quantised,
     matrix_bytes,
@@ -179,6 +180,9 @@ class _SourceMatrix:
     block_type: str | None = None
     paired_heads: int = 0
     strides: tuple[int, int] | None = None
+    pieces: tuple[
+        Piece, ...
+    ] = ()  # quants and scales apart: they land in one memory, the matrix at `offset` in it
 
     @property
     def row_bytes(self) -> int:
@@ -244,6 +248,18 @@ def _expert_source(record: ExpertRecord, name: str, layer: int, expert: int) -> 
     matrix = getattr(record, name)
     piece = record.pieces[matrix.piece]
     label = f"{name} of expert {expert} in layer {layer}"
+    if others := tuple(other for other in record.pieces if other.completes == matrix.piece):
+        nbytes = matrix_bytes(matrix.format, matrix.rows, matrix.cols)
+        return _SourceMatrix(
+            label,
+            piece.path,
+            matrix.offset,
+            matrix.format,
+            matrix.rows,
+            matrix.cols,
+            nbytes,
+            pieces=(piece, *others),
+        )
     # A transcoded piece is one matrix; any other holds its matrices as they are.
     nbytes = piece.nbytes if piece.transcode else matrix_bytes(matrix.format, matrix.rows, matrix.cols)
     return _SourceMatrix(
@@ -409,10 +425,9 @@ class _Writer:
         return out
 
     def _read_rows(self, source: _SourceMatrix, row: int, num_rows: int) -> Bytes:
-        descriptor = self._sources.get(source.path)
-        if descriptor is None:
-            descriptor = self._open_files.enter_context(open_regular(source.path))[0]
-            self._sources[source.path] = descriptor
+        if source.pieces:
+            return self._read_completed(source)
+        descriptor = self._open_source(source.path)
         if is_quantised(source.format) and source.block_type is None:
             return np.frombuffer(read_at(descriptor, source.nbytes, source.offset, source.path), np.uint8)
         if source.strides is not None:
@@ -424,6 +439,30 @@ class _Writer:
         if source.block_type is None:
             return raw
         return _native.transcode(source.block_type, raw, num_rows, source.cols)
+
+    def _open_source(self, path: Path) -> int:
+        descriptor = self._sources.get(path)
+        if descriptor is None:
+            descriptor = self._open_files.enter_context(open_regular(path))[0]
+            self._sources[path] = descriptor
+        return descriptor
+
+    def _read_completed(self, source: _SourceMatrix) -> Bytes:
+        """A matrix whose quants and scales are pieces of their own."""
+        landed = np.zeros(source.pieces[0].landed_bytes, np.uint8)
+        for piece in source.pieces:
+            assert piece.transcode is not None
+            raw = read_at(self._open_source(piece.path), piece.nbytes, piece.offset, piece.path)
+            blocks = piece.transcode
+            _native.transcode(
+                blocks.block_type,
+                np.frombuffer(raw, np.uint8),
+                blocks.rows,
+                blocks.cols,
+                blocks.interleaved,
+                landed,
+            )
+        return landed[source.offset : source.offset + source.nbytes]
 
     def _read_strided(self, source: _SourceMatrix, descriptor: int) -> Bytes:
         """All of a matrix whose values lie apart, row after row."""
@@ -509,6 +548,9 @@ class _Writer:
         """Name, size and time of change of every file that the pack is made from."""
         paths = {unit.parts[0][0].path for unit in self._units} | set(self._copied)
         paths |= {source.path for unit in self._units for source, _, _ in unit.parts}
+        paths |= {
+            piece.path for unit in self._units for source, _, _ in unit.parts for piece in source.pieces
+        }
         found: list[list[object]] = []
         for path in sorted(paths):
             try:

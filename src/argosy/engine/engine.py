@@ -120,7 +120,7 @@ class Engine:
         if files.has_strided_experts:
             raise UnsupportedModel(
                 f"{directory} keeps its experts transposed, and they cannot be read row by row",
-                hint=f"`argosy pack {directory} DIR --format source` puts them in order; get the MXFP4 checkpoint to run it in place",
+                hint=f"`argosy pack {directory} DIR --format source` puts them in order, and DIR runs",
                 path=directory,
                 key="experts",
             )

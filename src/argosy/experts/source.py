@@ -122,11 +122,14 @@ def _lay_out(record: ExpertRecord, alignment: int) -> tuple[list[int], int]:
     """Where each piece of an expert goes in its memory, and how much memory that is.
 
     A plain piece is read outwards to whole blocks of `alignment` bytes (O_DIRECT asks for it), so its data begin up to
-    a block behind its place. A transcoded one takes exactly its matrix.
+    a block behind its place. A transcoded one takes exactly its matrices, where it does not complete those of another.
     """
-    places, end = [], 0
+    places: list[int] = []
+    end = 0
     for piece in record.pieces:
-        if piece.transcode is not None:
+        if piece.completes is not None:
+            place = places[piece.completes]
+        elif piece.transcode is not None:
             place = round_up(end, MATRIX_ALIGNMENT)
             end = place + piece.landed_bytes
         else:
@@ -217,7 +220,7 @@ class ExpertFiles:
         for piece, at in zip(record.pieces, places, strict=True):
             where = (self._file_ids[str(piece.path)], piece.offset, piece.nbytes, at)
             if (blocks := piece.transcode) is not None:
-                pieces.append((*where, blocks.block_type, blocks.rows, blocks.cols))
+                pieces.append((*where, blocks.block_type, blocks.rows, blocks.cols, blocks.interleaved))
             else:
                 pieces.append(where)
             if piece.checksum is not None:

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from argosy.checkpoint.json_strict import quote
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import Format, ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
+
+
+_Format = TypeVar("_Format", Format, None)
 
 
 class TensorAccounts:
@@ -46,6 +50,15 @@ class TensorAccounts:
             CheckpointError: it is missing, or of another shape.
             UnsupportedModel: it has a type that no kernel reads.
         """
+        return self._take(name, shapes, self._formats)
+
+    def take_bytes(self, name: str, *shapes: tuple[int, ...]) -> TensorRef:
+        """The same for a tensor of bytes that the layout knows how to read."""
+        return self._take(name, shapes, {"U8": None})[0]
+
+    def _take(
+        self, name: str, shapes: tuple[tuple[int, ...], ...], formats: Mapping[str, _Format]
+    ) -> tuple[TensorRef, _Format]:
         ref = self._tensors.get(name)
         if ref is None:
             raise CheckpointError(
@@ -61,18 +74,18 @@ class TensorAccounts:
                 found=ref.shape,
                 expected=shapes[0],
             )
-        if ref.dtype not in self._formats:
+        if ref.dtype not in formats:
             raise UnsupportedModel(
-                f"{ref.path.name}: {name} is {ref.dtype}; supported: {', '.join(self._formats)}",
+                f"{ref.path.name}: {name} is {ref.dtype}; supported: {', '.join(formats)}",
                 hint=self._hint,
                 path=ref.path,
                 tensor=name,
                 key="dtype",
                 value=ref.dtype,
-                supported=list(self._formats),
+                supported=list(formats),
             )
         self._taken.add(name)
-        return ref, self._formats[ref.dtype]
+        return ref, formats[ref.dtype]
 
     def refuse_extra(
         self, config: ModelConfig, is_passed_over: Callable[[str], object], described_by: str

@@ -259,7 +259,8 @@ class ConfigReader:
         Raises:
             UnsupportedModel: names the key, its value and the keys that are understood.
         """
-        if isinstance(quantization := self._raw.get("quantization_config"), dict):
+        quantization = self._raw.get("quantization_config")
+        if isinstance(quantization, dict) and "quantization_config" not in self._asked:
             method = quantization.get("quant_method", quantization.get("quant_algo", "unknown"))
             error = self._unsupported("quantization_config", method, "unquantised bf16, f16 and f32 tensors")
             error.hint = "get the unquantised checkpoint, then `argosy pack --format q8` or `q4`"

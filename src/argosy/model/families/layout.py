@@ -5,10 +5,10 @@
 A family has one layout or several: the hub keeps one tensor per expert matrix, and `transformers` 5 can also
 write all experts of a layer as one fused tensor, [experts, 2 * width, hidden] with gate before up. Some keep fused
 tensors transposed, [experts, hidden, 2 * width] with columns of gate and up by turns; these can be packed, and not
-be run in place. The first layout whose expert tensors are there is read. Every tensor is accounted for: one that is missing, has another
-shape, has a dtype that no kernel reads, or is not asked for is an error with its name. Passed over is only what
-is known and has no part in text: constants that old exporters leave behind (`_LEFTOVERS`), layers for
-multi-token prediction, and what a layout names itself, such as a vision tower.
+be run in place; or as MXFP4 blocks and scales, rows of gate and up by turns. The first layout whose expert tensors are there is read. Every tensor is accounted for: one that is
+missing, has another shape, has a dtype that no kernel reads, or is not asked for is an error with its name. Passed
+over is only what is known and has no part in text: constants that old exporters leave behind (`_LEFTOVERS`), layers
+for multi-token prediction, and what a layout names itself, such as a vision tower.
 
 Elsewhere: shapes are `checkpoint/geometry.py`; where bytes lie is `checkpoint/safetensors.py`.
 """
@@ -22,11 +22,14 @@ from pathlib import Path
 
 from argosy.checkpoint.files import (
     BYTES_PER_VALUE,
+    GROUP_COLS,
     ExpertMatrix,
     ExpertRecord,
     MatrixRef,
     ModelFiles,
     Piece,
+    Transcode,
+    matrix_bytes,
     require_one_format_a_layer,
 )
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
@@ -65,6 +68,7 @@ class Layout:
     expert_names: tuple[str, str, str] | None = None  # gate, up, down, with {expert}
     fused_names: tuple[str, str] | None = None  # gate and up in one, down
     transposed_names: tuple[str, str] | None = None  # the same, transposed, with gate and up by turns
+    mxfp4_names: tuple[str, str, str, str] | None = None  # blocks and scales of gate and up by turns, of down
     by_turns: tuple[str, str] | None = None  # canonical names of two whose values alternate in one tensor
     prefix: str = "model."
     head_name: str = "lm_head.weight"
@@ -81,7 +85,7 @@ class Layout:
 
     def names_of_expert(self, layer: int, expert: int) -> tuple[str, ...]:
         """The checkpoint's names of the tensors that an expert is read from."""
-        if stacked := self.fused_names or self.transposed_names:
+        if stacked := self.fused_names or self.transposed_names or self.mxfp4_names:
             return tuple(f"{self.prefix}layers.{layer}.{name}" for name in stacked)
         assert self.expert_names is not None
         return tuple(
@@ -144,6 +148,8 @@ class _Accounts(TensorAccounts):
             read = self._fused_expert
         elif layout.transposed_names is not None:
             read = self._transposed_expert
+        elif layout.mxfp4_names is not None:
+            read = self._mxfp4_expert
         return {
             (layer, expert): read(config, layer, expert, layout.names_of_expert(layer, expert))
             for layer in config.moe_layers
@@ -195,4 +201,38 @@ class _Accounts(TensorAccounts):
             gate=ExpertMatrix(0, 0, gate_up, width, hidden, strides=(2, 2 * width)),
             up=ExpertMatrix(0, BYTES_PER_VALUE[gate_up], gate_up, width, hidden, strides=(2, 2 * width)),
             down=ExpertMatrix(1, 0, down, hidden, width, strides=(1, hidden)),
+        )
+
+    def _mxfp4_expert(
+        self, config: ModelConfig, layer: int, expert: int, names: tuple[str, ...]
+    ) -> ExpertRecord:
+        """Blocks [experts, rows, cols / 32, 16] and scales [experts, rows, cols / 32] of OCP MXFP4."""
+        gate, _, down = expert_shapes(config)
+        pieces: list[Piece] = []
+        for blocks, scales, (rows, cols), interleaved in (
+            (names[0], names[1], gate, 2),
+            (names[2], names[3], down, 1),
+        ):
+            groups = (config.num_experts, interleaved * rows, -(-cols // GROUP_COLS))
+            first = len(pieces)
+            for name, block_type, shape in (
+                (blocks, "mxfp4_quants", (*groups, GROUP_COLS // 2)),
+                (scales, "mxfp4_scales", groups),
+            ):
+                ref = self.take_bytes(name, shape)
+                nbytes = ref.nbytes // config.num_experts
+                pieces.append(
+                    Piece(
+                        ref.path,
+                        ref.offset + expert * nbytes,
+                        nbytes,
+                        transcode=Transcode(block_type, rows, cols, interleaved),
+                        completes=first if block_type == "mxfp4_scales" else None,
+                    )
+                )
+        return ExpertRecord(
+            tuple(pieces),
+            gate=ExpertMatrix(0, 0, "mxfp4", *gate),
+            up=ExpertMatrix(0, matrix_bytes("mxfp4", *gate), "mxfp4", *gate),
+            down=ExpertMatrix(2, 0, "mxfp4", *down),
         )

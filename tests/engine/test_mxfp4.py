@@ -1,0 +1,112 @@
+"""gpt-oss as the hub has it: MXFP4 experts answer like their dequantised weights, alike at every budget and packed.
+
+Every expert is chosen where answers are compared with the dequantised weights: activations of quantised matrices have
+8 bits, and a rounded score that tips one decision would hide what rounding itself costs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from argosy import Engine, SamplingParams, _native
+from argosy.checkpoint.manifest import verify_pack
+from argosy.checkpoint.pack import pack
+from argosy.errors import CheckpointError, UsageError
+from argosy.model.families import open_model
+from tests.engine.test_gguf import LARGEST_DIVERGENCE, mean_divergence
+from tests.models.mxfp4_models import write_mxfp4_model
+from tests.models.numpy_model import NumpyModel
+from tests.models.safetensors_file import read_checkpoint
+from tests.models.tiny import RawConfig, gpt_oss, prompt_ids
+
+
+def config_of(*, num_experts: int, experts_per_token: int, **changes: object) -> RawConfig:
+    # The width is no multiple of a panel's 16 rows times two.
+    sizes = {"hidden_size": 256, "intermediate_size": 224, "head_dim": 32, "num_key_value_heads": 2}
+    chosen = {"num_local_experts": num_experts, "num_experts_per_tok": experts_per_token}
+    return gpt_oss(**(sizes | chosen | changes))
+
+
+@pytest.mark.parametrize("instruction_set", _native.instruction_sets())
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_logits_are_those_of_the_dequantised_weights(
+    instruction_set: str, num_shards: int, tmp_path: Path
+) -> None:
+    config = config_of(num_experts=3, experts_per_token=3)
+    reference = NumpyModel(write_mxfp4_model(tmp_path / "model", config, seed=5, num_shards=num_shards))
+    prompt = prompt_ids(config, 5)
+    with Engine(tmp_path / "model", memory="4GiB", threads=1, instruction_set=instruction_set) as engine:
+        logits = engine.logits(prompt)
+    assert mean_divergence(reference.logits(prompt), logits) <= LARGEST_DIVERGENCE
+
+
+@pytest.mark.parametrize("instruction_set", _native.instruction_sets())
+def test_greedy_answers_are_equal_at_every_budget_in_place_and_packed(
+    instruction_set: str, tmp_path: Path
+) -> None:
+    config = config_of(num_experts=8, experts_per_token=2)
+    write_mxfp4_model(tmp_path / "model", config, seed=4)
+    pack(open_model(tmp_path / "model"), tmp_path / "packed", format="source")
+    verify_pack(tmp_path / "packed")
+    prompt = prompt_ids(config, 4, 19)
+    greedy = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=2)
+    answers = []
+    for model in (tmp_path / "model", tmp_path / "packed"):
+        for expert_slots, threads, chunk_tokens in ((None, 1, 256), (16, 2, 5), (5, 1, 256), (2, 2, 1)):
+            with Engine(
+                model, memory="4GiB", threads=threads, chunk_tokens=chunk_tokens, expert_slots=expert_slots,
+                instruction_set=instruction_set,
+            ) as engine:  # fmt: skip
+                result = engine.generate(prompt, greedy)
+                answers.append((engine.logits(prompt).tobytes(), result.token_ids, result.logprobs))
+    assert answers == [answers[0]] * len(answers)
+
+
+def test_a_pack_holds_every_weight_bit_for_bit(tmp_path: Path) -> None:
+    config = config_of(num_experts=2, experts_per_token=1, num_hidden_layers=2)
+    exact = read_checkpoint(write_mxfp4_model(tmp_path / "model", config, seed=6))
+    pack(open_model(tmp_path / "model"), tmp_path / "packed", format="source")
+    files = open_model(tmp_path / "packed")
+    stored = np.fromfile(tmp_path / "packed" / "experts.bin", np.uint8)
+    for (layer, expert), record in files.experts.items():
+        experts = f"model.layers.{layer}.mlp.experts."
+        gate_up = exact[experts + "gate_up_proj"][expert]
+        expected = gate_up[:, 0::2].T, gate_up[:, 1::2].T, exact[experts + "down_proj"][expert].T
+        for matrix, values in zip((record.gate, record.up, record.down), expected, strict=True):
+            start = record.pieces[0].offset + matrix.offset
+            nbytes = _native.matrix_bytes("mxfp4", matrix.rows, matrix.cols)
+            found = _native.dequantize("mxfp4", stored[start : start + nbytes], matrix.rows, matrix.cols)
+            np.testing.assert_array_equal(found, values)
+
+
+def test_one_read_brings_gate_and_up_and_no_byte_twice(tmp_path: Path) -> None:
+    config = config_of(num_experts=2, experts_per_token=1)
+    write_mxfp4_model(tmp_path / "model", config, seed=1)
+    files = open_model(tmp_path / "model")
+    rows, hidden = 2 * 224, 256
+    assert [piece.nbytes for piece in files.experts[0, 1].pieces] == [
+        rows * hidden // 2,
+        rows * hidden // 32,
+        hidden * 224 // 2,
+        hidden * 224 // 32,
+    ]
+    assert files.expert_format == "mxfp4"
+
+
+def test_quantised_experts_are_never_quantised_again(tmp_path: Path) -> None:
+    write_mxfp4_model(tmp_path / "model", config_of(num_experts=2, experts_per_token=1), seed=1)
+    with pytest.raises(UsageError, match="is already mxfp4; quantised weights are never quantised again"):
+        pack(open_model(tmp_path / "model"), tmp_path / "packed", format="q8")
+
+
+def test_blocks_that_contradict_the_config_are_refused(tmp_path: Path) -> None:
+    write_mxfp4_model(tmp_path / "model", config_of(num_experts=2, experts_per_token=1), seed=1)
+    text = (tmp_path / "model" / "config.json").read_text()
+    (tmp_path / "model" / "config.json").write_text(
+        text.replace('"intermediate_size": 224', '"intermediate_size": 192')
+    )
+    with pytest.raises(CheckpointError, match=r"gate_up_proj_\w+ is \[2, 448[^]]*\], expected \[2, 384"):
+        open_model(tmp_path / "model")
