@@ -396,6 +396,60 @@ void bind_attention(nb::module_& m) {
       },
       "runtime"_a, "kv"_a, "layer"_a, "q"_a, "block_table"_a, "sequence"_a, "position"_a, "scale"_a,
       "window"_a, "out"_a.noconvert(), "sinks"_a.none() = nb::none());
+
+  m.def(
+      "latent_write",
+      [](Runtime& runtime, KvCache& kv, int64_t layer, const Array& vectors, const Array& slots) {
+        require_range("layer", layer, 0, kv.num_layers() - 1);
+        require_kind(kv.shape(layer), KvShape::Kind::latent);
+        const int64_t* at = read_array<int64_t>("slots", slots, {kAnySize});
+        const int64_t num_tokens = int64_t(slots.shape(0));
+        const float* from = read_array<float>("vectors", vectors, {num_tokens, kv.shape(layer).head_dim});
+        require_slots(kv, at, num_tokens);
+        nb::gil_scoped_release released;
+        latent_write(runtime, kv.latent_layer(layer), from, at, num_tokens);
+      },
+      "runtime"_a, "kv"_a, "layer"_a, "vectors"_a, "slots"_a);
+
+  m.def(
+      "latent_attention",
+      [](Runtime& runtime, KvCache& kv, int64_t layer, const Array& q, const Matrix& key_up,
+         const Matrix& value_up, const Array& block_table, const Array& sequence, const Array& position,
+         float scale, const OutArray& out) {
+        require_range("layer", layer, 0, kv.num_layers() - 1);
+        const KvShape& shape = kv.shape(layer);
+        require_kind(shape, KvShape::Kind::latent);
+        AttentionBatch batch = {};
+        batch.q = read_array<float>("q", q, {kAnySize, kAnySize, kAnySize});
+        batch.num_tokens = int64_t(q.shape(0));
+        batch.num_heads = int64_t(q.shape(1));
+        const LatentHeads heads = view_latent_heads(key_up.view, value_up.view, batch.num_heads,
+                                                    int64_t(q.shape(2)) - key_up.view.cols, scale);
+        require_size("kv_rank + rope_dim", heads.vector_dim(), shape.head_dim);
+        batch.block_table = read_array<int32_t>("block_table", block_table, {kAnySize, kAnySize});
+        batch.max_blocks = int64_t(block_table.shape(1));
+        batch.sequence = read_array<int32_t>("sequence", sequence, {batch.num_tokens});
+        batch.position = read_array<int32_t>("position", position, {batch.num_tokens});
+        float* to = write_array<float>("out", out, {batch.num_tokens, batch.num_heads * heads.value_dim});
+        require_blocks(kv, batch, int64_t(block_table.shape(0)));
+        nb::gil_scoped_release released;
+        latent_attention(runtime, kv.latent_layer(layer), heads, batch, to);
+      },
+      "runtime"_a, "kv"_a, "layer"_a, "q"_a, "key_up"_a, "value_up"_a, "block_table"_a, "sequence"_a,
+      "position"_a, "scale"_a, "out"_a.noconvert());
+
+  m.def(
+      "latent_scratch_bytes",
+      [](int64_t num_heads, int64_t nope_dim, int64_t rope_dim, int64_t kv_rank, int64_t max_tokens,
+         int num_threads) {
+        LatentHeads heads = {};
+        heads.num_heads = num_heads;
+        heads.nope_dim = nope_dim;
+        heads.rope_dim = rope_dim;
+        heads.kv_rank = kv_rank;
+        return latent_scratch_bytes(heads, max_tokens, num_threads);
+      },
+      "num_heads"_a, "nope_dim"_a, "rope_dim"_a, "kv_rank"_a, "max_tokens"_a, "num_threads"_a);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@
 
 #include "bind/bind.h"
 #include "ops/attention.h"
+#include "ops/latent_attention.h"
 #include "ops/swiglu.h"
 #include "store/arena.h"
 
@@ -132,6 +133,31 @@ inline ExpertView view_network(const Matrix& gate, const Matrix& up, const Matri
   require_size("rows of down", down.view.rows, gate.view.cols);
   require_size("columns of down", down.view.cols, gate.view.rows);
   return {gate.view, up.view, down.view};
+}
+
+// key_up [num_heads * kv_rank, nope_dim], value_up [num_heads * value_dim, kv_rank].
+inline LatentHeads view_latent_heads(const MatrixView& key_up, const MatrixView& value_up, int64_t num_heads,
+                                     int64_t rope_dim, float scale) {
+  require_range("heads", num_heads, 1, kLargestSize);
+  require_range("rope_dim", rope_dim, 0, kLargestSize);
+  const LatentHeads heads = {.key_up = key_up,
+                             .value_up = value_up,
+                             .num_heads = num_heads,
+                             .nope_dim = key_up.cols,
+                             .rope_dim = rope_dim,
+                             .kv_rank = value_up.cols,
+                             .value_dim = value_up.rows / num_heads,
+                             .scale = scale};
+  require_size("rows of key_up", key_up.rows, num_heads * heads.kv_rank);
+  require_size("rows of value_up modulo heads", value_up.rows % num_heads, 0);
+  require_range("rows of value_up", value_up.rows, 1, kLargestSize);
+  require_range("columns of value_up", value_up.cols, 1, kLargestSize);
+  // A product of a quantised matrix begins at a panel.
+  if (is_quantized(key_up.format))
+    require_size("kv_rank modulo panel, of a quantised key_up", heads.kv_rank % kPanelRows, 0);
+  if (is_quantized(value_up.format))
+    require_size("value_dim modulo panel, of a quantised value_up", heads.value_dim % kPanelRows, 0);
+  return heads;
 }
 
 // Every block that the positions of the batch reach is a block of the cache.

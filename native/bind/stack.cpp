@@ -143,6 +143,28 @@ BoundMixer gated_delta_net(const Matrix& qkv, const Matrix& b, const Matrix& out
   return bound;
 }
 
+BoundMixer multi_head_latent_attention(const Matrix& query, const Matrix& kv_down, const Matrix& key_up,
+                                       const Matrix& value_up, const Matrix& output, int64_t num_heads,
+                                       int64_t rope_dim, float scale, float norm_eps, const Array& kv_norm,
+                                       const Matrix* query_down, const std::optional<Array>& query_norm) {
+  if ((query_down != nullptr) != query_norm.has_value()) refuse("query_down and query_norm come together");
+  BoundMixer bound;
+  Kept& kept = bound.kept;
+  LatentAttention mixer;
+  mixer.heads = view_latent_heads(kept.keep(key_up), kept.keep(value_up), num_heads, rope_dim, scale);
+  if (query_down != nullptr) {
+    mixer.query_down = kept.keep(*query_down);
+    mixer.query_norm = kept.keep("query_norm", query_norm, query_down->view.rows);
+  }
+  mixer.query = kept.keep(query);
+  mixer.kv_down = kept.keep(kv_down);
+  mixer.kv_norm = kept.keep("kv_norm", kv_norm, mixer.heads.kv_rank);
+  mixer.output = kept.keep(output);
+  mixer.norm_eps = norm_eps;
+  bound.mixer = mixer;
+  return bound;
+}
+
 BoundFfn dense_ffn(const Matrix& gate, const Matrix& up, const Matrix& down) {
   BoundFfn bound;
   bound.ffn = DenseFfn{bound.kept.keep(gate, up, down)};
@@ -211,6 +233,20 @@ void require_state(const GatedDeltaNet& net, const RecurrentState* recurrent) {
 template <class OtherMixer>
 void require_state(const OtherMixer&, const RecurrentState*) {}
 
+void require_fit(const LatentAttention& mixer, const KvShape& kv, const Rotary& rotary, int64_t hidden) {
+  require_kind(kv, KvShape::Kind::latent);
+  const LatentHeads& heads = mixer.heads;
+  require_size("kv_rank + rope_dim", heads.vector_dim(), kv.head_dim);
+  require_size("rotated dimensions", 2 * rotary.num_pairs(), heads.rope_dim);
+  require_size("rows of query", mixer.query.rows, heads.num_heads * heads.query_dim());
+  if (mixer.query_down) require_size("columns of query_down", mixer.query_down->cols, hidden);
+  require_size("columns of query", mixer.query.cols, mixer.query_down ? mixer.query_down->rows : hidden);
+  require_size("rows of kv_down", mixer.kv_down.rows, heads.vector_dim());
+  require_size("columns of kv_down", mixer.kv_down.cols, hidden);
+  require_size("rows of output", mixer.output.rows, hidden);
+  require_size("columns of output", mixer.output.cols, heads.num_heads * heads.value_dim);
+}
+
 void require_fit(const DenseFfn& ffn, int64_t hidden) {
   require_size("columns of gate", ffn.network.gate.cols, hidden);
 }
@@ -227,18 +263,26 @@ void require_fit(const RoutedFfn& ffn, int64_t hidden) {
 
 // What a Stack needs of each buffer: columns of float32, or int32 where it says so.
 struct BufferColumns {
-  int64_t query = 0, attended = 0, key = 0, projected = 0, gates = 0, pairs = 0, experts = 0, k = 0;
+  int64_t query = 0, key = 0, value = 0, attended = 0, query_latent = 0, projected = 0, gates = 0, pairs = 0;
+  int64_t experts = 0, k = 0;
 
   void widen(const GroupedQueryAttention& mixer) {
     query = std::max(query, mixer.output.cols);
     attended = std::max(attended, mixer.output.cols);
     key = std::max(key, mixer.key.rows);
+    value = std::max(value, mixer.value.rows);
     if (mixer.has_gate) projected = std::max(projected, mixer.query.rows);
   }
   void widen(const GatedDeltaNet& net) {
     attended = std::max(attended, net.shape.value_channels());
     projected = std::max(projected, net.shape.conv_channels() + net.shape.value_channels());
     gates = std::max(gates, 2 * net.shape.num_value_heads);
+  }
+  void widen(const LatentAttention& mixer) {
+    query = std::max(query, mixer.query.rows);
+    key = std::max(key, mixer.kv_down.rows);
+    attended = std::max(attended, mixer.output.cols);
+    if (mixer.query_down) query_latent = std::max(query_latent, mixer.query_down->rows);
   }
   void widen(const DenseFfn&) {}
   void widen(const RoutedFfn& ffn) {
@@ -423,7 +467,8 @@ class BoundStack {
     open("block", hidden_, opened.block);
     open("query", columns.query, opened.query);
     open("key", columns.key, opened.key);
-    open("value", columns.key, opened.value);
+    open("value", columns.value, opened.value);
+    open("query_latent", columns.query_latent, opened.query_latent);
     open("attended", columns.attended, opened.attended);
     open("projected", columns.projected, opened.projected);
     open("delta_gates", columns.gates, opened.delta_gates);
@@ -472,6 +517,9 @@ void bind_stack(nb::module_& m) {
       },
       "qkv"_a, "b"_a, "output"_a, nb::kw_only(), "z"_a.none() = nb::none(), "a"_a.none() = nb::none(),
       "conv"_a, "rate"_a, "dt_bias"_a, "norm"_a, "sizes"_a, "is_tiled"_a, "state_layer"_a);
+  m.def("multi_head_latent_attention", &multi_head_latent_attention, "query"_a, "kv_down"_a, "key_up"_a,
+        "value_up"_a, "output"_a, nb::kw_only(), "num_heads"_a, "rope_dim"_a, "scale"_a, "norm_eps"_a,
+        "kv_norm"_a, "query_down"_a.none() = nb::none(), "query_norm"_a.none() = nb::none());
   m.def("dense_ffn", &dense_ffn, "gate"_a, "up"_a, "down"_a);
   m.def("routed_ffn", &routed_ffn, "router"_a, "routing"_a, nb::kw_only(),
         "router_bias"_a.none() = nb::none(), "width"_a, "formats"_a, "shared"_a.none() = nb::none(),

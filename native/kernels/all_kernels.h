@@ -10,6 +10,7 @@
 #include "kernels/gated_delta.h"
 #include "kernels/kernel_table.h"
 #include "kernels/kv_write.h"
+#include "kernels/latent_attention.h"
 #include "kernels/matmul_float.h"
 #include "kernels/matmul_quantized.h"
 #include "kernels/probe.h"
@@ -57,6 +58,9 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .delta_gates = delta_gates,
       .delta_conv = delta_conv,
       .delta_rule = delta_rule,
+      .latent_attention = latent_attention,
+      .latent_merge = latent_merge,
+      .latent_finish = latent_finish,
       .read_memory = read_memory,
       .multiply_int8 = multiply_int8,
       .int8_products_per_round = kInt8ProductsPerRound,

@@ -13,6 +13,7 @@ namespace {
 constexpr int kFloatTileRows = 2, kFloatTileTokens = 4, kFloatRowsAlone = 4;
 constexpr int kOnePanelTokens = 2;
 constexpr int kScoreQueries = 4, kScoreTiles = 1, kValueQueries = 2;
+constexpr int kLatentTile = 6;
 }  // namespace
 }  // namespace argosy
 

@@ -16,6 +16,7 @@ constexpr int two_panels_tokens(Format format) {
   return format == Format::q8 || quant_format(format).parts() == 2 ? 4 : 6;
 }
 constexpr int kScoreQueries = 8, kScoreTiles = 2, kValueQueries = 4;
+constexpr int kLatentTile = 16;
 }  // namespace
 }  // namespace argosy
 

@@ -176,6 +176,31 @@ struct RouteArgs {
   float* scratch;  // route_scratch_floats(num_experts)
 };
 
+// Latent attention: sixteen heads of one token go through the vectors together, a column; two columns at most
+// in a call; positions in sections.
+[[maybe_unused]] static constexpr int64_t kColumnHeads = 16;
+[[maybe_unused]] static constexpr int64_t kMostColumns = 2;
+[[maybe_unused]] static constexpr int64_t kSectionPositions = 256;
+
+struct LatentColumn {
+  const float* q;     // [num_heads][dim]
+  int64_t num_heads;  // kColumnHeads at most
+  int64_t last;       // the position of the token: it sees those up to this one
+  float* state;       // latent_state_floats(value_dim): values [value_dim][kColumnHeads], then most, then sum
+};
+
+// Columns of one sequence against the section of positions that starts at `begin`, which each of them sees.
+struct LatentAttentionArgs {
+  LatentLayer kv;
+  const int32_t* blocks;  // of the sequence: position p lies in blocks[p / block_tokens]
+  const LatentColumn* columns;
+  int64_t num_columns;
+  int64_t begin;
+  int64_t value_dim;  // values are the first so many elements of a vector
+  float scale;
+  float* scratch;  // latent_scratch_floats(dim)
+};
+
 // What transcode() takes.
 struct TranscodeArgs {
   const uint8_t* rows_data;
@@ -220,6 +245,11 @@ struct KernelTable {
   void (*delta_conv)(const DeltaConvArgs& args);
   void (*delta_rule)(const DeltaRuleArgs& args);
 
+  void (*latent_attention)(const LatentAttentionArgs& args);
+  // Adds the state of a column's next section.
+  void (*latent_merge)(const float* next, int64_t value_dim, int64_t num_heads, float* state);
+  void (*latent_finish)(const float* state, int64_t value_dim, int64_t num_heads, float* out);
+
   // For ops/machine_probe.h. Both return a number that depends on all they did.
   uint64_t (*read_memory)(const uint8_t* data, int64_t nbytes);  // aligned to 64; a multiple of 512
   uint64_t (*multiply_int8)(int64_t rounds);                     // int8_products_per_round each
@@ -233,6 +263,16 @@ static inline constexpr int64_t attention_scratch_floats(int64_t head_dim) {
 
 // The scores of all experts, what each is worth in the choice, and each group.
 static inline constexpr int64_t route_scratch_floats(int64_t num_experts) { return 3 * num_experts; }
+static inline constexpr int64_t latent_state_floats(int64_t value_dim) {
+  return (value_dim + 2) * kColumnHeads;
+}
+// Distance of vectors in the scratch: an odd number of cache lines, so that they spread over the sets of a
+// cache.
+static inline constexpr int64_t latent_stride(int64_t dim) { return (round_up(dim, 16) / 16 | 1) * 16; }
+// Vectors of a stretch as float32, and queries and scores of the columns.
+static inline constexpr int64_t latent_scratch_floats(int64_t dim) {
+  return kStretchKeys * latent_stride(dim) + kMostColumns * kColumnHeads * (dim + kStretchKeys);
+}
 
 // "plain", "avx2", "avx512": those this CPU and its operating system can run, worst first.
 std::vector<std::string> instruction_sets();

@@ -259,6 +259,44 @@ void Stack::mix(const GatedDeltaNet& net) {
   add_block(net.output, nullptr);
 }
 
+void Stack::mix(const LatentAttention& mixer) {
+  const LatentHeads& heads = mixer.heads;
+  const LatentLayer kv = kv_.latent_layer(layer_);
+  const int64_t tokens = batch_.num_tokens;
+  float *query = buffers_.query, *vectors = buffers_.key;
+
+  if (mixer.query_down) {
+    float* latent = buffers_.query_latent;
+    matmul(runtime_, {{*mixer.query_down, latent}, {mixer.kv_down, vectors}}, buffers_.normed, tokens);
+    rms_norm(runtime_, latent, mixer.query_norm, mixer.norm_eps, tokens, mixer.query_down->rows, latent);
+    matmul(runtime_, {{mixer.query, query}}, latent, tokens);
+  } else {
+    matmul(runtime_, {{mixer.query, query}, {mixer.kv_down, vectors}}, buffers_.normed, tokens);
+  }
+  latent_norm(runtime_, vectors, mixer.kv_norm, mixer.norm_eps, tokens, heads.kv_rank, kv.dim);
+  const Rotary& rotary = description_.rotary;
+  rope(runtime_, query + heads.nope_dim, tokens, heads.num_heads, heads.query_dim(), buffers_.cosine,
+       buffers_.sine, rotary.num_pairs(), rotary.is_interleaved);
+  rope(runtime_, vectors + heads.kv_rank, tokens, 1, kv.dim, buffers_.cosine, buffers_.sine,
+       rotary.num_pairs(), rotary.is_interleaved);
+
+  latent_write(runtime_, kv, vectors, batch_.slots, tokens);
+  latent_attention(runtime_, kv, heads,
+                   {
+                       .q = query,
+                       .num_tokens = tokens,
+                       .num_heads = heads.num_heads,
+                       .block_table = batch_.block_table,
+                       .max_blocks = batch_.max_blocks,
+                       .sequence = batch_.sequence,
+                       .position = batch_.position,
+                       .scale = heads.scale,
+                       .window = 0,
+                   },
+                   buffers_.attended);
+  add_block(mixer.output, nullptr);
+}
+
 bool Stack::feed_forward(const DenseFfn& ffn) {
   const int64_t hidden = description_.embedding.cols;
   swiglu(runtime_, ffn.network, description_.activation, buffers_.normed, batch_.num_tokens, buffers_.block);

@@ -29,6 +29,7 @@
 
 #include "ops/attention.h"
 #include "ops/gated_delta.h"
+#include "ops/latent_attention.h"
 #include "ops/matmul.h"
 #include "ops/rotary.h"
 #include "ops/runtime.h"
@@ -72,7 +73,20 @@ struct GatedDeltaNet {
   int64_t state_layer = 0;    // of the recurrent state
 };
 
-using Mixer = std::variant<GroupedQueryAttention, GatedDeltaNet>;
+// Multi-head latent attention (arXiv:2405.04434): compressed query and compressed keys and values -> norms ->
+// rotary of the dimensions that turn -> KV cache -> attention -> output projection.
+struct LatentAttention {
+  std::optional<MatrixView> query_down;  // [query_rank, hidden]; none: `query` takes the hidden state
+  const float* query_norm = nullptr;     // [query_rank], with query_down
+  MatrixView query;                      // [num_heads * (nope_dim + rope_dim), query_rank or hidden]
+  MatrixView kv_down;                    // [kv_rank + rope_dim, hidden]
+  const float* kv_norm = nullptr;        // [kv_rank]
+  LatentHeads heads;
+  MatrixView output;  // [hidden, num_heads * value_dim]
+  float norm_eps = 0;
+};
+
+using Mixer = std::variant<GroupedQueryAttention, LatentAttention, GatedDeltaNet>;
 
 struct DenseFfn {
   ExpertView network;
@@ -128,8 +142,10 @@ struct StackDescription {
 struct StackBuffers {
   int64_t max_tokens;
   float *hidden, *normed, *block;  // [hidden]; `block` is what a block adds to the hidden state
-  float *query, *attended;         // [num_heads * head_dim]; attended also [value_channels] of a delta net
-  float *key, *value;              // [kv_heads * head_dim]
+  float* query;                    // [num_heads * head_dim]
+  float* attended;                 // [num_heads * value_dim]; [value_channels] of a delta net
+  float *key, *value;              // [kv_heads * head_dim]; key [kv_rank + rope_dim]
+  float* query_latent;             // [query_rank]
   float* projected;                // query and gate of gated heads; q, k, v and z of a delta net
   float* delta_gates;              // [2 * value_heads]
   float *cosine, *sine;            // [pairs]
@@ -211,6 +227,7 @@ class Stack {
   void mix(const GatedDeltaNet& net);
   void begin_runs();
   void add_block(const MatrixView& output, const float* bias);
+  void mix(const LatentAttention& attention);
   bool feed_forward(const DenseFfn& ffn);  // false: it waits for experts
   bool feed_forward(const RoutedFfn& ffn);
   void dispatch(const RoutedFfn& ffn);

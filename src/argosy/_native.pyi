@@ -243,6 +243,39 @@ def attention(
         sinks: [heads], a score of each head that takes weight and adds nothing; None for none.
     """
 
+def latent_write(
+    runtime: Runtime, kv: KvCache, layer: int, vectors: _Floats, slots: NDArray[np.int64]
+) -> None:
+    """Store the latent vectors [tokens, dim] of a layer that keeps such; slots as for `kv_write`."""
+
+def latent_attention(
+    runtime: Runtime,
+    kv: KvCache,
+    layer: int,
+    q: _Floats,
+    key_up: Matrix,
+    value_up: Matrix,
+    block_table: _Ints,
+    sequence: _Ints,
+    position: _Ints,
+    scale: float,
+    out: _Floats,
+) -> None:
+    """Causal multi-head latent attention (arXiv:2405.04434) in its absorbed form, over vectors that heads share.
+
+    Args:
+        q: [tokens, heads, nope_dim + rope_dim], its last rope_dim dimensions turned.
+        key_up: [heads * kv_rank, nope_dim]. For each head, what makes a query of kv_rank dimensions of nope_dim.
+        value_up: [heads * value_dim, kv_rank]. For each head, what makes its result of the weighted sum of latents.
+        block_table, sequence, position: as for `attention`.
+        out: [tokens, heads * value_dim].
+    """
+
+def latent_scratch_bytes(
+    num_heads: int, nope_dim: int, rope_dim: int, kv_rank: int, max_tokens: int, num_threads: int
+) -> int:
+    """What `latent_attention` takes of a runtime's scratch, at most."""
+
 # The layers of a decoder (native/ops/stack.h), as one operation.
 
 _DeltaSizes = tuple[int, int, int, int, int]  # key heads, value heads, key dim, value dim, conv width
@@ -371,6 +404,32 @@ def gated_delta_net(
         b: [value heads, hidden]. Without a: [b, a] of the first key head's value heads, then of the next's.
         output: [hidden, value heads * value dim].
         state_layer: of the recurrent state.
+    """
+
+def multi_head_latent_attention(
+    query: Matrix,
+    kv_down: Matrix,
+    key_up: Matrix,
+    value_up: Matrix,
+    output: Matrix,
+    *,
+    num_heads: int,
+    rope_dim: int,
+    scale: float,
+    norm_eps: float,
+    kv_norm: _Floats,
+    query_down: Matrix | None = None,
+    query_norm: _Floats | None = None,
+) -> Mixer:
+    """Query and compressed keys and values -> norms -> rotary -> KV cache -> attention -> output projection.
+
+    Args:
+        query: [heads * (nope_dim + rope_dim), query_rank], or of the hidden state without `query_down`.
+        kv_down: [kv_rank + rope_dim, hidden].   kv_norm: [kv_rank].
+        key_up, value_up, scale: as for `latent_attention`.
+        output: [hidden, heads * value_dim].
+        query_down, query_norm: [query_rank, hidden] and [query_rank], both or none.
+        norm_eps: of both norms.
     """
 
 def dense_ffn(gate: Matrix, up: Matrix, down: Matrix) -> Ffn:

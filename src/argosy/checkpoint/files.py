@@ -18,10 +18,10 @@ Elsewhere: bytes move in `native/store/`, which transcodes; which experts are re
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -100,6 +100,19 @@ def matrix_bytes(format: Format, rows: int, cols: int) -> int:
     return -(-rows // PANEL_ROWS) * panel_bytes
 
 
+def is_panelled(format: Format) -> bool:
+    """Whether rows lie interleaved in panels, one panel behind the other."""
+    return format in _PANEL_BLOCKS
+
+
+class KeyValueRows(NamedTuple):
+    """How the rows of the matrix that makes keys and values of a latent vector lie: head by head, key first."""
+
+    num_heads: int
+    key_rows: int
+    value_rows: int
+
+
 @dataclass(frozen=True, slots=True)
 class MatrixRef:
     """One dense matrix or vector (rows = 1) in a file; `name` is what the file calls it.
@@ -109,6 +122,7 @@ class MatrixRef:
     the order of a rotary kernel that turns adjacent pairs, and whoever reads puts them in halves (`in_halves`).
     Where `turn` is set, values of two tensors alternate in the `nbytes` of the file, and this one's are the first,
     third ... (0) or the second, fourth ... (1).
+    Where `key_value_rows` is set, whoever reads splits the matrix in two (`model/latent_up.py`).
     """
 
     name: str
@@ -122,10 +136,11 @@ class MatrixRef:
     block_type: str | None = None
     paired_heads: int = 0
     turn: int | None = None
+    key_value_rows: KeyValueRows | None = None
 
     @property
     def landed_bytes(self) -> int:
-        """Bytes that it takes in memory."""
+        """Bytes that it takes in memory, before anything is split."""
         return matrix_bytes(self.format, self.rows, self.cols)
 
 
@@ -216,6 +231,17 @@ class ModelFiles:
     experts: Mapping[tuple[int, int], ExpertRecord]
     is_packed: bool = False
     header: GgufFile | None = None  # of the GGUF file, for whoever needs the rest of its metadata
+
+    def __post_init__(self) -> None:
+        latent = self.config.latent
+        if latent is None:
+            return
+        rows = KeyValueRows(self.config.num_heads, latent.nope_dim, latent.value_dim)
+        dense = {
+            name: replace(ref, key_value_rows=rows) if name.endswith(".kv_up") else ref
+            for name, ref in self.dense.items()
+        }
+        object.__setattr__(self, "dense", dense)
 
     @cached_property
     def dense_bytes(self) -> int:

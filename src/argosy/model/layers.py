@@ -92,9 +92,30 @@ def _delta(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mi
     )
 
 
+def _latent(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mixer:
+    """Multi-head latent attention (arXiv:2405.04434). Loading has split kv_up into k_up, transposed, and v_up."""
+    latent, name = config.latent, f"layers.{layer}."
+    assert latent is not None
+    return _native.multi_head_latent_attention(
+        weights.matrices[name + ("q_up" if latent.query_rank else "q")],
+        weights.matrices[name + "kv_down"],
+        weights.matrices[name + "k_up"],
+        weights.matrices[name + "v_up"],
+        weights.matrices[name + "o"],
+        num_heads=config.num_heads,
+        rope_dim=latent.rope_dim,
+        scale=config.attention_scale or (latent.nope_dim + latent.rope_dim) ** -0.5,
+        norm_eps=latent.norm_eps,
+        kv_norm=weights.vectors[name + "kv_norm"],
+        query_down=weights.matrices.get(name + "q_down"),
+        query_norm=weights.vectors.get(name + "q_down_norm"),
+    )
+
+
 _MIXERS: Mapping[MixerKind, Callable[[ModelConfig, int, DenseWeights], _native.Mixer]] = {
     "attention": _attention,
     "delta": _delta,
+    "latent": _latent,
 }
 
 

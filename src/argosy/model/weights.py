@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy import _native
-from argosy.checkpoint.files import MatrixRef, check_vector, in_halves
+from argosy.checkpoint.files import MatrixRef, check_vector, in_halves, matrix_bytes
 from argosy.checkpoint.manifest import round_up
 from argosy.errors import CorruptRecord, ReadFailed
+from argosy.model.latent_up import passing_bytes, split, split_shapes
 
 Vector = NDArray[np.float32]
 
@@ -35,7 +36,7 @@ def is_vector(name: str) -> bool:
 class DenseWeights:
     """matrices and float32 vectors by canonical name, and the memory the matrices lie in.
 
-    The weights of a causal convolution are [width, channels].
+    The weights of a causal convolution are [width, channels]. In place of `kv_up` there are `k_up` and `v_up` (`latent_up.py`).
     """
 
     matrices: Mapping[str, _native.Matrix]
@@ -49,8 +50,9 @@ class DenseWeights:
 
 
 def _passes_scratch(ref: MatrixRef) -> bool:
-    """Whether rows of blocks have to change places before they are transcoded, which no reader does."""
-    return ref.block_type is not None and ref.paired_heads > 0
+    """Whether it lands beside its place: it is split in two, or rows of blocks change places before they are
+    transcoded, which no reader does."""
+    return ref.key_value_rows is not None or (ref.block_type is not None and ref.paired_heads > 0)
 
 
 def _read_bytes(ref: MatrixRef, alignment: int) -> int:
@@ -58,7 +60,15 @@ def _read_bytes(ref: MatrixRef, alignment: int) -> int:
     return round_up(ref.offset % alignment + ref.nbytes, alignment)
 
 
+def _split_places(ref: MatrixRef, alignment: int) -> tuple[int, int]:
+    """Bytes of the places of k_up and v_up."""
+    key, value = (round_up(matrix_bytes(*shape), alignment) for shape in split_shapes(ref))
+    return key, value
+
+
 def _place_bytes(ref: MatrixRef, alignment: int) -> int:
+    if ref.key_value_rows is not None:
+        return sum(_split_places(ref, alignment))
     if ref.block_type is not None:
         return round_up(ref.landed_bytes, alignment)
     return _read_bytes(ref, alignment)
@@ -66,6 +76,9 @@ def _place_bytes(ref: MatrixRef, alignment: int) -> int:
 
 def _reordering_bytes(ref: MatrixRef, alignment: int) -> int:
     """What it takes, while it lands, to put rows in another order."""
+    if ref.key_value_rows is not None:
+        landed = ref.landed_bytes if ref.block_type is not None else 0
+        return _read_bytes(ref, alignment) + landed + passing_bytes(ref)
     if _passes_scratch(ref):
         return _read_bytes(ref, alignment) + ref.nbytes + ref.landed_bytes
     return ref.nbytes if ref.paired_heads else 0
@@ -160,13 +173,16 @@ def _read_dense(
         ref = refs[name]
         piece = (file_ids[str(ref.path)], ref.offset, ref.nbytes)
         if _passes_scratch(ref):
-            return store.fetch(scratch, [(*piece, 0)])
+            return store.fetch(scratch, [(*piece, 0)], None if ref.checksum is None else [ref.checksum])
         if ref.block_type is not None:
             return store.fetch(arena, [(*piece, places[name], ref.block_type, ref.rows, ref.cols)])
         return store.fetch(arena, [(*piece, places[name])], None if ref.checksum is None else [ref.checksum])
 
     def land(name: str) -> None:
         ref, start = refs[name], places[name]
+        if ref.key_value_rows is not None:
+            land_split(name)
+            return
         if ref.block_type is None:
             start += ref.offset % alignment
         memory = arena.array()[start : start + (ref.landed_bytes if ref.turn is None else ref.nbytes)]
@@ -189,6 +205,20 @@ def _read_dense(
             vectors[name] = values
         else:
             matrices[name] = _native.Matrix(arena, start, ref.format, ref.rows, ref.cols)
+
+    def land_split(name: str) -> None:
+        ref, start = refs[name], places[name]
+        matrix = scratch.array()[ref.offset % alignment :][: ref.nbytes]
+        if ref.block_type is not None:
+            matrix = _native.transcode(ref.block_type, matrix, ref.rows, ref.cols)
+        starts = start, start + _split_places(ref, alignment)[0]
+        shapes = split_shapes(ref)
+        halves = [
+            arena.array()[at : at + matrix_bytes(*shape)] for at, shape in zip(starts, shapes, strict=True)
+        ]
+        split(ref, matrix, halves[0], halves[1])
+        for part, at, shape in zip(("k_up", "v_up"), starts, shapes, strict=True):
+            matrices[name.removesuffix("kv_up") + part] = _native.Matrix(arena, at, *shape)
 
     def issue() -> None:
         while waiting and len(in_flight) < (1 if _passes_scratch(refs[waiting[0]]) else _MOST_IN_FLIGHT):

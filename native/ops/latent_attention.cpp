@@ -1,0 +1,285 @@
+#include "ops/latent_attention.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "kernels/half.h"
+#include "kernels/kernel_table.h"
+
+namespace argosy {
+
+namespace {
+
+constexpr int64_t kBlockRows = 32;   // of a product with one head's matrix
+constexpr int64_t kTileTokens = 32;  // whose latent queries and results exist at a time
+
+int64_t blocks_of(int64_t rows) { return round_up(rows, kBlockRows) / kBlockRows; }
+
+// Columns of one sequence that go through the vectors together.
+struct Item {
+  LatentColumn columns[kMostColumns];
+  float* out[kMostColumns];
+  int64_t num_columns;
+  int64_t num_sections;  // that any of them sees
+  const int32_t* blocks;
+};
+
+// Sections of an item that different threads take at once; their states lie in scratch until they are merged.
+int64_t sections_at_once(int64_t num_items, int num_threads) {
+  return num_threads == 1 ? 1 : std::max<int64_t>(1, 4 * num_threads / std::max<int64_t>(1, num_items));
+}
+
+struct Scratch {
+  Scratch(const LatentHeads& heads, int64_t tokens, int num_threads) {
+    const int64_t rows = tokens * heads.num_heads;
+    const int64_t state = kMostColumns * latent_state_floats(heads.kv_rank) * 4;
+    activations = layout.add(rows * activation_bytes(std::max(heads.nope_dim, heads.kv_rank)));
+    query = layout.add(rows * heads.vector_dim() * 4);
+    attended = layout.add(rows * heads.kv_rank * 4);
+    vectors = layout.add(num_threads * latent_scratch_floats(heads.vector_dim()) * 4);
+    // A total and the next section's for each thread; or one total for each item, and no more than four
+    // sections a thread at once, rounded up to a whole number for each item.
+    states = layout.add(num_threads * 6 * state);
+  }
+  ScratchLayout layout;
+  int64_t activations, query, attended, vectors, states;
+};
+
+// out[t][h] = matrix_h x[t][h], where matrix_h are `rows` rows of the matrix. Rows of x are x_row floats
+// apart, and those of out out_row. `activations` holds x where the matrix is quantised.
+void multiply_heads(Runtime& runtime, const MatrixView& matrix, int64_t num_heads, int64_t num_tokens,
+                    const float* x, int64_t x_row, uint8_t* activations, float* out, int64_t out_row) {
+  const KernelTable& table = kernels();
+  const int64_t cols = matrix.cols, rows = matrix.rows / num_heads, blocks = blocks_of(rows);
+  const bool quantized = is_quantized(matrix.format);
+  const int64_t row_bytes = quantized ? activation_bytes(cols) : x_row * 4;
+  if (quantized) {
+    runtime.parallel_for(num_tokens * num_heads, cols, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i)
+        table.quantize_activations(x + i * x_row, cols, 0, num_groups(cols), activations + i * row_bytes);
+    });
+  }
+  const uint8_t* from = quantized ? activations : reinterpret_cast<const uint8_t*>(x);
+  runtime.parallel_for(num_heads * blocks, kBlockRows * cols * num_tokens,
+                       [&](int64_t begin, int64_t end, int) {
+                         while (begin < end) {
+                           const int64_t head = begin / blocks, first = begin % blocks * kBlockRows;
+                           const int64_t next = std::min(end, (head + 1) * blocks);
+                           table.matmul[int(matrix.format)]({
+                               .weights = matrix.data,
+                               .cols = cols,
+                               .row_begin = head * rows + first,
+                               .row_end = head * rows + std::min(rows, first + (next - begin) * kBlockRows),
+                               .x = from + head * row_bytes,
+                               .x_stride = num_heads * row_bytes,
+                               .x_index = nullptr,
+                               .y = out + head * out_row + first,
+                               .y_stride = num_heads * out_row,
+                               .y_index = nullptr,
+                               .num_tokens = num_tokens,
+                           });
+                           begin = next;
+                         }
+                       });
+}
+
+// The columns of tokens [begin, end), two to an item where they are of one sequence.
+std::vector<Item> list_items(const LatentHeads& heads, const AttentionBatch& batch, int64_t begin,
+                             int64_t end, const float* query, float* attended) {
+  const int64_t per_token = round_up(heads.num_heads, kColumnHeads) / kColumnHeads;
+  std::vector<Item> items;
+  for (int64_t token = begin; token < end; ++token) {
+    for (int64_t c = 0; c < per_token; ++c) {
+      const int64_t row = (token - begin) * heads.num_heads + c * kColumnHeads;
+      const int32_t* blocks = batch.block_table + batch.sequence[token] * batch.max_blocks;
+      if (items.empty() || items.back().num_columns == kMostColumns || items.back().blocks != blocks) {
+        items.push_back({});
+        items.back().blocks = blocks;
+      }
+      Item& item = items.back();
+      item.columns[item.num_columns] = {query + row * heads.vector_dim(),
+                                        std::min(kColumnHeads, heads.num_heads - c * kColumnHeads),
+                                        batch.position[token], nullptr};
+      item.out[item.num_columns] = attended + row * heads.kv_rank;
+      ++item.num_columns;
+      item.num_sections = std::max<int64_t>(item.num_sections, batch.position[token] / kSectionPositions + 1);
+    }
+  }
+  return items;
+}
+
+// Attention of items over the cached vectors. A column's sections are merged in ascending order, whoever
+// computed them.
+class Sections {
+ public:
+  Sections(const KernelTable& table, const LatentLayer& kv, const LatentHeads& heads, float* vectors)
+      : table_(table), kv_(kv), heads_(heads), vectors_(vectors) {}
+
+  int64_t state_floats() const { return latent_state_floats(heads_.kv_rank); }
+
+  // The states of one section, one behind the other from `states` on.
+  void attend(const Item& item, int64_t section, float* states, int worker) const {
+    LatentColumn columns[kMostColumns];
+    int64_t count = 0;
+    for (int64_t c = 0; c < item.num_columns; ++c) {
+      if (!sees(item, c, section)) continue;
+      columns[count] = item.columns[c];
+      columns[count++].state = states + c * state_floats();
+    }
+    table_.latent_attention({
+        .kv = kv_,
+        .blocks = item.blocks,
+        .columns = columns,
+        .num_columns = count,
+        .begin = section * kSectionPositions,
+        .value_dim = heads_.kv_rank,
+        .scale = heads_.scale,
+        .scratch = vectors_ + worker * latent_scratch_floats(kv_.dim),
+    });
+  }
+
+  void merge(const Item& item, int64_t section, const float* next, float* totals) const {
+    for (int64_t c = 0; c < item.num_columns; ++c) {
+      if (!sees(item, c, section)) continue;
+      table_.latent_merge(next + c * state_floats(), heads_.kv_rank, item.columns[c].num_heads,
+                          totals + c * state_floats());
+    }
+  }
+
+  void finish(const Item& item, const float* totals) const {
+    for (int64_t c = 0; c < item.num_columns; ++c) {
+      table_.latent_finish(totals + c * state_floats(), heads_.kv_rank, item.columns[c].num_heads,
+                           item.out[c]);
+    }
+  }
+
+ private:
+  static bool sees(const Item& item, int64_t column, int64_t section) {
+    return item.columns[column].last >= section * kSectionPositions;
+  }
+
+  const KernelTable& table_;
+  const LatentLayer& kv_;
+  const LatentHeads& heads_;
+  float* vectors_;
+};
+
+void attend(Runtime& runtime, const LatentLayer& kv, const LatentHeads& heads, const std::vector<Item>& items,
+            float* vectors, float* states) {
+  const Sections sections(kernels(), kv, heads, vectors);
+  const int64_t num_items = int64_t(items.size()), pair = kMostColumns * sections.state_floats();
+  int64_t most_sections = 0, all_sections = 0;
+  for (const Item& item : items) {
+    most_sections = std::max(most_sections, item.num_sections);
+    all_sections += item.num_sections;
+  }
+  const int64_t section_work = kMostColumns * kColumnHeads * kSectionPositions * (kv.dim + heads.kv_rank) / 8;
+  const int64_t at_once = std::min(most_sections, sections_at_once(num_items, runtime.num_threads()));
+  if (at_once == 1) {
+    // The longest come last in a prefill: begin with them, so that all threads end together.
+    runtime.parallel_for(num_items, section_work * all_sections / num_items,
+                         [&](int64_t begin, int64_t end, int worker) {
+                           float* totals = states + worker * 2 * pair;
+                           for (int64_t i = begin; i < end; ++i) {
+                             const Item& item = items[size_t(num_items - 1 - i)];
+                             sections.attend(item, 0, totals, worker);
+                             for (int64_t section = 1; section < item.num_sections; ++section) {
+                               sections.attend(item, section, totals + pair, worker);
+                               sections.merge(item, section, totals + pair, totals);
+                             }
+                             sections.finish(item, totals);
+                           }
+                         });
+    return;
+  }
+  // Few items over many positions: threads share out the sections too. The first lands in the totals.
+  float* totals = states;
+  float* next = states + num_items * pair;
+  for (int64_t first = 0; first < most_sections; first += at_once) {
+    const auto state_of = [&](int64_t item, int64_t section) {
+      return section == 0 ? totals + item * pair : next + (item * at_once + section - first) * pair;
+    };
+    runtime.parallel_for(num_items * at_once, section_work, [&](int64_t begin, int64_t end, int worker) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Item& item = items[size_t(i / at_once)];
+        const int64_t section = first + i % at_once;
+        if (section < item.num_sections)
+          sections.attend(item, section, state_of(i / at_once, section), worker);
+      }
+    });
+    runtime.parallel_for(num_items, at_once * pair, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Item& item = items[size_t(i)];
+        const int64_t after = std::min(first + at_once, item.num_sections);
+        for (int64_t section = std::max<int64_t>(1, first); section < after; ++section)
+          sections.merge(item, section, state_of(i, section), totals + i * pair);
+        if (first + at_once >= most_sections) sections.finish(item, totals + i * pair);
+      }
+    });
+  }
+}
+
+}  // namespace
+
+void latent_norm(Runtime& runtime, float* vectors, const float* weight, float eps, int64_t num_tokens,
+                 int64_t kv_rank, int64_t dim) {
+  const KernelTable& table = kernels();
+  const auto lock = runtime.lock();
+  runtime.parallel_for(num_tokens, kv_rank, [&](int64_t begin, int64_t end, int) {
+    for (int64_t token = begin; token < end; ++token) {
+      float* vector = vectors + token * dim;
+      table.rms_norm(vector, weight, kv_rank, eps, vector);
+    }
+  });
+}
+
+void latent_write(Runtime& runtime, const LatentLayer& kv, const float* vectors, const int64_t* slots,
+                  int64_t num_tokens) {
+  const auto lock = runtime.lock();
+  runtime.parallel_for(num_tokens, kv.dim * 4, [&](int64_t begin, int64_t end, int) {
+    for (int64_t token = begin; token < end; ++token) {
+      const float* from = vectors + token * kv.dim;
+      uint8_t* to = kv.vectors + slots[token] * kv.dim * (kv.is_f16 ? 2 : 4);
+      if (!kv.is_f16) {
+        std::memcpy(to, from, size_t(kv.dim) * 4);
+        continue;
+      }
+      for (int64_t d = 0; d < kv.dim; ++d) {
+        const uint16_t bits = f16_from_float(from[d]);
+        std::memcpy(to + 2 * d, &bits, 2);
+      }
+    }
+  });
+}
+
+void latent_attention(Runtime& runtime, const LatentLayer& kv, const LatentHeads& heads,
+                      const AttentionBatch& batch, float* out) {
+  if (batch.num_tokens == 0) return;
+  const auto lock = runtime.lock();
+  const int64_t num_heads = heads.num_heads, dim = heads.vector_dim();
+  const Scratch places(heads, std::min(batch.num_tokens, kTileTokens), runtime.num_threads());
+  uint8_t* scratch = runtime.scratch(places.layout.bytes());
+  const auto floats = [&](int64_t at) { return reinterpret_cast<float*>(scratch + at); };
+  float *query = floats(places.query), *attended = floats(places.attended);
+  uint8_t* activations = scratch + places.activations;
+  for (int64_t begin = 0; begin < batch.num_tokens; begin += kTileTokens) {
+    const int64_t tokens = std::min(kTileTokens, batch.num_tokens - begin);
+    const float* q = batch.q + begin * num_heads * heads.query_dim();
+    multiply_heads(runtime, heads.key_up, num_heads, tokens, q, heads.query_dim(), activations, query, dim);
+    for (int64_t row = 0; row < tokens * num_heads; ++row) {
+      std::memcpy(query + row * dim + heads.kv_rank, q + row * heads.query_dim() + heads.nope_dim,
+                  size_t(heads.rope_dim) * 4);
+    }
+    attend(runtime, kv, heads, list_items(heads, batch, begin, begin + tokens, query, attended),
+           floats(places.vectors), floats(places.states));
+    multiply_heads(runtime, heads.value_up, num_heads, tokens, attended, heads.kv_rank, activations,
+                   out + begin * num_heads * heads.value_dim, heads.value_dim);
+  }
+}
+
+int64_t latent_scratch_bytes(const LatentHeads& heads, int64_t max_tokens, int num_threads) {
+  return Scratch(heads, std::min(max_tokens, kTileTokens), num_threads).layout.bytes();
+}
+
+}  // namespace argosy

@@ -1,0 +1,45 @@
+// latent_attention.h: multi-head latent attention (DeepSeek-V2, arXiv:2405.04434) of a batch, always
+// absorbed.
+//
+// A position's keys and values are kept as one vector: kv_rank elements of which a matrix would make the key
+// and the value of every head, and rope_dim elements of key, turned already, that all heads share. Nothing is
+// ever made of it; the matrix goes to the query and to the result instead:
+//
+//   q_h = [ key_up_h q_nope_h | q_rope_h ]    attended_h = softmax(scale q_h . vectors) latents
+//   out_h = value_up_h attended_h
+#pragma once
+
+#include <cstdint>
+
+#include "ops/attention.h"
+#include "ops/matmul.h"
+
+namespace argosy {
+
+struct LatentHeads {
+  MatrixView key_up;    // [num_heads * kv_rank, nope_dim]
+  MatrixView value_up;  // [num_heads * value_dim, kv_rank]
+  int64_t num_heads, nope_dim, rope_dim, kv_rank, value_dim;
+  float scale;  // of the scores
+
+  int64_t vector_dim() const { return kv_rank + rope_dim; }
+  int64_t query_dim() const { return nope_dim + rope_dim; }
+};
+
+// The first kv_rank of `dim` elements of each vector become x / sqrt(mean(x^2) + eps) * weight, in place.
+void latent_norm(Runtime& runtime, float* vectors, const float* weight, float eps, int64_t num_tokens,
+                 int64_t kv_rank, int64_t dim);
+
+// vectors [num_tokens][dim]; rounded to nearest even where the cache is float16. Slots are in range.
+void latent_write(Runtime& runtime, const LatentLayer& kv, const float* vectors, const int64_t* slots,
+                  int64_t num_tokens);
+
+// batch.q [num_tokens][num_heads][nope_dim + rope_dim], its last rope_dim dimensions turned; no window.
+// out [num_tokens][num_heads * value_dim].
+void latent_attention(Runtime& runtime, const LatentLayer& kv, const LatentHeads& heads,
+                      const AttentionBatch& batch, float* out);
+
+// What latent_attention takes of the runtime's scratch, at most; of `heads` only sizes matter.
+int64_t latent_scratch_bytes(const LatentHeads& heads, int64_t max_tokens, int num_threads);
+
+}  // namespace argosy

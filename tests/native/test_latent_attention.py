@@ -1,0 +1,202 @@
+"""Multi-head latent attention: absorbed equals plain, alone equals in a chunk, on any number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from argosy import _native as native
+
+Floats = NDArray[np.float32]
+SCALE = 0.21
+LENGTH = 600  # three sections of 256 positions, the last of them unfinished
+
+
+@pytest.fixture(params=native.instruction_sets(), autouse=True)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = native.instruction_set()
+    native.use_instruction_set(request.param)
+    yield request.param
+    native.use_instruction_set(before)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    heads: int
+    nope: int
+    rope: int
+    rank: int
+    value: int
+
+
+SMALL = Sizes(heads=3, nope=5, rope=6, rank=13, value=7)
+ODD_HEADS = Sizes(heads=20, nope=24, rope=8, rank=40, value=16)
+WIDE = Sizes(heads=48, nope=32, rope=16, rank=64, value=32)
+
+
+def normal(*shape: int, seed: int = 0) -> Floats:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def matrix_of(format: native.Format, weights: Floats) -> tuple[native.Matrix, Floats]:
+    """The matrix, and the weights that it holds."""
+    rows, cols = weights.shape
+    data = np.empty(native.matrix_bytes(format, rows, cols), np.uint8)
+    native.quantize(format, weights, data)
+    return native.Matrix(data, 0, format, rows, cols), native.dequantize(format, data, rows, cols)
+
+
+class Case:
+    """Two sequences of LENGTH positions in blocks that lie in no order, and everything around them."""
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        dtype: Literal["f32", "f16"],
+        *,
+        format: native.Format = "f32",
+        block_tokens: int = 16,
+    ) -> None:
+        self.sizes = s = sizes
+        self.q = normal(2, LENGTH, s.heads, s.nope + s.rope)
+        self.vectors = normal(2, LENGTH, s.rank + s.rope, seed=1)
+        key_up = normal(s.heads * s.rank, s.nope, seed=2) / np.float32(s.rank**0.5)
+        value_up = normal(s.heads * s.value, s.rank, seed=3) / np.float32(s.rank**0.5)
+        (self.key_up, key_weights), (self.value_up, value_weights) = (
+            matrix_of(format, weights) for weights in (key_up, value_up)
+        )
+        self.key_weights = key_weights.reshape(s.heads, s.rank, s.nope).astype(np.float64)
+        self.value_weights = value_weights.reshape(s.heads, s.value, s.rank).astype(np.float64)
+
+        needed = -(-LENGTH // block_tokens)
+        num_blocks = 2 * needed + 3
+        self.kv = native.KvCache(
+            [native.KvShape.none(), native.KvShape.latent(s.rank + s.rope)], num_blocks, block_tokens, dtype
+        )
+        order = np.random.default_rng(0).permutation(num_blocks)
+        self.table = order[: 2 * needed].reshape(2, needed).astype(np.int32)
+        # What lies in blocks of others, and behind the end, must not matter.
+        everything = np.arange(num_blocks * block_tokens, dtype=np.int64)
+        runtime = native.Runtime(1)
+        garbage = np.full((len(everything), s.rank + s.rope), np.nan, np.float32)
+        native.latent_write(runtime, self.kv, 1, garbage, everything)
+        position = np.arange(LENGTH)
+        for blocks, vectors in zip(self.table, self.vectors, strict=True):
+            slots = blocks[position // block_tokens].astype(np.int64) * block_tokens + position % block_tokens
+            native.latent_write(runtime, self.kv, 1, vectors, slots)
+        runtime.close()
+        if dtype == "f16":
+            self.vectors = self.vectors.astype(np.float16).astype(np.float32)
+
+    def attend(self, sequence: list[int], position: list[int], *, threads: int = 1) -> Floats:
+        runtime = native.Runtime(threads)
+        out = np.full((len(sequence), self.sizes.heads * self.sizes.value), np.nan, np.float32)
+        native.latent_attention(
+            runtime,
+            self.kv,
+            1,
+            self.q[sequence, position],
+            self.key_up,
+            self.value_up,
+            self.table,
+            np.array(sequence, np.int32),
+            np.array(position, np.int32),
+            SCALE,
+            out,
+        )
+        s = self.sizes
+        assert runtime.scratch_bytes <= 65536 + native.latent_scratch_bytes(
+            s.heads, s.nope, s.rope, s.rank, len(sequence), threads
+        )
+        runtime.close()
+        return out
+
+    def expected(self, sequence: int, position: int) -> NDArray[np.float64]:
+        """In plain form: keys and values of every head are made of the vectors."""
+        s = self.sizes
+        latents = self.vectors[sequence, : position + 1, : s.rank].astype(np.float64)
+        shared = self.vectors[sequence, : position + 1, s.rank :].astype(np.float64)
+        q = self.q[sequence, position].astype(np.float64)
+        keys = np.einsum("pr,hrn->hpn", latents, self.key_weights)
+        values = np.einsum("pr,hvr->hpv", latents, self.value_weights)
+        scores = SCALE * (np.einsum("hpn,hn->hp", keys, q[:, : s.nope]) + q[:, s.nope :] @ shared.T)
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        weights /= weights.sum(axis=1, keepdims=True)
+        return np.einsum("hp,hpv->hv", weights, values).reshape(-1)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize(
+    ("sizes", "block_tokens"), [(SMALL, 16), (SMALL, 5), (ODD_HEADS, 16), (ODD_HEADS, 7), (WIDE, 32)]
+)
+def test_absorbed_equals_plain_and_a_token_alone_equals_itself_in_a_chunk(
+    dtype: Literal["f32", "f16"], sizes: Sizes, block_tokens: int
+) -> None:
+    case = Case(sizes, dtype, block_tokens=block_tokens)
+    together = case.attend([0] * LENGTH, list(range(LENGTH)), threads=2)
+    for position in (0, 1, 15, 16, 63, 64, 65, 255, 256, 257, 320, 511, 512, 599):
+        alone = case.attend([0], [position])
+        assert np.array_equal(alone[0], together[position])
+        np.testing.assert_allclose(alone[0], case.expected(0, position), atol=1e-5)
+    for begin, end in ((0, 1), (3, 10), (60, 130), (250, 260), (568, 600)):
+        found = case.attend([0] * (end - begin), list(range(begin, end)))
+        assert np.array_equal(found, together[begin:end])
+
+
+@pytest.mark.parametrize("threads", [2, 3, 9])
+def test_threads_and_neighbours_change_no_bit(threads: int) -> None:
+    """With nine threads a lone token's sections are shared out, with two some of them."""
+    case = Case(ODD_HEADS, "f16")
+    sequence, position = [0, 1, 1, 0, 0, 0, 1, 1], [599, 3, 4, 255, 256, 257, 520, 0]
+    alone = np.concatenate([case.attend([s], [p]) for s, p in zip(sequence, position, strict=True)])
+    assert np.array_equal(case.attend(sequence, position, threads=threads), alone)
+    for row, (s, p) in enumerate(zip(sequence, position, strict=True)):
+        assert np.array_equal(case.attend([s], [p], threads=threads)[0], alone[row])
+
+
+@pytest.mark.parametrize("format", ["f16", "bf16", "q8", "q4"])
+def test_matrices_of_any_format_serve(format: native.Format) -> None:
+    case = Case(WIDE, "f32", format=format)
+    positions = list(range(280, 290))
+    together = case.attend([1] * 10, positions, threads=2)
+    for row, position in enumerate(positions):
+        assert np.array_equal(case.attend([1], [position])[0], together[row])
+        # Queries and results are rounded to int8 before a product with quantised weights.
+        atol = 0.03 if format in ("q8", "q4") else 1e-5
+        np.testing.assert_allclose(together[row], case.expected(1, position), atol=atol)
+
+
+def test_large_scores_neither_overflow_nor_vanish() -> None:
+    case = Case(SMALL, "f32")
+    case.q *= 300
+    np.testing.assert_allclose(case.attend([0], [599])[0], case.expected(0, 599), atol=1e-2)
+
+
+def test_what_does_not_fit_is_refused_with_both_numbers() -> None:
+    case = Case(SMALL, "f32")
+    runtime, zero, out = native.Runtime(1), np.zeros(1, np.int32), np.empty((1, 21), np.float32)
+
+    def attend(q: Floats, *, layer: int = 1, key: native.Matrix = case.key_up, position: int = 0) -> None:
+        native.latent_attention(
+            runtime, case.kv, layer, q, key, case.value_up, case.table, zero, zero + position, 1.0, out
+        )
+
+    attend(case.q[0, :1])
+    with pytest.raises(ValueError, match=r"kv_rank \+ rope_dim is 18, expected 19"):
+        attend(case.q[0, :1, :, :10].copy())
+    with pytest.raises(ValueError, match="rows of key_up is 39, expected 26"):
+        attend(case.q[0, :1, :2].copy())
+    with pytest.raises(ValueError, match="keeps nothing, expected one that keeps latent vectors"):
+        attend(case.q[0, :1], layer=0)
+    with pytest.raises(ValueError, match=r"position\[0\] is 608, expected 0 to 607"):
+        attend(case.q[0, :1], position=608)
+    with pytest.raises(ValueError, match="kv_rank modulo panel, of a quantised key_up is 13, expected 0"):
+        attend(case.q[0, :1], key=matrix_of("q8", normal(39, 5))[0])
+    with pytest.raises(ValueError, match="a slot is 1264, expected 0 to 1263"):
+        native.latent_write(runtime, case.kv, 1, normal(1, 19), np.array([1264], np.int64))
+    runtime.close()
