@@ -20,6 +20,7 @@ from argosy.checkpoint.pack import pack
 from argosy.model.families import open_model
 from tests.models.safetensors_file import Array
 from tests.models.tiny import RawConfig, mixtral, prompt_ids, qwen2_moe, qwen3_moe, write_model
+from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 
 NUM_NEW = 12
 GREEDY = SamplingParams(max_tokens=NUM_NEW, temperature=0, ignore_eos=True, logprobs=3)
@@ -45,9 +46,19 @@ CONFIGS = {
         attention_bias=True,
         rope_scaling={"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16},
     ),
+    "qwen3_next": qwen3_next(
+        max_position_embeddings=1024,
+        num_experts=16,
+        num_experts_per_tok=4,
+        hidden_size=44,
+        linear_key_head_dim=34,
+        linear_value_head_dim=70,
+    ),
+    "qwen3_5_moe_text": qwen3_5_moe_text(max_position_embeddings=1024, num_experts=12),
 }
 CASES = [(family, "in place") for family in CONFIGS] + [
-    ("qwen3_moe", format) for format in ("bf16", "q8", "q4")
+    *(("qwen3_moe", format) for format in ("bf16", "q8", "q4")),
+    ("qwen3_5_moe_text", "q8"),
 ]
 
 

@@ -204,15 +204,18 @@ def text_part(config: RawConfig) -> RawConfig:
 
 
 def head_dim(config: RawConfig) -> int:
+    config = text_part(config)
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
 def num_experts(config: RawConfig) -> int:
+    config = text_part(config)
     return config["num_local_experts" if "num_local_experts" in config else "num_experts"]
 
 
 def moe_layers(config: RawConfig) -> list[int]:
     """Layers with routed experts: 'every n-th, counted from the n-th' less the ones listed as dense."""
+    config = text_part(config)
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     return [i for i in range(config["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0]
 
@@ -222,7 +225,7 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
     if config["model_type"] in tiny_delta.FAMILIES:
         # The hub has Qwen3.5's experts fused.
         is_fused = config["model_type"] != "qwen3_next"
-        return tiny_delta.delta_tensor_shapes(config, moe_layers(text_part(config)), is_fused=is_fused)
+        return tiny_delta.delta_tensor_shapes(config, moe_layers(config), is_fused=is_fused)
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     q_rows = config["num_attention_heads"] * head_dim(config)
     kv_rows = config["num_key_value_heads"] * head_dim(config)

@@ -64,6 +64,10 @@ def read_rope(
     fields = _Fields(parameters, name)
     kind = _kind(fields)
     fields.refuse_unknown(kind, _AXES if has_axes else frozenset())
+    if head_dim % 2:
+        raise CheckpointError(
+            f"config.json gives heads of {head_dim} dimensions, and rotary embedding turns pairs"
+        )
     rotary_dim = _rotary_dim(reader, fields, head_dim, default_partial)
     theta = reader.number("rope_theta", default_theta)
     if "rope_theta" in parameters:
