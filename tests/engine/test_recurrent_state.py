@@ -77,7 +77,9 @@ def test_without_its_snapshot_a_sequence_cannot_go_back(engine: Engine) -> None:
     one = engine.submit(PROMPT, GREEDY)
     step_until(engine, one, 16)
     one.num_computed = 8
-    with pytest.raises(ValueError, match="token 0 is at position 8, and the recurrent state in slot 0 stands at 16"):
+    with pytest.raises(
+        ValueError, match="token 0 is at position 8, and the recurrent state in slot 0 stands at 16"
+    ):
         engine.step()
 
 
@@ -193,7 +195,9 @@ def test_a_small_budget_has_fewer_states_and_the_refusal_counts_one(tmp_path: Pa
     files = open_model(write_model(tmp_path, qwen3_5_moe_text(**sizes, num_hidden_layers=2), seed=1))
 
     def plan(ram_bytes: int) -> tuple[int, int]:
-        found = plan_memory(files, EngineConfig(budget=Budget(ram_bytes=ram_bytes), threads=1), process_bytes=0)
+        found = plan_memory(
+            files, EngineConfig(budget=Budget(ram_bytes=ram_bytes), threads=1), process_bytes=0
+        )
         assert found.total_bytes <= ram_bytes
         return found.num_states, found.state_bytes
 
