@@ -79,13 +79,17 @@ template <Format kFormat, int kPanels, int kMostTokens>
 void matmul_panels(const MatmulArgs& a, int64_t row) {
   // The first pass over the weights waits for them, so it asks for the next panels. One token alone reads in
   // an order that the hardware foresees, and faster.
-  const bool asks = a.num_tokens > 1 && row + kPanels * kPanelRows < a.row_end;
-  const int64_t next = asks ? kPanels * panel_bytes(kFormat, a.cols) : 0;
+  const uint8_t* next = nullptr;
+  if (a.num_tokens > 1) {
+    next = row + kPanels * kPanelRows < a.row_end
+               ? a.weights + (row / kPanelRows + kPanels) * panel_bytes(kFormat, a.cols)
+               : a.next_weights;
+  }
   const int64_t tiles = (a.num_tokens + kMostTokens - 1) / kMostTokens;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t begin = a.num_tokens * tile / tiles;
     with_number<kMostTokens>(a.num_tokens * (tile + 1) / tiles - begin, [&]<int kTokens>(Number<kTokens>) {
-      QuantizedTile<kFormat, kPanels, kTokens>::run(a, row, begin, tile == 0 ? next : 0);
+      QuantizedTile<kFormat, kPanels, kTokens>::run(a, row, begin, tile == 0 ? next : nullptr);
     });
   }
 }

@@ -45,8 +45,9 @@ struct QuantizedTile {
   using Rows = const uint8_t* [kTokens];
   using Dots = __m256i[kTokens][kParts][2];  // rows 0-7 and 8-15
 
-  // Rows [row, row + 16) of tokens [token, token + kTokens). The weights that lie `ahead` are asked for.
-  static void run(const MatmulArgs& a, int64_t row, int64_t token, int64_t ahead) {
+  // Rows [row, row + 16) of tokens [token, token + kTokens). The panel `next` is asked for, unless it is
+  // null.
+  static void run(const MatmulArgs& a, int64_t row, int64_t token, const uint8_t* next) {
     const uint8_t* panel = a.weights + row / kPanelRows * panel_bytes(kFormat, a.cols);
     const uint8_t* scales = panel + scales_at(kFormat, a.cols);
     Rows x;
@@ -58,9 +59,9 @@ struct QuantizedTile {
     }
     for (int64_t group = 0; group < num_groups(a.cols); ++group) {
       const uint8_t* quants = panel + group * kQuant.group_bytes();
-      if (ahead > 0) {
+      if (next != nullptr) {
         for (int64_t line = 0; line < kQuant.group_bytes(); line += 64)
-          __builtin_prefetch(quants + ahead + line);
+          __builtin_prefetch(next + (quants - panel) + line);
       }
       Dots dot;
       if constexpr (kQuant.bits == 8) {

@@ -65,13 +65,13 @@ struct QuantizedTile {
     const uint8_t* x[kTokens];
   };
 
-  // Rows [row, row + 16 * kPanels) of tokens [token, token + kTokens). The weights that lie `ahead` are asked
-  // for; 0 for none.
-  static void run(const MatmulArgs& a, int64_t row, int64_t token, int64_t ahead) {
+  // Rows [row, row + 16 * kPanels) of tokens [token, token + kTokens). As many panels from `next` on are
+  // asked for, unless it is null.
+  static void run(const MatmulArgs& a, int64_t row, int64_t token, const uint8_t* next) {
     const Operands o(a, row, token);
     Sums sum = {};
     for (int64_t group = 0; group < num_groups(a.cols); ++group) {
-      if (ahead > 0) prefetch(o, group, ahead);
+      if (next != nullptr) prefetch(o, group, next);
       Dots dot;
       multiply(o, group, dot);
       scale(o, group, dot, sum);
@@ -94,14 +94,14 @@ struct QuantizedTile {
   }
 
  private:
-  [[gnu::always_inline]] static inline void prefetch(const Operands& o, int64_t group, int64_t ahead) {
+  [[gnu::always_inline]] static inline void prefetch(const Operands& o, int64_t group, const uint8_t* next) {
     constexpr int kIntoL2 = 2;
 #pragma GCC unroll 2
     for (int i = 0; i < kPanels; ++i) {
-      const uint8_t* from = o.quants(group) + i * o.stride + ahead;
+      const uint8_t* from = next + (o.quants(group) - o.panel) + i * o.stride;
 #pragma GCC unroll 8
       for (int64_t line = 0; line < kGroupBytes; line += 64) __builtin_prefetch(from + line, 0, kIntoL2);
-      __builtin_prefetch(o.block_scales(group) + i * o.stride + ahead, 0, kIntoL2);
+      __builtin_prefetch(next + (o.block_scales(group) - o.panel) + i * o.stride, 0, kIntoL2);
     }
   }
 

@@ -11,8 +11,6 @@ namespace {
 constexpr int64_t kWidthBlock = 32;   // rows of gate and up in one item: a group of the activations of down
 constexpr int64_t kHiddenBlock = 64;  // rows of down in one item
 constexpr int64_t kTokenBlock = 48;   // tokens whose gate and up outputs wait in a worker's scratch
-constexpr int64_t kManyTokens =
-    8;  // of an expert, from which on its activations weigh as much as its weights
 
 static_assert(kWidthBlock == kGroupSize);
 
@@ -29,37 +27,25 @@ struct Activations {
   }
 };
 
-// The order in which threads get the blocks of rows of the experts. With few tokens: one expert after the
-// other, so that a thread reads weights that follow each other. With many: as many experts side by side as
-// there are threads, so that each keeps the activations of one in its cache, and no two write to the same
-// lines.
-class BlockOrder {
- public:
-  BlockOrder(int64_t num_experts, int64_t blocks, int64_t side_by_side)
-      : num_experts_(num_experts), blocks_(blocks), side_by_side_(side_by_side) {}
-
-  int64_t size() const { return num_experts_ * blocks_; }
-
-  // body(expert, block, count) for items [begin, end): `count` blocks of the expert that follow each other,
-  // at most longest(expert).
-  template <class Longest, class Body>
-  void visit(int64_t begin, int64_t end, Longest&& longest, Body&& body) const {
-    while (begin < end) {
-      const int64_t first = begin / (side_by_side_ * blocks_) * side_by_side_;
-      const int64_t beside = std::min(side_by_side_, num_experts_ - first);
-      const int64_t within = begin - first * blocks_;
-      const int64_t expert = first + within % beside;
-      const int64_t block = within / beside;
-      int64_t count = 1;
-      if (beside == 1) count = std::max(count, std::min({end - begin, blocks_ - block, longest(expert)}));
-      body(expert, block, count);
-      begin += count;
-    }
+// body(expert, block, count) for items [begin, end) of all experts' blocks of rows: `count` blocks of the
+// expert that follow each other, at most longest(expert). One expert after the other, so that a thread reads
+// weights that follow each other.
+template <class Longest, class Body>
+void visit_blocks(int64_t blocks, int64_t begin, int64_t end, Longest&& longest, Body&& body) {
+  while (begin < end) {
+    const int64_t expert = begin / blocks;
+    const int64_t block = begin % blocks;
+    const int64_t count = std::max<int64_t>(1, std::min({end - begin, blocks - block, longest(expert)}));
+    body(expert, block, count);
+    begin += count;
   }
+}
 
- private:
-  int64_t num_experts_, blocks_, side_by_side_;
-};
+// The panel of a row. Null for rows that are not in panels.
+const uint8_t* rows_at(const MatrixView& matrix, int64_t row) {
+  if (!is_quantized(matrix.format)) return nullptr;
+  return matrix.data + row / kPanelRows * panel_bytes(matrix.format, matrix.cols);
+}
 
 // To the rows and tokens that a product has just written.
 void add_bias(const MatmulArgs& product, const float* bias) {
@@ -88,12 +74,15 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
   const int64_t inner_stride = round_up(width, 16);
   const bool x_as_quants = wants_quants(experts, &ExpertView::gate) || wants_quants(experts, &ExpertView::up);
   const bool inner_as_quants = wants_quants(experts, &ExpertView::down);
+  const bool inner_as_floats = std::any_of(experts.begin(), experts.end(), [](const ExpertView& expert) {
+    return !is_quantized(expert.down.format);
+  });
 
   const auto lock = runtime.lock();
   ScratchLayout layout;
   const int64_t x_at = layout.add(x_as_quants ? num_tokens * activation_bytes(hidden) : 0);
   const int64_t quants_at = layout.add(inner_as_quants ? assignments * activation_bytes(width) : 0);
-  const int64_t floats_at = layout.add(assignments * inner_stride * 4);
+  const int64_t floats_at = layout.add(inner_as_floats ? assignments * inner_stride * 4 : 0);
   const int64_t worker_floats = 2 * kTokenBlock * kWidthBlock;
   const int64_t workers_at = layout.add(runtime.num_threads() * worker_floats * 4);
   uint8_t* scratch = runtime.scratch(layout.bytes());
@@ -105,7 +94,11 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
   const Activations of_inner = {inner, inner_stride, inner_quants, activation_bytes(width)};
   const int64_t mean_tokens = (assignments + num_experts - 1) / num_experts;
 
-  const int64_t side_by_side = mean_tokens < kManyTokens ? 1 : runtime.num_threads();
+  // What a thread reads after the rows of this expert before `row`.
+  const auto rows_after = [&](MatrixView ExpertView::* matrix, int64_t index, int64_t row) -> const uint8_t* {
+    if (row < (experts[index].*matrix).rows) return rows_at(experts[index].*matrix, row);
+    return index + 1 < num_experts ? rows_at(experts[index + 1].*matrix, 0) : nullptr;
+  };
 
   // Gate, up and what lies between, for some blocks of one expert's inner neurons: so many that the outputs
   // of its tokens fit the scratch.
@@ -117,7 +110,7 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
     float* up = gate + kTokenBlock * kWidthBlock;
     for (int64_t a = dispatch.starts[index]; a < dispatch.starts[index + 1]; a += kTokenBlock) {
       const int64_t count = std::min<int64_t>(kTokenBlock, dispatch.starts[index + 1] - a);
-      const auto multiply = [&](const MatrixView& matrix, float* y) {
+      const auto multiply = [&](const MatrixView& matrix, float* y, const uint8_t* next) {
         MatmulArgs args = {};
         of_x.give(matrix.format, args);
         args.weights = matrix.data;
@@ -130,41 +123,46 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
           args.x += a * args.x_stride;
         }
         args.y = y;
-        args.y_stride = num_blocks * kWidthBlock;
+        args.y_stride = rows;
         args.num_tokens = count;
+        args.next_weights = next;
         table.matmul[int(matrix.format)](args);
       };
-      multiply(expert.gate, gate);
-      multiply(expert.up, up);
+      const bool reads_on = a == dispatch.starts[index];  // later tokens find the weights in the cache
+      multiply(expert.gate, gate, reads_on ? rows_at(expert.up, row) : nullptr);
+      multiply(expert.up, up, reads_on ? rows_after(&ExpertView::gate, index, row + rows) : nullptr);
+      // Quantised activations are made of what is still in the cache; float32 ones are kept as they are.
+      const bool becomes_quants = is_quantized(expert.down.format);
       table.activate({
           .activation = activation,
           .gate = gate,
           .up = up,
           .gate_bias = expert.bias.gate != nullptr ? expert.bias.gate + row : nullptr,
           .up_bias = expert.bias.up != nullptr ? expert.bias.up + row : nullptr,
-          .stride = num_blocks * kWidthBlock,
+          .stride = rows,
           .num_tokens = count,
           .n = rows,
-          .out = inner + a * inner_stride + row,
-          .out_stride = inner_stride,
+          .out = becomes_quants ? gate : inner + a * inner_stride + row,
+          .out_stride = becomes_quants ? rows : inner_stride,
       });
-      for (int64_t i = 0; i < count && is_quantized(expert.down.format); ++i) {
-        table.quantize_activations(inner + (a + i) * inner_stride + row, width, block, block + num_blocks,
+      for (int64_t i = 0; i < count && becomes_quants; ++i) {
+        table.quantize_activations(gate + i * rows, width, block, block + num_blocks,
                                    inner_quants + (a + i) * activation_bytes(width));
       }
     }
   };
-  const BlockOrder of_width(num_experts, round_up(width, kWidthBlock) / kWidthBlock, side_by_side);
+  const int64_t width_blocks = round_up(width, kWidthBlock) / kWidthBlock;
   const auto most_blocks = [&](int64_t index) {
     const int64_t tokens = dispatch.starts[index + 1] - dispatch.starts[index];
     return kTokenBlock / std::max<int64_t>(tokens, 1);
   };
-  runtime.parallel_for(
-      of_width.size(), 2 * kWidthBlock * hidden * mean_tokens, [&](int64_t begin, int64_t end, int worker) {
-        of_width.visit(begin, end, most_blocks, [&](int64_t expert, int64_t block, int64_t count) {
-          run_gate_up(expert, block, count, worker);
-        });
-      });
+  runtime.parallel_for(num_experts * width_blocks, 2 * kWidthBlock * hidden * mean_tokens,
+                       [&](int64_t begin, int64_t end, int worker) {
+                         visit_blocks(width_blocks, begin, end, most_blocks,
+                                      [&](int64_t expert, int64_t block, int64_t count) {
+                                        run_gate_up(expert, block, count, worker);
+                                      });
+                       });
 
   const auto run_down = [&](int64_t index, int64_t block, int64_t num_blocks) {
     const MatrixView& down = experts[index].down;
@@ -186,13 +184,14 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
     }
     args.num_tokens = dispatch.starts[index + 1] - a;
     if (args.num_tokens == 0) return;
+    args.next_weights = rows_after(&ExpertView::down, index, args.row_end);
     table.matmul[int(down.format)](args);
     if (const float* bias = experts[index].bias.down) add_bias(args, bias);
   };
-  const BlockOrder of_hidden(num_experts, round_up(hidden, kHiddenBlock) / kHiddenBlock, side_by_side);
-  runtime.parallel_for(of_hidden.size(), kHiddenBlock * width * mean_tokens,
+  const int64_t hidden_blocks = round_up(hidden, kHiddenBlock) / kHiddenBlock;
+  runtime.parallel_for(num_experts * hidden_blocks, kHiddenBlock * width * mean_tokens,
                        [&](int64_t begin, int64_t end, int) {
-                         of_hidden.visit(begin, end, [](int64_t) { return INT64_MAX; }, run_down);
+                         visit_blocks(hidden_blocks, begin, end, [](int64_t) { return INT64_MAX; }, run_down);
                        });
 }
 

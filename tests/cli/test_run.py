@@ -263,3 +263,42 @@ def test_upcycle_hands_its_options_on(
     expected = {"num_experts": 4, "experts_per_token": 1, "width": 32, "seed": 0, "progress": None}
     assert asked == [(Path("dense"), Path("dst"), expected)]
     assert capsys.readouterr().out == "dst\n"
+
+
+QWEN3_30B = {
+    "model_type": "qwen3_moe",
+    "head_dim": 128,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40_960,
+    "moe_intermediate_size": 768,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rope_theta": 1e6,
+    "vocab_size": 151_936,
+}
+
+
+def test_show_of_a_config_alone_says_what_its_weights_would_take(tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B))
+    for path in (tmp_path, tmp_path / "config.json"):
+        assert main(["show", str(path)]) == 0
+        printed = capsys.readouterr().out
+        for words in (
+            "without weights",
+            "30.5 B, 3.35 B of them for a token",
+            "bf16 2.9 GiB + 54.0 GiB",
+            "KV cache      192 KiB a token",
+        ):
+            assert words in printed
+    assert main(["show", str(tmp_path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["bytes"]["bf16"]["expert_bytes"] == 48 * 128 * 3 * 2048 * 768 * 2
+    assert facts["kv_bytes_per_token"] == {"f32": 48 * 2 * 4 * 128 * 4, "f16": 48 * 2 * 4 * 128 * 2}
+
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B | {"model_type": "qwen9"}))
+    assert main(["show", str(tmp_path)]) == 4
+    assert "asks for model_type 'qwen9'; supported: mixtral" in capsys.readouterr().err

@@ -21,7 +21,17 @@ from tests.models.gguf_models import BLOCK_TYPES, TYPES, TypeOf, mixed, one_type
 from tests.models.numpy_model import NumpyModel, softmax
 from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.safetensors_file import Array
-from tests.models.tiny import RawConfig, gpt_oss, mixtral, prompt_ids, qwen2_moe, qwen3_moe
+from tests.models.tiny import (
+    RawConfig,
+    glm4_moe,
+    gpt_oss,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    prompt_ids,
+    qwen2_moe,
+    qwen3_moe,
+)
 
 # Mean KL in nats that 8-bit activations may cost; 0.0003 is found. A wrong scale, row or column costs more than one.
 LARGEST_DIVERGENCE = 0.002
@@ -43,6 +53,13 @@ def config_of(family: str, *, num_experts: int, experts_per_token: int) -> RawCo
         case "qwen2_moe":
             shared = {"shared_expert_intermediate_size": 512, "intermediate_size": 512}
             return qwen2_moe(**sizes, **shared, num_experts=num_experts, moe_intermediate_size=256)
+        case "glm4_moe":
+            widths = {"moe_intermediate_size": 256, "intermediate_size": 512}
+            return glm4_moe(**sizes, **widths, n_routed_experts=num_experts, use_qk_norm=True)
+        case "olmoe":
+            return olmoe(**sizes, num_experts=num_experts, intermediate_size=256)
+        case "minimax_m2":
+            return minimax_m2(**sizes, rotary_dim=32, num_local_experts=num_experts, intermediate_size=256)
         case "gpt_oss":
             return gpt_oss(**sizes, num_local_experts=num_experts, intermediate_size=256)
         case _:
@@ -57,7 +74,10 @@ def mean_divergence(expected: Array, found: Array) -> float:
 def every_type() -> list[Any]:
     kinds = [*((name, one_type(name)) for name in TYPES), ("mixed", mixed)]
     families = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
-    return [pytest.param(family, kind, id=f"{family}-{name}") for family in families for name, kind in kinds]
+    cases = [(family, name, kind) for family in families for name, kind in kinds]
+    cases += [(family, "mixed", mixed) for family in ("glm4_moe", "olmoe", "minimax_m2")]
+    cases += [(family, "F16", one_type("F16")) for family in ("glm4_moe", "olmoe", "minimax_m2")]
+    return [pytest.param(family, kind, id=f"{family}-{name}") for family, name, kind in cases]
 
 
 @pytest.mark.parametrize(("family", "type_of"), every_type())
@@ -88,7 +108,9 @@ def test_experts_of_their_own_tensors_read_like_stacked_ones(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("instruction_set", _native.instruction_sets())
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "glm4_moe", "olmoe", "minimax_m2"]
+)
 def test_greedy_answers_are_equal_at_every_budget_in_place_and_packed(
     family: str, instruction_set: str, tmp_path: Path
 ) -> None:

@@ -18,8 +18,19 @@ import pytest
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.pack import pack
 from argosy.model.families import open_model
+from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.safetensors_file import Array
-from tests.models.tiny import RawConfig, mixtral, prompt_ids, qwen2_moe, qwen3_moe, write_model
+from tests.models.tiny import (
+    RawConfig,
+    glm4_moe,
+    gpt_oss,
+    mixtral,
+    olmoe,
+    prompt_ids,
+    qwen2_moe,
+    qwen3_moe,
+    write_model,
+)
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 
 NUM_NEW = 12
@@ -55,11 +66,33 @@ CONFIGS = {
         linear_value_head_dim=70,
     ),
     "qwen3_5_moe_text": qwen3_5_moe_text(max_position_embeddings=1024, num_experts=12),
+    "glm4_moe": glm4_moe(  # a part of the head turns, groups of experts, a bias for the choice alone
+        max_position_embeddings=1024,
+        hidden_size=72,
+        n_routed_experts=15,
+        n_group=3,
+        topk_group=2,
+        num_experts_per_tok=4,
+        use_qk_norm=True,
+        routed_scaling_factor=1.5,
+    ),
+    "olmoe": olmoe(max_position_embeddings=1024, clip_qkv=0.8, num_experts=9, num_experts_per_tok=3),
 }
+GPT_OSS = gpt_oss(  # sinks, alternate windows, biases of experts
+    max_position_embeddings=1024,
+    hidden_size=96,
+    intermediate_size=64,
+    num_local_experts=9,
+    num_experts_per_tok=3,
+    initial_context_length=1024,
+    rope_scaling={"rope_type": "yarn", "factor": 8.0},
+)
 CASES = [(family, "in place") for family in CONFIGS] + [
     *(("qwen3_moe", format) for format in ("bf16", "q8", "q4")),
     ("qwen3_5_moe_text", "q8"),
 ]
+CASES += [("gpt_oss", "source"), ("gpt_oss", "mxfp4")]
+CONFIGS["gpt_oss"] = GPT_OSS
 
 
 @dataclass(frozen=True)
@@ -119,8 +152,10 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str
     found = {}
     for family, config in CONFIGS.items():
         found[family, "in place"] = write_model(root / family, config, seed=3)
+    write_mxfp4_model(root / "gpt_oss-mxfp4", GPT_OSS, seed=3)
+    found["gpt_oss", "mxfp4"] = root / "gpt_oss-mxfp4"
     for family, format in CASES:
-        if format != "in place":
+        if (family, format) not in found:
             found[family, format] = root / f"{family}-{format}"
             pack(open_model(root / family), found[family, format], format=format)
     return found

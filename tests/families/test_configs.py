@@ -11,9 +11,9 @@ from argosy.config import LayerConfig, ModelConfig, RopeConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES
 from argosy.model.families.config_reader import ConfigReader
-from tests.models.tiny import RawConfig, mixtral, qwen2_moe, qwen3_moe, respelt
+from tests.models.tiny import RawConfig, glm4_moe, minimax_m2, mixtral, olmoe, qwen2_moe, qwen3_moe, respelt
 
-MAKERS = (mixtral, qwen2_moe, qwen3_moe)
+MAKERS = (mixtral, qwen2_moe, qwen3_moe, glm4_moe, olmoe, minimax_m2)
 every_family = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 
 
@@ -121,7 +121,7 @@ def test_an_absent_key_has_the_default_of_the_family_s_config_class() -> None:
 
 @every_family
 def test_experts_are_counted_under_any_of_their_names(make: Any) -> None:
-    plain = without(make(), "num_experts", "num_local_experts", "num_experts_per_tok")
+    plain = without(make(), "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok")
     for name in ("num_experts", "num_local_experts", "n_routed_experts"):
         config = parse(plain | {name: 5, "num_experts_per_token": 3})
         assert (config.num_experts, config.experts_per_token) == (5, 3)
@@ -134,7 +134,7 @@ def test_experts_are_counted_under_any_of_their_names(make: Any) -> None:
 
 @every_family
 def test_null_means_the_usual_thing(make: Any) -> None:
-    config = parse(make(num_key_value_heads=None, head_dim=None, rope_scaling=None))
+    config = parse(make(hidden_size=48, num_key_value_heads=None, head_dim=None, rope_scaling=None))
 
     assert config.num_kv_heads == config.num_heads
     assert config.head_dim == config.hidden_size // config.num_heads
@@ -317,6 +317,14 @@ def test_a_rope_that_is_not_built_in_is_refused_by_name(scaling: dict[str, Any],
     assert sentence in refusal(qwen3_moe(rope_scaling=scaling))
 
 
+@pytest.mark.parametrize("make", [mixtral, qwen2_moe, qwen3_moe, olmoe], ids=lambda make: make.__name__)
+def test_a_part_of_the_head_that_turns_is_refused_where_the_family_has_no_such_key(make: Any) -> None:
+    parse(make(partial_rotary_factor=1))
+    assert "asks for partial_rotary_factor 0.5; supported: 1 or null" in refusal(
+        make(partial_rotary_factor=0.5)
+    )
+
+
 def test_rope_said_twice_has_to_agree() -> None:
     scaling = {"rope_type": "linear", "factor": 2.0}
     parse(qwen3_moe(rope_scaling=scaling, rope_parameters=scaling))
@@ -331,15 +339,15 @@ def test_rope_said_twice_has_to_agree() -> None:
 @every_family
 @pytest.mark.parametrize("value", ["sqrtsoftplus", 3, None, False, {"a": [1]}])
 def test_an_unknown_key_is_refused_by_name_with_its_value_and_what_is_known(make: Any, value: object) -> None:
-    raw = make(scoring_func=value)
+    raw = make(score_function=value)
 
     with pytest.raises(UnsupportedModel) as caught:
         parse(raw)
 
     assert f"and {raw['model_type']} does not know this key; supported: " in str(caught.value)
-    assert "config.json sets scoring_func to " in str(caught.value)
+    assert "config.json sets score_function to " in str(caught.value)
     assert "hidden_size, " in str(caught.value)
-    assert caught.value.facts["key"] == "scoring_func"
+    assert caught.value.facts["key"] == "score_function"
     assert caught.value.facts["value"] == value
 
 
@@ -361,7 +369,6 @@ def test_training_and_generation_keys_are_harmless(make: Any) -> None:
         ),
         ({"quantization_config": {}}, "asks for quantization_config 'unknown'"),
         ({"quantization_config": "int4"}, "asks for quantization_config 'int4'; supported: null"),
-        ({"partial_rotary_factor": 0.5}, "asks for partial_rotary_factor 0.5; supported: 1 or null"),
         ({"pretraining_tp": 2}, "asks for pretraining_tp 2; supported: 1 or null"),
         ({"mlp_bias": True}, "asks for mlp_bias true; supported: false or null"),
         ({"hidden_size": "40"}, "hidden_size is '40', text; expected a whole number from 1 to"),

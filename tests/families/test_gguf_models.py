@@ -18,13 +18,25 @@ from argosy.model.families import open_model
 from argosy.model.rope import inverse_frequency
 from tests.models import gguf_models
 from tests.models.gguf_models import mixed, one_type, write_gguf_model
-from tests.models.tiny import RawConfig, mixtral, qwen2_moe, qwen3_moe
+from tests.models.tiny import RawConfig, glm4_moe, minimax_m2, mixtral, olmoe, qwen2_moe, qwen3_moe
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2}
 CONFIGS: dict[str, RawConfig] = {
     "llama": mixtral(**SIZES, intermediate_size=32),
     "qwen2moe": qwen2_moe(**SIZES, moe_intermediate_size=32, shared_expert_intermediate_size=64),
     "qwen3moe": qwen3_moe(**SIZES, moe_intermediate_size=32),
+    "glm4moe": glm4_moe(
+        **SIZES,
+        moe_intermediate_size=32,
+        intermediate_size=64,
+        num_nextn_predict_layers=0,
+        n_group=3,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+        head_dim=16,
+    ),
+    "olmoe": olmoe(**SIZES, intermediate_size=32),
+    "minimax-m2": minimax_m2(**SIZES, intermediate_size=32, head_dim=16),
 }
 
 Write = Callable[..., Path]

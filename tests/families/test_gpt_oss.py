@@ -38,7 +38,7 @@ def test_a_config_of_the_hub() -> None:
     assert config.layers == tuple(LayerConfig(is_moe=True, sliding_window=window) for window in (8, 0, 8))
     assert config.router == RouterConfig(has_bias=True, renormalize=True)
     assert config.activation == ActivationConfig(kind="clamped", limit=7.0, alpha=1.702)
-    assert config.has_qkv_bias and config.has_o_bias and config.has_sinks and config.has_expert_bias
+    assert all((config.has_qkv_bias, config.has_o_bias, config.has_sinks, config.has_expert_bias))
     assert (config.head_dim, config.expert_width, config.num_experts, config.experts_per_token) == (
         12,
         18,
@@ -60,7 +60,7 @@ def test_an_absent_key_has_the_default_of_the_config_class() -> None:
     assert (config.rope.theta, config.rope.factor, config.rope.original_context) == (150_000.0, 32.0, 4096)
     assert angle_scale(config.rope) == pytest.approx(1.3466, abs=1e-4)
     assert (config.activation.limit, config.activation.alpha) == (7.0, 1.702)
-    assert config.has_qkv_bias and config.has_o_bias
+    assert all((config.has_qkv_bias, config.has_o_bias))
 
 
 def test_positions_without_yarn_have_to_be_asked_for() -> None:

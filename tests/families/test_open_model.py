@@ -23,16 +23,20 @@ from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.safetensors_file import Array, decode, read_checkpoint, write_checkpoint
 from tests.models.tiny import (
     RawConfig,
+    expert_names,
+    glm4_moe,
+    minimax_m2,
     mixtral,
     moe_layers,
     num_experts,
+    olmoe,
     qwen2_moe,
     qwen3_moe,
     random_tensors,
 )
 from tests.models.tiny import write_model as write_tiny_model
 
-MAKERS = (mixtral, qwen2_moe, qwen3_moe)
+MAKERS = (mixtral, qwen2_moe, qwen3_moe, glm4_moe, olmoe, minimax_m2)
 every_family = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 
 DTYPE = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
@@ -74,11 +78,9 @@ def expert_matrix(files: ModelFiles, layer: int, expert: int, name: str) -> Arra
 
 
 def hub_names(config: RawConfig, layer: int, expert: int) -> tuple[str, str, str]:
-    if config["model_type"] == "mixtral":
-        base = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
-        return base + "w1.weight", base + "w3.weight", base + "w2.weight"
-    base = f"model.layers.{layer}.mlp.experts.{expert}."
-    return base + "gate_proj.weight", base + "up_proj.weight", base + "down_proj.weight"
+    block, (gate, up, down) = expert_names(config, f"model.layers.{layer}.")
+    base = f"{block}experts.{expert}."
+    return f"{base}{gate}.weight", f"{base}{up}.weight", f"{base}{down}.weight"
 
 
 # One tensor for each matrix of an expert; the others have tests of their own.
@@ -136,9 +138,7 @@ def test_canonical_names_are_those_of_the_seams(tmp_path: Path) -> None:
 def fuse(config: RawConfig, tensors: dict[str, Array]) -> dict[str, Array]:
     """The layout that transformers 5 writes with `save_original_format=False`."""
     fused = {
-        name.replace("block_sparse_moe.gate", "mlp.gate"): t
-        for name, t in tensors.items()
-        if ".experts." not in name
+        name.replace("block_sparse_moe.", "mlp."): t for name, t in tensors.items() if ".experts." not in name
     }
     for layer in moe_layers(config):
         triples = [

@@ -21,7 +21,7 @@ from tests.model.open_parts import Parts, Run, batches, decode, open_parts
 from tests.model.reference_step import Floats, ReferenceDecoder
 from tests.models.references import REFERENCES
 from tests.models.runnable import runnable
-from tests.models.tiny import mixtral, qwen2_moe, qwen3_moe, write_model
+from tests.models.tiny import gpt_oss, minimax_m2, mixtral, qwen2_moe, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 
 MAX_TOKENS = 40
@@ -40,8 +40,10 @@ STEPS = [
 CHECKPOINTS = {reference.name: reference.directory for reference in REFERENCES}
 PACKED = {
     "mixtral-q8": (mixtral(hidden_size=80, intermediate_size=72), "q8"),
+    "minimax_m2-q8": (minimax_m2(num_local_experts=16, num_experts_per_tok=4), "q8"),
     "qwen2_moe-q4": (qwen2_moe(mlp_only_layers=[1], num_hidden_layers=4), "q4"),
     "qwen3_next-q8": (qwen3_next(), "q8"),
+    "gpt_oss-q8": (gpt_oss(hidden_size=72, intermediate_size=40, num_experts_per_tok=3), "q8"),
     "qwen3_moe-q4": (qwen3_moe(num_experts=16, num_experts_per_tok=4, attention_bias=True), "q4"),
 }
 

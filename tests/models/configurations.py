@@ -9,7 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tests.models.tiny import RawConfig, gpt_oss, mixtral, qwen2_moe, qwen3_moe, respelt
+from tests.models.tiny import (
+    RawConfig,
+    glm4_moe,
+    gpt_oss,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+    respelt,
+)
 from tests.models.tiny_delta import qwen3_5_moe, qwen3_5_moe_text, qwen3_next
 
 
@@ -21,6 +31,10 @@ class Configuration:
     config: RawConfig
     dtype: str = "BF16"
     num_shards: int = 1
+
+
+def without(config: RawConfig, *keys: str) -> RawConfig:
+    return {key: value for key, value in config.items() if key not in keys}
 
 
 def yarn(factor: float, original: int, **more: Any) -> dict[str, Any]:
@@ -204,6 +218,138 @@ CONFIGURATIONS = (
             vocab_size=84,
             tie_word_embeddings=True,
             num_hidden_layers=2,
+        ),
+        dtype="F32",
+    ),
+    Configuration(name="glm4_moe_plain", config=glm4_moe(n_routed_experts=8)),
+    Configuration(
+        name="glm4_moe_qk_norm_scaled_sharded",
+        config=glm4_moe(
+            use_qk_norm=True,
+            routed_scaling_factor=2.5,
+            first_k_dense_replace=2,
+            num_hidden_layers=4,
+            num_experts_per_tok=3,
+            partial_rotary_factor=0.34,
+            num_nextn_predict_layers=0,
+            n_routed_experts=5,
+            intermediate_size=12,
+        ),
+        num_shards=2,
+    ),
+    Configuration(
+        name="glm4_moe_groups_tied",
+        config=respelt(
+            glm4_moe(
+                n_group=4,
+                topk_group=2,
+                n_routed_experts=12,
+                num_experts_per_tok=4,
+                n_shared_experts=2,
+                moe_intermediate_size=9,
+                num_hidden_layers=2,
+                norm_topk_prob=False,
+                attention_bias=False,
+                tie_word_embeddings=True,
+                first_k_dense_replace=0,
+                partial_rotary_factor=0.7,
+            ),
+            theta=1e4,
+        ),
+    ),
+    Configuration(
+        name="glm4_moe_yarn_f32",
+        config=glm4_moe(
+            rope_scaling={"rope_type": "yarn"} | yarn(8.0, 16),
+            rope_theta=1e4,
+            head_dim=20,
+            hidden_size=28,
+            moe_intermediate_size=11,
+            num_hidden_layers=2,
+            num_key_value_heads=1,
+            partial_rotary_factor=0.6,
+            torch_dtype="float32",
+            use_qk_norm=True,
+            n_group=3,
+            topk_group=1,
+        ),
+        dtype="F32",
+    ),
+    Configuration(
+        name="glm4_moe_all_turns_f16",
+        config=glm4_moe(partial_rotary_factor=1.0, torch_dtype="float16", num_experts_per_tok=1),
+        dtype="F16",
+    ),
+    Configuration(name="olmoe_plain", config=olmoe(num_experts=8, num_hidden_layers=2)),
+    Configuration(
+        name="olmoe_cut_off_renormalised",  # half of q, k and v lie beyond
+        config=olmoe(clip_qkv=0.6, norm_topk_prob=True, num_key_value_heads=2, num_experts_per_tok=3),
+    ),
+    Configuration(
+        name="olmoe_bias_tied_sharded",
+        config=respelt(
+            olmoe(
+                num_hidden_layers=2,
+                attention_bias=True,
+                tie_word_embeddings=True,
+                num_experts_per_tok=4,
+                hidden_size=48,
+                num_experts=5,
+            ),
+            theta=1e5,
+            rope_type="linear",
+            factor=2.0,
+        ),
+        num_shards=2,
+    ),
+    Configuration(
+        name="olmoe_top1_f32",
+        config=olmoe(
+            num_experts_per_tok=1,
+            torch_dtype="float32",
+            clip_qkv=1.5,
+            hidden_size=30,
+            intermediate_size=11,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            num_hidden_layers=2,
+        ),
+        dtype="F32",
+    ),
+    Configuration(name="minimax_m2_plain", config=minimax_m2(num_local_experts=8, num_hidden_layers=2)),
+    Configuration(
+        name="minimax_m2_all_turns_tied",
+        config=minimax_m2(
+            rotary_dim=12, num_key_value_heads=1, tie_word_embeddings=True, num_experts_per_tok=4
+        ),
+    ),
+    Configuration(
+        name="minimax_m2_respelt_sharded",
+        config=respelt(
+            without(
+                minimax_m2(num_hidden_layers=2, head_dim=20, num_experts_per_tok=3, intermediate_size=9),
+                "rotary_dim",
+            ),
+            theta=1e4,
+            partial_rotary_factor=0.5,
+        ),
+        num_shards=2,
+    ),
+    Configuration(
+        name="minimax_m2_yarn_f32",
+        config=minimax_m2(
+            rope_scaling={"rope_type": "yarn"} | yarn(4.0, 16),
+            rope_theta=1e4,
+            rotary_dim=6,
+            head_dim=10,
+            vocab_size=49,
+            hidden_size=30,
+            intermediate_size=11,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            num_hidden_layers=2,
+            num_experts_per_tok=1,
+            torch_dtype="float32",
         ),
         dtype="F32",
     ),

@@ -26,6 +26,9 @@ ARCHITECTURES = {
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
     "gpt_oss": "gpt-oss",
+    "glm4_moe": "glm4moe",
+    "olmoe": "olmoe",
+    "minimax_m2": "minimax-m2",
 }
 BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q5_K", "Q6_K")
 TYPES = ("F32", "F16", "BF16", *BLOCK_TYPES)
@@ -48,6 +51,12 @@ _NAMES = {
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     "mlp.router": "ffn_gate_inp",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp",
 }
 # What fused tensors of gpt-oss are there, by the last part of their names.
 _SLICES: dict[str, dict[str, Any]] = {
@@ -95,7 +104,7 @@ def write_gguf_model(
     add_metadata(writer, config)
     stacks: dict[str, list[Array]] = {}
     for hub_name, values in random_tensors(config, seed, "F32").items():
-        if hub_name.split(".")[-1] in _SLICES:
+        if hub_name.rpartition(".")[2] in _SLICES:
             exact[hub_name] = add_slices(writer, hub_name, values, type_of, rng)
             continue
         name, heads, is_expert = gguf_name(hub_name, config)
@@ -129,7 +138,7 @@ def add_slices(
 ) -> Array:
     """The tensors that a fused tensor of gpt-oss is there, inputs last; returns it with the values they then have."""
     exact = np.empty(values.shape, np.float32)
-    layer, last = hub_name.split(".")[2], hub_name.split(".")[-1]
+    layer, last = hub_name.removeprefix("model.layers.").partition(".")[0], hub_name.rpartition(".")[2]
     for part, where in _SLICES[last].items():
         name = f"blk.{layer}.{part}"
         matrices = values[where].swapaxes(-1, -2) if values.ndim == 3 else values[where]
@@ -152,7 +161,8 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
-    writer.add_rope_dimension_count(head_dim(config))
+    share = config.get("partial_rotary_factor", 1.0)
+    writer.add_rope_dimension_count(config.get("rotary_dim") or int(head_dim(config) * share))
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_expert_count(num_experts(config))
@@ -164,15 +174,31 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(scaling["factor"])
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
-    elif config["model_type"] != "mixtral":
+    elif config["model_type"] == "minimax_m2":
+        writer.add_expert_feed_forward_length(width)
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    elif config["model_type"] not in ("mixtral", "olmoe"):
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if config["model_type"] == "glm4_moe":
+        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+        writer.add_expert_shared_count(config["n_shared_experts"])
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_nextn_predict_layers(0)
+        if config["n_group"] > 1:
+            writer.add_expert_group_count(config["n_group"])
+            writer.add_expert_group_used_count(config["topk_group"])
     if config["model_type"] == "qwen2_moe":
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     writer.add_tokenizer_model("none")
-    if "bos_token_id" in config:
+    if config.get("bos_token_id") is not None:
         writer.add_bos_token_id(config["bos_token_id"])
-    writer.add_eos_token_id(config["eos_token_id"])
-    assert len(moe_layers(config)) == config["num_hidden_layers"]
+    eos = config["eos_token_id"]
+    writer.add_eos_token_id(eos[0] if isinstance(eos, list) else eos)
+    if isinstance(eos, list):
+        writer.add_eot_token_id(eos[1])
+    assert config["model_type"] == "glm4_moe" or len(moe_layers(config)) == config["num_hidden_layers"]
 
 
 def gguf_name(hub_name: str, config: RawConfig) -> tuple[str, int, bool]:
@@ -189,7 +215,9 @@ def gguf_name(hub_name: str, config: RawConfig) -> tuple[str, int, bool]:
     }.get(part, 0)
     if suffix == "sinks":
         return f"blk.{layer}.attn_sinks.weight", 0, False
-    if config["model_type"] == "gpt_oss" and part == "post_attention_layernorm":
+    if suffix == "e_score_correction_bias":
+        return f"blk.{layer}.exp_probs_b.bias", 0, False
+    if config["model_type"] in ("gpt_oss", "glm4_moe") and part == "post_attention_layernorm":
         return f"blk.{layer}.post_attention_norm.weight", 0, False
     return f"blk.{layer}.{_NAMES[part]}.{suffix}", heads if config["model_type"] == "mixtral" else 0, False
 

@@ -7,7 +7,7 @@
 Each directory is a checkpoint as the hub has it, and `ref.safetensors` beside it: `input_ids` and `greedy` (int64),
 `logits` (float32 [tokens, vocab]; float32 arithmetic, eager attention and experts). `greedy` is decoded with the
 cache and equals what full passes choose. `reference.json` says the seed, the versions, and the smallest margins:
-of a routing decision (1 - probability of the first expert left out / of the last one chosen) and of a greedy choice
+of a routing decision (1 - score of the first expert or group left out / of the last one chosen) and of a greedy choice
 (best logit less the second, over the largest magnitude). Seeds with a near tie are passed over, because a near tie
 would test the order of sums and not the model.
 """
@@ -75,9 +75,9 @@ def answer(model: transformers.PreTrainedModel, token_ids: list[int], num_tokens
     """Logits of the prompt, and the greedy continuation with the cache."""
     margins: list[float] = []
     handles = [
-        module.register_forward_hook(lambda m, _, out: margins.append(routing_margin(out[0], m.top_k)))
+        module.register_forward_hook(lambda m, inputs, out: margins.append(routing_margin(m, inputs, out[0])))
         for module in model.modules()
-        if type(module).__name__.endswith("TopKRouter")
+        if type(module).__name__.lower().endswith("topkrouter")
     ]
     ids = torch.tensor([token_ids])
     logits = model(input_ids=ids).logits[0].float().numpy()
@@ -96,9 +96,28 @@ def answer(model: transformers.PreTrainedModel, token_ids: list[int], num_tokens
     return Answer(logits=logits, greedy=greedy, router_margin=min(margins), greedy_margin=greedy_margin)
 
 
-def routing_margin(router_logits: torch.Tensor, k: int) -> float:
-    best_first = router_logits.softmax(-1).sort(-1, descending=True).values
-    return float((1 - best_first[:, k] / best_first[:, k - 1]).min())
+def routing_margin(router: torch.nn.Module, inputs: tuple[torch.Tensor, ...], logits: torch.Tensor) -> float:
+    """The smallest relative distance between what is chosen last and what is left out first: experts, and groups."""
+    bias = inputs[1] if len(inputs) > 1 else getattr(router, "e_score_correction_bias", None)
+    scores = logits.softmax(-1) if bias is None else logits.sigmoid() + bias
+    num_groups, kept = getattr(router, "num_group", None) or 1, getattr(router, "topk_group", None) or 1
+    margins = []
+    if getattr(router, "topk_method", "group_limited") != "greedy" and num_groups > 1:
+        grouped = scores.unflatten(-1, (num_groups, -1))
+        worth = grouped.amax(-1) if bias is None else grouped.topk(2).values.sum(-1)
+        margins.append(margin_behind(worth, kept))
+        is_kept = torch.zeros_like(worth).scatter(-1, worth.topk(kept).indices, 1.0).bool()
+        scores = grouped.masked_fill(~is_kept[..., None], -1.0).flatten(-2)
+    margins.append(margin_behind(scores, router.top_k))
+    return min(margins)
+
+
+def margin_behind(values: torch.Tensor, k: int) -> float:
+    if k == values.shape[-1]:
+        return 1.0
+    best_first = values.sort(-1, descending=True).values
+    last, next_one = best_first[..., k - 1], best_first[..., k]
+    return float(((last - next_one) / last.abs()).min())
 
 
 def make(configuration: Configuration, directory: Path, *, first_seed: int) -> Answer:

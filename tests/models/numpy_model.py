@@ -15,11 +15,19 @@ import numpy as np
 from tests.models import tiny_delta
 from tests.models.numpy_delta import delta_net
 from tests.models.safetensors_file import Array, read_checkpoint
-from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts, text_part
-
-DEFAULT_THETA = {"mixtral": 1e6, "qwen2_moe": 1e4, "qwen3_moe": 1e4, "gpt_oss": 1.5e5} | dict.fromkeys(
-    tiny_delta.FAMILIES, 1e4
+from tests.models.tiny import (
+    CHOICE_BIASES,
+    RawConfig,
+    expert_names,
+    head_dim,
+    moe_layers,
+    num_experts,
+    text_part,
 )
+
+DEFAULT_THETA = {"mixtral": 1e6, "qwen2_moe": 1e4, "qwen3_moe": 1e4, "gpt_oss": 1.5e5}
+DEFAULT_THETA |= {"glm4_moe": 1e4, "olmoe": 1e4, "minimax_m2": 5e6}
+DEFAULT_THETA |= dict.fromkeys(tiny_delta.FAMILIES, 1e4)
 
 
 class NumpyModel:
@@ -76,10 +84,15 @@ class NumpyModel:
     def attention(self, layer: int, x: Array) -> Array:
         prefix, dim = f"model.layers.{layer}.self_attn.", head_dim(self.config)
         num_tokens = len(x)
-        q, k, v = (self.linear(f"{prefix}{name}_proj", x).reshape(num_tokens, -1, dim) for name in "qkv")
+        q, k, v = (self.linear(f"{prefix}{name}_proj", x) for name in "qkv")
+        if is_flat := self.config["model_type"] in ("olmoe", "minimax_m2"):
+            q, k = self.norm(prefix + "q_norm", q), self.norm(prefix + "k_norm", k)
+        if limit := self.config.get("clip_qkv"):
+            q, k, v = (np.clip(y, -limit, limit) for y in (q, k, v))
+        q, k, v = (y.reshape(num_tokens, -1, dim) for y in (q, k, v))
         if self.is_delta:
             q, output_gate = q[:, 0::2], q[:, 1::2]
-        if prefix + "q_norm.weight" in self.tensors:
+        if prefix + "q_norm.weight" in self.tensors and not is_flat:
             q, k = self.norm(prefix + "q_norm", q), self.norm(prefix + "k_norm", k)
         frequency, scale = rope_frequencies(self.config)
         q, k = rotate(q, frequency, scale), rotate(k, frequency, scale)
@@ -109,25 +122,45 @@ class NumpyModel:
             return self.swiglu(f"model.layers.{layer}.mlp.", x)
         if self.config["model_type"] == "gpt_oss":
             return self.clamped_experts(f"model.layers.{layer}.mlp.", x)
-        is_mixtral = self.config["model_type"] == "mixtral"
-        block = f"model.layers.{layer}." + ("block_sparse_moe." if is_mixtral else "mlp.")
-        names = ("w1", "w3", "w2") if is_mixtral else ("gate_proj", "up_proj", "down_proj")
+        block, names = expert_names(self.config, f"model.layers.{layer}.")
         k = self.config["num_experts_per_tok"]
 
-        probabilities = softmax(x @ self.tensors[block + "gate.weight"].T)
-        order = np.argsort(-probabilities, axis=1, kind="stable")
-        self.note_margin(np.take_along_axis(probabilities, order, axis=1), k)
+        scores, worth = self.router(block, x)
+        order = np.argsort(-worth, axis=1, kind="stable")
+        self.note_margin(np.take_along_axis(worth, order, axis=1), k)
         out = np.zeros_like(x)
         for token, chosen in enumerate(order[:, :k]):
-            weights = probabilities[token, chosen]
-            if is_mixtral or self.config.get("norm_topk_prob", True):
+            weights = scores[token, chosen]
+            if self.config.get("norm_topk_prob", True):  # Mixtral and MiniMax-M2 always
                 weights = weights / weights.sum()
+            weights = weights * self.config.get("routed_scaling_factor", 1.0)
             for expert, weight in zip(chosen, weights, strict=True):
                 out[token] += weight * self.swiglu(f"{block}experts.{expert}.", x[token], names)
         if block + "shared_expert_gate.weight" in self.tensors:
             gate = sigmoid(x @ self.tensors[block + "shared_expert_gate.weight"].T)
             out += gate * self.swiglu(block + "shared_expert.", x)
+        if self.config["model_type"] == "glm4_moe":
+            out += self.swiglu(block + "shared_experts.", x)
         return out
+
+    def router(self, block: str, x: Array) -> tuple[Array, Array]:
+        """What weighs experts, and what each is worth in the choice: minus infinity outside the best groups."""
+        logits = x @ self.tensors[block + "gate.weight"].T
+        if self.config["model_type"] not in CHOICE_BIASES:
+            return softmax(logits), softmax(logits)
+        scores = sigmoid(logits)
+        worth = scores + self.tensors[block + CHOICE_BIASES[self.config["model_type"]]]
+        num_groups, kept = self.config.get("n_group", 1), self.config.get("topk_group", 1)
+        if num_groups == 1:
+            return scores, worth
+        grouped = worth.reshape(len(x), num_groups, -1)
+        groups = np.sort(grouped, axis=2)[:, :, -2:].sum(axis=2)
+        order = np.argsort(-groups, axis=1, kind="stable")
+        if kept < num_groups:
+            self.note_gap(np.take_along_axis(groups, order, axis=1), kept)
+        is_kept = np.zeros_like(groups, dtype=bool)
+        np.put_along_axis(is_kept, order[:, :kept], True, axis=1)
+        return scores, np.where(is_kept[:, :, None], grouped, -np.inf).reshape(worth.shape)
 
     def clamped_experts(self, block: str, x: Array) -> Array:
         """gpt-oss: the softmax is over the chosen alone; columns of gate and up alternate."""
@@ -161,8 +194,11 @@ class NumpyModel:
 
     def note_margin(self, best_first: Array, k: int) -> None:
         if k < num_experts(self.config):
-            margins = 1 - best_first[:, k] / best_first[:, k - 1]
-            self.router_margin = min(self.router_margin, float(margins.min()))
+            self.note_gap(best_first, k)
+
+    def note_gap(self, best_first: Array, k: int) -> None:
+        margins = (best_first[:, k - 1] - best_first[:, k]) / np.abs(best_first[:, k - 1])
+        self.router_margin = min(self.router_margin, float(margins.min()))
 
 
 def sliding_windows(config: RawConfig) -> list[int]:
@@ -189,9 +225,11 @@ def rope_frequencies(config: RawConfig) -> tuple[Array, float]:
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", config.get("rope_theta", DEFAULT_THETA[config["model_type"]]))
-    dim = head_dim(config)
-    if config["model_type"] in tiny_delta.FAMILIES:
-        dim = int(dim * rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.25)))
+    share = rope.get(
+        "partial_rotary_factor",
+        config.get("partial_rotary_factor", 0.25 if config["model_type"] in tiny_delta.FAMILIES else 1.0),
+    )
+    dim = config.get("rotary_dim") or int(head_dim(config) * share)
     frequency = theta ** -(np.arange(0, dim, 2) / dim)
     original = rope.get("original_max_position_embeddings", config["max_position_embeddings"])
     factor = rope.get("factor", 1.0)
@@ -233,8 +271,8 @@ def yarn_frequencies(rope: RawConfig, frequency: Array, theta: float, original: 
 
 
 def rotate(x: Array, frequency: Array, scale: float) -> Array:
-    """x [tokens, heads, dim]: of the first 2 n dimensions, n frequencies, j turns with j + n."""
-    x, rest = np.split(x, [2 * len(frequency)], axis=-1)
+    """x [tokens, heads, dim]: of the dimensions that turn, j turns with j + half; others stay."""
+    x, rest = x[..., : 2 * len(frequency)], x[..., 2 * len(frequency) :]
     angle = np.arange(len(x))[:, None, None] * frequency
     cos, sin = scale * np.cos(angle), scale * np.sin(angle)
     first, second = np.split(x, 2, axis=-1)

@@ -14,9 +14,12 @@ from tests.models.configurations import Configuration
 from tests.models.numpy_model import NumpyModel
 from tests.models.tiny import (
     RawConfig,
+    glm4_moe,
     gpt_oss,
+    minimax_m2,
     mixtral,
     moe_layers,
+    olmoe,
     prompt_ids,
     qwen2_moe,
     qwen3_moe,
@@ -29,7 +32,7 @@ SMALLEST_MARGIN = 1e-3
 
 
 def random_configuration(seed: int) -> Configuration:
-    """One configuration per seed; every family takes a third of the seeds."""
+    """One configuration per seed; every family takes a sixth of the seeds."""
     rng = np.random.default_rng([seed, 2])
 
     def pick(*choices: Any) -> Any:
@@ -56,7 +59,7 @@ def random_configuration(seed: int) -> Configuration:
     }
     # Not left to hidden_size / heads: transformers cannot scale Mixtral's positions without it.
     config["head_dim"] = pick(4, 8, 10, 16, 34)
-    match seed % 3:
+    match seed % 6:
         case 0:
             config = mixtral(
                 **config,
@@ -88,7 +91,41 @@ def random_configuration(seed: int) -> Configuration:
                 use_sliding_window=pick(True, False),
                 sliding_window=pick(1, 5, 64),
             )
-    if config["model_type"] != "mixtral":
+        case 3:
+            num_groups = pick(1, 2, 3)
+            config = glm4_moe(
+                **config | {"num_experts_per_tok": pick(1, 2), "head_dim": pick(8, 10, 16, 34)},
+                intermediate_size=pick(1, 31, 64),
+                moe_intermediate_size=pick(1, 7, 32, 40),
+                n_routed_experts=num_groups * pick(2, 5, 8),
+                n_group=num_groups,
+                topk_group=int(rng.integers(1, num_groups + 1)),
+                n_shared_experts=pick(1, 2),
+                norm_topk_prob=pick(True, False),
+                attention_bias=pick(True, False),
+                use_qk_norm=pick(True, False),
+                routed_scaling_factor=pick(1.0, 2.5),
+                first_k_dense_replace=pick(0, num_layers - 1),
+            )
+            config["partial_rotary_factor"] = pick(1.0, 4.5 / config["head_dim"])
+        case 4:
+            config = olmoe(
+                **config | {"head_dim": None},
+                intermediate_size=pick(1, 7, 32, 40),
+                num_experts=num_experts,
+                norm_topk_prob=pick(True, False),
+                attention_bias=pick(True, False),
+                clip_qkv=pick(None, 0.7, 3.0),
+            )
+            del config["head_dim"]
+        case 5:
+            config = minimax_m2(
+                **config,
+                intermediate_size=pick(1, 7, 32, 40),
+                num_local_experts=num_experts,
+                rotary_dim=pick(2, 4, config["head_dim"]),
+            )
+    if config["model_type"].startswith("qwen"):
         dense = {
             "mlp_only_layers": [i for i in range(num_layers) if rng.random() < 0.2],
             "decoder_sparse_step": pick(1, 1, 2),

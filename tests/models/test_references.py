@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from tests.models import tiny_delta
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.numpy_model import NumpyModel
 from tests.models.references import DIRECTORY, REFERENCES, Reference, difference
@@ -53,7 +54,16 @@ def test_the_references_cover_every_flag() -> None:
 
     assert len(REFERENCES) >= 14
     families = Counter(config["model_type"] for config in configs)
-    assert families.keys() >= {"gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe"}
+    assert families.keys() == {
+        "mixtral",
+        "qwen2_moe",
+        "qwen3_moe",
+        "gpt_oss",
+        "glm4_moe",
+        "olmoe",
+        "minimax_m2",
+        *tiny_delta.FAMILIES,
+    }
     assert families["qwen3_next"] >= 4
     assert families["qwen3_5_moe"] + families["qwen3_5_moe_text"] >= 4
     assert kinds >= {"default", "linear", "dynamic", "yarn", "llama3"}

@@ -24,6 +24,9 @@ RawConfig = dict[str, Any]
 PROMPT_TOKENS = 32
 NEW_TOKENS = 16
 
+# Of families whose routers have a bias for the choice alone.
+CHOICE_BIASES = {"glm4_moe": "gate.e_score_correction_bias", "minimax_m2": "e_score_correction_bias"}
+
 SWIGLU_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -181,6 +184,129 @@ def gpt_oss(**changes: Any) -> RawConfig:
     } | changes
 
 
+def glm4_moe(**changes: Any) -> RawConfig:
+    """A config.json with the keys of GLM-4.5-Air's."""
+    return {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "eos_token_id": [2, 5],
+        "first_k_dense_replace": 1,
+        "head_dim": 12,
+        "hidden_act": "silu",
+        "hidden_size": 36,
+        "initializer_range": 0.02,
+        "intermediate_size": 20,
+        "max_position_embeddings": 128,
+        "model_type": "glm4_moe",
+        "moe_intermediate_size": 12,
+        "n_group": 1,
+        "n_routed_experts": 6,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "num_nextn_predict_layers": 1,
+        "pad_token_id": 0,
+        "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "routed_scaling_factor": 1.0,
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.54.0",
+        "use_cache": True,
+        "use_qk_norm": False,
+        "vocab_size": 68,
+    } | changes
+
+
+def olmoe(**changes: Any) -> RawConfig:
+    """A config.json with the keys of OLMoE-1B-7B-0924's."""
+    return {
+        "architectures": ["OlmoeForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "clip_qkv": None,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 40,
+        "initializer_range": 0.02,
+        "intermediate_size": 12,
+        "max_position_embeddings": 128,
+        "model_type": "olmoe",
+        "norm_topk_prob": False,
+        "num_attention_heads": 4,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "output_router_logits": False,
+        "pad_token_id": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "router_aux_loss_coef": 0.01,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.43.0.dev0",
+        "use_cache": True,
+        "vocab_size": 68,
+    } | changes
+
+
+def minimax_m2(**changes: Any) -> RawConfig:
+    """A config.json with the keys of MiniMax-M2's, less `quantization_config`."""
+    return {
+        "architectures": ["MiniMaxM2ForCausalLM"],
+        "attention_dropout": 0.0,
+        "attn_type_list": [1] * min(changes.get("num_hidden_layers", 3), 100),
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "head_dim": 12,
+        "hidden_act": "silu",
+        "hidden_size": 36,
+        "initializer_range": 0.02,
+        "intermediate_size": 12,
+        "layernorm_full_attention_beta": 1.0,
+        "layernorm_linear_attention_beta": 1.0,
+        "layernorm_mlp_beta": 1.0,
+        "max_position_embeddings": 128,
+        "mlp_intermediate_size": 64,
+        "model_type": "minimax_m2",
+        "mtp_transformer_layers": 1,
+        "num_attention_heads": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "num_local_experts": 6,
+        "num_mtp_modules": 3,
+        "output_router_logits": False,
+        "qk_norm_type": "per_layer",
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 5000000,
+        "rotary_dim": 6,
+        "router_aux_loss_coef": 0.001,
+        "router_jitter_noise": 0.0,
+        "scoring_func": "sigmoid",
+        "shared_intermediate_size": 0,
+        "shared_moe_mode": "sigmoid",
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.46.1",
+        "use_cache": True,
+        "use_mtp": True,
+        "use_qk_norm": True,
+        "use_routing_bias": True,
+        "vocab_size": 68,
+    } | changes
+
+
 def respelt(config: RawConfig, *, theta: float, **scaling: Any) -> RawConfig:
     """The same model as transformers 5 writes it: `rope_parameters` and `dtype` in place of the older keys."""
     kept = {
@@ -210,12 +336,16 @@ def head_dim(config: RawConfig) -> int:
 
 def num_experts(config: RawConfig) -> int:
     config = text_part(config)
-    return config["num_local_experts" if "num_local_experts" in config else "num_experts"]
+    return next(
+        config[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in config
+    )
 
 
 def moe_layers(config: RawConfig) -> list[int]:
-    """Layers with routed experts: 'every n-th, counted from the n-th' less the ones listed as dense."""
+    """Layers with routed experts: behind the dense ones, or 'every n-th, counted from the n-th' less those listed."""
     config = text_part(config)
+    if "first_k_dense_replace" in config:
+        return list(range(config["first_k_dense_replace"], config["num_hidden_layers"]))
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     return [i for i in range(config["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0]
 
@@ -230,7 +360,7 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
     q_rows = config["num_attention_heads"] * head_dim(config)
     kv_rows = config["num_key_value_heads"] * head_dim(config)
     family = config["model_type"]
-    has_qkv_bias = {"mixtral": False, "qwen2_moe": config.get("qkv_bias", True)}.get(
+    has_qkv_bias = {"mixtral": False, "minimax_m2": False, "qwen2_moe": config.get("qkv_bias", True)}.get(
         family, config.get("attention_bias", family == "gpt_oss")
     )
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
@@ -243,12 +373,14 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
             if has_qkv_bias:
                 shapes[f"{attention}{name}_proj.bias"] = (rows,)
         shapes[attention + "o_proj.weight"] = (hidden, q_rows)
-        if family in ("qwen3_moe", "gpt_oss") and has_qkv_bias:
+        if family in ("qwen3_moe", "gpt_oss", "olmoe") and has_qkv_bias:
             shapes[attention + "o_proj.bias"] = (hidden,)
         if family == "gpt_oss":
             shapes[attention + "sinks"] = (config["num_attention_heads"],)
-        if family == "qwen3_moe":
+        if family == "qwen3_moe" or (family == "glm4_moe" and config["use_qk_norm"]):
             shapes[attention + "q_norm.weight"] = shapes[attention + "k_norm.weight"] = (head_dim(config),)
+        if family in ("olmoe", "minimax_m2"):
+            shapes[attention + "q_norm.weight"], shapes[attention + "k_norm.weight"] = (q_rows,), (kv_rows,)
         shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
         if i in moe_layers(config):
             shapes |= moe_shapes(config, layer)
@@ -266,22 +398,27 @@ def moe_shapes(config: RawConfig, layer: str) -> dict[str, tuple[int, ...]]:
     hidden = config["hidden_size"]
     if config["model_type"] == "gpt_oss":
         return transposed_moe_shapes(layer + "mlp.", num_experts(config), hidden, config["intermediate_size"])
-    if config["model_type"] == "mixtral":
-        block, names, width = layer + "block_sparse_moe.", ("w1", "w3", "w2"), config["intermediate_size"]
-    else:
-        block, names, width = (
-            layer + "mlp.",
-            ("gate_proj", "up_proj", "down_proj"),
-            config["moe_intermediate_size"],
-        )
+    width = config.get("moe_intermediate_size", config["intermediate_size"])
+    block, names = expert_names(config, layer)
     shapes: dict[str, tuple[int, ...]] = {block + "gate.weight": (num_experts(config), hidden)}
+    if config["model_type"] in CHOICE_BIASES:
+        shapes[block + CHOICE_BIASES[config["model_type"]]] = (num_experts(config),)
     for expert in range(num_experts(config)):
         shapes |= swiglu_shapes(f"{block}experts.{expert}.", names, hidden, width)
     if config["model_type"] == "qwen2_moe":
         shared = config["shared_expert_intermediate_size"]
         shapes |= swiglu_shapes(block + "shared_expert.", names, hidden, shared)
         shapes[block + "shared_expert_gate.weight"] = (1, hidden)
+    if config["model_type"] == "glm4_moe":
+        shapes |= swiglu_shapes(block + "shared_experts.", names, hidden, config["n_shared_experts"] * width)
     return shapes
+
+
+def expert_names(config: RawConfig, layer: str) -> tuple[str, tuple[str, str, str]]:
+    """Where the experts of a layer are, and what their gate, up and down are called."""
+    if config["model_type"] in ("mixtral", "minimax_m2"):
+        return layer + "block_sparse_moe.", ("w1", "w3", "w2")
+    return layer + "mlp.", ("gate_proj", "up_proj", "down_proj")
 
 
 def transposed_moe_shapes(
@@ -320,6 +457,8 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
             values = (0 if is_zero_centred else 1) + 0.2 * noise
         elif name.endswith("A_log"):
             values = noise
+        elif name.endswith("e_score_correction_bias"):
+            values = 0.1 * noise
         elif name.endswith((".bias", "_bias")):
             values = 0.3 * noise
         elif name.endswith("sinks"):

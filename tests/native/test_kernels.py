@@ -477,7 +477,7 @@ def test_experts_add_their_biases_and_clamp_what_lies_between(runtime: native.Ru
         seen = quantized_activations(format, x[rows // 2])
         g = np.minimum(seen @ gate.T + gate_bias[expert], limit)
         u = np.clip(seen @ up.T + up_bias[expert], -limit, limit)
-        assert (g == limit).any() and (u == limit).any() and (u == -limit).any()
+        assert all(at.any() for at in (g == limit, u == limit, u == -limit))
         inner = quantized_activations(format, (g / (1 + np.exp(-alpha * g)) * (u + 1)).astype(np.float32))
         slack = 2e-5 if format in ("f32", "f16", "bf16") else 5e-3
         magnitude = np.abs(inner) @ np.abs(down.T)

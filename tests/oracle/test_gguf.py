@@ -12,7 +12,17 @@ from argosy import Engine, SamplingParams
 from tests.models.gguf_models import TypeOf, mixed, one_type, write_gguf_model
 from tests.models.make_models import load
 from tests.models.references import LARGEST_DIFFERENCE, difference
-from tests.models.tiny import RawConfig, mixtral, prompt_ids, qwen2_moe, qwen3_moe
+from tests.models.tiny import (
+    RawConfig,
+    glm4_moe,
+    gpt_oss,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    prompt_ids,
+    qwen2_moe,
+    qwen3_moe,
+)
 from tests.oracle.test_oracle import mean_divergence
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -33,6 +43,15 @@ CONFIGS = [
     mixtral(**SIZES, intermediate_size=512, num_local_experts=4),
     qwen2_moe(**SIZES, moe_intermediate_size=256, shared_expert_intermediate_size=768, num_experts=4),
     qwen3_moe(**SIZES, moe_intermediate_size=256, num_experts=4),
+    # What llama.cpp's conversion has no key for: bounds of yarn that are no whole numbers.
+    gpt_oss(**SIZES, intermediate_size=256, num_local_experts=4),
+    glm4_moe(**SIZES, moe_intermediate_size=256, intermediate_size=512, n_routed_experts=4, use_qk_norm=True),
+    olmoe(
+        **{key: value for key, value in SIZES.items() if key != "head_dim"},
+        intermediate_size=256,
+        num_experts=4,
+    ),
+    minimax_m2(**SIZES, intermediate_size=256, rotary_dim=32, num_local_experts=4),
 ]
 KINDS = {"F32": one_type("F32"), "Q8_0": one_type("Q8_0"), "Q4_0": one_type("Q4_0"), "mixed": mixed}
 

@@ -28,7 +28,18 @@ from tests.models.random_models import random_configuration, random_gpt_oss, wri
 from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.runnable import runnable
 from tests.models.safetensors_file import Array, read_safetensors
-from tests.models.tiny import RawConfig, gpt_oss, mixtral, prompt_ids, qwen2_moe, qwen3_moe, write_model
+from tests.models.tiny import (
+    RawConfig,
+    glm4_moe,
+    gpt_oss,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    prompt_ids,
+    qwen2_moe,
+    qwen3_moe,
+    write_model,
+)
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -65,6 +76,43 @@ LARGE = (
             num_attention_heads=8,
             head_dim=48,
             num_experts=32,
+            num_experts_per_tok=8,
+        ),
+    ),
+    Configuration(
+        name="glm4_moe_large",
+        config=glm4_moe(
+            hidden_size=250,
+            moe_intermediate_size=70,
+            num_attention_heads=6,
+            head_dim=44,
+            use_qk_norm=True,
+            n_routed_experts=40,
+            n_group=5,
+            topk_group=2,
+            num_experts_per_tok=8,
+            routed_scaling_factor=2.5,
+        ),
+    ),
+    Configuration(
+        name="olmoe_large",
+        config=olmoe(
+            hidden_size=264,
+            intermediate_size=70,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            num_experts=24,
+        ),
+    ),
+    Configuration(
+        name="minimax_m2_large",
+        config=minimax_m2(
+            hidden_size=250,
+            intermediate_size=70,
+            num_attention_heads=6,
+            head_dim=48,
+            rotary_dim=26,
+            num_local_experts=33,
             num_experts_per_tok=8,
         ),
     ),
@@ -156,7 +204,11 @@ def test_a_config_means_what_transformers_reads_in_it(configuration: Configurati
     assert (ours.vocab_size, ours.hidden_size) == tuple(model.model.embed_tokens.weight.shape)
     assert ours.norm_eps == layers[0].input_layernorm.variance_epsilon
     assert ours.is_embedding_tied == (model.lm_head.weight is model.model.embed_tokens.weight)
-    assert (ours.qk_norm == "head") == hasattr(attention[0], "q_norm")
+    assert (ours.qk_norm != "none") == hasattr(attention[0], "q_norm")
+    if ours.qk_norm != "none":
+        width = {"head": ours.head_dim, "flat": ours.num_heads * ours.head_dim}[ours.qk_norm]
+        assert attention[0].q_norm.weight.shape == (width,)
+    assert (ours.qkv_limit or None) == getattr(theirs, "clip_qkv", None)
     assert ours.has_qkv_bias == (attention[0].q_proj.bias is not None)
     assert ours.has_o_bias == (attention[0].o_proj.bias is not None)
     assert ours.context_tokens == theirs.max_position_embeddings
@@ -168,7 +220,12 @@ def test_a_config_means_what_transformers_reads_in_it(configuration: Configurati
     assert ours.num_experts == routers[0].num_experts
     assert ours.experts_per_token == routers[0].top_k
     assert ours.router.renormalize == getattr(routers[0], "norm_topk_prob", True)
-    assert (ours.shared_width > 0) == hasattr(layers[ours.moe_layers[0]].mlp, "shared_expert")
+    assert ours.router.scale == getattr(routers[0], "routed_scaling_factor", 1.0)
+    assert ours.router.num_groups == getattr(routers[0], "num_group", 1)
+    assert ours.router.kept_groups == getattr(routers[0], "topk_group", 1)
+    moe = layers[ours.moe_layers[0]].mlp
+    shared = getattr(moe, "shared_expert", None) or getattr(moe, "shared_experts", None)
+    assert ours.shared_width == (shared.gate_proj.out_features if shared else 0)
     eos = theirs.eos_token_id
     assert ours.eos_ids == tuple(eos if isinstance(eos, list) else [eos])
 
@@ -185,11 +242,15 @@ def window_of(config: transformers.PreTrainedConfig, attention: torch.nn.Module)
 
 
 # In Mixtral and Qwen3-MoE an absent num_key_value_heads is not "as many as heads".
-DEFAULT_KV_HEADS = {"mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4}
+DEFAULT_KV_HEADS = {
+    "mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4, "glm4_moe": 8, "olmoe": 16, "minimax_m2": 8,
+}  # fmt: skip
 OPTIONAL_KEYS = ["head_dim", "rope_theta", "num_key_value_heads", "norm_topk_prob", "rms_norm_eps"]
 
 
-@pytest.mark.parametrize("family", [mixtral, qwen2_moe, qwen3_moe], ids=lambda family: family.__name__)
+@pytest.mark.parametrize(
+    "family", [mixtral, qwen2_moe, qwen3_moe, glm4_moe, olmoe, minimax_m2], ids=lambda family: family.__name__
+)
 @pytest.mark.parametrize("missing", OPTIONAL_KEYS)
 def test_an_absent_key_has_the_default_of_transformers(
     family: Callable[..., RawConfig], missing: str, tmp_path: Path
@@ -231,6 +292,9 @@ ALL_CHOSEN = [
     mixtral(hidden_size=128, intermediate_size=96, num_experts_per_tok=6),
     qwen2_moe(hidden_size=128, moe_intermediate_size=96, num_experts_per_tok=6, norm_topk_prob=True),
     qwen3_moe(hidden_size=128, moe_intermediate_size=96, num_experts_per_tok=6),
+    glm4_moe(hidden_size=128, moe_intermediate_size=96, num_experts_per_tok=6, intermediate_size=192),
+    olmoe(hidden_size=128, intermediate_size=96, num_experts_per_tok=6),
+    minimax_m2(hidden_size=128, intermediate_size=96, num_experts_per_tok=6),
     gpt_oss(hidden_size=128, intermediate_size=96, num_experts_per_tok=5),
 ]
 

@@ -2,6 +2,7 @@
 
     ModelConfig  ->  dense_shapes   {"embed": (vocab, hidden), "layers.0.q": (heads * head_dim, hidden), ...}
                  ->  expert_shapes  gate, up, down of one routed expert
+                 ->  count_parameters
 
 Shapes are [rows, columns] as a product y = W x needs them; a vector has one number. Files are checked against
 these, in place and packed alike, so that nothing after this room meets a matrix of a size it did not expect.
@@ -12,6 +13,7 @@ Elsewhere: what a checkpoint calls these tensors is `model/families/`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from typing import NamedTuple
 
 from argosy.config import MixerKind, ModelConfig
@@ -43,6 +45,13 @@ def dense_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     yield "final_norm", (hidden,)
     if not config.is_embedding_tied:
         yield "head", (config.vocab_size, hidden)
+
+
+def count_parameters(config: ModelConfig) -> tuple[int, int]:
+    """Parameters of a model, and those of them that one token uses: everything but the experts it does not choose."""
+    dense = sum(prod(shape) for _, shape in dense_shapes(config))
+    expert = sum(prod(shape) for shape in expert_shapes(config)) * len(config.moe_layers)
+    return dense + config.num_experts * expert, dense + config.experts_per_token * expert
 
 
 def _layer_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:

@@ -13,6 +13,7 @@ from argosy.errors import DoesNotFit
 if TYPE_CHECKING:
     from argosy.checkpoint.files import ModelFiles
     from argosy.cli.settings import Settings
+    from argosy.config import ModelConfig
     from argosy.engine.memory_plan import MemoryPlan
 
 
@@ -23,21 +24,30 @@ if TYPE_CHECKING:
 def show(model: str, as_json: bool, **options: Any) -> None:
     """Show family, geometry and memory plan of MODEL. Reads headers, and no weights.
 
-    Exit code 3 says that it does not fit the budget.
+    Exit code 3 says that it does not fit the budget. Of a config.json without weights it shows what there would be.
 
     \b
     Examples:
       argosy show ./Qwen3-30B-A3B --memory 16GiB
       argosy show ./mixtral.Q4_K_M.gguf --memory 75% --context 32768 --json
+      argosy show ./config.json         # a model whose weights are not here
     """
     from argosy.cli.output import progress_bar
     from argosy.cli.settings import Settings
     from argosy.engine.engine import locate_model
-    from argosy.model.families import open_model
+    from argosy.model.families import config_alone, open_model
 
     settings = Settings.read(**options)
     with progress_bar() as progress:
-        files = open_model(locate_model(model, progress))
+        path = locate_model(model, progress)
+    if (config := config_alone(path)) is not None:
+        facts = {"path": str(path), **geometry_facts(config), **_hypothetical_sizes(config)}
+        if as_json:
+            _print_json(facts)
+        else:
+            print(*config_lines(facts), sep="\n")
+        return
+    files = open_model(path)
     facts = model_facts(files)
     if not as_json:
         print(*fact_lines(facts), sep="\n")
@@ -58,21 +68,13 @@ def show(model: str, as_json: bool, **options: Any) -> None:
     print(*plan_lines(plan), sep="\n")
 
 
-def model_facts(files: ModelFiles) -> dict[str, Any]:
-    """Family, geometry and sizes, by name."""
-    config = files.config
-    per_expert = 0
-    if files.experts:
-        record = next(iter(files.experts.values()))
-        per_expert = sum(matrix.rows * matrix.cols for matrix in (record.gate, record.up, record.down))
-    dense = sum(ref.rows * ref.cols for ref in files.dense.values())
+def geometry_facts(config: ModelConfig) -> dict[str, Any]:
+    """Family, geometry and parameters, by name."""
+    from argosy.checkpoint.geometry import count_parameters
+
+    everything, active = count_parameters(config)
     return {
-        "path": str(files.path),
         "family": config.family,
-        "is_packed": files.is_packed,
-        "is_gguf": files.path.is_file(),
-        "dense_formats": list(dict.fromkeys(ref.format for ref in files.dense.values())),
-        "expert_format": files.expert_format if files.experts else None,
         "num_layers": config.num_layers,
         "num_moe_layers": len(config.moe_layers),
         "hidden_size": config.hidden_size,
@@ -85,22 +87,92 @@ def model_facts(files: ModelFiles) -> dict[str, Any]:
         "shared_width": config.shared_width,
         "vocab_size": config.vocab_size,
         "context_tokens": config.context_tokens,
-        "num_parameters": dense + per_expert * len(files.experts),
-        "num_parameters_per_token": dense + per_expert * len(config.moe_layers) * config.experts_per_token,
+        "num_parameters": everything,
+        "num_parameters_per_token": active,
+    }
+
+
+def model_facts(files: ModelFiles) -> dict[str, Any]:
+    """The same, and what the files hold."""
+    return {
+        "path": str(files.path),
+        **geometry_facts(files.config),
+        "is_packed": files.is_packed,
+        "is_gguf": files.path.is_file(),
+        "dense_formats": list(dict.fromkeys(ref.format for ref in files.dense.values())),
+        "expert_format": files.expert_format if files.experts else None,
         "dense_bytes": files.dense_bytes,
         "expert_bytes": files.expert_bytes,
     }
 
 
+def _hypothetical_sizes(config: ModelConfig) -> dict[str, Any]:
+    """Bytes of a model as checkpoint and as packs, and of its KV cache."""
+    from argosy.checkpoint.files import matrix_bytes
+    from argosy.checkpoint.geometry import dense_shapes, expert_shapes, is_kept_exact
+    from argosy.config import Format
+    from argosy.engine.memory_plan import kv_bytes
+
+    def dense_bytes(format: Format) -> int:
+        return sum(
+            matrix_bytes(
+                "f32" if is_kept_exact(name) else format, *(shape if len(shape) == 2 else (1, *shape))
+            )
+            for name, shape in dense_shapes(config)
+        )
+
+    def expert_bytes(format: Format) -> int:
+        one = sum(matrix_bytes(format, rows, cols) for rows, cols in expert_shapes(config))
+        return one * config.num_experts * len(config.moe_layers)
+
+    dense: dict[Format, Format] = {
+        "bf16": "bf16",
+        "q8": "q8",
+        "q4": "q8",
+    }  # of a pack with experts in that format
+    tokens = 1024
+    return {
+        "bytes": {
+            format: {"dense_bytes": dense_bytes(dense[format]), "expert_bytes": expert_bytes(format)}
+            for format in dense
+        },
+        "kv_bytes_per_token": {kind: kv_bytes(config, tokens, kind) // tokens for kind in ("f32", "f16")},
+    }
+
+
 def fact_lines(facts: dict[str, Any]) -> list[str]:
-    """The same facts for a person."""
-    shared = f", a shared one of width {facts['shared_width']}" if facts["shared_width"] else ""
+    """The facts of `model_facts` for a person."""
     kind = "a pack" if facts["is_packed"] else "a GGUF file" if facts["is_gguf"] else "as the hub has it"
     dense = "+".join(facts["dense_formats"])
-    everything, active = facts["num_parameters"], facts["num_parameters_per_token"]
     return [
         f"model     {facts['path']}",
         f"  family        {facts['family']}, {kind}, experts {facts['expert_format']}, else {dense}",
+        *_geometry_lines(facts),
+        f"  on disk       {format_bytes(facts['dense_bytes'])} for every token,"
+        f" {format_bytes(facts['expert_bytes'])} of routed experts",
+    ]
+
+
+def config_lines(facts: dict[str, Any]) -> list[str]:
+    """What a config.json says, for a person."""
+    sizes = (
+        f"{format} {format_bytes(parts['dense_bytes'])} + {format_bytes(parts['expert_bytes'])}"
+        for format, parts in facts["bytes"].items()
+    )
+    per_token = facts["kv_bytes_per_token"]
+    return [
+        f"model     {facts['path']}, without weights",
+        f"  family        {facts['family']}",
+        *_geometry_lines(facts),
+        f"  would take    {', '.join(sizes)} (for every token + routed experts)",
+        f"  KV cache      {format_bytes(per_token['f32'])} a token, {format_bytes(per_token['f16'])} with --kv f16",
+    ]
+
+
+def _geometry_lines(facts: dict[str, Any]) -> list[str]:
+    shared = f", a shared one of width {facts['shared_width']}" if facts["shared_width"] else ""
+    everything, active = facts["num_parameters"], facts["num_parameters_per_token"]
+    return [
         f"  parameters    {_count(everything)}, {_count(active)} of them for a token",
         f"  layers        {facts['num_layers']}, {facts['num_moe_layers']} with routed experts",
         f"  experts       {facts['num_experts']} in a layer, {facts['experts_per_token']} for a token,"
@@ -108,8 +180,6 @@ def fact_lines(facts: dict[str, Any]) -> list[str]:
         f"  attention     {facts['num_heads']} heads, {facts['num_kv_heads']} of keys and values,"
         f" {facts['head_dim']} wide; hidden size {facts['hidden_size']}",
         f"  vocabulary    {facts['vocab_size']} tokens; context {facts['context_tokens']} tokens",
-        f"  on disk       {format_bytes(facts['dense_bytes'])} for every token,"
-        f" {format_bytes(facts['expert_bytes'])} of routed experts",
     ]
 
 

@@ -116,6 +116,21 @@ def open_model(path: str | Path) -> ModelFiles:
     return read_layout(path, config, family.LAYOUTS, open_tensors(path))
 
 
+def config_alone(path: str | Path) -> ModelConfig | None:
+    """The configuration in a `config.json`, or in a directory that has one and no weights; None for anything else.
+
+    Raises:
+        UnsupportedModel: a family, key or value that is not built in.   CheckpointError: a file is malformed.
+    """
+    path = Path(path)
+    if path.name == CONFIG_FILE and path.is_file():
+        return read_config(path.parent)[1]
+    if not (path / CONFIG_FILE).is_file():
+        return None
+    has_weights = any((path / name).exists() for name in (MANIFEST_FILE, SINGLE_FILE, INDEX_FILE))
+    return None if has_weights or find_gguf(path) is not None else read_config(path)[1]
+
+
 def _open_gguf(path: Path) -> ModelFiles:
     file = read_gguf(path)
     kind = file.text("general.type", "model")

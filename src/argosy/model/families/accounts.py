@@ -14,7 +14,6 @@ from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import Format, ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 
-
 _Format = TypeVar("_Format", Format, None)
 
 

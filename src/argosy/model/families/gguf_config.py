@@ -26,7 +26,6 @@ from argosy.model.families.config_reader import LARGEST_SIZE, MOST_EXPERTS, MOST
 # Keys that any writer may add, with the values that change nothing.
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "attention.causal": (True,),
-    "attention.clamp_kqv": (0.0,),
     "attention.scale": (0.0,),
     "expert_gating_func": (0, 1),  # none given, softmax
     "expert_group_count": (0, 1),

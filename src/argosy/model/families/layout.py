@@ -3,12 +3,12 @@
     ModelConfig + Layout + {name: TensorRef}  ->  read_layout  ->  ModelFiles
 
 A family has one layout or several: the hub keeps one tensor per expert matrix, and `transformers` 5 can also
-write all experts of a layer as one fused tensor, [experts, 2 * width, hidden] with gate before up. Some keep fused
-tensors transposed, [experts, hidden, 2 * width] with columns of gate and up by turns; these can be packed, and not
-be run in place; or as MXFP4 blocks and scales, rows of gate and up by turns. The first layout whose expert tensors are there is read. Every tensor is accounted for: one that is
-missing, has another shape, has a dtype that no kernel reads, or is not asked for is an error with its name. Passed
-over is only what is known and has no part in text: constants that old exporters leave behind (`_LEFTOVERS`), layers
-for multi-token prediction, and what a layout names itself, such as a vision tower.
+write all experts of a layer as one fused tensor, [experts, 2 * width, hidden] with gate before up. Others have rows of
+gate and up by turns, in MXFP4 blocks and scales; or keep fused tensors transposed, [experts, hidden, 2 * width]: these
+can be packed, and not be run in place. The first layout whose expert tensors are there is read. Every tensor is
+accounted for: one that is missing, has another shape, has a dtype that no kernel reads, or is not asked for is an
+error with its name. Passed over is only what is known and has no part in text: constants that old exporters leave
+behind (`_LEFTOVERS`), layers for multi-token prediction, and what a layout names itself, such as a vision tower.
 
 Elsewhere: shapes are `checkpoint/geometry.py`; where bytes lie is `checkpoint/safetensors.py`.
 """

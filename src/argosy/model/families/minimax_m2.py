@@ -1,17 +1,18 @@
 """MiniMax-M2: q and k normed over all heads at once, a part of each head turns, and a router of sigmoid scores.
 
-Experts are chosen by score plus a learnt bias, and weighed by the score alone, so that the weights of a token sum to one.
-The hub says how much of a head turns by `rotary_dim`, transformers by `partial_rotary_factor`. Modules for multi-token
+Experts are chosen by score plus a learnt bias and weighed by the score alone; the weights of a token sum to one. The
+hub says how much of a head turns by `rotary_dim`, transformers by `partial_rotary_factor`. Modules for multi-token
 prediction (`model.mtp.`) are known, and left alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
-from argosy.config import LayerConfig, ModelConfig, RouterConfig
+from argosy.config import LayerConfig, ModelConfig, RopeConfig, RouterConfig
 from argosy.errors import CheckpointError
 from argosy.model.families.common_config import read_common
 from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
@@ -71,13 +72,15 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         experts_per_token=8,
         eos_id=200_020,
         bos_id=200_034,
-        partial_rotary_factor=_partial_rotary_factor(reader),
+        partial_rotary_factor=1.0,
     )
+    rope = _read_rotary_dim(reader, common.pop("rope"), common["head_dim"])
     num_layers = reader.integer("num_hidden_layers", default=62, most=MOST_LAYERS)
     _read_other_generations(reader)
     config = ModelConfig(
         family=MODEL_TYPE,
         layers=(LayerConfig(is_moe=True),) * num_layers,
+        rope=rope,
         expert_width=reader.integer("intermediate_size", default=1536),
         router=_ROUTER,
         qk_norm="flat",
@@ -111,18 +114,22 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     return read_gguf_layout(file, config, is_paired=False, has_rope_freqs=False)
 
 
-def _partial_rotary_factor(reader: ConfigReader) -> float:
-    """The share of a head that `rotary_dim` means; 1 where the file does not have it."""
+def _read_rotary_dim(reader: ConfigReader, rope: RopeConfig, head_dim: int) -> RopeConfig:
+    """The rotary embedding with the dimensions that `rotary_dim` says, where the file has it."""
     rotary_dim = reader.optional_integer("rotary_dim")
     if rotary_dim is None:
-        return 1.0
-    head_dim = reader.integer("head_dim", default=128)
-    if rotary_dim > head_dim:
+        return rope
+    if rotary_dim > head_dim or rotary_dim % 2:
         raise CheckpointError(
-            f"config.json: rotary_dim is {rotary_dim}, expected at most the {head_dim} dimensions of a head",
+            f"config.json: rotary_dim is {rotary_dim}, expected pairs among the {head_dim} dimensions of a head",
             key="rotary_dim",
         )
-    return rotary_dim / head_dim
+    if rope.rotary_dim not in (rotary_dim, head_dim):
+        raise CheckpointError(
+            f"config.json gives rotary_dim as {rotary_dim}, and partial_rotary_factor means {rope.rotary_dim}",
+            key="rotary_dim",
+        )
+    return replace(rope, rotary_dim=rotary_dim)
 
 
 def _read_other_generations(reader: ConfigReader) -> None:

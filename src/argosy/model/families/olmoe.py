@@ -1,7 +1,7 @@
 """OLMoE (arXiv:2409.02060): routed experts only; q and k are normed over all heads at once.
 
-`clip_qkv` cuts off q and k behind their norms, and v. `attention_bias` puts a bias on q, k, v and o. Released files take
-routing weights as the softmax gives them, and transformers' configs leave it at that unless `norm_topk_prob` says more.
+`clip_qkv` cuts off q and k behind their norms, and v. `attention_bias` puts a bias on q, k, v and o. Routing weights
+stay as the softmax gives them, unless `norm_topk_prob` says more.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     """
     reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
     common = reader.common()
+    reader.neutral("attention.clamp_kqv", 0.0)
     width = reader.integer("feed_forward_length")
     config = ModelConfig(
         family=MODEL_TYPE,
