@@ -264,6 +264,7 @@ static inline constexpr int64_t attention_scratch_floats(int64_t head_dim) {
 
 // The scores of all experts, what each is worth in the choice, and each group.
 static inline constexpr int64_t route_scratch_floats(int64_t num_experts) { return 3 * num_experts; }
+
 static inline constexpr int64_t latent_state_floats(int64_t value_dim) {
   return (value_dim + 2) * kColumnHeads;
 }

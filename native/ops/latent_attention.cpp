@@ -78,6 +78,7 @@ void multiply_heads(Runtime& runtime, const MatrixView& matrix, int64_t num_head
                                .y_stride = num_heads * out_row,
                                .y_index = nullptr,
                                .num_tokens = num_tokens,
+                               .next_weights = nullptr,
                            });
                            begin = next;
                          }

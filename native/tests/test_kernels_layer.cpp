@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "ops/attention.h"
+#include "ops/latent_attention.h"
 #include "ops/layer.h"
 #include "ops/swiglu.h"
 #include "tests/kernel_cases.h"
@@ -343,6 +344,90 @@ void a_sink_takes_its_share_of_the_weights() {
   }
 }
 
+// One sequence's latent vectors, with NaN in every place that no token may see.
+struct LatentCache {
+  LatentCache(int64_t dim, int64_t block, bool is_f16)
+      : kv({KvShape::latent(dim)}, kBlocks, block, is_f16), block_tokens(block) {
+    const std::vector<float> garbage(size_t(kBlocks * block * dim), NAN);
+    std::vector<int64_t> slots;
+    for (int64_t i = 0; i < kBlocks * block; ++i) slots.push_back(i);
+    Runtime runtime(1);
+    latent_write(runtime, kv.latent_layer(0), garbage.data(), slots.data(), kBlocks * block);
+    slots.clear();
+    for (int64_t i = 0; i < kLength; ++i) {
+      slots.push_back(blocks[size_t(i / block)] * block + i % block);
+    }
+    const std::vector<float> vectors = normal(kLength * dim, 5);
+    latent_write(runtime, kv.latent_layer(0), vectors.data(), slots.data(), kLength);
+  }
+  static constexpr int64_t kBlocks = 16, kLength = kSectionPositions + 75;
+  std::vector<int32_t> blocks = {3, 9, 0, 12, 7, 15, 1, 2, 11, 5, 6, 4, 8, 10, 13, 14};
+  KvCache kv;
+  int64_t block_tokens;
+};
+
+// The columns of tokens [begin, end), one or two in a call, and both sections of those that see them.
+std::vector<float> attend_latent(const KernelTable& table, LatentCache& cache, const std::vector<float>& q,
+                                 int64_t heads, int64_t value_dim, int64_t begin, int64_t end) {
+  const LatentLayer kv = cache.kv.latent_layer(0);
+  const int64_t state_floats = latent_state_floats(value_dim);
+  std::vector<float> out(size_t((end - begin) * heads * value_dim), NAN);
+  std::vector<float> scratch(size_t(latent_scratch_floats(kv.dim)), NAN);
+  std::vector<float> states(size_t(2 * kMostColumns * state_floats), NAN);
+  for (int64_t token = begin; token < end; token += kMostColumns) {
+    for (int64_t section = 0; section < 2; ++section) {
+      LatentColumn columns[kMostColumns];
+      int64_t count = 0;
+      for (int64_t t = token; t < std::min(token + kMostColumns, end); ++t) {
+        if (t < section * kSectionPositions) continue;
+        float* state = states.data() + (section * kMostColumns + t - token) * state_floats;
+        columns[count++] = {q.data() + t * heads * kv.dim, heads, t, state};
+      }
+      if (count == 0) continue;
+      LatentAttentionArgs args = {};
+      args.kv = kv;
+      args.blocks = cache.blocks.data();
+      args.columns = columns;
+      args.num_columns = count;
+      args.begin = section * kSectionPositions;
+      args.value_dim = value_dim;
+      args.scale = 0.3f;
+      args.scratch = scratch.data();
+      table.latent_attention(args);
+    }
+    for (int64_t t = token; t < std::min(token + kMostColumns, end); ++t) {
+      float* state = states.data() + (t - token) * state_floats;
+      if (t >= kSectionPositions)
+        table.latent_merge(state + kMostColumns * state_floats, value_dim, heads, state);
+      table.latent_finish(state, value_dim, heads, out.data() + (t - begin) * heads * value_dim);
+    }
+  }
+  return out;
+}
+
+void latent_attention_meets_the_reference_in_every_chunk() {
+  const int64_t shapes[][3] = {{1, 7, 7}, {3, 19, 13}, {16, 40, 32}, {7, 70, 64}};  // heads, dim, value dim
+  for (const KernelTable* table : all_tables()) {
+    for (const auto& [heads, dim, value_dim] : shapes) {
+      for (const int64_t block_tokens : {21, 32}) {
+        LatentCache cache(dim, block_tokens, (dim + block_tokens) % 2 == 0);
+        const int64_t length = LatentCache::kLength;
+        const std::vector<float> q = normal(length * heads * dim, 7, 0.5f);
+        const std::vector<float> expected = attend_latent(plain(), cache, q, heads, value_dim, 0, length);
+        const std::vector<float> together = attend_latent(*table, cache, q, heads, value_dim, 0, length);
+        CHECK(near(together, expected, 4e-6));
+        std::vector<float> pieces;
+        for (int64_t begin = 0; begin < length; ++begin) {
+          const std::vector<float> piece =
+              attend_latent(*table, cache, q, heads, value_dim, begin, begin + 1);
+          pieces.insert(pieces.end(), piece.begin(), piece.end());
+        }
+        CHECK(same_bits(pieces, together));
+      }
+    }
+  }
+}
+
 // Operations on three threads give what they give on one.
 void threads_change_no_bit() {
   constexpr int64_t kTokens = 103;
@@ -397,6 +482,7 @@ int main() {
   tied_groups_go_to_the_lower_one();
   attention_meets_the_reference_in_every_chunk();
   a_sink_takes_its_share_of_the_weights();
+  latent_attention_meets_the_reference_in_every_chunk();
   threads_change_no_bit();
   return check_result();
 }

@@ -91,7 +91,8 @@ def test_a_snapshot_serves_another_sequence_with_the_same_beginning(model: Path)
         step_until(engine, first, 16)
         second = engine.submit(PROMPT, GREEDY)
         engine._scheduler._admit()
-        assert first.state_slot is not None and second.state_slot is not None
+        assert first.state_slot is not None
+        assert second.state_slot is not None
         states = states_of(engine)
         states.restore(second.state_slot, states.snapshot(first.state_slot))
         second.blocks[0] = first.blocks[0]  # 16 positions of keys and values, which nobody writes any more

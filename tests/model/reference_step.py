@@ -44,15 +44,17 @@ class ReferenceDecoder:
         for layer in range(self.config.num_layers):
             if self.config.layers[layer].mixer == "delta":
                 self._add_delta(hidden, layer, batch)
+            elif self.config.layers[layer].mixer == "latent":
+                self._add_latent_attention(hidden, layer, batch)
             else:
                 self._add_attention(hidden, layer, batch)
             self._add_ffn(hidden, layer, batch)
         head = embedding if self.config.is_embedding_tied else self.weights.matrices["head"]
         return self._product(head, self._norm(hidden, "final_norm"))
 
-    def _norm(self, x: Floats, name: str) -> Floats:
+    def _norm(self, x: Floats, name: str, eps: float | None = None) -> Floats:
         out = np.empty_like(x)
-        _native.rms_norm(self.runtime, x, self.weights.vectors[name], self.config.norm_eps, out)
+        _native.rms_norm(self.runtime, x, self.weights.vectors[name], eps or self.config.norm_eps, out)
         return out
 
     def _product(self, matrix: _native.Matrix, x: Floats) -> Floats:
@@ -109,7 +111,9 @@ class ReferenceDecoder:
 
     def _add_delta(self, hidden: Floats, layer: int, batch: Batch) -> None:
         delta, name, vectors = self.config.delta, f"layers.{layer}.", self.weights.vectors
-        assert delta is not None and self.recurrent is not None and batch.state_slots is not None
+        assert delta is not None
+        assert self.recurrent is not None
+        assert batch.state_slots is not None
         normed = self._norm(hidden, name + "attn_norm")
         name += "delta_"
         if delta.has_joined_qkvz:
@@ -155,6 +159,41 @@ class ReferenceDecoder:
         assert self.config.delta is not None
         heads = self._projection(name, x).reshape(len(x), self.config.delta.num_key_heads, -1)
         return [np.ascontiguousarray(part.reshape(len(x), -1)) for part in np.split(heads, ends, axis=2)]
+
+    def _add_latent_attention(self, hidden: Floats, layer: int, batch: Batch) -> None:
+        config, latent, tokens, name = self.config, self.config.latent, batch.num_tokens, f"layers.{layer}."
+        assert latent is not None
+        query = normed = self._norm(hidden, name + "attn_norm")
+        if latent.query_rank:
+            down = self._product(self.weights.matrices[name + "q_down"], normed)
+            query = self._norm(down, name + "q_down_norm", latent.norm_eps)
+        query = self._product(self.weights.matrices[name + ("q_up" if latent.query_rank else "q")], query)
+        query = query.reshape(tokens, config.num_heads, -1)
+        vectors = self._product(self.weights.matrices[name + "kv_down"], normed)
+        compressed = vectors[:, : latent.kv_rank].copy()
+        vectors[:, : latent.kv_rank] = self._norm(compressed, name + "kv_norm", latent.norm_eps)
+        cosine, sine = np.empty((2, tokens, config.rope.rotary_dim // 2), np.float32)
+        self.rotary.angles(self.runtime, batch.positions, cosine, sine)
+        for turning in (query[:, :, latent.nope_dim :], vectors[:, None, latent.kv_rank :]):
+            turned = turning.copy()
+            _native.rope(self.runtime, turned, cosine, sine, config.rope.is_interleaved)
+            turning[:] = turned
+        _native.latent_write(self.runtime, self.kv, layer, vectors, batch.slots)
+        attended = np.empty((tokens, config.num_heads * latent.value_dim), np.float32)
+        _native.latent_attention(
+            self.runtime,
+            self.kv,
+            layer,
+            query,
+            self.weights.matrices[name + "k_up"],
+            self.weights.matrices[name + "v_up"],
+            batch.block_table,
+            batch.sequence,
+            batch.positions,
+            config.attention_scale or (latent.nope_dim + latent.rope_dim) ** -0.5,
+            attended,
+        )
+        hidden += self._projection(name + "o", attended)
 
     def _add_ffn(self, hidden: Floats, layer: int, batch: Batch) -> None:
         name = f"layers.{layer}."

@@ -22,7 +22,7 @@ from tests.model.reference_step import Floats, ReferenceDecoder
 from tests.models.references import REFERENCES
 from tests.models.runnable import runnable
 from tests.models.tiny import gpt_oss, minimax_m2, mixtral, qwen2_moe, qwen3_moe, write_model
-from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
+from tests.models.tiny_delta import qwen3_next
 
 MAX_TOKENS = 40
 

@@ -1,4 +1,4 @@
-"""The configurations with committed references: three families, each flag on in one and off in another.
+"""The configurations with committed references: every family, each flag on in one and off in another.
 
 `seed` is chosen so that no routing decision and no greedy choice of the reference is a near tie
 (`make_models.py` looks for it, and writes the margins into the reference's metadata).
@@ -6,9 +6,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
+from tests.models.configuration import Configuration, yarn
+from tests.models.configurations_latent import LATENT
 from tests.models.tiny import (
     RawConfig,
     glm4_moe,
@@ -23,23 +22,11 @@ from tests.models.tiny import (
 from tests.models.tiny_delta import qwen3_5_moe, qwen3_5_moe_text, qwen3_next
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Configuration:
-    """A checkpoint to make: its config.json, and how its weights are stored."""
-
-    name: str
-    config: RawConfig
-    dtype: str = "BF16"
-    num_shards: int = 1
-
-
 def without(config: RawConfig, *keys: str) -> RawConfig:
     return {key: value for key, value in config.items() if key not in keys}
 
 
-def yarn(factor: float, original: int, **more: Any) -> dict[str, Any]:
-    return {"factor": factor, "original_max_position_embeddings": original} | more
-
+__all__ = ["CONFIGURATIONS", "Configuration"]
 
 CONFIGURATIONS = (
     Configuration(name="mixtral_plain", config=mixtral(num_local_experts=8)),
@@ -445,4 +432,5 @@ CONFIGURATIONS = (
         dtype="F32",
         num_shards=2,
     ),
+    *LATENT,
 )

@@ -19,12 +19,14 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from tests.models.safetensors_file import Array, write_checkpoint
-from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts, random_tensors
+from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts, random_tensors, text_of
+from tests.models.tiny_latent import LATENT_FAMILIES
 
 ARCHITECTURES = {
     "mixtral": "llama",
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
+    **dict.fromkeys(LATENT_FAMILIES, "deepseek2"),
     "gpt_oss": "gpt-oss",
     "glm4_moe": "glm4moe",
     "olmoe": "olmoe",
@@ -50,13 +52,19 @@ _NAMES = {
     "mlp.shared_expert.up_proj": "ffn_up_shexp",
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
-    "mlp.router": "ffn_gate_inp",
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.kv_b_proj": "attn_kv_b",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
     "mlp.shared_experts.up_proj": "ffn_up_shexp",
     "mlp.shared_experts.down_proj": "ffn_down_shexp",
+    "mlp.router": "ffn_gate_inp",
 }
 # What fused tensors of gpt-oss are there, by the last part of their names.
 _SLICES: dict[str, dict[str, Any]] = {
@@ -92,22 +100,38 @@ def mixed(name: str) -> str:
 
 
 def write_gguf_model(
-    path: Path, config: RawConfig, type_of: TypeOf, *, seed: int, split_experts: bool = False
+    path: Path,
+    config: RawConfig,
+    type_of: TypeOf,
+    *,
+    seed: int,
+    split_experts: bool = False,
+    split_kv: bool = True,
 ) -> Path:
     """Write `path` and, in a directory named `<path>.f32`, the dequantised weights; returns that directory.
 
-    With `split_experts`, every expert is a tensor of its own, as in files of early 2024.
+    With `split_experts`, every expert is a tensor of its own, as in files of early 2024; without `split_kv`, so are
+    latent attention's keys and values, as in files before April 2025.
     """
     rng = np.random.default_rng([seed, 3])
     exact: dict[str, Array] = {}
     writer = GGUFWriter(path, ARCHITECTURES[config["model_type"]])
-    add_metadata(writer, config)
+    if config["model_type"] in LATENT_FAMILIES:
+        add_latent_metadata(writer, text_of(config), split_kv=split_kv)
+    else:
+        add_metadata(writer, config)
     stacks: dict[str, list[Array]] = {}
     for hub_name, values in random_tensors(config, seed, "F32").items():
+        if not is_in_gguf(hub_name, config):
+            exact[hub_name] = values
+            continue
         if hub_name.rpartition(".")[2] in _SLICES:
             exact[hub_name] = add_slices(writer, hub_name, values, type_of, rng)
             continue
         name, heads, is_expert = gguf_name(hub_name, config)
+        if "attn_kv_b" in name and split_kv:
+            exact[hub_name] = add_split_kv(writer, name, values, text_of(config), type_of, rng)
+            continue
         type_name = type_of(name)
         blocks, kept = to_blocks(values.astype(np.float32), type_name, rng)
         exact[hub_name] = kept.reshape(values.shape)
@@ -201,25 +225,105 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     assert config["model_type"] == "glm4_moe" or len(moe_layers(config)) == config["num_hidden_layers"]
 
 
+def add_latent_metadata(writer: GGUFWriter, config: RawConfig, *, split_kv: bool) -> None:
+    """What the conversion script says of latent attention (architecture deepseek2), today and before April 2025."""
+    key = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(1 if split_kv else config["num_attention_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if config["q_lora_rank"] is not None:
+        writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_kv_lora_rank(config["kv_lora_rank"])
+    if split_kv:
+        writer.add_key_length(config["kv_lora_rank"] + config["qk_rope_head_dim"])
+        writer.add_value_length(config["kv_lora_rank"])
+        writer.add_key_length_mla(key)
+        writer.add_value_length_mla(config["v_head_dim"])
+    else:
+        writer.add_key_length(key)
+        writer.add_value_length(config["v_head_dim"])
+    writer.add_rope_dimension_count(config["qk_rope_head_dim"])
+    writer.add_rope_freq_base(float(config["rope_theta"]))
+    if (scaling := config["rope_scaling"]) is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling["factor"])
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(float(scaling["beta_fast"]))
+        writer.add_rope_scaling_yarn_beta_slow(float(scaling["beta_slow"]))
+        writer.add_rope_scaling_yarn_log_mul(0.1 * scaling["mscale_all_dim"])
+    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    writer.add_expert_count(config["n_routed_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    writer.add_expert_weights_norm(config["norm_topk_prob"])
+    is_softmax = config["model_type"] == "deepseek_v2"
+    writer.add_expert_gating_func(
+        gguf.ExpertGatingFuncType.SOFTMAX if is_softmax else gguf.ExpertGatingFuncType.SIGMOID
+    )
+    writer.add_expert_group_count(config["n_group"])
+    writer.add_expert_group_used_count(config["topk_group"])
+    writer.add_tokenizer_model("none")
+    writer.add_bos_token_id(config.get("bos_token_id", 1))
+    eos = config["eos_token_id"]
+    writer.add_eos_token_id(eos[0] if isinstance(eos, list) else eos)
+
+
+def add_split_kv(
+    writer: GGUFWriter, name: str, values: Array, config: RawConfig, type_of: TypeOf, rng: np.random.Generator
+) -> Array:
+    """Write `attn_k_b` [heads, rank, dims] and `attn_v_b` [heads, dims, rank]; returns the values they then have."""
+    heads, nope, rank = config["num_attention_heads"], config["qk_nope_head_dim"], config["kv_lora_rank"]
+    keys, value_rows = np.split(values.reshape(heads, -1, rank), [nope], axis=1)
+    kept = []
+    for part, matrix in (("attn_k_b", np.ascontiguousarray(keys.swapaxes(1, 2))), ("attn_v_b", value_rows)):
+        part_name = name.replace("attn_kv_b", part)
+        type_name = type_that_fits(type_of(part_name), matrix.shape[-1])
+        blocks, exact = to_blocks(np.ascontiguousarray(matrix, np.float32), type_name, rng)
+        add(writer, part_name, blocks, type_name)
+        kept.append(exact.reshape(matrix.shape))
+    return np.concatenate([kept[0].swapaxes(1, 2), kept[1]], axis=1).reshape(values.shape)
+
+
+def type_that_fits(type_name: str, cols: int) -> str:
+    """What llama.cpp's quantiser takes instead for rows that are no whole blocks of a K type."""
+    return "Q8_0" if cols % gguf.GGML_QUANT_SIZES[GGMLQuantizationType[type_name]][0] else type_name
+
+
+def is_in_gguf(hub_name: str, config: RawConfig) -> bool:
+    """Whether conversion keeps a tensor: it leaves out vision towers and layers for multi-token prediction."""
+    parts = hub_name.removeprefix("language_model.").split(".")
+    return parts[0] in ("model", "lm_head") and not (
+        parts[1] == "layers" and int(parts[2]) >= text_of(config)["num_hidden_layers"]
+    )
+
+
 def gguf_name(hub_name: str, config: RawConfig) -> tuple[str, int, bool]:
     """The GGUF name, the heads whose rows lie in pairs there (0: none do), and whether it is one of many experts."""
-    part, _, suffix = hub_name.rpartition(".")
+    part, _, suffix = hub_name.removeprefix("language_model.").rpartition(".")
+    if suffix == "e_score_correction_bias":
+        return f"blk.{part.split('.')[2]}.exp_probs_b.bias", 0, False
     if part in _MODEL_NAMES:
         return f"{_MODEL_NAMES[part]}.{suffix}", 0, False
     layer, part = part.removeprefix("model.layers.").split(".", 1)
     if ".experts." in part:
         return f"blk.{layer}.ffn_{_SWIGLU[part.rpartition('.')[2]]}_exps.weight", 0, True
-    heads = {
-        "self_attn.q_proj": config["num_attention_heads"],
-        "self_attn.k_proj": config["num_key_value_heads"],
-    }.get(part, 0)
+    heads = 0
+    if config["model_type"] == "mixtral" and part in ("self_attn.q_proj", "self_attn.k_proj"):
+        heads = config["num_attention_heads" if part == "self_attn.q_proj" else "num_key_value_heads"]
     if suffix == "sinks":
         return f"blk.{layer}.attn_sinks.weight", 0, False
     if suffix == "e_score_correction_bias":
         return f"blk.{layer}.exp_probs_b.bias", 0, False
     if config["model_type"] in ("gpt_oss", "glm4_moe") and part == "post_attention_layernorm":
         return f"blk.{layer}.post_attention_norm.weight", 0, False
-    return f"blk.{layer}.{_NAMES[part]}.{suffix}", heads if config["model_type"] == "mixtral" else 0, False
+    return f"blk.{layer}.{_NAMES[part]}.{suffix}", heads, False
 
 
 def numbered(name: str, hub_name: str) -> str:

@@ -1,4 +1,4 @@
-"""The three families in numpy and float64, slow and plain: what Argosy must compute, written a second time.
+"""The families in numpy and float64, slow and plain: what Argosy must compute, written a second time.
 
 It shares no line with the engine: it reads config.json and the files itself. `make_models.py` holds it against
 transformers; tests hold the engine against it on models that are made on the fly.
@@ -15,15 +15,7 @@ import numpy as np
 from tests.models import tiny_delta
 from tests.models.numpy_delta import delta_net
 from tests.models.safetensors_file import Array, read_checkpoint
-from tests.models.tiny import (
-    CHOICE_BIASES,
-    RawConfig,
-    expert_names,
-    head_dim,
-    moe_layers,
-    num_experts,
-    text_part,
-)
+from tests.models.tiny import CHOICE_BIASES, RawConfig, expert_names, head_dim, text_of
 
 DEFAULT_THETA = {"mixtral": 1e6, "qwen2_moe": 1e4, "qwen3_moe": 1e4, "gpt_oss": 1.5e5}
 DEFAULT_THETA |= {"glm4_moe": 1e4, "olmoe": 1e4, "minimax_m2": 5e6}
@@ -38,14 +30,17 @@ class NumpyModel:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.config: RawConfig = text_part(json.loads((directory / "config.json").read_text()))
+        raw: RawConfig = json.loads((directory / "config.json").read_text())
+        self.config = text_of(raw)
+        self.is_delta = self.config["model_type"] in tiny_delta.FAMILIES
+        self.kinds = tiny_delta.layer_kinds(self.config) if self.is_delta else []
+        names = {"model.language_model.": "model.", "language_model.": ""} if "text_config" in raw else {}
         self.tensors = {
-            name.replace("model.language_model.", "model.", 1): t.astype(np.float64)
+            next((to + name[len(of) :] for of, to in names.items() if name.startswith(of)), name): t.astype(
+                np.float64
+            )
             for name, t in read_checkpoint(directory).items()
         }
-        self.is_delta = self.config["model_type"] in tiny_delta.FAMILIES
-        if self.is_delta:
-            self.kinds = tiny_delta.layer_kinds(self.config)
         self.windows = sliding_windows(self.config)
         self.router_margin = math.inf
 
@@ -72,16 +67,19 @@ class NumpyModel:
             known.append(int(self.logits(known)[-1].argmax()))
         return known[len(token_ids) :]
 
-    def norm(self, name: str, x: Array) -> Array:
+    def norm(self, name: str, x: Array, eps: float | None = None) -> Array:
         mean_square = (x * x).mean(axis=-1, keepdims=True)
+        eps = self.config["rms_norm_eps"] if eps is None else eps
         weight = self.tensors[name + ".weight"] + (1 if self.is_delta else 0)  # zero-centred there
-        return weight * x / np.sqrt(mean_square + self.config["rms_norm_eps"])
+        return weight * x / np.sqrt(mean_square + eps)
 
     def linear(self, name: str, x: Array) -> Array:
         y = x @ self.tensors[name + ".weight"].T
         return y + self.tensors[name + ".bias"] if name + ".bias" in self.tensors else y
 
     def attention(self, layer: int, x: Array) -> Array:
+        if "kv_lora_rank" in self.config:
+            return self.latent_attention(f"model.layers.{layer}.self_attn.", x)
         prefix, dim = f"model.layers.{layer}.self_attn.", head_dim(self.config)
         num_tokens = len(x)
         q, k, v = (self.linear(f"{prefix}{name}_proj", x) for name in "qkv")
@@ -117,9 +115,67 @@ class NumpyModel:
             out *= sigmoid(output_gate)
         return self.linear(prefix + "o_proj", out.reshape(num_tokens, -1))
 
+    def latent_attention(self, prefix: str, x: Array) -> Array:
+        """The plain form: keys and values of every head are made from the compressed vectors."""
+        config, num_tokens = self.config, len(x)
+        nope, turning, rank = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["kv_lora_rank"]
+        if config["q_lora_rank"] is None:
+            q = self.linear(prefix + "q_proj", x)
+        else:
+            compressed = self.norm(prefix + "q_a_layernorm", self.linear(prefix + "q_a_proj", x), 1e-6)
+            q = self.linear(prefix + "q_b_proj", compressed)
+        q = q.reshape(num_tokens, -1, nope + turning)
+        latent, shared_key = np.split(self.linear(prefix + "kv_a_proj_with_mqa", x), [rank], axis=-1)
+        latent = self.norm(prefix + "kv_a_layernorm", latent, 1e-6)
+        frequency, factor = rope_frequencies(config)
+        turn = rotate_pairs if config.get("rope_interleave", True) else rotate
+        q_turned, key_turned = (turn(t, frequency, factor) for t in (q[..., nope:], shared_key[:, None]))
+
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        magnitude = 1.0
+        if rope.get("mscale_all_dim") and rope["factor"] > 1:
+            magnitude = 0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1
+        scale = magnitude**2 / math.sqrt(nope + turning)
+        is_seen = np.tri(num_tokens, dtype=bool)
+        keys_values = self.linear(prefix + "kv_b_proj", latent).reshape(num_tokens, q.shape[1], -1)
+        out = np.empty((num_tokens, q.shape[1], keys_values.shape[2] - nope))
+        for head in range(q.shape[1]):
+            key, value = np.split(keys_values[:, head], [nope], axis=-1)
+            scores = q[:, head, :nope] @ key.T + q_turned[:, head] @ key_turned[:, 0].T
+            out[:, head] = softmax(np.where(is_seen, scale * scores, -np.inf)) @ value
+        return self.linear(prefix + "o_proj", out.reshape(num_tokens, -1))
+
+    def deepseek_feed_forward(self, prefix: str, x: Array) -> Array:
+        config, k = self.config, self.config["num_experts_per_tok"]
+        logits = x @ self.tensors[prefix + "gate.weight"].T
+        has_bias = prefix + "gate.e_score_correction_bias" in self.tensors
+        scores = sigmoid(logits) if has_bias else softmax(logits)
+        for_choice = scores + self.tensors[prefix + "gate.e_score_correction_bias"] if has_bias else scores
+        num_groups, kept = config["n_group"] or 1, config["topk_group"] or 1
+        if has_bias or config["topk_method"] == "group_limited_greedy":
+            grouped = np.sort(for_choice.reshape(len(x), num_groups, -1), axis=2)
+            worth = grouped[:, :, -2:].sum(axis=2) if has_bias and num_groups > 1 else grouped[:, :, -1]
+            best = np.sort(worth, axis=1)[:, ::-1]
+            if kept < num_groups:
+                self.note_margin(best, kept)
+            is_kept = np.repeat(worth >= best[:, kept - 1 : kept], grouped.shape[2], axis=1)
+            for_choice = np.where(is_kept, for_choice, -1.0)
+        order = np.argsort(-for_choice, axis=1, kind="stable")
+        self.note_margin(np.take_along_axis(for_choice, order, axis=1), k)
+        out = self.swiglu(prefix + "shared_experts.", x)
+        for token, chosen in enumerate(order[:, :k]):
+            weights = scores[token, chosen]
+            if has_bias and config["norm_topk_prob"]:
+                weights = weights / weights.sum()
+            for expert, weight in zip(chosen, config["routed_scaling_factor"] * weights, strict=True):
+                out[token] += weight * self.swiglu(f"{prefix}experts.{expert}.", x[token])
+        return out
+
     def feed_forward(self, layer: int, x: Array) -> Array:
-        if layer not in moe_layers(self.config):
+        if f"model.layers.{layer}.mlp.gate_proj.weight" in self.tensors:
             return self.swiglu(f"model.layers.{layer}.mlp.", x)
+        if "kv_lora_rank" in self.config:
+            return self.deepseek_feed_forward(f"model.layers.{layer}.mlp.", x)
         if self.config["model_type"] == "gpt_oss":
             return self.clamped_experts(f"model.layers.{layer}.mlp.", x)
         block, names = expert_names(self.config, f"model.layers.{layer}.")
@@ -193,7 +249,7 @@ class NumpyModel:
         return (score * sigmoid(score) * (x @ up.T)) @ down.T
 
     def note_margin(self, best_first: Array, k: int) -> None:
-        if k < num_experts(self.config):
+        if k < best_first.shape[1]:
             self.note_gap(best_first, k)
 
     def note_gap(self, best_first: Array, k: int) -> None:
@@ -204,6 +260,8 @@ class NumpyModel:
 def sliding_windows(config: RawConfig) -> list[int]:
     """Each layer's window as transformers reads the config; 0 is full attention."""
     num_layers, window = config["num_hidden_layers"], config.get("sliding_window") or 0
+    if "kv_lora_rank" in config:
+        return [0] * num_layers
     if config["model_type"] == "mixtral":
         return [window] * num_layers
     if config["model_type"] == "gpt_oss":
@@ -224,12 +282,12 @@ def rope_frequencies(config: RawConfig) -> tuple[Array, float]:
     """Angle per position of each dimension pair, and the factor on cosine and sine."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta", config.get("rope_theta", DEFAULT_THETA[config["model_type"]]))
+    theta = rope.get("rope_theta", config.get("rope_theta", DEFAULT_THETA.get(config["model_type"], 1e4)))
     share = rope.get(
         "partial_rotary_factor",
         config.get("partial_rotary_factor", 0.25 if config["model_type"] in tiny_delta.FAMILIES else 1.0),
     )
-    dim = config.get("rotary_dim") or int(head_dim(config) * share)
+    dim = config.get("rotary_dim") or config.get("qk_rope_head_dim") or int(head_dim(config) * share)
     frequency = theta ** -(np.arange(0, dim, 2) / dim)
     original = rope.get("original_max_position_embeddings", config["max_position_embeddings"])
     factor = rope.get("factor", 1.0)
@@ -277,6 +335,12 @@ def rotate(x: Array, frequency: Array, scale: float) -> Array:
     cos, sin = scale * np.cos(angle), scale * np.sin(angle)
     first, second = np.split(x, 2, axis=-1)
     return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def rotate_pairs(x: Array, frequency: Array, scale: float) -> Array:
+    """x [tokens, heads, dim]: dimension 2 j turns with dimension 2 j + 1."""
+    turned = rotate(np.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1), frequency, scale)
+    return np.stack(np.split(turned, 2, axis=-1), axis=-1).reshape(x.shape)
 
 
 def softmax(x: Array) -> Array:

@@ -13,7 +13,8 @@ from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.numpy_model import NumpyModel
 from tests.models.references import DIRECTORY, REFERENCES, Reference, difference
 from tests.models.safetensors_file import read_checkpoint
-from tests.models.tiny import prompt_ids, random_tensors
+from tests.models.tiny import prompt_ids, random_tensors, text_of
+from tests.models.tiny_latent import LATENT_FAMILIES
 
 
 def test_every_configuration_has_its_reference() -> None:
@@ -48,13 +49,17 @@ def test_no_reference_hangs_on_a_near_tie() -> None:
 
 
 def test_the_references_cover_every_flag() -> None:
-    configs = [configuration.config for configuration in CONFIGURATIONS]
+    configs = [
+        text_of(configuration.config) | {"model_type": configuration.config["model_type"]}
+        for configuration in CONFIGURATIONS
+    ]
     ropes = [config.get("rope_parameters") or config.get("rope_scaling") or {} for config in configs]
     kinds = {rope.get("rope_type", rope.get("type")) for rope in ropes}
 
     assert len(REFERENCES) >= 14
     families = Counter(config["model_type"] for config in configs)
     assert families.keys() == {
+        *LATENT_FAMILIES,
         "mixtral",
         "qwen2_moe",
         "qwen3_moe",
@@ -68,7 +73,13 @@ def test_the_references_cover_every_flag() -> None:
     assert families["qwen3_5_moe"] + families["qwen3_5_moe_text"] >= 4
     assert kinds >= {"default", "linear", "dynamic", "yarn", "llama3"}
     assert {"rope_parameters" in config for config in configs} == {True, False}
-    for flag in ("tie_word_embeddings", "norm_topk_prob", "use_sliding_window", "attention_bias"):
+    for flag in (
+        "tie_word_embeddings",
+        "norm_topk_prob",
+        "use_sliding_window",
+        "attention_bias",
+        "rope_interleave",
+    ):
         assert {config[flag] for config in configs if flag in config} == {True, False}, flag
     assert {configuration.dtype for configuration in CONFIGURATIONS} == {"BF16", "F16", "F32"}
     assert max(configuration.num_shards for configuration in CONFIGURATIONS) > 1

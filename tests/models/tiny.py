@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.models import tiny_delta
+from tests.models import tiny_delta, tiny_latent
 from tests.models.safetensors_file import Array, decode, encode, write_checkpoint
 
 RawConfig = dict[str, Any]
@@ -323,27 +323,29 @@ def respelt(config: RawConfig, *, theta: float, **scaling: Any) -> RawConfig:
     }
 
 
-def text_part(config: RawConfig) -> RawConfig:
-    """Of a config for several modalities, the one of its text model; else the config itself."""
-    text: RawConfig = config.get("text_config", config)
-    return text
+def text_of(config: RawConfig) -> RawConfig:
+    """The text model's part of a config."""
+    return config.get("text_config", config)
 
 
 def head_dim(config: RawConfig) -> int:
-    config = text_part(config)
+    config = text_of(config)
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
 def num_experts(config: RawConfig) -> int:
-    config = text_part(config)
+    text = text_of(config)
     return next(
-        config[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in config
+        text[name] for name in ("num_local_experts", "num_experts", "n_routed_experts") if name in text
     )
 
 
 def moe_layers(config: RawConfig) -> list[int]:
     """Layers with routed experts: behind the dense ones, or 'every n-th, counted from the n-th' less those listed."""
-    config = text_part(config)
+    if config["model_type"] in tiny_latent.LATENT_FAMILIES:
+        text = text_of(config)
+        return [i for i in range(text["num_hidden_layers"]) if tiny_latent.is_moe(text, i)]
+    config = text_of(config)
     if "first_k_dense_replace" in config:
         return list(range(config["first_k_dense_replace"], config["num_hidden_layers"]))
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
@@ -356,6 +358,8 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
         # The hub has Qwen3.5's experts fused.
         is_fused = config["model_type"] != "qwen3_next"
         return tiny_delta.delta_tensor_shapes(config, moe_layers(config), is_fused=is_fused)
+    if config["model_type"] in tiny_latent.LATENT_FAMILIES:
+        return tiny_latent.latent_shapes(config)
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     q_rows = config["num_attention_heads"] * head_dim(config)
     kv_rows = config["num_key_value_heads"] * head_dim(config)
@@ -465,7 +469,7 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
             values = noise
         elif "embed_tokens" in name:
             # A tied table is the head too: at unit size a token would only ever predict itself.
-            values = noise * (0.5 * shape[1] ** -0.5 if text_part(config)["tie_word_embeddings"] else 1.0)
+            values = noise * (0.5 * shape[1] ** -0.5 if text_of(config)["tie_word_embeddings"] else 1.0)
         elif name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight", "mlp.router.weight")):
             values = noise * (1.5 * shape[1] ** -0.5)
         else:
@@ -486,5 +490,7 @@ def write_model(
 
 
 def prompt_ids(config: RawConfig, seed: int, num_tokens: int = PROMPT_TOKENS) -> list[int]:
-    vocab = text_part(config)["vocab_size"]
-    return [int(i) for i in np.random.default_rng([seed, 1]).integers(3, vocab, num_tokens)]
+    return [
+        int(i)
+        for i in np.random.default_rng([seed, 1]).integers(3, text_of(config)["vocab_size"], num_tokens)
+    ]

@@ -20,7 +20,7 @@ from tests.models import tiny_delta
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.make_models import answer, load
 from tests.models.references import LARGEST_DIFFERENCE, difference
-from tests.models.tiny import RawConfig, prompt_ids, text_part, write_model
+from tests.models.tiny import RawConfig, prompt_ids, text_of, write_model
 from tests.models.tiny_delta import qwen3_5_moe, qwen3_5_moe_text, qwen3_next
 from tests.oracle.test_oracle import mean_divergence
 
@@ -92,11 +92,11 @@ ABSENT: dict[str, RawConfig] = {
 def test_an_absent_key_has_the_default_of_transformers(make: Any, missing: str, tmp_path: Path) -> None:
     config = make(**ABSENT[missing])
     if missing in ("full_attention_interval",):
-        text_part(config)[missing] = 4
-    if missing not in text_part(config):
+        text_of(config)[missing] = 4
+    if missing not in text_of(config):
         pytest.skip(f"{make.__name__} has no {missing}")
     write_model(tmp_path, config, seed=2)
-    del text_part(config)[missing]
+    del text_of(config)[missing]
     (tmp_path / "config.json").write_text(json.dumps(config))
     prompt = prompt_ids(config, 2, 12)
     with torch.no_grad():

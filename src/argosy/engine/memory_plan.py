@@ -2,10 +2,10 @@
 
     budget = process + dense weights + KV cache + recurrent state + working buffers + staging + expert cache
 
-Dense weights have the first claim, then the KV cache and the recurrent state, then working buffers and what readers transcode from; experts get
-the rest, in equal slots, or one behind the other when all of them fit. The budget is the whole process, interpreter
-included, so the plan starts from what the process holds now. Below the floor (one token's experts of one layer in
-memory) it is refused with the numbers.
+Dense weights have the first claim, then the KV cache and the recurrent state, then working buffers and what readers
+transcode from; experts get the rest, in equal slots, or one behind the other when all of them fit. The budget is the
+whole process, interpreter included, so the plan starts from what the process holds now. Below the floor (one token's
+experts of one layer in memory) it is refused with the numbers.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def plan_memory(
 
     The chunk is the one that reads least (`experts_read`), and no longer than `config.chunk_tokens`. A context that
     was not asked for by name is shrunk to fit. Where layers have a recurrent state, so many sequences have one as a
-    sixteenth of the budget holds, or fewer if nothing fits otherwise; others wait for their turn. With `expert_slots` the number of slots is given instead of what is
-    left.
+    sixteenth of the budget holds, or fewer if nothing fits otherwise; others wait for their turn. With `expert_slots`
+    the number of slots is given instead of what is left.
 
     Raises:
         DoesNotFit: with a budget that just works, and what would shrink it.

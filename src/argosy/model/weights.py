@@ -36,7 +36,8 @@ def is_vector(name: str) -> bool:
 class DenseWeights:
     """matrices and float32 vectors by canonical name, and the memory the matrices lie in.
 
-    The weights of a causal convolution are [width, channels]. In place of `kv_up` there are `k_up` and `v_up` (`latent_up.py`).
+    The weights of a causal convolution are [width, channels]. In place of `kv_up` there are `k_up` and `v_up`
+    (`latent_up.py`).
     """
 
     matrices: Mapping[str, _native.Matrix]

@@ -27,12 +27,12 @@ RENORMALIZE_EPS = 1e-20
 
 _LAYER_NAMES = {
     **ATTENTION_NAMES,
-    "q_a": "self_attn.q_a_proj.weight",
-    "q_a_norm": "self_attn.q_a_layernorm.weight",
-    "q_b": "self_attn.q_b_proj.weight",
-    "kv_a": "self_attn.kv_a_proj_with_mqa.weight",
-    "kv_a_norm": "self_attn.kv_a_layernorm.weight",
-    "kv_b": "self_attn.kv_b_proj.weight",
+    "q_down": "self_attn.q_a_proj.weight",
+    "q_down_norm": "self_attn.q_a_layernorm.weight",
+    "q_up": "self_attn.q_b_proj.weight",
+    "kv_down": "self_attn.kv_a_proj_with_mqa.weight",
+    "kv_norm": "self_attn.kv_a_layernorm.weight",
+    "kv_up": "self_attn.kv_b_proj.weight",
     "router": "mlp.gate.weight",
     "choice_bias": "mlp.gate.e_score_correction_bias",
     "shared_gate": "mlp.shared_experts.gate_proj.weight",

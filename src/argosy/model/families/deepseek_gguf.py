@@ -108,6 +108,7 @@ def _read_latent(reader: GgufConfigReader, num_heads: int) -> LatentConfig:
         rope_dim=rope_dim,
         value_dim=value_dim,
         norm_eps=LATENT_NORM_EPS,
+        is_up_split=is_split,
     )
 
 

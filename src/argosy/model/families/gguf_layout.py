@@ -49,6 +49,14 @@ _LAYER_NAMES = {
     "q_norm": "attn_q_norm.weight",
     "k_norm": "attn_k_norm.weight",
     "sinks": "attn_sinks.weight",
+    "q_down": "attn_q_a.weight",
+    "q_down_norm": "attn_q_a_norm.weight",
+    "q_up": "attn_q_b.weight",
+    "kv_down": "attn_kv_a_mqa.weight",
+    "kv_norm": "attn_kv_a_norm.weight",
+    "kv_up": "attn_kv_b.weight",
+    "k_up": "attn_k_b.weight",
+    "v_up": "attn_v_b.weight",
     "mlp_norm": "ffn_norm.weight",
     "router": "ffn_gate_inp.weight",
     "router_bias": "ffn_gate_inp.bias",
@@ -103,7 +111,8 @@ def read_gguf_layout(
     for canonical, shape in dense_shapes(config):
         last = canonical.rpartition(".")[2]
         heads = {"q": config.num_heads, "k": config.num_kv_heads}.get(last, 0) if is_paired else 0
-        dense[canonical] = accounts.dense(dense_name(canonical, names), shape, heads)
+        stacked = config.num_heads if last in ("k_up", "v_up") else 1
+        dense[canonical] = accounts.dense(dense_name(canonical, names), shape, heads, stacked)
     experts: dict[tuple[int, int], ExpertRecord] = {}
     for layer in config.moe_layers:
         experts |= accounts.experts(config, layer)
@@ -126,11 +135,15 @@ def _layer_of(name: str) -> int | None:
 class _Accounts(TensorAccounts):
     """Tensors of a GGUF file, as dense matrices and experts."""
 
-    def dense(self, name: str, shape: tuple[int, ...], paired_heads: int) -> MatrixRef:
-        # The one row that scores the shared expert is a vector there.
-        shapes = (shape, shape[1:]) if len(shape) == 2 and shape[0] == 1 else (shape,)
-        ref, format = self.take(name, *shapes)
+    def dense(self, name: str, shape: tuple[int, ...], paired_heads: int, stacked: int) -> MatrixRef:
+        """A matrix or vector; `stacked` is how many matrices of one tensor lie one below the other in it."""
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
+        shapes: tuple[tuple[int, ...], ...] = (shape,)
+        if stacked > 1:
+            shapes = ((stacked, rows // stacked, cols),)
+        elif len(shape) == 2 and rows == 1:
+            shapes = (shape, (cols,))  # the one row that scores the shared expert is a vector there
+        ref, format = self.take(name, *shapes)
         return MatrixRef(
             name, ref.path, ref.offset, ref.nbytes, format, rows, cols,
             block_type=ref.dtype if ref.dtype in SLOT_FORMATS else None,

@@ -1,0 +1,211 @@
+"""Layers with multi-head latent attention in the stack: like the formula, and the same bits however they are run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from argosy import _native
+from argosy.checkpoint.files import SLOT_FORMATS, KeyValueRows, MatrixRef
+from argosy.config import Format, LatentConfig
+from argosy.engine.memory_plan import kv_bytes
+from argosy.model.clock import PartClock
+from argosy.model.decoder import Decoder
+from argosy.model.layers import kv_shapes
+from argosy.model.weights import dense_footprint, load_dense
+from argosy.model.workspace import Workspace, workspace_bytes
+from tests.model.latent_model import PLAIN_QUERY, QUERY_RANK, LatentModel, latent_config
+from tests.model.open_parts import Parts, Run, batches, decode
+from tests.model.reference_step import Floats, ReferenceDecoder
+from tests.native.gguf_blocks import dequantized, random_blocks
+
+STEPS = [
+    [Run(0, 7)],
+    [Run(0, 21), Run(1, 3)],
+    [decode(0), Run(1, 11)],
+    [decode(0), decode(1), Run(2, 35)],
+    [decode(2), decode(0), decode(1)],
+]
+MAX_TOKENS = 90
+
+
+@pytest.fixture(params=_native.instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _native.instruction_set()
+    _native.use_instruction_set(request.param)
+    yield request.param
+    _native.use_instruction_set(before)
+
+
+@contextmanager
+def opened(model: LatentModel, *, threads: int = 1) -> Iterator[Parts]:
+    store = _native.Store(2)
+    try:
+        weights = load_dense(store, model.files.dense, open_file=store.open)
+        yield Parts(model.config, weights, None, _native.Runtime(threads))
+    finally:
+        store.close()
+
+
+def decoder_of(parts: Parts) -> Decoder:
+    workspace = Workspace(parts.config, MAX_TOKENS)
+    return Decoder(parts.config, parts.weights, None, parts.kv(), parts.runtime, workspace, clock=PartClock())
+
+
+def run(parts: Parts, decoder: Decoder | ReferenceDecoder) -> list[Floats]:
+    step = decoder.forward if isinstance(decoder, Decoder) else decoder.logits
+    return [step(batch) for batch in batches(parts.config, STEPS)]
+
+
+@pytest.mark.parametrize(
+    ("latent", "is_interleaved"), [(QUERY_RANK, True), (QUERY_RANK, False), (PLAIN_QUERY, True)]
+)
+@pytest.mark.parametrize("format", ["f32", "bf16"])
+def test_logits_are_those_of_the_plain_form(
+    latent: LatentConfig, is_interleaved: bool, format: Format, instruction_set: str, tmp_path: Path
+) -> None:
+    model = LatentModel(tmp_path, latent_config(latent, is_interleaved=is_interleaved), format)
+    with opened(model) as parts:
+        (batch,) = batches(parts.config, [[Run(0, 70)]])
+        found = decoder_of(parts).forward(batch)
+    np.testing.assert_allclose(found, model.logits(batch.token_ids.tolist()), atol=2e-5)
+
+
+@pytest.mark.parametrize("format", ["f32", "q8", "q4"])
+@pytest.mark.parametrize("latent", [QUERY_RANK, PLAIN_QUERY])
+def test_a_step_has_the_bits_of_its_operations_on_any_number_of_threads(
+    latent: LatentConfig, format: Format, instruction_set: str, tmp_path: Path
+) -> None:
+    model = LatentModel(tmp_path, latent_config(latent), format)
+    with opened(model) as parts:
+        expected = run(parts, ReferenceDecoder(parts.config, parts.weights, None, parts.kv(), parts.runtime))
+        alone = run(parts, decoder_of(parts))
+    with opened(model, threads=3) as parts:
+        shared = run(parts, decoder_of(parts))
+        assert parts.runtime.scratch_bytes <= workspace_bytes(parts.config, MAX_TOKENS, 3)
+    for ours, theirs, threads in zip(alone, expected, shared, strict=True):
+        assert np.isfinite(theirs).all()
+        np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_array_equal(threads, theirs)
+
+
+def test_decode_equals_prefill(instruction_set: str, tmp_path: Path) -> None:
+    with opened(LatentModel(tmp_path, latent_config(QUERY_RANK), "bf16")) as parts:
+        (whole,) = batches(parts.config, [[Run(0, 60)]])
+        together = decoder_of(parts).forward(whole)
+        decoder = decoder_of(parts)
+        for at in range(60):
+            step = replace(
+                whole,
+                token_ids=whole.token_ids[at : at + 1],
+                positions=whole.positions[at : at + 1],
+                sequence=whole.sequence[at : at + 1],
+                slots=whole.slots[at : at + 1],
+                is_decode=np.array([at >= 20]),
+                last_rows=np.zeros(1, np.int64),
+            )
+            np.testing.assert_array_equal(decoder.forward(step)[0], together[at])
+
+
+@pytest.mark.parametrize(("dtype", "element"), [("f32", 4), ("f16", 2)])
+def test_the_cache_holds_one_vector_for_each_position_and_layer(dtype: str, element: int) -> None:
+    latent = replace(PLAIN_QUERY, kv_rank=512, rope_dim=64, nope_dim=128, value_dim=128)
+    config = latent_config(latent, num_heads=64)
+    kimi_k2 = replace(config, layers=config.layers[:1] * 61)
+    assert kv_bytes(kimi_k2, 4096, dtype) == 4096 * 61 * (512 + 64) * element
+    assert _native.KvCache(kv_shapes(kimi_k2), 2, 16, dtype).nbytes == 32 * 61 * 576 * element
+
+
+# ── how kv_up is split ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def halves_of(values: Floats, rows: KeyValueRows) -> tuple[Floats, Floats]:
+    heads = values.reshape(rows.num_heads, rows.key_rows + rows.value_rows, -1)
+    keys, rest = heads[:, : rows.key_rows], heads[:, rows.key_rows :]
+    cols = values.shape[1]
+    return keys.transpose(0, 2, 1).reshape(-1, rows.key_rows), rest.reshape(-1, cols)
+
+
+def rows_of(matrix: _native.Matrix) -> Floats:
+    out = np.empty((matrix.rows, matrix.cols), np.float32)
+    runtime = _native.Runtime(1)
+    _native.embed(runtime, matrix, np.arange(matrix.rows, dtype=np.int32), out)
+    runtime.close()
+    return out
+
+
+def load_one(ref: MatrixRef) -> tuple[_native.Matrix, _native.Matrix]:
+    store = _native.Store(1)
+    try:
+        weights = load_dense(store, {"layers.0.kv_up": ref}, open_file=store.open)
+    finally:
+        store.close()
+    assert set(weights.matrices) == {"layers.0.k_up", "layers.0.v_up"}
+    assert weights.arena.nbytes <= dense_footprint({"layers.0.kv_up": ref})
+    return weights.matrices["layers.0.k_up"], weights.matrices["layers.0.v_up"]
+
+
+ENDS_AT_PANELS, ENDS_BETWEEN = KeyValueRows(3, 32, 16), KeyValueRows(3, 12, 14)
+
+
+@pytest.mark.parametrize("rows", [ENDS_AT_PANELS, ENDS_BETWEEN])
+@pytest.mark.parametrize("format", ["f32", "f16", "bf16", "q8", "q4"])
+def test_each_weight_lands_once_and_float_formats_keep_their_bits(
+    format: Format, rows: KeyValueRows, tmp_path: Path
+) -> None:
+    num_rows, cols = rows.num_heads * (rows.key_rows + rows.value_rows), 72
+    data = np.empty(_native.matrix_bytes(format, num_rows, cols), np.uint8)
+    _native.quantize(format, np.random.default_rng(0).standard_normal((num_rows, cols), np.float32), data)
+    (tmp_path / "dense.bin").write_bytes(b"\xff" * 192 + data.tobytes())
+    checksum = _native.crc32c_wide(data.tobytes())
+    path = tmp_path / "dense.bin"
+    ref = MatrixRef(
+        "kv_b", path, 192, data.nbytes, format, num_rows, cols, checksum=checksum, key_value_rows=rows
+    )
+    keys, values = halves_of(_native.dequantize(format, data, num_rows, cols), rows)
+
+    key_up, value_up = load_one(ref)
+
+    if format in ("q8", "q4"):
+        keys = keys.astype(np.float16).astype(np.float32)
+        assert key_up.format == "f16"
+        if rows is ENDS_AT_PANELS:
+            assert value_up.format == format
+        else:
+            values = values.astype(np.float16).astype(np.float32)
+    else:
+        assert key_up.format == value_up.format == format
+    np.testing.assert_array_equal(rows_of(key_up), keys)
+    np.testing.assert_array_equal(rows_of(value_up), values)
+
+
+@pytest.mark.parametrize("block_type", SLOT_FORMATS)
+def test_blocks_of_a_gguf_are_split_too(block_type: str, tmp_path: Path) -> None:
+    rows, cols = ENDS_AT_PANELS, 256
+    num_rows = rows.num_heads * (rows.key_rows + rows.value_rows)
+    blocks = random_blocks(block_type, num_rows, cols, seed=1)
+    keys, values = halves_of(dequantized(block_type, blocks, num_rows, cols), rows)
+    path = tmp_path / "dense.gguf"
+    path.write_bytes(b"\xff" * 32 + blocks.tobytes())
+    format = SLOT_FORMATS[block_type]
+    key_up, value_up = load_one(
+        MatrixRef(
+            "kv_b",
+            path,
+            32,
+            blocks.nbytes,
+            format,
+            num_rows,
+            cols,
+            block_type=block_type,
+            key_value_rows=rows,
+        )
+    )
+    assert (key_up.format, value_up.format) == ("f16", format)
+    np.testing.assert_array_equal(rows_of(key_up), keys.astype(np.float16).astype(np.float32))
+    np.testing.assert_array_equal(rows_of(value_up), values)

@@ -1,0 +1,219 @@
+"""Tiny configurations of the families with latent attention, and the names and shapes of their tensors on the hub.
+
+A Kimi-K2.5 has its text model behind `language_model.`, beside some tensors of a vision tower. Where a config counts
+layers for multi-token prediction, they are there too: whole layers with embedding, head and three norms of their own.
+
+Elsewhere: values and files are `tiny.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+RawConfig = dict[str, Any]
+Shapes = dict[str, tuple[int, ...]]
+
+LATENT_FAMILIES = ("deepseek_v2", "deepseek_v3", "kimi_k2", "kimi_k25", "glm4_moe_lite")
+
+
+def deepseek_v2(**changes: Any) -> RawConfig:
+    """A config.json with the keys of DeepSeek-V2-Lite's."""
+    return {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "aux_loss_alpha": 0.001,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "first_k_dense_replace": 1,
+        "hidden_act": "silu",
+        "hidden_size": 32,
+        "initializer_range": 0.02,
+        "intermediate_size": 28,
+        "kv_lora_rank": 20,
+        "max_position_embeddings": 128,
+        "model_type": "deepseek_v2",
+        "moe_intermediate_size": 10,
+        "moe_layer_freq": 1,
+        "n_group": 1,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "norm_topk_prob": False,
+        "num_attention_heads": 4,
+        "num_experts_per_tok": 3,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "pretraining_tp": 1,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 10,
+        "qk_rope_head_dim": 6,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 10000,
+        "routed_scaling_factor": 1.0,
+        "scoring_func": "softmax",
+        "seq_aux": True,
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.33.1",
+        "use_cache": True,
+        "v_head_dim": 12,
+        "vocab_size": 80,
+    } | changes
+
+
+def deepseek_v3(**changes: Any) -> RawConfig:
+    """A config.json with the keys of DeepSeek-V3's."""
+    return (
+        deepseek_v2(
+            architectures=["DeepseekV3ForCausalLM"],
+            ep_size=1,
+            model_type="deepseek_v3",
+            n_group=4,
+            n_shared_experts=1,
+            norm_topk_prob=True,
+            num_nextn_predict_layers=0,
+            q_lora_rank=22,
+            rope_scaling=yarn_of_all_dimensions(40.0, 16),
+            routed_scaling_factor=2.5,
+            scoring_func="sigmoid",
+            topk_group=2,
+            topk_method="noaux_tc",
+        )
+        | changes
+    )
+
+
+def kimi_k2(**changes: Any) -> RawConfig:
+    """A config.json with the keys of Kimi-K2-Instruct's."""
+    scaling = yarn_of_all_dimensions(32.0, 16) | {"beta_fast": 1.0}
+    kimi = {"n_group": 1, "topk_group": 1, "rope_theta": 50000.0, "routed_scaling_factor": 2.827}
+    return deepseek_v3(model_type="kimi_k2", rope_scaling=scaling, **kimi) | changes
+
+
+def kimi_k25(*, model_type: str = "kimi_k2", **changes: Any) -> RawConfig:
+    """A config.json with the keys of Kimi-K2.5's; `changes` are those of the text model."""
+    return {
+        "architectures": ["KimiK25ForConditionalGeneration"],
+        "bos_token_id": 1,
+        "dtype": "bfloat16",
+        "eos_token_id": 2,
+        "ignore_index": -100,
+        "media_placeholder_token_id": 7,
+        "model_type": "kimi_k25",
+        "pad_token_id": 3,
+        "text_config": kimi_k2(model_type=model_type, **changes),
+        "tie_word_embeddings": changes.get("tie_word_embeddings", False),
+        "transformers_version": "4.56.2",
+        "use_unified_vision_chunk": True,
+        "vision_config": {"hidden_size": 8, "num_hidden_layers": 1, "patch_size": 2},
+    }
+
+
+def glm4_moe_lite(**changes: Any) -> RawConfig:
+    """A config.json with the keys of GLM-4.7-Flash's."""
+    unknown = ("aux_loss_alpha", "bos_token_id", "ep_size", "moe_layer_freq", "scoring_func", "seq_aux")
+    plain = deepseek_v3(
+        architectures=["Glm4MoeLiteForCausalLM"],
+        eos_token_id=[2, 4],
+        model_type="glm4_moe_lite",
+        moe_intermediate_size=9,
+        n_group=1,
+        pad_token_id=2,
+        partial_rotary_factor=1.0,
+        rms_norm_eps=1e-05,
+        rope_scaling=None,
+        rope_theta=1000000,
+        routed_scaling_factor=1.8,
+        topk_group=1,
+        v_head_dim=20,
+    )
+    return {key: value for key, value in plain.items() if key not in unknown} | changes
+
+
+def yarn_of_all_dimensions(factor: float, original: int, mscale: float = 1.0) -> dict[str, Any]:
+    """DeepSeek's `rope_scaling`."""
+    return {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": factor,
+        "mscale": mscale,
+        "mscale_all_dim": mscale,
+        "original_max_position_embeddings": original,
+        "type": "yarn",
+    }
+
+
+def is_moe(config: RawConfig, layer: int) -> bool:
+    kinds = config.get("mlp_layer_types")
+    return kinds[layer] == "sparse" if kinds else layer >= config.get("first_k_dense_replace", 1)
+
+
+def latent_shapes(raw: RawConfig) -> Shapes:
+    """Names and shapes of every tensor that the hub's checkpoint of such a config holds."""
+    config = raw.get("text_config", raw)
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    prefix = "language_model." if "text_config" in raw else ""
+    shapes: Shapes = {f"{prefix}model.embed_tokens.weight": (vocab, hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        shapes |= layer_shapes(config, f"{prefix}model.layers.{layer}.", is_moe=is_moe(config, layer))
+    shapes[f"{prefix}model.norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        shapes[f"{prefix}lm_head.weight"] = (vocab, hidden)
+    for mtp in range(config.get("num_nextn_predict_layers", 0)):
+        layer_prefix = f"{prefix}model.layers.{config['num_hidden_layers'] + mtp}."
+        shapes |= layer_shapes(config, layer_prefix, is_moe=True)
+        shapes |= {
+            f"{layer_prefix}embed_tokens.weight": (vocab, hidden),
+            f"{layer_prefix}eh_proj.weight": (hidden, 2 * hidden),
+            f"{layer_prefix}enorm.weight": (hidden,),
+            f"{layer_prefix}hnorm.weight": (hidden,),
+            f"{layer_prefix}shared_head.head.weight": (vocab, hidden),
+            f"{layer_prefix}shared_head.norm.weight": (hidden,),
+        }
+    if "vision_config" in raw:
+        width = raw["vision_config"]["hidden_size"]
+        shapes |= {
+            "vision_tower.patch_embed.proj.weight": (width, 3, 2, 2),
+            "vision_tower.encoder.blocks.0.norm0.weight": (width,),
+            "mm_projector.proj.0.weight": (hidden, width),
+        }
+    return shapes
+
+
+def layer_shapes(config: RawConfig, layer: str, *, is_moe: bool) -> Shapes:
+    hidden, heads, experts = config["hidden_size"], config["num_attention_heads"], config["n_routed_experts"]
+    nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    query_rank, kv_rank = config["q_lora_rank"], config["kv_lora_rank"]
+    attention, mlp = layer + "self_attn.", layer + "mlp."
+    shapes: Shapes = {layer + "input_layernorm.weight": (hidden,)}
+    if query_rank is None:
+        shapes[attention + "q_proj.weight"] = (heads * (nope + rope), hidden)
+    else:
+        shapes[attention + "q_a_proj.weight"] = (query_rank, hidden)
+        shapes[attention + "q_a_layernorm.weight"] = (query_rank,)
+        shapes[attention + "q_b_proj.weight"] = (heads * (nope + rope), query_rank)
+    shapes[attention + "kv_a_proj_with_mqa.weight"] = (kv_rank + rope, hidden)
+    shapes[attention + "kv_a_layernorm.weight"] = (kv_rank,)
+    shapes[attention + "kv_b_proj.weight"] = (heads * (nope + value), kv_rank)
+    shapes[attention + "o_proj.weight"] = (hidden, heads * value)
+    shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
+    if not is_moe:
+        return shapes | swiglu(mlp, hidden, config["intermediate_size"])
+    width = config["moe_intermediate_size"]
+    shapes[mlp + "gate.weight"] = (experts, hidden)
+    if config["model_type"] != "deepseek_v2":
+        shapes[mlp + "gate.e_score_correction_bias"] = (experts,)
+    for expert in range(experts):
+        shapes |= swiglu(f"{mlp}experts.{expert}.", hidden, width)
+    return shapes | swiglu(mlp + "shared_experts.", hidden, width * config["n_shared_experts"])
+
+
+def swiglu(prefix: str, hidden: int, width: int) -> Shapes:
+    return {
+        f"{prefix}gate_proj.weight": (width, hidden),
+        f"{prefix}up_proj.weight": (width, hidden),
+        f"{prefix}down_proj.weight": (hidden, width),
+    }
