@@ -116,7 +116,10 @@ def places(
         if last.endswith("gate_up_proj"):
             width = values.shape[1] // 2
             halves = (slice(None), slice(width)), (slice(None), slice(width, None))
-            return [(f"{block}ffn_{part}_exps.weight", half) for part, half in zip(("gate", "up"), halves, strict=True)]
+            return [
+                (f"{block}ffn_{part}_exps.weight", half)
+                for part, half in zip(("gate", "up"), halves, strict=True)
+            ]
         part = next(part for part in ("gate", "up", "down") if f"{part}_proj" in last)
         return [(f"{block}ffn_{part}_exps.weight", (slice(None),))]
     if last == "linear_attn.in_proj_qkvz.weight":
@@ -143,7 +146,9 @@ def order(last: str, config: RawConfig) -> tuple[Array | slice, ...]:
         return (everything,)
     key_heads, value_heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
     heads = np.arange(value_heads).reshape(key_heads, -1).T.reshape(-1)
-    channels = np.arange(value_heads * config["linear_value_head_dim"]).reshape(value_heads, -1)[heads].reshape(-1)
+    channels = (
+        np.arange(value_heads * config["linear_value_head_dim"]).reshape(value_heads, -1)[heads].reshape(-1)
+    )
     match last.removeprefix("linear_attn."):
         case "A_log" | "dt_bias" | "in_proj_a.weight" | "in_proj_b.weight":
             return (heads,)

@@ -102,10 +102,16 @@ def _latent_scratch(config: ModelConfig, max_tokens: int, threads: int) -> int:
     )
 
 
+def _delta_scratch(config: ModelConfig, max_tokens: int, threads: int) -> int:
+    # What goes into its output product, quantised: two bytes a value, and a scale for 32.
+    assert config.delta is not None
+    return max_tokens * 3 * config.delta.value_channels
+
+
 _MIXER_SCRATCH: Mapping[MixerKind, Callable[[ModelConfig, int, int], int]] = {
     "attention": _attention_scratch,
     "latent": _latent_scratch,
-    "delta": lambda config, max_tokens, threads: 0,  # only that of its products
+    "delta": _delta_scratch,
 }
 
 

@@ -11,11 +11,14 @@ from dataclasses import replace
 
 from argosy.config import ModelConfig
 from argosy.model.families.config_reader import ConfigReader
-from argosy.model.families.qwen3_5_moe_text import GGUF_ARCHITECTURE, LAYOUTS, open_gguf, read_text
+from argosy.model.families.qwen3_5_moe_text import GGUF_ARCHITECTURE, TEXT_LAYOUTS, open_gguf, read_text
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
 
 MODEL_TYPE = "qwen3_5_moe"
+
+# As the hub has it, and without the prefix, as tools that only keep the text model may write it.
+LAYOUTS = (*(replace(layout, prefix="model.language_model.") for layout in TEXT_LAYOUTS), *TEXT_LAYOUTS)
 
 _VISION_KEYS = (
     "vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",

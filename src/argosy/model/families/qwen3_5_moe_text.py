@@ -26,12 +26,20 @@ from argosy.model.families.qwen_delta import (
 from argosy.model.families.qwen_delta_gguf import open_delta_gguf
 from argosy.model.families.qwen_moe import make_layouts
 
-__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config", "read_text"]
+__all__ = [
+    "GGUF_ARCHITECTURE",
+    "LAYOUTS",
+    "MODEL_TYPE",
+    "TEXT_LAYOUTS",
+    "open_gguf",
+    "parse_config",
+    "read_text",
+]
 
 MODEL_TYPE = "qwen3_5_moe_text"
 GGUF_ARCHITECTURE = "qwen35moe"
 
-_TEXT_LAYOUTS = make_layouts(
+TEXT_LAYOUTS = make_layouts(
     {
         **DELTA_NAMES,
         "delta_qkv": "linear_attn.in_proj_qkv.weight",
@@ -41,10 +49,10 @@ _TEXT_LAYOUTS = make_layouts(
     },
     passed_over=rf"{MTP_TENSORS}|model\.visual\..*",
 )
-# Text alone, and the text part of the vision-language model, which has another prefix.
+# A text model taken out of the vision-language model may keep its prefix.
 LAYOUTS = (
-    *_TEXT_LAYOUTS,
-    *(replace(layout, prefix="model.language_model.") for layout in _TEXT_LAYOUTS),
+    *TEXT_LAYOUTS,
+    *(replace(layout, prefix="model.language_model.") for layout in TEXT_LAYOUTS),
 )
 
 
