@@ -1,13 +1,13 @@
 // gated_delta.h: the gated delta net of one sequence (Yang et al., arXiv:2412.06464), token by token.
 //
-//   delta_gates  a, b        ->  decay = e^(rate softplus(a + dt_bias)),  beta = 1 / (1 + e^-b)
-//   delta_conv   x           ->  silu(sum over j of weights[j] x[t - width + 1 + j]), for q and k to unit
-//   length delta_rule   q, k, v, z  ->  S = decay S + k (beta (v - decay S^T k))^T,
+//   delta_gates  a, b  ->  decay = e^(rate softplus(a + dt_bias)),  beta = 1 / (1 + e^-b)
+//   delta_conv   x  ->  silu(sum over j of weights[j] x[t - width + 1 + j]);  q and k to unit length
+//   delta_rule   q, k, v, z  ->  S = decay S + k (beta (v - decay S^T k))^T
 //                                out = rms_norm(S^T q) * silu(z)
 //
 // Promise: a token's operations and their order are the same whichever tokens are in the call. Sums over key
-// dimensions ascend, one per column of S; columns never meet, so they are taken as many at a time as there
-// are registers, with all tokens before the next columns: that part of S stays in the nearest cache.
+// dimensions ascend, one per column of S; columns never meet, so 32 at a time are taken through all tokens
+// before the next: that part of S stays in the nearest cache.
 #pragma once
 
 #include <math.h>
@@ -152,7 +152,7 @@ void delta_columns(const DeltaRuleArgs& args, int64_t begin, int64_t lanes) {
 }
 
 void delta_rule(const DeltaRuleArgs& args) {
-  constexpr int kVecs = 4;
+  constexpr int kVecs = int(32 / kLanes);  // with 128 key dimensions, 16 KiB of S
   const int64_t values = args.value_dim;
   int64_t begin = 0;
   for (; begin + kVecs * kLanes <= values; begin += kVecs * kLanes)
