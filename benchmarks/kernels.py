@@ -22,7 +22,7 @@ from argosy.config import Format
 from common import Report
 from engines import passes
 
-FORMATS = [format for format in get_args(Format) if format not in ("f32", "f16", "bf16")]
+FORMATS = [format for format in get_args(Format) if format not in ("f32", "f16", "bf16", "f8")]
 ARENA_BYTES = 256 << 20  # eight times the last cache of the machine this was written on
 COLD_SAMPLE_BYTES = 12 << 20  # about half a millisecond
 

@@ -48,7 +48,7 @@ void bind_matrix(nb::module_& m) {
       "quantize",
       [](const std::string& format_name, const Array& weights, const OutArray& out, Runtime* runtime) {
         const Format format = parse_format(format_name);
-        if (format > Format::q4) {
+        if (format == Format::f8 || format > Format::q4) {
           refuse("nothing is quantised to " + format_name +
                  ", which only holds what a file has; known: f32, f16, bf16, q8, q4");
         }
@@ -70,16 +70,20 @@ void bind_matrix(nb::module_& m) {
         require_range("interleaved", interleaved, 1, kLargestSize);
         require_range("rows", rows, 0, kLargestSize / interleaved);
         const int64_t size = interleaved * checked_matrix_bytes(slot_format(*type), rows, cols);
-        const int64_t block_cols = quant_format(slot_format(*type)).block_cols;
-        if (cols % block_cols != 0) {
+        if (interleaved > 1 && slot_format(*type) == Format::f8) refuse("f8 is never interleaved");
+        if (!has_whole_blocks(*type, cols)) {
           refuse("cols is " + std::to_string(cols) + ", expected a multiple of " +
-                 std::to_string(block_cols) + " for " + block_type);
+                 std::to_string(block_cols(*type)) + " for " + block_type);
         }
         const uint8_t* from =
-            read_array<uint8_t>("data", data, {interleaved * rows * block_row_bytes(*type, cols)});
+            read_array<uint8_t>("data", data, {source_bytes(*type, interleaved * rows, cols)});
         const auto fill = [&](uint8_t* matrix) {
-          nb::gil_scoped_release released;
-          transcode(*type, from, rows, cols, interleaved, 0, round_up(rows, kPanelRows) / kPanelRows, matrix);
+          bool is_finite;
+          {
+            nb::gil_scoped_release released;
+            is_finite = transcode(*type, from, rows, cols, interleaved, 0, num_strips(*type, rows), matrix);
+          }
+          if (!is_finite) refuse(block_type + " hold a code or scale that is not a finite number");
         };
         if (out) {
           fill(write_array<uint8_t>("out", *out, {size}));

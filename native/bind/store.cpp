@@ -63,6 +63,8 @@ std::optional<std::string> error_kind(ReadError error) {
       return "checksum";
     case ReadError::short_file:
       return "short";
+    case ReadError::not_finite:
+      return "not finite";
     case ReadError::none:
       break;
   }

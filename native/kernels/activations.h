@@ -28,6 +28,8 @@ inline void finish_activation_group(uint8_t* activations, int64_t cols, int64_t 
   put(activation_negated_sums_at(Format::q4, cols) + 4 * group, -high_sum);
   put(activation_negated_sums_at(Format::q6_k, cols) + 8 * group, -high_sum_0);
   put(activation_negated_sums_at(Format::q6_k, cols) + 8 * group + 4, -high_sum_1);
+  put(activation_negated_sums_at(Format::q3_k, cols) + 4 * group, int16_t(-high_sum_0));
+  put(activation_negated_sums_at(Format::q3_k, cols) + 4 * group + 2, int16_t(-high_sum_1));
   put(activation_sums_at(cols) + 4 * group, scale * float(high_sum));
 }
 

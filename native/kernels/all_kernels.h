@@ -11,6 +11,7 @@
 #include "kernels/kernel_table.h"
 #include "kernels/kv_write.h"
 #include "kernels/latent_attention.h"
+#include "kernels/matmul_f8.h"
 #include "kernels/matmul_float.h"
 #include "kernels/matmul_quantized.h"
 #include "kernels/probe.h"
@@ -19,6 +20,7 @@
 #include "kernels/rope.h"
 #include "kernels/route.h"
 #include "kernels/swiglu.h"
+#include "kernels/transcode_f8.h"
 #include "kernels/transcode_panel.h"
 
 namespace argosy {
@@ -27,7 +29,7 @@ namespace {
 constexpr KernelTable kernel_table_named(const char* name) {
   return {
       .name = name,
-      .matmul = {matmul_float<F32Weights>, matmul_float<F16Weights>, matmul_float<Bf16Weights>,
+      .matmul = {matmul_float<F32Weights>, matmul_float<F16Weights>, matmul_float<Bf16Weights>, matmul_f8,
                  matmul_quantized<Format::q8>, matmul_quantized<Format::q4>, matmul_quantized<Format::q4_1>,
                  matmul_quantized<Format::q5_0>, matmul_quantized<Format::q4_k>,
                  matmul_quantized<Format::q5_k>, matmul_quantized<Format::q6_k>,
@@ -44,7 +46,9 @@ constexpr KernelTable kernel_table_named(const char* name) {
                     transcode_panels<BlockType::q3_k>, transcode_panels<BlockType::iq4_nl>,
                     transcode_panels<BlockType::iq4_xs>, transcode_panels<BlockType::mxfp4>,
                     transcode_panels<BlockType::int4_quants>, transcode_panels<BlockType::int4_scales>,
-                    transcode_panels<BlockType::mxfp4_quants>, transcode_panels<BlockType::mxfp4_scales>},
+                    transcode_panels<BlockType::mxfp4_quants>, transcode_panels<BlockType::mxfp4_scales>,
+                    transcode_f8_codes, transcode_f8_scales<BlockType::f8_scales>,
+                    transcode_f8_scales<BlockType::f8_scales_bf16>},
       .dequantize_row = dequantize_row,
       .rms_norm = rms_norm,
       .rope = rope,

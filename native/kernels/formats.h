@@ -1,6 +1,9 @@
 // formats.h: how the weights of a matrix lie in memory.
 //
 //   f32, f16, bf16   row-major [rows, cols], no padding, any alignment.
+//   f8               FP8 E4M3 codes with a float32 scale for each block of 128 rows and 128 columns. Every
+//                    128 rows: their scales, [ceil(cols / 128)], padded with zeros to 64 bytes, then the
+//                    codes, row-major. The last stretch has the rows that are left.
 //   the others       quantised: weight = scale * q, or scale * q + min, where q is what a code of `bits` bits
 //                    stands for: the code less `zero`, or an entry of a table of 16. Rows are padded to 16,
 //                    columns to a block.
@@ -28,8 +31,9 @@
 // A quantised matrix is a list of panels of 16 rows. A block is the columns that share a 16-bit scale, 32 or
 // 256 of them. A panel holds all its quants, then the scales of all its blocks; it is padded to 64 bytes. The
 // scales of a block are 16-bit floats [16 rows], then, where there are, its mins float16 [16], its sub-scales
-// [group or half group][16] and its sub-mins [group][16]; 4-bit ones share a byte, the min in the high half.
-// The quants of a group of 32 columns are:
+// [group or half group][16] and its sub-mins [group][16]. q2_k and q3_k have sub-scales [group][16][half
+// group] instead, so that both of a row are multiplied at once; those of q2_k share a byte with their
+// sub-mins, which are the high half. The quants of a group of 32 columns are:
 //
 //   8 bits   chunk c = 0..7: 64 bytes; byte 4 r + j = q of row r, column 4 c + j.
 //   4 to 6   chunk c = 0..3: 64 bytes; byte 4 r + j = the lower 4 bits of q of column 4 c + j in the low
@@ -51,6 +55,7 @@ enum class Format : uint8_t {
   f32,
   f16,
   bf16,
+  f8,
   q8,
   q4,
   q4_1,
@@ -68,7 +73,7 @@ enum class Format : uint8_t {
 
 // Internal linkage throughout: this header is compiled under several instruction sets, and the linker must
 // not pick one of the copies for all.
-[[maybe_unused]] static constexpr int kNumFormats = 16;
+[[maybe_unused]] static constexpr int kNumFormats = 17;
 [[maybe_unused]] static constexpr int64_t kGroupSize = 32;
 [[maybe_unused]] static constexpr int64_t kPanelRows = 16;
 [[maybe_unused]] static constexpr int64_t kChunkBytes =
@@ -86,7 +91,7 @@ static inline constexpr int64_t round_up(int64_t n, int64_t multiple) {
 [[maybe_unused]] static constexpr uint8_t kIq4Bytes[16] = {1,   24,  45,  63,  79,  93,  106, 118,
                                                            129, 141, 153, 166, 181, 197, 217, 241};
 
-enum class SubScales : uint8_t { none, bytes, signed_bytes, nibbles };
+enum class SubScales : uint8_t { none, bytes, signed_bytes, signed_pairs, nibble_pairs };
 
 // The table at the top.
 struct QuantFormat {
@@ -113,6 +118,10 @@ struct QuantFormat {
     int largest = 0;
     for (int i = 0; i < 16; ++i) largest = table[i] > largest ? table[i] : largest;
     return largest;
+  }
+  // Whether those of both half groups of a row lie together.
+  constexpr bool is_paired() const {
+    return sub_scales == SubScales::signed_pairs || sub_scales == SubScales::nibble_pairs;
   }
   // Inside the scales of a block.
   constexpr int64_t sub_scales_at() const { return kPanelRows * 2 * (has_min ? 2 : 1); }
@@ -142,9 +151,9 @@ static inline constexpr QuantFormat quant_format(Format format) {
     case Format::q6_k:
       return {6, 32, 256, 16, false, SubScales::signed_bytes};
     case Format::q2_k:
-      return {2, 0, 256, 16, true, SubScales::nibbles};
+      return {2, 0, 256, 16, true, SubScales::nibble_pairs};
     case Format::q3_k:
-      return {3, 4, 256, 16, false, SubScales::signed_bytes};
+      return {3, 4, 256, 16, false, SubScales::signed_pairs};
     case Format::iq4_nl:
       return {4, 128, 32, 0, false, SubScales::none, false, kIq4Bytes};
     case Format::iq4_xs:
@@ -164,6 +173,20 @@ static inline constexpr int64_t num_blocks(Format format, int64_t cols) {
   return round_up(cols, quant_format(format).block_cols) / quant_format(format).block_cols;
 }
 
+// f8: rows and columns of a block, whose weights share a scale.
+[[maybe_unused]] static constexpr int64_t kF8Block = 128;
+
+static inline constexpr int64_t f8_scales_bytes(int64_t cols) {
+  return round_up(round_up(cols, kF8Block) / kF8Block * 4, 64);
+}
+// Where the scales of a row begin, and its codes.
+static inline constexpr int64_t f8_scales_at(int64_t row, int64_t cols) {
+  return row / kF8Block * (f8_scales_bytes(cols) + kF8Block * cols);
+}
+static inline constexpr int64_t f8_row_at(int64_t row, int64_t cols) {
+  return f8_scales_at(row, cols) + f8_scales_bytes(cols) + row % kF8Block * cols;
+}
+
 // Of f32, f16, bf16.
 static inline constexpr int64_t weight_bytes(Format format) { return format == Format::f32 ? 4 : 2; }
 
@@ -179,6 +202,7 @@ static inline constexpr int64_t panel_bytes(Format format, int64_t cols) {
 
 static inline constexpr int64_t matrix_bytes(Format format, int64_t rows, int64_t cols) {
   if (is_quantized(format)) return round_up(rows, kPanelRows) / kPanelRows * panel_bytes(format, cols);
+  if (format == Format::f8) return round_up(rows, kF8Block) / kF8Block * f8_scales_bytes(cols) + rows * cols;
   return rows * cols * weight_bytes(format);
 }
 
@@ -207,7 +231,8 @@ static inline int32_t quant_at(Format format, const uint8_t* panel, int64_t row,
 //   int32 [groups]        -(sum of 256 * high + low): times the zero of the q8 quants, it takes that out of a
 //                         dot product
 //   int32 [groups]        -(sum of high): the same for the other formats with a zero
-//   int32 [2 * groups]    -(sum of high) of half groups: for those whose scale is of 16 columns
+//   int32 [2 * groups]    -(sum of high) of half groups: for q6_k
+//   int16 [2 * groups]    the same: for formats whose sub-scales lie in pairs
 //   float [groups]        scale * sum of high: what a min is multiplied with
 //
 // Beside q4 weights, whose own rounding is sixteen times that of q8, 8 bits of an activation are plenty.
@@ -218,16 +243,17 @@ static inline constexpr int64_t activation_scales_at(Format format, int64_t cols
   return num_groups(cols) * (2 * kGroupSize + (format == Format::q8 ? 4 : 0));
 }
 static inline constexpr int64_t activation_negated_sums_at(Format format, int64_t cols) {
-  const int64_t behind = format == Format::q8 ? 8 : quant_format(format).parts() == 1 ? 12 : 16;
+  const QuantFormat quant = quant_format(format);
+  const int64_t behind = format == Format::q8 ? 8 : quant.parts() == 1 ? 12 : quant.is_paired() ? 24 : 16;
   return num_groups(cols) * (2 * kGroupSize + behind);
 }
 static inline constexpr int64_t activation_sums_at(int64_t cols) {
-  return num_groups(cols) * (2 * kGroupSize + 24);
+  return num_groups(cols) * (2 * kGroupSize + 28);
 }
 // An odd number of cache lines, so that the same column of many tokens does not fall into few sets of the
 // cache.
 static inline constexpr int64_t activation_bytes(int64_t cols) {
-  return round_up(num_groups(cols) * (2 * kGroupSize + 28), 128) + 64;
+  return round_up(num_groups(cols) * (2 * kGroupSize + 32), 128) + 64;
 }
 
 }  // namespace argosy

@@ -43,6 +43,16 @@ static inline uint16_t f16_from_float(float value) {
   return uint16_t(sign | ((magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13));
 }
 
+// FP8 E4M3 of the Open Compute Project (arXiv:2209.05433): sign, four bits of exponent with bias 7, three of
+// mantissa; no infinities, and NaN where all seven bits are set.
+static inline float float_from_f8(uint8_t code) {
+  const uint32_t sign = uint32_t(code & 0x80u) << 24;
+  const uint32_t magnitude = code & 0x7Fu;
+  if (magnitude == 0x7Fu) return bit_cast<float>(sign | 0x7FC00000u);
+  if (magnitude >= 0x08u) return bit_cast<float>(sign | ((magnitude << 20) + (120u << 23)));
+  return bit_cast<float>(sign | bit_cast<uint32_t>(float(magnitude) * 0x1p-9f));
+}
+
 template <class T>
 static inline T read_unaligned(const void* from) {
   T value;

@@ -20,9 +20,9 @@ namespace argosy {
 struct MatmulArgs {
   const uint8_t* weights;  // the whole matrix
   int64_t cols;
-  int64_t row_begin, row_end;  // quantised: row_begin is a multiple of 16
+  int64_t row_begin, row_end;  // panels: row_begin is a multiple of 16
   const uint8_t* x;  // token t begins at x + x_stride * (x_index ? x_index[t] : t); float32 [cols], or for
-  int64_t x_stride;  //   quantised weights what quantize_activations wrote. x_stride in bytes
+  int64_t x_stride;  //   weights in panels what quantize_activations wrote. x_stride in bytes
   const int32_t* x_index;
   float* y;          // token t begins at y + y_stride * (y_index ? y_index[t] : t)
   int64_t y_stride;  // in floats
@@ -202,7 +202,7 @@ struct LatentAttentionArgs {
   float* scratch;  // latent_scratch_floats(dim)
 };
 
-// What transcode() takes.
+// What transcode() takes; panels are strips of strip_rows(type) rows.
 struct TranscodeArgs {
   const uint8_t* rows_data;
   int64_t rows, cols;
@@ -224,7 +224,7 @@ struct KernelTable {
                       int64_t panel_end, uint8_t* out);
   void (*quantize_q4)(const float* weights, int64_t rows, int64_t cols, int64_t panel_begin,
                       int64_t panel_end, uint8_t* out);
-  void (*transcode[kNumBlockTypes])(const TranscodeArgs& args);
+  bool (*transcode[kNumBlockTypes])(const TranscodeArgs& args);
   void (*dequantize_row)(Format format, const uint8_t* weights, int64_t cols, int64_t row, float* out);
 
   // out may be x.

@@ -83,26 +83,37 @@ void copy_x(const MatmulArgs& a, int64_t token, int64_t begin, int64_t end, floa
   }
 }
 
-// Columns [begin, end) of a tile. The sums come from `waiting` unless begin is 0, and go there unless end is
-// the last.
-template <class Weights, int kRows, int kTokens, class X>
-void matmul_float_tile(const MatmulArgs& a, const X& x, int64_t row, int64_t token, int64_t begin,
-                       int64_t end, Vec* waiting) {
-  const uint8_t* weights[kRows];
-  Vec sum[kRows][kTokens];
+// kRows rows of W where they are: vector `col` of row i. A sum goes on over all columns.
+template <class Weights, int kRows>
+struct RowsOfW {
+  static constexpr int64_t kScaledCols = 0;
+
+  RowsOfW(const MatmulArgs& a, int64_t row) : ahead(kRows * a.cols * Weights::kBytes) {
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-    weights[i] = a.weights + (row + i) * a.cols * Weights::kBytes;
-#pragma GCC unroll 8
-    for (int j = 0; j < kTokens; ++j) sum[i][j] = begin == 0 ? zeros() : waiting[i * kTokens + j];
+    for (int i = 0; i < kRows; ++i) w[i] = a.weights + (row + i) * a.cols * Weights::kBytes;
   }
+  Vec at(int64_t col, int i) const {
+    // The next tile, into the second-level cache: rows may be too short for the hardware to see a stream.
+    __builtin_prefetch(w[i] + col * Weights::kBytes + ahead, 0, 2);
+    return Weights::load(w[i] + col * Weights::kBytes);
+  }
+  Vec at(int64_t col, int i, int64_t n) const { return Weights::load(w[i] + col * Weights::kBytes, n); }
+  const uint8_t* w[kRows];
+  int64_t ahead;
+};
+
+// In place of memory for sums that wait: a tile that takes all columns has none.
+struct NoneWait {};
+
+// Adds the products of columns [begin, end) to the sums.
+template <int kRows, int kTokens, class W, class X>
+[[gnu::always_inline]] inline void add_products(const W& rows, const X& x, int64_t begin, int64_t end,
+                                                Vec (&sum)[kRows][kTokens]) {
   int64_t col = begin;
   for (; col + kLanes <= end; col += kLanes) {
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const Vec w = Weights::load(weights[i] + col * Weights::kBytes);
-      // The next tile, into the second-level cache: rows may be too short for the hardware to see a stream.
-      __builtin_prefetch(weights[i] + (col + kRows * a.cols) * Weights::kBytes, 0, 2);
+      const Vec w = rows.at(col, i);
 #pragma GCC unroll 8
       for (int j = 0; j < kTokens; ++j) sum[i][j] = fma(w, x.at(col, j), sum[i][j]);
     }
@@ -110,22 +121,65 @@ void matmul_float_tile(const MatmulArgs& a, const X& x, int64_t row, int64_t tok
   if (col < end) {
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const Vec w = Weights::load(weights[i] + col * Weights::kBytes, end - col);
+      const Vec w = rows.at(col, i, end - col);
 #pragma GCC unroll 8
       for (int j = 0; j < kTokens; ++j) sum[i][j] = fma(w, x.at(col, j, end - col), sum[i][j]);
+    }
+  }
+}
+
+// Columns [begin, end) of a tile. The sums come from `waiting` unless begin is 0, and go there unless end is
+// the last. Where rows have scales, the sum of each kScaledCols columns is multiplied with its own.
+template <int kRows, int kTokens, class W, class X, class Waiting>
+void matmul_float_tile(const MatmulArgs& a, const W& rows, const X& x, int64_t row, int64_t token,
+                       int64_t begin, int64_t end, Waiting waiting) {
+  constexpr bool kIsWhole = __is_same(Waiting, NoneWait);
+  Vec sum[kRows][kTokens];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kTokens; ++j) {
+      sum[i][j] = zeros();
+      if constexpr (!kIsWhole) {
+        if (begin > 0) sum[i][j] = waiting[i * kTokens + j];
+      }
+    }
+  }
+  if constexpr (W::kScaledCols == 0) {
+    add_products(rows, x, begin, end, sum);
+  } else {
+    for (int64_t block = begin; block < end; block += W::kScaledCols) {
+      Vec part[kRows][kTokens];
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kTokens; ++j) part[i][j] = zeros();
+      }
+      rows.prefetch(block);
+      add_products(rows, x, block, end - block < W::kScaledCols ? end : block + W::kScaledCols, part);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const Vec scale = rows.scale(block, i);
+#pragma GCC unroll 8
+        for (int j = 0; j < kTokens; ++j) sum[i][j] = fma(scale, part[i][j], sum[i][j]);
+      }
+    }
+  }
+  if constexpr (!kIsWhole) {
+    if (end < a.cols) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kTokens; ++j) waiting[i * kTokens + j] = sum[i][j];
+      }
+      return;
     }
   }
 #pragma GCC unroll 8
   for (int j = 0; j < kTokens; ++j) {
     float* y = output_row(a, token + j) + (row - a.row_begin);
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      if (end == a.cols) {
-        y[i] = sum_lanes(sum[i][j]);
-      } else {
-        waiting[i * kTokens + j] = sum[i][j];
-      }
-    }
+    for (int i = 0; i < kRows; ++i) y[i] = sum_lanes(sum[i][j]);
   }
 }
 
@@ -135,10 +189,10 @@ void matmul_float_rows(const MatmulArgs& a, const X& x, int64_t row, int64_t row
                        int64_t begin, int64_t end, Vec* waiting) {
   constexpr int kRows = kTokens == 1 ? kFloatRowsAlone : kFloatTileRows;
   for (; row + kRows <= row_end; row += kRows, waiting += kRows * kTokens) {
-    matmul_float_tile<Weights, kRows, kTokens>(a, x, row, token, begin, end, waiting);
+    matmul_float_tile<kRows, kTokens>(a, RowsOfW<Weights, kRows>(a, row), x, row, token, begin, end, waiting);
   }
   for (; row < row_end; ++row, waiting += kTokens) {
-    matmul_float_tile<Weights, 1, kTokens>(a, x, row, token, begin, end, waiting);
+    matmul_float_tile<1, kTokens>(a, RowsOfW<Weights, 1>(a, row), x, row, token, begin, end, waiting);
   }
 }
 

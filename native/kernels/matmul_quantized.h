@@ -5,8 +5,9 @@
 //
 // For each group in ascending order: y += (weight scale * activation scale) * float(dot), where dot is the
 // exact integer sum over the group of q * activation; then, where the format has mins, y += min * (activation
-// scale * sum of the activations). Where a scale is of 16 columns: y += activation scale * (sum over both
-// halves of scale * float(dot), then of min * float(sum of the activations)). Few tokens: bound by memory,
+// scale * sum of the activations). q6_k: y += activation scale * (sum over both halves of scale *
+// float(dot)). q2_k, q3_k: the same with the products of dot and sub-scale, and of sub-min and sum of the
+// activations, added up as integers. Few tokens: bound by memory,
 // 0.33 to 1.06 bytes per weight. Many: bound by integer multiply-adds.
 #pragma once
 
@@ -46,7 +47,7 @@ void matmul_reference(const MatmulArgs& a) {
           scaled += weight_scale_at(kFormat, panel, a.cols, lane, begin).scale * float(dot);
         }
         if constexpr (kQuant.has_min && kQuant.parts() == 2) {
-          const uint8_t* negated = x + activation_negated_sums_at(kFormat, a.cols) + group * 8;
+          const uint8_t* negated = x + activation_negated_sums_at(Format::q6_k, a.cols) + group * 8;
           for (int64_t part = 0; part < 2; ++part) {
             const int64_t begin = group * kGroupSize + part * kSameScale;
             scaled += weight_scale_at(kFormat, panel, a.cols, lane, begin).min *

@@ -18,19 +18,13 @@ inline __m256i load_bytes(const uint8_t* from) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }
 
-inline __m256i widen_bytes(const uint8_t* from) {
-  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-}
-inline Vec bytes_to_floats(const uint8_t* from) { return _mm256_cvtepi32_ps(widen_bytes(from)); }
-inline Vec signed_bytes_to_floats(const uint8_t* from) {
+inline Vec bytes_to_floats(const uint8_t* from, bool is_signed) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+  return _mm256_cvtepi32_ps(is_signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
 }
-inline Vec low_nibbles_to_floats(const uint8_t* from) {
-  return _mm256_cvtepi32_ps(_mm256_and_si256(widen_bytes(from), _mm256_set1_epi32(0xF)));
-}
-inline Vec high_nibbles_to_floats(const uint8_t* from) {
-  return _mm256_cvtepi32_ps(_mm256_srli_epi32(widen_bytes(from), 4));
+
+inline __m256i broadcast_four(const uint8_t* bytes) {
+  return _mm256_set1_epi32(read_unaligned<int32_t>(bytes));
 }
 
 template <Format kFormat, int kPanels, int kTokens>
@@ -144,7 +138,7 @@ struct QuantizedTile {
           const __m256i w = unpack(quants + 32 * half, chunk);
 #pragma GCC unroll 4
           for (int j = 0; j < kTokens; ++j) {
-            const __m256i four = _mm256_set1_epi32(read_unaligned<int32_t>(x[j] + col + 4 * chunk));
+            const __m256i four = broadcast_four(x[j] + col + 4 * chunk);
             const __m256i products = kIsSigned
                                          ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(four, w))
                                          : _mm256_maddubs_epi16(w, four);
@@ -197,12 +191,6 @@ struct QuantizedTile {
     return kIsSigned ? _mm256_sub_epi8(bytes, _mm256_set1_epi8(int8_t(kQuant.zero))) : bytes;
   }
 
-  [[gnu::always_inline]] static inline Vec sub_scales_to_floats(const uint8_t* from) {
-    if constexpr (kQuant.sub_scales == SubScales::bytes) return bytes_to_floats(from);
-    if constexpr (kQuant.sub_scales == SubScales::signed_bytes) return signed_bytes_to_floats(from);
-    return low_nibbles_to_floats(from);
-  }
-
   // Adds the dot products of eight rows of a group to the sums.
   [[gnu::always_inline]] static inline void scale(const uint8_t* scales, const Rows& x, int64_t cols,
                                                   int64_t group, int half, const Dots& dot,
@@ -210,62 +198,82 @@ struct QuantizedTile {
     const int64_t first_row = half * 8;
     const uint8_t* block_scales = scales + first_row * 2;
     const Vec block_scale = kQuant.is_bf16 ? Bf16Weights::load(block_scales) : F16Weights::load(block_scales);
+    Vec min = zeros();
+    if constexpr (kQuant.has_min) min = F16Weights::load(scales + (kPanelRows + first_row) * 2);
+    const uint8_t* subs = scales + kQuant.sub_scales_at() + group % kBlockGroups * kParts * kPanelRows;
+    if constexpr (kQuant.is_paired()) {
+      return scale_pairs(x, cols, group, half, block_scale, sub(zeros(), min), subs + 2 * first_row, dot,
+                         sum);
+    }
     Vec weight_scale[kParts] = {block_scale};
-    Vec min[kParts] = {};
-    if constexpr (kQuant.has_min) min[0] = F16Weights::load(scales + (kPanelRows + first_row) * 2);
     if constexpr (kQuant.sub_scale_cols > 0) {
-      const uint8_t* sub_scales =
-          scales + kQuant.sub_scales_at() + first_row + group % kBlockGroups * kParts * kPanelRows;
-      // Of half groups the sums of the activations are at hand negated.
-      const Vec block_min = kParts == 1 ? min[0] : sub(zeros(), min[0]);
+      constexpr bool kHasSign = kQuant.sub_scales == SubScales::signed_bytes;
 #pragma GCC unroll 2
       for (int part = 0; part < kParts; ++part) {
-        const uint8_t* from = sub_scales + part * kPanelRows;
-        weight_scale[part] = mul(block_scale, sub_scales_to_floats(from));
-        if constexpr (kQuant.sub_scales == SubScales::nibbles) {
-          min[part] = mul(block_min, high_nibbles_to_floats(from));
-        }
+        weight_scale[part] =
+            mul(block_scale, bytes_to_floats(subs + first_row + part * kPanelRows, kHasSign));
       }
-      if constexpr (kQuant.sub_scales == SubScales::bytes) {
+      if constexpr (kQuant.has_min) {
         const uint8_t* sub_mins =
             scales + kQuant.sub_mins_at() + first_row + group % kBlockGroups * kPanelRows;
-        min[0] = mul(block_min, bytes_to_floats(sub_mins));
+        min = mul(min, bytes_to_floats(sub_mins, false));
       }
     }
 #pragma GCC unroll 4
     for (int j = 0; j < kTokens; ++j) {
       const Vec x_scale =
           broadcast(read_unaligned<float>(x[j] + activation_scales_at(kFormat, cols) + group * 4));
-      const uint8_t* negated = x[j] + activation_negated_sums_at(kFormat, cols) + group * kParts * 4;
       Vec exact[kParts];
 #pragma GCC unroll 2
       for (int part = 0; part < kParts; ++part) {
         __m256i whole = dot[j][part][half];
         if constexpr (kQuant.zero != 0 && !kIsSigned) {
-          whole = _mm256_add_epi32(whole,
-                                   _mm256_slli_epi32(broadcast_sum(negated + part * 4), kQuant.zero_shift()));
+          const uint8_t* negated =
+              x[j] + activation_negated_sums_at(kFormat, cols) + (group * kParts + part) * 4;
+          whole = _mm256_add_epi32(whole, _mm256_slli_epi32(broadcast_four(negated), kQuant.zero_shift()));
         }
         exact[part] = _mm256_cvtepi32_ps(whole);
       }
       if constexpr (kParts == 1) {
         sum[j][half] = fma(mul(weight_scale[0], x_scale), exact[0], sum[j][half]);
-        if constexpr (kQuant.has_min) {
-          const Vec x_sum = broadcast(read_unaligned<float>(x[j] + activation_sums_at(cols) + group * 4));
-          sum[j][half] = fma(min[0], x_sum, sum[j][half]);
-        }
       } else {
-        Vec scaled = fma(weight_scale[1], exact[1], mul(weight_scale[0], exact[0]));
-        if constexpr (kQuant.has_min) {
-          scaled = fma(min[0], _mm256_cvtepi32_ps(broadcast_sum(negated)), scaled);
-          scaled = fma(min[1], _mm256_cvtepi32_ps(broadcast_sum(negated + 4)), scaled);
-        }
-        sum[j][half] = fma(x_scale, scaled, sum[j][half]);
+        sum[j][half] =
+            fma(x_scale, fma(weight_scale[1], exact[1], mul(weight_scale[0], exact[0])), sum[j][half]);
+      }
+      if constexpr (kQuant.has_min) {
+        const Vec x_sum = broadcast(read_unaligned<float>(x[j] + activation_sums_at(cols) + group * 4));
+        sum[j][half] = fma(min, x_sum, sum[j][half]);
       }
     }
   }
 
-  [[gnu::always_inline]] static inline __m256i broadcast_sum(const uint8_t* from) {
-    return _mm256_set1_epi32(read_unaligned<int32_t>(from));
+  // The same where sub-scales lie in pairs: 16 bits hold a dot product of half a group, so one multiply-add
+  // takes both of a row. The zero of the quants comes out of the sums of the activations likewise.
+  [[gnu::always_inline]] static inline void scale_pairs(const Rows& x, int64_t cols, int64_t group, int half,
+                                                        Vec block_scale, Vec negated_min, const uint8_t* subs,
+                                                        const Dots& dot, Vec (&sum)[kTokens][2]) {
+    constexpr bool kIsNibbles = kQuant.sub_scales == SubScales::nibble_pairs;
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(subs));
+    const __m256i pairs = kIsNibbles ? _mm256_cvtepu8_epi16(bytes) : _mm256_cvtepi8_epi16(bytes);
+    const __m256i sub_scales = kIsNibbles ? _mm256_and_si256(pairs, _mm256_set1_epi16(0xF)) : pairs;
+    const __m256i zero_scales = _mm256_mullo_epi16(sub_scales, _mm256_set1_epi16(kQuant.zero));
+#pragma GCC unroll 4
+    for (int j = 0; j < kTokens; ++j) {
+      const Vec x_scale =
+          broadcast(read_unaligned<float>(x[j] + activation_scales_at(kFormat, cols) + group * 4));
+      const __m256i negated = broadcast_four(x[j] + activation_negated_sums_at(kFormat, cols) + group * 4);
+      const __m256i dots =
+          _mm256_blend_epi16(dot[j][0][half], _mm256_slli_epi32(dot[j][kParts - 1][half], 16), 0xAA);
+      __m256i whole = _mm256_madd_epi16(dots, sub_scales);
+      if constexpr (kQuant.zero != 0) {
+        whole = _mm256_add_epi32(whole, _mm256_madd_epi16(negated, zero_scales));
+      }
+      sum[j][half] = fma(mul(block_scale, x_scale), _mm256_cvtepi32_ps(whole), sum[j][half]);
+      if constexpr (kQuant.has_min) {
+        const __m256i mins = _mm256_madd_epi16(negated, _mm256_srli_epi16(pairs, 4));
+        sum[j][half] = fma(mul(negated_min, x_scale), _mm256_cvtepi32_ps(mins), sum[j][half]);
+      }
+    }
   }
 };
 

@@ -20,19 +20,9 @@ inline __m512i broadcast_four(const uint8_t* activations) {
   return _mm512_set1_epi32(read_unaligned<int32_t>(activations));
 }
 
-inline __m512i widen_bytes(const uint8_t* from) {
-  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-}
-inline Vec bytes_to_floats(const uint8_t* from) { return _mm512_cvtepi32_ps(widen_bytes(from)); }
-inline Vec signed_bytes_to_floats(const uint8_t* from) {
+inline Vec bytes_to_floats(const uint8_t* from, bool is_signed) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-}
-inline Vec low_nibbles_to_floats(const uint8_t* from) {
-  return _mm512_cvtepi32_ps(_mm512_and_si512(widen_bytes(from), _mm512_set1_epi32(0xF)));
-}
-inline Vec high_nibbles_to_floats(const uint8_t* from) {
-  return _mm512_cvtepi32_ps(_mm512_srli_epi32(widen_bytes(from), 4));
+  return _mm512_cvtepi32_ps(is_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
 }
 
 template <Format kFormat, int kPanels, int kTokens>
@@ -155,7 +145,7 @@ struct QuantizedTile {
   }
 
   [[gnu::always_inline]] static inline __m512i offset(const Operands& o, int64_t group, int token, int part) {
-    if constexpr (kQuant.zero == 0) {
+    if constexpr (kQuant.zero == 0 || kQuant.is_paired()) {
       return _mm512_setzero_si512();
     } else {
       const uint8_t* negated = o.x[token] + activation_negated_sums_at(kFormat, o.cols);
@@ -198,12 +188,6 @@ struct QuantizedTile {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kQuant.table)));
   }
 
-  [[gnu::always_inline]] static inline Vec sub_scales_to_floats(const uint8_t* from) {
-    if constexpr (kQuant.sub_scales == SubScales::bytes) return bytes_to_floats(from);
-    if constexpr (kQuant.sub_scales == SubScales::signed_bytes) return signed_bytes_to_floats(from);
-    return low_nibbles_to_floats(from);
-  }
-
   // Adds the dot products of a group to the sums.
   [[gnu::always_inline]] static inline void scale(const Operands& o, int64_t group, const Dots& dot,
                                                   Sums& sum) {
@@ -213,25 +197,23 @@ struct QuantizedTile {
     for (int i = 0; i < kPanels; ++i) {
       const uint8_t* scales = o.block_scales(group) + i * o.stride;
       const Vec block_scale = kQuant.is_bf16 ? Bf16Weights::load(scales) : F16Weights::load(scales);
+      Vec min = zeros();
+      if constexpr (kQuant.has_min) min = F16Weights::load(scales + kPanelRows * 2);
+      const uint8_t* subs = scales + kQuant.sub_scales_at() + group % kBlockGroups * kParts * kPanelRows;
+      if constexpr (kQuant.is_paired()) {
+        scale_pairs(o, group, block_scale, sub(zeros(), min), subs, dot[i], sum[i]);
+        continue;
+      }
       Vec weight_scale[kParts] = {block_scale};
-      Vec min[kParts] = {};
-      if constexpr (kQuant.has_min) min[0] = F16Weights::load(scales + kPanelRows * 2);
       if constexpr (kQuant.sub_scale_cols > 0) {
-        const uint8_t* sub_scales =
-            scales + kQuant.sub_scales_at() + group % kBlockGroups * kParts * kPanelRows;
-        // Of half groups the sums of the activations are at hand negated.
-        const Vec block_min = kParts == 1 ? min[0] : sub(zeros(), min[0]);
+        constexpr bool kIsSigned = kQuant.sub_scales == SubScales::signed_bytes;
 #pragma GCC unroll 2
         for (int part = 0; part < kParts; ++part) {
-          const uint8_t* from = sub_scales + part * kPanelRows;
-          weight_scale[part] = mul(block_scale, sub_scales_to_floats(from));
-          if constexpr (kQuant.sub_scales == SubScales::nibbles) {
-            min[part] = mul(block_min, high_nibbles_to_floats(from));
-          }
+          weight_scale[part] = mul(block_scale, bytes_to_floats(subs + part * kPanelRows, kIsSigned));
         }
-        if constexpr (kQuant.sub_scales == SubScales::bytes) {
-          min[0] = mul(block_min,
-                       bytes_to_floats(scales + kQuant.sub_mins_at() + group % kBlockGroups * kPanelRows));
+        if constexpr (kQuant.has_min) {
+          const uint8_t* sub_mins = scales + kQuant.sub_mins_at() + group % kBlockGroups * kPanelRows;
+          min = mul(min, bytes_to_floats(sub_mins, false));
         }
       }
 #pragma GCC unroll 16
@@ -239,19 +221,43 @@ struct QuantizedTile {
         const Vec x_scale = broadcast(read_unaligned<float>(o.x[j] + x_scale_at));
         if constexpr (kParts == 1) {
           sum[i][j] = fma(mul(weight_scale[0], x_scale), _mm512_cvtepi32_ps(dot[i][j][0]), sum[i][j]);
-          if constexpr (kQuant.has_min) {
-            sum[i][j] = fma(min[0], broadcast(read_unaligned<float>(o.x[j] + x_sum_at)), sum[i][j]);
-          }
         } else {
-          Vec scaled = mul(weight_scale[0], _mm512_cvtepi32_ps(dot[i][j][0]));
-          scaled = fma(weight_scale[1], _mm512_cvtepi32_ps(dot[i][j][1]), scaled);
-          if constexpr (kQuant.has_min) {
-            const uint8_t* negated = o.x[j] + activation_negated_sums_at(kFormat, o.cols) + group * 8;
-            scaled = fma(min[0], _mm512_cvtepi32_ps(broadcast_four(negated)), scaled);
-            scaled = fma(min[1], _mm512_cvtepi32_ps(broadcast_four(negated + 4)), scaled);
-          }
-          sum[i][j] = fma(x_scale, scaled, sum[i][j]);
+          const Vec first = mul(weight_scale[0], _mm512_cvtepi32_ps(dot[i][j][0]));
+          sum[i][j] = fma(x_scale, fma(weight_scale[1], _mm512_cvtepi32_ps(dot[i][j][1]), first), sum[i][j]);
         }
+        if constexpr (kQuant.has_min) {
+          sum[i][j] = fma(min, broadcast(read_unaligned<float>(o.x[j] + x_sum_at)), sum[i][j]);
+        }
+      }
+    }
+  }
+
+  // The same where sub-scales lie in pairs: 16 bits hold a dot product of half a group, so one multiply-add
+  // takes both of a row. The zero of the quants comes out of the sums of the activations likewise.
+  [[gnu::always_inline]] static inline void scale_pairs(const Operands& o, int64_t group, Vec block_scale,
+                                                        Vec negated_min, const uint8_t* subs,
+                                                        const __m512i (&dot)[kTokens][kParts],
+                                                        Vec (&sum)[kTokens]) {
+    constexpr bool kIsNibbles = kQuant.sub_scales == SubScales::nibble_pairs;
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(subs));
+    const __m512i pairs = kIsNibbles ? _mm512_cvtepu8_epi16(bytes) : _mm512_cvtepi8_epi16(bytes);
+    const __m512i sub_scales = kIsNibbles ? _mm512_and_si512(pairs, _mm512_set1_epi16(0xF)) : pairs;
+    const __m512i zero_scales = _mm512_mullo_epi16(sub_scales, _mm512_set1_epi16(kQuant.zero));
+#pragma GCC unroll 16
+    for (int j = 0; j < kTokens; ++j) {
+      const Vec x_scale =
+          broadcast(read_unaligned<float>(o.x[j] + activation_scales_at(kFormat, o.cols) + group * 4));
+      const __m512i negated =
+          broadcast_four(o.x[j] + activation_negated_sums_at(kFormat, o.cols) + group * 4);
+      const __m512i dots =
+          _mm512_mask_blend_epi16(0xAAAAAAAA, dot[j][0], _mm512_slli_epi32(dot[j][kParts - 1], 16));
+      const __m512i offset =
+          kQuant.zero != 0 ? _mm512_madd_epi16(negated, zero_scales) : _mm512_setzero_si512();
+      const __m512i whole = _mm512_dpwssd_epi32(offset, dots, sub_scales);
+      sum[j] = fma(mul(block_scale, x_scale), _mm512_cvtepi32_ps(whole), sum[j]);
+      if constexpr (kQuant.has_min) {
+        const __m512i mins = _mm512_madd_epi16(negated, _mm512_srli_epi16(pairs, 4));
+        sum[j] = fma(mul(negated_min, x_scale), _mm512_cvtepi32_ps(mins), sum[j]);
       }
     }
   }

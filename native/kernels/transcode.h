@@ -1,4 +1,4 @@
-// transcode.h: quantised weights as files have them to the panels of formats.h, without loss.
+// transcode.h: quantised weights as files have them to the formats of formats.h, without loss.
 //
 //   Q8_0 Q4_0 Q4_1 Q5_0 IQ4_NL MXFP4        a row is blocks of 32 columns    ->  q8 q4 q4_1 q5_0 iq4_nl mxfp4
 //   Q4_K Q5_K Q6_K Q2_K Q3_K IQ4_XS         a row is blocks of 256 columns   ->  q4_k q5_k q6_k q2_k q3_k
@@ -16,8 +16,13 @@
 //   int4_scales    bf16 [rows, cols / 32]
 //   mxfp4_quants   u8 [rows, cols / 2], the even column in the low half: a code of e2m1
 //   mxfp4_scales   u8 [rows, cols / 32], e8m0: 2^(byte - 127), 255 is NaN
+//   f8_codes       u8 [rows, cols], E4M3: NaN is refused
+//   f8_scales      float32 [rows / 128, cols / 128], rounded up; f8_scales_bf16 the same as bfloat16. One
+//   with
+//                  which the largest code is no float32 is refused
 //
-// In the sense of this file, their block is what they have of 32 columns. Padding belongs to the scales.
+// In the sense of this file, their block is what they have of 32 columns (f8_codes: of one; f8 scales: of 128
+// rows and columns). Padding belongs to the scales.
 //
 // Several matrices may lie interleaved in one tensor, a row of the first, a row of the second, and so on:
 // they become matrices one behind the other.
@@ -48,22 +53,25 @@ enum class BlockType : uint8_t {
   int4_quants,
   int4_scales,
   mxfp4_quants,
-  mxfp4_scales
+  mxfp4_scales,
+  f8_codes,
+  f8_scales,
+  f8_scales_bf16
 };
-[[maybe_unused]] static constexpr int kNumBlockTypes = 16;
+[[maybe_unused]] static constexpr int kNumBlockTypes = 19;
 
 static inline constexpr Format slot_format(BlockType type) {
-  constexpr Format formats[kNumBlockTypes] = {Format::q8,   Format::q4,     Format::q4_1,   Format::q5_0,
-                                              Format::q4_k, Format::q5_k,   Format::q6_k,   Format::q2_k,
-                                              Format::q3_k, Format::iq4_nl, Format::iq4_xs, Format::mxfp4,
-                                              Format::int4, Format::int4,   Format::mxfp4,  Format::mxfp4};
+  constexpr Format formats[kNumBlockTypes] = {
+      Format::q8,    Format::q4,    Format::q4_1,   Format::q5_0,   Format::q4_k,  Format::q5_k, Format::q6_k,
+      Format::q2_k,  Format::q3_k,  Format::iq4_nl, Format::iq4_xs, Format::mxfp4, Format::int4, Format::int4,
+      Format::mxfp4, Format::mxfp4, Format::f8,     Format::f8,     Format::f8};
   return formats[int(type)];
 }
 
 // Bytes of one block in the file.
 static inline constexpr int64_t block_bytes(BlockType type) {
-  constexpr int64_t bytes[kNumBlockTypes] = {34,  18, 20,  22, 144, 176, 210, 84,
-                                             110, 18, 136, 17, 16,  2,   16,  1};
+  constexpr int64_t bytes[kNumBlockTypes] = {34,  18, 20, 22, 144, 176, 210, 84, 110, 18,
+                                             136, 17, 16, 2,  16,  1,   1,   4,  2};
   return bytes[int(type)];
 }
 
@@ -75,9 +83,35 @@ static inline constexpr bool is_scales(BlockType type) {
   return type == BlockType::int4_scales || type == BlockType::mxfp4_scales;
 }
 
-// Bytes of a row in the file; cols is a multiple of the block's columns.
+// Rows and columns of the matrix that a block stands for. Where blocks are of several rows, those at the
+// edges may be of fewer rows and columns; otherwise the columns are a multiple of the block's.
+static inline constexpr int64_t block_rows(BlockType type) {
+  return type == BlockType::f8_scales || type == BlockType::f8_scales_bf16 ? kF8Block : 1;
+}
+static inline constexpr int64_t block_cols(BlockType type) {
+  if (type == BlockType::f8_codes) return 1;
+  return block_rows(type) > 1 ? block_rows(type) : quant_format(slot_format(type)).block_cols;
+}
+static inline constexpr bool has_whole_blocks(BlockType type, int64_t cols) {
+  return block_rows(type) > 1 || cols % block_cols(type) == 0;
+}
+
+// Bytes of a row of blocks in the file.
 static inline constexpr int64_t block_row_bytes(BlockType type, int64_t cols) {
-  return cols / quant_format(slot_format(type)).block_cols * block_bytes(type);
+  return round_up(cols, block_cols(type)) / block_cols(type) * block_bytes(type);
+}
+
+// Bytes of `rows` rows in the file.
+static inline constexpr int64_t source_bytes(BlockType type, int64_t rows, int64_t cols) {
+  return round_up(rows, block_rows(type)) / block_rows(type) * block_row_bytes(type, cols);
+}
+
+// What is transcoded at once: the rows of a panel, or of a block where these are more.
+static inline constexpr int64_t strip_rows(BlockType type) {
+  return block_rows(type) > kPanelRows ? block_rows(type) : kPanelRows;
+}
+static inline constexpr int64_t num_strips(BlockType type, int64_t rows) {
+  return round_up(rows, strip_rows(type)) / strip_rows(type);
 }
 
 // By GGUF's name, such as "Q4_0", or that of a part, such as "int4_scales".
@@ -85,12 +119,13 @@ std::optional<BlockType> block_type_named(std::string_view name);
 // All of them, with commas between.
 std::string known_block_types();
 
-// Rows of panels [panel_begin, panel_end), the last of which may be short, to the same panels of `matrix`.
+// Rows of strips [panel_begin, panel_end), the last of which may be short, to the same rows of `matrix`.
 // `rows` is the number of rows of the whole matrix and `matrix` its first byte; `rows_data` begins at the
-// first row of panel_begin. cols is a multiple of the block's columns. Any alignment. With `interleaved`
+// first row of panel_begin. cols has whole blocks. Any alignment. With `interleaved`
 // matrices of `rows` rows each, `rows_data` has the rows of all of them, and they become matrices of
-// matrix_bytes(...) one behind the other.
-void transcode(BlockType type, const uint8_t* rows_data, int64_t rows, int64_t cols, int64_t interleaved,
-               int64_t panel_begin, int64_t panel_end, uint8_t* matrix);
+// matrix_bytes(...) one behind the other; f8 is never interleaved. Returns false where a code is NaN or a
+// scale gives weights that no float32 holds, as far as the type says that it is refused.
+[[nodiscard]] bool transcode(BlockType type, const uint8_t* rows_data, int64_t rows, int64_t cols,
+                             int64_t interleaved, int64_t panel_begin, int64_t panel_end, uint8_t* matrix);
 
 }  // namespace argosy

@@ -58,6 +58,15 @@ struct BlockRows {
     }
   }
 
+  // chunk[(i / 2 * 16 + r) * 2 + i % 2] = byte i of the word of row r.
+  void store_byte_pairs(uint8_t* chunk, const RowWords& words) const {
+    for (int64_t r = 0; r < kRowsAtOnce; ++r) {
+      const uint16_t pairs[2] = {uint16_t(words[r]), uint16_t(words[r] >> 16)};
+      std::memcpy(chunk + 2 * (first + r), &pairs[0], 2);
+      std::memcpy(chunk + 2 * (kPanelRows + first + r), &pairs[1], 2);
+    }
+  }
+
   // The float16 at `at` of every row, its sign flipped by 0x8000.
   void copy_halves(int64_t at, uint8_t* halves, uint16_t flip = 0) const {
     for (int64_t r = 0; r < kRowsAtOnce; ++r) {
@@ -237,7 +246,7 @@ void transcode_block<BlockType::q2_k>(const BlockRows& rows, uint8_t* quants, ui
   RowWords sub_scales[4];
   rows.load(0, sub_scales);
   for (int i = 0; i < 4; ++i) {
-    rows.store_bytes(scales + kQuant.sub_scales_at() + i * 4 * kPanelRows, sub_scales[i]);
+    rows.store_byte_pairs(scales + kQuant.sub_scales_at() + i * 4 * kPanelRows, sub_scales[i]);
   }
   rows.copy_halves(80, scales);
   rows.copy_halves(82, scales + kPanelRows * 2, 0x8000);  // these blocks subtract what they call dmin
@@ -268,7 +277,7 @@ void transcode_block<BlockType::q3_k>(const BlockRows& rows, uint8_t* quants, ui
   for (int i = 0; i < 4; ++i) {
     const RowWords low = (packed[1 + i % 2] >> (i / 2 * 4)) & kLowNibbles;
     const RowWords top = ((packed[3] >> (2 * i)) & 0x03030303u) << 4;
-    rows.store_bytes(sub_scales + i * 4 * kPanelRows, signed_six_bits(low | top));
+    rows.store_byte_pairs(sub_scales + i * 4 * kPanelRows, signed_six_bits(low | top));
   }
   rows.copy_halves(108, scales);
 }
@@ -388,7 +397,7 @@ void transcode_panel(const uint8_t* from, int64_t row_stride, int64_t present, i
 }
 
 template <BlockType kType>
-void transcode_panels(const TranscodeArgs& a) {
+bool transcode_panels(const TranscodeArgs& a) {
   constexpr Format kFormat = slot_format(kType);
   const int64_t row_bytes = block_row_bytes(kType, a.cols);
   const int64_t row_stride = a.interleaved * row_bytes;
@@ -402,6 +411,7 @@ void transcode_panels(const TranscodeArgs& a) {
                              next != nullptr ? next + i * kPanelRows * row_bytes : nullptr);
     }
   }
+  return true;
 }
 
 }  // namespace

@@ -75,6 +75,35 @@ struct Bf16Weights {
   static Vec load(const uint8_t* from, int64_t n) { return widen(load_16bit(from, n)); }
 };
 
+// FP8 codes as value / 256: with the sign spread to bit 14 and cleared there, what is left is a float16 whose
+// exponent has a bias of 15 instead of 7, subnormals included. NaN codes come out as 480 / 256.
+inline Vec widen_f8(__m128i codes) {
+  const __m128i halves = _mm_slli_epi16(_mm_cvtepi8_epi16(codes), 7);
+  return _mm256_cvtph_ps(_mm_and_si128(halves, _mm_set1_epi16(int16_t(0xBF80))));
+}
+inline Vec load_f8(const uint8_t* from) {
+  return widen_f8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
+inline Vec load_f8(const uint8_t* from, int64_t n) {
+  uint8_t codes[8] = {};
+  std::memcpy(codes, from, size_t(n));
+  return load_f8(codes);
+}
+// Whether one of n codes is NaN.
+inline bool has_nan_code(const uint8_t* codes, int64_t n) {
+  const __m256i low = _mm256_set1_epi8(0x7F);
+  __m256i largest = _mm256_setzero_si256();
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    const __m256i magnitudes =
+        _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i)), low);
+    largest = _mm256_max_epu8(largest, magnitudes);
+  }
+  bool found = _mm256_movemask_epi8(_mm256_cmpeq_epi8(largest, low)) != 0;
+  for (; i < n; ++i) found |= (codes[i] & 0x7F) == 0x7F;
+  return found;
+}
+
 // Lanes are folded in halves: 0+4, 1+5, ..., then 0+2, 1+3, then 0+1.
 inline float sum_lanes(Vec a) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

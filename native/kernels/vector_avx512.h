@@ -66,6 +66,29 @@ struct Bf16Weights {
   }
 };
 
+// FP8 codes as value / 256: with the sign spread to bit 14 and cleared there, what is left is a float16 whose
+// exponent has a bias of 15 instead of 7, subnormals included. NaN codes come out as 480 / 256.
+inline Vec widen_f8(__m128i codes) {
+  const __m256i halves = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);
+  return _mm512_cvtph_ps(_mm256_and_si256(halves, _mm256_set1_epi16(int16_t(0xBF80))));
+}
+inline Vec load_f8(const uint8_t* from) {
+  return widen_f8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline Vec load_f8(const uint8_t* from, int64_t n) {
+  return widen_f8(_mm_maskz_loadu_epi8(first_lanes(n), from));
+}
+// Whether one of n codes is NaN.
+inline bool has_nan_code(const uint8_t* codes, int64_t n) {
+  const __m512i low = _mm512_set1_epi8(0x7F);
+  __m512i largest = _mm512_setzero_si512();
+  for (int64_t i = 0; i < n; i += 64) {
+    const __mmask64 some = n - i >= 64 ? ~__mmask64{0} : (__mmask64{1} << (n - i)) - 1;
+    largest = _mm512_max_epu8(largest, _mm512_and_si512(_mm512_maskz_loadu_epi8(some, codes + i), low));
+  }
+  return _mm512_cmpeq_epi8_mask(largest, low) != 0;
+}
+
 // Lanes are folded in halves: 0+8, 1+9, ..., then 0+4, ..., then 0+2, 1+3, then 0+1.
 inline float sum_lanes(Vec a) {
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));

@@ -23,13 +23,15 @@ inline WeightScale weight_scale_at(Format format, const uint8_t* panel, int64_t 
   const float min =
       q.has_min ? float_from_f16(read_unaligned<uint16_t>(scales + (kPanelRows + row) * 2)) : 0.0f;
   if (q.sub_scales == SubScales::none) return {scale, min};
-  const uint8_t* subs = scales + row;
-  const uint8_t sub_scale = subs[q.sub_scales_at() + inside / q.sub_scale_cols * kPanelRows];
-  if (q.sub_scales == SubScales::signed_bytes) return {scale * float(int8_t(sub_scale)), 0.0f};
-  if (q.sub_scales == SubScales::nibbles) {
+  const int64_t number = inside / q.sub_scale_cols;
+  const int64_t at =
+      q.is_paired() ? (number / 2 * kPanelRows + row) * 2 + number % 2 : number * kPanelRows + row;
+  const uint8_t sub_scale = scales[q.sub_scales_at() + at];
+  if (q.sub_scales == SubScales::nibble_pairs) {
     return {scale * float(sub_scale & 0xF), min * float(sub_scale >> 4)};
   }
-  const uint8_t sub_min = subs[q.sub_mins_at() + inside / kGroupSize * kPanelRows];
+  if (q.sub_scales != SubScales::bytes) return {scale * float(int8_t(sub_scale)), 0.0f};
+  const uint8_t sub_min = scales[q.sub_mins_at() + inside / kGroupSize * kPanelRows + row];
   return {scale * float(sub_scale), min * float(sub_min)};
 }
 

@@ -59,16 +59,17 @@ std::string hex(uint32_t value) {
 // Bytes of the matrix that a piece becomes.
 int64_t transcoded_bytes(const Piece& piece, const std::string& name) {
   const auto& [type, rows, cols, interleaved] = *piece.transcode;
-  const int64_t block_cols = quant_format(slot_format(type)).block_cols;
-  // A byte for 32 weights at least: no product below can overflow.
-  const bool is_possible = rows > 0 && cols > 0 && interleaved > 0 && cols % block_cols == 0 &&
-                           piece.nbytes < int64_t{1} << 50 && interleaved <= piece.nbytes / rows &&
-                           cols / kGroupSize <= piece.nbytes / (rows * interleaved);
-  if (!is_possible || interleaved * rows * block_row_bytes(type, cols) != piece.nbytes) {
+  // No product below can overflow.
+  constexpr int64_t kMostRows = int64_t{1} << 30;
+  const bool is_possible = rows > 0 && cols > 0 && interleaved > 0 && cols <= kMostRows &&
+                           rows <= kMostRows && interleaved <= kMostRows / rows &&
+                           has_whole_blocks(type, cols) &&
+                           (interleaved == 1 || slot_format(type) != Format::f8);
+  if (!is_possible || source_bytes(type, interleaved * rows, cols) != piece.nbytes) {
     throw std::invalid_argument(name + ": " + std::to_string(piece.nbytes) + " bytes are not " +
                                 (interleaved == 1 ? "" : std::to_string(interleaved) + " times ") +
                                 std::to_string(rows) + " rows of " + std::to_string(cols) +
-                                " columns in blocks of " + std::to_string(block_cols));
+                                " columns in blocks of " + std::to_string(block_cols(type)));
   }
   return interleaved * matrix_bytes(slot_format(type), rows, cols);
 }
@@ -228,11 +229,12 @@ void Store::add_piece(Request& request, const Piece& piece, std::optional<uint32
     const int64_t panel_bytes = piece.transcode->panel_bytes();
     if (panel_bytes > kStagingBytes - 2 * align) {
       throw std::invalid_argument(
-          file_name(path) + ": " + std::to_string(kPanelRows * piece.transcode->interleaved) + " rows of " +
-          std::to_string(cols) + " columns take " + std::to_string(panel_bytes) +
+          file_name(path) + ": " +
+          std::to_string(strip_rows(piece.transcode->block_type) * piece.transcode->interleaved) +
+          " rows of " + std::to_string(cols) + " columns take " + std::to_string(panel_bytes) +
           " bytes, and a reader transcodes from " + std::to_string(kStagingBytes - 2 * align) + " at most");
     }
-    const int64_t num_panels = divide_up(rows, kPanelRows);
+    const int64_t num_panels = num_strips(piece.transcode->block_type, rows);
     const int64_t num_parts = divide_up(num_panels, std::max<int64_t>(1, kTranscodedPartBytes / panel_bytes));
     const int64_t part_panels = divide_up(num_panels, num_parts);
     for (int64_t panel = 0; panel < num_panels; panel += part_panels) {
@@ -505,10 +507,13 @@ Store::Outcome Store::read_part(const Begun& begun) {
   Outcome outcome = read_range(piece, begun, data_end, staged);
   if (outcome.error != ReadError::none) return outcome;
   const double start = file_system_->seconds();
-  transcode(type, staged + (data_begin - part.begin), rows, cols, interleaved, part.panel_begin,
-            part.panel_end, piece.memory);
+  const bool is_finite = transcode(type, staged + (data_begin - part.begin), rows, cols, interleaved,
+                                   part.panel_begin, part.panel_end, piece.memory);
   add_seconds(&StoreStats::transcode_seconds, file_system_->seconds() - start);
-  return {};
+  if (is_finite) return {};
+  return {ReadError::not_finite, file_name(piece.file->path) + ": " +
+                                     range_of(data_begin, data_end - data_begin) +
+                                     " hold a code or scale that is not a finite number"};
 }
 
 // Bytes [part.begin, part.end) of the file to `memory`, as far as they are not there yet; it is an error if

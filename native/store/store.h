@@ -64,8 +64,8 @@ struct Transcode {
   int64_t cols;
   int64_t interleaved = 1;
 
-  // Bytes of the file that become one panel of each matrix.
-  int64_t panel_bytes() const { return kPanelRows * interleaved * block_row_bytes(block_type, cols); }
+  // Bytes of the file that become one strip of each matrix.
+  int64_t panel_bytes() const { return interleaved * source_bytes(block_type, strip_rows(block_type), cols); }
 };
 
 struct Piece {
@@ -83,7 +83,7 @@ struct Record {
   int64_t base_offset = 0;               // of the arena
 };
 
-enum class ReadError { none, io, checksum, short_file };
+enum class ReadError { none, io, checksum, short_file, not_finite };
 
 struct Completion {
   int64_t ticket;

@@ -16,10 +16,10 @@
 
 namespace argosy::testing {
 
-inline const Format kFormats[] = {Format::f32,    Format::f16,    Format::bf16,  Format::q8,
-                                  Format::q4,     Format::q4_1,   Format::q5_0,  Format::q4_k,
-                                  Format::q5_k,   Format::q6_k,   Format::q2_k,  Format::q3_k,
-                                  Format::iq4_nl, Format::iq4_xs, Format::mxfp4, Format::int4};
+inline const Format kFormats[] = {Format::f32,   Format::f16,  Format::bf16, Format::f8,     Format::q8,
+                                  Format::q4,    Format::q4_1, Format::q5_0, Format::q4_k,   Format::q5_k,
+                                  Format::q6_k,  Format::q2_k, Format::q3_k, Format::iq4_nl, Format::iq4_xs,
+                                  Format::mxfp4, Format::int4};
 // Those that bring a whole matrix.
 inline const BlockType kBlockTypes[] = {BlockType::q8_0,   BlockType::q4_0,   BlockType::q4_1,
                                         BlockType::q5_0,   BlockType::q4_k,   BlockType::q5_k,
@@ -44,12 +44,13 @@ inline std::vector<const KernelTable*> all_tables() {
 }
 inline const KernelTable& plain() { return kernel_table("plain"); }
 
-// Formats that float32 weights become; the others hold what GGUF's blocks have.
-inline bool is_quantized_here(Format format) { return format <= Format::q4; }
+// Formats that float32 weights become; the others hold what files have.
+inline bool is_quantized_here(Format format) { return format <= Format::q4 && format != Format::f8; }
 
 // The columns that a matrix of this format can have: `cols` or, for GGUF's blocks, the next whole block.
 inline int64_t cols_of(Format format, int64_t cols) {
-  return is_quantized_here(format) ? cols : round_up(cols, quant_format(format).block_cols);
+  return is_quantized_here(format) || format == Format::f8 ? cols
+                                                           : round_up(cols, quant_format(format).block_cols);
 }
 
 inline BlockType block_type_of(Format format) {
@@ -121,8 +122,20 @@ struct Weights {
   }
 
   void bring(BlockType type, const std::vector<uint8_t>& blocks) {
-    transcode(type, blocks.data(), view.rows, view.cols, 1, 0, round_up(view.rows, kPanelRows) / kPanelRows,
-              const_cast<uint8_t*>(view.data));
+    CHECK(transcode(type, blocks.data(), view.rows, view.cols, 1, 0, num_strips(type, view.rows),
+                    const_cast<uint8_t*>(view.data)));
+  }
+
+  // Both tensors of an FP8 matrix, whatever a code is.
+  Weights(const std::vector<uint8_t>& codes, const std::vector<float>& scales, int64_t rows, int64_t cols,
+          int64_t misalign = 0)
+      : Weights(Format::f8, rows, cols, misalign) {
+    uint8_t* matrix = bytes.get() + misalign;
+    const auto* bits = reinterpret_cast<const uint8_t*>(scales.data());
+    plain().transcode[int(BlockType::f8_codes)](
+        {codes.data(), rows, cols, 1, 0, num_strips(BlockType::f8_codes, rows), matrix});
+    plain().transcode[int(BlockType::f8_scales)](
+        {bits, rows, cols, 1, 0, num_strips(BlockType::f8_scales, rows), matrix});
   }
 
   // cols is cols_of(format, ...).
@@ -135,8 +148,18 @@ struct Weights {
       }
       return parts;
     }
+    if (format == Format::f8) return random_f8(rows, cols, seed, misalign);
     const BlockType type = block_type_of(format);
     return Weights(type, random_blocks(type, rows, cols, seed), rows, cols, misalign);
+  }
+
+  // Every code but NaN, and scales such that weights are of the order of one.
+  static Weights random_f8(int64_t rows, int64_t cols, unsigned seed, int64_t misalign) {
+    std::mt19937 generator(seed);
+    std::vector<uint8_t> codes(size_t(rows * cols));
+    for (uint8_t& code : codes) code = uint8_t(generator() % 0x7F + generator() % 2 * 0x80);
+    const int64_t blocks = round_up(rows, kF8Block) / kF8Block * round_up(cols, kF8Block) / kF8Block;
+    return Weights(codes, normal(blocks, seed + 1, 0.01f), rows, cols, misalign);
   }
 
   std::unique_ptr<uint8_t[]> bytes;

@@ -203,10 +203,134 @@ Weights spoiled(Format format, int64_t rows) {
   return w;
 }
 
+// What the specification says a code is.
+double e4m3(int code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  if (exponent == 15 && mantissa == 7) return NAN;
+  const double magnitude = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+  return code < 128 ? magnitude : -magnitude;
+}
+
+// Sizes with several blocks and parts of one at both edges.
+constexpr int64_t kF8Rows = 290, kF8Cols = 700, kF8Tokens = 61;
+
+void f8_weights_are_codes_times_scales() {
+  std::vector<uint8_t> codes(size_t(kF8Rows * kF8Cols));
+  for (size_t i = 0; i < codes.size(); ++i) codes[i] = uint8_t(i);
+  const std::vector<float> scales = normal(3 * 6, 12);
+  const Weights w(codes, scales, kF8Rows, kF8Cols, 1);
+  std::vector<float> found(codes.size());
+  for (const KernelTable* table : all_tables()) {
+    for (int64_t row = 0; row < kF8Rows; ++row)
+      table->dequantize_row(Format::f8, w.view.data, kF8Cols, row, found.data() + row * kF8Cols);
+    bool equal = true;
+    for (size_t i = 0; i < codes.size(); ++i) {
+      const size_t row = i / kF8Cols, col = i % kF8Cols;
+      const float expected = float(e4m3(codes[i]) * double(scales[row / 128 * 6 + col / 128]));
+      equal &= std::isnan(expected) ? std::isnan(found[i]) : found[i] == expected;
+    }
+    CHECK(equal);
+  }
+}
+
+void f8_products_are_those_of_the_float32_weights() {
+  const Weights w = Weights::random(Format::f8, kF8Rows, kF8Cols, 13, 1);
+  const std::vector<float> x = normal(kF8Tokens * kF8Cols, 14);
+  std::vector<float> weights(size_t(kF8Rows * kF8Cols));
+  dequantize(w.view, weights.data());
+  const Weights as_floats(Format::f32, weights, kF8Rows, kF8Cols);
+  for (const KernelTable* table : all_tables()) {
+    const std::vector<float> all = multiply(*table, w.view, x, kF8Tokens);
+    // 700 products of numbers up to about 10, rounded to 2^-24 in another order.
+    CHECK(near(all, multiply(*table, as_floats.view, x, kF8Tokens), 1e-4));
+    for (int64_t t = 0; t < kF8Tokens; ++t) {
+      const std::vector<float> one(x.begin() + t * kF8Cols, x.begin() + (t + 1) * kF8Cols);
+      CHECK(same_bits(multiply(*table, w.view, one, 1),
+                      std::vector<float>(all.begin() + t * kF8Rows, all.begin() + (t + 1) * kF8Rows)));
+    }
+  }
+}
+
+void a_nan_code_stays_in_its_row() {
+  for (const uint8_t code : {uint8_t{0x7F}, uint8_t{0xFF}}) {
+    for (const int64_t col : {0, 63, 130, 691, 699}) {
+      std::vector<uint8_t> codes(size_t(kF8Rows * kF8Cols), 0x7E);
+      codes[size_t(131 * kF8Cols + col)] = code;
+      const Weights w(codes, std::vector<float>(18, 1.0f), kF8Rows, kF8Cols);
+      for (const KernelTable* table : all_tables()) {
+        for (const int64_t tokens : {1, 3, 30}) {
+          const std::vector<float> y = multiply(*table, w.view, normal(tokens * kF8Cols, 15), tokens);
+          bool right = true;
+          for (size_t i = 0; i < y.size(); ++i) right &= std::isnan(y[i]) == (i % kF8Rows == 131);
+          CHECK(right);
+        }
+      }
+    }
+  }
+}
+
+void what_is_no_number_is_seen_while_it_is_transcoded() {
+  for (const KernelTable* table : all_tables()) {
+    std::vector<uint8_t> matrix(size_t(matrix_bytes(Format::f8, kF8Rows, kF8Cols)));
+    const auto run = [&](BlockType type, const void* data) {
+      return table->transcode[int(type)]({static_cast<const uint8_t*>(data), kF8Rows, kF8Cols, 1, 0,
+                                          num_strips(type, kF8Rows), matrix.data()});
+    };
+    std::vector<uint8_t> codes(size_t(kF8Rows * kF8Cols), 0xFE);
+    CHECK(run(BlockType::f8_codes, codes.data()));
+    for (const size_t at : {size_t(0), codes.size() / 2, codes.size() - 1}) {
+      std::vector<uint8_t> damaged = codes;
+      damaged[at] = at % 2 == 0 ? 0x7F : 0xFF;
+      CHECK(!run(BlockType::f8_codes, damaged.data()));
+    }
+    std::vector<float> scales(18, 6e35f);
+    CHECK(run(BlockType::f8_scales, scales.data()));
+    for (const float wrong : {NAN, INFINITY, -INFINITY, 1e36f}) {
+      std::vector<float> damaged = scales;
+      damaged[17] = wrong;
+      CHECK(!run(BlockType::f8_scales, damaged.data()));
+    }
+    std::vector<uint16_t> halves(18, 0x3F80);
+    CHECK(run(BlockType::f8_scales_bf16, halves.data()));
+    halves[3] = 0x7F80;
+    CHECK(!run(BlockType::f8_scales_bf16, halves.data()));
+  }
+}
+
+// Readers transcode some rows of a tensor at a time, scales before or after codes.
+void f8_tensors_may_be_transcoded_apart() {
+  std::vector<uint8_t> codes(size_t(kF8Rows * kF8Cols));
+  for (size_t i = 0; i < codes.size(); ++i) codes[i] = uint8_t(i * 7 % 127);
+  std::vector<uint16_t> halves(18);
+  std::vector<float> scales(18);
+  for (size_t i = 0; i < 18; ++i) {
+    halves[i] = uint16_t(0x3C00 + 77 * i);
+    scales[i] = float_from_bf16(halves[i]);
+  }
+  const Weights whole(codes, scales, kF8Rows, kF8Cols);
+  const auto size = size_t(matrix_bytes(Format::f8, kF8Rows, kF8Cols));
+  for (const KernelTable* table : all_tables()) {
+    std::vector<uint8_t> parts(size, 0xAA);
+    const int64_t strips[][2] = {{2, 3}, {0, 2}};
+    for (const auto& [begin, end] : strips) {
+      table->transcode[int(BlockType::f8_scales_bf16)](
+          {reinterpret_cast<const uint8_t*>(halves.data() + begin * 6), kF8Rows, kF8Cols, 1, begin, end,
+           parts.data()});
+    }
+    const int64_t panels[][2] = {{9, 19}, {0, 1}, {1, 9}};
+    for (const auto& [begin, end] : panels) {
+      table->transcode[int(BlockType::f8_codes)](
+          {codes.data() + begin * 16 * kF8Cols, kF8Rows, kF8Cols, 1, begin, end, parts.data()});
+    }
+    CHECK(std::memcmp(parts.data(), whole.view.data, size) == 0);
+  }
+}
+
 void nan_and_infinity_stay_in_their_row() {
   constexpr int64_t kRows = 20, kCols = 70;
   for (const KernelTable* table : all_tables()) {
     for (const Format format : kFormats) {
+      if (format == Format::f8) continue;  // has no infinities, and one scale for all these rows
       std::vector<float> values = normal(kRows * kCols, 8);
       values[3 * kCols + 40] = NAN;
       values[7 * kCols + 69] = -INFINITY;
@@ -245,6 +369,7 @@ void panels_may_be_transcoded_apart() {
     for (int number = 0; number < kNumBlockTypes; ++number) {
       const BlockType type = BlockType(number);
       const Format format = slot_format(type);
+      if (format == Format::f8) continue;  // f8_tensors_may_be_transcoded_apart
       const int64_t cols = 2 * quant_format(format).block_cols;
       const int64_t row_bytes = block_row_bytes(type, cols);
       for (const int64_t interleaved : {1, 2, 3}) {
@@ -287,6 +412,11 @@ int main() {
   vector_paths_meet_the_reference();
   a_token_has_one_order_of_sums();
   a_long_row_has_the_same_order_of_sums();
+  f8_weights_are_codes_times_scales();
+  f8_products_are_those_of_the_float32_weights();
+  a_nan_code_stays_in_its_row();
+  what_is_no_number_is_seen_while_it_is_transcoded();
+  f8_tensors_may_be_transcoded_apart();
   rows_and_tokens_may_be_picked();
   integer_sums_are_exact();
   activations_are_the_same_bytes_everywhere();

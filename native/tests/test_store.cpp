@@ -308,8 +308,8 @@ constexpr uint8_t kUntouched = 0xA5;
 // rest of the panels alone.
 std::vector<uint8_t> panels_of(const BlockMatrix& matrix, const uint8_t* blocks) {
   std::vector<uint8_t> panels(size_t(matrix.bytes()), kUntouched);
-  transcode(matrix.type, blocks, matrix.rows, matrix.cols, matrix.interleaved, 0,
-            (matrix.rows + kPanelRows - 1) / kPanelRows, panels.data());
+  CHECK(transcode(matrix.type, blocks, matrix.rows, matrix.cols, matrix.interleaved, 0,
+                  (matrix.rows + kPanelRows - 1) / kPanelRows, panels.data()));
   return panels;
 }
 
@@ -327,6 +327,7 @@ void a_matrix_of_blocks_lands_as_panels_at_any_offset() {
     const int id = store.open(file.path(), direct);
     Arena arena{size_t{8} << 20};
     for (int type = 0; type < kNumBlockTypes; ++type) {
+      if (slot_format(BlockType(type)) == Format::f8) continue;  // not all bytes are FP8 weights
       for (const int64_t rows : {1, 15, 16, 17, 700, 1500}) {
         const BlockMatrix matrix{BlockType(type), rows, rows > 100 ? 1536 : 256, 1 + rows % 2};
         for (const int64_t offset :
@@ -374,7 +375,8 @@ void quants_and_scales_land_in_the_same_panels() {
         wait_one(store, store.fetch(arena, {scales.piece(id, scales_at, 0), quants.piece(id, 3, 0)})).message,
         "");
     std::vector<uint8_t> panels = panels_of(quants, file.at(3));
-    transcode(scales.type, file.at(scales_at), scales.rows, scales.cols, interleaved, 0, 69, panels.data());
+    CHECK(transcode(scales.type, file.at(scales_at), scales.rows, scales.cols, interleaved, 0, 69,
+                    panels.data()));
     CHECK(std::equal(panels.begin(), panels.end(), arena.data()));
     CHECK(store.stats().reads > 3);
   }

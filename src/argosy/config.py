@@ -21,7 +21,7 @@ _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "k": KIB, "m": M
 KvDtype = Literal["f32", "f16"]
 # How the weights of a matrix lie in memory; native/kernels/formats.h has the layouts.
 Format = Literal[
-    "f32", "f16", "bf16",
+    "f32", "f16", "bf16", "f8",
     "q8", "q4", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4", "int4",
 ]  # fmt: skip
 

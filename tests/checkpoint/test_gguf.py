@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
 
@@ -11,7 +12,14 @@ import numpy as np
 import pytest
 
 from argosy.checkpoint.files import SLOT_FORMATS, in_halves
-from argosy.checkpoint.gguf import BLOCK_SIZES, GgufArray, metadata_only, read_gguf, read_values
+from argosy.checkpoint.gguf import (
+    BLOCK_SIZES,
+    GgufArray,
+    find_gguf,
+    metadata_only,
+    read_gguf,
+    read_values,
+)
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.errors import CheckpointError, UnsupportedModel
 from tests.checkpoint.raw_gguf import ARRAY, STRING, RawGguf, entry, tensor, text
@@ -135,7 +143,7 @@ def test_a_lie_is_refused_by_name(sentence: str, path: Path) -> None:
     assert refusal.value.message.startswith("model.gguf")
 
 
-def test_a_file_of_another_byte_order_version_or_in_parts_is_refused_with_what_to_do(path: Path) -> None:
+def test_a_file_of_another_byte_order_or_version_is_refused_with_what_to_do(path: Path) -> None:
     big = b"GGUF" + struct.pack(">IQQ", 3, 1, 1) + bytes(100)
     path.write_bytes(big)
     with pytest.raises(
@@ -144,9 +152,103 @@ def test_a_file_of_another_byte_order_version_or_in_parts_is_refused_with_what_t
         read_gguf(path)
     with pytest.raises(UnsupportedModel, match="is GGUF version 1; supported: 2, 3"):
         read_gguf(RawGguf(version=1).write(path))
-    parts = RawGguf(metadata=[entry("split.count", 2, 3)])
-    with pytest.raises(UnsupportedModel, match=r"is one of 3 parts of a model.*\n?hint: join them"):
-        read_gguf(parts.write(path))
+
+
+def write_parts(directory: Path, stem: str = "model", *, changed: Mapping[int, RawGguf | None] = {}) -> Path:
+    """Three parts of a model of five tensors, the first with the metadata; returns the path of the first."""
+    tensors = (["a"], ["b", "c"], ["d", "e"])
+    for number, names in enumerate(tensors):
+        raw = RawGguf(
+            metadata=[*split(number), *([entry("a.count", 4, 7)] if number == 0 else [])],
+            tensors=[tensor(name, [8], 0, 32 * at) for at, name in enumerate(names)],
+            data=bytes([number]) * 32 * len(names),
+        )
+        raw = changed.get(number, raw)
+        if raw is not None:
+            raw.write(directory / f"{stem}-{number + 1:05}-of-00003.gguf")
+    return directory / f"{stem}-00001-of-00003.gguf"
+
+
+def split(number: int, count: int = 3, num_tensors: int = 5) -> list[bytes]:
+    return [
+        entry("split.no", 2, number),
+        entry("split.count", 2, count),
+        entry("split.tensors.count", 5, num_tensors),
+    ]
+
+
+def test_parts_are_one_model_and_each_tensor_lies_in_its_own(tmp_path: Path) -> None:
+    first = write_parts(tmp_path)
+    file = read_gguf(first)
+    assert file.path == first
+    assert list(file.tensors) == ["a", "b", "c", "d", "e"]
+    assert [int(ref.path.name[6:11]) for ref in file.tensors.values()] == [1, 2, 2, 3, 3]
+    assert [read_values(ref).tobytes()[0] for ref in file.tensors.values()] == [0, 1, 1, 2, 2]
+    assert file.metadata == {"a.count": 7}
+    copy = tmp_path / "metadata.gguf"  # nobody looks for its parts
+    copy.write_bytes(metadata_only(file))
+    assert read_gguf(copy).metadata == {"a.count": 7}
+
+
+def of_one_tensor(name: str, metadata: list[bytes]) -> RawGguf:
+    return RawGguf(metadata=metadata, tensors=[tensor(name, [8], 0, 0)], data=bytes(32))
+
+
+WRONG_PARTS = {
+    "model-00002-of-00003.gguf is missing from": {1: None},
+    "model-00003-of-00003.gguf is part 2 of 3 of a model of 5 tensors, expected part 3 of 3": {
+        2: of_one_tensor("d", split(1))
+    },
+    "model-00003-of-00003.gguf is part 3 of 4 of a model of 5 tensors, expected part 3 of 3": {
+        2: of_one_tensor("d", split(2, count=4))
+    },
+    "model-00002-of-00003.gguf is part 2 of 3 of a model of 9 tensors, expected part 2 of 3 of a model of 5": {
+        1: of_one_tensor("b", split(1, num_tensors=9))
+    },
+    "model-00002-of-00003.gguf is no part of a model, expected part 2": {1: of_one_tensor("b", [])},
+    "model-00002-of-00003.gguf: a.count is '8', in model-00001-of-00003.gguf it is '7'": {
+        1: of_one_tensor("b", [*split(1), entry("a.count", 4, 8)])
+    },
+    "model-00002-of-00003.gguf lists a, which model-00001-of-00003.gguf holds already": {
+        1: of_one_tensor("a", split(1))
+    },
+    "the 3 parts of model-00001-of-00003.gguf hold 4 tensors, expected 5": {1: of_one_tensor("b", split(1))},
+    "split.count is -3, expected a whole number of 0 or more": {
+        0: of_one_tensor("a", [entry("split.count", 5, -3)])
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sentence", WRONG_PARTS)
+def test_a_part_that_is_missing_or_of_another_model_is_named(sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as refusal:
+        read_gguf(write_parts(tmp_path, changed=WRONG_PARTS[sentence]))
+    assert sentence in refusal.value.message
+
+
+def test_a_later_part_or_a_renamed_one_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    first = write_parts(tmp_path)
+    with pytest.raises(CheckpointError, match=r"part 2 of 3 of a model of 5 tensors; .*\n?.*00001-of-00003"):
+        read_gguf(first.with_name("model-00002-of-00003.gguf"))
+    renamed = first.rename(tmp_path / "model.gguf")
+    with pytest.raises(
+        CheckpointError, match=r"model.gguf is part 1 of 3 .* not end in -00001-of-00003.gguf"
+    ):
+        read_gguf(renamed)
+
+
+def test_parts_of_a_directory_count_as_one_model(tmp_path: Path) -> None:
+    assert find_gguf(tmp_path) is None
+    first = write_parts(tmp_path)
+    assert find_gguf(tmp_path) == first
+    first.unlink()
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00003\.gguf is missing from"):
+        read_gguf(find_gguf(tmp_path))
+    write_parts(tmp_path, "other")
+    with pytest.raises(
+        CheckpointError, match=r"holds 2 models as \.gguf files: model-00001-of-00003\.gguf, other-"
+    ):
+        find_gguf(tmp_path)
 
 
 def test_a_large_vocabulary_is_stepped_over_and_a_huge_file_is_not_read(path: Path) -> None:

@@ -128,7 +128,7 @@ def test_a_config_beside_the_manifest_that_says_otherwise_is_refused(packed: Pat
         (lambda c: c["dense"]["embed"].update(format="f32"), "dense.bin has"),
         (
             lambda c: c["dense"]["embed"].update(format="q5"),
-            "is q5, text; expected one of f32, f16, bf16, q8, q4",
+            "is q5, text; expected one of f32, f16, bf16, f8, q8, q4",
         ),
         (lambda c: c["dense"]["embed"].update(crc32c_wide=2**32), "expected a checksum of 32 bits"),
         (lambda c: c["dense"]["embed"].pop("format"), "expected the keys format, crc32c_wide"),
@@ -152,6 +152,10 @@ def test_a_config_beside_the_manifest_that_says_otherwise_is_refused(packed: Pat
         (
             lambda c: c["config"]["rope"].update(kind="longrope"),
             "config.rope.kind is longrope, text; expected one of",
+        ),
+        (
+            lambda c: c["config"]["layers"][0].update(mixer="latent"),
+            "config.latent is None, null; expected an object, for layers whose mixer is latent",
         ),
         (lambda c: c["config"]["rope"].update(theta="x"), "config.rope.theta is x, text; expected float"),
         (lambda c: c.pop("experts"), "expected the keys format, config, dense, experts, files"),

@@ -17,7 +17,15 @@ from argosy.checkpoint.manifest import verify_pack
 from argosy.checkpoint.pack import pack
 from argosy.errors import UsageError
 from argosy.model.families import open_model
-from tests.models.gguf_models import BLOCK_TYPES, TYPES, TypeOf, mixed, one_type, write_gguf_model
+from tests.models.gguf_models import (
+    BLOCK_TYPES,
+    TYPES,
+    TypeOf,
+    mixed,
+    mixed_small,
+    one_type,
+    write_gguf_model,
+)
 from tests.models.numpy_model import NumpyModel, softmax
 from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.safetensors_file import Array
@@ -32,6 +40,7 @@ from tests.models.tiny import (
     qwen2_moe,
     qwen3_moe,
 )
+from tests.models.tiny_latent import deepseek_v3
 
 # Mean KL in nats that 8-bit activations may cost; 0.0003 is found. A wrong scale, row or column costs more than one.
 LARGEST_DIVERGENCE = 0.002
@@ -62,8 +71,30 @@ def config_of(family: str, *, num_experts: int, experts_per_token: int) -> RawCo
             return minimax_m2(**sizes, rotary_dim=32, num_local_experts=num_experts, intermediate_size=256)
         case "gpt_oss":
             return gpt_oss(**sizes, num_local_experts=num_experts, intermediate_size=256)
+        case "deepseek_v3":
+            return latent(num_experts, experts_per_token)
         case _:
             return qwen3_moe(**sizes, num_experts=num_experts, moe_intermediate_size=256)
+
+
+def latent(num_experts: int, experts_per_token: int, **changes: Any) -> RawConfig:
+    """A DeepSeek-V3 in whose matrices rows are whole blocks of every type, but those of the key halves."""
+    return deepseek_v3(
+        hidden_size=256,
+        num_hidden_layers=2,
+        q_lora_rank=256,
+        kv_lora_rank=256,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=64,
+        intermediate_size=256,
+        moe_intermediate_size=256,
+        n_group=1,
+        topk_group=1,
+        n_routed_experts=num_experts,
+        num_experts_per_tok=experts_per_token,
+        **changes,
+    )
 
 
 def mean_divergence(expected: Array, found: Array) -> float:
@@ -73,7 +104,7 @@ def mean_divergence(expected: Array, found: Array) -> float:
 
 def every_type() -> list[Any]:
     kinds = [*((name, one_type(name)) for name in TYPES), ("mixed", mixed)]
-    families = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
+    families = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3")
     cases = [(family, name, kind) for family in families for name, kind in kinds]
     cases += [(family, "mixed", mixed) for family in ("glm4_moe", "olmoe", "minimax_m2")]
     cases += [(family, "F16", one_type("F16")) for family in ("glm4_moe", "olmoe", "minimax_m2")]
@@ -96,6 +127,23 @@ def test_logits_are_those_of_the_dequantised_weights(family: str, type_of: TypeO
         assert mean_divergence(expected, logits) <= LARGEST_DIVERGENCE
 
 
+@pytest.mark.parametrize("type_name", ["F32", "Q8_0", "Q5_0", "Q4_K"])
+def test_keys_and_values_in_one_tensor_give_the_logits_of_the_dequantised_weights(
+    type_name: str, tmp_path: Path
+) -> None:
+    """As in files of latent attention before April 2025: they are split in two when they are read."""
+    config, path = latent(num_experts=3, experts_per_token=3), tmp_path / "model.gguf"
+    reference = NumpyModel(write_gguf_model(path, config, one_type(type_name), seed=5, split_kv=False))
+    prompt = prompt_ids(config, 5)
+    with Engine(path, memory="4GiB", threads=1) as engine:
+        logits = engine.logits(prompt)
+
+    expected = reference.logits(prompt)
+    if type_name == "F32":
+        assert difference(logits, expected) <= LARGEST_DIFFERENCE
+    assert mean_divergence(expected, logits) <= LARGEST_DIVERGENCE
+
+
 def test_experts_of_their_own_tensors_read_like_stacked_ones(tmp_path: Path) -> None:
     config = config_of("mixtral", num_experts=4, experts_per_token=2)
     logits = []
@@ -107,16 +155,40 @@ def test_experts_of_their_own_tensors_read_like_stacked_ones(tmp_path: Path) -> 
     np.testing.assert_array_equal(*logits)
 
 
+@pytest.mark.parametrize("has_bare_first_part", [False, True])
+def test_a_model_in_parts_answers_like_the_same_model_in_one_file(
+    has_bare_first_part: bool, tmp_path: Path
+) -> None:
+    config = config_of("qwen3_moe", num_experts=4, experts_per_token=2)
+    path = tmp_path / "model.gguf"
+    write_gguf_model(path, config, mixed, seed=3)
+    (tmp_path / "parts").mkdir()
+    in_parts = tmp_path / "parts" / "model.gguf"
+    write_gguf_model(
+        in_parts, config, mixed, seed=3, tensors_per_part=5, has_bare_first_part=has_bare_first_part
+    )
+    assert not in_parts.exists()
+    first = min(in_parts.parent.glob("*.gguf"))
+    packed = tmp_path / "packed"
+    pack(open_model(first), packed, format="source")
+    logits = []
+    for model in (path, first, first.parent, packed):
+        with Engine(model, memory="4GiB", threads=1) as engine:
+            logits.append(engine.logits(prompt_ids(config, 2)))
+    assert all(np.array_equal(logits[0], each) for each in logits[1:])
+
+
 @pytest.mark.parametrize("instruction_set", _native.instruction_sets())
 @pytest.mark.parametrize(
-    "family", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "glm4_moe", "olmoe", "minimax_m2"]
+    "family",
+    ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "glm4_moe", "olmoe", "minimax_m2", "deepseek_v3"],
 )
 def test_greedy_answers_are_equal_at_every_budget_in_place_and_packed(
     family: str, instruction_set: str, tmp_path: Path
 ) -> None:
     config = config_of(family, num_experts=8, experts_per_token=2)
     path, packed = tmp_path / "model.gguf", tmp_path / "packed"
-    write_gguf_model(path, config, mixed, seed=4)
+    write_gguf_model(path, config, mixed_small if family == "qwen3_moe" else mixed, seed=4)
     pack(open_model(path), packed, format="source")
     prompt = prompt_ids(config, 4, 19)
     greedy = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=2)

@@ -32,6 +32,7 @@ from tests.models.tiny import (
     write_model,
 )
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
+from tests.models.tiny_latent import deepseek_v3
 
 NUM_NEW = 12
 GREEDY = SamplingParams(max_tokens=NUM_NEW, temperature=0, ignore_eos=True, logprobs=3)
@@ -66,6 +67,14 @@ CONFIGS = {
         linear_value_head_dim=70,
     ),
     "qwen3_5_moe_text": qwen3_5_moe_text(max_position_embeddings=1024, num_experts=12),
+    "deepseek_v3": deepseek_v3(  # latent attention, groups of experts, a bias for the choice, a dense layer
+        max_position_embeddings=1024,
+        n_routed_experts=12,
+        num_attention_heads=17,
+        num_key_value_heads=17,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+    ),
     "glm4_moe": glm4_moe(  # a part of the head turns, groups of experts, a bias for the choice alone
         max_position_embeddings=1024,
         hidden_size=72,
@@ -87,8 +96,10 @@ GPT_OSS = gpt_oss(  # sinks, alternate windows, biases of experts
     initial_context_length=1024,
     rope_scaling={"rope_type": "yarn", "factor": 8.0},
 )
-CASES = [(family, "in place") for family in CONFIGS] + [
+CASES = [
+    *((family, "in place") for family in CONFIGS),
     *(("qwen3_moe", format) for format in ("bf16", "q8", "q4")),
+    ("deepseek_v3", "q8"),
     ("qwen3_5_moe_text", "q8"),
 ]
 CASES += [("gpt_oss", "source"), ("gpt_oss", "mxfp4")]

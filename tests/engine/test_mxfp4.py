@@ -6,6 +6,7 @@ Every expert is chosen where answers are compared with the dequantised weights: 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ from argosy.model.families import open_model
 from tests.engine.test_gguf import LARGEST_DIVERGENCE, mean_divergence
 from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.numpy_model import NumpyModel
-from tests.models.safetensors_file import read_checkpoint
-from tests.models.tiny import RawConfig, gpt_oss, prompt_ids
+from tests.models.safetensors_file import read_checkpoint, write_checkpoint
+from tests.models.tiny import RawConfig, gpt_oss, prompt_ids, random_tensors
 
 
 def config_of(*, num_experts: int, experts_per_token: int, **changes: object) -> RawConfig:
@@ -110,3 +111,16 @@ def test_blocks_that_contradict_the_config_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match=r"gate_up_proj_\w+ is \[2, 448[^]]*\], expected \[2, 384"):
         open_model(tmp_path / "model")
+
+
+def test_rows_that_are_no_whole_blocks_are_refused(tmp_path: Path) -> None:
+    config = gpt_oss()  # 28 wide
+    tensors = {name: ("BF16", values) for name, values in random_tensors(config, 1, "BF16").items()}
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, _, rows = tensors.pop(name)[1].shape
+        tensors[name + "_blocks"] = ("U8", np.zeros((experts, rows, 1, 16), np.uint8))
+        tensors[name + "_scales"] = ("U8", np.zeros((experts, rows, 1), np.uint8))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_checkpoint(tmp_path, tensors)
+    with pytest.raises(CheckpointError, match="hidden_size as 28, and rows of MXFP4 are blocks of 32"):
+        open_model(tmp_path)

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.config import LatentConfig, ModelConfig, RopeConfig, RouterConfig
+from argosy.engine.memory_plan import kv_bytes
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES
 from tests.families.hub_configs import (
@@ -214,3 +216,26 @@ def test_what_contradicts_itself_is_refused(raw: RawConfig, sentence: str) -> No
     with pytest.raises(CheckpointError) as caught:
         parse(raw)
     assert sentence in str(caught.value)
+
+
+# Parameters in 10^9 without layers for multi-token prediction, and elements that a position leaves in the KV cache.
+PUBLISHED = {
+    "DeepSeek-V2-Lite": (15.7, 27 * 576),
+    "DeepSeek-V2": (235.7, 60 * 576),
+    "DeepSeek-V3": (671.0, 61 * 576),
+    "Kimi-K2-Instruct": (1026.4, 61 * 576),
+    "GLM-4.7-Flash": (29.9, 47 * 576),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_and_kv_cache_are_those_that_the_papers_give(name: str) -> None:
+    config = parse(RELEASED[name])
+    expert = sum(map(math.prod, expert_shapes(config)))
+    total = sum(math.prod(shape) for _, shape in dense_shapes(config))
+    total += len(config.moe_layers) * config.num_experts * expert
+
+    billions, elements = PUBLISHED[name]
+    assert total / 1e9 == pytest.approx(billions, rel=2e-3)
+    # 70 KB for each position of Kimi-K2 and DeepSeek-V3 at 16 bits.
+    assert kv_bytes(config, 4096, "f16") == 4096 * elements * 2

@@ -94,7 +94,7 @@ def test_a_directory_with_one_gguf_is_that_gguf(write: Write, tmp_path: Path) ->
     assert open_model(tmp_path) == open_model(path)
     (tmp_path / "other.gguf").write_bytes(path.read_bytes())
     with pytest.raises(
-        CheckpointError, match=r"holds 2 \.gguf files: model\.gguf, other\.gguf\nhint: name the one"
+        CheckpointError, match=r"holds 2 models as \.gguf files: model\.gguf, other\.gguf\nhint: name the one"
     ):
         open_model(tmp_path)
 

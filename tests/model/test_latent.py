@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from argosy import _native
-from argosy.checkpoint.files import SLOT_FORMATS, KeyValueRows, MatrixRef
+from argosy.checkpoint.files import SLOT_FORMATS, KeyValueRows, MatrixRef, ModelFiles, matrix_bytes
 from argosy.config import Format, LatentConfig
 from argosy.engine.memory_plan import kv_bytes
+from argosy.errors import UnsupportedModel
 from argosy.model.clock import PartClock
 from argosy.model.decoder import Decoder
 from argosy.model.layers import kv_shapes
@@ -180,6 +181,51 @@ def test_each_weight_lands_once_and_float_formats_keep_their_bits(
             values = values.astype(np.float16).astype(np.float32)
     else:
         assert key_up.format == value_up.format == format
+    np.testing.assert_array_equal(rows_of(key_up), keys)
+    np.testing.assert_array_equal(rows_of(value_up), values)
+
+
+def test_heads_that_end_inside_a_panel_are_refused_by_name(tmp_path: Path) -> None:
+    config = latent_config(replace(PLAIN_QUERY, kv_rank=40, is_up_split=True))
+    ref = MatrixRef("blk.0.attn_k_b.weight", tmp_path, 0, 1, "q8", 5 * 40, 32)
+    with pytest.raises(UnsupportedModel, match=r"attn_k_b.weight is q8 with 40 rows for each head; .* of 16"):
+        ModelFiles(tmp_path, config, {"layers.0.k_up": ref}, {})
+    whole = ModelFiles(tmp_path, config, {"layers.0.k_up": replace(ref, rows=5 * 48)}, {})
+    assert whole.dense["layers.0.k_up"].key_value_rows is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "format"),
+    [
+        (KeyValueRows(3, 128, 256), 256, "f8"),
+        (KeyValueRows(2, 256, 128), 384, "f8"),
+        (KeyValueRows(3, 128, 120), 256, "f16"),
+        (KeyValueRows(2, 128, 128), 200, "f16"),
+    ],
+)
+def test_blocks_of_f8_are_turned_with_their_scales(
+    rows: KeyValueRows, cols: int, format: Format, tmp_path: Path
+) -> None:
+    num_rows = rows.num_heads * (rows.key_rows + rows.value_rows)
+    rng = np.random.default_rng(0)
+    data = bytearray()
+    for begin in range(0, num_rows, 128):
+        scales = rng.uniform(0.5, 2, -(-cols // 128)).astype(np.float32).tobytes()
+        codes = rng.integers(0, 256, (min(128, num_rows - begin), cols), dtype=np.uint8)
+        codes[codes % 128 == 127] = 0  # not a number
+        data += scales + bytes(-len(scales) % 64) + codes.tobytes()
+    path = tmp_path / "dense.bin"
+    path.write_bytes(data)
+    assert len(data) == _native.matrix_bytes("f8", num_rows, cols) == matrix_bytes("f8", num_rows, cols)
+    keys, values = halves_of(_native.dequantize("f8", np.frombuffer(data, np.uint8), num_rows, cols), rows)
+
+    key_up, value_up = load_one(
+        MatrixRef("kv_b", path, 0, len(data), "f8", num_rows, cols, key_value_rows=rows)
+    )
+
+    assert key_up.format == value_up.format == format
+    if format == "f16":
+        keys, values = (half.astype(np.float16).astype(np.float32) for half in (keys, values))
     np.testing.assert_array_equal(rows_of(key_up), keys)
     np.testing.assert_array_equal(rows_of(value_up), values)
 

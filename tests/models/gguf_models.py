@@ -4,7 +4,7 @@
                                                             ->  directory with the dequantised weights in F32
 
 Blocks are written and read by the `gguf` package, so nothing here is ours but names and order. Types that it cannot
-quantise to (the K types) get random blocks of the wanted size: a weight is what its block says.
+quantise to get random blocks of the wanted size: a weight is what its block says.
 """
 
 from __future__ import annotations
@@ -32,7 +32,18 @@ ARCHITECTURES = {
     "olmoe": "olmoe",
     "minimax_m2": "minimax-m2",
 }
-BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q5_K", "Q6_K")
+# Types that the `gguf` package does not quantise to: where the float16 scale and, for those that have one, the scale of
+# the minima lie, and what makes the mean 0.
+_RANDOM_TYPES: dict[str, tuple[int, int | None, float]] = {
+    "Q4_K": (0, 2, 7.5),
+    "Q5_K": (0, 2, 15.5),
+    "Q6_K": (208, None, 0.0),
+    "Q2_K": (80, 82, 1.5),
+    "Q3_K": (108, None, 0.0),
+    "IQ4_NL": (0, None, 0.0),
+    "IQ4_XS": (0, None, 0.0),
+}
+BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "MXFP4", *_RANDOM_TYPES)
 TYPES = ("F32", "F16", "BF16", *BLOCK_TYPES)
 
 TypeOf = Callable[[str], str]  # the GGUF name of a tensor -> its type
@@ -99,6 +110,15 @@ def mixed(name: str) -> str:
     return one_type("Q4_K")(name)
 
 
+def mixed_small(name: str) -> str:
+    """The types of few bits, side by side as Q2_K and IQ4_XS files have them."""
+    if "ffn_down_exps" in name:
+        return "Q3_K" if name.startswith("blk.0.") else "IQ4_NL"
+    if "attn_v" in name and name.endswith("weight"):
+        return "MXFP4"
+    return one_type("Q2_K" if "exps" in name else "IQ4_XS")(name)
+
+
 def write_gguf_model(
     path: Path,
     config: RawConfig,
@@ -107,15 +127,23 @@ def write_gguf_model(
     seed: int,
     split_experts: bool = False,
     split_kv: bool = True,
+    tensors_per_part: int = 0,
+    has_bare_first_part: bool = False,
 ) -> Path:
     """Write `path` and, in a directory named `<path>.f32`, the dequantised weights; returns that directory.
 
     With `split_experts`, every expert is a tensor of its own, as in files of early 2024; without `split_kv`, so are
-    latent attention's keys and values, as in files before April 2025.
+    latent attention's keys and values, as in files before April 2025. With `tensors_per_part`, the model comes in parts
+    beside `path`, the first of which may have no tensors.
     """
     rng = np.random.default_rng([seed, 3])
     exact: dict[str, Array] = {}
-    writer = GGUFWriter(path, ARCHITECTURES[config["model_type"]])
+    writer = GGUFWriter(
+        path,
+        ARCHITECTURES[config["model_type"]],
+        split_max_tensors=tensors_per_part,
+        small_first_shard=has_bare_first_part,
+    )
     if config["model_type"] in LATENT_FAMILIES:
         add_latent_metadata(writer, text_of(config), split_kv=split_kv)
     else:
@@ -335,7 +363,7 @@ def numbered(name: str, hub_name: str) -> str:
 def to_blocks(values: Array, type_name: str, rng: np.random.Generator) -> tuple[Array, Array]:
     """What a tensor is in the file, rows first, and the values that it then has."""
     kind = GGMLQuantizationType[type_name]
-    if type_name in ("Q4_K", "Q5_K", "Q6_K"):
+    if type_name in _RANDOM_TYPES:
         blocks = random_blocks(type_name, values.shape, float(values.std()), rng)
     elif type_name == "F32":
         blocks = values
@@ -353,10 +381,7 @@ def random_blocks(
     rows, cols = int(np.prod(shape[:-1])), shape[-1]
     assert cols % block_values == 0
     blocks = rng.integers(0, 256, (rows * cols // block_values, block_bytes), np.uint8)
-    # Where the float16 scale and, for those that have one, the scale of the minima lie, and what makes the mean 0.
-    scale_at, minima_at, balance = {"Q4_K": (0, 2, 7.5), "Q5_K": (0, 2, 15.5), "Q6_K": (208, None, 0.0)}[
-        type_name
-    ]
+    scale_at, minima_at, balance = _RANDOM_TYPES[type_name]
 
     def set_scales(scale: Array) -> None:
         blocks[:, scale_at : scale_at + 2] = scale.astype("<f2").reshape(-1, 1).view(np.uint8)

@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from argosy.checkpoint.json_strict import quote
 from argosy.config import Format, ModelConfig
-from argosy.errors import CheckpointError
+from argosy.errors import CheckpointError, UnsupportedModel
 
 if TYPE_CHECKING:
     from argosy.checkpoint.gguf import GgufFile
@@ -39,6 +39,7 @@ BYTES_PER_VALUE = {"f32": 4, "f16": 2, "bf16": 2}
 
 GROUP_COLS = 32  # quantised: columns that share a scale
 PANEL_ROWS = 16  # quantised: rows that lie interleaved
+F8_BLOCK = 128  # f8: rows and columns of a block, whose weights share a scale
 _SUPER_COLS = 256  # K formats, iq4_xs: columns that share the scale of the scales
 _PANEL_ALIGNMENT = 64
 
@@ -94,15 +95,24 @@ def matrix_bytes(format: Format, rows: int, cols: int) -> int:
     """Bytes of a matrix in a format; the kernels' own rule, here without the kernels."""
     if format in BYTES_PER_VALUE:
         return rows * cols * BYTES_PER_VALUE[format]
+    if format == "f8":
+        return -(-rows // F8_BLOCK) * f8_scales_bytes(cols) + rows * cols
     block_cols, block_bytes = _PANEL_BLOCKS[format]
     panel_bytes = -(-cols // block_cols) * block_bytes
     panel_bytes = -(-panel_bytes // _PANEL_ALIGNMENT) * _PANEL_ALIGNMENT
     return -(-rows // PANEL_ROWS) * panel_bytes
 
 
-def is_panelled(format: Format) -> bool:
-    """Whether rows lie interleaved in panels, one panel behind the other."""
-    return format in _PANEL_BLOCKS
+def f8_scales_bytes(cols: int) -> int:
+    """Bytes of the scales that lie before each 128 rows of codes."""
+    return -(-4 * -(-cols // F8_BLOCK) // 64) * 64
+
+
+def rows_together(format: Format) -> int:
+    """How many rows share what lies beside their weights: a matrix may be cut behind each so many."""
+    if format in BYTES_PER_VALUE:
+        return 1
+    return F8_BLOCK if format == "f8" else PANEL_ROWS
 
 
 class KeyValueRows(NamedTuple):
@@ -233,14 +243,21 @@ class ModelFiles:
     header: GgufFile | None = None  # of the GGUF file, for whoever needs the rest of its metadata
 
     def __post_init__(self) -> None:
-        latent = self.config.latent
+        latent, num_heads = self.config.latent, self.config.num_heads
         if latent is None:
             return
-        rows = KeyValueRows(self.config.num_heads, latent.nope_dim, latent.value_dim)
-        dense = {
-            name: replace(ref, key_value_rows=rows) if name.endswith(".kv_up") else ref
-            for name, ref in self.dense.items()
-        }
+        rows = KeyValueRows(num_heads, latent.nope_dim, latent.value_dim)
+        dense = dict(self.dense)
+        for name, ref in self.dense.items():
+            if name.endswith(".kv_up"):
+                dense[name] = replace(ref, key_value_rows=rows)
+            elif name.endswith((".k_up", ".v_up")) and ref.rows // num_heads % rows_together(ref.format):
+                raise UnsupportedModel(
+                    f"{self.path.name}: {quote(ref.name)} is {ref.format} with {ref.rows // num_heads} rows for each "
+                    f"head; supported: a multiple of {rows_together(ref.format)}, or f32, f16, bf16",
+                    path=self.path,
+                    tensor=ref.name,
+                )
         object.__setattr__(self, "dense", dense)
 
     @cached_property

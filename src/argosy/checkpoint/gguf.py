@@ -9,6 +9,10 @@ file. Nothing is believed: counts and lengths are bounded by the bytes that are 
 them, keys and tensor names come once, tensors follow each other in the data part without overlap or hole, each
 starts at a multiple of the alignment, and the file ends where they do. Whatever is wrong is one CheckpointError.
 
+A model may come in parts, `name-00001-of-0000N.gguf` and so on, as llama.cpp's `gguf-split` writes them: each is such a
+file, the first has the metadata, any has tensors, and `split.no`, `split.count` and `split.tensors.count` of each say
+what it belongs to. The first is opened, and the others beside it are found by name and proved to be its.
+
 Long arrays (the vocabulary has a hundred thousand entries) are stepped over, and decoded when somebody asks.
 
 Elsewhere: which keys and tensors a model must have is `model/families/`; blocks become slot formats in
@@ -35,7 +39,8 @@ from argosy.errors import CheckpointError, UnsupportedModel
 GGUF_SUFFIX = ".gguf"
 GGUF_METADATA_FILE = "metadata.gguf"  # in a pack that was made from a GGUF: its metadata, without tensors
 
-_FIRST_PART = re.compile(r"-0*1-of-\d+\.gguf$")
+_PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+_SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -126,11 +131,11 @@ Value = Scalar | GgufArray
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """What the header of a file says. Shapes of tensors are rows first, as everywhere here."""
+    """What the header of a file says, or those of a model's parts. Shapes are rows first, as everywhere here."""
 
-    path: Path
+    path: Path  # of several parts the first
     metadata: Mapping[str, Value]
-    tensors: Mapping[str, TensorRef]
+    tensors: Mapping[str, TensorRef]  # of all parts
     metadata_bytes: bytes  # the key-value part as it stands in the file, for a copy without tensors
 
     def integer(self, key: str, default: int | None = None, *, least: int = 0, most: int = 2**31 - 1) -> int:
@@ -193,28 +198,93 @@ class GgufFile:
         return value
 
 
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """Which part of a model a file is: the values of `_SPLIT_KEYS`."""
+
+    number: int
+    count: int
+    num_tensors: int
+
+    def __str__(self) -> str:
+        return f"part {self.number + 1} of {self.count} of a model of {self.num_tensors} tensors"
+
+
 def read_gguf(path: Path) -> GgufFile:
-    """Read the header of a GGUF file.
+    """Read the header of a GGUF file, and of the other parts where it is the first of several.
 
     Raises:
-        CheckpointError: it lies about the file, or cannot be read.
-        UnsupportedModel: it is well-formed, and of a kind that is not read here: big-endian, or one of several parts.
+        CheckpointError: it lies about the file, or cannot be read; a part is missing or belongs to another model.
+        UnsupportedModel: it is well-formed, and of a kind that is not read here: big-endian, or of another version.
     """
+    first, split = _read_file(path)
+    if split is None or split.count <= 1:
+        return first
+    name = _PART_NAME.fullmatch(path.name)
+    if name is None or int(name["count"]) != split.count or int(name["number"]) != split.number + 1:
+        raise CheckpointError(
+            f"{path.name} is {split}, and its name does not end in "
+            f"-{split.number + 1:05}-of-{split.count:05}{GGUF_SUFFIX}, by which the other parts are found",
+            hint="give the parts the names back that they were published with",
+            path=path,
+        )
+    if split.number != 0:
+        raise CheckpointError(
+            f"{path.name} is {split}; a model in parts is opened by its first",
+            hint=f"name {_first_part(path)}",
+            path=path,
+        )
+    tensors = dict(first.tensors)
+    for number in range(1, split.count):
+        part_path = path.with_name(f"{name['stem']}-{number + 1:05}-of-{split.count:05}{GGUF_SUFFIX}")
+        if not part_path.exists():
+            raise CheckpointError(
+                f"{part_path.name} is missing from {path.parent}: {path.name} is {split}",
+                hint="download it to the same directory",
+                path=part_path,
+            )
+        part, found = _read_file(part_path)
+        expected = _Split(number, split.count, split.num_tensors)
+        if found != expected:
+            raise CheckpointError(
+                f"{part_path.name} is {found or 'no part of a model'}, expected {expected}",
+                hint=f"it does not belong to {path.name}",
+                path=part_path,
+            )
+        for key, value in part.metadata.items():
+            if not isinstance(value, GgufArray) and value != first.metadata.get(key, value):
+                raise CheckpointError(
+                    f"{part_path.name}: {quote(key)} is '{quote(value)}', in {path.name} it is "
+                    f"'{quote(first.metadata[key])}'",
+                    hint="the parts are of different models",
+                    path=part_path,
+                    key=key,
+                )
+        for tensor, ref in part.tensors.items():
+            if tensor in tensors:
+                raise CheckpointError(
+                    f"{part_path.name} lists {quote(tensor)}, which {tensors[tensor].path.name} holds already",
+                    hint="the parts are of different models",
+                    path=part_path,
+                    tensor=tensor,
+                )
+            tensors[tensor] = ref
+    if len(tensors) != split.num_tensors:
+        raise CheckpointError(
+            f"the {split.count} parts of {path.name} hold {len(tensors)} tensors, expected {split.num_tensors}",
+            path=path,
+        )
+    return GgufFile(path, first.metadata, tensors, first.metadata_bytes)
+
+
+def _read_file(path: Path) -> tuple[GgufFile, _Split | None]:
+    """One file by itself, and which part of a model it is. Its metadata are without the keys that say so."""
     with open_regular(path) as (descriptor, file_bytes):
         cursor = _Cursor(path, descriptor, file_bytes)
         num_tensors, num_entries = _read_start(cursor)
-        metadata_start = cursor.at
-        metadata = _read_metadata(cursor, num_entries)
-        metadata_end = cursor.at
-        if isinstance(parts := metadata.get("split.count"), int) and parts > 1:
-            raise UnsupportedModel(
-                f"{path.name} is one of {parts} parts of a model, and a model in parts is not read yet",
-                hint="join them with llama.cpp's `llama-gguf-split --merge`, or use safetensors",
-                path=path,
-                key="split.count",
-                value=parts,
-                supported=(1,),
-            )
+        metadata, spans = _read_metadata(cursor, num_entries)
+        split = _take_split(cursor, metadata)
+        metadata_bytes = b"".join(cursor.bytes(*spans[key]) for key in metadata)
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         # The specification wants a multiple of 8; every reader in use computes with a power of two.
         if (
@@ -228,21 +298,41 @@ def read_gguf(path: Path) -> GgufFile:
         relative = [_read_tensor(cursor) for _ in range(num_tensors)]
         data_start = _round_up(cursor.at, alignment)
         tensors = _place(relative, cursor, data_start, alignment)
-        return GgufFile(path, metadata, tensors, cursor.bytes(metadata_start, metadata_end))
+        return GgufFile(path, metadata, tensors, metadata_bytes), split
+
+
+def _take_split(cursor: _Cursor, metadata: dict[str, Value]) -> _Split | None:
+    """Which part the file is, taken out of its metadata; None where they do not say."""
+    values = {key: metadata.pop(key) for key in _SPLIT_KEYS if key in metadata}
+    if not values:
+        return None
+    for key in _SPLIT_KEYS:
+        value = values.get(key, 0)
+        if type(value) is not int or value < 0:
+            raise cursor.refuse(f"{key} is {quote(value)}, expected a whole number of 0 or more")
+    number, count, num_tensors = (values.get(key, 0) for key in _SPLIT_KEYS)
+    return _Split(number, count, num_tensors)  # type: ignore[arg-type]
+
+
+def _first_part(path: Path) -> Path:
+    """The first part of the model that `path` is named as a part of; else `path`."""
+    if name := _PART_NAME.fullmatch(path.name):
+        return path.with_name(f"{name['stem']}-00001-of-{name['count']}{GGUF_SUFFIX}")
+    return path
 
 
 def find_gguf(directory: Path) -> Path | None:
-    """The one GGUF file in `directory`, or None where there is none.
+    """The one GGUF file in `directory`, the first of one model's parts, or None where there is none.
 
     Raises:
         CheckpointError: there are several.
     """
-    found = sorted(entry for entry in directory.iterdir() if entry.suffix == GGUF_SUFFIX)
-    if len(found) > 1 and not _FIRST_PART.search(
-        found[0].name
-    ):  # a model in parts: refused with its own sentence
+    entries = sorted(entry for entry in directory.iterdir() if entry.suffix == GGUF_SUFFIX)
+    found = list(dict.fromkeys(map(_first_part, entries)))
+    if len(found) > 1:
         raise CheckpointError(
-            f"{directory} holds {len(found)} {GGUF_SUFFIX} files: {', '.join(quote(path.name) for path in found[:8])}",
+            f"{directory} holds {len(found)} models as {GGUF_SUFFIX} files: "
+            f"{', '.join(quote(path.name) for path in found[:8])}",
             hint=f"name the one that is meant, for instance {found[0]}",
             path=directory,
         )
@@ -404,9 +494,12 @@ def _big_endian(path: Path) -> UnsupportedModel:
     )
 
 
-def _read_metadata(cursor: _Cursor, num_entries: int) -> dict[str, Value]:
+def _read_metadata(cursor: _Cursor, num_entries: int) -> tuple[dict[str, Value], dict[str, tuple[int, int]]]:
+    """Values by key, and the bytes [start, stop) of each entry."""
     metadata: dict[str, Value] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for index in range(num_entries):
+        start = cursor.at
         key = cursor.text(f"the key of metadata entry {index}", _LONGEST_KEY)
         if not key:
             raise cursor.refuse(f"metadata entry {index} has an empty key")
@@ -414,7 +507,8 @@ def _read_metadata(cursor: _Cursor, num_entries: int) -> dict[str, Value]:
             raise cursor.refuse(f"the key {quote(key)} is given twice")
         kind = cursor.unpack(_TYPE, f"the type of {quote(key)}")
         metadata[key] = _read_value(cursor, key, kind)
-    return metadata
+        spans[key] = start, cursor.at
+    return metadata, spans
 
 
 def _read_value(cursor: _Cursor, key: str, kind: int) -> Value:

@@ -186,6 +186,9 @@ def read_manifest(directory: Path) -> Manifest:
             raise reader.wrong("files", name, "plain file names")
         files[name] = reader.count(file["nbytes"], name), str(file["blake3"])
     config = cast(ModelConfig, _from_json(ModelConfig, contents["config"], "config", reader))
+    for mixer, sizes in (("latent", config.latent), ("delta", config.delta)):
+        if sizes is None and any(layer.mixer == mixer for layer in config.layers):
+            raise reader.wrong(f"config.{mixer}", None, f"an object, for layers whose mixer is {mixer}")
     return Manifest(
         format=str(contents["format"]),
         config=config,

@@ -551,6 +551,8 @@ class _Writer:
         paths |= {
             piece.path for unit in self._units for source, _, _ in unit.parts for piece in source.pieces
         }
+        if self._files.path.is_file():  # a GGUF whose first part may have no tensors
+            paths.add(self._files.path)
         found: list[list[object]] = []
         for path in sorted(paths):
             try:

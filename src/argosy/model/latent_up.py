@@ -4,29 +4,31 @@
                                              v_up [heads * value, rank]  the value half of each head
 
 Absorbed attention multiplies a query with the transposed key half, so memory holds that and not the key half: each
-weight is there once, and both products read rows in order. Weights of float formats keep their bits. Groups of
-quantised weights lie along the rank and cannot be turned without quantising again: the key half becomes float16, which
-is off by a thirtieth of a step of q8's quants at most, and by less of the others'. The value half stays as it is where
-heads end where panels do.
+weight is there once, and both products read rows in order. Weights of float formats keep their bits, and so do those of
+f8, whose scales are of square blocks, where halves of a head are whole blocks. Groups of other quantised weights lie
+along the rank and cannot be turned without quantising again: the key half becomes float16, which is off by a thirtieth
+of a step of q8's quants at most, and by less of the others'. Their value half stays as it is where halves of a head are
+whole panels, and becomes float16, too, where they are not.
 
 Elsewhere: when this happens is `model/weights.py`; the arithmetic is native/ops/latent_attention.h.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.checkpoint.files import (
-    PANEL_ROWS,
+    F8_BLOCK,
     KeyValueRows,
     MatrixRef,
-    is_panelled,
+    f8_scales_bytes,
     is_quantised,
     matrix_bytes,
+    rows_together,
 )
 from argosy.config import Format
 
@@ -36,36 +38,63 @@ Shape = tuple[Format, int, int]  # format, rows, columns
 
 def split_shapes(ref: MatrixRef) -> tuple[Shape, Shape]:
     """What k_up and v_up of a matrix are in memory."""
-    heads = _rows(ref)
-    keeps_panels = is_panelled(ref.format) and _ends_at_panels(heads)
-    key_format: Format = "f16" if is_quantised(ref.format) else ref.format
-    value_format: Format = ref.format if keeps_panels else key_format
-    return (
-        (key_format, heads.num_heads * ref.cols, heads.key_rows),
-        (value_format, heads.num_heads * heads.value_rows, ref.cols),
-    )
+    num_heads, key_rows, value_rows = _rows(ref)
+    value_format: Format = ref.format if _is_cut_between_heads(ref) else "f16"
+    key_format: Format = "f16" if value_format != "f8" and is_quantised(ref.format) else value_format
+    return (key_format, num_heads * ref.cols, key_rows), (value_format, num_heads * value_rows, ref.cols)
 
 
 def passing_bytes(ref: MatrixRef) -> int:
     """Bytes of memory, beside the matrix and what becomes of it, that `split` takes."""
-    heads = _rows(ref)
-    rows = (heads.key_rows + heads.value_rows) * (1 if _ends_at_panels(heads) else heads.num_heads)
-    return 3 * 4 * rows * ref.cols  # as float32, and numpy's copies of it
+    (key_format, _, key_rows), (value_format, _, _) = split_shapes(ref)
+    if key_format == ref.format:
+        return 0
+    rows = key_rows if value_format == ref.format else ref.rows
+    return (4 + 2) * rows * ref.cols  # as float32, then as float16
 
 
 def split(ref: MatrixRef, matrix: Bytes, keys: Bytes, values: Bytes) -> None:
     """Write k_up and v_up of a matrix; `matrix` holds it as `ref` says, landed."""
-    heads = _rows(ref)
     (key_format, _, _), (value_format, _, _) = split_shapes(ref)
-    key_bytes, value_bytes = len(keys) // heads.num_heads, len(values) // heads.num_heads
-    for head, (raw, exact) in enumerate(_heads(ref, matrix)):
-        key_place = keys[head * key_bytes : (head + 1) * key_bytes].view(exact.dtype)
-        key_place.reshape(ref.cols, heads.key_rows)[:] = exact[: heads.key_rows].T
-        value_place = values[head * value_bytes : (head + 1) * value_bytes]
-        if value_format == key_format:
-            value_place.view(exact.dtype).reshape(heads.value_rows, ref.cols)[:] = exact[heads.key_rows :]
+    num_heads, key_rows, _ = _rows(ref)
+    if value_format != ref.format:
+        exact = _native.dequantize(ref.format, matrix, ref.rows, ref.cols).astype(np.float16)
+        _split_whole(exact.reshape(num_heads, -1, ref.cols), key_rows, keys, values)
+        return
+    heads = matrix.reshape(num_heads, -1)
+    if not is_quantised(ref.format):
+        bits = heads.view(np.uint32 if ref.format == "f32" else np.uint16)
+        _split_whole(bits.reshape(num_heads, -1, ref.cols), key_rows, keys, values)
+        return
+    key_bytes = matrix_bytes(ref.format, key_rows, ref.cols)
+    values.reshape(num_heads, -1)[:] = heads[:, key_bytes:]
+    for head, place in zip(heads, keys.reshape(num_heads, -1), strict=True):
+        if key_format == "f8":
+            _turn_f8(head[:key_bytes], key_rows, ref.cols, place)
         else:
-            value_place[:] = raw[len(raw) - value_bytes :]
+            exact = _native.dequantize(ref.format, head[:key_bytes], key_rows, ref.cols).astype(np.float16)
+            place.view(np.float16).reshape(ref.cols, key_rows)[:] = exact.T
+
+
+def _split_whole(heads: NDArray[Any], key_rows: int, keys: Bytes, values: Bytes) -> None:
+    """Split [heads, key + value, rank] of numbers that take so many bytes in memory, too."""
+    num_heads, rows, rank = heads.shape
+    turned = keys.view(heads.dtype).reshape(num_heads, rank, key_rows)
+    turned[:] = heads[:, :key_rows].transpose(0, 2, 1)
+    values.view(heads.dtype).reshape(num_heads, rows - key_rows, rank)[:] = heads[:, key_rows:]
+
+
+def _turn_f8(matrix: Bytes, rows: int, cols: int, out: Bytes) -> None:
+    """Transpose an f8 matrix of whole blocks (layout: native/kernels/formats.h)."""
+    down, across = rows // F8_BLOCK, cols // F8_BLOCK
+    strips, turned = matrix.reshape(down, -1), out.reshape(across, -1)
+    codes = strips[:, f8_scales_bytes(cols) :].reshape(down, F8_BLOCK, across, F8_BLOCK)
+    places = turned[:, f8_scales_bytes(rows) :].reshape(across, F8_BLOCK, down, F8_BLOCK)
+    places[:] = codes.transpose(2, 3, 0, 1)
+    turned[:, : f8_scales_bytes(rows)] = 0
+    turned[:, : 4 * down].reshape(across, down, 4)[:] = (
+        strips[:, : 4 * across].reshape(down, across, 4).transpose(1, 0, 2)
+    )
 
 
 def _rows(ref: MatrixRef) -> KeyValueRows:
@@ -73,25 +102,9 @@ def _rows(ref: MatrixRef) -> KeyValueRows:
     return ref.key_value_rows
 
 
-def _ends_at_panels(heads: KeyValueRows) -> bool:
-    return heads.key_rows % PANEL_ROWS == 0 and heads.value_rows % PANEL_ROWS == 0
-
-
-def _heads(ref: MatrixRef, matrix: Bytes) -> Iterator[tuple[Bytes, NDArray[np.generic]]]:
-    """The bytes of each head, and its rows: float formats as whole numbers of their size, all others as float16."""
-    heads = _rows(ref)
-    rows = heads.key_rows + heads.value_rows
-    if not is_quantised(ref.format):
-        element = np.uint32 if ref.format == "f32" else np.uint16
-        for raw in matrix.reshape(heads.num_heads, -1):
-            yield raw, raw.view(element).reshape(rows, ref.cols)
-        return
-    if is_panelled(ref.format) and _ends_at_panels(heads):
-        nbytes = matrix_bytes(ref.format, rows, ref.cols)
-        for head in range(heads.num_heads):
-            raw = matrix[head * nbytes : (head + 1) * nbytes]
-            yield raw, _native.dequantize(ref.format, raw, rows, ref.cols).astype(np.float16)
-        return
-    whole = _native.dequantize(ref.format, matrix, ref.rows, ref.cols)
-    for each in whole.reshape(heads.num_heads, rows, ref.cols):
-        yield matrix[:0], each.astype(np.float16)
+def _is_cut_between_heads(ref: MatrixRef) -> bool:
+    """Whether keys and values of a head can be told apart without touching weights."""
+    _, key_rows, value_rows = _rows(ref)
+    together = rows_together(ref.format)
+    is_turned_whole = ref.format != "f8" or ref.cols % F8_BLOCK == 0
+    return key_rows % together == 0 and value_rows % together == 0 and is_turned_whole

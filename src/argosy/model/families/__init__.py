@@ -83,8 +83,8 @@ def open_model(path: str | Path) -> ModelFiles:
     """Find and prove everything a model is read from; reads headers, and no weights.
 
     Args:
-        path: a pack; a checkpoint as the hub has it, `config.json` and safetensors; a `.gguf` file, or a directory
-            that holds exactly one.
+        path: a pack; a checkpoint as the hub has it, `config.json` and safetensors; a `.gguf` file, the
+            first of a model's parts, or a directory that holds exactly one model as `.gguf`.
 
     Raises:
         CheckpointError: there is no model, or a file is missing, damaged or lies about itself.

@@ -73,7 +73,7 @@ _LAYER_NAMES = {
     "shared_score": "ffn_gate_inp_shexp.weight",
 }
 _EXPERT_NAMES = ("ffn_gate", "ffn_up", "ffn_down")
-_TYPE_HINT = "Q4_K_M, Q5_K_M, Q6_K, Q8_0, Q4_0 and BF16 files of a model use these types only"
+_TYPE_HINT = "Q4_K_M, Q6_K, Q8_0, Q2_K, Q3_K_M, IQ4_XS and BF16 files of a model use these types only"
 # A constant that old converters left behind; and the same or what a family reads into its config.
 _LEFTOVERS = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
 _NOT_WEIGHTS = re.compile(rf"rope_freqs\.weight|{_LEFTOVERS.pattern}")

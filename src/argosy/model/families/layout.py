@@ -35,6 +35,7 @@ from argosy.checkpoint.files import (
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import Format, ModelConfig
+from argosy.errors import CheckpointError
 from argosy.model.families.accounts import TensorAccounts
 
 _FORMAT_OF_DTYPE: Mapping[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -208,12 +209,18 @@ class _Accounts(TensorAccounts):
     ) -> ExpertRecord:
         """Blocks [experts, rows, cols / 32, 16] and scales [experts, rows, cols / 32] of OCP MXFP4."""
         gate, _, down = expert_shapes(config)
+        for key, size in (("hidden_size", gate[1]), ("intermediate_size", down[1])):
+            if size % GROUP_COLS:
+                raise CheckpointError(
+                    f"config.json gives {key} as {size}, and rows of MXFP4 are blocks of {GROUP_COLS}",
+                    key=key,
+                )
         pieces: list[Piece] = []
         for blocks, scales, (rows, cols), interleaved in (
             (names[0], names[1], gate, 2),
             (names[2], names[3], down, 1),
         ):
-            groups = (config.num_experts, interleaved * rows, -(-cols // GROUP_COLS))
+            groups = (config.num_experts, interleaved * rows, cols // GROUP_COLS)
             first = len(pieces)
             for name, block_type, shape in (
                 (blocks, "mxfp4_quants", (*groups, GROUP_COLS // 2)),

@@ -1,0 +1,188 @@
+// matmul_f8.h: y = W x for FP8 E4M3 weights with a scale for each 128 rows and 128 columns.
+//
+//   W  as formats.h says, at any alignment.    x  float32 [tokens][cols].    y  float32, overwritten.
+//
+// For each 128 columns in ascending order: y += scale * (sum of code * x); each sum, and tiles, as in
+// matmul_float.h. A NaN code makes NaN of its row.
+//
+// Few tokens: bound by memory, one byte per weight. Many: bound by multiply-adds; a few rows at a time become
+// float32, for all tokens of a block.
+#pragma once
+
+#include "kernels/half.h"
+#include "kernels/kernel_table.h"
+#include "kernels/matmul_args.h"
+#include "kernels/matmul_float.h"
+
+namespace argosy {
+namespace {
+
+inline float f8_scale_at(const uint8_t* weights, int64_t cols, int64_t row, int64_t col) {
+  return read_unaligned<float>(weights + f8_scales_at(row, cols) + col / kF8Block * 4);
+}
+
+#if !ARGOSY_VECTOR  // the reference
+
+void matmul_f8(const MatmulArgs& a) {
+  for (int64_t row = a.row_begin; row < a.row_end; ++row) {
+    const uint8_t* codes = a.weights + f8_row_at(row, a.cols);
+    for (int64_t token = 0; token < a.num_tokens; ++token) {
+      const float* x = float_row(a, token);
+      float sum = 0.0f;
+      for (int64_t begin = 0; begin < a.cols; begin += kF8Block) {
+        const int64_t end = a.cols - begin < kF8Block ? a.cols : begin + kF8Block;
+        float part = 0.0f;
+        for (int64_t col = begin; col < end; ++col) part += float_from_f8(codes[col]) * x[col];
+        sum += f8_scale_at(a.weights, a.cols, row, begin) * part;
+      }
+      output_row(a, token)[row - a.row_begin] = sum;
+    }
+  }
+}
+
+#else
+
+// Rows where they are, converted on the way to value / 256. NaN codes come out as numbers.
+template <int kRows>
+struct RowsOfF8 {
+  static constexpr int64_t kScaledCols = kF8Block;
+
+  RowsOfF8(const MatmulArgs& a, int64_t row) : ahead(kRows * a.cols) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      codes[i] = a.weights + f8_row_at(row + i, a.cols);
+      scales[i] = a.weights + f8_scales_at(row + i, a.cols);
+    }
+  }
+  Vec at(int64_t col, int i) const { return load_f8(codes[i] + col); }
+  Vec at(int64_t col, int i, int64_t n) const { return load_f8(codes[i] + col, n); }
+  Vec scale(int64_t col, int i) const {
+    return broadcast(read_unaligned<float>(scales[i] + col / kF8Block * 4) * 256.0f);
+  }
+  // The next tile, into the second-level cache: rows may be too short for the hardware to see a stream.
+  void prefetch(int64_t col) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      __builtin_prefetch(codes[i] + col + ahead, 0, 2);
+      __builtin_prefetch(codes[i] + col + ahead + 64, 0, 2);
+    }
+  }
+  const uint8_t* codes[kRows];
+  const uint8_t* scales[kRows];
+  int64_t ahead;
+};
+
+// The same as float32, columns from `begin` on, zeros behind the last.
+template <int kRows>
+struct CopyOfF8 {
+  static constexpr int64_t kScaledCols = kF8Block;
+
+  Vec at(int64_t col, int i) const { return load(values + i * kBlockCols + (col - begin)); }
+  Vec at(int64_t col, int i, int64_t) const { return at(col, i); }
+  Vec scale(int64_t col, int i) const { return rows.scale(col, i); }
+  void prefetch(int64_t) const {}
+  const RowsOfF8<kRows>& rows;
+  const float* values;
+  int64_t begin;
+};
+
+template <int kRows>
+void copy_f8(const RowsOfF8<kRows>& rows, int64_t begin, int64_t end, float* values) {
+  for (int i = 0; i < kRows; ++i) {
+    float* to = values + i * kBlockCols;
+    for (int64_t col = begin; col < end; col += kLanes, to += kLanes)
+      store(to, end - col >= kLanes ? rows.at(col, i) : rows.at(col, i, end - col));
+  }
+}
+
+// Makes NaN of the rows with a NaN code, once their sums are there.
+template <int kRows>
+void mark_nan(const MatmulArgs& a, const RowsOfF8<kRows>& rows, int64_t row, int64_t token,
+              int64_t token_end) {
+  for (int i = 0; i < kRows; ++i) {
+    if (!has_nan_code(rows.codes[i], a.cols)) continue;
+    for (int64_t t = token; t < token_end; ++t) output_row(a, t)[row + i - a.row_begin] = float_from_f8(0x7F);
+  }
+}
+
+// All columns of the rows [row, row_end), kRows at a time, for kTokens tokens; returns the first row that is
+// left.
+template <int kRows, int kTokens>
+[[gnu::noinline]] int64_t matmul_f8_rows(const MatmulArgs& a, int64_t row, int64_t token) {
+  const RowsOfX<kTokens> x(a, token);
+  for (; row + kRows <= a.row_end; row += kRows) {
+    const RowsOfF8<kRows> rows(a, row);
+    matmul_float_tile<kRows, kTokens>(a, rows, x, row, token, 0, a.cols, NoneWait{});
+    mark_nan(a, rows, row, token, token + kTokens);
+  }
+  return row;
+}
+
+// kRows rows and columns [begin, end), converted once for all tokens of a block, whose activations are in
+// `copies`, tile by tile.
+template <int kRows>
+void matmul_f8_block_rows(const MatmulArgs& a, int64_t row, int64_t token, int64_t token_end, int64_t begin,
+                          int64_t end, const float* copies, Vec* waiting) {
+  alignas(64) float values[kRows * kBlockCols];
+  const RowsOfF8<kRows> rows(a, row);
+  copy_f8(rows, begin, end, values);
+  for (int64_t t = token; t < token_end; t += kFloatTileTokens, copies += kFloatTileTokens * kBlockCols) {
+    with_number<kFloatTileTokens>(token_end - t < kFloatTileTokens ? token_end - t : kFloatTileTokens,
+                                  [&]<int kTokens>(Number<kTokens>) {
+                                    matmul_float_tile<kRows, kTokens>(a, CopyOfF8<kRows>{rows, values, begin},
+                                                                      CopyOfX<kTokens>{copies, begin}, row, t,
+                                                                      begin, end, waiting);
+                                  });
+    waiting += kRows * kFloatTileTokens;
+  }
+  if (end == a.cols) mark_nan(a, rows, row, token, token_end);
+}
+
+void matmul_f8_block(const MatmulArgs& a, int64_t row, int64_t row_end, int64_t token, int64_t token_end,
+                     int64_t begin, int64_t end, Vec* waiting) {
+  alignas(64) float copies[kBlockTokens * kBlockCols];
+  float* copy = copies;
+  for (int64_t t = token; t < token_end; t += kFloatTileTokens, copy += kFloatTileTokens * kBlockCols) {
+    with_number<kFloatTileTokens>(
+        token_end - t < kFloatTileTokens ? token_end - t : kFloatTileTokens,
+        [&]<int kTokens>(Number<kTokens>) { copy_x<kTokens>(a, t, begin, end, copy); });
+  }
+  for (; row + kFloatTileRows <= row_end; row += kFloatTileRows, waiting += kFloatTileRows * kBlockTokens) {
+    matmul_f8_block_rows<kFloatTileRows>(a, row, token, token_end, begin, end, copies, waiting);
+  }
+  for (; row < row_end; ++row, waiting += kBlockTokens) {
+    matmul_f8_block_rows<1>(a, row, token, token_end, begin, end, copies, waiting);
+  }
+}
+
+void matmul_f8(const MatmulArgs& a) {
+  if (a.num_tokens <= kFloatTileTokens || a.cols == 0) {
+    for (int64_t token = 0; token < a.num_tokens; token += kFloatTileTokens) {
+      const int64_t rest = a.num_tokens - token;
+      with_number<kFloatTileTokens>(
+          rest < kFloatTileTokens ? rest : kFloatTileTokens, [&]<int kTokens>(Number<kTokens>) {
+            constexpr int kRows = kTokens == 1 ? kF8RowsAlone : kFloatTileRows;
+            const int64_t row = matmul_f8_rows<kRows, kTokens>(a, a.row_begin, token);
+            matmul_f8_rows<1, kTokens>(a, row, token);
+          });
+    }
+    return;
+  }
+  static_assert(kBlockCols % kF8Block == 0);
+  Vec waiting[kBlockRows * kBlockTokens];
+  for (int64_t row = a.row_begin; row < a.row_end; row += kBlockRows) {
+    const int64_t row_end = a.row_end - row < kBlockRows ? a.row_end : row + kBlockRows;
+    for (int64_t token = 0; token < a.num_tokens; token += kBlockTokens) {
+      const int64_t token_end = a.num_tokens - token < kBlockTokens ? a.num_tokens : token + kBlockTokens;
+      for (int64_t col = 0; col < a.cols; col += kBlockCols) {
+        const int64_t col_end = a.cols - col < kBlockCols ? a.cols : col + kBlockCols;
+        matmul_f8_block(a, row, row_end, token, token_end, col, col_end, waiting);
+      }
+    }
+  }
+}
+
+#endif
+
+}  // namespace
+}  // namespace argosy

@@ -1,0 +1,53 @@
+// transcode_f8.h: the two tensors of an FP8 matrix to f8 (transcode.h has the contract).
+//
+//   codes    [rows, cols], copied to their rows.
+//   scales   [rows / 128, cols / 128] rounded up, float32 or bfloat16, to float32 before the rows they belong
+//   to.
+#pragma once
+
+#include "kernels/half.h"
+#include "kernels/kernel_table.h"
+
+namespace argosy {
+namespace {
+
+bool transcode_f8_codes(const TranscodeArgs& a) {
+  uint8_t largest = 0;
+  const uint8_t* from = a.rows_data;
+  for (int64_t row = a.panel_begin * kPanelRows; row < a.panel_end * kPanelRows && row < a.rows;
+       row += kPanelRows) {
+    const int64_t rows =
+        a.rows - row < kPanelRows ? a.rows - row : kPanelRows;  // 128 is a multiple of kPanelRows
+    uint8_t* to = a.matrix + f8_row_at(row, a.cols);
+    for (int64_t i = 0; i < rows * a.cols; ++i) {
+      const uint8_t magnitude = from[i] & 0x7F;
+      largest = magnitude > largest ? magnitude : largest;
+      to[i] = from[i];
+    }
+    from += rows * a.cols;
+  }
+  return largest < 0x7F;
+}
+
+template <BlockType kType>
+bool transcode_f8_scales(const TranscodeArgs& a) {
+  const int64_t scales = round_up(a.cols, kF8Block) / kF8Block;
+  bool is_finite = true;
+  const uint8_t* from = a.rows_data;
+  for (int64_t row = a.panel_begin * kF8Block; row < a.panel_end * kF8Block && row < a.rows;
+       row += kF8Block) {
+    uint8_t* to = a.matrix + f8_scales_at(row, a.cols);
+    for (int64_t i = 0; i < scales; ++i, from += kType == BlockType::f8_scales ? 4 : 2) {
+      const uint32_t bits = kType == BlockType::f8_scales ? read_unaligned<uint32_t>(from)
+                                                          : uint32_t(read_unaligned<uint16_t>(from)) << 16;
+      // Below 2^119: the largest code, 448, times the scale is a float32 then.
+      is_finite = is_finite && (bits & 0x7FFFFFFFu) < 0x7B000000u;
+      std::memcpy(to + 4 * i, &bits, 4);
+    }
+    std::memset(to + 4 * scales, 0, size_t(f8_scales_bytes(a.cols) - 4 * scales));
+  }
+  return is_finite;
+}
+
+}  // namespace
+}  // namespace argosy

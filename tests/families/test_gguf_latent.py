@@ -1,0 +1,152 @@
+"""What the metadata and tensors of a GGUF of architecture `deepseek2` mean, in the spelling of both ages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGUFWriter
+
+from argosy.checkpoint.files import ModelFiles
+from argosy.config import RouterConfig
+from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.model.families import open_model
+from tests.models import gguf_models
+from tests.models.gguf_models import one_type, write_gguf_model
+from tests.models.tiny import RawConfig
+from tests.models.tiny_latent import (
+    deepseek_v2,
+    deepseek_v3,
+    glm4_moe_lite,
+    kimi_k2,
+    kimi_k25,
+    yarn_of_all_dimensions,
+)
+
+MODELS: dict[str, RawConfig] = {
+    "DeepSeek-V2-Lite": deepseek_v2(rope_scaling=yarn_of_all_dimensions(40.0, 16, mscale=0.707)),
+    "DeepSeek-V2": deepseek_v2(q_lora_rank=22, topk_method="group_limited_greedy", n_group=4, topk_group=2),
+    "DeepSeek-V3": deepseek_v3(),
+    "Kimi-K2": kimi_k2(),
+    "Kimi-K2.5": kimi_k25(),
+    "GLM-4.7-Flash": glm4_moe_lite(bos_token_id=1, eos_token_id=2, tie_word_embeddings=True),
+}
+
+Write = Callable[..., ModelFiles]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Writes a model whose metadata a test can add to or take from, and opens it."""
+
+    def write(
+        config: RawConfig,
+        *,
+        extra: Callable[[GGUFWriter], object] = lambda writer: None,
+        without: tuple[str, ...] = (),
+        tensors: dict[str, np.ndarray[Any, Any]] | None = None,
+        split_kv: bool = True,
+    ) -> ModelFiles:
+        plain = gguf_models.add_latent_metadata
+
+        def add_metadata(writer: GGUFWriter, config: RawConfig, *, split_kv: bool) -> None:
+            plain(writer, config, split_kv=split_kv)
+            for name in without:
+                del writer.kv_data[0][f"deepseek2.{name}"]
+            extra(writer)
+            for name, values in (tensors or {}).items():
+                writer.add_tensor(name, values)
+
+        monkeypatch.setattr(gguf_models, "add_latent_metadata", add_metadata)
+        path = tmp_path / "model.gguf"
+        write_gguf_model(path, config, one_type("F32"), seed=1, split_kv=split_kv)
+        return open_model(path)
+
+    return write
+
+
+def changed(name: str, value: object) -> Callable[[GGUFWriter], None]:
+    def change(writer: GGUFWriter) -> None:
+        writer.kv_data[0][f"deepseek2.{name}"].value = value
+
+    return change
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("split_kv", [True, False])
+def test_metadata_mean_what_config_json_means(
+    name: str, split_kv: bool, write: Write, tmp_path: Path
+) -> None:
+    found = write(MODELS[name], split_kv=split_kv).config
+    expected = open_model(tmp_path / "model.gguf.f32").config
+    assert found.latent is not None
+    assert found.latent.is_up_split == split_kv
+    # A file does not say which of the models with a sigmoid router it holds.
+    assert found.family == ("deepseek_v2" if "V2" in name else "deepseek_v3")
+    assert replace(found, family=expected.family, latent=replace(found.latent, is_up_split=False)) == expected
+
+
+def test_key_and_value_halves_are_read_where_they_lie(write: Write) -> None:
+    files = write(deepseek_v3())
+    keys, values = files.dense["layers.1.k_up"], files.dense["layers.1.v_up"]
+    assert (keys.name, keys.rows, keys.cols) == ("blk.1.attn_k_b.weight", 4 * 20, 10)
+    assert (values.name, values.rows, values.cols) == ("blk.1.attn_v_b.weight", 4 * 12, 20)
+    assert files.dense["layers.1.choice_bias"].name == "blk.1.exp_probs_b.bias"
+    assert files.dense["layers.0.down"].name == "blk.0.ffn_down.weight"
+
+
+def test_a_file_that_does_not_name_its_router_has_softmax(write: Write) -> None:
+    old = ("expert_gating_func", "expert_group_count", "expert_group_used_count", "expert_weights_norm")
+    config = write(deepseek_v2(routed_scaling_factor=16.0), without=old).config
+    assert config.router == RouterConfig(score="softmax", group_score="max", renormalize=False, scale=16.0)
+
+
+def test_layers_for_multi_token_prediction_are_recognised_and_left_out(write: Write) -> None:
+    def one_layer_more(writer: GGUFWriter) -> None:
+        changed("block_count", 4)(writer)
+        writer.add_nextn_predict_layers(1)
+
+    odd = {
+        "blk.3.nextn.eh_proj.weight": np.ones((4, 8), np.float32),
+        "blk.3.attn_norm.weight": np.ones(32, np.float32),
+    }
+    files = write(deepseek_v3(), extra=one_layer_more, tensors=odd)
+    assert (files.config.num_layers, files.config.num_mtp_layers) == (3, 1)
+
+
+def test_a_layer_beyond_the_model_s_is_refused(write: Write) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"blk\.3\.attn_norm\.weight \[32\]: a deepseek_v3 model with these"
+    ):
+        write(deepseek_v3(), tensors={"blk.3.attn_norm.weight": np.ones(32, np.float32)})
+
+
+def test_other_mathematics_is_refused_by_name(write: Write) -> None:
+    with pytest.raises(
+        UnsupportedModel, match=r"expert_gating_func 3; supported: 1 \(softmax\), 2 \(sigmoid\)"
+    ):
+        write(deepseek_v3(), extra=changed("expert_gating_func", 3))
+
+
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        (lambda w: w.add_uint32("deepseek2.attention.indexer.top_k", 4), r"sets deepseek2\.attention\.indexer\.top_k"),
+        (changed("attention.head_count_kv", 2), r"deepseek2\.attention\.head_count_kv is 2, expected 1"),
+        (changed("attention.key_length", 20), r"deepseek2\.attention\.key_length is 20, expected 26"),
+        (changed("rope.dimension_count", 16), r"deepseek2\.attention\.key_length is 26, expected 36"),
+        (changed("leading_dense_block_count", 3), r"is 3 of 3 layers, and none has routed experts"),
+        (changed("expert_group_count", 3), r"8 experts in 3 groups, 2 of them kept; expected groups of equal size"),
+        (changed("attention.value_length_mla", 10), r"attn_v_b\.weight is \[4, 12, 20\], expected \[4, 10, 20\]"),
+        (lambda w: w.add_nextn_predict_layers(3), r"nextn_predict_layers is 3 of 3 layers"),
+    ],
+)  # fmt: skip
+def test_what_contradicts_itself_is_refused(
+    extra: Callable[[GGUFWriter], object], sentence: str, write: Write
+) -> None:
+    with pytest.raises(CheckpointError, match=sentence):
+        write(deepseek_v3(), extra=extra)
