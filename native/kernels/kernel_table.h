@@ -28,7 +28,7 @@ struct MatmulArgs {
   int64_t y_stride;  // in floats
   const int32_t* y_index;
   int64_t num_tokens;
-  const uint8_t* next_weights;  // null, or the panels that the caller reads next: a hint
+  const uint8_t* next_weights = nullptr;  // the panels that the caller reads next: a hint
 };
 
 // Where one layer's keys and values lie. A block holds, for each KV head,

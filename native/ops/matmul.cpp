@@ -61,7 +61,6 @@ void matmul(Runtime& runtime, const std::vector<Product>& products, const float*
               .y_stride = matrix.rows,
               .y_index = nullptr,
               .num_tokens = num_tokens,
-              .next_weights = nullptr,
           });
         }
       });
