@@ -15,7 +15,7 @@ import pytest
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.manifest import verify_pack
 from argosy.checkpoint.pack import pack
-from argosy.errors import CheckpointError, UsageError
+from argosy.errors import CheckpointError
 from argosy.model.families import open_model
 from tests.engine.test_gguf import LARGEST_DIVERGENCE, mean_divergence
 from tests.models.mxfp4_models import write_mxfp4_model
@@ -97,10 +97,13 @@ def test_one_read_brings_gate_and_up_and_no_byte_twice(tmp_path: Path) -> None:
     assert files.expert_format == "mxfp4"
 
 
-def test_quantised_experts_are_never_quantised_again(tmp_path: Path) -> None:
-    write_mxfp4_model(tmp_path / "model", config_of(num_experts=2, experts_per_token=1), seed=1)
-    with pytest.raises(UsageError, match="is already mxfp4; quantised weights are never quantised again"):
-        pack(open_model(tmp_path / "model"), tmp_path / "packed", format="q8")
+@pytest.mark.parametrize("format", ["q8", "q4"])  # bf16 keeps the sign of a zero
+def test_packing_to_other_formats_starts_from_the_exact_weights(format: str, tmp_path: Path) -> None:
+    plain = write_mxfp4_model(tmp_path / "model", config_of(num_experts=2, experts_per_token=1), seed=1)
+    pack(open_model(tmp_path / "model"), tmp_path / "packed", format=format)
+    pack(open_model(plain), tmp_path / "expected", format=format)
+    for name in ("dense.bin", "experts.bin"):
+        assert (tmp_path / "packed" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
 
 
 def test_blocks_that_contradict_the_config_are_refused(tmp_path: Path) -> None:
