@@ -19,6 +19,7 @@ from argosy.model.rope import inverse_frequency
 from tests.models import tiny_delta
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.make_models import answer, load
+from tests.models.random_models import write_decided_model
 from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.tiny import RawConfig, prompt_ids, text_of, write_model
 from tests.models.tiny_delta import qwen3_5_moe, qwen3_5_moe_text, qwen3_next
@@ -133,6 +134,58 @@ def test_a_long_prompt_equals_the_chunked_form_of_transformers(config: RawConfig
     with Engine(tmp_path, memory="4GiB", threads=2, expert_slots=8, chunk_tokens=150) as engine:
         assert difference(engine.logits(prompt), reference.logits) <= LARGEST_DIFFERENCE
         assert engine.generate(prompt, greedy).token_ids == reference.greedy
+
+
+def random_config(seed: int) -> RawConfig:
+    """Flags and sizes in combinations nobody would write down; sizes are small and awkward on purpose."""
+    rng = np.random.default_rng([seed, 4])
+
+    def pick(*choices: Any) -> Any:
+        return choices[rng.integers(len(choices))]
+
+    key_heads, num_experts, kv_heads = pick(1, 2, 3), pick(2, 5, 9), pick(1, 2)
+    num_layers = pick(2, 3, 5)
+    make = pick(qwen3_next, qwen3_5_moe_text, qwen3_5_moe)
+    config: RawConfig = make(
+        hidden_size=pick(12, 20, 36),
+        num_hidden_layers=num_layers,
+        layer_types=["full_attention", *(pick("linear_attention", "full_attention") for _ in range(num_layers - 2)),
+                     "linear_attention"],
+        num_attention_heads=kv_heads * pick(1, 3),
+        num_key_value_heads=kv_heads,
+        head_dim=pick(8, 24, 40),
+        linear_num_key_heads=key_heads,
+        linear_num_value_heads=key_heads * pick(1, 2, 4),
+        linear_key_head_dim=pick(1, 7, 16, 33),
+        linear_value_head_dim=pick(2, 8, 17, 64, 70),
+        linear_conv_kernel_dim=pick(1, 2, 4, 6),
+        num_experts=num_experts,
+        num_experts_per_tok=int(rng.integers(1, num_experts + 1)),
+        moe_intermediate_size=pick(1, 7, 32),
+        shared_expert_intermediate_size=pick(1, 16, 33),
+        vocab_size=pick(60, 130),
+        attention_bias=pick(True, False),
+        tie_word_embeddings=pick(True, False),
+        rms_norm_eps=pick(1e-5, 1e-6),
+    )  # fmt: skip
+    if make is qwen3_next:
+        config |= {
+            "mlp_only_layers": [0],
+            "partial_rotary_factor": pick(0.25, 0.5, 1.0),
+            "norm_topk_prob": pick(True, False),
+        }
+    return config
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_configurations_equal_transformers(seed: int, tmp_path: Path) -> None:
+    prompt = write_decided_model(
+        tmp_path, Configuration(name="random", config=random_config(seed)), num_tokens=70
+    )
+    with torch.no_grad():
+        expected = load(tmp_path)(input_ids=torch.tensor([prompt])).logits[0].numpy()
+    with Engine(tmp_path, memory="4GiB", threads=1 + seed % 2, chunk_tokens=(7, 64, 256)[seed % 3]) as engine:
+        assert difference(engine.logits(prompt), expected) <= LARGEST_DIFFERENCE
 
 
 def test_a_pack_answers_like_its_source(tmp_path: Path) -> None:
