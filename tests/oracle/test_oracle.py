@@ -22,6 +22,7 @@ from argosy.model.families import open_model
 from argosy.model.rope import angle_scale, inverse_frequency
 from tests.models import tiny_delta
 from tests.models.configurations import CONFIGURATIONS, Configuration
+from tests.models.configurations_latent import LATENT
 from tests.models.make_models import answer, load, make, scaled
 from tests.models.numpy_model import softmax
 from tests.models.random_models import random_configuration, random_gpt_oss, write_decided_model
@@ -40,6 +41,7 @@ from tests.models.tiny import (
     qwen3_moe,
     write_model,
 )
+from tests.models.tiny_latent import deepseek_v2, deepseek_v3
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -119,6 +121,44 @@ LARGE = (
         ),
     ),
     Configuration(
+        name="deepseek_v2_large",
+        config=deepseek_v2(
+            hidden_size=255,
+            num_attention_heads=17,
+            num_key_value_heads=17,
+            moe_intermediate_size=70,
+            n_routed_experts=24,
+            num_experts_per_tok=6,
+            qk_nope_head_dim=30,
+            qk_rope_head_dim=18,
+            v_head_dim=34,
+            kv_lora_rank=70,
+            n_group=2,
+            topk_group=1,
+            topk_method="group_limited_greedy",
+            routed_scaling_factor=4.0,
+        ),
+    ),
+    Configuration(
+        name="deepseek_v3_large",
+        config=deepseek_v3(
+            hidden_size=250,
+            num_attention_heads=20,
+            num_key_value_heads=20,
+            moe_intermediate_size=70,
+            n_routed_experts=20,
+            num_experts_per_tok=4,
+            qk_nope_head_dim=37,
+            qk_rope_head_dim=22,
+            v_head_dim=33,
+            kv_lora_rank=75,
+            q_lora_rank=99,
+            n_group=2,
+            topk_group=1,
+            num_hidden_layers=2,
+        ),
+    ),
+    Configuration(
         name="gpt_oss_large",
         config=gpt_oss(
             hidden_size=250,
@@ -184,11 +224,15 @@ def test_a_long_prompt_equals_transformers(tmp_path: Path) -> None:
         assert difference(engine.logits(prompt), reference.logits) <= LARGEST_DIFFERENCE
 
 
-# Models with delta nets have modules of other names: test_delta.py.
-WITHOUT_DELTA = [c for c in (*CONFIGURATIONS, *RANDOM) if c.config["model_type"] not in tiny_delta.FAMILIES]
+# Models with latent attention and with delta nets have modules of other names, and tests of their own.
+PLAIN = [
+    c
+    for c in (*CONFIGURATIONS, *RANDOM)
+    if c not in LATENT and c.config["model_type"] not in tiny_delta.FAMILIES
+]
 
 
-@pytest.mark.parametrize("configuration", WITHOUT_DELTA, ids=name_of)
+@pytest.mark.parametrize("configuration", PLAIN, ids=name_of)
 def test_a_config_means_what_transformers_reads_in_it(configuration: Configuration, tmp_path: Path) -> None:
     write_model(tmp_path, configuration.config, seed=1)
     ours = open_model(tmp_path).config
@@ -302,6 +346,7 @@ ALL_CHOSEN = [
     olmoe(hidden_size=128, intermediate_size=96, num_experts_per_tok=6),
     minimax_m2(hidden_size=128, intermediate_size=96, num_experts_per_tok=6),
     gpt_oss(hidden_size=128, intermediate_size=96, num_experts_per_tok=5),
+    deepseek_v3(hidden_size=128, moe_intermediate_size=96, num_experts_per_tok=8, n_group=1, topk_group=1),
 ]
 
 

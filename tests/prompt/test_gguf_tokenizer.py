@@ -106,19 +106,47 @@ def test_byte_level_ids_are_those_of_the_original(pre: str, tmp_path: Path) -> N
         assert tokenizer.decode(ids) == text
 
 
-def test_words_of_gpt_4o_are_cut_by_case_and_keep_their_contractions(tmp_path: Path) -> None:
-    core = trained("gpt-2")
-    file = read_gguf(write_bpe(tmp_path / "v.gguf", core, "gpt-4o", bos=0, eos=2))
-    read = read_tokenizer(file)
-    assert read is not None
-    cut = {
+WORDS = {
+    "gpt-4o": {  # by case, and contractions stay
         "HelloWorld": ["Hello", "World"],
         "I'm they'LL": ["I'm", "Ġthey'LL"],
         "12345 67": ["123", "45", "Ġ", "67"],
         "a //b\n\n c": ["a", "Ġ//", "b", "ĊĊ", "Ġc"],
         "x   y": ["x", "ĠĠ", "Ġy"],
-    }
-    for text, words in cut.items():
+    },
+    "deepseek-v3": {  # digits in threes, and Chinese apart
+        "12345 67": ["123", "45", "Ġ", "67"],
+        "It's HelloWorld": ["It", "'s", "ĠHelloWorld"],
+        "f(x.y)\n\n z": ["f", "(x", ".y", ")ĊĊ", "Ġz"],
+        "ab一二c": ["ab", "ä¸ĢäºĮ", "c"],
+    },
+    "deepseek-llm": {  # a new line alone, punctuation alone, letters of one script
+        "12345 67": ["12345", "Ġ", "67"],
+        "It's a\n\n b": ["It", "'", "s", "Ġa", "Ċ", "Ċ", "Ġb"],
+        "(x.y)": ["(", "x", ".", "y", ")"],
+        "ab一二é": ["ab", "ä¸ĢäºĮ", "Ã©"],
+    },
+    "kimi-k2": {  # as gpt-4o's, and Chinese apart
+        "HelloWorld's": ["Hello", "World's"],
+        "12345 67": ["123", "45", "Ġ", "67"],
+        "a //b\n c": ["a", "Ġ//", "b", "Ċ", "Ġc"],
+        "ab一二c": ["ab", "ä¸ĢäºĮ", "c"],
+    },
+    "glm4": {
+        "12345 67": ["123", "45", "Ġ", "67"],
+        "It's HelloWorld": ["It", "'s", "ĠHelloWorld"],
+        "ab一二c": ["abä¸ĢäºĮc"],
+    },
+}
+
+
+@pytest.mark.parametrize("pre", WORDS)
+def test_text_is_cut_into_the_words_of_the_model(pre: str, tmp_path: Path) -> None:
+    core = trained("gpt-2")
+    file = read_gguf(write_bpe(tmp_path / "v.gguf", core, pre, bos=0, eos=2))
+    read = read_tokenizer(file)
+    assert read is not None
+    for text, words in WORDS[pre].items():
         assert [word for word, _ in read.core.pre_tokenizer.pre_tokenize_str(text)] == words
 
 

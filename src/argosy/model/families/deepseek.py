@@ -64,7 +64,7 @@ class Defaults:
     hidden_size: int
     num_layers: int
     num_heads: int
-    num_kv_heads: int
+    num_kv_heads: int | None  # None: as many as heads
     dense_width: int
     expert_width: int
     num_experts: int

@@ -1,0 +1,90 @@
+"""GGUF files against llama.cpp: what it computes from a file is what Argosy computes from it.
+
+llama.cpp comes as llama-cpp-python in an environment of its own (`make peer` builds it, `ARGOSY_PEER_PYTHON` names
+another interpreter); without one there is nothing to compare with. It keeps keys and values in 16 bits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from argosy import Engine
+from tests.models.gguf_models import one_type, write_gguf_model
+from tests.models.safetensors_file import Array
+from tests.models.tiny import RawConfig, prompt_ids
+from tests.models.tiny_latent import (
+    deepseek_v2,
+    deepseek_v3,
+    glm4_moe_lite,
+    kimi_k2,
+    yarn_of_all_dimensions,
+)
+from tests.oracle.test_oracle import mean_divergence
+
+ROOT = Path(__file__).parents[2]
+PEER = Path(os.environ.get("ARGOSY_PEER_PYTHON") or ROOT / "build" / "peer-venv" / "bin" / "python")
+
+pytestmark = pytest.mark.skipif(not PEER.exists(), reason=f"no llama-cpp-python: {PEER} does not exist")
+
+# Mean KL in nats; keys and values in 16 bits cost 6e-7, a wrong scale or frequency more than 1e-3.
+LARGEST_DIVERGENCE = 1e-5
+
+# The bounds of yarn are given, because the class overrides what the file says with its own.
+SCRIPT = """
+import json, sys
+import numpy as np
+from llama_cpp import Llama
+path, ids, out, yarn = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
+model = Llama(path, n_ctx=64, logits_all=True, verbose=False, n_threads=1, **yarn)
+model.eval(ids)
+np.save(out, np.array(model.scores[: len(ids)]))
+"""
+
+
+def peer_logits(path: Path, token_ids: list[int], **yarn: float) -> Array:
+    """float32 [tokens, vocab] of llama.cpp."""
+    out = path.with_suffix(".npy")
+    subprocess.run(
+        [PEER, "-c", SCRIPT, path, json.dumps(token_ids), out, json.dumps(yarn)],
+        check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    return np.asarray(np.load(out))
+
+
+LATENT: dict[str, Any] = {
+    "hidden_size": 256,
+    "kv_lora_rank": 256,
+    "q_lora_rank": 128,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+    "moe_intermediate_size": 64,
+    "intermediate_size": 96,
+}
+MODELS: dict[str, RawConfig] = {
+    "DeepSeek-V2": deepseek_v2(**LATENT, rope_scaling=yarn_of_all_dimensions(40.0, 16, mscale=0.707)),
+    "DeepSeek-V3": deepseek_v3(**LATENT),
+    "Kimi-K2": kimi_k2(**LATENT),
+    "GLM-4.7-Flash": glm4_moe_lite(**LATENT | {"v_head_dim": 96}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("split_kv", [True, False])
+def test_logits_of_latent_attention_are_llama_cpp_s(name: str, split_kv: bool, tmp_path: Path) -> None:
+    config, path = MODELS[name], tmp_path / "model.gguf"
+    write_gguf_model(path, config, one_type("F32"), seed=7, split_kv=split_kv)
+    prompt = prompt_ids(config, 7)
+    with Engine(path, memory="4GiB", threads=1) as engine:
+        logits = engine.logits(prompt)
+    scaling = config["rope_scaling"] or {"beta_fast": 32.0, "beta_slow": 1.0}
+    yarn = {f"yarn_{key}": float(scaling[key]) for key in ("beta_fast", "beta_slow")}
+
+    assert mean_divergence(peer_logits(path, prompt, **yarn), logits) <= LARGEST_DIVERGENCE
