@@ -318,17 +318,13 @@ inline uint16_t half_of_e8m0(uint8_t e8m0, uint16_t last) {
   return uint16_t(e8m0 < 2 ? 0x20 << e8m0 : (e8m0 - 1) << 7);  // below 2^-126: subnormal
 }
 
-inline void store_e8m0(const BlockRows& rows, uint8_t* scales, uint16_t last) {
-  for (int64_t r = 0; r < kRowsAtOnce; ++r) {
-    const uint16_t scale = half_of_e8m0(rows.row[r][0], last);
-    std::memcpy(scales + 2 * (rows.first + r), &scale, 2);
-  }
-}
-
 template <>
 void transcode_block<BlockType::mxfp4>(const BlockRows& rows, uint8_t* quants, uint8_t* scales) {
   transcode_nibbles(rows, 1, quants);
-  store_e8m0(rows, scales, 0x7F00);  // 2^127
+  for (int64_t r = 0; r < kRowsAtOnce; ++r) {
+    const uint16_t scale = half_of_e8m0(rows.row[r][0], 0x7F00);  // 2^127
+    std::memcpy(scales + 2 * (rows.first + r), &scale, 2);
+  }
 }
 
 // 16 bytes with two neighbouring columns each: nibbles of columns 4 c to 4 c + 3 and 4 (c + 4) to 4 (c + 4) +
@@ -349,30 +345,33 @@ void transcode_block<BlockType::int4_quants>(const BlockRows& rows, uint8_t* qua
 }
 
 template <>
-void transcode_block<BlockType::int4_scales>(const BlockRows& rows, uint8_t*, uint8_t* scales) {
-  rows.copy_halves(0, scales);
-}
-
-template <>
 void transcode_block<BlockType::mxfp4_quants>(const BlockRows& rows, uint8_t* quants, uint8_t*) {
   transcode_neighbours(rows, quants);
 }
 
-template <>
-void transcode_block<BlockType::mxfp4_scales>(const BlockRows& rows, uint8_t*, uint8_t* scales) {
-  store_e8m0(rows, scales, 0x7FC0);  // NaN
+// The scales of sixteen rows alone, one short row after the other.
+template <BlockType kType>
+void transcode_scales(const uint8_t* from, int64_t row_stride, int64_t present, int64_t blocks,
+                      uint8_t* scales) {
+  std::memset(scales, 0, size_t(blocks * kPanelRows * 2));
+  for (int64_t r = 0; r < kPanelRows && r < present; ++r) {
+    const uint8_t* row = from + r * row_stride;
+    for (int64_t b = 0; b < blocks; ++b) {
+      constexpr uint16_t kNan = 0x7FC0;
+      const uint16_t scale = kType == BlockType::mxfp4_scales ? half_of_e8m0(row[b], kNan)
+                                                              : read_unaligned<uint16_t>(row + 2 * b);
+      std::memcpy(scales + (b * kPanelRows + r) * 2, &scale, 2);
+    }
+  }
 }
 
-// Sixteen rows, row_stride bytes apart, `present` of them there, to one panel. The bytes at `next` are those
-// of the next panel.
+// Sixteen rows, row_stride bytes apart, `present` of them there. The bytes at `next` are those of the next
+// panel.
 template <BlockType kType>
-void transcode_panel(const uint8_t* from, int64_t row_stride, int64_t present, int64_t cols, uint8_t* panel,
-                     const uint8_t* next) {
-  constexpr Format kFormat = slot_format(kType);
-  constexpr QuantFormat kQuant = quant_format(kFormat);
+void transcode_blocks(const uint8_t* from, int64_t row_stride, int64_t present, int64_t blocks,
+                      uint8_t* quants, uint8_t* scales, const uint8_t* next) {
+  constexpr QuantFormat kQuant = quant_format(slot_format(kType));
   static constexpr uint8_t kNoRow[block_bytes(kType)] = {};
-  const int64_t blocks = num_blocks(kFormat, cols);
-  uint8_t* scales = panel + scales_at(kFormat, cols);
   for (int64_t b = 0; b < blocks; ++b) {
     // Sixteen short streams are more than the hardware foresees; the next panel's rows are one piece.
     if (next != nullptr) {
@@ -386,12 +385,25 @@ void transcode_panel(const uint8_t* from, int64_t row_stride, int64_t present, i
         const bool is_row = first + r < present;
         rows.row[r] = is_row ? from + (first + r) * row_stride + b * block_bytes(kType) : kNoRow;
       }
-      transcode_block<kType>(rows, panel + b * kQuant.block_quant_bytes(),
+      transcode_block<kType>(rows, quants + b * kQuant.block_quant_bytes(),
                              scales + b * kQuant.block_scale_bytes());
     }
   }
+}
+
+template <BlockType kType>
+void transcode_panel(const uint8_t* from, int64_t row_stride, int64_t present, int64_t cols, uint8_t* panel,
+                     const uint8_t* next) {
+  constexpr Format kFormat = slot_format(kType);
+  const int64_t blocks = num_blocks(kFormat, cols);
+  uint8_t* scales = panel + scales_at(kFormat, cols);
+  if constexpr (is_scales(kType)) {
+    transcode_scales<kType>(from, row_stride, present, blocks, scales);
+  } else {
+    transcode_blocks<kType>(from, row_stride, present, blocks, panel, scales, next);
+  }
   if constexpr (!is_quants(kType)) {
-    uint8_t* end = scales + blocks * kQuant.block_scale_bytes();
+    uint8_t* end = scales + blocks * quant_format(kFormat).block_scale_bytes();
     std::memset(end, 0, size_t(panel + panel_bytes(kFormat, cols) - end));
   }
 }
