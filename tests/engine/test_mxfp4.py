@@ -20,6 +20,7 @@ from argosy.model.families import open_model
 from tests.engine.test_gguf import LARGEST_DIVERGENCE, mean_divergence
 from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.numpy_model import NumpyModel
+from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.safetensors_file import read_checkpoint, write_checkpoint
 from tests.models.tiny import RawConfig, gpt_oss, prompt_ids, random_tensors
 
@@ -113,6 +114,30 @@ def test_blocks_that_contradict_the_config_are_refused(tmp_path: Path) -> None:
         text.replace('"intermediate_size": 224', '"intermediate_size": 192')
     )
     with pytest.raises(CheckpointError, match=r"gate_up_proj_\w+ is \[2, 448[^]]*\], expected \[2, 384"):
+        open_model(tmp_path / "model")
+
+
+def test_a_bf16_pack_computes_with_float32_activations(tmp_path: Path) -> None:
+    """bf16 has every value of MXFP4, so nothing is rounded but sums."""
+    config = config_of(num_experts=5, experts_per_token=2)
+    reference = NumpyModel(write_mxfp4_model(tmp_path / "model", config, seed=7))
+    pack(open_model(tmp_path / "model"), tmp_path / "packed", format="bf16")
+    prompt = prompt_ids(config, 7)
+    expected = reference.logits(prompt)
+    assert reference.router_margin > 1e-4
+    with Engine(tmp_path / "packed", memory="4GiB", threads=1) as engine:
+        assert difference(engine.logits(prompt), expected) <= LARGEST_DIFFERENCE
+
+
+def test_blocks_that_the_config_does_not_tell_of_are_refused(tmp_path: Path) -> None:
+    config = config_of(num_experts=2, experts_per_token=1)
+    write_mxfp4_model(tmp_path / "model", config, seed=1)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"gate_up_proj_blocks is U8, .* has no quantization_config"):
+        open_model(tmp_path / "model")
+    kept = {"quant_method": "mxfp4", "modules_to_not_convert": ["gate_up_proj"]}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"quantization_config": kept}))
+    with pytest.raises(CheckpointError, match="says that it is not quantised"):
         open_model(tmp_path / "model")
 
 

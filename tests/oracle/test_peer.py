@@ -18,7 +18,7 @@ import pytest
 from argosy import Engine
 from tests.models.gguf_models import one_type, write_gguf_model
 from tests.models.safetensors_file import Array
-from tests.models.tiny import RawConfig, prompt_ids
+from tests.models.tiny import RawConfig, gpt_oss, prompt_ids
 from tests.models.tiny_latent import (
     deepseek_v2,
     deepseek_v3,
@@ -88,3 +88,30 @@ def test_logits_of_latent_attention_are_llama_cpp_s(name: str, split_kv: bool, t
     yarn = {f"yarn_{key}": float(scaling[key]) for key in ("beta_fast", "beta_slow")}
 
     assert mean_divergence(peer_logits(path, prompt, **yarn), logits) <= LARGEST_DIVERGENCE
+
+
+# llama.cpp rounds the bounds of yarn, which gpt-oss does not; its activations beside MXFP4 have 8 bits, as Argosy's.
+@pytest.mark.parametrize(("type_name", "largest"), [("F32", 1e-4), ("MXFP4", 0.002)])
+def test_logits_of_sinks_windows_and_biases_are_llama_cpp_s(
+    type_name: str, largest: float, tmp_path: Path
+) -> None:
+    config = (
+        gpt_oss(  # every expert chosen: a rounded score that tips one decision would hide what rounding costs
+            hidden_size=256,
+            intermediate_size=256,
+            head_dim=64,
+            num_attention_heads=8,
+            num_hidden_layers=4,
+            num_local_experts=6,
+            num_experts_per_tok=6,
+            max_position_embeddings=131_072,
+            rope_scaling={"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096},
+        )
+    )
+    path = tmp_path / "model.gguf"
+    write_gguf_model(path, config, one_type(type_name), seed=7)
+    prompt = prompt_ids(config, 7)
+    with Engine(path, memory="4GiB", threads=1) as engine:
+        logits = engine.logits(prompt)
+
+    assert mean_divergence(peer_logits(path, prompt), logits) <= largest

@@ -336,6 +336,8 @@ class _Accounts(TensorAccounts):
         ):
             groups = (config.num_experts, interleaved * rows, cols // GROUP_COLS)
             first = len(pieces)
+            if blocks in self:
+                self._require_said("mxfp4", blocks.removesuffix("_blocks"), blocks)
             for name, block_type, shape in (
                 (blocks, "mxfp4_quants", (*groups, GROUP_COLS // 2)),
                 (scales, "mxfp4_scales", groups),
