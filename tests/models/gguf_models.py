@@ -132,9 +132,9 @@ def write_gguf_model(
 ) -> Path:
     """Write `path` and, in a directory named `<path>.f32`, the dequantised weights; returns that directory.
 
-    With `split_experts`, every expert is a tensor of its own, as in files of early 2024; without `split_kv`, so are
-    latent attention's keys and values, as in files before April 2025. With `tensors_per_part`, the model comes in parts
-    beside `path`, the first of which may have no tensors.
+    With `split_experts`, every expert is a tensor of its own, as in files of early 2024; without `split_kv`, keys and
+    values of latent attention come from one, as in files before April 2025. With `tensors_per_part`, the model comes in
+    parts beside `path`, the first of which may have no tensors.
     """
     rng = np.random.default_rng([seed, 3])
     exact: dict[str, Array] = {}
