@@ -23,6 +23,13 @@ inline float f8_scale_at(const uint8_t* weights, int64_t cols, int64_t row, int6
 
 #if !ARGOSY_VECTOR  // the reference
 
+// Whether one of n codes is NaN.
+inline bool has_nan_code(const uint8_t* codes, int64_t n) {
+  uint8_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) largest = (codes[i] & 0x7F) > largest ? codes[i] & 0x7F : largest;
+  return largest == 0x7F;
+}
+
 void matmul_f8(const MatmulArgs& a) {
   for (int64_t row = a.row_begin; row < a.row_end; ++row) {
     const uint8_t* codes = a.weights + f8_row_at(row, a.cols);
@@ -42,6 +49,11 @@ void matmul_f8(const MatmulArgs& a) {
 
 #else
 
+// For values / 256.
+inline Vec f8_scale(const uint8_t* scales, int64_t col) {
+  return broadcast(read_unaligned<float>(scales + col / kF8Block * 4) * 256.0f);
+}
+
 // Rows where they are, converted on the way to value / 256. NaN codes come out as numbers.
 template <int kRows>
 struct RowsOfF8 {
@@ -56,9 +68,7 @@ struct RowsOfF8 {
   }
   Vec at(int64_t col, int i) const { return load_f8(codes[i] + col); }
   Vec at(int64_t col, int i, int64_t n) const { return load_f8(codes[i] + col, n); }
-  Vec scale(int64_t col, int i) const {
-    return broadcast(read_unaligned<float>(scales[i] + col / kF8Block * 4) * 256.0f);
-  }
+  Vec scale(int64_t col, int i) const { return f8_scale(scales[i], col); }
   // The next tile, into the second-level cache: rows may be too short for the hardware to see a stream.
   void prefetch(int64_t col) const {
 #pragma GCC unroll 8
@@ -72,37 +82,30 @@ struct RowsOfF8 {
   int64_t ahead;
 };
 
-// The same as float32, columns from `begin` on, zeros behind the last.
+// A block of rows as float16, value / 256: columns from `begin` on, zeros behind the last; scales where they
+// are.
 template <int kRows>
-struct CopyOfF8 {
+struct HalvesOfF8 {
   static constexpr int64_t kScaledCols = kF8Block;
 
-  Vec at(int64_t col, int i) const { return load(values + i * kBlockCols + (col - begin)); }
+  HalvesOfF8(const MatmulArgs& a, int64_t row, const uint16_t* values, int64_t first)
+      : halves(reinterpret_cast<const uint8_t*>(values)), begin(first) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) scales[i] = a.weights + f8_scales_at(row + i, a.cols);
+  }
+  Vec at(int64_t col, int i) const { return F16Weights::load(halves + (i * kBlockCols + col - begin) * 2); }
   Vec at(int64_t col, int i, int64_t) const { return at(col, i); }
-  Vec scale(int64_t col, int i) const { return rows.scale(col, i); }
+  Vec scale(int64_t col, int i) const { return f8_scale(scales[i], col); }
   void prefetch(int64_t) const {}
-  const RowsOfF8<kRows>& rows;
-  const float* values;
+  const uint8_t* halves;
+  const uint8_t* scales[kRows];
   int64_t begin;
 };
 
-template <int kRows>
-void copy_f8(const RowsOfF8<kRows>& rows, int64_t begin, int64_t end, float* values) {
-  for (int i = 0; i < kRows; ++i) {
-    float* to = values + i * kBlockCols;
-    for (int64_t col = begin; col < end; col += kLanes, to += kLanes)
-      store(to, end - col >= kLanes ? rows.at(col, i) : rows.at(col, i, end - col));
-  }
-}
-
-// Makes NaN of the rows with a NaN code, once their sums are there.
-template <int kRows>
-void mark_nan(const MatmulArgs& a, const RowsOfF8<kRows>& rows, int64_t row, int64_t token,
-              int64_t token_end) {
-  for (int i = 0; i < kRows; ++i) {
-    if (!has_nan_code(rows.codes[i], a.cols)) continue;
-    for (int64_t t = token; t < token_end; ++t) output_row(a, t)[row + i - a.row_begin] = float_from_f8(0x7F);
-  }
+// Makes NaN of the sums of a row with a NaN code.
+inline void mark_nan(const MatmulArgs& a, int64_t row, int64_t token, int64_t token_end) {
+  if (!has_nan_code(a.weights + f8_row_at(row, a.cols), a.cols)) return;
+  for (int64_t t = token; t < token_end; ++t) output_row(a, t)[row - a.row_begin] = float_from_f8(0x7F);
 }
 
 // All columns of the rows [row, row_end), kRows at a time, for kTokens tokens; returns the first row that is
@@ -113,46 +116,48 @@ template <int kRows, int kTokens>
   for (; row + kRows <= a.row_end; row += kRows) {
     const RowsOfF8<kRows> rows(a, row);
     matmul_float_tile<kRows, kTokens>(a, rows, x, row, token, 0, a.cols, NoneWait{});
-    mark_nan(a, rows, row, token, token + kTokens);
+    for (int i = 0; i < kRows; ++i) mark_nan(a, row + i, token, token + kTokens);
   }
   return row;
 }
 
-// kRows rows and columns [begin, end), converted once for all tokens of a block, whose activations are in
-// `copies`, tile by tile.
-template <int kRows>
-void matmul_f8_block_rows(const MatmulArgs& a, int64_t row, int64_t token, int64_t token_end, int64_t begin,
-                          int64_t end, const float* copies, Vec* waiting) {
-  alignas(64) float values[kRows * kBlockCols];
-  const RowsOfF8<kRows> rows(a, row);
-  copy_f8(rows, begin, end, values);
-  for (int64_t t = token; t < token_end; t += kFloatTileTokens, copies += kFloatTileTokens * kBlockCols) {
-    with_number<kFloatTileTokens>(token_end - t < kFloatTileTokens ? token_end - t : kFloatTileTokens,
-                                  [&]<int kTokens>(Number<kTokens>) {
-                                    matmul_float_tile<kRows, kTokens>(a, CopyOfF8<kRows>{rows, values, begin},
-                                                                      CopyOfX<kTokens>{copies, begin}, row, t,
-                                                                      begin, end, waiting);
-                                  });
-    waiting += kRows * kFloatTileTokens;
+template <int kTokens>
+void matmul_halves_rows(const MatmulArgs& a, const uint16_t* halves, const float* copy, int64_t row,
+                        int64_t row_end, int64_t token, int64_t begin, int64_t end, Vec* waiting) {
+  const CopyOfX<kTokens> x{copy, begin};
+  constexpr int kRows = kFloatTileRows;
+  for (; row + kRows <= row_end; row += kRows, waiting += kRows * kTokens, halves += kRows * kBlockCols) {
+    matmul_float_tile<kRows, kTokens>(a, HalvesOfF8<kRows>(a, row, halves, begin), x, row, token, begin, end,
+                                      waiting);
   }
-  if (end == a.cols) mark_nan(a, rows, row, token, token_end);
+  for (; row < row_end; ++row, waiting += kTokens, halves += kBlockCols) {
+    matmul_float_tile<1, kTokens>(a, HalvesOfF8<1>(a, row, halves, begin), x, row, token, begin, end,
+                                  waiting);
+  }
 }
 
+// As many rows, tokens and columns as a block has; begin is a multiple of 128.
 void matmul_f8_block(const MatmulArgs& a, int64_t row, int64_t row_end, int64_t token, int64_t token_end,
                      int64_t begin, int64_t end, Vec* waiting) {
-  alignas(64) float copies[kBlockTokens * kBlockCols];
-  float* copy = copies;
-  for (int64_t t = token; t < token_end; t += kFloatTileTokens, copy += kFloatTileTokens * kBlockCols) {
-    with_number<kFloatTileTokens>(
-        token_end - t < kFloatTileTokens ? token_end - t : kFloatTileTokens,
-        [&]<int kTokens>(Number<kTokens>) { copy_x<kTokens>(a, t, begin, end, copy); });
+  alignas(64) uint16_t halves[kBlockRows * kBlockCols];
+  alignas(64) float copy[kFloatTileTokens * kBlockCols];
+  for (int64_t i = row; i < row_end; ++i) {
+    const uint8_t* codes = a.weights + f8_row_at(i, a.cols);
+    uint16_t* to = halves + (i - row) * kBlockCols;
+    for (int64_t col = begin; col < end; col += kLanes, to += kLanes)
+      halve_f8(codes + col, end - col < kLanes ? end - col : kLanes, to);
   }
-  for (; row + kFloatTileRows <= row_end; row += kFloatTileRows, waiting += kFloatTileRows * kBlockTokens) {
-    matmul_f8_block_rows<kFloatTileRows>(a, row, token, token_end, begin, end, copies, waiting);
+  const int64_t first_token = token;
+  for (; token < token_end; token += kFloatTileTokens, waiting += kBlockRows * kFloatTileTokens) {
+    with_number<kFloatTileTokens>(token_end - token < kFloatTileTokens ? token_end - token : kFloatTileTokens,
+                                  [&]<int kTokens>(Number<kTokens>) {
+                                    copy_x<kTokens>(a, token, begin, end, copy);
+                                    matmul_halves_rows<kTokens>(a, halves, copy, row, row_end, token, begin,
+                                                                end, waiting);
+                                  });
   }
-  for (; row < row_end; ++row, waiting += kBlockTokens) {
-    matmul_f8_block_rows<1>(a, row, token, token_end, begin, end, copies, waiting);
-  }
+  if (end < a.cols) return;
+  for (int64_t i = row; i < row_end; ++i) mark_nan(a, i, first_token, token_end);
 }
 
 void matmul_f8(const MatmulArgs& a) {

@@ -7,26 +7,28 @@
 
 #include "kernels/half.h"
 #include "kernels/kernel_table.h"
+#include "kernels/matmul_f8.h"
 
 namespace argosy {
 namespace {
 
 bool transcode_f8_codes(const TranscodeArgs& a) {
-  uint8_t largest = 0;
+  constexpr int64_t kInCache = 4096;  // bytes that are copied, and then looked at
+  bool has_nan = false;
   const uint8_t* from = a.rows_data;
   for (int64_t row = a.panel_begin * kPanelRows; row < a.panel_end * kPanelRows && row < a.rows;
        row += kPanelRows) {
-    const int64_t rows =
-        a.rows - row < kPanelRows ? a.rows - row : kPanelRows;  // 128 is a multiple of kPanelRows
+    // The rows of a panel lie together, because 128 is a multiple of 16.
+    const int64_t nbytes = (a.rows - row < kPanelRows ? a.rows - row : kPanelRows) * a.cols;
     uint8_t* to = a.matrix + f8_row_at(row, a.cols);
-    for (int64_t i = 0; i < rows * a.cols; ++i) {
-      const uint8_t magnitude = from[i] & 0x7F;
-      largest = magnitude > largest ? magnitude : largest;
-      to[i] = from[i];
+    for (int64_t at = 0; at < nbytes; at += kInCache) {
+      const int64_t n = nbytes - at < kInCache ? nbytes - at : kInCache;
+      std::memcpy(to + at, from + at, size_t(n));
+      has_nan |= has_nan_code(from + at, n);
     }
-    from += rows * a.cols;
+    from += nbytes;
   }
-  return largest < 0x7F;
+  return !has_nan;
 }
 
 template <BlockType kType>

@@ -77,17 +77,21 @@ struct Bf16Weights {
 
 // FP8 codes as value / 256: with the sign spread to bit 14 and cleared there, what is left is a float16 whose
 // exponent has a bias of 15 instead of 7, subnormals included. NaN codes come out as 480 / 256.
-inline Vec widen_f8(__m128i codes) {
-  const __m128i halves = _mm_slli_epi16(_mm_cvtepi8_epi16(codes), 7);
-  return _mm256_cvtph_ps(_mm_and_si128(halves, _mm_set1_epi16(int16_t(0xBF80))));
+inline __m128i halves_of_f8(const uint8_t* from) {
+  const __m128i codes = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  return _mm_and_si128(_mm_slli_epi16(codes, 7), _mm_set1_epi16(int16_t(0xBF80)));
 }
-inline Vec load_f8(const uint8_t* from) {
-  return widen_f8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-}
+inline Vec load_f8(const uint8_t* from) { return _mm256_cvtph_ps(halves_of_f8(from)); }
 inline Vec load_f8(const uint8_t* from, int64_t n) {
   uint8_t codes[8] = {};
   std::memcpy(codes, from, size_t(n));
   return load_f8(codes);
+}
+// The float16 of n codes, zeros behind them.
+inline void halve_f8(const uint8_t* from, int64_t n, uint16_t* to) {
+  uint8_t codes[8] = {};
+  if (n < kLanes) from = static_cast<const uint8_t*>(std::memcpy(codes, from, size_t(n)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves_of_f8(from));
 }
 // Whether one of n codes is NaN.
 inline bool has_nan_code(const uint8_t* codes, int64_t n) {

@@ -68,15 +68,20 @@ struct Bf16Weights {
 
 // FP8 codes as value / 256: with the sign spread to bit 14 and cleared there, what is left is a float16 whose
 // exponent has a bias of 15 instead of 7, subnormals included. NaN codes come out as 480 / 256.
-inline Vec widen_f8(__m128i codes) {
+inline __m256i halves_of_f8(__m128i codes) {
   const __m256i halves = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);
-  return _mm512_cvtph_ps(_mm256_and_si256(halves, _mm256_set1_epi16(int16_t(0xBF80))));
+  return _mm256_and_si256(halves, _mm256_set1_epi16(int16_t(0xBF80)));
 }
 inline Vec load_f8(const uint8_t* from) {
-  return widen_f8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return _mm512_cvtph_ps(halves_of_f8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
 inline Vec load_f8(const uint8_t* from, int64_t n) {
-  return widen_f8(_mm_maskz_loadu_epi8(first_lanes(n), from));
+  return _mm512_cvtph_ps(halves_of_f8(_mm_maskz_loadu_epi8(first_lanes(n), from)));
+}
+// The float16 of n codes, zeros behind them.
+inline void halve_f8(const uint8_t* from, int64_t n, uint16_t* to) {
+  const __m256i halves = halves_of_f8(_mm_maskz_loadu_epi8(first_lanes(n), from));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
 }
 // Whether one of n codes is NaN.
 inline bool has_nan_code(const uint8_t* codes, int64_t n) {
