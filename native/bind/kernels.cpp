@@ -245,6 +245,17 @@ void bind_layer(nb::module_& m) {
         add_sigmoid_gated(runtime, from, gate, num_tokens, hidden, to);
       },
       "runtime"_a, "x"_a, "gate_logit"_a, "out"_a.noconvert());
+
+  m.def(
+      "mul_sigmoid",
+      [](Runtime& runtime, const Array& gate, const OutArray& x) {
+        const float* by = read_array<float>("gate", gate, {kAnySize, kAnySize});
+        const int64_t rows = int64_t(gate.shape(0)), cols = int64_t(gate.shape(1));
+        float* values = write_array<float>("x", x, {rows, cols});
+        nb::gil_scoped_release released;
+        mul_sigmoid(runtime, by, cols, rows, cols, values);
+      },
+      "runtime"_a, "gate"_a, "x"_a.noconvert());
 }
 
 const ActivationOfNumbers kSilu = {"silu", 0.0f, 0.0f};

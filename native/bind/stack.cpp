@@ -5,6 +5,7 @@
 
 #include "ops/stack.h"
 
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -19,6 +20,7 @@
 
 #include "bind/bind.h"
 #include "bind/matrix.h"
+#include "bind/recurrent.h"
 #include "bind/routing.h"
 
 namespace argosy {
@@ -42,6 +44,10 @@ struct Kept {
   const float* keep(const char* name, const Array& vector, int64_t size) {
     arrays.push_back(vector);
     return read_array<float>(name, vector, {size});
+  }
+  const float* keep(const char* name, const Array& array, std::initializer_list<int64_t> shape) {
+    arrays.push_back(array);
+    return read_array<float>(name, array, shape);
   }
   const float* keep(const char* name, const std::optional<Array>& vector, int64_t size) {
     return vector ? keep(name, *vector, size) : nullptr;
@@ -75,12 +81,13 @@ BoundMixer grouped_query_attention(
     int64_t window, float scale, const std::optional<Array>& query_bias, const std::optional<Array>& key_bias,
     const std::optional<Array>& value_bias, const std::optional<Array>& output_bias,
     const std::optional<Array>& query_norm, const std::optional<Array>& key_norm, bool is_norm_flat,
-    float limit, const std::optional<Array>& sinks) {
+    float limit, const std::optional<Array>& sinks, bool has_gate) {
   require_range("heads", num_heads, 1, query.view.rows);
   require_range("window", window, 0, INT32_MAX);
-  require_size("rows of query modulo heads", query.view.rows % num_heads, 0);
+  const int64_t parts = has_gate ? 2 * num_heads : num_heads;
+  require_size("rows of query modulo heads", query.view.rows % parts, 0);
   if (query_norm.has_value() != key_norm.has_value()) refuse("query_norm and key_norm come together");
-  const int64_t head_dim = query.view.rows / num_heads;
+  const int64_t head_dim = query.view.rows / parts;
   BoundMixer bound;
   Kept& kept = bound.kept;
   bound.mixer = GroupedQueryAttention{
@@ -100,7 +107,39 @@ BoundMixer grouped_query_attention(
       .num_heads = num_heads,
       .window = window,
       .scale = scale,
+      .has_gate = has_gate,
   };
+  return bound;
+}
+
+BoundMixer gated_delta_net(const Matrix& qkv, const Matrix& b, const Matrix& output, const Matrix* z,
+                           const Matrix* a, const Array& conv, const Array& rate, const Array& dt_bias,
+                           const Array& norm, const DeltaShape& shape, bool is_tiled, int64_t state_layer) {
+  BoundMixer bound;
+  Kept& kept = bound.kept;
+  GatedDeltaNet net = {};
+  net.qkv = kept.keep(qkv);
+  if (z != nullptr) net.z = kept.keep(*z);
+  net.b = kept.keep(b);
+  if (a != nullptr) net.a = kept.keep(*a);
+  net.output = kept.keep(output);
+  net.shape = shape;
+  net.weights = {
+      .conv = kept.keep("conv", conv, {shape.conv_width, shape.conv_channels()}),
+      .rate = kept.keep("rate", rate, shape.num_value_heads),
+      .dt_bias = kept.keep("dt_bias", dt_bias, shape.num_value_heads),
+      .norm = kept.keep("norm", norm, shape.value_dim),
+      .eps = 0.0f,
+      .is_tiled = is_tiled,
+  };
+  net.state_layer = state_layer;
+  if (is_tiled && z == nullptr) refuse("value heads beside their key heads are not tiled");
+  require_size("rows of qkv", net.qkv.rows, shape.conv_channels() + (net.z ? 0 : shape.value_channels()));
+  if (net.z) require_size("rows of z", net.z->rows, shape.value_channels());
+  require_size("rows of b", net.b.rows, shape.num_value_heads * (net.a ? 1 : 2));
+  if (net.a) require_size("rows of a", net.a->rows, shape.num_value_heads);
+  require_size("columns of output", net.output.cols, shape.value_channels());
+  bound.mixer = std::move(net);
   return bound;
 }
 
@@ -164,7 +203,8 @@ void require_fit(const GroupedQueryAttention& mixer, const KvShape& kv, const Ro
                  int64_t hidden) {
   require_kind(kv, KvShape::Kind::keys_values);
   require_range("rotated dimensions", 2 * rotary.num_pairs(), 0, kv.head_dim);
-  require_size("rows of query", mixer.query.rows, mixer.num_heads * kv.head_dim);
+  const int64_t attended = mixer.num_heads * kv.head_dim;
+  require_size("rows of query", mixer.query.rows, mixer.has_gate ? 2 * attended : attended);
   require_size("heads modulo KV heads", mixer.num_heads % kv.kv_heads, 0);
   require_size("rows of key", mixer.key.rows, kv.kv_heads * kv.head_dim);
   require_size("rows of value", mixer.value.rows, kv.kv_heads * kv.head_dim);
@@ -172,8 +212,26 @@ void require_fit(const GroupedQueryAttention& mixer, const KvShape& kv, const Ro
   require_size("columns of query", mixer.query.cols, hidden);
   require_size("columns of key", mixer.key.cols, hidden);
   require_size("columns of value", mixer.value.cols, hidden);
-  require_size("columns of output", mixer.output.cols, mixer.query.rows);
+  require_size("columns of output", mixer.output.cols, attended);
 }
+
+void require_fit(const GatedDeltaNet& net, const KvShape& kv, const Rotary&, int64_t hidden) {
+  require_kind(kv, KvShape::Kind::none);
+  for (const MatrixView* matrix : {&net.qkv, &net.b})
+    require_size("columns of qkv or b", matrix->cols, hidden);
+  if (net.z) require_size("columns of z", net.z->cols, hidden);
+  if (net.a) require_size("columns of a", net.a->cols, hidden);
+  require_size("rows of output", net.output.rows, hidden);
+}
+
+// Proves that a layer of the recurrent state is as the mixer needs it.
+void require_state(const GatedDeltaNet& net, const RecurrentState* recurrent) {
+  if (recurrent == nullptr) refuse("a gated delta net without a recurrent state");
+  if (net.shape != recurrent->shape()) refuse("a gated delta net and a recurrent state of different sizes");
+  require_range("state_layer", net.state_layer, 0, recurrent->num_layers() - 1);
+}
+template <class OtherMixer>
+void require_state(const OtherMixer&, const RecurrentState*) {}
 
 void require_fit(const LatentAttention& mixer, const KvShape& kv, const Rotary& rotary, int64_t hidden) {
   require_kind(kv, KvShape::Kind::latent);
@@ -205,13 +263,20 @@ void require_fit(const RoutedFfn& ffn, int64_t hidden) {
 
 // What a Stack needs of each buffer: columns of float32, or int32 where it says so.
 struct BufferColumns {
-  int64_t query = 0, key = 0, value = 0, attended = 0, query_latent = 0, pairs = 0, experts = 0, k = 0;
+  int64_t query = 0, key = 0, value = 0, attended = 0, query_latent = 0, projected = 0, gates = 0, pairs = 0;
+  int64_t experts = 0, k = 0;
 
   void widen(const GroupedQueryAttention& mixer) {
-    query = std::max(query, mixer.query.rows);
+    query = std::max(query, mixer.output.cols);
+    attended = std::max(attended, mixer.output.cols);
     key = std::max(key, mixer.key.rows);
     value = std::max(value, mixer.value.rows);
-    attended = std::max(attended, mixer.output.cols);
+    if (mixer.has_gate) projected = std::max(projected, mixer.query.rows);
+  }
+  void widen(const GatedDeltaNet& net) {
+    attended = std::max(attended, net.shape.value_channels());
+    projected = std::max(projected, net.shape.conv_channels() + net.shape.value_channels());
+    gates = std::max(gates, 2 * net.shape.num_value_heads);
   }
   void widen(const LatentAttention& mixer) {
     query = std::max(query, mixer.query.rows);
@@ -231,8 +296,10 @@ class BoundStack {
   BoundStack(Runtime& runtime, KvCache& kv, const Matrix& embedding, const Matrix& head,
              const Array& final_norm, float norm_eps, const Rotary& rotary,
              const ActivationOfNumbers& activation, const std::vector<LayerOfObjects>& layers,
-             const nb::dict& buffers, Arena* arena, const std::optional<Array>& resident_offsets)
-      : hidden_(embedding.view.cols) {
+             const nb::dict& buffers, Arena* arena, const std::optional<Array>& resident_offsets,
+             const nb::object& recurrent)
+      : recurrent_(recurrent), hidden_(embedding.view.cols) {
+    RecurrentState* state = recurrent.is_none() ? nullptr : nb::cast<RecurrentState*>(recurrent);
     require_size("columns of head", head.view.cols, hidden_);
     require_size("number of layers", int64_t(layers.size()), kv.num_layers());
     if (arena != nullptr) experts_ = {nb::object(), arena->hold(), arena->data(), int64_t(arena->size())};
@@ -255,6 +322,7 @@ class BoundStack {
       const KvShape& shape = kv.shape(int64_t(description.layers.size()) - 1);
       const auto check_mixer = [&](const auto& block) {
         require_fit(block, shape, rotary, hidden_);
+        require_state(block, state);
         columns.widen(block);
       };
       const auto check_ffn = [&](const auto& block) {
@@ -265,12 +333,13 @@ class BoundStack {
       std::visit(check_ffn, ffn->ffn);
     }
     if (resident_offsets) add_resident(description, *resident_offsets);
-    stack_ = std::make_unique<Stack>(runtime, kv, std::move(description), open_buffers(buffers, columns));
+    stack_ =
+        std::make_unique<Stack>(runtime, kv, state, std::move(description), open_buffers(buffers, columns));
   }
 
   void begin(const Array& token_ids, const Array& position, const Array& sequence, const Array& slots,
-             const Array& is_decode, const Array& block_table, const Array& last_rows,
-             const OutArray& logits) {
+             const Array& is_decode, const Array& block_table, const Array& last_rows, const OutArray& logits,
+             const std::optional<Array>& state_slots) {
     const KvCache& kv = stack_->kv();
     StepBatch batch = {};
     const int64_t tokens = batch.num_tokens = int64_t(token_ids.shape(0));
@@ -296,7 +365,15 @@ class BoundStack {
     reach.position = batch.position;
     require_blocks(kv, reach, int64_t(block_table.shape(0)));
     require_rows(batch.last_rows, batch.num_last, tokens);
+    const RecurrentState* recurrent = stack_->recurrent();
+    if (recurrent != nullptr) {
+      if (!state_slots) refuse("a batch without state_slots, for a stack with a recurrent state");
+      const int64_t sequences = int64_t(block_table.shape(0));
+      batch.state_slots = read_array<int32_t>("state_slots", *state_slots, {sequences});
+      require_ids("state_slots", batch.state_slots, sequences, recurrent->num_slots());
+    }
     batch_ = {token_ids, position, sequence, slots, is_decode, block_table, last_rows};
+    if (state_slots) batch_.push_back(*state_slots);
     logits_ = logits;
     num_tokens_ = tokens;
     stack_->begin(batch);
@@ -393,6 +470,8 @@ class BoundStack {
     open("value", columns.value, opened.value);
     open("query_latent", columns.query_latent, opened.query_latent);
     open("attended", columns.attended, opened.attended);
+    open("projected", columns.projected, opened.projected);
+    open("delta_gates", columns.gates, opened.delta_gates);
     open("cosine", columns.pairs, opened.cosine);
     open("sine", columns.pairs, opened.sine);
     open("router_logits", columns.experts, opened.router_logits);
@@ -408,6 +487,7 @@ class BoundStack {
 
   Memory experts_ = {};  // the arena that offsets count from
   Kept kept_;
+  nb::object recurrent_;
   std::vector<OutArray> buffers_;
   std::vector<Array> batch_;
   OutArray logits_;
@@ -426,7 +506,17 @@ void bind_stack(nb::module_& m) {
         "key_bias"_a.none() = nb::none(), "value_bias"_a.none() = nb::none(),
         "output_bias"_a.none() = nb::none(), "query_norm"_a.none() = nb::none(),
         "key_norm"_a.none() = nb::none(), "is_norm_flat"_a = false, "limit"_a = 0.0f,
-        "sinks"_a.none() = nb::none());
+        "sinks"_a.none() = nb::none(), "has_gate"_a = false);
+  m.def(
+      "gated_delta_net",
+      [](const Matrix& qkv, const Matrix& b, const Matrix& output, const Matrix* z, const Matrix* a,
+         const Array& conv, const Array& rate, const Array& dt_bias, const Array& norm,
+         const DeltaSizes& sizes, bool is_tiled, int64_t state_layer) {
+        return gated_delta_net(qkv, b, output, z, a, conv, rate, dt_bias, norm, delta_shape(sizes), is_tiled,
+                               state_layer);
+      },
+      "qkv"_a, "b"_a, "output"_a, nb::kw_only(), "z"_a.none() = nb::none(), "a"_a.none() = nb::none(),
+      "conv"_a, "rate"_a, "dt_bias"_a, "norm"_a, "sizes"_a, "is_tiled"_a, "state_layer"_a);
   m.def("multi_head_latent_attention", &multi_head_latent_attention, "query"_a, "kv_down"_a, "key_up"_a,
         "value_up"_a, "output"_a, nb::kw_only(), "num_heads"_a, "rope_dim"_a, "scale"_a, "norm_eps"_a,
         "kv_norm"_a, "query_down"_a.none() = nb::none(), "query_norm"_a.none() = nb::none());
@@ -460,12 +550,12 @@ void bind_stack(nb::module_& m) {
   nb::class_<BoundStack>(m, "Stack")
       .def(nb::init<Runtime&, KvCache&, const Matrix&, const Matrix&, const Array&, float, const Rotary&,
                     const ActivationOfNumbers&, const std::vector<LayerOfObjects>&, const nb::dict&, Arena*,
-                    const std::optional<Array>&>(),
+                    const std::optional<Array>&, const nb::object&>(),
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), "runtime"_a, "kv"_a, nb::kw_only(), "embedding"_a,
            "head"_a, "final_norm"_a, "norm_eps"_a, "rotary"_a, "activation"_a, "layers"_a, "buffers"_a,
-           "arena"_a.none(), "resident_offsets"_a.none())
+           "arena"_a.none(), "resident_offsets"_a.none(), "recurrent"_a.none() = nb::none())
       .def("begin", &BoundStack::begin, "token_ids"_a, "position"_a, "sequence"_a, "slots"_a, "is_decode"_a,
-           "block_table"_a, "last_rows"_a, "logits"_a.noconvert())
+           "block_table"_a, "last_rows"_a, "logits"_a.noconvert(), "state_slots"_a.none() = nb::none())
       .def("advance", &BoundStack::advance)
       .def("run_shared", &BoundStack::run_shared)
       .def("run_experts", &BoundStack::run_experts, "expert_ids"_a, "offsets"_a)

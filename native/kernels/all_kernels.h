@@ -7,6 +7,7 @@
 #include "kernels/activations.h"
 #include "kernels/attention.h"
 #include "kernels/combine.h"
+#include "kernels/gated_delta.h"
 #include "kernels/kernel_table.h"
 #include "kernels/kv_write.h"
 #include "kernels/latent_attention.h"
@@ -55,8 +56,12 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .activate = activate,
       .combine = combine,
       .add_sigmoid_gated = add_sigmoid_gated,
+      .mul_sigmoid = mul_sigmoid,
       .kv_write = kv_write,
       .attention = attention,
+      .delta_gates = delta_gates,
+      .delta_conv = delta_conv,
+      .delta_rule = delta_rule,
       .latent_attention = latent_attention,
       .latent_merge = latent_merge,
       .latent_finish = latent_finish,

@@ -116,6 +116,42 @@ struct ActivateArgs {
   int64_t out_stride;
 };
 
+// The gates of num_heads value heads: token t's begin at a + t * a_stride and b + t * b_stride, in place.
+struct DeltaGatesArgs {
+  float *a, *b;
+  int64_t a_stride, b_stride;
+  const float *rate, *dt_bias;  // [num_heads]
+  int64_t num_tokens, num_heads;
+};
+
+// Channels of a causal convolution, in place; `stride` separates the positions of `weights` and `window`.
+struct DeltaConvArgs {
+  float* x;  // token t's channels begin at x + t * x_stride
+  int64_t x_stride;
+  const float* weights;  // [width][channels]
+  float* window;         // [width - 1][channels]: the inputs before the first token, then those of the last
+  int64_t stride, width, channels, num_tokens;
+  float length, eps;  // length > 0: then x / sqrt(sum of x^2 + eps) * length
+};
+
+// One value head. Token t's q, k and v begin `stride` floats behind token t - 1's, and so on.
+struct DeltaRuleArgs {
+  const float *q, *k, *v;
+  int64_t stride;
+  const float* z;
+  int64_t z_stride;
+  const float* decay;
+  int64_t decay_stride;
+  const float* beta;
+  int64_t beta_stride;
+  float* state;  // [key_dim][value_dim]
+  float* out;
+  int64_t out_stride;
+  const float* norm;  // [value_dim]
+  float eps;
+  int64_t num_tokens, key_dim, value_dim;
+};
+
 enum class Score { softmax, sigmoid };
 enum class GroupScore { max, top2 };
 
@@ -202,8 +238,13 @@ struct KernelTable {
   void (*combine)(const float* expert_out, const float* weights, int64_t k, int64_t hidden, float* out);
   void (*add_sigmoid_gated)(const float* x, float gate_logit, int64_t hidden, float* out);
 
+  void (*mul_sigmoid)(const float* gate, int64_t n, float* x);  // x *= sigmoid(gate)
+
   void (*kv_write)(const KvWriteArgs& args);
   void (*attention)(const AttentionArgs& args);
+  void (*delta_gates)(const DeltaGatesArgs& args);
+  void (*delta_conv)(const DeltaConvArgs& args);
+  void (*delta_rule)(const DeltaRuleArgs& args);
 
   void (*latent_attention)(const LatentAttentionArgs& args);
   // Adds the state of a column's next section.

@@ -4,6 +4,8 @@
 //   gate, up, out  float32 [tokens][n]; out may be gate or up.
 //
 // The clamped gate is only cut off above, and NaN stays NaN in both.
+//
+//   mul_sigmoid    x *= 1 / (1 + e^-gate): the output gate of attention heads
 #pragma once
 
 #include <math.h>
@@ -35,6 +37,10 @@ void activate(const ActivateArgs& a) {
       a.out[token * a.out_stride + i] = activated(a.activation, gate, up);
     }
   }
+}
+
+void mul_sigmoid(const float* gate, int64_t n, float* x) {
+  for (int64_t i = 0; i < n; ++i) x[i] *= 1.0f / (1.0f + expf(-gate[i]));
 }
 
 #else
@@ -78,6 +84,14 @@ void activate(const ActivateArgs& a) {
   if (activation.kind == Activation::Kind::silu) return activate_rows(a, SiluActivation{});
   activate_rows(a, ClampedActivation{broadcast(activation.limit), broadcast(-activation.limit),
                                      broadcast(-activation.alpha)});
+}
+
+void mul_sigmoid(const float* gate, int64_t n, float* x) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t here = n - i < kLanes ? n - i : kLanes;
+    const Vec denominator = add(broadcast(1.0f), exp(sub(zeros(), load(gate + i, here))));
+    store(x + i, div(load(x + i, here), denominator), here);
+  }
 }
 
 #endif

@@ -66,4 +66,15 @@ void add_sigmoid_gated(Runtime& runtime, const float* x, const float* gate_logit
   });
 }
 
+void mul_sigmoid(Runtime& runtime, const float* gate, int64_t gate_stride, int64_t rows, int64_t cols,
+                 float* x) {
+  const KernelTable& table = kernels();
+  const auto lock = runtime.lock();
+  runtime.parallel_for(rows, 16 * cols, [&](int64_t begin, int64_t end, int) {
+    for (int64_t row = begin; row < end; ++row) {
+      table.mul_sigmoid(gate + row * gate_stride, cols, x + row * cols);
+    }
+  });
+}
+
 }  // namespace argosy

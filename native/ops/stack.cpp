@@ -37,6 +37,14 @@ void cut_off(Runtime& runtime, float limit, int64_t rows, int64_t cols, float* o
   });
 }
 
+// The first `cols` of every `stride` floats.
+void copy_heads(Runtime& runtime, const float* x, int64_t stride, int64_t rows, int64_t cols, float* out) {
+  const auto lock = runtime.lock();
+  runtime.parallel_for(rows, cols, [&](int64_t begin, int64_t end, int) {
+    for (int64_t row = begin; row < end; ++row) std::copy_n(x + row * stride, cols, out + row * cols);
+  });
+}
+
 // One network, all tokens.
 void swiglu(Runtime& runtime, const ExpertView& network, const Activation& activation, const float* x,
             int64_t num_tokens, float* out) {
@@ -46,8 +54,13 @@ void swiglu(Runtime& runtime, const ExpertView& network, const Activation& activ
 
 }  // namespace
 
-Stack::Stack(Runtime& runtime, KvCache& kv, StackDescription description, const StackBuffers& buffers)
-    : runtime_(runtime), kv_(kv), description_(std::move(description)), buffers_(buffers) {
+Stack::Stack(Runtime& runtime, KvCache& kv, RecurrentState* recurrent, StackDescription description,
+             const StackBuffers& buffers)
+    : runtime_(runtime),
+      kv_(kv),
+      recurrent_(recurrent),
+      description_(std::move(description)),
+      buffers_(buffers) {
   size_t most_experts = 0;
   for (const Layer& layer : description_.layers) {
     if (const RoutedFfn* ffn = std::get_if<RoutedFfn>(&layer.ffn))
@@ -60,9 +73,37 @@ Stack::Stack(Runtime& runtime, KvCache& kv, StackDescription description, const 
 }
 
 void Stack::begin(const StepBatch& batch) {
+  stage_ = Stage::done;  // what throws leaves no step
   batch_ = batch;
   layer_ = 0;
+  if (recurrent_ != nullptr) begin_runs();
   stage_ = Stage::begun;
+}
+
+void Stack::begin_runs() {
+  runs_.clear();
+  std::vector<bool> is_taken(size_t(recurrent_->num_slots()));
+  for (int64_t t = 0; t < batch_.num_tokens; ++t) {
+    const int64_t position = batch_.position[t], slot = batch_.state_slots[batch_.sequence[t]];
+    const bool goes_on = t > 0 && batch_.sequence[t] == batch_.sequence[t - 1];
+    const int64_t expected = goes_on ? batch_.position[t - 1] + 1 : recurrent_->position(slot);
+    if (position != expected && (goes_on || position != 0)) {
+      throw std::invalid_argument("token " + std::to_string(t) + " is at position " +
+                                  std::to_string(position) + ", and the recurrent state in slot " +
+                                  std::to_string(slot) + " stands at " + std::to_string(expected));
+    }
+    if (goes_on) {
+      runs_.back().end = t + 1;
+      continue;
+    }
+    if (is_taken[size_t(slot)]) {
+      throw std::invalid_argument("two runs of tokens with the recurrent state in slot " +
+                                  std::to_string(slot));
+    }
+    is_taken[size_t(slot)] = true;
+    runs_.push_back({t, t + 1, slot, position == 0});
+  }
+  for (const DeltaRun& run : runs_) recurrent_->set_position(run.slot, -1);  // until the step is done
 }
 
 Pause Stack::advance(std::chrono::nanoseconds slice) {
@@ -98,6 +139,7 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
       return Pause::experts;
     }
   }
+  for (const DeltaRun& run : runs_) recurrent_->set_position(run.slot, batch_.position[run.end - 1] + 1);
   logits(batch_.last_rows, batch_.num_last, batch_.logits);
   return Pause::done;
 }
@@ -108,17 +150,29 @@ void Stack::norm(const float* weight) {
            buffers_.normed);
 }
 
-// Adds the block's output to the hidden state.
+// Adds the product of what a mixer attended with its output matrix to the hidden state.
+void Stack::add_block(const MatrixView& output, const float* bias) {
+  const int64_t tokens = batch_.num_tokens;
+  matmul(runtime_, {{output, buffers_.block}}, buffers_.attended, tokens);
+  add_bias(runtime_, bias, tokens, output.rows, buffers_.block);
+  add_rows(runtime_, buffers_.block, output.rows, tokens, output.rows, buffers_.hidden);
+  mark(Part::attention_and_dense);
+}
+
 void Stack::mix(const GroupedQueryAttention& mixer) {
   const KvLayer kv = kv_.layer(layer_);
   const int64_t tokens = batch_.num_tokens;
   const float eps = description_.norm_eps;
   float *query = buffers_.query, *key = buffers_.key, *value = buffers_.value;
 
-  matmul(runtime_, {{mixer.query, query}, {mixer.key, key}, {mixer.value, value}}, buffers_.normed, tokens);
-  add_bias(runtime_, mixer.query_bias, tokens, mixer.query.rows, query);
+  float* projected = mixer.has_gate ? buffers_.projected : query;
+  matmul(runtime_, {{mixer.query, projected}, {mixer.key, key}, {mixer.value, value}}, buffers_.normed,
+         tokens);
+  add_bias(runtime_, mixer.query_bias, tokens, mixer.query.rows, projected);
   add_bias(runtime_, mixer.key_bias, tokens, mixer.key.rows, key);
   add_bias(runtime_, mixer.value_bias, tokens, mixer.value.rows, value);
+  if (mixer.has_gate)
+    copy_heads(runtime_, projected, 2 * kv.head_dim, tokens * mixer.num_heads, kv.head_dim, query);
   if (mixer.query_norm != nullptr) {
     const auto norm_heads = [&](const float* weight, int64_t heads, float* x) {
       if (mixer.is_norm_flat) {
@@ -131,7 +185,7 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
     norm_heads(mixer.key_norm, kv.kv_heads, key);
   }
   if (mixer.limit > 0) {
-    cut_off(runtime_, mixer.limit, tokens, mixer.query.rows, query);
+    cut_off(runtime_, mixer.limit, tokens, mixer.num_heads * kv.head_dim, query);
     cut_off(runtime_, mixer.limit, tokens, mixer.key.rows, key);
     cut_off(runtime_, mixer.limit, tokens, mixer.value.rows, value);
   }
@@ -156,10 +210,53 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
                 .sinks = mixer.sinks,
             },
             buffers_.attended);
-  matmul(runtime_, {{mixer.output, buffers_.block}}, buffers_.attended, tokens);
-  add_bias(runtime_, mixer.output_bias, tokens, mixer.output.rows, buffers_.block);
-  add_rows(runtime_, buffers_.block, mixer.output.rows, tokens, mixer.output.rows, buffers_.hidden);
-  mark(Part::attention_and_dense);
+  if (mixer.has_gate) {
+    mul_sigmoid(runtime_, projected + kv.head_dim, 2 * kv.head_dim, tokens * mixer.num_heads, kv.head_dim,
+                buffers_.attended);
+  }
+  add_block(mixer.output, mixer.output_bias);
+}
+
+void Stack::mix(const GatedDeltaNet& net) {
+  const int64_t tokens = batch_.num_tokens;
+  const DeltaShape& shape = net.shape;
+  const int64_t sharing = shape.num_value_heads / shape.num_key_heads;
+  float *mixed = buffers_.projected, *gates = buffers_.delta_gates;
+  std::vector<Product> products = {{net.qkv, mixed}, {net.b, gates}};
+
+  DeltaInputs inputs = {};
+  inputs.stride = net.qkv.rows;
+  inputs.key_group = shape.key_dim;
+  inputs.value_group = inputs.z_group = sharing * shape.value_dim;
+  inputs.q = mixed;
+  if (net.z) {
+    inputs.k = mixed + shape.key_channels();
+    inputs.v = mixed + 2 * shape.key_channels();
+    float* z = mixed + tokens * net.qkv.rows;
+    inputs.z = z;
+    inputs.z_stride = net.z->rows;
+    products.push_back({*net.z, z});
+  } else {
+    inputs.key_group = inputs.value_group = inputs.z_group = net.qkv.rows / shape.num_key_heads;
+    inputs.k = mixed + shape.key_dim;
+    inputs.v = mixed + 2 * shape.key_dim;
+    inputs.z = inputs.v + sharing * shape.value_dim;
+    inputs.z_stride = net.qkv.rows;
+  }
+  inputs.b = gates;
+  inputs.gate_stride = net.b.rows;
+  inputs.gate_group = net.b.rows / shape.num_key_heads;
+  if (net.a) {
+    inputs.a = gates + tokens * net.b.rows;
+    products.push_back({*net.a, inputs.a});
+  } else {
+    inputs.a = gates + sharing;
+  }
+  matmul(runtime_, products, buffers_.normed, tokens);
+  DeltaWeights weights = net.weights;
+  weights.eps = description_.norm_eps;
+  gated_delta(runtime_, *recurrent_, net.state_layer, weights, inputs, runs_, buffers_.attended);
+  add_block(net.output, nullptr);
 }
 
 void Stack::mix(const LatentAttention& mixer) {
@@ -197,9 +294,7 @@ void Stack::mix(const LatentAttention& mixer) {
                        .window = 0,
                    },
                    buffers_.attended);
-  matmul(runtime_, {{mixer.output, buffers_.block}}, buffers_.attended, tokens);
-  add_rows(runtime_, buffers_.block, mixer.output.rows, tokens, mixer.output.rows, buffers_.hidden);
-  mark(Part::attention_and_dense);
+  add_block(mixer.output, nullptr);
 }
 
 bool Stack::feed_forward(const DenseFfn& ffn) {

@@ -28,6 +28,7 @@
 #include <vector>
 
 #include "ops/attention.h"
+#include "ops/gated_delta.h"
 #include "ops/latent_attention.h"
 #include "ops/matmul.h"
 #include "ops/rotary.h"
@@ -54,6 +55,22 @@ struct GroupedQueryAttention {
   int64_t num_heads = 0;
   int64_t window = 0;  // a token sees its last `window` positions; 0: all
   float scale = 0;     // of the scores
+  bool has_gate =
+      false;  // query has rows [query, gate] of each head; what a head saw times sigmoid of its gate
+};
+
+// A gated delta net (arXiv:2412.06464): a recurrent state per sequence instead of keys and values. Rows of
+// the projections lie part by part (q of all key heads, k, v; z; b; a), or key head by key head, with the
+// value heads that share it: [q, k, v, z] of each in one matrix, [b, a] in another.
+struct GatedDeltaNet {
+  MatrixView qkv;               // [conv_channels, hidden]; with z: and value_channels
+  std::optional<MatrixView> z;  // [value_channels, hidden]
+  MatrixView b;                 // [value_heads, hidden]; with a: twice as many
+  std::optional<MatrixView> a;  // [value_heads, hidden]
+  MatrixView output;            // [hidden, value_channels]
+  DeltaShape shape = {};
+  DeltaWeights weights = {};  // eps is the stack's
+  int64_t state_layer = 0;    // of the recurrent state
 };
 
 // Multi-head latent attention (arXiv:2405.04434): compressed query and compressed keys and values -> norms ->
@@ -69,7 +86,7 @@ struct LatentAttention {
   float norm_eps = 0;
 };
 
-using Mixer = std::variant<GroupedQueryAttention, LatentAttention>;
+using Mixer = std::variant<GroupedQueryAttention, LatentAttention, GatedDeltaNet>;
 
 struct DenseFfn {
   ExpertView network;
@@ -125,9 +142,12 @@ struct StackDescription {
 struct StackBuffers {
   int64_t max_tokens;
   float *hidden, *normed, *block;  // [hidden]; `block` is what a block adds to the hidden state
-  float *query, *attended;         // [num_heads * head_dim]; attended [num_heads * value_dim]
+  float* query;                    // [num_heads * head_dim]
+  float* attended;                 // [num_heads * value_dim]; [value_channels] of a delta net
   float *key, *value;              // [kv_heads * head_dim]; key [kv_rank + rope_dim]
   float* query_latent;             // [query_rank]
+  float* projected;                // query and gate of gated heads; q, k, v and z of a delta net
+  float* delta_gates;              // [2 * value_heads]
   float *cosine, *sine;            // [pairs]
   float* router_logits;            // [num_experts]
   float* routing_weights;          // [k]
@@ -147,7 +167,8 @@ struct StepBatch {
   const bool* is_decode;    // false: a prompt token
   const int32_t* block_table;
   int64_t max_blocks;
-  const int64_t* last_rows;  // [num_last], rows whose logits are wanted; at most max_tokens
+  const int32_t* state_slots;  // of the recurrent state, for each row of block_table; nullptr without one
+  const int64_t* last_rows;    // [num_last], rows whose logits are wanted; at most max_tokens
   int64_t num_last;
   float* logits;  // [num_last][vocabulary]
 };
@@ -166,10 +187,13 @@ enum class Pause { done, experts, time };
 
 class Stack {
  public:
-  // The memory behind the views, and the KV cache, outlive the stack. Sizes agree.
-  Stack(Runtime& runtime, KvCache& kv, StackDescription description, const StackBuffers& buffers);
+  // The memory behind the views, the KV cache and the recurrent state (nullptr: no layer has one) outlive the
+  // stack. Sizes agree.
+  Stack(Runtime& runtime, KvCache& kv, RecurrentState* recurrent, StackDescription description,
+        const StackBuffers& buffers);
 
-  // Starts a step, whatever became of the one before.
+  // Starts a step, whatever became of the one before. With a recurrent state, throws std::invalid_argument
+  // where tokens of a sequence are not consecutive, or do not go on where its slot stands.
   void begin(const StepBatch& batch);
 
   // Runs on until the step is done, a layer waits for experts, or `slice` has passed.
@@ -189,6 +213,7 @@ class Stack {
   const StackDescription& description() const { return description_; }
   int64_t max_tokens() const { return buffers_.max_tokens; }
   const KvCache& kv() const { return kv_; }
+  const RecurrentState* recurrent() const { return recurrent_; }
 
   // Seconds by Part, and look-ups of resident experts, since the last time they were taken.
   std::array<double, kNumParts> take_seconds();
@@ -199,6 +224,9 @@ class Stack {
   enum class Stage { begun, between_layers, waits_for_experts, done };
 
   void mix(const GroupedQueryAttention& attention);
+  void mix(const GatedDeltaNet& net);
+  void begin_runs();
+  void add_block(const MatrixView& output, const float* bias);
   void mix(const LatentAttention& attention);
   bool feed_forward(const DenseFfn& ffn);  // false: it waits for experts
   bool feed_forward(const RoutedFfn& ffn);
@@ -215,10 +243,12 @@ class Stack {
 
   Runtime& runtime_;
   KvCache& kv_;
+  RecurrentState* recurrent_;
   StackDescription description_;
   StackBuffers buffers_;
 
   StepBatch batch_ = {};
+  std::vector<DeltaRun> runs_;  // of the batch, where there is a recurrent state
   Stage stage_ = Stage::done;
   int64_t layer_ = 0;
   Demand demand_ = {};

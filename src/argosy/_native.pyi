@@ -139,6 +139,9 @@ def route(runtime: Runtime, routing: Routing, logits: _Floats, ids: _Ints, weigh
 def combine(runtime: Runtime, expert_out: _Floats, weights: _Floats, out: _Floats) -> None:
     """out[t] += sum over j, ascending, of weights[t, j] * expert_out[t * k + j]."""
 
+def mul_sigmoid(runtime: Runtime, gate: _Floats, x: _Floats) -> None:
+    """x[n] *= sigmoid(gate[n]), elementwise, for x and gate [n, cols]."""
+
 def add_sigmoid_gated(runtime: Runtime, x: _Floats, gate_logit: _Floats, out: _Floats) -> None:
     """out[t] += sigmoid(gate_logit[t]) * x[t], for x and out [tokens, hidden]."""
 
@@ -278,6 +281,72 @@ def latent_scratch_bytes(
 
 # The layers of a decoder (native/ops/stack.h), as one operation.
 
+_DeltaSizes = tuple[int, int, int, int, int]  # key heads, value heads, key dim, value dim, conv width
+
+def recurrent_state_bytes(num_slots: int, num_layers: int, sizes: _DeltaSizes) -> int:
+    """What a RecurrentState takes."""
+
+class RecurrentState:
+    """What gated delta nets remember of the sequences that run, a slot for each; memory appears when first written.
+
+    A slot stands at a position: the number of tokens it has seen. A run of tokens goes on from there, or begins anew
+    with zeros at position 0. A step that failed half-way leaves position -1.
+
+    Args:
+        num_layers: those with a gated delta net, all of the same sizes.
+    """
+
+    def __init__(self, num_slots: int, num_layers: int, sizes: _DeltaSizes) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def num_slots(self) -> int: ...
+    @property
+    def slot_floats(self) -> int:
+        """float32 numbers of one slot, all layers."""
+
+    def position(self, slot: int) -> int: ...
+    def restart(self, slot: int) -> None:
+        """Back to position 0."""
+
+    def copy_out(self, slot: int, to: _Floats) -> None:
+        """All of a slot into `to` [slot_floats]."""
+
+    def copy_in(self, slot: int, saved: _Floats, position: int) -> None:
+        """What `copy_out` gave at `position`, into any slot."""
+
+def gated_delta(
+    runtime: Runtime,
+    state: RecurrentState,
+    layer: int,
+    qkv: _Floats,
+    z: _Floats,
+    b: _Floats,
+    a: _Floats,
+    runs: NDArray[np.int64],
+    *,
+    conv: _Floats,
+    rate: _Floats,
+    dt_bias: _Floats,
+    norm: _Floats,
+    eps: float,
+    is_tiled: bool,
+    out: _Floats,
+) -> None:
+    """A gated delta net (native/kernels/gated_delta.h) behind its projections; overwrites qkv, b and a.
+
+    After the last layer the slots stand behind their runs.
+
+    Args:
+        layer: of the state.
+        qkv: [tokens, channels], q of all key heads, then k, then v.   z: [tokens, value heads * value dim].
+        b, a: [tokens, value heads].
+        runs: [runs, 3], begin and end of the tokens of each sequence, and its slot.
+        conv: [width, channels].   rate, dt_bias: [value heads].   norm: [value dim].
+        is_tiled: value head i goes with key head i modulo key heads, not i // (value heads of each).
+        out: [tokens, value heads * value dim].
+    """
+
 class Mixer:
     """How a layer lets positions see each other."""
 
@@ -302,6 +371,7 @@ def grouped_query_attention(
     is_norm_flat: bool = False,
     limit: float = 0.0,
     sinks: _Floats | None = None,
+    has_gate: bool = False,
 ) -> Mixer:
     """q, k, v -> norm -> cut off -> rotary -> KV cache -> attention -> output projection.
 
@@ -312,6 +382,31 @@ def grouped_query_attention(
         query_norm, key_norm: of each head, [head_dim]; flat: of all heads at once, a number per row; both or none.
         limit: q, k and v are cut off at both signs of it; 0: not.
         sinks: [heads], as for `attention`.
+        has_gate: query has rows [query, gate] of each head; what a head saw is taken times sigmoid of its gate.
+    """
+
+def gated_delta_net(
+    qkv: Matrix,
+    b: Matrix,
+    output: Matrix,
+    *,
+    z: Matrix | None = None,
+    a: Matrix | None = None,
+    conv: _Floats,
+    rate: _Floats,
+    dt_bias: _Floats,
+    norm: _Floats,
+    sizes: _DeltaSizes,
+    is_tiled: bool,
+    state_layer: int,
+) -> Mixer:
+    """Projections -> `gated_delta` -> output projection. Vectors and `is_tiled` are as there.
+
+    Args:
+        qkv: [channels, hidden]. Without z: [q, k, v, z] of the first key head and its value heads, then of the next.
+        b: [value heads, hidden]. Without a: [b, a] of the first key head's value heads, then of the next's.
+        output: [hidden, value heads * value dim].
+        state_layer: of the recurrent state.
     """
 
 def multi_head_latent_attention(
@@ -393,6 +488,7 @@ class Stack:
         arena: where routed experts lie; None leaves them out of every sum.
         resident_offsets: int64 [layers, experts, 3], where gate, up and down begin in the arena if every expert is
             there for good; None where experts are leased.
+        recurrent: of the layers with a gated delta net.
     """
 
     def __init__(
@@ -410,6 +506,7 @@ class Stack:
         buffers: Mapping[str, NDArray[Any]],
         arena: Arena | None,
         resident_offsets: NDArray[np.int64] | None,
+        recurrent: RecurrentState | None = None,
     ) -> None: ...
     def begin(
         self,
@@ -421,6 +518,7 @@ class Stack:
         block_table: _Ints,
         last_rows: NDArray[np.int64],
         logits: _Floats,
+        state_slots: _Ints | None = None,
     ) -> None:
         """Start a step, whatever became of the one before; nothing is computed yet.
 
@@ -429,6 +527,11 @@ class Stack:
             block_table: [sequences, blocks].
             last_rows: int64 [rows], tokens whose logits are wanted.
             logits: [rows, vocabulary], written at the end of the step.
+            state_slots: [sequences], slots of the recurrent state; None without one.
+
+        Raises:
+            ValueError: something is out of range; or, with a recurrent state, tokens of a sequence are not consecutive,
+                or do not go on where its slot stands.
         """
 
     def advance(self) -> tuple[int, list[int], list[int]] | None:

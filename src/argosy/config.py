@@ -230,6 +230,30 @@ class DeltaConfig:
     key_dim: int  # of a head
     value_dim: int
     conv_width: int  # positions that the causal convolution sees
+    has_joined_qkvz: bool = False  # one matrix holds q, k, v and z of a key head, then those of the next
+    has_joined_ba: bool = False  # the same of b and a
+    is_tiled: bool = (
+        False  # value head i goes with key head i % num_key_heads, not with i // value heads of each
+    )
+    is_rate_log: bool = True  # the rate of decay is kept as log(-rate)
+
+    @property
+    def key_channels(self) -> int:
+        return self.num_key_heads * self.key_dim
+
+    @property
+    def value_channels(self) -> int:
+        return self.num_value_heads * self.value_dim
+
+    @property
+    def conv_channels(self) -> int:
+        """q, k and v of all heads."""
+        return 2 * self.key_channels + self.value_channels
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """As `_native` takes them."""
+        return self.num_key_heads, self.num_value_heads, self.key_dim, self.value_dim, self.conv_width
 
 
 MixerKind = Literal["attention", "latent", "delta"]
@@ -289,6 +313,11 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def delta_layers(self) -> tuple[int, ...]:
+        """Layers with a recurrent state."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.mixer == "delta")
 
     @property
     def mtp_layers(self) -> range:

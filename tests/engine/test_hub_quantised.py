@@ -22,6 +22,7 @@ from tests.models.numpy_model import NumpyModel
 from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.safetensors_file import read_checkpoint
 from tests.models.tiny import RawConfig, minimax_m2, prompt_ids, qwen3_moe
+from tests.models.tiny_delta import qwen3_next
 from tests.models.tiny_latent import deepseek_v3, kimi_k2, kimi_k25
 
 INSTRUCTION_SETS = _native.instruction_sets()
@@ -46,11 +47,16 @@ DEEPSEEK_IN_BLOCKS = deepseek_v3(
     num_attention_heads=2, num_key_value_heads=2,
 )  # fmt: skip
 MINIMAX = minimax_m2(hidden_size=136, intermediate_size=140)
+# Delta nets: 240 rows of in_proj_qkvz; b and a keep their floats.
+QWEN3_NEXT = qwen3_next(
+    hidden_size=140, linear_key_head_dim=24, linear_value_head_dim=18, moe_intermediate_size=132
+)
 FP8_MODELS = {
     "qwen3_moe": QWEN3,
     "deepseek_v3": DEEPSEEK,
     "deepseek_v3_in_blocks": DEEPSEEK_IN_BLOCKS,
     "minimax_m2": MINIMAX,
+    "qwen3_next": QWEN3_NEXT,
 }
 
 

@@ -32,6 +32,7 @@ from tests.models.tiny import (
     qwen3_moe,
     write_model,
 )
+from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 from tests.models.tiny_latent import deepseek_v3, kimi_k2
 
 NUM_NEW = 12
@@ -58,6 +59,15 @@ CONFIGS = {
         attention_bias=True,
         rope_scaling={"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16},
     ),
+    "qwen3_next": qwen3_next(
+        max_position_embeddings=1024,
+        num_experts=16,
+        num_experts_per_tok=4,
+        hidden_size=44,
+        linear_key_head_dim=34,
+        linear_value_head_dim=70,
+    ),
+    "qwen3_5_moe_text": qwen3_5_moe_text(max_position_embeddings=1024, num_experts=12),
     "deepseek_v3": deepseek_v3(  # latent attention, groups of experts, a bias for the choice, a dense layer
         max_position_embeddings=1024,
         n_routed_experts=12,
@@ -91,6 +101,7 @@ CASES = [
     *((family, "in place") for family in CONFIGS),
     *(("qwen3_moe", format) for format in ("bf16", "q8", "q4")),
     ("deepseek_v3", "q8"),
+    ("qwen3_5_moe_text", "q8"),
 ]
 CASES += [("gpt_oss", "source"), ("gpt_oss", "mxfp4")]
 CONFIGS["gpt_oss"] = GPT_OSS

@@ -122,7 +122,7 @@ def test_what_transformers_5_writes_means_the_same() -> None:
     assert parse(within_text(model_type="deepseek_v3")) == parse(KIMI_K25)
 
 
-def test_the_text_part_of_a_wrapper_is_the_model_and_the_wrapper_has_the_last_word_on_tokens() -> None:
+def test_the_text_of_of_a_wrapper_is_the_model_and_the_wrapper_has_the_last_word_on_tokens() -> None:
     config = parse(KIMI_K25)
     assert (config.family, config.num_experts, config.num_layers) == ("kimi_k25", 384, 61)
     assert parse(KIMI_K25 | {"eos_token_id": [5, 6]}).eos_ids == (5, 6)

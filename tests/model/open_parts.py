@@ -28,7 +28,7 @@ Residency = Literal["resident", "smallest cache", "no experts"]
 
 @dataclass(frozen=True)
 class Parts:
-    """Weights, experts and threads of one model; every decoder takes a KV cache of its own."""
+    """Weights, experts and threads of one model; every decoder takes a KV cache and a recurrent state of its own."""
 
     config: ModelConfig
     weights: DenseWeights
@@ -38,6 +38,12 @@ class Parts:
     def kv(self) -> _native.KvCache:
         num_blocks = NUM_SEQUENCES * BLOCKS_A_SEQUENCE
         return _native.KvCache(kv_shapes(self.config), num_blocks, BLOCK_TOKENS, "f32")
+
+    def recurrent(self) -> _native.RecurrentState | None:
+        config = self.config
+        if config.delta is None:
+            return None
+        return _native.RecurrentState(NUM_SEQUENCES, len(config.delta_layers), config.delta.sizes)
 
 
 @contextmanager
@@ -108,4 +114,5 @@ def batches(config: ModelConfig, steps: Sequence[Sequence[Run]], *, seed: int = 
             block_table=table,
             is_decode=np.array(is_decode),
             last_rows=np.arange(len(where), dtype=np.int64),
+            state_slots=np.roll(np.arange(NUM_SEQUENCES, dtype=np.int32), 1),
         )

@@ -5,6 +5,8 @@ Every operation is called from Python on whole batches, and experts are leased w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,8 +31,10 @@ class ReferenceDecoder:
         experts: ExpertSource | None,
         kv: _native.KvCache,
         runtime: _native.Runtime,
+        recurrent: _native.RecurrentState | None = None,
     ) -> None:
         self.config, self.weights, self.experts, self.kv, self.runtime = config, weights, experts, kv, runtime
+        self.recurrent = recurrent
         self.rotary = rotary(config.rope)
 
     def logits(self, batch: Batch) -> Floats:
@@ -38,7 +42,9 @@ class ReferenceDecoder:
         hidden = np.empty((batch.num_tokens, self.config.hidden_size), np.float32)
         _native.embed(self.runtime, embedding, batch.token_ids, hidden)
         for layer in range(self.config.num_layers):
-            if self.config.layers[layer].mixer == "latent":
+            if self.config.layers[layer].mixer == "delta":
+                self._add_delta(hidden, layer, batch)
+            elif self.config.layers[layer].mixer == "latent":
                 self._add_latent_attention(hidden, layer, batch)
             else:
                 self._add_attention(hidden, layer, batch)
@@ -68,6 +74,8 @@ class ReferenceDecoder:
         query, key, value = (
             self._projection(name + part, normed).reshape(tokens, -1, config.head_dim) for part in "qkv"
         )
+        if config.has_output_gate:
+            query, gate = np.ascontiguousarray(query[:, 0::2]), np.ascontiguousarray(query[:, 1::2])
         if config.qk_norm != "none":
             first = tokens if config.qk_norm == "flat" else -1
             query, key = (
@@ -97,7 +105,60 @@ class ReferenceDecoder:
             attended,
             self.weights.vectors.get(name + "sinks"),
         )
+        if config.has_output_gate:
+            _native.mul_sigmoid(self.runtime, gate.reshape(attended.shape), attended)
         hidden += self._projection(name + "o", attended)
+
+    def _add_delta(self, hidden: Floats, layer: int, batch: Batch) -> None:
+        delta, name, vectors = self.config.delta, f"layers.{layer}.", self.weights.vectors
+        assert delta is not None
+        assert self.recurrent is not None
+        assert batch.state_slots is not None
+        normed = self._norm(hidden, name + "attn_norm")
+        name += "delta_"
+        if delta.has_joined_qkvz:
+            ends = np.cumsum([delta.key_dim, delta.key_dim, delta.value_channels // delta.num_key_heads])
+            *qkv, z = self._parts_of_key_heads(name + "qkvz", normed, ends)
+            qkv = np.concatenate(qkv, axis=1)
+        else:
+            qkv, z = self._projection(name + "qkv", normed), self._projection(name + "z", normed)
+        if delta.has_joined_ba:
+            b, a = self._parts_of_key_heads(
+                name + "ba", normed, [delta.num_value_heads // delta.num_key_heads]
+            )
+        else:
+            b, a = self._projection(name + "b", normed), self._projection(name + "a", normed)
+        starts = [0, *(np.flatnonzero(np.diff(batch.sequence)) + 1), len(normed)]
+        slots = [int(batch.state_slots[batch.sequence[begin]]) for begin in starts[:-1]]
+        if layer == self.config.delta_layers[0]:
+            for begin, slot in zip(starts, slots, strict=False):
+                if batch.positions[begin] == 0:
+                    self.recurrent.restart(slot)
+        out = np.empty((len(normed), delta.value_channels), np.float32)
+        _native.gated_delta(
+            self.runtime,
+            self.recurrent,
+            self.config.delta_layers.index(layer),
+            qkv,
+            z,
+            b,
+            a,
+            np.array(list(zip(starts, starts[1:], slots, strict=False)), np.int64),
+            conv=vectors[name + "conv"],
+            rate=-np.exp(vectors[name + "rate"]) if delta.is_rate_log else vectors[name + "rate"],
+            dt_bias=vectors[name + "dt_bias"],
+            norm=vectors[name + "norm"],
+            eps=self.config.norm_eps,
+            is_tiled=delta.is_tiled,
+            out=out,
+        )
+        hidden += self._projection(name + "out", out)
+
+    def _parts_of_key_heads(self, name: str, x: Floats, ends: Sequence[int]) -> list[Floats]:
+        """What a matrix holds key head by key head, part by part."""
+        assert self.config.delta is not None
+        heads = self._projection(name, x).reshape(len(x), self.config.delta.num_key_heads, -1)
+        return [np.ascontiguousarray(part.reshape(len(x), -1)) for part in np.split(heads, ends, axis=2)]
 
     def _add_latent_attention(self, hidden: Floats, layer: int, batch: Batch) -> None:
         config, latent, tokens, name = self.config, self.config.latent, batch.num_tokens, f"layers.{layer}."

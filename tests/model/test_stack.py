@@ -22,6 +22,7 @@ from tests.model.reference_step import Floats, ReferenceDecoder
 from tests.models.references import REFERENCES
 from tests.models.runnable import runnable
 from tests.models.tiny import gpt_oss, minimax_m2, mixtral, qwen2_moe, qwen3_moe, write_model
+from tests.models.tiny_delta import qwen3_next
 
 MAX_TOKENS = 40
 
@@ -41,6 +42,7 @@ PACKED = {
     "mixtral-q8": (mixtral(hidden_size=80, intermediate_size=72), "q8"),
     "minimax_m2-q8": (minimax_m2(num_local_experts=16, num_experts_per_tok=4), "q8"),
     "qwen2_moe-q4": (qwen2_moe(mlp_only_layers=[1], num_hidden_layers=4), "q4"),
+    "qwen3_next-q8": (qwen3_next(), "q8"),
     "gpt_oss-q8": (gpt_oss(hidden_size=72, intermediate_size=40, num_experts_per_tok=3), "q8"),
     "qwen3_moe-q4": (qwen3_moe(num_experts=16, num_experts_per_tok=4, attention_bias=True), "q4"),
 }
@@ -75,6 +77,7 @@ def decoder_of(
         parts.runtime,
         Workspace(parts.config, MAX_TOKENS),
         clock=clock or PartClock(),
+        recurrent=parts.recurrent(),
         observe=observe,
     )
 
@@ -88,7 +91,10 @@ def run(parts: Parts, decoder: Decoder | ReferenceDecoder) -> list[Floats]:
 def test_a_step_has_the_bits_of_its_operations(directory: Path, residency: Any, instruction_set: str) -> None:
     with open_parts(directory, residency) as parts:
         expected = run(
-            parts, ReferenceDecoder(parts.config, parts.weights, parts.experts, parts.kv(), parts.runtime)
+            parts,
+            ReferenceDecoder(
+                parts.config, parts.weights, parts.experts, parts.kv(), parts.runtime, parts.recurrent()
+            ),
         )
         found = run(parts, decoder_of(parts))
 

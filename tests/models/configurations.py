@@ -19,6 +19,7 @@ from tests.models.tiny import (
     qwen3_moe,
     respelt,
 )
+from tests.models.tiny_delta import qwen3_5_moe, qwen3_5_moe_text, qwen3_next
 
 
 def without(config: RawConfig, *keys: str) -> RawConfig:
@@ -338,6 +339,98 @@ CONFIGURATIONS = (
             torch_dtype="float32",
         ),
         dtype="F32",
+    ),
+    Configuration(name="qwen3_next_plain", config=qwen3_next()),
+    Configuration(
+        name="qwen3_next_layer_types_tied_sharded",  # one value head for each key head, a short convolution
+        config=respelt(
+            qwen3_next(
+                layer_types=["full_attention", "linear_attention", "linear_attention"],
+                full_attention_interval=4,
+                tie_word_embeddings=True,
+                mlp_only_layers=[1],
+                linear_num_key_heads=3,
+                linear_num_value_heads=3,
+                linear_conv_kernel_dim=2,
+                num_experts_per_tok=3,
+                intermediate_size=17,
+            ),
+            theta=1e6,
+            partial_rotary_factor=0.5,
+        ),
+        num_shards=2,
+    ),
+    Configuration(
+        name="qwen3_next_bias_yarn_f32",
+        config=qwen3_next(
+            attention_bias=True,
+            norm_topk_prob=False,
+            torch_dtype="float32",
+            num_hidden_layers=2,
+            num_experts=4,
+            hidden_size=20,
+            linear_key_head_dim=17,
+            linear_value_head_dim=16,
+            linear_num_key_heads=1,
+            linear_num_value_heads=2,
+            vocab_size=60,
+            rope_theta=1e4,
+            partial_rotary_factor=0.5,
+            rope_scaling={"rope_type": "yarn"} | yarn(4.0, 16),
+        ),
+        dtype="F32",
+    ),
+    Configuration(
+        name="qwen3_next_every_second_f16",
+        config=qwen3_next(
+            decoder_sparse_step=2,
+            full_attention_interval=3,
+            num_hidden_layers=4,
+            torch_dtype="float16",
+            partial_rotary_factor=1.0,
+            num_key_value_heads=1,
+            linear_num_value_heads=6,
+            linear_key_head_dim=8,
+            linear_value_head_dim=5,
+            intermediate_size=9,
+            shared_expert_intermediate_size=7,
+        ),
+        dtype="F16",
+    ),
+    Configuration(name="qwen3_5_moe_text_plain", config=qwen3_5_moe_text()),
+    Configuration(
+        name="qwen3_5_moe_text_tied_bias",
+        config=qwen3_5_moe_text(
+            tie_word_embeddings=True,
+            attention_bias=True,
+            layer_types=["linear_attention", "linear_attention", "full_attention"],
+            linear_num_key_heads=1,
+            linear_num_value_heads=3,
+            linear_conv_kernel_dim=3,
+            rope_parameters={"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0},
+        ),
+    ),
+    Configuration(
+        name="qwen3_5_moe_plain",
+        config=qwen3_5_moe(num_experts=7, num_experts_per_tok=3, moe_intermediate_size=5),
+    ),
+    Configuration(
+        name="qwen3_5_moe_tied_f32_sharded",
+        config=qwen3_5_moe(
+            tie_word_embeddings=True,
+            dtype="float32",
+            full_attention_interval=1,
+            layer_types=["linear_attention", "full_attention"],
+            num_hidden_layers=2,
+            hidden_size=20,
+            num_experts=3,
+            num_experts_per_tok=1,
+            linear_value_head_dim=17,
+            linear_key_head_dim=15,
+            vocab_size=70,
+        ),
+        dtype="F32",
+        num_shards=2,
     ),
     *LATENT,
 )

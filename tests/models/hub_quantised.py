@@ -90,7 +90,12 @@ def dequantised_int4(packed: Array, scales: Array) -> Array:
 
 
 def is_fp8(name: str) -> bool:
-    return name.endswith("_proj.weight") or ".w1." in name or ".w2." in name or ".w3." in name
+    return (
+        name.endswith(("_proj.weight", "in_proj_qkvz.weight"))
+        or ".w1." in name
+        or ".w2." in name
+        or ".w3." in name
+    )
 
 
 def is_int4(name: str) -> bool:

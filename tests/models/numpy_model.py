@@ -12,11 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.models import tiny_delta
+from tests.models.numpy_delta import delta_net
 from tests.models.safetensors_file import Array, read_checkpoint
 from tests.models.tiny import CHOICE_BIASES, RawConfig, expert_names, head_dim, text_of
 
 DEFAULT_THETA = {"mixtral": 1e6, "qwen2_moe": 1e4, "qwen3_moe": 1e4, "gpt_oss": 1.5e5}
 DEFAULT_THETA |= {"glm4_moe": 1e4, "olmoe": 1e4, "minimax_m2": 5e6}
+DEFAULT_THETA |= dict.fromkeys(tiny_delta.FAMILIES, 1e4)
 
 
 class NumpyModel:
@@ -29,9 +32,13 @@ class NumpyModel:
     def __init__(self, directory: Path) -> None:
         raw: RawConfig = json.loads((directory / "config.json").read_text())
         self.config = text_of(raw)
-        self.prefix = "language_model." if "text_config" in raw else ""
+        self.is_delta = self.config["model_type"] in tiny_delta.FAMILIES
+        self.kinds = tiny_delta.layer_kinds(self.config) if self.is_delta else []
+        names = {"model.language_model.": "model.", "language_model.": ""} if "text_config" in raw else {}
         self.tensors = {
-            name.removeprefix(self.prefix): t.astype(np.float64)
+            next((to + name[len(of) :] for of, to in names.items() if name.startswith(of)), name): t.astype(
+                np.float64
+            )
             for name, t in read_checkpoint(directory).items()
         }
         self.windows = sliding_windows(self.config)
@@ -43,7 +50,11 @@ class NumpyModel:
         hidden = self.tensors["model.embed_tokens.weight"][token_ids]
         for layer in range(self.config["num_hidden_layers"]):
             prefix = f"model.layers.{layer}."
-            hidden = hidden + self.attention(layer, self.norm(prefix + "input_layernorm", hidden))
+            normed = self.norm(prefix + "input_layernorm", hidden)
+            if self.is_delta and self.kinds[layer] == "linear_attention":
+                hidden = hidden + delta_net(self.config, self.tensors, prefix + "linear_attn.", normed)
+            else:
+                hidden = hidden + self.attention(layer, normed)
             hidden = hidden + self.feed_forward(layer, self.norm(prefix + "post_attention_layernorm", hidden))
         is_tied = self.config["tie_word_embeddings"]
         head = self.tensors["model.embed_tokens.weight" if is_tied else "lm_head.weight"]
@@ -59,7 +70,8 @@ class NumpyModel:
     def norm(self, name: str, x: Array, eps: float | None = None) -> Array:
         mean_square = (x * x).mean(axis=-1, keepdims=True)
         eps = self.config["rms_norm_eps"] if eps is None else eps
-        return self.tensors[name + ".weight"] * x / np.sqrt(mean_square + eps)
+        weight = self.tensors[name + ".weight"] + (1 if self.is_delta else 0)  # zero-centred there
+        return weight * x / np.sqrt(mean_square + eps)
 
     def linear(self, name: str, x: Array) -> Array:
         y = x @ self.tensors[name + ".weight"].T
@@ -76,6 +88,8 @@ class NumpyModel:
         if limit := self.config.get("clip_qkv"):
             q, k, v = (np.clip(y, -limit, limit) for y in (q, k, v))
         q, k, v = (y.reshape(num_tokens, -1, dim) for y in (q, k, v))
+        if self.is_delta:
+            q, output_gate = q[:, 0::2], q[:, 1::2]
         if prefix + "q_norm.weight" in self.tensors and not is_flat:
             q, k = self.norm(prefix + "q_norm", q), self.norm(prefix + "k_norm", k)
         frequency, scale = rope_frequencies(self.config)
@@ -97,6 +111,8 @@ class NumpyModel:
             else:
                 weights = softmax(scores)
             out[:, head] = weights @ v[:, head // heads_per_kv_head]
+        if self.is_delta:
+            out *= sigmoid(output_gate)
         return self.linear(prefix + "o_proj", out.reshape(num_tokens, -1))
 
     def latent_attention(self, prefix: str, x: Array) -> Array:
@@ -176,7 +192,7 @@ class NumpyModel:
             weights = weights * self.config.get("routed_scaling_factor", 1.0)
             for expert, weight in zip(chosen, weights, strict=True):
                 out[token] += weight * self.swiglu(f"{block}experts.{expert}.", x[token], names)
-        if self.config["model_type"] == "qwen2_moe":
+        if block + "shared_expert_gate.weight" in self.tensors:
             gate = sigmoid(x @ self.tensors[block + "shared_expert_gate.weight"].T)
             out += gate * self.swiglu(block + "shared_expert.", x)
         if self.config["model_type"] == "glm4_moe":
@@ -223,7 +239,12 @@ class NumpyModel:
     def swiglu(
         self, prefix: str, x: Array, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     ) -> Array:
-        gate, up, down = (self.tensors[f"{prefix}{name}.weight"] for name in names)
+        stack, _, expert = prefix.rstrip(".").rpartition(".")
+        if f"{stack}.gate_up_proj" in self.tensors:  # fused over the experts of a layer
+            gate, up = np.split(self.tensors[f"{stack}.gate_up_proj"][int(expert)], 2)
+            down = self.tensors[f"{stack}.down_proj"][int(expert)]
+        else:
+            gate, up, down = (self.tensors[f"{prefix}{name}.weight"] for name in names)
         score = x @ gate.T
         return (score * sigmoid(score) * (x @ up.T)) @ down.T
 
@@ -262,7 +283,10 @@ def rope_frequencies(config: RawConfig) -> tuple[Array, float]:
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", config.get("rope_theta", DEFAULT_THETA.get(config["model_type"], 1e4)))
-    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    share = rope.get(
+        "partial_rotary_factor",
+        config.get("partial_rotary_factor", 0.25 if config["model_type"] in tiny_delta.FAMILIES else 1.0),
+    )
     dim = config.get("rotary_dim") or config.get("qk_rope_head_dim") or int(head_dim(config) * share)
     frequency = theta ** -(np.arange(0, dim, 2) / dim)
     original = rope.get("original_max_position_embeddings", config["max_position_embeddings"])

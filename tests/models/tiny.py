@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.models import tiny_latent
+from tests.models import tiny_delta, tiny_latent
 from tests.models.safetensors_file import Array, decode, encode, write_checkpoint
 
 RawConfig = dict[str, Any]
@@ -312,7 +312,7 @@ def respelt(config: RawConfig, *, theta: float, **scaling: Any) -> RawConfig:
     kept = {
         key: value
         for key, value in config.items()
-        if key not in ("rope_theta", "rope_scaling", "torch_dtype")
+        if key not in ("rope_theta", "rope_scaling", "torch_dtype", *scaling)
     }
     rope = {"rope_theta": theta, "rope_type": "default"} | scaling
     return kept | {
@@ -329,6 +329,7 @@ def text_of(config: RawConfig) -> RawConfig:
 
 
 def head_dim(config: RawConfig) -> int:
+    config = text_of(config)
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
@@ -344,6 +345,7 @@ def moe_layers(config: RawConfig) -> list[int]:
     if config["model_type"] in tiny_latent.LATENT_FAMILIES:
         text = text_of(config)
         return [i for i in range(text["num_hidden_layers"]) if tiny_latent.is_moe(text, i)]
+    config = text_of(config)
     if "first_k_dense_replace" in config:
         return list(range(config["first_k_dense_replace"], config["num_hidden_layers"]))
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
@@ -352,6 +354,10 @@ def moe_layers(config: RawConfig) -> list[int]:
 
 def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of every tensor that the hub's checkpoint of this config holds."""
+    if config["model_type"] in tiny_delta.FAMILIES:
+        # The hub has Qwen3.5's experts fused.
+        is_fused = config["model_type"] != "qwen3_next"
+        return tiny_delta.delta_tensor_shapes(config, moe_layers(config), is_fused=is_fused)
     if config["model_type"] in tiny_latent.LATENT_FAMILIES:
         return tiny_latent.latent_shapes(config)
     hidden, vocab = config["hidden_size"], config["vocab_size"]
@@ -451,7 +457,10 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
     for name, shape in tensor_shapes(config).items():
         noise = rng.standard_normal(shape, np.float32)
         if "norm" in name:
-            values = 1 + 0.2 * noise
+            is_zero_centred = config["model_type"] in tiny_delta.FAMILIES and "linear_attn" not in name
+            values = (0 if is_zero_centred else 1) + 0.2 * noise
+        elif name.endswith("A_log"):
+            values = noise
         elif name.endswith("e_score_correction_bias"):
             values = 0.1 * noise
         elif name.endswith((".bias", "_bias")):

@@ -139,18 +139,17 @@ def test_quantised_they_stay_close_to_it(name: str, tmp_path: Path) -> None:
 def test_logits_of_sinks_windows_and_biases_are_llama_cpp_s(
     type_name: str, largest: float, tmp_path: Path
 ) -> None:
-    config = (
-        gpt_oss(  # every expert chosen: a rounded score that tips one decision would hide what rounding costs
-            hidden_size=256,
-            intermediate_size=256,
-            head_dim=64,
-            num_attention_heads=8,
-            num_hidden_layers=4,
-            num_local_experts=6,
-            num_experts_per_tok=6,
-            max_position_embeddings=131_072,
-            rope_scaling={"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096},
-        )
+    # Every expert chosen: a rounded score that tips one decision would hide what rounding costs.
+    config = gpt_oss(
+        hidden_size=256,
+        intermediate_size=256,
+        head_dim=64,
+        num_attention_heads=8,
+        num_hidden_layers=4,
+        num_local_experts=6,
+        num_experts_per_tok=6,
+        max_position_embeddings=131_072,
+        rope_scaling={"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096},
     )
     path = tmp_path / "model.gguf"
     write_gguf_model(path, config, one_type(type_name), seed=7)

@@ -64,11 +64,12 @@ def _layer_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]
 def _attention_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     hidden = config.hidden_size
     q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    yield "q", (q_rows, hidden)
+    query_rows = 2 * q_rows if config.has_output_gate else q_rows
+    yield "q", (query_rows, hidden)
     yield "k", (kv_rows, hidden)
     yield "v", (kv_rows, hidden)
     if config.has_qkv_bias:
-        yield "q_bias", (q_rows,)
+        yield "q_bias", (query_rows,)
         yield "k_bias", (kv_rows,)
         yield "v_bias", (kv_rows,)
     if config.qk_norm != "none":
@@ -107,9 +108,31 @@ def _latent_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     yield "o", (hidden, heads * latent.value_dim)
 
 
+def _delta_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    """A gated delta net. Channels of qkv and of the convolution: q of all key heads, then k, then v."""
+    delta, hidden = config.delta, config.hidden_size
+    assert delta is not None
+    if delta.has_joined_qkvz:
+        yield "delta_qkvz", (delta.conv_channels + delta.value_channels, hidden)
+    else:
+        yield "delta_qkv", (delta.conv_channels, hidden)
+        yield "delta_z", (delta.value_channels, hidden)
+    if delta.has_joined_ba:
+        yield "delta_ba", (2 * delta.num_value_heads, hidden)
+    else:
+        yield "delta_b", (delta.num_value_heads, hidden)
+        yield "delta_a", (delta.num_value_heads, hidden)
+    yield "delta_conv", (delta.conv_channels, delta.conv_width)
+    yield "delta_rate", (delta.num_value_heads,)
+    yield "delta_dt_bias", (delta.num_value_heads,)
+    yield "delta_norm", (delta.value_dim,)
+    yield "delta_out", (hidden, delta.value_channels)
+
+
 _MIXER_SHAPES: Mapping[MixerKind, Callable[[ModelConfig], Iterator[tuple[str, Shape]]]] = {
     "attention": _attention_shapes,
     "latent": _latent_shapes,
+    "delta": _delta_shapes,
 }
 
 
@@ -138,11 +161,17 @@ def _routed_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
             yield "shared_score", (1, hidden)
 
 
+# Beside vectors: rows that score experts, and those that say how fast a recurrent state forgets and learns.
+_KEPT_EXACT = frozenset(
+    {"router", "shared_score", "sinks", "delta_a", "delta_b", "delta_ba", "delta_conv", "delta_rate"}
+)
+
+
 def is_kept_exact(name: str) -> bool:
-    """Whether a dense tensor keeps float32 in a pack: norms, biases and sinks, and the rows that score experts.
+    """Whether a dense tensor keeps float32 in a pack: norms, biases and sinks, and the rows of scores and gates.
 
     The router decides which experts run. A rounding there does not blur the sum, it picks another expert; and
     all of these together are a thousandth of a model.
     """
     last = name.rpartition(".")[2]
-    return last.endswith(("norm", "_bias")) or last in ("router", "shared_score", "sinks")
+    return last.endswith(("norm", "_bias")) or last in _KEPT_EXACT

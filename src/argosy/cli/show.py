@@ -71,12 +71,15 @@ def show(model: str, as_json: bool, **options: Any) -> None:
 def geometry_facts(config: ModelConfig) -> dict[str, Any]:
     """Family, geometry and parameters, by name."""
     from argosy.checkpoint.geometry import count_parameters
+    from argosy.engine.memory_plan import state_bytes
 
     everything, active = count_parameters(config)
     return {
         "family": config.family,
         "num_layers": config.num_layers,
         "num_moe_layers": len(config.moe_layers),
+        "num_delta_layers": len(config.delta_layers),
+        "recurrent_state_bytes_per_sequence": state_bytes(config, 1),
         "hidden_size": config.hidden_size,
         "num_heads": config.num_heads,
         "num_kv_heads": config.num_kv_heads,
@@ -172,9 +175,12 @@ def config_lines(facts: dict[str, Any]) -> list[str]:
 def _geometry_lines(facts: dict[str, Any]) -> list[str]:
     shared = f", a shared one of width {facts['shared_width']}" if facts["shared_width"] else ""
     everything, active = facts["num_parameters"], facts["num_parameters_per_token"]
+    state = format_bytes(facts["recurrent_state_bytes_per_sequence"])
+    recurrent = f", {facts['num_delta_layers']} with a recurrent state: {state} a sequence"
     return [
         f"  parameters    {_count(everything)}, {_count(active)} of them for a token",
-        f"  layers        {facts['num_layers']}, {facts['num_moe_layers']} with routed experts",
+        f"  layers        {facts['num_layers']}, {facts['num_moe_layers']} with routed experts"
+        + (recurrent if facts["num_delta_layers"] else ""),
         f"  experts       {facts['num_experts']} in a layer, {facts['experts_per_token']} for a token,"
         f" width {facts['expert_width']}{shared}",
         f"  attention     {facts['num_heads']} heads, {facts['num_kv_heads']} of keys and values,"

@@ -2,8 +2,8 @@
 
     prompt/ ─ tokens ─ scheduler ─ model/ ─ sampler ─ commit ─ events
 
-An engine owns everything that has a size: the memory plan, the dense weights, the KV cache, the working buffers and
-the expert source. It is one process's single user of them; calls from several threads take turns.
+An engine owns everything that has a size: the memory plan, the dense weights, the KV cache, the recurrent state, the
+working buffers and the expert source. It is one process's single user of them; calls from several threads take turns.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from argosy.engine.memory_plan import (
     process_bytes,
     quarter_of_experts,
 )
+from argosy.engine.recurrent_state import StateSlots
 from argosy.engine.sampler import Sampler, SamplerState
 from argosy.engine.scheduler import Scheduled, Scheduler
 from argosy.engine.sequence import FinishReason, Result, TokenEvent, TokenLogprob
@@ -235,6 +236,11 @@ class Engine:
                 )
         self._blocks = KvBlocks(-(-plan.context_tokens // KV_BLOCK_TOKENS), KV_BLOCK_TOKENS)
         kv = _native.KvCache(kv_shapes(config), self._blocks.num_blocks, KV_BLOCK_TOKENS, settings.kv_dtype)
+        self._states = None
+        if config.delta is not None and plan.num_states:
+            self._states = StateSlots(
+                _native.RecurrentState(plan.num_states, len(config.delta_layers), config.delta.sizes)
+            )
         self._runtime = _native.Runtime(settings.threads)
         self._decoder = Decoder(
             config,
@@ -244,10 +250,14 @@ class Engine:
             self._runtime,
             Workspace(config, plan.chunk_tokens + settings.max_sequences),
             clock=self._clock,
+            recurrent=None if self._states is None else self._states.state,
             observe=observe_routes,
         )
         self._scheduler = Scheduler(
-            self._blocks, chunk_tokens=plan.chunk_tokens, max_sequences=settings.max_sequences
+            self._blocks,
+            chunk_tokens=plan.chunk_tokens,
+            max_sequences=settings.max_sequences,
+            states=self._states,
         )
         self._sampler = Sampler()
         self._sequences: list[EngineSequence] = []

@@ -1,11 +1,11 @@
 """Divide a memory budget before anything is loaded.
 
-    budget = process + dense weights + KV cache + working buffers + staging + expert cache
+    budget = process + dense weights + KV cache + recurrent state + working buffers + staging + expert cache
 
-Dense weights have the first claim, then the KV cache, then working buffers and what readers transcode from; experts get
-the rest, in equal slots, or one behind the other when all of them fit. The budget is the whole process, interpreter
-included, so the plan starts from what the process holds now. Below the floor (one token's experts of one layer in
-memory) it is refused with the numbers.
+Dense weights have the first claim, then the KV cache and the recurrent state, then working buffers and what readers
+transcode from; experts get the rest, in equal slots, or one behind the other when all of them fit. The budget is the
+whole process, interpreter included, so the plan starts from what the process holds now. Below the floor (one token's
+experts of one layer in memory) it is refused with the numbers.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class MemoryPlan:
     process_bytes: int
     dense_bytes: int
     kv_bytes: int
+    state_bytes: int = 0  # of the recurrent state, for so many sequences at once
+    num_states: int = 0
     working_bytes: int
     staging_bytes: int  # what readers transcode from
     slot_bytes: int
@@ -56,7 +58,7 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        fixed = self.process_bytes + self.dense_bytes + self.kv_bytes + self.working_bytes
+        fixed = self.process_bytes + self.dense_bytes + self.kv_bytes + self.state_bytes + self.working_bytes
         return fixed + self.staging_bytes + self.expert_bytes
 
     @property
@@ -70,6 +72,11 @@ class MemoryPlan:
             ("process", self.process_bytes, "interpreter, libraries, tokenizer"),
             ("dense weights", self.dense_bytes, ""),
             ("KV cache", self.kv_bytes, f"{self.context_tokens} tokens"),
+            *(
+                [("recurrent state", self.state_bytes, f"{self.num_states} sequences at once")]
+                if self.num_states
+                else []
+            ),
             ("working buffers", self.working_bytes, f"{self.chunk_tokens} tokens a step"),
             *([("staging", self.staging_bytes, "to transcode from")] if self.staging_bytes else []),
             (
@@ -86,6 +93,7 @@ class MemoryPlan:
             "process_bytes": self.process_bytes,
             "dense_bytes": self.dense_bytes,
             "kv_bytes": self.kv_bytes,
+            "recurrent_state_bytes": self.state_bytes,
             "working_bytes": self.working_bytes,
             "staging_bytes": self.staging_bytes,
             "expert_cache_bytes": self.expert_bytes,
@@ -119,14 +127,22 @@ def kv_bytes(config: ModelConfig, num_tokens: int, kv_dtype: KvDtype) -> int:
     return _native.kv_cache_bytes(kv_shapes(config), num_blocks, KV_BLOCK_TOKENS, kv_dtype)
 
 
+def state_bytes(config: ModelConfig, num_states: int) -> int:
+    """The recurrent state of so many sequences."""
+    if config.delta is None or not num_states:
+        return 0
+    return _native.recurrent_state_bytes(num_states, len(config.delta_layers), config.delta.sizes)
+
+
 def plan_memory(
     files: ModelFiles, config: EngineConfig, *, process_bytes: int, expert_slots: int | None = None
 ) -> MemoryPlan:
     """Plan an engine.
 
     The chunk is the one that reads least (`experts_read`), and no longer than `config.chunk_tokens`. A context that
-    was not asked for by name is shrunk to fit. With `expert_slots` the number of slots is given instead of what is
-    left.
+    was not asked for by name is shrunk to fit. Where layers have a recurrent state, so many sequences have one as a
+    sixteenth of the budget holds, or fewer if nothing fits otherwise; others wait for their turn. With `expert_slots`
+    the number of slots is given instead of what is left.
 
     Raises:
         DoesNotFit: with a budget that just works, and what would shrink it.
@@ -139,12 +155,13 @@ def plan_memory(
     fixed = process_bytes + PROCESS_GROWTH_BYTES
     dense = dense_footprint(files.dense)
 
-    def plan(context: int, chunk: int) -> MemoryPlan:
+    def plan(context: int, chunk: int, num_states: int) -> MemoryPlan:
         kv = kv_bytes(model, context, config.kv_dtype)
+        states = state_bytes(model, num_states)
         tokens = chunk + config.max_sequences
         working = workspace_bytes(model, tokens, config.threads)
         working += 3 * 4 * model.vocab_size * config.max_sequences  # logits, and the sampler's copies of them
-        left = config.budget.ram_bytes - fixed - dense - kv - working - staging
+        left = config.budget.ram_bytes - fixed - dense - kv - states - working - staging
         slots = fewest_slots if expert_slots is not None else max(fewest_slots, left // max(1, one_slot))
         if expert_slots is None and left >= all_experts:
             slots = num_experts
@@ -153,6 +170,8 @@ def plan_memory(
             process_bytes=fixed,
             dense_bytes=dense,
             kv_bytes=kv,
+            state_bytes=states,
+            num_states=num_states,
             working_bytes=working,
             staging_bytes=staging,
             slot_bytes=one_slot,
@@ -163,22 +182,36 @@ def plan_memory(
             chunk_tokens=chunk,
         )
 
-    best = None
     contexts, chunks = _contexts(model, config), _chunks(config)
-    for context in contexts:
-        plans = [plan(context, chunk) for chunk in dict.fromkeys(min(c, context) for c in chunks)]
-        fitting = [p for p in plans if p.total_bytes <= config.budget.ram_bytes]
-        if not fitting:
-            continue
-        candidate = min(fitting, key=lambda p: experts_read(model, p))
-        # The first that fits at all is kept; a smaller one replaces it only while experts have less than a quarter.
-        if best is None or candidate.num_slots >= 2 * best.num_slots:
-            best = candidate
-        if best.num_slots * 4 >= num_experts:
-            break
-    if best is not None:
-        return best
-    raise _does_not_fit(plan(contexts[-1], min(*chunks, contexts[-1])), config, model)
+    for num_states in _state_counts(model, config):
+        best = None
+        for context in contexts:
+            plans = [
+                plan(context, chunk, num_states) for chunk in dict.fromkeys(min(c, context) for c in chunks)
+            ]
+            fitting = [p for p in plans if p.total_bytes <= config.budget.ram_bytes]
+            if not fitting:
+                continue
+            candidate = min(fitting, key=lambda p: experts_read(model, p))
+            # The first that fits at all is kept; a smaller one replaces it only while experts have less than a quarter.
+            if best is None or candidate.num_slots >= 2 * best.num_slots:
+                best = candidate
+            if best.num_slots * 4 >= num_experts:
+                break
+        if best is not None:
+            return best
+    raise _does_not_fit(plan(contexts[-1], min(*chunks, contexts[-1]), num_states), config, model)
+
+
+def _state_counts(model: ModelConfig, config: EngineConfig) -> list[int]:
+    """How many sequences may have a recurrent state at once, the most first; [0] where no layer has one."""
+    if not model.delta_layers:
+        return [0]
+    counts = [config.max_sequences]
+    while counts[-1] > 1:
+        counts.append(counts[-1] // 2)
+    share = config.budget.ram_bytes // 16
+    return [count for count in counts if count == 1 or state_bytes(model, count) <= share]
 
 
 def experts_read(model: ModelConfig, plan: MemoryPlan) -> float:
@@ -235,7 +268,8 @@ def _does_not_fit(floor: MemoryPlan, config: EngineConfig, model: ModelConfig) -
     parts = (
         f"  process {format_bytes(floor.process_bytes)}  +  dense weights {format_bytes(floor.dense_bytes)}"
         f"  +  KV cache {format_bytes(floor.kv_bytes)} ({floor.context_tokens} tokens)"
-        f"  +  working buffers {format_bytes(floor.working_bytes + floor.staging_bytes)}"
+        + (f"  +  recurrent state {format_bytes(floor.state_bytes)}" if floor.state_bytes else "")
+        + f"  +  working buffers {format_bytes(floor.working_bytes + floor.staging_bytes)}"
         f"  +  smallest expert cache {format_bytes(floor.expert_bytes)}"
     )
     hints = [f"`--memory {-(-(needed + PROCESS_VARIES_BYTES) // MIB)}MiB` works"]

@@ -2,7 +2,7 @@
 
 Every sequence that decodes gets its one token in every step, so a long prompt never stops the others; prompts share
 what is left of the chunk, first come first served. A sequence is admitted when its prompt and its whole answer have
-KV blocks, so none has to be thrown out half-way.
+KV blocks, so none has to be thrown out half-way; where layers have a recurrent state, when there is a slot for it too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.engine.kv_cache import KvBlocks
+from argosy.engine.recurrent_state import StateSlots
 from argosy.engine.sequence import Sequence
 from argosy.model.batch import Batch
 
@@ -35,6 +36,7 @@ class _Decoding:
     last_rows: NDArray[np.int64]  # the same
     is_decode: NDArray[np.bool_]
     block_table: NDArray[np.int32]
+    state_slots: NDArray[np.int32] | None
 
     @classmethod
     def of(cls, sequences: list[Sequence]) -> _Decoding:
@@ -45,12 +47,21 @@ class _Decoding:
             np.arange(count),
             np.ones(count, np.bool_),
             _block_table(sequences),
+            _state_slots(sequences),
         )
 
 
 class Scheduler:
-    def __init__(self, blocks: KvBlocks, *, chunk_tokens: int, max_sequences: int) -> None:
+    def __init__(
+        self,
+        blocks: KvBlocks,
+        *,
+        chunk_tokens: int,
+        max_sequences: int,
+        states: StateSlots | None = None,
+    ) -> None:
         self._blocks = blocks
+        self._states = states  # None: no layer has a recurrent state
         self._chunk_tokens = chunk_tokens
         self._max_sequences = max_sequences
         self._waiting: deque[Sequence] = deque()
@@ -65,12 +76,15 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a finished or cancelled sequence out, and free its KV blocks."""
+        """Take a finished or cancelled sequence out, and free its KV blocks and its recurrent state."""
         if sequence in self._running:
             self._running.remove(sequence)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
         self._blocks.give_back(sequence.blocks)
+        if self._states is not None and sequence.state_slot is not None:
+            self._states.give_back(sequence.state_slot)
+            sequence.state_slot = None
 
     def next_batch(self) -> Scheduled:
         """The next step's tokens; call only while `has_work`."""
@@ -90,9 +104,11 @@ class Scheduler:
         while self._waiting and len(self._running) < self._max_sequences:
             sequence = self._waiting[0]
             needed = self._blocks.blocks_for(len(sequence.prompt_ids) + sequence.max_new_tokens)
-            if needed > self._blocks.num_free:
+            if needed > self._blocks.num_free or (self._states is not None and not self._states.num_free):
                 break
             self._waiting.popleft()
+            if self._states is not None:
+                sequence.state_slot = self._states.take()
             sequence.blocks = self._blocks.take(needed)
             self._running.append(sequence)
 
@@ -116,6 +132,7 @@ class Scheduler:
             block_table=same.block_table,
             is_decode=same.is_decode,
             last_rows=same.last_rows,
+            state_slots=same.state_slots,
         )
         return Scheduled(batch, same.sequences)
 
@@ -145,6 +162,7 @@ class Scheduler:
             block_table=table,
             is_decode=np.repeat([not sequence.is_prefilling for sequence, _ in parts], counts),
             last_rows=np.array(last_rows, np.int64),
+            state_slots=_state_slots([sequence for sequence, _ in parts]),
         )
         for sequence, count in parts:
             sequence.num_computed += count
@@ -157,3 +175,9 @@ def _block_table(sequences: list[Sequence]) -> NDArray[np.int32]:
     for row, sequence in enumerate(sequences):
         table[row, : len(sequence.blocks)] = sequence.blocks
     return table
+
+
+def _state_slots(sequences: list[Sequence]) -> NDArray[np.int32] | None:
+    """int32 [sequences], or None where no layer has a recurrent state."""
+    slots = [sequence.state_slot for sequence in sequences if sequence.state_slot is not None]
+    return np.array(slots, np.int32) if slots else None

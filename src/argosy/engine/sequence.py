@@ -71,6 +71,7 @@ class Sequence:
         self.logprobs: list[TokenLogprob] | None = [] if params.logprobs is not None else None
         self.num_computed = 0  # tokens whose keys and values are in the KV cache
         self.blocks: list[int] = []
+        self.state_slot: int | None = None  # of the recurrent state, while it runs and layers have one
         self.result: Result | None = None  # set when it has finished
         self.events: deque[TokenEvent] = deque()
         self.started_at = 0.0

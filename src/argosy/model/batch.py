@@ -17,6 +17,7 @@ class Batch:
     block_table: int32 [S, blocks]; unused entries are 0.
     is_decode: bool [T]; prompt tokens are False.
     last_rows: int64 [L], rows whose logits are wanted.
+    state_slots: int32 [S], where the recurrent state of each sequence lies; None where no layer has one.
     """
 
     token_ids: NDArray[np.int32]
@@ -26,6 +27,7 @@ class Batch:
     block_table: NDArray[np.int32]
     is_decode: NDArray[np.bool_]
     last_rows: NDArray[np.int64]
+    state_slots: NDArray[np.int32] | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -40,6 +40,7 @@ class Decoder:
     Args:
         experts: None leaves routed experts out of every sum.
         kv: keys and values of all layers.
+        recurrent: the recurrent state of those that have one.
         clock: gets the time of each part of a step.
         observe: hears the experts that each token of each layer chose; the array is valid during the call.
     """
@@ -54,6 +55,7 @@ class Decoder:
         workspace: Workspace,
         *,
         clock: PartClock,
+        recurrent: _native.RecurrentState | None = None,
         observe: RouteObserver | None = None,
     ) -> None:
         self.config = config
@@ -78,6 +80,7 @@ class Decoder:
             buffers=workspace.buffers,
             arena=None if experts is None else experts.arena,
             resident_offsets=resident_offsets,
+            recurrent=recurrent,
         )
 
     def forward(self, batch: Batch) -> Array:
@@ -92,6 +95,7 @@ class Decoder:
             batch.block_table,
             batch.last_rows,
             logits,
+            batch.state_slots,
         )
         while (demand := self._stack.advance()) is not None:
             self._run_experts(batch, *demand)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 from argosy import _native
 from argosy.config import MixerKind, ModelConfig
 from argosy.experts.source import ExpertSource
@@ -65,6 +67,28 @@ def _attention(config: ModelConfig, layer: int, weights: DenseWeights) -> _nativ
         is_norm_flat=config.qk_norm == "flat",
         limit=config.qkv_limit,
         sinks=weights.vectors.get(name + "sinks"),
+        has_gate=config.has_output_gate,
+    )
+
+
+def _delta(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mixer:
+    """A gated delta net (arXiv:2412.06464)."""
+    delta, name = config.delta, f"layers.{layer}.delta_"
+    assert delta is not None
+    matrices, rate = weights.matrices, weights.vectors[name + "rate"]
+    return _native.gated_delta_net(
+        matrices[name + ("qkvz" if delta.has_joined_qkvz else "qkv")],
+        matrices[name + ("ba" if delta.has_joined_ba else "b")],
+        matrices[name + "out"],
+        z=None if delta.has_joined_qkvz else matrices[name + "z"],
+        a=None if delta.has_joined_ba else matrices[name + "a"],
+        conv=weights.vectors[name + "conv"],
+        rate=-np.exp(rate) if delta.is_rate_log else rate,
+        dt_bias=weights.vectors[name + "dt_bias"],
+        norm=weights.vectors[name + "norm"],
+        sizes=delta.sizes,
+        is_tiled=delta.is_tiled,
+        state_layer=config.delta_layers.index(layer),
     )
 
 
@@ -90,6 +114,7 @@ def _latent(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.M
 
 _MIXERS: Mapping[MixerKind, Callable[[ModelConfig, int, DenseWeights], _native.Mixer]] = {
     "attention": _attention,
+    "delta": _delta,
     "latent": _latent,
 }
 
@@ -101,6 +126,7 @@ def _latent_dim(config: ModelConfig) -> int:
 
 _KV_SHAPES: Mapping[MixerKind, Callable[[ModelConfig], _native.KvShape]] = {
     "attention": lambda config: _native.KvShape.keys_values(config.num_kv_heads, config.head_dim),
+    "delta": lambda config: _native.KvShape.none(),
     "latent": lambda config: _native.KvShape.latent(_latent_dim(config)),
 }
 

@@ -28,15 +28,16 @@ _MOST_IN_FLIGHT = 256  # tensors: nobody may be here to issue the next read whil
 
 
 def is_vector(name: str) -> bool:
-    """Norms, biases and sinks; everything else is the matrix of a product."""
-    return name.endswith(("norm", "_bias", "sinks"))
+    """Norms, biases, sinks, and a delta net's convolution and rates; everything else is the matrix of a product."""
+    return name.endswith(("norm", "_bias", "sinks", "delta_conv", "delta_rate"))
 
 
 @dataclass(frozen=True, slots=True)
 class DenseWeights:
     """matrices and float32 vectors by canonical name, and the memory the matrices lie in.
 
-    In place of `kv_up` there are `k_up` and `v_up` (`latent_up.py`).
+    The weights of a causal convolution are [width, channels]. In place of `kv_up` there are `k_up` and `v_up`
+    (`latent_up.py`).
     """
 
     matrices: Mapping[str, _native.Matrix]
@@ -219,6 +220,8 @@ def _read_dense(
             check_vector(ref.name, values)
             if name.rpartition(".")[2] in _OFFSET_NORMS:
                 values += np.float32(norm_offset)
+            if name.endswith("delta_conv"):  # in memory position by position: channels run side by side
+                values = np.ascontiguousarray(values.reshape(ref.rows, ref.cols).T)
             vectors[name] = values
         else:
             matrices[name] = _native.Matrix(arena, start, ref.format, ref.rows, ref.cols)

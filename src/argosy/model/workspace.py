@@ -35,12 +35,18 @@ def buffer_columns(config: ModelConfig) -> dict[str, int]:
     } | dict.fromkeys(_INTEGERS, config.experts_per_token)
 
 
-_MIXER_BUFFERS = ("query", "key", "value", "query_latent", "attended")
+_MIXER_BUFFERS = ("query", "key", "value", "query_latent", "attended", "projected", "delta_gates")
 
 
 def _attention_columns(config: ModelConfig) -> dict[str, int]:
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {"query": query, "key": key, "value": key, "attended": query}
+    return {
+        "query": query,
+        "key": key,
+        "value": key,
+        "attended": query,
+        "projected": 2 * query if config.has_output_gate else 0,
+    }
 
 
 def _latent_columns(config: ModelConfig) -> dict[str, int]:
@@ -54,9 +60,20 @@ def _latent_columns(config: ModelConfig) -> dict[str, int]:
     }
 
 
+def _delta_columns(config: ModelConfig) -> dict[str, int]:
+    delta = config.delta
+    assert delta is not None
+    return {
+        "projected": delta.conv_channels + delta.value_channels,
+        "delta_gates": 2 * delta.num_value_heads,
+        "attended": delta.value_channels,
+    }
+
+
 _MIXER_COLUMNS: Mapping[MixerKind, Callable[[ModelConfig], dict[str, int]]] = {
     "attention": _attention_columns,
     "latent": _latent_columns,
+    "delta": _delta_columns,
 }
 
 
@@ -85,9 +102,16 @@ def _latent_scratch(config: ModelConfig, max_tokens: int, threads: int) -> int:
     )
 
 
+def _delta_scratch(config: ModelConfig, max_tokens: int, threads: int) -> int:
+    # What goes into its output product, quantised: two bytes a value, and a scale for 32.
+    assert config.delta is not None
+    return max_tokens * 3 * config.delta.value_channels
+
+
 _MIXER_SCRATCH: Mapping[MixerKind, Callable[[ModelConfig, int, int], int]] = {
     "attention": _attention_scratch,
     "latent": _latent_scratch,
+    "delta": _delta_scratch,
 }
 
 

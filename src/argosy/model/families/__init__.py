@@ -32,7 +32,10 @@ from argosy.model.families import (
     mixtral,
     olmoe,
     qwen2_moe,
+    qwen3_5_moe,
+    qwen3_5_moe_text,
     qwen3_moe,
+    qwen3_next,
 )
 from argosy.model.families.config_reader import ConfigReader
 from argosy.model.families.layout import Layout, read_layout
@@ -67,6 +70,9 @@ FAMILIES: Mapping[str, Family] = {
         kimi_k2,
         kimi_k25,
         glm4_moe_lite,
+        qwen3_next,
+        qwen3_5_moe,
+        qwen3_5_moe_text,
         glm4_moe,
         olmoe,
         minimax_m2,

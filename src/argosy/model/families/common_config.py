@@ -30,6 +30,7 @@ def read_common(
     bos_id: int | None = None,
     rotary_dim: int | None = None,
     partial_rotary_factor: float | None = None,
+    has_axes: bool = False,
 ) -> dict[str, Any]:
     """Sizes, heads, rotary embedding, experts and token ids; the arguments are what an absent key means.
 
@@ -38,6 +39,7 @@ def read_common(
         experts_per_token: None: the file has to say.
         rotary_dim: how many dimensions of a head turn; None: all of them, or the part that the file says.
         partial_rotary_factor: that part, in families whose files say it; None: in this one they do not.
+        has_axes: as for `read_rope`.
 
     Raises:
         UnsupportedModel: a rotary embedding or activation that is not built in.
@@ -60,6 +62,7 @@ def read_common(
             context_tokens=context_tokens,
             default_theta=rope_theta,
             default_partial=partial_rotary_factor,
+            has_axes=has_axes,
         ),
         "norm_eps": reader.number("rms_norm_eps", norm_eps),
         "context_tokens": context_tokens,

@@ -217,14 +217,16 @@ class ConfigReader:
             )
         return AttentionShape(hidden_size, num_heads, num_kv_heads, head_dim)
 
-    def layer_types(self, num_layers: int) -> tuple[str, ...] | None:
+    def layer_types(
+        self, num_layers: int, supported: tuple[str, ...] = ("full_attention", "sliding_attention")
+    ) -> tuple[str, ...] | None:
         """`layer_types`, once it has a supported kind for each layer; None where there is none."""
         kinds = self.texts("layer_types")
         if kinds is None:
             return None
         for kind in kinds:
-            if kind not in ("full_attention", "sliding_attention"):
-                raise self._unsupported("layer_types", kind, "full_attention, sliding_attention")
+            if kind not in supported:
+                raise self._unsupported("layer_types", kind, ", ".join(supported))
         if len(kinds) != num_layers:
             raise CheckpointError(
                 f"{self._where}: layer_types has {len(kinds)} entries, expected one for each of "

@@ -229,7 +229,10 @@ class _Accounts(TensorAccounts):
     def dense(self, canonical: str, shape: tuple[int, ...], layout: Layout) -> MatrixRef:
         name, last = layout.dense_name(canonical), canonical.rpartition(".")[2]
         turn = layout.by_turns.index(last) if layout.by_turns and last in layout.by_turns else None
-        stored = self.weight(name, shape if turn is None else (*shape[:-1], 2 * shape[-1]))
+        in_file = shape if turn is None else (*shape[:-1], 2 * shape[-1])
+        if last.endswith("conv"):  # of one input channel each
+            in_file = (in_file[0], 1, *in_file[1:])
+        stored = self.weight(name, in_file)
         ref = stored.ref
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
         scales = None

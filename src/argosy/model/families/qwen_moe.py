@@ -1,6 +1,8 @@
-"""What Qwen2-MoE and Qwen3-MoE share: which layers have routed experts, and what the tensors are called."""
+"""What the MoE families of Qwen share: which layers have routed experts, and what the tensors are called."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from argosy.errors import CheckpointError
 from argosy.model.families.config_reader import ConfigReader
@@ -18,17 +20,29 @@ _LAYER_NAMES = {
     "down": "mlp.down_proj.weight",
 }
 
-LAYOUTS = (
-    Layout(
-        layer_names=_LAYER_NAMES,
-        expert_names=(
-            "mlp.experts.{expert}.gate_proj.weight",
-            "mlp.experts.{expert}.up_proj.weight",
-            "mlp.experts.{expert}.down_proj.weight",
+
+def make_layouts(more_names: Mapping[str, str] = {}, passed_over: str | None = None) -> tuple[Layout, ...]:
+    """Experts one by one, and fused; `more_names` are those of a family with other mixers beside attention."""
+    names = {**_LAYER_NAMES, **more_names}
+    return (
+        Layout(
+            layer_names=names,
+            expert_names=(
+                "mlp.experts.{expert}.gate_proj.weight",
+                "mlp.experts.{expert}.up_proj.weight",
+                "mlp.experts.{expert}.down_proj.weight",
+            ),
+            passed_over=passed_over,
         ),
-    ),
-    Layout(layer_names=_LAYER_NAMES, fused_names=("mlp.experts.gate_up_proj", "mlp.experts.down_proj")),
-)
+        Layout(
+            layer_names=names,
+            fused_names=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+            passed_over=passed_over,
+        ),
+    )
+
+
+LAYOUTS = make_layouts()
 
 
 def read_moe_layers(reader: ConfigReader, num_layers: int) -> tuple[bool, ...]:

@@ -21,6 +21,7 @@ from argosy.model.families.config_reader import LARGEST_SIZE, ConfigReader, is_p
 Kind = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+_AXES = frozenset({"mrope_section", "mrope_interleaved"})
 _COMMON = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
 _FIELDS: dict[Kind, set[str]] = {
     "default": set(),
@@ -41,6 +42,7 @@ def read_rope(
     context_tokens: int,
     default_theta: float,
     default_partial: float | None = None,
+    has_axes: bool = False,
 ) -> RopeConfig:
     """The rotary embedding that a config asks for.
 
@@ -51,6 +53,8 @@ def read_rope(
         default_theta: of the family, where the file names none.
         default_partial: the partial_rotary_factor of the family, where the file names none; None: it has no such key,
             and all of a head turns.
+        has_axes: fields about the axes of positions in images may stand here (m-rope). Text has the same position on
+            all axes, so they change nothing.
 
     Raises:
         UnsupportedModel: a kind or field that is not built in, named.
@@ -59,7 +63,7 @@ def read_rope(
     parameters, name = _one_mapping(reader)
     fields = _Fields(parameters, name)
     kind = _kind(fields)
-    fields.refuse_unknown(kind)
+    fields.refuse_unknown(kind, _AXES if has_axes else frozenset())
     if head_dim % 2:
         raise CheckpointError(
             f"config.json gives heads of {head_dim} dimensions, and rotary embedding turns pairs"
@@ -167,8 +171,8 @@ class _Fields:
     def __init__(self, values: dict[str, object], name: str) -> None:
         self.values, self.name = values, name
 
-    def refuse_unknown(self, kind: Kind) -> None:
-        known = _COMMON | _FIELDS[kind]
+    def refuse_unknown(self, kind: Kind, also_known: frozenset[str]) -> None:
+        known = _COMMON | _FIELDS[kind] | also_known
         for key in self.values:
             if key not in known:
                 raise UnsupportedModel(

@@ -1,0 +1,176 @@
+// gated_delta.h: the gated delta net of one sequence (Yang et al., arXiv:2412.06464), token by token.
+//
+//   delta_gates  a, b  ->  decay = e^(rate softplus(a + dt_bias)),  beta = 1 / (1 + e^-b)
+//   delta_conv   x  ->  silu(sum over j of weights[j] x[t - width + 1 + j]);  q and k to unit length
+//   delta_rule   q, k, v, z  ->  S = decay S + k (beta (v - decay S^T k))^T
+//                                out = rms_norm(S^T q) * silu(z)
+//
+// Promise: a token's operations and their order are the same whichever tokens are in the call. Sums over key
+// dimensions ascend, one per column of S; columns never meet, so 32 at a time are taken through all tokens
+// before the next: that part of S stays in the nearest cache.
+#pragma once
+
+#include <math.h>
+
+#include "kernels/exp.h"
+#include "kernels/kernel_table.h"
+#include "kernels/rms_norm.h"
+#include "kernels/swiglu.h"
+
+namespace argosy {
+namespace {
+
+// Few and all different: one version.
+void delta_gates(const DeltaGatesArgs& args) {
+  for (int64_t t = 0; t < args.num_tokens; ++t) {
+    float* a = args.a + t * args.a_stride;
+    float* b = args.b + t * args.b_stride;
+    for (int64_t i = 0; i < args.num_heads; ++i) {
+      const float x = a[i] + args.dt_bias[i];
+      const float softplus = x > 20.0f ? x : log1pf(expf(x));  // beyond 20 the difference is below a rounding
+      a[i] = expf(args.rate[i] * softplus);
+      b[i] = 1.0f / (1.0f + expf(-b[i]));
+    }
+  }
+}
+
+#if !ARGOSY_VECTOR  // the reference
+
+void delta_conv(const DeltaConvArgs& args) {
+  const int64_t last = args.width - 1;
+  for (int64_t t = 0; t < args.num_tokens; ++t) {
+    float* x = args.x + t * args.x_stride;
+    float sum_of_squares = 0.0f;
+    for (int64_t c = 0; c < args.channels; ++c) {
+      float sum = 0.0f;
+      for (int64_t j = 0; j < last; ++j) {
+        float& past = args.window[j * args.stride + c];
+        sum += args.weights[j * args.stride + c] * past;
+        past = j + 1 < last ? args.window[(j + 1) * args.stride + c] : x[c];
+      }
+      sum += args.weights[last * args.stride + c] * x[c];
+      x[c] = sum / (1.0f + expf(-sum));
+      sum_of_squares += x[c] * x[c];
+    }
+    if (args.length == 0.0f) continue;
+    const float scale = args.length / sqrtf(sum_of_squares + args.eps);
+    for (int64_t c = 0; c < args.channels; ++c) x[c] *= scale;
+  }
+}
+
+void delta_rule(const DeltaRuleArgs& args) {
+  const int64_t keys = args.key_dim, values = args.value_dim;
+  for (int64_t t = 0; t < args.num_tokens; ++t) {
+    const float *q = args.q + t * args.stride, *k = args.k + t * args.stride, *v = args.v + t * args.stride;
+    const float* z = args.z + t * args.z_stride;
+    const float decay = args.decay[t * args.decay_stride], beta = args.beta[t * args.beta_stride];
+    float* out = args.out + t * args.out_stride;
+    for (int64_t j = 0; j < values; ++j) {
+      float recalled = 0.0f;
+      for (int64_t i = 0; i < keys; ++i) recalled += args.state[i * values + j] * k[i];
+      const float change = (v[j] - decay * recalled) * beta;
+      out[j] = 0.0f;
+      for (int64_t i = 0; i < keys; ++i) {
+        float& state = args.state[i * values + j];
+        state = state * decay + k[i] * change;
+        out[j] += state * q[i];
+      }
+    }
+    rms_norm(out, args.norm, values, args.eps, out);
+    for (int64_t j = 0; j < values; ++j) out[j] *= z[j] / (1.0f + expf(-z[j]));
+  }
+}
+
+#else
+
+void delta_conv(const DeltaConvArgs& args) {
+  const int64_t last = args.width - 1;
+  for (int64_t t = 0; t < args.num_tokens; ++t) {
+    float* x = args.x + t * args.x_stride;
+    Vec sum_of_squares = zeros();
+    for (int64_t c = 0; c < args.channels; c += kLanes) {
+      const int64_t n = args.channels - c < kLanes ? args.channels - c : kLanes;
+      const Vec now = load(x + c, n);
+      Vec sum = zeros();
+      for (int64_t j = 0; j < last; ++j) {
+        float* past = args.window + j * args.stride + c;
+        sum = fma(load(args.weights + j * args.stride + c, n), load(past, n), sum);
+        store(past, j + 1 < last ? load(past + args.stride, n) : now, n);
+      }
+      sum = silu(fma(load(args.weights + last * args.stride + c, n), now, sum));
+      store(x + c, sum, n);
+      sum_of_squares = fma(sum, sum, sum_of_squares);
+    }
+    if (args.length == 0.0f) continue;
+    const Vec scale = broadcast(args.length / sqrtf(sum_lanes(sum_of_squares) + args.eps));
+    for (int64_t c = 0; c < args.channels; c += kLanes) {
+      const int64_t n = args.channels - c < kLanes ? args.channels - c : kLanes;
+      store(x + c, mul(load(x + c, n), scale), n);
+    }
+  }
+}
+
+// All tokens through kVecs vectors of columns, or through one of `lanes` columns.
+template <int kVecs, bool kIsPartial>
+void delta_columns(const DeltaRuleArgs& args, int64_t begin, int64_t lanes) {
+  static_assert(!kIsPartial || kVecs == 1);
+  const auto get = [lanes](const float* from, int i) {
+    if constexpr (kIsPartial) return load(from, lanes);
+    return load(from + i * kLanes);
+  };
+  const auto put = [lanes](float* to, int i, Vec value) {
+    if constexpr (kIsPartial) return store(to, value, lanes);
+    store(to + i * kLanes, value);
+  };
+  const int64_t keys = args.key_dim, values = args.value_dim;
+  float* const state = args.state + begin;
+  for (int64_t t = 0; t < args.num_tokens; ++t) {
+    const float *q = args.q + t * args.stride, *k = args.k + t * args.stride;
+    const float* v = args.v + t * args.stride + begin;
+    const Vec decay = broadcast(args.decay[t * args.decay_stride]);
+    const Vec beta = broadcast(args.beta[t * args.beta_stride]);
+    Vec change[kVecs], out[kVecs];
+    for (int i = 0; i < kVecs; ++i) change[i] = zeros();
+    for (int64_t row = 0; row < keys; ++row) {
+      const Vec key = broadcast(k[row]);
+      for (int i = 0; i < kVecs; ++i) change[i] = fma(get(state + row * values, i), key, change[i]);
+    }
+    for (int i = 0; i < kVecs; ++i) {
+      change[i] = mul(sub(get(v, i), mul(decay, change[i])), beta);
+      out[i] = zeros();
+    }
+    for (int64_t row = 0; row < keys; ++row) {
+      const Vec key = broadcast(k[row]), query = broadcast(q[row]);
+      for (int i = 0; i < kVecs; ++i) {
+        const Vec next = fma(key, change[i], mul(get(state + row * values, i), decay));
+        put(state + row * values, i, next);
+        out[i] = fma(next, query, out[i]);
+      }
+    }
+    for (int i = 0; i < kVecs; ++i) put(args.out + t * args.out_stride + begin, i, out[i]);
+  }
+}
+
+void delta_rule(const DeltaRuleArgs& args) {
+  constexpr int kVecs = int(32 / kLanes);  // with 128 key dimensions, 16 KiB of S
+  const int64_t values = args.value_dim;
+  int64_t begin = 0;
+  for (; begin + kVecs * kLanes <= values; begin += kVecs * kLanes)
+    delta_columns<kVecs, false>(args, begin, 0);
+  for (; begin + kLanes <= values; begin += kLanes) delta_columns<1, false>(args, begin, 0);
+  if (begin < values) delta_columns<1, true>(args, begin, values - begin);
+  for (int64_t t = 0; t < args.num_tokens; ++t) {
+    const float* z = args.z + t * args.z_stride;
+    float* out = args.out + t * args.out_stride;
+    rms_norm(out, args.norm, values, args.eps, out);
+    for (int64_t j = 0; j < values; j += kLanes) {
+      const int64_t n = values - j < kLanes ? values - j : kLanes;
+      store(out + j, mul(silu(load(z + j, n)), load(out + j, n)), n);
+    }
+  }
+}
+
+#endif
+
+}  // namespace
+}  // namespace argosy

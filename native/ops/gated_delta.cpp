@@ -1,0 +1,155 @@
+#include "ops/gated_delta.h"
+
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+namespace argosy {
+
+namespace {
+
+constexpr float kUnitLengthEps = 1e-6f;  // of q and k
+
+int64_t checked_product(std::initializer_list<int64_t> factors) {
+  int64_t product = 1;
+  for (const int64_t factor : factors) {
+    if (factor < 1) {
+      throw std::invalid_argument("a recurrent state of size " + std::to_string(factor) +
+                                  ", expected 1 or more");
+    }
+    if (product > (int64_t{1} << 60) / factor)
+      throw std::invalid_argument("a recurrent state of more than 2^62 bytes");
+    product *= factor;
+  }
+  return product;
+}
+
+}  // namespace
+
+int64_t RecurrentState::bytes(int64_t num_slots, int64_t num_layers, const DeltaShape& shape) {
+  // Each part first, so that no sum can overflow.
+  checked_product({3, shape.num_key_heads, shape.key_dim, shape.conv_width});
+  checked_product({3, shape.num_value_heads, shape.value_dim, shape.conv_width});
+  checked_product({3, shape.num_value_heads, shape.key_dim, shape.value_dim});
+  return checked_product({num_slots, num_layers, shape.state_floats()}) * 4;
+}
+
+RecurrentState::RecurrentState(int64_t num_slots, int64_t num_layers, const DeltaShape& shape)
+    : num_layers_(num_layers),
+      shape_(shape),
+      positions_(size_t(std::max<int64_t>(num_slots, 0)), 0),
+      arena_(size_t(bytes(num_slots, num_layers, shape))) {}
+
+float* RecurrentState::window(int64_t slot, int64_t layer) {
+  return reinterpret_cast<float*>(arena_.data()) + slot * slot_floats() + layer * shape_.state_floats();
+}
+
+void RecurrentState::copy_out(int64_t slot, float* to) { std::copy_n(window(slot, 0), slot_floats(), to); }
+
+void RecurrentState::copy_in(int64_t slot, const float* from, int64_t position) {
+  std::copy_n(from, slot_floats(), window(slot, 0));
+  set_position(slot, position);
+}
+
+void gated_delta(Runtime& runtime, RecurrentState& recurrent, int64_t layer, const DeltaWeights& weights,
+                 const DeltaInputs& inputs, const std::vector<DeltaRun>& runs, float* out) {
+  const KernelTable& table = kernels();
+  const auto lock = runtime.lock();
+  const DeltaShape& shape = recurrent.shape();
+  const int64_t key_heads = shape.num_key_heads, value_heads = shape.num_value_heads;
+  const int64_t sharing = value_heads / key_heads;  // value heads of a key head
+  const int64_t channels = shape.conv_channels(), num_runs = int64_t(runs.size());
+  int64_t num_tokens = 0;
+  for (const DeltaRun& run : runs) num_tokens += run.end - run.begin;
+  const int64_t tokens_a_run = num_tokens / std::max<int64_t>(num_runs, 1);
+
+  // q, k and v of each key head, then the gates of all.
+  const int64_t parts = 3 * key_heads + 1;
+  const int64_t part_work = tokens_a_run * channels / (3 * key_heads) * (shape.conv_width + 16);
+  runtime.parallel_for(num_runs * parts, part_work, [&](int64_t begin, int64_t end, int) {
+    for (int64_t item = begin; item < end; ++item) {
+      const DeltaRun& run = runs[size_t(item / parts)];
+      const int64_t part = item % parts, tokens = run.end - run.begin;
+      if (part == 3 * key_heads) {
+        for (int64_t head = 0; head < value_heads; head += sharing) {
+          const int64_t at = run.begin * inputs.gate_stride + head / sharing * inputs.gate_group;
+          table.delta_gates({
+              .a = inputs.a + at,
+              .b = inputs.b + at,
+              .a_stride = inputs.gate_stride,
+              .b_stride = inputs.gate_stride,
+              .rate = weights.rate + head,
+              .dt_bias = weights.dt_bias + head,
+              .num_tokens = tokens,
+              .num_heads = sharing,
+          });
+        }
+        continue;
+      }
+      const int64_t head = part / 3, kind = part % 3;
+      const int64_t width = kind == 2 ? sharing * shape.value_dim : shape.key_dim;
+      const int64_t channel = kind * shape.key_channels() + head * width;
+      float* first = (kind == 0   ? inputs.q
+                      : kind == 1 ? inputs.k
+                                  : inputs.v) +
+                     run.begin * inputs.stride + head * (kind == 2 ? inputs.value_group : inputs.key_group);
+      float* window = recurrent.window(run.slot, layer) + channel;
+      for (int64_t j = 0; run.is_start && j + 1 < shape.conv_width; ++j) {
+        std::fill_n(window + j * channels, width, 0.0f);
+      }
+      table.delta_conv({
+          .x = first,
+          .x_stride = inputs.stride,
+          .weights = weights.conv + channel,
+          .window = window,
+          .stride = channels,
+          .width = shape.conv_width,
+          .channels = width,
+          .num_tokens = tokens,
+          .length = kind == 0   ? 1.0f / std::sqrt(float(shape.key_dim))
+                    : kind == 1 ? 1.0f
+                                : 0.0f,
+          .eps = kUnitLengthEps,
+      });
+    }
+  });
+
+  const int64_t head_work = 3 * tokens_a_run * shape.key_dim * shape.value_dim;
+  runtime.parallel_for(num_runs * value_heads, head_work, [&](int64_t begin, int64_t end, int) {
+    for (int64_t item = begin; item < end; ++item) {
+      const DeltaRun& run = runs[size_t(item / value_heads)];
+      const int64_t head = item % value_heads;
+      const int64_t key_head = weights.is_tiled ? head % key_heads : head / sharing;
+      const int64_t key_at = run.begin * inputs.stride + key_head * inputs.key_group;
+      const int64_t value_at = head % sharing * shape.value_dim;
+      const int64_t gate_at =
+          run.begin * inputs.gate_stride + head / sharing * inputs.gate_group + head % sharing;
+      float* state = recurrent.state(run.slot, layer) + head * shape.key_dim * shape.value_dim;
+      if (run.is_start) std::fill_n(state, shape.key_dim * shape.value_dim, 0.0f);
+      table.delta_rule({
+          .q = inputs.q + key_at,
+          .k = inputs.k + key_at,
+          .v = inputs.v + run.begin * inputs.stride + head / sharing * inputs.value_group + value_at,
+          .stride = inputs.stride,
+          .z = inputs.z + run.begin * inputs.z_stride + head / sharing * inputs.z_group + value_at,
+          .z_stride = inputs.z_stride,
+          .decay = inputs.a + gate_at,
+          .decay_stride = inputs.gate_stride,
+          .beta = inputs.b + gate_at,
+          .beta_stride = inputs.gate_stride,
+          .state = state,
+          .out = out + (run.begin * value_heads + head) * shape.value_dim,
+          .out_stride = shape.value_channels(),
+          .norm = weights.norm,
+          .eps = weights.eps,
+          .num_tokens = run.end - run.begin,
+          .key_dim = shape.key_dim,
+          .value_dim = shape.value_dim,
+      });
+    }
+  });
+}
+
+}  // namespace argosy

@@ -1,0 +1,167 @@
+// Gated delta nets: against the reference, and the same for a token whichever tokens are in the call. Memory
+// is exactly as large as it has to be, so that a sanitizer sees what reaches beyond.
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "ops/gated_delta.h"
+#include "ops/layer.h"
+#include "tests/kernel_cases.h"
+
+namespace argosy::testing {
+namespace {
+
+constexpr int64_t kTokens = 5;
+
+void output_gates_meet_the_reference() {
+  for (const KernelTable* table : all_tables()) {
+    for (const int64_t n : kSizes) {
+      const std::vector<float> gate = normal(n, 1, 4.0f);
+      std::vector<float> expected = normal(n, 2), found = expected;
+      plain().mul_sigmoid(gate.data(), n, expected.data());
+      table->mul_sigmoid(gate.data(), n, found.data());
+      CHECK(near(found, expected, 2e-6));
+    }
+  }
+}
+
+struct Convolved {
+  std::vector<float> x, window;
+};
+
+Convolved convolve(const KernelTable& table, int64_t channels, int64_t width, float length,
+                   int64_t tokens_a_call) {
+  const std::vector<float> weights = normal(width * channels, 3);
+  Convolved result = {normal(kTokens * channels, 4), normal((width - 1) * channels, 5)};
+  for (int64_t t = 0; t < kTokens; t += tokens_a_call) {
+    table.delta_conv({
+        .x = result.x.data() + t * channels,
+        .x_stride = channels,
+        .weights = weights.data(),
+        .window = result.window.data(),
+        .stride = channels,
+        .width = width,
+        .channels = channels,
+        .num_tokens = std::min(tokens_a_call, kTokens - t),
+        .length = length,
+        .eps = 1e-6f,
+    });
+  }
+  return result;
+}
+
+void convolutions_meet_the_reference_and_go_on_where_they_stopped() {
+  for (const KernelTable* table : all_tables()) {
+    for (const int64_t channels : kSizes) {
+      for (const int64_t width : {1, 2, 4, 5}) {
+        for (const float length : {0.0f, 0.25f}) {
+          const Convolved expected = convolve(plain(), channels, width, length, kTokens);
+          const Convolved found = convolve(*table, channels, width, length, kTokens);
+          CHECK(near(found.x, expected.x, 1e-5));
+          CHECK(found.window == expected.window);
+          for (const int64_t tokens : {1, 2}) {
+            const Convolved parts = convolve(*table, channels, width, length, tokens);
+            CHECK(parts.x == found.x);
+            CHECK(parts.window == found.window);
+          }
+        }
+      }
+    }
+  }
+}
+
+struct Recalled {
+  std::vector<float> out, state;
+};
+
+Recalled recall(const KernelTable& table, int64_t key_dim, int64_t value_dim, int64_t tokens_a_call) {
+  const std::vector<float> q = normal(kTokens * key_dim, 6, 0.3f), k = normal(kTokens * key_dim, 7, 0.3f);
+  const std::vector<float> v = normal(kTokens * value_dim, 8), z = normal(kTokens * value_dim, 9);
+  const std::vector<float> norm = normal(value_dim, 10);
+  const std::vector<float> decay = {0.9f, 0.0f, 1.0f, 0.5f, 0.7f}, beta = {0.3f, 1.0f, 0.0f, 0.6f, 0.2f};
+  // One distance for q, k and v, as in the projections.
+  const int64_t stride = 2 * key_dim + value_dim;
+  std::vector<float> qkv(size_t(kTokens * stride));
+  for (int64_t t = 0; t < kTokens; ++t) {
+    float* to = qkv.data() + t * stride;
+    to = std::copy_n(q.data() + t * key_dim, key_dim, to);
+    to = std::copy_n(k.data() + t * key_dim, key_dim, to);
+    std::copy_n(v.data() + t * value_dim, value_dim, to);
+  }
+  Recalled result = {std::vector<float>(size_t(kTokens * value_dim), NAN), normal(key_dim * value_dim, 11)};
+  for (int64_t t = 0; t < kTokens; t += tokens_a_call) {
+    table.delta_rule({
+        .q = qkv.data() + t * stride,
+        .k = qkv.data() + t * stride + key_dim,
+        .v = qkv.data() + t * stride + 2 * key_dim,
+        .stride = stride,
+        .z = z.data() + t * value_dim,
+        .z_stride = value_dim,
+        .decay = decay.data() + t,
+        .decay_stride = 1,
+        .beta = beta.data() + t,
+        .beta_stride = 1,
+        .state = result.state.data(),
+        .out = result.out.data() + t * value_dim,
+        .out_stride = value_dim,
+        .norm = norm.data(),
+        .eps = 1e-6f,
+        .num_tokens = std::min(tokens_a_call, kTokens - t),
+        .key_dim = key_dim,
+        .value_dim = value_dim,
+    });
+  }
+  return result;
+}
+
+void the_rule_meets_the_reference_and_goes_on_where_it_stopped() {
+  for (const KernelTable* table : all_tables()) {
+    for (const int64_t key_dim : {1, 16, 33}) {
+      for (const int64_t value_dim : kSizes) {
+        if (value_dim == 0) continue;
+        const Recalled expected = recall(plain(), key_dim, value_dim, kTokens);
+        const Recalled found = recall(*table, key_dim, value_dim, kTokens);
+        CHECK(near(found.state, expected.state, 1e-5));
+        CHECK(near(found.out, expected.out, 1e-4));
+        for (const int64_t tokens : {1, 2}) {
+          const Recalled parts = recall(*table, key_dim, value_dim, tokens);
+          CHECK(parts.out == found.out);
+          CHECK(parts.state == found.state);
+        }
+      }
+    }
+  }
+}
+
+void a_state_is_as_large_as_it_says_and_slots_do_not_meet() {
+  const DeltaShape shape = {2, 4, 3, 5, 4};
+  RecurrentState state(3, 2, shape);
+  CHECK_EQUAL(state.slot_floats(), 2 * (3 * (2 * 6 + 20) + 4 * 3 * 5));
+  CHECK_EQUAL(state.nbytes(), 3 * 4 * state.slot_floats());
+  for (int64_t slot = 0; slot < 3; ++slot) {
+    state.copy_in(slot, std::vector<float>(size_t(state.slot_floats()), float(slot + 1)).data(), slot);
+  }
+  for (int64_t slot = 0; slot < 3; ++slot) {
+    std::vector<float> found(static_cast<size_t>(state.slot_floats()));
+    state.copy_out(slot, found.data());
+    CHECK(found == std::vector<float>(found.size(), float(slot + 1)));
+    CHECK_EQUAL(state.position(slot), slot);
+  }
+  CHECK_THROWS(std::invalid_argument, RecurrentState(0, 1, shape));
+  CHECK_THROWS(std::invalid_argument, RecurrentState(1, 1, {1, 1, 1, 1, 0}));
+  CHECK_THROWS(std::invalid_argument, RecurrentState::bytes(int64_t{1} << 40, int64_t{1} << 30, shape));
+  CHECK_THROWS(std::invalid_argument,
+               RecurrentState::bytes(1, 1, {int64_t{1} << 30, int64_t{1} << 30, 1 << 30, 1 << 30, 4}));
+}
+
+}  // namespace
+}  // namespace argosy::testing
+
+int main() {
+  using namespace argosy::testing;
+  output_gates_meet_the_reference();
+  convolutions_meet_the_reference_and_go_on_where_they_stopped();
+  the_rule_meets_the_reference_and_goes_on_where_it_stopped();
+  a_state_is_as_large_as_it_says_and_slots_do_not_meet();
+  return check_result();
+}

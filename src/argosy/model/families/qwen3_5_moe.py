@@ -1,0 +1,50 @@
+"""Qwen3.5-MoE and Qwen3.6-MoE as the hub has them: the text part of a vision-language model.
+
+`config.json` is a wrapper with the text model in `text_config`; its own keys are about images and video. The vision
+tower (`model.visual.*`) is passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from argosy.config import ModelConfig
+from argosy.model.families.config_reader import ConfigReader
+from argosy.model.families.qwen3_5_moe_text import GGUF_ARCHITECTURE, TEXT_LAYOUTS, open_gguf, read_text
+
+__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
+
+MODEL_TYPE = "qwen3_5_moe"
+
+# As the hub has it, and without the prefix, as tools that only keep the text model may write it.
+LAYOUTS = (*(replace(layout, prefix="model.language_model.") for layout in TEXT_LAYOUTS), *TEXT_LAYOUTS)
+
+_VISION_KEYS = (
+    "vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
+)  # fmt: skip
+
+
+def parse_config(raw: Mapping[str, object]) -> ModelConfig:
+    """Read the text part of a `config.json`, as `Qwen3_5MoeTextConfig` in transformers 5.24 does.
+
+    Whether the head is the embedding table, and which tokens start and end a text, the wrapper says where it says
+    anything.
+
+    Raises:
+        UnsupportedModel: a key or value asks for something that is not built in.
+        CheckpointError: a key is missing, malformed, or contradicts another.
+    """
+    wrapper = ConfigReader(raw, MODEL_TYPE)
+    text = wrapper.nested("text_config", "qwen3_5_moe_text")
+    config = read_text(text, MODEL_TYPE)
+    text.finish()
+    config = replace(
+        config,
+        is_embedding_tied=wrapper.flag("tie_word_embeddings", config.is_embedding_tied),
+        eos_ids=wrapper.token_ids("eos_token_id") or config.eos_ids,
+        bos_id=next(iter(wrapper.token_ids("bos_token_id")), config.bos_id),
+    )
+    wrapper.passed(*_VISION_KEYS)
+    wrapper.finish()
+    return config

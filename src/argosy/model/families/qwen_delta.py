@@ -1,0 +1,82 @@
+"""What Qwen3-Next and Qwen3.5-MoE share: three gated delta nets, then one layer of attention behind an output gate.
+
+Norms are zero-centred, but for the one inside a delta net. A quarter of each head turns. Which layers have attention
+`layer_types` says, or `full_attention_interval`: every so many-th. Layers for multi-token prediction (`mtp.*`) are
+known and left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from argosy.config import DeltaConfig, LayerConfig, MixerKind
+from argosy.errors import CheckpointError
+from argosy.model.families.config_reader import ConfigReader
+
+MTP_TENSORS = r"mtp\..*"
+
+DELTA_NAMES = {
+    "delta_conv": "linear_attn.conv1d.weight",
+    "delta_rate": "linear_attn.A_log",
+    "delta_dt_bias": "linear_attn.dt_bias",
+    "delta_norm": "linear_attn.norm.weight",
+    "delta_out": "linear_attn.out_proj.weight",
+}
+
+_MIXERS: Mapping[str, MixerKind] = {"linear_attention": "delta", "full_attention": "attention"}
+
+PARTIAL_ROTARY_FACTOR = 0.25  # where a file names none
+
+
+def read_layers(reader: ConfigReader, is_moe: tuple[bool, ...]) -> tuple[LayerConfig, ...]:
+    """The mixer of each layer, beside whether it has routed experts."""
+    num_layers = len(is_moe)
+    kinds = reader.layer_types(num_layers, tuple(_MIXERS))
+    interval = reader.integer("full_attention_interval", default=4)
+    if kinds is None:
+        kinds = tuple(
+            "linear_attention" if (layer + 1) % interval else "full_attention" for layer in range(num_layers)
+        )
+    return tuple(
+        LayerConfig(is_moe=moe, mixer=_MIXERS[kind]) for moe, kind in zip(is_moe, kinds, strict=True)
+    )
+
+
+def read_delta(reader: ConfigReader, *, is_joined: bool) -> DeltaConfig:
+    """Sizes of the delta nets; `is_joined`: projections lie key head by key head in two matrices.
+
+    Raises:
+        CheckpointError: a size is malformed, or value heads do not share out over key heads.
+    """
+    delta = DeltaConfig(
+        num_key_heads=reader.integer("linear_num_key_heads", default=16),
+        num_value_heads=reader.integer("linear_num_value_heads", default=32),
+        key_dim=reader.integer("linear_key_head_dim", default=128),
+        value_dim=reader.integer("linear_value_head_dim", default=128),
+        conv_width=reader.integer("linear_conv_kernel_dim", default=4, most=64),
+        has_joined_qkvz=is_joined,
+        has_joined_ba=is_joined,
+    )
+    if delta.num_value_heads % delta.num_key_heads:
+        raise CheckpointError(
+            f"config.json: linear_num_value_heads is {delta.num_value_heads}, expected a multiple of "
+            f"linear_num_key_heads, which is {delta.num_key_heads}",
+            key="linear_num_value_heads",
+        )
+    return delta
+
+
+def shared_arguments(reader: ConfigReader) -> dict[str, Any]:
+    """Arguments of `ModelConfig` that all of these models have."""
+    has_bias = reader.flag("attention_bias", False)
+    return {
+        "has_qkv_bias": has_bias,
+        "has_o_bias": has_bias,
+        "qk_norm": "head",
+        "has_output_gate": True,
+        "norm_offset": 1.0,
+        "expert_width": reader.integer("moe_intermediate_size", default=512),
+        "shared_width": reader.integer("shared_expert_intermediate_size", default=512),
+        "shared_is_gated": True,
+    }

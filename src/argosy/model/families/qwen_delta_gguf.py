@@ -1,0 +1,90 @@
+"""The `qwen3next` and `qwen35moe` architectures of GGUF.
+
+Their writer has done what the kernels else do: norms hold their whole weight, and the rate of decay is no logarithm.
+In `qwen35moe` value heads are in another order: those that share a key head do not lie side by side, but as far apart
+as there are key heads. In `qwen3next` b and a share a matrix, and older files have q, k, v and z in one, `ssm_in`.
+"""
+
+from __future__ import annotations
+
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.gguf import GgufFile
+from argosy.config import DeltaConfig, LayerConfig, ModelConfig, RouterConfig
+from argosy.errors import CheckpointError
+from argosy.model.families.gguf_config import GgufConfigReader
+from argosy.model.families.gguf_layout import read_gguf_layout
+
+_NAMES = {
+    "mlp_norm": "post_attention_norm.weight",
+    "delta_qkvz": "ssm_in.weight",
+    "delta_qkv": "attn_qkv.weight",
+    "delta_z": "attn_gate.weight",
+    "delta_ba": "ssm_ba.weight",
+    "delta_b": "ssm_beta.weight",
+    "delta_a": "ssm_alpha.weight",
+    "delta_conv": "ssm_conv1d.weight",
+    "delta_rate": "ssm_a",
+    "delta_dt_bias": "ssm_dt.bias",
+    "delta_norm": "ssm_norm.weight",
+    "delta_out": "ssm_out.weight",
+}
+
+
+def open_delta_gguf(file: GgufFile, architecture: str, family: str) -> ModelFiles:
+    """The model in a GGUF file of either architecture.
+
+    Raises:
+        UnsupportedModel: a key, value or tensor type that is not built in.
+        CheckpointError: a key or tensor is missing, malformed, or contradicts another.
+    """
+    reader = GgufConfigReader(file, architecture)
+    common = reader.common(has_partial_rope=True)
+    reader.key(
+        "rope.dimension_sections"
+    )  # axes of positions in images: text has the same position on all of them
+    reader.integer("feed_forward_length", 0, least=0)  # of layers without experts, and all have them there
+    interval = reader.integer("full_attention_interval", 4)
+    layers = tuple(
+        LayerConfig(is_moe=True, mixer="delta" if (layer + 1) % interval else "attention")
+        for layer in range(reader.num_layers())
+    )
+    config = ModelConfig(
+        family=family,
+        layers=layers,
+        delta=_read_delta(reader),
+        expert_width=reader.integer("expert_feed_forward_length"),
+        router=RouterConfig(renormalize=reader.flag("expert_weights_norm", True)),
+        shared_width=reader.integer("expert_shared_feed_forward_length"),
+        shared_is_gated=True,
+        qk_norm="head",
+        has_output_gate=True,
+        num_mtp_layers=reader.num_mtp_layers(),
+        **common,
+    )
+    reader.finish()
+    return read_gguf_layout(file, config, is_paired=False, has_rope_freqs=False, names=_NAMES)
+
+
+def _read_delta(reader: GgufConfigReader) -> DeltaConfig:
+    """Sizes of the delta nets, under the names of another recurrent layer."""
+    key_heads, value_heads = reader.integer("ssm.group_count"), reader.integer("ssm.time_step_rank")
+    channels = reader.integer("ssm.inner_size")
+    if channels % value_heads or value_heads % key_heads:
+        raise CheckpointError(
+            f"{reader.file.path.name}: {reader.key('ssm.inner_size')} is {channels}, in {value_heads} value heads for "
+            f"{key_heads} key heads; expected each to share out over the next",
+            path=reader.file.path,
+            key=reader.key("ssm.inner_size"),
+        )
+    tensors = reader.file.tensors
+    return DeltaConfig(
+        num_key_heads=key_heads,
+        num_value_heads=value_heads,
+        key_dim=reader.integer("ssm.state_size"),
+        value_dim=channels // value_heads,
+        conv_width=reader.integer("ssm.conv_kernel", most=64),
+        has_joined_qkvz=any(name.endswith(".ssm_in.weight") for name in tensors),
+        has_joined_ba=any(name.endswith(".ssm_ba.weight") for name in tensors),
+        is_tiled=any(name.endswith(".ssm_alpha.weight") for name in tensors),
+        is_rate_log=False,
+    )

@@ -1,0 +1,87 @@
+"""GGUF files with gated delta nets: what their weights compute, and the same at every budget and in a pack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from argosy import Engine, SamplingParams
+from argosy.checkpoint.pack import pack
+from argosy.model.families import open_model
+from tests.models.gguf_delta import write_delta_gguf
+from tests.models.gguf_models import mixed, one_type
+from tests.models.numpy_model import NumpyModel, softmax
+from tests.models.references import LARGEST_DIFFERENCE, difference
+from tests.models.tiny import prompt_ids
+from tests.models.tiny_delta import RawConfig, qwen3_5_moe_text, qwen3_next
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "moe_intermediate_size": 256,
+    "shared_expert_intermediate_size": 256,
+    "num_experts": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 32,
+}
+CONFIGS = {"qwen3next": qwen3_next(**SIZES), "qwen35moe": qwen3_5_moe_text(**SIZES)}
+TYPES = {"F32": one_type("F32"), "BF16": one_type("BF16"), "Q8_0": one_type("Q8_0"), "mixed": mixed}
+each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+@each_config
+@pytest.mark.parametrize("type_name", TYPES)
+def test_logits_are_those_of_the_dequantised_weights(
+    config: RawConfig, type_name: str, tmp_path: Path
+) -> None:
+    # Every expert is chosen: a rounded score that tips one decision would hide what rounding itself costs.
+    config = config | {"num_experts_per_tok": 4}
+    directory = write_delta_gguf(tmp_path / "model.gguf", config, TYPES[type_name], seed=7)
+    prompt = prompt_ids(config, 7, 30)
+    expected = NumpyModel(directory).logits(prompt)
+    with Engine(tmp_path / "model.gguf", memory="4GiB", threads=1) as engine:
+        logits = engine.logits(prompt)
+    if type_name in ("F32", "BF16"):
+        assert difference(logits, expected) <= LARGEST_DIFFERENCE
+    p, q = softmax(expected), softmax(logits.astype(np.float64))
+    assert float((p * np.log(p / q)).sum(axis=1).mean()) <= 0.002
+
+
+def test_files_with_q_k_v_and_z_in_one_matrix_are_read_too(tmp_path: Path) -> None:
+    logits = []
+    for has_ssm_in in (False, True):
+        path = tmp_path / f"{has_ssm_in}.gguf"
+        write_delta_gguf(path, CONFIGS["qwen3next"], one_type("Q8_0"), seed=2, has_ssm_in=has_ssm_in)
+        with Engine(path, memory="4GiB", threads=1) as engine:
+            assert engine.config.delta is not None
+            assert engine.config.delta.has_joined_qkvz == has_ssm_in
+            logits.append(engine.logits(prompt_ids(CONFIGS["qwen3next"], 2)))
+    np.testing.assert_array_equal(*logits)
+
+
+@each_config
+def test_answers_are_equal_at_every_budget_in_place_and_packed(config: RawConfig, tmp_path: Path) -> None:
+    path, packed = tmp_path / "model.gguf", tmp_path / "packed"
+    write_delta_gguf(path, config, mixed, seed=4)
+    pack(open_model(path), packed, format="source")
+    prompt = prompt_ids(config, 4, 19)
+    greedy = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=2)
+    answers = []
+    for model in (path, packed):
+        for expert_slots, threads, chunk_tokens in ((None, 1, 256), (5, 2, 5), (2, 2, 1)):
+            with Engine(
+                model,
+                memory="4GiB",
+                threads=threads,
+                chunk_tokens=chunk_tokens,
+                expert_slots=expert_slots,
+            ) as engine:
+                result = engine.generate(prompt, greedy)
+                answers.append((engine.logits(prompt).tobytes(), result.token_ids, result.logprobs))
+    assert answers == [answers[0]] * len(answers)

@@ -1,0 +1,234 @@
+"""The recurrent state of delta-net layers: in the plan, a slot for each sequence that runs, and snapshots of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from argosy import Engine, SamplingParams, _native
+from argosy.config import GIB, MIB, Budget, EngineConfig, format_bytes
+from argosy.engine.kv_cache import KvBlocks
+from argosy.engine.memory_plan import plan_memory
+from argosy.engine.recurrent_state import StateSlots
+from argosy.engine.scheduler import Scheduler
+from argosy.engine.sequence import Sequence
+from argosy.errors import DoesNotFit
+from argosy.model.families import open_model
+from tests.engine.test_scheduler import BLOCK_TOKENS, sequence
+from tests.models.tiny import prompt_ids, qwen3_moe, write_model
+from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
+
+GREEDY = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True, logprobs=2)
+CONFIG = qwen3_next(max_position_embeddings=512)
+PROMPT = prompt_ids(CONFIG, 1, 29)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("delta"), CONFIG, seed=1)
+
+
+@pytest.fixture
+def engine(model: Path) -> Iterator[Engine]:
+    with Engine(model, memory="4GiB", threads=1, chunk_tokens=8) as engine:
+        yield engine
+
+
+def states_of(engine: Engine) -> StateSlots:
+    assert engine._states is not None
+    return engine._states
+
+
+def step_until(engine: Engine, one: Sequence, num_computed: int) -> None:
+    while one.num_computed < num_computed:
+        engine.step()
+
+
+# ── snapshots ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("at", [8, 16, 31], ids=["first chunk", "second chunk", "decode"])
+def test_a_snapshot_restored_goes_on_with_the_same_bits(engine: Engine, at: int) -> None:
+    """Roll back to an earlier position: keys and values of later ones are written again, the state is restored."""
+    one = engine.submit(PROMPT, GREEDY)
+    step_until(engine, one, at)
+    slot, num_new = one.state_slot, len(one.new_ids)
+    assert slot is not None
+    snapshot = states_of(engine).snapshot(slot)
+    assert snapshot.position == one.num_computed == at
+    first = []
+    for _ in range(3):
+        first += [(event.token_id, event.logprob) for event in engine.step()]
+
+    states_of(engine).restore(slot, snapshot)
+    one.num_computed = at
+    del one.new_ids[num_new:]
+    again = []
+    for _ in range(3):
+        again += [(event.token_id, event.logprob) for event in engine.step()]
+    assert first
+    assert again == first
+
+
+def test_without_its_snapshot_a_sequence_cannot_go_back(engine: Engine) -> None:
+    one = engine.submit(PROMPT, GREEDY)
+    step_until(engine, one, 16)
+    one.num_computed = 8
+    with pytest.raises(
+        ValueError, match="token 0 is at position 8, and the recurrent state in slot 0 stands at 16"
+    ):
+        engine.step()
+
+
+def test_a_snapshot_serves_another_sequence_with_the_same_beginning(model: Path) -> None:
+    """What a cache of prefixes does: the second sequence computes only what differs."""
+    with Engine(model, memory="4GiB", threads=1, chunk_tokens=16) as engine:
+        expected = engine.generate(PROMPT, GREEDY)
+        first = engine.submit(PROMPT, GREEDY)
+        step_until(engine, first, 16)
+        second = engine.submit(PROMPT, GREEDY)
+        engine._scheduler._admit()
+        assert first.state_slot is not None
+        assert second.state_slot is not None
+        states = states_of(engine)
+        states.restore(second.state_slot, states.snapshot(first.state_slot))
+        second.blocks[0] = first.blocks[0]  # 16 positions of keys and values, which nobody writes any more
+        second.num_computed = 16
+        while second.result is None:
+            engine.step()
+    assert second.result.token_ids == expected.token_ids
+    assert second.result.logprobs == expected.logprobs
+
+
+# ── slots ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_more_sequences_than_slots_take_turns_and_answer_the_same(model: Path) -> None:
+    prompts = [prompt_ids(CONFIG, seed, 3 + 5 * seed) for seed in range(5)]
+    with Engine(model, memory="4GiB", threads=1) as engine:
+        expected = [engine.generate(prompt, GREEDY) for prompt in prompts]
+    with Engine(model, memory="4GiB", threads=2, max_sequences=2, chunk_tokens=4) as engine:
+        assert engine.plan.num_states == 2
+        found = engine.generate_batch(prompts, GREEDY)
+        assert states_of(engine).num_free == 2
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.token_ids, ours.logprobs) == (theirs.token_ids, theirs.logprobs)
+
+
+def test_a_cancelled_sequence_gives_its_slot_back_and_leaves_no_trace(engine: Engine) -> None:
+    expected = engine.generate(PROMPT, GREEDY)
+    one = engine.submit(prompt_ids(CONFIG, 9, 40), GREEDY)
+    engine.step()
+    taken = one.state_slot
+    engine.cancel(one)
+    assert one.state_slot is None
+    two = engine.submit(PROMPT, GREEDY)
+    engine.step()
+    assert two.state_slot == taken
+    while two.result is None:
+        engine.step()
+    assert (two.result.token_ids, two.result.logprobs) == (expected.token_ids, expected.logprobs)
+
+
+def test_a_step_that_fails_half_way_leaves_a_slot_that_stands_nowhere(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(model, memory="4GiB", threads=1, expert_slots=2) as engine:
+        expected = engine.generate(PROMPT, GREEDY)
+        one = engine.submit(PROMPT, GREEDY)
+        step_until(engine, one, len(PROMPT))
+        slot = one.state_slot
+        assert slot is not None
+        states = states_of(engine)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._experts, "lease", interrupted)
+            with pytest.raises(InterruptedError):
+                engine.step()
+        assert states.state.position(slot) == -1
+        assert states.num_free == engine.plan.num_states
+        with pytest.raises(ValueError, match="slot 0 is not whole: a step failed half-way"):
+            states.snapshot(slot)
+        assert engine.generate(PROMPT, GREEDY).token_ids == expected.token_ids
+
+
+def interrupted(*_: object) -> None:
+    raise InterruptedError
+
+
+def test_a_sequence_waits_for_a_slot_and_not_only_for_blocks() -> None:
+    states = StateSlots(_native.RecurrentState(1, 1, (1, 1, 4, 4, 2)))
+    scheduler = Scheduler(KvBlocks(64, BLOCK_TOKENS), chunk_tokens=8, max_sequences=4, states=states)
+    first, second = sequence(3), sequence(3)
+    scheduler.add(first)
+    scheduler.add(second)
+    batch = scheduler.next_batch().batch
+    assert batch.state_slots is not None
+    assert batch.state_slots.tolist() == [0]
+    assert second.state_slot is None
+    scheduler.remove(first)
+    assert scheduler.next_batch().batch.num_tokens == 3
+    assert second.state_slot == 0
+
+
+# ── memory ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_plan_has_a_line_for_it_and_keys_and_values_for_attention_alone(model: Path) -> None:
+    files = open_model(model)
+    assert files.config.delta is not None
+    plan = plan_memory(
+        files, EngineConfig(budget=Budget(ram_bytes=4 * GIB), threads=1, max_sequences=3), process_bytes=0
+    )
+    assert plan.num_states == 3
+    assert plan.state_bytes == _native.recurrent_state_bytes(3, 2, files.config.delta.sizes)
+    assert ("recurrent state", plan.state_bytes, "3 sequences at once") in plan.lines()
+    assert plan.as_dict()["recurrent_state_bytes"] == plan.state_bytes
+    one_layer = _native.kv_cache_bytes([_native.KvShape.keys_values(2, 16)], 512 // 16, 16, "f32")
+    assert plan.kv_bytes == one_layer
+
+
+def test_a_small_budget_has_fewer_states_and_the_refusal_counts_one(tmp_path: Path) -> None:
+    sizes = {"linear_num_key_heads": 16, "linear_num_value_heads": 32}
+    sizes |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    files = open_model(write_model(tmp_path, qwen3_5_moe_text(**sizes, num_hidden_layers=2), seed=1))
+
+    def plan(ram_bytes: int) -> tuple[int, int]:
+        found = plan_memory(
+            files, EngineConfig(budget=Budget(ram_bytes=ram_bytes), threads=1), process_bytes=0
+        )
+        assert found.total_bytes <= ram_bytes
+        return found.num_states, found.state_bytes
+
+    one = _native.recurrent_state_bytes(1, 1, (16, 32, 128, 128, 4))
+    assert plan(4 * GIB) == (8, 8 * one)
+    assert plan(64 * one) == (4, 4 * one)
+    with pytest.raises(DoesNotFit) as caught:
+        plan(8 * MIB)
+    assert f"+  recurrent state {format_bytes(one)}  +" in str(caught.value)
+    assert plan(caught.value.facts["needed_bytes"])[0] == 1
+
+
+def test_a_model_without_delta_nets_has_none(tmp_path: Path) -> None:
+    with Engine(write_model(tmp_path, qwen3_moe(), seed=1), memory="4GiB", threads=1) as engine:
+        assert engine._states is None
+        assert engine.plan.state_bytes == engine.plan.num_states == 0
+        assert "recurrent state" not in [what for what, _, _ in engine.plan.lines()]
+
+
+def test_a_batch_has_to_say_where_states_lie(engine: Engine) -> None:
+    engine.submit(PROMPT, GREEDY)
+    batch = engine._scheduler.next_batch().batch
+    logits = np.empty((len(batch.last_rows), engine.config.vocab_size), np.float32)
+    arguments = (
+        batch.token_ids, batch.positions, batch.sequence, batch.slots, batch.is_decode, batch.block_table,
+        batch.last_rows, logits,
+    )  # fmt: skip
+    stack = engine._decoder._stack
+    with pytest.raises(ValueError, match="a batch without state_slots"):
+        stack.begin(*arguments)
+    with pytest.raises(ValueError, match=r"state_slots\[0\] is 8, expected 0 to 7"):
+        stack.begin(*arguments, np.array([8], np.int32))
+    stack.begin(*arguments, batch.state_slots)

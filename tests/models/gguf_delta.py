@@ -1,0 +1,194 @@
+"""Tiny Qwen3-Next and Qwen3.5-MoE as GGUF files, and the same weights dequantised beside them.
+
+What llama.cpp's conversion changes: norms hold one plus their weight, but for the one inside a delta net; A_log becomes
+-e^A_log; rows are sorted by part, and in qwen35moe value heads by their place within their key head.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFWriter
+
+from tests.models.gguf_models import TypeOf, add, to_blocks
+from tests.models.safetensors_file import Array, write_checkpoint
+from tests.models.tiny import random_tensors
+from tests.models.tiny_delta import RawConfig
+
+ARCHITECTURES = {"qwen3_next": "qwen3next", "qwen3_5_moe_text": "qwen35moe"}
+
+_NAMES = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "post_attention_layernorm.weight": "post_attention_norm.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
+    "linear_attn.in_proj_qkv.weight": "attn_qkv.weight",
+    "linear_attn.in_proj_z.weight": "attn_gate.weight",
+    "linear_attn.in_proj_ba.weight": "ssm_ba.weight",
+    "linear_attn.in_proj_b.weight": "ssm_beta.weight",
+    "linear_attn.in_proj_a.weight": "ssm_alpha.weight",
+    "linear_attn.conv1d.weight": "ssm_conv1d.weight",
+    "linear_attn.A_log": "ssm_a",
+    "linear_attn.dt_bias": "ssm_dt.bias",
+    "linear_attn.norm.weight": "ssm_norm.weight",
+    "linear_attn.out_proj.weight": "ssm_out.weight",
+    "mlp.gate.weight": "ffn_gate_inp.weight",
+    "mlp.shared_expert_gate.weight": "ffn_gate_inp_shexp.weight",
+    "mlp.shared_expert.gate_proj.weight": "ffn_gate_shexp.weight",
+    "mlp.shared_expert.up_proj.weight": "ffn_up_shexp.weight",
+    "mlp.shared_expert.down_proj.weight": "ffn_down_shexp.weight",
+}
+_MODEL_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+
+
+def write_delta_gguf(
+    path: Path, config: RawConfig, type_of: TypeOf, *, seed: int, has_ssm_in: bool = False
+) -> Path:
+    """Write `path` and, in a directory named `<path>.f32`, the dequantised weights; returns that directory.
+
+    With `has_ssm_in`, q, k, v and z of qwen3next are in one matrix, as in its first files.
+    """
+    rng = np.random.default_rng([seed, 3])
+    writer = GGUFWriter(path, ARCHITECTURES[config["model_type"]])
+    add_metadata(writer, config)
+    tensors = random_tensors(config, seed, "F32")
+    exact: dict[str, Array] = {}
+    parts: dict[str, list[Array]] = {}
+    for hub_name, values in tensors.items():
+        if hub_name.startswith("mtp."):
+            continue
+        exact[hub_name] = np.empty_like(values)
+        for name, where in places(hub_name, values, config, has_ssm_in):
+            taken = np.ascontiguousarray(values[where])
+            if taken.ndim == 1 or "conv1d" in name or "ffn_gate_inp" in name:
+                exact[hub_name][where] = taken
+                add(writer, name, stored_vector(name, taken), "F32")
+                continue
+            blocks, kept = to_blocks(taken, type_of(name), rng)
+            exact[hub_name][where] = kept.reshape(taken.shape)
+            if ".experts." in hub_name and blocks.ndim == 2:
+                parts.setdefault(name, []).append(blocks)
+                if len(parts[name]) < config["num_experts"]:
+                    continue
+                blocks = np.stack(parts.pop(name))
+            add(writer, name, blocks, type_of(name))
+    assert not parts
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    directory = path.with_name(path.name + ".f32")
+    directory.mkdir()
+    dtype = "torch_dtype" if "torch_dtype" in config else "dtype"
+    (directory / "config.json").write_text(json.dumps({**config, dtype: "float32"}))
+    write_checkpoint(directory, {name: ("F32", values) for name, values in exact.items()})
+    return directory
+
+
+def stored_vector(name: str, values: Array) -> Array:
+    """What the conversion makes of a tensor that stays float32."""
+    if name.endswith("ssm_a"):
+        return -np.exp(values)
+    if name.endswith("norm.weight") and "ssm_norm" not in name:
+        return 1 + values
+    return values.reshape(len(values), -1).squeeze() if "conv1d" in name or len(values) == 1 else values
+
+
+def places(
+    hub_name: str, values: Array, config: RawConfig, has_ssm_in: bool
+) -> list[tuple[str, tuple[Array | slice, ...]]]:
+    """The tensors of a GGUF that a tensor of the hub becomes, and which of its elements go there, in which order."""
+    if hub_name in _MODEL_NAMES:
+        return [(_MODEL_NAMES[hub_name], (slice(None),))]
+    _, _, layer, last = hub_name.split(".", 3)
+    block = f"blk.{layer}."
+    if last.startswith("mlp.experts."):
+        if last.endswith("gate_up_proj"):
+            width = values.shape[1] // 2
+            halves = (slice(None), slice(width)), (slice(None), slice(width, None))
+            return [
+                (f"{block}ffn_{part}_exps.weight", half)
+                for part, half in zip(("gate", "up"), halves, strict=True)
+            ]
+        part = next(part for part in ("gate", "up", "down") if f"{part}_proj" in last)
+        return [(f"{block}ffn_{part}_exps.weight", (slice(None),))]
+    if last == "linear_attn.in_proj_qkvz.weight":
+        if has_ssm_in:
+            return [(block + "ssm_in.weight", (slice(None),))]
+        qkv, z = rows_by_part(config)
+        return [(block + "attn_qkv.weight", (qkv,)), (block + "attn_gate.weight", (z,))]
+    return [(block + _NAMES[last], order(last, config))]
+
+
+def rows_by_part(config: RawConfig) -> tuple[Array, Array]:
+    """Rows of q, k and v, and of z, in a matrix that has them key head by key head."""
+    heads, key_dim = config["linear_num_key_heads"], config["linear_key_head_dim"]
+    values = config["linear_num_value_heads"] // heads * config["linear_value_head_dim"]
+    rows = np.arange(heads * 2 * (key_dim + values)).reshape(heads, -1)
+    q, k, v, z = (part.reshape(-1) for part in np.split(rows, np.cumsum([key_dim, key_dim, values]), axis=1))
+    return np.concatenate([q, k, v]), z
+
+
+def order(last: str, config: RawConfig) -> tuple[Array | slice, ...]:
+    """Where the value heads of qwen35moe go: the first of every key head, then the second of every one."""
+    everything = slice(None)
+    if config["model_type"] == "qwen3_next" or not last.startswith("linear_attn."):
+        return (everything,)
+    key_heads, value_heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    heads = np.arange(value_heads).reshape(key_heads, -1).T.reshape(-1)
+    channels = (
+        np.arange(value_heads * config["linear_value_head_dim"]).reshape(value_heads, -1)[heads].reshape(-1)
+    )
+    match last.removeprefix("linear_attn."):
+        case "A_log" | "dt_bias" | "in_proj_a.weight" | "in_proj_b.weight":
+            return (heads,)
+        case "in_proj_z.weight":
+            return (channels,)
+        case "out_proj.weight":
+            return (everything, channels)
+        case "in_proj_qkv.weight" | "conv1d.weight":
+            keys = 2 * key_heads * config["linear_key_head_dim"]
+            return (np.concatenate([np.arange(keys), keys + channels]),)
+    return (everything,)
+
+
+def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
+    """What llama.cpp's conversion script says of such a model."""
+    rope = config.get("rope_parameters") or config
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_rope_dimension_count(int(config["head_dim"] * rope["partial_rotary_factor"]))
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_expert_count(config["num_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+    writer.add_ssm_state_size(config["linear_key_head_dim"])
+    writer.add_ssm_group_count(config["linear_num_key_heads"])
+    writer.add_ssm_time_step_rank(config["linear_num_value_heads"])
+    writer.add_ssm_inner_size(config["linear_num_value_heads"] * config["linear_value_head_dim"])
+    writer.add_full_attention_interval(config["full_attention_interval"])
+    if config["model_type"] == "qwen3_next":
+        writer.add_feed_forward_length(config["intermediate_size"])
+    else:
+        writer.add_rope_dimension_sections([*rope["mrope_section"], 0])
+    writer.add_tokenizer_model("none")
+    writer.add_eos_token_id(config["eos_token_id"])

@@ -1,0 +1,234 @@
+"""The gated delta net of `argosy._native` against a formula in float64; a token's result is its own.
+
+Every test runs once per instruction set of this CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from argosy import _native as native
+
+Floats = NDArray[np.float32]
+Sizes = tuple[int, int, int, int, int]
+EPS = 1e-6
+
+# Key heads, value heads, key and value dimensions, positions of the convolution: around the vectors (8, 16) and
+# four of them (32, 64), one value head for a key head and several.
+SIZES: list[Sizes] = [
+    (1, 1, 1, 1, 1),
+    (2, 2, 7, 9, 2),
+    (1, 3, 16, 15, 4),
+    (2, 4, 17, 33, 4),
+    (3, 3, 8, 64, 3),
+    (2, 6, 32, 70, 4),
+    (1, 2, 128, 128, 4),
+]
+
+
+@pytest.fixture(params=native.instruction_sets(), autouse=True)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = native.instruction_set()
+    native.use_instruction_set(request.param)
+    yield request.param
+    native.use_instruction_set(before)
+
+
+@dataclass(frozen=True)
+class Net:
+    """Random weights and the inputs of one sequence: what comes out of the projections."""
+
+    sizes: Sizes
+    qkv: Floats
+    z: Floats
+    b: Floats
+    a: Floats
+    conv: Floats
+    rate: Floats
+    dt_bias: Floats
+    norm: Floats
+    is_tiled: bool = False
+
+    @classmethod
+    def random(cls, sizes: Sizes, num_tokens: int, *, seed: int = 0, is_tiled: bool = False) -> Net:
+        key_heads, value_heads, key_dim, value_dim, width = sizes
+        rng = np.random.default_rng([seed, *sizes])
+        channels, values = 2 * key_heads * key_dim + value_heads * value_dim, value_heads * value_dim
+
+        def normal(*shape: int) -> Floats:
+            return rng.standard_normal(shape, np.float32)
+
+        return cls(
+            sizes,
+            normal(num_tokens, channels),
+            normal(num_tokens, values),
+            normal(num_tokens, value_heads),
+            3 * normal(num_tokens, value_heads),
+            normal(width, channels) * np.float32(width**-0.5),
+            -np.exp(normal(value_heads)),
+            normal(value_heads),
+            1 + 0.3 * normal(value_dim),
+            is_tiled,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.qkv)
+
+    def state(self, num_slots: int = 1) -> native.RecurrentState:
+        return native.RecurrentState(num_slots, 1, self.sizes)
+
+    def run(
+        self,
+        state: native.RecurrentState,
+        tokens: slice = slice(None),
+        *,
+        runs: Sequence[tuple[int, int, int]] | None = None,
+        threads: int = 1,
+    ) -> Floats:
+        """What comes out for these tokens; one run in slot 0 unless said otherwise."""
+        qkv, b, a = self.qkv[tokens].copy(), self.b[tokens].copy(), self.a[tokens].copy()
+        out = np.full((len(qkv), self.z.shape[1]), np.nan, np.float32)
+        runtime = native.Runtime(threads)
+        native.gated_delta(
+            runtime,
+            state,
+            0,
+            qkv,
+            self.z[tokens].copy(),
+            b,
+            a,
+            np.array(runs or [(0, len(qkv), 0)], np.int64),
+            conv=self.conv,
+            rate=self.rate,
+            dt_bias=self.dt_bias,
+            norm=self.norm,
+            eps=EPS,
+            is_tiled=self.is_tiled,
+            out=out,
+        )
+        runtime.close()
+        return out
+
+    def expected(self) -> NDArray[np.float64]:
+        """The formula of arXiv:2412.06464, with its convolution, norms and gates, in float64."""
+        key_heads, value_heads, key_dim, value_dim, width = self.sizes
+        x = np.vstack([np.zeros((width - 1, self.qkv.shape[1])), self.qkv.astype(np.float64)])
+        mixed = silu(sum(self.conv[j].astype(np.float64) * x[j : j + self.num_tokens] for j in range(width)))
+        keys = key_heads * key_dim
+        q, k = (mixed[:, at : at + keys].reshape(-1, key_heads, key_dim) for at in (0, keys))
+        v = mixed[:, 2 * keys :].reshape(-1, value_heads, value_dim)
+        q = unit(q) / np.sqrt(key_dim)
+        k = unit(k)
+        decay = np.exp(
+            self.rate.astype(np.float64) * np.logaddexp(0, self.a + self.dt_bias.astype(np.float64))
+        )
+        beta = 1 / (1 + np.exp(-self.b.astype(np.float64)))
+        out = np.empty((self.num_tokens, value_heads, value_dim))
+        for head in range(value_heads):
+            key_head = head % key_heads if self.is_tiled else head // (value_heads // key_heads)
+            state = np.zeros((key_dim, value_dim))
+            for t in range(self.num_tokens):
+                state = state * decay[t, head]
+                change = beta[t, head] * (v[t, head] - k[t, key_head] @ state)
+                state = state + np.outer(k[t, key_head], change)
+                out[t, head] = q[t, key_head] @ state
+        out /= np.sqrt((out**2).mean(axis=-1, keepdims=True) + EPS)
+        out = self.norm * out * silu(self.z.reshape(out.shape).astype(np.float64))
+        return out.reshape(self.num_tokens, -1)
+
+
+def silu(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return x / (1 + np.exp(-x))
+
+
+def unit(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return x / np.sqrt((x**2).sum(axis=-1, keepdims=True) + 1e-6)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_it_is_the_formula(sizes: Sizes) -> None:
+    net = Net.random(sizes, 23)
+    # An output near zero is normed up again, rounding and all: hence the bound on the norm's input, not on it.
+    np.testing.assert_allclose(net.run(net.state()), net.expected(), rtol=2e-3, atol=2e-4)
+    assert np.median(abs(net.run(net.state()) - net.expected())) < 2e-6
+
+
+def test_tiled_value_heads_go_with_key_heads_in_turn() -> None:
+    net = Net.random((2, 4, 17, 33, 4), 12, is_tiled=True)
+    np.testing.assert_allclose(net.run(net.state()), net.expected(), rtol=2e-3, atol=2e-4)
+    grouped = Net.random((2, 4, 17, 33, 4), 12)
+    assert not np.allclose(grouped.run(grouped.state()), net.expected(), atol=1e-2)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_chunks_and_threads_change_no_bit(sizes: Sizes, chunk: int) -> None:
+    net = Net.random(sizes, 19)
+    whole = net.run(net.state())
+    state = net.state()
+    parts = [net.run(state, slice(at, at + chunk), threads=3) for at in range(0, 19, chunk)]
+    np.testing.assert_array_equal(np.vstack(parts), whole)
+    assert state.position(0) == 19
+
+
+def test_sequences_of_a_batch_do_not_meet() -> None:
+    net = Net.random((2, 4, 17, 33, 4), 19)
+    alone = [net.run(net.state(), slice(begin, end)) for begin, end in ((0, 7), (7, 8), (8, 19))]
+    state = net.state(num_slots=4)
+    together = net.run(state, runs=[(0, 7, 3), (7, 8, 0), (8, 19, 2)], threads=2)
+    np.testing.assert_array_equal(together, np.vstack(alone))
+    assert [state.position(slot) for slot in range(4)] == [1, 0, 11, 7]
+
+
+def test_a_restored_state_goes_on_with_the_same_bits() -> None:
+    net = Net.random((2, 4, 17, 33, 4), 19)
+    state = net.state(num_slots=2)
+    net.run(state, slice(0, 8))
+    saved = np.empty(state.slot_floats, np.float32)
+    state.copy_out(0, saved)
+    first = net.run(state, slice(8, 19))
+    for slot in (0, 1):  # back, and in another slot
+        state.copy_in(slot, saved, 8)
+        assert state.position(slot) == 8
+        np.testing.assert_array_equal(net.run(state, slice(8, 19), runs=[(0, 11, slot)]), first)
+    state.restart(0)
+    assert not np.array_equal(net.run(state, slice(8, 19)), first)
+
+
+def test_a_slot_begun_anew_knows_nothing_of_the_sequence_before() -> None:
+    net = Net.random((1, 2, 16, 16, 4), 9)
+    fresh = net.run(net.state())
+    state = net.state()
+    net.run(Net.random(net.sizes, 9, seed=1).state())
+    net.run(state)
+    state.restart(0)
+    np.testing.assert_array_equal(net.run(state), fresh)
+
+
+def test_what_decays_stays_finite_at_both_ends() -> None:
+    net = Net.random((1, 1, 16, 16, 2), 6)
+    net.a[:, 0] = [-200, -30, 19.9, 20.1, 80, 3e4]  # softplus from nothing to a decay of zero
+    assert np.isfinite(net.run(net.state())).all()
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="value heads modulo key heads is 1, expected 0"):
+        native.RecurrentState(1, 1, (2, 3, 4, 4, 4))
+    with pytest.raises(ValueError, match="size 0, expected 1 or more"):
+        native.recurrent_state_bytes(1, 1, (1, 1, 0, 4, 4))
+    with pytest.raises(ValueError, match="more than 2\\^62 bytes"):
+        native.recurrent_state_bytes(1 << 40, 1 << 20, (16, 32, 128, 128, 4))
+    assert native.recurrent_state_bytes(2, 3, (16, 32, 128, 128, 4)) == 2 * 3 * 4 * (
+        3 * 8192 + 32 * 128 * 128
+    )
+    net = Net.random((1, 1, 4, 4, 2), 3)
+    with pytest.raises(ValueError, match="two runs of slot 0"):
+        net.run(net.state(), runs=[(0, 1, 0), (1, 3, 0)])
+    with pytest.raises(ValueError, match="slot is 1, expected 0 to 0"):
+        net.run(net.state(), runs=[(0, 3, 1)])
