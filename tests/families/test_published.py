@@ -1,0 +1,41 @@
+"""Released models from their config.json alone: as many parameters as were published."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from argosy.checkpoint.geometry import count_parameters
+from argosy.cli.main import main
+from argosy.model.families import FAMILIES
+from tests.families.published import PUBLISHED, Published
+
+LARGEST_ERROR = 0.005
+
+
+@pytest.mark.parametrize("model", PUBLISHED, ids=lambda model: model.name)
+def test_a_released_config_has_the_published_parameters(model: Published) -> None:
+    config = FAMILIES[model.config["model_type"]].parse_config(model.config)
+    everything, _ = count_parameters(config)
+    assert everything == pytest.approx(model.billions * 1e9, rel=LARGEST_ERROR)
+
+
+def test_show_prints_them_without_any_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for model in PUBLISHED:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(model.config))
+        assert main(["show", str(path), "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["num_parameters"] == pytest.approx(model.billions * 1e9, rel=LARGEST_ERROR)
+        assert facts["kv_bytes_per_token"]["f16"] > 0
+
+
+def test_a_token_of_kimi_k2_takes_70_kilobytes_of_kv_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kimi = next(model for model in PUBLISHED if model.name == "Kimi-K2")
+    (tmp_path / "config.json").write_text(json.dumps(kimi.config))
+    assert main(["show", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kv_bytes_per_token"]["f16"] == 61 * (512 + 64) * 2  # 70,272
