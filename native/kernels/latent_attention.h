@@ -193,20 +193,23 @@ inline void latent_soften(float* scores, int64_t count, float* most, float* sum,
   }
 }
 
+// Calls body(Number<n>{}, at) for tiles of n = kSize from `begin` to `end`, then for smaller ones.
+template <int kSize, class Body>
+inline void in_tiles(int64_t begin, int64_t end, const Body& body) {
+  for (; begin + kSize <= end; begin += kSize) body(Number<kSize>{}, begin);
+  if constexpr (kSize > 1) in_tiles<kSize * 2 / 3>(begin, end, body);
+}
+
 // `count` positions, those of `vectors`, for kColumns columns that see all of them.
 template <int kColumns>
 void latent_stretch(const LatentAttentionArgs& a, const LatentColumn* columns, const float* vectors,
                     int64_t stride, int64_t count, const float* const* q, float* const* weights) {
-  float* scores[kColumns];
-  int64_t p = 0;
-  const auto score = [&]<int kPositions>(Number<kPositions>) {
+  constexpr int kTile = kLatentTile / kColumns;
+  in_tiles<kTile>(0, count, [&]<int kPositions>(Number<kPositions>, int64_t p) {
+    float* scores[kColumns];
     for (int c = 0; c < kColumns; ++c) scores[c] = weights[c] + p * kColumnHeads;
     latent_scores<kColumns, kPositions>(vectors + p * stride, stride, q, a.kv.dim, a.scale, scores);
-    p += kPositions;
-  };
-  constexpr int kPositions = kLatentTile / kColumns;
-  while (p + kPositions <= count) score(Number<kPositions>{});
-  with_number<kPositions - 1>(count - p, score);
+  });
 
   alignas(64) float shrinks[kColumns][kColumnHeads];
   const float* shrink[kColumns];
@@ -216,15 +219,11 @@ void latent_stretch(const LatentAttentionArgs& a, const LatentColumn* columns, c
                   shrinks[c]);
     shrink[c] = shrinks[c];
   }
-  float* values[kColumns];
-  int64_t d = 0;
-  const auto add_elements = [&]<int kElements>(Number<kElements>) {
+  in_tiles<kTile>(0, a.value_dim, [&]<int kElements>(Number<kElements>, int64_t d) {
+    float* values[kColumns];
     for (int c = 0; c < kColumns; ++c) values[c] = columns[c].state + d * kColumnHeads;
     latent_values<kColumns, kElements>(vectors + d, stride, count, weights, shrink, values);
-    d += kElements;
-  };
-  while (d + kPositions <= a.value_dim) add_elements(Number<kPositions>{});
-  with_number<kPositions - 1>(a.value_dim - d, add_elements);
+  });
 }
 
 template <class Element>
