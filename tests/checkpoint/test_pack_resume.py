@@ -22,7 +22,8 @@ from argosy.checkpoint import pack as pack_module
 from argosy.checkpoint.pack import PackReport, open_pack, pack, verify_pack
 from argosy.errors import CheckpointError, DiskFull, UsageError
 from argosy.model.families import open_model
-from tests.models.tiny import qwen2_moe, write_model
+from tests.models.hub_quantised import write_fp8_model, write_int4_model
+from tests.models.tiny import qwen2_moe, qwen3_moe, write_model
 
 # Packs argv[1] into argv[2]; kills itself with SIGKILL in the middle of write number argv[3], half of it written.
 KILLED_AT_A_WRITE = """
@@ -318,3 +319,43 @@ def test_the_journal_says_what_is_packed_from_what(source: Path, tmp_path: Path)
 
     assert header["format"] == "q4"
     assert {name for name, _, _ in header["source"]} == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("format", ["source", "q4"])
+@pytest.mark.parametrize("write", [write_fp8_model, write_int4_model])
+def test_a_pack_of_codes_and_scales_goes_on_where_it_stopped(
+    write: Callable[..., Path], format: str, tmp_path: Path
+) -> None:
+    config = qwen3_moe(hidden_size=160, moe_intermediate_size=96, num_experts=4, num_hidden_layers=2)
+    write(tmp_path / "source", config, seed=5, num_shards=2)
+    stop_after(0.6, tmp_path, format)
+    report = pack(open_model(tmp_path / "source"), tmp_path / "packed", format=format)
+    assert report.restarted_because is None
+    assert report.resumed_bytes > 0
+    pack(open_model(tmp_path / "source"), tmp_path / "undisturbed", format=format)
+    assert contents(tmp_path / "packed") == contents(tmp_path / "undisturbed")
+    verify_pack(tmp_path / "packed")
+
+
+def test_scales_that_change_meanwhile_are_noticed(tmp_path: Path) -> None:
+    config = qwen3_moe(hidden_size=160, moe_intermediate_size=96, num_experts=4, num_hidden_layers=2)
+    write_fp8_model(tmp_path / "source", config, seed=5, num_shards=2)
+    stop_after(0.6, tmp_path, "source")
+    shard = tmp_path / "source" / "model-00002-of-00002.safetensors"
+    os.utime(shard, ns=(1, 1))
+    report = pack(open_model(tmp_path / "source"), tmp_path / "packed", format="source")
+    assert report.restarted_because is not None
+    assert "changed since the unfinished pack was begun" in report.restarted_because
+
+
+class Stopped(Exception):
+    """Thrown out of a pack, as a user's ^C would be."""
+
+
+def stop_after(share: float, directory: Path, format: str) -> None:
+    def progress(what: str, done: float) -> None:
+        if done >= share:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        pack(open_model(directory / "source"), directory / "packed", format=format, progress=progress)

@@ -18,6 +18,7 @@ import pytest
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.pack import pack
 from argosy.model.families import open_model
+from tests.models.hub_quantised import write_fp8_model, write_int4_model
 from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.safetensors_file import Array
 from tests.models.tiny import (
@@ -31,7 +32,7 @@ from tests.models.tiny import (
     qwen3_moe,
     write_model,
 )
-from tests.models.tiny_latent import deepseek_v3
+from tests.models.tiny_latent import deepseek_v3, kimi_k2
 
 NUM_NEW = 12
 GREEDY = SamplingParams(max_tokens=NUM_NEW, temperature=0, ignore_eos=True, logprobs=3)
@@ -93,6 +94,23 @@ CASES = [
 ]
 CASES += [("gpt_oss", "source"), ("gpt_oss", "mxfp4")]
 CONFIGS["gpt_oss"] = GPT_OSS
+CASES += [("qwen3_moe_blocks", "fp8"), ("kimi_k2", "int4")]
+QUANTISED = {
+    "qwen3_moe_blocks": qwen3_moe(  # a block of 128 and a part of one, in rows and in columns
+        max_position_embeddings=1024,
+        hidden_size=140,
+        moe_intermediate_size=136,
+        num_experts=9,
+        num_experts_per_tok=3,
+    ),
+    "kimi_k2": kimi_k2(
+        max_position_embeddings=1024,
+        hidden_size=96,
+        moe_intermediate_size=64,
+        n_routed_experts=9,
+        num_experts_per_tok=3,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -152,6 +170,10 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str
     found = {}
     for family, config in CONFIGS.items():
         found[family, "in place"] = write_model(root / family, config, seed=3)
+    write_fp8_model(root / "fp8", QUANTISED["qwen3_moe_blocks"], seed=3)
+    found["qwen3_moe_blocks", "fp8"] = root / "fp8"
+    write_int4_model(root / "int4", QUANTISED["kimi_k2"], seed=3)
+    found["kimi_k2", "int4"] = root / "int4"
     write_mxfp4_model(root / "gpt_oss-mxfp4", GPT_OSS, seed=3)
     found["gpt_oss", "mxfp4"] = root / "gpt_oss-mxfp4"
     for family, format in CASES:
@@ -170,7 +192,7 @@ def instruction_set(request: pytest.FixtureRequest) -> str:
 def case(
     request: pytest.FixtureRequest, directories: dict[tuple[str, str], Path], instruction_set: str
 ) -> Iterator[Case]:
-    return Case(directories[request.param], CONFIGS[request.param[0]], instruction_set)
+    return Case(directories[request.param], (CONFIGS | QUANTISED)[request.param[0]], instruction_set)
 
 
 @cache

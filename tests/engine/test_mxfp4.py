@@ -6,6 +6,7 @@ Every expert is chosen where answers are compared with the dequantised weights: 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,14 @@ import pytest
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.manifest import verify_pack
 from argosy.checkpoint.pack import pack
-from argosy.errors import CheckpointError, UsageError
+from argosy.errors import CheckpointError
 from argosy.model.families import open_model
 from tests.engine.test_gguf import LARGEST_DIVERGENCE, mean_divergence
 from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.numpy_model import NumpyModel
-from tests.models.safetensors_file import read_checkpoint
-from tests.models.tiny import RawConfig, gpt_oss, prompt_ids
+from tests.models.references import LARGEST_DIFFERENCE, difference
+from tests.models.safetensors_file import read_checkpoint, write_checkpoint
+from tests.models.tiny import RawConfig, gpt_oss, prompt_ids, random_tensors
 
 
 def config_of(*, num_experts: int, experts_per_token: int, **changes: object) -> RawConfig:
@@ -96,10 +98,13 @@ def test_one_read_brings_gate_and_up_and_no_byte_twice(tmp_path: Path) -> None:
     assert files.expert_format == "mxfp4"
 
 
-def test_quantised_experts_are_never_quantised_again(tmp_path: Path) -> None:
-    write_mxfp4_model(tmp_path / "model", config_of(num_experts=2, experts_per_token=1), seed=1)
-    with pytest.raises(UsageError, match="is already mxfp4; quantised weights are never quantised again"):
-        pack(open_model(tmp_path / "model"), tmp_path / "packed", format="q8")
+@pytest.mark.parametrize("format", ["q8", "q4"])  # bf16 keeps the sign of a zero
+def test_packing_to_other_formats_starts_from_the_exact_weights(format: str, tmp_path: Path) -> None:
+    plain = write_mxfp4_model(tmp_path / "model", config_of(num_experts=2, experts_per_token=1), seed=1)
+    pack(open_model(tmp_path / "model"), tmp_path / "packed", format=format)
+    pack(open_model(plain), tmp_path / "expected", format=format)
+    for name in ("dense.bin", "experts.bin"):
+        assert (tmp_path / "packed" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
 
 
 def test_blocks_that_contradict_the_config_are_refused(tmp_path: Path) -> None:
@@ -110,3 +115,40 @@ def test_blocks_that_contradict_the_config_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match=r"gate_up_proj_\w+ is \[2, 448[^]]*\], expected \[2, 384"):
         open_model(tmp_path / "model")
+
+
+def test_a_bf16_pack_computes_with_float32_activations(tmp_path: Path) -> None:
+    """bf16 has every value of MXFP4, so nothing is rounded but sums."""
+    config = config_of(num_experts=5, experts_per_token=2)
+    reference = NumpyModel(write_mxfp4_model(tmp_path / "model", config, seed=7))
+    pack(open_model(tmp_path / "model"), tmp_path / "packed", format="bf16")
+    prompt = prompt_ids(config, 7)
+    expected = reference.logits(prompt)
+    assert reference.router_margin > 1e-4
+    with Engine(tmp_path / "packed", memory="4GiB", threads=1) as engine:
+        assert difference(engine.logits(prompt), expected) <= LARGEST_DIFFERENCE
+
+
+def test_blocks_that_the_config_does_not_tell_of_are_refused(tmp_path: Path) -> None:
+    config = config_of(num_experts=2, experts_per_token=1)
+    write_mxfp4_model(tmp_path / "model", config, seed=1)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"gate_up_proj_blocks is U8, .* has no quantization_config"):
+        open_model(tmp_path / "model")
+    kept = {"quant_method": "mxfp4", "modules_to_not_convert": ["gate_up_proj"]}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"quantization_config": kept}))
+    with pytest.raises(CheckpointError, match="says that it is not quantised"):
+        open_model(tmp_path / "model")
+
+
+def test_rows_that_are_no_whole_blocks_are_refused(tmp_path: Path) -> None:
+    config = gpt_oss()  # 28 wide
+    tensors = {name: ("BF16", values) for name, values in random_tensors(config, 1, "BF16").items()}
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, _, rows = tensors.pop(name)[1].shape
+        tensors[name + "_blocks"] = ("U8", np.zeros((experts, rows, 1, 16), np.uint8))
+        tensors[name + "_scales"] = ("U8", np.zeros((experts, rows, 1), np.uint8))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_checkpoint(tmp_path, tensors)
+    with pytest.raises(CheckpointError, match="hidden_size as 28, and rows of MXFP4 are blocks of 32"):
+        open_model(tmp_path)

@@ -364,11 +364,11 @@ def test_training_and_generation_keys_are_harmless(make: Any) -> None:
     [
         ({"hidden_act": "gelu"}, "asks for hidden_act 'gelu'; supported: silu"),
         (
-            {"quantization_config": {"quant_method": "fp8"}},
-            "asks for quantization_config 'fp8'; supported: unquantised",
+            {"quantization_config": {"quant_method": "gptq"}},
+            "asks for quantization_config 'gptq'; supported: fp8 with weight_block_size",
         ),
         ({"quantization_config": {}}, "asks for quantization_config 'unknown'"),
-        ({"quantization_config": "int4"}, "asks for quantization_config 'int4'; supported: null"),
+        ({"quantization_config": "int4"}, "asks for quantization_config 'int4'; supported: fp8 with"),
         ({"pretraining_tp": 2}, "asks for pretraining_tp 2; supported: 1 or null"),
         ({"mlp_bias": True}, "asks for mlp_bias true; supported: false or null"),
         ({"hidden_size": "40"}, "hidden_size is '40', text; expected a whole number from 1 to"),

@@ -140,6 +140,28 @@ def test_routing_keys_are_read(write: Write) -> None:
     assert open_model(path).config.router == RouterConfig(renormalize=False)
 
 
+def test_layers_for_multi_token_prediction_are_counted_and_left_alone(write: Write) -> None:
+    tensors = {f"blk.2.nextn.{name}.weight": np.ones(4, np.float32) for name in ("eh_proj", "enorm", "hnorm")}
+    tensors["blk.2.attn_norm.weight"] = np.ones(32, np.float32)
+
+    def one_more(writer: GGUFWriter) -> None:
+        writer.kv_data[0]["glm4moe.block_count"].value = 3
+        writer.kv_data[0]["glm4moe.nextn_predict_layers"].value = 1
+
+    files = open_model(write("glm4moe", extra=one_more, tensors=tensors))
+    assert (files.config.num_layers, files.config.num_mtp_layers) == (2, 1)
+    assert not any(name.startswith("layers.2") for name in files.dense)
+
+
+def test_what_a_glm_has_of_bias_and_norm_its_tensors_say(write: Write, tmp_path: Path) -> None:
+    for has_bias, has_norm in ((True, False), (False, True)):
+        path = write("glm4moe", attention_bias=has_bias, use_qk_norm=has_norm, norm_topk_prob=has_norm)
+        config = open_model(path).config
+        assert (config.has_qkv_bias, config.qk_norm) == (has_bias, "head" if has_norm else "none")
+        assert config.router == hub_config(path).router
+        _again(tmp_path)
+
+
 ROPES: dict[str, tuple[Callable[[GGUFWriter], object], RopeConfig]] = {
     "linear": (
         lambda w: (w.add_rope_scaling_type(RopeScalingType.LINEAR), w.add_rope_scaling_factor(4.0)),
@@ -176,6 +198,13 @@ def test_frequency_factors_divide_the_frequencies(write: Write) -> None:
 
 
 REFUSED: dict[str, tuple[str, Callable[[GGUFWriter], object]]] = {
+    r"asks for glm4moe\.expert_gating_func 1; supported: 0 or 2": (
+        "glm4moe", lambda w: w.kv_data[0]["glm4moe.expert_gating_func"].__setattr__("value", 1)),
+    r"asks for minimax-m2\.expert_gating_func 1; supported: 0 or 2": (
+        "minimax-m2", lambda w: w.kv_data[0]["minimax-m2.expert_gating_func"].__setattr__("value", 1)),
+    r"asks for olmoe\.attention\.clamp_kqv 8\.0; supported: 0\.0": ("olmoe", lambda w: w.add_clamp_kqv(8.0)),
+    r"asks for olmoe\.rope\.dimension_count 4; supported: 8, all of a head": (
+        "olmoe", lambda w: w.kv_data[0]["olmoe.rope.dimension_count"].__setattr__("value", 4)),
     r"sets qwen3moe\.attention\.clamp_kqv to '8\.0', and qwen3moe does not know this key": (
         "qwen3moe", lambda w: w.add_clamp_kqv(8.0)),
     r"asks for qwen3moe\.expert_gating_func 2; supported: 0 or 1": (

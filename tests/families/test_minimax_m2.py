@@ -14,7 +14,7 @@ from argosy.model.families import FAMILIES, open_model
 from tests.models.safetensors_file import read_checkpoint, write_checkpoint
 from tests.models.tiny import RawConfig, minimax_m2, write_model
 
-# The hub's config.json of MiniMax-M2, less `quantization_config`.
+# The hub's config.json of MiniMax-M2.
 HUB: RawConfig = {
     "architectures": ["MiniMaxM2ForCausalLM"],
     "attention_dropout": 0.0,
@@ -42,6 +42,13 @@ HUB: RawConfig = {
     "num_mtp_modules": 3,
     "output_router_logits": False,
     "qk_norm_type": "per_layer",
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "float8_e4m3fn",
+        "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
     "rms_norm_eps": 1e-06,
     "rope_theta": 5000000,
     "rotary_dim": 64,

@@ -17,7 +17,15 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.generic]
 
-NUMPY_DTYPE = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
+NUMPY_DTYPE = {
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "U8": "u1",
+    "F8_E4M3": "u1",
+}
 
 
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:

@@ -9,9 +9,11 @@ import torch
 import transformers
 
 from argosy import Engine, SamplingParams
+from argosy.checkpoint.pack import pack
+from argosy.model.families import open_model
 from tests.models.make_models import load
 from tests.models.mxfp4_models import write_mxfp4_model
-from tests.models.references import difference
+from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.tiny import gpt_oss, prompt_ids
 from tests.oracle.test_oracle import mean_divergence
 
@@ -64,6 +66,13 @@ def test_logits_equal_transformers_on_the_same_files(name: str, tmp_path: Path) 
         result = engine.generate(prompt, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
         again = engine.logits(prompt + result.token_ids)
 
+    pack(
+        open_model(tmp_path / "model"), tmp_path / "packed", format="bf16"
+    )  # exact, and activations are float32
+    with Engine(tmp_path / "packed", memory="8GiB", threads=2) as engine:
+        exact = engine.logits(prompt)
+
     assert difference(dequantised, expected) <= 1e-5  # both readers see the same weights
+    assert difference(exact, expected) <= LARGEST_DIFFERENCE
     assert mean_divergence(expected, logits) <= 0.002
     assert result.token_ids == again[len(prompt) - 1 : -1].argmax(axis=1).tolist()

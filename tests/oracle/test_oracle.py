@@ -88,10 +88,11 @@ LARGE = (
             num_attention_heads=6,
             head_dim=44,
             use_qk_norm=True,
-            n_routed_experts=40,
-            n_group=5,
+            num_hidden_layers=2,
+            n_routed_experts=12,  # sigmoid scores lie closer than a softmax's: of more experts, some are near ties
+            n_group=3,
             topk_group=2,
-            num_experts_per_tok=8,
+            num_experts_per_tok=3,
             routed_scaling_factor=2.5,
         ),
     ),
@@ -113,8 +114,9 @@ LARGE = (
             num_attention_heads=6,
             head_dim=48,
             rotary_dim=26,
-            num_local_experts=33,
-            num_experts_per_tok=8,
+            num_hidden_layers=2,
+            num_local_experts=10,
+            num_experts_per_tok=4,
         ),
     ),
     Configuration(
@@ -293,6 +295,10 @@ def test_an_absent_key_has_the_default_of_transformers(
     family: Callable[..., RawConfig], missing: str, tmp_path: Path
 ) -> None:
     sizes: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 16, "head_dim": 4}
+    if family is minimax_m2:
+        if missing == "head_dim":
+            pytest.skip("128 there, whatever the other sizes are: too large a model for this test")
+        sizes["rotary_dim"] = 2
     config = family(**sizes, num_key_value_heads=DEFAULT_KV_HEADS[family.__name__])
     write_model(tmp_path, config, seed=2)
     without = {key: value for key, value in config.items() if key != missing}

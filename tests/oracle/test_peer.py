@@ -18,7 +18,7 @@ import pytest
 from argosy import Engine
 from tests.models.gguf_models import one_type, write_gguf_model
 from tests.models.safetensors_file import Array
-from tests.models.tiny import RawConfig, prompt_ids
+from tests.models.tiny import RawConfig, glm4_moe, gpt_oss, minimax_m2, olmoe, prompt_ids
 from tests.models.tiny_latent import (
     deepseek_v2,
     deepseek_v3,
@@ -88,3 +88,74 @@ def test_logits_of_latent_attention_are_llama_cpp_s(name: str, split_kv: bool, t
     yarn = {f"yarn_{key}": float(scaling[key]) for key in ("beta_fast", "beta_slow")}
 
     assert mean_divergence(peer_logits(path, prompt, **yarn), logits) <= LARGEST_DIVERGENCE
+
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 256, "num_attention_heads": 8, "num_hidden_layers": 3, "intermediate_size": 256,
+}  # fmt: skip
+GLM: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 64, "moe_intermediate_size": 256}
+HEADS: dict[str, RawConfig] = {
+    "GLM-4.5-Air": glm4_moe(**SIZES, **GLM, n_routed_experts=6),
+    "GLM-4.6": glm4_moe(
+        **SIZES,
+        **GLM,
+        n_routed_experts=6,
+        use_qk_norm=True,
+        routed_scaling_factor=2.5,
+        first_k_dense_replace=2,
+    ),
+    "GLM in groups": glm4_moe(
+        **SIZES, **GLM, n_routed_experts=24, n_group=4, topk_group=2, num_experts_per_tok=4
+    ),
+    "OLMoE": olmoe(**SIZES, num_key_value_heads=8, num_experts=6),
+    "MiniMax-M2": minimax_m2(**SIZES, num_key_value_heads=2, head_dim=64, rotary_dim=32, num_local_experts=6),
+}
+
+
+def divergence_from_peer(path: Path, config: RawConfig, type_name: str) -> float:
+    write_gguf_model(path, config, one_type(type_name), seed=7)
+    prompt = prompt_ids(config, 7)
+    with Engine(path, memory="4GiB", threads=1) as engine:
+        logits = engine.logits(prompt)
+    return mean_divergence(peer_logits(path, prompt), logits)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_logits_of_partial_rotary_flat_norms_and_sigmoid_routers_are_llama_cpp_s(
+    name: str, tmp_path: Path
+) -> None:
+    assert divergence_from_peer(tmp_path / "model.gguf", HEADS[name], "F32") <= LARGEST_DIVERGENCE
+
+
+# Every expert chosen: a rounded score that tips one decision would hide what 8-bit activations cost.
+@pytest.mark.parametrize("name", ["GLM-4.6", "OLMoE", "MiniMax-M2"])
+def test_quantised_they_stay_close_to_it(name: str, tmp_path: Path) -> None:
+    config = HEADS[name] | {"num_experts_per_tok": 6}
+    assert divergence_from_peer(tmp_path / "model.gguf", config, "Q8_0") <= 0.002
+
+
+# llama.cpp rounds the bounds of yarn, which gpt-oss does not; its activations beside MXFP4 have 8 bits, as Argosy's.
+@pytest.mark.parametrize(("type_name", "largest"), [("F32", 1e-4), ("MXFP4", 0.002)])
+def test_logits_of_sinks_windows_and_biases_are_llama_cpp_s(
+    type_name: str, largest: float, tmp_path: Path
+) -> None:
+    config = (
+        gpt_oss(  # every expert chosen: a rounded score that tips one decision would hide what rounding costs
+            hidden_size=256,
+            intermediate_size=256,
+            head_dim=64,
+            num_attention_heads=8,
+            num_hidden_layers=4,
+            num_local_experts=6,
+            num_experts_per_tok=6,
+            max_position_embeddings=131_072,
+            rope_scaling={"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096},
+        )
+    )
+    path = tmp_path / "model.gguf"
+    write_gguf_model(path, config, one_type(type_name), seed=7)
+    prompt = prompt_ids(config, 7)
+    with Engine(path, memory="4GiB", threads=1) as engine:
+        logits = engine.logits(prompt)
+
+    assert mean_divergence(peer_logits(path, prompt), logits) <= largest

@@ -82,6 +82,9 @@ PART_FORMATS: Mapping[str, Format] = {
     "int4_scales": "int4",
     "mxfp4_quants": "mxfp4",
     "mxfp4_scales": "mxfp4",
+    "f8_codes": "f8",
+    "f8_scales": "f8",
+    "f8_scales_bf16": "f8",
 }
 
 
@@ -127,9 +130,10 @@ class KeyValueRows(NamedTuple):
 class MatrixRef:
     """One dense matrix or vector (rows = 1) in a file; `name` is what the file calls it.
 
-    `format` is what it is in memory. Where `block_type` is set, the file holds GGUF blocks instead, `nbytes` of
-    them, row after row, and whoever reads transcodes. Where `paired_heads` is set, rows of so many heads lie in
-    the order of a rotary kernel that turns adjacent pairs, and whoever reads puts them in halves (`in_halves`).
+    `format` is what it is in memory. Where `block_type` is set, the file holds blocks instead, `nbytes` of them, row
+    after row, and whoever reads transcodes; where these are codes alone, `scales` is the piece with the rest.
+    Where `paired_heads` is set, rows of so many heads lie in the order of a rotary kernel that turns adjacent pairs,
+    and whoever reads puts them in halves (`in_halves`).
     Where `turn` is set, values of two tensors alternate in the `nbytes` of the file, and this one's are the first,
     third ... (0) or the second, fourth ... (1).
     Where `key_value_rows` is set, whoever reads splits the matrix in two (`model/latent_up.py`).
@@ -147,6 +151,12 @@ class MatrixRef:
     paired_heads: int = 0
     turn: int | None = None
     key_value_rows: KeyValueRows | None = None
+    scales: Piece | None = None
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that are read."""
+        return self.nbytes + (self.scales.nbytes if self.scales is not None else 0)
 
     @property
     def landed_bytes(self) -> int:
@@ -263,7 +273,7 @@ class ModelFiles:
     @cached_property
     def dense_bytes(self) -> int:
         """Bytes of everything that each token needs."""
-        return sum(ref.nbytes if ref.turn is None else ref.nbytes // 2 for ref in self.dense.values())
+        return sum(ref.read_bytes if ref.turn is None else ref.nbytes // 2 for ref in self.dense.values())
 
     @cached_property
     def expert_bytes(self) -> int:

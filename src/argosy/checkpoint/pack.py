@@ -6,11 +6,12 @@
     bf16      bf16      bf16             f32
     q8        q8        q8               f32
     q4        q4        q8               f32
-    source    as they are, bit for bit; blocks of a GGUF become slot formats, which hold the same weights
+    source    as they are, bit for bit; blocks, codes and scales become slot formats, which hold the same weights
 
 Norms, biases and the rows that score experts stay float32, exactly: a rounded router does not blur a sum, it
 picks another expert. From float32 or float16, `bf16` rounds to nearest even: it was asked for by name.
-Quantised weights are never quantised again.
+Formats that models are
+released in (f8, int4, mxfp4) count as exact; what somebody quantised, such as a GGUF, is never quantised again.
 
 Memory is bounded by one record and a few slices, whatever the model's size. A pack that is killed goes on
 where it stopped: what the journal names is read again and compared with its checksum, the rest is written.
@@ -40,11 +41,13 @@ import numpy.typing as npt
 from argosy import _native
 from argosy.checkpoint.files import (
     BYTES_PER_VALUE,
+    F8_BLOCK,
     PANEL_ROWS,
     ExpertRecord,
     MatrixRef,
     ModelFiles,
     Piece,
+    Transcode,
     in_halves,
     is_quantised,
     matrix_bytes,
@@ -75,6 +78,11 @@ from argosy.errors import CheckpointError, DiskFull, UsageError
 __all__ = ["PACK_FORMATS", "PackReport", "open_pack", "pack", "verify_pack"]
 
 PACK_FORMATS = ("bf16", "q8", "q4", "source")
+REQUANTISED: tuple[Format, ...] = (
+    "f8",
+    "int4",
+    "mxfp4",
+)  # what models are released in: the weights are exact
 JOURNAL_FILE = "journal"
 
 _SLICE_VALUES = 1 << 20  # of a matrix that is read and converted at once
@@ -154,10 +162,12 @@ def _require_packable(files: ModelFiles, destination: Path, format: str) -> None
 
 
 def _quantised_formats(files: ModelFiles) -> str:
-    """The quantised formats of the experts, else of the dense matrices, or ''."""
+    """The quantised formats of the experts, else of the dense matrices, that are kept as they are, or ''."""
     experts = {format for layer in files.config.moe_layers for format in files.expert_formats(layer)}
     for formats in (experts, {ref.format for ref in files.dense.values()}):
-        if quantised := sorted(filter(is_quantised, formats)):
+        if quantised := sorted(
+            format for format in formats if is_quantised(format) and format not in REQUANTISED
+        ):
             return "+".join(quantised)
     return ""
 
@@ -221,6 +231,15 @@ def _plan(files: ModelFiles, format: str) -> tuple[list[MatrixRef], list[_Unit]]
         ref = files.dense[target.name]
         offset = ref.offset + (ref.turn or 0) * BYTES_PER_VALUE.get(ref.format, 0)
         strides = None if ref.turn is None else (2 * ref.cols, 2)
+        if ref.scales is not None:
+            assert ref.block_type is not None
+            codes = Piece(
+                ref.path, ref.offset, ref.nbytes, transcode=Transcode(ref.block_type, ref.rows, ref.cols)
+            )
+            source = _completed_source(ref.name, (codes, ref.scales), 0, ref.format, ref.rows, ref.cols)
+            end = round_up(target.offset + target.nbytes, FILE_ALIGNMENT)
+            units.append(_Unit(DENSE_FILE, target.offset, target.nbytes, end, ((source, target.format, 0),)))
+            continue
         source = _SourceMatrix(
             ref.name, ref.path, offset, ref.format, ref.rows, ref.cols, ref.nbytes, ref.block_type,
             ref.paired_heads, strides,
@@ -249,16 +268,8 @@ def _expert_source(record: ExpertRecord, name: str, layer: int, expert: int) -> 
     piece = record.pieces[matrix.piece]
     label = f"{name} of expert {expert} in layer {layer}"
     if others := tuple(other for other in record.pieces if other.completes == matrix.piece):
-        nbytes = matrix_bytes(matrix.format, matrix.rows, matrix.cols)
-        return _SourceMatrix(
-            label,
-            piece.path,
-            matrix.offset,
-            matrix.format,
-            matrix.rows,
-            matrix.cols,
-            nbytes,
-            pieces=(piece, *others),
+        return _completed_source(
+            label, (piece, *others), matrix.offset, matrix.format, matrix.rows, matrix.cols
         )
     # A transcoded piece is one matrix; any other holds its matrices as they are.
     nbytes = piece.nbytes if piece.transcode else matrix_bytes(matrix.format, matrix.rows, matrix.cols)
@@ -267,6 +278,14 @@ def _expert_source(record: ExpertRecord, name: str, layer: int, expert: int) -> 
         matrix.rows, matrix.cols, nbytes, piece.transcode.block_type if piece.transcode else None,
         strides=matrix.strides,
     )  # fmt: skip
+
+
+def _completed_source(
+    label: str, pieces: tuple[Piece, ...], offset: int, format: Format, rows: int, cols: int
+) -> _SourceMatrix:
+    """A matrix at `offset` of the memory where its codes and its scales land."""
+    nbytes = matrix_bytes(format, rows, cols)
+    return _SourceMatrix(label, pieces[0].path, offset, format, rows, cols, nbytes, pieces=pieces)
 
 
 class _Writer:
@@ -385,6 +404,9 @@ class _Writer:
 
     def _converted(self, source: _SourceMatrix, format: Format) -> Iterator[tuple[int, Bytes]]:
         """Slices of a matrix in another format, each with its offset in the result."""
+        if is_quantised(source.format) and format != source.format:
+            yield from self._requantised(source, format)
+            return
         step = max(PANEL_ROWS, _SLICE_VALUES // max(1, source.cols) // PANEL_ROWS * PANEL_ROWS)
         are_panels = is_quantised(source.format) and source.block_type is None
         if source.paired_heads or source.strides or are_panels:
@@ -396,13 +418,25 @@ class _Writer:
             start = matrix_bytes(format, row, source.cols)
             yield start, raw if format == source.format else self._convert(source, raw, num_rows, format)
 
+    def _requantised(self, source: _SourceMatrix, format: Format) -> Iterator[tuple[int, Bytes]]:
+        """The same for a quantised matrix, from the exact values of its weights."""
+        whole = self._read_rows(source, 0, source.rows)
+        step = max(F8_BLOCK, _SLICE_VALUES // max(1, source.cols) // F8_BLOCK * F8_BLOCK)
+        for row in range(0, source.rows, step):
+            num_rows = min(step, source.rows - row)
+            start, end = (matrix_bytes(source.format, count, source.cols) for count in (row, row + num_rows))
+            values = _native.dequantize(source.format, whole[start:end], num_rows, source.cols)
+            yield matrix_bytes(format, row, source.cols), self._convert_values(source, values, format)
+
     def _convert(self, source: _SourceMatrix, raw: Bytes, rows: int, format: Format) -> Bytes:
-        """Rows of a matrix in another format.
+        return self._convert_values(source, _widen(source.format, raw).reshape(rows, source.cols), format)
+
+    def _convert_values(self, source: _SourceMatrix, values: Float32, format: Format) -> Bytes:
+        """Rows of a matrix [rows, cols] in another format.
 
         Raises:
             CheckpointError: a value is not a number, or is too large for the format.
         """
-        values = _widen(source.format, raw).reshape(rows, source.cols)
         if not np.isfinite(values).all():
             raise CheckpointError(
                 f"{source.path.name}: {source.name} holds a value that is not a finite number",
@@ -420,7 +454,7 @@ class _Writer:
                     tensor=source.name,
                 )
             return rounded.reshape(-1).view(np.uint8)
-        out = np.zeros(matrix_bytes(format, rows, source.cols), np.uint8)
+        out = np.zeros(matrix_bytes(format, len(values), source.cols), np.uint8)
         _native.quantize(format, np.ascontiguousarray(values), out, self._runtime)
         return out
 
@@ -454,14 +488,15 @@ class _Writer:
             assert piece.transcode is not None
             raw = read_at(self._open_source(piece.path), piece.nbytes, piece.offset, piece.path)
             blocks = piece.transcode
-            _native.transcode(
-                blocks.block_type,
-                np.frombuffer(raw, np.uint8),
-                blocks.rows,
-                blocks.cols,
-                blocks.interleaved,
-                landed,
-            )
+            data = np.frombuffer(raw, np.uint8)
+            try:
+                _native.transcode(
+                    blocks.block_type, data, blocks.rows, blocks.cols, blocks.interleaved, landed
+                )
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{piece.path.name}: {source.name}: {error}", path=piece.path, tensor=source.name
+                ) from error
         return landed[source.offset : source.offset + source.nbytes]
 
     def _read_strided(self, source: _SourceMatrix, descriptor: int) -> Bytes:

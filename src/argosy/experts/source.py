@@ -27,7 +27,7 @@ from argosy import _native
 from argosy.checkpoint.files import ExpertRecord
 from argosy.checkpoint.manifest import round_up
 from argosy.config import Format
-from argosy.errors import ArgosyError, CorruptRecord, ReadFailed
+from argosy.errors import ArgosyError, CheckpointError, CorruptRecord, ReadFailed
 
 Key = tuple[int, int]  # (layer, expert)
 Progress = Callable[[str, float], None]  # what is going on, and the share done from 0 to 1
@@ -249,6 +249,14 @@ class ExpertFiles:
             return CorruptRecord(
                 f"{where}: the bytes do not match their checksum ({message})",
                 hint="the file changed after it was packed; pack the checkpoint again, or check the drive",
+                path=str(pieces[0].path),
+                layer=layer,
+                expert=expert,
+            )
+        if kind == "not finite":
+            return CheckpointError(
+                f"layer {layer}, expert {expert}: {message}",
+                hint="the file is damaged; get it again",
                 path=str(pieces[0].path),
                 layer=layer,
                 expert=expert,

@@ -5,10 +5,10 @@
 
 Absorbed attention multiplies a query with the transposed key half, so memory holds that and not the key half: each
 weight is there once, and both products read rows in order. Weights of float formats keep their bits, and so do those of
-f8, whose scales are of square blocks, where halves of a head are whole blocks. Groups of other quantised weights lie
-along the rank and cannot be turned without quantising again: the key half becomes float16, which is off by a thirtieth
-of a step of q8's quants at most, and by less of the others'. Their value half stays as it is where halves of a head are
-whole panels, and becomes float16, too, where they are not.
+f8, whose scales are of square blocks, where halves of a head are whole blocks; elsewhere these become float32. Groups
+of other quantised weights lie along the rank and cannot be turned without quantising again: the key half becomes
+float16, which is off by a thirtieth of a step of q8's quants at most, and by less of the others'. Their value half
+stays as it is where halves of a head are whole panels, and becomes float16, too, where they are not.
 
 Elsewhere: when this happens is `model/weights.py`; the arithmetic is native/ops/latent_attention.h.
 """
@@ -39,8 +39,9 @@ Shape = tuple[Format, int, int]  # format, rows, columns
 def split_shapes(ref: MatrixRef) -> tuple[Shape, Shape]:
     """What k_up and v_up of a matrix are in memory."""
     num_heads, key_rows, value_rows = _rows(ref)
-    value_format: Format = ref.format if _is_cut_between_heads(ref) else "f16"
-    key_format: Format = "f16" if value_format != "f8" and is_quantised(ref.format) else value_format
+    whole_format: Format = "f32" if ref.format == "f8" else "f16"
+    value_format: Format = ref.format if _is_cut_between_heads(ref) else whole_format
+    key_format: Format = "f16" if is_quantised(ref.format) and ref.format != "f8" else value_format
     return (key_format, num_heads * ref.cols, key_rows), (value_format, num_heads * value_rows, ref.cols)
 
 
@@ -50,7 +51,7 @@ def passing_bytes(ref: MatrixRef) -> int:
     if key_format == ref.format:
         return 0
     rows = key_rows if value_format == ref.format else ref.rows
-    return (4 + 2) * rows * ref.cols  # as float32, then as float16
+    return (4 + 2) * rows * ref.cols  # as float32, then as float16 where that is wanted
 
 
 def split(ref: MatrixRef, matrix: Bytes, keys: Bytes, values: Bytes) -> None:
@@ -58,7 +59,8 @@ def split(ref: MatrixRef, matrix: Bytes, keys: Bytes, values: Bytes) -> None:
     (key_format, _, _), (value_format, _, _) = split_shapes(ref)
     num_heads, key_rows, _ = _rows(ref)
     if value_format != ref.format:
-        exact = _native.dequantize(ref.format, matrix, ref.rows, ref.cols).astype(np.float16)
+        exact = _native.dequantize(ref.format, matrix, ref.rows, ref.cols)
+        exact = exact.astype(np.float32 if value_format == "f32" else np.float16, copy=False)
         _split_whole(exact.reshape(num_heads, -1, ref.cols), key_rows, keys, values)
         return
     heads = matrix.reshape(num_heads, -1)

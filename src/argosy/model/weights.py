@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from argosy import _native
 from argosy.checkpoint.files import MatrixRef, check_vector, in_halves, matrix_bytes
 from argosy.checkpoint.manifest import round_up
-from argosy.errors import CorruptRecord, ReadFailed
+from argosy.errors import CheckpointError, CorruptRecord, ReadFailed
 from argosy.model.latent_up import passing_bytes, split, split_shapes
 
 Vector = NDArray[np.float32]
@@ -55,6 +55,11 @@ def _passes_scratch(ref: MatrixRef) -> bool:
     return ref.key_value_rows is not None or (ref.block_type is not None and ref.paired_heads > 0)
 
 
+def _scratch_bytes(ref: MatrixRef, alignment: int) -> int:
+    """What one that lands beside its place takes there: codes and scales are transcoded on the way."""
+    return round_up(ref.landed_bytes, alignment) if ref.scales is not None else _read_bytes(ref, alignment)
+
+
 def _read_bytes(ref: MatrixRef, alignment: int) -> int:
     # Alignment to spare on both sides: reads are rounded outwards to whole blocks.
     return round_up(ref.offset % alignment + ref.nbytes, alignment)
@@ -77,8 +82,8 @@ def _place_bytes(ref: MatrixRef, alignment: int) -> int:
 def _reordering_bytes(ref: MatrixRef, alignment: int) -> int:
     """What it takes, while it lands, to put rows in another order."""
     if ref.key_value_rows is not None:
-        landed = ref.landed_bytes if ref.block_type is not None else 0
-        return _read_bytes(ref, alignment) + landed + passing_bytes(ref)
+        landed = ref.landed_bytes if ref.block_type is not None and ref.scales is None else 0
+        return _scratch_bytes(ref, alignment) + landed + passing_bytes(ref)
     if _passes_scratch(ref):
         return _read_bytes(ref, alignment) + ref.nbytes + ref.landed_bytes
     return ref.nbytes if ref.paired_heads else 0
@@ -151,12 +156,14 @@ def _read_dense(
     progress: Callable[[str, float], None] | None,
 ) -> Generator[None, None, DenseWeights]:
     """Start the first reads, pause, and go on until all tensors are there."""
-    file_ids = {path: open_file(path) for path in sorted({str(ref.path) for ref in refs.values()})}
+    paths = {str(ref.path) for ref in refs.values()}
+    paths |= {str(ref.scales.path) for ref in refs.values() if ref.scales is not None}
+    file_ids = {path: open_file(path) for path in sorted(paths)}
     alignment = max(store.info(file_id)[2] for file_id in file_ids.values())
     arena = _native.Arena(max(1, sum(_place_bytes(ref, alignment) for ref in refs.values())))
     # One matrix at a time, and last: everything else is read past it.
     scratch = _native.Arena(
-        max((_read_bytes(ref, alignment) for ref in refs.values() if _passes_scratch(ref)), default=1)
+        max((_scratch_bytes(ref, alignment) for ref in refs.values() if _passes_scratch(ref)), default=1)
     )
     waiting = deque(sorted(refs, key=lambda name: _passes_scratch(refs[name])))
     places: dict[str, int] = {}
@@ -167,11 +174,23 @@ def _read_dense(
     in_flight: dict[int, str] = {}
     matrices: dict[str, _native.Matrix] = {}
     vectors: dict[str, Vector] = {}
-    total_bytes, done_bytes = sum(ref.nbytes for ref in refs.values()), 0
+    total_bytes, done_bytes = sum(ref.read_bytes for ref in refs.values()), 0
 
     def fetch(name: str) -> int:
         ref = refs[name]
         piece = (file_ids[str(ref.path)], ref.offset, ref.nbytes)
+        if ref.scales is not None:
+            assert ref.block_type is not None
+            assert ref.scales.transcode is not None
+            target, at = (scratch, 0) if _passes_scratch(ref) else (arena, places[name])
+            others = (file_ids[str(ref.scales.path)], ref.scales.offset, ref.scales.nbytes)
+            return store.fetch(
+                target,
+                [
+                    (*piece, at, ref.block_type, ref.rows, ref.cols),
+                    (*others, at, ref.scales.transcode.block_type, ref.rows, ref.cols),
+                ],
+            )
         if _passes_scratch(ref):
             return store.fetch(scratch, [(*piece, 0)], None if ref.checksum is None else [ref.checksum])
         if ref.block_type is not None:
@@ -206,8 +225,11 @@ def _read_dense(
 
     def land_split(name: str) -> None:
         ref, start = refs[name], places[name]
-        matrix = scratch.array()[ref.offset % alignment :][: ref.nbytes]
-        if ref.block_type is not None:
+        if ref.scales is not None:
+            matrix = scratch.array()[: ref.landed_bytes]
+        else:
+            matrix = scratch.array()[ref.offset % alignment :][: ref.nbytes]
+        if ref.block_type is not None and ref.scales is None:
             matrix = _native.transcode(ref.block_type, matrix, ref.rows, ref.cols)
         starts = start, start + _split_places(ref, alignment)[0]
         shapes = split_shapes(ref)
@@ -231,13 +253,15 @@ def _read_dense(
             for ticket, message, kind in store.wait_any(list(in_flight)):
                 name = in_flight.pop(ticket)
                 ref = refs[name]
+                if message is not None and kind == "not finite":
+                    raise CheckpointError(f"{ref.name}: {message}", path=str(ref.path), tensor=ref.name)
                 if message is not None:
                     error = CorruptRecord if kind == "checksum" else ReadFailed
                     raise error(
                         f"{ref.path.name}: {ref.name}: {message}", path=str(ref.path), tensor=ref.name
                     )
                 land(name)
-                done_bytes += ref.nbytes
+                done_bytes += ref.read_bytes
                 if progress is not None:
                     progress("reading dense weights", done_bytes / total_bytes)
     finally:

@@ -36,6 +36,7 @@ from argosy.model.families import (
 )
 from argosy.model.families.config_reader import ConfigReader
 from argosy.model.families.layout import Layout, read_layout
+from argosy.model.families.quantization import read_quantization
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -107,7 +108,8 @@ def open_model(path: str | Path) -> ModelFiles:
     if not config_path.exists() and not config_path.is_symlink():
         raise _without_config(path)
     family, config = read_config(path)
-    return read_layout(path, config, family.LAYOUTS, open_tensors(path))
+    quantization = read_quantization(read_object(config_path), config_path)
+    return read_layout(path, config, family.LAYOUTS, open_tensors(path), quantization)
 
 
 def config_alone(path: str | Path) -> ModelConfig | None:

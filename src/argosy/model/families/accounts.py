@@ -14,7 +14,7 @@ from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import Format, ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 
-_Format = TypeVar("_Format", Format, None)
+_Format = TypeVar("_Format", Format, str, None)
 
 
 class TensorAccounts:
@@ -54,6 +54,12 @@ class TensorAccounts:
     def take_bytes(self, name: str, *shapes: tuple[int, ...]) -> TensorRef:
         """The same for a tensor of bytes that the layout knows how to read."""
         return self._take(name, shapes, {"U8": None})[0]
+
+    def take_part(
+        self, name: str, types: Mapping[str, str], *shapes: tuple[int, ...]
+    ) -> tuple[TensorRef, str]:
+        """The same for codes or scales: `types` has the block type of each dtype that they may have."""
+        return self._take(name, shapes, types)
 
     def _take(
         self, name: str, shapes: tuple[tuple[int, ...], ...], formats: Mapping[str, _Format]

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from argosy.checkpoint.json_strict import kind_of, quote
 from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.model.families.quantization import KEY, read_quantization
 
 # Models have about a hundred layers and a few hundred experts; a size beyond these is a damaged file.
 MOST_LAYERS = 4096
@@ -46,7 +47,6 @@ HARMLESS = frozenset({
 
 # Known switches of other models: fine while they are off.
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "quantization_config": (None,),
     "compression_config": (None,),
     "pretraining_tp": (1, None),
     "is_encoder_decoder": (False,),
@@ -257,12 +257,9 @@ class ConfigReader:
         Raises:
             UnsupportedModel: names the key, its value and the keys that are understood.
         """
-        quantization = self._raw.get("quantization_config")
-        if isinstance(quantization, dict) and "quantization_config" not in self._asked:
-            method = quantization.get("quant_method", quantization.get("quant_algo", "unknown"))
-            error = self._unsupported("quantization_config", method, "unquantised bf16, f16 and f32 tensors")
-            error.hint = "get the unquantised checkpoint, then `argosy pack --format q8` or `q4`"
-            raise error
+        if KEY not in self._asked:
+            read_quantization(self._raw, self._path)
+            self._asked.add(KEY)
         for name, accepted in NEUTRAL.items():
             if name not in self._asked:
                 self.neutral(name, *accepted)

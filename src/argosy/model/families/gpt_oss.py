@@ -95,7 +95,6 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     num_layers = reader.integer("num_hidden_layers", default=36, most=MOST_LAYERS)
     windows = _read_windows(reader, num_layers)
     has_bias = reader.flag("attention_bias", True)
-    _read_quantization(reader)
     # The same number again, from the exporter of the released files.
     reader.neutral("initial_context_length", common["rope"].original_context, None)
     config = ModelConfig(
@@ -150,21 +149,6 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     return read_gguf_layout(
         file, config, is_paired=False, has_rope_freqs=False, names={"mlp_norm": "post_attention_norm.weight"}
     )
-
-
-def _read_quantization(reader: ConfigReader) -> None:
-    """Refuse a quantisation other than MXFP4 of the experts; whether there is any, the tensors tell."""
-    quantization = reader.mapping("quantization_config")
-    if quantization is None:
-        return
-    known = {"quant_method", "modules_to_not_convert", "dequantize"}
-    if quantization.get("quant_method") != "mxfp4" or not quantization.keys() <= known:
-        raise reader.unsupported("quantization_config", "quant_method 'mxfp4' with modules_to_not_convert")
-    kept = quantization.get("modules_to_not_convert") or []
-    if not isinstance(kept, list) or any("experts" in str(name) for name in kept):
-        raise reader.unsupported(
-            "quantization_config", "modules_to_not_convert that leaves the experts converted"
-        )
 
 
 def _read_windows(reader: ConfigReader, num_layers: int) -> tuple[int, ...]:

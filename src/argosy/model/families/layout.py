@@ -35,8 +35,11 @@ from argosy.checkpoint.files import (
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import Format, ModelConfig
+from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families.accounts import TensorAccounts
+from argosy.model.families.quantization import FP8_BLOCK, INT4_GROUP, Quantization
 
+# F8_E4M3 is not among them: it takes a scale.
 _FORMAT_OF_DTYPE: Mapping[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 # Constants that old exporters saved with the weights; they are computed from the config here.
 _LEFTOVERS = (
@@ -108,20 +111,29 @@ class Layout:
 
 
 def read_layout(
-    directory: Path, config: ModelConfig, layouts: tuple[Layout, ...], tensors: Mapping[str, TensorRef]
+    directory: Path,
+    config: ModelConfig,
+    layouts: tuple[Layout, ...],
+    tensors: Mapping[str, TensorRef],
+    quantization: Quantization | None = None,
 ) -> ModelFiles:
     """Account for every tensor of a checkpoint.
+
+    Args:
+        quantization: what its config says about quantised tensors.
 
     Raises:
         CheckpointError: a tensor is missing, extra, or of another shape than the config calls for.
         UnsupportedModel: a tensor has a dtype that no kernel reads.
     """
     probe = config.moe_layers[0]
-    layout = next((one for one in layouts if one.names_of_expert(probe, 0)[0] in tensors), layouts[0])
+    layout = next(
+        (one for one in layouts if _is_there(one.names_of_expert(probe, 0)[0], tensors)), layouts[0]
+    )
     if config.is_embedding_tied and layout.head_name in tensors:
         # Tied in the config, and yet a head in the files: the files win, as in transformers 5.
         config = replace(config, is_embedding_tied=False)
-    reader = _Accounts(directory, tensors, _FORMAT_OF_DTYPE)
+    reader = _Accounts(directory, tensors, quantization)
     dense = {canonical: reader.dense(canonical, shape, layout) for canonical, shape in dense_shapes(config)}
     experts = reader.experts(config, layout)
     reader.refuse_extra(config, layout.is_passed_over(config), "this config.json")
@@ -129,15 +141,104 @@ def read_layout(
     return ModelFiles(directory, config, dense, experts)
 
 
+def _packed(name: str) -> str:
+    """What compressed-tensors calls the codes of a weight."""
+    return name.removesuffix("weight") + "weight_packed"
+
+
+def _is_there(name: str, tensors: Mapping[str, TensorRef]) -> bool:
+    return name in tensors or _packed(name) in tensors
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A matrix as the files have it: one tensor, or codes and scales, each with the block type that they are."""
+
+    format: Format
+    ref: TensorRef
+    block_type: str | None = None
+    scales: tuple[TensorRef, str] | None = None
+
+
 class _Accounts(TensorAccounts):
     """Tensors of safetensors files, as dense matrices and experts."""
+
+    def __init__(
+        self, directory: Path, tensors: Mapping[str, TensorRef], quantization: Quantization | None
+    ) -> None:
+        super().__init__(directory, tensors, _FORMAT_OF_DTYPE)
+        self._quantization = quantization
+
+    def weight(self, name: str, shape: tuple[int, ...]) -> _Stored:
+        """The tensor or tensors of a weight; which of them there are says how it is stored.
+
+        Raises:
+            CheckpointError: one is missing or of another shape, or `quantization_config` says otherwise.
+            UnsupportedModel: one has a dtype that nothing reads.
+        """
+        ref = self._tensors.get(name)
+        if ref is None and _packed(name) in self:
+            return self._int4(name, shape)
+        if ref is not None and ref.dtype == "F8_E4M3" and len(shape) == 2:
+            return self._f8(name, shape)
+        ref, format = self.take(name, shape)
+        return _Stored(format, ref)
+
+    def _f8(self, name: str, shape: tuple[int, ...]) -> _Stored:
+        self._require_said("fp8", name, name)
+        codes, block_type = self.take_part(name, {"F8_E4M3": "f8_codes"}, shape)
+        blocks = tuple(-(-size // FP8_BLOCK) for size in shape)
+        scales = self.take_part(name + "_scale_inv", {"F32": "f8_scales", "BF16": "f8_scales_bf16"}, blocks)
+        return _Stored("f8", codes, block_type, scales)
+
+    def _int4(self, name: str, shape: tuple[int, ...]) -> _Stored:
+        packed, base = _packed(name), name.removesuffix("weight")
+        self._require_said("int4", name, packed)
+        rows, cols = shape
+        if cols % INT4_GROUP:
+            raise UnsupportedModel(
+                f"{self._tensors[packed].path.name}: {packed} is of {cols} columns; supported: whole groups of "
+                f"{INT4_GROUP}",
+                path=self._tensors[packed].path,
+                tensor=packed,
+            )
+        codes, block_type = self.take_part(packed, {"I32": "int4_quants"}, (rows, cols // 8))
+        scales = self.take_part(base + "weight_scale", {"BF16": "int4_scales"}, (rows, cols // INT4_GROUP))
+        self.take_part(base + "weight_shape", {"I32": "", "I64": ""}, (2,))
+        return _Stored("int4", codes, block_type, scales)
+
+    def _require_said(self, method: str, name: str, tensor: str) -> None:
+        """Prove that the config knows of a quantised weight."""
+        said, path = self._quantization, self._tensors[tensor].path
+        if said is None or said.method != method:
+            raise CheckpointError(
+                f"{path.name}: {tensor} is {self._tensors[tensor].dtype}, quantised as {method}, and config.json "
+                f"{'has no quantization_config' if said is None else f'says {said.method}'}",
+                path=path,
+                tensor=tensor,
+            )
+        if said.excludes(name.removesuffix(".weight")):
+            raise CheckpointError(
+                f"{path.name}: {tensor} is {self._tensors[tensor].dtype}, and the quantization_config of config.json "
+                "says that it is not quantised",
+                path=path,
+                tensor=tensor,
+            )
 
     def dense(self, canonical: str, shape: tuple[int, ...], layout: Layout) -> MatrixRef:
         name, last = layout.dense_name(canonical), canonical.rpartition(".")[2]
         turn = layout.by_turns.index(last) if layout.by_turns and last in layout.by_turns else None
-        ref, format = self.take(name, shape if turn is None else (*shape[:-1], 2 * shape[-1]))
+        stored = self.weight(name, shape if turn is None else (*shape[:-1], 2 * shape[-1]))
+        ref = stored.ref
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
-        return MatrixRef(name, ref.path, ref.offset, ref.nbytes, format, rows, cols, turn=turn)
+        scales = None
+        if stored.scales is not None:
+            part, block_type = stored.scales
+            scales = Piece(part.path, part.offset, part.nbytes, transcode=Transcode(block_type, rows, cols))
+        return MatrixRef(
+            ref.name, ref.path, ref.offset, ref.nbytes, stored.format, rows, cols,
+            block_type=stored.block_type, turn=turn, scales=scales,
+        )  # fmt: skip
 
     def experts(self, config: ModelConfig, layout: Layout) -> dict[tuple[int, int], ExpertRecord]:
         read = self._single_expert
@@ -156,11 +257,25 @@ class _Accounts(TensorAccounts):
     def _single_expert(
         self, config: ModelConfig, layer: int, expert: int, names: tuple[str, ...]
     ) -> ExpertRecord:
-        pieces, matrices = [], []
-        for index, (name, shape) in enumerate(zip(names, expert_shapes(config), strict=True)):
-            ref, format = self.take(name, shape)
-            pieces.append(Piece(ref.path, ref.offset, ref.nbytes))
-            matrices.append(ExpertMatrix(index, 0, format, *shape))
+        pieces: list[Piece] = []
+        matrices = []
+        for name, shape in zip(names, expert_shapes(config), strict=True):
+            stored, first = self.weight(name, shape), len(pieces)
+            matrices.append(ExpertMatrix(first, 0, stored.format, *shape))
+            ref, block_type = stored.ref, stored.block_type
+            transcode = Transcode(block_type, *shape) if block_type is not None else None
+            pieces.append(Piece(ref.path, ref.offset, ref.nbytes, transcode=transcode))
+            if stored.scales is not None:
+                ref, block_type = stored.scales
+                pieces.append(
+                    Piece(
+                        ref.path,
+                        ref.offset,
+                        ref.nbytes,
+                        transcode=Transcode(block_type, *shape),
+                        completes=first,
+                    )
+                )
         return ExpertRecord(tuple(pieces), *matrices)
 
     def _fused_expert(
@@ -205,13 +320,21 @@ class _Accounts(TensorAccounts):
     ) -> ExpertRecord:
         """Blocks [experts, rows, cols / 32, 16] and scales [experts, rows, cols / 32] of OCP MXFP4."""
         gate, _, down = expert_shapes(config)
+        for key, size in (("hidden_size", gate[1]), ("intermediate_size", down[1])):
+            if size % GROUP_COLS:
+                raise CheckpointError(
+                    f"config.json gives {key} as {size}, and rows of MXFP4 are blocks of {GROUP_COLS}",
+                    key=key,
+                )
         pieces: list[Piece] = []
         for blocks, scales, (rows, cols), interleaved in (
             (names[0], names[1], gate, 2),
             (names[2], names[3], down, 1),
         ):
-            groups = (config.num_experts, interleaved * rows, -(-cols // GROUP_COLS))
+            groups = (config.num_experts, interleaved * rows, cols // GROUP_COLS)
             first = len(pieces)
+            if blocks in self:
+                self._require_said("mxfp4", blocks.removesuffix("_blocks"), blocks)
             for name, block_type, shape in (
                 (blocks, "mxfp4_quants", (*groups, GROUP_COLS // 2)),
                 (scales, "mxfp4_scales", groups),

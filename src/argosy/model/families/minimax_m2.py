@@ -99,7 +99,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     """
     reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
     common = reader.common(has_partial_rope=True)
-    reader.neutral("expert_gating_func", SIGMOID)
+    reader.neutral("expert_gating_func", 0, SIGMOID)
     reader.neutral("expert_weights_norm", True)
     width = reader.integer("feed_forward_length")
     config = ModelConfig(

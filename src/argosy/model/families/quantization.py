@@ -1,0 +1,225 @@
+"""What `quantization_config` of a `config.json` says about how weights are stored; it changes no mathematics.
+
+    raw config  ->  read_quantization  ->  Quantization: the method, and which modules keep their floats
+
+    quant_method         what it has to say                                    the tensors of a matrix
+    fp8                  weight_block_size [128, 128]                          weight, weight_scale_inv
+    compressed-tensors   format pack-quantized: int4, symmetric, groups of 32  weight_packed, weight_scale, weight_shape
+    mxfp4                -                                                     *_blocks, *_scales
+
+Every key is read, or known to change nothing, or refused by its name. Which matrices are quantised is told by the
+tensors that are there (`layout.py`); what is said here is checked against them. A config for several modalities may
+say it at the top or in `text_config`.
+
+Sources: `FineGrainedFP8Config` and `Mxfp4Config` of transformers 5.24; `QuantizationConfig` and `QuantizationArgs` of
+compressed-tensors 0.12.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from argosy.checkpoint.json_strict import quote
+from argosy.errors import CheckpointError, UnsupportedModel
+
+QuantizationMethod = Literal["fp8", "int4", "mxfp4"]
+
+KEY = "quantization_config"
+FP8_BLOCK = 128
+INT4_GROUP = 32
+
+SUPPORTED = (
+    f"fp8 with weight_block_size [{FP8_BLOCK}, {FP8_BLOCK}], "
+    f"compressed-tensors pack-quantized with symmetric int4 in groups of {INT4_GROUP}, mxfp4, "
+    "and unquantised bf16, f16 and f32 tensors"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How a checkpoint's quantised weights are stored, and the modules that are said not to be."""
+
+    method: QuantizationMethod
+    excluded: tuple[
+        str, ...
+    ] = ()  # module names, whole or their first or last parts; "re:" before an expression
+
+    def excludes(self, module: str) -> bool:
+        """Whether a module, such as "model.layers.0.self_attn.q_proj", is said to keep its floats.
+
+        A name stands for itself, for what is inside it, and for every module whose path ends in it.
+        """
+        return any(
+            re.match(name[3:], module) is not None
+            if name.startswith("re:")
+            else module == name or module.startswith(name + ".") or module.endswith("." + name)
+            for name in self.excluded
+        )
+
+
+def read_quantization(raw: Mapping[str, object], path: Path = Path("config.json")) -> Quantization | None:
+    """The quantisation that a config asks for; None where it asks for none.
+
+    Raises:
+        UnsupportedModel: another method, or a variant of one, each with what is supported.
+        CheckpointError: it is no object, or said twice and differently.
+    """
+    text = raw.get("text_config")
+    inner = text.get(KEY) if isinstance(text, dict) else None
+    given = raw.get(KEY)
+    if given is None or inner is None:
+        given = inner if given is None else given
+    elif given != inner:
+        raise CheckpointError(
+            f"{path.name} has two different {KEY}, one of them in text_config", path=path, key=KEY
+        )
+    if given is None:
+        return None
+    return _Reader(given, path).read()
+
+
+class _Reader:
+    """One pass over a `quantization_config`; what nobody asked for is refused."""
+
+    def __init__(self, given: object, path: Path) -> None:
+        self._path = path
+        self._config = given
+        if not isinstance(given, dict):
+            raise self._refused(KEY, given)
+
+    def read(self) -> Quantization:
+        config = self._mapping(self._config, KEY)
+        match method := config.get("quant_method", config.get("quant_algo", "unknown")):
+            case "fp8":
+                return self._fp8(config)
+            case "compressed-tensors":
+                return self._int4(config)
+            case "mxfp4":
+                self._keys(config, KEY, "quant_method", "modules_to_not_convert", dequantize=(False, None))
+                return Quantization("mxfp4", self._names(config, "modules_to_not_convert"))
+            case _:
+                raise self._refused(KEY, method)
+
+    def _fp8(self, config: Mapping[str, object]) -> Quantization:
+        if config.get("weight_block_size") != [FP8_BLOCK, FP8_BLOCK]:
+            raise self._refused(f"{KEY}.weight_block_size", config.get("weight_block_size"))
+        self._keys(
+            config, KEY, "quant_method", "weight_block_size", "modules_to_not_convert", "ignored_layers",
+            activation_scheme=("dynamic",),
+            fmt=("e4m3", "float8_e4m3fn", None),
+            scale_fmt=("ue8m0", "float", None),  # the scales are float32 or bf16 all the same
+            dequantize=(False, None),
+            kv_cache_scheme=(None,),
+        )  # fmt: skip
+        names = self._names(config, "modules_to_not_convert") + self._names(config, "ignored_layers")
+        return Quantization("fp8", names)
+
+    def _int4(self, config: Mapping[str, object]) -> Quantization:
+        if config.get("format") != "pack-quantized":
+            raise self._refused(f"{KEY}.format", config.get("format"))
+        self._keys(
+            config, KEY, "quant_method", "format", "config_groups", "ignore",
+            "global_compression_ratio", "version",
+            quantization_status=("compressed", "frozen", None),
+            kv_cache_scheme=(None,),
+            sparsity_config=(None, {}),
+            transform_config=(None, {}),
+        )  # fmt: skip
+        groups = self._mapping(config.get("config_groups"), f"{KEY}.config_groups")
+        if not groups:
+            raise self._refused(f"{KEY}.config_groups", groups)
+        for name, group in groups.items():
+            where = f"{KEY}.config_groups.{name}"
+            fields = self._mapping(group, where)
+            self._keys(
+                fields, where, "weights",
+                targets=(["Linear"],),
+                input_activations=(None,),
+                output_activations=(None,),
+                format=("pack-quantized", None),
+            )  # fmt: skip
+            self._int4_weights(self._mapping(fields.get("weights"), f"{where}.weights"), f"{where}.weights")
+        names = self._names(config, "ignore")
+        for name in names:
+            self._require_expression(name)
+        return Quantization("int4", names)
+
+    def _int4_weights(self, weights: Mapping[str, object], where: str) -> None:
+        wanted = {
+            "num_bits": 4,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "group",
+            "group_size": INT4_GROUP,
+        }
+        for key, value in wanted.items():
+            if (
+                key not in weights
+                or weights[key] != value
+                or isinstance(weights[key], bool) != isinstance(value, bool)
+            ):
+                raise self._refused(f"{where}.{key}", weights.get(key))
+        self._keys(
+            weights, where, *wanted, "observer", "observer_kwargs",
+            dynamic=(False,),
+            actorder=(None,),
+            block_structure=(None,),
+            scale_dtype=(None, "torch.bfloat16", "bfloat16"),
+            zp_dtype=(None, "torch.int8", "int8"),
+        )  # fmt: skip
+
+    def _keys(
+        self, given: Mapping[str, object], where: str, *read: str, **neutral: tuple[object, ...]
+    ) -> None:
+        """Refuse a key that is neither read nor neutral, and a neutral one with a value that says something."""
+        for key, value in given.items():
+            if key in read:
+                continue
+            if key not in neutral or value not in neutral[key] or (value == 0 and value is not False):
+                raise self._refused(f"{where}.{key}", value)
+
+    def _names(self, config: Mapping[str, object], key: str) -> tuple[str, ...]:
+        names = config.get(key)
+        if names is None:
+            return ()
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(
+                f"{self._path.name}: {KEY}.{key} is {quote(names)}; expected a list of texts or null",
+                path=self._path,
+                key=KEY,
+            )
+        return tuple(names)
+
+    def _require_expression(self, name: str) -> None:
+        if not name.startswith("re:"):
+            return
+        try:
+            re.compile(name[3:])
+        except re.error as error:
+            raise CheckpointError(
+                f"{self._path.name}: {KEY}.ignore has '{quote(name)}', which is no regular expression: {error}",
+                path=self._path,
+                key=KEY,
+            ) from error
+
+    def _mapping(self, value: object, where: str) -> Mapping[str, object]:
+        if not isinstance(value, dict):
+            raise self._refused(where, value)
+        return value
+
+    def _refused(self, where: str, value: object) -> UnsupportedModel:
+        named = value is None or isinstance(value, bool)
+        said = json.dumps(value) if named else f"'{quote(value)}'" if isinstance(value, str) else quote(value)
+        return UnsupportedModel(
+            f"{self._path.name} asks for {where} {said}; supported: {SUPPORTED}",
+            hint="get the checkpoint in one of these, then `argosy pack --format q8` or `q4` if it is to be smaller",
+            path=self._path,
+            key=KEY,
+            value=value,
+            supported=SUPPORTED,
+        )
