@@ -1,15 +1,22 @@
-"""The engine computes what transformers computes: tiny checkpoints of three families, every flag on in one and off in
+"""The engine computes what transformers computes: tiny checkpoints of every family, every flag on in one and off in
 another; and what the numpy model computes, on configurations drawn at random."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from argosy import Engine, SamplingParams, _native
+from tests.models.configuration import Configuration
 from tests.models.numpy_model import NumpyModel
-from tests.models.random_models import random_configuration, random_gpt_oss, write_decided_model
+from tests.models.random_models import (
+    random_configuration,
+    random_gpt_oss,
+    random_latent_configuration,
+    write_decided_model,
+)
 from tests.models.references import LARGEST_DIFFERENCE, REFERENCES, Reference, difference
 from tests.models.runnable import runnable
 
@@ -31,9 +38,12 @@ def test_logits_and_greedy_continuation_equal_transformers(
     assert result.token_ids == reference.greedy
 
 
+@pytest.mark.parametrize("draw", [random_configuration, random_latent_configuration])
 @pytest.mark.parametrize("seed", range(24))
-def test_logits_equal_the_numpy_model_on_random_configurations(seed: int, tmp_path: Path) -> None:
-    prompt = write_decided_model(tmp_path, random_configuration(seed), num_tokens=1 + 7 * seed % 41)
+def test_logits_equal_the_numpy_model_on_random_configurations(
+    seed: int, draw: Callable[[int], Configuration], tmp_path: Path
+) -> None:
+    prompt = write_decided_model(tmp_path, draw(seed), num_tokens=1 + 7 * seed % 41)
     expected = NumpyModel(tmp_path).logits(prompt)
     with Engine(
         tmp_path,

@@ -26,6 +26,14 @@ from tests.models.tiny import (
     respelt,
     write_model,
 )
+from tests.models.tiny_latent import (
+    deepseek_v2,
+    deepseek_v3,
+    glm4_moe_lite,
+    kimi_k2,
+    kimi_k25,
+    yarn_of_all_dimensions,
+)
 
 # Router decisions closer than this may fall differently in float32 and float64.
 SMALLEST_MARGIN = 1e-3
@@ -204,6 +212,51 @@ def random_gpt_oss(seed: int) -> Configuration:
     return Configuration(
         name=f"random_gpt_oss_{seed}", config=config, dtype=dtype, num_shards=pick(1, 1, 2, 4)
     )
+
+
+def random_latent_configuration(seed: int) -> Configuration:
+    """One configuration with latent attention per seed: DeepSeek-V2 and V3, Kimi-K2 and K2.5, GLM-4.7-Flash in turn."""
+    rng = np.random.default_rng([seed, 5])
+
+    def pick(*choices: Any) -> Any:
+        return choices[rng.integers(len(choices))]
+
+    make = (deepseek_v2, deepseek_v3, kimi_k2, kimi_k25, glm4_moe_lite)[seed % 5]
+    num_heads, num_layers, num_groups = pick(1, 2, 3, 17), pick(1, 2, 4), pick(1, 2, 3)
+    experts_of_group = pick(2, 3, 5)
+    dtype, torch_dtype = pick(("BF16", "bfloat16"), ("F16", "float16"), ("F32", "float32"))
+    config = make(
+        hidden_size=num_heads * 2 * pick(1, 3, 5),
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
+        num_hidden_layers=num_layers,
+        first_k_dense_replace=pick(0, num_layers - 1),
+        q_lora_rank=pick(None, 1, 17),
+        kv_lora_rank=2 * pick(1, 8, 17),
+        qk_nope_head_dim=2 * pick(1, 5, 16),
+        qk_rope_head_dim=2 * pick(1, 3, 8),
+        v_head_dim=pick(1, 7, 32),
+        n_routed_experts=num_groups * experts_of_group,
+        n_group=num_groups,
+        topk_group=int(rng.integers(1, num_groups + 1)),
+        num_experts_per_tok=pick(1, 2),
+        n_shared_experts=pick(1, 2),
+        moe_intermediate_size=pick(1, 7, 32),
+        intermediate_size=pick(1, 31, 64),
+        routed_scaling_factor=pick(1.0, 2.5),
+        vocab_size=pick(17, 64),
+        tie_word_embeddings=pick(True, False),
+        rms_norm_eps=pick(1e-5, 1e-6),
+        torch_dtype=torch_dtype,
+        rope_theta=pick(1e4, 1e6),
+        rope_scaling=pick(None, yarn_of_all_dimensions(pick(4.0, 40.0), 16, mscale=pick(0.7, 1.0))),
+        **(
+            {"topk_method": pick("greedy", "group_limited_greedy")}
+            if make is deepseek_v2
+            else {"norm_topk_prob": pick(True, False), "rope_interleave": pick(True, True, False)}
+        ),
+    )
+    return Configuration(name=f"random_{config['model_type']}_{seed}", config=config, dtype=dtype)
 
 
 def write_decided_model(directory: Path, configuration: Configuration, *, num_tokens: int) -> list[int]:
