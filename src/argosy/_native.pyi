@@ -62,8 +62,8 @@ def transcode(
 
     Q8_0 becomes q8, Q4_0 q4, GGUF's other types the format of their name; cols is a multiple of their block's 32 or
     256. `int4_quants`, `int4_scales`, `mxfp4_quants`, `mxfp4_scales`, `f8_codes`, `f8_scales` and `f8_scales_bf16`
-    (native/kernels/transcode.h) write only their part of the matrix: to `out` [matrix_bytes], which is returned, or beside zeros. `interleaved` matrices of `rows`
-    rows each, row by row in `data`, come out one behind the other.
+    (native/kernels/transcode.h) write only their part of the matrix: to `out` [matrix_bytes], which is returned, or
+    beside zeros. `interleaved` matrices of `rows` rows each, row by row in `data`, come out one behind the other.
 
     Raises:
         ValueError: a code of f8 is NaN, or a scale gives weights that no float32 holds.
@@ -667,7 +667,9 @@ class Store:
     def wait_any(
         self, tickets: Sequence[int], block: bool = True
     ) -> list[tuple[int, str | None, str | None]]:
-        """Block until one is done; all that are done as (ticket, error sentence, "io" | "checksum" | "short" | "not finite").
+        """Block until one is done; all that are done as (ticket, error sentence, kind of error).
+
+        Kinds: "io", "checksum", "short", "not finite" (a code or scale that is no number).
 
         They are forgotten. Nothing is written for a ticket that is done, also when it failed. ^C ends the wait and
         leaves the tickets as they are. With `block` false only those that are done already.

@@ -44,8 +44,8 @@ def pack(
     """Write the model in SRC as a pack in DST: each expert one aligned read.
 
     A pack is optional; models also run from their own files. `source` keeps every weight bit for bit, bf16
-    rounds float32 and float16, q8 and q4 quantise. Checkpoints released in FP8, INT4
-    or MXFP4 pack as any of these; a quantised GGUF packs as `source`, its blocks bit for bit. Interrupted, the same command continues.
+    rounds float32 and float16, q8 and q4 quantise. Checkpoints in FP8, INT4 or MXFP4 pack as any of these, a
+    quantised GGUF as `source`. Interrupted, the same command continues.
 
     \b
     Examples:

@@ -5,11 +5,11 @@
 A family has one layout or several: the hub keeps one tensor per expert matrix, and `transformers` 5 can also
 write all experts of a layer as one fused tensor, [experts, 2 * width, hidden] with gate before up. Others have rows of
 gate and up by turns, in MXFP4 blocks and scales; or keep fused tensors transposed, [experts, hidden, 2 * width]: these
-can be packed, and not be run in place. A weight may be codes and scales: `weight` E4M3 with `weight_scale_inv`, or
-`weight_packed` with `weight_scale` and `weight_shape`. The first layout whose expert tensors are there is read. Every tensor is
-accounted for: one that is missing, has another shape, has a dtype that no kernel reads, or is not asked for is an
-error with its name. Passed over is only what is known and has no part in text: constants that old exporters leave
-behind (`_LEFTOVERS`), layers for multi-token prediction, and what a layout names itself, such as a vision tower.
+can be packed, and not be run in place. A weight may be codes and scales: `weight` in E4M3 with `weight_scale_inv`, or
+`weight_packed` with `weight_scale` and `weight_shape`. The first layout whose expert tensors are there is read. Every
+tensor is accounted for: one that is missing, has another shape, has a dtype that no kernel reads, or is not asked for
+is an error with its name. Passed over is only what is known and has no part in text: constants that old exporters
+leave behind (`_LEFTOVERS`), layers for multi-token prediction, and what a layout names itself, such as a vision tower.
 
 Elsewhere: shapes are `checkpoint/geometry.py`; where bytes lie is `checkpoint/safetensors.py`.
 """
