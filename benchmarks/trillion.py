@@ -4,10 +4,10 @@
 
 The geometry is Kimi-K2's: 61 layers, hidden 7168, 384 experts of width 2048, 8 for a token and a shared one, 1026 B
 parameters. The index and the weights that every token needs are real in size (q8; their file takes 12 GB). Of the
-routed experts (int4 in groups of 32, 571 GB) as many records exist as `--experts-gib` holds: **many logical experts share
-the bytes of one record**. Nothing is won by that: the cache keys on the logical expert, and reads go past the page cache,
-so each miss is a read of a whole record from the drive. Weights are random, with the routing of recorded traces
-(`random_weights.py`); a document's continuation is still the one right answer.
+routed experts (int4 in groups of 32, 571 GB) as many records exist as `--experts-gib` holds: **many logical experts
+share the bytes of one record**. Nothing is won by that: the cache keys on the logical expert, and reads go past the
+page cache, so each miss is a read of a whole record from the drive. Weights are random, with the routing of recorded
+traces (`random_weights.py`); a document's continuation is still the one right answer.
 
 The run is a fresh process in a memory cgroup of the budget, swap forbidden, page cache charged to it. Beside it stands
 what the planner's equations say: per layer the misses of an LRU cache by Denning's working-set function of the same
@@ -22,7 +22,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ POOL_ROWS = 1024
 STRIPE_ROWS = 16_384
 PROMPT_TOKENS = 8
 DRIVE_LOOKS = 3
+LAYER_SHARE = 0.5  # of what a layer would write, times the root of the number of layers
 SPREAD = 7919  # a prime: neighbours in the router's order do not lie side by side in the file
 WAITING = "waiting_for_reads"
 
@@ -215,6 +216,7 @@ class Trillion:
             "records": self.num_records,
             "record_bytes": self.record_bytes,
             "layers": self.config.num_layers,
+            "layer_share": LAYER_SHARE,
         }
         made = self.directory / MADE_FILE
         if made.exists() and json.loads(made.read_text())["made"] == wanted:
@@ -226,8 +228,8 @@ class Trillion:
             self._write_dense(noise, file.write)
         checksums = []
         with (self.directory / EXPERTS_FILE).open("wb") as file:
-            weights = RandomWeights(self.config, routing="recorded")
-            recipes = [weights[f"expert.{part}"] for part in ("gate", "up", "down")]
+            recipe_of = self._recipes()
+            recipes = [recipe_of(f"expert.{part}") for part in ("gate", "up", "down")]
             record = np.zeros(self.record_bytes, np.uint8)
             for (offset, format, _, _), recipe in zip(self._places(), recipes, strict=True):
                 assert isinstance(recipe, Normal)
@@ -243,10 +245,24 @@ class Trillion:
                 file.write(record)
         made.write_text(json.dumps({"made": wanted, "checksums": checksums}))
 
-    def _write_dense(self, noise: Noise, write: Callable[[Any], object]) -> None:
+    def _recipes(self) -> Callable[[str], Normal | Exact]:
+        """What a tensor holds. What layers write is kept small, so that the head still sees the token at this depth."""
         weights = RandomWeights(self.config, routing="recorded")
+
+        def recipe(name: str) -> Normal | Exact:
+            found = weights[name]
+            if isinstance(found, Normal) and name.rpartition(".")[2] in ("o", "down", "shared_down"):
+                return replace(
+                    found, deviation=found.deviation * LAYER_SHARE / math.sqrt(self.config.num_layers)
+                )
+            return found
+
+        return recipe
+
+    def _write_dense(self, noise: Noise, write: Callable[[Any], object]) -> None:
+        recipe_of = self._recipes()
         for name, shape in dense_shapes(self.config):
-            recipe, format = weights[name], self.format_of(name, shape)
+            recipe, format = recipe_of(name), self.format_of(name, shape)
             if isinstance(recipe, Normal) and format != "f32":
                 parts = [noise.matrix(format, recipe)]
             else:
@@ -424,8 +440,8 @@ def main() -> int:
     )
     report.line(
         "bytes",
-        f"{trillion.num_records} expert records exist, so {num_experts / trillion.num_records:.1f} logical experts share"
-        " each; the cache keys on the logical expert and reads pass the page cache: nothing is won",
+        f"{trillion.num_records} expert records exist, and {num_experts / trillion.num_records:.1f} logical experts"
+        " share each; the cache keys on the logical expert and reads pass the page cache: nothing is won",
     )
     trillion.make()
     for path in options.directory.iterdir():

@@ -8,7 +8,7 @@ RawConfig = dict[str, Any]
 
 
 class Published(NamedTuple):
-    """A released model: what decides its size, and its parameters in billions (text part, prediction heads left out)."""
+    """A released model: what decides its size, and its parameters in billions, without vision and prediction heads."""
 
     name: str
     config: RawConfig
