@@ -30,7 +30,6 @@ def show(model: str, as_json: bool, **options: Any) -> None:
     Examples:
       argosy show ./Qwen3-30B-A3B --memory 16GiB
       argosy show ./mixtral.Q4_K_M.gguf --memory 75% --context 32768 --json
-      argosy show ./config.json         # a model whose weights are not here
     """
     from argosy.cli.output import progress_bar
     from argosy.cli.settings import Settings
