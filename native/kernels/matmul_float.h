@@ -105,11 +105,21 @@ struct RowsOfW {
 // In place of memory for sums that wait: a tile that takes all columns has none.
 struct NoneWait {};
 
-// Adds the products of columns [begin, end) to the sums.
-template <int kRows, int kTokens, class W, class X>
+// Adds the products of columns [begin, end) to the sums, or makes sums of them.
+template <bool kAreNew, int kRows, int kTokens, class W, class X>
 [[gnu::always_inline]] inline void add_products(const W& rows, const X& x, int64_t begin, int64_t end,
                                                 Vec (&sum)[kRows][kTokens]) {
   int64_t col = begin;
+  if constexpr (kAreNew) {
+    const bool is_short = end - begin < kLanes;
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const Vec w = is_short ? zeros() : rows.at(col, i);
+#pragma GCC unroll 8
+      for (int j = 0; j < kTokens; ++j) sum[i][j] = is_short ? zeros() : mul(w, x.at(col, j));
+    }
+    if (!is_short) col += kLanes;
+  }
   for (; col + kLanes <= end; col += kLanes) {
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
@@ -146,17 +156,12 @@ void matmul_float_tile(const MatmulArgs& a, const W& rows, const X& x, int64_t r
     }
   }
   if constexpr (W::kScaledCols == 0) {
-    add_products(rows, x, begin, end, sum);
+    add_products<false>(rows, x, begin, end, sum);
   } else {
     for (int64_t block = begin; block < end; block += W::kScaledCols) {
       Vec part[kRows][kTokens];
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-        for (int j = 0; j < kTokens; ++j) part[i][j] = zeros();
-      }
       rows.prefetch(block);
-      add_products(rows, x, block, end - block < W::kScaledCols ? end : block + W::kScaledCols, part);
+      add_products<true>(rows, x, block, end - block < W::kScaledCols ? end : block + W::kScaledCols, part);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
         const Vec scale = rows.scale(block, i);
