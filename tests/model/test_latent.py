@@ -199,8 +199,8 @@ def test_heads_that_end_inside_a_panel_are_refused_by_name(tmp_path: Path) -> No
     [
         (KeyValueRows(3, 128, 256), 256, "f8"),
         (KeyValueRows(2, 256, 128), 384, "f8"),
-        (KeyValueRows(3, 128, 120), 256, "f16"),
-        (KeyValueRows(2, 128, 128), 200, "f16"),
+        (KeyValueRows(3, 128, 120), 256, "f32"),
+        (KeyValueRows(2, 128, 128), 200, "f32"),
     ],
 )
 def test_blocks_of_f8_are_turned_with_their_scales(
@@ -224,8 +224,6 @@ def test_blocks_of_f8_are_turned_with_their_scales(
     )
 
     assert key_up.format == value_up.format == format
-    if format == "f16":
-        keys, values = (half.astype(np.float16).astype(np.float32) for half in (keys, values))
     np.testing.assert_array_equal(rows_of(key_up), keys)
     np.testing.assert_array_equal(rows_of(value_up), values)
 
