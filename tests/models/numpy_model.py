@@ -29,6 +29,8 @@ class NumpyModel:
     one left out, over all tokens and layers: below about 1e-5, float32 may choose differently.
     """
 
+    is_delta = False  # some layers have a gated delta net, and norms are zero-centred
+
     def __init__(self, directory: Path) -> None:
         raw: RawConfig = json.loads((directory / "config.json").read_text())
         self.config = text_of(raw)
