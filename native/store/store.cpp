@@ -369,13 +369,13 @@ void Store::serve() {
   }
 }
 
-// The queue whose first part may begin now; null if none may. What is read ahead takes no more than keeps the
-// drive at work: parts that have begun are in the way of those that come to be needed.
+// The queue whose first part may begin now; null if none may. What is read ahead leaves a place for each
+// reader: parts that have begun are in the way of those that come to be needed.
 std::deque<Store::Part>* Store::next_queue() {
   if (free_.empty()) return nullptr;
   if (!queue_.empty()) return &queue_;
-  const int num_begun = kMaxBegun - int(free_.size());
-  return !ahead_queue_.empty() && num_begun < 2 * num_readers_ ? &ahead_queue_ : nullptr;
+  const auto num_kept_free = size_t(std::min(num_readers_, kMaxBegun - 1));
+  return !ahead_queue_.empty() && free_.size() > num_kept_free ? &ahead_queue_ : nullptr;
 }
 
 // Begins as many parts as there is room for, in their order: the kernel gets those it can read by itself, in

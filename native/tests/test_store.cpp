@@ -551,9 +551,9 @@ void what_is_read_ahead_leaves_room_for_what_is_needed() {
   std::vector<Record> records;
   for (int64_t i = 0; i < 32; ++i) records.push_back({{{id, i * kPage, kPage, 0}}, {}, i * kPage});
   const auto ahead = store.fetch(arena, records, true);
-  CHECK(file_system->num_reads() <= 2 * 2);
+  CHECK(file_system->num_reads() <= Store::kMaxBegun - 2);
   const auto dropped = store.drop(ahead);
-  CHECK(dropped.size() >= 32u - 2 * 2 - 1);
+  CHECK(dropped.size() >= 32u - (Store::kMaxBegun - 2) - 1);
   for (const int64_t ticket : ahead) {
     const bool is_dropped = std::find(dropped.begin(), dropped.end(), ticket) != dropped.end();
     if (!is_dropped) CHECK_EQUAL(wait_one(store, ticket).message, "");
