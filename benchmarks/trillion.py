@@ -46,7 +46,8 @@ Bytes = NDArray[np.uint8]
 DENSE_FILE, EXPERTS_FILE, MADE_FILE = "dense.bin", "experts.bin", "made.json"
 PAGE = 4096
 MATRIX_ALIGNMENT = 64
-# Rows of noise that are quantised; larger matrices repeat them.
+PANEL_ROWS = 16
+# Rows of noise that are quantised.
 POOL_ROWS = 1024
 # Of the embedding and the head, which are made and quantised stripe by stripe.
 STRIPE_ROWS = 16_384
@@ -137,11 +138,14 @@ def _quantised(format: Format, weights: NDArray[np.float32]) -> Bytes:
 
 
 class Noise:
-    """Quantised noise, made once for each format, width and deviation, and repeated as long as it takes."""
+    """Quantised noise: panels of a pool for each format, width and deviation, drawn afresh for each matrix.
+
+    The same matrix in every layer would write the same into the hidden state every time, and drown the token in it.
+    """
 
     def __init__(self, seed: int) -> None:
         self._random = np.random.default_rng(seed)
-        self._pools: dict[tuple[Format, int, float, bool], Bytes] = {}
+        self._pools: dict[tuple[Format, int, float], Bytes] = {}
 
     def matrix(self, format: Format, recipe: Normal) -> Bytes:
         """[rows, cols] in a slot format; `silent_rows` are zeros."""
@@ -152,13 +156,12 @@ class Noise:
         return np.concatenate(parts)
 
     def _rows(self, format: Format, rows: int, cols: int, deviation: float) -> Bytes:
-        made = min(rows, POOL_ROWS)
-        key = (format, cols, deviation, made == POOL_ROWS)
-        if key not in self._pools or made < POOL_ROWS:
-            values = self._random.standard_normal((made, cols), np.float32) * np.float32(deviation)
-            self._pools[key] = _quantised(format, values)
-        pool, wanted = self._pools[key], matrix_bytes(format, rows, cols)
-        return np.tile(pool, -(-wanted // len(pool)))[:wanted]
+        key = (format, cols, deviation)
+        if key not in self._pools:
+            values = self._random.standard_normal((POOL_ROWS, cols), np.float32) * np.float32(deviation)
+            self._pools[key] = _quantised(format, values).reshape(POOL_ROWS // PANEL_ROWS, -1)
+        pool = self._pools[key]
+        return pool[self._random.integers(len(pool), size=-(-rows // PANEL_ROWS))].reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -217,6 +220,7 @@ class Trillion:
             "record_bytes": self.record_bytes,
             "layers": self.config.num_layers,
             "layer_share": LAYER_SHARE,
+            "panels": "drawn",
         }
         made = self.directory / MADE_FILE
         if made.exists() and json.loads(made.read_text())["made"] == wanted:
@@ -231,16 +235,11 @@ class Trillion:
             recipe_of = self._recipes()
             recipes = [recipe_of(f"expert.{part}") for part in ("gate", "up", "down")]
             record = np.zeros(self.record_bytes, np.uint8)
-            for (offset, format, _, _), recipe in zip(self._places(), recipes, strict=True):
-                assert isinstance(recipe, Normal)
-                data = noise.matrix(format, recipe)
-                record[offset : offset + len(data)] = data
-            # Records differ, so that none is kept by anybody as a copy of another: rows of gate change places.
-            panels = record[: matrix_bytes("int4", *expert_shapes(self.config).gate)].reshape(
-                expert_shapes(self.config).gate[0] // 16, -1
-            )
-            for number in range(self.num_records):
-                panels[:] = np.roll(panels, 1 + number % 3, axis=0)
+            for _ in range(self.num_records):
+                for (offset, format, _, _), recipe in zip(self._places(), recipes, strict=True):
+                    assert isinstance(recipe, Normal)
+                    data = noise.matrix(format, recipe)
+                    record[offset : offset + len(data)] = data
                 checksums.append(int(_native.crc32c_wide(record)))
                 file.write(record)
         made.write_text(json.dumps({"made": wanted, "checksums": checksums}))
