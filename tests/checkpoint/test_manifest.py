@@ -94,9 +94,9 @@ def test_a_changed_manifest_is_refused(packed: Path) -> None:
 
 def test_a_manifest_of_another_version_is_refused(packed: Path) -> None:
     path = packed / "argosy.json"
-    path.write_text(path.read_text().replace('"argosy_pack": 1', '"argosy_pack": 2'))
+    path.write_text(path.read_text().replace('"argosy_pack": 2', '"argosy_pack": 3'))
 
-    assert "argosy.json is of version 2, this Argosy reads version 1" in refusal(packed)
+    assert "argosy.json is of version 3, this Argosy reads version 2" in refusal(packed)
 
 
 def test_a_missing_or_cut_file_is_named(packed: Path) -> None:

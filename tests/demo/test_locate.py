@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
+from argosy.checkpoint import manifest
 from argosy.demo import locate
 
 
@@ -58,3 +59,19 @@ def test_a_cache_that_cannot_be_written_is_no_error(
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("ARGOSY_CACHE", str(tmp_path / "file" / "cache"))
     assert locate._version() == name_of(b"first")
+
+
+def test_a_pack_of_another_version_of_the_format_is_not_taken(
+    experts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+
+    def is_there(path: Path) -> object:
+        asked.append(path)
+        return object()
+
+    monkeypatch.setattr(manifest, "open_pack", is_there)
+    first = locate.locate()
+    monkeypatch.setattr(manifest, "PACK_VERSION", manifest.PACK_VERSION + 1)
+    assert locate.locate() != first
+    assert len(set(asked)) == 2

