@@ -107,8 +107,7 @@ def open_model(path: str | Path) -> ModelFiles:
         if not (path / GGUF_METADATA_FILE).exists():
             _require_same_config(packed)
         return packed
-    has_tensors = any((path / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
-    if not has_tensors and (gguf := find_gguf(path)) is not None:
+    if not _has_tensors(path) and (gguf := find_gguf(path)) is not None:
         return _open_gguf(gguf)
     config_path = path / CONFIG_FILE
     if not config_path.exists() and not config_path.is_symlink():
@@ -129,8 +128,12 @@ def config_alone(path: str | Path) -> ModelConfig | None:
         return read_config(path.parent)[1]
     if not (path / CONFIG_FILE).is_file():
         return None
-    has_weights = any((path / name).exists() for name in (MANIFEST_FILE, SINGLE_FILE, INDEX_FILE))
-    return None if has_weights or find_gguf(path) is not None else read_config(path)[1]
+    has_weights = (path / MANIFEST_FILE).exists() or _has_tensors(path) or find_gguf(path) is not None
+    return None if has_weights else read_config(path)[1]
+
+
+def _has_tensors(directory: Path) -> bool:
+    return any((directory / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
 
 
 def _open_gguf(path: Path) -> ModelFiles:

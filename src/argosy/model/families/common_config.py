@@ -7,8 +7,10 @@ Elsewhere: the same for GGUF metadata is `GgufConfigReader.common`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from argosy.config import ModelConfig
 from argosy.model.families.config_reader import MOST_EXPERTS, ConfigReader
 from argosy.model.families.rope_config import read_rope
 
@@ -78,3 +80,13 @@ def read_common(
         "eos_ids": reader.token_ids("eos_token_id", eos_id),
         "bos_id": next(iter(reader.token_ids("bos_token_id", bos_id)), None),
     }
+
+
+def in_wrapper(config: ModelConfig, wrapper: ConfigReader) -> ModelConfig:
+    """The text model of a wrapper, which has the last word on a tied head and on the first and last tokens of a text."""
+    return replace(
+        config,
+        is_embedding_tied=wrapper.flag("tie_word_embeddings", config.is_embedding_tied),
+        eos_ids=wrapper.token_ids("eos_token_id") or config.eos_ids,
+        bos_id=next(iter(wrapper.token_ids("bos_token_id")), config.bos_id),
+    )

@@ -20,7 +20,7 @@ from argosy.config import LatentConfig, LayerConfig, ModelConfig, RopeConfig, Ro
 from argosy.errors import CheckpointError
 from argosy.model.families.common_config import read_common
 from argosy.model.families.config_reader import MOST_EXPERTS, MOST_LAYERS, ConfigReader
-from argosy.model.families.layout import ATTENTION_NAMES, Layout
+from argosy.model.families.layout import ATTENTION_NAMES, separate_and_fused
 
 LATENT_NORM_EPS = 1e-6
 RENORMALIZE_EPS = 1e-20
@@ -43,17 +43,7 @@ _LAYER_NAMES = {
     "down": "mlp.down_proj.weight",
 }
 
-LAYOUTS = (
-    Layout(
-        layer_names=_LAYER_NAMES,
-        expert_names=(
-            "mlp.experts.{expert}.gate_proj.weight",
-            "mlp.experts.{expert}.up_proj.weight",
-            "mlp.experts.{expert}.down_proj.weight",
-        ),
-    ),
-    Layout(layer_names=_LAYER_NAMES, fused_names=("mlp.experts.gate_up_proj", "mlp.experts.down_proj")),
-)
+LAYOUTS = separate_and_fused(_LAYER_NAMES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,13 +169,7 @@ def read_latent_model(
         attention_scale=attention_scale(head_dim, rope),
         dense_width=reader.integer("intermediate_size", default=defaults.dense_width),
         shared_width=num_shared * expert_width,
-        num_mtp_layers=reader.integer(
-            "num_nextn_predict_layers",
-            "num_mtp_layers",
-            default=defaults.num_mtp_layers,
-            least=0,
-            most=MOST_LAYERS,
-        ),
+        num_mtp_layers=read_mtp_layers(reader, defaults.num_mtp_layers),
         **(common | {"head_dim": head_dim}),
     )
 
@@ -213,6 +197,13 @@ def read_sigmoid_router(scale: float, num_groups: int, kept_groups: int) -> Read
         return require_groups(router, num_experts, experts_per_token)
 
     return read
+
+
+def read_mtp_layers(reader: ConfigReader, default: int) -> int:
+    """Layers for multi-token prediction, which lie behind the model's own in the files."""
+    return reader.integer(
+        "num_nextn_predict_layers", "num_mtp_layers", default=default, least=0, most=MOST_LAYERS
+    )
 
 
 def require_groups(router: RouterConfig, num_experts: int, experts_per_token: int) -> RouterConfig:

@@ -43,14 +43,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     head_dim = latent.nope_dim + latent.rope_dim
     rope = _read_rope(reader, latent.rope_dim, sizes["context_tokens"])
     num_layers = reader.num_layers()
-    num_dense = reader.integer("leading_dense_block_count", 0, least=0)
-    if num_dense >= num_layers:
-        raise CheckpointError(
-            f"{file.path.name}: {reader.key('leading_dense_block_count')} is {num_dense} of {num_layers} layers, and "
-            "none has routed experts",
-            path=file.path,
-            key=reader.key("leading_dense_block_count"),
-        )
+    num_dense = read_dense_layers(reader, num_layers)
     router = _read_router(
         reader, num_layers, sizes["vocab_size"], f"blk.{num_dense}.exp_probs_b.bias" in file.tensors
     )
@@ -134,7 +127,28 @@ def _read_router(
         function = SIGMOID if is_glm else SOFTMAX
     if function not in (SOFTMAX, SIGMOID):
         raise reader.unsupported("expert_gating_func", function, "1 (softmax), 2 (sigmoid)")
-    is_sigmoid = function == SIGMOID
+    return read_grouped_router(reader, is_sigmoid=function == SIGMOID, has_choice_bias=has_choice_bias)
+
+
+def read_dense_layers(reader: GgufConfigReader, num_layers: int) -> int:
+    """How many layers, from the first on, have no routed experts.
+
+    Raises:
+        CheckpointError: all of them.
+    """
+    num_dense = reader.integer("leading_dense_block_count", 0, least=0)
+    if num_dense >= num_layers:
+        raise CheckpointError(
+            f"{reader.file.path.name}: {reader.key('leading_dense_block_count')} is {num_dense} of {num_layers} "
+            "layers, and none has routed experts",
+            path=reader.file.path,
+            key=reader.key("leading_dense_block_count"),
+        )
+    return num_dense
+
+
+def read_grouped_router(reader: GgufConfigReader, *, is_sigmoid: bool, has_choice_bias: bool) -> RouterConfig:
+    """Groups, weights and scale of a router: sigmoid scores as DeepSeek-V3 uses them, or softmax as V2 does."""
     renormalize = reader.flag("expert_weights_norm", False)
     return RouterConfig(
         score="sigmoid" if is_sigmoid else "softmax",

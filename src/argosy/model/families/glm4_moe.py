@@ -10,17 +10,17 @@ from collections.abc import Mapping
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
-from argosy.config import LayerConfig, ModelConfig, RouterConfig
-from argosy.errors import CheckpointError
+from argosy.config import LayerConfig, ModelConfig
 from argosy.model.families.common_config import read_common
 from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.families.deepseek import (
     LAYOUTS,
-    RENORMALIZE_EPS,
     layers_behind_the_dense,
+    read_mtp_layers,
     read_sigmoid_router,
     require_groups,
 )
+from argosy.model.families.deepseek_gguf import read_dense_layers, read_grouped_router
 from argosy.model.families.gguf_config import SIGMOID, GgufConfigReader
 from argosy.model.families.gguf_layout import read_gguf_layout
 
@@ -64,9 +64,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         shared_width=reader.integer("n_shared_experts", default=1) * expert_width,
         has_qkv_bias=reader.flag("attention_bias", False),
         qk_norm="head" if reader.flag("use_qk_norm", False) else "none",
-        num_mtp_layers=reader.integer(
-            "num_nextn_predict_layers", "num_mtp_layers", default=1, least=0, most=MOST_LAYERS
-        ),
+        num_mtp_layers=read_mtp_layers(reader, 1),
         **common,
     )
     reader.finish()
@@ -83,24 +81,10 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
     common = reader.common(has_partial_rope=True)
     num_layers = reader.num_layers()
-    num_dense = reader.integer("leading_dense_block_count", 0, least=0)
-    if num_dense >= num_layers:
-        raise CheckpointError(
-            f"{file.path.name}: {reader.key('leading_dense_block_count')} is {num_dense} of {num_layers} layers, and "
-            "none has routed experts",
-            path=file.path,
-            key=reader.key("leading_dense_block_count"),
-        )
+    num_dense = read_dense_layers(reader, num_layers)
     reader.neutral("expert_gating_func", 0, SIGMOID)
-    renormalize = reader.flag("expert_weights_norm", False)
-    router = RouterConfig(
-        score="sigmoid",
-        has_choice_bias=f"blk.{num_dense}.exp_probs_b.bias" in file.tensors,
-        num_groups=reader.integer("expert_group_count", 0, least=0) or 1,
-        kept_groups=reader.integer("expert_group_used_count", 0, least=0) or 1,
-        renormalize=renormalize,
-        renormalize_eps=RENORMALIZE_EPS if renormalize else 0.0,
-        scale=reader.number("expert_weights_scale") if reader.is_set("expert_weights_scale") else 1.0,
+    router = read_grouped_router(
+        reader, is_sigmoid=True, has_choice_bias=f"blk.{num_dense}.exp_probs_b.bias" in file.tensors
     )
     expert_width = reader.integer("expert_feed_forward_length")
     config = ModelConfig(

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from argosy.config import ModelConfig
 from argosy.model.families import deepseek, kimi_k2
+from argosy.model.families.common_config import in_wrapper
 from argosy.model.families.config_reader import ConfigReader
 from argosy.model.families.deepseek_gguf import GGUF_ARCHITECTURE, open_gguf
 
@@ -50,12 +51,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     text = wrapper.nested("text_config", "kimi_k2", "deepseek_v3")
     config = kimi_k2.read_text(text, MODEL_TYPE)
     text.finish()
-    config = replace(
-        config,
-        is_embedding_tied=wrapper.flag("tie_word_embeddings", config.is_embedding_tied),
-        eos_ids=wrapper.token_ids("eos_token_id") or config.eos_ids,
-        bos_id=next(iter(wrapper.token_ids("bos_token_id")), config.bos_id),
-    )
+    config = in_wrapper(config, wrapper)
     wrapper.passed(*_VISION_KEYS)
     wrapper.finish()
     return config

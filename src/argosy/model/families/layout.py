@@ -111,6 +111,23 @@ class Layout:
         return is_known
 
 
+def separate_and_fused(layer_names: Mapping[str, str], passed_over: str | None = None) -> tuple[Layout, ...]:
+    """Both ways of most families: one tensor for each matrix of an expert, or those of a layer fused in two."""
+    separate = Layout(
+        layer_names=layer_names,
+        expert_names=(
+            "mlp.experts.{expert}.gate_proj.weight",
+            "mlp.experts.{expert}.up_proj.weight",
+            "mlp.experts.{expert}.down_proj.weight",
+        ),
+        passed_over=passed_over,
+    )
+    fused = replace(
+        separate, expert_names=None, fused_names=("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    )
+    return separate, fused
+
+
 def read_layout(
     directory: Path,
     config: ModelConfig,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from argosy.errors import CheckpointError
 from argosy.model.families.config_reader import ConfigReader
-from argosy.model.families.layout import ATTENTION_NAMES, Layout
+from argosy.model.families.layout import ATTENTION_NAMES, Layout, separate_and_fused
 
 _LAYER_NAMES = {
     **ATTENTION_NAMES,
@@ -23,23 +23,7 @@ _LAYER_NAMES = {
 
 def make_layouts(more_names: Mapping[str, str] = {}, passed_over: str | None = None) -> tuple[Layout, ...]:
     """Experts one by one, and fused; `more_names` are those of a family with other mixers beside attention."""
-    names = {**_LAYER_NAMES, **more_names}
-    return (
-        Layout(
-            layer_names=names,
-            expert_names=(
-                "mlp.experts.{expert}.gate_proj.weight",
-                "mlp.experts.{expert}.up_proj.weight",
-                "mlp.experts.{expert}.down_proj.weight",
-            ),
-            passed_over=passed_over,
-        ),
-        Layout(
-            layer_names=names,
-            fused_names=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
-            passed_over=passed_over,
-        ),
-    )
+    return separate_and_fused({**_LAYER_NAMES, **more_names}, passed_over)
 
 
 LAYOUTS = make_layouts()
