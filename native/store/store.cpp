@@ -83,22 +83,22 @@ class Store::Staging {
   explicit Staging(int64_t nbytes) : arena_(size_t(nbytes)), is_taken_(size_t(nbytes / kGranule)) {}
 
   int64_t size() const { return int64_t(arena_.size()); }
-  uint8_t* at(int64_t offset) { return arena_.data() + offset; }
 
-  std::optional<int64_t> take(int64_t nbytes) {
+  // Null where no run is long enough.
+  uint8_t* take(int64_t nbytes) {
     const auto wanted = size_t(divide_up(nbytes, kGranule));
     size_t run = 0;
     for (size_t i = 0; i < is_taken_.size(); ++i) {
       run = is_taken_[i] ? 0 : run + 1;
       if (run < wanted) continue;
       mark(i + 1 - wanted, wanted, true);
-      return int64_t(i + 1 - wanted) * kGranule;
+      return arena_.data() + int64_t(i + 1 - wanted) * kGranule;
     }
-    return std::nullopt;
+    return nullptr;
   }
 
-  void give_back(int64_t offset, int64_t nbytes) {
-    mark(size_t(offset / kGranule), size_t(divide_up(nbytes, kGranule)), false);
+  void give_back(const uint8_t* memory, int64_t nbytes) {
+    mark(size_t((memory - arena_.data()) / kGranule), size_t(divide_up(nbytes, kGranule)), false);
   }
 
  private:
@@ -397,7 +397,7 @@ void Store::begin_parts(std::unique_lock<std::mutex>& lock) {
     if (!is_for_kernel && num_unread_ >= num_readers_) break;
     Begun begun{part};
     begun.asks_cache = asks_cache;
-    uint8_t* memory = piece.memory + (part.begin - round_down(piece.offset, file.alignment));
+    begun.memory = piece.memory + (part.begin - round_down(piece.offset, file.alignment));
     if (piece.transcode) {
       try {
         if (!staging_) staging_ = std::make_unique<Staging>(staging_bytes());
@@ -406,10 +406,8 @@ void Store::begin_parts(std::unique_lock<std::mutex>& lock) {
         finish_part(lock, part, {ReadError::io, error.what()});
         continue;
       }
-      const std::optional<int64_t> offset = staging_->take(part.end - part.begin);
-      if (!offset) break;
-      begun.staging_offset = *offset;
-      memory = staging_->at(*offset);
+      begun.memory = staging_->take(part.end - part.begin);
+      if (begun.memory == nullptr) break;
     }
     queue->pop_front();
     part.request->is_begun = true;
@@ -419,7 +417,7 @@ void Store::begin_parts(std::unique_lock<std::mutex>& lock) {
     free_.pop_back();
     begun_[index] = begun;
     if (is_for_kernel) {
-      reads[num_reads++] = {file.handle, memory, size_t(part.end - part.begin), part.begin, index};
+      reads[num_reads++] = {file.handle, begun.memory, size_t(part.end - part.begin), part.begin, index};
     } else {
       landed_.push_back(index);
       ++num_unread_;
@@ -483,7 +481,7 @@ void Store::finish_landed(std::unique_lock<std::mutex>& lock) {
   }
   if (begun.got == Begun::kUnread) --num_unread_;
   if (part.request->pieces[part.piece].transcode) {
-    staging_->give_back(begun.staging_offset, part.end - part.begin);
+    staging_->give_back(begun.memory, part.end - part.begin);
   }
   finish_part(lock, part, std::move(outcome));
   free_.push_back(index);
@@ -495,19 +493,15 @@ Store::Outcome Store::read_part(const Begun& begun) {
   const Part& part = begun.part;
   const PieceState& piece = part.request->pieces[part.piece];
   const int64_t piece_end = piece.offset + piece.nbytes;  // beyond it the file may end
-  if (!piece.transcode) {
-    uint8_t* memory = piece.memory + (part.begin - round_down(piece.offset, piece.file->open.alignment));
-    return read_range(piece, begun, std::min(part.end, piece_end), memory);
-  }
+  if (!piece.transcode) return read_range(piece, begun, std::min(part.end, piece_end));
   const auto& [type, rows, cols, interleaved] = *piece.transcode;
   const int64_t panel_bytes = piece.transcode->panel_bytes();
   const int64_t data_begin = piece.offset + part.panel_begin * panel_bytes;
   const int64_t data_end = std::min(piece.offset + part.panel_end * panel_bytes, piece_end);
-  uint8_t* staged = staging_->at(begun.staging_offset);
-  Outcome outcome = read_range(piece, begun, data_end, staged);
+  Outcome outcome = read_range(piece, begun, data_end);
   if (outcome.error != ReadError::none) return outcome;
   const double start = file_system_->seconds();
-  const bool is_finite = transcode(type, staged + (data_begin - part.begin), rows, cols, interleaved,
+  const bool is_finite = transcode(type, begun.memory + (data_begin - part.begin), rows, cols, interleaved,
                                    part.panel_begin, part.panel_end, piece.memory);
   add_seconds(&StoreStats::transcode_seconds, file_system_->seconds() - start);
   if (is_finite) return {};
@@ -516,11 +510,11 @@ Store::Outcome Store::read_part(const Begun& begun) {
                                      " hold a code or scale that is not a finite number"};
 }
 
-// Bytes [part.begin, part.end) of the file to `memory`, as far as they are not there yet; it is an error if
-// it ends before `needed_end`.
-Store::Outcome Store::read_range(const PieceState& piece, const Begun& begun, int64_t needed_end,
-                                 uint8_t* memory) {
+// Bytes [part.begin, part.end) of the file to the part's memory, as far as they are not there yet; it is an
+// error if it ends before `needed_end`.
+Store::Outcome Store::read_range(const PieceState& piece, const Begun& begun, int64_t needed_end) {
   const Part& part = begun.part;
+  uint8_t* memory = begun.memory;
   const OpenFile& file = piece.file->open;
   const std::string& path = piece.file->path;
   ssize_t got = begun.got;

@@ -185,8 +185,8 @@ class Store {
     static constexpr ssize_t kUnread = -100'000;  // no errno is as small
 
     Part part;
-    int64_t staging_offset = 0;
-    ssize_t got = kUnread;  // as of FileSystem::pread
+    uint8_t* memory = nullptr;  // what [part.begin, part.end) is read to: of the arena, or of staging_
+    ssize_t got = kUnread;      // as of FileSystem::pread
     double begin_seconds = 0;
     bool asks_cache = false;
   };
@@ -204,7 +204,7 @@ class Store {
   static bool asks_cache(File& file);
   Outcome read_part(const Begun& begun);
   int64_t read_cached(File& file, uint8_t* memory, int64_t offset, int64_t nbytes);
-  Outcome read_range(const PieceState& piece, const Begun& begun, int64_t needed_end, uint8_t* memory);
+  Outcome read_range(const PieceState& piece, const Begun& begun, int64_t needed_end);
   Outcome check_piece(const PieceState& piece);
   void finish_part(std::unique_lock<std::mutex>& lock, const Part& part, Outcome outcome);
   void add_seconds(double StoreStats::* counter, double seconds);

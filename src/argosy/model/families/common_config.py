@@ -83,7 +83,7 @@ def read_common(
 
 
 def in_wrapper(config: ModelConfig, wrapper: ConfigReader) -> ModelConfig:
-    """The text model of a wrapper, which has the last word on a tied head and on the first and last tokens of a text."""
+    """The text model of a wrapper, which has the last word on a tied head and on where a text starts and ends."""
     return replace(
         config,
         is_embedding_tied=wrapper.flag("tie_word_embeddings", config.is_embedding_tied),
