@@ -89,6 +89,15 @@ def probe_drive(path: Path, record_bytes: int) -> float:
     )
 
 
+DRIVE_LOOKS = 3  # before a sample, and again after it
+DRIVE_RECORD_BYTES = 2 << 20
+
+
+def look_at_drive(path: Path) -> list[float]:
+    """What the drive gives right now, several times: its rate moves by a fifth and more from one second to the next."""
+    return [probe_drive(path, DRIVE_RECORD_BYTES) for _ in range(DRIVE_LOOKS)]
+
+
 @dataclass
 class Sample:
     """One timed stretch of work, and how busy others kept the machine meanwhile."""

@@ -33,7 +33,7 @@ from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from cgroup import CappedRun, run_capped
 from common import REPOSITORY
 from make_checkpoint import named_model
-from random_weights import document
+from random_weights import document, num_continued
 
 ARGOSY, LLAMA_CPP = "argosy", "llama.cpp"
 # llama.cpp's threads spin at barriers; told to sleep they are faster where a drive or a neighbour is waited for.
@@ -244,9 +244,7 @@ def require_documents(run: Run, told: list[str]) -> None:
     """
     right = asked = 0
     for number, answer in enumerate(run.answers()):
-        length = len(run.job.prompts[number])
-        expected = document(FIRST_DOCUMENT + number, length + len(answer))[length:]
-        right += sum(a == b for a, b in zip(answer, expected, strict=True))
+        right += num_continued(FIRST_DOCUMENT + number, len(run.job.prompts[number]), answer)
         asked += len(answer)
     if right != asked:
         raise SystemExit(f"{run.engine}: {right}/{asked} tokens of the answers continue their documents")

@@ -23,7 +23,7 @@ writes (rows of zeros in `o` and `down`), so that routers and head see them as t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -178,6 +178,12 @@ class RandomWeights:
                 for layer in self.config.moe_layers
             ]
         )
+
+
+def num_continued(number: int, prompt_tokens: int, answer: Sequence[int], *, vocab: int = 32_000) -> int:
+    """How many tokens of an answer to so many first ids of a document are the document's own next ones."""
+    expected = document(number, prompt_tokens + len(answer), vocab=vocab)[prompt_tokens:]
+    return sum(a == b for a, b in zip(answer, expected, strict=True))
 
 
 def document(number: int, num_tokens: int = DOCUMENT_TOKENS, *, vocab: int = 32_000) -> list[int]:

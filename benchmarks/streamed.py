@@ -38,7 +38,7 @@ from common import (
     alternate,
     drop_page_cache,
     file_bytes,
-    probe_drive,
+    look_at_drive,
     read_ahead,
     tidy_up_when_terminated,
 )
@@ -61,8 +61,6 @@ TUNED_KIB, AS_IT_COMES_KIB = 128, 8192
 PROMPT_TOKENS = 8
 TARGETS = {TUNED_KIB: ">= 3", AS_IT_COMES_KIB: ">= 15"}
 ROWS = {TUNED_KIB: 5, AS_IT_COMES_KIB: 6}
-DRIVE_LOOKS = 3  # before a sample, and again after it
-DRIVE_RECORD_BYTES = 2 << 20
 # Parts of the ledger in which a layer's experts are not known yet.
 BEFORE_EXPERTS = ("router", "attention_and_dense")
 
@@ -124,9 +122,9 @@ class Streamed:
         )
 
         def one() -> dict[str, float]:
-            drive = self.look_at_drive()
+            drive = look_at_drive(self.case.model)
             done = self.run(engine, self.job(threads, num_new), read_ahead_kib, passive=tuned)
-            drive += self.look_at_drive()
+            drive += look_at_drive(self.case.model)
             tokens = max(1, len(done.decode_s))
             values = {
                 "decode": done.decode_tok_per_s,
@@ -141,9 +139,6 @@ class Streamed:
             return values
 
         return one
-
-    def look_at_drive(self) -> list[float]:
-        return [probe_drive(self.case.model, DRIVE_RECORD_BYTES) for _ in range(DRIVE_LOOKS)]
 
     def prefill(self, engine: str, threads: int, num_tokens: int) -> Callable[[], dict[str, float]]:
         job = Job(

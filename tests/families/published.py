@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-RawConfig = dict[str, Any]
+from tests.families.hub_configs import RELEASED, RawConfig
 
 
 class Published(NamedTuple):
@@ -48,66 +48,6 @@ def qwen3_moe(**changes: Any) -> RawConfig:
         "rope_theta": 1e6,
         "vocab_size": 151_936,
     } | changes
-
-
-def deepseek_v3(**changes: Any) -> RawConfig:
-    return {
-        "model_type": "deepseek_v3",
-        "attention_bias": False,
-        "first_k_dense_replace": 3,
-        "hidden_act": "silu",
-        "hidden_size": 7168,
-        "intermediate_size": 18_432,
-        "kv_lora_rank": 512,
-        "max_position_embeddings": 163_840,
-        "moe_intermediate_size": 2048,
-        "moe_layer_freq": 1,
-        "n_group": 8,
-        "n_routed_experts": 256,
-        "n_shared_experts": 1,
-        "norm_topk_prob": True,
-        "num_attention_heads": 128,
-        "num_experts_per_tok": 8,
-        "num_hidden_layers": 61,
-        "num_key_value_heads": 128,
-        "num_nextn_predict_layers": 1,
-        "q_lora_rank": 1536,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "rms_norm_eps": 1e-6,
-        "rope_scaling": {
-            "beta_fast": 32,
-            "beta_slow": 1,
-            "factor": 40,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "original_max_position_embeddings": 4096,
-            "type": "yarn",
-        },
-        "rope_theta": 10_000,
-        "routed_scaling_factor": 2.5,
-        "scoring_func": "sigmoid",
-        "tie_word_embeddings": False,
-        "topk_group": 4,
-        "topk_method": "noaux_tc",
-        "v_head_dim": 128,
-        "vocab_size": 129_280,
-    } | changes
-
-
-KIMI_K2 = {
-    "first_k_dense_replace": 1,
-    "max_position_embeddings": 131_072,
-    "n_group": 1,
-    "n_routed_experts": 384,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 64,
-    "num_nextn_predict_layers": 0,
-    "rope_theta": 50_000.0,
-    "routed_scaling_factor": 2.827,
-    "topk_group": 1,
-    "vocab_size": 163_840,
-}
 
 
 def gpt_oss(layers: int, experts: int) -> RawConfig:
@@ -184,39 +124,6 @@ GLM_46 = {
     "routed_scaling_factor": 2.5,
     "use_qk_norm": True,
 }
-
-
-def glm4_moe_lite() -> RawConfig:
-    return {
-        "model_type": "glm4_moe_lite",
-        "attention_bias": False,
-        "first_k_dense_replace": 1,
-        "hidden_act": "silu",
-        "hidden_size": 2048,
-        "intermediate_size": 10_240,
-        "kv_lora_rank": 512,
-        "max_position_embeddings": 202_752,
-        "moe_intermediate_size": 1536,
-        "n_group": 1,
-        "n_routed_experts": 64,
-        "n_shared_experts": 1,
-        "norm_topk_prob": True,
-        "num_attention_heads": 20,
-        "num_experts_per_tok": 4,
-        "num_hidden_layers": 47,
-        "num_key_value_heads": 20,
-        "num_nextn_predict_layers": 1,
-        "q_lora_rank": 768,
-        "qk_nope_head_dim": 192,
-        "qk_rope_head_dim": 64,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
-        "routed_scaling_factor": 1.8,
-        "tie_word_embeddings": False,
-        "topk_group": 1,
-        "v_head_dim": 256,
-        "vocab_size": 154_880,
-    }
 
 
 def olmoe() -> RawConfig:
@@ -365,13 +272,13 @@ PUBLISHED = (
         ),
         235.1,
     ),
-    Published("DeepSeek-V3", deepseek_v3(), 671.0),
-    Published("Kimi-K2", deepseek_v3(**KIMI_K2), 1025.7),
+    Published("DeepSeek-V3", RELEASED["DeepSeek-V3"], 671.0),
+    Published("Kimi-K2", RELEASED["Kimi-K2-Instruct"], 1025.7),
     Published("gpt-oss-20b", gpt_oss(24, 32), 20.9),
     Published("gpt-oss-120b", gpt_oss(36, 128), 116.8),
     Published("GLM-4.5-Air", glm4_moe(), 106.9),
     Published("GLM-4.6", glm4_moe(**GLM_46), 352.8),
-    Published("GLM-4.7-Flash", glm4_moe_lite(), 29.9),
+    Published("GLM-4.7-Flash", RELEASED["GLM-4.7-Flash"], 29.9),
     Published("OLMoE-1B-7B", olmoe(), 6.92),
     Published("MiniMax-M2", minimax_m2(), 228.7),
     Published("Qwen3-Next-80B-A3B", qwen3_next(), 79.7),

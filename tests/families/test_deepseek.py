@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from argosy.checkpoint.geometry import dense_shapes, expert_shapes
+from argosy.checkpoint.geometry import count_parameters
 from argosy.config import LatentConfig, ModelConfig, RopeConfig, RouterConfig
 from argosy.engine.memory_plan import kv_bytes
 from argosy.errors import CheckpointError, UnsupportedModel
@@ -231,10 +231,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_and_kv_cache_are_those_that_the_papers_give(name: str) -> None:
     config = parse(RELEASED[name])
-    expert = sum(map(math.prod, expert_shapes(config)))
-    total = sum(math.prod(shape) for _, shape in dense_shapes(config))
-    total += len(config.moe_layers) * config.num_experts * expert
-
+    total, _ = count_parameters(config)
     billions, elements = PUBLISHED[name]
     assert total / 1e9 == pytest.approx(billions, rel=2e-3)
     # 70 KB for each position of Kimi-K2 and DeepSeek-V3 at 16 bits.

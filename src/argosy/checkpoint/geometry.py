@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from typing import NamedTuple
 
-from argosy.config import MixerKind, ModelConfig
+from argosy.config import Format, MixerKind, ModelConfig
 
 Shape = tuple[int, ...]
 
@@ -161,6 +161,7 @@ def _routed_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
             yield "shared_score", (1, hidden)
 
 
+_DENSE_FORMATS: Mapping[str, Format] = {"bf16": "bf16", "q8": "q8", "q4": "q8"}
 # Beside vectors: rows that score experts, and those that say how fast a recurrent state forgets and learns.
 _KEPT_EXACT = frozenset(
     {"router", "shared_score", "sinks", "delta_a", "delta_b", "delta_ba", "delta_conv", "delta_rate"}
@@ -175,3 +176,8 @@ def is_kept_exact(name: str) -> bool:
     """
     last = name.rpartition(".")[2]
     return last.endswith(("norm", "_bias")) or last in _KEPT_EXACT
+
+
+def packed_format(name: str, format: str) -> Format:
+    """The format of a dense tensor in a pack of `format`: bf16, q8 or q4, of which q4 is for routed experts alone."""
+    return "f32" if is_kept_exact(name) else _DENSE_FORMATS[format]

@@ -52,7 +52,7 @@ from argosy.checkpoint.files import (
     is_quantised,
     matrix_bytes,
 )
-from argosy.checkpoint.geometry import is_kept_exact
+from argosy.checkpoint.geometry import packed_format
 from argosy.checkpoint.gguf import GGUF_METADATA_FILE, metadata_only, read_gguf
 from argosy.checkpoint.json_strict import JSON_LIMIT_BYTES, open_regular, read_at
 from argosy.checkpoint.manifest import (
@@ -212,15 +212,9 @@ class _Unit:
 
 
 def _dense_format(files: ModelFiles, format: str) -> Callable[[str], Format]:
-    matrix_formats: dict[str, Format] = {"bf16": "bf16", "q8": "q8", "q4": "q8"}
-    matrix_format = matrix_formats.get(format)
-
-    def format_of(name: str) -> Format:
-        if matrix_format is None:
-            return files.dense[name].format
-        return "f32" if is_kept_exact(name) else matrix_format
-
-    return format_of
+    if format == "source":
+        return lambda name: files.dense[name].format
+    return lambda name: packed_format(name, format)
 
 
 def _plan(files: ModelFiles, format: str) -> tuple[list[MatrixRef], list[_Unit]]:

@@ -111,15 +111,13 @@ def model_facts(files: ModelFiles) -> dict[str, Any]:
 def _hypothetical_sizes(config: ModelConfig) -> dict[str, Any]:
     """Bytes of a model as checkpoint and as packs, and of its KV cache."""
     from argosy.checkpoint.files import matrix_bytes
-    from argosy.checkpoint.geometry import dense_shapes, expert_shapes, is_kept_exact
+    from argosy.checkpoint.geometry import dense_shapes, expert_shapes, packed_format
     from argosy.config import Format
     from argosy.engine.memory_plan import kv_bytes
 
     def dense_bytes(format: Format) -> int:
         return sum(
-            matrix_bytes(
-                "f32" if is_kept_exact(name) else format, *(shape if len(shape) == 2 else (1, *shape))
-            )
+            matrix_bytes(packed_format(name, format), *(shape if len(shape) == 2 else (1, *shape)))
             for name, shape in dense_shapes(config)
         )
 
@@ -127,16 +125,12 @@ def _hypothetical_sizes(config: ModelConfig) -> dict[str, Any]:
         one = sum(matrix_bytes(format, rows, cols) for rows, cols in expert_shapes(config))
         return one * config.num_experts * len(config.moe_layers)
 
-    dense: dict[Format, Format] = {
-        "bf16": "bf16",
-        "q8": "q8",
-        "q4": "q8",
-    }  # of a pack with experts in that format
+    formats: tuple[Format, ...] = ("bf16", "q8", "q4")
     tokens = 1024
     return {
         "bytes": {
-            format: {"dense_bytes": dense_bytes(dense[format]), "expert_bytes": expert_bytes(format)}
-            for format in dense
+            format: {"dense_bytes": dense_bytes(format), "expert_bytes": expert_bytes(format)}
+            for format in formats
         },
         "kv_bytes_per_token": {kind: kv_bytes(config, tokens, kind) // tokens for kind in ("f32", "f16")},
     }
