@@ -5,6 +5,10 @@
 #include <atomic>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace argosy {
 
 extern const KernelTable kPlainKernels;
@@ -39,6 +43,18 @@ const std::vector<const KernelTable*>& tables() {
 
 std::atomic<const KernelTable*> chosen{nullptr};
 
+bool is_zen5() {
+#if defined(__x86_64__)
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx) || ebx != signature_AMD_ebx) return false;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
+  const unsigned family = (eax >> 8 & 0xF) + (eax >> 20 & 0xFF);
+  return family == 0x1A;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 std::vector<std::string> instruction_sets() {
@@ -61,6 +77,11 @@ void use_instruction_set(const std::string& name) { chosen.store(&kernel_table(n
 const KernelTable& kernels() {
   const KernelTable* table = chosen.load(std::memory_order_relaxed);
   return table != nullptr ? *table : *tables().back();
+}
+
+bool asks_ahead() {
+  static const bool asks = is_zen5();
+  return asks;
 }
 
 }  // namespace argosy

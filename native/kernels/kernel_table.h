@@ -285,4 +285,8 @@ const KernelTable& kernel_table(const std::string& name);
 
 const KernelTable& kernels();
 
+// Whether this processor reads the weights of one token faster when lines are also asked for by software. It
+// changes no result (docs/decisions/0008).
+bool asks_ahead();
+
 }  // namespace argosy

@@ -100,7 +100,9 @@ void matmul_quantized(const MatmulArgs& a) {
   int64_t row = a.row_begin;
 #if ARGOSY_AVX512
   if (a.num_tokens == 1 && panel_bytes(kFormat, a.cols) <= kShortPanelBytes) {
-    for (; row < a.row_end; row += kPanelRows) QuantizedTile<kFormat, 1, 1>::run_ascending(a, row, 0);
+    using Tile = QuantizedTile<kFormat, 1, 1>;
+    const auto run = asks_ahead() ? Tile::template run_ascending<true> : Tile::template run_ascending<false>;
+    for (; row < a.row_end; row += kPanelRows) run(a, row, 0);
     return;
   }
   // Two or three tokens of one panel at a time: reading is what takes the time.

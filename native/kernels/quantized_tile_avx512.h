@@ -71,19 +71,42 @@ struct QuantizedTile {
 
   // The same for short panels, in two passes. One token is bound by reading the weights, and the hardware
   // reads ahead only while addresses ascend: first all quants of the panel, then its scales, then the next
-  // panel.
+  // panel. With kAsksAhead what comes kAhead bytes later is asked for as well.
+  template <bool kAsksAhead>
   static void run_ascending(const MatmulArgs& a, int64_t row, int64_t token) {
     constexpr int64_t kMostGroups = kShortPanelBytes / kGroupBytes;
     const Operands o(a, row, token);
     const int64_t groups = num_groups(a.cols);
+    const uint8_t* end = o.panel + (a.row_end - row + kPanelRows - 1) / kPanelRows * o.stride;
+    const uint8_t* next = a.next_weights != nullptr ? a.next_weights : end;
+    // A prefetch cannot fault, so it does not matter if there is nothing.
+    const auto ahead = [&](const uint8_t* at) {
+      return at + kAhead < end ? at + kAhead : next + (at + kAhead - end);
+    };
     Dots dots[kMostGroups];
     Sums sum = {};
-    for (int64_t group = 0; group < groups; ++group) multiply(o, group, dots[group]);
+    for (int64_t group = 0; group < groups; ++group) {
+      if constexpr (kAsksAhead) ask_for<kGroupBytes>(ahead(o.quants(group)));
+      multiply(o, group, dots[group]);
+    }
+    if constexpr (kAsksAhead) {
+      for (const uint8_t* at = o.scales; at < o.panel + o.stride; at += 64) ask_for<64>(ahead(at));
+    }
     for (int64_t group = 0; group < groups; ++group) scale(o, group, dots[group], sum);
     put(a, row, token, sum);
   }
 
  private:
+  // Past the end of a page, where the hardware stops: of 1 to 16 KiB, 5 were the best on Zen 5.
+  static constexpr int64_t kAhead = 5 << 10;
+
+  template <int64_t kBytes>
+  [[gnu::always_inline]] static inline void ask_for(const uint8_t* from) {
+    constexpr int kIntoL1 = 3;
+#pragma GCC unroll 8
+    for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(from + line, 0, kIntoL1);
+  }
+
   [[gnu::always_inline]] static inline void prefetch(const Operands& o, int64_t group, const uint8_t* next) {
     constexpr int kIntoL2 = 2;
 #pragma GCC unroll 2

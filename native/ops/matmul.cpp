@@ -15,6 +15,11 @@ int64_t num_blocks(const MatrixView& matrix) { return round_up(matrix.rows, kBlo
 
 }  // namespace
 
+const uint8_t* rows_at(const MatrixView& matrix, int64_t row) {
+  if (!is_quantized(matrix.format)) return nullptr;
+  return matrix.data + row / kPanelRows * panel_bytes(matrix.format, matrix.cols);
+}
+
 void quantize_tokens(Runtime& runtime, const float* x, int64_t cols, int64_t num_tokens,
                      uint8_t* activations) {
   const KernelTable& table = kernels();
@@ -49,6 +54,13 @@ void matmul(Runtime& runtime, const std::vector<Product>& products, const float*
               std::min((std::min(end, first_block[i + 1]) - first_block[i]) * kBlockRows, matrix.rows);
           if (row_begin >= row_end) continue;
           const bool quantized = is_quantized(matrix.format);
+          // Behind the last row the thread reads on in the next matrix.
+          const uint8_t* next = nullptr;
+          if (row_end < matrix.rows) {
+            next = rows_at(matrix, row_end);
+          } else if (i + 1 < products.size()) {
+            next = rows_at(products[i + 1].matrix, 0);
+          }
           table.matmul[int(matrix.format)]({
               .weights = matrix.data,
               .cols = cols,
@@ -61,6 +73,7 @@ void matmul(Runtime& runtime, const std::vector<Product>& products, const float*
               .y_stride = matrix.rows,
               .y_index = nullptr,
               .num_tokens = num_tokens,
+              .next_weights = next,
           });
         }
       });

@@ -14,6 +14,9 @@ struct MatrixView {
   int64_t rows, cols;
 };
 
+// The panel of a row; null where rows are not in panels.
+const uint8_t* rows_at(const MatrixView& matrix, int64_t row);
+
 // out[t][r] = sum over c of W[r][c] * x[t][c]
 struct Product {
   MatrixView matrix;

@@ -41,12 +41,6 @@ void visit_blocks(int64_t blocks, int64_t begin, int64_t end, Longest&& longest,
   }
 }
 
-// The panel of a row. Null for rows that are not in panels.
-const uint8_t* rows_at(const MatrixView& matrix, int64_t row) {
-  if (!is_quantized(matrix.format)) return nullptr;
-  return matrix.data + row / kPanelRows * panel_bytes(matrix.format, matrix.cols);
-}
-
 // To the rows and tokens that a product has just written.
 void add_bias(const MatmulArgs& product, const float* bias) {
   for (int64_t token = 0; token < product.num_tokens; ++token) {
