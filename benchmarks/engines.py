@@ -43,7 +43,7 @@ FIRST_DOCUMENT = 1  # of the prompts
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What an engine is asked to do. `memory` is Argosy's budget; the last two are llama.cpp's."""
+    """What an engine is asked to do. `memory` and `look_ahead` are for Argosy, the last two for llama.cpp."""
 
     model: Path
     prompts: Sequence[Sequence[int]]
@@ -52,6 +52,7 @@ class Job:
     warm_up: bool = True
     given: Sequence[Sequence[int]] | None = None  # what each step is fed, instead of the most likely token
     memory: int | None = None
+    look_ahead: bool = True
     repack: bool = True
     flash_attention: bool = True
 

@@ -35,7 +35,7 @@ from argosy.checkpoint.safetensors_write import TensorToWrite, encode, to_bfloat
 from argosy.config import ModelConfig, format_bytes
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.families.gguf_layout import dense_name
-from random_weights import ROUTINGS, Exact, Normal, RandomWeights, Recipe, Routing
+from random_weights import ROUTINGS, WEIGHTS_VERSION, Exact, Normal, RandomWeights, Recipe, Routing
 
 RawConfig = dict[str, Any]
 Bytes = NDArray[np.uint8]
@@ -420,7 +420,13 @@ def make_model(
 
     `bf16` is a checkpoint of safetensors, `pack-bf16`, `q8` and `q4` are packs, and `GGUF_FORMATS` one file.
     """
-    wanted = {"config": dict(config), "format": format, "routing": routing, "seed": seed}
+    wanted = {
+        "config": dict(config),
+        "format": format,
+        "routing": routing,
+        "seed": seed,
+        "weights": WEIGHTS_VERSION,
+    }
     note = path.with_name(path.name + ".made.json")
     if note.exists() and path.exists() and json.loads(note.read_text()) == wanted:
         return path

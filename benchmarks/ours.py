@@ -39,6 +39,7 @@ def main() -> None:
         threads=job["threads"],
         context=job["context"],
         max_sequences=1,
+        look_ahead=job["look_ahead"],
     )
     counters = engine.ledger
     tell(

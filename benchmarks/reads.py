@@ -71,7 +71,7 @@ class Records:
         waiting = self.store.fetch_many(
             self.arena,
             [
-                (*self.record(number), slot * self.slot_bytes)
+                (_native.Record(*self.record(number)), slot * self.slot_bytes)
                 for slot, number in enumerate(numbers, first_slot)
             ],
         )

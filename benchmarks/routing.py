@@ -5,7 +5,8 @@
 The model reads documents of its own (`random_weights.py`) and the engine tells which experts ran. For the model and for
 each recorded trace: how many of a token's experts the token before had used (and two, eight, 32 before), how many
 experts a layer uses over the whole answer, and the hit rate of a least-recently-used cache per layer, its first uses
-included. Chance is what independent uniform choices would give.
+included. Chance is what independent uniform choices would give. Of the model also how many of a layer's experts its
+router names one layer early, from the hidden state before the experts of that layer: what look-ahead lives from.
 """
 
 from __future__ import annotations
@@ -105,25 +106,32 @@ def print_beside_recorded(name: str, choices: Choices, num_experts: int) -> dict
     return found
 
 
-def observed(model: Path, prompt: list[int], num_tokens: int, memory: str) -> tuple[Choices, list[int], int]:
-    """Choices of the engine while it answers, the answer, and the number of experts."""
+def observed(
+    model: Path, prompt: list[int], num_tokens: int, memory: str
+) -> tuple[Choices, list[int], int, float]:
+    """Choices of the engine while it answers, the answer, the number of experts, and how many were named early."""
     from argosy import Engine, SamplingParams
 
     steps: list[dict[int, list[int]]] = []
+    guess: list[int] = []
+    num_right: list[float] = []
 
     def observe(layer: int, expert_ids: NDArray[np.int32]) -> None:
         if expert_ids.shape[0] != 1:
             return  # the prompt
         if not steps or layer in steps[-1]:
             steps.append({})
-        steps[-1][layer] = expert_ids[0].tolist()
+        steps[-1][layer] = chosen = expert_ids[0].tolist()
+        if guess:
+            num_right.append(len(set(guess) & set(chosen)) / len(chosen))
+        guess[:] = [expert for rank in engine._decoder._stack.look_ahead() for expert in rank]
 
     with Engine(model, memory=memory, context=len(prompt) + num_tokens + 1, observe_routes=observe) as engine:
         params = SamplingParams(max_tokens=num_tokens + 1, ignore_eos=True)
         answer = engine.generate(prompt, params).token_ids
         layers = engine.config.moe_layers
         choices = np.array([[step[layer] for layer in layers] for step in steps]).transpose(1, 0, 2)
-        return choices, answer, engine.config.num_experts
+        return choices, answer, engine.config.num_experts, float(np.mean(num_right))
 
 
 def main() -> int:
@@ -136,10 +144,13 @@ def main() -> int:
     from common import Report
 
     report = Report("routing", state="decode, from cold")
-    per_document, kept, asked = [], 0, 0
+    per_document, early, kept, asked = [], [], 0, 0
     for number in range(1, options.documents + 1):
         expected = document(number, 16 + options.tokens + 1)
-        choices, answer, num_experts = observed(options.model, expected[:16], options.tokens, options.memory)
+        choices, answer, num_experts, named_early = observed(
+            options.model, expected[:16], options.tokens, options.memory
+        )
+        early.append(named_early)
         kept += sum(a == b for a, b in zip(answer, expected[16:], strict=True))
         asked += len(answer)
         per_document.append(choices)
@@ -147,7 +158,8 @@ def main() -> int:
     report.opening()
     together = np.concatenate(per_document, axis=1)
     found = print_beside_recorded(options.model.name, together, num_experts)
-    for name, value in found.items():
+    print(f"named one layer early: {np.mean(early):.3f} of the experts")
+    for name, value in (found | {"named one layer early": float(np.mean(early))}).items():
         report.record(f"{options.model.name} {name}", "share", [value], [])
     return 0 if kept == asked else 1
 

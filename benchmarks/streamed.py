@@ -9,8 +9,8 @@ their caches and then another, which is timed.
     128 KiB     the read-ahead of most distributions; llama.cpp at its best of 1 and 2 threads, passive waiting
     8192 KiB    the machine as it comes: llama.cpp as it comes, two threads
     overlap     of Argosy: max(time of a token in memory, missed bytes / drive) over the time of a streamed token
-    no look-ahead: the same, where attention and router come on top of the reads: the experts of a layer are known only
-                after them, so until then the drive has nothing to do (docs/experiments.md says why nothing is guessed)
+    no look-ahead: Argosy without its guesses of the next layer's experts, and what is left to reach then: attention and
+                router come on top of the reads, because until they are done the drive has nothing to do
 
 The drive is measured three times right before each sample and three times right after it, and the median counts: its
 rate moves by a fifth and more from one second to the next.
@@ -61,6 +61,7 @@ TUNED_KIB, AS_IT_COMES_KIB = 128, 8192
 PROMPT_TOKENS = 8
 TARGETS = {TUNED_KIB: ">= 3", AS_IT_COMES_KIB: ">= 15"}
 ROWS = {TUNED_KIB: 5, AS_IT_COMES_KIB: 6}
+NO_LOOK_AHEAD = f"{ARGOSY} without look-ahead"
 # Parts of the ledger in which a layer's experts are not known yet.
 BEFORE_EXPERTS = ("router", "attention_and_dense")
 
@@ -104,17 +105,20 @@ class Streamed:
             require_documents(done, self.told)
         return done
 
-    def job(self, threads: int, num_new: int) -> Job:
+    def job(self, threads: int, num_new: int, *, look_ahead: bool = True) -> Job:
         return Job(
             model=self.case.model,
             prompts=prompts(2, PROMPT_TOKENS),
             num_new=num_new,
             threads=threads,
             memory=self.limit_bytes,
+            look_ahead=look_ahead,
             repack=False,
         )
 
-    def decode(self, engine: str, threads: int, read_ahead_kib: int) -> Callable[[], dict[str, float]]:
+    def decode(
+        self, engine: str, threads: int, read_ahead_kib: int, *, look_ahead: bool = True
+    ) -> Callable[[], dict[str, float]]:
         """tok/s, MB read a token, seconds before a token's experts are known, and the drive's rate beside it all."""
         tuned = read_ahead_kib == TUNED_KIB
         num_new = (
@@ -123,7 +127,8 @@ class Streamed:
 
         def one() -> dict[str, float]:
             drive = look_at_drive(self.case.model)
-            done = self.run(engine, self.job(threads, num_new), read_ahead_kib, passive=tuned)
+            job = self.job(threads, num_new, look_ahead=look_ahead)
+            done = self.run(engine, job, read_ahead_kib, passive=tuned)
             drive += look_at_drive(self.case.model)
             tokens = max(1, len(done.decode_s))
             values = {
@@ -183,6 +188,8 @@ def ask_decode(report: Report, streamed: Streamed, read_ahead_kib: int, resident
     case, name = streamed.case, f"{streamed.name}, {read_ahead_kib} KiB"
     ways = variants(read_ahead_kib, case.threads)
     runs = {way: streamed.decode(engine, threads, read_ahead_kib) for way, (engine, threads) in ways.items()}
+    if read_ahead_kib == TUNED_KIB:
+        runs[NO_LOOK_AHEAD] = streamed.decode(ARGOSY, case.threads, read_ahead_kib, look_ahead=False)
     samples = alternate(runs, streamed.options.repeats)
     report.correct("; ".join(streamed.told) or "no run came to its end")
     facts = case.facts | {"share": streamed.share, "limit_bytes": streamed.limit_bytes}
@@ -211,21 +218,26 @@ def ask_decode(report: Report, streamed: Streamed, read_ahead_kib: int, resident
             **facts,
         )
     if read_ahead_kib == TUNED_KIB:
-        report_roofline(report, name, streamed, samples[ARGOSY], resident)
+        report_roofline(report, name, streamed, samples, resident)
     for note in streamed.notes:
         report.line("note", note)
     report.neighbours([sample for found in samples.values() for sample in found])
 
 
 def report_roofline(
-    report: Report, name: str, streamed: Streamed, samples: list[Sample], resident: Resident
+    report: Report, name: str, streamed: Streamed, samples: dict[str, list[Sample]], resident: Resident
 ) -> None:
     """How near Argosy's samples come to the drive and the arithmetic, and what these allow, in parts."""
-    reading = [one.values["MB/token"] / 1e3 / one.values["drive GB/s"] for one in samples]
-    before = [one.values["before experts"] for one in samples]
-    token = [1 / one.values["decode"] for one in samples]
-    drive = median([one.values["drive GB/s"] for one in samples])
-    read_mb = median([one.values["MB/token"] for one in samples])
+    ours, without = samples[ARGOSY], samples[NO_LOOK_AHEAD]
+
+    def reading_s(one: Sample) -> float:
+        return one.values["MB/token"] / 1e3 / one.values["drive GB/s"]
+
+    reading = [reading_s(one) for one in ours]
+    before = [one.values["before experts"] for one in without]
+    token = [1 / one.values["decode"] for one in ours]
+    drive = median([one.values["drive GB/s"] for one in ours])
+    read_mb = median([one.values["MB/token"] for one in ours])
     report.line(
         "roofline",
         f"{name}: a token takes {1e3 * median(token):.1f} ms; reads {1e3 * median(reading):.1f}"
@@ -244,7 +256,10 @@ def report_roofline(
     )
     report.shares(
         f"{name}: overlap, no look-ahead",
-        [(b + max(resident.experts_s, r)) / t for b, r, t in zip(before, reading, token, strict=True)],
+        [
+            (one.values["before experts"] + max(resident.experts_s, reading_s(one))) * one.values["decode"]
+            for one in without
+        ],
         before_experts_s=median(before),
         resident_experts_s=resident.experts_s,
         **facts,

@@ -395,6 +395,11 @@ class BoundStack {
     }
   }
 
+  std::vector<std::vector<int32_t>> look_ahead() {
+    nb::gil_scoped_release released;
+    return stack_->look_ahead();
+  }
+
   void run_shared() {
     nb::gil_scoped_release released;
     stack_->run_shared();
@@ -557,6 +562,7 @@ void bind_stack(nb::module_& m) {
       .def("begin", &BoundStack::begin, "token_ids"_a, "position"_a, "sequence"_a, "slots"_a, "is_decode"_a,
            "block_table"_a, "last_rows"_a, "logits"_a.noconvert(), "state_slots"_a.none() = nb::none())
       .def("advance", &BoundStack::advance)
+      .def("look_ahead", &BoundStack::look_ahead)
       .def("run_shared", &BoundStack::run_shared)
       .def("run_experts", &BoundStack::run_experts, "expert_ids"_a, "offsets"_a)
       .def("logits", &BoundStack::logits, "rows"_a, "out"_a.noconvert())

@@ -2,6 +2,7 @@
 #include "store/store.h"
 
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -65,6 +66,8 @@ std::optional<std::string> error_kind(ReadError error) {
       return "short";
     case ReadError::not_finite:
       return "not finite";
+    case ReadError::dropped:
+      return "dropped";
     case ReadError::none:
       break;
   }
@@ -99,8 +102,7 @@ Piece parse_piece(nb::handle given) {
   return piece;
 }
 
-Record parse_record(nb::handle pieces, const std::optional<std::vector<uint32_t>>& checksums,
-                    int64_t base_offset) {
+Record parse_record(nb::handle pieces, const std::optional<std::vector<uint32_t>>& checksums) {
   Record record;
   for (nb::handle piece : nb::cast<nb::sequence>(pieces)) record.pieces.push_back(parse_piece(piece));
   if (checksums && checksums->size() != record.pieces.size()) {
@@ -108,18 +110,25 @@ Record parse_record(nb::handle pieces, const std::optional<std::vector<uint32_t>
                                 std::to_string(checksums->size()) + " checksums");
   }
   if (checksums) record.checksums = *checksums;
-  record.base_offset = base_offset;
   return record;
 }
 
-std::vector<int64_t> fetch_many(Store& store, Arena& arena, nb::sequence records, bool ahead) {
-  std::vector<Record> parsed;
-  for (nb::handle given : records) {
-    const auto [pieces, checksums, base_offset] =
-        nb::cast<std::tuple<nb::sequence, std::optional<std::vector<uint32_t>>, int64_t>>(given);
-    parsed.push_back(parse_record(pieces, checksums, base_offset));
-  }
-  return store.fetch(arena, parsed, ahead);
+Urgency parse_urgency(const std::string& name) {
+  if (name == "now") return Urgency::now;
+  if (name == "soon") return Urgency::soon;
+  if (name == "maybe") return Urgency::maybe;
+  throw std::invalid_argument("unknown urgency '" + name + "'; known: now, soon, maybe");
+}
+
+std::vector<int64_t> fetch_many(Store& store, Arena& arena,
+                                const std::vector<std::pair<const Record*, int64_t>>& records,
+                                const std::string& urgency) {
+  std::vector<PlacedRecord> placed;
+  placed.reserve(records.size());
+  for (const auto& [record, base_offset] : records) placed.push_back({*record, base_offset});
+  const Urgency parsed = parse_urgency(urgency);
+  nb::gil_scoped_release released;  // the list that came holds the records
+  return store.fetch(arena, placed, parsed);
 }
 
 std::vector<Done> wait_any(Store& store, const std::vector<int64_t>& tickets, bool block) {
@@ -177,6 +186,21 @@ void bind_store(nb::module_& m) {
           "fail_read"_a, "kind"_a, "num_faults"_a = 1, "delay_seconds"_a = 0.05, "inner"_a = nb::none())
       .def_prop_ro("num_reads", &FaultyFileSystem::num_reads);
 
+  nb::class_<Record>(m, "Record")
+      .def(
+          "__init__",
+          [](Record* self, nb::sequence pieces, const std::optional<std::vector<uint32_t>>& checksums) {
+            new (self) Record(parse_record(pieces, checksums));
+          },
+          "pieces"_a, "checksums"_a = nb::none())
+      .def_prop_ro("pieces", [](const Record& record) {
+        std::vector<std::tuple<int, int64_t, int64_t, int64_t>> found;
+        for (const Piece& piece : record.pieces) {
+          found.emplace_back(piece.file_id, piece.offset, piece.nbytes, piece.dest_offset);
+        }
+        return found;
+      });
+
   nb::class_<Store>(m, "Store")
       .def(
           "__init__",
@@ -202,10 +226,12 @@ void bind_store(nb::module_& m) {
           "fetch",
           [](Store& store, Arena& arena, nb::sequence pieces,
              const std::optional<std::vector<uint32_t>>& checksums) {
-            return store.fetch(arena, {parse_record(pieces, checksums, 0)})[0];
+            const Record record = parse_record(pieces, checksums);
+            return store.fetch(arena, {PlacedRecord{record}})[0];
           },
           "arena"_a, "pieces"_a, "checksums"_a = nb::none())
-      .def("fetch_many", &fetch_many, "arena"_a, "records"_a, "ahead"_a = false)
+      .def("fetch_many", &fetch_many, "arena"_a, "records"_a, "urgency"_a = "now")
+      .def("hurry", &Store::hurry, "tickets"_a)
       .def("wait_any", &wait_any, "tickets"_a, "block"_a = true)
       .def("drop", &Store::drop, "tickets"_a)
       .def("cancel", &Store::cancel, "ticket"_a, nb::call_guard<nb::gil_scoped_release>())

@@ -410,6 +410,41 @@ const Demand& Stack::demand() const {
   return demand_;
 }
 
+std::vector<std::vector<int32_t>> Stack::look_ahead() {
+  const auto lock = runtime_.lock();
+  require_waiting();
+  if (num_unclaimed_ != int64_t(demand_.expert_ids.size())) {
+    throw std::invalid_argument("look_ahead() works in the memory of experts, and some have run already");
+  }
+  const int64_t tokens = batch_.num_tokens, hidden = description_.embedding.cols;
+  const auto& layers = description_.layers;
+  const auto next = std::find_if(layers.begin() + layer_ + 1, layers.end(), [](const Layer& layer) {
+    return std::holds_alternative<RoutedFfn>(layer.ffn);
+  });
+  if (next == layers.end()) return {};
+  start_clock();
+  const Router& router = std::get<RoutedFfn>(next->ffn).router;
+  const int64_t experts = router.matrix.rows, k = router.rule.k;
+  float *normed = buffers_.block, *scores = buffers_.router_logits, *weights = buffers_.expert_out;
+  int32_t* ids = buffers_.group_token;
+  rms_norm(runtime_, buffers_.hidden, next->ffn_norm, description_.norm_eps, tokens, hidden, normed);
+  matmul(runtime_, {{router.matrix, scores}}, normed, tokens);
+  add_bias(runtime_, router.bias, tokens, experts, scores);
+  route(runtime_, router.rule, scores, tokens, experts, ids, weights);
+  std::vector<std::vector<int32_t>> by_rank(static_cast<size_t>(k));
+  std::vector<bool> is_named(static_cast<size_t>(experts));
+  for (int64_t rank = 0; rank < k; ++rank) {
+    for (int64_t token = 0; token < tokens; ++token) {
+      const int32_t expert = ids[token * k + rank];
+      if (is_named[size_t(expert)]) continue;
+      is_named[size_t(expert)] = true;
+      by_rank[size_t(rank)].push_back(expert);
+    }
+  }
+  mark(Part::router);
+  return by_rank;
+}
+
 void Stack::run_shared() {
   const auto lock = runtime_.lock();
   require_waiting();

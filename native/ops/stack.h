@@ -204,6 +204,11 @@ class Stack {
   // experts of the demand, each once, as they come. Throw std::invalid_argument when no layer waits, or for
   // an expert not asked for.
   const Demand& demand() const;
+  // What the next layer with routed experts would choose if the present layer and the mixer between them
+  // added nothing: by rank, the experts that a token ranks there and none ranks higher. Empty where no such
+  // layer follows. Throws std::invalid_argument once experts of the demand have run: it works in their
+  // memory.
+  std::vector<std::vector<int32_t>> look_ahead();
   void run_shared();
   void run_experts(const std::vector<int32_t>& expert_ids, const std::vector<ExpertView>& experts);
 

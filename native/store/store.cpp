@@ -153,7 +153,7 @@ FileInfo Store::info(int file_id) const {
   return {file.path, file.open.size, file.open.alignment, file.open.is_direct, file.open.why_not_direct};
 }
 
-std::vector<int64_t> Store::fetch(Arena& arena, const std::vector<Record>& records, bool ahead) {
+std::vector<int64_t> Store::fetch(Arena& arena, const std::vector<PlacedRecord>& records, Urgency urgency) {
   std::vector<std::unique_ptr<Request>> requests;
   std::vector<Part> parts;
   std::vector<int64_t> tickets;
@@ -162,8 +162,8 @@ std::vector<int64_t> Store::fetch(Arena& arena, const std::vector<Record>& recor
 
   std::unique_lock lock(mutex_);
   require_open();
-  for (const Record& record : records) {
-    const auto& [pieces, checksums, base_offset] = record;
+  for (const auto& [record, base_offset] : records) {
+    const auto& [pieces, checksums] = record;
     if (!checksums.empty() && checksums.size() != pieces.size()) {
       throw std::invalid_argument("there are " + std::to_string(pieces.size()) + " pieces and " +
                                   std::to_string(checksums.size()) + " checksums");
@@ -182,7 +182,7 @@ std::vector<int64_t> Store::fetch(Arena& arena, const std::vector<Record>& recor
     if (request->parts_left > 0) ++num_pending_;
     requests_.emplace(request->ticket, std::move(request));
   }
-  std::deque<Part>& queue = ahead ? ahead_queue_ : queue_;
+  std::deque<Part>& queue = queues_[size_t(urgency)];
   queue.insert(queue.end(), parts.begin(), parts.end());
   begin_parts(lock);
   return tickets;
@@ -281,7 +281,8 @@ bool Store::cancel(int64_t ticket) {
   if (found == requests_.end()) return false;
   Request* request = found->second.get();
   const auto is_its = [request](const Part& part) { return part.request == request; };
-  const auto dropped = int64_t(std::erase_if(queue_, is_its) + std::erase_if(ahead_queue_, is_its));
+  int64_t dropped = 0;
+  for (std::deque<Part>& queue : queues_) dropped += int64_t(std::erase_if(queue, is_its));
   if (dropped > 0) {
     request->parts_left -= dropped;
     if (request->parts_left == 0) --num_pending_;
@@ -295,20 +296,55 @@ bool Store::cancel(int64_t ticket) {
   return true;
 }
 
+void Store::hurry(const std::vector<int64_t>& tickets) {
+  std::unordered_set<const Request*> requests;
+  std::unique_lock lock(mutex_);
+  for (const int64_t ticket : tickets) {
+    const auto found = requests_.find(ticket);
+    if (found != requests_.end()) requests.insert(found->second.get());
+  }
+  std::deque<Part>& needed = queues_[size_t(Urgency::now)];
+  for (const Urgency urgency : {Urgency::soon, Urgency::maybe}) {
+    std::deque<Part>& queue = queues_[size_t(urgency)];
+    const auto first = std::stable_partition(queue.begin(), queue.end(), [&requests](const Part& part) {
+      return !requests.contains(part.request);
+    });
+    needed.insert(needed.end(), first, queue.end());
+    queue.erase(first, queue.end());
+  }
+  begin_parts(lock);
+}
+
 std::vector<int64_t> Store::drop(const std::vector<int64_t>& tickets) {
   std::vector<int64_t> dropped;
-  std::unordered_set<const Request*> requests;  // theirs
+  std::unordered_map<const Request*, int64_t> parts;  // of theirs that have not begun
   std::lock_guard lock(mutex_);
   for (const int64_t ticket : tickets) {
     const auto found = requests_.find(ticket);
-    if (found == requests_.end() || found->second->is_begun || found->second->parts_left == 0) continue;
-    if (requests.insert(found->second.get()).second) dropped.push_back(ticket);
+    if (found != requests_.end()) parts.emplace(found->second.get(), 0);
   }
-  const auto is_theirs = [&requests](const Part& part) { return requests.contains(part.request); };
-  std::erase_if(queue_, is_theirs);
-  std::erase_if(ahead_queue_, is_theirs);
-  for (const int64_t ticket : dropped) requests_.erase(ticket);
-  num_pending_ -= int64_t(dropped.size());
+  for (std::deque<Part>& queue : queues_) {
+    std::erase_if(queue, [&parts](const Part& part) {
+      const auto found = parts.find(part.request);
+      if (found != parts.end()) ++found->second;
+      return found != parts.end();
+    });
+  }
+  for (const int64_t ticket : tickets) {
+    const auto found = requests_.find(ticket);
+    if (found == requests_.end() || parts[found->second.get()] == 0) continue;
+    Request& request = *found->second;
+    request.parts_left -= std::exchange(parts[&request], 0);
+    if (!request.is_begun) {
+      dropped.push_back(ticket);
+      requests_.erase(found);
+      --num_pending_;
+    } else {
+      if (request.outcome.error == ReadError::none)
+        request.outcome = {ReadError::dropped, "not read to its end"};
+      if (request.parts_left == 0) end_request(request);
+    }
+  }
   return dropped;
 }
 
@@ -336,12 +372,12 @@ void Store::close() {
     if (is_closed_) return;
     is_closed_ = true;
     readers.swap(readers_);
-    for (std::deque<Part>* queue : {&queue_, &ahead_queue_}) {
-      for (const Part& part : *queue) {
+    for (std::deque<Part>& queue : queues_) {
+      for (const Part& part : queue) {
         part.request->outcome = {ReadError::io, "the store was closed before the bytes were read"};
         if (--part.request->parts_left == 0) --num_pending_;
       }
-      queue->clear();
+      queue.clear();
     }
   }
   reader_needed_.notify_all();
@@ -372,10 +408,13 @@ void Store::serve() {
 // The queue whose first part may begin now; null if none may. What is read ahead leaves a place for each
 // reader: parts that have begun are in the way of those that come to be needed.
 std::deque<Store::Part>* Store::next_queue() {
-  if (free_.empty()) return nullptr;
-  if (!queue_.empty()) return &queue_;
-  const auto num_kept_free = size_t(std::min(num_readers_, kMaxBegun - 1));
-  return !ahead_queue_.empty() && free_.size() > num_kept_free ? &ahead_queue_ : nullptr;
+  const int num_begun = kMaxBegun - int(free_.size());
+  const std::array<int, kNumUrgencies> most_begun = {
+      kMaxBegun - 1, kMaxBegun - 1 - std::min(num_readers_, kMaxBegun - 1), kMostBegunBeforeGuess - 1};
+  for (size_t urgency = 0; urgency < queues_.size(); ++urgency) {
+    if (!queues_[urgency].empty()) return num_begun <= most_begun[urgency] ? &queues_[urgency] : nullptr;
+  }
+  return nullptr;
 }
 
 // Begins as many parts as there is room for, in their order: the kernel gets those it can read by itself, in
@@ -608,7 +647,10 @@ void Store::finish_part(std::unique_lock<std::mutex>& lock, const Part& part, Ou
     lock.lock();
     note(std::move(checked));
   }
-  if (--request.parts_left > 0) return;
+  if (--request.parts_left == 0) end_request(request);
+}
+
+void Store::end_request(Request& request) {
   --num_pending_;
   request.memory.reset();
   ticket_done_.notify_all();

@@ -23,7 +23,8 @@
 // file without one when it is opened is not looked for there, and where parts were missing several times in a
 // row, only now and then.
 //
-// What is needed now goes before what is read ahead; within each the order is that of the calls.
+// What is needed now goes before what will be soon, and that before what is only guessed; within each the
+// order is that of the calls.
 #pragma once
 
 #include <array>
@@ -72,18 +73,28 @@ struct Piece {
   int file_id;
   int64_t offset;
   int64_t nbytes;
-  int64_t dest_offset;  // from the record's base_offset
+  int64_t dest_offset;  // from the place of the record
   std::optional<Transcode> transcode = std::nullopt;
 };
 
-// What one ticket stands for.
+// What belongs together: it is read wherever there is a place for it, any number of times.
 struct Record {
   std::vector<Piece> pieces;
   std::vector<uint32_t> checksums = {};  // none, or the crc32c_wide of each piece
-  int64_t base_offset = 0;               // of the arena
 };
 
-enum class ReadError { none, io, checksum, short_file, not_finite };
+// What one ticket stands for.
+struct PlacedRecord {
+  const Record& record;
+  int64_t base_offset = 0;  // of the arena
+};
+
+// now: somebody waits. soon: will be needed, almost for certain. maybe: a guess, which may use the drive only
+// while it has nothing else to do.
+enum class Urgency { now, soon, maybe };
+constexpr int kNumUrgencies = 3;
+
+enum class ReadError { none, io, checksum, short_file, not_finite, dropped };
 
 struct Completion {
   int64_t ticket;
@@ -113,6 +124,9 @@ class Store {
   // Memory for each reader to transcode from, once it has to: one huge page.
   static constexpr int64_t kStagingBytes = int64_t{2} << 20;
   static constexpr int kMaxBegun = 16;  // parts
+  // A guess begins only while fewer have begun: enough for the drive to be busy, and what comes to be needed
+  // waits for no more than these.
+  static constexpr int kMostBegunBeforeGuess = 6;
 
   explicit Store(int num_readers,
                  std::shared_ptr<FileSystem> file_system = std::make_shared<RealFileSystem>());
@@ -126,12 +140,17 @@ class Store {
 
   // Starts reading records, one ticket each, in one go. Throws std::invalid_argument, and starts nothing, for
   // a piece that cannot be meant: unknown file, unaligned or outside the arena, a matrix of another size, a
-  // checksum beside a transcoded piece. A file that ends too early is found by the reader. `ahead` is for
-  // what nobody waits for yet. The arena's memory is held until the tickets are done.
-  std::vector<int64_t> fetch(Arena& arena, const std::vector<Record>& records, bool ahead = false);
+  // checksum beside a transcoded piece. A file that ends too early is found by the reader. The arena's memory
+  // is held until the tickets are done.
+  std::vector<int64_t> fetch(Arena& arena, const std::vector<PlacedRecord>& records,
+                             Urgency urgency = Urgency::now);
   int64_t fetch(Arena& arena, std::vector<Piece> pieces, std::vector<uint32_t> checksums = {}) {
-    return fetch(arena, {Record{std::move(pieces), std::move(checksums)}})[0];
+    const Record record{std::move(pieces), std::move(checksums)};
+    return fetch(arena, {PlacedRecord{record}})[0];
   }
+
+  // Somebody waits for these now: what has not begun of them goes behind what is needed already.
+  void hurry(const std::vector<int64_t>& tickets);
 
   // Returns those of `tickets` that are done, at least one unless `tickets` is empty or the time is over, and
   // forgets them.
@@ -140,7 +159,8 @@ class Store {
   // Drops what no reader has begun, waits for what one has, forgets the ticket. Returns whether it was known.
   bool cancel(int64_t ticket);
 
-  // Forgets those of `tickets` that no reader has begun, and returns them. Never waits.
+  // Reads no more of `tickets`. Forgets those of which nothing has begun, and returns them; others end as
+  // `dropped` when what has begun has landed. Never waits.
   std::vector<int64_t> drop(const std::vector<int64_t>& tickets);
 
   // Memory for transcoding that the readers may come to hold, all of them together.
@@ -207,6 +227,7 @@ class Store {
   Outcome read_range(const PieceState& piece, const Begun& begun, int64_t needed_end);
   Outcome check_piece(const PieceState& piece);
   void finish_part(std::unique_lock<std::mutex>& lock, const Part& part, Outcome outcome);
+  void end_request(Request& request);
   void add_seconds(double StoreStats::* counter, double seconds);
   void require_open() const;
 
@@ -215,9 +236,8 @@ class Store {
   mutable std::mutex mutex_;  // guards everything below
   std::condition_variable reader_needed_;
   std::condition_variable ticket_done_;
-  std::deque<File> files_;        // a deque: readers keep references
-  std::deque<Part> queue_;        // needed now
-  std::deque<Part> ahead_queue_;  // when there is nothing in queue_
+  std::deque<File> files_;  // a deque: readers keep references
+  std::array<std::deque<Part>, kNumUrgencies> queues_;
   std::array<Begun, kMaxBegun> begun_;
   std::vector<size_t> free_;          // of begun_
   std::deque<size_t> landed_;         // of begun_: a reader's turn

@@ -390,11 +390,10 @@ void plain_and_transcoded_pieces_share_a_ticket() {
   Arena arena{size_t{1} << 20};
   const int64_t base = 16 * kPage, down_at = base + gate.bytes();
   const int64_t plain_at = (gate.bytes() + down.bytes() + kPage - 1) / kPage * kPage;
-  const auto tickets = store.fetch(arena, {Record{{gate.piece(id, 32, 0),
-                                                   down.piece(id, 20 * kPage + 64, gate.bytes()),
-                                                   {id, 40 * kPage + 5, 3000, plain_at}},
-                                                  {},
-                                                  base}});
+  const Record record{{gate.piece(id, 32, 0),
+                       down.piece(id, 20 * kPage + 64, gate.bytes()),
+                       {id, 40 * kPage + 5, 3000, plain_at}}};
+  const auto tickets = store.fetch(arena, {PlacedRecord{record, base}});
   CHECK_EQUAL(tickets.size(), 1u);
   CHECK_EQUAL(wait_one(store, tickets[0]).message, "");
   CHECK(holds_panels(arena, base, gate, file, 32));
@@ -491,42 +490,80 @@ void blocks_that_cannot_be_meant_are_refused_at_once() {
   Arena large{size_t(wide.bytes())};
   CHECK_THROWS(std::invalid_argument, store.fetch(large, {wide.piece(id, 0, 0)}));
   // One bad record keeps the good ones before it from starting.
-  CHECK_THROWS(std::invalid_argument, store.fetch(arena, {Record{{piece(nbytes, 0, 16, 256)}},
-                                                          Record{{piece(nbytes, 0, 17, 256)}}}));
+  const Record sound{{piece(nbytes, 0, 16, 256)}}, unsound{{piece(nbytes, 0, 17, 256)}};
+  CHECK_THROWS(std::invalid_argument, store.fetch(arena, {PlacedRecord{sound}, PlacedRecord{unsound}}));
   CHECK_EQUAL(store.pending(), 0);
 }
 
 // ── what nobody waits for yet
 // ───────────────────────────────────────────────────────────────────────────────
 
-void what_is_needed_goes_before_what_is_read_ahead() {
+// Pages of a file as records of their own, each at its own place.
+class Pages {
+ public:
+  Pages(int file_id, int64_t num_pages) {
+    for (int64_t i = 0; i < num_pages; ++i) records_.push_back({{{file_id, i * kPage, kPage, 0}}});
+  }
+  std::vector<PlacedRecord> of(int64_t begin, int64_t end) const {
+    std::vector<PlacedRecord> placed;
+    for (int64_t i = begin; i < end; ++i) placed.push_back({records_[size_t(i)], i * kPage});
+    return placed;
+  }
+
+ private:
+  std::vector<Record> records_;
+};
+
+void what_is_needed_goes_before_what_will_be_and_that_before_a_guess() {
   const TestFile file(8 * kPage);
   Store store(1, faulty(Fault::delayed, 1, 1'000'000, 0.03));
   const int id = store.open(file.path());
   Arena arena{size_t(8 * kPage)};
-  const auto record = [&](int64_t page) { return Record{{{id, page * kPage, kPage, 0}}, {}, page * kPage}; };
-  const auto begun = store.fetch(arena, {record(0)});
-  const auto ahead = store.fetch(arena, {record(1), record(2)}, true);
-  const auto needed = store.fetch(arena, {record(3)});
-  CHECK_EQUAL(store.pending(), 4);
-  const auto first = store.wait_any({ahead[0], ahead[1], needed[0]}, kLong);
-  CHECK_EQUAL(first.size(), 1u);
-  CHECK_EQUAL(first[0].ticket, needed[0]);
-  CHECK_EQUAL(wait_one(store, ahead[0]).message, "");
-  CHECK_EQUAL(wait_one(store, ahead[1]).message, "");
+  const Pages pages(id, 8);
+  const auto begun = store.fetch(arena, pages.of(0, 1));
+  const auto guess = store.fetch(arena, pages.of(4, 5), Urgency::maybe);
+  const auto soon = store.fetch(arena, pages.of(1, 3), Urgency::soon);
+  const auto needed = store.fetch(arena, pages.of(3, 4));
+  CHECK_EQUAL(store.pending(), 5);
+  std::vector<int64_t> waiting = {guess[0], soon[0], soon[1], needed[0]}, landed;
+  while (!waiting.empty()) {
+    for (const Completion& done : store.wait_any(waiting, kLong)) {
+      CHECK_EQUAL(done.message, "");
+      landed.push_back(done.ticket);
+      std::erase(waiting, done.ticket);
+    }
+  }
+  CHECK(landed == (std::vector<int64_t>{needed[0], soon[0], soon[1], guess[0]}));
   CHECK_EQUAL(wait_one(store, begun[0]).message, "");
-  CHECK(holds(arena, 0, file, 0, 4 * kPage));
+  CHECK(holds(arena, 0, file, 0, 5 * kPage));
 }
 
-void what_no_reader_has_begun_is_dropped_without_waiting() {
+void what_comes_to_be_needed_goes_before_what_was_read_ahead_with_it() {
+  const TestFile file(8 * kPage);
+  Store store(1, faulty(Fault::delayed, 1, 1'000'000, 0.03));
+  const int id = store.open(file.path());
+  Arena arena{size_t(8 * kPage)};
+  const Pages pages(id, 8);
+  const auto begun = store.fetch(arena, pages.of(0, 1));
+  const auto soon = store.fetch(arena, pages.of(1, 3), Urgency::soon);
+  const auto guess = store.fetch(arena, pages.of(3, 4), Urgency::maybe);
+  store.hurry({guess[0], soon[1], 99});
+  const auto first = store.wait_any({soon[0], soon[1]}, kLong);
+  CHECK_EQUAL(first.size(), 1u);
+  CHECK_EQUAL(first[0].ticket, soon[1]);
+  CHECK_EQUAL(wait_one(store, guess[0]).message, "");
+  for (const int64_t ticket : {soon[0], begun[0]}) CHECK_EQUAL(wait_one(store, ticket).message, "");
+}
+
+void what_nobody_has_begun_is_dropped_without_waiting() {
   const TestFile file(8 * kPage);
   Store store(1, faulty(Fault::delayed, 1, 1'000'000, 0.1));
   const int id = store.open(file.path());
   Arena arena{size_t(8 * kPage)};
-  const auto record = [&](int64_t page) { return Record{{{id, page * kPage, kPage, 0}}, {}, page * kPage}; };
-  const auto needed = store.fetch(arena, {record(0), record(1)});
+  const Pages pages(id, 8);
+  const auto needed = store.fetch(arena, pages.of(0, 2));
   std::this_thread::sleep_for(milliseconds(20));  // the first is in the reader's hands
-  const auto ahead = store.fetch(arena, {record(2), record(3)}, true);
+  const auto ahead = store.fetch(arena, pages.of(2, 4), Urgency::soon);
   CHECK(store.drop({needed[0], needed[1], ahead[1], 99}) == (std::vector<int64_t>{needed[1], ahead[1]}));
   CHECK_EQUAL(store.pending(), 2);
   CHECK_THROWS(std::invalid_argument, store.wait_any({ahead[1]}, kLong));
@@ -539,26 +576,44 @@ void what_no_reader_has_begun_is_dropped_without_waiting() {
   while (store.pending() > 0) std::this_thread::sleep_for(milliseconds(1));
   CHECK(store.drop({done}).empty());
   CHECK_EQUAL(wait_one(store, done).message, "");
-  CHECK(store.fetch(arena, std::vector<Record>{}).empty());
+  CHECK(store.fetch(arena, std::vector<PlacedRecord>{}).empty());
+}
+
+void what_is_dropped_half_way_ends_when_what_has_begun_has_landed() {
+  constexpr int64_t num_parts = 4;
+  const TestFile file(num_parts * Store::kPartBytes);
+  const auto file_system = faulty(Fault::delayed, 1, 1'000'000, 0.05);
+  Store store(1, file_system);
+  const int id = store.open(file.path());
+  Arena arena{size_t(file.size())};
+  const int64_t ticket = store.fetch(arena, {{id, 0, file.size(), 0}}, {file.checksum(0, file.size())});
+  std::this_thread::sleep_for(milliseconds(20));  // the first part is in the reader's hands
+  CHECK(store.drop({ticket}).empty());
+  CHECK_EQUAL(store.pending(), 1);
+  CHECK(wait_one(store, ticket).error == ReadError::dropped);
+  CHECK_EQUAL(store.pending(), 0);
+  CHECK_EQUAL(file_system->num_reads(), 1);
 }
 
 void what_is_read_ahead_leaves_room_for_what_is_needed() {
   const TestFile file(32 * kPage);
-  const auto file_system = faulty(Fault::delayed, 1, 1'000'000, 0.02);
-  Store store(2, file_system);
-  const int id = store.open(file.path());
-  Arena arena{size_t(32 * kPage)};
-  std::vector<Record> records;
-  for (int64_t i = 0; i < 32; ++i) records.push_back({{{id, i * kPage, kPage, 0}}, {}, i * kPage});
-  const auto ahead = store.fetch(arena, records, true);
-  CHECK(file_system->num_reads() <= Store::kMaxBegun - 2);
-  const auto dropped = store.drop(ahead);
-  CHECK(dropped.size() >= 32u - (Store::kMaxBegun - 2) - 1);
-  for (const int64_t ticket : ahead) {
-    const bool is_dropped = std::find(dropped.begin(), dropped.end(), ticket) != dropped.end();
-    if (!is_dropped) CHECK_EQUAL(wait_one(store, ticket).message, "");
+  for (const auto& [urgency, most] : {std::pair(Urgency::soon, Store::kMaxBegun - 2),
+                                      std::pair(Urgency::maybe, Store::kMostBegunBeforeGuess)}) {
+    const auto file_system = faulty(Fault::delayed, 1, 1'000'000, 0.02);
+    Store store(2, file_system);
+    const int id = store.open(file.path());
+    Arena arena{size_t(32 * kPage)};
+    const Pages pages(id, 32);
+    const auto ahead = store.fetch(arena, pages.of(0, 32), urgency);
+    CHECK(file_system->num_reads() <= most);
+    const auto dropped = store.drop(ahead);
+    CHECK(int(dropped.size()) >= 32 - most - 1);
+    for (const int64_t ticket : ahead) {
+      const bool is_dropped = std::find(dropped.begin(), dropped.end(), ticket) != dropped.end();
+      if (!is_dropped) CHECK_EQUAL(wait_one(store, ticket).message, "");
+    }
+    CHECK_EQUAL(store.pending(), 0);
   }
-  CHECK_EQUAL(store.pending(), 0);
 }
 
 // More parts than may begin at once, and more than there is staging memory for, from several threads.
@@ -577,7 +632,8 @@ void everything_arrives_however_much_is_asked_for() {
       const int64_t offset = matrix.file_bytes() + i * plain_bytes;
       records.push_back({{{id, offset, plain_bytes, plain_at(i)}}, {file.checksum(offset, plain_bytes)}});
     }
-    std::vector<int64_t> waiting = store.fetch(arena, records);
+    const std::vector<PlacedRecord> placed(records.begin(), records.end());
+    std::vector<int64_t> waiting = store.fetch(arena, placed);
     while (!waiting.empty()) {
       for (const Completion& done : store.wait_any(waiting, kLong)) {
         CHECK_EQUAL(done.message, "");
@@ -822,8 +878,10 @@ int main() {
   // One reader takes one part after another: what has begun is known.
   a_cancelled_ticket_is_forgotten_and_nothing_moves_after();
   closing_fails_what_is_queued_and_joins();
-  what_is_needed_goes_before_what_is_read_ahead();
-  what_no_reader_has_begun_is_dropped_without_waiting();
+  what_is_needed_goes_before_what_will_be_and_that_before_a_guess();
+  what_comes_to_be_needed_goes_before_what_was_read_ahead_with_it();
+  what_nobody_has_begun_is_dropped_without_waiting();
+  what_is_dropped_half_way_ends_when_what_has_begun_has_landed();
 
   what_the_kernel_does_not_take_is_read_by_threads();
   a_piece_that_cannot_be_meant_is_refused_at_once();

@@ -541,6 +541,16 @@ class Stack:
         must have been run before the next call. ^C ends the call between two layers, and with it the step.
         """
 
+    def look_ahead(self) -> list[list[int]]:
+        """What the next layer with routed experts would choose from the present hidden state, while a layer waits.
+
+        The experts that tokens rank first, then those that they rank second and nobody first ...: one list for each of
+        `experts_per_token` ranks. Empty where no such layer follows.
+
+        Raises:
+            ValueError: experts of the layer that waits have run already; it works in their memory.
+        """
+
     def run_shared(self) -> None:
         """Run the shared expert of the layer that waits, if it has one; once, before the next `advance`."""
 
@@ -627,6 +637,16 @@ Piece = (
 )
 STAGING_BYTES: int
 
+class Record:
+    """Pieces that are read together, and the crc32c_wide of each or none: parsed once, fetched any number of times."""
+
+    def __init__(self, pieces: Sequence[Piece], checksums: Sequence[int] | None = None) -> None: ...
+    @property
+    def pieces(self) -> list[tuple[int, int, int, int]]:
+        """Where each is, and where it goes: without what it is transcoded from."""
+
+Urgency = Literal["now", "soon", "maybe"]
+
 class Store:
     """Threads that read pieces of files into arenas."""
 
@@ -654,29 +674,32 @@ class Store:
         """
 
     def fetch_many(
-        self,
-        arena: Arena,
-        records: Sequence[tuple[Sequence[Piece], Sequence[int] | None, int]],
-        ahead: bool = False,
+        self, arena: Arena, records: Sequence[tuple[Record, int]], urgency: Urgency = "now"
     ) -> list[int]:
-        """The same for several (pieces, checksums, base) in one go, a ticket each; `base` is added to each dest_offset.
+        """The same for several (record, base) in one go, a ticket each; `base` is added to each dest_offset.
 
-        What is read `ahead` waits until the readers have nothing else to do.
+        now: somebody waits. soon: goes behind that. maybe: a guess, read only while the drive has little else to do.
         """
+
+    def hurry(self, tickets: Sequence[int]) -> None:
+        """Somebody waits for these now."""
 
     def wait_any(
         self, tickets: Sequence[int], block: bool = True
     ) -> list[tuple[int, str | None, str | None]]:
         """Block until one is done; all that are done as (ticket, error sentence, kind of error).
 
-        Kinds: "io", "checksum", "short", "not finite" (a code or scale that is no number).
+        Kinds: "io", "checksum", "short", "not finite" (a code or scale that is no number), "dropped".
 
         They are forgotten. Nothing is written for a ticket that is done, also when it failed. ^C ends the wait and
         leaves the tickets as they are. With `block` false only those that are done already.
         """
 
     def drop(self, tickets: Sequence[int]) -> list[int]:
-        """Forget those that no reader has begun, and return them. Never waits."""
+        """Read no more of these; forget those of which nothing has begun, and return them. Never waits.
+
+        The others end, as "dropped" unless all of it had begun, and are to be waited for.
+        """
 
     def cancel(self, ticket: int) -> bool:
         """Forget a ticket once its bytes no longer move: what has not begun is dropped. False: not known."""

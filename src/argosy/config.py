@@ -101,6 +101,9 @@ class EngineConfig(_Strict):
     chunk_tokens: int | None = None  # most prompt tokens in one step; None: what the memory plan finds best
     max_sequences: int = 8  # most sequences in one step
     readers: int = 4  # threads that read experts
+    look_ahead: bool = (
+        True  # read guesses of the next layer's experts while the drive is idle and they are right
+    )
     experts_off: bool = False  # leave routed experts out of every sum: only for comparing with a dense base
 
     def __post_init__(self) -> None:

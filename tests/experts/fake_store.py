@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from argosy import _native
 from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, Piece
 from argosy.experts.source import Key
 
 ROWS, COLS = 3, 5
 MATRIX_BYTES = ROWS * COLS * 4
 PiecePlace = tuple[int, int, int, int]  # file id, offset, nbytes, destination
-FakeRecord = tuple[list[PiecePlace], list[int] | None, int]
 
 
 def make_records(
@@ -59,7 +59,8 @@ class FakeStore:
     """Does what `_native.Store` promises, with everything under the test's control.
 
     fail: (num_fetches so far) -> (message, kind) or None.   refuse: the number of a fetch that raises at once.
-    begun: the share of reads that a reader has begun as soon as they are asked for.
+    begun: the share of reads that a reader has begun as soon as they are asked for.   given_up: the share of those
+        that can still be given up half-way.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class FakeStore:
         fail: Callable[[int], tuple[str, str] | None] = lambda number: None,
         refuse: int | None = None,
         begun: float = 0.0,
+        given_up: float = 0.0,
     ) -> None:
         self.alignment = alignment
         self.in_flight: dict[int, tuple[Any, list[PiecePlace]]] = {}
@@ -83,8 +85,12 @@ class FakeStore:
         self._fail = fail
         self._refuse = refuse
         self._begun_share = begun
+        self._given_up_share = given_up
         self._begun: set[int] = set()
-        self.ahead: set[int] = set()  # tickets that were read ahead
+        self._given_up: set[int] = set()  # half-way
+        self.ahead: set[int] = set()  # tickets that nobody waited for when they were asked for
+        self.guessed: set[int] = set()  # those of them that were a guess
+        self.hurried: set[int] = set()
 
     def open(self, path: str) -> int:
         return self._paths.index(path)
@@ -93,14 +99,18 @@ class FakeStore:
         path = self._paths[file_id]
         return path, len(self._files[path]), self.alignment, True, ""
 
-    def fetch_many(self, arena: Any, records: list[FakeRecord], ahead: bool = False) -> list[int]:
+    def fetch_many(
+        self, arena: Any, records: list[tuple[_native.Record, int]], urgency: _native.Urgency = "now"
+    ) -> list[int]:
         first = self.num_fetches + 1
         self.num_fetches += len(records)
         if self._refuse in range(first, first + len(records)):
             raise OSError("no")
         tickets = list(range(first, first + len(records)))
-        for ticket, (relative, _, base) in zip(tickets, records, strict=True):
-            pieces = [(file_id, offset, nbytes, base + dest) for file_id, offset, nbytes, dest in relative]
+        for ticket, (record, base) in zip(tickets, records, strict=True):
+            pieces = [
+                (file_id, offset, nbytes, base + dest) for file_id, offset, nbytes, dest in record.pieces
+            ]
             for file_id, offset, nbytes, dest in pieces:
                 assert dest % self.alignment == 0
                 begin, end = self._outwards(offset, nbytes)
@@ -110,11 +120,17 @@ class FakeStore:
             self.in_flight[ticket] = (arena, pieces)
             if self._random.random() < self._begun_share:
                 self._begun.add(ticket)
-        if ahead:
+        if urgency != "now":
             self.ahead |= set(tickets)
+        if urgency == "maybe":
+            self.guessed |= set(tickets)
         self.most_in_flight = max(self.most_in_flight, len(self.in_flight))
-        self.log.append(("ahead" if ahead else "fetch", len(records)))
+        self.log.append(("fetch" if urgency == "now" else "ahead", len(records)))
         return tickets
+
+    def hurry(self, tickets: list[int]) -> None:
+        assert set(tickets) <= set(self.in_flight)
+        self.hurried |= set(tickets)
 
     def wait_any(self, tickets: list[int], block: bool = True) -> list[tuple[int, str | None, str | None]]:
         assert tickets, "nothing to wait for"
@@ -126,6 +142,9 @@ class FakeStore:
         results: list[tuple[int, str | None, str | None]] = []
         for ticket in done:
             arena, pieces = self.in_flight.pop(ticket)
+            if ticket in self._given_up:
+                results.append((ticket, "not read to its end", "dropped"))
+                continue
             if (failure := self._fail(ticket)) is not None:
                 results.append((ticket, *failure))
                 continue
@@ -139,6 +158,11 @@ class FakeStore:
     def drop(self, tickets: list[int]) -> list[int]:
         assert set(tickets) <= set(self.in_flight)
         dropped = [ticket for ticket in tickets if ticket not in self._begun]
+        self._given_up |= {
+            ticket
+            for ticket in tickets
+            if ticket in self._begun and self._random.random() < self._given_up_share
+        }
         for ticket in dropped:
             del self.in_flight[ticket]
         self.log.append(("drop", len(dropped)))

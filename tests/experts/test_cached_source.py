@@ -120,9 +120,9 @@ def test_what_decode_waits_for_is_read_before_what_a_sweep_asks_for() -> None:
     fetched = []
     fetch = rig.source._files.fetch
 
-    def record(arena: Any, experts: list[tuple[Key, int]], *, ahead: bool = False) -> list[int]:
+    def record(arena: Any, experts: list[tuple[Key, int]], **urgency: Any) -> list[int]:
         fetched.extend(key[1] for key, _ in experts)
-        return fetch(arena, experts, ahead=ahead)
+        return fetch(arena, experts, **urgency)
 
     rig.source._files.fetch = record  # type: ignore[method-assign]
     rig.run(0, [0, 1, 2, 3, 4, 5], scan=[0, 1, 3, 4])
@@ -235,3 +235,15 @@ def test_a_lease_that_was_never_opened_holds_nothing() -> None:
     rig.source.lease(0, [0, 1, 2])
     rig.check_idle()
     assert rig.source.stats.lookups == 2
+
+
+def test_a_sweep_that_finds_much_read_ahead_frees_slots_before_all_of_it_is_computed() -> None:
+    rig = Rig(num_slots=40, k=2)
+    everyone = list(range(NUM_EXPERTS))
+    with rig.source.lease(0, everyone, everyone) as lease:
+        for number, group in enumerate(lease):
+            rig.check(0, group)
+            assert len(group.expert_ids) <= 8
+            if number == 2:
+                break  # what has landed and was not handed over is given back, too
+    rig.check_idle()

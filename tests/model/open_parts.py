@@ -23,7 +23,7 @@ BLOCK_TOKENS = 16
 BLOCKS_A_SEQUENCE = 6
 NUM_SEQUENCES = 4
 
-Residency = Literal["resident", "smallest cache", "no experts"]
+Residency = Literal["resident", "smallest cache", "guessing cache", "no experts"]
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,18 @@ def open_parts(directory: Path, residency: Residency, *, threads: int = 1) -> It
         expert_files = ExpertFiles(store, files.experts, open_file=open_file)
         if residency == "resident":
             experts = load_resident(store, expert_files)
-        elif residency == "smallest cache":
-            experts = CachedSource(
+        elif residency in ("smallest cache", "guessing cache"):
+            is_smallest = residency == "smallest cache"
+            experts = cache = CachedSource(
                 store,
                 expert_files,
-                num_slots=config.experts_per_token,
+                num_slots=config.experts_per_token if is_smallest else 4 * config.experts_per_token,
                 num_layers=config.num_layers,
                 experts_per_token=config.experts_per_token,
             )
+            if not is_smallest:  # reads whatever is guessed
+                for look_ahead in cache._look_ahead:
+                    look_ahead.is_trusted = lambda rank: True  # type: ignore[method-assign]
         yield Parts(config, weights, experts, _native.Runtime(threads))
     finally:
         if experts is not None:

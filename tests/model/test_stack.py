@@ -17,10 +17,11 @@ from argosy.model.clock import PARTS, PartClock
 from argosy.model.decoder import Decoder, RouteObserver
 from argosy.model.families import open_model
 from argosy.model.workspace import Workspace
-from tests.model.open_parts import Parts, Run, batches, decode, open_parts
+from tests.model.open_parts import Parts, Residency, Run, batches, decode, open_parts
 from tests.model.reference_step import Floats, ReferenceDecoder
 from tests.models.references import REFERENCES
 from tests.models.runnable import runnable
+from tests.models.safetensors_file import read_safetensors
 from tests.models.tiny import gpt_oss, minimax_m2, mixtral, qwen2_moe, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_next
 
@@ -87,7 +88,7 @@ def run(parts: Parts, decoder: Decoder | ReferenceDecoder) -> list[Floats]:
     return [step(batch) for batch in batches(parts.config, STEPS)]
 
 
-@pytest.mark.parametrize("residency", ["resident", "smallest cache", "no experts"])
+@pytest.mark.parametrize("residency", ["resident", "smallest cache", "guessing cache", "no experts"])
 def test_a_step_has_the_bits_of_its_operations(directory: Path, residency: Any, instruction_set: str) -> None:
     with open_parts(directory, residency) as parts:
         expected = run(
@@ -157,13 +158,15 @@ class Watched:
         lease: Lease = self.source.lease(layer, expert_ids, scan)
         return lease
 
-    def expect(self, layer: int, expert_ids: Sequence[int]) -> None:
-        self.calls.append(("expect", layer, list(expert_ids)))
-        self.source.expect(layer, expert_ids)
+    def guess(self, layer: int, by_rank: Sequence[Sequence[int]], *, is_sweep: bool) -> None:
+        self.calls.append(("guess", layer, by_rank, is_sweep))
+        self.source.guess(layer, by_rank, is_sweep=is_sweep)
 
 
-def watched_calls(directory: Path, steps: Sequence[Sequence[Run]]) -> tuple[list[Any], Any]:
-    with open_parts(directory, "smallest cache") as parts:
+def watched_calls(
+    directory: Path, steps: Sequence[Sequence[Run]], residency: Residency = "smallest cache"
+) -> tuple[list[Any], Any]:
+    with open_parts(directory, residency) as parts:
         source = Watched(parts.experts)
         watched = Parts(parts.config, parts.weights, source, parts.runtime)  # type: ignore[arg-type]
         choices: list[Any] = []
@@ -185,20 +188,73 @@ def test_a_lease_names_the_experts_chosen_and_those_that_only_prompt_tokens_chos
         assert scan == sorted(set(experts) - set(ids[:decoding].reshape(-1).tolist()))
 
 
-def test_a_prompt_that_sweeps_through_a_layer_hints_at_the_next(tmp_path: Path) -> None:
+def test_looking_ahead_names_what_the_next_router_says_of_the_present_hidden_state(tmp_path: Path) -> None:
+    directory = write_model(tmp_path, qwen3_moe(num_experts=16, num_experts_per_tok=4), seed=3)
+    tensors = read_safetensors(directory / "model.safetensors")
+    with open_parts(directory, "smallest cache") as parts:
+        config, asked = parts.config, 0
+
+        def observe(layer: int, expert_ids: Any) -> None:
+            nonlocal asked
+            found = decoder._stack.look_ahead()
+            if layer == config.moe_layers[-1]:
+                assert found == []
+                return
+            prefix = f"model.layers.{layer + 1}."
+            hidden = decoder._workspace.buffers["hidden"][: len(expert_ids)].astype(np.float64)
+            norm = np.sqrt((hidden**2).mean(axis=1, keepdims=True) + config.norm_eps)
+            normed = hidden / norm * tensors[prefix + "post_attention_layernorm.weight"]
+            scores = normed @ tensors[prefix + "mlp.gate.weight"].T.astype(np.float64)
+            ranked = np.argsort(-scores, axis=1)[:, : config.experts_per_token]
+            named: set[int] = set()
+            for rank, experts in enumerate(found):
+                fresh = [e for e in dict.fromkeys(ranked[:, rank].tolist()) if e not in named]
+                assert experts == fresh
+                named |= set(fresh)
+            asked += 1
+
+        decoder = decoder_of(parts, observe=observe)
+        for batch in batches(config, [[Run(0, 5)], [decode(0)]]):
+            decoder.forward(batch)
+        assert asked == 2 * (len(config.moe_layers) - 1)
+
+
+def test_nothing_looks_ahead_once_experts_have_run(tmp_path: Path) -> None:
+    directory = write_model(tmp_path, mixtral(num_local_experts=4, num_experts_per_tok=2), seed=1)
+    with open_parts(directory, "smallest cache") as parts:
+        decoder = decoder_of(parts)
+        run_experts, refused = decoder._stack.run_experts, []
+
+        class Stack:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(stack, name)
+
+            def run_experts(self, *group: Any) -> None:
+                run_experts(*group)
+                with pytest.raises(ValueError, match="some have run already"):
+                    stack.look_ahead()
+                refused.append(True)
+
+        stack, decoder._stack = decoder._stack, Stack()  # type: ignore[assignment]
+        (batch,) = batches(parts.config, [[Run(0, 3)]])
+        decoder.forward(batch)
+    assert refused
+
+
+def test_prompts_and_tokens_guess_for_the_layer_that_follows(tmp_path: Path) -> None:
     directory = write_model(
         tmp_path, mixtral(num_local_experts=4, num_experts_per_tok=2, num_hidden_layers=3), seed=1
     )
-    calls, _ = watched_calls(directory, [[Run(0, 40)], [decode(0)]])
-    everyone = list(range(4))
-    assert [call[:3] for call in calls[:5]] == [
-        ("lease", 0, everyone),
-        ("expect", 1, everyone),
-        ("lease", 1, everyone),
-        ("expect", 2, everyone),
-        ("lease", 2, everyone),
-    ]
-    assert [call[0] for call in calls[5:]] == ["lease"] * 3  # a token that decodes sweeps through nothing
+    calls, _ = watched_calls(directory, [[Run(0, 40)], [decode(0)]], residency="guessing cache")
+    in_order = [(call[0], call[1], call[-1] if call[0] == "guess" else None) for call in calls]
+    for step, is_sweep in enumerate((True, False)):
+        assert in_order[5 * step : 5 * step + 5] == [
+            ("lease", 0, None),
+            ("guess", 1, is_sweep),
+            ("lease", 1, None),
+            ("guess", 2, is_sweep),
+            ("lease", 2, None),
+        ]
 
 
 def test_a_failed_read_ends_the_step_and_the_next_one_is_whole(tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ class Engine:
         instruction_set: caps the choice of kernels: `plain`, `avx2` or `avx512`.
         chunk_tokens: most prompt tokens in one step; None: as the memory plan finds best.
         expert_slots: fixes the size of the expert cache instead of giving it what the budget leaves.
+        look_ahead: while decode leaves the drive idle, read what the next layer will probably ask for.
         experts_off: leave routed experts out of every sum, to compare with a dense base.
         progress: hears what start-up is doing.
         observe_routes: hears (layer, expert_ids [tokens, k]) of every step. Routing can reveal text: keep it private.
@@ -108,6 +109,7 @@ class Engine:
         max_sequences: int = 8,
         readers: int = 4,
         expert_slots: int | None = None,
+        look_ahead: bool = True,
         experts_off: bool = False,
         progress: Progress | None = None,
         observe_routes: RouteObserver | None = None,
@@ -137,6 +139,7 @@ class Engine:
             chunk_tokens=chunk_tokens,
             max_sequences=max_sequences,
             readers=readers,
+            look_ahead=look_ahead,
             experts_off=experts_off,
         )
         if expert_slots is not None and not files.config.experts_per_token <= expert_slots:
@@ -233,6 +236,7 @@ class Engine:
                     num_slots=plan.num_slots,
                     num_layers=config.num_layers,
                     experts_per_token=config.experts_per_token,
+                    look_ahead=settings.look_ahead,
                 )
         self._blocks = KvBlocks(-(-plan.context_tokens // KV_BLOCK_TOKENS), KV_BLOCK_TOKENS)
         kv = _native.KvCache(kv_shapes(config), self._blocks.num_blocks, KV_BLOCK_TOKENS, settings.kv_dtype)

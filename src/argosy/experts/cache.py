@@ -6,21 +6,27 @@ One arena of equal slots serves all layers. `policy.CachePolicy` decides which e
 reads. Every miss of a layer is issued before the first expert is computed, as far as there are slots; a slot whose
 expert has been computed is free for the next miss, so a layer may ask for more experts than there are slots.
 
-`expect` says what the next layer will ask for. Once the open lease has issued all of its own reads, those of the hint
-begin, behind them, in slots of the sweep's window; the next lease takes them over wherever they are. So a prompt
-sweeps through its layers without the drive ever waiting for arithmetic.
+`guess` says what the next layer will probably ask for, and `look_ahead.LookAhead` what of that is worth a read. Once
+the open lease has issued all of its own reads, those of the guess begin, in slots of its window; the next lease
+takes them over wherever they are. So the drive does not wait for arithmetic between two layers.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from types import TracebackType
 
 from argosy import _native
 from argosy.config import Format
 from argosy.errors import ArgosyError
+from argosy.experts.look_ahead import LookAhead
 from argosy.experts.policy import CachePolicy
 from argosy.experts.source import ExpertFiles, ExpertGroup, Key, Lease, SourceStats
+
+# Experts that are computed together: the slots of a group are free for other reads when it is done, and a prompt that
+# found half a layer read ahead would else keep the drive waiting for them. More than one token asks for, usually.
+_MOST_IN_GROUP = 8
 
 
 class CachedSource:
@@ -36,6 +42,7 @@ class CachedSource:
         num_slots: int,
         num_layers: int,
         experts_per_token: int,
+        look_ahead: bool = True,
     ) -> None:
         self.stats = SourceStats()
         self.arena = _native.Arena(files.slot_bytes * num_slots)
@@ -45,7 +52,11 @@ class CachedSource:
         self._store = store
         self._files = files
         self._open: _CachedLease | None = None
+        self._look_ahead = (LookAhead(experts_per_token), LookAhead(experts_per_token))  # decode, sweeps
+        # With fewer slots a guess would take what a token itself needs.
+        self._may_guess = look_ahead and num_slots >= 4 * experts_per_token
         self._hint: list[Key] = []  # not yet asked for; the next comes last
+        self._is_sweep = False  # the hint's
         self._kept: set[Key] = set()  # of the hint, in memory, pinned until the next lease
         self._early: dict[Key, int] = {}  # reads that no lease waits for: expert -> ticket
 
@@ -55,11 +66,25 @@ class CachedSource:
     def lease(self, layer: int, expert_ids: Sequence[int], scan: Collection[int] = ()) -> Lease:
         return _CachedLease(self, layer, expert_ids, scan)
 
-    def expect(self, layer: int, expert_ids: Sequence[int]) -> None:
+    def wants_guess(self, *, is_sweep: bool) -> bool:
+        return (is_sweep or self._may_guess) and self._look_ahead[is_sweep].wants_guess
+
+    def guess(self, layer: int, by_rank: Sequence[Sequence[int]], *, is_sweep: bool) -> None:
         self._forget_hint()
+        look_ahead, slot, early = self._look_ahead[is_sweep], self.policy.slot, self._early
+        missing = {
+            expert: rank
+            for rank, experts in enumerate(by_rank)
+            for expert in experts
+            if slot((layer, expert)) is None or (layer, expert) in early
+        }
+        look_ahead.remember(layer, missing)
         if self._open is not None and self._open.layer == layer:
             return  # its slots are in use already
-        self._hint = sorted(((layer, expert) for expert in expert_ids), reverse=True)
+        self._hint = [(layer, expert) for expert in reversed(look_ahead.trusted(by_rank))]
+        if is_sweep:
+            self._hint.sort(reverse=True)  # in the order of the file
+        self._is_sweep = is_sweep
         self._read_ahead()
 
     def count_resident(self, lookups: int) -> None:
@@ -70,11 +95,11 @@ class CachedSource:
             self._store.cancel(ticket)
         self.arena.close()
 
-    def _fetch(self, keys: Sequence[Key], *, ahead: bool = False) -> dict[Key, int]:
+    def _fetch(self, keys: Sequence[Key], *, urgency: _native.Urgency = "now") -> dict[Key, int]:
         """Start reads into the slots of experts that were just admitted; their tickets."""
         try:
             places = [(key, self._place(key)) for key in keys]
-            return dict(zip(keys, self._files.fetch(self.arena, places, ahead=ahead), strict=True))
+            return dict(zip(keys, self._files.fetch(self.arena, places, urgency=urgency), strict=True))
         except BaseException:
             for key in keys:
                 self.policy.drop(key)
@@ -99,13 +124,13 @@ class CachedSource:
             elif policy.slot(key) is not None:
                 policy.use(key, is_scan=True)  # the reads of its neighbours must not displace it
                 self._kept.add(key)
-            elif policy.admit(key, is_scan=True) is not None:
+            elif policy.admit(key, is_scan=True, is_guess=not self._is_sweep) is not None:
                 admitted.append(key)
             else:
                 break
             self._hint.pop()
         if admitted:
-            self._early |= self._fetch(admitted, ahead=True)
+            self._early |= self._fetch(admitted, urgency="soon" if self._is_sweep else "maybe")
 
     def _take_over(self, key: Key) -> int | None:
         """Hand the early read of an expert to a lease."""
@@ -113,7 +138,10 @@ class CachedSource:
         return self._early.pop(key, None)
 
     def _forget_hint(self) -> None:
-        """Give up what the last hint still holds, as far as no reader has begun it. Never waits."""
+        """Give up what the last hint still holds, as far as no reader has begun it. Never waits.
+
+        What a reader has begun stays in `_early` until it ends: whole, or given up half-way.
+        """
         self._hint.clear()
         for key in self._kept:
             self.policy.unpin(key)
@@ -134,7 +162,8 @@ class CachedSource:
             key = keys[ticket]
             del self._early[key]
             if message is not None:
-                self.policy.drop(key)  # who needs it will read it again, and hear of the error
+                # It was given up half-way; or who needs it will read it again, and hear of the error.
+                self.policy.drop(key)
                 continue
             self.policy.unpin(key)
             self.stats.bytes_read += self._files.expert_bytes(key)
@@ -153,6 +182,7 @@ class _CachedLease:
         self._keys = [(layer, expert) for expert in expert_ids]
         self._hits: list[Key] = []
         self._missing: list[Key] = []  # the next to be read comes last
+        self._landed: deque[Key] = deque()  # not yet handed over
         self._held: list[Key] = []
         self._in_flight: dict[int, Key] = {}
 
@@ -180,6 +210,7 @@ class _CachedLease:
         policy, stats = source.policy, source.stats
         if len(scan) < len(self._keys):
             policy.begin(self.layer)
+        source._look_ahead[bool(scan)].learn(self.layer, {expert for _, expert in self._keys})
         for key in self._keys:  # before any miss may evict one of them
             early = source._take_over(key)
             if early is not None:
@@ -192,6 +223,8 @@ class _CachedLease:
                 self._hits.append(key)
                 self._held.append(key)
             policy.use(key, is_scan=key[1] in scan)
+        if self._in_flight:
+            source._store.hurry(list(self._in_flight))
         source._forget_hint()
         # What decode waits for is read first; within that, in the order of the file.
         self._missing.sort(key=lambda key: (key[1] in scan, key), reverse=True)
@@ -201,6 +234,8 @@ class _CachedLease:
     def _end(self) -> None:
         """Give back what is held, and wait until no read of this lease moves bytes."""
         self._source._open = None
+        self._held += self._landed
+        self._landed.clear()
         self._give_back()
         for ticket, key in self._in_flight.items():
             self._source._store.cancel(ticket)
@@ -211,27 +246,32 @@ class _CachedLease:
         source = self._source
         if self._hits:
             yield self._group(self._hits)
-        while self._in_flight or self._missing:
+        landed = self._landed
+        while landed or self._in_flight or self._missing:
             self._give_back()
             self._issue()
+            if landed:
+                self._held = [landed.popleft() for _ in range(min(_MOST_IN_GROUP, len(landed)))]
+                yield self._group(self._held)
+                continue
             if not self._in_flight:
                 assert source._early  # else a slot could be had: nothing else is pinned
                 source._collect_early(block=True)
                 continue
-            landed: list[Key] = []
             failed: ArgosyError | None = None
             for ticket, message, kind in source._store.wait_any(list(self._in_flight)):
                 key = self._in_flight.pop(ticket)
                 if message is not None:
                     source.policy.drop(key)
+                    if kind == "dropped":  # by an earlier hint, before this lease took it over
+                        self._missing.append(key)
+                        continue
                     failed = source._files.failure(key, message, kind)
                     continue
                 source.stats.bytes_read += source._files.expert_bytes(key)
                 landed.append(key)
-            self._held = landed
             if failed is not None:
                 raise failed
-            yield self._group(landed)
 
     def _issue(self) -> None:
         """Start as many of the missing reads as there are slots for, then those of the hint."""

@@ -12,7 +12,8 @@ The oldest leaves, by an age that knows three things of experts:
 
 Prompt tokens sweep through nearly every expert once per chunk. What they alone ask for takes free slots, and then only
 the slots of a small window, newest first: a sweep comes round again in the same order, so what was swept last is
-needed last. What decode uses stays; what was only swept in leaves first.
+needed last. What decode uses stays; what was only swept in leaves first. So does what was only guessed, which takes no
+more slots than one token asks for in a layer, and there the oldest goes first.
 
 Finding who leaves takes O(log slots): within a layer ages grow alike, so each layer has a heap by what does not change
 (`worth`), and one heap of the layers above their floor compares their oldest. Entries of both may say too old, never
@@ -74,13 +75,14 @@ class CachePolicy:
         self.floor = min(experts_per_token, num_slots // max(1, num_layers))
         # A quarter of the cache at most is given to a sweep, and never less than one token asks for.
         self.window_slots = max(experts_per_token, num_slots // 4)
+        self.guess_slots = experts_per_token
         self._free = list(range(num_slots - 1, -1, -1))
         self._clock = 0
         self._layers = [_Layer() for _ in range(num_layers)]
         self._oldest: list[
             _Oldest
         ] = []  # a heap; entries of an earlier turn, or of a layer at its floor, are void
-        self._window: OrderedDict[Key, int] = OrderedDict()  # swept-in experts, oldest first
+        self._window: OrderedDict[Key, int] = OrderedDict()  # swept in or guessed, oldest first
         self._pinned: set[Key] = set()
         self._pinned_in_window: set[Key] = set()
 
@@ -119,10 +121,16 @@ class CachePolicy:
             self._pinned_in_window.discard(key)
             self._keep(layer, expert, self._window.pop(key))
 
-    def admit(self, key: Key, *, is_scan: bool) -> int | None:
-        """Find a slot for a missing expert, evicting another if need be, and pin it. None: wait for an unpin."""
+    def admit(self, key: Key, *, is_scan: bool, is_guess: bool = False) -> int | None:
+        """Find a slot for a missing expert, evicting another if need be, and pin it. None: wait for an unpin.
+
+        A guess is a scan that takes fewer slots from others.
+        """
         if self._free:
             slot: int | None = self._free.pop()
+        elif is_guess:
+            has_room = len(self._window) < self.guess_slots
+            slot = self._evict_oldest(key[0]) if has_room else self._from_window(newest=False)
         elif is_scan:
             slot = self._slot_for_sweep(key[0])
         else:

@@ -100,10 +100,18 @@ class ExpertSource(Protocol):
         """
         ...
 
-    def expect(self, layer: int, expert_ids: Sequence[int]) -> None:
-        """Say what the next lease will ask for, while the present one is open, so that its reads can begin.
+    def wants_guess(self, *, is_sweep: bool) -> bool:
+        """Whether it would do something with a guess in this step."""
+        ...
 
-        Never waits. What is read this way passes through the cache as a sweep does; a wrong hint costs reads.
+    def guess(self, layer: int, by_rank: Sequence[Sequence[int]], *, is_sweep: bool) -> None:
+        """Say what the next lease may ask for, while the present one is open, so that its reads can begin.
+
+        Never waits. What a token alone needs is read while the drive has little else to do; a prompt needs most of a
+        layer, so what is guessed in a sweep is read right behind what is needed now, and passes through as a scan does.
+
+        Args:
+            by_rank: the experts that routers rank first, those that they rank second and not first ...
         """
         ...
 
@@ -173,6 +181,7 @@ class ExpertFiles:
         self._store = store
         paths = {str(piece.path) for record in records.values() for piece in record.pieces}
         self._file_ids = {path: open_file(path) for path in sorted(paths)}
+        self._reads: dict[Key, _native.Record] = {}
         self.alignment = max(store.info(file_id)[2] for file_id in self._file_ids.values())
         num_layers, num_experts = (1 + max(key[i] for key in records) for i in (0, 1))
         self._formats = {layer: record.formats for (layer, _), record in records.items()}
@@ -205,14 +214,15 @@ class ExpertFiles:
         return places, end
 
     def fetch(
-        self, arena: _native.Arena, experts: Sequence[tuple[Key, int]], *, ahead: bool = False
+        self, arena: _native.Arena, experts: Sequence[tuple[Key, int]], *, urgency: _native.Urgency = "now"
     ) -> list[int]:
         """Start reading (expert, its place in the arena); returns the store's tickets, all or none."""
-        return self._store.fetch_many(
-            arena, [self._record(key, place) for key, place in experts], ahead=ahead
-        )
+        return self._store.fetch_many(arena, [(self._read(key), place) for key, place in experts], urgency)
 
-    def _record(self, key: Key, place: int) -> tuple[list[_native.Piece], list[int] | None, int]:
+    def _read(self, key: Key) -> _native.Record:
+        """How to read an expert, made when it is needed first."""
+        if (known := self._reads.get(key)) is not None:
+            return known
         record = self.records[key]
         places, _ = _lay_out(record, self.alignment)
         pieces: list[_native.Piece] = []
@@ -225,7 +235,8 @@ class ExpertFiles:
                 pieces.append(where)
             if piece.checksum is not None:
                 checksums.append(piece.checksum)
-        return pieces, checksums or None, place
+        self._reads[key] = made = _native.Record(pieces, checksums or None)
+        return made
 
     def offsets(self, layer: int, experts: Sequence[int], places: Sequence[int]) -> NDArray[np.int64]:
         """Bytes from the arena's start to gate, up and down of experts at these places: int64 [experts, 3]."""
@@ -346,7 +357,10 @@ class ResidentSource:
         self.count_resident(len(expert_ids))
         return _ResidentLease(ExpertGroup(expert_ids, self.resident_offsets[layer, list(expert_ids)]))
 
-    def expect(self, layer: int, expert_ids: Sequence[int]) -> None:
+    def wants_guess(self, *, is_sweep: bool) -> bool:
+        return False
+
+    def guess(self, layer: int, by_rank: Sequence[Sequence[int]], *, is_sweep: bool) -> None:
         pass
 
     def count_resident(self, lookups: int) -> None:

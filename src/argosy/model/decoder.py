@@ -30,9 +30,6 @@ from argosy.model.workspace import Array, Workspace
 
 RouteObserver = Callable[[int, NDArray[np.int32]], None]  # layer, expert_ids [tokens, k]
 
-# A prompt that needs this share of a layer's experts needs nearly all of the next layer's.
-SWEEP_SHARE = 0.9
-
 
 class Decoder:
     """A decoder-only transformer with mixture-of-experts layers; one step at a time.
@@ -122,8 +119,8 @@ class Decoder:
             self._observe(layer, self._workspace.buffers["expert_ids"][: batch.num_tokens])
         with experts.lease(layer, expert_ids, scan) as lease:
             following = self._next_moe_layer.get(layer)
-            if following is not None and scan and len(expert_ids) >= SWEEP_SHARE * self.config.num_experts:
-                experts.expect(following, range(self.config.num_experts))
+            if following is not None and experts.wants_guess(is_sweep=bool(scan)):
+                experts.guess(following, stack.look_ahead(), is_sweep=bool(scan))
             stack.run_shared()  # while the first reads run
             clock.mark_native(stack.take_seconds())
             for group in lease:
