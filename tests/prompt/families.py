@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import tokenizers
 
+from argosy.prompt.prompt import PromptBuilder
 from argosy.prompt.tokenizer import Tokenizer
 from tests.prompt import tool_templates as templates
 from tests.prompt.tokenizers_for_tests import CHATML, byte_level_json
@@ -43,6 +44,9 @@ class Family:
             generation_config={"eos_token_id": ends},
             chat_template=self.template,
         )
+
+    def builder(self) -> PromptBuilder:
+        return PromptBuilder(self.tokenizer, vocab_size=self.tokenizer.vocab_size)
 
     @property
     def marks(self) -> tuple[str, ...]:

@@ -10,9 +10,9 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from argosy.errors import UsageError
-from argosy.prompt.formats import Format, collect, find_format
+from argosy.prompt.formats import Format, ToolCallBegin, collect, find_format
 from argosy.prompt.prompt import Prompt
-from argosy.prompt.tools import Tool, check_tools
+from argosy.prompt.tools import Tool, check_tools, tool_named
 from tests.prompt.families import FAMILIES, TOOLS, Family
 
 CALLING = [name for name in FAMILIES if name != "chatml"]
@@ -309,3 +309,19 @@ def test_there_has_to_be_a_tool_to_call() -> None:
         format_of("qwen3").grammar(())
     with pytest.raises(UsageError, match="this model calls no tools"):
         format_of("chatml").grammar(CHECKED)
+
+
+def test_a_builder_makes_the_grammar_of_its_prompt() -> None:
+    builder = FAMILIES["qwen3"].builder()
+    prompt = builder.build(
+        [{"role": "user", "content": "x"}], tools=TOOLS, variables={"enable_thinking": False}
+    )
+    grammar = builder.grammar(prompt, TOOLS, "clock")
+    assert takes("qwen3", grammar, '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>')
+    assert grammar == format_of("qwen3").grammar(CHECKED, tool_named(CHECKED, "clock"), prompt=prompt)
+    with pytest.raises(UsageError, match="tool_choice names 'x'"):
+        builder.grammar(prompt, TOOLS, "x")
+    parser = builder.parser(prompt, TOOLS)
+    events = parser.push(None, "Hi")
+    assert not any(isinstance(event, ToolCallBegin) for event in events)
+    builder.close()
