@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import tokenizers
 
 from argosy.prompt.prompt import PromptBuilder
+from argosy.prompt.replay import ReplayMemory
 from argosy.prompt.tokenizer import Tokenizer
 from tests.prompt import tool_templates as templates
 from tests.prompt.tokenizers_for_tests import CHATML, byte_level_json
@@ -45,8 +46,8 @@ class Family:
             chat_template=self.template,
         )
 
-    def builder(self) -> PromptBuilder:
-        return PromptBuilder(self.tokenizer, vocab_size=self.tokenizer.vocab_size)
+    def builder(self, memory: ReplayMemory | None = None) -> PromptBuilder:
+        return PromptBuilder(self.tokenizer, vocab_size=self.tokenizer.vocab_size, memory=memory)
 
     @property
     def marks(self) -> tuple[str, ...]:

@@ -280,7 +280,7 @@ def test_any_call_reads_as_in_plain_jinja(
     )
     builder = BUILDERS[name]
     assert builder._template is not None
-    turns = builder._with_own_ids(check_messages(messages))
+    turns = builder._with_own_ids(check_messages(messages), {})
     shaped = builder._template.shape.messages(turns)
     made = [tool.as_template_reads_it() for tool in tools]
     segments = render_segments(

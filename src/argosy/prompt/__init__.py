@@ -2,6 +2,7 @@
 
     messages, tools -> messages.py, tools.py -> chat.py -> segments (template's, caller's) -> tokenizer.py -> Prompt
     token id -> tokenizer.py StreamDecoder -> formats/ -> text, thoughts, tool calls; or stop.py -> text
+    answer -> replay.py -> the same tokens, when its conversation comes back
 
 Text from a caller never becomes a control token, whatever it spells, and wherever it says it.
 """

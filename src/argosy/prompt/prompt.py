@@ -1,7 +1,8 @@
 """The prompt as the engine takes it, and how every way to ask becomes one.
 
-    str, messages, token ids, Prompt  ->  PromptBuilder.build   ->  Prompt with token ids
-    tokens of the answer              ->  PromptBuilder.parser  ->  events
+    str, messages, token ids, Prompt  ->  PromptBuilder.build     ->  Prompt with token ids
+    tokens of the answer              ->  PromptBuilder.parser    ->  events
+    the answer                        ->  PromptBuilder.remember  ->  the same tokens, when the conversation comes back
 
 Elsewhere: messages are checked by `messages.py` and rendered by `chat.py`; text and ids are `tokenizer.py`; how a model
 writes thoughts and calls is `formats/`.
@@ -11,17 +12,34 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self, SupportsIndex
 
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
     from argosy.prompt.chat import ChatTemplate, Variables, Worker
-    from argosy.prompt.formats import Format, Parser
+    from argosy.prompt.formats import Answer, Format, Parser
     from argosy.prompt.messages import Message, Turn
-    from argosy.prompt.tokenizer import Tokenizer
+    from argosy.prompt.replay import Replay, ReplayMemory
+    from argosy.prompt.tokenizer import Segment, Tokenizer
     from argosy.prompt.tools import Tool
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What an answer is found by when its conversation comes back.
+
+    Attributes:
+        num_characters: of the rendered conversation, up to where the answer begins.
+        text, ids: digests of it.
+        conversation: digest of the messages.
+    """
+
+    num_characters: int
+    text: bytes
+    ids: bytes
+    conversation: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +51,7 @@ class Prompt:
 
     token_ids: tuple[int, ...] | None
     text: str = ""
+    trace: Trace | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def raw(cls, text: str) -> Self:
@@ -50,6 +69,7 @@ class PromptBuilder:
         vocab_size: int,
         worker: Worker | None = None,
         format_name: str | None = None,
+        memory: ReplayMemory | None = None,
     ) -> None:
         """Make one.
 
@@ -58,12 +78,14 @@ class PromptBuilder:
             vocab_size: ids run from 0 to this.
             worker: the process that renders chat templates, if it was started before.
             format_name: how the model writes thoughts and calls; found out if it is None.
+            memory: answers to be given again token by token; none are without it.
 
         Raises:
             UsageError: there is no format of that name.
         """
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._memory = memory
         self._template: ChatTemplate | None = None
         if tokenizer is not None and tokenizer.chat_template is not None:
             from argosy.prompt.chat import ChatTemplate
@@ -85,6 +107,7 @@ class PromptBuilder:
         *,
         tools: Sequence[Tool | Mapping[str, object]] = (),
         variables: Variables | None = None,
+        tenant: str | None = None,
         add_generation_prompt: bool = True,
     ) -> Prompt:
         """Token ids of `request`.
@@ -94,6 +117,7 @@ class PromptBuilder:
                 has none; token ids and `Prompt` are taken as they are; a list of messages is a conversation.
             tools: what the model may call; only for messages, as the rest.
             variables: of the chat template (`enable_thinking`), those that it reads itself.
+            tenant: whose conversation it is; answers that were remembered for it keep their tokens.
             add_generation_prompt: open the assistant's turn, for it to be answered.
 
         Raises:
@@ -111,7 +135,7 @@ class PromptBuilder:
         items: list[object] = list(request)
         messages = [item for item in items if isinstance(item, Mapping)]
         if items and len(messages) == len(items):
-            prompt = self._conversation(messages, tools, variables, add_generation_prompt)
+            prompt = self._conversation(messages, tools, variables, tenant, add_generation_prompt)
             return self._checked(prompt)
         ids = [
             item.__index__()
@@ -129,9 +153,10 @@ class PromptBuilder:
         *,
         tools: Sequence[Tool | Mapping[str, object]] = (),
         variables: Variables | None = None,
+        tenant: str | None = None,
     ) -> int:
         """How many tokens the prompt of a conversation has. Errors as `build`."""
-        return len(self.build(messages, tools=tools, variables=variables).token_ids or ())
+        return len(self.build(messages, tools=tools, variables=variables, tenant=tenant).token_ids or ())
 
     def apply_template(
         self,
@@ -202,6 +227,29 @@ class PromptBuilder:
         chosen = None if choice is None else tool_named(checked, choice)
         return self.format.grammar(checked, chosen, parallel, prompt)
 
+    def remember(
+        self,
+        tenant: str,
+        prompt: Prompt,
+        token_ids: Sequence[int],
+        answer: Answer,
+        tools: Sequence[Tool | Mapping[str, object]] = (),
+    ) -> bool:
+        """Keep an answer's tokens for when its conversation comes back; see `Replay.remember`."""
+        from argosy.prompt.tools import check_tools
+
+        if self._replay is None:
+            return False
+        return self._replay.remember(tenant, prompt, token_ids, answer, check_tools(tools))
+
+    @functools.cached_property
+    def _replay(self) -> Replay | None:
+        if self._memory is None:
+            return None
+        from argosy.prompt.replay import Replay
+
+        return Replay(self._memory, self._needed("messages"), self.format)
+
     def _raw(self, text: str) -> Prompt:
         return Prompt(tuple(self.tokenize(text, add_prefix=True)), text)
 
@@ -210,6 +258,7 @@ class PromptBuilder:
         messages: Sequence[Message],
         tools: Sequence[Tool | Mapping[str, object]],
         variables: Variables | None,
+        tenant: str | None,
         add_generation_prompt: bool,
     ) -> Prompt:
         from argosy.prompt.messages import check_messages
@@ -224,20 +273,41 @@ class PromptBuilder:
             )
         turns = check_messages(messages, add_generation_prompt=add_generation_prompt)
         checked = check_tools(tools)
+        replay = self._replay if tenant is not None else None
+        if replay is None or tenant is None:
+            segments = self._segments(turns, checked, {}, variables, add_generation_prompt)
+            return Prompt(tuple(tokenizer.encode_segments(segments)), text_of(segments))
+
+        from argosy.prompt.replay import trace_of
+
+        said, remembered, own_ids = replay.recall(tenant, turns)
+        segments = self._segments(said, checked, own_ids, variables, add_generation_prompt)
+        ids = replay.encode(segments, remembered, checked)
+        return Prompt(tuple(ids), text_of(segments), trace_of(turns, segments, ids))
+
+    def _segments(
+        self,
+        turns: Sequence[Turn],
+        tools: Sequence[Tool],
+        own_ids: Mapping[str, str],
+        variables: Variables | None,
+        add_generation_prompt: bool,
+    ) -> list[Segment]:
+        assert self._template is not None
         segments = self._template.segments(
-            self._with_own_ids(turns),
-            checked,
+            self._with_own_ids(turns, own_ids),
+            tools,
             add_generation_prompt=add_generation_prompt,
             variables=variables,
         )
-        if checked and self.format.name == "plain":
+        if tools and self.format.name == "plain":
             raise UsageError(
                 "it is not known how this model calls tools",
                 hint="name its format, if it is one of those that are built in",
             )
-        return Prompt(tuple(tokenizer.encode_segments(segments)), text_of(segments))
+        return segments
 
-    def _with_own_ids(self, turns: Sequence[Turn]) -> Sequence[Turn]:
+    def _with_own_ids(self, turns: Sequence[Turn], own_ids: Mapping[str, str]) -> Sequence[Turn]:
         """`turns` with the ids that the model's template wants of calls and of their results."""
         if not any(turn.calls or turn.answers for turn in turns):
             return turns
@@ -247,7 +317,7 @@ class PromptBuilder:
         for turn in turns:
             calls = []
             for call in turn.calls:
-                known[call.id] = self.format.own_id(call, number)
+                known[call.id] = own_ids.get(call.id) or self.format.own_id(call, number)
                 number += 1
                 calls.append(replace(call, id=known[call.id]))
             answers = None if turn.answers is None else known[turn.answers]
