@@ -52,7 +52,8 @@ class KvCache {
   void copy_block(int64_t from, int64_t to);
 
  private:
-  // Of each layer, and of its keys and its values: where block 0 begins, and how many bytes a block has there.
+  // Of each layer, and of its keys and its values: where block 0 begins, and how many bytes a block has
+  // there.
   struct Part {
     int64_t offset, block_bytes;
   };

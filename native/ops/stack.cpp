@@ -501,8 +501,6 @@ std::array<double, kNumParts> Stack::take_seconds() { return std::exchange(secon
 
 int64_t Stack::take_lookups() { return std::exchange(lookups_, 0); }
 
-std::vector<int64_t> Stack::take_uses() {
-  return std::exchange(uses_, std::vector<int64_t>(uses_.size()));
-}
+std::vector<int64_t> Stack::take_uses() { return std::exchange(uses_, std::vector<int64_t>(uses_.size())); }
 
 }  // namespace argosy

@@ -648,7 +648,7 @@ def test_a_block_is_copied_with_all_that_its_layers_keep_and_nothing_else(
         before[3],
     ]
     for call in (lambda: kv.copy_block(0, 4), lambda: kv.copy_out(-1, np.empty(kv.block_bytes, np.uint8))):
-        with pytest.raises(ValueError, match="block is -?[14], expected 0 to 3"):
+        with pytest.raises(ValueError, match=r"block is -?[14], expected 0 to 3"):
             call()
     with pytest.raises(ValueError, match="saved has shape"):
         kv.copy_in(0, np.empty(kv.block_bytes - 1, np.uint8))
