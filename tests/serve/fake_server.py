@@ -90,6 +90,7 @@ class FakeServer(ThreadingHTTPServer):
             ]
             for layer in range(48)
         ]
+        layers[12][5] += 2 * self.tokens
         slots, resident = 2480, min(2480, 1200 + self.tokens)
         return {
             "model": {
