@@ -180,6 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.path, body))
         if not self._has_key():
             self._refuse(401, "the key is missing or wrong")
+        elif self.path != "/v1/chat/completions":
+            self._refuse(404, f"there is nothing at {self.path}")
         elif "busy" in body["messages"][-1]["content"]:
             self._refuse(503, "all places are taken", {"Retry-After": "7"})
         else:
