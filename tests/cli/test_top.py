@@ -99,7 +99,7 @@ def test_the_bar_gives_every_part_its_share_and_at_least_a_cell() -> None:
 
 
 def test_the_use_of_experts_is_shaded_by_layer_and_fits_the_screen() -> None:
-    assert top.heat_rows([[0, 1, 4, 16], [5, 5, 5, 5]], 80, 10) == [" ·░█", "████"]
+    assert top.heat_rows([[0, 1, 4, 16], [5, 5, 5, 5]], 80, 10) == [" ··▓", "░░░░"]
     rows = top.heat_rows([[1] * 384] * 60, 100, 20)
     assert len(rows) == 20
     assert {len(row) for row in rows} == {100}

@@ -208,7 +208,7 @@ def test_what_a_model_says_is_shown_and_never_becomes_markup(browser: Browser) -
     browser.say("markdown")
     browser.wait_for_the_answer()
     counts = {
-        "h4 em": 1, "strong": 1, "del": 1, "ul > li": 4, "ul ul > li": 1, "ol[start='3'] > li": 2, "blockquote": 1,
+        "h3 em": 1, "strong": 1, "del": 1, "ul > li": 4, "ul ul > li": 1, "ol[start='3'] > li": 2, "blockquote": 1,
         "td.right": 1, "figure.code": 1, "a": 3, "img": 0, "script": 0,
     }  # fmt: skip
     assert {name: len(browser.all(f".turn.assistant .text {name}")) for name in counts} == counts
@@ -225,7 +225,7 @@ def test_what_a_model_says_is_shown_and_never_becomes_markup(browser: Browser) -
     ("text", "state", "sentence"),
     [
         ("fail", "failed", "the drive refused a read"),
-        ("busy", "failed", "all places are taken Try again in 7 s."),
+        ("busy", "failed", "all places are taken; try again in 7 s"),
     ],
 )
 def test_a_failed_answer_says_why_and_can_be_tried_again(
@@ -253,6 +253,56 @@ def test_a_new_chat_forgets_and_can_be_undone(browser: Browser) -> None:
     browser.wait_for_the_answer()
     assert browser.server.conversations[-1] == [{"role": "user", "content": "two"}]
     assert not browser.one("#notice").is_displayed()
+
+
+def test_a_new_chat_stops_the_answer_that_runs(browser: Browser) -> None:
+    browser.open()
+    browser.say("slow")
+    browser.until(lambda: "word 2" in browser.answer)
+    browser.press_button("New chat")
+    browser.until(lambda: browser.server.disconnects == 1)
+    browser.press_button("Undo")
+    assert browser.text(".turn.assistant .note") == "Stopped."
+    assert browser.one("#send").is_displayed()
+
+
+HOSTILE = (
+    "*", "**a", "_a ", "*a ", "~~a", "***a** ", "[", "[a](", "![", "[a](http://x ", "https://a.b ", "`", "`` ", "`a``b",
+    "> ", "- ", "  - a\n", "1. a\n\n", "|a\n|-\n", "# #x", "\\", "```\n", "\n \n",
+)  # fmt: skip
+
+
+def test_hostile_markdown_takes_time_by_its_length(browser: Browser) -> None:
+    browser.open()
+    took_ms = browser.driver.execute_async_script(  # type: ignore[no-untyped-call]
+        "const [pieces, done] = arguments;"
+        "import('/page/markdown.js').then(({ MarkdownView }) => done(pieces.map((piece) => {"
+        "  const text = piece.repeat(Math.ceil(40000 / piece.length));"
+        "  const start = performance.now();"
+        "  new MarkdownView(document.createElement('div')).update(text);"
+        "  return performance.now() - start;"
+        "})));",
+        HOSTILE,
+    )
+    # 92 ms at most were seen; 2.7 s for '_a ' when the end of each mark was looked for again.
+    assert {piece: took for piece, took in zip(HOSTILE, took_ms, strict=True) if took > 1000} == {}
+
+
+def test_nothing_moves_for_those_who_want_no_motion(browser: Browser) -> None:
+    wish = {"features": [{"name": "prefers-reduced-motion", "value": "reduce"}]}
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", wish)  # type: ignore[no-untyped-call]
+    try:
+        browser.open()
+        browser.server.token_s = 0.05
+        browser.say("slow")
+        browser.until(lambda: browser.all("progress"))
+        moving = browser.script(
+            "return [...document.querySelectorAll('*')].map((node) => getComputedStyle(node)).filter((style) =>"
+            " style.animationName !== 'none' || style.transitionDuration !== '0s').length"
+        )
+        assert moving == 0
+    finally:
+        browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})  # type: ignore[no-untyped-call]
 
 
 # The engine

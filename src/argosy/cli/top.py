@@ -39,6 +39,7 @@ _COLORS = {
 }
 _SHADES = " ·░▒▓█"
 _FEWEST_ROWS = 6
+_HOTTEST = 4  # times what each expert of the layer would have if all were used equally
 
 
 @click.command("top")
@@ -180,7 +181,7 @@ def memory_bar(memory: dict[str, Any], width: int) -> Text:
 
 
 def heat_rows(layers: Sequence[Sequence[int]], width: int, height: int) -> list[str]:
-    """Layers x experts in shades, each layer against its own busiest; neighbours share a cell where they must."""
+    """Layers x experts in shades of how many times its equal share each was used; neighbours may share a cell."""
     rows = []
     stride = -(-len(layers) // height)
     for first in range(0, len(layers), stride):
@@ -197,8 +198,8 @@ def heat_rows(layers: Sequence[Sequence[int]], width: int, height: int) -> list[
 
 
 def _shares(uses: Sequence[int]) -> list[float]:
-    most = max(uses, default=0) or 1
-    return [use / most for use in uses]
+    hottest = _HOTTEST * max(1, sum(uses)) / len(uses)
+    return [min(1.0, use / hottest) for use in uses]
 
 
 def _layers(state: dict[str, Any]) -> list[list[int]] | None:

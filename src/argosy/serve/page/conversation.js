@@ -154,7 +154,7 @@ export class Conversation {
       turn.finish("done", finish === "length" ? "The answer reached its longest length." : null);
       this.say("The answer is complete.");
     } catch (error) {
-      if (this.turns.includes(turn)) this.fail(turn, error);
+      this.fail(turn, error);
     }
     this.controller = null;
     turn.draw();
@@ -170,7 +170,7 @@ export class Conversation {
       this.say("Stopped.");
       return;
     }
-    const wait = error.retryAfter ? ` Try again in ${error.retryAfter} s.` : "";
+    const wait = error.retryAfter ? `; try again in ${error.retryAfter} s` : "";
     turn.finish("failed", error.message + wait);
     this.say("The answer failed.");
     if (error.status === 401 || error.status === 403) this.onRefused(error);

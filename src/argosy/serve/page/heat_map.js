@@ -7,6 +7,7 @@ import { count, element } from "./units.js";
 
 const byId = (id) => document.getElementById(id);
 const TALLEST = 260;
+const HOTTEST = 4;  // times what each expert of the layer would have if all were used equally
 
 let heat = null;
 let cell = null;
@@ -22,7 +23,6 @@ export function showHeat(facts) {
     tokens: facts.tokens,
     layers,
     width: Math.max(...layers.map(({ uses }) => uses.length)),
-    most: layers.map(({ uses }) => Math.max(1, ...uses)),
     sums: layers.map(({ uses }) => uses.reduce((sum, use) => sum + use, 0)),
   };
   byId("heat-tokens").textContent = `over ${count(heat.tokens)} tokens`;
@@ -31,7 +31,7 @@ export function showHeat(facts) {
   read();
 }
 
-/** Rows are scaled to their own busiest expert; the square root keeps rare use visible. */
+/** Colours say how many times its equal share an expert was used, so that layers can be compared. */
 function draw() {
   const canvas = byId("heat-map");
   const cssWidth = canvas.clientWidth || canvas.parentElement.clientWidth;
@@ -46,8 +46,9 @@ function draw() {
   const small = new OffscreenCanvas(heat.width, heat.layers.length);
   const pixels = new ImageData(heat.width, heat.layers.length);
   heat.layers.forEach(({ uses }, row) => {
+    const hottest = (HOTTEST * Math.max(1, heat.sums[row])) / uses.length;
     uses.forEach((use, expert) => {
-      const level = Math.round(255 * Math.sqrt(use / heat.most[row]));
+      const level = Math.round(255 * Math.min(1, use / hottest));
       pixels.data.set(colors.subarray(4 * level, 4 * level + 4), 4 * (row * heat.width + expert));
     });
   });

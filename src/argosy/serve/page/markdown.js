@@ -110,7 +110,7 @@ function render(block, depth) {
     case "code": return code(block);
     case "heading": {
       const [, marks, text] = HEADING.exec(block.lines[0]);
-      return inline(text, element(`h${Math.min(6, marks.length + 2)}`));  // h1 and h2 are the page's own
+      return inline(text, element(`h${Math.min(6, Math.max(3, marks.length + 1))}`));  // h1 and h2 are the page's own
     }
     case "rule": return element("hr");
     case "quote": {

@@ -53,11 +53,14 @@ export async function getJson(path, signal) {
 export async function* events(path, options = {}) {
   const response = await request(path, options);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  const broken = (error) => {
+    throw error.name === "AbortError" ? error : new ServerError("The connection to the server broke off.");
+  };
   let pending = "";
   let data = [];
   try {
     for (;;) {
-      const { value, done } = await reader.read();
+      const { value, done } = await reader.read().catch(broken);
       if (done) return;
       const lines = (pending + value).split(/\r\n|\n|\r(?!$)/);
       pending = lines.pop();
