@@ -87,6 +87,6 @@ class FetchFailed(ArgosyError):
 
 
 class ServerNotUsable(ArgosyError):
-    """A server was asked, and nothing answers, it refuses the key, or it is no Argosy; facts: `url`, `status`."""
+    """Nothing answers there, the key is refused, or it is no Argosy; facts: `url`, `status`, `is_absent`."""
 
     http_status = 502

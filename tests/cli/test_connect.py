@@ -15,7 +15,7 @@ import pytest
 
 from argosy.cli.connect import CLIENTS
 from argosy.cli.main import main
-from tests.serve.fake_server import FakeServer, fake_server
+from tests.serve.fake_server import FakeServer, fake_server, stranger
 
 Captured = pytest.CaptureFixture[str]
 
@@ -162,6 +162,16 @@ def test_a_refused_key_and_an_unknown_model_are_errors(
     monkeypatch.setenv("ARGOSY_API_KEY", "sk-wrong")
     assert main(["connect", "codex", "--url", server.url]) == 1
     assert f"{server.url} refuses the key" in capsys.readouterr().err
+
+
+def test_another_program_at_the_address_is_an_error_and_no_placeholder(capsys: Captured) -> None:
+    with stranger(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}") as url:
+        assert main(["connect", "codex", "--url", url]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(
+        f"error: {url} is no Argosy server: what it says of its models cannot be read\n"
+    )
 
 
 # Files of others

@@ -5,10 +5,7 @@ from __future__ import annotations
 import io
 import json
 import socket
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,7 @@ from argosy.cli import top
 from argosy.cli.main import main
 from argosy.cli.remote import Server
 from argosy.errors import ServerNotUsable
-from tests.serve.fake_server import FakeServer, fake_server
+from tests.serve.fake_server import FakeServer, fake_server, stranger
 
 Captured = pytest.CaptureFixture[str]
 
@@ -183,7 +180,7 @@ def test_what_cannot_be_a_key_never_becomes_a_header(
     ("answer", "sentence"),
     [
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", "it answers with something else than JSON"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "what it says of its state is none"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "what it says of its state cannot be read"),
         (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "it answers 404 to /v1/engine/state"),
         (
             b"HTTP/1.1 302 Found\r\nLocation: http://example.org/\r\nContent-Length: 0\r\n\r\n",
@@ -226,20 +223,3 @@ def test_a_servers_own_sentence_is_passed_on(capsys: Captured) -> None:
 def test_an_address_that_is_none_is_refused(url: str, sentence: str, capsys: Captured) -> None:
     assert main(["top", "--url", url]) == 2
     assert sentence in capsys.readouterr().err
-
-
-@contextmanager
-def stranger(answer: bytes) -> Iterator[str]:
-    """A program that gives one answer to whoever connects; its address."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def handle(self) -> None:
-            self.request.recv(65536)
-            self.request.sendall(answer)
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.handle_request, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    thread.join(timeout=10)
-    server.server_close()

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,25 @@ def fake_server() -> Iterator[FakeServer]:
         thread.join()
 
 
+@contextmanager
+def stranger(answer: bytes) -> Iterator[str]:
+    """A program that gives one answer to whoever connects; its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(65536)
+            self.request.sendall(answer)
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.handle_request, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        thread.join(timeout=10)
+        server.server_close()
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: FakeServer
 
@@ -207,6 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
             for word in ("Let ", "me ", "think ", "about ", "it."):
                 self._delta({"reasoning_content": word})
         if "fail" in asked:
+            self._delta({"content": "Half an "})
             self._event({"error": {"message": "the drive refused a read", "type": "server_error"}})
             return
         words = self._words(asked, len(messages))

@@ -240,6 +240,15 @@ def test_a_failed_answer_says_why_and_can_be_tried_again(
     assert browser.server.conversations[0] == browser.server.conversations[1]
 
 
+def test_a_failed_answer_does_not_go_back_and_two_questions_in_a_row_go_as_one(browser: Browser) -> None:
+    browser.open()
+    browser.say("think, fail")
+    browser.wait_for_the_answer("failed")
+    browser.say("hello")
+    browser.until(lambda: len(browser.server.conversations) == 2)
+    assert browser.server.conversations[1] == [{"role": "user", "content": "think, fail\n\nhello"}]
+
+
 def test_a_new_chat_forgets_and_can_be_undone(browser: Browser) -> None:
     browser.open()
     browser.say("one")
@@ -346,7 +355,7 @@ def test_the_heat_map_changes_with_use_and_has_the_same_in_words(browser: Browse
     browser.say("slow")
     browser.until(lambda: browser.script(picture) != before)
     browser.one("#heat summary").click()
-    assert len(browser.all("#heat-table tbody tr")) == 48
+    browser.until(lambda: len(browser.all("#heat-table tbody tr")) == 48)
     browser.script("document.getElementById('heat-map').focus()")
     browser.press(Keys.ARROW_DOWN, Keys.ARROW_DOWN, Keys.ARROW_RIGHT)
     assert browser.text("#heat-reading").startswith("Layer 1, expert 1: ")

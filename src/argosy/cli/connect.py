@@ -95,7 +95,7 @@ def describe(
         entries = server.models()
     except ServerNotUsable as error:
         is_known = model is not None and context is not None
-        if "status" in error.facts or (must_know and not is_known):
+        if not error.facts.get("is_absent") or (must_know and not is_known):
             raise
         if not is_known:
             told = f"{model or _PLACEHOLDER} and {context or _PLACEHOLDER_TOKENS} tokens of context are placeholders"

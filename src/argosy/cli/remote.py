@@ -74,7 +74,7 @@ class Server:
         if not isinstance(entries, list) or not all(
             isinstance(entry, dict) and isinstance(entry.get("id"), str) for entry in entries
         ):
-            raise self._stranger("its list of models is none")
+            raise self._stranger("what it says of its models cannot be read")
         return entries
 
     def state(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class Server:
 
     def _checked(self, state: object) -> dict[str, Any]:
         if not isinstance(state, dict) or not isinstance(state.get("memory"), dict) or "experts" not in state:
-            raise self._stranger("what it says of its state is none")
+            raise self._stranger("what it says of its state cannot be read")
         return state
 
     def _get_json(self, path: str) -> object:
@@ -133,13 +133,14 @@ class Server:
             raise self._stranger("it does not speak HTTP") from error
         except TimeoutError as error:
             raise ServerNotUsable(
-                f"{self.url} has not answered for {_TIMEOUT_S:.0f} s", url=self.url
+                f"{self.url} has not answered for {_TIMEOUT_S:.0f} s", url=self.url, is_absent=True
             ) from error
         except OSError as error:
             raise ServerNotUsable(
                 f"nothing answers at {self.url}: {error.strerror or quote(str(error))}",
                 hint="`argosy serve MODEL` starts a server; `--url` names another address",
                 url=self.url,
+                is_absent=True,
             ) from error
         finally:
             connection.close()

@@ -110,8 +110,9 @@ byId("open-settings").addEventListener("click", openSettings);
 byId("cancel-settings").addEventListener("click", () => byId("settings").close());
 byId("settings").addEventListener("close", () => {
   if (byId("settings").returnValue !== "save") return;
-  const isOtherKey = byId("key").value !== key();
-  setKey(byId("key").value);
+  const typed = byId("key").value.trim();
+  const isOtherKey = typed !== key();
+  setKey(typed);
   Object.assign(settings, {
     system: byId("system").value.trim(),
     temperature: number("temperature"),

@@ -3,11 +3,17 @@
 //   send, regenerate, edit  ->  messages  ->  server.complete  ->  nodes
 //
 // The messages live in this object and nowhere else. Text that arrives is drawn once per frame at most, however many
-// chunks came. Only what was answered goes back to the model: its reasoning and failed answers do not.
+// chunks came. Reasoning and failed answers do not go back to the model; two questions in a row, which some chat
+// templates refuse, go as one.
 
 import { MarkdownView } from "./markdown.js";
 import { complete } from "./server.js";
-import { button, count, element, isNumber, rate, seconds, volume } from "./units.js";
+import { button, copyButton, count, element, isNumber, rate, seconds, volume } from "./units.js";
+
+const ENDINGS = {
+  length: "The answer reached its longest length.",
+  content_filter: "The answer was withheld by the server's policy.",
+};
 
 export class Conversation {
   /**
@@ -101,25 +107,25 @@ export class Conversation {
         turn.tools.replaceChildren(...(isEditable ? [button("Edit", () => this.edit(), { class: "quiet" })] : []));
       } else {
         const tools = [];
-        if (turn.state !== "running" && turn.content) {
-          const copy = () => navigator.clipboard.writeText(turn.content).then(() => this.say("Copied."));
-          tools.push(button("Copy", copy, { class: "quiet", "aria-label": "Copy the answer" }));
-        }
+        if (turn.state !== "running" && turn.content) tools.push(copyButton(turn.content, "Copy the answer"));
         if (turn.state !== "running" && turn === this.turns.at(-1)) {
           const label = turn.state === "failed" ? "Try again" : "Regenerate";
           tools.push(button(label, () => this.regenerate(), { class: "quiet" }));
         }
-        turn.tools.replaceChildren(...tools);
+        turn.tools.replaceChildren(...tools.filter(Boolean));
       }
     }
   }
 
   messages() {
     const { system } = this.settings();
-    const said = this.turns
-      .filter((turn) => turn.role === "user" || turn.content)
-      .map(({ role, content }) => ({ role, content }));
-    return system ? [{ role: "system", content: system }, ...said] : said;
+    const said = system ? [{ role: "system", content: system }] : [];
+    for (const { role, content, state } of this.turns) {
+      const last = said.at(-1);
+      if (role === "user" && last?.role === "user") last.content += `\n\n${content}`;
+      else if (role === "user" || (content && state !== "failed")) said.push({ role, content });
+    }
+    return said;
   }
 
   async answer() {
@@ -127,7 +133,7 @@ export class Conversation {
     const body = { model, messages: this.messages() };
     if (isNumber(temperature)) body.temperature = temperature;
     if (isNumber(maxTokens)) body.max_tokens = maxTokens;
-    const turn = assistantTurn();
+    const turn = new AssistantTurn();
     this.controller = new AbortController();
     this.add(turn);
     this.log.setAttribute("aria-busy", "true");  // read aloud when it is whole, not word by word
@@ -151,7 +157,7 @@ export class Conversation {
         this.draw(turn);
       }
       if (finish === null) throw new Error("The connection ended before the answer did.");
-      turn.finish("done", finish === "length" ? "The answer reached its longest length." : null);
+      turn.finish("done", ENDINGS[finish]);
       this.say("The answer is complete.");
     } catch (error) {
       this.fail(turn, error);
@@ -209,10 +215,6 @@ function userTurn(content) {
   return { role: "user", content, node, body, tools };
 }
 
-function assistantTurn() {
-  return new AssistantTurn();
-}
-
 class AssistantTurn {
   role = "assistant";
   content = "";
@@ -259,6 +261,7 @@ class AssistantTurn {
   addContent(text) {
     if (!this.content) {
       this.endReasoning();
+      if (!this.isFoldTouched) this.fold.open = false;
       this.progress.hidden = true;
     }
     this.content += text;
@@ -268,7 +271,6 @@ class AssistantTurn {
     if (!this.thoughtFrom) return;
     this.summary.textContent = `Thought for ${seconds((performance.now() - this.thoughtFrom) / 1000)}`;
     this.thoughtFrom = null;
-    if (!this.isFoldTouched) this.fold.open = false;
   }
 
   showLedger(timings) {

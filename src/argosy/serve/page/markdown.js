@@ -4,7 +4,7 @@
 // https, in a tab of its own; an image is shown as a link, because loading one would tell its host that it was shown.
 // Time is linear in the text, and nesting is bounded.
 
-import { button, element } from "./units.js";
+import { copyButton, element } from "./units.js";
 
 const DEEPEST = 8;
 const LONGEST_LABEL = 1000;
@@ -131,13 +131,8 @@ function inside(container, lines, depth) {
 
 function code(block) {
   const text = block.lines.slice(1, block.isOpen ? undefined : -1).join("\n");
-  const copy = button("Copy", async () => {
-    await navigator.clipboard.writeText(text);
-    copy.textContent = "Copied";
-    setTimeout(() => { copy.textContent = "Copy"; }, 1500);
-  }, { class: "quiet", "aria-label": "Copy this code" });
   return element("figure", { class: "code" },
-    element("figcaption", {}, block.language || "text", copy),
+    element("figcaption", {}, block.language || "text", copyButton(text, "Copy this code")),
     element("pre", { tabindex: "0" }, element("code", {}, text)));
 }
 

@@ -42,7 +42,8 @@ async function refusal(response) {
   } catch {
     // A proxy's page instead of JSON: the status says what there is to say.
   }
-  return new ServerError(message, response.status, response.headers.get("Retry-After"));
+  const wait = response.headers.get("Retry-After");
+  return new ServerError(message, response.status, /^\d+$/.test(wait) ? Number(wait) : null);
 }
 
 export async function getJson(path, signal) {

@@ -19,6 +19,17 @@ export function button(label, action, attributes = {}) {
   return made;
 }
 
+/** A button that copies; null where a browser lets no page copy, as on a plain http address of another machine. */
+export function copyButton(text, label) {
+  if (!navigator.clipboard) return null;
+  const made = button("Copy", async () => {
+    await navigator.clipboard.writeText(text);
+    made.textContent = "Copied";
+    setTimeout(() => { made.textContent = "Copy"; }, 1500);
+  }, { class: "quiet", "aria-label": label });
+  return made;
+}
+
 function scaled(count, units) {
   for (const [unit, size] of units) {
     if (Math.abs(count) >= size) {
