@@ -11,7 +11,8 @@
     │   └── CorruptRecord                    4           500   bytes changed since the pack was written
     ├── ReadFailed                           4           500   the drive or file system refused a read
     ├── DiskFull                             5           507   no room for what has to be written
-    └── FetchFailed                          1           502   something to be downloaded could not be had
+    ├── FetchFailed                          1           502   something to be downloaded could not be had
+    └── ServerNotUsable                      1           502   no answer, the key refused, or no Argosy
 
 Each carries its facts as attributes, so that the command line and the server say the same sentence. `hint`, when
 there is one, is what to do next. `assert` is for what only our own mistake can break.
@@ -101,5 +102,11 @@ class DiskFull(ArgosyError):
 
 class FetchFailed(ArgosyError):
     """Something to be downloaded could not be had; facts: `what`."""
+
+    http_status = 502
+
+
+class ServerNotUsable(ArgosyError):
+    """Nothing answers there, the key is refused, or it is no Argosy; facts: `url`, `status`, `is_absent`."""
 
     http_status = 502

@@ -24,6 +24,8 @@ _COMMANDS = {
     "show": ("argosy.cli.show", "show", "What a model is, and whether it fits, before anything is loaded."),
     "pack": ("argosy.cli.pack", "pack", "Write a model in packed form: one aligned read for each expert."),
     "doctor": ("argosy.cli.doctor", "doctor", "What this machine offers: cores, memory, drive, and advice."),
+    "connect": ("argosy.cli.connect", "connect", "Settings with which an editor or agent uses a server."),
+    "top": ("argosy.cli.top", "top", "A running server at a glance: memory, speed, experts, queue."),
     "upcycle": ("argosy.cli.upcycle", "upcycle", "Make a mixture of experts from a dense model."),
 }
 
@@ -81,7 +83,7 @@ def cli() -> None:
       argosy show ./Qwen3-30B-A3B --memory 16GiB
 
     `argosy COMMAND --help` explains a command. Environment: ARGOSY_MEMORY, ARGOSY_THREADS, ARGOSY_INSTRUCTION_SET,
-    ARGOSY_CACHE, ARGOSY_TRACEBACK, NO_COLOR.
+    ARGOSY_CACHE, ARGOSY_API_KEY, ARGOSY_TRACEBACK, NO_COLOR.
     """
 
 

@@ -3,8 +3,9 @@
     flags, environment -> Settings -> keyword arguments of Engine
 
 ARGOSY_MEMORY, ARGOSY_THREADS and ARGOSY_INSTRUCTION_SET are defaults of the flags of the same name.
-ARGOSY_CACHE is where the demo model is kept (`demo/locate.py` asks for it), ARGOSY_TRACEBACK=1 shows tracebacks,
-and NO_COLOR is honoured by rich. A misspelt ARGOSY_ variable gets an answer.
+ARGOSY_CACHE is where the demo model is kept (`demo/locate.py` asks for it), ARGOSY_API_KEY is the key for a running
+server, ARGOSY_TRACEBACK=1 shows tracebacks, and NO_COLOR is honoured by rich. A misspelt ARGOSY_ variable gets an
+answer.
 """
 
 from __future__ import annotations
@@ -13,12 +14,20 @@ import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from argosy.config import KvDtype
 from argosy.errors import UsageError
 
-KNOWN = ("ARGOSY_MEMORY", "ARGOSY_THREADS", "ARGOSY_INSTRUCTION_SET", "ARGOSY_CACHE", "ARGOSY_TRACEBACK")
+KNOWN = (
+    "ARGOSY_MEMORY",
+    "ARGOSY_THREADS",
+    "ARGOSY_INSTRUCTION_SET",
+    "ARGOSY_CACHE",
+    "ARGOSY_API_KEY",
+    "ARGOSY_TRACEBACK",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +48,7 @@ class Settings:
             UsageError: a variable that is no number, or is misspelt.
         """
         environment = os.environ if environment is None else environment
-        for name in environment:
-            if name.startswith("ARGOSY") and name not in KNOWN:
-                near = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.8)
-                if near:
-                    raise UsageError(f"unknown environment variable {name}; did you mean {near[0]}?")
+        refuse_misspelt(environment)
         values: dict[str, Any] = {
             "memory": environment.get("ARGOSY_MEMORY") or None,
             "threads": _whole_number(environment, "ARGOSY_THREADS"),
@@ -55,6 +60,39 @@ class Settings:
         """Keyword arguments of `Engine`: only what was said."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: value for name, value in values.items() if value is not None}
+
+
+def refuse_misspelt(environment: Mapping[str, str]) -> None:
+    """Raises UsageError for a variable that is nearly one of ours."""
+    for name in environment:
+        if name.startswith("ARGOSY") and name not in KNOWN:
+            near = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.8)
+            if near:
+                raise UsageError(f"unknown environment variable {name}; did you mean {near[0]}?")
+
+
+def api_key(key_file: Path | None = None, environment: Mapping[str, str] | None = None) -> str | None:
+    """The key for a running server: the file's one line, or ARGOSY_API_KEY, or None.
+
+    Raises:
+        UsageError: the file cannot be read, or what it or the variable holds cannot be a key.
+    """
+    environment = os.environ if environment is None else environment
+    refuse_misspelt(environment)
+    if key_file is None:
+        origin, text = "ARGOSY_API_KEY", environment.get("ARGOSY_API_KEY", "")
+        if not text:
+            return None
+    else:
+        origin = str(key_file)
+        try:
+            text = key_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise UsageError(f"the key file {key_file} cannot be read: {reason}") from error
+    if not text or not all("!" <= character <= "~" for character in text):  # it becomes a header
+        raise UsageError(f"{origin} must hold a key: one line of printable characters without spaces")
+    return text
 
 
 def wants_traceback(environment: Mapping[str, str] | None = None) -> bool:

@@ -1,0 +1,146 @@
+"""`argosy connect`: the exact settings with which an editor, an agent or a chat uses a running server.
+
+Settings go to stdout, as they belong into the file or the shell; where that is, and what else to know, to stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from argosy.cli.remote import server_options
+from argosy.errors import ServerNotUsable, UsageError
+
+if TYPE_CHECKING:
+    from argosy.cli.clients import Connection, Setup
+    from argosy.cli.remote import Server
+
+CLIENTS = ("claude-code", "codex", "opencode", "openwebui", "continue")
+_PLACEHOLDER, _PLACEHOLDER_TOKENS = "MODEL", 32_768
+
+
+@click.command("connect")
+@click.argument("client", type=click.Choice(CLIENTS))
+@server_options
+@click.option("--model", metavar="NAME", help="Name of the model; default: what the server serves.")
+@click.option(
+    "--context", type=click.IntRange(min=256), metavar="N", help="Its context; default: the server's."
+)
+@click.option("--write", is_flag=True, help="Change the client's file, and keep the old one beside it.")
+@click.option(
+    "--file", type=click.Path(dir_okay=False, path_type=Path), help="Another file than the client's own."
+)
+@click.option(
+    "--show-key", is_flag=True, help="Print the key itself instead of a reference to ARGOSY_API_KEY."
+)
+def connect(
+    client: str,
+    url: str,
+    key_file: Path | None,
+    model: str | None,
+    context: int | None,
+    write: bool,
+    file: Path | None,
+    show_key: bool,
+) -> None:
+    """Print the settings with which CLIENT uses a running server, and where they belong.
+
+    The server is asked for its model and context, when it answers.
+
+    \b
+    Examples:
+      argosy connect claude-code
+      argosy connect opencode --url http://10.0.0.7:8080 --write
+    """
+    from argosy.cli.clients import SETUPS
+    from argosy.cli.remote import Server
+    from argosy.cli.settings import api_key
+
+    key = api_key(key_file)
+    server = Server(url, key)
+    connection = describe(server, key, model=model, context=context, show_key=show_key, must_know=write)
+    setup = SETUPS[client](connection, file, os.environ)
+    if write:
+        write_files(setup)
+    else:
+        print_files(setup)
+    for note in setup.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def describe(
+    server: Server,
+    key: str | None,
+    *,
+    model: str | None,
+    context: int | None,
+    show_key: bool,
+    must_know: bool,
+) -> Connection:
+    """What the server serves, or what was said of it; placeholders where neither is known.
+
+    Raises:
+        ServerNotUsable: it refuses the key, or is no Argosy; with `must_know` also where nothing answers and not all
+            was said.
+        UsageError: it serves no model of that name.
+    """
+    from argosy.cli.clients import Connection
+
+    inputs: tuple[str, ...] = ("text",)
+    try:
+        entries = server.models()
+    except ServerNotUsable as error:
+        is_known = model is not None and context is not None
+        if not error.facts.get("is_absent") or (must_know and not is_known):
+            raise
+        if not is_known:
+            told = f"{model or _PLACEHOLDER} and {context or _PLACEHOLDER_TOKENS} tokens of context are placeholders"
+            print(f"note: {error.message}; {told}", file=sys.stderr)
+    else:
+        names = [entry["id"] for entry in entries]
+        if not names or (model is not None and model not in names):
+            raise UsageError(
+                f"{server.url} serves no model {model or 'at all'}",
+                hint=f"it serves: {', '.join(names)}" if names else None,
+            )
+        entry = entries[names.index(model) if model is not None else 0]
+        model = entry["id"]
+        served = entry.get("context_length")
+        if context is None and isinstance(served, int) and served > 0:
+            context = served
+        kinds = (entry.get("modalities") or {}).get("input")
+        if isinstance(kinds, list) and kinds and all(isinstance(kind, str) for kind in kinds):
+            inputs = tuple(kinds)
+    model = model or _PLACEHOLDER
+    if not model.isprintable():
+        raise UsageError(f"{server.url} serves a model whose name no settings can hold: {model!r}")
+    return Connection(
+        url=server.url,
+        model=model,
+        context_tokens=context or _PLACEHOLDER_TOKENS,
+        inputs=inputs,
+        key=key,
+        is_key_shown=show_key,
+    )
+
+
+def print_files(setup: Setup) -> None:
+    place = setup.place
+    for file in setup.files:
+        print(f"{place or file.path}:", file=sys.stderr, flush=True)
+        print(file.shown, end="", flush=True)
+        place = None
+
+
+def write_files(setup: Setup) -> None:
+    """Change every file, the one that names the others last."""
+    from argosy.cli.edit_file import edit_file
+
+    for file in reversed(setup.files):
+        is_changed, backup = edit_file(file.path, file.change)
+        kept = f"; the old one is {backup}" if backup is not None else ""
+        print(f"{file.path}: {'written' + kept if is_changed else 'is as it should be'}", file=sys.stderr)

@@ -1,0 +1,173 @@
+"""A running Argosy server, asked over HTTP: what it serves, and its state twice a second.
+
+    --url, --key-file, ARGOSY_API_KEY  ->  Server  ->  plain dicts, or one ServerNotUsable
+
+Only the server that was named is asked: no proxy of the environment, no redirect, because the key goes with the
+question. What comes back is bounded, and is text for a terminal only after `quote`.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import click
+
+from argosy.checkpoint.json_strict import quote
+from argosy.errors import ServerNotUsable, UsageError
+
+DEFAULT_URL = "http://127.0.0.1:8080"
+_TIMEOUT_S = 10.0
+_LONGEST_BYTES = 16_000_000  # 256 layers of 1024 experts with seven digits each are 2 MB
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def server_options(command: Command) -> Command:
+    """--url and --key-file."""
+    command = click.option(
+        "--key-file",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="File with the API key; without it, ARGOSY_API_KEY.",
+    )(command)
+    return click.option(
+        "--url", default=DEFAULT_URL, metavar="URL", help=f"The server's address; default {DEFAULT_URL}."
+    )(command)
+
+
+class Server:
+    """One server, by its address without a path; asks nothing until it is told to."""
+
+    def __init__(self, url: str, key: str | None = None) -> None:
+        """
+        Raises:
+            UsageError: `url` is no address of a server.
+        """
+        try:
+            parts = urlsplit(url)
+            self._port = parts.port
+        except ValueError:
+            parts, self._port = urlsplit(""), None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UsageError(
+                f"--url must be a server's address, found '{quote(url)}'", hint=f"such as {DEFAULT_URL}"
+            )
+        if parts.path.strip("/") or parts.query or parts.fragment or parts.username is not None:
+            raise UsageError(
+                f"--url must be an address alone, found '{quote(url)}'",
+                hint=f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}",
+            )
+        self.url = f"{parts.scheme}://{parts.netloc}"
+        self._host = parts.hostname
+        self._is_secure = parts.scheme == "https"
+        self._key = key
+
+    def models(self) -> list[dict[str, Any]]:
+        """The entries of /v1/models."""
+        answer = self._get_json("/v1/models")
+        entries = answer.get("data") if isinstance(answer, dict) else None
+        if not isinstance(entries, list) or not all(
+            isinstance(entry, dict) and isinstance(entry.get("id"), str) for entry in entries
+        ):
+            raise self._stranger("what it says of its models cannot be read")
+        return entries
+
+    def state(self) -> dict[str, Any]:
+        """The engine's state now."""
+        return self._checked(self._get_json("/v1/engine/state"))
+
+    def states(self) -> Iterator[dict[str, Any]]:
+        """The engine's state, twice a second, until the server ends the stream."""
+        with self._get("/v1/engine/events") as response:
+            data: list[bytes] = []
+            size = 0
+            while line := response.readline(_LONGEST_BYTES):
+                size += len(line)
+                if size > _LONGEST_BYTES:
+                    raise self._stranger("an event has no end")
+                text = line.rstrip(b"\r\n")
+                if text.startswith(b"data:"):
+                    data.append(text[5:].removeprefix(b" "))
+                elif not text:
+                    if data:
+                        yield self._checked(self._parsed(b"\n".join(data)))
+                    data, size = [], 0
+
+    def _checked(self, state: object) -> dict[str, Any]:
+        if not isinstance(state, dict) or not isinstance(state.get("memory"), dict) or "experts" not in state:
+            raise self._stranger("what it says of its state cannot be read")
+        return state
+
+    def _get_json(self, path: str) -> object:
+        with self._get(path) as response:
+            body = response.read(_LONGEST_BYTES + 1)
+        if len(body) > _LONGEST_BYTES:
+            raise self._stranger(f"its answer to {path} has no end")
+        return self._parsed(body)
+
+    def _parsed(self, body: bytes) -> object:
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise self._stranger("it answers with something else than JSON") from error
+
+    @contextmanager
+    def _get(self, path: str) -> Iterator[http.client.HTTPResponse]:
+        kind = http.client.HTTPSConnection if self._is_secure else http.client.HTTPConnection
+        connection = kind(self._host, self._port, timeout=_TIMEOUT_S)
+        headers = {"Accept": "application/json, text/event-stream"}
+        if self._key is not None:
+            headers["Authorization"] = f"Bearer {self._key}"
+        try:
+            connection.request("GET", path, headers=headers)
+            response = connection.getresponse()
+            if response.status != http.HTTPStatus.OK:
+                raise self._refusal(response, path)
+            yield response
+        except http.client.HTTPException as error:
+            raise self._stranger("it does not speak HTTP") from error
+        except TimeoutError as error:
+            raise ServerNotUsable(
+                f"{self.url} has not answered for {_TIMEOUT_S:.0f} s", url=self.url, is_absent=True
+            ) from error
+        except OSError as error:
+            raise ServerNotUsable(
+                f"nothing answers at {self.url}: {error.strerror or quote(str(error))}",
+                hint="`argosy serve MODEL` starts a server; `--url` names another address",
+                url=self.url,
+                is_absent=True,
+            ) from error
+        finally:
+            connection.close()
+
+    def _refusal(self, response: http.client.HTTPResponse, path: str) -> ServerNotUsable:
+        status = response.status
+        if status in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
+            told = "refuses the key" if self._key is not None else "needs a key"
+            return ServerNotUsable(
+                f"{self.url} {told}",
+                hint="set ARGOSY_API_KEY, or give `--key-file FILE`",
+                url=self.url,
+                status=status,
+            )
+        try:
+            message = json.loads(response.read(_LONGEST_BYTES))["error"]["message"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            message = None
+        # Other servers, too, have errors of this shape, for routes that only Argosy has.
+        if message is None or status == http.HTTPStatus.NOT_FOUND:
+            return self._stranger(f"it answers {status} to {path}", status)
+        return ServerNotUsable(f"{self.url} answers {status}: {quote(message)}", url=self.url, status=status)
+
+    def _stranger(self, why: str, status: int | None = None) -> ServerNotUsable:
+        return ServerNotUsable(
+            f"{self.url} is no Argosy server: {why}",
+            hint="another program may listen there; `--url` names another address",
+            url=self.url,
+            status=status,
+        )

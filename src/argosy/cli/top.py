@@ -1,0 +1,250 @@
+"""`argosy top`: a running server at a glance, in the terminal, twice a second.
+
+    remote.Server.states  ->  state_lines (what `--once` prints)  ->  the same lines with bars, redrawn in place
+
+A server that goes away while it is watched is waited for; the last state stays, and says how old it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from argosy.cli.remote import server_options
+from argosy.config import format_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
+    from rich.text import Text
+
+    from argosy.cli.remote import Server
+
+UNKNOWN = "-"
+_LONGEST_WAIT_S = 8.0
+_COLORS = {
+    "process": "bright_black",
+    "dense weights": "blue",
+    "KV cache": "magenta",
+    "recurrent state": "bright_magenta",
+    "working buffers": "yellow",
+    "staging": "green",
+    "expert cache": "cyan",
+}
+_SHADES = " ·░▒▓█"
+_FEWEST_ROWS = 6
+_HOTTEST = 4  # times what each expert of the layer would have if all were used equally
+
+
+@click.command("top")
+@server_options
+@click.option("--once", is_flag=True, help="Print the state once, and end.")
+@click.option("--json", "as_json", is_flag=True, help="Print states as JSON, one a line; with --once, one.")
+def top(url: str, key_file: Path | None, once: bool, as_json: bool) -> None:
+    """Show a running server: memory, speed, experts, queue. ^C ends.
+
+    Where the output is no terminal, the state is printed once.
+
+    \b
+    Examples:
+      argosy top
+      argosy top --url http://10.0.0.7:8080 --key-file key.txt --once --json
+    """
+    from argosy.cli.remote import Server
+    from argosy.cli.settings import api_key
+
+    server = Server(url, api_key(key_file))
+    if as_json:
+        for state in [server.state()] if once else server.states():
+            _print_json(state)
+    elif once or not sys.stdout.isatty():
+        print(*state_lines(server.state(), server.url), sep="\n")
+    else:
+        watch(server)
+
+
+def state_lines(state: dict[str, Any], url: str) -> list[str]:
+    """The state for a person, without colour."""
+    model, memory = state.get("model") or {}, state["memory"]
+    peak = _number(memory.get("peak_bytes"), format_bytes)
+    return [
+        f"model     {_name(model.get('id'))}, {_name(model.get('family'))}, at {url}",
+        f"memory    peak {peak}, limit {_number(memory.get('budget_bytes'), format_bytes)}",
+        *(
+            f"  {_name(line.get('name')):<20}{_number(line.get('bytes'), format_bytes):>10}"
+            f"   {_name(line.get('note'), '')}".rstrip()
+            for line in memory.get("lines", ())
+        ),
+        *_running_lines(state),
+    ]
+
+
+def _running_lines(state: dict[str, Any]) -> list[str]:
+    speed, experts = state.get("speed") or {}, state.get("experts") or {}
+    queue, kv = state.get("queue") or {}, state.get("kv") or {}
+    privacy = state.get("privacy") or {}
+    lines = [
+        f"speed     {_number(speed.get('decode_tok_per_s'), _rate)} tok/s decode,"
+        f" {_number(speed.get('prefill_tok_per_s'), _rate)} tok/s prefill",
+        f"experts   hit rate {_number(experts.get('hit_rate'), lambda rate: f'{rate:.2f}')},"
+        f" {_number(experts.get('resident'))} in {_number(experts.get('slots'))} slots",
+        f"drive     {_number(experts.get('drive_bytes_per_s'), lambda speed: f'{speed / 1e9:.2f}')} GB/s,"
+        f" {_number(experts.get('bytes_read'), lambda count: f'{count / 1e9:.1f}')} GB read",
+        f"requests  {_number(queue.get('running'))} running of {_number(queue.get('max_sequences'))} at once,"
+        f" {_number(queue.get('waiting'))} waiting",
+        f"KV        {_number(kv.get('blocks_used'))} of {_number(kv.get('blocks_total'))} blocks in use,"
+        f" {_number(kv.get('blocks_cached'))} kept for later",
+    ]
+    if (use := _most_uneven(state)) is not None:
+        lines.append(f"use       {use}")
+    said = "what is said is logged" if privacy.get("logging") else "nothing that is said is logged"
+    traces = "on: they can reveal the text" if privacy.get("traces") else "off"
+    lines.append(f"privacy   {said}; routing traces are {traces}")
+    return lines
+
+
+def watch(server: Server) -> None:
+    """Redraw in place until ^C. The first state must come; later ones are waited for.
+
+    Raises:
+        ServerNotUsable: the server cannot be used at all.
+    """
+    from rich.live import Live
+
+    from argosy.errors import ServerNotUsable
+
+    state = server.state()
+    with contextlib.suppress(KeyboardInterrupt), Live(screen=True, auto_refresh=False) as live:
+        seen, wait_s = time.monotonic(), 0.5
+        while True:
+            trouble = f"{server.url} has ended the stream"
+            try:
+                for state in server.states():
+                    seen, wait_s = time.monotonic(), 0.5
+                    live.update(_Screen(state, server.url), refresh=True)
+            except ServerNotUsable as error:
+                trouble = error.message
+            until = time.monotonic() + wait_s
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+            while (left_s := until - time.monotonic()) > 0:
+                age = f"{trouble}; this is the state of {time.monotonic() - seen:.0f} s ago"
+                live.update(_Screen(state, server.url, age), refresh=True)
+                time.sleep(min(left_s, 0.5))
+
+
+class _Screen:
+    """The lines of `state_lines`, with the memory as a bar, and the use of experts where there is room for it."""
+
+    def __init__(self, state: dict[str, Any], url: str, trouble: str | None = None) -> None:
+        self._state = state
+        self._url = url
+        self._trouble = trouble
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        from rich.text import Text
+
+        width = options.max_width
+        height = options.height or console.size.height
+        lines = [
+            Text(line, no_wrap=True, overflow="ellipsis") for line in state_lines(self._state, self._url)
+        ]
+        lines.insert(2, memory_bar(self._state["memory"], width))
+        if self._trouble is not None:
+            lines.insert(0, Text(self._trouble, style="yellow", no_wrap=True, overflow="ellipsis"))
+        room = height - len(lines) - 1
+        if (layers := _layers(self._state)) is not None and room >= _FEWEST_ROWS:
+            lines += [Text(row, style="cyan", no_wrap=True) for row in heat_rows(layers, width, room)]
+        yield from lines[:height]
+
+
+def memory_bar(memory: dict[str, Any], width: int) -> Text:
+    """The parts in the order of their claims, a cell for each that has any; what is left over is dots."""
+    from rich.text import Text
+
+    parts = [(_name(line.get("name")), _whole(line.get("bytes"))) for line in memory.get("lines", ())]
+    limit = max(_whole(memory.get("budget_bytes")), sum(size for _, size in parts), 1)
+    bar = Text(no_wrap=True, overflow="crop")
+    reached = 0
+    for name, size in parts:
+        start = len(bar)
+        reached += size
+        cells = round(reached * width / limit) - start
+        bar.append("█" * (max(cells, 1) if size else 0), style=_COLORS.get(name, "white"))
+    bar.append("·" * (width - len(bar)), style="bright_black")
+    return bar
+
+
+def heat_rows(layers: Sequence[Sequence[int]], width: int, height: int) -> list[str]:
+    """Layers x experts in shades of how many times its equal share each was used; neighbours may share a cell."""
+    rows = []
+    stride = -(-len(layers) // height)
+    for first in range(0, len(layers), stride):
+        shares = [_shares(uses) for uses in layers[first : first + stride]]
+        experts = max(map(len, shares))
+        columns = min(width, experts)
+        row = ""
+        for column in range(columns):
+            start, end = column * experts // columns, (column + 1) * experts // columns
+            most = max((max(part[start:end], default=0.0) for part in shares), default=0.0)
+            row += _SHADES[min(len(_SHADES) - 1, math.ceil(most * (len(_SHADES) - 1)))]
+        rows.append(row)
+    return rows
+
+
+def _shares(uses: Sequence[int]) -> list[float]:
+    hottest = _HOTTEST * max(1, sum(uses)) / len(uses)
+    return [min(1.0, use / hottest) for use in uses]
+
+
+def _layers(state: dict[str, Any]) -> list[list[int]] | None:
+    """Uses per expert of the layers that have experts; None where the server does not tell."""
+    heat = state.get("heat")
+    layers = [uses for uses in heat.get("layers", ()) if uses] if isinstance(heat, dict) else []
+    return layers or None
+
+
+def _most_uneven(state: dict[str, Any]) -> str | None:
+    """The layer whose busiest expert has the largest share, in words."""
+    heat = state.get("heat")
+    if _layers(state) is None or not isinstance(heat, dict):
+        return None
+    used = ((layer, uses) for layer, uses in enumerate(heat["layers"]) if uses)
+    share, layer, expert = max(
+        ((max(uses) / (sum(uses) or 1), layer, uses.index(max(uses))) for layer, uses in used),
+        key=lambda found: found[0],
+    )
+    return (
+        f"over {_number(heat.get('tokens'))} tokens; most uneven is layer {layer}:"
+        f" expert {expert} has {100 * share:.1f} % of its uses"
+    )
+
+
+def _name(value: object, absent: str = UNKNOWN) -> str:
+    """Text of a server, which must not steer a terminal."""
+    from argosy.checkpoint.json_strict import quote
+
+    return quote(value) if isinstance(value, str) else absent
+
+
+def _number(value: object, show: Callable[[float], str] = lambda number: f"{number:.0f}") -> str:
+    return show(value) if isinstance(value, int | float) and math.isfinite(value) else UNKNOWN
+
+
+def _whole(value: object) -> int:
+    return max(0, value) if isinstance(value, int) else 0
+
+
+def _rate(tokens_per_s: float) -> str:
+    return f"{tokens_per_s:.1f}"
+
+
+def _print_json(state: dict[str, Any]) -> None:
+    import json
+
+    print(json.dumps(state), flush=True)

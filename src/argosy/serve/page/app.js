@@ -1,0 +1,170 @@
+// The page: what a person types and presses, tied to the conversation, the engine's state and the settings.
+//
+// Nothing is taken from the address, so no link can make this page ask anything of the model.
+
+import { Conversation } from "./conversation.js";
+import { showLedger, showState } from "./engine_panel.js";
+import { showHeat, watchHeat } from "./heat_map.js";
+import { getJson, key, setKey, watchEngine } from "./server.js";
+
+const byId = (id) => document.getElementById(id);
+const prompt = byId("prompt");
+const settings = { model: null, system: "", temperature: null, maxTokens: null };
+
+const conversation = new Conversation({
+  log: byId("conversation"),
+  scroll: byId("scroll"),
+  status: byId("status"),
+  settings: () => settings,
+  onBusy: showBusy,
+  onLedger: showLedger,
+  onRefused: askForKey,
+});
+
+// The message field
+
+function showBusy(isBusy) {
+  byId("send").hidden = isBusy;
+  byId("stop").hidden = !isBusy;
+  byId("welcome").hidden = conversation.turns.length > 0;
+  if (document.activeElement === document.body) prompt.focus();  // the button that had the focus has gone
+}
+
+function grow() {
+  prompt.style.height = "auto";
+  prompt.style.height = `${prompt.scrollHeight}px`;
+  byId("send").disabled = prompt.value.trim() === "";
+}
+
+function send() {
+  if (conversation.isBusy || prompt.value.trim() === "") return;
+  const text = prompt.value;
+  prompt.value = "";
+  grow();
+  if (byId("notice").dataset.kind === "news") byId("notice").hidden = true;  // a new conversation ends the undo
+  conversation.send(text);
+}
+
+byId("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  send();
+});
+prompt.addEventListener("input", grow);
+prompt.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    send();
+  }
+});
+byId("stop").addEventListener("click", () => conversation.stop());
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && !byId("settings").open) conversation.stop();
+});
+
+byId("new").addEventListener("click", () => {
+  if (!conversation.turns.length) return prompt.focus();
+  const bringBack = conversation.clear();
+  byId("welcome").hidden = false;
+  notify("news", "The conversation was cleared.", "Undo", () => {
+    bringBack();
+    byId("welcome").hidden = true;
+  });
+  prompt.focus();
+});
+
+// Notices
+
+function notify(kind, text, action, act) {
+  byId("notice").dataset.kind = kind;
+  byId("notice-text").textContent = text;
+  byId("notice").hidden = false;
+  const offered = byId("notice-action");
+  offered.textContent = action;
+  offered.onclick = () => {
+    byId("notice").hidden = true;
+    act();
+  };
+}
+
+byId("notice-close").addEventListener("click", () => { byId("notice").hidden = true; });
+
+function askForKey(error) {
+  const text = key() ? `The key was refused: ${error.message}` : "This server needs an API key.";
+  notify("warning", text, "Enter key", openSettings);
+}
+
+// Settings
+
+const number = (id) => (byId(id).value === "" ? null : byId(id).valueAsNumber);
+
+function openSettings() {
+  byId("key").value = key();
+  byId("system").value = settings.system;
+  byId("temperature").value = settings.temperature ?? "";
+  byId("max-tokens").value = settings.maxTokens ?? "";
+  byId("settings").returnValue = "";
+  byId("settings").showModal();
+}
+
+byId("open-settings").addEventListener("click", openSettings);
+byId("cancel-settings").addEventListener("click", () => byId("settings").close());
+byId("settings").addEventListener("close", () => {
+  if (byId("settings").returnValue !== "save") return;
+  const typed = byId("key").value.trim();
+  const isOtherKey = typed !== key();
+  setKey(typed);
+  Object.assign(settings, {
+    system: byId("system").value.trim(),
+    temperature: number("temperature"),
+    maxTokens: number("max-tokens"),
+  });
+  if (isOtherKey) {
+    byId("notice").hidden = true;
+    learnModel();
+    follow();
+  }
+});
+
+// The engine
+
+byId("toggle-engine").addEventListener("click", () => {
+  const isOpen = byId("engine").classList.toggle("open");
+  byId("toggle-engine").setAttribute("aria-expanded", String(isOpen));
+});
+
+const CONNECTION = { open: "connected", closed: "not connected, trying again", refused: "key needed" };
+
+function showConnection(change, error) {
+  const node = byId("connection");
+  if (node.dataset.state === change) return;
+  node.dataset.state = change;
+  node.textContent = CONNECTION[change];
+  if (change === "refused") askForKey(error);
+  if (change === "open" && settings.model === null) learnModel();
+}
+
+function showModel(id, family) {
+  settings.model = id;
+  byId("model").textContent = id;
+  byId("model").title = family ? `${id}, ${family}` : id;
+  document.title = `${id} \u2013 Argosy`;
+}
+
+async function learnModel() {
+  try {
+    const { data } = await getJson("/v1/models");
+    if (data?.length) showModel(data[0].id);
+  } catch (error) {
+    if (error.status === 401 || error.status === 403) askForKey(error);
+  }
+}
+
+watchHeat();
+grow();
+learnModel();
+const follow = watchEngine((state) => {
+  if (state.model && settings.model === null) showModel(state.model.id, state.model.family);
+  showState(state);
+  showHeat(state.heat);
+}, showConnection);
+prompt.focus();

@@ -1,0 +1,177 @@
+// The engine's state as a person reads it: memory against its limit, speed, experts, queue, privacy, and the ledger of
+// the last answer. Every bar has the same facts as text beside it, so nothing is said by colour alone.
+
+import { UNKNOWN, count, element, isNumber, memory, rate, seconds, volume } from "./units.js";
+
+const HUES = {
+  "process": "gray",
+  "dense weights": "blue",
+  "KV cache": "violet",
+  "recurrent state": "pink",
+  "working buffers": "amber",
+  "staging": "olive",
+  "expert cache": "teal",
+  "expert slots": "teal",
+};
+const PART_HUES = {
+  "attention_and_dense": "blue",
+  "expert_compute": "teal",
+  "waiting_for_reads": "amber",
+  "router": "violet",
+  "sampling": "pink",
+  "other": "gray",
+};
+const SPARE = ["olive", "pink", "violet", "amber"];
+
+const byId = (id) => document.getElementById(id);
+const share = (part, whole) => (whole > 0 ? Math.min(1, Math.max(0, part / whole)) : 0);
+
+function write(id, value, unit = "") {
+  const node = byId(id);
+  const text = value == null ? UNKNOWN : String(value);
+  if (node.dataset.shown === text + unit) return;
+  node.dataset.shown = text + unit;
+  node.replaceChildren(text, ...(unit && value != null ? [element("small", {}, ` ${unit}`)] : []));
+}
+
+/** A bar of parts, and its legend; nodes are kept while the parts are the same, so that widths can move. */
+class Bar {
+  constructor(bar, legend) {
+    this.bar = bar;
+    this.legend = legend;
+    this.names = null;
+  }
+
+  show(parts, whole, label) {
+    const names = parts.map((part) => part.name).join("\n");
+    if (names !== this.names) this.build(parts);
+    this.names = names;
+    parts.forEach((part, index) => {
+      const { segment, fill, value, note } = this.rows[index];
+      segment.style.width = `${100 * share(part.size, whole)}%`;
+      segment.title = `${part.name}: ${part.text}`;
+      fill.style.width = `${100 * (part.used ?? 1)}%`;
+      value.textContent = part.text;
+      note.textContent = part.note ?? "";
+    });
+    this.bar.setAttribute("aria-label", label);
+  }
+
+  build(parts) {
+    this.rows = parts.map(({ name, hue }) => {
+      const fill = element("span", { class: "fill" });
+      const segment = element("span", { class: `segment ${hue}` }, fill);
+      const value = element("span", { class: "value" });
+      const note = element("span", { class: "remark" });
+      const swatch = element("span", { class: `swatch ${hue}` });
+      const row = element("li", {}, swatch, element("span", { class: "name" }, name), value, note);
+      return { segment, fill, value, note, row };
+    });
+    this.bar.replaceChildren(...this.rows.map(({ segment }) => segment));
+    this.legend.replaceChildren(...this.rows.map(({ row }) => row));
+  }
+}
+
+const memoryBar = new Bar(byId("memory-bar"), byId("memory-legend"));
+const answerBar = new Bar(byId("answer-bar"), byId("answer-legend"));
+
+export function showState(state) {
+  showMemory(state);
+  const { speed = {}, experts = {}, queue = {}, kv = {} } = state;
+  write("decode", rate(speed.decode_tok_per_s), "tok/s");
+  write("prefill", rate(speed.prefill_tok_per_s), "tok/s");
+  write("hit-rate", isNumber(experts.hit_rate) ? experts.hit_rate.toFixed(2) : null);
+  write("drive", isNumber(experts.drive_bytes_per_s) ? (experts.drive_bytes_per_s / 1e9).toFixed(2) : null, "GB/s");
+  const places = isNumber(queue.max_sequences) ? ` of ${count(queue.max_sequences)} at once` : "";
+  const waiting = `${count(queue.waiting ?? 0)} waiting`;
+  write("queue", isNumber(queue.running) ? `${count(queue.running)} running${places}, ${waiting}` : null);
+  write("resident", isNumber(experts.resident) ? `${count(experts.resident)} in ${count(experts.slots)} slots` : null);
+  const kept = kv.blocks_cached > 0 ? `, ${count(kv.blocks_cached)} kept for later` : "";
+  write("kv", isNumber(kv.blocks_used) ? `${count(kv.blocks_used)} of ${count(kv.blocks_total)} in use${kept}` : null);
+  write("read", isNumber(experts.bytes_read) ? volume(experts.bytes_read) : null);
+  showPrivacy(state.privacy);
+}
+
+function showMemory({ memory: facts, experts = {}, kv = {} }) {
+  if (!facts) return;
+  const planned = facts.lines.reduce((sum, line) => sum + line.bytes, 0);
+  const whole = Math.max(facts.budget_bytes, planned);
+  let spare = 0;
+  const parts = facts.lines.map(({ name, bytes, note }) => ({
+    name,
+    size: bytes,
+    hue: HUES[name] ?? SPARE[spare++ % SPARE.length],
+    text: memory(bytes),
+    note,
+    used: usedShare(name, experts, kv),
+  }));
+  const free = facts.budget_bytes - planned;
+  if (free > 0) parts.push({ name: "left over", size: free, hue: "empty", text: memory(free) });
+  const peak = isNumber(facts.peak_bytes) ? `, peak so far ${memory(facts.peak_bytes)}` : "";
+  const spoken = parts.map((part) => `${part.name} ${part.text}`).join(", ");
+  memoryBar.show(parts, whole, `Memory: limit ${memory(facts.budget_bytes)}${peak}. ${spoken}.`);
+  write("memory-total", `limit ${memory(facts.budget_bytes)}${peak}`);
+  showPeak(facts, whole);
+}
+
+function showPeak({ peak_bytes: peak }, whole) {
+  let mark = byId("memory-bar").querySelector(".peak");
+  if (!isNumber(peak)) return mark?.remove();
+  if (!mark) {
+    mark = element("span", { class: "peak" });
+    byId("memory-bar").append(mark);
+  }
+  mark.style.left = `${100 * share(peak, whole)}%`;
+  mark.title = `peak ${memory(peak)}`;
+}
+
+/** How much of a reserved part is in use: the rest of its segment is drawn lighter. */
+function usedShare(name, experts, kv) {
+  if (name.startsWith("expert") && experts.slots > 0) return share(experts.resident, experts.slots);
+  if (name === "KV cache" && kv.blocks_total > 0) {
+    return share(kv.blocks_used + (kv.blocks_cached ?? 0), kv.blocks_total);
+  }
+  return 1;
+}
+
+function showPrivacy(privacy) {
+  if (!privacy) return;
+  const logging = privacy.logging ? "This server logs what is said." : "Nothing that is said is logged.";
+  const traces = privacy.traces
+    ? "Routing traces are on: they can reveal the text."
+    : "Routing traces are off.";
+  write("privacy", `${logging} ${traces} This page keeps the conversation in this tab only.`);
+  byId("privacy").classList.toggle("warning", Boolean(privacy.logging || privacy.traces));
+}
+
+/** The ledger of the last answer: `timings` of its last chunk. */
+export function showLedger(timings, usage) {
+  byId("answer").hidden = false;
+  const parts = Object.entries(timings.parts ?? {})
+    .filter(([, spent]) => spent > 0)
+    .map(([name, spent]) => ({
+      name: name.replaceAll("_", " "),
+      size: spent,
+      hue: PART_HUES[name] ?? "olive",
+      text: seconds(spent),
+    }));
+  const whole = parts.reduce((sum, part) => sum + part.size, 0);
+  const spoken = parts.map((part) => `${part.name} ${part.text}`).join(", ");
+  answerBar.show(parts, whole, `Where the time went: ${spoken}.`);
+  byId("answer-bar").hidden = parts.length === 0;
+  write("answer-total", isNumber(timings.wall_s) ? seconds(timings.wall_s) : whole ? seconds(whole) : "");
+  const cached = usage?.prompt_tokens_details?.cached_tokens;
+  const kept = cached > 0 ? ` (${count(cached)} kept from before)` : "";
+  const tokens = isNumber(timings.prompt_tokens)
+    ? `${count(timings.prompt_tokens)} prompt${kept}, ${count(timings.new_tokens ?? 0)} new`
+    : null;
+  const facts = [
+    ["Tokens", tokens],
+    ["First after", isNumber(timings.time_to_first_token_s) ? seconds(timings.time_to_first_token_s) : null],
+    ["Decode", isNumber(timings.decode_tok_per_s) ? `${rate(timings.decode_tok_per_s)} tok/s` : null],
+    ["Hit rate", isNumber(timings.hit_rate) ? timings.hit_rate.toFixed(2) : null],
+    ["Read from the drive", isNumber(timings.bytes_read) ? volume(timings.bytes_read) : null],
+  ].filter(([, text]) => text != null);
+  byId("answer-facts").replaceChildren(
+    ...facts.map(([name, text]) => element("div", {}, element("dt", {}, name), element("dd", {}, text))));
+}

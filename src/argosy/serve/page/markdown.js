@@ -1,0 +1,289 @@
+// Markdown as models write it, built from DOM nodes: what a model says can never become markup of this page.
+//
+// Headings, paragraphs, lists, quotes, tables, fenced code; code spans, emphasis, links. A link opens only http and
+// https, in a tab of its own; an image is shown as a link, because loading one would tell its host that it was shown.
+// Time is linear in the text, and nesting is bounded.
+
+import { copyButton, element } from "./units.js";
+
+const DEEPEST = 8;
+const LONGEST_LABEL = 1000;
+const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^\s`]*)/;
+const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*$/;
+const RULE = /^ {0,3}(?:(?:\*\s*){3,}|(?:-\s*){3,}|(?:_\s*){3,})$/;
+const QUOTE = /^ {0,3}>/;
+const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])(?:\s+(.*)|)$/;
+const TABLE_RULE = /^\s*\|?(?:\s*:?-+:?\s*\|)*\s*:?-+:?\s*\|?\s*$/;
+
+/** Text that grows: blocks that have not changed keep their nodes, so selections and scroll positions live. */
+export class MarkdownView {
+  constructor(container) {
+    this.container = container;
+    this.keys = [];
+  }
+
+  update(text) {
+    const blocks = split(text.split("\n"));
+    const keys = blocks.map((block) => `${block.kind}\n${block.isOpen ? "" : "closed"}\n${block.lines.join("\n")}`);
+    blocks.forEach((block, index) => {
+      if (this.keys[index] === keys[index]) return;
+      const node = render(block, 0);
+      if (index < this.keys.length) this.container.children[index].replaceWith(node);
+      else this.container.append(node);
+    });
+    while (this.container.children.length > blocks.length) this.container.lastElementChild.remove();
+    this.keys = keys;
+  }
+}
+
+function split(lines) {
+  const blocks = [];
+  let at = 0;
+  const take = (kind, end, extra = {}) => {
+    blocks.push({ kind, lines: lines.slice(at, end), ...extra });
+    at = end;
+  };
+  while (at < lines.length) {
+    const line = lines[at];
+    const fence = FENCE.exec(line);
+    if (line.trim() === "") {
+      at += 1;
+    } else if (fence) {
+      const closing = (other) => other.trim().startsWith(fence[1]) && /^[`~]+$/.test(other.trim());
+      let end = at + 1;
+      while (end < lines.length && !closing(lines[end])) end += 1;
+      take("code", Math.min(end + 1, lines.length), { language: fence[2], isOpen: end >= lines.length });
+    } else if (HEADING.test(line)) {
+      take("heading", at + 1);
+    } else if (RULE.test(line)) {
+      take("rule", at + 1);
+    } else if (QUOTE.test(line)) {
+      take("quote", runOf(lines, at, (other) => QUOTE.test(other)));
+    } else if (ITEM.test(line)) {
+      take("list", endOfList(lines, at));
+    } else if (line.includes("|") && lines[at + 1]?.includes("-") && TABLE_RULE.test(lines[at + 1])) {
+      take("table", runOf(lines, at, (other) => other.includes("|")));
+    } else {
+      const ends = (other) => other.trim() === "" || [FENCE, HEADING, QUOTE, ITEM].some((start) => start.test(other));
+      take("paragraph", Math.max(at + 1, runOf(lines, at, (other) => !ends(other))));
+    }
+  }
+  return blocks;
+}
+
+function runOf(lines, at, belongs) {
+  let end = at;
+  while (end < lines.length && belongs(lines[end])) end += 1;
+  return end;
+}
+
+const indent = (line) => line.length - line.trimStart().length;
+
+function endOfList(lines, at) {
+  const base = indent(lines[at]);
+  const isOrdered = /\d/.test(ITEM.exec(lines[at])[2]);
+  let end = at + 1;
+  while (end < lines.length) {
+    const line = lines[end];
+    const item = ITEM.exec(line);
+    if (line.trim() === "") {
+      // A blank line belongs to the list when what follows does.
+      const next = runOf(lines, end, (other) => other.trim() === "");
+      if (next === lines.length) break;
+      const follows = ITEM.exec(lines[next]);
+      const isItem = follows && indent(lines[next]) >= base && /\d/.test(follows[2]) === isOrdered;
+      if (!isItem && indent(lines[next]) <= base) break;
+    } else if (item ? indent(line) < base || (indent(line) === base && /\d/.test(item[2]) !== isOrdered) : false) {
+      break;
+    } else if (!item && indent(line) <= base && lines[end - 1].trim() === "") {
+      break;
+    } else if (FENCE.test(line) && indent(line) <= base) {
+      break;
+    }
+    end += 1;
+  }
+  return end;
+}
+
+function render(block, depth) {
+  switch (block.kind) {
+    case "code": return code(block);
+    case "heading": {
+      const [, marks, text] = HEADING.exec(block.lines[0]);
+      return inline(text, element(`h${Math.min(6, Math.max(3, marks.length + 1))}`));  // h1 and h2 are the page's own
+    }
+    case "rule": return element("hr");
+    case "quote": {
+      const quoted = block.lines.map((line) => line.replace(/^ {0,3}> ?/, ""));
+      return inside(element("blockquote"), quoted, depth);
+    }
+    case "list": return list(block.lines, depth);
+    case "table": return table(block.lines);
+    default: return inline(block.lines.map((line) => line.trim()).join("\n"), element("p"));
+  }
+}
+
+function inside(container, lines, depth) {
+  if (depth >= DEEPEST) return inline(lines.join("\n"), container);
+  container.append(...split(lines).map((block) => render(block, depth + 1)));
+  return container;
+}
+
+function code(block) {
+  const text = block.lines.slice(1, block.isOpen ? undefined : -1).join("\n");
+  return element("figure", { class: "code" },
+    element("figcaption", {}, block.language || "text", copyButton(text, "Copy this code")),
+    element("pre", { tabindex: "0" }, element("code", {}, text)));
+}
+
+function list(lines, depth) {
+  const first = ITEM.exec(lines[0]);
+  const isOrdered = /\d/.test(first[2]);
+  const base = indent(lines[0]);
+  const start = parseInt(first[2], 10);
+  const made = element(isOrdered ? "ol" : "ul", { start: isOrdered && start !== 1 && start });
+  let item = [];
+  const finish = () => {
+    if (!item.length) return;
+    const isTight = !item.some((line, index) => index && line.trim() === "");
+    const container = inside(element("li"), item, depth);
+    if (isTight && container.firstElementChild?.tagName === "P") container.firstElementChild.classList.add("tight");
+    made.append(container);
+  };
+  for (const line of lines) {
+    const found = ITEM.exec(line);
+    if (found && indent(line) <= base + 1) {
+      finish();
+      item = [found[3] ?? ""];
+    } else {
+      item.push(line.slice(Math.min(indent(line), base + first[2].length + 1)));
+    }
+  }
+  finish();
+  return made;
+}
+
+function table(lines) {
+  const cells = (line) => {
+    const inner = line.trim().replace(/^\|/, "").replace(/(^|[^\\])\|$/, "$1");
+    return inner.split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
+  };
+  const align = (cell) => (/^:-+:$/.test(cell) ? "center" : cell.endsWith(":") ? "right" : "left");
+  const aligns = cells(lines[1]).map(align);
+  const row = (line, tag) => element("tr", {},
+    ...cells(line).map((cell, index) => inline(cell, element(tag, { class: aligns[index] ?? "left" }))));
+  return element("div", { class: "table", tabindex: "0" }, element("table", {},
+    element("thead", {}, row(lines[0], "th")),
+    element("tbody", {}, ...lines.slice(2).map((line) => row(line, "td")))));
+}
+
+const MARKS = [["**", "strong"], ["__", "strong"], ["~~", "del"], ["*", "em"], ["_", "em"]];
+// (address), (<address>) or (address "title"); parentheses in an address come in pairs.
+const TARGET = /^\(\s*<?((?:[^\s()<>]|\([^\s()<>]*\))*)>?(?:\s+"[^"]*")?\s*\)/;
+const WORD = /[\p{L}\p{N}]/u;
+
+function inline(text, container, depth = 0) {
+  const missing = new Set();  // marks without an end from here on: looked for once
+  let plain = "";
+  const flush = () => {
+    if (plain) container.append(plain);
+    plain = "";
+  };
+  const add = (node) => {
+    flush();
+    container.append(node);
+  };
+  let at = 0;
+  while (at < text.length) {
+    const char = text[at];
+    if (char === "\\" && /[!-/:-@[-`{-~]/.test(text[at + 1] ?? "")) {
+      plain += text[at + 1];
+      at += 2;
+      continue;
+    }
+    if (char === "\n") {
+      add(element("br"));
+      at += 1;
+      continue;
+    }
+    if (char === "`") {
+      const run = /^`+/.exec(text.slice(at, at + 64))[0];
+      const end = missing.has(run) ? -1 : text.indexOf(run, at + run.length);
+      if (end < 0) {
+        missing.add(run);
+        plain += run;
+        at += run.length;
+      } else {
+        add(element("code", {}, text.slice(at + run.length, end).replace(/^ (.*) $/s, "$1")));
+        at = end + run.length;
+      }
+      continue;
+    }
+    if (char === "[" || (char === "!" && text[at + 1] === "[")) {
+      const link = linkAt(text, char === "!" ? at + 1 : at);
+      if (link) {
+        add(anchor(link.href, depth < DEEPEST ? link.label : null, depth));
+        at = link.end;
+        continue;
+      }
+    }
+    if (text.startsWith("http", at) && !WORD.test(text[at - 1] ?? " ")) {
+      const bare = /^https?:\/\/[^\s<>"'`]+/.exec(text.slice(at, at + 2048))?.[0].replace(/[.,;:!?)\]*_]+$/, "");
+      if (bare && URL.canParse(bare)) {
+        add(anchor(bare, null, depth));
+        at += bare.length;
+        continue;
+      }
+    }
+    const mark = MARKS.find(([sign]) => text.startsWith(sign, at));
+    if (mark && depth < DEEPEST) {
+      const end = missing.has(mark[0]) ? -1 : endOfMark(text, at, mark[0]);
+      if (end > 0) {
+        add(inline(text.slice(at + mark[0].length, end), element(mark[1]), depth + 1));
+        at = end + mark[0].length;
+        continue;
+      }
+      if (end < 0) missing.add(mark[0]);
+      plain += mark[0];
+      at += mark[0].length;
+      continue;
+    }
+    plain += char;
+    at += 1;
+  }
+  flush();
+  return container;
+}
+
+/** Where emphasis that begins here ends; 0 where none begins; -1 where no end follows. */
+function endOfMark(text, at, sign) {
+  const after = text[at + sign.length] ?? " ";
+  if (/\s/.test(after) || (sign[0] === "_" && WORD.test(text[at - 1] ?? " "))) return 0;
+  let end = text.indexOf(sign, at + sign.length);
+  for (; end >= 0; end = text.indexOf(sign, end + 1)) {
+    const isDoubled = sign.length === 1 && (text[end + 1] === sign || text[end - 1] === sign);
+    const isInWord = sign[0] === "_" && WORD.test(text[end + sign.length] ?? " ");
+    if (!/\s/.test(text[end - 1]) && end > at + sign.length && !isDoubled && !isInWord) return end;
+  }
+  return -1;
+}
+
+function linkAt(text, at) {
+  let depth = 0;
+  const limit = Math.min(text.length, at + LONGEST_LABEL);
+  for (let end = at; end < limit; end += 1) {
+    if (text[end] === "\\") end += 1;
+    else if (text[end] === "[") depth += 1;
+    else if (text[end] === "]" && --depth === 0) {
+      const target = TARGET.exec(text.slice(end + 1, end + 2049));
+      if (!target || !/^https?:\/\//i.test(target[1]) || !URL.canParse(target[1])) return null;
+      return { label: text.slice(at + 1, end), href: target[1], end: end + 1 + target[0].length };
+    }
+  }
+  return null;
+}
+
+function anchor(href, label, depth) {
+  const made = element("a", { href, title: href, target: "_blank", rel: "noopener noreferrer nofollow" });
+  return label ? inline(label, made, DEEPEST) : (made.append(href), made);
+}

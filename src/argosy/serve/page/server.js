@@ -1,0 +1,138 @@
+// The server this page came from: requests with the key, and streams of events read from fetch.
+//
+// EventSource cannot send a key, so both the engine's events and an answer are parsed here. The key lives in
+// sessionStorage, which ends with the tab; nothing else is kept anywhere.
+
+const KEY = "argosy-key";
+
+export class ServerError extends Error {
+  constructor(message, status = 0, retryAfter = null) {
+    super(message);
+    this.status = status;
+    this.retryAfter = retryAfter;
+  }
+}
+
+export const key = () => sessionStorage.getItem(KEY) ?? "";
+
+export function setKey(value) {
+  if (value) sessionStorage.setItem(KEY, value);
+  else sessionStorage.removeItem(KEY);
+}
+
+async function request(path, options = {}) {
+  const headers = { ...options.headers };
+  if (key()) headers.Authorization = `Bearer ${key()}`;
+  let response;
+  try {
+    response = await fetch(path, { ...options, headers, cache: "no-store", credentials: "omit", redirect: "error" });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ServerError("The server does not answer.");
+  }
+  if (!response.ok) throw await refusal(response);
+  return response;
+}
+
+async function refusal(response) {
+  let message = `The server answered ${response.status}.`;
+  try {
+    const body = await response.json();
+    if (typeof body.error?.message === "string") message = body.error.message;
+  } catch {
+    // A proxy's page instead of JSON: the status says what there is to say.
+  }
+  const wait = response.headers.get("Retry-After");
+  return new ServerError(message, response.status, /^\d+$/.test(wait) ? Number(wait) : null);
+}
+
+export async function getJson(path, signal) {
+  return (await request(path, { signal })).json();
+}
+
+/** The JSON objects of a stream of events, until it ends or `[DONE]`. Comments, which keep it alive, are skipped. */
+export async function* events(path, options = {}) {
+  const response = await request(path, options);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  const broken = (error) => {
+    throw error.name === "AbortError" ? error : new ServerError("The connection to the server broke off.");
+  };
+  let pending = "";
+  let data = [];
+  try {
+    for (;;) {
+      const { value, done } = await reader.read().catch(broken);
+      if (done) return;
+      const lines = (pending + value).split(/\r\n|\n|\r(?!$)/);
+      pending = lines.pop();
+      for (const line of lines) {
+        if (line.startsWith("data:")) {
+          data.push(line.slice(line.startsWith("data: ") ? 6 : 5));
+        } else if (line === "" && data.length) {
+          const text = data.join("\n");
+          data = [];
+          if (text === "[DONE]") return;
+          yield JSON.parse(text);
+        }
+      }
+    }
+  } finally {
+    reader.cancel().catch(() => {});  // a reader left behind would keep the connection, and the sequence with it
+  }
+}
+
+/** The chunks of a chat completion. */
+export function complete(body, signal) {
+  return events("/v1/chat/completions", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({
+      ...body,
+      stream: true,
+      stream_options: { include_usage: true },
+      return_progress: true,
+      timings: true,
+    }),
+    signal,
+  });
+}
+
+/**
+ * Call `onState` for every state of the engine, twice a second, for as long as the page is visible; `onChange` hears
+ * "open", "closed" or "refused". A lost connection is tried again, less and less often.
+ */
+export function watchEngine(onState, onChange) {
+  let stop = null;
+
+  async function follow() {
+    const controller = new AbortController();
+    stop = controller;
+    let wait = 500;
+    while (!controller.signal.aborted) {
+      try {
+        for await (const state of events("/v1/engine/events", { signal: controller.signal })) {
+          wait = 500;
+          onChange("open");
+          onState(state);
+        }
+        if (!controller.signal.aborted) onChange("closed");
+      } catch (error) {
+        if (controller.signal.aborted) return;
+        const isRefused = error.status === 401 || error.status === 403;
+        onChange(isRefused ? "refused" : "closed", error);
+        if (isRefused) return;
+      }
+      await new Promise((resume) => setTimeout(resume, wait));
+      wait = Math.min(2 * wait, 10_000);
+    }
+  }
+
+  function restart() {
+    stop?.abort();
+    if (!document.hidden) follow();
+  }
+
+  document.addEventListener("visibilitychange", restart);
+  restart();
+  return restart;
+}

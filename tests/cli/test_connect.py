@@ -1,0 +1,346 @@
+"""`argosy connect`: golden settings of each client, keys out of sight, and files that survive being changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from argosy.cli.connect import CLIENTS
+from argosy.cli.main import main
+from tests.serve.fake_server import FakeServer, fake_server, stranger
+
+Captured = pytest.CaptureFixture[str]
+
+GOLDEN = Path(__file__).with_name("golden")
+KEY = "sk-argosy-0123456789"
+FILES = {
+    "claude-code": ".claude/settings.json",
+    "codex": ".codex/config.toml",
+    "opencode": ".config/opencode/opencode.json",
+    "openwebui": "open-webui.env",
+    "continue": ".continue/config.yaml",
+}
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with fake_server() as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("CLAUDE_CONFIG_DIR", "CODEX_HOME", "XDG_CONFIG_HOME", "CONTINUE_GLOBAL_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_the_settings_of_a_client_are_these(
+    client: str, server: FakeServer, home: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.key = KEY
+    monkeypatch.setenv("ARGOSY_API_KEY", KEY)
+    assert main(["connect", client, "--url", server.url]) == 0
+    said = capsys.readouterr()
+    text = said.out + "\nstderr:\n" + said.err
+    assert KEY not in text
+    text = text.replace(server.url, "http://127.0.0.1:8080").replace(str(home), "/home/someone")
+    golden = GOLDEN / f"connect-{client}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(text, encoding="utf-8")
+    assert text == golden.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("client", ["claude-code", "openwebui"])
+def test_what_is_for_a_shell_can_be_read_by_one(
+    client: str, server: FakeServer, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ARGOSY_API_KEY", KEY)
+    assert main(["connect", client, "--url", server.url]) == 0
+    script = f"{capsys.readouterr().out}\nenv"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert f"={KEY}\n" in done.stdout
+    assert f"BASE_URL={server.url}" in done.stdout
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_key_is_printed_only_when_asked_for(
+    client: str, server: FakeServer, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ARGOSY_API_KEY", KEY)
+    assert main(["connect", client, "--url", server.url, "--show-key"]) == 0
+    assert (KEY in capsys.readouterr().out) == (client != "codex")  # Codex reads it from the variable, always
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_written_files_say_what_is_needed_and_writing_again_changes_nothing(
+    client: str, server: FakeServer, home: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ARGOSY_API_KEY", KEY)
+    assert main(["connect", client, "--url", server.url, "--write"]) == 0
+    path = home / FILES[client]
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert f"{FILES[client]}: written" in said.err
+    assert KEY not in said.err
+    assert path.stat().st_mode & 0o777 == 0o600
+    first = path.read_text()
+    assert server.url in first
+    if client in ("claude-code", "openwebui"):
+        assert KEY in first  # these clients know no reference
+    else:
+        assert KEY not in first
+    assert main(["connect", client, "--url", server.url, "--write"]) == 0
+    assert "is as it should be" in capsys.readouterr().err
+    assert path.read_text() == first
+    assert [other.name for other in path.parent.iterdir() if "before-argosy" in other.name] == []
+
+
+def test_codex_finds_its_catalogue_where_the_settings_say(server: FakeServer, home: Path) -> None:
+    assert main(["connect", "codex", "--url", server.url, "--write"]) == 0
+    settings = tomllib.loads((home / ".codex/config.toml").read_text())
+    catalogue = json.loads(Path(settings["model_catalog_json"]).read_text())
+    (entry,) = catalogue["models"]
+    assert entry["slug"] == settings["model"]
+    assert entry["context_window"] == settings["model_context_window"] == 32_768
+    assert (
+        "env_key" not in settings["model_providers"]["argosy"]
+    )  # no key was given: Codex must not look for one
+
+
+def test_the_files_of_a_client_are_where_its_own_variables_say(
+    server: FakeServer, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CODEX_HOME", str(home / "elsewhere"))
+    assert main(["connect", "codex", "--url", server.url, "--write"]) == 0
+    assert (home / "elsewhere/config.toml").is_file()
+    assert (
+        main(["connect", "opencode", "--url", server.url, "--write", "--file", str(home / "mine.json")]) == 0
+    )
+    assert (home / "mine.json").is_file()
+
+
+# What the server says
+
+
+def test_without_a_server_there_are_placeholders_and_they_are_called_so(capsys: Captured) -> None:
+    assert main(["connect", "opencode", "--url", "http://127.0.0.1:9"]) == 0
+    said = capsys.readouterr()
+    assert '"model": "argosy/MODEL"' in said.out
+    assert "nothing answers at http://127.0.0.1:9" in said.err
+    assert "MODEL and 32768 tokens of context are placeholders" in said.err
+
+
+def test_placeholders_are_never_written(home: Path, capsys: Captured) -> None:
+    assert main(["connect", "opencode", "--url", "http://127.0.0.1:9", "--write"]) == 1
+    assert capsys.readouterr().err.startswith("error: nothing answers")
+    assert list(home.iterdir()) == []
+    said = ["--model", "mine", "--context", "8192"]
+    assert main(["connect", "opencode", "--url", "http://127.0.0.1:9", "--write", *said]) == 0
+    written = json.loads((home / FILES["opencode"]).read_text())
+    limit = written["provider"]["argosy"]["models"]["mine"]["limit"]
+    assert limit == {"context": 8192, "output": 2048}
+
+
+def test_a_refused_key_and_an_unknown_model_are_errors(
+    server: FakeServer, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["connect", "codex", "--url", server.url, "--model", "other"]) == 2
+    assert "serves no model other\nhint: it serves: Qwen3-30B-A3B-Q4_K_M" in capsys.readouterr().err
+    server.key = KEY
+    monkeypatch.setenv("ARGOSY_API_KEY", "sk-wrong")
+    assert main(["connect", "codex", "--url", server.url]) == 1
+    assert f"{server.url} refuses the key" in capsys.readouterr().err
+
+
+def test_another_program_at_the_address_is_an_error_and_no_placeholder(capsys: Captured) -> None:
+    with stranger(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}") as url:
+        assert main(["connect", "codex", "--url", url]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(
+        f"error: {url} is no Argosy server: what it says of its models cannot be read\n"
+    )
+
+
+# Files of others
+
+
+def put(path: Path, text: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return text
+
+
+def only_backup(path: Path) -> Path:
+    (backup,) = [
+        other for other in path.parent.iterdir() if other.name.startswith(f"{path.name}.before-argosy-")
+    ]
+    return backup
+
+
+def test_other_settings_of_a_json_file_stay_and_the_old_file_is_kept(server: FakeServer, home: Path) -> None:
+    path = home / FILES["claude-code"]
+    old = put(
+        path,
+        '{\n    "model": "opus",\n    "env": {"EDITOR": "vi", "ANTHROPIC_BASE_URL": "x"},\n    "n": 1e3\n}\n',
+    )
+    path.chmod(0o640)
+    assert main(["connect", "claude-code", "--url", server.url, "--write"]) == 0
+    new = json.loads(path.read_text())
+    assert new["model"] == "opus"
+    assert new["n"] == 1000
+    assert new["env"]["EDITOR"] == "vi"
+    assert new["env"]["ANTHROPIC_BASE_URL"] == server.url
+    assert path.read_text().startswith('{\n    "model"')  # indented as it was
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert only_backup(path).read_text() == old
+    assert only_backup(path).stat().st_mode & 0o777 == 0o600
+
+
+def test_other_settings_and_comments_of_codex_stay(server: FakeServer, home: Path) -> None:
+    path = home / FILES["codex"]
+    put(
+        path,
+        '# mine\nmodel = "gpt"  # the old one\nnotify = [\n  "a",\n]\n\n[model_providers.argosy]\nbase_url = "old"\n\n'
+        '[model_providers.argosy.http_headers]\nX = "1"\n\n[mcp_servers.x]  # keep\ncommand = "y"\n',
+    )
+    assert main(["connect", "codex", "--url", server.url, "--write"]) == 0
+    text = path.read_text()
+    new = tomllib.loads(text)
+    assert new["notify"] == ["a"]
+    assert new["mcp_servers"] == {"x": {"command": "y"}}
+    assert new["model_providers"]["argosy"]["http_headers"] == {"X": "1"}
+    assert new["model_providers"]["argosy"]["base_url"] == f"{server.url}/v1"
+    assert new["model"] == "Qwen3-30B-A3B-Q4_K_M"
+    assert "# mine\n" in text
+    assert "[mcp_servers.x]  # keep\n" in text
+
+
+CONTINUE = """\
+name: Mine
+version: 1.0.0
+schema: v1
+models:
+    # the small one
+    - name: small
+      provider: ollama
+      model: qwen
+rules:
+    - Be brief
+"""
+
+
+def test_other_models_of_continue_stay_and_ours_is_exchanged(server: FakeServer, home: Path) -> None:
+    path = home / FILES["continue"]
+    put(path, CONTINUE)
+    assert main(["connect", "continue", "--url", server.url, "--write"]) == 0
+    text = path.read_text()
+    ours = re.search(r"    # argosy: begin\n.*    # argosy: end\n", text, flags=re.DOTALL)
+    assert ours is not None
+    assert text.replace(ours[0], "") == CONTINUE
+    assert text.index("models:") < text.index("# argosy: begin") < text.index("small")
+    assert "    - name: " in ours[0]
+    put(path, text.replace(server.url, "http://old:1"))
+    assert main(["connect", "continue", "--url", server.url, "--write"]) == 0
+    assert path.read_text() == text
+
+
+def test_lines_of_an_environment_file_are_exchanged_where_they_stand(server: FakeServer, home: Path) -> None:
+    put(home / "open-webui.env", "# mine\nPORT=3000\nOPENAI_API_KEY=old\nexport ENABLE_OLLAMA_API=True\n")
+    assert main(["connect", "openwebui", "--url", server.url, "--write"]) == 0
+    assert (home / "open-webui.env").read_text() == (
+        "# mine\nPORT=3000\nOPENAI_API_KEY=none\nENABLE_OLLAMA_API=False\n"
+        f"OPENAI_API_BASE_URL={server.url}/v1\nAIOHTTP_CLIENT_TIMEOUT=3600\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("client", "text", "why"),
+    [
+        ("opencode", '{"theme": "x", // dark\n}', "it is no plain JSON"),
+        ("opencode", '{"a": 1, "a": 2}', "a key is given twice"),
+        ("opencode", '{"a": NaN}', "NaN is no JSON"),
+        ("opencode", '{"a": 1e999}', "1e999 is too large a number"),
+        ("opencode", "[]", "it is no JSON object"),
+        ("opencode", '{"provider": {"argosy": []}}', "its provider.argosy is no object"),
+        ("opencode", "[" * 100_000, "it is no plain JSON"),
+        ("claude-code", '{"env": "x"}', "its env is no object"),
+        ("codex", "model = ", "it is no TOML"),
+        ("codex", 'model_providers = {argosy = {name = "x"}}', "it is no TOML"),
+        ("codex", 'model_providers.argosy.name = "x"', "it is no TOML"),
+        ("codex", 'x = """\nmodel = "inside"\n"""', "cannot be changed line by line"),
+        ("continue", "models: [{name: x}]\n", "its models are written in a way"),
+        ("continue", "models:\n  name: x\n", "its models are no list"),
+        ("continue", "{models: []}\n", "is YAML that cannot be changed"),
+        ("continue", "a: 1\n---\nb: 2\n", "is YAML that cannot be changed"),
+        ("continue", "models:\n# argosy: begin\n", "are no pair"),
+        ("continue", "models:\n# argosy: end\n# argosy: begin\n", "are no pair"),
+        ("openwebui", "PORT 3000\n", "the line 'PORT 3000' is no assignment"),
+    ],
+)
+def test_what_cannot_be_read_for_certain_is_left_as_it_is(
+    client: str, text: str, why: str, server: FakeServer, home: Path, capsys: Captured
+) -> None:
+    path = home / FILES[client]
+    put(path, text)
+    assert main(["connect", client, "--url", server.url, "--write"]) == 2
+    err = capsys.readouterr().err
+    assert f"{path.name} is left as it is: " in err
+    assert why in err
+    assert path.read_text() == text
+    assert [other.name for other in path.parent.iterdir() if path.name in other.name] == [path.name]
+
+
+def test_a_link_stays_a_link_and_its_file_is_changed(server: FakeServer, home: Path) -> None:
+    put(home / "dotfiles/settings.json", "{}")
+    (home / ".claude").mkdir()
+    (home / FILES["claude-code"]).symlink_to(home / "dotfiles/settings.json")
+    assert main(["connect", "claude-code", "--url", server.url, "--write"]) == 0
+    assert (home / FILES["claude-code"]).is_symlink()
+    assert server.url in (home / "dotfiles/settings.json").read_text()
+
+
+def test_a_file_that_changes_meanwhile_is_not_overwritten(
+    server: FakeServer, home: Path, capsys: Captured
+) -> None:
+    from argosy.cli import edit_file
+
+    path = home / "settings.json"
+    put(path, "{}")
+
+    def change(text: str | None) -> str:
+        path.write_text('{"somebody": "else"}')
+        return edit_file.merge_json(text, {"a": 1})
+
+    with pytest.raises(Exception, match="another program has just changed it"):
+        edit_file.edit_file(path, change)
+    assert path.read_text() == '{"somebody": "else"}'
+
+
+def test_a_name_that_means_something_to_a_shell_means_nothing(capsys: Captured) -> None:
+    name = "a'; touch pwned; '$(touch pwned)"
+    arguments = [
+        "connect",
+        "claude-code",
+        "--url",
+        "http://127.0.0.1:9",
+        "--model",
+        name,
+        "--context",
+        "8192",
+    ]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert shlex.split(lines[2])[1] == f"ANTHROPIC_DEFAULT_OPUS_MODEL={name}"

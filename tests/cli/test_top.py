@@ -1,0 +1,225 @@
+"""`argosy top`: what a running server says, once, as JSON, and redrawn; a sentence where one cannot be used."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from argosy.cli import top
+from argosy.cli.main import main
+from argosy.cli.remote import Server
+from argosy.errors import ServerNotUsable
+from tests.serve.fake_server import FakeServer, fake_server, stranger
+
+Captured = pytest.CaptureFixture[str]
+
+GOLDEN = """\
+model     Qwen3-30B-A3B-Q4_K_M, qwen3_moe, at {url}
+memory    peak 10.1 GiB, limit 12.0 GiB
+  process                150 MiB   interpreter, libraries, tokenizer
+  dense weights          1.1 GiB
+  KV cache               3.0 GiB   32768 tokens
+  working buffers        300 MiB   512 tokens a step
+  staging               32.0 MiB   to transcode from
+  expert cache           6.9 GiB   2480 of 6144 experts (40 %)
+speed     - tok/s decode, 148.0 tok/s prefill
+experts   hit rate 0.83, 1500 in 2480 slots
+drive     0.00 GB/s, 11.4 GB read
+requests  0 running of 4 at once, 0 waiting
+KV        18 of 512 blocks in use, 40 kept for later
+use       over 300 tokens; most uneven is layer 12: expert 5 has 20.9 % of its uses
+privacy   nothing that is said is logged; routing traces are off
+"""
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with fake_server() as server:
+        yield server
+
+
+def test_once_prints_the_state_for_a_person(server: FakeServer, capsys: Captured) -> None:
+    assert main(["top", "--url", server.url, "--once"]) == 0
+    assert capsys.readouterr().out == GOLDEN.format(url=server.url)
+
+
+def test_where_there_is_no_terminal_it_prints_once(server: FakeServer, capsys: Captured) -> None:
+    assert main(["top", "--url", server.url + "/"]) == 0
+    assert capsys.readouterr().out == GOLDEN.format(url=server.url)
+
+
+def test_json_is_the_servers_own_object(server: FakeServer, capsys: Captured) -> None:
+    assert main(["top", "--url", server.url, "--once", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == server.state()
+
+
+def test_states_come_one_after_the_other(server: FakeServer) -> None:
+    states = Server(server.url).states()
+    first = next(states)
+    server.tokens += 100
+    later = (state["heat"]["tokens"] for state in states)
+    assert next(tokens for tokens in later if tokens != first["heat"]["tokens"]) == 400
+
+
+def test_what_a_server_does_not_say_is_a_dash_and_what_it_says_does_not_steer_the_terminal() -> None:
+    state = {
+        "model": {"id": "a\x1b[2Jb\nc"},
+        "memory": {"lines": [{"name": "x"}]},
+        "experts": {},
+        "heat": None,
+    }
+    lines = top.state_lines(state, "http://h")
+    assert lines[0] == "model     a\\x1b[2Jb\\nc, -, at http://h"
+    assert lines[1] == "memory    peak -, limit -"
+    assert lines[3] == "speed     - tok/s decode, - tok/s prefill"
+    assert not any("\x1b" in line or "\n" in line for line in lines)
+
+
+# Redrawn in place
+
+
+def test_the_bar_gives_every_part_its_share_and_at_least_a_cell() -> None:
+    lines = [
+        {"name": "process", "bytes": 1},
+        {"name": "dense weights", "bytes": 499},
+        {"name": "staging", "bytes": 0},
+    ]
+    bar = top.memory_bar({"budget_bytes": 1000, "lines": lines}, 40)
+    assert bar.plain == "█" * 20 + "·" * 20
+    assert [(span.start, span.end) for span in bar.spans if span.end > span.start][:2] == [(0, 1), (1, 20)]
+
+
+def test_the_use_of_experts_is_shaded_by_layer_and_fits_the_screen() -> None:
+    assert top.heat_rows([[0, 1, 4, 16], [5, 5, 5, 5]], 80, 10) == [" ··▓", "░░░░"]
+    rows = top.heat_rows([[1] * 384] * 60, 100, 20)
+    assert len(rows) == 20
+    assert {len(row) for row in rows} == {100}
+
+
+def test_a_lost_server_is_waited_for_and_its_last_state_says_how_old_it_is(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100, height=40)
+    monkeypatch.setattr("rich.live.get_console", lambda: console)
+    asked = []
+
+    def states(self: Server) -> Iterator[dict[str, object]]:
+        asked.append(self.url)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        if len(asked) == 2:
+            raise ServerNotUsable("nothing answers there")
+        yield server.state()
+
+    monkeypatch.setattr(Server, "states", states)
+    monkeypatch.setattr(top.time, "sleep", lambda seconds: None)
+    top.watch(Server(server.url))  # ^C ends it without a word
+    shown = screen.getvalue()
+    assert "has ended the stream; this is the state of 0 s ago" in shown
+    assert "nothing answers there; this is the state of " in shown
+    assert "expert cache" in shown
+    assert len(asked) == 3
+
+
+# Servers that cannot be used
+
+
+def test_nothing_that_listens_is_said_so(capsys: Captured) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert main(["top", "--url", f"http://127.0.0.1:{port}", "--once"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(
+        f"error: nothing answers at http://127.0.0.1:{port}: Connection refused\nhint: `argosy serve"
+    )
+
+
+def test_a_missing_and_a_wrong_key_are_told_apart(
+    server: FakeServer, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.key = "sk-right"
+    assert main(["top", "--url", server.url, "--once"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {server.url} needs a key\nhint: set ARGOSY_API_KEY")
+    monkeypatch.setenv("ARGOSY_API_KEY", "sk-wrong")
+    assert main(["top", "--url", server.url, "--once"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {server.url} refuses the key\n")
+    monkeypatch.setenv("ARGOSY_API_KEY", "sk-right")
+    assert main(["top", "--url", server.url, "--once"]) == 0
+
+
+def test_a_key_file_goes_before_the_environment(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.key = "sk-right"
+    monkeypatch.setenv("ARGOSY_API_KEY", "sk-wrong")
+    key_file = tmp_path / "key"
+    key_file.write_text("sk-right\n")
+    assert main(["top", "--url", server.url, "--once", "--key-file", str(key_file)]) == 0
+
+
+@pytest.mark.parametrize("text", ["", "two words", "new\r\nX-Header: 1", "schl\u00fcssel"])
+def test_what_cannot_be_a_key_never_becomes_a_header(
+    text: str, server: FakeServer, tmp_path: Path, capsys: Captured
+) -> None:
+    key_file = tmp_path / "key"
+    key_file.write_text(text, encoding="utf-8")
+    assert main(["top", "--url", server.url, "--once", "--key-file", str(key_file)]) == 2
+    assert "must hold a key" in capsys.readouterr().err
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", "it answers with something else than JSON"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "what it says of its state cannot be read"),
+        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "it answers 404 to /v1/engine/state"),
+        (
+            b"HTTP/1.1 302 Found\r\nLocation: http://example.org/\r\nContent-Length: 0\r\n\r\n",
+            "it answers 302",
+        ),
+        (
+            b'HTTP/1.1 404 Not Found\r\nContent-Length: 32\r\n\r\n{"error":{"message":"no model"}}',
+            "it answers 404 to /v1/engine/state",
+        ),
+        (b"SSH-2.0-OpenSSH_9.9\r\n", "it does not speak HTTP"),
+    ],
+)
+def test_another_program_is_no_argosy(answer: bytes, sentence: str, capsys: Captured) -> None:
+    with stranger(answer) as url:
+        assert main(["top", "--url", url, "--once"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {url} is no Argosy server: {sentence}")
+    assert "hint: another program may listen there" in err
+
+
+def test_a_servers_own_sentence_is_passed_on(capsys: Captured) -> None:
+    body = b'{"error":{"message":"the model is still being read"}}'
+    with stranger(b"HTTP/1.1 503 Busy\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)) as url:
+        assert main(["top", "--url", url, "--once"]) == 1
+    assert capsys.readouterr().err == f"error: {url} answers 503: the model is still being read\n"
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("127.0.0.1:8080", "--url must be a server's address, found '127.0.0.1:8080'"),
+        ("http://", "must be a server's address"),
+        ("http://h:port", "must be a server's address"),
+        ("ftp://h", "must be a server's address"),
+        ("http://h:1/v1", "--url must be an address alone, found 'http://h:1/v1'\nhint: http://h:1"),
+        ("http://user:secret@h:1", "hint: http://h:1\n"),
+        ("http://h/?x=1", "must be an address alone"),
+    ],
+)
+def test_an_address_that_is_none_is_refused(url: str, sentence: str, capsys: Captured) -> None:
+    assert main(["top", "--url", url]) == 2
+    assert sentence in capsys.readouterr().err

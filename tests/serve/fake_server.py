@@ -1,0 +1,311 @@
+"""A small server with the surface that the page, `top` and `connect` read, and no model behind it.
+
+What it answers depends on the last message: `think` reasons first, `slow` goes on until it is stopped, `fail` breaks
+off, `busy` is refused, `markdown` answers with every construct. Everything that was asked of it is kept for the test.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parents[2] / "src" / "argosy" / "serve" / "page"
+POLICY = "default-src 'self'"
+MEDIA_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+MODEL = "Qwen3-30B-A3B-Q4_K_M"
+CONTEXT_TOKENS = 32_768
+GIB = 2**30
+
+MARKDOWN = """## Heading *two*
+
+A paragraph with **bold**, *emphasis*, `code <b>`, ~~gone~~ and snake_case_name.
+Second line, a [link](https://example.org/a_(b)), a bare https://example.org/x. And a [trap](javascript:alert(1)).
+
+- one
+- two
+  - inner
+- three
+
+3. third
+4. fourth
+
+> quoted <script>alert(1)</script>
+
+| name | size |
+|:-----|-----:|
+| a    |    1 |
+
+```python
+def f(x):
+    return "<img src=x onerror=alert(1)>"
+```
+
+![picture](https://example.org/p.png) <img src=x onerror="alert(1)">"""
+
+
+class FakeServer(ThreadingHTTPServer):
+    """`key`, `shows_heat` and `token_s` may be changed while it runs."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.key: str | None = None
+        self.shows_heat = True
+        self.token_s = 0.005
+        self.tokens = 300
+        self.running = 0
+        self.requests: list[tuple[str, Any]] = []
+        self.disconnects = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    @property
+    def conversations(self) -> list[list[dict[str, str]]]:
+        """The messages of each chat completion."""
+        return [body["messages"] for path, body in self.requests if path == "/v1/chat/completions"]
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that went away is what some tests are about."""
+
+    def state(self) -> dict[str, Any]:
+        experts = 128
+        layers = [
+            [
+                self.tokens * 8 * ((expert * 37 + layer * 11) % experts + 1) // (experts * 64)
+                for expert in range(experts)
+            ]
+            for layer in range(48)
+        ]
+        layers[12][5] += 2 * self.tokens
+        slots, resident = 2480, min(2480, 1200 + self.tokens)
+        return {
+            "model": {
+                "id": MODEL,
+                "family": "qwen3_moe",
+                "context_tokens": CONTEXT_TOKENS,
+                "num_layers": 48,
+                "num_experts": experts,
+                "experts_per_token": 8,
+            },
+            "memory": {
+                "budget_bytes": 12 * GIB,
+                "peak_bytes": 9 * GIB + 4_000_000 * self.tokens,
+                "lines": [
+                    {"name": "process", "bytes": 150 * 2**20, "note": "interpreter, libraries, tokenizer"},
+                    {"name": "dense weights", "bytes": int(1.1 * GIB), "note": ""},
+                    {"name": "KV cache", "bytes": 3 * GIB, "note": "32768 tokens"},
+                    {"name": "working buffers", "bytes": 300 * 2**20, "note": "512 tokens a step"},
+                    {"name": "staging", "bytes": 32 * 2**20, "note": "to transcode from"},
+                    {"name": "expert cache", "bytes": int(6.9 * GIB), "note": "2480 of 6144 experts (40 %)"},
+                ],
+            },
+            "speed": {"decode_tok_per_s": 11.4 if self.running else None, "prefill_tok_per_s": 148.0},
+            "experts": {
+                "slots": slots,
+                "resident": resident,
+                "hit_rate": 0.83,
+                "bytes_read": 38_000_000 * self.tokens,
+                "drive_bytes_per_s": 2.1e9 if self.running else 0.0,
+            },
+            "queue": {"running": self.running, "waiting": 0, "max_sequences": 4},
+            "kv": {
+                "blocks_total": 512,
+                "blocks_used": min(512, self.tokens // 16),
+                "blocks_cached": 40,
+                "block_tokens": 64,
+            },
+            "heat": {"tokens": self.tokens, "layers": layers} if self.shows_heat else None,
+            "privacy": {"logging": False, "traces": False},
+        }
+
+
+@contextmanager
+def fake_server() -> Iterator[FakeServer]:
+    server = FakeServer()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextmanager
+def stranger(answer: bytes) -> Iterator[str]:
+    """A program that gives one answer to whoever connects; its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(65536)
+            self.request.sendall(answer)
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.handle_request, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        thread.join(timeout=10)
+        server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FakeServer
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Nothing: what pytest shows should be the test's."""
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        self.server.requests.append((path, None))
+        if path == "/":
+            self._file("index.html")
+        elif path.startswith("/page/"):
+            self._file(path.removeprefix("/page/"))
+        elif not self._has_key():
+            self._refuse(401, "the key is missing or wrong")
+        elif path == "/v1/models":
+            entry = {"id": MODEL, "object": "model", "created": 0, "owned_by": "argosy"}
+            about = {"context_length": CONTEXT_TOKENS, "modalities": {"input": ["text"], "output": ["text"]}}
+            self._json({"object": "list", "data": [entry | about]})
+        elif path == "/v1/engine/state":
+            self._json(self.server.state())
+        elif path == "/v1/engine/events":
+            self._stream()
+            while True:
+                self._event(self.server.state())
+                time.sleep(0.1)
+        else:
+            self._refuse(404, f"there is nothing at {path}")
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append((self.path, body))
+        if not self._has_key():
+            self._refuse(401, "the key is missing or wrong")
+        elif self.path != "/v1/chat/completions":
+            self._refuse(404, f"there is nothing at {self.path}")
+        elif "busy" in body["messages"][-1]["content"]:
+            self._refuse(503, "all places are taken", {"Retry-After": "7"})
+        else:
+            self.server.running += 1
+            try:
+                self._answer(body["messages"])
+            except (BrokenPipeError, ConnectionResetError):
+                self.server.disconnects += 1
+            finally:
+                self.server.running -= 1
+
+    def _answer(self, messages: list[dict[str, str]]) -> None:
+        asked = messages[-1]["content"]
+        self._stream()
+        total = 400 if "slow" in asked else 40
+        for processed in range(0, total + 1, total // 4):
+            self._event(
+                {"choices": [], "prompt_progress": {"processed": processed, "total": total, "cached": 0}}
+            )
+            time.sleep(10 * self.server.token_s)
+        self._delta({"role": "assistant", "content": ""})
+        if "think" in asked:
+            for word in ("Let ", "me ", "think ", "about ", "it."):
+                self._delta({"reasoning_content": word})
+        if "fail" in asked:
+            self._delta({"content": "Half an "})
+            self._event({"error": {"message": "the drive refused a read", "type": "server_error"}})
+            return
+        words = self._words(asked, len(messages))
+        for word in words:
+            self._delta({"content": word})
+        self._event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+        timings = {
+            "prompt_tokens": total,
+            "new_tokens": len(words),
+            "wall_s": 4.45,
+            "time_to_first_token_s": 0.42,
+            "decode_tok_per_s": 11.4,
+            "hit_rate": 0.83,
+            "bytes_read": 1_340_000_000,
+            "parts": {
+                "router": 0.11,
+                "attention_and_dense": 1.29,
+                "expert_compute": 1.72,
+                "waiting_for_reads": 1.16,
+                "sampling": 0.04,
+                "other": 0.13,
+            },
+        }
+        usage = {"prompt_tokens": total, "completion_tokens": len(words), "total_tokens": total + len(words)}
+        self._event({"choices": [], "usage": usage, "timings": timings})
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def _words(self, asked: str, num_messages: int) -> list[str]:
+        if "markdown" in asked:
+            return [MARKDOWN[at : at + 7] for at in range(0, len(MARKDOWN), 7)]
+        if "slow" in asked:
+            return [f"word {number} " for number in range(3000)]
+        return [
+            f"You said: {asked} ",
+            f"({num_messages} messages, ",
+            f"answer {len(self.server.conversations)})",
+        ]
+
+    def _delta(self, delta: dict[str, str]) -> None:
+        self.server.tokens += 1
+        self._event({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+        time.sleep(self.server.token_s)
+
+    # Answers
+
+    def _has_key(self) -> bool:
+        return self.server.key is None or self.headers.get("Authorization") == f"Bearer {self.server.key}"
+
+    def _file(self, name: str) -> None:
+        path = PAGE / name
+        if path.parent != PAGE or not path.is_file():
+            self._refuse(404, f"there is no {name}")
+            return
+        self._send(200, path.read_bytes(), MEDIA_TYPES[path.suffix])
+
+    def _json(self, facts: Any) -> None:
+        self._send(200, json.dumps(facts).encode(), "application/json")
+
+    def _refuse(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+        body = {"error": {"message": message, "type": "error", "param": None, "code": None}}
+        self._send(status, json.dumps(body).encode(), "application/json", headers)
+
+    def _send(self, status: int, body: bytes, media_type: str, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", media_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Security-Policy", POLICY)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _stream(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        self.wfile.write(b": alive\n\n")
+
+    def _event(self, facts: Any) -> None:
+        self.wfile.write(f"data: {json.dumps(facts)}\n\n".encode())

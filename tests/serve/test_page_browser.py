@@ -1,0 +1,496 @@
+"""The page in a real browser: headless Chromium against a small server, under the page's own content policy."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.serve.fake_server import FakeServer, fake_server
+
+selenium = pytest.importorskip("selenium", reason="selenium is not installed: pip install 'argosy[browser]'")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+if not CHROMIUM or not DRIVER:
+    pytest.skip("Chromium and chromedriver are not installed", allow_module_level=True)
+
+from selenium import webdriver  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.remote.webelement import WebElement  # noqa: E402
+from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
+
+PATIENCE_S = 20
+
+
+class Browser:
+    """What a person does with the page, and what they see."""
+
+    def __init__(self, driver: webdriver.Chrome, server: FakeServer) -> None:
+        self.driver = driver
+        self.server = server
+
+    def open(self, path: str = "/") -> None:
+        self.driver.get(self.server.url + path)
+        self.until(lambda: self.text("#connection") == "connected")
+
+    def one(self, selector: str) -> WebElement:
+        return self.driver.find_element(By.CSS_SELECTOR, selector)
+
+    def all(self, selector: str) -> list[WebElement]:
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def text(self, selector: str) -> str:
+        return self.script("return document.querySelector(arguments[0])?.textContent ?? ''", selector)  # type: ignore[no-any-return]
+
+    def script(self, code: str, *arguments: object) -> Any:
+        return self.driver.execute_script(code, *arguments)  # type: ignore[no-untyped-call]
+
+    def until(self, is_so: Callable[[], object]) -> None:
+        WebDriverWait(self.driver, PATIENCE_S, poll_frequency=0.03).until(lambda _: is_so())
+
+    def say(self, text: str) -> None:
+        self.one("#prompt").send_keys(text, Keys.ENTER)
+
+    def press(self, *keys: str) -> None:
+        webdriver.ActionChains(self.driver).send_keys(*keys).perform()
+
+    def press_with_shift(self, key: str) -> None:
+        webdriver.ActionChains(self.driver).key_down(Keys.SHIFT).send_keys(key).key_up(Keys.SHIFT).perform()
+
+    def press_button(self, name: str) -> None:
+        self.driver.find_element(By.XPATH, f"//button[normalize-space()='{name}']").click()
+
+    @property
+    def answer(self) -> str:
+        return self.text(".turn.assistant:last-child > .text")
+
+    def wait_for_the_answer(self, state: str = "done") -> None:
+        self.until(lambda: self.all(f".turn.assistant:last-child[data-state={state}]"))
+
+    @property
+    def focus(self) -> str:
+        """The id, or what the focused element says."""
+        return self.script("const at = document.activeElement; return at.id || at.textContent")  # type: ignore[no-any-return]
+
+    def complaints(self) -> list[str]:
+        """What the console has that is no expected answer of the server."""
+        return [entry["message"] for entry in self.driver.get_log("browser")]  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[webdriver.Chrome]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.add_argument("--window-size=1280,900")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+@pytest.fixture
+def browser(driver: webdriver.Chrome) -> Iterator[Browser]:
+    with fake_server() as server:
+        browser = Browser(driver, server)
+        browser.complaints()  # of the test before
+        yield browser
+        driver.get("about:blank")
+
+
+# A conversation
+
+
+def test_a_conversation_streams_and_carries_what_was_said(browser: Browser) -> None:
+    browser.open()
+    browser.say("hello there")
+    browser.wait_for_the_answer()
+    assert browser.answer == "You said: hello there (1 messages, answer 1)"
+    browser.say("and again")
+    browser.until(lambda: "answer 2" in browser.answer)
+    assert browser.server.conversations[1] == [
+        {"role": "user", "content": "hello there"},
+        {"role": "assistant", "content": "You said: hello there (1 messages, answer 1)"},
+        {"role": "user", "content": "and again"},
+    ]
+    body = browser.server.requests[-1][1]
+    assert (body["model"], body["stream"], body["return_progress"]) == ("Qwen3-30B-A3B-Q4_K_M", True, True)
+    assert body["stream_options"] == {"include_usage": True}
+    assert browser.complaints() == []
+
+
+def test_the_bar_shows_how_much_of_the_prompt_has_been_read(browser: Browser) -> None:
+    browser.server.token_s = 0.05
+    browser.open()
+    browser.say("slow")
+    seen = set()
+
+    def read() -> bool:
+        seen.add(browser.text(".turn.assistant .progress"))
+        return "word 0" in browser.answer
+
+    browser.until(read)
+    assert "Reading the prompt: 100 of 400 tokens" in seen
+    assert "Reading the prompt: 300 of 400 tokens" in seen
+    assert not browser.one(".turn.assistant .progress").is_displayed()
+
+
+def test_stop_ends_the_request_and_keeps_what_came(browser: Browser) -> None:
+    browser.open()
+    browser.say("slow")
+    browser.until(lambda: "word 9" in browser.answer)
+    browser.one("#stop").click()
+    browser.wait_for_the_answer("stopped")
+    browser.until(lambda: browser.server.disconnects == 1)
+    kept = browser.answer
+    assert "word 9" in kept
+    assert browser.text(".turn.assistant .note") == "Stopped."
+    assert browser.one("#send").is_displayed()
+    assert browser.answer == kept
+    browser.say("go on")
+    browser.wait_for_the_answer()
+    assert browser.server.conversations[1][1]["content"].rstrip() == kept
+    assert browser.complaints() == []
+
+
+def test_regenerate_asks_the_same_again_without_the_old_answer(browser: Browser) -> None:
+    browser.open()
+    browser.say("one")
+    browser.wait_for_the_answer()
+    browser.press_button("Regenerate")
+    browser.until(lambda: "answer 2" in browser.answer)
+    assert browser.server.conversations == [[{"role": "user", "content": "one"}]] * 2
+    assert len(browser.all(".turn")) == 2
+
+
+def test_the_last_message_can_be_edited_and_only_the_last(browser: Browser) -> None:
+    browser.open()
+    for text in ("first", "secnod"):
+        browser.say(text)
+        browser.wait_for_the_answer()
+        browser.until(lambda text=text: text in browser.answer and browser.one("#send").is_displayed())
+    assert len([button for button in browser.all("button") if button.text == "Edit"]) == 1
+    browser.press_button("Edit")
+    browser.press(Keys.ESCAPE)
+    assert [said.text for said in browser.all(".said")] == ["first", "secnod"]
+    browser.press_button("Edit")
+    field = browser.one(".editor textarea")
+    field.clear()
+    field.send_keys("second")
+    browser.press_button("Send again")
+    browser.until(lambda: "You said: second" in browser.answer)
+    assert [said.text for said in browser.all(".said")] == ["first", "second"]
+    assert [message["content"] for message in browser.server.conversations[2]][::2] == ["first", "second"]
+
+
+def test_reasoning_is_folded_and_does_not_go_back_to_the_model(browser: Browser) -> None:
+    browser.open()
+    browser.say("think")
+    browser.wait_for_the_answer()
+    assert browser.text(".reasoning .text") == "Let me think about it."
+    assert browser.text(".reasoning summary").startswith("Thought for ")
+    assert browser.one(".reasoning").get_attribute("open") is None
+    browser.one(".reasoning summary").click()
+    assert browser.one(".reasoning .text").is_displayed()
+    browser.say("next")
+    browser.until(lambda: len(browser.server.conversations) == 2)
+    assert "Let me think" not in str(browser.server.conversations[1])
+
+
+def test_what_a_model_says_is_shown_and_never_becomes_markup(browser: Browser) -> None:
+    browser.open()
+    browser.say("markdown")
+    browser.wait_for_the_answer()
+    counts = {
+        "h3 em": 1, "strong": 1, "del": 1, "ul > li": 4, "ul ul > li": 1, "ol[start='3'] > li": 2, "blockquote": 1,
+        "td.right": 1, "figure.code": 1, "a": 3, "img": 0, "script": 0,
+    }  # fmt: skip
+    assert {name: len(browser.all(f".turn.assistant .text {name}")) for name in counts} == counts
+    assert browser.text(".turn.assistant pre") == 'def f(x):\n    return "<img src=x onerror=alert(1)>"'
+    links = [link.get_attribute("href") for link in browser.all(".turn.assistant .text a")]
+    assert links == ["https://example.org/a_(b)", "https://example.org/x", "https://example.org/p.png"]
+    assert "[trap](javascript:alert(1))" in browser.answer
+    assert "snake_case_name" in browser.answer
+    assert "quoted <script>alert(1)</script>" in browser.answer
+    assert browser.complaints() == []  # a request for a picture, or a script, would be one
+
+
+@pytest.mark.parametrize(
+    ("text", "state", "sentence"),
+    [
+        ("fail", "failed", "the drive refused a read"),
+        ("busy", "failed", "all places are taken; try again in 7 s"),
+    ],
+)
+def test_a_failed_answer_says_why_and_can_be_tried_again(
+    browser: Browser, text: str, state: str, sentence: str
+) -> None:
+    browser.open()
+    browser.say(text)
+    browser.wait_for_the_answer(state)
+    assert browser.text(".turn.assistant .note") == sentence
+    browser.press_button("Try again")
+    browser.until(lambda: len(browser.server.conversations) == 2)
+    assert browser.server.conversations[0] == browser.server.conversations[1]
+
+
+def test_a_failed_answer_does_not_go_back_and_two_questions_in_a_row_go_as_one(browser: Browser) -> None:
+    browser.open()
+    browser.say("think, fail")
+    browser.wait_for_the_answer("failed")
+    browser.say("hello")
+    browser.until(lambda: len(browser.server.conversations) == 2)
+    assert browser.server.conversations[1] == [{"role": "user", "content": "think, fail\n\nhello"}]
+
+
+def test_a_new_chat_forgets_and_can_be_undone(browser: Browser) -> None:
+    browser.open()
+    browser.say("one")
+    browser.wait_for_the_answer()
+    browser.press_button("New chat")
+    assert browser.all(".turn") == []
+    browser.press_button("Undo")
+    assert len(browser.all(".turn")) == 2
+    browser.press_button("New chat")
+    browser.say("two")
+    browser.wait_for_the_answer()
+    assert browser.server.conversations[-1] == [{"role": "user", "content": "two"}]
+    assert not browser.one("#notice").is_displayed()
+
+
+def test_a_new_chat_stops_the_answer_that_runs(browser: Browser) -> None:
+    browser.open()
+    browser.say("slow")
+    browser.until(lambda: "word 2" in browser.answer)
+    browser.press_button("New chat")
+    browser.until(lambda: browser.server.disconnects == 1)
+    browser.press_button("Undo")
+    assert browser.text(".turn.assistant .note") == "Stopped."
+    assert browser.one("#send").is_displayed()
+
+
+HOSTILE = (
+    "*", "**a", "_a ", "*a ", "~~a", "***a** ", "[", "[a](", "![", "[a](http://x ", "https://a.b ", "`", "`` ", "`a``b",
+    "> ", "- ", "  - a\n", "1. a\n\n", "|a\n|-\n", "# #x", "\\", "```\n", "\n \n",
+)  # fmt: skip
+
+
+def test_hostile_markdown_takes_time_by_its_length(browser: Browser) -> None:
+    browser.open()
+    took_ms = browser.driver.execute_async_script(  # type: ignore[no-untyped-call]
+        "const [pieces, done] = arguments;"
+        "import('/page/markdown.js').then(({ MarkdownView }) => done(pieces.map((piece) => {"
+        "  const text = piece.repeat(Math.ceil(40000 / piece.length));"
+        "  const start = performance.now();"
+        "  new MarkdownView(document.createElement('div')).update(text);"
+        "  return performance.now() - start;"
+        "})));",
+        HOSTILE,
+    )
+    # 92 ms at most were seen; 2.7 s for '_a ' when the end of each mark was looked for again.
+    assert {piece: took for piece, took in zip(HOSTILE, took_ms, strict=True) if took > 1000} == {}
+
+
+def test_nothing_moves_for_those_who_want_no_motion(browser: Browser) -> None:
+    wish = {"features": [{"name": "prefers-reduced-motion", "value": "reduce"}]}
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", wish)  # type: ignore[no-untyped-call]
+    try:
+        browser.open()
+        browser.server.token_s = 0.05
+        browser.say("slow")
+        browser.until(lambda: browser.all("progress"))
+        moving = browser.script(
+            "return [...document.querySelectorAll('*')].map((node) => getComputedStyle(node)).filter((style) =>"
+            " style.animationName !== 'none' || style.transitionDuration !== '0s').length"
+        )
+        assert moving == 0
+    finally:
+        browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})  # type: ignore[no-untyped-call]
+
+
+# The engine
+
+
+def test_the_memory_bar_follows_the_engine_and_says_it_in_words(browser: Browser) -> None:
+    browser.open()
+    browser.until(lambda: browser.text("#memory-total"))
+    assert browser.text("#memory-total").startswith("limit 12.0 GiB, peak so far 10.1 GiB")
+    names = [row.text for row in browser.all("#memory-legend .name")]
+    assert names == [
+        "process", "dense weights", "KV cache", "working buffers", "staging", "expert cache", "left over",
+    ]  # fmt: skip
+    label = browser.one("#memory-bar").get_attribute("aria-label")
+    assert "expert cache 6.9 GiB" in label
+
+    fills, peak = drawn(browser)
+    browser.say("slow")
+    browser.until(lambda: drawn(browser)[0] != fills and drawn(browser)[1] != peak)
+    browser.until(lambda: "10.1 GiB" not in browser.text("#memory-total"))
+    browser.until(lambda: browser.text("#queue").startswith("1 running of 4"))
+    assert browser.text("#decode") == "11.4 tok/s"
+    assert browser.text("#drive") == "2.10 GB/s"
+    assert browser.text("#hit-rate") == "0.83"
+
+
+def drawn(browser: Browser) -> list[str]:
+    """How full each part is drawn, and where the peak is."""
+    return browser.script(  # type: ignore[no-any-return]
+        "const all = (name) => [...document.querySelectorAll(`#memory-bar ${name}`)];"
+        "return [all('.fill').map((node) => node.style.width).join(), all('.peak')[0].style.left]"
+    )
+
+
+def test_the_heat_map_changes_with_use_and_has_the_same_in_words(browser: Browser) -> None:
+    browser.open()
+    browser.until(lambda: browser.one("#heat").is_displayed())
+    picture = "return document.getElementById('heat-map').toDataURL()"
+    before = browser.script(picture)
+    assert "48 layers of 128 experts" in browser.one("#heat-map").get_attribute("aria-label")
+    browser.say("slow")
+    browser.until(lambda: browser.script(picture) != before)
+    browser.one("#heat summary").click()
+    browser.until(lambda: len(browser.all("#heat-table tbody tr")) == 48)
+    browser.script("document.getElementById('heat-map').focus()")
+    browser.press(Keys.ARROW_DOWN, Keys.ARROW_DOWN, Keys.ARROW_RIGHT)
+    assert browser.text("#heat-reading").startswith("Layer 1, expert 1: ")
+
+
+def test_without_counts_there_is_no_heat_map(browser: Browser) -> None:
+    browser.server.shows_heat = False
+    browser.open()
+    browser.until(lambda: browser.text("#memory-total"))
+    assert not browser.one("#heat").is_displayed()
+
+
+def test_the_ledger_of_the_last_answer_is_shown(browser: Browser) -> None:
+    browser.open()
+    assert not browser.one("#answer").is_displayed()
+    browser.say("hello")
+    browser.wait_for_the_answer()
+    assert browser.text(".turn.assistant .ledger") == (
+        "3 tokens \u00b7 11.4 tok/s \u00b7 first after 0.42 s \u00b7 hit rate 0.83 \u00b7 1.3 GB read"
+    )
+    assert "waiting for reads 1.16 s" in browser.one("#answer-bar").get_attribute("aria-label")
+    assert "40 prompt, 3 new" in browser.text("#answer-facts")
+
+
+def test_the_privacy_state_is_one_line(browser: Browser) -> None:
+    browser.open()
+    browser.until(lambda: browser.text("#privacy"))
+    assert browser.text("#privacy").startswith("Nothing that is said is logged. Routing traces are off.")
+
+
+# Keys, keyboard, addresses
+
+
+def test_a_key_is_asked_for_kept_in_the_tab_and_sent(browser: Browser) -> None:
+    browser.server.key = "sk-right"
+    browser.driver.get(browser.server.url)
+    browser.until(lambda: browser.text("#notice-text") == "This server needs an API key.")
+    browser.press_button("Enter key")
+    browser.one("#key").send_keys("sk-right", Keys.ENTER)
+    browser.until(lambda: browser.text("#connection") == "connected")
+    browser.until(lambda: browser.text("#model") == "Qwen3-30B-A3B-Q4_K_M")
+    browser.say("hello")
+    browser.wait_for_the_answer()
+    assert browser.script("return JSON.stringify({...sessionStorage})") == '{"argosy-key":"sk-right"}'
+    assert browser.script("return [localStorage.length, document.cookie]") == [0, ""]
+
+
+def test_everything_can_be_done_with_the_keyboard_alone(browser: Browser) -> None:
+    browser.open()
+    assert browser.focus == "prompt"
+    browser.press("slow")
+    browser.press_with_shift(Keys.ENTER)
+    browser.press("please", Keys.ENTER)
+    browser.until(lambda: "word 2" in browser.answer)
+    browser.press(Keys.ESCAPE)
+    browser.wait_for_the_answer("stopped")
+    assert browser.server.conversations[0][0]["content"] == "slow\nplease"
+    backwards = []
+    for _ in range(6):
+        browser.press_with_shift(Keys.TAB)
+        backwards.append(browser.focus)
+    assert backwards == ["Regenerate", "Copy", "Edit", "open-settings", "new", "Skip to the message field"]
+    browser.script("document.getElementById('open-settings').focus()")
+    browser.press(Keys.ENTER)
+    assert browser.focus == "key"
+    browser.press(Keys.TAB, "Be brief.", Keys.TAB, "0.5", Keys.ENTER)
+    assert browser.focus == "open-settings"
+    browser.script("document.querySelector('.turn.assistant .tools button:last-child').focus()")
+    browser.press(Keys.ENTER)
+    browser.until(lambda: len(browser.server.conversations) == 2)
+    assert browser.server.conversations[1][0] == {"role": "system", "content": "Be brief."}
+    assert browser.server.requests[-1][1]["temperature"] == 0.5
+    assert browser.complaints() == []
+
+
+def test_an_address_asks_nothing_of_the_model(browser: Browser) -> None:
+    browser.open("/?q=hello&prompt=hello#hello")
+    browser.until(lambda: browser.text("#memory-total"))
+    assert browser.one("#prompt").get_attribute("value") == ""
+    assert browser.server.conversations == []
+
+
+def test_the_page_asks_only_its_own_server(browser: Browser) -> None:
+    browser.open()
+    browser.say("markdown")
+    browser.wait_for_the_answer()
+    names = browser.script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+    assert f"{browser.server.url}/page/app.js" in names
+    assert [name for name in names if not name.startswith(browser.server.url)] == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_is_readable_on_a_phone_in_both_themes(browser: Browser, scheme: str) -> None:
+    driver = browser.driver
+    size = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)  # type: ignore[no-untyped-call]
+    theme = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", theme)  # type: ignore[no-untyped-call]
+    try:
+        browser.open()
+        browser.say("markdown")
+        browser.wait_for_the_answer()
+        assert browser.script("return document.documentElement.scrollWidth <= window.innerWidth")
+        assert not browser.one("#engine").is_displayed()
+        browser.press_button("Engine")
+        assert browser.one("#memory-bar").is_displayed()
+        assert browser.one("#toggle-engine").get_attribute("aria-expanded") == "true"
+        assert browser.script(CONTRAST) == []
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})  # type: ignore[no-untyped-call]
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})  # type: ignore[no-untyped-call]
+
+
+# Every text that is shown has 4.5 times the contrast of what is behind it (WCAG 2.2, 1.4.3); what is disabled need not.
+CONTRAST = """
+const light = (color) => {
+  const [r, g, b] = color.match(/[\\d.]+/g).slice(0, 3).map((x) => x / 255).map(
+    (x) => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const isClear = (color) => /, 0\\)$/.test(color);
+const behind = (node) => {
+  for (let at = node; at; at = at.parentElement) {
+    const color = getComputedStyle(at).backgroundColor;
+    if (!isClear(color)) return color;
+  }
+  return 'rgb(255, 255, 255)';
+};
+const bad = [];
+for (const node of document.querySelectorAll('body *')) {
+  const hasText = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+  if (!hasText || !node.checkVisibility() || node.closest(':disabled')) continue;
+  const [a, b] = [light(getComputedStyle(node).color), light(behind(node))];
+  const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  if (contrast < 4.5) bad.push(`${node.tagName} ${node.textContent.slice(0, 20)} ${contrast.toFixed(2)}`);
+}
+return bad;
+"""

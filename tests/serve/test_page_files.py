@@ -1,0 +1,102 @@
+"""What the page's files may hold: little, nothing inline or from elsewhere, nothing that turns text into markup."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+PAGE = Path(__file__).parents[2] / "src" / "argosy" / "serve" / "page"
+FILES = sorted(path for path in PAGE.iterdir() if path.is_file())
+SCRIPTS = [path for path in FILES if path.suffix == ".js"]
+LIMIT_BYTES = 400_000
+LINKS = {"href", "src", "srcset", "action", "formaction", "poster", "data"}
+
+
+class _Elements(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.inline: list[str] = []
+        self._inside: str | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        self._inside = tag if tag in ("script", "style") else None
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = None
+
+    def handle_data(self, data: str) -> None:
+        if self._inside and data.strip():
+            self.inline.append(f"<{self._inside}> {data.strip()[:40]}")
+
+
+INDEX = _Elements((PAGE / "index.html").read_text(encoding="utf-8"))
+
+
+def test_the_page_is_under_400_kb_with_no_file_that_a_browser_need_not_have() -> None:
+    assert {path.suffix for path in FILES} == {".html", ".js", ".css", ".svg"}
+    assert sum(path.stat().st_size for path in FILES) < LIMIT_BYTES
+
+
+def test_nothing_is_inline_so_that_default_src_self_is_enough() -> None:
+    handlers = [
+        (tag, name) for tag, attributes in INDEX.found for name in attributes if name.startswith("on")
+    ]
+    styles = [tag for tag, attributes in INDEX.found if "style" in attributes]
+    assert (INDEX.inline, handlers, styles) == ([], [], [])
+
+
+def test_every_address_in_the_page_is_one_of_its_own_files() -> None:
+    addresses = [
+        value
+        for _, attributes in INDEX.found
+        for name, value in attributes.items()
+        if name in LINKS and value
+    ]
+    own = {f"/page/{path.name}" for path in FILES}
+    assert [address for address in addresses if not address.startswith("#") and address not in own] == []
+    assert own >= {"/page/app.js", "/page/style.css", "/page/icon.svg"}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_imports_only_its_neighbours_and_names_no_other_host(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    imported = re.findall(r'(?:from|import)\s*\(?\s*"([^"]+)"', text)
+    assert [name for name in imported if not (name.startswith("./") and (PAGE / name).is_file())] == []
+    assert [url for url in re.findall(r"https?://[\w.-]+", text) if urlsplit(url).hostname] == []
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_never_makes_markup_of_text_and_stores_nothing_but_the_key_of_the_tab(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    forbidden = (
+        "innerHTML|outerHTML|insertAdjacentHTML|document.write|DOMParser|createContextualFragment|srcdoc|eval(|"
+        "new Function|localStorage|indexedDB|document.cookie|serviceWorker|caches.|WebSocket|sendBeacon|"
+        "location.search|location.hash|URLSearchParams"
+    )
+    assert [word for word in forbidden.split("|") if word in text] == []
+    assert "sessionStorage" not in text or path.name == "server.js"
+    assert 'setAttribute("style"' not in text
+
+
+def test_the_style_sheet_fetches_nothing() -> None:
+    text = (PAGE / "style.css").read_text(encoding="utf-8")
+    assert "url(" not in text
+    assert "@import" not in text
+
+
+def test_every_control_has_a_name_and_every_reference_an_element() -> None:
+    ids = [attributes["id"] for _, attributes in INDEX.found if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    labelled = {attributes.get("for") for tag, attributes in INDEX.found if tag == "label"}
+    fields = [attributes.get("id") for tag, attributes in INDEX.found if tag in ("input", "textarea")]
+    assert set(fields) <= labelled
+    for _, attributes in INDEX.found:
+        for name in ("aria-labelledby", "aria-describedby", "aria-controls", "for"):
+            assert attributes.get(name) is None or attributes[name] in ids
