@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "plan": {"checkpoint", "_native"},
     "experts": {"checkpoint", "_native"},
     "model": {"experts", "checkpoint", "_native"},
+    "serve": {"engine", "prompt", "guard"},
     "engine": {"prompt", "model", "experts", "checkpoint", "plan", "demo", "_native"},
     "config": {"errors"},
     "errors": set(),

@@ -24,6 +24,8 @@ _COMMANDS = {
     "show": ("argosy.cli.show", "show", "What a model is, and whether it fits, before anything is loaded."),
     "pack": ("argosy.cli.pack", "pack", "Write a model in packed form: one aligned read for each expert."),
     "doctor": ("argosy.cli.doctor", "doctor", "What this machine offers: cores, memory, drive, and advice."),
+    "serve": ("argosy.cli.serve", "serve", "Serve a model to other tools over HTTP."),
+    "keys": ("argosy.cli.keys", "keys", "Who may ask a server: make, list and revoke keys."),
     "connect": ("argosy.cli.connect", "connect", "Settings with which an editor or agent uses a server."),
     "top": ("argosy.cli.top", "top", "A running server at a glance: memory, speed, experts, queue."),
     "upcycle": ("argosy.cli.upcycle", "upcycle", "Make a mixture of experts from a dense model."),

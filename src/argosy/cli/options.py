@@ -94,12 +94,12 @@ def _logit_bias(pairs: Sequence[str]) -> dict[int, float]:
 
 
 @contextmanager
-def open_engine(model: str, settings: Settings) -> Iterator[Engine]:
+def open_engine(model: str, settings: Settings, **more: Any) -> Iterator[Engine]:
     """The engine of a command, opened with a progress bar on a terminal."""
     from argosy import Engine
     from argosy.cli.output import progress_bar
 
     with progress_bar() as progress:
-        engine = Engine(model, progress=progress, **settings.for_engine())
+        engine = Engine(model, progress=progress, **settings.for_engine(), **more)
     with engine:
         yield engine

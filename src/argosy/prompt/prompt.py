@@ -196,6 +196,11 @@ class PromptBuilder:
         tokenizer = self._needed("messages")
         return find_format(tokenizer, tokenizer.chat_template or "")
 
+    @property
+    def variables(self) -> frozenset[str]:
+        """Names of the chat template's variables that a caller may set."""
+        return frozenset() if self._template is None else self._template.shape.variables
+
     def parser(self, prompt: Prompt, tools: Sequence[Tool | Mapping[str, object]] = ()) -> Parser:
         """Reads the answer to `prompt`, which was built with the same `tools`."""
         from argosy.prompt.tools import check_tools

@@ -1,0 +1,60 @@
+"""`argosy keys`: who may ask a server."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+_FILE = click.option(
+    "--keys", "path", type=click.Path(path_type=Path), default=Path("argosy-keys.json"), show_default=True,
+    metavar="FILE", help="The file of keys.",
+)  # fmt: skip
+
+
+@click.group("keys")
+def keys() -> None:
+    """Make, list and revoke keys of a server. A running server sees a change within a second."""
+
+
+@keys.command("add")
+@click.argument("name")
+@_FILE
+@click.option(
+    "--scope", "scopes", multiple=True, default=("infer",), help="infer, metrics or admin; may be repeated."
+)
+@click.option("--requests-per-minute", type=click.IntRange(1), metavar="N")
+@click.option("--concurrent-requests", type=click.IntRange(1), metavar="N")
+@click.option("--tokens-per-day", type=click.IntRange(1), metavar="N")
+def add(name: str, path: Path, **limits: object) -> None:
+    """Make a key and print it: it is shown this once."""
+    from argosy.guard.keys import KeyFile
+
+    key, secret = KeyFile(path).add(name, **limits)
+    print(secret)
+    print(f"{key.id} for '{key.name}' is in {path}; the key itself is not", file=sys.stderr)
+
+
+@keys.command("list")
+@_FILE
+def list_keys(path: Path) -> None:
+    """List keys: id, name, scopes, limits."""
+    from argosy.guard.keys import KeyFile
+
+    for key in KeyFile(path).read():
+        limits = (key.requests_per_minute, key.concurrent_requests, key.tokens_per_day)
+        names = ("requests/min", "at once", "tokens/day")
+        told = [f"{value} {name}" for value, name in zip(limits, names, strict=True) if value is not None]
+        print(f"{key.id}  {key.name}  {','.join(key.scopes)}  {', '.join(told) or 'no limits'}")
+
+
+@keys.command("revoke")
+@click.argument("name")
+@_FILE
+def revoke(name: str, path: Path) -> None:
+    """Revoke a key by its name or id."""
+    from argosy.guard.keys import KeyFile
+
+    key = KeyFile(path).revoke(name)
+    print(f"revoked {key.id} for '{key.name}'", file=sys.stderr)

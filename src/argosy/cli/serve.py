@@ -1,0 +1,62 @@
+"""`argosy serve`: a model as an endpoint that other tools speak to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from argosy.cli.options import engine_options, open_engine
+
+
+@click.command("serve")
+@click.argument("model", default="demo")
+@engine_options
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(1, 65535))
+@click.option(
+    "--keys", type=click.Path(path_type=Path), metavar="FILE", help="Who may ask; see `argosy keys`."
+)
+@click.option("--allow-host", multiple=True, metavar="NAME", help="Also answer to this host name.")
+@click.option("--name", metavar="ID", help="What clients call the model; default: its file's name.")
+@click.option(
+    "--drain",
+    default=30.0,
+    type=click.FloatRange(0, 3600),
+    metavar="S",
+    help="Time for what runs at the end.",
+)
+@click.option(
+    "--max-waiting", default=64, type=click.IntRange(0), metavar="N", help="Requests that may wait."
+)
+@click.option(
+    "--kv-dir", type=click.Path(path_type=Path), metavar="DIR", help="Keep prompts' keys and values here."
+)
+def serve(
+    model: str, host: str, port: int, keys: Path | None, allow_host: tuple[str, ...], name: str | None,
+    drain: float, max_waiting: int, kv_dir: Path | None, **options: Any,
+) -> None:  # fmt: skip
+    """Serve a model over HTTP: OpenAI's chat completions, and a page at /.
+
+    \b
+    Examples:
+      argosy serve ./Qwen3-30B-A3B --memory 16GiB
+      argosy serve model.gguf --host 0.0.0.0 --keys keys.json
+    """
+    # Before the engine: the memory plan counts what the process holds when it is made.
+    from argosy.cli.settings import Settings
+    from argosy.guard.keys import KeyFile
+    from argosy.serve.run import require_keys
+    from argosy.serve.run import serve as run
+
+    require_keys(host, keys)
+    if keys is not None:
+        KeyFile(keys).read()
+    settings = Settings.read(**{name: options.get(name) for name in Settings.__dataclass_fields__})
+    more = {"grammars": True, "max_waiting": max_waiting, "kv_dir": kv_dir}
+    with open_engine(model, settings, **more) as engine:
+        run(
+            engine, name or Path(model).name.removesuffix(".gguf"), host=host, port=port, keys=keys,
+            hosts=allow_host, drain_s=drain,
+        )  # fmt: skip

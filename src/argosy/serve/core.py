@@ -1,0 +1,315 @@
+"""What a request is in every dialect, and how its answer comes: the dialects only rename it.
+
+    dialect  ->  ChatRequest, or a text  ->  Service.open  ->  Answers: Progress, Said, Ended  ->  dialect
+
+Prompts are rendered and requests checked in threads, steps run in the engine's own, so the event loop never waits. Who
+leaves an `Answers` before its end cancels it: the engine frees what it holds before its next step.
+
+Elsewhere: routes and errors are `app.py` and `gate.py`; the engine's thread is `engine/loop.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from argosy.config import Grammar, SamplingParams
+from argosy.engine.loop import AnswerEnd, AnswerToken, Event, LoopFacts, PromptProgress
+from argosy.engine.sequence import Result, TokenLogprob
+from argosy.errors import ArgosyError, UsageError
+from argosy.prompt.formats.events import Answer, ToolCallBegin, collect
+from argosy.prompt.formats.events import Event as SaidEvent
+from argosy.prompt.prompt import Prompt
+
+if TYPE_CHECKING:
+    from argosy.prompt.formats import Parser
+    from argosy.prompt.prompt import PromptBuilder
+    from argosy.prompt.tokenizer import Tokenizer
+
+# Variables of chat templates that a request may set: what a model is asked to do, never how its prompt is written.
+TEMPLATE_VARIABLES = frozenset({"enable_thinking", "thinking", "reasoning_effort", "clear_thinking"})
+
+Finish = Literal["stop", "length", "tool_calls"]
+
+
+class Loop(Protocol):
+    """What is needed of `EngineLoop`."""
+
+    def submit(
+        self, prompt: Prompt, params: SamplingParams | None, on_event: Callable[[Event], None], *,
+        num_answers: int = 1, tenant: str = "",
+    ) -> Any: ...  # fmt: skip
+
+    def cancel(self, request: Any) -> None: ...
+
+    def snapshot(self) -> LoopFacts: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What clients are told of the model."""
+
+    id: str
+    family: str
+    context_tokens: int
+    num_layers: int
+    num_experts: int
+    experts_per_token: int
+    vocab_size: int
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatRequest:
+    """A conversation to be answered.
+
+    tool_choice: "auto", "none", "required", or ("named", name).
+    schema: the answer has to be JSON: "" for any object, or a JSON schema; None: anything.
+    effort: how much the model is to think, where its template asks for that.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    params: SamplingParams
+    tools: Sequence[Mapping[str, Any]] = ()
+    tool_choice: str | tuple[str, str] = "auto"
+    parallel: bool = True
+    schema: str | None = None
+    effort: str | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    num_answers: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """So much of the prompt is done."""
+
+    processed: int
+    total: int
+    cached: int
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What one token added: events, text as it was sampled, and its log-probability where asked for."""
+
+    answer: int
+    events: tuple[SaidEvent, ...]
+    text: str
+    logprob: TokenLogprob | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The end of one answer."""
+
+    answer: int
+    finish: Finish
+    result: Result
+
+
+Step = Progress | Said | Ended
+
+
+class Service:
+    """One model, for all dialects."""
+
+    def __init__(
+        self, loop: Loop, prompts: PromptBuilder, tokenizer: Tokenizer | None, model: ModelFacts
+    ) -> None:
+        self.loop = loop
+        self.prompts = prompts
+        self.tokenizer = tokenizer
+        self.model = model
+        self.is_draining = False
+
+    def ignored_effort(self, request: ChatRequest) -> bool:
+        """Whether the model's template has no place for the effort that is asked for."""
+        return request.effort is not None and not self._effort(request.effort)
+
+    async def open(self, request: ChatRequest, tenant: str) -> Answers:
+        """Render, check and queue a conversation. Errors as `PromptBuilder.build` and `EngineLoop.submit`."""
+        return await asyncio.to_thread(self._open_chat, request, tenant, asyncio.get_running_loop())
+
+    async def open_text(
+        self, prompt: str | Sequence[int], params: SamplingParams, tenant: str, num_answers: int = 1
+    ) -> Answers:
+        """Queue text, or token ids, to be continued."""
+
+        def submit(events: asyncio.AbstractEventLoop) -> Answers:
+            built = self.prompts.build(Prompt.raw(prompt) if isinstance(prompt, str) else list(prompt))
+            return Answers(self, built, params, tenant, num_answers, events)
+
+        return await asyncio.to_thread(submit, asyncio.get_running_loop())
+
+    def build(self, request: ChatRequest, tenant: str) -> Prompt:
+        """The prompt of a conversation."""
+        tools = () if request.tool_choice == "none" else request.tools
+        return self.prompts.build(
+            request.messages, tools=tools, variables=self._variables(request), tenant=tenant
+        )
+
+    def _open_chat(self, request: ChatRequest, tenant: str, events: asyncio.AbstractEventLoop) -> Answers:
+        tools = () if request.tool_choice == "none" else request.tools
+        prompt = self.build(request, tenant)
+        grammar = self._grammar(request, prompt)
+        params = request.params
+        if grammar is not None:
+            names = SamplingParams.__dataclass_fields__
+            params = SamplingParams(**{name: getattr(params, name) for name in names} | {"grammar": grammar})
+        return Answers(self, prompt, params, tenant, request.num_answers, events, tools, request.parallel)
+
+    def _variables(self, request: ChatRequest) -> dict[str, Any]:
+        for name in request.variables:
+            if name not in TEMPLATE_VARIABLES:
+                raise UsageError(
+                    f"chat_template_kwargs: '{name}' cannot be set by a request; these can: "
+                    + ", ".join(sorted(TEMPLATE_VARIABLES))
+                )
+        return self._effort(request.effort) | dict(request.variables)
+
+    def _effort(self, effort: str | None) -> dict[str, Any]:
+        """The template's variables that say `effort`; none where it has none."""
+        known = self.prompts.variables
+        if effort is None:
+            return {}
+        if effort == "none":
+            return {name: False for name in ("enable_thinking", "thinking") if name in known}
+        return {"reasoning_effort": effort} if "reasoning_effort" in known else {}
+
+    def _grammar(self, request: ChatRequest, prompt: Prompt) -> Grammar | None:
+        choice = request.tool_choice
+        is_forced = choice == "required" or isinstance(choice, tuple)
+        if request.schema is not None and request.tools and choice != "none":
+            raise UsageError(
+                "response_format says what an answer looks like, and tools may be called instead of it",
+                hint="set tool_choice to 'none' in the request that asks for JSON",
+            )
+        if is_forced:
+            name = choice[1] if isinstance(choice, tuple) else None
+            text = self.prompts.grammar(prompt, request.tools, name, parallel=request.parallel)
+            return Grammar(kind="lark", text=text)
+        if request.schema is None:
+            return None
+        form = self.prompts.format
+        trigger: str | int | None = None
+        if form.name == "harmony":
+            trigger = "<|channel|>final<|message|>"
+        elif form.thoughts_in(prompt) == "open":  # thoughts are free, what follows them is not
+            closing = form.thinking[1]
+            ids = [token_id for token_id, mark in form.lexer.ids.items() if mark == closing]
+            trigger = ids[0] if ids else closing
+        if request.schema:
+            return Grammar(kind="json_schema", text=request.schema, trigger=trigger)
+        return Grammar(kind="json_object", trigger=trigger)
+
+
+class Answers:
+    """The answers of one request, as they come. Use it as a context: leaving it early cancels them."""
+
+    def __init__(
+        self,
+        service: Service,
+        prompt: Prompt,
+        params: SamplingParams,
+        tenant: str,
+        num_answers: int,
+        events: asyncio.AbstractEventLoop,
+        tools: Sequence[Mapping[str, Any]] = (),
+        parallel: bool = True,
+    ) -> None:
+        self.prompt = prompt
+        self.num_prompt_tokens = len(prompt.token_ids or ())
+        self._service = service
+        self._tenant = tenant
+        self._tools = tools
+        self._parallel = parallel
+        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._parsers: list[Parser] | None = None
+        if prompt.text and prompt.trace is not None:
+            self._parsers = [service.prompts.parser(prompt, tools) for _ in range(num_answers)]
+        self._said: list[list[SaidEvent]] = [[] for _ in range(num_answers)]
+        self._num_open = num_answers
+        self.results: list[Result | None] = [None] * num_answers
+
+        def deliver(event: Event) -> None:
+            events.call_soon_threadsafe(self._queue.put_nowait, event)
+
+        self._request = service.loop.submit(prompt, params, deliver, num_answers=num_answers, tenant=tenant)
+
+    def said(self, answer: int) -> Answer:
+        """All that an answer has said so far."""
+        return collect(self._said[answer])
+
+    @property
+    def num_new_tokens(self) -> int:
+        return sum(len(result.token_ids) for result in self.results if result is not None)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        first = self.results[0]
+        return 0 if first is None else first.ledger.cached_tokens
+
+    async def __aenter__(self) -> Answers:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.cancel()
+
+    def cancel(self) -> None:
+        if self._num_open:
+            self._service.loop.cancel(self._request)
+
+    async def steps(self) -> AsyncIterator[Step]:
+        """Everything, until the last answer has ended.
+
+        Raises:
+            ArgosyError: an answer cannot be finished.
+        """
+        while self._num_open:
+            for step in self._step(await self._queue.get()):
+                yield step
+
+    def _step(self, event: Event) -> list[Step]:
+        match event:
+            case PromptProgress():
+                return [Progress(event.processed, event.total, event.cached)] if event.answer == 0 else []
+            case AnswerToken(answer=answer, event=token):
+                if self.results[answer] is not None:
+                    return []
+                said = self._parse(answer, token.token_id, token.text)
+                return [Said(answer, tuple(said), token.text, token.logprob)]
+            case AnswerEnd(answer=answer, result=result):
+                return self._end(answer, result)
+
+    def _parse(self, answer: int, token_id: int, text: str) -> list[SaidEvent]:
+        if self._parsers is None:
+            return []
+        return self._keep(answer, self._parsers[answer].push(token_id, text))
+
+    def _keep(self, answer: int, events: list[SaidEvent]) -> list[SaidEvent]:
+        if not self._parallel:  # a second call was not asked for
+            events = [event for event in events if not getattr(event, "index", 0)]
+        self._said[answer] += events
+        return events
+
+    def _end(self, answer: int, result: Result) -> list[Step]:
+        self._num_open -= 1
+        self.results[answer] = result
+        if result.error is not None:
+            raise result.error
+        if result.finish_reason == "cancelled":
+            raise ArgosyError("the answer was cancelled")
+        steps: list[Step] = []
+        if self._parsers is not None:
+            if last := self._keep(answer, self._parsers[answer].finish()):
+                steps.append(Said(answer, tuple(last), "", None))
+            self._service.prompts.remember(
+                self._tenant, self.prompt, result.token_ids, self.said(answer), self._tools
+            )
+        finish: Finish = "length" if result.finish_reason == "length" else "stop"
+        if any(isinstance(event, ToolCallBegin) for event in self._said[answer]):
+            finish = "tool_calls"
+        return [*steps, Ended(answer, finish, result)]

@@ -1,0 +1,312 @@
+"""What every request passes before any code of its route runs, and the answer that every failure gets.
+
+    connection -> host, origin -> route, or 404 -> key, scope, limits -> content type -> size and time of the body -> route
+
+A route is in the table with its policy, or it is not there. The path is the one the connection sent
+(`scope["path"]`). The log has the method, the route's template, the status, times and counts of tokens: nothing that
+anyone said. What no code of ours raised on purpose becomes "internal error", and its traceback goes nowhere.
+
+Elsewhere: the table is `app.py`; keys and limits are the room `guard`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from argosy.errors import ArgosyError, PromptTooLong
+from argosy.guard.keys import Key, KeyRing
+from argosy.guard.keys import Scope as KeyScope
+from argosy.guard.limits import Limits, TooMany
+
+log = logging.getLogger("argosy.serve")
+
+MAX_BODY_BYTES = 8 << 20
+BODY_STALL_S = 15.0  # between two parts of a body
+BODY_S = 60.0
+Dialect = Literal["openai", "anthropic"]
+
+SECURITY_HEADERS = (
+    (b"content-security-policy", b"default-src 'self'"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """Who may use a route; `scope` None: everybody."""
+
+    method: str
+    path: str
+    scope: KeyScope | None
+    is_counted: bool = False  # the key's limits are for it
+    dialect: Dialect = "openai"
+
+
+@dataclass(slots=True)
+class Caller:
+    """Who asks, and what is counted of the request."""
+
+    key: Key | None
+    num_prompt_tokens: int = 0
+    num_new_tokens: int = 0
+
+
+class Refused(ArgosyError):
+    """A request that does not come in."""
+
+    def __init__(self, status: int, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.http_status = status
+
+
+class GoneAway(Exception):
+    """The client has hung up."""
+
+
+_TYPES = {
+    400: ("invalid_request_error", "invalid_request_error"),
+    401: ("authentication_error", "authentication_error"),
+    403: ("permission_error", "permission_error"),
+    404: ("not_found_error", "not_found_error"),
+    405: ("invalid_request_error", "invalid_request_error"),
+    413: ("invalid_request_error", "request_too_large"),
+    415: ("invalid_request_error", "invalid_request_error"),
+    429: ("rate_limit_error", "rate_limit_error"),
+    503: ("overloaded_error", "overloaded_error"),
+}
+
+
+def error_body(error: BaseException, dialect: Dialect) -> tuple[int, dict[str, Any]]:
+    """Status and body of a failure, in the dialect's own shape."""
+    status = error.http_status if isinstance(error, ArgosyError) else 500
+    message = str(error) if isinstance(error, ArgosyError) and status != 500 else "internal error"
+    if isinstance(error, ArgosyError) and status == 500:
+        message = type(error).__name__ + ": the answer could not be finished"  # paths stay here
+    unnamed = "invalid_request_error" if status < 500 else "api_error"
+    kind, anthropic = _TYPES.get(status, (unnamed.replace("api_error", "server_error"), unnamed))
+    if dialect == "anthropic":
+        return status, {"type": "error", "error": {"type": anthropic, "message": message}}
+    param = error.facts.get("param") if isinstance(error, ArgosyError) else None
+    code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
+    return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+@dataclass(slots=True)
+class _Count:
+    status: int = 0
+    has_begun: bool = False
+    first_s: float | None = None
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+
+
+class Gate:
+    """An ASGI application in front of `app`.
+
+    Args:
+        hosts: names that the server answers to, besides addresses and `localhost`.
+        observe: hears (route, status, seconds) of every request.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        policies: Sequence[Policy],
+        ring: KeyRing,
+        limits: Limits,
+        *,
+        hosts: Collection[str] = (),
+        observe: Callable[[str, int, float], None] = lambda route, status, seconds: None,
+    ) -> None:
+        self._app = app
+        self._table = [(policy, _pattern(policy.path)) for policy in policies]
+        self._ring = ring
+        self._limits = limits
+        self._hosts = {"localhost", *(name.lower() for name in hosts)}
+        self._observe = observe
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        began, count = time.monotonic(), _Count()
+        policy: Policy | None = None
+        caller = Caller(None)
+
+        async def send_on(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                count.status, count.has_begun = message["status"], True
+                own = {name for name, _ in message.get("headers", ())}
+                extra = [pair for pair in SECURITY_HEADERS if pair[0] not in own]
+                message = {**message, "headers": [*message.get("headers", ()), *extra]}
+            await send(message)
+
+        dialect: Dialect = "anthropic" if scope["path"].startswith("/v1/messages") else "openai"
+        try:
+            headers = _headers(scope)
+            self._check_host(headers)
+            policy = self._route(scope["method"], scope["path"])
+            self._check_origin(scope["method"], headers)
+            caller.key = self._admit(policy, headers)
+            if (
+                scope["method"] == "POST"
+                and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json"
+            ):
+                raise Refused(415, "the content type must be application/json")
+            if int(headers.get("content-length", "0") or 0) > MAX_BODY_BYTES:
+                raise Refused(413, f"the body has more than {MAX_BODY_BYTES} bytes")
+            scope.setdefault("state", {})["caller"] = caller
+            if policy.is_counted and caller.key is not None:
+                self._limits.begin(caller.key)
+            try:
+                await self._app(scope, _bounded(receive), send_on)
+            finally:
+                if policy.is_counted and caller.key is not None:
+                    self._limits.end(caller.key, caller.num_prompt_tokens + caller.num_new_tokens)
+        except GoneAway:
+            count.status = count.status or 499
+        except Exception as error:
+            if not isinstance(error, ArgosyError):
+                log.error("internal error: %s", type(error).__name__)
+            if not count.has_begun:
+                await send_error(error, dialect, send_on)
+        seconds = time.monotonic() - began
+        route = policy.path if policy is not None else "none"
+        self._observe(route, count.status, seconds)
+        log.info(
+            "%s %s %d %.3f s, %d prompt, %d new",
+            scope["method"] if policy is not None else "-", route, count.status, seconds,
+            caller.num_prompt_tokens, caller.num_new_tokens,
+        )  # fmt: skip
+
+    def _route(self, method: str, path: str) -> Policy:
+        found = [policy for policy, pattern in self._table if pattern.fullmatch(path)]
+        for policy in found:
+            if policy.method == method:
+                return policy
+        raise (
+            Refused(405, "this path takes another method") if found else Refused(404, "there is no such path")
+        )
+
+    def _admit(self, policy: Policy, headers: dict[str, str]) -> Key | None:
+        if policy.scope is None:
+            return None
+        scheme, _, secret = headers.get("authorization", "").partition(" ")
+        key = self._ring.find(secret.strip() if scheme.lower() == "bearer" else headers.get("x-api-key"))
+        if key is None:
+            raise Refused(
+                401,
+                "a valid API key is needed",
+                hint="Authorization: Bearer KEY; `argosy keys add` makes one",
+            )
+        if policy.scope not in key.scopes and "admin" not in key.scopes:
+            raise Refused(403, f"the key has no scope '{policy.scope}'")
+        return key
+
+    def _check_host(self, headers: dict[str, str]) -> None:
+        """Refuse names that are not ours: a page elsewhere could have its name point here (DNS rebinding)."""
+        name = urlsplit("//" + headers.get("host", "")).hostname or ""
+        if name not in self._hosts and not _is_address(name):
+            raise Refused(
+                403, "the server does not answer to this host name", hint="start it with --allow-host NAME"
+            )
+
+    def _check_origin(self, method: str, headers: dict[str, str]) -> None:
+        origin = headers.get("origin")
+        if method in ("GET", "HEAD"):
+            return
+        if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none") or (
+            origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower()
+        ):
+            raise Refused(403, "requests from pages of other sites are not answered")
+
+
+async def send_error(
+    error: BaseException, dialect: Dialect, send: Send, extra: Sequence[tuple[bytes, bytes]] = ()
+) -> None:
+    status, body = error_body(error, dialect)
+    data = json.dumps(body).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data)), *extra]
+    retry = getattr(error, "retry_after_s", None)
+    if retry is not None:
+        headers.append((b"retry-after", b"%d" % retry))
+    if status in (408, 413):  # what is left of the body would be read as a request
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": data})
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in scope["headers"]:
+        key = name.decode("latin-1").lower()
+        if key in found and key in ("host", "content-length", "authorization", "origin"):
+            raise Refused(400, f"the header {key} comes twice")
+        found[key] = value.decode("latin-1")
+    if not found.get("content-length", "0").isdecimal():
+        raise Refused(400, "content-length is no number")
+    return found
+
+
+def _bounded(receive: Receive) -> Receive:
+    """A body of bounded size that comes within bounded time; afterwards only the end of the connection."""
+    size, began, is_whole = 0, time.monotonic(), False
+
+    async def receive_on() -> Message:
+        nonlocal size, is_whole
+        if is_whole:
+            return await receive()
+        left = min(BODY_STALL_S, BODY_S - (time.monotonic() - began))
+        try:
+            message = await asyncio.wait_for(receive(), max(0.01, left))
+        except TimeoutError:
+            raise Refused(408, "the body took too long") from None
+        if message["type"] == "http.disconnect":
+            raise GoneAway
+        size += len(message.get("body", b""))
+        if size > MAX_BODY_BYTES:
+            raise Refused(413, f"the body has more than {MAX_BODY_BYTES} bytes")
+        is_whole = not message.get("more_body", False)
+        return message
+
+    return receive_on
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    parts = re.split(r"\{\w+\}", path)
+    return re.compile(r"[^/]{1,256}".join(map(re.escape, parts)))
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+__all__ = [
+    "Caller",
+    "Dialect",
+    "Gate",
+    "GoneAway",
+    "Policy",
+    "Refused",
+    "TooMany",
+    "error_body",
+    "send_error",
+]

@@ -1,0 +1,167 @@
+"""From a model to a listening socket, and back on SIGTERM: nothing new, time for what runs, then the rest ends.
+
+Elsewhere: the application is `app.py`; options are `cli/serve.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import socket
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from argosy.engine.loop import EngineLoop
+from argosy.engine.memory_plan import KV_BLOCK_TOKENS
+from argosy.errors import UsageError
+from argosy.guard.keys import KeyFile, KeyRing
+from argosy.prompt.prompt import PromptBuilder
+from argosy.prompt.replay import ReplayMemory
+from argosy.serve.app import make_app
+from argosy.serve.core import ModelFacts, Service
+from argosy.serve.gate import Gate
+
+if TYPE_CHECKING:
+    from argosy.engine.engine import Engine
+
+HEADER_S = 15.0  # a client has so long for the head of a request
+_REPLAY_BYTES = 16 << 20
+
+
+def require_keys(host: str, keys: Path | None) -> None:
+    """Without keys only this machine may ask.
+
+    Raises:
+        UsageError: others could.
+    """
+    try:
+        is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_local = False
+    if keys is None and not is_local:
+        raise UsageError(
+            f"listening on {host} lets other machines in, and there are no keys",
+            hint="`argosy keys add NAME --keys FILE`, then `argosy serve ... --keys FILE`; or --host 127.0.0.1",
+        )
+
+
+class TimedProtocol(H11Protocol):
+    """HTTP/1.1 whose request heads have to come within HEADER_S."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._expect_head()
+        elif self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+        super().connection_lost(exc)
+
+    def _expect_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEADER_S, self.transport.close)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, service: Service, loop: EngineLoop, drain_s: float) -> None:
+        super().__init__(config)
+        self._service, self._loop, self._drain_s = service, loop, drain_s
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.is_draining = True
+
+        async def drain() -> None:
+            await asyncio.to_thread(self._loop.drain, self._drain_s)
+            await asyncio.to_thread(self._loop.close)  # what still runs hears that it ends
+
+        draining = asyncio.create_task(drain())
+        await super().shutdown(sockets)
+        await draining
+
+
+def uvicorn_config(app: Gate, *, host: str, port: int, grace_s: float) -> uvicorn.Config:
+    """How uvicorn is to run `app`: it logs nothing, says nothing of itself, and waits for nobody for long."""
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # it would log what failed with what it held
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=TimedProtocol,
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=15,
+        h11_max_incomplete_event_size=32 << 10,
+        timeout_graceful_shutdown=int(grace_s),
+        backlog=1024,
+    )
+
+
+def serve(
+    engine: Engine,
+    name: str,
+    *,
+    host: str,
+    port: int,
+    keys: Path | None = None,
+    hosts: Collection[str] = (),
+    drain_s: float = 30.0,
+) -> None:
+    """Serve `engine` until a signal says otherwise."""
+    require_keys(host, keys)
+    ring = KeyRing(None if keys is None else KeyFile(keys))
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log = logging.getLogger("argosy.serve")
+    log.setLevel(logging.INFO)
+    log.handlers = [handler]
+    config = engine.config
+    model = ModelFacts(
+        id=name,
+        family=config.family,
+        context_tokens=engine.plan.context_tokens,
+        num_layers=len(config.layers),
+        num_experts=config.num_experts,
+        experts_per_token=config.experts_per_token,
+        vocab_size=config.vocab_size,
+    )
+    prompts = PromptBuilder(
+        engine.tokenizer, vocab_size=config.vocab_size, memory=ReplayMemory(max_bytes=_REPLAY_BYTES)
+    )
+    try:
+        with EngineLoop(engine, report=lambda error: log.error("engine: %s", type(error).__name__)) as loop:
+            service = Service(loop, prompts, engine.tokenizer, model)
+            app = make_app(
+                service,
+                ring,
+                block_tokens=KV_BLOCK_TOKENS,
+                max_sequences=engine.settings.max_sequences,
+                hosts=hosts,
+            )
+            settings = uvicorn_config(app, host=host, port=port, grace_s=drain_s + 5)
+            shown = f"[{host}]" if ":" in host else host
+            print(f"serving {name} at http://{shown}:{port}", file=sys.stderr, flush=True)
+            _Server(settings, service, loop, drain_s).run()
+    finally:
+        prompts.close()

@@ -1,0 +1,100 @@
+"""What the page, `argosy top` and Prometheus are told of the engine: numbers, and nothing that anyone said.
+
+Which experts ran can reveal a text, so the heat map covers 256 tokens or more, only for the owner (scope `admin`), and
+`/metrics` has no label for an expert.
+
+Elsewhere: where the numbers come from is `engine/facts.py` and `engine/loop.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from argosy.engine.facts import WINDOW_TOKENS
+from argosy.engine.loop import LoopFacts
+from argosy.serve.core import ModelFacts
+
+
+def state_of(
+    facts: LoopFacts, model: ModelFacts, *, block_tokens: int, max_sequences: int, with_heat: bool
+) -> dict[str, Any]:
+    """The engine as JSON."""
+    engine, totals = facts.engine, facts.engine.totals
+    heat = None
+    if with_heat and engine.expert_uses is not None and engine.expert_use_tokens >= WINDOW_TOKENS:
+        heat = {"tokens": engine.expert_use_tokens, "layers": engine.expert_uses.tolist()}
+    return {
+        "model": {
+            "id": model.id, "family": model.family, "context_tokens": model.context_tokens,
+            "num_layers": model.num_layers, "num_experts": model.num_experts,
+            "experts_per_token": model.experts_per_token,
+        },
+        "memory": {
+            "budget_bytes": engine.budget_bytes, "peak_bytes": totals.peak_bytes,
+            "lines": [{"name": name, "bytes": count, "note": note} for name, count, note in engine.memory],
+        },
+        "speed": {"decode_tok_per_s": facts.new_tok_per_s, "prefill_tok_per_s": facts.prompt_tok_per_s},
+        "experts": {
+            "slots": engine.num_experts, "resident": min(engine.expert_slots, engine.num_experts),
+            "hit_rate": totals.hit_rate, "bytes_read": totals.bytes_read, "drive_bytes_per_s": facts.bytes_read_per_s,
+        },
+        "queue": {"running": engine.num_running, "waiting": engine.num_waiting, "max_sequences": max_sequences},
+        "kv": {
+            "blocks_total": engine.kv_blocks, "blocks_used": engine.kv_blocks_held,
+            "blocks_cached": engine.kv_blocks_kept, "block_tokens": block_tokens,
+        },
+        "heat": heat,
+        "privacy": {"logging": False, "traces": False},
+    }  # fmt: skip
+
+
+class Metrics:
+    """A registry of its own: routes and statuses are the only labels."""
+
+    def __init__(self, snapshot: Any) -> None:
+        self.registry = CollectorRegistry()
+        self._snapshot = snapshot
+        self._requests = Counter(
+            "argosy_requests", "Requests that were answered", ["route", "status"], registry=self.registry
+        )
+        self._seconds = Histogram(
+            "argosy_request_seconds", "From the first byte in to the last out", ["route"],
+            buckets=(0.01, 0.1, 0.5, 1, 5, 15, 60, 300, 1800), registry=self.registry,
+        )  # fmt: skip
+        self.registry.register(self)
+
+    def observe(self, route: str, status: int, seconds: float) -> None:
+        self._requests.labels(route, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    def collect(self) -> Iterator[Metric]:
+        facts: LoopFacts = self._snapshot()
+        engine, totals = facts.engine, facts.engine.totals
+        for name, what, value in (
+            ("argosy_prompt_tokens", "Tokens of prompts", totals.prompt_tokens),
+            ("argosy_new_tokens", "Tokens of answers", totals.new_tokens),
+            ("argosy_expert_lookups", "Experts that were asked for", totals.lookups),
+            ("argosy_expert_hits", "Experts that were in memory", totals.hits),
+            ("argosy_read_bytes", "Bytes read from the drive", totals.bytes_read),
+            ("argosy_steps", "Steps of the engine", facts.num_steps),
+        ):
+            counter = CounterMetricFamily(name, what)
+            counter.add_metric([], value)
+            yield counter
+        for name, what, number in (
+            ("argosy_sequences_running", "Sequences that run", engine.num_running),
+            ("argosy_sequences_waiting", "Sequences that wait", engine.num_waiting),
+            ("argosy_kv_blocks_held", "KV blocks of sequences that run", engine.kv_blocks_held),
+            ("argosy_kv_blocks_kept", "KV blocks of beginnings that may be found", engine.kv_blocks_kept),
+            ("argosy_kv_blocks", "KV blocks", engine.kv_blocks),
+            ("argosy_peak_bytes", "Peak memory of the process", totals.peak_bytes),
+            ("argosy_budget_bytes", "Memory budget", engine.budget_bytes),
+            ("argosy_decode_tokens_per_second", "New tokens a second, of late", facts.new_tok_per_s),
+        ):
+            gauge = GaugeMetricFamily(name, what)
+            gauge.add_metric([], number)
+            yield gauge

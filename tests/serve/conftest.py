@@ -1,0 +1,65 @@
+"""A server on loopback with a tiny random model, and what asks it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from argosy.engine.engine import Engine
+from argosy.engine.loop import EngineLoop
+from argosy.guard.keys import KeyRing
+from argosy.prompt.prompt import PromptBuilder
+from argosy.prompt.replay import ReplayMemory
+from argosy.serve.app import make_app
+from argosy.serve.core import ModelFacts, Service
+from argosy.serve.run import uvicorn_config
+from tests.cli.tiny_chat_model import write_chat_model
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    model = write_chat_model(tmp_path_factory.mktemp("serve") / "model")
+    with Engine(model, memory="1GiB", threads=2, grammars=True, max_waiting=64) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def service(engine: Engine) -> Iterator[Service]:
+    config = engine.config
+    facts = ModelFacts(
+        id="tiny", family=config.family, context_tokens=engine.plan.context_tokens, num_layers=len(config.layers),
+        num_experts=config.num_experts, experts_per_token=config.experts_per_token, vocab_size=config.vocab_size,
+    )  # fmt: skip
+    prompts = PromptBuilder(engine.tokenizer, vocab_size=config.vocab_size, memory=ReplayMemory())
+    with EngineLoop(engine) as loop:
+        yield Service(loop, prompts, engine.tokenizer, facts)
+    prompts.close()
+
+
+def start(app: Any) -> Iterator[str]:
+    config = uvicorn_config(app, host="127.0.0.1", port=0, grace_s=5)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="session")
+def url(service: Service) -> Iterator[str]:
+    yield from start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8))
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=60) as client:
+        yield client

@@ -1,0 +1,146 @@
+"""Who comes in, and what is refused before any route runs."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from argosy.errors import UsageError
+from argosy.guard.keys import KeyFile, KeyRing
+from argosy.serve.app import ROUTES, make_app
+from argosy.serve.core import Service
+from argosy.serve.run import require_keys
+from tests.serve.conftest import start
+
+ASK = {"messages": [{"role": "user", "content": "canary-71d"}], "max_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> KeyFile:
+    return KeyFile(tmp_path_factory.mktemp("keys") / "keys.json")
+
+
+@pytest.fixture(scope="module")
+def keyed(service: Service, keys: KeyFile) -> Iterator[tuple[str, str]]:
+    _, secret = keys.add("one", requests_per_minute=3)
+    for url in start(make_app(service, KeyRing(keys), block_tokens=16, max_sequences=8)):
+        yield url, secret
+
+
+@pytest.mark.parametrize(
+    "route", [route for route in ROUTES if route.policy.scope], ids=lambda r: r.policy.path
+)
+def test_every_route_with_a_scope_refuses_who_has_no_key(keyed: tuple[str, str], route: object) -> None:
+    policy = route.policy  # type: ignore[attr-defined]
+    for headers in (
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": "Basic x"},
+        {"x-api-key": "wrong"},
+    ):
+        answer = httpx.request(policy.method, keyed[0] + policy.path.replace("{id}", "x"), headers=headers)
+        assert answer.status_code == 401
+
+
+def test_a_key_has_its_scope_its_rate_and_an_end(keyed: tuple[str, str], keys: KeyFile) -> None:
+    url, secret = keyed
+    headers = {"Authorization": f"Bearer {secret}"}
+    assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 200
+    assert httpx.get(f"{url}/metrics", headers=headers).status_code == 403
+    statuses = [httpx.post(f"{url}/tokenize", json={"content": "a"}, headers=headers) for _ in range(4)]
+    assert [answer.status_code for answer in statuses] == [200, 200, 200, 429]
+    assert int(statuses[-1].headers["Retry-After"]) > 0
+    keys.revoke("one")
+    time.sleep(1.1)
+    assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "evil.example"}, 403),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Content-Type": "text/plain"}, 415),
+    ],
+)
+def test_what_a_page_elsewhere_could_send_is_refused(
+    client: httpx.Client, headers: dict[str, str], status: int
+) -> None:
+    assert client.post("/tokenize", json={"content": "a"}, headers=headers).status_code == status
+
+
+@pytest.mark.parametrize("path", ["/docs", "/openapi.json", "/page/../app.py", "/page/%2e%2e%2fapp.py"])
+def test_a_path_that_is_not_in_the_table_is_not_there(client: httpx.Client, path: str) -> None:
+    assert client.get(path).status_code == 404
+
+
+def test_no_keys_means_this_machine_only() -> None:
+    require_keys("127.0.0.1", None)
+    require_keys("::1", None)
+    for host in ("0.0.0.0", "::", "10.0.0.1", "example.com"):
+        with pytest.raises(UsageError, match="no keys"):
+            require_keys(host, None)
+
+
+def test_a_file_of_keys_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    file = KeyFile(tmp_path / "keys.json")
+    file.add("one")
+    assert file.path.stat().st_mode & 0o777 == 0o600
+    file.path.chmod(0o644)
+    with pytest.raises(UsageError, match="others"):
+        file.read()
+
+
+def test_nothing_that_anyone_says_is_logged(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        assert client.post("/v1/chat/completions", json=ASK).status_code == 200
+        client.post("/v1/chat/completions", json=ASK | {"canary-71d": 1})
+        client.get("/canary-71d")
+    ours = [record.getMessage() for record in caplog.records if not record.name.startswith("http")]
+    assert not any("canary-71d" in message for message in ours)
+    assert "POST /v1/chat/completions 200" in caplog.text
+
+
+def test_the_state_has_what_the_page_reads_and_metrics_name_no_expert(client: httpx.Client) -> None:
+    state = client.get("/v1/engine/state").json()
+    assert state.keys() == {"model", "memory", "speed", "experts", "queue", "kv", "heat", "privacy"}
+    assert "argosy_requests_total" in client.get("/metrics").text
+    assert 'expert="' not in client.get("/metrics").text
+    page = client.get("/")
+    assert page.headers["content-security-policy"] == "default-src 'self'"
+    assert client.get("/page/app.js").status_code == 200
+
+
+def raw(url: str, *parts: bytes) -> bytes:
+    """What the server answers, until it closes the connection."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        for part in parts:
+            connection.sendall(part)
+        connection.settimeout(10)
+        answer = b""
+        while part := connection.recv(1 << 16):
+            answer += part
+        return answer
+
+
+def test_a_body_that_is_too_large_is_refused_by_its_announced_length(url: str) -> None:
+    head = b"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    assert raw(url, head + b"Content-Length: 99999999\r\n\r\n").startswith(b"HTTP/1.1 413")
+
+
+def test_a_client_that_does_not_finish_its_head_or_its_body_is_cut_off(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("argosy.serve.run.HEADER_S", 0.3)
+    monkeypatch.setattr("argosy.serve.gate.BODY_STALL_S", 0.3)
+    assert raw(url, b"GET /health HTTP/1.1\r\nHo") == b""
+    head = b"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    assert raw(url, head + b"Content-Length: 50\r\n\r\n{").startswith(b"HTTP/1.1 408")
