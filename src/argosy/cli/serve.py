@@ -33,11 +33,12 @@ from argosy.cli.options import engine_options, open_engine
 @click.option(
     "--kv-dir", type=click.Path(path_type=Path), metavar="DIR", help="Keep prompts' keys and values here."
 )
+@click.option("--keep-billing-line", is_flag=True, help="Leave Claude Code's line in its system prompt.")
 def serve(
     model: str, host: str, port: int, keys: Path | None, allow_host: tuple[str, ...], name: str | None,
-    drain: float, max_waiting: int, kv_dir: Path | None, **options: Any,
+    drain: float, max_waiting: int, kv_dir: Path | None, keep_billing_line: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Serve a model over HTTP: OpenAI's chat completions, and a page at /.
+    """Serve a model over HTTP: the dialects of OpenAI and Anthropic, and a page at /.
 
     \b
     Examples:
@@ -58,5 +59,5 @@ def serve(
     with open_engine(model, settings, **more) as engine:
         run(
             engine, name or Path(model).name.removesuffix(".gguf"), host=host, port=port, keys=keys,
-            hosts=allow_host, drain_s=drain,
+            hosts=allow_host, drain_s=drain, keep_billing_line=keep_billing_line,
         )  # fmt: skip

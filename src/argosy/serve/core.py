@@ -117,13 +117,20 @@ class Service:
     """One model, for all dialects."""
 
     def __init__(
-        self, loop: Loop, prompts: PromptBuilder, tokenizer: Tokenizer | None, model: ModelFacts
+        self,
+        loop: Loop,
+        prompts: PromptBuilder,
+        tokenizer: Tokenizer | None,
+        model: ModelFacts,
+        *,
+        keep_billing_line: bool = False,
     ) -> None:
         self.loop = loop
         self.prompts = prompts
         self.tokenizer = tokenizer
         self.model = model
         self.is_draining = False
+        self.keep_billing_line = keep_billing_line
 
     def ignored_effort(self, request: ChatRequest) -> bool:
         """Whether the model's template has no place for the effort that is asked for."""

@@ -1,6 +1,6 @@
 """What every request passes before any code of its route runs, and the answer that every failure gets.
 
-    connection -> host, origin -> route, or 404 -> key, scope, limits -> content type -> size and time of the body -> route
+    connection -> host, origin -> route, or 404 -> key, scope, limits -> content type -> size, time of the body -> route
 
 A route is in the table with its policy, or it is not there. The path is the one the connection sent
 (`scope["path"]`). The log has the method, the route's template, the status, times and counts of tokens: nothing that

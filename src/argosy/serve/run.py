@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Collection
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -83,6 +84,11 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._service, self._loop, self._drain_s = service, loop, drain_s
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second ends. Both end in exit code 0, so uvicorn does not get to raise them."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.is_draining = True
 
@@ -92,6 +98,8 @@ class _Server(uvicorn.Server):
 
         draining = asyncio.create_task(drain())
         await super().shutdown(sockets)
+        if self.force_exit:
+            await asyncio.to_thread(self._loop.close)
         await draining
 
 
@@ -127,6 +135,7 @@ def serve(
     keys: Path | None = None,
     hosts: Collection[str] = (),
     drain_s: float = 30.0,
+    keep_billing_line: bool = False,
 ) -> None:
     """Serve `engine` until a signal says otherwise."""
     require_keys(host, keys)
@@ -151,7 +160,7 @@ def serve(
     )
     try:
         with EngineLoop(engine, report=lambda error: log.error("engine: %s", type(error).__name__)) as loop:
-            service = Service(loop, prompts, engine.tokenizer, model)
+            service = Service(loop, prompts, engine.tokenizer, model, keep_billing_line=keep_billing_line)
             app = make_app(
                 service,
                 ring,

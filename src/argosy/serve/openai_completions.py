@@ -1,0 +1,183 @@
+"""OpenAI's Completions: POST /v1/completions, text or token ids to be continued.
+
+`echo` with `logprobs` gives the log-probability of every token of the prompt: what lm-eval scores with. Several prompts
+run together; their choices come in order.
+
+Elsewhere: what an answer is, is `core.py`; how it goes out is `streams.py`.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
+from typing import Annotated, Any
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from argosy.config import SamplingParams
+from argosy.engine.sequence import TokenLogprob
+from argosy.errors import UsageError
+from argosy.serve.core import Answers, Ended, Said, Service
+from argosy.serve.fields import MAX_TOKENS, NumBest, Sampling, TokenId
+from argosy.serve.gate import Caller
+from argosy.serve.streams import EventStream, sse, until_gone
+
+_MAX_PROMPTS = 64
+Text = Annotated[str, Field(max_length=4 << 20)]
+Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
+
+
+class CompletionBody(Sampling):
+    prompt: (
+        Text
+        | Ids
+        | Annotated[list[Text], Field(min_length=1, max_length=_MAX_PROMPTS)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=_MAX_PROMPTS)]
+    )
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS, strict=True)] | None = None
+    echo: bool | None = None
+    logprobs: NumBest | None = None
+
+    @property
+    def prompts(self) -> Sequence[str | Sequence[int]]:
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+    def params(self) -> SamplingParams:
+        max_tokens = 16 if self.max_tokens is None else self.max_tokens
+        has_scores = bool(self.echo) and self.logprobs is not None
+        if max_tokens == 0 and not has_scores:
+            raise UsageError("max_tokens can be 0 only with echo and logprobs", param="max_tokens")
+        return SamplingParams(
+            max_tokens=max_tokens,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.logprobs if has_scores else None,
+            **self.sampling(),
+        )
+
+
+async def completions(body: CompletionBody, request: Request) -> Response:
+    """Continue text."""
+    service: Service = request.app.state.service
+    caller: Caller = request.state.caller
+    params, tenant = body.params(), "" if caller.key is None else caller.key.id
+    opened: list[Answers] = []
+    try:
+        for prompt in body.prompts:
+            opened.append(await service.open_text(prompt, params, tenant, body.n or 1))  # noqa: PERF401  cancelled below
+    except BaseException:
+        for answers in opened:
+            answers.cancel()
+        raise
+    dialect = _Completions(service, body, opened, caller)
+    if body.stream:
+        return EventStream(dialect.stream())
+    return JSONResponse(await until_gone(request, dialect.whole()))
+
+
+class _Completions:
+    def __init__(self, service: Service, body: CompletionBody, opened: list[Answers], caller: Caller) -> None:
+        self._service, self._body, self._opened, self._caller = service, body, opened, caller
+        self._head = {
+            "id": "cmpl-" + secrets.token_hex(12), "object": "text_completion", "created": int(time.time()),
+            "model": service.model.id,
+        }  # fmt: skip
+
+    async def whole(self) -> dict[str, Any]:
+        choices: list[dict[str, Any]] = []
+        async with AsyncExitStack() as stack:
+            for answers in self._opened:
+                await stack.enter_async_context(answers)
+            for at, answers in enumerate(self._opened):
+                ended = sorted(
+                    [step async for step in answers.steps() if isinstance(step, Ended)],
+                    key=lambda s: s.answer,
+                )
+                choices += [self._choice(at, answers, step) for step in ended]
+        return self._head | {"choices": choices, "usage": self._usage()}
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        async with AsyncExitStack() as stack:
+            for answers in self._opened:
+                await stack.enter_async_context(answers)
+            for at, answers in enumerate(self._opened):
+                begun: set[int] = set()
+                async for step in answers.steps():
+                    match step:
+                        case Said():
+                            text = step.text
+                            if self._body.echo and step.answer not in begun:
+                                text = self._prompt_text(answers) + text
+                            begun.add(step.answer)
+                            scored = None
+                            if step.logprob is not None:
+                                scored = self._scored([step.logprob])
+                            yield self._chunk(at, step.answer, text, scored, None)
+                        case Ended():
+                            yield self._chunk(at, step.answer, "", None, _reason(step))
+            if self._body.stream_options and self._body.stream_options.include_usage:
+                yield sse(self._head | {"choices": [], "usage": self._usage()})
+            else:
+                self._usage()
+            yield sse("[DONE]")
+
+    def _chunk(
+        self, at: int, answer: int, text: str, scored: dict[str, Any] | None, finish: str | None
+    ) -> bytes:
+        number = at * (self._body.n or 1) + answer
+        choice = {"index": number, "text": text, "logprobs": scored, "finish_reason": finish}
+        return sse(self._head | {"choices": [choice]})
+
+    def _choice(self, at: int, answers: Answers, step: Ended) -> dict[str, Any]:
+        result, text, scored = step.result, step.result.text, None
+        if self._body.logprobs is not None:
+            found: list[TokenLogprob | None] = list(result.logprobs or ())
+            if self._body.echo:
+                found = [*(result.prompt_logprobs or ()), *found]
+            scored = self._scored(found, (answers.prompt.token_ids or (0,))[0])
+        if self._body.echo:
+            text = self._prompt_text(answers) + text
+        number = at * (self._body.n or 1) + step.answer
+        return {"index": number, "text": text, "logprobs": scored, "finish_reason": _reason(step)}
+
+    def _prompt_text(self, answers: Answers) -> str:
+        return answers.prompt.text or self._service.prompts.detokenize(answers.prompt.token_ids or ())
+
+    def _scored(self, found: Sequence[TokenLogprob | None], first_id: int = 0) -> dict[str, Any]:
+        """Log-probabilities as this dialect has them: lists side by side; the first token of a prompt has none."""
+        tokens, offsets, best, at = [], [], [], 0
+        for item in found:
+            token = self._spell(first_id if item is None else item.token_id)
+            tokens.append(token)
+            offsets.append(at)
+            at += len(token)
+            top = None if item is None else {self._spell(token_id): value for token_id, value in item.top}
+            best.append(top)
+        return {
+            "tokens": tokens, "token_logprobs": [None if item is None else item.logprob for item in found],
+            "top_logprobs": best, "text_offset": offsets,
+        }  # fmt: skip
+
+    def _spell(self, token_id: int) -> str:
+        return self._service.prompts.detokenize([token_id])
+
+    def _usage(self) -> dict[str, Any]:
+        prompt = sum(answers.num_prompt_tokens for answers in self._opened)
+        new = sum(answers.num_new_tokens for answers in self._opened)
+        self._caller.num_prompt_tokens, self._caller.num_new_tokens = prompt, new
+        cached = sum(answers.num_cached_tokens for answers in self._opened)
+        usage: dict[str, Any] = {
+            "prompt_tokens": prompt,
+            "completion_tokens": new,
+            "total_tokens": prompt + new,
+        }
+        return usage | {"prompt_tokens_details": {"cached_tokens": cached}}
+
+
+def _reason(step: Ended) -> str:
+    return "length" if step.finish == "length" else "stop"

@@ -1,0 +1,83 @@
+"""Completions and Messages over a real socket, and with the official client."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import anthropic
+import httpx
+import pytest
+
+from argosy.config import SamplingParams
+from argosy.engine.engine import Engine
+from argosy.engine.loop import EngineLoop
+from argosy.prompt.prompt import Prompt
+from argosy.serve.core import Service
+
+MESSAGE: dict[str, Any] = {
+    "model": "tiny", "max_tokens": 8, "temperature": 0, "messages": [{"role": "user", "content": "How are you?"}]
+}  # fmt: skip
+
+
+def test_echo_scores_a_prompt_as_the_engine_does(
+    client: httpx.Client, service: Service, engine: Engine
+) -> None:
+    ids = client.post("/tokenize", json={"content": "The quick brown fox"}).json()["tokens"]
+    body = {"prompt": [ids, ids[:3]], "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
+    choices = client.post("/v1/completions", json=body).json()["choices"]
+    scores = choices[0]["logprobs"]["token_logprobs"]
+    done: list[Any] = []
+    params = SamplingParams(max_tokens=1, prompt_logprobs=1, logprobs=1)
+    assert isinstance(service.loop, EngineLoop)
+    service.loop.submit(Prompt(tuple(ids)), params, done.append)
+    assert wait_for(done)
+    direct = done[-1].result
+    assert scores[0] is None
+    assert scores[1 : len(ids)] == [item.logprob for item in direct.prompt_logprobs[1:]]
+    assert len(choices[1]["logprobs"]["token_logprobs"]) == 4
+    assert choices[0]["text"].startswith("The quick brown fox")
+
+
+def wait_for(done: list[Any]) -> bool:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not (done and hasattr(done[-1], "result")):
+        time.sleep(0.01)
+    return bool(done)
+
+
+def test_a_streamed_message_opens_and_closes_its_blocks_in_turn(client: httpx.Client) -> None:
+    text = client.post("/v1/messages", json=MESSAGE | {"stream": True}).text
+    events = [json.loads(part.partition("data: ")[2]) for part in text.strip().split("\n\n")]
+    kinds = [event["type"] for event in events]
+    assert kinds[:2] == ["message_start", "content_block_start"]
+    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+    whole = client.post("/v1/messages", json=MESSAGE).json()
+    said = "".join(e["delta"]["text"] for e in events if e["type"] == "content_block_delta")
+    assert said == whole["content"][0]["text"]
+    assert whole["stop_reason"] == "max_tokens"
+
+
+def test_the_official_client_is_answered_and_counts_tokens(url: str) -> None:
+    asked = {name: value for name, value in MESSAGE.items() if name != "temperature"}
+    asked["extra_body"] = {"temperature": 0}  # which the client no longer knows of
+    with anthropic.Anthropic(base_url=url, api_key="none") as client:
+        whole = client.messages.create(**asked)
+        with client.messages.stream(**asked) as stream:
+            final = stream.get_final_message()
+        assert final.content[0].text == whole.content[0].text  # type: ignore[union-attr]
+        counted = client.messages.count_tokens(model="tiny", messages=MESSAGE["messages"])
+        usage = whole.usage
+        assert counted.input_tokens == usage.input_tokens + (usage.cache_read_input_tokens or 0)
+        with pytest.raises(anthropic.BadRequestError) as refused:
+            client.messages.create(**(asked | {"extra_body": {"temperature": 9}}))
+        assert refused.value.body["type"] == "error"  # type: ignore[index]
+
+
+def test_the_billing_line_of_claude_code_does_not_reach_the_prompt(client: httpx.Client) -> None:
+    def count(system: str) -> int:
+        body = {"messages": MESSAGE["messages"], "system": system}
+        return int(client.post("/v1/messages/count_tokens", json=body).json()["input_tokens"])
+
+    assert count("x-anthropic-billing-header: cc_version=1; cch=af31\nBe brief.") == count("Be brief.")

@@ -1,0 +1,55 @@
+"""`argosy serve` as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+
+from tests.cli.tiny_chat_model import write_chat_model
+
+
+def test_a_served_model_answers_and_sigterm_lets_a_stream_end_first(tmp_path: Path) -> None:
+    model = write_chat_model(tmp_path / "model")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "argosy", "serve", str(model), "--memory", "1GiB", "--port", str(port)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            try:
+                assert httpx.get(f"{url}/ready").status_code == 200
+                break
+            except httpx.TransportError:
+                assert process.poll() is None
+                time.sleep(0.05)
+        ask = {
+            "messages": [{"role": "user", "content": "canary"}], "max_tokens": 150, "stream": True,
+            "temperature": 0, "logit_bias": {"2": -100, "0": -100},
+        }  # fmt: skip
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=ask, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] in ("stop", "length")
+        timer = threading.Timer(30, process.kill)
+        timer.start()
+        log = process.communicate()[1]
+        timer.cancel()
+        assert process.returncode == 0
+        assert "POST /v1/chat/completions 200" in log
+        assert "canary" not in log
+    finally:
+        process.kill()
+        process.wait()
