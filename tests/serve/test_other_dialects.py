@@ -8,6 +8,7 @@ from typing import Any
 
 import anthropic
 import httpx
+import openai
 import pytest
 
 from argosy.config import SamplingParams
@@ -81,3 +82,36 @@ def test_the_billing_line_of_claude_code_does_not_reach_the_prompt(client: httpx
         return int(client.post("/v1/messages/count_tokens", json=body).json()["input_tokens"])
 
     assert count("x-anthropic-billing-header: cc_version=1; cch=af31\nBe brief.") == count("Be brief.")
+
+
+def test_events_of_a_response_are_numbered_and_end_in_the_whole(client: httpx.Client) -> None:
+    ask = {"input": "How are you?", "max_output_tokens": 8, "temperature": 0}
+    text = client.post("/v1/responses", json=ask | {"stream": True}).text
+    events = [json.loads(part.partition("data: ")[2]) for part in text.strip().split("\n\n")]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    kinds = [event["type"] for event in events]
+    assert kinds[:4] == [
+        "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added"
+    ]  # fmt: skip
+    assert kinds[-4:] == [
+        "response.output_text.done", "response.content_part.done", "response.output_item.done", "response.incomplete"
+    ]  # fmt: skip
+    whole = client.post("/v1/responses", json=ask).json()
+    assert events[-1]["response"]["output"][0]["content"] == whole["output"][0]["content"]
+    said = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+    assert said == whole["output"][0]["content"][0]["text"]
+
+
+def test_the_official_client_reads_responses(url: str) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        whole = client.responses.create(
+            model="tiny", input="How are you?", max_output_tokens=8, temperature=0
+        )
+        with client.responses.stream(
+            model="tiny", input="How are you?", max_output_tokens=8, temperature=0
+        ) as stream:
+            kinds = [event.type for event in stream]
+        assert whole.output_text
+        assert kinds[-1] == "response.incomplete"
+        with pytest.raises(openai.BadRequestError):
+            client.responses.create(model="tiny", input="x", previous_response_id="resp_1")

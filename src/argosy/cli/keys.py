@@ -15,7 +15,13 @@ _FILE = click.option(
 
 @click.group("keys")
 def keys() -> None:
-    """Make, list and revoke keys of a server. A running server sees a change within a second."""
+    """Make, list and revoke keys of a server. A running server sees a change within a second.
+
+    \b
+    Examples:
+      argosy keys add laptop --keys keys.json --requests-per-minute 60
+      argosy keys revoke laptop --keys keys.json
+    """
 
 
 @keys.command("add")

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from argosy.errors import ArgosyError, Overloaded
 from argosy.guard.keys import KeyRing
 from argosy.guard.limits import Limits
-from argosy.serve import anthropic_messages, openai_chat, openai_completions
+from argosy.serve import anthropic_messages, openai_chat, openai_completions, openai_responses
 from argosy.serve.core import Service
 from argosy.serve.fields import Strict, TokenId
 from argosy.serve.gate import Gate, GoneAway, Policy, Refused, error_body
@@ -184,6 +184,7 @@ ROUTES = (
     _post("/apply-template", apply_template),
     _post("/v1/chat/completions", openai_chat.chat_completions),
     _post("/v1/completions", openai_completions.completions),
+    _post("/v1/responses", openai_responses.responses),
     _post("/v1/messages", anthropic_messages.messages),
     _post("/v1/messages/count_tokens", anthropic_messages.count_tokens),
 )
