@@ -595,6 +595,9 @@ class Arena:
     def array(self) -> _Bytes:
         """A view of all bytes. It keeps the memory, also after close()."""
 
+    def populate(self) -> None:
+        """Give pages to all of it, for a thread that has time; ends early when another thread closes it."""
+
     def close(self) -> None:
         """Let go of the memory; it goes back to the system with the last view, matrix or read that uses it."""
 
