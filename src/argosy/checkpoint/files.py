@@ -138,7 +138,7 @@ class MatrixRef:
     and whoever reads puts them in halves (`in_halves`).
     Where `turn` is set, values of two tensors alternate in the `nbytes` of the file, and this one's are the first,
     third ... (0) or the second, fourth ... (1).
-    Where `key_value_rows` is set, whoever reads splits the matrix in two (`model/latent_up.py`).
+    Where `key_value_rows` is set, whoever reads splits the matrix in two (`checkpoint/latent_up.py`).
     """
 
     name: str
