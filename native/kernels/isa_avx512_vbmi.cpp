@@ -10,6 +10,7 @@
 
 namespace argosy {
 namespace {
+// Tiles as there, but for wider conversion.
 constexpr int kFloatTileRows = 4, kFloatTileTokens = 6, kFloatRowsAlone = 4;
 constexpr int kF8RowsAlone = 4, kF8VecsOfFewTokens = 4;
 }  // namespace

@@ -83,7 +83,8 @@ void copy_x(const MatmulArgs& a, int64_t token, int64_t begin, int64_t end, floa
   }
 }
 
-// kRows rows of W where they are: kVecs vectors from `col` on of row i. A sum goes on over all columns.
+// kRows rows of W where they are: kVecs vectors from `col` on of row i. A sum goes on over all columns. Rows
+// are loaded and multiplied one after the other: all loads of a tile first would read more slowly.
 template <class Weights, int kRows>
 struct RowsOfW {
   static constexpr int64_t kScaledCols = 0;
