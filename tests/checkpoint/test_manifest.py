@@ -94,9 +94,16 @@ def test_a_changed_manifest_is_refused(packed: Path) -> None:
 
 def test_a_manifest_of_another_version_is_refused(packed: Path) -> None:
     path = packed / "argosy.json"
-    path.write_text(path.read_text().replace('"argosy_pack": 2', '"argosy_pack": 3'))
+    path.write_text(path.read_text().replace('"argosy_pack": 3', '"argosy_pack": 4'))
 
-    assert "argosy.json is of version 3, this Argosy reads version 2" in refusal(packed)
+    assert "argosy.json is of version 4, this Argosy reads versions 2 and 3" in refusal(packed)
+
+
+def test_a_pack_of_the_version_before_opens(packed: Path) -> None:
+    path = packed / "argosy.json"
+    path.write_text(path.read_text().replace('"argosy_pack": 3', '"argosy_pack": 2'))
+
+    assert open_pack(packed) is not None
 
 
 def test_a_missing_or_cut_file_is_named(packed: Path) -> None:

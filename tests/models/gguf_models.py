@@ -43,7 +43,7 @@ _RANDOM_TYPES: dict[str, tuple[int, int | None, float]] = {
     "IQ4_NL": (0, None, 0.0),
     "IQ4_XS": (0, None, 0.0),
 }
-BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "MXFP4", *_RANDOM_TYPES)
+BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", *_RANDOM_TYPES)
 TYPES = ("F32", "F16", "BF16", *BLOCK_TYPES)
 
 TypeOf = Callable[[str], str]  # the GGUF name of a tensor -> its type
@@ -111,7 +111,9 @@ def mixed(name: str) -> str:
 
 
 def mixed_small(name: str) -> str:
-    """The types of few bits, side by side as Q2_K and IQ4_XS files have them."""
+    """The types of few bits, side by side as Q2_K and IQ4_XS files have them, and Q5_1, which stands in for Q5_K."""
+    if "ffn_up_exps" in name:
+        return "Q5_1"
     if "ffn_down_exps" in name:
         return "Q3_K" if name.startswith("blk.0.") else "IQ4_NL"
     if "attn_v" in name and name.endswith("weight"):

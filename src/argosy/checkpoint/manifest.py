@@ -44,7 +44,8 @@ MANIFEST_FILE = "argosy.json"
 DENSE_FILE = "dense.bin"
 EXPERTS_FILE = "experts.bin"
 PARTIAL_SUFFIX = ".partial"
-PACK_VERSION = 2
+PACK_VERSION = 3
+READ_VERSIONS = (2, 3)  # in packs of version 2 kv_up lies whole
 
 FILE_ALIGNMENT = 4096
 MATRIX_ALIGNMENT = 64
@@ -154,10 +155,10 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST_FILE
     raw = read_object(path)
-    if raw.get("argosy_pack") != PACK_VERSION:
+    if raw.get("argosy_pack") not in READ_VERSIONS:
         raise CheckpointError(
             f"{MANIFEST_FILE} is of version {quote(raw.get('argosy_pack'))}, this Argosy reads "
-            f"version {PACK_VERSION}",
+            f"versions {' and '.join(map(str, READ_VERSIONS))}",
             hint="make the pack again from its source",
             path=path,
         )

@@ -193,8 +193,12 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig]:
 def _require_same_config(packed: ModelFiles) -> None:
     """Prove that a pack's manifest says what the `config.json` beside it says."""
     _, config = read_config(packed.path)
-    # Whether the head is its own tensor was seen in the source's files, not in its config.
-    if replace(config, is_embedding_tied=packed.config.is_embedding_tied) != packed.config:
+    # Whether the head is its own tensor, and whether kv_up lies in two, is in the tensors and not in config.json.
+    config = replace(config, is_embedding_tied=packed.config.is_embedding_tied)
+    if config.latent is not None and packed.config.latent is not None:
+        latent = replace(config.latent, is_up_split=packed.config.latent.is_up_split)
+        config = replace(config, latent=latent)
+    if config != packed.config:
         raise CheckpointError(
             f"{MANIFEST_FILE} and {CONFIG_FILE} in {packed.path} describe different models",
             hint="make the pack again from its source",
