@@ -89,7 +89,7 @@ _SLICE_VALUES = 1 << 20  # of a matrix that is read and converted at once
 _COPIED_NAMES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json",
-    "merges.txt", GGUF_METADATA_FILE,
+    "merges.txt", "tiktoken.model", GGUF_METADATA_FILE,
 )  # fmt: skip
 _COPIED_PREFIXES = ("LICENSE", "LICENCE", "NOTICE")
 
