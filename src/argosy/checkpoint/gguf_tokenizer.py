@@ -141,14 +141,11 @@ def _token_kinds(file: GgufFile, num_tokens: int) -> Sequence[float]:
 
 
 def _special_id(file: GgufFile, role: str, num_tokens: int) -> int | None:
-    key = f"tokenizer.ggml.{role}_token_id"
-    if key not in file.metadata:
-        return None
-    token_id = file.integer(key, most=2**32 - 1)
-    if token_id == 2**32 - 1:  # how some converters write "none"
-        return None
-    if token_id >= num_tokens:
-        raise file.wrong(key, token_id, f"an id below {num_tokens}, the number of tokens")
+    token_id = file.token_id(role)
+    if token_id is not None and token_id >= num_tokens:
+        raise file.wrong(
+            f"tokenizer.ggml.{role}_token_id", token_id, f"an id below {num_tokens}, the number of tokens"
+        )
     return token_id
 
 

@@ -14,6 +14,11 @@ from argosy.config import ModelConfig
 from argosy.model.families.config_reader import MOST_EXPERTS, ConfigReader
 from argosy.model.families.rope_config import read_rope
 
+# Of a wrapper: the vision tower, and the placeholders that images and video have in a prompt.
+VISION_KEYS = (
+    "vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
+)  # fmt: skip
+
 
 def read_common(
     reader: ConfigReader,

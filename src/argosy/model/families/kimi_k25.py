@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from argosy.config import ModelConfig
 from argosy.model.families import deepseek, kimi_k2
-from argosy.model.families.common_config import in_wrapper
+from argosy.model.families.common_config import VISION_KEYS, in_wrapper
 from argosy.model.families.config_reader import ConfigReader
 from argosy.model.families.deepseek_gguf import GGUF_ARCHITECTURE, open_gguf
 
@@ -29,9 +29,8 @@ LAYOUTS = tuple(
     for layout in deepseek.LAYOUTS
 )
 
-# Of the vision tower, its projector, and the placeholders that images and video have in a prompt.
-_VISION_KEYS = (
-    "vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
+# Of the projector, and more about placeholders.
+_MORE_KEYS = (
     "media_placeholder_token_id", "video_placeholder", "use_unified_vision_chunk", "ignore_index",
     "projection_hidden_size", "projection_layer_norm_eps",
 )  # fmt: skip
@@ -52,6 +51,6 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     config = kimi_k2.read_text(text, MODEL_TYPE)
     text.finish()
     config = in_wrapper(config, wrapper)
-    wrapper.passed(*_VISION_KEYS)
+    wrapper.passed(*VISION_KEYS, *_MORE_KEYS)
     wrapper.finish()
     return config

@@ -9,7 +9,7 @@
 
 Every key is read, or known to change nothing, or refused by its name. Which matrices are quantised is told by the
 tensors that are there (`layout.py`); what is said here is checked against them. A config for several modalities may
-say it at the top or in `text_config`.
+say it at the top or in the part about text.
 
 Sources: `FineGrainedFP8Config` and `Mxfp4Config` of transformers 5.24; `QuantizationConfig` and `QuantizationArgs` of
 compressed-tensors 0.12.
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,8 @@ from argosy.errors import CheckpointError, UnsupportedModel
 QuantizationMethod = Literal["fp8", "int4", "mxfp4"]
 
 KEY = "quantization_config"
+# Where it may stand: at the top, or in the parts about text that a config of several modalities has.
+_PARTS = ((), ("text_config",), ("thinker_config",), ("thinker_config", "text_config"))
 FP8_BLOCK = 128
 INT4_GROUP = 32
 
@@ -69,18 +71,26 @@ def read_quantization(raw: Mapping[str, object], path: Path = Path("config.json"
         UnsupportedModel: another method, or a variant of one, each with what is supported.
         CheckpointError: it is no object, or said twice and differently.
     """
-    text = raw.get("text_config")
-    inner = text.get(KEY) if isinstance(text, dict) else None
-    given = raw.get(KEY)
-    if given is None or inner is None:
-        given = inner if given is None else given
-    elif given != inner:
-        raise CheckpointError(
-            f"{path.name} has two different {KEY}, one of them in text_config", path=path, key=KEY
-        )
-    if given is None:
+    said = list(_all_said(raw))
+    if not said:
         return None
+    _, given = said[0]
+    for where, other in said[1:]:
+        if other != given:
+            raise CheckpointError(
+                f"{path.name} has two different {KEY}, one of them in {where}", path=path, key=KEY
+            )
     return _Reader(given, path).read()
+
+
+def _all_said(raw: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Every `quantization_config` of a config and of its parts, with the part that it is in."""
+    for path in _PARTS:
+        part: object = raw
+        for name in path:
+            part = part.get(name) if isinstance(part, dict) else None
+        if isinstance(part, Mapping) and part.get(KEY) is not None:
+            yield ".".join(path), part[KEY]
 
 
 class _Reader:

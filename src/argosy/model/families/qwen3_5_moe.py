@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from argosy.config import ModelConfig
-from argosy.model.families.common_config import in_wrapper
+from argosy.model.families.common_config import VISION_KEYS, in_wrapper
 from argosy.model.families.config_reader import ConfigReader
 from argosy.model.families.qwen3_5_moe_text import GGUF_ARCHITECTURE, TEXT_LAYOUTS, open_gguf, read_text
 
@@ -20,10 +20,6 @@ MODEL_TYPE = "qwen3_5_moe"
 
 # As the hub has it, and without the prefix, as tools that only keep the text model may write it.
 LAYOUTS = (*(replace(layout, prefix="model.language_model.") for layout in TEXT_LAYOUTS), *TEXT_LAYOUTS)
-
-_VISION_KEYS = (
-    "vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
-)  # fmt: skip
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
@@ -41,6 +37,6 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     config = read_text(text, MODEL_TYPE)
     text.finish()
     config = in_wrapper(config, wrapper)
-    wrapper.passed(*_VISION_KEYS)
+    wrapper.passed(*VISION_KEYS)
     wrapper.finish()
     return config
