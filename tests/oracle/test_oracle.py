@@ -6,7 +6,7 @@ Needs torch and transformers (`make test-oracle`). The reference is float32 arit
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from tests.models.tiny import (
 )
 from tests.models.tiny_latent import deepseek_v2, deepseek_v3
 
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("one_quiet_thread")]
 
 FIRST_SEED = 20_000
 SCALED = tuple(replace(c, config=scaled(c.config, 1.7)) for c in CONFIGURATIONS)
@@ -171,15 +171,6 @@ LARGE = (
         ),
     ),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_quiet_thread() -> Iterator[None]:
-    transformers.utils.logging.disable_progress_bar()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def name_of(configuration: Configuration) -> str:

@@ -7,13 +7,11 @@ of three axes; the configurations of each family cut the pairs of a head into di
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from argosy import Engine
 from tests.models.make_models import load
@@ -22,16 +20,7 @@ from tests.models.runnable import runnable
 from tests.models.tiny import RawConfig, prompt_ids, text_of, write_model
 from tests.models.tiny_wrappers import glm4v_moe, qwen3_omni_moe, qwen3_vl_moe
 
-pytestmark = pytest.mark.filterwarnings("default")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_quiet_thread() -> Iterator[None]:
-    transformers.utils.logging.disable_progress_bar()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("one_quiet_thread")]
 
 
 # As many heads as an absent num_key_value_heads means, and as many dense layers as an absent first_k_dense_replace.
