@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from argosy.config import ModelConfig
 from argosy.model.families import glm4_moe
-from argosy.model.families.common_config import VISION_KEYS, in_wrapper
+from argosy.model.families.common_config import parse_wrapper
 from argosy.model.families.config_reader import ConfigReader
 from argosy.model.families.glm4_moe import GGUF_ARCHITECTURE, open_gguf
 
@@ -32,17 +32,16 @@ _TOKEN_KEYS = ("image_start_token_id", "image_end_token_id", "video_start_token_
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     """Read the text part of a `config.json`, as `Glm4vMoeTextConfig` in transformers 5.24 does.
 
-    Whether the head is the embedding table, and which tokens start and end a text, the wrapper says where it says
-    anything.
-
     Raises:
-        UnsupportedModel: a key or value asks for something that is not built in.
-        CheckpointError: a key is missing, malformed, or contradicts another.
+        What `parse_wrapper` does.
     """
-    wrapper = ConfigReader(raw, MODEL_TYPE)
-    text = wrapper.nested("text_config", "glm4v_moe_text")
+    return parse_wrapper(raw, MODEL_TYPE, ("glm4v_moe_text",), _read_text, *_TOKEN_KEYS)
+
+
+def _read_text(text: ConfigReader) -> ModelConfig:
     text.neutral("use_qk_norm", False)
-    config = glm4_moe.read_text(
+    text.passed("image_token_id", "video_token_id", *_TOKEN_KEYS)
+    return glm4_moe.read_text(
         text,
         MODEL_TYPE,
         has_qk_norm=False,
@@ -51,9 +50,3 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         context_tokens=65_536,
         has_axes=True,
     )
-    text.passed("image_token_id", "video_token_id", *_TOKEN_KEYS)
-    text.finish()
-    config = in_wrapper(config, wrapper)
-    wrapper.passed(*VISION_KEYS, *_TOKEN_KEYS)
-    wrapper.finish()
-    return config

@@ -7,7 +7,7 @@ there. Qwen3-VL-MoE and the thinker of Qwen3-Omni have the same text model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from argosy.checkpoint.files import ModelFiles
@@ -41,12 +41,11 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     reader = ConfigReader(raw, MODEL_TYPE)
-    num_layers = reader.integer("num_hidden_layers", default=24, most=MOST_LAYERS)
     config = read_text(
         reader,
         MODEL_TYPE,
-        num_layers=num_layers,
-        sliding_window=_read_window(reader, num_layers),
+        _read_window,
+        num_layers=24,
         renormalize=False,
         expert_width=768,
         dense_width=6144,
@@ -67,9 +66,9 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
 def read_text(
     reader: ConfigReader,
     family: str,
+    read_window: Callable[[ConfigReader, int], int] | None = None,
     *,
     num_layers: int,
-    sliding_window: int = 0,
     renormalize: bool,
     expert_width: int,
     dense_width: int,
@@ -78,9 +77,15 @@ def read_text(
     """The text model of this family and of those that also see and hear; the caller calls `finish()`.
 
     Args:
-        num_layers, sliding_window: as they are; what follows is what an absent key means.
-        defaults: those of `read_common`.
+        read_window: reads the sliding window of so many layers; None: the family has none.
+        num_layers and the following: what an absent key means; `defaults` are those of `read_common`.
     """
+    num_layers = reader.integer("num_hidden_layers", default=num_layers, most=MOST_LAYERS)
+    if read_window is None:
+        reader.layer_types(num_layers, ("full_attention",))
+        reader.neutral("sliding_window", None)
+        reader.neutral("use_sliding_window", False)
+    window = read_window(reader, num_layers) if read_window is not None else 0
     common = read_common(reader, **defaults)
     is_moe = read_moe_layers(reader, num_layers)
     has_bias = reader.flag("attention_bias", False)
@@ -90,7 +95,7 @@ def read_text(
     reader.neutral("shared_expert_intermediate_size", 0, None)
     return ModelConfig(
         family=family,
-        layers=tuple(LayerConfig(is_moe=moe, sliding_window=sliding_window) for moe in is_moe),
+        layers=tuple(LayerConfig(is_moe=moe, sliding_window=window) for moe in is_moe),
         expert_width=reader.integer("moe_intermediate_size", default=expert_width),
         router=RouterConfig(renormalize=reader.flag("norm_topk_prob", renormalize)),
         dense_width=reader.integer("intermediate_size", default=dense_width),

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from argosy.config import ModelConfig
 from argosy.model.families.common_config import VISION_KEYS, in_wrapper
-from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.families.config_reader import ConfigReader
 from argosy.model.families.qwen3_moe import read_text
 from argosy.model.families.qwen3_vl_moe import GGUF_ARCHITECTURE, open_gguf
 from argosy.model.families.qwen_moe import make_layouts
@@ -51,13 +51,10 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     whole = ConfigReader(raw, MODEL_TYPE)
     thinker = whole.nested("thinker_config", "qwen3_omni_moe_thinker")
     text = thinker.nested("text_config", "qwen3_omni_moe_text")
-    num_layers = text.integer("num_hidden_layers", default=28, most=MOST_LAYERS)
-    text.neutral("sliding_window", None)
-    text.neutral("use_sliding_window", False)
     config = read_text(
         text,
         MODEL_TYPE,
-        num_layers=num_layers,
+        num_layers=28,
         renormalize=True,
         expert_width=768,
         dense_width=18_944,

@@ -15,8 +15,8 @@ from dataclasses import replace
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import ModelConfig
-from argosy.model.families.common_config import VISION_KEYS, in_wrapper
-from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.families.common_config import parse_wrapper
+from argosy.model.families.config_reader import ConfigReader
 from argosy.model.families.gguf_config import GgufConfigReader
 from argosy.model.families.qwen3_moe import open_qwen3_gguf, read_text
 from argosy.model.families.qwen_moe import make_layouts
@@ -34,24 +34,18 @@ LAYOUTS = (_SEPARATE, replace(_FUSED, fused_names=None, transposed_names=_FUSED.
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     """Read the text part of a `config.json`, as `Qwen3VLMoeTextConfig` in transformers 5.24 does.
 
-    Whether the head is the embedding table, and which tokens start and end a text, the wrapper says where it says
-    anything.
-
     Raises:
-        UnsupportedModel: a key or value asks for something that is not built in.
-        CheckpointError: a key is missing, malformed, or contradicts another.
+        What `parse_wrapper` does.
     """
-    wrapper = ConfigReader(raw, MODEL_TYPE)
-    text = wrapper.nested("text_config", "qwen3_vl_moe_text")
-    num_layers = text.integer("num_hidden_layers", default=24, most=MOST_LAYERS)
-    text.layer_types(num_layers, ("full_attention",))
+    return parse_wrapper(raw, MODEL_TYPE, ("qwen3_vl_moe_text",), _read_text)
+
+
+def _read_text(text: ConfigReader) -> ModelConfig:
     text.neutral("norm_topk_prob", True)
-    text.neutral("sliding_window", None)
-    text.neutral("use_sliding_window", False)
-    config = read_text(
+    return read_text(
         text,
         MODEL_TYPE,
-        num_layers=num_layers,
+        num_layers=24,
         renormalize=True,
         expert_width=1408,
         dense_width=5632,
@@ -66,11 +60,6 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         num_experts=60,
         experts_per_token=4,
     )
-    text.finish()
-    config = in_wrapper(config, wrapper)
-    wrapper.passed(*VISION_KEYS)
-    wrapper.finish()
-    return config
 
 
 def open_gguf(file: GgufFile) -> ModelFiles:
