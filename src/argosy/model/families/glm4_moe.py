@@ -23,7 +23,7 @@ from argosy.model.families.deepseek import (
 )
 from argosy.model.families.deepseek_gguf import read_dense_layers, read_grouped_router
 from argosy.model.families.gguf_config import SIGMOID, GgufConfigReader
-from argosy.model.families.gguf_layout import read_gguf_layout
+from argosy.model.families.gguf_layout import dense_name, read_gguf_layout
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config", "read_text"]
 
@@ -104,7 +104,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     num_dense = read_dense_layers(reader, num_layers)
     reader.neutral("expert_gating_func", 0, SIGMOID)
     router = read_grouped_router(
-        reader, is_sigmoid=True, has_choice_bias=f"blk.{num_dense}.exp_probs_b.bias" in file.tensors
+        reader, is_sigmoid=True, has_choice_bias=dense_name(f"layers.{num_dense}.choice_bias") in file.tensors
     )
     expert_width = reader.integer("expert_feed_forward_length")
     config = ModelConfig(
@@ -114,8 +114,8 @@ def open_gguf(file: GgufFile) -> ModelFiles:
         router=require_groups(router, common["num_experts"], common["experts_per_token"]),
         dense_width=reader.integer("feed_forward_length"),
         shared_width=reader.integer("expert_shared_count", 0, least=0) * expert_width,
-        has_qkv_bias="blk.0.attn_q.bias" in file.tensors,
-        qk_norm="head" if "blk.0.attn_q_norm.weight" in file.tensors else "none",
+        has_qkv_bias=dense_name("layers.0.q_bias") in file.tensors,
+        qk_norm="head" if dense_name("layers.0.q_norm") in file.tensors else "none",
         num_mtp_layers=reader.num_mtp_layers(),
         **common,
     )
