@@ -147,6 +147,7 @@ LONG = base64.b64encode(b"x" * 513).decode()
         (_line(300, "YWI= 1234567890"), r"line 301 is 'YWI= 1234567890', expected base64"),
         (_line(300, f"{LONG} 300"), r"line 301 has a token of 513 bytes, more than 512"),
         (_line(300, "eHl6enk= 299"), r"line 301 gives rank 299 a second time"),
+        (lambda lines: lines.append(lines[7]), r"gives rank 7 a second time"),
         (_line(300, "YQ== 300"), r"gives ranks \d+ and 300 to the same token"),
         (_line(300, "eHl6enk= 9000"), rf"has {NUM_RANKS} tokens and none of rank 300; expected ranks from 0 on"),
         (_without(300), rf"has {NUM_RANKS - 1} tokens and none of rank 300"),

@@ -92,8 +92,9 @@ def _read_ranks(path: Path) -> list[bytes]:
             )
         if len(token) > LONGEST_TOKEN:
             raise _damaged(path, number, f"has a token of {len(token)} bytes, more than {LONGEST_TOKEN}")
-        if by_rank.setdefault(rank := int(digits), token) is not token:
+        if (rank := int(digits)) in by_rank:
             raise _damaged(path, number, f"gives rank {rank} a second time")
+        by_rank[rank] = token
     tokens = [token for _, token in sorted(by_rank.items())]
     if missing := set(range(len(tokens))) - by_rank.keys():
         raise CheckpointError(
