@@ -164,6 +164,11 @@ def test_a_config_beside_the_manifest_that_says_otherwise_is_refused(packed: Pat
             lambda c: c["config"]["layers"][0].update(mixer="latent"),
             "config.latent is None, null; expected an object, for layers whose mixer is latent",
         ),
+        (
+            lambda c: c["config"].update(layers=[]),
+            "config.layers is [], a list; expected layers with routed experts",
+        ),
+        (lambda c: c["config"].update(num_experts=0), "expected layers with routed experts"),
         (lambda c: c["config"]["rope"].update(theta="x"), "config.rope.theta is x, text; expected float"),
         (lambda c: c.pop("experts"), "expected the keys format, config, dense, experts, files"),
     ],

@@ -140,6 +140,15 @@ def test_routing_keys_are_read(write: Write) -> None:
     assert open_model(path).config.router == RouterConfig(renormalize=False)
 
 
+def test_an_id_that_means_none_is_no_token(write: Write) -> None:
+    def name_none(writer: GGUFWriter) -> None:
+        writer.add_eot_token_id(2**32 - 1)
+        writer.kv_data[0]["tokenizer.ggml.bos_token_id"].value = 2**32 - 1
+
+    config = open_model(write("qwen3moe", extra=name_none)).config
+    assert (config.eos_ids, config.bos_id) == ((2,), None)
+
+
 def test_layers_for_multi_token_prediction_are_counted_and_left_alone(write: Write) -> None:
     tensors = {f"blk.2.nextn.{name}.weight": np.ones(4, np.float32) for name in ("eh_proj", "enorm", "hnorm")}
     tensors["blk.2.attn_norm.weight"] = np.ones(32, np.float32)

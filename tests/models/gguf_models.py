@@ -131,18 +131,21 @@ def write_gguf_model(
     split_kv: bool = True,
     tensors_per_part: int = 0,
     has_bare_first_part: bool = False,
+    sections: tuple[int, ...] = (),
 ) -> Path:
     """Write `path` and, in a directory named `<path>.f32`, the dequantised weights; returns that directory.
 
     With `split_experts`, every expert is a tensor of its own, as in files of early 2024; without `split_kv`, keys and
     values of latent attention come from one, as in files before April 2025. With `tensors_per_part`, the model comes in
-    parts beside `path`, the first of which may have no tensors.
+    parts beside `path`, the first of which may have no tensors. With `sections`, those of the axes that positions in
+    images have, it is the text part of a model that also sees: of Qwen3-VL-MoE or GLM-4.5V.
     """
     rng = np.random.default_rng([seed, 3])
     exact: dict[str, Array] = {}
+    architecture = ARCHITECTURES[config["model_type"]]
     writer = GGUFWriter(
         path,
-        ARCHITECTURES[config["model_type"]],
+        "qwen3vlmoe" if sections and architecture == "qwen3moe" else architecture,
         split_max_tensors=tensors_per_part,
         small_first_shard=has_bare_first_part,
     )
@@ -150,6 +153,10 @@ def write_gguf_model(
         add_latent_metadata(writer, text_of(config), split_kv=split_kv)
     else:
         add_metadata(writer, config)
+    if sections:
+        writer.add_rope_dimension_sections([*sections, 0])
+        if architecture == "qwen3moe":
+            writer.add_num_deepstack_layers(3)
     stacks: dict[str, list[Array]] = {}
     for hub_name, values in random_tensors(config, seed, "F32").items():
         if not is_in_gguf(hub_name, config):

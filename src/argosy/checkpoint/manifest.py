@@ -190,6 +190,8 @@ def read_manifest(directory: Path) -> Manifest:
     for mixer, sizes in (("latent", config.latent), ("delta", config.delta)):
         if sizes is None and any(layer.mixer == mixer for layer in config.layers):
             raise reader.wrong(f"config.{mixer}", None, f"an object, for layers whose mixer is {mixer}")
+    if not config.moe_layers or not config.num_experts:
+        raise reader.wrong("config.layers", contents["config"]["layers"], "layers with routed experts")
     return Manifest(
         format=str(contents["format"]),
         config=config,

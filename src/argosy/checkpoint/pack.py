@@ -14,8 +14,8 @@ that of the keys in the order in which it is multiplied, `source` writes them wh
 
 Norms, biases and the rows that score experts stay float32, exactly: a rounded router does not blur a sum, it
 picks another expert. From float32 or float16, `bf16` rounds to nearest even: it was asked for by name.
-Formats that models are
-released in (f8, int4, mxfp4) count as exact; what somebody quantised, such as a GGUF, is never quantised again.
+Formats that models are released in (f8, int4, mxfp4) count as exact; what somebody quantised, such as a GGUF, is
+never quantised again.
 
 Memory is bounded by one record and a few slices, whatever the model's size. A pack that is killed goes on
 where it stopped: what the journal names is read again and compared with its checksum, the rest is written.
@@ -90,18 +90,15 @@ from argosy.errors import CheckpointError, DiskFull, UsageError
 __all__ = ["PACK_FORMATS", "PackReport", "open_pack", "pack", "verify_pack"]
 
 PACK_FORMATS = ("bf16", "q8", "q4", "source")
-REQUANTISED: tuple[Format, ...] = (
-    "f8",
-    "int4",
-    "mxfp4",
-)  # what models are released in: the weights are exact
+# What models are released in: the weights are exact.
+REQUANTISED: tuple[Format, ...] = ("f8", "int4", "mxfp4")
 JOURNAL_FILE = "journal"
 
 _SLICE_VALUES = 1 << 20  # of a matrix that is read and converted at once
 _COPIED_NAMES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json",
-    "merges.txt", GGUF_METADATA_FILE,
+    "merges.txt", "tiktoken.model", GGUF_METADATA_FILE,
 )  # fmt: skip
 _COPIED_PREFIXES = ("LICENSE", "LICENCE", "NOTICE")
 
@@ -129,13 +126,14 @@ def pack(
 
     Args:
         files: a checkpoint in place, or a pack that is not quantised.
-        destination: a directory that does not exist yet; `<destination>.partial` is used until the pack is
-        whole. format: bf16, q8, q4 or source. progress: called with what is being done and the share of it
-        that is done.
+        destination: a directory that does not exist yet; `<destination>.partial` is used until the pack is whole.
+        format: bf16, q8, q4 or source.
+        progress: called with what is being done and the share of it that is done.
 
     Raises:
-        UsageError: the format is unknown, the source is quantised, `destination` exists, or another process
-        packs to it. DiskFull: there is no room; what was written stays, and the same call continues.
+        UsageError: the format is unknown, the source is quantised, `destination` exists, or another process packs
+            to it.
+        DiskFull: there is no room; what was written stays, and the same call continues.
         CheckpointError: the source changed meanwhile, or holds values that are not numbers.
     """
     started = time.monotonic()
@@ -202,9 +200,8 @@ class _SourceMatrix:
     block_type: str | None = None
     paired_heads: int = 0
     strides: tuple[int, int] | None = None
-    pieces: tuple[
-        Piece, ...
-    ] = ()  # quants and scales apart: they land in one memory, the matrix at `offset` in it
+    # Quants and scales apart: they land in one memory, the matrix at `offset` in it.
+    pieces: tuple[Piece, ...] = ()
     half: tuple[KeyValueRows, bool] | None = None  # what kv_up makes k_up (true) or v_up of
 
     @property

@@ -25,6 +25,7 @@ from argosy.model.families import (
     deepseek_v3,
     glm4_moe,
     glm4_moe_lite,
+    glm4v_moe,
     gpt_oss,
     kimi_k2,
     kimi_k25,
@@ -36,6 +37,8 @@ from argosy.model.families import (
     qwen3_5_moe_text,
     qwen3_moe,
     qwen3_next,
+    qwen3_omni_moe,
+    qwen3_vl_moe,
 )
 from argosy.model.families.config_reader import ConfigReader
 from argosy.model.families.layout import Layout, read_layout
@@ -76,6 +79,9 @@ FAMILIES: Mapping[str, Family] = {
         glm4_moe,
         olmoe,
         minimax_m2,
+        qwen3_vl_moe,
+        qwen3_omni_moe,
+        glm4v_moe,
     )
 }
 
