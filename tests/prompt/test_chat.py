@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from argosy.errors import CheckpointError, UsageError
-from argosy.prompt.chat import ChatTemplate, Worker, check_messages, render
+from argosy.prompt.chat import ChatTemplate, Worker
+from argosy.prompt.messages import Turn, check_messages
 from argosy.prompt.prompt import Prompt, PromptBuilder
 from argosy.prompt.template_worker import Refused, _Generation, render_segments
-from argosy.prompt.tokenizer import Tokenizer
+from argosy.prompt.tokenizer import Tokenizer, text_of
 from tests.prompt.templates_for_tests import ALL, LLAMA2, MIXTRAL, QWEN3, TRICKS
 from tests.prompt.tokenizers_for_tests import CHATML, SPECIAL, STRUCTURAL, byte_level_json, llama_json
 
@@ -31,6 +32,7 @@ SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 Messages = list[dict[str, str]]
 BYTE_LEVEL = Tokenizer(tokenizers.Tokenizer.from_str(byte_level_json()), config={"eos_token": "<|im_end|>"})
 HI: Messages = [{"role": "user", "content": "Hi"}]
+HI_TURNS = check_messages(HI)
 
 
 def segments_of(template: str, messages: Messages, **variables: object) -> list[tuple[bool, str]]:
@@ -109,7 +111,7 @@ def test_thinking_of_earlier_turns_is_cut_off_as_the_model_expects() -> None:
         "{{ messages[0].content | urlencode }}",
         "{{ messages[0].content | wordwrap(3) }}",
         "{{ messages[0].content.split()[2] | int }}",
-        "{{ {'<b> x&y 42 words': '1'}[messages[0].content] | length }}{{ ('%r' % messages[0].content) }}",
+        "{{ messages[0].content.encode() }}",
     ],
 )
 def test_a_template_that_makes_new_text_of_the_callers_is_refused(template: str) -> None:
@@ -117,6 +119,16 @@ def test_a_template_that_makes_new_text_of_the_callers_is_refused(template: str)
     with pytest.raises(Refused) as caught:
         segments_of(template, messages)
     assert caught.value.kind == "computed"
+
+
+def test_a_caller_s_text_is_marked_inside_what_python_prints_of_lists_and_objects() -> None:
+    said = "'<|im_end|>\n\"é"
+    messages = [{"role": "user", "content": said, "more": {said: [said, None]}}]
+    segments = segments_of(
+        "{{ [messages[0].content] }}{{ messages[0].more | string }}{{ '%r' % 1 }}", messages
+    )
+    assert "".join(text for _, text in segments) == f"{[said]}{ {said: [said, None]} }1"
+    assert "".join(text for is_callers, text in segments if not is_callers) == "[]{: [, None]}1"
 
 
 def test_the_shadows_themselves_are_no_way_in() -> None:
@@ -155,39 +167,40 @@ def chatml() -> Iterator[ChatTemplate]:
 
 
 def test_rendering_gives_the_ids_of_the_whole_text(chatml: ChatTemplate) -> None:
-    prompt = render(HI, BYTE_LEVEL, chatml)
-    assert prompt.text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    assert prompt.token_ids == tuple(BYTE_LEVEL._core.encode(prompt.text, add_special_tokens=False).ids)
-    shorter = render(HI, BYTE_LEVEL, chatml, add_generation_prompt=False)
-    assert prompt.text.startswith(shorter.text)
-    assert shorter.text.endswith("Hi<|im_end|>\n")
+    segments = chatml.segments(HI_TURNS)
+    text = text_of(segments)
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert BYTE_LEVEL.encode_segments(segments) == BYTE_LEVEL._core.encode(text, add_special_tokens=False).ids
+    shorter = text_of(chatml.segments(HI_TURNS, add_generation_prompt=False))
+    assert text.startswith(shorter)
+    assert shorter.endswith("Hi<|im_end|>\n")
 
 
 def test_one_process_answers_again_and_a_new_one_replaces_it_when_it_is_gone(chatml: ChatTemplate) -> None:
-    first = chatml.segments(HI)
+    first = chatml.segments(HI_TURNS)
     process = chatml._worker._process  # type: ignore[union-attr]
-    assert chatml.segments(HI) == first
+    assert chatml.segments(HI_TURNS) == first
     assert chatml._worker._process is process  # type: ignore[union-attr]
     process.kill()
     process.wait()
-    assert chatml.segments(HI) == first
+    assert chatml.segments(HI_TURNS) == first
 
 
 def test_a_process_that_was_started_before_the_template_was_known_renders_it(chatml: ChatTemplate) -> None:
     worker = Worker()
-    early = ChatTemplate(chatml._source, chatml._special_tokens, worker=worker)
-    assert early.segments(HI) == chatml.segments(HI)
+    early = ChatTemplate(chatml.source, chatml._special_tokens, worker=worker)
+    assert early.segments(HI_TURNS) == chatml.segments(HI_TURNS)
     assert early._worker is worker
     early.close()
     assert not worker.is_alive
 
 
 def test_the_process_ends_by_itself_when_nobody_asks(chatml: ChatTemplate) -> None:
-    chatml.segments(HI)
+    chatml.segments(HI_TURNS)
     worker = chatml._worker
     assert worker is not None
     assert worker._process.wait(timeout=20) == 0
-    assert chatml.segments(HI)
+    assert chatml.segments(HI_TURNS)
 
 
 def test_a_template_that_does_not_end_is_stopped() -> None:
@@ -195,7 +208,7 @@ def test_a_template_that_does_not_end_is_stopped() -> None:
     template = ChatTemplate(loops, render_seconds=0.5)
     start = time.monotonic()
     with pytest.raises(CheckpointError, match=r"did not end within 0\.5 seconds"):
-        template.segments(HI)
+        template.segments(HI_TURNS)
     assert time.monotonic() - start < 20
     assert template._worker is None
 
@@ -205,9 +218,9 @@ def test_a_template_that_does_not_end_is_stopped() -> None:
     [
         (
             "{% for a in range(99999) %}xxxxxxxxxxxxxxxxxxxxxxxxxxxxxx{% endfor %}",
-            "more than 10485.. characters",
+            r"more than 1048\d{3} characters",
         ),
-        ("{{ 'x' * 9999999 }}", "more than 10485.. characters"),
+        ("{{ 'x' * 9999999 }}", r"more than 1048\d{3} characters"),
         ("{{ ('x' * 999999999) | length }}", "more memory"),
         (
             "{% set n = namespace(x='x') %}{% for a in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
@@ -228,7 +241,7 @@ def test_a_template_that_does_not_end_is_stopped() -> None:
 def test_a_bad_template_fails_with_its_reason(source: str, sentence: str) -> None:
     template = ChatTemplate(source)
     with pytest.raises(CheckpointError, match=sentence):
-        template.segments(HI)
+        template.segments(HI_TURNS)
     template.close()
 
 
@@ -239,16 +252,16 @@ def test_a_format_string_reaches_no_inside_of_python() -> None:
 def test_what_a_template_refuses_is_said_in_its_words() -> None:
     template = ChatTemplate(MIXTRAL, SPECIAL_TOKENS)
     with pytest.raises(UsageError, match="refuses this conversation: Conversation roles must alternate"):
-        template.segments([*HI, *HI])
-    with pytest.raises(UsageError, match="Only user and assistant roles are supported!"):
-        template.segments([*HI, {"role": "tool", "content": "4"}])
+        template.segments([*HI_TURNS, *HI_TURNS])
+    with pytest.raises(UsageError, match="has no place for tool calls and their results"):
+        template.segments([*HI_TURNS, Turn("tool", "4")])
     template.close()
 
 
 def test_a_template_that_hides_whose_text_it_writes_is_refused_with_a_way_out() -> None:
     template = ChatTemplate("{{ messages[0].content | e }}")
     with pytest.raises(CheckpointError, match="cannot be used safely") as caught:
-        template.segments([{"role": "user", "content": "a < b"}])
+        template.segments(check_messages([{"role": "user", "content": "a < b"}]))
     assert "--raw" in str(caught.value.hint)
     template.close()
 
@@ -276,39 +289,29 @@ def test_the_process_can_open_no_file() -> None:
 
 def test_a_long_message_is_rendered_in_time(chatml: ChatTemplate) -> None:
     said = "The quick brown fox é <|im_end|>\n" * 30_000
-    segments = chatml.segments([{"role": "user", "content": said}])
+    segments = chatml.segments(check_messages([{"role": "user", "content": said}]))
     assert [text for is_callers, text in segments if is_callers] == [said]
 
 
-# Messages
-
-
-@pytest.mark.parametrize(
-    ("messages", "sentence"),
-    [
-        ([], "at least one message"),
-        ([{"role": "user"}], "message 0: no 'content'"),
-        ([{"content": "x"}], "message 0: no 'role'"),
-        (
-            [{"role": "robot", "content": "x"}],
-            "unknown role 'robot'; known: system, developer, user, assistant, tool",
-        ),
-        ([{"role": "user", "content": 3}], "content is a int, expected text"),
-        ([*HI, {"role": "user", "content": "x", "name": "y"}], "message 1: unknown key 'name'"),
-        ([*HI, {"role": "assistant", "content": "x"}], "nothing to answer"),
-        ([{"role": "user", "content": "\udc00"}], "lone surrogate"),
-    ],
-)
-def test_messages_that_cannot_be_meant_are_named(messages: Messages, sentence: str) -> None:
-    with pytest.raises(UsageError, match=sentence):
-        check_messages(messages)
+# Variables
 
 
 def test_variables_with_a_meaning_of_their_own_are_refused(chatml: ChatTemplate) -> None:
     with pytest.raises(UsageError, match="'messages' is not a variable to be set"):
-        chatml.segments(HI, variables={"messages": None})
+        chatml.segments(HI_TURNS, variables={"messages": None})
     with pytest.raises(UsageError, match="'tree' is a dict, expected text, a number or a truth"):
-        chatml.segments(HI, variables={"tree": {"<|im_end|>": 1}})  # type: ignore[dict-item]
+        chatml.segments(HI_TURNS, variables={"tree": {"<|im_end|>": 1}})  # type: ignore[dict-item]
+
+
+def test_only_variables_that_the_template_reads_can_be_set(chatml: ChatTemplate) -> None:
+    with pytest.raises(UsageError, match="does not read the variable 'enable_thinking'; it reads: none"):
+        chatml.segments(HI_TURNS, variables={"enable_thinking": False})
+    template = ChatTemplate(QWEN3)
+    text = text_of(template.segments(HI_TURNS, variables={"enable_thinking": False}))
+    assert text.endswith("<think>\n\n</think>\n\n")
+    with pytest.raises(UsageError, match="'range'; it reads: enable_thinking"):
+        template.segments(HI_TURNS, variables={"range": 1})
+    template.close()
 
 
 # Every way to ask

@@ -37,7 +37,7 @@ You are a helpful AI assistant<|im_end|>
 
 
 @functools.cache
-def byte_level_json() -> str:
+def byte_level_json(structural: tuple[str, ...] = tuple(STRUCTURAL)) -> str:
     """Like Qwen and SmolLM: byte-level BPE; special tokens, structural ones, and runs of spaces as tokens."""
     core = Tokenizer(models.BPE())
     split = Regex(
@@ -58,7 +58,7 @@ def byte_level_json() -> str:
         show_progress=False,
     )
     core.train_from_iterator(TEXT.splitlines(keepends=True) * 3, trainer)
-    core.add_tokens([AddedToken(text, normalized=False) for text in STRUCTURAL])
+    core.add_tokens([AddedToken(text, normalized=False) for text in structural])
     return core.to_str()
 
 

@@ -49,7 +49,8 @@ from argosy.model.layers import kv_shapes
 from argosy.model.weights import DenseReading
 from argosy.model.workspace import Workspace
 from argosy.plan import machine
-from argosy.prompt.prompt import Message, Prompt, PromptBuilder
+from argosy.prompt.messages import Message
+from argosy.prompt.prompt import Prompt, PromptBuilder
 from argosy.prompt.tokenizer import Tokenizer, has_chat_template
 
 if TYPE_CHECKING:

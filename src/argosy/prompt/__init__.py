@@ -1,11 +1,13 @@
 """From what a caller says to token ids, and from token ids to text.
 
-    messages -> chat.py -> segments (template's, caller's) -> tokenizer.py -> Prompt
-    token id -> tokenizer.py StreamDecoder -> stop.py -> text for the caller
+    messages, tools -> messages.py, tools.py -> chat.py -> segments (template's, caller's) -> tokenizer.py -> Prompt
+    token id -> tokenizer.py StreamDecoder -> formats/ -> text, thoughts, tool calls; or stop.py -> text
+    answer -> replay.py -> the same tokens, when its conversation comes back
 
-Text from a caller never becomes a control token, whatever it spells.
+Text from a caller never becomes a control token, whatever it spells, and wherever it says it.
 """
 
-from argosy.prompt.prompt import Message, Prompt
+from argosy.prompt.messages import Message
+from argosy.prompt.prompt import Prompt
 
 __all__ = ["Message", "Prompt"]

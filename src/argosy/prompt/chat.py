@@ -1,13 +1,14 @@
-"""From messages to a prompt, by the model's chat template.
+"""From messages to a rendered conversation, by the model's chat template.
 
-    messages -> check -> template, in a process of its own -> segments -> tokenizer -> Prompt
+    messages, tools -> check -> shape -> template, in a process of its own -> segments
 
 A template is a program from a model's directory. It runs in `template_worker.py` under bounds of time, memory and
 output, and it never gets to decide what a caller's text is: that text is marked character by character, and only what
 the template itself wrote may become a control token. A template that makes new text of a caller's (beyond
 cutting, trimming, repeating and changing case) is refused.
 
-Elsewhere: how text is marked is `taint.py`; how segments become ids is `tokenizer.py`.
+Elsewhere: what a client may send is `messages.py` and `tools.py`; what a template wants of it is `template_shape.py`;
+how text is marked is `taint.py`; how segments become ids is `tokenizer.py`.
 """
 
 from __future__ import annotations
@@ -27,76 +28,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from argosy.errors import ArgosyError, CheckpointError, UsageError
-from argosy.prompt.prompt import Message, Prompt
+from argosy.prompt.json_text import plain_json
+from argosy.prompt.messages import Turn
+from argosy.prompt.template_shape import Shape, find_shape
+from argosy.prompt.tools import Tool
 
 if TYPE_CHECKING:
-    from argosy.prompt.tokenizer import Segment, Tokenizer
+    from argosy.prompt.tokenizer import Segment
 
-__all__ = ["ROLES", "ChatTemplate", "Prompt", "check_messages", "render"]
+Variables = Mapping[str, str | float | bool | None]
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
+_RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 _START_SECONDS = 30.0  # an interpreter and jinja2: 0.1 s on an idle machine
 _RENDER_SECONDS = 5.0
-_RENDER_SECONDS_PER_MILLION = 4.0  # characters of the messages
-_TEMPLATE_CHARACTERS = 1 << 20  # what a template may write, beyond the messages twice
-
-
-def check_messages(
-    messages: Sequence[Message], *, add_generation_prompt: bool = True
-) -> list[dict[str, str]]:
-    """The messages as plain dicts, or a sentence about the first thing that is wrong with them.
-
-    Raises:
-        UsageError: none, an unknown role or key, content that is not text, or nothing for the model to answer.
-    """
-    if not messages:
-        raise UsageError("a conversation needs at least one message")
-    checked = []
-    for at, message in enumerate(messages):
-        unknown = [key for key in message if key not in ("role", "content")]
-        if unknown:
-            raise UsageError(f"message {at}: unknown key '{unknown[0]}'; known: role, content")
-        for key in ("role", "content"):
-            if key not in message:
-                raise UsageError(f"message {at}: no '{key}'")
-            if not isinstance(message[key], str):
-                raise UsageError(f"message {at}: {key} is a {type(message[key]).__name__}, expected text")
-        if message["role"] not in ROLES:
-            raise UsageError(f"message {at}: unknown role '{message['role']}'; known: {', '.join(ROLES)}")
-        try:
-            message["content"].encode()
-        except UnicodeEncodeError:
-            raise UsageError(f"message {at}: the text holds half a character (a lone surrogate)") from None
-        checked.append({"role": str(message["role"]), "content": str(message["content"])})
-    if add_generation_prompt and checked[-1]["role"] == "assistant":
-        raise UsageError("the last message is the assistant's, so there is nothing to answer")
-    return checked
-
-
-def render(
-    messages: Sequence[Message],
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-    *,
-    add_generation_prompt: bool = True,
-    variables: Mapping[str, str | float | bool | None] | None = None,
-) -> Prompt:
-    """The prompt that asks a model to go on with `messages`.
-
-    Args:
-        messages: role and content each.
-        tokenizer: of the same model as `template`.
-        template: renders the messages.
-        add_generation_prompt: open the assistant's turn, for it to be answered.
-        variables: further variables of the template (`enable_thinking`); text in them is a caller's text.
-
-    Raises:
-        UsageError: messages that cannot be meant, or that the template refuses.
-        CheckpointError: the template fails, does not end, or hides whose text it writes.
-    """
-    segments = template.segments(messages, add_generation_prompt=add_generation_prompt, variables=variables)
-    return Prompt(tuple(tokenizer.encode_segments(segments)), "".join(text for _, text in segments))
+_RENDER_SECONDS_PER_MILLION = 4.0  # characters of what is rendered
+_TEMPLATE_CHARACTERS = 1 << 20  # what a template may write, beyond what it is given twice
 
 
 class ChatTemplate:
@@ -114,47 +60,100 @@ class ChatTemplate:
         render_seconds: float = _RENDER_SECONDS,
         worker: Worker | None = None,
     ) -> None:
-        self._source = source
+        self.source = source
         self._special_tokens = dict(special_tokens or {})
         self._render_seconds = render_seconds
         self._worker = worker
+        self._found_shape: Shape | None = None
         self._lock = threading.Lock()
 
     def segments(
         self,
-        messages: Sequence[Message],
+        turns: Sequence[Turn],
+        tools: Sequence[Tool] = (),
         *,
         add_generation_prompt: bool = True,
-        variables: Mapping[str, str | float | bool | None] | None = None,
+        variables: Variables | None = None,
     ) -> list[Segment]:
-        """Render `messages`: (is the caller's, text) in order. Errors as `render`."""
-        checked = check_messages(messages, add_generation_prompt=add_generation_prompt)
-        variables = dict(variables or {})
-        taken = {*self._special_tokens, "messages", "add_generation_prompt", "tools", "documents"}
-        if clash := taken & variables.keys():
+        """Render a conversation: (is the caller's, text) in order.
+
+        Args:
+            turns: checked messages.
+            tools: what the model may call.
+            add_generation_prompt: open the assistant's turn, for it to be answered.
+            variables: further variables of the template (`enable_thinking`); text in them is a caller's text.
+
+        Raises:
+            UsageError: a variable that the template does not read, tools it does not know of, or a conversation
+                that it refuses or has no place for.
+            CheckpointError: the template fails, does not end, or hides whose text it writes.
+        """
+        if variables:
+            self._check_variables(variables)
+        if tools and not self.shape.takes_tools:
             raise UsageError(
-                f"'{min(clash)}' is not a variable to be set: it has its own meaning in templates"
+                "this model's chat template takes no tools",
+                hint="leave `tools` out, or run a model that calls tools",
             )
+        if tools or not all(map(_is_plain, turns[:1])) or not all(map(_is_plainer, turns[1:])):
+            messages = self.shape.messages(turns)
+        else:  # what every template knows, so the first prompt need not wait for the shape
+            messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        made_tools = [tool.as_template_reads_it() for tool in tools] or None
+        answer = self._render(messages, made_tools, dict(variables or {}), add_generation_prompt)
+        if "segments" in answer:
+            return [(bool(is_callers), str(text)) for is_callers, text in answer["segments"]]
+        raise _failure(str(answer.get("kind")), str(answer.get("message")))
+
+    @property
+    def shape(self) -> Shape:
+        """What the template reads and prints; it is asked once, with a dozen small conversations."""
+        if self._found_shape is None:
+            answer = self._ask({"read": self.source}, self._render_seconds)
+            if "variables" not in answer:
+                raise _failure(str(answer.get("kind")), str(answer.get("message")))
+            variables = frozenset(answer["variables"]) - _RESERVED - self._special_tokens.keys()
+            self._found_shape = find_shape(variables, frozenset(answer["names"]), self._attempt)
+        return self._found_shape
+
+    def _attempt(self, messages: list[dict[str, Any]], tools: list[dict[str, object]] | None) -> str | None:
+        answer = self._render(messages, tools, {}, True)
+        return "".join(text for _, text in answer["segments"]) if "segments" in answer else None
+
+    def _check_variables(self, variables: Variables) -> None:
         for name, value in variables.items():
+            if name in _RESERVED or name in self._special_tokens:
+                raise UsageError(f"'{name}' is not a variable to be set: it has its own meaning in templates")
             if not isinstance(value, str | int | float | None):
                 raise UsageError(
                     f"variable '{name}' is a {type(value).__name__}, expected text, a number or a truth"
                 )
-        length = sum(len(message["content"]) for message in checked)
-        fixed = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-        request = {
-            "template": self._source,
-            "messages": checked,
-            "fixed": {**self._special_tokens, **fixed},
-            "variables": variables,
-            "max_characters": _TEMPLATE_CHARACTERS + 2 * length,
-        }
-        seconds = self._render_seconds + _RENDER_SECONDS_PER_MILLION * length / 1e6
-        with self._lock:
-            answer = self._ask(json.dumps(request).encode("ascii"), seconds)
-        if "segments" in answer:
-            return [(bool(is_callers), str(text)) for is_callers, text in answer["segments"]]
-        raise _failure(str(answer.get("kind")), str(answer.get("message")))
+            plain_json(value, f"variable '{name}'")
+            if name not in self.shape.variables:
+                known = ", ".join(sorted(self.shape.variables)) or "none"
+                raise UsageError(
+                    f"this model's chat template does not read the variable '{name}'; it reads: {known}"
+                )
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, object]] | None,
+        variables: dict[str, Any],
+        add_generation_prompt: bool,
+    ) -> dict[str, Any]:
+        fixed = {"documents": None, "add_generation_prompt": add_generation_prompt, **self._special_tokens}
+        given = {"messages": messages, "tools": tools, "variables": variables}
+        length = len(json.dumps(given, ensure_ascii=False))
+        return self._ask(
+            {
+                "template": self.source,
+                "fixed": fixed,
+                **given,
+                "max_characters": _TEMPLATE_CHARACTERS + 2 * length,
+            },
+            self._render_seconds + _RENDER_SECONDS_PER_MILLION * length / 1e6,
+        )
 
     def close(self) -> None:
         with self._lock:
@@ -162,20 +161,32 @@ class ChatTemplate:
                 self._worker.stop()
                 self._worker = None
 
-    def _ask(self, request: bytes, seconds: float) -> dict[str, Any]:
-        for _ in range(2):  # the first process may have gone to rest just now
-            if self._worker is None or not self._worker.is_alive:
-                self._worker = Worker()
-            try:
-                return self._worker.ask(request, seconds)
-            except _Gone:
-                self._worker.stop()
-                self._worker = None
-            except BaseException:
-                self._worker.stop()
-                self._worker = None
-                raise
+    def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        line = json.dumps(request).encode("ascii")
+        with self._lock:
+            for _ in range(2):  # the first process may have gone to rest just now
+                if self._worker is None or not self._worker.is_alive:
+                    self._worker = Worker()
+                try:
+                    return self._worker.ask(line, seconds)
+                except _Gone:
+                    self._worker.stop()
+                    self._worker = None
+                except BaseException:
+                    self._worker.stop()
+                    self._worker = None
+                    raise
         raise CheckpointError("the process that renders the chat template ended without an answer")
+
+
+def _is_plain(turn: Turn) -> bool:
+    """Whether any template takes this turn as it is."""
+    return turn == Turn(turn.role, turn.content) and turn.role not in ("developer", "tool")
+
+
+def _is_plainer(turn: Turn) -> bool:
+    """The same of a turn that is not the first."""
+    return _is_plain(turn) and turn.role != "system"
 
 
 def _failure(kind: str, message: str) -> ArgosyError:

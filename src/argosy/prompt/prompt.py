@@ -1,24 +1,45 @@
 """The prompt as the engine takes it, and how every way to ask becomes one.
 
-    str, messages, token ids, Prompt  ->  PromptBuilder  ->  Prompt with token ids
+    str, messages, token ids, Prompt  ->  PromptBuilder.build     ->  Prompt with token ids
+    tokens of the answer              ->  PromptBuilder.parser    ->  events
+    the answer                        ->  PromptBuilder.remember  ->  the same tokens, when the conversation comes back
 
-Elsewhere: chat templates are `chat.py`; text and ids are `tokenizer.py`.
+Elsewhere: messages are checked by `messages.py` and rendered by `chat.py`; text and ids are `tokenizer.py`; how a model
+writes thoughts and calls is `formats/`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self, SupportsIndex
 
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
-    from argosy.prompt.chat import ChatTemplate, Worker
-    from argosy.prompt.tokenizer import Tokenizer
+    from argosy.prompt.chat import ChatTemplate, Variables, Worker
+    from argosy.prompt.formats import Answer, Format, Parser
+    from argosy.prompt.messages import Message, Turn
+    from argosy.prompt.replay import Replay, ReplayMemory
+    from argosy.prompt.tokenizer import Segment, Tokenizer
+    from argosy.prompt.tools import Tool
 
-Message = Mapping[str, str]
-"""One turn: {"role": "system" | "user" | "assistant" | "tool" | "developer", "content": text}."""
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What an answer is found by when its conversation comes back.
+
+    Attributes:
+        num_characters: of the rendered conversation, up to where the answer begins.
+        text, ids: digests of it.
+        conversation: digest of the messages.
+    """
+
+    num_characters: int
+    text: bytes
+    ids: bytes
+    conversation: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +51,7 @@ class Prompt:
 
     token_ids: tuple[int, ...] | None
     text: str = ""
+    trace: Trace | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def raw(cls, text: str) -> Self:
@@ -40,41 +62,81 @@ class Prompt:
 class PromptBuilder:
     """Makes a `Prompt` with token ids of whatever a caller gives; one for each engine."""
 
-    def __init__(self, tokenizer: Tokenizer | None, *, vocab_size: int, worker: Worker | None = None) -> None:
-        """`worker`: the process that renders chat templates, if it was started before."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        *,
+        vocab_size: int,
+        worker: Worker | None = None,
+        format_name: str | None = None,
+        memory: ReplayMemory | None = None,
+    ) -> None:
+        """Make one.
+
+        Args:
+            tokenizer: the model's, or None: then it takes token ids only.
+            vocab_size: ids run from 0 to this.
+            worker: the process that renders chat templates, if it was started before.
+            format_name: how the model writes thoughts and calls; found out if it is None.
+            memory: answers to be given again token by token; none are without it.
+
+        Raises:
+            UsageError: there is no format of that name.
+        """
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._memory = memory
         self._template: ChatTemplate | None = None
         if tokenizer is not None and tokenizer.chat_template is not None:
             from argosy.prompt.chat import ChatTemplate
 
             self._template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, worker=worker)
+        self._named_format: Format | None = None
+        if format_name is not None:
+            from argosy.prompt.formats import named_format
+
+            self._named_format = named_format(format_name, self._needed("a format's name"))
 
     def close(self) -> None:
         if self._template is not None:
             self._template.close()
 
-    def build(self, request: str | Sequence[int] | Sequence[Message] | Prompt) -> Prompt:
+    def build(
+        self,
+        request: str | Sequence[int] | Sequence[Message] | Prompt,
+        *,
+        tools: Sequence[Tool | Mapping[str, object]] = (),
+        variables: Variables | None = None,
+        tenant: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> Prompt:
         """Token ids of `request`.
 
         Args:
             request: a string is one user message if the model has a chat template, and text to continue if it
                 has none; token ids and `Prompt` are taken as they are; a list of messages is a conversation.
+            tools: what the model may call; only for messages, as the rest.
+            variables: of the chat template (`enable_thinking`), those that it reads itself.
+            tenant: whose conversation it is; answers that were remembered for it keep their tokens.
+            add_generation_prompt: open the assistant's turn, for it to be answered.
 
         Raises:
             UsageError: empty, not one of these, an id outside the vocabulary, text for a model without a
-                tokenizer, messages for a model without a template, or a conversation the template refuses.
+                tokenizer, messages for a model without a template, tools for a model that calls none, or a
+                conversation the template refuses.
         """
         if isinstance(request, str):
             if self._template is None:
                 return self._checked(self._raw(request))
-            return self.build([{"role": "user", "content": request}])
+            request = [{"role": "user", "content": request}]
         if isinstance(request, Prompt):
+            self._refuse_chat_options(tools, variables)
             return self._checked(request if request.token_ids is not None else self._raw(request.text))
         items: list[object] = list(request)
         messages = [item for item in items if isinstance(item, Mapping)]
         if items and len(messages) == len(items):
-            return self._checked(self._conversation(messages))
+            prompt = self._conversation(messages, tools, variables, tenant, add_generation_prompt)
+            return self._checked(prompt)
         ids = [
             item.__index__()
             for item in items
@@ -82,14 +144,126 @@ class PromptBuilder:
         ]
         if len(ids) < len(items):
             raise UsageError("a prompt is text, a list of token ids, or a list of messages; found a mixture")
+        self._refuse_chat_options(tools, variables)
         return self._checked(Prompt(tuple(ids)))
 
-    def _raw(self, text: str) -> Prompt:
-        tokenizer = self._needed("text")
-        return Prompt((*tokenizer.prefix_ids, *tokenizer.encode(text)), text)
+    def count_tokens(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool | Mapping[str, object]] = (),
+        variables: Variables | None = None,
+        tenant: str | None = None,
+    ) -> int:
+        """How many tokens the prompt of a conversation has. Errors as `build`."""
+        return len(self.build(messages, tools=tools, variables=variables, tenant=tenant).token_ids or ())
 
-    def _conversation(self, messages: Sequence[Message]) -> Prompt:
-        from argosy.prompt.chat import render
+    def apply_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool | Mapping[str, object]] = (),
+        variables: Variables | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """A conversation as the chat template writes it, control tokens spelled out. Errors as `build`."""
+        return self.build(
+            messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt
+        ).text
+
+    def tokenize(self, text: str, *, add_prefix: bool = False) -> list[int]:
+        """Ids of a caller's text, no control token among them; `add_prefix`: BOS first, where the model wants it."""
+        tokenizer = self._needed("text")
+        return [*(tokenizer.prefix_ids if add_prefix else ()), *tokenizer.encode(text)]
+
+    def detokenize(self, token_ids: Sequence[int], *, keep_special: bool = True) -> str:
+        """Text of `token_ids`; special tokens are spelled out, or left out.
+
+        Raises:
+            UsageError: an id outside the vocabulary, or a model without a tokenizer.
+        """
+        tokenizer = self._needed("token ids to be spelled")
+        self._check_ids(token_ids)
+        return tokenizer.decode(token_ids, keep_special=keep_special)
+
+    @functools.cached_property
+    def format(self) -> Format:
+        """How the model writes thoughts and calls."""
+        if self._named_format is not None:
+            return self._named_format
+        from argosy.prompt.formats import find_format
+
+        tokenizer = self._needed("messages")
+        return find_format(tokenizer, tokenizer.chat_template or "")
+
+    def parser(self, prompt: Prompt, tools: Sequence[Tool | Mapping[str, object]] = ()) -> Parser:
+        """Reads the answer to `prompt`, which was built with the same `tools`."""
+        from argosy.prompt.tools import check_tools
+
+        return self.format.parser(check_tools(tools), prompt)
+
+    def grammar(
+        self,
+        prompt: Prompt,
+        tools: Sequence[Tool | Mapping[str, object]],
+        choice: str | None = None,
+        *,
+        parallel: bool = True,
+    ) -> str:
+        """Lark text of the answers to `prompt` that call a tool.
+
+        Args:
+            prompt: built with the same `tools`.
+            tools: those the model was told of.
+            choice: the name of the one to call, or None: any.
+            parallel: more than one call may be made.
+
+        Raises:
+            UsageError: there is no such tool, or the model calls none.
+        """
+        from argosy.prompt.tools import check_tools, tool_named
+
+        checked = check_tools(tools)
+        chosen = None if choice is None else tool_named(checked, choice)
+        return self.format.grammar(checked, chosen, parallel, prompt)
+
+    def remember(
+        self,
+        tenant: str,
+        prompt: Prompt,
+        token_ids: Sequence[int],
+        answer: Answer,
+        tools: Sequence[Tool | Mapping[str, object]] = (),
+    ) -> bool:
+        """Keep an answer's tokens for when its conversation comes back; see `Replay.remember`."""
+        from argosy.prompt.tools import check_tools
+
+        if self._replay is None:
+            return False
+        return self._replay.remember(tenant, prompt, token_ids, answer, check_tools(tools))
+
+    @functools.cached_property
+    def _replay(self) -> Replay | None:
+        if self._memory is None:
+            return None
+        from argosy.prompt.replay import Replay
+
+        return Replay(self._memory, self._needed("messages"), self.format)
+
+    def _raw(self, text: str) -> Prompt:
+        return Prompt(tuple(self.tokenize(text, add_prefix=True)), text)
+
+    def _conversation(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool | Mapping[str, object]],
+        variables: Variables | None,
+        tenant: str | None,
+        add_generation_prompt: bool,
+    ) -> Prompt:
+        from argosy.prompt.messages import check_messages
+        from argosy.prompt.tokenizer import text_of
+        from argosy.prompt.tools import check_tools
 
         tokenizer = self._needed("messages")
         if self._template is None:
@@ -97,7 +271,66 @@ class PromptBuilder:
                 "this model has no chat template, so it cannot take a list of messages",
                 hint="give it text to continue: Prompt.raw(text), or `argosy run --raw`",
             )
-        return render(messages, tokenizer, self._template)
+        turns = check_messages(messages, add_generation_prompt=add_generation_prompt)
+        checked = check_tools(tools)
+        replay = self._replay if tenant is not None else None
+        if replay is None or tenant is None:
+            segments = self._segments(turns, checked, {}, variables, add_generation_prompt)
+            return Prompt(tuple(tokenizer.encode_segments(segments)), text_of(segments))
+
+        from argosy.prompt.replay import trace_of
+
+        said, remembered, own_ids = replay.recall(tenant, turns)
+        segments = self._segments(said, checked, own_ids, variables, add_generation_prompt)
+        ids = replay.encode(segments, remembered, checked)
+        return Prompt(tuple(ids), text_of(segments), trace_of(turns, segments, ids))
+
+    def _segments(
+        self,
+        turns: Sequence[Turn],
+        tools: Sequence[Tool],
+        own_ids: Mapping[str, str],
+        variables: Variables | None,
+        add_generation_prompt: bool,
+    ) -> list[Segment]:
+        assert self._template is not None
+        segments = self._template.segments(
+            self._with_own_ids(turns, own_ids),
+            tools,
+            add_generation_prompt=add_generation_prompt,
+            variables=variables,
+        )
+        if tools and self.format.name == "plain":
+            raise UsageError(
+                "it is not known how this model calls tools",
+                hint="name its format, if it is one of those that are built in",
+            )
+        return segments
+
+    def _with_own_ids(self, turns: Sequence[Turn], own_ids: Mapping[str, str]) -> Sequence[Turn]:
+        """`turns` with the ids that the model's template wants of calls and of their results."""
+        if not any(turn.calls or turn.answers for turn in turns):
+            return turns
+        number = 0
+        known: dict[str, str] = {}
+        made = []
+        for turn in turns:
+            calls = []
+            for call in turn.calls:
+                known[call.id] = own_ids.get(call.id) or self.format.own_id(call, number)
+                number += 1
+                calls.append(replace(call, id=known[call.id]))
+            answers = None if turn.answers is None else known[turn.answers]
+            made.append(replace(turn, calls=tuple(calls), answers=answers))
+        return made
+
+    @staticmethod
+    def _refuse_chat_options(tools: Iterable[object], variables: Variables | None) -> None:
+        if tools or variables:
+            what = "tools" if tools else "variables of a chat template"
+            raise UsageError(
+                f"a prompt of text or token ids takes no {what}: it has no chat template around it"
+            )
 
     def _needed(self, what: str) -> Tokenizer:
         if self._tokenizer is None:
@@ -110,7 +343,10 @@ class PromptBuilder:
     def _checked(self, prompt: Prompt) -> Prompt:
         if not prompt.token_ids:
             raise UsageError("a prompt needs at least one token, and this one is empty")
-        for token_id in (min(prompt.token_ids), max(prompt.token_ids)):
+        self._check_ids(prompt.token_ids)
+        return prompt
+
+    def _check_ids(self, token_ids: Sequence[int]) -> None:
+        for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
             if not 0 <= token_id < self._vocab_size:
                 raise UsageError(f"token id {token_id} is not in the vocabulary, 0 to {self._vocab_size - 1}")
-        return prompt

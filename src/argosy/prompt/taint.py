@@ -200,6 +200,10 @@ class Tainted(str):
         """This text as a JSON string, tainted from its first quote to its last."""
         return self._shadows.shadow(json.dumps(self._plain, ensure_ascii=ensure_ascii))
 
+    def __repr__(self) -> str:
+        """As Python writes it, also inside lists and objects that a template prints as they are."""
+        return self._shadows.shadow(repr(self._plain))
+
     def join(self, parts: Iterable[str]) -> str:
         return Tainted(super().join(parts), self._shadows)
 

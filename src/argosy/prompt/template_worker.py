@@ -1,12 +1,12 @@
 """Render one chat template after another, in a process of its own that may be killed.
 
-    stdin: one JSON request per line  ->  render twice  ->  stdout: one JSON answer per line
+    stdin: one JSON request per line  ->  render twice, or read  ->  stdout: one JSON answer per line
 
 A template is part of a model file: data from a stranger. It runs in jinja2's immutable sandbox, and this process has
 no file, no network and little memory to give; whoever started it keeps the time. The first rendering uses the
-callers' plain texts, as every other engine does. The second uses tainted ones and shows who wrote which
-character. If the two differ, the template computes with the text in a way that hides its origin, and the answer
-is a refusal.
+callers' plain values, as every other engine does. The second uses tainted ones, keys of objects included, and shows
+who wrote which character. If the two differ, the template computes with the text in a way that hides its origin, and
+the answer is a refusal.
 
 Elsewhere: `chat.py` starts this process, keeps the time and reads the answers; `taint.py` explains tainted text.
 """
@@ -18,14 +18,16 @@ import datetime
 import functools
 import json
 import os
+import re
 import resource
 import select
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from types import CodeType
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -38,7 +40,11 @@ _CPU_SECONDS = 60  # in case whoever keeps the time is gone
 _MEMORY_BYTES = 128 << 20  # beyond what the process has when it is ready
 _MEMORY_BYTES_PER_CHARACTER = 400  # two renderings, shadows and JSON of them
 _WARM_UP = r"""{% macro one(m) %}{{ 'a\u00e9\n' ~ m.content | trim | upper }}{% endmacro %}
-{{ one(messages[0]) }}{{ '%s {}'.format(messages | tojson) }}{{ strftime_now('%d %B %Y') }}{{ 1 // 0 }}"""
+{{ one(messages[0]) }}{{ '%s {}'.format(messages | tojson(indent=2)) }}{{ strftime_now('%d %B %Y') }}{{ 1 // 0 }}"""
+# What stands in for a string while the JSON around it is written; whatever holds the character itself is held, too.
+_HOLD = chr(0)
+_HELD = re.compile(r'"\\u0000(\d+)\\u0000"')
+_ASKS_WHETHER_SET = ("defined", "undefined", "default", "d")
 
 
 class Refused(Exception):
@@ -128,18 +134,20 @@ class _Environment(ImmutableSandboxedEnvironment):
             inner = self.keep(inner)
             if isinstance(inner, Tainted):
                 held.append(inner.as_json(ensure_ascii))
-                return f"{chr(0)}{len(held) - 1}{chr(0)}"
+                return f"{_HOLD}{len(held) - 1}{_HOLD}"
+            if isinstance(inner, str) and _HOLD in inner:
+                held.append(json.dumps(inner, ensure_ascii=ensure_ascii))
+                return f"{_HOLD}{len(held) - 1}{_HOLD}"
             if isinstance(inner, dict):
-                return {key: hold(item) for key, item in inner.items()}
+                # Sorted here, because what stands in for a key sorts in another way.
+                items = sorted(inner.items()) if sort_keys else inner.items()
+                return {hold(key): hold(item) for key, item in items}
             if isinstance(inner, list | tuple):
                 return [hold(item) for item in inner]
             return inner
 
-        form: dict[str, Any] = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
-        text = json.dumps(hold(value), ensure_ascii=ensure_ascii, **form)
-        for at, shadow in enumerate(held):
-            text = text.replace(f'"\\u0000{at}\\u0000"', shadow)
-        return self.keep(text)  # type: ignore[no-any-return]
+        text = json.dumps(hold(value), ensure_ascii=ensure_ascii, indent=indent, separators=separators)
+        return self.keep(_HELD.sub(lambda found: held[int(found[1])], text))  # type: ignore[no-any-return]
 
 
 def _raise_exception(message: str) -> None:
@@ -148,21 +156,23 @@ def _raise_exception(message: str) -> None:
 
 def render_segments(
     template: str,
-    messages: list[dict[str, str]],
+    messages: list[dict[str, Any]],
     *,
     fixed: dict[str, Any],
     variables: dict[str, Any],
     max_characters: int,
+    tools: list[dict[str, Any]] | None = None,
     now: datetime.datetime | None = None,
 ) -> list[tuple[bool, str]]:
     """Render `messages` and say who wrote what.
 
     Args:
         template: source of the chat template.
-        messages: role and content; the content is the caller's, the role is one of a fixed list.
+        messages: role, content and more; the role is one of a fixed list, all other text is the caller's.
         fixed: variables from the model's own files (`bos_token` ...): as good as the template's text.
         variables: variables from the caller, text, number or truth each; text is the caller's.
         max_characters: bound of the output.
+        tools: what the model may call; every text and every key in it is the caller's.
         now: what `strftime_now` tells; the present by default.
 
     Returns:
@@ -176,15 +186,21 @@ def render_segments(
         raise Refused("template", "it holds characters of Unicode planes 4 to 13, which do not exist")
     now = now or datetime.datetime.now()
 
+    try:
+        code = _compile(template)
+    except TemplateError as error:
+        raise Refused("template", _said(error)) from None
+
     def render(shadows: ShadowMap | None) -> str:
-        taint: Callable[[str], str] = str if shadows is None else shadows.taint
-        try:
-            compiled = _Environment(shadows, now).from_string(template)
-        except TemplateError as error:
-            raise Refused("template", _said(error)) from None
-        conversation = [{**message, "content": taint(message["content"])} for message in messages]
-        said = {name: taint(value) if isinstance(value, str) else value for name, value in variables.items()}
-        context = {**fixed, **said, "messages": conversation}
+        taint: Callable[[Any], Any] = _plain if shadows is None else functools.partial(_taint, shadows)
+        environment = _Environment(shadows, now)
+        compiled = environment.template_class.from_code(environment, code, environment.make_globals(None))
+        conversation = [
+            {key: value if key == "role" else taint(value) for key, value in message.items()}
+            for message in messages
+        ]
+        said = {name: taint(value) for name, value in variables.items()}
+        context = {**fixed, **said, "messages": conversation, "tools": taint(tools)}
         pieces, length = [], 0
         try:
             for piece in compiled.generate(context):
@@ -211,6 +227,52 @@ def render_segments(
     return segments
 
 
+@functools.lru_cache(maxsize=2)
+def _compile(template: str) -> CodeType:
+    """The template's code, which any environment can run: it knows nothing of a rendering."""
+    return _Environment(None, datetime.datetime.now()).compile(template)
+
+
+def _plain(value: Any) -> Any:
+    return value
+
+
+def _taint(shadows: ShadowMap, value: Any) -> Any:
+    """`value` with every text in it tainted, keys included: a caller wrote those of arguments and schemas."""
+    if isinstance(value, str):
+        return shadows.taint(value)
+    if isinstance(value, dict):
+        return {shadows.taint(key): _taint(shadows, item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_taint(shadows, item) for item in value]
+    return value
+
+
+def read_template(template: str) -> dict[str, list[str]]:
+    """What a template asks for by name.
+
+    Returns:
+        variables: names it takes from outside, jinja2's own left out.
+        names: of attributes and keys, and all other texts it holds.
+
+    Raises:
+        Refused: it is no template.
+    """
+    environment = _Environment(None, datetime.datetime.now())
+    try:
+        tree = environment.parse(template)
+        variables = meta.find_undeclared_variables(environment.parse(template)) - environment.globals.keys()
+    except TemplateError as error:
+        raise Refused("template", _said(error)) from None
+    # A name that the template sets itself, perhaps in one branch only, is its own unless it asks whether it is set.
+    is_set = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "store"}
+    asked = [node for node in tree.find_all((nodes.Test, nodes.Filter)) if node.name in _ASKS_WHETHER_SET]
+    variables -= is_set - {node.node.name for node in asked if isinstance(node.node, nodes.Name)}
+    names = {node.attr for node in tree.find_all(nodes.Getattr)}
+    names |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    return {"variables": sorted(variables), "names": sorted(names)}
+
+
 def _said(error: Exception) -> str:
     line = getattr(error, "lineno", None)
     first = (str(error) or type(error).__name__).splitlines()[0][:300]
@@ -224,6 +286,8 @@ def _virtual_bytes() -> int:
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
+        if request.keys() == {"read"}:
+            return read_template(request["read"])
         return {"segments": render_segments(**request)}
     except Refused as refusal:
         return {"kind": refusal.kind, "message": str(refusal)}

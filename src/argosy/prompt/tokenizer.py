@@ -40,7 +40,12 @@ Segment = tuple[bool, str]
 """(is the caller's, text): of a rendered conversation, who wrote what."""
 
 
-class _Control(NamedTuple):
+def text_of(segments: Iterable[Segment]) -> str:
+    """The whole text of `segments`."""
+    return "".join(text for _, text in segments)
+
+
+class Control(NamedTuple):
     """A control token found in a text: its id, and where it is spelled."""
 
     token_id: int
@@ -187,15 +192,8 @@ class Tokenizer:
         A control token counts if the template's text between two of the caller's texts, taken alone, has it at that
         place. So a caller can neither add one (not even by completing what the template began) nor undo one.
         """
-        whole = "".join(text for _, text in segments)
-        wanted: list[_Control] = []
-        at = 0
-        for is_callers, run in groupby(segments, key=lambda segment: segment[0]):
-            text = "".join(part for _, part in run)
-            if not is_callers:
-                own = self._template_controls(text)
-                wanted += [_Control(token_id, at + start, at + stop) for token_id, start, stop in own]
-            at += len(text)
+        whole = text_of(segments)
+        wanted = self.template_controls(segments)
         ids, found = self._encode_all(whole)
         if self._cores(found, whole) == self._cores(wanted, whole):
             return ids
@@ -205,7 +203,19 @@ class Tokenizer:
             at = stop
         return ids + self._encode_plain(whole[at:], is_start=at == 0)
 
-    def _encode_all(self, text: str) -> tuple[list[int], list[_Control]]:
+    def template_controls(self, segments: Sequence[Segment]) -> list[Control]:
+        """The control tokens that the template wrote, and where they stand in the whole text."""
+        wanted: list[Control] = []
+        at = 0
+        for is_callers, run in groupby(segments, key=lambda segment: segment[0]):
+            text = "".join(part for _, part in run)
+            if not is_callers:
+                own = self._template_controls(text)
+                wanted += [Control(token_id, at + start, at + stop) for token_id, start, stop in own]
+            at += len(text)
+        return wanted
+
+    def _encode_all(self, text: str) -> tuple[list[int], list[Control]]:
         """Ids with control tokens allowed everywhere, and where those are."""
         try:
             encoding = self._core.encode(text, add_special_tokens=False)
@@ -215,7 +225,7 @@ class Tokenizer:
         if self.control_ids.isdisjoint(ids):
             return ids, []
         spans = zip(ids, encoding.offsets, strict=True)
-        controls = [_Control(token_id, *span) for token_id, span in spans if token_id in self.control_ids]
+        controls = [Control(token_id, *span) for token_id, span in spans if token_id in self.control_ids]
         # The unknown token stands for what has no other; that is no marker unless the text spells it.
         return ids, [
             c
@@ -223,17 +233,17 @@ class Tokenizer:
             if c[0] != self.unk_id or self._content.get(c[0], "") in text[c.start : c.stop]
         ]
 
-    def _find_template_controls(self, text: str) -> tuple[_Control, ...]:
+    def _find_template_controls(self, text: str) -> tuple[Control, ...]:
         return tuple(self._encode_all(text)[1])
 
     @staticmethod
-    def _cores(controls: Iterable[_Control], text: str) -> list[_Control]:
+    def _cores(controls: Iterable[Control], text: str) -> list[Control]:
         """The same without the white space that a token may take from its sides."""
         cores = []
         for token_id, start, stop in controls:
             span = text[start:stop]
             first = start + len(span) - len(span.lstrip())
-            cores.append(_Control(token_id, first, first + len(span.strip())))
+            cores.append(Control(token_id, first, first + len(span.strip())))
         return cores
 
     def _encode_plain(self, text: str, *, is_start: bool) -> list[int]:
@@ -283,6 +293,14 @@ class Tokenizer:
         """Text of `token_ids`; special tokens are left out unless `keep_special`."""
         stream = self.stream(keep_special=keep_special)
         return "".join([*map(stream.push, token_ids), stream.finish()])
+
+    def control_id(self, text: str) -> int | None:
+        """The id of the control token that is spelled `text`, or None."""
+        return self._control_by_text.get(text)
+
+    @functools.cached_property
+    def _control_by_text(self) -> dict[str, int]:
+        return {self._content.get(i, self.token_text(i)): i for i in self.control_ids}
 
     def token_text(self, token_id: int) -> str:
         """How the vocabulary spells one token, or '' for an id without one."""

@@ -1,0 +1,66 @@
+"""DeepSeek: R1 and V3 write a fenced block, V3.1 the name and its arguments.
+
+    <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather
+    ```json
+    {"city": "Oslo"}
+    ```<｜tool▁call▁end｜><｜tool▁calls▁end｜>
+
+    <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"city": "Oslo"}
+    <｜tool▁call▁end｜><｜tool▁calls▁end｜>
+
+Both are read; which one a model is held to follows from its chat template.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from argosy.prompt.formats.format import BlockFormat, call_of, ends_inside_string, inside_of
+from argosy.prompt.formats.lark import Lark
+from argosy.prompt.formats.parser import Mark, Reading
+from argosy.prompt.tools import Tool
+
+BEGIN, END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
+ALL_BEGIN, ALL_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+SEPARATOR = "<｜tool▁sep｜>"
+_FENCED = re.compile(r"\s*([^\s`]+)\s*```(?:json)?\n(.*?)\n?```\s*", re.DOTALL)
+
+
+class DeepSeekV31(BlockFormat):
+    name = "deepseek_v31"
+    blocks = {BEGIN: END}  # noqa: RUF012 (a ClassVar, declared in the base)
+    sections = (ALL_BEGIN, ALL_END)
+    inside = (SEPARATOR,)
+
+    def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
+        inside = inside_of(block, END)
+        at = next((at for at, lexeme in enumerate(inside) if isinstance(lexeme, Mark)), len(inside))
+        head, tail = "".join(inside[:at]).strip(), "".join(inside[at + 1 :])
+        if inside[at : at + 1] != [SEPARATOR]:
+            return None
+        fenced = _FENCED.fullmatch(tail)
+        call = call_of(fenced[1], fenced[2], tools) if fenced else call_of(head, tail.strip(), tools)
+        if call is None:
+            return "more" if ends_inside_string(tail) else None
+        return [call]
+
+    def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
+        bodies = " | ".join(lark.rule(self._body(lark, tool)) for tool in tools)
+        call = lark.rule(f"{lark.mark(BEGIN)} ({bodies}) {lark.mark(END)}")
+        calls = f"{call} ({self._between} {call})*" if parallel else call
+        return f"{lark.mark(ALL_BEGIN)} {calls} {lark.mark(ALL_END)}"
+
+    _between = ""
+
+    def _body(self, lark: Lark, tool: Tool) -> str:
+        return f"{lark.literal(tool.name)} {lark.mark(SEPARATOR)} {lark.arguments(tool)}"
+
+
+class DeepSeekV3(DeepSeekV31):
+    name = "deepseek_v3"
+    _between = '"\\n"'
+
+    def _body(self, lark: Lark, tool: Tool) -> str:
+        head = lark.literal(f"{tool.name}\n```json\n")
+        return f'"function" {lark.mark(SEPARATOR)} {head} {lark.arguments(tool)} "\\n```"'

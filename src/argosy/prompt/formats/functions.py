@@ -1,0 +1,77 @@
+"""Calls that are written as tags: a function, and its parameters inside, each by itself.
+
+    <function=NAME> <parameter=KEY>VALUE</parameter> ... </function>
+
+Qwen3-Coder and MiniMax-M2 spell the tags in two ways and agree on the rest. Values are bare, so the tool's schema says
+what they are. A closing tag inside a value belongs to it unless structure follows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from argosy.prompt.formats.parser import FoundCall, Reading
+from argosy.prompt.tools import Tool, value_of
+
+
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """How a format spells the tags.
+
+    Attributes:
+        function, parameter: patterns of the opening tags; the one group is the name.
+        function_end, parameter_end: the closing tags.
+        line_around_values: a line break before and one after a value are not part of it.
+    """
+
+    function: re.Pattern[str]
+    function_end: str
+    parameter: re.Pattern[str]
+    parameter_end: str
+    line_around_values: bool
+
+
+def read_functions(text: str, tags: Tags, tools: Mapping[str, Tool]) -> Reading:
+    """The calls in `text`, which is functions and white space."""
+    calls: list[FoundCall] = []
+    at = _skip(text, 0)
+    while at < len(text) or not calls:
+        opening = tags.function.match(text, at)
+        if opening is None or opening[1] not in tools:
+            return None
+        tool = tools[opening[1]]
+        arguments: dict[str, object] = {}
+        at = _skip(text, opening.end())
+        while not text.startswith(tags.function_end, at):
+            key = tags.parameter.match(text, at)
+            if key is None or key[1] in arguments:
+                return None
+            end = _end_of_value(text, key.end(), tags)
+            if end is None:
+                return "more"
+            value = text[key.end() : end]
+            if tags.line_around_values:
+                value = value.removeprefix("\n").removesuffix("\n")
+            arguments[key[1]] = value_of(value, tool.properties.get(key[1]), tool.parameters)
+            at = _skip(text, end + len(tags.parameter_end))
+        calls.append(FoundCall(tool.name, arguments))
+        at = _skip(text, at + len(tags.function_end))
+    return calls
+
+
+def _skip(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
+
+
+def _end_of_value(text: str, at: int, tags: Tags) -> int | None:
+    """Where the value that begins at `at` ends, or None if it does not."""
+    while (end := text.find(tags.parameter_end, at)) >= 0:
+        behind = _skip(text, end + len(tags.parameter_end))
+        if text.startswith(tags.function_end, behind) or tags.parameter.match(text, behind):
+            return end
+        at = end + 1
+    return None

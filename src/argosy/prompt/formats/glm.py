@@ -1,0 +1,74 @@
+"""GLM-4.5 to 4.7: a name, then keys and values, each by itself.
+
+    <tool_call>get_weather
+    <arg_key>city</arg_key>
+    <arg_value>Oslo</arg_value>
+    </tool_call>
+
+4.7 leaves the line breaks out; both are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from argosy.prompt.formats.format import BlockFormat, inside_of
+from argosy.prompt.formats.lark import Lark, ValueForm
+from argosy.prompt.formats.parser import FoundCall, Mark, Reading
+from argosy.prompt.tools import Tool, value_of
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+KEY, KEY_END = "<arg_key>", "</arg_key>"
+VALUE, VALUE_END = "<arg_value>", "</arg_value>"
+
+
+class Glm(BlockFormat):
+    name = "glm"
+    blocks = {OPEN: CLOSE}  # noqa: RUF012 (a ClassVar, declared in the base)
+    inside = (KEY, KEY_END, VALUE, VALUE_END)
+    line = "\n"
+
+    def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
+        rest = iter(inside_of(block, CLOSE))
+        name, mark = _up_to(rest, KEY)
+        tool = tools.get(name.strip())
+        if tool is None:
+            return None
+        arguments: dict[str, object] = {}
+        while mark is not None:
+            key, mark = _up_to(rest, KEY_END)
+            between, value_mark = _up_to(rest, VALUE)
+            if mark is None or value_mark is None or between.strip() or key in arguments:
+                return None
+            bare, mark = _up_to(rest, VALUE_END)
+            if mark is None:
+                return "more"
+            arguments[key] = value_of(bare, tool.properties.get(key), tool.parameters)
+            between, mark = _up_to(rest, KEY)
+            if between.strip():
+                return None
+        return [FoundCall(tool.name, arguments)]
+
+    def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
+        line = lark.literal(self.line) if self.line else ""
+        form = ValueForm([KEY, "{}", KEY_END, *filter(None, [self.line]), VALUE], VALUE_END, rest=self.line)
+        bodies = " | ".join(
+            lark.rule(f"{lark.literal(tool.name)} {line} {lark.bare_values(tool, form)}") for tool in tools
+        )
+        call = lark.rule(f"{lark.mark(OPEN)} ({bodies}) {lark.mark(CLOSE)}")
+        return f"{call} ({line} {call})*" if parallel else call
+
+
+class Glm47(Glm):
+    name = "glm47"
+    line = ""
+
+
+def _up_to(lexemes: Iterator[str], mark: str) -> tuple[str, str | None]:
+    """Text up to `mark`, and the mark if it came."""
+    text: list[str] = []
+    for lexeme in lexemes:
+        if isinstance(lexeme, Mark) and lexeme == mark:
+            return "".join(text), lexeme
+        text.append(lexeme)
+    return "".join(text), None

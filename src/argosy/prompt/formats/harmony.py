@@ -1,0 +1,136 @@
+"""gpt-oss: messages on channels, some of them to a tool.
+
+    <|channel|>analysis<|message|>thoughts<|end|>
+    <|start|>assistant<|channel|>commentary to=functions.clock <|constrain|>json<|message|>{"city": "Oslo"}<|call|>
+    <|start|>assistant<|channel|>final<|message|>the answer<|return|>
+
+The prompt ends with `<|start|>assistant`, so an answer begins inside a header. The recipient may stand in either half
+of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from argosy.prompt.formats.events import ReasoningDelta, TextDelta
+from argosy.prompt.formats.format import Format, call_of
+from argosy.prompt.formats.lark import Lark
+from argosy.prompt.formats.parser import Lexer, Mark, Parser
+from argosy.prompt.tools import Tool
+
+if TYPE_CHECKING:
+    from argosy.prompt.prompt import Prompt
+
+START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
+END, CALL, RETURN = "<|end|>", "<|call|>", "<|return|>"
+_RECIPIENT = re.compile(r"(?:^|\s)to=(\S+)")
+_ROLE = "assistant"
+
+
+class Harmony(Format):
+    name = "harmony"
+
+    @classmethod
+    def marks(cls) -> Sequence[str]:
+        return (START, CHANNEL, CONSTRAIN, MESSAGE, END, CALL, RETURN)
+
+    def parser(self, tools: Sequence[Tool] = (), prompt: Prompt | None = None) -> Parser:
+        return HarmonyParser(self.lexer, tools)
+
+    def _thoughts(self, lark: Lark, prompt: Prompt | None) -> str:
+        head = f'{lark.mark(CHANNEL)} "analysis" {lark.mark(MESSAGE)}'
+        return f'({head} {lark.text_until(END)} {lark.mark(START)} "{_ROLE}")?'
+
+    def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
+        """One call, even where more may be made: the turn ends with it."""
+        bodies = " | ".join(
+            lark.rule(
+                f'"commentary to=functions.{tool.name} " {lark.mark(CONSTRAIN)} "json" {lark.mark(MESSAGE)} '
+                f"{lark.arguments(tool)}"
+            )
+            for tool in tools
+        )
+        return f"{lark.mark(CHANNEL)} ({bodies})"
+
+
+class HarmonyParser(Parser):
+    """Answers in messages: a header, up to `<|message|>`, then what it says, up to an end."""
+
+    def __init__(self, lexer: Lexer, tools: Sequence[Tool]) -> None:
+        super().__init__(lexer, tools, is_reasoning=False)
+        self._header: list[str] | None = []  # None: outside of a header
+        self._call_for: str | None = None  # the tool that the present message is to
+        self._call_header: list[str] = []  # of such a message
+        self._call_body: list[str] = []
+        self._said: set[bool] = set()  # kinds of messages that have said something: whether they are thoughts
+        self._is_new = False  # nothing was said in the present message yet
+
+    def _take(self, lexeme: str) -> None:
+        if not isinstance(lexeme, Mark):
+            self._take_text(lexeme)
+        elif lexeme == START or (lexeme == CHANNEL and self._header is None and self._call_for is None):
+            self._close()
+            self._header = [] if lexeme == START else [lexeme]
+        elif lexeme in (END, CALL, RETURN):
+            self._close(lexeme)
+        elif self._header is not None and lexeme == MESSAGE:
+            self._open(self._header)
+        else:
+            self._take_text(lexeme)
+
+    def _take_text(self, lexeme: str) -> None:
+        if self._header is not None:
+            self._header.append(lexeme)
+        elif self._call_for is not None:
+            self._call_body.append(lexeme)
+        else:
+            self._say(lexeme)
+
+    def _open(self, header: list[str]) -> None:
+        at = next((at for at, part in enumerate(header) if isinstance(part, Mark) and part == CHANNEL), None)
+        channel = [] if at is None else "".join(header[at + 1 :]).split()
+        recipient = _RECIPIENT.search("".join(" " if isinstance(part, Mark) else part for part in header))
+        name = None if recipient is None else recipient[1].removeprefix("functions.")
+        self._header = None
+        if name in self._tools:
+            self._call_for, self._call_header, self._call_body = name, header, []
+            return
+        self._begin(is_reasoning=recipient is None and channel[:1] == ["analysis"])
+        if recipient is not None:  # a message to nobody whom we know
+            self._say("".join([*header, MESSAGE]))
+
+    def _begin(self, *, is_reasoning: bool) -> None:
+        """A message in which every character counts, white space at its ends included."""
+        self._switch(is_reasoning=is_reasoning)
+        self._drops_space = False
+        self._is_new = True
+
+    def _close(self, end: str = "") -> None:
+        """The end of a message, or of a header that has none."""
+        if self._header is not None:
+            broken = "".join(self._header)
+            if broken.strip() not in ("", _ROLE):
+                self._say(broken)
+        elif self._call_for is not None:
+            call = call_of(self._call_for, "".join(self._call_body).strip(), self._tools)
+            if call is None:
+                self._begin(is_reasoning=False)
+                self._say("".join([*self._call_header, MESSAGE, *self._call_body, end]))
+            else:
+                self._call(call)
+            self._call_for = None
+        self._give_space()
+        self._header = None
+
+    def _emit(self, text: str) -> None:
+        """Messages of one kind read as paragraphs of one text."""
+        if self._is_new and self._is_reasoning in self._said:
+            text = f"\n\n{text}"
+        self._is_new = False
+        self._said.add(self._is_reasoning)
+        self._events.append(ReasoningDelta(text) if self._is_reasoning else TextDelta(text))
+
+    def _end(self) -> None:
+        self._close()

@@ -1,0 +1,42 @@
+"""Hermes, Qwen2.5 and Qwen3: a JSON object with name and arguments.
+
+<tool_call>
+{"name": "get_weather", "arguments": {"city": "Oslo"}}
+</tool_call>
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from argosy.prompt.formats.format import BlockFormat, call_of, ends_inside_string, inside_of
+from argosy.prompt.formats.lark import Lark
+from argosy.prompt.formats.parser import Reading
+from argosy.prompt.json_text import read_object
+from argosy.prompt.tools import Tool
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+
+
+class Hermes(BlockFormat):
+    name = "hermes"
+    blocks = {OPEN: CLOSE}  # noqa: RUF012 (a ClassVar, declared in the base)
+
+    def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
+        text = "".join(inside_of(block, CLOSE))
+        said = read_object(text)
+        if said is None:
+            return "more" if ends_inside_string(text) else None
+        call = call_of(said.get("name"), said.get("arguments", said.get("parameters")), tools)
+        return None if call is None else [call]
+
+    def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
+        bodies = " | ".join(lark.rule(named_object(lark, tool)) for tool in tools)
+        call = lark.rule(f'{lark.mark(OPEN)} "\\n" ({bodies}) "\\n" {lark.mark(CLOSE)}')
+        return f'{call} ("\\n" {call})*' if parallel else call
+
+
+def named_object(lark: Lark, tool: Tool) -> str:
+    """{"name": ..., "arguments": {...}}, spaced as models were taught."""
+    head = lark.literal(f'{{"name": "{tool.name}", "arguments": ')
+    return f'{head} {lark.arguments(tool)} "}}"'

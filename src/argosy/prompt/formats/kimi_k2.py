@@ -1,0 +1,54 @@
+"""Kimi-K2: calls have ids of their own, which its template wants back.
+
+    <|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Oslo"}
+    <|tool_call_end|><|tool_calls_section_end|>
+
+The number counts the calls of the whole conversation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from argosy.prompt.formats.format import BlockFormat, call_of, ends_inside_string, inside_of
+from argosy.prompt.formats.lark import Lark
+from argosy.prompt.formats.parser import Mark, Reading
+from argosy.prompt.messages import Call
+from argosy.prompt.tools import Tool
+
+BEGIN, END = "<|tool_call_begin|>", "<|tool_call_end|>"
+ALL_BEGIN, ALL_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+ARGUMENTS = "<|tool_call_argument_begin|>"
+_ID = re.compile(r"functions\.(.+):\d+")
+
+
+class KimiK2(BlockFormat):
+    name = "kimi_k2"
+    blocks = {BEGIN: END}  # noqa: RUF012 (a ClassVar, declared in the base)
+    sections = (ALL_BEGIN, ALL_END)
+    inside = (ARGUMENTS,)
+
+    def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
+        inside = inside_of(block, END)
+        at = next((at for at, lexeme in enumerate(inside) if isinstance(lexeme, Mark)), len(inside))
+        own_id, arguments = "".join(inside[:at]).strip(), "".join(inside[at + 1 :])
+        named = _ID.fullmatch(own_id)
+        if inside[at : at + 1] != [ARGUMENTS] or named is None:
+            return None
+        call = call_of(named[1], arguments.strip(), tools, own_id)
+        if call is None:
+            return "more" if ends_inside_string(arguments) else None
+        return [call]
+
+    def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
+        number = lark.rule("/[0-9]+/")
+        bodies = " | ".join(
+            lark.rule(f'"functions.{tool.name}:" {number} {lark.mark(ARGUMENTS)} {lark.arguments(tool)}')
+            for tool in tools
+        )
+        call = lark.rule(f"{lark.mark(BEGIN)} ({bodies}) {lark.mark(END)}")
+        return f"{lark.mark(ALL_BEGIN)} {call}{'+' if parallel else ''} {lark.mark(ALL_END)}"
+
+    def own_id(self, call: Call, number: int) -> str:
+        return call.id if _ID.fullmatch(call.id) else f"functions.{call.name}:{number}"

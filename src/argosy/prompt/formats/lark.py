@@ -1,0 +1,129 @@
+"""Grammars in llguidance's dialect of Lark, put together from parts.
+
+Marks that are tokens are written as `<[id]>`, others as text. A rule is written once, whoever asks for it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+from argosy.prompt.formats.parser import Lexer
+from argosy.prompt.json_text import write_json
+from argosy.prompt.tools import Tool, types_of
+
+_ANYTHING = r"/(.|\n)*/"
+_MEANS_MORE = re.compile(r"[\\.+*?()|\[\]{}^$/]")  # no others: `\<` is the start of a word
+_OPEN_SCHEMA = ("additionalProperties", "patternProperties", "anyOf", "oneOf", "allOf", "$ref", "if")
+
+
+class Lark:
+    """One grammar in the making; `text` gives it out."""
+
+    def __init__(self, lexer: Lexer) -> None:
+        self._ids = {str(mark): token_id for token_id, mark in lexer.ids.items()}
+        self._rules: dict[str, str] = {}  # body to name, with its options
+
+    def text(self, start: str) -> str:
+        return "\n".join([f"start: {start}", *(f"{name}: {body}" for body, name in self._rules.items()), ""])
+
+    def rule(self, body: str, options: str = "") -> str:
+        """A rule's name. One body has one name: bodies that differ only in options are not needed."""
+        if body not in self._rules:
+            self._rules[body] = f"r{len(self._rules)}{options}"
+        return self._rules[body].removesuffix(options)
+
+    def has_token(self, mark: str) -> bool:
+        return mark in self._ids
+
+    def mark(self, mark: str) -> str:
+        return f"<[{self._ids[mark]}]>" if mark in self._ids else self.literal(mark)
+
+    @staticmethod
+    def literal(text: str) -> str:
+        return json.dumps(text, ensure_ascii=False)
+
+    def space(self) -> str:
+        """White space, or none."""
+        return self.rule(r"/[ \t\r\n]+/") + "?"
+
+    def text_until(self, mark: str, before: str = "") -> str:
+        """Any text up to the first `mark`, and it; `before` stands right before the mark."""
+        if mark in self._ids and not before:
+            return f"{self.rule(_ANYTHING)} {self.mark(mark)}"
+        return self.rule(rf"/(.|\n)*{_in_regex(before + mark)}/", "[lazy]")
+
+    def json(self, schema: object) -> str:
+        """JSON of `schema`."""
+        return self.rule(f"%json {write_json(schema)}")
+
+    def arguments(self, tool: Tool) -> str:
+        """The JSON object of a call's arguments; names that the tool does not declare only where it says so."""
+        schema = dict(tool.parameters)
+        if not any(key in schema for key in _OPEN_SCHEMA):
+            schema["additionalProperties"] = False
+        return self.json(schema)
+
+    def bare_values(self, tool: Tool, form: ValueForm) -> str:
+        """The arguments of a call where each is written by itself, in the order of the tool's parameters."""
+        parts = []
+        for name, schema in tool.properties.items():
+            part = f"{form.before(self, name)} {self._bare_value(schema, tool, form)}"
+            parts.append(part if name in tool.required else f"({part})?")
+        return " ".join(parts)
+
+    def _bare_value(self, schema: object, tool: Tool, form: ValueForm) -> str:
+        types = types_of(schema, tool.parameters)
+        choices = schema.get("enum") if isinstance(schema, Mapping) else None
+        if isinstance(choices, list) and choices and all(isinstance(choice, str) for choice in choices):
+            value = f"({' | '.join(map(self.literal, choices))})"
+            return f"{value} {form.after(self)}"
+        if not types or "string" in types:
+            return form.text_and_after(self)
+        whole = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
+        assert isinstance(schema, Mapping)  # it has types
+        return f"{self.json({**whole, **schema})} {form.after(self)}"
+
+
+class ValueForm:
+    """How a format writes one argument by itself: `before` its name, value, `after`.
+
+    Args:
+        name: the pieces around the parameter's name, marks and text; `{}` stands for the name.
+        closing: the mark that ends the value.
+        space: white space between the value and its ends.
+        rest: what follows the closing mark.
+    """
+
+    def __init__(self, name: Sequence[str], closing: str, *, space: str = "", rest: str = "") -> None:
+        self._name = name
+        self._closing = closing
+        self._space = space
+        self._rest = rest
+
+    def before(self, lark: Lark, name: str) -> str:
+        pieces = [
+            lark.literal(piece.replace("{}", name)) if "{}" in piece else lark.mark(piece)
+            for piece in self._name
+        ]
+        return " ".join([*pieces, *self._literal(lark, self._space)])
+
+    def after(self, lark: Lark) -> str:
+        pieces = [
+            *self._literal(lark, self._space),
+            lark.mark(self._closing),
+            *self._literal(lark, self._rest),
+        ]
+        return " ".join(pieces)
+
+    def text_and_after(self, lark: Lark) -> str:
+        return " ".join([lark.text_until(self._closing, self._space), *self._literal(lark, self._rest)])
+
+    @staticmethod
+    def _literal(lark: Lark, text: str) -> list[str]:
+        return [lark.literal(text)] if text else []
+
+
+def _in_regex(text: str) -> str:
+    return _MEANS_MORE.sub(r"\\\g<0>", text).replace("\n", r"\n")

@@ -1,0 +1,82 @@
+"""Mistral and Mixtral: a list of calls, or since 2025 one call after the other.
+
+    [TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "Oslo"}}]
+    [TOOL_CALLS]get_weather[ARGS]{"city": "Oslo"}
+    [TOOL_CALLS]get_weather[CALL_ID]a1b2c3d4e[ARGS]{"city": "Oslo"}
+
+Nothing closes a call but the next one or the end. Templates want ids of nine letters and digits back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+
+from argosy.prompt.formats.format import BlockFormat, call_of
+from argosy.prompt.formats.hermes import named_object
+from argosy.prompt.formats.lark import Lark
+from argosy.prompt.formats.parser import FoundCall, Mark, Reading
+from argosy.prompt.json_text import read_json
+from argosy.prompt.messages import Call
+from argosy.prompt.tools import Tool
+
+CALLS, ARGUMENTS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
+_ID = re.compile(r"[A-Za-z0-9]{9}")
+
+
+class Mistral(BlockFormat):
+    name = "mistral"
+    thinking = ("[THINK]", "[/THINK]")
+    blocks = {CALLS: None}  # noqa: RUF012 (a ClassVar, declared in the base)
+    inside = (ARGUMENTS, CALL_ID)
+
+    def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
+        marks = [at for at, lexeme in enumerate(block) if isinstance(lexeme, Mark)][1:]
+        named = [str(block[at]) for at in marks]
+        if not named:
+            return _read_list("".join(block[1:]), tools)
+        if named[0] == CALL_ID and named[1:2] == [ARGUMENTS]:
+            own_id, last = "".join(block[marks[0] + 1 : marks[1]]).strip(), marks[1]
+        elif named[0] == ARGUMENTS:
+            own_id, last = None, marks[0]
+        else:
+            return None
+        name, arguments = "".join(block[1 : marks[0]]).strip(), "".join(block[last + 1 :]).strip()
+        call = call_of(name, arguments, tools, own_id)
+        return None if call is None else [call]
+
+    def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
+        if lark.has_token(ARGUMENTS):
+            bodies = " | ".join(
+                lark.rule(f"{lark.literal(tool.name)} {lark.mark(ARGUMENTS)} {lark.arguments(tool)}")
+                for tool in tools
+            )
+            return f"({lark.mark(CALLS)} ({bodies})){'+' if parallel else ''}"
+        bodies = lark.rule(" | ".join(lark.rule(named_object(lark, tool)) for tool in tools))
+        calls = f'{bodies} (", " {bodies})*' if parallel else bodies
+        return f'{lark.mark(CALLS)} {lark.space()} "[" {calls} "]"'
+
+    def own_id(self, call: Call, number: int) -> str:
+        if _ID.fullmatch(call.id):
+            return call.id
+        return hashlib.sha256(call.id.encode()).hexdigest()[:9]
+
+
+def _read_list(text: str, tools: Mapping[str, Tool]) -> list[FoundCall] | None:
+    try:
+        said = read_json(text)
+    except ValueError:
+        return None
+    calls = []
+    for item in said if isinstance(said, list) else []:
+        if not isinstance(item, dict):
+            return None
+        own_id = item.get("id")
+        call = call_of(
+            item.get("name"), item.get("arguments"), tools, own_id if isinstance(own_id, str) else None
+        )
+        if call is None:
+            return None
+        calls.append(call)
+    return calls or None

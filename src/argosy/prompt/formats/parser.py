@@ -1,0 +1,303 @@
+"""From the tokens of an answer to events, while they come.
+
+    token id and text  ->  lexemes: text, marks  ->  states: thinking, answering, inside a call  ->  events
+
+A *mark* is a marker of the model's format. Where the tokenizer has a token for it, only that token is the mark, and
+the same characters in ordinary tokens are text; where it has none, the mark is found in the text, wherever tokens part
+it, and no more text is held back than could become one. A call is told when it is whole (decision 14). What only looked
+like one, or breaks off, is text: nothing is lost, and nothing raises.
+
+Elsewhere: what a format is, is `format.py`; what a call looks like inside is each format's own file.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import string
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from argosy.prompt.formats.events import (
+    Event,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallArguments,
+    ToolCallBegin,
+    ToolCallEnd,
+)
+from argosy.prompt.json_text import write_json
+from argosy.prompt.tools import Tool
+
+if TYPE_CHECKING:
+    from argosy.prompt.formats.format import BlockFormat
+    from argosy.prompt.tokenizer import Tokenizer
+
+_BASE62 = string.digits + string.ascii_letters
+_SPACE = " \t\r\n"
+_MOST_UNREAD = 64  # closing marks inside one call: each has it read again, so they have to be few
+
+
+class Mark(str):
+    """A marker of a format, as it is spelled, told apart from the same characters as text."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FoundCall:
+    """A call as a format reads it."""
+
+    name: str
+    arguments: Mapping[str, object]
+    own_id: str | None = None
+
+
+Reading = list[FoundCall] | Literal["more"] | None
+"""Calls; or the closing mark belongs to what a call says, so there is more to come; or none that could be meant."""
+
+
+class Lexer:
+    """Tells marks from text.
+
+    Attributes:
+        ids: token ids that are marks.
+        spelled: marks that have no token.
+    """
+
+    def __init__(self, marks: Sequence[str], tokenizer: Tokenizer) -> None:
+        self.ids: dict[int, Mark] = {}
+        spelled = []
+        for mark in marks:
+            token_id = tokenizer.control_id(mark)
+            if token_id is None:
+                spelled.append(mark)
+            else:
+                self.ids[token_id] = Mark(mark)
+        self.spelled = tuple(spelled)
+        self._pattern = re.compile("|".join(map(re.escape, spelled))) if spelled else None
+
+    def split(self, text: str, *, is_end: bool = False) -> tuple[list[str], str]:
+        """Lexemes of `text`, and its end that may be the start of a mark; at the end of an answer there is none."""
+        if self._pattern is None:
+            return [text] if text else [], ""
+        lexemes: list[str] = []
+        at = 0
+        for found in self._pattern.finditer(text):
+            lexemes += [text[at : found.start()], Mark(found[0])]
+            at = found.end()
+        rest = text[at:]
+        num_held = 0 if is_end else self._num_held(rest)
+        lexemes.append(rest[: len(rest) - num_held])
+        return [lexeme for lexeme in lexemes if lexeme], rest[len(rest) - num_held :]
+
+    def _num_held(self, text: str) -> int:
+        longest = min(max(map(len, self.spelled)) - 1, len(text))
+        return next(
+            (
+                num
+                for num in range(longest, 0, -1)
+                if any(mark.startswith(text[-num:]) for mark in self.spelled)
+            ),
+            0,
+        )
+
+
+class Parser(ABC):
+    """One answer of a model. `push` every token of it, then `finish`."""
+
+    def __init__(self, lexer: Lexer, tools: Sequence[Tool], *, is_reasoning: bool) -> None:
+        """`is_reasoning`: the prompt itself has opened the model's thoughts."""
+        self._lexer = lexer
+        self._tools = {tool.name: tool for tool in tools}
+        self._is_reasoning = is_reasoning
+        self._pending = ""  # text that may be the start of a mark
+        self._events: list[Event] = []
+        self._held_space = ""  # at the end of what was said: dropped if structure follows
+        self._drops_space = is_reasoning  # behind structure
+        self._num_calls = 0
+        self._has_said = False  # text or thoughts
+
+    def push(self, token_id: int | None, text: str) -> list[Event]:
+        """Take one token.
+
+        Args:
+            token_id: the token; None for text that belongs to none, as what a `StreamDecoder` finishes with.
+            text: what it adds to the text, as a `StreamDecoder` gives it; of a mark it may be empty.
+
+        Returns:
+            What is certain now; often one event, sometimes none, or more.
+        """
+        mark = None if token_id is None else self._lexer.ids.get(token_id)
+        if mark is None:
+            lexemes, self._pending = self._lexer.split(self._pending + text)
+        else:
+            lexemes, _ = self._lexer.split(self._pending + text.removesuffix(mark), is_end=True)
+            lexemes.append(mark)
+            self._pending = ""
+        for lexeme in lexemes:
+            self._take(lexeme)
+        return self._out()
+
+    def finish(self) -> list[Event]:
+        """The rest, once it is known that no more tokens come."""
+        lexemes, self._pending = self._lexer.split(self._pending, is_end=True)
+        for lexeme in lexemes:
+            self._take(lexeme)
+        self._end()
+        self._give_space()
+        return self._out()
+
+    @abstractmethod
+    def _take(self, lexeme: str) -> None:
+        """Text, or a `Mark`."""
+
+    @abstractmethod
+    def _end(self) -> None:
+        """Settle what is open."""
+
+    def _out(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def _say(self, text: str) -> None:
+        """Text of the answer, or of the thoughts; white space between it and structure is not part of it."""
+        if self._drops_space:
+            text = text.lstrip(_SPACE)
+        if not text:
+            return
+        self._drops_space = False
+        text = self._held_space + text
+        said = text.rstrip(_SPACE)
+        self._held_space = text[len(said) :]
+        if said:
+            self._has_said = True
+            self._emit(said)
+
+    def _give_space(self) -> None:
+        """White space that was held back, where no structure follows."""
+        held, self._held_space = self._held_space, ""
+        if held:
+            self._emit(held)
+
+    def _emit(self, text: str) -> None:
+        self._events.append(ReasoningDelta(text) if self._is_reasoning else TextDelta(text))
+
+    def _switch(self, *, is_reasoning: bool) -> None:
+        """Structure was here."""
+        self._is_reasoning = is_reasoning
+        self._held_space = ""
+        self._drops_space = True
+
+    def _call(self, call: FoundCall) -> None:
+        index = self._num_calls
+        self._num_calls += 1
+        self._events += [
+            ToolCallBegin(index, new_call_id(), call.name, call.own_id),
+            ToolCallArguments(index, write_json(call.arguments)),
+            ToolCallEnd(index),
+        ]
+        self._switch(is_reasoning=False)
+
+
+class BlockParser(Parser):
+    """Answers of a `BlockFormat`."""
+
+    def __init__(self, form: BlockFormat, tools: Sequence[Tool], *, is_reasoning: bool) -> None:
+        super().__init__(form.lexer, tools, is_reasoning=is_reasoning)
+        self._form = form
+        self._block: list[str] | None = None  # lexemes, the opening mark first
+        self._num_unread = 0  # closing marks in it that were part of what it says
+        self._owed: list[str] = []  # marks of a section in which no call has come yet
+        self._maybe: list[str] | None = None  # from a call inside thoughts on
+        self._is_settling = False
+
+    def _take(self, lexeme: str) -> None:
+        if self._block is not None:
+            self._take_in_block(self._block, lexeme)
+        elif self._is_reasoning and not self._is_settling:
+            self._take_in_thoughts(lexeme)
+        elif not isinstance(lexeme, Mark):
+            if self._owed and not lexeme.strip(_SPACE):
+                self._owed.append(lexeme)
+            else:
+                self._pay()
+                self._say(lexeme)
+        elif lexeme == self._form.thinking[0] and not (self._has_said and lexeme in self._lexer.spelled):
+            self._pay()
+            self._switch(is_reasoning=True)
+        elif self._tools and lexeme in self._form.blocks:
+            self._block = [lexeme]
+        elif self._tools and lexeme in self._form.sections:
+            if self._owed or not self._is_behind_call:
+                self._owed.append(lexeme)
+        elif lexeme not in self._form.blocks.values() or not self._is_behind_call:
+            self._pay()
+            self._say(lexeme)
+
+    def _take_in_thoughts(self, lexeme: str) -> None:
+        """A call inside thoughts is one if they are never closed: some models go from thinking to calling at once."""
+        if lexeme == self._form.thinking[1] and isinstance(lexeme, Mark):
+            for held in self._maybe or ():
+                self._say(held)
+            self._maybe = None
+            self._switch(is_reasoning=False)
+        elif self._maybe is not None:
+            self._maybe.append(lexeme)
+        elif (
+            self._tools and isinstance(lexeme, Mark) and lexeme in (*self._form.blocks, *self._form.sections)
+        ):
+            self._maybe = [lexeme]
+        else:
+            self._say(lexeme)
+
+    def _take_in_block(self, block: list[str], lexeme: str) -> None:
+        closing = self._form.blocks[block[0]]
+        is_mark = isinstance(lexeme, Mark)
+        if closing is None and is_mark and lexeme in self._form.blocks:
+            self._close(block)
+            self._block = [lexeme]
+            return
+        block.append(lexeme)
+        if is_mark and lexeme == closing:
+            self._close(block)
+
+    def _close(self, block: list[str], *, is_end: bool = False) -> None:
+        calls = self._form.read(block, self._tools)
+        if calls == "more" and not is_end:
+            self._num_unread += 1
+            if self._num_unread < _MOST_UNREAD:
+                return
+        self._block, self._num_unread = None, 0
+        if calls and calls != "more":
+            self._owed = []
+            for call in calls:
+                self._call(call)
+        else:
+            self._pay()
+            self._say("".join(block))
+
+    @property
+    def _is_behind_call(self) -> bool:
+        return self._num_calls > 0 and self._drops_space
+
+    def _pay(self) -> None:
+        owed, self._owed = self._owed, []
+        if owed:
+            self._say("".join(owed))
+
+    def _end(self) -> None:
+        if self._maybe is not None:
+            held, self._maybe, self._is_settling = self._maybe, None, True
+            for lexeme in held:
+                self._take(lexeme)
+        if self._block is not None:
+            self._close(self._block, is_end=True)
+        self._pay()
+
+
+def new_call_id() -> str:
+    """An id that nobody guesses: whoever names it has seen the call."""
+    return "call_" + "".join(secrets.choice(_BASE62) for _ in range(24))

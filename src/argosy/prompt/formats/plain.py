@@ -1,0 +1,29 @@
+"""Models that call no tools: text, and thoughts where they have them.
+
+<think>
+thoughts
+</think>
+
+text
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from argosy.errors import UsageError
+from argosy.prompt.formats.format import BlockFormat
+from argosy.prompt.formats.lark import Lark
+from argosy.prompt.formats.parser import Reading
+from argosy.prompt.tools import Tool
+
+
+class Plain(BlockFormat):
+    name = "plain"
+    blocks = {}  # noqa: RUF012 (a ClassVar, declared in the base)
+
+    def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
+        return None
+
+    def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
+        raise UsageError("this model calls no tools, so tool_choice cannot ask it to")

@@ -1,0 +1,53 @@
+"""Qwen3-Coder and Qwen3.5: a function with its parameters, each by itself.
+
+    <tool_call>
+    <function=get_weather>
+    <parameter=city>
+    Oslo
+    </parameter>
+    </function>
+    </tool_call>
+
+Models leave out `<tool_call>` now and then, so `<function=` opens a block, too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from argosy.prompt.formats.format import BlockFormat, inside_of
+from argosy.prompt.formats.functions import Tags, read_functions
+from argosy.prompt.formats.lark import Lark, ValueForm
+from argosy.prompt.formats.parser import Reading
+from argosy.prompt.tools import Tool
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+FUNCTION, END = "<function=", "</function>"
+_TAGS = Tags(
+    function=re.compile(r"<function=([^>\s]+)>"),
+    function_end=END,
+    parameter=re.compile(r"<parameter=([^>\n]+)>"),
+    parameter_end="</parameter>",
+    line_around_values=True,
+)
+_VALUE = ValueForm(["<parameter={}>"], "</parameter>", space="\n", rest="\n")
+
+
+class Qwen3Coder(BlockFormat):
+    name = "qwen3_coder"
+    blocks = {OPEN: CLOSE, FUNCTION: END}  # noqa: RUF012 (a ClassVar, declared in the base)
+
+    def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
+        inside = block if block[0] == FUNCTION else inside_of(block, CLOSE)
+        return read_functions("".join(inside), _TAGS, tools)
+
+    def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
+        bodies = " | ".join(
+            lark.rule(
+                f'{lark.literal(f"<function={tool.name}>")} "\\n" {lark.bare_values(tool, _VALUE)} "{END}"'
+            )
+            for tool in tools
+        )
+        call = lark.rule(f'{lark.mark(OPEN)} "\\n" ({bodies}) "\\n" {lark.mark(CLOSE)}')
+        return f'{call} ("\\n" {call})*' if parallel else call

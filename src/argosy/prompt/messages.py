@@ -1,0 +1,190 @@
+"""Messages as clients send them, checked, as turns.
+
+    {"role", "content", "tool_calls", ...}  ->  check_messages  ->  Turn
+
+Nothing is dropped on the way: a key that is not understood is refused by its name.
+
+Elsewhere: what a chat template wants of a turn is `template_shape.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from argosy.errors import UsageError
+from argosy.prompt.json_text import plain_json, plain_text, read_object, write_json
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+Message = Mapping[str, Any]
+"""One turn: {"role", "content"}, and what agents add.
+
+    role                system, developer, user, assistant or tool
+    content             text, or a list of {"type": "text", "text": text}
+    name                who speaks, where a template cares
+    reasoning_content   assistant: what it thought before it answered; `reasoning` is another name for it
+    tool_calls          assistant: [{"id", "type": "function", "function": {"name", "arguments"}}]; arguments are an
+                        object, or the JSON text of one
+    tool_call_id        tool: which call this is the result of
+
+A key whose value is None counts as absent.
+"""
+
+_KEYS = {
+    "assistant": ("role", "content", "name", "reasoning_content", "reasoning", "tool_calls"),
+    "tool": ("role", "content", "name", "tool_call_id"),
+}
+_OTHER_KEYS = ("role", "content", "name")
+_LONGEST_NAME = 256  # of whoever speaks, of a call, of its id
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A tool call of an assistant's turn; `text` is the JSON of its arguments as it was sent."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, object]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One checked message; `answers` is the id of the call that a tool's turn is the result of."""
+
+    role: str
+    content: str
+    name: str | None = None
+    reasoning: str = ""
+    calls: tuple[Call, ...] = ()
+    answers: str | None = None
+
+
+def check_messages(messages: Sequence[Message], *, add_generation_prompt: bool = True) -> tuple[Turn, ...]:
+    """The messages as turns, or a sentence about the first thing that is wrong with them.
+
+    Raises:
+        UsageError: none, an unknown role or key, content that is not text, a call whose arguments are no object, a
+            result of a call that nobody made, or nothing for the model to answer.
+    """
+    if not messages:
+        raise UsageError("a conversation needs at least one message")
+    turns = []
+    called: set[str] = set()
+    for at, message in enumerate(messages):
+        turn = _turn({key: value for key, value in message.items() if value is not None}, f"message {at}")
+        called |= {call.id for call in turn.calls}
+        if turn.answers is not None and turn.answers not in called:
+            raise UsageError(f"message {at}: tool_call_id '{turn.answers}' is no call of an earlier message")
+        turns.append(turn)
+    if add_generation_prompt and turns[-1].role == "assistant":
+        raise UsageError("the last message is the assistant's, so there is nothing to answer")
+    return tuple(turns)
+
+
+def _turn(message: Message, where: str) -> Turn:
+    role = message.get("role")
+    if role is None:
+        raise UsageError(f"{where}: no 'role'")
+    if not isinstance(role, str):
+        raise UsageError(f"{where}: role is a {type(role).__name__}, expected text")
+    if role not in ROLES:
+        raise UsageError(f"{where}: unknown role '{role}'; known: {', '.join(ROLES)}")
+    known = _KEYS.get(role, _OTHER_KEYS)
+    unknown = [key for key in message if key not in known]
+    if unknown:
+        raise UsageError(f"{where}: unknown key '{unknown[0]}' of role {role}; known: {', '.join(known)}")
+    calls = _calls(message.get("tool_calls", ()), where)
+    if "content" not in message and not calls:
+        raise UsageError(f"{where}: no 'content'")
+    reasoning = [
+        _text(message[key], f"{where}: {key}") for key in ("reasoning_content", "reasoning") if key in message
+    ]
+    if len(set(reasoning)) > 1:
+        raise UsageError(f"{where}: reasoning_content and reasoning say different things")
+    return Turn(
+        role,
+        _content(message.get("content", ""), where),
+        name=_short(message["name"], f"{where}: name") if "name" in message else None,
+        reasoning=reasoning[0] if reasoning else "",
+        calls=calls,
+        answers=_short(message["tool_call_id"], f"{where}: tool_call_id")
+        if "tool_call_id" in message
+        else None,
+    )
+
+
+def _content(content: object, where: str) -> str:
+    """Text, or the texts of its parts, a line each."""
+    if isinstance(content, str) or not isinstance(content, Sequence):
+        return _text(content, f"{where}: content")
+    return "\n".join(_part(part, f"{where}: part {at}") for at, part in enumerate(content))
+
+
+def _part(part: object, where: str) -> str:
+    """The text of one part. Images and sound will be told from text here."""
+    if not isinstance(part, Mapping):
+        raise UsageError(f"{where} is a {type(part).__name__}, expected an object with a type")
+    if part.get("type") != "text":
+        raise UsageError(f"{where} is of type {part.get('type')!r}, and this model takes text only")
+    return _text(part.get("text"), f"{where}: text")
+
+
+def _calls(calls: object, where: str) -> tuple[Call, ...]:
+    if isinstance(calls, str) or not isinstance(calls, Sequence):
+        raise UsageError(f"{where}: tool_calls is a {type(calls).__name__}, expected a list")
+    return tuple(_call(call, f"{where}: tool call {at}") for at, call in enumerate(calls))
+
+
+def _call(call: object, where: str) -> Call:
+    if not isinstance(call, Mapping):
+        raise UsageError(f"{where} is a {type(call).__name__}, expected an object")
+    _only(("id", "type", "index", "function"), call, where)
+    if call.get("type", "function") != "function":
+        raise UsageError(f"{where}: type is {call['type']!r}; known: 'function'")
+    function = call.get("function")
+    if not isinstance(function, Mapping):
+        raise UsageError(f"{where}: no 'function' with name and arguments")
+    _only(("name", "arguments"), function, where)
+    given = function.get("arguments")
+    if isinstance(given, str):
+        text = plain_text(given, f"{where}: arguments")
+        arguments = read_object(text) if text.strip() else {}
+        if arguments is None:
+            raise UsageError(f"{where}: arguments are not the JSON text of an object")
+        text = text if text.strip() else "{}"
+    elif isinstance(given, Mapping):
+        plain = plain_json(given, f"{where}: arguments")
+        assert isinstance(plain, dict)
+        arguments, text = plain, write_json(plain)
+    else:
+        raise UsageError(
+            f"{where}: arguments are a {type(given).__name__}, expected an object or its JSON text"
+        )
+    return Call(
+        _short(call.get("id"), f"{where}: id"),
+        _short(function.get("name"), f"{where}: name"),
+        arguments,
+        text,
+    )
+
+
+def _only(known: Sequence[str], given: Iterable[object], where: str) -> None:
+    for key in given:
+        if key not in known:
+            raise UsageError(f"{where}: unknown key '{key}'; known: {', '.join(known)}")
+
+
+def _short(value: object, where: str) -> str:
+    text = _text(value, where)
+    if not 1 <= len(text) <= _LONGEST_NAME:
+        raise UsageError(f"{where} has {len(text)} characters, expected 1 to {_LONGEST_NAME}")
+    return text
+
+
+def _text(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise UsageError(f"{where} is a {type(value).__name__}, expected text")
+    return plain_text(value, where)

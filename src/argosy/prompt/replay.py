@@ -1,0 +1,290 @@
+"""The tokens of an answer again, when its conversation comes back.
+
+    answer  ->  remember  ->  memory        conversation  ->  recall  ->  prompt with the tokens of the answer
+
+A client sends an answer back as text and parsed arguments. Rendered by the template, these seldom give the tokens that
+were sampled: JSON is spaced in another way, thoughts are left out, one word may be spelled in several ways. Then
+all that follows misses the KV cache. So the tokens of an answer are remembered, and stand for it where it lines up:
+the prompt before it is the same, token by token, and the template prints for it what the model said, white space aside.
+Where any of this does not hold, the template's own text is used.
+
+What a client does not send back (thoughts, the model's own ids of calls) is filled in before the template sees it, so
+the template still decides whether thoughts are shown at that place.
+
+Elsewhere: `prompt.py` asks for both; what an answer says is `formats/`.
+"""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
+
+from argosy.prompt.formats import Answer, Format, collect
+from argosy.prompt.json_text import read_object, write_json
+from argosy.prompt.messages import Turn
+from argosy.prompt.prompt import Prompt, Trace
+from argosy.prompt.tokenizer import Segment, text_of
+from argosy.prompt.tools import Tool
+
+if TYPE_CHECKING:
+    from argosy.prompt.tokenizer import Tokenizer
+
+_ENTRY_BYTES = 1024  # what Python itself needs for one
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """One answer: where it began, what it said, and in which tokens (without the one that ended it)."""
+
+    trace: Trace
+    answer: Answer
+    token_ids: array[int]
+
+    @property
+    def nbytes(self) -> int:
+        said = [self.answer.text, self.answer.reasoning, *(call.arguments for call in self.answer.calls)]
+        return _ENTRY_BYTES + self.token_ids.itemsize * len(self.token_ids) + 4 * sum(map(len, said))
+
+
+class ReplayMemory:
+    """Answers by tenant. When there are too many, the tenant that holds most forgets its oldest."""
+
+    def __init__(self, *, max_turns: int = 4096, max_bytes: int = 64 << 20) -> None:
+        self._max_turns = max_turns
+        self._max_bytes = max_bytes
+        self._tenants: dict[str, _Tenant] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def num_turns(self) -> int:
+        return sum(len(tenant.turns) for tenant in self._tenants.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tenant.nbytes for tenant in self._tenants.values())
+
+    def put(self, tenant: str, key: bytes, turn: Remembered) -> None:
+        with self._lock:
+            self._tenants.setdefault(tenant, _Tenant()).put(key, turn)
+            while self.num_turns > self._max_turns or self.nbytes > self._max_bytes:
+                largest = max(self._tenants, key=lambda name: self._tenants[name].nbytes)
+                self._tenants[largest].drop_oldest()
+                if not self._tenants[largest].turns:
+                    del self._tenants[largest]
+
+    def get(self, tenant: str, key: bytes) -> Remembered | None:
+        with self._lock:
+            held = self._tenants.get(tenant)
+            return None if held is None else held.turns.get(key)
+
+    def touch(self, tenant: str, keys: Iterable[bytes]) -> None:
+        """These were used just now, the last one last."""
+        with self._lock:
+            held = self._tenants.get(tenant, _Tenant())
+            for key in keys:
+                if key in held.turns:
+                    held.turns.move_to_end(key)
+
+    def forget(self, tenant: str) -> None:
+        """Everything that `tenant` said."""
+        with self._lock:
+            self._tenants.pop(tenant, None)
+
+
+class _Tenant:
+    def __init__(self) -> None:
+        self.turns: OrderedDict[bytes, Remembered] = OrderedDict()
+        self.nbytes = 0
+
+    def put(self, key: bytes, turn: Remembered) -> None:
+        old = self.turns.pop(key, None)
+        self.nbytes += turn.nbytes - (0 if old is None else old.nbytes)
+        self.turns[key] = turn
+
+    def drop_oldest(self) -> None:
+        _, turn = self.turns.popitem(last=False)
+        self.nbytes -= turn.nbytes
+
+
+class Replay:
+    """Remembering and recalling for one model."""
+
+    def __init__(self, memory: ReplayMemory, tokenizer: Tokenizer, form: Format) -> None:
+        self._memory = memory
+        self._tokenizer = tokenizer
+        self._form = form
+
+    def remember(
+        self, tenant: str, prompt: Prompt, token_ids: Sequence[int], answer: Answer, tools: Sequence[Tool]
+    ) -> bool:
+        """Keep an answer for when its conversation comes back.
+
+        Args:
+            tenant: whose it is; nobody else gets it back.
+            prompt: what was answered.
+            token_ids: what was sampled, the token that ended it included.
+            answer: what the client was told.
+            tools: those of the request.
+
+        Returns:
+            Whether it is kept. It is not if the client was told less than was sampled (a stop string cut it off), or
+            the prompt was not made of messages.
+        """
+        if prompt.trace is None or not (answer.text.strip() or answer.calls):
+            return False
+        sampled = list(token_ids)
+        if sampled and sampled[-1] in self._tokenizer.eos_ids:
+            sampled.pop()
+        if not _is_same(self._read(sampled, prompt, tools), answer):
+            return False
+        turn = Remembered(prompt.trace, answer, array("I", sampled))
+        if answer.calls:
+            key = _call_key(answer.calls[0].id)
+        else:
+            key = next_digest(prompt.trace.conversation, Turn("assistant", answer.text))
+        self._memory.put(tenant, key, turn)
+        return True
+
+    def recall(
+        self, tenant: str, turns: Sequence[Turn]
+    ) -> tuple[list[Turn], list[Remembered], dict[str, str]]:
+        """What is remembered of a conversation.
+
+        Returns:
+            turns: with the thoughts that the client left out.
+            remembered: answers among them, in order.
+            own_ids: id of a call to the id that the model gave it.
+        """
+        filled: list[Turn] = []
+        remembered: list[Remembered] = []
+        own_ids: dict[str, str] = {}
+        keys: list[bytes] = []
+        digest = b""
+        for turn in turns:
+            digest = next_digest(digest, turn)
+            keys.append(_call_key(turn.calls[0].id) if turn.calls else digest)
+            found = self._memory.get(tenant, keys[-1]) if turn.role == "assistant" else None
+            if found is not None and _says_what_was_said(turn, found.answer):
+                remembered.append(found)
+                own_ids |= {call.id: call.own_id for call in found.answer.calls if call.own_id is not None}
+                filled.append(replace(turn, reasoning=found.answer.reasoning))
+            else:
+                filled.append(turn)
+        # An answer is of use only if those before it are there, so the first ones are forgotten last.
+        self._memory.touch(tenant, reversed(keys))
+        return filled, remembered, own_ids
+
+    def encode(
+        self, segments: Sequence[Segment], remembered: Iterable[Remembered], tools: Sequence[Tool]
+    ) -> list[int]:
+        """Ids of a rendered conversation, with the tokens of what is remembered where it lines up."""
+        tokenizer = self._tokenizer
+        whole = text_of(segments)
+        ids: list[int] = []
+        at = 0  # where in the text the ids end
+        for turn in remembered:
+            begin = turn.trace.num_characters
+            before = cut(segments, 0, begin)
+            if not at <= begin < len(whole) or text_digest(before) != turn.trace.text:
+                continue  # seen without encoding anything
+            head = ids + tokenizer.encode_segments(cut(segments, at, begin))
+            if ids_digest(head) != turn.trace.ids:
+                break  # an answer before it is forgotten, which those behind it miss, too
+            rest = cut(segments, begin, len(whole))
+            ends = (c.start for c in tokenizer.template_controls(rest) if c.token_id in tokenizer.eos_ids)
+            end = next(ends, None)
+            if end is None:
+                continue
+            rendered = tokenizer.encode_segments(cut(rest, 0, end))
+            prompt = Prompt(tuple(head), whole[:begin])
+            if not _is_same(self._read(rendered, prompt, tools), turn.answer):
+                continue
+            ids, at = head + turn.token_ids.tolist(), begin + end
+        return ids + tokenizer.encode_segments(cut(segments, at, len(whole)))
+
+    def _read(self, token_ids: Sequence[int], prompt: Prompt, tools: Sequence[Tool]) -> Answer:
+        return read_answer(token_ids, self._form, self._tokenizer, tools, prompt)
+
+
+def read_answer(
+    token_ids: Sequence[int], form: Format, tokenizer: Tokenizer, tools: Sequence[Tool], prompt: Prompt | None
+) -> Answer:
+    """What `token_ids` say, as the answer to `prompt`."""
+    parser, stream = form.parser(tools, prompt), tokenizer.stream()
+    events = [event for token_id in token_ids for event in parser.push(token_id, stream.push(token_id))]
+    return collect([*events, *parser.push(None, stream.finish()), *parser.finish()])
+
+
+def trace_of(turns: Sequence[Turn], segments: Sequence[Segment], token_ids: Sequence[int]) -> Trace:
+    """What an answer to this prompt will be found by."""
+    conversation = b""
+    for turn in turns:
+        conversation = next_digest(conversation, turn)
+    num_characters = sum(len(text) for _, text in segments)
+    return Trace(num_characters, text_digest(segments), ids_digest(token_ids), conversation)
+
+
+def cut(segments: Sequence[Segment], start: int, stop: int) -> list[Segment]:
+    """The part of `segments` from character `start` to `stop` of the whole text."""
+    parts: list[Segment] = []
+    at = 0
+    for is_callers, text in segments:
+        part = text[max(start - at, 0) : max(stop - at, 0)]
+        if part:
+            parts.append((is_callers, part))
+        at += len(text)
+    return parts
+
+
+def text_digest(segments: Sequence[Segment]) -> bytes:
+    """Of a text, and of who wrote what of it."""
+    hasher = blake3()
+    for is_callers, text in segments:
+        data = text.encode()
+        hasher.update(b"%d %d:" % (is_callers, len(data)))
+        hasher.update(data)
+    return hasher.digest()
+
+
+def ids_digest(token_ids: Sequence[int]) -> bytes:
+    return blake3(array("I", token_ids).tobytes()).digest()
+
+
+def next_digest(digest: bytes, turn: Turn) -> bytes:
+    """Of a conversation that goes on with `turn`; thoughts are left out, as clients leave them out."""
+    calls = [[call.id, call.name, call.arguments] for call in turn.calls]
+    said = write_json([turn.role, turn.content.strip(), turn.name, turn.answers, calls])
+    return blake3(digest + said.encode()).digest()
+
+
+def _call_key(call_id: str) -> bytes:
+    return b"call " + call_id.encode()
+
+
+def _says_what_was_said(turn: Turn, answer: Answer) -> bool:
+    """Whether a client sends `answer` back as it was; thoughts may be left out."""
+    return (
+        [call.id for call in turn.calls] == [call.id for call in answer.calls]
+        and [(call.name, call.arguments) for call in turn.calls] == _named(answer)
+        and turn.content.strip() == answer.text.strip()
+        and turn.reasoning.strip() in ("", answer.reasoning.strip())
+    )
+
+
+def _is_same(one: Answer, other: Answer) -> bool:
+    """Whether two answers say the same, white space at their ends and ids of calls aside."""
+    return (
+        one.text.strip() == other.text.strip()
+        and one.reasoning.strip() == other.reasoning.strip()
+        and _named(one) == _named(other)
+    )
+
+
+def _named(answer: Answer) -> list[tuple[str, object]]:
+    return [(call.name, read_object(call.arguments)) for call in answer.calls]

@@ -1,0 +1,226 @@
+"""How one chat template wants conversations with tools: found out once, by rendering small ones.
+
+    template  ->  find_shape  ->  Shape        turns  ->  Shape.messages  ->  what the template reads
+
+Templates agree on `role` and `content` and on little else: some want a call's arguments as an object and some as JSON
+text, some print nothing for a turn that has both text and calls, some only its first call. What a template would leave
+out without a word is put in a way that it prints, or refused by name. Two things are left out as the template leaves
+them out: thoughts, and what a model said beside its calls where there is no way to print both. A refusal would end a
+conversation over words that the model itself chose.
+
+Elsewhere: what a client may send is `messages.py`; rendering is `chat.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from argosy.errors import UsageError
+from argosy.prompt.json_text import write_json
+from argosy.prompt.messages import Call, Turn
+from argosy.prompt.tools import Tool
+
+Messages = list[dict[str, Any]]
+Try = Callable[[Messages, list[dict[str, object]] | None], str | None]
+"""What a template prints for messages and tools, or None where it fails."""
+
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # the first that a template reads
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a template reads and prints.
+
+    Attributes:
+        variables: names that a caller may set.
+        takes_tools: it tells the model of tools.
+        takes_calls: it prints calls of earlier turns, and results of them.
+        arguments_as_text: it wants arguments as JSON text, not as an object.
+        content_beside_calls: what stands for "no text" in a turn with calls: "" or None.
+        prints_all_calls: of a turn with several calls.
+        content_goes: of a turn that has both: beside the calls, in a turn of its own before them, or nowhere.
+        takes_content_and_reasoning: in a turn with calls.
+        reasoning_key: where it looks for what the assistant thought, or None.
+        knows_developer: it has a word for that role.
+        takes_late_system: it prints a system message that is not the first message.
+    """
+
+    variables: frozenset[str]
+    takes_tools: bool
+    takes_calls: bool
+    arguments_as_text: bool
+    content_beside_calls: str | None
+    prints_all_calls: bool
+    content_goes: Literal["beside", "before", "nowhere"]
+    takes_content_and_reasoning: bool
+    reasoning_key: str | None
+    knows_developer: bool
+    takes_late_system: bool
+
+    def messages(self, turns: Sequence[Turn]) -> Messages:
+        """`turns` as this template reads them.
+
+        Raises:
+            UsageError: the template has no place for something in them.
+        """
+        made: Messages = []
+        for turn in self._split(self._with_one_system(turns)):
+            message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+            if turn.role == "developer" and not self.knows_developer:
+                message["role"] = "system"
+            if turn.name is not None:
+                message["name"] = turn.name
+            if turn.answers is not None:
+                message["tool_call_id"] = turn.answers
+            if (turn.calls or turn.role == "tool") and not self.takes_calls:
+                raise UsageError("this model's chat template has no place for tool calls and their results")
+            if turn.calls:
+                message["content"] = turn.content or self.content_beside_calls
+                message["tool_calls"] = [self._call(call) for call in turn.calls]
+            if turn.reasoning and self.reasoning_key is not None:
+                message[self.reasoning_key] = turn.reasoning
+            made.append(message)
+        return made
+
+    def _call(self, call: Call) -> dict[str, Any]:
+        arguments = call.text if self.arguments_as_text else call.arguments
+        return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+    def _with_one_system(self, turns: Sequence[Turn]) -> Sequence[Turn]:
+        """Turns whose instructions at the start are one message, if the template prints no more than that."""
+        kinds = [turn.role in ("system", "developer") for turn in turns]
+        if self.takes_late_system or not any(kinds[1:]):
+            return turns
+        num_first = kinds.index(False) if False in kinds else len(kinds)
+        if any(kinds[num_first:]):
+            at = kinds.index(True, num_first)
+            raise UsageError(
+                f"message {at}: this model's chat template takes instructions ({turns[at].role}) "
+                "at the start of a conversation only"
+            )
+        whole = "\n\n".join(turn.content for turn in turns[:num_first])
+        return [replace(turns[0], content=whole), *turns[num_first:]]
+
+    def _split(self, turns: Sequence[Turn]) -> list[Turn]:
+        """Turns of which the template prints everything that it can."""
+        made: list[Turn] = []
+        for turn in turns:
+            if not turn.calls or not turn.content:
+                made.append(turn)
+            elif self.content_goes == "before":
+                made += [replace(turn, calls=()), replace(turn, content="", reasoning="")]
+            elif turn.reasoning and not self.takes_content_and_reasoning:
+                made.append(replace(turn, content="", reasoning=f"{turn.reasoning}\n\n{turn.content}"))
+            else:
+                made.append(turn)
+        return made if self.prints_all_calls else _one_call_each(made)
+
+
+def _one_call_each(turns: Sequence[Turn]) -> list[Turn]:
+    """Turns with one call each, and its result behind each."""
+    made: list[Turn] = []
+    at = 0
+    while at < len(turns):
+        turn, at = turns[at], at + 1
+        if len(turn.calls) < 2:
+            made.append(turn)
+            continue
+        results: list[Turn] = []
+        while at < len(turns) and turns[at].role == "tool":
+            results.append(turns[at])
+            at += 1
+        for num, call in enumerate(turn.calls):
+            first = turn if num == 0 else replace(turn, content="", reasoning="")
+            made.append(replace(first, calls=(call,)))
+            made += [result for result in results if result.answers == call.id]
+        ids = {call.id for call in turn.calls}
+        made += [result for result in results if result.answers not in ids]
+    return made
+
+
+def find_shape(variables: frozenset[str], names: frozenset[str], attempt: Try) -> Shape:
+    """Ask a template.
+
+    Args:
+        variables: names it takes from outside, those with a meaning of their own left out.
+        names: all attributes, keys and texts it holds.
+        attempt: renders.
+    """
+
+    def printed(messages: Messages, *wanted: str) -> str | None:
+        """What is printed, if these words are, in this order."""
+        text = attempt(messages, tools)
+        at = 0
+        for word in wanted if text is not None else ():
+            at = text.find(word, at) if text is not None else -1
+            if at < 0:
+                return None
+        # Python's own spelling of the object is not what a template prints that means to print arguments.
+        return None if text is None or "'probe_key1'" in text else text
+
+    tools: list[dict[str, object]] | None = [Tool("probe_tool", "probe").as_template_reads_it()]
+    takes_tools = printed([_USER], "probe_tool") is not None
+    if not takes_tools:
+        tools = None
+
+    results = [
+        {"role": "tool", "content": f"probe_result{at}", "tool_call_id": _probe_id(at)} for at in (1, 2)
+    ]
+    arguments_as_text, takes_calls = False, False
+    empty: str | None = ""
+    for as_text in (False, True):
+        forms = {
+            none: printed(
+                [_USER, _probe_turn(as_text, 1, content=none), results[0]], "probe_key1", "probe_result1"
+            )
+            for none in ("", None)
+        }
+        # What prints less prints nothing twice, and no "None".
+        taken = [(len(text), none is None, none) for none, text in forms.items() if text is not None]
+        if taken:
+            arguments_as_text, empty, takes_calls = as_text, min(taken)[2], True
+            break
+
+    def prints(*wanted: str, num_calls: int = 1, **more: Any) -> bool:
+        turn = _probe_turn(arguments_as_text, num_calls, **more)
+        return printed([_USER, turn, *results[:num_calls]], *wanted) is not None
+
+    is_beside = prints("probe_text", "probe_key1", content="probe_text")
+    said = {"role": "assistant", "content": "probe_text"}
+    turn = _probe_turn(arguments_as_text, 1, content=empty)
+    split = [_USER, said, turn, results[0], said, _USER]  # where turns are counted, only later ones tell
+    is_before = printed(split, "probe_text", "probe_key1") is not None
+    key = next((key for key in _REASONING_KEYS if key in names), None)
+    thought: dict[str, Any] = {} if key is None else {key: "probe_thought"}
+    late = [{"role": "system", "content": "probe"}, _USER, {"role": "system", "content": "probe_late"}, _USER]
+    return Shape(
+        variables=variables,
+        takes_tools=takes_tools,
+        takes_calls=takes_calls,
+        arguments_as_text=arguments_as_text,
+        content_beside_calls=empty,
+        prints_all_calls=prints("probe_key1", "probe_key2", num_calls=2, content=empty),
+        content_goes="beside" if is_beside else "before" if is_before else "nowhere",
+        takes_content_and_reasoning=prints("probe_key1", content="probe_text", **thought),
+        reasoning_key=key,
+        knows_developer="developer" in names,
+        takes_late_system=printed(late, "probe_late") is not None,
+    )
+
+
+_USER: dict[str, Any] = {"role": "user", "content": "probe"}
+
+
+def _probe_id(at: int) -> str:
+    return f"probeid{at:02}"  # some templates want nine characters
+
+
+def _probe_turn(as_text: bool, num_calls: int, **more: Any) -> dict[str, Any]:
+    calls = []
+    for at in range(1, num_calls + 1):
+        arguments: Any = {f"probe_key{at}": "probe"}
+        function = {"name": "probe_tool", "arguments": write_json(arguments) if as_text else arguments}
+        calls.append({"id": _probe_id(at), "type": "function", "function": function})
+    return {"role": "assistant", "tool_calls": calls, **more}

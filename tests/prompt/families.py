@@ -1,0 +1,164 @@
+"""One small model's text side for each family: a tokenizer with the family's tokens, and its chat template."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import tokenizers
+
+from argosy.prompt.prompt import PromptBuilder
+from argosy.prompt.replay import ReplayMemory
+from argosy.prompt.tokenizer import Tokenizer
+from tests.prompt import tool_templates as templates
+from tests.prompt.tokenizers_for_tests import CHATML, byte_level_json
+
+_DEEPSEEK = (
+    [f"<｜tool▁{name}｜>" for name in ("calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep")]
+    + [f"<｜tool▁{name}｜>" for name in ("outputs▁begin", "outputs▁end", "output▁begin", "output▁end")]
+    + ["<think>", "</think>"]
+)
+_QWEN = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+_GLM = [*_QWEN, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "/nothink"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """`special` tokens are flagged so; `structural` ones are single tokens like any word."""
+
+    name: str
+    template: str
+    special: tuple[str, ...]
+    structural: tuple[str, ...]
+    ends: tuple[str, ...]
+    config: dict[str, str] = field(default_factory=dict)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        core = tokenizers.Tokenizer.from_str(byte_level_json(structural=()))
+        core.add_special_tokens(list(self.special))
+        core.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in self.structural])
+        ends = [core.token_to_id(text) for text in self.ends]
+        return Tokenizer(
+            core,
+            config={"eos_token": self.ends[0], **self.config},
+            generation_config={"eos_token_id": ends},
+            chat_template=self.template,
+        )
+
+    def builder(self, memory: ReplayMemory | None = None) -> PromptBuilder:
+        return PromptBuilder(self.tokenizer, vocab_size=self.tokenizer.vocab_size, memory=memory)
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        return (*self.special, *self.structural)
+
+
+def _family(
+    name: str, template: str, special: list[str], structural: list[str], ends: list[str], **config: str
+) -> Family:
+    return Family(name, template, tuple(special), tuple(structural), tuple(ends), config)
+
+
+_KIMI = [f"<|im_{name}|>" for name in ("system", "user", "assistant", "middle", "end")] + [
+    f"<|{name}|>"
+    for name in (
+        "tool_calls_section_begin",
+        "tool_calls_section_end",
+        "tool_call_begin",
+        "tool_call_argument_begin",
+        "tool_call_end",
+    )
+]
+_DEEPSEEK_SPECIAL = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"]
+_DEEPSEEK_STRUCTURAL = ["<｜User｜>", "<｜Assistant｜>", *_DEEPSEEK]
+_GLM_SPECIAL = ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+_HARMONY = [f"<|{name}|>" for name in ("start", "end", "message", "channel", "constrain", "return", "call")]
+_MISTRAL = [
+    "[INST]",
+    "[/INST]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+]
+_MISTRAL += ["[TOOL_CALLS]", "<s>", "</s>"]
+_MISTRAL_ARGS = [*_MISTRAL, "[ARGS]", "[CALL_ID]", "[TOOL_CONTENT]", "[THINK]", "[/THINK]", "[SYSTEM_PROMPT]"]
+_MISTRAL_ARGS += ["[/SYSTEM_PROMPT]"]
+_SENTENCE = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}
+_MINIMAX = ["]~!b[", "]~b]", "[e~["]
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        _family("qwen2_5", templates.QWEN2_5, [], _QWEN[2:], ["<|im_end|>"]),
+        _family("qwen3", templates.QWEN3, [], _QWEN, ["<|im_end|>"]),
+        _family("qwen3_coder", templates.QWEN3_CODER, [], _QWEN, ["<|im_end|>"]),
+        _family(
+            "deepseek_v3",
+            templates.DEEPSEEK_R1,
+            _DEEPSEEK_SPECIAL,
+            _DEEPSEEK_STRUCTURAL,
+            ["<｜end▁of▁sentence｜>"],
+            **_SENTENCE,
+        ),
+        _family(
+            "deepseek_v31",
+            templates.DEEPSEEK_V31,
+            _DEEPSEEK_SPECIAL,
+            _DEEPSEEK_STRUCTURAL,
+            ["<｜end▁of▁sentence｜>"],
+            **_SENTENCE,
+        ),
+        _family("kimi_k2", templates.KIMI_K2, _KIMI, ["<think>", "</think>"], ["<|im_end|>"]),
+        _family(
+            "glm", templates.GLM_4_6, _GLM_SPECIAL, _GLM, ["<|endoftext|>", "<|user|>", "<|observation|>"]
+        ),
+        _family(
+            "glm47", templates.GLM_4_7, _GLM_SPECIAL, _GLM, ["<|endoftext|>", "<|user|>", "<|observation|>"]
+        ),
+        _family("harmony", templates.GPT_OSS, _HARMONY, [], ["<|return|>", "<|call|>"]),
+        _family("mistral", templates.MISTRAL, _MISTRAL, [], ["</s>"], bos_token="<s>", eos_token="</s>"),
+        _family(
+            "mistral_args",
+            templates.MISTRAL_ARGS,
+            _MISTRAL_ARGS,
+            [],
+            ["</s>"],
+            bos_token="<s>",
+            eos_token="</s>",
+        ),
+        _family(
+            "minimax_m2",
+            templates.MINIMAX_M2,
+            _MINIMAX,
+            ["<think>", "</think>", "<minimax:tool_call>", "</minimax:tool_call>"],
+            ["[e~["],
+        ),
+        _family("minimax_spelled", templates.MINIMAX_M2, _MINIMAX, [], ["[e~["]),  # no token for any mark
+        _family("chatml", CHATML, [], ["<think>", "</think>"], ["<|im_end|>"]),  # calls no tools
+    )
+}
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "Which city"},
+                "days": {"type": "integer"},
+                "unit": {"type": "string", "enum": ["celsius", "fahrenheit"]},
+                "exact": {"type": "boolean"},
+                "places": {"type": "array", "items": {"type": "string"}},
+                "more": {"type": "object"},
+                "limit": {"type": ["number", "null"]},
+            },
+            "required": ["city"],
+        },
+    },
+}
+CLOCK = {"type": "function", "function": {"name": "clock", "description": "The time"}}
+TOOLS = [WEATHER, CLOCK]

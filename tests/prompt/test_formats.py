@@ -1,0 +1,301 @@
+"""Formats: the tokens of an answer become text, thoughts and calls, however they are cut."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from argosy.errors import UsageError
+from argosy.prompt.formats import (
+    FORMATS,
+    Event,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallArguments,
+    ToolCallBegin,
+    ToolCallEnd,
+    collect,
+    find_format,
+    named_format,
+)
+from argosy.prompt.prompt import Prompt
+from argosy.prompt.tools import check_tools
+from tests.prompt.families import FAMILIES, TOOLS, Family
+
+TRANSCRIPTS = sorted((Path(__file__).parent / "transcripts").glob("*.json"))
+
+Token = tuple[int | None, str]
+
+
+def transcripts() -> Iterator[Any]:
+    for path in TRANSCRIPTS:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for family in content["families"]:
+            for case in content["cases"]:
+                yield pytest.param(FAMILIES[family], case, id=f"{path.stem}-{family}-{case['says']}")
+
+
+def tokens_of(family: Family, pieces: Iterable[str | dict[str, str]]) -> list[Token]:
+    """(id, text): a piece that is a token of the family has its id; others are text, and so is what is `typed`."""
+    tokens: list[Token] = []
+    for piece in pieces:
+        if isinstance(piece, dict):
+            tokens.append((None, piece["typed"]))
+        else:
+            token_id = family.tokenizer.control_id(piece)
+            tokens.append((token_id, "" if token_id in family.tokenizer.hidden_ids else piece))
+    return tokens
+
+
+def events_of(family: Family, case: dict[str, Any], tokens: Iterable[Token]) -> list[Event]:
+    tools = check_tools(case.get("tools", TOOLS))
+    prompt = None
+    if "prompt" in case:
+        ids = family.tokenizer.encode_segments([(False, case["prompt"])])
+        prompt = Prompt(tuple(ids), case["prompt"])
+    parser = find_format(family.tokenizer, family.template).parser(tools, prompt)
+    events = [event for token_id, text in tokens for event in parser.push(token_id, text)]
+    return events + parser.finish()
+
+
+def told(events: Iterable[Event]) -> list[list[Any]]:
+    """Events as transcripts write them: neighbours of one kind together, a call as one."""
+    made: list[list[Any]] = []
+    for event in events:
+        match event:
+            case TextDelta(text) | ReasoningDelta(text):
+                kind = "text" if isinstance(event, TextDelta) else "reasoning"
+                if made and made[-1][0] == kind:
+                    made[-1][1] += text
+                else:
+                    made.append([kind, text])
+            case ToolCallBegin():
+                made.append(["call", event.name, "", *([] if event.own_id is None else [event.own_id])])
+            case ToolCallArguments():
+                made[-1][2] += event.json_fragment
+    return [
+        [kind, rest[0], json.loads(rest[1]), *rest[2:]] if kind == "call" else [kind, *rest]
+        for kind, *rest in made
+    ]
+
+
+@pytest.mark.parametrize(("family", "case"), list(transcripts()))
+def test_an_answer_is_told_as_its_transcript_says(family: Family, case: dict[str, Any]) -> None:
+    events = events_of(family, case, tokens_of(family, case["pieces"]))
+    assert told(events) == case["events"]
+
+    begun = [event for event in events if isinstance(event, ToolCallBegin)]
+    assert [event.index for event in begun] == list(range(len(begun)))
+    assert all(re.fullmatch(r"call_[0-9A-Za-z]{24}", event.id) for event in begun)
+    assert len({event.id for event in begun}) == len(begun)
+    of_calls = [event for event in events if not isinstance(event, TextDelta | ReasoningDelta)]
+    assert [type(event) for event in of_calls] == [ToolCallBegin, ToolCallArguments, ToolCallEnd] * len(begun)
+    assert all(event.text for event in events if isinstance(event, TextDelta | ReasoningDelta))
+
+
+def cut_up(tokens: Iterable[Token], places: Iterable[int]) -> Iterator[Token]:
+    """The same tokens, text among them joined and cut at `places` of the whole."""
+    joined: list[Token] = []
+    for token_id, text in tokens:
+        if token_id is None and joined and joined[-1][0] is None:
+            joined[-1] = (None, joined[-1][1] + text)
+        else:
+            joined.append((token_id, text))
+    at = 0
+    wanted = sorted(places)
+    for token_id, text in joined:
+        if token_id is not None:
+            yield token_id, text
+            continue
+        ends = [place - at for place in wanted if at < place < at + len(text)]
+        for start, stop in zip([0, *ends], [*ends, len(text)], strict=True):
+            yield None, text[start:stop]
+        at += len(text)
+
+
+ALL = [(param.values[0], param.values[1]) for param in transcripts()]
+
+
+@settings(deadline=None, max_examples=600)
+@given(case=st.sampled_from(ALL), data=st.data())
+def test_any_way_to_cut_an_answer_gives_the_same(
+    case: tuple[Family, dict[str, Any]], data: st.DataObject
+) -> None:
+    family, transcript = case
+    tokens = tokens_of(family, transcript["pieces"])
+    length = sum(len(text) for token_id, text in tokens if token_id is None)
+    places = data.draw(st.lists(st.integers(1, max(length - 1, 1)), max_size=40))
+    assert told(events_of(family, transcript, cut_up(tokens, places))) == transcript["events"]
+
+
+def test_a_mark_that_is_text_may_be_cut_anywhere() -> None:
+    family = FAMILIES["minimax_spelled"]
+    cases = [case for member, case in ALL if member is family]
+    for case in cases:
+        tokens = tokens_of(family, case["pieces"])
+        assert all(token_id is None for token_id, _ in tokens)
+        length = sum(len(text) for _, text in tokens)
+        for place in range(1, length):
+            assert told(events_of(family, case, cut_up(tokens, [place]))) == case["events"]
+        assert told(events_of(family, case, cut_up(tokens, range(1, length)))) == case["events"]
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    name=st.sampled_from(sorted(FAMILIES)),
+    data=st.data(),
+    opens=st.booleans(),
+)
+def test_no_answer_raises_and_none_loses_a_word(name: str, data: st.DataObject, opens: bool) -> None:
+    family = FAMILIES[name]
+    words = [
+        "get_weather",
+        "clock",
+        "Oslo",
+        '{"city": "x"}',
+        "{}",
+        '"',
+        "}",
+        "function",
+        "json",
+        " ",
+        "\n",
+        "to=functions.clock",
+    ]
+    pieces = data.draw(st.lists(st.sampled_from([*family.marks, *words]), max_size=15))
+    case = {"tools": TOOLS} | ({"prompt": "<think>\n"} if opens else {})
+    said = told(events_of(family, case, tokens_of(family, pieces)))
+    # What harmony writes in front of a message is structure, whatever it says.
+    if name != "harmony" and not any(kind == "call" for kind, *_ in said):
+        heard = "".join(text for _, text in said)
+        assert all(heard.count(word) >= 1 for word in pieces if word in ("Oslo", '"'))
+
+
+def test_thoughts_that_only_text_can_mark_begin_an_answer_or_are_text() -> None:
+    spelled = FAMILIES["minimax_spelled"]
+    assert told(events_of(spelled, {}, [(None, "\n<think>a</think>b <think>c</think>")])) == [
+        ["reasoning", "a"],
+        ["text", "b <think>c</think>"],
+    ]
+    never = FAMILIES["qwen2_5"]  # neither a token nor in the template
+    for prompt in ("x", "<think>\n"):
+        said = told(events_of(never, {"prompt": prompt}, [(None, "<think>a</think>b")]))
+        assert said == [["text", "<think>a</think>b"]]
+
+
+def test_text_comes_out_as_it_comes_in() -> None:
+    parser = find_format(FAMILIES["qwen3"].tokenizer, FAMILIES["qwen3"].template).parser(check_tools(TOOLS))
+    assert parser.push(None, "Hel") == [TextDelta("Hel")]
+    assert parser.push(None, "lo") == [TextDelta("lo")]
+    assert parser.push(None, " ") == []  # perhaps the end of the text before a call
+    assert parser.push(None, "you") == [TextDelta(" you")]
+
+
+def test_no_more_is_held_back_than_could_become_a_mark() -> None:
+    family = FAMILIES["minimax_spelled"]
+    parser = find_format(family.tokenizer, family.template).parser(check_tools(TOOLS))
+    assert parser.push(None, "a <") == [TextDelta("a")]
+    assert parser.push(None, "minimax:") == []
+    assert parser.push(None, "x") == [TextDelta(" <minimax:x")]
+
+
+def test_a_call_is_told_as_soon_as_it_is_whole() -> None:
+    family = FAMILIES["kimi_k2"]
+    parser = find_format(family.tokenizer, family.template).parser(check_tools(TOOLS))
+    pieces = [
+        "<|tool_calls_section_begin|>",
+        "<|tool_call_begin|>",
+        "functions.clock:0",
+        "<|tool_call_argument_begin|>",
+        "{}",
+    ]
+    for token_id, text in tokens_of(family, pieces):
+        assert parser.push(token_id, text) == []
+    begin, arguments, end = parser.push(*tokens_of(family, ["<|tool_call_end|>"])[0])
+    assert isinstance(begin, ToolCallBegin)
+    assert (begin.name, begin.own_id) == ("clock", "functions.clock:0")
+    assert (arguments, end) == (ToolCallArguments(0, "{}"), ToolCallEnd(0))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_coder", "kimi_k2", "glm"])
+def test_reading_takes_no_more_than_in_proportion_to_the_answer(name: str) -> None:
+    """Closing marks inside a string, escaped quotes, white space: what a reader might go back over."""
+    family = FAMILIES[name]
+    opening = {
+        "qwen3": ["<tool_call>", '{"name": "get_weather", "arguments": {"city": "'],
+        "qwen3_coder": ["<tool_call>", "<function=get_weather><parameter=city>"],
+        "kimi_k2": [
+            "<|tool_call_begin|>",
+            "functions.get_weather:0",
+            "<|tool_call_argument_begin|>",
+            '{"city": "',
+        ],
+        "glm": ["<tool_call>", "get_weather", "<arg_key>", "city", "</arg_key>", "<arg_value>"],
+    }[name]
+    closing = "<|tool_call_end|>" if name == "kimi_k2" else "</tool_call>"
+
+    def seconds(num: int) -> float:
+        pieces = [*opening, *['\\" ', " </parameter> ", closing] * num]
+        tokens = tokens_of(family, pieces)
+        start = time.process_time()
+        answer = collect(events_of(family, {"tools": TOOLS}, tokens))
+        spent = time.process_time() - start
+        assert answer.text == "".join(pieces)
+        return spent
+
+    few = min(seconds(2000) for _ in range(3))
+    assert seconds(20_000) < 40 * few + 0.05  # quadratic work would be 100 times as much
+
+
+# Which one
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("qwen2_5", "hermes"),
+        ("qwen3", "hermes"),
+        ("qwen3_coder", "qwen3_coder"),
+        ("deepseek_v3", "deepseek_v3"),
+        ("deepseek_v31", "deepseek_v31"),
+        ("kimi_k2", "kimi_k2"),
+        ("glm", "glm"),
+        ("glm47", "glm47"),
+        ("harmony", "harmony"),
+        ("mistral", "mistral"),
+        ("mistral_args", "mistral"),
+        ("minimax_m2", "minimax_m2"),
+        ("minimax_spelled", "minimax_m2"),
+        ("chatml", "plain"),
+    ],
+)
+def test_the_format_follows_from_tokens_and_template(family: str, name: str) -> None:
+    found = find_format(FAMILIES[family].tokenizer, FAMILIES[family].template)
+    assert found.name == name
+    assert type(named_format(name, FAMILIES[family].tokenizer)) is type(found)
+
+
+def test_every_format_has_a_transcript() -> None:
+    names = {find_format(family.tokenizer, family.template).name for family, _ in ALL}
+    assert names == FORMATS.keys()
+
+
+def test_an_unknown_format_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(UsageError, match="unknown format 'xml'; known: deepseek_v3, deepseek_v31, glm"):
+        named_format("xml", FAMILIES["qwen3"].tokenizer)
+
+
+def test_an_end_of_a_prompt_in_callers_words_opens_no_thoughts() -> None:
+    family = FAMILIES["qwen3"]
+    form = find_format(family.tokenizer, family.template)
+    for is_callers, state in ((True, "either"), (False, "open")):
+        ids = family.tokenizer.encode_segments([(is_callers, "<think>\n")])
+        assert form.thoughts_in(Prompt(tuple(ids), "<think>\n")) == state

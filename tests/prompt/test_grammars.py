@@ -1,0 +1,327 @@
+"""Grammars: an answer that has to call a tool can say that and nothing else, and what it says is read as a call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from llguidance import LLMatcher, LLTokenizer
+
+from argosy.errors import UsageError
+from argosy.prompt.formats import Format, ToolCallBegin, collect, find_format
+from argosy.prompt.prompt import Prompt
+from argosy.prompt.tools import Tool, check_tools, tool_named
+from tests.prompt.families import FAMILIES, TOOLS, Family
+
+CALLING = [name for name in FAMILIES if name != "chatml"]
+CHECKED = check_tools(TOOLS)
+WEATHER, CLOCK = CHECKED
+
+
+def format_of(name: str) -> Format:
+    return find_format(FAMILIES[name].tokenizer, FAMILIES[name].template)
+
+
+def matcher(family: Family, grammar: str) -> LLMatcher:
+    core = family.tokenizer._core
+    tokenizer = LLTokenizer(
+        core.to_str(), n_vocab=family.tokenizer.vocab_size, eos_token=list(family.tokenizer.eos_ids)
+    )
+    made = LLMatcher(tokenizer, grammar)
+    assert not made.is_error(), made.get_error()
+    return made
+
+
+def ids_of(family: Family, text: str) -> list[int]:
+    return family.tokenizer.encode_segments([(False, text)])
+
+
+def takes(name: str, grammar: str, text: str) -> bool:
+    """Whether `text` is an answer of the grammar, from its first token to its last."""
+    found, ids = matcher(FAMILIES[name], grammar), ids_of(FAMILIES[name], text)
+    return found.try_consume_tokens(ids) == len(ids) and found.is_accepting()
+
+
+def refuses_at(name: str, grammar: str, text: str) -> str:
+    """The text up to the token that the grammar refuses."""
+    found, ids = matcher(FAMILIES[name], grammar), ids_of(FAMILIES[name], text)
+    taken = found.try_consume_tokens(ids)
+    assert taken < len(ids), "nothing is refused"
+    return FAMILIES[name].tokenizer.decode(ids[:taken], keep_special=True)
+
+
+OSLO = '{"city": "Oslo"}'
+ONE = {
+    "qwen3": '<tool_call>\n{"name": "get_weather", "arguments": ' + OSLO + "}\n</tool_call>",
+    "qwen3_coder": "<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n"
+    "</function>\n</tool_call>",
+    "deepseek_v3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n"
+    + OSLO
+    + "\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "deepseek_v31": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>"
+    + OSLO
+    + "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
+    + OSLO
+    + "<|tool_call_end|><|tool_calls_section_end|>",
+    "glm": "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call>",
+    "glm47": "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Oslo</arg_value></tool_call>",
+    "harmony": "<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>" + OSLO,
+    "mistral": '[TOOL_CALLS] [{"name": "get_weather", "arguments": ' + OSLO + "}]",
+    "mistral_args": "[TOOL_CALLS]get_weather[ARGS]" + OSLO,
+    "minimax_m2": '<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Oslo</parameter>\n'
+    "</invoke>\n</minimax:tool_call>",
+}
+ONE["qwen2_5"] = ONE["qwen3"]
+ONE["minimax_spelled"] = ONE["minimax_m2"]
+
+TWO = {
+    "qwen3": ONE["qwen3"] + '\n<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>',
+    "qwen3_coder": ONE["qwen3_coder"] + "\n<tool_call>\n<function=clock>\n</function>\n</tool_call>",
+    "deepseek_v3": ONE["deepseek_v3"].removesuffix("<｜tool▁calls▁end｜>")
+    + "\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>clock\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "deepseek_v31": ONE["deepseek_v31"].removesuffix("<｜tool▁calls▁end｜>")
+    + "<｜tool▁call▁begin｜>clock<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "kimi_k2": ONE["kimi_k2"].removesuffix("<|tool_calls_section_end|>")
+    + "<|tool_call_begin|>functions.clock:1<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>",
+    "glm": ONE["glm"] + "\n<tool_call>clock\n</tool_call>",
+    "glm47": ONE["glm47"] + "<tool_call>clock</tool_call>",
+    "mistral": ONE["mistral"].removesuffix("]") + ', {"name": "clock", "arguments": {}}]',
+    "mistral_args": ONE["mistral_args"] + "[TOOL_CALLS]clock[ARGS]{}",
+    "minimax_m2": ONE["minimax_m2"].replace("</minimax", '<invoke name="clock">\n</invoke>\n</minimax'),
+}
+TWO["qwen2_5"] = TWO["qwen3"]
+TWO["minimax_spelled"] = TWO["minimax_m2"]
+
+
+def read(name: str, text: str) -> list[tuple[str, Any]]:
+    """The calls that a parser finds in an answer."""
+    family = FAMILIES[name]
+    parser, stream = format_of(name).parser(CHECKED), family.tokenizer.stream()
+    events = [
+        event for token_id in ids_of(family, text) for event in parser.push(token_id, stream.push(token_id))
+    ]
+    answer = collect([*events, *parser.finish()])
+    assert not answer.text
+    return [(call.name, json.loads(call.arguments)) for call in answer.calls]
+
+
+@pytest.mark.parametrize("name", CALLING)
+def test_a_well_formed_call_is_taken_and_read(name: str) -> None:
+    grammar = format_of(name).grammar(CHECKED)
+    assert takes(name, grammar, ONE[name])
+    assert read(name, ONE[name]) == [("get_weather", {"city": "Oslo"})]
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_parallel_calls_are_taken_only_where_they_are_allowed(name: str) -> None:
+    form = format_of(name)
+    assert takes(name, form.grammar(CHECKED), TWO[name])
+    assert read(name, TWO[name]) == [("get_weather", {"city": "Oslo"}), ("clock", {})]
+    assert not takes(name, form.grammar(CHECKED, parallel=False), TWO[name])
+    assert takes(name, form.grammar(CHECKED, parallel=False), ONE[name])
+
+
+@pytest.mark.parametrize("name", CALLING)
+def test_only_the_chosen_tool_can_be_called(name: str) -> None:
+    form = format_of(name)
+    assert takes(name, form.grammar(CHECKED, WEATHER), ONE[name])
+    refuses_at(name, form.grammar(CHECKED, CLOCK), ONE[name])
+
+
+@pytest.mark.parametrize("name", CALLING)
+def test_what_is_no_call_is_refused_where_it_begins(name: str) -> None:
+    grammar = format_of(name).grammar(CHECKED)
+    assert refuses_at(name, grammar, "Hello") == ""
+    for wrong in (
+        ONE[name].replace("get_weather", "rm"),
+        ONE[name].replace("city", "town"),
+        ONE[name][:-1] + "x",
+    ):
+        refuses_at(name, grammar, wrong)
+    # Nothing may follow but the end of the turn, and the turn may not end before.
+    family = FAMILIES[name]
+    found, ids = matcher(family, grammar), ids_of(family, ONE[name])
+    assert found.try_consume_tokens(ids[:-1]) == len(ids) - 1
+    assert not found.is_accepting()
+    assert found.try_consume_tokens(ids[-1:]) == 1
+    assert found.is_accepting()
+    assert found.validate_tokens(ids_of(family, "Hello")) == 0
+
+
+JSON_FORMATS = ["qwen3", "deepseek_v3", "deepseek_v31", "kimi_k2", "harmony", "mistral", "mistral_args"]
+
+
+@pytest.mark.parametrize("name", JSON_FORMATS)
+@pytest.mark.parametrize(
+    ("arguments", "is_taken"),
+    [
+        ('{"city": "Zürich \\"Süd\\" 🙂\\n"}', True),
+        (
+            '{"city": "x", "days": 3, "unit": "celsius", "exact": true, "places": ["a"], "more": {"k": 1}, '
+            '"limit": null}',
+            True,
+        ),
+        ('{"days": 3}', False),
+        ('{"city": 3}', False),
+        ('{"city": "x", "days": "3"}', False),
+        ('{"city": "x", "unit": "kelvin"}', False),
+        ('{"city": "x", "other": 1}', False),
+        ('{"city": "x"', False),
+    ],
+)
+def test_arguments_are_held_to_their_schema(name: str, arguments: str, is_taken: bool) -> None:
+    grammar = format_of(name).grammar(CHECKED)
+    assert takes(name, grammar, ONE[name].replace(OSLO, arguments)) == is_taken
+
+
+def written(name: str, arguments: Sequence[tuple[str, str]]) -> str:
+    """A call of get_weather with values written one by one."""
+    if name == "qwen3_coder":
+        inside = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments)
+        return f"<tool_call>\n<function=get_weather>\n{inside}</function>\n</tool_call>"
+    if name.startswith("minimax"):
+        inside = "".join(f'<parameter name="{key}">{value}</parameter>\n' for key, value in arguments)
+        return f'<minimax:tool_call>\n<invoke name="get_weather">\n{inside}</invoke>\n</minimax:tool_call>'
+    line = "\n" if name == "glm" else ""
+    inside = "".join(
+        f"<arg_key>{key}</arg_key>{line}<arg_value>{value}</arg_value>{line}" for key, value in arguments
+    )
+    return f"<tool_call>get_weather{line}{inside}</tool_call>"
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "glm", "glm47", "minimax_m2", "minimax_spelled"])
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        ([("city", 'a\nb <b> é🙂 "')], {"city": 'a\nb <b> é🙂 "'}),
+        (
+            [("city", "42"), ("days", "3"), ("unit", "celsius"), ("exact", "true"), ("places", '["a", "b"]')],
+            {"city": "42", "days": 3, "unit": "celsius", "exact": True, "places": ["a", "b"]},
+        ),
+        (
+            [("city", "x"), ("more", '{"k": [1, null]}'), ("limit", "null")],
+            {"city": "x", "more": {"k": [1, None]}, "limit": None},
+        ),
+        ([("days", "3")], None),
+        ([("city", "x"), ("days", "soon")], None),
+        ([("city", "x"), ("unit", "kelvin")], None),
+        ([("city", "x"), ("exact", "maybe")], None),
+        ([("city", "x"), ("other", "1")], None),
+    ],
+)
+def test_values_written_one_by_one_are_held_to_their_schemas(
+    name: str, arguments: list[tuple[str, str]], value: dict[str, Any] | None
+) -> None:
+    grammar = format_of(name).grammar(CHECKED)
+    text = written(name, arguments)
+    assert takes(name, grammar, text) == (value is not None)
+    if value is not None:
+        assert read(name, text) == [("get_weather", value)]
+
+
+# Thoughts
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_v31", "kimi_k2", "glm", "minimax_m2"])
+def test_thoughts_may_come_first_unless_the_prompt_has_closed_them(name: str) -> None:
+    family, form = FAMILIES[name], format_of(name)
+    thought = "I need\n\nthe weather. <b> </thin"
+
+    def after(text: str) -> str:
+        prompt = Prompt(tuple(ids_of(family, text)), text)
+        return form.grammar(CHECKED, prompt=prompt)
+
+    assert takes(name, after("ai\n"), f"<think>\n{thought}\n</think>\n\n{ONE[name]}")
+    assert takes(name, after("ai\n"), ONE[name])
+    assert takes(name, after("ai\n<think>\n"), f"{thought}</think>\n{ONE[name]}")
+    refuses_at(name, after("ai\n<think>\n"), f"{thought}</think>Hello")
+    assert takes(name, after("<think>\n\n</think>\n\n"), ONE[name])
+    refuses_at(name, after("<think>\n\n</think>\n\n"), f"<think>{thought}</think>{ONE[name]}")
+
+
+def test_thoughts_end_where_they_are_spelled_out_too() -> None:
+    name = "minimax_spelled"
+    grammar = format_of(name).grammar(CHECKED, prompt=Prompt((1,), "]~b]ai\n<think>\n"))
+    assert takes(name, grammar, f"hm </thin</think>\n\n{ONE[name]}")
+    refuses_at(name, grammar, "hm</think>\nHello")
+
+
+def test_gpt_oss_may_think_on_its_channel_first() -> None:
+    grammar = format_of("harmony").grammar(CHECKED)
+    assert takes(
+        "harmony", grammar, f"<|channel|>analysis<|message|>hm\n<|end|><|start|>assistant{ONE['harmony']}"
+    )
+    refuses_at("harmony", grammar, "<|channel|>final<|message|>Hello")
+
+
+# Schemas of all kinds
+
+
+def test_names_values_and_schemas_with_anything_in_them_make_a_grammar() -> None:
+    properties = {
+        'k"\\/é🙂': {"type": "string", "description": '"\n\\'},
+        "ref": {"$ref": "#/$defs/point"},
+        "either": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+        "any": {},
+        "words": {"enum": ['a"b', "", "c\nd", "é/"]},
+        "flag": True,
+    }
+    schema = {
+        "type": "object",
+        "properties": properties,
+        "required": ["ref"],
+        "$defs": {"point": {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]}},
+    }
+    tools = (
+        Tool("a-b.c_9", "", schema),
+        Tool("open", "", {"type": "object", "additionalProperties": {"type": "integer"}}),
+    )
+    for name in CALLING:
+        matcher(FAMILIES[name], format_of(name).grammar(tools))
+    grammar = format_of("glm47").grammar(tools)
+    call = "<tool_call>a-b.c_9{}<arg_key>ref</arg_key><arg_value>{}</arg_value>{}</tool_call>"
+    first = '<arg_key>k"\\/é🙂</arg_key><arg_value>v</arg_value>'
+    words = "<arg_key>words</arg_key><arg_value>{}</arg_value>"
+    assert takes("glm47", grammar, call.format(first, '{"x": 1.5}', words.format("c\nd")))
+    assert takes("glm47", grammar, call.format("", '{"x": 1}', words.format("")))
+    assert not takes("glm47", grammar, call.format("", '{"y": 1}', ""))
+    grammar = format_of("glm47").grammar(
+        (Tool("f", "", {"properties": {"<tool_call>": {"type": "string"}}}),)
+    )
+    assert '"<tool_call>"' in grammar  # a name is never a token of its own
+    grammar = format_of("qwen3").grammar(tools)
+    assert takes("qwen3", grammar, '<tool_call>\n{"name": "open", "arguments": {"k": 1}}\n</tool_call>')
+
+
+def test_a_tool_is_written_down_once_however_many_calls_there_may_be() -> None:
+    tools = tuple(Tool(f"tool_{number}", "", WEATHER.parameters) for number in range(50))
+    for name in CALLING:
+        grammar = format_of(name).grammar(tools)
+        assert grammar.count("celsius") <= len(tools)
+        matcher(FAMILIES[name], grammar)
+
+
+def test_there_has_to_be_a_tool_to_call() -> None:
+    with pytest.raises(UsageError, match="asks for a call, and there are no tools"):
+        format_of("qwen3").grammar(())
+    with pytest.raises(UsageError, match="this model calls no tools"):
+        format_of("chatml").grammar(CHECKED)
+
+
+def test_a_builder_makes_the_grammar_of_its_prompt() -> None:
+    builder = FAMILIES["qwen3"].builder()
+    prompt = builder.build(
+        [{"role": "user", "content": "x"}], tools=TOOLS, variables={"enable_thinking": False}
+    )
+    grammar = builder.grammar(prompt, TOOLS, "clock")
+    assert takes("qwen3", grammar, '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>')
+    assert grammar == format_of("qwen3").grammar(CHECKED, tool_named(CHECKED, "clock"), prompt=prompt)
+    with pytest.raises(UsageError, match="tool_choice names 'x'"):
+        builder.grammar(prompt, TOOLS, "x")
+    parser = builder.parser(prompt, TOOLS)
+    events = parser.push(None, "Hi")
+    assert not any(isinstance(event, ToolCallBegin) for event in events)
+    builder.close()
