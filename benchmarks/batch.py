@@ -63,6 +63,7 @@ def open_engine(case: Case, texts: Sequence[Sequence[int]], num_new: int, observ
         threads=case.threads,
         context=(PROMPT_TOKENS + num_new + 64) * len(texts),
         max_sequences=len(texts),
+        prefix_reuse=False,
         observe_routes=observe,  # type: ignore[arg-type]
     )
 

@@ -40,6 +40,7 @@ def main() -> None:
         context=job["context"],
         max_sequences=1,
         look_ahead=job["look_ahead"],
+        prefix_reuse=False,  # runs repeat their prompts, and each is to compute its own
     )
     counters = engine.ledger
     tell(

@@ -21,6 +21,7 @@ SCRIPTS = (
     "streamed",
     "reads",
     "batch",
+    "prefix",
     "start",
     "python_share",
     "busy",

@@ -33,6 +33,7 @@ QUESTIONS = {
     12: "Python's share of a decode step",
     13: "decode beside a busy process over decode on the quiet machine",
     14: "peak memory of a resident model over its file",
+    15: "first token of a prompt of 2040 tokens over the same prompt found computed",
 }
 
 

@@ -323,6 +323,10 @@ void bind_experts(nb::module_& m) {
       "runtime"_a, "gate"_a, "up"_a, "down"_a, "x"_a, "out"_a.noconvert(), "activation"_a = kSilu);
 }
 
+void require_block(const char* name, const KvCache& kv, int64_t block) {
+  require_range(name, block, 0, kv.num_blocks() - 1);
+}
+
 bool is_f16(const std::string& dtype) {
   if (dtype != "f32" && dtype != "f16") refuse("unknown KV dtype '" + dtype + "'; known: f32, f16");
   return dtype == "f16";
@@ -350,7 +354,35 @@ void bind_attention(nb::module_& m) {
             new (self) KvCache(layers, num_blocks, block_tokens, is_f16(dtype));
           },
           "layers"_a, "num_blocks"_a, "block_tokens"_a, "dtype"_a)
-      .def_prop_ro("nbytes", &KvCache::nbytes);
+      .def_prop_ro("nbytes", &KvCache::nbytes)
+      .def_prop_ro("block_bytes", &KvCache::block_bytes)
+      .def(
+          "copy_out",
+          [](KvCache& self, int64_t block, const OutArray& to) {
+            require_block("block", self, block);
+            uint8_t* data = write_array<uint8_t>("to", to, {self.block_bytes()});
+            nb::gil_scoped_release released;
+            self.copy_out(block, data);
+          },
+          "block"_a, "to"_a.noconvert())
+      .def(
+          "copy_in",
+          [](KvCache& self, int64_t block, const Array& saved) {
+            require_block("block", self, block);
+            const uint8_t* data = read_array<uint8_t>("saved", saved, {self.block_bytes()});
+            nb::gil_scoped_release released;
+            self.copy_in(block, data);
+          },
+          "block"_a, "saved"_a)
+      .def(
+          "copy_block",
+          [](KvCache& self, int64_t from, int64_t to) {
+            require_block("from_block", self, from);
+            require_block("to_block", self, to);
+            nb::gil_scoped_release released;
+            if (from != to) self.copy_block(from, to);
+          },
+          "from_block"_a, "to_block"_a);
 
   m.def(
       "kv_write",

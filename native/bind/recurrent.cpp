@@ -123,7 +123,16 @@ void bind_recurrent(nb::module_& m) {
             require_range("position", position, 0, INT32_MAX);
             self.copy_in(slot, read_array<float>("saved", saved, {self.slot_floats()}), position);
           },
-          "slot"_a, "saved"_a, "position"_a);
+          "slot"_a, "saved"_a, "position"_a)
+      .def(
+          "copy_slot",
+          [](RecurrentState& self, int64_t from, int64_t to) {
+            require_slot(self, from);
+            require_slot(self, to);
+            nb::gil_scoped_release released;
+            self.copy_slot(from, to);
+          },
+          "from_slot"_a, "to_slot"_a);
 
   m.def("gated_delta", &run_gated_delta, "runtime"_a, "state"_a, "layer"_a, "qkv"_a.noconvert(), "z"_a,
         "b"_a.noconvert(), "a"_a.noconvert(), "runs"_a, nb::kw_only(), "conv"_a, "rate"_a, "dt_bias"_a,

@@ -11,6 +11,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <optional>
@@ -430,6 +431,13 @@ class BoundStack {
 
   int64_t take_lookups() { return stack_->take_lookups(); }
 
+  void take_uses(const OutArray& out) {
+    const int64_t layers = int64_t(stack_->description().layers.size());
+    int64_t* to = write_array<int64_t>("out", out, {layers, stack_->most_experts()});
+    const std::vector<int64_t> uses = stack_->take_uses();
+    std::copy(uses.begin(), uses.end(), to);
+  }
+
  private:
   int64_t vocabulary() const { return stack_->description().head.rows; }
 
@@ -567,7 +575,8 @@ void bind_stack(nb::module_& m) {
       .def("run_experts", &BoundStack::run_experts, "expert_ids"_a, "offsets"_a)
       .def("logits", &BoundStack::logits, "rows"_a, "out"_a.noconvert())
       .def("take_seconds", &BoundStack::take_seconds)
-      .def("take_lookups", &BoundStack::take_lookups);
+      .def("take_lookups", &BoundStack::take_lookups)
+      .def("take_uses", &BoundStack::take_uses, "out"_a.noconvert());
 }
 
 }  // namespace argosy

@@ -93,6 +93,42 @@ LatentLayer KvCache::latent_layer(int64_t index) {
   return {arena_.data() + offsets_[size_t(index)], block_tokens_, layers_[size_t(index)].head_dim, is_f16_};
 }
 
+std::vector<KvCache::Part> KvCache::parts() {
+  std::vector<Part> parts;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const KvShape& shape = layers_[i];
+    const int64_t layer = layer_bytes(shape, 1, block_tokens_, is_f16_);
+    if (shape.kind != KvShape::Kind::keys_values) {
+      if (layer > 0) parts.push_back({offsets_[i], layer});
+      continue;
+    }
+    const int64_t keys = shape.kv_heads * key_head_bytes(this->layer(int64_t(i)));
+    parts.push_back({offsets_[i], keys});
+    parts.push_back({offsets_[i] + num_blocks_ * keys, layer - keys});
+  }
+  return parts;
+}
+
+void KvCache::copy_out(int64_t block, uint8_t* to) {
+  for (const Part& part : parts()) {
+    to = std::copy_n(arena_.data() + part.offset + block * part.block_bytes, part.block_bytes, to);
+  }
+}
+
+void KvCache::copy_in(int64_t block, const uint8_t* from) {
+  for (const Part& part : parts()) {
+    std::copy_n(from, part.block_bytes, arena_.data() + part.offset + block * part.block_bytes);
+    from += part.block_bytes;
+  }
+}
+
+void KvCache::copy_block(int64_t from, int64_t to) {
+  for (const Part& part : parts()) {
+    const uint8_t* source = arena_.data() + part.offset + from * part.block_bytes;
+    std::copy_n(source, part.block_bytes, arena_.data() + part.offset + to * part.block_bytes);
+  }
+}
+
 void kv_write(Runtime& runtime, const KvLayer& kv, const float* keys, const float* values,
               const int64_t* slots, int64_t num_tokens) {
   const KernelTable& table = kernels();

@@ -45,7 +45,20 @@ class KvCache {
   int64_t block_tokens() const { return block_tokens_; }
   int64_t nbytes() const { return nbytes_; }
 
+  // All that one block holds, layer after layer. Nothing else may use the block meanwhile.
+  int64_t block_bytes() const { return nbytes_ / num_blocks_; }
+  void copy_out(int64_t block, uint8_t* to);
+  void copy_in(int64_t block, const uint8_t* from);
+  void copy_block(int64_t from, int64_t to);
+
  private:
+  // Of each layer, and of its keys and its values: where block 0 begins, and how many bytes a block has
+  // there.
+  struct Part {
+    int64_t offset, block_bytes;
+  };
+  std::vector<Part> parts();
+
   std::vector<KvShape> layers_;
   std::vector<int64_t> offsets_;  // of each layer in the arena
   int64_t num_blocks_, block_tokens_;

@@ -53,6 +53,10 @@ void RecurrentState::copy_in(int64_t slot, const float* from, int64_t position) 
   set_position(slot, position);
 }
 
+void RecurrentState::copy_slot(int64_t from, int64_t to) {
+  if (from != to) copy_in(to, window(from, 0), position(from));
+}
+
 void gated_delta(Runtime& runtime, RecurrentState& recurrent, int64_t layer, const DeltaWeights& weights,
                  const DeltaInputs& inputs, const std::vector<DeltaRun>& runs, float* out) {
   const KernelTable& table = kernels();

@@ -51,6 +51,7 @@ class RecurrentState {
   // All of a slot: float32 [slot_floats()].
   void copy_out(int64_t slot, float* to);
   void copy_in(int64_t slot, const float* from, int64_t position);
+  void copy_slot(int64_t from, int64_t to);  // with the position
 
  private:
   int64_t num_layers_;

@@ -70,6 +70,7 @@ Stack::Stack(Runtime& runtime, KvCache& kv, RecurrentState* recurrent, StackDesc
   next_.resize(most_experts);
   decode_wants_.resize(most_experts);
   is_claimed_.resize(most_experts);
+  uses_.resize(description_.layers.size() * most_experts);
 }
 
 void Stack::begin(const StepBatch& batch) {
@@ -336,11 +337,13 @@ void Stack::dispatch(const RoutedFfn& ffn) {
   demand_.layer = layer_;
   demand_.expert_ids.clear();
   demand_.scan.clear();
+  int64_t* uses = uses_.data() + layer_ * most_experts();
   for (size_t expert = 0; expert < size_t(experts); ++expert) {
     if (starts_[expert + 1] > 0) {
       demand_.expert_ids.push_back(int32_t(expert));
       if (!decode_wants_[expert]) demand_.scan.push_back(int32_t(expert));
     }
+    uses[expert] += starts_[expert + 1];
     starts_[expert + 1] += starts_[expert];
     next_[expert] = starts_[expert];
   }
@@ -497,5 +500,7 @@ void Stack::mark(Part part) {
 std::array<double, kNumParts> Stack::take_seconds() { return std::exchange(seconds_, {}); }
 
 int64_t Stack::take_lookups() { return std::exchange(lookups_, 0); }
+
+std::vector<int64_t> Stack::take_uses() { return std::exchange(uses_, std::vector<int64_t>(uses_.size())); }
 
 }  // namespace argosy

@@ -224,6 +224,10 @@ class Stack {
   std::array<double, kNumParts> take_seconds();
   int64_t take_lookups();
 
+  // How often each expert was chosen since the last time this was taken, [layers][most experts of a layer].
+  std::vector<int64_t> take_uses();
+  int64_t most_experts() const { return int64_t(next_.size()); }
+
  private:
   using Clock = std::chrono::steady_clock;
   enum class Stage { begun, between_layers, waits_for_experts, done };
@@ -268,6 +272,7 @@ class Stack {
   Clock::time_point last_mark_;
   std::array<double, kNumParts> seconds_ = {};
   int64_t lookups_ = 0;
+  std::vector<int64_t> uses_;
 };
 
 }  // namespace argosy

@@ -217,6 +217,17 @@ class KvCache:
     ) -> None: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def block_bytes(self) -> int:
+        """Of one block, all layers."""
+
+    def copy_out(self, block: int, to: _Bytes) -> None:
+        """All of a block into `to` [block_bytes]."""
+
+    def copy_in(self, block: int, saved: _Bytes) -> None:
+        """What `copy_out` gave, into any block of a cache of the same shapes."""
+
+    def copy_block(self, from_block: int, to_block: int) -> None: ...
 
 def kv_write(
     runtime: Runtime, kv: KvCache, layer: int, keys: _Floats, values: _Floats, slots: NDArray[np.int64]
@@ -315,6 +326,9 @@ class RecurrentState:
 
     def copy_in(self, slot: int, saved: _Floats, position: int) -> None:
         """What `copy_out` gave at `position`, into any slot."""
+
+    def copy_slot(self, from_slot: int, to_slot: int) -> None:
+        """State and position."""
 
 def gated_delta(
     runtime: Runtime,
@@ -566,6 +580,9 @@ class Stack:
 
     def take_lookups(self) -> int:
         """Resident experts that were used since the last call, counted once per layer and step."""
+
+    def take_uses(self, out: NDArray[np.int64]) -> None:
+        """How often tokens chose each expert since the last call, into [layers, most experts of a layer]."""
 
 # Probes (native/ops/machine_probe.h): how fast this machine is right now. The best of several passes.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal, Self
 
 from argosy.errors import UsageError
@@ -92,6 +93,22 @@ class Budget(_Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KvDir(_Strict):
+    """Where keys and values of prompts outlive the process. They tell what was said: keep the directory private."""
+
+    path: Path
+    ttl_s: float = 7 * 86_400.0  # files older than this are removed
+    max_bytes: int = 16 * GIB  # of all files; those not used for longest leave first
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+        if not self.ttl_s > 0:
+            raise UsageError(f"ttl_s must be above zero, found {self.ttl_s}")
+        if self.max_bytes < 1:
+            raise UsageError(f"max_bytes must be at least 1, found {self.max_bytes}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig(_Strict):
     """How one engine runs. Which tokens come out depends on none of these but `kv_dtype` and `instruction_set`."""
 
@@ -106,8 +123,16 @@ class EngineConfig(_Strict):
         True  # read guesses of the next layer's experts while the drive is idle and they are right
     )
     experts_off: bool = False  # leave routed experts out of every sum: only for comparing with a dense base
+    max_waiting: int | None = None  # most sequences that wait for their turn; None: any number
+    prefix_reuse: bool = True  # keys and values of a beginning that was computed before are used again
+    kv_dir: KvDir | None = None  # and outlive the process there
+    grammars: bool = False  # answers can be made to follow a grammar; takes memory for the vocabulary
 
     def __post_init__(self) -> None:
+        if self.max_waiting is not None and self.max_waiting < 0:
+            raise UsageError(f"max_waiting must be at least 0, found {self.max_waiting}")
+        if self.kv_dir is not None and not self.prefix_reuse:
+            raise UsageError("kv_dir keeps prompts for reuse, and prefix_reuse is off")
         for name in ("threads", "chunk_tokens", "max_sequences", "readers"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -117,10 +142,33 @@ class EngineConfig(_Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Grammar(_Strict):
+    """What an answer has to look like.
+
+    With a trigger the answer is free until the trigger is complete, and follows the grammar from there on. Special
+    tokens count in a Lark grammar where it names them, `<|call|>` or `<[128010]>`, and nowhere else.
+    """
+
+    kind: Literal["json_object", "json_schema", "regex", "lark"]
+    text: str = ""  # the schema as JSON, the expression, or the grammar with a rule `start`
+    trigger: str | int | None = None  # text of the answer, or a token id
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("json_object", "json_schema", "regex", "lark"):
+            raise UsageError(
+                f"unknown kind of grammar '{self.kind}'; known: json_object, json_schema, regex, lark"
+            )
+        if (self.kind == "json_object") != (not self.text):
+            raise UsageError(f"a grammar of kind '{self.kind}' needs {'no' if self.text else 'a'} text")
+        if self.trigger == "":
+            raise UsageError("a trigger must hold at least one character, found ''")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams(_Strict):
     """How the next token is chosen, and when to stop. Zero temperature is greedy: the lowest id wins a tie."""
 
-    max_tokens: int = 256
+    max_tokens: int | None = 256  # None: to the end of the context; 0: only with prompt_logprobs
     temperature: float = 0.0
     top_k: int = 0  # 0: all
     top_p: float = 1.0
@@ -133,10 +181,14 @@ class SamplingParams(_Strict):
     logprobs: int | None = None  # None: none; n: the chosen token's and the n best
     ignore_eos: bool = False
     stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()  # end the answer as an end token does, even with ignore_eos
+    prompt_logprobs: int | None = None  # as logprobs, of each token of the prompt but the first
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
+        least = 1 if self.prompt_logprobs is None else 0
         checks = (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("max_tokens", self.max_tokens is None or self.max_tokens >= least, f"at least {least}"),
             ("temperature", 0 <= self.temperature <= 100, "from 0 to 100"),
             ("top_k", self.top_k >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
@@ -145,6 +197,11 @@ class SamplingParams(_Strict):
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "from -2 to 2"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "from 0 to 20"),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20,
+                "from 0 to 20",
+            ),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
         )
         for name, holds, wanted in checks:
@@ -154,6 +211,8 @@ class SamplingParams(_Strict):
             object.__setattr__(self, "stop", (self.stop,))
         if any(not stop for stop in self.stop):
             raise UsageError("a stop string must hold at least one character, found ''")
+        if self.grammar is not None and self.ignore_eos:
+            raise UsageError("ignore_eos has no meaning with a grammar, which says when the answer ends")
         for token_id, bias in self.logit_bias.items():
             if not -100 <= bias <= 100:
                 raise UsageError(f"logit_bias must be from -100 to 100, found {bias} for token {token_id}")

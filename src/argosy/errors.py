@@ -2,7 +2,9 @@
 
     ArgosyError                      exit code   HTTP status
     ├── UsageError                           2           400   a setting, option or request that cannot be meant
-    │   └── PromptTooLong                    2           400   prompt and answer do not fit the context
+    │   ├── PromptTooLong                    2           400   prompt and answer do not fit the context
+    │   └── GrammarError                     2           400   a grammar cannot be compiled, or followed, within bounds
+    ├── Overloaded                           1           503   too much waits already; come back later
     ├── DoesNotFit                           3           503   the memory budget is below the floor
     ├── CheckpointError                      4           500   a file is missing, damaged or lies about itself
     │   ├── UnsupportedModel                 4           500   the mathematics it asks for is not built in
@@ -43,6 +45,24 @@ class UsageError(ArgosyError):
 
 class PromptTooLong(UsageError):
     """Prompt and answer do not fit the context; facts: `needed`, `available`."""
+
+
+class GrammarError(UsageError):
+    """A grammar that an answer is to follow cannot be compiled, or not be followed, within its bounds."""
+
+
+class Overloaded(ArgosyError):
+    """There is no room for one more request now.
+
+    Attributes:
+        retry_after_s: when there may be, in whole seconds.
+    """
+
+    http_status = 503
+
+    def __init__(self, message: str, *, retry_after_s: int, hint: str | None = None, **facts: object) -> None:
+        super().__init__(message, hint=hint, retry_after_s=retry_after_s, **facts)
+        self.retry_after_s = retry_after_s
 
 
 class DoesNotFit(ArgosyError):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from argosy import Budget, Engine, SamplingParams
-from argosy.errors import PromptTooLong, UsageError
+from argosy.errors import Overloaded, PromptTooLong, UsageError
+from tests.helpers.word_tokenizer import write_word_tokenizer
 from tests.models.references import REFERENCES
 
 REFERENCE = next(reference for reference in REFERENCES if reference.name == "qwen3_moe_plain")
@@ -27,7 +30,8 @@ def answer(engine: Engine, max_tokens: int = 8) -> list[int]:
 
 
 def num_free_blocks(engine: Engine) -> int:
-    return engine._blocks.num_free
+    """Those that nobody holds."""
+    return engine._blocks.num_available
 
 
 def test_streamed_tokens_are_those_of_the_whole_answer(engine: Engine) -> None:
@@ -129,6 +133,15 @@ def test_a_closed_engine_says_so() -> None:
         engine.generate([1])
 
 
+def test_a_closed_engine_lets_go_of_its_memory() -> None:
+    engine = Engine(REFERENCE.directory, memory="1GiB", threads=1)
+    engine.generate(PROMPT, SamplingParams(max_tokens=2))
+    kv, weights = engine._cache._kv, engine._weights
+    assert min(sys.getrefcount(kv), sys.getrefcount(weights)) > 2
+    engine.close()
+    assert sys.getrefcount(kv) == sys.getrefcount(weights) == 2  # the name here, and the argument
+
+
 def test_the_demo_model_runs_with_a_quarter_of_its_experts_unless_a_budget_is_given(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -141,3 +154,160 @@ def test_the_demo_model_runs_with_a_quarter_of_its_experts_unless_a_budget_is_gi
 
 def test_a_step_without_work_does_nothing(engine: Engine) -> None:
     assert engine.step() == []
+
+
+# ── how an answer ends ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_stop_token_ends_an_answer_even_where_end_tokens_are_ignored(engine: Engine) -> None:
+    whole = answer(engine)
+    params = SamplingParams(max_tokens=8, ignore_eos=True, stop_token_ids=[whole[3]])
+    result = engine.generate(PROMPT, params)
+    first = whole.index(whole[3])
+    assert result.token_ids == whole[: first + 1]
+    assert (result.finish_reason, result.stopped_by) == ("stop", whole[3])
+    with pytest.raises(UsageError, match="stop_token_ids names token 9999"):
+        engine.generate(PROMPT, SamplingParams(stop_token_ids=[9999]))
+
+
+def test_a_result_says_what_stopped_it(engine: Engine, tmp_path: Path) -> None:
+    eos = engine.config.eos_ids[0]
+    assert engine.generate(PROMPT, SamplingParams(logit_bias={eos: 100.0})).stopped_by == eos
+    assert engine.generate(PROMPT, SamplingParams(max_tokens=2, ignore_eos=True)).stopped_by is None
+    for file in REFERENCE.directory.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    write_word_tokenizer(tmp_path, engine.config.vocab_size)
+    with Engine(tmp_path, memory="1GiB", threads=1) as spelling:
+        whole = spelling.generate(PROMPT, SamplingParams(max_tokens=8, ignore_eos=True))
+        stop = whole.text[2:5]
+        result = spelling.generate(
+            PROMPT, SamplingParams(max_tokens=8, ignore_eos=True, stop=["never", stop])
+        )
+        assert (result.finish_reason, result.stopped_by) == ("stop", stop)
+        assert stop not in result.text
+
+
+def test_an_answer_without_a_limit_goes_on_to_the_end_of_the_context(engine: Engine) -> None:
+    result = engine.generate(PROMPT, SamplingParams(max_tokens=None, ignore_eos=True))
+    assert len(PROMPT) + len(result.token_ids) == engine.plan.context_tokens
+    assert result.finish_reason == "length"
+
+
+# ── log-probabilities of the prompt ─────────────────────────────────────────────────────────────────────────────────
+
+
+def expected_logprobs(engine: Engine, ids: list[int]) -> list[tuple[float, list[int]]]:
+    """Of each token but the first: its log-probability and the two best."""
+    logits = engine.logits(ids).astype(np.float64)[:-1]
+    logprobs = (
+        logits
+        - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+        - logits.max(1, keepdims=True)
+    )
+    return [
+        (row[token], list(np.argsort(-row, kind="stable")[:2]))
+        for row, token in zip(logprobs, ids[1:], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("chunk_tokens", [5, 64])
+@pytest.mark.parametrize("max_tokens", [0, 1, 4])
+def test_every_token_of_a_prompt_has_its_log_probability(chunk_tokens: int, max_tokens: int) -> None:
+    with Engine(
+        REFERENCE.directory, memory="1GiB", threads=1, chunk_tokens=chunk_tokens, max_sequences=3
+    ) as engine:
+        expected = expected_logprobs(engine, PROMPT)
+        engine.generate(PROMPT, SamplingParams(max_tokens=1))  # leaves a beginning, which must not be used
+        rows: list[int] = []
+        logits = engine._decoder.logits
+        engine._decoder.logits = lambda wanted: rows.append(len(wanted)) or logits(wanted)  # type: ignore[method-assign, func-returns-value]
+        params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=2, ignore_eos=True)
+        result = engine.generate(PROMPT, params)
+        other = engine.generate_batch([PROMPT, PROMPT[:9], PROMPT], params)
+    assert max(rows) == 3  # no more than the memory plan has room for
+    assert (result.finish_reason, len(result.token_ids)) == ("length", max_tokens)
+    assert result.prompt_logprobs is not None
+    assert result.prompt_logprobs[0] is None
+    assert [entry.token_id for entry in result.prompt_logprobs[1:] if entry] == PROMPT[1:]
+    for found, (logprob, best) in zip(result.prompt_logprobs[1:], expected, strict=True):
+        assert found is not None
+        assert found.logprob == pytest.approx(logprob, abs=1e-5)
+        assert [token for token, _ in found.top] == best
+    assert [one.prompt_logprobs for one in other] == [
+        result.prompt_logprobs,
+        result.prompt_logprobs[:9],
+        result.prompt_logprobs,
+    ]
+    assert result.usage["cached_tokens"] == 0
+
+
+def test_a_prompt_whose_log_probabilities_are_wanted_has_them_once_when_it_is_put_back() -> None:
+    params = SamplingParams(max_tokens=30, prompt_logprobs=1, ignore_eos=True)
+    prompts = [PROMPT[:10], PROMPT[1:11], PROMPT[2:12], PROMPT[3:13], PROMPT[4:14]]
+    with Engine(REFERENCE.directory, memory="1GiB", threads=1, chunk_tokens=8) as engine:
+        alone = [engine.generate(prompt, params) for prompt in prompts]
+    with Engine(REFERENCE.directory, memory="1GiB", threads=1, chunk_tokens=8, context=96) as engine:
+        together = engine.generate_batch(prompts, params)
+        assert engine.facts().num_put_back > 0
+    assert [(r.token_ids, r.prompt_logprobs) for r in together] == [
+        (r.token_ids, r.prompt_logprobs) for r in alone
+    ]
+
+
+def test_answers_of_one_prompt_all_have_its_log_probabilities(engine: Engine) -> None:
+    sequences = engine.prepare(PROMPT, SamplingParams(max_tokens=3, prompt_logprobs=1), num_answers=3)
+    engine.enqueue(sequences)
+    while any(one.result is None for one in sequences):
+        engine.step()
+    (first, *others) = [one.result.prompt_logprobs for one in sequences if one.result is not None]
+    assert first is not None
+    assert len(first) == len(PROMPT)
+    assert others == [first, first]
+
+
+def test_no_token_at_all_can_be_asked_for_only_with_those_of_the_prompt() -> None:
+    with pytest.raises(UsageError, match="max_tokens must be at least 1, found 0"):
+        SamplingParams(max_tokens=0)
+    with pytest.raises(UsageError, match="prompt_logprobs must be from 0 to 20, found 21"):
+        SamplingParams(prompt_logprobs=21)
+
+
+# ── who gets in ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_requests_that_would_wait_behind_too_many_are_refused_and_say_when_to_come_back() -> None:
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    with Engine(REFERENCE.directory, memory="1GiB", threads=1, max_sequences=2, max_waiting=1) as engine:
+        kept = [engine.submit(PROMPT, params) for _ in range(3)]
+        with pytest.raises(Overloaded, match="1 requests wait already, and 1 may") as refused:
+            engine.submit(PROMPT, params)
+        assert refused.value.http_status == 503
+        assert 1 <= refused.value.retry_after_s <= 60
+        assert refused.value.facts["limit"] == 1
+        while any(one.result is None for one in kept):
+            engine.step()
+        engine.generate(PROMPT, params)
+        with pytest.raises(Overloaded):
+            engine.enqueue(engine.prepare(PROMPT, params, num_answers=4))
+        engine.enqueue(engine.prepare(PROMPT, params, num_answers=3))
+        with pytest.raises(UsageError, match="num_answers must be at least 1, found 0"):
+            engine.prepare(PROMPT, params, num_answers=0)
+
+
+def test_facts_are_numbers_and_show_experts_only_for_many_tokens_at_once(engine: Engine) -> None:
+    with Engine(REFERENCE.directory, memory="1GiB", threads=1) as fresh:
+        assert fresh.facts().expert_uses is None
+        for _ in range(3):
+            fresh.generate(PROMPT, SamplingParams(max_tokens=90, ignore_eos=True))
+            facts = fresh.facts()
+            assert (facts.expert_uses is None) == (facts.tokens_run < 256)
+        assert facts.expert_uses is not None
+        assert facts.expert_uses.shape == (fresh.config.num_layers, fresh.config.num_experts)
+        of_a_layer = set(facts.expert_uses.sum(axis=1).tolist())
+        assert of_a_layer == {facts.expert_use_tokens * fresh.config.experts_per_token}
+        assert 256 <= facts.expert_use_tokens < facts.tokens_run
+        assert sum(nbytes for _, nbytes, _ in facts.memory) == fresh.plan.total_bytes
+        assert facts.kv_blocks_free + facts.kv_blocks_kept + facts.kv_blocks_held == facts.kv_blocks
+        before = facts.expert_uses
+        fresh.generate(PROMPT, SamplingParams(max_tokens=9, ignore_eos=True))
+        assert fresh.facts().expert_uses is before

@@ -10,14 +10,12 @@ import pytest
 
 from argosy import Engine, SamplingParams, _native
 from argosy.config import GIB, MIB, Budget, EngineConfig, format_bytes
-from argosy.engine.kv_cache import KvBlocks
 from argosy.engine.memory_plan import plan_memory
 from argosy.engine.recurrent_state import StateSlots
-from argosy.engine.scheduler import Scheduler
 from argosy.engine.sequence import Sequence
 from argosy.errors import DoesNotFit
 from argosy.model.families import open_model
-from tests.engine.test_scheduler import BLOCK_TOKENS, sequence
+from tests.engine.scheduling import Rig
 from tests.models.tiny import prompt_ids, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 
@@ -33,7 +31,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def engine(model: Path) -> Iterator[Engine]:
+    """Of its own accord it finds nothing computed: these tests say what is gone on from."""
     with Engine(model, memory="4GiB", threads=1, chunk_tokens=8) as engine:
+        engine._cache._is_on = False
         yield engine
 
 
@@ -57,13 +57,13 @@ def test_a_snapshot_restored_goes_on_with_the_same_bits(engine: Engine, at: int)
     step_until(engine, one, at)
     slot, num_new = one.state_slot, len(one.new_ids)
     assert slot is not None
-    snapshot = states_of(engine).snapshot(slot)
-    assert snapshot.position == one.num_computed == at
+    states_of(engine).snapshot(slot, b"here")
+    assert states_of(engine).state.position(states_of(engine).slot_of(b"here")) == one.num_computed == at
     first = []
     for _ in range(3):
         first += [(event.token_id, event.logprob) for event in engine.step()]
 
-    states_of(engine).restore(slot, snapshot)
+    states_of(engine).restore(b"here", slot)
     one.num_computed = at
     del one.new_ids[num_new:]
     again = []
@@ -83,24 +83,20 @@ def test_without_its_snapshot_a_sequence_cannot_go_back(engine: Engine) -> None:
         engine.step()
 
 
-def test_a_snapshot_serves_another_sequence_with_the_same_beginning(model: Path) -> None:
-    """What a cache of prefixes does: the second sequence computes only what differs."""
-    with Engine(model, memory="4GiB", threads=1, chunk_tokens=16) as engine:
-        expected = engine.generate(PROMPT, GREEDY)
-        first = engine.submit(PROMPT, GREEDY)
-        step_until(engine, first, 16)
-        second = engine.submit(PROMPT, GREEDY)
-        engine._scheduler._admit()
-        assert first.state_slot is not None
-        assert second.state_slot is not None
-        states = states_of(engine)
-        states.restore(second.state_slot, states.snapshot(first.state_slot))
-        second.blocks[0] = first.blocks[0]  # 16 positions of keys and values, which nobody writes any more
-        second.num_computed = 16
-        while second.result is None:
-            engine.step()
-    assert second.result.token_ids == expected.token_ids
-    assert second.result.logprobs == expected.logprobs
+def test_there_are_so_many_snapshots_and_the_one_not_used_for_longest_goes() -> None:
+    states = StateSlots(_native.RecurrentState(5, 1, (1, 1, 4, 4, 2)), 2)
+    slot = states.take()
+    for key in (b"a", b"b", b"c"):
+        states.snapshot(slot, key)
+    states.restore(b"a", slot)
+    states.snapshot(slot, b"d")
+    assert [states.has_snapshot(key) for key in (b"a", b"b", b"c", b"d")] == [True, False, True, True]
+    states.forget(b"c")
+    states.forget(b"never there")
+    states.snapshot(slot, b"a")
+    states.snapshot(slot, b"e")
+    assert states.num_snapshots == states.most_snapshots == 3
+    assert states.num_free == 1
 
 
 # ── slots ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -150,7 +146,7 @@ def test_a_step_that_fails_half_way_leaves_a_slot_that_stands_nowhere(
         assert states.state.position(slot) == -1
         assert states.num_free == engine.plan.num_states
         with pytest.raises(ValueError, match="slot 0 is not whole: a step failed half-way"):
-            states.snapshot(slot)
+            states.snapshot(slot, b"here")
         assert engine.generate(PROMPT, GREEDY).token_ids == expected.token_ids
 
 
@@ -160,8 +156,8 @@ def interrupted(*_: object) -> None:
 
 def test_a_sequence_waits_for_a_slot_and_not_only_for_blocks() -> None:
     states = StateSlots(_native.RecurrentState(1, 1, (1, 1, 4, 4, 2)))
-    scheduler = Scheduler(KvBlocks(64, BLOCK_TOKENS), chunk_tokens=8, max_sequences=4, states=states)
-    first, second = sequence(3), sequence(3)
+    rig = Rig(states=states)
+    scheduler, first, second = rig.scheduler, rig.sequence(3), rig.sequence(3, first_id=50)
     scheduler.add(first)
     scheduler.add(second)
     batch = scheduler.next_batch().batch
@@ -229,6 +225,6 @@ def test_a_batch_has_to_say_where_states_lie(engine: Engine) -> None:
     stack = engine._decoder._stack
     with pytest.raises(ValueError, match="a batch without state_slots"):
         stack.begin(*arguments)
-    with pytest.raises(ValueError, match=r"state_slots\[0\] is 8, expected 0 to 7"):
-        stack.begin(*arguments, np.array([8], np.int32))
+    with pytest.raises(ValueError, match=r"state_slots\[0\] is 24, expected 0 to 23"):
+        stack.begin(*arguments, np.array([24], np.int32))
     stack.begin(*arguments, batch.state_slots)

@@ -6,57 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from argosy.config import SamplingParams
-from argosy.engine.kv_cache import KvBlocks
-from argosy.engine.sampler import SamplerState
-from argosy.engine.scheduler import Scheduled, Scheduler
-from argosy.engine.sequence import Sequence
-
-BLOCK_TOKENS = 4
-
-
-def sequence(num_prompt: int, max_new: int = 4, *, first_id: int = 0) -> Sequence:
-    prompt = list(range(first_id, first_id + num_prompt))
-    return Sequence(
-        prompt,
-        SamplingParams(max_tokens=max_new),
-        max_new_tokens=max_new,
-        sampler_state=SamplerState(prompt, 0),
-        decoder=None,
-    )
-
-
-class Rig:
-    """A scheduler and its blocks; `step` does what the engine does with a batch."""
-
-    def __init__(self, *, num_blocks: int = 64, chunk_tokens: int = 8, max_sequences: int = 4) -> None:
-        self.blocks = KvBlocks(num_blocks, BLOCK_TOKENS)
-        self.scheduler = Scheduler(self.blocks, chunk_tokens=chunk_tokens, max_sequences=max_sequences)
-        self.sequences: list[Sequence] = []
-        self.finished: list[Sequence] = []
-
-    def add(self, *sequences: Sequence) -> None:
-        for one in sequences:
-            self.sequences.append(one)
-            self.scheduler.add(one)
-
-    def step(self, new_id: int = 1000) -> Scheduled:
-        scheduled = self.scheduler.next_batch()
-        for one in scheduled.ready:
-            one.new_ids.append(new_id)
-            if len(one.new_ids) == one.max_new_tokens:
-                self.scheduler.remove(one)
-                self.finished.append(one)
-        return scheduled
-
-
-def num_prefill(scheduled: Scheduled) -> int:
-    return int((~scheduled.batch.is_decode).sum())
+from argosy.engine.recurrent_state import StateSlots
+from argosy.engine.scheduler import Scheduled
+from tests.engine.scheduling import BLOCK_TOKENS, NotedStates, Rig, num_prefill
 
 
 def test_a_prompt_is_prefilled_in_chunks_and_its_last_token_gives_the_first_answer() -> None:
     rig = Rig(chunk_tokens=8)
-    rig.add(sequence(19))
+    rig.add(rig.sequence(19))
     sizes, ready = [], []
     for _ in range(3):
         scheduled = rig.step()
@@ -71,10 +28,10 @@ def test_a_prompt_is_prefilled_in_chunks_and_its_last_token_gives_the_first_answ
 
 def test_decode_gets_its_token_in_every_step_while_a_long_prompt_is_prefilled() -> None:
     rig = Rig(chunk_tokens=4)
-    short = sequence(3, max_new=9)
+    short = rig.sequence(3, max_new=9)
     rig.add(short)
     rig.step()
-    rig.add(sequence(40))
+    rig.add(rig.sequence(40))
     for expected in range(2, 9):
         scheduled = rig.step()
         assert short in scheduled.ready
@@ -84,7 +41,7 @@ def test_decode_gets_its_token_in_every_step_while_a_long_prompt_is_prefilled() 
 
 def test_prompts_share_the_chunk_first_come_first_served() -> None:
     rig = Rig(chunk_tokens=8)
-    rig.add(sequence(5), sequence(20, first_id=100), sequence(6, first_id=200))
+    rig.add(rig.sequence(5), rig.sequence(20, first_id=100), rig.sequence(6, first_id=200))
     first = rig.step()
     assert first.batch.token_ids.tolist() == [0, 1, 2, 3, 4, 100, 101, 102]
     second = rig.step()
@@ -92,20 +49,9 @@ def test_prompts_share_the_chunk_first_come_first_served() -> None:
     assert second.batch.is_decode.tolist() == [True] + [False] * 8
 
 
-def test_a_sequence_waits_until_its_prompt_and_whole_answer_have_blocks() -> None:
-    rig = Rig(num_blocks=5, chunk_tokens=32)
-    rig.add(sequence(9, max_new=3), sequence(5, max_new=4))  # 3 and 3 blocks of 5
-    first = rig.step()
-    assert len(first.ready) == 1
-    assert rig.blocks.num_free == 2
-    while len(rig.finished) < 1:
-        assert len(rig.step().ready) == 1
-    assert rig.step().ready == [rig.sequences[1]]
-
-
 def test_at_most_so_many_sequences_run_at_once() -> None:
     rig = Rig(max_sequences=2, chunk_tokens=32)
-    rig.add(*(sequence(2, max_new=3) for _ in range(5)))
+    rig.add(*(rig.sequence(2, max_new=3) for _ in range(5)))
     order = []
     while rig.scheduler.has_work:
         scheduled = rig.step()
@@ -118,7 +64,7 @@ def test_at_most_so_many_sequences_run_at_once() -> None:
 def test_a_cancelled_sequence_gives_its_blocks_back(num_steps: int) -> None:
     """While it waits, while its prompt is prefilled, while it decodes."""
     rig = Rig(num_blocks=8, chunk_tokens=8)
-    victim = sequence(10, max_new=9)
+    victim = rig.sequence(10, max_new=9)
     rig.add(victim)
     for _ in range(num_steps):
         rig.step()
@@ -130,7 +76,7 @@ def test_a_cancelled_sequence_gives_its_blocks_back(num_steps: int) -> None:
 
 def test_cancelling_one_leaves_the_others_as_they_were() -> None:
     rig = Rig(chunk_tokens=16)
-    kept, victim = sequence(6, max_new=6), sequence(6, max_new=6, first_id=100)
+    kept, victim = rig.sequence(6, max_new=6), rig.sequence(6, max_new=6, first_id=100)
     rig.add(kept, victim)
     rig.step()
     before = list(kept.blocks)
@@ -142,7 +88,7 @@ def test_cancelling_one_leaves_the_others_as_they_were() -> None:
 
 def test_slots_are_the_blocks_of_the_sequence() -> None:
     rig = Rig(chunk_tokens=32)
-    one, other = sequence(6, max_new=3), sequence(7, max_new=3, first_id=50)
+    one, other = rig.sequence(6, max_new=3), rig.sequence(7, max_new=3, first_id=50)
     rig.add(one, other)
     rig.step()
     batch = rig.step().batch
@@ -156,46 +102,345 @@ def test_slots_are_the_blocks_of_the_sequence() -> None:
         assert batch.block_table[row, : len(s.blocks)].tolist() == s.blocks
 
 
-requests = st.lists(
-    st.tuples(st.integers(1, 30), st.integers(1, 6), st.integers(0, 10)), min_size=1, max_size=12
-)  # prompt, answer, the step in which it comes
+# ── blocks on demand ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@given(requests, st.integers(1, 12), st.integers(1, 5), st.integers(9, 24), st.data())
-@settings(deadline=None, max_examples=150)
-def test_every_token_is_computed_once_in_order_and_no_block_has_two_owners(
-    asked: list[tuple[int, int, int]],
+def test_a_sequence_starts_with_blocks_for_its_prompt_and_takes_more_one_by_one() -> None:
+    rig = Rig(chunk_tokens=32)
+    one = rig.sequence(6, max_new=9)
+    rig.add(one)
+    held = []
+    while rig.scheduler.has_work:
+        rig.step()
+        held.append(len(one.blocks))
+    assert held == [2, 2, 2, 3, 3, 3, 3, 4, 0]  # 6 to 13 tokens in blocks of 4, and then it is finished
+
+
+def test_a_sequence_waits_until_its_prompt_fits_and_everybody_can_grow() -> None:
+    rig = Rig(num_blocks=6, chunk_tokens=32)
+    rig.add(rig.sequence(9, max_new=3), rig.sequence(7, max_new=2, first_id=50))  # 3 and 2 blocks of 6
+    assert rig.step().ready == [rig.sequences[0]]
+    while not rig.finished:
+        assert rig.step().ready == [rig.sequences[0]]
+    assert rig.step().ready == [rig.sequences[1]]
+
+
+def test_who_came_last_is_put_back_when_blocks_run_out_and_is_computed_again() -> None:
+    rig = Rig(num_blocks=6, chunk_tokens=32)
+    old, young = rig.sequence(7, max_new=9), rig.sequence(3, max_new=9, first_id=50)
+    rig.add(old, young)
+    while len(young.new_ids) < 5:
+        rig.step()
+    assert rig.scheduler.num_put_back == 0
+    while not rig.scheduler.num_put_back:
+        rig.step(new_id=2000)
+    assert young.blocks == []
+    assert young.num_computed == 0
+    kept = list(young.new_ids)
+    rig.run()
+    assert rig.finished == [old, young]
+    assert young.new_ids[: len(kept)] == kept
+    assert len(young.new_ids) == 9
+
+
+def test_who_came_first_is_never_put_back() -> None:
+    rig = Rig(num_blocks=5, chunk_tokens=32)
+    sequences = [rig.sequence(2, max_new=15, first_id=50 * i) for i in range(4)]
+    rig.add(*sequences)
+    while rig.scheduler.has_work:
+        first = next(one for one in sequences if one not in rig.finished)
+        rig.step()
+        assert first in rig.finished or first.num_computed == first.num_tokens - 1
+    assert rig.finished == sequences
+    assert rig.scheduler.num_put_back > 0
+
+
+def test_a_step_that_failed_runs_again_as_it_was() -> None:
+    rig = Rig(chunk_tokens=8)
+    rig.add(rig.sequence(5, max_new=3), rig.sequence(12, first_id=50))
+    rig.step()
+    failed = rig.scheduler.next_batch()
+    rig.scheduler.failed(failed)
+    again = rig.scheduler.next_batch()
+    for name in ("token_ids", "positions", "slots", "block_table", "is_decode", "last_rows"):
+        assert getattr(again.batch, name).tolist() == getattr(failed.batch, name).tolist()
+
+
+# ── fairness ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def prompt_tokens(rig: Rig, scheduled: Scheduled) -> dict[str, int]:
+    """Of each tenant, in a step."""
+    assert scheduled.counts is not None
+    found: dict[str, int] = {}
+    for one, count in zip(scheduled.sequences, scheduled.counts, strict=True):
+        found[one.tenant] = found.get(one.tenant, 0) + count
+    return found
+
+
+def test_tenants_share_the_chunk_in_equal_parts_and_what_one_does_not_need_goes_to_others() -> None:
+    rig = Rig(chunk_tokens=12, max_sequences=8)
+    for first_id in (0, 100, 200):
+        rig.add(rig.sequence(30, first_id=first_id, tenant="many"))
+    rig.add(rig.sequence(30, first_id=300, tenant="one"), rig.sequence(2, first_id=400, tenant="short"))
+    first, second = (prompt_tokens(rig, rig.step()) for _ in range(2))
+    assert first == {"many": 5, "one": 5, "short": 2}
+    assert second == {"many": 6, "one": 6, "short": 1}  # its first new token
+
+
+def test_a_chunk_of_one_token_goes_round_among_tenants() -> None:
+    rig = Rig(chunk_tokens=1)
+    rig.add(*(rig.sequence(9, first_id=100 * i, tenant=name) for i, name in enumerate("abc")))
+    served = [next(iter(prompt_tokens(rig, rig.step()))) for _ in range(6)]
+    assert sorted(served[:3]) == sorted(served[3:]) == ["a", "b", "c"]
+
+
+def test_the_tenant_with_fewest_running_goes_next() -> None:
+    rig = Rig(max_sequences=3, chunk_tokens=64)
+    flood = [rig.sequence(3, max_new=4 + i, first_id=10 * i, tenant="flood") for i in range(6)]
+    rig.add(*flood)
+    rig.step()
+    late = rig.sequence(3, first_id=500, tenant="late")
+    rig.add(late)
+    while len(rig.finished) < 1:
+        rig.step()
+    rig.step()
+    assert rig.running == [flood[2], late]
+
+
+def test_nobody_passes_a_sequence_that_has_no_room_yet() -> None:
+    rig = Rig(num_blocks=10, chunk_tokens=64)
+    rig.add(rig.sequence(20, max_new=6))
+    rig.step()
+    large, small = rig.sequence(24, first_id=100), rig.sequence(2, first_id=200)
+    rig.add(large, small)
+    while large not in rig.running:
+        assert small not in rig.running
+        rig.step()
+
+
+class SteppedClock:
+    """Every step takes what a test says."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def step(self, rig: Rig, *, chunk_s: float, decode_s: float) -> Scheduled:
+        scheduled = rig.scheduler.next_batch()
+        self.now += chunk_s if num_prefill(scheduled) else decode_s
+        rig.scheduler.committed(scheduled)
+        for one in scheduled.ready:
+            one.new_ids.append(1)
+            if len(one.new_ids) == one.max_new_tokens:
+                rig.end(one)
+        return scheduled
+
+
+def test_prompts_get_about_half_of_the_time_at_most_while_others_decode() -> None:
+    """A chunk takes 4 s, a step without one 0.25 s."""
+    clock = SteppedClock()
+    rig = Rig(chunk_tokens=4, num_blocks=200, clock=clock)
+    rig.add(rig.sequence(3, max_new=400))
+    rig.step()
+    rig.add(rig.sequence(60, max_new=1, first_id=100))
+    taken: list[bool] = []
+    while not rig.finished:
+        taken.append(num_prefill(clock.step(rig, chunk_s=4.0, decode_s=0.25)) > 0)
+    assert taken[:36] == [True] + [False] * 16 + [True] + [False] * 15 + [True] + [False] * 2
+    prompt_s, decode_s = 4.0 * sum(taken), 0.25 * (len(taken) - sum(taken))
+    assert 0.45 <= prompt_s / (prompt_s + decode_s) <= 0.55
+
+
+def test_prompts_have_all_of_the_time_while_nobody_decodes() -> None:
+    clock = SteppedClock()
+    rig = Rig(chunk_tokens=4, clock=clock)
+    rig.add(rig.sequence(20, max_new=1), rig.sequence(20, max_new=1, first_id=100))
+    for _ in range(10):
+        assert num_prefill(clock.step(rig, chunk_s=5.0, decode_s=1.0)) == 4
+
+
+def test_a_short_prompt_that_costs_no_more_than_a_token_holds_nobody_up() -> None:
+    clock = SteppedClock()
+    rig = Rig(chunk_tokens=4, clock=clock, num_blocks=200)
+    rig.add(rig.sequence(3, max_new=100))
+    for _ in range(3):
+        clock.step(rig, chunk_s=1.0, decode_s=1.0)
+    rig.add(rig.sequence(12, max_new=2, first_id=100))
+    assert [num_prefill(clock.step(rig, chunk_s=1.0, decode_s=1.0)) for _ in range(3)] == [4, 4, 4]
+
+
+# ── beginnings that are shared ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_sequence_waits_for_another_that_computes_its_beginning_and_goes_on_from_there() -> None:
+    rig = Rig(chunk_tokens=8, reuse=True)
+    first = rig.sequence(21, max_new=3)
+    second = rig.sequence_of([*range(18), 700, 701], max_new=3)
+    rig.add(first, second)
+    for _ in range(2):
+        rig.step()
+        assert rig.running == [first]
+    rig.step()
+    assert second.cached_tokens == 16
+    assert second.blocks[:4] == first.blocks[:4]
+    assert second.num_computed == 19  # the first had the last 5 of its own in the same chunk
+    rig.run()
+    rig.require_sound()
+
+
+def test_who_waits_for_a_beginning_does_not_hold_up_others() -> None:
+    rig = Rig(chunk_tokens=4, reuse=True)
+    rig.add(rig.sequence(16), rig.sequence(17), rig.sequence(3, first_id=500))
+    rig.step()
+    assert [one.prompt_ids[0] for one in rig.running] == [0, 500]
+
+
+def test_who_waits_goes_on_alone_when_the_other_is_cancelled() -> None:
+    rig = Rig(chunk_tokens=4, reuse=True)
+    first, second = rig.sequence(30), rig.sequence(31)
+    rig.add(first, second)
+    rig.step()
+    rig.end(first)
+    rig.run()
+    assert second.cached_tokens == 4
+    assert len(second.new_ids) == 4
+
+
+def test_nothing_is_found_of_another_tenant_or_where_it_is_off() -> None:
+    for reuse, tenant in ((True, "other"), (False, "one")):
+        rig = Rig(chunk_tokens=64, reuse=reuse)
+        rig.add(rig.sequence(20, tenant="one"))
+        rig.run()
+        again = rig.sequence(20, tenant=tenant)
+        rig.add(again)
+        rig.run()
+        assert again.cached_tokens == 0
+
+
+def test_the_last_token_of_a_prompt_is_computed_even_if_all_of_it_is_known() -> None:
+    rig = Rig(chunk_tokens=64, reuse=True)
+    rig.add(rig.sequence(16))
+    rig.run()
+    again = rig.sequence(16)
+    rig.add(again)
+    assert rig.step().ready == [again]
+    assert again.cached_tokens == 12
+
+
+def test_what_an_answer_leaves_is_found_by_the_next_turn() -> None:
+    rig = Rig(chunk_tokens=64, reuse=True)
+    first = rig.sequence(6, max_new=12)
+    rig.add(first)
+    rig.run()
+    following = rig.sequence_of([*first.prompt_ids, *first.new_ids, 7, 8, 9])
+    rig.add(following)
+    rig.run()
+    assert following.cached_tokens == 16  # of 17 that have keys and values
+
+
+def test_answers_of_one_prompt_fork_behind_it_and_share_its_full_blocks() -> None:
+    rig = Rig(chunk_tokens=8, reuse=True, max_sequences=3)
+    leader, *followers = (rig.sequence(10, max_new=3) for _ in range(4))
+    for one in followers:
+        one.leader = leader
+    leader.followers = list(followers)
+    rig.add(leader, *followers)
+    rig.step()
+    assert rig.running == [leader]
+    rig.step()
+    assert rig.running == [leader, *followers[:2]]  # the third finds it when there is room
+    assert [one.blocks[:2] for one in rig.running] == [leader.blocks[:2]] * 3
+    assert len({one.blocks[2] for one in rig.running}) == 3
+    rig.run()
+    assert [one.cached_tokens for one in (leader, *followers)] == [0, 10, 10, 8]
+    rig.require_sound()
+
+
+# ── nothing is lost ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def shared_prompt(shape: tuple[int, int, int]) -> list[int]:
+    """Prompts of the same group begin alike, and part where their lengths say."""
+    group, length, own = shape
+    return [group * 100 + at for at in range(length)] + [1000 * own + at for at in range(own)]
+
+
+asked = st.tuples(
+    st.tuples(st.integers(0, 2), st.integers(1, 24), st.integers(0, 6)),  # group, shared and own tokens
+    st.integers(1, 9),  # answer
+    st.integers(0, 14),  # the step in which it comes
+    st.sampled_from("ab"),  # tenant
+    st.integers(1, 3),  # answers
+)
+
+
+@given(
+    st.lists(asked, min_size=1, max_size=10),
+    st.integers(1, 12),
+    st.integers(1, 5),
+    st.integers(10, 24),
+    st.sampled_from([None, 0, 1, 3]),
+    st.data(),
+)
+@settings(deadline=None, max_examples=200)
+def test_whatever_comes_and_goes_every_answer_is_computed_from_its_own_tokens_and_nothing_is_lost(
+    coming: list[tuple[tuple[int, int, int], int, int, str, int]],
     chunk_tokens: int,
     max_sequences: int,
     num_blocks: int,
+    num_snapshots: int | None,
     data: st.DataObject,
 ) -> None:
-    rig = Rig(num_blocks=num_blocks, chunk_tokens=chunk_tokens, max_sequences=max_sequences)
-    coming = sorted(asked, key=lambda request: request[2])
-    for step in range(500):
-        while coming and coming[0][2] <= step:
-            rig.add(sequence(*coming.pop(0)[:2]))
+    """Submitted, cancelled, finished, failed, put back, found, forked; with and without recurrent states."""
+    states = None
+    if num_snapshots is not None:
+        num_slots = max(1, max_sequences - 1)
+        noted = NotedStates(num_slots + num_snapshots)
+        states = StateSlots(noted, num_slots)  # type: ignore[arg-type]
+    rig = Rig(
+        num_blocks=num_blocks,
+        chunk_tokens=chunk_tokens,
+        max_sequences=max_sequences,
+        reuse=True,
+        states=states,
+    )
+    left = sorted(coming, key=lambda one: one[2])
+    for step in range(2000):
+        while left and left[0][2] <= step:
+            shape, max_new, _, tenant, num_answers = left.pop(0)
+            ones = [rig.sequence_of(shared_prompt(shape), max_new, tenant=tenant) for _ in range(num_answers)]
+            for follower in ones[1:]:
+                follower.leader = ones[0]
+            ones[0].followers = ones[1:]
+            rig.add(*ones)
         if not rig.scheduler.has_work:
-            if not coming:
+            if not left:
                 break
             continue
-        decoding = [one for one in rig.sequences if one.blocks and not one.is_prefilling]
-        computed = {id(one): one.num_computed for one in rig.sequences}
-        scheduled = rig.step(new_id=1000 + step)
-        batch = scheduled.batch
-
+        oldest = min((one for one in rig.running), key=lambda one: one.number, default=None)
+        scheduled = rig.step(new_id=data.draw(st.integers(50, 52)))
         assert num_prefill(scheduled) <= chunk_tokens
-        assert batch.num_tokens <= chunk_tokens + max_sequences
-        assert all(one in scheduled.ready for one in decoding)  # none starves
-        assert len(set(batch.slots.tolist())) == batch.num_tokens
-        running = [one for one in rig.sequences if one.blocks]
-        owned = [block for one in running for block in one.blocks]
-        assert len(owned) == len(set(owned)) == num_blocks - rig.blocks.num_free
-        advanced = sum(one.num_computed - computed[id(one)] for one in rig.sequences)
-        assert advanced == batch.num_tokens > 0
-        if running and data.draw(st.integers(0, 19)) == 0:
-            rig.scheduler.remove(running[0])
-            rig.finished.append(running[0])
+        assert scheduled.batch.num_tokens <= chunk_tokens + max_sequences
+        assert oldest is None or oldest in rig.running or oldest in rig.finished
+        rig.require_sound()
+        what = data.draw(st.integers(0, 19))
+        alive = [one for one in rig.sequences if one not in rig.finished]
+        if what == 0 and alive:
+            rig.end(data.draw(st.sampled_from(alive)))
+        elif what == 1 and rig.running:
+            failed = rig.scheduler.next_batch()
+            if states is not None:
+                for one in failed.sequences:  # as a native step leaves them
+                    assert one.state_slot is not None
+                    noted.seen[one.state_slot] = None
+            rig.scheduler.failed(failed)
+        elif what == 2:
+            rig.blocks.forget("a")
+        rig.require_sound()
     assert not rig.scheduler.has_work
-    assert len(rig.finished) == len(asked)
-    assert rig.blocks.num_free == num_blocks
+    assert len(rig.finished) == len(rig.sequences)
+    assert rig.blocks.num_held == 0
+    assert states is None or states.num_free == states.num_sequences

@@ -125,6 +125,24 @@ def test_threads_and_observers_change_nothing_and_all_choices_are_heard(director
     ]
 
 
+@pytest.mark.parametrize("residency", ["resident", "smallest cache"])
+def test_uses_are_how_often_tokens_chose_each_expert_since_they_were_taken(
+    directory: Path, residency: Any
+) -> None:
+    heard: list[tuple[int, Any]] = []
+    with open_parts(directory, "resident") as parts:
+        run(parts, decoder_of(parts, observe=lambda layer, ids: heard.append((layer, ids.copy()))))
+    with open_parts(directory, residency) as parts:
+        decoder = decoder_of(parts)
+        run(parts, decoder)
+        found, config = decoder.take_uses(), parts.config
+        assert not decoder.take_uses().any()
+    expected = np.zeros((config.num_layers, config.num_experts), np.int64)
+    for layer, ids in heard:
+        np.add.at(expected[layer], ids.reshape(-1), 1)
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_a_resident_model_needs_no_lease_and_counts_the_same_lookups() -> None:
     reference = REFERENCES[0]
     with open_parts(reference.directory, "resident") as parts:

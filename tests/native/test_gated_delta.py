@@ -201,6 +201,19 @@ def test_a_restored_state_goes_on_with_the_same_bits() -> None:
     assert not np.array_equal(net.run(state, slice(8, 19)), first)
 
 
+def test_a_copied_slot_goes_on_from_the_same_position_with_the_same_bits() -> None:
+    net = Net.random((2, 4, 17, 33, 4), 19)
+    state = net.state(num_slots=3)
+    net.run(state, slice(0, 8), runs=[(0, 8, 2)])
+    state.copy_slot(2, 0)
+    state.copy_slot(2, 2)
+    assert [state.position(slot) for slot in range(3)] == [8, 0, 8]
+    first = net.run(state, slice(8, 19), runs=[(0, 11, 2)])
+    np.testing.assert_array_equal(net.run(state, slice(8, 19), runs=[(0, 11, 0)]), first)
+    with pytest.raises(ValueError, match="slot is 3, expected 0 to 2"):
+        state.copy_slot(0, 3)
+
+
 def test_a_slot_begun_anew_knows_nothing_of_the_sequence_before() -> None:
     net = Net.random((1, 2, 16, 16, 4), 9)
     fresh = net.run(net.state())

@@ -611,6 +611,49 @@ def test_a_kv_cache_takes_what_the_shapes_of_its_layers_say(dtype: str, element:
             native.kv_cache_bytes(refused, 5, 9, dtype)
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_a_block_is_copied_with_all_that_its_layers_keep_and_nothing_else(
+    runtime: native.Runtime, dtype: str
+) -> None:
+    shapes = [native.KvShape.keys_values(2, 20), native.KvShape.none(), native.KvShape.latent(7)]
+    block_tokens, num_blocks = 5, 4
+
+    def filled(seed: int) -> native.KvCache:
+        kv = native.KvCache(shapes, num_blocks, block_tokens, dtype)
+        slots = np.arange(num_blocks * block_tokens, dtype=np.int64)
+        for layer, at in ((0, seed), (2, seed + 7)):
+            if layer:
+                native.latent_write(runtime, kv, layer, normal(len(slots), 7, seed=at), slots)
+            else:
+                keys, values = normal(2, len(slots), 2, 20, seed=at)
+                native.kv_write(runtime, kv, layer, keys, values, slots)
+        return kv
+
+    def block(kv: native.KvCache, index: int) -> bytes:
+        out = np.empty(kv.block_bytes, np.uint8)
+        kv.copy_out(index, out)
+        return out.tobytes()
+
+    kv, other = filled(1), filled(2)
+    assert num_blocks * kv.block_bytes == kv.nbytes
+    before = [block(other, index) for index in range(num_blocks)]
+    assert len({*before, *(block(kv, index) for index in range(num_blocks))}) == 2 * num_blocks
+    other.copy_in(1, np.frombuffer(block(kv, 3), np.uint8))
+    other.copy_block(0, 2)
+    other.copy_block(3, 3)
+    assert [block(other, index) for index in range(num_blocks)] == [
+        before[0],
+        block(kv, 3),
+        before[0],
+        before[3],
+    ]
+    for call in (lambda: kv.copy_block(0, 4), lambda: kv.copy_out(-1, np.empty(kv.block_bytes, np.uint8))):
+        with pytest.raises(ValueError, match=r"block is -?[14], expected 0 to 3"):
+            call()
+    with pytest.raises(ValueError, match="saved has shape"):
+        kv.copy_in(0, np.empty(kv.block_bytes - 1, np.uint8))
+
+
 def test_an_operation_refuses_a_layer_that_keeps_something_else(runtime: native.Runtime) -> None:
     kv = native.KvCache([native.KvShape.latent(8), native.KvShape.none()], 1, 16, "f32")
     for layer, kept in enumerate(("latent vectors", "nothing")):

@@ -141,7 +141,7 @@ class Conversation:
             engine.cancel(sequence)
         write_text("\n")
         assert sequence.result is not None  # finished, or cancelled just now
-        return sequence.result
+        return sequence.result.require()
 
 
 @contextmanager

@@ -35,7 +35,8 @@ def ledger_lines(
 ) -> list[str]:
     """Where the memory and the time went, for a person."""
     ended = f", {finish_reason}" if finish_reason else ""
-    lines = [f"tokens   {ledger.prompt_tokens} prompt, {ledger.new_tokens} new{ended}"]
+    found = f" ({ledger.cached_tokens} found computed)" if ledger.cached_tokens else ""
+    lines = [f"tokens   {ledger.prompt_tokens} prompt{found}, {ledger.new_tokens} new{ended}"]
     speed = [
         f"{rate:.1f} tok/s {what}"
         for what, rate in (("decode", ledger.decode_tok_per_s), ("prefill", ledger.prefill_tok_per_s))

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,23 +25,37 @@ from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import Budget, EngineConfig, KvDtype, ModelConfig, SamplingParams, parse_size
+from argosy.config import Budget, EngineConfig, KvDir, KvDtype, ModelConfig, SamplingParams, parse_size
+from argosy.engine.facts import EngineFacts, ExpertUses, Pace
 from argosy.engine.kv_cache import KvBlocks
 from argosy.engine.ledger import Ledger
 from argosy.engine.memory_plan import (
     KV_BLOCK_TOKENS,
     TOKENIZER_ROOM_BYTES,
     MemoryPlan,
+    kv_bytes,
     plan_memory,
     process_bytes,
     quarter_of_experts,
+    state_bytes,
 )
+from argosy.engine.prefix import PrefixCache, identify
+from argosy.engine.prefix_files import SECRET_BYTES, PrefixFiles
 from argosy.engine.recurrent_state import StateSlots
-from argosy.engine.sampler import Sampler, SamplerState
+from argosy.engine.sampler import Sampler, SamplerState, derived_seed, with_logprobs
 from argosy.engine.scheduler import Scheduled, Scheduler
 from argosy.engine.sequence import FinishReason, Result, TokenEvent, TokenLogprob
 from argosy.engine.sequence import Sequence as EngineSequence
-from argosy.errors import DoesNotFit, PromptTooLong, UnsupportedModel, UsageError
+from argosy.errors import (
+    ArgosyError,
+    CheckpointError,
+    DoesNotFit,
+    Overloaded,
+    PromptTooLong,
+    ReadFailed,
+    UnsupportedModel,
+    UsageError,
+)
 from argosy.experts.cache import CachedSource
 from argosy.experts.source import ExpertFiles, ExpertSource, Progress, ResidentReading, load_resident
 from argosy.model.clock import PartClock
@@ -54,6 +70,7 @@ from argosy.prompt.prompt import Prompt, PromptBuilder
 from argosy.prompt.tokenizer import Tokenizer, has_chat_template
 
 if TYPE_CHECKING:
+    from argosy.engine.constraint import Constraint, GrammarCompiler
     from argosy.prompt.chat import Worker
 
 DEMO = "demo"  # the word for the embedded default model; a directory of that name is `./demo`
@@ -89,6 +106,10 @@ class Engine:
         expert_slots: fixes the size of the expert cache instead of giving it what the budget leaves.
         look_ahead: while decode leaves the drive idle, read what the next layer will probably ask for.
         experts_off: leave routed experts out of every sum, to compare with a dense base.
+        max_sequences, max_waiting: most sequences that run, and that wait; None: any number wait.
+        prefix_reuse: use keys and values of a prompt's beginning again that were computed before.
+        kv_dir: where they outlive the process, for others to find; a path, or a `KvDir` with its bounds.
+        grammars: answers can be made to follow a `Grammar`; takes memory for the vocabulary.
         progress: hears what start-up is doing.
         observe_routes: hears (layer, expert_ids [tokens, k]) of every step. Routing can reveal text: keep it private.
 
@@ -112,6 +133,10 @@ class Engine:
         expert_slots: int | None = None,
         look_ahead: bool = True,
         experts_off: bool = False,
+        max_waiting: int | None = None,
+        prefix_reuse: bool = True,
+        kv_dir: str | Path | KvDir | None = None,
+        grammars: bool = False,
         progress: Progress | None = None,
         observe_routes: RouteObserver | None = None,
     ) -> None:
@@ -142,6 +167,10 @@ class Engine:
             readers=readers,
             look_ahead=look_ahead,
             experts_off=experts_off,
+            max_waiting=max_waiting,
+            prefix_reuse=prefix_reuse,
+            kv_dir=kv_dir if kv_dir is None or isinstance(kv_dir, KvDir) else KvDir(path=Path(kv_dir)),
+            grammars=grammars,
         )
         if expert_slots is not None and not files.config.experts_per_token <= expert_slots:
             raise UsageError(
@@ -153,6 +182,9 @@ class Engine:
             self._store = _native.Store(readers)
             undo.callback(self._store.close)
             open_file = functools.cache(self._store.open)
+            self._files = self._open_kv_dir(files)
+            if self._files is not None:
+                undo.callback(self._files.close)
             worker = _start_worker() if has_chat_template(directory) else None
             if worker is not None:
                 undo.callback(worker.stop)
@@ -201,6 +233,8 @@ class Engine:
                     experts_reading = ResidentReading(self._store, expert_files)
                     undo.callback(experts_reading.cancel)
             self.tokenizer = Tokenizer.open(directory, files.header)
+            self._eos_ids = set(files.config.eos_ids) | set(self.tokenizer.eos_ids if self.tokenizer else ())
+            self._grammars = self._compiler(files.config)
             if reading is not None:
                 self._weights = reading.finish()
                 landed_bytes += self._weights.nbytes
@@ -214,6 +248,32 @@ class Engine:
         if self._experts is not None and not self.plan.is_resident:  # a tokenizer beyond reason
             self._experts.close()
             self._experts = None
+
+    def _compiler(self, config: ModelConfig) -> GrammarCompiler | UsageError:
+        """What compiles grammars, or why there is none: only who asks for one needs to know."""
+        if not self.settings.grammars:
+            return UsageError(
+                "this engine follows no grammars", hint="make it with Engine(..., grammars=True)"
+            )
+        if self.tokenizer is None:
+            return UsageError("a grammar needs a tokenizer, and this checkpoint has no tokenizer.json")
+        from argosy.engine.constraint import GrammarCompiler  # pulls in what few engines need
+
+        try:
+            return GrammarCompiler(self.tokenizer, vocab_size=config.vocab_size, end_ids=self._eos_ids)
+        except UsageError as error:
+            return error
+
+    def _open_kv_dir(self, files: ModelFiles) -> PrefixFiles | None:
+        settings = self.settings
+        if settings.kv_dir is None:
+            return None
+        return PrefixFiles(
+            settings.kv_dir,
+            identity=identify(files, settings.kv_dtype, settings.experts_off),
+            block_bytes=kv_bytes(files.config, 1, settings.kv_dtype),
+            state_bytes=state_bytes(files.config, 1),
+        )
 
     def _has_experts(self, files: ModelFiles) -> bool:
         return bool(files.experts) and not self.settings.experts_off
@@ -239,13 +299,28 @@ class Engine:
                     experts_per_token=config.experts_per_token,
                     look_ahead=settings.look_ahead,
                 )
-        self._blocks = KvBlocks(-(-plan.context_tokens // KV_BLOCK_TOKENS), KV_BLOCK_TOKENS)
-        kv = _native.KvCache(kv_shapes(config), self._blocks.num_blocks, KV_BLOCK_TOKENS, settings.kv_dtype)
         self._states = None
         if config.delta is not None and plan.num_states:
+            num_slots = plan.num_states + plan.num_snapshots
             self._states = StateSlots(
-                _native.RecurrentState(plan.num_states, len(config.delta_layers), config.delta.sizes)
+                _native.RecurrentState(num_slots, len(config.delta_layers), config.delta.sizes),
+                plan.num_states,
             )
+        self._blocks = KvBlocks(
+            -(-plan.context_tokens // KV_BLOCK_TOKENS),
+            KV_BLOCK_TOKENS,
+            forgotten=(lambda key: None) if self._states is None else self._states.forget,
+        )
+        kv = _native.KvCache(kv_shapes(config), self._blocks.num_blocks, KV_BLOCK_TOKENS, settings.kv_dtype)
+        self._cache = PrefixCache(
+            self._blocks,
+            kv,
+            secret=os.urandom(SECRET_BYTES) if self._files is None else self._files.secret,
+            identity=b"" if self._files is None else self._files.identity,
+            states=self._states,
+            files=self._files,
+            is_on=settings.prefix_reuse,
+        )
         self._runtime = _native.Runtime(settings.threads)
         self._decoder = Decoder(
             config,
@@ -260,34 +335,49 @@ class Engine:
         )
         self._scheduler = Scheduler(
             self._blocks,
+            self._cache,
             chunk_tokens=plan.chunk_tokens,
             max_sequences=settings.max_sequences,
             states=self._states,
         )
         self._sampler = Sampler()
         self._sequences: list[EngineSequence] = []
-        self._eos_ids = set(config.eos_ids) | set(self.tokenizer.eos_ids if self.tokenizer else ())
-        self._prompt_tokens = self._new_tokens = 0
+        self._numbers = itertools.count()
+        self._has_failed = False  # the last step did, and runs once more
+        self._prompt_tokens = self._cached_tokens = self._new_tokens = 0
+        self._uses = ExpertUses(self._decoder)
+        self._pace = Pace()
         self._clock.mark("other")
         self._started_at = perf_counter()
         self._seconds_at_start = dict(self._clock.seconds)
 
-    # ── one step ────────────────────────────────────────────────────────────────────────────────────────────
+    # ── one step ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def step(self) -> list[TokenEvent]:
         """Prefill one chunk, or decode one token, for every sequence in the next batch.
 
-        If anything fails half-way, ^C included, every sequence in the engine is cancelled: their KV is not whole.
+        A read that fails is tried once more; if it fails again, the sequences that need the expert end with the error,
+        and the others go on as if nothing had been. If anything else fails half-way, ^C included, every sequence in the
+        engine is cancelled.
         """
         with self._lock:
             self._require_open()
+            self._cache.write_some()
             if not self._scheduler.has_work:  # another thread's step finished it
                 return []
             try:
                 self._clock.mark("other")
                 scheduled = self._scheduler.next_batch()
                 self._clock.mark("other")
-                logits = self._decoder.forward(scheduled.batch)  # layers -> router -> expert source -> kernel
+                try:
+                    logits = self._decoder.forward(
+                        scheduled.batch
+                    )  # layers -> router -> expert source -> kernel
+                except (CheckpointError, ReadFailed) as error:
+                    self._recover(scheduled, error)
+                    return []
+                self._has_failed = False
+                self._scheduler.committed(scheduled)
                 return self._commit(scheduled, logits)
             except BaseException:
                 for sequence in list(self._sequences):
@@ -296,103 +386,200 @@ class Engine:
 
     def _commit(self, scheduled: Scheduled, logits: NDArray[np.float32]) -> list[TokenEvent]:
         """Sample, append, finish, free KV blocks."""
+        self._uses.count(scheduled.batch.num_tokens)
+        for sequence in scheduled.sequences:
+            if sequence.prompt_logprobs is not None:
+                self._note_prompt(sequence, scheduled)
         events = []
         for sequence, row in zip(scheduled.ready, logits, strict=True):
-            sampled = self._sampler.sample(row, sequence.params, sequence.sampler_state)
-            self._clock.mark("sampling")
-            if sequence.first_token_at is None:
-                sequence.first_token_at = perf_counter()
-                self._prompt_tokens += len(sequence.prompt_ids)
-            self._new_tokens += 1
-            logprob = None
-            if sequence.logprobs is not None and sampled.logprob is not None:
-                logprob = TokenLogprob(sampled.token_id, sampled.logprob, sampled.top_logprobs)
-                sequence.logprobs.append(logprob)
-            events.append(self._append(sequence, sampled.token_id, logprob))
-            self._clock.mark("other")
+            for one in (sequence, *self._scheduler.fork(sequence)):
+                one.prompt_logprobs = sequence.prompt_logprobs
+                event = self._next_token(one, row)
+                if event is not None:
+                    events.append(event)
+                self._clock.mark("other")
         return events
 
-    def _append(self, sequence: EngineSequence, token_id: int, logprob: TokenLogprob | None) -> TokenEvent:
-        sequence.new_ids.append(token_id)
-        text = ""
-        reason: FinishReason | None = None
-        if token_id in self._eos_ids and not sequence.params.ignore_eos:
-            reason = "stop"
-        elif sequence.decoder is not None:
-            text = sequence.decoder.push(token_id)
-        if reason is None and len(sequence.new_ids) >= sequence.max_new_tokens:
-            reason = "length"
-        if reason is not None and sequence.decoder is not None:
-            text += sequence.decoder.finish()
-        if sequence.stop_strings is not None:
-            text, hit = sequence.stop_strings.push(text)
-            if hit:
-                reason = "stop"
-            elif reason is not None:
-                text += sequence.stop_strings.finish()
-        sequence.text += text
+    def _next_token(self, sequence: EngineSequence, logits: NDArray[np.float32]) -> TokenEvent | None:
+        """Choose and append a token; None: the sequence ended without one."""
+        if sequence.first_token_at is None:
+            sequence.first_token_at = perf_counter()
+            self._prompt_tokens += len(sequence.prompt_ids)
+            self._cached_tokens += sequence.cached_tokens or 0
+        if not sequence.max_new_tokens:
+            self._finish(sequence, "length")
+            return None
+        try:
+            sampled = self._sampler.sample(
+                logits, sequence.params, sequence.sampler_state, sequence.constraint
+            )
+        except ArgosyError as error:  # of this one alone
+            self._finish(sequence, "error", error)
+            return None
+        self._clock.mark("sampling")
+        self._new_tokens += 1
+        logprob = None
+        if sequence.logprobs is not None and sampled.logprob is not None:
+            logprob = TokenLogprob(sampled.token_id, sampled.logprob, sampled.top_logprobs)
+            sequence.logprobs.append(logprob)
+        text, reason = sequence.append(sampled.token_id, self._eos_ids)
         result = self._finish(sequence, reason) if reason is not None else None
-        event = TokenEvent(token_id, text, logprob, reason, result)
+        event = TokenEvent(sampled.token_id, text, logprob, reason, result)
         sequence.events.append(event)
         return event
 
-    def _finish(self, sequence: EngineSequence, reason: FinishReason) -> Result:
+    def _note_prompt(self, sequence: EngineSequence, scheduled: Scheduled) -> None:
+        """Log-probabilities of those tokens of a prompt that follow the tokens of this batch."""
+        noted, prompt, batch = sequence.prompt_logprobs, sequence.prompt_ids, scheduled.batch
+        assert noted is not None
+        assert sequence.params.prompt_logprobs is not None
+        rows = np.flatnonzero(batch.sequence == scheduled.sequences.index(sequence))
+        wanted = batch.positions[rows]
+        rows = rows[(wanted >= len(noted) - 1) & (wanted < len(prompt) - 1)]
+        at_once = self.settings.max_sequences  # what the memory plan has room for
+        for start in range(0, len(rows), at_once):
+            for logits in self._decoder.logits(rows[start : start + at_once]):
+                found = with_logprobs(prompt[len(noted)], logits, sequence.params.prompt_logprobs)
+                assert found.logprob is not None
+                noted.append(TokenLogprob(found.token_id, found.logprob, found.top_logprobs))
+
+    def _recover(self, scheduled: Scheduled, error: ArgosyError) -> None:
+        """Run a step once more whose reads failed; the second time end the sequences that cannot do without."""
+        self._scheduler.failed(scheduled)
+        self._has_failed = not self._has_failed
+        if self._has_failed:
+            return
+        expert = error.facts.get("expert")
+        concerned = scheduled.sequences
+        if isinstance(expert, int):
+            rows = self._decoder.rows_of(scheduled.batch, expert)
+            concerned = [concerned[i] for i in np.unique(scheduled.batch.sequence[rows])]
+        for sequence in concerned or scheduled.sequences:
+            self._finish(sequence, "error", error)
+
+    def _finish(
+        self, sequence: EngineSequence, reason: FinishReason, error: ArgosyError | None = None
+    ) -> Result:
         self._scheduler.remove(sequence)
         self._sequences.remove(sequence)
+        self._pace.count(perf_counter())
         prompt, new = len(sequence.prompt_ids), len(sequence.new_ids)
+        usage = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
         sequence.result = Result(
             text=sequence.text,
             token_ids=sequence.new_ids,
             finish_reason=reason,
             logprobs=sequence.logprobs,
-            usage={"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new},
+            usage=usage | {"cached_tokens": sequence.cached_tokens or 0},
             seed=sequence.sampler_state.seed,
             ledger=self._ledger_since(sequence),
+            stopped_by=sequence.stopped_by,
+            prompt_logprobs=sequence.prompt_logprobs,
+            error=error,
         )
         return sequence.result
 
     # ── what a caller uses ──────────────────────────────────────────────────────────────────────────────────
 
-    def submit(self, prompt: PromptLike, params: SamplingParams | None = None) -> EngineSequence:
+    def submit(
+        self, prompt: PromptLike, params: SamplingParams | None = None, *, tenant: str = ""
+    ) -> EngineSequence:
         """Queue a prompt. Its events collect in `.events` as `step` is called.
+
+        Args:
+            tenant: whose it is. Tenants get equal parts of the engine, and find no beginnings of each other.
 
         Raises:
             PromptTooLong: the prompt leaves no room for an answer.
+            Overloaded: too many wait already.
             UsageError: what `PromptBuilder.build` refuses, or parameters that this model cannot honour.
+        """
+        sequences = self.prepare(prompt, params, tenant=tenant)
+        self.enqueue(sequences)
+        return sequences[0]
+
+    def prepare(
+        self,
+        prompt: PromptLike,
+        params: SamplingParams | None = None,
+        *,
+        num_answers: int = 1,
+        tenant: str = "",
+    ) -> list[EngineSequence]:
+        """Check a request and make its sequences, one for each answer; any thread may, while others step.
+
+        The first answer computes the prompt, and the others go on from there. Each has a seed of its own, which follows
+        from that of the request. Errors as `submit`, but `Overloaded`.
         """
         params = params or SamplingParams()
         started_at = perf_counter()
-        with self._lock:
-            self._require_open()
-            prompt_ids = list(self._prompts.build(prompt).token_ids or ())
-            available = self.plan.context_tokens
-            if len(prompt_ids) >= available:
-                raise PromptTooLong(
-                    f"the prompt has {len(prompt_ids)} tokens, and the context holds {available}"
-                    " with at least one for the answer",
-                    hint="raise --context (more memory), or shorten the prompt",
-                    needed=len(prompt_ids) + 1,
-                    available=available,
-                )
-            if params.stop and self.tokenizer is None:
-                raise UsageError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
-            for token_id in params.logit_bias:
-                if not 0 <= token_id < self.config.vocab_size:
-                    raise UsageError(
-                        f"logit_bias names token {token_id}; the vocabulary has {self.config.vocab_size}"
-                    )
+        self._require_open()
+        if num_answers < 1:
+            raise UsageError(f"num_answers must be at least 1, found {num_answers}")
+        prompt_ids = list(self._prompts.build(prompt).token_ids or ())
+        available = self.plan.context_tokens
+        if len(prompt_ids) >= available:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt_ids)} tokens, and the context holds {available}"
+                " with at least one for the answer",
+                hint="raise --context (more memory), or shorten the prompt",
+                needed=len(prompt_ids) + 1,
+                available=available,
+            )
+        self._require_possible(params)
+        left = available - len(prompt_ids)
+        sequences: list[EngineSequence] = []
+        for number in range(num_answers):
+            seed = params.seed if not sequences else derived_seed(sequences[0].sampler_state.seed, number)
             sequence = EngineSequence(
                 prompt_ids,
                 params,
-                max_new_tokens=min(params.max_tokens, available - len(prompt_ids)),
-                sampler_state=SamplerState(prompt_ids, params.seed),
+                number=next(self._numbers),
+                max_new_tokens=left if params.max_tokens is None else min(params.max_tokens, left),
+                sampler_state=SamplerState(prompt_ids, seed),
+                chain=self._cache.chain(tenant),
                 decoder=self.tokenizer.stream() if self.tokenizer else None,
+                tenant=tenant,
+                constraint=self._constraint(params, tenant),
             )
             sequence.started_at = started_at
-            sequence.counters_at_start = self.ledger
-            self._sequences.append(sequence)
-            self._scheduler.add(sequence)
-            return sequence
+            if sequences:
+                sequence.leader = sequences[0]
+                sequences[0].followers.append(sequence)
+            sequences.append(sequence)
+        return sequences
+
+    def enqueue(self, sequences: Sequence[EngineSequence], *, has_room: bool = False) -> None:
+        """Queue what `prepare` made, all or none; `has_room`: who calls has seen to it.
+
+        Raises:
+            Overloaded: too many wait already.
+        """
+        with self._lock:
+            self._require_open()
+            if not has_room:
+                self.require_room(len(sequences), num_live=len(self._sequences))
+            counters = self.ledger
+            for sequence in sequences:
+                sequence.counters_at_start = counters
+                self._sequences.append(sequence)
+                self._scheduler.add(sequence)
+
+    def require_room(self, num_more: int, *, num_live: int) -> None:
+        """Refuse sequences that would wait behind too many; `num_live` run or wait already.
+
+        Raises:
+            Overloaded: they would.
+        """
+        limit, num_waiting = self.settings.max_waiting, max(0, num_live - self.settings.max_sequences)
+        if limit is not None and num_live + num_more > self.settings.max_sequences + limit:
+            raise Overloaded(
+                f"{num_waiting} requests wait already, and {limit} may",
+                retry_after_s=self._pace.seconds_to_next(),
+                hint="try again later",
+                waiting=num_waiting,
+                limit=limit,
+            )
 
     def cancel(self, sequence: EngineSequence) -> None:
         """Stop a sequence and free what it holds; harmless when it has finished."""
@@ -400,8 +587,18 @@ class Engine:
             if sequence in self._sequences:
                 self._finish(sequence, "cancelled")
 
+    def forget(self, tenant: str) -> None:
+        """Forget what was kept of a tenant's prompts and answers, in memory and in `kv_dir`."""
+        with self._lock:
+            self._require_open()
+            self._cache.forget(tenant)
+
     def stream(self, prompt: PromptLike, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
-        """Events of one answer, as they come; the last has the result. Closing the iterator cancels the rest."""
+        """Events of one answer, as they come; the last has the result. Closing the iterator cancels the rest.
+
+        Raises:
+            ArgosyError: the answer cannot be finished: a read failed, or its grammar cannot be followed.
+        """
         sequence = self.submit(prompt, params)
         try:
             while sequence.events or sequence.result is None:
@@ -409,6 +606,7 @@ class Engine:
                     yield sequence.events.popleft()
                 if sequence.result is None:
                     self.step()
+            sequence.result.require()
         finally:
             self.cancel(sequence)
 
@@ -421,7 +619,7 @@ class Engine:
         prompts: Sequence[PromptLike],
         params: SamplingParams | Sequence[SamplingParams | None] | None = None,
     ) -> list[Result]:
-        """Answers of several prompts that run together; each is what it would be alone."""
+        """Answers of several prompts that run together; each is what it would be alone. Errors as `stream`."""
         each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
         sequences: list[EngineSequence] = []
         try:
@@ -429,24 +627,28 @@ class Engine:
                 sequences.append(self.submit(prompt, own))
             while any(sequence.result is None for sequence in sequences):
                 self.step()
+            return [one.result.require() for one in sequences if one.result is not None]
         finally:
             for sequence in sequences:
                 self.cancel(sequence)
-        return [sequence.result for sequence in sequences if sequence.result is not None]
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Next-token logits at every position: float32 [tokens, vocab_size]. Works without a tokenizer."""
         out = np.empty((len(token_ids), self.config.vocab_size), np.float32)
         with self._lock:
-            sequence = self.submit(list(token_ids), SamplingParams(max_tokens=1))
+            (sequence,) = self.prepare(list(token_ids), SamplingParams(max_tokens=1))
+            sequence.can_reuse = False
+            self.enqueue([sequence])
             try:
                 if self._sequences[:-1]:
                     raise UsageError("logits() runs alone; finish or cancel what was submitted before")
                 at = 0
                 while at < len(out):
                     self._clock.mark("other")
-                    batch = self._scheduler.next_batch().batch
+                    scheduled = self._scheduler.next_batch()
+                    batch = scheduled.batch
                     self._decoder.forward(batch)
+                    self._scheduler.committed(scheduled)
                     for start in range(
                         0, batch.num_tokens, 16
                     ):  # a few rows at a time: the vocabulary is wide
@@ -464,6 +666,7 @@ class Engine:
         self._clock.mark("other")
         return Ledger(
             prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
             new_tokens=self._new_tokens,
             wall_s=sum(self._clock.seconds.values()) - sum(self._seconds_at_start.values()),
             lookups=stats.lookups if stats else 0,
@@ -482,9 +685,18 @@ class Engine:
                 self._finish(sequence, "cancelled")
             self._is_open = False
             self._prompts.close()
+            self._cache.close()
             self._store.close()
             self._runtime.close()
-            del self._decoder, self._weights, self._experts
+            del (
+                self._decoder,
+                self._uses,
+                self._scheduler,
+                self._cache,
+                self._states,
+                self._weights,
+                self._experts,
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -494,6 +706,43 @@ class Engine:
     ) -> None:
         self.close()
 
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would run anything."""
+        return self._scheduler.has_work
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether prompts wait to be written to `kv_dir`: a step, even without other work, goes on with it."""
+        return self._cache.is_writing
+
+    def facts(self) -> EngineFacts:
+        """What runs and what it takes, for those who watch; between two steps."""
+        with self._lock:
+            self._require_open()
+            scheduler, blocks, states = self._scheduler, self._blocks, self._states
+            return EngineFacts(
+                num_running=scheduler.num_running,
+                num_waiting=scheduler.num_waiting,
+                num_put_back=scheduler.num_put_back,
+                kv_blocks=blocks.num_blocks,
+                kv_blocks_held=blocks.num_held,
+                kv_blocks_kept=blocks.num_kept,
+                kv_blocks_free=blocks.num_free,
+                states_held=0 if states is None else states.num_sequences - states.num_free,
+                states_free=0 if states is None else states.num_free,
+                snapshots=0 if states is None else states.num_snapshots,
+                expert_slots=self.plan.num_slots,
+                num_experts=self.plan.num_experts,
+                file_bytes=0 if self._files is None else self._files.num_bytes,
+                tokens_run=self._uses.num_tokens_run,
+                totals=self.ledger,
+                memory=tuple(self.plan.lines()),
+                budget_bytes=self.plan.budget_bytes,
+                expert_uses=self._uses.last_window,
+                expert_use_tokens=self._uses.last_window_tokens,
+            )
+
     # ── helpers ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def _ledger_since(self, sequence: EngineSequence) -> Ledger:
@@ -501,6 +750,7 @@ class Engine:
         first = sequence.first_token_at
         return Ledger(
             prompt_tokens=len(sequence.prompt_ids),
+            cached_tokens=sequence.cached_tokens or 0,
             new_tokens=len(sequence.new_ids),
             wall_s=now.wall_s - before.wall_s,
             time_to_first_token_s=None if first is None else first - sequence.started_at,
@@ -510,6 +760,27 @@ class Engine:
             peak_bytes=now.peak_bytes,
             parts={part: seconds - before.parts[part] for part, seconds in now.parts.items()},
         )
+
+    def _constraint(self, params: SamplingParams, tenant: str) -> Constraint | None:
+        if params.grammar is None:
+            return None
+        if isinstance(self._grammars, UsageError):
+            raise self._grammars
+        return self._grammars.compile(params.grammar, tenant)
+
+    def _require_possible(self, params: SamplingParams) -> None:
+        """Refuse parameters that this model cannot honour."""
+        if params.stop and self.tokenizer is None:
+            raise UsageError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
+        for name, token_ids in (
+            ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
+            for token_id in token_ids:
+                if not 0 <= token_id < self.config.vocab_size:
+                    raise UsageError(
+                        f"{name} names token {token_id}; the vocabulary has {self.config.vocab_size}"
+                    )
 
     def _require_open(self) -> None:
         if not self._is_open:

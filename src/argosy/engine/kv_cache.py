@@ -1,28 +1,146 @@
-"""Which KV blocks belong to which sequence. The keys and values themselves are native memory (`_native.KvCache`)."""
+"""Which KV blocks belong to which sequence, and what those that belong to none still hold.
+
+    taken -> held by one sequence -> its content is known -> given back -> kept, to be found, or taken by another
+
+A block is free, held by one or more sequences, or kept: held by nobody, with a content that another sequence may find.
+Kept blocks are taken when free ones run out: of the tenant that has most of them, the one that was not used for
+longest. So nobody's flood of prompts drives out what others have kept.
+
+Elsewhere: what is found by which content is `prefix.py`; the keys and values are native memory (`_native.KvCache`).
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+
+class BlockContent(NamedTuple):
+    """What a full block holds: its own tokens, behind those of the blocks before it."""
+
+    key: bytes  # hash of the tenant's secret, the model and all tokens so far
+    parent: bytes  # the key of the block before, or of the beginning
+    tokens: bytes  # int32, those of this block
+    tenant: str
+
 
 class KvBlocks:
-    """A pool of blocks of `block_tokens` positions each."""
+    """A pool of blocks of `block_tokens` positions each.
 
-    def __init__(self, num_blocks: int, block_tokens: int) -> None:
+    Args:
+        forgotten: hears the key of a content that is in no block any more.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_tokens: int, forgotten: Callable[[bytes], None] = lambda key: None
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
+        self.num_releases = 0  # how often room was made: nothing that did not fit fits before this changes
+        self._forgotten = forgotten
         self._free = list(range(num_blocks - 1, -1, -1))
+        self._holders = [0] * num_blocks
+        self._contents: list[BlockContent | None] = [None] * num_blocks
+        self._places: dict[bytes, int] = {}
+        self._kept: dict[str, OrderedDict[int, None]] = {}  # of each tenant, least recently used first
+        self._num_kept = 0
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that `take` can hand out: free and kept ones."""
+        return len(self._free) + self._num_kept
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
+    @property
+    def num_kept(self) -> int:
+        return self._num_kept
+
+    @property
+    def num_held(self) -> int:
+        return self.num_blocks - self.num_available
+
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_tokens)
 
     def take(self, count: int) -> list[int]:
-        """Hand out blocks; the caller has seen that there are enough."""
-        assert count <= len(self._free)
-        return [self._free.pop() for _ in range(count)]
+        """Hand out blocks with no content; the caller has seen that there are enough."""
+        assert count <= self.num_available
+        while len(self._free) < count:
+            self._free.append(self._evict())
+        blocks = [self._free.pop() for _ in range(count)]
+        for block in blocks:
+            self._holders[block] = 1
+        return blocks
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        """Let one more sequence use blocks that were found; it reads them and writes none."""
+        for block in blocks:
+            if self._holders[block] == 0:
+                content = self._contents[block]
+                assert content is not None  # else nobody could have found it
+                self._remove_kept(content.tenant, block)
+            self._holders[block] += 1
 
     def give_back(self, blocks: list[int]) -> None:
-        self._free.extend(reversed(blocks))
+        """End the use of blocks, in their order in the sequence; the list is empty afterwards."""
+        for block in reversed(blocks):  # the end of a sequence is of use to fewer than its beginning
+            self._holders[block] -= 1
+            if self._holders[block] > 0:
+                continue
+            content = self._contents[block]
+            if content is None:
+                self._free.append(block)
+            else:
+                self._kept.setdefault(content.tenant, OrderedDict())[block] = None
+                self._num_kept += 1
+        self.num_releases += 1
         blocks.clear()
+
+    def keep(self, block: int, content: BlockContent) -> None:
+        """Say what a held block contains from now on; nobody writes it again. Of two alike the first can be found."""
+        assert self._holders[block] > 0
+        if self._contents[block] is None and content.key not in self._places:
+            self._contents[block] = content
+            self._places[content.key] = block
+
+    def find(self, content: BlockContent) -> int | None:
+        """The block with this content, every token of it compared; to be held before anything is taken."""
+        block = self._places.get(content.key)
+        return block if block is not None and self._contents[block] == content else None
+
+    def forget(self, tenant: str) -> None:
+        """Let nobody find a tenant's contents any more."""
+        for block, content in enumerate(self._contents):
+            if content is not None and content.tenant == tenant:
+                if self._holders[block] == 0:
+                    self._remove_kept(tenant, block)
+                    self._free.append(block)
+                self._drop_content(block)
+        self.num_releases += 1
+
+    def _evict(self) -> int:
+        tenant = max(self._kept, key=lambda name: len(self._kept[name]))
+        block = next(iter(self._kept[tenant]))
+        content = self._contents[block]
+        assert content is not None
+        self._remove_kept(content.tenant, block)
+        self._drop_content(block)
+        return block
+
+    def _remove_kept(self, tenant: str, block: int) -> None:
+        kept = self._kept[tenant]
+        del kept[block]
+        if not kept:
+            del self._kept[tenant]
+        self._num_kept -= 1
+
+    def _drop_content(self, block: int) -> None:
+        content = self._contents[block]
+        assert content is not None
+        self._contents[block] = None
+        del self._places[content.key]
+        self._forgotten(content.key)

@@ -17,6 +17,7 @@ class Ledger:
     """Seconds are wall time; bytes are bytes; `parts` sum to `wall_s`."""
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, found computed
     new_tokens: int = 0
     wall_s: float = 0.0
     time_to_first_token_s: float | None = None
@@ -33,8 +34,9 @@ class Ledger:
 
     @property
     def prefill_tok_per_s(self) -> float | None:
+        """Tokens that were computed before the first of the answer, over the time that took."""
         first = self.time_to_first_token_s
-        return self.prompt_tokens / first if first else None
+        return (self.prompt_tokens - self.cached_tokens) / first if first else None
 
     @property
     def decode_tok_per_s(self) -> float | None:
@@ -46,6 +48,7 @@ class Ledger:
     def as_dict(self) -> dict[str, object]:
         return {
             "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
             "new_tokens": self.new_tokens,
             "wall_s": self.wall_s,
             "time_to_first_token_s": self.time_to_first_token_s,

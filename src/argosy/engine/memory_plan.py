@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import MIB, EngineConfig, KvDtype, ModelConfig, format_bytes
+from argosy.engine.prefix_files import buffer_bytes
 from argosy.errors import DoesNotFit
 from argosy.experts.source import resident_bytes, slot_bytes
 from argosy.model.layers import kv_shapes
@@ -28,6 +29,7 @@ PROCESS_GROWTH_BYTES = 24 * MIB  # allocator slack, thread stacks, page tables o
 PROCESS_VARIES_BYTES = 2 * MIB  # what one start of the process holds and the next one does not
 TEMPLATE_WORKER_BYTES = 24 * MIB  # the process that renders chat templates, while it lives: 22 MiB measured
 TOKENIZER_ROOM_BYTES = 256 * MIB  # to spare where experts are read before the tokenizer is built and measured
+GRAMMAR_BYTES = 64 * MIB  # for compiled grammars, and what they learn while answers follow them
 SMALLEST_CHUNK, SMALLEST_CONTEXT = 16, 512
 RESIDENT_CHUNK = 512  # tokens: with 8 of 128 experts, 32 for each; more only make working buffers larger
 PLANNED_PROMPT, PLANNED_ANSWER = 1024, 256  # tokens of the request that a chunk is chosen for
@@ -43,6 +45,8 @@ class MemoryPlan:
     kv_bytes: int
     state_bytes: int = 0  # of the recurrent state, for so many sequences at once
     num_states: int = 0
+    snapshot_bytes: int = 0  # of recurrent states that beginnings are gone on from
+    num_snapshots: int = 0
     working_bytes: int
     staging_bytes: int  # what readers transcode from
     slot_bytes: int
@@ -58,8 +62,8 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        fixed = self.process_bytes + self.dense_bytes + self.kv_bytes + self.state_bytes + self.working_bytes
-        return fixed + self.staging_bytes + self.expert_bytes
+        fixed = self.process_bytes + self.dense_bytes + self.working_bytes + self.staging_bytes
+        return fixed + self.kv_bytes + self.state_bytes + self.snapshot_bytes + self.expert_bytes
 
     @property
     def is_resident(self) -> bool:
@@ -75,6 +79,11 @@ class MemoryPlan:
             *(
                 [("recurrent state", self.state_bytes, f"{self.num_states} sequences at once")]
                 if self.num_states
+                else []
+            ),
+            *(
+                [("state snapshots", self.snapshot_bytes, f"{self.num_snapshots} beginnings of prompts")]
+                if self.num_snapshots
                 else []
             ),
             ("working buffers", self.working_bytes, f"{self.chunk_tokens} tokens a step"),
@@ -94,6 +103,7 @@ class MemoryPlan:
             "dense_bytes": self.dense_bytes,
             "kv_bytes": self.kv_bytes,
             "recurrent_state_bytes": self.state_bytes,
+            "snapshot_bytes": self.snapshot_bytes,
             "working_bytes": self.working_bytes,
             "staging_bytes": self.staging_bytes,
             "expert_cache_bytes": self.expert_bytes,
@@ -141,8 +151,9 @@ def plan_memory(
 
     The chunk is the one that reads least (`experts_read`), and no longer than `config.chunk_tokens`. A context that
     was not asked for by name is shrunk to fit. Where layers have a recurrent state, so many sequences have one as a
-    sixteenth of the budget holds, or fewer if nothing fits otherwise; others wait for their turn. With `expert_slots`
-    the number of slots is given instead of what is left.
+    sixteenth of the budget holds, or fewer if nothing fits otherwise; others wait for their turn. As much again is for
+    snapshots, two for each sequence at most, and none in the smallest plan. With `expert_slots` the number of slots is
+    given instead of what is left.
 
     Raises:
         DoesNotFit: with a budget that just works, and what would shrink it.
@@ -152,16 +163,18 @@ def plan_memory(
     one_slot, all_experts = slot_bytes(files.experts), resident_bytes(files.experts)
     staging = config.readers * _native.STAGING_BYTES if has_blocks(files) else 0
     fewest_slots = min(num_experts, model.experts_per_token) if expert_slots is None else expert_slots
-    fixed = process_bytes + PROCESS_GROWTH_BYTES
+    fixed = process_bytes + PROCESS_GROWTH_BYTES + (GRAMMAR_BYTES if config.grammars else 0)
     dense = dense_footprint(files.dense)
 
-    def plan(context: int, chunk: int, num_states: int) -> MemoryPlan:
+    def plan(context: int, chunk: int, num_states: int, num_snapshots: int) -> MemoryPlan:
         kv = kv_bytes(model, context, config.kv_dtype)
-        states = state_bytes(model, num_states)
+        states, snapshots = state_bytes(model, num_states), state_bytes(model, num_snapshots)
         tokens = chunk + config.max_sequences
         working = workspace_bytes(model, tokens, config.threads)
         working += 3 * 4 * model.vocab_size * config.max_sequences  # logits, and the sampler's copies of them
-        left = config.budget.ram_bytes - fixed - dense - kv - states - working - staging
+        if config.kv_dir is not None:
+            working += buffer_bytes(kv_bytes(model, 1, config.kv_dtype), state_bytes(model, 1))
+        left = config.budget.ram_bytes - fixed - dense - kv - states - snapshots - working - staging
         slots = fewest_slots if expert_slots is not None else max(fewest_slots, left // max(1, one_slot))
         if expert_slots is None and left >= all_experts:
             slots = num_experts
@@ -172,6 +185,8 @@ def plan_memory(
             kv_bytes=kv,
             state_bytes=states,
             num_states=num_states,
+            snapshot_bytes=snapshots,
+            num_snapshots=num_snapshots,
             working_bytes=working,
             staging_bytes=staging,
             slot_bytes=one_slot,
@@ -183,11 +198,11 @@ def plan_memory(
         )
 
     contexts, chunks = _contexts(model, config), _chunks(config)
-    for num_states in _state_counts(model, config):
+    for counts in _state_counts(model, config):
         best = None
         for context in contexts:
             plans = [
-                plan(context, chunk, num_states) for chunk in dict.fromkeys(min(c, context) for c in chunks)
+                plan(context, chunk, *counts) for chunk in dict.fromkeys(min(c, context) for c in chunks)
             ]
             fitting = [p for p in plans if p.total_bytes <= config.budget.ram_bytes]
             if not fitting:
@@ -200,18 +215,21 @@ def plan_memory(
                 break
         if best is not None:
             return best
-    raise _does_not_fit(plan(contexts[-1], min(*chunks, contexts[-1]), num_states), config, model)
+    raise _does_not_fit(plan(contexts[-1], min(*chunks, contexts[-1]), *counts), config, model)
 
 
-def _state_counts(model: ModelConfig, config: EngineConfig) -> list[int]:
-    """How many sequences may have a recurrent state at once, the most first; [0] where no layer has one."""
+def _state_counts(model: ModelConfig, config: EngineConfig) -> list[tuple[int, int]]:
+    """How many recurrent states and snapshots of them there may be, the most first."""
     if not model.delta_layers:
-        return [0]
-    counts = [config.max_sequences]
-    while counts[-1] > 1:
-        counts.append(counts[-1] // 2)
-    share = config.budget.ram_bytes // 16
-    return [count for count in counts if count == 1 or state_bytes(model, count) <= share]
+        return [(0, 0)]
+    share = config.budget.ram_bytes // 16 // state_bytes(model, 1)
+    counts = []
+    count = config.max_sequences
+    while count:
+        if count <= max(1, share):
+            counts.append((count, min(2 * count, share) if config.prefix_reuse else 0))
+        count //= 2
+    return [*counts, (1, 0)]
 
 
 def experts_read(model: ModelConfig, plan: MemoryPlan) -> float:

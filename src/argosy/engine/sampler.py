@@ -1,7 +1,8 @@
 """Choose the next token of one sequence from its logits.
 
-    logits -> bias -> penalties -> temperature -> top_k -> top_p -> min_p -> draw -> token id
+    logits -> mask -> bias -> penalties -> temperature -> top_k -> top_p -> min_p -> draw -> token id
 
+    0. Tokens that a grammar does not allow now are excluded.
     1. `logit_bias` is added.
     2. `repetition_penalty` divides a positive logit, and multiplies a negative one, of every token of prompt or answer.
     3. `presence_penalty` once, and `frequency_penalty` for each time, are taken off tokens of the answer.
@@ -13,12 +14,13 @@
     9. One uniform number picks a token among those left, most likely first.
 
 Steps 1 to 3 and 5 to 8 are in the order of transformers. llama.cpp has the same, but for the temperature, which it
-applies last. Log-probabilities are the model's own: of the logits as they came, before step 1.
+applies last. Log-probabilities are the model's own: of the logits as they came, before step 0.
 
 The number of step 9 depends on the seed and on how many tokens the answer has: not on the batch, the budget or the
 machine (Philox, Salmon et al., SC 2011).
 
-Elsewhere: when an answer ends is the engine's business; logits come from `model/decoder.py`.
+Elsewhere: what a grammar allows is `constraint.py`; when an answer ends is the engine's business; logits come from
+`model/decoder.py`.
 """
 
 from __future__ import annotations
@@ -27,13 +29,16 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from argosy.config import SamplingParams
-from argosy.errors import ArgosyError, UsageError
+from argosy.errors import ArgosyError, GrammarError, UsageError
+
+if TYPE_CHECKING:
+    from argosy.engine.constraint import Constraint
 
 Logits = npt.NDArray[np.float32]
 
@@ -53,6 +58,12 @@ class Sampled:
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+def derived_seed(seed: int, number: int) -> int:
+    """The seed of another answer to the same request."""
+    bits: int = np.random.Philox(key=seed, counter=[0, 0, 0, number]).random_raw()
+    return bits >> 1
 
 
 class SamplerState:
@@ -92,16 +103,24 @@ class SamplerState:
 class Sampler:
     """Chooses tokens. It keeps nothing: what a sequence remembers is in its `SamplerState`."""
 
-    def sample(self, logits: Logits, params: SamplingParams, state: SamplerState) -> Sampled:
-        """Choose the next token, and count it in `state`.
+    def sample(
+        self,
+        logits: Logits,
+        params: SamplingParams,
+        state: SamplerState,
+        constraint: Constraint | None = None,
+    ) -> Sampled:
+        """Choose the next token, and count it in `state` and in `constraint`.
 
         Args:
             logits: float32 [vocab]; -inf excludes a token. Not changed.
             params: how to choose.
             state: of the sequence.
+            constraint: what the answer has to look like.
 
         Raises:
             ArgosyError: a logit is NaN or +inf, or all are -inf: the weights or the arithmetic are broken.
+            GrammarError: no token follows the grammar, or it takes too much work.
             UsageError: `logit_bias` names a token outside the vocabulary.
         """
         best_id = int(logits.argmax())  # the first NaN, if there is one
@@ -112,23 +131,44 @@ class Sampler:
                 f"the largest logit is {best}, and {int(np.isnan(logits).sum())} of {logits.size} are NaN",
                 hint="the weights may be damaged: check the files, or try another --instruction-set",
             )
-        scores = self._adjust(logits, params, state)
-        if params.temperature > 0:
-            token_id = _draw(scores, params, state.uniform())
-        else:
-            token_id = best_id if scores is logits else int(scores.argmax())
+        allowed = None if constraint is None else constraint.allowed()
+        scores = self._adjust(logits, params, state, allowed, best_id)
+        while True:
+            if params.temperature > 0:
+                token_id = _draw(scores, params, state.uniform())
+            else:
+                token_id = best_id if scores is logits else int(scores.argmax())
+            if constraint is None:
+                break
+            if scores[token_id] == -math.inf:
+                raise GrammarError("no token of this model follows the grammar here")
+            if constraint.accept(token_id):
+                break
+            scores = logits.copy() if scores is logits else scores
+            scores[token_id] = -math.inf
         state.accept(token_id)
         if params.logprobs is None:
             return Sampled(token_id)
-        return _with_logprobs(token_id, logits, params.logprobs)
+        return with_logprobs(token_id, logits, params.logprobs)
 
-    def _adjust(self, logits: Logits, params: SamplingParams, state: SamplerState) -> Logits:
-        """Bias and penalties; the logits themselves where there are none."""
+    def _adjust(
+        self,
+        logits: Logits,
+        params: SamplingParams,
+        state: SamplerState,
+        allowed: npt.NDArray[np.bool_] | None,
+        best_id: int,
+    ) -> Logits:
+        """Mask, bias and penalties; the logits themselves where none of them would change the choice."""
         repeats = params.repetition_penalty != 1.0
         counts = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-        if not (params.logit_bias or repeats or counts):
+        if not (params.logit_bias or repeats or counts) and (
+            allowed is None or (params.temperature == 0 and allowed[best_id])
+        ):
             return logits
         scores = logits.copy()
+        if allowed is not None:
+            scores[~allowed] = -math.inf
         for token_id, bias in params.logit_bias.items():
             if not 0 <= token_id < scores.size:
                 raise UsageError(
@@ -228,7 +268,8 @@ def _largest(scores: Logits, count: int) -> Ids:
     return ids[np.argsort(-scores[ids], kind="stable")[:count]]
 
 
-def _with_logprobs(token_id: int, logits: Logits, count: int) -> Sampled:
+def with_logprobs(token_id: int, logits: Logits, count: int) -> Sampled:
+    """A token that was chosen or given, with its log-probability and those of the `count` best."""
     log_total = float(logits.max()) + math.log(_weights(logits, 1.0).sum(dtype=np.float64))
     top = _largest(logits, min(count, logits.size)) if count else ()
     pairs = tuple((int(i), float(logits[i]) - log_total) for i in top)

@@ -1,22 +1,42 @@
-"""Which tokens run in the next step.
+"""Which tokens run in the next step, and who waits.
 
-Every sequence that decodes gets its one token in every step, so a long prompt never stops the others; prompts share
-what is left of the chunk, first come first served. A sequence is admitted when its prompt and its whole answer have
-KV blocks, so none has to be thrown out half-way; where layers have a recurrent state, when there is a slot for it too.
+    submitted -> waiting -> prefill, chunk by chunk -> decode, a token in every step -> finished
+                    ^                                     |
+                    └─────── put back: its blocks are needed ──┘
+
+- Every sequence that decodes gets its one token in every step. Prompts share the chunk: tenants in equal parts, and
+  those of a tenant in the order in which they came. A chunk may take seconds while weights are streamed, so prompts get
+  about half of the time at most while others decode (`PromptTurns`).
+- A sequence is started when its tokens have KV blocks, and one more for every sequence that runs; it takes further
+  blocks one by one. When there are none left, the sequence that came last is put back: it gives up all it has and waits
+  again, to be computed from its tokens, so its answer is the same. The one that came first is never put back.
+- A sequence whose beginning another one is computing waits for it, instead of computing it a second time.
+- Of those that wait, the first of the tenant with the fewest running goes next. If there is no room for it, nobody
+  behind it passes, so it gets its turn.
+
+Elsewhere: which beginnings are found is `prefix.py`; the batch is run by `engine.py`.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
 from argosy.engine.kv_cache import KvBlocks
+from argosy.engine.prefix import Prefix, PrefixCache
 from argosy.engine.recurrent_state import StateSlots
 from argosy.engine.sequence import Sequence
 from argosy.model.batch import Batch
+
+# KV blocks of a prompt that come from files in one step: a moment's work while others wait for it, or some more.
+LOADED_BESIDE_OTHERS, LOADED_ALONE = 8, 128
+_SPARE_COLUMNS = 8  # of a block table: so many blocks can be added before a new one is made
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +44,35 @@ class Scheduled:
     """A batch, and the sequences whose next token comes out of it (one per row of `batch.last_rows`)."""
 
     batch: Batch
+    sequences: list[Sequence]  # rows of `batch.block_table`
+    counts: list[int] | None  # tokens of each; None: one of each, and all decode
     ready: list[Sequence]
+
+
+class PromptTurns:
+    """Gives prompts about half of the time at most while others decode.
+
+    What a step with prompt tokens took, beyond what a step without takes, is owed to those that decode: until steps
+    without prompts have made up for it, no prompt goes on.
+    """
+
+    def __init__(self) -> None:
+        self._owed_s = 0.0
+        self._decode_s = 0.0  # what the last step without prompts took
+
+    @property
+    def is_open(self) -> bool:
+        return self._owed_s <= 0.0
+
+    def count(self, seconds: float, *, num_prompt: int, num_decode: int) -> None:
+        """Count a step."""
+        if not num_decode:
+            self._owed_s = 0.0  # nobody was kept waiting
+        elif num_prompt:
+            self._owed_s += max(0.0, seconds - self._decode_s)
+        else:
+            self._decode_s = seconds
+            self._owed_s = max(0.0, self._owed_s - seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,71 +94,296 @@ class _Decoding:
             np.arange(count, dtype=np.int32),
             np.arange(count),
             np.ones(count, np.bool_),
-            _block_table(sequences),
+            _block_table(sequences, spare=_SPARE_COLUMNS),
             _state_slots(sequences),
         )
 
 
 class Scheduler:
+    """
+    Args:
+        blocks: the pool of KV blocks.   cache: beginnings that are known.
+        chunk_tokens: most prompt tokens in a step.   max_sequences: most sequences that run.
+        states: slots of the recurrent state; None where no layer has one.
+        clock: seconds, for `PromptTurns`.
+    """
+
     def __init__(
         self,
         blocks: KvBlocks,
+        cache: PrefixCache,
         *,
         chunk_tokens: int,
         max_sequences: int,
         states: StateSlots | None = None,
+        clock: Callable[[], float] = perf_counter,
     ) -> None:
         self._blocks = blocks
-        self._states = states  # None: no layer has a recurrent state
+        self._cache = cache
+        self._states = states
         self._chunk_tokens = chunk_tokens
         self._max_sequences = max_sequences
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self._clock = clock
+        self._turns = PromptTurns()
+        self._waiting: list[Sequence] = []  # in the order in which they came
+        self._running: list[Sequence] = []  # likewise
+        self._coming: dict[bytes, Sequence] = {}  # blocks that running prompts are about to compute
+        # Who did not fit, and how often room had been made then.
+        self._refused: tuple[Sequence, int] | None = None
         self._decoding = _Decoding.of([])
+        self._began_at = 0.0
+        self._num_steps = 0
+        self.num_put_back = 0
 
     @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
 
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
     def add(self, sequence: Sequence) -> None:
-        self._waiting.append(sequence)
+        insort(self._waiting, sequence, key=lambda one: one.number)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a finished or cancelled sequence out, and free its KV blocks and its recurrent state."""
+        """Take a finished or cancelled sequence out, and free all it has."""
+        if sequence.leader is not None:
+            sequence.leader.followers.remove(sequence)
+            sequence.leader = None
+        self._release_followers(sequence)
         if sequence in self._running:
-            self._running.remove(sequence)
+            self._stop(sequence)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
+
+    def put_back(self, sequence: Sequence) -> None:
+        """Let a running sequence wait again, to be computed from its tokens."""
+        self._stop(sequence)
+        self.add(sequence)
+        self.num_put_back += 1
+
+    def next_batch(self) -> Scheduled:
+        """The next step's tokens; call only while `has_work`."""
+        self._began_at = self._clock()
+        self._num_steps += 1
+        while True:
+            self._start_waiting()
+            self._load()
+            self._grow()
+            decoding = [one for one in self._running if not one.is_prefilling]
+            if decoding and len(decoding) == len(self._running):
+                return self._decode()
+            prompts: list[tuple[Sequence, int]] = []
+            if not decoding or self._turns.is_open:
+                prompts = self._share_chunk([one for one in self._running if self._can_prefill(one)])
+            if decoding or prompts:
+                return self._gather([(one, 1) for one in decoding] + prompts)
+            assert self.has_work  # and all that runs comes from files
+
+    def committed(self, scheduled: Scheduled) -> None:
+        """Say that the tokens of a batch are computed: only now their keys and values count."""
+        size = self._blocks.block_tokens
+        if scheduled.counts is None:
+            for sequence in scheduled.sequences:
+                sequence.num_computed += 1
+                if not sequence.num_computed % size:
+                    self._cache.grown(sequence, sequence.num_computed - 1)
+            num_prompt, num_decode = 0, len(scheduled.sequences)
+        else:
+            num_decode = int(scheduled.batch.is_decode.sum())
+            num_prompt = scheduled.batch.num_tokens - num_decode
+            for sequence, count in zip(scheduled.sequences, scheduled.counts, strict=True):
+                before = sequence.num_computed
+                sequence.num_computed += count
+                self._cache.grown(sequence, before)
+                self._has_come(sequence, sequence.num_computed // size)
+        self._turns.count(self._clock() - self._began_at, num_prompt=num_prompt, num_decode=num_decode)
+
+    def failed(self, scheduled: Scheduled) -> None:
+        """Say that a batch was not computed. Its tokens can run again as if nothing had been.
+
+        Keys and values are written again where they were. A recurrent state that stands nowhere is given up.
+        """
+        if self._states is not None:
+            for sequence in scheduled.sequences:
+                assert sequence.state_slot is not None
+                if self._states.state.position(sequence.state_slot) < 0:
+                    self.put_back(sequence)
+
+    def fork(self, leader: Sequence) -> list[Sequence]:
+        """Let those that wait for `leader` to compute their prompt go on from where it stands now.
+
+        Returns:
+            Those for which there is room. The others find the beginning when they are started.
+        """
+        return [one for one in self._release_followers(leader) if self._fork(leader, one)]
+
+    def _release_followers(self, leader: Sequence) -> list[Sequence]:
+        followers, leader.followers = leader.followers, []
+        for follower in followers:
+            follower.leader = None
+        return followers
+
+    def _fork(self, leader: Sequence, follower: Sequence) -> bool:
+        num_full, num_more = divmod(leader.num_computed, self._blocks.block_tokens)
+        num_own = 1 if num_more else 0
+        if len(self._running) >= self._max_sequences or self._blocks.num_available < num_own:
+            return False
+        if self._states is not None:
+            if not self._states.num_free:
+                return False
+            follower.state_slot = self._states.take()
+        self._waiting.remove(follower)
+        self._blocks.hold(leader.blocks[:num_full])
+        follower.blocks = leader.blocks[:num_full] + self._blocks.take(num_own)
+        insort(self._running, follower, key=lambda one: one.number)
+        self._cache.copy_beginning(leader, follower)
+        return True
+
+    # ── who runs ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _start_waiting(self) -> None:
+        while self._waiting and len(self._running) < self._max_sequences:
+            if self._refused is not None:
+                refused, num_releases = self._refused
+                if num_releases == self._blocks.num_releases and refused in self._waiting:
+                    return
+            chosen = self._choose_waiting()
+            if chosen is None:
+                return
+            if not self._start(*chosen):
+                self._refused = (chosen[0], self._blocks.num_releases)
+                return
+
+    def _choose_waiting(self) -> tuple[Sequence, Prefix] | None:
+        """The first of the tenant that has fewest running; on a tie, who came first."""
+        running = Counter(one.tenant for one in self._running)
+        best: tuple[int, Sequence, Prefix] | None = None
+        seen: set[str] = set()
+        for sequence in self._waiting:
+            if sequence.tenant in seen:
+                continue
+            if (prefix := self._find(sequence)) is None:
+                continue
+            seen.add(sequence.tenant)
+            if best is None or running[sequence.tenant] < best[0]:
+                best = (running[sequence.tenant], sequence, prefix)
+        return None if best is None else best[1:]
+
+    def _find(self, sequence: Sequence) -> Prefix | None:
+        """What there is of a sequence's beginning; None while it waits for another to compute more of it."""
+        if sequence.leader is not None or sequence.waits_for in self._coming:
+            return None
+        prefix = self._cache.find(sequence)
+        sequence.waits_for = prefix.next_key
+        if prefix.next_key is None or (owner := self._coming.get(prefix.next_key)) is None:
+            return prefix
+        self._cache.want_snapshot(owner, prefix.contents)
+        return None
+
+    def _start(self, sequence: Sequence, prefix: Prefix) -> bool:
+        """Let a waiting sequence run; False: there is no room."""
+        blocks, states = self._blocks, self._states
+        if states is not None and not states.num_free:
+            return False
+        num_more = blocks.blocks_for(sequence.num_tokens) - len(prefix.blocks)
+        num_left = len(self._running) + 1 if self._running else 0  # for everybody to grow by one
+        blocks.hold(prefix.blocks)
+        if num_more + num_left > blocks.num_available:
+            blocks.give_back(list(prefix.blocks))
+            return False
+        self._waiting.remove(sequence)
+        sequence.blocks = [*prefix.blocks, *blocks.take(num_more)]
+        sequence.prefill_until = sequence.num_tokens
+        if states is not None:
+            sequence.state_slot = states.take()
+        insort(self._running, sequence, key=lambda one: one.number)
+        self._cache.begin(sequence, prefix)
+        for content in prefix.contents[prefix.num_matching : prefix.num_blocks]:
+            self._coming.setdefault(content.key, sequence)
+        return True
+
+    def _stop(self, sequence: Sequence) -> None:
+        """Take a running sequence out, and free all it has."""
+        self._running.remove(sequence)
+        if sequence in self._decoding.sequences:  # its blocks will be others, if it runs again
+            self._decoding = _Decoding.of([])
+        self._has_come(sequence, len(sequence.blocks))
         self._blocks.give_back(sequence.blocks)
         if self._states is not None and sequence.state_slot is not None:
             self._states.give_back(sequence.state_slot)
             sequence.state_slot = None
+        sequence.num_computed = 0
+        sequence.loading = None
+        sequence.snapshots_at.clear()
 
-    def next_batch(self) -> Scheduled:
-        """The next step's tokens; call only while `has_work`."""
-        self._admit()
-        parts: list[tuple[Sequence, int]] = [(s, 1) for s in self._running if not s.is_prefilling]
-        if len(parts) == len(self._running):
-            return self._decode()
-        left = self._chunk_tokens
-        for sequence in self._running:
-            if sequence.is_prefilling and left:
-                count = min(left, len(sequence.prompt_ids) - sequence.num_computed)
-                parts.append((sequence, count))
-                left -= count
-        return self._gather(parts)
+    def _has_come(self, sequence: Sequence, num_blocks: int) -> None:
+        """Nobody needs to wait any longer for the first blocks of a sequence."""
+        for content in sequence.chain.contents(sequence, 0)[:num_blocks]:
+            if self._coming.get(content.key) is sequence:
+                del self._coming[content.key]
 
-    def _admit(self) -> None:
-        while self._waiting and len(self._running) < self._max_sequences:
-            sequence = self._waiting[0]
-            needed = self._blocks.blocks_for(len(sequence.prompt_ids) + sequence.max_new_tokens)
-            if needed > self._blocks.num_free or (self._states is not None and not self._states.num_free):
-                break
-            self._waiting.popleft()
-            if self._states is not None:
-                sequence.state_slot = self._states.take()
-            sequence.blocks = self._blocks.take(needed)
-            self._running.append(sequence)
+    def _load(self) -> None:
+        """Bring known beginnings from files, a part of each."""
+        is_alone = all(one.loading is not None for one in self._running)
+        at_once = LOADED_ALONE if is_alone else LOADED_BESIDE_OTHERS
+        for sequence in list(self._running):
+            if sequence.loading is None:
+                continue
+            if not self._cache.load(sequence, at_once):
+                self.put_back(sequence)
+            else:
+                self._has_come(sequence, sequence.num_computed // self._blocks.block_tokens)
+
+    def _grow(self) -> None:
+        """A block for the next token of each sequence that decodes; those that came last give up theirs if need be."""
+        size = self._blocks.block_tokens
+        for sequence in list(self._running):
+            if sequence.is_prefilling or sequence.num_computed < len(sequence.blocks) * size:
+                continue
+            while not self._blocks.num_available and sequence in self._running:
+                self.put_back(self._running[-1])
+            if sequence in self._running:
+                sequence.blocks += self._blocks.take(1)
+                self._note_growth(sequence)
+
+    def _note_growth(self, sequence: Sequence) -> None:
+        same = self._decoding
+        if sequence in same.sequences:
+            column = len(sequence.blocks) - 1
+            if column < same.block_table.shape[1]:
+                same.block_table[same.sequences.index(sequence), column] = sequence.blocks[-1]
+            else:
+                self._decoding = _Decoding.of([])
+
+    # ── what runs ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _can_prefill(self, sequence: Sequence) -> bool:
+        return sequence.is_prefilling and sequence.loading is None
+
+    def _share_chunk(self, prompts: list[Sequence]) -> list[tuple[Sequence, int]]:
+        """How many tokens of each prompt run: tenants have equal parts, and nobody gets more than there is to do."""
+        wanted: dict[Sequence, int] = {}
+        for sequence in prompts:
+            at = sequence.num_computed
+            stops = [stop for stop in sequence.snapshots_at if stop > at]
+            wanted[sequence] = min([sequence.prefill_until, *stops]) - at
+        of_tenant = Counter[str]()
+        for sequence, count in wanted.items():
+            of_tenant[sequence.tenant] += count
+        left = _equal_parts(of_tenant, self._chunk_tokens, first=self._num_steps)
+        shared = []
+        for sequence, count in wanted.items():
+            given = min(count, left[sequence.tenant])
+            left[sequence.tenant] -= given
+            if given:
+                shared.append((sequence, given))
+        return shared
 
     def _decode(self) -> Scheduled:
         """One token for every sequence: the step that has to cost nothing."""
@@ -122,8 +395,6 @@ class Scheduler:
             s.blocks[at // block_tokens] * block_tokens + at % block_tokens
             for s, at in zip(same.sequences, positions, strict=True)
         ]
-        for sequence in same.sequences:
-            sequence.num_computed += 1
         batch = Batch(
             token_ids=np.array([s.new_ids[-1] for s in same.sequences], np.int32),
             positions=np.array(positions, np.int32),
@@ -134,12 +405,13 @@ class Scheduler:
             last_rows=same.last_rows,
             state_slots=same.state_slots,
         )
-        return Scheduled(batch, same.sequences)
+        return Scheduled(batch, same.sequences, None, same.sequences)
 
     def _gather(self, parts: list[tuple[Sequence, int]]) -> Scheduled:
         """Chunks of prompts, beside one token for each sequence that decodes."""
         block_tokens = self._blocks.block_tokens
-        table = _block_table([sequence for sequence, _ in parts])
+        sequences, counts = [sequence for sequence, _ in parts], [count for _, count in parts]
+        table = _block_table(sequences)
         token_ids: list[int] = []
         positions, slots, ready, last_rows = [], [], [], []
         for row, (sequence, count) in enumerate(parts):
@@ -153,31 +425,47 @@ class Scheduler:
             if start + count == sequence.num_tokens:
                 ready.append(sequence)
                 last_rows.append(len(token_ids) - 1)
-        counts = [count for _, count in parts]
         batch = Batch(
             token_ids=np.array(token_ids, np.int32),
             positions=np.concatenate(positions),
             sequence=np.repeat(np.arange(len(parts), dtype=np.int32), counts),
             slots=np.concatenate(slots),
             block_table=table,
-            is_decode=np.repeat([not sequence.is_prefilling for sequence, _ in parts], counts),
+            is_decode=np.repeat([not sequence.is_prefilling for sequence in sequences], counts),
             last_rows=np.array(last_rows, np.int64),
-            state_slots=_state_slots([sequence for sequence, _ in parts]),
+            state_slots=_state_slots(sequences),
         )
-        for sequence, count in parts:
-            sequence.num_computed += count
-        return Scheduled(batch, ready)
+        return Scheduled(batch, sequences, counts, ready)
 
 
-def _block_table(sequences: list[Sequence]) -> NDArray[np.int32]:
+def _equal_parts(wanted: Mapping[str, int], total: int, *, first: int) -> dict[str, int]:
+    """Divide `total` so that nobody gets more than is wanted, and the smallest part is as large as it can be.
+
+    What cannot be divided goes to those whose turn it is, by `first`.
+    """
+    parts: dict[str, int] = {}
+    names = sorted(wanted)
+    for at, name in enumerate(sorted(names, key=lambda name: wanted[name])):
+        parts[name] = min(wanted[name], total // (len(names) - at))
+        total -= parts[name]
+    for at in range(len(names)):
+        name = names[(first + at) % len(names)]
+        if total and parts[name] < wanted[name]:
+            parts[name] += 1
+            total -= 1
+    return parts
+
+
+def _block_table(sequences: list[Sequence], *, spare: int = 0) -> NDArray[np.int32]:
     """int32 [sequences, blocks]; entries beyond a sequence's own are 0."""
-    table = np.zeros((len(sequences), max((len(s.blocks) for s in sequences), default=0)), np.int32)
+    longest = max((len(s.blocks) for s in sequences), default=0)
+    table = np.zeros((len(sequences), longest + spare), np.int32)
     for row, sequence in enumerate(sequences):
         table[row, : len(sequence.blocks)] = sequence.blocks
     return table
 
 
-def _state_slots(sequences: list[Sequence]) -> NDArray[np.int32] | None:
+def _state_slots(sequences: Iterable[Sequence]) -> NDArray[np.int32] | None:
     """int32 [sequences], or None where no layer has a recurrent state."""
     slots = [sequence.state_slot for sequence in sequences if sequence.state_slot is not None]
     return np.array(slots, np.int32) if slots else None

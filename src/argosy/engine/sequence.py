@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from argosy.config import SamplingParams
 from argosy.engine.ledger import Ledger
 from argosy.engine.sampler import SamplerState
+from argosy.errors import ArgosyError
 from argosy.prompt.stop import StopStrings
 from argosy.prompt.tokenizer import StreamDecoder
 
-FinishReason = Literal["stop", "length", "cancelled"]
+if TYPE_CHECKING:
+    from argosy.engine.constraint import Constraint
+    from argosy.engine.prefix import Chain
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +32,12 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished answer. `token_ids` holds the end token too where one ended it; `text` does not."""
+    """A finished answer. `token_ids` holds the token that ended it too where one did; `text` does not.
+
+    stopped_by: the stop string, or the end or stop token, that ended it; None for any other end.
+    prompt_logprobs: where they were asked for, one for each token of the prompt, None for the first.
+    error: why it could not be finished, with `finish_reason` "error".
+    """
 
     text: str
     token_ids: list[int]
@@ -35,6 +46,19 @@ class Result:
     usage: dict[str, int]
     seed: int
     ledger: Ledger
+    stopped_by: str | int | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    error: ArgosyError | None = None
+
+    def require(self) -> Result:
+        """This result, unless the answer could not be finished.
+
+        Raises:
+            ArgosyError: why it could not.
+        """
+        if self.error is not None:
+            raise self.error
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,29 +73,61 @@ class TokenEvent:
 
 
 class Sequence:
-    """Tokens, KV blocks and sampling state of one request."""
+    """Tokens, KV blocks and sampling state of one request.
+
+    Args:
+        number: sequences that came earlier have lower ones.
+        tenant: whose it is; tenants share the engine in equal parts, and nothing else.
+        chain: contents of its full KV blocks.
+        constraint: what the answer has to look like.
+    """
 
     def __init__(
         self,
         prompt_ids: list[int],
         params: SamplingParams,
         *,
+        number: int,
         max_new_tokens: int,
         sampler_state: SamplerState,
-        decoder: StreamDecoder | None,
+        chain: Chain,
+        decoder: StreamDecoder | None = None,
+        tenant: str = "",
+        constraint: Constraint | None = None,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.params = params
+        self.number = number
+        self.tenant = tenant
         self.max_new_tokens = max_new_tokens
         self.sampler_state = sampler_state
         self.decoder = decoder
+        self.constraint = constraint
         self.stop_strings = StopStrings(params.stop) if params.stop else None
         self.new_ids: list[int] = []
         self.text = ""
+        self.stopped_by: str | int | None = None
         self.logprobs: list[TokenLogprob] | None = [] if params.logprobs is not None else None
+        self.prompt_logprobs: list[TokenLogprob | None] | None = (
+            None if params.prompt_logprobs is None else [None]
+        )
+
+        # What it has in memory; all of it is given back when the sequence is put back or ends.
         self.num_computed = 0  # tokens whose keys and values are in the KV cache
+        self.prefill_until = len(prompt_ids)  # so many tokens were known when it was last started
         self.blocks: list[int] = []
         self.state_slot: int | None = None  # of the recurrent state, while it runs and layers have one
+        self.loading: range | None = None  # blocks that have to come from files before it can run
+
+        self.chain = chain
+        self.can_reuse = True  # False: every token has to be computed
+        self.cached_tokens: int | None = None  # of the prompt, found when it was started first
+        self.waits_for: bytes | None = None  # a block that another sequence is about to compute
+        self.leader: Sequence | None = None  # with the same prompt, which it computes for both
+        self.followers: list[Sequence] = []
+        self.snapshots_at: set[int] = set()  # positions where the recurrent state is to be kept
+        self.last_snapshot: bytes | None = None  # of those of the answer
+
         self.result: Result | None = None  # set when it has finished
         self.events: deque[TokenEvent] = deque()
         self.started_at = 0.0
@@ -84,11 +140,50 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        return self.num_computed < len(self.prompt_ids)
+        return self.num_computed < self.prefill_until
+
+    @property
+    def reuse_limit(self) -> int:
+        """Tokens that need not be computed if they were before: not the last, and none whose logits are wanted."""
+        if not self.can_reuse:
+            return 0
+        wanted = self.prompt_logprobs
+        if wanted is not None and len(wanted) < len(self.prompt_ids):
+            return len(wanted) - 1
+        return self.num_tokens - 1
 
     def tokens_from(self, start: int, count: int) -> list[int]:
         """Token ids at positions start to start + count."""
-        prompt = len(self.prompt_ids)
+        prompt, end = len(self.prompt_ids), start + count
         if start >= prompt:
-            return self.new_ids[start - prompt : start - prompt + count]
-        return self.prompt_ids[start : start + count]
+            return self.new_ids[start - prompt : end - prompt]
+        return self.prompt_ids[start:end] + self.new_ids[: max(0, end - prompt)]
+
+    def append(self, token_id: int, end_ids: Collection[int]) -> tuple[str, FinishReason | None]:
+        """Take the next token of the answer: the text that is now certain, and why the answer ends, if it does.
+
+        Args:
+            end_ids: tokens that end any answer, unless they are to be ignored.
+        """
+        self.new_ids.append(token_id)
+        params = self.params
+        text = ""
+        reason: FinishReason | None = None
+        if token_id in params.stop_token_ids or (token_id in end_ids and not params.ignore_eos):
+            reason, self.stopped_by = "stop", token_id
+        elif self.decoder is not None:
+            text = self.decoder.push(token_id)
+        if reason is None and self.constraint is not None and self.constraint.is_finished:
+            reason = "stop"
+        if reason is None and len(self.new_ids) >= self.max_new_tokens:
+            reason = "length"
+        if reason is not None and self.decoder is not None:
+            text += self.decoder.finish()
+        if self.stop_strings is not None:
+            text, hit = self.stop_strings.push(text)
+            if hit is not None:
+                reason, self.stopped_by = "stop", hit
+            elif reason is not None:
+                text += self.stop_strings.finish()
+        self.text += text
+        return text, reason

@@ -109,6 +109,20 @@ class Decoder:
         self._clock.mark_native(self._stack.take_seconds())
         return logits
 
+    def take_uses(self) -> NDArray[np.int64]:
+        """How often tokens chose each expert since the last call: int64 [layers, experts].
+
+        Which experts ran can reveal the text: whoever shows these adds up many tokens first.
+        """
+        uses = np.empty((self.config.num_layers, self.config.num_experts), np.int64)
+        self._stack.take_uses(uses)
+        return uses
+
+    def rows_of(self, batch: Batch, expert: int) -> NDArray[np.int64]:
+        """Tokens of the batch that chose an expert of the layer which ran last: of one that stopped a step."""
+        chosen = self._workspace.buffers["expert_ids"][: batch.num_tokens]
+        return np.flatnonzero((chosen == expert).any(axis=1))
+
     def _run_experts(
         self, batch: Batch, layer: int, expert_ids: Sequence[int], scan: Collection[int]
     ) -> None:

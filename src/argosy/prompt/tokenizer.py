@@ -306,6 +306,20 @@ class Tokenizer:
         """How the vocabulary spells one token, or '' for an id without one."""
         return self._core.id_to_token(token_id) or ""
 
+    def token_bytes(self, vocab_size: int) -> list[bytes]:
+        """What each id adds to a text, of a model with `vocab_size` ids: b"" for those without a token.
+
+        Raises:
+            UsageError: what a token adds depends on its neighbours.
+        """
+        pieces = _pieces_of(self._core)
+        found = [b""] * vocab_size
+        for token, token_id in self._core.get_vocab(with_added_tokens=True).items():
+            if token_id < vocab_size:
+                literal = self._content.get(token_id)
+                found[token_id] = pieces.bytes_of(token) if literal is None else literal.encode()
+        return found
+
     def stream(self, *, keep_special: bool = False) -> StreamDecoder:
         """A decoder that is given one id at a time."""
         added = dict(self._content)
@@ -349,6 +363,10 @@ class _Pieces(ABC):
     @abstractmethod
     def token(self, token_id: int, token: str) -> str: ...
 
+    @abstractmethod
+    def bytes_of(self, token: str) -> bytes:
+        """What a token that is not added writes."""
+
     def literal(self, text: str) -> str:
         """An added token, which is spelled as it is."""
         return self._bytes.decode(text.encode())
@@ -361,10 +379,13 @@ class _BytePieces(_Pieces):
     """Byte-level vocabularies: a character of a token stands for one byte (GPT-2's table)."""
 
     def token(self, token_id: int, token: str) -> str:
+        return self._bytes.decode(self.bytes_of(token))
+
+    def bytes_of(self, token: str) -> bytes:
         table = _byte_table()
         if all(character in table for character in token):
-            return self._bytes.decode(bytes(table[character] for character in token))
-        return self._bytes.decode(token.encode())
+            return bytes(table[character] for character in token)
+        return token.encode()
 
 
 class _SentencePieces(_Pieces):
@@ -377,9 +398,12 @@ class _SentencePieces(_Pieces):
         self._strips = strips_start
 
     def token(self, token_id: int, token: str) -> str:
+        return self._start(self._bytes.decode(self.bytes_of(token)))
+
+    def bytes_of(self, token: str) -> bytes:
         if self._has_bytes and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return self._start(self._bytes.decode(bytes([int(token[3:5], 16)])))
-        return self._start(self._bytes.decode(token.replace(self._space, " ").encode()))
+            return bytes([int(token[3:5], 16)])
+        return token.replace(self._space, " ").encode()
 
     def literal(self, text: str) -> str:
         return self._start(super().literal(text))
@@ -410,6 +434,11 @@ class _WindowPieces(_Pieces):
             return ""
         self._shown, self._waiting = (self._shown + self._waiting)[-self._LONGEST :], []
         return text[len(before) :]
+
+    def bytes_of(self, token: str) -> bytes:
+        raise UsageError(
+            "this model's tokenizer writes a token as its neighbours say, so no grammar can guide it"
+        )
 
     def literal(self, text: str) -> str:
         return self.finish() + text

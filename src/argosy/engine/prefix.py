@@ -1,0 +1,359 @@
+"""Find again what was computed of a prompt's beginning: KV blocks, recurrent state, files.
+
+    tokens of full blocks  ->  chain of keyed hashes  ->  blocks in memory, then files, then what has to be computed
+
+Full KV blocks are known by a keyed BLAKE3 of the tenant's secret, the model and all tokens up to their end, and every
+token is compared when one is found: a hash alone is trusted with nothing. Keys and values follow from the tokens before
+them, whatever chunks they came in, so an answer behind a found beginning has the bits it has without. Nothing is found
+across tenants.
+
+Where layers have a recurrent state, a beginning is of use only where a snapshot was taken: behind the last full block
+of a longer prompt, where prompts were seen to part, and every SNAPSHOT_TOKENS of an answer.
+
+Elsewhere: who holds which block is `kv_cache.py`; slots of snapshots are `recurrent_state.py`; files are
+`prefix_files.py`; who runs is `scheduler.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from argosy import _native
+from argosy.checkpoint.files import ModelFiles
+from argosy.engine.kv_cache import BlockContent, KvBlocks
+from argosy.engine.prefix_files import Kind, PrefixFiles, tenant_key
+from argosy.engine.recurrent_state import StateSlots
+
+if TYPE_CHECKING:
+    from argosy.engine.sequence import Sequence
+
+# A snapshot behind the last full block makes a step of its own of the tokens that follow, so short prompts have none.
+SNAPSHOT_PROMPT_TOKENS = 256
+SNAPSHOT_TOKENS = 64  # of an answer between two snapshots, of which the last stays
+CLOSE_SECONDS = 10.0  # what is not written by then is computed again
+
+
+class BlockMemory(Protocol):
+    """The bytes of KV blocks: `_native.KvCache`, or what a test has instead."""
+
+    def copy_out(self, block: int, to: NDArray[np.uint8]) -> None: ...
+
+    def copy_in(self, block: int, saved: NDArray[np.uint8]) -> None: ...
+
+    def copy_block(self, from_block: int, to_block: int) -> None: ...
+
+
+class Chain:
+    """The contents of a sequence's full blocks, hashed as far as somebody asked."""
+
+    def __init__(self, tenant: str, key: bytes, beginning: bytes, block_tokens: int) -> None:
+        self._tenant = tenant
+        self._key = key
+        self._block_tokens = block_tokens
+        self._last = beginning
+        self._contents: list[BlockContent] = []
+
+    def contents(self, sequence: Sequence, count: int) -> list[BlockContent]:
+        """Of the first `count` blocks, or more; all their tokens are known."""
+        known, size = len(self._contents), self._block_tokens
+        if known < count:
+            token_ids = sequence.tokens_from(known * size, (count - known) * size)
+            data = np.array(token_ids, np.int32).tobytes()
+            for at in range(0, len(data), 4 * size):
+                tokens = data[at : at + 4 * size]
+                key = blake3(self._last + tokens, key=self._key).digest()
+                self._contents.append(BlockContent(key, self._last, tokens, self._tenant))
+                self._last = key
+        return self._contents
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What there is of a sequence's beginning."""
+
+    contents: list[BlockContent]  # of all blocks that may be used, and of those behind
+    blocks: list[int]  # in memory, to be used
+    num_matching: int  # blocks in memory; more than those used where a snapshot is missing
+    num_usable: int  # blocks in memory and in files
+    num_blocks: int  # of the sequence that may be used at all
+
+    @property
+    def next_key(self) -> bytes | None:
+        """The first block that is not in memory; None where all are."""
+        return self.contents[self.num_matching].key if self.num_matching < self.num_blocks else None
+
+
+class PrefixCache:
+    """What every sequence finds when it starts, and leaves for others.
+
+    Args:
+        kv: bytes of the blocks.
+        secret, identity: 32 bytes each; what contents are hashed with, and what stands for the model.
+        states: slots of the recurrent state; None where no layer has one.
+        files: where prompts outlive the process; None: nowhere.
+        is_on: False finds nothing and keeps nothing.
+    """
+
+    def __init__(
+        self,
+        blocks: KvBlocks,
+        kv: BlockMemory,
+        *,
+        secret: bytes,
+        identity: bytes,
+        states: StateSlots | None = None,
+        files: PrefixFiles | None = None,
+        is_on: bool = True,
+    ) -> None:
+        self._blocks = blocks
+        self._kv = kv
+        self._secret = secret
+        self._identity = identity
+        self._states = states
+        self._files = files
+        self._is_on = is_on and (states is None or states.most_snapshots > 0)
+        self._to_write: deque[tuple[Kind, BlockContent]] = deque()
+
+    def chain(self, tenant: str) -> Chain:
+        key = tenant_key(self._secret, tenant)
+        return Chain(tenant, key, blake3(self._identity, key=key).digest(), self._blocks.block_tokens)
+
+    # ── the beginning of a sequence ─────────────────────────────────────────────────────────────────────────────
+
+    def find(self, sequence: Sequence) -> Prefix:
+        """The longest beginning that can be used; at least the last token is left to compute."""
+        limit = sequence.reuse_limit // self._blocks.block_tokens if self._is_on else 0
+        contents = sequence.chain.contents(sequence, limit)
+        blocks: list[int] = []
+        for content in contents[:limit]:
+            if (block := self._blocks.find(content)) is None:
+                break
+            blocks.append(block)
+        usable = num_matching = len(blocks)
+        if (files := self._files) is not None:
+            while usable < limit and files.has("kv", contents[usable]):
+                usable += 1
+        if self._states is not None:
+            while usable and not self._has_state(contents[usable - 1]):
+                usable -= 1
+        return Prefix(contents, blocks[:usable], num_matching, usable, limit)
+
+    def begin(self, sequence: Sequence, prefix: Prefix) -> None:
+        """Let a sequence, which holds the blocks of `prefix` and others behind, go on from there.
+
+        What has to come from files is `load`'s work, and until then the sequence cannot run.
+        """
+        size = self._blocks.block_tokens
+        sequence.loading = None
+        sequence.num_computed = 0
+        num_found = len(prefix.blocks)
+        if self._states is None:
+            sequence.num_computed = num_found * size
+            if prefix.num_usable > num_found:
+                sequence.loading = range(num_found, prefix.num_usable)
+        elif prefix.num_usable:
+            key = prefix.contents[prefix.num_usable - 1].key
+            if prefix.num_usable == num_found and self._states.has_snapshot(key):
+                assert sequence.state_slot is not None
+                self._states.restore(key, sequence.state_slot)
+                sequence.num_computed = num_found * size
+            else:
+                sequence.loading = range(num_found, prefix.num_usable)
+        if self._states is not None and self._is_on:
+            sequence.snapshots_at = self._snapshots_at(sequence, prefix)
+        if sequence.cached_tokens is None and sequence.loading is None:
+            sequence.cached_tokens = sequence.num_computed
+
+    def load(self, sequence: Sequence, max_blocks: int) -> bool:
+        """Bring some of what `sequence.loading` names from files.
+
+        Returns:
+            False: a file that a recurrent state needs is gone, so the sequence has to begin anew.
+        """
+        files, wanted = self._files, sequence.loading
+        assert files is not None
+        assert wanted is not None
+        contents = sequence.chain.contents(sequence, wanted.stop)
+        now = wanted[:max_blocks]
+        with closing(files.read("kv", contents[now.start : now.stop])) as payloads:
+            for index, payload in zip(now, payloads, strict=True):
+                if payload is None:
+                    if self._states is not None:
+                        return False
+                    wanted = now = range(index, index)  # the rest is computed
+                    break
+                self._kv.copy_in(sequence.blocks[index], payload)
+                self._blocks.keep(sequence.blocks[index], contents[index])
+        if self._states is None:
+            sequence.num_computed = now.stop * self._blocks.block_tokens
+        if now.stop < wanted.stop:
+            sequence.loading = range(now.stop, wanted.stop)
+            return True
+        sequence.loading = None
+        if self._states is not None:
+            position = wanted.stop * self._blocks.block_tokens
+            if not self._load_state(sequence, contents[wanted.stop - 1], position):
+                return False
+            sequence.num_computed = position
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.num_computed
+        return True
+
+    def copy_beginning(self, source: Sequence, sequence: Sequence) -> None:
+        """Let a sequence, which has a block of its own behind the full ones it shares, stand where another stands."""
+        num_full, num_more = divmod(source.num_computed, self._blocks.block_tokens)
+        if num_more:
+            self._kv.copy_block(source.blocks[num_full], sequence.blocks[num_full])
+        if self._states is not None:
+            assert source.state_slot is not None
+            assert sequence.state_slot is not None
+            self._states.state.copy_slot(source.state_slot, sequence.state_slot)
+        sequence.num_computed = sequence.cached_tokens = source.num_computed
+
+    # ── what it leaves ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def grown(self, sequence: Sequence, before: int) -> None:
+        """Keep the blocks that became full since `before` tokens, and the state if it is wanted here."""
+        if not self._is_on:
+            return
+        size, at = self._blocks.block_tokens, sequence.num_computed
+        num_full = at // size
+        contents = sequence.chain.contents(sequence, num_full)
+        for index in range(before // size, num_full):
+            self._blocks.keep(sequence.blocks[index], contents[index])
+        if self._states is not None and at % size == 0:
+            key = contents[num_full - 1].key
+            if at in sequence.snapshots_at:
+                self._snapshot(sequence, key)
+            elif not sequence.is_prefilling and at % SNAPSHOT_TOKENS == 0:
+                if sequence.last_snapshot is not None:
+                    self._states.forget(sequence.last_snapshot)
+                self._snapshot(sequence, key)
+                sequence.last_snapshot = key
+        if self._files is not None and before < len(sequence.prompt_ids) <= at:
+            self._write_prompt(sequence, contents)
+
+    def want_snapshot(self, sequence: Sequence, contents: list[BlockContent]) -> None:
+        """Take a snapshot where `sequence`, whose prompt is being computed, parts from the beginning of another."""
+        if self._states is None or not self._is_on:
+            return
+        own = sequence.chain.contents(sequence, 0)
+        shared = 0
+        for mine, other in zip(own, contents, strict=False):
+            if mine.key != other.key:
+                break
+            shared += 1
+        sequence.snapshots_at.add(shared * self._blocks.block_tokens)
+
+    def forget(self, tenant: str) -> None:
+        """Forget what is left of a tenant, in memory and in files."""
+        self._to_write = deque(item for item in self._to_write if item[1].tenant != tenant)
+        self._blocks.forget(tenant)
+        if self._files is not None:
+            self._files.forget(tenant)
+
+    @property
+    def is_writing(self) -> bool:
+        return bool(self._to_write)
+
+    def write_some(self) -> bool:
+        """Hand files to the thread that writes them, as far as it has a hand free. False: there is more to write."""
+        while self._to_write:
+            if not self._offer(*self._to_write[0]):
+                return False
+            self._to_write.popleft()
+        return True
+
+    def close(self) -> None:
+        """Write what is still to be written, for CLOSE_SECONDS at most, and let go of the files."""
+        if self._files is not None:
+            until = monotonic() + CLOSE_SECONDS
+            while not self.write_some() and monotonic() < until:
+                sleep(0.001)
+            self._to_write.clear()
+            self._files.close()
+
+    # ── helpers ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _has_state(self, content: BlockContent) -> bool:
+        assert self._states is not None
+        if self._states.has_snapshot(content.key):
+            return True
+        return self._files is not None and self._files.has("state", content)
+
+    def _snapshots_at(self, sequence: Sequence, prefix: Prefix) -> set[int]:
+        size = self._blocks.block_tokens
+        wanted = {prefix.num_matching * size}  # more was known than could be used: this is where prompts part
+        if sequence.prefill_until >= SNAPSHOT_PROMPT_TOKENS:
+            wanted.add((sequence.prefill_until - 1) // size * size)
+        return {at for at in wanted if at > prefix.num_usable * size}
+
+    def _snapshot(self, sequence: Sequence, key: bytes) -> None:
+        assert self._states is not None
+        assert sequence.state_slot is not None
+        self._states.snapshot(sequence.state_slot, key)
+
+    def _load_state(self, sequence: Sequence, content: BlockContent, position: int) -> bool:
+        states, files = self._states, self._files
+        assert states is not None
+        assert files is not None
+        assert sequence.state_slot is not None
+        if not states.has_snapshot(content.key):
+            (payload,) = files.read("state", [content])
+            if payload is None:
+                return False
+            states.state.copy_in(states.place(content.key), payload.view(np.float32), position)
+        states.restore(content.key, sequence.state_slot)
+        return True
+
+    def _write_prompt(self, sequence: Sequence, contents: list[BlockContent]) -> None:
+        assert self._files is not None
+        num_full = len(sequence.prompt_ids) // self._blocks.block_tokens
+        if num_full * self._files.file_bytes("kv") > self._files.max_bytes // 2:
+            return  # its own end would drive out its beginning
+        for content in contents[:num_full]:
+            self._to_write.append(("kv", content))
+            if self._states is not None and self._states.has_snapshot(content.key):
+                self._to_write.append(("state", content))
+
+    def _offer(self, kind: Kind, content: BlockContent) -> bool:
+        """Hand one file to the thread; also done if the content has left memory meanwhile."""
+        files, states = self._files, self._states
+        assert files is not None
+        if kind == "state":
+            assert states is not None
+            if not states.has_snapshot(content.key):
+                return True
+            slot = states.slot_of(content.key)
+            return files.offer(kind, content, lambda to: states.state.copy_out(slot, to.view(np.float32)))
+        block = self._blocks.find(content)
+        if block is None:
+            return True
+        return files.offer(kind, content, lambda to: self._kv.copy_out(block, to))
+
+
+def identify(files: ModelFiles, *others: object) -> bytes:
+    """32 bytes that stand for a model, the arithmetic, and whatever else its keys and values depend on.
+
+    A file is known by its name, size and time of change, our kernels' too: reading a terabyte to hash it would take
+    longer than what is to be saved.
+    """
+    pieces = [piece for record in files.experts.values() for piece in record.pieces]
+    paths = {str(ref.path) for ref in files.dense.values()} | {str(piece.path) for piece in pieces}
+    facts = [(Path(path).name, *_size_and_time(path)) for path in (*sorted(paths), _native.__file__)]
+    return blake3(repr((files.config, facts, _native.instruction_set(), others)).encode()).digest()
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns

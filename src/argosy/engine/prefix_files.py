@@ -1,0 +1,431 @@
+"""Keys and values of prompts in files, so that a prompt need not be computed again by the next process.
+
+    <kv dir>/secret                        32 random bytes; all names and checksums are keyed with them
+    <kv dir>/<tenant>/<content>.kv         a KV block
+    <kv dir>/<tenant>/<content>.state      the recurrent state behind it
+
+A file is a header, the bytes, and a keyed BLAKE3 of both. It is written under another name and renamed when whole. It
+is used if every field is as expected: version, model and format, tokens, tenant, age, checksum. A file that is damaged,
+cut off, too old or another's is removed and never trusted; its prompt is computed. Files that were not used for longest
+go when there are too many bytes. A drive that is full or refuses costs nothing but the reuse.
+
+What lies here tells what was said: directories are 0700, files 0600, and names are hashes that nobody can make without
+the secret. A thread writes; two read ahead of the caller.
+
+Elsewhere: which contents are worth a file is `prefix.py`'s decision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hmac
+import mmap
+import os
+import queue
+import re
+import shutil
+import stat
+import struct
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from argosy.config import KvDir
+from argosy.engine.kv_cache import BlockContent
+from argosy.errors import UsageError
+
+VERSION = 1
+SECRET_BYTES = 32
+Kind = Literal["kv", "state"]
+
+# magic, version, kind, unix time, bytes of the payload, model and format, parent, key; then the tokens
+_HEADER = struct.Struct("<8sIIdQ32s32s32s")
+_HEADER_BYTES, _MAC_BYTES = 4096, 32  # a payload begins where memory pages do
+_MAGIC = b"ARGOSYKV"
+_KINDS: dict[Kind, int] = {"kv": 0, "state": 1}
+_NAME = re.compile(r"[0-9a-f]{64}\.(kv|state)")
+_TENANT = re.compile(r"[0-9a-f]{32}")
+_READERS = 2  # threads; one reaches half of what a drive gives
+_READ_BUFFERS, _WRITE_BUFFERS = (
+    _READERS + 1,
+    2,
+)  # one more than is under way: somebody looks into it, or fills it
+_PAGE_BYTES = 4096
+_SWEEP_SECONDS = 60.0
+_REST_SECONDS = 60.0  # after a write that failed
+
+Bytes = NDArray[np.uint8]
+
+
+def buffer_bytes(block_bytes: int, state_bytes: int) -> int:
+    """What a `PrefixFiles` takes of memory, the page cache of the file that is written included."""
+    return (_READ_BUFFERS + _WRITE_BUFFERS + 1) * _buffer_bytes(max(block_bytes, state_bytes))
+
+
+_Id = tuple[bytes, Kind]  # key of a content
+
+
+def tenant_key(secret: bytes, tenant: str) -> bytes:
+    """What everything of one tenant is hashed with."""
+    return blake3(b"argosy tenant\0" + tenant.encode(), key=secret).digest()
+
+
+class _File(NamedTuple):
+    path: Path
+    nbytes: int
+    written_at: float
+
+
+class _Job(NamedTuple):
+    id: _Id
+    file: _File
+    key: bytes  # of the checksum
+    buffer: Bytes  # header, payload, and room for the checksum
+
+
+class PrefixFiles:
+    """The files of one model's engine; one process at a time uses a directory.
+
+    Args:
+        identity: 32 bytes that stand for the model, the format of keys and values, and the arithmetic.
+        block_bytes: of a KV block.   state_bytes: of a recurrent state; 0 where no layer has one.
+        clock: seconds since 1970.
+
+    Raises:
+        UsageError: the directory is another's, open to others, or in use by another process.
+    """
+
+    def __init__(
+        self,
+        config: KvDir,
+        *,
+        identity: bytes,
+        block_bytes: int,
+        state_bytes: int = 0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._config = config
+        self.identity = identity
+        self._payload_bytes: dict[Kind, int] = {"kv": block_bytes, "state": state_bytes}
+        self._clock = clock
+        self._root = config.path
+        self._lock = threading.Lock()  # of _files and _num_bytes
+        self._files: OrderedDict[_Id, _File] = OrderedDict()  # not used for longest first
+        self._num_bytes = 0
+        self._tenant = functools.lru_cache(maxsize=1024)(self._find_tenant)
+        self._rests_until = 0.0
+        self._writable: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        _make_private(self._root)
+        self._held = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._held)
+            raise UsageError(
+                f"{self._root} is in use by another process", hint="give each engine a --kv-dir of its own"
+            ) from None
+        try:
+            self.secret = _read_secret(self._root / "secret")
+            self._scan()
+            longest = max(block_bytes, state_bytes)
+            self._readers = ThreadPoolExecutor(_READERS, "argosy-kv-dir-reader")
+            self._readable = [_buffer(longest) for _ in range(_READ_BUFFERS)]
+            for _ in range(_WRITE_BUFFERS):
+                self._writable.put(_buffer(longest))
+            self._thread = threading.Thread(target=self._write_all, name="argosy-kv-dir", daemon=True)
+            self._thread.start()
+        except BaseException:
+            os.close(self._held)
+            raise
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files."""
+        return self._num_bytes
+
+    @property
+    def max_bytes(self) -> int:
+        return self._config.max_bytes
+
+    def file_bytes(self, kind: Kind) -> int:
+        return _file_bytes(self._payload_bytes[kind])
+
+    def has(self, kind: Kind, content: BlockContent) -> bool:
+        """Whether there is a file; whether it can be trusted shows when it is read."""
+        return (content.key, kind) in self._files
+
+    def read(self, kind: Kind, contents: Sequence[BlockContent]) -> Generator[Bytes | None, None, None]:
+        """The payload of each file, in order; None: there is no file to be trusted.
+
+        The next ones are read while the caller looks at one, which stays as it is until the next is asked for.
+        """
+        waiting, free = deque(contents), list(self._readable)
+        under_way: deque[tuple[BlockContent, Bytes, Future[Bytes | None]]] = deque()
+        looked_at: Bytes | None = None
+        try:
+            while waiting or under_way:
+                while waiting and len(free) > (looked_at is None):
+                    content, buffer = waiting.popleft(), free.pop()
+                    under_way.append(
+                        (content, buffer, self._readers.submit(self._read, kind, content, buffer))
+                    )
+                content, buffer, future = under_way.popleft()
+                payload = future.result()
+                self._note_use(kind, content, is_sound=payload is not None)
+                if looked_at is not None:
+                    free.append(looked_at)
+                looked_at = buffer
+                yield payload
+        finally:
+            wait(future for _, _, future in under_way)
+
+    def _note_use(self, kind: Kind, content: BlockContent, *, is_sound: bool) -> None:
+        id: _Id = (content.key, kind)
+        with self._lock:
+            if not is_sound:
+                self._remove(id, self._path(kind, content))
+            elif id in self._files:
+                self._files.move_to_end(id)
+
+    def offer(self, kind: Kind, content: BlockContent, fill: Callable[[Bytes], None]) -> bool:
+        """Write a file, if the thread has a hand free: `fill` is then called with room for the payload.
+
+        Returns:
+            False: not now; come back later.
+        """
+        now = self._clock()
+        if self.has(kind, content) or now < self._rests_until:
+            return True
+        try:
+            buffer = self._writable.get_nowait()
+        except queue.Empty:
+            return False
+        size = self.file_bytes(kind)
+        whole = buffer[:size]
+        whole[:_HEADER_BYTES] = np.frombuffer(self._header(kind, content, now), np.uint8)
+        fill(whole[_HEADER_BYTES : size - _MAC_BYTES])
+        file = _File(self._path(kind, content), size, now)
+        self._jobs.put(_Job((content.key, kind), file, self._tenant(content.tenant)[0], buffer))
+        return True
+
+    def forget(self, tenant: str) -> None:
+        """Remove all files of a tenant, those on their way too."""
+        directory = self._tenant(tenant)[1]
+        waiting = [
+            self._writable.get() for _ in range(_WRITE_BUFFERS)
+        ]  # once all are free, none is on its way
+        with self._lock:
+            for id in [id for id, file in self._files.items() if file.path.parent == directory]:
+                self._num_bytes -= self._files.pop(id).nbytes
+            shutil.rmtree(directory, ignore_errors=True)
+        for buffer in waiting:
+            self._writable.put(buffer)
+
+    def close(self) -> None:
+        """Write what was accepted, and let go of the directory; harmless the second time."""
+        if self._held < 0:
+            return
+        self._jobs.put(None)
+        self._thread.join()
+        self._readers.shutdown()
+        os.close(self._held)
+        self._held = -1
+
+    # ── names and headers ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _find_tenant(self, tenant: str) -> tuple[bytes, Path]:
+        key = tenant_key(self.secret, tenant)
+        return key, self._root / blake3(b"directory", key=key).hexdigest()[:32]
+
+    def _path(self, kind: Kind, content: BlockContent) -> Path:
+        return self._tenant(content.tenant)[1] / f"{content.key.hex()}.{kind}"
+
+    def _header(self, kind: Kind, content: BlockContent, written_at: float) -> bytes:
+        fixed = (_MAGIC, VERSION, _KINDS[kind], written_at, self._payload_bytes[kind])
+        header = _HEADER.pack(*fixed, self.identity, content.parent, content.key) + content.tokens
+        return header.ljust(_HEADER_BYTES, b"\0")
+
+    # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _read(self, kind: Kind, content: BlockContent, buffer: Bytes) -> Bytes | None:
+        """One file into `buffer`; a reader's work."""
+        size = self.file_bytes(kind)
+        whole = buffer[:size]
+        try:
+            if not _read_into(self._path(kind, content), size, buffer):
+                return None
+        except OSError:
+            return None
+        data = whole.data
+        written_at = float(_HEADER.unpack_from(data)[3])
+        if bytes(data[:_HEADER_BYTES]) != self._header(kind, content, written_at):
+            return None
+        if not 0 <= self._clock() - written_at <= self._config.ttl_s:
+            return None
+        mac = _mac(self._tenant(content.tenant)[0], whole)
+        if not hmac.compare_digest(mac, bytes(data[-_MAC_BYTES:])):
+            return None
+        return whole[_HEADER_BYTES:-_MAC_BYTES]
+
+    def _scan(self) -> None:
+        """Find what an earlier process left, the oldest first, and remove what is nobody's."""
+        found: list[tuple[_Id, _File]] = []
+        with os.scandir(self._root) as entries:
+            directories = [
+                e for e in entries if e.is_dir(follow_symlinks=False) and _TENANT.fullmatch(e.name)
+            ]
+        for directory in directories:
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    path = Path(entry.path)
+                    if not _NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
+                        _unlink(path)  # a write that was cut off
+                        continue
+                    key, _, kind = entry.name.partition(".")
+                    facts = entry.stat(follow_symlinks=False)
+                    file = _File(path, facts.st_size, facts.st_mtime)
+                    found.append(((bytes.fromhex(key), "kv" if kind == "kv" else "state"), file))
+        found.sort(key=lambda item: item[1].written_at)
+        self._files.update(found)
+        self._num_bytes = sum(file.nbytes for _, file in found)
+        self._sweep()
+
+    # ── writing: the thread ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _write_all(self) -> None:
+        swept_at = time.monotonic()
+        while True:
+            job: _Job | None = None
+            with contextlib.suppress(queue.Empty):
+                job = self._jobs.get(timeout=_SWEEP_SECONDS)
+                if job is None:
+                    return
+            if job is not None:
+                try:
+                    self._write(job)
+                except OSError:  # no room, or no drive: the next process computes what it wants to know
+                    self._rests_until = self._clock() + _REST_SECONDS
+                finally:
+                    self._writable.put(job.buffer)
+            if time.monotonic() - swept_at >= _SWEEP_SECONDS:
+                self._sweep()
+                swept_at = time.monotonic()
+
+    def _write(self, job: _Job) -> None:
+        file, whole = job.file, job.buffer[: job.file.nbytes]
+        if file.nbytes > self._config.max_bytes:
+            return
+        whole[-_MAC_BYTES:] = np.frombuffer(_mac(job.key, whole), np.uint8)
+        file.path.parent.mkdir(mode=0o700, exist_ok=True)
+        temporary = file.path.parent / f"{os.urandom(8).hex()}.writing"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with open(descriptor, "wb", buffering=0) as out:
+                data = whole.data
+                while data:
+                    data = data[out.write(data) :]
+                os.fdatasync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            self._sweep(room_for=file.nbytes)
+            temporary.rename(file.path)
+        except BaseException:
+            _unlink(temporary)
+            raise
+        with self._lock:
+            before = self._files.pop(job.id, None)  # two prompts with the same beginning
+            self._num_bytes += file.nbytes - (before.nbytes if before is not None else 0)
+            self._files[job.id] = file
+
+    def _sweep(self, *, room_for: int = 0) -> None:
+        """Remove files that are too old, and those not used for longest while there are too many bytes."""
+        with self._lock:
+            oldest = self._clock() - self._config.ttl_s
+            for id, file in [item for item in self._files.items() if item[1].written_at < oldest]:
+                self._remove(id, file.path)
+            while self._files and self._num_bytes + room_for > self._config.max_bytes:
+                id, file = next(iter(self._files.items()))
+                self._remove(id, file.path)
+
+    def _remove(self, id: _Id, path: Path) -> None:
+        if (file := self._files.pop(id, None)) is not None:
+            self._num_bytes -= file.nbytes
+        _unlink(path)
+
+
+def _file_bytes(payload_bytes: int) -> int:
+    return _HEADER_BYTES + payload_bytes + _MAC_BYTES
+
+
+def _mac(key: bytes, whole: Bytes) -> bytes:
+    """Checksum of a file without its last bytes, which hold it."""
+    return blake3(whole.data[:-_MAC_BYTES], key=key).digest()
+
+
+def _buffer_bytes(payload_bytes: int) -> int:
+    return -(-_file_bytes(payload_bytes) // _PAGE_BYTES) * _PAGE_BYTES
+
+
+def _buffer(payload_bytes: int) -> Bytes:
+    """Room for a file, aligned as direct reads want it."""
+    return np.frombuffer(mmap.mmap(-1, _buffer_bytes(payload_bytes)), np.uint8)
+
+
+def _read_into(path: Path, size: int, buffer: Bytes) -> bool:
+    """Read a file past the page cache, which is charged to the budget. False: it has another size."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags | os.O_DIRECT)
+    except OSError:
+        descriptor = os.open(path, flags)  # a file system without direct reads
+    try:
+        return os.fstat(descriptor).st_size == size and os.preadv(descriptor, [buffer.data], 0) == size
+    finally:
+        os.close(descriptor)
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _make_private(directory: Path) -> None:
+    """Make the directory, or see that it is ours alone."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = directory.lstat()
+    except OSError as error:
+        raise UsageError(f"{directory} cannot be used for prompts: {error.strerror}") from None
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
+        raise UsageError(
+            f"{directory} is to hold prompts, and others can look into it",
+            hint=f"`chmod 700 {directory}`, or name a directory that is not there yet",
+        )
+
+
+def _read_secret(path: Path) -> bytes:
+    """The secret of the directory; a fresh one if it has none."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(path, flags, 0o600), "r+b", buffering=0) as file:
+        if os.fstat(file.fileno()).st_mode & 0o077:
+            raise UsageError(
+                f"{path} can be read by others", hint="remove it; files made with it are then useless"
+            )
+        secret = file.read(SECRET_BYTES + 1)
+        if not secret:
+            secret = os.urandom(SECRET_BYTES)
+            file.write(secret)
+            os.fsync(file.fileno())
+    if len(secret) != SECRET_BYTES:
+        raise UsageError(f"{path} holds {len(secret)} bytes, expected {SECRET_BYTES}", hint="remove it")
+    return secret

@@ -1,0 +1,182 @@
+"""A scheduler with blocks that hold no bytes, and what an engine does with its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy.config import SamplingParams
+from argosy.engine.kv_cache import KvBlocks
+from argosy.engine.prefix import PrefixCache
+from argosy.engine.recurrent_state import StateSlots
+from argosy.engine.sampler import SamplerState
+from argosy.engine.scheduler import Scheduled, Scheduler
+from argosy.engine.sequence import Sequence
+
+BLOCK_TOKENS = 4
+
+
+class NotedTokens:
+    """KV blocks that hold, for each position, which tokens it was computed from: those before it and its own."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.noted: list[list[tuple[int, ...] | None]] = [[None] * BLOCK_TOKENS for _ in range(num_blocks)]
+
+    def copy_out(self, block: int, to: NDArray[np.uint8]) -> None:
+        raise NotImplementedError
+
+    def copy_in(self, block: int, saved: NDArray[np.uint8]) -> None:
+        raise NotImplementedError
+
+    def copy_block(self, from_block: int, to_block: int) -> None:
+        self.noted[to_block] = list(self.noted[from_block])
+
+    def run(self, scheduled: Scheduled) -> None:
+        """Write what a batch writes, and see that each token finds all that came before it."""
+        batch = scheduled.batch
+        for row, slot, position in zip(batch.sequence, batch.slots, batch.positions, strict=True):
+            sequence, at = scheduled.sequences[row], int(position)
+            assert sequence.num_computed <= at
+            tokens = tuple(sequence.tokens_from(0, at + 1))
+            assert int(batch.block_table[row, at // BLOCK_TOKENS]) == slot // BLOCK_TOKENS
+            self.noted[slot // BLOCK_TOKENS][slot % BLOCK_TOKENS] = tokens
+            for before in range(at):
+                block = int(batch.block_table[row, before // BLOCK_TOKENS])
+                assert self.noted[block][before % BLOCK_TOKENS] == tokens[: before + 1]
+
+
+class NotedStates:
+    """A recurrent state that holds, for each slot, the tokens that it has seen; None where a step failed half-way."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self.seen: list[tuple[int, ...] | None] = [()] * num_slots
+
+    def position(self, slot: int) -> int:
+        seen = self.seen[slot]
+        return -1 if seen is None else len(seen)
+
+    def copy_slot(self, from_slot: int, to_slot: int) -> None:
+        self.seen[to_slot] = self.seen[from_slot]
+
+    def run(self, scheduled: Scheduled) -> None:
+        """Move the states of a batch on; those of tokens that do not go on from where they stand are refused."""
+        for row, sequence in enumerate(scheduled.sequences):
+            slot = sequence.state_slot
+            assert slot is not None
+            first, *_, last = [*scheduled.batch.positions[scheduled.batch.sequence == row].tolist()] * 2
+            assert first == 0 or self.seen[slot] == tuple(sequence.tokens_from(0, first))
+            self.seen[slot] = tuple(sequence.tokens_from(0, last + 1))
+
+
+class Rig:
+    """A scheduler and its blocks; `step` does what the engine does with a batch."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        chunk_tokens: int = 8,
+        max_sequences: int = 4,
+        reuse: bool = False,
+        states: StateSlots | None = None,
+        clock: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self.blocks = KvBlocks(
+            num_blocks, BLOCK_TOKENS, forgotten=states.forget if states else lambda key: None
+        )
+        self.states = states
+        self.memory = NotedTokens(num_blocks)
+        self.cache = PrefixCache(
+            self.blocks, self.memory, secret=bytes(32), identity=b"", states=states, is_on=reuse
+        )
+        self.scheduler = Scheduler(
+            self.blocks,
+            self.cache,
+            chunk_tokens=chunk_tokens,
+            max_sequences=max_sequences,
+            states=states,
+            clock=clock,
+        )
+        self.sequences: list[Sequence] = []
+        self.finished: list[Sequence] = []
+        self._numbers = count()
+
+    def sequence(self, num_prompt: int, max_new: int = 4, *, first_id: int = 0, tenant: str = "") -> Sequence:
+        """One whose prompt is first_id, first_id + 1 ..."""
+        return self.sequence_of(list(range(first_id, first_id + num_prompt)), max_new, tenant=tenant)
+
+    def sequence_of(self, prompt: list[int], max_new: int = 4, *, tenant: str = "") -> Sequence:
+        return Sequence(
+            prompt,
+            SamplingParams(max_tokens=max_new),
+            number=next(self._numbers),
+            max_new_tokens=max_new,
+            sampler_state=SamplerState(prompt, 0),
+            chain=self.cache.chain(tenant),
+            tenant=tenant,
+        )
+
+    def add(self, *sequences: Sequence) -> None:
+        for one in sequences:
+            self.sequences.append(one)
+            self.scheduler.add(one)
+
+    def step(self, new_id: int = 1000) -> Scheduled:
+        scheduled = self.scheduler.next_batch()
+        self.memory.run(scheduled)
+        if self.states is not None and isinstance(self.states.state, NotedStates):
+            self.states.state.run(scheduled)
+        self.scheduler.committed(scheduled)
+        for leader in scheduled.ready:
+            for one in (leader, *self.scheduler.fork(leader)):
+                one.new_ids.append(new_id)
+                if len(one.new_ids) == one.max_new_tokens:
+                    self.end(one)
+        return scheduled
+
+    def end(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        self.finished.append(sequence)
+
+    @property
+    def running(self) -> list[Sequence]:
+        return self.scheduler._running
+
+    def run(self, most_steps: int = 1000) -> list[Scheduled]:
+        """All steps until nothing is left."""
+        done = []
+        while self.scheduler.has_work:
+            done.append(self.step())
+            assert len(done) < most_steps
+        return done
+
+    def require_sound(self) -> None:
+        """Every block and slot is in one place, and those that are held are held by those that run."""
+        blocks, running = self.blocks, self.running
+        assert blocks.num_free + blocks.num_kept + blocks.num_held == blocks.num_blocks
+        holders: dict[int, int] = {}
+        for one in running:
+            assert len(set(one.blocks)) == len(one.blocks)
+            for block in one.blocks:
+                holders[block] = holders.get(block, 0) + 1
+        assert len(holders) == blocks.num_held
+        assert all(blocks._holders[block] == num for block, num in holders.items())
+        assert len(blocks._free) == len(set(blocks._free))
+        assert not set(blocks._free) & holders.keys()
+        for one in self.sequences:
+            if one not in running:
+                assert not one.blocks
+                assert one.state_slot is None
+        assert set(self.scheduler._coming.values()) <= set(running)
+        if self.states is not None:
+            slots = [one.state_slot for one in running]
+            assert len(set(slots)) == len(slots) == self.states.num_sequences - self.states.num_free
+            assert len(self.states._unused) + self.states.num_snapshots == self.states.most_snapshots
+
+
+def num_prefill(scheduled: Scheduled) -> int:
+    return int((~scheduled.batch.is_decode).sum())

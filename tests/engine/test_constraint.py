@@ -1,0 +1,499 @@
+"""Answers follow their grammar, with any tokenizer; what cannot be followed fails alone, soon, and within bounds."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+
+from argosy import Engine, SamplingParams
+from argosy.config import Grammar
+from argosy.engine.constraint import (
+    MAX_GRAMMAR_CHARACTERS,
+    MAX_REGEX_CHARACTERS,
+    Constraint,
+    GrammarCompiler,
+    embed_schema,
+)
+from argosy.engine.sampler import Sampler, SamplerState
+from argosy.errors import GrammarError, UsageError
+from argosy.prompt.tokenizer import Tokenizer
+from tests.models.tiny import qwen3_moe, write_model
+from tests.prompt.tokenizers_for_tests import byte_level_json, llama_json, unigram_json, word_piece_json
+
+VOCAB = 640  # of the model: more than any of the tokenizers has
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 5},
+        "tags": {"type": "array", "items": {"enum": ["a", "b<|im_end|>"]}, "maxItems": 3},
+        "size": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
+    "required": ["name", "size"],
+    "additionalProperties": False,
+}
+
+
+def byte_level() -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(byte_level_json()), config={"eos_token": "<|im_end|>"})
+
+
+def sentence_piece() -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(llama_json()), config={"eos_token": "</s>"})
+
+
+def unigram() -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(unigram_json()), config={"eos_token": "</s>"})
+
+
+@pytest.fixture(scope="module", params=[byte_level, sentence_piece], ids=["bytes", "sentence piece"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    found: Tokenizer = request.param()
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
+    return GrammarCompiler(tokenizer, vocab_size=VOCAB, end_ids=tokenizer.eos_ids)
+
+
+def id_of(tokenizer: Tokenizer, text: str) -> int:
+    return next(i for i in range(tokenizer.vocab_size) if tokenizer.token_text(i) == text)
+
+
+def walk(constraint: Constraint, seed: int, *, end_ids: tuple[int, ...], longest: int = 400) -> list[int]:
+    """An answer of random tokens, each of those that may come; after a while those that close something."""
+    rng, ids = np.random.default_rng(seed), list[int]()
+    closing = np.array([written in (b'"', b"}") for written in constraint._vocabulary.tokens])
+    while not constraint.is_finished and len(ids) < longest:
+        allowed = constraint.allowed()
+        assert allowed is not None
+        assert allowed.shape == (VOCAB,)
+        wanted = allowed & closing
+        candidates = np.flatnonzero(wanted if len(ids) > 20 and wanted.any() else allowed)
+        end = [i for i in end_ids if allowed[i]]
+        token_id = int(end[0] if end else rng.choice(candidates))
+        assert constraint.accept(token_id)
+        if token_id in end_ids:
+            break
+        ids.append(token_id)
+    return ids
+
+
+def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return b"".join(tokenizer.token_bytes(VOCAB)[i] for i in ids).decode()
+
+
+def test_white_space_between_the_parts_of_an_object_comes_to_an_end(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    blank = np.array([bool(w) and not w.strip() for w in tokenizer.token_bytes(VOCAB)])
+    constraint = compiler.compile(Grammar(kind="json_object"))
+    feed(constraint, tokenizer, "{")
+    num_blank = 0
+    while (wanted := constraint.allowed() & blank).any():
+        constraint.accept(int(np.flatnonzero(wanted)[0]))
+        num_blank += 1
+    assert 1 <= num_blank <= 40
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_answer_is_an_instance_of_its_schema(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, seed: int
+) -> None:
+    grammar = Grammar(kind="json_schema", text=json.dumps(SCHEMA))
+    ids = walk(compiler.compile(grammar), seed, end_ids=tokenizer.eos_ids)
+    found = json.loads(text_of(tokenizer, ids))
+    assert found.keys() <= SCHEMA["properties"].keys()  # type: ignore[attr-defined]
+    assert isinstance(found["name"], str)
+    assert len(found["name"]) <= 5
+    assert 0 <= found["size"] <= 99
+    assert set(found.get("tags", [])) <= {"a", "b<|im_end|>"}
+    assert not tokenizer.control_ids & set(ids)  # what spells a marker is written with ordinary tokens
+
+
+def test_any_object_an_expression_and_a_grammar(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    for seed in range(4):
+        for grammar, holds in (
+            (Grammar(kind="json_object"), lambda text: isinstance(json.loads(text), dict)),
+            (Grammar(kind="regex", text=r"[ab]{3,9}/[0-9]+\."), re.compile(r"[ab]{3,9}/[0-9]+\.").fullmatch),
+            (
+                Grammar(kind="lark", text='start: "x" y+\ny: "yes" | "no"'),
+                re.compile(r"x(yes|no)+").fullmatch,
+            ),
+        ):
+            text = text_of(tokenizer, walk(compiler.compile(grammar), seed, end_ids=tokenizer.eos_ids))
+            assert holds(text), text
+
+
+def test_the_end_may_come_when_the_grammar_is_complete_and_not_before(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    constraint = compiler.compile(Grammar(kind="regex", text="a(b?)"))
+    (end,) = tokenizer.eos_ids
+    steps = []
+    for letter in "ab":
+        allowed = constraint.allowed()
+        assert allowed is not None
+        steps.append((bool(allowed[end]), constraint.is_finished))
+        constraint.accept(
+            int(
+                np.flatnonzero(
+                    allowed & np.array([w == letter.encode() for w in tokenizer.token_bytes(VOCAB)])
+                )[0]
+            )
+        )
+    assert steps == [(False, False), (True, False)]
+    assert constraint.is_finished
+
+
+def test_ids_that_no_token_has_never_come(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    allowed = compiler.compile(Grammar(kind="regex", text="(?s:.)*")).allowed()
+    assert allowed is not None
+    assert allowed.sum() > 200
+    assert not allowed[tokenizer.vocab_size :].any()
+
+
+def test_control_tokens_come_where_a_grammar_names_them_and_nowhere_else() -> None:
+    tokenizer = byte_level()
+    compiler = GrammarCompiler(tokenizer, vocab_size=VOCAB, end_ids=tokenizer.eos_ids)
+    call, think = id_of(tokenizer, "<tool_call>"), id_of(tokenizer, "<think>")
+    for name in ("<tool_call>", f"<[{call}]>"):
+        constraint = compiler.compile(Grammar(kind="lark", text=f'start: {name} "go" <think>'))
+        assert np.flatnonzero(constraint.allowed()).tolist() == [call]
+        ids = walk(constraint, 0, end_ids=tokenizer.eos_ids)
+        assert (ids[0], ids[-1]) == (call, think)
+    constraint = compiler.compile(Grammar(kind="lark", text='start: "<tool_call>"'))
+    allowed = constraint.allowed()
+    assert allowed is not None
+    assert not allowed[call]
+    with pytest.raises(GrammarError, match="unknown special token"):
+        compiler.compile(Grammar(kind="lark", text='start: <nobody> "x"'))
+    body = embed_schema(json.dumps(SCHEMA))
+    constraint = compiler.compile(Grammar(kind="lark", text=f"start: <tool_call> body\nbody: {body}"))
+    ids = walk(constraint, 1, end_ids=tokenizer.eos_ids)
+    assert json.loads(text_of(tokenizer, ids[1:])).keys() >= {"name", "size"}
+
+
+# ── triggers ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def feed(constraint: Constraint, tokenizer: Tokenizer, *texts: str) -> list[bool]:
+    """Whether each token was taken; a text is one token."""
+    written = tokenizer.token_bytes(VOCAB)
+    return [constraint.accept(written.index(text.encode())) for text in texts]
+
+
+def test_an_answer_is_free_until_its_trigger_token() -> None:
+    tokenizer = byte_level()
+    compiler = GrammarCompiler(tokenizer, vocab_size=VOCAB, end_ids=tokenizer.eos_ids)
+    call = id_of(tokenizer, "<tool_call>")
+    constraint = compiler.compile(Grammar(kind="regex", text="[0-9]+", trigger=call))
+    assert constraint.allowed() is None
+    assert all(feed(constraint, tokenizer, "a", "1", "<think>"))
+    assert constraint.allowed() is None
+    assert constraint.accept(call)
+    allowed = constraint.allowed()
+    assert allowed is not None
+    assert {tokenizer.token_bytes(VOCAB)[i][:1] for i in np.flatnonzero(allowed)} <= {
+        bytes([c]) for c in b"0123456789"
+    }
+
+
+def test_a_trigger_may_lie_across_tokens_and_its_last_may_go_on_with_the_grammar(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    words = [w for w in tokenizer.token_bytes(VOCAB) if len(w) == 2 and w.isalpha() and w.isascii()]
+    two = words[0].decode()  # a token of two letters, of which the first ends the trigger
+    for pattern, taken in ((f"{two[1]}z", True), ("z", False)):
+        constraint = compiler.compile(Grammar(kind="regex", text=pattern, trigger=f"<<{two[0]}"))
+        assert all(feed(constraint, tokenizer, "<", "<", "<"))
+        assert constraint.allowed() is None
+        assert feed(constraint, tokenizer, two) == [taken]
+        assert (constraint.allowed() is not None) == taken
+        if taken:
+            following = {tokenizer.token_bytes(VOCAB)[i] for i in np.flatnonzero(constraint.allowed())}
+            assert following == {b"z"}
+        else:
+            assert feed(constraint, tokenizer, two[0], "z") == [True, True]
+            assert constraint.is_finished
+
+
+def test_the_sampler_chooses_again_where_a_token_breaks_the_grammar_behind_the_trigger() -> None:
+    tokenizer = byte_level()
+    compiler = GrammarCompiler(tokenizer, vocab_size=VOCAB, end_ids=tokenizer.eos_ids)
+    written = tokenizer.token_bytes(VOCAB)
+    two = next(w for w in written if len(w) == 2 and w.isalpha() and w.isascii())
+    constraint = compiler.compile(Grammar(kind="regex", text="z", trigger=two[:1].decode()))
+    logits = np.zeros(VOCAB, np.float32)
+    logits[written.index(two)], logits[written.index(two[:1])] = 9.0, 8.0
+    sampler, state = Sampler(), SamplerState([1], 0)
+    chosen = [sampler.sample(logits, SamplingParams(), state, constraint).token_id for _ in range(2)]
+    assert [written[i] for i in chosen] == [two[:1], b"z"]
+    assert state.step == 2
+
+
+# ── the sampler ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(logit_bias={5: 100.0}, repetition_penalty=0.5),
+        SamplingParams(temperature=1.0, seed=3),
+        SamplingParams(temperature=2.0, seed=3, top_k=3),
+        SamplingParams(temperature=2.0, seed=3, top_p=0.1, min_p=0.2),
+    ],
+    ids=["greedy", "penalties", "sampled", "top_k", "top_p"],
+)
+def test_no_setting_lets_a_token_through_that_is_not_allowed(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, params: SamplingParams
+) -> None:
+    for seed in range(20):
+        constraint = compiler.compile(Grammar(kind="regex", text="[a-z]{5}"))
+        state, rng, ids = SamplerState([1, 2, 3], 0), np.random.default_rng(seed), list[int]()
+        while not constraint.is_finished:
+            logits = (5 * rng.standard_normal(VOCAB)).astype(np.float32)
+            allowed = constraint.allowed()
+            assert allowed is not None
+            sampled = Sampler().sample(logits, params, state, constraint)
+            assert allowed[sampled.token_id]
+            ids.append(sampled.token_id)
+        assert re.fullmatch("[a-z]{5}", text_of(tokenizer, ids))
+
+
+def test_log_probabilities_are_the_models_own_and_greedy_is_the_best_of_those_allowed(
+    compiler: GrammarCompiler,
+) -> None:
+    logits = np.random.default_rng(1).standard_normal(VOCAB).astype(np.float32)
+    constraint = compiler.compile(Grammar(kind="regex", text="[a-m]+"))
+    allowed = constraint.allowed()
+    assert allowed is not None
+    logits[np.flatnonzero(~allowed)[0]] = 9.0
+    params = SamplingParams(logprobs=3)
+    sampled = Sampler().sample(logits, params, SamplerState([1], 0), constraint)
+    plain = Sampler().sample(logits, params, SamplerState([1], 0))
+    assert sampled.token_id == int(np.where(allowed, logits, -np.inf).argmax()) != plain.token_id
+    assert sampled.top_logprobs == plain.top_logprobs
+    assert sampled.logprob is not None
+    assert plain.logprob is not None
+    assert sampled.logprob - plain.logprob == pytest.approx(
+        logits[sampled.token_id] - logits[plain.token_id], abs=1e-5
+    )
+
+
+# ── bounds ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def nested(depth: int) -> str:
+    return '{"properties":{"a":' * depth + "{}" + "}}" * depth
+
+
+BOMBS = {
+    "nested repeats": Grammar(kind="regex", text="((a{1000}){1000}){1000}"),
+    "forced text": Grammar(kind="regex", text="(ab{100}){100}"),
+    "ambiguous": Grammar(kind="regex", text="(a+)+b"),
+    "optional": Grammar(kind="regex", text="a?" * 250 + "a" * 250),
+    "automaton": Grammar(kind="regex", text="(a|b)*a(a|b){200}"),
+    "automaton of automata": Grammar(kind="regex", text="(.*a.{30}){30}"),
+    "deep groups": Grammar(kind="regex", text="(" * 500 + ")" * 500),
+    "unicode": Grammar(kind="regex", text=r"(?i)[a-z\p{L}]{0,50}" * 20),
+    "look-ahead": Grammar(kind="regex", text="(?=a)b"),
+    "open bracket": Grammar(kind="regex", text="[a"),
+    "long expression": Grammar(kind="regex", text="a" * (MAX_REGEX_CHARACTERS + 1)),
+    "deep text": Grammar(kind="json_schema", text="[" * 60_000),
+    "deep schema": Grammar(kind="json_schema", text=nested(2_000)),
+    "long pattern": Grammar(kind="json_schema", text=json.dumps({"items": [{"pattern": "a" * 5000}]})),
+    "long name": Grammar(kind="json_schema", text=json.dumps({"patternProperties": {"a" * 5000: {}}})),
+    "pattern": Grammar(
+        kind="json_schema", text=json.dumps({"type": "string", "pattern": "^((a{999}){999}){999}$"})
+    ),
+    "many names": Grammar(
+        kind="json_schema",
+        text=json.dumps({"properties": {f"p{i}": {"type": "string"} for i in range(2500)}}),
+    ),
+    "many values": Grammar(kind="json_schema", text=json.dumps({"enum": [f"v{i}" for i in range(10_000)]})),
+    "any of": Grammar(
+        kind="json_schema", text=json.dumps({"anyOf": [{"pattern": f"^a.*b{i}$"} for i in range(400)]})
+    ),
+    "counted arrays": Grammar(
+        kind="json_schema",
+        text=json.dumps({"type": "array", "minItems": 10**5, "items": {"type": "array", "minItems": 10**6}}),
+    ),
+    "long strings": Grammar(kind="json_schema", text=json.dumps({"type": "string", "minLength": 10**6})),
+    "recursion": Grammar(kind="json_schema", text='{"$defs":{"a":{"$ref":"#/$defs/a"}},"$ref":"#/$defs/a"}'),
+    "elsewhere": Grammar(kind="json_schema", text='{"$ref": "http://localhost:1/schema.json"}'),
+    "file": Grammar(kind="json_schema", text='{"$ref": "file:///etc/passwd"}'),
+    "no schema": Grammar(kind="json_schema", text="[1]"),
+    "nothing matches": Grammar(kind="json_schema", text="false"),
+    "rules": Grammar(kind="lark", text='start: a{1000}\na: b{1000}\nb: c{1000}\nc: "x"'),
+    "terminals": Grammar(kind="lark", text='start: A\nA: B{1000}\nB: C{1000}\nC: D{1000}\nD: "x"'),
+    "left and right": Grammar(kind="lark", text='start: start start | "a" |'),
+    "options": Grammar(kind="lark", text='%llguidance {"no_forcing": false}\nstart: /(a{1000}){1000}/'),
+    "no start": Grammar(kind="lark", text='begin: "a"'),
+    "long": Grammar(kind="lark", text='start: "' + "a" * MAX_GRAMMAR_CHARACTERS + '"'),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_grammar_is_followed_or_refused_within_bounds(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, name: str
+) -> None:
+    """0.6 s and 96 MiB is twice what the worst of them takes here; most are done in a millisecond."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begin = time.process_time()
+    steps = 0
+    longest = compiled_s = 0.0
+    with suppress(GrammarError):
+        constraint = compiler.compile(BOMBS[name])
+        compiled_s = time.process_time() - begin
+        rng = np.random.default_rng(0)
+        while not constraint.is_finished and steps < 100:
+            step_at = time.process_time()
+            allowed = constraint.allowed()
+            longest = max(longest, time.process_time() - step_at)
+            assert allowed is not None
+            constraint.accept(int(rng.choice(np.flatnonzero(allowed))))
+            steps += 1
+    compiled_s = compiled_s or time.process_time() - begin
+    assert compiled_s < 0.6
+    assert longest < 0.1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 96 << 10
+
+
+def test_what_is_compiled_is_kept_bounded_and_for_each_tenant(compiler: GrammarCompiler) -> None:
+    for number in range(40):
+        compiler.compile(Grammar(kind="regex", text=f"a{number}"), tenant=str(number % 2))
+    assert len(compiler._compiled) == 16
+    before = dict(compiler._compiled)
+    compiler.compile(Grammar(kind="regex", text="a39"), tenant="1")
+    assert compiler._compiled == before
+    compiler.compile(Grammar(kind="regex", text="a39"), tenant="0")
+    assert compiler._compiled != before
+
+
+def test_a_tokenizer_whose_tokens_depend_on_their_neighbours_is_refused() -> None:
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(word_piece_json()), config={"eos_token": "[SEP]"})
+    with pytest.raises(UsageError, match="no grammar can guide it"):
+        GrammarCompiler(tokenizer, vocab_size=20, end_ids=tokenizer.eos_ids)
+    with pytest.raises(UsageError, match="names no token that ends an answer"):
+        GrammarCompiler(unigram(), vocab_size=VOCAB, end_ids=[])
+    GrammarCompiler(unigram(), vocab_size=VOCAB, end_ids=[2]).compile(Grammar(kind="regex", text="a+"))
+
+
+# ── in an engine ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("grammar")
+    tokenizer = byte_level()
+    config = qwen3_moe(vocab_size=VOCAB, max_position_embeddings=1024, eos_token_id=tokenizer.eos_ids[0])
+    write_model(root, config, seed=2)
+    (root / "tokenizer.json").write_text(byte_level_json())
+    return root
+
+
+@pytest.fixture(scope="module")
+def engine(directory: Path) -> Iterator[Engine]:
+    with Engine(directory, memory="2GiB", threads=1, grammars=True) as engine:
+        yield engine
+
+
+GRAMMAR = Grammar(kind="json_schema", text=json.dumps(SCHEMA))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_engine_answers_in_the_form_it_was_asked_for(engine: Engine, temperature: float) -> None:
+    params = SamplingParams(max_tokens=900, temperature=temperature, seed=1, grammar=GRAMMAR)
+    result = engine.generate([3, 4, 5], params)
+    assert json.loads(result.text).keys() >= {"name", "size"}
+    assert result.finish_reason == "stop"
+    assert result.stopped_by in (None, *engine.config.eos_ids)
+    assert [event.token_id for event in engine.stream([3, 4, 5], params)] == result.token_ids
+
+
+def test_an_answer_ends_where_the_grammar_does_without_another_step(engine: Engine) -> None:
+    result = engine.generate([3, 4, 5], SamplingParams(grammar=Grammar(kind="regex", text="[0-9]{4}")))
+    assert re.fullmatch("[0-9]{4}", result.text)
+    assert (result.finish_reason, result.stopped_by) == ("stop", None)
+    assert engine.config.eos_ids[0] not in result.token_ids
+
+
+def test_a_constrained_answer_is_the_same_beside_others_and_when_it_is_put_back(
+    directory: Path, engine: Engine
+) -> None:
+    params = [
+        SamplingParams(
+            max_tokens=40, temperature=1.0, seed=seed, grammar=None if seed == 2 else GRAMMAR, logprobs=1
+        )
+        for seed in range(5)
+    ]
+    prompts = [[3 + seed, 4, 5] * 3 for seed in range(5)]
+    alone = [engine.generate(prompt, own) for prompt, own in zip(prompts, params, strict=True)]
+    with Engine(directory, memory="2GiB", threads=1, grammars=True, context=160) as small:
+        together = small.generate_batch(prompts, params)
+        assert small.facts().num_put_back > 0
+    for ours, theirs in zip(together, alone, strict=True):
+        assert (ours.token_ids, ours.logprobs, ours.text) == (theirs.token_ids, theirs.logprobs, theirs.text)
+
+
+def test_an_answer_whose_grammar_fails_ends_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = SamplingParams(max_tokens=12, ignore_eos=True)
+    expected = engine.generate([9, 8, 7], free).token_ids
+    allowed = Constraint.allowed
+    calls = 0
+
+    def fails(constraint: Constraint) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise GrammarError("too much work")
+        return allowed(constraint)
+
+    one = engine.submit([3, 4, 5], SamplingParams(max_tokens=50, grammar=GRAMMAR))
+    other = engine.submit([9, 8, 7], free)
+    monkeypatch.setattr(Constraint, "allowed", fails)
+    while one.result is None or other.result is None:
+        engine.step()
+    assert one.result.finish_reason == "error"
+    assert isinstance(one.result.error, GrammarError)
+    assert len(one.result.token_ids) == 2
+    assert other.result.token_ids == expected
+    assert engine.facts().kv_blocks_held == 0
+    calls = 0
+    with pytest.raises(GrammarError, match="too much work"):
+        engine.generate([3, 4, 5], SamplingParams(max_tokens=50, grammar=GRAMMAR))
+
+
+def test_an_engine_that_was_not_made_for_grammars_says_so(directory: Path) -> None:
+    with Engine(directory, memory="2GiB", threads=1) as engine:
+        with pytest.raises(UsageError, match="follows no grammars"):
+            engine.generate([1], SamplingParams(grammar=GRAMMAR))
+        plain = engine.plan.process_bytes
+    with Engine(directory, memory="2GiB", threads=1, grammars=True) as engine:
+        assert engine.plan.process_bytes > plain + (60 << 20)
+        with pytest.raises(GrammarError, match="the trigger is token 640"):
+            engine.generate([1], SamplingParams(grammar=Grammar(kind="json_object", trigger=VOCAB)))
+
+
+def test_a_grammar_says_what_it_is() -> None:
+    for values, sentence in (
+        ({"kind": "ebnf", "text": "x"}, "unknown kind of grammar 'ebnf'"),
+        ({"kind": "regex"}, "kind 'regex' needs a text"),
+        ({"kind": "json_object", "text": "x"}, "kind 'json_object' needs no text"),
+        ({"kind": "regex", "text": "x", "trigger": ""}, "a trigger must hold at least one character"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            Grammar(**values)
+    with pytest.raises(UsageError, match="ignore_eos has no meaning with a grammar"):
+        SamplingParams(ignore_eos=True, grammar=Grammar(kind="json_object"))

@@ -1,0 +1,352 @@
+"""One thread steps the engine: callers never wait for it, every answer ends with an event, nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from argosy import Engine, SamplingParams
+from argosy.engine.loop import AnswerEnd, AnswerToken, EngineLoop, Event, PromptProgress, Request
+from argosy.errors import ArgosyError, Overloaded, PromptTooLong
+from tests.models.references import REFERENCES
+
+REFERENCE = next(reference for reference in REFERENCES if reference.name == "qwen3_moe_plain")
+DELTA = next(reference for reference in REFERENCES if reference.name == "qwen3_next_plain")
+PROMPT = REFERENCE.input_ids
+SHORT = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=1)
+LONG = SamplingParams(max_tokens=None, ignore_eos=True)
+PATIENCE_S = 20.0
+
+
+def open_engine(directory: Path = REFERENCE.directory, **options: Any) -> Engine:
+    return Engine(
+        directory, **{"memory": "1GiB", "threads": 1, "expert_slots": 4, "chunk_tokens": 8} | options
+    )
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    with open_engine() as engine:
+        yield engine
+
+
+@pytest.fixture
+def loop(engine: Engine) -> Iterator[EngineLoop]:
+    with EngineLoop(engine) as loop:
+        yield loop
+
+
+class Heard:
+    """Events of one request, in order."""
+
+    def __init__(self, num_answers: int = 1) -> None:
+        self.events: list[Event] = []
+        self._left = num_answers
+        self._ended = threading.Event()
+        self.on_token: Callable[[], None] = lambda: None
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        if isinstance(event, AnswerToken):
+            self.on_token()
+        if isinstance(event, AnswerEnd):
+            self._left -= 1
+            if not self._left:
+                self._ended.set()
+
+    def wait(self) -> list[Event]:
+        assert self._ended.wait(PATIENCE_S)
+        return self.events
+
+    def result(self, answer: int = 0) -> Any:
+        ends = [event for event in self.wait() if isinstance(event, AnswerEnd) and event.answer == answer]
+        assert len(ends) == 1
+        return ends[0].result
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    until = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
+def is_idle(loop: EngineLoop) -> bool:
+    facts = loop.snapshot().engine
+    return facts.num_running + facts.num_waiting == 0
+
+
+def require_nothing_left(engine: Engine) -> None:
+    facts = engine.facts()
+    assert (facts.num_running, facts.num_waiting, facts.kv_blocks_held, facts.states_held) == (0, 0, 0, 0)
+    assert engine._store.pending() == 0
+
+
+def test_a_request_hears_of_its_prompt_then_of_each_token_then_of_its_end(
+    loop: EngineLoop, engine: Engine
+) -> None:
+    heard = Heard()
+    request = loop.submit(PROMPT, SHORT, heard)
+    result = heard.result()
+    assert [type(event) for event in heard.events] == [PromptProgress] * 4 + [AnswerToken] * 8 + [AnswerEnd]
+    assert heard.events[:4] == [PromptProgress(0, n, 32, 0) for n in (8, 16, 24, 32)]
+    tokens = [event.event.token_id for event in heard.events if isinstance(event, AnswerToken)]
+    assert tokens == result.token_ids == REFERENCE.greedy[:8]
+    assert request.prompt_ids == PROMPT
+    assert request.seeds == [result.seed]
+    again = Heard()
+    loop.submit(PROMPT, SHORT, again)
+    again.wait()
+    assert again.events[0] == PromptProgress(0, 24, 32, 16)  # found, and a chunk more
+    assert again.result().usage["cached_tokens"] == 16
+
+
+def test_several_answers_are_told_apart(loop: EngineLoop) -> None:
+    heard = Heard(3)
+    params = SamplingParams(max_tokens=6, temperature=1.0, seed=3, ignore_eos=True)
+    request = loop.submit(PROMPT, params, heard, num_answers=3)
+    for answer in range(3):
+        own = [event for event in heard.wait() if event.answer == answer]
+        assert [type(event) for event in own[-7:]] == [AnswerToken] * 6 + [AnswerEnd]
+        assert [e.event.token_id for e in own if isinstance(e, AnswerToken)] == heard.result(answer).token_ids
+        assert heard.result(answer).seed == request.seeds[answer]
+    assert len({tuple(heard.result(answer).token_ids) for answer in range(3)}) == 3
+
+
+def test_what_cannot_be_meant_is_refused_at_once_in_the_callers_thread(loop: EngineLoop) -> None:
+    with pytest.raises(PromptTooLong):
+        loop.submit([1] * 500, SHORT, Heard())
+    heard = Heard()
+    loop.submit(PROMPT, SamplingParams(max_tokens=0, prompt_logprobs=0), heard)
+    assert len(heard.result().prompt_logprobs) == 32
+    assert [type(event) for event in heard.events][-1] is AnswerEnd
+
+
+def test_submitting_does_not_wait_for_a_step(
+    loop: EngineLoop, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, entered = threading.Event(), threading.Event()
+    forward = engine._decoder.forward
+
+    def slow(batch: Any) -> Any:
+        entered.set()
+        assert go_on.wait(PATIENCE_S)
+        return forward(batch)
+
+    monkeypatch.setattr(engine._decoder, "forward", slow)
+    first, second, third = Heard(), Heard(), Heard()
+    loop.submit(PROMPT, SHORT, first)
+    assert entered.wait(PATIENCE_S)
+    begin = time.monotonic()
+    loop.submit(PROMPT, SHORT, second)
+    request = loop.submit(PROMPT, LONG, third)
+    loop.cancel(request)
+    loop.snapshot()
+    assert time.monotonic() - begin < 1.0
+    assert second.events == []
+    go_on.set()
+    assert first.result().token_ids == second.result().token_ids == REFERENCE.greedy[:8]
+    assert third.result().finish_reason == "cancelled"
+
+
+def test_a_cancelled_request_frees_all_it_has_before_the_next_step(loop: EngineLoop, engine: Engine) -> None:
+    heard = Heard()
+    steps_at_cancel: list[int] = []
+    request: list[Request] = []
+
+    def cancel_at_the_third() -> None:
+        if sum(isinstance(event, AnswerToken) for event in heard.events) == 3:
+            steps_at_cancel.append(loop._num_steps)
+            loop.cancel(request[0])
+
+    heard.on_token = cancel_at_the_third
+    is_known = threading.Event()  # the first event may come before `submit` has returned
+
+    def hear(event: Event) -> None:
+        assert is_known.wait(PATIENCE_S)
+        heard(event)
+
+    request.append(loop.submit(PROMPT, LONG, hear))
+    is_known.set()
+    assert heard.result().finish_reason == "cancelled"
+    assert len(heard.result().token_ids) == 3
+    wait_until(lambda: is_idle(loop))
+    assert loop._num_steps == steps_at_cancel[0]
+    require_nothing_left(engine)
+
+
+def test_five_hundred_requests_that_vanish_leave_nothing_behind() -> None:
+    """Streams, several answers, shared beginnings, waiting ones; cancelled at any time, or never."""
+    for reference in (REFERENCE, DELTA):
+        with (
+            open_engine(reference.directory, context=128, max_sequences=3) as engine,
+            EngineLoop(engine) as loop,
+        ):
+            rng = random.Random(4)
+            expected = engine_answer(reference.directory, reference.input_ids)
+            open_ones: list[tuple[Request, Heard]] = []
+            for number in range(250):
+                num_answers = rng.choice([1, 1, 1, 2])
+                heard = Heard(num_answers)
+                prompt = reference.input_ids[: rng.randrange(1, 33)] + [rng.randrange(3)] * rng.randrange(3)
+                params = SamplingParams(
+                    max_tokens=rng.randrange(1, 40), temperature=rng.choice([0.0, 1.0]), ignore_eos=True
+                )
+                request = loop.submit(prompt, params, heard, num_answers=num_answers, tenant=rng.choice("ab"))
+                open_ones.append((request, heard))
+                while len(open_ones) > 6 or (open_ones and number == 249):
+                    request, heard = open_ones.pop(rng.randrange(len(open_ones)))
+                    if rng.random() < 0.8:
+                        time.sleep(rng.random() * 0.004)
+                        loop.cancel(request)
+                    heard.wait()
+            last = Heard()
+            loop.submit(reference.input_ids, SHORT, last)
+            assert last.result().token_ids == expected
+            wait_until(lambda: is_idle(loop))
+            require_nothing_left(engine)
+
+
+def engine_answer(directory: Path, prompt: list[int]) -> list[int]:
+    with open_engine(directory) as engine:
+        return engine.generate(prompt, SHORT).token_ids
+
+
+def test_a_step_that_fails_ends_what_runs_with_an_error_and_the_loop_lives_on(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[BaseException] = []
+    with EngineLoop(engine, report=reported.append) as loop:
+        forward = engine._decoder.forward
+        calls = 0
+
+        def fails_once(batch: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 6:
+                raise RuntimeError("a word of the prompt")
+            return forward(batch)
+
+        monkeypatch.setattr(engine._decoder, "forward", fails_once)
+        heard = Heard()
+        loop.submit(PROMPT, LONG, heard)
+        result = heard.result()
+        assert result.finish_reason == "error"
+        assert isinstance(result.error, ArgosyError)
+        assert "a word of the prompt" not in str(result.error)
+        assert [str(error) for error in reported] == ["a word of the prompt"]
+        again = Heard()
+        loop.submit(PROMPT, SHORT, again)
+        assert again.result().token_ids == REFERENCE.greedy[:8]
+        require_nothing_left(engine)
+
+
+def test_a_listener_that_fails_ends_its_own_request(engine: Engine) -> None:
+    reported: list[BaseException] = []
+    with EngineLoop(engine, report=reported.append) as loop:
+
+        def fails(event: Event) -> None:
+            raise ConnectionError("nobody there")
+
+        loop.submit(PROMPT, LONG, fails)
+        heard = Heard()
+        loop.submit(PROMPT, SHORT, heard)
+        assert heard.result().token_ids == REFERENCE.greedy[:8]
+        wait_until(lambda: is_idle(loop))
+        assert [type(error) for error in reported] == [ConnectionError]
+        require_nothing_left(engine)
+
+
+def test_who_would_wait_behind_too_many_is_refused_and_room_is_made_when_others_end() -> None:
+    with open_engine(max_sequences=1, max_waiting=1) as engine, EngineLoop(engine) as loop:
+        heard = [Heard() for _ in range(3)]
+        requests = [loop.submit(PROMPT, LONG, one) for one in heard[:2]]
+        with pytest.raises(Overloaded) as refused:
+            loop.submit(PROMPT, LONG, heard[2])
+        assert refused.value.retry_after_s >= 1
+        loop.cancel(requests[0])
+        heard[0].wait()
+        loop.submit(PROMPT, SHORT, heard[2])
+        loop.cancel(requests[1])
+        assert heard[2].result().finish_reason == "length"
+
+
+def test_draining_finishes_what_runs_and_takes_no_more(loop: EngineLoop, engine: Engine) -> None:
+    heard = Heard()
+    loop.submit(PROMPT, LONG, heard)
+    assert loop.drain(PATIENCE_S)
+    assert heard.result().finish_reason == "length"
+    assert loop.snapshot().is_stopping
+    with pytest.raises(Overloaded, match="is stopping"):
+        loop.submit(PROMPT, SHORT, Heard())
+    require_nothing_left(engine)
+
+
+def test_a_drain_that_takes_too_long_says_so_and_closing_cancels(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = engine._decoder.forward
+    monkeypatch.setattr(engine._decoder, "forward", lambda batch: time.sleep(0.02) or forward(batch))  # type: ignore[func-returns-value]
+    loop = EngineLoop(engine)
+    heard = Heard()
+    loop.submit(PROMPT, LONG, heard)
+    assert not loop.drain(0.05)
+    loop.close()
+    loop.close()
+    assert heard.result().finish_reason == "cancelled"
+    assert not loop._thread.is_alive()
+    require_nothing_left(engine)
+
+
+def test_facts_are_of_the_engine_and_rates_of_the_last_seconds(engine: Engine) -> None:
+    class Clock:
+        now = 100.0
+
+        def __call__(self) -> float:
+            return self.now
+
+    clock = Clock()
+    with EngineLoop(engine, clock=clock) as loop:
+        assert loop.snapshot().new_tok_per_s == 0.0
+        heard = Heard()
+        heard.on_token = lambda: setattr(clock, "now", clock.now + 0.5)
+        loop.submit(PROMPT, SHORT, heard)
+        heard.wait()
+        wait_until(lambda: is_idle(loop))
+        facts = loop.snapshot()
+        # The first sample is of the step before the first token; 8 tokens in 4 s, and 32 of the prompt.
+        assert facts.engine.totals.new_tokens == 8
+        assert facts.new_tok_per_s == pytest.approx(8 / 4, rel=0.3)
+        assert facts.bytes_read_per_s > 0
+        assert facts.num_steps == 4 + 7
+        clock.now += 100
+        assert loop.snapshot().new_tok_per_s == 0.0
+
+
+def test_prompts_reach_their_files_while_the_engine_has_nothing_else_to_do(tmp_path: Path) -> None:
+    with open_engine(kv_dir=tmp_path, context=128) as engine, EngineLoop(engine) as loop:
+        heard = Heard()
+        loop.submit([*PROMPT, *PROMPT, *PROMPT], SamplingParams(max_tokens=1), heard)
+        heard.wait()
+        wait_until(lambda: len(list(tmp_path.glob("*/*.kv"))) == 6)
+
+
+def test_an_event_loop_hears_through_its_own_queue(loop: EngineLoop) -> None:
+    async def ask() -> list[Event]:
+        running, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        loop.submit(PROMPT, SHORT, lambda event: running.call_soon_threadsafe(queue.put_nowait, event))
+        events = []
+        while not (events and isinstance(events[-1], AnswerEnd)):
+            events.append(await asyncio.wait_for(queue.get(), PATIENCE_S))
+        return events
+
+    events = asyncio.run(ask())
+    assert isinstance(events[-1], AnswerEnd)
+    assert events[-1].result.token_ids == REFERENCE.greedy[:8]

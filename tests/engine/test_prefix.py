@@ -1,0 +1,276 @@
+"""What is found computed decides how fast a token comes, never which token comes.
+
+For every kind of mixer: an answer behind a beginning that was found, shared while it was computed, forked, put back,
+or brought from a file of another process has the tokens and log-probabilities it has alone.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from argosy import Engine, SamplingParams
+from argosy.config import KvDir
+from argosy.engine.sequence import Sequence
+from tests.models.mxfp4_models import write_mxfp4_model
+from tests.models.tiny import RawConfig, gpt_oss, prompt_ids, qwen3_moe, write_model
+from tests.models.tiny_delta import qwen3_next
+from tests.models.tiny_latent import deepseek_v3
+
+NUM_NEW = 24
+GREEDY = SamplingParams(max_tokens=NUM_NEW, ignore_eos=True, logprobs=2)
+SAMPLED = SamplingParams(max_tokens=NUM_NEW, temperature=0.9, seed=5, ignore_eos=True, logprobs=2)
+
+CONFIGS: dict[str, RawConfig] = {
+    "attention": qwen3_moe(max_position_embeddings=1024),
+    "windows and sinks": gpt_oss(
+        max_position_embeddings=1024,
+        hidden_size=96,
+        intermediate_size=64,
+        initial_context_length=1024,
+        rope_scaling={"rope_type": "yarn", "factor": 8.0},
+    ),
+    "latent": deepseek_v3(max_position_embeddings=1024),
+    "delta": qwen3_next(max_position_embeddings=1024),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    mixer: str
+    directory: Path
+
+    def prompt(self, seed: int, length: int) -> list[int]:
+        return prompt_ids(CONFIGS[self.mixer], seed, length)
+
+    def engine(self, **options: Any) -> Engine:
+        return Engine(self.directory, **{"memory": "4GiB", "threads": 1, "chunk_tokens": 64} | options)
+
+    def alone(self, prompt: list[int], params: SamplingParams = GREEDY) -> Any:
+        return answer_alone(self, tuple(prompt), params.temperature)
+
+
+@cache
+def answer_alone(model: Model, prompt: tuple[int, ...], temperature: float) -> Any:
+    with model.engine(prefix_reuse=False) as engine:
+        return visible(engine.generate(list(prompt), GREEDY if temperature == 0 else SAMPLED))
+
+
+def visible(result: Any) -> tuple[Any, ...]:
+    return result.token_ids, result.logprobs, result.finish_reason
+
+
+def cached(result: Any) -> int:
+    assert result.usage["cached_tokens"] == result.ledger.cached_tokens
+    return int(result.usage["cached_tokens"])
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("prefix")
+    for mixer, config in CONFIGS.items():
+        write = write_mxfp4_model if config["model_type"] == "gpt_oss" else write_model
+        write(root / mixer, config, seed=3)
+    return {mixer: root / mixer for mixer in CONFIGS}
+
+
+@pytest.fixture(params=list(CONFIGS))
+def model(request: pytest.FixtureRequest, directories: dict[str, Path]) -> Model:
+    return Model(request.param, directories[request.param])
+
+
+def run(engine: Engine, *sequences: Sequence) -> None:
+    while any(one.result is None for one in sequences):
+        engine.step()
+
+
+def test_a_prompt_that_was_computed_before_is_found_and_its_answer_is_the_same(model: Model) -> None:
+    prompt = model.prompt(1, 300)
+    with model.engine() as engine:
+        first, second = engine.generate(prompt, GREEDY), engine.generate(prompt, GREEDY)
+        sampled = engine.generate(prompt, SAMPLED)
+    assert [cached(result) for result in (first, second, sampled)] == [0, 288, 288]
+    assert visible(first) == visible(second) == model.alone(prompt)
+    assert visible(sampled) == model.alone(prompt, SAMPLED)
+
+
+def test_a_prompt_that_parts_from_another_is_computed_from_where_it_parts(model: Model) -> None:
+    shared = model.prompt(1, 100)
+    prompts = [shared + model.prompt(seed, 40) for seed in (2, 3, 4)]
+    with model.engine() as engine:
+        results = [engine.generate(prompt, GREEDY) for prompt in prompts]
+    # A recurrent state can only be gone on from where a snapshot is: the second prompt shows where they part.
+    assert [cached(result) for result in results] == ([0, 0, 96] if model.mixer == "delta" else [0, 96, 96])
+    for prompt, result in zip(prompts, results, strict=True):
+        assert visible(result) == model.alone(prompt)
+
+
+def test_the_next_turn_finds_the_answer_before_it(model: Model) -> None:
+    prompt = model.prompt(1, 90)
+    params = replace(GREEDY, max_tokens=60)
+    with model.engine() as engine:
+        first = engine.generate(prompt, params)
+        following = prompt + first.token_ids + model.prompt(2, 30)
+        second = engine.generate(following, GREEDY)
+    assert cached(second) == (128 if model.mixer == "delta" else 144)
+    assert visible(second) == model.alone(following)
+
+
+def test_prompts_that_come_together_compute_what_they_share_once(model: Model) -> None:
+    shared = model.prompt(1, 100)
+    prompts = [shared + model.prompt(seed, 20) for seed in (2, 3, 4)]
+    with model.engine(chunk_tokens=32) as engine:
+        results = engine.generate_batch(prompts, GREEDY)
+        num_run = engine.facts().tokens_run
+    for prompt, result in zip(prompts, results, strict=True):
+        assert visible(result) == model.alone(prompt)
+    assert [cached(result) for result in results] == [0, 96, 96]
+    assert num_run == 3 * (120 + NUM_NEW - 1) - 2 * 96
+
+
+def test_answers_of_one_prompt_compute_it_once_and_are_those_of_their_seeds(model: Model) -> None:
+    prompt = model.prompt(1, 83)
+    with model.engine() as engine:
+        sequences = engine.prepare(prompt, SAMPLED, num_answers=3)
+        engine.enqueue(sequences)
+        run(engine, *sequences)
+        num_run = engine.facts().tokens_run
+        seeds = [one.result.seed for one in sequences if one.result is not None]
+        alone = [engine.generate(prompt, replace(SAMPLED, seed=seed)) for seed in seeds]
+    assert num_run == 83 + 3 * (NUM_NEW - 1)
+    assert len(set(seeds)) == 3
+    assert seeds[0] == SAMPLED.seed
+    assert [visible(one.result) for one in sequences] == [visible(result) for result in alone]
+    assert len({tuple(result.token_ids) for result in alone}) == 3
+    with model.engine() as engine:
+        again = engine.prepare(prompt, SAMPLED, num_answers=3)
+    assert [one.sampler_state.seed for one in again] == seeds
+
+
+def test_a_sequence_that_is_put_back_has_the_answer_it_has_alone(model: Model) -> None:
+    """Blocks for 160 positions, and five answers that need 48 each."""
+    prompts = [model.prompt(seed, 10) for seed in range(5)]
+    params = [GREEDY, SAMPLED, GREEDY, SAMPLED, GREEDY]
+    for reuse in (False, True):
+        with model.engine(context=160, prefix_reuse=reuse) as engine:
+            results = engine.generate_batch(prompts, params)
+            facts = engine.facts()
+        assert facts.num_put_back > 0
+        assert facts.kv_blocks_held == 0
+        for prompt, result, own in zip(prompts, results, params, strict=True):
+            assert visible(result) == model.alone(prompt, own)
+
+
+def test_nothing_is_found_across_tenants(model: Model) -> None:
+    prompt = model.prompt(1, 300)
+    with model.engine() as engine:
+        found = []
+        for tenant in ("a", "b", "a"):
+            one = engine.submit(prompt, GREEDY, tenant=tenant)
+            run(engine, one)
+            found.append(cached(one.result))
+        engine.forget("a")
+        one = engine.submit(prompt, GREEDY, tenant="a")
+        run(engine, one)
+    assert found == [0, 0, 288]
+    assert cached(one.result) == 0
+
+
+def test_answers_are_the_same_while_others_come_and_go(model: Model) -> None:
+    prompts = [model.prompt(seed, length) for seed, length in ((1, 70), (2, 130), (1, 60), (4, 9), (1, 70))]
+    with model.engine(context=320, chunk_tokens=16, max_sequences=3) as engine:
+        sequences = []
+        for prompt in prompts:
+            sequences.append(engine.submit(prompt, GREEDY))
+            noise = engine.submit([*prompt[:50], 7], GREEDY)
+            for _ in range(3):
+                engine.step()
+            engine.cancel(noise)
+        run(engine, *sequences)
+        assert engine.facts().kv_blocks_held == 0
+    for prompt, one in zip(prompts, sequences, strict=True):
+        assert visible(one.result) == model.alone(prompt)
+
+
+# ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_next_process_finds_a_prompt_in_files_and_answers_the_same(model: Model, tmp_path: Path) -> None:
+    prompt = model.prompt(1, 300)
+    with model.engine(kv_dir=tmp_path / "kv") as engine:
+        first = engine.generate(prompt, GREEDY)
+    with model.engine(kv_dir=tmp_path / "kv") as engine:
+        second = engine.generate(prompt, GREEDY)
+        num_run = engine.facts().tokens_run
+    assert cached(second) == 288
+    assert num_run == 300 - 288 + NUM_NEW - 1
+    assert visible(first) == visible(second) == model.alone(prompt)
+
+
+def test_another_model_kv_type_or_tenant_finds_nothing_in_files(model: Model, tmp_path: Path) -> None:
+    prompt = model.prompt(1, 300)
+    directory = KvDir(path=tmp_path)
+    with model.engine(kv_dir=directory) as engine:
+        engine.generate(prompt, GREEDY)
+    with model.engine(kv_dir=directory, kv_dtype="f16") as engine:
+        assert cached(engine.generate(prompt, GREEDY)) == 0
+    with model.engine(kv_dir=directory) as engine:
+        one = engine.submit(prompt, GREEDY, tenant="other")
+        run(engine, one)
+        assert cached(one.result) == 0
+    weights = next(model.directory.glob("*.safetensors"))
+    facts = weights.stat()
+    os.utime(weights, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
+    try:
+        with model.engine(kv_dir=directory) as engine:
+            assert cached(engine.generate(prompt, GREEDY)) == 0
+    finally:
+        os.utime(weights, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+
+@pytest.mark.parametrize("kind", ["kv", "state"])
+@pytest.mark.parametrize("what", ["flip", "cut", "another's", "missing"])
+def test_a_damaged_file_is_not_trusted_and_its_prompt_is_computed_and_written_again(
+    model: Model, tmp_path: Path, what: str, kind: str
+) -> None:
+    prompt = model.prompt(1, 300)
+    with model.engine(kv_dir=tmp_path) as engine:
+        engine.generate(prompt, GREEDY)
+    files = sorted(tmp_path.glob(f"*/*.{kind}"))
+    if kind == "state":
+        if model.mixer != "delta":
+            assert files == []
+            return
+        files *= 2
+    else:
+        assert len(files) == 18
+    victim = files[1]
+    data = bytearray(victim.read_bytes())
+    if what == "flip":
+        data[-100] ^= 1
+        victim.write_bytes(data)
+    elif what == "cut":
+        victim.write_bytes(data[:-1])
+    elif what == "another's":
+        victim.write_bytes(
+            next(tmp_path.glob("*/*.kv")).read_bytes()[::-1] if kind == "state" else files[0].read_bytes()
+        )
+    else:
+        victim.unlink()
+    for is_whole in (False, True):
+        with model.engine(kv_dir=tmp_path) as engine:
+            result = engine.generate(prompt, GREEDY)
+        assert (cached(result) == 288) == is_whole
+        assert visible(result) == model.alone(prompt)
+
+
+def test_states_and_blocks_of_files_are_in_the_memory_plan(model: Model, tmp_path: Path) -> None:
+    with model.engine() as without, model.engine(kv_dir=tmp_path) as engine:
+        assert engine._files is not None
+        held = sum(len(buffer) for buffer in engine._files._readable) + 3 * len(engine._files._writable.get())
+        assert engine.plan.working_bytes - without.plan.working_bytes == held

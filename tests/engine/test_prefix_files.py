@@ -1,0 +1,321 @@
+"""Prompts in files: private, bounded, whole or not there, and never trusted without proof."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from argosy.config import KvDir
+from argosy.engine.kv_cache import BlockContent
+from argosy.engine.prefix_files import PrefixFiles
+from argosy.errors import UsageError
+
+BLOCK_BYTES, STATE_BYTES = 3000, 5000
+IDENTITY = bytes(range(32))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.ahead
+
+
+def content(number: int, tenant: str = "") -> BlockContent:
+    return BlockContent(bytes([number]) * 32, bytes([number + 1]) * 32, bytes([number + 2]) * 64, tenant)
+
+
+def open_files(
+    directory: Path, *, clock: Any = time.time, identity: bytes = IDENTITY, **bounds: Any
+) -> PrefixFiles:
+    return PrefixFiles(
+        KvDir(path=directory, **bounds),
+        identity=identity,
+        block_bytes=BLOCK_BYTES,
+        state_bytes=STATE_BYTES,
+        clock=clock,
+    )
+
+
+def write(files: PrefixFiles, *contents: BlockContent, kind: Any = "kv") -> None:
+    for one in contents:
+        value = one.key[0]
+
+        def fill(to: Any, value: int = value) -> None:
+            to[:] = value
+
+        until = time.monotonic() + 10
+        while not files.offer(kind, one, fill):
+            assert time.monotonic() < until
+            time.sleep(0.001)
+    settle(files)
+
+
+def settle(files: PrefixFiles) -> None:
+    """Wait until nothing is on its way."""
+    buffers = [files._writable.get(timeout=10) for _ in range(2)]
+    for buffer in buffers:
+        files._writable.put(buffer)
+
+
+def read(files: PrefixFiles, one: BlockContent, kind: Any = "kv") -> Any:
+    (payload,) = files.read(kind, [one])
+    return payload
+
+
+def is_whole(files: PrefixFiles, one: BlockContent, kind: Any = "kv") -> bool:
+    payload = read(files, one, kind)
+    return payload is not None and bool((payload == one.key[0]).all())
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Iterator[PrefixFiles]:
+    files = open_files(tmp_path / "kv")
+    yield files
+    files.close()
+
+
+def test_what_was_written_is_read_again_by_the_next_process(tmp_path: Path) -> None:
+    files = open_files(tmp_path)
+    write(files, content(1), content(2), content(1))
+    write(files, content(1), kind="state")
+    num_bytes, secret = files.num_bytes, files.secret
+    files.close()
+    files.close()
+    files = open_files(tmp_path)
+    assert (files.num_bytes, files.secret) == (num_bytes, secret)
+    assert is_whole(files, content(1))
+    assert is_whole(files, content(2))
+    assert is_whole(files, content(1), "state")
+    assert not files.has("state", content(2))
+    files.close()
+
+
+def test_several_are_read_in_order_and_each_stays_while_it_is_looked_at(files: PrefixFiles) -> None:
+    contents = [content(number) for number in range(9)]
+    write(files, *contents[:4], *contents[5:])
+    found = []
+    for payload in files.read("kv", contents):
+        before = None if payload is None else payload.copy()
+        time.sleep(0.003)
+        assert before is None or (before == payload).all()
+        found.append(None if before is None else set(before.tolist()))
+    assert found == [{0}, {1}, {2}, {3}, None, {5}, {6}, {7}, {8}]
+    reading = files.read("kv", contents)
+    next(reading)
+    reading.close()  # type: ignore[attr-defined]
+    assert is_whole(files, content(8))
+
+
+def test_directories_and_files_are_ours_alone_and_names_tell_nothing(tmp_path: Path) -> None:
+    previous = os.umask(0)
+    try:
+        files = open_files(tmp_path / "a" / "kv")
+        write(files, content(1, "somebody"))
+        files.close()
+    finally:
+        os.umask(previous)
+    root = tmp_path / "a" / "kv"
+    found = {path.relative_to(root): stat.S_IMODE(path.lstat().st_mode) for path in root.rglob("*")}
+    directory = next(path for path in found if (root / path).is_dir())
+    assert found == {Path("secret"): 0o600, directory: 0o700, directory / f"{'01' * 32}.kv": 0o600}
+    assert stat.S_IMODE(root.stat().st_mode) == 0o700
+    assert "somebody" not in str(found)
+
+
+def test_a_directory_that_others_can_look_into_or_that_is_in_use_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir(mode=0o755)
+    with pytest.raises(UsageError, match="others can look into it"):
+        open_files(tmp_path / "open")
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot be used"):
+        open_files(tmp_path / "file")
+    files = open_files(tmp_path / "kv")
+    with pytest.raises(UsageError, match="in use by another process"):
+        open_files(tmp_path / "kv")
+    files.close()
+    (tmp_path / "kv" / "secret").write_bytes(b"short")
+    with pytest.raises(UsageError, match="holds 5 bytes, expected 32"):
+        open_files(tmp_path / "kv")
+    (tmp_path / "kv" / "secret").chmod(0o644)
+    with pytest.raises(UsageError, match="can be read by others"):
+        open_files(tmp_path / "kv")
+
+
+def test_a_file_of_another_place_is_not_trusted(tmp_path: Path) -> None:
+    """Another tenant, model, parent, tokens or kind; every byte of the file is what was written somewhere."""
+    files = open_files(tmp_path)
+    asked = [
+        content(1, "other"),
+        content(1)._replace(parent=bytes(32)),
+        content(1)._replace(tokens=bytes(64)),
+        content(1)._replace(key=bytes(32)),
+    ]
+    for one in asked:
+        write(files, content(1))
+        written = files._path("kv", content(1)).read_bytes()
+        path = files._path("kv", one)
+        path.parent.mkdir(exist_ok=True, mode=0o700)
+        path.write_bytes(written)
+        assert read(files, one) is None
+        assert not path.exists()
+    write(files, content(1))
+    files.close()
+    files = open_files(tmp_path, identity=bytes(32))
+    assert files.has("kv", content(1))
+    assert read(files, content(1)) is None
+    assert not files.has("kv", content(1))
+    files.close()
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 10**6), st.integers(1, 255))
+def test_a_file_with_any_byte_changed_is_not_trusted(files: PrefixFiles, at: int, change: int) -> None:
+    write(files, content(1))
+    path = files._path("kv", content(1))
+    data = bytearray(path.read_bytes())
+    data[at % len(data)] ^= change
+    path.write_bytes(data)
+    assert read(files, content(1)) is None
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("length", [0, 1, 40, 4095, 4096, 4096 + BLOCK_BYTES, 4096 + BLOCK_BYTES + 31])
+def test_a_file_that_is_cut_off_or_too_long_is_not_trusted(files: PrefixFiles, length: int) -> None:
+    for data_of in (lambda data: data[:length], lambda data: data + bytes(length + 1)):
+        write(files, content(1))
+        path = files._path("kv", content(1))
+        path.write_bytes(data_of(path.read_bytes()))
+        assert read(files, content(1)) is None
+
+
+def test_a_link_is_not_followed(files: PrefixFiles, tmp_path: Path) -> None:
+    write(files, content(1))
+    path = files._path("kv", content(1))
+    elsewhere = path.rename(tmp_path / "elsewhere")
+    path.symlink_to(elsewhere)
+    assert read(files, content(1)) is None
+    assert elsewhere.exists()
+
+
+def test_files_that_are_too_old_are_removed(tmp_path: Path) -> None:
+    clock = Clock()
+    files = open_files(tmp_path, clock=clock, ttl_s=100)
+    write(files, content(1))
+    clock.ahead = 99
+    assert is_whole(files, content(1))
+    clock.ahead = 101
+    assert read(files, content(1)) is None
+    write(files, content(2))
+    files.close()
+    clock.ahead = 300
+    files = open_files(tmp_path, clock=clock, ttl_s=100)
+    assert not files.has("kv", content(2))
+    assert list(tmp_path.rglob("*.kv")) == []
+    files.close()
+
+
+def test_those_not_used_for_longest_leave_when_there_are_too_many_bytes(tmp_path: Path) -> None:
+    one = 4096 + BLOCK_BYTES + 32
+    files = open_files(tmp_path, max_bytes=3 * one)
+    write(files, content(1), content(2), content(3))
+    assert is_whole(files, content(1))
+    write(files, content(4))
+    assert [files.has("kv", content(i)) for i in (1, 2, 3, 4)] == [True, False, True, True]
+    assert files.num_bytes == sum(path.stat().st_size for path in tmp_path.rglob("*.kv")) == 3 * one
+    files.close()
+    files = open_files(tmp_path, max_bytes=one)
+    assert files.num_bytes == one
+    files.close()
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
+    files = open_files(tmp_path)
+    write(files, content(1))
+    directory = files._path("kv", content(1)).parent
+    files.close()
+    (directory / "0123456789abcdef.writing").write_bytes(b"half")
+    (directory / "notes.txt").write_bytes(b"what is this")
+    files = open_files(tmp_path)
+    assert [path.name for path in directory.iterdir()] == [f"{'01' * 32}.kv"]
+    files.close()
+
+
+def test_a_drive_that_refuses_costs_nothing_but_the_reuse(
+    files: PrefixFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("argosy.engine.prefix_files.os.fdatasync", full)
+        write(files, content(1))
+    assert not files.has("kv", content(1))
+    assert list(files._root.rglob("*.writing")) == []
+    asked = []
+    assert files.offer(
+        "kv", content(2), asked.append
+    )  # it rests for a minute, and says that there is nothing to do
+    assert asked == []
+    files._rests_until = 0.0
+    write(files, content(2))
+    assert is_whole(files, content(2))
+
+
+def test_a_tenant_can_be_forgotten_and_others_stay(files: PrefixFiles) -> None:
+    write(files, content(1, "a"), content(2, "a"), content(3, "b"))
+    files.offer("kv", content(4, "a"), lambda to: None)
+    files.forget("a")
+    assert [files.has("kv", content(i, t)) for i, t in ((1, "a"), (2, "a"), (4, "a"), (3, "b"))] == [
+        False, False, False, True,
+    ]  # fmt: skip
+    assert len(list(files._root.rglob("*.kv"))) == 1
+    assert files.num_bytes == files.file_bytes("kv")
+
+
+WRITE_FOR_EVER = """
+import sys, numpy as np
+from pathlib import Path
+from argosy.config import KvDir
+from argosy.engine.kv_cache import BlockContent
+from argosy.engine.prefix_files import PrefixFiles
+files = PrefixFiles(KvDir(path=Path(sys.argv[1])), identity=bytes(range(32)), block_bytes=400_000)
+print("ready", flush=True)
+number = 0
+while True:
+    key = number.to_bytes(32, "little")
+    if files.offer("kv", BlockContent(key, key, key, ""), lambda to: to.__setitem__(slice(None), number % 251)):
+        number += 1
+"""
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.01, 0.03, 0.08])
+def test_after_a_kill_no_file_is_half_there(tmp_path: Path, delay_s: float) -> None:
+    process = subprocess.Popen([sys.executable, "-c", WRITE_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    time.sleep(delay_s)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    files = PrefixFiles(KvDir(path=tmp_path), identity=IDENTITY, block_bytes=400_000)
+    names = [path.stem for path in tmp_path.rglob("*.kv")]
+    assert list(tmp_path.rglob("*.writing")) == []
+    for name in names:
+        key = bytes.fromhex(name)
+        payload = read(files, BlockContent(key, key, key, ""))
+        assert payload is not None
+        assert (payload == int.from_bytes(key, "little") % 251).all()
+    files.close()

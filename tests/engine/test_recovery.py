@@ -1,0 +1,139 @@
+"""A read that fails is tried once more; one that fails for good ends the answers that need it, and no others."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from argosy import Engine, SamplingParams, _native
+from argosy.checkpoint.pack import pack
+from argosy.errors import ArgosyError, CorruptRecord, ReadFailed
+from argosy.model.families import open_model
+from tests.models.tiny import RawConfig, prompt_ids, qwen3_moe, write_model
+from tests.models.tiny_delta import qwen3_next
+
+PARAMS = SamplingParams(max_tokens=10, ignore_eos=True, logprobs=2)
+CONFIGS: dict[str, RawConfig] = {
+    "attention": qwen3_moe(num_experts=12, max_position_embeddings=512),
+    "delta": qwen3_next(num_experts=12, max_position_embeddings=512),
+}
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RawConfig]:
+    root = tmp_path_factory.mktemp("recovery")
+    config = CONFIGS[request.param]
+    pack(open_model(write_model(root / "plain", config, seed=4)), root / "packed", format="bf16")
+    return root / "packed", config
+
+
+def open_engine(directory: Path, **options: Any) -> Engine:
+    return Engine(directory, **{"memory": "2GiB", "threads": 1, "expert_slots": 4, "readers": 1} | options)
+
+
+def prompts_of(config: RawConfig) -> list[list[int]]:
+    return [prompt_ids(config, 1, 19), prompt_ids(config, 2, 5)]
+
+
+def visible(result: Any) -> tuple[Any, ...]:
+    return result.token_ids, result.logprobs, result.finish_reason
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch) -> list[_native.FaultyFileSystem]:
+    """The file system of the next engine: the last of the list."""
+    file_systems: list[_native.FaultyFileSystem] = []
+    plain = _native.Store
+    monkeypatch.setattr(_native, "Store", lambda readers: plain(readers, file_systems[-1]))
+    return file_systems
+
+
+def num_reads(
+    directory: Path, config: RawConfig, faults: list[_native.FaultyFileSystem]
+) -> tuple[int, int, Any]:
+    """Reads of the start, and of start and answers; and the answers."""
+    faults.append(_native.FaultyFileSystem(1 << 40, "eio"))
+    with open_engine(directory) as engine:
+        started = faults[-1].num_reads
+        results = [visible(result) for result in engine.generate_batch(prompts_of(config), PARAMS)]
+    return started, faults[-1].num_reads, results
+
+
+@pytest.mark.parametrize("kind", ["eio", "truncated", "flip"])
+def test_whichever_read_fails_once_the_answers_are_the_same(
+    model: tuple[Path, RawConfig], faults: list[_native.FaultyFileSystem], kind: str
+) -> None:
+    directory, config = model
+    first, last, expected = num_reads(directory, config, faults)
+    assert last - first > 100
+    for nth in range(first + 1, last + 1, 3 if kind == "eio" else 29):
+        faults.append(_native.FaultyFileSystem(nth, kind))
+        with open_engine(directory) as engine:
+            results = engine.generate_batch(prompts_of(config), PARAMS)
+            assert [visible(result) for result in results] == expected, f"read {nth}"
+            assert engine.facts().kv_blocks_held == 0
+
+
+def test_reads_that_keep_failing_end_answers_with_the_error_and_the_engine_lives_on(
+    model: tuple[Path, RawConfig], faults: list[_native.FaultyFileSystem]
+) -> None:
+    directory, config = model
+    first, _, expected = num_reads(directory, config, faults)
+    faults.append(_native.FaultyFileSystem(first + 30, "eio", num_faults=200))
+    with open_engine(directory) as engine:
+        with pytest.raises(ReadFailed, match="layer"):
+            engine.generate_batch(prompts_of(config), PARAMS)
+        facts = engine.facts()
+        assert (facts.num_running, facts.num_waiting, facts.kv_blocks_held, facts.states_held) == (0, 0, 0, 0)
+        assert engine._store.pending() == 0
+        while faults[-1].num_reads < first + 230:  # until the drive is well again
+            with suppress(ArgosyError):
+                engine.generate(prompts_of(config)[0], PARAMS)
+        results = engine.generate_batch(prompts_of(config), PARAMS)
+        assert [visible(result) for result in results] == expected
+
+
+def test_a_damaged_expert_ends_the_answers_that_need_it_and_no_others(
+    model: tuple[Path, RawConfig], tmp_path: Path
+) -> None:
+    directory, config = model
+    prompts = [prompt_ids(config, seed, 3) for seed in range(6)]
+    uses: list[set[tuple[int, int]]] = []
+    answers = []
+    with open_engine(
+        directory, observe_routes=lambda layer, ids: uses[-1].update((layer, int(e)) for e in ids.flat)
+    ) as engine:
+        for prompt in prompts:
+            uses.append(set())
+            answers.append(visible(engine.generate(prompt, PARAMS)))
+    damaged, needing = next(
+        (key, [i for i, used in enumerate(uses) if key in used])
+        for key in sorted(set().union(*uses))
+        if 0 < sum(key in used for used in uses) < 4
+    )
+    for file in directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    piece = open_model(tmp_path).experts[damaged].pieces[0]
+    data = np.memmap(tmp_path / "experts.bin", np.uint8, "r+")
+    data[piece.offset + piece.nbytes // 2] ^= 1
+    data.flush()
+
+    with open_engine(tmp_path) as engine:
+        sequences = [engine.submit(prompt, PARAMS) for prompt in prompts]
+        while any(one.result is None for one in sequences):
+            engine.step()
+        facts = engine.facts()
+    assert (facts.kv_blocks_held, facts.states_held) == (0, 0)
+    for at, (one, expected) in enumerate(zip(sequences, answers, strict=True)):
+        assert one.result is not None
+        if at in needing:
+            assert one.result.finish_reason == "error"
+            assert isinstance(one.result.error, CorruptRecord)
+            assert (one.result.error.facts["layer"], one.result.error.facts["expert"]) == damaged
+            assert one.result.token_ids == expected[0][: len(one.result.token_ids)]
+        else:
+            assert visible(one.result) == expected
