@@ -218,6 +218,15 @@ def test_verify_reports_its_progress(packed: Path) -> None:
     }
 
 
+def test_a_number_of_experts_is_believed_only_with_as_many_checksums(packed: Path) -> None:
+    def change(contents: dict[str, Any]) -> None:
+        contents["config"]["num_experts"] = 2**31  # laid out, they would take all memory
+
+    rewrite(packed, change)
+    with pytest.raises(CheckpointError, match=r"checksums of \d+ experts, expected \d{10}"):
+        open_model(packed)
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_change_to_a_manifest_s_values_is_an_argosy_error_or_harmless(

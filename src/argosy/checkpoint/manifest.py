@@ -227,13 +227,14 @@ def open_pack(directory: str | Path) -> ModelFiles | None:
         fault = "does not have" if odd in expected else "has an unexpected"
         raise CheckpointError(f"{MANIFEST_FILE} {fault} tensor {quote(odd)}", path=directory, tensor=odd)
     dense = lay_out_dense(config, lambda name: manifest.dense_formats[name], directory / DENSE_FILE)
-    records = list(lay_out_experts(config, manifest.expert_formats.__getitem__))
-    if len(manifest.expert_checksums) != len(records):
+    num_records = len(config.moe_layers) * config.num_experts  # counted before as many are laid out
+    if len(manifest.expert_checksums) != num_records:
         raise CheckpointError(
             f"{MANIFEST_FILE} has checksums of {len(manifest.expert_checksums)} experts, "
-            f"expected {len(records)}",
+            f"expected {num_records}",
             path=directory,
         )
+    records = list(lay_out_experts(config, manifest.expert_formats.__getitem__))
     experts_end = records[-1][1] + records[-1][2].stride
     dense_end = round_up(dense[-1].offset + dense[-1].nbytes, FILE_ALIGNMENT)
     for name, needed in ((DENSE_FILE, dense_end), (EXPERTS_FILE, experts_end)):
