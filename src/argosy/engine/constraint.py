@@ -189,8 +189,10 @@ def embed_schema(schema: str) -> str:
     _require_size(schema)
     try:
         parsed = json.loads(schema)
-    except (ValueError, RecursionError):
+    except ValueError:
         raise GrammarError("the schema is not JSON") from None
+    except RecursionError:
+        raise _too_deep() from None
     if not isinstance(parsed, dict | bool):
         raise GrammarError(f"the schema is a {type(parsed).__name__}, expected an object")
     _require_bounds(parsed)
@@ -260,7 +262,11 @@ def _require_bounds(schema: object) -> None:
         if not following:
             return
         level = following
-    raise GrammarError(f"the schema is nested more than {MAX_NESTING} deep")
+    raise _too_deep()
+
+
+def _too_deep() -> GrammarError:
+    return GrammarError(f"the schema is nested more than {MAX_NESTING} deep")
 
 
 def _require_sound(matcher: llguidance.LLMatcher) -> None:

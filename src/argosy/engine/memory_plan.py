@@ -1,6 +1,6 @@
 """Divide a memory budget before anything is loaded.
 
-    budget = process + dense weights + KV cache + recurrent state + working buffers + staging + expert cache
+    budget = process + dense weights + KV cache + recurrent state and snapshots + working buffers + staging + expert cache
 
 Dense weights have the first claim, then the KV cache and the recurrent state, then working buffers and what readers
 transcode from; experts get the rest, in equal slots, or one behind the other when all of them fit. The budget is the
