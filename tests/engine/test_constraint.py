@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,6 +24,7 @@ from argosy.engine.constraint import (
     GrammarCompiler,
     embed_schema,
 )
+from argosy.engine.loop import AnswerEnd, EngineLoop
 from argosy.engine.sampler import Sampler, SamplerState
 from argosy.errors import GrammarError, UsageError
 from argosy.prompt.tokenizer import Tokenizer
@@ -506,3 +508,39 @@ def test_a_schema_that_is_nested_too_deep_is_refused_with_the_number(compiler: G
         with pytest.raises(GrammarError, match="nested more than 64 deep"):
             compiler.compile(Grammar(kind="json_schema", text=nested(depth)))
     compiler.compile(Grammar(kind="json_schema", text=nested(20)))
+
+
+def test_grammars_are_compiled_in_any_thread_while_another_follows_them(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=60, temperature=1.0, seed=5, grammar=GRAMMAR)
+    expected = engine.generate([3, 4, 5], params).token_ids
+    found: list[list[int]] = []
+
+    def ask(loop: EngineLoop, number: int) -> None:
+        for at in range(6):
+            loop.submit(
+                [9, at],
+                SamplingParams(
+                    max_tokens=9, grammar=Grammar(kind="regex", text=f"[a-z]{{{at + 1}}}{number}")
+                ),
+                ignore,
+            )
+            ended = threading.Event()
+
+            def hear(event: object, ended: threading.Event = ended) -> None:
+                if isinstance(event, AnswerEnd):
+                    found.append(event.result.token_ids)
+                    ended.set()
+
+            loop.submit([3, 4, 5], params, hear)
+            assert ended.wait(20)
+
+    def ignore(event: object) -> None:
+        pass
+
+    with EngineLoop(engine) as loop:
+        threads = [threading.Thread(target=ask, args=(loop, number)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == [expected] * 24
