@@ -22,13 +22,16 @@ from argosy.engine.constraint import (
     MAX_REGEX_CHARACTERS,
     Constraint,
     GrammarCompiler,
-    embed_schema,
 )
 from argosy.engine.loop import AnswerEnd, EngineLoop
 from argosy.engine.sampler import Sampler, SamplerState
 from argosy.errors import GrammarError, UsageError
+from argosy.prompt.formats import find_format
 from argosy.prompt.tokenizer import Tokenizer
+from argosy.prompt.tools import check_tools
 from tests.models.tiny import qwen3_moe, write_model
+from tests.prompt.families import FAMILIES, TOOLS
+from tests.prompt.test_grammars import ONE
 from tests.prompt.tokenizers_for_tests import byte_level_json, llama_json, unigram_json, word_piece_json
 
 VOCAB = 640  # of the model: more than any of the tokenizers has
@@ -179,8 +182,8 @@ def test_control_tokens_come_where_a_grammar_names_them_and_nowhere_else() -> No
     assert not allowed[call]
     with pytest.raises(GrammarError, match="unknown special token"):
         compiler.compile(Grammar(kind="lark", text='start: <nobody> "x"'))
-    body = embed_schema(json.dumps(SCHEMA))
-    constraint = compiler.compile(Grammar(kind="lark", text=f"start: <tool_call> body\nbody: {body}"))
+    body = f"start: <tool_call> body\nbody: %json {json.dumps(SCHEMA)}"
+    constraint = compiler.compile(Grammar(kind="lark", text=body))
     ids = walk(constraint, 1, end_ids=tokenizer.eos_ids)
     assert json.loads(text_of(tokenizer, ids[1:])).keys() >= {"name", "size"}
 
@@ -342,6 +345,9 @@ BOMBS = {
     "rules": Grammar(kind="lark", text='start: a{1000}\na: b{1000}\nb: c{1000}\nc: "x"'),
     "terminals": Grammar(kind="lark", text='start: A\nA: B{1000}\nB: C{1000}\nC: D{1000}\nD: "x"'),
     "left and right": Grammar(kind="lark", text='start: start start | "a" |'),
+    "deep schema inside": Grammar(kind="lark", text="start: %json " + nested(100)),
+    "long pattern inside": Grammar(kind="lark", text='start: %json {"pattern": "' + "a" * 2000 + '"}'),
+    "broken schema inside": Grammar(kind="lark", text='start: %json {"type": '),
     "options": Grammar(kind="lark", text='%llguidance {"no_forcing": false}\nstart: /(a{1000}){1000}/'),
     "no start": Grammar(kind="lark", text='begin: "a"'),
     "long": Grammar(kind="lark", text='start: "' + "a" * MAX_GRAMMAR_CHARACTERS + '"'),
@@ -544,3 +550,21 @@ def test_grammars_are_compiled_in_any_thread_while_another_follows_them(engine: 
         for thread in threads:
             thread.join()
     assert found == [expected] * 24
+
+
+@pytest.mark.parametrize("name", sorted(ONE))
+def test_the_calls_that_families_write_follow_their_grammars(name: str) -> None:
+    """As `prompt/formats` writes them, with schemas whose white space comes to an end."""
+    family = FAMILIES[name]
+    end_ids = list(family.tokenizer.eos_ids) or [0]
+    compiler = GrammarCompiler(family.tokenizer, vocab_size=family.tokenizer.vocab_size, end_ids=end_ids)
+    text = find_format(family.tokenizer, family.template).grammar(check_tools(TOOLS))
+    constraint = compiler.compile(Grammar(kind="lark", text=text))
+    for token_id in family.tokenizer.encode_segments([(False, ONE[name])]):
+        allowed = constraint.allowed()
+        assert allowed is not None
+        assert allowed[token_id]
+        assert constraint.accept(token_id)
+    allowed = constraint.allowed()
+    assert allowed is not None
+    assert constraint.is_finished or allowed[end_ids[0]]
