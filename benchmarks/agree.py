@@ -17,6 +17,7 @@ import numpy as np
 from common import Report
 from divergence import divergence
 from engines import ARGOSY, LLAMA_CPP, Job, logits, parse_cases, peer_python
+from make_checkpoint import GGUF_FORMATS
 from random_weights import document
 
 TIE = 0.05
@@ -25,9 +26,7 @@ TIE = 0.05
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=96)
-    options, cases = parse_cases(
-        parser, geometries="small", formats="F16,BF16,Q8_0,Q4_0,Q4_1,Q4_K_M,Q5_K,Q6_K", threads="2"
-    )
+    options, cases = parse_cases(parser, geometries="small", formats=",".join(GGUF_FORMATS), threads="2")
     report = Report("agree", state="one document, all positions in one batch")
     if peer_python() is None:
         print("skipped: llama.cpp is not installed (benchmarks/install_peer.sh)", file=sys.stderr)

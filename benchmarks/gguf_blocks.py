@@ -1,7 +1,7 @@
 """Quantise float32 into GGUF blocks, for test models: fast and plain, not the best rounding that there is.
 
-`gguf.quants` has the types of 32 values; the K types of 256 are here, after the layouts in ggml-common.h (llama.cpp):
-scales come from the largest and smallest value of a sub-block, without the searches of llama-quantize.
+`gguf.quants` has most types of 32 values; the types of 256, and IQ4_NL, are here, after the layouts in ggml-common.h
+(llama.cpp): scales come from the largest and smallest value of a sub-block, without the searches of llama-quantize.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import numpy as np
 from gguf.quants import quantize
 from numpy.typing import NDArray
 
-BLOCK_TYPES = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q5_K", "Q6_K")
+BLOCK_TYPES = (
+    *("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", "IQ4_NL"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"),
+)
 
 
 def block_shape(block_type: str) -> tuple[int, int]:
@@ -34,8 +37,9 @@ def to_blocks(block_type: str, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
         ValueError: a row is not a whole number of blocks.
     """
     nbytes = row_bytes(block_type, rows.shape[1])
-    if block_type in _K_TYPES:
-        blocks = _K_TYPES[block_type](np.ascontiguousarray(rows, np.float32).reshape(-1, 256))
+    if block_type in _QUANTISERS:
+        values, _ = block_shape(block_type)
+        blocks = _QUANTISERS[block_type](np.ascontiguousarray(rows, np.float32).reshape(-1, values))
         return blocks.reshape(len(rows), nbytes)
     packed = quantize(np.ascontiguousarray(rows, np.float32), gguf.GGMLQuantizationType[block_type])
     return np.ascontiguousarray(packed).view(np.uint8).reshape(len(rows), nbytes)
@@ -52,18 +56,18 @@ def scale_blocks(block_type: str, blocks: NDArray[np.uint8], factor: float) -> N
 
 # Where a block keeps its float16 scales.
 _SCALES = {
-    "Q8_0": (0,),
-    "Q4_0": (0,),
-    "Q4_1": (0, 2),
-    "Q5_0": (0,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
+    **dict.fromkeys(("Q8_0", "Q4_0", "Q5_0", "IQ4_NL", "IQ4_XS"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
     "Q6_K": (208,),
 }
+_IQ4_VALUES = np.array(gguf.quants.IQ4_NL.kvalues, np.float32)
 
 
 def _inverse(scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.where(scale > 0, 1 / np.maximum(scale, 1e-30), 0).astype(np.float32)
+    there = np.abs(scale) > 1e-30
+    return np.where(there, 1 / np.where(there, scale, 1), 0).astype(np.float32)
 
 
 def _half(values: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
@@ -71,64 +75,130 @@ def _half(values: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.fl
     return rounded.reshape(-1, 1).view(np.uint8), rounded.astype(np.float32)
 
 
-def _with_minimum(values: NDArray[np.float32], levels: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Of Q4_K and Q5_K: header [n, 16] with d, dmin and the packed scales, and quants [n, 8, 32] below `levels`."""
-    groups = values.reshape(-1, 8, 32)
+def _joined(parts: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Parts [n, k, m] of so many bits as bytes [n, m], the first in the lowest bits."""
+    shifts = np.arange(parts.shape[1], dtype=np.uint8) * np.uint8(bits)
+    return np.bitwise_or.reduce(parts << shifts[:, None], axis=1)
+
+
+def _halves(quants: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Codes of four bits [n, 256]: of each 64, the first 32 in the low halves of 32 bytes."""
+    return _joined(quants.reshape(-1, 2, 32), 4).reshape(-1, 128)
+
+
+def _pairs(quants: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Codes of two bits [n, 256]: of each 128, four runs of 32 share 32 bytes."""
+    return _joined(quants.reshape(-1, 4, 32), 2).reshape(-1, 64)
+
+
+# ── scale and min ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _with_minimum(
+    values: NDArray[np.float32], cols: int, levels: int, largest: int
+) -> tuple[NDArray[np.uint8], ...]:
+    """Of [n, 256]: d, dmin, scales and minima of each `cols` up to `largest`, and quants [n, 256] below `levels`."""
+    groups = values.reshape(-1, 256 // cols, cols)
     low = np.minimum(groups.min(axis=2), 0)
     steps = (groups.max(axis=2) - low) / (levels - 1)
-    d_bytes, d = _half(steps.max(axis=1) / 63)
-    m_bytes, m = _half(-low.min(axis=1) / 63)
-    scales = np.clip(np.rint(steps * _inverse(d)[:, None]), 0, 63).astype(np.uint8)
-    minima = np.clip(np.rint(-low * _inverse(m)[:, None]), 0, 63).astype(np.uint8)
+    d_bytes, d = _half(steps.max(axis=1) / largest)
+    m_bytes, m = _half(-low.min(axis=1) / largest)
+    scales = np.clip(np.rint(steps * _inverse(d)[:, None]), 0, largest).astype(np.uint8)
+    minima = np.clip(np.rint(-low * _inverse(m)[:, None]), 0, largest).astype(np.uint8)
     step, offset = scales * d[:, None], minima * m[:, None]
     quants = np.clip(np.rint((groups + offset[:, :, None]) * _inverse(step)[:, :, None]), 0, levels - 1)
-    packed = np.hstack(
+    return d_bytes, m_bytes, scales, minima, quants.astype(np.uint8).reshape(-1, 256)
+
+
+def _q2_k(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    d, dmin, scales, minima, quants = _with_minimum(values, 16, 4, 15)
+    return np.hstack([scales | (minima << 4), _pairs(quants), d, dmin])
+
+
+def _q4_k(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    d, dmin, scales, minima, quants = _with_minimum(values, 32, 16, 63)
+    return np.hstack([d, dmin, _six_bit_pairs(scales, minima), _halves(quants)])
+
+
+def _q5_k(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    d, dmin, scales, minima, quants = _with_minimum(values, 32, 32, 63)
+    high = _joined((quants >> 4).reshape(-1, 8, 32), 1)
+    return np.hstack([d, dmin, _six_bit_pairs(scales, minima), high, _halves(quants & 15)])
+
+
+def _six_bit_pairs(scales: NDArray[np.uint8], minima: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.hstack(
         [
             scales[:, :4] | (scales[:, 4:] >> 4 << 6),
             minima[:, :4] | (minima[:, 4:] >> 4 << 6),
             (scales[:, 4:] & 15) | ((minima[:, 4:] & 15) << 4),
         ]
     )
-    return np.hstack([d_bytes, m_bytes, packed]), quants.astype(np.uint8)
 
 
-def _pairs(quants: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Low four bits of [n, 8, 32]: groups 2i and 2i + 1 share 32 bytes."""
-    low = quants & 15
-    return (low[:, 0::2] | (low[:, 1::2] << 4)).reshape(-1, 128)
+# ── scale alone ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _q4_k(values: NDArray[np.float32]) -> NDArray[np.uint8]:
-    header, quants = _with_minimum(values, 16)
-    return np.hstack([header, _pairs(quants)])
+def _signed_scales(
+    values: NDArray[np.float32], cols: int, end: float, largest: int
+) -> tuple[NDArray[np.uint8], NDArray[np.int8], NDArray[np.float32]]:
+    """Of [n, 256]: d, a scale of each `cols` up to `largest`, and [n, groups, cols] over both.
+
+    The value that is farthest from zero in a group comes out near `end`.
+    """
+    groups = values.reshape(-1, 256 // cols, cols)
+    farthest = np.take_along_axis(groups, np.abs(groups).argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
+    steps = farthest / np.float32(end)
+    d_bytes, d = _half(np.abs(steps).max(axis=1) / largest)
+    scales = np.clip(np.rint(steps * _inverse(d)[:, None]), -largest, largest).astype(np.int8)
+    return d_bytes, scales, groups * _inverse(scales * d[:, None])[:, :, None]
 
 
-def _q5_k(values: NDArray[np.float32]) -> NDArray[np.uint8]:
-    header, quants = _with_minimum(values, 32)
-    high = np.zeros((len(quants), 32), np.uint8)
-    for group in range(8):
-        high |= (quants[:, group] >> 4) << group
-    return np.hstack([header, high, _pairs(quants)])
+def _q3_k(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    d, scales, scaled = _signed_scales(values, 16, -4, 31)
+    quants = (np.clip(np.rint(scaled), -4, 3) + 4).astype(np.uint8).reshape(-1, 256)
+    codes = (scales + 32).view(np.uint8)
+    low, high = _joined((codes & 15).reshape(-1, 2, 8), 4), _joined((codes >> 4).reshape(-1, 4, 4), 2)
+    return np.hstack([_joined((quants >> 2).reshape(-1, 8, 32), 1), _pairs(quants & 3), low, high, d])
 
 
 def _q6_k(values: NDArray[np.float32]) -> NDArray[np.uint8]:
-    groups = values.reshape(-1, 16, 16)
-    steps = np.abs(groups).max(axis=2) / 31
-    d_bytes, d = _half(steps.max(axis=1) / 127)
-    scales = np.clip(np.rint(steps * _inverse(d)[:, None]), 0, 127).astype(np.int8)
-    inverse = _inverse(scales * d[:, None])
-    quants = (np.clip(np.rint(groups * inverse[:, :, None]), -32, 31) + 32).astype(np.uint8)
-    halves = quants.reshape(-1, 2, 4, 32)  # of 128 values, in four runs of 32
-    low = (halves[:, :, :2] & 15) | ((halves[:, :, 2:] & 15) << 4)
-    high = halves >> 4 << np.array([0, 2, 4, 6], np.uint8)[:, None]
-    return np.hstack(
-        [
-            low.reshape(-1, 128),
-            np.bitwise_or.reduce(high, axis=2).reshape(-1, 64),
-            scales.view(np.uint8),
-            d_bytes,
-        ]
+    d, scales, scaled = _signed_scales(values, 16, -32, 127)
+    quants = (np.clip(np.rint(scaled), -32, 31) + 32).astype(np.uint8)
+    low = _joined((quants & 15).reshape(-1, 2, 64), 4).reshape(
+        -1, 128
+    )  # of each 128, the first 64 in the low halves
+    return np.hstack([low, _pairs(quants >> 4), scales.view(np.uint8), d])
+
+
+def _iq4_codes(scaled: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The nearest entries of the table, [n, 32]: the first 16 in the low halves of 16 bytes."""
+    between = (_IQ4_VALUES[1:] + _IQ4_VALUES[:-1]) / 2
+    return _joined(np.searchsorted(between, scaled).astype(np.uint8).reshape(-1, 2, 16), 4)
+
+
+def _iq4_nl(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    farthest = np.take_along_axis(values, np.abs(values).argmax(axis=1)[:, None], axis=1)[:, 0]
+    d_bytes, d = _half(farthest / _IQ4_VALUES[0])
+    return np.hstack([d_bytes, _iq4_codes(values * _inverse(d)[:, None])])
+
+
+def _iq4_xs(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    d, scales, scaled = _signed_scales(values, 32, _IQ4_VALUES[0], 31)
+    codes = (scales + 32).view(np.uint8)
+    high, low = (
+        _joined((codes >> 4).reshape(-1, 4, 1), 2).reshape(-1, 2),
+        _joined((codes & 15).reshape(-1, 2, 1), 4),
     )
+    return np.hstack([d, high, low.reshape(-1, 4), _iq4_codes(scaled).reshape(-1, 128)])
 
 
-_K_TYPES = {"Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k}
+_QUANTISERS = {
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
+}

@@ -1,11 +1,11 @@
-"""How near are the products to the machine's walls: reading weights for one token, integer products for many?
+"""How near are the products to the machine's walls: reading weights for one token, products for many?
 
     python benchmarks/kernels.py --rows 768 --cols 2048
 
-For every quantised format: bytes of weights per second with one token, weights cold, over a plain read of memory; and
-int8 operations per second with many tokens over the peak of the instruction. q8 counts twice, for its activations have
-two bytes. Figures are the best of many short samples, walls the best of all probes of the run, which are taken before
-each figure: a neighbour only ever slows one down.
+For every format: bytes of weights per second with one token, weights cold, over a plain read of memory; and operations
+per second with many tokens, two per multiply-add. Those of quantised formats are of int8, and over the peak of the
+instruction; q8 counts twice, for its activations have two bytes. Figures are the best of many short samples, walls the
+best of all probes of the run, which are taken before each figure: a neighbour only ever slows one down.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from argosy.config import Format
 from common import Report
 from engines import passes
 
-FORMATS = [format for format in get_args(Format) if format not in ("f32", "f16", "bf16", "f8")]
+FORMATS = get_args(Format)
+FLOATS = ("f32", "f16", "bf16", "f8")  # their activations are float32
 ARENA_BYTES = 256 << 20  # eight times the last cache of the machine this was written on
 COLD_SAMPLE_BYTES = 12 << 20  # about half a millisecond
 
 
 class Matrices:
-    """An arena full of matrices of one format. Any bytes are quants; these are finite float16 scales, too."""
+    """An arena full of matrices of one format. Any bytes are quants; these are finite numbers of all formats, too."""
 
     def __init__(self, memory: _native.Arena, format: Format, rows: int, cols: int) -> None:
         size = _native.matrix_bytes(format, rows, cols)
@@ -88,7 +89,7 @@ def read_rate(runtime: _native.Runtime, matrices: Matrices, seconds: float) -> f
 
 
 def product_rate(runtime: _native.Runtime, matrices: Matrices, tokens: int, seconds: float) -> float:
-    """int8 operations per second, two per multiply-add."""
+    """Operations per second."""
     x = np.random.default_rng(2).standard_normal((tokens, matrices.cols), dtype=np.float32)
     outs = [np.empty((tokens, matrices.rows), np.float32) for _ in range(2)]
     operations = 2 * 2 * passes(matrices.format) * tokens * matrices.rows * matrices.cols
@@ -107,10 +108,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, nargs="*", default=[8, 32, 128])
     parser.add_argument("--formats", nargs="*", choices=FORMATS, default=FORMATS)
+    sets = _native.instruction_sets()
+    parser.add_argument("--instruction-set", choices=sets, default=sets[-1])
     parser.add_argument("--seconds", type=float, default=0.5, help="per figure")
     options = parser.parse_args()
 
     report = Report("kernels")
+    _native.use_instruction_set(options.instruction_set)
     runtime = _native.Runtime(options.threads)
     memory = _native.Arena(ARENA_BYTES)
     bits = np.random.default_rng(0).integers(0, 256, ARENA_BYTES, dtype=np.uint8)
@@ -136,6 +140,10 @@ def main() -> None:
         for tokens in options.tokens:
             peak = max(peak, _native.int8_probe(options.threads))
             rate = product_rate(runtime, matrices, tokens, options.seconds)
+            if matrices.format in FLOATS:
+                cells.append(f"{rate / 1e9:>7.0f} Gop/s{'':7}")
+                report.record("float32", "Gop/s", [rate / 1e9], [], tokens=tokens, **facts)
+                continue
             cells.append(f"{rate / 1e9:>7.0f} Gop/s ({rate / peak:.2f})")
             report.record("int8", "Gop/s", [rate / 1e9], [], peak=peak / 1e9, tokens=tokens, **facts)
         print(f"{matrices.format:<8}{''.join(cells)}")

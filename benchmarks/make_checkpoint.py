@@ -178,8 +178,12 @@ class Pool:
                 from gguf_blocks import block_shape, scale_blocks, to_blocks
 
                 values, nbytes = block_shape(self._block_type)
-                whole = to_blocks(self._block_type, self._normal.reshape(-1, values)).reshape(-1, nbytes)
-                blocks = scale_blocks(self._block_type, whole, deviation)
+                normal = self._normal.reshape(-1, values)
+                if self._block_type == "MXFP4":  # its scales are powers of two
+                    blocks = to_blocks("MXFP4", normal * np.float32(deviation)).reshape(-1, nbytes)
+                else:
+                    whole = to_blocks(self._block_type, normal).reshape(-1, nbytes)
+                    blocks = scale_blocks(self._block_type, whole, deviation)
             self._blocks[deviation] = blocks
         return self._blocks[deviation]
 
@@ -261,29 +265,70 @@ def _tensors(raw: Mapping[str, Any], routing: Routing, seed: int) -> Iterator[Te
 
 # ── GGUF ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-GGUF_FORMATS = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K_M", "Q5_K", "Q6_K")
+GGUF_FORMATS = (
+    *("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K", "Q6_K"),
+    *("IQ4_NL", "IQ4_XS", "MXFP4_MOE"),
+)
+# The type of most matrices, where a format is not named after it.
+_MOSTLY = {"Q3_K_M": "Q3_K", "Q4_K_M": "Q4_K"}
+# What takes the place of a type of 256 values where these do not divide a row.
+_SMALLER_BLOCKS = {
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+    "IQ4_XS": "IQ4_NL",
+}
 
 
-def block_type_of(format: str, name: str, layer: int, num_layers: int, cols: int) -> str:
+def block_type_of(format: str, name: str, layer: int, cols: int, config: ModelConfig) -> str:
     """The type that llama-quantize gives a matrix (llama.cpp, src/llama-quant.cpp), by canonical name.
 
-    The head keeps 6 bits below 8. Q4_K_M gives `v` and `down` 6 bits in the first and last eighth of the layers and in
-    every third between. Where 256 does not divide a row, Q4_K becomes Q5_0, and Q5_K and Q6_K become Q8_0 (llama.cpp
-    has Q5_1 for Q5_K, which Argosy does not read).
+    The head keeps 6 bits below 8. Mixtures give `v`, `down` and `o` more bits than the rest, and keep `k` and `v` of
+    models with eight experts at 8 bits. `Q5_K` is what it calls Q5_K_S.
     """
-    last = name.rpartition(".")[2]
-    if last in ("router", "shared_score"):
+    last = name.rpartition(".")[2].removeprefix("shared_")
+    if last in ("router", "score"):
         return "F32"
     if format in ("F16", "BF16", "Q8_0"):
         return format
-    chosen = {"Q4_K_M": "Q4_K"}.get(format, format)
-    eighth = num_layers // 8
-    wants_more = layer < eighth or layer >= 7 * num_layers // 8 or (layer - eighth) % 3 == 2
-    if last == "head" or (format == "Q4_K_M" and last in ("v", "down", "shared_down") and wants_more):
-        chosen = "Q6_K"
-    if cols % 256:
-        return {"Q4_K": "Q5_0", "Q5_K": "Q8_0", "Q6_K": "Q8_0"}.get(chosen, chosen)
-    return chosen
+    if format == "MXFP4_MOE":
+        return "MXFP4" if name.startswith("expert.") else "Q8_0"
+    chosen = _more_bits(format, last, layer, config) or _MOSTLY.get(format, format)
+    return _SMALLER_BLOCKS.get(chosen, chosen) if cols % 256 else chosen
+
+
+def _more_bits(format: str, last: str, layer: int, config: ModelConfig) -> str | None:
+    """The type of a matrix that the format does not treat like most."""
+    eighth = config.num_layers // 8
+    is_first = layer < eighth
+    is_chosen = is_first or layer >= 7 * config.num_layers // 8 or (layer - eighth) % 3 == 2
+    shares_keys = config.num_heads >= 4 * config.num_kv_heads
+    if last == "head":
+        return "Q6_K"
+    if config.num_experts == 8 and last in ("k", "v"):
+        return "Q8_0"
+    if config.num_experts == 8 and last == "o" and format in (*_MOSTLY, "Q2_K", "IQ4_NL", "IQ4_XS"):
+        return "Q5_K"
+    match format, last:
+        case "Q2_K", "v":
+            return "Q4_K" if shares_keys else "Q3_K"
+        case "Q2_K", "down" | "o":
+            return "Q3_K"
+        case "Q3_K_M", "v":
+            return "Q5_K" if layer < 2 else "Q4_K"
+        case "Q3_K_M", "down":
+            return "Q5_K" if layer < config.num_layers // 16 else "Q4_K"
+        case "Q3_K_M", "o":
+            return "Q4_K"
+        case "Q4_K_M", "v" | "down":
+            return "Q6_K" if is_chosen else None
+        case "IQ4_NL" | "IQ4_XS", "v":
+            return "Q5_K" if shares_keys else None
+        case "IQ4_NL" | "IQ4_XS", "down":
+            return "Q5_K" if is_first else None
+    return None
 
 
 def write_gguf(
@@ -306,7 +351,7 @@ def write_gguf(
         cols = recipe.shape[-1]
         block_type = "F32"
         if len(recipe.shape) > 1:
-            block_type = block_type_of(format, canonical, layer, config.num_layers, cols)
+            block_type = block_type_of(format, canonical, layer, cols, config)
         shape = [*recipe.shape[:-1], row_bytes(block_type, cols)]
         if copies:
             shape.insert(0, copies)

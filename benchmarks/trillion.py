@@ -31,7 +31,13 @@ from numpy.typing import NDArray
 
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, MatrixRef, ModelFiles, Piece, matrix_bytes
-from argosy.checkpoint.geometry import count_parameters, dense_shapes, expert_shapes, packed_format
+from argosy.checkpoint.geometry import (
+    count_parameters,
+    dense_shapes,
+    expert_shapes,
+    packed_config,
+    packed_format,
+)
 from argosy.config import Format, ModelConfig, format_bytes, parse_size
 from argosy.engine import engine as engine_module
 from argosy.model.families import FAMILIES
@@ -191,7 +197,7 @@ class Trillion:
         dense, end = {}, 0
         for name, shape in dense_shapes(self.config):
             rows, cols = shape if len(shape) == 2 else (1, shape[0])
-            format = packed_format(name, "q4")
+            format = packed_format(name, "q4", self.config)
             nbytes = matrix_bytes(format, rows, cols)
             path = self.directory / DENSE_FILE
             dense[name] = MatrixRef(name, path, end, nbytes, format, rows, cols)
@@ -216,6 +222,7 @@ class Trillion:
             "layers": self.config.num_layers,
             "layer_share": LAYER_SHARE,
             "panels": "drawn",
+            "kv_up": "in two",
         }
         made = self.directory / MADE_FILE
         if made.exists() and json.loads(made.read_text())["made"] == wanted:
@@ -256,7 +263,7 @@ class Trillion:
     def _write_dense(self, noise: Noise, write: Callable[[Any], object]) -> None:
         recipe_of = self._recipes()
         for name, shape in dense_shapes(self.config):
-            recipe, format = recipe_of(name), packed_format(name, "q4")
+            recipe, format = recipe_of(name), packed_format(name, "q4", self.config)
             if isinstance(recipe, Normal) and format != "f32":
                 parts = [noise.matrix(format, recipe)]
             else:
@@ -416,7 +423,7 @@ def main() -> int:
         options.directory, options.experts_gib = options.directory.with_name("trillion-short"), 0.06
         options.memory = "180MiB"
     raw = raw_config(short=options.short)
-    config = FAMILIES[raw["model_type"]].parse_config(raw)
+    config = packed_config(FAMILIES[raw["model_type"]].parse_config(raw))
     trillion = Trillion(options.directory, config, 1)
     trillion = Trillion(options.directory, config, int(options.experts_gib * 2**30) // trillion.record_bytes)
     if options.inside:

@@ -170,6 +170,12 @@ void bind_store(nb::module_& m) {
       .def(nb::init<size_t>(), "nbytes"_a)
       .def_prop_ro("nbytes", &Arena::size)
       .def("array", &arena_view)
+      .def("populate",
+           [](const Arena& arena) {
+             const auto populate = arena.populating();  // before another thread may close it
+             nb::gil_scoped_release released;
+             populate();
+           })
       .def("close", &Arena::close);
 
   nb::class_<FileSystem>(m, "FileSystem");

@@ -13,6 +13,7 @@
 //     q4       4   - 8          f16 of 32                      -
 //     q4_1     4   - 0          f16 of 32                      f16 of 32
 //     q5_0     5   - 16         f16 of 32                      -
+//     q5_1     5   - 0          f16 of 32                      f16 of 32
 //     q4_k     4   - 0          f16 of 256 * u8 of 32          f16 of 256 * u8 of 32
 //     q5_k     5   - 0          f16 of 256 * u8 of 32          f16 of 256 * u8 of 32
 //     q6_k     6   - 32         f16 of 256 * int8 of 16        -
@@ -60,6 +61,7 @@ enum class Format : uint8_t {
   q4,
   q4_1,
   q5_0,
+  q5_1,
   q4_k,
   q5_k,
   q6_k,
@@ -73,7 +75,7 @@ enum class Format : uint8_t {
 
 // Internal linkage throughout: this header is compiled under several instruction sets, and the linker must
 // not pick one of the copies for all.
-[[maybe_unused]] static constexpr int kNumFormats = 17;
+[[maybe_unused]] static constexpr int kNumFormats = 18;
 [[maybe_unused]] static constexpr int64_t kGroupSize = 32;
 [[maybe_unused]] static constexpr int64_t kPanelRows = 16;
 [[maybe_unused]] static constexpr int64_t kChunkBytes =
@@ -144,6 +146,8 @@ static inline constexpr QuantFormat quant_format(Format format) {
       return {4, 0, 32, 0, true};
     case Format::q5_0:
       return {5, 16, 32};
+    case Format::q5_1:
+      return {5, 0, 32, 0, true};
     case Format::q4_k:
       return {4, 0, 256, 32, true, SubScales::bytes};
     case Format::q5_k:

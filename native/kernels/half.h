@@ -8,7 +8,7 @@ namespace argosy {
 
 // Not std::bit_cast: all_kernels.h says why.
 template <class To, class From>
-static inline To bit_cast(From from) {
+static inline constexpr To bit_cast(From from) {
   return __builtin_bit_cast(To, from);
 }
 

@@ -11,7 +11,7 @@ namespace argosy {
 namespace {
 // Tiles that fill the 16 registers.
 constexpr int kFloatTileRows = 2, kFloatTileTokens = 4, kFloatRowsAlone = 4;
-constexpr int kF8RowsAlone = 4;
+constexpr int kF8RowsAlone = 4, kF8VecsOfFewTokens = kF8Vecs;
 constexpr int kOnePanelTokens = 2;
 constexpr int kScoreQueries = 4, kScoreTiles = 1, kValueQueries = 2;
 constexpr int kLatentTile = 6;

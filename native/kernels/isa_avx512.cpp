@@ -4,6 +4,7 @@
 
 #define ARGOSY_VECTOR 1
 #define ARGOSY_AVX512 1
+#define ARGOSY_VBMI 0
 #include "kernels/quantized_tile_avx512.h"
 #include "kernels/vector_avx512.h"
 
@@ -11,7 +12,7 @@ namespace argosy {
 namespace {
 // Tiles that fill the 32 registers.
 constexpr int kFloatTileRows = 4, kFloatTileTokens = 6, kFloatRowsAlone = 4;
-constexpr int kF8RowsAlone = 4;
+constexpr int kF8RowsAlone = 4, kF8VecsOfFewTokens = kF8Vecs;
 constexpr int kOnePanelTokens = 8;
 constexpr int two_panels_tokens(Format format) {
   return format == Format::q8 || quant_format(format).parts() == 2 ? 4 : 6;

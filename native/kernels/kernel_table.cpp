@@ -15,9 +15,21 @@ extern const KernelTable kPlainKernels;
 #if defined(__x86_64__)
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
+void matmul_f8_vbmi(const MatmulArgs& args);
 #endif
 
 namespace {
+
+#if defined(__x86_64__)
+const KernelTable& avx512_kernels() {
+  static const KernelTable with_vbmi = [] {
+    KernelTable table = kAvx512Kernels;
+    table.matmul[int(Format::f8)] = matmul_f8_vbmi;
+    return table;
+  }();
+  return __builtin_cpu_supports("avx512vbmi") ? with_vbmi : kAvx512Kernels;
+}
+#endif
 
 std::vector<const KernelTable*> runnable_tables() {
   std::vector<const KernelTable*> tables = {&kPlainKernels};
@@ -30,7 +42,7 @@ std::vector<const KernelTable*> runnable_tables() {
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vnni")) {
-    tables.push_back(&kAvx512Kernels);
+    tables.push_back(&avx512_kernels());
   }
 #endif
   return tables;

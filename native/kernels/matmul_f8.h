@@ -3,7 +3,7 @@
 //   W  as formats.h says, at any alignment.    x  float32 [tokens][cols].    y  float32, overwritten.
 //
 // For each 128 columns in ascending order: y += scale * (sum of code * x); each sum, and tiles, as in
-// matmul_float.h. A NaN code makes NaN of its row.
+// matmul_float.h. There are no NaN codes: they are refused while they land (transcode_f8.h).
 //
 // Few tokens: bound by memory, one byte per weight. Many: bound by multiply-adds; a few rows at a time become
 // float32, for all tokens of a block.
@@ -22,13 +22,6 @@ inline float f8_scale_at(const uint8_t* weights, int64_t cols, int64_t row, int6
 }
 
 #if !ARGOSY_VECTOR  // the reference
-
-// Whether one of n codes is NaN.
-inline bool has_nan_code(const uint8_t* codes, int64_t n) {
-  uint8_t largest = 0;
-  for (int64_t i = 0; i < n; ++i) largest = (codes[i] & 0x7F) > largest ? codes[i] & 0x7F : largest;
-  return largest == 0x7F;
-}
 
 void matmul_f8(const MatmulArgs& a) {
   for (int64_t row = a.row_begin; row < a.row_end; ++row) {
@@ -54,10 +47,11 @@ inline Vec f8_scale(const uint8_t* scales, int64_t col) {
   return broadcast(read_unaligned<float>(scales + col / kF8Block * 4) * 256.0f);
 }
 
-// Rows where they are, converted on the way to value / 256. NaN codes come out as numbers.
-template <int kRows>
+// Rows where they are, converted on the way to value / 256, so many vectors at once.
+template <int kRows, int kNumVecs>
 struct RowsOfF8 {
   static constexpr int64_t kScaledCols = kF8Block;
+  static constexpr int kVecs = kNumVecs, kRowsAtOnce = kRows;
 
   RowsOfF8(const MatmulArgs& a, int64_t row) : ahead(kRows * a.cols) {
 #pragma GCC unroll 8
@@ -66,8 +60,8 @@ struct RowsOfF8 {
       scales[i] = a.weights + f8_scales_at(row + i, a.cols);
     }
   }
-  Vec at(int64_t col, int i) const { return load_f8(codes[i] + col); }
-  Vec at(int64_t col, int i, int64_t n) const { return load_f8(codes[i] + col, n); }
+  void load(int64_t col, int i, Vec (&to)[kVecs]) const { load_f8(codes[i] + col, to); }
+  void load(int64_t col, int i, int64_t n, Vec (&to)[kVecs]) const { load_f8(codes[i] + col, n, to); }
   Vec scale(int64_t col, int i) const { return f8_scale(scales[i], col); }
   // The next tile, into the second-level cache: rows may be too short for the hardware to see a stream.
   void prefetch(int64_t col) const {
@@ -87,14 +81,17 @@ struct RowsOfF8 {
 template <int kRows>
 struct HalvesOfF8 {
   static constexpr int64_t kScaledCols = kF8Block;
+  static constexpr int kVecs = 1, kRowsAtOnce = kRows;
 
   HalvesOfF8(const MatmulArgs& a, int64_t row, const uint16_t* values, int64_t first)
       : halves(reinterpret_cast<const uint8_t*>(values)), begin(first) {
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) scales[i] = a.weights + f8_scales_at(row + i, a.cols);
   }
-  Vec at(int64_t col, int i) const { return F16Weights::load(halves + (i * kBlockCols + col - begin) * 2); }
-  Vec at(int64_t col, int i, int64_t) const { return at(col, i); }
+  void load(int64_t col, int i, Vec (&to)[kVecs]) const {
+    to[0] = F16Weights::load(halves + (i * kBlockCols + col - begin) * 2);
+  }
+  void load(int64_t col, int i, int64_t, Vec (&to)[kVecs]) const { load(col, i, to); }
   Vec scale(int64_t col, int i) const { return f8_scale(scales[i], col); }
   void prefetch(int64_t) const {}
   const uint8_t* halves;
@@ -102,21 +99,16 @@ struct HalvesOfF8 {
   int64_t begin;
 };
 
-// Makes NaN of the sums of a row with a NaN code.
-inline void mark_nan(const MatmulArgs& a, int64_t row, int64_t token, int64_t token_end) {
-  if (!has_nan_code(a.weights + f8_row_at(row, a.cols), a.cols)) return;
-  for (int64_t t = token; t < token_end; ++t) output_row(a, t)[row - a.row_begin] = float_from_f8(0x7F);
-}
-
 // All columns of the rows [row, row_end), kRows at a time, for kTokens tokens; returns the first row that is
 // left.
 template <int kRows, int kTokens>
 [[gnu::noinline]] int64_t matmul_f8_rows(const MatmulArgs& a, int64_t row, int64_t token) {
+  // Reading is what takes the time of few tokens, and their sums leave registers for wide conversion.
+  constexpr int kVecs = kTokens <= 2 ? kF8VecsOfFewTokens : kTokens <= 4 ? kF8Vecs : 1;
   const RowsOfX<kTokens> x(a, token);
   for (; row + kRows <= a.row_end; row += kRows) {
-    const RowsOfF8<kRows> rows(a, row);
+    const RowsOfF8<kRows, kVecs> rows(a, row);
     matmul_float_tile<kRows, kTokens>(a, rows, x, row, token, 0, a.cols, NoneWait{});
-    for (int i = 0; i < kRows; ++i) mark_nan(a, row + i, token, token + kTokens);
   }
   return row;
 }
@@ -144,10 +136,13 @@ void matmul_f8_block(const MatmulArgs& a, int64_t row, int64_t row_end, int64_t 
   for (int64_t i = row; i < row_end; ++i) {
     const uint8_t* codes = a.weights + f8_row_at(i, a.cols);
     uint16_t* to = halves + (i - row) * kBlockCols;
-    for (int64_t col = begin; col < end; col += kLanes, to += kLanes)
-      halve_f8(codes + col, end - col < kLanes ? end - col : kLanes, to);
+    // The next columns of this row, or the first of one further down: pieces too short to be seen as a
+    // stream.
+    const uint8_t* next = end < a.cols ? codes + end : a.weights + f8_row_at(i + kBlockRows, a.cols);
+    for (int64_t at = 0; at < kBlockCols; at += 64) __builtin_prefetch(next + at, 0, 2);
+    for (int64_t col = begin; col < end; col += kF8Vecs * kLanes, to += kF8Vecs * kLanes)
+      halve_f8(codes + col, end - col, to);
   }
-  const int64_t first_token = token;
   for (; token < token_end; token += kFloatTileTokens, waiting += kBlockRows * kFloatTileTokens) {
     with_number<kFloatTileTokens>(token_end - token < kFloatTileTokens ? token_end - token : kFloatTileTokens,
                                   [&]<int kTokens>(Number<kTokens>) {
@@ -156,8 +151,6 @@ void matmul_f8_block(const MatmulArgs& a, int64_t row, int64_t row_end, int64_t 
                                                                 end, waiting);
                                   });
   }
-  if (end < a.cols) return;
-  for (int64_t i = row; i < row_end; ++i) mark_nan(a, i, first_token, token_end);
 }
 
 void matmul_f8(const MatmulArgs& a) {

@@ -83,59 +83,72 @@ void copy_x(const MatmulArgs& a, int64_t token, int64_t begin, int64_t end, floa
   }
 }
 
-// kRows rows of W where they are: vector `col` of row i. A sum goes on over all columns.
+// kRows rows of W where they are: kVecs vectors from `col` on of row i. A sum goes on over all columns. Rows
+// are loaded and multiplied one after the other: all loads of a tile first would read more slowly.
 template <class Weights, int kRows>
 struct RowsOfW {
   static constexpr int64_t kScaledCols = 0;
+  static constexpr int kVecs = 1, kRowsAtOnce = 1;
 
-  RowsOfW(const MatmulArgs& a, int64_t row) : ahead(kRows * a.cols * Weights::kBytes) {
+  RowsOfW(const MatmulArgs& a, int64_t row) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) w[i] = a.weights + (row + i) * a.cols * Weights::kBytes;
+    for (int i = 0; i < kRows; ++i) {
+      w[i] = a.weights + (row + i) * a.cols * Weights::kBytes;
+      next[i] = w[i] + kRows * a.cols * Weights::kBytes;
+    }
   }
-  Vec at(int64_t col, int i) const {
+  void load(int64_t col, int i, Vec (&to)[kVecs]) const {
     // The next tile, into the second-level cache: rows may be too short for the hardware to see a stream.
-    __builtin_prefetch(w[i] + col * Weights::kBytes + ahead, 0, 2);
-    return Weights::load(w[i] + col * Weights::kBytes);
+    __builtin_prefetch(next[i] + col * Weights::kBytes, 0, 2);
+    to[0] = Weights::load(w[i] + col * Weights::kBytes);
   }
-  Vec at(int64_t col, int i, int64_t n) const { return Weights::load(w[i] + col * Weights::kBytes, n); }
+  void load(int64_t col, int i, int64_t n, Vec (&to)[kVecs]) const {
+    to[0] = Weights::load(w[i] + col * Weights::kBytes, n);
+  }
   const uint8_t* w[kRows];
-  int64_t ahead;
+  const uint8_t* next[kRows];
 };
 
 // In place of memory for sums that wait: a tile that takes all columns has none.
 struct NoneWait {};
 
-// Adds the products of columns [begin, end) to the sums, or makes sums of them.
-template <bool kAreNew, int kRows, int kTokens, class W, class X>
+// Adds the products of the columns that W loads at once to the sums, or, where that is a part of them, of n.
+template <bool kIsPart, int kRows, int kTokens, class W, class X>
+[[gnu::always_inline]] inline void add_vectors(const W& rows, const X& x, int64_t col, int64_t n,
+                                               Vec (&sum)[kRows][kTokens]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; i += W::kRowsAtOnce) {
+    Vec w[W::kRowsAtOnce][W::kVecs];
+#pragma GCC unroll 8
+    for (int r = 0; r < W::kRowsAtOnce; ++r) {
+      if constexpr (kIsPart) {
+        rows.load(col, i + r, n, w[r]);
+      } else {
+        rows.load(col, i + r, w[r]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < W::kVecs; ++v) {
+      const int64_t at = col + v * kLanes, rest = n - v * kLanes;
+      if (kIsPart && rest <= 0) break;
+#pragma GCC unroll 8
+      for (int j = 0; j < kTokens; ++j) {
+        const Vec some = kIsPart && rest < kLanes ? x.at(at, j, rest) : x.at(at, j);
+#pragma GCC unroll 8
+        for (int r = 0; r < W::kRowsAtOnce; ++r) sum[i + r][j] = fma(w[r][v], some, sum[i + r][j]);
+      }
+    }
+  }
+}
+
+// Adds the products of columns [begin, end) to the sums.
+template <int kRows, int kTokens, class W, class X>
 [[gnu::always_inline]] inline void add_products(const W& rows, const X& x, int64_t begin, int64_t end,
                                                 Vec (&sum)[kRows][kTokens]) {
+  constexpr int64_t kCols = W::kVecs * kLanes;
   int64_t col = begin;
-  if constexpr (kAreNew) {
-    const bool is_short = end - begin < kLanes;
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      const Vec w = is_short ? zeros() : rows.at(col, i);
-#pragma GCC unroll 8
-      for (int j = 0; j < kTokens; ++j) sum[i][j] = is_short ? zeros() : mul(w, x.at(col, j));
-    }
-    if (!is_short) col += kLanes;
-  }
-  for (; col + kLanes <= end; col += kLanes) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      const Vec w = rows.at(col, i);
-#pragma GCC unroll 8
-      for (int j = 0; j < kTokens; ++j) sum[i][j] = fma(w, x.at(col, j), sum[i][j]);
-    }
-  }
-  if (col < end) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      const Vec w = rows.at(col, i, end - col);
-#pragma GCC unroll 8
-      for (int j = 0; j < kTokens; ++j) sum[i][j] = fma(w, x.at(col, j, end - col), sum[i][j]);
-    }
-  }
+  for (; col + kCols <= end; col += kCols) add_vectors<false>(rows, x, col, kCols, sum);
+  if (col < end) add_vectors<true>(rows, x, col, end - col, sum);
 }
 
 // Columns [begin, end) of a tile. The sums come from `waiting` unless begin is 0, and go there unless end is
@@ -156,12 +169,17 @@ void matmul_float_tile(const MatmulArgs& a, const W& rows, const X& x, int64_t r
     }
   }
   if constexpr (W::kScaledCols == 0) {
-    add_products<false>(rows, x, begin, end, sum);
+    add_products(rows, x, begin, end, sum);
   } else {
     for (int64_t block = begin; block < end; block += W::kScaledCols) {
       Vec part[kRows][kTokens];
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kTokens; ++j) part[i][j] = zeros();
+      }
       rows.prefetch(block);
-      add_products<true>(rows, x, block, end - block < W::kScaledCols ? end : block + W::kScaledCols, part);
+      add_products(rows, x, block, end - block < W::kScaledCols ? end : block + W::kScaledCols, part);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
         const Vec scale = rows.scale(block, i);

@@ -65,7 +65,11 @@ uint64_t read_memory(const uint8_t* data, int64_t nbytes) {
     }
   }
   uint64_t total = 0;
-  for (const __m512i& each : sum) total += uint64_t(_mm512_reduce_add_epi64(each));
+  for (const __m512i& each : sum) {
+    uint64_t words[8];  // _mm512_reduce_add_epi64 adds signed words, which must not overflow
+    _mm512_storeu_si512(words, each);
+    for (const uint64_t word : words) total += word;
+  }
   return total;
 }
 

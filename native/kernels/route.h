@@ -1,17 +1,15 @@
 // route.h: the experts of one token, and the weight of each.
 //
-//   score of expert e   softmax over all logits, or sigmoid of its own
-//   worth of e          score + choice_bias; without a bias its logit, in the same order, because two experts
-//   whose
-//                       scores round to the same number are then still told apart. NaN is worth minus
-//                       infinity
-//   worth of a group    its best expert's, or the sum of score + choice_bias of its best two
-//   ids    int32 [k]    the k experts of greatest worth, best first, of the kept_groups groups of greatest
-//   worth; what
-//                       lies in other groups is never chosen. On a tie the lower id wins, of experts and of
-//                       groups
+//   score of expert e     softmax over all logits, or sigmoid of its own
+//   worth of e            score + choice_bias; without a bias its logit, in the same order, because two
+//                         experts whose scores round to the same number are then still told apart. NaN is
+//                         worth minus infinity
+//   worth of a group      its best expert's, or the sum of score + choice_bias of its best two
+//   ids      int32 [k]    the k experts of greatest worth, best first, of the kept_groups groups of greatest
+//                         worth; what lies in other groups is never chosen. On a tie the lower id wins, of
+//                         experts and of groups
 //   weights  float32 [k]  scores (no bias) of those; with renormalize divided by (their sum + eps); times
-//   scale
+//                         scale
 //
 // As DeepSeek-V3 has it (arXiv:2412.19437, section 2.1.2). NaN logits give k different ids all the same.
 #pragma once

@@ -1,9 +1,11 @@
 // transcode.h: quantised weights as files have them to the formats of formats.h, without loss.
 //
-//   Q8_0 Q4_0 Q4_1 Q5_0 IQ4_NL MXFP4        a row is blocks of 32 columns    ->  q8 q4 q4_1 q5_0 iq4_nl mxfp4
-//   Q4_K Q5_K Q6_K Q2_K Q3_K IQ4_XS         a row is blocks of 256 columns   ->  q4_k q5_k q6_k q2_k q3_k
-//   iq4_xs int4_quants int4_scales                 compressed-tensors               ->  int4 mxfp4_quants
-//   mxfp4_scales               OCP MX                           ->  mxfp4
+//   Q8_0 Q4_0                       a row is blocks of 32 columns    ->  q8 q4
+//   Q4_1 Q5_0 Q5_1 IQ4_NL MXFP4     the same                         ->  q4_1 q5_0 q5_1 iq4_nl mxfp4
+//   Q4_K Q5_K Q6_K Q2_K Q3_K        a row is blocks of 256 columns   ->  q4_k q5_k q6_k q2_k q3_k
+//   IQ4_XS                          the same                         ->  iq4_xs
+//   int4_quants int4_scales         compressed-tensors               ->  int4
+//   mxfp4_quants mxfp4_scales       OCP MX                           ->  mxfp4
 //
 // Every weight has the value that the file gives it: only the order of the bits changes. The blocks' layouts
 // are those of the GGUF specification (ggml's block_q8_0 to block_mxfp4), whose MXFP4 takes a scale of 255
@@ -42,6 +44,7 @@ enum class BlockType : uint8_t {
   q4_0,
   q4_1,
   q5_0,
+  q5_1,
   q4_k,
   q5_k,
   q6_k,
@@ -58,20 +61,20 @@ enum class BlockType : uint8_t {
   f8_scales,
   f8_scales_bf16
 };
-[[maybe_unused]] static constexpr int kNumBlockTypes = 19;
+[[maybe_unused]] static constexpr int kNumBlockTypes = 20;
 
 static inline constexpr Format slot_format(BlockType type) {
   constexpr Format formats[kNumBlockTypes] = {
-      Format::q8,    Format::q4,    Format::q4_1,   Format::q5_0,   Format::q4_k,  Format::q5_k, Format::q6_k,
-      Format::q2_k,  Format::q3_k,  Format::iq4_nl, Format::iq4_xs, Format::mxfp4, Format::int4, Format::int4,
-      Format::mxfp4, Format::mxfp4, Format::f8,     Format::f8,     Format::f8};
+      Format::q8,   Format::q4,    Format::q4_1,  Format::q5_0,   Format::q5_1,   Format::q4_k,  Format::q5_k,
+      Format::q6_k, Format::q2_k,  Format::q3_k,  Format::iq4_nl, Format::iq4_xs, Format::mxfp4, Format::int4,
+      Format::int4, Format::mxfp4, Format::mxfp4, Format::f8,     Format::f8,     Format::f8};
   return formats[int(type)];
 }
 
 // Bytes of one block in the file.
 static inline constexpr int64_t block_bytes(BlockType type) {
-  constexpr int64_t bytes[kNumBlockTypes] = {34,  18, 20, 22, 144, 176, 210, 84, 110, 18,
-                                             136, 17, 16, 2,  16,  1,   1,   4,  2};
+  constexpr int64_t bytes[kNumBlockTypes] = {34, 18,  20, 22, 24, 144, 176, 210, 84, 110,
+                                             18, 136, 17, 16, 2,  16,  1,   1,   4,  2};
   return bytes[int(type)];
 }
 

@@ -7,10 +7,20 @@
 
 #include "kernels/half.h"
 #include "kernels/kernel_table.h"
-#include "kernels/matmul_f8.h"
 
 namespace argosy {
 namespace {
+
+#if !ARGOSY_VECTOR
+
+// Whether one of n codes is NaN.
+inline bool has_nan_code(const uint8_t* codes, int64_t n) {
+  uint8_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) largest = (codes[i] & 0x7F) > largest ? codes[i] & 0x7F : largest;
+  return largest == 0x7F;
+}
+
+#endif
 
 bool transcode_f8_codes(const TranscodeArgs& a) {
   constexpr int64_t kInCache = 4096;  // bytes that are copied, and then looked at

@@ -120,18 +120,31 @@ void transcode_block<BlockType::q4_1>(const BlockRows& rows, uint8_t* quants, ui
   rows.copy_halves(2, scales + kPanelRows * 2);
 }
 
-template <>
-void transcode_block<BlockType::q5_0>(const BlockRows& rows, uint8_t* quants, uint8_t* scales) {
-  transcode_nibbles(rows, 6, quants);
-  rows.copy_halves(0, scales);
+// A word with the highest bits of five, those of columns 0 to 31 from the lowest bit on: as in a panel.
+inline void transcode_fifth_bits(const BlockRows& rows, int64_t at, uint8_t* group) {
   // Bit 4 c + j of the word, c from 0 to 7, goes to bit 8 j + c.
   RowWords bits;
-  rows.load_one(2, bits);
+  rows.load_one(at, bits);
   swap_bits(bits, 1, 0x22222222);
   swap_bits(bits, 3, 0x0A0A0A0A);
   swap_bits(bits, 6, 0x00CC00CC);
   swap_bits(bits, 12, 0x0000F0F0);
-  rows.store(quants + 4 * kChunkBytes, bits);
+  rows.store(group + 4 * kChunkBytes, bits);
+}
+
+template <>
+void transcode_block<BlockType::q5_0>(const BlockRows& rows, uint8_t* quants, uint8_t* scales) {
+  transcode_nibbles(rows, 6, quants);
+  transcode_fifth_bits(rows, 2, quants);
+  rows.copy_halves(0, scales);
+}
+
+template <>
+void transcode_block<BlockType::q5_1>(const BlockRows& rows, uint8_t* quants, uint8_t* scales) {
+  transcode_nibbles(rows, 8, quants);
+  transcode_fifth_bits(rows, 4, quants);
+  rows.copy_halves(0, scales);
+  rows.copy_halves(2, scales + kPanelRows * 2);
 }
 
 // Two groups whose quants are the low and the high halves of words[0] to words[7].

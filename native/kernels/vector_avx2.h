@@ -76,22 +76,27 @@ struct Bf16Weights {
 };
 
 // FP8 codes as value / 256: with the sign spread to bit 14 and cleared there, what is left is a float16 whose
-// exponent has a bias of 15 instead of 7, subnormals included. NaN codes come out as 480 / 256.
-inline __m128i halves_of_f8(const uint8_t* from) {
-  const __m128i codes = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-  return _mm_and_si128(_mm_slli_epi16(codes, 7), _mm_set1_epi16(int16_t(0xBF80)));
+// exponent has a bias of 15 instead of 7, subnormals included.
+constexpr int kF8Vecs = 2;  // that become floats at once
+inline __m256i load_halves_of_f8(const uint8_t* from) {
+  const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return _mm256_and_si256(_mm256_slli_epi16(codes, 7), _mm256_set1_epi16(int16_t(0xBF80)));
 }
-inline Vec load_f8(const uint8_t* from) { return _mm256_cvtph_ps(halves_of_f8(from)); }
-inline Vec load_f8(const uint8_t* from, int64_t n) {
-  uint8_t codes[8] = {};
+inline void load_f8(const uint8_t* from, Vec (&to)[kF8Vecs]) {
+  const __m256i halves = load_halves_of_f8(from);
+  to[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+  to[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+}
+inline void load_f8(const uint8_t* from, int64_t n, Vec (&to)[kF8Vecs]) {
+  uint8_t codes[kF8Vecs * kLanes] = {};
   std::memcpy(codes, from, size_t(n));
-  return load_f8(codes);
+  load_f8(codes, to);
 }
-// The float16 of n codes, zeros behind them.
+// The float16 of the first n codes, up to two vectors of them; zeros behind them.
 inline void halve_f8(const uint8_t* from, int64_t n, uint16_t* to) {
-  uint8_t codes[8] = {};
-  if (n < kLanes) from = static_cast<const uint8_t*>(std::memcpy(codes, from, size_t(n)));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves_of_f8(from));
+  uint8_t codes[kF8Vecs * kLanes] = {};
+  if (n < kF8Vecs * kLanes) from = static_cast<const uint8_t*>(std::memcpy(codes, from, size_t(n)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), load_halves_of_f8(from));
 }
 // Whether one of n codes is NaN.
 inline bool has_nan_code(const uint8_t* codes, int64_t n) {

@@ -67,22 +67,90 @@ struct Bf16Weights {
 };
 
 // FP8 codes as value / 256: with the sign spread to bit 14 and cleared there, what is left is a float16 whose
-// exponent has a bias of 15 instead of 7, subnormals included. NaN codes come out as 480 / 256.
+// exponent has a bias of 15 instead of 7, subnormals included.
 inline __m256i halves_of_f8(__m128i codes) {
   const __m256i halves = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);
   return _mm256_and_si256(halves, _mm256_set1_epi16(int16_t(0xBF80)));
 }
-inline Vec load_f8(const uint8_t* from) {
-  return _mm512_cvtph_ps(halves_of_f8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+inline void load_f8(const uint8_t* from, Vec (&to)[1]) {
+  to[0] = _mm512_cvtph_ps(halves_of_f8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
-inline Vec load_f8(const uint8_t* from, int64_t n) {
-  return _mm512_cvtph_ps(halves_of_f8(_mm_maskz_loadu_epi8(first_lanes(n), from)));
+inline void load_f8(const uint8_t* from, int64_t n, Vec (&to)[1]) {
+  to[0] = _mm512_cvtph_ps(halves_of_f8(_mm_maskz_loadu_epi8(first_lanes(n), from)));
 }
-// The float16 of n codes, zeros behind them.
+
+// Two vectors of them take fewer instructions than twice one.
+constexpr int kF8Vecs = 2;
+inline __m512i halves_of_f8(__m256i codes) {
+  const __m512i halves = _mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), 7);
+  return _mm512_and_si512(halves, _mm512_set1_epi16(int16_t(0xBF80)));
+}
+inline __m512i load_halves_of_f8(const uint8_t* from) {
+  return halves_of_f8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline __m512i load_halves_of_f8(const uint8_t* from, int64_t n) {
+  return halves_of_f8(_mm256_maskz_loadu_epi8(__mmask32((uint64_t{1} << n) - 1), from));
+}
+inline void widen_halves(__m512i halves, Vec (&to)[kF8Vecs]) {
+  to[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+  to[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+}
+inline void load_f8(const uint8_t* from, Vec (&to)[kF8Vecs]) { widen_halves(load_halves_of_f8(from), to); }
+inline void load_f8(const uint8_t* from, int64_t n, Vec (&to)[kF8Vecs]) {
+  widen_halves(load_halves_of_f8(from, n), to);
+}
+// The float16 of the first n codes, up to two vectors of them; zeros behind them.
 inline void halve_f8(const uint8_t* from, int64_t n, uint16_t* to) {
-  const __m256i halves = halves_of_f8(_mm_maskz_loadu_epi8(first_lanes(n), from));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
+  _mm512_storeu_si512(to, n < kF8Vecs * kLanes ? load_halves_of_f8(from, n) : load_halves_of_f8(from));
 }
+
+#if ARGOSY_VBMI
+
+// The same values, looked up: the two bytes of the bfloat16 of a code without its sign. `order` brings 64
+// codes into the order in which pairs of bytes become floats.
+struct F8Tables {
+  uint8_t low[128], high[128], order[64];
+};
+constexpr F8Tables f8_tables() {
+  F8Tables tables = {};
+  for (int code = 0; code < 128; ++code) {
+    const float value =
+        float(code % 8 + (code < 8 ? 0 : 8)) * 0x1p-17f * float(1 << (code < 8 ? 0 : code / 8 - 1));
+    const uint32_t bits = bit_cast<uint32_t>(value);
+    tables.low[code] = uint8_t(bits >> 16);
+    tables.high[code] = uint8_t(bits >> 24);
+  }
+  // unpacklo and unpackhi take eight pairs of bytes from each 128 bits; of these pairs, every other one.
+  for (int at = 0; at < 64; ++at) {
+    const int vec = at % 16 / 8 * 2 + at % 2, lane = at / 16 * 4 + at % 8 / 2;
+    tables.order[at] = uint8_t(vec * kLanes + lane);
+  }
+  return tables;
+}
+alignas(64) constexpr F8Tables kF8Tables = f8_tables();
+
+inline void look_up_f8(__m512i codes, Vec (&to)[4]) {
+  const auto table = [](const uint8_t* from) { return _mm512_load_si512(from); };
+  const __m512i ordered = _mm512_permutexvar_epi8(table(kF8Tables.order), codes);
+  const __m512i low = _mm512_permutex2var_epi8(table(kF8Tables.low), ordered, table(kF8Tables.low + 64));
+  const __m512i magnitude =
+      _mm512_permutex2var_epi8(table(kF8Tables.high), ordered, table(kF8Tables.high + 64));
+  // magnitude | (code & sign)
+  const __m512i high = _mm512_ternarylogic_epi32(magnitude, ordered, _mm512_set1_epi8(int8_t(0x80)), 0xF8);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m512i pairs = i == 0 ? _mm512_unpacklo_epi8(low, high) : _mm512_unpackhi_epi8(low, high);
+    to[2 * i] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    to[2 * i + 1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xFFFF0000))));
+  }
+}
+inline void load_f8(const uint8_t* from, Vec (&to)[4]) { look_up_f8(_mm512_loadu_si512(from), to); }
+inline void load_f8(const uint8_t* from, int64_t n, Vec (&to)[4]) {
+  look_up_f8(_mm512_maskz_loadu_epi8((__mmask64{1} << n) - 1, from), to);
+}
+
+#endif
+
 // Whether one of n codes is NaN.
 inline bool has_nan_code(const uint8_t* codes, int64_t n) {
   const __m512i low = _mm512_set1_epi8(0x7F);

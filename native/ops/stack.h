@@ -6,8 +6,8 @@
 //     switch (stack.advance(50ms)) {
 //       case Pause::time: continue;      // look for ^C, for instance
 //       case Pause::done: return;        // batch.logits is written
-//       case Pause::experts: ...         // lease demand().expert_ids, run_shared(), run_experts() as they
-//       land
+//       case Pause::experts: ...         // lease demand().expert_ids, run_shared(), and
+//                                        // run_experts() as they land
 //     }
 //   }
 //
@@ -55,8 +55,8 @@ struct GroupedQueryAttention {
   int64_t num_heads = 0;
   int64_t window = 0;  // a token sees its last `window` positions; 0: all
   float scale = 0;     // of the scores
-  bool has_gate =
-      false;  // query has rows [query, gate] of each head; what a head saw times sigmoid of its gate
+  // query has rows [query, gate] of each head; what a head saw is taken times sigmoid of its gate
+  bool has_gate = false;
 };
 
 // A gated delta net (arXiv:2412.06464): a recurrent state per sequence instead of keys and values. Rows of

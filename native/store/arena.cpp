@@ -4,9 +4,14 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <stdexcept>
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23  // Linux 5.14; older ones refuse it
+#endif
 
 namespace argosy {
 namespace {
@@ -34,6 +39,17 @@ Arena::Arena(size_t nbytes) : size_(nbytes) {
   // Both are advice: a kernel without huge pages refuses the first, and everything still works.
   madvise(aligned, mapped, MADV_HUGEPAGE);
   madvise(aligned, mapped, MADV_DONTDUMP);
+}
+
+// Some milliseconds, after which it looks whether to go on.
+constexpr size_t kPopulatedAtOnce = size_t{8} << 20;
+
+std::function<void()> Arena::populating() const {
+  return [held = mapping_, is_wanted = is_wanted_, size = size_] {
+    for (size_t at = 0; at < size && held && is_wanted->load(); at += kPopulatedAtOnce) {
+      if (madvise(held.get() + at, std::min(kPopulatedAtOnce, size - at), MADV_POPULATE_WRITE) != 0) return;
+    }
+  };
 }
 
 uint8_t* Arena::data() {

@@ -4,8 +4,10 @@
 // asked for: reads into 2 MiB pages were measured twice as fast as into ordinary ones.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <new>
 #include <string>
@@ -29,18 +31,26 @@ class Arena {
 
   explicit Arena(size_t nbytes);
 
+  // What gives pages to all of it, from its beginning on, on a thread that has time: the first write to a
+  // huge page of a virtual machine may take two milliseconds. Ends early once the arena is closed.
+  std::function<void()> populating() const;
+
   uint8_t* data();  // aligned to kAlignment, zero until written; throws std::invalid_argument after close()
   size_t size() const { return size_; }
 
   // Whoever keeps a pointer into the arena keeps this beside it: close() lets go of the memory, and it goes
   // back to the system with its last holder.
   std::shared_ptr<const void> hold() const { return mapping_; }
-  void close() { mapping_.reset(); }
+  void close() {
+    is_wanted_->store(false);
+    mapping_.reset();
+  }
   bool is_closed() const { return mapping_ == nullptr; }
 
  private:
   size_t size_;
   std::shared_ptr<uint8_t> mapping_;
+  std::shared_ptr<std::atomic<bool>> is_wanted_ = std::make_shared<std::atomic<bool>>(true);
 };
 
 }  // namespace argosy

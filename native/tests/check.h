@@ -1,21 +1,21 @@
 // check.h: what a native test needs. A failed check prints where and goes on; check_result() is for main to
-// return.
+// return. Any thread may check.
 #pragma once
 
+#include <atomic>
 #include <cstdio>
 #include <sstream>
 #include <string>
 
 namespace argosy::testing {
 
-inline int num_checks = 0;
-inline int num_failures = 0;
+inline std::atomic<int> num_checks{0};
+inline std::atomic<int> num_failures{0};
 
 inline void report(bool holds, const char* file, int line, const std::string& sentence) {
   ++num_checks;
   if (holds) return;
-  ++num_failures;
-  if (num_failures <= 20) fprintf(stderr, "%s:%d: %s\n", file, line, sentence.c_str());
+  if (++num_failures <= 20) fprintf(stderr, "%s:%d: %s\n", file, line, sentence.c_str());
 }
 
 template <class A, class B>
@@ -27,7 +27,7 @@ void report_equal(const A& found, const B& expected, const char* file, int line,
 }
 
 inline int check_result() {
-  printf("%d checks, %d failed\n", num_checks, num_failures);
+  printf("%d checks, %d failed\n", num_checks.load(), num_failures.load());
   return num_failures == 0 ? 0 : 1;
 }
 

@@ -16,15 +16,15 @@
 
 namespace argosy::testing {
 
-inline const Format kFormats[] = {Format::f32,   Format::f16,  Format::bf16, Format::f8,     Format::q8,
-                                  Format::q4,    Format::q4_1, Format::q5_0, Format::q4_k,   Format::q5_k,
-                                  Format::q6_k,  Format::q2_k, Format::q3_k, Format::iq4_nl, Format::iq4_xs,
-                                  Format::mxfp4, Format::int4};
+inline const Format kFormats[] = {Format::f32,    Format::f16,   Format::bf16, Format::f8,   Format::q8,
+                                  Format::q4,     Format::q4_1,  Format::q5_0, Format::q5_1, Format::q4_k,
+                                  Format::q5_k,   Format::q6_k,  Format::q2_k, Format::q3_k, Format::iq4_nl,
+                                  Format::iq4_xs, Format::mxfp4, Format::int4};
 // Those that bring a whole matrix.
-inline const BlockType kBlockTypes[] = {BlockType::q8_0,   BlockType::q4_0,   BlockType::q4_1,
-                                        BlockType::q5_0,   BlockType::q4_k,   BlockType::q5_k,
-                                        BlockType::q6_k,   BlockType::q2_k,   BlockType::q3_k,
-                                        BlockType::iq4_nl, BlockType::iq4_xs, BlockType::mxfp4};
+inline const BlockType kBlockTypes[] = {
+    BlockType::q8_0,   BlockType::q4_0,   BlockType::q4_1, BlockType::q5_0, BlockType::q5_1,
+    BlockType::q4_k,   BlockType::q5_k,   BlockType::q6_k, BlockType::q2_k, BlockType::q3_k,
+    BlockType::iq4_nl, BlockType::iq4_xs, BlockType::mxfp4};
 
 // Around the vectors (8, 16), the panel (16) and the group (32).
 inline const int64_t kSizes[] = {0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 70};

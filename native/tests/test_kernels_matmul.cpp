@@ -2,6 +2,12 @@
 
 #include "tests/kernel_cases.h"
 
+#if defined(__x86_64__)
+namespace argosy {
+extern const KernelTable kAvx512Kernels;  // as it is without VBMI
+}
+#endif
+
 namespace argosy::testing {
 namespace {
 
@@ -251,23 +257,51 @@ void f8_products_are_those_of_the_float32_weights() {
   }
 }
 
-void a_nan_code_stays_in_its_row() {
-  for (const uint8_t code : {uint8_t{0x7F}, uint8_t{0xFF}}) {
-    for (const int64_t col : {0, 63, 130, 691, 699}) {
-      std::vector<uint8_t> codes(size_t(kF8Rows * kF8Cols), 0x7E);
-      codes[size_t(131 * kF8Cols + col)] = code;
-      const Weights w(codes, std::vector<float>(18, 1.0f), kF8Rows, kF8Cols);
-      for (const KernelTable* table : all_tables()) {
-        for (const int64_t tokens : {1, 3, 30}) {
-          const std::vector<float> y = multiply(*table, w.view, normal(tokens * kF8Cols, 15), tokens);
-          bool right = true;
-          for (size_t i = 0; i < y.size(); ++i) right &= std::isnan(y[i]) == (i % kF8Rows == 131);
-          CHECK(right);
+// Each code in each place of a vector, alone in its row's sum.
+void a_product_with_an_f8_code_is_its_value() {
+  constexpr int64_t kRows = 256, kCols = 250;
+  std::vector<uint8_t> codes(size_t(kRows * kCols));
+  for (size_t i = 0; i < codes.size(); ++i) {
+    const int code = int(i) / int(kCols);
+    codes[i] = uint8_t(code % 128 == 127 ? 0 : code);
+  }
+  const Weights w(codes, std::vector<float>(4, 0.5f), kRows, kCols, 3);
+  for (const KernelTable* table : all_tables()) {
+    for (const int64_t tokens : {1, 2, 3, 6, 30}) {
+      for (int64_t first = 0; first < kCols; first += tokens) {
+        std::vector<float> x(size_t(tokens * kCols), 0.0f);
+        for (int64_t t = 0; t < tokens && first + t < kCols; ++t) x[size_t(t * kCols + first + t)] = 1.0f;
+        const std::vector<float> y = multiply(*table, w.view, x, tokens);
+        bool equal = true;
+        for (int64_t t = 0; t < tokens && first + t < kCols; ++t) {
+          for (int64_t row = 0; row < kRows; ++row) {
+            const double value = row % 128 == 127 ? 0 : e4m3(int(row));
+            equal &= double(y[size_t(t * kRows + row)]) == value / 2;
+          }
         }
+        CHECK(equal);
       }
     }
   }
 }
+
+#if defined(__x86_64__)
+// A processor with VBMI runs others of these products than one without.
+void f8_products_have_the_same_bits_with_and_without_vbmi() {
+  if (instruction_sets().back() != "avx512") return;
+  for (const int64_t cols : {1, 63, 64, 127, 128, 129, 700, 5120}) {
+    const Weights w = Weights::random(Format::f8, 150, cols, 21, 1);
+    for (const int64_t tokens : {1, 2, 3, 6, 7, 30}) {
+      // Numbers so small that some of the products are subnormal.
+      for (const float scale : {1.0f, 1e-36f}) {
+        const std::vector<float> x = normal(tokens * cols, 22, scale);
+        CHECK(same_bits(multiply(kernel_table("avx512"), w.view, x, tokens),
+                        multiply(kAvx512Kernels, w.view, x, tokens)));
+      }
+    }
+  }
+}
+#endif
 
 void what_is_no_number_is_seen_while_it_is_transcoded() {
   for (const KernelTable* table : all_tables()) {
@@ -414,7 +448,10 @@ int main() {
   a_long_row_has_the_same_order_of_sums();
   f8_weights_are_codes_times_scales();
   f8_products_are_those_of_the_float32_weights();
-  a_nan_code_stays_in_its_row();
+  a_product_with_an_f8_code_is_its_value();
+#if defined(__x86_64__)
+  f8_products_have_the_same_bits_with_and_without_vbmi();
+#endif
   what_is_no_number_is_seen_while_it_is_transcoded();
   f8_tensors_may_be_transcoded_apart();
   rows_and_tokens_may_be_picked();

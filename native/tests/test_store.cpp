@@ -716,6 +716,21 @@ void an_arena_is_aligned_zero_and_untouched() {
   CHECK(Arena(0).data() != nullptr);
 }
 
+void an_arena_is_populated_by_another_thread_and_keeps_what_is_in_it() {
+  Arena arena(5 * Arena::kAlignment + 5);
+  arena.data()[0] = 1;
+  arena.data()[arena.size() - 1] = 2;
+  std::thread thread(arena.populating());
+  arena.data()[Arena::kAlignment] = 3;
+  thread.join();
+  CHECK_EQUAL(int(arena.data()[0]), 1);
+  CHECK_EQUAL(int(arena.data()[Arena::kAlignment]), 3);
+  CHECK_EQUAL(int(arena.data()[arena.size() - 1]), 2);
+  const auto late = arena.populating();
+  arena.close();
+  late();  // its memory is there until it has ended
+}
+
 void a_probe_reads_what_it_says() {
   const TestFile file(16 * kPage + 5);
   CHECK(drive_probe(file.path(), kPage, 40, 2, false) > 0);
@@ -887,6 +902,7 @@ int main() {
   a_piece_that_cannot_be_meant_is_refused_at_once();
   blocks_that_cannot_be_meant_are_refused_at_once();
   an_arena_is_aligned_zero_and_untouched();
+  an_arena_is_populated_by_another_thread_and_keeps_what_is_in_it();
   a_probe_reads_what_it_says();
   return testing::check_result();
 }

@@ -12,15 +12,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from argosy.config import Budget, SamplingParams
+    from argosy.config import Budget, Grammar, SamplingParams
     from argosy.engine.engine import Engine
     from argosy.prompt.prompt import Prompt
 
-__all__ = ["Budget", "Engine", "Prompt", "SamplingParams", "errors"]
+__all__ = ["Budget", "Engine", "Grammar", "Prompt", "SamplingParams", "errors"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "Budget": "argosy.config",
+    "Grammar": "argosy.config",
     "SamplingParams": "argosy.config",
     "Engine": "argosy.engine.engine",
     "Prompt": "argosy.prompt.prompt",

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 Format = Literal[
     "f32", "f16", "bf16", "f8",
-    "q8", "q4", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4", "int4",
+    "q8", "q4", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4",
+    "int4",
 ]  # fmt: skip
 InstructionSet = Literal["plain", "avx2", "avx512"]
 Activation = tuple[Literal["silu", "clamped"], float, float]  # kind, limit, alpha
@@ -611,6 +612,9 @@ class Arena:
     def nbytes(self) -> int: ...
     def array(self) -> _Bytes:
         """A view of all bytes. It keeps the memory, also after close()."""
+
+    def populate(self) -> None:
+        """Give pages to all of it, for a thread that has time; ends early when another thread closes it."""
 
     def close(self) -> None:
         """Let go of the memory; it goes back to the system with the last view, matrix or read that uses it."""

@@ -23,7 +23,8 @@ KvDtype = Literal["f32", "f16"]
 # How the weights of a matrix lie in memory; native/kernels/formats.h has the layouts.
 Format = Literal[
     "f32", "f16", "bf16", "f8",
-    "q8", "q4", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4", "int4",
+    "q8", "q4", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4",
+    "int4",
 ]  # fmt: skip
 
 

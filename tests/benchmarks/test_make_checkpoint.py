@@ -10,6 +10,7 @@ import pytest
 from gguf.quants import dequantize
 
 from argosy import Engine, SamplingParams
+from argosy.config import ModelConfig
 from benchmarks.gguf_blocks import BLOCK_TYPES, scale_blocks, to_blocks
 from benchmarks.make_checkpoint import block_type_of, make_model, parse_config, raw_config, vocabulary
 from benchmarks.random_weights import RandomWeights, document
@@ -19,7 +20,10 @@ RAW = raw_config(
     hidden=512, layers=2, experts=8, experts_per_token=2, width=256, heads=4, vocab=1280, context=512
 )
 # Root mean square of the rounding, for normal numbers: half a step of the type, and room for a poor scale.
-LARGEST_ROUNDING = {"F16": 3e-4, "BF16": 2e-3, "Q8_0": 0.006, "Q6_K": 0.021, "Q5_0": 0.045, "Q5_K": 0.041}
+LARGEST_ROUNDING = {
+    **{"F16": 3e-4, "BF16": 2e-3, "Q8_0": 0.006, "Q6_K": 0.021, "Q5_0": 0.045, "Q5_1": 0.041, "Q5_K": 0.041},
+    **{"MXFP4": 0.12, "Q3_K": 0.16, "Q2_K": 0.34},
+}
 
 
 @pytest.mark.parametrize("block_type", BLOCK_TYPES)
@@ -33,7 +37,7 @@ def test_blocks_hold_what_was_quantised(block_type: str):
     assert not found[0].any()
 
 
-@pytest.mark.parametrize("block_type", ["Q8_0", "Q4_1", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize("block_type", ["Q8_0", "Q4_1", "Q5_K", "Q6_K", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS"])
 def test_scaled_blocks_hold_scaled_values(block_type: str):
     kind = gguf.GGMLQuantizationType[block_type]
     values = np.random.default_rng(2).standard_normal((4, 256)).astype(np.float32)
@@ -45,7 +49,7 @@ def test_scaled_blocks_hold_scaled_values(block_type: str):
     )  # float16 scales, some of them subnormal
 
 
-@pytest.mark.parametrize("format", ["Q4_0", "Q4_K_M", "BF16"])
+@pytest.mark.parametrize("format", ["Q4_0", "Q4_K_M", "BF16", "Q3_K_M", "IQ4_XS", "MXFP4_MOE", "Q5_1"])
 def test_an_answer_continues_the_document(tmp_path: Path, format: str):
     model = make_model(tmp_path / "model.gguf", RAW, format=format, routing="recorded")
     text = document(0, 40)
@@ -63,12 +67,25 @@ def test_recorded_routing_stays_with_its_experts_and_uniform_routing_does_not():
 
 
 def test_the_types_are_those_of_llama_quantize():
-    down = [block_type_of("Q4_K_M", f"layers.{i}.down", i, 16, 768) for i in range(16)]
+    config = parse_config(raw_config(layers=16, heads=8, kv_heads=2))
+    eight = parse_config(raw_config(layers=16, heads=8, kv_heads=4, experts=8))
+
+    def types(format: str, last: str, cols: int = 768, config: ModelConfig = config) -> list[str]:
+        return [block_type_of(format, f"layers.{layer}.{last}", layer, cols, config) for layer in range(16)]
+
+    down = types("Q4_K_M", "down")
     assert [i for i, kind in enumerate(down) if kind == "Q6_K"] == [0, 1, 4, 7, 10, 13, 14, 15]
-    assert block_type_of("Q4_0", "head", 0, 16, 1024) == "Q6_K"
-    assert block_type_of("Q4_K_M", "layers.0.down", 0, 16, 384) == "Q8_0"
-    assert block_type_of("Q4_K_M", "layers.2.down", 2, 16, 384) == "Q5_0"
-    assert block_type_of("Q8_0", "layers.0.router", 0, 16, 1024) == "F32"
+    assert types("Q4_K_M", "down", 384)[1:3] == ["Q8_0", "Q5_0"]
+    assert types("Q3_K_M", "down")[:2] == ["Q5_K", "Q4_K"]
+    assert types("Q3_K_M", "v")[1:3] == ["Q5_K", "Q4_K"]
+    assert types("IQ4_XS", "shared_down", 384)[1:3] == ["Q5_1", "IQ4_NL"]
+    assert {*types("Q2_K", "o"), *types("Q2_K", "down")} == {"Q3_K"}
+    assert {*types("Q2_K", "v"), *types("Q2_K", "q", 384)} == {"Q4_K", "Q4_0"}
+    assert {*types("Q2_K", "v", config=eight), *types("Q2_K", "o", config=eight)} == {"Q8_0", "Q5_K"}
+    assert {*types("MXFP4_MOE", "down"), *types("Q8_0", "router")} == {"Q8_0", "F32"}
+    assert block_type_of("MXFP4_MOE", "expert.down", 0, 768, config) == "MXFP4"
+    assert block_type_of("Q4_0", "head", 0, 1024, config) == "Q6_K"
+    assert block_type_of("Q2_K", "embed", 0, 1024, config) == "Q2_K"
 
 
 def test_every_token_of_the_vocabulary_is_another_one():

@@ -291,8 +291,8 @@ def test_values_are_those_that_the_gguf_package_reads(type_name: str, path: Path
 
 
 def test_values_of_a_type_without_a_kernel_are_refused_by_name(path: Path) -> None:
-    file = read_gguf(RawGguf(tensors=[tensor("x", [32], 7, 0)], data=bytes(24)).write(path))
-    with pytest.raises(UnsupportedModel, match="x is Q5_1; supported: F32, F16, BF16, Q8_0"):
+    file = read_gguf(RawGguf(tensors=[tensor("x", [256], 21, 0)], data=bytes(110)).write(path))
+    with pytest.raises(UnsupportedModel, match="x is IQ3_S; supported: F32, F16, BF16, Q8_0"):
         read_values(file.tensors["x"])
 
 

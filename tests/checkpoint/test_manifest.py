@@ -94,9 +94,16 @@ def test_a_changed_manifest_is_refused(packed: Path) -> None:
 
 def test_a_manifest_of_another_version_is_refused(packed: Path) -> None:
     path = packed / "argosy.json"
-    path.write_text(path.read_text().replace('"argosy_pack": 2', '"argosy_pack": 3'))
+    path.write_text(path.read_text().replace('"argosy_pack": 3', '"argosy_pack": 4'))
 
-    assert "argosy.json is of version 3, this Argosy reads version 2" in refusal(packed)
+    assert "argosy.json is of version 4, this Argosy reads versions 2 and 3" in refusal(packed)
+
+
+def test_a_pack_of_the_version_before_opens(packed: Path) -> None:
+    path = packed / "argosy.json"
+    path.write_text(path.read_text().replace('"argosy_pack": 3', '"argosy_pack": 2'))
+
+    assert open_pack(packed) is not None
 
 
 def test_a_missing_or_cut_file_is_named(packed: Path) -> None:
@@ -157,6 +164,11 @@ def test_a_config_beside_the_manifest_that_says_otherwise_is_refused(packed: Pat
             lambda c: c["config"]["layers"][0].update(mixer="latent"),
             "config.latent is None, null; expected an object, for layers whose mixer is latent",
         ),
+        (
+            lambda c: c["config"].update(layers=[]),
+            "config.layers is [], a list; expected layers with routed experts",
+        ),
+        (lambda c: c["config"].update(num_experts=0), "expected layers with routed experts"),
         (lambda c: c["config"]["rope"].update(theta="x"), "config.rope.theta is x, text; expected float"),
         (lambda c: c.pop("experts"), "expected the keys format, config, dense, experts, files"),
     ],
@@ -204,6 +216,15 @@ def test_verify_reports_its_progress(packed: Path) -> None:
         "verifying dense.bin",
         "verifying experts.bin",
     }
+
+
+def test_a_number_of_experts_is_believed_only_with_as_many_checksums(packed: Path) -> None:
+    def change(contents: dict[str, Any]) -> None:
+        contents["config"]["num_experts"] = 2**31  # laid out, they would take all memory
+
+    rewrite(packed, change)
+    with pytest.raises(CheckpointError, match=r"checksums of \d+ experts, expected \d{10}"):
+        open_model(packed)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,12 +22,16 @@ from argosy.engine.constraint import (
     MAX_REGEX_CHARACTERS,
     Constraint,
     GrammarCompiler,
-    embed_schema,
 )
+from argosy.engine.loop import AnswerEnd, EngineLoop
 from argosy.engine.sampler import Sampler, SamplerState
 from argosy.errors import GrammarError, UsageError
+from argosy.prompt.formats import find_format
 from argosy.prompt.tokenizer import Tokenizer
+from argosy.prompt.tools import check_tools
 from tests.models.tiny import qwen3_moe, write_model
+from tests.prompt.families import FAMILIES, TOOLS
+from tests.prompt.test_grammars import ONE
 from tests.prompt.tokenizers_for_tests import byte_level_json, llama_json, unigram_json, word_piece_json
 
 VOCAB = 640  # of the model: more than any of the tokenizers has
@@ -177,8 +182,8 @@ def test_control_tokens_come_where_a_grammar_names_them_and_nowhere_else() -> No
     assert not allowed[call]
     with pytest.raises(GrammarError, match="unknown special token"):
         compiler.compile(Grammar(kind="lark", text='start: <nobody> "x"'))
-    body = embed_schema(json.dumps(SCHEMA))
-    constraint = compiler.compile(Grammar(kind="lark", text=f"start: <tool_call> body\nbody: {body}"))
+    body = f"start: <tool_call> body\nbody: %json {json.dumps(SCHEMA)}"
+    constraint = compiler.compile(Grammar(kind="lark", text=body))
     ids = walk(constraint, 1, end_ids=tokenizer.eos_ids)
     assert json.loads(text_of(tokenizer, ids[1:])).keys() >= {"name", "size"}
 
@@ -300,7 +305,7 @@ def nested(depth: int) -> str:
 
 BOMBS = {
     "nested repeats": Grammar(kind="regex", text="((a{1000}){1000}){1000}"),
-    "forced text": Grammar(kind="regex", text="(ab{100}){100}"),
+    "forced text": Grammar(kind="regex", text="(ab{1000}){1000}"),
     "ambiguous": Grammar(kind="regex", text="(a+)+b"),
     "optional": Grammar(kind="regex", text="a?" * 250 + "a" * 250),
     "automaton": Grammar(kind="regex", text="(a|b)*a(a|b){200}"),
@@ -312,6 +317,8 @@ BOMBS = {
     "long expression": Grammar(kind="regex", text="a" * (MAX_REGEX_CHARACTERS + 1)),
     "deep text": Grammar(kind="json_schema", text="[" * 60_000),
     "deep schema": Grammar(kind="json_schema", text=nested(2_000)),
+    "too deep": Grammar(kind="json_schema", text=nested(40)),
+    "deep enough": Grammar(kind="json_schema", text=nested(20)),
     "long pattern": Grammar(kind="json_schema", text=json.dumps({"items": [{"pattern": "a" * 5000}]})),
     "long name": Grammar(kind="json_schema", text=json.dumps({"patternProperties": {"a" * 5000: {}}})),
     "pattern": Grammar(
@@ -338,6 +345,9 @@ BOMBS = {
     "rules": Grammar(kind="lark", text='start: a{1000}\na: b{1000}\nb: c{1000}\nc: "x"'),
     "terminals": Grammar(kind="lark", text='start: A\nA: B{1000}\nB: C{1000}\nC: D{1000}\nD: "x"'),
     "left and right": Grammar(kind="lark", text='start: start start | "a" |'),
+    "deep schema inside": Grammar(kind="lark", text="start: %json " + nested(100)),
+    "long pattern inside": Grammar(kind="lark", text='start: %json {"pattern": "' + "a" * 2000 + '"}'),
+    "broken schema inside": Grammar(kind="lark", text='start: %json {"type": '),
     "options": Grammar(kind="lark", text='%llguidance {"no_forcing": false}\nstart: /(a{1000}){1000}/'),
     "no start": Grammar(kind="lark", text='begin: "a"'),
     "long": Grammar(kind="lark", text='start: "' + "a" * MAX_GRAMMAR_CHARACTERS + '"'),
@@ -348,7 +358,7 @@ BOMBS = {
 def test_a_grammar_is_followed_or_refused_within_bounds(
     compiler: GrammarCompiler, tokenizer: Tokenizer, name: str
 ) -> None:
-    """0.6 s and 96 MiB is twice what the worst of them takes here; most are done in a millisecond."""
+    """The worst takes 0.3 s and 30 MiB here, most a millisecond; the bounds leave room for slower machines."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin = time.process_time()
     steps = 0
@@ -365,8 +375,8 @@ def test_a_grammar_is_followed_or_refused_within_bounds(
             constraint.accept(int(rng.choice(np.flatnonzero(allowed))))
             steps += 1
     compiled_s = compiled_s or time.process_time() - begin
-    assert compiled_s < 0.6
-    assert longest < 0.1
+    assert compiled_s < 1.5
+    assert longest < 0.2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 96 << 10
 
 
@@ -497,3 +507,64 @@ def test_a_grammar_says_what_it_is() -> None:
             Grammar(**values)
     with pytest.raises(UsageError, match="ignore_eos has no meaning with a grammar"):
         SamplingParams(ignore_eos=True, grammar=Grammar(kind="json_object"))
+
+
+def test_a_schema_that_is_nested_too_deep_is_refused_with_the_number(compiler: GrammarCompiler) -> None:
+    for depth in (40, 2_000):
+        with pytest.raises(GrammarError, match="nested more than 64 deep"):
+            compiler.compile(Grammar(kind="json_schema", text=nested(depth)))
+    compiler.compile(Grammar(kind="json_schema", text=nested(20)))
+
+
+def test_grammars_are_compiled_in_any_thread_while_another_follows_them(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=60, temperature=1.0, seed=5, grammar=GRAMMAR)
+    expected = engine.generate([3, 4, 5], params).token_ids
+    found: list[list[int]] = []
+
+    def ask(loop: EngineLoop, number: int) -> None:
+        for at in range(6):
+            loop.submit(
+                [9, at],
+                SamplingParams(
+                    max_tokens=9, grammar=Grammar(kind="regex", text=f"[a-z]{{{at + 1}}}{number}")
+                ),
+                ignore,
+            )
+            ended = threading.Event()
+
+            def hear(event: object, ended: threading.Event = ended) -> None:
+                if isinstance(event, AnswerEnd):
+                    found.append(event.result.token_ids)
+                    ended.set()
+
+            loop.submit([3, 4, 5], params, hear)
+            assert ended.wait(20)
+
+    def ignore(event: object) -> None:
+        pass
+
+    with EngineLoop(engine) as loop:
+        threads = [threading.Thread(target=ask, args=(loop, number)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == [expected] * 24
+
+
+@pytest.mark.parametrize("name", sorted(ONE))
+def test_the_calls_that_families_write_follow_their_grammars(name: str) -> None:
+    """As `prompt/formats` writes them, with schemas whose white space comes to an end."""
+    family = FAMILIES[name]
+    end_ids = list(family.tokenizer.eos_ids) or [0]
+    compiler = GrammarCompiler(family.tokenizer, vocab_size=family.tokenizer.vocab_size, end_ids=end_ids)
+    text = find_format(family.tokenizer, family.template).grammar(check_tools(TOOLS))
+    constraint = compiler.compile(Grammar(kind="lark", text=text))
+    for token_id in family.tokenizer.encode_segments([(False, ONE[name])]):
+        allowed = constraint.allowed()
+        assert allowed is not None
+        assert allowed[token_id]
+        assert constraint.accept(token_id)
+    allowed = constraint.allowed()
+    assert allowed is not None
+    assert constraint.is_finished or allowed[end_ids[0]]

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -263,6 +264,34 @@ def test_answers_of_one_prompt_all_have_its_log_probabilities(engine: Engine) ->
     assert first is not None
     assert len(first) == len(PROMPT)
     assert others == [first, first]
+
+
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_a_model_that_gives_no_usable_scores_ends_that_answer_with_an_error(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, max_tokens: int
+) -> None:
+    expected, forward, score = answer(engine), engine._decoder.forward, engine._decoder.logits
+
+    def broken(batch: Any) -> Any:
+        logits = forward(batch)
+        logits[batch.last_rows == batch.num_tokens - 1] = np.nan  # of the sequence that came last
+        return logits
+
+    broken_one = SamplingParams(max_tokens=max_tokens, prompt_logprobs=None if max_tokens else 0)
+    with monkeypatch.context() as patch:
+        if max_tokens:
+            patch.setattr(engine._decoder, "forward", broken)
+        else:
+            patch.setattr(engine._decoder, "logits", lambda rows: score(rows) * np.nan)
+        good = engine.submit(PROMPT, SamplingParams(max_tokens=8, ignore_eos=True))
+        bad = engine.submit([1, 2, 3], broken_one)
+        while bad.result is None:
+            engine.step()
+    while good.result is None:
+        engine.step()
+    assert bad.result.finish_reason == "error"
+    assert "no usable scores" in str(bad.result.error)
+    assert good.result.token_ids == expected
 
 
 def test_no_token_at_all_can_be_asked_for_only_with_those_of_the_prompt() -> None:

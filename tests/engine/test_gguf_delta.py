@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import pytest
 
 from argosy import Engine, SamplingParams
 from argosy.checkpoint.pack import pack
+from argosy.errors import CheckpointError
 from argosy.model.families import open_model
+from tests.models import gguf_delta
 from tests.models.gguf_delta import write_delta_gguf
 from tests.models.gguf_models import mixed, one_type
 from tests.models.numpy_model import NumpyModel, softmax
 from tests.models.references import LARGEST_DIFFERENCE, difference
-from tests.models.tiny import prompt_ids
+from tests.models.safetensors_file import write_checkpoint
+from tests.models.tiny import prompt_ids, random_tensors
 from tests.models.tiny_delta import RawConfig, qwen3_5_moe_text, qwen3_next
 
 SIZES: dict[str, Any] = {
@@ -63,6 +67,30 @@ def test_files_with_q_k_v_and_z_in_one_matrix_are_read_too(tmp_path: Path) -> No
             assert engine.config.delta.has_joined_qkvz == has_ssm_in
             logits.append(engine.logits(prompt_ids(CONFIGS["qwen3next"], 2)))
     np.testing.assert_array_equal(*logits)
+
+
+def test_a_state_that_would_grow_or_turn_into_nan_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = gguf_delta.stored_vector
+    monkeypatch.setattr(
+        gguf_delta, "stored_vector", lambda name, x: np.exp(x) if name.endswith("ssm_a") else plain(name, x)
+    )
+    write_delta_gguf(tmp_path / "model.gguf", CONFIGS["qwen3next"], one_type("F32"), seed=2)
+    with pytest.raises(
+        CheckpointError, match=r"layers\.0\.delta_rate gives head 0 a decay of e\^\(\d.*expected a rate"
+    ):
+        Engine(tmp_path / "model.gguf", memory="4GiB")
+
+    config = qwen3_next()
+    tensors = random_tensors(config, 3, "F32")
+    tensors["model.layers.0.linear_attn.A_log"][1] = 100.0  # e^100 is more than float32 holds
+    (tmp_path / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    write_checkpoint(tmp_path, {name: ("F32", tensor) for name, tensor in tensors.items()})
+    with pytest.raises(
+        CheckpointError, match=r"layers\.0\.delta_rate gives head 1 a decay of e\^\(-inf \* softplus\)"
+    ):
+        Engine(tmp_path, memory="4GiB")
 
 
 @each_config

@@ -106,7 +106,9 @@ def int4_config(model: str, *, chosen: int, experts: int = 3) -> RawConfig:
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
-@pytest.mark.parametrize("stored", ["fp8 qwen3_moe", "fp8 deepseek_v3", "int4 kimi_k2"])
+@pytest.mark.parametrize(
+    "stored", ["fp8 qwen3_moe", "fp8 deepseek_v3", "fp8 deepseek_v3_in_blocks", "int4 kimi_k2"]
+)
 def test_answers_are_equal_at_every_budget_in_place_and_packed(
     stored: str, instruction_set: str, tmp_path: Path
 ) -> None:

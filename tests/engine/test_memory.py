@@ -28,15 +28,18 @@ from argosy import Engine, SamplingParams
 
 model, memory, prompt_tokens, new_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 prompt = random.Random(5).choices(range(1024), k=prompt_tokens)
-with Engine(model, memory=memory, threads=2, context=prompt_tokens + new_tokens) as engine:
+options = json.loads(sys.argv[5])
+with Engine(model, memory=memory, threads=2, context=prompt_tokens + new_tokens, **options) as engine:
     result = engine.generate(prompt, SamplingParams(max_tokens=new_tokens, ignore_eos=True))
     plan = engine.plan
     print(json.dumps([result.token_ids, result.ledger.as_dict(), plan.as_dict()]))
 """
 
 
-def generate(model: Path, limit_bytes: int) -> tuple[CappedRun, list[int], dict[str, Any], dict[str, int]]:
-    arguments = [str(model), str(limit_bytes), str(PROMPT_TOKENS), str(NEW_TOKENS)]
+def generate(
+    model: Path, limit_bytes: int, **options: str
+) -> tuple[CappedRun, list[int], dict[str, Any], dict[str, int]]:
+    arguments = [str(model), str(limit_bytes), str(PROMPT_TOKENS), str(NEW_TOKENS), json.dumps(options)]
     run = run_capped(
         [sys.executable, "-c", GENERATE, *arguments], limit_bytes=limit_bytes, timeout_s=250, env=os.environ
     )
@@ -75,3 +78,18 @@ def test_a_model_of_four_times_the_budget_runs_in_a_cgroup_of_the_budget(checkpo
     assert resident_ledger["hits"] == resident_ledger["lookups"]
     assert len(token_ids) == NEW_TOKENS
     assert token_ids == resident_ids
+
+
+@pytest.mark.skipif(bool(why_no_cap()), reason=why_no_cap() or "")
+def test_prompts_that_are_written_to_files_and_read_again_stay_within_the_budget(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    answers = []
+    for cached_tokens in (0, PROMPT_TOKENS // 16 * 16):
+        capped, token_ids, ledger, plan = generate(checkpoint, BUDGET_BYTES, kv_dir=str(tmp_path / "kv"))
+        assert capped.peak_bytes <= BUDGET_BYTES
+        assert capped.peak_swap_bytes == 0
+        assert plan["total_bytes"] <= BUDGET_BYTES
+        assert ledger["cached_tokens"] == cached_tokens
+        answers.append(token_ids)
+    assert answers[0] == answers[1]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import MIB, Budget, EngineConfig
-from argosy.engine.memory_plan import MemoryPlan, experts_read, kv_bytes, plan_memory
-from argosy.errors import DoesNotFit
+from argosy.config import MIB, Budget, EngineConfig, KvDir
+from argosy.engine.memory_plan import GRAMMAR_BYTES, MemoryPlan, experts_read, kv_bytes, plan_memory
+from argosy.engine.prefix_files import buffer_bytes
+from argosy.errors import DoesNotFit, UsageError
 from argosy.experts.source import resident_bytes
 from argosy.model.families import open_model
 from tests.models.tiny import qwen3_moe, write_model
@@ -158,3 +161,36 @@ def test_a_long_chunk_pays_while_its_buffers_cost_few_slots(files: ModelFiles) -
 def test_a_chunk_that_was_asked_for_is_never_exceeded(files: ModelFiles) -> None:
     for ram_bytes in range(smallest_budget(files), 200 * MIB, 7 * MIB):
         assert plan(files, ram_bytes, chunk_tokens=40).chunk_tokens <= 40
+
+
+def test_grammars_and_files_of_prompts_have_room_in_the_plan(files: ModelFiles, tmp_path: Path) -> None:
+    def planned(**options: Any) -> MemoryPlan:
+        budget = Budget(ram_bytes=1024 * MIB)
+        config = EngineConfig(budget=budget, threads=2, chunk_tokens=64, **options)
+        return plan_memory(files, config, process_bytes=PROCESS_BYTES)
+
+    plain = planned()
+    assert planned(grammars=True).process_bytes - plain.process_bytes == GRAMMAR_BYTES
+    with_files = planned(kv_dir=KvDir(path=tmp_path))
+    block_bytes = kv_bytes(files.config, 1, "f32")
+    assert with_files.working_bytes - plain.working_bytes == buffer_bytes(block_bytes, 0) > 5 * block_bytes
+
+
+def test_what_cannot_be_meant_is_refused_by_name(tmp_path: Path) -> None:
+    budget, kv_dir = Budget(ram_bytes=MIB), KvDir(path=tmp_path)
+    for values, sentence in (
+        ({"max_waiting": -1}, "max_waiting must be at least 0, found -1"),
+        (
+            {"kv_dir": kv_dir, "prefix_reuse": False},
+            "kv_dir keeps prompts for reuse, and prefix_reuse is off",
+        ),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            EngineConfig(budget=budget, threads=1, **values)
+    for values, sentence in (
+        ({"ttl_s": 0}, "ttl_s must be above zero"),
+        ({"ttl_s": float("nan")}, "ttl_s must be above zero"),
+        ({"max_bytes": 0}, "max_bytes must be at least 1"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            KvDir(path=tmp_path, **values)

@@ -196,6 +196,9 @@ def test_what_is_not_built_in_is_refused_by_name(raw: RawConfig, sentence: str) 
             DEEPSEEK_V3 | {"n_group": 7},
             "256 experts in 7 groups, 4 of them kept; expected groups of equal size",
         ),
+        (DEEPSEEK_V3 | {"topk_group": None}, "topk_group is null; expected a whole number"),
+        (DEEPSEEK_V2 | {"topk_group": None}, "topk_group is null; expected a whole number"),
+        (DEEPSEEK_V2 | {"n_group": None}, "n_group is null; expected a whole number"),
         (
             DEEPSEEK_V3 | {"topk_group": 9},
             "256 experts in 8 groups, 9 of them kept; expected at most all groups",

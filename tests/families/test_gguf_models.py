@@ -140,6 +140,15 @@ def test_routing_keys_are_read(write: Write) -> None:
     assert open_model(path).config.router == RouterConfig(renormalize=False)
 
 
+def test_an_id_that_means_none_is_no_token(write: Write) -> None:
+    def name_none(writer: GGUFWriter) -> None:
+        writer.add_eot_token_id(2**32 - 1)
+        writer.kv_data[0]["tokenizer.ggml.bos_token_id"].value = 2**32 - 1
+
+    config = open_model(write("qwen3moe", extra=name_none)).config
+    assert (config.eos_ids, config.bos_id) == ((2,), None)
+
+
 def test_layers_for_multi_token_prediction_are_counted_and_left_alone(write: Write) -> None:
     tensors = {f"blk.2.nextn.{name}.weight": np.ones(4, np.float32) for name in ("eh_proj", "enorm", "hnorm")}
     tensors["blk.2.attn_norm.weight"] = np.ones(32, np.float32)
@@ -271,10 +280,13 @@ def _more_layers(writer: GGUFWriter) -> dict[str, Any]:
 
 
 def test_a_type_without_a_kernel_is_refused_by_name(write: Write) -> None:
+    whole_blocks = {
+        "hidden_size": 256, "moe_intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64,
+    }  # fmt: skip
     with pytest.raises(
-        UnsupportedModel, match=r"token_embd\.weight is Q5_1; supported: F32, F16, BF16, Q8_0"
+        UnsupportedModel, match=r"token_embd\.weight is TQ2_0; supported: F32, F16, BF16, Q8_0"
     ):
-        open_model(write("qwen3moe", type_name="Q5_1"))
+        open_model(write("qwen3moe", type_name="TQ2_0", **whole_blocks))
 
 
 def test_a_key_that_is_missing_is_named(write: Write) -> None:

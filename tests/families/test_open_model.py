@@ -18,7 +18,7 @@ from argosy.config import ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.families.layout import Layout, read_layout
-from tests.models import tiny_delta
+from tests.models import tiny_delta, tiny_wrappers
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.safetensors_file import Array, decode, read_checkpoint, write_checkpoint
 from tests.models.tiny import (
@@ -93,7 +93,7 @@ def is_another_part_s(name: str, config: RawConfig) -> bool:
 
 
 # One tensor for each matrix of an expert; the others have tests of their own.
-OTHERS = ("gpt_oss", *tiny_delta.FAMILIES)
+OTHERS = ("gpt_oss", *tiny_delta.FAMILIES, *tiny_wrappers.TEXT_FAMILIES)
 SEPARATE = [one for one in CONFIGURATIONS if one.config["model_type"] not in OTHERS]
 
 

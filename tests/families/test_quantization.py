@@ -115,13 +115,41 @@ def test_everything_else_is_refused_by_name_with_what_is_supported(given: Any, a
             changed(FP8, modules_to_not_convert="lm_head"),
             "modules_to_not_convert is lm_head; expected a list",
         ),
-        (changed(INT4, ignore=["re:(", "lm_head"]), "has 're:(', which is no regular expression"),
+        (changed(INT4, ignore=["re:(", "lm_head"]), "ignore has 're:(', which is no regular expression"),
+        (changed(FP8, ignored_layers=["re:["]), "ignored_layers has 're:[', which is no regular expression"),
+        (
+            changed(MXFP4, modules_to_not_convert=["re:*"]),
+            "modules_to_not_convert has 're:*', which is no regular",
+        ),
+        (changed(INT4, ignore=["re:(a+)+$"]), "has 're:(a+)+$', which repeats a group"),
+        (changed(INT4, ignore=["re:(a|b){9}"]), "which repeats a group"),
+        (
+            changed(INT4, ignore=["re:(?x)(a+) +"]),
+            "which repeats a group, or starts one with another (? than",
+        ),
+        (changed(INT4, ignore=[r"re:[\][](a+)+]"]), "which repeats a group"),
+        (changed(INT4, ignore=["re:.*a.*b.*c.*d"]), "which has more than 3 repetitions or 8 alternatives"),
+        (changed(INT4, ignore=["re:" + "(a|a)" * 9]), "which has more than 3 repetitions or 8 alternatives"),
     ],
 )
 def test_lists_of_modules_are_proved(given: Any, sentence: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         read_quantization({"quantization_config": given})
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
+        r"re:model\.layers\.\d+\.mlp\.experts\.[0-9]+\..*",
+        r"re:^(?!.*experts).*$",
+        r"re:(?:a|b)[*+?]\*[]+]",
+    ],
+)
+def test_expressions_of_released_checkpoints_are_used(expression: str) -> None:
+    found = read_quantization({"quantization_config": changed(INT4, ignore=[expression])})
+    assert found == Quantization("int4", (expression,))
 
 
 def test_two_configs_that_differ_are_refused() -> None:

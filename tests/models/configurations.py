@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from tests.models.configuration import Configuration, yarn
 from tests.models.configurations_latent import LATENT
+from tests.models.configurations_wrappers import WRAPPED
 from tests.models.tiny import (
     RawConfig,
     glm4_moe,
@@ -433,4 +434,5 @@ CONFIGURATIONS = (
         num_shards=2,
     ),
     *LATENT,
+    *WRAPPED,
 )

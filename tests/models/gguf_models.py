@@ -43,7 +43,7 @@ _RANDOM_TYPES: dict[str, tuple[int, int | None, float]] = {
     "IQ4_NL": (0, None, 0.0),
     "IQ4_XS": (0, None, 0.0),
 }
-BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "MXFP4", *_RANDOM_TYPES)
+BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", *_RANDOM_TYPES)
 TYPES = ("F32", "F16", "BF16", *BLOCK_TYPES)
 
 TypeOf = Callable[[str], str]  # the GGUF name of a tensor -> its type
@@ -111,7 +111,9 @@ def mixed(name: str) -> str:
 
 
 def mixed_small(name: str) -> str:
-    """The types of few bits, side by side as Q2_K and IQ4_XS files have them."""
+    """The types of few bits, side by side as Q2_K and IQ4_XS files have them, and Q5_1, which stands in for Q5_K."""
+    if "ffn_up_exps" in name:
+        return "Q5_1"
     if "ffn_down_exps" in name:
         return "Q3_K" if name.startswith("blk.0.") else "IQ4_NL"
     if "attn_v" in name and name.endswith("weight"):
@@ -129,18 +131,21 @@ def write_gguf_model(
     split_kv: bool = True,
     tensors_per_part: int = 0,
     has_bare_first_part: bool = False,
+    sections: tuple[int, ...] = (),
 ) -> Path:
     """Write `path` and, in a directory named `<path>.f32`, the dequantised weights; returns that directory.
 
     With `split_experts`, every expert is a tensor of its own, as in files of early 2024; without `split_kv`, keys and
     values of latent attention come from one, as in files before April 2025. With `tensors_per_part`, the model comes in
-    parts beside `path`, the first of which may have no tensors.
+    parts beside `path`, the first of which may have no tensors. With `sections`, those of the axes that positions in
+    images have, it is the text part of a model that also sees: of Qwen3-VL-MoE or GLM-4.5V.
     """
     rng = np.random.default_rng([seed, 3])
     exact: dict[str, Array] = {}
+    architecture = ARCHITECTURES[config["model_type"]]
     writer = GGUFWriter(
         path,
-        ARCHITECTURES[config["model_type"]],
+        "qwen3vlmoe" if sections and architecture == "qwen3moe" else architecture,
         split_max_tensors=tensors_per_part,
         small_first_shard=has_bare_first_part,
     )
@@ -148,6 +153,10 @@ def write_gguf_model(
         add_latent_metadata(writer, text_of(config), split_kv=split_kv)
     else:
         add_metadata(writer, config)
+    if sections:
+        writer.add_rope_dimension_sections([*sections, 0])
+        if architecture == "qwen3moe":
+            writer.add_num_deepstack_layers(3)
     stacks: dict[str, list[Array]] = {}
     for hub_name, values in random_tensors(config, seed, "F32").items():
         if not is_in_gguf(hub_name, config):

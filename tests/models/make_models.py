@@ -31,6 +31,7 @@ import transformers
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.safetensors_file import Array, write_safetensors
 from tests.models.tiny import NEW_TOKENS, RawConfig, prompt_ids, text_of, write_model
+from tests.models.tiny_wrappers import TEXT_FAMILIES
 
 REFERENCE = Path(__file__).parent / "reference"
 SMALLEST_ROUTER_MARGIN = 2e-3
@@ -65,7 +66,12 @@ def load(directory: Path) -> transformers.PreTrainedModel:
         # transformers has no class for the text model alone: it takes it for a DeepSeek-V3 inside Kimi-K2.5.
         how["config"] = transformers.DeepseekV3Config(**text | {"model_type": "deepseek_v3"})
         how["key_mapping"] = {r"^language_model\.": ""}
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    cls = transformers.AutoModelForCausalLM
+    if family in TEXT_FAMILIES:  # the whole of it: there is no class for the text model alone
+        cls = transformers.AutoModelForImageTextToText
+    if family == "qwen3_omni_moe":
+        how["config"] = transformers.AutoConfig.from_pretrained(directory).thinker_config
+    model, info = cls.from_pretrained(
         directory,
         dtype=torch.float32,
         attn_implementation="eager",
@@ -75,12 +81,19 @@ def load(directory: Path) -> transformers.PreTrainedModel:
     )
     num_layers = text["num_hidden_layers"]
     mtp = [f"model.layers.{num_layers + i}." for i in range(text.get("num_nextn_predict_layers", 0))]
-    unread = (*mtp, "vision_tower.", "mm_projector.")
+    unread = (*mtp, "vision_tower.", "mm_projector.", "talker.", "code2wav.")
     info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not name.startswith(unread)]
+    unneeded = ("model.visual.", "model.audio_tower.")  # of which only some tensors are in the files
+    info["missing_keys"] = [name for name in info["missing_keys"] if not name.startswith(unneeded)]
     problems = {kind: names for kind, names in info.items() if names}
     if problems:
         raise SystemExit(f"{directory}: {problems}")
     return model.eval()
+
+
+def decoder_of(model: transformers.PreTrainedModel) -> torch.nn.Module:
+    """The text decoder: embedding, layers, norm."""
+    return getattr(model.model, "language_model", model.model)
 
 
 @torch.no_grad()
@@ -169,8 +182,9 @@ def scaled(config: RawConfig, scale: float) -> RawConfig:
     """The same flags at another size; heads keep an even width."""
     if scale == 1:
         return config
-    if "text_config" in config:
-        return config | {"text_config": scaled(config["text_config"], scale)}
+    for part in ("thinker_config", "text_config"):
+        if part in config:
+            return config | {part: scaled(config[part], scale)}
     step = 2 * config["num_attention_heads"]
     sizes = {"hidden_size": max(step, round(config["hidden_size"] * scale / step) * step)}
     for key in (
@@ -179,7 +193,7 @@ def scaled(config: RawConfig, scale: float) -> RawConfig:
         "moe_intermediate_size",
         "shared_expert_intermediate_size",
     ):
-        if key in config:
+        if config.get(key):
             sizes[key] = max(8, round(config[key] * scale))
     return config | sizes
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.models import tiny_delta
+from tests.models import tiny_delta, tiny_wrappers
 from tests.models.numpy_delta import delta_net
 from tests.models.safetensors_file import Array, read_checkpoint
 from tests.models.tiny import CHOICE_BIASES, RawConfig, expert_names, head_dim, text_of
@@ -34,15 +34,24 @@ class NumpyModel:
     def __init__(self, directory: Path) -> None:
         raw: RawConfig = json.loads((directory / "config.json").read_text())
         self.config = text_of(raw)
+        family = self.config["model_type"]
+        self.config = self.config | {"model_type": tiny_wrappers.TEXT_TYPES.get(family, family)}
         self.is_delta = self.config["model_type"] in tiny_delta.FAMILIES
         self.kinds = tiny_delta.layer_kinds(self.config) if self.is_delta else []
-        names = {"model.language_model.": "model.", "language_model.": ""} if "text_config" in raw else {}
+        is_wrapped = self.config.keys() != raw.keys()
+        names = (
+            {"model.language_model.": "model.", "language_model.": "", "thinker.": ""} if is_wrapped else {}
+        )
         self.tensors = {
             next((to + name[len(of) :] for of, to in names.items() if name.startswith(of)), name): t.astype(
                 np.float64
             )
             for name, t in read_checkpoint(directory).items()
         }
+        if raw["model_type"] == "qwen3_vl_moe":  # keeps experts transposed
+            for name in self.tensors:
+                if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                    self.tensors[name] = self.tensors[name].swapaxes(1, 2)
         self.windows = sliding_windows(self.config)
         self.router_margin = math.inf
 
@@ -58,7 +67,7 @@ class NumpyModel:
             else:
                 hidden = hidden + self.attention(layer, normed)
             hidden = hidden + self.feed_forward(layer, self.norm(prefix + "post_attention_layernorm", hidden))
-        is_tied = self.config["tie_word_embeddings"]
+        is_tied = self.config.get("tie_word_embeddings", False)
         head = self.tensors["model.embed_tokens.weight" if is_tied else "lm_head.weight"]
         return self.norm("model.norm", hidden) @ head.T
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.models import tiny_delta, tiny_latent
+from tests.models import tiny_delta, tiny_latent, tiny_wrappers
 from tests.models.safetensors_file import Array, decode, encode, write_checkpoint
 
 RawConfig = dict[str, Any]
@@ -325,6 +325,7 @@ def respelt(config: RawConfig, *, theta: float, **scaling: Any) -> RawConfig:
 
 def text_of(config: RawConfig) -> RawConfig:
     """The text model's part of a config."""
+    config = config.get("thinker_config", config)
     return config.get("text_config", config)
 
 
@@ -360,6 +361,10 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
         return tiny_delta.delta_tensor_shapes(config, moe_layers(config), is_fused=is_fused)
     if config["model_type"] in tiny_latent.LATENT_FAMILIES:
         return tiny_latent.latent_shapes(config)
+    if config["model_type"] in tiny_wrappers.TEXT_FAMILIES:
+        text = text_of(config) | {"model_type": tiny_wrappers.TEXT_FAMILIES[config["model_type"]]}
+        text = {"tie_word_embeddings": config.get("tie_word_embeddings", False)} | text
+        return tiny_wrappers.wrapped_shapes(config, text, tensor_shapes(text))
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     q_rows = config["num_attention_heads"] * head_dim(config)
     kv_rows = config["num_key_value_heads"] * head_dim(config)
@@ -469,7 +474,7 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
             values = noise
         elif "embed_tokens" in name:
             # A tied table is the head too: at unit size a token would only ever predict itself.
-            values = noise * (0.5 * shape[1] ** -0.5 if text_of(config)["tie_word_embeddings"] else 1.0)
+            values = noise * (0.5 * shape[1] ** -0.5 if text_of(config).get("tie_word_embeddings") else 1.0)
         elif name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight", "mlp.router.weight")):
             values = noise * (1.5 * shape[1] ** -0.5)
         else:

@@ -180,7 +180,10 @@ def test_what_cannot_be_transcoded_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize(
     "format",
-    [*("q4_1", "q5_0", "q4_k", "q5_k", "q6_k"), *("q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4", "int4")],
+    [
+        *("q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"),
+        *("q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4", "int4"),
+    ],
 )
 def test_nothing_is_quantised_to_a_format_that_only_files_have(format: str) -> None:
     out = np.zeros(native.matrix_bytes(format, 1, 256), np.uint8)

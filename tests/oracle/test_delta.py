@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from argosy import Engine, SamplingParams
 from argosy.checkpoint.pack import pack
@@ -25,18 +23,9 @@ from tests.models.tiny import RawConfig, prompt_ids, text_of, write_model
 from tests.models.tiny_delta import qwen3_5_moe, qwen3_5_moe_text, qwen3_next
 from tests.oracle.test_oracle import mean_divergence
 
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("one_quiet_thread")]
 
 DELTA = tuple(c for c in CONFIGURATIONS if c.config["model_type"] in tiny_delta.FAMILIES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_quiet_thread() -> Iterator[None]:
-    transformers.utils.logging.disable_progress_bar()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("configuration", DELTA, ids=lambda configuration: configuration.name)

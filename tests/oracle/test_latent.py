@@ -6,7 +6,7 @@ Logits and greedy tokens of all configurations, at other seeds and sizes, are in
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,18 +24,9 @@ from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.tiny import RawConfig, prompt_ids, write_model
 from tests.models.tiny_latent import deepseek_v2, deepseek_v3, glm4_moe_lite, kimi_k25
 
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("one_quiet_thread")]
 
 FIRST_SEED = 40_000
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_quiet_thread() -> Iterator[None]:
-    transformers.utils.logging.disable_progress_bar()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("configuration", LATENT, ids=lambda configuration: configuration.name)

@@ -6,7 +6,7 @@ Needs torch and transformers (`make test-oracle`). The reference is float32 arit
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from argosy.model.rope import angle_scale, inverse_frequency
 from tests.models import tiny_delta
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.configurations_latent import LATENT
-from tests.models.make_models import answer, load, make, scaled
+from tests.models.make_models import answer, decoder_of, load, make, scaled
 from tests.models.numpy_model import softmax
 from tests.models.random_models import random_configuration, random_gpt_oss, write_decided_model
 from tests.models.references import LARGEST_DIFFERENCE, difference
@@ -43,7 +43,7 @@ from tests.models.tiny import (
 )
 from tests.models.tiny_latent import deepseek_v2, deepseek_v3
 
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("one_quiet_thread")]
 
 FIRST_SEED = 20_000
 SCALED = tuple(replace(c, config=scaled(c.config, 1.7)) for c in CONFIGURATIONS)
@@ -173,15 +173,6 @@ LARGE = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_quiet_thread() -> Iterator[None]:
-    transformers.utils.logging.disable_progress_bar()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def name_of(configuration: Configuration) -> str:
     return configuration.name
 
@@ -237,7 +228,8 @@ def test_a_config_means_what_transformers_reads_in_it(configuration: Configurati
     write_model(tmp_path, configuration.config, seed=1)
     ours = open_model(tmp_path).config
     model = load(tmp_path)
-    theirs, layers = model.config, model.model.layers
+    decoder = decoder_of(model)
+    theirs, layers = model.config.get_text_config(), decoder.layers
     attention = [layer.self_attn for layer in layers]
 
     assert ours.num_layers == len(layers) == theirs.num_hidden_layers
@@ -247,9 +239,9 @@ def test_a_config_means_what_transformers_reads_in_it(configuration: Configurati
     ]
     assert ours.head_dim == attention[0].head_dim
     assert (ours.num_heads, ours.num_kv_heads) == (theirs.num_attention_heads, theirs.num_key_value_heads)
-    assert (ours.vocab_size, ours.hidden_size) == tuple(model.model.embed_tokens.weight.shape)
+    assert (ours.vocab_size, ours.hidden_size) == tuple(decoder.embed_tokens.weight.shape)
     assert ours.norm_eps == layers[0].input_layernorm.variance_epsilon
-    assert ours.is_embedding_tied == (model.lm_head.weight is model.model.embed_tokens.weight)
+    assert ours.is_embedding_tied == (model.lm_head.weight is decoder.embed_tokens.weight)
     assert (ours.qk_norm != "none") == hasattr(attention[0], "q_norm")
     if ours.qk_norm != "none":
         width = {"head": ours.head_dim, "flat": ours.num_heads * ours.head_dim}[ours.qk_norm]
@@ -273,9 +265,11 @@ def test_a_config_means_what_transformers_reads_in_it(configuration: Configurati
     shared = getattr(moe, "shared_expert", None) or getattr(moe, "shared_experts", None)
     assert ours.shared_width == (shared.gate_proj.out_features if shared else 0)
     eos = theirs.eos_token_id
+    if eos is None:  # Qwen3-Omni's thinker: the end of a turn
+        eos = configuration.config["im_end_token_id"]
     assert ours.eos_ids == tuple(eos if isinstance(eos, list) else [eos])
 
-    rotary = model.model.rotary_emb
+    rotary = decoder.rotary_emb
     np.testing.assert_allclose(inverse_frequency(ours.rope), rotary.inv_freq.numpy(), rtol=1e-6)
     assert angle_scale(ours.rope) == pytest.approx(rotary.attention_scaling, rel=1e-12)
 

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 
 from argosy import Engine
+from tests.models.gguf_delta import write_delta_gguf
 from tests.models.gguf_models import one_type, write_gguf_model
 from tests.models.safetensors_file import Array
-from tests.models.tiny import RawConfig, glm4_moe, gpt_oss, minimax_m2, olmoe, prompt_ids
+from tests.models.tiny import RawConfig, glm4_moe, gpt_oss, minimax_m2, olmoe, prompt_ids, qwen3_moe
+from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 from tests.models.tiny_latent import (
     deepseek_v2,
     deepseek_v3,
@@ -125,6 +127,76 @@ def test_logits_of_partial_rotary_flat_norms_and_sigmoid_routers_are_llama_cpp_s
     name: str, tmp_path: Path
 ) -> None:
     assert divergence_from_peer(tmp_path / "model.gguf", HEADS[name], "F32") <= LARGEST_DIVERGENCE
+
+
+# Text parts of models that also see: positions of images have several axes there, and those of text one.
+SEEING: dict[str, tuple[RawConfig, tuple[int, ...]]] = {
+    "Qwen3-VL-MoE": (
+        qwen3_moe(**SIZES, num_key_value_heads=2, head_dim=64, moe_intermediate_size=256, num_experts=6),
+        (12, 10, 10),
+    ),
+    "GLM-4.5V": (HEADS["GLM-4.5-Air"], (4, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_logits_of_text_behind_positions_of_three_axes_are_llama_cpp_s(name: str, tmp_path: Path) -> None:
+    config, sections = SEEING[name]
+    path = tmp_path / "model.gguf"
+    write_gguf_model(path, config, one_type("F32"), seed=7, sections=sections)
+    prompt = prompt_ids(config, 7)
+    with Engine(path, memory="4GiB", threads=1) as engine:
+        logits = engine.logits(prompt)
+
+    assert mean_divergence(peer_logits(path, prompt), logits) <= LARGEST_DIVERGENCE
+
+
+# llama.cpp's delta nets take key heads of any width, and as many channels of values in a head as of keys.
+DELTA: dict[str, Any] = {
+    "hidden_size": 256,
+    "moe_intermediate_size": 256,
+    "shared_expert_intermediate_size": 256,
+    "num_experts": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
+DELTA_MODELS: dict[str, RawConfig] = {
+    "Qwen3-Next": qwen3_next(**DELTA, linear_num_value_heads=4),
+    "Qwen3-Next, a value head for each key head": qwen3_next(**DELTA, linear_num_value_heads=2),
+    "Qwen3.5-MoE": qwen3_5_moe_text(**DELTA, linear_num_value_heads=6),
+}
+
+
+# F32 file by file; beside Q8_0 activations have 16 bits here and 8 there, and every expert is chosen.
+@pytest.mark.parametrize("name", DELTA_MODELS)
+@pytest.mark.parametrize(
+    ("type_name", "experts_per_token", "largest"), [("F32", 2, LARGEST_DIVERGENCE), ("Q8_0", 6, 0.002)]
+)
+def test_logits_of_gated_delta_nets_are_llama_cpp_s(
+    name: str, type_name: str, experts_per_token: int, largest: float, tmp_path: Path
+) -> None:
+    config = DELTA_MODELS[name] | {"num_experts_per_tok": experts_per_token}
+    path = tmp_path / "model.gguf"
+    write_delta_gguf(path, config, one_type(type_name), seed=7)
+    prompt = prompt_ids(config, 7)
+    with Engine(path, memory="4GiB", threads=1) as engine:
+        logits = engine.logits(prompt)
+
+    assert mean_divergence(peer_logits(path, prompt), logits) <= largest
+
+
+def test_llama_cpp_reads_q_k_v_and_z_from_one_matrix_as_argosy_does(tmp_path: Path) -> None:
+    config, path = DELTA_MODELS["Qwen3-Next"], tmp_path / "model.gguf"
+    write_delta_gguf(path, config, one_type("F32"), seed=7, has_ssm_in=True)
+    prompt = prompt_ids(config, 7)
+    with Engine(path, memory="4GiB", threads=1) as engine:
+        logits = engine.logits(prompt)
+
+    assert mean_divergence(peer_logits(path, prompt), logits) <= LARGEST_DIVERGENCE
 
 
 # Every expert chosen: a rounded score that tips one decision would hide what 8-bit activations cost.

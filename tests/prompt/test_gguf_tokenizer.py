@@ -242,5 +242,13 @@ def test_what_cannot_be_rebuilt_is_refused_by_name(tmp_path: Path) -> None:
         Tokenizer.open(write(tmp_path / "f.gguf", "llama", ["a", "b"], [1], lambda writer: None))
 
 
+def test_a_score_that_ranks_nothing_and_a_token_without_end_are_refused(tmp_path: Path) -> None:
+    for at, pieces in enumerate([{**PIECES, "bc": float("nan")}, {**PIECES, "b" * 513: -5.0}]):
+        with pytest.raises(
+            CheckpointError, match=r"characters and score \S+; expected at most 512, and a number"
+        ):
+            Tokenizer.open(write_sentencepiece(tmp_path / f"{at}.gguf", pieces))
+
+
 def test_a_file_without_a_tokenizer_has_none(tmp_path: Path) -> None:
     assert Tokenizer.open(write(tmp_path / "a.gguf", "none", ["a"], [1], lambda writer: None)) is None

@@ -49,6 +49,7 @@ _PANEL_BLOCKS: Mapping[str, tuple[int, int]] = {
     "q4": (GROUP_COLS, 256 + 32),
     "q4_1": (GROUP_COLS, 256 + 32 + 32),
     "q5_0": (GROUP_COLS, 256 + 64 + 32),
+    "q5_1": (GROUP_COLS, 256 + 64 + 32 + 32),
     "q4_k": (_SUPER_COLS, 2048 + 32 + 32 + 128 + 128),
     "q5_k": (_SUPER_COLS, 2048 + 512 + 32 + 32 + 128 + 128),
     "q6_k": (_SUPER_COLS, 2048 + 1024 + 32 + 256),
@@ -66,6 +67,7 @@ SLOT_FORMATS: Mapping[str, Format] = {
     "Q4_0": "q4",
     "Q4_1": "q4_1",
     "Q5_0": "q5_0",
+    "Q5_1": "q5_1",
     "Q4_K": "q4_k",
     "Q5_K": "q5_k",
     "Q6_K": "q6_k",
@@ -136,7 +138,7 @@ class MatrixRef:
     and whoever reads puts them in halves (`in_halves`).
     Where `turn` is set, values of two tensors alternate in the `nbytes` of the file, and this one's are the first,
     third ... (0) or the second, fourth ... (1).
-    Where `key_value_rows` is set, whoever reads splits the matrix in two (`model/latent_up.py`).
+    Where `key_value_rows` is set, whoever reads splits the matrix in two (`checkpoint/latent_up.py`).
     """
 
     name: str

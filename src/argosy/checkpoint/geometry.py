@@ -13,9 +13,11 @@ Elsewhere: what a checkpoint calls these tensors is `model/families/`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
+from argosy.checkpoint.files import rows_together
 from argosy.config import Format, MixerKind, ModelConfig
 
 Shape = tuple[int, ...]
@@ -178,6 +180,24 @@ def is_kept_exact(name: str) -> bool:
     return last.endswith(("norm", "_bias")) or last in _KEPT_EXACT
 
 
-def packed_format(name: str, format: str) -> Format:
-    """The format of a dense tensor in a pack of `format`: bf16, q8 or q4, of which q4 is for routed experts alone."""
-    return "f32" if is_kept_exact(name) else _DENSE_FORMATS[format]
+def packed_config(config: ModelConfig) -> ModelConfig:
+    """The config of a pack of bf16, q8 or q4: kv_up lies there in two, as memory wants it (`latent_up.py`)."""
+    if config.latent is None:
+        return config
+    return replace(config, latent=replace(config.latent, is_up_split=True))
+
+
+def packed_format(name: str, format: str, config: ModelConfig) -> Format:
+    """The format of a dense tensor in a pack of `format`: bf16, q8 or q4, of which q4 is for routed experts alone.
+
+    Heads of k_up and v_up are matrices of their own: bf16 where their rows are no whole panels.
+    """
+    if is_kept_exact(name):
+        return "f32"
+    last, chosen = name.rpartition(".")[2], _DENSE_FORMATS[format]
+    if last in ("k_up", "v_up"):
+        assert config.latent is not None
+        head_rows = config.latent.kv_rank if last == "k_up" else config.latent.value_dim
+        if head_rows % rows_together(chosen):
+            return "bf16"
+    return chosen

@@ -53,6 +53,7 @@ _LONGEST_TENSOR_NAME = 64
 _MOST_DIMENSIONS = 4
 _LARGEST_ALIGNMENT = 1 << 20
 _LARGEST_NUMBER = 2**63 - 1
+_NO_TOKEN = 2**32 - 1  # how some converters write that there is none
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
@@ -169,6 +170,13 @@ class GgufFile:
         if not isinstance(value, str):
             raise self.wrong(key, value, "text")
         return value
+
+    def token_id(self, role: str) -> int | None:
+        """The token of a role such as "eos"; None where the file names none, or names the id that means none."""
+        key = f"tokenizer.ggml.{role}_token_id"
+        if self.metadata.get(key) in (None, _NO_TOKEN):
+            return None
+        return self.integer(key)
 
     def texts(self, key: str) -> list[str]:
         """An array of texts."""
@@ -324,11 +332,14 @@ def _first_part(path: Path) -> Path:
 def find_gguf(directory: Path) -> Path | None:
     """The one GGUF file in `directory`, the first of one model's parts, or None where there is none.
 
+    A vision tower beside a model does not count: llama.cpp keeps it in a file that has `mmproj` in its name.
+
     Raises:
         CheckpointError: there are several.
     """
     entries = sorted(entry for entry in directory.iterdir() if entry.suffix == GGUF_SUFFIX)
-    found = list(dict.fromkeys(map(_first_part, entries)))
+    models = [entry for entry in entries if "mmproj" not in entry.name] or entries
+    found = list(dict.fromkeys(map(_first_part, models)))
     if len(found) > 1:
         raise CheckpointError(
             f"{directory} holds {len(found)} models as {GGUF_SUFFIX} files: "

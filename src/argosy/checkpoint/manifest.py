@@ -44,7 +44,8 @@ MANIFEST_FILE = "argosy.json"
 DENSE_FILE = "dense.bin"
 EXPERTS_FILE = "experts.bin"
 PARTIAL_SUFFIX = ".partial"
-PACK_VERSION = 2
+PACK_VERSION = 3
+READ_VERSIONS = (2, 3)  # in packs of version 2 kv_up lies whole
 
 FILE_ALIGNMENT = 4096
 MATRIX_ALIGNMENT = 64
@@ -154,10 +155,10 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST_FILE
     raw = read_object(path)
-    if raw.get("argosy_pack") != PACK_VERSION:
+    if raw.get("argosy_pack") not in READ_VERSIONS:
         raise CheckpointError(
             f"{MANIFEST_FILE} is of version {quote(raw.get('argosy_pack'))}, this Argosy reads "
-            f"version {PACK_VERSION}",
+            f"versions {' and '.join(map(str, READ_VERSIONS))}",
             hint="make the pack again from its source",
             path=path,
         )
@@ -189,6 +190,8 @@ def read_manifest(directory: Path) -> Manifest:
     for mixer, sizes in (("latent", config.latent), ("delta", config.delta)):
         if sizes is None and any(layer.mixer == mixer for layer in config.layers):
             raise reader.wrong(f"config.{mixer}", None, f"an object, for layers whose mixer is {mixer}")
+    if not config.moe_layers or not config.num_experts:
+        raise reader.wrong("config.layers", contents["config"]["layers"], "layers with routed experts")
     return Manifest(
         format=str(contents["format"]),
         config=config,
@@ -224,13 +227,14 @@ def open_pack(directory: str | Path) -> ModelFiles | None:
         fault = "does not have" if odd in expected else "has an unexpected"
         raise CheckpointError(f"{MANIFEST_FILE} {fault} tensor {quote(odd)}", path=directory, tensor=odd)
     dense = lay_out_dense(config, lambda name: manifest.dense_formats[name], directory / DENSE_FILE)
-    records = list(lay_out_experts(config, manifest.expert_formats.__getitem__))
-    if len(manifest.expert_checksums) != len(records):
+    num_records = len(config.moe_layers) * config.num_experts  # counted before as many are laid out
+    if len(manifest.expert_checksums) != num_records:
         raise CheckpointError(
             f"{MANIFEST_FILE} has checksums of {len(manifest.expert_checksums)} experts, "
-            f"expected {len(records)}",
+            f"expected {num_records}",
             path=directory,
         )
+    records = list(lay_out_experts(config, manifest.expert_formats.__getitem__))
     experts_end = records[-1][1] + records[-1][2].stride
     dense_end = round_up(dense[-1].offset + dense[-1].nbytes, FILE_ALIGNMENT)
     for name, needed in ((DENSE_FILE, dense_end), (EXPERTS_FILE, experts_end)):

@@ -8,10 +8,14 @@
     q4        q4        q8               f32
     source    as they are, bit for bit; blocks, codes and scales become slot formats, which hold the same weights
 
+The matrix that makes keys and values of a latent vector is written as memory wants it, in two halves: q8 quantises
+that of the keys in the order in which it is multiplied, `source` writes them where weights keep their bits
+(`latent_up.py`).
+
 Norms, biases and the rows that score experts stay float32, exactly: a rounded router does not blur a sum, it
 picks another expert. From float32 or float16, `bf16` rounds to nearest even: it was asked for by name.
-Formats that models are
-released in (f8, int4, mxfp4) count as exact; what somebody quantised, such as a GGUF, is never quantised again.
+Formats that models are released in (f8, int4, mxfp4) count as exact; what somebody quantised, such as a GGUF, is
+never quantised again.
 
 Memory is bounded by one record and a few slices, whatever the model's size. A pack that is killed goes on
 where it stopped: what the journal names is read again and compared with its checksum, the rest is written.
@@ -28,9 +32,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -44,6 +48,7 @@ from argosy.checkpoint.files import (
     F8_BLOCK,
     PANEL_ROWS,
     ExpertRecord,
+    KeyValueRows,
     MatrixRef,
     ModelFiles,
     Piece,
@@ -52,9 +57,16 @@ from argosy.checkpoint.files import (
     is_quantised,
     matrix_bytes,
 )
-from argosy.checkpoint.geometry import packed_format
+from argosy.checkpoint.geometry import packed_config, packed_format
 from argosy.checkpoint.gguf import GGUF_METADATA_FILE, metadata_only, read_gguf
 from argosy.checkpoint.json_strict import JSON_LIMIT_BYTES, open_regular, read_at
+from argosy.checkpoint.latent_up import (
+    KeyValueMatrix,
+    keeps_its_format,
+    key_value_matrix,
+    split,
+    split_shapes,
+)
 from argosy.checkpoint.manifest import (
     DENSE_FILE,
     EXPERTS_FILE,
@@ -72,24 +84,21 @@ from argosy.checkpoint.manifest import (
     round_up,
     verify_pack,
 )
-from argosy.config import Format, format_bytes
+from argosy.config import Format, ModelConfig, format_bytes
 from argosy.errors import CheckpointError, DiskFull, UsageError
 
 __all__ = ["PACK_FORMATS", "PackReport", "open_pack", "pack", "verify_pack"]
 
 PACK_FORMATS = ("bf16", "q8", "q4", "source")
-REQUANTISED: tuple[Format, ...] = (
-    "f8",
-    "int4",
-    "mxfp4",
-)  # what models are released in: the weights are exact
+# What models are released in: the weights are exact.
+REQUANTISED: tuple[Format, ...] = ("f8", "int4", "mxfp4")
 JOURNAL_FILE = "journal"
 
 _SLICE_VALUES = 1 << 20  # of a matrix that is read and converted at once
 _COPIED_NAMES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json",
-    "merges.txt", GGUF_METADATA_FILE,
+    "merges.txt", "tiktoken.model", GGUF_METADATA_FILE,
 )  # fmt: skip
 _COPIED_PREFIXES = ("LICENSE", "LICENCE", "NOTICE")
 
@@ -117,13 +126,14 @@ def pack(
 
     Args:
         files: a checkpoint in place, or a pack that is not quantised.
-        destination: a directory that does not exist yet; `<destination>.partial` is used until the pack is
-        whole. format: bf16, q8, q4 or source. progress: called with what is being done and the share of it
-        that is done.
+        destination: a directory that does not exist yet; `<destination>.partial` is used until the pack is whole.
+        format: bf16, q8, q4 or source.
+        progress: called with what is being done and the share of it that is done.
 
     Raises:
-        UsageError: the format is unknown, the source is quantised, `destination` exists, or another process
-        packs to it. DiskFull: there is no room; what was written stays, and the same call continues.
+        UsageError: the format is unknown, the source is quantised, `destination` exists, or another process packs
+            to it.
+        DiskFull: there is no room; what was written stays, and the same call continues.
         CheckpointError: the source changed meanwhile, or holds values that are not numbers.
     """
     started = time.monotonic()
@@ -190,9 +200,9 @@ class _SourceMatrix:
     block_type: str | None = None
     paired_heads: int = 0
     strides: tuple[int, int] | None = None
-    pieces: tuple[
-        Piece, ...
-    ] = ()  # quants and scales apart: they land in one memory, the matrix at `offset` in it
+    # Quants and scales apart: they land in one memory, the matrix at `offset` in it.
+    pieces: tuple[Piece, ...] = ()
+    half: tuple[KeyValueRows, bool] | None = None  # what kv_up makes k_up (true) or v_up of
 
     @property
     def row_bytes(self) -> int:
@@ -211,33 +221,27 @@ class _Unit:
     parts: tuple[tuple[_SourceMatrix, Format, int], ...]  # source, format to write, offset inside the unit
 
 
-def _dense_format(files: ModelFiles, format: str) -> Callable[[str], Format]:
-    if format == "source":
-        return lambda name: files.dense[name].format
-    return lambda name: packed_format(name, format)
+def _config_of_pack(files: ModelFiles, format: str) -> ModelConfig:
+    """What the pack's tensors are those of: the source's config, but for kv_up where it is written in two."""
+    if format != "source":
+        return packed_config(files.config)
+    whole = [ref for ref in files.dense.values() if ref.key_value_rows is not None]
+    keeps_bits = all(keeps_its_format(key_value_matrix(ref)) for ref in whole)
+    return packed_config(files.config) if keeps_bits else files.config
 
 
-def _plan(files: ModelFiles, format: str) -> tuple[list[MatrixRef], list[_Unit]]:
-    """Everything that a pack holds, in the order in which it is written."""
+def _plan(files: ModelFiles, config: ModelConfig, format: str) -> tuple[list[MatrixRef], list[_Unit]]:
+    """Everything that a pack of `config` holds, in the order in which it is written."""
     units = []
-    dense = lay_out_dense(files.config, _dense_format(files, format), Path(DENSE_FILE))
+
+    def dense_format(name: str) -> Format:
+        return (
+            _dense_source(files, name).format if format == "source" else packed_format(name, format, config)
+        )
+
+    dense = lay_out_dense(config, dense_format, Path(DENSE_FILE))
     for target in dense:
-        ref = files.dense[target.name]
-        offset = ref.offset + (ref.turn or 0) * BYTES_PER_VALUE.get(ref.format, 0)
-        strides = None if ref.turn is None else (2 * ref.cols, 2)
-        if ref.scales is not None:
-            assert ref.block_type is not None
-            codes = Piece(
-                ref.path, ref.offset, ref.nbytes, transcode=Transcode(ref.block_type, ref.rows, ref.cols)
-            )
-            source = _completed_source(ref.name, (codes, ref.scales), 0, ref.format, ref.rows, ref.cols)
-            end = round_up(target.offset + target.nbytes, FILE_ALIGNMENT)
-            units.append(_Unit(DENSE_FILE, target.offset, target.nbytes, end, ((source, target.format, 0),)))
-            continue
-        source = _SourceMatrix(
-            ref.name, ref.path, offset, ref.format, ref.rows, ref.cols, ref.nbytes, ref.block_type,
-            ref.paired_heads, strides,
-        )  # fmt: skip
+        source = _dense_source(files, target.name)
         end = round_up(target.offset + target.nbytes, FILE_ALIGNMENT)
         units.append(_Unit(DENSE_FILE, target.offset, target.nbytes, end, ((source, target.format, 0),)))
 
@@ -247,7 +251,7 @@ def _plan(files: ModelFiles, format: str) -> tuple[list[MatrixRef], list[_Unit]]
         asked = cast(Format, format)
         return asked, asked, asked
 
-    for (layer, expert), start, layout in lay_out_experts(files.config, formats_of):
+    for (layer, expert), start, layout in lay_out_experts(config, formats_of):
         record = files.experts[layer, expert]
         parts = tuple(
             (_expert_source(record, name, layer, expert), matrix.format, matrix.offset)
@@ -255,6 +259,28 @@ def _plan(files: ModelFiles, format: str) -> tuple[list[MatrixRef], list[_Unit]]
         )
         units.append(_Unit(EXPERTS_FILE, start, layout.nbytes, start + layout.stride, parts))
     return dense, units
+
+
+def _dense_source(files: ModelFiles, name: str) -> _SourceMatrix:
+    """Where a dense tensor comes from; k_up and v_up, where the source has none, from kv_up."""
+    if (ref := files.dense.get(name)) is None:
+        layer, _, last = name.rpartition(".")
+        ref = files.dense[f"{layer}.kv_up"]
+        assert ref.key_value_rows is not None
+        whole = _dense_source(files, f"{layer}.kv_up")
+        return replace(whole, half=(ref.key_value_rows, last == "k_up"))
+    if ref.scales is not None:
+        assert ref.block_type is not None
+        codes = Piece(
+            ref.path, ref.offset, ref.nbytes, transcode=Transcode(ref.block_type, ref.rows, ref.cols)
+        )
+        return _completed_source(ref.name, (codes, ref.scales), 0, ref.format, ref.rows, ref.cols)
+    offset = ref.offset + (ref.turn or 0) * BYTES_PER_VALUE.get(ref.format, 0)
+    strides = None if ref.turn is None else (2 * ref.cols, 2)
+    return _SourceMatrix(
+        ref.name, ref.path, offset, ref.format, ref.rows, ref.cols, ref.nbytes, ref.block_type,
+        ref.paired_heads, strides,
+    )  # fmt: skip
 
 
 def _expert_source(record: ExpertRecord, name: str, layer: int, expert: int) -> _SourceMatrix:
@@ -292,7 +318,8 @@ class _Writer:
         self._progress = progress
         self._parent = destination.absolute().parent
         self._partial = destination.with_name(destination.name + PARTIAL_SUFFIX)
-        self._dense, self._units = _plan(files, format)
+        self._config = _config_of_pack(files, format)
+        self._dense, self._units = _plan(files, self._config, format)
         self._copied = _files_to_copy(files.path)
         self._made = _files_to_make(files.path)
         self._fingerprint = self._source_fingerprint()
@@ -358,7 +385,7 @@ class _Writer:
         num_dense = len(self._dense)
         manifest = Manifest(
             format=self._format,
-            config=self._files.config,
+            config=self._config,
             dense_formats={ref.name: ref.format for ref in self._dense},
             dense_checksums={
                 ref.name: checksum for ref, checksum in zip(self._dense, self._checksums, strict=False)
@@ -398,6 +425,9 @@ class _Writer:
 
     def _converted(self, source: _SourceMatrix, format: Format) -> Iterator[tuple[int, Bytes]]:
         """Slices of a matrix in another format, each with its offset in the result."""
+        if source.half is not None:
+            yield from self._half(source, *source.half, format)
+            return
         if is_quantised(source.format) and format != source.format:
             yield from self._requantised(source, format)
             return
@@ -421,6 +451,23 @@ class _Writer:
             start, end = (matrix_bytes(source.format, count, source.cols) for count in (row, row + num_rows))
             values = _native.dequantize(source.format, whole[start:end], num_rows, source.cols)
             yield matrix_bytes(format, row, source.cols), self._convert_values(source, values, format)
+
+    def _half(
+        self, source: _SourceMatrix, head: KeyValueRows, is_key: bool, format: Format
+    ) -> Iterator[tuple[int, Bytes]]:
+        """k_up or v_up from the whole kv_up: its bits, or head by head in another format."""
+        whole = self._read_rows(source, 0, source.rows)
+        if format == source.format:
+            kv_up = KeyValueMatrix(format, head, source.cols)
+            halves = [np.empty(matrix_bytes(*shape), np.uint8) for shape in split_shapes(kv_up)]
+            split(kv_up, whole, *halves)
+            yield 0, halves[0 if is_key else 1]
+            return
+        values = _native.dequantize(source.format, whole, source.rows, source.cols)
+        for number, one in enumerate(values.reshape(head.num_heads, -1, source.cols)):
+            half = np.ascontiguousarray(one[: head.key_rows].T if is_key else one[head.key_rows :])
+            start = matrix_bytes(format, number * half.shape[0], half.shape[1])
+            yield start, self._convert_values(source, half, format)
 
     def _convert(self, source: _SourceMatrix, raw: Bytes, rows: int, format: Format) -> Bytes:
         return self._convert_values(source, _widen(source.format, raw).reshape(rows, source.cols), format)
@@ -448,7 +495,7 @@ class _Writer:
                     tensor=source.name,
                 )
             return rounded.reshape(-1).view(np.uint8)
-        out = np.zeros(matrix_bytes(format, len(values), source.cols), np.uint8)
+        out = np.zeros(matrix_bytes(format, *values.shape), np.uint8)
         _native.quantize(format, np.ascontiguousarray(values), out, self._runtime)
         return out
 

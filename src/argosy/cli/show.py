@@ -111,14 +111,14 @@ def model_facts(files: ModelFiles) -> dict[str, Any]:
 def _hypothetical_sizes(config: ModelConfig) -> dict[str, Any]:
     """Bytes of a model as checkpoint and as packs, and of its KV cache."""
     from argosy.checkpoint.files import matrix_bytes
-    from argosy.checkpoint.geometry import dense_shapes, expert_shapes, packed_format
+    from argosy.checkpoint.geometry import dense_shapes, expert_shapes, packed_config, packed_format
     from argosy.config import Format
     from argosy.engine.memory_plan import kv_bytes
 
     def dense_bytes(format: Format) -> int:
         return sum(
-            matrix_bytes(packed_format(name, format), *(shape if len(shape) == 2 else (1, *shape)))
-            for name, shape in dense_shapes(config)
+            matrix_bytes(packed_format(name, format, config), *(shape if len(shape) == 2 else (1, *shape)))
+            for name, shape in dense_shapes(packed_config(config))
         )
 
     def expert_bytes(format: Format) -> int:

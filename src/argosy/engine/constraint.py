@@ -17,6 +17,7 @@ Elsewhere: masked logits become a token in `sampler.py`; bytes of tokens come fr
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Collection
@@ -180,25 +181,6 @@ class GrammarCompiler:
         return matcher
 
 
-def embed_schema(schema: str) -> str:
-    """A JSON schema as a part of a Lark grammar: `tool: "<call>" ` + embed_schema(schema).
-
-    Raises:
-        GrammarError: it is no schema, or beyond a bound.
-    """
-    _require_size(schema)
-    try:
-        parsed = json.loads(schema)
-    except (ValueError, RecursionError):
-        raise GrammarError("the schema is not JSON") from None
-    if not isinstance(parsed, dict | bool):
-        raise GrammarError(f"the schema is a {type(parsed).__name__}, expected an object")
-    _require_bounds(parsed)
-    if isinstance(parsed, dict):
-        parsed["x-guidance"] = _SCHEMA_OPTIONS
-    return f"%json {json.dumps(parsed)}"
-
-
 class _Vocabulary:
     """What llguidance asks of a tokenizer."""
 
@@ -218,15 +200,50 @@ class _Vocabulary:
 def _lark(grammar: Grammar) -> str:
     _require_size(grammar.text)
     if grammar.kind == "json_object":
-        return "start: " + embed_schema('{"type": "object"}')
+        return "start: " + _schema_rule({"type": "object"})
     if grammar.kind == "json_schema":
-        return f"start: {embed_schema(grammar.text)}"
+        return f"start: {_parse_schema(grammar.text)}"
     if grammar.kind == "regex":
         _require_expression(grammar.text)
         return f"start: /{llguidance.regex_to_lark(grammar.text)}/"
     if "%llguidance" in grammar.text:
         raise GrammarError("a grammar cannot set options of its own (%llguidance)")
-    return grammar.text
+    return _bound_schemas(grammar.text)
+
+
+def _parse_schema(text: str) -> str:
+    try:
+        return _schema_rule(json.loads(text))
+    except ValueError:
+        raise GrammarError("the schema is not JSON") from None
+    except RecursionError:
+        raise _too_deep() from None
+
+
+def _schema_rule(schema: object) -> str:
+    """A JSON schema as a part of a Lark grammar, within bounds and with our options."""
+    if not isinstance(schema, dict | bool):
+        raise GrammarError(f"the schema is a {type(schema).__name__}, expected an object")
+    _require_bounds(schema)
+    options = {"x-guidance": _SCHEMA_OPTIONS}
+    return f"%json {json.dumps(schema | options if isinstance(schema, dict) else schema)}"
+
+
+def _bound_schemas(lark: str) -> str:
+    """A Lark grammar, the schemas in it within bounds and with our options."""
+    parts, at = [], 0
+    for found in re.finditer(r"%json\s*", lark):
+        if found.start() < at:
+            continue  # text inside a schema
+        try:
+            schema, end = json.JSONDecoder().raw_decode(lark, found.end())
+        except ValueError:
+            raise GrammarError("a schema in the grammar is not JSON") from None
+        except RecursionError:
+            raise _too_deep() from None
+        parts += [lark[at : found.start()], _schema_rule(schema)]
+        at = end
+    return "".join([*parts, lark[at:]])
 
 
 def _require_size(text: str) -> None:
@@ -260,7 +277,11 @@ def _require_bounds(schema: object) -> None:
         if not following:
             return
         level = following
-    raise GrammarError(f"the schema is nested more than {MAX_NESTING} deep")
+    raise _too_deep()
+
+
+def _too_deep() -> GrammarError:
+    return GrammarError(f"the schema is nested more than {MAX_NESTING} deep")
 
 
 def _require_sound(matcher: llguidance.LLMatcher) -> None:

@@ -369,10 +369,8 @@ class Engine:
                 self._clock.mark("other")
                 scheduled = self._scheduler.next_batch()
                 self._clock.mark("other")
-                try:
-                    logits = self._decoder.forward(
-                        scheduled.batch
-                    )  # layers -> router -> expert source -> kernel
+                try:  # layers -> router -> expert source -> kernel
+                    logits = self._decoder.forward(scheduled.batch)
                 except (CheckpointError, ReadFailed) as error:
                     self._recover(scheduled, error)
                     return []
@@ -388,10 +386,13 @@ class Engine:
         """Sample, append, finish, free KV blocks."""
         self._uses.count(scheduled.batch.num_tokens)
         for sequence in scheduled.sequences:
-            if sequence.prompt_logprobs is not None:
+            noted = sequence.prompt_logprobs
+            if noted is not None and len(noted) < len(sequence.prompt_ids):
                 self._note_prompt(sequence, scheduled)
         events = []
         for sequence, row in zip(scheduled.ready, logits, strict=True):
+            if sequence.result is not None:
+                continue  # its prompt has no log-probabilities
             for one in (sequence, *self._scheduler.fork(sequence)):
                 one.prompt_logprobs = sequence.prompt_logprobs
                 event = self._next_token(one, row)
@@ -437,11 +438,14 @@ class Engine:
         wanted = batch.positions[rows]
         rows = rows[(wanted >= len(noted) - 1) & (wanted < len(prompt) - 1)]
         at_once = self.settings.max_sequences  # what the memory plan has room for
-        for start in range(0, len(rows), at_once):
-            for logits in self._decoder.logits(rows[start : start + at_once]):
-                found = with_logprobs(prompt[len(noted)], logits, sequence.params.prompt_logprobs)
-                assert found.logprob is not None
-                noted.append(TokenLogprob(found.token_id, found.logprob, found.top_logprobs))
+        try:
+            for start in range(0, len(rows), at_once):
+                for logits in self._decoder.logits(rows[start : start + at_once]):
+                    found = with_logprobs(prompt[len(noted)], logits, sequence.params.prompt_logprobs)
+                    assert found.logprob is not None
+                    noted.append(TokenLogprob(found.token_id, found.logprob, found.top_logprobs))
+        except ArgosyError as error:  # of this one alone
+            self._finish(sequence, "error", error)
 
     def _recover(self, scheduled: Scheduled, error: ArgosyError) -> None:
         """Run a step once more whose reads failed; the second time end the sequences that cannot do without."""

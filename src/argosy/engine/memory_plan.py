@@ -2,10 +2,10 @@
 
     budget = process + dense weights + KV cache + recurrent state + working buffers + staging + expert cache
 
-Dense weights have the first claim, then the KV cache and the recurrent state, then working buffers and what readers
-transcode from; experts get the rest, in equal slots, or one behind the other when all of them fit. The budget is the
-whole process, interpreter included, so the plan starts from what the process holds now. Below the floor (one token's
-experts of one layer in memory) it is refused with the numbers.
+Dense weights have the first claim, then the KV cache, the recurrent state and its snapshots, then working buffers and
+what readers transcode from; experts get the rest, in equal slots, or one behind the other when all of them fit. The
+budget is the whole process, interpreter included, so the plan starts from what the process holds now. Below the floor
+(one token's experts of one layer in memory) it is refused with the numbers.
 """
 
 from __future__ import annotations

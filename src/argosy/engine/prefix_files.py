@@ -175,7 +175,7 @@ class PrefixFiles:
         looked_at: Bytes | None = None
         try:
             while waiting or under_way:
-                while waiting and len(free) > (looked_at is None):
+                while waiting and free:
                     content, buffer = waiting.popleft(), free.pop()
                     under_way.append(
                         (content, buffer, self._readers.submit(self._read, kind, content, buffer))

@@ -123,14 +123,7 @@ class Sampler:
             GrammarError: no token follows the grammar, or it takes too much work.
             UsageError: `logit_bias` names a token outside the vocabulary.
         """
-        best_id = int(logits.argmax())  # the first NaN, if there is one
-        best = float(logits[best_id])
-        if not math.isfinite(best):
-            raise ArgosyError(
-                f"the model gave no usable scores for token {state.step + 1} of the answer: "
-                f"the largest logit is {best}, and {int(np.isnan(logits).sum())} of {logits.size} are NaN",
-                hint="the weights may be damaged: check the files, or try another --instruction-set",
-            )
+        best_id = _best(logits, f"token {state.step + 1} of the answer")
         allowed = None if constraint is None else constraint.allowed()
         scores = self._adjust(logits, params, state, allowed, best_id)
         while True:
@@ -188,6 +181,23 @@ class Sampler:
             ids, times = state.answer_counts()
             scores[ids] -= np.float32(params.presence_penalty) + np.float32(params.frequency_penalty) * times
         return scores
+
+
+def _best(logits: Logits, what: str) -> int:
+    """The largest logit, the lowest id on a tie.
+
+    Raises:
+        ArgosyError: it is no number to choose by.
+    """
+    best_id = int(logits.argmax())  # the first NaN, if there is one
+    best = float(logits[best_id])
+    if not math.isfinite(best):
+        raise ArgosyError(
+            f"the model gave no usable scores for {what}: "
+            f"the largest logit is {best}, and {int(np.isnan(logits).sum())} of {logits.size} are NaN",
+            hint="the weights may be damaged: check the files, or try another --instruction-set",
+        )
+    return best_id
 
 
 def _draw(scores: Logits, params: SamplingParams, uniform: float) -> int:
@@ -269,8 +279,14 @@ def _largest(scores: Logits, count: int) -> Ids:
 
 
 def with_logprobs(token_id: int, logits: Logits, count: int) -> Sampled:
-    """A token that was chosen or given, with its log-probability and those of the `count` best."""
-    log_total = float(logits.max()) + math.log(_weights(logits, 1.0).sum(dtype=np.float64))
+    """A token that was chosen or given, with its log-probability and those of the `count` best.
+
+    Raises:
+        ArgosyError: as `Sampler.sample`.
+    """
+    log_total = float(logits[_best(logits, "a token of the prompt")]) + math.log(
+        _weights(logits, 1.0).sum(dtype=np.float64)
+    )
     top = _largest(logits, min(count, logits.size)) if count else ()
     pairs = tuple((int(i), float(logits[i]) - log_total) for i in top)
     return Sampled(token_id, float(logits[token_id]) - log_total, pairs)

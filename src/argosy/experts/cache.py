@@ -13,6 +13,7 @@ takes them over wherever they are. So the drive does not wait for arithmetic bet
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from types import TracebackType
@@ -46,6 +47,8 @@ class CachedSource:
     ) -> None:
         self.stats = SourceStats()
         self.arena = _native.Arena(files.slot_bytes * num_slots)
+        # Else the reads of the first prompt pay for it: a second and more on a virtual machine.
+        threading.Thread(target=self.arena.populate, name="argosy-populate", daemon=True).start()
         self.policy = CachePolicy(
             num_slots=num_slots, num_layers=num_layers, experts_per_token=experts_per_token
         )

@@ -12,6 +12,7 @@ import numpy as np
 
 from argosy import _native
 from argosy.config import MixerKind, ModelConfig
+from argosy.errors import CheckpointError
 from argosy.experts.source import ExpertSource
 from argosy.model.weights import DenseWeights, Vector
 
@@ -75,7 +76,7 @@ def _delta(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mi
     """A gated delta net (arXiv:2412.06464)."""
     delta, name = config.delta, f"layers.{layer}.delta_"
     assert delta is not None
-    matrices, rate = weights.matrices, weights.vectors[name + "rate"]
+    matrices = weights.matrices
     return _native.gated_delta_net(
         matrices[name + ("qkvz" if delta.has_joined_qkvz else "qkv")],
         matrices[name + ("ba" if delta.has_joined_ba else "b")],
@@ -83,13 +84,32 @@ def _delta(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mi
         z=None if delta.has_joined_qkvz else matrices[name + "z"],
         a=None if delta.has_joined_ba else matrices[name + "a"],
         conv=weights.vectors[name + "conv"],
-        rate=-np.exp(rate) if delta.is_rate_log else rate,
+        rate=_decay_rate(name + "rate", weights, is_log=delta.is_rate_log),
         dt_bias=weights.vectors[name + "dt_bias"],
         norm=weights.vectors[name + "norm"],
         sizes=delta.sizes,
         is_tiled=delta.is_tiled,
         state_layer=config.delta_layers.index(layer),
     )
+
+
+def _decay_rate(name: str, weights: DenseWeights, *, is_log: bool) -> Vector:
+    """The rate of decay of each head.
+
+    Raises:
+        CheckpointError: with it, a state would grow from token to token, or turn into NaN.
+    """
+    rate = weights.vectors[name]
+    with np.errstate(over="ignore"):
+        rate = -np.exp(rate) if is_log else rate
+    wrong = np.flatnonzero(~(np.isfinite(rate) & (rate <= 0)))
+    if wrong.size:
+        raise CheckpointError(
+            f"{name} gives head {wrong[0]} a decay of e^({rate[wrong[0]]} * softplus), expected a rate of 0 or less",
+            hint="the file is damaged, or the model was saved broken",
+            tensor=name,
+        )
+    return rate
 
 
 def _latent(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mixer:

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.checkpoint.files import MatrixRef, check_vector, in_halves, matrix_bytes
+from argosy.checkpoint.latent_up import key_value_matrix, passing_bytes, split, split_shapes
 from argosy.checkpoint.manifest import round_up
 from argosy.errors import CheckpointError, CorruptRecord, ReadFailed
-from argosy.model.latent_up import passing_bytes, split, split_shapes
 
 Vector = NDArray[np.float32]
 
@@ -37,7 +37,7 @@ class DenseWeights:
     """matrices and float32 vectors by canonical name, and the memory the matrices lie in.
 
     The weights of a causal convolution are [width, channels]. In place of `kv_up` there are `k_up` and `v_up`
-    (`latent_up.py`).
+    (`checkpoint/latent_up.py`).
     """
 
     matrices: Mapping[str, _native.Matrix]
@@ -68,7 +68,7 @@ def _read_bytes(ref: MatrixRef, alignment: int) -> int:
 
 def _split_places(ref: MatrixRef, alignment: int) -> tuple[int, int]:
     """Bytes of the places of k_up and v_up."""
-    key, value = (round_up(matrix_bytes(*shape), alignment) for shape in split_shapes(ref))
+    key, value = (round_up(matrix_bytes(*shape), alignment) for shape in split_shapes(key_value_matrix(ref)))
     return key, value
 
 
@@ -84,7 +84,7 @@ def _reordering_bytes(ref: MatrixRef, alignment: int) -> int:
     """What it takes, while it lands, to put rows in another order."""
     if ref.key_value_rows is not None:
         landed = ref.landed_bytes if ref.block_type is not None and ref.scales is None else 0
-        return _scratch_bytes(ref, alignment) + landed + passing_bytes(ref)
+        return _scratch_bytes(ref, alignment) + landed + passing_bytes(key_value_matrix(ref))
     if _passes_scratch(ref):
         return _read_bytes(ref, alignment) + ref.nbytes + ref.landed_bytes
     return ref.nbytes if ref.paired_heads else 0
@@ -235,11 +235,12 @@ def _read_dense(
         if ref.block_type is not None and ref.scales is None:
             matrix = _native.transcode(ref.block_type, matrix, ref.rows, ref.cols)
         starts = start, start + _split_places(ref, alignment)[0]
-        shapes = split_shapes(ref)
+        kv_up = key_value_matrix(ref)
+        shapes = split_shapes(kv_up)
         halves = [
             arena.array()[at : at + matrix_bytes(*shape)] for at, shape in zip(starts, shapes, strict=True)
         ]
-        split(ref, matrix, halves[0], halves[1])
+        split(kv_up, matrix, halves[0], halves[1])
         for part, at, shape in zip(("k_up", "v_up"), starts, shapes, strict=True):
             matrices[name.removesuffix("kv_up") + part] = _native.Matrix(arena, at, *shape)
 

@@ -25,8 +25,12 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
+from argosy.checkpoint.byte_level import spelling_of_bytes
 from argosy.checkpoint.gguf import GGUF_METADATA_FILE, GgufFile, find_gguf, read_gguf
 from argosy.errors import CheckpointError, UsageError
+
+TOKENIZER_FILE = "tokenizer.json"
+TIKTOKEN_FILE = "tiktoken.model"
 
 _MAX_FILE_BYTES = 256 << 20
 _MAX_TEMPLATE_CHARACTERS = 1 << 20
@@ -97,7 +101,7 @@ class Tokenizer:
 
     @classmethod
     def open(cls, path: Path | str, header: GgufFile | None = None) -> Tokenizer | None:
-        """Read `tokenizer.json` and what stands beside it, or the metadata of a GGUF; None where there is neither.
+        """Read a directory's tokenizer and what stands beside it, or a GGUF's metadata; None where there is none.
 
         Args:
             path: a `.gguf` file, or a model's directory.
@@ -105,14 +109,14 @@ class Tokenizer:
 
         Raises:
             CheckpointError: a file cannot be parsed, or is larger than any tokenizer.
-            UnsupportedModel: a GGUF describes a kind of tokenizer that is not built in.
+            UnsupportedModel: a GGUF or a `tiktoken.model` describes a kind of tokenizer that is not built in.
         """
         path = Path(path)
         if not path.is_dir():
             return cls._of_gguf(path, header)
         if (path / GGUF_METADATA_FILE).is_file():
             return cls._of_gguf(path / GGUF_METADATA_FILE, header)
-        if (path / "tokenizer.json").is_file():
+        if _has_tokenizer(path):
             return cls._of_directory(path)
         gguf = find_gguf(path)
         return None if gguf is None else cls._of_gguf(gguf, header)
@@ -135,16 +139,8 @@ class Tokenizer:
 
     @classmethod
     def _of_directory(cls, directory: Path) -> Tokenizer:
-        path = directory / "tokenizer.json"
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise CheckpointError(
-                f"{path}: {path.stat().st_size} bytes, more than {_MAX_FILE_BYTES}", path=path
-            )
-        try:
-            core = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises plain Exception
-            raise CheckpointError(f"{path}: not a tokenizer: {_first_line(error)}", path=path) from None
         config = _read_json(directory / "tokenizer_config.json")
+        core = _read_core(directory, config)
         try:
             return cls(
                 core,
@@ -487,10 +483,7 @@ def _strips_one_space(step: Mapping[str, Any]) -> bool:
 
 @functools.cache
 def _byte_table() -> dict[str, int]:
-    """GPT-2's table: the character that stands for each byte, the other way round."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}
+    return {character: byte for byte, character in enumerate(spelling_of_bytes())}
 
 
 class _BadField(ValueError):
@@ -524,12 +517,31 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in (TOKENIZER_FILE, TIKTOKEN_FILE))
+
+
+def _read_core(directory: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """The tokenizer of a directory that has one; `tokenizer.json` goes before other spellings of the same."""
+    path = directory / TOKENIZER_FILE
+    if not path.is_file():
+        from argosy.checkpoint.tiktoken_model import read_tiktoken
+
+        return read_tiktoken(directory / TIKTOKEN_FILE, config)
+    if path.stat().st_size > _MAX_FILE_BYTES:
+        raise CheckpointError(f"{path}: {path.stat().st_size} bytes, more than {_MAX_FILE_BYTES}", path=path)
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises plain Exception
+        raise CheckpointError(f"{path}: not a tokenizer: {_first_line(error)}", path=path) from None
+
+
 def has_chat_template(directory: Path) -> bool:
-    """Whether a chat template lies beside `tokenizer.json`. Building a tokenizer takes 0.1 s, and this next to nothing.
+    """Whether a chat template lies beside a directory's tokenizer. Building that takes 0.1 s, and this next to nothing.
 
     A GGUF may have one all the same: its metadata are read with its tokenizer.
     """
-    if not (directory / "tokenizer.json").is_file():
+    if not _has_tokenizer(directory):
         return False
     return _read_template(directory, _read_json(directory / "tokenizer_config.json")) is not None
 

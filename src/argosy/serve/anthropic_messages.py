@@ -190,8 +190,8 @@ async def messages(body: MessagesBody, request: Request) -> Response:
     headers = {"x-ignored-params": ", ".join(ignored)} if ignored else {}
     dialect = _Messages(service, answers, caller)
     if body.stream:
-        return EventStream(dialect.stream(), dialect="anthropic", headers=headers)
-    return JSONResponse(await until_gone(request, dialect.whole()), headers=headers)
+        return EventStream(dialect.stream(), answers.cancel, dialect="anthropic", headers=headers)
+    return JSONResponse(await until_gone(request, dialect.whole(), answers.cancel), headers=headers)
 
 
 class _Messages:

@@ -121,8 +121,8 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     headers = {"x-ignored-params": ", ".join(ignored)} if ignored else {}
     dialect = _Chat(service, body, answers, caller)
     if body.stream:
-        return EventStream(dialect.stream(), headers=headers)
-    return JSONResponse(await until_gone(request, dialect.whole()), headers=headers)
+        return EventStream(dialect.stream(), answers.cancel, headers=headers)
+    return JSONResponse(await until_gone(request, dialect.whole(), answers.cancel), headers=headers)
 
 
 class _Chat:

@@ -75,9 +75,14 @@ async def completions(body: CompletionBody, request: Request) -> Response:
             answers.cancel()
         raise
     dialect = _Completions(service, body, opened, caller)
+
+    def close() -> None:
+        for each in opened:
+            each.cancel()
+
     if body.stream:
-        return EventStream(dialect.stream())
-    return JSONResponse(await until_gone(request, dialect.whole()))
+        return EventStream(dialect.stream(), close)
+    return JSONResponse(await until_gone(request, dialect.whole(), close))
 
 
 class _Completions:

@@ -184,8 +184,8 @@ async def responses(body: ResponsesBody, request: Request) -> Response:
     headers = {"x-ignored-params": ", ".join(ignored)} if ignored else {}
     dialect = _Responses(service, body, answers, caller)
     if body.stream:
-        return EventStream(dialect.stream(), headers=headers)
-    return JSONResponse(await until_gone(request, dialect.whole()), headers=headers)
+        return EventStream(dialect.stream(), answers.cancel, headers=headers)
+    return JSONResponse(await until_gone(request, dialect.whole(), answers.cancel), headers=headers)
 
 
 class _Responses:
@@ -257,7 +257,10 @@ class _Responses:
         events = []
         if not self._is_open or self._items[-1]["type"] != kind:
             item: dict[str, Any] = {"type": kind, "content": []}
-            item |= {"role": "assistant"} if kind == "message" else {"summary": []}
+            if kind == "message":
+                item["role"] = "assistant"
+            else:
+                item["summary"] = []
             events = [*self._close(), self._begin("msg_" if kind == "message" else "rs_", item)]
             content: dict[str, Any] = {"type": part, "text": ""}
             if kind == "message":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -30,8 +30,8 @@ def sse(data: object, event: str | None = None) -> bytes:
     return head + f"data: {text}\n\n".encode("utf-8", "replace")
 
 
-async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, unless the client hangs up before: then it is cancelled.
+async def until_gone(request: Request, work: Coroutine[Any, Any, T], close: Callable[[], None]) -> T:
+    """The result of `work`, unless the client hangs up before: then it is cancelled. `close` is called at the end.
 
     Raises:
         GoneAway: it hung up.
@@ -47,6 +47,7 @@ async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         for task in (working, gone):
             task.cancel()
         await asyncio.gather(working, gone, return_exceptions=True)
+        close()  # cancelled before it began, `work` has closed nothing
 
 
 async def _gone(receive: Receive) -> None:
@@ -55,13 +56,17 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Events as they come, a comment every KEEP_ALIVE_S while none does, and an error as the last event."""
+    """Events as they come, a comment every KEEP_ALIVE_S while none does, and an error as the last event.
+
+    `close` is called at the end, also when the client was gone before the first event was asked for.
+    """
 
     media_type = "text/event-stream"
 
     def __init__(
         self,
         parts: AsyncIterator[bytes],
+        close: Callable[[], None] = lambda: None,
         *,
         dialect: Dialect = "openai",
         headers: dict[str, str] | None = None,
@@ -69,6 +74,7 @@ class EventStream(Response):
         super().__init__(headers={"x-accel-buffering": "no", **(headers or {})})
         del self.headers["content-length"]
         self._parts = parts
+        self._close = close
         self._dialect: Dialect = dialect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,6 +88,7 @@ class EventStream(Response):
             for task in (gone, sending):
                 task.cancel()
             await asyncio.gather(gone, sending, return_exceptions=True)
+            self._close()
 
     async def _send(self, send: Send) -> None:
         async def write(data: bytes, more: bool = True) -> None:

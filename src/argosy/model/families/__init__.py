@@ -25,6 +25,7 @@ from argosy.model.families import (
     deepseek_v3,
     glm4_moe,
     glm4_moe_lite,
+    glm4v_moe,
     gpt_oss,
     kimi_k2,
     kimi_k25,
@@ -36,6 +37,8 @@ from argosy.model.families import (
     qwen3_5_moe_text,
     qwen3_moe,
     qwen3_next,
+    qwen3_omni_moe,
+    qwen3_vl_moe,
 )
 from argosy.model.families.config_reader import ConfigReader
 from argosy.model.families.layout import Layout, read_layout
@@ -76,6 +79,9 @@ FAMILIES: Mapping[str, Family] = {
         glm4_moe,
         olmoe,
         minimax_m2,
+        qwen3_vl_moe,
+        qwen3_omni_moe,
+        glm4v_moe,
     )
 }
 
@@ -193,8 +199,12 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig]:
 def _require_same_config(packed: ModelFiles) -> None:
     """Prove that a pack's manifest says what the `config.json` beside it says."""
     _, config = read_config(packed.path)
-    # Whether the head is its own tensor was seen in the source's files, not in its config.
-    if replace(config, is_embedding_tied=packed.config.is_embedding_tied) != packed.config:
+    # Whether the head is its own tensor, and whether kv_up lies in two, is in the tensors and not in config.json.
+    config = replace(config, is_embedding_tied=packed.config.is_embedding_tied)
+    if config.latent is not None and packed.config.latent is not None:
+        latent = replace(config.latent, is_up_split=packed.config.latent.is_up_split)
+        config = replace(config, latent=latent)
+    if config != packed.config:
         raise CheckpointError(
             f"{MANIFEST_FILE} and {CONFIG_FILE} in {packed.path} describe different models",
             hint="make the pack again from its source",

@@ -7,12 +7,18 @@ Elsewhere: the same for GGUF metadata is `GgufConfigReader.common`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from argosy.config import ModelConfig
 from argosy.model.families.config_reader import MOST_EXPERTS, ConfigReader
 from argosy.model.families.rope_config import read_rope
+
+# Of a wrapper: the vision tower, and the placeholders that images and video have in a prompt.
+VISION_KEYS = (
+    "vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
+)  # fmt: skip
 
 
 def read_common(
@@ -80,6 +86,34 @@ def read_common(
         "eos_ids": reader.token_ids("eos_token_id", eos_id),
         "bos_id": next(iter(reader.token_ids("bos_token_id", bos_id)), None),
     }
+
+
+def parse_wrapper(
+    raw: Mapping[str, object],
+    family: str,
+    model_types: tuple[str, ...],
+    read_text: Callable[[ConfigReader], ModelConfig],
+    *more_keys: str,
+) -> ModelConfig:
+    """The text model of a config that has it in `text_config`, beside keys about images and video.
+
+    Args:
+        model_types: those that the part about text may name.
+        read_text: reads it; an absent key means what the family's config class says.
+        more_keys: beyond `VISION_KEYS`, about parts that are left alone.
+
+    Raises:
+        UnsupportedModel: a key or value asks for something that is not built in.
+        CheckpointError: a key is missing, malformed, or contradicts another.
+    """
+    wrapper = ConfigReader(raw, family)
+    text = wrapper.nested("text_config", *model_types)
+    config = read_text(text)
+    text.finish()
+    config = in_wrapper(config, wrapper)
+    wrapper.passed(*VISION_KEYS, *more_keys)
+    wrapper.finish()
+    return config
 
 
 def in_wrapper(config: ModelConfig, wrapper: ConfigReader) -> ModelConfig:

@@ -184,11 +184,12 @@ def read_sigmoid_router(scale: float, num_groups: int, kept_groups: int) -> Read
         reader.one_of("scoring_func", "sigmoid", ("sigmoid",))
         reader.one_of("topk_method", "noaux_tc", ("noaux_tc",))
         renormalize = reader.flag("norm_topk_prob", True)
+        groups = reader.optional_integer("n_group", default=num_groups) or 1
         router = RouterConfig(
             score="sigmoid",
             has_choice_bias=True,
-            num_groups=reader.optional_integer("n_group", default=num_groups) or 1,
-            kept_groups=reader.optional_integer("topk_group", default=kept_groups) or 1,
+            num_groups=groups,
+            kept_groups=read_kept_groups(reader, groups, kept_groups),
             group_score="top2",
             renormalize=renormalize,
             renormalize_eps=RENORMALIZE_EPS if renormalize else 0.0,
@@ -197,6 +198,13 @@ def read_sigmoid_router(scale: float, num_groups: int, kept_groups: int) -> Read
         return require_groups(router, num_experts, experts_per_token)
 
     return read
+
+
+def read_kept_groups(reader: ConfigReader, num_groups: int, default: int | None) -> int:
+    """`topk_group`, which may be null only where there is nothing to choose from."""
+    if num_groups == 1:
+        return reader.optional_integer("topk_group", default=default) or 1
+    return reader.integer("topk_group", default=default)
 
 
 def read_mtp_layers(reader: ConfigReader, default: int) -> int:

@@ -24,7 +24,7 @@ from argosy.model.families.deepseek import (
     require_groups,
 )
 from argosy.model.families.gguf_config import SIGMOID, SOFTMAX, GgufConfigReader
-from argosy.model.families.gguf_layout import read_gguf_layout
+from argosy.model.families.gguf_layout import dense_name, read_gguf_layout
 
 GGUF_ARCHITECTURE = "deepseek2"
 
@@ -45,7 +45,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     num_layers = reader.num_layers()
     num_dense = read_dense_layers(reader, num_layers)
     router = _read_router(
-        reader, num_layers, sizes["vocab_size"], f"blk.{num_dense}.exp_probs_b.bias" in file.tensors
+        reader, num_layers, sizes["vocab_size"], dense_name(f"layers.{num_dense}.choice_bias") in file.tensors
     )
     expert_width = reader.integer("expert_feed_forward_length")
     shared_width = reader.integer("expert_shared_count", 0, least=0) * expert_width

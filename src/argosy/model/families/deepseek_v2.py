@@ -11,7 +11,13 @@ from collections.abc import Mapping
 
 from argosy.config import ModelConfig, RouterConfig
 from argosy.model.families.config_reader import ConfigReader
-from argosy.model.families.deepseek import LAYOUTS, Defaults, read_latent_model, require_groups
+from argosy.model.families.deepseek import (
+    LAYOUTS,
+    Defaults,
+    read_kept_groups,
+    read_latent_model,
+    require_groups,
+)
 from argosy.model.families.deepseek_gguf import GGUF_ARCHITECTURE, open_gguf
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
@@ -58,13 +64,17 @@ def _read_router(reader: ConfigReader, num_experts: int, experts_per_token: int)
     reader.one_of("scoring_func", "softmax", ("softmax",))
     method = reader.one_of("topk_method", "greedy", ("greedy", "group_limited_greedy"))
     reader.neutral("norm_topk_prob", False, None)
-    num_groups = reader.optional_integer("n_group") or 1
-    kept_groups = reader.optional_integer("topk_group") or 1
-    is_limited = method == "group_limited_greedy"
+    num_groups = kept_groups = 1
+    if method == "group_limited_greedy":
+        num_groups = reader.integer("n_group", default=None)
+        kept_groups = read_kept_groups(reader, num_groups, None)
+    else:  # groups may be named, and are not looked at
+        reader.optional_integer("n_group")
+        reader.optional_integer("topk_group")
     router = RouterConfig(
         score="softmax",
-        num_groups=num_groups if is_limited else 1,
-        kept_groups=kept_groups if is_limited else 1,
+        num_groups=num_groups,
+        kept_groups=kept_groups,
         group_score="max",
         renormalize=False,
         scale=reader.number("routed_scaling_factor", 1.0),

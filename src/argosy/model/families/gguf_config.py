@@ -106,16 +106,19 @@ class GgufConfigReader:
             supported=supported,
         )
 
-    def common(self, *, has_partial_rope: bool = False) -> dict[str, Any]:
+    def common(self, *, has_partial_rope: bool = False, has_axes: bool = False) -> dict[str, Any]:
         """What every family with keys and values reads the same way, as arguments of `ModelConfig`.
 
         Args:
             has_partial_rope: `rope.dimension_count` may be less than all of a head.
+            has_axes: positions in images may have several axes; those of text are the same on all of them.
 
         Raises:
             CheckpointError: a key is missing, malformed, or contradicts another or the tensors.
             UnsupportedModel: heads of two widths, or a rotary embedding that is not built in.
         """
+        if has_axes:
+            self.key("rope.dimension_sections")
         sizes = self.sizes()
         hidden_size, context_tokens = sizes["hidden_size"], sizes["context_tokens"]
         num_heads = self.integer("attention.head_count")
@@ -260,8 +263,8 @@ class GgufConfigReader:
         return self.file.metadata.get(self.key(name)) not in (None, 0.0)
 
     def _token_ids(self, *roles: str) -> list[int]:
-        keys = [f"tokenizer.ggml.{role}_token_id" for role in roles]
-        return sorted({self.file.integer(key) for key in keys if key in self.file.metadata})
+        found = (self.file.token_id(role) for role in roles)
+        return sorted({token_id for token_id in found if token_id is not None})
 
 
 def frequency_factors(file: GgufFile, head_dim: int) -> tuple[float, ...]:

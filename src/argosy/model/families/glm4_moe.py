@@ -7,6 +7,7 @@ large models do. A layer for multi-token prediction lies behind the model's own 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
@@ -22,9 +23,9 @@ from argosy.model.families.deepseek import (
 )
 from argosy.model.families.deepseek_gguf import read_dense_layers, read_grouped_router
 from argosy.model.families.gguf_config import SIGMOID, GgufConfigReader
-from argosy.model.families.gguf_layout import read_gguf_layout
+from argosy.model.families.gguf_layout import dense_name, read_gguf_layout
 
-__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
+__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config", "read_text"]
 
 MODEL_TYPE = "glm4_moe"
 GGUF_ARCHITECTURE = "glm4moe"
@@ -38,37 +39,56 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     reader = ConfigReader(raw, MODEL_TYPE)
+    has_qk_norm = reader.flag("use_qk_norm", False)
+    config = read_text(
+        reader,
+        MODEL_TYPE,
+        has_qk_norm=has_qk_norm,
+        has_bias=False,
+        vocab_size=151_552,
+        context_tokens=131_072,
+    )
+    reader.finish()
+    return config
+
+
+def read_text(
+    reader: ConfigReader, family: str, *, has_qk_norm: bool, has_bias: bool, **defaults: Any
+) -> ModelConfig:
+    """The text model of this family and of the one that also sees; the caller calls `finish()`.
+
+    Args:
+        has_bias: what an absent `attention_bias` means.
+        defaults: those of `read_common` in which the two differ.
+    """
     common = read_common(
         reader,
-        vocab_size=151_552,
         hidden_size=4096,
         num_heads=96,
         num_kv_heads=8,
         rope_theta=10_000.0,
         norm_eps=1e-5,
-        context_tokens=131_072,
         num_experts=128,
         experts_per_token=8,
         partial_rotary_factor=0.5,
+        **defaults,
     )
     num_layers = reader.integer("num_hidden_layers", default=46, most=MOST_LAYERS)
     is_moe = layers_behind_the_dense(1)(reader, num_layers)
     expert_width = reader.integer("moe_intermediate_size", default=1408)
     read_router = read_sigmoid_router(scale=1.0, num_groups=1, kept_groups=1)
-    config = ModelConfig(
-        family=MODEL_TYPE,
+    return ModelConfig(
+        family=family,
         layers=tuple(LayerConfig(is_moe=moe) for moe in is_moe),
         expert_width=expert_width,
         router=read_router(reader, common["num_experts"], common["experts_per_token"]),
         dense_width=reader.integer("intermediate_size", default=10_944),
         shared_width=reader.integer("n_shared_experts", default=1) * expert_width,
-        has_qkv_bias=reader.flag("attention_bias", False),
-        qk_norm="head" if reader.flag("use_qk_norm", False) else "none",
+        has_qkv_bias=reader.flag("attention_bias", has_bias),
+        qk_norm="head" if has_qk_norm else "none",
         num_mtp_layers=read_mtp_layers(reader, 1),
         **common,
     )
-    reader.finish()
-    return config
 
 
 def open_gguf(file: GgufFile) -> ModelFiles:
@@ -79,12 +99,12 @@ def open_gguf(file: GgufFile) -> ModelFiles:
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
     reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
-    common = reader.common(has_partial_rope=True)
+    common = reader.common(has_partial_rope=True, has_axes=True)
     num_layers = reader.num_layers()
     num_dense = read_dense_layers(reader, num_layers)
     reader.neutral("expert_gating_func", 0, SIGMOID)
     router = read_grouped_router(
-        reader, is_sigmoid=True, has_choice_bias=f"blk.{num_dense}.exp_probs_b.bias" in file.tensors
+        reader, is_sigmoid=True, has_choice_bias=dense_name(f"layers.{num_dense}.choice_bias") in file.tensors
     )
     expert_width = reader.integer("expert_feed_forward_length")
     config = ModelConfig(
@@ -94,8 +114,8 @@ def open_gguf(file: GgufFile) -> ModelFiles:
         router=require_groups(router, common["num_experts"], common["experts_per_token"]),
         dense_width=reader.integer("feed_forward_length"),
         shared_width=reader.integer("expert_shared_count", 0, least=0) * expert_width,
-        has_qkv_bias="blk.0.attn_q.bias" in file.tensors,
-        qk_norm="head" if "blk.0.attn_q_norm.weight" in file.tensors else "none",
+        has_qkv_bias=dense_name("layers.0.q_bias") in file.tensors,
+        qk_norm="head" if dense_name("layers.0.q_norm") in file.tensors else "none",
         num_mtp_layers=reader.num_mtp_layers(),
         **common,
     )

@@ -54,6 +54,7 @@ LAYOUTS = (
         layer_names=_LAYER_NAMES,
         by_turns=_BY_TURNS,
         transposed_names=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+        has_turns=True,
     ),
 )
 

@@ -11,8 +11,7 @@ from dataclasses import replace
 
 from argosy.config import ModelConfig
 from argosy.model.families import deepseek, kimi_k2
-from argosy.model.families.common_config import in_wrapper
-from argosy.model.families.config_reader import ConfigReader
+from argosy.model.families.common_config import parse_wrapper
 from argosy.model.families.deepseek_gguf import GGUF_ARCHITECTURE, open_gguf
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
@@ -29,9 +28,8 @@ LAYOUTS = tuple(
     for layout in deepseek.LAYOUTS
 )
 
-# Of the vision tower, its projector, and the placeholders that images and video have in a prompt.
-_VISION_KEYS = (
-    "vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
+# Of the projector, and more about placeholders.
+_MORE_KEYS = (
     "media_placeholder_token_id", "video_placeholder", "use_unified_vision_chunk", "ignore_index",
     "projection_hidden_size", "projection_layer_norm_eps",
 )  # fmt: skip
@@ -40,18 +38,10 @@ _VISION_KEYS = (
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     """Read the text part of a `config.json`; an absent key means what it means to DeepSeek-V3.
 
-    Whether the head is the embedding table, and which tokens start and end a text, the wrapper says where it says
-    anything.
-
     Raises:
-        UnsupportedModel: a key or value asks for something that is not built in.
-        CheckpointError: a key is missing, malformed, or contradicts another.
+        What `parse_wrapper` does.
     """
-    wrapper = ConfigReader(raw, MODEL_TYPE)
-    text = wrapper.nested("text_config", "kimi_k2", "deepseek_v3")
-    config = kimi_k2.read_text(text, MODEL_TYPE)
-    text.finish()
-    config = in_wrapper(config, wrapper)
-    wrapper.passed(*_VISION_KEYS)
-    wrapper.finish()
-    return config
+    text_types = ("kimi_k2", "deepseek_v3")
+    return parse_wrapper(
+        raw, MODEL_TYPE, text_types, lambda text: kimi_k2.read_text(text, MODEL_TYPE), *_MORE_KEYS
+    )

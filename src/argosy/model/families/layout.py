@@ -6,10 +6,11 @@ A family has one layout or several: the hub keeps one tensor per expert matrix, 
 write all experts of a layer as one fused tensor, [experts, 2 * width, hidden] with gate before up. Others have rows of
 gate and up by turns, in MXFP4 blocks and scales; or keep fused tensors transposed, [experts, hidden, 2 * width]: these
 can be packed, and not be run in place. A weight may be codes and scales: `weight` in E4M3 with `weight_scale_inv`, or
-`weight_packed` with `weight_scale` and `weight_shape`. The first layout whose expert tensors are there is read. Every
-tensor is accounted for: one that is missing, has another shape, has a dtype that no kernel reads, or is not asked for
-is an error with its name. Passed over is only what is known and has no part in text: constants that old exporters
-leave behind (`_LEFTOVERS`), layers for multi-token prediction, and what a layout names itself, such as a vision tower.
+`weight_packed` with `weight_scale` and `weight_shape`. The first layout whose expert tensors are there is read; where
+fused tensors and transposed ones have the same name, their shape tells which they are. Every tensor is accounted for:
+one that is missing, has another shape, has a dtype that no kernel reads, or is not asked for is an error with its name.
+Passed over is only what is known and has no part in text: constants that old exporters leave behind (`_LEFTOVERS`),
+layers for multi-token prediction, and what a layout names itself, such as a vision tower.
 
 Elsewhere: shapes are `checkpoint/geometry.py`; where bytes lie is `checkpoint/safetensors.py`.
 """
@@ -71,7 +72,8 @@ class Layout:
     layer_names: Mapping[str, str]
     expert_names: tuple[str, str, str] | None = None  # gate, up, down, with {expert}
     fused_names: tuple[str, str] | None = None  # gate and up in one, down
-    transposed_names: tuple[str, str] | None = None  # the same, transposed, with gate and up by turns
+    transposed_names: tuple[str, str] | None = None  # the same, transposed
+    has_turns: bool = False  # columns of gate and up alternate there
     mxfp4_names: tuple[str, str, str, str] | None = None  # blocks and scales of gate and up by turns, of down
     by_turns: tuple[str, str] | None = None  # canonical names of two whose values alternate in one tensor
     prefix: str = "model."
@@ -95,6 +97,11 @@ class Layout:
         return tuple(
             f"{self.prefix}layers.{layer}.{name.format(expert=expert)}" for name in self.expert_names
         )
+
+    def gate_up_shape(self, config: ModelConfig) -> tuple[int, int, int]:
+        """The shape of the first tensor of a stack of floats."""
+        rows, cols = 2 * config.expert_width, config.hidden_size
+        return (config.num_experts, *((rows, cols) if self.transposed_names is None else (cols, rows)))
 
     def is_passed_over(self, config: ModelConfig) -> Callable[[str], bool]:
         """Tells the names of tensors that may stand in a checkpoint of `config` and are never read."""
@@ -144,10 +151,7 @@ def read_layout(
         CheckpointError: a tensor is missing, extra, or of another shape than the config calls for.
         UnsupportedModel: a tensor has a dtype that no kernel reads.
     """
-    probe = config.moe_layers[0]
-    layout = next(
-        (one for one in layouts if _is_there(one.names_of_expert(probe, 0)[0], tensors)), layouts[0]
-    )
+    layout = _choose(layouts, config, tensors)
     if config.is_embedding_tied and layout.head_name in tensors:
         # Tied in the config, and yet a head in the files: the files win, as in transformers 5.
         config = replace(config, is_embedding_tied=False)
@@ -157,6 +161,28 @@ def read_layout(
     reader.refuse_extra(config, layout.is_passed_over(config), "this config.json")
     require_one_format_a_layer(experts, directory)
     return ModelFiles(directory, config, dense, experts)
+
+
+def _choose(layouts: tuple[Layout, ...], config: ModelConfig, tensors: Mapping[str, TensorRef]) -> Layout:
+    """The first layout whose expert tensors are there; of several with the same names, the one of their shape."""
+    probe = config.moe_layers[0]
+    there = [one for one in layouts if _is_there(one.names_of_expert(probe, 0)[0], tensors)]
+    if not there:
+        return layouts[0]
+    names = there[0].names_of_expert(probe, 0)
+    alike = [one for one in there if one.names_of_expert(probe, 0) == names]
+    if len(alike) == 1:
+        return there[0]
+    ref = tensors[names[0]]
+    fitting = [one for one in alike if one.gate_up_shape(config) == ref.shape]
+    if len(fitting) > 1:
+        raise UnsupportedModel(
+            f"{ref.path.name}: {names[0]} is {list(ref.shape)}, which it is transposed, too; supported: experts whose "
+            "width, twice, is not hidden_size",
+            path=ref.path,
+            tensor=names[0],
+        )
+    return (fitting or alike)[0]
 
 
 def _packed(name: str) -> str:
@@ -270,13 +296,13 @@ class _Accounts(TensorAccounts):
         elif layout.mxfp4_names is not None:
             read = self._mxfp4_expert
         return {
-            (layer, expert): read(config, layer, expert, layout.names_of_expert(layer, expert))
+            (layer, expert): read(config, layout, expert, layout.names_of_expert(layer, expert))
             for layer in config.moe_layers
             for expert in range(config.num_experts)
         }
 
     def _single_expert(
-        self, config: ModelConfig, layer: int, expert: int, names: tuple[str, ...]
+        self, config: ModelConfig, layout: Layout, expert: int, names: tuple[str, ...]
     ) -> ExpertRecord:
         pieces: list[Piece] = []
         matrices = []
@@ -300,7 +326,7 @@ class _Accounts(TensorAccounts):
         return ExpertRecord(tuple(pieces), *matrices)
 
     def _fused_expert(
-        self, config: ModelConfig, layer: int, expert: int, names: tuple[str, ...]
+        self, config: ModelConfig, layout: Layout, expert: int, names: tuple[str, ...]
     ) -> ExpertRecord:
         gate, _, down = expert_shapes(config)
         gate_up_ref, gate_up_format = self.take(names[0], (config.num_experts, 2 * gate[0], gate[1]))
@@ -319,7 +345,7 @@ class _Accounts(TensorAccounts):
         )
 
     def _transposed_expert(
-        self, config: ModelConfig, layer: int, expert: int, names: tuple[str, ...]
+        self, config: ModelConfig, layout: Layout, expert: int, names: tuple[str, ...]
     ) -> ExpertRecord:
         (width, hidden), _, _ = expert_shapes(config)
         pieces, formats = [], []
@@ -329,15 +355,17 @@ class _Accounts(TensorAccounts):
             pieces.append(Piece(ref.path, ref.offset + expert * nbytes, nbytes))
             formats.append(format)
         gate_up, down = formats
+        strides, up_at = ((2, 2 * width), 1) if layout.has_turns else ((1, 2 * width), width)
+        up_offset = up_at * BYTES_PER_VALUE[gate_up]
         return ExpertRecord(
             tuple(pieces),
-            gate=ExpertMatrix(0, 0, gate_up, width, hidden, strides=(2, 2 * width)),
-            up=ExpertMatrix(0, BYTES_PER_VALUE[gate_up], gate_up, width, hidden, strides=(2, 2 * width)),
+            gate=ExpertMatrix(0, 0, gate_up, width, hidden, strides),
+            up=ExpertMatrix(0, up_offset, gate_up, width, hidden, strides),
             down=ExpertMatrix(1, 0, down, hidden, width, strides=(1, hidden)),
         )
 
     def _mxfp4_expert(
-        self, config: ModelConfig, layer: int, expert: int, names: tuple[str, ...]
+        self, config: ModelConfig, layout: Layout, expert: int, names: tuple[str, ...]
     ) -> ExpertRecord:
         """Blocks [experts, rows, cols / 32, 16] and scales [experts, rows, cols / 32] of OCP MXFP4."""
         gate, _, down = expert_shapes(config)

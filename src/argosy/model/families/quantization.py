@@ -9,7 +9,7 @@
 
 Every key is read, or known to change nothing, or refused by its name. Which matrices are quantised is told by the
 tensors that are there (`layout.py`); what is said here is checked against them. A config for several modalities may
-say it at the top or in `text_config`.
+say it at the top or in the part about text.
 
 Sources: `FineGrainedFP8Config` and `Mxfp4Config` of transformers 5.24; `QuantizationConfig` and `QuantizationArgs` of
 compressed-tensors 0.12.
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,8 +30,12 @@ from argosy.errors import CheckpointError, UnsupportedModel
 QuantizationMethod = Literal["fp8", "int4", "mxfp4"]
 
 KEY = "quantization_config"
+# Where it may stand: at the top, or in the parts about text that a config of several modalities has.
+_PARTS = ((), ("text_config",), ("thinker_config",), ("thinker_config", "text_config"))
 FP8_BLOCK = 128
 INT4_GROUP = 32
+_MOST_REPETITIONS = 3  # of an expression that names modules
+_MOST_ALTERNATIVES = 8
 
 SUPPORTED = (
     f"fp8 with weight_block_size [{FP8_BLOCK}, {FP8_BLOCK}], "
@@ -62,6 +66,26 @@ class Quantization:
         )
 
 
+def _fault_of_expression(expression: str) -> str | None:
+    """Why a regular expression of a checkpoint is not used; None where it can be.
+
+    Matching goes back and forth between repetitions and alternatives, so a file could make it take hours. With few of
+    them, and none of them nested, it cannot: a module's name has a hundred characters.
+    """
+    # what is left without [sets] and \escapes
+    plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^]\\])*\]", "x", expression, flags=re.DOTALL)
+    plain = re.sub(r"\(\?[:=!]", "(", plain)
+    if "(?" in plain or re.search(r"\)[*+?{]", plain):
+        return "repeats a group, or starts one with another (? than (?:, (?= and (?!"
+    if len(re.findall(r"[*+?{]", plain)) > _MOST_REPETITIONS or plain.count("|") > _MOST_ALTERNATIVES:
+        return f"has more than {_MOST_REPETITIONS} repetitions or {_MOST_ALTERNATIVES} alternatives"
+    try:
+        re.compile(expression)
+    except (re.error, OverflowError) as error:
+        return f"is no regular expression: {error}"
+    return None
+
+
 def read_quantization(raw: Mapping[str, object], path: Path = Path("config.json")) -> Quantization | None:
     """The quantisation that a config asks for; None where it asks for none.
 
@@ -69,18 +93,26 @@ def read_quantization(raw: Mapping[str, object], path: Path = Path("config.json"
         UnsupportedModel: another method, or a variant of one, each with what is supported.
         CheckpointError: it is no object, or said twice and differently.
     """
-    text = raw.get("text_config")
-    inner = text.get(KEY) if isinstance(text, dict) else None
-    given = raw.get(KEY)
-    if given is None or inner is None:
-        given = inner if given is None else given
-    elif given != inner:
-        raise CheckpointError(
-            f"{path.name} has two different {KEY}, one of them in text_config", path=path, key=KEY
-        )
-    if given is None:
+    said = list(_all_said(raw))
+    if not said:
         return None
+    _, given = said[0]
+    for where, other in said[1:]:
+        if other != given:
+            raise CheckpointError(
+                f"{path.name} has two different {KEY}, one of them in {where}", path=path, key=KEY
+            )
     return _Reader(given, path).read()
+
+
+def _all_said(raw: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Every `quantization_config` of a config and of its parts, with the part that it is in."""
+    for path in _PARTS:
+        part: object = raw
+        for name in path:
+            part = part.get(name) if isinstance(part, dict) else None
+        if isinstance(part, Mapping) and part.get(KEY) is not None:
+            yield ".".join(path), part[KEY]
 
 
 class _Reader:
@@ -144,10 +176,7 @@ class _Reader:
                 format=("pack-quantized", None),
             )  # fmt: skip
             self._int4_weights(self._mapping(fields.get("weights"), f"{where}.weights"), f"{where}.weights")
-        names = self._names(config, "ignore")
-        for name in names:
-            self._require_expression(name)
-        return Quantization("int4", names)
+        return Quantization("int4", self._names(config, "ignore"))
 
     def _int4_weights(self, weights: Mapping[str, object], where: str) -> None:
         wanted = {
@@ -193,19 +222,14 @@ class _Reader:
                 path=self._path,
                 key=KEY,
             )
+        for name in names:
+            if name.startswith("re:") and (fault := _fault_of_expression(name[3:])):
+                raise CheckpointError(
+                    f"{self._path.name}: {KEY}.{key} has '{quote(name)}', which {fault}",
+                    path=self._path,
+                    key=KEY,
+                )
         return tuple(names)
-
-    def _require_expression(self, name: str) -> None:
-        if not name.startswith("re:"):
-            return
-        try:
-            re.compile(name[3:])
-        except re.error as error:
-            raise CheckpointError(
-                f"{self._path.name}: {KEY}.ignore has '{quote(name)}', which is no regular expression: {error}",
-                path=self._path,
-                key=KEY,
-            ) from error
 
     def _mapping(self, value: object, where: str) -> Mapping[str, object]:
         if not isinstance(value, dict):

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from argosy.config import ModelConfig
-from argosy.model.families.common_config import in_wrapper
-from argosy.model.families.config_reader import ConfigReader
+from argosy.model.families.common_config import parse_wrapper
 from argosy.model.families.qwen3_5_moe_text import GGUF_ARCHITECTURE, TEXT_LAYOUTS, open_gguf, read_text
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
@@ -21,26 +20,11 @@ MODEL_TYPE = "qwen3_5_moe"
 # As the hub has it, and without the prefix, as tools that only keep the text model may write it.
 LAYOUTS = (*(replace(layout, prefix="model.language_model.") for layout in TEXT_LAYOUTS), *TEXT_LAYOUTS)
 
-_VISION_KEYS = (
-    "vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
-)  # fmt: skip
-
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     """Read the text part of a `config.json`, as `Qwen3_5MoeTextConfig` in transformers 5.24 does.
 
-    Whether the head is the embedding table, and which tokens start and end a text, the wrapper says where it says
-    anything.
-
     Raises:
-        UnsupportedModel: a key or value asks for something that is not built in.
-        CheckpointError: a key is missing, malformed, or contradicts another.
+        What `parse_wrapper` does.
     """
-    wrapper = ConfigReader(raw, MODEL_TYPE)
-    text = wrapper.nested("text_config", "qwen3_5_moe_text")
-    config = read_text(text, MODEL_TYPE)
-    text.finish()
-    config = in_wrapper(config, wrapper)
-    wrapper.passed(*_VISION_KEYS)
-    wrapper.finish()
-    return config
+    return parse_wrapper(raw, MODEL_TYPE, ("qwen3_5_moe_text",), lambda text: read_text(text, MODEL_TYPE))

@@ -2,12 +2,13 @@
 
 `attention_bias` puts a bias on q, k, v and o. With `use_sliding_window`, the window holds in every layer
 (Qwen3MoeModel in transformers 5.24); `max_window_layers`, which released files still carry, decides nothing
-there.
+there. Qwen3-VL-MoE and the thinker of Qwen3-Omni have the same text model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
@@ -18,7 +19,15 @@ from argosy.model.families.gguf_config import GgufConfigReader
 from argosy.model.families.gguf_layout import read_gguf_layout
 from argosy.model.families.qwen_moe import LAYOUTS, read_moe_layers
 
-__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
+__all__ = [
+    "GGUF_ARCHITECTURE",
+    "LAYOUTS",
+    "MODEL_TYPE",
+    "open_gguf",
+    "open_qwen3_gguf",
+    "parse_config",
+    "read_text",
+]
 
 MODEL_TYPE = "qwen3_moe"
 GGUF_ARCHITECTURE = "qwen3moe"
@@ -32,8 +41,14 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     reader = ConfigReader(raw, MODEL_TYPE)
-    common = read_common(
+    config = read_text(
         reader,
+        MODEL_TYPE,
+        _read_window,
+        num_layers=24,
+        renormalize=False,
+        expert_width=768,
+        dense_width=6144,
         vocab_size=151_936,
         hidden_size=2048,
         num_heads=32,
@@ -44,42 +59,70 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         num_experts=128,
         experts_per_token=8,
     )
-    num_layers = reader.integer("num_hidden_layers", default=24, most=MOST_LAYERS)
-    window = _read_window(reader, num_layers)
+    reader.finish()
+    return config
+
+
+def read_text(
+    reader: ConfigReader,
+    family: str,
+    read_window: Callable[[ConfigReader, int], int] | None = None,
+    *,
+    num_layers: int,
+    renormalize: bool,
+    expert_width: int,
+    dense_width: int,
+    **defaults: Any,
+) -> ModelConfig:
+    """The text model of this family and of those that also see and hear; the caller calls `finish()`.
+
+    Args:
+        read_window: reads the sliding window of so many layers; None: the family has none.
+        num_layers and the following: what an absent key means; `defaults` are those of `read_common`.
+    """
+    num_layers = reader.integer("num_hidden_layers", default=num_layers, most=MOST_LAYERS)
+    if read_window is None:
+        reader.layer_types(num_layers, ("full_attention",))
+        reader.neutral("sliding_window", None)
+        reader.neutral("use_sliding_window", False)
+    window = read_window(reader, num_layers) if read_window is not None else 0
+    common = read_common(reader, **defaults)
     is_moe = read_moe_layers(reader, num_layers)
     has_bias = reader.flag("attention_bias", False)
-    # Released files repeat these keys of sister models (Qwen3-Coder does).
+    # Released files repeat these keys of sister models (Qwen3-Coder and Qwen3-Omni do).
     reader.neutral("qkv_bias", False)
     reader.neutral("use_qk_norm", True)
     reader.neutral("shared_expert_intermediate_size", 0, None)
-    config = ModelConfig(
-        family=MODEL_TYPE,
+    return ModelConfig(
+        family=family,
         layers=tuple(LayerConfig(is_moe=moe, sliding_window=window) for moe in is_moe),
-        expert_width=reader.integer("moe_intermediate_size", default=768),
-        router=RouterConfig(renormalize=reader.flag("norm_topk_prob", False)),
-        dense_width=reader.integer("intermediate_size", default=6144),
+        expert_width=reader.integer("moe_intermediate_size", default=expert_width),
+        router=RouterConfig(renormalize=reader.flag("norm_topk_prob", renormalize)),
+        dense_width=reader.integer("intermediate_size", default=dense_width),
         has_qkv_bias=has_bias,
         has_o_bias=has_bias,
         qk_norm="head",
         **common,
     )
-    reader.finish()
-    return config
 
 
 def open_gguf(file: GgufFile) -> ModelFiles:
-    """The model in a GGUF file of architecture `qwen3moe`. Absent, `expert_weights_norm` is true there.
+    """The model in a GGUF file of architecture `qwen3moe`.
 
     Raises:
         UnsupportedModel: a key, value or tensor type that is not built in.
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
-    reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
-    common = reader.common()
+    return open_qwen3_gguf(GgufConfigReader(file, GGUF_ARCHITECTURE), MODEL_TYPE)
+
+
+def open_qwen3_gguf(reader: GgufConfigReader, family: str, *, has_axes: bool = False) -> ModelFiles:
+    """The model of this family, or the text part of one that also sees. `expert_weights_norm`, absent, is true."""
+    common = reader.common(has_axes=has_axes)
     window = reader.integer("attention.sliding_window", 0, least=0)
     reader.integer("feed_forward_length", 0, least=0)  # of layers without experts, and all have them there
     config = ModelConfig(
-        family=MODEL_TYPE,
+        family=family,
         layers=(LayerConfig(is_moe=True, sliding_window=window),) * reader.num_layers(),
         expert_width=reader.integer("expert_feed_forward_length"),
         router=RouterConfig(renormalize=reader.flag("expert_weights_norm", True)),
@@ -87,7 +130,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
         **common,
     )
     reader.finish()
-    return read_gguf_layout(file, config, is_paired=False, has_rope_freqs=False)
+    return read_gguf_layout(reader.file, config, is_paired=False, has_rope_freqs=False)
 
 
 def _read_window(reader: ConfigReader, num_layers: int) -> int:

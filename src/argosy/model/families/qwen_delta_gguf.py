@@ -38,10 +38,7 @@ def open_delta_gguf(file: GgufFile, architecture: str, family: str) -> ModelFile
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
     reader = GgufConfigReader(file, architecture)
-    common = reader.common(has_partial_rope=True)
-    reader.key(
-        "rope.dimension_sections"
-    )  # axes of positions in images: text has the same position on all of them
+    common = reader.common(has_partial_rope=True, has_axes=True)
     reader.integer("feed_forward_length", 0, least=0)  # of layers without experts, and all have them there
     interval = reader.integer("full_attention_interval", 4)
     layers = tuple(

@@ -21,7 +21,7 @@ from argosy.model.families.config_reader import LARGEST_SIZE, ConfigReader, is_p
 Kind = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-_AXES = frozenset({"mrope_section", "mrope_interleaved"})
+_AXES = frozenset({"mrope_section", "mrope_interleaved", "interleaved"})
 _COMMON = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
 _FIELDS: dict[Kind, set[str]] = {
     "default": set(),

@@ -1,0 +1,132 @@
+"""Byte-level BPE: how text is cut into words, and how bytes are spelled in a vocabulary.
+
+    text  ->  words, by the patterns of a model  ->  bytes, each spelled as a character  ->  merges  ->  tokens
+
+`WORDS` has the patterns by the names that GGUF gives them; they are those of the models' own tokenizers.
+
+Elsewhere: vocabularies and merges come from `gguf_tokenizer.py` and `tiktoken_model.py`; a `tokenizer.json` says all of
+this itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+
+# Words of byte-level BPE, as the models' own tokenizer.json files cut them.
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_O200K = (  # a word is capitals and then small letters, with what stands before it and a contraction after it
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_NOT_HAN = r"&&[^\p{Han}]"  # Kimi-K2: Chinese characters make words of their own
+_KIMI = (
+    rf"\p{{Han}}+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}{_NOT_HAN}]*[{_LOWER}{_NOT_HAN}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}{_NOT_HAN}]+[{_LOWER}{_NOT_HAN}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# DeepSeek-V3: digits in threes, then Chinese and Japanese, then the rest.
+_DEEPSEEK_V3 = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+# DeepSeek-V2: letters that have case, by the ranges of code points that its tokenizer.json lists.
+_CASED_SPANS = (
+    "41-5A 61-7A B5 C0-D6 D8-F6 F8-1BA 1BC-1BF 1C4-293 295-2AF 370-373 376 377 37B-37D 37F 386 388-38A 38C "
+    "38E-3A1 3A3-3F5 3F7-481 48A-52F 531-556 10A0-10C5 13A0-13F5 13F8-13FD 1C90-1CBA 1CBD-1CBF 1D00-1D2B "
+    "1D6B-1D77 1D79-1D9A 1E00-1F15 1F18-1F1D 1F20-1F45 1F48-1F4D 1F50-1F57 1F59 1F5B 1F5D 1F5F-1F7D 1F80-1FB4 "
+    "1FB6-1FBC 1FBE 1FC2-1FC4 1FC6-1FCC 1FD0-1FD3 1FD6-1FDB 1FE0-1FEC 1FF2-1FF4 1FF6-1FFC 2102 2107 210A-2113 "
+    "2115 2119-211D 2124 2126 2128 212A-212D 212F-2134 2139 213C-213F 2145-2149 214E 2183 2184 2C00-2C7B "
+    "2C7E-2CE4 2CEB-2CEE 2CF2 2CF3 A640-A66D A680-A69B A722-A76F A771-A787 A78B-A78E AB70-ABBF FB00-FB06 "
+    "FB13-FB17 FF21-FF3A FF41-FF5A 10400-1044F 104B0-104D3 104D8-104FB 10C80-10CB2 10CC0-10CF2 118A0-118DF "
+    "1E900-1E943"
+)
+_CASED = "".join("-".join(chr(int(end, 16)) for end in span.split("-")) for span in _CASED_SPANS.split())
+_DEEPSEEK_V2 = (
+    r"[\r\n]",
+    rf"\s?[{_CASED}]+",
+    "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+    r"\s+$",
+    "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+    r"\p{N}+",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Words:
+    """How one `pre` prepares text: patterns applied one after the other, each cutting what the others left."""
+
+    patterns: tuple[str, ...]
+    is_nfc: bool = False  # text is brought into Unicode's composed form first
+    ignores_merges: bool = False  # a word that is a token is that token, whatever the merges say
+    adds_bos: bool = False
+
+
+WORDS: Mapping[str, Words] = {
+    "gpt-2": Words(patterns=(_GPT2,)),
+    "smollm": Words(patterns=(r"\p{N}", _GPT2)),
+    "llama-bpe": Words(patterns=(_LLAMA3,), ignores_merges=True, adds_bos=True),
+    "qwen2": Words(patterns=(_QWEN2,), is_nfc=True),
+    "gpt-4o": Words(patterns=(_O200K,), ignores_merges=True),
+    "deepseek-v3": Words(patterns=_DEEPSEEK_V3),
+    "deepseek-llm": Words(patterns=_DEEPSEEK_V2),
+    "kimi-k2": Words(patterns=(_KIMI,)),
+    "glm4": Words(patterns=(_LLAMA3,)),
+    # What llama.cpp does for a file that names none.
+    "default": Words(patterns=(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+}
+
+# A cut of every token at every place is looked up: longer ones than any vocabulary has would take hours.
+LONGEST_TOKEN = 512
+
+
+def spelling_of_bytes() -> tuple[str, ...]:
+    """GPT-2's table: the character that stands for each byte in a vocabulary."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return tuple(chr(byte if byte in printable else next(others)) for byte in range(256))
+
+
+def merges_by_rank(tokens: Iterable[str], vocab: Collection[str]) -> list[tuple[str, str]]:
+    """Merging the adjacent pair whose token ranks first is the same as a list of merges: here it is.
+
+    Args:
+        tokens: those that pairs may become, the one that merges first before the others.
+        vocab: all that pairs may be of.
+
+    Returns:
+        Every cut of a token into two others, for they may meet in any of these ways.
+    """
+    return [
+        (token[:cut], token[cut:])
+        for token in tokens
+        for cut in range(1, len(token))
+        if token[:cut] in vocab and token[cut:] in vocab
+    ]
+
+
+def byte_level_tokenizer(model: models.Model, words: Words) -> tokenizers.Tokenizer:
+    """A tokenizer of text in these `words`, whose bytes `model` merges."""
+    core = tokenizers.Tokenizer(model)
+    if words.is_nfc:
+        core.normalizer = normalizers.NFC()
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in words.patterns),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    return core

@@ -1,0 +1,141 @@
+"""Split the matrix that makes keys and values of a latent vector in two, as absorbed attention takes it.
+
+    kv_up [heads * (key + value), rank]  ->  k_up [heads * rank, key]    the key half of each head, transposed
+                                             v_up [heads * value, rank]  the value half of each head
+
+Absorbed attention multiplies a query with the transposed key half, so memory holds that and not the key half: each
+weight is there once, and both products read rows in order. Weights of float formats keep their bits, and so do those of
+f8, whose scales are of square blocks, where halves of a head are whole blocks; elsewhere these become float32. Groups
+of other quantised weights lie along the rank and cannot be turned without quantising again: the key half becomes
+float16, which is off by a thirtieth of a step of q8's quants at most, and by less of the others'. Their value half
+stays as it is where halves of a head are whole panels, and becomes float16, too, where they are not.
+
+Packs hold the two halves; from anything else they are made while it lands.
+
+Elsewhere: when this happens is `model/weights.py` and `pack.py`; the arithmetic is native/ops/latent_attention.h.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy import _native
+from argosy.checkpoint.files import (
+    F8_BLOCK,
+    KeyValueRows,
+    MatrixRef,
+    f8_scales_bytes,
+    is_quantised,
+    matrix_bytes,
+    rows_together,
+)
+from argosy.config import Format
+
+Bytes = NDArray[np.uint8]
+
+
+class MatrixShape(NamedTuple):
+    """A matrix in memory."""
+
+    format: Format
+    rows: int
+    cols: int
+
+
+class KeyValueMatrix(NamedTuple):
+    """kv_up in memory, whole."""
+
+    format: Format
+    head: KeyValueRows
+    rank: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.head.num_heads * (self.head.key_rows + self.head.value_rows)
+
+
+def key_value_matrix(ref: MatrixRef) -> KeyValueMatrix:
+    """What a matrix with `key_value_rows` is, once it has landed."""
+    assert ref.key_value_rows is not None
+    return KeyValueMatrix(ref.format, ref.key_value_rows, ref.cols)
+
+
+def split_shapes(kv_up: KeyValueMatrix) -> tuple[MatrixShape, MatrixShape]:
+    """What becomes of it: k_up and v_up."""
+    format, head, rank = kv_up
+    whole_format: Format = "f32" if format == "f8" else "f16"
+    value_format: Format = format if _is_cut_between_heads(kv_up) else whole_format
+    key_format: Format = "f16" if is_quantised(format) and format != "f8" else value_format
+    return (
+        MatrixShape(key_format, head.num_heads * rank, head.key_rows),
+        MatrixShape(value_format, head.num_heads * head.value_rows, rank),
+    )
+
+
+def keeps_its_format(kv_up: KeyValueMatrix) -> bool:
+    """Whether both halves have its format, and so every weight its bits."""
+    return all(half.format == kv_up.format for half in split_shapes(kv_up))
+
+
+def passing_bytes(kv_up: KeyValueMatrix) -> int:
+    """Bytes of memory, beside the matrix and what becomes of it, that `split` takes."""
+    key, value = split_shapes(kv_up)
+    if key.format == kv_up.format:
+        return 0
+    rows = kv_up.head.key_rows if value.format == kv_up.format else kv_up.num_rows
+    return (4 + 2) * rows * kv_up.rank  # as float32, then as float16 where that is wanted
+
+
+def split(kv_up: KeyValueMatrix, matrix: Bytes, keys: Bytes, values: Bytes) -> None:
+    """Write k_up and v_up of the matrix whose bytes `matrix` holds."""
+    format, head, rank = kv_up
+    key_shape, value_shape = split_shapes(kv_up)
+    if value_shape.format != format:
+        exact = _native.dequantize(format, matrix, kv_up.num_rows, rank)
+        exact = exact.astype(np.float32 if value_shape.format == "f32" else np.float16, copy=False)
+        _split_whole(exact.reshape(head.num_heads, -1, rank), head.key_rows, keys, values)
+        return
+    heads = matrix.reshape(head.num_heads, -1)
+    if not is_quantised(format):
+        bits = heads.view(np.uint32 if format == "f32" else np.uint16)
+        _split_whole(bits.reshape(head.num_heads, -1, rank), head.key_rows, keys, values)
+        return
+    key_bytes = matrix_bytes(format, head.key_rows, rank)
+    values.reshape(head.num_heads, -1)[:] = heads[:, key_bytes:]
+    for one, place in zip(heads, keys.reshape(head.num_heads, -1), strict=True):
+        if key_shape.format == "f8":
+            _turn_f8(one[:key_bytes], head.key_rows, rank, place)
+        else:
+            exact = _native.dequantize(format, one[:key_bytes], head.key_rows, rank).astype(np.float16)
+            place.view(np.float16).reshape(rank, head.key_rows)[:] = exact.T
+
+
+def _split_whole(heads: NDArray[Any], key_rows: int, keys: Bytes, values: Bytes) -> None:
+    """Split [heads, key + value, rank] of numbers that take so many bytes in memory, too."""
+    num_heads, rows, rank = heads.shape
+    turned = keys.view(heads.dtype).reshape(num_heads, rank, key_rows)
+    turned[:] = heads[:, :key_rows].transpose(0, 2, 1)
+    values.view(heads.dtype).reshape(num_heads, rows - key_rows, rank)[:] = heads[:, key_rows:]
+
+
+def _turn_f8(matrix: Bytes, rows: int, cols: int, out: Bytes) -> None:
+    """Transpose an f8 matrix of whole blocks (layout: native/kernels/formats.h)."""
+    down, across = rows // F8_BLOCK, cols // F8_BLOCK
+    strips, turned = matrix.reshape(down, -1), out.reshape(across, -1)
+    codes = strips[:, f8_scales_bytes(cols) :].reshape(down, F8_BLOCK, across, F8_BLOCK)
+    places = turned[:, f8_scales_bytes(rows) :].reshape(across, F8_BLOCK, down, F8_BLOCK)
+    places[:] = codes.transpose(2, 3, 0, 1)
+    turned[:, : f8_scales_bytes(rows)] = 0
+    turned[:, : 4 * down].reshape(across, down, 4)[:] = (
+        strips[:, : 4 * across].reshape(down, across, 4).transpose(1, 0, 2)
+    )
+
+
+def _is_cut_between_heads(kv_up: KeyValueMatrix) -> bool:
+    """Whether keys and values of a head can be told apart without touching weights."""
+    together = rows_together(kv_up.format)
+    is_turned_whole = kv_up.format != "f8" or kv_up.rank % F8_BLOCK == 0
+    return kv_up.head.key_rows % together == 0 and kv_up.head.value_rows % together == 0 and is_turned_whole

@@ -1,0 +1,171 @@
+"""Build a tokenizer from `tiktoken.model`, as checkpoints of Kimi have it instead of `tokenizer.json`.
+
+    tiktoken.model + tokenizer_config.json  ->  read_tiktoken  ->  tokenizers.Tokenizer
+
+A line is the bytes of a token in base64, a space and its rank. The rank is the token's id, and tells which pair of a
+word merges first. Behind the ranks lie 256 ids of special tokens: `added_tokens_decoder` names some, and the others
+are reserved. How text is cut into words is said by code that is never run (`tokenization_kimi.py`); the class that
+`tokenizer_config.json` names stands for it, so another one is refused. That code also cuts what has more than 25,000
+characters without a space, to spare tiktoken; here it stays whole.
+
+Elsewhere: what is done with a tokenizer is `prompt/tokenizer.py`; words and merges are `byte_level.py`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, models
+
+from argosy.checkpoint.byte_level import (
+    LONGEST_TOKEN,
+    WORDS,
+    byte_level_tokenizer,
+    merges_by_rank,
+    spelling_of_bytes,
+)
+from argosy.checkpoint.json_strict import open_regular, quote, read_at
+from argosy.errors import CheckpointError, UnsupportedModel
+
+_MAX_FILE_BYTES = 16 << 20  # vocabularies of 250,000 tokens have 4.6 MB
+_TOKENIZER_CLASS = "TikTokenTokenizer"
+_NUM_SPECIAL = 256
+# What an added token may say beside its text. It is found as it is written, wherever it stands, so these are off.
+_OFF = ("lstrip", "rstrip", "single_word")
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def read_tiktoken(path: Path, config: Mapping[str, object]) -> tokenizers.Tokenizer:
+    """The tokenizer that a `tiktoken.model` and the content of the `tokenizer_config.json` beside it describe.
+
+    Raises:
+        CheckpointError: a line is damaged, a rank or byte is missing or there twice, or a special token is not one of
+            the ids behind the ranks.
+        UnsupportedModel: it belongs to another class of tokenizer, or a special token does more than stand for itself.
+    """
+    if (found := config.get("tokenizer_class")) != _TOKENIZER_CLASS:
+        raise UnsupportedModel(
+            f"tokenizer_config.json asks for tokenizer_class '{quote(found)}' with {path.name}; supported: "
+            f"{_TOKENIZER_CLASS}, Kimi's",
+            path=path,
+            key="tokenizer_class",
+            value=found,
+            supported=(_TOKENIZER_CLASS,),
+        )
+    spelled = spelling_of_bytes()
+    vocab = {token.decode("latin-1").translate(spelled): rank for rank, token in enumerate(_read_ranks(path))}
+    special = _special_tokens(path, config, len(vocab))
+    if twice := [token.content for token in special if token.content in vocab]:
+        raise CheckpointError(
+            f"tokenizer_config.json: special token '{quote(twice[0])}' is a token of {path.name}, too",
+            path=path,
+            key="added_tokens_decoder",
+        )
+    merges = merges_by_rank(vocab, vocab)
+    core = byte_level_tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True), WORDS["kimi-k2"])
+    core.add_tokens(special)
+    return core
+
+
+def _read_ranks(path: Path) -> list[bytes]:
+    """The tokens, in the order of their ranks."""
+    with open_regular(path) as (descriptor, size):
+        if size > _MAX_FILE_BYTES:
+            raise CheckpointError(f"{path.name} has {size} bytes, more than {_MAX_FILE_BYTES}", path=path)
+        lines = read_at(descriptor, size, 0, path).splitlines()
+    by_rank: dict[int, bytes] = {}
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        text, _, digits = line.partition(b" ")
+        try:
+            token = base64.b64decode(text, validate=True)
+        except binascii.Error:
+            token = b""
+        if not token or not digits.isdigit() or len(digits) > 9:
+            raise _damaged(
+                path, number, f"is '{quote(line.decode('latin-1'))}', expected base64, a space and a rank"
+            )
+        if len(token) > LONGEST_TOKEN:
+            raise _damaged(path, number, f"has a token of {len(token)} bytes, more than {LONGEST_TOKEN}")
+        if (rank := int(digits)) in by_rank:
+            raise _damaged(path, number, f"gives rank {rank} a second time")
+        by_rank[rank] = token
+    tokens = [token for _, token in sorted(by_rank.items())]
+    if missing := set(range(len(tokens))) - by_rank.keys():
+        raise CheckpointError(
+            f"{path.name} has {len(tokens)} tokens and none of rank {min(missing)}; expected ranks "
+            "from 0 on without a gap",
+            path=path,
+        )
+    known = {token: rank for rank, token in enumerate(tokens)}
+    if len(known) < len(tokens):
+        rank = next(rank for rank, token in enumerate(tokens) if known[token] != rank)
+        raise CheckpointError(
+            f"{path.name} gives ranks {rank} and {known[tokens[rank]]} to the same token", path=path
+        )
+    for byte in range(256):
+        if bytes([byte]) not in known:
+            raise CheckpointError(
+                f"{path.name} has no token for the byte 0x{byte:02X}, so text that holds it could not be written",
+                path=path,
+            )
+    return tokens
+
+
+def _damaged(path: Path, number: int, what: str) -> CheckpointError:
+    return CheckpointError(f"{path.name}: line {number} {what}", path=path)
+
+
+def _special_tokens(path: Path, config: Mapping[str, object], first: int) -> list[AddedToken]:
+    """The special tokens in the order of their ids, which begin at `first`; those without a name are reserved."""
+    given = config.get("added_tokens_decoder")
+    if not isinstance(given, dict) or not given:
+        raise _wrong(path, "added_tokens_decoder", given, "the special tokens by id")
+    ids = {str(token_id) for token_id in range(first, first + _NUM_SPECIAL)}
+    if others := [token_id for token_id in given if token_id not in ids]:
+        raise _wrong(
+            path,
+            "added_tokens_decoder",
+            others[0],
+            f"ids from {first} to {first + _NUM_SPECIAL - 1}, behind the ranks",
+        )
+    tokens = []
+    for token_id in range(first, first + _NUM_SPECIAL):
+        fields = given.get(str(token_id), {"content": f"<|reserved_token_{token_id}|>", "special": True})
+        content = fields.get("content") if isinstance(fields, dict) else None
+        if not isinstance(content, str) or not content:
+            raise _wrong(path, f"added_tokens_decoder.{token_id}", fields, "an object with content")
+        if asked := [name for name in _OFF if fields.get(name)]:
+            raise UnsupportedModel(
+                f"tokenizer_config.json: added_tokens_decoder.{token_id} sets {asked[0]}; supported: false",
+                path=path,
+                key=f"added_tokens_decoder.{token_id}.{asked[0]}",
+                value=fields[asked[0]],
+                supported=(False,),
+            )
+        tokens.append(AddedToken(content, special=fields.get("special") is True, normalized=False))
+    contents = [token.content for token in tokens]
+    if len(set(contents)) < len(contents):
+        twice = next(content for at, content in enumerate(contents) if content in contents[:at])
+        raise CheckpointError(
+            f"tokenizer_config.json: added_tokens_decoder has '{quote(twice)}' twice",
+            path=path,
+            key="added_tokens_decoder",
+        )
+    for name in _NAMED:
+        named = config.get(name)
+        content = named.get("content") if isinstance(named, dict) else named
+        if content is not None and content not in contents:
+            raise _wrong(path, name, content, "one of the special tokens")
+    return tokens
+
+
+def _wrong(path: Path, key: str, found: object, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"tokenizer_config.json: {key} is '{quote(found)}', expected {expected}", path=path, key=key
+    )

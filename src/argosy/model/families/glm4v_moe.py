@@ -1,0 +1,52 @@
+"""GLM-4.5V and GLM-4.6V: the text part, a GLM-4.5-Air behind `model.language_model.`.
+
+`config.json` is a wrapper with the text model in `text_config`; its own keys are about images and video. The vision
+tower (`model.visual.*`) is passed over. q and k have no norm. Positions of images have three axes, each of which turns
+a section of the pairs of a head; those of text are equal on all of them, which is ordinary rotary embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from argosy.config import ModelConfig
+from argosy.model.families import glm4_moe
+from argosy.model.families.common_config import parse_wrapper
+from argosy.model.families.config_reader import ConfigReader
+from argosy.model.families.glm4_moe import GGUF_ARCHITECTURE, open_gguf
+
+__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
+
+MODEL_TYPE = "glm4v_moe"
+
+LAYOUTS = tuple(
+    replace(layout, prefix="model.language_model.", passed_over=r"model\.visual\..*")
+    for layout in glm4_moe.LAYOUTS
+)
+
+# Placeholders of images and video, which released files repeat in the part about text.
+_TOKEN_KEYS = ("image_start_token_id", "image_end_token_id", "video_start_token_id", "video_end_token_id")
+
+
+def parse_config(raw: Mapping[str, object]) -> ModelConfig:
+    """Read the text part of a `config.json`, as `Glm4vMoeTextConfig` in transformers 5.24 does.
+
+    Raises:
+        What `parse_wrapper` does.
+    """
+    return parse_wrapper(raw, MODEL_TYPE, ("glm4v_moe_text",), _read_text, *_TOKEN_KEYS)
+
+
+def _read_text(text: ConfigReader) -> ModelConfig:
+    text.neutral("use_qk_norm", False)
+    text.passed("image_token_id", "video_token_id", *_TOKEN_KEYS)
+    return glm4_moe.read_text(
+        text,
+        MODEL_TYPE,
+        has_qk_norm=False,
+        has_bias=True,
+        vocab_size=151_424,
+        context_tokens=65_536,
+        has_axes=True,
+    )
