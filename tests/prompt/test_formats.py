@@ -251,8 +251,9 @@ def test_reading_takes_no_more_than_in_proportion_to_the_answer(name: str) -> No
         assert answer.text == "".join(pieces)
         return spent
 
+    # Quadratic work would be 100 times as much; the least of several, because others may use the processor, too.
     few = min(seconds(2000) for _ in range(3))
-    assert seconds(20_000) < 40 * few + 0.05  # quadratic work would be 100 times as much
+    assert any(seconds(20_000) < 50 * few + 0.05 for _ in range(5))
 
 
 # Which one
