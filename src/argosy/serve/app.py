@@ -24,7 +24,7 @@ from argosy.guard.limits import Limits
 from argosy.serve import anthropic_messages, openai_chat, openai_completions, openai_responses
 from argosy.serve.core import Service
 from argosy.serve.fields import Strict, TokenId
-from argosy.serve.gate import Gate, GoneAway, Policy, Refused, error_body
+from argosy.serve.gate import Gate, GoneAway, Policy, Refused, error_body, error_headers
 from argosy.serve.state import Metrics, state_of
 from argosy.serve.streams import EventStream, sse
 
@@ -232,11 +232,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
         )
     is_messages = request.scope["path"].startswith("/v1/messages")
     status, body = error_body(error, "anthropic" if is_messages else "openai")
-    retry = getattr(error, "retry_after_s", None)
-    headers = {} if retry is None else {"retry-after": str(retry)}
-    if status in (408, 413):
-        headers["connection"] = "close"
-    return JSONResponse(body, status, headers=headers)
+    return JSONResponse(body, status, headers=error_headers(error, status))
 
 
 class ArgosyErrorAt(Refused):

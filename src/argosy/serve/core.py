@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from argosy.config import Grammar, SamplingParams
@@ -164,8 +164,7 @@ class Service:
         grammar = self._grammar(request, prompt)
         params = request.params
         if grammar is not None:
-            names = SamplingParams.__dataclass_fields__
-            params = SamplingParams(**{name: getattr(params, name) for name in names} | {"grammar": grammar})
+            params = replace(params, grammar=grammar)
         return Answers(self, prompt, params, tenant, request.num_answers, events, tools, request.parallel)
 
     def _variables(self, request: ChatRequest) -> dict[str, Any]:

@@ -104,6 +104,17 @@ def error_body(error: BaseException, dialect: Dialect) -> tuple[int, dict[str, A
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def error_headers(error: BaseException, status: int) -> dict[str, str]:
+    """What the answer to a failure says beside its body."""
+    headers = {}
+    retry = getattr(error, "retry_after_s", None)
+    if retry is not None:
+        headers["retry-after"] = str(int(retry))
+    if status in (408, 413):  # what is left of the body would be read as a request
+        headers["connection"] = "close"
+    return headers
+
+
 @dataclass(slots=True)
 class _Count:
     status: int = 0
@@ -241,11 +252,7 @@ async def send_error(
     status, body = error_body(error, dialect)
     data = json.dumps(body).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data)), *extra]
-    retry = getattr(error, "retry_after_s", None)
-    if retry is not None:
-        headers.append((b"retry-after", b"%d" % retry))
-    if status in (408, 413):  # what is left of the body would be read as a request
-        headers.append((b"connection", b"close"))
+    headers += [(name.encode(), value.encode()) for name, value in error_headers(error, status).items()]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": data})
 
@@ -308,5 +315,6 @@ __all__ = [
     "Refused",
     "TooMany",
     "error_body",
+    "error_headers",
     "send_error",
 ]
