@@ -319,13 +319,18 @@ bool Stack::feed_forward(const RoutedFfn& ffn) {
   return true;
 }
 
+// ids and weights [num_tokens][k] that a router chooses for x [num_tokens][hidden].
+void Stack::choose(const Router& router, const float* x, int32_t* ids, float* weights) {
+  const int64_t tokens = batch_.num_tokens, experts = router.matrix.rows;
+  matmul(runtime_, {{router.matrix, buffers_.router_logits}}, x, tokens);
+  add_bias(runtime_, router.bias, tokens, experts, buffers_.router_logits);
+  route(runtime_, router.rule, buffers_.router_logits, tokens, experts, ids, weights);
+}
+
 // Chooses the experts of each token and sorts the assignments (token * k + rank) by expert, stably.
 void Stack::dispatch(const RoutedFfn& ffn) {
   const int64_t experts = ffn.router.matrix.rows, k = ffn.router.rule.k, assignments = batch_.num_tokens * k;
-  matmul(runtime_, {{ffn.router.matrix, buffers_.router_logits}}, buffers_.normed, batch_.num_tokens);
-  add_bias(runtime_, ffn.router.bias, batch_.num_tokens, experts, buffers_.router_logits);
-  route(runtime_, ffn.router.rule, buffers_.router_logits, batch_.num_tokens, experts, buffers_.expert_ids,
-        buffers_.routing_weights);
+  choose(ffn.router, buffers_.normed, buffers_.expert_ids, buffers_.routing_weights);
 
   std::fill(starts_.begin(), starts_.end(), 0);
   std::fill(decode_wants_.begin(), decode_wants_.end(), false);
@@ -428,12 +433,10 @@ std::vector<std::vector<int32_t>> Stack::look_ahead() {
   start_clock();
   const Router& router = std::get<RoutedFfn>(next->ffn).router;
   const int64_t experts = router.matrix.rows, k = router.rule.k;
-  float *normed = buffers_.block, *scores = buffers_.router_logits, *weights = buffers_.expert_out;
+  float *normed = buffers_.block, *weights = buffers_.expert_out;
   int32_t* ids = buffers_.group_token;
   rms_norm(runtime_, buffers_.hidden, next->ffn_norm, description_.norm_eps, tokens, hidden, normed);
-  matmul(runtime_, {{router.matrix, scores}}, normed, tokens);
-  add_bias(runtime_, router.bias, tokens, experts, scores);
-  route(runtime_, router.rule, scores, tokens, experts, ids, weights);
+  choose(router, normed, ids, weights);
   std::vector<std::vector<int32_t>> by_rank(static_cast<size_t>(k));
   std::vector<bool> is_named(static_cast<size_t>(experts));
   for (int64_t rank = 0; rank < k; ++rank) {

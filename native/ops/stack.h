@@ -239,6 +239,7 @@ class Stack {
   void mix(const LatentAttention& attention);
   bool feed_forward(const DenseFfn& ffn);  // false: it waits for experts
   bool feed_forward(const RoutedFfn& ffn);
+  void choose(const Router& router, const float* x, int32_t* ids, float* weights);
   void dispatch(const RoutedFfn& ffn);
   void add_shared(const RoutedFfn& ffn);
   void run_group(const std::vector<int32_t>& expert_ids);
