@@ -30,20 +30,21 @@
 // has every power of two from 2^-133 to 2^127. int4 is what compressed-tensors packs.
 //
 // A quantised matrix is a list of panels of 16 rows. A block is the columns that share a 16-bit scale, 32 or
-// 256 of them. A panel holds all its quants, then the scales of all its blocks; it is padded to 64 bytes. The
-// scales of a block are 16-bit floats [16 rows], then, where there are, its mins float16 [16], its sub-scales
-// [group or half group][16] and its sub-mins [group][16]. q2_k and q3_k have sub-scales [group][16][half
-// group] instead, so that both of a row are multiplied at once; those of q2_k share a byte with their
-// sub-mins, which are the high half. The quants of a group of 32 columns are:
+// 256 of them. A panel holds its blocks one behind the other, and is padded to 64 bytes; a block holds its
+// scales, then the quants of its groups. The scales of a block are 16-bit floats [16 rows], then, where there
+// are, its mins float16 [16], its sub-scales [group or half group][16] and its sub-mins [group][16]. q2_k and
+// q3_k have sub-scales [group][16][half group] instead, so that both of a row are multiplied at once; those
+// of q2_k share a byte with their sub-mins, which are the high half. So a product reads a matrix from its
+// first byte to its last (docs/decisions/0019-a-panel-is-read-from-end-to-end.md). The quants of a group of
+// 32 columns are:
 //
 //   8 bits   chunk c = 0..7: 64 bytes; byte 4 r + j = q of row r, column 4 c + j.
-//   4 to 6   chunk c = 0..3: 64 bytes; byte 4 r + j = the lower 4 bits of q of column 4 c + j in the low
-//   half,
-//            and of column 4 (c + 4) + j in the high half;
-//   2, 3     2 times 64 bytes: bits 2 c and 2 c + 1 of byte 4 r + j = the two lowest bits of q of column
-//            4 c + j in the first 64 bytes, of column 4 (c + 4) + j in the second (c = 0..3);
-//   3, 5     then 64 bytes; bit c of byte 4 r + j = the highest bit of q of column 4 c + j;
-//   6 bits   then 2 times 64 bytes for the two highest bits, as 2 bits have them.
+//   3, 5     first 64 bytes; bit c of byte 4 r + j = the highest bit of q of column 4 c + j;
+//   6 bits   first 2 times 64 bytes for the two highest bits, as 2 bits have them.
+//   4 to 6   then chunk c = 0..3: 64 bytes; byte 4 r + j = the lower 4 bits of q of column 4 c + j in the low
+//            half, and of column 4 (c + 4) + j in the high half;
+//   2, 3     then 2 times 64 bytes: bits 2 c and 2 c + 1 of byte 4 r + j = the two lowest bits of q of column
+//            4 c + j in the first 64 bytes, of column 4 (c + 4) + j in the second (c = 0..3).
 //
 // So 64 bytes are four columns of sixteen rows: what one vpdpbusd multiplies with four broadcast activations.
 #pragma once
@@ -108,11 +109,11 @@ struct QuantFormat {
 
   constexpr int64_t group_bytes() const { return kChunkBytes * bits; }
   constexpr int64_t block_groups() const { return block_cols / kGroupSize; }
-  constexpr int64_t block_quant_bytes() const { return block_groups() * group_bytes(); }
   // Parts of a group that have a scale of their own.
   constexpr int parts() const { return sub_scale_cols == 16 ? 2 : 1; }
-  // Bits that lie together, before the planes of the higher ones.
+  // Bits that lie together, behind the planes of the higher ones; and where, inside a group.
   constexpr int low_bits() const { return bits == 8 ? 8 : bits < 4 ? 2 : 4; }
+  constexpr int64_t low_at() const { return kChunkBytes * (bits - low_bits()); }
   constexpr int zero_shift() const { return __builtin_ctz(unsigned(zero)); }
   // The largest byte that stands for a weight.
   constexpr int largest_byte() const {
@@ -132,6 +133,12 @@ struct QuantFormat {
   }
   constexpr int64_t block_scale_bytes() const {
     return sub_mins_at() + (sub_scales == SubScales::bytes ? block_groups() * kPanelRows : 0);
+  }
+  constexpr int64_t block_bytes() const { return block_scale_bytes() + block_groups() * group_bytes(); }
+  // Inside a panel: the scales of the block that a group is of, and the quants of the group.
+  constexpr int64_t scales_at(int64_t group) const { return group / block_groups() * block_bytes(); }
+  constexpr int64_t quants_at(int64_t group) const {
+    return scales_at(group) + block_scale_bytes() + group % block_groups() * group_bytes();
   }
 };
 
@@ -194,14 +201,8 @@ static inline constexpr int64_t f8_row_at(int64_t row, int64_t cols) {
 // Of f32, f16, bf16.
 static inline constexpr int64_t weight_bytes(Format format) { return format == Format::f32 ? 4 : 2; }
 
-// Where the scales of a panel begin, behind its quants.
-static inline constexpr int64_t scales_at(Format format, int64_t cols) {
-  return num_blocks(format, cols) * quant_format(format).block_quant_bytes();
-}
-
 static inline constexpr int64_t panel_bytes(Format format, int64_t cols) {
-  return round_up(
-      scales_at(format, cols) + num_blocks(format, cols) * quant_format(format).block_scale_bytes(), 64);
+  return round_up(num_blocks(format, cols) * quant_format(format).block_bytes(), 64);
 }
 
 static inline constexpr int64_t matrix_bytes(Format format, int64_t rows, int64_t cols) {
@@ -213,16 +214,16 @@ static inline constexpr int64_t matrix_bytes(Format format, int64_t rows, int64_
 // q of row 0 to 15 of a panel.
 static inline int32_t quant_at(Format format, const uint8_t* panel, int64_t row, int64_t col) {
   const QuantFormat q = quant_format(format);
-  const uint8_t* group = panel + col / kGroupSize * q.group_bytes() + row * 4 + col % 4;
+  const uint8_t* group = panel + q.quants_at(col / kGroupSize) + row * 4 + col % 4;
   const int64_t chunk = col % kGroupSize / 4;
   if (q.bits == 8) return group[chunk * kChunkBytes] - q.zero;
-  const auto pair_at = [&](int64_t plane) {
-    return group[(plane + chunk / 4) * kChunkBytes] >> chunk % 4 * 2 & 3;
+  const auto pair_of = [&](const uint8_t* planes) {
+    return planes[chunk / 4 * kChunkBytes] >> chunk % 4 * 2 & 3;
   };
-  int32_t code = q.bits < 4 ? pair_at(0) : group[chunk % 4 * kChunkBytes] >> (chunk < 4 ? 0 : 4) & 0xF;
-  if (q.bits == 3) code += (group[2 * kChunkBytes] >> chunk & 1) * 4;
-  if (q.bits == 5) code += (group[4 * kChunkBytes] >> chunk & 1) * 16;
-  if (q.bits == 6) code += pair_at(4) * 16;
+  const uint8_t* low = group + q.low_at();
+  int32_t code = q.bits < 4 ? pair_of(low) : low[chunk % 4 * kChunkBytes] >> (chunk < 4 ? 0 : 4) & 0xF;
+  if (q.bits % 2 == 1) code += (group[0] >> chunk & 1) << q.low_bits();
+  if (q.bits == 6) code += pair_of(group) << q.low_bits();
   return (q.table != nullptr ? q.table[code] : code) - q.zero;
 }
 

@@ -44,19 +44,19 @@ void matmul_reference(const MatmulArgs& a) {
           for (int64_t col = begin; col < begin + kSameScale; ++col) {
             dot += quant_at(kFormat, panel, lane, col) * activation_at(kFormat, x, a.cols, col);
           }
-          scaled += weight_scale_at(kFormat, panel, a.cols, lane, begin).scale * float(dot);
+          scaled += weight_scale_at(kFormat, panel, lane, begin).scale * float(dot);
         }
         if constexpr (kQuant.has_min && kQuant.parts() == 2) {
           const uint8_t* negated = x + activation_negated_sums_at(Format::q6_k, a.cols) + group * 8;
           for (int64_t part = 0; part < 2; ++part) {
             const int64_t begin = group * kGroupSize + part * kSameScale;
-            scaled += weight_scale_at(kFormat, panel, a.cols, lane, begin).min *
+            scaled += weight_scale_at(kFormat, panel, lane, begin).min *
                       float(-read_unaligned<int32_t>(negated + part * 4));
           }
         }
         sum += scaled * scale;
         if constexpr (kQuant.has_min && kQuant.parts() == 1) {
-          sum += weight_scale_at(kFormat, panel, a.cols, lane, group * kGroupSize).min *
+          sum += weight_scale_at(kFormat, panel, lane, group * kGroupSize).min *
                  read_unaligned<float>(x + activation_sums_at(a.cols) + group * 4);
         }
       }
@@ -79,7 +79,7 @@ void matmul_quantized(const MatmulArgs& a) {
 template <Format kFormat, int kPanels, int kMostTokens>
 void matmul_panels(const MatmulArgs& a, int64_t row) {
   // The first pass over the weights waits for them, so it asks for the next panels. One token alone reads in
-  // an order that the hardware foresees, and faster.
+  // an order that the hardware foresees.
   const uint8_t* next = nullptr;
   if (a.num_tokens > 1) {
     next = row + kPanels * kPanelRows < a.row_end
@@ -99,14 +99,14 @@ template <Format kFormat>
 void matmul_quantized(const MatmulArgs& a) {
   int64_t row = a.row_begin;
 #if ARGOSY_AVX512
-  if (a.num_tokens == 1 && panel_bytes(kFormat, a.cols) <= kShortPanelBytes) {
+  if (a.num_tokens == 1) {
     using Tile = QuantizedTile<kFormat, 1, 1>;
-    const auto run = asks_ahead() ? Tile::template run_ascending<true> : Tile::template run_ascending<false>;
-    for (; row < a.row_end; row += kPanelRows) run(a, row, 0);
+    const auto run_one = asks_ahead() ? Tile::template run_one<true> : Tile::template run_one<false>;
+    for (; row < a.row_end; row += kPanelRows) run_one(a, row);
     return;
   }
-  // Two or three tokens of one panel at a time: reading is what takes the time.
-  if (a.num_tokens == 1 || a.num_tokens > 3) {
+  // Up to three tokens of one panel at a time: reading is what takes the time.
+  if (a.num_tokens > 3) {
     for (; row + kPanelRows < a.row_end; row += 2 * kPanelRows) {
       matmul_panels<kFormat, 2, two_panels_tokens(kFormat)>(a, row);
     }

@@ -135,12 +135,14 @@ float quantize_group(const WeightGroup& group, int8_t* quants) {
 template <Format kFormat>
 void quantize_panels(const float* weights, int64_t rows, int64_t cols, int64_t panel_begin, int64_t panel_end,
                      uint8_t* out) {
+  constexpr QuantFormat kQuant = quant_format(kFormat);
   const int64_t groups = num_groups(cols);
   for (int64_t index = panel_begin; index < panel_end; ++index) {
     uint8_t* panel = out + index * panel_bytes(kFormat, cols);
-    uint8_t* scales = panel + scales_at(kFormat, cols);
-    std::memset(panel, kFormat == Format::q8 ? 0x80 : 0x88, size_t(scales_at(kFormat, cols)));
-    std::memset(scales, 0, size_t(panel_bytes(kFormat, cols) - scales_at(kFormat, cols)));
+    std::memset(panel, 0, size_t(panel_bytes(kFormat, cols)));
+    for (int64_t g = 0; g < groups; ++g)
+      std::memset(panel + kQuant.quants_at(g), kFormat == Format::q8 ? 0x80 : 0x88,
+                  size_t(kQuant.group_bytes()));
     for (int64_t r = 0; r < kPanelRows && index * kPanelRows + r < rows; ++r) {
       const float* row = weights + (index * kPanelRows + r) * cols;
       for (int64_t g = 0; g < groups; ++g) {
@@ -148,17 +150,18 @@ void quantize_panels(const float* weights, int64_t rows, int64_t cols, int64_t p
         const WeightGroup group = load_group(row + g * kGroupSize, n);
         int8_t q[kGroupSize];
         const uint16_t scale = f16_from_float(quantize_group<kFormat>(group, q));
-        std::memcpy(scales + (g * kPanelRows + r) * 2, &scale, 2);
+        std::memcpy(panel + kQuant.scales_at(g) + r * 2, &scale, 2);
+        uint8_t* quants = panel + kQuant.quants_at(g) + r * 4;
         uint8_t bytes[kGroupSize];
         if constexpr (kFormat == Format::q8) {
           for (int i = 0; i < 32; ++i) bytes[i] = uint8_t(q[i] + 128);
           for (int64_t chunk = 0; chunk < 8; ++chunk) {
-            std::memcpy(panel + (g * 8 + chunk) * kChunkBytes + r * 4, bytes + 4 * chunk, 4);
+            std::memcpy(quants + chunk * kChunkBytes, bytes + 4 * chunk, 4);
           }
         } else {
           for (int i = 0; i < 16; ++i) bytes[i] = uint8_t((q[i] + 8) | (q[i + 16] + 8) << 4);
           for (int64_t chunk = 0; chunk < 4; ++chunk) {
-            std::memcpy(panel + (g * 4 + chunk) * kChunkBytes + r * 4, bytes + 4 * chunk, 4);
+            std::memcpy(quants + chunk * kChunkBytes, bytes + 4 * chunk, 4);
           }
         }
       }
@@ -170,7 +173,7 @@ inline void dequantize_panel_row(Format format, const uint8_t* weights, int64_t 
                                  float* out) {
   const uint8_t* panel = weights + row / kPanelRows * panel_bytes(format, cols);
   for (int64_t col = 0; col < cols; ++col) {
-    const auto [scale, min] = weight_scale_at(format, panel, cols, row % kPanelRows, col);
+    const auto [scale, min] = weight_scale_at(format, panel, row % kPanelRows, col);
     const float value = scale * float(quant_at(format, panel, row % kPanelRows, col));
     out[col] = quant_format(format).has_min ? value + min : value;
   }

@@ -43,7 +43,6 @@ struct QuantizedTile {
   // null.
   static void run(const MatmulArgs& a, int64_t row, int64_t token, const uint8_t* next) {
     const uint8_t* panel = a.weights + row / kPanelRows * panel_bytes(kFormat, a.cols);
-    const uint8_t* scales = panel + scales_at(kFormat, a.cols);
     Rows x;
     Vec sum[kTokens][2];
 #pragma GCC unroll 4
@@ -52,7 +51,7 @@ struct QuantizedTile {
       sum[j][0] = sum[j][1] = zeros();
     }
     for (int64_t group = 0; group < num_groups(a.cols); ++group) {
-      const uint8_t* quants = panel + group * kQuant.group_bytes();
+      const uint8_t* quants = panel + kQuant.quants_at(group);
       if (next != nullptr) {
         for (int64_t line = 0; line < kQuant.group_bytes(); line += 64)
           __builtin_prefetch(next + (quants - panel) + line);
@@ -65,7 +64,7 @@ struct QuantizedTile {
       }
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
-        scale(scales + group / kBlockGroups * kQuant.block_scale_bytes(), x, a.cols, group, half, dot, sum);
+        scale(panel + kQuant.scales_at(group), x, a.cols, group, half, dot, sum);
       }
     }
     const int64_t rows = a.row_end - row;
@@ -167,7 +166,7 @@ struct QuantizedTile {
       constexpr int kLowBits = kQuant.low_bits(), kHighBits = kQuant.bits - kLowBits;
       const int plane = chunk * kHighBits / 8;
       const int bit = chunk * kHighBits % 8;
-      const __m256i high = load_bytes(group + (kLowBits + plane) * kChunkBytes);
+      const __m256i high = load_bytes(group + plane * kChunkBytes);
       const __m256i in_place =
           bit <= kLowBits ? _mm256_slli_epi16(high, kLowBits - bit) : _mm256_srli_epi16(high, bit - kLowBits);
       const __m256i mask = _mm256_set1_epi8(((1 << kHighBits) - 1) << kLowBits);
@@ -177,10 +176,10 @@ struct QuantizedTile {
 
   [[gnu::always_inline]] static inline __m256i low_bits(const uint8_t* group, int chunk) {
     if constexpr (kQuant.low_bits() == 2) {
-      const __m256i four = load_bytes(group + chunk / 4 * kChunkBytes);
+      const __m256i four = load_bytes(group + kQuant.low_at() + chunk / 4 * kChunkBytes);
       return _mm256_and_si256(_mm256_srli_epi16(four, chunk % 4 * 2), _mm256_set1_epi8(0x03));
     } else {
-      const __m256i two = load_bytes(group + chunk % 4 * kChunkBytes);
+      const __m256i two = load_bytes(group + kQuant.low_at() + chunk % 4 * kChunkBytes);
       return _mm256_and_si256(chunk < 4 ? two : _mm256_srli_epi16(two, 4), _mm256_set1_epi8(0x0F));
     }
   }

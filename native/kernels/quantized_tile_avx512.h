@@ -13,9 +13,6 @@
 namespace argosy {
 namespace {
 
-// A panel about as long as the L1 cache.
-constexpr int64_t kShortPanelBytes = 40 << 10;
-
 inline __m512i broadcast_four(const uint8_t* activations) {
   return _mm512_set1_epi32(read_unaligned<int32_t>(activations));
 }
@@ -37,21 +34,16 @@ struct QuantizedTile {
   // What the loop over the groups goes through.
   struct Operands {
     Operands(const MatmulArgs& a, int64_t row, int64_t token)
-        : cols(a.cols),
-          stride(panel_bytes(kFormat, a.cols)),
-          panel(a.weights + row / kPanelRows * stride),
-          scales(panel + scales_at(kFormat, a.cols)) {
+        : cols(a.cols), stride(panel_bytes(kFormat, a.cols)), panel(a.weights + row / kPanelRows * stride) {
 #pragma GCC unroll 16
       for (int j = 0; j < kTokens; ++j) x[j] = activation_row(a, token + j);
     }
 
-    const uint8_t* quants(int64_t group) const { return panel + group * kGroupBytes; }
-    const uint8_t* block_scales(int64_t group) const {
-      return scales + group / kBlockGroups * kQuant.block_scale_bytes();
-    }
+    const uint8_t* quants(int64_t group) const { return panel + kQuant.quants_at(group); }
+    const uint8_t* block_scales(int64_t group) const { return panel + kQuant.scales_at(group); }
 
     int64_t cols, stride;
-    const uint8_t *panel, *scales;  // of the first panel; the second lies `stride` further
+    const uint8_t* panel;  // the first; the second lies `stride` further
     const uint8_t* x[kTokens];
   };
 
@@ -69,36 +61,34 @@ struct QuantizedTile {
     put(a, row, token, sum);
   }
 
-  // The same for short panels, in two passes. One token is bound by reading the weights, and the hardware
-  // reads ahead only while addresses ascend: first all quants of the panel, then its scales, then the next
-  // panel. With kAsksAhead what comes kAhead bytes later is asked for as well.
+  // The same for one token, where reading the weights is what takes the time. With kAsksAhead what comes
+  // kAhead bytes later is asked for as well, up to the end of the rows, and from there on at next_weights.
   template <bool kAsksAhead>
-  static void run_ascending(const MatmulArgs& a, int64_t row, int64_t token) {
-    constexpr int64_t kMostGroups = kShortPanelBytes / kGroupBytes;
-    const Operands o(a, row, token);
-    const int64_t groups = num_groups(a.cols);
+  static void run_one(const MatmulArgs& a, int64_t row) {
+    const Operands o(a, row, 0);
     const uint8_t* end = o.panel + (a.row_end - row + kPanelRows - 1) / kPanelRows * o.stride;
     const uint8_t* next = a.next_weights != nullptr ? a.next_weights : end;
     // A prefetch cannot fault, so it does not matter if there is nothing.
     const auto ahead = [&](const uint8_t* at) {
       return at + kAhead < end ? at + kAhead : next + (at + kAhead - end);
     };
-    Dots dots[kMostGroups];
+    const int64_t groups = num_groups(a.cols);
     Sums sum = {};
-    for (int64_t group = 0; group < groups; ++group) {
-      if constexpr (kAsksAhead) ask_for<kGroupBytes>(ahead(o.quants(group)));
-      multiply(o, group, dots[group]);
+    for (int64_t block = 0; block < groups; block += kBlockGroups) {
+      if constexpr (kAsksAhead) ask_for<kQuant.block_scale_bytes()>(ahead(o.block_scales(block)));
+      for (int64_t group = block; group < groups && group < block + kBlockGroups; ++group) {
+        if constexpr (kAsksAhead) ask_for<kGroupBytes>(ahead(o.quants(group)));
+        Dots dot;
+        multiply(o, group, dot);
+        scale(o, group, dot, sum);
+      }
     }
-    if constexpr (kAsksAhead) {
-      for (const uint8_t* at = o.scales; at < o.panel + o.stride; at += 64) ask_for<64>(ahead(at));
-    }
-    for (int64_t group = 0; group < groups; ++group) scale(o, group, dots[group], sum);
-    put(a, row, token, sum);
+    put(a, row, 0, sum);
   }
 
  private:
-  // Past the end of a page, where the hardware stops: of 1 to 16 KiB, 5 were the best on Zen 5.
-  static constexpr int64_t kAhead = 5 << 10;
+  // Of 4 to 8 KiB, 6 were the best on Zen 5.
+  static constexpr int64_t kAhead = 6 << 10;
 
   template <int64_t kBytes>
   [[gnu::always_inline]] static inline void ask_for(const uint8_t* from) {
@@ -189,7 +179,7 @@ struct QuantizedTile {
       constexpr int kLowBits = kQuant.low_bits(), kHighBits = kQuant.bits - kLowBits;
       const int plane = chunk * kHighBits / 8;
       const int bit = chunk * kHighBits % 8;
-      const __m512i high = _mm512_loadu_si512(group + (kLowBits + plane) * kChunkBytes);
+      const __m512i high = _mm512_loadu_si512(group + plane * kChunkBytes);
       const __m512i in_place = bit <= kLowBits ? _mm512_slli_epi16(high, unsigned(kLowBits - bit))
                                                : _mm512_srli_epi16(high, unsigned(bit - kLowBits));
       const __m512i mask = _mm512_set1_epi8(((1 << kHighBits) - 1) << kLowBits);
@@ -199,10 +189,10 @@ struct QuantizedTile {
 
   [[gnu::always_inline]] static inline __m512i low_bits(const uint8_t* group, int chunk) {
     if constexpr (kQuant.low_bits() == 2) {
-      const __m512i four = _mm512_loadu_si512(group + chunk / 4 * kChunkBytes);
+      const __m512i four = _mm512_loadu_si512(group + kQuant.low_at() + chunk / 4 * kChunkBytes);
       return _mm512_and_si512(_mm512_srli_epi16(four, unsigned(chunk % 4 * 2)), _mm512_set1_epi8(0x03));
     } else {
-      const __m512i two = _mm512_loadu_si512(group + chunk % 4 * kChunkBytes);
+      const __m512i two = _mm512_loadu_si512(group + kQuant.low_at() + chunk % 4 * kChunkBytes);
       return _mm512_and_si512(chunk < 4 ? two : _mm512_srli_epi16(two, 4), _mm512_set1_epi8(0x0F));
     }
   }

@@ -121,7 +121,7 @@ void transcode_block<BlockType::q4_1>(const BlockRows& rows, uint8_t* quants, ui
 }
 
 // A word with the highest bits of five, those of columns 0 to 31 from the lowest bit on: as in a panel.
-inline void transcode_fifth_bits(const BlockRows& rows, int64_t at, uint8_t* group) {
+inline void transcode_fifth_bits(const BlockRows& rows, int64_t at, uint8_t* plane) {
   // Bit 4 c + j of the word, c from 0 to 7, goes to bit 8 j + c.
   RowWords bits;
   rows.load_one(at, bits);
@@ -129,19 +129,19 @@ inline void transcode_fifth_bits(const BlockRows& rows, int64_t at, uint8_t* gro
   swap_bits(bits, 3, 0x0A0A0A0A);
   swap_bits(bits, 6, 0x00CC00CC);
   swap_bits(bits, 12, 0x0000F0F0);
-  rows.store(group + 4 * kChunkBytes, bits);
+  rows.store(plane, bits);
 }
 
 template <>
 void transcode_block<BlockType::q5_0>(const BlockRows& rows, uint8_t* quants, uint8_t* scales) {
-  transcode_nibbles(rows, 6, quants);
+  transcode_nibbles(rows, 6, quants + kChunkBytes);
   transcode_fifth_bits(rows, 2, quants);
   rows.copy_halves(0, scales);
 }
 
 template <>
 void transcode_block<BlockType::q5_1>(const BlockRows& rows, uint8_t* quants, uint8_t* scales) {
-  transcode_nibbles(rows, 8, quants);
+  transcode_nibbles(rows, 8, quants + kChunkBytes);
   transcode_fifth_bits(rows, 4, quants);
   rows.copy_halves(0, scales);
   rows.copy_halves(2, scales + kPanelRows * 2);
@@ -205,17 +205,19 @@ inline void transpose_pairs(RowWords (&words)[4]) {
 
 template <>
 void transcode_block<BlockType::q5_k>(const BlockRows& rows, uint8_t* quants, uint8_t* scales) {
-  constexpr int64_t kGroupBytes = quant_format(Format::q5_k).group_bytes();
+  constexpr QuantFormat kQuant = quant_format(Format::q5_k);
+  constexpr int64_t kGroupBytes = kQuant.group_bytes();
   transcode_k_scales<Format::q5_k>(rows, scales);
   for (int64_t pair = 0; pair < 4; ++pair) {
     RowWords words[8];
     rows.load(48 + 32 * pair, words);
-    store_two_groups(rows, words, quants + 2 * pair * kGroupBytes, quants + (2 * pair + 1) * kGroupBytes);
+    uint8_t* low = quants + 2 * pair * kGroupBytes + kQuant.low_at();
+    store_two_groups(rows, words, low, low + kGroupBytes);
   }
   RowWords high[8];  // bit g of a byte belongs to group g
   rows.load(16, high);
   transpose_bits(high);
-  for (int g = 0; g < 8; ++g) rows.store(quants + g * kGroupBytes + 4 * kChunkBytes, high[g]);
+  for (int g = 0; g < 8; ++g) rows.store(quants + g * kGroupBytes, high[g]);
 }
 
 // 32 bytes with two bits of each of four groups: those of group g at bits 2 g and 2 g + 1. `planes` is where
@@ -238,9 +240,10 @@ void transcode_block<BlockType::q6_k>(const BlockRows& rows, uint8_t* quants, ui
     for (int64_t i = 0; i < 2; ++i) {
       RowWords words[8];
       rows.load(64 * half + 32 * i, words);
-      store_two_groups(rows, words, groups + i * kGroupBytes, groups + (i + 2) * kGroupBytes);
+      uint8_t* low = groups + i * kGroupBytes + kQuant.low_at();
+      store_two_groups(rows, words, low, low + 2 * kGroupBytes);
     }
-    store_pair_planes(rows, 128 + 32 * half, groups + 4 * kChunkBytes, kGroupBytes);
+    store_pair_planes(rows, 128 + 32 * half, groups, kGroupBytes);
   }
   RowWords sub_scales[4];
   rows.load(192, sub_scales);
@@ -277,12 +280,12 @@ void transcode_block<BlockType::q3_k>(const BlockRows& rows, uint8_t* quants, ui
   constexpr QuantFormat kQuant = quant_format(Format::q3_k);
   constexpr int64_t kGroupBytes = kQuant.group_bytes();
   for (int64_t half = 0; half < 2; ++half) {
-    store_pair_planes(rows, 32 + 32 * half, quants + 4 * half * kGroupBytes, kGroupBytes);
+    store_pair_planes(rows, 32 + 32 * half, quants + 4 * half * kGroupBytes + kQuant.low_at(), kGroupBytes);
   }
   RowWords high[8];  // bit g of a byte belongs to group g
   rows.load(0, high);
   transpose_bits(high);
-  for (int g = 0; g < 8; ++g) rows.store(quants + g * kGroupBytes + 2 * kChunkBytes, high[g]);
+  for (int g = 0; g < 8; ++g) rows.store(quants + g * kGroupBytes, high[g]);
   // Sixteen sub-scales of six bits: the low four in the halves of eight bytes, the highest two in four.
   RowWords packed[4];
   rows.load(92, packed);  // from the last quants on: behind the scales the block ends
@@ -365,15 +368,17 @@ void transcode_block<BlockType::mxfp4_quants>(const BlockRows& rows, uint8_t* qu
 // The scales of sixteen rows alone, one short row after the other.
 template <BlockType kType>
 void transcode_scales(const uint8_t* from, int64_t row_stride, int64_t present, int64_t blocks,
-                      uint8_t* scales) {
-  std::memset(scales, 0, size_t(blocks * kPanelRows * 2));
+                      uint8_t* panel) {
+  constexpr QuantFormat kQuant = quant_format(slot_format(kType));
+  for (int64_t b = 0; b < blocks; ++b)
+    std::memset(panel + b * kQuant.block_bytes(), 0, size_t(kQuant.block_scale_bytes()));
   for (int64_t r = 0; r < kPanelRows && r < present; ++r) {
     const uint8_t* row = from + r * row_stride;
     for (int64_t b = 0; b < blocks; ++b) {
       constexpr uint16_t kNan = 0x7FC0;
       const uint16_t scale = kType == BlockType::mxfp4_scales ? half_of_e8m0(row[b], kNan)
                                                               : read_unaligned<uint16_t>(row + 2 * b);
-      std::memcpy(scales + (b * kPanelRows + r) * 2, &scale, 2);
+      std::memcpy(panel + b * kQuant.block_bytes() + r * 2, &scale, 2);
     }
   }
 }
@@ -382,7 +387,7 @@ void transcode_scales(const uint8_t* from, int64_t row_stride, int64_t present, 
 // panel.
 template <BlockType kType>
 void transcode_blocks(const uint8_t* from, int64_t row_stride, int64_t present, int64_t blocks,
-                      uint8_t* quants, uint8_t* scales, const uint8_t* next) {
+                      uint8_t* panel, const uint8_t* next) {
   constexpr QuantFormat kQuant = quant_format(slot_format(kType));
   static constexpr uint8_t kNoRow[block_bytes(kType)] = {};
   for (int64_t b = 0; b < blocks; ++b) {
@@ -398,8 +403,8 @@ void transcode_blocks(const uint8_t* from, int64_t row_stride, int64_t present, 
         const bool is_row = first + r < present;
         rows.row[r] = is_row ? from + (first + r) * row_stride + b * block_bytes(kType) : kNoRow;
       }
-      transcode_block<kType>(rows, quants + b * kQuant.block_quant_bytes(),
-                             scales + b * kQuant.block_scale_bytes());
+      uint8_t* block = panel + b * kQuant.block_bytes();
+      transcode_block<kType>(rows, block + kQuant.block_scale_bytes(), block);
     }
   }
 }
@@ -409,14 +414,13 @@ void transcode_panel(const uint8_t* from, int64_t row_stride, int64_t present, i
                      const uint8_t* next) {
   constexpr Format kFormat = slot_format(kType);
   const int64_t blocks = num_blocks(kFormat, cols);
-  uint8_t* scales = panel + scales_at(kFormat, cols);
   if constexpr (is_scales(kType)) {
-    transcode_scales<kType>(from, row_stride, present, blocks, scales);
+    transcode_scales<kType>(from, row_stride, present, blocks, panel);
   } else {
-    transcode_blocks<kType>(from, row_stride, present, blocks, panel, scales, next);
+    transcode_blocks<kType>(from, row_stride, present, blocks, panel, next);
   }
   if constexpr (!is_quants(kType)) {
-    uint8_t* end = scales + blocks * quant_format(kFormat).block_scale_bytes();
+    uint8_t* end = panel + blocks * quant_format(kFormat).block_bytes();
     std::memset(end, 0, size_t(panel + panel_bytes(kFormat, cols) - end));
   }
 }

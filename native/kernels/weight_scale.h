@@ -12,12 +12,10 @@ struct WeightScale {
   float scale, min;
 };
 
-inline WeightScale weight_scale_at(Format format, const uint8_t* panel, int64_t cols, int64_t row,
-                                   int64_t col) {
+inline WeightScale weight_scale_at(Format format, const uint8_t* panel, int64_t row, int64_t col) {
   const QuantFormat q = quant_format(format);
-  const int64_t block = col / q.block_cols;
   const int64_t inside = col % q.block_cols;
-  const uint8_t* scales = panel + scales_at(format, cols) + block * q.block_scale_bytes();
+  const uint8_t* scales = panel + q.scales_at(col / kGroupSize);
   const uint16_t bits = read_unaligned<uint16_t>(scales + row * 2);
   const float scale = q.is_bf16 ? float_from_bf16(bits) : float_from_f16(bits);
   const float min =

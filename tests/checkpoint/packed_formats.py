@@ -1,6 +1,6 @@
 """What a pack's bytes mean, in plain numpy and Python: the tests' own reading, apart from the kernels.
 
-q8, q4    groups of 32 columns share a float16 scale; panels of 16 rows: all quants, then all scales
+q8, q4    groups of 32 columns share a float16 scale; panels of 16 rows: of each group the scales, then the quants
 checksum  crc32c of four quarters, then crc32c of the four results
 """
 
@@ -46,20 +46,17 @@ def quants_and_scales(format: str, stored: bytes, rows: int, cols: int) -> tuple
     quants = np.zeros((rows, groups * GROUP), np.float32)
     scales = np.zeros((rows, groups), np.float32)
     size = panel_bytes(format, cols)
+    block_bytes = ROWS * 2 + GROUP * ROWS // {"q8": 1, "q4": 2}[format]
     for row in range(rows):
-        panel = stored[row // ROWS * size :][:size]
         r = row % ROWS
-        quant_bytes = groups * GROUP * ROWS // {"q8": 1, "q4": 2}[format]
-        scales[row] = np.frombuffer(panel[quant_bytes:], "<f2", groups * ROWS).reshape(groups, ROWS)[:, r]
-        for col in range(groups * GROUP):
-            group, inside = divmod(col, GROUP)
-            if format == "q8":
-                chunk, j = divmod(inside, 4)
-                quants[row, col] = panel[group * 512 + chunk * 64 + r * 4 + j] - 128
-            else:
-                chunk, j = divmod(inside % 16, 4)
-                byte = panel[group * 256 + chunk * 64 + r * 4 + j]
-                quants[row, col] = (byte >> 4 if inside >= 16 else byte & 15) - 8
+        for group in range(groups):
+            block = stored[row // ROWS * size + group * block_bytes :][:block_bytes]
+            scales[row, group] = np.frombuffer(block, "<f2", 1, offset=2 * r)[0]
+            for inside in range(GROUP):
+                chunk, j = divmod(inside if format == "q8" else inside % 16, 4)
+                byte = block[ROWS * 2 + chunk * 64 + r * 4 + j]
+                code, zero = (byte, 128) if format == "q8" else (byte >> 4 if inside >= 16 else byte & 15, 8)
+                quants[row, group * GROUP + inside] = code - zero
     return quants[:, :cols], scales
 
 

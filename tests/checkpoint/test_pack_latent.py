@@ -148,7 +148,7 @@ def test_a_pack_of_a_pack_is_that_of_the_checkpoint(config: RawConfig, tmp_path:
 def test_quantising_the_halves_costs_no_more_than_quantising_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As packs of version 2 did, whose key half became float16 while it landed."""
+    """As packs did once, whose key half became float16 while it landed."""
     now, before = [], []
     for seed in range(4):
         source = write_model(tmp_path / f"{seed}" / "source", ALL_EXPERTS, seed=seed)

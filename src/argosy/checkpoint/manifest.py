@@ -44,8 +44,7 @@ MANIFEST_FILE = "argosy.json"
 DENSE_FILE = "dense.bin"
 EXPERTS_FILE = "experts.bin"
 PARTIAL_SUFFIX = ".partial"
-PACK_VERSION = 3
-READ_VERSIONS = (2, 3)  # in packs of version 2 kv_up lies whole
+PACK_VERSION = 4
 
 FILE_ALIGNMENT = 4096
 MATRIX_ALIGNMENT = 64
@@ -151,14 +150,13 @@ def read_manifest(directory: Path) -> Manifest:
     """Read `argosy.json` and prove that it is whole.
 
     Raises:
-        CheckpointError: it is missing, damaged, from a newer version, or not what a manifest looks like.
+        CheckpointError: it is missing, damaged, of another version, or not what a manifest looks like.
     """
     path = directory / MANIFEST_FILE
     raw = read_object(path)
-    if raw.get("argosy_pack") not in READ_VERSIONS:
+    if raw.get("argosy_pack") != PACK_VERSION:
         raise CheckpointError(
-            f"{MANIFEST_FILE} is of version {quote(raw.get('argosy_pack'))}, this Argosy reads "
-            f"versions {' and '.join(map(str, READ_VERSIONS))}",
+            f"{MANIFEST_FILE} is of version {quote(raw.get('argosy_pack'))}, this Argosy reads version {PACK_VERSION}",
             hint="make the pack again from its source",
             path=path,
         )
