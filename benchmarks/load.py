@@ -7,7 +7,8 @@ Each client asks `--requests` times, each time as soon as the answer before is w
 another one is a memory cgroup of so many percent of the file, for either server, the file's pages dropped before.
 
     llama-cpp-python    its own server. It answers one request at a time, so it is told to finish each one before the
-                        next, and not to break off a stream for it. Out of memory also with one thread, passive waiting
+                        next (else it breaks off a stream for a new request), with flash attention, without logits that
+                        nobody asks for. In a limit: with one thread and with two, passive waiting, not repacked
     llama.cpp batching  no server: its C functions with all sequences in one batch, everybody asking at the same moment.
                         What a server that batches could give at the very most
 
@@ -39,6 +40,7 @@ import h11
 from argosy.config import format_bytes
 from cgroup import NoMemoryCap, capped
 from common import (
+    REPOSITORY,
     CannotSet,
     Report,
     Sample,
@@ -239,16 +241,20 @@ class Way:
                 sys.executable, "-m", "argosy", "serve", str(model), "--port", str(port), "--memory", str(memory),
                 "--threads", str(self.threads), "--context", str(context * clients),
             ]  # fmt: skip
+        # mlock would keep the whole file in memory, and logits of every position are for nobody.
         return [
-            str(peer_python()), "-m", "llama_cpp.server", "--model", str(model), "--host", "127.0.0.1",
-            "--port", str(port), "--n_ctx", "512", "--n_batch", "512", "--flash_attn", "true",
-            "--n_threads", str(self.threads), "--n_threads_batch", str(self.threads),
+            str(peer_python()), str(REPOSITORY / "benchmarks" / "peer_server.py"),
+            "--repack", str(self.limit_bytes is None).lower(), "--model", str(model), "--host", "127.0.0.1",
+            "--port", str(port), "--n_ctx", "512", "--n_batch", "512", "--flash_attn", "true", "--use_mlock", "false",
+            "--logits_all", "false", "--n_threads", str(self.threads), "--n_threads_batch", str(self.threads),
             "--interrupt_requests", "false", "--verbose", "false",
         ]  # fmt: skip
 
     def body(self, num_new: int) -> Callable[[str], Mapping[str, object]]:
         """The request for a text."""
         fixed = {"max_tokens": num_new, "temperature": 0, "stream": True}
+        if self.engine != ARGOSY:
+            fixed["repeat_penalty"] = 1.0  # where nothing is said, its server has another one
         return lambda text: {"prompt": text, **fixed}
 
 
