@@ -11,7 +11,7 @@ import pytest
 from argosy.checkpoint.files import ModelFiles
 from argosy.model.families import open_model
 from argosy.prompt.tokenizer import Tokenizer
-from benchmarks.load import Questions, Reply, is_one_token, nearest_rank, put_load
+from benchmarks.load import Load, Measured, Questions, Reply, is_one_token, nearest_rank, put_load
 from benchmarks.make_checkpoint import make_model, raw_config, vocabulary
 
 RAW = raw_config(
@@ -72,7 +72,7 @@ def test_a_refusal_is_no_answer() -> None:
         reply((1.0, HEAD.replace(b"200 OK", b"429 Too Many"))).texts()
 
 
-async def load_of(said: str, num_clients: int, num_requests: int) -> tuple[float, int]:
+async def load_of(said: str, num_clients: int, num_requests: int) -> tuple[Load, int]:
     """Load on a server that needs 10 ms to say `said`, and the most requests it had at once."""
     now = most = 0
 
@@ -96,18 +96,24 @@ async def load_of(said: str, num_clients: int, num_requests: int) -> tuple[float
         load = await put_load(port, lambda text: {"prompt": text}, asked, 3)
     assert len(load.first_s) == num_clients * num_requests
     assert min(load.first_s) >= 0.01
-    return load.tok_per_s, most
+    return load, most
 
 
 def test_every_client_has_one_request_on_its_way_at_any_time() -> None:
-    tok_per_s, most = asyncio.run(load_of("abc", 3, 4))
-    assert most == 3
-    assert 0 < tok_per_s <= 3 * 3 / 0.01
+    load, most = asyncio.run(load_of("abc", 3, 4))
+    assert (most, load.num_right) == (3, 12)
+    assert 0 < load.tok_per_s <= 3 * 3 / 0.01
 
 
-def test_an_answer_that_does_not_go_on_with_its_document_ends_the_load() -> None:
-    with pytest.raises(SystemExit, match="was answered 'abd'"):
-        asyncio.run(load_of("abd", 1, 1))
+def test_answers_that_do_not_go_on_with_their_documents_end_the_measurement() -> None:
+    load, _ = asyncio.run(load_of("abd", 1, 2))
+    assert load.num_right == 0
+    measured = object.__new__(Measured)
+    measured.texts = {"one": [97, 100], "other": [100, 100]}
+    assert measured.correct() == "one: 97 of 100, other: 100 of 100 texts continue their documents"
+    measured.texts["one"] = [96, 100]
+    with pytest.raises(SystemExit, match="one: 96 of 100"):
+        measured.correct()
 
 
 def test_a_percentile_is_a_value_that_was_measured() -> None:
