@@ -111,6 +111,9 @@ def test_nothing_that_anyone_says_is_logged(client: httpx.Client, caplog: pytest
 def test_the_state_has_what_the_page_reads_and_metrics_name_no_expert(client: httpx.Client) -> None:
     state = client.get("/v1/engine/state").json()
     assert state.keys() == {"model", "memory", "speed", "experts", "queue", "kv", "heat", "privacy"}
+    experts = state["experts"]
+    assert (experts["total"], experts["slots"], experts["resident"]) == (18, 18, 18)
+    assert "argosy_experts_resident 18.0" in client.get("/metrics").text
     assert "argosy_requests_total" in client.get("/metrics").text
     assert 'expert="' not in client.get("/metrics").text
     page = client.get("/")
