@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from argosy.engine.engine import Engine
 
 HEADER_S = 15.0  # a client has so long for the head of a request
+STUCK_S = 60.0  # one that takes nothing of an answer for so long is gone
 _REPLAY_BYTES = 16 << 20
 
 
@@ -53,9 +54,10 @@ def require_keys(host: str, keys: Path | None) -> None:
 
 
 class TimedProtocol(H11Protocol):
-    """HTTP/1.1 whose request heads have to come within HEADER_S."""
+    """HTTP/1.1 whose request heads have to come within HEADER_S, and whose answers are read, or it hangs up."""
 
     _head_timer: asyncio.TimerHandle | None = None
+    _stuck_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -70,9 +72,20 @@ class TimedProtocol(H11Protocol):
             self._head_timer = None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
+        for timer in (self._head_timer, self._stuck_timer):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client takes less than there is: from here on it is watched."""
+        super().pause_writing()
+        self._stuck_timer = self.loop.call_later(STUCK_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._stuck_timer is not None:
+            self._stuck_timer.cancel()
+        super().resume_writing()
 
     def _expect_head(self) -> None:
         if self._head_timer is None:
