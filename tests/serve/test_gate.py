@@ -61,6 +61,25 @@ def test_a_key_has_its_scope_its_rate_and_an_end(keyed: tuple[str, str], keys: K
     assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 401
 
 
+def test_who_hangs_up_has_used_the_tokens_that_were_made(keyed: tuple[str, str], keys: KeyFile) -> None:
+    url, _ = keyed
+    _, secret = keys.add("quota", tokens_per_day=12)
+    time.sleep(1.1)
+    headers = {"Authorization": f"Bearer {secret}"}
+    ask = {"prompt": "abc", "max_tokens": 200, "stream": True, "logit_bias": {"2": -100, "0": -100}}
+    with httpx.stream("POST", f"{url}/v1/completions", json=ask, headers=headers) as answer:
+        assert answer.status_code == 200
+        lines = (line for line in answer.iter_lines() if line)
+        for _ in range(12):
+            next(lines)
+    until = time.monotonic() + 10
+    small = {"content": "a"}  # counts as a request, and takes no tokens
+    while (again := httpx.post(f"{url}/tokenize", json=small, headers=headers)).status_code == 200:
+        assert time.monotonic() < until
+    assert again.status_code == 429
+    assert "12 tokens a day" in again.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("headers", "status"),
     [

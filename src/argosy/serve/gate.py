@@ -57,11 +57,16 @@ class Policy:
 
 @dataclass(slots=True)
 class Caller:
-    """Who asks, and what is counted of the request."""
+    """Who asks, and what the request has taken so far, whether its answer is heard to the end or not."""
 
     key: Key | None
     num_prompt_tokens: int = 0
     num_new_tokens: int = 0
+
+    @property
+    def tenant(self) -> str:
+        """Beginnings of prompts are found again only by the same one."""
+        return "" if self.key is None else self.key.id
 
 
 class Refused(ArgosyError):
