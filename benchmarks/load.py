@@ -318,6 +318,7 @@ class Measured:
         self.num_new = options.new if self.is_resident else options.new_streamed
         self.num_requests = options.requests if self.is_resident else 1
         self.clients = [int(count) for count in options.clients.split(",")]
+        self.num_warming = min(8, max(self.clients)) if self.is_resident else 1
         self.texts: dict[str, list[int]] = {}  # of a server: right ones, and all
         self._questions = Questions(self.num_new)
 
@@ -341,7 +342,7 @@ class Measured:
         context, most = 8 * PROMPT_WORDS + self.num_new, max(self.clients)
         with self._dropped(), running(way, self.case.model, context=context, clients=most) as port:
             bodies = way.body(self.num_new)
-            for number, clients in enumerate([min(8, most), *self.clients]):  # the first warms up
+            for number, clients in enumerate([self.num_warming, *self.clients]):
                 num_requests = 1 if number == 0 else self.num_requests
                 asked = [self._questions.take(num_requests) for _ in range(clients)]
                 load = asyncio.run(put_load(port, bodies, asked, self.num_new))
@@ -374,7 +375,7 @@ class Measured:
         prompts = [document(1 + number, 2 * PROMPT_WORDS) for number in range(most)]
         job = Job(
             model=self.case.model, prompts=prompts, num_new=self.num_new, threads=self.case.threads,
-            together=[min(8, most), *self.clients], repack=self.is_resident,
+            together=[self.num_warming, *self.clients], repack=self.is_resident,
         )  # fmt: skip
         with self._dropped():
             done = run(
@@ -471,7 +472,9 @@ def main() -> int:
     options, cases = parse_cases(parser, geometries="mid", formats="Q4_0", threads="2", repeats=2)
     if options.short:
         options.clients, options.shares, options.requests, options.new = "1,8", "100", 1, 8
-    report = Report("load", state="loopback; a fresh server for each sample, warmed by 8 answers")
+    report = Report(
+        "load", state="loopback; a fresh server for each sample, warmed by 8 answers, in a limit by 1"
+    )
     for number, case in enumerate(cases):
         if number == 0:
             report.opening()

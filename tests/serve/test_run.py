@@ -21,7 +21,10 @@ def test_a_served_model_answers_and_sigterm_lets_a_stream_end_first(tmp_path: Pa
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "argosy", "serve", str(model), "--memory", "1GiB", "--port", str(port)]
+    command = [
+        sys.executable, "-m", "argosy", "serve", str(model), "--memory", "1GiB", "--port", str(port),
+        "--max-sequences", "3",
+    ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         url = f"http://127.0.0.1:{port}"
@@ -32,6 +35,7 @@ def test_a_served_model_answers_and_sigterm_lets_a_stream_end_first(tmp_path: Pa
             except httpx.TransportError:
                 assert process.poll() is None
                 time.sleep(0.05)
+        assert httpx.get(f"{url}/v1/engine/state").json()["queue"]["max_sequences"] == 3
         ask = {
             "messages": [{"role": "user", "content": "canary"}], "max_tokens": 150, "stream": True,
             "temperature": 0, "logit_bias": {"2": -100, "0": -100},
