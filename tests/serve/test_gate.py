@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 import time
@@ -18,6 +19,7 @@ from argosy.serve.core import Service
 from argosy.serve.run import require_keys
 from tests.serve.conftest import start
 
+JSON = {"content-type": "application/json"}
 ASK = {"messages": [{"role": "user", "content": "canary-71d"}], "max_tokens": 2}
 
 
@@ -166,3 +168,24 @@ def test_a_client_that_does_not_finish_its_head_or_its_body_is_cut_off(
     assert raw(url, b"GET /health HTTP/1.1\r\nHo") == b""
     head = b"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     assert raw(url, head + b"Content-Length: 50\r\n\r\n{").startswith(b"HTTP/1.1 408")
+
+
+def test_bodies_of_all_requests_together_are_bounded_and_room_comes_back(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("argosy.serve.gate.MAX_HELD_BYTES", 2000)
+    size = {"content": "a" * 900}
+    for _ in range(5):  # one after the other
+        assert client.post("/tokenize", json=size).status_code == 200
+    refused = client.post("/tokenize", json={"content": "a" * 2000})
+    assert (refused.status_code, refused.headers["connection"]) == (503, "close")
+    assert int(refused.headers["retry-after"]) > 0
+    slow = {"prompt": "b" * 150, "max_tokens": 90, "stream": True, "logit_bias": {"2": -100, "0": -100}}
+    with client.stream(
+        "POST", "/v1/completions", content=json.dumps(slow).ljust(1500), headers=JSON
+    ) as answer:
+        assert answer.status_code == 200
+        assert client.post("/tokenize", json=size).status_code == 503
+    until = time.monotonic() + 10
+    while client.post("/tokenize", json=size).status_code != 200:
+        assert time.monotonic() < until
