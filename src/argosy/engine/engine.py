@@ -664,6 +664,11 @@ class Engine:
         return out
 
     @property
+    def prompts(self) -> PromptBuilder:
+        """What makes token ids of prompts; its process for chat templates is the engine's to end."""
+        return self._prompts
+
+    @property
     def ledger(self) -> Ledger:
         """Totals since the engine started."""
         stats = self._experts.stats if self._experts is not None else None

@@ -22,7 +22,6 @@ from argosy.engine.loop import EngineLoop
 from argosy.engine.memory_plan import KV_BLOCK_TOKENS
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile, KeyRing
-from argosy.prompt.prompt import PromptBuilder
 from argosy.prompt.replay import ReplayMemory
 from argosy.serve.app import make_app
 from argosy.serve.core import ModelFacts, Service
@@ -168,22 +167,17 @@ def serve(
         experts_per_token=config.experts_per_token,
         vocab_size=config.vocab_size,
     )
-    prompts = PromptBuilder(
-        engine.tokenizer, vocab_size=config.vocab_size, memory=ReplayMemory(max_bytes=_REPLAY_BYTES)
-    )
-    try:
-        with EngineLoop(engine, report=lambda error: log.error("engine: %s", type(error).__name__)) as loop:
-            service = Service(loop, prompts, engine.tokenizer, model, keep_billing_line=keep_billing_line)
-            app = make_app(
-                service,
-                ring,
-                block_tokens=KV_BLOCK_TOKENS,
-                max_sequences=engine.settings.max_sequences,
-                hosts=hosts,
-            )
-            settings = uvicorn_config(app, host=host, port=port, grace_s=drain_s + 5)
-            shown = f"[{host}]" if ":" in host else host
-            print(f"serving {name} at http://{shown}:{port}", file=sys.stderr, flush=True)
-            _Server(settings, service, loop, drain_s).run()
-    finally:
-        prompts.close()
+    prompts = engine.prompts.remembering(ReplayMemory(max_bytes=_REPLAY_BYTES))
+    with EngineLoop(engine, report=lambda error: log.error("engine: %s", type(error).__name__)) as loop:
+        service = Service(loop, prompts, engine.tokenizer, model, keep_billing_line=keep_billing_line)
+        app = make_app(
+            service,
+            ring,
+            block_tokens=KV_BLOCK_TOKENS,
+            max_sequences=engine.settings.max_sequences,
+            hosts=hosts,
+        )
+        settings = uvicorn_config(app, host=host, port=port, grace_s=drain_s + 5)
+        shown = f"[{host}]" if ":" in host else host
+        print(f"serving {name} at http://{shown}:{port}", file=sys.stderr, flush=True)
+        _Server(settings, service, loop, drain_s).run()
