@@ -12,7 +12,10 @@ import time
 from pathlib import Path
 
 import httpx
+import pytest
 
+from argosy.engine.engine import Engine
+from argosy.prompt.replay import ReplayMemory
 from tests.cli.tiny_chat_model import write_chat_model
 
 
@@ -21,7 +24,10 @@ def test_a_served_model_answers_and_sigterm_lets_a_stream_end_first(tmp_path: Pa
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "argosy", "serve", str(model), "--memory", "1GiB", "--port", str(port)]
+    command = [
+        sys.executable, "-m", "argosy", "serve", str(model), "--memory", "1GiB", "--port", str(port),
+        "--max-sequences", "3",
+    ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         url = f"http://127.0.0.1:{port}"
@@ -32,6 +38,7 @@ def test_a_served_model_answers_and_sigterm_lets_a_stream_end_first(tmp_path: Pa
             except httpx.TransportError:
                 assert process.poll() is None
                 time.sleep(0.05)
+        assert httpx.get(f"{url}/v1/engine/state").json()["queue"]["max_sequences"] == 3
         ask = {
             "messages": [{"role": "user", "content": "canary"}], "max_tokens": 150, "stream": True,
             "temperature": 0, "logit_bias": {"2": -100, "0": -100},
@@ -53,3 +60,18 @@ def test_a_served_model_answers_and_sigterm_lets_a_stream_end_first(tmp_path: Pa
     finally:
         process.kill()
         process.wait()
+
+
+def test_conversations_are_rendered_by_the_process_that_came_with_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise AssertionError(
+            "another process for chat templates is started, which the memory plan does not count"
+        )
+
+    with Engine(write_chat_model(tmp_path / "model"), memory="1GiB", threads=1) as engine:
+        monkeypatch.setattr("argosy.prompt.chat.Worker", refuse)
+        prompts = engine.prompts.remembering(ReplayMemory())
+        assert prompts.build([{"role": "user", "content": "hi"}], tenant="a").token_ids
+        assert engine.prompts.build([{"role": "user", "content": "hi"}]).token_ids

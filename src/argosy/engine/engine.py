@@ -664,6 +664,11 @@ class Engine:
         return out
 
     @property
+    def prompts(self) -> PromptBuilder:
+        """What makes token ids of prompts; its process for chat templates is the engine's to end."""
+        return self._prompts
+
+    @property
     def ledger(self) -> Ledger:
         """Totals since the engine started."""
         stats = self._experts.stats if self._experts is not None else None
@@ -736,8 +741,9 @@ class Engine:
                 states_held=0 if states is None else states.num_sequences - states.num_free,
                 states_free=0 if states is None else states.num_free,
                 snapshots=0 if states is None else states.num_snapshots,
-                expert_slots=self.plan.num_slots,
                 num_experts=self.plan.num_experts,
+                expert_slots=self.plan.num_slots,
+                num_resident=0 if self._experts is None else self._experts.num_resident,
                 file_bytes=0 if self._files is None else self._files.num_bytes,
                 tokens_run=self._uses.num_tokens_run,
                 totals=self.ledger,

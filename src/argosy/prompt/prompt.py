@@ -10,6 +10,7 @@ writes thoughts and calls is `formats/`.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -96,6 +97,13 @@ class PromptBuilder:
             from argosy.prompt.formats import named_format
 
             self._named_format = named_format(format_name, self._needed("a format's name"))
+
+    def remembering(self, memory: ReplayMemory) -> PromptBuilder:
+        """The same, with answers to be given again token by token; both share the process that renders."""
+        other = copy.copy(self)
+        other._memory = memory
+        other.__dict__.pop("_replay", None)
+        return other
 
     def close(self) -> None:
         if self._template is not None:

@@ -185,7 +185,7 @@ async def messages(body: MessagesBody, request: Request) -> Response:
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
     wanted = body.request(body.params(), keep_billing_line=service.keep_billing_line)
-    answers = await service.open(wanted, "" if caller.key is None else caller.key.id)
+    answers = await service.open(wanted, caller)
     ignored = [name for name in IGNORED if getattr(body, name) is not None]
     headers = {"x-ignored-params": ", ".join(ignored)} if ignored else {}
     dialect = _Messages(service, answers, caller)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from argosy.prompt.formats import Parser
     from argosy.prompt.prompt import PromptBuilder
     from argosy.prompt.tokenizer import Tokenizer
+    from argosy.serve.gate import Caller
 
 # Variables of chat templates that a request may set: what a model is asked to do, never how its prompt is written.
 TEMPLATE_VARIABLES = frozenset({"enable_thinking", "thinking", "reasoning_effort", "clear_thinking"})
@@ -80,6 +81,11 @@ class ChatRequest:
     effort: str | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     num_answers: int = 1
+
+    @property
+    def offered(self) -> Sequence[Mapping[str, Any]]:
+        """The tools that the model hears of."""
+        return () if self.tool_choice == "none" else self.tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,36 +142,36 @@ class Service:
         """Whether the model's template has no place for the effort that is asked for."""
         return request.effort is not None and not self._effort(request.effort)
 
-    async def open(self, request: ChatRequest, tenant: str) -> Answers:
+    async def open(self, request: ChatRequest, caller: Caller) -> Answers:
         """Render, check and queue a conversation. Errors as `PromptBuilder.build` and `EngineLoop.submit`."""
-        return await asyncio.to_thread(self._open_chat, request, tenant, asyncio.get_running_loop())
+        return await asyncio.to_thread(self._open_chat, request, caller, asyncio.get_running_loop())
 
     async def open_text(
-        self, prompt: str | Sequence[int], params: SamplingParams, tenant: str, num_answers: int = 1
+        self, prompt: str | Sequence[int], params: SamplingParams, caller: Caller, num_answers: int = 1
     ) -> Answers:
         """Queue text, or token ids, to be continued."""
 
         def submit(events: asyncio.AbstractEventLoop) -> Answers:
             built = self.prompts.build(Prompt.raw(prompt) if isinstance(prompt, str) else list(prompt))
-            return Answers(self, built, params, tenant, num_answers, events)
+            return Answers(self, built, params, caller, num_answers, events)
 
         return await asyncio.to_thread(submit, asyncio.get_running_loop())
 
     def build(self, request: ChatRequest, tenant: str) -> Prompt:
         """The prompt of a conversation."""
-        tools = () if request.tool_choice == "none" else request.tools
         return self.prompts.build(
-            request.messages, tools=tools, variables=self._variables(request), tenant=tenant
+            request.messages, tools=request.offered, variables=self._variables(request), tenant=tenant
         )
 
-    def _open_chat(self, request: ChatRequest, tenant: str, events: asyncio.AbstractEventLoop) -> Answers:
-        tools = () if request.tool_choice == "none" else request.tools
-        prompt = self.build(request, tenant)
+    def _open_chat(self, request: ChatRequest, caller: Caller, events: asyncio.AbstractEventLoop) -> Answers:
+        prompt = self.build(request, caller.tenant)
         grammar = self._grammar(request, prompt)
         params = request.params
         if grammar is not None:
             params = replace(params, grammar=grammar)
-        return Answers(self, prompt, params, tenant, request.num_answers, events, tools, request.parallel)
+        return Answers(
+            self, prompt, params, caller, request.num_answers, events, request.offered, request.parallel
+        )
 
     def _variables(self, request: ChatRequest) -> dict[str, Any]:
         for name in request.variables:
@@ -188,7 +194,7 @@ class Service:
     def _grammar(self, request: ChatRequest, prompt: Prompt) -> Grammar | None:
         choice = request.tool_choice
         is_forced = choice == "required" or isinstance(choice, tuple)
-        if request.schema is not None and request.tools and choice != "none":
+        if request.schema is not None and request.offered:
             raise UsageError(
                 "response_format says what an answer looks like, and tools may be called instead of it",
                 hint="set tool_choice to 'none' in the request that asks for JSON",
@@ -220,7 +226,7 @@ class Answers:
         service: Service,
         prompt: Prompt,
         params: SamplingParams,
-        tenant: str,
+        caller: Caller,
         num_answers: int,
         events: asyncio.AbstractEventLoop,
         tools: Sequence[Mapping[str, Any]] = (),
@@ -229,7 +235,7 @@ class Answers:
         self.prompt = prompt
         self.num_prompt_tokens = len(prompt.token_ids or ())
         self._service = service
-        self._tenant = tenant
+        self._tenant = caller.tenant
         self._tools = tools
         self._parallel = parallel
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
@@ -241,9 +247,14 @@ class Answers:
         self.results: list[Result | None] = [None] * num_answers
 
         def deliver(event: Event) -> None:
+            if isinstance(event, AnswerToken):  # counted where it is made: nobody may be there to hear it
+                caller.num_new_tokens += 1
             events.call_soon_threadsafe(self._queue.put_nowait, event)
 
-        self._request = service.loop.submit(prompt, params, deliver, num_answers=num_answers, tenant=tenant)
+        self._request = service.loop.submit(
+            prompt, params, deliver, num_answers=num_answers, tenant=caller.tenant
+        )
+        caller.num_prompt_tokens += self.num_prompt_tokens
 
     def said(self, answer: int) -> Answer:
         """All that an answer has said so far."""

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from argosy.errors import ArgosyError, PromptTooLong
+from argosy.errors import ArgosyError, Overloaded, PromptTooLong
 from argosy.guard.keys import Key, KeyRing
 from argosy.guard.keys import Scope as KeyScope
 from argosy.guard.limits import Limits, TooMany
@@ -32,6 +32,9 @@ from argosy.guard.limits import Limits, TooMany
 log = logging.getLogger("argosy.serve")
 
 MAX_BODY_BYTES = 8 << 20
+MAX_HELD_BYTES = (
+    32 << 20
+)  # bodies of all requests that are being answered: the memory plan knows nothing of them
 BODY_STALL_S = 15.0  # between two parts of a body
 BODY_S = 60.0
 Dialect = Literal["openai", "anthropic"]
@@ -57,11 +60,16 @@ class Policy:
 
 @dataclass(slots=True)
 class Caller:
-    """Who asks, and what is counted of the request."""
+    """Who asks, and what the request has taken so far, whether its answer is heard to the end or not."""
 
     key: Key | None
     num_prompt_tokens: int = 0
     num_new_tokens: int = 0
+
+    @property
+    def tenant(self) -> str:
+        """Beginnings of prompts are found again only by the same one."""
+        return "" if self.key is None else self.key.id
 
 
 class Refused(ArgosyError):
@@ -110,7 +118,7 @@ def error_headers(error: BaseException, status: int) -> dict[str, str]:
     retry = getattr(error, "retry_after_s", None)
     if retry is not None:
         headers["retry-after"] = str(int(retry))
-    if status in (408, 413):  # what is left of the body would be read as a request
+    if status in (408, 413, 503):  # what is left of the body would be read as a request
         headers["connection"] = "close"
     return headers
 
@@ -147,6 +155,7 @@ class Gate:
         self._limits = limits
         self._hosts = {"localhost", *(name.lower() for name in hosts)}
         self._observe = observe
+        self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -166,6 +175,15 @@ class Gate:
                 message = {**message, "headers": [*message.get("headers", ()), *extra]}
             await send(message)
 
+        held_bytes = 0
+
+        def hold(num_bytes: int) -> None:
+            nonlocal held_bytes
+            if self._held_bytes + num_bytes > MAX_HELD_BYTES:
+                raise Overloaded("the server holds as many bodies of requests as it may", retry_after_s=1)
+            held_bytes += num_bytes
+            self._held_bytes += num_bytes
+
         dialect: Dialect = "anthropic" if scope["path"].startswith("/v1/messages") else "openai"
         try:
             headers = _headers(scope)
@@ -184,8 +202,9 @@ class Gate:
             if policy.is_counted and caller.key is not None:
                 self._limits.begin(caller.key)
             try:
-                await self._app(scope, _bounded(receive), send_on)
+                await self._app(scope, _bounded(receive, hold), send_on)
             finally:
+                self._held_bytes -= held_bytes
                 if policy.is_counted and caller.key is not None:
                     self._limits.end(caller.key, caller.num_prompt_tokens + caller.num_new_tokens)
         except GoneAway:
@@ -269,8 +288,12 @@ def _headers(scope: Scope) -> dict[str, str]:
     return found
 
 
-def _bounded(receive: Receive) -> Receive:
-    """A body of bounded size that comes within bounded time; afterwards only the end of the connection."""
+def _bounded(receive: Receive, hold: Callable[[int], None]) -> Receive:
+    """A body of bounded size that comes within bounded time; afterwards only the end of the connection.
+
+    Args:
+        hold: hears of each part, and refuses one that there is no room for.
+    """
     size, began, is_whole = 0, time.monotonic(), False
 
     async def receive_on() -> Message:
@@ -287,6 +310,7 @@ def _bounded(receive: Receive) -> Receive:
         size += len(message.get("body", b""))
         if size > MAX_BODY_BYTES:
             raise Refused(413, f"the body has more than {MAX_BODY_BYTES} bytes")
+        hold(len(message.get("body", b"")))
         is_whole = not message.get("more_body", False)
         return message
 

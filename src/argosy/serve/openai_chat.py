@@ -114,7 +114,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
     wanted = body.request()
-    answers = await service.open(wanted, "" if caller.key is None else caller.key.id)
+    answers = await service.open(wanted, caller)
     ignored = [name for name in IGNORED if name in body.model_fields_set and getattr(body, name) is not None]
     if service.ignored_effort(wanted):
         ignored.append("reasoning_effort")

@@ -65,11 +65,11 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     """Continue text."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
-    params, tenant = body.params(), "" if caller.key is None else caller.key.id
+    params = body.params()
     opened: list[Answers] = []
     try:
         for prompt in body.prompts:
-            opened.append(await service.open_text(prompt, params, tenant, body.n or 1))  # noqa: PERF401  cancelled below
+            opened.append(await service.open_text(prompt, params, caller, body.n or 1))  # noqa: PERF401  cancelled below
     except BaseException:
         for answers in opened:
             answers.cancel()

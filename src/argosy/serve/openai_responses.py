@@ -178,7 +178,7 @@ async def responses(body: ResponsesBody, request: Request) -> Response:
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
     wanted, ignored = body.request(), body.ignored()
-    answers = await service.open(wanted, "" if caller.key is None else caller.key.id)
+    answers = await service.open(wanted, caller)
     if service.ignored_effort(wanted):
         ignored.append("reasoning.effort")
     headers = {"x-ignored-params": ", ".join(ignored)} if ignored else {}

@@ -22,7 +22,6 @@ from argosy.engine.loop import EngineLoop
 from argosy.engine.memory_plan import KV_BLOCK_TOKENS
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile, KeyRing
-from argosy.prompt.prompt import PromptBuilder
 from argosy.prompt.replay import ReplayMemory
 from argosy.serve.app import make_app
 from argosy.serve.core import ModelFacts, Service
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from argosy.engine.engine import Engine
 
 HEADER_S = 15.0  # a client has so long for the head of a request
+STUCK_S = 60.0  # one that takes nothing of an answer for so long is gone
 _REPLAY_BYTES = 16 << 20
 
 
@@ -53,9 +53,10 @@ def require_keys(host: str, keys: Path | None) -> None:
 
 
 class TimedProtocol(H11Protocol):
-    """HTTP/1.1 whose request heads have to come within HEADER_S."""
+    """HTTP/1.1 whose request heads have to come within HEADER_S, and whose answers are read, or it hangs up."""
 
     _head_timer: asyncio.TimerHandle | None = None
+    _stuck_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -70,9 +71,20 @@ class TimedProtocol(H11Protocol):
             self._head_timer = None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
+        for timer in (self._head_timer, self._stuck_timer):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client takes less than there is: from here on it is watched."""
+        super().pause_writing()
+        self._stuck_timer = self.loop.call_later(STUCK_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._stuck_timer is not None:
+            self._stuck_timer.cancel()
+        super().resume_writing()
 
     def _expect_head(self) -> None:
         if self._head_timer is None:
@@ -155,22 +167,17 @@ def serve(
         experts_per_token=config.experts_per_token,
         vocab_size=config.vocab_size,
     )
-    prompts = PromptBuilder(
-        engine.tokenizer, vocab_size=config.vocab_size, memory=ReplayMemory(max_bytes=_REPLAY_BYTES)
-    )
-    try:
-        with EngineLoop(engine, report=lambda error: log.error("engine: %s", type(error).__name__)) as loop:
-            service = Service(loop, prompts, engine.tokenizer, model, keep_billing_line=keep_billing_line)
-            app = make_app(
-                service,
-                ring,
-                block_tokens=KV_BLOCK_TOKENS,
-                max_sequences=engine.settings.max_sequences,
-                hosts=hosts,
-            )
-            settings = uvicorn_config(app, host=host, port=port, grace_s=drain_s + 5)
-            shown = f"[{host}]" if ":" in host else host
-            print(f"serving {name} at http://{shown}:{port}", file=sys.stderr, flush=True)
-            _Server(settings, service, loop, drain_s).run()
-    finally:
-        prompts.close()
+    prompts = engine.prompts.remembering(ReplayMemory(max_bytes=_REPLAY_BYTES))
+    with EngineLoop(engine, report=lambda error: log.error("engine: %s", type(error).__name__)) as loop:
+        service = Service(loop, prompts, engine.tokenizer, model, keep_billing_line=keep_billing_line)
+        app = make_app(
+            service,
+            ring,
+            block_tokens=KV_BLOCK_TOKENS,
+            max_sequences=engine.settings.max_sequences,
+            hosts=hosts,
+        )
+        settings = uvicorn_config(app, host=host, port=port, grace_s=drain_s + 5)
+        shown = f"[{host}]" if ":" in host else host
+        print(f"serving {name} at http://{shown}:{port}", file=sys.stderr, flush=True)
+        _Server(settings, service, loop, drain_s).run()

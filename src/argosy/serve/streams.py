@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -18,7 +19,6 @@ from argosy.errors import ArgosyError
 from argosy.serve.gate import Dialect, GoneAway, error_body
 
 KEEP_ALIVE_S = 10.0
-_STUCK_S = 60.0  # a client that does not read for so long is gone
 
 T = TypeVar("T")
 
@@ -76,6 +76,7 @@ class EventStream(Response):
         self._parts = parts
         self._close = close
         self._dialect: Dialect = dialect
+        self._written_at = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gone = asyncio.ensure_future(_gone(receive))
@@ -92,24 +93,28 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         async def write(data: bytes, more: bool = True) -> None:
-            message = {"type": "http.response.body", "body": data, "more_body": more}
-            await asyncio.wait_for(send(message), _STUCK_S)
+            self._written_at = time.monotonic()
+            await send({"type": "http.response.body", "body": data, "more_body": more})
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        upcoming: asyncio.Future[bytes] | None = None
+        keeping_alive = asyncio.ensure_future(self._keep_alive(write))
         try:
-            while True:
-                upcoming = asyncio.ensure_future(anext(self._parts))
-                while not (await asyncio.wait({upcoming}, timeout=KEEP_ALIVE_S))[0]:
-                    await write(b": keep-alive\n\n")
-                await write(await upcoming)
-        except StopAsyncIteration:
-            await write(b"", more=False)
+            async for part in self._parts:
+                await write(part)
         except ArgosyError as error:
             _, body = error_body(error, self._dialect)
-            await write(sse(body, "error" if self._dialect == "anthropic" else None), more=False)
+            await write(sse(body, "error" if self._dialect == "anthropic" else None))
         finally:
-            if upcoming is not None:
-                upcoming.cancel()
-                await asyncio.gather(upcoming, return_exceptions=True)
+            keeping_alive.cancel()
+            await asyncio.gather(keeping_alive, return_exceptions=True)
             await self._parts.aclose()  # type: ignore[attr-defined]
+        await write(b"", more=False)
+
+    async def _keep_alive(self, write: Callable[[bytes], Awaitable[None]]) -> None:
+        """One timer for the whole stream: a token comes far more often than it rings."""
+        while True:
+            idle_s = time.monotonic() - self._written_at
+            if idle_s >= KEEP_ALIVE_S:
+                await write(b": keep-alive\n\n")
+                idle_s = 0.0
+            await asyncio.sleep(KEEP_ALIVE_S - idle_s)
