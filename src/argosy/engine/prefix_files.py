@@ -10,7 +10,7 @@ cut off, too old or another's is removed and never trusted; its prompt is comput
 go when there are too many bytes. A drive that is full or refuses costs nothing but the reuse.
 
 What lies here tells what was said: directories are 0700, files 0600, and names are hashes that nobody can make without
-the secret. A thread writes; two read ahead of the caller.
+the secret. A thread writes; others read ahead of the caller, as many at once as keep a drive busy.
 
 Elsewhere: which contents are worth a file is `prefix.py`'s decision.
 """
@@ -55,11 +55,9 @@ _MAGIC = b"ARGOSYKV"
 _KINDS: dict[Kind, int] = {"kv": 0, "state": 1}
 _NAME = re.compile(r"[0-9a-f]{64}\.(kv|state)")
 _TENANT = re.compile(r"[0-9a-f]{32}")
-_READERS = 2  # threads; one reaches half of what a drive gives
-_READ_BUFFERS, _WRITE_BUFFERS = (
-    _READERS + 1,
-    2,
-)  # one more than is under way: somebody looks into it, or fills it
+_READERS = 4  # threads: alone on a drive two are enough; beside reads of experts four get a third more of it
+# One more than is under way: somebody looks into it, or fills it.
+_READ_BUFFERS, _WRITE_BUFFERS = _READERS + 1, 2
 _PAGE_BYTES = 4096
 _SWEEP_SECONDS = 60.0
 _REST_SECONDS = 60.0  # after a write that failed
@@ -69,7 +67,8 @@ Bytes = NDArray[np.uint8]
 
 def buffer_bytes(block_bytes: int, state_bytes: int) -> int:
     """What a `PrefixFiles` takes of memory, the page cache of the file that is written included."""
-    return (_READ_BUFFERS + _WRITE_BUFFERS + 1) * _buffer_bytes(max(block_bytes, state_bytes))
+    longest = _buffer_bytes(max(block_bytes, state_bytes))
+    return _reading_bytes(block_bytes, state_bytes) + (_WRITE_BUFFERS + 1) * longest
 
 
 _Id = tuple[bytes, Kind]  # key of a content
@@ -138,11 +137,10 @@ class PrefixFiles:
         try:
             self.secret = _read_secret(self._root / "secret")
             self._scan()
-            longest = max(block_bytes, state_bytes)
             self._readers = ThreadPoolExecutor(_READERS, "argosy-kv-dir-reader")
-            self._readable = [_buffer(longest) for _ in range(_READ_BUFFERS)]
+            self._reading = _aligned(_reading_bytes(block_bytes, state_bytes))
             for _ in range(_WRITE_BUFFERS):
-                self._writable.put(_buffer(longest))
+                self._writable.put(_aligned(_buffer_bytes(max(block_bytes, state_bytes))))
             self._thread = threading.Thread(target=self._write_all, name="argosy-kv-dir", daemon=True)
             self._thread.start()
         except BaseException:
@@ -170,9 +168,8 @@ class PrefixFiles:
 
         The next ones are read while the caller looks at one, which stays as it is until the next is asked for.
         """
-        waiting, free = deque(contents), list(self._readable)
+        waiting, free = deque(contents), self._read_buffers(kind)
         under_way: deque[tuple[BlockContent, Bytes, Future[Bytes | None]]] = deque()
-        looked_at: Bytes | None = None
         try:
             while waiting or under_way:
                 while waiting and free:
@@ -183,12 +180,16 @@ class PrefixFiles:
                 content, buffer, future = under_way.popleft()
                 payload = future.result()
                 self._note_use(kind, content, is_sound=payload is not None)
-                if looked_at is not None:
-                    free.append(looked_at)
-                looked_at = buffer
                 yield payload
+                free.append(buffer)
         finally:
             wait(future for _, _, future in under_way)
+
+    def _read_buffers(self, kind: Kind) -> list[Bytes]:
+        """The room for reading, cut for files of this kind: many blocks at once, of large states one."""
+        size = _buffer_bytes(self._payload_bytes[kind])
+        count = min(_READ_BUFFERS, len(self._reading) // size)
+        return [self._reading[at * size : (at + 1) * size] for at in range(count)]
 
     def _note_use(self, kind: Kind, content: BlockContent, *, is_sound: bool) -> None:
         id: _Id = (content.key, kind)
@@ -376,9 +377,13 @@ def _buffer_bytes(payload_bytes: int) -> int:
     return -(-_file_bytes(payload_bytes) // _PAGE_BYTES) * _PAGE_BYTES
 
 
-def _buffer(payload_bytes: int) -> Bytes:
-    """Room for a file, aligned as direct reads want it."""
-    return np.frombuffer(mmap.mmap(-1, _buffer_bytes(payload_bytes)), np.uint8)
+def _reading_bytes(block_bytes: int, state_bytes: int) -> int:
+    return max(_READ_BUFFERS * _buffer_bytes(block_bytes), _buffer_bytes(state_bytes) if state_bytes else 0)
+
+
+def _aligned(nbytes: int) -> Bytes:
+    """Room for files, aligned as direct reads want it."""
+    return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
 
 
 def _read_into(path: Path, size: int, buffer: Bytes) -> bool:
