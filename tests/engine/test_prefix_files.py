@@ -302,15 +302,28 @@ def test_a_drive_that_refuses_costs_nothing_but_the_reuse(
     assert is_whole(files, content(2))
 
 
-def test_a_tenant_can_be_forgotten_and_others_stay(files: PrefixFiles) -> None:
+def test_a_tenant_can_be_forgotten_and_others_stay(tmp_path: Path) -> None:
+    files = open_files(tmp_path)
     write(files, content(1, "a"), content(2, "a"), content(3, "b"))
     files.offer("kv", content(4, "a"), lambda to: None)
     files.forget("a")
+    assert not files.has("kv", content(1, "a"))
+    files.close()  # what is on its way has come
     assert [files.has("kv", content(i, t)) for i, t in ((1, "a"), (2, "a"), (4, "a"), (3, "b"))] == [
         False, False, False, True,
     ]  # fmt: skip
-    assert len(list(files._root.rglob("*.kv"))) == 1
+    assert len(list(tmp_path.rglob("*.kv"))) == 1
     assert files.num_bytes == files.file_bytes("kv")
+
+
+def test_tenants_that_are_not_known_any_more_are_forgotten(tmp_path: Path) -> None:
+    files = open_files(tmp_path)
+    write(files, content(1, "a"), content(2, "b"), content(3, "c"))
+    files.close()
+    files = open_files(tmp_path)
+    files.forget_others(["", "b"])
+    files.close()
+    assert [path.stem for path in tmp_path.rglob("*.kv")] == ["02" * 32]
 
 
 WRITE_FOR_EVER = """

@@ -31,7 +31,7 @@ import struct
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -124,7 +124,7 @@ class PrefixFiles:
         self._tenant = functools.lru_cache(maxsize=1024)(self._find_tenant)
         self._rests_until = 0.0
         self._writable: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job | Path | None] = queue.SimpleQueue()
         _make_private(self._root)
         self._held = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -221,17 +221,32 @@ class PrefixFiles:
         return True
 
     def forget(self, tenant: str) -> None:
-        """Remove all files of a tenant, those on their way too."""
-        directory = self._tenant(tenant)[1]
-        waiting = [
-            self._writable.get() for _ in range(_WRITE_BUFFERS)
-        ]  # once all are free, none is on its way
+        """Find no file of a tenant any more; the thread removes them, behind those that it was given to write."""
+        self._forget(self._tenant(tenant)[1])
+
+    def forget_others(self, tenants: Collection[str]) -> None:
+        """The same for all tenants but these."""
+        known = {self._tenant(tenant)[1] for tenant in tenants}
+        for directory in self._tenant_directories():
+            if directory not in known:
+                self._forget(directory)
+
+    def _forget(self, directory: Path) -> None:
+        self._drop(directory)
+        self._jobs.put(directory)
+
+    def _drop(self, directory: Path) -> None:
         with self._lock:
             for id in [id for id, file in self._files.items() if file.path.parent == directory]:
                 self._num_bytes -= self._files.pop(id).nbytes
-            shutil.rmtree(directory, ignore_errors=True)
-        for buffer in waiting:
-            self._writable.put(buffer)
+
+    def _tenant_directories(self) -> list[Path]:
+        with os.scandir(self._root) as entries:
+            return [
+                Path(entry.path)
+                for entry in entries
+                if entry.is_dir(follow_symlinks=False) and _TENANT.fullmatch(entry.name)
+            ]
 
     def close(self) -> None:
         """Write what was accepted, and let go of the directory; harmless the second time."""
@@ -282,11 +297,7 @@ class PrefixFiles:
     def _scan(self) -> None:
         """Find what an earlier process left, the oldest first, and remove what is nobody's."""
         found: list[tuple[_Id, _File]] = []
-        with os.scandir(self._root) as entries:
-            directories = [
-                e for e in entries if e.is_dir(follow_symlinks=False) and _TENANT.fullmatch(e.name)
-            ]
-        for directory in directories:
+        for directory in self._tenant_directories():
             with os.scandir(directory) as entries:
                 for entry in entries:
                     path = Path(entry.path)
@@ -307,12 +318,15 @@ class PrefixFiles:
     def _write_all(self) -> None:
         swept_at = time.monotonic()
         while True:
-            job: _Job | None = None
+            job: _Job | Path | None = None
             with contextlib.suppress(queue.Empty):
                 job = self._jobs.get(timeout=_SWEEP_SECONDS)
                 if job is None:
                     return
-            if job is not None:
+            if isinstance(job, Path):  # a tenant's, forgotten
+                self._drop(job)
+                shutil.rmtree(job, ignore_errors=True)
+            elif job is not None:
                 try:
                     self._write(job)
                 except OSError:  # no room, or no drive: the next process computes what it wants to know

@@ -23,6 +23,7 @@ from argosy.errors import ArgosyError, UsageError
 from argosy.prompt.formats.events import Answer, ToolCallBegin, collect
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.prompt import Prompt
+from argosy.serve.gate import Caller
 
 if TYPE_CHECKING:
     from argosy.prompt.formats import Parser
@@ -44,6 +45,8 @@ class Loop(Protocol):
     ) -> Any: ...  # fmt: skip
 
     def cancel(self, request: Any) -> None: ...
+
+    def revoke(self, tenant: str) -> None: ...
 
     def snapshot(self) -> LoopFacts: ...
 
@@ -136,18 +139,18 @@ class Service:
         """Whether the model's template has no place for the effort that is asked for."""
         return request.effort is not None and not self._effort(request.effort)
 
-    async def open(self, request: ChatRequest, tenant: str) -> Answers:
+    async def open(self, request: ChatRequest, caller: Caller) -> Answers:
         """Render, check and queue a conversation. Errors as `PromptBuilder.build` and `EngineLoop.submit`."""
-        return await asyncio.to_thread(self._open_chat, request, tenant, asyncio.get_running_loop())
+        return await asyncio.to_thread(self._open_chat, request, caller, asyncio.get_running_loop())
 
     async def open_text(
-        self, prompt: str | Sequence[int], params: SamplingParams, tenant: str, num_answers: int = 1
+        self, prompt: str | Sequence[int], params: SamplingParams, caller: Caller, num_answers: int = 1
     ) -> Answers:
         """Queue text, or token ids, to be continued."""
 
         def submit(events: asyncio.AbstractEventLoop) -> Answers:
             built = self.prompts.build(Prompt.raw(prompt) if isinstance(prompt, str) else list(prompt))
-            return Answers(self, built, params, tenant, num_answers, events)
+            return Answers(self, built, params, caller, num_answers, events)
 
         return await asyncio.to_thread(submit, asyncio.get_running_loop())
 
@@ -158,14 +161,19 @@ class Service:
             request.messages, tools=tools, variables=self._variables(request), tenant=tenant
         )
 
-    def _open_chat(self, request: ChatRequest, tenant: str, events: asyncio.AbstractEventLoop) -> Answers:
+    def revoke(self, tenant: str) -> None:
+        """A tenant is gone for good: its requests end, and nothing of it is kept."""
+        self.loop.revoke(tenant)
+        self.prompts.forget(tenant)
+
+    def _open_chat(self, request: ChatRequest, caller: Caller, events: asyncio.AbstractEventLoop) -> Answers:
         tools = () if request.tool_choice == "none" else request.tools
-        prompt = self.build(request, tenant)
+        prompt = self.build(request, caller.tenant)
         grammar = self._grammar(request, prompt)
         params = request.params
         if grammar is not None:
             params = replace(params, grammar=grammar)
-        return Answers(self, prompt, params, tenant, request.num_answers, events, tools, request.parallel)
+        return Answers(self, prompt, params, caller, request.num_answers, events, tools, request.parallel)
 
     def _variables(self, request: ChatRequest) -> dict[str, Any]:
         for name in request.variables:
@@ -220,7 +228,7 @@ class Answers:
         service: Service,
         prompt: Prompt,
         params: SamplingParams,
-        tenant: str,
+        caller: Caller,
         num_answers: int,
         events: asyncio.AbstractEventLoop,
         tools: Sequence[Mapping[str, Any]] = (),
@@ -229,7 +237,7 @@ class Answers:
         self.prompt = prompt
         self.num_prompt_tokens = len(prompt.token_ids or ())
         self._service = service
-        self._tenant = tenant
+        self._tenant = caller.tenant
         self._tools = tools
         self._parallel = parallel
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
@@ -241,9 +249,14 @@ class Answers:
         self.results: list[Result | None] = [None] * num_answers
 
         def deliver(event: Event) -> None:
+            if isinstance(event, AnswerToken):
+                caller.count(new=1)
             events.call_soon_threadsafe(self._queue.put_nowait, event)
 
-        self._request = service.loop.submit(prompt, params, deliver, num_answers=num_answers, tenant=tenant)
+        self._request = service.loop.submit(
+            prompt, params, deliver, num_answers=num_answers, tenant=caller.tenant
+        )
+        caller.count(prompt=self.num_prompt_tokens)
 
     def said(self, answer: int) -> Answer:
         """All that an answer has said so far."""
