@@ -171,6 +171,11 @@ class GrammarCompiler:
         start = trigger.encode() if isinstance(trigger, str) else trigger
         return Constraint(matcher.deep_copy(), self._vocabulary, start)
 
+    def forget(self, tenant: str) -> None:
+        with self._lock:
+            for key in [key for key in self._compiled if key[0] == tenant]:
+                del self._compiled[key]
+
     def _start(self, lark: str) -> llguidance.LLMatcher:
         matcher = llguidance.LLMatcher(self._tokenizer, _OPTIONS + lark, log_level=0, limits=_LIMITS)
         _require_sound(matcher)

@@ -255,6 +255,11 @@ class PromptBuilder:
             return False
         return self._replay.remember(tenant, prompt, token_ids, answer, check_tools(tools))
 
+    def forget(self, tenant: str) -> None:
+        """Forget the answers that are kept for `tenant`."""
+        if self._memory is not None:
+            self._memory.forget(tenant)
+
     @functools.cached_property
     def _replay(self) -> Replay | None:
         if self._memory is None:

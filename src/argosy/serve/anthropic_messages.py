@@ -174,9 +174,9 @@ def _choice(given: dict[str, Any]) -> tuple[str | tuple[str, str], bool]:
 async def count_tokens(body: CountBody, request: Request) -> dict[str, int]:
     """How many tokens a conversation has."""
     service: Service = request.app.state.service
-    key = request.state.caller.key
+    caller: Caller = request.state.caller
     wanted = body.request(SamplingParams(), keep_billing_line=service.keep_billing_line)
-    prompt = await asyncio.to_thread(service.build, wanted, "" if key is None else key.id)
+    prompt = await asyncio.to_thread(service.build, wanted, caller.tenant)
     return {"input_tokens": len(prompt.token_ids or ())}
 
 
@@ -188,15 +188,15 @@ async def messages(body: MessagesBody, request: Request) -> Response:
     answers = await service.open(wanted, caller)
     ignored = [name for name in IGNORED if getattr(body, name) is not None]
     headers = {"x-ignored-params": ", ".join(ignored)} if ignored else {}
-    dialect = _Messages(service, answers, caller)
+    dialect = _Messages(service, answers)
     if body.stream:
         return EventStream(dialect.stream(), answers.cancel, dialect="anthropic", headers=headers)
     return JSONResponse(await until_gone(request, dialect.whole(), answers.cancel), headers=headers)
 
 
 class _Messages:
-    def __init__(self, service: Service, answers: Answers, caller: Caller) -> None:
-        self._service, self._answers, self._caller = service, answers, caller
+    def __init__(self, service: Service, answers: Answers) -> None:
+        self._service, self._answers = service, answers
         self._id = "msg_" + secrets.token_hex(12)
         self._index = -1
         self._open: str | None = None  # type of the block that is open
@@ -273,10 +273,6 @@ class _Messages:
     def _usage(self) -> dict[str, int]:
         """Tokens; those that were found computed are not among the input tokens, as the dialect has it."""
         answers = self._answers
-        self._caller.num_prompt_tokens, self._caller.num_new_tokens = (
-            answers.num_prompt_tokens,
-            answers.num_new_tokens,
-        )
         cached = answers.num_cached_tokens
         return {
             "input_tokens": answers.num_prompt_tokens - cached, "output_tokens": answers.num_new_tokens,

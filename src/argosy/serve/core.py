@@ -23,6 +23,7 @@ from argosy.errors import ArgosyError, UsageError
 from argosy.prompt.formats.events import Answer, ToolCallBegin, collect
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.prompt import Prompt
+from argosy.serve.gate import Caller
 
 if TYPE_CHECKING:
     from argosy.prompt.formats import Parser
@@ -45,6 +46,8 @@ class Loop(Protocol):
     ) -> Any: ...  # fmt: skip
 
     def cancel(self, request: Any) -> None: ...
+
+    def revoke(self, tenant: str) -> None: ...
 
     def snapshot(self) -> LoopFacts: ...
 
@@ -163,6 +166,11 @@ class Service:
             request.messages, tools=request.offered, variables=self._variables(request), tenant=tenant
         )
 
+    def revoke(self, tenant: str) -> None:
+        """A tenant is gone for good: its requests end, and nothing of it is kept."""
+        self.loop.revoke(tenant)
+        self.prompts.forget(tenant)
+
     def _open_chat(self, request: ChatRequest, caller: Caller, events: asyncio.AbstractEventLoop) -> Answers:
         prompt = self.build(request, caller.tenant)
         grammar = self._grammar(request, prompt)
@@ -248,13 +256,13 @@ class Answers:
 
         def deliver(event: Event) -> None:
             if isinstance(event, AnswerToken):  # counted where it is made: nobody may be there to hear it
-                caller.num_new_tokens += 1
+                caller.count(new=1)
             events.call_soon_threadsafe(self._queue.put_nowait, event)
 
         self._request = service.loop.submit(
             prompt, params, deliver, num_answers=num_answers, tenant=caller.tenant
         )
-        caller.num_prompt_tokens += self.num_prompt_tokens
+        caller.count(prompt=self.num_prompt_tokens)
 
     def said(self, answer: int) -> Answer:
         """All that an answer has said so far."""

@@ -62,7 +62,8 @@ class Policy:
 class Caller:
     """Who asks, and what the request has taken so far, whether its answer is heard to the end or not."""
 
-    key: Key | None
+    key: Key | None = None
+    limits: Limits | None = None
     num_prompt_tokens: int = 0
     num_new_tokens: int = 0
 
@@ -70,6 +71,13 @@ class Caller:
     def tenant(self) -> str:
         """Beginnings of prompts are found again only by the same one."""
         return "" if self.key is None else self.key.id
+
+    def count(self, *, prompt: int = 0, new: int = 0) -> None:
+        """So many tokens more; any thread may say so, also when the request has ended."""
+        self.num_prompt_tokens += prompt
+        self.num_new_tokens += new
+        if self.limits is not None and self.key is not None:
+            self.limits.count(self.key, prompt + new)
 
 
 class Refused(ArgosyError):
@@ -165,7 +173,7 @@ class Gate:
             return
         began, count = time.monotonic(), _Count()
         policy: Policy | None = None
-        caller = Caller(None)
+        caller = Caller(limits=self._limits)
 
         async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -206,7 +214,7 @@ class Gate:
             finally:
                 self._held_bytes -= held_bytes
                 if policy.is_counted and caller.key is not None:
-                    self._limits.end(caller.key, caller.num_prompt_tokens + caller.num_new_tokens)
+                    self._limits.end(caller.key)
         except GoneAway:
             count.status = count.status or 499
         except Exception as error:

@@ -119,15 +119,15 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     if service.ignored_effort(wanted):
         ignored.append("reasoning_effort")
     headers = {"x-ignored-params": ", ".join(ignored)} if ignored else {}
-    dialect = _Chat(service, body, answers, caller)
+    dialect = _Chat(service, body, answers)
     if body.stream:
         return EventStream(dialect.stream(), answers.cancel, headers=headers)
     return JSONResponse(await until_gone(request, dialect.whole(), answers.cancel), headers=headers)
 
 
 class _Chat:
-    def __init__(self, service: Service, body: ChatBody, answers: Answers, caller: Caller) -> None:
-        self._service, self._body, self._answers, self._caller = service, body, answers, caller
+    def __init__(self, service: Service, body: ChatBody, answers: Answers) -> None:
+        self._service, self._body, self._answers = service, body, answers
         self._id = "chatcmpl-" + secrets.token_hex(12)
         self._created = int(time.time())
 
@@ -209,7 +209,6 @@ class _Chat:
     def _last(self) -> dict[str, Any]:
         """What is known at the end: usage, and the ledger where it was asked for."""
         prompt, new = self._answers.num_prompt_tokens, self._answers.num_new_tokens
-        self._caller.num_prompt_tokens, self._caller.num_new_tokens = prompt, new
         usage: dict[str, Any] = {
             "prompt_tokens": prompt,
             "completion_tokens": new,

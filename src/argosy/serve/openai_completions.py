@@ -74,7 +74,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
         for answers in opened:
             answers.cancel()
         raise
-    dialect = _Completions(service, body, opened, caller)
+    dialect = _Completions(service, body, opened)
 
     def close() -> None:
         for each in opened:
@@ -86,8 +86,8 @@ async def completions(body: CompletionBody, request: Request) -> Response:
 
 
 class _Completions:
-    def __init__(self, service: Service, body: CompletionBody, opened: list[Answers], caller: Caller) -> None:
-        self._service, self._body, self._opened, self._caller = service, body, opened, caller
+    def __init__(self, service: Service, body: CompletionBody, opened: list[Answers]) -> None:
+        self._service, self._body, self._opened = service, body, opened
         self._head = {
             "id": "cmpl-" + secrets.token_hex(12), "object": "text_completion", "created": int(time.time()),
             "model": service.model.id,
@@ -127,8 +127,6 @@ class _Completions:
                             yield self._chunk(at, step.answer, "", None, _reason(step))
             if self._body.stream_options and self._body.stream_options.include_usage:
                 yield sse(self._head | {"choices": [], "usage": self._usage()})
-            else:
-                self._usage()
             yield sse("[DONE]")
 
     def _chunk(
@@ -174,7 +172,6 @@ class _Completions:
     def _usage(self) -> dict[str, Any]:
         prompt = sum(answers.num_prompt_tokens for answers in self._opened)
         new = sum(answers.num_new_tokens for answers in self._opened)
-        self._caller.num_prompt_tokens, self._caller.num_new_tokens = prompt, new
         cached = sum(answers.num_cached_tokens for answers in self._opened)
         usage: dict[str, Any] = {
             "prompt_tokens": prompt,

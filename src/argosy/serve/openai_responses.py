@@ -182,7 +182,7 @@ async def responses(body: ResponsesBody, request: Request) -> Response:
     if service.ignored_effort(wanted):
         ignored.append("reasoning.effort")
     headers = {"x-ignored-params": ", ".join(ignored)} if ignored else {}
-    dialect = _Responses(service, body, answers, caller)
+    dialect = _Responses(service, body, answers)
     if body.stream:
         return EventStream(dialect.stream(), answers.cancel, headers=headers)
     return JSONResponse(await until_gone(request, dialect.whole(), answers.cancel), headers=headers)
@@ -191,8 +191,8 @@ async def responses(body: ResponsesBody, request: Request) -> Response:
 class _Responses:
     """The stream's events build the items that a whole response has, so both say the same."""
 
-    def __init__(self, service: Service, body: ResponsesBody, answers: Answers, caller: Caller) -> None:
-        self._service, self._body, self._answers, self._caller = service, body, answers, caller
+    def __init__(self, service: Service, body: ResponsesBody, answers: Answers) -> None:
+        self._service, self._body, self._answers = service, body, answers
         self._id = "resp_" + secrets.token_hex(16)
         self._created = int(time.time())
         self._number = 0
@@ -316,7 +316,6 @@ class _Responses:
         usage = None
         if status in ("completed", "incomplete"):
             prompt, new = answers.num_prompt_tokens, answers.num_new_tokens
-            self._caller.num_prompt_tokens, self._caller.num_new_tokens = prompt, new
             usage = {
                 "input_tokens": prompt, "input_tokens_details": {"cached_tokens": answers.num_cached_tokens},
                 "output_tokens": new, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": prompt + new,

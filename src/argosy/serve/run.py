@@ -22,10 +22,12 @@ from argosy.engine.loop import EngineLoop
 from argosy.engine.memory_plan import KV_BLOCK_TOKENS
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile, KeyRing
+from argosy.guard.limits import Limits, UseFile
 from argosy.prompt.replay import ReplayMemory
 from argosy.serve.app import make_app
 from argosy.serve.core import ModelFacts, Service
 from argosy.serve.gate import Gate
+from argosy.serve.key_watch import KeyWatch
 
 if TYPE_CHECKING:
     from argosy.engine.engine import Engine
@@ -152,6 +154,10 @@ def serve(
     """Serve `engine` until a signal says otherwise."""
     require_keys(host, keys)
     ring = KeyRing(None if keys is None else KeyFile(keys))
+    counts = None if keys is None else UseFile(keys.with_name(keys.name + ".use"))
+    limits = Limits(file=counts, known=ring.ids)
+    if keys is not None:
+        engine.forget_others(["", *ring.ids])  # of keys that were revoked while nobody served
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log = logging.getLogger("argosy.serve")
@@ -168,16 +174,21 @@ def serve(
         vocab_size=config.vocab_size,
     )
     prompts = engine.prompts.remembering(ReplayMemory(max_bytes=_REPLAY_BYTES))
-    with EngineLoop(engine, report=lambda error: log.error("engine: %s", type(error).__name__)) as loop:
-        service = Service(loop, prompts, engine.tokenizer, model, keep_billing_line=keep_billing_line)
-        app = make_app(
-            service,
-            ring,
-            block_tokens=KV_BLOCK_TOKENS,
-            max_sequences=engine.settings.max_sequences,
-            hosts=hosts,
-        )
-        settings = uvicorn_config(app, host=host, port=port, grace_s=drain_s + 5)
-        shown = f"[{host}]" if ":" in host else host
-        print(f"serving {name} at http://{shown}:{port}", file=sys.stderr, flush=True)
-        _Server(settings, service, loop, drain_s).run()
+    try:
+        with EngineLoop(engine, report=lambda error: log.error("engine: %s", type(error).__name__)) as loop:
+            service = Service(loop, prompts, engine.tokenizer, model, keep_billing_line=keep_billing_line)
+            app = make_app(
+                service,
+                ring,
+                block_tokens=KV_BLOCK_TOKENS,
+                max_sequences=engine.settings.max_sequences,
+                hosts=hosts,
+                limits=limits,
+            )
+            settings = uvicorn_config(app, host=host, port=port, grace_s=drain_s + 5)
+            shown = f"[{host}]" if ":" in host else host
+            print(f"serving {name} at http://{shown}:{port}", file=sys.stderr, flush=True)
+            with KeyWatch(ring, limits, service.revoke):
+                _Server(settings, service, loop, drain_s).run()
+    finally:
+        limits.close()
