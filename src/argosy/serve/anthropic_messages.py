@@ -33,6 +33,7 @@ from argosy.serve.core import Answers, ChatRequest, Ended, Said, Service
 from argosy.serve.fields import Share, Stop, Strict, Temperature, Tokens, TopK
 from argosy.serve.gate import Caller
 from argosy.serve.streams import EventStream, sse, until_gone
+from argosy.serve.tool_use import ToolChoice
 
 BILLING_LINE = "x-anthropic-billing-header:"
 IGNORED = ("metadata", "service_tier", "context_management", "output_config", "container", "cache_control")
@@ -159,15 +160,17 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _choice(given: dict[str, Any]) -> tuple[str | tuple[str, str], bool]:
+def _choice(given: dict[str, Any]) -> tuple[ToolChoice, bool]:
     parallel = given.get("disable_parallel_tool_use") is not True
     match given:
-        case {"type": "auto" | "none" as kind}:
-            return str(kind), parallel
+        case {"type": "auto"}:
+            return ToolChoice(), parallel
+        case {"type": "none"}:
+            return ToolChoice("none"), parallel
         case {"type": "any"}:
-            return "required", parallel
+            return ToolChoice("required"), parallel
         case {"type": "tool", "name": str(name)}:
-            return ("named", name), parallel
+            return ToolChoice("required", (name,)), parallel
     raise UsageError("tool_choice is of no known type; known: auto, any, tool with a name, none")
 
 
@@ -270,7 +273,7 @@ class _Messages:
             "content": content, "stop_reason": None, "stop_sequence": None, "usage": self._usage(),
         }  # fmt: skip
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         """Tokens; those that were found computed are not among the input tokens, as the dialect has it."""
         answers = self._answers
         self._caller.num_prompt_tokens, self._caller.num_new_tokens = (
@@ -281,6 +284,7 @@ class _Messages:
         return {
             "input_tokens": answers.num_prompt_tokens - cached, "output_tokens": answers.num_new_tokens,
             "cache_read_input_tokens": cached, "cache_creation_input_tokens": 0,
+            "output_tokens_details": {"thinking_tokens": answers.num_reasoning_tokens},
         }  # fmt: skip
 
 

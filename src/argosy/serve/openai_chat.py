@@ -8,7 +8,6 @@ Elsewhere: what an answer is, is `core.py`; how it goes out is `streams.py`.
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -27,6 +26,7 @@ from argosy.serve.core import Answers, ChatRequest, Ended, Progress, Said, Servi
 from argosy.serve.fields import NumBest, Sampling, Tokens
 from argosy.serve.gate import Caller
 from argosy.serve.streams import EventStream, sse, until_gone
+from argosy.serve.tool_use import read_choice
 
 # Accepted and without effect: what they would change is not there, or is the client's own book-keeping.
 IGNORED = (
@@ -70,7 +70,7 @@ class ChatBody(Sampling):
             messages=self.messages,
             params=params,
             tools=self.tools or (),
-            tool_choice=_choice(self.tool_choice),
+            tool_choice=read_choice(self.tool_choice, _name_of),
             parallel=self.parallel_tool_calls is not False,
             schema=schema_of(self.response_format),
             effort=self.reasoning_effort,
@@ -79,30 +79,22 @@ class ChatBody(Sampling):
         )
 
 
-def _choice(given: str | dict[str, Any] | None) -> str | tuple[str, str]:
-    if not isinstance(given, dict):
-        return given or "auto"
-    function = given.get("function")
-    if (
-        given.get("type") != "function"
-        or not isinstance(function, dict)
-        or not isinstance(function.get("name"), str)
-    ):
-        raise UsageError(
-            "tool_choice names a function: {type: function, function: {name}}", param="tool_choice"
-        )
-    return "named", function["name"]
+def _name_of(function: dict[str, Any]) -> str | None:
+    match function:
+        case {"function": {"name": str(name)}}:
+            return name
+    return None
 
 
-def schema_of(given: dict[str, Any] | None) -> str | None:
+def schema_of(given: dict[str, Any] | None) -> dict[str, Any] | None:
     """`ChatRequest.schema` of a response_format."""
     match given:
         case None | {"type": "text"}:
             return None
         case {"type": "json_object"}:
-            return ""
+            return {"type": "object"}
         case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
-            return json.dumps(schema)
+            return schema
     raise UsageError(
         "response_format is of no known type; known: text, json_object, json_schema with json_schema.schema",
         param="response_format",
@@ -216,6 +208,7 @@ class _Chat:
             "total_tokens": prompt + new,
         }
         usage["prompt_tokens_details"] = {"cached_tokens": self._answers.num_cached_tokens}
+        usage["completion_tokens_details"] = {"reasoning_tokens": self._answers.num_reasoning_tokens}
         first = self._answers.results[0]
         if not self._body.timings or first is None:
             return {"usage": usage}

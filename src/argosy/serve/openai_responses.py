@@ -33,6 +33,7 @@ from argosy.serve.core import Answers, ChatRequest, Ended, Said, Service
 from argosy.serve.fields import Share, Strict, Temperature, Tokens
 from argosy.serve.gate import Caller, error_body
 from argosy.serve.streams import EventStream, sse, until_gone
+from argosy.serve.tool_use import read_choice
 
 IGNORED = (
     "store", "metadata", "include", "truncation", "service_tier", "prompt_cache_key", "prompt_cache_retention",
@@ -82,7 +83,7 @@ class ResponsesBody(Strict):
                 top_p=1.0 if self.top_p is None else self.top_p,
             ),
             tools=[_tool(tool) for tool in self.tools or () if tool.get("type") == "function"],
-            tool_choice=_choice(self.tool_choice),
+            tool_choice=read_choice(self.tool_choice, _name_of),
             parallel=self.parallel_tool_calls is not False,
             schema=_schema((self.text or {}).get("format")),
             effort=effort,
@@ -100,25 +101,19 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _choice(given: str | dict[str, Any] | None) -> str | tuple[str, str]:
-    match given:
-        case None:
-            return "auto"
-        case str():
-            return given
-        case {"type": "function", "name": str(name)}:
-            return "named", name
-    raise UsageError("tool_choice names a function: {type: function, name}", param="tool_choice")
+def _name_of(function: dict[str, Any]) -> str | None:
+    name = function.get("name")
+    return name if isinstance(name, str) else None
 
 
-def _schema(given: object) -> str | None:
+def _schema(given: object) -> dict[str, Any] | None:
     match given:
         case None | {"type": "text"}:
             return None
         case {"type": "json_object"}:
-            return ""
+            return {"type": "object"}
         case {"type": "json_schema", "schema": dict(schema)}:
-            return json.dumps(schema)
+            return schema
     raise UsageError(
         "text.format is of no known type; known: text, json_object, json_schema", param="text.format"
     )
@@ -319,7 +314,9 @@ class _Responses:
             self._caller.num_prompt_tokens, self._caller.num_new_tokens = prompt, new
             usage = {
                 "input_tokens": prompt, "input_tokens_details": {"cached_tokens": answers.num_cached_tokens},
-                "output_tokens": new, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": prompt + new,
+                "output_tokens": new,
+                "output_tokens_details": {"reasoning_tokens": answers.num_reasoning_tokens},
+                "total_tokens": prompt + new,
             }  # fmt: skip
         return {
             "id": self._id, "object": "response", "created_at": self._created, "status": status, "error": None,
