@@ -20,6 +20,7 @@ from argosy.serve.app import make_app
 from argosy.serve.core import ModelFacts, Service
 from argosy.serve.run import uvicorn_config
 from tests.cli.tiny_chat_model import write_chat_model
+from tests.serve.speaking import speaking, write_speaking_model
 
 
 @pytest.fixture(scope="session")
@@ -29,8 +30,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         yield engine
 
 
-@pytest.fixture(scope="session")
-def service(engine: Engine) -> Iterator[Service]:
+def serve_engine(engine: Engine) -> Iterator[Service]:
     config = engine.config
     facts = ModelFacts(
         id="tiny", family=config.family, context_tokens=engine.plan.context_tokens, num_layers=len(config.layers),
@@ -40,6 +40,11 @@ def service(engine: Engine) -> Iterator[Service]:
     with EngineLoop(engine) as loop:
         yield Service(loop, prompts, engine.tokenizer, facts)
     prompts.close()
+
+
+@pytest.fixture(scope="session")
+def service(engine: Engine) -> Iterator[Service]:
+    yield from serve_engine(engine)
 
 
 def start(app: Any) -> Iterator[str]:
@@ -62,4 +67,23 @@ def url(service: Service) -> Iterator[str]:
 @pytest.fixture
 def client(url: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def speaking_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Of a model that says what `speaking.py` has it say."""
+    model = write_speaking_model(tmp_path_factory.mktemp("speaking") / "model")
+    with speaking(), Engine(model, memory="1GiB", threads=2, grammars=True, max_waiting=64) as engine:
+        yield from serve_engine(engine)
+
+
+@pytest.fixture(scope="session")
+def speaking_url(speaking_service: Service) -> Iterator[str]:
+    yield from start(make_app(speaking_service, KeyRing(None), block_tokens=16, max_sequences=8))
+
+
+@pytest.fixture
+def speaker(speaking_url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=speaking_url, timeout=60) as client:
         yield client

@@ -90,6 +90,10 @@ class Progress:
     total: int
     cached: int
 
+    def as_dict(self) -> dict[str, int]:
+        """As OpenAI-like dialects tell it, in the words of llama.cpp."""
+        return {"processed": self.processed, "total": self.total, "cache": self.cached}
+
 
 @dataclass(frozen=True, slots=True)
 class Said:
@@ -183,9 +187,10 @@ class Service:
         known = self.prompts.variables
         if effort is None:
             return {}
-        if effort == "none":
-            return {name: False for name in ("enable_thinking", "thinking") if name in known}
-        return {"reasoning_effort": effort} if "reasoning_effort" in known else {}
+        thinks = {name: effort != "none" for name in ("enable_thinking", "thinking") if name in known}
+        return thinks | (
+            {"reasoning_effort": effort} if "reasoning_effort" in known and effort != "none" else {}
+        )
 
 
 def _tool_use(request: ChatRequest) -> ToolUse:

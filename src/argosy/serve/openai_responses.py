@@ -30,25 +30,25 @@ from argosy.prompt.formats.events import (
     ToolCallEnd,
 )
 from argosy.serve.core import Answers, ChatRequest, Ended, Said, Service
-from argosy.serve.fields import Share, Strict, Temperature, Tokens
+from argosy.serve.fields import NumBest, Sampling, Tokens, ignored_header
 from argosy.serve.gate import Caller, error_body
+from argosy.serve.openai_chat import spell_logprob
 from argosy.serve.streams import EventStream, sse, until_gone
 from argosy.serve.tool_use import read_choice
 
-IGNORED = (
-    "store", "metadata", "include", "truncation", "service_tier", "prompt_cache_key", "prompt_cache_retention",
-    "safety_identifier", "user", "stream_options", "client_metadata",
-)  # fmt: skip
+_LOGPROBS = "message.output_text.logprobs"  # in `include`
 
 
-class ResponsesBody(Strict):
-    model: str | None = Field(None, max_length=256)
+class ResponsesBody(Sampling):
+    IGNORED = (
+        "store", "metadata", "truncation", "service_tier", "prompt_cache_key", "prompt_cache_retention",
+        "prompt_cache_options", "safety_identifier", "user", "stream_options", "client_metadata", "max_tool_calls",
+    )  # fmt: skip
+
     input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
     instructions: str | None = None
     max_output_tokens: Tokens | None = None
-    temperature: Temperature | None = None
-    top_p: Share | None = None
-    stream: bool | None = None
+    top_logprobs: NumBest | None = None
     tools: Annotated[list[dict[str, Any]], Field(max_length=512)] | None = None
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -62,6 +62,11 @@ class ResponsesBody(Strict):
     service_tier: str | None = Field(None, max_length=64)
     prompt_cache_key: str | None = Field(None, max_length=512)
     prompt_cache_retention: str | None = Field(None, max_length=64)
+    prompt_cache_options: dict[str, Any] | None = None
+    max_tool_calls: Annotated[int, Field(ge=1, le=1 << 20, strict=True)] | None = (
+        None  # of tools that a server runs
+    )
+    background: Literal[False] | None = None
     safety_identifier: str | None = Field(None, max_length=512)
     user: str | None = Field(None, max_length=512)
     stream_options: dict[str, Any] | None = None
@@ -79,8 +84,8 @@ class ResponsesBody(Strict):
             messages=messages,
             params=SamplingParams(
                 max_tokens=self.max_output_tokens,
-                temperature=1.0 if self.temperature is None else self.temperature,
-                top_p=1.0 if self.top_p is None else self.top_p,
+                logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
+                **self.sampling(),
             ),
             tools=[_tool(tool) for tool in self.tools or () if tool.get("type") == "function"],
             tool_choice=read_choice(self.tool_choice, _name_of),
@@ -89,11 +94,28 @@ class ResponsesBody(Strict):
             effort=effort,
         )
 
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.top_logprobs is not None or _LOGPROBS in (self.include or ())
+
     def ignored(self) -> list[str]:
-        names = [name for name in IGNORED if getattr(self, name) is not None]
+        names = super().ignored()
+        names += sorted(
+            {f"include.{name}"[:64] for name in self.include or () if name != _LOGPROBS and _is_plain(name)}
+        )
         names += [f"text.{name}" for name in ("verbosity",) if name in (self.text or {})]
+        names += [
+            f"reasoning.{name}"
+            for name in ("summary", "generate_summary")
+            if (self.reasoning or {}).get(name)
+        ]
         hosted = {str(tool.get("type"))[:32] for tool in self.tools or () if tool.get("type") != "function"}
-        return names + sorted(f"tools.{kind}" for kind in hosted if kind.isidentifier())
+        return names + sorted(f"tools.{kind}" for kind in hosted if _is_plain(kind))
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it can stand in a header."""
+    return all(part.isidentifier() and part.isascii() for part in name.split("."))
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +164,7 @@ def _add(message: dict[str, Any], kind: str, item: dict[str, Any], where: str) -
     if kind == "message":
         message["content"] += _text(item.get("content"), where)
     elif kind == "reasoning":
-        thought = _text(item.get("content") or "", where)
+        thought = _text(item.get("content") or item.get("summary") or "", where)
         message["reasoning_content"] = message.get("reasoning_content", "") + thought
     else:
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
@@ -157,7 +179,7 @@ def _text(content: object, where: str) -> str:
         raise UsageError(f"{where}: expected text, or a list of parts", param=where)
     texts = []
     for part in content:
-        known = ("input_text", "output_text", "reasoning_text", "text")
+        known = ("input_text", "output_text", "reasoning_text", "summary_text", "text")
         if (
             not isinstance(part, dict)
             or part.get("type") not in known
@@ -176,7 +198,7 @@ async def responses(body: ResponsesBody, request: Request) -> Response:
     answers = await service.open(wanted, "" if caller.key is None else caller.key.id)
     if service.ignored_effort(wanted):
         ignored.append("reasoning.effort")
-    headers = {"x-ignored-params": ", ".join(ignored)} if ignored else {}
+    headers = ignored_header(ignored)
     dialect = _Responses(service, body, answers, caller)
     if body.stream:
         return EventStream(dialect.stream(), answers.cancel, headers=headers)
@@ -193,6 +215,7 @@ class _Responses:
         self._number = 0
         self._items: list[dict[str, Any]] = []
         self._is_open = False
+        self._logprobs: list[dict[str, Any]] = []  # of tokens whose text is still to come
 
     async def whole(self) -> dict[str, Any]:
         last: dict[str, Any] = {}
@@ -222,6 +245,10 @@ class _Responses:
     def _take(self, step: object) -> list[tuple[str, dict[str, Any]]]:
         match step:
             case Said():
+                if step.logprob is not None:
+                    self._logprobs.append(
+                        spell_logprob(self._service, step.logprob, self._body.top_logprobs or 0)
+                    )
                 return [event for said in step.events for event in self._say(said)]
             case Ended():
                 closed = self._close()
@@ -236,6 +263,7 @@ class _Responses:
             case ReasoningDelta():
                 return self._more("reasoning", "reasoning_text", said.text)
             case ToolCallBegin():
+                self._logprobs = []
                 item = {"type": "function_call", "call_id": said.id, "name": said.name, "arguments": ""}
                 return [*self._close(), self._begin("fc_", item)]
             case ToolCallArguments():
@@ -258,14 +286,20 @@ class _Responses:
                 item["summary"] = []
             events = [*self._close(), self._begin("msg_" if kind == "message" else "rs_", item)]
             content: dict[str, Any] = {"type": part, "text": ""}
+            shown = dict(content)
             if kind == "message":
                 content |= {"annotations": [], "logprobs": []}
+                shown |= {"annotations": [], "logprobs": []}
             events.append(
-                self._event("response.content_part.added", **self._at(), content_index=0, part=dict(content))
+                self._event("response.content_part.added", **self._at(), content_index=0, part=shown)
             )
             self._items[-1]["content"].append(content)
         self._items[-1]["content"][0]["text"] += text
-        more: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
+        more: dict[str, Any] = {}
+        logprobs, self._logprobs = self._logprobs, []
+        if kind == "message":
+            self._items[-1]["content"][0]["logprobs"] += logprobs
+            more["logprobs"] = logprobs
         events.append(
             self._event(f"response.{part}.delta", **self._at(), content_index=0, delta=text, **more)
         )
@@ -290,7 +324,7 @@ class _Responses:
             events = [self._event("response.function_call_arguments.done", **at, **named)]
         else:
             part = item["content"][0]
-            more: dict[str, Any] = {"logprobs": []} if item["type"] == "message" else {}
+            more: dict[str, Any] = {"logprobs": part["logprobs"]} if item["type"] == "message" else {}
             events = [
                 self._event(
                     f"response.{part['type']}.done", **at, content_index=0, text=part["text"], **more
@@ -326,4 +360,6 @@ class _Responses:
             "store": False, "temperature": 1.0 if body.temperature is None else body.temperature,
             "top_p": 1.0 if body.top_p is None else body.top_p, "tool_choice": body.tool_choice or "auto",
             "tools": body.tools or [], "max_output_tokens": body.max_output_tokens, "metadata": {}, "usage": usage,
+            "text": body.text or {"format": {"type": "text"}}, "reasoning": body.reasoning or {},
+            "truncation": "disabled", "top_logprobs": body.top_logprobs or 0, "background": False,
         }  # fmt: skip
