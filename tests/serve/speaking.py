@@ -19,6 +19,7 @@ from unittest import mock
 
 from argosy.engine import engine as engine_module
 from argosy.engine.sampler import Sampler, SamplerState
+from argosy.errors import GrammarError
 from argosy.prompt.tokenizer import Tokenizer
 from tests.models.tiny import qwen3_moe, write_model
 from tests.prompt.families import FAMILIES
@@ -44,6 +45,8 @@ SCRIPTS = {
     "#sunny": "It is sunny in both.",
     "#quote": 'He said "é🙂" and left.',
     "#long": "word " * 400,
+    "#empty": "",
+    "#fail": "It is",  # and then the answer cannot be finished
 }
 
 WEATHER: dict[str, Any] = {
@@ -72,10 +75,10 @@ def write_speaking_model(directory: Path) -> Path:
     return write_tokenizer(directory, FAMILY.tokenizer._core.to_str(), more)
 
 
-def script_of(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> list[int]:
+def key_of(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> str | None:
     text = tokenizer.decode(list(prompt_ids), keep_special=True)
     at, key = max((text.rfind(key), key) for key in SCRIPTS)
-    return tokenizer.encode_segments([(False, SCRIPTS[key] + END)]) if at >= 0 else []
+    return key if at >= 0 else None
 
 
 def speaking() -> ExitStack:
@@ -85,7 +88,10 @@ def speaking() -> ExitStack:
     class ScriptedState(SamplerState):
         def __init__(self, prompt_ids: Sequence[int], seed: int | None = None) -> None:
             super().__init__(prompt_ids, seed)
-            self.script = script_of(tokenizer, prompt_ids)
+            key = key_of(tokenizer, prompt_ids)
+            self.fails = key == "#fail"
+            end = "" if self.fails else END
+            self.script = tokenizer.encode_segments([(False, SCRIPTS[key] + end)]) if key else []
 
     class ScriptedSampler(Sampler):
         def sample(self, logits: Any, params: Any, state: Any, constraint: Any = None) -> Any:
@@ -93,6 +99,8 @@ def speaking() -> ExitStack:
                 # Greedy needs a small push, so that log-probabilities are some; chance needs a large one.
                 logits = logits.copy()
                 logits[state.script[state.step]] = logits.max() + (30.0 if params.temperature > 0 else 2.0)
+            elif state.fails:
+                raise GrammarError("the grammar cannot be followed")
             return super().sample(logits, params, state, constraint)
 
     stack.enter_context(mock.patch.object(engine_module, "SamplerState", ScriptedState))
