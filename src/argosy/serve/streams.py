@@ -93,7 +93,9 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         async def write(data: bytes, more: bool = True) -> None:
             message = {"type": "http.response.body", "body": data, "more_body": more}
-            await asyncio.wait_for(send(message), _STUCK_S)
+            # Not wait_for: until Python 3.12 it can swallow the cancellation, and the answer would go on to its end.
+            async with asyncio.timeout(_STUCK_S):
+                await send(message)
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         upcoming: asyncio.Future[bytes] | None = None
