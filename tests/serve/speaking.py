@@ -41,6 +41,7 @@ SCRIPTS = {
     "#weather": f"Let me look.\n{call('get_weather', OSLO)}\n{call('get_weather', ROME)}",
     "#thoughtful": f"<think>\nTwo cities.\n</think>\n\n{call('get_weather', OSLO)}\n{call('get_weather', ROME)}",
     "#wrong": call("get_weather", '{"town": "Oslo"}'),  # a tool whose parameter has another name
+    "#reply": call("Reply", '{"answer": 42}'),
     "#json": '{"answer": 42}',
     "#sunny": "It is sunny in both.",
     "#quote": 'He said "é🙂" and left.',
