@@ -11,7 +11,7 @@ import pytest
 
 from argosy.config import Grammar, Trigger
 from argosy.engine.constraint import Constraint, GrammarCompiler
-from argosy.errors import GrammarError, UsageError
+from argosy.errors import GrammarError, Overloaded, UsageError
 from argosy.prompt.prompt import Prompt
 from tests.prompt.families import FAMILIES, TOOLS
 from tests.prompt.test_grammars import CALLING, OSLO, TWO, ids_of
@@ -215,6 +215,31 @@ def test_a_lenient_grammar_that_takes_too_much_work_lets_go_of_its_answer() -> N
         assert constraint.allowed() is None
         assert constraint.accept(3)
         assert not constraint.is_finished
+
+
+def test_grammars_that_are_followed_bound_what_all_of_them_take() -> None:
+    tokenizer = FAMILIES["qwen3"].tokenizer
+    compiler = GrammarCompiler(tokenizer, vocab_size=tokenizer.vocab_size, end_ids=tokenizer.eos_ids)
+
+    def tools(number: int) -> list[dict[str, Any]]:
+        words = [f"word {number} {at}" for at in range(6000)]
+        return [tool("f", {"enum": words}), tool("g", {"type": "integer"})]
+
+    def compiled(number: int, **more: Any) -> Constraint:
+        return compiler.compile(grammar_of("qwen3", tools(number), **more))
+
+    followed = [compiled(number) for number in range(2)]
+    assert follow(followed[0], "qwen3", call("f", "other")) != call("f", "other")
+    with pytest.raises(Overloaded, match="take all the room"):
+        compiled(2, must_call=True)
+    assert follow(compiled(3), "qwen3", call("f", "other")) == call(
+        "f", "other"
+    )  # and the answer is not refused
+    assert follow(compiled(1), "qwen3", call("f", "other")) != call("f", "other")  # no more room for the same
+    followed.pop()
+    assert follow(compiled(3), "qwen3", call("f", "other")) != call("f", "other")
+    small = grammar_of("qwen3")
+    assert follow(compiler.compile(small), "qwen3", ONE["qwen3"]) == ONE["qwen3"]
 
 
 # Words

@@ -23,19 +23,22 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from time import monotonic
+from weakref import WeakKeyDictionary
 
 import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
 from argosy.config import Grammar, Trigger
-from argosy.errors import GrammarError, UsageError
+from argosy.errors import GrammarError, Overloaded, UsageError
 from argosy.prompt.tokenizer import Tokenizer
 
 MAX_GRAMMAR_CHARACTERS = 1 << 17
 MAX_REGEX_CHARACTERS = 1 << 10  # of an expression, also inside a schema
 MAX_NESTING = 64
 _MOST_COMPILED = 16
+# Of all that are kept or followed: 250 bytes of memory for a character were measured at most, with tools of agents.
+_MOST_CHARACTERS = 2 * MAX_GRAMMAR_CHARACTERS
 _LENIENT_SECONDS = (
     1.0  # to find out which schemas of a lenient grammar can be followed; the others are dropped
 )
@@ -54,6 +57,8 @@ _LIMITS = llguidance.LLParserLimits(
     precompute_large_lexemes=False,
     verbose_errors=False,  # what was generated stays out of messages
 )
+
+_Key = tuple[str, str, str, bool]  # tenant, kind, text, whether it is lenient
 
 
 class Constraint:
@@ -218,7 +223,8 @@ class GrammarCompiler:
         self._vocabulary = _Vocabulary(tokenizer, vocab_size, end_ids)
         wrapper = llguidance.TokenizerWrapper(self._vocabulary)
         self._tokenizer = llguidance.LLTokenizer(wrapper, eos_token=sorted(end_ids))
-        self._compiled: OrderedDict[tuple[str, str, str, bool], llguidance.LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[_Key, llguidance.LLMatcher] = OrderedDict()
+        self._followed: WeakKeyDictionary[Constraint, _Key] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
     def compile(self, grammar: Grammar, tenant: str = "") -> Constraint:
@@ -226,6 +232,7 @@ class GrammarCompiler:
 
         Raises:
             GrammarError: it cannot be parsed, is beyond a bound, names a token that is not there, or matches nothing.
+            Overloaded: those that others follow take all the room. A lenient one does without its schemas then.
         """
         for word in () if grammar.trigger is None else grammar.trigger.all_words:
             if isinstance(word, int) and not 0 <= word < len(self._vocabulary.tokens):
@@ -235,16 +242,37 @@ class GrammarCompiler:
         key = (tenant, grammar.kind, grammar.text, grammar.is_lenient)
         with self._lock:
             matcher = self._compiled.get(key)
-        if matcher is None:
+            has_room = matcher is not None or self._make_room(grammar.text)
+        if matcher is None and has_room:
             matcher = self._compile(grammar)
-        with self._lock:
-            self._compiled[key] = matcher
-            self._compiled.move_to_end(key)
-            if len(self._compiled) > _MOST_COMPILED:
-                self._compiled.popitem(last=False)
-        return Constraint(
+        elif matcher is None:
+            if not grammar.is_lenient:
+                raise Overloaded(
+                    "the grammars of the answers that run take all the room there is for them",
+                    retry_after_s=5,
+                )
+            matcher = self._compile_without_schemas(grammar)
+        constraint = Constraint(
             matcher.deep_copy(), self._vocabulary, grammar.trigger, is_lenient=grammar.is_lenient
         )
+        if has_room:
+            with self._lock:
+                self._compiled[key] = matcher
+                self._compiled.move_to_end(key)
+                self._followed[constraint] = key
+        return constraint
+
+    def _make_room(self, text: str) -> bool:
+        """Forget those used longest ago, but none that is followed, until there is room for one more."""
+        followed = set(self._followed.values())
+        left = _MOST_CHARACTERS - len(text) - sum(len(key[2]) for key in {*self._compiled, *followed})
+        for key in list(self._compiled):
+            if left >= 0 and len(self._compiled) < _MOST_COMPILED:
+                break
+            if key not in followed:
+                del self._compiled[key]
+                left += len(key[2])
+        return left >= 0
 
     def _compile(self, grammar: Grammar) -> llguidance.LLMatcher:
         if not grammar.is_lenient:
@@ -265,6 +293,9 @@ class GrammarCompiler:
                 return self._start(_lark(grammar, _Schemas(is_lenient=True, is_kept=is_kept)))
             except GrammarError:
                 continue
+        return self._compile_without_schemas(grammar)
+
+    def _compile_without_schemas(self, grammar: Grammar) -> llguidance.LLMatcher:
         return self._start(_lark(grammar, _Schemas(is_lenient=True, is_kept=lambda rule: False)))
 
     def _start(self, lark: str) -> llguidance.LLMatcher:
