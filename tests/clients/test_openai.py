@@ -56,13 +56,23 @@ def test_chat_streams_parallel_tools_and_goes_on_with_their_results(client: open
     calls: Any = message.tool_calls
     assert [(call.function.name, json.loads(call.function.arguments)) for call in calls] == CALLS
     results = [{"role": "tool", "tool_call_id": call.id, "content": "#sunny"} for call in calls]
-    earlier = message.to_dict()
-    earlier = {key: earlier[key] for key in ("role", "content", "tool_calls")}
-    for call in earlier["tool_calls"]:  # type: ignore[attr-defined]
-        call["function"].pop("parsed_arguments", None)
-    second = client.chat.completions.create(
-        model="tiny", messages=[*said("#weather"), earlier, *results], tools=TOOLS
+    back: Any = [*said("#weather"), message, *results]  # as the client's own documentation has it
+    second = client.chat.completions.create(model="tiny", messages=back, tools=TOOLS)
+    assert second.choices[0].message.content == "It is sunny in both."
+
+
+def test_chat_takes_back_the_message_that_it_gave_thoughts_included(client: openai.OpenAI) -> None:
+    first = (
+        client.chat.completions.create(model="tiny", messages=said("#thoughtful"), tools=TOOLS)
+        .choices[0]
+        .message
     )
+    assert first.model_extra == {"reasoning_content": "Two cities."}
+    results = [
+        {"role": "tool", "tool_call_id": call.id, "content": "#sunny"} for call in first.tool_calls or ()
+    ]
+    back: Any = [*said("#thoughtful"), first, *results]
+    second = client.chat.completions.create(model="tiny", messages=back, tools=TOOLS)
     assert second.choices[0].message.content == "It is sunny in both."
 
 
@@ -89,9 +99,7 @@ def test_responses_stream_parallel_tools_and_take_their_results(client: openai.O
     results = [
         {"type": "function_call_output", "call_id": item.call_id, "output": "#sunny"} for item in calls
     ]
-    back: Any = [*said("#thoughtful"), *(item.to_dict() for item in first.output), *results]
-    for item in back:
-        item.pop("parsed_arguments", None)
+    back: Any = [*said("#thoughtful"), *first.output, *results]
     assert (
         client.responses.create(model="tiny", input=back, tools=tools).output_text == "It is sunny in both."
     )

@@ -132,5 +132,8 @@ def test_the_official_client_reads_responses(url: str) -> None:
             kinds = [event.type for event in stream]
         assert whole.output_text
         assert kinds[-1] == "response.incomplete"
+        counted = client.responses.input_tokens.count(model="tiny", input="How are you?")
+        assert whole.usage is not None
+        assert counted.input_tokens == whole.usage.input_tokens
         with pytest.raises(openai.BadRequestError):
             client.responses.create(model="tiny", input="x", previous_response_id="resp_1")

@@ -510,3 +510,22 @@ def test_messages_takes_back_all_blocks_that_it_gives(speaker: httpx.Client) -> 
         {"role": "user", "content": results},
     ]  # fmt: skip
     assert says(speaker, "messages", **more | {"messages": conversation}) == "It is sunny in both."
+
+
+def test_a_turn_that_is_left_does_not_race_the_next_one(
+    speaker: httpx.Client, speaking_service: Service
+) -> None:
+    """The same conversation, asked again in the moment in which its answer is given up."""
+    whole = ask(speaker, "chat", "#quote")["choices"]
+    for num_events in range(16):
+        with speaker.stream(
+            "POST", PATHS["chat"], json=body("chat", "#quote", stream=True, max_tokens=500)
+        ) as left:
+            lines = left.iter_lines()
+            for _ in range(num_events):
+                next(lines)
+            if num_events % 2:  # and while it still runs
+                assert ask(speaker, "chat", "#quote")["choices"] == whole
+        assert ask(speaker, "chat", "#quote")["choices"] == whole
+    facts = speaking_service.loop.snapshot().engine
+    assert facts.num_waiting == 0

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 
+from argosy.serve import streams
 from argosy.serve.gate import GoneAway
 from argosy.serve.streams import EventStream, until_gone
 
@@ -49,6 +50,30 @@ def test_a_whole_answer_whose_client_is_gone_is_closed() -> None:
 
     asyncio.run(asyncio.wait_for(ask(), 10))
     assert closed == [True, False]
+
+
+def test_a_comment_comes_while_nothing_else_does_and_no_event_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(streams, "KEEP_ALIVE_S", 0.01)
+    sent: list[bytes] = []
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield b"data: 1\n\n"
+        await asyncio.sleep(0.1)
+        yield b"data: 2\n\n"
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message.get("body", b""))
+
+    async def receive() -> dict[str, str]:
+        await asyncio.sleep(3600)
+        return {"type": "http.disconnect"}
+
+    asyncio.run(EventStream(parts())({"type": "http"}, receive, send))  # type: ignore[arg-type]
+    assert [part for part in sent if part and not part.startswith(b":")] == [b"data: 1\n\n", b"data: 2\n\n"]
+    assert 2 <= sent.count(b": keep-alive\n\n") <= 10
+    assert sent.index(b"data: 1\n\n") < sent.index(b": keep-alive\n\n") < sent.index(b"data: 2\n\n")
 
 
 @pytest.mark.parametrize("num_turns", range(12))

@@ -205,6 +205,7 @@ ROUTES = (
     _post("/v1/chat/completions", openai_chat.chat_completions),
     _post("/v1/completions", openai_completions.completions),
     _post("/v1/responses", openai_responses.responses),
+    _post("/v1/responses/input_tokens", openai_responses.input_tokens),
     _post("/v1/messages", anthropic_messages.messages),
     _post("/v1/messages/count_tokens", anthropic_messages.count_tokens),
 )

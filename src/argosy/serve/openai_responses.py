@@ -1,5 +1,6 @@
-"""OpenAI's Responses: POST /v1/responses, without state: the client sends the whole conversation each time.
+"""OpenAI's Responses: POST /v1/responses and /v1/responses/input_tokens.
 
+There is no state: the client sends the whole conversation each time.
 A stream numbers its events; each piece of an answer is an output item that is added, filled by deltas, and done. The
 last event is `response.completed`, `response.incomplete` or `response.failed`. Tools that OpenAI would run itself are
 left out, and named in `x-ignored-params`.
@@ -9,6 +10,7 @@ Elsewhere: what an answer is, is `core.py`; how it goes out is `streams.py`.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
@@ -188,6 +190,14 @@ def _text(content: object, where: str) -> str:
             raise UsageError(f"{where}: this model takes parts of text only", param=where)
         texts.append(part["text"])
     return "".join(texts)
+
+
+async def input_tokens(body: ResponsesBody, request: Request) -> dict[str, Any]:
+    """How many tokens a conversation has."""
+    service: Service = request.app.state.service
+    key = request.state.caller.key
+    prompt = await asyncio.to_thread(service.build, body.request(), "" if key is None else key.id)
+    return {"object": "response.input_tokens", "input_tokens": len(prompt.token_ids or ())}
 
 
 async def responses(body: ResponsesBody, request: Request) -> Response:
