@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -515,17 +517,16 @@ def test_messages_takes_back_all_blocks_that_it_gives(speaker: httpx.Client) -> 
 def test_a_turn_that_is_left_does_not_race_the_next_one(
     speaker: httpx.Client, speaking_service: Service
 ) -> None:
-    """The same conversation, asked again in the moment in which its answer is given up."""
-    whole = ask(speaker, "chat", "#quote")["choices"]
-    for num_events in range(16):
-        with speaker.stream(
-            "POST", PATHS["chat"], json=body("chat", "#quote", stream=True, max_tokens=500)
-        ) as left:
-            lines = left.iter_lines()
-            for _ in range(num_events):
-                next(lines)
-            if num_events % 2:  # and while it still runs
-                assert ask(speaker, "chat", "#quote")["choices"] == whole
-        assert ask(speaker, "chat", "#quote")["choices"] == whole
-    facts = speaking_service.loop.snapshot().engine
-    assert facts.num_waiting == 0
+    """The same conversation, asked again while its answer is given up: before, during and behind that."""
+    asked = body("chat", "#long", max_tokens=100)
+    whole = ask(speaker, "chat", **asked)["choices"]
+    with ThreadPoolExecutor(1) as other:
+        for num_events in range(2, 18):
+            with speaker.stream("POST", PATHS["chat"], json=asked | {"stream": True}) as left:
+                lines = left.iter_lines()
+                for _ in range(num_events):
+                    next(lines)
+                again = other.submit(ask, speaker, "chat", **asked)
+                time.sleep(num_events * 0.002)
+            assert again.result()["choices"] == whole
+    assert speaking_service.loop.snapshot().engine.num_waiting == 0
