@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -109,3 +109,36 @@ def test_a_client_that_takes_nothing_of_its_answer_is_hung_up_on(monkeypatch: py
                 while part := client.recv(1 << 20):
                     received += len(part)
             assert received < size
+
+
+@pytest.mark.parametrize("num_turns", range(12))
+def test_a_client_that_goes_while_events_come_one_after_the_other_ends_the_stream(num_turns: int) -> None:
+    """Whenever it goes, told in turns of the loop: a cancellation must not get lost with the end of a write."""
+    closed: list[bool] = []
+    num_sent = asyncio.run(asyncio.wait_for(_leave(num_turns, lambda: closed.append(True)), 20))
+    assert num_sent < 50
+    assert closed == [True]
+
+
+async def _leave(num_turns: int, close: Callable[[], None]) -> int:
+    """How many events were sent to a client that went so many turns of the loop after the tenth."""
+    gone, count = asyncio.Event(), 0
+
+    async def parts() -> AsyncIterator[bytes]:
+        for _ in range(1000):
+            yield b"data: 1\n\n"
+
+    async def send(_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 10:
+            gone.set()
+
+    async def receive() -> dict[str, str]:
+        await gone.wait()
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        return {"type": "http.disconnect"}
+
+    await EventStream(parts(), close)({"type": "http"}, receive, send)  # type: ignore[arg-type]
+    return count

@@ -41,7 +41,8 @@ SERVICE: Any = SimpleNamespace(model=SimpleNamespace(id="m"))
 class FakeAnswers:
     """An answer of EVENTS."""
 
-    num_prompt_tokens, num_new_tokens, num_cached_tokens, results = 5, 2, 3, (RESULT,)
+    num_prompt_tokens, num_new_tokens, num_cached_tokens, num_reasoning_tokens = 5, 2, 3, 1
+    results = (RESULT,)
 
     async def __aenter__(self) -> FakeAnswers:
         return self

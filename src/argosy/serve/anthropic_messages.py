@@ -13,7 +13,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from starlette.requests import Request
@@ -30,16 +30,17 @@ from argosy.prompt.formats.events import (
     ToolCallEnd,
 )
 from argosy.serve.core import Answers, ChatRequest, Ended, Said, Service
-from argosy.serve.fields import Share, Stop, Strict, Temperature, Tokens, TopK
+from argosy.serve.fields import Sampling, Stop, Tokens, ignored_header
 from argosy.serve.gate import Caller
 from argosy.serve.streams import EventStream, sse, until_gone
+from argosy.serve.tool_use import ToolChoice
 
 BILLING_LINE = "x-anthropic-billing-header:"
-IGNORED = ("metadata", "service_tier", "context_management", "output_config", "container", "cache_control")
 
 
-class CountBody(Strict):
-    model: str | None = Field(None, max_length=256)
+class CountBody(Sampling):
+    IGNORED: ClassVar[tuple[str, ...]] = ("context_management", "cache_control")
+
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
     system: str | Annotated[list[dict[str, Any]], Field(max_length=256)] | None = None
     tools: Annotated[list[dict[str, Any]], Field(max_length=512)] | None = None
@@ -57,35 +58,30 @@ class CountBody(Strict):
         for at, message in enumerate(self.messages):
             messages += _messages(message, f"messages.{at}")
         choice, parallel = _choice(self.tool_choice or {"type": "auto"})
+        config = self.output_config or {}
         return ChatRequest(
             messages=messages,
             params=params,
             tools=[_tool(tool, f"tools.{at}") for at, tool in enumerate(self.tools or ())],
             tool_choice=choice,
             parallel=parallel,
-            effort="none" if (self.thinking or {}).get("type") == "disabled" else None,
+            schema=_schema(config.get("format")),
+            effort=_effort(self.thinking or {}, config.get("effort")),
         )
 
 
 class MessagesBody(CountBody):
+    IGNORED = (*CountBody.IGNORED, "metadata", "service_tier", "container", "inference_geo")
+
     max_tokens: Tokens
-    temperature: Temperature | None = None
-    top_p: Share | None = None
-    top_k: TopK | None = None
     stop_sequences: Annotated[list[Stop], Field(max_length=16)] | None = None
-    stream: bool | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = Field(None, max_length=64)
     container: str | None = Field(None, max_length=256)
+    inference_geo: str | None = Field(None, max_length=64)
 
     def params(self) -> SamplingParams:
-        return SamplingParams(
-            max_tokens=self.max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=max(0, self.top_k or 0),
-            stop=tuple(self.stop_sequences or ()),
-        )
+        return SamplingParams(max_tokens=self.max_tokens, **self.sampling(self.stop_sequences or ()))
 
 
 def _texts(given: object, where: str) -> list[str]:
@@ -159,16 +155,41 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _choice(given: dict[str, Any]) -> tuple[str | tuple[str, str], bool]:
+def _choice(given: dict[str, Any]) -> tuple[ToolChoice, bool]:
     parallel = given.get("disable_parallel_tool_use") is not True
     match given:
-        case {"type": "auto" | "none" as kind}:
-            return str(kind), parallel
+        case {"type": "auto"}:
+            return ToolChoice(), parallel
+        case {"type": "none"}:
+            return ToolChoice("none"), parallel
         case {"type": "any"}:
-            return "required", parallel
+            return ToolChoice("required"), parallel
         case {"type": "tool", "name": str(name)}:
-            return ("named", name), parallel
+            return ToolChoice("required", (name,)), parallel
     raise UsageError("tool_choice is of no known type; known: auto, any, tool with a name, none")
+
+
+def _schema(given: object) -> dict[str, Any] | None:
+    match given:
+        case None:
+            return None
+        case {"type": "json_schema", "schema": dict(schema)}:
+            return schema
+    raise UsageError("output_config.format is of no known type; known: json_schema with a schema")
+
+
+def _effort(thinking: dict[str, Any], effort: object) -> str | None:
+    """How much is to be thought: "adaptive" leaves it to the model, a budget of tokens does not bound it."""
+    if effort not in (None, "low", "medium", "high", "xhigh", "max"):
+        raise UsageError("output_config.effort is of no known value; known: low, medium, high, xhigh, max")
+    kind = thinking.get("type")
+    if kind not in (None, "enabled", "disabled", "adaptive", "between_tools"):
+        raise UsageError("thinking is of no known type; known: enabled, disabled, adaptive, between_tools")
+    if kind == "disabled":
+        return "none"
+    if effort is None and kind == "enabled":
+        return "medium"
+    return None if effort is None else str(effort)
 
 
 async def count_tokens(body: CountBody, request: Request) -> dict[str, int]:
@@ -186,8 +207,12 @@ async def messages(body: MessagesBody, request: Request) -> Response:
     caller: Caller = request.state.caller
     wanted = body.request(body.params(), keep_billing_line=service.keep_billing_line)
     answers = await service.open(wanted, caller)
-    ignored = [name for name in IGNORED if getattr(body, name) is not None]
-    headers = {"x-ignored-params": ", ".join(ignored)} if ignored else {}
+    ignored = body.ignored()
+    if (body.thinking or {}).get("budget_tokens") is not None:
+        ignored.append("thinking.budget_tokens")
+    if service.ignored_effort(wanted):
+        ignored.append("output_config.effort" if (body.output_config or {}).get("effort") else "thinking")
+    headers = ignored_header(ignored)
     dialect = _Messages(service, answers)
     if body.stream:
         return EventStream(dialect.stream(), answers.cancel, dialect="anthropic", headers=headers)
@@ -229,6 +254,9 @@ class _Messages:
                             for part in self._parts(said):
                                 yield part
                     case Ended():
+                        if self._index < 0:  # as the whole answer has it
+                            for part in self._begin("text", {"type": "text", "text": ""}):
+                                yield part
                         for part in self._close():
                             yield part
                         yield _event("message_delta", delta=_end(step), usage=self._usage())
@@ -270,13 +298,14 @@ class _Messages:
             "content": content, "stop_reason": None, "stop_sequence": None, "usage": self._usage(),
         }  # fmt: skip
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         """Tokens; those that were found computed are not among the input tokens, as the dialect has it."""
         answers = self._answers
         cached = answers.num_cached_tokens
         return {
             "input_tokens": answers.num_prompt_tokens - cached, "output_tokens": answers.num_new_tokens,
             "cache_read_input_tokens": cached, "cache_creation_input_tokens": 0,
+            "output_tokens_details": {"thinking_tokens": answers.num_reasoning_tokens},
         }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -44,12 +44,18 @@ class Route:
 
 
 class TokenizeBody(Strict):
-    content: Annotated[str, Field(max_length=4 << 20)]
-    add_special: bool = False
+    """As llama.cpp spells it, and as vLLM does."""
+
+    content: Annotated[str, Field(max_length=4 << 20)] = Field(
+        validation_alias=AliasChoices("content", "prompt")
+    )
+    add_special: bool = Field(False, validation_alias=AliasChoices("add_special", "add_special_tokens"))
+    model: str | None = Field(None, max_length=256)
 
 
 class DetokenizeBody(Strict):
     tokens: Annotated[list[TokenId], Field(max_length=1 << 20)]
+    model: str | None = Field(None, max_length=256)
 
 
 class TemplateBody(Strict):
@@ -92,13 +98,26 @@ async def model(request: Request) -> dict[str, Any]:
 
 async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
     """Token ids of a text; none of them is a control token."""
-    prompts = request.app.state.service.prompts
-    return {"tokens": await asyncio.to_thread(prompts.tokenize, body.content, add_prefix=body.add_special)}
+    service: Service = request.app.state.service
+    tokens = await asyncio.to_thread(service.prompts.tokenize, body.content, add_prefix=body.add_special)
+    return {"tokens": tokens, "count": len(tokens), "max_model_len": service.model.context_tokens}
 
 
 async def detokenize(body: DetokenizeBody, request: Request) -> dict[str, Any]:
     """Text of token ids."""
-    return {"content": await asyncio.to_thread(request.app.state.service.prompts.detokenize, body.tokens)}
+    text = await asyncio.to_thread(request.app.state.service.prompts.detokenize, body.tokens)
+    return {"content": text, "prompt": text}
+
+
+async def tokenizer_info(request: Request) -> dict[str, Any]:
+    """What clients need to know that leave tokenizing to the server."""
+    service: Service = request.app.state.service
+    if service.tokenizer is None:
+        raise Refused(404, "this model has no tokenizer")
+    special = service.tokenizer.special_tokens
+    return {name: special.get(name) for name in ("bos_token", "eos_token", "pad_token")} | {
+        "chat_template": service.tokenizer.chat_template
+    }
 
 
 async def apply_template(body: TemplateBody, request: Request) -> dict[str, Any]:
@@ -181,10 +200,12 @@ ROUTES = (
     _get("/v1/engine/events", engine_events, "metrics"),
     _post("/tokenize", tokenize),
     _post("/detokenize", detokenize),
+    _get("/tokenizer_info", tokenizer_info, "infer"),
     _post("/apply-template", apply_template),
     _post("/v1/chat/completions", openai_chat.chat_completions),
     _post("/v1/completions", openai_completions.completions),
     _post("/v1/responses", openai_responses.responses),
+    _post("/v1/responses/input_tokens", openai_responses.input_tokens),
     _post("/v1/messages", anthropic_messages.messages),
     _post("/v1/messages/count_tokens", anthropic_messages.count_tokens),
 )

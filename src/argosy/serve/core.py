@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from argosy.config import Grammar, SamplingParams
+from argosy.config import SamplingParams
 from argosy.engine.loop import AnswerEnd, AnswerToken, Event, LoopFacts, PromptProgress
 from argosy.engine.sequence import Result, TokenLogprob
 from argosy.errors import ArgosyError, UsageError
@@ -24,6 +24,7 @@ from argosy.prompt.formats.events import Answer, ToolCallBegin, collect
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.prompt import Prompt
 from argosy.serve.gate import Caller
+from argosy.serve.tool_use import ToolChoice, ToolUse
 
 if TYPE_CHECKING:
     from argosy.prompt.formats import Parser
@@ -70,25 +71,19 @@ class ModelFacts:
 class ChatRequest:
     """A conversation to be answered.
 
-    tool_choice: "auto", "none", "required", or ("named", name).
-    schema: the answer has to be JSON: "" for any object, or a JSON schema; None: anything.
+    schema: an answer that calls nothing has to be JSON of this schema; None: it may be anything.
     effort: how much the model is to think, where its template asks for that.
     """
 
     messages: Sequence[Mapping[str, Any]]
     params: SamplingParams
     tools: Sequence[Mapping[str, Any]] = ()
-    tool_choice: str | tuple[str, str] = "auto"
+    tool_choice: ToolChoice = field(default_factory=ToolChoice)
     parallel: bool = True
-    schema: str | None = None
+    schema: Mapping[str, Any] | None = None
     effort: str | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     num_answers: int = 1
-
-    @property
-    def offered(self) -> Sequence[Mapping[str, Any]]:
-        """The tools that the model hears of."""
-        return () if self.tool_choice == "none" else self.tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +93,10 @@ class Progress:
     processed: int
     total: int
     cached: int
+
+    def as_dict(self) -> dict[str, int]:
+        """As OpenAI-like dialects tell it, in the words of llama.cpp."""
+        return {"processed": self.processed, "total": self.total, "cache": self.cached}
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,24 +161,26 @@ class Service:
 
     def build(self, request: ChatRequest, tenant: str) -> Prompt:
         """The prompt of a conversation."""
-        return self.prompts.build(
-            request.messages, tools=request.offered, variables=self._variables(request), tenant=tenant
-        )
+        return self._build(request, _tool_use(request), tenant)
 
     def revoke(self, tenant: str) -> None:
         """A tenant is gone for good: its requests end, and nothing of it is kept."""
         self.loop.revoke(tenant)
         self.prompts.forget(tenant)
 
-    def _open_chat(self, request: ChatRequest, caller: Caller, events: asyncio.AbstractEventLoop) -> Answers:
-        prompt = self.build(request, caller.tenant)
-        grammar = self._grammar(request, prompt)
-        params = request.params
-        if grammar is not None:
-            params = replace(params, grammar=grammar)
-        return Answers(
-            self, prompt, params, caller, request.num_answers, events, request.offered, request.parallel
+    def _build(self, request: ChatRequest, use: ToolUse, tenant: str) -> Prompt:
+        return self.prompts.build(
+            request.messages, tools=use.told, variables=self._variables(request), tenant=tenant
         )
+
+    def _open_chat(self, request: ChatRequest, caller: Caller, events: asyncio.AbstractEventLoop) -> Answers:
+        use = _tool_use(request)
+        prompt = self._build(request, use, caller.tenant)
+        grammar = self.prompts.grammar(
+            prompt, use.callable, must_call=use.must_call, parallel=use.parallel, schema=request.schema
+        )
+        params = request.params if grammar is None else replace(request.params, grammar=grammar)
+        return Answers(self, prompt, params, caller, request.num_answers, events, use)
 
     def _variables(self, request: ChatRequest) -> dict[str, Any]:
         for name in request.variables:
@@ -195,35 +196,14 @@ class Service:
         known = self.prompts.variables
         if effort is None:
             return {}
-        if effort == "none":
-            return {name: False for name in ("enable_thinking", "thinking") if name in known}
-        return {"reasoning_effort": effort} if "reasoning_effort" in known else {}
+        thinks = {name: effort != "none" for name in ("enable_thinking", "thinking") if name in known}
+        return thinks | (
+            {"reasoning_effort": effort} if "reasoning_effort" in known and effort != "none" else {}
+        )
 
-    def _grammar(self, request: ChatRequest, prompt: Prompt) -> Grammar | None:
-        choice = request.tool_choice
-        is_forced = choice == "required" or isinstance(choice, tuple)
-        if request.schema is not None and request.offered:
-            raise UsageError(
-                "response_format says what an answer looks like, and tools may be called instead of it",
-                hint="set tool_choice to 'none' in the request that asks for JSON",
-            )
-        if is_forced:
-            name = choice[1] if isinstance(choice, tuple) else None
-            text = self.prompts.grammar(prompt, request.tools, name, parallel=request.parallel)
-            return Grammar(kind="lark", text=text)
-        if request.schema is None:
-            return None
-        form = self.prompts.format
-        trigger: str | int | None = None
-        if form.name == "harmony":
-            trigger = "<|channel|>final<|message|>"
-        elif form.thoughts_in(prompt) == "open":  # thoughts are free, what follows them is not
-            closing = form.thinking[1]
-            ids = [token_id for token_id, mark in form.lexer.ids.items() if mark == closing]
-            trigger = ids[0] if ids else closing
-        if request.schema:
-            return Grammar(kind="json_schema", text=request.schema, trigger=trigger)
-        return Grammar(kind="json_object", trigger=trigger)
+
+def _tool_use(request: ChatRequest) -> ToolUse:
+    return ToolUse.of(request.tools, request.tool_choice, parallel=request.parallel)
 
 
 class Answers:
@@ -237,21 +217,20 @@ class Answers:
         caller: Caller,
         num_answers: int,
         events: asyncio.AbstractEventLoop,
-        tools: Sequence[Mapping[str, Any]] = (),
-        parallel: bool = True,
+        use: ToolUse | None = None,
     ) -> None:
         self.prompt = prompt
         self.num_prompt_tokens = len(prompt.token_ids or ())
         self._service = service
         self._tenant = caller.tenant
-        self._tools = tools
-        self._parallel = parallel
+        self._use = use = use or ToolUse()
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         self._parsers: list[Parser] | None = None
         if prompt.text and prompt.trace is not None:
-            self._parsers = [service.prompts.parser(prompt, tools) for _ in range(num_answers)]
+            self._parsers = [service.prompts.parser(prompt, use.callable) for _ in range(num_answers)]
         self._said: list[list[SaidEvent]] = [[] for _ in range(num_answers)]
         self._num_open = num_answers
+        self.num_reasoning_tokens = 0  # of all answers
         self.results: list[Result | None] = [None] * num_answers
 
         def deliver(event: Event) -> None:
@@ -312,10 +291,14 @@ class Answers:
     def _parse(self, answer: int, token_id: int, text: str) -> list[SaidEvent]:
         if self._parsers is None:
             return []
-        return self._keep(answer, self._parsers[answer].push(token_id, text))
+        parser = self._parsers[answer]
+        was_reasoning = parser.is_reasoning
+        events = parser.push(token_id, text)
+        self.num_reasoning_tokens += was_reasoning or parser.is_reasoning
+        return self._keep(answer, events)
 
     def _keep(self, answer: int, events: list[SaidEvent]) -> list[SaidEvent]:
-        if not self._parallel:  # a second call was not asked for
+        if not self._use.parallel:  # a call that was begun inside thoughts is free, and so is one behind it
             events = [event for event in events if not getattr(event, "index", 0)]
         self._said[answer] += events
         return events
@@ -332,7 +315,7 @@ class Answers:
             if last := self._keep(answer, self._parsers[answer].finish()):
                 steps.append(Said(answer, tuple(last), "", None))
             self._service.prompts.remember(
-                self._tenant, self.prompt, result.token_ids, self.said(answer), self._tools
+                self._tenant, self.prompt, result.token_ids, self.said(answer), self._use.told
             )
         finish: Finish = "length" if result.finish_reason == "length" else "stop"
         if any(isinstance(event, ToolCallBegin) for event in self._said[answer]):

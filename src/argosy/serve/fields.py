@@ -5,13 +5,14 @@ Elsewhere: what only one dialect has is in its file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 MAX_TOKENS = 1 << 20
 MAX_ANSWERS = 8
+LEAST_LOGPROB = -9999.0  # JSON has no number for the logarithm of nothing
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS, strict=True)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -39,7 +40,7 @@ class StreamOptions(Strict):
 
 
 class Sampling(Strict):
-    """How tokens are chosen, as all OpenAI-like dialects spell it."""
+    """How tokens are chosen, in every dialect: what its own clients do not know of, others send all the same."""
 
     model: str | None = Field(None, max_length=256)
     temperature: Temperature | None = None
@@ -50,18 +51,17 @@ class Sampling(Strict):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     seed: Seed | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     logit_bias: dict[str, Bias] | None = Field(None, max_length=1024)
-    n: NumAnswers | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    timings: bool | None = None
-    return_progress: bool | None = None
-    user: str | None = Field(None, max_length=512)
 
-    def sampling(self) -> dict[str, Any]:
+    IGNORED: ClassVar[tuple[str, ...]] = ()  # accepted and without effect
+
+    def ignored(self) -> list[str]:
+        """What was given and has no effect."""
+        return [name for name in self.IGNORED if getattr(self, name) is not None]
+
+    def sampling(self, stop: Sequence[str] = ()) -> dict[str, Any]:
         """Arguments of `SamplingParams`, those that were given; a temperature that was not is 1, as clients expect."""
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         given: dict[str, Any] = {
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": self.top_p,
@@ -75,6 +75,26 @@ class Sampling(Strict):
             "logit_bias": _biases(self.logit_bias or {}) or None,
         }
         return {name: value for name, value in given.items() if value is not None}
+
+
+class OpenAISampling(Sampling):
+    """What Chat Completions and Completions have beside that."""
+
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    n: NumAnswers | None = None
+    stream_options: StreamOptions | None = None
+    timings: bool | None = None
+    return_progress: bool | None = None
+    user: str | None = Field(None, max_length=512)
+
+    @property
+    def stops(self) -> Sequence[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+def ignored_header(names: Sequence[str]) -> dict[str, str]:
+    """The header that says what had no effect."""
+    return {"x-ignored-params": ", ".join(names)} if names else {}
 
 
 def _biases(given: Mapping[str, float]) -> dict[int, float]:

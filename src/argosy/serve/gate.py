@@ -310,7 +310,8 @@ def _bounded(receive: Receive, hold: Callable[[int], None]) -> Receive:
             return await receive()
         left = min(BODY_STALL_S, BODY_S - (time.monotonic() - began))
         try:
-            message = await asyncio.wait_for(receive(), max(0.01, left))
+            async with asyncio.timeout(max(0.01, left)):
+                message = await receive()
         except TimeoutError:
             raise Refused(408, "the body took too long") from None
         if message["type"] == "http.disconnect":

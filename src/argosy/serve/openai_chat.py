@@ -8,7 +8,6 @@ Elsewhere: what an answer is, is `core.py`; how it goes out is `streams.py`.
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -24,18 +23,19 @@ from argosy.errors import UsageError
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import ReasoningDelta, TextDelta, ToolCallArguments, ToolCallBegin
 from argosy.serve.core import Answers, ChatRequest, Ended, Progress, Said, Service
-from argosy.serve.fields import NumBest, Sampling, Tokens
+from argosy.serve.fields import LEAST_LOGPROB, NumBest, OpenAISampling, Tokens, ignored_header
 from argosy.serve.gate import Caller
 from argosy.serve.streams import EventStream, sse, until_gone
-
-# Accepted and without effect: what they would change is not there, or is the client's own book-keeping.
-IGNORED = (
-    "service_tier", "verbosity", "prediction", "web_search_options", "store", "metadata", "safety_identifier",
-    "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "user",
-)  # fmt: skip
+from argosy.serve.tool_use import read_choice
 
 
-class ChatBody(Sampling):
+class ChatBody(OpenAISampling):
+    # What these would change is not there, or is the client's own book-keeping.
+    IGNORED = (
+        "service_tier", "verbosity", "prediction", "web_search_options", "store", "metadata", "safety_identifier",
+        "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "user",
+    )  # fmt: skip
+
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
@@ -46,6 +46,7 @@ class ChatBody(Sampling):
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     chat_template_kwargs: dict[str, bool | int | str] | None = Field(None, max_length=16)
     service_tier: str | None = Field(None, max_length=64)
     verbosity: str | None = Field(None, max_length=64)
@@ -64,13 +65,13 @@ class ChatBody(Sampling):
         params = SamplingParams(
             max_tokens=self.max_completion_tokens or self.max_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            **self.sampling(),
+            **self.sampling(self.stops),
         )
         return ChatRequest(
             messages=self.messages,
             params=params,
             tools=self.tools or (),
-            tool_choice=_choice(self.tool_choice),
+            tool_choice=read_choice(self.tool_choice, _name_of),
             parallel=self.parallel_tool_calls is not False,
             schema=schema_of(self.response_format),
             effort=self.reasoning_effort,
@@ -79,30 +80,22 @@ class ChatBody(Sampling):
         )
 
 
-def _choice(given: str | dict[str, Any] | None) -> str | tuple[str, str]:
-    if not isinstance(given, dict):
-        return given or "auto"
-    function = given.get("function")
-    if (
-        given.get("type") != "function"
-        or not isinstance(function, dict)
-        or not isinstance(function.get("name"), str)
-    ):
-        raise UsageError(
-            "tool_choice names a function: {type: function, function: {name}}", param="tool_choice"
-        )
-    return "named", function["name"]
+def _name_of(function: dict[str, Any]) -> str | None:
+    match function:
+        case {"function": {"name": str(name)}}:
+            return name
+    return None
 
 
-def schema_of(given: dict[str, Any] | None) -> str | None:
+def schema_of(given: dict[str, Any] | None) -> dict[str, Any] | None:
     """`ChatRequest.schema` of a response_format."""
     match given:
         case None | {"type": "text"}:
             return None
         case {"type": "json_object"}:
-            return ""
+            return {"type": "object"}
         case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
-            return json.dumps(schema)
+            return schema
     raise UsageError(
         "response_format is of no known type; known: text, json_object, json_schema with json_schema.schema",
         param="response_format",
@@ -115,10 +108,10 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     caller: Caller = request.state.caller
     wanted = body.request()
     answers = await service.open(wanted, caller)
-    ignored = [name for name in IGNORED if name in body.model_fields_set and getattr(body, name) is not None]
+    ignored = body.ignored()
     if service.ignored_effort(wanted):
         ignored.append("reasoning_effort")
-    headers = {"x-ignored-params": ", ".join(ignored)} if ignored else {}
+    headers = ignored_header(ignored)
     dialect = _Chat(service, body, answers)
     if body.stream:
         return EventStream(dialect.stream(), answers.cancel, headers=headers)
@@ -171,10 +164,8 @@ class _Chat:
             async for step in answers.steps():
                 match step:
                     case Progress() if self._body.return_progress:
-                        progress = {"processed": step.processed, "total": step.total, "cache": step.cached}
-                        yield sse(
-                            self._head("chat.completion.chunk") | {"choices": [], "prompt_progress": progress}
-                        )
+                        progress = {"choices": [], "prompt_progress": step.as_dict()}
+                        yield sse(self._head("chat.completion.chunk") | progress)
                     case Said():
                         deltas = [delta for event in step.events if (delta := _delta(event))]
                         if step.logprob is not None and not deltas:
@@ -215,6 +206,7 @@ class _Chat:
             "total_tokens": prompt + new,
         }
         usage["prompt_tokens_details"] = {"cached_tokens": self._answers.num_cached_tokens}
+        usage["completion_tokens_details"] = {"reasoning_tokens": self._answers.num_reasoning_tokens}
         first = self._answers.results[0]
         if not self._body.timings or first is None:
             return {"usage": usage}
@@ -222,13 +214,18 @@ class _Chat:
         return {"usage": usage | {"timings": timings}, "timings": timings}
 
     def _logprob(self, found: TokenLogprob) -> dict[str, Any]:
-        best = [self._token(token_id, logprob) for token_id, logprob in found.top]
-        best = best[: self._body.top_logprobs or 0]
-        return self._token(found.token_id, found.logprob) | {"top_logprobs": best}
+        return spell_logprob(self._service, found, self._body.top_logprobs or 0)
 
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self._service.prompts.detokenize([token_id])
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+
+def spell_logprob(service: Service, found: TokenLogprob, num_best: int) -> dict[str, Any]:
+    """A token, its log-probability and the best ones, as Chat Completions and Responses have them."""
+
+    def token(token_id: int, logprob: float) -> dict[str, Any]:
+        text = service.prompts.detokenize([token_id])
+        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(text.encode())}
+
+    best = [token(token_id, logprob) for token_id, logprob in found.top]
+    return token(found.token_id, found.logprob) | {"top_logprobs": best[:num_best]}
 
 
 def _delta(event: SaidEvent) -> dict[str, Any] | None:

@@ -21,8 +21,16 @@ from starlette.responses import JSONResponse, Response
 from argosy.config import SamplingParams
 from argosy.engine.sequence import TokenLogprob
 from argosy.errors import UsageError
-from argosy.serve.core import Answers, Ended, Said, Service
-from argosy.serve.fields import MAX_TOKENS, NumBest, Sampling, TokenId
+from argosy.serve.core import Answers, Ended, Progress, Said, Service
+from argosy.serve.fields import (
+    LEAST_LOGPROB,
+    MAX_TOKENS,
+    NumAnswers,
+    NumBest,
+    OpenAISampling,
+    TokenId,
+    ignored_header,
+)
 from argosy.serve.gate import Caller
 from argosy.serve.streams import EventStream, sse, until_gone
 
@@ -31,7 +39,9 @@ Text = Annotated[str, Field(max_length=4 << 20)]
 Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
 
 
-class CompletionBody(Sampling):
+class CompletionBody(OpenAISampling):
+    IGNORED = ("user",)
+
     prompt: (
         Text
         | Ids
@@ -41,6 +51,7 @@ class CompletionBody(Sampling):
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS, strict=True)] | None = None
     echo: bool | None = None
     logprobs: NumBest | None = None
+    best_of: NumAnswers | None = None
 
     @property
     def prompts(self) -> Sequence[str | Sequence[int]]:
@@ -53,11 +64,17 @@ class CompletionBody(Sampling):
         has_scores = bool(self.echo) and self.logprobs is not None
         if max_tokens == 0 and not has_scores:
             raise UsageError("max_tokens can be 0 only with echo and logprobs", param="max_tokens")
+        if has_scores and self.stream:
+            raise UsageError(
+                "scores of a prompt are not streamed", hint="leave out stream, or echo", param="echo"
+            )
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise UsageError("best_of is n here: every answer is given back", param="best_of")
         return SamplingParams(
             max_tokens=max_tokens,
             logprobs=self.logprobs,
             prompt_logprobs=self.logprobs if has_scores else None,
-            **self.sampling(),
+            **self.sampling(self.stops),
         )
 
 
@@ -80,9 +97,10 @@ async def completions(body: CompletionBody, request: Request) -> Response:
         for each in opened:
             each.cancel()
 
+    headers = ignored_header(body.ignored())
     if body.stream:
-        return EventStream(dialect.stream(), close)
-    return JSONResponse(await until_gone(request, dialect.whole(), close))
+        return EventStream(dialect.stream(), close, headers=headers)
+    return JSONResponse(await until_gone(request, dialect.whole(), close), headers=headers)
 
 
 class _Completions:
@@ -104,29 +122,34 @@ class _Completions:
                     key=lambda s: s.answer,
                 )
                 choices += [self._choice(at, answers, step) for step in ended]
-        return self._head | {"choices": choices, "usage": self._usage()}
+        return self._head | {"choices": choices, "usage": self._usage()} | self._timings()
 
     async def stream(self) -> AsyncIterator[bytes]:
         async with AsyncExitStack() as stack:
             for answers in self._opened:
                 await stack.enter_async_context(answers)
             for at, answers in enumerate(self._opened):
-                begun: set[int] = set()
+                offsets: dict[int, int] = {}
                 async for step in answers.steps():
                     match step:
+                        case Progress() if self._body.return_progress:
+                            yield sse(self._head | {"choices": [], "prompt_progress": step.as_dict()})
                         case Said():
-                            text = step.text
-                            if self._body.echo and step.answer not in begun:
+                            text, scored = step.text, None
+                            if self._body.echo and step.answer not in offsets:
                                 text = self._prompt_text(answers) + text
-                            begun.add(step.answer)
-                            scored = None
+                            offset = offsets.setdefault(step.answer, 0)
                             if step.logprob is not None:
-                                scored = self._scored([step.logprob])
+                                scored = self._scored([step.logprob], offset=offset)
+                                offsets[step.answer] += len(scored["tokens"][0])
                             yield self._chunk(at, step.answer, text, scored, None)
                         case Ended():
                             yield self._chunk(at, step.answer, "", None, _reason(step))
+            usage, timings = self._usage(), self._timings()
             if self._body.stream_options and self._body.stream_options.include_usage:
-                yield sse(self._head | {"choices": [], "usage": self._usage()})
+                yield sse(self._head | {"choices": [], "usage": usage} | timings)
+            elif timings:
+                yield sse(self._head | {"choices": []} | timings)
             yield sse("[DONE]")
 
     def _chunk(
@@ -151,18 +174,24 @@ class _Completions:
     def _prompt_text(self, answers: Answers) -> str:
         return answers.prompt.text or self._service.prompts.detokenize(answers.prompt.token_ids or ())
 
-    def _scored(self, found: Sequence[TokenLogprob | None], first_id: int = 0) -> dict[str, Any]:
+    def _scored(
+        self, found: Sequence[TokenLogprob | None], first_id: int = 0, *, offset: int = 0
+    ) -> dict[str, Any]:
         """Log-probabilities as this dialect has them: lists side by side; the first token of a prompt has none."""
-        tokens, offsets, best, at = [], [], [], 0
+        tokens, offsets, best, at = [], [], [], offset
         for item in found:
             token = self._spell(first_id if item is None else item.token_id)
             tokens.append(token)
             offsets.append(at)
             at += len(token)
-            top = None if item is None else {self._spell(token_id): value for token_id, value in item.top}
+            top = (
+                None
+                if item is None
+                else {self._spell(token_id): _finite(value) for token_id, value in item.top}
+            )
             best.append(top)
         return {
-            "tokens": tokens, "token_logprobs": [None if item is None else item.logprob for item in found],
+            "tokens": tokens, "token_logprobs": [None if item is None else _finite(item.logprob) for item in found],
             "top_logprobs": best, "text_offset": offsets,
         }  # fmt: skip
 
@@ -179,6 +208,14 @@ class _Completions:
             "total_tokens": prompt + new,
         }
         return usage | {"prompt_tokens_details": {"cached_tokens": cached}}
+
+    def _timings(self) -> dict[str, Any]:
+        first = self._opened[0].results[0]
+        return {"timings": first.ledger.as_dict()} if self._body.timings and first is not None else {}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB)
 
 
 def _reason(step: Ended) -> str:

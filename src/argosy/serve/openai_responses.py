@@ -1,5 +1,6 @@
-"""OpenAI's Responses: POST /v1/responses, without state: the client sends the whole conversation each time.
+"""OpenAI's Responses: POST /v1/responses and /v1/responses/input_tokens.
 
+There is no state: the client sends the whole conversation each time.
 A stream numbers its events; each piece of an answer is an output item that is added, filled by deltas, and done. The
 last event is `response.completed`, `response.incomplete` or `response.failed`. Tools that OpenAI would run itself are
 left out, and named in `x-ignored-params`.
@@ -9,6 +10,7 @@ Elsewhere: what an answer is, is `core.py`; how it goes out is `streams.py`.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
@@ -30,24 +32,25 @@ from argosy.prompt.formats.events import (
     ToolCallEnd,
 )
 from argosy.serve.core import Answers, ChatRequest, Ended, Said, Service
-from argosy.serve.fields import Share, Strict, Temperature, Tokens
+from argosy.serve.fields import NumBest, Sampling, Tokens, ignored_header
 from argosy.serve.gate import Caller, error_body
+from argosy.serve.openai_chat import spell_logprob
 from argosy.serve.streams import EventStream, sse, until_gone
+from argosy.serve.tool_use import read_choice
 
-IGNORED = (
-    "store", "metadata", "include", "truncation", "service_tier", "prompt_cache_key", "prompt_cache_retention",
-    "safety_identifier", "user", "stream_options", "client_metadata",
-)  # fmt: skip
+_LOGPROBS = "message.output_text.logprobs"  # in `include`
 
 
-class ResponsesBody(Strict):
-    model: str | None = Field(None, max_length=256)
+class ResponsesBody(Sampling):
+    IGNORED = (
+        "store", "metadata", "truncation", "service_tier", "prompt_cache_key", "prompt_cache_retention",
+        "prompt_cache_options", "safety_identifier", "user", "stream_options", "client_metadata", "max_tool_calls",
+    )  # fmt: skip
+
     input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
     instructions: str | None = None
     max_output_tokens: Tokens | None = None
-    temperature: Temperature | None = None
-    top_p: Share | None = None
-    stream: bool | None = None
+    top_logprobs: NumBest | None = None
     tools: Annotated[list[dict[str, Any]], Field(max_length=512)] | None = None
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -61,6 +64,11 @@ class ResponsesBody(Strict):
     service_tier: str | None = Field(None, max_length=64)
     prompt_cache_key: str | None = Field(None, max_length=512)
     prompt_cache_retention: str | None = Field(None, max_length=64)
+    prompt_cache_options: dict[str, Any] | None = None
+    max_tool_calls: Annotated[int, Field(ge=1, le=1 << 20, strict=True)] | None = (
+        None  # of tools that a server runs
+    )
+    background: Literal[False] | None = None
     safety_identifier: str | None = Field(None, max_length=512)
     user: str | None = Field(None, max_length=512)
     stream_options: dict[str, Any] | None = None
@@ -78,21 +86,38 @@ class ResponsesBody(Strict):
             messages=messages,
             params=SamplingParams(
                 max_tokens=self.max_output_tokens,
-                temperature=1.0 if self.temperature is None else self.temperature,
-                top_p=1.0 if self.top_p is None else self.top_p,
+                logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
+                **self.sampling(),
             ),
             tools=[_tool(tool) for tool in self.tools or () if tool.get("type") == "function"],
-            tool_choice=_choice(self.tool_choice),
+            tool_choice=read_choice(self.tool_choice, _name_of),
             parallel=self.parallel_tool_calls is not False,
             schema=_schema((self.text or {}).get("format")),
             effort=effort,
         )
 
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.top_logprobs is not None or _LOGPROBS in (self.include or ())
+
     def ignored(self) -> list[str]:
-        names = [name for name in IGNORED if getattr(self, name) is not None]
+        names = super().ignored()
+        names += sorted(
+            {f"include.{name}"[:64] for name in self.include or () if name != _LOGPROBS and _is_plain(name)}
+        )
         names += [f"text.{name}" for name in ("verbosity",) if name in (self.text or {})]
+        names += [
+            f"reasoning.{name}"
+            for name in ("summary", "generate_summary")
+            if (self.reasoning or {}).get(name)
+        ]
         hosted = {str(tool.get("type"))[:32] for tool in self.tools or () if tool.get("type") != "function"}
-        return names + sorted(f"tools.{kind}" for kind in hosted if kind.isidentifier())
+        return names + sorted(f"tools.{kind}" for kind in hosted if _is_plain(kind))
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it can stand in a header."""
+    return all(part.isidentifier() and part.isascii() for part in name.split("."))
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
@@ -100,25 +125,19 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _choice(given: str | dict[str, Any] | None) -> str | tuple[str, str]:
-    match given:
-        case None:
-            return "auto"
-        case str():
-            return given
-        case {"type": "function", "name": str(name)}:
-            return "named", name
-    raise UsageError("tool_choice names a function: {type: function, name}", param="tool_choice")
+def _name_of(function: dict[str, Any]) -> str | None:
+    name = function.get("name")
+    return name if isinstance(name, str) else None
 
 
-def _schema(given: object) -> str | None:
+def _schema(given: object) -> dict[str, Any] | None:
     match given:
         case None | {"type": "text"}:
             return None
         case {"type": "json_object"}:
-            return ""
+            return {"type": "object"}
         case {"type": "json_schema", "schema": dict(schema)}:
-            return json.dumps(schema)
+            return schema
     raise UsageError(
         "text.format is of no known type; known: text, json_object, json_schema", param="text.format"
     )
@@ -147,7 +166,7 @@ def _add(message: dict[str, Any], kind: str, item: dict[str, Any], where: str) -
     if kind == "message":
         message["content"] += _text(item.get("content"), where)
     elif kind == "reasoning":
-        thought = _text(item.get("content") or "", where)
+        thought = _text(item.get("content") or item.get("summary") or "", where)
         message["reasoning_content"] = message.get("reasoning_content", "") + thought
     else:
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
@@ -162,7 +181,7 @@ def _text(content: object, where: str) -> str:
         raise UsageError(f"{where}: expected text, or a list of parts", param=where)
     texts = []
     for part in content:
-        known = ("input_text", "output_text", "reasoning_text", "text")
+        known = ("input_text", "output_text", "reasoning_text", "summary_text", "text")
         if (
             not isinstance(part, dict)
             or part.get("type") not in known
@@ -173,6 +192,14 @@ def _text(content: object, where: str) -> str:
     return "".join(texts)
 
 
+async def input_tokens(body: ResponsesBody, request: Request) -> dict[str, Any]:
+    """How many tokens a conversation has."""
+    service: Service = request.app.state.service
+    caller: Caller = request.state.caller
+    prompt = await asyncio.to_thread(service.build, body.request(), caller.tenant)
+    return {"object": "response.input_tokens", "input_tokens": len(prompt.token_ids or ())}
+
+
 async def responses(body: ResponsesBody, request: Request) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
@@ -181,7 +208,7 @@ async def responses(body: ResponsesBody, request: Request) -> Response:
     answers = await service.open(wanted, caller)
     if service.ignored_effort(wanted):
         ignored.append("reasoning.effort")
-    headers = {"x-ignored-params": ", ".join(ignored)} if ignored else {}
+    headers = ignored_header(ignored)
     dialect = _Responses(service, body, answers)
     if body.stream:
         return EventStream(dialect.stream(), answers.cancel, headers=headers)
@@ -198,6 +225,7 @@ class _Responses:
         self._number = 0
         self._items: list[dict[str, Any]] = []
         self._is_open = False
+        self._logprobs: list[dict[str, Any]] = []  # of tokens whose text is still to come
 
     async def whole(self) -> dict[str, Any]:
         last: dict[str, Any] = {}
@@ -227,6 +255,10 @@ class _Responses:
     def _take(self, step: object) -> list[tuple[str, dict[str, Any]]]:
         match step:
             case Said():
+                if step.logprob is not None:
+                    self._logprobs.append(
+                        spell_logprob(self._service, step.logprob, self._body.top_logprobs or 0)
+                    )
                 return [event for said in step.events for event in self._say(said)]
             case Ended():
                 closed = self._close()
@@ -241,6 +273,7 @@ class _Responses:
             case ReasoningDelta():
                 return self._more("reasoning", "reasoning_text", said.text)
             case ToolCallBegin():
+                self._logprobs = []
                 item = {"type": "function_call", "call_id": said.id, "name": said.name, "arguments": ""}
                 return [*self._close(), self._begin("fc_", item)]
             case ToolCallArguments():
@@ -263,14 +296,20 @@ class _Responses:
                 item["summary"] = []
             events = [*self._close(), self._begin("msg_" if kind == "message" else "rs_", item)]
             content: dict[str, Any] = {"type": part, "text": ""}
+            shown = dict(content)
             if kind == "message":
                 content |= {"annotations": [], "logprobs": []}
+                shown |= {"annotations": [], "logprobs": []}
             events.append(
-                self._event("response.content_part.added", **self._at(), content_index=0, part=dict(content))
+                self._event("response.content_part.added", **self._at(), content_index=0, part=shown)
             )
             self._items[-1]["content"].append(content)
         self._items[-1]["content"][0]["text"] += text
-        more: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
+        more: dict[str, Any] = {}
+        logprobs, self._logprobs = self._logprobs, []
+        if kind == "message":
+            self._items[-1]["content"][0]["logprobs"] += logprobs
+            more["logprobs"] = logprobs
         events.append(
             self._event(f"response.{part}.delta", **self._at(), content_index=0, delta=text, **more)
         )
@@ -295,7 +334,7 @@ class _Responses:
             events = [self._event("response.function_call_arguments.done", **at, **named)]
         else:
             part = item["content"][0]
-            more: dict[str, Any] = {"logprobs": []} if item["type"] == "message" else {}
+            more: dict[str, Any] = {"logprobs": part["logprobs"]} if item["type"] == "message" else {}
             events = [
                 self._event(
                     f"response.{part['type']}.done", **at, content_index=0, text=part["text"], **more
@@ -318,7 +357,9 @@ class _Responses:
             prompt, new = answers.num_prompt_tokens, answers.num_new_tokens
             usage = {
                 "input_tokens": prompt, "input_tokens_details": {"cached_tokens": answers.num_cached_tokens},
-                "output_tokens": new, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": prompt + new,
+                "output_tokens": new,
+                "output_tokens_details": {"reasoning_tokens": answers.num_reasoning_tokens},
+                "total_tokens": prompt + new,
             }  # fmt: skip
         return {
             "id": self._id, "object": "response", "created_at": self._created, "status": status, "error": None,
@@ -328,4 +369,6 @@ class _Responses:
             "store": False, "temperature": 1.0 if body.temperature is None else body.temperature,
             "top_p": 1.0 if body.top_p is None else body.top_p, "tool_choice": body.tool_choice or "auto",
             "tools": body.tools or [], "max_output_tokens": body.max_output_tokens, "metadata": {}, "usage": usage,
+            "text": body.text or {"format": {"type": "text"}}, "reasoning": body.reasoning or {},
+            "truncation": "disabled", "top_logprobs": body.top_logprobs or 0, "background": False,
         }  # fmt: skip

@@ -101,6 +101,9 @@ class EventStream(Response):
         try:
             async for part in self._parts:
                 await write(part)
+                await asyncio.sleep(
+                    0
+                )  # where parts lie ready: others have a turn, and hear that this client left
         except ArgosyError as error:
             _, body = error_body(error, self._dialect)
             await write(sse(body, "error" if self._dialect == "anthropic" else None))
