@@ -1,0 +1,248 @@
+"""Five hundred clients that vanish, each in its own way and at its own moment, leave nothing behind.
+
+Every dialect, streamed or not, cut off inside the request, before the answer or inside it, by a close or a reset;
+beginnings are shared, experts come from the drive. A client's requests are done when neither the engine nor the limits
+know of it any more; from its hanging up to that passes a step, or a moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from argosy import Engine
+from argosy.engine.loop import EngineLoop
+from argosy.experts.cache import CachedSource
+from argosy.guard.keys import KeyFile, KeyRing
+from argosy.guard.limits import Limits
+from argosy.prompt.prompt import PromptBuilder
+from argosy.prompt.replay import ReplayMemory
+from argosy.serve.app import make_app
+from argosy.serve.core import ModelFacts, Service
+from argosy.serve.run import uvicorn_config
+from tests.cli.tiny_chat_model import write_chat_model
+
+NUM_DISCONNECTS, NUM_CLIENTS = 500, 5
+RELEASE_S = 0.25  # or one step, whichever is longer
+SHARED = "What all of these begin with, and some more of it. " * 3
+ASK = {"prompt": SHARED, "max_tokens": 12, "temperature": 0}
+
+
+def wait_for(is_so: Callable[[], bool], seconds: float = 20.0) -> None:
+    until = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+class Server:
+    """A server in a thread of this process, so that all it holds can be looked at."""
+
+    def __init__(self, engine: Engine, keys: KeyFile) -> None:
+        self.engine, self.limits = engine, Limits()
+        self.longest_step_s = 0.0
+        step = engine.step
+
+        def timed() -> Any:
+            began = time.perf_counter()
+            events = step()
+            self.longest_step_s = max(self.longest_step_s, time.perf_counter() - began)
+            return events
+
+        engine.step = timed  # type: ignore[method-assign]
+        facts = ModelFacts(
+            id="tiny", family="", context_tokens=512, num_layers=1, num_experts=1, experts_per_token=1, vocab_size=512
+        )  # fmt: skip
+        self.prompts = PromptBuilder(engine.tokenizer, vocab_size=512, memory=ReplayMemory())
+        self.loop = EngineLoop(engine)
+        service = Service(self.loop, self.prompts, engine.tokenizer, facts)
+        app = make_app(service, KeyRing(keys), block_tokens=16, max_sequences=4, limits=self.limits)
+        self._server = uvicorn.Server(uvicorn_config(app, host="127.0.0.1", port=0, grace_s=5))
+        self._thread = threading.Thread(target=self._server.run)
+        self._thread.start()
+        wait_for(lambda: self._server.started)
+        self.port = self._server.servers[0].sockets[0].getsockname()[1]
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+        self.loop.close()
+        self.prompts.close()
+
+    def knows(self, tenant: str) -> bool:
+        """Whether anything of a tenant is under way."""
+        return tenant in self.limits._running or any(
+            one.tenant == tenant for one in list(self.engine._sequences)
+        )
+
+    def tasks(self) -> int:
+        events = self._server.servers[0].get_loop()
+        counted = asyncio.run_coroutine_threadsafe(_num_tasks(), events)  # type: ignore[arg-type]
+        return counted.result(10) - 1
+
+
+async def _num_tasks() -> int:
+    return len(asyncio.all_tasks())
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[KeyFile, list[tuple[str, str]]]:
+    file = KeyFile(tmp_path_factory.mktemp("keys") / "keys.json")
+    return file, [(key.id, secret) for key, secret in (file.add(str(n)) for n in range(NUM_CLIENTS))]
+
+
+@pytest.fixture
+def server(tmp_path: Path, keys: tuple[KeyFile, Any]) -> Iterator[Server]:
+    model = write_chat_model(tmp_path / "model", context_tokens=512)
+    with Engine(
+        model, memory="1GiB", threads=1, expert_slots=4, chunk_tokens=32, max_sequences=4, grammars=True,
+        kv_dir=tmp_path / "kv",
+    ) as engine:  # fmt: skip
+        server = Server(engine, keys[0])
+        yield server
+        server.close()
+
+
+def body_of(rng: random.Random) -> tuple[str, bytes]:
+    """A path, and something to ask there."""
+    text = SHARED[: rng.randrange(1, len(SHARED))] + str(rng.random())
+    tokens, stream = rng.randrange(1, 120), rng.random() < 0.6
+    common: dict[str, Any] = {"temperature": rng.choice([0, 1]), "stream": stream}
+    chat = {"messages": [{"role": "user", "content": text}], "max_tokens": tokens} | common
+    path, body = rng.choice(
+        [
+            ("/v1/completions", {"prompt": rng.choice([text, text, [text, text]]), "max_tokens": tokens} | common),
+            ("/v1/chat/completions", chat | {"n": rng.choice([1, 1, 3])}),
+            ("/v1/chat/completions", chat | {"response_format": {"type": "json_object"}}),
+            ("/v1/responses", {"input": text, "max_output_tokens": max(16, tokens)} | common),
+            ("/v1/messages", chat),
+        ]
+    )  # fmt: skip
+    return path, json.dumps(body).encode()
+
+
+def ask_and_vanish(port: int, secret: str, rng: random.Random) -> None:
+    """One request, and the end of its connection at a random moment."""
+    path, body = body_of(rng)
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {secret}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    whole = head.encode() + body
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        if rng.random() < 0.5:  # a reset instead of a close
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        moment = rng.random()
+        if moment < 0.1:
+            connection.sendall(whole[: rng.randrange(len(whole))])
+            return
+        connection.sendall(whole)
+        if moment < 0.5:
+            time.sleep(rng.random() * 0.06)
+            return
+        connection.settimeout(rng.random() * 0.2)
+        wanted = rng.randrange(1, 6000)
+        try:
+            while wanted > 0 and (part := connection.recv(wanted)):
+                wanted -= len(part)
+        except TimeoutError:
+            pass
+
+
+def seconds_to_release(server: Server, tenant: str) -> float:
+    """Until nothing of a tenant, whose client vanished just now, is known; what it sent may still be on its way."""
+    began = last_seen = time.perf_counter()
+    while (now := time.perf_counter()) - last_seen < 0.03:
+        assert now - began < 20
+        if server.knows(tenant):
+            last_seen = now
+        time.sleep(0.002)
+    return last_seen - began
+
+
+def held(server: Server) -> dict[str, Any]:
+    """All that requests take, by name."""
+    facts, experts = server.engine.facts(), server.engine._experts
+    assert isinstance(experts, CachedSource)
+    return {
+        "sequences": facts.num_running + facts.num_waiting,
+        "KV blocks": facts.kv_blocks_held,
+        "queued reads": server.engine._store.pending(),
+        "open lease": experts._open is not None,
+        "leased slots": len(experts.policy._pinned - experts._kept - experts._early.keys()),
+        "live requests": len(server.loop._live) + server.loop._num_live,
+        "requests of keys": dict(server.limits._running),
+        "tasks": server.tasks(),
+        "descriptors": len([name for name in os.listdir("/proc/self/fd") if is_socket(name)]),
+    }
+
+
+def is_socket(descriptor: str) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}").startswith("socket:")
+    except OSError:
+        return False
+
+
+def num_children() -> int:
+    """Processes that this one has started, each a renderer of chat templates."""
+    tasks = Path("/proc/self/task").iterdir()
+    return sum(len((task / "children").read_text().split()) for task in tasks)
+
+
+def test_five_hundred_clients_that_vanish_leave_nothing_behind(
+    server: Server, keys: tuple[KeyFile, list[tuple[str, str]]]
+) -> None:
+    secret = keys[1][0][1]
+    headers = {"Authorization": f"Bearer {secret}"}
+
+    def answer() -> list[Any]:
+        chat = {"messages": [{"role": "user", "content": SHARED}], "max_tokens": 12, "temperature": 0}
+        url = f"http://127.0.0.1:{server.port}/v1"
+        whole = [httpx.post(f"{url}/completions", json=ASK, headers=headers).json()]
+        whole.append(httpx.post(f"{url}/chat/completions", json=chat, headers=headers).json())
+        return [one["choices"] for one in whole]
+
+    def client(number: int) -> list[float]:
+        rng, (tenant, secret) = random.Random(number), keys[1][number]
+        taken = []
+        for _ in range(NUM_DISCONNECTS // NUM_CLIENTS):
+            ask_and_vanish(server.port, secret, rng)
+            taken.append(seconds_to_release(server, tenant))
+        return taken
+
+    expected = answer()
+    wait_for(lambda: not server.limits._running)
+    before = held(server)
+    most_children = num_children()
+    with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+        running = [pool.submit(client, number) for number in range(NUM_CLIENTS)]
+        while not all(one.done() for one in running):
+            most_children = max(most_children, num_children())
+            time.sleep(0.05)
+    taken = sorted(seconds for one in running for seconds in one.result())
+    wait_for(lambda: held(server) == before)
+    assert before["KV blocks"] == before["queued reads"] == before["leased slots"] == before["sequences"] == 0
+    assert server.engine.facts().totals.new_tokens > 10 * NUM_DISCONNECTS  # they were really answered
+    assert most_children <= 2  # the engine's own, and the server's
+    assert answer() == expected
+    p50, p99 = taken[len(taken) // 2], taken[len(taken) * 99 // 100 - 1]
+    print(
+        f"released after {1e3 * p50:.1f} ms (p50), {1e3 * p99:.1f} ms (p99), {1e3 * taken[-1]:.1f} ms at most;"
+        f" longest step {1e3 * server.longest_step_s:.1f} ms"
+    )
+    assert p99 <= max(RELEASE_S, server.longest_step_s)
