@@ -30,7 +30,7 @@ def results(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [
         Path(sys.executable).with_name("lm-eval"), "run", "--model", "local-completions",
         "--model_args", ",".join(f"{name}={value}" for name, value in model.items()),
-        "--tasks", "argosy_gsm,argosy_plays,argosy_said", "--include_path", TASKS,
+        "--tasks", "argosy_sums,argosy_plays,argosy_said", "--include_path", TASKS,
         "--batch_size", "2", "--log_samples", "--output_path", folder,
     ]  # fmt: skip
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
@@ -63,7 +63,7 @@ def score(engine: Engine, token_ids: list[int], num_given: int) -> tuple[float, 
 
 def test_choices_are_scored_as_the_engine_scores_them(results: Path, engine: Engine) -> None:
     assert engine.tokenizer is not None
-    items = samples(results, "argosy_gsm")
+    items = samples(results, "argosy_sums")
     assert len(items) == 4
     for item in items:
         question = f"Question: {item['doc']['question']}\nAnswer:"
