@@ -30,7 +30,7 @@ from argosy.prompt.formats.events import (
     ToolCallEnd,
 )
 from argosy.serve.core import Answers, ChatRequest, Ended, Said, Service
-from argosy.serve.fields import Share, Stop, Strict, Temperature, Tokens, TopK
+from argosy.serve.fields import Flag, Share, Stop, Strict, Temperature, Tokens, TopK
 from argosy.serve.gate import Caller
 from argosy.serve.streams import EventStream, sse, until_gone
 
@@ -73,7 +73,7 @@ class MessagesBody(CountBody):
     top_p: Share | None = None
     top_k: TopK | None = None
     stop_sequences: Annotated[list[Stop], Field(max_length=16)] | None = None
-    stream: bool | None = None
+    stream: Flag | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = Field(None, max_length=64)
     container: str | None = Field(None, max_length=256)

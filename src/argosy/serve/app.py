@@ -22,8 +22,9 @@ from argosy.errors import ArgosyError, Overloaded
 from argosy.guard.keys import KeyRing
 from argosy.guard.limits import Limits
 from argosy.serve import anthropic_messages, openai_chat, openai_completions, openai_responses
+from argosy.serve.body import StrictRoute, refusal
 from argosy.serve.core import Service
-from argosy.serve.fields import Strict, TokenId
+from argosy.serve.fields import Flag, Strict, TokenId
 from argosy.serve.gate import Gate, GoneAway, Policy, Refused, error_body, error_headers
 from argosy.serve.state import Metrics, state_of
 from argosy.serve.streams import EventStream, sse
@@ -45,7 +46,7 @@ class Route:
 
 class TokenizeBody(Strict):
     content: Annotated[str, Field(max_length=4 << 20)]
-    add_special: bool = False
+    add_special: Flag = False
 
 
 class DetokenizeBody(Strict):
@@ -204,6 +205,7 @@ def make_app(
     app.state.service, app.state.page = service, _read_page()
     app.state.block_tokens, app.state.max_sequences = block_tokens, max_sequences
     app.state.metrics = Metrics(service.loop.snapshot)
+    app.router.route_class = StrictRoute
     for route in ROUTES:
         app.add_api_route(
             route.policy.path, route.handler, methods=[route.policy.method], response_model=None
@@ -220,27 +222,20 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, GoneAway):
         return Response(status_code=499)
     if isinstance(error, RequestValidationError):
-        first = error.errors()[0]  # where and why, never the value
-        where = ".".join(str(part)[:64] for part in first["loc"][1:])
-        error = ArgosyErrorAt(f"{where}: {first['msg']}" if where else str(first["msg"]), where)
+        field = request.scope["route"].body_field
+        error = refusal(error.errors(), error.body, field and field.field_info.annotation)
     elif isinstance(error, HTTPException):
-        cause = error.__cause__
+        cause = error.__cause__  # what reading the body raised
+        if isinstance(cause, GoneAway):
+            return Response(status_code=499)
         error = (
             cause
             if isinstance(cause, ArgosyError)
-            else Refused(error.status_code, "the body is not JSON that could be read")
+            else Refused(error.status_code, "the request cannot be read")
         )
     is_messages = request.scope["path"].startswith("/v1/messages")
     status, body = error_body(error, "anthropic" if is_messages else "openai")
     return JSONResponse(body, status, headers=error_headers(error, status))
-
-
-class ArgosyErrorAt(Refused):
-    """A field that is wrong."""
-
-    def __init__(self, message: str, param: str) -> None:
-        super().__init__(400, message)
-        self.facts["param"] = param or None
 
 
 __all__ = ["ROUTES", "Route", "make_app"]

@@ -13,16 +13,17 @@ from pydantic import BaseModel, ConfigDict, Field
 MAX_TOKENS = 1 << 20
 MAX_ANSWERS = 8
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS, strict=True)]
-Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
-Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-MinP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]  # not 1, not "yes"
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False, strict=True)]
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, strict=True)]
+MinP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=True)]
 TopK = Annotated[int, Field(ge=-1, le=MAX_TOKENS, strict=True)]
-Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
-Repetition = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False, strict=True)]
+Repetition = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
 NumAnswers = Annotated[int, Field(ge=1, le=MAX_ANSWERS, strict=True)]
 NumBest = Annotated[int, Field(ge=0, le=20, strict=True)]
-Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False, strict=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31, strict=True)]
 
@@ -34,8 +35,8 @@ class Strict(BaseModel):
 
 
 class StreamOptions(Strict):
-    include_usage: bool = False
-    include_obfuscation: bool | None = None
+    include_usage: Flag = False
+    include_obfuscation: Flag | None = None
 
 
 class Sampling(Strict):
@@ -53,10 +54,10 @@ class Sampling(Strict):
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     logit_bias: dict[str, Bias] | None = Field(None, max_length=1024)
     n: NumAnswers | None = None
-    stream: bool | None = None
+    stream: Flag | None = None
     stream_options: StreamOptions | None = None
-    timings: bool | None = None
-    return_progress: bool | None = None
+    timings: Flag | None = None
+    return_progress: Flag | None = None
     user: str | None = Field(None, max_length=512)
 
     def sampling(self) -> dict[str, Any]:

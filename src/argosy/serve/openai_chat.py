@@ -24,7 +24,7 @@ from argosy.errors import UsageError
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import ReasoningDelta, TextDelta, ToolCallArguments, ToolCallBegin
 from argosy.serve.core import Answers, ChatRequest, Ended, Progress, Said, Service
-from argosy.serve.fields import NumBest, Sampling, Tokens
+from argosy.serve.fields import Flag, NumBest, Sampling, Tokens
 from argosy.serve.gate import Caller
 from argosy.serve.streams import EventStream, sse, until_gone
 
@@ -39,11 +39,11 @@ class ChatBody(Sampling):
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
-    logprobs: bool | None = None
+    logprobs: Flag | None = None
     top_logprobs: NumBest | None = None
     tools: Annotated[list[dict[str, Any]], Field(max_length=512)] | None = None
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: Flag | None = None
     response_format: dict[str, Any] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     chat_template_kwargs: dict[str, bool | int | str] | None = Field(None, max_length=16)
@@ -51,7 +51,7 @@ class ChatBody(Sampling):
     verbosity: str | None = Field(None, max_length=64)
     prediction: dict[str, Any] | None = None
     web_search_options: dict[str, Any] | None = None
-    store: bool | None = None
+    store: Flag | None = None
     metadata: dict[str, Any] | None = None
     safety_identifier: str | None = Field(None, max_length=512)
     prompt_cache_key: str | None = Field(None, max_length=512)

@@ -22,7 +22,7 @@ from argosy.config import SamplingParams
 from argosy.engine.sequence import TokenLogprob
 from argosy.errors import UsageError
 from argosy.serve.core import Answers, Ended, Said, Service
-from argosy.serve.fields import MAX_TOKENS, NumBest, Sampling, TokenId
+from argosy.serve.fields import MAX_TOKENS, Flag, NumBest, Sampling, TokenId
 from argosy.serve.gate import Caller
 from argosy.serve.streams import EventStream, sse, until_gone
 
@@ -39,7 +39,7 @@ class CompletionBody(Sampling):
         | Annotated[list[Ids], Field(min_length=1, max_length=_MAX_PROMPTS)]
     )
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS, strict=True)] | None = None
-    echo: bool | None = None
+    echo: Flag | None = None
     logprobs: NumBest | None = None
 
     @property

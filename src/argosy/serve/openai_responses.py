@@ -30,7 +30,7 @@ from argosy.prompt.formats.events import (
     ToolCallEnd,
 )
 from argosy.serve.core import Answers, ChatRequest, Ended, Said, Service
-from argosy.serve.fields import Share, Strict, Temperature, Tokens
+from argosy.serve.fields import Flag, Share, Strict, Temperature, Tokens
 from argosy.serve.gate import Caller, error_body
 from argosy.serve.streams import EventStream, sse, until_gone
 
@@ -47,13 +47,13 @@ class ResponsesBody(Strict):
     max_output_tokens: Tokens | None = None
     temperature: Temperature | None = None
     top_p: Share | None = None
-    stream: bool | None = None
+    stream: Flag | None = None
     tools: Annotated[list[dict[str, Any]], Field(max_length=512)] | None = None
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: Flag | None = None
     text: dict[str, Any] | None = None
     reasoning: dict[str, Any] | None = None
-    store: bool | None = None
+    store: Flag | None = None
     metadata: dict[str, Any] | None = None
     client_metadata: dict[str, Any] | None = None
     include: Annotated[list[str], Field(max_length=32)] | None = None
