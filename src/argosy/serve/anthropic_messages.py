@@ -12,15 +12,15 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from typing_extensions import TypedDict
 
 from argosy.config import SamplingParams
-from argosy.errors import UsageError
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import (
     ReasoningDelta,
@@ -30,7 +30,25 @@ from argosy.prompt.formats.events import (
     ToolCallEnd,
 )
 from argosy.serve.core import Answers, ChatRequest, Ended, Said, Service
-from argosy.serve.fields import Flag, Share, Stop, Strict, Temperature, Tokens, TopK
+from argosy.serve.fields import (
+    Flag,
+    Lenient,
+    Messages,
+    ObjectSchema,
+    Share,
+    Short,
+    Stop,
+    Strict,
+    Temperature,
+    Text,
+    Tokens,
+    ToolName,
+    Tools,
+    TopK,
+    closed,
+    ignored_header,
+    strays,
+)  # fmt: skip
 from argosy.serve.gate import Caller
 from argosy.serve.streams import EventStream, sse, until_gone
 
@@ -38,33 +56,123 @@ BILLING_LINE = "x-anthropic-billing-header:"
 IGNORED = ("metadata", "service_tier", "context_management", "output_config", "container", "cache_control")
 
 
+class TextBlock(Lenient):
+    type: Literal["text"]
+    text: Text
+
+
+class ThinkingBlock(Lenient):
+    type: Literal["thinking"]
+    thinking: Text
+    signature: str | None = None
+
+
+class RedactedThinkingBlock(Lenient):
+    """Of another model: nobody here can read it."""
+
+    type: Literal["redacted_thinking"]
+
+
+class ToolUseBlock(Lenient):
+    type: Literal["tool_use"]
+    id: Short
+    name: Short
+    input: dict[str, Any]
+
+
+class ToolResultBlock(Lenient):
+    type: Literal["tool_result"]
+    tool_use_id: Short
+    content: Text | list[TextBlock] | None = None
+
+
+AskingBlock = Annotated[TextBlock | ToolResultBlock, Field(discriminator="type")]
+AnsweringBlock = Annotated[
+    TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock, Field(discriminator="type")
+]
+
+
+class AskingMessage(Strict):
+    role: Literal["user"]
+    content: Text | list[AskingBlock]
+
+
+class SystemMessage(Strict):
+    role: Literal["system"]
+    content: Text | list[TextBlock]
+
+
+class AnsweringMessage(Strict):
+    role: Literal["assistant"]
+    content: Text | list[AnsweringBlock]
+
+
+class ClientTool(Lenient):
+    type: Literal["custom"] | None = None
+    name: ToolName
+    description: Text | None = None
+    input_schema: ObjectSchema
+
+
+class FreeChoice(Strict):
+    type: Literal["auto", "any", "none"]
+    disable_parallel_tool_use: Flag | None = None
+
+
+class ToolChoice(Strict):
+    type: Literal["tool"]
+    name: ToolName
+    disable_parallel_tool_use: Flag | None = None
+
+
+class Thinking(Lenient):
+    type: Literal["enabled", "disabled", "adaptive"]
+
+
 class CountBody(Strict):
     model: str | None = Field(None, max_length=256)
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
-    system: str | Annotated[list[dict[str, Any]], Field(max_length=256)] | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=512)] | None = None
-    tool_choice: dict[str, Any] | None = None
-    thinking: dict[str, Any] | None = None
+    messages: Annotated[
+        list[Annotated[AskingMessage | AnsweringMessage | SystemMessage, Field(discriminator="role")]],
+        Messages,
+    ]
+    system: Text | Annotated[list[TextBlock], Field(max_length=256)] | None = None
+    tools: Annotated[list[ClientTool], Tools] | None = None
+    tool_choice: Annotated[FreeChoice | ToolChoice, Field(discriminator="type")] | None = None
+    thinking: Thinking | None = None
     context_management: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
     cache_control: dict[str, Any] | None = None
 
     def request(self, params: SamplingParams, *, keep_billing_line: bool) -> ChatRequest:
-        system = "\n".join(_texts(self.system or "", "system"))
+        system = _text(self.system or "")
         if not keep_billing_line and system.startswith(BILLING_LINE):
             system = system.partition("\n")[2]
         messages = [{"role": "system", "content": system}] if system else []
-        for at, message in enumerate(self.messages):
-            messages += _messages(message, f"messages.{at}")
-        choice, parallel = _choice(self.tool_choice or {"type": "auto"})
+        for message in self.messages:
+            messages += _messages(message)
+        choice = self.tool_choice
         return ChatRequest(
             messages=messages,
             params=params,
-            tools=[_tool(tool, f"tools.{at}") for at, tool in enumerate(self.tools or ())],
-            tool_choice=choice,
-            parallel=parallel,
-            effort="none" if (self.thinking or {}).get("type") == "disabled" else None,
+            tools=[_tool(tool) for tool in self.tools or ()],
+            tool_choice=_choice(choice),
+            parallel=choice is None or choice.disable_parallel_tool_use is not True,
+            effort="none" if self.thinking is not None and self.thinking.type == "disabled" else None,
         )
+
+    def ignored(self) -> list[str]:
+        names = [name for name in IGNORED if getattr(self, name, None) is not None]
+        blocks = [
+            block for message in self.messages if not isinstance(message.content, str) for block in message.content
+        ]  # fmt: skip
+        nested = [
+            inner for block in blocks if isinstance(block, ToolResultBlock) and isinstance(block.content, list)
+            for inner in block.content
+        ]  # fmt: skip
+        names += strays("system", () if isinstance(self.system, str) else self.system or ())
+        names += strays("messages.content", [*blocks, *nested])
+        names += strays("tools", self.tools or ())
+        return names + strays("thinking", () if self.thinking is None else (self.thinking,))
 
 
 class MessagesBody(CountBody):
@@ -88,90 +196,172 @@ class MessagesBody(CountBody):
         )
 
 
-def _texts(given: object, where: str) -> list[str]:
-    """The texts of a string, or of a list of text blocks."""
-    if isinstance(given, str):
-        return [given]
-    if not isinstance(given, list):
-        raise UsageError(f"{where}: expected text, or a list of text blocks")
-    texts = []
-    for block in given:
-        if (
-            not isinstance(block, dict)
-            or block.get("type") != "text"
-            or not isinstance(block.get("text"), str)
-        ):
-            raise UsageError(
-                f"{where}: only blocks of type text are taken here, and this model takes text only"
-            )
-        texts.append(block["text"])
-    return texts
+def _text(given: str | Sequence[TextBlock]) -> str:
+    return given if isinstance(given, str) else "\n".join(block.text for block in given)
 
 
-def _messages(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    role, content = message.get("role"), message.get("content")
-    if role not in ("user", "assistant", "system") or message.keys() - {"role", "content"}:
-        raise UsageError(f"{where}: expected role (user or assistant) and content")
-    if isinstance(content, str):
-        return [{"role": role, "content": content}]
-    if not isinstance(content, list):
-        raise UsageError(f"{where}: content is neither text nor a list of blocks")
+def _messages(message: AskingMessage | AnsweringMessage | SystemMessage) -> list[dict[str, Any]]:
+    if isinstance(message.content, str):
+        return [{"role": message.role, "content": message.content}]
     texts: list[str] = []
     thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
     made: list[dict[str, Any]] = []
-    for block in content:
-        kind = block.get("type") if isinstance(block, dict) else None
-        if kind == "thinking" and role == "assistant":
-            thoughts.append(str(block.get("thinking") or ""))
-        elif kind == "redacted_thinking" and role == "assistant":
-            continue  # of another model: nobody here can read it
-        elif kind == "tool_use" and role == "assistant":
-            function = {"name": block.get("name"), "arguments": block.get("input")}
-            calls.append({"id": block.get("id"), "type": "function", "function": function})
-        elif kind == "tool_result" and role == "user":
-            text = "\n".join(_texts(block.get("content") or "", where))
-            made.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": text})
-        else:
-            texts += _texts([block], where)
-    if role == "assistant":
-        said: dict[str, Any] = {"role": role, "content": "".join(texts)}
+    for block in message.content:
+        match block:
+            case TextBlock():
+                texts.append(block.text)
+            case ThinkingBlock():
+                thoughts.append(block.thinking)
+            case ToolUseBlock():
+                function = {"name": block.name, "arguments": block.input}
+                calls.append({"id": block.id, "type": "function", "function": function})
+            case ToolResultBlock():
+                content = _text(block.content or "")
+                made.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": content})
+    if message.role == "assistant":
+        said: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}
         if thoughts:
             said["reasoning_content"] = "".join(thoughts)
         if calls:
             said["tool_calls"] = calls
         return [said]
     if texts or not made:
-        made.append({"role": role, "content": "\n".join(texts)})
+        made.append({"role": message.role, "content": "\n".join(texts)})
     return made
 
 
-def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
-    if tool.get("type", "custom") != "custom":
-        raise UsageError(
-            f"{where}: tools that the server would run are not here; type is {tool.get('type')!r}"
-        )
+def _tool(tool: ClientTool) -> dict[str, Any]:
     function = {
-        "name": tool.get("name"),
-        "description": tool.get("description"),
-        "parameters": tool.get("input_schema"),
+        "name": tool.name,
+        "description": tool.description,
+        "parameters": tool.input_schema.model_dump(exclude_unset=True),
     }
     return {"type": "function", "function": function}
 
 
-def _choice(given: dict[str, Any]) -> tuple[str | tuple[str, str], bool]:
-    parallel = given.get("disable_parallel_tool_use") is not True
-    match given:
-        case {"type": "auto" | "none" as kind}:
-            return str(kind), parallel
-        case {"type": "any"}:
-            return "required", parallel
-        case {"type": "tool", "name": str(name)}:
-            return ("named", name), parallel
-    raise UsageError("tool_choice is of no known type; known: auto, any, tool with a name, none")
+def _choice(choice: FreeChoice | ToolChoice | None) -> str | tuple[str, str]:
+    if isinstance(choice, ToolChoice):
+        return "named", choice.name
+    kind = "auto" if choice is None else choice.type
+    return "required" if kind == "any" else kind
 
 
-async def count_tokens(body: CountBody, request: Request) -> dict[str, int]:
+@closed
+class Counted(TypedDict):
+    input_tokens: int
+
+
+@closed
+class SaidText(TypedDict):
+    type: Literal["text"]
+    text: str
+
+
+@closed
+class SaidThinking(TypedDict):
+    type: Literal["thinking"]
+    thinking: str
+    signature: str
+
+
+@closed
+class SaidToolUse(TypedDict):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+SaidBlock = SaidText | SaidThinking | SaidToolUse
+
+
+@closed
+class TokenUse(TypedDict):
+    """Tokens; those that were found computed are not among the input tokens, as the dialect has it."""
+
+    input_tokens: int
+    output_tokens: int
+    cache_read_input_tokens: int
+    cache_creation_input_tokens: int
+
+
+@closed
+class End(TypedDict):
+    stop_reason: Literal["end_turn", "max_tokens", "tool_use", "stop_sequence"] | None
+    stop_sequence: str | None
+
+
+@closed
+class Message(End):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[SaidBlock]
+    usage: TokenUse
+
+
+@closed
+class MessageStart(TypedDict):
+    type: Literal["message_start"]
+    message: Message
+
+
+@closed
+class BlockStart(TypedDict):
+    type: Literal["content_block_start"]
+    index: int
+    content_block: SaidBlock
+
+
+@closed
+class TextPiece(TypedDict):
+    type: Literal["text_delta"]
+    text: str
+
+
+@closed
+class ThinkingPiece(TypedDict):
+    type: Literal["thinking_delta"]
+    thinking: str
+
+
+@closed
+class InputPiece(TypedDict):
+    type: Literal["input_json_delta"]
+    partial_json: str
+
+
+@closed
+class BlockDelta(TypedDict):
+    type: Literal["content_block_delta"]
+    index: int
+    delta: TextPiece | ThinkingPiece | InputPiece
+
+
+@closed
+class BlockStop(TypedDict):
+    type: Literal["content_block_stop"]
+    index: int
+
+
+@closed
+class MessageDelta(TypedDict):
+    type: Literal["message_delta"]
+    delta: End
+    usage: TokenUse
+
+
+@closed
+class MessageStop(TypedDict):
+    type: Literal["message_stop"]
+
+
+Event = MessageStart | BlockStart | BlockDelta | BlockStop | MessageDelta | MessageStop
+
+
+async def count_tokens(body: CountBody, request: Request) -> Counted:
     """How many tokens a conversation has."""
     service: Service = request.app.state.service
     key = request.state.caller.key
@@ -186,8 +376,7 @@ async def messages(body: MessagesBody, request: Request) -> Response:
     caller: Caller = request.state.caller
     wanted = body.request(body.params(), keep_billing_line=service.keep_billing_line)
     answers = await service.open(wanted, "" if caller.key is None else caller.key.id)
-    ignored = [name for name in IGNORED if getattr(body, name) is not None]
-    headers = {"x-ignored-params": ", ".join(ignored)} if ignored else {}
+    headers = ignored_header(body.ignored())
     dialect = _Messages(service, answers, caller)
     if body.stream:
         return EventStream(dialect.stream(), answers.cancel, dialect="anthropic", headers=headers)
@@ -201,14 +390,14 @@ class _Messages:
         self._index = -1
         self._open: str | None = None  # type of the block that is open
 
-    async def whole(self) -> dict[str, Any]:
-        end: dict[str, Any] = {}
+    async def whole(self) -> Message:
+        end: End = {"stop_reason": None, "stop_sequence": None}
         async with self._answers as answers:
             async for step in answers.steps():
                 if isinstance(step, Ended):
                     end = _end(step)
         said = self._answers.said(0)
-        content: list[dict[str, Any]] = []
+        content: list[SaidBlock] = []
         if said.reasoning:
             content.append({"type": "thinking", "thinking": said.reasoning, "signature": ""})
         if said.text or not said.calls:
@@ -217,11 +406,11 @@ class _Messages:
             {"type": "tool_use", "id": call.id, "name": call.name, "input": json.loads(call.arguments)}
             for call in said.calls
         ]
-        return self._message(content) | end | {"usage": self._usage()}
+        return {**self._message(content), **end, "usage": self._usage()}
 
     async def stream(self) -> AsyncIterator[bytes]:
         async with self._answers as answers:
-            yield _event("message_start", message=self._message([]))
+            yield _sent({"type": "message_start", "message": self._message([])})
             async for step in answers.steps():
                 match step:
                     case Said():
@@ -231,8 +420,8 @@ class _Messages:
                     case Ended():
                         for part in self._close():
                             yield part
-                        yield _event("message_delta", delta=_end(step), usage=self._usage())
-                        yield _event("message_stop")
+                        yield _sent({"type": "message_delta", "delta": _end(step), "usage": self._usage()})
+                        yield _sent({"type": "message_stop"})
 
     def _parts(self, said: SaidEvent) -> list[bytes]:
         match said:
@@ -243,35 +432,35 @@ class _Messages:
                 begun = self._begin("thinking", {"type": "thinking", "thinking": "", "signature": ""})
                 return [*begun, self._delta({"type": "thinking_delta", "thinking": said.text})]
             case ToolCallBegin():
-                block = {"type": "tool_use", "id": said.id, "name": said.name, "input": {}}
+                block: SaidToolUse = {"type": "tool_use", "id": said.id, "name": said.name, "input": {}}
                 return [*self._close(), *self._begin("tool_use", block)]
             case ToolCallArguments():
                 return [self._delta({"type": "input_json_delta", "partial_json": said.json_fragment})]
             case ToolCallEnd():
                 return self._close()
 
-    def _begin(self, kind: str, block: dict[str, Any]) -> list[bytes]:
+    def _begin(self, kind: str, block: SaidBlock) -> list[bytes]:
         if self._open == kind:
             return []
-        closed = self._close()
+        shut = self._close()
         self._index, self._open = self._index + 1, kind
-        return [*closed, _event("content_block_start", index=self._index, content_block=block)]
+        start: BlockStart = {"type": "content_block_start", "index": self._index, "content_block": block}
+        return [*shut, _sent(start)]
 
-    def _delta(self, delta: dict[str, Any]) -> bytes:
-        return _event("content_block_delta", index=self._index, delta=delta)
+    def _delta(self, delta: TextPiece | ThinkingPiece | InputPiece) -> bytes:
+        return _sent({"type": "content_block_delta", "index": self._index, "delta": delta})
 
     def _close(self) -> list[bytes]:
         was, self._open = self._open, None
-        return [] if was is None else [_event("content_block_stop", index=self._index)]
+        return [] if was is None else [_sent({"type": "content_block_stop", "index": self._index})]
 
-    def _message(self, content: list[dict[str, Any]]) -> dict[str, Any]:
+    def _message(self, content: list[SaidBlock]) -> Message:
         return {
             "id": self._id, "type": "message", "role": "assistant", "model": self._service.model.id,
             "content": content, "stop_reason": None, "stop_sequence": None, "usage": self._usage(),
         }  # fmt: skip
 
-    def _usage(self) -> dict[str, int]:
-        """Tokens; those that were found computed are not among the input tokens, as the dialect has it."""
+    def _usage(self) -> TokenUse:
         answers = self._answers
         self._caller.num_prompt_tokens, self._caller.num_new_tokens = (
             answers.num_prompt_tokens,
@@ -284,7 +473,7 @@ class _Messages:
         }  # fmt: skip
 
 
-def _end(step: Ended) -> dict[str, Any]:
+def _end(step: Ended) -> End:
     stopped_by = step.result.stopped_by
     if step.finish == "stop" and isinstance(stopped_by, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": stopped_by}
@@ -294,5 +483,5 @@ def _end(step: Ended) -> dict[str, Any]:
     return {"stop_reason": reasons[step.finish], "stop_sequence": None}
 
 
-def _event(kind: str, **more: Any) -> bytes:
-    return sse({"type": kind, **more}, kind)
+def _sent(event: Event) -> bytes:
+    return sse(event, event["type"])

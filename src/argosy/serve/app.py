@@ -6,10 +6,11 @@ Elsewhere: what every request passes first is `gate.py`; each dialect has a file
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Collection
-from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.resources import files
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -17,16 +18,29 @@ from pydantic import Field
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from typing_extensions import TypedDict
 
 from argosy.errors import ArgosyError, Overloaded
 from argosy.guard.keys import KeyRing
+from argosy.guard.keys import Scope as KeyScope
 from argosy.guard.limits import Limits
 from argosy.serve import anthropic_messages, openai_chat, openai_completions, openai_responses
 from argosy.serve.body import StrictRoute, refusal
 from argosy.serve.core import Service
-from argosy.serve.fields import Flag, Strict, TokenId
-from argosy.serve.gate import Gate, GoneAway, Policy, Refused, error_body, error_headers
-from argosy.serve.state import Metrics, state_of
+from argosy.serve.fields import Flag, Messages, Strict, Text, TokenId, Tools, closed
+from argosy.serve.gate import (
+    AnthropicError,
+    Gate,
+    GoneAway,
+    OpenAIError,
+    Policy,
+    Refused,
+    dialect_of,
+    error_body,
+    error_headers,
+)  # fmt: skip
+from argosy.serve.openapi import Route, document
+from argosy.serve.state import EngineState, Metrics, state_of
 from argosy.serve.streams import EventStream, sse
 
 _STATE_S = 0.5
@@ -38,14 +52,8 @@ _PAGE_TYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    policy: Policy
-    handler: Callable[..., Any]
-
-
 class TokenizeBody(Strict):
-    content: Annotated[str, Field(max_length=4 << 20)]
+    content: Text
     add_special: Flag = False
 
 
@@ -54,23 +62,76 @@ class DetokenizeBody(Strict):
 
 
 class TemplateBody(Strict):
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
-    tools: Annotated[list[dict[str, Any]], Field(max_length=512)] | None = None
+    messages: Annotated[list[openai_chat.Turn], Messages]
+    tools: Annotated[list[openai_chat.OfferedTool], Tools] | None = None
 
 
-async def health() -> dict[str, str]:
+@closed
+class Health(TypedDict):
+    status: Literal["ok"]
+
+
+@closed
+class Ready(TypedDict):
+    status: Literal["ready"]
+
+
+@closed
+class Modalities(TypedDict):
+    input_modalities: list[str]
+    output_modalities: list[str]
+
+
+@closed
+class Model(TypedDict):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    context_length: int
+    max_model_len: int
+    architecture: Modalities
+
+
+@closed
+class Models(TypedDict):
+    object: Literal["list"]
+    data: list[Model]
+
+
+@closed
+class Tokenized(TypedDict):
+    tokens: list[int]
+
+
+@closed
+class Detokenized(TypedDict):
+    content: str
+
+
+@closed
+class Rendered(TypedDict):
+    prompt: str
+
+
+async def health() -> Health:
     """The process is alive."""
     return {"status": "ok"}
 
 
-async def ready(request: Request) -> dict[str, str]:
+async def openapi(request: Request) -> Response:
+    """This document."""
+    return Response(request.app.state.document, media_type="application/json")
+
+
+async def ready(request: Request) -> Ready:
     """It takes requests."""
     if request.app.state.service.is_draining:
         raise Overloaded("the server is stopping", retry_after_s=30)
     return {"status": "ready"}
 
 
-def _model(service: Service) -> dict[str, Any]:
+def _model(service: Service) -> Model:
     model = service.model
     return {
         "id": model.id, "object": "model", "created": model.created, "owned_by": "argosy",
@@ -79,36 +140,38 @@ def _model(service: Service) -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def models(request: Request) -> dict[str, Any]:
+async def models(request: Request) -> Models:
     """The model that is served."""
     return {"object": "list", "data": [_model(request.app.state.service)]}
 
 
-async def model(request: Request) -> dict[str, Any]:
+async def model(request: Request) -> Model:
     """One model by its id."""
     if request.path_params["id"] != request.app.state.service.model.id:
         raise Refused(404, "there is no such model here")
     return _model(request.app.state.service)
 
 
-async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
+async def tokenize(body: TokenizeBody, request: Request) -> Tokenized:
     """Token ids of a text; none of them is a control token."""
     prompts = request.app.state.service.prompts
     return {"tokens": await asyncio.to_thread(prompts.tokenize, body.content, add_prefix=body.add_special)}
 
 
-async def detokenize(body: DetokenizeBody, request: Request) -> dict[str, Any]:
+async def detokenize(body: DetokenizeBody, request: Request) -> Detokenized:
     """Text of token ids."""
     return {"content": await asyncio.to_thread(request.app.state.service.prompts.detokenize, body.tokens)}
 
 
-async def apply_template(body: TemplateBody, request: Request) -> dict[str, Any]:
+async def apply_template(body: TemplateBody, request: Request) -> Rendered:
     """A conversation as the model's chat template writes it."""
     prompts = request.app.state.service.prompts
-    return {"prompt": await asyncio.to_thread(prompts.apply_template, body.messages, tools=body.tools or ())}
+    said = [turn.sent() for turn in body.messages]
+    tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or ()]
+    return {"prompt": await asyncio.to_thread(prompts.apply_template, said, tools=tools)}
 
 
-def _state(request: Request) -> dict[str, Any]:
+def _state(request: Request) -> EngineState:
     state, key = request.app.state, request.state.caller.key
     return state_of(
         state.service.loop.snapshot(), state.service.model, block_tokens=state.block_tokens,
@@ -116,7 +179,7 @@ def _state(request: Request) -> dict[str, Any]:
     )  # fmt: skip
 
 
-async def engine_state(request: Request) -> dict[str, Any]:
+async def engine_state(request: Request) -> EngineState:
     """What the engine does."""
     return _state(request)
 
@@ -141,8 +204,17 @@ async def metrics(request: Request) -> Response:
 
 
 async def page(request: Request) -> Response:
-    """The page, and its files from a fixed table."""
-    found = request.app.state.page.get(request.path_params.get("name", "index.html"))
+    """The page."""
+    return _file(request, "index.html")
+
+
+async def page_file(request: Request) -> Response:
+    """The page's files, from a fixed table."""
+    return _file(request, request.path_params["name"])
+
+
+def _file(request: Request, name: str) -> Response:
+    found = request.app.state.page.get(name)
     if found is None:
         raise Refused(404, "there is no such file")
     return Response(found[0], media_type=found[1])
@@ -158,37 +230,45 @@ def _read_page() -> dict[str, tuple[bytes, str]]:
     return found
 
 
-def _get(path: str, handler: Callable[..., Any], scope: Any) -> Route:
-    return Route(Policy(method="GET", path=path, scope=scope), handler)
+def _get(path: str, handler: Callable[..., Any], scope: KeyScope | None, **described: Any) -> Route:
+    return Route(policy=Policy(method="GET", path=path, scope=scope), handler=handler, **described)
 
 
-def _post(
-    path: str, handler: Callable[..., Any], *, is_counted: bool = True, dialect: Any = "openai"
-) -> Route:
-    return Route(
-        Policy(method="POST", path=path, scope="infer", is_counted=is_counted, dialect=dialect), handler
-    )
+def _post(path: str, handler: Callable[..., Any], answer: Any, **described: Any) -> Route:
+    policy = Policy(method="POST", path=path, scope="infer", is_counted=True)
+    return Route(policy=policy, handler=handler, answer=answer, **described)
 
 
+_FILES = tuple(_PAGE_TYPES.values())
 ROUTES = (
-    _get("/health", health, None),
-    _get("/ready", ready, None),
-    _get("/", page, None),
-    _get("/page/{name}", page, None),
-    _get("/v1/models", models, "infer"),
-    _get("/v1/models/{id}", model, "infer"),
-    _get("/metrics", metrics, "metrics"),
-    _get("/v1/engine/state", engine_state, "metrics"),
-    _get("/v1/engine/events", engine_events, "metrics"),
-    _post("/tokenize", tokenize),
-    _post("/detokenize", detokenize),
-    _post("/apply-template", apply_template),
-    _post("/v1/chat/completions", openai_chat.chat_completions),
-    _post("/v1/completions", openai_completions.completions),
-    _post("/v1/responses", openai_responses.responses),
-    _post("/v1/messages", anthropic_messages.messages),
-    _post("/v1/messages/count_tokens", anthropic_messages.count_tokens),
-)
+    _get("/health", health, None, answer=Health),
+    _get("/ready", ready, None, answer=Ready),
+    _get("/openapi.json", openapi, None, answer=dict[str, Any]),
+    _get("/", page, None, media=_FILES[:1]),
+    _get("/page/{name}", page_file, None, media=_FILES),
+    _get("/v1/models", models, "infer", answer=Models),
+    _get("/v1/models/{id}", model, "infer", answer=Model),
+    _get("/metrics", metrics, "metrics", media=("text/plain",)),
+    _get("/v1/engine/state", engine_state, "metrics", answer=EngineState),
+    _get("/v1/engine/events", engine_events, "metrics", events=EngineState),
+    _post("/tokenize", tokenize, Tokenized),
+    _post("/detokenize", detokenize, Detokenized),
+    _post("/apply-template", apply_template, Rendered),
+    _post(
+        "/v1/chat/completions", openai_chat.chat_completions, openai_chat.ChatCompletion,
+        events=openai_chat.ChatChunk | OpenAIError, has_done=True,
+    ),
+    _post(
+        "/v1/completions", openai_completions.completions, openai_completions.Completion,
+        events=openai_completions.Completion | OpenAIError, has_done=True,
+    ),
+    _post("/v1/responses", openai_responses.responses, openai_responses.Answer, events=openai_responses.Event),
+    _post(
+        "/v1/messages", anthropic_messages.messages, anthropic_messages.Message,
+        events=anthropic_messages.Event | AnthropicError,
+    ),
+    _post("/v1/messages/count_tokens", anthropic_messages.count_tokens, anthropic_messages.Counted),
+)  # fmt: skip
 
 
 def make_app(
@@ -203,6 +283,7 @@ def make_app(
     """The whole server, as an ASGI application."""
     app = FastAPI(title="Argosy", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service, app.state.page = service, _read_page()
+    app.state.document = json.dumps(document(ROUTES, version("argosy")))
     app.state.block_tokens, app.state.max_sequences = block_tokens, max_sequences
     app.state.metrics = Metrics(service.loop.snapshot)
     app.router.route_class = StrictRoute
@@ -233,9 +314,8 @@ async def _answer_error(request: Request, error: Exception) -> Response:
             if isinstance(cause, ArgosyError)
             else Refused(error.status_code, "the request cannot be read")
         )
-    is_messages = request.scope["path"].startswith("/v1/messages")
-    status, body = error_body(error, "anthropic" if is_messages else "openai")
+    status, body = error_body(error, dialect_of(request.scope["path"]))
     return JSONResponse(body, status, headers=error_headers(error, status))
 
 
-__all__ = ["ROUTES", "Route", "make_app"]
+__all__ = ["ROUTES", "make_app"]

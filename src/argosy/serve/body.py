@@ -68,14 +68,16 @@ def refusal(errors: Sequence[Mapping[str, Any]], body: object, model: type[BaseM
     deepest = max(places, key=len)
     here = [error for error, place in zip(errors, places, strict=True) if place == deepest]
     first, where = here[0], ".".join(map(str, deepest))[:_LONGEST_PLACE]
-    if first["type"] == "extra_forbidden":
+    if first["type"] in ("extra_forbidden", "none_required"):
         known = ", ".join(model.model_fields) if model is not None and len(deepest) == 1 else ""
         return UsageError(
             f"unknown field '{where}'" + (f"; known: {known}" if known else ""), param=where,
             hint="leave it out; /openapi.json has the fields of every route",
         )  # fmt: skip
     needed = " or ".join(dict.fromkeys(_needed(error) for error in here))
-    found = "nothing" if first["type"] == "missing" else _shown(first["input"])
+    found = (
+        "nothing" if first["type"] == "missing" else _shown(first.get("ctx", {}).get("tag", first["input"]))
+    )
     return UsageError(f"{where or 'the body'}: expected {needed}, found {found}", param=where or None)
 
 
@@ -108,12 +110,17 @@ def _needed(error: Mapping[str, Any]) -> str:
         case "string_too_short":
             return f"at least {context['min_length']} characters"
         case "union_tag_invalid":
-            return f"{str(context['discriminator']).strip(chr(39))} to be one of {context['expected_tags']}"
+            return f"{_tag_field(context)} to be one of {context['expected_tags']}"
         case "union_tag_not_found":
-            return f"an object with {str(context['discriminator']).strip(chr(39))}"
+            return f"an object with {_tag_field(context)}"
         case "model_attributes_type" | "model_type" | "dict_type":
             return "an object"
     return str(error["msg"]).removeprefix("Input should be ")
+
+
+def _tag_field(context: Mapping[str, Any]) -> str:
+    name = str(context["discriminator"]).strip("'")
+    return name if name.isidentifier() else "type"  # where a function decides
 
 
 def _shown(value: object) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -319,3 +320,26 @@ class Answers:
         if any(isinstance(event, ToolCallBegin) for event in self._said[answer]):
             finish = "tool_calls"
         return [*steps, Ended(answer, finish, result)]
+
+
+async def steps_of(several: Sequence[Answers]) -> AsyncIterator[tuple[int, Step]]:
+    """Steps of several requests as they come, each with the place of its request.
+
+    Raises:
+        ArgosyError: an answer cannot be finished.
+    """
+    sources = [answers.steps() for answers in several]
+    upcoming = {asyncio.ensure_future(anext(source)): at for at, source in enumerate(sources)}
+    try:
+        while upcoming:
+            done, _ = await asyncio.wait(upcoming, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=upcoming.__getitem__):
+                at = upcoming.pop(task)
+                with suppress(StopAsyncIteration):
+                    step = task.result()
+                    upcoming[asyncio.ensure_future(anext(sources[at]))] = at
+                    yield at, step
+    finally:
+        for task in upcoming:
+            task.cancel()
+        await asyncio.gather(*upcoming, return_exceptions=True)

@@ -1,14 +1,17 @@
 """Fields that several dialects have, and the bounds of every number in a request: one table.
 
+The models that check a request are the ones that `/openapi.json` shows, and so are the types of answers.
+
 Elsewhere: what only one dialect has is in its file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 MAX_TOKENS = 1 << 20
 MAX_ANSWERS = 8
@@ -26,12 +29,103 @@ NumBest = Annotated[int, Field(ge=0, le=20, strict=True)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False, strict=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31, strict=True)]
+Short = Annotated[str, Field(min_length=1, max_length=256)]  # a name, an id
+Text = Annotated[str, Field(max_length=4 << 20)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+Messages = Field(min_length=1, max_length=4096)
+Tools = Field(max_length=512)
+
+closed = with_config(ConfigDict(extra="forbid"))  # of an answer: nothing but what its type says
 
 
 class Strict(BaseModel):
     """Unknown fields are refused by name."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class Nullable(BaseModel):
+    """Unknown fields are refused, unless they are null: clients send whole objects of theirs."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, None]
+
+    def sent(self) -> dict[str, Any]:
+        """As the client sent it, nulls left out."""
+        return {
+            name: value for name, value in self.model_dump(exclude_unset=True).items() if value is not None
+        }
+
+
+class Lenient(BaseModel):
+    """Unknown fields have no effect, and are listed as such."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class ObjectSchema(Lenient):
+    """A JSON schema of an object."""
+
+    type: Literal["object"] = "object"
+    properties: dict[str, Any] | None = None
+
+
+class FreeForm(Strict):
+    """An answer in any form, or any JSON object."""
+
+    type: Literal["text", "json_object"]
+
+    def asked(self) -> str | None:
+        """As `ChatRequest.schema` has it."""
+        return "" if self.type == "json_object" else None
+
+
+def ignored_header(names: Iterable[str]) -> dict[str, str]:
+    """The header that lists what was accepted and has no effect; what a client wrote only where it is a plain name."""
+    safe = [name for name in dict.fromkeys(names) if name.isascii() and name.replace(".", "").isidentifier()]
+    return {"x-ignored-params": ", ".join(safe[:32])} if safe else {}
+
+
+def strays(where: str, parts: Iterable[object]) -> list[str]:
+    """Names of unknown fields in `parts`."""
+    return sorted({
+        f"{where}.{name}" for part in parts if isinstance(part, Lenient) for name in part.model_extra or ()
+        if len(name) <= 64
+    })  # fmt: skip
+
+
+@closed
+class CachedTokens(TypedDict):
+    cached_tokens: int
+
+
+@closed
+class Timings(TypedDict):
+    """The ledger of an answer; null: it cannot be said."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    wall_s: float
+    time_to_first_token_s: float | None
+    prefill_tok_per_s: float | None
+    decode_tok_per_s: float | None
+    lookups: int
+    hits: int
+    hit_rate: float | None
+    bytes_read: int
+    peak_bytes: int
+    parts: dict[str, float]
+
+
+@closed
+class Usage(TypedDict):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+    timings: NotRequired[Timings]
 
 
 class StreamOptions(Strict):

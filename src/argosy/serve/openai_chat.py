@@ -12,21 +12,41 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired, cast
 
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from typing_extensions import TypedDict
 
 from argosy.config import SamplingParams
 from argosy.engine.sequence import TokenLogprob
 from argosy.errors import UsageError
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import ReasoningDelta, TextDelta, ToolCallArguments, ToolCallBegin
-from argosy.serve.core import Answers, ChatRequest, Ended, Progress, Said, Service
-from argosy.serve.fields import Flag, NumBest, Sampling, Tokens
+from argosy.serve.core import Answers, ChatRequest, Ended, Finish, Progress, Said, Service
+from argosy.serve.fields import (
+    Effort,
+    Flag,
+    FreeForm,
+    Messages,
+    Nullable,
+    NumBest,
+    ObjectSchema,
+    Sampling,
+    Short,
+    Strict,
+    Text,
+    Timings,
+    Tokens,
+    ToolName,
+    Tools,
+    Usage,
+    closed,
+    ignored_header,
+)  # fmt: skip
 from argosy.serve.gate import Caller
-from argosy.serve.streams import EventStream, sse, until_gone
+from argosy.serve.streams import DONE, EventStream, sse, until_gone
 
 # Accepted and without effect: what they would change is not there, or is the client's own book-keeping.
 IGNORED = (
@@ -35,17 +55,98 @@ IGNORED = (
 )  # fmt: skip
 
 
+class TextPart(Strict):
+    type: Literal["text"]
+    text: Text
+
+
+Content = Text | list[TextPart]
+
+
+class CalledFunction(Strict):
+    name: Short
+    arguments: Text | dict[str, Any]  # JSON, or its text
+
+
+class CalledTool(Strict):
+    id: Short
+    type: Literal["function"] = "function"
+    index: int | None = None
+    function: CalledFunction
+
+
+class AskingTurn(Nullable):
+    role: Literal["system", "developer", "user"]
+    content: Content
+    name: Short | None = None
+
+
+class AnsweringTurn(Nullable):
+    role: Literal["assistant"]
+    content: Content | None = None
+    name: Short | None = None
+    reasoning_content: Text | None = None
+    reasoning: Text | None = None
+    tool_calls: list[CalledTool] | None = None
+
+
+class ToolTurn(Nullable):
+    role: Literal["tool"]
+    content: Content
+    name: Short | None = None
+    tool_call_id: Short
+
+
+Turn = Annotated[AskingTurn | AnsweringTurn | ToolTurn, Field(discriminator="role")]
+
+
+class OfferedFunction(Strict):
+    name: ToolName
+    description: Text | None = None
+    parameters: ObjectSchema | None = None
+    strict: Flag | None = None
+
+
+class OfferedTool(Strict):
+    type: Literal["function"]
+    function: OfferedFunction
+
+
+class NamedFunction(Strict):
+    name: ToolName
+
+
+class ChosenTool(Strict):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class SchemaForm(Strict):
+    name: str | None = Field(None, max_length=256)
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: Flag | None = None
+
+
+class JsonSchemaForm(Strict):
+    type: Literal["json_schema"]
+    json_schema: SchemaForm
+
+    def asked(self) -> str:
+        return json.dumps(self.json_schema.schema_)
+
+
 class ChatBody(Sampling):
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[Turn], Messages]
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
     logprobs: Flag | None = None
     top_logprobs: NumBest | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=512)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
+    tools: Annotated[list[OfferedTool], Tools] | None = None
+    tool_choice: Literal["auto", "none", "required"] | ChosenTool | None = None
     parallel_tool_calls: Flag | None = None
-    response_format: dict[str, Any] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    response_format: Annotated[FreeForm | JsonSchemaForm, Field(discriminator="type")] | None = None
+    reasoning_effort: Effort | None = None
     chat_template_kwargs: dict[str, bool | int | str] | None = Field(None, max_length=16)
     service_tier: str | None = Field(None, max_length=64)
     verbosity: str | None = Field(None, max_length=64)
@@ -66,47 +167,128 @@ class ChatBody(Sampling):
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             **self.sampling(),
         )
+        choice, form = self.tool_choice, self.response_format
         return ChatRequest(
-            messages=self.messages,
+            messages=[turn.sent() for turn in self.messages],
             params=params,
-            tools=self.tools or (),
-            tool_choice=_choice(self.tool_choice),
+            tools=[tool.model_dump(exclude_unset=True) for tool in self.tools or ()],
+            tool_choice=("named", choice.function.name)
+            if isinstance(choice, ChosenTool)
+            else choice or "auto",
             parallel=self.parallel_tool_calls is not False,
-            schema=schema_of(self.response_format),
+            schema=None if form is None else form.asked(),
             effort=self.reasoning_effort,
             variables=self.chat_template_kwargs or {},
             num_answers=self.n or 1,
         )
 
 
-def _choice(given: str | dict[str, Any] | None) -> str | tuple[str, str]:
-    if not isinstance(given, dict):
-        return given or "auto"
-    function = given.get("function")
-    if (
-        given.get("type") != "function"
-        or not isinstance(function, dict)
-        or not isinstance(function.get("name"), str)
-    ):
-        raise UsageError(
-            "tool_choice names a function: {type: function, function: {name}}", param="tool_choice"
-        )
-    return "named", function["name"]
+@closed
+class Function(TypedDict):
+    name: str
+    arguments: str
 
 
-def schema_of(given: dict[str, Any] | None) -> str | None:
-    """`ChatRequest.schema` of a response_format."""
-    match given:
-        case None | {"type": "text"}:
-            return None
-        case {"type": "json_object"}:
-            return ""
-        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
-            return json.dumps(schema)
-    raise UsageError(
-        "response_format is of no known type; known: text, json_object, json_schema with json_schema.schema",
-        param="response_format",
-    )
+@closed
+class Call(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: Function
+
+
+@closed
+class Token(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+@closed
+class ScoredToken(Token):
+    top_logprobs: list[Token]
+
+
+@closed
+class Scores(TypedDict):
+    content: list[ScoredToken]
+    refusal: None
+
+
+@closed
+class ChatMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[Call]]
+
+
+@closed
+class Choice(TypedDict):
+    index: int
+    message: ChatMessage
+    finish_reason: Finish
+    logprobs: Scores | None
+
+
+@closed
+class ChatCompletion(TypedDict):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    timings: NotRequired[Timings]
+
+
+@closed
+class FunctionDelta(TypedDict):
+    name: NotRequired[str]
+    arguments: str
+
+
+@closed
+class CallDelta(TypedDict):
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionDelta
+
+
+@closed
+class Delta(TypedDict):
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[CallDelta]]
+
+
+@closed
+class ChoiceDelta(TypedDict):
+    index: int
+    delta: Delta
+    finish_reason: Finish | None
+    logprobs: NotRequired[Scores]
+
+
+@closed
+class PromptProgress(TypedDict):
+    processed: int
+    total: int
+    cache: int
+
+
+@closed
+class ChatChunk(TypedDict):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChoiceDelta]
+    usage: NotRequired[Usage]
+    timings: NotRequired[Timings]
+    prompt_progress: NotRequired[PromptProgress]
 
 
 async def chat_completions(body: ChatBody, request: Request) -> Response:
@@ -118,7 +300,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     ignored = [name for name in IGNORED if name in body.model_fields_set and getattr(body, name) is not None]
     if service.ignored_effort(wanted):
         ignored.append("reasoning_effort")
-    headers = {"x-ignored-params": ", ".join(ignored)} if ignored else {}
+    headers = ignored_header(ignored)
     dialect = _Chat(service, body, answers, caller)
     if body.stream:
         return EventStream(dialect.stream(), answers.cancel, headers=headers)
@@ -131,9 +313,9 @@ class _Chat:
         self._id = "chatcmpl-" + secrets.token_hex(12)
         self._created = int(time.time())
 
-    async def whole(self) -> dict[str, Any]:
-        logprobs: dict[int, list[dict[str, Any]]] = {}
-        finish: dict[int, str] = {}
+    async def whole(self) -> ChatCompletion:
+        logprobs: dict[int, list[ScoredToken]] = {}
+        finish: dict[int, Finish] = {}
         async with self._answers as answers:
             async for step in answers.steps():
                 match step:
@@ -141,10 +323,10 @@ class _Chat:
                         logprobs.setdefault(step.answer, []).append(self._logprob(found))
                     case Ended():
                         finish[step.answer] = step.finish
-        choices = []
+        choices: list[Choice] = []
         for number in range(len(finish)):
             said = self._answers.said(number)
-            message: dict[str, Any] = {"role": "assistant", "content": said.text or None, "refusal": None}
+            message: ChatMessage = {"role": "assistant", "content": said.text or None, "refusal": None}
             if not said.calls:
                 message["content"] = said.text
             if said.reasoning:
@@ -158,93 +340,96 @@ class _Chat:
                     }
                     for call in said.calls
                 ]
-            choice = {"index": number, "message": message, "finish_reason": finish[number], "logprobs": None}
+            choice: Choice = {
+                "index": number, "message": message, "finish_reason": finish[number], "logprobs": None,
+            }  # fmt: skip
             if self._body.logprobs:
                 choice["logprobs"] = {"content": logprobs.get(number, []), "refusal": None}
             choices.append(choice)
-        return self._head("chat.completion") | {"choices": choices} | self._last()
+        usage, timings = self._last()
+        whole: ChatCompletion = {
+            "id": self._id, "object": "chat.completion", "created": self._created, "model": self._service.model.id,
+            "choices": choices, "usage": usage,
+        }  # fmt: skip
+        return whole if timings is None else {**whole, "timings": timings}
 
     async def stream(self) -> AsyncIterator[bytes]:
         async with self._answers as answers:
             for number in range(self._body.n or 1):
-                yield self._chunk(number, {"role": "assistant", "content": ""})
+                yield self._said(number, {"role": "assistant", "content": ""})
             async for step in answers.steps():
                 match step:
                     case Progress() if self._body.return_progress:
-                        progress = {"processed": step.processed, "total": step.total, "cache": step.cached}
-                        yield sse(
-                            self._head("chat.completion.chunk") | {"choices": [], "prompt_progress": progress}
-                        )
+                        chunk = self._chunk([])
+                        chunk["prompt_progress"] = {
+                            "processed": step.processed, "total": step.total, "cache": step.cached,
+                        }  # fmt: skip
+                        yield sse(chunk)
                     case Said():
                         deltas = [delta for event in step.events if (delta := _delta(event))]
                         if step.logprob is not None and not deltas:
                             deltas = [{}]
                         for at, delta in enumerate(deltas):
-                            yield self._chunk(step.answer, delta, logprob=step.logprob if at == 0 else None)
+                            yield self._said(step.answer, delta, logprob=step.logprob if at == 0 else None)
                     case Ended():
-                        yield self._chunk(step.answer, {}, finish=step.finish)
-            last = self._last()
-            if not (self._body.stream_options and self._body.stream_options.include_usage):
-                last.pop("usage")
-            if last:
-                yield sse(self._head("chat.completion.chunk") | {"choices": []} | last)
-            yield sse("[DONE]")
+                        yield self._said(step.answer, {}, finish=step.finish)
+            last, (usage, timings) = self._chunk([]), self._last()
+            if self._body.stream_options and self._body.stream_options.include_usage:
+                last["usage"] = usage
+            if timings is not None:
+                last["timings"] = timings
+            if len(last) > len(self._chunk([])):
+                yield sse(last)
+            yield sse(DONE)
 
-    def _chunk(
-        self,
-        number: int,
-        delta: dict[str, Any],
-        *,
-        finish: str | None = None,
-        logprob: TokenLogprob | None = None,
+    def _said(
+        self, number: int, delta: Delta, *, finish: Finish | None = None, logprob: TokenLogprob | None = None
     ) -> bytes:
-        choice: dict[str, Any] = {"index": number, "delta": delta, "finish_reason": finish}
+        choice: ChoiceDelta = {"index": number, "delta": delta, "finish_reason": finish}
         if logprob is not None:
             choice["logprobs"] = {"content": [self._logprob(logprob)], "refusal": None}
-        return sse(self._head("chat.completion.chunk") | {"choices": [choice]})
+        return sse(self._chunk([choice]))
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._service.model.id}
+    def _chunk(self, choices: list[ChoiceDelta]) -> ChatChunk:
+        return {
+            "id": self._id, "object": "chat.completion.chunk", "created": self._created,
+            "model": self._service.model.id, "choices": choices,
+        }  # fmt: skip
 
-    def _last(self) -> dict[str, Any]:
+    def _last(self) -> tuple[Usage, Timings | None]:
         """What is known at the end: usage, and the ledger where it was asked for."""
         prompt, new = self._answers.num_prompt_tokens, self._answers.num_new_tokens
         self._caller.num_prompt_tokens, self._caller.num_new_tokens = prompt, new
-        usage: dict[str, Any] = {
-            "prompt_tokens": prompt,
-            "completion_tokens": new,
-            "total_tokens": prompt + new,
-        }
-        usage["prompt_tokens_details"] = {"cached_tokens": self._answers.num_cached_tokens}
+        usage: Usage = {
+            "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": self._answers.num_cached_tokens},
+        }  # fmt: skip
         first = self._answers.results[0]
         if not self._body.timings or first is None:
-            return {"usage": usage}
-        timings = first.ledger.as_dict()
-        return {"usage": usage | {"timings": timings}, "timings": timings}
+            return usage, None
+        timings = cast(Timings, first.ledger.as_dict())
+        return {**usage, "timings": timings}, timings
 
-    def _logprob(self, found: TokenLogprob) -> dict[str, Any]:
+    def _logprob(self, found: TokenLogprob) -> ScoredToken:
         best = [self._token(token_id, logprob) for token_id, logprob in found.top]
         best = best[: self._body.top_logprobs or 0]
-        return self._token(found.token_id, found.logprob) | {"top_logprobs": best}
+        return {**self._token(found.token_id, found.logprob), "top_logprobs": best}
 
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+    def _token(self, token_id: int, logprob: float) -> Token:
         text = self._service.prompts.detokenize([token_id])
         return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
 
 
-def _delta(event: SaidEvent) -> dict[str, Any] | None:
+def _delta(event: SaidEvent) -> Delta | None:
     match event:
         case TextDelta():
             return {"content": event.text}
         case ReasoningDelta():
             return {"reasoning_content": event.text}
         case ToolCallBegin():
-            function = {"name": event.name, "arguments": ""}
-            return {
-                "tool_calls": [
-                    {"index": event.index, "id": event.id, "type": "function", "function": function}
-                ]
-            }
+            function: FunctionDelta = {"name": event.name, "arguments": ""}
+            call: CallDelta = {"index": event.index, "id": event.id, "type": "function", "function": function}
+            return {"tool_calls": [call]}
         case ToolCallArguments():
             return {"tool_calls": [{"index": event.index, "function": {"arguments": event.json_fragment}}]}
     return None

@@ -12,15 +12,16 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated, Any, Literal, NotRequired, cast
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from typing_extensions import TypedDict
 
 from argosy.config import SamplingParams
-from argosy.errors import ArgosyError, UsageError
+from argosy.errors import ArgosyError
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import (
     ReasoningDelta,
@@ -30,7 +31,25 @@ from argosy.prompt.formats.events import (
     ToolCallEnd,
 )
 from argosy.serve.core import Answers, ChatRequest, Ended, Said, Service
-from argosy.serve.fields import Flag, Share, Strict, Temperature, Tokens
+from argosy.serve.fields import (
+    Effort,
+    Flag,
+    FreeForm,
+    Lenient,
+    Messages,
+    ObjectSchema,
+    Share,
+    Short,
+    Strict,
+    Temperature,
+    Text,
+    Tokens,
+    ToolName,
+    Tools,
+    closed,
+    ignored_header,
+    strays,
+)  # fmt: skip
 from argosy.serve.gate import Caller, error_body
 from argosy.serve.streams import EventStream, sse, until_gone
 
@@ -40,19 +59,124 @@ IGNORED = (
 )  # fmt: skip
 
 
+class Part(Lenient):
+    type: Literal["input_text", "output_text", "reasoning_text", "summary_text", "text"]
+    text: Text
+
+
+Parts = Text | list[Part]
+
+
+class MessageItem(Lenient):
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Parts
+    id: str | None = None
+    status: str | None = None
+
+
+class CallItem(Lenient):
+    type: Literal["function_call"]
+    call_id: Short
+    name: Short
+    arguments: Text
+    id: str | None = None
+    status: str | None = None
+
+
+class ResultItem(Lenient):
+    type: Literal["function_call_output"]
+    call_id: Short
+    output: Parts
+    id: str | None = None
+    status: str | None = None
+
+
+class ThoughtItem(Lenient):
+    type: Literal["reasoning"]
+    content: Parts | None = None
+    summary: list[Part] | None = None
+    id: str | None = None
+    status: str | None = None
+
+
+def _kind(item: object) -> str | None:
+    if isinstance(item, dict):
+        return str(item.get("type", "message"))
+    return getattr(item, "type", None)
+
+
+Item = Annotated[
+    Annotated[MessageItem, Tag("message")]
+    | Annotated[CallItem, Tag("function_call")]
+    | Annotated[ResultItem, Tag("function_call_output")]
+    | Annotated[ThoughtItem, Tag("reasoning")],
+    Discriminator(_kind),
+]
+
+
+class FunctionTool(Lenient):
+    type: Literal["function"]
+    name: ToolName
+    description: Text | None = None
+    parameters: ObjectSchema | None = None
+    strict: Flag | None = None
+
+
+class HostedTool(Lenient):
+    """A tool that OpenAI would run; left out here."""
+
+    type: Annotated[
+        str, Field(pattern=r"^[a-z0-9_]{1,64}$", json_schema_extra={"not": {"const": "function"}})
+    ]
+
+
+AnyTool = Annotated[
+    Annotated[FunctionTool, Tag("function")] | Annotated[HostedTool, Tag("hosted")],
+    Discriminator(lambda tool: "function" if _kind(tool) == "function" else "hosted"),
+]
+
+
+class ChosenFunction(Strict):
+    type: Literal["function"]
+    name: ToolName
+
+
+class FlatSchemaForm(Strict):
+    type: Literal["json_schema"]
+    name: str | None = Field(None, max_length=256)
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: Flag | None = None
+
+    def asked(self) -> str:
+        return json.dumps(self.schema_)
+
+
+class TextOptions(Strict):
+    format: Annotated[FreeForm | FlatSchemaForm, Field(discriminator="type")] | None = None
+    verbosity: str | None = Field(None, max_length=64)
+
+
+class ReasoningOptions(Strict):
+    effort: Effort | None = None
+    summary: str | None = Field(None, max_length=64)
+    generate_summary: str | None = Field(None, max_length=64)
+
+
 class ResponsesBody(Strict):
     model: str | None = Field(None, max_length=256)
-    input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
-    instructions: str | None = None
+    input: Text | Annotated[list[Item], Messages]
+    instructions: Text | None = None
     max_output_tokens: Tokens | None = None
     temperature: Temperature | None = None
     top_p: Share | None = None
     stream: Flag | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=512)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
+    tools: Annotated[list[AnyTool], Tools] | None = None
+    tool_choice: Literal["auto", "none", "required"] | ChosenFunction | None = None
     parallel_tool_calls: Flag | None = None
-    text: dict[str, Any] | None = None
-    reasoning: dict[str, Any] | None = None
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
     store: Flag | None = None
     metadata: dict[str, Any] | None = None
     client_metadata: dict[str, Any] | None = None
@@ -71,9 +195,7 @@ class ResponsesBody(Strict):
             messages.append({"role": "user", "content": self.input})
         else:
             messages += _messages(self.input)
-        effort = (self.reasoning or {}).get("effort")
-        if effort is not None and effort not in ("none", "minimal", "low", "medium", "high", "xhigh", "max"):
-            raise UsageError("reasoning.effort is of no known value", param="reasoning.effort")
+        choice, form = self.tool_choice, None if self.text is None else self.text.format
         return ChatRequest(
             messages=messages,
             params=SamplingParams(
@@ -81,96 +203,227 @@ class ResponsesBody(Strict):
                 temperature=1.0 if self.temperature is None else self.temperature,
                 top_p=1.0 if self.top_p is None else self.top_p,
             ),
-            tools=[_tool(tool) for tool in self.tools or () if tool.get("type") == "function"],
-            tool_choice=_choice(self.tool_choice),
+            tools=[_tool(tool) for tool in self.tools or () if isinstance(tool, FunctionTool)],
+            tool_choice=("named", choice.name) if isinstance(choice, ChosenFunction) else choice or "auto",
             parallel=self.parallel_tool_calls is not False,
-            schema=_schema((self.text or {}).get("format")),
-            effort=effort,
+            schema=None if form is None else form.asked(),
+            effort=None if self.reasoning is None else self.reasoning.effort,
         )
 
     def ignored(self) -> list[str]:
         names = [name for name in IGNORED if getattr(self, name) is not None]
-        names += [f"text.{name}" for name in ("verbosity",) if name in (self.text or {})]
-        hosted = {str(tool.get("type"))[:32] for tool in self.tools or () if tool.get("type") != "function"}
-        return names + sorted(f"tools.{kind}" for kind in hosted if kind.isidentifier())
+        for where, options in (("text", self.text), ("reasoning", self.reasoning)):
+            names += [
+                f"{where}.{name}" for name in ("verbosity", "summary", "generate_summary")
+                if getattr(options, name, None) is not None
+            ]  # fmt: skip
+        names += sorted({f"tools.{tool.type}" for tool in self.tools or () if isinstance(tool, HostedTool)})
+        names += strays("tools", (tool for tool in self.tools or () if isinstance(tool, FunctionTool)))
+        items = [] if isinstance(self.input, str) else self.input
+        return names + strays("input", items)
 
 
-def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    function = {name: tool[name] for name in ("name", "description", "parameters", "strict") if name in tool}
-    return {"type": "function", "function": function}
+def _tool(tool: FunctionTool) -> dict[str, Any]:
+    known = ("name", "description", "parameters", "strict")
+    return {"type": "function", "function": tool.model_dump(include=set(known), exclude_unset=True)}
 
 
-def _choice(given: str | dict[str, Any] | None) -> str | tuple[str, str]:
-    match given:
-        case None:
-            return "auto"
-        case str():
-            return given
-        case {"type": "function", "name": str(name)}:
-            return "named", name
-    raise UsageError("tool_choice names a function: {type: function, name}", param="tool_choice")
-
-
-def _schema(given: object) -> str | None:
-    match given:
-        case None | {"type": "text"}:
-            return None
-        case {"type": "json_object"}:
-            return ""
-        case {"type": "json_schema", "schema": dict(schema)}:
-            return json.dumps(schema)
-    raise UsageError(
-        "text.format is of no known type; known: text, json_object, json_schema", param="text.format"
-    )
-
-
-def _messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _messages(items: Sequence[Item]) -> list[dict[str, Any]]:
     """Items as messages: thoughts, text and calls of the assistant that follow each other are one."""
     made: list[dict[str, Any]] = []
-    for at, item in enumerate(items):
-        where, kind = f"input.{at}", item.get("type", "message")
-        if kind == "function_call_output":
-            text = _text(item.get("output"), where)
-            made.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": text})
-        elif kind == "message" and item.get("role") != "assistant":
-            made.append({"role": item.get("role"), "content": _text(item.get("content"), where)})
-        elif kind in ("message", "function_call", "reasoning"):
+    for item in items:
+        if isinstance(item, ResultItem):
+            made.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+        elif isinstance(item, MessageItem) and item.role != "assistant":
+            made.append({"role": item.role, "content": _text(item.content)})
+        else:
             if not made or made[-1]["role"] != "assistant":
                 made.append({"role": "assistant", "content": ""})
-            _add(made[-1], kind, item, where)
-        else:
-            raise UsageError(f"{where}: items of this type are not taken here", param=where)
+            _add(made[-1], item)
     return made
 
 
-def _add(message: dict[str, Any], kind: str, item: dict[str, Any], where: str) -> None:
-    if kind == "message":
-        message["content"] += _text(item.get("content"), where)
-    elif kind == "reasoning":
-        thought = _text(item.get("content") or "", where)
-        message["reasoning_content"] = message.get("reasoning_content", "") + thought
-    else:
-        function = {"name": item.get("name"), "arguments": item.get("arguments")}
-        call = {"id": item.get("call_id"), "type": "function", "function": function}
-        message.setdefault("tool_calls", []).append(call)
+def _add(message: dict[str, Any], item: MessageItem | CallItem | ThoughtItem) -> None:
+    match item:
+        case MessageItem():
+            message["content"] += _text(item.content)
+        case ThoughtItem():
+            thought = _text(item.content or "")
+            message["reasoning_content"] = message.get("reasoning_content", "") + thought
+        case CallItem():
+            function = {"name": item.name, "arguments": item.arguments}
+            call = {"id": item.call_id, "type": "function", "function": function}
+            message.setdefault("tool_calls", []).append(call)
 
 
-def _text(content: object, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise UsageError(f"{where}: expected text, or a list of parts", param=where)
-    texts = []
-    for part in content:
-        known = ("input_text", "output_text", "reasoning_text", "text")
-        if (
-            not isinstance(part, dict)
-            or part.get("type") not in known
-            or not isinstance(part.get("text"), str)
-        ):
-            raise UsageError(f"{where}: this model takes parts of text only", param=where)
-        texts.append(part["text"])
-    return "".join(texts)
+def _text(parts: Parts) -> str:
+    return parts if isinstance(parts, str) else "".join(part.text for part in parts)
+
+
+@closed
+class OutputText(TypedDict):
+    type: Literal["output_text"]
+    text: str
+    annotations: list[Any]
+    logprobs: list[Any]
+
+
+@closed
+class ReasoningText(TypedDict):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+Progress = Literal["in_progress", "completed"]
+
+
+@closed
+class SaidMessage(TypedDict):
+    id: str
+    status: Progress
+    type: Literal["message"]
+    role: Literal["assistant"]
+    content: list[OutputText]
+
+
+@closed
+class SaidThought(TypedDict):
+    id: str
+    status: Progress
+    type: Literal["reasoning"]
+    summary: list[Any]
+    content: list[ReasoningText]
+
+
+@closed
+class SaidCall(TypedDict):
+    id: str
+    status: Progress
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+
+
+SaidItem = SaidMessage | SaidThought | SaidCall
+
+
+@closed
+class InputDetails(TypedDict):
+    cached_tokens: int
+
+
+@closed
+class OutputDetails(TypedDict):
+    reasoning_tokens: int
+
+
+@closed
+class ResponseUsage(TypedDict):
+    input_tokens: int
+    input_tokens_details: InputDetails
+    output_tokens: int
+    output_tokens_details: OutputDetails
+    total_tokens: int
+
+
+@closed
+class Failure(TypedDict):
+    code: Literal["server_error"]
+    message: str
+
+
+@closed
+class Incomplete(TypedDict):
+    reason: Literal["max_output_tokens"]
+
+
+@closed
+class Answer(TypedDict):
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    error: Failure | None
+    incomplete_details: Incomplete | None
+    instructions: str | None
+    model: str
+    output: list[SaidItem]
+    parallel_tool_calls: bool
+    previous_response_id: None
+    store: Literal[False]
+    temperature: float
+    top_p: float
+    tool_choice: Any
+    tools: list[Any]
+    max_output_tokens: int | None
+    metadata: dict[str, Any]
+    usage: ResponseUsage | None
+
+
+class Numbered(TypedDict):
+    sequence_number: int
+
+
+@closed
+class ResponseEvent(Numbered):
+    type: Literal[
+        "response.created", "response.in_progress", "response.completed", "response.incomplete", "response.failed"
+    ]  # fmt: skip
+    response: Answer
+
+
+@closed
+class ItemEvent(Numbered):
+    type: Literal["response.output_item.added", "response.output_item.done"]
+    output_index: int
+    item: SaidItem
+
+
+class Placed(Numbered):
+    output_index: int
+    item_id: str
+
+
+@closed
+class PartEvent(Placed):
+    type: Literal["response.content_part.added", "response.content_part.done"]
+    content_index: int
+    part: OutputText | ReasoningText
+
+
+@closed
+class TextDeltaEvent(Placed):
+    type: Literal["response.output_text.delta", "response.reasoning_text.delta"]
+    content_index: int
+    delta: str
+    logprobs: NotRequired[list[Any]]
+
+
+@closed
+class TextDoneEvent(Placed):
+    type: Literal["response.output_text.done", "response.reasoning_text.done"]
+    content_index: int
+    text: str
+    logprobs: NotRequired[list[Any]]
+
+
+@closed
+class ArgumentsDeltaEvent(Placed):
+    type: Literal["response.function_call_arguments.delta"]
+    delta: str
+
+
+@closed
+class ArgumentsDoneEvent(Placed):
+    type: Literal["response.function_call_arguments.done"]
+    name: str
+    arguments: str
+
+
+Event = (
+    ResponseEvent | ItemEvent | PartEvent | TextDeltaEvent | TextDoneEvent | ArgumentsDeltaEvent | ArgumentsDoneEvent
+)  # fmt: skip
 
 
 async def responses(body: ResponsesBody, request: Request) -> Response:
@@ -181,7 +434,7 @@ async def responses(body: ResponsesBody, request: Request) -> Response:
     answers = await service.open(wanted, "" if caller.key is None else caller.key.id)
     if service.ignored_effort(wanted):
         ignored.append("reasoning.effort")
-    headers = {"x-ignored-params": ", ".join(ignored)} if ignored else {}
+    headers = ignored_header(ignored)
     dialect = _Responses(service, body, answers, caller)
     if body.stream:
         return EventStream(dialect.stream(), answers.cancel, headers=headers)
@@ -199,13 +452,13 @@ class _Responses:
         self._items: list[dict[str, Any]] = []
         self._is_open = False
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> Answer:
         last: dict[str, Any] = {}
         async with self._answers as answers:
             async for step in answers.steps():
                 for _, data in self._take(step):
                     last = data
-        response: dict[str, Any] = last["response"]
+        response: Answer = last["response"]
         return response
 
     async def stream(self) -> AsyncIterator[bytes]:
@@ -218,9 +471,8 @@ class _Responses:
                         yield sse(data, kind)
             except ArgosyError as error:
                 said = error_body(error, "openai")[1]["error"]
-                failed = self._response("failed") | {
-                    "error": {"code": "server_error", "message": said["message"]}
-                }
+                failed = self._response("failed")
+                failed["error"] = {"code": "server_error", "message": said["message"]}
                 kind, data = self._event("response.failed", response=failed)
                 yield sse(data, kind)
 
@@ -230,7 +482,9 @@ class _Responses:
                 return [event for said in step.events for event in self._say(said)]
             case Ended():
                 closed = self._close()
-                status = "incomplete" if step.finish == "length" else "completed"
+                status: Literal["incomplete", "completed"] = (
+                    "incomplete" if step.finish == "length" else "completed"
+                )
                 return [*closed, self._event(f"response.{status}", response=self._response(status))]
         return []
 
@@ -311,9 +565,9 @@ class _Responses:
         self._number += 1
         return kind, {"type": kind, "sequence_number": self._number - 1, **data}
 
-    def _response(self, status: str) -> dict[str, Any]:
+    def _response(self, status: Literal["in_progress", "completed", "incomplete", "failed"]) -> Answer:
         body, answers = self._body, self._answers
-        usage = None
+        usage: ResponseUsage | None = None
         if status in ("completed", "incomplete"):
             prompt, new = answers.num_prompt_tokens, answers.num_new_tokens
             self._caller.num_prompt_tokens, self._caller.num_new_tokens = prompt, new
@@ -321,12 +575,16 @@ class _Responses:
                 "input_tokens": prompt, "input_tokens_details": {"cached_tokens": answers.num_cached_tokens},
                 "output_tokens": new, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": prompt + new,
             }  # fmt: skip
+        choice = body.tool_choice
         return {
             "id": self._id, "object": "response", "created_at": self._created, "status": status, "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "instructions": body.instructions, "model": self._service.model.id, "output": list(self._items),
+            "instructions": body.instructions, "model": self._service.model.id,
+            "output": cast(list[SaidItem], list(self._items)),
             "parallel_tool_calls": body.parallel_tool_calls is not False, "previous_response_id": None,
             "store": False, "temperature": 1.0 if body.temperature is None else body.temperature,
-            "top_p": 1.0 if body.top_p is None else body.top_p, "tool_choice": body.tool_choice or "auto",
-            "tools": body.tools or [], "max_output_tokens": body.max_output_tokens, "metadata": {}, "usage": usage,
+            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "tool_choice": choice.model_dump() if isinstance(choice, ChosenFunction) else choice or "auto",
+            "tools": [tool.model_dump(exclude_unset=True) for tool in body.tools or ()],
+            "max_output_tokens": body.max_output_tokens, "metadata": {}, "usage": usage,
         }  # fmt: skip

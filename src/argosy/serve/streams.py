@@ -18,6 +18,7 @@ from argosy.errors import ArgosyError
 from argosy.serve.gate import Dialect, GoneAway, error_body
 
 KEEP_ALIVE_S = 10.0
+DONE = "[DONE]"  # OpenAI's last event
 _STUCK_S = 60.0  # a client that does not read for so long is gone
 
 T = TypeVar("T")
