@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 TEMPLATE_VARIABLES = frozenset({"enable_thinking", "thinking", "reasoning_effort", "clear_thinking"})
 
 Finish = Literal["stop", "length", "tool_calls"]
+MOST_UNREAD = 4096  # events of one request that wait to be read by its client; some MB with log-probabilities
 
 
 class Loop(Protocol):
@@ -213,8 +214,17 @@ class Service:
         return Grammar(kind="json_object", trigger=trigger)
 
 
+class ReadTooSlowly(ArgosyError):
+    """A client reads its answer so much slower than it is made that it is not kept for it."""
+
+    http_status = 408
+
+
 class Answers:
-    """The answers of one request, as they come. Use it as a context: leaving it early cancels them."""
+    """The answers of one request, as they come. Use it as a context: leaving it early cancels them.
+
+    Not more than MOST_UNREAD events wait to be taken; where more would, the request ends.
+    """
 
     def __init__(
         self,
@@ -241,8 +251,10 @@ class Answers:
         self._num_open = num_answers
         self.results: list[Result | None] = [None] * num_answers
 
+        self._is_behind = False
+
         def deliver(event: Event) -> None:
-            events.call_soon_threadsafe(self._queue.put_nowait, event)
+            events.call_soon_threadsafe(self._put, event)
 
         self._request = service.loop.submit(prompt, params, deliver, num_answers=num_answers, tenant=tenant)
 
@@ -268,6 +280,13 @@ class Answers:
     def cancel(self) -> None:
         if self._num_open:
             self._service.loop.cancel(self._request)
+
+    def _put(self, event: Event) -> None:
+        if not self._is_behind and self._queue.qsize() >= MOST_UNREAD:
+            self._is_behind = True
+            self.cancel()
+        if not self._is_behind or isinstance(event, AnswerEnd):
+            self._queue.put_nowait(event)
 
     async def steps(self) -> AsyncIterator[Step]:
         """Everything, until the last answer has ended.
@@ -307,6 +326,11 @@ class Answers:
         self.results[answer] = result
         if result.error is not None:
             raise result.error
+        if self._is_behind:
+            raise ReadTooSlowly(
+                f"the answer was made faster than it was read: more than {MOST_UNREAD} events waited",
+                hint="read faster, or ask for less: fewer answers, no log-probabilities",
+            )
         if result.finish_reason == "cancelled":
             raise ArgosyError("the answer was cancelled")
         steps: list[Step] = []

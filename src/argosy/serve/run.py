@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from argosy.engine.engine import Engine
 
 HEADER_S = 15.0  # a client has so long for the head of a request
+READ_STALL_S = 60.0  # and may take so long to read anything of what waits for it
+_SEND_BUFFER_BYTES = (
+    128 << 10
+)  # what the system keeps for a client that does not read; its own choice is megabytes
 _REPLAY_BYTES = 16 << 20
 
 
@@ -53,13 +57,29 @@ def require_keys(host: str, keys: Path | None) -> None:
 
 
 class TimedProtocol(H11Protocol):
-    """HTTP/1.1 whose request heads have to come within HEADER_S."""
+    """HTTP/1.1 whose request heads have to come within HEADER_S, and whose answers have to be read.
+
+    What a client does not read waits: the answer's next part is not taken before the last is gone. A client that reads
+    nothing of it for READ_STALL_S is cut off, also when its answer is whole and only the connection's end waits.
+    """
 
     _head_timer: asyncio.TimerHandle | None = None
+    _read_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # paused is: something waits
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         self._expect_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._read_timer is not None:
+            self._read_timer.cancel()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -70,13 +90,25 @@ class TimedProtocol(H11Protocol):
             self._head_timer = None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
+        for timer in (self._head_timer, self._read_timer):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
     def _expect_head(self) -> None:
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(HEADER_S, self.transport.close)
+
+    def _expect_reading(self) -> None:
+        unread = self.transport.get_write_buffer_size()
+
+        def check() -> None:
+            if self.transport.get_write_buffer_size() < unread:
+                self._expect_reading()
+            else:
+                self.transport.abort()
+
+        self._read_timer = self.loop.call_later(READ_STALL_S, check)
 
 
 class _Server(uvicorn.Server):

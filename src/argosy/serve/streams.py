@@ -19,7 +19,6 @@ from argosy.serve.gate import Dialect, GoneAway, error_body
 
 KEEP_ALIVE_S = 10.0
 DONE = "[DONE]"  # OpenAI's last event
-_STUCK_S = 60.0  # a client that does not read for so long is gone
 
 T = TypeVar("T")
 
@@ -59,7 +58,8 @@ async def _gone(receive: Receive) -> None:
 class EventStream(Response):
     """Events as they come, a comment every KEEP_ALIVE_S while none does, and an error as the last event.
 
-    `close` is called at the end, also when the client was gone before the first event was asked for.
+    `close` is called at the end, also when the client was gone before the first event was asked for. The next event is
+    asked for when the last is on its way; who reads nothing is cut off by the connection (`run.TimedProtocol`).
     """
 
     media_type = "text/event-stream"
@@ -93,8 +93,7 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         async def write(data: bytes, more: bool = True) -> None:
-            message = {"type": "http.response.body", "body": data, "more_body": more}
-            await asyncio.wait_for(send(message), _STUCK_S)
+            await send({"type": "http.response.body", "body": data, "more_body": more})
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         upcoming: asyncio.Future[bytes] | None = None
