@@ -267,7 +267,8 @@ def _require_bounds(schema: object) -> None:
         following: list[object] = []
         for item in level:
             if isinstance(item, dict):
-                expressions = [item.get("pattern"), *(item.get("patternProperties") or ())]
+                named = item.get("patternProperties")
+                expressions = [item.get("pattern"), *(named if isinstance(named, dict) else ())]
                 for expression in expressions:
                     if isinstance(expression, str):
                         _require_expression(expression)

@@ -291,7 +291,7 @@ def make_app(
         app.add_api_route(
             route.policy.path, route.handler, methods=[route.policy.method], response_model=None
         )
-    for kind in (ArgosyError, RequestValidationError, HTTPException, GoneAway):
+    for kind in (ArgosyError, RequestValidationError, HTTPException, GoneAway, Exception):
         app.add_exception_handler(kind, _answer_error)
     return Gate(
         app, [route.policy for route in ROUTES], ring, limits or Limits(), hosts=hosts,

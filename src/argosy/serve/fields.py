@@ -29,6 +29,10 @@ NumBest = Annotated[int, Field(ge=0, le=20, strict=True)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False, strict=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31, strict=True)]
+# Of a chat template's variable: an effort, a switch, a number of tokens.
+Setting = (
+    Flag | Annotated[int, Field(ge=0, le=MAX_TOKENS, strict=True)] | Annotated[str, Field(max_length=64)]
+)
 Short = Annotated[str, Field(min_length=1, max_length=256)]  # a name, an id
 Text = Annotated[str, Field(max_length=4 << 20)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]

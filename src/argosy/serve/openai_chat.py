@@ -34,6 +34,7 @@ from argosy.serve.fields import (
     NumBest,
     ObjectSchema,
     Sampling,
+    Setting,
     Short,
     Strict,
     Text,
@@ -68,10 +69,13 @@ class CalledFunction(Strict):
     arguments: Text | dict[str, Any]  # JSON, or its text
 
 
+CallIndex = Annotated[int, Field(ge=0, lt=4096, strict=True)]
+
+
 class CalledTool(Strict):
     id: Short
     type: Literal["function"] = "function"
-    index: int | None = None
+    index: CallIndex | None = None
     function: CalledFunction
 
 
@@ -147,7 +151,7 @@ class ChatBody(Sampling):
     parallel_tool_calls: Flag | None = None
     response_format: Annotated[FreeForm | JsonSchemaForm, Field(discriminator="type")] | None = None
     reasoning_effort: Effort | None = None
-    chat_template_kwargs: dict[str, bool | int | str] | None = Field(None, max_length=16)
+    chat_template_kwargs: dict[Short, Setting] | None = Field(None, max_length=16)
     service_tier: str | None = Field(None, max_length=64)
     verbosity: str | None = Field(None, max_length=64)
     prediction: dict[str, Any] | None = None
@@ -297,7 +301,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     caller: Caller = request.state.caller
     wanted = body.request()
     answers = await service.open(wanted, "" if caller.key is None else caller.key.id)
-    ignored = [name for name in IGNORED if name in body.model_fields_set and getattr(body, name) is not None]
+    ignored = [name for name in IGNORED if getattr(body, name) is not None]
     if service.ignored_effort(wanted):
         ignored.append("reasoning_effort")
     headers = ignored_header(ignored)

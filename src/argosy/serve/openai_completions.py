@@ -23,11 +23,22 @@ from argosy.config import SamplingParams
 from argosy.engine.sequence import TokenLogprob
 from argosy.errors import UsageError
 from argosy.serve.core import Answers, Ended, Said, Service, steps_of
-from argosy.serve.fields import MAX_TOKENS, Flag, NumBest, Sampling, Text, TokenId, Usage, closed
+from argosy.serve.fields import (
+    MAX_TOKENS,
+    Flag,
+    NumBest,
+    Sampling,
+    Text,
+    TokenId,
+    Usage,
+    closed,
+    ignored_header,
+)
 from argosy.serve.gate import Caller
 from argosy.serve.streams import DONE, EventStream, sse, until_gone
 
 _MAX_PROMPTS = 64
+IGNORED = ("user", "timings", "return_progress")  # of the fields that all dialects of OpenAI have
 Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
 
 
@@ -110,9 +121,10 @@ async def completions(body: CompletionBody, request: Request) -> Response:
         for each in opened:
             each.cancel()
 
+    headers = ignored_header(name for name in IGNORED if getattr(body, name) is not None)
     if body.stream:
-        return EventStream(dialect.stream(), close)
-    return JSONResponse(await until_gone(request, dialect.whole(), close))
+        return EventStream(dialect.stream(), close, headers=headers)
+    return JSONResponse(await until_gone(request, dialect.whole(), close), headers=headers)
 
 
 class _Completions:
