@@ -1,6 +1,6 @@
 # The commands a stranger types. Each does its own set-up in .venv; only Python, a C++ compiler and make are needed.
 .DEFAULT_GOAL := help
-.PHONY: FORCE help demo test test-native test-sanitize test-oracle lint format bench peer clean
+.PHONY: FORCE help demo test test-native test-sanitize test-oracle test-clients lint format bench peer clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -27,7 +27,7 @@ demo: $(VENV)/.installed  ## build the demo model once, then let it answer a que
 	$(BIN)/argosy run --model demo "What is the capital of France?"
 
 test: $(VENV)/.installed test-native  ## all tests that need no torch
-	$(BIN)/python -m pytest tests --ignore=tests/oracle
+	$(BIN)/python -m pytest tests --ignore=tests/oracle --ignore=tests/clients
 
 test-native: $(VENV)/.installed  ## the C++ tests
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/tests -G Ninja -DARGOSY_MODULE=OFF -DARGOSY_NATIVE_TESTS=ON > build/tests.log 2>&1 || { cat build/tests.log; exit 1; }
@@ -51,6 +51,20 @@ $(VENV)/.oracle: $(VENV)/.installed
 
 test-oracle: $(VENV)/.oracle  ## compare with transformers on freshly made checkpoints
 	$(BIN)/python -m pytest tests/oracle
+
+$(VENV)/.clients: $(VENV)/.installed
+	$(PIP) setuptools wheel  # for a dependency of lm-eval that comes as source
+	$(PIP) --no-build-isolation --editable '.[clients]'
+	@touch $@
+
+build/clients/node_modules: tests/clients/ai-sdk/package.json tests/clients/ai-sdk/package-lock.json
+	mkdir -p build/clients
+	cp $^ build/clients/
+	! command -v npm > /dev/null || npm ci --prefix build/clients --no-audit --no-fund --ignore-scripts --loglevel=error
+	@mkdir -p $@ && touch $@
+
+test-clients: $(VENV)/.clients build/clients/node_modules  ## clients and lm-eval talk to a server of a tiny model
+	$(BIN)/python -m pytest tests/clients
 
 $(VENV)/.lint: $(VENV)/.installed
 	$(PIP) --no-build-isolation --editable '.[lint]'

@@ -1,6 +1,7 @@
 """Run a command inside a memory cgroup whose limit is the budget, and say what the kernel counted.
 
     run_capped([...], limit_bytes=512 << 20)  ->  exit code, output, peak with page cache, limit hits, kills, swap
+    with capped([...], limit_bytes=...) as (process, counts): ...   the same numbers of what goes on, as a server
 
 Both hierarchies are tried (v1 `memory`, v2 `unified`), at their root and below this process's own group. Swap is
 forbidden inside, so a process that needs more than the limit is killed and not slowed down. The peak is the kernel's
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 _POLL_S = 0.05
 _numbers = itertools.count(1)
@@ -65,6 +67,41 @@ class _Hierarchy:
             yield from (parent for parent in self.own.parents if self.root in parent.parents)
 
 
+@contextlib.contextmanager
+def capped(
+    command: Sequence[str],
+    *,
+    limit_bytes: int,
+    stdout: int | IO[bytes] = subprocess.DEVNULL,
+    stderr: int | IO[bytes] = subprocess.DEVNULL,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> Iterator[tuple[subprocess.Popen[bytes], Counts]]:
+    """A command running in a fresh memory cgroup, and what the kernel counts of it; at the end all of it is killed.
+
+    Raises:
+        NoMemoryCap: no such group can be made here.
+    """
+    with _fresh_group(limit_bytes) as (hierarchy, group):
+        # The shell moves itself into the group before it becomes the command: nothing is charged elsewhere.
+        enter = f'echo $$ > "{group}/cgroup.procs" && exec "$@"'
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", enter, "sh", *map(str, command)],
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            env=None if env is None else dict(env),
+            cwd=cwd,
+        )
+        counts = Counts(hierarchy, group)
+        try:
+            yield process, counts
+        finally:
+            counts.stop()
+            _kill_all(group)
+            process.communicate()
+
+
 def run_capped(
     command: Sequence[str],
     *,
@@ -73,50 +110,33 @@ def run_capped(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> CappedRun:
-    """Run `command` in a fresh memory cgroup; what it starts stays inside too.
+    """Run `command` in a fresh memory cgroup to its end; what it starts stays inside too.
 
     Raises:
         NoMemoryCap: no such group can be made here.
         TimeoutError: the command took longer; it has been killed.
     """
-    with _fresh_group(limit_bytes) as (hierarchy, group):
-        # The shell moves itself into the group before it becomes the command: nothing is charged elsewhere.
-        enter = f'echo $$ > "{group}/cgroup.procs" && exec "$@"'
-        started = time.monotonic()
-        process = subprocess.Popen(
-            ["/bin/sh", "-c", enter, "sh", *map(str, command)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=None if env is None else dict(env),
-            cwd=cwd,
-        )
-        sampler = _Sampler(hierarchy, group)
+    started = time.monotonic()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with capped(command, limit_bytes=limit_bytes, env=env, cwd=cwd, **pipes) as (process, counts):
         try:
             stdout, stderr = process.communicate(timeout=timeout_s)
-        except BaseException as error:
-            _kill_all(group)
-            process.communicate()
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise TimeoutError(
-                    f"{' '.join(map(str, command))}: still running after {timeout_s} s"
-                ) from None
-            raise
-        finally:
-            sampler.stop()
+        except subprocess.TimeoutExpired:
+            shown = " ".join(map(str, command))
+            raise TimeoutError(f"{shown}: still running after {timeout_s} s") from None
+        counts.stop()
         return CappedRun(
             returncode=process.returncode,
-            stdout=stdout,
-            stderr=stderr,
+            stdout=stdout.decode(errors="replace"),
+            stderr=stderr.decode(errors="replace"),
             seconds=time.monotonic() - started,
-            hierarchy=hierarchy.version,
+            hierarchy=counts.hierarchy,
             limit_bytes=limit_bytes,
-            peak_bytes=_read_int(group / hierarchy.peak) or sampler.peak_bytes,
-            peak_anonymous_bytes=sampler.peak_anonymous_bytes,
-            num_limit_hits=_limit_hits(hierarchy, group),
-            num_oom_kills=_oom_kills(hierarchy, group),
-            peak_swap_bytes=sampler.peak_swap_bytes,
+            peak_bytes=counts.peak_bytes,
+            peak_anonymous_bytes=counts.peak_anonymous_bytes,
+            num_limit_hits=counts.num_limit_hits,
+            num_oom_kills=counts.num_oom_kills,
+            peak_swap_bytes=counts.peak_swap_bytes,
         )
 
 
@@ -235,17 +255,37 @@ def _remove(group: Path) -> None:
 # ── counting ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _Sampler:
-    """Looks at the group a few times a second, for what the kernel keeps no peak of."""
+class Counts:
+    """What the kernel counts of a group; what it keeps no peak of is looked at a few times a second."""
 
     def __init__(self, hierarchy: _Hierarchy, group: Path) -> None:
         self._hierarchy, self._group = hierarchy, group
-        self.peak_bytes = self.peak_anonymous_bytes = self.peak_swap_bytes = 0
+        self._sampled_peak_bytes = self.peak_anonymous_bytes = self.peak_swap_bytes = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    @property
+    def hierarchy(self) -> str:
+        return self._hierarchy.version
+
+    @property
+    def peak_bytes(self) -> int:
+        return _read_int(self._group / self._hierarchy.peak) or self._sampled_peak_bytes
+
+    @property
+    def num_limit_hits(self) -> int:
+        if self._hierarchy.version == "v1":
+            return _read_int(self._group / "memory.failcnt")
+        return _read_table(self._group / "memory.events").get("max", 0)
+
+    @property
+    def num_oom_kills(self) -> int:
+        file = "memory.oom_control" if self._hierarchy.version == "v1" else "memory.events"
+        return _read_table(self._group / file).get("oom_kill", 0)
+
     def stop(self) -> None:
+        """Look no more; harmless the second time."""
         self._done.set()
         self._thread.join()
 
@@ -256,18 +296,8 @@ class _Sampler:
             self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, stat.get(anonymous, 0))
             swap = stat.get("swap", 0) or _read_int(self._group / "memory.swap.current")
             self.peak_swap_bytes = max(self.peak_swap_bytes, swap)
-            self.peak_bytes = max(self.peak_bytes, _read_int(self._group / self._hierarchy.usage))
-
-
-def _limit_hits(hierarchy: _Hierarchy, group: Path) -> int:
-    if hierarchy.version == "v1":
-        return _read_int(group / "memory.failcnt")
-    return _read_table(group / "memory.events").get("max", 0)
-
-
-def _oom_kills(hierarchy: _Hierarchy, group: Path) -> int:
-    file = "memory.oom_control" if hierarchy.version == "v1" else "memory.events"
-    return _read_table(group / file).get("oom_kill", 0)
+            usage = _read_int(self._group / self._hierarchy.usage)
+            self._sampled_peak_bytes = max(self._sampled_peak_bytes, usage)
 
 
 def _read_int(path: Path) -> int:

@@ -43,7 +43,7 @@ FIRST_DOCUMENT = 1  # of the prompts
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What an engine is asked to do. `memory` and `look_ahead` are for Argosy, the last two for llama.cpp."""
+    """What an engine is asked to do. `memory` and `look_ahead` are for Argosy, what follows them for llama.cpp."""
 
     model: Path
     prompts: Sequence[Sequence[int]]
@@ -55,6 +55,9 @@ class Job:
     look_ahead: bool = True
     repack: bool = True
     flash_attention: bool = True
+    together: Sequence[
+        int
+    ] = ()  # instead of one prompt after the other: so many of them in one batch, in turn
 
     @property
     def context(self) -> int:

@@ -40,7 +40,10 @@ class Model:
             raise SystemExit(f"llama.cpp cannot open {job['model']}")
         context = native.llama_context_default_params()
         most = max(512, *(len(prompt) for prompt in job["prompts"]))
-        context.n_ctx = job["context"]
+        most_together = max(job.get("together") or [1])
+        most = max(most, sum(len(prompt) for prompt in job["prompts"][:most_together]))
+        context.n_seq_max = most_together
+        context.n_ctx = job["context"] * most_together
         context.n_batch = most
         context.n_ubatch = 512
         context.n_threads = context.n_threads_batch = job["threads"]
@@ -71,6 +74,25 @@ class Model:
             raise SystemExit(f"llama_decode: {code}")
         self.num_positions += len(tokens)
 
+    def decode_together(self, texts: list[list[int]], position: int) -> list[int]:
+        """Feed the next tokens of every sequence, and the most likely id after each."""
+        batch = self.batch
+        batch.n_tokens = 0
+        last_rows = []
+        for sequence, tokens in enumerate(texts):
+            for i, token in enumerate(tokens):
+                row = batch.n_tokens
+                batch.token[row] = token
+                batch.pos[row] = position + i
+                batch.n_seq_id[row] = 1
+                batch.seq_id[row][0] = sequence
+                batch.logits[row] = i == len(tokens) - 1
+                batch.n_tokens += 1
+            last_rows.append(batch.n_tokens - 1)
+        if code := native.llama_decode(self.context, batch):
+            raise SystemExit(f"llama_decode: {code}")
+        return [int(self.logits(row).argmax()) for row in last_rows]
+
     def logits(self, row: int) -> np.ndarray:
         """float32 [vocab] of an output row; -1 is the last."""
         return np.ctypeslib.as_array(native.llama_get_logits_ith(self.context, row), (self.vocab,))
@@ -79,6 +101,20 @@ class Model:
 def bytes_read() -> int:
     with open("/proc/self/io") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("read_bytes"))
+
+
+def answer_together(model: Model, prompts: list[list[int]], num_new: int) -> dict:
+    """Prompts of the same length, all at once: seconds in all, seconds to each first token, and the answers."""
+    model.clear()
+    begin = time.perf_counter()
+    latest = model.decode_together(prompts, 0)
+    first_s = [time.perf_counter() - begin] * len(prompts)
+    ids = [[token] for token in latest]
+    for step in range(num_new - 1):
+        latest = model.decode_together([[token] for token in latest], len(prompts[0]) + step)
+        for answer, token in zip(ids, latest):  # noqa: B905  as long as each other
+            answer.append(token)
+    return {"seconds": time.perf_counter() - begin, "first_s": first_s, "ids": ids}
 
 
 def main() -> None:
@@ -95,6 +131,11 @@ def main() -> None:
         for row in range(len(prompt)):
             rows[row] = model.logits(row)
         np.save(job["logits"], rows)
+        tell("done", peak_bytes=peak_bytes())
+        return
+    if job.get("together"):
+        for count in job["together"]:
+            tell("together", **answer_together(model, job["prompts"][:count], job["num_new"]))
         tell("done", peak_bytes=peak_bytes())
         return
     given = job.get("given")

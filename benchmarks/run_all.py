@@ -22,6 +22,7 @@ SCRIPTS = (
     "reads",
     "batch",
     "prefix",
+    "load",
     "start",
     "python_share",
     "busy",

@@ -141,17 +141,48 @@ class EngineConfig(_Strict):
             raise UsageError(f"kv_dtype must be f32 or f16, found '{self.kv_dtype}'")
 
 
+@dataclass(frozen=True, slots=True)
+class Trigger:
+    """Where an answer that was free begins to follow its grammar. Words are texts, or token ids.
+
+    words: the first of them to be complete is it.
+    is_part: the grammar begins with that word; otherwise behind it.
+    pauses, resumes: from a word of the first to one of the second nothing is a trigger.
+    is_paused: the answer begins inside of such a stretch.
+    """
+
+    words: tuple[str | int, ...]
+    is_part: bool = False
+    pauses: tuple[str | int, ...] = ()
+    resumes: tuple[str | int, ...] = ()
+    is_paused: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.words:
+            raise UsageError("a trigger needs a word")
+        if "" in self.all_words:
+            raise UsageError("a trigger must hold at least one character, found ''")
+
+    @property
+    def all_words(self) -> tuple[str | int, ...]:
+        return (*self.words, *self.pauses, *self.resumes)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grammar(_Strict):
     """What an answer has to look like.
 
     With a trigger the answer is free until the trigger is complete, and follows the grammar from there on. Special
     tokens count in a Lark grammar where it names them, `<|call|>` or `<[128010]>`, and nowhere else.
+
+    is_lenient: what a schema asks for and cannot be held to is left out, and a grammar that takes too much work lets go
+    of its answer; otherwise both are errors.
     """
 
     kind: Literal["json_object", "json_schema", "regex", "lark"]
     text: str = ""  # the schema as JSON, the expression, or the grammar with a rule `start`
-    trigger: str | int | None = None  # text of the answer, or a token id
+    trigger: Trigger | None = None
+    is_lenient: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ("json_object", "json_schema", "regex", "lark"):
@@ -160,8 +191,6 @@ class Grammar(_Strict):
             )
         if (self.kind == "json_object") != (not self.text):
             raise UsageError(f"a grammar of kind '{self.kind}' needs {'no' if self.text else 'a'} text")
-        if self.trigger == "":
-            raise UsageError("a trigger must hold at least one character, found ''")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@
     │   ├── PromptTooLong                    2           400   prompt and answer do not fit the context
     │   └── GrammarError                     2           400   a grammar cannot be compiled, or followed, within bounds
     ├── Overloaded                           1           503   too much waits already; come back later
+    ├── Revoked                              1           401   the key that asks is no longer one
     ├── DoesNotFit                           3           503   the memory budget is below the floor
     ├── CheckpointError                      4           500   a file is missing, damaged or lies about itself
     │   ├── UnsupportedModel                 4           500   the mathematics it asks for is not built in
@@ -64,6 +65,12 @@ class Overloaded(ArgosyError):
     def __init__(self, message: str, *, retry_after_s: int, hint: str | None = None, **facts: object) -> None:
         super().__init__(message, hint=hint, retry_after_s=retry_after_s, **facts)
         self.retry_after_s = retry_after_s
+
+
+class Revoked(ArgosyError):
+    """The key that asks is no longer one: what it asked for ends."""
+
+    http_status = 401
 
 
 class DoesNotFit(ArgosyError):

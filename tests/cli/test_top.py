@@ -29,7 +29,7 @@ memory    peak 10.1 GiB, limit 12.0 GiB
   staging               32.0 MiB   to transcode from
   expert cache           6.9 GiB   2480 of 6144 experts (40 %)
 speed     - tok/s decode, 148.0 tok/s prefill
-experts   hit rate 0.83, 1500 in 2480 slots
+experts   hit rate 0.83, 1500 of 6144 in memory, room for 2480
 drive     0.00 GB/s, 11.4 GB read
 requests  0 running of 4 at once, 0 waiting
 KV        18 of 512 blocks in use, 40 kept for later

@@ -8,9 +8,11 @@ from tests.models.tiny import qwen3_moe, write_model
 from tests.prompt.tokenizers_for_tests import CHATML, byte_level_json, write_tokenizer
 
 
-def write_chat_model(directory: Path, *, chat_template: str | None = CHATML) -> Path:
+def write_chat_model(
+    directory: Path, *, chat_template: str | None = CHATML, context_tokens: int = 256
+) -> Path:
     """The model's vocabulary is padded beyond its tokenizer's, as hubs' are."""
-    write_model(directory, qwen3_moe(vocab_size=512, max_position_embeddings=256), seed=3)
+    write_model(directory, qwen3_moe(vocab_size=512, max_position_embeddings=context_tokens), seed=3)
     config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     if chat_template is not None:
         config["chat_template"] = chat_template

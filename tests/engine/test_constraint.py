@@ -16,7 +16,7 @@ import pytest
 import tokenizers
 
 from argosy import Engine, SamplingParams
-from argosy.config import Grammar
+from argosy.config import Grammar, Trigger
 from argosy.engine.constraint import (
     MAX_GRAMMAR_CHARACTERS,
     MAX_REGEX_CHARACTERS,
@@ -201,7 +201,7 @@ def test_an_answer_is_free_until_its_trigger_token() -> None:
     tokenizer = byte_level()
     compiler = GrammarCompiler(tokenizer, vocab_size=VOCAB, end_ids=tokenizer.eos_ids)
     call = id_of(tokenizer, "<tool_call>")
-    constraint = compiler.compile(Grammar(kind="regex", text="[0-9]+", trigger=call))
+    constraint = compiler.compile(Grammar(kind="regex", text="[0-9]+", trigger=Trigger((call,))))
     assert constraint.allowed() is None
     assert all(feed(constraint, tokenizer, "a", "1", "<think>"))
     assert constraint.allowed() is None
@@ -219,7 +219,7 @@ def test_a_trigger_may_lie_across_tokens_and_its_last_may_go_on_with_the_grammar
     words = [w for w in tokenizer.token_bytes(VOCAB) if len(w) == 2 and w.isalpha() and w.isascii()]
     two = words[0].decode()  # a token of two letters, of which the first ends the trigger
     for pattern, taken in ((f"{two[1]}z", True), ("z", False)):
-        constraint = compiler.compile(Grammar(kind="regex", text=pattern, trigger=f"<<{two[0]}"))
+        constraint = compiler.compile(Grammar(kind="regex", text=pattern, trigger=Trigger((f"<<{two[0]}",))))
         assert all(feed(constraint, tokenizer, "<", "<", "<"))
         assert constraint.allowed() is None
         assert feed(constraint, tokenizer, two) == [taken]
@@ -237,7 +237,7 @@ def test_the_sampler_chooses_again_where_a_token_breaks_the_grammar_behind_the_t
     compiler = GrammarCompiler(tokenizer, vocab_size=VOCAB, end_ids=tokenizer.eos_ids)
     written = tokenizer.token_bytes(VOCAB)
     two = next(w for w in written if len(w) == 2 and w.isalpha() and w.isascii())
-    constraint = compiler.compile(Grammar(kind="regex", text="z", trigger=two[:1].decode()))
+    constraint = compiler.compile(Grammar(kind="regex", text="z", trigger=Trigger((two[:1].decode(),))))
     logits = np.zeros(VOCAB, np.float32)
     logits[written.index(two)], logits[written.index(two[:1])] = 9.0, 8.0
     sampler, state = Sampler(), SamplerState([1], 0)
@@ -352,6 +352,7 @@ BOMBS = {
     "options": Grammar(kind="lark", text='%llguidance {"no_forcing": false}\nstart: /(a{1000}){1000}/'),
     "no start": Grammar(kind="lark", text='begin: "a"'),
     "long": Grammar(kind="lark", text='start: "' + "a" * MAX_GRAMMAR_CHARACTERS + '"'),
+    "longer than all room": Grammar(kind="lark", text='start: "' + "a" * 3 * MAX_GRAMMAR_CHARACTERS + '"'),
 }
 
 
@@ -494,7 +495,9 @@ def test_an_engine_that_was_not_made_for_grammars_says_so(directory: Path) -> No
     with Engine(directory, memory="2GiB", threads=1, grammars=True) as engine:
         assert engine.plan.process_bytes > plain + (60 << 20)
         with pytest.raises(GrammarError, match="the trigger is token 640"):
-            engine.generate([1], SamplingParams(grammar=Grammar(kind="json_object", trigger=VOCAB)))
+            engine.generate(
+                [1], SamplingParams(grammar=Grammar(kind="json_object", trigger=Trigger((VOCAB,))))
+            )
 
 
 def test_a_grammar_says_what_it_is() -> None:
@@ -502,7 +505,6 @@ def test_a_grammar_says_what_it_is() -> None:
         ({"kind": "ebnf", "text": "x"}, "unknown kind of grammar 'ebnf'"),
         ({"kind": "regex"}, "kind 'regex' needs a text"),
         ({"kind": "json_object", "text": "x"}, "kind 'json_object' needs no text"),
-        ({"kind": "regex", "text": "x", "trigger": ""}, "a trigger must hold at least one character"),
     ):
         with pytest.raises(UsageError, match=sentence):
             Grammar(**values)

@@ -89,6 +89,20 @@ def require_nothing_left(engine: Engine) -> None:
     assert engine._store.pending() == 0
 
 
+def test_the_facts_say_how_many_experts_are_in_memory_of_how_many(loop: EngineLoop) -> None:
+    def experts() -> tuple[int, int, int]:
+        facts = loop.snapshot().engine
+        return facts.num_resident, facts.expert_slots, facts.num_experts
+
+    total = 3 * 8
+    assert experts() == (0, 4, total)
+    heard = Heard()
+    loop.submit(PROMPT, SHORT, heard)
+    heard.wait()
+    wait_until(lambda: is_idle(loop))
+    assert experts() == (4, 4, total)
+
+
 def test_a_request_hears_of_its_prompt_then_of_each_token_then_of_its_end(
     loop: EngineLoop, engine: Engine
 ) -> None:

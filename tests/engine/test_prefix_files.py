@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from argosy.config import KvDir
+from argosy.engine import prefix_files
 from argosy.engine.kv_cache import BlockContent
 from argosy.engine.prefix_files import PrefixFiles
 from argosy.errors import UsageError
@@ -117,6 +119,32 @@ def test_several_are_read_in_order_and_each_stays_while_it_is_looked_at(files: P
     next(reading)
     reading.close()  # type: ignore[attr-defined]
     assert is_whole(files, content(8))
+
+
+def test_four_are_read_at_once_and_of_large_states_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wide_open(state_bytes: int) -> PrefixFiles:
+        return PrefixFiles(
+            KvDir(path=tmp_path), identity=IDENTITY, block_bytes=BLOCK_BYTES, state_bytes=state_bytes
+        )
+
+    files = wide_open(state_bytes=100_000)
+    contents = [content(number) for number in range(8)]
+    write(files, *contents)
+    write(files, *contents[:3], kind="state")
+    assert len(files._reading) == 106_496  # the room of one state, or of many blocks
+    together, read_one = threading.Barrier(4), prefix_files._read_into
+
+    def read_with_others(path: Path, size: int, buffer: Any) -> bool:
+        if path.suffix == ".kv":
+            together.wait(timeout=10)  # breaks unless three others read meanwhile
+        return read_one(path, size, buffer)
+
+    monkeypatch.setattr(prefix_files, "_read_into", read_with_others)
+    assert [int(payload[0]) for payload in files.read("kv", contents)] == list(range(8))
+    assert [int(payload[-1]) for payload in files.read("state", contents[:3])] == [0, 1, 2]
+    files.close()
 
 
 def test_directories_and_files_are_ours_alone_and_names_tell_nothing(tmp_path: Path) -> None:
@@ -274,15 +302,28 @@ def test_a_drive_that_refuses_costs_nothing_but_the_reuse(
     assert is_whole(files, content(2))
 
 
-def test_a_tenant_can_be_forgotten_and_others_stay(files: PrefixFiles) -> None:
+def test_a_tenant_can_be_forgotten_and_others_stay(tmp_path: Path) -> None:
+    files = open_files(tmp_path)
     write(files, content(1, "a"), content(2, "a"), content(3, "b"))
     files.offer("kv", content(4, "a"), lambda to: None)
     files.forget("a")
+    assert not files.has("kv", content(1, "a"))
+    files.close()  # what is on its way has come
     assert [files.has("kv", content(i, t)) for i, t in ((1, "a"), (2, "a"), (4, "a"), (3, "b"))] == [
         False, False, False, True,
     ]  # fmt: skip
-    assert len(list(files._root.rglob("*.kv"))) == 1
+    assert len(list(tmp_path.rglob("*.kv"))) == 1
     assert files.num_bytes == files.file_bytes("kv")
+
+
+def test_tenants_that_are_not_known_any_more_are_forgotten(tmp_path: Path) -> None:
+    files = open_files(tmp_path)
+    write(files, content(1, "a"), content(2, "b"), content(3, "c"))
+    files.close()
+    files = open_files(tmp_path)
+    files.forget_others(["", "b"])
+    files.close()
+    assert [path.stem for path in tmp_path.rglob("*.kv")] == ["02" * 32]
 
 
 WRITE_FOR_EVER = """

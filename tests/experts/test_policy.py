@@ -124,7 +124,7 @@ def test_slots_are_filled_before_anything_leaves(
     for layer, experts, is_scan in asked:
         lease(policy, layer, experts, is_scan=is_scan)
         seen |= {(layer, expert) for expert in experts}
-        assert len(policy.resident()) == min(num_slots, len(seen))
+        assert len(policy.resident()) == policy.num_resident == min(num_slots, len(seen))
 
 
 def test_the_least_recently_used_expert_leaves_first() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from argosy.errors import UsageError
 from argosy.guard.keys import LOCAL, Key
-from argosy.guard.limits import Limits, TooMany
+from argosy.guard.limits import Limits, TooMany, UseFile
 
 
 class Clock:
@@ -37,7 +39,7 @@ def test_a_minute_s_requests_may_come_at_once_and_then_as_the_minute_passes(cloc
     limits, one = Limits(clock), key(requests_per_minute=3)
     for _ in range(3):
         limits.begin(one)
-        limits.end(one, 0)
+        limits.end(one)
     assert refused_for(limits, one) == 20
     clock.now += 19.9
     assert refused_for(limits, one) == 1
@@ -50,16 +52,19 @@ def test_no_more_requests_run_at_once_than_may(clock: Clock) -> None:
     limits.begin(one)
     limits.begin(one)
     refused_for(limits, one)
-    limits.end(one, 5)
+    limits.count(one, 5)
+    limits.end(one)
     limits.begin(one)
 
 
 def test_a_day_s_tokens_end_with_the_answer_that_uses_them_up(clock: Clock) -> None:
     limits, one = Limits(clock), key(tokens_per_day=100)
     limits.begin(one)
-    limits.end(one, 99)
+    limits.count(one, 99)
+    limits.end(one)
     limits.begin(one)
-    limits.end(one, 50)
+    limits.count(one, 50)
+    limits.end(one)
     clock.now += 3600
     assert refused_for(limits, one) == 86_400 - 3600
     clock.now += 86_400 - 3600
@@ -71,7 +76,7 @@ def test_a_refused_request_uses_nothing_and_keys_do_not_share(clock: Clock) -> N
     limits.begin(one)
     for _ in range(5):
         refused_for(limits, one)
-    limits.end(one, 0)
+    limits.end(one)
     limits.begin(one)  # the second of the minute
     limits.begin(replace(one, id="other"))
 
@@ -80,4 +85,90 @@ def test_a_key_without_limits_is_never_refused(clock: Clock) -> None:
     limits, one = Limits(clock), key()
     for _ in range(1000):
         limits.begin(one)
-        limits.end(one, 10**6)
+        limits.count(one, 10**6)
+        limits.end(one)
+
+
+def test_a_clock_that_is_set_back_locks_nobody_out(clock: Clock) -> None:
+    limits, one = Limits(clock), key(tokens_per_day=10, requests_per_minute=1)
+    limits.begin(one)
+    limits.count(one, 10)
+    limits.end(one)
+    clock.now -= 1e6
+    refused_for(limits, one)
+    clock.now += 60
+    limits.begin(one)
+
+
+# ── counts that outlive the process ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "keys.json.use"
+
+
+def reopened(limits: Limits, path: Path, clock: Clock, *known: str) -> Limits:
+    limits.close()
+    return Limits(clock, file=UseFile(path), known=known)
+
+
+def test_the_next_process_goes_on_counting_where_this_one_was_and_lets_go_of_what_ran(
+    clock: Clock, path: Path
+) -> None:
+    one = key(tokens_per_day=100, requests_per_minute=2, concurrent_requests=1)
+    limits = Limits(clock, file=UseFile(path))
+    limits.begin(one)
+    limits.count(one, 60)  # and it is killed in the middle of the answer
+    limits = reopened(limits, path, clock, "k")
+    limits.begin(one)
+    limits.count(one, 40)
+    limits = reopened(limits, path, clock, "k")
+    clock.now += 3600
+    assert refused_for(limits, one) == 86_400 - 3600
+    limits.close()
+
+
+def test_a_minute_s_requests_are_not_given_again_by_a_restart(clock: Clock, path: Path) -> None:
+    one = key(requests_per_minute=1)
+    limits = Limits(clock, file=UseFile(path))
+    limits.begin(one)
+    limits = reopened(limits, path, clock, "k")
+    clock.now += 30
+    assert refused_for(limits, one) == 30
+    limits.close()
+
+
+def test_counts_of_a_key_that_is_gone_are_forgotten_now_and_by_the_next_process(
+    clock: Clock, path: Path
+) -> None:
+    gone, also_gone, stays = (replace(LOCAL, id=name) for name in "abc")
+    limits = Limits(clock, file=UseFile(path))
+    for one in (gone, also_gone, stays):
+        limits.begin(one)
+        limits.count(one, 5)
+    limits.save()
+    limits.forget("a")
+    limits.count(gone, 5)  # the last token of what still ran
+    limits.end(gone)
+    limits = reopened(limits, path, clock, "a", "c")
+    assert limits._uses.keys() == {"c"}
+    limits.close()
+    file = UseFile(path)
+    assert file.read().keys() == {"c"}
+    file.close()
+
+
+def test_a_file_of_counts_is_its_owner_s_alone_and_one_server_s_at_a_time(path: Path) -> None:
+    file = UseFile(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(UsageError, match="in use by another server"):
+        UseFile(path)
+    file.close()
+    UseFile(path).close()
+
+
+def test_what_is_no_file_of_counts_is_refused_with_a_way_out(path: Path) -> None:
+    path.write_text("half a page of something else" * 100)
+    with pytest.raises(UsageError, match=r"(?s)not a file of counts of version 1.*remove it"):
+        UseFile(path)

@@ -12,7 +12,7 @@ from llguidance import LLMatcher, LLTokenizer
 from argosy.errors import UsageError
 from argosy.prompt.formats import Format, ToolCallBegin, collect, find_format
 from argosy.prompt.prompt import Prompt
-from argosy.prompt.tools import Tool, check_tools, tool_named
+from argosy.prompt.tools import Tool, check_tools
 from tests.prompt.families import FAMILIES, TOOLS, Family
 
 CALLING = [name for name in FAMILIES if name != "chatml"]
@@ -127,8 +127,8 @@ def test_parallel_calls_are_taken_only_where_they_are_allowed(name: str) -> None
 @pytest.mark.parametrize("name", CALLING)
 def test_only_the_chosen_tool_can_be_called(name: str) -> None:
     form = format_of(name)
-    assert takes(name, form.grammar(CHECKED, WEATHER), ONE[name])
-    refuses_at(name, form.grammar(CHECKED, CLOCK), ONE[name])
+    assert takes(name, form.grammar((WEATHER,)), ONE[name])
+    refuses_at(name, form.grammar((CLOCK,)), ONE[name])
 
 
 @pytest.mark.parametrize("name", CALLING)
@@ -316,11 +316,16 @@ def test_a_builder_makes_the_grammar_of_its_prompt() -> None:
     prompt = builder.build(
         [{"role": "user", "content": "x"}], tools=TOOLS, variables={"enable_thinking": False}
     )
-    grammar = builder.grammar(prompt, TOOLS, "clock")
-    assert takes("qwen3", grammar, '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>')
-    assert grammar == format_of("qwen3").grammar(CHECKED, tool_named(CHECKED, "clock"), prompt=prompt)
-    with pytest.raises(UsageError, match="tool_choice names 'x'"):
-        builder.grammar(prompt, TOOLS, "x")
+    grammar = builder.grammar(prompt, TOOLS[1:], must_call=True)
+    assert grammar is not None
+    assert takes("qwen3", grammar.text, '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>')
+    assert grammar.text == format_of("qwen3").grammar((CLOCK,), prompt=prompt)
+    assert not grammar.is_lenient
+    assert builder.grammar(prompt) is None
+    lazy = builder.grammar(prompt, TOOLS)
+    assert lazy is not None
+    assert lazy.is_lenient
+    assert lazy.trigger is not None
     parser = builder.parser(prompt, TOOLS)
     events = parser.push(None, "Hi")
     assert not any(isinstance(event, ToolCallBegin) for event in events)

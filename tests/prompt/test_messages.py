@@ -290,3 +290,17 @@ def test_a_value_is_copied() -> None:
     assert json.dumps(checked) == json.dumps(schema)
     assert checked["properties"] is not schema["properties"]
     assert isinstance(check_tools([WEATHER])[0], Tool)
+
+
+def test_copies_that_a_client_makes_of_what_is_there_count_as_absent() -> None:
+    function = {"name": "f", "arguments": "{}"}
+
+    def turns(copied: dict[str, object], **more: object) -> tuple[Turn, ...]:
+        call = {"id": "c", "type": "function", "function": function | copied}
+        said = {"role": "assistant", "content": "x", "tool_calls": [call], **more}
+        return check_messages([said, {"role": "tool", "tool_call_id": "c", "content": "y"}])
+
+    plain = turns({})
+    assert turns({"parsed_arguments": {"a": 1}}, parsed={"b": 2}, annotations=[], refusal=None) == plain
+    with pytest.raises(UsageError, match="unknown key 'annotations'"):
+        turns({}, annotations=[{"type": "url_citation"}])

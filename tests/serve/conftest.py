@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -20,6 +21,7 @@ from argosy.serve.app import make_app
 from argosy.serve.core import ModelFacts, Service
 from argosy.serve.run import uvicorn_config
 from tests.cli.tiny_chat_model import write_chat_model
+from tests.serve.speaking import speaking, write_speaking_model
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +33,12 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def service(engine: Engine) -> Iterator[Service]:
+    with serving(engine) as service:
+        yield service
+
+
+@contextmanager
+def serving(engine: Engine) -> Iterator[Service]:
     config = engine.config
     facts = ModelFacts(
         id="tiny", family=config.family, context_tokens=engine.plan.context_tokens, num_layers=len(config.layers),
@@ -49,9 +57,11 @@ def start(app: Any) -> Iterator[str]:
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.fixture(scope="session")
@@ -62,4 +72,27 @@ def url(service: Service) -> Iterator[str]:
 @pytest.fixture
 def client(url: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def speaking_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Of a model that says what `speaking.py` has it say."""
+    model = write_speaking_model(tmp_path_factory.mktemp("speaking") / "model")
+    with (
+        speaking(),
+        Engine(model, memory="1GiB", threads=2, grammars=True, max_waiting=64) as engine,
+        serving(engine) as service,
+    ):
+        yield service
+
+
+@pytest.fixture(scope="session")
+def speaking_url(speaking_service: Service) -> Iterator[str]:
+    yield from start(make_app(speaking_service, KeyRing(None), block_tokens=16, max_sequences=8))
+
+
+@pytest.fixture
+def speaker(speaking_url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=speaking_url, timeout=60) as client:
         yield client

@@ -115,6 +115,7 @@ class FakeServer(ThreadingHTTPServer):
             },
             "speed": {"decode_tok_per_s": 11.4 if self.running else None, "prefill_tok_per_s": 148.0},
             "experts": {
+                "total": 48 * experts,
                 "slots": slots,
                 "resident": resident,
                 "hit_rate": 0.83,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 import time
@@ -18,6 +19,7 @@ from argosy.serve.core import Service
 from argosy.serve.run import require_keys
 from tests.serve.conftest import start
 
+JSON = {"content-type": "application/json"}
 ASK = {"messages": [{"role": "user", "content": "canary-71d"}], "max_tokens": 2}
 
 
@@ -59,6 +61,25 @@ def test_a_key_has_its_scope_its_rate_and_an_end(keyed: tuple[str, str], keys: K
     keys.revoke("one")
     time.sleep(1.1)
     assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 401
+
+
+def test_who_hangs_up_has_used_the_tokens_that_were_made(keyed: tuple[str, str], keys: KeyFile) -> None:
+    url, _ = keyed
+    _, secret = keys.add("quota", tokens_per_day=12)
+    time.sleep(1.1)
+    headers = {"Authorization": f"Bearer {secret}"}
+    ask = {"prompt": "abc", "max_tokens": 200, "stream": True, "logit_bias": {"2": -100, "0": -100}}
+    with httpx.stream("POST", f"{url}/v1/completions", json=ask, headers=headers) as answer:
+        assert answer.status_code == 200
+        lines = (line for line in answer.iter_lines() if line)
+        for _ in range(12):
+            next(lines)
+    until = time.monotonic() + 10
+    small = {"content": "a"}  # counts as a request, and takes no tokens
+    while (again := httpx.post(f"{url}/tokenize", json=small, headers=headers)).status_code == 200:
+        assert time.monotonic() < until
+    assert again.status_code == 429
+    assert "12 tokens a day" in again.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +140,9 @@ def test_nothing_that_anyone_says_is_logged(client: httpx.Client, caplog: pytest
 def test_the_state_has_what_the_page_reads_and_metrics_name_no_expert(client: httpx.Client) -> None:
     state = client.get("/v1/engine/state").json()
     assert state.keys() == {"model", "memory", "speed", "experts", "queue", "kv", "heat", "privacy"}
+    experts = state["experts"]
+    assert (experts["total"], experts["slots"], experts["resident"]) == (18, 18, 18)
+    assert "argosy_experts_resident 18.0" in client.get("/metrics").text
     assert "argosy_requests_total" in client.get("/metrics").text
     assert 'expert="' not in client.get("/metrics").text
     page = client.get("/")
@@ -152,3 +176,24 @@ def test_a_client_that_does_not_finish_its_head_or_its_body_is_cut_off(
     assert raw(url, b"GET /health HTTP/1.1\r\nHo") == b""
     head = b"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     assert raw(url, head + b"Content-Length: 50\r\n\r\n{").startswith(b"HTTP/1.1 408")
+
+
+def test_bodies_of_all_requests_together_are_bounded_and_room_comes_back(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("argosy.serve.gate.MAX_HELD_BYTES", 2000)
+    size = {"content": "a" * 900}
+    for _ in range(5):  # one after the other
+        assert client.post("/tokenize", json=size).status_code == 200
+    refused = client.post("/tokenize", json={"content": "a" * 2000})
+    assert (refused.status_code, refused.headers["connection"]) == (503, "close")
+    assert int(refused.headers["retry-after"]) > 0
+    slow = {"prompt": "b" * 150, "max_tokens": 90, "stream": True, "logit_bias": {"2": -100, "0": -100}}
+    with client.stream(
+        "POST", "/v1/completions", content=json.dumps(slow).ljust(1500), headers=JSON
+    ) as answer:
+        assert answer.status_code == 200
+        assert client.post("/tokenize", json=size).status_code == 503
+    until = time.monotonic() + 10
+    while client.post("/tokenize", json=size).status_code != 200:
+        assert time.monotonic() < until

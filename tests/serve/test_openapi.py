@@ -23,7 +23,10 @@ from argosy.prompt.prompt import Prompt
 from argosy.serve.app import ROUTES, make_app
 from argosy.serve.core import Service
 from argosy.serve.fields import MAX_ANSWERS
+from argosy.serve.gate import AnthropicError, OpenAIError, dialect_of
 from argosy.serve.openapi import Route
+from argosy.serve.streams import DONE
+from tests.serve import record
 from tests.serve.conftest import start
 
 
@@ -42,6 +45,9 @@ class ShortLoop:
 
     def cancel(self, request: Any) -> None:
         self._loop.cancel(request)
+
+    def revoke(self, tenant: str) -> None:
+        self._loop.revoke(tenant)
 
     def snapshot(self) -> LoopFacts:
         facts: LoopFacts = self._loop.snapshot()
@@ -89,8 +95,8 @@ SAY = [{"role": "user", "content": "Hi"}]
             "/v1/chat/completions",
             {"messages": SAY, "n": 2, "logprobs": True, "top_logprobs": 1, "timings": True},
         ),
-        ("/v1/completions", {"prompt": ["a", "b"], "logprobs": 2, "echo": True}),
-        ("/v1/responses", {"input": "Hi", "max_output_tokens": 3}),
+        ("/v1/completions", {"prompt": ["a", "b"], "logprobs": 2, "timings": True}),
+        ("/v1/responses", {"input": "Hi", "max_output_tokens": 3, "top_logprobs": 1}),
         ("/v1/messages", {"messages": SAY, "max_tokens": 3}),
     ],
 )
@@ -100,7 +106,6 @@ def test_answers_and_events_are_what_the_document_says(
     more = {} if "max_output_tokens" in body else {"max_tokens": 3}
     if "completions" in path:
         more |= {"stream_options": {"include_usage": True}}
-    if "chat" in path:
         more |= {"return_progress": True}
     whole = client.post(path, json=body | more).json()
     TypeAdapter(route_of(path).answer).validate_python(whole, strict=True)
@@ -112,6 +117,22 @@ def test_answers_and_events_are_what_the_document_says(
     assert len(data) > 3
     for text in data:
         events.validate_python(json.loads(text), strict=True)
+
+
+@pytest.mark.parametrize("name", record.CASES)
+def test_a_transcript_is_what_the_document_says(name: str) -> None:
+    transcript = record.load(name)
+    route = route_of(transcript["request"]["path"])
+    if transcript["status"] != 200:
+        refused = AnthropicError if dialect_of(route.policy.path) == "anthropic" else OpenAIError
+        TypeAdapter(refused).validate_python(transcript["body"], strict=True)
+    elif "body" in transcript:
+        TypeAdapter(route.answer).validate_python(transcript["body"], strict=True)
+    for event in transcript.get("events", ()):
+        if event["data"] != DONE:
+            TypeAdapter(route.events).validate_python(event["data"], strict=True)
+        else:
+            assert route.has_done
 
 
 NUM_CASES = 1500

@@ -41,6 +41,26 @@ def test_echo_scores_a_prompt_as_the_engine_does(
     assert choices[0]["text"].startswith("The quick brown fox")
 
 
+def test_a_tokenizer_is_spoken_to_as_llama_cpp_and_vllm_have_it(
+    client: httpx.Client, service: Service
+) -> None:
+    text = "The quick brown fox"
+    ours = client.post("/tokenize", json={"content": text, "add_special": False}).json()
+    theirs = client.post(
+        "/tokenize", json={"prompt": text, "add_special_tokens": False, "model": "tiny"}
+    ).json()
+    assert ours == theirs
+    assert ours["count"] == len(ours["tokens"])
+    assert ours["max_model_len"] == service.model.context_tokens
+    for body in ({}, {"content": text, "prompt": text}):
+        assert client.post("/tokenize", json=body).json()["error"]["param"] == "content"
+    back = client.post("/detokenize", json={"tokens": ours["tokens"]}).json()
+    assert back == {"content": text, "prompt": text}
+    info = client.get("/tokenizer_info").json()
+    assert info["eos_token"] == "<|im_end|>"
+    assert "<|im_start|>" in info["chat_template"]
+
+
 def wait_for(done: list[Any]) -> bool:
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and not (done and hasattr(done[-1], "result")):
@@ -113,5 +133,8 @@ def test_the_official_client_reads_responses(url: str) -> None:
             kinds = [event.type for event in stream]
         assert whole.output_text
         assert kinds[-1] == "response.incomplete"
+        counted = client.responses.input_tokens.count(model="tiny", input="How are you?")
+        assert whole.usage is not None
+        assert counted.input_tokens == whole.usage.input_tokens
         with pytest.raises(openai.BadRequestError):
             client.responses.create(model="tiny", input="x", previous_response_id="resp_1")

@@ -1,13 +1,24 @@
-"""The page in a real browser: headless Chromium against a small server, under the page's own content policy."""
+"""The page in a real browser: headless Chromium, under the page's own content policy.
+
+A small server that says what a test wants stands behind it; at the end the real one, with a tiny model.
+"""
 
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from argosy.engine.engine import Engine
+from argosy.guard.keys import KeyRing
+from argosy.serve.app import make_app
+from tests.cli.tiny_chat_model import write_chat_model
+from tests.serve.conftest import serving, start
 from tests.serve.fake_server import FakeServer, fake_server
 
 selenium = pytest.importorskip("selenium", reason="selenium is not installed: pip install 'argosy[browser]'")
@@ -28,12 +39,14 @@ PATIENCE_S = 20
 class Browser:
     """What a person does with the page, and what they see."""
 
-    def __init__(self, driver: webdriver.Chrome, server: FakeServer) -> None:
+    server: FakeServer  # behind all tests but those of the real one
+
+    def __init__(self, driver: webdriver.Chrome, url: str) -> None:
         self.driver = driver
-        self.server = server
+        self.url = url
 
     def open(self, path: str = "/") -> None:
-        self.driver.get(self.server.url + path)
+        self.driver.get(self.url + path)
         self.until(lambda: self.text("#connection") == "connected")
 
     def one(self, selector: str) -> WebElement:
@@ -98,7 +111,8 @@ def driver() -> Iterator[webdriver.Chrome]:
 @pytest.fixture
 def browser(driver: webdriver.Chrome) -> Iterator[Browser]:
     with fake_server() as server:
-        browser = Browser(driver, server)
+        browser = Browser(driver, server.url)
+        browser.server = server
         browser.complaints()  # of the test before
         yield browser
         driver.get("about:blank")
@@ -384,6 +398,61 @@ def test_the_privacy_state_is_one_line(browser: Browser) -> None:
     browser.open()
     browser.until(lambda: browser.text("#privacy"))
     assert browser.text("#privacy").startswith("Nothing that is said is logged. Routing traces are off.")
+
+
+# The real server
+
+
+@pytest.fixture
+def real(driver: webdriver.Chrome, tmp_path: Path) -> Iterator[Browser]:
+    """The page of the real server: a tiny model, a third of its experts in memory at most."""
+    model = write_chat_model(tmp_path / "model", context_tokens=4096)
+    with (
+        Engine(model, memory="1GiB", threads=1, expert_slots=EXPERT_SLOTS, max_sequences=2) as engine,
+        serving(engine) as service,
+        contextmanager(start)(make_app(service, KeyRing(None), block_tokens=16, max_sequences=2)) as url,
+    ):
+        browser = Browser(driver, url)
+        browser.complaints()  # of the test before
+        yield browser
+        driver.get("about:blank")
+
+
+EXPERT_SLOTS, NUM_EXPERTS = 4, 18
+
+
+def test_a_conversation_with_the_real_server_moves_its_memory_and_its_heat_map(real: Browser) -> None:
+    real.open()
+    real.until(lambda: real.text("#memory-total"))
+    assert real.text("#resident") == f"0 of {NUM_EXPERTS}, room for {EXPERT_SLOTS}"
+    assert not real.one("#heat").is_displayed()  # what a few tokens chose would tell which they were
+    real.one("#open-settings").click()
+    real.one("#max-tokens").send_keys("100", Keys.ENTER)
+    empty = drawn(real)
+
+    talk(real, "hello there", until=lambda: real.one("#heat").is_displayed())
+    real.until(lambda: real.text("#resident") == f"{EXPERT_SLOTS} of {NUM_EXPERTS}, room for {EXPERT_SLOTS}")
+    assert drawn(real)[0] != empty[0]
+    assert "3 layers of 6 experts" in real.one("#heat-map").get_attribute("aria-label")
+    assert real.text("#answer-facts").startswith("Tokens")
+    picture = "return document.getElementById('heat-map').toDataURL()"
+    before = real.script(picture)
+    talk(real, "and again", until=lambda: real.script(picture) != before)
+    assert real.complaints() == []
+
+
+def talk(browser: Browser, text: str, *, until: Callable[[], object]) -> None:
+    """Say it, wait for the answer, and say it again until something has become so."""
+    for _ in range(20):
+        turns = len(browser.all(".turn"))
+        browser.say(text)
+        browser.until(lambda turns=turns: len(browser.all(".turn")) == turns + 2)
+        browser.wait_for_the_answer()
+        browser.until(lambda: browser.one("#send").is_displayed())
+        time.sleep(0.6)  # the state comes twice a second
+        if until():
+            return
+    raise AssertionError("twenty answers have changed nothing")
 
 
 # Keys, keyboard, addresses

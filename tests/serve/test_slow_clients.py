@@ -69,7 +69,7 @@ def wait_until_free(service: Service) -> None:
 def test_who_does_not_read_a_stream_is_cut_off_and_holds_nobody_up(
     url: str, client: httpx.Client, service: Service, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    monkeypatch.setattr("argosy.serve.run.READ_STALL_S", 0.5)
+    monkeypatch.setattr("argosy.serve.run.STUCK_S", 0.5)
     monkeypatch.setattr("argosy.serve.run._SEND_BUFFER_BYTES", 4096)
     with asked(url, path, STREAMS[path] | {"stream": True}) as connection:
         began = time.monotonic()
@@ -105,7 +105,7 @@ def rest_of_stream(connection: socket.socket) -> str:
 
 
 def test_who_does_not_read_a_whole_answer_is_cut_off(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("argosy.serve.run.READ_STALL_S", 0.3)
+    monkeypatch.setattr("argosy.serve.run.STUCK_S", 0.3)
     with asked(url, "/detokenize", {"tokens": [40] * 400_000}) as connection:
         time.sleep(1.5)
         found = rest(connection)
@@ -116,7 +116,7 @@ def test_who_does_not_read_a_whole_answer_is_cut_off(url: str, monkeypatch: pyte
 
 
 def test_who_reads_slowly_and_steadily_is_not_cut_off(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("argosy.serve.run.READ_STALL_S", 0.2)
+    monkeypatch.setattr("argosy.serve.run.STUCK_S", 0.2)
     monkeypatch.setattr("argosy.serve.run._SEND_BUFFER_BYTES", 4096)
     with asked(url, "/detokenize", {"tokens": [40] * 200_000}) as connection:
         found = b""

@@ -1,15 +1,20 @@
-"""Streams end what they began, also when nobody is there to hear the first event."""
+"""Streams end what they began, also when nobody is there to hear the first event, or to read the last."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import pytest
 from starlette.requests import Request
 
 from argosy.serve.gate import GoneAway
 from argosy.serve.streams import EventStream, until_gone
+from tests.serve.conftest import start
 
 
 async def _endless() -> AsyncIterator[bytes]:
@@ -48,3 +53,92 @@ def test_a_whole_answer_whose_client_is_gone_is_closed() -> None:
 
     asyncio.run(asyncio.wait_for(ask(), 10))
     assert closed == [True, False]
+
+
+def sent_by(stream: EventStream) -> list[bytes]:
+    """Bodies of the messages, until the stream has ended."""
+    bodies: list[bytes] = []
+
+    async def send(message: Any) -> None:
+        bodies.append(message.get("body", b"the head"))
+
+    async def receive() -> Any:
+        await asyncio.sleep(3600)
+
+    asyncio.run(asyncio.wait_for(stream({"type": "http"}, receive, send), 10))  # type: ignore[arg-type]
+    return bodies
+
+
+def test_a_stream_that_waits_says_that_it_is_alive_and_one_that_speaks_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("argosy.serve.streams.KEEP_ALIVE_S", 0.3)
+
+    async def parts() -> AsyncIterator[bytes]:
+        for number in range(10):
+            yield b"%d" % number
+            await asyncio.sleep(0.04)
+        await asyncio.sleep(0.5)
+        yield b"late"
+
+    sent = sent_by(EventStream(parts()))
+    assert sent[:11] == [b"the head", *(b"%d" % number for number in range(10))]
+    assert set(sent[11:-2]) == {b": keep-alive\n\n"}
+    assert sent[-2:] == [b"late", b""]
+
+
+def test_a_client_that_takes_nothing_of_its_answer_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("argosy.serve.run.STUCK_S", 0.3)
+    size, heard, has_heard = 64 << 20, list[str](), threading.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * size, "more_body": True})
+        await receive()
+        heard.append((await receive())["type"])
+        has_heard.set()
+
+    for url in start(app):
+        host, _, port = url.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port)), timeout=10) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert has_heard.wait(10)
+            assert heard == ["http.disconnect"]
+            received = 0
+            with contextlib.suppress(ConnectionResetError):
+                while part := client.recv(1 << 20):
+                    received += len(part)
+            assert received < size
+
+
+@pytest.mark.parametrize("num_turns", range(12))
+def test_a_client_that_goes_while_events_come_one_after_the_other_ends_the_stream(num_turns: int) -> None:
+    """Whenever it goes, told in turns of the loop: a cancellation must not get lost with the end of a write."""
+    closed: list[bool] = []
+    num_sent = asyncio.run(asyncio.wait_for(_leave(num_turns, lambda: closed.append(True)), 20))
+    assert num_sent < 50
+    assert closed == [True]
+
+
+async def _leave(num_turns: int, close: Callable[[], None]) -> int:
+    """How many events were sent to a client that went so many turns of the loop after the tenth."""
+    gone, count = asyncio.Event(), 0
+
+    async def parts() -> AsyncIterator[bytes]:
+        for _ in range(1000):
+            yield b"data: 1\n\n"
+
+    async def send(_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 10:
+            gone.set()
+
+    async def receive() -> dict[str, str]:
+        await gone.wait()
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        return {"type": "http.disconnect"}
+
+    await EventStream(parts(), close)({"type": "http"}, receive, send)  # type: ignore[arg-type]
+    return count

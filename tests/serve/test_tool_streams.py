@@ -23,7 +23,6 @@ from argosy.prompt.formats.events import (
 from argosy.serve.anthropic_messages import Event as MessagesEvent
 from argosy.serve.anthropic_messages import _Messages
 from argosy.serve.core import Ended, Said
-from argosy.serve.gate import Caller
 from argosy.serve.openai_chat import ChatBody, ChatChunk, _Chat
 from argosy.serve.openai_responses import Event as ResponsesEvent
 from argosy.serve.openai_responses import ResponsesBody, _Responses
@@ -46,7 +45,8 @@ SERVICE: Any = SimpleNamespace(model=SimpleNamespace(id="m"))
 class FakeAnswers:
     """An answer of EVENTS."""
 
-    num_prompt_tokens, num_new_tokens, num_cached_tokens, results = 5, 2, 3, (RESULT,)
+    num_prompt_tokens, num_new_tokens, num_cached_tokens, num_reasoning_tokens = 5, 2, 3, 1
+    results = (RESULT,)
 
     async def __aenter__(self) -> FakeAnswers:
         return self
@@ -77,7 +77,7 @@ def sent(dialect: Any, kind: Any) -> list[dict[str, Any]]:
 
 def test_chat_sends_id_and_name_before_arguments_and_keeps_the_index() -> None:
     body = ChatBody.model_validate({"messages": [{"role": "user", "content": ""}]})
-    events = sent(_Chat(SERVICE, body, FakeAnswers(), Caller(None)), ChatChunk)  # type: ignore[arg-type]
+    events = sent(_Chat(SERVICE, body, FakeAnswers()), ChatChunk)  # type: ignore[arg-type]
     calls = [call for event in events for call in event["choices"][0]["delta"].get("tool_calls", ())]
     assert [(call["index"], call.get("id"), call["function"]["arguments"]) for call in calls] == [
         (0, "call_a", ""), (0, None, '{"at":'), (0, None, "1}"), (1, "call_b", ""), (1, None, '{"at":2}'),
@@ -86,7 +86,7 @@ def test_chat_sends_id_and_name_before_arguments_and_keeps_the_index() -> None:
 
 
 def test_messages_has_one_block_for_each_call_and_drops_no_argument() -> None:
-    events = sent(_Messages(SERVICE, FakeAnswers(), Caller(None)), MessagesEvent)  # type: ignore[arg-type]
+    events = sent(_Messages(SERVICE, FakeAnswers()), MessagesEvent)  # type: ignore[arg-type]
     starts = [event["content_block"]["type"] for event in events if event["type"] == "content_block_start"]
     assert starts == ["thinking", "text", "tool_use", "tool_use"]
     assert [e["index"] for e in events if e["type"] == "content_block_stop"] == [0, 1, 2, 3]
@@ -99,7 +99,7 @@ def test_messages_has_one_block_for_each_call_and_drops_no_argument() -> None:
 
 def test_responses_sends_both_the_deltas_and_the_whole_of_arguments() -> None:
     body = ResponsesBody.model_validate({"input": "x"})
-    events = sent(_Responses(SERVICE, body, FakeAnswers(), Caller(None)), ResponsesEvent)  # type: ignore[arg-type]
+    events = sent(_Responses(SERVICE, body, FakeAnswers()), ResponsesEvent)  # type: ignore[arg-type]
     done = [e["arguments"] for e in events if e["type"] == "response.function_call_arguments.done"]
     assert done == ['{"at":1}', '{"at":2}']
     assert sum(e["type"] == "response.function_call_arguments.delta" for e in events) == 3

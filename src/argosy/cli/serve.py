@@ -28,6 +28,14 @@ from argosy.cli.options import engine_options, open_engine
     help="Time for what runs at the end.",
 )
 @click.option(
+    "--max-sequences",
+    default=16,
+    show_default=True,
+    type=click.IntRange(1, 1024),
+    metavar="N",
+    help="Answers that are made at once.",
+)
+@click.option(
     "--max-waiting", default=64, type=click.IntRange(0), metavar="N", help="Requests that may wait."
 )
 @click.option(
@@ -36,7 +44,7 @@ from argosy.cli.options import engine_options, open_engine
 @click.option("--keep-billing-line", is_flag=True, help="Leave Claude Code's line in its system prompt.")
 def serve(
     model: str, host: str, port: int, keys: Path | None, allow_host: tuple[str, ...], name: str | None,
-    drain: float, max_waiting: int, kv_dir: Path | None, keep_billing_line: bool, **options: Any,
+    drain: float, max_sequences: int, max_waiting: int, kv_dir: Path | None, keep_billing_line: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Serve a model over HTTP: the dialects of OpenAI and Anthropic, and a page at /.
 
@@ -55,7 +63,9 @@ def serve(
     if keys is not None:
         KeyFile(keys).read()
     settings = Settings.read(**{name: options.get(name) for name in Settings.__dataclass_fields__})
-    more = {"grammars": True, "max_waiting": max_waiting, "kv_dir": kv_dir}
+    more = {
+        "grammars": True, "max_sequences": max_sequences, "max_waiting": max_waiting, "kv_dir": kv_dir,
+    }  # fmt: skip
     with open_engine(model, settings, **more) as engine:
         run(
             engine, name or Path(model).name.removesuffix(".gguf"), host=host, port=port, keys=keys,

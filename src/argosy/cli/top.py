@@ -93,7 +93,8 @@ def _running_lines(state: dict[str, Any]) -> list[str]:
         f"speed     {_number(speed.get('decode_tok_per_s'), _rate)} tok/s decode,"
         f" {_number(speed.get('prefill_tok_per_s'), _rate)} tok/s prefill",
         f"experts   hit rate {_number(experts.get('hit_rate'), lambda rate: f'{rate:.2f}')},"
-        f" {_number(experts.get('resident'))} in {_number(experts.get('slots'))} slots",
+        f" {_number(experts.get('resident'))} of {_number(experts.get('total'))} in memory,"
+        f" room for {_number(experts.get('slots'))}",
         f"drive     {_number(experts.get('drive_bytes_per_s'), lambda speed: f'{speed / 1e9:.2f}')} GB/s,"
         f" {_number(experts.get('bytes_read'), lambda count: f'{count / 1e9:.1f}')} GB read",
         f"requests  {_number(queue.get('running'))} running of {_number(queue.get('max_sequences'))} at once,"

@@ -20,20 +20,28 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from weakref import WeakKeyDictionary
 
 import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
-from argosy.config import Grammar
-from argosy.errors import GrammarError, UsageError
+from argosy.config import Grammar, Trigger
+from argosy.errors import GrammarError, Overloaded, UsageError
 from argosy.prompt.tokenizer import Tokenizer
 
 MAX_GRAMMAR_CHARACTERS = 1 << 17
 MAX_REGEX_CHARACTERS = 1 << 10  # of an expression, also inside a schema
 MAX_NESTING = 64
 _MOST_COMPILED = 16
+# Of all that are kept or followed: 250 bytes of memory for a character were measured at most, with tools of agents.
+_MOST_CHARACTERS = 2 * MAX_GRAMMAR_CHARACTERS
+_LENIENT_SECONDS = (
+    1.0  # to find out which schemas of a lenient grammar can be followed; the others are dropped
+)
 
 # Forced text is not looked for: an expression can force more of it than memory holds, `(a{1000}){1000}`.
 _OPTIONS = '%llguidance {"no_forcing": true}\n'
@@ -50,6 +58,8 @@ _LIMITS = llguidance.LLParserLimits(
     verbose_errors=False,  # what was generated stays out of messages
 )
 
+_Key = tuple[str, str, str, bool]  # tenant, kind, text, whether it is lenient
+
 
 class Constraint:
     """One answer on its way through a grammar.
@@ -57,21 +67,28 @@ class Constraint:
     Args:
         matcher: of the grammar, at its beginning.
         vocabulary: what its tokens write.
-        trigger: the answer is free until this token id or these bytes are complete; None: it never is.
+        trigger: the answer is free until then; None: it never is.
+        is_lenient: a grammar that takes too much work lets go of its answer, instead of failing.
     """
 
     def __init__(
-        self, matcher: llguidance.LLMatcher, vocabulary: _Vocabulary, trigger: int | bytes | None
+        self,
+        matcher: llguidance.LLMatcher,
+        vocabulary: _Vocabulary,
+        trigger: Trigger | None,
+        *,
+        is_lenient: bool = False,
     ) -> None:
         self._matcher = matcher
         self._vocabulary = vocabulary
-        self._trigger = trigger
-        self._tail = b""  # the last bytes of the answer, where the trigger may have begun
+        self._watch = None if trigger is None else _Watch(trigger)
+        self._is_lenient = is_lenient
+        self._has_let_go = False
 
     @property
     def is_finished(self) -> bool:
         """Nothing may come any more."""
-        return self._trigger is None and bool(self._matcher.is_stopped())
+        return self._watch is None and not self._has_let_go and bool(self._matcher.is_stopped())
 
     def allowed(self) -> NDArray[np.bool_] | None:
         """Whether each token of the vocabulary may come next; None while any may.
@@ -79,45 +96,45 @@ class Constraint:
         Raises:
             GrammarError: the grammar asks for more work than a step may take.
         """
-        if self._trigger is not None:
+        if self._watch is not None or self._has_let_go:
             return None
         num_tokens = len(self._vocabulary.tokens)
         bits = np.zeros(-(-num_tokens // 32), np.uint32)
         self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
-        _require_sound(self._matcher)
+        if not self._is_sound():
+            return None
         return np.unpackbits(bits.view(np.uint8), count=num_tokens, bitorder="little").view(np.bool_)
 
     def accept(self, token_id: int) -> bool:
         """Take the next token of the answer.
 
         Returns:
-            False: the token completes the trigger, and what it writes behind it breaks the grammar. Nothing is taken.
+            False: the token completes the trigger, and what it writes breaks the grammar. Nothing is taken.
 
         Raises:
             GrammarError: as `allowed`.
         """
-        trigger = self._trigger
-        if trigger is None:
+        if self._has_let_go:
+            return True
+        if self._watch is None:
             self._matcher.consume_token(token_id)
-            _require_sound(self._matcher)
-        elif isinstance(trigger, int):
-            if token_id == trigger:
-                self._trigger = None
-        else:
-            text = self._tail + self._vocabulary.tokens[token_id]
-            before, found, behind = text.partition(trigger)
-            if not found:
-                self._tail = (
-                    before[len(before) - len(trigger) + 1 :] if len(before) >= len(trigger) else before
-                )
-            elif behind and not self._accept_bytes(behind):
+            self._is_sound()
+            return True
+        found = self._watch.find(token_id, self._vocabulary.tokens[token_id])
+        if found is not None:
+            if not self._begin(token_id, found):
                 return False
-            else:
-                self._trigger = None
+            self._watch = None
         return True
 
-    def _accept_bytes(self, text: bytes) -> bool:
-        """Take bytes at the beginning of the grammar, which are the end of a token."""
+    def _begin(self, token_id: int, found: _Found) -> bool:
+        """Take what belongs to the grammar of the word that was found, and of what its last token wrote behind it."""
+        if found.is_token:
+            if found.is_part:
+                self._matcher.consume_token(token_id)
+                self._is_sound()
+            return True
+        text = found.word + found.behind if found.is_part else found.behind
         ids = [self._vocabulary.id_of_byte.get(byte) for byte in text]
         known = [token_id for token_id in ids if token_id is not None]
         tried = self._matcher.deep_copy()
@@ -125,6 +142,68 @@ class Constraint:
             return False
         self._matcher = tried
         return True
+
+    def _is_sound(self) -> bool:
+        """Whether the grammar can still be followed."""
+        if self._matcher.is_error() and self._is_lenient:
+            self._has_let_go = True
+            return False
+        _require_sound(self._matcher)
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The word that a trigger waited for, and what its last token wrote behind it."""
+
+    word: bytes
+    behind: bytes
+    is_token: bool
+    is_part: bool
+
+
+class _Watch:
+    """Waits for a trigger in the tokens of an answer."""
+
+    def __init__(self, trigger: Trigger) -> None:
+        self._trigger = trigger
+        self._is_paused = trigger.is_paused
+        self._tail = b""  # the last bytes of the answer, where a word may have begun
+        self._waiting = _Words((*trigger.words, *trigger.pauses))
+        self._paused = _Words(trigger.resumes)
+
+    def find(self, token_id: int, text: bytes) -> _Found | None:
+        """The trigger, if this token completes it. Then nothing is kept of the token: it may be taken back."""
+        is_paused, trigger = self._is_paused, self._trigger
+        words = self._paused if is_paused else self._waiting
+        if token_id in words.ids:
+            if not is_paused and token_id in trigger.words:
+                return _Found(b"", b"", True, trigger.is_part)
+            self._is_paused, self._tail = not is_paused, b""
+            return None
+        text = self._tail + text
+        while (found := words.search(text)) is not None:
+            word, text = found[0], text[found.end() :]
+            if not is_paused and word.decode() in trigger.words:
+                return _Found(word, text, False, trigger.is_part)
+            is_paused = not is_paused
+            words = self._paused if is_paused else self._waiting
+        self._is_paused = is_paused
+        self._tail = text[len(text) - words.num_held :] if len(text) > words.num_held else text
+        return None
+
+
+class _Words:
+    """Words to look for at the same time; of two that begin together the longer one is meant."""
+
+    def __init__(self, words: Sequence[str | int]) -> None:
+        texts = sorted((word.encode() for word in words if isinstance(word, str)), key=len, reverse=True)
+        self.ids = frozenset(word for word in words if isinstance(word, int))
+        self.num_held = len(texts[0]) - 1 if texts else 0  # bytes that may be the start of one
+        self._pattern = re.compile(b"|".join(map(re.escape, texts))) if texts else None
+
+    def search(self, text: bytes) -> re.Match[bytes] | None:
+        return None if self._pattern is None else self._pattern.search(text)
 
 
 class GrammarCompiler:
@@ -144,7 +223,8 @@ class GrammarCompiler:
         self._vocabulary = _Vocabulary(tokenizer, vocab_size, end_ids)
         wrapper = llguidance.TokenizerWrapper(self._vocabulary)
         self._tokenizer = llguidance.LLTokenizer(wrapper, eos_token=sorted(end_ids))
-        self._compiled: OrderedDict[tuple[str, str, str], llguidance.LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[_Key, llguidance.LLMatcher] = OrderedDict()
+        self._followed: WeakKeyDictionary[Constraint, _Key] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
     def compile(self, grammar: Grammar, tenant: str = "") -> Constraint:
@@ -152,24 +232,80 @@ class GrammarCompiler:
 
         Raises:
             GrammarError: it cannot be parsed, is beyond a bound, names a token that is not there, or matches nothing.
+            Overloaded: those that others follow take all the room. A lenient one does without its schemas then.
         """
-        trigger = grammar.trigger
-        if isinstance(trigger, int) and not 0 <= trigger < len(self._vocabulary.tokens):
-            raise GrammarError(
-                f"the trigger is token {trigger}; the vocabulary is 0 to {len(self._vocabulary.tokens) - 1}"
-            )
-        key = (tenant, grammar.kind, grammar.text)
+        for word in () if grammar.trigger is None else grammar.trigger.all_words:
+            if isinstance(word, int) and not 0 <= word < len(self._vocabulary.tokens):
+                raise GrammarError(
+                    f"the trigger is token {word}; the vocabulary is 0 to {len(self._vocabulary.tokens) - 1}"
+                )
+        if (
+            not grammar.is_lenient
+        ):  # one that can never be followed is not asked to come again when there is room
+            _require_size(grammar.text)
+        key = (tenant, grammar.kind, grammar.text, grammar.is_lenient)
         with self._lock:
             matcher = self._compiled.get(key)
-        if matcher is None:
-            matcher = self._start(_lark(grammar))
+            has_room = matcher is not None or self._make_room(grammar.text)
+        if matcher is None and has_room:
+            matcher = self._compile(grammar)
+        elif matcher is None:
+            if not grammar.is_lenient:
+                raise Overloaded(
+                    "the grammars of the answers that run take all the room there is for them",
+                    retry_after_s=5,
+                )
+            matcher = self._compile_without_schemas(grammar)
+        constraint = Constraint(
+            matcher.deep_copy(), self._vocabulary, grammar.trigger, is_lenient=grammar.is_lenient
+        )
+        if has_room:
+            with self._lock:
+                self._compiled[key] = matcher
+                self._compiled.move_to_end(key)
+                self._followed[constraint] = key
+        return constraint
+
+    def _make_room(self, text: str) -> bool:
+        """Forget those used longest ago, but none that is followed, until there is room for one more."""
+        followed = set(self._followed.values())
+        left = _MOST_CHARACTERS - len(text) - sum(len(key[2]) for key in {*self._compiled, *followed})
+        for key in list(self._compiled):
+            if left >= 0 and len(self._compiled) < _MOST_COMPILED:
+                break
+            if key not in followed:
+                del self._compiled[key]
+                left += len(key[2])
+        return left >= 0
+
+    def _compile(self, grammar: Grammar) -> llguidance.LLMatcher:
+        if not grammar.is_lenient:
+            return self._start(_lark(grammar, _Schemas(is_lenient=False)))
+        until = monotonic() + _LENIENT_SECONDS
+
+        def is_bearable(rule: str) -> bool:
+            if monotonic() > until:
+                return False
+            try:
+                self._start(f"start: {rule}")
+            except GrammarError:
+                return False
+            return True
+
+        for is_kept in (lambda rule: True, is_bearable):
+            try:
+                return self._start(_lark(grammar, _Schemas(is_lenient=True, is_kept=is_kept)))
+            except GrammarError:
+                continue
+        return self._compile_without_schemas(grammar)
+
+    def _compile_without_schemas(self, grammar: Grammar) -> llguidance.LLMatcher:
+        return self._start(_lark(grammar, _Schemas(is_lenient=True, is_kept=lambda rule: False)))
+
+    def forget(self, tenant: str) -> None:
         with self._lock:
-            self._compiled[key] = matcher
-            self._compiled.move_to_end(key)
-            if len(self._compiled) > _MOST_COMPILED:
-                self._compiled.popitem(last=False)
-        start = trigger.encode() if isinstance(trigger, str) else trigger
-        return Constraint(matcher.deep_copy(), self._vocabulary, start)
+            for key in [key for key in self._compiled if key[0] == tenant]:
+                del self._compiled[key]
 
     def _start(self, lark: str) -> llguidance.LLMatcher:
         matcher = llguidance.LLMatcher(self._tokenizer, _OPTIONS + lark, log_level=0, limits=_LIMITS)
@@ -197,53 +333,78 @@ class _Vocabulary:
         raise AssertionError("nothing is forced, so nothing is tokenized")
 
 
-def _lark(grammar: Grammar) -> str:
-    _require_size(grammar.text)
+def _lark(grammar: Grammar, schemas: _Schemas) -> str:
     if grammar.kind == "json_object":
-        return "start: " + _schema_rule({"type": "object"})
+        return "start: " + schemas.rule({"type": "object"})
     if grammar.kind == "json_schema":
-        return f"start: {_parse_schema(grammar.text)}"
+        _require_size(grammar.text)
+        return f"start: {schemas.rule(_parse_schema(grammar.text))}"
     if grammar.kind == "regex":
+        _require_size(grammar.text)
         _require_expression(grammar.text)
         return f"start: /{llguidance.regex_to_lark(grammar.text)}/"
     if "%llguidance" in grammar.text:
         raise GrammarError("a grammar cannot set options of its own (%llguidance)")
-    return _bound_schemas(grammar.text)
+    return schemas.bind(grammar.text)
 
 
-def _parse_schema(text: str) -> str:
+def _parse_schema(text: str) -> object:
     try:
-        return _schema_rule(json.loads(text))
+        return json.loads(text)
     except ValueError:
         raise GrammarError("the schema is not JSON") from None
     except RecursionError:
         raise _too_deep() from None
 
 
-def _schema_rule(schema: object) -> str:
-    """A JSON schema as a part of a Lark grammar, within bounds and with our options."""
-    if not isinstance(schema, dict | bool):
-        raise GrammarError(f"the schema is a {type(schema).__name__}, expected an object")
-    _require_bounds(schema)
-    options = {"x-guidance": _SCHEMA_OPTIONS}
-    return f"%json {json.dumps(schema | options if isinstance(schema, dict) else schema)}"
+class _Schemas:
+    """Writes JSON schemas as parts of a Lark grammar, within bounds and with our options.
 
+    Args:
+        is_lenient: keywords that cannot be followed are left out.
+        is_kept: whether a schema, as the rule that it is, may stay; any JSON takes the place of one that may not.
+    """
 
-def _bound_schemas(lark: str) -> str:
-    """A Lark grammar, the schemas in it within bounds and with our options."""
-    parts, at = [], 0
-    for found in re.finditer(r"%json\s*", lark):
-        if found.start() < at:
-            continue  # text inside a schema
+    def __init__(self, *, is_lenient: bool, is_kept: Callable[[str], bool] = lambda rule: True) -> None:
+        self._options = {**_SCHEMA_OPTIONS, **({"lenient": True} if is_lenient else {})}
+        self._is_lenient = is_lenient
+        self._is_kept = is_kept
+
+    def rule(self, schema: object) -> str:
+        if not isinstance(schema, dict | bool):
+            raise GrammarError(f"the schema is a {type(schema).__name__}, expected an object")
         try:
-            schema, end = json.JSONDecoder().raw_decode(lark, found.end())
-        except ValueError:
-            raise GrammarError("a schema in the grammar is not JSON") from None
-        except RecursionError:
-            raise _too_deep() from None
-        parts += [lark[at : found.start()], _schema_rule(schema)]
-        at = end
-    return "".join([*parts, lark[at:]])
+            _require_bounds(schema)
+        except GrammarError:
+            if not self._is_lenient:
+                raise
+        else:
+            if self._is_kept(self._json(schema)):
+                return self._json(schema)
+        is_object = isinstance(schema, dict) and schema.get("type") == "object"
+        return self._json({"type": "object"} if is_object else {})
+
+    def _json(self, schema: object) -> str:
+        options = {"x-guidance": self._options}
+        return f"%json {json.dumps(schema | options if isinstance(schema, dict) else schema)}"
+
+    def bind(self, lark: str) -> str:
+        """A Lark grammar whose schemas are bound like one alone."""
+        parts, at = [], 0
+        for found in re.finditer(r"%json\s*", lark):
+            if found.start() < at:
+                continue  # text inside a schema
+            try:
+                schema, end = json.JSONDecoder().raw_decode(lark, found.end())
+            except ValueError:
+                raise GrammarError("a schema in the grammar is not JSON") from None
+            except RecursionError:
+                raise _too_deep() from None
+            parts += [lark[at : found.start()], self.rule(schema)]
+            at = end
+        whole = "".join([*parts, lark[at:]])
+        _require_size(whole)
+        return whole
 
 
 def _require_size(text: str) -> None:

@@ -13,7 +13,7 @@ import gc
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
@@ -592,10 +592,17 @@ class Engine:
                 self._finish(sequence, "cancelled")
 
     def forget(self, tenant: str) -> None:
-        """Forget what was kept of a tenant's prompts and answers, in memory and in `kv_dir`."""
+        """Forget what was kept of a tenant's prompts, answers and grammars, in memory and in `kv_dir`."""
         with self._lock:
             self._require_open()
             self._cache.forget(tenant)
+            if not isinstance(self._grammars, UsageError):
+                self._grammars.forget(tenant)
+
+    def forget_others(self, tenants: Collection[str]) -> None:
+        """Forget what earlier processes kept in `kv_dir` of tenants that are none of these."""
+        if self._files is not None:
+            self._files.forget_others(tenants)
 
     def stream(self, prompt: PromptLike, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
         """Events of one answer, as they come; the last has the result. Closing the iterator cancels the rest.
@@ -662,6 +669,11 @@ class Engine:
             finally:
                 self.cancel(sequence)
         return out
+
+    @property
+    def prompts(self) -> PromptBuilder:
+        """What makes token ids of prompts; its process for chat templates is the engine's to end."""
+        return self._prompts
 
     @property
     def ledger(self) -> Ledger:
@@ -736,8 +748,9 @@ class Engine:
                 states_held=0 if states is None else states.num_sequences - states.num_free,
                 states_free=0 if states is None else states.num_free,
                 snapshots=0 if states is None else states.num_snapshots,
-                expert_slots=self.plan.num_slots,
                 num_experts=self.plan.num_experts,
+                expert_slots=self.plan.num_slots,
+                num_resident=0 if self._experts is None else self._experts.num_resident,
                 file_bytes=0 if self._files is None else self._files.num_bytes,
                 tokens_run=self._uses.num_tokens_run,
                 totals=self.ledger,

@@ -29,8 +29,9 @@ class EngineFacts:
     states_held: int
     states_free: int
     snapshots: int  # of the recurrent state
-    expert_slots: int
-    num_experts: int
+    num_experts: int  # routed experts of all layers
+    expert_slots: int  # of them, so many can be in memory
+    num_resident: int  # of them, so many are in memory now
     file_bytes: int  # of prompts that outlive the process
     tokens_run: int  # of prompts and answers
     totals: Ledger

@@ -25,7 +25,7 @@ from argosy.config import SamplingParams
 from argosy.engine.engine import Engine, PromptLike
 from argosy.engine.facts import EngineFacts
 from argosy.engine.sequence import Result, Sequence, TokenEvent
-from argosy.errors import ArgosyError, Overloaded
+from argosy.errors import ArgosyError, Overloaded, Revoked
 
 RATE_SECONDS = 10.0  # rates are means over so much of the past
 _FACTS_SECONDS = 0.1  # facts are not gathered more often
@@ -70,6 +70,7 @@ class Request:
         self._on_event: Callable[[Event], None] | None = on_event
         self._told = [0] * len(sequences)  # tokens of the prompt that were told to be done
         self._open = set(range(len(sequences)))  # answers whose end was not told
+        self._error: ArgosyError | None = None  # why it is cancelled, where that is not its own wish
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -114,6 +115,8 @@ class EngineLoop:
         self._changed = threading.Condition()  # guards what follows
         self._inbox: list[Request] = []
         self._cancelled: list[Request] = []
+        self._to_forget: list[str] = []
+        self._revoked: set[str] = set()
         self._num_live = 0  # sequences whose end was not told
         self._is_stopping = False
         self._is_closing = False
@@ -143,6 +146,7 @@ class EngineLoop:
 
         Raises:
             Overloaded: too many wait already, or the loop is stopping.
+            Revoked: the tenant is gone.
             ArgosyError: as `Engine.prepare`.
         """
         request = Request(
@@ -151,6 +155,8 @@ class EngineLoop:
         with self._changed:
             if self._is_stopping:
                 raise Overloaded("the engine is stopping, and takes no more", retry_after_s=_RETRY_STOPPING_S)
+            if tenant in self._revoked:
+                raise _revoked()
             self._engine.require_room(num_answers, num_live=self._num_live)
             self._num_live += num_answers
             self._inbox.append(request)
@@ -161,6 +167,13 @@ class EngineLoop:
         """End a request before the next step; harmless when it has ended. Its last events come from the thread."""
         with self._changed:
             self._cancelled.append(request)
+            self._changed.notify_all()
+
+    def revoke(self, tenant: str) -> None:
+        """A tenant is gone for good: before the next step its requests end, and what was kept of it is forgotten."""
+        with self._changed:
+            self._revoked.add(tenant)
+            self._to_forget.append(tenant)
             self._changed.notify_all()
 
     def snapshot(self) -> LoopFacts:
@@ -223,20 +236,30 @@ class EngineLoop:
     def _take(self) -> bool:
         """Wait for something to do, and let new requests in and cancelled ones out. False: the loop is to end."""
         with self._changed:
-            while not (self._inbox or self._cancelled or self._live or self._is_closing):
+            while not (self._inbox or self._cancelled or self._to_forget or self._live or self._is_closing):
                 if not self._engine.is_writing:
                     self._changed.wait()
                 elif not self._changed.wait(_WRITING_SECONDS):
                     break
             arrived, self._inbox = self._inbox, []
             cancelled, self._cancelled = self._cancelled, []
+            to_forget, self._to_forget = self._to_forget, []
             is_closing = self._is_closing
         for request in arrived:
             self._live.append(request)
             self._engine.enqueue(request._sequences, has_room=True)
         for request in cancelled:
             self._cancel(request)
+        for tenant in to_forget:
+            self._forget(tenant)
         return not is_closing
+
+    def _forget(self, tenant: str) -> None:
+        for request in self._live:
+            if request._sequences[0].tenant == tenant:
+                request._error = _revoked()
+                self._cancel(request)
+        self._engine.forget(tenant)
 
     def _cancel(self, request: Request) -> None:
         for sequence in request._sequences:
@@ -253,8 +276,11 @@ class EngineLoop:
                     self._tell(request, AnswerToken(answer, sequence.events.popleft()))
                 if sequence.result is not None:
                     result = sequence.result
-                    if error is not None and result.finish_reason == "cancelled":
-                        failed = error if isinstance(error, ArgosyError) else ArgosyError("the step failed")
+                    if (
+                        failed := request._error or error
+                    ) is not None and result.finish_reason == "cancelled":
+                        if not isinstance(failed, ArgosyError):
+                            failed = ArgosyError("the step failed")
                         result = replace(result, finish_reason="error", error=failed)
                     request._open.remove(answer)
                     num_ended += 1
@@ -293,3 +319,7 @@ class EngineLoop:
         self._samples.append((now, totals.new_tokens, self._facts.tokens_run, totals.bytes_read))
         while now - self._samples[0][0] > RATE_SECONDS:
             self._samples.popleft()
+
+
+def _revoked() -> Revoked:
+    return Revoked("the key was revoked")

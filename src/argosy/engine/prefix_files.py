@@ -10,7 +10,7 @@ cut off, too old or another's is removed and never trusted; its prompt is comput
 go when there are too many bytes. A drive that is full or refuses costs nothing but the reuse.
 
 What lies here tells what was said: directories are 0700, files 0600, and names are hashes that nobody can make without
-the secret. A thread writes; two read ahead of the caller.
+the secret. A thread writes; others read ahead of the caller, as many at once as keep a drive busy.
 
 Elsewhere: which contents are worth a file is `prefix.py`'s decision.
 """
@@ -31,7 +31,7 @@ import struct
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -55,11 +55,9 @@ _MAGIC = b"ARGOSYKV"
 _KINDS: dict[Kind, int] = {"kv": 0, "state": 1}
 _NAME = re.compile(r"[0-9a-f]{64}\.(kv|state)")
 _TENANT = re.compile(r"[0-9a-f]{32}")
-_READERS = 2  # threads; one reaches half of what a drive gives
-_READ_BUFFERS, _WRITE_BUFFERS = (
-    _READERS + 1,
-    2,
-)  # one more than is under way: somebody looks into it, or fills it
+_READERS = 4  # threads: alone on a drive two are enough; beside reads of experts four get a third more of it
+# One more than is under way: somebody looks into it, or fills it.
+_READ_BUFFERS, _WRITE_BUFFERS = _READERS + 1, 2
 _PAGE_BYTES = 4096
 _SWEEP_SECONDS = 60.0
 _REST_SECONDS = 60.0  # after a write that failed
@@ -69,7 +67,8 @@ Bytes = NDArray[np.uint8]
 
 def buffer_bytes(block_bytes: int, state_bytes: int) -> int:
     """What a `PrefixFiles` takes of memory, the page cache of the file that is written included."""
-    return (_READ_BUFFERS + _WRITE_BUFFERS + 1) * _buffer_bytes(max(block_bytes, state_bytes))
+    longest = _buffer_bytes(max(block_bytes, state_bytes))
+    return _reading_bytes(block_bytes, state_bytes) + (_WRITE_BUFFERS + 1) * longest
 
 
 _Id = tuple[bytes, Kind]  # key of a content
@@ -125,7 +124,7 @@ class PrefixFiles:
         self._tenant = functools.lru_cache(maxsize=1024)(self._find_tenant)
         self._rests_until = 0.0
         self._writable: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job | Path | None] = queue.SimpleQueue()
         _make_private(self._root)
         self._held = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -138,11 +137,10 @@ class PrefixFiles:
         try:
             self.secret = _read_secret(self._root / "secret")
             self._scan()
-            longest = max(block_bytes, state_bytes)
             self._readers = ThreadPoolExecutor(_READERS, "argosy-kv-dir-reader")
-            self._readable = [_buffer(longest) for _ in range(_READ_BUFFERS)]
+            self._reading = _aligned(_reading_bytes(block_bytes, state_bytes))
             for _ in range(_WRITE_BUFFERS):
-                self._writable.put(_buffer(longest))
+                self._writable.put(_aligned(_buffer_bytes(max(block_bytes, state_bytes))))
             self._thread = threading.Thread(target=self._write_all, name="argosy-kv-dir", daemon=True)
             self._thread.start()
         except BaseException:
@@ -170,9 +168,8 @@ class PrefixFiles:
 
         The next ones are read while the caller looks at one, which stays as it is until the next is asked for.
         """
-        waiting, free = deque(contents), list(self._readable)
+        waiting, free = deque(contents), self._read_buffers(kind)
         under_way: deque[tuple[BlockContent, Bytes, Future[Bytes | None]]] = deque()
-        looked_at: Bytes | None = None
         try:
             while waiting or under_way:
                 while waiting and free:
@@ -183,12 +180,16 @@ class PrefixFiles:
                 content, buffer, future = under_way.popleft()
                 payload = future.result()
                 self._note_use(kind, content, is_sound=payload is not None)
-                if looked_at is not None:
-                    free.append(looked_at)
-                looked_at = buffer
                 yield payload
+                free.append(buffer)
         finally:
             wait(future for _, _, future in under_way)
+
+    def _read_buffers(self, kind: Kind) -> list[Bytes]:
+        """The room for reading, cut for files of this kind: many blocks at once, of large states one."""
+        size = _buffer_bytes(self._payload_bytes[kind])
+        count = min(_READ_BUFFERS, len(self._reading) // size)
+        return [self._reading[at * size : (at + 1) * size] for at in range(count)]
 
     def _note_use(self, kind: Kind, content: BlockContent, *, is_sound: bool) -> None:
         id: _Id = (content.key, kind)
@@ -220,17 +221,32 @@ class PrefixFiles:
         return True
 
     def forget(self, tenant: str) -> None:
-        """Remove all files of a tenant, those on their way too."""
-        directory = self._tenant(tenant)[1]
-        waiting = [
-            self._writable.get() for _ in range(_WRITE_BUFFERS)
-        ]  # once all are free, none is on its way
+        """Find no file of a tenant any more; the thread removes them, behind those that it was given to write."""
+        self._forget(self._tenant(tenant)[1])
+
+    def forget_others(self, tenants: Collection[str]) -> None:
+        """The same for all tenants but these."""
+        known = {self._tenant(tenant)[1] for tenant in tenants}
+        for directory in self._tenant_directories():
+            if directory not in known:
+                self._forget(directory)
+
+    def _forget(self, directory: Path) -> None:
+        self._drop(directory)
+        self._jobs.put(directory)
+
+    def _drop(self, directory: Path) -> None:
         with self._lock:
             for id in [id for id, file in self._files.items() if file.path.parent == directory]:
                 self._num_bytes -= self._files.pop(id).nbytes
-            shutil.rmtree(directory, ignore_errors=True)
-        for buffer in waiting:
-            self._writable.put(buffer)
+
+    def _tenant_directories(self) -> list[Path]:
+        with os.scandir(self._root) as entries:
+            return [
+                Path(entry.path)
+                for entry in entries
+                if entry.is_dir(follow_symlinks=False) and _TENANT.fullmatch(entry.name)
+            ]
 
     def close(self) -> None:
         """Write what was accepted, and let go of the directory; harmless the second time."""
@@ -281,11 +297,7 @@ class PrefixFiles:
     def _scan(self) -> None:
         """Find what an earlier process left, the oldest first, and remove what is nobody's."""
         found: list[tuple[_Id, _File]] = []
-        with os.scandir(self._root) as entries:
-            directories = [
-                e for e in entries if e.is_dir(follow_symlinks=False) and _TENANT.fullmatch(e.name)
-            ]
-        for directory in directories:
+        for directory in self._tenant_directories():
             with os.scandir(directory) as entries:
                 for entry in entries:
                     path = Path(entry.path)
@@ -306,12 +318,15 @@ class PrefixFiles:
     def _write_all(self) -> None:
         swept_at = time.monotonic()
         while True:
-            job: _Job | None = None
+            job: _Job | Path | None = None
             with contextlib.suppress(queue.Empty):
                 job = self._jobs.get(timeout=_SWEEP_SECONDS)
                 if job is None:
                     return
-            if job is not None:
+            if isinstance(job, Path):  # a tenant's, forgotten
+                self._drop(job)
+                shutil.rmtree(job, ignore_errors=True)
+            elif job is not None:
                 try:
                     self._write(job)
                 except OSError:  # no room, or no drive: the next process computes what it wants to know
@@ -376,9 +391,13 @@ def _buffer_bytes(payload_bytes: int) -> int:
     return -(-_file_bytes(payload_bytes) // _PAGE_BYTES) * _PAGE_BYTES
 
 
-def _buffer(payload_bytes: int) -> Bytes:
-    """Room for a file, aligned as direct reads want it."""
-    return np.frombuffer(mmap.mmap(-1, _buffer_bytes(payload_bytes)), np.uint8)
+def _reading_bytes(block_bytes: int, state_bytes: int) -> int:
+    return max(_READ_BUFFERS * _buffer_bytes(block_bytes), _buffer_bytes(state_bytes) if state_bytes else 0)
+
+
+def _aligned(nbytes: int) -> Bytes:
+    """Room for files, aligned as direct reads want it."""
+    return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
 
 
 def _read_into(path: Path, size: int, buffer: Bytes) -> bool:

@@ -63,6 +63,10 @@ class CachedSource:
         self._kept: set[Key] = set()  # of the hint, in memory, pinned until the next lease
         self._early: dict[Key, int] = {}  # reads that no lease waits for: expert -> ticket
 
+    @property
+    def num_resident(self) -> int:
+        return self.policy.num_resident
+
     def formats(self, layer: int) -> tuple[Format, Format, Format]:
         return self._files.formats(layer)
 

@@ -91,6 +91,10 @@ class CachePolicy:
         slot = self._layers[key[0]].slots.get(key[1])
         return self._window.get(key) if slot is None else slot
 
+    @property
+    def num_resident(self) -> int:
+        return self.num_slots - len(self._free)
+
     def resident(self) -> set[Key]:
         lasting = {(number, expert) for number, layer in enumerate(self._layers) for expert in layer.slots}
         return lasting | set(self._window)

@@ -88,6 +88,11 @@ class ExpertSource(Protocol):
         """
         ...
 
+    @property
+    def num_resident(self) -> int:
+        """How many experts are in memory, or on their way there."""
+        ...
+
     def formats(self, layer: int) -> tuple[Format, Format, Format]:
         """The formats of gate, up and down of a layer's experts."""
         ...
@@ -349,6 +354,10 @@ class ResidentSource:
         self.arena = arena
         self.resident_offsets = offsets
         self._files = files
+
+    @property
+    def num_resident(self) -> int:
+        return len(self._files.records)
 
     def formats(self, layer: int) -> tuple[Format, Format, Format]:
         return self._files.formats(layer)

@@ -139,12 +139,27 @@ class KeyRing:
         self._clock = clock
         self._lock = threading.Lock()
         self._keys = [] if file is None else file.read()
+        self._known = {key.id for key in self._keys}  # as of the last time when the file could be read
+        self._gone: list[str] = []
         self._seen = self._mark()
         self._looked_at = clock()
 
     @property
     def needs_key(self) -> bool:
         return self._file is not None
+
+    @property
+    def ids(self) -> set[str]:
+        """Of all keys."""
+        return {key.id for key in self._keys}
+
+    def look(self) -> list[str]:
+        """Ids of keys that were revoked since the last call; a file that cannot be read revokes nobody."""
+        if self._file is not None:
+            self._look_again()
+        with self._lock:
+            gone, self._gone = self._gone, []
+        return gone
 
     def find(self, secret: str | None) -> Key | None:
         """Whose secret it is."""
@@ -171,6 +186,9 @@ class KeyRing:
                     self._keys = self._file.read()
                 except UsageError:
                     self._keys = []  # a file that cannot be trusted lets nobody in
+                else:
+                    self._gone += sorted(self._known - self.ids)
+                    self._known = self.ids
 
     def _mark(self) -> tuple[int, int, int] | None:
         try:

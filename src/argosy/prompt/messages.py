@@ -29,7 +29,8 @@ Message = Mapping[str, Any]
                         object, or the JSON text of one
     tool_call_id        tool: which call this is the result of
 
-A key whose value is None counts as absent.
+A key whose value is None counts as absent. So do copies that OpenAI's client makes of what is there in another form,
+`parsed` and `parsed_arguments`, and an empty list of annotations.
 """
 
 _KEYS = {
@@ -74,7 +75,7 @@ def check_messages(messages: Sequence[Message], *, add_generation_prompt: bool =
     turns = []
     called: set[str] = set()
     for at, message in enumerate(messages):
-        turn = _turn({key: value for key, value in message.items() if value is not None}, f"message {at}")
+        turn = _turn(_without_copies(message), f"message {at}")
         called |= {call.id for call in turn.calls}
         if turn.answers is not None and turn.answers not in called:
             raise UsageError(f"message {at}: tool_call_id '{turn.answers}' is no call of an earlier message")
@@ -82,6 +83,15 @@ def check_messages(messages: Sequence[Message], *, add_generation_prompt: bool =
     if add_generation_prompt and turns[-1].role == "assistant":
         raise UsageError("the last message is the assistant's, so there is nothing to answer")
     return tuple(turns)
+
+
+def _without_copies(message: Message) -> Message:
+    """The keys that say something."""
+    return {
+        key: value
+        for key, value in message.items()
+        if value is not None and key != "parsed" and not (key == "annotations" and value == [])
+    }
 
 
 def _turn(message: Message, where: str) -> Turn:
@@ -147,7 +157,7 @@ def _call(call: object, where: str) -> Call:
     function = call.get("function")
     if not isinstance(function, Mapping):
         raise UsageError(f"{where}: no 'function' with name and arguments")
-    _only(("name", "arguments"), function, where)
+    _only(("name", "arguments"), (key for key in function if key != "parsed_arguments"), where)
     given = function.get("arguments")
     if isinstance(given, str):
         text = plain_text(given, f"{where}: arguments")

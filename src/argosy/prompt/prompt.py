@@ -10,11 +10,13 @@ writes thoughts and calls is `formats/`.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self, SupportsIndex
 
+from argosy.config import Grammar
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -96,6 +98,13 @@ class PromptBuilder:
             from argosy.prompt.formats import named_format
 
             self._named_format = named_format(format_name, self._needed("a format's name"))
+
+    def remembering(self, memory: ReplayMemory) -> PromptBuilder:
+        """The same, with answers to be given again token by token; both share the process that renders."""
+        other = copy.copy(self)
+        other._memory = memory
+        other.__dict__.pop("_replay", None)
+        return other
 
     def close(self) -> None:
         if self._template is not None:
@@ -210,27 +219,38 @@ class PromptBuilder:
     def grammar(
         self,
         prompt: Prompt,
-        tools: Sequence[Tool | Mapping[str, object]],
-        choice: str | None = None,
+        tools: Sequence[Tool | Mapping[str, object]] = (),
         *,
+        must_call: bool = False,
         parallel: bool = True,
-    ) -> str:
-        """Lark text of the answers to `prompt` that call a tool.
+        schema: Mapping[str, object] | bool | None = None,
+    ) -> Grammar | None:
+        """What the answer to `prompt` has to follow; None: nothing.
+
+        Where a tool may be called and need not, the answer is free up to the mark of a call, and from there on held to
+        the tool's schema as far as that can be; where it has to be, or JSON is asked for, a schema that cannot be
+        followed is an error.
 
         Args:
-            prompt: built with the same `tools`.
-            tools: those the model was told of.
-            choice: the name of the one to call, or None: any.
+            prompt: built with these tools, or more of them.
+            tools: those that may be called.
+            must_call: one of them has to be.
             parallel: more than one call may be made.
+            schema: of an answer that calls nothing.
 
         Raises:
-            UsageError: there is no such tool, or the model calls none.
+            UsageError: there is no tool to call, or the model calls none.
         """
-        from argosy.prompt.tools import check_tools, tool_named
+        from argosy.prompt.tools import check_tools
 
         checked = check_tools(tools)
-        chosen = None if choice is None else tool_named(checked, choice)
-        return self.format.grammar(checked, chosen, parallel, prompt)
+        if must_call or schema is not None:
+            text = self.format.grammar(checked, parallel, prompt, schema=None if must_call else schema)
+            return Grammar(kind="lark", text=text)
+        if not checked:
+            return None
+        text, trigger = self.format.lazy_grammar(checked, parallel, prompt)
+        return Grammar(kind="lark", text=text, trigger=trigger, is_lenient=True)
 
     def remember(
         self,
@@ -246,6 +266,11 @@ class PromptBuilder:
         if self._replay is None:
             return False
         return self._replay.remember(tenant, prompt, token_ids, answer, check_tools(tools))
+
+    def forget(self, tenant: str) -> None:
+        """Forget the answers that are kept for `tenant`."""
+        if self._memory is not None:
+            self._memory.forget(tenant)
 
     @functools.cached_property
     def _replay(self) -> Replay | None:

@@ -13,7 +13,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from starlette.requests import Request
@@ -35,25 +35,23 @@ from argosy.serve.fields import (
     Lenient,
     Messages,
     ObjectSchema,
-    Share,
+    Sampling,
     Short,
     Stop,
     Strict,
-    Temperature,
     Text,
     Tokens,
     ToolName,
     Tools,
-    TopK,
     closed,
     ignored_header,
     strays,
 )  # fmt: skip
 from argosy.serve.gate import Caller
 from argosy.serve.streams import EventStream, sse, until_gone
+from argosy.serve.tool_use import ToolChoice
 
 BILLING_LINE = "x-anthropic-billing-header:"
-IGNORED = ("metadata", "service_tier", "context_management", "output_config", "container", "cache_control")
 
 
 class TextBlock(Lenient):
@@ -118,29 +116,48 @@ class FreeChoice(Strict):
     type: Literal["auto", "any", "none"]
     disable_parallel_tool_use: Flag | None = None
 
+    def asked(self) -> ToolChoice:
+        return ToolChoice("required" if self.type == "any" else self.type)
 
-class ToolChoice(Strict):
+
+class NamedChoice(Strict):
     type: Literal["tool"]
     name: ToolName
     disable_parallel_tool_use: Flag | None = None
 
+    def asked(self) -> ToolChoice:
+        return ToolChoice("required", (self.name,))
+
 
 class Thinking(Lenient):
-    type: Literal["enabled", "disabled", "adaptive"]
+    """How much to think: "adaptive" leaves it to the model, a budget of tokens does not bound it."""
+
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
 
 
-class CountBody(Strict):
-    model: str | None = Field(None, max_length=256)
+class OutputFormat(Lenient):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Lenient):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: OutputFormat | None = None
+
+
+class CountBody(Sampling):
+    IGNORED: ClassVar[tuple[str, ...]] = ("context_management", "cache_control")
+
     messages: Annotated[
         list[Annotated[AskingMessage | AnsweringMessage | SystemMessage, Field(discriminator="role")]],
         Messages,
     ]
     system: Text | Annotated[list[TextBlock], Field(max_length=256)] | None = None
     tools: Annotated[list[ClientTool], Tools] | None = None
-    tool_choice: Annotated[FreeChoice | ToolChoice, Field(discriminator="type")] | None = None
+    tool_choice: Annotated[FreeChoice | NamedChoice, Field(discriminator="type")] | None = None
     thinking: Thinking | None = None
     context_management: dict[str, Any] | None = None
-    output_config: dict[str, Any] | None = None
+    output_config: OutputConfig | None = None
     cache_control: dict[str, Any] | None = None
 
     def request(self, params: SamplingParams, *, keep_billing_line: bool) -> ChatRequest:
@@ -150,18 +167,28 @@ class CountBody(Strict):
         messages = [{"role": "system", "content": system}] if system else []
         for message in self.messages:
             messages += _messages(message)
-        choice = self.tool_choice
+        choice, config = self.tool_choice, self.output_config
+        form = None if config is None else config.format
         return ChatRequest(
             messages=messages,
             params=params,
             tools=[_tool(tool) for tool in self.tools or ()],
-            tool_choice=_choice(choice),
+            tool_choice=ToolChoice() if choice is None else choice.asked(),
             parallel=choice is None or choice.disable_parallel_tool_use is not True,
-            effort="none" if self.thinking is not None and self.thinking.type == "disabled" else None,
+            schema=None if form is None else form.schema_,
+            effort=self.effort(),
         )
 
+    def effort(self) -> str | None:
+        """How much the model is to think."""
+        kind = None if self.thinking is None else self.thinking.type
+        asked = None if self.output_config is None else self.output_config.effort
+        if kind == "disabled":
+            return "none"
+        return "medium" if asked is None and kind == "enabled" else asked
+
     def ignored(self) -> list[str]:
-        names = [name for name in IGNORED if getattr(self, name, None) is not None]
+        names = super().ignored()
         blocks = [
             block for message in self.messages if not isinstance(message.content, str) for block in message.content
         ]  # fmt: skip
@@ -172,28 +199,24 @@ class CountBody(Strict):
         names += strays("system", () if isinstance(self.system, str) else self.system or ())
         names += strays("messages.content", [*blocks, *nested])
         names += strays("tools", self.tools or ())
-        return names + strays("thinking", () if self.thinking is None else (self.thinking,))
+        names += strays("thinking", (self.thinking,))
+        config = self.output_config
+        names += strays("output_config", (config,))
+        return names + strays("output_config.format", () if config is None else (config.format,))
 
 
 class MessagesBody(CountBody):
+    IGNORED = (*CountBody.IGNORED, "metadata", "service_tier", "container", "inference_geo")
+
     max_tokens: Tokens
-    temperature: Temperature | None = None
-    top_p: Share | None = None
-    top_k: TopK | None = None
     stop_sequences: Annotated[list[Stop], Field(max_length=16)] | None = None
-    stream: Flag | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = Field(None, max_length=64)
     container: str | None = Field(None, max_length=256)
+    inference_geo: str | None = Field(None, max_length=64)
 
     def params(self) -> SamplingParams:
-        return SamplingParams(
-            max_tokens=self.max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=max(0, self.top_k or 0),
-            stop=tuple(self.stop_sequences or ()),
-        )
+        return SamplingParams(max_tokens=self.max_tokens, **self.sampling(self.stop_sequences or ()))
 
 
 def _text(given: str | Sequence[TextBlock]) -> str:
@@ -240,13 +263,6 @@ def _tool(tool: ClientTool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _choice(choice: FreeChoice | ToolChoice | None) -> str | tuple[str, str]:
-    if isinstance(choice, ToolChoice):
-        return "named", choice.name
-    kind = "auto" if choice is None else choice.type
-    return "required" if kind == "any" else kind
-
-
 @closed
 class Counted(TypedDict):
     input_tokens: int
@@ -277,6 +293,11 @@ SaidBlock = SaidText | SaidThinking | SaidToolUse
 
 
 @closed
+class ThinkingTokens(TypedDict):
+    thinking_tokens: int
+
+
+@closed
 class TokenUse(TypedDict):
     """Tokens; those that were found computed are not among the input tokens, as the dialect has it."""
 
@@ -284,6 +305,7 @@ class TokenUse(TypedDict):
     output_tokens: int
     cache_read_input_tokens: int
     cache_creation_input_tokens: int
+    output_tokens_details: ThinkingTokens
 
 
 @closed
@@ -364,9 +386,9 @@ Event = MessageStart | BlockStart | BlockDelta | BlockStop | MessageDelta | Mess
 async def count_tokens(body: CountBody, request: Request) -> Counted:
     """How many tokens a conversation has."""
     service: Service = request.app.state.service
-    key = request.state.caller.key
+    caller: Caller = request.state.caller
     wanted = body.request(SamplingParams(), keep_billing_line=service.keep_billing_line)
-    prompt = await asyncio.to_thread(service.build, wanted, "" if key is None else key.id)
+    prompt = await asyncio.to_thread(service.build, wanted, caller.tenant)
     return {"input_tokens": len(prompt.token_ids or ())}
 
 
@@ -375,17 +397,21 @@ async def messages(body: MessagesBody, request: Request) -> Response:
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
     wanted = body.request(body.params(), keep_billing_line=service.keep_billing_line)
-    answers = await service.open(wanted, "" if caller.key is None else caller.key.id)
-    headers = ignored_header(body.ignored())
-    dialect = _Messages(service, answers, caller)
+    answers = await service.open(wanted, caller)
+    ignored = body.ignored()
+    if service.ignored_effort(wanted):
+        has_effort = body.output_config is not None and body.output_config.effort is not None
+        ignored.append("output_config.effort" if has_effort else "thinking")
+    headers = ignored_header(ignored)
+    dialect = _Messages(service, answers)
     if body.stream:
         return EventStream(dialect.stream(), answers.cancel, dialect="anthropic", headers=headers)
     return JSONResponse(await until_gone(request, dialect.whole(), answers.cancel), headers=headers)
 
 
 class _Messages:
-    def __init__(self, service: Service, answers: Answers, caller: Caller) -> None:
-        self._service, self._answers, self._caller = service, answers, caller
+    def __init__(self, service: Service, answers: Answers) -> None:
+        self._service, self._answers = service, answers
         self._id = "msg_" + secrets.token_hex(12)
         self._index = -1
         self._open: str | None = None  # type of the block that is open
@@ -418,6 +444,9 @@ class _Messages:
                             for part in self._parts(said):
                                 yield part
                     case Ended():
+                        if self._index < 0:  # as the whole answer has it
+                            for part in self._begin("text", {"type": "text", "text": ""}):
+                                yield part
                         for part in self._close():
                             yield part
                         yield _sent({"type": "message_delta", "delta": _end(step), "usage": self._usage()})
@@ -462,14 +491,11 @@ class _Messages:
 
     def _usage(self) -> TokenUse:
         answers = self._answers
-        self._caller.num_prompt_tokens, self._caller.num_new_tokens = (
-            answers.num_prompt_tokens,
-            answers.num_new_tokens,
-        )
         cached = answers.num_cached_tokens
         return {
             "input_tokens": answers.num_prompt_tokens - cached, "output_tokens": answers.num_new_tokens,
             "cache_read_input_tokens": cached, "cache_creation_input_tokens": 0,
+            "output_tokens_details": {"thinking_tokens": answers.num_reasoning_tokens},
         }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from typing_extensions import TypedDict
 
-from argosy.errors import ArgosyError, Overloaded
+from argosy.errors import ArgosyError, Overloaded, UsageError
 from argosy.guard.keys import KeyRing
 from argosy.guard.keys import Scope as KeyScope
 from argosy.guard.limits import Limits
@@ -53,12 +53,25 @@ _PAGE_TYPES = {
 
 
 class TokenizeBody(Strict):
-    content: Text
+    """As llama.cpp spells it, with `content`, or as vLLM does, with `prompt`."""
+
+    content: Text | None = None
+    prompt: Text | None = None
     add_special: Flag = False
+    add_special_tokens: Flag = False
+    model: str | None = Field(None, max_length=256)
+
+    @property
+    def text(self) -> str:
+        given = [text for text in (self.content, self.prompt) if text is not None]
+        if len(given) != 1:
+            raise UsageError(f"expected content or prompt, found {len(given)} of them", param="content")
+        return given[0]
 
 
 class DetokenizeBody(Strict):
     tokens: Annotated[list[TokenId], Field(max_length=1 << 20)]
+    model: str | None = Field(None, max_length=256)
 
 
 class TemplateBody(Strict):
@@ -102,11 +115,22 @@ class Models(TypedDict):
 @closed
 class Tokenized(TypedDict):
     tokens: list[int]
+    count: int
+    max_model_len: int
 
 
 @closed
 class Detokenized(TypedDict):
     content: str
+    prompt: str
+
+
+@closed
+class TokenizerInfo(TypedDict):
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    chat_template: str | None
 
 
 @closed
@@ -154,13 +178,28 @@ async def model(request: Request) -> Model:
 
 async def tokenize(body: TokenizeBody, request: Request) -> Tokenized:
     """Token ids of a text; none of them is a control token."""
-    prompts = request.app.state.service.prompts
-    return {"tokens": await asyncio.to_thread(prompts.tokenize, body.content, add_prefix=body.add_special)}
+    service: Service = request.app.state.service
+    has_prefix = body.add_special or body.add_special_tokens
+    tokens = await asyncio.to_thread(service.prompts.tokenize, body.text, add_prefix=has_prefix)
+    return {"tokens": tokens, "count": len(tokens), "max_model_len": service.model.context_tokens}
 
 
 async def detokenize(body: DetokenizeBody, request: Request) -> Detokenized:
     """Text of token ids."""
-    return {"content": await asyncio.to_thread(request.app.state.service.prompts.detokenize, body.tokens)}
+    text = await asyncio.to_thread(request.app.state.service.prompts.detokenize, body.tokens)
+    return {"content": text, "prompt": text}
+
+
+async def tokenizer_info(request: Request) -> TokenizerInfo:
+    """What clients need to know that leave tokenizing to the server."""
+    service: Service = request.app.state.service
+    if service.tokenizer is None:
+        raise Refused(404, "this model has no tokenizer")
+    special = service.tokenizer.special_tokens
+    return {
+        "bos_token": special.get("bos_token"), "eos_token": special.get("eos_token"),
+        "pad_token": special.get("pad_token"), "chat_template": service.tokenizer.chat_template,
+    }  # fmt: skip
 
 
 async def apply_template(body: TemplateBody, request: Request) -> Rendered:
@@ -253,6 +292,7 @@ ROUTES = (
     _get("/v1/engine/events", engine_events, "metrics", events=EngineState),
     _post("/tokenize", tokenize, Tokenized),
     _post("/detokenize", detokenize, Detokenized),
+    _get("/tokenizer_info", tokenizer_info, "infer", answer=TokenizerInfo),
     _post("/apply-template", apply_template, Rendered),
     _post(
         "/v1/chat/completions", openai_chat.chat_completions, openai_chat.ChatCompletion,
@@ -263,6 +303,7 @@ ROUTES = (
         events=openai_completions.Completion | OpenAIError, has_done=True,
     ),
     _post("/v1/responses", openai_responses.responses, openai_responses.Answer, events=openai_responses.Event),
+    _post("/v1/responses/input_tokens", openai_responses.input_tokens, openai_responses.InputTokens),
     _post(
         "/v1/messages", anthropic_messages.messages, anthropic_messages.Message,
         events=anthropic_messages.Event | AnthropicError,

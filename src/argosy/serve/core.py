@@ -17,13 +17,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from argosy.config import Grammar, SamplingParams
+from argosy.config import SamplingParams
 from argosy.engine.loop import AnswerEnd, AnswerToken, Event, LoopFacts, PromptProgress
 from argosy.engine.sequence import Result, TokenLogprob
 from argosy.errors import ArgosyError, UsageError
 from argosy.prompt.formats.events import Answer, ToolCallBegin, collect
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.prompt import Prompt
+from argosy.serve.fields import ReadOfPrompt
+from argosy.serve.gate import Caller
+from argosy.serve.tool_use import ToolChoice, ToolUse
 
 if TYPE_CHECKING:
     from argosy.prompt.formats import Parser
@@ -47,6 +50,8 @@ class Loop(Protocol):
 
     def cancel(self, request: Any) -> None: ...
 
+    def revoke(self, tenant: str) -> None: ...
+
     def snapshot(self) -> LoopFacts: ...
 
 
@@ -68,17 +73,16 @@ class ModelFacts:
 class ChatRequest:
     """A conversation to be answered.
 
-    tool_choice: "auto", "none", "required", or ("named", name).
-    schema: the answer has to be JSON: "" for any object, or a JSON schema; None: anything.
+    schema: an answer that calls nothing has to be JSON of this schema; None: it may be anything.
     effort: how much the model is to think, where its template asks for that.
     """
 
     messages: Sequence[Mapping[str, Any]]
     params: SamplingParams
     tools: Sequence[Mapping[str, Any]] = ()
-    tool_choice: str | tuple[str, str] = "auto"
+    tool_choice: ToolChoice = field(default_factory=ToolChoice)
     parallel: bool = True
-    schema: str | None = None
+    schema: Mapping[str, Any] | None = None
     effort: str | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     num_answers: int = 1
@@ -91,6 +95,10 @@ class Progress:
     processed: int
     total: int
     cached: int
+
+    def as_dict(self) -> ReadOfPrompt:
+        """As OpenAI-like dialects tell it, in the words of llama.cpp."""
+        return {"processed": self.processed, "total": self.total, "cache": self.cached}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,36 +146,43 @@ class Service:
         """Whether the model's template has no place for the effort that is asked for."""
         return request.effort is not None and not self._effort(request.effort)
 
-    async def open(self, request: ChatRequest, tenant: str) -> Answers:
+    async def open(self, request: ChatRequest, caller: Caller) -> Answers:
         """Render, check and queue a conversation. Errors as `PromptBuilder.build` and `EngineLoop.submit`."""
-        return await asyncio.to_thread(self._open_chat, request, tenant, asyncio.get_running_loop())
+        return await asyncio.to_thread(self._open_chat, request, caller, asyncio.get_running_loop())
 
     async def open_text(
-        self, prompt: str | Sequence[int], params: SamplingParams, tenant: str, num_answers: int = 1
+        self, prompt: str | Sequence[int], params: SamplingParams, caller: Caller, num_answers: int = 1
     ) -> Answers:
         """Queue text, or token ids, to be continued."""
 
         def submit(events: asyncio.AbstractEventLoop) -> Answers:
             built = self.prompts.build(Prompt.raw(prompt) if isinstance(prompt, str) else list(prompt))
-            return Answers(self, built, params, tenant, num_answers, events)
+            return Answers(self, built, params, caller, num_answers, events)
 
         return await asyncio.to_thread(submit, asyncio.get_running_loop())
 
     def build(self, request: ChatRequest, tenant: str) -> Prompt:
         """The prompt of a conversation."""
-        tools = () if request.tool_choice == "none" else request.tools
+        return self._build(request, _tool_use(request), tenant)
+
+    def revoke(self, tenant: str) -> None:
+        """A tenant is gone for good: its requests end, and nothing of it is kept."""
+        self.loop.revoke(tenant)
+        self.prompts.forget(tenant)
+
+    def _build(self, request: ChatRequest, use: ToolUse, tenant: str) -> Prompt:
         return self.prompts.build(
-            request.messages, tools=tools, variables=self._variables(request), tenant=tenant
+            request.messages, tools=use.told, variables=self._variables(request), tenant=tenant
         )
 
-    def _open_chat(self, request: ChatRequest, tenant: str, events: asyncio.AbstractEventLoop) -> Answers:
-        tools = () if request.tool_choice == "none" else request.tools
-        prompt = self.build(request, tenant)
-        grammar = self._grammar(request, prompt)
-        params = request.params
-        if grammar is not None:
-            params = replace(params, grammar=grammar)
-        return Answers(self, prompt, params, tenant, request.num_answers, events, tools, request.parallel)
+    def _open_chat(self, request: ChatRequest, caller: Caller, events: asyncio.AbstractEventLoop) -> Answers:
+        use = _tool_use(request)
+        prompt = self._build(request, use, caller.tenant)
+        grammar = self.prompts.grammar(
+            prompt, use.callable, must_call=use.must_call, parallel=use.parallel, schema=request.schema
+        )
+        params = request.params if grammar is None else replace(request.params, grammar=grammar)
+        return Answers(self, prompt, params, caller, request.num_answers, events, use)
 
     def _variables(self, request: ChatRequest) -> dict[str, Any]:
         for name in request.variables:
@@ -183,35 +198,14 @@ class Service:
         known = self.prompts.variables
         if effort is None:
             return {}
-        if effort == "none":
-            return {name: False for name in ("enable_thinking", "thinking") if name in known}
-        return {"reasoning_effort": effort} if "reasoning_effort" in known else {}
+        thinks = {name: effort != "none" for name in ("enable_thinking", "thinking") if name in known}
+        return thinks | (
+            {"reasoning_effort": effort} if "reasoning_effort" in known and effort != "none" else {}
+        )
 
-    def _grammar(self, request: ChatRequest, prompt: Prompt) -> Grammar | None:
-        choice = request.tool_choice
-        is_forced = choice == "required" or isinstance(choice, tuple)
-        if request.schema is not None and request.tools and choice != "none":
-            raise UsageError(
-                "response_format says what an answer looks like, and tools may be called instead of it",
-                hint="set tool_choice to 'none' in the request that asks for JSON",
-            )
-        if is_forced:
-            name = choice[1] if isinstance(choice, tuple) else None
-            text = self.prompts.grammar(prompt, request.tools, name, parallel=request.parallel)
-            return Grammar(kind="lark", text=text)
-        if request.schema is None:
-            return None
-        form = self.prompts.format
-        trigger: str | int | None = None
-        if form.name == "harmony":
-            trigger = "<|channel|>final<|message|>"
-        elif form.thoughts_in(prompt) == "open":  # thoughts are free, what follows them is not
-            closing = form.thinking[1]
-            ids = [token_id for token_id, mark in form.lexer.ids.items() if mark == closing]
-            trigger = ids[0] if ids else closing
-        if request.schema:
-            return Grammar(kind="json_schema", text=request.schema, trigger=trigger)
-        return Grammar(kind="json_object", trigger=trigger)
+
+def _tool_use(request: ChatRequest) -> ToolUse:
+    return ToolUse.of(request.tools, request.tool_choice, parallel=request.parallel)
 
 
 class ReadTooSlowly(ArgosyError):
@@ -231,32 +225,36 @@ class Answers:
         service: Service,
         prompt: Prompt,
         params: SamplingParams,
-        tenant: str,
+        caller: Caller,
         num_answers: int,
         events: asyncio.AbstractEventLoop,
-        tools: Sequence[Mapping[str, Any]] = (),
-        parallel: bool = True,
+        use: ToolUse | None = None,
     ) -> None:
         self.prompt = prompt
         self.num_prompt_tokens = len(prompt.token_ids or ())
         self._service = service
-        self._tenant = tenant
-        self._tools = tools
-        self._parallel = parallel
+        self._tenant = caller.tenant
+        self._use = use = use or ToolUse()
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         self._parsers: list[Parser] | None = None
         if prompt.text and prompt.trace is not None:
-            self._parsers = [service.prompts.parser(prompt, tools) for _ in range(num_answers)]
+            self._parsers = [service.prompts.parser(prompt, use.callable) for _ in range(num_answers)]
         self._said: list[list[SaidEvent]] = [[] for _ in range(num_answers)]
         self._num_open = num_answers
+        self.num_reasoning_tokens = 0  # of all answers
         self.results: list[Result | None] = [None] * num_answers
 
         self._is_behind = False
 
         def deliver(event: Event) -> None:
+            if isinstance(event, AnswerToken):  # counted where it is made: nobody may be there to hear it
+                caller.count(new=1)
             events.call_soon_threadsafe(self._put, event)
 
-        self._request = service.loop.submit(prompt, params, deliver, num_answers=num_answers, tenant=tenant)
+        self._request = service.loop.submit(
+            prompt, params, deliver, num_answers=num_answers, tenant=caller.tenant
+        )
+        caller.count(prompt=self.num_prompt_tokens)
 
     def said(self, answer: int) -> Answer:
         """All that an answer has said so far."""
@@ -313,10 +311,14 @@ class Answers:
     def _parse(self, answer: int, token_id: int, text: str) -> list[SaidEvent]:
         if self._parsers is None:
             return []
-        return self._keep(answer, self._parsers[answer].push(token_id, text))
+        parser = self._parsers[answer]
+        was_reasoning = parser.is_reasoning
+        events = parser.push(token_id, text)
+        self.num_reasoning_tokens += was_reasoning or parser.is_reasoning
+        return self._keep(answer, events)
 
     def _keep(self, answer: int, events: list[SaidEvent]) -> list[SaidEvent]:
-        if not self._parallel:  # a second call was not asked for
+        if not self._use.parallel:  # a call that was begun inside thoughts is free, and so is one behind it
             events = [event for event in events if not getattr(event, "index", 0)]
         self._said[answer] += events
         return events
@@ -338,7 +340,7 @@ class Answers:
             if last := self._keep(answer, self._parsers[answer].finish()):
                 steps.append(Said(answer, tuple(last), "", None))
             self._service.prompts.remember(
-                self._tenant, self.prompt, result.token_ids, self.said(answer), self._tools
+                self._tenant, self.prompt, result.token_ids, self.said(answer), self._use.told
             )
         finish: Finish = "length" if result.finish_reason == "length" else "stop"
         if any(isinstance(event, ToolCallBegin) for event in self._said[answer]):
@@ -352,6 +354,10 @@ async def steps_of(several: Sequence[Answers]) -> AsyncIterator[tuple[int, Step]
     Raises:
         ArgosyError: an answer cannot be finished.
     """
+    if len(several) == 1:  # a task for each token is not free
+        async for step in several[0].steps():
+            yield 0, step
+        return
     sources = [answers.steps() for answers in several]
     upcoming = {asyncio.ensure_future(anext(source)): at for at, source in enumerate(sources)}
     try:

@@ -7,16 +7,27 @@ Elsewhere: what only one dialect has is in its file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, NotRequired
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, with_config
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, with_config
+from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 MAX_TOKENS = 1 << 20
 MAX_ANSWERS = 8
+LEAST_LOGPROB = -9999.0  # JSON has no number for the logarithm of nothing
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS, strict=True)]
 Flag = Annotated[bool, Field(strict=True)]  # not 1, not "yes"
+
+
+def _only_false(value: object) -> object:
+    if value is not False:  # 0 is equal to it
+        raise PydanticCustomError("literal_error", "Input should be false")
+    return value
+
+
+NoFlag = Annotated[Literal[False], BeforeValidator(_only_false)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False, strict=True)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, strict=True)]
 MinP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=True)]
@@ -36,6 +47,7 @@ Setting = (
 Short = Annotated[str, Field(min_length=1, max_length=256)]  # a name, an id
 Text = Annotated[str, Field(max_length=4 << 20)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+ToolMode = Literal["auto", "none", "required"]
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
 Messages = Field(min_length=1, max_length=4096)
 Tools = Field(max_length=512)
@@ -80,9 +92,9 @@ class FreeForm(Strict):
 
     type: Literal["text", "json_object"]
 
-    def asked(self) -> str | None:
+    def asked(self) -> dict[str, Any] | None:
         """As `ChatRequest.schema` has it."""
-        return "" if self.type == "json_object" else None
+        return {"type": "object"} if self.type == "json_object" else None
 
 
 def ignored_header(names: Iterable[str]) -> dict[str, str]:
@@ -129,7 +141,15 @@ class Usage(TypedDict):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
-    timings: NotRequired[Timings]
+
+
+@closed
+class ReadOfPrompt(TypedDict):
+    """How far a prompt is computed, in the words of llama.cpp."""
+
+    processed: int
+    total: int
+    cache: int
 
 
 class StreamOptions(Strict):
@@ -138,7 +158,7 @@ class StreamOptions(Strict):
 
 
 class Sampling(Strict):
-    """How tokens are chosen, as all OpenAI-like dialects spell it."""
+    """How tokens are chosen, in every dialect: what its own clients do not know of, others send all the same."""
 
     model: str | None = Field(None, max_length=256)
     temperature: Temperature | None = None
@@ -149,18 +169,17 @@ class Sampling(Strict):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     seed: Seed | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     logit_bias: dict[str, Bias] | None = Field(None, max_length=1024)
-    n: NumAnswers | None = None
     stream: Flag | None = None
-    stream_options: StreamOptions | None = None
-    timings: Flag | None = None
-    return_progress: Flag | None = None
-    user: str | None = Field(None, max_length=512)
 
-    def sampling(self) -> dict[str, Any]:
+    IGNORED: ClassVar[tuple[str, ...]] = ()  # accepted and without effect
+
+    def ignored(self) -> list[str]:
+        """What was given and has no effect."""
+        return [name for name in self.IGNORED if getattr(self, name) is not None]
+
+    def sampling(self, stop: Sequence[str] = ()) -> dict[str, Any]:
         """Arguments of `SamplingParams`, those that were given; a temperature that was not is 1, as clients expect."""
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         given: dict[str, Any] = {
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": self.top_p,
@@ -174,6 +193,21 @@ class Sampling(Strict):
             "logit_bias": _biases(self.logit_bias or {}) or None,
         }
         return {name: value for name, value in given.items() if value is not None}
+
+
+class OpenAISampling(Sampling):
+    """What Chat Completions and Completions have beside that."""
+
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    n: NumAnswers | None = None
+    stream_options: StreamOptions | None = None
+    timings: Flag | None = None
+    return_progress: Flag | None = None
+    user: str | None = Field(None, max_length=512)
+
+    @property
+    def stops(self) -> Sequence[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
 def _biases(given: Mapping[str, float]) -> dict[int, float]:

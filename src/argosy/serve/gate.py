@@ -26,7 +26,7 @@ from pydantic import ConfigDict, with_config
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from typing_extensions import TypedDict
 
-from argosy.errors import ArgosyError, PromptTooLong
+from argosy.errors import ArgosyError, Overloaded, PromptTooLong
 from argosy.guard.keys import Key, KeyRing
 from argosy.guard.keys import Scope as KeyScope
 from argosy.guard.limits import Limits, TooMany
@@ -34,6 +34,9 @@ from argosy.guard.limits import Limits, TooMany
 log = logging.getLogger("argosy.serve")
 
 MAX_BODY_BYTES = 8 << 20
+MAX_HELD_BYTES = (
+    32 << 20
+)  # bodies of all requests that are being answered: the memory plan knows nothing of them
 BODY_STALL_S = 15.0  # between two parts of a body
 BODY_S = 60.0
 Dialect = Literal["openai", "anthropic"]
@@ -63,11 +66,24 @@ def dialect_of(path: str) -> Dialect:
 
 @dataclass(slots=True)
 class Caller:
-    """Who asks, and what is counted of the request."""
+    """Who asks, and what the request has taken so far, whether its answer is heard to the end or not."""
 
-    key: Key | None
+    key: Key | None = None
+    limits: Limits | None = None
     num_prompt_tokens: int = 0
     num_new_tokens: int = 0
+
+    @property
+    def tenant(self) -> str:
+        """Beginnings of prompts are found again only by the same one."""
+        return "" if self.key is None else self.key.id
+
+    def count(self, *, prompt: int = 0, new: int = 0) -> None:
+        """So many tokens more; any thread may say so, also when the request has ended."""
+        self.num_prompt_tokens += prompt
+        self.num_new_tokens += new
+        if self.limits is not None and self.key is not None:
+            self.limits.count(self.key, prompt + new)
 
 
 class Refused(ArgosyError):
@@ -148,7 +164,7 @@ def error_headers(error: BaseException, status: int) -> dict[str, str]:
         headers["retry-after"] = str(int(retry))
     if status == 405 and isinstance(error, ArgosyError):
         headers["allow"] = str(error.facts["allow"])
-    if status in (408, 413):  # what is left of the body would be read as a request
+    if status in (408, 413, 503):  # what is left of the body would be read as a request
         headers["connection"] = "close"
     return headers
 
@@ -185,6 +201,7 @@ class Gate:
         self._limits = limits
         self._hosts = {"localhost", *(name.lower() for name in hosts)}
         self._observe = observe
+        self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -194,7 +211,7 @@ class Gate:
             return
         began, count = time.monotonic(), _Count()
         policy: Policy | None = None
-        caller = Caller(None)
+        caller = Caller(limits=self._limits)
 
         async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -203,6 +220,15 @@ class Gate:
                 extra = [pair for pair in SECURITY_HEADERS if pair[0] not in own]
                 message = {**message, "headers": [*message.get("headers", ()), *extra]}
             await send(message)
+
+        held_bytes = 0
+
+        def hold(num_bytes: int) -> None:
+            nonlocal held_bytes
+            if self._held_bytes + num_bytes > MAX_HELD_BYTES:
+                raise Overloaded("the server holds as many bodies of requests as it may", retry_after_s=1)
+            held_bytes += num_bytes
+            self._held_bytes += num_bytes
 
         dialect = dialect_of(scope["path"])
         try:
@@ -222,10 +248,11 @@ class Gate:
             if policy.is_counted and caller.key is not None:
                 self._limits.begin(caller.key)
             try:
-                await self._app(scope, _bounded(receive), send_on)
+                await self._app(scope, _bounded(receive, hold), send_on)
             finally:
+                self._held_bytes -= held_bytes
                 if policy.is_counted and caller.key is not None:
-                    self._limits.end(caller.key, caller.num_prompt_tokens + caller.num_new_tokens)
+                    self._limits.end(caller.key)
         except GoneAway:
             count.status = count.status or 499
         except Exception as error:
@@ -308,8 +335,12 @@ def _headers(scope: Scope) -> dict[str, str]:
     return found
 
 
-def _bounded(receive: Receive) -> Receive:
-    """A body of bounded size that comes within bounded time; afterwards only the end of the connection."""
+def _bounded(receive: Receive, hold: Callable[[int], None]) -> Receive:
+    """A body of bounded size that comes within bounded time; afterwards only the end of the connection.
+
+    Args:
+        hold: hears of each part, and refuses one that there is no room for.
+    """
     size, began, is_whole = 0, time.monotonic(), False
 
     async def receive_on() -> Message:
@@ -318,7 +349,8 @@ def _bounded(receive: Receive) -> Receive:
             return await receive()
         left = min(BODY_STALL_S, BODY_S - (time.monotonic() - began))
         try:
-            message = await asyncio.wait_for(receive(), max(0.01, left))
+            async with asyncio.timeout(max(0.01, left)):
+                message = await receive()
         except TimeoutError:
             raise Refused(408, "the body took too long") from None
         if message["type"] == "http.disconnect":
@@ -326,6 +358,7 @@ def _bounded(receive: Receive) -> Receive:
         size += len(message.get("body", b""))
         if size > MAX_BODY_BYTES:
             raise Refused(413, f"the body has more than {MAX_BODY_BYTES} bytes")
+        hold(len(message.get("body", b"")))
         is_whole = not message.get("more_body", False)
         return message
 

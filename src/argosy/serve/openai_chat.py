@@ -8,7 +8,6 @@ Elsewhere: what an answer is, is `core.py`; how it goes out is `streams.py`.
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -26,6 +25,7 @@ from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import ReasoningDelta, TextDelta, ToolCallArguments, ToolCallBegin
 from argosy.serve.core import Answers, ChatRequest, Ended, Finish, Progress, Said, Service
 from argosy.serve.fields import (
+    LEAST_LOGPROB,
     Effort,
     Flag,
     FreeForm,
@@ -33,13 +33,15 @@ from argosy.serve.fields import (
     Nullable,
     NumBest,
     ObjectSchema,
-    Sampling,
+    OpenAISampling,
+    ReadOfPrompt,
     Setting,
     Short,
     Strict,
     Text,
     Timings,
     Tokens,
+    ToolMode,
     ToolName,
     Tools,
     Usage,
@@ -48,12 +50,7 @@ from argosy.serve.fields import (
 )  # fmt: skip
 from argosy.serve.gate import Caller
 from argosy.serve.streams import DONE, EventStream, sse, until_gone
-
-# Accepted and without effect: what they would change is not there, or is the client's own book-keeping.
-IGNORED = (
-    "service_tier", "verbosity", "prediction", "web_search_options", "store", "metadata", "safety_identifier",
-    "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "user",
-)  # fmt: skip
+from argosy.serve.tool_use import ToolChoice
 
 
 class TextPart(Strict):
@@ -67,6 +64,7 @@ Content = Text | list[TextPart]
 class CalledFunction(Strict):
     name: Short
     arguments: Text | dict[str, Any]  # JSON, or its text
+    parsed_arguments: Any = None  # a copy that OpenAI's client makes
 
 
 CallIndex = Annotated[int, Field(ge=0, lt=4096, strict=True)]
@@ -92,6 +90,8 @@ class AnsweringTurn(Nullable):
     reasoning_content: Text | None = None
     reasoning: Text | None = None
     tool_calls: list[CalledTool] | None = None
+    parsed: Any = None  # a copy that OpenAI's client makes
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
 class ToolTurn(Nullable):
@@ -124,6 +124,23 @@ class ChosenTool(Strict):
     type: Literal["function"]
     function: NamedFunction
 
+    def asked(self) -> ToolChoice:
+        return ToolChoice("required", (self.function.name,))
+
+
+class ChosenTools(Strict):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ChosenTool], Tools]
+
+
+class AllowedTools(Strict):
+    type: Literal["allowed_tools"]
+    allowed_tools: ChosenTools
+
+    def asked(self) -> ToolChoice:
+        allowed = self.allowed_tools
+        return ToolChoice(allowed.mode, tuple(tool.function.name for tool in allowed.tools))
+
 
 class SchemaForm(Strict):
     name: str | None = Field(None, max_length=256)
@@ -136,21 +153,28 @@ class JsonSchemaForm(Strict):
     type: Literal["json_schema"]
     json_schema: SchemaForm
 
-    def asked(self) -> str:
-        return json.dumps(self.json_schema.schema_)
+    def asked(self) -> dict[str, Any]:
+        return self.json_schema.schema_
 
 
-class ChatBody(Sampling):
+class ChatBody(OpenAISampling):
+    # What these would change is not there, or is the client's own book-keeping.
+    IGNORED = (
+        "service_tier", "verbosity", "prediction", "web_search_options", "store", "metadata", "safety_identifier",
+        "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "user",
+    )  # fmt: skip
+
     messages: Annotated[list[Turn], Messages]
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
     logprobs: Flag | None = None
     top_logprobs: NumBest | None = None
     tools: Annotated[list[OfferedTool], Tools] | None = None
-    tool_choice: Literal["auto", "none", "required"] | ChosenTool | None = None
+    tool_choice: ToolMode | Annotated[ChosenTool | AllowedTools, Field(discriminator="type")] | None = None
     parallel_tool_calls: Flag | None = None
     response_format: Annotated[FreeForm | JsonSchemaForm, Field(discriminator="type")] | None = None
     reasoning_effort: Effort | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     chat_template_kwargs: dict[Short, Setting] | None = Field(None, max_length=16)
     service_tier: str | None = Field(None, max_length=64)
     verbosity: str | None = Field(None, max_length=64)
@@ -169,16 +193,14 @@ class ChatBody(Sampling):
         params = SamplingParams(
             max_tokens=self.max_completion_tokens or self.max_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            **self.sampling(),
+            **self.sampling(self.stops),
         )
         choice, form = self.tool_choice, self.response_format
         return ChatRequest(
             messages=[turn.sent() for turn in self.messages],
             params=params,
             tools=[tool.model_dump(exclude_unset=True) for tool in self.tools or ()],
-            tool_choice=("named", choice.function.name)
-            if isinstance(choice, ChosenTool)
-            else choice or "auto",
+            tool_choice=ToolChoice(choice or "auto") if isinstance(choice, str | None) else choice.asked(),
             parallel=self.parallel_tool_calls is not False,
             schema=None if form is None else form.asked(),
             effort=self.reasoning_effort,
@@ -209,6 +231,8 @@ class Token(TypedDict):
 
 @closed
 class ScoredToken(Token):
+    """A token, its log-probability and the best ones, as Chat Completions and Responses have them."""
+
     top_logprobs: list[Token]
 
 
@@ -236,13 +260,24 @@ class Choice(TypedDict):
 
 
 @closed
+class ThoughtTokens(TypedDict):
+    reasoning_tokens: int
+
+
+@closed
+class ChatUsage(Usage):
+    completion_tokens_details: ThoughtTokens
+    timings: NotRequired[Timings]
+
+
+@closed
 class ChatCompletion(TypedDict):
     id: str
     object: Literal["chat.completion"]
     created: int
     model: str
     choices: list[Choice]
-    usage: Usage
+    usage: ChatUsage
     timings: NotRequired[Timings]
 
 
@@ -277,22 +312,15 @@ class ChoiceDelta(TypedDict):
 
 
 @closed
-class PromptProgress(TypedDict):
-    processed: int
-    total: int
-    cache: int
-
-
-@closed
 class ChatChunk(TypedDict):
     id: str
     object: Literal["chat.completion.chunk"]
     created: int
     model: str
     choices: list[ChoiceDelta]
-    usage: NotRequired[Usage]
+    usage: NotRequired[ChatUsage]
     timings: NotRequired[Timings]
-    prompt_progress: NotRequired[PromptProgress]
+    prompt_progress: NotRequired[ReadOfPrompt]
 
 
 async def chat_completions(body: ChatBody, request: Request) -> Response:
@@ -300,20 +328,20 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
     wanted = body.request()
-    answers = await service.open(wanted, "" if caller.key is None else caller.key.id)
-    ignored = [name for name in IGNORED if getattr(body, name) is not None]
+    answers = await service.open(wanted, caller)
+    ignored = body.ignored()
     if service.ignored_effort(wanted):
         ignored.append("reasoning_effort")
     headers = ignored_header(ignored)
-    dialect = _Chat(service, body, answers, caller)
+    dialect = _Chat(service, body, answers)
     if body.stream:
         return EventStream(dialect.stream(), answers.cancel, headers=headers)
     return JSONResponse(await until_gone(request, dialect.whole(), answers.cancel), headers=headers)
 
 
 class _Chat:
-    def __init__(self, service: Service, body: ChatBody, answers: Answers, caller: Caller) -> None:
-        self._service, self._body, self._answers, self._caller = service, body, answers, caller
+    def __init__(self, service: Service, body: ChatBody, answers: Answers) -> None:
+        self._service, self._body, self._answers = service, body, answers
         self._id = "chatcmpl-" + secrets.token_hex(12)
         self._created = int(time.time())
 
@@ -364,11 +392,7 @@ class _Chat:
             async for step in answers.steps():
                 match step:
                     case Progress() if self._body.return_progress:
-                        chunk = self._chunk([])
-                        chunk["prompt_progress"] = {
-                            "processed": step.processed, "total": step.total, "cache": step.cached,
-                        }  # fmt: skip
-                        yield sse(chunk)
+                        yield sse({**self._chunk([]), "prompt_progress": step.as_dict()})
                     case Said():
                         deltas = [delta for event in step.events if (delta := _delta(event))]
                         if step.logprob is not None and not deltas:
@@ -382,7 +406,7 @@ class _Chat:
                 last["usage"] = usage
             if timings is not None:
                 last["timings"] = timings
-            if len(last) > len(self._chunk([])):
+            if last.keys() != self._chunk([]).keys():
                 yield sse(last)
             yield sse(DONE)
 
@@ -400,13 +424,13 @@ class _Chat:
             "model": self._service.model.id, "choices": choices,
         }  # fmt: skip
 
-    def _last(self) -> tuple[Usage, Timings | None]:
+    def _last(self) -> tuple[ChatUsage, Timings | None]:
         """What is known at the end: usage, and the ledger where it was asked for."""
         prompt, new = self._answers.num_prompt_tokens, self._answers.num_new_tokens
-        self._caller.num_prompt_tokens, self._caller.num_new_tokens = prompt, new
-        usage: Usage = {
+        usage: ChatUsage = {
             "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
             "prompt_tokens_details": {"cached_tokens": self._answers.num_cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": self._answers.num_reasoning_tokens},
         }  # fmt: skip
         first = self._answers.results[0]
         if not self._body.timings or first is None:
@@ -415,13 +439,18 @@ class _Chat:
         return {**usage, "timings": timings}, timings
 
     def _logprob(self, found: TokenLogprob) -> ScoredToken:
-        best = [self._token(token_id, logprob) for token_id, logprob in found.top]
-        best = best[: self._body.top_logprobs or 0]
-        return {**self._token(found.token_id, found.logprob), "top_logprobs": best}
+        return spell_logprob(self._service, found, self._body.top_logprobs or 0)
 
-    def _token(self, token_id: int, logprob: float) -> Token:
-        text = self._service.prompts.detokenize([token_id])
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+
+def spell_logprob(service: Service, found: TokenLogprob, num_best: int) -> ScoredToken:
+    """A token with its log-probability and the best ones."""
+
+    def token(token_id: int, logprob: float) -> Token:
+        text = service.prompts.detokenize([token_id])
+        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(text.encode())}
+
+    best = [token(token_id, logprob) for token_id, logprob in found.top]
+    return {**token(found.token_id, found.logprob), "top_logprobs": best[:num_best]}
 
 
 def _delta(event: SaidEvent) -> Delta | None:

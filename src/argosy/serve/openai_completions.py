@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
-from typing import Annotated, Literal, NotRequired
+from typing import Annotated, Literal, NotRequired, cast
 
 from pydantic import Field
 from starlette.requests import Request
@@ -22,13 +22,17 @@ from typing_extensions import TypedDict
 from argosy.config import SamplingParams
 from argosy.engine.sequence import TokenLogprob
 from argosy.errors import UsageError
-from argosy.serve.core import Answers, Ended, Said, Service, steps_of
+from argosy.serve.core import Answers, Ended, Progress, Said, Service, steps_of
 from argosy.serve.fields import (
+    LEAST_LOGPROB,
     MAX_TOKENS,
     Flag,
+    NumAnswers,
     NumBest,
-    Sampling,
+    OpenAISampling,
+    ReadOfPrompt,
     Text,
+    Timings,
     TokenId,
     Usage,
     closed,
@@ -38,11 +42,12 @@ from argosy.serve.gate import Caller
 from argosy.serve.streams import DONE, EventStream, sse, until_gone
 
 _MAX_PROMPTS = 64
-IGNORED = ("user", "timings", "return_progress")  # of the fields that all dialects of OpenAI have
 Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
 
 
-class CompletionBody(Sampling):
+class CompletionBody(OpenAISampling):
+    IGNORED = ("user",)
+
     prompt: (
         Text
         | Ids
@@ -52,6 +57,7 @@ class CompletionBody(Sampling):
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS, strict=True)] | None = None
     echo: Flag | None = None
     logprobs: NumBest | None = None
+    best_of: NumAnswers | None = None
 
     @property
     def prompts(self) -> Sequence[str | Sequence[int]]:
@@ -64,11 +70,17 @@ class CompletionBody(Sampling):
         has_scores = bool(self.echo) and self.logprobs is not None
         if max_tokens == 0 and not has_scores:
             raise UsageError("max_tokens can be 0 only with echo and logprobs", param="max_tokens")
+        if has_scores and self.stream:
+            raise UsageError(
+                "scores of a prompt are not streamed", hint="leave out stream, or echo", param="echo"
+            )
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise UsageError("best_of is n here: every answer is given back", param="best_of")
         return SamplingParams(
             max_tokens=max_tokens,
             logprobs=self.logprobs,
             prompt_logprobs=self.logprobs if has_scores else None,
-            **self.sampling(),
+            **self.sampling(self.stops),
         )
 
 
@@ -100,36 +112,38 @@ class Completion(TypedDict):
     model: str
     choices: list[TextChoice]
     usage: NotRequired[Usage]
+    timings: NotRequired[Timings]
+    prompt_progress: NotRequired[ReadOfPrompt]
 
 
 async def completions(body: CompletionBody, request: Request) -> Response:
     """Continue text."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
-    params, tenant = body.params(), "" if caller.key is None else caller.key.id
+    params = body.params()
     opened: list[Answers] = []
     try:
         for prompt in body.prompts:
-            opened.append(await service.open_text(prompt, params, tenant, body.n or 1))  # noqa: PERF401  cancelled below
+            opened.append(await service.open_text(prompt, params, caller, body.n or 1))  # noqa: PERF401  cancelled below
     except BaseException:
         for answers in opened:
             answers.cancel()
         raise
-    dialect = _Completions(service, body, opened, caller)
+    dialect = _Completions(service, body, opened)
 
     def close() -> None:
         for each in opened:
             each.cancel()
 
-    headers = ignored_header(name for name in IGNORED if getattr(body, name) is not None)
+    headers = ignored_header(body.ignored())
     if body.stream:
         return EventStream(dialect.stream(), close, headers=headers)
     return JSONResponse(await until_gone(request, dialect.whole(), close), headers=headers)
 
 
 class _Completions:
-    def __init__(self, service: Service, body: CompletionBody, opened: list[Answers], caller: Caller) -> None:
-        self._service, self._body, self._opened, self._caller = service, body, opened, caller
+    def __init__(self, service: Service, body: CompletionBody, opened: list[Answers]) -> None:
+        self._service, self._body, self._opened = service, body, opened
         self._id, self._created = "cmpl-" + secrets.token_hex(12), int(time.time())
 
     async def whole(self) -> Completion:
@@ -141,28 +155,33 @@ class _Completions:
                 if isinstance(step, Ended):
                     ended[at, step.answer] = step
         choices = [self._choice(at, self._opened[at], step) for (at, _), step in sorted(ended.items())]
-        return {**self._piece(choices), "usage": self._usage()}
+        return self._with_timings({**self._piece(choices), "usage": self._usage()})
 
     async def stream(self) -> AsyncIterator[bytes]:
         async with AsyncExitStack() as stack:
             for answers in self._opened:
                 await stack.enter_async_context(answers)
-            begun: set[tuple[int, int]] = set()
+            offsets: dict[tuple[int, int], int] = {}
             async for at, step in steps_of(self._opened):
                 match step:
+                    case Progress() if self._body.return_progress:
+                        yield sse({**self._piece([]), "prompt_progress": step.as_dict()})
                     case Said():
-                        text = step.text
-                        if self._body.echo and (at, step.answer) not in begun:
+                        text, scored, place = step.text, None, (at, step.answer)
+                        if self._body.echo and place not in offsets:
                             text = self._prompt_text(self._opened[at]) + text
-                        begun.add((at, step.answer))
-                        scored = None if step.logprob is None else self._scored([step.logprob])
+                        offset = offsets.setdefault(place, 0)
+                        if step.logprob is not None:
+                            scored = self._scored([step.logprob], offset=offset)
+                            offsets[place] += len(scored["tokens"][0])
                         yield self._chunk(at, step.answer, text, scored, None)
                     case Ended():
                         yield self._chunk(at, step.answer, "", None, _reason(step))
+            last = self._with_timings(self._piece([]))
             if self._body.stream_options and self._body.stream_options.include_usage:
-                yield sse({**self._piece([]), "usage": self._usage()})
-            else:
-                self._usage()
+                last["usage"] = self._usage()
+            if last.keys() != self._piece([]).keys():
+                yield sse(last)
             yield sse(DONE)
 
     def _chunk(
@@ -194,18 +213,22 @@ class _Completions:
     def _prompt_text(self, answers: Answers) -> str:
         return answers.prompt.text or self._service.prompts.detokenize(answers.prompt.token_ids or ())
 
-    def _scored(self, found: Sequence[TokenLogprob | None], first_id: int = 0) -> Scored:
+    def _scored(self, found: Sequence[TokenLogprob | None], first_id: int = 0, *, offset: int = 0) -> Scored:
         """Log-probabilities as this dialect has them: lists side by side; the first token of a prompt has none."""
-        tokens, offsets, best, at = [], [], [], 0
+        tokens, offsets, best, at = [], [], [], offset
         for item in found:
             token = self._spell(first_id if item is None else item.token_id)
             tokens.append(token)
             offsets.append(at)
             at += len(token)
-            top = None if item is None else {self._spell(token_id): value for token_id, value in item.top}
+            top = (
+                None
+                if item is None
+                else {self._spell(token_id): _finite(value) for token_id, value in item.top}
+            )
             best.append(top)
         return {
-            "tokens": tokens, "token_logprobs": [None if item is None else item.logprob for item in found],
+            "tokens": tokens, "token_logprobs": [None if item is None else _finite(item.logprob) for item in found],
             "top_logprobs": best, "text_offset": offsets,
         }  # fmt: skip
 
@@ -215,12 +238,22 @@ class _Completions:
     def _usage(self) -> Usage:
         prompt = sum(answers.num_prompt_tokens for answers in self._opened)
         new = sum(answers.num_new_tokens for answers in self._opened)
-        self._caller.num_prompt_tokens, self._caller.num_new_tokens = prompt, new
         cached = sum(answers.num_cached_tokens for answers in self._opened)
         return {
             "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
             "prompt_tokens_details": {"cached_tokens": cached},
         }  # fmt: skip
+
+    def _with_timings(self, piece: Completion) -> Completion:
+        """With the ledger, where it was asked for."""
+        first = self._opened[0].results[0]
+        if not self._body.timings or first is None:
+            return piece
+        return {**piece, "timings": cast(Timings, first.ledger.as_dict())}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB)
 
 
 def _reason(step: Ended) -> Literal["stop", "length"]:

@@ -1,5 +1,6 @@
-"""OpenAI's Responses: POST /v1/responses, without state: the client sends the whole conversation each time.
+"""OpenAI's Responses: POST /v1/responses and /v1/responses/input_tokens.
 
+There is no state: the client sends the whole conversation each time.
 A stream numbers its events; each piece of an answer is an output item that is added, filled by deltas, and done. The
 last event is `response.completed`, `response.incomplete` or `response.failed`. Tools that OpenAI would run itself are
 left out, and named in `x-ignored-params`.
@@ -9,6 +10,7 @@ Elsewhere: what an answer is, is `core.py`; how it goes out is `streams.py`.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
@@ -37,13 +39,15 @@ from argosy.serve.fields import (
     FreeForm,
     Lenient,
     Messages,
+    NoFlag,
+    NumBest,
     ObjectSchema,
-    Share,
+    Sampling,
     Short,
     Strict,
-    Temperature,
     Text,
     Tokens,
+    ToolMode,
     ToolName,
     Tools,
     closed,
@@ -51,12 +55,11 @@ from argosy.serve.fields import (
     strays,
 )  # fmt: skip
 from argosy.serve.gate import Caller, error_body
+from argosy.serve.openai_chat import ScoredToken, spell_logprob
 from argosy.serve.streams import EventStream, sse, until_gone
+from argosy.serve.tool_use import ToolChoice
 
-IGNORED = (
-    "store", "metadata", "include", "truncation", "service_tier", "prompt_cache_key", "prompt_cache_retention",
-    "safety_identifier", "user", "stream_options", "client_metadata",
-)  # fmt: skip
+_LOGPROBS = "message.output_text.logprobs"  # in `include`
 
 
 class Part(Lenient):
@@ -141,6 +144,18 @@ class ChosenFunction(Strict):
     type: Literal["function"]
     name: ToolName
 
+    def asked(self) -> ToolChoice:
+        return ToolChoice("required", (self.name,))
+
+
+class AllowedFunctions(Strict):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ChosenFunction], Tools]
+
+    def asked(self) -> ToolChoice:
+        return ToolChoice(self.mode, tuple(tool.name for tool in self.tools))
+
 
 class FlatSchemaForm(Strict):
     type: Literal["json_schema"]
@@ -149,8 +164,8 @@ class FlatSchemaForm(Strict):
     schema_: dict[str, Any] = Field(alias="schema")
     strict: Flag | None = None
 
-    def asked(self) -> str:
-        return json.dumps(self.schema_)
+    def asked(self) -> dict[str, Any]:
+        return self.schema_
 
 
 class TextOptions(Strict):
@@ -164,27 +179,35 @@ class ReasoningOptions(Strict):
     generate_summary: str | None = Field(None, max_length=64)
 
 
-class ResponsesBody(Strict):
-    model: str | None = Field(None, max_length=256)
+class ResponsesBody(Sampling):
+    IGNORED = (
+        "store", "metadata", "truncation", "service_tier", "prompt_cache_key", "prompt_cache_retention",
+        "prompt_cache_options", "safety_identifier", "user", "stream_options", "client_metadata", "max_tool_calls",
+    )  # fmt: skip
+
     input: Text | Annotated[list[Item], Messages]
     instructions: Text | None = None
     max_output_tokens: Tokens | None = None
-    temperature: Temperature | None = None
-    top_p: Share | None = None
-    stream: Flag | None = None
+    top_logprobs: NumBest | None = None
     tools: Annotated[list[AnyTool], Tools] | None = None
-    tool_choice: Literal["auto", "none", "required"] | ChosenFunction | None = None
+    tool_choice: (
+        ToolMode | Annotated[ChosenFunction | AllowedFunctions, Field(discriminator="type")] | None
+    ) = None
     parallel_tool_calls: Flag | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     store: Flag | None = None
     metadata: dict[str, Any] | None = None
     client_metadata: dict[str, Any] | None = None
-    include: Annotated[list[str], Field(max_length=32)] | None = None
+    include: Annotated[list[Short], Field(max_length=32)] | None = None
     truncation: Literal["disabled"] | None = None
     service_tier: str | None = Field(None, max_length=64)
     prompt_cache_key: str | None = Field(None, max_length=512)
     prompt_cache_retention: str | None = Field(None, max_length=64)
+    prompt_cache_options: dict[str, Any] | None = None
+    # Of tools that a server runs.
+    max_tool_calls: Annotated[int, Field(ge=1, le=1 << 20, strict=True)] | None = None
+    background: NoFlag | None = None
     safety_identifier: str | None = Field(None, max_length=512)
     user: str | None = Field(None, max_length=512)
     stream_options: dict[str, Any] | None = None
@@ -200,18 +223,23 @@ class ResponsesBody(Strict):
             messages=messages,
             params=SamplingParams(
                 max_tokens=self.max_output_tokens,
-                temperature=1.0 if self.temperature is None else self.temperature,
-                top_p=1.0 if self.top_p is None else self.top_p,
+                logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
+                **self.sampling(),
             ),
             tools=[_tool(tool) for tool in self.tools or () if isinstance(tool, FunctionTool)],
-            tool_choice=("named", choice.name) if isinstance(choice, ChosenFunction) else choice or "auto",
+            tool_choice=ToolChoice(choice or "auto") if isinstance(choice, str | None) else choice.asked(),
             parallel=self.parallel_tool_calls is not False,
             schema=None if form is None else form.asked(),
             effort=None if self.reasoning is None else self.reasoning.effort,
         )
 
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.top_logprobs is not None or _LOGPROBS in (self.include or ())
+
     def ignored(self) -> list[str]:
-        names = [name for name in IGNORED if getattr(self, name) is not None]
+        names = super().ignored()
+        names += sorted({f"include.{name}"[:64] for name in self.include or () if name != _LOGPROBS})
         for where, options in (("text", self.text), ("reasoning", self.reasoning)):
             names += [
                 f"{where}.{name}" for name in ("verbosity", "summary", "generate_summary")
@@ -248,7 +276,7 @@ def _add(message: dict[str, Any], item: MessageItem | CallItem | ThoughtItem) ->
         case MessageItem():
             message["content"] += _text(item.content)
         case ThoughtItem():
-            thought = _text(item.content or "")
+            thought = _text(item.content or item.summary or "")
             message["reasoning_content"] = message.get("reasoning_content", "") + thought
         case CallItem():
             function = {"name": item.name, "arguments": item.arguments}
@@ -265,7 +293,7 @@ class OutputText(TypedDict):
     type: Literal["output_text"]
     text: str
     annotations: list[Any]
-    logprobs: list[Any]
+    logprobs: list[ScoredToken]
 
 
 @closed
@@ -359,6 +387,17 @@ class Answer(TypedDict):
     max_output_tokens: int | None
     metadata: dict[str, Any]
     usage: ResponseUsage | None
+    text: dict[str, Any]
+    reasoning: dict[str, Any]
+    truncation: Literal["disabled"]
+    top_logprobs: int
+    background: Literal[False]
+
+
+@closed
+class InputTokens(TypedDict):
+    object: Literal["response.input_tokens"]
+    input_tokens: int
 
 
 class Numbered(TypedDict):
@@ -397,7 +436,7 @@ class TextDeltaEvent(Placed):
     type: Literal["response.output_text.delta", "response.reasoning_text.delta"]
     content_index: int
     delta: str
-    logprobs: NotRequired[list[Any]]
+    logprobs: NotRequired[list[ScoredToken]]
 
 
 @closed
@@ -405,7 +444,7 @@ class TextDoneEvent(Placed):
     type: Literal["response.output_text.done", "response.reasoning_text.done"]
     content_index: int
     text: str
-    logprobs: NotRequired[list[Any]]
+    logprobs: NotRequired[list[ScoredToken]]
 
 
 @closed
@@ -426,16 +465,24 @@ Event = (
 )  # fmt: skip
 
 
+async def input_tokens(body: ResponsesBody, request: Request) -> InputTokens:
+    """How many tokens a conversation has."""
+    service: Service = request.app.state.service
+    caller: Caller = request.state.caller
+    prompt = await asyncio.to_thread(service.build, body.request(), caller.tenant)
+    return {"object": "response.input_tokens", "input_tokens": len(prompt.token_ids or ())}
+
+
 async def responses(body: ResponsesBody, request: Request) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
     wanted, ignored = body.request(), body.ignored()
-    answers = await service.open(wanted, "" if caller.key is None else caller.key.id)
+    answers = await service.open(wanted, caller)
     if service.ignored_effort(wanted):
         ignored.append("reasoning.effort")
     headers = ignored_header(ignored)
-    dialect = _Responses(service, body, answers, caller)
+    dialect = _Responses(service, body, answers)
     if body.stream:
         return EventStream(dialect.stream(), answers.cancel, headers=headers)
     return JSONResponse(await until_gone(request, dialect.whole(), answers.cancel), headers=headers)
@@ -444,13 +491,14 @@ async def responses(body: ResponsesBody, request: Request) -> Response:
 class _Responses:
     """The stream's events build the items that a whole response has, so both say the same."""
 
-    def __init__(self, service: Service, body: ResponsesBody, answers: Answers, caller: Caller) -> None:
-        self._service, self._body, self._answers, self._caller = service, body, answers, caller
+    def __init__(self, service: Service, body: ResponsesBody, answers: Answers) -> None:
+        self._service, self._body, self._answers = service, body, answers
         self._id = "resp_" + secrets.token_hex(16)
         self._created = int(time.time())
         self._number = 0
         self._items: list[dict[str, Any]] = []
         self._is_open = False
+        self._logprobs: list[ScoredToken] = []  # of tokens whose text is still to come
 
     async def whole(self) -> Answer:
         last: dict[str, Any] = {}
@@ -479,6 +527,10 @@ class _Responses:
     def _take(self, step: object) -> list[tuple[str, dict[str, Any]]]:
         match step:
             case Said():
+                if step.logprob is not None:
+                    self._logprobs.append(
+                        spell_logprob(self._service, step.logprob, self._body.top_logprobs or 0)
+                    )
                 return [event for said in step.events for event in self._say(said)]
             case Ended():
                 closed = self._close()
@@ -495,6 +547,7 @@ class _Responses:
             case ReasoningDelta():
                 return self._more("reasoning", "reasoning_text", said.text)
             case ToolCallBegin():
+                self._logprobs = []
                 item = {"type": "function_call", "call_id": said.id, "name": said.name, "arguments": ""}
                 return [*self._close(), self._begin("fc_", item)]
             case ToolCallArguments():
@@ -517,14 +570,20 @@ class _Responses:
                 item["summary"] = []
             events = [*self._close(), self._begin("msg_" if kind == "message" else "rs_", item)]
             content: dict[str, Any] = {"type": part, "text": ""}
+            shown = dict(content)
             if kind == "message":
                 content |= {"annotations": [], "logprobs": []}
+                shown |= {"annotations": [], "logprobs": []}
             events.append(
-                self._event("response.content_part.added", **self._at(), content_index=0, part=dict(content))
+                self._event("response.content_part.added", **self._at(), content_index=0, part=shown)
             )
             self._items[-1]["content"].append(content)
         self._items[-1]["content"][0]["text"] += text
-        more: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
+        more: dict[str, Any] = {}
+        logprobs, self._logprobs = self._logprobs, []
+        if kind == "message":
+            self._items[-1]["content"][0]["logprobs"] += logprobs
+            more["logprobs"] = logprobs
         events.append(
             self._event(f"response.{part}.delta", **self._at(), content_index=0, delta=text, **more)
         )
@@ -549,7 +608,7 @@ class _Responses:
             events = [self._event("response.function_call_arguments.done", **at, **named)]
         else:
             part = item["content"][0]
-            more: dict[str, Any] = {"logprobs": []} if item["type"] == "message" else {}
+            more: dict[str, Any] = {"logprobs": part["logprobs"]} if item["type"] == "message" else {}
             events = [
                 self._event(
                     f"response.{part['type']}.done", **at, content_index=0, text=part["text"], **more
@@ -570,10 +629,11 @@ class _Responses:
         usage: ResponseUsage | None = None
         if status in ("completed", "incomplete"):
             prompt, new = answers.num_prompt_tokens, answers.num_new_tokens
-            self._caller.num_prompt_tokens, self._caller.num_new_tokens = prompt, new
             usage = {
                 "input_tokens": prompt, "input_tokens_details": {"cached_tokens": answers.num_cached_tokens},
-                "output_tokens": new, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": prompt + new,
+                "output_tokens": new,
+                "output_tokens_details": {"reasoning_tokens": answers.num_reasoning_tokens},
+                "total_tokens": prompt + new,
             }  # fmt: skip
         choice = body.tool_choice
         return {
@@ -584,7 +644,14 @@ class _Responses:
             "parallel_tool_calls": body.parallel_tool_calls is not False, "previous_response_id": None,
             "store": False, "temperature": 1.0 if body.temperature is None else body.temperature,
             "top_p": 1.0 if body.top_p is None else body.top_p,
-            "tool_choice": choice.model_dump() if isinstance(choice, ChosenFunction) else choice or "auto",
+            "tool_choice": choice or "auto" if isinstance(choice, str | None) else choice.model_dump(),
             "tools": [tool.model_dump(exclude_unset=True) for tool in body.tools or ()],
             "max_output_tokens": body.max_output_tokens, "metadata": {}, "usage": usage,
+            "text": _echoed(body.text) or {"format": {"type": "text"}}, "reasoning": _echoed(body.reasoning),
+            "truncation": "disabled", "top_logprobs": body.top_logprobs or 0, "background": False,
         }  # fmt: skip
+
+
+def _echoed(given: TextOptions | ReasoningOptions | None) -> dict[str, Any]:
+    """As the client sent it."""
+    return {} if given is None else given.model_dump(exclude_unset=True, by_alias=True)

@@ -137,7 +137,7 @@ def _statuses(route: Route) -> list[str]:
     policy = route.policy
     found = {"400", "403", "500"}
     found |= {"401"} if policy.scope is not None else set()
-    found |= {"404"} if "{" in policy.path else set()
+    found |= {"404"} if "{" in policy.path or policy.path == "/tokenizer_info" else set()
     found |= {"408", "413", "415"} if policy.method == "POST" else set()
     found |= {"429", "503"} if policy.is_counted else set()
     found |= {"503"} if policy.path == "/ready" else set()

@@ -22,17 +22,18 @@ from argosy.engine.loop import EngineLoop
 from argosy.engine.memory_plan import KV_BLOCK_TOKENS
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile, KeyRing
-from argosy.prompt.prompt import PromptBuilder
+from argosy.guard.limits import Limits, UseFile
 from argosy.prompt.replay import ReplayMemory
 from argosy.serve.app import make_app
 from argosy.serve.core import ModelFacts, Service
 from argosy.serve.gate import Gate
+from argosy.serve.key_watch import KeyWatch
 
 if TYPE_CHECKING:
     from argosy.engine.engine import Engine
 
 HEADER_S = 15.0  # a client has so long for the head of a request
-READ_STALL_S = 60.0  # and may take so long to read anything of what waits for it
+STUCK_S = 60.0  # one that takes nothing of an answer for so long is gone
 _SEND_BUFFER_BYTES = (
     128 << 10
 )  # what the system keeps for a client that does not read; its own choice is megabytes
@@ -57,29 +58,20 @@ def require_keys(host: str, keys: Path | None) -> None:
 
 
 class TimedProtocol(H11Protocol):
-    """HTTP/1.1 whose request heads have to come within HEADER_S, and whose answers have to be read.
+    """HTTP/1.1 whose request heads have to come within HEADER_S, and whose answers are read, or it hangs up.
 
-    What a client does not read waits: the answer's next part is not taken before the last is gone. A client that reads
-    nothing of it for READ_STALL_S is cut off, also when its answer is whole and only the connection's end waits.
+    What a client does not take waits: the answer's next part is not made before the last is gone. One that takes
+    nothing of it for STUCK_S is hung up on, also when its answer is whole and only the connection's end waits.
     """
 
     _head_timer: asyncio.TimerHandle | None = None
-    _read_timer: asyncio.TimerHandle | None = None
+    _stuck_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # paused is: something waits
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         self._expect_head()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._expect_reading()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self._read_timer is not None:
-            self._read_timer.cancel()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -90,10 +82,20 @@ class TimedProtocol(H11Protocol):
             self._head_timer = None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._head_timer, self._read_timer):
+        for timer in (self._head_timer, self._stuck_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client takes less than there is: from here on it is watched."""
+        super().pause_writing()
+        self._expect_reading()
+
+    def resume_writing(self) -> None:
+        if self._stuck_timer is not None:
+            self._stuck_timer.cancel()
+        super().resume_writing()
 
     def _expect_head(self) -> None:
         if self._head_timer is None:
@@ -108,7 +110,7 @@ class TimedProtocol(H11Protocol):
             else:
                 self.transport.abort()
 
-        self._read_timer = self.loop.call_later(READ_STALL_S, check)
+        self._stuck_timer = self.loop.call_later(STUCK_S, check)
 
 
 class _Server(uvicorn.Server):
@@ -172,6 +174,10 @@ def serve(
     """Serve `engine` until a signal says otherwise."""
     require_keys(host, keys)
     ring = KeyRing(None if keys is None else KeyFile(keys))
+    counts = None if keys is None else UseFile(keys.with_name(keys.name + ".use"))
+    limits = Limits(file=counts, known=ring.ids)
+    if keys is not None:
+        engine.forget_others(["", *ring.ids])  # of keys that were revoked while nobody served
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log = logging.getLogger("argosy.serve")
@@ -187,9 +193,7 @@ def serve(
         experts_per_token=config.experts_per_token,
         vocab_size=config.vocab_size,
     )
-    prompts = PromptBuilder(
-        engine.tokenizer, vocab_size=config.vocab_size, memory=ReplayMemory(max_bytes=_REPLAY_BYTES)
-    )
+    prompts = engine.prompts.remembering(ReplayMemory(max_bytes=_REPLAY_BYTES))
     try:
         with EngineLoop(engine, report=lambda error: log.error("engine: %s", type(error).__name__)) as loop:
             service = Service(loop, prompts, engine.tokenizer, model, keep_billing_line=keep_billing_line)
@@ -199,10 +203,12 @@ def serve(
                 block_tokens=KV_BLOCK_TOKENS,
                 max_sequences=engine.settings.max_sequences,
                 hosts=hosts,
+                limits=limits,
             )
             settings = uvicorn_config(app, host=host, port=port, grace_s=drain_s + 5)
             shown = f"[{host}]" if ":" in host else host
             print(f"serving {name} at http://{shown}:{port}", file=sys.stderr, flush=True)
-            _Server(settings, service, loop, drain_s).run()
+            with KeyWatch(ring, limits, service.revoke):
+                _Server(settings, service, loop, drain_s).run()
     finally:
-        prompts.close()
+        limits.close()

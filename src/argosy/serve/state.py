@@ -53,6 +53,7 @@ class SpeedState(TypedDict):
 
 @closed
 class ExpertState(TypedDict):
+    total: int
     slots: int
     resident: int
     hit_rate: float | None
@@ -119,7 +120,7 @@ def state_of(
         },
         "speed": {"decode_tok_per_s": facts.new_tok_per_s, "prefill_tok_per_s": facts.prompt_tok_per_s},
         "experts": {
-            "slots": engine.num_experts, "resident": min(engine.expert_slots, engine.num_experts),
+            "total": engine.num_experts, "slots": engine.expert_slots, "resident": engine.num_resident,
             "hit_rate": totals.hit_rate, "bytes_read": totals.bytes_read, "drive_bytes_per_s": facts.bytes_read_per_s,
         },
         "queue": {"running": engine.num_running, "waiting": engine.num_waiting, "max_sequences": max_sequences},
@@ -171,6 +172,8 @@ class Metrics:
             ("argosy_kv_blocks_held", "KV blocks of sequences that run", engine.kv_blocks_held),
             ("argosy_kv_blocks_kept", "KV blocks of beginnings that may be found", engine.kv_blocks_kept),
             ("argosy_kv_blocks", "KV blocks", engine.kv_blocks),
+            ("argosy_experts", "Experts of all layers", engine.num_experts),
+            ("argosy_experts_resident", "Experts in memory", engine.num_resident),
             ("argosy_peak_bytes", "Peak memory of the process", totals.peak_bytes),
             ("argosy_budget_bytes", "Memory budget", engine.budget_bytes),
             ("argosy_decode_tokens_per_second", "New tokens a second, of late", facts.new_tok_per_s),

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -59,7 +60,7 @@ class EventStream(Response):
     """Events as they come, a comment every KEEP_ALIVE_S while none does, and an error as the last event.
 
     `close` is called at the end, also when the client was gone before the first event was asked for. The next event is
-    asked for when the last is on its way; who reads nothing is cut off by the connection (`run.TimedProtocol`).
+    asked for when the last is on its way; who takes nothing is hung up on by the connection (`run.TimedProtocol`).
     """
 
     media_type = "text/event-stream"
@@ -77,6 +78,7 @@ class EventStream(Response):
         self._parts = parts
         self._close = close
         self._dialect: Dialect = dialect
+        self._written_at = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gone = asyncio.ensure_future(_gone(receive))
@@ -93,23 +95,31 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         async def write(data: bytes, more: bool = True) -> None:
+            self._written_at = time.monotonic()
             await send({"type": "http.response.body", "body": data, "more_body": more})
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        upcoming: asyncio.Future[bytes] | None = None
+        keeping_alive = asyncio.ensure_future(self._keep_alive(write))
         try:
-            while True:
-                upcoming = asyncio.ensure_future(anext(self._parts))
-                while not (await asyncio.wait({upcoming}, timeout=KEEP_ALIVE_S))[0]:
-                    await write(b": keep-alive\n\n")
-                await write(await upcoming)
-        except StopAsyncIteration:
-            await write(b"", more=False)
+            async for part in self._parts:
+                await write(part)
+                await asyncio.sleep(
+                    0
+                )  # where parts lie ready: others have a turn, and hear that this client left
         except ArgosyError as error:
             _, body = error_body(error, self._dialect)
-            await write(sse(body, "error" if self._dialect == "anthropic" else None), more=False)
+            await write(sse(body, "error" if self._dialect == "anthropic" else None))
         finally:
-            if upcoming is not None:
-                upcoming.cancel()
-                await asyncio.gather(upcoming, return_exceptions=True)
+            keeping_alive.cancel()
+            await asyncio.gather(keeping_alive, return_exceptions=True)
             await self._parts.aclose()  # type: ignore[attr-defined]
+        await write(b"", more=False)
+
+    async def _keep_alive(self, write: Callable[[bytes], Awaitable[None]]) -> None:
+        """One timer for the whole stream: a token comes far more often than it rings."""
+        while True:
+            idle_s = time.monotonic() - self._written_at
+            if idle_s >= KEEP_ALIVE_S:
+                await write(b": keep-alive\n\n")
+                idle_s = 0.0
+            await asyncio.sleep(KEEP_ALIVE_S - idle_s)

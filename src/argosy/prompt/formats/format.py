@@ -1,8 +1,9 @@
 """What a format is: how one family of models writes thoughts and tool calls.
 
-    Format  ->  parser     an answer's tokens to events
-            ->  grammar    what a model may say that has to call a tool
-            ->  own_id     the id that its template wants of a call
+    Format  ->  parser          an answer's tokens to events
+            ->  grammar         what a model may say that has to call a tool, or to answer in JSON
+            ->  lazy_grammar    what it may say from the mark of a call on, while what comes before is free
+            ->  own_id          the id that its template wants of a call
 
 Elsewhere: the formats are one file each; which of them a model speaks is `table.py`; parsing is `parser.py`.
 """
@@ -14,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from argosy.config import Trigger
 from argosy.errors import UsageError
 from argosy.prompt.formats.lark import Lark
 from argosy.prompt.formats.parser import BlockParser, FoundCall, Lexer, Mark, Parser, Reading
@@ -71,29 +73,69 @@ class Format(ABC):
     def grammar(
         self,
         tools: Sequence[Tool],
-        choice: Tool | None = None,
         parallel: bool = True,
         prompt: Prompt | None = None,
+        *,
+        schema: Mapping[str, object] | bool | None = None,
     ) -> str:
-        """Lark text, in llguidance's syntax, of the answers that call tools as they ask to be called.
+        """Lark text, in llguidance's syntax, of the answers that call tools as they ask to be called, or are JSON.
 
-        Thoughts may come first, where the model has them. The grammar ends with the last call: the end of the turn is
-        whatever ends this model's answers.
+        Thoughts may come first, where the model has them. The grammar ends with the last call, or with the JSON: the
+        end of the turn is whatever ends this model's answers.
 
         Args:
-            tools: those the model was told of.
-            choice: the one tool to call, or None: any of them.
+            tools: those that may be called.
             parallel: more than one call may be made.
             prompt: what the model answers, to see whether it has opened or closed the model's thoughts.
+            schema: of an answer that calls nothing; None: a tool has to be called.
 
         Raises:
-            UsageError: there is no tool to call.
+            UsageError: there is no tool to call, and no schema.
         """
-        if not tools:
+        if not tools and schema is None:
             raise UsageError("tool_choice asks for a call, and there are no tools")
         lark = Lark(self.lexer)
-        calls = self._calls(lark, tools if choice is None else [choice], parallel)
-        return lark.text(f"{self._thoughts(lark, prompt)} {calls}".strip())
+        answers = [self._calls(lark, tools, parallel)] if tools else []
+        if schema is not None:
+            answers.append(self._json(lark, schema))
+        answer = answers[0] if len(answers) == 1 else f"({' | '.join(answers)})"
+        return lark.text(f"{self._thoughts(lark, prompt)} {answer}".strip())
+
+    def lazy_grammar(
+        self, tools: Sequence[Tool], parallel: bool = True, prompt: Prompt | None = None
+    ) -> tuple[str, Trigger]:
+        """Lark text of the calls of an answer that may call tools, and where it begins to be followed: at their mark.
+
+        What comes before is free, and so are thoughts, in which a mark is none. Behind the calls the answer ends.
+        """
+        lark = Lark(self.lexer)
+        calls, words = self._lazy_calls(lark, tools, parallel)
+        pauses, resumes = self._free_stretches()
+        return lark.text(calls), Trigger(
+            tuple(map(self._word, words)),
+            is_part=True,
+            pauses=tuple(map(self._word, pauses)),
+            resumes=tuple(map(self._word, resumes)),
+            is_paused=self.thoughts_in(prompt) == "open",
+        )
+
+    def _word(self, mark: str) -> str | int:
+        """`mark` as a trigger takes it: its token where it has one."""
+        return next((token_id for token_id, known in self.lexer.ids.items() if known == mark), mark)
+
+    def _free_stretches(self) -> tuple[Sequence[str], Sequence[str]]:
+        """The marks that begin stretches without calls, and those that end them: of thoughts, where there are such."""
+        known = {*self.lexer.spelled, *self.lexer.ids.values()}
+        opened, closed = self.thinking
+        return ([opened], [closed]) if opened in known and closed in known else ([], [])
+
+    @abstractmethod
+    def _lazy_calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> tuple[str, Sequence[str]]:
+        """As `_calls`, and the marks with which it can begin."""
+
+    def _json(self, lark: Lark, schema: Mapping[str, object] | bool) -> str:
+        """The expression for an answer in JSON."""
+        return lark.json(schema)
 
     @abstractmethod
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
@@ -109,7 +151,7 @@ class Format(ABC):
         if state == "open":
             return thought
         # Left to the model: only where thoughts begin with a token of their own, so that it can be told at once.
-        return f"({lark.space()} {lark.mark(opened)} {thought})?" if lark.has_token(opened) else ""
+        return f"{lark.space()} ({lark.mark(opened)} {thought})?" if lark.has_token(opened) else ""
 
     def thoughts_in(self, prompt: Prompt | None) -> Thoughts:
         """What the end of `prompt` makes of the model's thoughts."""
@@ -156,6 +198,9 @@ class BlockFormat(Format):
 
     def parser(self, tools: Sequence[Tool] = (), prompt: Prompt | None = None) -> Parser:
         return BlockParser(self, tools, is_reasoning=self.thoughts_in(prompt) == "open")
+
+    def _lazy_calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> tuple[str, Sequence[str]]:
+        return self._calls(lark, tools, parallel), self.sections[:1] or tuple(self.blocks)
 
     @abstractmethod
     def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:

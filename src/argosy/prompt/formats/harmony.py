@@ -11,7 +11,7 @@ of it.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from argosy.prompt.formats.events import ReasoningDelta, TextDelta
@@ -27,6 +27,7 @@ START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>"
 END, CALL, RETURN = "<|end|>", "<|call|>", "<|return|>"
 _RECIPIENT = re.compile(r"(?:^|\s)to=(\S+)")
 _ROLE = "assistant"
+_TO = " to=functions."
 
 
 class Harmony(Format):
@@ -53,6 +54,23 @@ class Harmony(Format):
             for tool in tools
         )
         return f"{lark.mark(CHANNEL)} ({bodies})"
+
+    def _lazy_calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> tuple[str, Sequence[str]]:
+        """From the recipient on, in whichever half of the header it stands."""
+        channel = f'({lark.mark(CHANNEL)} ("commentary" | "analysis"))?'
+        kind = f'(" "? {lark.mark(CONSTRAIN)} "json" | " json")?'
+        tail = lark.rule(f"{channel} {kind} {lark.mark(MESSAGE)}")
+        bodies = " | ".join(
+            lark.rule(f"{lark.literal(tool.name)} {tail} {lark.arguments(tool)}") for tool in tools
+        )
+        return f"{lark.literal(_TO)} ({bodies})", [_TO]
+
+    def _free_stretches(self) -> tuple[Sequence[str], Sequence[str]]:
+        """What a message says."""
+        return [MESSAGE], [START, CHANNEL]
+
+    def _json(self, lark: Lark, schema: Mapping[str, object] | bool) -> str:
+        return f'{lark.mark(CHANNEL)} "final" {lark.mark(MESSAGE)} {lark.json(schema)}'
 
 
 class HarmonyParser(Parser):

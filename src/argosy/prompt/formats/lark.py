@@ -17,6 +17,19 @@ _ANYTHING = r"/(.|\n)*/"
 _MEANS_MORE = re.compile(r"[\\.+*?()|\[\]{}^$/]")  # no others: `\<` is the start of a word
 _OPEN_SCHEMA = ("additionalProperties", "patternProperties", "anyOf", "oneOf", "allOf", "$ref", "if")
 
+_ANNOTATIONS = (
+    "title",
+    "description",
+    "examples",
+    "default",
+    "$comment",
+    "deprecated",
+    "readOnly",
+    "writeOnly",
+)
+_NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_VALUES = ("enum", "const", "required")
+
 
 class Lark:
     """One grammar in the making; `text` gives it out."""
@@ -45,8 +58,8 @@ class Lark:
         return json.dumps(text, ensure_ascii=False)
 
     def space(self) -> str:
-        """White space, or none."""
-        return self.rule(r"/[ \t\r\n]+/") + "?"
+        """White space, or none; not without end, which is what a model writes that has nothing to say."""
+        return self.rule(r"/[ \t\r\n]{1,8}/") + "?"
 
     def text_until(self, mark: str, before: str = "") -> str:
         """Any text up to the first `mark`, and it; `before` stands right before the mark."""
@@ -56,7 +69,7 @@ class Lark:
 
     def json(self, schema: object) -> str:
         """JSON of `schema`."""
-        return self.rule(f"%json {write_json(schema)}")
+        return self.rule(f"%json {write_json(without_annotations(schema))}")
 
     def arguments(self, tool: Tool) -> str:
         """The JSON object of a call's arguments; names that the tool does not declare only where it says so."""
@@ -84,6 +97,23 @@ class Lark:
         whole = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
         assert isinstance(schema, Mapping)  # it has types
         return f"{self.json({**whole, **schema})} {form.after(self)}"
+
+
+def without_annotations(schema: object) -> object:
+    """`schema` without what it tells readers only: a hundred tools have more of that than a grammar may hold."""
+    if isinstance(schema, list):
+        return [without_annotations(part) for part in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    kept: dict[str, object] = {}
+    for key, part in schema.items():
+        if key in _NAMED_SCHEMAS and isinstance(part, Mapping):
+            kept[key] = {name: without_annotations(named) for name, named in part.items()}
+        elif key in _VALUES:
+            kept[key] = part
+        elif key not in _ANNOTATIONS:
+            kept[key] = without_annotations(part)
+    return kept
 
 
 class ValueForm:

@@ -120,6 +120,11 @@ class Parser(ABC):
         self._num_calls = 0
         self._has_said = False  # text or thoughts
 
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether the model is among its thoughts."""
+        return self._is_reasoning
+
     def push(self, token_id: int | None, text: str) -> list[Event]:
         """Take one token.
 

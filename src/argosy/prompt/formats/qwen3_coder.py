@@ -42,12 +42,20 @@ class Qwen3Coder(BlockFormat):
         inside = block if block[0] == FUNCTION else inside_of(block, CLOSE)
         return read_functions("".join(inside), _TAGS, tools)
 
-    def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
-        bodies = " | ".join(
+    def _lazy_calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> tuple[str, Sequence[str]]:
+        bare = f"({self._bodies(lark, tools)})"
+        bare = f'{bare} ("\\n" {bare})*' if parallel else bare
+        return f"{self._calls(lark, tools, parallel)} | {bare}", (OPEN, FUNCTION)
+
+    def _bodies(self, lark: Lark, tools: Sequence[Tool]) -> str:
+        return " | ".join(
             lark.rule(
                 f'{lark.literal(f"<function={tool.name}>")} "\\n" {lark.bare_values(tool, _VALUE)} "{END}"'
             )
             for tool in tools
         )
+
+    def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
+        bodies = self._bodies(lark, tools)
         call = lark.rule(f'{lark.mark(OPEN)} "\\n" ({bodies}) "\\n" {lark.mark(CLOSE)}')
         return f'{call} ("\\n" {call})*' if parallel else call

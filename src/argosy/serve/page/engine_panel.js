@@ -85,7 +85,7 @@ export function showState(state) {
   const places = isNumber(queue.max_sequences) ? ` of ${count(queue.max_sequences)} at once` : "";
   const waiting = `${count(queue.waiting ?? 0)} waiting`;
   write("queue", isNumber(queue.running) ? `${count(queue.running)} running${places}, ${waiting}` : null);
-  write("resident", isNumber(experts.resident) ? `${count(experts.resident)} in ${count(experts.slots)} slots` : null);
+  write("resident", isNumber(experts.resident) ? resident(experts) : null);
   const kept = kv.blocks_cached > 0 ? `, ${count(kv.blocks_cached)} kept for later` : "";
   write("kv", isNumber(kv.blocks_used) ? `${count(kv.blocks_used)} of ${count(kv.blocks_total)} in use${kept}` : null);
   write("read", isNumber(experts.bytes_read) ? volume(experts.bytes_read) : null);
@@ -123,6 +123,12 @@ function showPeak({ peak_bytes: peak }, whole) {
   }
   mark.style.left = `${100 * share(peak, whole)}%`;
   mark.title = `peak ${memory(peak)}`;
+}
+
+/** Experts in memory against all of them, and how many there is room for where that is not all. */
+function resident({ resident: now, slots, total }) {
+  const room = slots < total ? `, room for ${count(slots)}` : "";
+  return `${count(now)} of ${count(total)}${room}`;
 }
 
 /** How much of a reserved part is in use: the rest of its segment is drawn lighter. */

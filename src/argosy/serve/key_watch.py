@@ -1,0 +1,66 @@
+"""What a running server does about its keys: it writes down what they have used, and forgets those that are revoked.
+
+    every half second:  KeyRing.look, Limits.save
+    a key that is gone  ->  its requests end  ->  counts, answers, KV blocks and files of its tenant are forgotten
+
+Elsewhere: keys and limits are the room `guard`; a tenant's blocks and files are `engine/prefix.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from argosy.errors import UsageError
+from argosy.guard.keys import KeyRing
+from argosy.guard.limits import Limits
+
+log = logging.getLogger("argosy.serve")
+
+LOOK_S = 0.5
+
+
+class KeyWatch:
+    """A thread while it is entered.
+
+    Args:
+        revoke: hears the id of a key that is gone.
+    """
+
+    def __init__(self, ring: KeyRing, limits: Limits, revoke: Callable[[str], None]) -> None:
+        self._ring = ring
+        self._limits = limits
+        self._revoke = revoke
+        self._is_over = threading.Event()
+        self._can_save = True
+        self._thread = threading.Thread(target=self._run, name="argosy-keys", daemon=True)
+
+    def __enter__(self) -> KeyWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._is_over.wait(LOOK_S):
+            try:
+                self._turn()
+            except Exception as error:  # the next turn comes, whatever this one met
+                log.error("keys: %s", type(error).__name__)
+
+    def _turn(self) -> None:
+        for key_id in self._ring.look():
+            self._revoke(key_id)
+            self._limits.forget(key_id)
+            log.info("keys: %s is revoked", key_id)
+        try:
+            self._limits.save()
+        except UsageError as error:
+            if self._can_save:
+                log.error("keys: %s", error)
+            self._can_save = False
+        else:
+            self._can_save = True

@@ -1,0 +1,74 @@
+"""`argosy serve` as a process of its own, with a tiny model that says what the conversation asks it to."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NUM_LONG = 1200  # tokens of what "#long" says; nobody who hangs up early lets it get there
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    model: Path
+
+    @property
+    def num_new_tokens(self) -> int:
+        text = httpx.get(f"{self.url}/metrics").text
+        found = re.search(r"^argosy_new_tokens_total ([0-9.e+]+)$", text, re.MULTILINE)
+        assert found is not None
+        return int(float(found[1]))
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing runs or waits, and no block is held."""
+        state = httpx.get(f"{self.url}/v1/engine/state").json()
+        return (state["queue"]["running"], state["queue"]["waiting"], state["kv"]["blocks_used"]) == (0, 0, 0)
+
+    def require_freed(self, num_before: int) -> None:
+        """The engine has let go of an answer of NUM_LONG tokens, long before its end."""
+        time.sleep(0.15)  # the engine's state is told ten times a second
+        deadline = time.monotonic() + 10
+        while not self.is_idle:
+            assert time.monotonic() < deadline, "what was cancelled still runs"
+            time.sleep(0.02)
+        assert self.num_new_tokens - num_before < NUM_LONG // 2
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    model = tmp_path_factory.mktemp("clients") / "tiny"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "tests.serve.speaking", "serve", str(model)]
+    command += ["--memory", "1GiB", "--port", str(port)]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(1200):
+            assert process.poll() is None
+            try:
+                httpx.get(f"{url}/ready").raise_for_status()
+                break
+            except httpx.TransportError:
+                time.sleep(0.05)
+        yield Server(url, model)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()

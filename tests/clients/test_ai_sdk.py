@@ -1,0 +1,56 @@
+"""The Vercel AI SDK with `@ai-sdk/openai-compatible`: one conversation, in node."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.clients.conftest import ROOT, Server
+
+FOLDER = ROOT / "build" / "clients"
+SCRIPT = Path(__file__).parent / "ai-sdk" / "conversation.mjs"
+
+
+@pytest.fixture(scope="module")
+def found(server: Server) -> dict[str, Any]:
+    if shutil.which("node") is None:
+        pytest.skip("node is not there, so the AI SDK cannot run")
+    if not (FOLDER / "node_modules" / "ai").is_dir():
+        pytest.skip("the AI SDK is not installed; `make test-clients` does that where npm is there")
+    before = server.num_new_tokens
+    shutil.copy(SCRIPT, FOLDER)  # beside its modules
+    command = ["node", FOLDER / SCRIPT.name, server.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    server.require_freed(before + 300)  # of the conversation before
+    made: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return made
+
+
+def test_plain_and_streamed(found: dict[str, Any]) -> None:
+    plain, streamed = found["plain"], found["streamed"]
+    assert plain["text"] == "".join(streamed["deltas"]) == "It is well."
+    assert plain["reasoning"] == streamed["reasoning"] == "Let me see."
+    assert plain["usage"]["outputTokens"] == streamed["usage"]["outputTokens"] > 0
+    assert plain["usage"]["outputTokenDetails"]["reasoningTokens"] > 0
+
+
+def test_parallel_tools_are_streamed_and_their_results_are_taken(found: dict[str, Any]) -> None:
+    assert found["tools"] == {
+        "calls": [["get_weather", {"city": "Oslo"}], ["get_weather", {"city": "Rome", "days": 2}]],
+        "texts": ["Let me look.", "It is sunny in both."],
+        "reasons": ["tool-calls", "stop"],
+    }
+
+
+def test_a_schema_is_parsed(found: dict[str, Any]) -> None:
+    assert found["schema"] == {"answer": 42}
+
+
+def test_who_leaves_a_stream_frees_the_engine(found: dict[str, Any]) -> None:
+    assert 5 <= found["cancelled"] < 400  # and the fixture has seen the engine idle

@@ -1,0 +1,92 @@
+"""`langchain-openai`: a chat model in a scripted conversation."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from langchain_core.messages import AIMessageChunk, HumanMessage, ToolMessage
+from langchain_core.tools import tool
+from langchain_openai import ChatOpenAI
+from pydantic import BaseModel, SecretStr
+
+from tests.clients.conftest import Server
+
+CALLS = [("get_weather", {"city": "Oslo"}), ("get_weather", {"city": "Rome", "days": 2})]
+
+
+class Reply(BaseModel):
+    """The reply."""
+
+    answer: int
+
+
+@tool
+def get_weather(city: str, days: int = 1) -> str:
+    """Weather of a city"""
+    return "#sunny"
+
+
+@pytest.fixture(params=[False, True], ids=["chat", "responses"])
+def model(server: Server, request: pytest.FixtureRequest) -> ChatOpenAI:
+    return ChatOpenAI(
+        base_url=f"{server.url}/v1", api_key=SecretStr("none"), model="tiny", use_responses_api=request.param,
+        stream_usage=True,
+    )  # fmt: skip
+
+
+def test_plain_and_streamed(model: ChatOpenAI) -> None:
+    whole = model.invoke("#plain")
+    assert whole.text == "It is well, thank you."
+    assert whole.usage_metadata is not None
+    chunks = list(model.stream("#plain"))
+    assert len(chunks) > 5
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    together = sum(chunks[1:], chunks[0])
+    assert together.usage_metadata is not None
+    assert together.usage_metadata["output_tokens"] == whole.usage_metadata["output_tokens"]
+
+
+def test_parallel_tools_are_streamed_and_their_results_are_taken(model: ChatOpenAI) -> None:
+    calling = model.bind_tools([get_weather])
+    chunks: list[Any] = list(calling.stream("#weather"))
+    first: AIMessageChunk = sum(chunks[1:], chunks[0])
+    assert [(call["name"], call["args"]) for call in first.tool_calls] == CALLS
+    results = [
+        ToolMessage(get_weather.invoke(call["args"]), tool_call_id=call["id"]) for call in first.tool_calls
+    ]
+    second = calling.invoke([HumanMessage("#weather"), first, *results])
+    assert second.text == "It is sunny in both."
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_a_schema_is_parsed(model: ChatOpenAI, method: Any) -> None:
+    said = "#json" if method == "json_schema" else "#reply"
+    answer = model.with_structured_output(Reply, method=method).invoke(said, temperature=0)
+    assert answer == Reply(answer=42)
+
+
+def test_log_probabilities(server: Server) -> None:
+    model = ChatOpenAI(
+        base_url=f"{server.url}/v1", api_key=SecretStr("none"), model="tiny", logprobs=True, temperature=0
+    )
+    scored = model.invoke("#plain").response_metadata["logprobs"]["content"]
+    assert "".join(one["token"] for one in scored[:-1]) == "It is well, thank you."
+
+
+def test_who_leaves_a_stream_frees_the_engine(model: ChatOpenAI, server: Server) -> None:
+    async def leave() -> None:
+        async for at in _numbered(model.astream("#long")):
+            if at == 5:
+                break
+
+    async def _numbered(stream: Any) -> Any:
+        at = 0
+        async for _ in stream:
+            yield at
+            at += 1
+
+    before = server.num_new_tokens
+    asyncio.run(leave())
+    server.require_freed(before)

@@ -1,0 +1,151 @@
+"""The official `openai` client: Chat Completions, Responses and Completions in a scripted conversation."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from pydantic import BaseModel
+
+from tests.clients.conftest import Server
+from tests.serve.speaking import WEATHER
+
+TOOLS: Any = [{"type": "function", "function": WEATHER}]
+CALLS = [("get_weather", {"city": "Oslo"}), ("get_weather", {"city": "Rome", "days": 2})]
+
+
+class Reply(BaseModel):
+    answer: int
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        yield client
+
+
+def said(text: str) -> Any:
+    return [{"role": "user", "content": text}]
+
+
+def test_chat_plain_and_streamed(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model="tiny", messages=said("#think"))
+    assert whole.choices[0].message.content == "It is well."
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens_details is not None
+    assert whole.usage.completion_tokens_details.reasoning_tokens
+    with client.chat.completions.create(
+        model="tiny", messages=said("#think"), stream=True, stream_options={"include_usage": True}
+    ) as stream:
+        chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "It is well."
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_chat_streams_parallel_tools_and_goes_on_with_their_results(client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(model="tiny", messages=said("#weather"), tools=TOOLS) as stream:
+        done = [e for e in stream if e.type == "tool_calls.function.arguments.done"]
+        message = stream.get_final_completion().choices[0].message
+    assert [(event.name, json.loads(event.arguments)) for event in done] == CALLS
+    assert message.content == "Let me look."
+    calls: Any = message.tool_calls
+    assert [(call.function.name, json.loads(call.function.arguments)) for call in calls] == CALLS
+    results = [{"role": "tool", "tool_call_id": call.id, "content": "#sunny"} for call in calls]
+    back: Any = [*said("#weather"), message, *results]  # as the client's own documentation has it
+    second = client.chat.completions.create(model="tiny", messages=back, tools=TOOLS)
+    assert second.choices[0].message.content == "It is sunny in both."
+
+
+def test_chat_takes_back_the_message_that_it_gave_thoughts_included(client: openai.OpenAI) -> None:
+    first = (
+        client.chat.completions.create(model="tiny", messages=said("#thoughtful"), tools=TOOLS)
+        .choices[0]
+        .message
+    )
+    assert first.model_extra == {"reasoning_content": "Two cities."}
+    results = [
+        {"role": "tool", "tool_call_id": call.id, "content": "#sunny"} for call in first.tool_calls or ()
+    ]
+    back: Any = [*said("#thoughtful"), first, *results]
+    second = client.chat.completions.create(model="tiny", messages=back, tools=TOOLS)
+    assert second.choices[0].message.content == "It is sunny in both."
+
+
+def test_chat_parses_a_schema_and_gives_log_probabilities(client: openai.OpenAI) -> None:
+    parsed = client.chat.completions.parse(model="tiny", messages=said("#json"), response_format=Reply)
+    assert parsed.choices[0].message.parsed == Reply(answer=42)
+    scored = client.chat.completions.create(
+        model="tiny", messages=said("#quote"), logprobs=True, top_logprobs=2, temperature=0
+    ).choices[0]
+    assert scored.logprobs is not None
+    assert all(len(one.top_logprobs) == 2 and one.logprob < 0 for one in scored.logprobs.content or ())
+    assert scored.message.content == 'He said "é🙂" and left.'
+
+
+def test_responses_stream_parallel_tools_and_take_their_results(client: openai.OpenAI) -> None:
+    tools: Any = [{"type": "function", "strict": False, **WEATHER}]
+    with client.responses.stream(model="tiny", input="#thoughtful", tools=tools) as stream:
+        kinds = [event.type for event in stream]
+        first = stream.get_final_response()
+    assert kinds.count("response.function_call_arguments.done") == 2
+    assert [item.type for item in first.output] == ["reasoning", "function_call", "function_call"]
+    calls: Any = first.output[1:]
+    assert [(item.name, json.loads(item.arguments)) for item in calls] == CALLS
+    results = [
+        {"type": "function_call_output", "call_id": item.call_id, "output": "#sunny"} for item in calls
+    ]
+    back: Any = [*said("#thoughtful"), *first.output, *results]
+    assert (
+        client.responses.create(model="tiny", input=back, tools=tools).output_text == "It is sunny in both."
+    )
+
+
+def test_responses_parse_a_schema_and_give_log_probabilities(client: openai.OpenAI) -> None:
+    parsed = client.responses.parse(model="tiny", input="#json", text_format=Reply)
+    assert parsed.output_parsed == Reply(answer=42)
+    scored: Any = client.responses.create(
+        model="tiny", input="#plain", include=["message.output_text.logprobs"], top_logprobs=1, temperature=0
+    )
+    assert "".join(one.token for one in scored.output[0].content[0].logprobs) == scored.output_text
+
+
+def test_completions_echo_and_score(client: openai.OpenAI) -> None:
+    scored = client.completions.create(model="tiny", prompt="a b c", echo=True, logprobs=1, max_tokens=0)
+    assert scored.choices[0].text == "a b c"
+    assert scored.choices[0].logprobs is not None
+    assert (scored.choices[0].logprobs.token_logprobs or [0])[0] is None
+
+
+@pytest.mark.parametrize("dialect", ["chat", "responses", "completions"])
+def test_who_leaves_a_stream_frees_the_engine(client: openai.OpenAI, server: Server, dialect: str) -> None:
+    before = server.num_new_tokens
+    stream: Any
+    if dialect == "chat":
+        stream = client.chat.completions.create(model="tiny", messages=said("#long"), stream=True)
+    elif dialect == "responses":
+        stream = client.responses.create(model="tiny", input="#long", stream=True)
+    else:
+        stream = client.completions.create(model="tiny", prompt="#long", stream=True, max_tokens=1000)
+    for _ in range(6):
+        next(stream)
+    stream.close()
+    server.require_freed(before)
+
+
+def test_who_gives_up_waiting_for_a_whole_answer_frees_the_engine(server: Server) -> None:
+    async def give_up() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+            asking = asyncio.create_task(client.chat.completions.create(model="tiny", messages=said("#long")))
+            while server.is_idle:
+                await asyncio.sleep(0.002)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
+    before = server.num_new_tokens
+    asyncio.run(give_up())
+    server.require_freed(before)

@@ -1,0 +1,254 @@
+"""Transcripts of each dialect: a request, and all that came back, from a real engine whose model speaks a script.
+
+    CASES  ->  a server of its own, one after the other  ->  ids numbered, times zero  ->  transcripts/NAME.json
+
+    python -m tests.serve.record    writes them anew, unless one breaks a rule of `wire_rules.py`
+
+Elsewhere: replaying is `test_transcripts.py`; what the model says is `speaking.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.serve.speaking import ANSWER_SCHEMA, WEATHER
+
+FOLDER = Path(__file__).parent / "transcripts"
+HEADERS = ("content-type", "x-ignored-params", "retry-after", "cache-control", "x-accel-buffering")
+_ID = re.compile(r"(chatcmpl-|cmpl-|resp_|msg_|rs_|fc_|call_)[0-9A-Za-z]{20,}")
+Transcript = dict[str, Any]
+
+PATHS = {
+    "chat": "/v1/chat/completions",
+    "completions": "/v1/completions",
+    "responses": "/v1/responses",
+    "messages": "/v1/messages",
+}
+
+
+def _asked(dialect: str, said: str, **more: Any) -> dict[str, Any]:
+    """A body; names that all dialects share are spelled as this one does."""
+    given: dict[str, Any] = {"model": "tiny", "temperature": 0}
+    given["max_output_tokens" if dialect == "responses" else "max_tokens"] = more.pop("max_tokens", 200)
+    if dialect == "completions":
+        given["prompt"] = said
+    elif dialect == "responses":
+        given["input"] = said
+    else:
+        given["messages"] = [{"role": "user", "content": said}]
+    if more.pop("tools", False):
+        given["tools"] = {
+            "chat": [{"type": "function", "function": WEATHER}],
+            "responses": [{"type": "function", **WEATHER}],
+            "messages": [
+                {
+                    "name": WEATHER["name"],
+                    "description": WEATHER["description"],
+                    "input_schema": WEATHER["parameters"],
+                }
+            ],
+        }[dialect]
+    if more.pop("schema", False):
+        named = {"name": "answer", "schema": ANSWER_SCHEMA}
+        given |= {
+            "chat": {"response_format": {"type": "json_schema", "json_schema": named}},
+            "responses": {"text": {"format": {"type": "json_schema", **named}}},
+            "messages": {"output_config": {"format": {"type": "json_schema", "schema": ANSWER_SCHEMA}}},
+        }[dialect]  # fmt: skip
+    if more.pop("logprobs", False):
+        given |= {
+            "chat": {"logprobs": True, "top_logprobs": 1},
+            "completions": {"logprobs": 1},
+            "responses": {"include": ["message.output_text.logprobs"], "top_logprobs": 1},
+        }[dialect]
+    if (stop := more.pop("stop", None)) is not None:
+        given["stop_sequences" if dialect == "messages" else "stop"] = stop
+    return given | more
+
+
+def _second_turn(dialect: str) -> dict[str, Any]:
+    """What a client sends when it has run the tools."""
+    calls = (("call_a", '{"city": "Oslo"}'), ("call_b", '{"city": "Rome", "days": 2}'))
+    asked = _asked(dialect, "#weather", tools=True)
+    if dialect == "chat":
+        made = [
+            {"id": name, "type": "function", "function": {"name": "get_weather", "arguments": text}}
+            for name, text in calls
+        ]
+        asked["messages"] += [
+            {"role": "assistant", "content": "Let me look.", "tool_calls": made},
+            *({"role": "tool", "tool_call_id": name, "content": "#sunny"} for name, _ in calls),
+        ]
+    elif dialect == "responses":
+        asked["input"] = [
+            {"role": "user", "content": "#weather"},
+            *(
+                {"type": "function_call", "call_id": n, "name": "get_weather", "arguments": text}
+                for n, text in calls
+            ),
+            *({"type": "function_call_output", "call_id": name, "output": "#sunny"} for name, _ in calls),
+        ]
+    else:
+        used = [
+            {"type": "tool_use", "id": n, "name": "get_weather", "input": json.loads(text)}
+            for n, text in calls
+        ]
+        results = [{"type": "tool_result", "tool_use_id": name, "content": "#sunny"} for name, _ in calls]
+        asked["messages"] += [{"role": "assistant", "content": used}, {"role": "user", "content": results}]
+    return asked
+
+
+def _cases() -> Iterator[tuple[str, dict[str, Any]]]:
+    both: dict[str, dict[str, Any]] = {
+        "plain": {"said": "#plain"},
+        "thoughts": {"said": "#think"},
+        "tools": {"said": "#weather", "tools": True},
+        "thoughtful_tools": {"said": "#thoughtful", "tools": True},
+        "schema": {"said": "#json", "schema": True},
+        "logprobs": {"said": "#quote", "logprobs": True},
+        "stop": {"said": "#plain", "stop": ["thank"]},
+        "length": {"said": "#long", "max_tokens": 5},
+        "empty": {"said": "#empty"},
+        "ignored": {"said": "#plain", "user": "someone"},
+        "failed": {"said": "#fail"},
+    }
+    for dialect in PATHS:
+        for name, options in both.items():
+            cannot = {
+                "completions": ("thoughts", "tools", "thoughtful_tools", "schema"),
+                "responses": ("stop",),
+                "messages": ("logprobs", "ignored"),
+            }
+            if name in cannot.get(dialect, ()):
+                continue
+            asked = _asked(dialect, **options)
+            yield f"{dialect}_{name}", asked
+            yield f"{dialect}_{name}_stream", asked | {"stream": True}
+        if dialect != "completions":
+            yield f"{dialect}_second_turn", _second_turn(dialect)
+            yield f"{dialect}_second_turn_stream", _second_turn(dialect) | {"stream": True}
+        yield f"{dialect}_unknown_field", _asked(dialect, "#plain", frobnicate=1)
+        yield f"{dialect}_too_long", _asked(dialect, "Ω" * 5000)
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    for dialect in ("chat", "completions"):
+        yield f"{dialect}_usage_stream", _asked(dialect, "#think", **usage)
+        yield f"{dialect}_several", _asked(dialect, "#plain", n=2)
+        yield f"{dialect}_several_stream", _asked(dialect, "#plain", n=2, **usage)
+    yield (
+        "chat_one_call_stream",
+        _asked("chat", "#weather", tools=True, parallel_tool_calls=False, stream=True),
+    )
+    yield "chat_progress_stream", _asked("chat", "#plain", return_progress=True, stream=True)
+    yield "completions_echo", _asked("completions", "The quick #plain", echo=True, logprobs=True)
+    yield "responses_state", _asked("responses", "#plain", previous_response_id="resp_1")
+
+
+CASES = dict(_cases())
+
+
+def record(client: httpx.Client, name: str) -> Transcript:
+    """Ask, and write down the answer."""
+    request = {"method": "POST", "path": PATHS[name.partition("_")[0]], "body": CASES[name]}
+    answer = client.request(request["method"], request["path"], json=request["body"])
+    headers = {header: answer.headers[header] for header in HEADERS if header in answer.headers}
+    made: Transcript = {"request": request, "status": answer.status_code, "headers": headers}
+    if headers["content-type"].startswith("text/event-stream"):
+        made["events"] = list(read_events(answer.text))
+    else:
+        made["body"] = answer.json()
+    return made | _Normal().of({key: made[key] for key in ("events", "body") if key in made})
+
+
+def read_events(text: str) -> Iterator[dict[str, Any]]:
+    """Events of a stream, strictly: each has at most a name, one line of data, and an empty line."""
+    assert text.endswith("\n\n")
+    for block in text[:-2].split("\n\n"):
+        lines = block.split("\n")
+        if lines == [": keep-alive"]:
+            continue
+        event = lines.pop(0).removeprefix("event: ") if lines[0].startswith("event: ") else None
+        assert len(lines) == 1, block
+        assert lines[0].startswith("data: "), block
+        data = lines[0].removeprefix("data: ")
+        yield {"event": event, "data": data if data == "[DONE]" else json.loads(data)}
+
+
+class _Normal:
+    """Numbers ids in the order in which they come, and sets times to zero."""
+
+    def __init__(self) -> None:
+        self._ids: dict[str, str] = {}
+
+    def of(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {
+                key: 0 if key in ("created", "created_at") else self.of(part) for key, part in value.items()
+            }
+        if isinstance(value, list):
+            return [self.of(part) for part in value]
+        if isinstance(value, float):
+            return round(value, 4)
+        if isinstance(value, str) and (found := _ID.fullmatch(value)):
+            return self._ids.setdefault(value, f"{found[1]}{len(self._ids)}")
+        return value
+
+
+def _written(transcript: Transcript) -> str:
+    """JSON with a line for each part, and for each event."""
+    parts = []
+    for key, part in transcript.items():
+        if key == "events":
+            lines = ",\n".join(f"  {json.dumps(event, ensure_ascii=False)}" for event in part)
+            parts.append(f' "events": [\n{lines}\n ]')
+        else:
+            parts.append(f" {json.dumps(key)}: {json.dumps(part, ensure_ascii=False)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def load(name: str) -> Transcript:
+    made: Transcript = json.loads((FOLDER / f"{name}.json").read_text())
+    return made
+
+
+@contextmanager
+def own_server() -> Iterator[httpx.Client]:
+    """A server that nobody has asked yet, so that what is found computed is always the same."""
+    from argosy.engine.engine import Engine
+    from argosy.guard.keys import KeyRing
+    from argosy.serve.app import make_app
+    from tests.serve.conftest import serving, start
+    from tests.serve.speaking import speaking, write_speaking_model
+
+    with tempfile.TemporaryDirectory() as folder, speaking():
+        model = write_speaking_model(Path(folder) / "model")
+        with Engine(model, memory="1GiB", threads=2, grammars=True) as engine, serving(engine) as service:
+            for url in start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)):
+                with httpx.Client(base_url=url, timeout=60) as client:
+                    yield client
+
+
+def main() -> None:
+    from tests.serve.wire_rules import require_rules
+
+    FOLDER.mkdir(exist_ok=True)
+    with own_server() as client:
+        made = {name: record(client, name) for name in CASES}
+    for name, transcript in made.items():
+        require_rules(name, transcript, made)
+    for old in FOLDER.glob("*.json"):
+        old.unlink()
+    for name, transcript in made.items():
+        (FOLDER / f"{name}.json").write_text(_written(transcript), encoding="utf-8")
+    print(f"{len(made)} transcripts")
+
+
+if __name__ == "__main__":
+    main()

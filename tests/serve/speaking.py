@@ -1,0 +1,118 @@
+"""A real model that says what a test wants: everything is real but a push on the logits of the next scripted token.
+
+    "#weather" in the conversation  ->  SCRIPTS["#weather"]  ->  its tokens, one by one, as far as a grammar lets them
+
+The key that stands last in the conversation counts. Without one the model babbles, as random weights do. Grammars,
+sampling, stop strings, parsing, scheduling and HTTP see nothing of it. As a program it is `argosy` with this model:
+
+    python -m tests.serve.speaking serve DIRECTORY --memory 1GiB --port 8080
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from argosy.engine import engine as engine_module
+from argosy.engine.sampler import Sampler, SamplerState
+from argosy.errors import GrammarError
+from argosy.prompt.tokenizer import Tokenizer
+from tests.models.tiny import qwen3_moe, write_model
+from tests.prompt.families import FAMILIES
+from tests.prompt.tokenizers_for_tests import write_tokenizer
+
+FAMILY = FAMILIES["qwen3"]
+CONTEXT_TOKENS = 2048
+END = "<|im_end|>"
+
+
+def call(name: str, arguments: str) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+OSLO, ROME = '{"city": "Oslo"}', '{"city": "Rome", "days": 2}'
+SCRIPTS = {
+    "#plain": "It is well, thank you.",
+    "#think": "<think>\nLet me see.\n</think>\n\nIt is well.",
+    "#weather": f"Let me look.\n{call('get_weather', OSLO)}\n{call('get_weather', ROME)}",
+    "#thoughtful": f"<think>\nTwo cities.\n</think>\n\n{call('get_weather', OSLO)}\n{call('get_weather', ROME)}",
+    "#wrong": call("get_weather", '{"town": "Oslo"}'),  # a tool whose parameter has another name
+    "#reply": call("Reply", '{"answer": 42}'),
+    "#json": '{"answer": 42}',
+    "#sunny": "It is sunny in both.",
+    "#quote": 'He said "é🙂" and left.',
+    "#long": "word " * 400,
+    "#empty": "",
+    "#fail": "It is",  # and then the answer cannot be finished
+}
+
+WEATHER: dict[str, Any] = {
+    "name": "get_weather",
+    "description": "Weather of a city",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+        "required": ["city"],
+    },
+}
+ANSWER_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"answer": {"type": "integer"}},
+    "required": ["answer"],
+    "additionalProperties": False,
+}
+
+
+def write_speaking_model(directory: Path) -> Path:
+    config = qwen3_moe(
+        vocab_size=512, max_position_embeddings=CONTEXT_TOKENS, eos_token_id=FAMILY.tokenizer.eos_ids[0]
+    )
+    write_model(directory, config, seed=3)
+    more: dict[str, object] = {"eos_token": END, "chat_template": FAMILY.template}
+    return write_tokenizer(directory, FAMILY.tokenizer._core.to_str(), more)
+
+
+def key_of(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> str | None:
+    text = tokenizer.decode(list(prompt_ids), keep_special=True)
+    at, key = max((text.rfind(key), key) for key in SCRIPTS)
+    return key if at >= 0 else None
+
+
+def speaking() -> ExitStack:
+    """While this is entered, engines of this process speak."""
+    tokenizer, stack = FAMILY.tokenizer, ExitStack()
+
+    class ScriptedState(SamplerState):
+        def __init__(self, prompt_ids: Sequence[int], seed: int | None = None) -> None:
+            super().__init__(prompt_ids, seed)
+            key = key_of(tokenizer, prompt_ids)
+            self.fails = key == "#fail"
+            end = "" if self.fails else END
+            self.script = tokenizer.encode_segments([(False, SCRIPTS[key] + end)]) if key else []
+
+    class ScriptedSampler(Sampler):
+        def sample(self, logits: Any, params: Any, state: Any, constraint: Any = None) -> Any:
+            if state.step < len(state.script):
+                # Greedy needs a small push, so that log-probabilities are some; chance needs a large one.
+                logits = logits.copy()
+                logits[state.script[state.step]] = logits.max() + (30.0 if params.temperature > 0 else 2.0)
+            elif state.fails:
+                raise GrammarError("the grammar cannot be followed")
+            return super().sample(logits, params, state, constraint)
+
+    stack.enter_context(mock.patch.object(engine_module, "SamplerState", ScriptedState))
+    stack.enter_context(mock.patch.object(engine_module, "Sampler", ScriptedSampler))
+    return stack
+
+
+if __name__ == "__main__":
+    from argosy.cli.main import main
+
+    if sys.argv[1] == "serve" and not Path(sys.argv[2]).exists():
+        write_speaking_model(Path(sys.argv[2]))
+    with speaking():
+        main()
