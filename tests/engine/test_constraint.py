@@ -320,6 +320,7 @@ BOMBS = {
     "too deep": Grammar(kind="json_schema", text=nested(40)),
     "deep enough": Grammar(kind="json_schema", text=nested(20)),
     "long pattern": Grammar(kind="json_schema", text=json.dumps({"items": [{"pattern": "a" * 5000}]})),
+    "names that are none": Grammar(kind="json_schema", text='{"patternProperties": 5}'),
     "long name": Grammar(kind="json_schema", text=json.dumps({"patternProperties": {"a" * 5000: {}}})),
     "pattern": Grammar(
         kind="json_schema", text=json.dumps({"type": "string", "pattern": "^((a{999}){999}){999}$"})
@@ -351,6 +352,7 @@ BOMBS = {
     "options": Grammar(kind="lark", text='%llguidance {"no_forcing": false}\nstart: /(a{1000}){1000}/'),
     "no start": Grammar(kind="lark", text='begin: "a"'),
     "long": Grammar(kind="lark", text='start: "' + "a" * MAX_GRAMMAR_CHARACTERS + '"'),
+    "longer than all room": Grammar(kind="lark", text='start: "' + "a" * 3 * MAX_GRAMMAR_CHARACTERS + '"'),
 }
 
 

@@ -99,8 +99,7 @@ def test_the_facts_say_how_many_experts_are_in_memory_of_how_many(loop: EngineLo
     heard = Heard()
     loop.submit(PROMPT, SHORT, heard)
     heard.wait()
-    wait_until(lambda: is_idle(loop))
-    assert experts() == (4, 4, total)
+    wait_until(lambda: experts() == (4, 4, total))  # a snapshot may be of a step before
 
 
 def test_a_request_hears_of_its_prompt_then_of_each_token_then_of_its_end(

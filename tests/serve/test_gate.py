@@ -97,9 +97,17 @@ def test_what_a_page_elsewhere_could_send_is_refused(
     assert client.post("/tokenize", json={"content": "a"}, headers=headers).status_code == status
 
 
-@pytest.mark.parametrize("path", ["/docs", "/openapi.json", "/page/../app.py", "/page/%2e%2e%2fapp.py"])
+@pytest.mark.parametrize("path", ["/docs", "/redoc", "/page/../app.py", "/page/%2e%2e%2fapp.py"])
 def test_a_path_that_is_not_in_the_table_is_not_there(client: httpx.Client, path: str) -> None:
     assert client.get(path).status_code == 404
+
+
+def test_a_method_that_a_path_does_not_take_is_answered_with_those_that_it_takes(
+    client: httpx.Client,
+) -> None:
+    answer = client.request("TRACE", "/tokenize")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+    assert answer.json()["error"]["message"] == "this path takes POST"
 
 
 def test_no_keys_means_this_machine_only() -> None:

@@ -482,6 +482,31 @@ def test_thoughts_of_earlier_turns_are_taken_under_both_names(speaker: httpx.Cli
     assert "I thought" in prompt("reasoning")
 
 
+def test_copies_that_openais_client_makes_of_a_turn_are_taken(speaker: httpx.Client) -> None:
+    function = {"name": "get_weather", "arguments": "{}"}
+    plain: dict[str, Any] = {
+        "role": "assistant",
+        "content": "a",
+        "tool_calls": [{"id": "c", "type": "function", "function": function}],
+    }
+    copied = plain | {
+        "parsed": {"a": 1}, "annotations": [], "refusal": None, "audio": None,
+        "tool_calls": [{"id": "c", "type": "function", "function": function | {"parsed_arguments": {}}}],
+    }  # fmt: skip
+
+    def prompt(turn: dict[str, Any]) -> str:
+        messages = [
+            {"role": "user", "content": "x"},
+            turn,
+            {"role": "tool", "tool_call_id": "c", "content": "y"},
+        ]
+        answer = speaker.post("/apply-template", json={"messages": messages})
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["prompt"])
+
+    assert prompt(copied) == prompt(plain)
+
+
 def test_a_response_takes_back_all_items_that_a_response_gives(speaker: httpx.Client) -> None:
     more = {"tools": TOOLS["responses"], "max_output_tokens": 200}
     first = ask(speaker, "responses", "#thoughtful", **more)

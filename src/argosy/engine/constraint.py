@@ -239,6 +239,10 @@ class GrammarCompiler:
                 raise GrammarError(
                     f"the trigger is token {word}; the vocabulary is 0 to {len(self._vocabulary.tokens) - 1}"
                 )
+        if (
+            not grammar.is_lenient
+        ):  # one that can never be followed is not asked to come again when there is room
+            _require_size(grammar.text)
         key = (tenant, grammar.kind, grammar.text, grammar.is_lenient)
         with self._lock:
             matcher = self._compiled.get(key)
@@ -424,7 +428,8 @@ def _require_bounds(schema: object) -> None:
         following: list[object] = []
         for item in level:
             if isinstance(item, dict):
-                expressions = [item.get("pattern"), *(item.get("patternProperties") or ())]
+                named = item.get("patternProperties")
+                expressions = [item.get("pattern"), *(named if isinstance(named, dict) else ())]
                 for expression in expressions:
                     if isinstance(expression, str):
                         _require_expression(expression)

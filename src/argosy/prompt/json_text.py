@@ -19,7 +19,9 @@ from collections.abc import Mapping, Sequence
 from argosy.errors import UsageError
 
 _MOST_DEPTH = 64
+_TOO_DEEP = f"it is nested deeper than {_MOST_DEPTH}"
 _MOST_BITS = 1024  # of a whole number: what a float can reach
+_LARGEST = 1 << _MOST_BITS
 
 
 def read_json(text: str) -> object:
@@ -29,12 +31,17 @@ def read_json(text: str) -> object:
         ValueError: it is not JSON, gives a key twice, or holds what `plain_json` refuses.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-        return plain_json(value, "it")
+        value: object = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        _require_plain(value)
+        return value
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError(_TOO_DEEP) from None
     except UsageError as error:
         raise ValueError(error.message) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON: {error.msg} at character {error.pos}") from None
+    except ValueError:  # Python reads no whole number of more than a few thousand digits
+        raise ValueError("it holds a number that is too large") from None
 
 
 def read_object(text: str) -> dict[str, object] | None:
@@ -91,12 +98,38 @@ def plain_text(text: str, where: str) -> str:
     return str(text)
 
 
+def _require_plain(value: object) -> None:
+    """What `plain_json` refuses in fresh values of `json.loads`; level by level, which is ten times as fast."""
+    level: list[object] = [value]
+    for _ in range(_MOST_DEPTH + 1):
+        following: list[object] = []
+        for item in level:
+            kind = type(item)
+            if kind is dict:
+                assert isinstance(item, dict)
+                following += item.values()
+                following += item
+            elif kind is list:
+                assert isinstance(item, list)
+                following += item
+            elif kind is str:
+                assert isinstance(item, str)
+                if not item.isascii():
+                    plain_text(item, "it")
+            elif (kind is int or kind is float) and not -_LARGEST < item < _LARGEST:  # type: ignore[operator]
+                raise UsageError("it holds a number that is too large")
+        if not following:
+            return
+        level = following
+    raise UsageError(_TOO_DEEP)
+
+
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("it gives a key twice")
+        raise UsageError("it gives a key twice")
     return found
 
 
 def _no_constant(name: str) -> object:
-    raise ValueError(f"it holds {name}, which is not JSON")
+    raise UsageError(f"it holds {name}, which is not JSON")

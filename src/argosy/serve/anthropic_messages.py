@@ -12,15 +12,15 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from typing_extensions import TypedDict
 
 from argosy.config import SamplingParams
-from argosy.errors import UsageError
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import (
     ReasoningDelta,
@@ -30,7 +30,23 @@ from argosy.prompt.formats.events import (
     ToolCallEnd,
 )
 from argosy.serve.core import Answers, ChatRequest, Ended, Said, Service
-from argosy.serve.fields import Sampling, Stop, Tokens, ignored_header
+from argosy.serve.fields import (
+    Flag,
+    Lenient,
+    Messages,
+    ObjectSchema,
+    Sampling,
+    Short,
+    Stop,
+    Strict,
+    Text,
+    Tokens,
+    ToolName,
+    Tools,
+    closed,
+    ignored_header,
+    strays,
+)  # fmt: skip
 from argosy.serve.gate import Caller
 from argosy.serve.streams import EventStream, sse, until_gone
 from argosy.serve.tool_use import ToolChoice
@@ -38,36 +54,155 @@ from argosy.serve.tool_use import ToolChoice
 BILLING_LINE = "x-anthropic-billing-header:"
 
 
+class TextBlock(Lenient):
+    type: Literal["text"]
+    text: Text
+
+
+class ThinkingBlock(Lenient):
+    type: Literal["thinking"]
+    thinking: Text
+    signature: str | None = None
+
+
+class RedactedThinkingBlock(Lenient):
+    """Of another model: nobody here can read it."""
+
+    type: Literal["redacted_thinking"]
+
+
+class ToolUseBlock(Lenient):
+    type: Literal["tool_use"]
+    id: Short
+    name: Short
+    input: dict[str, Any]
+
+
+class ToolResultBlock(Lenient):
+    type: Literal["tool_result"]
+    tool_use_id: Short
+    content: Text | list[TextBlock] | None = None
+
+
+AskingBlock = Annotated[TextBlock | ToolResultBlock, Field(discriminator="type")]
+AnsweringBlock = Annotated[
+    TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock, Field(discriminator="type")
+]
+
+
+class AskingMessage(Strict):
+    role: Literal["user"]
+    content: Text | list[AskingBlock]
+
+
+class SystemMessage(Strict):
+    role: Literal["system"]
+    content: Text | list[TextBlock]
+
+
+class AnsweringMessage(Strict):
+    role: Literal["assistant"]
+    content: Text | list[AnsweringBlock]
+
+
+class ClientTool(Lenient):
+    type: Literal["custom"] | None = None
+    name: ToolName
+    description: Text | None = None
+    input_schema: ObjectSchema
+
+
+class FreeChoice(Strict):
+    type: Literal["auto", "any", "none"]
+    disable_parallel_tool_use: Flag | None = None
+
+    def asked(self) -> ToolChoice:
+        return ToolChoice("required" if self.type == "any" else self.type)
+
+
+class NamedChoice(Strict):
+    type: Literal["tool"]
+    name: ToolName
+    disable_parallel_tool_use: Flag | None = None
+
+    def asked(self) -> ToolChoice:
+        return ToolChoice("required", (self.name,))
+
+
+class Thinking(Lenient):
+    """How much to think: "adaptive" leaves it to the model, a budget of tokens does not bound it."""
+
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
+
+
+class OutputFormat(Lenient):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Lenient):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: OutputFormat | None = None
+
+
 class CountBody(Sampling):
     IGNORED: ClassVar[tuple[str, ...]] = ("context_management", "cache_control")
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
-    system: str | Annotated[list[dict[str, Any]], Field(max_length=256)] | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=512)] | None = None
-    tool_choice: dict[str, Any] | None = None
-    thinking: dict[str, Any] | None = None
+    messages: Annotated[
+        list[Annotated[AskingMessage | AnsweringMessage | SystemMessage, Field(discriminator="role")]],
+        Messages,
+    ]
+    system: Text | Annotated[list[TextBlock], Field(max_length=256)] | None = None
+    tools: Annotated[list[ClientTool], Tools] | None = None
+    tool_choice: Annotated[FreeChoice | NamedChoice, Field(discriminator="type")] | None = None
+    thinking: Thinking | None = None
     context_management: dict[str, Any] | None = None
-    output_config: dict[str, Any] | None = None
+    output_config: OutputConfig | None = None
     cache_control: dict[str, Any] | None = None
 
     def request(self, params: SamplingParams, *, keep_billing_line: bool) -> ChatRequest:
-        system = "\n".join(_texts(self.system or "", "system"))
+        system = _text(self.system or "")
         if not keep_billing_line and system.startswith(BILLING_LINE):
             system = system.partition("\n")[2]
         messages = [{"role": "system", "content": system}] if system else []
-        for at, message in enumerate(self.messages):
-            messages += _messages(message, f"messages.{at}")
-        choice, parallel = _choice(self.tool_choice or {"type": "auto"})
-        config = self.output_config or {}
+        for message in self.messages:
+            messages += _messages(message)
+        choice, config = self.tool_choice, self.output_config
+        form = None if config is None else config.format
         return ChatRequest(
             messages=messages,
             params=params,
-            tools=[_tool(tool, f"tools.{at}") for at, tool in enumerate(self.tools or ())],
-            tool_choice=choice,
-            parallel=parallel,
-            schema=_schema(config.get("format")),
-            effort=_effort(self.thinking or {}, config.get("effort")),
+            tools=[_tool(tool) for tool in self.tools or ()],
+            tool_choice=ToolChoice() if choice is None else choice.asked(),
+            parallel=choice is None or choice.disable_parallel_tool_use is not True,
+            schema=None if form is None else form.schema_,
+            effort=self.effort(),
         )
+
+    def effort(self) -> str | None:
+        """How much the model is to think."""
+        kind = None if self.thinking is None else self.thinking.type
+        asked = None if self.output_config is None else self.output_config.effort
+        if kind == "disabled":
+            return "none"
+        return "medium" if asked is None and kind == "enabled" else asked
+
+    def ignored(self) -> list[str]:
+        names = super().ignored()
+        blocks = [
+            block for message in self.messages if not isinstance(message.content, str) for block in message.content
+        ]  # fmt: skip
+        nested = [
+            inner for block in blocks if isinstance(block, ToolResultBlock) and isinstance(block.content, list)
+            for inner in block.content
+        ]  # fmt: skip
+        names += strays("system", () if isinstance(self.system, str) else self.system or ())
+        names += strays("messages.content", [*blocks, *nested])
+        names += strays("tools", self.tools or ())
+        names += strays("thinking", (self.thinking,))
+        config = self.output_config
+        names += strays("output_config", (config,))
+        return names + strays("output_config.format", () if config is None else (config.format,))
 
 
 class MessagesBody(CountBody):
@@ -84,115 +219,171 @@ class MessagesBody(CountBody):
         return SamplingParams(max_tokens=self.max_tokens, **self.sampling(self.stop_sequences or ()))
 
 
-def _texts(given: object, where: str) -> list[str]:
-    """The texts of a string, or of a list of text blocks."""
-    if isinstance(given, str):
-        return [given]
-    if not isinstance(given, list):
-        raise UsageError(f"{where}: expected text, or a list of text blocks")
-    texts = []
-    for block in given:
-        if (
-            not isinstance(block, dict)
-            or block.get("type") != "text"
-            or not isinstance(block.get("text"), str)
-        ):
-            raise UsageError(
-                f"{where}: only blocks of type text are taken here, and this model takes text only"
-            )
-        texts.append(block["text"])
-    return texts
+def _text(given: str | Sequence[TextBlock]) -> str:
+    return given if isinstance(given, str) else "\n".join(block.text for block in given)
 
 
-def _messages(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    role, content = message.get("role"), message.get("content")
-    if role not in ("user", "assistant", "system") or message.keys() - {"role", "content"}:
-        raise UsageError(f"{where}: expected role (user or assistant) and content")
-    if isinstance(content, str):
-        return [{"role": role, "content": content}]
-    if not isinstance(content, list):
-        raise UsageError(f"{where}: content is neither text nor a list of blocks")
+def _messages(message: AskingMessage | AnsweringMessage | SystemMessage) -> list[dict[str, Any]]:
+    if isinstance(message.content, str):
+        return [{"role": message.role, "content": message.content}]
     texts: list[str] = []
     thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
     made: list[dict[str, Any]] = []
-    for block in content:
-        kind = block.get("type") if isinstance(block, dict) else None
-        if kind == "thinking" and role == "assistant":
-            thoughts.append(str(block.get("thinking") or ""))
-        elif kind == "redacted_thinking" and role == "assistant":
-            continue  # of another model: nobody here can read it
-        elif kind == "tool_use" and role == "assistant":
-            function = {"name": block.get("name"), "arguments": block.get("input")}
-            calls.append({"id": block.get("id"), "type": "function", "function": function})
-        elif kind == "tool_result" and role == "user":
-            text = "\n".join(_texts(block.get("content") or "", where))
-            made.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": text})
-        else:
-            texts += _texts([block], where)
-    if role == "assistant":
-        said: dict[str, Any] = {"role": role, "content": "".join(texts)}
+    for block in message.content:
+        match block:
+            case TextBlock():
+                texts.append(block.text)
+            case ThinkingBlock():
+                thoughts.append(block.thinking)
+            case ToolUseBlock():
+                function = {"name": block.name, "arguments": block.input}
+                calls.append({"id": block.id, "type": "function", "function": function})
+            case ToolResultBlock():
+                content = _text(block.content or "")
+                made.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": content})
+    if message.role == "assistant":
+        said: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}
         if thoughts:
             said["reasoning_content"] = "".join(thoughts)
         if calls:
             said["tool_calls"] = calls
         return [said]
     if texts or not made:
-        made.append({"role": role, "content": "\n".join(texts)})
+        made.append({"role": message.role, "content": "\n".join(texts)})
     return made
 
 
-def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
-    if tool.get("type", "custom") != "custom":
-        raise UsageError(
-            f"{where}: tools that the server would run are not here; type is {tool.get('type')!r}"
-        )
+def _tool(tool: ClientTool) -> dict[str, Any]:
     function = {
-        "name": tool.get("name"),
-        "description": tool.get("description"),
-        "parameters": tool.get("input_schema"),
+        "name": tool.name,
+        "description": tool.description,
+        "parameters": tool.input_schema.model_dump(exclude_unset=True),
     }
     return {"type": "function", "function": function}
 
 
-def _choice(given: dict[str, Any]) -> tuple[ToolChoice, bool]:
-    parallel = given.get("disable_parallel_tool_use") is not True
-    match given:
-        case {"type": "auto"}:
-            return ToolChoice(), parallel
-        case {"type": "none"}:
-            return ToolChoice("none"), parallel
-        case {"type": "any"}:
-            return ToolChoice("required"), parallel
-        case {"type": "tool", "name": str(name)}:
-            return ToolChoice("required", (name,)), parallel
-    raise UsageError("tool_choice is of no known type; known: auto, any, tool with a name, none")
+@closed
+class Counted(TypedDict):
+    input_tokens: int
 
 
-def _schema(given: object) -> dict[str, Any] | None:
-    match given:
-        case None:
-            return None
-        case {"type": "json_schema", "schema": dict(schema)}:
-            return schema
-    raise UsageError("output_config.format is of no known type; known: json_schema with a schema")
+@closed
+class SaidText(TypedDict):
+    type: Literal["text"]
+    text: str
 
 
-def _effort(thinking: dict[str, Any], effort: object) -> str | None:
-    """How much is to be thought: "adaptive" leaves it to the model, a budget of tokens does not bound it."""
-    if effort not in (None, "low", "medium", "high", "xhigh", "max"):
-        raise UsageError("output_config.effort is of no known value; known: low, medium, high, xhigh, max")
-    kind = thinking.get("type")
-    if kind not in (None, "enabled", "disabled", "adaptive", "between_tools"):
-        raise UsageError("thinking is of no known type; known: enabled, disabled, adaptive, between_tools")
-    if kind == "disabled":
-        return "none"
-    if effort is None and kind == "enabled":
-        return "medium"
-    return None if effort is None else str(effort)
+@closed
+class SaidThinking(TypedDict):
+    type: Literal["thinking"]
+    thinking: str
+    signature: str
 
 
-async def count_tokens(body: CountBody, request: Request) -> dict[str, int]:
+@closed
+class SaidToolUse(TypedDict):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+SaidBlock = SaidText | SaidThinking | SaidToolUse
+
+
+@closed
+class ThinkingTokens(TypedDict):
+    thinking_tokens: int
+
+
+@closed
+class TokenUse(TypedDict):
+    """Tokens; those that were found computed are not among the input tokens, as the dialect has it."""
+
+    input_tokens: int
+    output_tokens: int
+    cache_read_input_tokens: int
+    cache_creation_input_tokens: int
+    output_tokens_details: ThinkingTokens
+
+
+@closed
+class End(TypedDict):
+    stop_reason: Literal["end_turn", "max_tokens", "tool_use", "stop_sequence"] | None
+    stop_sequence: str | None
+
+
+@closed
+class Message(End):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[SaidBlock]
+    usage: TokenUse
+
+
+@closed
+class MessageStart(TypedDict):
+    type: Literal["message_start"]
+    message: Message
+
+
+@closed
+class BlockStart(TypedDict):
+    type: Literal["content_block_start"]
+    index: int
+    content_block: SaidBlock
+
+
+@closed
+class TextPiece(TypedDict):
+    type: Literal["text_delta"]
+    text: str
+
+
+@closed
+class ThinkingPiece(TypedDict):
+    type: Literal["thinking_delta"]
+    thinking: str
+
+
+@closed
+class InputPiece(TypedDict):
+    type: Literal["input_json_delta"]
+    partial_json: str
+
+
+@closed
+class BlockDelta(TypedDict):
+    type: Literal["content_block_delta"]
+    index: int
+    delta: TextPiece | ThinkingPiece | InputPiece
+
+
+@closed
+class BlockStop(TypedDict):
+    type: Literal["content_block_stop"]
+    index: int
+
+
+@closed
+class MessageDelta(TypedDict):
+    type: Literal["message_delta"]
+    delta: End
+    usage: TokenUse
+
+
+@closed
+class MessageStop(TypedDict):
+    type: Literal["message_stop"]
+
+
+Event = MessageStart | BlockStart | BlockDelta | BlockStop | MessageDelta | MessageStop
+
+
+async def count_tokens(body: CountBody, request: Request) -> Counted:
     """How many tokens a conversation has."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
@@ -208,10 +399,9 @@ async def messages(body: MessagesBody, request: Request) -> Response:
     wanted = body.request(body.params(), keep_billing_line=service.keep_billing_line)
     answers = await service.open(wanted, caller)
     ignored = body.ignored()
-    if (body.thinking or {}).get("budget_tokens") is not None:
-        ignored.append("thinking.budget_tokens")
     if service.ignored_effort(wanted):
-        ignored.append("output_config.effort" if (body.output_config or {}).get("effort") else "thinking")
+        has_effort = body.output_config is not None and body.output_config.effort is not None
+        ignored.append("output_config.effort" if has_effort else "thinking")
     headers = ignored_header(ignored)
     dialect = _Messages(service, answers)
     if body.stream:
@@ -226,14 +416,14 @@ class _Messages:
         self._index = -1
         self._open: str | None = None  # type of the block that is open
 
-    async def whole(self) -> dict[str, Any]:
-        end: dict[str, Any] = {}
+    async def whole(self) -> Message:
+        end: End = {"stop_reason": None, "stop_sequence": None}
         async with self._answers as answers:
             async for step in answers.steps():
                 if isinstance(step, Ended):
                     end = _end(step)
         said = self._answers.said(0)
-        content: list[dict[str, Any]] = []
+        content: list[SaidBlock] = []
         if said.reasoning:
             content.append({"type": "thinking", "thinking": said.reasoning, "signature": ""})
         if said.text or not said.calls:
@@ -242,11 +432,11 @@ class _Messages:
             {"type": "tool_use", "id": call.id, "name": call.name, "input": json.loads(call.arguments)}
             for call in said.calls
         ]
-        return self._message(content) | end | {"usage": self._usage()}
+        return {**self._message(content), **end, "usage": self._usage()}
 
     async def stream(self) -> AsyncIterator[bytes]:
         async with self._answers as answers:
-            yield _event("message_start", message=self._message([]))
+            yield _sent({"type": "message_start", "message": self._message([])})
             async for step in answers.steps():
                 match step:
                     case Said():
@@ -259,8 +449,8 @@ class _Messages:
                                 yield part
                         for part in self._close():
                             yield part
-                        yield _event("message_delta", delta=_end(step), usage=self._usage())
-                        yield _event("message_stop")
+                        yield _sent({"type": "message_delta", "delta": _end(step), "usage": self._usage()})
+                        yield _sent({"type": "message_stop"})
 
     def _parts(self, said: SaidEvent) -> list[bytes]:
         match said:
@@ -271,35 +461,35 @@ class _Messages:
                 begun = self._begin("thinking", {"type": "thinking", "thinking": "", "signature": ""})
                 return [*begun, self._delta({"type": "thinking_delta", "thinking": said.text})]
             case ToolCallBegin():
-                block = {"type": "tool_use", "id": said.id, "name": said.name, "input": {}}
+                block: SaidToolUse = {"type": "tool_use", "id": said.id, "name": said.name, "input": {}}
                 return [*self._close(), *self._begin("tool_use", block)]
             case ToolCallArguments():
                 return [self._delta({"type": "input_json_delta", "partial_json": said.json_fragment})]
             case ToolCallEnd():
                 return self._close()
 
-    def _begin(self, kind: str, block: dict[str, Any]) -> list[bytes]:
+    def _begin(self, kind: str, block: SaidBlock) -> list[bytes]:
         if self._open == kind:
             return []
-        closed = self._close()
+        shut = self._close()
         self._index, self._open = self._index + 1, kind
-        return [*closed, _event("content_block_start", index=self._index, content_block=block)]
+        start: BlockStart = {"type": "content_block_start", "index": self._index, "content_block": block}
+        return [*shut, _sent(start)]
 
-    def _delta(self, delta: dict[str, Any]) -> bytes:
-        return _event("content_block_delta", index=self._index, delta=delta)
+    def _delta(self, delta: TextPiece | ThinkingPiece | InputPiece) -> bytes:
+        return _sent({"type": "content_block_delta", "index": self._index, "delta": delta})
 
     def _close(self) -> list[bytes]:
         was, self._open = self._open, None
-        return [] if was is None else [_event("content_block_stop", index=self._index)]
+        return [] if was is None else [_sent({"type": "content_block_stop", "index": self._index})]
 
-    def _message(self, content: list[dict[str, Any]]) -> dict[str, Any]:
+    def _message(self, content: list[SaidBlock]) -> Message:
         return {
             "id": self._id, "type": "message", "role": "assistant", "model": self._service.model.id,
             "content": content, "stop_reason": None, "stop_sequence": None, "usage": self._usage(),
         }  # fmt: skip
 
-    def _usage(self) -> dict[str, Any]:
-        """Tokens; those that were found computed are not among the input tokens, as the dialect has it."""
+    def _usage(self) -> TokenUse:
         answers = self._answers
         cached = answers.num_cached_tokens
         return {
@@ -309,7 +499,7 @@ class _Messages:
         }  # fmt: skip
 
 
-def _end(step: Ended) -> dict[str, Any]:
+def _end(step: Ended) -> End:
     stopped_by = step.result.stopped_by
     if step.finish == "stop" and isinstance(stopped_by, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": stopped_by}
@@ -319,5 +509,5 @@ def _end(step: Ended) -> dict[str, Any]:
     return {"stop_reason": reasons[step.finish], "stop_sequence": None}
 
 
-def _event(kind: str, **more: Any) -> bytes:
-    return sse({"type": kind, **more}, kind)
+def _sent(event: Event) -> bytes:
+    return sse(event, event["type"])

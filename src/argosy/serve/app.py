@@ -6,26 +6,41 @@ Elsewhere: what every request passes first is `gate.py`; each dialect has a file
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Collection
-from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.resources import files
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from pydantic import AliasChoices, Field
+from pydantic import Field
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from typing_extensions import TypedDict
 
-from argosy.errors import ArgosyError, Overloaded
+from argosy.errors import ArgosyError, Overloaded, UsageError
 from argosy.guard.keys import KeyRing
+from argosy.guard.keys import Scope as KeyScope
 from argosy.guard.limits import Limits
 from argosy.serve import anthropic_messages, openai_chat, openai_completions, openai_responses
+from argosy.serve.body import StrictRoute, refusal
 from argosy.serve.core import Service
-from argosy.serve.fields import Strict, TokenId
-from argosy.serve.gate import Gate, GoneAway, Policy, Refused, error_body, error_headers
-from argosy.serve.state import Metrics, state_of
+from argosy.serve.fields import Flag, Messages, Strict, Text, TokenId, Tools, closed
+from argosy.serve.gate import (
+    AnthropicError,
+    Gate,
+    GoneAway,
+    OpenAIError,
+    Policy,
+    Refused,
+    dialect_of,
+    error_body,
+    error_headers,
+)  # fmt: skip
+from argosy.serve.openapi import Route, document
+from argosy.serve.state import EngineState, Metrics, state_of
 from argosy.serve.streams import EventStream, sse
 
 _STATE_S = 0.5
@@ -37,20 +52,21 @@ _PAGE_TYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    policy: Policy
-    handler: Callable[..., Any]
-
-
 class TokenizeBody(Strict):
-    """As llama.cpp spells it, and as vLLM does."""
+    """As llama.cpp spells it, with `content`, or as vLLM does, with `prompt`."""
 
-    content: Annotated[str, Field(max_length=4 << 20)] = Field(
-        validation_alias=AliasChoices("content", "prompt")
-    )
-    add_special: bool = Field(False, validation_alias=AliasChoices("add_special", "add_special_tokens"))
+    content: Text | None = None
+    prompt: Text | None = None
+    add_special: Flag = False
+    add_special_tokens: Flag = False
     model: str | None = Field(None, max_length=256)
+
+    @property
+    def text(self) -> str:
+        given = [text for text in (self.content, self.prompt) if text is not None]
+        if len(given) != 1:
+            raise UsageError(f"expected content or prompt, found {len(given)} of them", param="content")
+        return given[0]
 
 
 class DetokenizeBody(Strict):
@@ -59,23 +75,87 @@ class DetokenizeBody(Strict):
 
 
 class TemplateBody(Strict):
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
-    tools: Annotated[list[dict[str, Any]], Field(max_length=512)] | None = None
+    messages: Annotated[list[openai_chat.Turn], Messages]
+    tools: Annotated[list[openai_chat.OfferedTool], Tools] | None = None
 
 
-async def health() -> dict[str, str]:
+@closed
+class Health(TypedDict):
+    status: Literal["ok"]
+
+
+@closed
+class Ready(TypedDict):
+    status: Literal["ready"]
+
+
+@closed
+class Modalities(TypedDict):
+    input_modalities: list[str]
+    output_modalities: list[str]
+
+
+@closed
+class Model(TypedDict):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    context_length: int
+    max_model_len: int
+    architecture: Modalities
+
+
+@closed
+class Models(TypedDict):
+    object: Literal["list"]
+    data: list[Model]
+
+
+@closed
+class Tokenized(TypedDict):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+@closed
+class Detokenized(TypedDict):
+    content: str
+    prompt: str
+
+
+@closed
+class TokenizerInfo(TypedDict):
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    chat_template: str | None
+
+
+@closed
+class Rendered(TypedDict):
+    prompt: str
+
+
+async def health() -> Health:
     """The process is alive."""
     return {"status": "ok"}
 
 
-async def ready(request: Request) -> dict[str, str]:
+async def openapi(request: Request) -> Response:
+    """This document."""
+    return Response(request.app.state.document, media_type="application/json")
+
+
+async def ready(request: Request) -> Ready:
     """It takes requests."""
     if request.app.state.service.is_draining:
         raise Overloaded("the server is stopping", retry_after_s=30)
     return {"status": "ready"}
 
 
-def _model(service: Service) -> dict[str, Any]:
+def _model(service: Service) -> Model:
     model = service.model
     return {
         "id": model.id, "object": "model", "created": model.created, "owned_by": "argosy",
@@ -84,49 +164,53 @@ def _model(service: Service) -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def models(request: Request) -> dict[str, Any]:
+async def models(request: Request) -> Models:
     """The model that is served."""
     return {"object": "list", "data": [_model(request.app.state.service)]}
 
 
-async def model(request: Request) -> dict[str, Any]:
+async def model(request: Request) -> Model:
     """One model by its id."""
     if request.path_params["id"] != request.app.state.service.model.id:
         raise Refused(404, "there is no such model here")
     return _model(request.app.state.service)
 
 
-async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
+async def tokenize(body: TokenizeBody, request: Request) -> Tokenized:
     """Token ids of a text; none of them is a control token."""
     service: Service = request.app.state.service
-    tokens = await asyncio.to_thread(service.prompts.tokenize, body.content, add_prefix=body.add_special)
+    has_prefix = body.add_special or body.add_special_tokens
+    tokens = await asyncio.to_thread(service.prompts.tokenize, body.text, add_prefix=has_prefix)
     return {"tokens": tokens, "count": len(tokens), "max_model_len": service.model.context_tokens}
 
 
-async def detokenize(body: DetokenizeBody, request: Request) -> dict[str, Any]:
+async def detokenize(body: DetokenizeBody, request: Request) -> Detokenized:
     """Text of token ids."""
     text = await asyncio.to_thread(request.app.state.service.prompts.detokenize, body.tokens)
     return {"content": text, "prompt": text}
 
 
-async def tokenizer_info(request: Request) -> dict[str, Any]:
+async def tokenizer_info(request: Request) -> TokenizerInfo:
     """What clients need to know that leave tokenizing to the server."""
     service: Service = request.app.state.service
     if service.tokenizer is None:
         raise Refused(404, "this model has no tokenizer")
     special = service.tokenizer.special_tokens
-    return {name: special.get(name) for name in ("bos_token", "eos_token", "pad_token")} | {
-        "chat_template": service.tokenizer.chat_template
-    }
+    return {
+        "bos_token": special.get("bos_token"), "eos_token": special.get("eos_token"),
+        "pad_token": special.get("pad_token"), "chat_template": service.tokenizer.chat_template,
+    }  # fmt: skip
 
 
-async def apply_template(body: TemplateBody, request: Request) -> dict[str, Any]:
+async def apply_template(body: TemplateBody, request: Request) -> Rendered:
     """A conversation as the model's chat template writes it."""
     prompts = request.app.state.service.prompts
-    return {"prompt": await asyncio.to_thread(prompts.apply_template, body.messages, tools=body.tools or ())}
+    said = [turn.sent() for turn in body.messages]
+    tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or ()]
+    return {"prompt": await asyncio.to_thread(prompts.apply_template, said, tools=tools)}
 
 
-def _state(request: Request) -> dict[str, Any]:
+def _state(request: Request) -> EngineState:
     state, key = request.app.state, request.state.caller.key
     return state_of(
         state.service.loop.snapshot(), state.service.model, block_tokens=state.block_tokens,
@@ -134,7 +218,7 @@ def _state(request: Request) -> dict[str, Any]:
     )  # fmt: skip
 
 
-async def engine_state(request: Request) -> dict[str, Any]:
+async def engine_state(request: Request) -> EngineState:
     """What the engine does."""
     return _state(request)
 
@@ -159,8 +243,17 @@ async def metrics(request: Request) -> Response:
 
 
 async def page(request: Request) -> Response:
-    """The page, and its files from a fixed table."""
-    found = request.app.state.page.get(request.path_params.get("name", "index.html"))
+    """The page."""
+    return _file(request, "index.html")
+
+
+async def page_file(request: Request) -> Response:
+    """The page's files, from a fixed table."""
+    return _file(request, request.path_params["name"])
+
+
+def _file(request: Request, name: str) -> Response:
+    found = request.app.state.page.get(name)
     if found is None:
         raise Refused(404, "there is no such file")
     return Response(found[0], media_type=found[1])
@@ -176,39 +269,47 @@ def _read_page() -> dict[str, tuple[bytes, str]]:
     return found
 
 
-def _get(path: str, handler: Callable[..., Any], scope: Any) -> Route:
-    return Route(Policy(method="GET", path=path, scope=scope), handler)
+def _get(path: str, handler: Callable[..., Any], scope: KeyScope | None, **described: Any) -> Route:
+    return Route(policy=Policy(method="GET", path=path, scope=scope), handler=handler, **described)
 
 
-def _post(
-    path: str, handler: Callable[..., Any], *, is_counted: bool = True, dialect: Any = "openai"
-) -> Route:
-    return Route(
-        Policy(method="POST", path=path, scope="infer", is_counted=is_counted, dialect=dialect), handler
-    )
+def _post(path: str, handler: Callable[..., Any], answer: Any, **described: Any) -> Route:
+    policy = Policy(method="POST", path=path, scope="infer", is_counted=True)
+    return Route(policy=policy, handler=handler, answer=answer, **described)
 
 
+_FILES = tuple(_PAGE_TYPES.values())
 ROUTES = (
-    _get("/health", health, None),
-    _get("/ready", ready, None),
-    _get("/", page, None),
-    _get("/page/{name}", page, None),
-    _get("/v1/models", models, "infer"),
-    _get("/v1/models/{id}", model, "infer"),
-    _get("/metrics", metrics, "metrics"),
-    _get("/v1/engine/state", engine_state, "metrics"),
-    _get("/v1/engine/events", engine_events, "metrics"),
-    _post("/tokenize", tokenize),
-    _post("/detokenize", detokenize),
-    _get("/tokenizer_info", tokenizer_info, "infer"),
-    _post("/apply-template", apply_template),
-    _post("/v1/chat/completions", openai_chat.chat_completions),
-    _post("/v1/completions", openai_completions.completions),
-    _post("/v1/responses", openai_responses.responses),
-    _post("/v1/responses/input_tokens", openai_responses.input_tokens),
-    _post("/v1/messages", anthropic_messages.messages),
-    _post("/v1/messages/count_tokens", anthropic_messages.count_tokens),
-)
+    _get("/health", health, None, answer=Health),
+    _get("/ready", ready, None, answer=Ready),
+    _get("/openapi.json", openapi, None, answer=dict[str, Any]),
+    _get("/", page, None, media=_FILES[:1]),
+    _get("/page/{name}", page_file, None, media=_FILES),
+    _get("/v1/models", models, "infer", answer=Models),
+    _get("/v1/models/{id}", model, "infer", answer=Model),
+    _get("/metrics", metrics, "metrics", media=("text/plain",)),
+    _get("/v1/engine/state", engine_state, "metrics", answer=EngineState),
+    _get("/v1/engine/events", engine_events, "metrics", events=EngineState),
+    _post("/tokenize", tokenize, Tokenized),
+    _post("/detokenize", detokenize, Detokenized),
+    _get("/tokenizer_info", tokenizer_info, "infer", answer=TokenizerInfo),
+    _post("/apply-template", apply_template, Rendered),
+    _post(
+        "/v1/chat/completions", openai_chat.chat_completions, openai_chat.ChatCompletion,
+        events=openai_chat.ChatChunk | OpenAIError, has_done=True,
+    ),
+    _post(
+        "/v1/completions", openai_completions.completions, openai_completions.Completion,
+        events=openai_completions.Completion | OpenAIError, has_done=True,
+    ),
+    _post("/v1/responses", openai_responses.responses, openai_responses.Answer, events=openai_responses.Event),
+    _post("/v1/responses/input_tokens", openai_responses.input_tokens, openai_responses.InputTokens),
+    _post(
+        "/v1/messages", anthropic_messages.messages, anthropic_messages.Message,
+        events=anthropic_messages.Event | AnthropicError,
+    ),
+    _post("/v1/messages/count_tokens", anthropic_messages.count_tokens, anthropic_messages.Counted),
+)  # fmt: skip
 
 
 def make_app(
@@ -223,13 +324,15 @@ def make_app(
     """The whole server, as an ASGI application."""
     app = FastAPI(title="Argosy", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service, app.state.page = service, _read_page()
+    app.state.document = json.dumps(document(ROUTES, version("argosy")))
     app.state.block_tokens, app.state.max_sequences = block_tokens, max_sequences
     app.state.metrics = Metrics(service.loop.snapshot)
+    app.router.route_class = StrictRoute
     for route in ROUTES:
         app.add_api_route(
             route.policy.path, route.handler, methods=[route.policy.method], response_model=None
         )
-    for kind in (ArgosyError, RequestValidationError, HTTPException, GoneAway):
+    for kind in (ArgosyError, RequestValidationError, HTTPException, GoneAway, Exception):
         app.add_exception_handler(kind, _answer_error)
     return Gate(
         app, [route.policy for route in ROUTES], ring, limits or Limits(), hosts=hosts,
@@ -241,27 +344,19 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, GoneAway):
         return Response(status_code=499)
     if isinstance(error, RequestValidationError):
-        first = error.errors()[0]  # where and why, never the value
-        where = ".".join(str(part)[:64] for part in first["loc"][1:])
-        error = ArgosyErrorAt(f"{where}: {first['msg']}" if where else str(first["msg"]), where)
+        field = request.scope["route"].body_field
+        error = refusal(error.errors(), error.body, field and field.field_info.annotation)
     elif isinstance(error, HTTPException):
-        cause = error.__cause__
+        cause = error.__cause__  # what reading the body raised
+        if isinstance(cause, GoneAway):
+            return Response(status_code=499)
         error = (
             cause
             if isinstance(cause, ArgosyError)
-            else Refused(error.status_code, "the body is not JSON that could be read")
+            else Refused(error.status_code, "the request cannot be read")
         )
-    is_messages = request.scope["path"].startswith("/v1/messages")
-    status, body = error_body(error, "anthropic" if is_messages else "openai")
+    status, body = error_body(error, dialect_of(request.scope["path"]))
     return JSONResponse(body, status, headers=error_headers(error, status))
 
 
-class ArgosyErrorAt(Refused):
-    """A field that is wrong."""
-
-    def __init__(self, message: str, param: str) -> None:
-        super().__init__(400, message)
-        self.facts["param"] = param or None
-
-
-__all__ = ["ROUTES", "Route", "make_app"]
+__all__ = ["ROUTES", "make_app"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -23,6 +24,7 @@ from argosy.errors import ArgosyError, UsageError
 from argosy.prompt.formats.events import Answer, ToolCallBegin, collect
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.prompt import Prompt
+from argosy.serve.fields import ReadOfPrompt
 from argosy.serve.gate import Caller
 from argosy.serve.tool_use import ToolChoice, ToolUse
 
@@ -30,12 +32,12 @@ if TYPE_CHECKING:
     from argosy.prompt.formats import Parser
     from argosy.prompt.prompt import PromptBuilder
     from argosy.prompt.tokenizer import Tokenizer
-    from argosy.serve.gate import Caller
 
 # Variables of chat templates that a request may set: what a model is asked to do, never how its prompt is written.
 TEMPLATE_VARIABLES = frozenset({"enable_thinking", "thinking", "reasoning_effort", "clear_thinking"})
 
 Finish = Literal["stop", "length", "tool_calls"]
+MOST_UNREAD = 4096  # events of one request that wait to be read by its client; some MB with log-probabilities
 
 
 class Loop(Protocol):
@@ -94,7 +96,7 @@ class Progress:
     total: int
     cached: int
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> ReadOfPrompt:
         """As OpenAI-like dialects tell it, in the words of llama.cpp."""
         return {"processed": self.processed, "total": self.total, "cache": self.cached}
 
@@ -206,8 +208,17 @@ def _tool_use(request: ChatRequest) -> ToolUse:
     return ToolUse.of(request.tools, request.tool_choice, parallel=request.parallel)
 
 
+class ReadTooSlowly(ArgosyError):
+    """A client reads its answer so much slower than it is made that it is not kept for it."""
+
+    http_status = 408
+
+
 class Answers:
-    """The answers of one request, as they come. Use it as a context: leaving it early cancels them."""
+    """The answers of one request, as they come. Use it as a context: leaving it early cancels them.
+
+    Not more than MOST_UNREAD events wait to be taken; where more would, the request ends.
+    """
 
     def __init__(
         self,
@@ -233,10 +244,12 @@ class Answers:
         self.num_reasoning_tokens = 0  # of all answers
         self.results: list[Result | None] = [None] * num_answers
 
+        self._is_behind = False
+
         def deliver(event: Event) -> None:
             if isinstance(event, AnswerToken):  # counted where it is made: nobody may be there to hear it
                 caller.count(new=1)
-            events.call_soon_threadsafe(self._queue.put_nowait, event)
+            events.call_soon_threadsafe(self._put, event)
 
         self._request = service.loop.submit(
             prompt, params, deliver, num_answers=num_answers, tenant=caller.tenant
@@ -265,6 +278,13 @@ class Answers:
     def cancel(self) -> None:
         if self._num_open:
             self._service.loop.cancel(self._request)
+
+    def _put(self, event: Event) -> None:
+        if not self._is_behind and self._queue.qsize() >= MOST_UNREAD:
+            self._is_behind = True
+            self.cancel()
+        if not self._is_behind or isinstance(event, AnswerEnd):
+            self._queue.put_nowait(event)
 
     async def steps(self) -> AsyncIterator[Step]:
         """Everything, until the last answer has ended.
@@ -308,6 +328,11 @@ class Answers:
         self.results[answer] = result
         if result.error is not None:
             raise result.error
+        if self._is_behind:
+            raise ReadTooSlowly(
+                f"the answer was made faster than it was read: more than {MOST_UNREAD} events waited",
+                hint="read faster, or ask for less: fewer answers, no log-probabilities",
+            )
         if result.finish_reason == "cancelled":
             raise ArgosyError("the answer was cancelled")
         steps: list[Step] = []
@@ -321,3 +346,30 @@ class Answers:
         if any(isinstance(event, ToolCallBegin) for event in self._said[answer]):
             finish = "tool_calls"
         return [*steps, Ended(answer, finish, result)]
+
+
+async def steps_of(several: Sequence[Answers]) -> AsyncIterator[tuple[int, Step]]:
+    """Steps of several requests as they come, each with the place of its request.
+
+    Raises:
+        ArgosyError: an answer cannot be finished.
+    """
+    if len(several) == 1:  # a task for each token is not free
+        async for step in several[0].steps():
+            yield 0, step
+        return
+    sources = [answers.steps() for answers in several]
+    upcoming = {asyncio.ensure_future(anext(source)): at for at, source in enumerate(sources)}
+    try:
+        while upcoming:
+            done, _ = await asyncio.wait(upcoming, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=upcoming.__getitem__):
+                at = upcoming.pop(task)
+                with suppress(StopAsyncIteration):
+                    step = task.result()
+                    upcoming[asyncio.ensure_future(anext(sources[at]))] = at
+                    yield at, step
+    finally:
+        for task in upcoming:
+            task.cancel()
+        await asyncio.gather(*upcoming, return_exceptions=True)

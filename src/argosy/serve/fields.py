@@ -1,31 +1,58 @@
 """Fields that several dialects have, and the bounds of every number in a request: one table.
 
+The models that check a request are the ones that `/openapi.json` shows, and so are the types of answers.
+
 Elsewhere: what only one dialect has is in its file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, with_config
+from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
 
 MAX_TOKENS = 1 << 20
 MAX_ANSWERS = 8
 LEAST_LOGPROB = -9999.0  # JSON has no number for the logarithm of nothing
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS, strict=True)]
-Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
-Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-MinP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]  # not 1, not "yes"
+
+
+def _only_false(value: object) -> object:
+    if value is not False:  # 0 is equal to it
+        raise PydanticCustomError("literal_error", "Input should be false")
+    return value
+
+
+NoFlag = Annotated[Literal[False], BeforeValidator(_only_false)]
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False, strict=True)]
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, strict=True)]
+MinP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=True)]
 TopK = Annotated[int, Field(ge=-1, le=MAX_TOKENS, strict=True)]
-Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
-Repetition = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False, strict=True)]
+Repetition = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
 NumAnswers = Annotated[int, Field(ge=1, le=MAX_ANSWERS, strict=True)]
 NumBest = Annotated[int, Field(ge=0, le=20, strict=True)]
-Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False, strict=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31, strict=True)]
+# Of a chat template's variable: an effort, a switch, a number of tokens.
+Setting = (
+    Flag | Annotated[int, Field(ge=0, le=MAX_TOKENS, strict=True)] | Annotated[str, Field(max_length=64)]
+)
+Short = Annotated[str, Field(min_length=1, max_length=256)]  # a name, an id
+Text = Annotated[str, Field(max_length=4 << 20)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+ToolMode = Literal["auto", "none", "required"]
+ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+Messages = Field(min_length=1, max_length=4096)
+Tools = Field(max_length=512)
+
+closed = with_config(ConfigDict(extra="forbid"))  # of an answer: nothing but what its type says
 
 
 class Strict(BaseModel):
@@ -34,9 +61,100 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class Nullable(BaseModel):
+    """Unknown fields are refused, unless they are null: clients send whole objects of theirs."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, None]
+
+    def sent(self) -> dict[str, Any]:
+        """As the client sent it, nulls left out."""
+        return {
+            name: value for name, value in self.model_dump(exclude_unset=True).items() if value is not None
+        }
+
+
+class Lenient(BaseModel):
+    """Unknown fields have no effect, and are listed as such."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class ObjectSchema(Lenient):
+    """A JSON schema of an object."""
+
+    type: Literal["object"] = "object"
+    properties: dict[str, Any] | None = None
+
+
+class FreeForm(Strict):
+    """An answer in any form, or any JSON object."""
+
+    type: Literal["text", "json_object"]
+
+    def asked(self) -> dict[str, Any] | None:
+        """As `ChatRequest.schema` has it."""
+        return {"type": "object"} if self.type == "json_object" else None
+
+
+def ignored_header(names: Iterable[str]) -> dict[str, str]:
+    """The header that lists what was accepted and has no effect; what a client wrote only where it is a plain name."""
+    safe = [name for name in dict.fromkeys(names) if name.isascii() and name.replace(".", "").isidentifier()]
+    return {"x-ignored-params": ", ".join(safe[:32])} if safe else {}
+
+
+def strays(where: str, parts: Iterable[object]) -> list[str]:
+    """Names of unknown fields in `parts`."""
+    return sorted({
+        f"{where}.{name}" for part in parts if isinstance(part, Lenient) for name in part.model_extra or ()
+        if len(name) <= 64
+    })  # fmt: skip
+
+
+@closed
+class CachedTokens(TypedDict):
+    cached_tokens: int
+
+
+@closed
+class Timings(TypedDict):
+    """The ledger of an answer; null: it cannot be said."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    wall_s: float
+    time_to_first_token_s: float | None
+    prefill_tok_per_s: float | None
+    decode_tok_per_s: float | None
+    lookups: int
+    hits: int
+    hit_rate: float | None
+    bytes_read: int
+    peak_bytes: int
+    parts: dict[str, float]
+
+
+@closed
+class Usage(TypedDict):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+@closed
+class ReadOfPrompt(TypedDict):
+    """How far a prompt is computed, in the words of llama.cpp."""
+
+    processed: int
+    total: int
+    cache: int
+
+
 class StreamOptions(Strict):
-    include_usage: bool = False
-    include_obfuscation: bool | None = None
+    include_usage: Flag = False
+    include_obfuscation: Flag | None = None
 
 
 class Sampling(Strict):
@@ -52,7 +170,7 @@ class Sampling(Strict):
     frequency_penalty: Penalty | None = None
     seed: Seed | None = None
     logit_bias: dict[str, Bias] | None = Field(None, max_length=1024)
-    stream: bool | None = None
+    stream: Flag | None = None
 
     IGNORED: ClassVar[tuple[str, ...]] = ()  # accepted and without effect
 
@@ -83,18 +201,13 @@ class OpenAISampling(Sampling):
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     n: NumAnswers | None = None
     stream_options: StreamOptions | None = None
-    timings: bool | None = None
-    return_progress: bool | None = None
+    timings: Flag | None = None
+    return_progress: Flag | None = None
     user: str | None = Field(None, max_length=512)
 
     @property
     def stops(self) -> Sequence[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
-
-def ignored_header(names: Sequence[str]) -> dict[str, str]:
-    """The header that says what had no effect."""
-    return {"x-ignored-params": ", ".join(names)} if names else {}
 
 
 def _biases(given: Mapping[str, float]) -> dict[int, float]:

@@ -19,10 +19,12 @@ import re
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
+from pydantic import ConfigDict, with_config
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from typing_extensions import TypedDict
 
 from argosy.errors import ArgosyError, Overloaded, PromptTooLong
 from argosy.guard.keys import Key, KeyRing
@@ -55,7 +57,11 @@ class Policy:
     path: str
     scope: KeyScope | None
     is_counted: bool = False  # the key's limits are for it
-    dialect: Dialect = "openai"
+
+
+def dialect_of(path: str) -> Dialect:
+    """Whose shape errors at `path` have."""
+    return "anthropic" if path.startswith("/v1/messages") else "openai"
 
 
 @dataclass(slots=True)
@@ -83,8 +89,8 @@ class Caller:
 class Refused(ArgosyError):
     """A request that does not come in."""
 
-    def __init__(self, status: int, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message, hint=hint)
+    def __init__(self, status: int, message: str, *, hint: str | None = None, **facts: object) -> None:
+        super().__init__(message, hint=hint, **facts)
         self.http_status = status
 
 
@@ -105,17 +111,47 @@ _TYPES = {
 }
 
 
-def error_body(error: BaseException, dialect: Dialect) -> tuple[int, dict[str, Any]]:
+@with_config(ConfigDict(extra="forbid"))
+class OpenAIFacts(TypedDict):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+@with_config(ConfigDict(extra="forbid"))
+class OpenAIError(TypedDict):
+    """What went wrong."""
+
+    error: OpenAIFacts
+
+
+@with_config(ConfigDict(extra="forbid"))
+class AnthropicFacts(TypedDict):
+    type: str
+    message: str
+
+
+@with_config(ConfigDict(extra="forbid"))
+class AnthropicError(TypedDict):
+    """What went wrong."""
+
+    type: Literal["error"]
+    error: AnthropicFacts
+
+
+def error_body(error: BaseException, dialect: Dialect) -> tuple[int, OpenAIError | AnthropicError]:
     """Status and body of a failure, in the dialect's own shape."""
     status = error.http_status if isinstance(error, ArgosyError) else 500
-    message = str(error) if isinstance(error, ArgosyError) and status != 500 else "internal error"
-    if isinstance(error, ArgosyError) and status == 500:
+    message = str(error) if isinstance(error, ArgosyError) else "internal error"
+    if isinstance(error, ArgosyError) and status >= 500 and status != 503:
         message = type(error).__name__ + ": the answer could not be finished"  # paths stay here
     unnamed = "invalid_request_error" if status < 500 else "api_error"
     kind, anthropic = _TYPES.get(status, (unnamed.replace("api_error", "server_error"), unnamed))
     if dialect == "anthropic":
         return status, {"type": "error", "error": {"type": anthropic, "message": message}}
-    param = error.facts.get("param") if isinstance(error, ArgosyError) else None
+    found = error.facts.get("param") if isinstance(error, ArgosyError) else None
+    param = found if isinstance(found, str) else None
     code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -126,6 +162,8 @@ def error_headers(error: BaseException, status: int) -> dict[str, str]:
     retry = getattr(error, "retry_after_s", None)
     if retry is not None:
         headers["retry-after"] = str(int(retry))
+    if status == 405 and isinstance(error, ArgosyError):
+        headers["allow"] = str(error.facts["allow"])
     if status in (408, 413, 503):  # what is left of the body would be read as a request
         headers["connection"] = "close"
     return headers
@@ -192,7 +230,7 @@ class Gate:
             held_bytes += num_bytes
             self._held_bytes += num_bytes
 
-        dialect: Dialect = "anthropic" if scope["path"].startswith("/v1/messages") else "openai"
+        dialect = dialect_of(scope["path"])
         try:
             headers = _headers(scope)
             self._check_host(headers)
@@ -236,9 +274,10 @@ class Gate:
         for policy in found:
             if policy.method == method:
                 return policy
-        raise (
-            Refused(405, "this path takes another method") if found else Refused(404, "there is no such path")
-        )
+        if not found:
+            raise Refused(404, "there is no such path", hint="/openapi.json has those that there are")
+        known = ", ".join(sorted(policy.method for policy in found))
+        raise Refused(405, f"this path takes {known}", allow=known)
 
     def _admit(self, policy: Policy, headers: dict[str, str]) -> Key | None:
         if policy.scope is None:
@@ -347,6 +386,7 @@ __all__ = [
     "Policy",
     "Refused",
     "TooMany",
+    "dialect_of",
     "error_body",
     "error_headers",
     "send_error",

@@ -11,22 +11,150 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired, cast
 
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from typing_extensions import TypedDict
 
 from argosy.config import SamplingParams
 from argosy.engine.sequence import TokenLogprob
 from argosy.errors import UsageError
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import ReasoningDelta, TextDelta, ToolCallArguments, ToolCallBegin
-from argosy.serve.core import Answers, ChatRequest, Ended, Progress, Said, Service
-from argosy.serve.fields import LEAST_LOGPROB, NumBest, OpenAISampling, Tokens, ignored_header
+from argosy.serve.core import Answers, ChatRequest, Ended, Finish, Progress, Said, Service
+from argosy.serve.fields import (
+    LEAST_LOGPROB,
+    Effort,
+    Flag,
+    FreeForm,
+    Messages,
+    Nullable,
+    NumBest,
+    ObjectSchema,
+    OpenAISampling,
+    ReadOfPrompt,
+    Setting,
+    Short,
+    Strict,
+    Text,
+    Timings,
+    Tokens,
+    ToolMode,
+    ToolName,
+    Tools,
+    Usage,
+    closed,
+    ignored_header,
+)  # fmt: skip
 from argosy.serve.gate import Caller
-from argosy.serve.streams import EventStream, sse, until_gone
-from argosy.serve.tool_use import read_choice
+from argosy.serve.streams import DONE, EventStream, sse, until_gone
+from argosy.serve.tool_use import ToolChoice
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: Text
+
+
+Content = Text | list[TextPart]
+
+
+class CalledFunction(Strict):
+    name: Short
+    arguments: Text | dict[str, Any]  # JSON, or its text
+    parsed_arguments: Any = None  # a copy that OpenAI's client makes
+
+
+CallIndex = Annotated[int, Field(ge=0, lt=4096, strict=True)]
+
+
+class CalledTool(Strict):
+    id: Short
+    type: Literal["function"] = "function"
+    index: CallIndex | None = None
+    function: CalledFunction
+
+
+class AskingTurn(Nullable):
+    role: Literal["system", "developer", "user"]
+    content: Content
+    name: Short | None = None
+
+
+class AnsweringTurn(Nullable):
+    role: Literal["assistant"]
+    content: Content | None = None
+    name: Short | None = None
+    reasoning_content: Text | None = None
+    reasoning: Text | None = None
+    tool_calls: list[CalledTool] | None = None
+    parsed: Any = None  # a copy that OpenAI's client makes
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+class ToolTurn(Nullable):
+    role: Literal["tool"]
+    content: Content
+    name: Short | None = None
+    tool_call_id: Short
+
+
+Turn = Annotated[AskingTurn | AnsweringTurn | ToolTurn, Field(discriminator="role")]
+
+
+class OfferedFunction(Strict):
+    name: ToolName
+    description: Text | None = None
+    parameters: ObjectSchema | None = None
+    strict: Flag | None = None
+
+
+class OfferedTool(Strict):
+    type: Literal["function"]
+    function: OfferedFunction
+
+
+class NamedFunction(Strict):
+    name: ToolName
+
+
+class ChosenTool(Strict):
+    type: Literal["function"]
+    function: NamedFunction
+
+    def asked(self) -> ToolChoice:
+        return ToolChoice("required", (self.function.name,))
+
+
+class ChosenTools(Strict):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ChosenTool], Tools]
+
+
+class AllowedTools(Strict):
+    type: Literal["allowed_tools"]
+    allowed_tools: ChosenTools
+
+    def asked(self) -> ToolChoice:
+        allowed = self.allowed_tools
+        return ToolChoice(allowed.mode, tuple(tool.function.name for tool in allowed.tools))
+
+
+class SchemaForm(Strict):
+    name: str | None = Field(None, max_length=256)
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: Flag | None = None
+
+
+class JsonSchemaForm(Strict):
+    type: Literal["json_schema"]
+    json_schema: SchemaForm
+
+    def asked(self) -> dict[str, Any]:
+        return self.json_schema.schema_
 
 
 class ChatBody(OpenAISampling):
@@ -36,23 +164,23 @@ class ChatBody(OpenAISampling):
         "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "user",
     )  # fmt: skip
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[Turn], Messages]
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
-    logprobs: bool | None = None
+    logprobs: Flag | None = None
     top_logprobs: NumBest | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=512)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    tools: Annotated[list[OfferedTool], Tools] | None = None
+    tool_choice: ToolMode | Annotated[ChosenTool | AllowedTools, Field(discriminator="type")] | None = None
+    parallel_tool_calls: Flag | None = None
+    response_format: Annotated[FreeForm | JsonSchemaForm, Field(discriminator="type")] | None = None
+    reasoning_effort: Effort | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
-    chat_template_kwargs: dict[str, bool | int | str] | None = Field(None, max_length=16)
+    chat_template_kwargs: dict[Short, Setting] | None = Field(None, max_length=16)
     service_tier: str | None = Field(None, max_length=64)
     verbosity: str | None = Field(None, max_length=64)
     prediction: dict[str, Any] | None = None
     web_search_options: dict[str, Any] | None = None
-    store: bool | None = None
+    store: Flag | None = None
     metadata: dict[str, Any] | None = None
     safety_identifier: str | None = Field(None, max_length=512)
     prompt_cache_key: str | None = Field(None, max_length=512)
@@ -67,39 +195,132 @@ class ChatBody(OpenAISampling):
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             **self.sampling(self.stops),
         )
+        choice, form = self.tool_choice, self.response_format
         return ChatRequest(
-            messages=self.messages,
+            messages=[turn.sent() for turn in self.messages],
             params=params,
-            tools=self.tools or (),
-            tool_choice=read_choice(self.tool_choice, _name_of),
+            tools=[tool.model_dump(exclude_unset=True) for tool in self.tools or ()],
+            tool_choice=ToolChoice(choice or "auto") if isinstance(choice, str | None) else choice.asked(),
             parallel=self.parallel_tool_calls is not False,
-            schema=schema_of(self.response_format),
+            schema=None if form is None else form.asked(),
             effort=self.reasoning_effort,
             variables=self.chat_template_kwargs or {},
             num_answers=self.n or 1,
         )
 
 
-def _name_of(function: dict[str, Any]) -> str | None:
-    match function:
-        case {"function": {"name": str(name)}}:
-            return name
-    return None
+@closed
+class Function(TypedDict):
+    name: str
+    arguments: str
 
 
-def schema_of(given: dict[str, Any] | None) -> dict[str, Any] | None:
-    """`ChatRequest.schema` of a response_format."""
-    match given:
-        case None | {"type": "text"}:
-            return None
-        case {"type": "json_object"}:
-            return {"type": "object"}
-        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
-            return schema
-    raise UsageError(
-        "response_format is of no known type; known: text, json_object, json_schema with json_schema.schema",
-        param="response_format",
-    )
+@closed
+class Call(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: Function
+
+
+@closed
+class Token(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+@closed
+class ScoredToken(Token):
+    """A token, its log-probability and the best ones, as Chat Completions and Responses have them."""
+
+    top_logprobs: list[Token]
+
+
+@closed
+class Scores(TypedDict):
+    content: list[ScoredToken]
+    refusal: None
+
+
+@closed
+class ChatMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[Call]]
+
+
+@closed
+class Choice(TypedDict):
+    index: int
+    message: ChatMessage
+    finish_reason: Finish
+    logprobs: Scores | None
+
+
+@closed
+class ThoughtTokens(TypedDict):
+    reasoning_tokens: int
+
+
+@closed
+class ChatUsage(Usage):
+    completion_tokens_details: ThoughtTokens
+    timings: NotRequired[Timings]
+
+
+@closed
+class ChatCompletion(TypedDict):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: ChatUsage
+    timings: NotRequired[Timings]
+
+
+@closed
+class FunctionDelta(TypedDict):
+    name: NotRequired[str]
+    arguments: str
+
+
+@closed
+class CallDelta(TypedDict):
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionDelta
+
+
+@closed
+class Delta(TypedDict):
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[CallDelta]]
+
+
+@closed
+class ChoiceDelta(TypedDict):
+    index: int
+    delta: Delta
+    finish_reason: Finish | None
+    logprobs: NotRequired[Scores]
+
+
+@closed
+class ChatChunk(TypedDict):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChoiceDelta]
+    usage: NotRequired[ChatUsage]
+    timings: NotRequired[Timings]
+    prompt_progress: NotRequired[ReadOfPrompt]
 
 
 async def chat_completions(body: ChatBody, request: Request) -> Response:
@@ -124,9 +345,9 @@ class _Chat:
         self._id = "chatcmpl-" + secrets.token_hex(12)
         self._created = int(time.time())
 
-    async def whole(self) -> dict[str, Any]:
-        logprobs: dict[int, list[dict[str, Any]]] = {}
-        finish: dict[int, str] = {}
+    async def whole(self) -> ChatCompletion:
+        logprobs: dict[int, list[ScoredToken]] = {}
+        finish: dict[int, Finish] = {}
         async with self._answers as answers:
             async for step in answers.steps():
                 match step:
@@ -134,10 +355,10 @@ class _Chat:
                         logprobs.setdefault(step.answer, []).append(self._logprob(found))
                     case Ended():
                         finish[step.answer] = step.finish
-        choices = []
+        choices: list[Choice] = []
         for number in range(len(finish)):
             said = self._answers.said(number)
-            message: dict[str, Any] = {"role": "assistant", "content": said.text or None, "refusal": None}
+            message: ChatMessage = {"role": "assistant", "content": said.text or None, "refusal": None}
             if not said.calls:
                 message["content"] = said.text
             if said.reasoning:
@@ -151,96 +372,97 @@ class _Chat:
                     }
                     for call in said.calls
                 ]
-            choice = {"index": number, "message": message, "finish_reason": finish[number], "logprobs": None}
+            choice: Choice = {
+                "index": number, "message": message, "finish_reason": finish[number], "logprobs": None,
+            }  # fmt: skip
             if self._body.logprobs:
                 choice["logprobs"] = {"content": logprobs.get(number, []), "refusal": None}
             choices.append(choice)
-        return self._head("chat.completion") | {"choices": choices} | self._last()
+        usage, timings = self._last()
+        whole: ChatCompletion = {
+            "id": self._id, "object": "chat.completion", "created": self._created, "model": self._service.model.id,
+            "choices": choices, "usage": usage,
+        }  # fmt: skip
+        return whole if timings is None else {**whole, "timings": timings}
 
     async def stream(self) -> AsyncIterator[bytes]:
         async with self._answers as answers:
             for number in range(self._body.n or 1):
-                yield self._chunk(number, {"role": "assistant", "content": ""})
+                yield self._said(number, {"role": "assistant", "content": ""})
             async for step in answers.steps():
                 match step:
                     case Progress() if self._body.return_progress:
-                        progress = {"choices": [], "prompt_progress": step.as_dict()}
-                        yield sse(self._head("chat.completion.chunk") | progress)
+                        yield sse({**self._chunk([]), "prompt_progress": step.as_dict()})
                     case Said():
                         deltas = [delta for event in step.events if (delta := _delta(event))]
                         if step.logprob is not None and not deltas:
                             deltas = [{}]
                         for at, delta in enumerate(deltas):
-                            yield self._chunk(step.answer, delta, logprob=step.logprob if at == 0 else None)
+                            yield self._said(step.answer, delta, logprob=step.logprob if at == 0 else None)
                     case Ended():
-                        yield self._chunk(step.answer, {}, finish=step.finish)
-            last = self._last()
-            if not (self._body.stream_options and self._body.stream_options.include_usage):
-                last.pop("usage")
-            if last:
-                yield sse(self._head("chat.completion.chunk") | {"choices": []} | last)
-            yield sse("[DONE]")
+                        yield self._said(step.answer, {}, finish=step.finish)
+            last, (usage, timings) = self._chunk([]), self._last()
+            if self._body.stream_options and self._body.stream_options.include_usage:
+                last["usage"] = usage
+            if timings is not None:
+                last["timings"] = timings
+            if last.keys() != self._chunk([]).keys():
+                yield sse(last)
+            yield sse(DONE)
 
-    def _chunk(
-        self,
-        number: int,
-        delta: dict[str, Any],
-        *,
-        finish: str | None = None,
-        logprob: TokenLogprob | None = None,
+    def _said(
+        self, number: int, delta: Delta, *, finish: Finish | None = None, logprob: TokenLogprob | None = None
     ) -> bytes:
-        choice: dict[str, Any] = {"index": number, "delta": delta, "finish_reason": finish}
+        choice: ChoiceDelta = {"index": number, "delta": delta, "finish_reason": finish}
         if logprob is not None:
             choice["logprobs"] = {"content": [self._logprob(logprob)], "refusal": None}
-        return sse(self._head("chat.completion.chunk") | {"choices": [choice]})
+        return sse(self._chunk([choice]))
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._service.model.id}
+    def _chunk(self, choices: list[ChoiceDelta]) -> ChatChunk:
+        return {
+            "id": self._id, "object": "chat.completion.chunk", "created": self._created,
+            "model": self._service.model.id, "choices": choices,
+        }  # fmt: skip
 
-    def _last(self) -> dict[str, Any]:
+    def _last(self) -> tuple[ChatUsage, Timings | None]:
         """What is known at the end: usage, and the ledger where it was asked for."""
         prompt, new = self._answers.num_prompt_tokens, self._answers.num_new_tokens
-        usage: dict[str, Any] = {
-            "prompt_tokens": prompt,
-            "completion_tokens": new,
-            "total_tokens": prompt + new,
-        }
-        usage["prompt_tokens_details"] = {"cached_tokens": self._answers.num_cached_tokens}
-        usage["completion_tokens_details"] = {"reasoning_tokens": self._answers.num_reasoning_tokens}
+        usage: ChatUsage = {
+            "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": self._answers.num_cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": self._answers.num_reasoning_tokens},
+        }  # fmt: skip
         first = self._answers.results[0]
         if not self._body.timings or first is None:
-            return {"usage": usage}
-        timings = first.ledger.as_dict()
-        return {"usage": usage | {"timings": timings}, "timings": timings}
+            return usage, None
+        timings = cast(Timings, first.ledger.as_dict())
+        return {**usage, "timings": timings}, timings
 
-    def _logprob(self, found: TokenLogprob) -> dict[str, Any]:
+    def _logprob(self, found: TokenLogprob) -> ScoredToken:
         return spell_logprob(self._service, found, self._body.top_logprobs or 0)
 
 
-def spell_logprob(service: Service, found: TokenLogprob, num_best: int) -> dict[str, Any]:
-    """A token, its log-probability and the best ones, as Chat Completions and Responses have them."""
+def spell_logprob(service: Service, found: TokenLogprob, num_best: int) -> ScoredToken:
+    """A token with its log-probability and the best ones."""
 
-    def token(token_id: int, logprob: float) -> dict[str, Any]:
+    def token(token_id: int, logprob: float) -> Token:
         text = service.prompts.detokenize([token_id])
         return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(text.encode())}
 
     best = [token(token_id, logprob) for token_id, logprob in found.top]
-    return token(found.token_id, found.logprob) | {"top_logprobs": best[:num_best]}
+    return {**token(found.token_id, found.logprob), "top_logprobs": best[:num_best]}
 
 
-def _delta(event: SaidEvent) -> dict[str, Any] | None:
+def _delta(event: SaidEvent) -> Delta | None:
     match event:
         case TextDelta():
             return {"content": event.text}
         case ReasoningDelta():
             return {"reasoning_content": event.text}
         case ToolCallBegin():
-            function = {"name": event.name, "arguments": ""}
-            return {
-                "tool_calls": [
-                    {"index": event.index, "id": event.id, "type": "function", "function": function}
-                ]
-            }
+            function: FunctionDelta = {"name": event.name, "arguments": ""}
+            call: CallDelta = {"index": event.index, "id": event.id, "type": "function", "function": function}
+            return {"tool_calls": [call]}
         case ToolCallArguments():
             return {"tool_calls": [{"index": event.index, "function": {"arguments": event.json_fragment}}]}
     return None

@@ -1,7 +1,7 @@
 """OpenAI's Completions: POST /v1/completions, text or token ids to be continued.
 
 `echo` with `logprobs` gives the log-probability of every token of the prompt: what lm-eval scores with. Several prompts
-run together; their choices come in order.
+run together; in a stream their choices come as they are made.
 
 Elsewhere: what an answer is, is `core.py`; how it goes out is `streams.py`.
 """
@@ -12,30 +12,36 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
-from typing import Annotated, Any
+from typing import Annotated, Literal, NotRequired, cast
 
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from typing_extensions import TypedDict
 
 from argosy.config import SamplingParams
 from argosy.engine.sequence import TokenLogprob
 from argosy.errors import UsageError
-from argosy.serve.core import Answers, Ended, Progress, Said, Service
+from argosy.serve.core import Answers, Ended, Progress, Said, Service, steps_of
 from argosy.serve.fields import (
     LEAST_LOGPROB,
     MAX_TOKENS,
+    Flag,
     NumAnswers,
     NumBest,
     OpenAISampling,
+    ReadOfPrompt,
+    Text,
+    Timings,
     TokenId,
+    Usage,
+    closed,
     ignored_header,
 )
 from argosy.serve.gate import Caller
-from argosy.serve.streams import EventStream, sse, until_gone
+from argosy.serve.streams import DONE, EventStream, sse, until_gone
 
 _MAX_PROMPTS = 64
-Text = Annotated[str, Field(max_length=4 << 20)]
 Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
 
 
@@ -49,7 +55,7 @@ class CompletionBody(OpenAISampling):
         | Annotated[list[Ids], Field(min_length=1, max_length=_MAX_PROMPTS)]
     )
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS, strict=True)] | None = None
-    echo: bool | None = None
+    echo: Flag | None = None
     logprobs: NumBest | None = None
     best_of: NumAnswers | None = None
 
@@ -76,6 +82,38 @@ class CompletionBody(OpenAISampling):
             prompt_logprobs=self.logprobs if has_scores else None,
             **self.sampling(self.stops),
         )
+
+
+@closed
+class Scored(TypedDict):
+    """Lists side by side, an item for each token; the first of a prompt has no log-probability."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+@closed
+class TextChoice(TypedDict):
+    index: int
+    text: str
+    logprobs: Scored | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+@closed
+class Completion(TypedDict):
+    """Whole, or a piece of a stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: NotRequired[Usage]
+    timings: NotRequired[Timings]
+    prompt_progress: NotRequired[ReadOfPrompt]
 
 
 async def completions(body: CompletionBody, request: Request) -> Response:
@@ -106,60 +144,61 @@ async def completions(body: CompletionBody, request: Request) -> Response:
 class _Completions:
     def __init__(self, service: Service, body: CompletionBody, opened: list[Answers]) -> None:
         self._service, self._body, self._opened = service, body, opened
-        self._head = {
-            "id": "cmpl-" + secrets.token_hex(12), "object": "text_completion", "created": int(time.time()),
-            "model": service.model.id,
-        }  # fmt: skip
+        self._id, self._created = "cmpl-" + secrets.token_hex(12), int(time.time())
 
-    async def whole(self) -> dict[str, Any]:
-        choices: list[dict[str, Any]] = []
+    async def whole(self) -> Completion:
+        ended: dict[tuple[int, int], Ended] = {}
         async with AsyncExitStack() as stack:
             for answers in self._opened:
                 await stack.enter_async_context(answers)
-            for at, answers in enumerate(self._opened):
-                ended = sorted(
-                    [step async for step in answers.steps() if isinstance(step, Ended)],
-                    key=lambda s: s.answer,
-                )
-                choices += [self._choice(at, answers, step) for step in ended]
-        return self._head | {"choices": choices, "usage": self._usage()} | self._timings()
+            async for at, step in steps_of(self._opened):
+                if isinstance(step, Ended):
+                    ended[at, step.answer] = step
+        choices = [self._choice(at, self._opened[at], step) for (at, _), step in sorted(ended.items())]
+        return self._with_timings({**self._piece(choices), "usage": self._usage()})
 
     async def stream(self) -> AsyncIterator[bytes]:
         async with AsyncExitStack() as stack:
             for answers in self._opened:
                 await stack.enter_async_context(answers)
-            for at, answers in enumerate(self._opened):
-                offsets: dict[int, int] = {}
-                async for step in answers.steps():
-                    match step:
-                        case Progress() if self._body.return_progress:
-                            yield sse(self._head | {"choices": [], "prompt_progress": step.as_dict()})
-                        case Said():
-                            text, scored = step.text, None
-                            if self._body.echo and step.answer not in offsets:
-                                text = self._prompt_text(answers) + text
-                            offset = offsets.setdefault(step.answer, 0)
-                            if step.logprob is not None:
-                                scored = self._scored([step.logprob], offset=offset)
-                                offsets[step.answer] += len(scored["tokens"][0])
-                            yield self._chunk(at, step.answer, text, scored, None)
-                        case Ended():
-                            yield self._chunk(at, step.answer, "", None, _reason(step))
-            usage, timings = self._usage(), self._timings()
+            offsets: dict[tuple[int, int], int] = {}
+            async for at, step in steps_of(self._opened):
+                match step:
+                    case Progress() if self._body.return_progress:
+                        yield sse({**self._piece([]), "prompt_progress": step.as_dict()})
+                    case Said():
+                        text, scored, place = step.text, None, (at, step.answer)
+                        if self._body.echo and place not in offsets:
+                            text = self._prompt_text(self._opened[at]) + text
+                        offset = offsets.setdefault(place, 0)
+                        if step.logprob is not None:
+                            scored = self._scored([step.logprob], offset=offset)
+                            offsets[place] += len(scored["tokens"][0])
+                        yield self._chunk(at, step.answer, text, scored, None)
+                    case Ended():
+                        yield self._chunk(at, step.answer, "", None, _reason(step))
+            last = self._with_timings(self._piece([]))
             if self._body.stream_options and self._body.stream_options.include_usage:
-                yield sse(self._head | {"choices": [], "usage": usage} | timings)
-            elif timings:
-                yield sse(self._head | {"choices": []} | timings)
-            yield sse("[DONE]")
+                last["usage"] = self._usage()
+            if last.keys() != self._piece([]).keys():
+                yield sse(last)
+            yield sse(DONE)
 
     def _chunk(
-        self, at: int, answer: int, text: str, scored: dict[str, Any] | None, finish: str | None
+        self, at: int, answer: int, text: str, scored: Scored | None, finish: Literal["stop", "length"] | None
     ) -> bytes:
         number = at * (self._body.n or 1) + answer
-        choice = {"index": number, "text": text, "logprobs": scored, "finish_reason": finish}
-        return sse(self._head | {"choices": [choice]})
+        return sse(
+            self._piece([{"index": number, "text": text, "logprobs": scored, "finish_reason": finish}])
+        )
 
-    def _choice(self, at: int, answers: Answers, step: Ended) -> dict[str, Any]:
+    def _piece(self, choices: list[TextChoice]) -> Completion:
+        return {
+            "id": self._id, "object": "text_completion", "created": self._created,
+            "model": self._service.model.id, "choices": choices,
+        }  # fmt: skip
+
+    def _choice(self, at: int, answers: Answers, step: Ended) -> TextChoice:
         result, text, scored = step.result, step.result.text, None
         if self._body.logprobs is not None:
             found: list[TokenLogprob | None] = list(result.logprobs or ())
@@ -174,9 +213,7 @@ class _Completions:
     def _prompt_text(self, answers: Answers) -> str:
         return answers.prompt.text or self._service.prompts.detokenize(answers.prompt.token_ids or ())
 
-    def _scored(
-        self, found: Sequence[TokenLogprob | None], first_id: int = 0, *, offset: int = 0
-    ) -> dict[str, Any]:
+    def _scored(self, found: Sequence[TokenLogprob | None], first_id: int = 0, *, offset: int = 0) -> Scored:
         """Log-probabilities as this dialect has them: lists side by side; the first token of a prompt has none."""
         tokens, offsets, best, at = [], [], [], offset
         for item in found:
@@ -198,25 +235,26 @@ class _Completions:
     def _spell(self, token_id: int) -> str:
         return self._service.prompts.detokenize([token_id])
 
-    def _usage(self) -> dict[str, Any]:
+    def _usage(self) -> Usage:
         prompt = sum(answers.num_prompt_tokens for answers in self._opened)
         new = sum(answers.num_new_tokens for answers in self._opened)
         cached = sum(answers.num_cached_tokens for answers in self._opened)
-        usage: dict[str, Any] = {
-            "prompt_tokens": prompt,
-            "completion_tokens": new,
-            "total_tokens": prompt + new,
-        }
-        return usage | {"prompt_tokens_details": {"cached_tokens": cached}}
+        return {
+            "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }  # fmt: skip
 
-    def _timings(self) -> dict[str, Any]:
+    def _with_timings(self, piece: Completion) -> Completion:
+        """With the ledger, where it was asked for."""
         first = self._opened[0].results[0]
-        return {"timings": first.ledger.as_dict()} if self._body.timings and first is not None else {}
+        if not self._body.timings or first is None:
+            return piece
+        return {**piece, "timings": cast(Timings, first.ledger.as_dict())}
 
 
 def _finite(logprob: float) -> float:
     return max(logprob, LEAST_LOGPROB)
 
 
-def _reason(step: Ended) -> str:
+def _reason(step: Ended) -> Literal["stop", "length"]:
     return "length" if step.finish == "length" else "stop"

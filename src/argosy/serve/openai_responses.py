@@ -14,15 +14,16 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated, Any, Literal, NotRequired, cast
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from typing_extensions import TypedDict
 
 from argosy.config import SamplingParams
-from argosy.errors import ArgosyError, UsageError
+from argosy.errors import ArgosyError
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import (
     ReasoningDelta,
@@ -32,13 +33,150 @@ from argosy.prompt.formats.events import (
     ToolCallEnd,
 )
 from argosy.serve.core import Answers, ChatRequest, Ended, Said, Service
-from argosy.serve.fields import NumBest, Sampling, Tokens, ignored_header
+from argosy.serve.fields import (
+    Effort,
+    Flag,
+    FreeForm,
+    Lenient,
+    Messages,
+    NoFlag,
+    NumBest,
+    ObjectSchema,
+    Sampling,
+    Short,
+    Strict,
+    Text,
+    Tokens,
+    ToolMode,
+    ToolName,
+    Tools,
+    closed,
+    ignored_header,
+    strays,
+)  # fmt: skip
 from argosy.serve.gate import Caller, error_body
-from argosy.serve.openai_chat import spell_logprob
+from argosy.serve.openai_chat import ScoredToken, spell_logprob
 from argosy.serve.streams import EventStream, sse, until_gone
-from argosy.serve.tool_use import read_choice
+from argosy.serve.tool_use import ToolChoice
 
 _LOGPROBS = "message.output_text.logprobs"  # in `include`
+
+
+class Part(Lenient):
+    type: Literal["input_text", "output_text", "reasoning_text", "summary_text", "text"]
+    text: Text
+
+
+Parts = Text | list[Part]
+
+
+class MessageItem(Lenient):
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Parts
+    id: str | None = None
+    status: str | None = None
+
+
+class CallItem(Lenient):
+    type: Literal["function_call"]
+    call_id: Short
+    name: Short
+    arguments: Text
+    id: str | None = None
+    status: str | None = None
+
+
+class ResultItem(Lenient):
+    type: Literal["function_call_output"]
+    call_id: Short
+    output: Parts
+    id: str | None = None
+    status: str | None = None
+
+
+class ThoughtItem(Lenient):
+    type: Literal["reasoning"]
+    content: Parts | None = None
+    summary: list[Part] | None = None
+    id: str | None = None
+    status: str | None = None
+
+
+def _kind(item: object) -> str | None:
+    if isinstance(item, dict):
+        return str(item.get("type", "message"))
+    return getattr(item, "type", None)
+
+
+Item = Annotated[
+    Annotated[MessageItem, Tag("message")]
+    | Annotated[CallItem, Tag("function_call")]
+    | Annotated[ResultItem, Tag("function_call_output")]
+    | Annotated[ThoughtItem, Tag("reasoning")],
+    Discriminator(_kind),
+]
+
+
+class FunctionTool(Lenient):
+    type: Literal["function"]
+    name: ToolName
+    description: Text | None = None
+    parameters: ObjectSchema | None = None
+    strict: Flag | None = None
+
+
+class HostedTool(Lenient):
+    """A tool that OpenAI would run; left out here."""
+
+    type: Annotated[
+        str, Field(pattern=r"^[a-z0-9_]{1,64}$", json_schema_extra={"not": {"const": "function"}})
+    ]
+
+
+AnyTool = Annotated[
+    Annotated[FunctionTool, Tag("function")] | Annotated[HostedTool, Tag("hosted")],
+    Discriminator(lambda tool: "function" if _kind(tool) == "function" else "hosted"),
+]
+
+
+class ChosenFunction(Strict):
+    type: Literal["function"]
+    name: ToolName
+
+    def asked(self) -> ToolChoice:
+        return ToolChoice("required", (self.name,))
+
+
+class AllowedFunctions(Strict):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ChosenFunction], Tools]
+
+    def asked(self) -> ToolChoice:
+        return ToolChoice(self.mode, tuple(tool.name for tool in self.tools))
+
+
+class FlatSchemaForm(Strict):
+    type: Literal["json_schema"]
+    name: str | None = Field(None, max_length=256)
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: Flag | None = None
+
+    def asked(self) -> dict[str, Any]:
+        return self.schema_
+
+
+class TextOptions(Strict):
+    format: Annotated[FreeForm | FlatSchemaForm, Field(discriminator="type")] | None = None
+    verbosity: str | None = Field(None, max_length=64)
+
+
+class ReasoningOptions(Strict):
+    effort: Effort | None = None
+    summary: str | None = Field(None, max_length=64)
+    generate_summary: str | None = Field(None, max_length=64)
 
 
 class ResponsesBody(Sampling):
@@ -47,28 +185,29 @@ class ResponsesBody(Sampling):
         "prompt_cache_options", "safety_identifier", "user", "stream_options", "client_metadata", "max_tool_calls",
     )  # fmt: skip
 
-    input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
-    instructions: str | None = None
+    input: Text | Annotated[list[Item], Messages]
+    instructions: Text | None = None
     max_output_tokens: Tokens | None = None
     top_logprobs: NumBest | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=512)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-    text: dict[str, Any] | None = None
-    reasoning: dict[str, Any] | None = None
-    store: bool | None = None
+    tools: Annotated[list[AnyTool], Tools] | None = None
+    tool_choice: (
+        ToolMode | Annotated[ChosenFunction | AllowedFunctions, Field(discriminator="type")] | None
+    ) = None
+    parallel_tool_calls: Flag | None = None
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    store: Flag | None = None
     metadata: dict[str, Any] | None = None
     client_metadata: dict[str, Any] | None = None
-    include: Annotated[list[str], Field(max_length=32)] | None = None
+    include: Annotated[list[Short], Field(max_length=32)] | None = None
     truncation: Literal["disabled"] | None = None
     service_tier: str | None = Field(None, max_length=64)
     prompt_cache_key: str | None = Field(None, max_length=512)
     prompt_cache_retention: str | None = Field(None, max_length=64)
     prompt_cache_options: dict[str, Any] | None = None
-    max_tool_calls: Annotated[int, Field(ge=1, le=1 << 20, strict=True)] | None = (
-        None  # of tools that a server runs
-    )
-    background: Literal[False] | None = None
+    # Of tools that a server runs.
+    max_tool_calls: Annotated[int, Field(ge=1, le=1 << 20, strict=True)] | None = None
+    background: NoFlag | None = None
     safety_identifier: str | None = Field(None, max_length=512)
     user: str | None = Field(None, max_length=512)
     stream_options: dict[str, Any] | None = None
@@ -79,9 +218,7 @@ class ResponsesBody(Sampling):
             messages.append({"role": "user", "content": self.input})
         else:
             messages += _messages(self.input)
-        effort = (self.reasoning or {}).get("effort")
-        if effort is not None and effort not in ("none", "minimal", "low", "medium", "high", "xhigh", "max"):
-            raise UsageError("reasoning.effort is of no known value", param="reasoning.effort")
+        choice, form = self.tool_choice, None if self.text is None else self.text.format
         return ChatRequest(
             messages=messages,
             params=SamplingParams(
@@ -89,11 +226,11 @@ class ResponsesBody(Sampling):
                 logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
                 **self.sampling(),
             ),
-            tools=[_tool(tool) for tool in self.tools or () if tool.get("type") == "function"],
-            tool_choice=read_choice(self.tool_choice, _name_of),
+            tools=[_tool(tool) for tool in self.tools or () if isinstance(tool, FunctionTool)],
+            tool_choice=ToolChoice(choice or "auto") if isinstance(choice, str | None) else choice.asked(),
             parallel=self.parallel_tool_calls is not False,
-            schema=_schema((self.text or {}).get("format")),
-            effort=effort,
+            schema=None if form is None else form.asked(),
+            effort=None if self.reasoning is None else self.reasoning.effort,
         )
 
     @property
@@ -102,97 +239,233 @@ class ResponsesBody(Sampling):
 
     def ignored(self) -> list[str]:
         names = super().ignored()
-        names += sorted(
-            {f"include.{name}"[:64] for name in self.include or () if name != _LOGPROBS and _is_plain(name)}
-        )
-        names += [f"text.{name}" for name in ("verbosity",) if name in (self.text or {})]
-        names += [
-            f"reasoning.{name}"
-            for name in ("summary", "generate_summary")
-            if (self.reasoning or {}).get(name)
-        ]
-        hosted = {str(tool.get("type"))[:32] for tool in self.tools or () if tool.get("type") != "function"}
-        return names + sorted(f"tools.{kind}" for kind in hosted if _is_plain(kind))
+        names += sorted({f"include.{name}"[:64] for name in self.include or () if name != _LOGPROBS})
+        for where, options in (("text", self.text), ("reasoning", self.reasoning)):
+            names += [
+                f"{where}.{name}" for name in ("verbosity", "summary", "generate_summary")
+                if getattr(options, name, None) is not None
+            ]  # fmt: skip
+        names += sorted({f"tools.{tool.type}" for tool in self.tools or () if isinstance(tool, HostedTool)})
+        names += strays("tools", (tool for tool in self.tools or () if isinstance(tool, FunctionTool)))
+        items = [] if isinstance(self.input, str) else self.input
+        return names + strays("input", items)
 
 
-def _is_plain(name: str) -> bool:
-    """Whether it can stand in a header."""
-    return all(part.isidentifier() and part.isascii() for part in name.split("."))
+def _tool(tool: FunctionTool) -> dict[str, Any]:
+    known = ("name", "description", "parameters", "strict")
+    return {"type": "function", "function": tool.model_dump(include=set(known), exclude_unset=True)}
 
 
-def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    function = {name: tool[name] for name in ("name", "description", "parameters", "strict") if name in tool}
-    return {"type": "function", "function": function}
-
-
-def _name_of(function: dict[str, Any]) -> str | None:
-    name = function.get("name")
-    return name if isinstance(name, str) else None
-
-
-def _schema(given: object) -> dict[str, Any] | None:
-    match given:
-        case None | {"type": "text"}:
-            return None
-        case {"type": "json_object"}:
-            return {"type": "object"}
-        case {"type": "json_schema", "schema": dict(schema)}:
-            return schema
-    raise UsageError(
-        "text.format is of no known type; known: text, json_object, json_schema", param="text.format"
-    )
-
-
-def _messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _messages(items: Sequence[Item]) -> list[dict[str, Any]]:
     """Items as messages: thoughts, text and calls of the assistant that follow each other are one."""
     made: list[dict[str, Any]] = []
-    for at, item in enumerate(items):
-        where, kind = f"input.{at}", item.get("type", "message")
-        if kind == "function_call_output":
-            text = _text(item.get("output"), where)
-            made.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": text})
-        elif kind == "message" and item.get("role") != "assistant":
-            made.append({"role": item.get("role"), "content": _text(item.get("content"), where)})
-        elif kind in ("message", "function_call", "reasoning"):
+    for item in items:
+        if isinstance(item, ResultItem):
+            made.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+        elif isinstance(item, MessageItem) and item.role != "assistant":
+            made.append({"role": item.role, "content": _text(item.content)})
+        else:
             if not made or made[-1]["role"] != "assistant":
                 made.append({"role": "assistant", "content": ""})
-            _add(made[-1], kind, item, where)
-        else:
-            raise UsageError(f"{where}: items of this type are not taken here", param=where)
+            _add(made[-1], item)
     return made
 
 
-def _add(message: dict[str, Any], kind: str, item: dict[str, Any], where: str) -> None:
-    if kind == "message":
-        message["content"] += _text(item.get("content"), where)
-    elif kind == "reasoning":
-        thought = _text(item.get("content") or item.get("summary") or "", where)
-        message["reasoning_content"] = message.get("reasoning_content", "") + thought
-    else:
-        function = {"name": item.get("name"), "arguments": item.get("arguments")}
-        call = {"id": item.get("call_id"), "type": "function", "function": function}
-        message.setdefault("tool_calls", []).append(call)
+def _add(message: dict[str, Any], item: MessageItem | CallItem | ThoughtItem) -> None:
+    match item:
+        case MessageItem():
+            message["content"] += _text(item.content)
+        case ThoughtItem():
+            thought = _text(item.content or item.summary or "")
+            message["reasoning_content"] = message.get("reasoning_content", "") + thought
+        case CallItem():
+            function = {"name": item.name, "arguments": item.arguments}
+            call = {"id": item.call_id, "type": "function", "function": function}
+            message.setdefault("tool_calls", []).append(call)
 
 
-def _text(content: object, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise UsageError(f"{where}: expected text, or a list of parts", param=where)
-    texts = []
-    for part in content:
-        known = ("input_text", "output_text", "reasoning_text", "summary_text", "text")
-        if (
-            not isinstance(part, dict)
-            or part.get("type") not in known
-            or not isinstance(part.get("text"), str)
-        ):
-            raise UsageError(f"{where}: this model takes parts of text only", param=where)
-        texts.append(part["text"])
-    return "".join(texts)
+def _text(parts: Parts) -> str:
+    return parts if isinstance(parts, str) else "".join(part.text for part in parts)
 
 
-async def input_tokens(body: ResponsesBody, request: Request) -> dict[str, Any]:
+@closed
+class OutputText(TypedDict):
+    type: Literal["output_text"]
+    text: str
+    annotations: list[Any]
+    logprobs: list[ScoredToken]
+
+
+@closed
+class ReasoningText(TypedDict):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+Progress = Literal["in_progress", "completed"]
+
+
+@closed
+class SaidMessage(TypedDict):
+    id: str
+    status: Progress
+    type: Literal["message"]
+    role: Literal["assistant"]
+    content: list[OutputText]
+
+
+@closed
+class SaidThought(TypedDict):
+    id: str
+    status: Progress
+    type: Literal["reasoning"]
+    summary: list[Any]
+    content: list[ReasoningText]
+
+
+@closed
+class SaidCall(TypedDict):
+    id: str
+    status: Progress
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+
+
+SaidItem = SaidMessage | SaidThought | SaidCall
+
+
+@closed
+class InputDetails(TypedDict):
+    cached_tokens: int
+
+
+@closed
+class OutputDetails(TypedDict):
+    reasoning_tokens: int
+
+
+@closed
+class ResponseUsage(TypedDict):
+    input_tokens: int
+    input_tokens_details: InputDetails
+    output_tokens: int
+    output_tokens_details: OutputDetails
+    total_tokens: int
+
+
+@closed
+class Failure(TypedDict):
+    code: Literal["server_error"]
+    message: str
+
+
+@closed
+class Incomplete(TypedDict):
+    reason: Literal["max_output_tokens"]
+
+
+@closed
+class Answer(TypedDict):
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    error: Failure | None
+    incomplete_details: Incomplete | None
+    instructions: str | None
+    model: str
+    output: list[SaidItem]
+    parallel_tool_calls: bool
+    previous_response_id: None
+    store: Literal[False]
+    temperature: float
+    top_p: float
+    tool_choice: Any
+    tools: list[Any]
+    max_output_tokens: int | None
+    metadata: dict[str, Any]
+    usage: ResponseUsage | None
+    text: dict[str, Any]
+    reasoning: dict[str, Any]
+    truncation: Literal["disabled"]
+    top_logprobs: int
+    background: Literal[False]
+
+
+@closed
+class InputTokens(TypedDict):
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
+class Numbered(TypedDict):
+    sequence_number: int
+
+
+@closed
+class ResponseEvent(Numbered):
+    type: Literal[
+        "response.created", "response.in_progress", "response.completed", "response.incomplete", "response.failed"
+    ]  # fmt: skip
+    response: Answer
+
+
+@closed
+class ItemEvent(Numbered):
+    type: Literal["response.output_item.added", "response.output_item.done"]
+    output_index: int
+    item: SaidItem
+
+
+class Placed(Numbered):
+    output_index: int
+    item_id: str
+
+
+@closed
+class PartEvent(Placed):
+    type: Literal["response.content_part.added", "response.content_part.done"]
+    content_index: int
+    part: OutputText | ReasoningText
+
+
+@closed
+class TextDeltaEvent(Placed):
+    type: Literal["response.output_text.delta", "response.reasoning_text.delta"]
+    content_index: int
+    delta: str
+    logprobs: NotRequired[list[ScoredToken]]
+
+
+@closed
+class TextDoneEvent(Placed):
+    type: Literal["response.output_text.done", "response.reasoning_text.done"]
+    content_index: int
+    text: str
+    logprobs: NotRequired[list[ScoredToken]]
+
+
+@closed
+class ArgumentsDeltaEvent(Placed):
+    type: Literal["response.function_call_arguments.delta"]
+    delta: str
+
+
+@closed
+class ArgumentsDoneEvent(Placed):
+    type: Literal["response.function_call_arguments.done"]
+    name: str
+    arguments: str
+
+
+Event = (
+    ResponseEvent | ItemEvent | PartEvent | TextDeltaEvent | TextDoneEvent | ArgumentsDeltaEvent | ArgumentsDoneEvent
+)  # fmt: skip
+
+
+async def input_tokens(body: ResponsesBody, request: Request) -> InputTokens:
     """How many tokens a conversation has."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
@@ -225,15 +498,15 @@ class _Responses:
         self._number = 0
         self._items: list[dict[str, Any]] = []
         self._is_open = False
-        self._logprobs: list[dict[str, Any]] = []  # of tokens whose text is still to come
+        self._logprobs: list[ScoredToken] = []  # of tokens whose text is still to come
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> Answer:
         last: dict[str, Any] = {}
         async with self._answers as answers:
             async for step in answers.steps():
                 for _, data in self._take(step):
                     last = data
-        response: dict[str, Any] = last["response"]
+        response: Answer = last["response"]
         return response
 
     async def stream(self) -> AsyncIterator[bytes]:
@@ -246,9 +519,8 @@ class _Responses:
                         yield sse(data, kind)
             except ArgosyError as error:
                 said = error_body(error, "openai")[1]["error"]
-                failed = self._response("failed") | {
-                    "error": {"code": "server_error", "message": said["message"]}
-                }
+                failed = self._response("failed")
+                failed["error"] = {"code": "server_error", "message": said["message"]}
                 kind, data = self._event("response.failed", response=failed)
                 yield sse(data, kind)
 
@@ -262,7 +534,9 @@ class _Responses:
                 return [event for said in step.events for event in self._say(said)]
             case Ended():
                 closed = self._close()
-                status = "incomplete" if step.finish == "length" else "completed"
+                status: Literal["incomplete", "completed"] = (
+                    "incomplete" if step.finish == "length" else "completed"
+                )
                 return [*closed, self._event(f"response.{status}", response=self._response(status))]
         return []
 
@@ -350,9 +624,9 @@ class _Responses:
         self._number += 1
         return kind, {"type": kind, "sequence_number": self._number - 1, **data}
 
-    def _response(self, status: str) -> dict[str, Any]:
+    def _response(self, status: Literal["in_progress", "completed", "incomplete", "failed"]) -> Answer:
         body, answers = self._body, self._answers
-        usage = None
+        usage: ResponseUsage | None = None
         if status in ("completed", "incomplete"):
             prompt, new = answers.num_prompt_tokens, answers.num_new_tokens
             usage = {
@@ -361,14 +635,23 @@ class _Responses:
                 "output_tokens_details": {"reasoning_tokens": answers.num_reasoning_tokens},
                 "total_tokens": prompt + new,
             }  # fmt: skip
+        choice = body.tool_choice
         return {
             "id": self._id, "object": "response", "created_at": self._created, "status": status, "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "instructions": body.instructions, "model": self._service.model.id, "output": list(self._items),
+            "instructions": body.instructions, "model": self._service.model.id,
+            "output": cast(list[SaidItem], list(self._items)),
             "parallel_tool_calls": body.parallel_tool_calls is not False, "previous_response_id": None,
             "store": False, "temperature": 1.0 if body.temperature is None else body.temperature,
-            "top_p": 1.0 if body.top_p is None else body.top_p, "tool_choice": body.tool_choice or "auto",
-            "tools": body.tools or [], "max_output_tokens": body.max_output_tokens, "metadata": {}, "usage": usage,
-            "text": body.text or {"format": {"type": "text"}}, "reasoning": body.reasoning or {},
+            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "tool_choice": choice or "auto" if isinstance(choice, str | None) else choice.model_dump(),
+            "tools": [tool.model_dump(exclude_unset=True) for tool in body.tools or ()],
+            "max_output_tokens": body.max_output_tokens, "metadata": {}, "usage": usage,
+            "text": _echoed(body.text) or {"format": {"type": "text"}}, "reasoning": _echoed(body.reasoning),
             "truncation": "disabled", "top_logprobs": body.top_logprobs or 0, "background": False,
         }  # fmt: skip
+
+
+def _echoed(given: TextOptions | ReasoningOptions | None) -> dict[str, Any]:
+    """As the client sent it."""
+    return {} if given is None else given.model_dump(exclude_unset=True, by_alias=True)

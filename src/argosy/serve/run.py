@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 HEADER_S = 15.0  # a client has so long for the head of a request
 STUCK_S = 60.0  # one that takes nothing of an answer for so long is gone
+_SEND_BUFFER_BYTES = (
+    128 << 10
+)  # what the system keeps for a client that does not read; its own choice is megabytes
 _REPLAY_BYTES = 16 << 20
 
 
@@ -55,13 +58,19 @@ def require_keys(host: str, keys: Path | None) -> None:
 
 
 class TimedProtocol(H11Protocol):
-    """HTTP/1.1 whose request heads have to come within HEADER_S, and whose answers are read, or it hangs up."""
+    """HTTP/1.1 whose request heads have to come within HEADER_S, and whose answers are read, or it hangs up.
+
+    What a client does not take waits: the answer's next part is not made before the last is gone. One that takes
+    nothing of it for STUCK_S is hung up on, also when its answer is whole and only the connection's end waits.
+    """
 
     _head_timer: asyncio.TimerHandle | None = None
     _stuck_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # paused is: something waits
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
@@ -81,7 +90,7 @@ class TimedProtocol(H11Protocol):
     def pause_writing(self) -> None:
         """The client takes less than there is: from here on it is watched."""
         super().pause_writing()
-        self._stuck_timer = self.loop.call_later(STUCK_S, self.transport.abort)
+        self._expect_reading()
 
     def resume_writing(self) -> None:
         if self._stuck_timer is not None:
@@ -91,6 +100,17 @@ class TimedProtocol(H11Protocol):
     def _expect_head(self) -> None:
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(HEADER_S, self.transport.close)
+
+    def _expect_reading(self) -> None:
+        unread = self.transport.get_write_buffer_size()
+
+        def check() -> None:
+            if self.transport.get_write_buffer_size() < unread:
+                self._expect_reading()
+            else:
+                self.transport.abort()
+
+        self._stuck_timer = self.loop.call_later(STUCK_S, check)
 
 
 class _Server(uvicorn.Server):

@@ -13,18 +13,99 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from typing_extensions import TypedDict
 
 from argosy.engine.facts import WINDOW_TOKENS
 from argosy.engine.loop import LoopFacts
 from argosy.serve.core import ModelFacts
+from argosy.serve.fields import closed
+
+
+@closed
+class ModelState(TypedDict):
+    id: str
+    family: str
+    context_tokens: int
+    num_layers: int
+    num_experts: int
+    experts_per_token: int
+
+
+@closed
+class MemoryLine(TypedDict):
+    name: str
+    bytes: int
+    note: str
+
+
+@closed
+class MemoryState(TypedDict):
+    budget_bytes: int
+    peak_bytes: int
+    lines: list[MemoryLine]
+
+
+@closed
+class SpeedState(TypedDict):
+    decode_tok_per_s: float
+    prefill_tok_per_s: float
+
+
+@closed
+class ExpertState(TypedDict):
+    total: int
+    slots: int
+    resident: int
+    hit_rate: float | None
+    bytes_read: int
+    drive_bytes_per_s: float
+
+
+@closed
+class QueueState(TypedDict):
+    running: int
+    waiting: int
+    max_sequences: int
+
+
+@closed
+class KvState(TypedDict):
+    blocks_total: int
+    blocks_used: int
+    blocks_cached: int
+    block_tokens: int
+
+
+@closed
+class Heat(TypedDict):
+    tokens: int
+    layers: list[list[int]]
+
+
+@closed
+class Privacy(TypedDict):
+    logging: bool
+    traces: bool
+
+
+@closed
+class EngineState(TypedDict):
+    model: ModelState
+    memory: MemoryState
+    speed: SpeedState
+    experts: ExpertState
+    queue: QueueState
+    kv: KvState
+    heat: Heat | None
+    privacy: Privacy
 
 
 def state_of(
     facts: LoopFacts, model: ModelFacts, *, block_tokens: int, max_sequences: int, with_heat: bool
-) -> dict[str, Any]:
+) -> EngineState:
     """The engine as JSON."""
     engine, totals = facts.engine, facts.engine.totals
-    heat = None
+    heat: Heat | None = None
     if with_heat and engine.expert_uses is not None and engine.expert_use_tokens >= WINDOW_TOKENS:
         heat = {"tokens": engine.expert_use_tokens, "layers": engine.expert_uses.tolist()}
     return {

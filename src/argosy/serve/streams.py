@@ -19,6 +19,7 @@ from argosy.errors import ArgosyError
 from argosy.serve.gate import Dialect, GoneAway, error_body
 
 KEEP_ALIVE_S = 10.0
+DONE = "[DONE]"  # OpenAI's last event
 
 T = TypeVar("T")
 
@@ -58,7 +59,8 @@ async def _gone(receive: Receive) -> None:
 class EventStream(Response):
     """Events as they come, a comment every KEEP_ALIVE_S while none does, and an error as the last event.
 
-    `close` is called at the end, also when the client was gone before the first event was asked for.
+    `close` is called at the end, also when the client was gone before the first event was asked for. The next event is
+    asked for when the last is on its way; who takes nothing is hung up on by the connection (`run.TimedProtocol`).
     """
 
     media_type = "text/event-stream"

@@ -8,14 +8,12 @@ grammar (`prompt/formats/`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from argosy.errors import UsageError
 from argosy.prompt.tools import Tool, check_tools, tool_named
-
-NameOf = Callable[[dict[str, Any]], str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,36 +26,6 @@ class ToolChoice:
 
     mode: Literal["auto", "none", "required"] = "auto"
     names: tuple[str, ...] | None = None
-
-
-def read_choice(
-    given: Literal["auto", "none", "required"] | dict[str, Any] | None, name_of: NameOf
-) -> ToolChoice:
-    """A `tool_choice` as OpenAI's dialects spell it: a word, one function, or those that are allowed.
-
-    Args:
-        name_of: the name in `{"type": "function", ...}`, or None where it is not there.
-
-    Raises:
-        UsageError: it is something else.
-    """
-    if given is None:
-        return ToolChoice()
-    if given in ("auto", "none", "required"):
-        return ToolChoice(given)
-    if isinstance(given, dict) and given.get("type") == "function" and (name := name_of(given)) is not None:
-        return ToolChoice("required", (name,))
-    if isinstance(given, dict) and given.get("type") == "allowed_tools":
-        inside = given.get("allowed_tools", given)
-        mode, tools = (inside.get("mode"), inside.get("tools")) if isinstance(inside, dict) else (None, None)
-        if mode in ("auto", "required") and isinstance(tools, list):
-            names = [name_of(tool) if isinstance(tool, dict) else None for tool in tools]
-            if None not in names:
-                return ToolChoice(mode, tuple(name for name in names if name is not None))
-    raise UsageError(
-        "tool_choice is of no known form; known: auto, none, required, a function by its name, allowed_tools",
-        param="tool_choice",
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,150 @@
+"""The document of every route, made of the table of routes and of the models that check requests.
+
+    ROUTES: policy, handler's body, answer, events  ->  document  ->  /openapi.json
+
+Nothing is written twice: a body is the model its handler takes, an answer the type its handler makes, an error the type
+that `gate.error_body` makes, and which statuses there are follows from the policy. Streams of events are described as
+OpenAPI 3.2 has it: `itemSchema`, whose `data` is the JSON text of `contentSchema`.
+
+Elsewhere: the table is `app.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter
+from pydantic.json_schema import JsonSchemaMode
+
+from argosy.serve.gate import AnthropicError, OpenAIError, Policy, dialect_of
+from argosy.serve.streams import DONE
+
+_REFUSALS = {
+    "400": "The request cannot be meant.",
+    "401": "There is no valid API key.",
+    "403": "The key has no such scope, or the request comes from elsewhere.",
+    "404": "There is no such thing here.",
+    "408": "The body took too long.",
+    "413": "The body is too large.",
+    "415": "The content type is not application/json.",
+    "429": "The key is at one of its limits.",
+    "500": "The answer could not be finished.",
+    "503": "There is no room now, or the server is stopping.",
+}
+_RETRY = {"retry-after": {"description": "Seconds until it may be otherwise.", "schema": {"type": "integer"}}}
+_IGNORED = {
+    "x-ignored-params": {
+        "description": "What was accepted and has no effect.", "schema": {"type": "string"}, "required": False,
+    }
+}  # fmt: skip
+_BYTES: dict[str, Any] = {"type": "string"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """One row of the table.
+
+    answer: type of the JSON that a handler answers with; None: it is no JSON.
+    events: type of the data of each event that it may stream instead; None: it streams none.
+    has_done: its last event is DONE.
+    media: types of content that are no JSON.
+    """
+
+    policy: Policy
+    handler: Callable[..., Any]
+    answer: Any = None
+    events: Any = None
+    has_done: bool = False
+    media: tuple[str, ...] = ()
+
+    @property
+    def body(self) -> Any:
+        """The model of its body, if it takes one."""
+        return get_type_hints(self.handler).get("body")
+
+
+def document(routes: Sequence[Route], version: str) -> dict[str, Any]:
+    """An OpenAPI document of `routes`."""
+    inputs: list[tuple[str, JsonSchemaMode, TypeAdapter[Any]]] = []
+    errors = {"openai": OpenAIError, "anthropic": AnthropicError}
+    for name, error in errors.items():
+        inputs.append((name, "serialization", TypeAdapter(error)))
+    for route in routes:
+        for what in ("body", "answer", "events"):
+            kind = getattr(route, what)
+            if kind is not None:
+                mode: JsonSchemaMode = "validation" if what == "body" else "serialization"
+                inputs.append((f"{what} {route.policy.method} {route.policy.path}", mode, TypeAdapter(kind)))
+    schemas, shared = TypeAdapter.json_schemas(inputs, ref_template="#/components/schemas/{model}")
+    found = {str(name): schema for (name, _), schema in schemas.items()}
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        paths.setdefault(route.policy.path, {})[route.policy.method.lower()] = _operation(route, found)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Argosy", "version": version},
+        "paths": paths,
+        "components": {
+            "schemas": shared.get("$defs", {}),
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
+    }  # fmt: skip
+
+
+def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
+    policy = route.policy
+    key = f"{policy.method} {policy.path}"
+    content: dict[str, Any] = {media: {"schema": _BYTES} for media in route.media}
+    if route.answer is not None:
+        content["application/json"] = {"schema": schemas[f"answer {key}"]}
+    if route.events is not None:
+        data: dict[str, Any] = {
+            "type": "string", "contentMediaType": "application/json", "contentSchema": schemas[f"events {key}"],
+        }  # fmt: skip
+        if route.has_done:
+            data = {"anyOf": [{"const": DONE}, data]}
+        event = {"type": "object", "properties": {"event": _BYTES, "data": data}, "required": ["data"]}
+        content["text/event-stream"] = {"itemSchema": event}
+    answered: dict[str, Any] = {"description": "The answer.", "content": content}
+    if policy.is_counted:
+        answered["headers"] = _IGNORED
+    operation: dict[str, Any] = {
+        "operationId": route.handler.__name__, "summary": (route.handler.__doc__ or "").strip(),
+        "responses": {"200": answered} | {status: _refused(status, policy, schemas) for status in _statuses(route)},
+    }  # fmt: skip
+    names = re.findall(r"\{(\w+)\}", policy.path)
+    if names:
+        text = {"type": "string", "minLength": 1, "maxLength": 256}
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": text} for name in names
+        ]
+    if route.body is not None:
+        body = {"application/json": {"schema": schemas[f"body {key}"]}}
+        operation["requestBody"] = {"required": True, "content": body}
+    if policy.scope is not None:
+        operation["security"] = [{"bearer": []}, {"header": []}]
+    return operation
+
+
+def _statuses(route: Route) -> list[str]:
+    """What a request can be refused with, by its policy."""
+    policy = route.policy
+    found = {"400", "403", "500"}
+    found |= {"401"} if policy.scope is not None else set()
+    found |= {"404"} if "{" in policy.path or policy.path == "/tokenizer_info" else set()
+    found |= {"408", "413", "415"} if policy.method == "POST" else set()
+    found |= {"429", "503"} if policy.is_counted else set()
+    found |= {"503"} if policy.path == "/ready" else set()
+    return sorted(found)
+
+
+def _refused(status: str, policy: Policy, schemas: dict[str, Any]) -> dict[str, Any]:
+    content = {"application/json": {"schema": schemas[dialect_of(policy.path)]}}
+    refused: dict[str, Any] = {"description": _REFUSALS[status], "content": content}
+    return refused | ({"headers": _RETRY} if status in ("429", "503") else {})

@@ -1,0 +1,454 @@
+"""What may be in a request: the rows of the survey's tables on request bounds, each in every dialect."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import BaseModel
+
+from argosy.errors import DiskFull, Overloaded, ReadFailed
+from argosy.serve.anthropic_messages import MessagesBody
+from argosy.serve.core import Service
+from argosy.serve.openai_chat import ChatBody
+from argosy.serve.openai_completions import CompletionBody
+from argosy.serve.openai_responses import ResponsesBody
+
+# Each dialect's route, a request that is answered, and where it has a number of tokens.
+SAY = [{"role": "user", "content": "Hi"}]
+DIALECTS: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": SAY, "max_tokens": 1},
+    "/v1/completions": {"prompt": "Hi", "max_tokens": 1},
+    "/v1/responses": {"input": "Hi", "max_output_tokens": 1},
+    "/v1/messages": {"messages": SAY, "max_tokens": 1},
+}
+every_dialect = pytest.mark.parametrize("path", DIALECTS)
+
+
+def refused(answer: httpx.Response, path: str) -> str:
+    """The sentence of a refusal that has the dialect's own shape."""
+    assert answer.status_code == 400, answer.text
+    body = answer.json()
+    if path.startswith("/v1/messages"):
+        assert body.keys() == {"type", "error"}
+        assert body["type"] == "error"
+        assert body["error"].keys() == {"type", "message"}
+    else:
+        assert body.keys() == {"error"}
+        assert body["error"].keys() == {"message", "type", "param", "code"}
+    assert body["error"]["type"] == "invalid_request_error"
+    return str(body["error"]["message"])
+
+
+def post(client: httpx.Client, path: str, body: bytes) -> httpx.Response:
+    return client.post(path, content=body, headers={"content-type": "application/json"})
+
+
+NOT_JSON: dict[str, tuple[bytes, str]] = {
+    "nothing": (b"", "the body: expected a value, found nothing"),
+    "text": (b"Hi", "the body cannot be read: it is not JSON: Expecting value at character 0"),
+    "half of it": (b'{"messages": [', "it is not JSON"),
+    "two of them": (b"{} {}", "it is not JSON"),
+    "not an object": (b"[1]", "the body: expected an object, found a list of 1"),
+    "bad UTF-8": (b'{"model": "\xff"}', "the body is not UTF-8 text: byte 11 is wrong"),
+    "UTF-16": ('{"model": "m"}'.encode("utf-16"), "the body is not UTF-8 text"),
+    "an overlong slash": (b'{"model": "\xc0\xaf"}', "the body is not UTF-8 text"),
+    "half a character": (b'{"model": "\\ud800"}', "it holds half a character"),
+    "half a character as a key": (b'{"\\udfff": 1}', "it holds half a character"),
+    "a key twice": (b'{"model": "a", "model": "b"}', "it gives a key twice"),
+    "a key twice, inside": (b'{"metadata": {"a": 1, "a": 2}}', "it gives a key twice"),
+    "NaN": (b'{"temperature": NaN}', "it holds NaN, which is not JSON"),
+    "infinity": (b'{"top_p": -Infinity}', "it holds -Infinity, which is not JSON"),
+    "a number beyond all floats": (b'{"temperature": 1e999}', "it holds a number that is too large"),
+    "a number of many digits": (b'{"seed": ' + b"9" * 5000 + b"}", "it holds a number that is too large"),
+    "a number of some digits": (b'{"seed": ' + b"9" * 400 + b"}", "it holds a number that is too large"),
+    "deep lists": (b'{"metadata": ' + b"[" * 500 + b"]" * 500 + b"}", "it is nested deeper than 64"),
+    "lists without end": (b"[" * 1_000_000, "it is nested deeper than 64"),
+    "deep objects": (b'{"a":' * 66 + b"1" + b"}" * 66, "it is nested deeper than 64"),
+}
+
+
+@every_dialect
+@pytest.mark.parametrize("what", NOT_JSON)
+def test_json_that_two_readers_could_read_in_two_ways_is_refused(
+    client: httpx.Client, path: str, what: str
+) -> None:
+    body, sentence = NOT_JSON[what]
+    assert sentence in refused(post(client, path, body), path)
+
+
+def test_a_long_body_is_read_as_strictly_as_a_short_one(client: httpx.Client) -> None:
+    body = b'{"messages": [], "user": "' + b"x" * 100_000 + b'", "user": ""}'
+    path = "/v1/chat/completions"
+    assert "it gives a key twice" in refused(post(client, path, body), path)
+
+
+@every_dialect
+def test_a_refusal_says_where_and_what_is_needed_and_what_was_found(client: httpx.Client, path: str) -> None:
+    answered = DIALECTS[path]
+    unknown = refused(client.post(path, json=answered | {"temprature": 1}), path)
+    assert unknown.startswith("unknown field 'temprature'; known: model, ")
+    assert "temperature" in unknown
+    hot = refused(client.post(path, json=answered | {"temperature": 9}), path)
+    assert hot == "temperature: expected less than or equal to 2, found 9"
+    wordy = refused(client.post(path, json=answered | {"temperature": "x" * 1000}), path)
+    assert wordy == "temperature: expected a valid number, found text of 1000 characters"
+    assert refused(client.post(path, json=answered | {"stream": 1}), path) == (
+        "stream: expected a valid boolean, found 1"
+    )
+
+
+# Numbers
+
+EDGES = (
+    -(10**30), -(2**63) - 1, -(2**63), -(2**31) - 1, -1, 0, 1, 2**31 - 1, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64,
+    10**300, 1e308, -1e308, 5e-324, 0.5, True, "1", [1], {}, None,
+)  # fmt: skip
+MODELS: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatBody, "/v1/completions": CompletionBody, "/v1/responses": ResponsesBody,
+    "/v1/messages": MessagesBody,
+}  # fmt: skip
+
+
+def numbers(path: str) -> dict[str, dict[str, Any]]:
+    """Each field of a body that takes a number, and the schema of that number."""
+    found = {}
+    for name, schema in MODELS[path].model_json_schema()["properties"].items():
+        for branch in (schema, *schema.get("anyOf", ())):
+            if branch.get("type") in ("integer", "number"):
+                found[name] = branch
+    return found
+
+
+def is_within(value: object, schema: dict[str, Any]) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value is None
+    if schema["type"] == "integer" and not isinstance(value, int):
+        return False
+    return (
+        schema.get("minimum", value) <= value <= schema.get("maximum", value)
+        and not value <= schema.get("exclusiveMinimum", -math.inf)
+        and not value >= schema.get("exclusiveMaximum", math.inf)
+    )
+
+
+@every_dialect
+def test_every_number_is_answered_within_its_bounds_and_refused_at_every_edge_beyond(
+    client: httpx.Client, path: str
+) -> None:
+    found = numbers(path)
+    assert {"temperature", "top_p"} < found.keys()
+    for name, schema in found.items():
+        for value in EDGES:
+            body = DIALECTS[path] | {name: value}
+            if name == "top_logprobs" and "chat" in path:
+                body["logprobs"] = True
+            if name == "best_of" and is_within(value, schema):
+                body["n"] = value
+            answer = client.post(path, json=body)
+            if not is_within(value, schema) or (
+                value is None and name in MODELS[path].model_json_schema()["required"]
+            ):
+                assert refused(answer, path).startswith(f"{name}: expected "), (name, value)
+            elif not (name == "max_tokens" and value == 0):  # only to score a prompt
+                assert answer.status_code == 200, (name, value, answer.text)
+
+
+def test_no_number_of_a_request_is_without_bounds(client: httpx.Client) -> None:
+    """Wherever it stands; what a JSON schema or an argument of a tool holds is a caller's own."""
+    document = client.get("/openapi.json").json()
+    seen: set[str] = set()
+
+    def visit(schema: Any, where: str) -> None:
+        if isinstance(schema, list):
+            for item in schema:
+                visit(item, where)
+        if not isinstance(schema, dict):
+            return
+        if schema.get("type") in ("integer", "number"):
+            assert {"minimum", "exclusiveMinimum"} & schema.keys(), where
+            assert {"maximum", "exclusiveMaximum"} & schema.keys(), where
+        reference = schema.get("$ref", "").removeprefix("#/components/schemas/")
+        if reference and reference not in seen:
+            seen.add(reference)
+            visit(document["components"]["schemas"][reference], reference)
+        for key, item in schema.items():
+            visit(item, f"{where}.{key}")
+
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            visit(operation.get("requestBody"), operation["operationId"])
+    assert {"ChatBody", "CalledTool", "MessagesBody"} < seen
+
+
+@pytest.mark.parametrize("key", ["-1", "1e3", "٣", "0x1", "9999999999", "", " 1", "1" * 400])
+def test_a_key_of_logit_bias_is_a_token_id(client: httpx.Client, key: str) -> None:
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        refused(client.post(path, json=DIALECTS[path] | {"logit_bias": {key: 1}}), path)
+
+
+# Templates, expressions, paths, addresses, tensors: what a request may not bring
+
+FOREIGN = (
+    "chat_template", "template", "documents", "add_generation_prompt", "grammar", "guided_regex", "guided_json",
+    "guided_grammar", "structured_outputs", "regex", "ebnf", "logits_processors", "prompt_embeds", "input_embeds",
+    "mm_processor_kwargs", "media_io_kwargs", "mm_hashes", "image_data", "multi_modal_data", "lora", "lora_path",
+    "adapter", "model_path", "path", "file", "file_id", "filename", "url", "id_slot", "n_discard", "cache_salt",
+    "kv_transfer_params", "use_beam_search", "min_tokens", "ignore_eos", "extra_body", "timeout",
+)  # fmt: skip
+
+
+@every_dialect
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_template_an_expression_a_path_an_address_or_a_tensor_is_no_field(
+    client: httpx.Client, path: str, name: str
+) -> None:
+    sentence = refused(client.post(path, json=DIALECTS[path] | {name: "x"}), path)
+    assert sentence.startswith(f"unknown field '{name}'; known: ")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"chat_template": "x"}, {"messages": "x"}, {"tools": "x"}, {"bos_token": "x"}, {"__class__": "x"},
+        {"reasoning_effort": "x" * 65}, {"reasoning_effort": 2**63}, {"thinking": [1]}, {"x" * 300: 1},
+    ],
+)  # fmt: skip
+def test_variables_of_a_template_are_of_a_list_and_small(
+    client: httpx.Client, variables: dict[str, Any]
+) -> None:
+    path = "/v1/chat/completions"
+    refused(client.post(path, json=DIALECTS[path] | {"chat_template_kwargs": variables}), path)
+
+
+ADDRESSES = (
+    "http://127.0.0.1:9/x.png",
+    "https://example.org/x.png",
+    "file:///etc/passwd",
+    "data:image/png;base64,AA==",
+)
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_is_followed_in_no_dialect(
+    client: httpx.Client, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: dict[str, list[dict[str, Any]]] = {
+        "/v1/chat/completions": [
+            {"type": "image_url", "image_url": {"url": address}},
+            {"type": "input_audio", "input_audio": {"data": address, "format": "wav"}},
+            {"type": "video_url", "video_url": {"url": address}},
+            {"type": "file", "file": {"file_id": address}},
+            {"type": "text", "text": "a", "image_url": {"url": address}},
+        ],
+        "/v1/responses": [
+            {"type": "input_image", "image_url": address}, {"type": "input_file", "file_url": address},
+        ],
+        "/v1/messages": [
+            {"type": "image", "source": {"type": "url", "url": address}},
+            {"type": "document", "source": {"type": "url", "url": address}},
+            {"type": "container_upload", "file_id": address},
+        ],
+    }  # fmt: skip
+    for path, several in parts.items():
+        where = "input" if path == "/v1/responses" else "messages"
+        for part in several:
+            body = DIALECTS[path] | {where: [{"role": "user", "content": [part]}]}
+            sentence = refused(client.post(path, json=body), path)
+            assert sentence.startswith((f"{where}.0.content.0", "unknown field"))
+            assert "passwd" not in sentence
+
+
+@pytest.mark.parametrize(
+    "content", ["see http://127.0.0.1:9/x", "![a](http://127.0.0.1:9/x.png)", "file:///etc/passwd"]
+)
+@every_dialect
+def test_an_address_in_a_text_is_text(client: httpx.Client, path: str, content: str) -> None:
+    name = next(name for name in ("messages", "prompt", "input") if name in DIALECTS[path])
+    value: Any = [{"role": "user", "content": content}] if name == "messages" else content
+    assert client.post(path, json=DIALECTS[path] | {name: value}).status_code == 200
+
+
+@every_dialect
+def test_the_name_of_a_model_is_no_path_and_is_not_said_again(client: httpx.Client, path: str) -> None:
+    answer = client.post(path, json=DIALECTS[path] | {"model": "../../../etc/passwd"})
+    assert answer.json()["model"] == "tiny"
+    assert "passwd" not in answer.text
+    refused(client.post(path, json=DIALECTS[path] | {"model": "x" * 257}), path)
+
+
+@pytest.mark.parametrize(
+    "name", ["%2e%2e", "..%2f..%2fetc%2fpasswd", "%00", "a" * 300, "tiny%0d%0ax: y", "%ff"]
+)
+def test_a_path_that_names_no_model_and_no_file_is_not_found(client: httpx.Client, name: str) -> None:
+    for route in ("/v1/models/", "/page/"):
+        answer = client.get(route + name)
+        assert answer.status_code == 404, route
+        assert answer.json()["error"]["type"] == "not_found_error"
+
+
+# Schemas and grammars
+
+BOMBS: dict[str, Any] = {
+    "nesting": functools.reduce(
+        lambda inner, _: {"type": "array", "items": inner}, range(40), {"type": "string"}
+    ),
+    "an expression of many repetitions": {"type": "string", "pattern": "((a{1,1000}){1,1000}){1,1000}"},
+    "an expression that goes back": {"type": "string", "pattern": "(a+)+b" * 50},
+    "a long expression": {"type": "string", "pattern": "a" * 2000},
+    "a long expression of a name": {"type": "object", "patternProperties": {"a" * 2000: {}}},
+    "names that are none": {"type": "object", "patternProperties": 5},
+    "properties that are none": {"type": "object", "properties": [1], "required": 3},
+    "a reference to a file": {"$ref": "file:///etc/passwd"},
+    "a reference to an address": {"$ref": "http://127.0.0.1:9/schema"},
+    "a reference to itself": {"$ref": "#"},
+    "a length beyond all": {"type": "string", "minLength": 10**9, "maxLength": 10**9},
+    "a number beyond all": {"type": "integer", "minimum": 10**300, "maximum": 10**301},
+    "many branches": {"anyOf": [{"const": str(number)} for number in range(20_000)]},
+    "no type of any kind": {"type": "x", "enum": 5},
+}
+
+
+@pytest.mark.parametrize("what", BOMBS)
+def test_a_schema_is_followed_or_refused_soon_in_every_dialect_that_takes_one(
+    client: httpx.Client, what: str
+) -> None:
+    schema = BOMBS[what]
+    tool = {"name": "f", "parameters": {"type": "object", "properties": {"a": schema}}}
+    forms: list[tuple[str, dict[str, Any]]] = [
+        (
+            "/v1/chat/completions",
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}},
+        ),
+        ("/v1/responses", {"text": {"format": {"type": "json_schema", "schema": schema}}}),
+        (
+            "/v1/chat/completions",
+            {"tools": [{"type": "function", "function": tool}], "tool_choice": "required"},
+        ),
+        ("/v1/responses", {"tools": [{"type": "function", **tool}], "tool_choice": "required"}),
+        (
+            "/v1/messages",
+            {"tools": [{"name": "f", "input_schema": tool["parameters"]}], "tool_choice": {"type": "any"}},
+        ),
+    ]
+    for path, more in forms:
+        began = time.monotonic()
+        answer = client.post(path, json=DIALECTS[path] | more)
+        assert time.monotonic() - began < 10
+        if answer.status_code != 200:
+            sentence = refused(answer, path)
+            assert "Traceback" not in sentence
+            assert "/" not in sentence.replace("/openapi.json", "").replace("application/json", "")[:20]
+
+
+# What has no effect
+
+HINTS: dict[str, tuple[dict[str, Any], str]] = {
+    "/v1/chat/completions": ({"user": "u", "store": True, "reasoning_effort": "low"}, "store, user, reasoning_effort"),
+    "/v1/completions": ({"user": "u", "timings": True}, "user"),
+    "/v1/responses": (
+        {
+            "store": False, "text": {"verbosity": "low"}, "tools": [{"type": "web_search", "x": 1}],
+            "input": [{"role": "user", "content": "Hi", "phase": "x", "bad\r\nx-evil": "1"}],
+        },
+        "store, text.verbosity, tools.web_search, input.phase",
+    ),
+    "/v1/messages": (
+        {
+            "metadata": {}, "system": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}],
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi", "citations": None, "\r\nx": 1}]}],
+        },
+        "metadata, system.cache_control, messages.content.citations",
+    ),
+}  # fmt: skip
+
+
+@every_dialect
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_has_no_effect_is_listed_in_a_header(client: httpx.Client, path: str, stream: bool) -> None:
+    more, listed = HINTS[path]
+    plain = client.post(path, json=DIALECTS[path] | {"stream": stream})
+    assert "x-ignored-params" not in plain.headers
+    answer = client.post(path, json=DIALECTS[path] | more | {"stream": stream})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-ignored-params"] == listed
+    assert "x-evil" not in answer.headers
+
+
+# What goes wrong here, or elsewhere
+
+
+@every_dialect
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("secret in /srv/models/x.gguf"), "internal error"),
+        (ReadFailed("/srv/secret: EIO", path="/srv/secret"), "ReadFailed: the answer could not be finished"),
+        (DiskFull("/srv/secret: full", path="/srv/secret"), "DiskFull: the answer could not be finished"),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_a_failure_of_ours_tells_nothing_but_that_it_failed(
+    client: httpx.Client, service: Service, monkeypatch: pytest.MonkeyPatch, path: str, stream: bool,
+    error: Exception, said: str,
+) -> None:  # fmt: skip
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(service.loop, "submit", fail)
+    answer = client.post(path, json=DIALECTS[path] | {"stream": stream})
+    assert answer.status_code >= 500
+    assert "secret" not in answer.text
+    shape = answer.json()
+    assert shape["error"]["message"] == said
+    assert ("type" in shape) == path.startswith("/v1/messages")
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["content-security-policy"] == "default-src 'self'"
+
+
+@every_dialect
+def test_a_busy_engine_says_when_to_come_back(
+    client: httpx.Client, service: Service, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise Overloaded("all places are taken", retry_after_s=7)
+
+    monkeypatch.setattr(service.loop, "submit", fail)
+    answer = client.post(path, json=DIALECTS[path])
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")
+    assert answer.json()["error"]["type"] == "overloaded_error"
+
+
+REFUSED_EARLY = {
+    "no such method": (405, lambda client, path: client.put(path, json={})),
+    "another content type": (415, lambda client, path: client.post(path, content=b"{}")),
+    "another site": (
+        403,
+        lambda client, path: client.post(path, json={}, headers={"origin": "http://evil.example"}),
+    ),
+    "another host": (403, lambda client, path: client.post(path, json={}, headers={"host": "evil.example"})),
+    "no such path": (404, lambda client, path: client.post(path + "/x", json={})),
+    "too large": (413, lambda client, path: client.post(path, content=b" " * (9 << 20), headers=JSON)),
+}
+JSON = {"content-type": "application/json"}
+
+
+@every_dialect
+@pytest.mark.parametrize("what", REFUSED_EARLY)
+def test_what_the_gate_refuses_has_the_shape_of_the_dialect(
+    client: httpx.Client, path: str, what: str
+) -> None:
+    status, ask = REFUSED_EARLY[what]
+    answer = ask(client, path)
+    assert answer.status_code == status
+    error = answer.json()
+    if path.startswith("/v1/messages"):
+        assert error.keys() == {"type", "error"}
+        assert error["error"].keys() == {"type", "message"}
+    else:
+        assert error["error"].keys() == {"message", "type", "param", "code"}

@@ -1,0 +1,177 @@
+"""Clients that take their time: each is held to a bound, and nobody waits for it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from argosy.serve.core import Service
+
+SAY = [{"role": "user", "content": "How are you?"}]
+# Every dialect's longest stream: with eight answers, or as many tokens as there is room for.
+STREAMS: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": SAY, "n": 8, "logit_bias": {"2": -100, "0": -100}},
+    "/v1/completions": {
+        "prompt": ["How are you?"] * 4,
+        "n": 2,
+        "max_tokens": 200,
+        "logit_bias": {"2": -100, "0": -100},
+    },
+    "/v1/responses": {"input": "How are you?", "temperature": 0},
+    "/v1/messages": {"messages": SAY, "max_tokens": 200, "temperature": 0},
+}
+every_dialect = pytest.mark.parametrize("path", STREAMS)
+
+
+@contextmanager
+def asked(url: str, path: str, body: dict[str, Any]) -> Iterator[socket.socket]:
+    """A connection that has asked, and takes as little as it can."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.settimeout(20)
+        connection.connect((host, int(port)))
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        yield connection
+
+
+def rest(connection: socket.socket) -> bytes:
+    """What still comes until the server ends the connection."""
+    found = b""
+    try:
+        while part := connection.recv(1 << 16):
+            found += part
+    except ConnectionResetError:
+        pass
+    return found
+
+
+def wait_until_free(service: Service) -> None:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        facts = service.loop.snapshot().engine
+        if not (facts.num_running or facts.num_waiting or facts.kv_blocks_held):
+            return
+        time.sleep(0.02)
+    raise AssertionError((facts.num_running, facts.num_waiting, facts.kv_blocks_held))
+
+
+@every_dialect
+def test_who_does_not_read_a_stream_is_cut_off_and_holds_nobody_up(
+    url: str, client: httpx.Client, service: Service, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr("argosy.serve.run.STUCK_S", 0.5)
+    monkeypatch.setattr("argosy.serve.run._SEND_BUFFER_BYTES", 4096)
+    with asked(url, path, STREAMS[path] | {"stream": True}) as connection:
+        began = time.monotonic()
+        assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+        assert time.monotonic() - began < 5
+        wait_until_free(service)
+        time.sleep(1.2)
+        found = rest(connection)
+    assert found.startswith(b"HTTP/1.1 200")
+    assert not found.endswith(b"0\r\n\r\n")  # it was cut off
+
+
+@every_dialect
+def test_what_waits_for_a_slow_reader_is_bounded_and_its_answer_ends(
+    url: str, service: Service, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr("argosy.serve.core.MOST_UNREAD", 20)
+    monkeypatch.setattr("argosy.serve.run._SEND_BUFFER_BYTES", 4096)
+    with asked(url, path, STREAMS[path] | {"stream": True}) as connection:
+        time.sleep(0.3)  # it reads nothing while the answer is made
+        wait_until_free(service)
+        found = rest_of_stream(connection)
+    assert "the answer was made faster than it was read: more than 20 events waited" in found
+
+
+def rest_of_stream(connection: socket.socket) -> str:
+    found = b""
+    while not found.endswith(b"0\r\n\r\n"):
+        part = connection.recv(1 << 16)
+        assert part
+        found += part
+    return found.decode()
+
+
+def test_who_does_not_read_a_whole_answer_is_cut_off(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("argosy.serve.run.STUCK_S", 0.3)
+    with asked(url, "/detokenize", {"tokens": [40] * 400_000}) as connection:
+        time.sleep(1.5)
+        found = rest(connection)
+    head, _, body = found.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200")
+    length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+    assert len(body) < length
+
+
+def test_who_reads_slowly_and_steadily_is_not_cut_off(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("argosy.serve.run.STUCK_S", 0.2)
+    monkeypatch.setattr("argosy.serve.run._SEND_BUFFER_BYTES", 4096)
+    with asked(url, "/detokenize", {"tokens": [40] * 200_000}) as connection:
+        found = b""
+        length = None
+        while length is None or len(found) < length:
+            time.sleep(0.01)
+            part = connection.recv(4096)
+            assert part
+            found += part
+            head, end, _ = found.partition(b"\r\n\r\n")
+            if end and length is None:
+                size = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+                length = len(head) + 4 + size
+    assert found.endswith(b"}")
+
+
+def trickle(url: str, data: bytes, seconds: float) -> bytes:
+    """Send byte after byte until the server has enough of it; what it says."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        deadline = time.monotonic() + seconds
+        try:
+            for at in range(len(data)):
+                assert time.monotonic() < deadline, "nobody stopped it"
+                connection.sendall(data[at : at + 1])
+                time.sleep(0.02)
+        except (ConnectionResetError, BrokenPipeError):
+            pass
+        return rest(connection)
+
+
+def test_a_head_that_trickles_in_is_cut_off_in_all(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("argosy.serve.run.HEADER_S", 0.4)
+    assert trickle(url, b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"x" * 1000, 5) == b""
+
+
+@every_dialect
+def test_a_body_that_trickles_in_is_refused_in_all(
+    url: str, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr("argosy.serve.gate.BODY_S", 0.4)
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n".encode()
+    host, _, port = url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(head + b"Content-Length: 1000\r\n\r\n")
+        began = time.monotonic()
+        connection.settimeout(0.02)
+        found = b""
+        while time.monotonic() - began < 5 and not found:
+            connection.sendall(b" ")
+            try:
+                found = connection.recv(1 << 16)
+            except TimeoutError:
+                continue
+    assert found.startswith(b"HTTP/1.1 408")
+    error = json.loads(found.partition(b"\r\n\r\n")[2])
+    assert error["error"]["message"] == "the body took too long"
+    assert ("type" in error) == path.startswith("/v1/messages")
