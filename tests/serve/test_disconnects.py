@@ -2,7 +2,8 @@
 
 Every dialect, streamed or not, cut off inside the request, before the answer or inside it, by a close or a reset;
 beginnings are shared, experts come from the drive. A client's requests are done when neither the engine nor the limits
-know of it any more; from its hanging up to that passes a step, or a moment.
+know of it any more; from its hanging up to that passes a step, or a moment, also where 1500 tokens come as fast as a
+tiny model makes them.
 """
 
 from __future__ import annotations
@@ -18,27 +19,31 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
 
-from argosy import Engine
-from argosy.engine.loop import EngineLoop
+from argosy import Engine, SamplingParams
+from argosy.engine.loop import AnswerEnd, AnswerToken, EngineLoop
+from argosy.engine.sequence import Result, TokenEvent
 from argosy.experts.cache import CachedSource
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.limits import Limits
-from argosy.prompt.prompt import PromptBuilder
+from argosy.prompt.prompt import Prompt, PromptBuilder, Trace
 from argosy.prompt.replay import ReplayMemory
 from argosy.serve.app import make_app
-from argosy.serve.core import ModelFacts, Service
+from argosy.serve.core import Answers, Ended, ModelFacts, Service
 from argosy.serve.run import uvicorn_config
 from tests.cli.tiny_chat_model import write_chat_model
 
 NUM_DISCONNECTS, NUM_CLIENTS = 500, 5
+CONTEXT_TOKENS, MOST_TOKENS = 2048, 1500
 RELEASE_S = 0.25  # or one step, whichever is longer
 SHARED = "What all of these begin with, and some more of it. " * 3
+GOES_ON = {"logit_bias": {"2": -100, "0": -100}}  # no token ends it
 ASK = {"prompt": SHARED, "max_tokens": 12, "temperature": 0}
 
 
@@ -65,7 +70,8 @@ class Server:
 
         engine.step = timed  # type: ignore[method-assign]
         facts = ModelFacts(
-            id="tiny", family="", context_tokens=512, num_layers=1, num_experts=1, experts_per_token=1, vocab_size=512
+            id="tiny", family="", context_tokens=CONTEXT_TOKENS, num_layers=1, num_experts=1, experts_per_token=1,
+            vocab_size=512,
         )  # fmt: skip
         self.prompts = PromptBuilder(engine.tokenizer, vocab_size=512, memory=ReplayMemory())
         self.loop = EngineLoop(engine)
@@ -107,7 +113,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[KeyFile, list[tuple[
 
 @pytest.fixture
 def server(tmp_path: Path, keys: tuple[KeyFile, Any]) -> Iterator[Server]:
-    model = write_chat_model(tmp_path / "model", context_tokens=512)
+    model = write_chat_model(tmp_path / "model", context_tokens=CONTEXT_TOKENS)
     with Engine(
         model, memory="1GiB", threads=1, expert_slots=4, chunk_tokens=32, max_sequences=4, grammars=True,
         kv_dir=tmp_path / "kv",
@@ -120,13 +126,14 @@ def server(tmp_path: Path, keys: tuple[KeyFile, Any]) -> Iterator[Server]:
 def body_of(rng: random.Random) -> tuple[str, bytes]:
     """A path, and something to ask there."""
     text = SHARED[: rng.randrange(1, len(SHARED))] + str(rng.random())
-    tokens, stream = rng.randrange(1, 120), rng.random() < 0.6
+    tokens, stream = rng.randrange(1, MOST_TOKENS), rng.random() < 0.6
     common: dict[str, Any] = {"temperature": rng.choice([0, 1]), "stream": stream}
+    texts = {"prompt": rng.choice([text, text, [text, text]]), "max_tokens": tokens} | common
     chat = {"messages": [{"role": "user", "content": text}], "max_tokens": tokens} | common
     path, body = rng.choice(
         [
-            ("/v1/completions", {"prompt": rng.choice([text, text, [text, text]]), "max_tokens": tokens} | common),
-            ("/v1/chat/completions", chat | {"n": rng.choice([1, 1, 3])}),
+            ("/v1/completions", texts | GOES_ON),
+            ("/v1/chat/completions", chat | GOES_ON | {"n": rng.choice([1, 1, 3])}),
             ("/v1/chat/completions", chat | {"response_format": {"type": "json_object"}}),
             ("/v1/responses", {"input": text, "max_output_tokens": max(16, tokens)} | common),
             ("/v1/messages", chat),
@@ -246,3 +253,66 @@ def test_five_hundred_clients_that_vanish_leave_nothing_behind(
         f" longest step {1e3 * server.longest_step_s:.1f} ms"
     )
     assert p99 <= max(RELEASE_S, server.longest_step_s)
+
+
+def test_an_answer_that_lies_ready_lets_others_have_a_turn_and_is_remembered_beside_them() -> None:
+    num_tokens, token_s, remember_s = 3000, 0.0001, 0.3
+    wake_ups, gaps, remembered = [], [0.0], []
+
+    class Loop:
+        def submit(self, prompt: Prompt, params: Any, on_event: Callable[[Any], None], **_: Any) -> None:
+            for number in range(num_tokens):
+                on_event(AnswerToken(0, TokenEvent(number, "a", None, None, None)))
+            ledger: Any = None
+            on_event(AnswerEnd(0, Result("", list(range(num_tokens)), "length", None, {}, 0, ledger)))
+
+    class Prompts:
+        is_reasoning = False
+
+        def parser(self, *_: Any) -> Prompts:
+            return self
+
+        def push(self, token_id: int, text: str) -> list[Any]:
+            time.sleep(token_s)
+            return []
+
+        def finish(self) -> list[Any]:
+            return []
+
+        def remember(self, tenant: str, prompt: Prompt, token_ids: list[int], *_: Any) -> None:
+            time.sleep(remember_s)
+            remembered.append(token_ids)
+
+    async def ask() -> list[Any]:
+        async def others() -> None:
+            while True:
+                began = time.perf_counter()
+                await asyncio.sleep(0.001)
+                gaps.append(time.perf_counter() - began)
+
+        events = asyncio.get_running_loop()
+        wake_up = events.call_soon_threadsafe
+
+        def counted(*args: Any) -> Any:
+            wake_ups.append(args)
+            return wake_up(*args)
+
+        events.call_soon_threadsafe = counted  # type: ignore[method-assign]
+        other = asyncio.ensure_future(others())
+        await asyncio.sleep(0)
+        caller: Any = SimpleNamespace(tenant="", count=lambda **_: None)
+        service: Any = SimpleNamespace(loop=Loop(), prompts=Prompts())
+        prompt = Prompt((1,), "x", Trace(1, b"", b"", b""))
+        answers = Answers(service, prompt, SamplingParams(), caller, 1, events)
+        num_wake_ups = len(wake_ups)
+        steps = [step async for step in answers.steps()]
+        await asyncio.sleep(0.01)
+        other.cancel()
+        assert num_wake_ups == 1
+        assert isinstance(steps[-1], Ended)
+        assert remembered == [list(range(num_tokens))]  # before the end is told
+        return steps
+
+    steps = asyncio.run(ask())
+    assert len(steps) == num_tokens + 1
+    assert max(gaps) < min(num_tokens * token_s, remember_s) / 3

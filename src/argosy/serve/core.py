@@ -2,8 +2,9 @@
 
     dialect  ->  ChatRequest, or a text  ->  Service.open  ->  Answers: Progress, Said, Ended  ->  dialect
 
-Prompts are rendered and requests checked in threads, steps run in the engine's own, so the event loop never waits. Who
-leaves an `Answers` before its end cancels it: the engine frees what it holds before its next step.
+Prompts are rendered, requests checked and answers remembered in threads, steps run in the engine's own, so the event
+loop never waits; and no answer keeps it for longer than a turn, however many of its tokens lie ready. Who leaves an
+`Answers` before its end cancels it: the engine frees what it holds before its next step.
 
 Elsewhere: routes and errors are `app.py` and `gate.py`; the engine's thread is `engine/loop.py`.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 # Variables of chat templates that a request may set: what a model is asked to do, never how its prompt is written.
 TEMPLATE_VARIABLES = frozenset({"enable_thinking", "thinking", "reasoning_effort", "clear_thinking"})
+
+_TURN_S = 0.001  # an answer whose tokens lie ready lets others have a turn after so long
 
 Finish = Literal["stop", "length", "tool_calls"]
 MOST_UNREAD = 4096  # events of one request that wait to be read by its client; some MB with log-probabilities
@@ -235,7 +239,9 @@ class Answers:
         self._service = service
         self._tenant = caller.tenant
         self._use = use = use or ToolUse()
-        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._arrived: deque[Event] = deque()
+        self._some = asyncio.Event()
+        self._is_woken = False  # the event loop will look: it need not be told of more
         self._parsers: list[Parser] | None = None
         if prompt.text and prompt.trace is not None:
             self._parsers = [service.prompts.parser(prompt, use.callable) for _ in range(num_answers)]
@@ -249,7 +255,15 @@ class Answers:
         def deliver(event: Event) -> None:
             if isinstance(event, AnswerToken):  # counted where it is made: nobody may be there to hear it
                 caller.count(new=1)
-            events.call_soon_threadsafe(self._put, event)
+            if not self._is_behind and len(self._arrived) >= MOST_UNREAD:
+                self._is_behind = True
+                events.call_soon_threadsafe(self.cancel)
+            if self._is_behind and not isinstance(event, AnswerEnd):
+                return
+            self._arrived.append(event)
+            if not self._is_woken:
+                self._is_woken = True
+                events.call_soon_threadsafe(self._some.set)
 
         self._request = service.loop.submit(
             prompt, params, deliver, num_answers=num_answers, tenant=caller.tenant
@@ -279,22 +293,42 @@ class Answers:
         if self._num_open:
             self._service.loop.cancel(self._request)
 
-    def _put(self, event: Event) -> None:
-        if not self._is_behind and self._queue.qsize() >= MOST_UNREAD:
-            self._is_behind = True
-            self.cancel()
-        if not self._is_behind or isinstance(event, AnswerEnd):
-            self._queue.put_nowait(event)
-
     async def steps(self) -> AsyncIterator[Step]:
         """Everything, until the last answer has ended.
 
         Raises:
             ArgosyError: an answer cannot be finished.
         """
+        turn_began = time.monotonic()
         while self._num_open:
-            for step in self._step(await self._queue.get()):
+            if not self._arrived:
+                await self._wait()
+                turn_began = time.monotonic()
+            elif time.monotonic() - turn_began > _TURN_S:
+                await asyncio.sleep(0)
+                turn_began = time.monotonic()
+            event = self._arrived.popleft()
+            steps = self._step(event)
+            if isinstance(event, AnswerEnd):
+                await self._remember(event)
+            for step in steps:
                 yield step
+
+    async def _wait(self) -> None:
+        """Until there is something."""
+        while True:
+            self._some.clear()
+            self._is_woken = False
+            if self._arrived:  # asked last: what comes from here on wakes
+                return
+            await self._some.wait()
+
+    async def _remember(self, end: AnswerEnd) -> None:
+        """Before its end is told, so that the next turn finds it; in a thread, as all of it is read again."""
+        if self._parsers is not None:
+            token_ids, told = end.result.token_ids, self._use.told
+            remember, said = self._service.prompts.remember, self.said(end.answer)
+            await asyncio.to_thread(remember, self._tenant, self.prompt, token_ids, said, told)
 
     def _step(self, event: Event) -> list[Step]:
         match event:
@@ -336,12 +370,8 @@ class Answers:
         if result.finish_reason == "cancelled":
             raise ArgosyError("the answer was cancelled")
         steps: list[Step] = []
-        if self._parsers is not None:
-            if last := self._keep(answer, self._parsers[answer].finish()):
-                steps.append(Said(answer, tuple(last), "", None))
-            self._service.prompts.remember(
-                self._tenant, self.prompt, result.token_ids, self.said(answer), self._use.told
-            )
+        if self._parsers is not None and (last := self._keep(answer, self._parsers[answer].finish())):
+            steps.append(Said(answer, tuple(last), "", None))
         finish: Finish = "length" if result.finish_reason == "length" else "stop"
         if any(isinstance(event, ToolCallBegin) for event in self._said[answer]):
             finish = "tool_calls"
