@@ -19,43 +19,20 @@ from typing import Any
 
 import httpx
 
-from tests.serve.speaking import ANSWER_SCHEMA, WEATHER
+from tests.serve.dialects import PATHS, TOOLS, greedy
+from tests.serve.speaking import ANSWER_SCHEMA
 
 FOLDER = Path(__file__).parent / "transcripts"
 HEADERS = ("content-type", "x-ignored-params", "retry-after", "cache-control", "x-accel-buffering")
 _ID = re.compile(r"(chatcmpl-|cmpl-|resp_|msg_|rs_|fc_|call_)[0-9A-Za-z]{20,}")
 Transcript = dict[str, Any]
 
-PATHS = {
-    "chat": "/v1/chat/completions",
-    "completions": "/v1/completions",
-    "responses": "/v1/responses",
-    "messages": "/v1/messages",
-}
-
 
 def _asked(dialect: str, said: str, **more: Any) -> dict[str, Any]:
     """A body; names that all dialects share are spelled as this one does."""
-    given: dict[str, Any] = {"model": "tiny", "temperature": 0}
-    given["max_output_tokens" if dialect == "responses" else "max_tokens"] = more.pop("max_tokens", 200)
-    if dialect == "completions":
-        given["prompt"] = said
-    elif dialect == "responses":
-        given["input"] = said
-    else:
-        given["messages"] = [{"role": "user", "content": said}]
+    given = {"model": "tiny"} | greedy(dialect, said, more.pop("max_tokens", 200))
     if more.pop("tools", False):
-        given["tools"] = {
-            "chat": [{"type": "function", "function": WEATHER}],
-            "responses": [{"type": "function", **WEATHER}],
-            "messages": [
-                {
-                    "name": WEATHER["name"],
-                    "description": WEATHER["description"],
-                    "input_schema": WEATHER["parameters"],
-                }
-            ],
-        }[dialect]
+        given["tools"] = TOOLS[dialect]
     if more.pop("schema", False):
         named = {"name": "answer", "schema": ANSWER_SCHEMA}
         given |= {

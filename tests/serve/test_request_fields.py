@@ -12,36 +12,15 @@ import httpx
 import pytest
 
 from argosy.serve.core import Service
+from tests.serve.dialects import DIALECTS, MAX_TOKENS, PATHS, TOOLS, greedy
 from tests.serve.speaking import ANSWER_SCHEMA, WEATHER
 
-DIALECTS = ("chat", "completions", "responses", "messages")
-PATHS = {name: f"/v1/{name}" for name in DIALECTS} | {"chat": "/v1/chat/completions"}
-MAX_TOKENS = {"responses": "max_output_tokens"}
 CHATTING = tuple(name for name in DIALECTS if name != "completions")
-
-OPENAI_TOOL = {"type": "function", "function": WEATHER}
-TOOLS: dict[str, Any] = {
-    "chat": [OPENAI_TOOL],
-    "responses": [{"type": "function", **WEATHER}],
-    "messages": [
-        {
-            "name": WEATHER["name"],
-            "description": WEATHER["description"],
-            "input_schema": WEATHER["parameters"],
-        }
-    ],
-}
+OPENAI_TOOL = TOOLS["chat"][0]
 
 
 def body(dialect: str, said: str = "How are you?", **more: Any) -> dict[str, Any]:
-    given: dict[str, Any] = {"temperature": 0, MAX_TOKENS.get(dialect, "max_tokens"): 12}
-    if dialect == "completions":
-        given["prompt"] = said
-    elif dialect == "responses":
-        given["input"] = said
-    else:
-        given["messages"] = [{"role": "user", "content": said}]
-    return given | more
+    return greedy(dialect, said, 12) | more
 
 
 def ask(speaker: httpx.Client, dialect: str, said: str = "How are you?", **more: Any) -> dict[str, Any]:
@@ -89,7 +68,7 @@ def first_id(speaker: httpx.Client, service: Service, dialect: str) -> int:
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_the_number_of_tokens_is_bounded_by_what_was_asked(speaker: httpx.Client, dialect: str) -> None:
-    usage = ask(speaker, dialect, "#long", **{MAX_TOKENS.get(dialect, "max_tokens"): 3})["usage"]
+    usage = ask(speaker, dialect, "#long", **{MAX_TOKENS[dialect]: 3})["usage"]
     assert usage.get("completion_tokens", usage.get("output_tokens")) == 3
 
 
@@ -121,7 +100,7 @@ def test_penalties_and_biases_change_the_greedy_answer(
     greedy = says(speaker, dialect)
     bias = {"logit_bias": {str(first_id(speaker, speaking_service, dialect)): -100}}
     assert says(speaker, dialect, **bias) != greedy
-    long = {MAX_TOKENS.get(dialect, "max_tokens"): 150}
+    long = {MAX_TOKENS[dialect]: 150}
     repeating = says(speaker, dialect, **long)
     for penalty in ({"repetition_penalty": 3.0}, {"presence_penalty": 2.0}, {"frequency_penalty": 2.0}):
         assert says(speaker, dialect, **penalty, **long) != repeating, penalty
@@ -213,7 +192,7 @@ def form(dialect: str) -> dict[str, Any]:
 def test_a_schema_is_followed_where_the_model_would_say_something_else(
     speaker: httpx.Client, dialect: str
 ) -> None:
-    more = {MAX_TOKENS.get(dialect, "max_tokens"): 400}
+    more = {MAX_TOKENS[dialect]: 400}
     assert json.loads(says(speaker, dialect, "#json", **form(dialect), **more)) == {"answer": 42}
     said = says(speaker, dialect, "#plain", **form(dialect), **more)
     assert not said.strip().startswith("It")
@@ -262,7 +241,7 @@ CALLS = [("get_weather", {"city": "Oslo"}), ("get_weather", {"city": "Rome", "da
 def test_tools_are_called_as_the_choice_has_it(
     speaker: httpx.Client, dialect: str, said: str, choice: Choice, expected: list[Any]
 ) -> None:
-    more = {MAX_TOKENS.get(dialect, "max_tokens"): 200, "tools": TOOLS[dialect]}
+    more = {MAX_TOKENS[dialect]: 200, "tools": TOOLS[dialect]}
     assert calls_of(dialect, ask(speaker, dialect, said, **more, **choice(dialect))) == expected
 
 
@@ -280,7 +259,7 @@ def test_tools_that_must_not_be_called_are_not_told_to_the_model(speaker: httpx.
 
 @pytest.mark.parametrize("dialect", CHATTING)
 def test_a_call_of_a_tool_nobody_offered_is_no_call(speaker: httpx.Client, dialect: str) -> None:
-    answer = ask(speaker, dialect, "#weather", **{MAX_TOKENS.get(dialect, "max_tokens"): 200})
+    answer = ask(speaker, dialect, "#weather", **{MAX_TOKENS[dialect]: 200})
     assert calls_of(dialect, answer) == []
     assert "get_weather" in text_of(dialect, answer)
 
@@ -307,7 +286,7 @@ def test_of_allowed_tools_the_prompt_tells_all_and_the_answer_calls_those(
             }
         }
 
-    more = {MAX_TOKENS.get(dialect, "max_tokens"): 200, "tools": both}
+    more = {MAX_TOKENS[dialect]: 200, "tools": both}
     assert (
         calls_of(dialect, ask(speaker, dialect, "#weather", **more, **allowed("get_weather", "auto")))
         == CALLS
@@ -328,7 +307,7 @@ def test_a_tool_that_is_not_there_cannot_be_chosen(speaker: httpx.Client, dialec
 def test_with_tools_and_a_schema_an_answer_is_a_call_or_follows_the_schema(
     speaker: httpx.Client, dialect: str
 ) -> None:
-    more = {MAX_TOKENS.get(dialect, "max_tokens"): 200, "tools": TOOLS[dialect], **form(dialect)}
+    more = {MAX_TOKENS[dialect]: 200, "tools": TOOLS[dialect], **form(dialect)}
     assert calls_of(dialect, ask(speaker, dialect, "#thoughtful", **more)) == CALLS
     assert json.loads(says(speaker, dialect, "#json", **more)) == {"answer": 42}
 
@@ -357,7 +336,7 @@ def test_thoughts_are_asked_for_and_counted(speaker: httpx.Client, dialect: str)
            "messages": {"thinking": {"type": "disabled"}}}[dialect]  # fmt: skip
     on = {"chat": {"reasoning_effort": "high"}, "responses": {"reasoning": {"effort": "high"}},
           "messages": {"thinking": {"type": "enabled"}}}[dialect]  # fmt: skip
-    more = {MAX_TOKENS.get(dialect, "max_tokens"): 60}
+    more = {MAX_TOKENS[dialect]: 60}
 
     def usage(said: str, **asked: Any) -> tuple[int, int, int]:
         found = ask(speaker, dialect, said, **asked, **more)["usage"]
