@@ -286,7 +286,7 @@ const KernelTable& kernel_table(const std::string& name);
 const KernelTable& kernels();
 
 // Whether this processor reads the weights of one token faster when lines are also asked for by software. It
-// changes no result (docs/decisions/0021).
+// changes no result (docs/decisions/0019).
 bool asks_ahead();
 
 }  // namespace argosy
