@@ -173,7 +173,7 @@ class CountBody(Sampling):
             messages=messages,
             params=params,
             tools=[_tool(tool) for tool in self.tools or ()],
-            tool_choice=ToolChoice() if choice is None else choice.asked(),
+            tool_choice=ToolChoice.of(choice),
             parallel=choice is None or choice.disable_parallel_tool_use is not True,
             schema=None if form is None else form.schema_,
             effort=self.effort(),

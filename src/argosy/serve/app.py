@@ -6,6 +6,7 @@ Elsewhere: what every request passes first is `gate.py`; each dialect has a file
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections.abc import AsyncIterator, Callable, Collection
 from importlib.metadata import version
@@ -145,7 +146,7 @@ async def health() -> Health:
 
 async def openapi(request: Request) -> Response:
     """This document."""
-    return Response(request.app.state.document, media_type="application/json")
+    return Response(await asyncio.to_thread(_document), media_type="application/json")
 
 
 async def ready(request: Request) -> Ready:
@@ -281,7 +282,7 @@ def _post(path: str, handler: Callable[..., Any], answer: Any, **described: Any)
 _FILES = tuple(_PAGE_TYPES.values())
 ROUTES = (
     _get("/health", health, None, answer=Health),
-    _get("/ready", ready, None, answer=Ready),
+    _get("/ready", ready, None, answer=Ready, refusals=("503",)),
     _get("/openapi.json", openapi, None, answer=dict[str, Any]),
     _get("/", page, None, media=_FILES[:1]),
     _get("/page/{name}", page_file, None, media=_FILES),
@@ -292,7 +293,7 @@ ROUTES = (
     _get("/v1/engine/events", engine_events, "metrics", events=EngineState),
     _post("/tokenize", tokenize, Tokenized),
     _post("/detokenize", detokenize, Detokenized),
-    _get("/tokenizer_info", tokenizer_info, "infer", answer=TokenizerInfo),
+    _get("/tokenizer_info", tokenizer_info, "infer", answer=TokenizerInfo, refusals=("404",)),
     _post("/apply-template", apply_template, Rendered),
     _post(
         "/v1/chat/completions", openai_chat.chat_completions, openai_chat.ChatCompletion,
@@ -312,6 +313,12 @@ ROUTES = (
 )  # fmt: skip
 
 
+@functools.cache
+def _document() -> str:
+    """Made when it is first asked for: a tenth of a second that no start has to wait for."""
+    return json.dumps(document(ROUTES, version("argosy")))
+
+
 def make_app(
     service: Service,
     ring: KeyRing,
@@ -324,7 +331,6 @@ def make_app(
     """The whole server, as an ASGI application."""
     app = FastAPI(title="Argosy", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service, app.state.page = service, _read_page()
-    app.state.document = json.dumps(document(ROUTES, version("argosy")))
     app.state.block_tokens, app.state.max_sequences = block_tokens, max_sequences
     app.state.metrics = Metrics(service.loop.snapshot)
     app.router.route_class = StrictRoute

@@ -47,7 +47,6 @@ Setting = (
 Short = Annotated[str, Field(min_length=1, max_length=256)]  # a name, an id
 Text = Annotated[str, Field(max_length=4 << 20)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-ToolMode = Literal["auto", "none", "required"]
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
 Messages = Field(min_length=1, max_length=4096)
 Tools = Field(max_length=512)
@@ -114,6 +113,11 @@ def strays(where: str, parts: Iterable[object]) -> list[str]:
 @closed
 class CachedTokens(TypedDict):
     cached_tokens: int
+
+
+@closed
+class ThoughtTokens(TypedDict):
+    reasoning_tokens: int
 
 
 @closed

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import ConfigDict, with_config
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from typing_extensions import TypedDict
 
@@ -30,13 +29,13 @@ from argosy.errors import ArgosyError, Overloaded, PromptTooLong
 from argosy.guard.keys import Key, KeyRing
 from argosy.guard.keys import Scope as KeyScope
 from argosy.guard.limits import Limits, TooMany
+from argosy.serve.fields import closed
 
 log = logging.getLogger("argosy.serve")
 
 MAX_BODY_BYTES = 8 << 20
-MAX_HELD_BYTES = (
-    32 << 20
-)  # bodies of all requests that are being answered: the memory plan knows nothing of them
+# Bodies of all requests that are being answered: the memory plan knows nothing of them.
+MAX_HELD_BYTES = 32 << 20
 BODY_STALL_S = 15.0  # between two parts of a body
 BODY_S = 60.0
 Dialect = Literal["openai", "anthropic"]
@@ -111,7 +110,7 @@ _TYPES = {
 }
 
 
-@with_config(ConfigDict(extra="forbid"))
+@closed
 class OpenAIFacts(TypedDict):
     message: str
     type: str
@@ -119,20 +118,20 @@ class OpenAIFacts(TypedDict):
     code: str | None
 
 
-@with_config(ConfigDict(extra="forbid"))
+@closed
 class OpenAIError(TypedDict):
     """What went wrong."""
 
     error: OpenAIFacts
 
 
-@with_config(ConfigDict(extra="forbid"))
+@closed
 class AnthropicFacts(TypedDict):
     type: str
     message: str
 
 
-@with_config(ConfigDict(extra="forbid"))
+@closed
 class AnthropicError(TypedDict):
     """What went wrong."""
 

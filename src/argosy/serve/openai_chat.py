@@ -39,9 +39,9 @@ from argosy.serve.fields import (
     Short,
     Strict,
     Text,
+    ThoughtTokens,
     Timings,
     Tokens,
-    ToolMode,
     ToolName,
     Tools,
     Usage,
@@ -50,7 +50,7 @@ from argosy.serve.fields import (
 )  # fmt: skip
 from argosy.serve.gate import Caller
 from argosy.serve.streams import DONE, EventStream, sse, until_gone
-from argosy.serve.tool_use import ToolChoice
+from argosy.serve.tool_use import ToolChoice, ToolMode
 
 
 class TextPart(Strict):
@@ -195,12 +195,12 @@ class ChatBody(OpenAISampling):
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             **self.sampling(self.stops),
         )
-        choice, form = self.tool_choice, self.response_format
+        form = self.response_format
         return ChatRequest(
             messages=[turn.sent() for turn in self.messages],
             params=params,
             tools=[tool.model_dump(exclude_unset=True) for tool in self.tools or ()],
-            tool_choice=ToolChoice(choice or "auto") if isinstance(choice, str | None) else choice.asked(),
+            tool_choice=ToolChoice.of(self.tool_choice),
             parallel=self.parallel_tool_calls is not False,
             schema=None if form is None else form.asked(),
             effort=self.reasoning_effort,
@@ -257,11 +257,6 @@ class Choice(TypedDict):
     message: ChatMessage
     finish_reason: Finish
     logprobs: Scores | None
-
-
-@closed
-class ThoughtTokens(TypedDict):
-    reasoning_tokens: int
 
 
 @closed
@@ -406,7 +401,7 @@ class _Chat:
                 last["usage"] = usage
             if timings is not None:
                 last["timings"] = timings
-            if last.keys() != self._chunk([]).keys():
+            if "usage" in last or "timings" in last:
                 yield sse(last)
             yield sse(DONE)
 

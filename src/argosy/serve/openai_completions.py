@@ -180,7 +180,7 @@ class _Completions:
             last = self._with_timings(self._piece([]))
             if self._body.stream_options and self._body.stream_options.include_usage:
                 last["usage"] = self._usage()
-            if last.keys() != self._piece([]).keys():
+            if "usage" in last or "timings" in last:
                 yield sse(last)
             yield sse(DONE)
 

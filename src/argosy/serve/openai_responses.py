@@ -11,10 +11,10 @@ Elsewhere: what an answer is, is `core.py`; how it goes out is `streams.py`.
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
+from copy import deepcopy
 from typing import Annotated, Any, Literal, NotRequired, cast
 
 from pydantic import Discriminator, Field, Tag
@@ -34,6 +34,7 @@ from argosy.prompt.formats.events import (
 )
 from argosy.serve.core import Answers, ChatRequest, Ended, Said, Service
 from argosy.serve.fields import (
+    CachedTokens,
     Effort,
     Flag,
     FreeForm,
@@ -46,8 +47,8 @@ from argosy.serve.fields import (
     Short,
     Strict,
     Text,
+    ThoughtTokens,
     Tokens,
-    ToolMode,
     ToolName,
     Tools,
     closed,
@@ -57,7 +58,7 @@ from argosy.serve.fields import (
 from argosy.serve.gate import Caller, error_body
 from argosy.serve.openai_chat import ScoredToken, spell_logprob
 from argosy.serve.streams import EventStream, sse, until_gone
-from argosy.serve.tool_use import ToolChoice
+from argosy.serve.tool_use import ToolChoice, ToolMode
 
 _LOGPROBS = "message.output_text.logprobs"  # in `include`
 
@@ -70,37 +71,36 @@ class Part(Lenient):
 Parts = Text | list[Part]
 
 
-class MessageItem(Lenient):
-    type: Literal["message"] = "message"
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Parts
+class GivenItem(Lenient):
+    """Part of a conversation; an item of an earlier answer has an id and a status, which say nothing."""
+
     id: str | None = None
     status: str | None = None
 
 
-class CallItem(Lenient):
+class MessageItem(GivenItem):
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Parts
+
+
+class CallItem(GivenItem):
     type: Literal["function_call"]
     call_id: Short
     name: Short
     arguments: Text
-    id: str | None = None
-    status: str | None = None
 
 
-class ResultItem(Lenient):
+class ResultItem(GivenItem):
     type: Literal["function_call_output"]
     call_id: Short
     output: Parts
-    id: str | None = None
-    status: str | None = None
 
 
-class ThoughtItem(Lenient):
+class ThoughtItem(GivenItem):
     type: Literal["reasoning"]
     content: Parts | None = None
     summary: list[Part] | None = None
-    id: str | None = None
-    status: str | None = None
 
 
 def _kind(item: object) -> str | None:
@@ -218,7 +218,7 @@ class ResponsesBody(Sampling):
             messages.append({"role": "user", "content": self.input})
         else:
             messages += _messages(self.input)
-        choice, form = self.tool_choice, None if self.text is None else self.text.format
+        form = None if self.text is None else self.text.format
         return ChatRequest(
             messages=messages,
             params=SamplingParams(
@@ -227,7 +227,7 @@ class ResponsesBody(Sampling):
                 **self.sampling(),
             ),
             tools=[_tool(tool) for tool in self.tools or () if isinstance(tool, FunctionTool)],
-            tool_choice=ToolChoice(choice or "auto") if isinstance(choice, str | None) else choice.asked(),
+            tool_choice=ToolChoice.of(self.tool_choice),
             parallel=self.parallel_tool_calls is not False,
             schema=None if form is None else form.asked(),
             effort=None if self.reasoning is None else self.reasoning.effort,
@@ -337,21 +337,11 @@ SaidItem = SaidMessage | SaidThought | SaidCall
 
 
 @closed
-class InputDetails(TypedDict):
-    cached_tokens: int
-
-
-@closed
-class OutputDetails(TypedDict):
-    reasoning_tokens: int
-
-
-@closed
 class ResponseUsage(TypedDict):
     input_tokens: int
-    input_tokens_details: InputDetails
+    input_tokens_details: CachedTokens
     output_tokens: int
-    output_tokens_details: OutputDetails
+    output_tokens_details: ThoughtTokens
     total_tokens: int
 
 
@@ -570,10 +560,9 @@ class _Responses:
                 item["summary"] = []
             events = [*self._close(), self._begin("msg_" if kind == "message" else "rs_", item)]
             content: dict[str, Any] = {"type": part, "text": ""}
-            shown = dict(content)
             if kind == "message":
                 content |= {"annotations": [], "logprobs": []}
-                shown |= {"annotations": [], "logprobs": []}
+            shown = deepcopy(content)  # as it is now; it grows
             events.append(
                 self._event("response.content_part.added", **self._at(), content_index=0, part=shown)
             )
@@ -593,7 +582,7 @@ class _Responses:
         self._is_open = True
         self._items.append({"id": prefix + secrets.token_hex(12), "status": "in_progress", **item})
         at = len(self._items) - 1
-        shown = json.loads(json.dumps(self._items[-1]))  # as it is now; it grows
+        shown = deepcopy(self._items[-1])
         return self._event("response.output_item.added", output_index=at, item=shown)
 
     def _close(self) -> list[tuple[str, dict[str, Any]]]:

@@ -51,6 +51,7 @@ class Route:
     events: type of the data of each event that it may stream instead; None: it streams none.
     has_done: its last event is DONE.
     media: types of content that are no JSON.
+    refusals: statuses that its handler refuses with, beside those that follow from the policy.
     """
 
     policy: Policy
@@ -59,6 +60,7 @@ class Route:
     events: Any = None
     has_done: bool = False
     media: tuple[str, ...] = ()
+    refusals: tuple[str, ...] = ()
 
     @property
     def body(self) -> Any:
@@ -133,14 +135,13 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
 
 
 def _statuses(route: Route) -> list[str]:
-    """What a request can be refused with, by its policy."""
+    """What a request can be refused with."""
     policy = route.policy
-    found = {"400", "403", "500"}
+    found = {"400", "403", "500", *route.refusals}
     found |= {"401"} if policy.scope is not None else set()
-    found |= {"404"} if "{" in policy.path or policy.path == "/tokenizer_info" else set()
+    found |= {"404"} if "{" in policy.path else set()
     found |= {"408", "413", "415"} if policy.method == "POST" else set()
     found |= {"429", "503"} if policy.is_counted else set()
-    found |= {"503"} if policy.path == "/ready" else set()
     return sorted(found)
 
 

@@ -34,9 +34,8 @@ if TYPE_CHECKING:
 
 HEADER_S = 15.0  # a client has so long for the head of a request
 STUCK_S = 60.0  # one that takes nothing of an answer for so long is gone
-_SEND_BUFFER_BYTES = (
-    128 << 10
-)  # what the system keeps for a client that does not read; its own choice is megabytes
+# What the system keeps for a client that does not read; its own choice is megabytes.
+_SEND_BUFFER_BYTES = 128 << 10
 _REPLAY_BYTES = 16 << 20
 
 

@@ -10,10 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from argosy.errors import UsageError
 from argosy.prompt.tools import Tool, check_tools, tool_named
+
+ToolMode = Literal["auto", "none", "required"]
+
+
+class Choosing(Protocol):
+    """A choice in a dialect's own spelling."""
+
+    def asked(self) -> ToolChoice: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +32,15 @@ class ToolChoice:
     names: of the tools that may be called; None: all.
     """
 
-    mode: Literal["auto", "none", "required"] = "auto"
+    mode: ToolMode = "auto"
     names: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, given: ToolMode | Choosing | None) -> ToolChoice:
+        """As a dialect's own spelling has it; nothing said is "auto"."""
+        if given is None:
+            return cls()
+        return cls(given) if isinstance(given, str) else given.asked()
 
 
 @dataclass(frozen=True, slots=True)
