@@ -39,9 +39,8 @@ MAX_NESTING = 64
 _MOST_COMPILED = 16
 # Of all that are kept or followed: 250 bytes of memory for a character were measured at most, with tools of agents.
 _MOST_CHARACTERS = 2 * MAX_GRAMMAR_CHARACTERS
-_LENIENT_SECONDS = (
-    1.0  # to find out which schemas of a lenient grammar can be followed; the others are dropped
-)
+# To find out which schemas of a lenient grammar can be followed; the others are dropped.
+_LENIENT_SECONDS = 1.0
 
 # Forced text is not looked for: an expression can force more of it than memory holds, `(a{1000}){1000}`.
 _OPTIONS = '%llguidance {"no_forcing": true}\n'
@@ -239,23 +238,14 @@ class GrammarCompiler:
                 raise GrammarError(
                     f"the trigger is token {word}; the vocabulary is 0 to {len(self._vocabulary.tokens) - 1}"
                 )
-        if (
-            not grammar.is_lenient
-        ):  # one that can never be followed is not asked to come again when there is room
+        if not grammar.is_lenient:  # one that no room would be enough for is not asked to come again
             _require_size(grammar.text)
         key = (tenant, grammar.kind, grammar.text, grammar.is_lenient)
         with self._lock:
             matcher = self._compiled.get(key)
             has_room = matcher is not None or self._make_room(grammar.text)
-        if matcher is None and has_room:
-            matcher = self._compile(grammar)
-        elif matcher is None:
-            if not grammar.is_lenient:
-                raise Overloaded(
-                    "the grammars of the answers that run take all the room there is for them",
-                    retry_after_s=5,
-                )
-            matcher = self._compile_without_schemas(grammar)
+        if matcher is None:
+            matcher = self._compile(grammar) if has_room else self._compile_without_room(grammar)
         constraint = Constraint(
             matcher.deep_copy(), self._vocabulary, grammar.trigger, is_lenient=grammar.is_lenient
         )
@@ -297,6 +287,13 @@ class GrammarCompiler:
                 return self._start(_lark(grammar, _Schemas(is_lenient=True, is_kept=is_kept)))
             except GrammarError:
                 continue
+        return self._compile_without_schemas(grammar)
+
+    def _compile_without_room(self, grammar: Grammar) -> llguidance.LLMatcher:
+        if not grammar.is_lenient:
+            raise Overloaded(
+                "the grammars of the answers that run take all the room there is for them", retry_after_s=5
+            )
         return self._compile_without_schemas(grammar)
 
     def _compile_without_schemas(self, grammar: Grammar) -> llguidance.LLMatcher:

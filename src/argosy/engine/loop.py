@@ -276,9 +276,8 @@ class EngineLoop:
                     self._tell(request, AnswerToken(answer, sequence.events.popleft()))
                 if sequence.result is not None:
                     result = sequence.result
-                    if (
-                        failed := request._error or error
-                    ) is not None and result.finish_reason == "cancelled":
+                    failed = request._error or error
+                    if failed is not None and result.finish_reason == "cancelled":
                         if not isinstance(failed, ArgosyError):
                             failed = ArgosyError("the step failed")
                         result = replace(result, finish_reason="error", error=failed)

@@ -67,9 +67,8 @@ class UseFile:
         except (OSError, sqlite3.Error) as error:
             raise UsageError(f"{path} cannot be written: {error}") from None
         try:
-            self._database.execute(
-                "PRAGMA locking_mode = EXCLUSIVE"
-            )  # from the first write until it is closed
+            # Locked from the first write until it is closed.
+            self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
             with self._transaction():
                 (version,) = self._database.execute("PRAGMA user_version").fetchone()
                 if version not in (0, _VERSION):
