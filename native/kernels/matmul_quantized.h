@@ -74,23 +74,82 @@ void matmul_quantized(const MatmulArgs& a) {
 
 #else
 
+// A QuantizedTile<kFormat, kPanels, kTokens> (quantized_tile_*.h) has the products of kPanels panels and
+// kTokens tokens: multiply(operands, group, dot), scale(operands, group, dot, sum), which adds them to the
+// sums, and put.
+
+template <int64_t kBytes, int kLevel>
+[[gnu::always_inline]] inline void ask_for(const uint8_t* from) {
+#pragma GCC unroll 8
+  for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(from + line, 0, kLevel);
+}
+[[maybe_unused]] constexpr int kIntoL1 = 3, kIntoL2 = 2;
+
+// Rows [row, row + 16 * kPanels) of tokens [token, token + kTokens). As many panels from `next` on are asked
+// for, unless it is null.
+template <Format kFormat, int kPanels, int kTokens>
+void run_tile(const MatmulArgs& a, int64_t row, int64_t token, const uint8_t* next) {
+  using Tile = QuantizedTile<kFormat, kPanels, kTokens>;
+  const TileOperands<kFormat, kTokens> o(a, row, token);
+  typename Tile::Sums sum = {};
+  for (int64_t group = 0; group < num_groups(a.cols); ++group) {
+    if (next != nullptr) {
+#pragma GCC unroll 2
+      for (int i = 0; i < kPanels; ++i) {
+        const uint8_t* panel = next + i * o.stride;
+        ask_for<quant_format(kFormat).group_bytes(), kIntoL2>(panel + (o.quants(group) - o.panel));
+        ask_for<1, kIntoL2>(panel + (o.block_scales(group) - o.panel));
+      }
+    }
+    typename Tile::Dots dot;
+    Tile::multiply(o, group, dot);
+    Tile::scale(o, group, dot, sum);
+  }
+  Tile::put(a, row, token, sum);
+}
+
+// The same for one panel and one token, where reading the weights is what takes the time. With kAsksAhead
+// what comes kAhead bytes later is asked for as well, up to the end of the rows, and from there on at
+// next_weights.
+template <Format kFormat, bool kAsksAhead>
+void run_one_token(const MatmulArgs& a, int64_t row) {
+  using Tile = QuantizedTile<kFormat, 1, 1>;
+  constexpr QuantFormat kQuant = quant_format(kFormat);
+  constexpr int64_t kAhead = 6 << 10;  // docs/decisions/0019-a-panel-is-read-from-end-to-end.md
+  const TileOperands<kFormat, 1> o(a, row, 0);
+  const uint8_t* end = o.panel + (a.row_end - row + kPanelRows - 1) / kPanelRows * o.stride;
+  const uint8_t* next = a.next_weights != nullptr ? a.next_weights : end;
+  // A prefetch cannot fault, so it does not matter if there is nothing.
+  const auto ahead = [&](const uint8_t* at) {
+    return at + kAhead < end ? at + kAhead : next + (at + kAhead - end);
+  };
+  const int64_t groups = num_groups(a.cols);
+  typename Tile::Sums sum = {};
+  for (int64_t block = 0; block < groups; block += kQuant.block_groups()) {
+    if constexpr (kAsksAhead) ask_for<kQuant.block_scale_bytes(), kIntoL1>(ahead(o.block_scales(block)));
+    for (int64_t group = block; group < groups && group < block + kQuant.block_groups(); ++group) {
+      if constexpr (kAsksAhead) ask_for<kQuant.group_bytes(), kIntoL1>(ahead(o.quants(group)));
+      typename Tile::Dots dot;
+      Tile::multiply(o, group, dot);
+      Tile::scale(o, group, dot, sum);
+    }
+  }
+  Tile::put(a, row, 0, sum);
+}
+
 // All tokens of kPanels panels, in tiles of much the same size: a tile of one token takes as long as one of
 // two.
 template <Format kFormat, int kPanels, int kMostTokens>
-void matmul_panels(const MatmulArgs& a, int64_t row) {
-  // The first pass over the weights waits for them, so it asks for the next panels. One token alone reads in
-  // an order that the hardware foresees.
-  const uint8_t* next = nullptr;
-  if (a.num_tokens > 1) {
-    next = row + kPanels * kPanelRows < a.row_end
-               ? a.weights + (row / kPanelRows + kPanels) * panel_bytes(kFormat, a.cols)
-               : a.next_weights;
-  }
+void run_panels(const MatmulArgs& a, int64_t row) {
+  // The first pass over the weights waits for them, so it asks for the next panels.
+  const uint8_t* next = row + kPanels * kPanelRows < a.row_end
+                            ? a.weights + (row / kPanelRows + kPanels) * panel_bytes(kFormat, a.cols)
+                            : a.next_weights;
   const int64_t tiles = (a.num_tokens + kMostTokens - 1) / kMostTokens;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t begin = a.num_tokens * tile / tiles;
     with_number<kMostTokens>(a.num_tokens * (tile + 1) / tiles - begin, [&]<int kTokens>(Number<kTokens>) {
-      QuantizedTile<kFormat, kPanels, kTokens>::run(a, row, begin, tile == 0 ? next : nullptr);
+      run_tile<kFormat, kPanels, kTokens>(a, row, begin, tile == 0 ? next : nullptr);
     });
   }
 }
@@ -98,21 +157,20 @@ void matmul_panels(const MatmulArgs& a, int64_t row) {
 template <Format kFormat>
 void matmul_quantized(const MatmulArgs& a) {
   int64_t row = a.row_begin;
-#if ARGOSY_AVX512
   if (a.num_tokens == 1) {
-    using Tile = QuantizedTile<kFormat, 1, 1>;
-    const auto run_one = asks_ahead() ? Tile::template run_one<true> : Tile::template run_one<false>;
+    const auto run_one = asks_ahead() ? run_one_token<kFormat, true> : run_one_token<kFormat, false>;
     for (; row < a.row_end; row += kPanelRows) run_one(a, row);
     return;
   }
+#if ARGOSY_AVX512
   // Up to three tokens of one panel at a time: reading is what takes the time.
   if (a.num_tokens > 3) {
     for (; row + kPanelRows < a.row_end; row += 2 * kPanelRows) {
-      matmul_panels<kFormat, 2, two_panels_tokens(kFormat)>(a, row);
+      run_panels<kFormat, 2, two_panels_tokens(kFormat)>(a, row);
     }
   }
 #endif
-  for (; row < a.row_end; row += kPanelRows) matmul_panels<kFormat, 1, kOnePanelTokens>(a, row);
+  for (; row < a.row_end; row += kPanelRows) run_panels<kFormat, 1, kOnePanelTokens>(a, row);
 }
 
 #endif

@@ -7,8 +7,7 @@
 //            too large for one are taken with their sign instead: the weight's goes over to the activation.
 #pragma once
 
-#include "kernels/kernel_table.h"
-#include "kernels/matmul_args.h"
+#include "kernels/tile_operands.h"
 #include "kernels/vector_avx2.h"
 
 namespace argosy {
@@ -36,37 +35,28 @@ struct QuantizedTile {
   static constexpr int kLargestByte = kQuant.largest_byte();
   // Quants with their sign, and no zero to take out: those that vpmaddubsw cannot hold otherwise.
   static constexpr bool kIsSigned = kQuant.table != nullptr && kLargestByte > 127;
-  using Rows = const uint8_t* [kTokens];
+  using Operands = TileOperands<kFormat, kTokens>;
   using Dots = __m256i[kTokens][kParts][2];  // rows 0-7 and 8-15
+  using Sums = Vec[kTokens][2];
 
-  // Rows [row, row + 16) of tokens [token, token + kTokens). The panel `next` is asked for, unless it is
-  // null.
-  static void run(const MatmulArgs& a, int64_t row, int64_t token, const uint8_t* next) {
-    const uint8_t* panel = a.weights + row / kPanelRows * panel_bytes(kFormat, a.cols);
-    Rows x;
-    Vec sum[kTokens][2];
-#pragma GCC unroll 4
-    for (int j = 0; j < kTokens; ++j) {
-      x[j] = activation_row(a, token + j);
-      sum[j][0] = sum[j][1] = zeros();
+  // The exact dot products of a group.
+  [[gnu::always_inline]] static inline void multiply(const Operands& o, int64_t group, Dots& dot) {
+    if constexpr (kQuant.bits == 8) {
+      multiply_wide(o, group, dot);
+    } else {
+      multiply_bytes(o, group, dot);
     }
-    for (int64_t group = 0; group < num_groups(a.cols); ++group) {
-      const uint8_t* quants = panel + kQuant.quants_at(group);
-      if (next != nullptr) {
-        for (int64_t line = 0; line < kQuant.group_bytes(); line += 64)
-          __builtin_prefetch(next + (quants - panel) + line);
-      }
-      Dots dot;
-      if constexpr (kQuant.bits == 8) {
-        multiply_wide(quants, x, group * kGroupSize, activation_low_at(a.cols), dot);
-      } else {
-        multiply(quants, x, group * kGroupSize, dot);
-      }
+  }
+
+  // Adds the dot products of a group to the sums.
+  [[gnu::always_inline]] static inline void scale(const Operands& o, int64_t group, const Dots& dot,
+                                                  Sums& sum) {
 #pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        scale(panel + kQuant.scales_at(group), x, a.cols, group, half, dot, sum);
-      }
-    }
+    for (int half = 0; half < 2; ++half) scale_half(o, group, half, dot, sum);
+  }
+
+  [[gnu::always_inline]] static inline void put(const MatmulArgs& a, int64_t row, int64_t token,
+                                                const Sums& sum) {
     const int64_t rows = a.row_end - row;
 #pragma GCC unroll 4
     for (int j = 0; j < kTokens; ++j) {
@@ -78,8 +68,9 @@ struct QuantizedTile {
 
  private:
   // 16-bit activations, both bytes; the zero of the quants is still in the dot products.
-  [[gnu::always_inline]] static inline void multiply_wide(const uint8_t* quants, const Rows& x, int64_t col,
-                                                          int64_t low_at, Dots& dot) {
+  [[gnu::always_inline]] static inline void multiply_wide(const Operands& o, int64_t group, Dots& dot) {
+    const uint8_t* quants = o.quants(group);
+    const int64_t low_at = activation_low_at(o.cols);
     __m256i pairs[kTokens][4];  // rows 0-3, 4-7, 8-11, 12-15; two partial sums each
 #pragma GCC unroll 4
     for (int j = 0; j < kTokens; ++j) {
@@ -91,7 +82,7 @@ struct QuantizedTile {
       __m256i activations[kTokens];
 #pragma GCC unroll 4
       for (int j = 0; j < kTokens; ++j) {
-        const uint8_t* from = x[j] + col + 4 * chunk;
+        const uint8_t* from = o.x[j] + group * kGroupSize + 4 * chunk;
         const __m128i high = _mm_cvtepi8_epi16(_mm_cvtsi32_si128(read_unaligned<int32_t>(from)));
         const __m128i low = _mm_cvtepi8_epi16(_mm_cvtsi32_si128(read_unaligned<int32_t>(from + low_at)));
         activations[j] = _mm256_broadcastq_epi64(_mm_add_epi16(_mm_slli_epi16(high, 8), low));
@@ -114,8 +105,8 @@ struct QuantizedTile {
     }
   }
 
-  [[gnu::always_inline]] static inline void multiply(const uint8_t* quants, const Rows& x, int64_t col,
-                                                     Dots& dot) {
+  [[gnu::always_inline]] static inline void multiply_bytes(const Operands& o, int64_t group, Dots& dot) {
+    const uint8_t* quants = o.quants(group);
     // Chunks whose products 16 bits hold, within one part of the group.
     constexpr int kMost = kIsSigned ? 1 : kLargestByte < 16 ? 8 : kLargestByte < 32 ? 4 : 2;
     constexpr int kRun = kMost * kParts > 8 ? 8 / kParts : kMost;
@@ -137,7 +128,7 @@ struct QuantizedTile {
           const __m256i w = unpack(quants + 32 * half, chunk);
 #pragma GCC unroll 4
           for (int j = 0; j < kTokens; ++j) {
-            const __m256i four = broadcast_four(x[j] + col + 4 * chunk);
+            const __m256i four = broadcast_four(o.x[j] + group * kGroupSize + 4 * chunk);
             const __m256i products = kIsSigned
                                          ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(four, w))
                                          : _mm256_maddubs_epi16(w, four);
@@ -191,9 +182,9 @@ struct QuantizedTile {
   }
 
   // Adds the dot products of eight rows of a group to the sums.
-  [[gnu::always_inline]] static inline void scale(const uint8_t* scales, const Rows& x, int64_t cols,
-                                                  int64_t group, int half, const Dots& dot,
-                                                  Vec (&sum)[kTokens][2]) {
+  [[gnu::always_inline]] static inline void scale_half(const Operands& o, int64_t group, int half,
+                                                       const Dots& dot, Sums& sum) {
+    const uint8_t* scales = o.block_scales(group);
     const int64_t first_row = half * 8;
     const uint8_t* block_scales = scales + first_row * 2;
     const Vec block_scale = kQuant.is_bf16 ? Bf16Weights::load(block_scales) : F16Weights::load(block_scales);
@@ -201,8 +192,7 @@ struct QuantizedTile {
     if constexpr (kQuant.has_min) min = F16Weights::load(scales + (kPanelRows + first_row) * 2);
     const uint8_t* subs = scales + kQuant.sub_scales_at() + group % kBlockGroups * kParts * kPanelRows;
     if constexpr (kQuant.is_paired()) {
-      return scale_pairs(x, cols, group, half, block_scale, sub(zeros(), min), subs + 2 * first_row, dot,
-                         sum);
+      return scale_pairs(o, group, half, block_scale, sub(zeros(), min), subs + 2 * first_row, dot, sum);
     }
     Vec weight_scale[kParts] = {block_scale};
     if constexpr (kQuant.sub_scale_cols > 0) {
@@ -221,14 +211,14 @@ struct QuantizedTile {
 #pragma GCC unroll 4
     for (int j = 0; j < kTokens; ++j) {
       const Vec x_scale =
-          broadcast(read_unaligned<float>(x[j] + activation_scales_at(kFormat, cols) + group * 4));
+          broadcast(read_unaligned<float>(o.x[j] + activation_scales_at(kFormat, o.cols) + group * 4));
       Vec exact[kParts];
 #pragma GCC unroll 2
       for (int part = 0; part < kParts; ++part) {
         __m256i whole = dot[j][part][half];
         if constexpr (kQuant.zero != 0 && !kIsSigned) {
           const uint8_t* negated =
-              x[j] + activation_negated_sums_at(kFormat, cols) + (group * kParts + part) * 4;
+              o.x[j] + activation_negated_sums_at(kFormat, o.cols) + (group * kParts + part) * 4;
           whole = _mm256_add_epi32(whole, _mm256_slli_epi32(broadcast_four(negated), kQuant.zero_shift()));
         }
         exact[part] = _mm256_cvtepi32_ps(whole);
@@ -240,7 +230,7 @@ struct QuantizedTile {
             fma(x_scale, fma(weight_scale[1], exact[1], mul(weight_scale[0], exact[0])), sum[j][half]);
       }
       if constexpr (kQuant.has_min) {
-        const Vec x_sum = broadcast(read_unaligned<float>(x[j] + activation_sums_at(cols) + group * 4));
+        const Vec x_sum = broadcast(read_unaligned<float>(o.x[j] + activation_sums_at(o.cols) + group * 4));
         sum[j][half] = fma(min, x_sum, sum[j][half]);
       }
     }
@@ -248,9 +238,9 @@ struct QuantizedTile {
 
   // The same where sub-scales lie in pairs: 16 bits hold a dot product of half a group, so one multiply-add
   // takes both of a row. The zero of the quants comes out of the sums of the activations likewise.
-  [[gnu::always_inline]] static inline void scale_pairs(const Rows& x, int64_t cols, int64_t group, int half,
+  [[gnu::always_inline]] static inline void scale_pairs(const Operands& o, int64_t group, int half,
                                                         Vec block_scale, Vec negated_min, const uint8_t* subs,
-                                                        const Dots& dot, Vec (&sum)[kTokens][2]) {
+                                                        const Dots& dot, Sums& sum) {
     constexpr bool kIsNibbles = kQuant.sub_scales == SubScales::nibble_pairs;
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(subs));
     const __m256i pairs = kIsNibbles ? _mm256_cvtepu8_epi16(bytes) : _mm256_cvtepi8_epi16(bytes);
@@ -259,8 +249,9 @@ struct QuantizedTile {
 #pragma GCC unroll 4
     for (int j = 0; j < kTokens; ++j) {
       const Vec x_scale =
-          broadcast(read_unaligned<float>(x[j] + activation_scales_at(kFormat, cols) + group * 4));
-      const __m256i negated = broadcast_four(x[j] + activation_negated_sums_at(kFormat, cols) + group * 4);
+          broadcast(read_unaligned<float>(o.x[j] + activation_scales_at(kFormat, o.cols) + group * 4));
+      const __m256i negated =
+          broadcast_four(o.x[j] + activation_negated_sums_at(kFormat, o.cols) + group * 4);
       const __m256i dots =
           _mm256_blend_epi16(dot[j][0][half], _mm256_slli_epi32(dot[j][kParts - 1][half], 16), 0xAA);
       __m256i whole = _mm256_madd_epi16(dots, sub_scales);

@@ -6,8 +6,7 @@
 // scale is of 16 columns have one per half group. A table is looked up with vpshufb.
 #pragma once
 
-#include "kernels/kernel_table.h"
-#include "kernels/matmul_args.h"
+#include "kernels/tile_operands.h"
 #include "kernels/vector_avx512.h"
 
 namespace argosy {
@@ -25,88 +24,11 @@ inline Vec bytes_to_floats(const uint8_t* from, bool is_signed) {
 template <Format kFormat, int kPanels, int kTokens>
 struct QuantizedTile {
   static constexpr QuantFormat kQuant = quant_format(kFormat);
-  static constexpr int64_t kGroupBytes = kQuant.group_bytes();
   static constexpr int64_t kBlockGroups = kQuant.block_groups();
   static constexpr int kParts = kQuant.parts();
+  using Operands = TileOperands<kFormat, kTokens>;
   using Dots = __m512i[kPanels][kTokens][kParts];
   using Sums = Vec[kPanels][kTokens];
-
-  // What the loop over the groups goes through.
-  struct Operands {
-    Operands(const MatmulArgs& a, int64_t row, int64_t token)
-        : cols(a.cols), stride(panel_bytes(kFormat, a.cols)), panel(a.weights + row / kPanelRows * stride) {
-#pragma GCC unroll 16
-      for (int j = 0; j < kTokens; ++j) x[j] = activation_row(a, token + j);
-    }
-
-    const uint8_t* quants(int64_t group) const { return panel + kQuant.quants_at(group); }
-    const uint8_t* block_scales(int64_t group) const { return panel + kQuant.scales_at(group); }
-
-    int64_t cols, stride;
-    const uint8_t* panel;  // the first; the second lies `stride` further
-    const uint8_t* x[kTokens];
-  };
-
-  // Rows [row, row + 16 * kPanels) of tokens [token, token + kTokens). As many panels from `next` on are
-  // asked for, unless it is null.
-  static void run(const MatmulArgs& a, int64_t row, int64_t token, const uint8_t* next) {
-    const Operands o(a, row, token);
-    Sums sum = {};
-    for (int64_t group = 0; group < num_groups(a.cols); ++group) {
-      if (next != nullptr) prefetch(o, group, next);
-      Dots dot;
-      multiply(o, group, dot);
-      scale(o, group, dot, sum);
-    }
-    put(a, row, token, sum);
-  }
-
-  // The same for one token, where reading the weights is what takes the time. With kAsksAhead what comes
-  // kAhead bytes later is asked for as well, up to the end of the rows, and from there on at next_weights.
-  template <bool kAsksAhead>
-  static void run_one(const MatmulArgs& a, int64_t row) {
-    const Operands o(a, row, 0);
-    const uint8_t* end = o.panel + (a.row_end - row + kPanelRows - 1) / kPanelRows * o.stride;
-    const uint8_t* next = a.next_weights != nullptr ? a.next_weights : end;
-    // A prefetch cannot fault, so it does not matter if there is nothing.
-    const auto ahead = [&](const uint8_t* at) {
-      return at + kAhead < end ? at + kAhead : next + (at + kAhead - end);
-    };
-    const int64_t groups = num_groups(a.cols);
-    Sums sum = {};
-    for (int64_t block = 0; block < groups; block += kBlockGroups) {
-      if constexpr (kAsksAhead) ask_for<kQuant.block_scale_bytes()>(ahead(o.block_scales(block)));
-      for (int64_t group = block; group < groups && group < block + kBlockGroups; ++group) {
-        if constexpr (kAsksAhead) ask_for<kGroupBytes>(ahead(o.quants(group)));
-        Dots dot;
-        multiply(o, group, dot);
-        scale(o, group, dot, sum);
-      }
-    }
-    put(a, row, 0, sum);
-  }
-
- private:
-  // Of 4 to 8 KiB, 6 were the best on Zen 5.
-  static constexpr int64_t kAhead = 6 << 10;
-
-  template <int64_t kBytes>
-  [[gnu::always_inline]] static inline void ask_for(const uint8_t* from) {
-    constexpr int kIntoL1 = 3;
-#pragma GCC unroll 8
-    for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(from + line, 0, kIntoL1);
-  }
-
-  [[gnu::always_inline]] static inline void prefetch(const Operands& o, int64_t group, const uint8_t* next) {
-    constexpr int kIntoL2 = 2;
-#pragma GCC unroll 2
-    for (int i = 0; i < kPanels; ++i) {
-      const uint8_t* from = next + (o.quants(group) - o.panel) + i * o.stride;
-#pragma GCC unroll 8
-      for (int64_t line = 0; line < kGroupBytes; line += 64) __builtin_prefetch(from + line, 0, kIntoL2);
-      __builtin_prefetch(next + (o.block_scales(group) - o.panel) + i * o.stride, 0, kIntoL2);
-    }
-  }
 
   // The exact dot products of a group.
   [[gnu::always_inline]] static inline void multiply(const Operands& o, int64_t group, Dots& dot) {
@@ -157,50 +79,6 @@ struct QuantizedTile {
     }
   }
 
-  [[gnu::always_inline]] static inline __m512i offset(const Operands& o, int64_t group, int token, int part) {
-    if constexpr (kQuant.zero == 0 || kQuant.is_paired()) {
-      return _mm512_setzero_si512();
-    } else {
-      const uint8_t* negated = o.x[token] + activation_negated_sums_at(kFormat, o.cols);
-      return _mm512_slli_epi32(broadcast_four(negated + (group * kParts + part) * 4),
-                               unsigned(kQuant.zero_shift()));
-    }
-  }
-
-  // Four columns of sixteen rows as bytes.
-  [[gnu::always_inline]] static inline __m512i unpack(const uint8_t* group, int chunk) {
-    if constexpr (kQuant.bits == 8) {
-      return _mm512_loadu_si512(group + chunk * kChunkBytes);
-    } else if constexpr (kQuant.table != nullptr) {
-      return _mm512_shuffle_epi8(table(), low_bits(group, chunk));
-    } else if constexpr (kQuant.bits == kQuant.low_bits()) {
-      return low_bits(group, chunk);
-    } else {
-      constexpr int kLowBits = kQuant.low_bits(), kHighBits = kQuant.bits - kLowBits;
-      const int plane = chunk * kHighBits / 8;
-      const int bit = chunk * kHighBits % 8;
-      const __m512i high = _mm512_loadu_si512(group + plane * kChunkBytes);
-      const __m512i in_place = bit <= kLowBits ? _mm512_slli_epi16(high, unsigned(kLowBits - bit))
-                                               : _mm512_srli_epi16(high, unsigned(bit - kLowBits));
-      const __m512i mask = _mm512_set1_epi8(((1 << kHighBits) - 1) << kLowBits);
-      return _mm512_ternarylogic_epi32(low_bits(group, chunk), in_place, mask, 0xF8);  // low | (high & mask)
-    }
-  }
-
-  [[gnu::always_inline]] static inline __m512i low_bits(const uint8_t* group, int chunk) {
-    if constexpr (kQuant.low_bits() == 2) {
-      const __m512i four = _mm512_loadu_si512(group + kQuant.low_at() + chunk / 4 * kChunkBytes);
-      return _mm512_and_si512(_mm512_srli_epi16(four, unsigned(chunk % 4 * 2)), _mm512_set1_epi8(0x03));
-    } else {
-      const __m512i two = _mm512_loadu_si512(group + kQuant.low_at() + chunk % 4 * kChunkBytes);
-      return _mm512_and_si512(chunk < 4 ? two : _mm512_srli_epi16(two, 4), _mm512_set1_epi8(0x0F));
-    }
-  }
-
-  [[gnu::always_inline]] static inline __m512i table() {
-    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kQuant.table)));
-  }
-
   // Adds the dot products of a group to the sums.
   [[gnu::always_inline]] static inline void scale(const Operands& o, int64_t group, const Dots& dot,
                                                   Sums& sum) {
@@ -245,6 +123,64 @@ struct QuantizedTile {
     }
   }
 
+  [[gnu::always_inline]] static inline void put(const MatmulArgs& a, int64_t row, int64_t token,
+                                                const Sums& sum) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kPanels; ++i) {
+      const int64_t rows = a.row_end - (row + i * kPanelRows);
+#pragma GCC unroll 16
+      for (int j = 0; j < kTokens; ++j) {
+        store(output_row(a, token + j) + (row - a.row_begin) + i * kPanelRows, sum[i][j],
+              rows < kPanelRows ? rows : kPanelRows);
+      }
+    }
+  }
+
+ private:
+  [[gnu::always_inline]] static inline __m512i offset(const Operands& o, int64_t group, int token, int part) {
+    if constexpr (kQuant.zero == 0 || kQuant.is_paired()) {
+      return _mm512_setzero_si512();
+    } else {
+      const uint8_t* negated = o.x[token] + activation_negated_sums_at(kFormat, o.cols);
+      return _mm512_slli_epi32(broadcast_four(negated + (group * kParts + part) * 4),
+                               unsigned(kQuant.zero_shift()));
+    }
+  }
+
+  // Four columns of sixteen rows as bytes.
+  [[gnu::always_inline]] static inline __m512i unpack(const uint8_t* group, int chunk) {
+    if constexpr (kQuant.bits == 8) {
+      return _mm512_loadu_si512(group + chunk * kChunkBytes);
+    } else if constexpr (kQuant.table != nullptr) {
+      return _mm512_shuffle_epi8(table(), low_bits(group, chunk));
+    } else if constexpr (kQuant.bits == kQuant.low_bits()) {
+      return low_bits(group, chunk);
+    } else {
+      constexpr int kLowBits = kQuant.low_bits(), kHighBits = kQuant.bits - kLowBits;
+      const int plane = chunk * kHighBits / 8;
+      const int bit = chunk * kHighBits % 8;
+      const __m512i high = _mm512_loadu_si512(group + plane * kChunkBytes);
+      const __m512i in_place = bit <= kLowBits ? _mm512_slli_epi16(high, unsigned(kLowBits - bit))
+                                               : _mm512_srli_epi16(high, unsigned(bit - kLowBits));
+      const __m512i mask = _mm512_set1_epi8(((1 << kHighBits) - 1) << kLowBits);
+      return _mm512_ternarylogic_epi32(low_bits(group, chunk), in_place, mask, 0xF8);  // low | (high & mask)
+    }
+  }
+
+  [[gnu::always_inline]] static inline __m512i low_bits(const uint8_t* group, int chunk) {
+    if constexpr (kQuant.low_bits() == 2) {
+      const __m512i four = _mm512_loadu_si512(group + kQuant.low_at() + chunk / 4 * kChunkBytes);
+      return _mm512_and_si512(_mm512_srli_epi16(four, unsigned(chunk % 4 * 2)), _mm512_set1_epi8(0x03));
+    } else {
+      const __m512i two = _mm512_loadu_si512(group + kQuant.low_at() + chunk % 4 * kChunkBytes);
+      return _mm512_and_si512(chunk < 4 ? two : _mm512_srli_epi16(two, 4), _mm512_set1_epi8(0x0F));
+    }
+  }
+
+  [[gnu::always_inline]] static inline __m512i table() {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kQuant.table)));
+  }
+
   // The same where sub-scales lie in pairs: 16 bits hold a dot product of half a group, so one multiply-add
   // takes both of a row. The zero of the quants comes out of the sums of the activations likewise.
   [[gnu::always_inline]] static inline void scale_pairs(const Operands& o, int64_t group, Vec block_scale,
@@ -271,19 +207,6 @@ struct QuantizedTile {
       if constexpr (kQuant.has_min) {
         const __m512i mins = _mm512_madd_epi16(negated, _mm512_srli_epi16(pairs, 4));
         sum[j] = fma(mul(negated_min, x_scale), _mm512_cvtepi32_ps(mins), sum[j]);
-      }
-    }
-  }
-
-  [[gnu::always_inline]] static inline void put(const MatmulArgs& a, int64_t row, int64_t token,
-                                                const Sums& sum) {
-#pragma GCC unroll 2
-    for (int i = 0; i < kPanels; ++i) {
-      const int64_t rows = a.row_end - (row + i * kPanelRows);
-#pragma GCC unroll 16
-      for (int j = 0; j < kTokens; ++j) {
-        store(output_row(a, token + j) + (row - a.row_begin) + i * kPanelRows, sum[i][j],
-              rows < kPanelRows ? rows : kPanelRows);
       }
     }
   }

@@ -1,0 +1,30 @@
+// tile_operands.h: what the inner loops of matmul_quantized go through.
+#pragma once
+
+#include "kernels/kernel_table.h"
+#include "kernels/matmul_args.h"
+
+namespace argosy {
+namespace {
+
+// Rows from `row` on, times kTokens tokens from `token` on.
+template <Format kFormat, int kTokens>
+struct TileOperands {
+  static constexpr QuantFormat kQuant = quant_format(kFormat);
+
+  TileOperands(const MatmulArgs& a, int64_t row, int64_t token)
+      : cols(a.cols), stride(panel_bytes(kFormat, a.cols)), panel(a.weights + row / kPanelRows * stride) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kTokens; ++j) x[j] = activation_row(a, token + j);
+  }
+
+  const uint8_t* quants(int64_t group) const { return panel + kQuant.quants_at(group); }
+  const uint8_t* block_scales(int64_t group) const { return panel + kQuant.scales_at(group); }
+
+  int64_t cols, stride;
+  const uint8_t* panel;  // the first; another lies `stride` further
+  const uint8_t* x[kTokens];
+};
+
+}  // namespace
+}  // namespace argosy
