@@ -13,7 +13,7 @@ namespace {
 // Tiles that fill the 32 registers.
 constexpr int kFloatTileRows = 4, kFloatTileTokens = 6, kFloatRowsAlone = 4;
 constexpr int kF8RowsAlone = 4, kF8VecsOfFewTokens = kF8Vecs;
-constexpr int kOnePanelTokens = 8;
+constexpr int one_panel_tokens(Format) { return 8; }
 constexpr int two_panels_tokens(Format format) {
   return format == Format::q8 || quant_format(format).parts() == 2 ? 4 : 6;
 }

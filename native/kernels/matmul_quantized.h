@@ -170,7 +170,7 @@ void matmul_quantized(const MatmulArgs& a) {
     }
   }
 #endif
-  for (; row < a.row_end; row += kPanelRows) run_panels<kFormat, 1, kOnePanelTokens>(a, row);
+  for (; row < a.row_end; row += kPanelRows) run_panels<kFormat, 1, one_panel_tokens(kFormat)>(a, row);
 }
 
 #endif
