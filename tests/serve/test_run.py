@@ -66,7 +66,9 @@ def end(process: subprocess.Popen[str]) -> str:
 
 def test_a_served_model_answers_and_sigterm_lets_a_stream_end_first(model: Path) -> None:
     with served(model) as (url, process):
-        assert httpx.get(f"{url}/v1/engine/state").json()["queue"]["max_sequences"] == 3
+        state = httpx.get(f"{url}/v1/engine/state").json()
+        assert state["queue"]["max_sequences"] == 3
+        assert ("replay", 16 << 20) in [(line["name"], line["bytes"]) for line in state["memory"]["lines"]]
         ask = {
             "messages": [{"role": "user", "content": "canary"}], "max_tokens": 150, "stream": True,
             "temperature": 0, "logit_bias": {"2": -100, "0": -100},

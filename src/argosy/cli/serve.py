@@ -9,6 +9,8 @@ import click
 
 from argosy.cli.options import engine_options, open_engine
 
+_REPLAY_BYTES = 16 << 20  # answers of a thousand tokens take about 20 KB each
+
 
 @click.command("serve")
 @click.argument("model", default="demo")
@@ -65,6 +67,7 @@ def serve(
     settings = Settings.read(**{name: options.get(name) for name in Settings.__dataclass_fields__})
     more = {
         "grammars": True, "max_sequences": max_sequences, "max_waiting": max_waiting, "kv_dir": kv_dir,
+        "replay_bytes": _REPLAY_BYTES,
     }  # fmt: skip
     with open_engine(model, settings, **more) as engine:
         run(

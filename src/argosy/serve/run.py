@@ -36,7 +36,6 @@ HEADER_S = 15.0  # a client has so long for the head of a request
 STUCK_S = 60.0  # one that takes nothing of an answer for so long is gone
 # What the system keeps for a client that does not read; its own choice is megabytes.
 _SEND_BUFFER_BYTES = 128 << 10
-_REPLAY_BYTES = 16 << 20
 
 
 def require_keys(host: str, keys: Path | None) -> None:
@@ -170,7 +169,7 @@ def serve(
     drain_s: float = 30.0,
     keep_billing_line: bool = False,
 ) -> None:
-    """Serve `engine` until a signal says otherwise."""
+    """Serve `engine` until a signal says otherwise; answers are replayed as far as its plan has room for them."""
     require_keys(host, keys)
     ring = KeyRing(None if keys is None else KeyFile(keys))
     counts = None if keys is None else UseFile(keys.with_name(keys.name + ".use"))
@@ -192,7 +191,7 @@ def serve(
         experts_per_token=config.experts_per_token,
         vocab_size=config.vocab_size,
     )
-    prompts = engine.prompts.remembering(ReplayMemory(max_bytes=_REPLAY_BYTES))
+    prompts = engine.prompts.remembering(ReplayMemory(max_bytes=engine.plan.replay_bytes))
     try:
         with EngineLoop(engine, report=lambda error: log.error("engine: %s", type(error).__name__)) as loop:
             service = Service(loop, prompts, engine.tokenizer, model, keep_billing_line=keep_billing_line)
