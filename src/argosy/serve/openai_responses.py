@@ -23,7 +23,6 @@ from starlette.responses import JSONResponse, Response
 from typing_extensions import TypedDict
 
 from argosy.config import SamplingParams
-from argosy.errors import ArgosyError
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import (
     ReasoningDelta,
@@ -474,7 +473,10 @@ async def responses(body: ResponsesBody, request: Request) -> Response:
     headers = ignored_header(ignored)
     dialect = _Responses(service, body, answers)
     if body.stream:
-        return EventStream(dialect.stream(), answers.cancel, headers=headers)
+        return EventStream(
+            dialect.stream(), caller, answers.cancel, headers=headers,
+            failed=lambda error: dialect.failed(error, caller),
+        )  # fmt: skip
     return JSONResponse(await until_gone(request, dialect.whole(), answers.cancel), headers=headers)
 
 
@@ -503,16 +505,17 @@ class _Responses:
         async with self._answers as answers:
             for kind in ("response.created", "response.in_progress"):
                 yield sse(self._event(kind, response=self._response("in_progress"))[1], kind)
-            try:
-                async for step in answers.steps():
-                    for kind, data in self._take(step):
-                        yield sse(data, kind)
-            except ArgosyError as error:
-                said = error_body(error, "openai")[1]["error"]
-                failed = self._response("failed")
-                failed["error"] = {"code": "server_error", "message": said["message"]}
-                kind, data = self._event("response.failed", response=failed)
-                yield sse(data, kind)
+            async for step in answers.steps():
+                for kind, data in self._take(step):
+                    yield sse(data, kind)
+
+    def failed(self, error: Exception, caller: Caller) -> bytes:
+        """The last event of a stream that fails."""
+        _, body = error_body(error, "openai", caller.request_id)
+        failed = self._response("failed")
+        failed["error"] = {"code": "server_error", "message": body["error"]["message"]}
+        kind, data = self._event("response.failed", response=failed)
+        return sse(data, kind)
 
     def _take(self, step: object) -> list[tuple[str, dict[str, Any]]]:
         match step:

@@ -28,6 +28,7 @@ from argosy.serve.app import make_app
 from argosy.serve.core import ModelFacts, Service
 from argosy.serve.gate import Gate
 from argosy.serve.key_watch import KeyWatch
+from argosy.serve.log import where_it_failed
 
 if TYPE_CHECKING:
     from argosy.engine.engine import Engine
@@ -193,7 +194,7 @@ def serve(
     )
     prompts = engine.prompts.remembering(ReplayMemory(max_bytes=engine.plan.replay_bytes))
     try:
-        with EngineLoop(engine, report=lambda error: log.error("engine: %s", type(error).__name__)) as loop:
+        with EngineLoop(engine, report=lambda error: log.error("engine: %s", where_it_failed(error))) as loop:
             service = Service(loop, prompts, engine.tokenizer, model, keep_billing_line=keep_billing_line)
             app = make_app(
                 service,
