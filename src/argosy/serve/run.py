@@ -28,7 +28,7 @@ from argosy.serve.app import make_app
 from argosy.serve.core import ModelFacts, Service
 from argosy.serve.gate import Gate
 from argosy.serve.key_watch import KeyWatch
-from argosy.serve.log import where_it_failed
+from argosy.serve.log import LogWriter, where_it_failed
 
 if TYPE_CHECKING:
     from argosy.engine.engine import Engine
@@ -177,11 +177,10 @@ def serve(
     limits = Limits(file=counts, known=ring.ids)
     if keys is not None:
         engine.forget_others(["", *ring.ids])  # of keys that were revoked while nobody served
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    writer = LogWriter(sys.stderr.fileno())
     log = logging.getLogger("argosy.serve")
     log.setLevel(logging.INFO)
-    log.handlers = [handler]
+    log.handlers = [writer]
     config = engine.config
     model = ModelFacts(
         id=name,
@@ -210,4 +209,7 @@ def serve(
             with KeyWatch(ring, limits, service.revoke):
                 _Server(settings, service, loop, drain_s).run()
     finally:
-        limits.close()
+        try:
+            limits.close()
+        finally:
+            writer.close()
