@@ -282,7 +282,7 @@ def _post(path: str, handler: Callable[..., Any], answer: Any, **described: Any)
 _FILES = tuple(_PAGE_TYPES.values())
 ROUTES = (
     _get("/health", health, None, answer=Health),
-    _get("/ready", ready, None, answer=Ready, refusals=("503",)),
+    _get("/ready", ready, None, answer=Ready),
     _get("/openapi.json", openapi, None, answer=dict[str, Any]),
     _get("/", page, None, media=_FILES[:1]),
     _get("/page/{name}", page_file, None, media=_FILES),

@@ -39,6 +39,7 @@ log = logging.getLogger("argosy.serve")
 MAX_BODY_BYTES = 8 << 20
 # Bodies of all requests that are being answered: the memory plan knows nothing of them.
 MAX_HELD_BYTES = 32 << 20
+NO_ROOM = "argosy.no_room"  # in a request's state: it came by a connection beyond the bound
 BODY_STALL_S = 15.0  # between two parts of a body
 BODY_S = 60.0
 Dialect = Literal["openai", "anthropic"]
@@ -246,6 +247,8 @@ class Gate:
             self._held_bytes += num_bytes
 
         try:
+            if NO_ROOM in scope.get("state", ()):
+                raise Overloaded("the server has as many connections as it may", retry_after_s=1)
             headers = _headers(scope)
             self._check_host(headers)
             policy = self._route(scope["method"], scope["path"])
