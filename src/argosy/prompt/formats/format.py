@@ -219,6 +219,14 @@ def inside_of(block: Sequence[str], closing: str) -> list[str]:
     return list(block[1:-1] if is_closed else block[1:])
 
 
+def halves(lexemes: Sequence[str], mark: str) -> tuple[str, str] | None:
+    """Text before the first mark and all that is behind it, if it is `mark`."""
+    for at, lexeme in enumerate(lexemes):
+        if isinstance(lexeme, Mark):
+            return ("".join(lexemes[:at]), "".join(lexemes[at + 1 :])) if lexeme == mark else None
+    return None
+
+
 def call_of(
     name: object, arguments: object, tools: Mapping[str, Tool], own_id: str | None = None
 ) -> FoundCall | None:
