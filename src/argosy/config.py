@@ -171,6 +171,10 @@ class Trigger:
         return (*self.words, *self.pauses, *self.resumes)
 
 
+# A schema inside a Lark grammar that has this key may be left out, where it cannot be followed, as in a lenient one.
+LENIENT_SCHEMA = "x-argosy-lenient"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grammar(_Strict):
     """What an answer has to look like.

@@ -110,6 +110,7 @@ class ClientTool(Lenient):
     name: ToolName
     description: Text | None = None
     input_schema: ObjectSchema
+    strict: Flag | None = None
 
 
 class FreeChoice(Strict):
@@ -259,6 +260,7 @@ def _tool(tool: ClientTool) -> dict[str, Any]:
         "name": tool.name,
         "description": tool.description,
         "parameters": tool.input_schema.model_dump(exclude_unset=True),
+        "strict": tool.strict,
     }
     return {"type": "function", "function": function}
 

@@ -106,9 +106,10 @@ class Format(ABC):
     ) -> tuple[str, Trigger]:
         """Lark text of the calls of an answer that may call tools, and where it begins to be followed: at their mark.
 
-        What comes before is free, and so are thoughts, in which a mark is none. Behind the calls the answer ends.
+        What comes before is free, and so are thoughts, in which a mark is none. Behind the calls the answer ends. Where
+        one of the tools is strict, the grammar says which schemas may be left out: those of the others.
         """
-        lark = Lark(self.lexer)
+        lark = Lark(self.lexer, frees_tools=any(tool.is_strict for tool in tools))
         calls, words = self._lazy_calls(lark, tools, parallel)
         pauses, resumes = self._free_stretches()
         return lark.text(calls), Trigger(
