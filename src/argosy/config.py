@@ -127,10 +127,13 @@ class EngineConfig(_Strict):
     prefix_reuse: bool = True  # keys and values of a beginning that was computed before are used again
     kv_dir: KvDir | None = None  # and outlive the process there
     grammars: bool = False  # answers can be made to follow a grammar; takes memory for the vocabulary
+    replay_bytes: int = 0  # for answers that are kept until their conversation comes back; 0: none are
 
     def __post_init__(self) -> None:
         if self.max_waiting is not None and self.max_waiting < 0:
             raise UsageError(f"max_waiting must be at least 0, found {self.max_waiting}")
+        if self.replay_bytes < 0:
+            raise UsageError(f"replay_bytes must be at least 0, found {self.replay_bytes}")
         if self.kv_dir is not None and not self.prefix_reuse:
             raise UsageError("kv_dir keeps prompts for reuse, and prefix_reuse is off")
         for name in ("threads", "chunk_tokens", "max_sequences", "readers"):
@@ -166,6 +169,10 @@ class Trigger:
     @property
     def all_words(self) -> tuple[str | int, ...]:
         return (*self.words, *self.pauses, *self.resumes)
+
+
+# A schema inside a Lark grammar that has this key may be left out, where it cannot be followed, as in a lenient one.
+LENIENT_SCHEMA = "x-argosy-lenient"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -132,22 +132,25 @@ def test_qwen_coder_may_leave_out_the_mark_around_a_function() -> None:
 # What cannot be followed
 
 
-def tool(name: str, value: dict[str, Any], **more: Any) -> dict[str, Any]:
+def tool(name: str, value: dict[str, Any], *, strict: bool | None = None, **more: Any) -> dict[str, Any]:
     parameters = {"type": "object", "properties": {"value": value}, "required": ["value"]}
-    return {"type": "function", "function": {"name": name, "parameters": parameters | more}}
+    return {"type": "function", "function": {"name": name, "parameters": parameters | more, "strict": strict}}
 
 
 def call(name: str, value: object) -> str:
     return f'<tool_call>\n{{"name": "{name}", "arguments": {{"value": {json.dumps(value)}}}}}\n</tool_call>'
 
 
-@pytest.mark.parametrize(
+odd_schemas = pytest.mark.parametrize(
     "odd",
     [
         {"type": "string", "pattern": "^(?=a)b"}, {"$ref": "#/nope"}, {"type": "text"}, {"$ref": "http://127.0.0.1/x"},
         {"type": "string", "pattern": "a" * 2000},
     ],
 )  # fmt: skip
+
+
+@odd_schemas
 def test_a_schema_that_cannot_be_followed_frees_its_tool_alone(odd: dict[str, Any]) -> None:
     tools = [tool("odd", odd), tool("even", {"type": "integer"})]
     grammar = grammar_of("qwen3", tools)
@@ -156,6 +159,43 @@ def test_a_schema_that_cannot_be_followed_frees_its_tool_alone(odd: dict[str, An
     assert follow(constraint_of("qwen3", grammar), "qwen3", call("even", "three")) != call("even", "three")
     with pytest.raises(GrammarError):
         constraint_of("qwen3", grammar_of("qwen3", tools, must_call=True))
+
+
+@odd_schemas
+def test_a_strict_tool_is_held_to_its_schema_or_refused_and_frees_the_others(odd: dict[str, Any]) -> None:
+    tools = [tool("odd", odd), tool("even", {"type": "integer"}, strict=True)]
+    grammar = grammar_of("qwen3", tools)
+    assert follow(constraint_of("qwen3", grammar), "qwen3", FREE + call("odd", "b")) == FREE + call(
+        "odd", "b"
+    )
+    assert follow(constraint_of("qwen3", grammar), "qwen3", call("even", 3)) == call("even", 3)
+    assert follow(constraint_of("qwen3", grammar), "qwen3", call("even", "three")) != call("even", "three")
+    with pytest.raises(GrammarError):
+        constraint_of("qwen3", grammar_of("qwen3", [tool("odd", odd, strict=True), tools[1]]))
+
+
+def test_a_strict_tool_has_every_keyword_followed_and_is_not_let_go_for_want_of_room() -> None:
+    unique = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
+    with pytest.raises(GrammarError, match="uniqueItems"):
+        constraint_of("qwen3", grammar_of("qwen3", [tool("f", unique, strict=True)]))
+    assert not grammar_of("qwen3", [tool("f", {}, strict=True), tool("g", {})]).is_lenient
+    tokenizer = FAMILIES["qwen3"].tokenizer
+    compiler = GrammarCompiler(tokenizer, vocab_size=tokenizer.vocab_size, end_ids=tokenizer.eos_ids)
+    large = [{"enum": [f"word {number} {at}" for at in range(6000)]} for number in range(3)]
+    followed = [compiler.compile(grammar_of("qwen3", [tool("f", schema)])) for schema in large[:2]]
+    with pytest.raises(Overloaded, match="take all the room"):
+        compiler.compile(grammar_of("qwen3", [tool("f", large[2], strict=True)]))
+    assert followed
+
+
+@pytest.mark.parametrize("name", CALLING)
+def test_a_strict_tool_may_be_called_in_every_format(name: str) -> None:
+    tools = [{**one, "function": {**one["function"], "strict": True}} for one in TOOLS]
+    for given in (tools, [tools[0], *TOOLS[1:]], [*TOOLS[:1], *tools[1:]]):
+        constraint = constraint_of(name, grammar_of(name, given))
+        assert follow(constraint, name, FREE + ONE[name]) == FREE + ONE[name]
+        taken = follow(constraint_of(name, grammar_of(name, given)), name, ONE[name].replace("city", "town"))
+        assert "town" not in taken
 
 
 def test_a_keyword_that_cannot_be_followed_is_left_out_of_its_schema() -> None:

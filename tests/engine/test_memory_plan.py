@@ -176,10 +176,29 @@ def test_grammars_and_files_of_prompts_have_room_in_the_plan(files: ModelFiles, 
     assert with_files.working_bytes - plain.working_bytes == buffer_bytes(block_bytes, 0) > 5 * block_bytes
 
 
+def test_answers_that_are_kept_are_in_the_total_and_a_budget_short_by_them_is_refused_by_name(
+    files: ModelFiles,
+) -> None:
+    def planned(ram_bytes: int, replay_bytes: int) -> MemoryPlan:
+        config = EngineConfig(budget=Budget(ram_bytes=ram_bytes), threads=2, replay_bytes=replay_bytes)
+        return plan_memory(files, config, process_bytes=PROCESS_BYTES)
+
+    needed = smallest_budget(files)
+    assert not any(name == "replay" for name, _, _ in planned(needed, 0).lines())
+    with pytest.raises(DoesNotFit, match=r"\+  replay 5\.0 MiB") as refused:
+        planned(needed, 5 * MIB)
+    assert refused.value.facts["needed_bytes"] == needed + 5 * MIB
+    with_room = planned(needed + 5 * MIB, 5 * MIB)
+    assert with_room.total_bytes == needed + 5 * MIB == sum(nbytes for _, nbytes, _ in with_room.lines())
+    assert ("replay", 5 * MIB) in [line[:2] for line in with_room.lines()]
+    assert with_room.as_dict()["replay_bytes"] == 5 * MIB
+
+
 def test_what_cannot_be_meant_is_refused_by_name(tmp_path: Path) -> None:
     budget, kv_dir = Budget(ram_bytes=MIB), KvDir(path=tmp_path)
     for values, sentence in (
         ({"max_waiting": -1}, "max_waiting must be at least 0, found -1"),
+        ({"replay_bytes": -1}, "replay_bytes must be at least 0, found -1"),
         (
             {"kv_dir": kv_dir, "prefix_reuse": False},
             "kv_dir keeps prompts for reuse, and prefix_reuse is off",

@@ -91,9 +91,7 @@ def test_a_ring_finds_whose_secret_it_is_and_nobody_for_another(tmp_path: Path) 
 
 
 def test_without_a_file_everybody_is_local() -> None:
-    ring = KeyRing(None)
-    assert not ring.needs_key
-    assert ring.find(None) is LOCAL
+    assert KeyRing(None).find(None) is LOCAL
 
 
 def test_a_revoked_key_ends_within_a_second_and_a_spoilt_file_lets_nobody_in(tmp_path: Path) -> None:

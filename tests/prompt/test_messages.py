@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -281,6 +283,27 @@ def test_what_two_readers_might_read_in_two_ways_is_not_json(text: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
         read_json(text)
     assert read_object(text) is None
+
+
+def test_callers_values_are_refused_for_what_text_is_and_in_the_same_words() -> None:
+    endless: list[object] = []
+    endless.append(endless)
+    deep: object = 0
+    for _ in range(65):
+        deep = [deep]
+    for value, sentence in (
+        (endless, "it is nested deeper than 64"),
+        (deep, "it is nested deeper than 64"),
+        ({"a": ["\ud800"]}, r"it holds half a character \(a lone surrogate\)"),
+        ([1 << 1024], "it holds a number that is too large"),
+        ([-math.inf], "it holds a number that is too large"),
+        ([math.nan], "it holds a number that is too large"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            plain_json(value, "it")
+    with pytest.raises(ValueError, match="it is nested deeper than 64"):
+        read_json("[" * 65 + "0" + "]" * 65)
+    assert plain_json(MappingProxyType({"a": (1, True, None)}), "it") == {"a": [1, True, None]}
 
 
 def test_a_value_is_copied() -> None:

@@ -50,8 +50,8 @@ def serving(engine: Engine) -> Iterator[Service]:
     prompts.close()
 
 
-def start(app: Any) -> Iterator[str]:
-    config = uvicorn_config(app, host="127.0.0.1", port=0, grace_s=5)
+def start(app: Any, **options: Any) -> Iterator[str]:
+    config = uvicorn_config(app, host="127.0.0.1", port=0, grace_s=5, **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import time
 from typing import Any
@@ -13,10 +14,11 @@ from pydantic import BaseModel
 
 from argosy.errors import DiskFull, Overloaded, ReadFailed
 from argosy.serve.anthropic_messages import MessagesBody
-from argosy.serve.core import Service
+from argosy.serve.core import Answers, Said, Service
 from argosy.serve.openai_chat import ChatBody
 from argosy.serve.openai_completions import CompletionBody
 from argosy.serve.openai_responses import ResponsesBody
+from tests.serve.record import read_events
 
 # Each dialect's route, a request that is answered, and where it has a number of tokens.
 SAY = [{"role": "user", "content": "Hi"}]
@@ -403,10 +405,57 @@ def test_a_failure_of_ours_tells_nothing_but_that_it_failed(
     assert answer.status_code >= 500
     assert "secret" not in answer.text
     shape = answer.json()
-    assert shape["error"]["message"] == FAILURES[kind]
+    is_anthropic = path.startswith("/v1/messages")
+    request_id = answer.headers["request-id" if is_anthropic else "x-request-id"]
+    assert shape["error"]["message"] == f"{FAILURES[kind]} (request {request_id})"
+    assert shape.get("request_id") == (request_id if is_anthropic else None)
     assert ("type" in shape) == path.startswith("/v1/messages")
     assert answer.headers["content-type"] == "application/json"
     assert answer.headers["content-security-policy"] == "default-src 'self'"
+
+
+@every_dialect
+def test_a_stream_that_breaks_ends_with_an_error_and_the_log_says_where_and_nothing_that_was_said(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    parse, said = Answers._step, "-".join(("canary", "4e1"))  # lines of code are logged, and may not hold it
+
+    def breaks(self: Answers, event: Any) -> Any:
+        steps = parse(self, event)
+        if any(isinstance(step, Said) for step in steps):
+            try:
+                int(said)
+            except ValueError as error:
+                raise RuntimeError(said) from error
+        return steps
+
+    monkeypatch.setattr(Answers, "_step", breaks)
+    caplog.set_level("INFO", "argosy.serve")
+    answer = client.post(path, json=DIALECTS[path] | {"stream": True})
+    assert answer.status_code == 200
+    is_anthropic = path.startswith("/v1/messages")
+    request_id = answer.headers["request-id" if is_anthropic else "x-request-id"]
+    last = list(read_events(answer.text))[-1]
+    message = f"internal error (request {request_id})"
+    shape = {"type": "server_error", "message": message, "param": None, "code": None}
+    match path:
+        case "/v1/messages":
+            error = {"type": "api_error", "message": message}
+            assert last == {
+                "event": "error",
+                "data": {"type": "error", "error": error, "request_id": request_id},
+            }
+        case "/v1/responses":
+            assert last["event"] == last["data"]["type"] == "response.failed"
+            assert last["data"]["response"]["status"] == "failed"
+            assert last["data"]["response"]["error"] == {"code": "server_error", "message": message}
+        case _:
+            assert last == {"event": None, "data": {"error": shape}}
+    logged = next(m for m in map(logging.LogRecord.getMessage, caplog.records) if request_id in m)
+    assert logged.startswith(f"{request_id} internal error: RuntimeError\n")
+    assert "in breaks" in logged
+    assert "because of ValueError\n" in logged
+    assert said not in caplog.text
 
 
 @every_dialect

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -317,6 +318,29 @@ def test_an_argument_off_the_schema_cannot_be_written(speaker: httpx.Client) -> 
     tools = [{"type": "function", "function": WEATHER | {"parameters": cities}}]
     answer = ask(speaker, "chat", "#wrong", tools=tools, max_tokens=300, parallel_tool_calls=False)
     assert calls_of("chat", answer) == [("get_weather", {"city": "Oslo"})]
+
+
+@pytest.mark.parametrize("dialect", CHATTING)
+def test_a_strict_tool_that_may_be_called_is_held_to_its_schema_or_refused(
+    speaker: httpx.Client, dialect: str
+) -> None:
+    def asked(city: dict[str, Any], *, strict: bool) -> dict[str, Any]:
+        tools = copy.deepcopy(TOOLS[dialect])
+        told = tools[0]["function"] if dialect == "chat" else tools[0]
+        told["strict"] = strict
+        schema = {"type": "object", "properties": {"city": city}, "required": ["city"]}
+        told["input_schema" if dialect == "messages" else "parameters"] = schema
+        return greedy(dialect, "#wrong", 300) | {"tools": tools}
+
+    enum, look_ahead = {"enum": ["Oslo"]}, {"type": "string", "pattern": "^(?=O)O"}
+    answer = speaker.post(PATHS[dialect], json=asked(enum, strict=True))
+    assert answer.status_code == 200, answer.text
+    assert calls_of(dialect, answer.json())[0] == ("get_weather", {"city": "Oslo"})
+    assert "x-ignored-params" not in answer.headers
+    assert speaker.post(PATHS[dialect], json=asked(look_ahead, strict=False)).status_code == 200
+    refused = speaker.post(PATHS[dialect], json=asked(look_ahead, strict=True))
+    assert refused.status_code == 400
+    assert "grammar" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("said", ["How are you?", "#plain", "#think"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import signal
 import socket
@@ -66,7 +67,9 @@ def end(process: subprocess.Popen[str]) -> str:
 
 def test_a_served_model_answers_and_sigterm_lets_a_stream_end_first(model: Path) -> None:
     with served(model) as (url, process):
-        assert httpx.get(f"{url}/v1/engine/state").json()["queue"]["max_sequences"] == 3
+        state = httpx.get(f"{url}/v1/engine/state").json()
+        assert state["queue"]["max_sequences"] == 3
+        assert ("replay", 16 << 20) in [(line["name"], line["bytes"]) for line in state["memory"]["lines"]]
         ask = {
             "messages": [{"role": "user", "content": "canary"}], "max_tokens": 150, "stream": True,
             "temperature": 0, "logit_bias": {"2": -100, "0": -100},
@@ -82,6 +85,17 @@ def test_a_served_model_answers_and_sigterm_lets_a_stream_end_first(model: Path)
         assert process.returncode == 0
         assert "POST /v1/chat/completions 200" in log
         assert "canary" not in log
+
+
+def test_a_server_whose_log_nobody_reads_answers_and_ends(model: Path) -> None:
+    with served(model) as (url, process):
+        assert process.stderr is not None
+        size = fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 4096)
+        with httpx.Client(timeout=20) as client:
+            for _ in range(size // 40):  # a line has more
+                assert client.get(f"{url}/health").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
 
 
 def test_conversations_are_rendered_by_the_process_that_came_with_the_engine(

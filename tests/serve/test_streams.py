@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 
-from argosy.serve.gate import GoneAway
+from argosy.serve.gate import Caller, GoneAway
 from argosy.serve.streams import EventStream, until_gone
 from tests.serve.conftest import start
 
@@ -33,7 +33,7 @@ async def _nowhere(_: Any) -> None:
 
 def test_a_stream_whose_client_is_gone_before_the_first_event_is_closed() -> None:
     closed: list[bool] = []
-    stream = EventStream(_endless(), lambda: closed.append(True))
+    stream = EventStream(_endless(), Caller(), lambda: closed.append(True))
     asyncio.run(asyncio.wait_for(stream({"type": "http"}, _gone, _nowhere), 10))  # type: ignore[arg-type]
     assert closed == [True]
 
@@ -81,7 +81,7 @@ def test_a_stream_that_waits_says_that_it_is_alive_and_one_that_speaks_does_not(
         await asyncio.sleep(0.5)
         yield b"late"
 
-    sent = sent_by(EventStream(parts()))
+    sent = sent_by(EventStream(parts(), Caller()))
     assert sent[:11] == [b"the head", *(b"%d" % number for number in range(10))]
     assert set(sent[11:-2]) == {b": keep-alive\n\n"}
     assert sent[-2:] == [b"late", b""]
@@ -140,5 +140,5 @@ async def _leave(num_turns: int, close: Callable[[], None]) -> int:
             await asyncio.sleep(0)
         return {"type": "http.disconnect"}
 
-    await EventStream(parts(), close)({"type": "http"}, receive, send)  # type: ignore[arg-type]
+    await EventStream(parts(), Caller(), close)({"type": "http"}, receive, send)  # type: ignore[arg-type]
     return count

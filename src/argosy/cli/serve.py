@@ -9,6 +9,8 @@ import click
 
 from argosy.cli.options import engine_options, open_engine
 
+_REPLAY_BYTES = 16 << 20  # answers of a thousand tokens take about 20 KB each
+
 
 @click.command("serve")
 @click.argument("model", default="demo")
@@ -39,12 +41,21 @@ from argosy.cli.options import engine_options, open_engine
     "--max-waiting", default=64, type=click.IntRange(0), metavar="N", help="Requests that may wait."
 )
 @click.option(
+    "--max-connections",
+    default=512,
+    show_default=True,
+    type=click.IntRange(1, 65535),
+    metavar="N",
+    help="Clients that are connected at once; more get 503.",
+)
+@click.option(
     "--kv-dir", type=click.Path(path_type=Path), metavar="DIR", help="Keep prompts' keys and values here."
 )
 @click.option("--keep-billing-line", is_flag=True, help="Leave Claude Code's line in its system prompt.")
 def serve(
     model: str, host: str, port: int, keys: Path | None, allow_host: tuple[str, ...], name: str | None,
-    drain: float, max_sequences: int, max_waiting: int, kv_dir: Path | None, keep_billing_line: bool, **options: Any,
+    drain: float, max_sequences: int, max_waiting: int, max_connections: int, kv_dir: Path | None,
+    keep_billing_line: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Serve a model over HTTP: the dialects of OpenAI and Anthropic, and a page at /.
 
@@ -65,9 +76,10 @@ def serve(
     settings = Settings.read(**{name: options.get(name) for name in Settings.__dataclass_fields__})
     more = {
         "grammars": True, "max_sequences": max_sequences, "max_waiting": max_waiting, "kv_dir": kv_dir,
+        "replay_bytes": _REPLAY_BYTES,
     }  # fmt: skip
     with open_engine(model, settings, **more) as engine:
         run(
             engine, name or Path(model).name.removesuffix(".gguf"), host=host, port=port, keys=keys,
-            hosts=allow_host, drain_s=drain, keep_billing_line=keep_billing_line,
+            hosts=allow_host, drain_s=drain, max_connections=max_connections, keep_billing_line=keep_billing_line,
         )  # fmt: skip

@@ -33,6 +33,7 @@ _COLORS = {
     "dense weights": "blue",
     "KV cache": "magenta",
     "recurrent state": "bright_magenta",
+    "replay": "bright_magenta",
     "working buffers": "yellow",
     "staging": "green",
     "expert cache": "cyan",

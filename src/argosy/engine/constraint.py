@@ -29,7 +29,7 @@ import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
-from argosy.config import Grammar, Trigger
+from argosy.config import LENIENT_SCHEMA, Grammar, Trigger
 from argosy.errors import GrammarError, Overloaded, UsageError
 from argosy.prompt.tokenizer import Tokenizer
 
@@ -45,7 +45,7 @@ _LENIENT_SECONDS = 1.0
 # Forced text is not looked for: an expression can force more of it than memory holds, `(a{1000}){1000}`.
 _OPTIONS = '%llguidance {"no_forcing": true}\n'
 # A model that has nothing to say writes blank lines for ever where it may; indented JSON has less in one place.
-_SCHEMA_OPTIONS = {"whitespace_pattern": r"[ \n\t]{1,40}"}
+_SCHEMA_OPTIONS: dict[str, object] = {"whitespace_pattern": r"[ \n\t]{1,40}"}
 _LIMITS = llguidance.LLParserLimits(
     max_items_in_row=2000,
     initial_lexer_fuel=500_000,
@@ -269,8 +269,6 @@ class GrammarCompiler:
         return left >= 0
 
     def _compile(self, grammar: Grammar) -> llguidance.LLMatcher:
-        if not grammar.is_lenient:
-            return self._start(_lark(grammar, _Schemas(is_lenient=False)))
         until = monotonic() + _LENIENT_SECONDS
 
         def is_bearable(rule: str) -> bool:
@@ -282,12 +280,15 @@ class GrammarCompiler:
                 return False
             return True
 
-        for is_kept in (lambda rule: True, is_bearable):
-            try:
-                return self._start(_lark(grammar, _Schemas(is_lenient=True, is_kept=is_kept)))
-            except GrammarError:
-                continue
-        return self._compile_without_schemas(grammar)
+        try:
+            return self._start(_lark(grammar, _Schemas(is_lenient=grammar.is_lenient)))
+        except GrammarError:
+            if not (grammar.is_lenient or LENIENT_SCHEMA in grammar.text):
+                raise
+        try:
+            return self._start(_lark(grammar, _Schemas(is_lenient=grammar.is_lenient, is_kept=is_bearable)))
+        except GrammarError:
+            return self._compile_without_schemas(grammar)
 
     def _compile_without_room(self, grammar: Grammar) -> llguidance.LLMatcher:
         if not grammar.is_lenient:
@@ -297,7 +298,10 @@ class GrammarCompiler:
         return self._compile_without_schemas(grammar)
 
     def _compile_without_schemas(self, grammar: Grammar) -> llguidance.LLMatcher:
-        return self._start(_lark(grammar, _Schemas(is_lenient=True, is_kept=lambda rule: False)))
+        """Only those stay that may not be left out."""
+        return self._start(
+            _lark(grammar, _Schemas(is_lenient=grammar.is_lenient, is_kept=lambda rule: False))
+        )
 
     def forget(self, tenant: str) -> None:
         with self._lock:
@@ -358,31 +362,35 @@ class _Schemas:
     """Writes JSON schemas as parts of a Lark grammar, within bounds and with our options.
 
     Args:
-        is_lenient: keywords that cannot be followed are left out.
-        is_kept: whether a schema, as the rule that it is, may stay; any JSON takes the place of one that may not.
+        is_lenient: keywords that cannot be followed are left out of every schema; otherwise of those that say so.
+        is_kept: whether such a schema, as the rule that it is, may stay; any JSON takes the place of one that may not.
     """
 
     def __init__(self, *, is_lenient: bool, is_kept: Callable[[str], bool] = lambda rule: True) -> None:
-        self._options = {**_SCHEMA_OPTIONS, **({"lenient": True} if is_lenient else {})}
         self._is_lenient = is_lenient
         self._is_kept = is_kept
 
     def rule(self, schema: object) -> str:
         if not isinstance(schema, dict | bool):
             raise GrammarError(f"the schema is a {type(schema).__name__}, expected an object")
+        is_lenient = self._is_lenient
+        if isinstance(schema, dict) and LENIENT_SCHEMA in schema:
+            schema = {key: part for key, part in schema.items() if key != LENIENT_SCHEMA}
+            is_lenient = True
         try:
             _require_bounds(schema)
         except GrammarError:
-            if not self._is_lenient:
+            if not is_lenient:
                 raise
         else:
-            if self._is_kept(self._json(schema)):
-                return self._json(schema)
+            if not is_lenient or self._is_kept(self._json(schema, is_lenient)):
+                return self._json(schema, is_lenient)
         is_object = isinstance(schema, dict) and schema.get("type") == "object"
-        return self._json({"type": "object"} if is_object else {})
+        return self._json({"type": "object"} if is_object else {}, is_lenient)
 
-    def _json(self, schema: object) -> str:
-        options = {"x-guidance": self._options}
+    @staticmethod
+    def _json(schema: object, is_lenient: bool) -> str:
+        options = {"x-guidance": _SCHEMA_OPTIONS | ({"lenient": True} if is_lenient else {})}
         return f"%json {json.dumps(schema | options if isinstance(schema, dict) else schema)}"
 
     def bind(self, lark: str) -> str:

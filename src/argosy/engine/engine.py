@@ -110,6 +110,7 @@ class Engine:
         prefix_reuse: use keys and values of a prompt's beginning again that were computed before.
         kv_dir: where they outlive the process, for others to find; a path, or a `KvDir` with its bounds.
         grammars: answers can be made to follow a `Grammar`; takes memory for the vocabulary.
+        replay_bytes: room that the memory plan leaves for a `ReplayMemory` beside this engine.
         progress: hears what start-up is doing.
         observe_routes: hears (layer, expert_ids [tokens, k]) of every step. Routing can reveal text: keep it private.
 
@@ -137,6 +138,7 @@ class Engine:
         prefix_reuse: bool = True,
         kv_dir: str | Path | KvDir | None = None,
         grammars: bool = False,
+        replay_bytes: int = 0,
         progress: Progress | None = None,
         observe_routes: RouteObserver | None = None,
     ) -> None:
@@ -171,6 +173,7 @@ class Engine:
             prefix_reuse=prefix_reuse,
             kv_dir=kv_dir if kv_dir is None or isinstance(kv_dir, KvDir) else KvDir(path=Path(kv_dir)),
             grammars=grammars,
+            replay_bytes=replay_bytes,
         )
         if expert_slots is not None and not files.config.experts_per_token <= expert_slots:
             raise UsageError(

@@ -1,11 +1,12 @@
 """Divide a memory budget before anything is loaded.
 
-    budget = process + dense weights + KV cache + recurrent state + working buffers + staging + expert cache
+    budget = process + dense weights + KV cache + recurrent state + replay + working buffers + staging + expert cache
 
-Dense weights have the first claim, then the KV cache, the recurrent state and its snapshots, then working buffers and
-what readers transcode from; experts get the rest, in equal slots, or one behind the other when all of them fit. The
-budget is the whole process, interpreter included, so the plan starts from what the process holds now. Below the floor
-(one token's experts of one layer in memory) it is refused with the numbers.
+Dense weights have the first claim, then the KV cache, the recurrent state and its snapshots, what a server keeps of
+answers for the next turn, then working buffers and what readers transcode from; experts get the rest, in equal slots,
+or one behind the other when all of them fit. The budget is the whole process, interpreter included, so the plan starts
+from what the process holds now. Below the floor (one token's experts of one layer in memory) it is refused with the
+numbers.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class MemoryPlan:
     num_states: int = 0
     snapshot_bytes: int = 0  # of recurrent states that beginnings are gone on from
     num_snapshots: int = 0
+    replay_bytes: int = 0  # of answers whose tokens are kept until their conversation comes back
     working_bytes: int
     staging_bytes: int  # what readers transcode from
     slot_bytes: int
@@ -63,7 +65,8 @@ class MemoryPlan:
     @property
     def total_bytes(self) -> int:
         fixed = self.process_bytes + self.dense_bytes + self.working_bytes + self.staging_bytes
-        return fixed + self.kv_bytes + self.state_bytes + self.snapshot_bytes + self.expert_bytes
+        kept = self.kv_bytes + self.state_bytes + self.snapshot_bytes + self.replay_bytes
+        return fixed + kept + self.expert_bytes
 
     @property
     def is_resident(self) -> bool:
@@ -86,6 +89,11 @@ class MemoryPlan:
                 if self.num_snapshots
                 else []
             ),
+            *(
+                [("replay", self.replay_bytes, "answers, until their conversations come back")]
+                if self.replay_bytes
+                else []
+            ),
             ("working buffers", self.working_bytes, f"{self.chunk_tokens} tokens a step"),
             *([("staging", self.staging_bytes, "to transcode from")] if self.staging_bytes else []),
             (
@@ -104,6 +112,7 @@ class MemoryPlan:
             "kv_bytes": self.kv_bytes,
             "recurrent_state_bytes": self.state_bytes,
             "snapshot_bytes": self.snapshot_bytes,
+            "replay_bytes": self.replay_bytes,
             "working_bytes": self.working_bytes,
             "staging_bytes": self.staging_bytes,
             "expert_cache_bytes": self.expert_bytes,
@@ -174,7 +183,8 @@ def plan_memory(
         working += 3 * 4 * model.vocab_size * config.max_sequences  # logits, and the sampler's copies of them
         if config.kv_dir is not None:
             working += buffer_bytes(kv_bytes(model, 1, config.kv_dtype), state_bytes(model, 1))
-        left = config.budget.ram_bytes - fixed - dense - kv - states - snapshots - working - staging
+        kept = kv + states + snapshots + config.replay_bytes
+        left = config.budget.ram_bytes - fixed - dense - kept - working - staging
         slots = fewest_slots if expert_slots is not None else max(fewest_slots, left // max(1, one_slot))
         if expert_slots is None and left >= all_experts:
             slots = num_experts
@@ -187,6 +197,7 @@ def plan_memory(
             num_states=num_states,
             snapshot_bytes=snapshots,
             num_snapshots=num_snapshots,
+            replay_bytes=config.replay_bytes,
             working_bytes=working,
             staging_bytes=staging,
             slot_bytes=one_slot,
@@ -287,6 +298,7 @@ def _does_not_fit(floor: MemoryPlan, config: EngineConfig, model: ModelConfig) -
         f"  process {format_bytes(floor.process_bytes)}  +  dense weights {format_bytes(floor.dense_bytes)}"
         f"  +  KV cache {format_bytes(floor.kv_bytes)} ({floor.context_tokens} tokens)"
         + (f"  +  recurrent state {format_bytes(floor.state_bytes)}" if floor.state_bytes else "")
+        + (f"  +  replay {format_bytes(floor.replay_bytes)}" if floor.replay_bytes else "")
         + f"  +  working buffers {format_bytes(floor.working_bytes + floor.staging_bytes)}"
         f"  +  smallest expert cache {format_bytes(floor.expert_bytes)}"
     )

@@ -145,10 +145,6 @@ class KeyRing:
         self._looked_at = clock()
 
     @property
-    def needs_key(self) -> bool:
-        return self._file is not None
-
-    @property
     def ids(self) -> set[str]:
         """Of all keys."""
         return {key.id for key in self._keys}

@@ -228,8 +228,8 @@ class PromptBuilder:
         """What the answer to `prompt` has to follow; None: nothing.
 
         Where a tool may be called and need not, the answer is free up to the mark of a call, and from there on held to
-        the tool's schema as far as that can be; where it has to be, or JSON is asked for, a schema that cannot be
-        followed is an error.
+        the tool's schema as far as that can be; where it has to be, or the tool is strict, or JSON is asked for, a
+        schema that cannot be followed is an error.
 
         Args:
             prompt: built with these tools, or more of them.
@@ -250,7 +250,9 @@ class PromptBuilder:
         if not checked:
             return None
         text, trigger = self.format.lazy_grammar(checked, parallel, prompt)
-        return Grammar(kind="lark", text=text, trigger=trigger, is_lenient=True)
+        return Grammar(
+            kind="lark", text=text, trigger=trigger, is_lenient=not any(t.is_strict for t in checked)
+        )
 
     def remember(
         self,

@@ -16,7 +16,6 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
-        self._longest = max(map(len, self._stops), default=0)
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
@@ -34,14 +33,21 @@ class StopStrings:
             _, at, stop = min(found)
             self._held = ""
             return text[:at], stop
-        for held in range(min(self._longest - 1, len(text)), 0, -1):
-            if text.endswith(tuple(stop[:held] for stop in self._stops if len(stop) > held)):
-                self._held = text[-held:]
-                return text[:-held], None
-        self._held = ""
-        return text, None
+        num_safe = len(text) - longest_start(text, self._stops)
+        self._held = text[num_safe:]
+        return text[:num_safe], None
 
     def finish(self) -> str:
         """What is still held back, once it is known that no more text comes."""
         held, self._held = self._held, ""
         return held
+
+
+def longest_start(text: str, words: Sequence[str]) -> int:
+    """How many characters at the end of `text`, which ends with no whole one of `words`, may be the start of one."""
+    longest = min(max(map(len, words), default=0) - 1, len(text))
+    for num in range(longest, 0, -1):
+        end = text[-num:]
+        if any(word.startswith(end) for word in words):
+            return num
+    return 0

@@ -21,11 +21,12 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """One function. `parameters` is a JSON schema of an object."""
+    """One function. `parameters` is a JSON schema of an object; `is_strict`: every call of it is held to that."""
 
     name: str
     description: str = ""
     parameters: Mapping[str, object] = field(default_factory=lambda: {"type": "object", "properties": {}})
+    is_strict: bool = False
 
     @property
     def properties(self) -> Mapping[str, object]:
@@ -84,12 +85,7 @@ def _tool(given: object, where: str) -> Tool:
     if not isinstance(function, Mapping):
         raise UsageError(f"{where}: no 'function' with name, description and parameters")
     for key in (*(key for key in given if key not in ("type", "function")), *function):
-        if key not in (
-            "name",
-            "description",
-            "parameters",
-            "strict",
-        ):  # strict: what has to be a call always is
+        if key not in ("name", "description", "parameters", "strict"):
             raise UsageError(f"{where}: unknown key '{key}'; known: name, description, parameters, strict")
     name = function.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -97,15 +93,19 @@ def _tool(given: object, where: str) -> Tool:
     description = function.get("description")
     if not isinstance(description, str | None):
         raise UsageError(f"{where}: description is a {type(description).__name__}, expected text")
+    is_strict = function.get("strict")
+    if not isinstance(is_strict, bool | None):
+        raise UsageError(f"{where}: strict is a {type(is_strict).__name__}, expected true or false")
     parameters = function.get("parameters")
     if parameters is None:
-        return Tool(name, plain_text(description or "", where))
+        return Tool(name, plain_text(description or "", where), is_strict=is_strict is True)
     schema = plain_json(parameters, f"{where}: parameters")
     if not isinstance(schema, dict) or schema.get("type", "object") != "object":
         raise UsageError(f"{where}: parameters are not the JSON schema of an object")
     if not isinstance(schema.get("properties", {}), dict):
         raise UsageError(f"{where}: properties of its parameters are not an object")
-    return Tool(name, plain_text(description or "", where), {"type": "object", "properties": {}} | schema)
+    schema = {"type": "object", "properties": {}} | schema
+    return Tool(name, plain_text(description or "", where), schema, is_strict is True)
 
 
 def types_of(schema: object, root: Mapping[str, object]) -> frozenset[str]:

@@ -48,7 +48,7 @@ from argosy.serve.fields import (
     strays,
 )  # fmt: skip
 from argosy.serve.gate import Caller
-from argosy.serve.streams import EventStream, sse, until_gone
+from argosy.serve.streams import EventStream, error_event, sse, until_gone
 from argosy.serve.tool_use import ToolChoice
 
 BILLING_LINE = "x-anthropic-billing-header:"
@@ -110,6 +110,7 @@ class ClientTool(Lenient):
     name: ToolName
     description: Text | None = None
     input_schema: ObjectSchema
+    strict: Flag | None = None
 
 
 class FreeChoice(Strict):
@@ -259,6 +260,7 @@ def _tool(tool: ClientTool) -> dict[str, Any]:
         "name": tool.name,
         "description": tool.description,
         "parameters": tool.input_schema.model_dump(exclude_unset=True),
+        "strict": tool.strict,
     }
     return {"type": "function", "function": function}
 
@@ -405,7 +407,10 @@ async def messages(body: MessagesBody, request: Request) -> Response:
     headers = ignored_header(ignored)
     dialect = _Messages(service, answers)
     if body.stream:
-        return EventStream(dialect.stream(), answers.cancel, dialect="anthropic", headers=headers)
+        return EventStream(
+            dialect.stream(), caller, answers.cancel, headers=headers,
+            failed=lambda error: error_event(error, "anthropic", caller),
+        )  # fmt: skip
     return JSONResponse(await until_gone(request, dialect.whole(), answers.cancel), headers=headers)
 
 

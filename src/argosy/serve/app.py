@@ -232,7 +232,7 @@ async def engine_events(request: Request) -> Response:
             yield sse(_state(request))
             await asyncio.sleep(_STATE_S)
 
-    return EventStream(states())
+    return EventStream(states(), request.state.caller)
 
 
 async def metrics(request: Request) -> Response:
@@ -282,7 +282,7 @@ def _post(path: str, handler: Callable[..., Any], answer: Any, **described: Any)
 _FILES = tuple(_PAGE_TYPES.values())
 ROUTES = (
     _get("/health", health, None, answer=Health),
-    _get("/ready", ready, None, answer=Ready, refusals=("503",)),
+    _get("/ready", ready, None, answer=Ready),
     _get("/openapi.json", openapi, None, answer=dict[str, Any]),
     _get("/", page, None, media=_FILES[:1]),
     _get("/page/{name}", page_file, None, media=_FILES),
@@ -361,7 +361,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
             if isinstance(cause, ArgosyError)
             else Refused(error.status_code, "the request cannot be read")
         )
-    status, body = error_body(error, dialect_of(request.scope["path"]))
+    status, body = error_body(error, dialect_of(request.scope["path"]), request.state.caller.request_id)
     return JSONResponse(body, status, headers=error_headers(error, status))
 
 

@@ -3,8 +3,9 @@
     connection -> host, origin -> route, or 404 -> key, scope, limits -> content type -> size, time of the body -> route
 
 A route is in the table with its policy, or it is not there. The path is the one the connection sent
-(`scope["path"]`). The log has the method, the route's template, the status, times and counts of tokens: nothing that
-anyone said. What no code of ours raised on purpose becomes "internal error", and its traceback goes nowhere.
+(`scope["path"]`). The log has the request's id, the method, the route's template, the status, times and counts of
+tokens: nothing that anyone said. What no code of ours raised on purpose becomes "internal error"; the log says where it
+was (`log.py`), and both have the id.
 
 Elsewhere: the table is `app.py`; keys and limits are the room `guard`.
 """
@@ -16,10 +17,11 @@ import ipaddress
 import json
 import logging
 import re
+import secrets
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NotRequired
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,12 +32,14 @@ from argosy.guard.keys import Key, KeyRing
 from argosy.guard.keys import Scope as KeyScope
 from argosy.guard.limits import Limits, TooMany
 from argosy.serve.fields import closed
+from argosy.serve.log import where_it_failed
 
 log = logging.getLogger("argosy.serve")
 
 MAX_BODY_BYTES = 8 << 20
 # Bodies of all requests that are being answered: the memory plan knows nothing of them.
 MAX_HELD_BYTES = 32 << 20
+NO_ROOM = "argosy.no_room"  # in a request's state: it came by a connection beyond the bound
 BODY_STALL_S = 15.0  # between two parts of a body
 BODY_S = 60.0
 Dialect = Literal["openai", "anthropic"]
@@ -71,6 +75,7 @@ class Caller:
     limits: Limits | None = None
     num_prompt_tokens: int = 0
     num_new_tokens: int = 0
+    request_id: str = field(default_factory=lambda: "req_" + secrets.token_hex(12))
 
     @property
     def tenant(self) -> str:
@@ -137,18 +142,23 @@ class AnthropicError(TypedDict):
 
     type: Literal["error"]
     error: AnthropicFacts
+    request_id: NotRequired[str]
 
 
-def error_body(error: BaseException, dialect: Dialect) -> tuple[int, OpenAIError | AnthropicError]:
-    """Status and body of a failure, in the dialect's own shape."""
+def error_body(
+    error: BaseException, dialect: Dialect, request_id: str
+) -> tuple[int, OpenAIError | AnthropicError]:
+    """Status and body of a failure, in the dialect's own shape; one of ours is told with the id that the log has."""
     status = error.http_status if isinstance(error, ArgosyError) else 500
-    message = str(error) if isinstance(error, ArgosyError) else "internal error"
-    if isinstance(error, ArgosyError) and status >= 500 and status != 503:
-        message = type(error).__name__ + ": the answer could not be finished"  # paths stay here
+    message, is_ours = str(error), status >= 500 and status != 503
+    if is_ours:  # its own words, and paths in them, stay here
+        known = f"{type(error).__name__}: the answer could not be finished"
+        message = f"{known if isinstance(error, ArgosyError) else 'internal error'} (request {request_id})"
     unnamed = "invalid_request_error" if status < 500 else "api_error"
     kind, anthropic = _TYPES.get(status, (unnamed.replace("api_error", "server_error"), unnamed))
     if dialect == "anthropic":
-        return status, {"type": "error", "error": {"type": anthropic, "message": message}}
+        body: AnthropicError = {"type": "error", "error": {"type": anthropic, "message": message}}
+        return status, {**body, "request_id": request_id} if is_ours else body
     found = error.facts.get("param") if isinstance(error, ArgosyError) else None
     param = found if isinstance(found, str) else None
     code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
@@ -166,6 +176,12 @@ def error_headers(error: BaseException, status: int) -> dict[str, str]:
     if status in (408, 413, 503):  # what is left of the body would be read as a request
         headers["connection"] = "close"
     return headers
+
+
+def report(error: BaseException, caller: Caller) -> None:
+    """Log a failure that no code of ours raised on purpose."""
+    if not isinstance(error, ArgosyError):
+        log.error("%s internal error: %s", caller.request_id, where_it_failed(error))
 
 
 @dataclass(slots=True)
@@ -210,13 +226,14 @@ class Gate:
             return
         began, count = time.monotonic(), _Count()
         policy: Policy | None = None
-        caller = Caller(limits=self._limits)
+        caller, dialect = Caller(limits=self._limits), dialect_of(scope["path"])
+        named = (b"request-id" if dialect == "anthropic" else b"x-request-id", caller.request_id.encode())
 
         async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start":
                 count.status, count.has_begun = message["status"], True
                 own = {name for name, _ in message.get("headers", ())}
-                extra = [pair for pair in SECURITY_HEADERS if pair[0] not in own]
+                extra = [pair for pair in (*SECURITY_HEADERS, named) if pair[0] not in own]
                 message = {**message, "headers": [*message.get("headers", ()), *extra]}
             await send(message)
 
@@ -229,8 +246,9 @@ class Gate:
             held_bytes += num_bytes
             self._held_bytes += num_bytes
 
-        dialect = dialect_of(scope["path"])
         try:
+            if NO_ROOM in scope.get("state", ()):
+                raise Overloaded("the server has as many connections as it may", retry_after_s=1)
             headers = _headers(scope)
             self._check_host(headers)
             policy = self._route(scope["method"], scope["path"])
@@ -255,15 +273,14 @@ class Gate:
         except GoneAway:
             count.status = count.status or 499
         except Exception as error:
-            if not isinstance(error, ArgosyError):
-                log.error("internal error: %s", type(error).__name__)
+            report(error, caller)
             if not count.has_begun:
-                await send_error(error, dialect, send_on)
+                await send_error(error, dialect, send_on, caller.request_id)
         seconds = time.monotonic() - began
         route = policy.path if policy is not None else "none"
         self._observe(route, count.status, seconds)
         log.info(
-            "%s %s %d %.3f s, %d prompt, %d new",
+            "%s %s %s %d %.3f s, %d prompt, %d new", caller.request_id,
             scope["method"] if policy is not None else "-", route, count.status, seconds,
             caller.num_prompt_tokens, caller.num_new_tokens,
         )  # fmt: skip
@@ -311,12 +328,10 @@ class Gate:
             raise Refused(403, "requests from pages of other sites are not answered")
 
 
-async def send_error(
-    error: BaseException, dialect: Dialect, send: Send, extra: Sequence[tuple[bytes, bytes]] = ()
-) -> None:
-    status, body = error_body(error, dialect)
+async def send_error(error: BaseException, dialect: Dialect, send: Send, request_id: str) -> None:
+    status, body = error_body(error, dialect, request_id)
     data = json.dumps(body).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data)), *extra]
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]
     headers += [(name.encode(), value.encode()) for name, value in error_headers(error, status).items()]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": data})
@@ -388,5 +403,6 @@ __all__ = [
     "dialect_of",
     "error_body",
     "error_headers",
+    "report",
     "send_error",
 ]

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyRing
 from argosy.guard.limits import Limits
+from argosy.serve.log import where_it_failed
 
 log = logging.getLogger("argosy.serve")
 
@@ -49,7 +50,7 @@ class KeyWatch:
             try:
                 self._turn()
             except Exception as error:  # the next turn comes, whatever this one met
-                log.error("keys: %s", type(error).__name__)
+                log.error("keys: %s", where_it_failed(error))
 
     def _turn(self) -> None:
         for key_id in self._ring.look():

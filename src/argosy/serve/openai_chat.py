@@ -330,7 +330,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     headers = ignored_header(ignored)
     dialect = _Chat(service, body, answers)
     if body.stream:
-        return EventStream(dialect.stream(), answers.cancel, headers=headers)
+        return EventStream(dialect.stream(), caller, answers.cancel, headers=headers)
     return JSONResponse(await until_gone(request, dialect.whole(), answers.cancel), headers=headers)
 
 

@@ -137,7 +137,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
 
     headers = ignored_header(body.ignored())
     if body.stream:
-        return EventStream(dialect.stream(), close, headers=headers)
+        return EventStream(dialect.stream(), caller, close, headers=headers)
     return JSONResponse(await until_gone(request, dialect.whole(), close), headers=headers)
 
 

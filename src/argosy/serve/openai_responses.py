@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from copy import deepcopy
-from typing import Annotated, Any, Literal, NotRequired, cast
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Discriminator, Field, Tag
 from starlette.requests import Request
@@ -23,7 +23,6 @@ from starlette.responses import JSONResponse, Response
 from typing_extensions import TypedDict
 
 from argosy.config import SamplingParams
-from argosy.errors import ArgosyError
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import (
     ReasoningDelta,
@@ -303,6 +302,7 @@ class ReasoningText(TypedDict):
 
 
 Progress = Literal["in_progress", "completed"]
+Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
 
 @closed
@@ -361,7 +361,7 @@ class Answer(TypedDict):
     id: str
     object: Literal["response"]
     created_at: int
-    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    status: Status
     error: Failure | None
     incomplete_details: Incomplete | None
     instructions: str | None
@@ -390,33 +390,44 @@ class InputTokens(TypedDict):
     input_tokens: int
 
 
+_About = Literal[
+    "response.created", "response.in_progress", "response.completed", "response.incomplete", "response.failed"
+]  # fmt: skip
+_AboutItem = Literal["response.output_item.added", "response.output_item.done"]
+_AboutPart = Literal["response.content_part.added", "response.content_part.done"]
+
+
 class Numbered(TypedDict):
     sequence_number: int
 
 
 @closed
 class ResponseEvent(Numbered):
-    type: Literal[
-        "response.created", "response.in_progress", "response.completed", "response.incomplete", "response.failed"
-    ]  # fmt: skip
+    type: _About
     response: Answer
 
 
 @closed
 class ItemEvent(Numbered):
-    type: Literal["response.output_item.added", "response.output_item.done"]
+    type: _AboutItem
     output_index: int
     item: SaidItem
 
 
-class Placed(Numbered):
+class Place(TypedDict):
+    """Where in a response an event belongs."""
+
     output_index: int
     item_id: str
 
 
+class Placed(Numbered, Place):
+    pass
+
+
 @closed
 class PartEvent(Placed):
-    type: Literal["response.content_part.added", "response.content_part.done"]
+    type: _AboutPart
     content_index: int
     part: OutputText | ReasoningText
 
@@ -474,7 +485,10 @@ async def responses(body: ResponsesBody, request: Request) -> Response:
     headers = ignored_header(ignored)
     dialect = _Responses(service, body, answers)
     if body.stream:
-        return EventStream(dialect.stream(), answers.cancel, headers=headers)
+        return EventStream(
+            dialect.stream(), caller, answers.cancel, headers=headers,
+            failed=lambda error: dialect.failed(error, caller),
+        )  # fmt: skip
     return JSONResponse(await until_gone(request, dialect.whole(), answers.cancel), headers=headers)
 
 
@@ -486,35 +500,35 @@ class _Responses:
         self._id = "resp_" + secrets.token_hex(16)
         self._created = int(time.time())
         self._number = 0
-        self._items: list[dict[str, Any]] = []
+        self._items: list[SaidItem] = []
         self._is_open = False
         self._logprobs: list[ScoredToken] = []  # of tokens whose text is still to come
 
     async def whole(self) -> Answer:
-        last: dict[str, Any] = {}
+        status: Status = "completed"
         async with self._answers as answers:
             async for step in answers.steps():
-                for _, data in self._take(step):
-                    last = data
-        response: Answer = last["response"]
-        return response
+                self._take(step)
+                if isinstance(step, Ended):
+                    status = _status(step)
+        return self._response(status)
 
     async def stream(self) -> AsyncIterator[bytes]:
         async with self._answers as answers:
-            for kind in ("response.created", "response.in_progress"):
-                yield sse(self._event(kind, response=self._response("in_progress"))[1], kind)
-            try:
-                async for step in answers.steps():
-                    for kind, data in self._take(step):
-                        yield sse(data, kind)
-            except ArgosyError as error:
-                said = error_body(error, "openai")[1]["error"]
-                failed = self._response("failed")
-                failed["error"] = {"code": "server_error", "message": said["message"]}
-                kind, data = self._event("response.failed", response=failed)
-                yield sse(data, kind)
+            yield _sent(self._about("response.created", "in_progress"))
+            yield _sent(self._about("response.in_progress", "in_progress"))
+            async for step in answers.steps():
+                for event in self._take(step):
+                    yield _sent(event)
 
-    def _take(self, step: object) -> list[tuple[str, dict[str, Any]]]:
+    def failed(self, error: Exception, caller: Caller) -> bytes:
+        """The last event of a stream that fails."""
+        _, body = error_body(error, "openai", caller.request_id)
+        event = self._about("response.failed", "failed")
+        event["response"]["error"] = {"code": "server_error", "message": body["error"]["message"]}
+        return _sent(event)
+
+    def _take(self, step: object) -> list[Event]:
         match step:
             case Said():
                 if step.logprob is not None:
@@ -523,97 +537,124 @@ class _Responses:
                     )
                 return [event for said in step.events for event in self._say(said)]
             case Ended():
-                closed = self._close()
-                status: Literal["incomplete", "completed"] = (
-                    "incomplete" if step.finish == "length" else "completed"
-                )
-                return [*closed, self._event(f"response.{status}", response=self._response(status))]
+                shut, status = self._close(), _status(step)
+                kind: _About = "response.incomplete" if status == "incomplete" else "response.completed"
+                return [*shut, self._about(kind, status)]
         return []
 
-    def _say(self, said: SaidEvent) -> list[tuple[str, dict[str, Any]]]:
+    def _say(self, said: SaidEvent) -> list[Event]:
         match said:
             case TextDelta():
-                return self._more("message", "output_text", said.text)
+                return self._more("message", said.text)
             case ReasoningDelta():
-                return self._more("reasoning", "reasoning_text", said.text)
+                return self._more("reasoning", said.text)
             case ToolCallBegin():
                 self._logprobs = []
-                item = {"type": "function_call", "call_id": said.id, "name": said.name, "arguments": ""}
-                return [*self._close(), self._begin("fc_", item)]
+                shut = self._close()
+                call: SaidCall = {
+                    "id": _item_id("fc_"), "status": "in_progress", "type": "function_call", "call_id": said.id,
+                    "name": said.name, "arguments": "",
+                }  # fmt: skip
+                return [*shut, self._begin(call)]
             case ToolCallArguments():
-                self._items[-1]["arguments"] += said.json_fragment
-                return [
-                    self._event(
-                        "response.function_call_arguments.delta", **self._at(), delta=said.json_fragment
-                    )
-                ]
+                item = self._items[-1]
+                assert item["type"] == "function_call"
+                item["arguments"] += said.json_fragment
+                more: ArgumentsDeltaEvent = {
+                    "type": "response.function_call_arguments.delta", "sequence_number": self._next(), **self._at(),
+                    "delta": said.json_fragment,
+                }  # fmt: skip
+                return [more]
             case ToolCallEnd():
                 return self._close()
 
-    def _more(self, kind: str, part: str, text: str) -> list[tuple[str, dict[str, Any]]]:
-        events = []
-        if not self._is_open or self._items[-1]["type"] != kind:
-            item: dict[str, Any] = {"type": kind, "content": []}
-            if kind == "message":
-                item["role"] = "assistant"
-            else:
-                item["summary"] = []
-            events = [*self._close(), self._begin("msg_" if kind == "message" else "rs_", item)]
-            content: dict[str, Any] = {"type": part, "text": ""}
-            if kind == "message":
-                content |= {"annotations": [], "logprobs": []}
-            shown = deepcopy(content)  # as it is now; it grows
-            events.append(
-                self._event("response.content_part.added", **self._at(), content_index=0, part=shown)
-            )
-            self._items[-1]["content"].append(content)
-        self._items[-1]["content"][0]["text"] += text
-        more: dict[str, Any] = {}
-        logprobs, self._logprobs = self._logprobs, []
+    def _more(self, kind: Literal["message", "reasoning"], text: str) -> list[Event]:
+        goes_on = self._is_open and self._items[-1]["type"] == kind
+        begun = [] if goes_on else self._begin_text(kind)
+        item, logprobs = self._items[-1], self._logprobs
+        self._logprobs = []
+        at = self._at()
+        delta: TextDeltaEvent = {
+            "type": "response.reasoning_text.delta", "sequence_number": self._next(), "content_index": 0, "delta": text,
+            "output_index": at["output_index"], "item_id": at["item_id"],
+        }  # fmt: skip
+        if item["type"] == "message":
+            item["content"][0]["text"] += text
+            item["content"][0]["logprobs"] += logprobs
+            delta["type"], delta["logprobs"] = "response.output_text.delta", logprobs
+        elif item["type"] == "reasoning":
+            item["content"][0]["text"] += text
+        return [*begun, delta]
+
+    def _begin_text(self, kind: Literal["message", "reasoning"]) -> list[Event]:
+        """An item and its only part, both empty."""
+        events = self._close()
+        part: OutputText | ReasoningText
         if kind == "message":
-            self._items[-1]["content"][0]["logprobs"] += logprobs
-            more["logprobs"] = logprobs
-        events.append(
-            self._event(f"response.{part}.delta", **self._at(), content_index=0, delta=text, **more)
-        )
-        return events
+            message: SaidMessage = {
+                "id": _item_id("msg_"), "status": "in_progress", "type": "message", "role": "assistant", "content": [],
+            }  # fmt: skip
+            events.append(self._begin(message))
+            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+            message["content"].append(part)
+        else:
+            thought: SaidThought = {
+                "id": _item_id("rs_"), "status": "in_progress", "type": "reasoning", "summary": [], "content": [],
+            }  # fmt: skip
+            events.append(self._begin(thought))
+            part = {"type": "reasoning_text", "text": ""}
+            thought["content"].append(part)
+        return [*events, self._about_part("response.content_part.added", deepcopy(part))]
 
-    def _begin(self, prefix: str, item: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    def _begin(self, item: SaidItem) -> ItemEvent:
         self._is_open = True
-        self._items.append({"id": prefix + secrets.token_hex(12), "status": "in_progress", **item})
-        at = len(self._items) - 1
-        shown = deepcopy(self._items[-1])
-        return self._event("response.output_item.added", output_index=at, item=shown)
+        self._items.append(item)
+        return self._about_item("response.output_item.added", deepcopy(item))  # as it is now; it grows
 
-    def _close(self) -> list[tuple[str, dict[str, Any]]]:
+    def _close(self) -> list[Event]:
         if not self._is_open:
             return []
         self._is_open = False
         item = self._items[-1]
         item["status"] = "completed"
-        at = self._at()
+        events: list[Event] = []
         if item["type"] == "function_call":
-            named = {"name": item["name"], "arguments": item["arguments"]}
-            events = [self._event("response.function_call_arguments.done", **at, **named)]
+            arguments: ArgumentsDoneEvent = {
+                "type": "response.function_call_arguments.done", "sequence_number": self._next(), **self._at(),
+                "name": item["name"], "arguments": item["arguments"],
+            }  # fmt: skip
+            events.append(arguments)
         else:
-            part = item["content"][0]
-            more: dict[str, Any] = {"logprobs": part["logprobs"]} if item["type"] == "message" else {}
-            events = [
-                self._event(
-                    f"response.{part['type']}.done", **at, content_index=0, text=part["text"], **more
-                ),
-                self._event("response.content_part.done", **at, content_index=0, part=part),
-            ]
-        return [*events, self._event("response.output_item.done", output_index=at["output_index"], item=item)]
+            part, at = item["content"][0], self._at()
+            text: TextDoneEvent = {
+                "type": "response.reasoning_text.done", "sequence_number": self._next(), "content_index": 0,
+                "text": part["text"], "output_index": at["output_index"], "item_id": at["item_id"],
+            }  # fmt: skip
+            if part["type"] == "output_text":
+                text["type"], text["logprobs"] = "response.output_text.done", part["logprobs"]
+            events += [text, self._about_part("response.content_part.done", part)]
+        return [*events, self._about_item("response.output_item.done", item)]
 
-    def _at(self) -> dict[str, Any]:
+    def _next(self) -> int:
+        self._number += 1
+        return self._number - 1
+
+    def _at(self) -> Place:
         return {"output_index": len(self._items) - 1, "item_id": self._items[-1]["id"]}
 
-    def _event(self, kind: str, **data: Any) -> tuple[str, dict[str, Any]]:
-        self._number += 1
-        return kind, {"type": kind, "sequence_number": self._number - 1, **data}
+    def _about(self, kind: _About, status: Status) -> ResponseEvent:
+        return {"type": kind, "sequence_number": self._next(), "response": self._response(status)}
 
-    def _response(self, status: Literal["in_progress", "completed", "incomplete", "failed"]) -> Answer:
+    def _about_item(self, kind: _AboutItem, item: SaidItem) -> ItemEvent:
+        number, index = self._next(), len(self._items) - 1
+        return {"type": kind, "sequence_number": number, "output_index": index, "item": item}
+
+    def _about_part(self, kind: _AboutPart, part: OutputText | ReasoningText) -> PartEvent:
+        return {
+            "type": kind, "sequence_number": self._next(), **self._at(), "content_index": 0, "part": part,
+        }  # fmt: skip
+
+    def _response(self, status: Status) -> Answer:
         body, answers = self._body, self._answers
         usage: ResponseUsage | None = None
         if status in ("completed", "incomplete"):
@@ -629,7 +670,7 @@ class _Responses:
             "id": self._id, "object": "response", "created_at": self._created, "status": status, "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": body.instructions, "model": self._service.model.id,
-            "output": cast(list[SaidItem], list(self._items)),
+            "output": list(self._items),
             "parallel_tool_calls": body.parallel_tool_calls is not False, "previous_response_id": None,
             "store": False, "temperature": 1.0 if body.temperature is None else body.temperature,
             "top_p": 1.0 if body.top_p is None else body.top_p,
@@ -644,3 +685,15 @@ class _Responses:
 def _echoed(given: TextOptions | ReasoningOptions | None) -> dict[str, Any]:
     """As the client sent it."""
     return {} if given is None else given.model_dump(exclude_unset=True, by_alias=True)
+
+
+def _status(step: Ended) -> Literal["incomplete", "completed"]:
+    return "incomplete" if step.finish == "length" else "completed"
+
+
+def _item_id(prefix: str) -> str:
+    return prefix + secrets.token_hex(12)
+
+
+def _sent(event: Event) -> bytes:
+    return sse(event, event["type"])

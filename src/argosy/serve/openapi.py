@@ -137,11 +137,11 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
 def _statuses(route: Route) -> list[str]:
     """What a request can be refused with."""
     policy = route.policy
-    found = {"400", "403", "500", *route.refusals}
+    found = {"400", "403", "500", "503", *route.refusals}
     found |= {"401"} if policy.scope is not None else set()
     found |= {"404"} if "{" in policy.path else set()
     found |= {"408", "413", "415"} if policy.method == "POST" else set()
-    found |= {"429", "503"} if policy.is_counted else set()
+    found |= {"429"} if policy.is_counted else set()
     return sorted(found)
 
 

@@ -6,8 +6,10 @@ Elsewhere: the application is `app.py`; options are `cli/serve.py`.
 from __future__ import annotations
 
 import asyncio
+import functools
 import ipaddress
 import logging
+import resource
 import socket
 import sys
 from collections.abc import Collection
@@ -26,17 +28,23 @@ from argosy.guard.limits import Limits, UseFile
 from argosy.prompt.replay import ReplayMemory
 from argosy.serve.app import make_app
 from argosy.serve.core import ModelFacts, Service
-from argosy.serve.gate import Gate
+from argosy.serve.gate import NO_ROOM, Gate
 from argosy.serve.key_watch import KeyWatch
+from argosy.serve.log import LogWriter, where_it_failed
 
 if TYPE_CHECKING:
     from argosy.engine.engine import Engine
 
+MAX_CONNECTIONS = 512
+_TOLD_CONNECTIONS = (
+    64  # beyond the bound, which still hear that there is no room; more are closed without a word
+)
+_OTHER_FILES = 256  # that may be open beside connections: of the model, of prompts
+KEEP_ALIVE_S = 15  # a connection may be idle for so long
 HEADER_S = 15.0  # a client has so long for the head of a request
 STUCK_S = 60.0  # one that takes nothing of an answer for so long is gone
 # What the system keeps for a client that does not read; its own choice is megabytes.
 _SEND_BUFFER_BYTES = 128 << 10
-_REPLAY_BYTES = 16 << 20
 
 
 def require_keys(host: str, keys: Path | None) -> None:
@@ -56,9 +64,23 @@ def require_keys(host: str, keys: Path | None) -> None:
         )
 
 
+def _make_room_for_files(max_connections: int) -> None:
+    """A server that cannot open one more file accepts nobody, and says nothing: see to it before it starts."""
+    needed = max_connections + _TOLD_CONNECTIONS + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UsageError(
+            f"{max_connections} connections need {needed} open files, and {hard} are allowed",
+            hint=f"`ulimit -Hn {needed}`, or --max-connections {max(1, hard - needed + max_connections)}",
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 class TimedProtocol(H11Protocol):
     """HTTP/1.1 whose request heads have to come within HEADER_S, and whose answers are read, or it hangs up.
 
+    Beyond `max_connections` a connection's request is refused by the gate, in its own dialect, and it is closed.
     What a client does not take waits: the answer's next part is not made before the last is gone. One that takes
     nothing of it for STUCK_S is hung up on, also when its answer is whole and only the connection's end waits.
     """
@@ -66,8 +88,18 @@ class TimedProtocol(H11Protocol):
     _head_timer: asyncio.TimerHandle | None = None
     _stuck_timer: asyncio.TimerHandle | None = None
 
+    def __init__(self, *args: Any, max_connections: int, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._max_connections = max_connections
+
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        beyond = len(self.connections) - self._max_connections
+        if beyond > _TOLD_CONNECTIONS:
+            transport.abort()
+            return
+        if beyond > 0:
+            self.app_state = {**self.app_state, NO_ROOM: True}
         transport.set_write_buffer_limits(high=0)  # paused is: something waits
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         self._expect_head()
@@ -136,14 +168,16 @@ class _Server(uvicorn.Server):
         await draining
 
 
-def uvicorn_config(app: Gate, *, host: str, port: int, grace_s: float) -> uvicorn.Config:
+def uvicorn_config(
+    app: Gate, *, host: str, port: int, grace_s: float, max_connections: int = MAX_CONNECTIONS
+) -> uvicorn.Config:
     """How uvicorn is to run `app`: it logs nothing, says nothing of itself, and waits for nobody for long."""
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # it would log what failed with what it held
     return uvicorn.Config(
         app,
         host=host,
         port=port,
-        http=TimedProtocol,
+        http=functools.partial(TimedProtocol, max_connections=max_connections),  # type: ignore[arg-type]
         loop="asyncio",
         ws="none",
         lifespan="off",
@@ -152,7 +186,7 @@ def uvicorn_config(app: Gate, *, host: str, port: int, grace_s: float) -> uvicor
         server_header=False,
         date_header=False,
         proxy_headers=False,
-        timeout_keep_alive=15,
+        timeout_keep_alive=KEEP_ALIVE_S,
         h11_max_incomplete_event_size=32 << 10,
         timeout_graceful_shutdown=int(grace_s),
         backlog=1024,
@@ -168,20 +202,21 @@ def serve(
     keys: Path | None = None,
     hosts: Collection[str] = (),
     drain_s: float = 30.0,
+    max_connections: int = MAX_CONNECTIONS,
     keep_billing_line: bool = False,
 ) -> None:
-    """Serve `engine` until a signal says otherwise."""
+    """Serve `engine` until a signal says otherwise; answers are replayed as far as its plan has room for them."""
     require_keys(host, keys)
+    _make_room_for_files(max_connections)
     ring = KeyRing(None if keys is None else KeyFile(keys))
     counts = None if keys is None else UseFile(keys.with_name(keys.name + ".use"))
     limits = Limits(file=counts, known=ring.ids)
     if keys is not None:
         engine.forget_others(["", *ring.ids])  # of keys that were revoked while nobody served
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    writer = LogWriter(sys.stderr.fileno())
     log = logging.getLogger("argosy.serve")
     log.setLevel(logging.INFO)
-    log.handlers = [handler]
+    log.handlers = [writer]
     config = engine.config
     model = ModelFacts(
         id=name,
@@ -192,9 +227,9 @@ def serve(
         experts_per_token=config.experts_per_token,
         vocab_size=config.vocab_size,
     )
-    prompts = engine.prompts.remembering(ReplayMemory(max_bytes=_REPLAY_BYTES))
+    prompts = engine.prompts.remembering(ReplayMemory(max_bytes=engine.plan.replay_bytes))
     try:
-        with EngineLoop(engine, report=lambda error: log.error("engine: %s", type(error).__name__)) as loop:
+        with EngineLoop(engine, report=lambda error: log.error("engine: %s", where_it_failed(error))) as loop:
             service = Service(loop, prompts, engine.tokenizer, model, keep_billing_line=keep_billing_line)
             app = make_app(
                 service,
@@ -204,10 +239,15 @@ def serve(
                 hosts=hosts,
                 limits=limits,
             )
-            settings = uvicorn_config(app, host=host, port=port, grace_s=drain_s + 5)
+            settings = uvicorn_config(
+                app, host=host, port=port, grace_s=drain_s + 5, max_connections=max_connections
+            )
             shown = f"[{host}]" if ":" in host else host
             print(f"serving {name} at http://{shown}:{port}", file=sys.stderr, flush=True)
             with KeyWatch(ring, limits, service.revoke):
                 _Server(settings, service, loop, drain_s).run()
     finally:
-        limits.close()
+        try:
+            limits.close()
+        finally:
+            writer.close()

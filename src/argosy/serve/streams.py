@@ -15,8 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from argosy.errors import ArgosyError
-from argosy.serve.gate import Dialect, GoneAway, error_body
+from argosy.serve.gate import Caller, Dialect, GoneAway, error_body, report
 
 KEEP_ALIVE_S = 10.0
 DONE = "[DONE]"  # OpenAI's last event
@@ -29,6 +28,12 @@ def sse(data: object, event: str | None = None) -> bytes:
     text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     head = b"" if event is None else f"event: {event}\n".encode()
     return head + f"data: {text}\n\n".encode("utf-8", "replace")
+
+
+def error_event(error: Exception, dialect: Dialect, caller: Caller) -> bytes:
+    """A failure as the last event of a stream."""
+    _, body = error_body(error, dialect, caller.request_id)
+    return sse(body, "error" if dialect == "anthropic" else None)
 
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, T], close: Callable[[], None]) -> T:
@@ -59,8 +64,9 @@ async def _gone(receive: Receive) -> None:
 class EventStream(Response):
     """Events as they come, a comment every KEEP_ALIVE_S while none does, and an error as the last event.
 
-    `close` is called at the end, also when the client was gone before the first event was asked for. The next event is
-    asked for when the last is on its way; who takes nothing is hung up on by the connection (`run.TimedProtocol`).
+    `failed` makes that event of what went wrong, where the dialect has one of its own. `close` is called at the end,
+    also when the client was gone before the first event was asked for. The next event is asked for when the last is on
+    its way; who takes nothing is hung up on by the connection (`run.TimedProtocol`).
     """
 
     media_type = "text/event-stream"
@@ -68,16 +74,18 @@ class EventStream(Response):
     def __init__(
         self,
         parts: AsyncIterator[bytes],
+        caller: Caller,
         close: Callable[[], None] = lambda: None,
         *,
-        dialect: Dialect = "openai",
+        failed: Callable[[Exception], bytes] | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(headers={"x-accel-buffering": "no", **(headers or {})})
         del self.headers["content-length"]
         self._parts = parts
         self._close = close
-        self._dialect: Dialect = dialect
+        self._caller = caller
+        self._failed = failed or (lambda error: error_event(error, "openai", caller))
         self._written_at = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -106,9 +114,9 @@ class EventStream(Response):
                 await asyncio.sleep(
                     0
                 )  # where parts lie ready: others have a turn, and hear that this client left
-        except ArgosyError as error:
-            _, body = error_body(error, self._dialect)
-            await write(sse(body, "error" if self._dialect == "anthropic" else None))
+        except Exception as error:
+            report(error, self._caller)
+            await write(self._failed(error))
         finally:
             keeping_alive.cancel()
             await asyncio.gather(keeping_alive, return_exceptions=True)

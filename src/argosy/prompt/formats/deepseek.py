@@ -16,9 +16,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from argosy.prompt.formats.format import BlockFormat, call_of, ends_inside_string, inside_of
+from argosy.prompt.formats.format import BlockFormat, call_of, ends_inside_string, halves, inside_of
 from argosy.prompt.formats.lark import Lark
-from argosy.prompt.formats.parser import Mark, Reading
+from argosy.prompt.formats.parser import Reading
 from argosy.prompt.tools import Tool
 
 BEGIN, END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
@@ -34,11 +34,10 @@ class DeepSeekV31(BlockFormat):
     inside = (SEPARATOR,)
 
     def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
-        inside = inside_of(block, END)
-        at = next((at for at, lexeme in enumerate(inside) if isinstance(lexeme, Mark)), len(inside))
-        head, tail = "".join(inside[:at]).strip(), "".join(inside[at + 1 :])
-        if inside[at : at + 1] != [SEPARATOR]:
+        parts = halves(inside_of(block, END), SEPARATOR)
+        if parts is None:
             return None
+        head, tail = parts[0].strip(), parts[1]
         fenced = _FENCED.fullmatch(tail)
         call = call_of(fenced[1], fenced[2], tools) if fenced else call_of(head, tail.strip(), tools)
         if call is None:

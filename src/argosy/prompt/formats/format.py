@@ -106,9 +106,10 @@ class Format(ABC):
     ) -> tuple[str, Trigger]:
         """Lark text of the calls of an answer that may call tools, and where it begins to be followed: at their mark.
 
-        What comes before is free, and so are thoughts, in which a mark is none. Behind the calls the answer ends.
+        What comes before is free, and so are thoughts, in which a mark is none. Behind the calls the answer ends. Where
+        one of the tools is strict, the grammar says which schemas may be left out: those of the others.
         """
-        lark = Lark(self.lexer)
+        lark = Lark(self.lexer, frees_tools=any(tool.is_strict for tool in tools))
         calls, words = self._lazy_calls(lark, tools, parallel)
         pauses, resumes = self._free_stretches()
         return lark.text(calls), Trigger(
@@ -217,6 +218,14 @@ def inside_of(block: Sequence[str], closing: str) -> list[str]:
     """A block's lexemes without the marks around it."""
     is_closed = isinstance(block[-1], Mark) and block[-1] == closing
     return list(block[1:-1] if is_closed else block[1:])
+
+
+def halves(lexemes: Sequence[str], mark: str) -> tuple[str, str] | None:
+    """Text before the first mark and all that is behind it, if it is `mark`."""
+    for at, lexeme in enumerate(lexemes):
+        if isinstance(lexeme, Mark):
+            return ("".join(lexemes[:at]), "".join(lexemes[at + 1 :])) if lexeme == mark else None
+    return None
 
 
 def call_of(

@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from argosy.prompt.formats.format import BlockFormat, call_of, ends_inside_string, inside_of
+from argosy.prompt.formats.format import BlockFormat, call_of, ends_inside_string, halves, inside_of
 from argosy.prompt.formats.lark import Lark
-from argosy.prompt.formats.parser import Mark, Reading
+from argosy.prompt.formats.parser import Reading
 from argosy.prompt.messages import Call
 from argosy.prompt.tools import Tool
 
@@ -30,11 +30,12 @@ class KimiK2(BlockFormat):
     inside = (ARGUMENTS,)
 
     def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
-        inside = inside_of(block, END)
-        at = next((at for at, lexeme in enumerate(inside) if isinstance(lexeme, Mark)), len(inside))
-        own_id, arguments = "".join(inside[:at]).strip(), "".join(inside[at + 1 :])
+        parts = halves(inside_of(block, END), ARGUMENTS)
+        if parts is None:
+            return None
+        own_id, arguments = parts[0].strip(), parts[1]
         named = _ID.fullmatch(own_id)
-        if inside[at : at + 1] != [ARGUMENTS] or named is None:
+        if named is None:
             return None
         call = call_of(named[1], arguments.strip(), tools, own_id)
         if call is None:

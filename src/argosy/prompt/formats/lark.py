@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
+from argosy.config import LENIENT_SCHEMA
 from argosy.prompt.formats.parser import Lexer
 from argosy.prompt.json_text import write_json
 from argosy.prompt.tools import Tool, types_of
@@ -26,15 +27,21 @@ _ANNOTATIONS = (
     "deprecated",
     "readOnly",
     "writeOnly",
+    LENIENT_SCHEMA,  # not for callers to say
 )
 _NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _VALUES = ("enum", "const", "required")
 
 
 class Lark:
-    """One grammar in the making; `text` gives it out."""
+    """One grammar in the making; `text` gives it out.
 
-    def __init__(self, lexer: Lexer) -> None:
+    Args:
+        frees_tools: schemas of tools that are not strict may be left out where they cannot be followed.
+    """
+
+    def __init__(self, lexer: Lexer, *, frees_tools: bool = False) -> None:
+        self._frees_tools = frees_tools
         self._ids = {str(mark): token_id for token_id, mark in lexer.ids.items()}
         self._rules: dict[str, str] = {}  # body to name, with its options
 
@@ -67,16 +74,19 @@ class Lark:
             return f"{self.rule(_ANYTHING)} {self.mark(mark)}"
         return self.rule(rf"/(.|\n)*{_in_regex(before + mark)}/", "[lazy]")
 
-    def json(self, schema: object) -> str:
-        """JSON of `schema`."""
-        return self.rule(f"%json {write_json(without_annotations(schema))}")
+    def json(self, schema: object, tool: Tool | None = None) -> str:
+        """JSON of `schema`, which is an argument of `tool` or all of them."""
+        plain = without_annotations(schema)
+        if self._frees_tools and tool is not None and not tool.is_strict and isinstance(plain, dict):
+            plain = {**plain, LENIENT_SCHEMA: True}
+        return self.rule(f"%json {write_json(plain)}")
 
     def arguments(self, tool: Tool) -> str:
         """The JSON object of a call's arguments; names that the tool does not declare only where it says so."""
         schema = dict(tool.parameters)
         if not any(key in schema for key in _OPEN_SCHEMA):
             schema["additionalProperties"] = False
-        return self.json(schema)
+        return self.json(schema, tool)
 
     def bare_values(self, tool: Tool, form: ValueForm) -> str:
         """The arguments of a call where each is written by itself, in the order of the tool's parameters."""
@@ -96,7 +106,7 @@ class Lark:
             return form.text_and_after(self)
         whole = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
         assert isinstance(schema, Mapping)  # it has types
-        return f"{self.json({**whole, **schema})} {form.after(self)}"
+        return f"{self.json({**whole, **schema}, tool)} {form.after(self)}"
 
 
 def without_annotations(schema: object) -> object:

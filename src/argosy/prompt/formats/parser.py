@@ -29,6 +29,7 @@ from argosy.prompt.formats.events import (
     ToolCallEnd,
 )
 from argosy.prompt.json_text import write_json
+from argosy.prompt.stop import longest_start
 from argosy.prompt.tools import Tool
 
 if TYPE_CHECKING:
@@ -89,20 +90,9 @@ class Lexer:
             lexemes += [text[at : found.start()], Mark(found[0])]
             at = found.end()
         rest = text[at:]
-        num_held = 0 if is_end else self._num_held(rest)
+        num_held = 0 if is_end else longest_start(rest, self.spelled)
         lexemes.append(rest[: len(rest) - num_held])
         return [lexeme for lexeme in lexemes if lexeme], rest[len(rest) - num_held :]
-
-    def _num_held(self, text: str) -> int:
-        longest = min(max(map(len, self.spelled)) - 1, len(text))
-        return next(
-            (
-                num
-                for num in range(longest, 0, -1)
-                if any(mark.startswith(text[-num:]) for mark in self.spelled)
-            ),
-            0,
-        )
 
 
 class Parser(ABC):

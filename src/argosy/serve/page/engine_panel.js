@@ -8,6 +8,7 @@ const HUES = {
   "dense weights": "blue",
   "KV cache": "violet",
   "recurrent state": "pink",
+  "replay": "pink",
   "working buffers": "amber",
   "staging": "olive",
   "expert cache": "teal",

@@ -1,0 +1,101 @@
+"""How many connections there may be, and for how long one may be idle."""
+
+from __future__ import annotations
+
+import resource
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+
+import httpx
+import pytest
+
+from argosy.errors import UsageError
+from argosy.guard.keys import KeyRing
+from argosy.serve import run
+from argosy.serve.app import make_app
+from argosy.serve.core import Service
+from tests.serve.conftest import start
+from tests.serve.dialects import DIALECTS, PATHS, greedy
+
+MOST = 3
+
+
+@pytest.fixture
+def address(service: Service) -> Iterator[tuple[str, int]]:
+    app = make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)
+    for url in start(app, max_connections=MOST):
+        host, _, port = url.removeprefix("http://").partition(":")
+        yield host, int(port)
+
+
+def connect(address: tuple[str, int], stack: ExitStack) -> socket.socket:
+    """A connection that the server has taken: it has answered one request."""
+    connection = stack.enter_context(socket.create_connection(address, timeout=20))
+    connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    found = b""
+    while b'{"status":"ok"}' not in found:
+        part = connection.recv(1 << 16)
+        assert part, found
+        found += part
+    return connection
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_connection_too_many_hears_503_in_its_dialect_and_is_closed(
+    address: tuple[str, int], dialect: str
+) -> None:
+    url = f"http://{address[0]}:{address[1]}{PATHS[dialect]}"
+    with ExitStack() as stack:
+        idle = [connect(address, stack) for _ in range(MOST)]
+        answer = httpx.post(url, json=greedy(dialect, "Hi", 1), timeout=20)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert answer.headers["connection"] == "close"
+        error = answer.json()
+        assert error["error"]["type"] == "overloaded_error"
+        assert error["error"]["message"] == "the server has as many connections as it may"
+        assert ("type" in error) == (dialect == "messages")
+        idle[0].close()  # and somebody else has room
+        deadline = time.monotonic() + 20
+        while httpx.post(url, json=greedy(dialect, "Hi", 1), timeout=20).status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_connections_without_end_are_closed_without_a_word(
+    address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_TOLD_CONNECTIONS", 2)
+    with ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(address, timeout=20)) for _ in range(MOST + 2)]
+        assert idle
+        more = stack.enter_context(socket.create_connection(address, timeout=20))
+        with suppress(ConnectionResetError):
+            assert more.recv(1) == b""
+
+
+def test_an_idle_connection_ends(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "KEEP_ALIVE_S", 1)
+    for url in start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)):
+        host, _, port = url.removeprefix("http://").partition(":")
+        with ExitStack() as stack:
+            connection = connect((host, int(port)), stack)
+            began = time.monotonic()
+            assert connection.recv(1) == b""
+            assert time.monotonic() - began < 10 < run.HEADER_S
+
+
+def test_more_connections_than_files_may_be_open_are_refused_before_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1024))
+    with pytest.raises(
+        UsageError, match="5000 connections need 5320 open files, and 1024 are allowed"
+    ) as refused:
+        run._make_room_for_files(5000)
+    assert "--max-connections 704" in str(refused.value)
+    raised: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
+    run._make_room_for_files(512)
+    assert raised == [(832, 1024)]

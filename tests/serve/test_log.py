@@ -1,0 +1,67 @@
+"""Lines of the log reach who reads them, and nobody waits for who does not."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import threading
+import time
+
+from argosy.serve.log import LogWriter
+
+
+def record(text: str) -> logging.LogRecord:
+    return logging.LogRecord("argosy.serve", logging.INFO, "", 0, text, None, None)
+
+
+def read_all(descriptor: int) -> str:
+    with os.fdopen(descriptor) as file:
+        return file.read()
+
+
+def test_lines_are_written_in_their_order_and_those_that_wait_at_the_end_too() -> None:
+    reader, writer = os.pipe()
+    log = LogWriter(writer)
+    for number in range(100):
+        log.handle(record(f"line {number}"))
+    log.close()
+    os.close(writer)
+    assert re.findall(r"line (\d+)", read_all(reader)) == [str(number) for number in range(100)]
+
+
+def test_nobody_waits_for_a_pipe_that_is_not_read_and_what_was_dropped_is_told() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    os.set_blocking(writer, True)
+    log = LogWriter(writer, most_lines=8)
+    began = time.monotonic()
+    for number in range(100):
+        log.handle(record(f"line {number}"))
+    assert time.monotonic() - began < 5
+
+    found: list[str] = []
+    reading = threading.Thread(target=lambda: found.append(read_all(reader)))
+    reading.start()
+    log.close()
+    os.close(writer)
+    reading.join(10)
+    numbers = re.findall(r"line (\d+)", found[0])
+    dropped = [int(count) for count in re.findall(r"(\d+) lines of the log were dropped", found[0])]
+    assert len(numbers) + sum(dropped) == 100
+    assert sum(dropped) >= 90
+    assert numbers == [str(number) for number in range(len(numbers))]
+
+
+def test_a_log_whose_reader_is_gone_fails_nobody() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    log = LogWriter(writer, most_lines=2)
+    for number in range(100):
+        log.handle(record(f"line {number}"))
+    log.close()
+    os.close(writer)
