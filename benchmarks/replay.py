@@ -311,24 +311,18 @@ def look_ahead(
         nonlocal now, drive_free, num_reads
         if not is_scan:
             policy.begin(layer)
-        keys = [(layer, expert) for expert in experts]
-        held = [key for key in keys if policy.slot(key) is not None]
-        missing = [key for key in keys if policy.slot(key) is None]
-        ready = now
-        for key in held:
-            policy.use(key, is_scan=is_scan)
-            ready = max(ready, landing.pop(key, 0.0))
-        for key in missing:
-            while policy.admit(key, is_scan=is_scan) is None:
-                for other in held:
-                    policy.unpin(other)
+        held, missing = policy.find(layer, experts)
+        policy.use(layer, held, is_scan=is_scan)
+        ready = max([now, *(landing.pop((layer, expert), 0.0) for expert in held)])
+        for expert in missing:
+            while policy.admit((layer, expert), is_scan=is_scan) is None:
+                policy.unpin(layer, held)
                 held = []
-            held.append(key)
+            held.append(expert)
             if not is_scan:
                 ready = drive_free = max(drive_free, now) + read_ms
                 num_reads += 1
-        for key in held:
-            policy.unpin(key)
+        policy.unpin(layer, held)
         now = ready
 
     def guess(layer: int, experts: Sequence[int]) -> None:
@@ -341,7 +335,7 @@ def look_ahead(
             if policy.admit(key, is_scan=True) is not None:
                 drive_free = landing[key] = max(drive_free, now) + read_ms
                 num_reads += 1
-                policy.unpin(key)
+                policy.unpin(layer, [key[1]])
 
     for layer, experts in enumerate(trace.prompt):
         lease(layer, experts, is_scan=True)

@@ -297,7 +297,7 @@ class BoundStack {
   BoundStack(Runtime& runtime, KvCache& kv, const Matrix& embedding, const Matrix& head,
              const Array& final_norm, float norm_eps, const Rotary& rotary,
              const ActivationOfNumbers& activation, const std::vector<LayerOfObjects>& layers,
-             const nb::dict& buffers, Arena* arena, const std::optional<Array>& resident_offsets,
+             const nb::dict& buffers, Arena* arena, const std::optional<Array>& offsets, bool is_leased,
              const nb::object& recurrent)
       : recurrent_(recurrent), hidden_(embedding.view.cols) {
     RecurrentState* state = recurrent.is_none() ? nullptr : nb::cast<RecurrentState*>(recurrent);
@@ -333,7 +333,11 @@ class BoundStack {
       std::visit(check_mixer, mixer->mixer);
       std::visit(check_ffn, ffn->ffn);
     }
-    if (resident_offsets) add_resident(description, *resident_offsets);
+    if (arena != nullptr) {
+      if (!offsets) refuse("an arena without the offsets of its experts");
+      read_offsets(description, *offsets);
+      if (!is_leased) add_resident(description);
+    }
     stack_ =
         std::make_unique<Stack>(runtime, kv, state, std::move(description), open_buffers(buffers, columns));
   }
@@ -406,11 +410,12 @@ class BoundStack {
     stack_->run_shared();
   }
 
-  void run_experts(const std::vector<int32_t>& expert_ids, const Array& offsets) {
-    const int64_t num_experts = int64_t(expert_ids.size());
-    const int64_t* at = read_array<int64_t>("offsets", offsets, {num_experts, 3});
-    const Layer& layer = stack_->description().layers[size_t(stack_->demand().layer)];
-    const std::vector<ExpertView> experts = view_routed(std::get<RoutedFfn>(layer.ffn), at, num_experts);
+  void run_experts(const std::vector<int32_t>& expert_ids) {
+    const int64_t layer = stack_->demand().layer;
+    const RoutedFfn& ffn = std::get<RoutedFfn>(stack_->description().layers[size_t(layer)].ffn);
+    require_ids("expert_ids", expert_ids.data(), int64_t(expert_ids.size()), num_experts_);
+    std::vector<ExpertView> experts;
+    for (const int32_t expert : expert_ids) experts.push_back(view_routed(ffn, layer, expert));
     nb::gil_scoped_release released;
     stack_->run_experts(expert_ids, experts);
   }
@@ -446,22 +451,30 @@ class BoundStack {
     for (int64_t i = 0; i < num_rows; ++i) require_range("a row", rows[i], 0, num_tokens - 1);
   }
 
-  std::vector<ExpertView> view_routed(const RoutedFfn& ffn, const int64_t* offsets,
-                                      int64_t num_experts) const {
-    return view_experts(experts_.data, experts_.nbytes, offsets, num_experts, ffn.formats, hidden_,
-                        ffn.width);
+  // Where the expert lies now.
+  ExpertView view_routed(const RoutedFfn& ffn, int64_t layer, int64_t expert) const {
+    const int64_t* at = offsets_ + (layer * num_experts_ + expert) * 3;
+    return view_experts(experts_.data, experts_.nbytes, at, 1, ffn.formats, hidden_, ffn.width)[0];
   }
 
-  void add_resident(StackDescription& description, const Array& offsets) const {
-    if (description.experts_off) refuse("resident_offsets without the arena they lie in");
-    const int64_t* at = read_array<int64_t>("resident_offsets", offsets, {kAnySize, kAnySize, 3});
-    const int64_t num_layers = int64_t(offsets.shape(0)), num_experts = int64_t(offsets.shape(1));
+  void read_offsets(const StackDescription& description, const Array& offsets) {
+    offsets_array_ = offsets;
+    offsets_ = read_array<int64_t>("offsets", offsets, {kAnySize, kAnySize, 3});
+    num_experts_ = int64_t(offsets.shape(1));
+    for (size_t i = 0; i < description.layers.size(); ++i) {
+      const RoutedFfn* ffn = std::get_if<RoutedFfn>(&description.layers[i].ffn);
+      if (ffn == nullptr) continue;
+      require_range("a routed layer of offsets", int64_t(i), 0, int64_t(offsets.shape(0)) - 1);
+      require_size("experts in offsets", num_experts_, ffn->router.matrix.rows);
+    }
+  }
+
+  void add_resident(StackDescription& description) const {
     for (size_t i = 0; i < description.layers.size(); ++i) {
       RoutedFfn* ffn = std::get_if<RoutedFfn>(&description.layers[i].ffn);
       if (ffn == nullptr) continue;
-      require_range("a routed layer of resident_offsets", int64_t(i), 0, num_layers - 1);
-      require_size("experts in resident_offsets", num_experts, ffn->router.matrix.rows);
-      ffn->resident = view_routed(*ffn, at + int64_t(i) * num_experts * 3, num_experts);
+      for (int64_t expert = 0; expert < num_experts_; ++expert)
+        ffn->resident.push_back(view_routed(*ffn, int64_t(i), expert));
     }
   }
 
@@ -499,6 +512,9 @@ class BoundStack {
   }
 
   Memory experts_ = {};  // the arena that offsets count from
+  std::optional<Array> offsets_array_;
+  const int64_t* offsets_ = nullptr;  // [layers][num_experts_][3]; whoever leases experts changes it
+  int64_t num_experts_ = 0;
   Kept kept_;
   nb::object recurrent_;
   std::vector<OutArray> buffers_;
@@ -563,16 +579,16 @@ void bind_stack(nb::module_& m) {
   nb::class_<BoundStack>(m, "Stack")
       .def(nb::init<Runtime&, KvCache&, const Matrix&, const Matrix&, const Array&, float, const Rotary&,
                     const ActivationOfNumbers&, const std::vector<LayerOfObjects>&, const nb::dict&, Arena*,
-                    const std::optional<Array>&, const nb::object&>(),
+                    const std::optional<Array>&, bool, const nb::object&>(),
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), "runtime"_a, "kv"_a, nb::kw_only(), "embedding"_a,
            "head"_a, "final_norm"_a, "norm_eps"_a, "rotary"_a, "activation"_a, "layers"_a, "buffers"_a,
-           "arena"_a.none(), "resident_offsets"_a.none(), "recurrent"_a.none() = nb::none())
+           "arena"_a.none(), "offsets"_a.none(), "is_leased"_a, "recurrent"_a.none() = nb::none())
       .def("begin", &BoundStack::begin, "token_ids"_a, "position"_a, "sequence"_a, "slots"_a, "is_decode"_a,
            "block_table"_a, "last_rows"_a, "logits"_a.noconvert(), "state_slots"_a.none() = nb::none())
       .def("advance", &BoundStack::advance)
       .def("look_ahead", &BoundStack::look_ahead)
       .def("run_shared", &BoundStack::run_shared)
-      .def("run_experts", &BoundStack::run_experts, "expert_ids"_a, "offsets"_a)
+      .def("run_experts", &BoundStack::run_experts, "expert_ids"_a)
       .def("logits", &BoundStack::logits, "rows"_a, "out"_a.noconvert())
       .def("take_seconds", &BoundStack::take_seconds)
       .def("take_lookups", &BoundStack::take_lookups)

@@ -501,8 +501,9 @@ class Stack:
         layers: (norm [hidden], mixer, norm [hidden], feed-forward network) of each layer of `kv`.
         buffers: working memory by name, [max_tokens, columns] each (`model.workspace`).
         arena: where routed experts lie; None leaves them out of every sum.
-        resident_offsets: int64 [layers, experts, 3], where gate, up and down begin in the arena if every expert is
-            there for good; None where experts are leased.
+        offsets: int64 [layers, experts, 3], where gate, up and down begin in the arena; with an arena.
+        is_leased: a step stops where a layer has chosen its experts, and an expert lies where `offsets` say when it
+            runs. Else every expert lies there for good.
         recurrent: of the layers with a gated delta net.
     """
 
@@ -520,7 +521,8 @@ class Stack:
         layers: Sequence[tuple[_Floats, Mixer, _Floats, Ffn]],
         buffers: Mapping[str, NDArray[Any]],
         arena: Arena | None,
-        resident_offsets: NDArray[np.int64] | None,
+        offsets: NDArray[np.int64] | None,
+        is_leased: bool,
         recurrent: RecurrentState | None = None,
     ) -> None: ...
     def begin(
@@ -569,8 +571,8 @@ class Stack:
     def run_shared(self) -> None:
         """Run the shared expert of the layer that waits, if it has one; once, before the next `advance`."""
 
-    def run_experts(self, expert_ids: Sequence[int], offsets: NDArray[np.int64]) -> None:
-        """Run experts of the layer that waits; offsets int64 [experts, 3] from the arena's start to gate, up, down."""
+    def run_experts(self, expert_ids: Sequence[int]) -> None:
+        """Run experts of the layer that waits, each once."""
 
     def logits(self, rows: NDArray[np.int64], out: _Floats) -> None:
         """Logits [rows, vocabulary] of any tokens of the step that is done."""

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argosy.errors import ReadFailed
+from argosy.experts.look_ahead import LookAhead
 from tests.experts.fake_store import MATRIX_BYTES
 from tests.experts.test_cached_source import NUM_EXPERTS, NUM_LAYERS, Rig, all_of
 
@@ -33,15 +34,14 @@ def lease_and_expect(
             assert not {"wait", "cancel"} & {kind for kind, _ in rig.store.log[before:]}, "a hint waited"
         for group in lease:
             rig.check(layer, group)
-            found += group.expert_ids
+            found += group
     return sorted(found)
 
 
 def trusting_rig(**options: Any) -> Rig:
     """One whose source reads whatever is guessed."""
     rig = Rig(**options)
-    for look_ahead in rig.source._look_ahead:
-        look_ahead.is_trusted = lambda rank: True  # type: ignore[method-assign]
+    rig.source._look_ahead = (LookAhead(rig.k, least_right=0.0), LookAhead(rig.k, least_right=0.0))
     return rig
 
 

@@ -40,7 +40,8 @@ class Rig:
         with self.source.lease(0, ASKED) as lease:
             for group in lease:
                 memory = self.source.arena.array()
-                for expert, offsets in zip(group.expert_ids, group.offsets.tolist(), strict=True):
+                for expert in group:
+                    offsets = self.source.offsets[0, expert].tolist()
                     matrices = [memory[at : at + MATRIX_BYTES].tobytes() for at in offsets]
                     assert matrices == matrix_content(self.records, self.content, (0, expert))
                     found.append(expert)

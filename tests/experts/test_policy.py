@@ -18,21 +18,16 @@ def lease(policy: CachePolicy, layer: int, experts: Iterable[int], *, is_scan: b
     """Ask as a lease does: pin hits, admit misses, unpin what has been computed; returns the number of hits."""
     if not is_scan:
         policy.begin(layer)
-    keys = [(layer, expert) for expert in experts]
-    held = [key for key in keys if policy.slot(key) is not None]
+    held, missing = policy.find(layer, list(experts))
     num_hits = len(held)
-    for key in held:
-        policy.use(key, is_scan=is_scan)
-    missing = [key for key in keys if key not in set(held)]
+    policy.use(layer, held, is_scan=is_scan)
     while missing:
-        while missing and policy.admit(missing[0], is_scan=is_scan) is not None:
+        while missing and policy.admit((layer, missing[0]), is_scan=is_scan) is not None:
             held.append(missing.pop(0))
         assert held, "no slot is to be had although nothing is pinned"
-        for key in held:
-            policy.unpin(key)
+        policy.unpin(layer, held)
         held = []
-    for key in held:
-        policy.unpin(key)
+    policy.unpin(layer, held)
     return num_hits
 
 
@@ -85,7 +80,7 @@ def test_a_pinned_expert_keeps_its_slot_and_no_slot_holds_two(
             key = (layer, expert)
             slot = policy.slot(key)
             if slot is not None:
-                policy.use(key, is_scan=is_scan)
+                policy.use(layer, [expert], is_scan=is_scan)
                 pinned[key] = slot
             elif (slot := policy.admit(key, is_scan=is_scan)) is not None:
                 pinned[key] = slot
@@ -95,7 +90,7 @@ def test_a_pinned_expert_keeps_its_slot_and_no_slot_holds_two(
                     assert policy.slot(key) is None
             check(policy, pinned)
         for key in data.draw(st.permutations(sorted(pinned)))[: data.draw(st.integers(0, len(pinned)))]:
-            policy.unpin(key)
+            policy.unpin(key[0], [key[1]])
             del pinned[key]
         check(policy, pinned)
 
@@ -191,12 +186,12 @@ def test_who_leaves_is_the_oldest_of_a_plain_search(
         for expert in experts:
             key, before = (layer, expert), policy.resident()
             if policy.slot(key) is not None:
-                policy.use(key, is_scan=False)
-                policy.unpin(key)
+                policy.use(layer, [expert], is_scan=False)
+                policy.unpin(layer, [expert])
                 continue
             expected = oldest(policy, layer) if len(before) == num_slots else None
             policy.admit(key, is_scan=False)
-            policy.unpin(key)
+            policy.unpin(layer, [expert])
             assert before - policy.resident() == (set() if expected is None else {expected})
 
 

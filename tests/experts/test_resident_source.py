@@ -28,8 +28,9 @@ def test_every_expert_is_read_once_and_lies_where_the_lease_says(num_pieces: int
     for layer in (0, 2):
         with source.lease(layer, [7, 3, 49], scan=[3]) as lease:
             (group,) = lease
-        assert list(group.expert_ids) == [7, 3, 49]
-        for expert, offsets in zip(group.expert_ids, group.offsets.tolist(), strict=True):
+        assert list(group) == [7, 3, 49]
+        for expert in group:
+            offsets = source.offsets[layer, expert].tolist()
             found = [memory[at : at + MATRIX_BYTES].tobytes() for at in offsets]
             assert found == matrix_content(records, content, (layer, expert))
     assert (source.stats.lookups, source.stats.hits) == (6, 6)

@@ -21,7 +21,6 @@ from argosy.config import Format
 from argosy.experts.cache import CachedSource
 from argosy.experts.source import (
     ExpertFiles,
-    ExpertGroup,
     Key,
     load_resident,
     resident_bytes,
@@ -104,16 +103,15 @@ def test_leased_experts_are_the_transcoded_blocks(model: Model, num_slots: int) 
     store = _native.Store(3)
     files = open_files(model, store)
     source = CachedSource(store, files, num_slots=num_slots, num_layers=len(LAYERS), experts_per_token=2)
-    assert source.resident_offsets is None
+    assert not source.is_resident
     for _ in range(2):
         for layer in range(len(LAYERS)):
             found: list[int] = []
             with source.lease(layer, range(NUM_EXPERTS), range(NUM_EXPERTS)) as lease:
                 source.guess((layer + 1) % len(LAYERS), [range(NUM_EXPERTS)], is_sweep=True)
                 for group in lease:
-                    assert isinstance(group, ExpertGroup)
-                    model.check(layer, group.expert_ids, source.arena.array(), group.offsets)
-                    found += group.expert_ids
+                    model.check(layer, group, source.arena.array(), source.offsets[layer, list(group)])
+                    found += group
             assert sorted(found) == list(range(NUM_EXPERTS))
     source.close()
     store.close()
@@ -124,14 +122,15 @@ def test_resident_experts_lie_one_behind_the_other_and_in_their_formats(model: M
     source = load_resident(store, open_files(model, store))
     assert source.arena.nbytes == resident_bytes(model.records)
     assert resident_bytes(model.records) < slot_bytes(model.records) * len(model.records)
-    offsets = source.resident_offsets
+    offsets = source.offsets
+    assert source.is_resident
     assert offsets.shape == (len(LAYERS), NUM_EXPERTS, 3)
     memory = source.arena.array()
     for layer, types in enumerate(LAYERS):
         model.check(layer, range(NUM_EXPERTS), memory, offsets[layer])
         with source.lease(layer, [4, 1]) as lease:
             (group,) = lease
-        assert (group.offsets == offsets[layer, [4, 1]]).all()
+        assert group == [4, 1]
         assert source.formats(layer) == tuple(SLOT_FORMATS.get(kind, "f32") for kind in types)
     source.count_resident(7)
     assert source.stats.lookups == source.stats.hits == 2 * len(LAYERS) + 7

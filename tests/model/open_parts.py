@@ -13,6 +13,7 @@ import numpy as np
 from argosy import _native
 from argosy.config import ModelConfig
 from argosy.experts.cache import CachedSource
+from argosy.experts.look_ahead import LookAhead
 from argosy.experts.source import ExpertFiles, ExpertSource, load_resident
 from argosy.model.batch import Batch
 from argosy.model.families import open_model
@@ -74,8 +75,8 @@ def open_parts(directory: Path, residency: Residency, *, threads: int = 1) -> It
                 experts_per_token=config.experts_per_token,
             )
             if not is_smallest:  # reads whatever is guessed
-                for look_ahead in cache._look_ahead:
-                    look_ahead.is_trusted = lambda rank: True  # type: ignore[method-assign]
+                k = config.experts_per_token
+                cache._look_ahead = (LookAhead(k, least_right=0.0), LookAhead(k, least_right=0.0))
         yield Parts(config, weights, experts, _native.Runtime(threads))
     finally:
         if experts is not None:

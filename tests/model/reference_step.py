@@ -236,10 +236,10 @@ class ReferenceDecoder:
         scan = [expert for expert in chosen if expert not in wanted_by_decode]
         with experts.lease(layer, chosen, scan) as lease:
             for group in lease:
-                rows = [np.flatnonzero(flat == expert).astype(np.int32) for expert in group.expert_ids]
+                rows = [np.flatnonzero(flat == expert).astype(np.int32) for expert in group]
                 row = np.concatenate(rows)
                 biases = {
-                    f"{part}_bias": table.reshape(config.num_experts, -1)[list(group.expert_ids)]
+                    f"{part}_bias": table.reshape(config.num_experts, -1)[list(group)]
                     for part in ("gate", "up", "down")
                     if (table := self.weights.vectors.get(f"layers.{layer}.expert_{part}_bias")) is not None
                 }
@@ -250,7 +250,7 @@ class ReferenceDecoder:
                     experts.formats(layer),
                     config.hidden_size,
                     config.expert_width,
-                    group.offsets,
+                    experts.offsets[layer, list(group)],
                     normed,
                     starts,
                     row // np.int32(k),

@@ -354,11 +354,11 @@ def begin(decoder: Decoder, batch: Any, **changes: Any) -> None:
 
 
 def test_an_expert_runs_once_and_only_if_its_layer_waits_for_it(waiting: Any) -> None:
-    stack, source, (layer, wanted, _) = waiting
+    stack, _, (layer, wanted, _) = waiting
     other = next(expert for expert in range(8) if expert not in wanted)
 
     def run(experts: list[int]) -> None:
-        stack.run_experts(experts, source.resident_offsets[layer, experts])
+        stack.run_experts(experts)
 
     with pytest.raises(ValueError, match=f"layer {layer} does not wait for expert {other}"):
         run([other])
@@ -372,9 +372,17 @@ def test_an_expert_runs_once_and_only_if_its_layer_waits_for_it(waiting: Any) ->
 
 
 def test_an_expert_outside_the_arena_is_refused(waiting: Any) -> None:
-    stack, source, (_, wanted, _) = waiting
+    stack, source, (layer, wanted, _) = waiting
+    source.offsets[layer, wanted[0]] = source.arena.nbytes
     with pytest.raises(ValueError, match="does not lie inside memory of"):
-        stack.run_experts(wanted[:1], np.full((1, 3), source.arena.nbytes, np.int64))
+        stack.run_experts(wanted[:1])
+
+
+def test_a_number_that_is_no_expert_is_refused(waiting: Any) -> None:
+    stack, _, _ = waiting
+    for wrong in (-1, 8):
+        with pytest.raises(ValueError, match=rf"expert_ids\[0\] is {wrong}, expected 0 to 7"):
+            stack.run_experts([wrong])
 
 
 WRONG_BATCHES = {

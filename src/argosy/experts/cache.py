@@ -14,16 +14,17 @@ takes them over wherever they are. So the drive does not wait for arithmetic bet
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from types import TracebackType
+
+import numpy as np
 
 from argosy import _native
 from argosy.config import Format
 from argosy.errors import ArgosyError
 from argosy.experts.look_ahead import LookAhead
 from argosy.experts.policy import CachePolicy
-from argosy.experts.source import ExpertFiles, ExpertGroup, Key, Lease, SourceStats
+from argosy.experts.source import ExpertFiles, Key, Lease, SourceStats
 
 # Experts that are computed together: the slots of a group are free for other reads when it is done, and a prompt that
 # found half a layer read ahead would else keep the drive waiting for them. More than one token asks for, usually.
@@ -33,7 +34,7 @@ _MOST_IN_GROUP = 8
 class CachedSource:
     """A fixed number of slots for all experts of all layers."""
 
-    resident_offsets = None
+    is_resident = False
 
     def __init__(
         self,
@@ -47,6 +48,7 @@ class CachedSource:
     ) -> None:
         self.stats = SourceStats()
         self.arena = _native.Arena(files.slot_bytes * num_slots)
+        self.offsets = np.zeros_like(files.starts)  # as of the last read of an expert
         # Else the reads of the first prompt pay for it: a second and more on a virtual machine.
         threading.Thread(target=self.arena.populate, name="argosy-populate", daemon=True).start()
         self.policy = CachePolicy(
@@ -58,9 +60,10 @@ class CachedSource:
         self._look_ahead = (LookAhead(experts_per_token), LookAhead(experts_per_token))  # decode, sweeps
         # With fewer slots a guess would take what a token itself needs.
         self._may_guess = look_ahead and num_slots >= 4 * experts_per_token
-        self._hint: list[Key] = []  # not yet asked for; the next comes last
+        self._hint: list[int] = []  # experts of `_hint_layer`, not yet asked for; the next comes last
+        self._hint_layer = -1
         self._is_sweep = False  # the hint's
-        self._kept: set[Key] = set()  # of the hint, in memory, pinned until the next lease
+        self._kept: set[int] = set()  # of the hint, in memory, pinned until the next lease
         self._early: dict[Key, int] = {}  # reads that no lease waits for: expert -> ticket
 
     @property
@@ -78,20 +81,19 @@ class CachedSource:
 
     def guess(self, layer: int, by_rank: Sequence[Sequence[int]], *, is_sweep: bool) -> None:
         self._forget_hint()
-        look_ahead, slot, early = self._look_ahead[is_sweep], self.policy.slot, self._early
-        missing = {
-            expert: rank
-            for rank, experts in enumerate(by_rank)
-            for expert in experts
-            if slot((layer, expert)) is None or (layer, expert) in early
-        }
+        look_ahead, early = self._look_ahead[is_sweep], self._early
+        missing = {expert: rank for rank, experts in enumerate(by_rank) for expert in experts}
+        for expert in self.policy.find(layer, list(missing))[0]:
+            if (layer, expert) not in early:
+                del missing[expert]
         look_ahead.remember(layer, missing)
         if self._open is not None and self._open.layer == layer:
             return  # its slots are in use already
-        self._hint = [(layer, expert) for expert in reversed(look_ahead.trusted(by_rank))]
+        hint = look_ahead.trusted(by_rank)
         if is_sweep:
-            self._hint.sort(reverse=True)  # in the order of the file
-        self._is_sweep = is_sweep
+            hint.sort()  # in the order of the file
+        hint.reverse()
+        self._hint, self._hint_layer, self._is_sweep = hint, layer, is_sweep
         self._read_ahead()
 
     def count_resident(self, lookups: int) -> None:
@@ -102,20 +104,20 @@ class CachedSource:
             self._store.cancel(ticket)
         self.arena.close()
 
-    def _fetch(self, keys: Sequence[Key], *, urgency: _native.Urgency = "now") -> dict[Key, int]:
-        """Start reads into the slots of experts that were just admitted; their tickets."""
+    def _fetch(
+        self, layer: int, admitted: Sequence[tuple[int, int]], *, urgency: _native.Urgency = "now"
+    ) -> list[int]:
+        """Start reads of (expert, its slot) that were just admitted; their tickets."""
+        files = self._files
         try:
-            places = [(key, self._place(key)) for key in keys]
-            return dict(zip(keys, self._files.fetch(self.arena, places, urgency=urgency), strict=True))
+            places = [((layer, expert), slot * files.slot_bytes) for expert, slot in admitted]
+            for key, place in places:
+                self.offsets[key] = files.starts[key] + place
+            return files.fetch(self.arena, places, urgency=urgency)
         except BaseException:
-            for key in keys:
-                self.policy.drop(key)
+            for expert, _ in admitted:
+                self.policy.drop((layer, expert))
             raise
-
-    def _place(self, key: Key) -> int:
-        slot = self.policy.slot(key)
-        assert slot is not None  # pinned since it was found or admitted
-        return slot * self._files.slot_bytes
 
     # ── the hint ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -123,36 +125,41 @@ class CachedSource:
         """Start reads of the hint, unless the open lease still needs slots itself."""
         if not self._hint or (self._open is not None and self._open.is_short_of_slots):
             return
-        policy, admitted = self.policy, []
+        policy, layer, early = self.policy, self._hint_layer, self._early
+        found, self._hint = policy.find(layer, self._hint)
+        kept = [expert for expert in found if (layer, expert) not in early]
+        policy.use(layer, kept, is_scan=True)  # the reads of their neighbours must not displace them
+        self._kept.update(kept)
+        admitted: list[tuple[int, int]] = []
         while self._hint:
-            key = self._hint[-1]
-            if key in self._early:
-                pass
-            elif policy.slot(key) is not None:
-                policy.use(key, is_scan=True)  # the reads of its neighbours must not displace it
-                self._kept.add(key)
-            elif policy.admit(key, is_scan=True, is_guess=not self._is_sweep) is not None:
-                admitted.append(key)
-            else:
+            expert = self._hint[-1]
+            slot = policy.admit((layer, expert), is_scan=True, is_guess=not self._is_sweep)
+            if slot is None:
                 break
-            self._hint.pop()
+            admitted.append((self._hint.pop(), slot))
         if admitted:
-            self._early |= self._fetch(admitted, urgency="soon" if self._is_sweep else "maybe")
+            tickets = self._fetch(layer, admitted, urgency="soon" if self._is_sweep else "maybe")
+            for (expert, _), ticket in zip(admitted, tickets, strict=True):
+                early[layer, expert] = ticket
 
-    def _take_over(self, key: Key) -> int | None:
-        """Hand the early read of an expert to a lease."""
-        self._kept.discard(key)
-        return self._early.pop(key, None)
+    def _take_over(self, layer: int, found: Sequence[int]) -> dict[int, int]:
+        """Hand what the hint has of a layer's experts to a lease; of those on their way: ticket -> expert."""
+        if layer == self._hint_layer:
+            self._kept.difference_update(found)
+        early = self._early
+        if not early:
+            return {}
+        return {early.pop((layer, expert)): expert for expert in found if (layer, expert) in early}
 
     def _forget_hint(self) -> None:
         """Give up what the last hint still holds, as far as no reader has begun it. Never waits.
 
         What a reader has begun stays in `_early` until it ends: whole, or given up half-way.
         """
-        self._hint.clear()
-        for key in self._kept:
-            self.policy.unpin(key)
-        self._kept.clear()
+        self._hint = []
+        if self._kept:
+            self.policy.unpin(self._hint_layer, self._kept)
+            self._kept.clear()
         if not self._early:
             return
         dropped = set(self._store.drop(list(self._early.values())))
@@ -172,7 +179,7 @@ class CachedSource:
                 # It was given up half-way; or who needs it will read it again, and hear of the error.
                 self.policy.drop(key)
                 continue
-            self.policy.unpin(key)
+            self.policy.unpin(key[0], [key[1]])
             self.stats.bytes_read += self._files.expert_bytes(key)
             self.stats.idle_reads += 1
 
@@ -180,18 +187,20 @@ class CachedSource:
 class _CachedLease:
     """Hits first, then misses as they land. Ends with none of its reads in flight, also when it is cut short."""
 
+    __slots__ = ("_asked", "_held", "_hits", "_in_flight", "_landed", "_missing", "_scan", "_source", "layer")
+
     def __init__(
         self, source: CachedSource, layer: int, expert_ids: Sequence[int], scan: Collection[int]
     ) -> None:
         self.layer = layer
         self._source = source
+        self._asked = expert_ids
         self._scan = scan
-        self._keys = [(layer, expert) for expert in expert_ids]
-        self._hits: list[Key] = []
-        self._missing: list[Key] = []  # the next to be read comes last
-        self._landed: deque[Key] = deque()  # not yet handed over
-        self._held: list[Key] = []
-        self._in_flight: dict[int, Key] = {}
+        self._hits: list[int] = []
+        self._missing: list[int] = []  # the next to be read comes last
+        self._landed: list[int] = []  # not yet handed over, the oldest first
+        self._held: list[int] = []
+        self._in_flight: dict[int, int] = {}  # ticket -> expert
 
     @property
     def is_short_of_slots(self) -> bool:
@@ -213,53 +222,58 @@ class _CachedLease:
         self._end()
 
     def _find(self) -> None:
-        source, scan = self._source, self._scan
+        source, layer, asked, scan = self._source, self.layer, self._asked, self._scan
         policy, stats = source.policy, source.stats
-        if len(scan) < len(self._keys):
-            policy.begin(self.layer)
-        source._look_ahead[bool(scan)].learn(self.layer, {expert for _, expert in self._keys})
-        for key in self._keys:  # before any miss may evict one of them
-            early = source._take_over(key)
-            if early is not None:
-                self._in_flight[early] = key
-                stats.reads_ahead += 1
-            elif policy.slot(key) is None:
-                self._missing.append(key)
-                continue
-            else:
-                self._hits.append(key)
-                self._held.append(key)
-            policy.use(key, is_scan=key[1] in scan)
-        if self._in_flight:
-            source._store.hurry(list(self._in_flight))
+        if len(scan) < len(asked):
+            policy.begin(layer)
+        found, missing = policy.find(layer, asked)  # before any miss may evict one of them
+        self._in_flight = in_flight = source._take_over(layer, found)
+        self._held = self._hits = found
+        if scan:
+            policy.use(layer, [expert for expert in found if expert in scan], is_scan=True)
+            policy.use(layer, [expert for expert in found if expert not in scan], is_scan=False)
+            # What decode waits for is read first; within that, in the order of the file.
+            missing.sort(key=lambda expert: (expert in scan, expert), reverse=True)
+        else:
+            policy.use(layer, found, is_scan=False)
+            missing.sort(reverse=True)
+        self._missing = missing
+        if in_flight:
+            early = in_flight.values()
+            self._held = self._hits = [expert for expert in found if expert not in early]
+            stats.reads_ahead += len(in_flight)
+            source._store.hurry(list(in_flight))
         source._forget_hint()
-        # What decode waits for is read first; within that, in the order of the file.
-        self._missing.sort(key=lambda key: (key[1] in scan, key), reverse=True)
-        stats.lookups += len(self._keys)
+        source._look_ahead[bool(scan)].learn(layer, asked)
+        stats.lookups += len(asked)
         stats.hits += len(self._hits)
 
     def _end(self) -> None:
         """Give back what is held, and wait until no read of this lease moves bytes."""
-        self._source._open = None
-        self._held += self._landed
-        self._landed.clear()
+        source, layer = self._source, self.layer
+        source._open = None
         self._give_back()
-        for ticket, key in self._in_flight.items():
-            self._source._store.cancel(ticket)
-            self._source.policy.drop(key)
-        self._in_flight.clear()
+        if self._landed:
+            source.policy.unpin(layer, self._landed)
+            self._landed.clear()
+        if self._in_flight:
+            for ticket, expert in self._in_flight.items():
+                source._store.cancel(ticket)
+                source.policy.drop((layer, expert))
+            self._in_flight.clear()
 
-    def __iter__(self) -> Iterator[ExpertGroup]:
-        source = self._source
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        source, layer = self._source, self.layer
         if self._hits:
-            yield self._group(self._hits)
+            yield self._hits
         landed = self._landed
         while landed or self._in_flight or self._missing:
             self._give_back()
             self._issue()
             if landed:
-                self._held = [landed.popleft() for _ in range(min(_MOST_IN_GROUP, len(landed)))]
-                yield self._group(self._held)
+                self._held = landed[:_MOST_IN_GROUP]
+                del landed[:_MOST_IN_GROUP]
+                yield self._held
                 continue
             if not self._in_flight:
                 assert source._early  # else a slot could be had: nothing else is pinned
@@ -267,37 +281,38 @@ class _CachedLease:
                 continue
             failed: ArgosyError | None = None
             for ticket, message, kind in source._store.wait_any(list(self._in_flight)):
-                key = self._in_flight.pop(ticket)
+                expert = self._in_flight.pop(ticket)
+                key = layer, expert
                 if message is not None:
                     source.policy.drop(key)
                     if kind == "dropped":  # by an earlier hint, before this lease took it over
-                        self._missing.append(key)
+                        self._missing.append(expert)
                         continue
                     failed = source._files.failure(key, message, kind)
                     continue
                 source.stats.bytes_read += source._files.expert_bytes(key)
-                landed.append(key)
+                landed.append(expert)
             if failed is not None:
                 raise failed
 
     def _issue(self) -> None:
         """Start as many of the missing reads as there are slots for, then those of the hint."""
-        source, admitted = self._source, []
-        while self._missing:
-            key = self._missing[-1]
-            if source.policy.admit(key, is_scan=key[1] in self._scan) is None:
-                break
-            admitted.append(self._missing.pop())
-        if admitted:
-            self._in_flight.update((ticket, key) for key, ticket in source._fetch(admitted).items())
+        source, layer = self._source, self.layer
+        if self._missing:
+            admitted: list[tuple[int, int]] = []
+            while self._missing:
+                expert = self._missing[-1]
+                slot = source.policy.admit((layer, expert), is_scan=expert in self._scan)
+                if slot is None:
+                    break
+                admitted.append((self._missing.pop(), slot))
+            if admitted:
+                tickets = source._fetch(layer, admitted)
+                for (expert, _), ticket in zip(admitted, tickets, strict=True):
+                    self._in_flight[ticket] = expert
         source._read_ahead()
 
     def _give_back(self) -> None:
-        for key in self._held:
-            self._source.policy.unpin(key)
-        self._held = []
-
-    def _group(self, keys: list[Key]) -> ExpertGroup:
-        source, experts = self._source, [expert for _, expert in keys]
-        places = [source._place(key) for key in keys]
-        return ExpertGroup(experts, source._files.offsets(self.layer, experts, places))
+        if self._held:
+            self._source.policy.unpin(self.layer, self._held)
+            self._held = []

@@ -30,28 +30,29 @@ _STEPS_BETWEEN_TRIALS = 16
 class LookAhead:
     """Counts, for each rank of a guess, how often an expert that was missing was then asked for."""
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, num_ranks: int, *, least_right: float = LEAST_RIGHT) -> None:
+        self._least_right = least_right
         self._guesses = [_PRIOR_GUESSES] * num_ranks
         self._right = [_PRIOR_RIGHT] * num_ranks
+        self._trusted = [least_right <= 0.0] * num_ranks
         self._pending: dict[int, Mapping[int, int]] = {}  # layer -> missing expert -> rank
         self._layer = -1  # that learnt last
         self._steps = 0
 
     @property
     def wants_guess(self) -> bool:
-        return self._steps % _STEPS_BETWEEN_TRIALS == 0 or any(
-            self.is_trusted(rank) for rank in range(len(self._guesses))
-        )
+        return self._steps % _STEPS_BETWEEN_TRIALS == 0 or True in self._trusted
 
     def share_right(self, rank: int) -> float:
         return self._right[rank] / self._guesses[rank]
 
     def is_trusted(self, rank: int) -> bool:
-        return self.share_right(rank) >= LEAST_RIGHT
+        return self._trusted[rank]
 
     def trusted(self, by_rank: Sequence[Sequence[int]]) -> list[int]:
         """The experts of a guess that may be relied on, best first."""
-        return [expert for rank, experts in enumerate(by_rank) if self.is_trusted(rank) for expert in experts]
+        trusted = self._trusted
+        return [expert for rank, experts in enumerate(by_rank) if trusted[rank] for expert in experts]
 
     def remember(self, layer: int, missing: Mapping[int, int]) -> None:
         """Note which experts of a guess were missing, and their rank."""
@@ -68,3 +69,4 @@ class LookAhead:
         for expert, rank in missing.items():
             self._guesses[rank] = self._guesses[rank] * keep + 1.0
             self._right[rank] = self._right[rank] * keep + (expert in asked)
+            self._trusted[rank] = self.share_right(rank) >= self._least_right

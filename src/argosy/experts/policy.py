@@ -26,6 +26,7 @@ Elsewhere: the reads are `cache.py`; `benchmarks/replay.py` measures policies on
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush, heapreplace
 from math import log2
 
@@ -46,12 +47,13 @@ _Oldest = tuple[
 class _Layer:
     """What is known of the experts of a layer. Those in the sweep's window have no slot here."""
 
-    __slots__ = ("heap", "passed", "slots", "turn", "uses", "worth")
+    __slots__ = ("heap", "passed", "pinned", "slots", "turn", "uses", "worth")
 
     def __init__(self) -> None:
         self.turn = 0
         self.passed = 0  # minus the time of its last turn
         self.slots: dict[int, int] = {}
+        self.pinned: set[int] = set()  # those in the window, too
         self.worth: dict[int, float] = {}
         self.uses: dict[int, tuple[float, int]] = {}  # how often, and as of which turn
         self.heap: list[tuple[float, int]] = []  # (worth, expert)
@@ -83,7 +85,6 @@ class CachePolicy:
             _Oldest
         ] = []  # a heap; entries of an earlier turn, or of a layer at its floor, are void
         self._window: OrderedDict[Key, int] = OrderedDict()  # swept in or guessed, oldest first
-        self._pinned: set[Key] = set()
         self._pinned_in_window: set[Key] = set()
 
     def slot(self, key: Key) -> int | None:
@@ -110,20 +111,33 @@ class CachePolicy:
         if len(self._oldest) > 8 * len(self._layers):
             self._oldest = sorted(entry for entry in self._oldest if entry[3] == self._layers[entry[2]].turn)
 
-    def use(self, key: Key, *, is_scan: bool) -> None:
-        """Note a hit, and pin it. A sweep does not make an expert younger."""
-        self._pinned.add(key)
-        if is_scan:
-            if key in self._window:
-                self._pinned_in_window.add(key)
-            return
-        layer, expert = key
+    def find(self, layer: int, experts: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Those of a layer's experts that have a slot, and those that have none; in the order given."""
+        slots, window = self._layers[layer].slots, self._window
+        hits: list[int] = []
+        missing: list[int] = []
+        for expert in experts:
+            (hits if expert in slots or (window and (layer, expert) in window) else missing).append(expert)
+        return hits, missing
+
+    def use(self, layer: int, experts: Sequence[int], *, is_scan: bool) -> None:
+        """Note hits of a layer, and pin them. A sweep does not make an expert younger."""
         here = self._layers[layer]
-        if expert in here.slots:
-            here.worth[expert] = here.count_use(expert)
-        else:
-            self._pinned_in_window.discard(key)
-            self._keep(layer, expert, self._window.pop(key))
+        here.pinned.update(experts)
+        if is_scan:
+            window = self._window
+            self._pinned_in_window.update(
+                [(layer, expert) for expert in experts if (layer, expert) in window]
+            )
+            return
+        slots, worth = here.slots, here.worth
+        for expert in experts:
+            if expert in slots:
+                worth[expert] = here.count_use(expert)
+            else:
+                key = layer, expert
+                self._pinned_in_window.discard(key)
+                self._keep(layer, expert, self._window.pop(key))
 
     def admit(self, key: Key, *, is_scan: bool, is_guess: bool = False) -> int | None:
         """Find a slot for a missing expert, evicting another if need be, and pin it. None: wait for an unpin.
@@ -143,7 +157,7 @@ class CachePolicy:
                 slot = self._evict_oldest(key[0])
         if slot is None:
             return None
-        self._pinned.add(key)
+        self._layers[key[0]].pinned.add(key[1])
         if is_scan:
             self._window[key] = slot
             self._pinned_in_window.add(key)
@@ -151,13 +165,14 @@ class CachePolicy:
             self._keep(*key, slot)
         return slot
 
-    def unpin(self, key: Key) -> None:
-        self._pinned.discard(key)
-        self._pinned_in_window.discard(key)
+    def unpin(self, layer: int, experts: Iterable[int]) -> None:
+        self._layers[layer].pinned.difference_update(experts)
+        if self._pinned_in_window:
+            self._pinned_in_window.difference_update([(layer, expert) for expert in experts])
 
     def drop(self, key: Key) -> None:
         """Forget an expert whose bytes never arrived."""
-        self.unpin(key)
+        self.unpin(key[0], [key[1]])
         slot = self._window.pop(key, None)
         if slot is None:
             here = self._layers[key[0]]
@@ -190,7 +205,7 @@ class CachePolicy:
 
     def _from_window(self, *, newest: bool) -> int | None:
         keys = reversed(self._window) if newest else iter(self._window)
-        key = next((key for key in keys if key not in self._pinned), None)
+        key = next((key for key in keys if key[1] not in self._layers[key[0]].pinned), None)
         return None if key is None else self._window.pop(key)
 
     def _evict_oldest(self, asking_layer: int) -> int | None:
@@ -238,7 +253,7 @@ class CachePolicy:
                 heappop(here.heap)
             elif now != worth:  # it was used since
                 heapreplace(here.heap, (now, expert))
-            elif (layer, expert) in self._pinned:
+            elif expert in here.pinned:
                 pinned.append((layer, heappop(here.heap)))
             else:
                 return worth

@@ -33,19 +33,12 @@ Key = tuple[int, int]  # (layer, expert)
 Progress = Callable[[str, float], None]  # what is going on, and the share done from 0 to 1
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertGroup:
-    """Experts that can be computed now.
-
-    expert_ids: as asked for.   offsets: int64 [experts, 3], bytes from the arena's start to gate, up and down.
-    """
-
-    expert_ids: Sequence[int]
-    offsets: NDArray[np.int64]
-
-
 class Lease(Protocol):
-    """A promise that weights stay until given back: iterate once, inside `with`."""
+    """A promise that weights stay until given back: iterate once, inside `with`, over groups of experts.
+
+    The experts of a group, named as they were asked for, can be computed now; they lie where the source's `offsets`
+    say.
+    """
 
     def __enter__(self) -> Lease: ...
 
@@ -53,7 +46,7 @@ class Lease(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def __iter__(self) -> Iterator[ExpertGroup]: ...
+    def __iter__(self) -> Iterator[Sequence[int]]: ...
 
 
 @dataclass(slots=True)
@@ -81,11 +74,16 @@ class ExpertSource(Protocol):
     def stats(self) -> SourceStats: ...
 
     @property
-    def resident_offsets(self) -> NDArray[np.int64] | None:
+    def offsets(self) -> NDArray[np.int64]:
         """Bytes from the arena's start to gate, up and down: int64 [layers, experts, 3].
 
-        Not None when every expert is in memory for good; then nobody needs a lease.
+        Always the same array; it says where an expert lies from when a lease hands it over until that lease ends.
         """
+        ...
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether every expert is in memory for good; then `offsets` never change, and nobody needs a lease."""
         ...
 
     @property
@@ -121,7 +119,7 @@ class ExpertSource(Protocol):
         ...
 
     def count_resident(self, lookups: int) -> None:
-        """Count experts that were used through `resident_offsets`."""
+        """Count experts that were used without a lease."""
         ...
 
     def close(self) -> None: ...
@@ -190,8 +188,8 @@ class ExpertFiles:
         self.alignment = max(store.info(file_id)[2] for file_id in self._file_ids.values())
         num_layers, num_experts = (1 + max(key[i] for key in records) for i in (0, 1))
         self._formats = {layer: record.formats for (layer, _), record in records.items()}
-        # Bytes from an expert's place to gate, up and down.
-        self._offsets = np.zeros((num_layers, num_experts, 3), np.int64)
+        # int64 [layers, experts, 3]: bytes from an expert's place to gate, up and down.
+        self.starts = np.zeros((num_layers, num_experts, 3), np.int64)
         self.slot_bytes = slot_bytes(records, self.alignment)
         for key, record in records.items():
             places, _ = _lay_out(record, self.alignment)
@@ -199,7 +197,7 @@ class ExpertFiles:
                 place if piece.transcode else place + piece.offset % self.alignment
                 for piece, place in zip(record.pieces, places, strict=True)
             ]
-            self._offsets[key] = [
+            self.starts[key] = [
                 starts[matrix.piece] + matrix.offset for matrix in (record.gate, record.up, record.down)
             ]
 
@@ -243,18 +241,12 @@ class ExpertFiles:
         self._reads[key] = made = _native.Record(pieces, checksums or None)
         return made
 
-    def offsets(self, layer: int, experts: Sequence[int], places: Sequence[int]) -> NDArray[np.int64]:
-        """Bytes from the arena's start to gate, up and down of experts at these places: int64 [experts, 3]."""
-        offsets: NDArray[np.int64] = self._offsets[layer, experts]
-        offsets += np.array(places, np.int64)[:, None]
-        return offsets
-
-    def all_offsets(self, places: Mapping[Key, int]) -> NDArray[np.int64]:
-        """The same for every expert at its place: int64 [layers, experts, 3]."""
-        starts = np.zeros(self._offsets.shape[:2], np.int64)
+    def offsets(self, places: Mapping[Key, int]) -> NDArray[np.int64]:
+        """Bytes from the arena's start to gate, up and down of experts at their places: int64 [layers, experts, 3]."""
+        offsets = self.starts.copy()
         for key, place in places.items():
-            starts[key] = place
-        return self._offsets + starts[:, :, None]
+            offsets[key] += place
+        return offsets
 
     def failure(self, key: Key, message: str, kind: str | None) -> ArgosyError:
         """The sentence for a read that failed, naming file, layer and expert."""
@@ -299,7 +291,7 @@ class ResidentReading:
         self._store = store
         self._files = files
         places, arena_bytes = files.places()
-        self._offsets = files.all_offsets(places)
+        self._offsets = files.offsets(places)
         self._arena = _native.Arena(max(1, arena_bytes))
         # All at once: nobody may be here to start the next while the tokenizer is being built.
         self._in_flight = dict(zip(files.fetch(self._arena, list(places.items())), places, strict=True))
@@ -345,14 +337,16 @@ def load_resident(
 
 
 class ResidentSource:
-    """Every expert in memory, read once at start (`load_resident`); a lease is then a look-up."""
+    """Every expert in memory, read once at start (`load_resident`); a lease is then all of them at once."""
+
+    is_resident = True
 
     def __init__(
         self, files: ExpertFiles, arena: _native.Arena, offsets: NDArray[np.int64], bytes_read: int
     ) -> None:
         self.stats = SourceStats(bytes_read=bytes_read)
         self.arena = arena
-        self.resident_offsets = offsets
+        self.offsets = offsets
         self._files = files
 
     @property
@@ -364,7 +358,7 @@ class ResidentSource:
 
     def lease(self, layer: int, expert_ids: Sequence[int], scan: Collection[int] = ()) -> Lease:
         self.count_resident(len(expert_ids))
-        return _ResidentLease(ExpertGroup(expert_ids, self.resident_offsets[layer, list(expert_ids)]))
+        return _ResidentLease(expert_ids)
 
     def wants_guess(self, *, is_sweep: bool) -> bool:
         return False
@@ -381,8 +375,8 @@ class ResidentSource:
 
 
 class _ResidentLease:
-    def __init__(self, group: ExpertGroup) -> None:
-        self._group = group
+    def __init__(self, expert_ids: Sequence[int]) -> None:
+        self._expert_ids = expert_ids
 
     def __enter__(self) -> _ResidentLease:
         return self
@@ -392,5 +386,5 @@ class _ResidentLease:
     ) -> None:
         pass
 
-    def __iter__(self) -> Iterator[ExpertGroup]:
-        yield self._group
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        yield self._expert_ids

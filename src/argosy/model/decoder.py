@@ -62,7 +62,7 @@ class Decoder:
         self._observe = observe
         self._next_moe_layer = dict(zip(config.moe_layers, config.moe_layers[1:], strict=False))
         # An observer hears every layer's choice, so its steps stop there, as those do that wait for reads.
-        resident_offsets = None if experts is None or observe is not None else experts.resident_offsets
+        is_leased = experts is not None and (observe is not None or not experts.is_resident)
         embedding = weights.matrices["embed"]
         self._stack = _native.Stack(
             runtime,
@@ -76,7 +76,8 @@ class Decoder:
             layers=describe_layers(config, weights, experts),
             buffers=workspace.buffers,
             arena=None if experts is None else experts.arena,
-            resident_offsets=resident_offsets,
+            offsets=None if experts is None else experts.offsets,
+            is_leased=is_leased,
             recurrent=recurrent,
         )
 
@@ -139,5 +140,5 @@ class Decoder:
             clock.mark_native(stack.take_seconds())
             for group in lease:
                 clock.mark("waiting_for_reads")
-                stack.run_experts(group.expert_ids, group.offsets)
+                stack.run_experts(group)
                 clock.mark_native(stack.take_seconds())
