@@ -41,6 +41,7 @@ from argosy.engine.grammar_bounds import (
     too_deep,
 )
 from argosy.errors import GrammarError, Overloaded, UsageError
+from argosy.prompt.formats.lark import expression
 from argosy.prompt.tokenizer import Tokenizer
 
 _MOST_COMPILED = 16
@@ -350,7 +351,7 @@ def _lark(grammar: Grammar, schemas: _Schemas) -> str:
     if grammar.kind == "regex":
         require_size(grammar.text)
         require_expression(grammar.text)
-        return f"start: /{llguidance.regex_to_lark(grammar.text)}/"
+        return f"start: {expression(grammar.text)}"
     return schemas.bind(grammar.text)
 
 
