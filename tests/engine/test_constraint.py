@@ -7,7 +7,7 @@ import re
 import resource
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,12 +17,8 @@ import tokenizers
 
 from argosy import Engine, SamplingParams
 from argosy.config import Grammar, Trigger
-from argosy.engine.constraint import (
-    MAX_GRAMMAR_CHARACTERS,
-    MAX_REGEX_CHARACTERS,
-    Constraint,
-    GrammarCompiler,
-)
+from argosy.engine.constraint import Constraint, GrammarCompiler
+from argosy.engine.grammar_bounds import MAX_GRAMMAR_CHARACTERS, MAX_REGEX_CHARACTERS
 from argosy.engine.loop import AnswerEnd, EngineLoop
 from argosy.engine.sampler import Sampler, SamplerState
 from argosy.errors import GrammarError, UsageError
@@ -354,6 +350,104 @@ BOMBS = {
     "long": Grammar(kind="lark", text='start: "' + "a" * MAX_GRAMMAR_CHARACTERS + '"'),
     "longer than all room": Grammar(kind="lark", text='start: "' + "a" * 3 * MAX_GRAMMAR_CHARACTERS + '"'),
 }
+
+
+def chained(what: str, depth: int) -> Grammar:
+    """Rules, or schemas, each of which leads to the next."""
+    if what in LINKS:
+        parts = {str(at): LINKS[what]({"$ref": f"#/$defs/{at + 1}"}) for at in range(depth)}
+        schema = {"$defs": parts | {str(depth): {"type": "string"}}, "$ref": "#/$defs/0"}
+        return Grammar(kind="json_schema", text=json.dumps(schema, separators=(",", ":")))
+    rules = [RULES[what].replace("@", f"{what[0]}{at + 1}") for at in range(depth)]
+    rules = [f"{what[0]}{at}: {rule}" for at, rule in enumerate([*rules, '"x"'])]
+    return Grammar(kind="lark", text="\n".join([f"start: {what[0]}0", *rules]))
+
+
+LINKS: dict[str, Callable[[object], object]] = {
+    "items": lambda to: {"items": to},
+    "any of": lambda to: {"anyOf": [to, {"type": "null"}]},
+    "all of": lambda to: {"allOf": [to]},
+    "other properties": lambda to: {"additionalProperties": to},
+    "properties": lambda to: {"properties": {"a": to}, "required": ["a"]},
+}
+RULES = {
+    "rules": '"b" @ "c" | "d"',
+    "rules that may follow": '"b" (@ "c")?',
+    "rules of rules": '("b" (("c" (@)*)? "d")*)?',
+    "Terminals": '"b" @ "c" | "d"',
+    "Terminals that may follow": '"b" (("c" (@)*)? "d")*',
+}
+
+
+@pytest.mark.parametrize("what", [*LINKS, *RULES])
+def test_a_chain_of_references_is_followed_on_a_small_stack_or_refused_with_the_number(
+    compiler: GrammarCompiler, what: str
+) -> None:
+    """llguidance calls itself for each link: before there was a bound, 2000 of them ended the process."""
+    found: list[str] = []
+
+    def ask() -> None:
+        for depth in (5, 20, 40, 60, 80, 120, 180, 390, 1500):
+            try:
+                compiler.compile(chained(what, depth)).allowed()
+            except GrammarError as error:
+                found.append(str(error))
+            else:
+                found.append("followed")
+
+    before = threading.stack_size(2 << 20)
+    try:
+        thread = threading.Thread(target=ask)
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    thread.join()
+    assert found[0] == found[1] == found[2] == found[3] == "followed"
+    assert re.fullmatch(r"references of the grammar lead \d+ levels deep, and 400 are allowed", found[-1])
+    assert {text[:30] for text in found} == {"followed", found[-1][:30]}
+
+
+def test_a_tool_whose_schema_is_a_long_chain_is_freed_where_it_may_be(compiler: GrammarCompiler) -> None:
+    text = f"start: %json {chained('items', 1500).text}"
+    with pytest.raises(GrammarError, match="levels deep"):
+        compiler.compile(Grammar(kind="lark", text=text))
+    assert compiler.compile(Grammar(kind="lark", text=text, is_lenient=True)).allowed() is not None
+
+
+def test_rules_and_schemas_that_go_in_circles_or_side_by_side_are_no_chain(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    side = "start: (" + " | ".join(f"a{at}" for at in range(600)) + ")\n"
+    wide = Grammar(kind="lark", text=side + "\n".join(f'a{at}: "{at}"' for at in range(600)))
+    parts = {f"a{at}": {"const": at} for at in range(600)}
+    branches = {"$defs": parts, "anyOf": [{"$ref": f"#/$defs/{name}"} for name in parts]}
+    tree = {"$defs": {"tree": {"type": "array", "items": {"$ref": "#/$defs/tree"}}}, "$ref": "#/$defs/tree"}
+    circle = Grammar(kind="lark", text='start: sum\nsum: part ("+" part)*\npart: /[0-9]/ | "(" sum ")"')
+    for grammar in (
+        wide,
+        circle,
+        *(Grammar(kind="json_schema", text=json.dumps(s)) for s in (branches, tree)),
+    ):
+        ids = walk(compiler.compile(grammar), 1, end_ids=tokenizer.eos_ids, longest=30)
+        assert ids
+
+
+@pytest.mark.parametrize(
+    ("schema", "sentence"),
+    [
+        ({"$ref": "other.json#/a"}, "a reference in a schema is a path like '#/$defs/name'"),
+        ({"$ref": "#name"}, "a reference in a schema is a path like"),
+        (
+            {"items": {"$id": "http://x/y", "$defs": {"a": {}}, "$ref": "#/$defs/a"}},
+            "a schema with references has a part with an '$id' of its own",
+        ),
+    ],
+)
+def test_a_reference_whose_end_is_not_known_is_refused(
+    compiler: GrammarCompiler, schema: object, sentence: str
+) -> None:
+    with pytest.raises(GrammarError, match=re.escape(sentence)):
+        compiler.compile(Grammar(kind="json_schema", text=json.dumps(schema)))
 
 
 @pytest.mark.parametrize("name", BOMBS)

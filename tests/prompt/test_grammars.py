@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
+from argosy.config import Grammar
 from argosy.errors import UsageError
 from argosy.prompt.formats import Format, ToolCallBegin, collect, find_format
 from argosy.prompt.prompt import Prompt
@@ -255,6 +256,35 @@ def test_gpt_oss_may_think_on_its_channel_first() -> None:
         "harmony", grammar, f"<|channel|>analysis<|message|>hm\n<|end|><|start|>assistant{ONE['harmony']}"
     )
     refuses_at("harmony", grammar, "<|channel|>final<|message|>Hello")
+
+
+# Forms
+
+
+WORDS = Grammar(kind="regex", text="[a-z]+/?")
+SUMS = Grammar(
+    kind="lark", text='%ignore / /\nstart: r0 ("+" r0)* # `r0` is a name of ours, too\nr0: /[0-9]+/'
+)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_answer_that_calls_nothing_has_its_form_and_nothing_around_it(name: str) -> None:
+    head = "<|channel|>final<|message|>" if name == "harmony" else ""
+    for form, taken, refused in ((WORDS, "ab/", "ab//"), (SUMS, "1 + 22", "1 + a")):
+        for tools in (CHECKED, ()) if name in CALLING else ((),):
+            grammar = format_of(name).grammar(tools, form=form)
+            assert takes(name, grammar, head + taken)
+            refuses_at(name, grammar, head + refused)
+            refuses_at(name, grammar, f"{head}\n{taken}")
+            assert not tools or takes(name, grammar, ONE[name])
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_v31", "kimi_k2", "glm"])
+def test_thoughts_may_come_before_a_form(name: str) -> None:
+    for form, said in ((WORDS, "ab/"), (SUMS, "1+2")):
+        grammar = format_of(name).grammar((), form=form)
+        assert takes(name, grammar, f"<think>\nhm 1\n</think>\n\n{said}")
+        assert takes(name, grammar, said)
 
 
 # Schemas of all kinds

@@ -28,7 +28,12 @@ def keys() -> None:
 @click.argument("name")
 @_FILE
 @click.option(
-    "--scope", "scopes", multiple=True, default=("infer",), help="infer, metrics or admin; may be repeated."
+    "--scope",
+    "scopes",
+    multiple=True,
+    default=("infer",),
+    metavar="SCOPE",
+    help="infer, grammar (expressions and grammars for answers), metrics or admin; may be repeated.",
 )
 @click.option("--requests-per-minute", type=click.IntRange(1), metavar="N")
 @click.option("--concurrent-requests", type=click.IntRange(1), metavar="N")

@@ -11,7 +11,8 @@ A grammar is a caller's text, so its size, nesting and repetition, and the work 
 What is beyond a bound fails with its request, alone. The memory plan has room for all of them
 (`memory_plan.GRAMMAR_BYTES`).
 
-Elsewhere: masked logits become a token in `sampler.py`; bytes of tokens come from `prompt/tokenizer.py`.
+Elsewhere: how large and deep a text may be is `grammar_bounds.py`; masked logits become a token in `sampler.py`; bytes
+of tokens come from `prompt/tokenizer.py`.
 """
 
 from __future__ import annotations
@@ -30,12 +31,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.config import LENIENT_SCHEMA, Grammar, Trigger
+from argosy.engine.grammar_bounds import (
+    MAX_GRAMMAR_CHARACTERS,
+    read_lark,
+    require_expression,
+    require_lark_bounds,
+    require_schema_bounds,
+    require_size,
+    too_deep,
+)
 from argosy.errors import GrammarError, Overloaded, UsageError
+from argosy.prompt.formats.lark import expression
 from argosy.prompt.tokenizer import Tokenizer
 
-MAX_GRAMMAR_CHARACTERS = 1 << 17
-MAX_REGEX_CHARACTERS = 1 << 10  # of an expression, also inside a schema
-MAX_NESTING = 64
 _MOST_COMPILED = 16
 # Of all that are kept or followed: 250 bytes of memory for a character were measured at most, with tools of agents.
 _MOST_CHARACTERS = 2 * MAX_GRAMMAR_CHARACTERS
@@ -239,7 +247,7 @@ class GrammarCompiler:
                     f"the trigger is token {word}; the vocabulary is 0 to {len(self._vocabulary.tokens) - 1}"
                 )
         if not grammar.is_lenient:  # one that no room would be enough for is not asked to come again
-            _require_size(grammar.text)
+            require_size(grammar.text)
         key = (tenant, grammar.kind, grammar.text, grammar.is_lenient)
         with self._lock:
             matcher = self._compiled.get(key)
@@ -338,14 +346,12 @@ def _lark(grammar: Grammar, schemas: _Schemas) -> str:
     if grammar.kind == "json_object":
         return "start: " + schemas.rule({"type": "object"})
     if grammar.kind == "json_schema":
-        _require_size(grammar.text)
+        require_size(grammar.text)
         return f"start: {schemas.rule(_parse_schema(grammar.text))}"
     if grammar.kind == "regex":
-        _require_size(grammar.text)
-        _require_expression(grammar.text)
-        return f"start: /{llguidance.regex_to_lark(grammar.text)}/"
-    if "%llguidance" in grammar.text:
-        raise GrammarError("a grammar cannot set options of its own (%llguidance)")
+        require_size(grammar.text)
+        require_expression(grammar.text)
+        return f"start: {expression(grammar.text)}"
     return schemas.bind(grammar.text)
 
 
@@ -355,7 +361,7 @@ def _parse_schema(text: str) -> object:
     except ValueError:
         raise GrammarError("the schema is not JSON") from None
     except RecursionError:
-        raise _too_deep() from None
+        raise too_deep() from None
 
 
 class _Schemas:
@@ -378,7 +384,7 @@ class _Schemas:
             schema = {key: part for key, part in schema.items() if key != LENIENT_SCHEMA}
             is_lenient = True
         try:
-            _require_bounds(schema)
+            require_schema_bounds(schema)
         except GrammarError:
             if not is_lenient:
                 raise
@@ -395,60 +401,18 @@ class _Schemas:
 
     def bind(self, lark: str) -> str:
         """A Lark grammar whose schemas are bound like one alone."""
+        lexemes = read_lark(lark)
+        require_lark_bounds(lexemes)
         parts, at = [], 0
-        for found in re.finditer(r"%json\s*", lark):
-            if found.start() < at:
-                continue  # text inside a schema
-            try:
-                schema, end = json.JSONDecoder().raw_decode(lark, found.end())
-            except ValueError:
-                raise GrammarError("a schema in the grammar is not JSON") from None
-            except RecursionError:
-                raise _too_deep() from None
-            parts += [lark[at : found.start()], self.rule(schema)]
-            at = end
+        for lexeme in lexemes:
+            if lexeme.text == "%llguidance":
+                raise GrammarError("a grammar cannot set options of its own (%llguidance)")
+            if lexeme.text == "%json":
+                parts += [lark[at : lexeme.at], self.rule(lexeme.schema)]
+                at = lexeme.end
         whole = "".join([*parts, lark[at:]])
-        _require_size(whole)
+        require_size(whole)
         return whole
-
-
-def _require_size(text: str) -> None:
-    if len(text) > MAX_GRAMMAR_CHARACTERS:
-        raise GrammarError(
-            f"the grammar has {len(text)} characters, and {MAX_GRAMMAR_CHARACTERS} are allowed"
-        )
-
-
-def _require_expression(text: str) -> None:
-    if len(text) > MAX_REGEX_CHARACTERS:
-        raise GrammarError(
-            f"a regular expression has {len(text)} characters, and {MAX_REGEX_CHARACTERS} are allowed"
-        )
-
-
-def _require_bounds(schema: object) -> None:
-    """Refuse deep nesting, and long expressions wherever they stand."""
-    level: list[object] = [schema]
-    for _ in range(MAX_NESTING):
-        following: list[object] = []
-        for item in level:
-            if isinstance(item, dict):
-                named = item.get("patternProperties")
-                expressions = [item.get("pattern"), *(named if isinstance(named, dict) else ())]
-                for expression in expressions:
-                    if isinstance(expression, str):
-                        _require_expression(expression)
-                following += item.values()
-            elif isinstance(item, list):
-                following += item
-        if not following:
-            return
-        level = following
-    raise _too_deep()
-
-
-def _too_deep() -> GrammarError:
-    return GrammarError(f"the schema is nested more than {MAX_NESTING} deep")
 
 
 def _require_sound(matcher: llguidance.LLMatcher) -> None:

@@ -25,7 +25,7 @@ from typing import Literal, get_args
 
 from argosy.errors import UsageError
 
-Scope = Literal["infer", "metrics", "admin"]
+Scope = Literal["infer", "grammar", "metrics", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 _MAX_FILE_BYTES = 1 << 20
 _LOOK_AGAIN_S = 1.0

@@ -223,20 +223,20 @@ class PromptBuilder:
         *,
         must_call: bool = False,
         parallel: bool = True,
-        schema: Mapping[str, object] | bool | None = None,
+        form: Grammar | None = None,
     ) -> Grammar | None:
         """What the answer to `prompt` has to follow; None: nothing.
 
         Where a tool may be called and need not, the answer is free up to the mark of a call, and from there on held to
-        the tool's schema as far as that can be; where it has to be, or the tool is strict, or JSON is asked for, a
-        schema that cannot be followed is an error.
+        the tool's schema as far as that can be; where it has to be, or the tool is strict, or a form is asked for,
+        what cannot be followed is an error.
 
         Args:
             prompt: built with these tools, or more of them.
             tools: those that may be called.
             must_call: one of them has to be.
             parallel: more than one call may be made.
-            schema: of an answer that calls nothing.
+            form: of an answer that calls nothing; it has no trigger.
 
         Raises:
             UsageError: there is no tool to call, or the model calls none.
@@ -244,8 +244,8 @@ class PromptBuilder:
         from argosy.prompt.tools import check_tools
 
         checked = check_tools(tools)
-        if must_call or schema is not None:
-            text = self.format.grammar(checked, parallel, prompt, schema=None if must_call else schema)
+        if must_call or form is not None:
+            text = self.format.grammar(checked, parallel, prompt, form=None if must_call else form)
             return Grammar(kind="lark", text=text)
         if not checked:
             return None

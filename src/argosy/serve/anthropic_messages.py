@@ -45,6 +45,7 @@ from argosy.serve.fields import (
     Tools,
     closed,
     ignored_header,
+    schema_form,
     strays,
 )  # fmt: skip
 from argosy.serve.gate import Caller
@@ -176,7 +177,7 @@ class CountBody(Sampling):
             tools=[_tool(tool) for tool in self.tools or ()],
             tool_choice=ToolChoice.of(choice),
             parallel=choice is None or choice.disable_parallel_tool_use is not True,
-            schema=None if form is None else form.schema_,
+            form=None if form is None else schema_form(form.schema_),
             effort=self.effort(),
         )
 
@@ -398,7 +399,7 @@ async def messages(body: MessagesBody, request: Request) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
-    wanted = body.request(body.params(), keep_billing_line=service.keep_billing_line)
+    wanted = await asyncio.to_thread(body.request, body.params(), keep_billing_line=service.keep_billing_line)
     answers = await service.open(wanted, caller)
     ignored = body.ignored()
     if service.ignored_effort(wanted):

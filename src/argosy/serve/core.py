@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from argosy.config import SamplingParams
+from argosy.config import Grammar, SamplingParams
 from argosy.engine.loop import AnswerEnd, AnswerToken, Event, LoopFacts, PromptProgress
 from argosy.engine.sequence import Result, TokenLogprob
 from argosy.errors import ArgosyError, UsageError
@@ -77,7 +77,7 @@ class ModelFacts:
 class ChatRequest:
     """A conversation to be answered.
 
-    schema: an answer that calls nothing has to be JSON of this schema; None: it may be anything.
+    form: of an answer that calls nothing; None: it may be anything.
     effort: how much the model is to think, where its template asks for that.
     """
 
@@ -86,7 +86,7 @@ class ChatRequest:
     tools: Sequence[Mapping[str, Any]] = ()
     tool_choice: ToolChoice = field(default_factory=ToolChoice)
     parallel: bool = True
-    schema: Mapping[str, Any] | None = None
+    form: Grammar | None = None
     effort: str | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     num_answers: int = 1
@@ -183,7 +183,7 @@ class Service:
         use = _tool_use(request)
         prompt = self._build(request, use, caller.tenant)
         grammar = self.prompts.grammar(
-            prompt, use.callable, must_call=use.must_call, parallel=use.parallel, schema=request.schema
+            prompt, use.callable, must_call=use.must_call, parallel=use.parallel, form=request.form
         )
         params = request.params if grammar is None else replace(request.params, grammar=grammar)
         return Answers(self, prompt, params, caller, request.num_answers, events, use)

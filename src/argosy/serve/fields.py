@@ -7,12 +7,16 @@ Elsewhere: what only one dialect has is in its file.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, with_config
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
+
+from argosy.config import Grammar
+from argosy.prompt.formats.lark import without_annotations
 
 MAX_TOKENS = 1 << 20
 MAX_ANSWERS = 8
@@ -91,9 +95,14 @@ class FreeForm(Strict):
 
     type: Literal["text", "json_object"]
 
-    def asked(self) -> dict[str, Any] | None:
-        """As `ChatRequest.schema` has it."""
-        return {"type": "object"} if self.type == "json_object" else None
+    def asked(self) -> Grammar | None:
+        """As `ChatRequest.form` has it."""
+        return Grammar(kind="json_object") if self.type == "json_object" else None
+
+
+def schema_form(schema: object) -> Grammar:
+    """JSON of `schema`."""
+    return Grammar(kind="json_schema", text=json.dumps(without_annotations(schema)))
 
 
 def ignored_header(names: Iterable[str]) -> dict[str, str]:

@@ -82,6 +82,20 @@ class Caller:
         """Beginnings of prompts are found again only by the same one."""
         return "" if self.key is None else self.key.id
 
+    def require(self, scope: KeyScope, what: str = "") -> None:
+        """Refuse who has no key with `scope`, or with `admin`, which has all.
+
+        Raises:
+            Refused: that, with `what` needs it, where not the whole route does.
+        """
+        scopes = () if self.key is None else self.key.scopes
+        if scope not in scopes and "admin" not in scopes:
+            needed = f", which {what} needs" if what else ""
+            hint = (
+                f"`argosy keys add NAME --scope infer --scope {scope}` makes one that has" if what else None
+            )
+            raise Refused(403, f"the key has no scope '{scope}'{needed}", hint=hint, param=what or None)
+
     def count(self, *, prompt: int = 0, new: int = 0) -> None:
         """So many tokens more; any thread may say so, also when the request has ended."""
         self.num_prompt_tokens += prompt
@@ -254,6 +268,8 @@ class Gate:
             policy = self._route(scope["method"], scope["path"])
             self._check_origin(scope["method"], headers)
             caller.key = self._admit(policy, headers)
+            if policy.scope is not None:
+                caller.require(policy.scope)
             if (
                 scope["method"] == "POST"
                 and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json"
@@ -306,8 +322,6 @@ class Gate:
                 "a valid API key is needed",
                 hint="Authorization: Bearer KEY; `argosy keys add` makes one",
             )
-        if policy.scope not in key.scopes and "admin" not in key.scopes:
-            raise Refused(403, f"the key has no scope '{policy.scope}'")
         return key
 
     def _check_host(self, headers: dict[str, str]) -> None:

@@ -8,6 +8,7 @@ Elsewhere: what an answer is, is `core.py`; how it goes out is `streams.py`.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -18,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from typing_extensions import TypedDict
 
-from argosy.config import SamplingParams
+from argosy.config import Grammar, SamplingParams
 from argosy.engine.sequence import TokenLogprob
 from argosy.errors import UsageError
 from argosy.prompt.formats.events import Event as SaidEvent
@@ -47,9 +48,11 @@ from argosy.serve.fields import (
     Usage,
     closed,
     ignored_header,
+    schema_form,
 )  # fmt: skip
 from argosy.serve.gate import Caller
 from argosy.serve.streams import DONE, EventStream, sse, until_gone
+from argosy.serve.structured_outputs import StructuredOutputs, form_of
 from argosy.serve.tool_use import ToolChoice, ToolMode
 
 
@@ -153,8 +156,8 @@ class JsonSchemaForm(Strict):
     type: Literal["json_schema"]
     json_schema: SchemaForm
 
-    def asked(self) -> dict[str, Any]:
-        return self.json_schema.schema_
+    def asked(self) -> Grammar:
+        return schema_form(self.json_schema.schema_)
 
 
 class ChatBody(OpenAISampling):
@@ -173,6 +176,7 @@ class ChatBody(OpenAISampling):
     tool_choice: ToolMode | Annotated[ChosenTool | AllowedTools, Field(discriminator="type")] | None = None
     parallel_tool_calls: Flag | None = None
     response_format: Annotated[FreeForm | JsonSchemaForm, Field(discriminator="type")] | None = None
+    structured_outputs: StructuredOutputs | None = None
     reasoning_effort: Effort | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     chat_template_kwargs: dict[Short, Setting] | None = Field(None, max_length=16)
@@ -187,7 +191,7 @@ class ChatBody(OpenAISampling):
     prompt_cache_retention: str | None = Field(None, max_length=64)
     prompt_cache_options: dict[str, Any] | None = None
 
-    def request(self) -> ChatRequest:
+    def request(self, caller: Caller) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise UsageError("top_logprobs needs logprobs to be true", param="top_logprobs")
         params = SamplingParams(
@@ -195,14 +199,20 @@ class ChatBody(OpenAISampling):
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             **self.sampling(self.stops),
         )
-        form = self.response_format
+        choice = ToolChoice.of(self.tool_choice)
+        if self.structured_outputs is not None and choice.mode == "required":
+            raise UsageError(
+                "the answer cannot be a call and have a form: leave out structured_outputs, or let tool_choice be auto",
+                param="structured_outputs",
+            )
+        own = None if self.response_format is None else self.response_format.asked()
         return ChatRequest(
             messages=[turn.sent() for turn in self.messages],
             params=params,
             tools=[tool.model_dump(exclude_unset=True) for tool in self.tools or ()],
-            tool_choice=ToolChoice.of(self.tool_choice),
+            tool_choice=choice,
             parallel=self.parallel_tool_calls is not False,
-            schema=None if form is None else form.asked(),
+            form=form_of(self.structured_outputs, own, caller),
             effort=self.reasoning_effort,
             variables=self.chat_template_kwargs or {},
             num_answers=self.n or 1,
@@ -322,7 +332,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
-    wanted = body.request()
+    wanted = await asyncio.to_thread(body.request, caller)  # schemas and grammars can be long
     answers = await service.open(wanted, caller)
     ignored = body.ignored()
     if service.ignored_effort(wanted):

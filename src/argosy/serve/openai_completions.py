@@ -8,6 +8,7 @@ Elsewhere: what an answer is, is `core.py`; how it goes out is `streams.py`.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -40,6 +41,7 @@ from argosy.serve.fields import (
 )
 from argosy.serve.gate import Caller
 from argosy.serve.streams import DONE, EventStream, sse, until_gone
+from argosy.serve.structured_outputs import StructuredOutputs, form_of
 
 _MAX_PROMPTS = 64
 Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
@@ -58,6 +60,7 @@ class CompletionBody(OpenAISampling):
     echo: Flag | None = None
     logprobs: NumBest | None = None
     best_of: NumAnswers | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @property
     def prompts(self) -> Sequence[str | Sequence[int]]:
@@ -65,7 +68,7 @@ class CompletionBody(OpenAISampling):
             return [self.prompt]
         return self.prompt
 
-    def params(self) -> SamplingParams:
+    def params(self, caller: Caller) -> SamplingParams:
         max_tokens = 16 if self.max_tokens is None else self.max_tokens
         has_scores = bool(self.echo) and self.logprobs is not None
         if max_tokens == 0 and not has_scores:
@@ -80,6 +83,7 @@ class CompletionBody(OpenAISampling):
             max_tokens=max_tokens,
             logprobs=self.logprobs,
             prompt_logprobs=self.logprobs if has_scores else None,
+            grammar=form_of(self.structured_outputs, None, caller),
             **self.sampling(self.stops),
         )
 
@@ -120,7 +124,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     """Continue text."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
-    params = body.params()
+    params = await asyncio.to_thread(body.params, caller)  # schemas and grammars can be long
     opened: list[Answers] = []
     try:
         for prompt in body.prompts:

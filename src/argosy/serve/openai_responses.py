@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from typing_extensions import TypedDict
 
-from argosy.config import SamplingParams
+from argosy.config import Grammar, SamplingParams
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import (
     ReasoningDelta,
@@ -52,6 +52,7 @@ from argosy.serve.fields import (
     Tools,
     closed,
     ignored_header,
+    schema_form,
     strays,
 )  # fmt: skip
 from argosy.serve.gate import Caller, error_body
@@ -163,8 +164,8 @@ class FlatSchemaForm(Strict):
     schema_: dict[str, Any] = Field(alias="schema")
     strict: Flag | None = None
 
-    def asked(self) -> dict[str, Any]:
-        return self.schema_
+    def asked(self) -> Grammar:
+        return schema_form(self.schema_)
 
 
 class TextOptions(Strict):
@@ -228,7 +229,7 @@ class ResponsesBody(Sampling):
             tools=[_tool(tool) for tool in self.tools or () if isinstance(tool, FunctionTool)],
             tool_choice=ToolChoice.of(self.tool_choice),
             parallel=self.parallel_tool_calls is not False,
-            schema=None if form is None else form.asked(),
+            form=None if form is None else form.asked(),
             effort=None if self.reasoning is None else self.reasoning.effort,
         )
 
@@ -478,7 +479,7 @@ async def responses(body: ResponsesBody, request: Request) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
-    wanted, ignored = body.request(), body.ignored()
+    wanted, ignored = await asyncio.to_thread(body.request), body.ignored()
     answers = await service.open(wanted, caller)
     if service.ignored_effort(wanted):
         ignored.append("reasoning.effort")

@@ -1,7 +1,7 @@
 """What a format is: how one family of models writes thoughts and tool calls.
 
     Format  ->  parser          an answer's tokens to events
-            ->  grammar         what a model may say that has to call a tool, or to answer in JSON
+            ->  grammar         what a model may say that has to call a tool, or to answer in some form
             ->  lazy_grammar    what it may say from the mark of a call on, while what comes before is free
             ->  own_id          the id that its template wants of a call
 
@@ -24,6 +24,7 @@ from argosy.prompt.messages import Call
 from argosy.prompt.tools import Tool
 
 if TYPE_CHECKING:
+    from argosy.config import Grammar
     from argosy.prompt.prompt import Prompt
     from argosy.prompt.tokenizer import Tokenizer
 
@@ -76,30 +77,31 @@ class Format(ABC):
         parallel: bool = True,
         prompt: Prompt | None = None,
         *,
-        schema: Mapping[str, object] | bool | None = None,
+        form: Grammar | None = None,
     ) -> str:
-        """Lark text, in llguidance's syntax, of the answers that call tools as they ask to be called, or are JSON.
+        """Lark text, in llguidance's syntax, of the answers that call tools as they ask to be called, or have a form.
 
-        Thoughts may come first, where the model has them. The grammar ends with the last call, or with the JSON: the
+        Thoughts may come first, where the model has them. The grammar ends with the last call, or with the form: the
         end of the turn is whatever ends this model's answers.
 
         Args:
             tools: those that may be called.
             parallel: more than one call may be made.
             prompt: what the model answers, to see whether it has opened or closed the model's thoughts.
-            schema: of an answer that calls nothing; None: a tool has to be called.
+            form: of an answer that calls nothing; None: a tool has to be called.
 
         Raises:
-            UsageError: there is no tool to call, and no schema.
+            UsageError: there is no tool to call, and no form.
         """
-        if not tools and schema is None:
+        if not tools and form is None:
             raise UsageError("tool_choice asks for a call, and there are no tools")
         lark = Lark(self.lexer)
         answers = [self._calls(lark, tools, parallel)] if tools else []
-        if schema is not None:
-            answers.append(self._json(lark, schema))
+        if form is not None:
+            answers.append(self._text(lark, form))
         answer = answers[0] if len(answers) == 1 else f"({' | '.join(answers)})"
-        return lark.text(f"{self._thoughts(lark, prompt)} {answer}".strip())
+        is_exact = form is not None and form.kind in ("regex", "lark")
+        return lark.text(f"{self._thoughts(lark, prompt, is_exact=is_exact)} {answer}".strip())
 
     def lazy_grammar(
         self, tools: Sequence[Tool], parallel: bool = True, prompt: Prompt | None = None
@@ -134,16 +136,16 @@ class Format(ABC):
     def _lazy_calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> tuple[str, Sequence[str]]:
         """As `_calls`, and the marks with which it can begin."""
 
-    def _json(self, lark: Lark, schema: Mapping[str, object] | bool) -> str:
-        """The expression for an answer in JSON."""
-        return lark.json(schema)
+    def _text(self, lark: Lark, form: Grammar) -> str:
+        """The expression for an answer that calls nothing."""
+        return lark.form(form)
 
     @abstractmethod
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
         """The expression for calls of `tools`; rules that it needs go to `lark`."""
 
-    def _thoughts(self, lark: Lark, prompt: Prompt | None) -> str:
-        """The expression for what may come before the calls."""
+    def _thoughts(self, lark: Lark, prompt: Prompt | None, *, is_exact: bool) -> str:
+        """The expression for what may come before the calls, or a form; before an exact one no white space."""
         state = self.thoughts_in(prompt)
         if state == "closed":
             return ""
@@ -152,7 +154,8 @@ class Format(ABC):
         if state == "open":
             return thought
         # Left to the model: only where thoughts begin with a token of their own, so that it can be told at once.
-        return f"{lark.space()} ({lark.mark(opened)} {thought})?" if lark.has_token(opened) else ""
+        space = "" if is_exact else lark.space()
+        return f"{space} ({lark.mark(opened)} {thought})?" if lark.has_token(opened) else ""
 
     def thoughts_in(self, prompt: Prompt | None) -> Thoughts:
         """What the end of `prompt` makes of the model's thoughts."""

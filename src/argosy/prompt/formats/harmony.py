@@ -11,7 +11,7 @@ of it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from argosy.prompt.formats.events import ReasoningDelta, TextDelta
@@ -21,6 +21,7 @@ from argosy.prompt.formats.parser import Lexer, Mark, Parser
 from argosy.prompt.tools import Tool
 
 if TYPE_CHECKING:
+    from argosy.config import Grammar
     from argosy.prompt.prompt import Prompt
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
@@ -40,7 +41,7 @@ class Harmony(Format):
     def parser(self, tools: Sequence[Tool] = (), prompt: Prompt | None = None) -> Parser:
         return HarmonyParser(self.lexer, tools)
 
-    def _thoughts(self, lark: Lark, prompt: Prompt | None) -> str:
+    def _thoughts(self, lark: Lark, prompt: Prompt | None, *, is_exact: bool) -> str:
         head = f'{lark.mark(CHANNEL)} "analysis" {lark.mark(MESSAGE)}'
         return f'({head} {lark.text_until(END)} {lark.mark(START)} "{_ROLE}")?'
 
@@ -69,8 +70,8 @@ class Harmony(Format):
         """What a message says."""
         return [MESSAGE], [START, CHANNEL]
 
-    def _json(self, lark: Lark, schema: Mapping[str, object] | bool) -> str:
-        return f'{lark.mark(CHANNEL)} "final" {lark.mark(MESSAGE)} {lark.json(schema)}'
+    def _text(self, lark: Lark, form: Grammar) -> str:
+        return f'{lark.mark(CHANNEL)} "final" {lark.mark(MESSAGE)} {lark.form(form)}'
 
 
 class HarmonyParser(Parser):

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from argosy.config import LENIENT_SCHEMA
+from argosy.config import LENIENT_SCHEMA, Grammar
 from argosy.prompt.formats.parser import Lexer
 from argosy.prompt.json_text import write_json
 from argosy.prompt.tools import Tool, types_of
@@ -81,6 +81,14 @@ class Lark:
             plain = {**plain, LENIENT_SCHEMA: True}
         return self.rule(f"%json {write_json(plain)}")
 
+    def form(self, form: Grammar) -> str:
+        """What an answer has to look like, as a rule beside others; a caller's own rules stay apart from them."""
+        if form.kind == "lark":
+            return self.rule(f"%lark {{\n{form.text}\n}}")
+        if form.kind == "regex":
+            return self.rule(expression(form.text))
+        return self.json({"type": "object"} if form.kind == "json_object" else json.loads(form.text))
+
     def arguments(self, tool: Tool) -> str:
         """The JSON object of a call's arguments; names that the tool does not declare only where it says so."""
         schema = dict(tool.parameters)
@@ -107,6 +115,13 @@ class Lark:
         whole = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
         assert isinstance(schema, Mapping)  # it has types
         return f"{self.json({**whole, **schema}, tool)} {form.after(self)}"
+
+
+def expression(regex: str) -> str:
+    """A regular expression as Lark has it."""
+    from llguidance import regex_to_lark
+
+    return f"/{regex_to_lark(regex)}/"
 
 
 def without_annotations(schema: object) -> object:
