@@ -209,7 +209,7 @@ def test_an_expression_and_a_grammar_need_the_scope_and_the_others_do_not(
         ({"regex": 5}, "structured_outputs.regex: expected a valid string, found 5"),
         ({"regex": "(?=a)b"}, "invalid regex"),
         ({"regex": "[a"}, "invalid regex"),
-        ({"grammar": "x" * (1 << 17) + "y"}, "structured_outputs.grammar: expected at most 131072 characters"),
+        ({"grammar": "x" * (1 << 15) + "y"}, "structured_outputs.grammar: expected at most 32768 characters"),
         ({"grammar": 'start: "x" | r'}, "the grammar cannot be followed"),
         ({"choice": []}, "structured_outputs.choice: expected at least 1 items"),
         ({"choice": [""]}, "structured_outputs.choice.0: expected at least 1 characters"),

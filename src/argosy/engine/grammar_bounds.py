@@ -21,7 +21,8 @@ from urllib.parse import unquote
 
 from argosy.errors import GrammarError
 
-MAX_GRAMMAR_CHARACTERS = 1 << 17
+MAX_GRAMMAR_CHARACTERS = 1 << 17  # with the schemas of all tools
+MAX_CALLERS_CHARACTERS = 1 << 15  # of one that a caller wrote; reading it takes up to a tenth of a second
 MAX_REGEX_CHARACTERS = 1 << 10  # of an expression, also inside a schema or a grammar
 MAX_NESTING = 64
 # Levels that are open at once where one rule or schema leads to the next. A thread whose stack has 2 MiB bore 490, one
@@ -72,11 +73,9 @@ class _Node:
     leads_to: set[str] = field(default_factory=set)
 
 
-def require_size(text: str) -> None:
-    if len(text) > MAX_GRAMMAR_CHARACTERS:
-        raise GrammarError(
-            f"the grammar has {len(text)} characters, and {MAX_GRAMMAR_CHARACTERS} are allowed"
-        )
+def require_size(text: str, most: int = MAX_GRAMMAR_CHARACTERS) -> None:
+    if len(text) > most:
+        raise GrammarError(f"the grammar has {len(text)} characters, and {most} are allowed")
 
 
 def require_expression(text: str) -> None:
@@ -254,7 +253,7 @@ def require_plain(text: str) -> None:
     Raises:
         GrammarError: what it holds, and where.
     """
-    require_size(text)
+    require_size(text, MAX_CALLERS_CHARACTERS)
     lexemes = read_lark(text)
     require_lark_bounds(lexemes)
     depth, has_start = 0, False

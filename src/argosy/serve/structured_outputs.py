@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from argosy.config import Grammar
-from argosy.engine.grammar_bounds import MAX_GRAMMAR_CHARACTERS, MAX_REGEX_CHARACTERS, require_plain
+from argosy.engine.grammar_bounds import MAX_CALLERS_CHARACTERS, MAX_REGEX_CHARACTERS, require_plain
 from argosy.errors import GrammarError, UsageError
 from argosy.serve.fields import Strict, schema_form
 from argosy.serve.gate import Caller
@@ -36,7 +36,7 @@ class StructuredOutputs(Strict):
         description="Text that this expression matches as a whole; the syntax is that of Rust's regex.",
     )  # fmt: skip
     grammar: str | None = Field(
-        None, min_length=1, max_length=MAX_GRAMMAR_CHARACTERS,
+        None, min_length=1, max_length=MAX_CALLERS_CHARACTERS,
         description="Text of this grammar: rules in Lark's syntax, one of them `start`.",
     )  # fmt: skip
 
