@@ -352,6 +352,17 @@ BOMBS = {
 }
 
 
+def run_on_a_small_stack(work: Callable[[], None]) -> None:
+    """In a thread with 2 MiB, as a worker's may have."""
+    before = threading.stack_size(2 << 20)
+    try:
+        thread = threading.Thread(target=work)
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    thread.join()
+
+
 def chained(what: str, depth: int) -> Grammar:
     """Rules, or schemas, each of which leads to the next."""
     if what in LINKS:
@@ -395,13 +406,7 @@ def test_a_chain_of_references_is_followed_on_a_small_stack_or_refused_with_the_
             else:
                 found.append("followed")
 
-    before = threading.stack_size(2 << 20)
-    try:
-        thread = threading.Thread(target=ask)
-        thread.start()
-    finally:
-        threading.stack_size(before)
-    thread.join()
+    run_on_a_small_stack(ask)
     assert found[0] == found[1] == found[2] == found[3] == "followed"
     assert re.fullmatch(r"references of the grammar lead \d+ levels deep, and 400 are allowed", found[-1])
     assert {text[:30] for text in found} == {"followed", found[-1][:30]}

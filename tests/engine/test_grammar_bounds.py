@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import threading
 import time
 
 import numpy as np
@@ -19,7 +18,7 @@ from argosy.engine.grammar_bounds import (
 )
 from argosy.errors import GrammarError
 from argosy.prompt.tokenizer import Tokenizer
-from tests.engine.test_constraint import VOCAB, byte_level, text_of, walk
+from tests.engine.test_constraint import VOCAB, byte_level, run_on_a_small_stack, text_of, walk
 
 TAKEN = {
     "words": 'start: "a" | "b"i',
@@ -149,13 +148,7 @@ def test_a_grammar_of_a_caller_is_followed_or_refused_soon(
                 pass
             found.append(time.thread_time() - began)
 
-    before = threading.stack_size(2 << 20)
-    try:
-        thread = threading.Thread(target=ask)
-        thread.start()
-    finally:
-        threading.stack_size(before)
-    thread.join()
+    run_on_a_small_stack(ask)
     assert len(found) == 2
     assert max(found) < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held < 96 << 10

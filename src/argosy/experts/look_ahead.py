@@ -34,7 +34,7 @@ class LookAhead:
         self._least_right = least_right
         self._guesses = [_PRIOR_GUESSES] * num_ranks
         self._right = [_PRIOR_RIGHT] * num_ranks
-        self._trusted = [least_right <= 0.0] * num_ranks
+        self._trusted = [self.share_right(rank) >= least_right for rank in range(num_ranks)]
         self._pending: dict[int, Mapping[int, int]] = {}  # layer -> missing expert -> rank
         self._layer = -1  # that learnt last
         self._steps = 0

@@ -36,9 +36,8 @@ if TYPE_CHECKING:
     from argosy.engine.engine import Engine
 
 MAX_CONNECTIONS = 512
-_TOLD_CONNECTIONS = (
-    64  # beyond the bound, which still hear that there is no room; more are closed without a word
-)
+# So many beyond the bound still hear that there is no room; more are closed without a word.
+_TOLD_CONNECTIONS = 64
 _OTHER_FILES = 256  # that may be open beside connections: of the model, of prompts
 KEEP_ALIVE_S = 15  # a connection may be idle for so long
 HEADER_S = 15.0  # a client has so long for the head of a request
