@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard native/*/*.cpp native/*/*.h) CMakeLists.txt pyproject.toml
+# Files of tests side by side; more than four would wait for each other's engines more than they win.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 help:                     ## list the commands
@@ -27,7 +29,7 @@ demo: $(VENV)/.installed  ## build the demo model once, then let it answer a que
 	$(BIN)/argosy run --model demo "What is the capital of France?"
 
 test: $(VENV)/.installed test-native  ## all tests that need no torch
-	$(BIN)/python -m pytest tests --ignore=tests/oracle --ignore=tests/clients
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests --ignore=tests/oracle --ignore=tests/clients
 
 test-native: $(VENV)/.installed  ## the C++ tests
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/tests -G Ninja -DARGOSY_MODULE=OFF -DARGOSY_NATIVE_TESTS=ON > build/tests.log 2>&1 || { cat build/tests.log; exit 1; }

@@ -213,17 +213,17 @@ def test_an_interrupt_of_the_real_process_exits_130(chat_model: Path) -> None:
 
 
 def test_show_prints_family_geometry_and_plan(chat_model: Path, capsys: Captured) -> None:
-    assert main(["show", str(chat_model), "--memory", "400MiB"]) == 0
+    assert main(["show", str(chat_model), "--memory", "4GiB"]) == 0
     out = capsys.readouterr().out
     assert "qwen3_moe, as the hub has it, experts bf16" in out
     assert "6 in a layer, 2 for a token, width 24" in out
     assert "fits      yes, " in out
-    assert " of 400 MiB" in out
+    assert " of 4.0 GiB" in out
     assert "18 of 18 experts (100 %)" in out
-    assert main(["show", str(chat_model), "--memory", "400MiB", "--json"]) == 0
+    assert main(["show", str(chat_model), "--memory", "4GiB", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["fits"] is True
-    assert facts["plan"]["budget_bytes"] == 400 << 20
+    assert facts["plan"]["budget_bytes"] == 4 << 30
     assert facts["num_parameters"] > facts["num_parameters_per_token"]
     assert facts["num_experts"] == 6
 
