@@ -51,17 +51,20 @@ void quantize_activations(const float* x, int64_t cols, int64_t group_begin, int
     const bool usable = absmax >= kSmallestGroup && largest < 0x7F800000u;
     const float inverse = usable ? kLargestQuant / absmax : 0.0f;
     int8_t high[kGroupSize] = {}, low[kGroupSize] = {};
+    int16_t whole[kGroupSize] = {};
     int32_t sum = 0, high_sum[2] = {};
     for (int64_t i = 0; i < n && usable; ++i) {
       // Adding 1.5 * 2^23 leaves no room for a fraction: the sum rounds to nearest even.
       const int32_t quant = int32_t((x[begin + i] * inverse + 12582912.0f) - 12582912.0f);
       high[i] = int8_t((quant + 128) >> 8);
       low[i] = int8_t(quant - 256 * high[i]);
+      whole[i] = int16_t(quant);
       sum += quant;
       high_sum[i / 16] += high[i];
     }
     std::memcpy(activations + begin, high, kGroupSize);
     std::memcpy(activations + activation_low_at(cols) + begin, low, kGroupSize);
+    std::memcpy(activations + activation_whole_at(cols) + 2 * begin, whole, sizeof whole);
     finish_activation_group(activations, cols, group, absmax, sum, high_sum[0], high_sum[1]);
   }
 }
@@ -108,6 +111,9 @@ void quantize_activations(const float* x, int64_t cols, int64_t group_begin, int
     uint8_t* to = activations + begin;
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), high);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + activation_low_at(cols)), low);
+    auto* whole = reinterpret_cast<__m256i*>(activations + activation_whole_at(cols) + 2 * begin);
+    _mm256_storeu_si256(whole, _mm512_cvtepi32_epi16(quants[0]));
+    _mm256_storeu_si256(whole + 1, _mm512_cvtepi32_epi16(quants[1]));
     int32_t high_sum[2], low_sum[2];
     sum_halves(high, high_sum);
     sum_halves(low, low_sum);
@@ -166,6 +172,11 @@ void quantize_activations(const float* x, int64_t cols, int64_t group_begin, int
     }
     store_as_bytes(activations + begin, high);
     store_as_bytes(activations + activation_low_at(cols) + begin, low);
+    auto* whole = reinterpret_cast<__m256i*>(activations + activation_whole_at(cols) + 2 * begin);
+    for (int i = 0; i < 2; ++i) {  // packing works within 128-bit halves
+      const __m256i packed = _mm256_packs_epi32(quants[2 * i], quants[2 * i + 1]);
+      _mm256_storeu_si256(whole + i, _mm256_permute4x64_epi64(packed, 0xD8));
+    }
     const __m256i sums =
         _mm256_add_epi32(_mm256_add_epi32(quants[0], quants[1]), _mm256_add_epi32(quants[2], quants[3]));
     finish_activation_group(activations, cols, group, absmax, sum_of(sums),

@@ -231,6 +231,7 @@ static inline int32_t quant_at(Format format, const uint8_t* panel, int64_t row,
 //
 //   int8  [groups * 32]   high: with low, x / (scale / 256) rounded to the nearest (even) = 256 * high + low
 //   int8  [groups * 32]   low
+//   int16 [groups * 32]   256 * high + low: beside q8, where 16 bits are multiplied at once
 //   float [groups]        scale = largest magnitude in the group / 127, for high alone (all but q8)
 //   float [groups]        scale / 256, for both (q8)
 //   int32 [groups]        -(sum of 256 * high + low): times the zero of the q8 quants, it takes that out of a
@@ -244,21 +245,24 @@ static inline int32_t quant_at(Format format, const uint8_t* panel, int64_t row,
 // Beside q8 weights they are not: the error of the activations would be three times that of the weights
 // (docs/decisions/0006-sixteen-bit-activations-for-q8.md).
 static inline constexpr int64_t activation_low_at(int64_t cols) { return num_groups(cols) * kGroupSize; }
+static inline constexpr int64_t activation_whole_at(int64_t cols) {
+  return num_groups(cols) * 2 * kGroupSize;
+}
 static inline constexpr int64_t activation_scales_at(Format format, int64_t cols) {
-  return num_groups(cols) * (2 * kGroupSize + (format == Format::q8 ? 4 : 0));
+  return num_groups(cols) * (4 * kGroupSize + (format == Format::q8 ? 4 : 0));
 }
 static inline constexpr int64_t activation_negated_sums_at(Format format, int64_t cols) {
   const QuantFormat quant = quant_format(format);
   const int64_t behind = format == Format::q8 ? 8 : quant.parts() == 1 ? 12 : quant.is_paired() ? 24 : 16;
-  return num_groups(cols) * (2 * kGroupSize + behind);
+  return num_groups(cols) * (4 * kGroupSize + behind);
 }
 static inline constexpr int64_t activation_sums_at(int64_t cols) {
-  return num_groups(cols) * (2 * kGroupSize + 28);
+  return num_groups(cols) * (4 * kGroupSize + 28);
 }
 // An odd number of cache lines, so that the same column of many tokens does not fall into few sets of the
 // cache.
 static inline constexpr int64_t activation_bytes(int64_t cols) {
-  return round_up(num_groups(cols) * (2 * kGroupSize + 32), 128) + 64;
+  return round_up(num_groups(cols) * (4 * kGroupSize + 32), 128) + 64;
 }
 
 }  // namespace argosy

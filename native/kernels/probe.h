@@ -13,7 +13,6 @@ namespace argosy {
 namespace {
 
 constexpr int64_t kReadStep = 512;  // read_memory reads whole steps
-constexpr int kIndependentSums = 12;
 
 // Keeps the compiler from computing rounds in advance.
 template <class T>
@@ -33,6 +32,7 @@ uint64_t read_memory(const uint8_t* data, int64_t nbytes) {
   return sum;
 }
 
+constexpr int kIndependentSums = 12;
 constexpr int64_t kInt8ProductsPerRound = kIndependentSums;
 
 uint64_t multiply_int8(int64_t rounds) {
@@ -73,6 +73,7 @@ uint64_t read_memory(const uint8_t* data, int64_t nbytes) {
   return total;
 }
 
+constexpr int kIndependentSums = 12;
 constexpr int64_t kInt8ProductsPerRound = kIndependentSums * 64;
 
 uint64_t multiply_int8(int64_t rounds) {
@@ -114,21 +115,20 @@ uint64_t read_memory(const uint8_t* data, int64_t nbytes) {
   return total;
 }
 
+constexpr int kIndependentSums = 6;  // twelve do not stay in registers
 constexpr int64_t kInt8ProductsPerRound = kIndependentSums * 32;
 
 uint64_t multiply_int8(int64_t rounds) {
   __m256i weights = _mm256_set1_epi8(3);
-  __m256i activations = _mm256_set1_epi8(-5);
+  const __m256i activations = _mm256_set1_epi8(-5);
   __m256i sum[kIndependentSums];
-#pragma GCC unroll 12
+#pragma GCC unroll 6
   for (int i = 0; i < kIndependentSums; ++i) sum[i] = _mm256_set1_epi16(int16_t(i));
   for (int64_t round = 0; round < rounds; ++round) {
-    forget(weights);
-#pragma GCC unroll 12
+#pragma GCC unroll 6
     for (int i = 0; i < kIndependentSums; ++i) {
-      __m256i products = _mm256_maddubs_epi16(weights, activations);
-      forget(products);
-      sum[i] = _mm256_add_epi16(sum[i], products);
+      forget(weights);  // each time, or all products of a round are one
+      sum[i] = _mm256_add_epi16(sum[i], _mm256_maddubs_epi16(weights, activations));
     }
   }
   uint64_t total = 0;

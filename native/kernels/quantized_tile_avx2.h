@@ -1,7 +1,7 @@
 // quantized_tile_avx2.h: the inner loop of matmul_quantized with exact 16-bit products.
 //
-//   8 bits   weights and activations are widened to 16 bits; vpmaddwd gives each row two partial sums of 32
-//            bits.
+//   8 bits   weights are widened to 16 bits, which activations have; vpmaddwd gives each row two partial sums
+//            of 32 bits.
 //   others   vpmaddubsw multiplies bytes and adds pairs into 16 bits; so many of them are added as 16 bits
 //            hold without saturating (8, 4, 2 products of 2 * 15, 31, 63 * 127). Bytes of a table that are
 //            too large for one are taken with their sign instead: the weight's goes over to the activation.
@@ -70,7 +70,7 @@ struct QuantizedTile {
   // 16-bit activations, both bytes; the zero of the quants is still in the dot products.
   [[gnu::always_inline]] static inline void multiply_wide(const Operands& o, int64_t group, Dots& dot) {
     const uint8_t* quants = o.quants(group);
-    const int64_t low_at = activation_low_at(o.cols);
+    const int64_t whole_at = activation_whole_at(o.cols) + group * 2 * kGroupSize;
     __m256i pairs[kTokens][4];  // rows 0-3, 4-7, 8-11, 12-15; two partial sums each
 #pragma GCC unroll 4
     for (int j = 0; j < kTokens; ++j) {
@@ -79,21 +79,15 @@ struct QuantizedTile {
     }
 #pragma GCC unroll 8
     for (int chunk = 0; chunk < 8; ++chunk) {
-      __m256i activations[kTokens];
-#pragma GCC unroll 4
-      for (int j = 0; j < kTokens; ++j) {
-        const uint8_t* from = o.x[j] + group * kGroupSize + 4 * chunk;
-        const __m128i high = _mm_cvtepi8_epi16(_mm_cvtsi32_si128(read_unaligned<int32_t>(from)));
-        const __m128i low = _mm_cvtepi8_epi16(_mm_cvtsi32_si128(read_unaligned<int32_t>(from + low_at)));
-        activations[j] = _mm256_broadcastq_epi64(_mm_add_epi16(_mm_slli_epi16(high, 8), low));
-      }
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const uint8_t* from = quants + chunk * kChunkBytes + 16 * i;
         const __m256i weights = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #pragma GCC unroll 4
         for (int j = 0; j < kTokens; ++j) {
-          pairs[j][i] = _mm256_add_epi32(pairs[j][i], _mm256_madd_epi16(weights, activations[j]));
+          const auto four = read_unaligned<int64_t>(o.x[j] + whole_at + 8 * chunk);
+          const __m256i products = _mm256_madd_epi16(weights, _mm256_set1_epi64x(four));
+          pairs[j][i] = _mm256_add_epi32(pairs[j][i], products);
         }
       }
     }

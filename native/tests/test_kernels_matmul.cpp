@@ -194,8 +194,10 @@ void activations_are_the_same_bytes_everywhere() {
     table->quantize_activations(ties.data(), 7, 0, 1, found.data());
     const int8_t high[] = {127, 0, 0, 0, 1, 0, -127, 0};
     const int8_t low[] = {0, 0, 2, 2, -128, -128, 0, 0};
+    const int16_t whole[] = {32512, 0, 2, 2, 128, -128, -32512, 0};
     CHECK(std::memcmp(found.data(), high, sizeof high) == 0);
     CHECK(std::memcmp(found.data() + activation_low_at(7), low, sizeof low) == 0);
+    CHECK(std::memcmp(found.data() + activation_whole_at(7), whole, sizeof whole) == 0);
   }
 }
 
