@@ -1,8 +1,14 @@
-"""Settings that a developer has made for `argosy` stay out of the tests."""
+"""Settings that a developer has made for `argosy` stay out of the tests, and so does how they were started."""
 
 from __future__ import annotations
 
+import signal
+
 import pytest
+
+# A shell lets what it runs in the background ignore SIGINT, and children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SETTINGS = ("ARGOSY_MEMORY", "ARGOSY_THREADS", "ARGOSY_INSTRUCTION_SET", "ARGOSY_TRACEBACK")
 
