@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard native/*/*.cpp native/*/*.h) CMakeLists.txt pyproject.toml
-# Files of tests side by side; more than four would wait for each other's engines more than they win.
+# Files of tests side by side. Engines of tests have two threads and up to 1 GiB, so at most four.
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
