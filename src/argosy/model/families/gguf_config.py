@@ -89,6 +89,17 @@ class GgufConfigReader:
     def flag(self, name: str, default: bool) -> bool:
         return self.file.flag(self.key(name), default)
 
+    def flags(self, name: str, num_layers: int) -> tuple[bool, ...] | None:
+        """An array with a flag, or 0 or 1, for each of `num_layers`; None where the file has none."""
+        key = self.key(name)
+        value = self.file.metadata.get(key)
+        if value is None:
+            return None
+        found = value.values() if isinstance(value, GgufArray) else []
+        if len(found) != num_layers or not all(item in (0, 1) for item in found):
+            raise self.file.wrong(key, value, f"true or false for each of {num_layers} layers")
+        return tuple(map(bool, found))
+
     def neutral(self, name: str, *accepted: object) -> None:
         """A key that may stand here with a value that changes nothing in this architecture."""
         value = self.file.metadata.get(self.key(name))
