@@ -80,7 +80,7 @@ TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
 BLOCK_SIZES: Mapping[str, tuple[int, int]] = {name: size for name, *size in TENSOR_TYPES.values()}  # type: ignore[misc]
 RUNNABLE_TYPES = ("F32", "F16", "BF16", *SLOT_FORMATS)
 TYPE_HINT = "Q4_K_M, Q6_K, Q8_0, Q2_K, Q3_K_M, IQ4_XS and BF16 files of a model use these types only"
-_FIRST_TYPE_OF_IK_LLAMA = 97  # ik_llama.cpp numbers its own types from here on (its gguf-py's constants.py)
+_IK_LLAMA_TYPES = range(97, 512)  # the numbers of ik_llama.cpp's own types (its ggml.h)
 
 Scalar = int | float | bool | str
 
@@ -589,7 +589,7 @@ def _read_tensor(cursor: _Cursor) -> TensorRef:
     kind = cursor.unpack(_TYPE, f"the type of {shown}")
     offset = cursor.unpack(_LENGTH, f"the offset of {shown}")
     if kind not in TENSOR_TYPES:
-        whose = ", one of ik_llama.cpp's own" if kind >= _FIRST_TYPE_OF_IK_LLAMA else ""
+        whose = ", one of ik_llama.cpp's own" if kind in _IK_LLAMA_TYPES else ""
         raise UnsupportedModel(
             f"{cursor.path.name}: {shown} has type {kind}{whose}; supported: {', '.join(RUNNABLE_TYPES)}",
             hint=TYPE_HINT,

@@ -103,7 +103,7 @@ class GgufConfigReader:
     def neutral(self, name: str, *accepted: object) -> None:
         """A key that may stand here with a value that changes nothing in this architecture."""
         value = self.file.metadata.get(self.key(name))
-        if value is not None and value not in accepted:
+        if value is not None and not _is_one_of(value, accepted):
             raise self.unsupported(name, value, " or ".join(map(str, accepted)))
 
     def unsupported(self, name: str, value: object, supported: str) -> UnsupportedModel:
@@ -220,7 +220,7 @@ class GgufConfigReader:
                     value=value,
                     supported=known,
                 )
-            if value not in accepted:
+            if not _is_one_of(value, accepted):
                 raise self.unsupported(name, value, " or ".join(map(str, accepted)))
 
     def rope(self, head_dim: int, context_tokens: int) -> RopeConfig:
@@ -231,7 +231,8 @@ class GgufConfigReader:
         """
         if head_dim % 2:
             raise CheckpointError(
-                f"{self.file.path.name} gives heads of {head_dim} dimensions, and rotary embedding turns pairs",
+                f"{self.file.path.name} gives heads of {head_dim} dimensions (attention.key_length, or "
+                "rope.dimension_count), and rotary embedding turns pairs",
                 path=self.file.path,
             )
         if (turning := self.integer("rope.dimension_count", head_dim)) != head_dim:
@@ -276,6 +277,11 @@ class GgufConfigReader:
     def _token_ids(self, *roles: str) -> list[int]:
         found = (self.file.token_id(role) for role in roles)
         return sorted({token_id for token_id in found if token_id is not None})
+
+
+def _is_one_of(value: object, accepted: tuple[object, ...]) -> bool:
+    # True == 1 in Python and not in a file.
+    return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in accepted)
 
 
 def frequency_factors(file: GgufFile, head_dim: int) -> tuple[float, ...]:
