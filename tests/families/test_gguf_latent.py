@@ -107,6 +107,18 @@ def test_a_file_that_does_not_name_its_router_and_has_no_bias_for_the_choice_has
     assert config.router == RouterConfig(score="softmax", group_score="max", renormalize=False, scale=16.0)
 
 
+def test_keys_and_values_that_ik_llama_cpp_writes_a_second_time_are_left_alone(write: Write) -> None:
+    config = deepseek_v3()
+    copies = {
+        f"blk.{layer}.attn_{name}.weight": np.ones(shape, np.float32)
+        for layer in range(3)
+        for name, shape in {"k_b": (4 * 10, 20), "v_b": (4 * 12, 20)}.items()
+    }
+    files = write(config, split_kv=False, tensors=copies)
+    assert files.dense["layers.1.kv_up"].name == "blk.1.attn_kv_b.weight"
+    assert not {ref.name for ref in files.dense.values()} & copies.keys()
+
+
 def test_a_bias_for_the_choice_alone_means_sigmoid_scores_where_the_file_does_not_name_them(
     write: Write, tmp_path: Path
 ) -> None:

@@ -76,6 +76,8 @@ _EXPERT_NAMES = ("ffn_gate", "ffn_up", "ffn_down")
 # A constant that old converters left behind; and the same or what a family reads into its config.
 _LEFTOVERS = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
 _NOT_WEIGHTS = re.compile(rf"rope_freqs\.weight|{_LEFTOVERS.pattern}")
+# ik_llama.cpp's converter writes keys and values of latent attention a second time, from `attn_kv_b` (DeepseekV2Model).
+_COPIES = re.compile(r"blk\.\d+\.attn_[kv]_b\.weight")
 
 
 def dense_name(canonical: str, names: Mapping[str, str] = {}) -> str:
@@ -115,10 +117,12 @@ def read_gguf_layout(
     experts: dict[tuple[int, int], ExpertRecord] = {}
     for layer in config.moe_layers:
         experts |= accounts.experts(config, layer)
-    leftovers = _NOT_WEIGHTS if has_rope_freqs else _LEFTOVERS
+    leftovers = [_NOT_WEIGHTS if has_rope_freqs else _LEFTOVERS]
+    if config.latent is not None and not config.latent.is_up_split:
+        leftovers.append(_COPIES)
     accounts.refuse_extra(
         config,
-        lambda name: leftovers.fullmatch(name) or _layer_of(name) in config.mtp_layers,
+        lambda name: any(each.fullmatch(name) for each in leftovers) or _layer_of(name) in config.mtp_layers,
         "these metadata",
     )
     require_one_format_a_layer(experts, file.path)
