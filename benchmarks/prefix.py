@@ -66,7 +66,7 @@ def measure(
             case.model,
             memory=2 * file_bytes(case.model) + (4 << 30),
             threads=case.threads,
-            context=2 * (num_tokens + 64),
+            context=2 * (num_tokens + NEW_TOKENS),
             expert_slots=None if options.share == 100 else slots,
             max_sequences=1,
             kv_dir=kv_dir,

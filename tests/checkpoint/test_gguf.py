@@ -121,7 +121,6 @@ LIES = {
     "the name of a tensor has 65 bytes, at most 64": RawGguf(tensors=[tensor("x" * 65, [4], 0, 0)]),
     "a tensor has an empty name": RawGguf(tensors=[tensor("", [4], 0, 0)]),
     "x has 5 dimensions, at most 4": RawGguf(tensors=[tensor("x", [1] * 5, 0, 0)]),
-    "x has the unknown type 4; known: F32": RawGguf(tensors=[tensor("x", [4], 4, 0)]),
     "x has rows of 33 values, and Q8_0 stores blocks of 32": RawGguf(tensors=[tensor("x", [33], 8, 0)]),
     "x is F32 [4294967296, 4294967296], more than": RawGguf(tensors=[tensor("x", [2**32, 2**32], 0, 0)]),
     "the tensor x is listed twice": RawGguf(tensors=[tensor("x", [8], 0, 0), tensor("x", [8], 0, 32)]),
@@ -294,6 +293,17 @@ def test_values_of_a_type_without_a_kernel_are_refused_by_name(path: Path) -> No
     file = read_gguf(RawGguf(tensors=[tensor("x", [256], 21, 0)], data=bytes(110)).write(path))
     with pytest.raises(UnsupportedModel, match="x is IQ3_S; supported: F32, F16, BF16, Q8_0"):
         read_values(file.tensors["x"])
+
+
+@pytest.mark.parametrize(("kind", "said"), [(4, "4"), (512, "512"), (139, "139, one of ik_llama.cpp's own")])
+def test_an_unknown_type_is_answered_with_the_types_that_run(kind: int, said: str, path: Path) -> None:
+    with pytest.raises(UnsupportedModel) as refusal:
+        read_gguf(RawGguf(tensors=[tensor("x", [256], kind, 0)], data=bytes(110)).write(path))
+    sentence, _, hint = str(refusal.value).partition("\nhint: ")
+    before, _, supported = sentence.partition("; supported: ")
+    assert before == f"{path.name}: x has type {said}"
+    assert set(supported.split(", ")) == set(TYPES)
+    assert hint.startswith("Q4_K_M, ")
 
 
 def test_slot_formats_hold_every_block_type_of_the_tests() -> None:

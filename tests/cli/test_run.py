@@ -188,6 +188,27 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(
     assert "and the context holds 64" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["run", "chat", "serve", "show"])
+def test_a_context_longer_than_the_model_s_is_refused_with_both_numbers(
+    command: str, chat_model: Path, capsys: Captured
+) -> None:
+    model = ["-m", str(chat_model), "Hi"] if command == "run" else [str(chat_model)]
+    assert main([command, *model, "--context", "100000"]) == 2
+    said = capsys.readouterr().err
+    assert "a context of 100000 tokens is asked for, and the model was made for 256" in said
+    assert "hint: `--context 256` is the longest" in said
+
+
+def test_show_refuses_a_context_of_a_config_without_weights_too(
+    chat_model: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_bytes((chat_model / "config.json").read_bytes())
+    assert main(["show", str(config), "--context", "256"]) == 0
+    assert main(["show", str(config), "--context", "257"]) == 2
+    assert "a context of 257 tokens is asked for, and the model was made for 256" in capsys.readouterr().err
+
+
 def test_an_interrupt_of_the_real_process_exits_130(chat_model: Path) -> None:
     command = [sys.executable, "-m", "argosy", "run", "-m", str(chat_model), "--threads", "1"]
     # A full pipe keeps the answer from ending before the signal comes.

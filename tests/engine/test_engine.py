@@ -125,6 +125,26 @@ def test_what_an_engine_cannot_honour_is_refused_by_name(tmp_path: Path) -> None
         Engine(REFERENCE.directory, memory="2Gigs")
 
 
+def test_a_context_that_the_model_was_not_made_for_is_refused_with_both_numbers() -> None:
+    with Engine(REFERENCE.directory, memory="1GiB", threads=1, context=128) as engine:
+        assert engine.plan.context_tokens == 128
+    said = r"a context of 129 tokens is asked for, and the model was made for 128\nhint: `--context 128` is the longest"
+    with pytest.raises(UsageError, match=said) as refusal:
+        Engine(REFERENCE.directory, memory="1GiB", context=129)
+    assert (refusal.value.facts["needed"], refusal.value.facts["available"]) == (129, 128)
+    with pytest.raises(UsageError, match=said):
+        Engine(REFERENCE.directory, memory=Budget(ram_bytes=1 << 30, context_tokens=129))
+
+
+def test_a_dynamic_model_is_refused_the_context_that_its_scaling_would_begin_at() -> None:
+    dynamic = next(
+        reference for reference in REFERENCES if reference.name == "qwen3_moe_dynamic_every_second"
+    )
+    said = "of 4096 tokens is asked for, and the model was made for 128\n.* dynamic rope scaling, .* is not built in"
+    with pytest.raises(UsageError, match=said):
+        Engine(dynamic.directory, memory="1GiB", context=4096)
+
+
 def test_a_closed_engine_says_so() -> None:
     engine = Engine(REFERENCE.directory, memory=Budget(ram_bytes=1 << 30, context_tokens=64), threads=1)
     assert engine.plan.context_tokens == 64

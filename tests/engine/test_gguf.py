@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGUFWriter
 
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.manifest import verify_pack
 from argosy.checkpoint.pack import pack
 from argosy.errors import UsageError
 from argosy.model.families import open_model
+from tests.models import gguf_models
 from tests.models.gguf_models import (
     BLOCK_TYPES,
     TYPES,
@@ -152,6 +154,26 @@ def test_experts_of_their_own_tensors_read_like_stacked_ones(tmp_path: Path) -> 
         write_gguf_model(path, config, one_type("Q4_0"), seed=2, split_experts=is_split)
         with Engine(path, memory="4GiB", threads=1) as engine:
             logits.append(engine.logits(prompt_ids(config, 2)))
+    np.testing.assert_array_equal(*logits)
+
+
+def test_a_router_that_the_file_does_not_name_has_sigmoid_scores_where_its_choice_has_a_bias(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of("deepseek_v3", num_experts=8, experts_per_token=2)
+    plain = gguf_models.add_latent_metadata
+
+    def without_name(writer: GGUFWriter, config: RawConfig, *, split_kv: bool) -> None:
+        plain(writer, config, split_kv=split_kv)
+        del writer.kv_data[0]["deepseek2.expert_gating_func"]
+
+    logits = []
+    for name, add_metadata in (("named", plain), ("unnamed", without_name)):
+        monkeypatch.setattr(gguf_models, "add_latent_metadata", add_metadata)
+        path = tmp_path / f"{name}.gguf"
+        write_gguf_model(path, config, one_type("Q8_0"), seed=5)
+        with Engine(path, memory="4GiB", threads=1) as engine:
+            logits.append(engine.logits(prompt_ids(config, 5)))
     np.testing.assert_array_equal(*logits)
 
 

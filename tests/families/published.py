@@ -50,6 +50,32 @@ def qwen3_moe(**changes: Any) -> RawConfig:
     } | changes
 
 
+def qwen2_moe() -> RawConfig:
+    return {
+        "model_type": "qwen2_moe",
+        "decoder_sparse_step": 1,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "max_position_embeddings": 8192,
+        "max_window_layers": 21,
+        "moe_intermediate_size": 1408,
+        "norm_topk_prob": False,
+        "num_attention_heads": 16,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 16,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "shared_expert_intermediate_size": 5632,
+        "sliding_window": 32_768,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "vocab_size": 151_936,
+    }
+
+
 def gpt_oss(layers: int, experts: int) -> RawConfig:
     return {
         "model_type": "gpt_oss",
@@ -458,6 +484,7 @@ GLM_45V: RawConfig = {
 
 PUBLISHED = (
     Published("Mixtral-8x7B", mixtral(), 46.7),
+    Published("Qwen1.5-MoE-A2.7B", qwen2_moe(), 14.3),
     Published("Qwen3-30B-A3B", qwen3_moe(), 30.5),
     Published(
         "Qwen3-235B-A22B",

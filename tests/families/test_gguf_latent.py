@@ -99,10 +99,33 @@ def test_key_and_value_halves_are_read_where_they_lie(write: Write) -> None:
     assert files.dense["layers.0.down"].name == "blk.0.ffn_down.weight"
 
 
-def test_a_file_that_does_not_name_its_router_has_softmax(write: Write) -> None:
+def test_a_file_that_does_not_name_its_router_and_has_no_bias_for_the_choice_has_softmax(
+    write: Write,
+) -> None:
     old = ("expert_gating_func", "expert_group_count", "expert_group_used_count", "expert_weights_norm")
     config = write(deepseek_v2(routed_scaling_factor=16.0), without=old).config
     assert config.router == RouterConfig(score="softmax", group_score="max", renormalize=False, scale=16.0)
+
+
+def test_keys_and_values_that_ik_llama_cpp_writes_a_second_time_are_left_alone(write: Write) -> None:
+    config = deepseek_v3()
+    copies = {
+        f"blk.{layer}.attn_{name}.weight": np.ones(shape, np.float32)
+        for layer in range(3)
+        for name, shape in {"k_b": (4 * 10, 20), "v_b": (4 * 12, 20)}.items()
+    }
+    files = write(config, split_kv=False, tensors=copies)
+    assert files.dense["layers.1.kv_up"].name == "blk.1.attn_kv_b.weight"
+    assert not {ref.name for ref in files.dense.values()} & copies.keys()
+
+
+def test_a_bias_for_the_choice_alone_means_sigmoid_scores_where_the_file_does_not_name_them(
+    write: Write, tmp_path: Path
+) -> None:
+    # As GLM-4.7-Flash is converted: its config.json has no scoring_func, from which converters write the key.
+    found = write(MODELS["GLM-4.7-Flash"], without=("expert_gating_func",)).config.router
+    assert found == open_model(tmp_path / "model.gguf.f32").config.router
+    assert (found.score, found.has_choice_bias) == ("sigmoid", True)
 
 
 def test_layers_for_multi_token_prediction_are_recognised_and_left_out(write: Write) -> None:

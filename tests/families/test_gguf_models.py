@@ -220,6 +220,8 @@ REFUSED: dict[str, tuple[str, Callable[[GGUFWriter], object]]] = {
         "qwen3moe", lambda w: w.add_uint32("qwen3moe.expert_gating_func", 2)),
     r"asks for qwen3moe\.expert_weights_scale 2\.5; supported": (
         "qwen3moe", lambda w: w.add_expert_weights_scale(2.5)),
+    r"asks for qwen3moe\.expert_weights_scale True; supported: 0\.0 or 1\.0": (
+        "qwen3moe", lambda w: w.add_bool("qwen3moe.expert_weights_scale", True)),
     r"asks for qwen3moe\.leading_dense_block_count 1; supported: 0": (
         "qwen3moe", lambda w: w.add_leading_dense_block_count(1)),
     r"asks for qwen3moe\.rope\.scaling\.type longrope; supported: none, linear, yarn": (

@@ -320,12 +320,68 @@ def test_metadata_mean_what_config_json_means(
     assert ours.delta.is_tiled == (make is qwen3_5_moe_text)
 
 
+RECURRENT = "qwen3next.attention.recurrent_layers"
+
+
+def list_layers(writer: GGUFWriter, layers: list[Any] | None) -> None:
+    """Lists these layers as recurrent, or none."""
+    del writer.kv_data[0][RECURRENT]
+    if layers is not None:
+        writer.add_array(RECURRENT, layers)
+
+
+def test_a_file_that_lists_no_layers_has_attention_at_an_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, qwen3_next(**GGUF_SIZES), monkeypatch, lambda writer: list_layers(writer, None))
+    mixers = [layer.mixer for layer in open_model(path).config.layers]
+    assert mixers == ["delta", "attention", "delta"]
+
+
+def test_where_layers_are_listed_the_interval_decides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_converted(writer: GGUFWriter) -> None:
+        writer.kv_data[0][
+            "qwen3next.full_attention_interval"
+        ].value = 4  # whatever the model has, it is 2 here
+
+    path = write_gguf(tmp_path / "model.gguf", qwen3_next(**GGUF_SIZES), monkeypatch, as_converted)
+    assert open_model(path).config.delta_layers == (0, 2)
+
+
+def test_the_list_of_layers_may_hold_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.gguf"  # as llama.cpp itself saves a model
+    write_gguf(path, qwen3_next(**GGUF_SIZES), monkeypatch, lambda writer: list_layers(writer, [1, 0, 1]))
+    assert open_model(path).config.delta_layers == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("layers", "sentence"),
+    [
+        ([True, False], r"recurrent_layers is an array of 2, expected true or false for each of 3 layers"),
+        ([0, 1, 2], r"recurrent_layers is an array of 3, expected true or false for each of 3 layers"),
+        ([True, True, False], r"blk\.1\.attn_qkv\.weight is missing"),
+        ([True, False, False], r"blk\.2\.attn_q\.weight is missing"),
+    ],
+)
+def test_a_list_of_layers_that_contradicts_the_file_is_refused(
+    layers: list[Any], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, qwen3_next(**GGUF_SIZES), monkeypatch, lambda writer: list_layers(writer, layers))
+    with pytest.raises(CheckpointError, match=sentence):
+        open_model(path)
+
+
 def test_layers_for_multi_token_prediction_are_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def add_mtp(writer: GGUFWriter) -> None:
         writer.add_nextn_predict_layers(1)
         writer.kv_data[0]["qwen3next.block_count"].value = 4
+        writer.kv_data[0][RECURRENT].value.append(False)
         writer.add_tensor("blk.3.nextn.eh_proj.weight", np.zeros((4, 4), np.float32))
 
     config = qwen3_next(**GGUF_SIZES)

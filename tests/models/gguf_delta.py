@@ -162,6 +162,12 @@ def order(last: str, config: RawConfig) -> tuple[Array | slice, ...]:
     return (everything,)
 
 
+def recurrent_layers(config: RawConfig) -> list[bool]:
+    return [
+        (layer + 1) % config["full_attention_interval"] != 0 for layer in range(config["num_hidden_layers"])
+    ]
+
+
 def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     """What llama.cpp's conversion script says of such a model."""
     rope = config.get("rope_parameters") or config
@@ -185,6 +191,7 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     writer.add_ssm_group_count(config["linear_num_key_heads"])
     writer.add_ssm_time_step_rank(config["linear_num_value_heads"])
     writer.add_ssm_inner_size(config["linear_num_value_heads"] * config["linear_value_head_dim"])
+    writer.add_array(f"{writer.arch}.attention.recurrent_layers", recurrent_layers(config))
     writer.add_full_attention_interval(config["full_attention_interval"])
     if config["model_type"] == "qwen3_next":
         writer.add_feed_forward_length(config["intermediate_size"])

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import tokenizers
 from gguf import GGUFWriter
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
+from argosy.checkpoint.byte_level import spelling_of_bytes
 from argosy.checkpoint.gguf import read_gguf
 from argosy.checkpoint.gguf_tokenizer import read_tokenizer
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.prompt.tokenizer import Tokenizer
+from tests.prompt import kimi_files
 
 TEXTS = [
     "Hello world! It's 12345, we'll see 3.14.",
@@ -27,32 +33,59 @@ TEXTS = [
 ]
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
+    CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]*[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]+{CONTRACTIONS}?|"
+    rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*{CONTRACTIONS}?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN35 = (
+    CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
-def words_of(pre: str) -> pre_tokenizers.PreTokenizer:
-    """How the models' own tokenizer.json files cut text."""
-    if pre == "gpt-2":
-        return pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if pre == "smollm":
-        steps = [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-        return pre_tokenizers.Sequence(steps)
-    pattern = LLAMA3 if pre == "llama-bpe" else LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+class Original(NamedTuple):
+    """What a model's own tokenizer.json does before it merges bytes."""
+
+    words: pre_tokenizers.PreTokenizer
+    is_nfc: bool = False
+    ignores_merges: bool = False
+
+
+def split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    isolated = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([isolated, byte_level])
+
+
+GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+DIGITS = pre_tokenizers.Digits(individual_digits=True)
+# From transformers 5.24: `GPTNeoXTokenizer` (OLMoE), `Qwen2Tokenizer` (up to Qwen3-Next), `Qwen3_5Tokenizer` and
+# `TikTokenConverter` (gpt-oss, GLM). MiniMax-M2's expression is the one quoted in llama.cpp's llama-vocab.cpp.
+ORIGINALS = {
+    "gpt-2": Original(GPT2),
+    "olmo": Original(GPT2, is_nfc=True),
+    "smollm": Original(pre_tokenizers.Sequence([DIGITS, GPT2])),
+    "llama-bpe": Original(split(LLAMA3), ignores_merges=True),
+    "qwen2": Original(split(QWEN2), is_nfc=True),
+    "qwen35": Original(split(QWEN35), is_nfc=True),
+    "gpt-4o": Original(split(O200K), ignores_merges=True),
+    "minimax-m2": Original(split(O200K)),
+    "glm4": Original(split(LLAMA3), ignores_merges=True),
+}
 
 
 def trained(pre: str) -> tokenizers.Tokenizer:
-    core = tokenizers.Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
-    core.pre_tokenizer = words_of(pre)
+    original = ORIGINALS[pre]
+    core = tokenizers.Tokenizer(models.BPE(ignore_merges=original.ignores_merges))
+    core.pre_tokenizer = original.words
     core.decoder = decoders.ByteLevel()
-    if pre == "qwen2":
+    if original.is_nfc:
         core.normalizer = normalizers.NFC()
     trainer = trainers.BpeTrainer(
         vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=list(CONTROL),
@@ -96,7 +129,7 @@ def opened(path: Path) -> Tokenizer:
     return tokenizer
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("pre", ORIGINALS)
 def test_byte_level_ids_are_those_of_the_original(pre: str, tmp_path: Path) -> None:
     core = trained(pre)
     tokenizer = opened(write_bpe(tmp_path / "v.gguf", core, pre, bos=0, eos=2))
@@ -104,6 +137,114 @@ def test_byte_level_ids_are_those_of_the_original(pre: str, tmp_path: Path) -> N
         ids = core.encode(text, add_special_tokens=False).ids
         assert tokenizer.encode(text) == ids
         assert tokenizer.decode(ids) == text
+
+
+MARKS = [
+    "e\u0301",
+    "\u0301",
+    "\u0e33",
+    "क्षि",
+    "Å",
+    "ﬁ",
+    "ǅ",
+    "'",
+    "'S",
+    "'ll",
+    "\r\n",
+    "\n",
+    "\t",
+    "  ",
+    " ",
+    "/",
+    "12",
+]
+texts = st.lists(st.one_of(st.text(st.characters(exclude_categories=["Cs", "Cn"])), st.sampled_from(MARKS)))
+
+
+@pytest.fixture(scope="module", params=ORIGINALS)
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[tokenizers.Tokenizer, Tokenizer]:
+    """A tokenizer as a model's own files have it, and the one that its GGUF gives."""
+    core = trained(request.param)
+    path = tmp_path_factory.mktemp("pair") / "v.gguf"
+    return core, opened(write_bpe(path, core, request.param, bos=0, eos=2))
+
+
+@given(text=texts.map("".join))
+def test_ids_of_any_text_are_those_of_the_original(
+    pair: tuple[tokenizers.Tokenizer, Tokenizer], text: str
+) -> None:
+    core, tokenizer = pair
+    assert tokenizer.encode(text) == core.encode(text, add_special_tokens=False).ids
+
+
+def test_a_word_that_is_a_token_is_that_token_in_glm(tmp_path: Path) -> None:
+    """GLM's merges come from tiktoken: greedy merging cannot reach some tokens, and their words still are tokens."""
+    vocab = {
+        token: at for at, token in enumerate([*pre_tokenizers.ByteLevel.alphabet(), "ab", "abc", "bc", "bcd"])
+    }
+    merges = [("b", "c"), ("a", "b"), ("ab", "c"), ("bc", "d")]
+    for pre, tokens in (("glm4", ["abc"]), ("minimax-m2", ["a", "bc"])):
+        core = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+        tokenizer = opened(write_bpe(tmp_path / f"{pre}.gguf", core, pre))
+        assert pieces_of(tokenizer, "abc") == tokens
+
+
+def write_kimi_gguf(path: Path) -> Path:
+    """Kimi's tokenizer as `DeepseekV2Model.set_vocab` of llama.cpp writes it: one merge for a token at most."""
+    spelled = {token: "".join(spelling_of_bytes()[byte] for byte in token) for token in kimi_files.ranks()}
+    special = [kimi_files.SPECIAL.get(at, f"[PAD{kimi_files.NUM_RANKS + at}]") for at in range(256)]
+    kinds = [1] * len(spelled) + [3 if at in kimi_files.SPECIAL else 5 for at in range(256)]
+    merges = [
+        " ".join(spelled[part] for part in parts)
+        for token, rank in kimi_files.ranks().items()
+        if len(parts := merged_below(token, rank)) == 2
+    ]
+
+    def more(writer: GGUFWriter) -> None:
+        writer.add_tokenizer_pre("kimi-k2")
+        writer.add_token_merges(merges)
+        writer.add_bos_token_id(kimi_files.NUM_RANKS)
+        writer.add_eos_token_id(kimi_files.NUM_RANKS + 1)
+
+    return write(path, "gpt2", [*spelled.values(), *special], kinds, more)
+
+
+def merged_below(token: bytes, rank: int) -> list[bytes]:
+    """The parts of a token after every merge into tokens of lower rank, the lowest first."""
+    parts, ranks = [bytes([byte]) for byte in token], kimi_files.ranks()
+    while True:
+        made = [(ranks.get(left + right, rank), at) for at, (left, right) in enumerate(pairwise(parts))]
+        lowest, at = min(made, default=(rank, 0))
+        if lowest >= rank:
+            return parts
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+
+
+@pytest.fixture(scope="module")
+def kimi(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return opened(write_kimi_gguf(tmp_path_factory.mktemp("kimi") / "v.gguf"))
+
+
+def test_a_kimi_token_that_no_merge_leads_to_is_still_found(kimi: Tokenizer) -> None:
+    assert len(kimi.encode(kimi_files.UNMADE)) == 1
+
+
+KIMI_WORDS = st.sampled_from([*kimi_files.TEXT.split(), kimi_files.UNMADE, " ", "\n"])
+
+
+@given(text=st.one_of(texts, st.lists(KIMI_WORDS)).map("".join))
+def test_ids_of_kimi_are_those_of_tiktoken(kimi: Tokenizer, text: str) -> None:
+    assert kimi.encode(text) == kimi_files.peer().encode_ordinary(text)
+
+
+def test_a_kimi_token_longer_than_any_is_refused(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "v.gguf", "gpt2", ["a", "a" * 513], [1, 1], lambda w: w.add_tokenizer_pre("kimi-k2")
+    )
+    with pytest.raises(CheckpointError, match="a token has 513 bytes, expected at most 512"):
+        Tokenizer.open(path)
 
 
 WORDS = {
@@ -131,6 +272,21 @@ WORDS = {
         "12345 67": ["123", "45", "Ġ", "67"],
         "a //b\n c": ["a", "Ġ//", "b", "Ċ", "Ġc"],
         "ab一二c": ["ab", "ä¸ĢäºĮ", "c"],
+    },
+    "qwen35": {  # accents stay with their letters, digits one by one
+        "क्षि 12": ["à¤ķà¥įà¤·à¤¿", "Ġ", "1", "2"],
+        "!\u0301x": ["!Ìģx"],
+        "It's x\n y": ["It", "'s", "Ġx", "Ċ", "Ġy"],
+    },
+    "qwen2": {"क्षि": ["à¤ķ", "à¥įà¤·", "à¤¿"]},
+    "minimax-m2": {
+        "HelloWorld": ["Hello", "World"],
+        "they'LL //b\n": ["they'LL", "Ġ//", "b", "Ċ"],
+        "12345 67": ["123", "45", "Ġ", "67"],
+    },
+    "olmo": {
+        "It's HelloWorld": ["It", "'s", "ĠHelloWorld"],
+        "12345  x": ["12345", "Ġ", "Ġx"],
     },
     "glm4": {
         "12345 67": ["123", "45", "Ġ", "67"],
@@ -225,7 +381,9 @@ def test_a_space_before_the_text_and_bos_can_be_off(tmp_path: Path) -> None:
 
 def test_what_cannot_be_rebuilt_is_refused_by_name(tmp_path: Path) -> None:
     core = trained("gpt-2")
-    with pytest.raises(UnsupportedModel, match=r"cuts text into words by 'tekken'; supported: gpt-2, smollm"):
+    with pytest.raises(
+        UnsupportedModel, match=r"cuts text into words by 'tekken'; supported: gpt-2, olmo, smollm"
+    ):
         Tokenizer.open(write_bpe(tmp_path / "a.gguf", core, "tekken"))
     with pytest.raises(UnsupportedModel, match="a tokenizer of kind 'bert'; supported: gpt2, llama"):
         Tokenizer.open(write(tmp_path / "b.gguf", "bert", ["a"], [1], lambda writer: None))

@@ -29,6 +29,8 @@ _O200K = (  # a word is capitals and then small letters, with what stands before
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+# Qwen3.5: accents stay with their letters (PRETOKENIZE_REGEX of transformers 5.24, tokenization_qwen3_5.py).
+_QWEN35 = _QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
 _NOT_HAN = r"&&[^\p{Han}]"  # Kimi-K2: Chinese characters make words of their own
 _KIMI = (
     rf"\p{{Han}}+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}{_NOT_HAN}]*[{_LOWER}{_NOT_HAN}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -71,19 +73,26 @@ class Words:
     patterns: tuple[str, ...]
     is_nfc: bool = False  # text is brought into Unicode's composed form first
     ignores_merges: bool = False  # a word that is a token is that token, whatever the merges say
+    is_ranked: bool = False  # any two tokens merge that make a third, the one with the lowest id first
     adds_bos: bool = False
 
 
+# The names are those that llama.cpp's converter (conversion/base.py, get_vocab_base_pre) gives to the tokenizers of the
+# families that run here; the flags are those of the models' tokenizer.json, also where llama.cpp has no such step.
 WORDS: Mapping[str, Words] = {
     "gpt-2": Words(patterns=(_GPT2,)),
+    "olmo": Words(patterns=(_GPT2,), is_nfc=True),  # that of GPT-NeoX
     "smollm": Words(patterns=(r"\p{N}", _GPT2)),
     "llama-bpe": Words(patterns=(_LLAMA3,), ignores_merges=True, adds_bos=True),
     "qwen2": Words(patterns=(_QWEN2,), is_nfc=True),
+    "qwen35": Words(patterns=(_QWEN35,), is_nfc=True),
     "gpt-4o": Words(patterns=(_O200K,), ignores_merges=True),
+    "minimax-m2": Words(patterns=(_O200K,)),
     "deepseek-v3": Words(patterns=_DEEPSEEK_V3),
     "deepseek-llm": Words(patterns=_DEEPSEEK_V2),
-    "kimi-k2": Words(patterns=(_KIMI,)),
-    "glm4": Words(patterns=(_LLAMA3,)),
+    # Kimi-K2 runs on tiktoken, which knows ranks and no merges; converters write one merge for each token at most.
+    "kimi-k2": Words(patterns=(_KIMI,), ignores_merges=True, is_ranked=True),
+    "glm4": Words(patterns=(_LLAMA3,), ignores_merges=True),
     # What llama.cpp does for a file that names none.
     "default": Words(patterns=(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
 }

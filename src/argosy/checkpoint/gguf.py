@@ -65,7 +65,8 @@ _LENGTH, _TYPE = struct.Struct("<Q"), struct.Struct("<I")
 _SMALLEST_ENTRY = 8 + 1 + 4 + 1  # of the metadata: key length, key, type, value
 _SMALLEST_TENSOR = 8 + 1 + 4 + 4 + 8  # of the tensor list: name length, name, dimensions, type, offset
 
-# Type number -> name, values of a block, bytes of a block: ggml's table. What runs is `model/families/layout.py`'s.
+# Type number -> name, values of a block, bytes of a block: ggml's table. A tensor of any of these has a known place, so
+# that a type without a kernel is refused by its name, and only where a model needs the tensor.
 TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
     7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 36), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
@@ -77,6 +78,9 @@ TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
     39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36),
 }  # fmt: skip
 BLOCK_SIZES: Mapping[str, tuple[int, int]] = {name: size for name, *size in TENSOR_TYPES.values()}  # type: ignore[misc]
+RUNNABLE_TYPES = ("F32", "F16", "BF16", *SLOT_FORMATS)
+TYPE_HINT = "Q4_K_M, Q6_K, Q8_0, Q2_K, Q3_K_M, IQ4_XS and BF16 files of a model use these types only"
+_IK_LLAMA_TYPES = range(97, 512)  # the numbers of ik_llama.cpp's own types (its ggml.h)
 
 Scalar = int | float | bool | str
 
@@ -372,12 +376,13 @@ def read_values(ref: TensorRef) -> npt.NDArray[np.float32]:
             return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(ref.shape)
     if ref.dtype not in SLOT_FORMATS:
         raise UnsupportedModel(
-            f"{ref.path.name}: {quote(ref.name)} is {ref.dtype}; supported: F32, F16, BF16, {', '.join(SLOT_FORMATS)}",
+            f"{ref.path.name}: {quote(ref.name)} is {ref.dtype}; supported: {', '.join(RUNNABLE_TYPES)}",
+            hint=TYPE_HINT,
             path=ref.path,
             tensor=ref.name,
             key="type",
             value=ref.dtype,
-            supported=["F32", "F16", "BF16", *SLOT_FORMATS],
+            supported=RUNNABLE_TYPES,
         )
     from argosy import _native  # the arithmetic is native; reading a header does without
 
@@ -584,8 +589,15 @@ def _read_tensor(cursor: _Cursor) -> TensorRef:
     kind = cursor.unpack(_TYPE, f"the type of {shown}")
     offset = cursor.unpack(_LENGTH, f"the offset of {shown}")
     if kind not in TENSOR_TYPES:
-        raise refuse(
-            f"has the unknown type {kind}; known: {', '.join(name for name, *_ in TENSOR_TYPES.values())}"
+        whose = ", one of ik_llama.cpp's own" if kind in _IK_LLAMA_TYPES else ""
+        raise UnsupportedModel(
+            f"{cursor.path.name}: {shown} has type {kind}{whose}; supported: {', '.join(RUNNABLE_TYPES)}",
+            hint=TYPE_HINT,
+            path=cursor.path,
+            tensor=name,
+            key="type",
+            value=kind,
+            supported=RUNNABLE_TYPES,
         )
     dtype, block_values, block_bytes = TENSOR_TYPES[kind]
     num_values = 1

@@ -67,7 +67,7 @@ def read_tokenizer(file: GgufFile) -> GgufTokenizer | None:
         )
     kinds = _token_kinds(file, len(tokens))
     if kind == "gpt2":
-        core, adds_bos = _byte_level(file, vocab)
+        core, adds_bos = _byte_level(file, tokens, vocab, kinds)
     elif kind == "llama":
         core, adds_bos = _sentencepiece(file, tokens, vocab, kinds), True
     else:
@@ -149,7 +149,9 @@ def _special_id(file: GgufFile, role: str, num_tokens: int) -> int | None:
     return token_id
 
 
-def _byte_level(file: GgufFile, vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer, bool]:
+def _byte_level(
+    file: GgufFile, tokens: list[str], vocab: dict[str, int], kinds: Sequence[float]
+) -> tuple[tokenizers.Tokenizer, bool]:
     name = file.text("tokenizer.ggml.pre", "default")
     if name not in WORDS:
         raise UnsupportedModel(
@@ -161,6 +163,12 @@ def _byte_level(file: GgufFile, vocab: dict[str, int]) -> tuple[tokenizers.Token
             supported=tuple(WORDS),
         )
     words = WORDS[name]
+    merges = _ranked_merges(file, tokens, kinds) if words.is_ranked else _listed_merges(file)
+    model = _model_of(file, vocab=vocab, merges=merges, ignore_merges=words.ignores_merges)
+    return byte_level_tokenizer(model, words), words.adds_bos
+
+
+def _listed_merges(file: GgufFile) -> list[tuple[str, ...]]:
     merges = [tuple(merge.split(" ", 1)) for merge in file.texts("tokenizer.ggml.merges")]
     if whole := [merge[0] for merge in merges if len(merge) != 2]:
         raise CheckpointError(
@@ -168,8 +176,20 @@ def _byte_level(file: GgufFile, vocab: dict[str, int]) -> tuple[tokenizers.Token
             path=file.path,
             key="tokenizer.ggml.merges",
         )
-    model = _model_of(file, vocab=vocab, merges=merges, ignore_merges=words.ignores_merges)
-    return byte_level_tokenizer(model, words), words.adds_bos
+    return merges
+
+
+def _ranked_merges(file: GgufFile, tokens: list[str], kinds: Sequence[float]) -> list[tuple[str, str]]:
+    """All merges of a vocabulary whose ids are ranks."""
+    ranked = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _NORMAL]
+    for token in ranked:
+        if len(token) > LONGEST_TOKEN:
+            raise CheckpointError(
+                f"{file.path.name}: a token has {len(token)} bytes, expected at most {LONGEST_TOKEN}",
+                path=file.path,
+                key="tokenizer.ggml.tokens",
+            )
+    return merges_by_rank(ranked, set(ranked))
 
 
 def _sentencepiece(

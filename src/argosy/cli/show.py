@@ -33,13 +33,14 @@ def show(model: str, as_json: bool, **options: Any) -> None:
     """
     from argosy.cli.output import progress_bar
     from argosy.cli.settings import Settings
-    from argosy.engine.engine import locate_model
+    from argosy.engine.engine import locate_model, require_context
     from argosy.model.families import config_alone, open_model
 
     settings = Settings.read(**options)
     with progress_bar() as progress:
         path = locate_model(model, progress)
     if (config := config_alone(path)) is not None:
+        require_context(config, settings.context)
         facts = {"path": str(path), **geometry_facts(config), **_hypothetical_sizes(config)}
         if as_json:
             _print_json(facts)

@@ -99,7 +99,8 @@ class Engine:
         memory: the whole process's budget: bytes, `8GiB`, `8GB`, `75%`, or a `Budget`. None: what is free, less a
             margin (`plan.machine.default_budget`).
         threads: compute threads; None: the cores this process may use.
-        context: positions of the KV cache, shared by all sequences; None: as the budget carries.
+        context: positions of the KV cache, shared by all sequences, at most those the model was made for; None: as
+            the budget carries.
         kv_dtype: `f32`, or `f16` for half the memory and rounded keys and values.
         instruction_set: caps the choice of kernels: `plain`, `avx2` or `avx512`.
         chunk_tokens: most prompt tokens in one step; None: as the memory plan finds best.
@@ -844,7 +845,11 @@ def settle(
     chunk_tokens: int | None = None,
     **others: Any,
 ) -> tuple[EngineConfig, int | None]:
-    """Settings and expert slots where some are left open: what `Engine` runs with and `argosy show` plans with."""
+    """Settings and expert slots where some are left open: what `Engine` runs with and `argosy show` plans with.
+
+    Raises:
+        UsageError: a setting is invalid, or a context is asked for by name that the model was not made for.
+    """
     if expert_slots is None and memory is None and str(model) == DEMO:
         expert_slots = quarter_of_experts(files)
         context, chunk_tokens = context or DEMO_CONTEXT, chunk_tokens or DEMO_CHUNK
@@ -854,7 +859,27 @@ def settle(
         chunk_tokens=chunk_tokens,
         **others,
     )
+    require_context(files.config, config.budget.context_tokens)
     return config, expert_slots
+
+
+def require_context(model: ModelConfig, context_tokens: int | None) -> None:
+    """Prove that the model was made for a context that was asked for by name.
+
+    Raises:
+        UsageError: it has fewer positions.
+    """
+    if context_tokens is None or context_tokens <= model.context_tokens:
+        return
+    beyond = "a longer one needs rope scaling, and max_position_embeddings (context_length in a GGUF) that counts it"
+    if model.rope.kind == "dynamic":
+        beyond = "dynamic rope scaling, which this model would use beyond, is not built in"
+    raise UsageError(
+        f"a context of {context_tokens} tokens is asked for, and the model was made for {model.context_tokens}",
+        hint=f"`--context {model.context_tokens}` is the longest; {beyond}",
+        needed=context_tokens,
+        available=model.context_tokens,
+    )
 
 
 def _budget(memory: str | int | Budget | None, context: int | None) -> Budget:

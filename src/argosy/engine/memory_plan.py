@@ -270,7 +270,7 @@ def experts_read(model: ModelConfig, plan: MemoryPlan) -> float:
 def _contexts(model: ModelConfig, config: EngineConfig) -> list[int]:
     """The one that was asked for, or the most comfortable first."""
     if wanted := config.budget.context_tokens:
-        return [min(wanted, model.context_tokens)]
+        return [wanted]
     contexts = [min(model.context_tokens, 8192)]
     while contexts[-1] > SMALLEST_CONTEXT:
         contexts.append(max(SMALLEST_CONTEXT, contexts[-1] // 2))

@@ -44,9 +44,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     rope = _read_rope(reader, latent.rope_dim, sizes["context_tokens"])
     num_layers = reader.num_layers()
     num_dense = read_dense_layers(reader, num_layers)
-    router = _read_router(
-        reader, num_layers, sizes["vocab_size"], dense_name(f"layers.{num_dense}.choice_bias") in file.tensors
-    )
+    router = _read_router(reader, dense_name(f"layers.{num_dense}.choice_bias") in file.tensors)
     expert_width = reader.integer("expert_feed_forward_length")
     shared_width = reader.integer("expert_shared_count", 0, least=0) * expert_width
     config = ModelConfig(
@@ -117,14 +115,14 @@ def _read_rope(reader: GgufConfigReader, rope_dim: int, context_tokens: int) -> 
     return replace(rope, is_interleaved=True, mscale=magnitude, mscale_all_dim=magnitude)
 
 
-def _read_router(
-    reader: GgufConfigReader, num_layers: int, vocab_size: int, has_choice_bias: bool
-) -> RouterConfig:
+def _read_router(reader: GgufConfigReader, has_choice_bias: bool) -> RouterConfig:
     function = reader.integer("expert_gating_func", 0, least=0)
     if function == 0:
-        # Files older than the key: softmax, and first ones of GLM-4.7-Flash, which llama.cpp knows by their size.
-        is_glm = num_layers in (47, 48) and vocab_size == 154_880
-        function = SIGMOID if is_glm else SOFTMAX
+        # Either an old file of DeepSeek-V2, or a model whose config.json has no `scoring_func`, from which converters
+        # write the key: GLM-4.7-Flash. A bias for the choice alone tells them apart: it came with sigmoid scores
+        # (DeepSeek-V3, arXiv:2412.19437), and V2 has none. llama.cpp knows GLM-4.7-Flash by its size, and reads every
+        # other such file as softmax, which gives garbage.
+        function = SIGMOID if has_choice_bias else SOFTMAX
     if function not in (SOFTMAX, SIGMOID):
         raise reader.unsupported("expert_gating_func", function, "1 (softmax), 2 (sigmoid)")
     return read_grouped_router(reader, is_sigmoid=function == SIGMOID, has_choice_bias=has_choice_bias)

@@ -89,10 +89,21 @@ class GgufConfigReader:
     def flag(self, name: str, default: bool) -> bool:
         return self.file.flag(self.key(name), default)
 
+    def flags(self, name: str, num_layers: int) -> tuple[bool, ...] | None:
+        """An array with a flag, or 0 or 1, for each of `num_layers`; None where the file has none."""
+        key = self.key(name)
+        value = self.file.metadata.get(key)
+        if value is None:
+            return None
+        found = value.values() if isinstance(value, GgufArray) else []
+        if len(found) != num_layers or not all(item in (0, 1) for item in found):
+            raise self.file.wrong(key, value, f"true or false for each of {num_layers} layers")
+        return tuple(map(bool, found))
+
     def neutral(self, name: str, *accepted: object) -> None:
         """A key that may stand here with a value that changes nothing in this architecture."""
         value = self.file.metadata.get(self.key(name))
-        if value is not None and value not in accepted:
+        if value is not None and not _is_one_of(value, accepted):
             raise self.unsupported(name, value, " or ".join(map(str, accepted)))
 
     def unsupported(self, name: str, value: object, supported: str) -> UnsupportedModel:
@@ -209,7 +220,7 @@ class GgufConfigReader:
                     value=value,
                     supported=known,
                 )
-            if value not in accepted:
+            if not _is_one_of(value, accepted):
                 raise self.unsupported(name, value, " or ".join(map(str, accepted)))
 
     def rope(self, head_dim: int, context_tokens: int) -> RopeConfig:
@@ -220,7 +231,8 @@ class GgufConfigReader:
         """
         if head_dim % 2:
             raise CheckpointError(
-                f"{self.file.path.name} gives heads of {head_dim} dimensions, and rotary embedding turns pairs",
+                f"{self.file.path.name} gives heads of {head_dim} dimensions (attention.key_length, or "
+                "rope.dimension_count), and rotary embedding turns pairs",
                 path=self.file.path,
             )
         if (turning := self.integer("rope.dimension_count", head_dim)) != head_dim:
@@ -265,6 +277,11 @@ class GgufConfigReader:
     def _token_ids(self, *roles: str) -> list[int]:
         found = (self.file.token_id(role) for role in roles)
         return sorted({token_id for token_id in found if token_id is not None})
+
+
+def _is_one_of(value: object, accepted: tuple[object, ...]) -> bool:
+    # True == 1 in Python and not in a file.
+    return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in accepted)
 
 
 def frequency_factors(file: GgufFile, head_dim: int) -> tuple[float, ...]:

@@ -27,7 +27,7 @@ from argosy.checkpoint.files import (
     require_one_format_a_layer,
 )
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
-from argosy.checkpoint.gguf import GgufFile
+from argosy.checkpoint.gguf import TYPE_HINT, GgufFile
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import Format, ModelConfig
 from argosy.model.families.accounts import TensorAccounts
@@ -73,10 +73,11 @@ _LAYER_NAMES = {
     "shared_score": "ffn_gate_inp_shexp.weight",
 }
 _EXPERT_NAMES = ("ffn_gate", "ffn_up", "ffn_down")
-_TYPE_HINT = "Q4_K_M, Q6_K, Q8_0, Q2_K, Q3_K_M, IQ4_XS and BF16 files of a model use these types only"
 # A constant that old converters left behind; and the same or what a family reads into its config.
 _LEFTOVERS = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
 _NOT_WEIGHTS = re.compile(rf"rope_freqs\.weight|{_LEFTOVERS.pattern}")
+# ik_llama.cpp's converter writes keys and values of latent attention a second time, from `attn_kv_b` (DeepseekV2Model).
+_COPIES = re.compile(r"blk\.\d+\.attn_[kv]_b\.weight")
 
 
 def dense_name(canonical: str, names: Mapping[str, str] = {}) -> str:
@@ -106,7 +107,7 @@ def read_gguf_layout(
         CheckpointError: a tensor is missing, extra, or of another shape than the metadata call for.
         UnsupportedModel: a tensor has a type that no kernel reads.
     """
-    accounts = _Accounts(file.path, file.tensors, FORMAT_OF_TYPE, hint=_TYPE_HINT)
+    accounts = _Accounts(file.path, file.tensors, FORMAT_OF_TYPE, hint=TYPE_HINT)
     dense = {}
     for canonical, shape in dense_shapes(config):
         last = canonical.rpartition(".")[2]
@@ -116,10 +117,12 @@ def read_gguf_layout(
     experts: dict[tuple[int, int], ExpertRecord] = {}
     for layer in config.moe_layers:
         experts |= accounts.experts(config, layer)
-    leftovers = _NOT_WEIGHTS if has_rope_freqs else _LEFTOVERS
+    leftovers = [_NOT_WEIGHTS if has_rope_freqs else _LEFTOVERS]
+    if config.latent is not None and not config.latent.is_up_split:
+        leftovers.append(_COPIES)
     accounts.refuse_extra(
         config,
-        lambda name: leftovers.fullmatch(name) or _layer_of(name) in config.mtp_layers,
+        lambda name: any(each.fullmatch(name) for each in leftovers) or _layer_of(name) in config.mtp_layers,
         "these metadata",
     )
     require_one_format_a_layer(experts, file.path)

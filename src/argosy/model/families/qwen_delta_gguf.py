@@ -40,10 +40,9 @@ def open_delta_gguf(file: GgufFile, architecture: str, family: str) -> ModelFile
     reader = GgufConfigReader(file, architecture)
     common = reader.common(has_partial_rope=True, has_axes=True)
     reader.integer("feed_forward_length", 0, least=0)  # of layers without experts, and all have them there
-    interval = reader.integer("full_attention_interval", 4)
     layers = tuple(
-        LayerConfig(is_moe=True, mixer="delta" if (layer + 1) % interval else "attention")
-        for layer in range(reader.num_layers())
+        LayerConfig(is_moe=True, mixer="delta" if is_recurrent else "attention")
+        for is_recurrent in _recurrent_layers(reader)
     )
     config = ModelConfig(
         family=family,
@@ -60,6 +59,21 @@ def open_delta_gguf(file: GgufFile, architecture: str, family: str) -> ModelFile
     )
     reader.finish()
     return read_gguf_layout(file, config, is_paired=False, has_rope_freqs=False, names=_NAMES)
+
+
+def _recurrent_layers(reader: GgufConfigReader) -> tuple[bool, ...]:
+    """Whether each layer has a delta net.
+
+    Where the file lists the layers, the list decides, as in llama.cpp: its converter takes the list from `layer_types`,
+    and the interval beside it from a key that transformers 5 drops, so that this says 4 whatever the model has. Layers
+    for multi-token prediction are listed too. A list that the tensors contradict is refused with them.
+    """
+    num_layers = reader.num_layers()
+    interval = reader.integer("full_attention_interval", 4)
+    listed = reader.flags("attention.recurrent_layers", num_layers + reader.num_mtp_layers())
+    if listed is not None:
+        return listed[:num_layers]
+    return tuple((layer + 1) % interval != 0 for layer in range(num_layers))
 
 
 def _read_delta(reader: GgufConfigReader) -> DeltaConfig:

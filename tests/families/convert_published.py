@@ -1,0 +1,149 @@
+"""Record what llama.cpp's converters say of released models: the metadata, without any weights.
+
+    config.json of `published.py`  ->  the converter of its architecture  ->  gguf_converted.json
+
+    python -m tests.families.convert_published LLAMA_CPP COMMIT
+
+LLAMA_CPP is a checkout (llama-cpp-python's source distribution has one in `vendor/`), COMMIT what to name it by. It
+needs `transformers`, whose configs the converters read, and no torch, which they use for weights alone: it is stubbed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import json
+import sys
+import tempfile
+import types
+from pathlib import Path
+from typing import Any
+
+from tests.families.hub_configs import RELEASED, RawConfig
+from tests.families.published import PUBLISHED
+
+RECORD = Path(__file__).with_name("gguf_converted.json")
+
+# Of configs that `published.py` keeps without: the class in the hub's file, by which a converter is chosen.
+CLASSES = {
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "minimax_m2": "MiniMaxM2ForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+}
+# tokenizer.ggml.pre, which converters find by a hash of the tokenizer: the repositories beside the hashes in
+# `get_vocab_base_pre` of conversion/base.py. Mixtral's tokenizer is SentencePiece and has none.
+PRE_TOKENIZERS = {
+    "deepseek_v2": "deepseek-llm",
+    "deepseek_v3": "deepseek-v3",
+    "kimi_k2": "kimi-k2",
+    "kimi_k25": "kimi-k2",
+    "glm4_moe": "glm4",
+    "glm4_moe_lite": "glm4",
+    "glm4v_moe": "glm4",
+    "gpt_oss": "gpt-4o",
+    "minimax_m2": "minimax-m2",
+    "mixtral": None,
+    "olmoe": "olmo",
+    "qwen2_moe": "qwen2",
+    "qwen3_moe": "qwen2",
+    "qwen3_next": "qwen2",
+    "qwen3_omni_moe": "qwen2",
+    "qwen3_vl_moe": "qwen2",
+    "qwen3_5_moe_text": "qwen35",
+}
+# Layers for multi-token prediction that the hub's files have and config.json does not count.
+UNCOUNTED_MTP_LAYERS = 1
+
+
+class _Stub(types.ModuleType):
+    """Stands for torch: anything can be asked of it, and nothing computed."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        found: Any = type(name, (), {}) if name[0].isupper() else _Stub(name)
+        setattr(self, name, found)
+        return found
+
+    def __call__(self, *args: object, **kwargs: object) -> Any:
+        return self
+
+
+def configs() -> dict[str, RawConfig]:
+    """The released models, by name, each once."""
+    found = {model.name: model.config for model in PUBLISHED}
+    found |= {name: config for name, config in RELEASED.items() if config not in found.values()}
+    return {
+        name: {"architectures": [CLASSES.get(config["model_type"])], **config}
+        for name, config in found.items()
+    }
+
+
+def load_converters(checkout: Path) -> Any:
+    import transformers  # noqa: F401, before the stub, so that it knows that there is no torch
+
+    torch = _Stub("torch")
+    torch.__spec__ = importlib.machinery.ModuleSpec("torch", None)
+    sys.modules["torch"] = torch
+    sys.path[:0] = [str(checkout), str(checkout / "gguf-py")]
+    importlib.import_module("conversion").load_all_models()
+    return importlib.import_module("conversion.base")
+
+
+def convert(base: Any, config: RawConfig) -> dict[str, Any]:
+    """The metadata that are about the architecture, as the converter hands them to its writer."""
+    base.ModelBase.index_tensors = lambda self, remote_hf_model_id=None: {}
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        (directory / "config.json").write_text(json.dumps(config))
+        kind = base.ModelBase.from_model_architecture(config["architectures"][0])
+        if hasattr(
+            kind, "opt_num_mtp_layers"
+        ):  # counted while tensors are looked through, of which there are none
+
+            class Counted(kind):  # type: ignore[misc, valid-type]
+                model_arch = kind.model_arch
+
+                def index_tensors(self, remote_hf_model_id: str | None = None) -> dict[str, Any]:
+                    found: dict[str, Any] = super().index_tensors(remote_hf_model_id)
+                    type(self).opt_num_mtp_layers = UNCOUNTED_MTP_LAYERS
+                    return found
+
+            kind = Counted
+        model = kind(directory, base.gguf.LlamaFileType.MOSTLY_BF16, directory / "model.gguf")
+        model.set_gguf_parameters()
+        entries = model.gguf_writer.kv_data[0].items()
+        return {key: _typed(entry) for key, entry in entries if key != "general.file_type"}
+
+
+def _typed(entry: Any) -> Any:
+    """The value, a float where it is written as one: converters pass whole numbers, too."""
+    return float(entry.value) if entry.type.name == "FLOAT32" else entry.value
+
+
+def main() -> None:
+    checkout, commit = Path(sys.argv[1]), sys.argv[2]
+    base = load_converters(checkout)
+    from importlib.metadata import version
+
+    models = {
+        name: {"tokenizer.ggml.pre": PRE_TOKENIZERS[config["model_type"]], **convert(base, config)}
+        for name, config in configs().items()
+    }
+    made_with = {"llama.cpp": commit, "transformers": version("transformers")}
+    lines = [f' "made with": {json.dumps(made_with)}']
+    for name, metadata in models.items():
+        entries = ",\n  ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in metadata.items())
+        lines.append(f" {json.dumps(name)}: {{\n  {entries}\n }}")
+    RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""What llama.cpp's converters write today of every announced model is read, and means what its config.json means.
+
+The record is `gguf_converted.json`; `convert_published.py` makes it, by running the converters of llama.cpp.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import gguf
+import pytest
+from gguf import GGUFWriter
+
+from argosy.checkpoint.byte_level import WORDS
+from argosy.checkpoint.gguf import read_gguf
+from argosy.checkpoint.safetensors import TensorRef
+from argosy.config import ModelConfig
+from argosy.errors import CheckpointError
+from argosy.model.families import (
+    FAMILIES,
+    deepseek_gguf,
+    glm4_moe,
+    gpt_oss,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+    qwen_delta_gguf,
+)
+from tests.families.convert_published import RECORD, configs
+
+Metadata = dict[str, Any]
+
+READERS = (
+    deepseek_gguf, glm4_moe, gpt_oss, minimax_m2, mixtral, olmoe, qwen2_moe, qwen3_moe, qwen_delta_gguf,
+)  # fmt: skip
+CONVERTED: dict[str, Metadata] = json.loads(RECORD.read_text())
+MADE_WITH = CONVERTED.pop("made with")
+CONFIGS = configs()
+ARCHITECTURES = {metadata["general.architecture"]: name for name, metadata in CONVERTED.items()}
+# Written by the recorded commit of llama.cpp, and not yet by the package that PyPI has.
+NEWER_THAN_THE_PACKAGE = {"attention.recurrent_layers"}
+
+each_model = pytest.mark.parametrize("name", CONVERTED)
+
+
+@pytest.fixture(autouse=True)
+def without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are opened as far as their metadata go: the config comes back, and no tensor is missed."""
+    for reader in READERS:
+        monkeypatch.setattr(reader, "read_gguf_layout", lambda file, config, **_: config)
+
+
+def hub_config(name: str) -> ModelConfig:
+    config = CONFIGS[name]
+    return FAMILIES[config["model_type"]].parse_config(config)
+
+
+def deciding_tensors(config: ModelConfig, architecture: str) -> dict[str, tuple[int, ...]]:
+    """The tensors by which readers decide what metadata do not say."""
+    shapes = {"token_embd.weight": (config.vocab_size, config.hidden_size)}
+    present = {
+        "output.weight": not config.is_embedding_tied,
+        "blk.0.attn_q.bias": config.has_qkv_bias,
+        "blk.0.attn_q_norm.weight": config.qk_norm != "none",
+        f"blk.{config.moe_layers[0]}.exp_probs_b.bias": config.router.has_choice_bias,
+        "blk.0.ssm_ba.weight": architecture == "qwen3next",
+        "blk.0.ssm_alpha.weight": architecture == "qwen35moe",
+    }
+    return shapes | {name: (1,) for name, is_there in present.items() if is_there}
+
+
+def open_converted(name: str, path: Path, more: Mapping[str, Any] = MappingProxyType({})) -> ModelConfig:
+    """What Argosy reads from a file with the metadata of `name`, and `more`."""
+    metadata = {**CONVERTED[name], **more}
+    architecture = metadata["general.architecture"]
+    writer = GGUFWriter(path, architecture)
+    for key, value in metadata.items():
+        add(writer, key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    tensors = {
+        tensor: TensorRef(tensor, path, 0, 0, "F32", shape)
+        for tensor, shape in deciding_tensors(hub_config(name), architecture).items()
+    }
+    file = replace(read_gguf(path), tensors=tensors)
+    readers = {family.GGUF_ARCHITECTURE: family.open_gguf for family in FAMILIES.values()}
+    found: Any = readers[architecture](file)
+    assert isinstance(found, ModelConfig)
+    return found
+
+
+def add(writer: GGUFWriter, key: str, value: Any) -> None:
+    match value:
+        case None:
+            pass
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            if key != "general.architecture":  # the writer's own
+                writer.add_string(key, value)
+        case _:
+            writer.add_array(key, value)
+
+
+def test_every_announced_architecture_is_recorded() -> None:
+    assert set(ARCHITECTURES) == {family.GGUF_ARCHITECTURE for family in FAMILIES.values()}
+    recorded = {CONFIGS[name]["model_type"] for name in CONVERTED}
+    assert FAMILIES.keys() - recorded == {"qwen3_5_moe"}  # as qwen3_5_moe_text, in a wrapper
+
+
+@each_model
+def test_metadata_as_converted_today_mean_what_config_json_means(name: str, tmp_path: Path) -> None:
+    found, expected = open_converted(name, tmp_path / "model.gguf"), hub_config(name)
+    if expected.latent is not None:
+        expected = replace(expected, latent=replace(expected.latent, is_up_split=True))
+    # Those say it otherwise: by tensors, which are not here, and by what the conversion has done to them.
+    assert found == replace(
+        expected,
+        family=found.family,
+        eos_ids=found.eos_ids,
+        bos_id=found.bos_id,
+        dense_width=found.dense_width
+        if len(expected.moe_layers) == expected.num_layers
+        else expected.dense_width,
+        num_mtp_layers=found.num_mtp_layers,
+        norm_offset=found.norm_offset,
+        delta=found.delta,
+    )
+    if found.delta is not None and expected.delta is not None:
+        assert found.delta.sizes == expected.delta.sizes
+
+
+@each_model
+def test_its_tokenizer_is_one_that_is_known(name: str) -> None:
+    pre = CONVERTED[name]["tokenizer.ggml.pre"]
+    assert pre in WORDS if pre is not None else CONFIGS[name]["model_type"] == "mixtral"
+
+
+def templates(keys: type = gguf.Keys) -> Iterator[str]:
+    """What the installed `gguf` package can say of an architecture, below its namespace."""
+    for value in vars(keys).values():
+        if isinstance(value, type):
+            yield from templates(value)
+        elif isinstance(value, str) and value.startswith("{arch}."):
+            yield value.removeprefix("{arch}.")
+
+
+@each_model
+def test_the_recorded_keys_are_those_of_the_gguf_package(name: str) -> None:
+    prefix = CONVERTED[name]["general.architecture"] + "."
+    written = {key.removeprefix(prefix) for key in CONVERTED[name] if key.startswith(prefix)}
+    assert written - set(templates()) <= NEWER_THAN_THE_PACKAGE
+
+
+# Keys that may have any value: about vision, about how a model was made, or about a scaling or layers it does not have.
+HARMLESS = {
+    "feed_forward_length",
+    "n_deepstack_layers",
+    "rope.dimension_sections",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+}
+DEFAULTS = {("attention.causal", True), ("expert_weights_norm", True)}  # what an absent key means, too
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_any_other_key_changes_the_model_or_is_refused_by_its_name(architecture: str, tmp_path: Path) -> None:
+    name = ARCHITECTURES[architecture]
+    plain = open_converted(name, tmp_path / "plain.gguf")
+    others = [
+        key for key in sorted(set(templates()) - HARMLESS) if f"{architecture}.{key}" not in CONVERTED[name]
+    ]
+    assert len(others) > 50
+    unnoticed = []
+    for key in others:
+        for value in (3, 3.5, True, "odd"):
+            try:
+                config = open_converted(name, tmp_path / "odd.gguf", {f"{architecture}.{key}": value})
+            except CheckpointError as refusal:
+                is_noticed = key in str(refusal)
+            else:
+                is_noticed = config != plain or (key, value) in DEFAULTS
+            if not is_noticed:
+                unnoticed.append((key, value))
+    assert not unnoticed
