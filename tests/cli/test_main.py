@@ -158,7 +158,7 @@ def test_a_reader_that_goes_away_is_no_error(engine: Engine) -> None:
         "import sys, argosy.engine.engine as e\n"
         "from tests.cli.fake_engine import FakeEngine\n"
         "class Engine(FakeEngine):\n"
-        "    opened, prompts, params, answer = [], [], [], ('word ',) * 200000\n"
+        "    opened, asked, params, answer = [], [], [], ('word ',) * 200000\n"
         "e.Engine = Engine\n"
         "from argosy.cli.main import main\n"
         "sys.exit(main(['run', '-m', 'x', 'Hi']))\n"
