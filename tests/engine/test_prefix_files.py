@@ -263,6 +263,24 @@ def test_a_file_that_is_gone_is_forgotten(files: PrefixFiles) -> None:
     assert files.num_bytes == 0
 
 
+def test_a_secret_that_could_not_be_written_whole_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int) -> None:
+        os.ftruncate(descriptor, 16)  # what a power cut may leave
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(OSError, match="Input/output error"):
+            open_files(tmp_path / "kv")
+    files = open_files(tmp_path / "kv")
+    write(files, content(1))
+    assert is_whole(files, content(1))
+    files.close()
+    assert sorted(path.name for path in (tmp_path / "kv").iterdir() if path.is_file()) == ["secret"]
+
+
 def test_files_that_are_too_old_are_removed(tmp_path: Path) -> None:
     clock = Clock()
     files = open_files(tmp_path, clock=clock, ttl_s=100)

@@ -446,18 +446,37 @@ def _make_private(directory: Path) -> None:
 
 
 def _read_secret(path: Path) -> bytes:
-    """The secret of the directory; a fresh one if it has none."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(path, flags, 0o600), "r+b", buffering=0) as file:
+    """The secret of a directory that nobody else uses now; a fresh one if it has none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return _write_secret(path)
+    with open(descriptor, "rb", buffering=0) as file:
         if os.fstat(file.fileno()).st_mode & 0o077:
             raise UsageError(
                 f"{path} can be read by others", hint="remove it; files made with it are then useless"
             )
         secret = file.read(SECRET_BYTES + 1)
-        if not secret:
-            secret = os.urandom(SECRET_BYTES)
-            file.write(secret)
-            os.fsync(file.fileno())
+    if not secret:
+        return _write_secret(path)
     if len(secret) != SECRET_BYTES:
         raise UsageError(f"{path} holds {len(secret)} bytes, expected {SECRET_BYTES}", hint="remove it")
+    return secret
+
+
+def _write_secret(path: Path) -> bytes:
+    """A fresh secret, which is on the drive, whole, before anything is made with it."""
+    secret = os.urandom(SECRET_BYTES)
+    beside = path.with_name(f".{path.name}.new")
+    _unlink(beside)
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "wb", buffering=0) as file:
+        file.write(secret)
+        os.fsync(descriptor)
+    beside.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
     return secret
