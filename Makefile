@@ -9,29 +9,36 @@ NATIVE := $(wildcard native/*/*.cpp native/*/*.h) CMakeLists.txt pyproject.toml
 # Files of tests side by side. Engines of tests have two threads and up to 1 GiB, so at most four.
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# Set-up steps print nothing of their own for minutes: say what each does before it does it.
+SAY := @printf '== %s\n'
 
 help:                     ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	$(SAY) "making a Python environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
 
 # An editable install: Python sources are read in place; a new module or a change of native code installs again.
 $(VENV)/.modules: FORCE | $(BIN)/python
 	@find src -name '*.py' | sort > $@.new; cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
 $(VENV)/.installed: $(BIN)/python $(NATIVE) $(VENV)/.modules
-	$(PIP) "scikit-build-core>=0.10" "nanobind>=2.4" "cmake>=3.18" ninja
-	$(PIP) --no-build-isolation --editable '.[test]'
+	$(SAY) "downloading build tools: cmake, ninja, nanobind, scikit-build-core (60 MB, once)"
+	@$(PIP) "scikit-build-core>=0.10" "nanobind>=2.4" "cmake>=3.18" ninja
+	$(SAY) "downloading packages (100 MB, once) and compiling the native module: one to three minutes on two cores"
+	@$(PIP) --no-build-isolation --editable '.[test]'
 	@touch $@
 
 demo: $(VENV)/.installed  ## build the demo model once, then let it answer a question
+	$(SAY) "asking the demo model; the first time it is made from a download of 93 MB, in under a minute"
 	$(BIN)/argosy run --model demo "What is the capital of France?"
 
 test: $(VENV)/.installed test-native  ## all tests that need no torch
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests --ignore=tests/oracle --ignore=tests/clients
 
 test-native: $(VENV)/.installed  ## the C++ tests
+	$(SAY) "compiling the C++ tests: a minute or two, the first time"
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/tests -G Ninja -DARGOSY_MODULE=OFF -DARGOSY_NATIVE_TESTS=ON > build/tests.log 2>&1 || { cat build/tests.log; exit 1; }
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/tests > build/tests.log 2>&1 || { cat build/tests.log; exit 1; }
 	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/tests --output-on-failure
@@ -48,28 +55,32 @@ test-sanitize: $(VENV)/.installed  ## the C++ tests under AddressSanitizer and U
 	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/sanitize-threads --output-on-failure -R 'test_thread_pool|test_store'
 
 $(VENV)/.oracle: $(VENV)/.installed
-	$(PIP) --no-build-isolation --editable '.[oracle]'
+	$(SAY) "downloading torch and transformers (some GB, once)"
+	@$(PIP) --no-build-isolation --editable '.[oracle]'
 	@touch $@
 
 test-oracle: $(VENV)/.oracle  ## compare with transformers on freshly made checkpoints
 	$(BIN)/python -m pytest tests/oracle
 
 $(VENV)/.clients: $(VENV)/.installed
-	$(PIP) setuptools wheel  # for a dependency of lm-eval that comes as source
-	$(PIP) --no-build-isolation --editable '.[clients]'
+	$(SAY) "downloading the clients of model servers (once; minutes)"
+	@$(PIP) setuptools wheel  # for a dependency of lm-eval that comes as source
+	@$(PIP) --no-build-isolation --editable '.[clients]'
 	@touch $@
 
 build/clients/node_modules: tests/clients/ai-sdk/package.json tests/clients/ai-sdk/package-lock.json
-	mkdir -p build/clients
-	cp $^ build/clients/
-	! command -v npm > /dev/null || npm ci --prefix build/clients --no-audit --no-fund --ignore-scripts --loglevel=error
+	$(SAY) "downloading the AI SDK with npm, where there is one"
+	@mkdir -p build/clients
+	@cp $^ build/clients/
+	@! command -v npm > /dev/null || npm ci --prefix build/clients --no-audit --no-fund --ignore-scripts --loglevel=error
 	@mkdir -p $@ && touch $@
 
 test-clients: $(VENV)/.clients build/clients/node_modules  ## clients and lm-eval talk to a server of a tiny model
 	$(BIN)/python -m pytest tests/clients
 
 $(VENV)/.lint: $(VENV)/.installed
-	$(PIP) --no-build-isolation --editable '.[lint]'
+	$(SAY) "downloading ruff, mypy and clang-format (once)"
+	@$(PIP) --no-build-isolation --editable '.[lint]'
 	@touch $@
 
 lint: $(VENV)/.lint       ## ruff, mypy strict, clang-format
@@ -87,6 +98,7 @@ bench: $(VENV)/.installed ## the short form of every benchmark
 	$(BIN)/python benchmarks/run_all.py --short
 
 build/peer-venv: benchmarks/install_peer.sh
+	$(SAY) "downloading and compiling llama.cpp: about ten minutes, once"
 	PYTHON="$(PYTHON)" benchmarks/install_peer.sh $@
 	@touch $@
 

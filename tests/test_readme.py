@@ -1,4 +1,4 @@
-"""The README's commands exist as written, and its Python runs."""
+"""The README's commands exist as written, in an order that works, and its Python runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import pytest
 from argosy.cli.main import cli
 from tests.cli.tiny_chat_model import write_chat_model
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ALL_COMMANDS = re.findall(r"^\$ (.*)$", README, flags=re.MULTILINE)
 COMMANDS = re.findall(r"^\$ argosy (.*)$", README, flags=re.MULTILINE)
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
@@ -20,6 +22,35 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 def test_the_readme_shows_commands_and_python() -> None:
     assert len(COMMANDS) >= 5
     assert len(PYTHON) == 1
+
+
+def test_every_command_of_the_readme_is_one_that_this_file_knows() -> None:
+    targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for line in ALL_COMMANDS:
+        words = line.split("#")[0].split()
+        match words:
+            case ["argosy", *_]:
+                pass  # below
+            case ["make", target]:
+                assert target in targets, line
+            case ["source", ".venv/bin/activate"] | ["hf", "download", _, "--local-dir", _]:
+                pass
+            case _:
+                pytest.fail(f"nobody checks `{line}`")
+
+
+def test_argosy_is_on_the_path_before_it_is_typed() -> None:
+    activates = ALL_COMMANDS.index("source .venv/bin/activate")
+    assert ALL_COMMANDS.index("make demo") < activates
+    assert not any(line.startswith("argosy") for line in ALL_COMMANDS[:activates])
+
+
+@pytest.mark.parametrize("name", ["README.md", "SECURITY.md", "CONTRIBUTING.md"])
+def test_no_section_is_empty_and_nothing_is_left_to_be_filled_in(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert not re.search(r"^#[^\n]*\n\s*(^#|\Z)", text.split("\n", 1)[1], flags=re.MULTILINE)
+    assert "REPOSITORY" not in text
+    assert "TODO" not in text
 
 
 @pytest.mark.parametrize("line", COMMANDS)

@@ -21,6 +21,8 @@ there is one, is what to do next. `assert` is for what only our own mistake can 
 
 from __future__ import annotations
 
+import errno
+
 
 class ArgosyError(Exception):
     """Base of every error raised on purpose; `str()` is one sentence for a person."""
@@ -105,6 +107,11 @@ class DiskFull(ArgosyError):
 
     exit_code = 5
     http_status = 507
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether `error` says that a file system, a quota or a limit on file sizes has no room left."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class FetchFailed(ArgosyError):

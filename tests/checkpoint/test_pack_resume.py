@@ -273,6 +273,76 @@ def test_a_disk_that_fills_up_meanwhile_is_said_and_the_pack_continues_later(
     assert contents(tmp_path / "packed") == contents(tmp_path / "undisturbed")
 
 
+CHANGING_CALLS = ("mkdir", "open", "ftruncate", "pwrite", "fsync", "rename", "unlink")
+
+
+def failing_at(number: int, code: int, patch: pytest.MonkeyPatch, under: Path) -> list[str]:
+    """Let the `number`th call that changes a file fail, once; the list tells which calls there were."""
+    calls: list[str] = []
+
+    def failing(name: str) -> Callable[..., Any]:
+        real = getattr(os, name)
+
+        def call(*arguments: Any, **more: Any) -> Any:
+            is_ours = isinstance(arguments[0], int) or str(arguments[0]).startswith(str(under))
+            if is_ours:
+                calls.append(name)
+                if len(calls) == number:
+                    raise OSError(code, os.strerror(code))
+            return real(*arguments, **more)
+
+        return call
+
+    for name in CHANGING_CALLS:
+        patch.setattr(os, name, failing(name))
+    return calls
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_is_full_at_any_call_is_said_with_the_bytes_needed(
+    source: Path, tmp_path: Path, code: int
+) -> None:
+    pack_to(source, tmp_path / "undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        calls = failing_at(0, code, patch, tmp_path / "counted")
+        pack_to(source, tmp_path / "counted")
+    assert set(calls) == set(CHANGING_CALLS)
+    # Behind the rename the pack is whole, and nothing that fails there matters.
+    renamed = max(at for at, name in enumerate(calls) if name == "rename") + 1
+    step = max(1, len(calls) // 60)
+    for number in sorted({*range(1, 12), *range(1, renamed, step), *range(renamed - 12, len(calls) + 1)}):
+        destination = tmp_path / f"packed{number}"
+        with pytest.MonkeyPatch.context() as patch:
+            failing_at(number, code, patch, destination)
+            if number > renamed:
+                pack_to(source, destination)
+            else:
+                with pytest.raises(DiskFull) as caught:
+                    pack_to(source, destination)
+                needed = caught.value.facts["needed_bytes"]
+                assert isinstance(needed, int)
+                assert needed > 0
+        if number <= renamed:
+            assert pack_to(source, destination).restarted_because is None
+        found = contents(destination)
+        found.pop("journal", None)  # nobody reads what is left of it
+        assert found == contents(tmp_path / "undisturbed")
+        shutil.rmtree(destination)
+
+
+def test_small_files_of_another_source_do_not_end_up_in_the_pack(source: Path, tmp_path: Path) -> None:
+    pack_to(source, tmp_path / "undisturbed")
+    writes = count_writes(lambda: pack_to(source, tmp_path / "counted"))
+    (source / "merges.txt").write_text("of a tokenizer that goes")
+    partial = interrupted(source, tmp_path / "packed", writes + 1)  # at the manifest
+    assert (partial / "merges.txt").exists()
+    (source / "merges.txt").unlink()
+
+    assert pack_to(source, tmp_path / "packed").restarted_because is not None
+
+    assert contents(tmp_path / "packed") == contents(tmp_path / "undisturbed")
+
+
 def test_a_limit_on_file_sizes_is_a_full_disk_too(source: Path, tmp_path: Path) -> None:
     script = (
         "import resource, sys; from argosy.checkpoint.pack import pack; from argosy.errors import DiskFull\n"

@@ -308,3 +308,13 @@ def test_errors_carry_their_facts(path: Path) -> None:
 
     assert caught.value.exit_code == 4
     assert caught.value.facts == {"path": path, "tensor": "a"}
+
+
+@pytest.mark.parametrize("shape", [[2] * 1000, [1] * 1000])  # overflows; disagrees with its offsets
+def test_a_shape_of_a_thousand_dimensions_is_told_in_a_short_sentence(
+    tmp_path: Path, shape: list[int]
+) -> None:
+    write_raw(tmp_path / "x.safetensors", {"a": entry("BF16", shape, 0, 4)}, bytes(4))
+    with pytest.raises(CheckpointError) as caught:
+        read_header(tmp_path / "x.safetensors")
+    assert len(str(caught.value)) < 400

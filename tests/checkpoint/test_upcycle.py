@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from argosy.checkpoint.dense import open_dense
-from argosy.checkpoint.upcycle import upcycle
+from argosy.checkpoint.upcycle import new_directory, upcycle
 from argosy.errors import CheckpointError, UnsupportedModel, UsageError
 from tests.checkpoint.dense_models import (
     NumpyDense,
@@ -182,3 +185,44 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path):
     (tmp_path / "dense.gguf").write_bytes(b"not a model at all" * 10)
     with pytest.raises(CheckpointError, match="starts with 'not ', a GGUF file with"):
         open_dense(tmp_path / "dense.gguf")
+
+
+# A directory that appears when it is whole
+
+
+def test_what_a_killed_process_left_for_the_same_directory_is_removed(tmp_path: Path):
+    left, others = tmp_path / ".mixture.abcdefgh.partial", tmp_path / ".mixture.b.abcdefgh.partial"
+    for path in (left, others):
+        path.mkdir()
+        (path / "model.safetensors").write_bytes(b"half")
+    with new_directory(tmp_path / "mixture") as scratch:
+        (scratch / "file").write_bytes(b"whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [others.name, "mixture"]
+
+
+def test_a_directory_that_another_process_is_writing_stays(tmp_path: Path):
+    with new_directory(tmp_path / "mixture") as first:
+        (first / "file").write_bytes(b"first")
+        with new_directory(tmp_path / "mixture") as second:
+            assert (first / "file").exists()
+            (second / "file").write_bytes(b"second")
+        shutil.rmtree(tmp_path / "mixture")
+    assert (tmp_path / "mixture" / "file").read_bytes() == b"first"
+
+
+def test_a_scratch_directory_that_is_taken_for_abandoned_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real, removed = fcntl.flock, []
+
+    def flock(descriptor: int, how: int) -> None:
+        if not removed:
+            removed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+            os.rmdir(removed[0])
+        real(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with new_directory(tmp_path / "mixture") as scratch:
+        (scratch / "file").write_bytes(b"whole")
+    assert len(removed) == 1
+    assert (tmp_path / "mixture" / "file").exists()

@@ -26,7 +26,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
 
     class Engine(FakeEngine):
         opened: ClassVar[list[dict[str, object]]] = []
-        prompts: ClassVar[list[object]] = []
+        asked: ClassVar[list[object]] = []
         params: ClassVar[list[SamplingParams]] = []
 
     monkeypatch.setattr("argosy.engine.engine.Engine", Engine)

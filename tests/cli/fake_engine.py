@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
 from argosy.config import MIB, SamplingParams
 from argosy.engine.ledger import Ledger
 from argosy.engine.sequence import Result, TokenEvent
+from argosy.prompt.formats import Parser
+from argosy.prompt.prompt import Prompt, PromptBuilder
+from tests.prompt.families import FAMILIES, Family
 
 
 class FakePlan:
@@ -22,20 +25,45 @@ class FakePlan:
         return {"budget_bytes": self.budget_bytes, "total_bytes": self.total_bytes}
 
 
-class FakeEngine:
-    """Answers every prompt with `answer`, a token a word; `before_token` may raise."""
+class FakePrompts:
+    """Notes what is asked, and then does what the family's own text side does."""
 
-    answer: tuple[str, ...] = ("Paris", " is", " it.")
+    takes_messages = True
+
+    def __init__(self, family: Family, asked: list[Any]) -> None:
+        self._builder: PromptBuilder = family.builder()
+        self._asked = asked
+
+    def build(self, request: Any) -> Prompt:
+        self._asked.append([dict(m) for m in request] if isinstance(request, list) else request)
+        return self._builder.build(request)
+
+    def parser(self, prompt: Prompt) -> Parser:
+        return self._builder.parser(prompt)
+
+    def close(self) -> None:
+        self._builder.close()
+
+
+class FakeEngine:
+    """Answers every prompt with `answer`, a token each; `before_token` may raise.
+
+    The model is one of `family`: a word of `answer` that is one of the family's control tokens is that token.
+    """
+
+    answer: Sequence[str] = ("Paris", " is", " it.")
+    family: str = "chatml"
     before_open: Callable[[], None] = staticmethod(lambda: None)
     before_token: Callable[[int], None] = staticmethod(lambda at: None)
     opened: list[dict[str, Any]]
-    prompts: list[Any]
+    asked: list[Any]
     params: list[SamplingParams]
 
     def __init__(self, model: object, *, progress: object = None, **arguments: Any) -> None:
         self.before_open()
         type(self).opened.append({"model": model, **arguments})
         self.plan = FakePlan()
+        self.prompts = FakePrompts(FAMILIES[self.family], type(self).asked)
         self.is_open = True
 
     @property
@@ -45,7 +73,8 @@ class FakeEngine:
                       bytes_read=2_500_000_000, peak_bytes=280 * MIB, parts=parts)  # fmt: skip
 
     def submit(self, prompt: Any, params: SamplingParams) -> SimpleNamespace:
-        type(self).prompts.append([dict(m) for m in prompt] if isinstance(prompt, list) else prompt)
+        assert isinstance(prompt, Prompt)
+        assert prompt.token_ids
         type(self).params.append(params)
         self.sequence = SimpleNamespace(events=deque(), result=None, at=0)
         return self.sequence
@@ -57,7 +86,11 @@ class FakeEngine:
         is_last = self.sequence.at == len(self.answer)
         if is_last:
             self.finish("stop")
-        event = TokenEvent(at, self.answer[at], None, "stop" if is_last else None, self.sequence.result)
+        tokenizer, said = FAMILIES[self.family].tokenizer, self.answer[at]
+        control = tokenizer.control_id(said)
+        text = "" if control in tokenizer.hidden_ids else said
+        token_id = at if control is None else control
+        event = TokenEvent(token_id, text, None, "stop" if is_last else None, self.sequence.result)
         self.sequence.events.append(event)
 
     def finish(self, reason: Any) -> None:
@@ -83,4 +116,5 @@ class FakeEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.prompts.close()
         self.is_open = False

@@ -46,8 +46,38 @@ def test_each_turn_has_all_turns_before_it(engine: Engine, capsys: Captured) -> 
     conversation(engine, "Be brief.").talk(reading("Hi", "", "And now?"))
     system, hi = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}
     answer = {"role": "assistant", "content": "Paris is it."}
-    assert engine.prompts == [[system, hi], [system, hi, answer, {"role": "user", "content": "And now?"}]]
+    assert engine.asked == [[system, hi], [system, hi, answer, {"role": "user", "content": "And now?"}]]
     assert capsys.readouterr().out == "Paris is it.\nParis is it.\n"
+
+
+HARMONY = ("<|channel|>", "analysis", "<|message|>", "User says", " hi", "<|end|>", "<|start|>", "assistant",
+           "<|channel|>", "final", "<|message|>", "Hello", "!", "<|return|>")  # fmt: skip
+
+
+def test_only_the_answer_is_shown_and_thoughts_go_back_as_thoughts(engine: Engine, capsys: Captured) -> None:
+    engine.family, engine.answer = "harmony", HARMONY
+    talk = conversation(engine)
+    talk.talk(reading("Hi", "And now?"))
+    assert capsys.readouterr().out == "Hello!\nHello!\n"
+    said = {"role": "assistant", "content": "Hello!", "reasoning_content": "User says hi"}
+    assert engine.asked[1] == [
+        {"role": "user", "content": "Hi"},
+        said,
+        {"role": "user", "content": "And now?"},
+    ]
+    again = talk._engine.prompts.build(engine.asked[1])
+    assert "<|start|>assistant<|channel|>final<|message|>Hello!<|end|>" in again.text
+    assert "analysis" not in again.text  # this template leaves the thoughts of earlier turns out
+
+
+def test_an_answer_that_is_stopped_among_its_thoughts_goes_back_without_text(
+    engine: Engine, capsys: Captured
+) -> None:
+    engine.family, engine.answer = "harmony", HARMONY
+    engine.before_token = staticmethod(lambda at: signal.raise_signal(signal.SIGINT) if at == 3 else None)
+    talk = conversation(engine)
+    talk.talk(reading("Hi"))
+    assert talk.messages[-1] == {"role": "assistant", "content": "", "reasoning_content": "User says"}
 
 
 def test_reset_keeps_the_system_message_only(engine: Engine, capsys: Captured) -> None:
@@ -63,7 +93,7 @@ def test_commands_answer_on_stderr(engine: Engine, capsys: Captured) -> None:
     assert "/reset    forget the conversation" in captured.err
     assert "hit rate 0.60" in captured.err
     assert "unknown command '/legder'; known: /help /reset /ledger /quit" in captured.err
-    assert len(engine.prompts) == 1
+    assert len(engine.asked) == 1
 
 
 def test_an_interrupt_stops_the_answer_and_keeps_what_was_said(engine: Engine, capsys: Captured) -> None:

@@ -134,18 +134,19 @@ def test_the_files_of_a_client_are_where_its_own_variables_say(
 # What the server says
 
 
-def test_without_a_server_there_are_placeholders_and_they_are_called_so(capsys: Captured) -> None:
-    assert main(["connect", "opencode", "--url", "http://127.0.0.1:9"]) == 0
-    said = capsys.readouterr()
-    assert '"model": "argosy/MODEL"' in said.out
-    assert "nothing answers at http://127.0.0.1:9" in said.err
-    assert "MODEL and 32768 tokens of context are placeholders" in said.err
-
-
-def test_placeholders_are_never_written(home: Path, capsys: Captured) -> None:
-    assert main(["connect", "opencode", "--url", "http://127.0.0.1:9", "--write"]) == 1
-    assert capsys.readouterr().err.startswith("error: nothing answers")
+@pytest.mark.parametrize("said", [[], ["--write"], ["--model", "mine"], ["--context", "8192"]])
+def test_without_a_server_there_are_no_settings_and_it_is_said_how_to_start_one(
+    said: list[str], home: Path, capsys: Captured
+) -> None:
+    assert main(["connect", "opencode", "--url", "http://127.0.0.1:9", *said]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: nothing answers at http://127.0.0.1:9")
+    assert "`argosy serve`" in captured.err
     assert list(home.iterdir()) == []
+
+
+def test_without_a_server_what_is_said_of_it_is_enough(home: Path, capsys: Captured) -> None:
     said = ["--model", "mine", "--context", "8192"]
     assert main(["connect", "opencode", "--url", "http://127.0.0.1:9", "--write", *said]) == 0
     written = json.loads((home / FILES["opencode"]).read_text())

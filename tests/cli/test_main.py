@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,51 @@ def test_help_is_under_40_lines_with_two_examples(command: str, capsys: Captured
     examples = out.split("Examples:")[1].split("\n\n")[0].strip().splitlines()
     assert len(examples) == 2
     assert all(line.strip().startswith("argosy") for line in examples)
+
+
+@pytest.mark.parametrize("arguments", [[], ["keys"]])
+def test_a_group_of_commands_alone_shows_its_help_as_usage(arguments: list[str], capsys: Captured) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("Usage: argosy")
+    assert "Commands:" in captured.err
+    assert "error" not in captured.err
+
+
+def test_an_output_that_is_full_exits_5_and_is_said_once() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "argosy", "--help"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (
+        5,
+        "error: the output cannot be written: No space left on device\n"
+        "hint: make room, and run the same command again\n",
+    )
+
+
+@pytest.mark.parametrize("command", [["run", "Hi", "-m"], ["chat"], ["serve"], ["show"]])
+def test_a_name_of_the_hub_is_answered_with_how_to_get_it(command: list[str], capsys: Captured) -> None:
+    assert main([*command, "Qwen/Qwen3-30B-A3B"]) == 4
+    said = capsys.readouterr().err
+    assert said.startswith("error: Qwen/Qwen3-30B-A3B does not exist\nhint: ")
+    assert "`hf download Qwen/Qwen3-30B-A3B --local-dir Qwen3-30B-A3B`" in said
+    assert "then give ./Qwen3-30B-A3B" in said
+
+
+def test_a_path_that_is_no_name_of_the_hub_gets_no_such_hint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for path in ("models/missing", "/nowhere/missing", "missing", "a/b/c", "../x"):
+        assert main(["show", path]) == 4
+        assert capsys.readouterr().err == f"error: {path} does not exist\n"
 
 
 def test_help_names_every_command(capsys: Captured) -> None:
@@ -158,7 +204,7 @@ def test_a_reader_that_goes_away_is_no_error(engine: Engine) -> None:
         "import sys, argosy.engine.engine as e\n"
         "from tests.cli.fake_engine import FakeEngine\n"
         "class Engine(FakeEngine):\n"
-        "    opened, prompts, params, answer = [], [], [], ('word ',) * 200000\n"
+        "    opened, asked, params, answer = [], [], [], ('word ',) * 200000\n"
         "e.Engine = Engine\n"
         "from argosy.cli.main import main\n"
         "sys.exit(main(['run', '-m', 'x', 'Hi']))\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -96,13 +97,13 @@ def test_without_options_the_engines_own_choices_hold(engine: Engine, capsys: Ca
     main(["run", "-m", "model", "Hi"])
     assert engine.opened == [{"model": "model"}]
     assert engine.params == [SamplingParams()]
-    assert engine.prompts == ["Hi"]
+    assert engine.asked == ["Hi"]
 
 
 def test_raw_text_and_a_system_message_are_said_as_what_they_are(engine: Engine, capsys: Captured) -> None:
     main(["run", "-m", "model", "--raw", "Once"])
     main(["run", "-m", "model", "--system", "Be brief.", "Hi"])
-    assert engine.prompts == [
+    assert engine.asked == [
         Prompt.raw("Once"),
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
     ]
@@ -117,7 +118,7 @@ def test_the_prompt_may_come_on_stdin(
     for arguments in ([], ["-"]):
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))
         assert main(["run", "-m", "model", *arguments]) == 0
-    assert engine.prompts == [prompt, prompt]
+    assert engine.asked == [prompt, prompt]
 
 
 def test_no_prompt_at_all_is_named(engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
@@ -142,15 +143,88 @@ def test_without_a_model_the_demo_model_answers(engine: Engine) -> None:
 
 
 def test_a_terminal_is_not_steered_by_a_models_text() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     terminal, file = Terminal(), io.StringIO()
     for stream in (terminal, file):
         write_text("a\x1b[2J\x9bb\tc\n\r", stream)
     assert terminal.getvalue() == "a\ufffd[2J\ufffdb\tc\n\ufffd"
     assert file.getvalue() == "a\x1b[2J\x9bb\tc\n\r"
+
+
+HARMONY = ("<|channel|>", "analysis", "<|message|>", "User says", " hi", "<|end|>", "<|start|>", "assistant",
+           "<|channel|>", "final", "<|message|>", "Hello", "!", "<|return|>")  # fmt: skip
+
+
+def test_a_models_thoughts_and_its_structure_are_not_part_of_the_answer(
+    engine: Engine, capsys: Captured
+) -> None:
+    engine.family, engine.answer = "harmony", HARMONY
+    assert main(["run", "-m", "model", "-q", "Hi"]) == 0
+    assert capsys.readouterr() == ("Hello!\n", "")
+
+    assert main(["run", "-m", "model", "-q", "--thoughts", "Hi"]) == 0
+    assert capsys.readouterr() == ("Hello!\n", "thinking: User says hi\n\n")
+
+    assert main(["run", "-m", "model", "--json", "Hi"]) == 0
+    captured = capsys.readouterr()
+    facts = json.loads(captured.out)
+    assert (facts["text"], facts["reasoning"]) == ("Hello!", "User says hi")
+    assert captured.err == ""
+
+
+def test_an_answer_that_ends_among_its_thoughts_shows_them_and_no_answer(
+    engine: Engine, capsys: Captured
+) -> None:
+    engine.family, engine.answer = "qwen3", ("<think>", "Let me ", "see")
+    assert main(["run", "-m", "model", "-q", "--thoughts", "Hi"]) == 0
+    assert capsys.readouterr() == ("\n", "thinking: Let me see\n\n")
+
+
+def test_text_that_is_continued_is_shown_as_it_is(engine: Engine, capsys: Captured) -> None:
+    engine.family, engine.answer = "qwen3", ("<think>", " is a", "</think>", " mark")
+    assert main(["run", "-m", "model", "-q", "--raw", "The tag"]) == 0
+    assert capsys.readouterr().out == "<think> is a</think> mark\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("no_color", "shown"),
+    [
+        ("", "\x1b[2mthinking: User says hi\x1b[22m\n\n"),
+        ("1", "thinking: User says hi\n\n"),
+    ],
+)
+def test_thoughts_are_dim_on_a_terminal(
+    no_color: str, shown: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    engine.family, engine.answer = "harmony", HARMONY
+    monkeypatch.setenv("NO_COLOR", no_color)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr("argosy.cli.output.progress_bar", contextlib.nullcontext)
+    assert main(["run", "-m", "model", "-q", "Hi"]) == 0
+    assert terminal.getvalue() == shown
+    assert main(["run", "-m", "model", "-q", "--no-thoughts", "Hi"]) == 0
+    assert terminal.getvalue() == shown
+    assert capsys.readouterr().out == "Hello!\nHello!\n"
+
+
+def test_an_interrupted_thought_leaves_the_terminal_as_it_was(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(at: int) -> None:
+        if at == 4:
+            raise KeyboardInterrupt
+
+    engine.family, engine.answer, engine.before_token = "harmony", HARMONY, staticmethod(interrupt)
+    monkeypatch.setattr("argosy.cli.output.progress_bar", contextlib.nullcontext)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert main(["run", "-m", "model", "Hi"]) == 130
+    assert terminal.getvalue() == "\x1b[2mthinking: User says\x1b[22m\n\n\ninterrupted\n"
 
 
 # With a real engine
@@ -213,9 +287,9 @@ def test_an_interrupt_of_the_real_process_exits_130(chat_model: Path) -> None:
     command = [sys.executable, "-m", "argosy", "run", "-m", str(chat_model), "--threads", "1"]
     # A full pipe keeps the answer from ending before the signal comes.
     code = (
-        "import sys, argosy.cli.run as run\n"
-        "real = run.write_text\n"
-        "run.write_text = lambda text: (real(text), __import__('time').sleep(0.2))\n"
+        "import sys, argosy.cli.output as output\n"
+        "real = output.write_text\n"
+        "output.write_text = lambda text: (real(text), __import__('time').sleep(0.2))\n"
         "from argosy.cli.main import main\n"
         f"sys.exit(main({[*command[3:], '-n', '200', '--ignore-eos', 'Hi']!r}))\n"
     )

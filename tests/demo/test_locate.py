@@ -1,15 +1,21 @@
-"""The name of the packed demo model: a digest that is taken once, and again when the experts change."""
+"""The packed demo model: named by a digest of the experts, made once, and finished by the next call when cut off."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from blake3 import blake3
 
 from argosy.checkpoint import manifest
-from argosy.demo import locate
+from argosy.checkpoint import pack as pack_module
+from argosy.checkpoint.manifest import open_pack
+from argosy.checkpoint.upcycle import new_directory
+from argosy.demo import build, locate
+from tests.models.tiny import qwen2_moe, write_model
 
 
 @pytest.fixture
@@ -75,3 +81,94 @@ def test_a_pack_of_another_version_of_the_format_is_not_taken(
     monkeypatch.setattr(manifest, "PACK_VERSION", manifest.PACK_VERSION + 1)
     assert locate.locate() != first
     assert len(set(asked)) == 2
+
+
+# Making it
+
+
+@pytest.fixture
+def builds(experts: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Each place where the merged model was built; a tiny one stands in for it."""
+    built: list[Path] = []
+
+    def build_demo(destination: Path, **_: object) -> None:
+        with new_directory(destination) as directory:
+            write_model(directory, qwen2_moe(num_hidden_layers=2, num_experts=4), seed=5)
+        built.append(destination)
+
+    monkeypatch.setattr(build, "build_demo", build_demo)
+    return built
+
+
+class Killed(BaseException):
+    """What ends a process without a word to it."""
+
+
+def names(cache: Path) -> set[str]:
+    return {path.name for path in cache.iterdir()} - {"demo.lock", "demo.version"}
+
+
+@pytest.mark.parametrize("at", ["__enter__", "_copy", "finish"])
+def test_a_call_that_ends_while_it_packs_is_finished_by_the_next(at: str, builds: list[Path]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+
+        def end(*_: Any) -> None:
+            raise Killed
+
+        patch.setattr(pack_module._Writer, at, end)
+        with pytest.raises(Killed):
+            locate.locate()
+
+    packed = locate.locate()
+
+    assert open_pack(packed) is not None
+    assert len(builds) == 1  # what was built is used
+    assert names(locate.cache_directory()) == {packed.name}
+
+
+def test_what_was_built_and_is_damaged_is_built_again(builds: list[Path]) -> None:
+    packed = locate.locate()
+    merged = builds[0]
+    for path in packed.iterdir():
+        path.unlink()
+    packed.rmdir()
+    write_model(merged, qwen2_moe(num_hidden_layers=2, num_experts=4), seed=5)
+    (merged / "model.safetensors").write_bytes(b"")
+
+    assert open_pack(locate.locate()) is not None
+    assert builds == [merged, merged]
+
+
+def test_what_is_left_of_a_finished_pack_is_removed(builds: list[Path]) -> None:
+    packed = locate.locate()
+    builds[0].mkdir()
+    assert locate.locate() == packed
+    assert names(locate.cache_directory()) == {packed.name}
+
+
+def test_leftovers_of_any_version_go_and_what_is_in_use_stays(builds: list[Path]) -> None:
+    cache = locate.cache_directory()
+    for name in (
+        ".demo-0-1.abcdefgh.partial",
+        ".demo-0-1.ijklmnop.partial",
+        "demo-0-1",
+        "demo-0-1-q8.partial",
+    ):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "file").write_bytes(b"")
+    (cache / "demo-0-1-q8").mkdir()
+    held = os.open(cache / ".demo-0-1.ijklmnop.partial", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    try:
+        packed = locate.locate()
+    finally:
+        os.close(held)
+    assert names(cache) == {".demo-0-1.ijklmnop.partial", "demo-0-1-q8", packed.name}
+
+
+def test_a_cache_that_can_only_be_read_serves_the_pack_that_is_there(builds: list[Path]) -> None:
+    packed = locate.locate()
+    builds[0].mkdir()
+    (packed.parent / "demo.lock").unlink()
+    (packed.parent / "demo.lock").mkdir()  # so that nothing can be locked, for root neither
+    assert locate.locate() == packed

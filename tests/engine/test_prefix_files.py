@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
@@ -236,6 +237,48 @@ def test_a_link_is_not_followed(files: PrefixFiles, tmp_path: Path) -> None:
     path.symlink_to(elsewhere)
     assert read(files, content(1)) is None
     assert elsewhere.exists()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EACCES])
+def test_a_file_that_cannot_be_read_now_stays(
+    files: PrefixFiles, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(files, content(1))
+
+    def refuse(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prefix_files, "_read_into", refuse)
+        assert read(files, content(1)) is None
+    assert is_whole(files, content(1))
+
+
+def test_a_file_that_is_gone_is_forgotten(files: PrefixFiles) -> None:
+    write(files, content(1))
+    (path,) = files._root.glob("*/*.kv")
+    path.unlink()
+    assert read(files, content(1)) is None
+    assert not files.has("kv", content(1))
+    assert files.num_bytes == 0
+
+
+def test_a_secret_that_could_not_be_written_whole_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int) -> None:
+        os.ftruncate(descriptor, 16)  # what a power cut may leave
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(OSError, match="Input/output error"):
+            open_files(tmp_path / "kv")
+    files = open_files(tmp_path / "kv")
+    write(files, content(1))
+    assert is_whole(files, content(1))
+    files.close()
+    assert sorted(path.name for path in (tmp_path / "kv").iterdir() if path.is_file()) == ["secret"]
 
 
 def test_files_that_are_too_old_are_removed(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from argosy.config import ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.families.layout import Layout, read_layout
+from tests.checkpoint.raw_files import write_raw
 from tests.models import tiny_delta, tiny_wrappers
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.safetensors_file import Array, decode, read_checkpoint, write_checkpoint
@@ -390,3 +391,19 @@ def test_a_norm_that_is_not_a_number_is_refused_by_name(value: float) -> None:
     found = re.escape(f"model.safetensors: model.norm.weight holds {value} at position 5 of 8")
     assert re.match(found, str(caught.value))
     assert caught.value.facts["tensor"] == "model.norm.weight"
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "extra.weight"])  # asked for; nobody's
+def test_a_shape_of_a_thousand_dimensions_is_told_in_a_short_sentence(tmp_path: Path, name: str) -> None:
+    write_tiny_model(tmp_path, qwen3_moe(), seed=1)
+    tensors = read_checkpoint(tmp_path)
+    raw = {known: tensor for known, tensor in tensors.items() if known != name}
+    header, data = {}, b""
+    for known, tensor in raw.items():
+        begin, data = len(data), data + np.ascontiguousarray(tensor, np.float32).tobytes()
+        header[known] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, len(data)]}
+    header[name] = {"dtype": "F32", "shape": [1] * 1000, "data_offsets": [len(data), len(data) + 4]}
+    write_raw(tmp_path / "model.safetensors", header, data + bytes(4))
+    said = refusal(tmp_path)
+    assert name in said
+    assert len(said) < 600

@@ -195,6 +195,24 @@ def test_a_process_that_was_started_before_the_template_was_known_renders_it(cha
     assert not worker.is_alive
 
 
+def test_the_process_is_given_what_the_loader_needs_and_no_secret(
+    chatml: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/python/lib")
+    monkeypatch.setenv("TZ", "Pacific/Auckland")
+    monkeypatch.setenv("ARGOSY_API_KEY", "ak-secret")
+    monkeypatch.setenv("HF_TOKEN", "hf-secret")
+    worker = Worker()
+    try:
+        worker.ask(json.dumps({"read": ""}).encode(), 5)
+        found = Path(f"/proc/{worker._process.pid}/environ").read_bytes().split(b"\0")
+    finally:
+        worker.stop()
+    names = {entry.partition(b"=")[0].decode() for entry in found if entry}
+    assert names - {"NIX_LD", "NIX_LD_LIBRARY_PATH"} == {"LD_LIBRARY_PATH", "TZ"}
+    assert b"LD_LIBRARY_PATH=/opt/python/lib" in found
+
+
 def test_the_process_ends_by_itself_when_nobody_asks(chatml: ChatTemplate) -> None:
     chatml.segments(HI_TURNS)
     worker = chatml._worker

@@ -26,14 +26,13 @@ Elsewhere: the layout and the way back is `manifest.py`; the arithmetic of q8 an
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -85,7 +84,7 @@ from argosy.checkpoint.manifest import (
     verify_pack,
 )
 from argosy.config import Format, ModelConfig, format_bytes
-from argosy.errors import CheckpointError, DiskFull, UsageError
+from argosy.errors import CheckpointError, DiskFull, UsageError, is_disk_full
 
 __all__ = ["PACK_FORMATS", "PackReport", "open_pack", "pack", "verify_pack"]
 
@@ -398,11 +397,13 @@ class _Writer:
             files=dict(sorted(sizes.items())),
         ).to_bytes()
         self._write_small(MANIFEST_FILE, manifest)
-        (self._partial / JOURNAL_FILE).unlink()
-        _sync_directory(self._partial)
         with self._writing():
+            _sync_directory(self._partial)
             os.rename(self._partial, self._destination)
-        _sync_directory(self._parent)
+        # The journal goes last: until the new name is on the drive, a crash may bring the partial directory back.
+        with suppress(OSError):  # the pack is whole; a journal that stays in it is never read
+            _sync_directory(self._parent)
+            (self._destination / JOURNAL_FILE).unlink()
         return sum(nbytes for nbytes, _ in sizes.values()) + len(manifest)
 
     # One unit: read slices of the source, convert, write, hash.
@@ -575,6 +576,9 @@ class _Writer:
             self._truncate(self._lock, 0)
             for descriptor in self._targets.values():
                 self._truncate(descriptor, 0)
+            with self._writing():  # small files of another source must not end up in this pack
+                for name in set(os.listdir(self._partial)) - {JOURNAL_FILE, *self._targets}:
+                    os.unlink(self._partial / name)
             self._append_to_journal(header + "\n")
         for line in lines[1:]:
             unit = self._units[len(self._checksums)] if len(self._checksums) < len(self._units) else None
@@ -687,9 +691,8 @@ class _Writer:
         try:
             yield
         except OSError as error:
-            # EFBIG: a limit on the size of files (ulimit -f, some network file systems) is a full disk to us.
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                needed = max(needed_bytes, self._remaining_bytes())
+            if is_disk_full(error):
+                needed = max(needed_bytes, self._remaining_bytes(), FILE_ALIGNMENT)
                 raise self._disk_full(needed, shutil.disk_usage(self._parent).free) from error
             raise UsageError(f"{self._partial} cannot be written: {error.strerror}") from error
 

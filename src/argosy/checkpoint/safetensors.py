@@ -135,13 +135,13 @@ def _tensor_ref(name: str, entry: object, path: Path, data_start: int) -> Tensor
         num_bits *= size
         # Checked at every step, as an implementation with 64-bit arithmetic would have to.
         if num_bits > _LARGEST_NUMBER:
-            raise refuse(f"is {dtype} {shape}, more than 2^63 - 1 bits")
+            raise refuse(f"is {dtype} {quote(shape)}, more than 2^63 - 1 bits")
     if num_bits % 8:
-        raise refuse(f"is {dtype} {shape}, which is not a whole number of bytes")
+        raise refuse(f"is {dtype} {quote(shape)}, which is not a whole number of bytes")
     begin, end = offsets
     if end < begin or end - begin != num_bits // 8:
         raise refuse(
-            f"is {dtype} {shape} and needs {num_bits // 8} bytes, its data_offsets {offsets} "
+            f"is {dtype} {quote(shape)} and needs {num_bits // 8} bytes, its data_offsets {offsets} "
             f"hold {end - begin}"
         )
     return TensorRef(name, path, data_start + begin, end - begin, dtype, tuple(shape))

@@ -14,12 +14,14 @@ Elsewhere: reading the dense model is `dense.py`; training the experts is `recip
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from argosy.errors import CheckpointError, UsageError
 
 Progress = Callable[[str, float], None]
 _ROUTER_SPREAD = 0.02
+_SCRATCH_SUFFIX = ".partial"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -201,6 +204,8 @@ def write_tokenizer_files(dense_path: Path, directory: Path) -> None:
 def new_directory(destination: Path) -> Iterator[Path]:
     """A scratch directory that takes the name `destination` when the block succeeds, and goes when it fails.
 
+    It is locked while the block runs; one that a killed process left for the same destination is removed first.
+
     Raises:
         UsageError: `destination` exists.
     """
@@ -210,15 +215,56 @@ def new_directory(destination: Path) -> Iterator[Path]:
             hint="name a new directory, or remove that one",
         )
     destination.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(
-        tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent)
-    )
+    remove_abandoned(destination.parent, f".{glob.escape(destination.name)}.????????{_SCRATCH_SUFFIX}")
+    scratch, lock = _locked_scratch(destination)
     try:
         yield scratch
         scratch.chmod(0o755)  # mkdtemp made it private
+        for path in (*scratch.iterdir(), scratch):  # whole on the drive before it has its name
+            sync(path)
         os.rename(scratch, destination)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        os.close(lock)
+
+
+def remove_abandoned(parent: Path, pattern: str) -> None:
+    """Remove the scratch directories in `parent` that match `pattern` and that no process holds."""
+    for path in parent.glob(pattern):
+        with suppress(OSError):
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _locked_scratch(destination: Path) -> tuple[Path, int]:
+    """A new private directory, and the descriptor that holds its lock."""
+    while True:
+        scratch = Path(
+            tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=_SCRATCH_SUFFIX, dir=destination.parent)
+        )
+        lock = -1
+        with suppress(FileNotFoundError):
+            lock = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            with suppress(OSError):  # without locks on this file system, nobody removes another's either
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if scratch.exists():
+                return scratch, lock
+        # Another process found it before it was locked, and took it for abandoned.
+        if lock >= 0:
+            os.close(lock)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the drive."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _tensors(

@@ -14,14 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from argosy.cli.options import DEMO, engine_options, open_engine, sampling_options, split_options
-from argosy.cli.output import ledger_lines, write_text
+from argosy.cli.options import (
+    DEMO,
+    engine_options,
+    open_engine,
+    sampling_options,
+    split_options,
+    thoughts_option,
+)
+from argosy.cli.output import AnswerWriter, ledger_lines, write_text
 from argosy.errors import PromptTooLong, UsageError
 
 if TYPE_CHECKING:
     from argosy.config import SamplingParams
     from argosy.engine.engine import Engine
     from argosy.engine.sequence import Result
+    from argosy.prompt.formats import Answer
 
 HELP = """/help     this list
 /reset    forget the conversation
@@ -33,9 +41,10 @@ Alt-Enter starts a new line. ^C stops an answer, twice leaves."""
 @click.command("chat")
 @click.argument("model", default=DEMO)
 @click.option("--system", metavar="TEXT", help="System message of the conversation.")
+@thoughts_option
 @engine_options
 @sampling_options
-def chat(model: str, system: str | None, **options: Any) -> None:
+def chat(model: str, system: str | None, thoughts: bool | None, **options: Any) -> None:
     """Talk with MODEL, a directory or a GGUF file; without one, with the demo model.
 
     \b
@@ -44,16 +53,26 @@ def chat(model: str, system: str | None, **options: Any) -> None:
       argosy chat ./Qwen3-30B-A3B --memory 75% --temperature 0.7 --top-p 0.9
     """
     settings, params = split_options(options)
+    if thoughts is None:
+        thoughts = sys.stderr.isatty()
     with open_engine(model, settings) as engine:
-        Conversation(engine, params, system).talk(_reader())
+        Conversation(engine, params, system, shows_thoughts=thoughts).talk(_reader())
 
 
 class Conversation:
     """Turns of one chat; `talk` reads until there is no more to read."""
 
-    def __init__(self, engine: Engine, params: SamplingParams, system: str | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        params: SamplingParams,
+        system: str | None = None,
+        *,
+        shows_thoughts: bool = False,
+    ) -> None:
         self._engine = engine
         self._params = params
+        self._shows_thoughts = shows_thoughts
         self._start = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[dict[str, str]] = list(self._start)
         self._last: Result | None = None
@@ -110,7 +129,7 @@ class Conversation:
     def _turn(self, said: str) -> None:
         self.messages.append({"role": "user", "content": said})
         try:
-            result = self._answer()
+            result, answer = self._answer()
         except UsageError as error:
             self.messages.pop()
             print(f"error: {error.message}", file=sys.stderr)
@@ -121,27 +140,31 @@ class Conversation:
                 )
             return
         self._last = result
-        self.messages.append({"role": "assistant", "content": result.text})
+        # Thoughts go back apart from the text: the chat template keeps them where the model is to see them again.
+        thought = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
+        self.messages.append({"role": "assistant", "content": answer.text, **thought})
         if result.finish_reason == "cancelled":
             print("(stopped)", file=sys.stderr)
         elif result.finish_reason == "length":
             print(f"(cut after {len(result.token_ids)} tokens)", file=sys.stderr)
 
-    def _answer(self) -> Result:
+    def _answer(self) -> tuple[Result, Answer]:
         """Show one answer; between two steps, ^C ends it with everything in order."""
         engine = self._engine
-        sequence = engine.submit(self.messages, self._params)
+        prompt = engine.prompts.build(self.messages)
+        writer = AnswerWriter(engine.prompts.parser(prompt), shows_thoughts=self._shows_thoughts)
+        sequence = engine.submit(prompt, self._params)
         try:
-            with _interrupts() as was_interrupted:
+            with writer, _interrupts() as was_interrupted:
                 while sequence.result is None and not was_interrupted():
                     engine.step()
                     while sequence.events:
-                        write_text(sequence.events.popleft().text)
+                        writer.push(sequence.events.popleft())
         finally:
             engine.cancel(sequence)
         write_text("\n")
         assert sequence.result is not None  # finished, or cancelled just now
-        return sequence.result.require()
+        return sequence.result.require(), writer.answer
 
 
 @contextmanager

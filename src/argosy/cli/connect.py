@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from argosy.cli.remote import Server
 
 CLIENTS = ("claude-code", "codex", "opencode", "openwebui", "continue")
-_PLACEHOLDER, _PLACEHOLDER_TOKENS = "MODEL", 32_768
+_CONTEXT_TOKENS = 32_768  # of a server that does not say
 
 
 @click.command("connect")
@@ -49,7 +49,7 @@ def connect(
 ) -> None:
     """Print the settings with which CLIENT uses a running server, and where they belong.
 
-    The server is asked for its model and context, when it answers.
+    The server is asked for its model and context, so start it first. Without it, say both.
 
     \b
     Examples:
@@ -62,7 +62,7 @@ def connect(
 
     key = api_key(key_file)
     server = Server(url, key)
-    connection = describe(server, key, model=model, context=context, show_key=show_key, must_know=write)
+    connection = describe(server, key, model=model, context=context, show_key=show_key)
     setup = SETUPS[client](connection, file, os.environ)
     if write:
         write_files(setup)
@@ -79,13 +79,11 @@ def describe(
     model: str | None,
     context: int | None,
     show_key: bool,
-    must_know: bool,
 ) -> Connection:
-    """What the server serves, or what was said of it; placeholders where neither is known.
+    """What the server serves; what was said of it, where it does not answer.
 
     Raises:
-        ServerNotUsable: it refuses the key, or is no Argosy; with `must_know` also where nothing answers and not all
-            was said.
+        ServerNotUsable: it refuses the key, is no Argosy, or does not answer and not all was said.
         UsageError: it serves no model of that name.
     """
     from argosy.cli.clients import Connection
@@ -94,12 +92,15 @@ def describe(
     try:
         entries = server.models()
     except ServerNotUsable as error:
-        is_known = model is not None and context is not None
-        if not error.facts.get("is_absent") or (must_know and not is_known):
+        if not error.facts.get("is_absent"):
             raise
-        if not is_known:
-            told = f"{model or _PLACEHOLDER} and {context or _PLACEHOLDER_TOKENS} tokens of context are placeholders"
-            print(f"note: {error.message}; {told}", file=sys.stderr)
+        if model is None or context is None:
+            raise ServerNotUsable(
+                error.message,
+                hint="start the server first: `argosy serve`; or say what it is going to serve: "
+                "`--model NAME --context N`",
+                **error.facts,
+            ) from error
     else:
         names = [entry["id"] for entry in entries]
         if not names or (model is not None and model not in names):
@@ -115,13 +116,12 @@ def describe(
         kinds = (entry.get("modalities") or {}).get("input")
         if isinstance(kinds, list) and kinds and all(isinstance(kind, str) for kind in kinds):
             inputs = tuple(kinds)
-    model = model or _PLACEHOLDER
     if not model.isprintable():
         raise UsageError(f"{server.url} serves a model whose name no settings can hold: {model!r}")
     return Connection(
         url=server.url,
         model=model,
-        context_tokens=context or _PLACEHOLDER_TOKENS,
+        context_tokens=context or _CONTEXT_TOKENS,
         inputs=inputs,
         key=key,
         is_key_shown=show_key,

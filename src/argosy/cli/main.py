@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import click
 
-from argosy.errors import ArgosyError
+from argosy.errors import ArgosyError, DiskFull, is_disk_full
 
 INTERRUPTED = 130
 
@@ -101,12 +101,14 @@ def main(args: Sequence[str] | None = None) -> int:
     except click.exceptions.Exit as done:  # --help and --version end this way
         return done.exit_code
     except BrokenPipeError:
-        # The reader has gone: nothing to say, and nothing more to write when the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # the reader has gone, and there is nothing to say
         return 1
     except (KeyboardInterrupt, click.Abort):
         print("\ninterrupted", file=sys.stderr)  # the terminal has shown ^C on a line of its own
         return INTERRUPTED
+    except click.exceptions.NoArgsIsHelpError as help:
+        help.show()  # its help, as click shows it
+        return help.exit_code
     except click.ClickException as error:
         _print_click_error(error)
         return error.exit_code
@@ -118,12 +120,25 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:  # the last line of defence: a person gets a sentence
         if _wants_traceback():
             raise
+        if isinstance(error, OSError) and is_disk_full(error):
+            _drop_output()  # it may be what cannot be written
+            print(
+                f"error: {error.filename or 'the output'} cannot be written: {error.strerror}\n"
+                "hint: make room, and run the same command again",
+                file=sys.stderr,
+            )
+            return DiskFull.exit_code
         first = (str(error).splitlines() or [""])[0]
         print(
             f"error: unexpected {type(error).__name__}: {first}\nhint: ARGOSY_TRACEBACK=1 shows where it comes from",
             file=sys.stderr,
         )
         return 1
+
+
+def _drop_output() -> None:
+    """Let nothing that is still to be written to stdout be written, at the interpreter's end either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _wants_traceback() -> bool:

@@ -64,6 +64,15 @@ def sampling_options(command: Command) -> Command:
     return command
 
 
+def thoughts_option(command: Command) -> Command:
+    return click.option(
+        "--thoughts/--no-thoughts",
+        "thoughts",
+        default=None,
+        help="Show what the model thinks, on stderr; default: on a terminal.",
+    )(command)
+
+
 def split_options(options: dict[str, Any]) -> tuple[Settings, SamplingParams]:
     """The options of a command as what they mean.
 

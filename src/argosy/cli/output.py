@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Self, TextIO
 
 from argosy.config import format_bytes
 
 if TYPE_CHECKING:
     from argosy.engine.ledger import Ledger
     from argosy.engine.memory_plan import MemoryPlan
+    from argosy.engine.sequence import TokenEvent
+    from argosy.prompt.formats import Answer, Event, Parser
 
 Progress = Callable[[str, float], None]
 
@@ -22,12 +25,75 @@ _CONTROLS = {
     if chr(code) not in "\n\t"
 }
 
+_DIM, _NOT_DIM = "\x1b[2m", "\x1b[22m"
+
 
 def write_text(text: str, stream: TextIO | None = None) -> None:
     """Show a model's text as it comes; on a terminal, control characters become U+FFFD."""
     stream = sys.stdout if stream is None else stream
     stream.write(text.translate(_CONTROLS) if stream.isatty() else text)
     stream.flush()
+
+
+class AnswerWriter:
+    """Shows an answer while it is made: the text on stdout, the model's thoughts on stderr.
+
+    Push every token inside a `with` block; behind it, `answer` is the whole answer.
+    """
+
+    def __init__(self, parser: Parser | None, *, shows_text: bool = True, shows_thoughts: bool) -> None:
+        """`parser` tells thoughts from text; None: the tokens continue a text, and all of them are text."""
+        self._parser = parser
+        self._shows_text = shows_text
+        self._shows_thoughts = shows_thoughts
+        self._is_dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+        self._is_thinking = False  # the last thing shown was a thought
+        self._events: list[Event] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._parser is not None:
+            self._take(self._parser.finish())
+        self._end_thoughts()
+
+    def push(self, token: TokenEvent) -> None:
+        from argosy.prompt.formats import TextDelta
+
+        if self._parser is not None:
+            self._take(self._parser.push(token.token_id, token.text))
+        elif token.text:
+            self._take([TextDelta(token.text)])
+
+    @property
+    def answer(self) -> Answer:
+        from argosy.prompt.formats import collect
+
+        return collect(self._events)
+
+    def _take(self, events: list[Event]) -> None:
+        from argosy.prompt.formats import ReasoningDelta, TextDelta
+
+        self._events += events
+        for event in events:
+            if isinstance(event, TextDelta) and self._shows_text:
+                self._end_thoughts()
+                write_text(event.text)
+            elif isinstance(event, ReasoningDelta) and self._shows_thoughts:
+                self._begin_thoughts()
+                write_text(event.text, sys.stderr)
+
+    def _begin_thoughts(self) -> None:
+        if not self._is_thinking:
+            self._is_thinking = True
+            sys.stderr.write(f"{_DIM if self._is_dim else ''}thinking: ")
+
+    def _end_thoughts(self) -> None:
+        if self._is_thinking:
+            self._is_thinking = False
+            sys.stderr.write(f"{_NOT_DIM if self._is_dim else ''}\n\n")
+            sys.stderr.flush()
 
 
 def ledger_lines(

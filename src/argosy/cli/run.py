@@ -7,13 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from argosy.cli.options import DEMO, engine_options, open_engine, sampling_options, split_options
-from argosy.cli.output import ledger_lines, write_text
+from argosy.cli.options import (
+    DEMO,
+    engine_options,
+    open_engine,
+    sampling_options,
+    split_options,
+    thoughts_option,
+)
+from argosy.cli.output import AnswerWriter, ledger_lines, write_text
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
     from argosy.engine.engine import Engine, PromptLike
     from argosy.engine.sequence import Result
+    from argosy.prompt.formats import Answer
 
 
 @click.command("run")
@@ -25,10 +33,18 @@ if TYPE_CHECKING:
 @click.option("--raw", is_flag=True, help="Continue the text as it is: no chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print the answer and its ledger as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no ledger.")
+@thoughts_option
 @engine_options
 @sampling_options
 def run(
-    prompt: str | None, model: str, system: str | None, raw: bool, as_json: bool, quiet: bool, **options: Any
+    prompt: str | None,
+    model: str,
+    system: str | None,
+    raw: bool,
+    as_json: bool,
+    quiet: bool,
+    thoughts: bool | None,
+    **options: Any,
 ) -> None:
     """Answer PROMPT, or the text on stdin. The answer goes to stdout, its ledger to stderr.
 
@@ -39,10 +55,15 @@ def run(
     """
     settings, params = split_options(options)
     request = _request(_read_prompt(prompt), system, raw)
+    if thoughts is None:
+        thoughts = sys.stderr.isatty() and not as_json
     with open_engine(model, settings) as engine:
-        result = _answer(engine, request, params, shows_text=not as_json)
+        parses = engine.prompts.takes_messages and not raw
+        result, answer = _answer(
+            engine, request, params, parses=parses, shows_text=not as_json, shows_thoughts=thoughts
+        )
         if as_json:
-            print(_as_json(result, engine))
+            print(_as_json(result, answer, engine))
         elif not quiet:
             print(*ledger_lines(result.ledger, engine.plan, result.finish_reason), sep="\n", file=sys.stderr)
 
@@ -74,23 +95,29 @@ def _request(text: str, system: str | None, raw: bool) -> PromptLike:
     return [{"role": "system", "content": system}, {"role": "user", "content": text}]
 
 
-def _answer(engine: Engine, request: PromptLike, params: Any, *, shows_text: bool) -> Result:
+def _answer(
+    engine: Engine, request: PromptLike, params: Any, *, parses: bool, shows_text: bool, shows_thoughts: bool
+) -> tuple[Result, Answer]:
+    prompt = engine.prompts.build(request)
+    parser = engine.prompts.parser(prompt) if parses else None
     result = None
-    for event in engine.stream(request, params):
-        if shows_text:
-            write_text(event.text)
-        result = event.result
+    with AnswerWriter(parser, shows_text=shows_text, shows_thoughts=shows_thoughts) as writer:
+        for event in engine.stream(prompt, params):
+            writer.push(event)
+            result = event.result
     assert result is not None  # the last event has it
-    if shows_text and not result.text.endswith("\n"):
+    answer = writer.answer
+    if shows_text and not answer.text.endswith("\n"):
         write_text("\n")
-    return result
+    return result, answer
 
 
-def _as_json(result: Result, engine: Engine) -> str:
+def _as_json(result: Result, answer: Answer, engine: Engine) -> str:
     import json
 
     facts: dict[str, Any] = {
-        "text": result.text,
+        "text": answer.text,
+        "reasoning": answer.reasoning,
         "token_ids": list(result.token_ids),
         "finish_reason": result.finish_reason,
         "usage": result.usage,

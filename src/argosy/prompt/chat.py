@@ -42,6 +42,9 @@ _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"
 _START_SECONDS = 30.0  # an interpreter and jinja2: 0.1 s on an idle machine
 _RENDER_SECONDS = 5.0
 _RENDER_SECONDS_PER_MILLION = 4.0  # characters of what is rendered
+# An interpreter may need these to find its shared libraries, and templates ask for the local time. Everything else,
+# keys and tokens among it, is none of a template's business.
+_WORKER_ENVIRONMENT = ("LD_LIBRARY_PATH", "NIX_LD", "NIX_LD_LIBRARY_PATH", "TZ")
 _TEMPLATE_CHARACTERS = 1 << 20  # what a template may write, beyond what it is given twice
 
 
@@ -228,7 +231,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={},
+            env={name: os.environ[name] for name in _WORKER_ENVIRONMENT if name in os.environ},
             cwd="/",
             bufsize=0,
         )

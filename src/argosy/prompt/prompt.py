@@ -156,6 +156,11 @@ class PromptBuilder:
         self._refuse_chat_options(tools, variables)
         return self._checked(Prompt(tuple(ids)))
 
+    @property
+    def takes_messages(self) -> bool:
+        """Whether the model has a chat template: a string is then a message, and text to continue otherwise."""
+        return self._template is not None
+
     def count_tokens(
         self,
         messages: Sequence[Message],

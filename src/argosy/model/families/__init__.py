@@ -8,6 +8,7 @@ and one line of `FAMILIES`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,8 @@ from argosy.model.families.quantization import read_quantization
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # OWNER/NAME
 
 
 class Family(Protocol):
@@ -99,7 +102,7 @@ def open_model(path: str | Path) -> ModelFiles:
     """
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist", path=path)
+        raise CheckpointError(f"{path} does not exist", hint=_hint_of_hub(path), path=path)
     if not path.is_dir():
         if path.suffix != GGUF_SUFFIX:
             raise CheckpointError(
@@ -121,6 +124,17 @@ def open_model(path: str | Path) -> ModelFiles:
     family, config = read_config(path)
     quantization = read_quantization(read_object(config_path), config_path)
     return read_layout(path, config, family.LAYOUTS, open_tensors(path), quantization)
+
+
+def _hint_of_hub(path: Path) -> str | None:
+    """How to get a model whose name on the Hugging Face Hub was given in place of a directory."""
+    if not _HUB_NAME.fullmatch(str(path)) or path.parent.exists():
+        return None
+    some = ' --include "*Q4_K_M*"' if path.name.lower().endswith("-gguf") else ""
+    return (
+        f"`hf download {path}{some} --local-dir {path.name}` gets a model of that name from the Hugging Face Hub "
+        f"(`pip install huggingface_hub` brings `hf`); then give ./{path.name}"
+    )
 
 
 def config_alone(path: str | Path) -> ModelConfig | None:

@@ -73,7 +73,7 @@ class TensorAccounts:
             )
         if ref.shape not in shapes:
             raise CheckpointError(
-                f"{ref.path.name}: {name} is {list(ref.shape)}, expected {list(shapes[0])}",
+                f"{ref.path.name}: {name} is {quote(list(ref.shape))}, expected {list(shapes[0])}",
                 path=ref.path,
                 tensor=name,
                 found=ref.shape,
@@ -109,7 +109,7 @@ class TensorAccounts:
             others = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
             ref = self._tensors[extra[0]]
             raise CheckpointError(
-                f"{ref.path.name}: {quote(extra[0])} {list(ref.shape)}{others}: a {config.family} model with "
+                f"{ref.path.name}: {quote(extra[0])} {quote(list(ref.shape))}{others}: a {config.family} model with "
                 f"{described_by} has no such tensor",
                 path=ref.path,
                 tensor=extra[0],

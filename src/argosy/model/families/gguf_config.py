@@ -295,7 +295,7 @@ def frequency_factors(file: GgufFile, head_dim: int) -> tuple[float, ...]:
         return ()
     if ref.shape != (head_dim // 2,):
         raise CheckpointError(
-            f"{file.path.name}: rope_freqs.weight is {list(ref.shape)}, expected [{head_dim // 2}]",
+            f"{file.path.name}: rope_freqs.weight is {quote(list(ref.shape))}, expected [{head_dim // 2}]",
             path=file.path,
             tensor=ref.name,
         )

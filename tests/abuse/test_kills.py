@@ -1,0 +1,55 @@
+"""A writer that is killed anywhere loses nothing that was complete, and the next command works.
+
+A few points of each writer; KILL_POINTS=200 in the environment, or `kills.py` itself, for more.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KILLS = Path(__file__).with_name("kills.py")
+POINTS = os.environ.get("KILL_POINTS", "12")
+
+# Writes in place, so that a kill in the middle leaves half of it.
+IN_PLACE = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import kills
+
+class InPlace(kills.Writer):
+    name = "in place"
+
+    def work(self, tell):
+        for number in range(1, 9):
+            descriptor = os.open(self.directory / "file", os.O_WRONLY | os.O_CREAT)
+            os.write(descriptor, bytes([number]) * 1000)
+            os.close(descriptor)
+            tell(number)
+
+    def check(self, told):
+        path = self.directory / "file"
+        kills.require(not told or len(set(path.read_bytes())) == 1, "half of it is old")
+        return "whole"
+
+kills.WRITERS["in place"] = InPlace
+print(len(kills.run("in place", 16, 0)["failures"]))
+"""
+
+
+@pytest.mark.parametrize("writer", ["pack", "keys", "counts", "kv_dir", "demo"])
+def test_a_writer_that_is_killed_anywhere_loses_nothing_that_was_complete(writer: str) -> None:
+    command = [sys.executable, str(KILLS), "--points", POINTS, writer]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{writer} " in done.stdout
+
+
+def test_a_writer_that_leaves_halves_is_found_out() -> None:
+    command = [sys.executable, "-c", IN_PLACE, str(KILLS.parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout) > 0
