@@ -205,6 +205,7 @@ class SamplingParams(_Strict):
     """How the next token is chosen, and when to stop. Zero temperature is greedy: the lowest id wins a tie."""
 
     max_tokens: int | None = 256  # None: to the end of the context; 0: only with prompt_logprobs
+    min_tokens: int = 0  # before so many, no end token, stop token or stop string ends the answer
     temperature: float = 0.0
     top_k: int = 0  # 0: all
     top_p: float = 1.0
@@ -218,6 +219,7 @@ class SamplingParams(_Strict):
     ignore_eos: bool = False
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()  # end the answer as an end token does, even with ignore_eos
+    skip_special_tokens: bool = True  # the text leaves them out; the token that ends an answer is never in it
     prompt_logprobs: int | None = None  # as logprobs, of each token of the prompt but the first
     grammar: Grammar | None = None
 
@@ -225,6 +227,7 @@ class SamplingParams(_Strict):
         least = 1 if self.prompt_logprobs is None else 0
         checks = (
             ("max_tokens", self.max_tokens is None or self.max_tokens >= least, f"at least {least}"),
+            ("min_tokens", self.min_tokens >= 0, "at least 0"),
             ("temperature", 0 <= self.temperature <= 100, "from 0 to 100"),
             ("top_k", self.top_k >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
@@ -243,6 +246,10 @@ class SamplingParams(_Strict):
         for name, holds, wanted in checks:
             if not holds:
                 raise UsageError(f"{name} must be {wanted}, found {getattr(self, name)}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise UsageError(
+                f"min_tokens must be at most max_tokens, and {self.min_tokens} is more than {self.max_tokens}"
+            )
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         if any(not stop for stop in self.stop):

@@ -48,7 +48,12 @@ class UsageError(ArgosyError):
 
 
 class PromptTooLong(UsageError):
-    """Prompt and answer do not fit the context; facts: `needed`, `available`."""
+    """Prompt and answer do not fit the context.
+
+    Facts: `needed` tokens, or the least that can be needed where the prompt was not counted to its end; `available`
+    tokens; and `for_answer`, how many of those needed are the answer's, where that is more than one. The server words
+    them as the clients of each dialect know it (`serve/gate.py`).
+    """
 
 
 class GrammarError(UsageError):

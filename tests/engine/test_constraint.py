@@ -89,14 +89,19 @@ def walk(constraint: Constraint, seed: int, *, end_ids: tuple[int, ...], longest
     return ids
 
 
+def written_by(tokenizer: Tokenizer) -> list[bytes]:
+    """What each token of the model writes."""
+    return [tokenizer.token_bytes(token_id) for token_id in range(VOCAB)]
+
+
 def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
-    return b"".join(tokenizer.token_bytes(VOCAB)[i] for i in ids).decode()
+    return b"".join(written_by(tokenizer)[i] for i in ids).decode()
 
 
 def test_white_space_between_the_parts_of_an_object_comes_to_an_end(
     compiler: GrammarCompiler, tokenizer: Tokenizer
 ) -> None:
-    blank = np.array([bool(w) and not w.strip() for w in tokenizer.token_bytes(VOCAB)])
+    blank = np.array([bool(w) and not w.strip() for w in written_by(tokenizer)])
     constraint = compiler.compile(Grammar(kind="json_object"))
     feed(constraint, tokenizer, "{")
     num_blank = 0
@@ -146,11 +151,7 @@ def test_the_end_may_come_when_the_grammar_is_complete_and_not_before(
         assert allowed is not None
         steps.append((bool(allowed[end]), constraint.is_finished))
         constraint.accept(
-            int(
-                np.flatnonzero(
-                    allowed & np.array([w == letter.encode() for w in tokenizer.token_bytes(VOCAB)])
-                )[0]
-            )
+            int(np.flatnonzero(allowed & np.array([w == letter.encode() for w in written_by(tokenizer)]))[0])
         )
     assert steps == [(False, False), (True, False)]
     assert constraint.is_finished
@@ -189,7 +190,7 @@ def test_control_tokens_come_where_a_grammar_names_them_and_nowhere_else() -> No
 
 def feed(constraint: Constraint, tokenizer: Tokenizer, *texts: str) -> list[bool]:
     """Whether each token was taken; a text is one token."""
-    written = tokenizer.token_bytes(VOCAB)
+    written = written_by(tokenizer)
     return [constraint.accept(written.index(text.encode())) for text in texts]
 
 
@@ -204,7 +205,7 @@ def test_an_answer_is_free_until_its_trigger_token() -> None:
     assert constraint.accept(call)
     allowed = constraint.allowed()
     assert allowed is not None
-    assert {tokenizer.token_bytes(VOCAB)[i][:1] for i in np.flatnonzero(allowed)} <= {
+    assert {written_by(tokenizer)[i][:1] for i in np.flatnonzero(allowed)} <= {
         bytes([c]) for c in b"0123456789"
     }
 
@@ -212,7 +213,7 @@ def test_an_answer_is_free_until_its_trigger_token() -> None:
 def test_a_trigger_may_lie_across_tokens_and_its_last_may_go_on_with_the_grammar(
     compiler: GrammarCompiler, tokenizer: Tokenizer
 ) -> None:
-    words = [w for w in tokenizer.token_bytes(VOCAB) if len(w) == 2 and w.isalpha() and w.isascii()]
+    words = [w for w in written_by(tokenizer) if len(w) == 2 and w.isalpha() and w.isascii()]
     two = words[0].decode()  # a token of two letters, of which the first ends the trigger
     for pattern, taken in ((f"{two[1]}z", True), ("z", False)):
         constraint = compiler.compile(Grammar(kind="regex", text=pattern, trigger=Trigger((f"<<{two[0]}",))))
@@ -221,7 +222,7 @@ def test_a_trigger_may_lie_across_tokens_and_its_last_may_go_on_with_the_grammar
         assert feed(constraint, tokenizer, two) == [taken]
         assert (constraint.allowed() is not None) == taken
         if taken:
-            following = {tokenizer.token_bytes(VOCAB)[i] for i in np.flatnonzero(constraint.allowed())}
+            following = {written_by(tokenizer)[i] for i in np.flatnonzero(constraint.allowed())}
             assert following == {b"z"}
         else:
             assert feed(constraint, tokenizer, two[0], "z") == [True, True]
@@ -231,7 +232,7 @@ def test_a_trigger_may_lie_across_tokens_and_its_last_may_go_on_with_the_grammar
 def test_the_sampler_chooses_again_where_a_token_breaks_the_grammar_behind_the_trigger() -> None:
     tokenizer = byte_level()
     compiler = GrammarCompiler(tokenizer, vocab_size=VOCAB, end_ids=tokenizer.eos_ids)
-    written = tokenizer.token_bytes(VOCAB)
+    written = written_by(tokenizer)
     two = next(w for w in written if len(w) == 2 and w.isalpha() and w.isascii())
     constraint = compiler.compile(Grammar(kind="regex", text="z", trigger=Trigger((two[:1].decode(),))))
     logits = np.zeros(VOCAB, np.float32)

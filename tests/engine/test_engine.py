@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from argosy import Budget, Engine, SamplingParams
 from argosy.errors import Overloaded, PromptTooLong, UsageError
+from tests.cli.tiny_chat_model import write_chat_model
 from tests.helpers.word_tokenizer import write_word_tokenizer
 from tests.models.references import REFERENCES
 
@@ -206,6 +208,63 @@ def test_a_result_says_what_stopped_it(engine: Engine, tmp_path: Path) -> None:
         )
         assert (result.finish_reason, result.stopped_by) == ("stop", stop)
         assert stop not in result.text
+
+
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """A model with a tokenizer whose end token is special."""
+    model = write_chat_model(tmp_path_factory.mktemp("chatting") / "model")
+    with Engine(model, memory="1GiB", threads=1, grammars=True) as engine:
+        yield engine
+
+
+def test_an_answer_has_so_many_tokens_before_an_end_token_may_come(chatting: Engine) -> None:
+    end = chatting.tokenizer.eos_ids[0] if chatting.tokenizer else 0
+    result = chatting.generate([5], SamplingParams(max_tokens=9, min_tokens=4, logit_bias={end: 100.0}))
+    assert len(result.token_ids) == 5
+    assert (result.token_ids[-1], result.finish_reason, result.stopped_by) == (end, "stop", end)
+    assert end not in result.token_ids[:-1]
+
+
+def test_a_stop_string_counts_behind_so_many_tokens(chatting: Engine) -> None:
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=3, ignore_eos=True)
+    assert chatting.tokenizer is not None
+    word = chatting.tokenizer.encode("you")[0]
+    bias = {word: 100.0}
+    free = chatting.generate([5], replace(params, logit_bias=bias))
+    text = chatting.tokenizer.token_bytes(word).decode()
+    assert free.text == text * 12
+    stopped = chatting.generate([5], replace(params, logit_bias=bias, stop=[text], min_tokens=3))
+    assert len(stopped.token_ids) == 4
+    assert (stopped.text, stopped.stopped_by) == (text * 3, text)
+
+
+def test_more_tokens_than_may_come_cannot_be_asked_for(chatting: Engine) -> None:
+    with pytest.raises(UsageError, match="min_tokens must be at most max_tokens"):
+        SamplingParams(max_tokens=3, min_tokens=4)
+    with pytest.raises(UsageError, match="min_tokens must be at least 0"):
+        SamplingParams(min_tokens=-1)
+    available = chatting.plan.context_tokens
+    params = SamplingParams(max_tokens=None, min_tokens=available)
+    with pytest.raises(PromptTooLong, match=f"1 tokens.*{available} with at least {available}") as caught:
+        chatting.generate([5], params)
+    assert caught.value.facts == {
+        "needed": available + 1,
+        "available": available,
+        "for_answer": available,
+    }
+
+
+def test_special_tokens_are_in_the_text_only_where_they_are_not_to_be_left_out(chatting: Engine) -> None:
+    assert chatting.tokenizer is not None
+    special = chatting.tokenizer.control_id("<|im_start|>")
+    assert special is not None
+    params = SamplingParams(max_tokens=2, logit_bias={special: 100.0})
+    assert chatting.generate([5], params).text == ""
+    shown = replace(params, skip_special_tokens=False)
+    assert chatting.generate([5], shown).text == "<|im_start|>" * 2
+    end = chatting.tokenizer.eos_ids[0]
+    assert chatting.generate([5], replace(shown, logit_bias={end: 100.0})).text == ""
 
 
 def test_an_answer_without_a_limit_goes_on_to_the_end_of_the_context(engine: Engine) -> None:

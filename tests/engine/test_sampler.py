@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -255,3 +256,54 @@ def test_the_logits_are_left_as_they_were() -> None:
     )
     SAMPLER.sample(logits, params, SamplerState([0, 1], 4))
     assert (logits == np.arange(5)).all()
+
+
+class OnlyThese:
+    """A grammar that allows some tokens, whatever came before."""
+
+    is_finished = False
+
+    def __init__(self, *token_ids: int) -> None:
+        self._mask = np.zeros(6, np.bool_)
+        self._mask[list(token_ids)] = True
+
+    def allowed(self) -> Any:
+        return self._mask
+
+    def accept(self, token_id: int) -> bool:
+        return True
+
+
+LIKES_THE_END = np.array([0, 1, 2, 3, 4, 9], np.float32)  # of the vocabulary's six tokens, 5 is an end token
+
+
+def first_tokens(params: SamplingParams, constraint: Any = None) -> list[int]:
+    sampler, state = Sampler(end_ids=[5]), SamplerState([0], 1)
+    return [sampler.sample(LIKES_THE_END, params, state, constraint).token_id for _ in range(4)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-3])
+def test_no_token_that_would_end_the_answer_is_chosen_before_so_many_as_were_asked_for(
+    temperature: float,
+) -> None:
+    asked = SamplingParams(temperature=temperature, min_tokens=2)
+    assert first_tokens(asked) == [4, 4, 5, 5]
+    assert first_tokens(replace(asked, stop_token_ids=(4, 3))) == [2, 2, 5, 5]
+    assert first_tokens(replace(asked, ignore_eos=True)) == [5, 5, 5, 5]
+    assert first_tokens(replace(asked, ignore_eos=True, stop_token_ids=(5,))) == [4, 4, 5, 5]
+
+
+def test_a_grammar_that_leaves_only_the_end_ends_the_answer_all_the_same() -> None:
+    asked = SamplingParams(min_tokens=3)
+    assert first_tokens(asked, OnlyThese(1, 5)) == [1, 1, 1, 5]
+    assert first_tokens(asked, OnlyThese(5)) == [5, 5, 5, 5]
+
+
+def test_log_probabilities_are_the_models_own_while_the_end_is_held_off() -> None:
+    sampled = Sampler(end_ids=[5]).sample(
+        LIKES_THE_END, SamplingParams(min_tokens=1, logprobs=1), SamplerState([0], 1)
+    )
+    assert sampled.token_id == 4
+    assert sampled.top_logprobs[0][0] == 5
+    assert sampled.logprob is not None
+    assert sampled.logprob < sampled.top_logprobs[0][1]

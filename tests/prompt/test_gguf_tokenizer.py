@@ -137,6 +137,7 @@ def test_byte_level_ids_are_those_of_the_original(pre: str, tmp_path: Path) -> N
         ids = core.encode(text, add_special_tokens=False).ids
         assert tokenizer.encode(text) == ids
         assert tokenizer.decode(ids) == text
+        assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
 
 
 MARKS = [
@@ -366,8 +367,11 @@ def test_sentencepiece_merges_the_pair_with_the_best_score_first(tmp_path: Path)
 def test_a_character_without_a_token_falls_back_to_bytes_and_comes_back(tmp_path: Path) -> None:
     tokenizer = opened(write_sentencepiece(tmp_path / "v.gguf", PIECES))
     assert pieces_of(tokenizer, "é€") == ["▁", "é", "<0xE2>", "<0x82>", "<0xAC>"]
+    assert tokenizer.token_bytes(tokenizer.encode("é€")[2]) == b"\xe2"
     for text in TEXTS:
-        assert tokenizer.decode(tokenizer.encode(text)) == text
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert b"".join(map(tokenizer.token_bytes, ids)) == (f" {text}".encode() if text else b"")
     assert (tokenizer.prefix_ids, tokenizer.eos_ids) == ((1,), (2,))
 
 

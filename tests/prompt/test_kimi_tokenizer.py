@@ -49,6 +49,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return found
 
 
+@given(text=hostile)
+def test_the_bytes_of_the_tokens_of_a_text_are_those_of_the_text(tokenizer: Tokenizer, text: str) -> None:
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
+
+
 @given(text=ordinary)
 def test_ids_are_those_of_tiktoken(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.encode(text) == peer().encode_ordinary(text)

@@ -318,3 +318,40 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: str, senten
     (tmp_path / name).write_text(content)
     with pytest.raises(CheckpointError, match=sentence):
         Tokenizer.open(tmp_path)
+
+
+def joined(tokenizer: Tokenizer, token_ids: list[int]) -> bytes:
+    return b"".join(map(tokenizer.token_bytes, token_ids))
+
+
+@given(text=hostile)
+def test_the_bytes_of_the_tokens_of_a_text_are_those_of_the_text(text: str) -> None:
+    assert joined(BYTE_LEVEL, BYTE_LEVEL.encode(text)) == text.encode()
+    text = text.replace("▁", "_")  # U+2581 is how the others write a space
+    assert joined(LLAMA, LLAMA.encode(text)) == (f" {text}".encode() if text else b"")
+    assert joined(LLAMA_FIRST, LLAMA_FIRST.encode(text)) in (text.encode(), f" {text}".encode())
+    ids = UNIGRAM.encode(text)
+    assume(UNIGRAM.unk_id not in ids)  # it stands for what the vocabulary cannot write
+    assert joined(UNIGRAM, ids) in (text.encode(), f" {text}".encode())
+
+
+def test_a_token_that_is_part_of_a_character_has_its_own_bytes() -> None:
+    for tokenizer in (BYTE_LEVEL, LLAMA):
+        written = [tokenizer.token_bytes(token_id) for token_id in tokenizer.encode("🦑")]
+        assert b"".join(written).strip() == "🦑".encode()
+        assert len(written) > 1
+    assert LLAMA.token_bytes(LLAMA.vocab_size + 5) == b""
+    assert LLAMA.token_bytes(LLAMA.eos_ids[0]) == b"</s>"
+
+
+def test_a_tokenizer_whose_tokens_depend_on_each_other_has_no_bytes_for_one() -> None:
+    with pytest.raises(UsageError, match="neighbours"):
+        WORD_PIECE.token_bytes(WORD_PIECE.encode("hello")[0])
+
+
+@pytest.mark.parametrize("tokenizer", [LLAMA, LLAMA_FIRST, UNIGRAM])
+def test_what_goes_on_with_a_text_keeps_its_first_space(tokenizer: Tokenizer) -> None:
+    first = tokenizer.encode("you and you")
+    start, later = tokenizer.stream(), tokenizer.stream(is_start=False)
+    assert "".join([*map(start.push, first), start.finish()]) == "you and you"
+    assert "".join([*map(later.push, first), later.finish()]) == " you and you"

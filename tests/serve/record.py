@@ -123,6 +123,13 @@ def _cases() -> Iterator[tuple[str, dict[str, Any]]]:
         "chat_one_call_stream",
         _asked("chat", "#weather", tools=True, parallel_tool_calls=False, stream=True),
     )
+    functions = {"functions": [TOOLS["chat"][0]["function"]]}
+    yield "chat_functions", _asked("chat", "#weather", **functions)
+    yield "chat_functions_stream", _asked("chat", "#weather", **functions, stream=True)
+    always = {"include_usage": True, "continuous_usage_stats": True}
+    yield "chat_usage_always_stream", _asked("chat", "#plain", stream=True, stream_options=always)
+    yield "chat_idle_fields", _asked("chat", "#plain", cache_prompt=True, stop_token_ids=None, min_tokens=2)
+    yield "responses_too_long_stream", _asked("responses", "Ω" * 5000, stream=True)
     yield "chat_progress_stream", _asked("chat", "#plain", return_progress=True, stream=True)
     yield "completions_echo", _asked("completions", "The quick #plain", echo=True, logprobs=True)
     yield "responses_state", _asked("responses", "#plain", previous_response_id="resp_1")

@@ -116,17 +116,21 @@ MODELS: dict[str, type[BaseModel]] = {
 }  # fmt: skip
 
 
-def numbers(path: str) -> dict[str, dict[str, Any]]:
-    """Each field of a body that takes a number, and the schema of that number."""
-    found = {}
+def numbers(path: str) -> dict[str, list[dict[str, Any]]]:
+    """Each field of a body that takes a number, and the schemas of that number."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for name, schema in MODELS[path].model_json_schema()["properties"].items():
         for branch in (schema, *schema.get("anyOf", ())):
             if branch.get("type") in ("integer", "number"):
-                found[name] = branch
+                found.setdefault(name, []).append(branch)
     return found
 
 
-def is_within(value: object, schema: dict[str, Any]) -> bool:
+def is_within(value: object, schemas: list[dict[str, Any]]) -> bool:
+    return any(is_within_one(value, schema) for schema in schemas)
+
+
+def is_within_one(value: object, schema: dict[str, Any]) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value is None
     if schema["type"] == "integer" and not isinstance(value, int):
@@ -144,15 +148,15 @@ def test_every_number_is_answered_within_its_bounds_and_refused_at_every_edge_be
 ) -> None:
     found = numbers(path)
     assert {"temperature", "top_p"} < found.keys()
-    for name, schema in found.items():
+    for name, schemas in found.items():
         for value in EDGES:
             body = DIALECTS[path] | {name: value}
             if name == "top_logprobs" and "chat" in path:
                 body["logprobs"] = True
-            if name == "best_of" and is_within(value, schema):
+            if name == "best_of" and is_within(value, schemas):
                 body["n"] = value
             answer = client.post(path, json=body)
-            if not is_within(value, schema) or (
+            if not is_within(value, schemas) or (
                 value is None and name in MODELS[path].model_json_schema()["required"]
             ):
                 assert refused(answer, path).startswith(f"{name}: expected "), (name, value)
@@ -196,11 +200,11 @@ def test_a_key_of_logit_bias_is_a_token_id(client: httpx.Client, key: str) -> No
 # Templates, expressions, paths, addresses, tensors: what a request may not bring
 
 FOREIGN = (
-    "chat_template", "template", "documents", "add_generation_prompt", "grammar", "guided_regex", "guided_json",
-    "guided_grammar", "structured_outputs", "regex", "ebnf", "logits_processors", "prompt_embeds", "input_embeds",
-    "mm_processor_kwargs", "media_io_kwargs", "mm_hashes", "image_data", "multi_modal_data", "lora", "lora_path",
-    "adapter", "model_path", "path", "file", "file_id", "filename", "url", "id_slot", "n_discard", "cache_salt",
-    "kv_transfer_params", "use_beam_search", "min_tokens", "ignore_eos", "extra_body", "timeout",
+    "chat_template", "template", "documents", "add_generation_prompt", "grammar", "structured_outputs",
+    "regex", "ebnf", "logits_processors", "prompt_embeds", "input_embeds", "mm_processor_kwargs",
+    "media_io_kwargs", "mm_hashes", "image_data", "multi_modal_data", "lora", "lora_path", "adapter",
+    "model_path", "path", "file", "file_id", "filename", "url", "id_slot", "n_discard", "cache_salt",
+    "kv_transfer_params", "use_beam_search", "extra_body", "timeout",
 )  # fmt: skip
 
 
@@ -353,19 +357,19 @@ def test_a_schema_is_followed_or_refused_soon_in_every_dialect_that_takes_one(
 # What has no effect
 
 HINTS: dict[str, tuple[dict[str, Any], str]] = {
-    "/v1/chat/completions": ({"user": "u", "store": True, "reasoning_effort": "low"}, "store, user, reasoning_effort"),
+    "/v1/chat/completions": ({"user": "u", "store": True, "reasoning_effort": "low"}, "user, store, reasoning_effort"),
     "/v1/completions": ({"user": "u", "timings": True}, "user"),
     "/v1/responses": (
         {
-            "store": False, "text": {"verbosity": "low"}, "tools": [{"type": "web_search", "x": 1}],
+            "text": {"verbosity": "low"}, "tools": [{"type": "web_search", "x": 1}],
             "input": [{"role": "user", "content": "Hi", "phase": "x", "bad\r\nx-evil": "1"}],
         },
-        "store, text.verbosity, tools.web_search, input.phase",
+        "text.verbosity, tools.web_search, input.phase",
     ),
     "/v1/messages": (
         {
             "metadata": {}, "system": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}],
-            "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi", "citations": None, "\r\nx": 1}]}],
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi", "citations": [], "\r\nx": 1}]}],
         },
         "metadata, system.cache_control, messages.content.citations",
     ),

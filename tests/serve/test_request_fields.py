@@ -428,7 +428,7 @@ IGNORED: dict[str, dict[str, Any]] = {
     },
     "completions": {"user": "u"},
     "responses": {
-        "store": False, "metadata": {"a": "b"}, "truncation": "disabled", "service_tier": "auto",
+        "metadata": {"a": "b"}, "truncation": "disabled", "service_tier": "auto",
         "prompt_cache_key": "k", "prompt_cache_retention": "24h", "prompt_cache_options": {}, "safety_identifier": "s",
         "user": "u", "stream_options": {"include_obfuscation": False}, "max_tool_calls": 3,
     },

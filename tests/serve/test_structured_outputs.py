@@ -214,7 +214,8 @@ def test_an_expression_and_a_grammar_need_the_scope_and_the_others_do_not(
         ({"choice": []}, "structured_outputs.choice: expected at least 1 items"),
         ({"choice": [""]}, "structured_outputs.choice.0: expected at least 1 characters"),
         ({"choice": ["a"] * 513}, "structured_outputs.choice: expected at most 512 items"),
-        ({"json": "{}"}, "structured_outputs.json: expected an object"),
+        ({"json": "{"}, "structured_outputs.json: the text is not JSON"),
+        ({"json": [1]}, "structured_outputs.json: expected an object or a valid string, found a list of 1"),
         ({"json": {"$ref": "file:///etc/passwd"}}, "a reference in a schema is a path like"),
     ],
 )  # fmt: skip

@@ -23,6 +23,7 @@ from argosy.prompt.formats.events import (
 from argosy.serve.anthropic_messages import Event as MessagesEvent
 from argosy.serve.anthropic_messages import _Messages
 from argosy.serve.core import Ended, Said
+from argosy.serve.kept_items import KeptItems
 from argosy.serve.openai_chat import ChatBody, ChatChunk, _Chat
 from argosy.serve.openai_responses import Event as ResponsesEvent
 from argosy.serve.openai_responses import ResponsesBody, _Responses
@@ -39,7 +40,7 @@ EVENTS = (
     *(ToolCallBegin(1, "call_b", "look"), ToolCallArguments(1, '{"at":2}'), ToolCallEnd(1)),
 )
 RESULT = Result("", [1, 2], "stop", None, {}, 0, Ledger())
-SERVICE: Any = SimpleNamespace(model=SimpleNamespace(id="m"))
+SERVICE: Any = SimpleNamespace(model=SimpleNamespace(id="m"), tokenizer=None, kept=KeptItems())
 
 
 class FakeAnswers:
@@ -62,11 +63,11 @@ class FakeAnswers:
         yield Ended(0, "tool_calls", RESULT)
 
 
-def sent(dialect: Any, kind: Any) -> list[dict[str, Any]]:
+def sent(stream: AsyncIterator[bytes], kind: Any) -> list[dict[str, Any]]:
     documented = TypeAdapter[Any](kind)
 
     async def read() -> list[bytes]:
-        return [part async for part in dialect.stream()]
+        return [part async for part in stream]
 
     texts = [part.decode().partition("data: ")[2].strip() for part in asyncio.run(read())]
     events = [json.loads(text) for text in texts if text != "[DONE]"]
@@ -77,7 +78,7 @@ def sent(dialect: Any, kind: Any) -> list[dict[str, Any]]:
 
 def test_chat_sends_id_and_name_before_arguments_and_keeps_the_index() -> None:
     body = ChatBody.model_validate({"messages": [{"role": "user", "content": ""}]})
-    events = sent(_Chat(SERVICE, body, FakeAnswers()), ChatChunk)  # type: ignore[arg-type]
+    events = sent(_Chat(SERVICE, body, FakeAnswers()).stream(), ChatChunk)  # type: ignore[arg-type]
     calls = [call for event in events for call in event["choices"][0]["delta"].get("tool_calls", ())]
     assert [(call["index"], call.get("id"), call["function"]["arguments"]) for call in calls] == [
         (0, "call_a", ""), (0, None, '{"at":'), (0, None, "1}"), (1, "call_b", ""), (1, None, '{"at":2}'),
@@ -86,7 +87,7 @@ def test_chat_sends_id_and_name_before_arguments_and_keeps_the_index() -> None:
 
 
 def test_messages_has_one_block_for_each_call_and_drops_no_argument() -> None:
-    events = sent(_Messages(SERVICE, FakeAnswers()), MessagesEvent)  # type: ignore[arg-type]
+    events = sent(_Messages(SERVICE, FakeAnswers()).stream(), MessagesEvent)  # type: ignore[arg-type]
     starts = [event["content_block"]["type"] for event in events if event["type"] == "content_block_start"]
     assert starts == ["thinking", "text", "tool_use", "tool_use"]
     assert [e["index"] for e in events if e["type"] == "content_block_stop"] == [0, 1, 2, 3]
@@ -99,7 +100,7 @@ def test_messages_has_one_block_for_each_call_and_drops_no_argument() -> None:
 
 def test_responses_sends_both_the_deltas_and_the_whole_of_arguments() -> None:
     body = ResponsesBody.model_validate({"input": "x"})
-    events = sent(_Responses(SERVICE, body, FakeAnswers()), ResponsesEvent)  # type: ignore[arg-type]
+    events = sent(_Responses(SERVICE, body, "a").stream(FakeAnswers()), ResponsesEvent)  # type: ignore[arg-type]
     done = [e["arguments"] for e in events if e["type"] == "response.function_call_arguments.done"]
     assert done == ['{"at":1}', '{"at":2}']
     assert sum(e["type"] == "response.function_call_arguments.delta" for e in events) == 3

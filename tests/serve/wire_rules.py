@@ -177,10 +177,14 @@ def _collect_chat(chunks: list[Data]) -> Data:
             )
             made["function"]["name"] += part["function"].get("name", "")
             made["function"]["arguments"] += part["function"]["arguments"]
+        if "function_call" in delta:
+            called = message.setdefault("function_call", {"name": "", "arguments": ""})
+            called["name"] += delta["function_call"].get("name", "")
+            called["arguments"] += delta["function_call"]["arguments"]
     if calls:
         message["tool_calls"] = [calls[at] for at in sorted(calls)]
-        if not message["content"]:
-            del message["content"]
+    if (calls or "function_call" in message) and not message["content"]:
+        del message["content"]
     return message
 
 
@@ -335,7 +339,9 @@ def a_choice_ends_once_with_an_empty_delta_and_the_right_reason(transcript: Tran
         assert chunks[-1]["delta"] == {}
         calls = any("tool_calls" in chunk["delta"] for chunk in chunks)
         assert (reasons[-1] == "tool_calls") == calls
-        assert reasons[-1] in ("stop", "length", "tool_calls")
+        function = any("function_call" in chunk["delta"] for chunk in chunks)
+        assert (reasons[-1] == "function_call") == function
+        assert reasons[-1] in ("stop", "length", "tool_calls", "function_call")
 
 
 @rule("chat", streamed=False)
@@ -343,7 +349,9 @@ def a_whole_message_has_a_role_and_text_or_calls(transcript: Transcript, _: Any)
     for choice in transcript["body"].get("choices", ()):
         message = choice["message"]
         assert message["role"] == "assistant"
-        assert isinstance(message["content"], str) or (message["content"] is None and message["tool_calls"])
+        called = message.get("tool_calls") or message.get("function_call")
+        assert isinstance(message["content"], str) or (message["content"] is None and called)
+        assert (choice["finish_reason"] == "function_call") == ("function_call" in message)
         assert (choice["finish_reason"] == "tool_calls") == ("tool_calls" in message)
         for call in message.get("tool_calls", ()):
             assert call.keys() == {"id", "type", "function"}
@@ -378,6 +386,13 @@ def a_chat_ends_with_done(transcript: Transcript, _: Any) -> None:
 def _usage_comes_last(transcript: Transcript) -> None:
     chunks = data_of(transcript)
     with_usage = [at for at, data in enumerate(chunks) if "usage" in data]
+    options = transcript["request"]["body"].get("stream_options") or {}
+    if wants_usage(transcript) and options.get("continuous_usage_stats"):
+        assert with_usage == list(range(len(chunks)))
+        counts = [data["usage"]["completion_tokens"] for data in chunks]
+        assert counts == sorted(counts)
+        assert chunks[-1]["choices"] == []
+        return
     assert with_usage == ([len(chunks) - 1] if wants_usage(transcript) else [])
     assert all(chunks[at]["choices"] == [] for at in with_usage)
 
@@ -419,13 +434,21 @@ def scores_of_a_completion_stand_side_by_side(transcript: Transcript, _: Any) ->
             continue
         assert scores.keys() == {"tokens", "token_logprobs", "top_logprobs", "text_offset"}
         assert len({len(part) for part in scores.values()}) == 1
-        assert scores["text_offset"] == [
-            sum(map(len, scores["tokens"][:at])) for at in range(len(scores["tokens"]))
-        ]
+        offsets, text = scores["text_offset"], choice["text"]
+        assert offsets == sorted(offsets)
+        for token, at, end in zip(scores["tokens"], offsets, offsets[1:], strict=False):
+            assert token.startswith((text[at:end], "bytes:"))
         first = 1 if transcript["request"]["body"].get("echo") else 0
         assert [value is None for value in scores["token_logprobs"]].count(True) == first
-        said = "".join(scores["tokens"])
-        assert said.startswith(choice["text"]) or "�" in said  # a character that two tokens share
+        said = b"".join(map(_bytes_of, scores["tokens"]))
+        assert said.startswith(text.encode())
+
+
+def _bytes_of(token: str) -> bytes:
+    """Of a token; one that is no whole character is spelled by its bytes."""
+    if not token.startswith("bytes:"):
+        return token.encode()
+    return token.removeprefix("bytes:").encode().decode("unicode_escape").encode("latin-1")
 
 
 # Anthropic's Messages
@@ -556,14 +579,23 @@ def items_are_added_and_done_in_turn_and_are_those_of_the_last_event(transcript:
         elif data["type"] == "response.output_item.done":
             assert begun is not None
             assert (data["output_index"], data["item"]["id"]) == (len(done), begun["id"])
-            assert data["item"]["status"] == "completed"
             done.append(data["item"])
             begun = None
         elif "item_id" in data:
             assert begun is not None
             assert (data["output_index"], data["item_id"]) == (len(done), begun["id"])
-    if not has_failed(transcript) and data_of(transcript)[-1]["response"]["status"] != "failed":
-        assert data_of(transcript)[-1]["response"]["output"] == done
+    last = data_of(transcript)[-1]["response"]
+    if not has_failed(transcript) and last["status"] != "failed":
+        assert last["output"] == done
+        _only_what_was_cut_off_is_incomplete(last)
+
+
+def _only_what_was_cut_off_is_incomplete(response: Data) -> None:
+    statuses = [item["status"] for item in response["output"]]
+    assert statuses[:-1] == ["completed"] * len(statuses[:-1])
+    kinds = [item["type"] for item in response["output"]]
+    if kinds and kinds[-1] != "function_call":  # a call may be whole where the answer is cut off
+        assert statuses[-1] == response["status"]
 
 
 @rule("responses")
@@ -611,6 +643,7 @@ def a_whole_response_has_items_with_ids_and_ends_in_a_status(transcript: Transcr
         return
     body = transcript["body"]
     assert body["status"] in ("completed", "incomplete")
+    _only_what_was_cut_off_is_incomplete(body)
     assert body["object"] == "response"
     for item in body["output"]:
         assert item["id"]

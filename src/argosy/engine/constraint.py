@@ -330,7 +330,7 @@ class _Vocabulary:
     """What llguidance asks of a tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Collection[int]) -> None:
-        self.tokens = tokenizer.token_bytes(vocab_size)
+        self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(vocab_size)]
         self.id_of_byte = {written[0]: at for at, written in enumerate(self.tokens) if len(written) == 1}
         self.eos_token_id = min(end_ids)
         self.bos_token_id = tokenizer.bos_id

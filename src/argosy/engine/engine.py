@@ -67,7 +67,7 @@ from argosy.model.workspace import Workspace
 from argosy.plan import machine
 from argosy.prompt.messages import Message
 from argosy.prompt.prompt import Prompt, PromptBuilder
-from argosy.prompt.tokenizer import Tokenizer, has_chat_template
+from argosy.prompt.tokenizer import StreamDecoder, Tokenizer, has_chat_template
 
 if TYPE_CHECKING:
     from argosy.engine.constraint import Constraint, GrammarCompiler
@@ -344,7 +344,7 @@ class Engine:
             max_sequences=settings.max_sequences,
             states=self._states,
         )
-        self._sampler = Sampler()
+        self._sampler = Sampler(self._eos_ids)
         self._sequences: list[EngineSequence] = []
         self._numbers = itertools.count()
         self._has_failed = False  # the last step did, and runs once more
@@ -524,15 +524,17 @@ class Engine:
         self._require_open()
         if num_answers < 1:
             raise UsageError(f"num_answers must be at least 1, found {num_answers}")
-        prompt_ids = list(self._prompts.build(prompt).token_ids or ())
-        available = self.plan.context_tokens
-        if len(prompt_ids) >= available:
+        built = self._prompts.build(prompt)
+        prompt_ids = list(built.token_ids or ())
+        available, least = self.plan.context_tokens, max(1, params.min_tokens)
+        if len(prompt_ids) + least > available:
             raise PromptTooLong(
                 f"the prompt has {len(prompt_ids)} tokens, and the context holds {available}"
-                " with at least one for the answer",
+                f" with at least {'one' if least == 1 else least} for the answer",
                 hint="raise --context (more memory), or shorten the prompt",
-                needed=len(prompt_ids) + 1,
+                needed=len(prompt_ids) + least,
                 available=available,
+                **({"for_answer": least} if least > 1 else {}),
             )
         self._require_possible(params)
         left = available - len(prompt_ids)
@@ -546,7 +548,7 @@ class Engine:
                 max_new_tokens=left if params.max_tokens is None else min(params.max_tokens, left),
                 sampler_state=SamplerState(prompt_ids, seed),
                 chain=self._cache.chain(tenant),
-                decoder=self.tokenizer.stream() if self.tokenizer else None,
+                decoder=self._decoder_of(built, params),
                 tenant=tenant,
                 constraint=self._constraint(params, tenant),
             )
@@ -780,6 +782,13 @@ class Engine:
             bytes_read=now.bytes_read - before.bytes_read,
             peak_bytes=now.peak_bytes,
             parts={part: seconds - before.parts[part] for part, seconds in now.parts.items()},
+        )
+
+    def _decoder_of(self, prompt: Prompt, params: SamplingParams) -> StreamDecoder | None:
+        if self.tokenizer is None:
+            return None
+        return self.tokenizer.stream(
+            keep_special=not params.skip_special_tokens, is_start=prompt.is_conversation
         )
 
     def _constraint(self, params: SamplingParams, tenant: str) -> Constraint | None:

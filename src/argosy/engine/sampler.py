@@ -2,7 +2,8 @@
 
     logits -> mask -> bias -> penalties -> temperature -> top_k -> top_p -> min_p -> draw -> token id
 
-    0. Tokens that a grammar does not allow now are excluded.
+    0. Tokens that a grammar does not allow now are excluded, and before `min_tokens` those that would end the answer:
+       stop tokens, and end tokens unless they are ignored. Where a grammar allows nothing else, they stay.
     1. `logit_bias` is added.
     2. `repetition_penalty` divides a positive logit, and multiplies a negative one, of every token of prompt or answer.
     3. `presence_penalty` once, and `frequency_penalty` for each time, are taken off tokens of the answer.
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -101,7 +102,14 @@ class SamplerState:
 
 
 class Sampler:
-    """Chooses tokens. It keeps nothing: what a sequence remembers is in its `SamplerState`."""
+    """Chooses tokens. It keeps nothing: what a sequence remembers is in its `SamplerState`.
+
+    Args:
+        end_ids: tokens that end any answer, unless they are ignored.
+    """
+
+    def __init__(self, end_ids: Collection[int] = ()) -> None:
+        self._end_ids = frozenset(end_ids)
 
     def sample(
         self,
@@ -125,6 +133,8 @@ class Sampler:
         """
         best_id = _best(logits, f"token {state.step + 1} of the answer")
         allowed = None if constraint is None else constraint.allowed()
+        if state.step < params.min_tokens:
+            allowed = self._without_ends(allowed, params, logits.size)
         scores = self._adjust(logits, params, state, allowed, best_id)
         while True:
             if params.temperature > 0:
@@ -143,6 +153,15 @@ class Sampler:
         if params.logprobs is None:
             return Sampled(token_id)
         return with_logprobs(token_id, logits, params.logprobs)
+
+    def _without_ends(
+        self, allowed: npt.NDArray[np.bool_] | None, params: SamplingParams, vocab_size: int
+    ) -> npt.NDArray[np.bool_]:
+        """`allowed` less the tokens that would end the answer, unless nothing else is left."""
+        going_on = np.ones(vocab_size, np.bool_) if allowed is None else allowed.copy()
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else self._end_ids)}
+        going_on[[token_id for token_id in ends if token_id < vocab_size]] = False
+        return going_on if allowed is None or going_on.any() else allowed
 
     def _adjust(
         self,

@@ -179,7 +179,7 @@ class Sequence:
             reason = "length"
         if reason is not None and self.decoder is not None:
             text += self.decoder.finish()
-        if self.stop_strings is not None:
+        if self.stop_strings is not None and len(self.new_ids) > params.min_tokens:
             text, hit = self.stop_strings.push(text)
             if hit is not None:
                 reason, self.stopped_by = "stop", hit

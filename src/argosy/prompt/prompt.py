@@ -48,12 +48,14 @@ class Trace:
 class Prompt:
     """What a model is given to continue.
 
-    `token_ids` is None only before a tokenizer has seen the text; `text` is for people to read.
+    `token_ids` is None only before a tokenizer has seen the text; `text` is for people to read. The answer to a
+    conversation is a text of its own; any other goes on with the prompt's.
     """
 
     token_ids: tuple[int, ...] | None
     text: str = ""
     trace: Trace | None = field(default=None, repr=False, compare=False)
+    is_conversation: bool = field(default=False, repr=False, compare=False)
 
     @classmethod
     def raw(cls, text: str) -> Self:
@@ -313,14 +315,16 @@ class PromptBuilder:
         replay = self._replay if tenant is not None else None
         if replay is None or tenant is None:
             segments = self._segments(turns, checked, {}, variables, add_generation_prompt)
-            return Prompt(tuple(tokenizer.encode_segments(segments)), text_of(segments))
+            ids = tokenizer.encode_segments(segments)
+            return Prompt(tuple(ids), text_of(segments), is_conversation=True)
 
         from argosy.prompt.replay import trace_of
 
         said, remembered, own_ids = replay.recall(tenant, turns)
         segments = self._segments(said, checked, own_ids, variables, add_generation_prompt)
         ids = replay.encode(segments, remembered, checked)
-        return Prompt(tuple(ids), text_of(segments), trace_of(turns, segments, ids))
+        trace = trace_of(turns, segments, ids)
+        return Prompt(tuple(ids), text_of(segments), trace, is_conversation=True)
 
     def _segments(
         self,

@@ -21,7 +21,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from blake3 import blake3
 
@@ -52,13 +52,23 @@ class Remembered:
         return _ENTRY_BYTES + self.token_ids.itemsize * len(self.token_ids) + 4 * sum(map(len, said))
 
 
-class ReplayMemory:
-    """Answers by tenant. When there are too many, the tenant that holds most forgets its oldest."""
+class HasSize(Protocol):
+    """What a memory can keep."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+T = TypeVar("T", bound=HasSize)
+
+
+class TenantMemory(Generic[T]):
+    """Values by tenant and key. When there are too many, the tenant that holds most forgets its oldest."""
 
     def __init__(self, *, max_turns: int = 4096, max_bytes: int = 64 << 20) -> None:
         self._max_turns = max_turns
         self._max_bytes = max_bytes
-        self._tenants: dict[str, _Tenant] = {}
+        self._tenants: dict[str, _Tenant[T]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -69,7 +79,7 @@ class ReplayMemory:
     def nbytes(self) -> int:
         return sum(tenant.nbytes for tenant in self._tenants.values())
 
-    def put(self, tenant: str, key: bytes, turn: Remembered) -> None:
+    def put(self, tenant: str, key: bytes, turn: T) -> None:
         with self._lock:
             self._tenants.setdefault(tenant, _Tenant()).put(key, turn)
             while self.num_turns > self._max_turns or self.nbytes > self._max_bytes:
@@ -78,7 +88,7 @@ class ReplayMemory:
                 if not self._tenants[largest].turns:
                     del self._tenants[largest]
 
-    def get(self, tenant: str, key: bytes) -> Remembered | None:
+    def get(self, tenant: str, key: bytes) -> T | None:
         with self._lock:
             held = self._tenants.get(tenant)
             return None if held is None else held.turns.get(key)
@@ -86,10 +96,11 @@ class ReplayMemory:
     def touch(self, tenant: str, keys: Iterable[bytes]) -> None:
         """These were used just now, the last one last."""
         with self._lock:
-            held = self._tenants.get(tenant, _Tenant())
+            held = self._tenants.get(tenant)
+            turns: OrderedDict[bytes, T] = OrderedDict() if held is None else held.turns
             for key in keys:
-                if key in held.turns:
-                    held.turns.move_to_end(key)
+                if key in turns:
+                    turns.move_to_end(key)
 
     def forget(self, tenant: str) -> None:
         """Everything that `tenant` said."""
@@ -97,12 +108,16 @@ class ReplayMemory:
             self._tenants.pop(tenant, None)
 
 
-class _Tenant:
+class ReplayMemory(TenantMemory[Remembered]):
+    """Answers, by what they are found by."""
+
+
+class _Tenant(Generic[T]):
     def __init__(self) -> None:
-        self.turns: OrderedDict[bytes, Remembered] = OrderedDict()
+        self.turns: OrderedDict[bytes, T] = OrderedDict()
         self.nbytes = 0
 
-    def put(self, key: bytes, turn: Remembered) -> None:
+    def put(self, key: bytes, turn: T) -> None:
         old = self.turns.pop(key, None)
         self.nbytes += turn.nbytes - (0 if old is None else old.nbytes)
         self.turns[key] = turn

@@ -306,25 +306,29 @@ class Tokenizer:
         """How the vocabulary spells one token, or '' for an id without one."""
         return self._core.id_to_token(token_id) or ""
 
-    def token_bytes(self, vocab_size: int) -> list[bytes]:
-        """What each id adds to a text, of a model with `vocab_size` ids: b"" for those without a token.
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that the vocabulary has for one token, which may be part of a character; b"" for an id without one.
+
+        The bytes of all tokens of a text are those of the text, less the space that SentencePiece puts before it.
 
         Raises:
             UsageError: what a token adds depends on its neighbours.
         """
-        pieces = _pieces_of(self._core)
-        found = [b""] * vocab_size
-        for token, token_id in self._core.get_vocab(with_added_tokens=True).items():
-            if token_id < vocab_size:
-                literal = self._content.get(token_id)
-                found[token_id] = pieces.bytes_of(token) if literal is None else literal.encode()
-        return found
+        literal = self._content.get(token_id)
+        if literal is not None:
+            return literal.encode()
+        token = self._core.id_to_token(token_id)
+        return b"" if token is None else self._pieces.bytes_of(token)
 
-    def stream(self, *, keep_special: bool = False) -> StreamDecoder:
-        """A decoder that is given one id at a time."""
+    @functools.cached_property
+    def _pieces(self) -> _Pieces:
+        return _pieces_of(self._core)
+
+    def stream(self, *, keep_special: bool = False, is_start: bool = True) -> StreamDecoder:
+        """A decoder that is given one id at a time; `is_start`: of a text, and not of what goes on with one."""
         added = dict(self._content)
         hidden = frozenset() if keep_special else self.hidden_ids
-        return StreamDecoder(self._core, added, hidden)
+        return StreamDecoder(self._core, added, hidden, is_start=is_start)
 
 
 class StreamDecoder:
@@ -334,11 +338,18 @@ class StreamDecoder:
     that is certain.
     """
 
-    def __init__(self, core: tokenizers.Tokenizer, added: Mapping[int, str], hidden: frozenset[int]) -> None:
+    def __init__(
+        self,
+        core: tokenizers.Tokenizer,
+        added: Mapping[int, str],
+        hidden: frozenset[int],
+        *,
+        is_start: bool = True,
+    ) -> None:
         self._core = core
         self._added = added
         self._hidden = hidden
-        self._pieces = _pieces_of(core)
+        self._pieces = _pieces_of(core, is_start=is_start)
 
     def push(self, token_id: int) -> str:
         """Text that is certain now that `token_id` has come; often the token's own, sometimes none, or more."""
@@ -382,10 +393,10 @@ class _BytePieces(_Pieces):
         return self._bytes.decode(self.bytes_of(token))
 
     def bytes_of(self, token: str) -> bytes:
-        table = _byte_table()
-        if all(character in table for character in token):
-            return bytes(table[character] for character in token)
-        return token.encode()
+        try:
+            return bytes(map(_byte_table().__getitem__, token))
+        except KeyError:
+            return token.encode()
 
 
 class _SentencePieces(_Pieces):
@@ -452,8 +463,8 @@ class _WindowPieces(_Pieces):
         return text[len(before) :]
 
 
-def _pieces_of(core: tokenizers.Tokenizer) -> _Pieces:
-    """The way to decode that fits the decoder which tokenizer.json names."""
+def _pieces_of(core: tokenizers.Tokenizer, *, is_start: bool = True) -> _Pieces:
+    """The way to decode that fits the decoder which tokenizer.json names; `is_start`: of a text."""
     if core.decoder is None:
         return _WindowPieces(core)
     state = json.loads(core.decoder.__getstate__())
@@ -462,7 +473,7 @@ def _pieces_of(core: tokenizers.Tokenizer) -> _Pieces:
     if kinds == ["ByteLevel"]:
         return _BytePieces()
     if kinds == ["Metaspace"]:
-        strips = steps[0].get("prepend_scheme") != "never"
+        strips = is_start and steps[0].get("prepend_scheme") != "never"
         return _SentencePieces(has_bytes=False, space=steps[0]["replacement"], strips_start=strips)
     if set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip"} and kinds[:1] == ["Replace"]:
         replace, rest = steps[0], steps[1:]
@@ -472,7 +483,7 @@ def _pieces_of(core: tokenizers.Tokenizer) -> _Pieces:
             return _SentencePieces(
                 has_bytes="ByteFallback" in kinds,
                 space=replace["pattern"]["String"],
-                strips_start=bool(strips),
+                strips_start=is_start and bool(strips),
             )
     return _WindowPieces(core)
 

@@ -206,7 +206,7 @@ async def tokenizer_info(request: Request) -> TokenizerInfo:
 async def apply_template(body: TemplateBody, request: Request) -> Rendered:
     """A conversation as the model's chat template writes it."""
     prompts = request.app.state.service.prompts
-    said = [turn.sent() for turn in body.messages]
+    said = openai_chat.sent(body.messages)
     tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or ()]
     return {"prompt": await asyncio.to_thread(prompts.apply_template, said, tools=tools)}
 
@@ -303,8 +303,14 @@ ROUTES = (
         "/v1/completions", openai_completions.completions, openai_completions.Completion,
         events=openai_completions.Completion | OpenAIError, has_done=True,
     ),
-    _post("/v1/responses", openai_responses.responses, openai_responses.Answer, events=openai_responses.Event),
-    _post("/v1/responses/input_tokens", openai_responses.input_tokens, openai_responses.InputTokens),
+    _post(
+        "/v1/responses", openai_responses.responses, openai_responses.Answer,
+        events=openai_responses.Event, refusals=("404",),
+    ),
+    _post(
+        "/v1/responses/input_tokens", openai_responses.input_tokens, openai_responses.InputTokens,
+        refusals=("404",),
+    ),
     _post(
         "/v1/messages", anthropic_messages.messages, anthropic_messages.Message,
         events=anthropic_messages.Event | AnthropicError,

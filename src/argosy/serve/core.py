@@ -28,6 +28,7 @@ from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.prompt import Prompt
 from argosy.serve.fields import ReadOfPrompt
 from argosy.serve.gate import Caller
+from argosy.serve.kept_items import KeptItems
 from argosy.serve.tool_use import ToolChoice, ToolUse
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class ChatRequest:
 
     form: of an answer that calls nothing; None: it may be anything.
     effort: how much the model is to think, where its template asks for that.
+    thinks: whether it is to think at all; None: as `effort` has it.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -88,6 +90,7 @@ class ChatRequest:
     parallel: bool = True
     form: Grammar | None = None
     effort: str | None = None
+    thinks: bool | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     num_answers: int = 1
 
@@ -138,8 +141,10 @@ class Service:
         model: ModelFacts,
         *,
         keep_billing_line: bool = False,
+        kept: KeptItems | None = None,
     ) -> None:
         self.loop = loop
+        self.kept = KeptItems() if kept is None else kept
         self.prompts = prompts
         self.tokenizer = tokenizer
         self.model = model
@@ -149,6 +154,10 @@ class Service:
     def ignored_effort(self, request: ChatRequest) -> bool:
         """Whether the model's template has no place for the effort that is asked for."""
         return request.effort is not None and not self._effort(request.effort)
+
+    def ignored_switch(self, request: ChatRequest) -> bool:
+        """Whether the model's template has no place for being told whether to think."""
+        return request.thinks is not None and not self._switches(request.thinks)
 
     async def open(self, request: ChatRequest, caller: Caller) -> Answers:
         """Render, check and queue a conversation. Errors as `PromptBuilder.build` and `EngineLoop.submit`."""
@@ -173,6 +182,7 @@ class Service:
         """A tenant is gone for good: its requests end, and nothing of it is kept."""
         self.loop.revoke(tenant)
         self.prompts.forget(tenant)
+        self.kept.forget(tenant)
 
     def _build(self, request: ChatRequest, use: ToolUse, tenant: str) -> Prompt:
         return self.prompts.build(
@@ -195,17 +205,22 @@ class Service:
                     f"chat_template_kwargs: '{name}' cannot be set by a request; these can: "
                     + ", ".join(sorted(TEMPLATE_VARIABLES))
                 )
-        return self._effort(request.effort) | dict(request.variables)
+        return self._effort(request.effort) | self._switches(request.thinks) | dict(request.variables)
 
     def _effort(self, effort: str | None) -> dict[str, Any]:
         """The template's variables that say `effort`; none where it has none."""
-        known = self.prompts.variables
         if effort is None:
             return {}
-        thinks = {name: effort != "none" for name in ("enable_thinking", "thinking") if name in known}
-        return thinks | (
-            {"reasoning_effort": effort} if "reasoning_effort" in known and effort != "none" else {}
-        )
+        is_known = "reasoning_effort" in self.prompts.variables
+        said = {"reasoning_effort": effort} if is_known and effort != "none" else {}
+        return self._switches(effort != "none") | said
+
+    def _switches(self, thinks: bool | None) -> dict[str, Any]:
+        """The template's variables that say whether to think; none where it has none."""
+        if thinks is None:
+            return {}
+        known = self.prompts.variables
+        return {name: thinks for name in ("enable_thinking", "thinking") if name in known}
 
 
 def _tool_use(request: ChatRequest) -> ToolUse:
@@ -247,7 +262,9 @@ class Answers:
             self._parsers = [service.prompts.parser(prompt, use.callable) for _ in range(num_answers)]
         self._said: list[list[SaidEvent]] = [[] for _ in range(num_answers)]
         self._num_open = num_answers
-        self.num_reasoning_tokens = 0  # of all answers
+        self.num_reasoning_tokens = 0  # of all answers, as the next
+        self.num_new_tokens = 0
+        self.num_cached_tokens = 0  # of the prompt
         self.results: list[Result | None] = [None] * num_answers
 
         self._is_behind = False
@@ -273,15 +290,6 @@ class Answers:
     def said(self, answer: int) -> Answer:
         """All that an answer has said so far."""
         return collect(self._said[answer])
-
-    @property
-    def num_new_tokens(self) -> int:
-        return sum(len(result.token_ids) for result in self.results if result is not None)
-
-    @property
-    def num_cached_tokens(self) -> int:
-        first = self.results[0]
-        return 0 if first is None else first.ledger.cached_tokens
 
     async def __aenter__(self) -> Answers:
         return self
@@ -333,10 +341,13 @@ class Answers:
     def _step(self, event: Event) -> list[Step]:
         match event:
             case PromptProgress():
+                if event.answer == 0:
+                    self.num_cached_tokens = event.cached
                 return [Progress(event.processed, event.total, event.cached)] if event.answer == 0 else []
             case AnswerToken(answer=answer, event=token):
                 if self.results[answer] is not None:
                     return []
+                self.num_new_tokens += 1
                 said = self._parse(answer, token.token_id, token.text)
                 return [Said(answer, tuple(said), token.text, token.logprob)]
             case AnswerEnd(answer=answer, result=result):

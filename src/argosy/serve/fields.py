@@ -1,5 +1,9 @@
 """Fields that several dialects have, and the bounds of every number in a request: one table.
 
+    null for a field that may be left out            ->  as if it were left out       (`Strict`, `Lenient`)
+    a field that cannot change the answer            ->  accepted, and named in `x-ignored-params`    (`NoEffect`)
+    one that would change it, and is not supported   ->  refused by its name                          (`Strict`)
+
 The models that check a request are the ones that `/openapi.json` shows, and so are the types of answers.
 
 Elsewhere: what only one dialect has is in its file.
@@ -7,21 +11,32 @@ Elsewhere: what only one dialect has is in its file.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, with_config
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    model_validator,
+    with_config,
+)
+from pydantic_core import CoreSchema, PydanticCustomError
 from typing_extensions import TypedDict
 
 from argosy.config import Grammar
+from argosy.errors import UsageError
 from argosy.prompt.formats.lark import without_annotations
 
 MAX_TOKENS = 1 << 20
 MAX_ANSWERS = 8
-LEAST_LOGPROB = -9999.0  # JSON has no number for the logarithm of nothing
+MAX_STOP_IDS = 256
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS, strict=True)]
+NumTokens = Annotated[int, Field(ge=0, le=MAX_TOKENS, strict=True)]
 Flag = Annotated[bool, Field(strict=True)]  # not 1, not "yes"
 
 
@@ -39,6 +54,10 @@ TopK = Annotated[int, Field(ge=-1, le=MAX_TOKENS, strict=True)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False, strict=True)]
 Repetition = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
+
+# How llama.cpp and its clients say "no limit", and "any seed".
+MinusOne = Annotated[int, Field(ge=-1, le=-1, strict=True)]
+TokenLimit = Tokens | MinusOne
 NumAnswers = Annotated[int, Field(ge=1, le=MAX_ANSWERS, strict=True)]
 NumBest = Annotated[int, Field(ge=0, le=20, strict=True)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False, strict=True)]
@@ -49,6 +68,7 @@ Setting = (
     Flag | Annotated[int, Field(ge=0, le=MAX_TOKENS, strict=True)] | Annotated[str, Field(max_length=64)]
 )
 Short = Annotated[str, Field(min_length=1, max_length=256)]  # a name, an id
+Name = Annotated[str, Field(max_length=512)]
 Text = Annotated[str, Field(max_length=4 << 20)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
@@ -58,29 +78,73 @@ Tools = Field(max_length=512)
 closed = with_config(ConfigDict(extra="forbid"))  # of an answer: nothing but what its type says
 
 
-class Strict(BaseModel):
+class _Part(BaseModel):
+    """Part of a request. Null is as good as nothing, except where something is needed: clients send whole objects."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, given: object) -> object:
+        if not isinstance(given, dict):
+            return given
+        needed = _needed_names(cls)
+        return {name: value for name, value in given.items() if value is not None or name in needed}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The schema of the fields, and that null may stand for those that may be left out."""
+        shown = handler(core)
+        schema = handler.resolve_ref_schema(shown)
+        for name, field in schema.get("properties", {}).items():
+            if name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
+                schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+        if schema.get("additionalProperties") is False:
+            schema["additionalProperties"] = {"type": "null"}
+        return shown
+
+
+@functools.cache
+def _needed_names(kind: type[BaseModel]) -> frozenset[str]:
+    fields = kind.model_fields.items()
+    return frozenset(field.alias or name for name, field in fields if field.is_required())
+
+
+class Strict(_Part):
     """Unknown fields are refused by name."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class Nullable(BaseModel):
-    """Unknown fields are refused, unless they are null: clients send whole objects of theirs."""
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, None]
-
-    def sent(self) -> dict[str, Any]:
-        """As the client sent it, nulls left out."""
-        return {
-            name: value for name, value in self.model_dump(exclude_unset=True).items() if value is not None
-        }
-
-
-class Lenient(BaseModel):
+class Lenient(_Part):
     """Unknown fields have no effect, and are listed as such."""
 
     model_config = ConfigDict(extra="allow")
+
+
+T = TypeVar("T")
+_NO_EFFECT = object()
+# Of a field that is accepted, changes nothing of the answer, and is named in `x-ignored-params`.
+NoEffect = Annotated[T | None, Field(description="Accepted, and without effect.", exclude=True), _NO_EFFECT]
+
+
+def without_effect(given: BaseModel, where: str = "") -> Iterator[str]:
+    """Names of the fields that `given` and its parts have, and that have no effect."""
+    for name, field in type(given).model_fields.items():
+        value = getattr(given, name)
+        if value is None:
+            continue
+        if _NO_EFFECT in field.metadata:
+            yield where + name
+            continue
+        for part in value if isinstance(value, list) else (value,):
+            if isinstance(part, BaseModel):
+                yield from without_effect(part, f"{where}{name}.")
+
+
+class Noted(Strict):
+    """A message, or a part of one, with notes that clients and proxies make on it."""
+
+    cache_control: NoEffect[dict[str, Any]] = None
+    provider_specific_fields: NoEffect[dict[str, Any]] = None
 
 
 class ObjectSchema(Lenient):
@@ -167,6 +231,7 @@ class ReadOfPrompt(TypedDict):
 
 class StreamOptions(Strict):
     include_usage: Flag = False
+    continuous_usage_stats: Flag = False  # with include_usage: in every chunk
     include_obfuscation: Flag | None = None
 
 
@@ -179,17 +244,23 @@ class Sampling(Strict):
     top_k: TopK | None = None
     min_p: MinP | None = None
     repetition_penalty: Repetition | None = None
+    repeat_penalty: Repetition | None = Field(None, description="The same, as llama.cpp spells it.")
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    seed: Seed | None = None
+    seed: Seed | MinusOne | None = None
     logit_bias: dict[str, Bias] | None = Field(None, max_length=1024)
+    min_tokens: NumTokens | None = None
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOP_IDS)
+    ignore_eos: Flag | None = None
+    skip_special_tokens: Flag | None = None
     stream: Flag | None = None
 
     IGNORED: ClassVar[tuple[str, ...]] = ()  # accepted and without effect
 
     def ignored(self) -> list[str]:
         """What was given and has no effect."""
-        return [name for name in self.IGNORED if getattr(self, name) is not None]
+        own = [name for name in self.IGNORED if getattr(self, name) is not None]
+        return own + list(dict.fromkeys(without_effect(self)))
 
     def sampling(self, stop: Sequence[str] = ()) -> dict[str, Any]:
         """Arguments of `SamplingParams`, those that were given; a temperature that was not is 1, as clients expect."""
@@ -198,17 +269,84 @@ class Sampling(Strict):
             "top_p": self.top_p,
             "top_k": None if self.top_k is None else max(0, self.top_k),
             "min_p": self.min_p,
-            "repetition_penalty": self.repetition_penalty,
+            "repetition_penalty": self._repetition(),
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
-            "seed": self.seed,
+            "seed": None if self.seed == -1 else self.seed,
             "stop": tuple(stop) or None,
             "logit_bias": _biases(self.logit_bias or {}) or None,
+            "min_tokens": self.min_tokens,
+            "stop_token_ids": tuple(self.stop_token_ids or ()) or None,
+            "ignore_eos": self.ignore_eos,
+            "skip_special_tokens": self.skip_special_tokens,
         }
         return {name: value for name, value in given.items() if value is not None}
 
+    def _repetition(self) -> float | None:
+        given = {self.repetition_penalty, self.repeat_penalty} - {None}
+        if len(given) > 1:
+            raise UsageError(
+                "repeat_penalty and repetition_penalty are two names of one setting, and they differ",
+                param="repeat_penalty",
+                hint="leave one of them out",
+            )
+        return next(iter(given), None)
 
-class OpenAISampling(Sampling):
+
+class ForOpenAI(Strict):
+    """What clients and tools of OpenAI's dialects send, and what changes no answer here."""
+
+    # The client's own book-keeping, and its account with OpenAI.
+    user: NoEffect[Name] = None
+    metadata: NoEffect[dict[str, Any]] = None
+    client_metadata: NoEffect[dict[str, Any]] = None
+    safety_identifier: NoEffect[Name] = None
+    service_tier: NoEffect[Short] = None
+    store: NoEffect[Flag] = None
+    # What is computed again, and when: known here without being told.
+    prompt_cache_key: NoEffect[Name] = None
+    prompt_cache_retention: NoEffect[Short] = None
+    prompt_cache_options: NoEffect[dict[str, Any]] = None
+    cache_prompt: NoEffect[Flag] = None
+    cache_control: NoEffect[dict[str, Any]] = None
+    prediction: NoEffect[dict[str, Any]] = None
+    # What another server would do beside the answer, or in another way.
+    provider_specific_fields: NoEffect[dict[str, Any]] = None
+    web_search_options: NoEffect[dict[str, Any]] = None
+    max_tool_calls: NoEffect[Annotated[int, Field(ge=1, le=1 << 20, strict=True)]] = None
+    verbosity: NoEffect[Short] = None
+    guided_decoding_backend: NoEffect[Short] = None
+
+
+class ThinkingSwitch(Strict):
+    """As GLM, DeepSeek and Anthropic spell it."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: NoEffect[NumTokens] = None
+
+
+class Thinking(Strict):
+    """Whether the model is to think before it answers, and whether its thoughts are shown, as other servers say it."""
+
+    thinking: Flag | ThinkingSwitch | None = None
+    enable_thinking: Flag | None = None
+    include_reasoning: Flag | None = None
+
+    def switches(self) -> list[str]:
+        """Names of the fields that say whether to think."""
+        return [name for name in ("thinking", "enable_thinking") if getattr(self, name) is not None]
+
+    @property
+    def thinks(self) -> bool | None:
+        """None: nothing is said."""
+        if self.enable_thinking is not None or self.thinking is None:
+            return self.enable_thinking
+        if isinstance(self.thinking, bool):
+            return self.thinking
+        return {"enabled": True, "disabled": False, "adaptive": None}[self.thinking.type]
+
+
+class OpenAISampling(ForOpenAI, Sampling):
     """What Chat Completions and Completions have beside that."""
 
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
@@ -216,7 +354,12 @@ class OpenAISampling(Sampling):
     stream_options: StreamOptions | None = None
     timings: Flag | None = None
     return_progress: Flag | None = None
-    user: str | None = Field(None, max_length=512)
+
+    def ignored(self) -> list[str]:
+        names, options = super().ignored(), self.stream_options
+        if options is not None and options.continuous_usage_stats and not options.include_usage:
+            names.append("stream_options.continuous_usage_stats")
+        return names
 
     @property
     def stops(self) -> Sequence[str]:
@@ -224,8 +367,6 @@ class OpenAISampling(Sampling):
 
 
 def _biases(given: Mapping[str, float]) -> dict[int, float]:
-    from argosy.errors import UsageError
-
     biases = {}
     for name, bias in given.items():
         if not (name.isascii() and name.isdecimal() and len(name) < 10):

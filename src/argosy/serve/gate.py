@@ -162,9 +162,11 @@ class AnthropicError(TypedDict):
 def error_body(
     error: BaseException, dialect: Dialect, request_id: str
 ) -> tuple[int, OpenAIError | AnthropicError]:
-    """Status and body of a failure, in the dialect's own shape; one of ours is told with the id that the log has."""
+    """Status and body of a failure, in the dialect's own shape and words; one of ours has the id that the log has."""
     status = error.http_status if isinstance(error, ArgosyError) else 500
     message, is_ours = str(error), status >= 500 and status != 503
+    if isinstance(error, PromptTooLong):
+        message = _overflow(error, dialect)
     if is_ours:  # its own words, and paths in them, stay here
         known = f"{type(error).__name__}: the answer could not be finished"
         message = f"{known if isinstance(error, ArgosyError) else 'internal error'} (request {request_id})"
@@ -173,10 +175,41 @@ def error_body(
     if dialect == "anthropic":
         body: AnthropicError = {"type": "error", "error": {"type": anthropic, "message": message}}
         return status, {**body, "request_id": request_id} if is_ours else body
-    found = error.facts.get("param") if isinstance(error, ArgosyError) else None
-    param = found if isinstance(found, str) else None
-    code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
+    param, code = (_text_fact(error, name) for name in ("param", "code"))
+    if isinstance(error, PromptTooLong):
+        code = "context_length_exceeded"
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _text_fact(error: BaseException, name: str) -> str | None:
+    found = error.facts.get(name) if isinstance(error, ArgosyError) else None
+    return found if isinstance(found, str) else None
+
+
+def _overflow(error: PromptTooLong, dialect: Dialect) -> str:
+    """In the words by which clients know that they have to shorten a conversation, with their numbers in place.
+
+    Claude Code looks for "prompt is too long: N tokens > M maximum", LiteLLM for "This model's maximum context length".
+    """
+    needed, available = error.facts.get("needed"), error.facts.get("available")
+    new = error.facts.get("for_answer", 1)
+    if not (isinstance(needed, int) and isinstance(available, int) and isinstance(new, int)):
+        return str(error)
+    prompt = needed - new
+    if dialect == "openai":
+        said = (
+            f"This model's maximum context length is {available} tokens. However, you requested {needed} tokens"
+            f" ({prompt} in the messages, {new} in the completion)."
+            " Please reduce the length of the messages or completion."
+        )
+    elif prompt < available:
+        said = (
+            f"input length and `min_tokens` exceed context limit: {prompt} + {new} > {available}, "
+            "decrease input length or `min_tokens` and try again"
+        )
+    else:
+        said = f"prompt is too long: {prompt} tokens > {available - 1} maximum"
+    return f"{said}\nhint: {error.hint}" if error.hint else said
 
 
 def error_headers(error: BaseException, status: int) -> dict[str, str]:

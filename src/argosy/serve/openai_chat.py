@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal, NotRequired, cast
 
 from pydantic import Field
@@ -26,13 +26,14 @@ from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import ReasoningDelta, TextDelta, ToolCallArguments, ToolCallBegin
 from argosy.serve.core import Answers, ChatRequest, Ended, Finish, Progress, Said, Service
 from argosy.serve.fields import (
-    LEAST_LOGPROB,
     Effort,
     Flag,
     FreeForm,
     Messages,
-    Nullable,
+    NoEffect,
+    Noted,
     NumBest,
+    NumTokens,
     ObjectSchema,
     OpenAISampling,
     ReadOfPrompt,
@@ -40,9 +41,10 @@ from argosy.serve.fields import (
     Short,
     Strict,
     Text,
+    Thinking,
     ThoughtTokens,
     Timings,
-    Tokens,
+    TokenLimit,
     ToolName,
     Tools,
     Usage,
@@ -51,12 +53,13 @@ from argosy.serve.fields import (
     schema_form,
 )  # fmt: skip
 from argosy.serve.gate import Caller
+from argosy.serve.logprobs import ScoredToken, Speller
 from argosy.serve.streams import DONE, EventStream, sse, until_gone
-from argosy.serve.structured_outputs import StructuredOutputs, form_of
+from argosy.serve.structured_outputs import Formed
 from argosy.serve.tool_use import ToolChoice, ToolMode
 
 
-class TextPart(Strict):
+class TextPart(Noted):
     type: Literal["text"]
     text: Text
 
@@ -64,7 +67,7 @@ class TextPart(Strict):
 Content = Text | list[TextPart]
 
 
-class CalledFunction(Strict):
+class CalledFunction(Noted):
     name: Short
     arguments: Text | dict[str, Any]  # JSON, or its text
     parsed_arguments: Any = None  # a copy that OpenAI's client makes
@@ -73,48 +76,82 @@ class CalledFunction(Strict):
 CallIndex = Annotated[int, Field(ge=0, lt=4096, strict=True)]
 
 
-class CalledTool(Strict):
+class CalledTool(Noted):
     id: Short
     type: Literal["function"] = "function"
     index: CallIndex | None = None
     function: CalledFunction
 
 
-class AskingTurn(Nullable):
+class ChatTurn(Noted):
+    id: NoEffect[Short] = None
+
+    def sent(self) -> dict[str, Any]:
+        """As the client sent it, less what has no effect."""
+        return self.model_dump(exclude_unset=True)
+
+
+class AskingTurn(ChatTurn):
     role: Literal["system", "developer", "user"]
     content: Content
     name: Short | None = None
 
 
-class AnsweringTurn(Nullable):
+class AnsweringTurn(ChatTurn):
     role: Literal["assistant"]
     content: Content | None = None
     name: Short | None = None
     reasoning_content: Text | None = None
     reasoning: Text | None = None
+    reasoning_details: NoEffect[Annotated[list[Any], Field(max_length=4096)]] = None
     tool_calls: list[CalledTool] | None = None
+    function_call: CalledFunction | None = None
     parsed: Any = None  # a copy that OpenAI's client makes
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
-class ToolTurn(Nullable):
+class ToolTurn(ChatTurn):
     role: Literal["tool"]
     content: Content
     name: Short | None = None
     tool_call_id: Short
 
 
-Turn = Annotated[AskingTurn | AnsweringTurn | ToolTurn, Field(discriminator="role")]
+class FunctionTurn(ChatTurn):
+    """The result of the last `function_call`: how calls were made before there were tools."""
+
+    role: Literal["function"]
+    content: Content
+    name: Short
 
 
-class OfferedFunction(Strict):
+Turn = Annotated[AskingTurn | AnsweringTurn | ToolTurn | FunctionTurn, Field(discriminator="role")]
+
+
+def sent(turns: Sequence[AskingTurn | AnsweringTurn | ToolTurn | FunctionTurn]) -> list[dict[str, Any]]:
+    """Turns as messages. A `function_call` becomes a tool call with an id, and its result names it."""
+    made = []
+    last = "call_of_no_function"
+    for at, turn in enumerate(turns):
+        message = turn.sent()
+        if isinstance(turn, FunctionTurn):
+            message = {"role": "tool", "tool_call_id": last, "content": message["content"]}
+        elif (function := message.pop("function_call", None)) is not None:
+            last = f"call_of_function_{at}"
+            called = {"id": last, "type": "function", "function": function}
+            message["tool_calls"] = [*message.get("tool_calls", ()), called]
+        made.append(message)
+    return made
+
+
+class OfferedFunction(Noted):
     name: ToolName
     description: Text | None = None
     parameters: ObjectSchema | None = None
     strict: Flag | None = None
 
 
-class OfferedTool(Strict):
+class OfferedTool(Noted):
     type: Literal["function"]
     function: OfferedFunction
 
@@ -122,13 +159,16 @@ class OfferedTool(Strict):
 class NamedFunction(Strict):
     name: ToolName
 
+    def asked(self) -> ToolChoice:
+        return ToolChoice("required", (self.name,))
+
 
 class ChosenTool(Strict):
     type: Literal["function"]
     function: NamedFunction
 
     def asked(self) -> ToolChoice:
-        return ToolChoice("required", (self.function.name,))
+        return self.function.asked()
 
 
 class ChosenTools(Strict):
@@ -160,63 +200,93 @@ class JsonSchemaForm(Strict):
         return schema_form(self.json_schema.schema_)
 
 
-class ChatBody(OpenAISampling):
-    # What these would change is not there, or is the client's own book-keeping.
-    IGNORED = (
-        "service_tier", "verbosity", "prediction", "web_search_options", "store", "metadata", "safety_identifier",
-        "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "user",
-    )  # fmt: skip
+class Reasoning(Strict):
+    """As OpenRouter spells it."""
 
+    effort: Effort | None = None
+    enabled: Flag | None = None
+    exclude: Flag | None = None
+    max_tokens: NoEffect[NumTokens] = None
+    summary: NoEffect[Short] = None
+
+
+class ChatBody(Formed, Thinking, OpenAISampling):
     messages: Annotated[list[Turn], Messages]
-    max_tokens: Tokens | None = None
-    max_completion_tokens: Tokens | None = None
+    max_tokens: TokenLimit | None = None
+    max_completion_tokens: TokenLimit | None = None
     logprobs: Flag | None = None
     top_logprobs: NumBest | None = None
     tools: Annotated[list[OfferedTool], Tools] | None = None
     tool_choice: ToolMode | Annotated[ChosenTool | AllowedTools, Field(discriminator="type")] | None = None
     parallel_tool_calls: Flag | None = None
+    functions: Annotated[list[OfferedFunction], Tools] | None = None
+    function_call: Literal["auto", "none"] | NamedFunction | None = None
     response_format: Annotated[FreeForm | JsonSchemaForm, Field(discriminator="type")] | None = None
-    structured_outputs: StructuredOutputs | None = None
+    reasoning: Reasoning | None = None
     reasoning_effort: Effort | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     chat_template_kwargs: dict[Short, Setting] | None = Field(None, max_length=16)
-    service_tier: str | None = Field(None, max_length=64)
-    verbosity: str | None = Field(None, max_length=64)
-    prediction: dict[str, Any] | None = None
-    web_search_options: dict[str, Any] | None = None
-    store: Flag | None = None
-    metadata: dict[str, Any] | None = None
-    safety_identifier: str | None = Field(None, max_length=512)
-    prompt_cache_key: str | None = Field(None, max_length=512)
-    prompt_cache_retention: str | None = Field(None, max_length=64)
-    prompt_cache_options: dict[str, Any] | None = None
 
     def request(self, caller: Caller) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise UsageError("top_logprobs needs logprobs to be true", param="top_logprobs")
+        limit = self.max_completion_tokens or self.max_tokens
         params = SamplingParams(
-            max_tokens=self.max_completion_tokens or self.max_tokens,
+            max_tokens=None if limit == -1 else limit,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             **self.sampling(self.stops),
         )
-        choice = ToolChoice.of(self.tool_choice)
-        if self.structured_outputs is not None and choice.mode == "required":
+        choice = ToolChoice.of(self.tool_choice or self.function_call)
+        if choice.mode == "required" and (form := self.form_name()) is not None:
             raise UsageError(
-                "the answer cannot be a call and have a form: leave out structured_outputs, or let tool_choice be auto",
-                param="structured_outputs",
+                f"the answer cannot be a call and have a form: leave out {form}, or let tool_choice be auto",
+                param=form,
             )
         own = None if self.response_format is None else self.response_format.asked()
         return ChatRequest(
-            messages=[turn.sent() for turn in self.messages],
+            messages=sent(self.messages),
             params=params,
-            tools=[tool.model_dump(exclude_unset=True) for tool in self.tools or ()],
+            tools=self._offered(),
             tool_choice=choice,
-            parallel=self.parallel_tool_calls is not False,
-            form=form_of(self.structured_outputs, own, caller),
-            effort=self.reasoning_effort,
+            parallel=self.parallel_tool_calls is not False and not self.calls_functions,
+            form=self.form(own, caller),
+            effort=self.reasoning_effort or (self.reasoning.effort if self.reasoning else None),
+            thinks=self.thinks if self.thinks is not None or not self.reasoning else self.reasoning.enabled,
             variables=self.chat_template_kwargs or {},
             num_answers=self.n or 1,
         )
+
+    def switches(self) -> list[str]:
+        has_more = self.reasoning is not None and self.reasoning.enabled is not None
+        return super().switches() + ["reasoning.enabled"] * has_more
+
+    @property
+    def calls_functions(self) -> bool:
+        """Whether a call is asked for and told as it was before there were tools: one, and without an id."""
+        return self.functions is not None
+
+    @property
+    def hides_thoughts(self) -> bool:
+        return self.include_reasoning is False or bool(self.reasoning and self.reasoning.exclude)
+
+    @property
+    def tells_usage_always(self) -> bool:
+        options = self.stream_options
+        return options is not None and options.include_usage and options.continuous_usage_stats
+
+    def _offered(self) -> list[dict[str, Any]]:
+        """The tools that the model may call."""
+        for new, old in (("tools", "functions"), ("tool_choice", "function_call")):
+            if getattr(self, new) is not None and getattr(self, old) is not None:
+                raise UsageError(
+                    f"{old} is the older form of {new}, and the request has both",
+                    hint=f"leave out {old}",
+                    param=old,
+                )
+        tools = self.tools or ()
+        if self.functions is not None:
+            tools = [OfferedTool(type="function", function=function) for function in self.functions]
+        return [tool.model_dump(exclude_unset=True) for tool in tools]
 
 
 @closed
@@ -233,20 +303,6 @@ class Call(TypedDict):
 
 
 @closed
-class Token(TypedDict):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-@closed
-class ScoredToken(Token):
-    """A token, its log-probability and the best ones, as Chat Completions and Responses have them."""
-
-    top_logprobs: list[Token]
-
-
-@closed
 class Scores(TypedDict):
     content: list[ScoredToken]
     refusal: None
@@ -259,13 +315,17 @@ class ChatMessage(TypedDict):
     refusal: None
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[Call]]
+    function_call: NotRequired[Function]
+
+
+ChatFinish = Finish | Literal["function_call"]
 
 
 @closed
 class Choice(TypedDict):
     index: int
     message: ChatMessage
-    finish_reason: Finish
+    finish_reason: ChatFinish
     logprobs: Scores | None
 
 
@@ -306,13 +366,14 @@ class Delta(TypedDict):
     content: NotRequired[str]
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[CallDelta]]
+    function_call: NotRequired[FunctionDelta]
 
 
 @closed
 class ChoiceDelta(TypedDict):
     index: int
     delta: Delta
-    finish_reason: Finish | None
+    finish_reason: ChatFinish | None
     logprobs: NotRequired[Scores]
 
 
@@ -336,7 +397,9 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     answers = await service.open(wanted, caller)
     ignored = body.ignored()
     if service.ignored_effort(wanted):
-        ignored.append("reasoning_effort")
+        ignored.append("reasoning.effort" if body.reasoning_effort is None else "reasoning_effort")
+    if service.ignored_switch(wanted):
+        ignored += body.switches()
     headers = ignored_header(ignored)
     dialect = _Chat(service, body, answers)
     if body.stream:
@@ -349,26 +412,32 @@ class _Chat:
         self._service, self._body, self._answers = service, body, answers
         self._id = "chatcmpl-" + secrets.token_hex(12)
         self._created = int(time.time())
+        keeps_special = body.skip_special_tokens is False
+        self._speller = Speller(service.tokenizer, keep_special=keeps_special)
 
     async def whole(self) -> ChatCompletion:
         logprobs: dict[int, list[ScoredToken]] = {}
-        finish: dict[int, Finish] = {}
+        finish: dict[int, ChatFinish] = {}
         async with self._answers as answers:
             async for step in answers.steps():
                 match step:
                     case Said(logprob=TokenLogprob() as found):
                         logprobs.setdefault(step.answer, []).append(self._logprob(found))
                     case Ended():
-                        finish[step.answer] = step.finish
+                        finish[step.answer] = self._finish(step)
         choices: list[Choice] = []
         for number in range(len(finish)):
             said = self._answers.said(number)
             message: ChatMessage = {"role": "assistant", "content": said.text or None, "refusal": None}
             if not said.calls:
                 message["content"] = said.text
-            if said.reasoning:
+            if said.reasoning and not self._body.hides_thoughts:
                 message["reasoning_content"] = said.reasoning
-            if said.calls:
+            if said.calls and self._body.calls_functions:
+                message["function_call"] = {
+                    "name": said.calls[0].name, "arguments": said.calls[0].arguments,
+                }  # fmt: skip
+            elif said.calls:
                 message["tool_calls"] = [
                     {
                         "id": call.id,
@@ -399,13 +468,13 @@ class _Chat:
                     case Progress() if self._body.return_progress:
                         yield sse({**self._chunk([]), "prompt_progress": step.as_dict()})
                     case Said():
-                        deltas = [delta for event in step.events if (delta := _delta(event))]
+                        deltas = [delta for event in step.events if (delta := self._delta(event))]
                         if step.logprob is not None and not deltas:
                             deltas = [{}]
                         for at, delta in enumerate(deltas):
                             yield self._said(step.answer, delta, logprob=step.logprob if at == 0 else None)
                     case Ended():
-                        yield self._said(step.answer, {}, finish=step.finish)
+                        yield self._said(step.answer, {}, finish=self._finish(step))
             last, (usage, timings) = self._chunk([]), self._last()
             if self._body.stream_options and self._body.stream_options.include_usage:
                 last["usage"] = usage
@@ -416,12 +485,23 @@ class _Chat:
             yield sse(DONE)
 
     def _said(
-        self, number: int, delta: Delta, *, finish: Finish | None = None, logprob: TokenLogprob | None = None
+        self,
+        number: int,
+        delta: Delta,
+        *,
+        finish: ChatFinish | None = None,
+        logprob: TokenLogprob | None = None,
     ) -> bytes:
         choice: ChoiceDelta = {"index": number, "delta": delta, "finish_reason": finish}
         if logprob is not None:
             choice["logprobs"] = {"content": [self._logprob(logprob)], "refusal": None}
-        return sse(self._chunk([choice]))
+        chunk = self._chunk([choice])
+        if self._body.tells_usage_always:
+            chunk["usage"] = self._usage()
+        return sse(chunk)
+
+    def _finish(self, step: Ended) -> ChatFinish:
+        return "function_call" if step.finish == "tool_calls" and self._body.calls_functions else step.finish
 
     def _chunk(self, choices: list[ChoiceDelta]) -> ChatChunk:
         return {
@@ -431,43 +511,44 @@ class _Chat:
 
     def _last(self) -> tuple[ChatUsage, Timings | None]:
         """What is known at the end: usage, and the ledger where it was asked for."""
-        prompt, new = self._answers.num_prompt_tokens, self._answers.num_new_tokens
-        usage: ChatUsage = {
-            "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
-            "prompt_tokens_details": {"cached_tokens": self._answers.num_cached_tokens},
-            "completion_tokens_details": {"reasoning_tokens": self._answers.num_reasoning_tokens},
-        }  # fmt: skip
-        first = self._answers.results[0]
+        usage, first = self._usage(), self._answers.results[0]
         if not self._body.timings or first is None:
             return usage, None
         timings = cast(Timings, first.ledger.as_dict())
         return {**usage, "timings": timings}, timings
 
+    def _usage(self) -> ChatUsage:
+        """As far as the answers have come."""
+        prompt, new = self._answers.num_prompt_tokens, self._answers.num_new_tokens
+        return {
+            "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": self._answers.num_cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": self._answers.num_reasoning_tokens},
+        }  # fmt: skip
+
     def _logprob(self, found: TokenLogprob) -> ScoredToken:
-        return spell_logprob(self._service, found, self._body.top_logprobs or 0)
+        return self._speller.scored(found, self._body.top_logprobs or 0)
 
-
-def spell_logprob(service: Service, found: TokenLogprob, num_best: int) -> ScoredToken:
-    """A token with its log-probability and the best ones."""
-
-    def token(token_id: int, logprob: float) -> Token:
-        text = service.prompts.detokenize([token_id])
-        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(text.encode())}
-
-    best = [token(token_id, logprob) for token_id, logprob in found.top]
-    return {**token(found.token_id, found.logprob), "top_logprobs": best[:num_best]}
-
-
-def _delta(event: SaidEvent) -> Delta | None:
-    match event:
-        case TextDelta():
-            return {"content": event.text}
-        case ReasoningDelta():
-            return {"reasoning_content": event.text}
-        case ToolCallBegin():
-            function: FunctionDelta = {"name": event.name, "arguments": ""}
-            call: CallDelta = {"index": event.index, "id": event.id, "type": "function", "function": function}
-            return {"tool_calls": [call]}
-        case ToolCallArguments():
-            return {"tool_calls": [{"index": event.index, "function": {"arguments": event.json_fragment}}]}
-    return None
+    def _delta(self, event: SaidEvent) -> Delta | None:
+        match event:
+            case TextDelta():
+                return {"content": event.text}
+            case ReasoningDelta() if not self._body.hides_thoughts:
+                return {"reasoning_content": event.text}
+            case ToolCallBegin():
+                function: FunctionDelta = {"name": event.name, "arguments": ""}
+                if self._body.calls_functions:
+                    return {"function_call": function}
+                call: CallDelta = {
+                    "index": event.index,
+                    "id": event.id,
+                    "type": "function",
+                    "function": function,
+                }
+                return {"tool_calls": [call]}
+            case ToolCallArguments():
+                more: FunctionDelta = {"arguments": event.json_fragment}
+                if self._body.calls_functions:
+                    return {"function_call": more}
+                return {"tool_calls": [{"index": event.index, "function": more}]}
+        return None

@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
-from typing import Annotated, Literal, NotRequired, cast
+from typing import TYPE_CHECKING, Annotated, Literal, NotRequired, cast
 
 from pydantic import Field
 from starlette.requests import Request
@@ -25,14 +25,17 @@ from argosy.engine.sequence import TokenLogprob
 from argosy.errors import UsageError
 from argosy.serve.core import Answers, Ended, Progress, Said, Service, steps_of
 from argosy.serve.fields import (
-    LEAST_LOGPROB,
     MAX_TOKENS,
+    Effort,
     Flag,
+    MinusOne,
     NumAnswers,
     NumBest,
+    NumTokens,
     OpenAISampling,
     ReadOfPrompt,
     Text,
+    Thinking,
     Timings,
     TokenId,
     Usage,
@@ -40,15 +43,19 @@ from argosy.serve.fields import (
     ignored_header,
 )
 from argosy.serve.gate import Caller
+from argosy.serve.logprobs import Speller, finite
 from argosy.serve.streams import DONE, EventStream, sse, until_gone
-from argosy.serve.structured_outputs import StructuredOutputs, form_of
+from argosy.serve.structured_outputs import Formed
+
+if TYPE_CHECKING:
+    from argosy.prompt.tokenizer import StreamDecoder
 
 _MAX_PROMPTS = 64
 Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
 
 
-class CompletionBody(OpenAISampling):
-    IGNORED = ("user",)
+class CompletionBody(Formed, Thinking, OpenAISampling):
+    IGNORED = (*Thinking.model_fields, "reasoning_effort")  # there is no template to tell
 
     prompt: (
         Text
@@ -56,11 +63,11 @@ class CompletionBody(OpenAISampling):
         | Annotated[list[Text], Field(min_length=1, max_length=_MAX_PROMPTS)]
         | Annotated[list[Ids], Field(min_length=1, max_length=_MAX_PROMPTS)]
     )
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS, strict=True)] | None = None
+    max_tokens: NumTokens | MinusOne | None = None
     echo: Flag | None = None
     logprobs: NumBest | None = None
     best_of: NumAnswers | None = None
-    structured_outputs: StructuredOutputs | None = None
+    reasoning_effort: Effort | None = None
 
     @property
     def prompts(self) -> Sequence[str | Sequence[int]]:
@@ -80,17 +87,21 @@ class CompletionBody(OpenAISampling):
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise UsageError("best_of is n here: every answer is given back", param="best_of")
         return SamplingParams(
-            max_tokens=max_tokens,
+            max_tokens=None if max_tokens == -1 else max_tokens,
             logprobs=self.logprobs,
             prompt_logprobs=self.logprobs if has_scores else None,
-            grammar=form_of(self.structured_outputs, None, caller),
+            grammar=self.form(None, caller),
             **self.sampling(self.stops),
         )
 
 
 @closed
 class Scored(TypedDict):
-    """Lists side by side, an item for each token; the first of a prompt has no log-probability."""
+    """Lists side by side, an item for each token; the first of a prompt has no log-probability.
+
+    text_offset: where in `text` each token begins, in characters; a token that begins within a character is where that
+        one is.
+    """
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -149,6 +160,8 @@ class _Completions:
     def __init__(self, service: Service, body: CompletionBody, opened: list[Answers]) -> None:
         self._service, self._body, self._opened = service, body, opened
         self._id, self._created = "cmpl-" + secrets.token_hex(12), int(time.time())
+        self._keeps_special = body.skip_special_tokens is False
+        self._speller = Speller(service.tokenizer, keep_special=self._keeps_special)
 
     async def whole(self) -> Completion:
         ended: dict[tuple[int, int], Ended] = {}
@@ -165,19 +178,20 @@ class _Completions:
         async with AsyncExitStack() as stack:
             for answers in self._opened:
                 await stack.enter_async_context(answers)
-            offsets: dict[tuple[int, int], int] = {}
+            places: dict[tuple[int, int], _Places] = {}
             async for at, step in steps_of(self._opened):
                 match step:
                     case Progress() if self._body.return_progress:
                         yield sse({**self._piece([]), "prompt_progress": step.as_dict()})
                     case Said():
-                        text, scored, place = step.text, None, (at, step.answer)
-                        if self._body.echo and place not in offsets:
-                            text = self._prompt_text(self._opened[at]) + text
-                        offset = offsets.setdefault(place, 0)
+                        text, scored, answer = step.text, None, (at, step.answer)
+                        if answer not in places:
+                            places[answer] = self._places()
+                            if self._body.echo:
+                                text = self._prompt_text(self._opened[at]) + text
                         if step.logprob is not None:
-                            scored = self._scored([step.logprob], offset=offset)
-                            offsets[place] += len(scored["tokens"][0])
+                            offsets = places[answer].of([step.logprob.token_id])
+                            scored = self._scored([step.logprob], offsets)
                         yield self._chunk(at, step.answer, text, scored, None)
                     case Ended():
                         yield self._chunk(at, step.answer, "", None, _reason(step))
@@ -192,9 +206,11 @@ class _Completions:
         self, at: int, answer: int, text: str, scored: Scored | None, finish: Literal["stop", "length"] | None
     ) -> bytes:
         number = at * (self._body.n or 1) + answer
-        return sse(
-            self._piece([{"index": number, "text": text, "logprobs": scored, "finish_reason": finish}])
-        )
+        piece = self._piece([{"index": number, "text": text, "logprobs": scored, "finish_reason": finish}])
+        options = self._body.stream_options
+        if options is not None and options.include_usage and options.continuous_usage_stats:
+            piece["usage"] = self._usage()
+        return sse(piece)
 
     def _piece(self, choices: list[TextChoice]) -> Completion:
         return {
@@ -204,40 +220,50 @@ class _Completions:
 
     def _choice(self, at: int, answers: Answers, step: Ended) -> TextChoice:
         result, text, scored = step.result, step.result.text, None
+        prompt = self._prompt_text(answers) if self._body.echo else ""
         if self._body.logprobs is not None:
             found: list[TokenLogprob | None] = list(result.logprobs or ())
+            offsets = self._places(len(prompt)).of([one.token_id for one in found if one is not None])
             if self._body.echo:
+                ids = answers.prompt.token_ids or ()
                 found = [*(result.prompt_logprobs or ()), *found]
-            scored = self._scored(found, (answers.prompt.token_ids or (0,))[0])
-        if self._body.echo:
-            text = self._prompt_text(answers) + text
+                offsets = [*self._places(is_start=True).of(ids), *offsets]
+            scored = self._scored(found, offsets, (answers.prompt.token_ids or (0,))[0])
+        text = prompt + text
         number = at * (self._body.n or 1) + step.answer
         return {"index": number, "text": text, "logprobs": scored, "finish_reason": _reason(step)}
 
     def _prompt_text(self, answers: Answers) -> str:
-        return answers.prompt.text or self._service.prompts.detokenize(answers.prompt.token_ids or ())
+        """As it was given, or as its token ids spell it."""
+        tokenizer, prompt = self._service.tokenizer, answers.prompt
+        if prompt.text or tokenizer is None:
+            return prompt.text
+        return tokenizer.decode(prompt.token_ids or (), keep_special=self._keeps_special)
 
-    def _scored(self, found: Sequence[TokenLogprob | None], first_id: int = 0, *, offset: int = 0) -> Scored:
-        """Log-probabilities as this dialect has them: lists side by side; the first token of a prompt has none."""
-        tokens, offsets, best, at = [], [], [], offset
+    def _places(self, at: int = 0, *, is_start: bool = False) -> _Places:
+        tokenizer = self._service.tokenizer
+        if tokenizer is None:
+            return _Places(None, at)
+        return _Places(tokenizer.stream(keep_special=self._keeps_special, is_start=is_start), at)
+
+    def _scored(
+        self, found: Sequence[TokenLogprob | None], offsets: Sequence[int], first_id: int = 0
+    ) -> Scored:
+        """Log-probabilities as this dialect has them; the first token of a prompt, `first_id`, has none."""
+        spell = self._speller.marked_text_of
+        best: list[dict[str, float] | None] = []
         for item in found:
-            token = self._spell(first_id if item is None else item.token_id)
-            tokens.append(token)
-            offsets.append(at)
-            at += len(token)
-            top = (
-                None
-                if item is None
-                else {self._spell(token_id): _finite(value) for token_id, value in item.top}
-            )
-            best.append(top)
+            spelled: dict[str, float] = {}
+            for token_id, value in () if item is None else item.top:
+                spelled.setdefault(
+                    spell(token_id), finite(value)
+                )  # two may be spelled alike: the better one is told
+            best.append(None if item is None else spelled)
         return {
-            "tokens": tokens, "token_logprobs": [None if item is None else _finite(item.logprob) for item in found],
-            "top_logprobs": best, "text_offset": offsets,
+            "tokens": [spell(first_id if item is None else item.token_id) for item in found],
+            "token_logprobs": [None if item is None else finite(item.logprob) for item in found],
+            "top_logprobs": best, "text_offset": list(offsets),
         }  # fmt: skip
-
-    def _spell(self, token_id: int) -> str:
-        return self._service.prompts.detokenize([token_id])
 
     def _usage(self) -> Usage:
         prompt = sum(answers.num_prompt_tokens for answers in self._opened)
@@ -256,8 +282,19 @@ class _Completions:
         return {**piece, "timings": cast(Timings, first.ledger.as_dict())}
 
 
-def _finite(logprob: float) -> float:
-    return max(logprob, LEAST_LOGPROB)
+class _Places:
+    """Where in a text its tokens begin, from character `at` on."""
+
+    def __init__(self, decoder: StreamDecoder | None, at: int) -> None:
+        self._decoder, self._at = decoder, at
+
+    def of(self, token_ids: Sequence[int]) -> list[int]:
+        """The places of the next tokens."""
+        found = []
+        for token_id in token_ids:
+            found.append(self._at)
+            self._at += 0 if self._decoder is None else len(self._decoder.push(token_id))
+        return found
 
 
 def _reason(step: Ended) -> Literal["stop", "length"]:

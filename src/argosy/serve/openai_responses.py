@@ -1,6 +1,7 @@
 """OpenAI's Responses: POST /v1/responses and /v1/responses/input_tokens.
 
-There is no state: the client sends the whole conversation each time.
+A client sends the whole conversation, or names what the server still has of it: `item_reference` and
+`previous_response_id` (`kept_items.py`). Responses cannot be fetched or deleted by their ids.
 A stream numbers its events; each piece of an answer is an output item that is added, filled by deltas, and done. The
 last event is `response.completed`, `response.incomplete` or `response.failed`. Tools that OpenAI would run itself are
 left out, and named in `x-ignored-params`.
@@ -17,12 +18,13 @@ from collections.abc import AsyncIterator, Sequence
 from copy import deepcopy
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, TypeAdapter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from typing_extensions import TypedDict
 
 from argosy.config import Grammar, SamplingParams
+from argosy.errors import PromptTooLong, UsageError
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import (
     ReasoningDelta,
@@ -36,9 +38,11 @@ from argosy.serve.fields import (
     CachedTokens,
     Effort,
     Flag,
+    ForOpenAI,
     FreeForm,
     Lenient,
     Messages,
+    NoEffect,
     NoFlag,
     NumBest,
     ObjectSchema,
@@ -46,8 +50,9 @@ from argosy.serve.fields import (
     Short,
     Strict,
     Text,
+    Thinking,
     ThoughtTokens,
-    Tokens,
+    TokenLimit,
     ToolName,
     Tools,
     closed,
@@ -56,11 +61,13 @@ from argosy.serve.fields import (
     strays,
 )  # fmt: skip
 from argosy.serve.gate import Caller, error_body
-from argosy.serve.openai_chat import ScoredToken, spell_logprob
+from argosy.serve.kept_items import KeptItems
+from argosy.serve.logprobs import ScoredToken, Speller
 from argosy.serve.streams import EventStream, sse, until_gone
 from argosy.serve.tool_use import ToolChoice, ToolMode
 
 _LOGPROBS = "message.output_text.logprobs"  # in `include`
+_MOST_ITEMS = 4096
 
 
 class Part(Lenient):
@@ -103,19 +110,30 @@ class ThoughtItem(GivenItem):
     summary: list[Part] | None = None
 
 
+class NamedItem(Strict):
+    """An item of an earlier response, which the server may still have."""
+
+    type: Literal["item_reference"] = "item_reference"
+    id: Short
+
+
 def _kind(item: object) -> str | None:
     if isinstance(item, dict):
-        return str(item.get("type", "message"))
+        is_name = item.keys() - {"type"} == {"id"}
+        return str(item.get("type") or ("item_reference" if is_name else "message"))
     return getattr(item, "type", None)
 
 
+KnownItem = MessageItem | CallItem | ResultItem | ThoughtItem
 Item = Annotated[
     Annotated[MessageItem, Tag("message")]
     | Annotated[CallItem, Tag("function_call")]
     | Annotated[ResultItem, Tag("function_call_output")]
-    | Annotated[ThoughtItem, Tag("reasoning")],
+    | Annotated[ThoughtItem, Tag("reasoning")]
+    | Annotated[NamedItem, Tag("item_reference")],
     Discriminator(_kind),
 ]
+_ITEMS: TypeAdapter[list[KnownItem | NamedItem]] = TypeAdapter(list[Item])
 
 
 class FunctionTool(Lenient):
@@ -179,15 +197,14 @@ class ReasoningOptions(Strict):
     generate_summary: str | None = Field(None, max_length=64)
 
 
-class ResponsesBody(Sampling):
-    IGNORED = (
-        "store", "metadata", "truncation", "service_tier", "prompt_cache_key", "prompt_cache_retention",
-        "prompt_cache_options", "safety_identifier", "user", "stream_options", "client_metadata", "max_tool_calls",
-    )  # fmt: skip
-
+class ResponsesBody(Thinking, ForOpenAI, Sampling):
     input: Text | Annotated[list[Item], Messages]
+    previous_response_id: Short | None = None
+    store: Flag | None = Field(
+        None, description="Unless false, items are kept for later requests to name them."
+    )
     instructions: Text | None = None
-    max_output_tokens: Tokens | None = None
+    max_output_tokens: TokenLimit | None = None
     top_logprobs: NumBest | None = None
     tools: Annotated[list[AnyTool], Tools] | None = None
     tool_choice: (
@@ -196,33 +213,29 @@ class ResponsesBody(Sampling):
     parallel_tool_calls: Flag | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    store: Flag | None = None
-    metadata: dict[str, Any] | None = None
-    client_metadata: dict[str, Any] | None = None
     include: Annotated[list[Short], Field(max_length=32)] | None = None
-    truncation: Literal["disabled"] | None = None
-    service_tier: str | None = Field(None, max_length=64)
-    prompt_cache_key: str | None = Field(None, max_length=512)
-    prompt_cache_retention: str | None = Field(None, max_length=64)
-    prompt_cache_options: dict[str, Any] | None = None
-    # Of tools that a server runs.
-    max_tool_calls: Annotated[int, Field(ge=1, le=1 << 20, strict=True)] | None = None
+    truncation: NoEffect[Literal["disabled"]] = None
     background: NoFlag | None = None
-    safety_identifier: str | None = Field(None, max_length=512)
-    user: str | None = Field(None, max_length=512)
-    stream_options: dict[str, Any] | None = None
+    stream_options: NoEffect[dict[str, Any]] = None
 
-    def request(self) -> ChatRequest:
+    @property
+    def items(self) -> Sequence[KnownItem | NamedItem]:
+        """What the client sends."""
+        return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
+
+    def request(self, kept: KeptItems, tenant: str) -> ChatRequest:
+        """The whole conversation, with what `kept` has of it.
+
+        Raises:
+            Refused: it does not have it any more.
+        """
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        if isinstance(self.input, str):
-            messages.append({"role": "user", "content": self.input})
-        else:
-            messages += _messages(self.input)
+        messages += _messages(self._conversation(kept, tenant))
         form = None if self.text is None else self.text.format
         return ChatRequest(
             messages=messages,
             params=SamplingParams(
-                max_tokens=self.max_output_tokens,
+                max_tokens=_limit(self),
                 logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
                 **self.sampling(),
             ),
@@ -231,7 +244,24 @@ class ResponsesBody(Sampling):
             parallel=self.parallel_tool_calls is not False,
             form=None if form is None else form.asked(),
             effort=None if self.reasoning is None else self.reasoning.effort,
+            thinks=self.thinks,
         )
+
+    def _conversation(self, kept: KeptItems, tenant: str) -> list[KnownItem]:
+        earlier = self.previous_response_id
+        before = [] if earlier is None else _ITEMS.validate_python(kept.conversation(tenant, earlier))
+        found: list[KnownItem] = []
+        for item in (*before, *self.items):
+            if isinstance(item, NamedItem):
+                named = _ITEMS.validate_python([kept.item(tenant, item.id)])
+                found += [one for one in named if not isinstance(one, NamedItem)]
+            else:
+                found.append(item)
+        if len(found) > _MOST_ITEMS:
+            raise UsageError(
+                f"the conversation has {len(found)} items, and may have {_MOST_ITEMS}", param="input"
+            )
+        return found
 
     @property
     def wants_logprobs(self) -> bool:
@@ -247,8 +277,11 @@ class ResponsesBody(Sampling):
             ]  # fmt: skip
         names += sorted({f"tools.{tool.type}" for tool in self.tools or () if isinstance(tool, HostedTool)})
         names += strays("tools", (tool for tool in self.tools or () if isinstance(tool, FunctionTool)))
-        items = [] if isinstance(self.input, str) else self.input
-        return names + strays("input", items)
+        return names + strays("input", self.items)
+
+
+def _limit(body: ResponsesBody) -> int | None:
+    return None if body.max_output_tokens == -1 else body.max_output_tokens
 
 
 def _tool(tool: FunctionTool) -> dict[str, Any]:
@@ -256,7 +289,7 @@ def _tool(tool: FunctionTool) -> dict[str, Any]:
     return {"type": "function", "function": tool.model_dump(include=set(known), exclude_unset=True)}
 
 
-def _messages(items: Sequence[Item]) -> list[dict[str, Any]]:
+def _messages(items: Sequence[KnownItem]) -> list[dict[str, Any]]:
     """Items as messages: thoughts, text and calls of the assistant that follow each other are one."""
     made: list[dict[str, Any]] = []
     for item in items:
@@ -302,7 +335,7 @@ class ReasoningText(TypedDict):
     text: str
 
 
-Progress = Literal["in_progress", "completed"]
+Progress = Literal["in_progress", "completed", "incomplete"]
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
 
@@ -346,9 +379,12 @@ class ResponseUsage(TypedDict):
     total_tokens: int
 
 
+FailureCode = Literal["server_error", "context_length_exceeded"]
+
+
 @closed
 class Failure(TypedDict):
-    code: Literal["server_error"]
+    code: FailureCode
     message: str
 
 
@@ -369,8 +405,8 @@ class Answer(TypedDict):
     model: str
     output: list[SaidItem]
     parallel_tool_calls: bool
-    previous_response_id: None
-    store: Literal[False]
+    previous_response_id: str | None
+    store: bool
     temperature: float
     top_p: float
     tool_choice: Any
@@ -471,74 +507,110 @@ async def input_tokens(body: ResponsesBody, request: Request) -> InputTokens:
     """How many tokens a conversation has."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
-    prompt = await asyncio.to_thread(service.build, body.request(), caller.tenant)
-    return {"object": "response.input_tokens", "input_tokens": len(prompt.token_ids or ())}
+
+    def count() -> int:
+        prompt = service.build(body.request(service.kept, caller.tenant), caller.tenant)
+        return len(prompt.token_ids or ())
+
+    return {"object": "response.input_tokens", "input_tokens": await asyncio.to_thread(count)}
 
 
 async def responses(body: ResponsesBody, request: Request) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
-    wanted, ignored = await asyncio.to_thread(body.request), body.ignored()
-    answers = await service.open(wanted, caller)
+    wanted = await asyncio.to_thread(body.request, service.kept, caller.tenant)
+    ignored = body.ignored()
+    if body.store and not service.kept.can_keep:
+        ignored.append("store")
+    try:
+        answers = await service.open(wanted, caller)
+    except PromptTooLong as error:
+        if not body.stream:
+            raise
+        return EventStream(_Responses(service, body, caller.tenant).refused(error, caller), caller)
     if service.ignored_effort(wanted):
         ignored.append("reasoning.effort")
+    if service.ignored_switch(wanted):
+        ignored += body.switches()
     headers = ignored_header(ignored)
-    dialect = _Responses(service, body, answers)
+    dialect = _Responses(service, body, caller.tenant)
     if body.stream:
         return EventStream(
-            dialect.stream(), caller, answers.cancel, headers=headers,
+            dialect.stream(answers), caller, answers.cancel, headers=headers,
             failed=lambda error: dialect.failed(error, caller),
         )  # fmt: skip
-    return JSONResponse(await until_gone(request, dialect.whole(), answers.cancel), headers=headers)
+    return JSONResponse(await until_gone(request, dialect.whole(answers), answers.cancel), headers=headers)
 
 
 class _Responses:
     """The stream's events build the items that a whole response has, so both say the same."""
 
-    def __init__(self, service: Service, body: ResponsesBody, answers: Answers) -> None:
-        self._service, self._body, self._answers = service, body, answers
+    def __init__(self, service: Service, body: ResponsesBody, tenant: str) -> None:
+        self._service, self._body, self._tenant = service, body, tenant
+        self._is_kept = body.store is not False and service.kept.can_keep
+        self._speller = Speller(service.tokenizer, keep_special=body.skip_special_tokens is False)
         self._id = "resp_" + secrets.token_hex(16)
         self._created = int(time.time())
         self._number = 0
         self._items: list[SaidItem] = []
         self._is_open = False
         self._logprobs: list[ScoredToken] = []  # of tokens whose text is still to come
+        self._usage: ResponseUsage | None = None  # once all is there
 
-    async def whole(self) -> Answer:
+    async def whole(self, answers: Answers) -> Answer:
         status: Status = "completed"
-        async with self._answers as answers:
+        async with answers:
             async for step in answers.steps():
-                self._take(step)
+                await self._take(step, answers)
                 if isinstance(step, Ended):
                     status = _status(step)
         return self._response(status)
 
-    async def stream(self) -> AsyncIterator[bytes]:
-        async with self._answers as answers:
+    async def stream(self, answers: Answers) -> AsyncIterator[bytes]:
+        async with answers:
             yield _sent(self._about("response.created", "in_progress"))
             yield _sent(self._about("response.in_progress", "in_progress"))
             async for step in answers.steps():
-                for event in self._take(step):
+                for event in await self._take(step, answers):
                     yield _sent(event)
+
+    async def refused(self, error: PromptTooLong, caller: Caller) -> AsyncIterator[bytes]:
+        """A conversation that is too long, as a stream: Codex shortens one only if it hears of it there."""
+        yield _sent(self._about("response.created", "in_progress"))
+        yield _sent(self._about("response.in_progress", "in_progress"))
+        yield self.failed(error, caller)
 
     def failed(self, error: Exception, caller: Caller) -> bytes:
         """The last event of a stream that fails."""
         _, body = error_body(error, "openai", caller.request_id)
         event = self._about("response.failed", "failed")
-        event["response"]["error"] = {"code": "server_error", "message": body["error"]["message"]}
+        code: FailureCode = "context_length_exceeded" if isinstance(error, PromptTooLong) else "server_error"
+        event["response"]["error"] = {"code": code, "message": body["error"]["message"]}
         return _sent(event)
 
-    def _take(self, step: object) -> list[Event]:
+    async def _keep(self) -> None:
+        """Before the end is told, so that the next request finds it; in a thread, as all that was sent is written."""
+        body, kept = self._body, self._service.kept
+
+        def keep() -> None:
+            asked = [item.model_dump(exclude_unset=True, mode="json") for item in body.items]
+            kept.keep(self._tenant, self._id, body.previous_response_id, asked, self._items)
+
+        if self._is_kept:
+            await asyncio.to_thread(keep)
+
+    async def _take(self, step: object, answers: Answers) -> list[Event]:
         match step:
             case Said():
                 if step.logprob is not None:
-                    self._logprobs.append(
-                        spell_logprob(self._service, step.logprob, self._body.top_logprobs or 0)
-                    )
+                    self._logprobs.append(self._speller.scored(step.logprob, self._body.top_logprobs or 0))
                 return [event for said in step.events for event in self._say(said)]
             case Ended():
-                shut, status = self._close(), _status(step)
+                status = _status(step)
+                shut = self._close(status)
+                self._usage = _usage(answers)
+                await self._keep()
                 kind: _About = "response.incomplete" if status == "incomplete" else "response.completed"
                 return [*shut, self._about(kind, status)]
         return []
@@ -548,7 +620,7 @@ class _Responses:
             case TextDelta():
                 return self._more("message", said.text)
             case ReasoningDelta():
-                return self._more("reasoning", said.text)
+                return [] if self._body.include_reasoning is False else self._more("reasoning", said.text)
             case ToolCallBegin():
                 self._logprobs = []
                 shut = self._close()
@@ -612,12 +684,13 @@ class _Responses:
         self._items.append(item)
         return self._about_item("response.output_item.added", deepcopy(item))  # as it is now; it grows
 
-    def _close(self) -> list[Event]:
+    def _close(self, status: Literal["completed", "incomplete"] = "completed") -> list[Event]:
+        """End the item that is open; it is incomplete where the answer was cut off in it."""
         if not self._is_open:
             return []
         self._is_open = False
         item = self._items[-1]
-        item["status"] = "completed"
+        item["status"] = status
         events: list[Event] = []
         if item["type"] == "function_call":
             arguments: ArgumentsDoneEvent = {
@@ -656,28 +729,20 @@ class _Responses:
         }  # fmt: skip
 
     def _response(self, status: Status) -> Answer:
-        body, answers = self._body, self._answers
-        usage: ResponseUsage | None = None
-        if status in ("completed", "incomplete"):
-            prompt, new = answers.num_prompt_tokens, answers.num_new_tokens
-            usage = {
-                "input_tokens": prompt, "input_tokens_details": {"cached_tokens": answers.num_cached_tokens},
-                "output_tokens": new,
-                "output_tokens_details": {"reasoning_tokens": answers.num_reasoning_tokens},
-                "total_tokens": prompt + new,
-            }  # fmt: skip
+        body = self._body
         choice = body.tool_choice
         return {
             "id": self._id, "object": "response", "created_at": self._created, "status": status, "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": body.instructions, "model": self._service.model.id,
             "output": list(self._items),
-            "parallel_tool_calls": body.parallel_tool_calls is not False, "previous_response_id": None,
-            "store": False, "temperature": 1.0 if body.temperature is None else body.temperature,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": body.previous_response_id,
+            "store": self._is_kept, "temperature": 1.0 if body.temperature is None else body.temperature,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "tool_choice": choice or "auto" if isinstance(choice, str | None) else choice.model_dump(),
             "tools": [tool.model_dump(exclude_unset=True) for tool in body.tools or ()],
-            "max_output_tokens": body.max_output_tokens, "metadata": {}, "usage": usage,
+            "max_output_tokens": _limit(body), "metadata": {}, "usage": self._usage,
             "text": _echoed(body.text) or {"format": {"type": "text"}}, "reasoning": _echoed(body.reasoning),
             "truncation": "disabled", "top_logprobs": body.top_logprobs or 0, "background": False,
         }  # fmt: skip
@@ -686,6 +751,15 @@ class _Responses:
 def _echoed(given: TextOptions | ReasoningOptions | None) -> dict[str, Any]:
     """As the client sent it."""
     return {} if given is None else given.model_dump(exclude_unset=True, by_alias=True)
+
+
+def _usage(answers: Answers) -> ResponseUsage:
+    prompt, new = answers.num_prompt_tokens, answers.num_new_tokens
+    return {
+        "input_tokens": prompt, "input_tokens_details": {"cached_tokens": answers.num_cached_tokens},
+        "output_tokens": new, "output_tokens_details": {"reasoning_tokens": answers.num_reasoning_tokens},
+        "total_tokens": prompt + new,
+    }  # fmt: skip
 
 
 def _status(step: Ended) -> Literal["incomplete", "completed"]:

@@ -29,6 +29,7 @@ from argosy.prompt.replay import ReplayMemory
 from argosy.serve.app import make_app
 from argosy.serve.core import ModelFacts, Service
 from argosy.serve.gate import NO_ROOM, Gate
+from argosy.serve.kept_items import KeptItems
 from argosy.serve.key_watch import KeyWatch
 from argosy.serve.log import LogWriter, where_it_failed
 
@@ -226,10 +227,14 @@ def serve(
         experts_per_token=config.experts_per_token,
         vocab_size=config.vocab_size,
     )
-    prompts = engine.prompts.remembering(ReplayMemory(max_bytes=engine.plan.replay_bytes))
+    kept_bytes = engine.plan.replay_bytes // 4  # for items that clients name; the rest for tokens of answers
+    prompts = engine.prompts.remembering(ReplayMemory(max_bytes=engine.plan.replay_bytes - kept_bytes))
     try:
         with EngineLoop(engine, report=lambda error: log.error("engine: %s", where_it_failed(error))) as loop:
-            service = Service(loop, prompts, engine.tokenizer, model, keep_billing_line=keep_billing_line)
+            service = Service(
+                loop, prompts, engine.tokenizer, model,
+                keep_billing_line=keep_billing_line, kept=KeptItems(max_bytes=kept_bytes),
+            )  # fmt: skip
             app = make_app(
                 service,
                 ring,

@@ -1,6 +1,7 @@
 """What an answer has to look like, as vLLM spells it: `structured_outputs` of Chat Completions and Completions.
 
     {"json": schema} | {"choice": texts} | {"regex": text} | {"grammar": text}  ->  asked  ->  Grammar
+    guided_json | guided_choice | guided_regex | guided_grammar: its older names of the same
 
 An expression and a grammar need a key with the scope `grammar`: what they ask of the server is bounded, but more
 than a schema asks. A choice is no more than a schema.
@@ -18,68 +19,118 @@ from pydantic import Field
 from argosy.config import Grammar
 from argosy.engine.grammar_bounds import MAX_CALLERS_CHARACTERS, MAX_REGEX_CHARACTERS, require_plain
 from argosy.errors import GrammarError, UsageError
-from argosy.serve.fields import Strict, schema_form
+from argosy.prompt.json_text import read_json
+from argosy.serve.fields import Strict, Text, schema_form
 from argosy.serve.gate import Caller
 
 _NAME = "structured_outputs"
+
+Schema = Annotated[dict[str, Any] | Text, Field(description="JSON of this schema; the schema may be text.")]
+Choices = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=1024)]],
+    Field(min_length=1, max_length=512, description="One of these texts."),
+]
+Expression = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=MAX_REGEX_CHARACTERS,
+        description="Text that this expression matches as a whole; the syntax is that of Rust's regex.",
+    ),
+]
+Rules = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=MAX_CALLERS_CHARACTERS,
+        description="Text of this grammar: rules in Lark's syntax, one of them `start`.",
+    ),
+]
 
 
 class StructuredOutputs(Strict):
     """Exactly one of these. `regex` and `grammar` need a key with the scope `grammar`."""
 
-    json_: dict[str, Any] | None = Field(None, alias="json", description="JSON of this schema.")
-    choice: list[Annotated[str, Field(min_length=1, max_length=1024)]] | None = Field(
-        None, min_length=1, max_length=512, description="One of these texts."
-    )
-    regex: str | None = Field(
-        None, min_length=1, max_length=MAX_REGEX_CHARACTERS,
-        description="Text that this expression matches as a whole; the syntax is that of Rust's regex.",
-    )  # fmt: skip
-    grammar: str | None = Field(
-        None, min_length=1, max_length=MAX_CALLERS_CHARACTERS,
-        description="Text of this grammar: rules in Lark's syntax, one of them `start`.",
-    )  # fmt: skip
+    json_: Schema | None = Field(None, alias="json")
+    choice: Choices | None = None
+    regex: Expression | None = None
+    grammar: Rules | None = None
 
-    def asked(self, caller: Caller) -> Grammar:
-        """As `ChatRequest.form` has it.
+
+class Formed(Strict):
+    """The forms that a request may ask for, beside those of its dialect."""
+
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_choice: Choices | None = None
+    guided_regex: Expression | None = None
+    guided_grammar: Rules | None = None
+
+    def form_name(self) -> str | None:
+        """Which of these fields asks for a form, if one does.
+
+        Raises:
+            UsageError: several do.
+        """
+        given = [name for name in Formed.model_fields if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UsageError(
+                f"an answer has one form: leave out {given[0]}, or {' and '.join(given[1:])}", param=given[1]
+            )
+        return next(iter(given), None)
+
+    def form(self, own: Grammar | None, caller: Caller) -> Grammar | None:
+        """The form that is asked for, in these fields or in the dialect's `own` way.
 
         Raises:
             Refused: the caller's key has no scope for it.
-            UsageError: it is none of them or several, or nothing that a caller's grammar may be.
+            UsageError: it is asked for twice, or is nothing that a caller's grammar may be.
         """
-        given = {name: value for name, value in self if value is not None}
+        name = self.form_name()
+        if name is None:
+            return own
+        if own is not None:
+            raise UsageError(f"an answer has one form: leave out response_format, or {name}", param=name)
+        value = getattr(self, name)
+        if not isinstance(value, StructuredOutputs):
+            return _asked(name.removeprefix("guided_"), name, value, caller)
+        given = {kind.rstrip("_"): part for kind, part in value if part is not None}
         if len(given) != 1:
             raise UsageError(
-                f"{_NAME} takes exactly one of json, choice, regex and grammar, and has {len(given)}",
-                param=_NAME,
+                f"{name} takes exactly one of json, choice, regex and grammar, and has {len(given)}",
+                param=name,
             )
-        if self.json_ is not None:
-            return schema_form(self.json_)
-        if self.choice is not None:
-            # A terminal, so that it is one automaton, however many they are.
-            return Grammar(kind="lark", text=f"start: ONE\nONE: {' | '.join(map(_literal, self.choice))}")
-        caller.require("grammar", f"{_NAME}.{next(iter(given))}")
-        if self.regex is not None:
-            return Grammar(kind="regex", text=self.regex)
-        assert self.grammar is not None
-        try:
-            require_plain(self.grammar)
-        except GrammarError as error:
-            raise GrammarError(error.message, param=f"{_NAME}.grammar") from None
-        return Grammar(kind="lark", text=self.grammar)
+        ((kind, part),) = given.items()
+        return _asked(kind, f"{name}.{kind}", part, caller)
 
 
-def form_of(given: StructuredOutputs | None, other: Grammar | None, caller: Caller) -> Grammar | None:
-    """The form that a request asks for, in `structured_outputs` or in its dialect's own way.
+def _asked(kind: str, name: str, value: Any, caller: Caller) -> Grammar:
+    """A form as `ChatRequest.form` has it; `name` is what the caller calls it."""
+    if kind == "json":
+        return schema_form(_schema(name, value))
+    if kind == "choice":
+        # A terminal, so that it is one automaton, however many they are.
+        return Grammar(kind="lark", text=f"start: ONE\nONE: {' | '.join(map(_literal, value))}")
+    caller.require("grammar", name)
+    if kind == "regex":
+        return Grammar(kind="regex", text=value)
+    try:
+        require_plain(value)
+    except GrammarError as error:
+        raise GrammarError(error.message, param=name) from None
+    return Grammar(kind="lark", text=value)
 
-    Raises:
-        UsageError: in both. Others as `StructuredOutputs.asked`.
-    """
-    if given is None:
-        return other
-    if other is not None:
-        raise UsageError(f"an answer has one form: leave out response_format, or {_NAME}", param=_NAME)
-    return given.asked(caller)
+
+def _schema(name: str, value: dict[str, Any] | str) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    try:
+        read = read_json(value)
+    except ValueError as error:
+        raise UsageError(f"{name}: the text is not JSON: {error}", param=name) from None
+    if not isinstance(read, dict):
+        raise UsageError(f"{name}: expected the text of an object", param=name)
+    return read
 
 
 def _literal(text: str) -> str:

@@ -1,0 +1,244 @@
+"""Items of responses that clients name instead of sending them again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from argosy.engine.engine import Engine
+from argosy.guard.keys import KeyFile, KeyRing
+from argosy.serve.app import make_app
+from argosy.serve.core import Service
+from argosy.serve.gate import Refused
+from argosy.serve.kept_items import KeptItems
+from tests.cli.tiny_chat_model import write_chat_model
+from tests.serve.conftest import serving, start
+from tests.serve.dialects import TOOLS
+
+
+def message(number: int, text: str = "x") -> dict[str, Any]:
+    return {"id": f"msg_{number}", "type": "message", "role": "assistant", "content": text}
+
+
+def keep(kept: KeptItems, tenant: str, number: int, previous: int | None = None, text: str = "x") -> None:
+    asked = [{"role": "user", "content": f"question {number}"}]
+    earlier = None if previous is None else f"resp_{previous}"
+    kept.keep(tenant, f"resp_{number}", earlier, asked, [message(number, text)])
+
+
+def test_a_conversation_comes_back_in_its_order() -> None:
+    kept = KeptItems()
+    keep(kept, "a", 1)
+    keep(kept, "a", 2, previous=1)
+    said = [item["content"] for item in kept.conversation("a", "resp_2")]
+    assert said == ["question 1", "x", "question 2", "x"]
+    assert kept.item("a", "msg_1") == message(1)
+
+
+def test_nobody_else_finds_an_item_and_a_tenant_that_is_gone_leaves_none() -> None:
+    kept = KeptItems()
+    keep(kept, "a", 1)
+    with pytest.raises(Refused, match="Item with id 'msg_1' not found"):
+        kept.item("b", "msg_1")
+    with pytest.raises(Refused, match="Previous response with id 'resp_1' not found"):
+        kept.conversation("b", "resp_1")
+    kept.forget("a")
+    with pytest.raises(Refused):
+        kept.item("a", "msg_1")
+    keep(kept, "a", 2)  # an answer that had ended just before
+    assert kept.nbytes == 0
+
+
+def test_an_items_id_is_no_responses_id() -> None:
+    kept = KeptItems()
+    keep(kept, "a", 1)
+    with pytest.raises(Refused):
+        kept.item("a", "resp_1")
+    with pytest.raises(Refused):
+        kept.conversation("a", "msg_1")
+
+
+def test_the_budget_holds_and_what_was_asked_for_last_stays() -> None:
+    kept = KeptItems(max_bytes=100_000)
+    keep(kept, "a", 0, text="x" * 5_000)
+    keep(kept, "a", 1, previous=0)
+    for number in range(2, 60):
+        keep(kept, "a", number, text="x" * 5_000)
+        assert kept.nbytes <= 100_000
+        assert len(kept.conversation("a", "resp_1")) == 4
+    with pytest.raises(Refused):
+        kept.item("a", "msg_2")
+    assert kept.item("a", "msg_59")
+
+
+def test_a_tenant_that_keeps_much_pushes_out_its_own() -> None:
+    kept = KeptItems(max_bytes=100_000)
+    keep(kept, "small", 1)
+    for number in range(60):
+        keep(kept, "large", number, text="x" * 5_000)
+    assert kept.item("small", "msg_1")
+
+
+def test_without_room_nothing_is_kept() -> None:
+    kept = KeptItems(max_bytes=0)
+    assert not kept.can_keep
+    keep(kept, "a", 1)
+    assert kept.nbytes == 0
+
+
+# ── over the wire ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+GREEDY = {"temperature": 0, "max_output_tokens": 200}
+
+
+def ask(client: httpx.Client, items: Any, **more: Any) -> dict[str, Any]:
+    answer = client.post("/v1/responses", json=GREEDY | {"input": items} | more)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def count(client: httpx.Client, items: Any, **more: Any) -> int:
+    answer = client.post("/v1/responses/input_tokens", json={"input": items} | more)
+    assert answer.status_code == 200, answer.text
+    return int(answer.json()["input_tokens"])
+
+
+def named(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"type": "item_reference", "id": item["id"]} for item in items]
+
+
+def results(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {"type": "function_call_output", "call_id": item["call_id"], "output": "#sunny"}
+        for item in items
+        if item["type"] == "function_call"
+    ]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_items_that_are_named_are_as_good_as_those_that_are_sent(
+    speaker: httpx.Client, streamed: bool
+) -> None:
+    """As @ai-sdk/openai does it, whose default is to store: thoughts and calls by their ids, then the results."""
+    asked = GREEDY | {"input": "#thoughtful", "tools": TOOLS["responses"]}
+    if streamed:
+        text = speaker.post("/v1/responses", json=asked | {"stream": True}).text
+        first = json.loads(text.strip().rpartition("data: ")[2])["response"]
+    else:
+        first = speaker.post("/v1/responses", json=asked).json()
+    assert first["store"] is True
+    assert [item["type"] for item in first["output"]] == ["reasoning", "function_call", "function_call"]
+    question, answers = {"role": "user", "content": "#thoughtful"}, results(first["output"])
+    by_name = [question, *named(first["output"]), *answers]
+    whole = [question, *first["output"], *answers]
+    assert count(speaker, by_name) == count(speaker, whole)
+    said = ask(speaker, by_name, tools=TOOLS["responses"])
+    assert said["output"][0]["content"][0]["text"] == "It is sunny in both."
+    untyped = [
+        question,
+        *({"id": item["id"]} for item in first["output"]),
+        *answers,
+    ]  # the type may be left out
+    assert count(speaker, untyped) == count(speaker, whole)
+
+
+def test_a_response_goes_on_from_the_one_before_it(speaker: httpx.Client) -> None:
+    first = ask(speaker, "#thoughtful", tools=TOOLS["responses"])
+    answers = results(first["output"])
+    second = ask(speaker, answers, previous_response_id=first["id"], tools=TOOLS["responses"])
+    assert second["previous_response_id"] == first["id"]
+    assert second["output"][0]["content"][0]["text"] == "It is sunny in both."
+    whole = [{"role": "user", "content": "#thoughtful"}, *first["output"], *answers, *second["output"]]
+    more = {"previous_response_id": second["id"]}
+    assert count(speaker, "And now?", **more) == count(
+        speaker, [*whole, {"role": "user", "content": "And now?"}]
+    )
+
+
+def test_instructions_are_those_of_the_request_alone(speaker: httpx.Client) -> None:
+    first = ask(speaker, "#plain", instructions="Be brief. " * 20)
+    whole = [{"role": "user", "content": "#plain"}, *first["output"], {"role": "user", "content": "Why?"}]
+    assert count(speaker, "Why?", previous_response_id=first["id"]) == count(speaker, whole)
+
+
+def test_what_is_not_to_be_stored_is_not_found_again_and_the_answer_says_what_to_do(
+    speaker: httpx.Client,
+) -> None:
+    first = ask(speaker, "#plain", store=False)
+    assert first["store"] is False
+    refused = speaker.post("/v1/responses", json=GREEDY | {"input": named(first["output"])})
+    assert refused.status_code == 404
+    error = refused.json()["error"]
+    assert error["message"].startswith(f"Item with id '{first['output'][0]['id']}' not found.")
+    assert "send the items themselves" in error["message"]
+    assert error["param"] == "input"
+    refused = speaker.post("/v1/responses", json=GREEDY | {"input": "x", "previous_response_id": first["id"]})
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert (error["code"], error["param"]) == ("previous_response_not_found", "previous_response_id")
+    assert error["message"].startswith(f"Previous response with id '{first['id']}' not found.")
+
+
+def test_a_server_without_room_says_that_it_stores_nothing(
+    speaker: httpx.Client, speaking_service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speaking_service, "kept", KeptItems(max_bytes=0))
+    answer = speaker.post("/v1/responses", json=GREEDY | {"input": "#plain", "store": True})
+    assert answer.json()["store"] is False
+    assert answer.headers["x-ignored-params"] == "store"
+
+
+def test_a_response_that_failed_is_not_kept(speaker: httpx.Client, speaking_service: Service) -> None:
+    before = speaking_service.kept.nbytes
+    assert speaker.post("/v1/responses", json=GREEDY | {"input": "#fail"}).status_code == 400
+    assert speaking_service.kept.nbytes == before
+
+
+def test_a_conversation_has_no_more_items_than_one_that_is_sent(
+    speaker: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("argosy.serve.openai_responses._MOST_ITEMS", 4)
+    first = ask(speaker, "#plain")
+    second = ask(speaker, "#plain", previous_response_id=first["id"])
+    refused = speaker.post(
+        "/v1/responses", json=GREEDY | {"input": "x", "previous_response_id": second["id"]}
+    )
+    assert refused.status_code == 400
+    assert "has 5 items, and may have 4" in refused.json()["error"]["message"]
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Service, dict[str, str]]]:
+    """A server with two keys."""
+    root = tmp_path_factory.mktemp("kept")
+    keys = KeyFile(root / "keys.json")
+    secrets = {name: keys.add(name)[1] for name in ("one", "two")}
+    model = write_chat_model(root / "model")
+    with Engine(model, memory="1GiB", threads=1) as engine, serving(engine) as service:
+        for url in start(make_app(service, KeyRing(keys), block_tokens=16, max_sequences=8)):
+            yield url, service, secrets
+
+
+def test_another_key_finds_nothing_and_a_revoked_one_leaves_nothing(
+    keyed: tuple[str, Service, dict[str, str]],
+) -> None:
+    url, service, secrets = keyed
+
+    def post(name: str, body: dict[str, Any]) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {secrets[name]}"}
+        return httpx.post(f"{url}/v1/responses", json=body | {"max_output_tokens": 3}, headers=headers)
+
+    first = post("one", {"input": "Hello"}).json()
+    again = {"input": "x", "previous_response_id": first["id"]}
+    assert post("one", again).status_code == 200
+    assert post("two", again).json()["error"]["code"] == "previous_response_not_found"
+    assert post("two", {"input": named(first["output"])}).status_code == 404
+    assert service.kept.nbytes > 0
+    (tenant,) = service.kept._memory._tenants
+    service.revoke(tenant)
+    assert service.kept.nbytes == 0

@@ -1,0 +1,485 @@
+"""What clients and tools send beside the fields of a dialect: it does what it says, is named as idle, or is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import BaseModel
+
+from argosy.errors import PromptTooLong
+from argosy.serve.app import ROUTES
+from argosy.serve.core import Service
+from argosy.serve.fields import ForOpenAI
+from argosy.serve.gate import error_body
+from tests.serve.dialects import DIALECTS, MAX_TOKENS, PATHS, TOOLS, greedy
+from tests.serve.record import read_events
+from tests.serve.speaking import CONTEXT_TOKENS, END, WEATHER
+
+OPENAI = ("chat", "completions", "responses")
+BODIES = {route.policy.path: route.body for route in ROUTES if route.body is not None}
+
+
+def body(dialect: str, said: str = "How are you?", **more: Any) -> dict[str, Any]:
+    return greedy(dialect, said, 12) | more
+
+
+def ask(speaker: httpx.Client, dialect: str, said: str = "How are you?", **more: Any) -> httpx.Response:
+    answer = speaker.post(PATHS[dialect], json=body(dialect, said, **more))
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+def ignored(answer: httpx.Response) -> set[str]:
+    return set(answer.headers.get("x-ignored-params", "").split(", ")) - {""}
+
+
+def text_of(dialect: str, answer: httpx.Response) -> str:
+    found = answer.json()
+    if dialect == "completions":
+        return str(found["choices"][0]["text"])
+    if dialect == "chat":
+        return str(found["choices"][0]["message"]["content"])
+    if dialect == "responses":
+        return "".join(part["text"] for item in found["output"] for part in item.get("content", ()))
+    return "".join(block.get("text", "") for block in found["content"])
+
+
+def num_new(answer: httpx.Response) -> int:
+    usage = answer.json()["usage"]
+    return int(usage.get("completion_tokens", usage.get("output_tokens")))
+
+
+# ── null ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+OPTIONAL = [
+    (dialect, name)
+    for dialect in DIALECTS
+    for name, field in BODIES[PATHS[dialect]].model_fields.items()
+    if not field.is_required()
+]
+
+
+@pytest.mark.parametrize(("dialect", "name"), OPTIONAL)
+def test_null_is_taken_for_every_field_that_may_be_left_out(dialect: str, name: str) -> None:
+    model = BODIES[PATHS[dialect]]
+    plain = model.model_validate(body(dialect))
+    given = body(dialect)
+    given[name] = None
+    if given.keys() == body(dialect).keys():  # one that the plain body has, too
+        assert getattr(model.model_validate(given), name) is None
+    else:
+        assert model.model_validate(given) == plain
+        assert name not in model.model_validate(given).ignored()
+
+
+def models_in(kind: Any, found: set[type[BaseModel]]) -> set[type[BaseModel]]:
+    """All models that a type is made of."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel) and kind not in found:
+        found.add(kind)
+        for field in kind.model_fields.values():
+            models_in(field.annotation, found)
+    for part in getattr(kind, "__args__", ()):
+        models_in(part, found)
+    return found
+
+
+def test_no_part_of_a_body_has_a_rule_of_its_own_for_null() -> None:
+    parts = {model for kind in BODIES.values() for model in models_in(kind, set())}
+    assert len(parts) > 40
+    for model in parts:
+        needed = {field.alias or name for name, field in model.model_fields.items() if field.is_required()}
+        names = {field.alias or name for name, field in model.model_fields.items()} | {"nobody_knows"}
+        optional = dict.fromkeys(sorted(names - needed))
+        if not needed:
+            assert model.model_validate(optional) == model.model_validate({})
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_null_for_what_is_needed_is_refused_by_its_name(speaker: httpx.Client, dialect: str) -> None:
+    name = {"completions": "prompt", "responses": "input"}.get(dialect, "messages")
+    answer = speaker.post(PATHS[dialect], json=body(dialect, **{name: None}))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(f"{name}: expected")
+    assert "found null" in answer.json()["error"]["message"]
+
+
+def test_null_inside_a_message_is_as_if_it_were_not_there(speaker: httpx.Client) -> None:
+    plain = {"role": "user", "content": [{"type": "text", "text": "#plain"}]}
+    nulls = {
+        "role": "user",
+        "name": None,
+        "content": [{"type": "text", "text": "#plain", "cache_control": None}],
+    }
+    counts = {
+        ask(speaker, "chat", messages=[turn]).json()["usage"]["prompt_tokens"] for turn in (plain, nulls)
+    }
+    assert len(counts) == 1
+    ask(speaker, "responses", input=[{"type": None, "role": "user", "content": "#plain", "id": None}])
+
+
+# ── idle fields ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+VALUES: dict[str, Any] = {
+    "user": "u", "metadata": {"a": "b"}, "client_metadata": {}, "safety_identifier": "s", "service_tier": "auto",
+    "store": True, "prompt_cache_key": "k", "prompt_cache_retention": "24h", "prompt_cache_options": {},
+    "cache_prompt": True, "cache_control": {"type": "ephemeral"}, "prediction": {"type": "content", "content": "x"},
+    "provider_specific_fields": {"x": 1}, "web_search_options": {},
+    "max_tool_calls": 3, "verbosity": "low", "guided_decoding_backend": "auto",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dialect", OPENAI)
+def test_every_idle_field_is_taken_changes_nothing_and_is_named(speaker: httpx.Client, dialect: str) -> None:
+    assert VALUES.keys() == ForOpenAI.model_fields.keys()
+    plain, answer = ask(speaker, dialect), ask(speaker, dialect, **VALUES)
+    assert text_of(dialect, answer) == text_of(dialect, plain)
+    assert ignored(answer) == VALUES.keys() - ({"store"} if dialect == "responses" else set())
+    assert ignored(plain) == set()
+
+
+def test_notes_on_messages_parts_calls_and_tools_are_taken_and_named(speaker: httpx.Client) -> None:
+    """As LiteLLM and OpenRouter's clients send them back."""
+    note = {"cache_control": {"type": "ephemeral"}}
+    fields = {"provider_specific_fields": {"a": 1}}
+    call = {
+        "id": "c", "type": "function", **fields,
+        "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}', **fields},
+    }  # fmt: skip
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "#weather", **note}], "id": "m1"},
+        {
+            "role": "assistant",
+            "content": None,
+            "id": "m2",
+            "reasoning_details": [{"type": "x"}],
+            "tool_calls": [call],
+        },
+        {"role": "tool", "tool_call_id": "c", "content": "#sunny", **note},
+    ]
+    tools = [TOOLS["chat"][0] | note]
+    answer = ask(speaker, "chat", messages=messages, tools=tools, max_tokens=60)
+    assert text_of("chat", answer) == "It is sunny in both."
+    assert ignored(answer) == {
+        "messages.id", "messages.content.cache_control", "messages.reasoning_details", "messages.cache_control",
+        "messages.tool_calls.provider_specific_fields", "messages.tool_calls.function.provider_specific_fields",
+        "tools.cache_control",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["logits_processors", "bad_words", "use_beam_search", "suffix", "best_of", "grammar"]
+)
+def test_what_would_change_the_answer_and_is_not_there_is_refused_by_its_name(
+    speaker: httpx.Client, name: str
+) -> None:
+    answer = speaker.post(PATHS["chat"], json=body("chat", **{name: 1}))
+    assert answer.status_code == 400
+    assert f"unknown field '{name}'" in answer.json()["error"]["message"]
+    assert "hint: " in answer.json()["error"]["message"]
+
+
+# ── fields that do something ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_an_answer_may_have_to_go_on(speaker: httpx.Client, speaking_service: Service, dialect: str) -> None:
+    limit = {MAX_TOKENS[dialect]: 40}
+    assert num_new(ask(speaker, dialect, "#plain", **limit)) < 40
+    assert num_new(ask(speaker, dialect, "#plain", ignore_eos=True, **limit)) == 40
+    assert num_new(ask(speaker, dialect, "#plain", min_tokens=30, **limit)) >= 30
+    assert speaking_service.tokenizer is not None
+    stop = speaking_service.tokenizer.encode("It is well")[-1]
+    answer = ask(speaker, dialect, "#plain", stop_token_ids=[stop], **limit)
+    assert text_of(dialect, answer).startswith("It")
+    assert "thank" not in text_of(dialect, answer)
+
+
+@pytest.mark.parametrize("dialect", OPENAI)
+def test_special_tokens_are_shown_where_they_are_asked_for(
+    speaker: httpx.Client, speaking_service: Service, dialect: str
+) -> None:
+    assert speaking_service.tokenizer is not None
+    end = speaking_service.tokenizer.control_id(END)
+    more = {"ignore_eos": True, "logit_bias": {str(end): 100}, MAX_TOKENS[dialect]: 3}
+    assert text_of(dialect, ask(speaker, dialect, **more)).count(END) == 0
+    assert text_of(dialect, ask(speaker, dialect, skip_special_tokens=False, **more)) == END * 3
+
+
+@pytest.mark.parametrize("dialect", OPENAI)
+def test_minus_one_is_no_limit_and_any_seed(speaker: httpx.Client, dialect: str) -> None:
+    name = MAX_TOKENS[dialect]
+    answer = ask(speaker, dialect, "#long", **{name: -1, "seed": -1})
+    assert num_new(answer) > 300
+    for value in (-2, -1.0, 0 if dialect != "completions" else -3, True):
+        refused = speaker.post(PATHS[dialect], json=body(dialect, **{name: value}))
+        assert refused.status_code == 400, value
+    texts = {text_of(dialect, ask(speaker, dialect, temperature=1, seed=-1)) for _ in range(4)}
+    assert len(texts) > 1
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_repetition_penalty_has_two_names(speaker: httpx.Client, dialect: str) -> None:
+    more = {MAX_TOKENS[dialect]: 60}
+    one = text_of(dialect, ask(speaker, dialect, repetition_penalty=3.0, **more))
+    assert text_of(dialect, ask(speaker, dialect, repeat_penalty=3.0, **more)) == one
+    both = body(dialect, repeat_penalty=3.0, repetition_penalty=2.0)
+    refused = speaker.post(PATHS[dialect], json=both)
+    assert refused.status_code == 400
+    assert "repeat_penalty" in refused.json()["error"]["message"]
+
+
+GUIDED = [
+    ("guided_json", {"type": "object", "properties": {"answer": {"const": 42}}, "required": ["answer"]}),
+    ("guided_json", '{"type": "object", "properties": {"answer": {"const": 42}}, "required": ["answer"]}'),
+    ("guided_choice", ['{"answer": 42}', "no"]),
+    ("guided_regex", r'\{"answer": 4[0-9]\}'),
+    ("guided_grammar", 'start: "{\\"answer\\": 42}"'),
+]
+
+
+@pytest.mark.parametrize("dialect", ["chat", "completions"])
+@pytest.mark.parametrize(("name", "value"), GUIDED)
+def test_a_form_may_be_asked_for_by_its_older_name(
+    speaker: httpx.Client, dialect: str, name: str, value: Any
+) -> None:
+    answer = ask(speaker, dialect, "#json", max_tokens=40, **{name: value})
+    assert json.loads(text_of(dialect, answer)) == {"answer": 42}
+    assert ignored(answer) == set()
+    other = {"guided_regex": "a"} if name == "guided_choice" else {"guided_choice": ["a"]}
+    for more in ({"structured_outputs": {"choice": ["a"]}}, other):
+        refused = speaker.post(PATHS[dialect], json=body(dialect, **{name: value}, **more))
+        assert refused.status_code == 400
+        assert "an answer has one form" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("dialect", ["chat", "completions"])
+@pytest.mark.parametrize("value", ["{", "[1]", '{"a": 1, "a": 2}'])
+def test_a_schema_as_text_is_read_strictly(speaker: httpx.Client, dialect: str, value: str) -> None:
+    refused = speaker.post(PATHS[dialect], json=body(dialect, guided_json=value))
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "guided_json"
+
+
+@pytest.mark.parametrize("dialect", ["chat", "completions"])
+def test_usage_comes_with_every_chunk_where_it_is_asked_for(speaker: httpx.Client, dialect: str) -> None:
+    def usages(options: dict[str, bool]) -> tuple[httpx.Response, list[Any]]:
+        answer = ask(speaker, dialect, "#plain", stream=True, stream_options=options)
+        data = [event["data"] for event in read_events(answer.text)]
+        return answer, [chunk.get("usage") for chunk in data if chunk != "[DONE]"]
+
+    _, found = usages({"include_usage": True, "continuous_usage_stats": True})
+    assert all(found)
+    counts = [usage["completion_tokens"] for usage in found]
+    assert counts == sorted(counts)
+    assert counts[-1] > len(set(counts)) - 1 > counts[-1] / 2  # a chunk may bring the text of two tokens
+    assert len({usage["prompt_tokens"] for usage in found}) == 1
+    answer, found = usages({"continuous_usage_stats": True})
+    assert not any(found)
+    assert ignored(answer) == {"stream_options.continuous_usage_stats"}
+
+
+SWITCHES = [
+    {"enable_thinking": False}, {"thinking": False}, {"thinking": {"type": "disabled"}},
+    {"reasoning": {"enabled": False}}, {"reasoning": {"effort": "none"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_thinking_is_switched_off_as_other_servers_have_it(
+    speaker: httpx.Client, switch: dict[str, Any]
+) -> None:
+    expected = ask(speaker, "chat", reasoning_effort="none").json()["usage"]["prompt_tokens"]
+    answer = ask(speaker, "chat", **switch)
+    assert answer.json()["usage"]["prompt_tokens"] == expected
+    assert ignored(answer) == set()
+    if switch.keys() <= {"thinking", "enable_thinking"}:
+        assert ask(speaker, "responses", **switch).json()["usage"]["input_tokens"] == expected
+        assert ignored(ask(speaker, "completions", **switch)) == switch.keys()
+
+
+def test_a_switch_that_the_template_does_not_know_is_named(client: httpx.Client) -> None:
+    answer = client.post("/v1/chat/completions", json=body("chat", enable_thinking=False, max_tokens=2))
+    assert ignored(answer) == {"enable_thinking"}
+    answer = client.post(
+        "/v1/chat/completions", json=body("chat", reasoning={"enabled": True, "max_tokens": 9})
+    )
+    assert ignored(answer) == {"reasoning.enabled", "reasoning.max_tokens"}
+    answer = client.post("/v1/responses", json=body("responses", thinking={"type": "enabled"}))
+    assert ignored(answer) == {"thinking"}
+
+
+@pytest.mark.parametrize("hidden", [{"include_reasoning": False}, {"reasoning": {"exclude": True}}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_thoughts_are_left_out_of_a_chat_where_that_is_asked_for(
+    speaker: httpx.Client, hidden: dict[str, Any], stream: bool
+) -> None:
+    shown = ask(speaker, "chat", "#think", max_tokens=60, stream=stream)
+    answer = ask(speaker, "chat", "#think", max_tokens=60, stream=stream, **hidden)
+    assert "reasoning_content" in shown.text
+    assert "reasoning_content" not in answer.text
+    assert ignored(answer) == set()
+    if not stream:
+        assert text_of("chat", answer) == "It is well."
+        assert answer.json()["usage"] | {"prompt_tokens_details": 0} == shown.json()["usage"] | {
+            "prompt_tokens_details": 0
+        }
+
+
+def test_thoughts_are_left_out_of_a_response_where_that_is_asked_for(speaker: httpx.Client) -> None:
+    more = {"max_output_tokens": 60}
+    assert [item["type"] for item in ask(speaker, "responses", "#think", **more).json()["output"]] == [
+        "reasoning",
+        "message",
+    ]
+    answer = ask(speaker, "responses", "#think", include_reasoning=False, **more)
+    assert [item["type"] for item in answer.json()["output"]] == ["message"]
+
+
+# ── functions, as they were before tools ────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_function_is_called_as_it_was_before_there_were_tools(speaker: httpx.Client) -> None:
+    more: dict[str, Any] = {"functions": [WEATHER], "max_tokens": 200}
+    choice = ask(speaker, "chat", "#weather", **more).json()["choices"][0]
+    assert choice["finish_reason"] == "function_call"
+    called = choice["message"]["function_call"]
+    assert (called["name"], json.loads(called["arguments"])) == ("get_weather", {"city": "Oslo"})
+    assert "tool_calls" not in choice["message"]
+
+    events = read_events(ask(speaker, "chat", "#weather", stream=True, **more).text)
+    chunks = [event["data"]["choices"][0] for event in events if event["data"] != "[DONE]"]
+    parts = [chunk["delta"]["function_call"] for chunk in chunks if "function_call" in chunk["delta"]]
+    assert [part.get("name") for part in parts] == ["get_weather", None]
+    assert "".join(part["arguments"] for part in parts) == called["arguments"]
+    assert chunks[-1]["finish_reason"] == "function_call"
+
+    messages = [
+        {"role": "user", "content": "#weather"},
+        {"role": "assistant", "content": None, "function_call": called},
+        {"role": "function", "name": "get_weather", "content": "#sunny"},
+    ]
+    answer = ask(speaker, "chat", messages=messages, **more)
+    assert text_of("chat", answer) == "It is sunny in both."
+    assert answer.json()["choices"][0]["finish_reason"] == "stop"
+
+
+def test_functions_are_chosen_as_tools_are_and_not_together_with_them(speaker: httpx.Client) -> None:
+    more: dict[str, Any] = {"functions": [WEATHER], "max_tokens": 200}
+    choice = ask(speaker, "chat", "#thoughtful", function_call={"name": "get_weather"}, **more).json()[
+        "choices"
+    ][0]
+    assert choice["message"]["function_call"]["name"] == "get_weather"
+    choice = ask(speaker, "chat", "#json", function_call="none", **more).json()["choices"][0]
+    assert "function_call" not in choice["message"]
+    for both in ({"tools": TOOLS["chat"]}, {"function_call": "auto", "tool_choice": "auto"}):
+        refused = speaker.post(PATHS["chat"], json=body("chat", **more | both))
+        assert refused.status_code == 400
+        assert "older form" in refused.json()["error"]["message"]
+
+
+# ── what does not fit ───────────────────────────────────────────────────────────────────────────────────────────────
+
+OVERFLOW = {
+    "openai": r"This model's maximum context length is (?P<limit>\d+) tokens\. However, you requested (?P<all>\d+)"
+    r" tokens \((?P<prompt>\d+) in the messages, (?P<new>\d+) in the completion\)",
+    "anthropic": r"prompt is too long: (?P<prompt>\d+) tokens > (?P<most>\d+) maximum",
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_prompt_that_is_too_long_is_refused_in_words_that_clients_know(
+    speaker: httpx.Client, dialect: str
+) -> None:
+    said = "Ω" * 5000
+    counted = speaker.post("/tokenize", json={"content": said}).json()["count"]
+    answer = speaker.post(PATHS[dialect], json=body(dialect, said))
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    kind = "anthropic" if dialect == "messages" else "openai"
+    found = re.match(OVERFLOW[kind], error["message"])
+    assert found, error["message"]
+    numbers = {name: int(value) for name, value in found.groupdict().items()}
+    assert numbers["prompt"] >= counted
+    if kind == "anthropic":
+        assert (error["type"], numbers["most"]) == ("invalid_request_error", CONTEXT_TOKENS - 1)
+    else:
+        assert error["code"] == "context_length_exceeded"
+        assert (numbers["limit"], numbers["new"]) == (CONTEXT_TOKENS, 1)
+        assert numbers["all"] == numbers["prompt"] + 1 > numbers["limit"]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_an_answer_that_must_be_longer_than_there_is_room_is_refused_with_the_sum(
+    speaker: httpx.Client, dialect: str
+) -> None:
+    more = {"min_tokens": CONTEXT_TOKENS, MAX_TOKENS[dialect]: CONTEXT_TOKENS}
+    answer = speaker.post(PATHS[dialect], json=body(dialect, **more))
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    if dialect == "messages":
+        found = re.match(
+            r"input length and `min_tokens` exceed context limit: (\d+) \+ (\d+) > (\d+)", message
+        )
+        assert found
+        assert [int(number) for number in found.groups()][1:] == [CONTEXT_TOKENS, CONTEXT_TOKENS]
+    else:
+        found = re.match(OVERFLOW["openai"], message)
+        assert found
+        assert int(found["new"]) == CONTEXT_TOKENS
+        assert int(found["all"]) == int(found["prompt"]) + CONTEXT_TOKENS
+
+
+@pytest.mark.parametrize("dialect", ["openai", "anthropic"])
+def test_a_bound_is_as_good_as_a_count_for_the_words(dialect: Any) -> None:
+    """A prompt may be refused before it is counted to its end."""
+    early = PromptTooLong("at least so much", needed=70_001, available=65_536, hint="shorten it")
+    _, told = error_body(early, dialect, "req_1")
+    found = re.match(OVERFLOW[dialect], told["error"]["message"])
+    assert found
+    assert found["prompt"] == "70000"
+    assert told["error"]["message"].endswith("\nhint: shorten it")
+
+
+def test_a_stream_of_a_response_tells_it_as_codex_hears_it(speaker: httpx.Client) -> None:
+    answer = speaker.post(PATHS["responses"], json=body("responses", "Ω" * 5000, stream=True))
+    assert answer.status_code == 200
+    events = [event["data"] for event in read_events(answer.text)]
+    assert [event["type"] for event in events] == [
+        "response.created",
+        "response.in_progress",
+        "response.failed",
+    ]
+    error = events[-1]["response"]["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert re.match(OVERFLOW["openai"], error["message"])
+
+
+# ── a cut answer ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("said", ["#long", "#think"])
+def test_an_item_that_was_cut_off_is_incomplete_as_its_response_is(speaker: httpx.Client, said: str) -> None:
+    more = {"max_output_tokens": 5}
+    whole = ask(speaker, "responses", said, **more).json()
+    assert (whole["status"], whole["output"][-1]["status"]) == ("incomplete", "incomplete")
+    events = [
+        event["data"] for event in read_events(ask(speaker, "responses", said, stream=True, **more).text)
+    ]
+    done = [event["item"]["status"] for event in events if event["type"] == "response.output_item.done"]
+    assert done == ["incomplete"]
+    assert events[-1]["response"]["output"][-1]["status"] == "incomplete"
+
+
+def test_items_before_the_one_that_was_cut_off_are_complete(speaker: httpx.Client) -> None:
+    num_thought = (
+        ask(speaker, "responses", "#think", max_output_tokens=60).json()["usage"]["output_tokens"] - 3
+    )
+    output = ask(speaker, "responses", "#think", max_output_tokens=num_thought).json()["output"]
+    assert [(item["type"], item["status"]) for item in output] == [
+        ("reasoning", "completed"),
+        ("message", "incomplete"),
+    ]
