@@ -59,7 +59,7 @@ $(VENV)/.clients: $(VENV)/.installed
 	$(PIP) --no-build-isolation --editable '.[clients]'
 	@touch $@
 
-build/clients/node_modules: tests/clients/ai-sdk/package.json tests/clients/ai-sdk/package-lock.json
+build/clients/node_modules: tests/clients/node/package.json tests/clients/node/package-lock.json
 	mkdir -p build/clients
 	cp $^ build/clients/
 	! command -v npm > /dev/null || npm ci --prefix build/clients --no-audit --no-fund --ignore-scripts --loglevel=error
