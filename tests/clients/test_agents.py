@@ -1,4 +1,4 @@
-"""Claude Code, Codex and opencode as people install them: each works, uses a tool, and lives through what ends a session.
+"""Claude Code, Codex and opencode as people install them: each answers, uses a tool, and survives what ended sessions.
 
 Every test is one or two turns of the real program against a server that is alone with it (`loopback.py`).
 """

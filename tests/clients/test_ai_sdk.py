@@ -1,4 +1,4 @@
-"""The Vercel AI SDK in node: with `@ai-sdk/openai-compatible`, and with `@ai-sdk/openai` and its default of Responses."""
+"""The Vercel AI SDK in node, with `@ai-sdk/openai-compatible` and with `@ai-sdk/openai`, whose default is Responses."""
 
 from __future__ import annotations
 

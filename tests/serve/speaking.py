@@ -3,13 +3,13 @@
     "#weather" in the conversation  ->  SCRIPTS["#weather"]  ->  its tokens, one by one, as far as a grammar lets them
 
 The key that stands last in the conversation counts. Without one the model babbles, as random weights do. Grammars,
-sampling, stop strings, parsing, scheduling and HTTP see nothing of it. As a program it is `argosy` with this model, whose
-positions reach as far as `--context`:
+sampling, stop strings, parsing, scheduling and HTTP see nothing of it. As a program it is `argosy` with this model,
+made for as many positions as `--context` says:
 
     python -m tests.serve.speaking serve DIRECTORY --memory 1GiB --port 8080
 
-The variable SPEAKING_SCRIPTS may name a JSON file of further scripts. A script that is a list has one answer for each time
-the conversation comes back after its key: a call, and what is said to its result.
+The variable SPEAKING_SCRIPTS may name a JSON file of further scripts. A script that is a list holds one answer for each
+turn after its key: a call, for example, and then the answer to its result.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def _answer(text: str, scripts: Mapping[str, Script]) -> tuple[str | None, str]:
     script = scripts[key]
     if isinstance(script, str):
         return key, script
-    num_said = text.count("<|im_start|>assistant", text.rindex(key)) - 1  # the prompt ends with one that is open
+    num_said = (
+        text.count("<|im_start|>assistant", text.rindex(key)) - 1
+    )  # the prompt ends with one that is open
     return key, script[min(num_said, len(script) - 1)]
 
 
