@@ -68,8 +68,8 @@ $(VENV)/.clients: $(VENV)/.installed
 	@$(PIP) --no-build-isolation --editable '.[clients]'
 	@touch $@
 
-build/clients/node_modules: tests/clients/ai-sdk/package.json tests/clients/ai-sdk/package-lock.json
-	$(SAY) "downloading the AI SDK with npm, where there is one"
+build/clients/node_modules: tests/clients/node/package.json tests/clients/node/package-lock.json
+	$(SAY) "downloading the AI SDK, Claude Code, Codex and opencode with npm, where there is one (1.2 GB on the drive)"
 	@mkdir -p build/clients
 	@cp $^ build/clients/
 	@! command -v npm > /dev/null || npm ci --prefix build/clients --no-audit --no-fund --ignore-scripts --loglevel=error

@@ -29,6 +29,7 @@ SCRIPTS = (
     "footprint",
     "replay",
     "memory",
+    "attack",
     "quantisation",
     "demo",
 )

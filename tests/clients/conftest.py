@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # litellm would fetch its prices when it is imported
 ROOT = Path(__file__).parents[2]
 NUM_LONG = 1200  # tokens of what "#long" says; nobody who hangs up early lets it get there
 

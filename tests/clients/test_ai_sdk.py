@@ -1,4 +1,4 @@
-"""The Vercel AI SDK with `@ai-sdk/openai-compatible`: one conversation, in node."""
+"""The Vercel AI SDK in node, with `@ai-sdk/openai-compatible` and with `@ai-sdk/openai`, whose default is Responses."""
 
 from __future__ import annotations
 
@@ -13,22 +13,28 @@ import pytest
 from tests.clients.conftest import ROOT, Server
 
 FOLDER = ROOT / "build" / "clients"
-SCRIPT = Path(__file__).parent / "ai-sdk" / "conversation.mjs"
+SCRIPTS = Path(__file__).parent / "node"
 
 
-@pytest.fixture(scope="module")
-def found(server: Server) -> dict[str, Any]:
+def converse(script: str, server: Server) -> dict[str, Any]:
+    """What a conversation in node printed last."""
     if shutil.which("node") is None:
         pytest.skip("node is not there, so the AI SDK cannot run")
     if not (FOLDER / "node_modules" / "ai").is_dir():
         pytest.skip("the AI SDK is not installed; `make test-clients` does that where npm is there")
-    before = server.num_new_tokens
-    shutil.copy(SCRIPT, FOLDER)  # beside its modules
-    command = ["node", FOLDER / SCRIPT.name, server.url]
+    shutil.copy(SCRIPTS / script, FOLDER)  # beside its modules
+    command = ["node", FOLDER / script, server.url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    server.require_freed(before + 300)  # of the conversation before
     made: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return made
+
+
+@pytest.fixture(scope="module")
+def found(server: Server) -> dict[str, Any]:
+    before = server.num_new_tokens
+    made = converse("conversation.mjs", server)
+    server.require_freed(before + 300)  # of the conversation before
     return made
 
 
@@ -54,3 +60,10 @@ def test_a_schema_is_parsed(found: dict[str, Any]) -> None:
 
 def test_who_leaves_a_stream_frees_the_engine(found: dict[str, Any]) -> None:
     assert 5 <= found["cancelled"] < 400  # and the fixture has seen the engine idle
+
+
+def test_earlier_answers_that_come_back_as_references_are_found(server: Server) -> None:
+    made = converse("responses.mjs", server)
+    assert made["calls"] == [["get_weather", {"city": "Oslo"}], ["get_weather", {"city": "Rome", "days": 2}]]
+    assert made["texts"] == ["It is sunny in both.", "It is well, thank you."]
+    assert "item_reference" in made["sent"][-1]  # or the SDK has changed, and this test proves nothing

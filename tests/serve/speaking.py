@@ -3,15 +3,21 @@
     "#weather" in the conversation  ->  SCRIPTS["#weather"]  ->  its tokens, one by one, as far as a grammar lets them
 
 The key that stands last in the conversation counts. Without one the model babbles, as random weights do. Grammars,
-sampling, stop strings, parsing, scheduling and HTTP see nothing of it. As a program it is `argosy` with this model:
+sampling, stop strings, parsing, scheduling and HTTP see nothing of it. As a program it is `argosy` with this model,
+made for as many positions as `--context` says:
 
     python -m tests.serve.speaking serve DIRECTORY --memory 1GiB --port 8080
+
+The variable SPEAKING_SCRIPTS may name a JSON file of further scripts. A script that is a list holds one answer for each
+turn after its key: a call, for example, and then the answer to its result.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,7 +26,6 @@ from unittest import mock
 from argosy.engine import engine as engine_module
 from argosy.engine.sampler import Sampler, SamplerState
 from argosy.errors import GrammarError
-from argosy.prompt.tokenizer import Tokenizer
 from tests.models.tiny import qwen3_moe, write_model
 from tests.prompt.families import FAMILIES
 from tests.prompt.tokenizers_for_tests import write_tokenizer
@@ -35,7 +40,8 @@ def call(name: str, arguments: str) -> str:
 
 
 OSLO, ROME = '{"city": "Oslo"}', '{"city": "Rome", "days": 2}'
-SCRIPTS = {
+Script = str | Sequence[str]
+SCRIPTS: dict[str, Script] = {
     "#plain": "It is well, thank you.",
     "#think": "<think>\nLet me see.\n</think>\n\nIt is well.",
     "#weather": f"Let me look.\n{call('get_weather', OSLO)}\n{call('get_weather', ROME)}",
@@ -67,32 +73,45 @@ ANSWER_SCHEMA: dict[str, Any] = {
 }
 
 
-def write_speaking_model(directory: Path) -> Path:
+def write_speaking_model(directory: Path, context_tokens: int = CONTEXT_TOKENS) -> Path:
     config = qwen3_moe(
-        vocab_size=512, max_position_embeddings=CONTEXT_TOKENS, eos_token_id=FAMILY.tokenizer.eos_ids[0]
+        vocab_size=512, max_position_embeddings=context_tokens, eos_token_id=FAMILY.tokenizer.eos_ids[0]
     )
     write_model(directory, config, seed=3)
     more: dict[str, object] = {"eos_token": END, "chat_template": FAMILY.template}
     return write_tokenizer(directory, FAMILY.tokenizer._core.to_str(), more)
 
 
-def key_of(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> str | None:
-    text = tokenizer.decode(list(prompt_ids), keep_special=True)
-    at, key = max((text.rfind(key), key) for key in SCRIPTS)
+def _last_key(text: str, scripts: Mapping[str, Script]) -> str | None:
+    at, key = max((text.rfind(key), key) for key in scripts)
     return key if at >= 0 else None
 
 
-def speaking() -> ExitStack:
-    """While this is entered, engines of this process speak."""
-    tokenizer, stack = FAMILY.tokenizer, ExitStack()
+def _answer(text: str, scripts: Mapping[str, Script]) -> tuple[str | None, str]:
+    """The last key in `text`, and what is to be said now."""
+    key = _last_key(text, scripts)
+    if key is None:
+        return None, ""
+    script = scripts[key]
+    if isinstance(script, str):
+        return key, script
+    num_said = (
+        text.count("<|im_start|>assistant", text.rindex(key)) - 1
+    )  # the prompt ends with one that is open
+    return key, script[min(num_said, len(script) - 1)]
+
+
+def speaking(more: Mapping[str, Script] | None = None) -> ExitStack:
+    """While this is entered, engines of this process speak; `more` are scripts beside SCRIPTS."""
+    tokenizer, stack, scripts = FAMILY.tokenizer, ExitStack(), {**SCRIPTS, **(more or {})}
 
     class ScriptedState(SamplerState):
         def __init__(self, prompt_ids: Sequence[int], seed: int | None = None) -> None:
             super().__init__(prompt_ids, seed)
-            key = key_of(tokenizer, prompt_ids)
+            key, answer = _answer(tokenizer.decode(list(prompt_ids), keep_special=True), scripts)
             self.fails = key == "#fail"
             end = "" if self.fails else END
-            self.script = tokenizer.encode_segments([(False, SCRIPTS[key] + end)]) if key else []
+            self.script = tokenizer.encode_segments([(False, answer + end)]) if key else []
 
     class ScriptedSampler(Sampler):
         def sample(self, logits: Any, params: Any, state: Any, constraint: Any = None) -> Any:
@@ -112,7 +131,12 @@ def speaking() -> ExitStack:
 if __name__ == "__main__":
     from argosy.cli.main import main
 
-    if sys.argv[1] == "serve" and not Path(sys.argv[2]).exists():
-        write_speaking_model(Path(sys.argv[2]))
-    with speaking():
+    arguments = sys.argv[1:]
+    if arguments[0] == "serve" and not Path(arguments[1]).exists():
+        positions = (
+            int(arguments[arguments.index("--context") + 1]) if "--context" in arguments else CONTEXT_TOKENS
+        )
+        write_speaking_model(Path(arguments[1]), positions)
+    given = os.environ.get("SPEAKING_SCRIPTS")
+    with speaking(json.loads(Path(given).read_text()) if given else None):
         main()
