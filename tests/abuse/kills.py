@@ -294,7 +294,7 @@ class Demo(Writer):
         packed = locate.locate(progress=lambda what, share: said.append(what))
         whole = locate.locate().name
         require(contents(packed) == contents(self.fixed / "cache" / whole), "the model has other bytes")
-        require(argosy(["show", "demo"]) == 0, "the model cannot be shown")
+        require(argosy(["show", str(packed)]) == 0, "the model cannot be shown")
         require("made" not in told or not said, "a finished model was made again")
         if any(what.startswith("packing") for what in told):
             require("unpacking the dense base" not in said, "what was built was built again")
