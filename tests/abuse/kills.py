@@ -294,12 +294,12 @@ class Demo(Writer):
         packed = locate.locate(progress=lambda what, share: said.append(what))
         whole = locate.locate().name
         require(contents(packed) == contents(self.fixed / "cache" / whole), "the model has other bytes")
-        require(argosy(["show", "demo"]) == 0, "the model cannot be shown")
+        require(argosy(["show", str(packed)]) == 0, "the model cannot be shown")
         require("made" not in told or not said, "a finished model was made again")
         if any(what.startswith("packing") for what in told):
             require("unpacking the dense base" not in said, "what was built was built again")
-        names = {path.name for path in packed.parent.iterdir()} - {packed.name, "demo.lock", "demo.version"}
-        require(not names - {"demo.new"}, f"left over: {names}")
+        names = {path.name for path in packed.parent.iterdir() if "demo-" in path.name} - {packed.name}
+        require(not names, f"left over: {names}")
         return "from the start" if "unpacking the dense base" in said else "continued" if said else "finished"
 
 
