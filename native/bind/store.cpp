@@ -104,6 +104,7 @@ Piece parse_piece(nb::handle given) {
 
 Record parse_record(nb::handle pieces, const std::optional<std::vector<uint32_t>>& checksums) {
   Record record;
+  record.pieces.reserve(nb::len(pieces));
   for (nb::handle piece : nb::cast<nb::sequence>(pieces)) record.pieces.push_back(parse_piece(piece));
   if (checksums && checksums->size() != record.pieces.size()) {
     throw std::invalid_argument("there are " + std::to_string(record.pieces.size()) + " pieces and " +
@@ -206,6 +207,9 @@ void bind_store(nb::module_& m) {
         }
         return found;
       });
+
+  m.def("record_bytes", &Record::bytes, "num_pieces"_a, "has_checksums"_a);
+  m.def("request_bytes", &Store::request_bytes, "piece_bytes"_a);
 
   nb::class_<Store>(m, "Store")
       .def(

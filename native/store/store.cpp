@@ -44,6 +44,9 @@ constexpr int64_t kAskedAfterMisses = 64;  // one part in so many
 int64_t round_down(int64_t value, int64_t step) { return value / step * step; }
 int64_t divide_up(int64_t value, int64_t step) { return (value + step - 1) / step; }
 
+// What glibc takes for a block of so many bytes: its size goes before it, in steps of 16.
+int64_t heap_bytes(size_t nbytes) { return std::max<int64_t>(32, int64_t(nbytes + 8 + 15) / 16 * 16); }
+
 std::string file_name(const std::string& path) { return path.substr(path.find_last_of('/') + 1); }
 
 std::string range_of(int64_t offset, int64_t nbytes) {
@@ -111,6 +114,20 @@ class Store::Staging {
   Arena arena_;
   std::vector<bool> is_taken_;
 };
+
+int64_t Record::bytes(int64_t num_pieces, bool has_checksums) {
+  const auto count = size_t(num_pieces);
+  return heap_bytes(count * sizeof(Piece)) + (has_checksums ? heap_bytes(count * sizeof(uint32_t)) : 0);
+}
+
+int64_t Store::request_bytes(const std::vector<int64_t>& piece_bytes) {
+  int64_t num_parts = 0;
+  for (const int64_t nbytes : piece_bytes) num_parts += nbytes / kTranscodedPartBytes + 1;
+  const int64_t in_table =
+      heap_bytes(sizeof(void*) + sizeof(decltype(requests_)::value_type)) + 2 * int64_t(sizeof(void*));
+  return heap_bytes(sizeof(Request)) + heap_bytes(piece_bytes.size() * sizeof(PieceState)) + in_table +
+         num_parts * int64_t(sizeof(Part));
+}
 
 Store::Store(int num_readers, std::shared_ptr<FileSystem> file_system)
     : file_system_(std::move(file_system)), num_readers_(num_readers) {

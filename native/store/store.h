@@ -81,6 +81,9 @@ struct Piece {
 struct Record {
   std::vector<Piece> pieces;
   std::vector<uint32_t> checksums = {};  // none, or the crc32c_wide of each piece
+
+  // What such a record takes of the heap.
+  static int64_t bytes(int64_t num_pieces, bool has_checksums);
 };
 
 // What one ticket stands for.
@@ -167,6 +170,8 @@ class Store {
   int64_t staging_bytes() const { return num_readers_ * kStagingBytes; }
   // What they hold of it.
   int64_t staging_held_bytes() const;
+  // What one ticket takes of the heap, at most, until it is done: for pieces of so many bytes.
+  static int64_t request_bytes(const std::vector<int64_t>& piece_bytes);
 
   bool is_asynchronous() const { return queue_of_kernel_ != nullptr; }
 

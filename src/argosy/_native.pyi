@@ -668,6 +668,12 @@ class Record:
     def pieces(self) -> list[tuple[int, int, int, int]]:
         """Where each is, and where it goes: without what it is transcoded from."""
 
+def record_bytes(num_pieces: int, has_checksums: bool) -> int:
+    """Bytes of heap that a `Record` takes beside its Python object."""
+
+def request_bytes(piece_bytes: Sequence[int]) -> int:
+    """Most bytes of heap that a ticket takes until it is done, for a record with pieces of so many bytes."""
+
 Urgency = Literal["now", "soon", "maybe"]
 
 class Store:

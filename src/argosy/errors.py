@@ -81,7 +81,10 @@ class Revoked(ArgosyError):
 
 
 class DoesNotFit(ArgosyError):
-    """The memory budget is below the floor; facts: `needed_bytes`, `budget_bytes`."""
+    """The memory budget is below the floor, or a limit of the process below what the budget maps.
+
+    Facts: `needed_bytes`, `budget_bytes`.
+    """
 
     exit_code = 3
     http_status = 503

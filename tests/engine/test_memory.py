@@ -25,14 +25,17 @@ PROMPT_TOKENS, NEW_TOKENS = 1000, 200
 GENERATE = """
 import json, random, sys
 from argosy import Engine, SamplingParams
+from argosy.plan.machine import process_footprint
 
 model, memory, prompt_tokens, new_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 prompt = random.Random(5).choices(range(1024), k=prompt_tokens)
 options = json.loads(sys.argv[5])
+tables_before = process_footprint().page_table_bytes
 with Engine(model, memory=memory, threads=2, context=prompt_tokens + new_tokens, **options) as engine:
     result = engine.generate(prompt, SamplingParams(max_tokens=new_tokens, ignore_eos=True))
     plan = engine.plan
-    print(json.dumps([result.token_ids, result.ledger.as_dict(), plan.as_dict()]))
+    tables = process_footprint().page_table_bytes - tables_before
+    print(json.dumps([result.token_ids, result.ledger.as_dict(), {**plan.as_dict(), "page_tables_found": tables}]))
 """
 
 
@@ -74,10 +77,16 @@ def test_a_model_of_four_times_the_budget_runs_in_a_cgroup_of_the_budget(checkpo
     assert ledger["bytes_read"] > 4 * BUDGET_BYTES
     assert sum(ledger["parts"].values()) == pytest.approx(ledger["wall_s"], rel=1e-3)
 
-    _, resident_ids, resident_ledger, _ = generate(checkpoint, 1 << 30)
+    _, resident_ids, resident_ledger, resident_plan = generate(checkpoint, 1 << 30)
     assert resident_ledger["hits"] == resident_ledger["lookups"]
     assert len(token_ids) == NEW_TOKENS
     assert token_ids == resident_ids
+    for planned in (plan, resident_plan):
+        assert (
+            planned["expert_cache_bytes"] // 512
+            <= planned["page_tables_found"]
+            <= planned["page_table_bytes"]
+        )
 
 
 @pytest.mark.skipif(bool(why_no_cap()), reason=why_no_cap() or "")

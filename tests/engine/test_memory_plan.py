@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,19 @@ import pytest
 
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import MIB, Budget, EngineConfig, KvDir
-from argosy.engine.memory_plan import GRAMMAR_BYTES, MemoryPlan, experts_read, kv_bytes, plan_memory
+from argosy.config import GIB, MIB, Budget, EngineConfig, KvDir
+from argosy.engine.memory_plan import (
+    GRAMMAR_BYTES,
+    MemoryPlan,
+    experts_read,
+    kv_bytes,
+    page_table_bytes,
+    plan_memory,
+)
 from argosy.engine.prefix_files import buffer_bytes
 from argosy.errors import DoesNotFit, UsageError
-from argosy.experts.source import resident_bytes
+from argosy.experts import policy
+from argosy.experts.source import bookkeeping_bytes, resident_bookkeeping_bytes, resident_bytes
 from argosy.model.families import open_model
 from tests.models.tiny import qwen3_moe, write_model
 
@@ -176,6 +185,49 @@ def test_grammars_and_files_of_prompts_have_room_in_the_plan(files: ModelFiles, 
     assert with_files.working_bytes - plain.working_bytes == buffer_bytes(block_bytes, 0) > 5 * block_bytes
 
 
+def kimi_k2(files: ModelFiles) -> ModelFiles:
+    """61 layers of 384 experts, each as small as those of `files`."""
+    model = files.config
+    layers = tuple(model.layers[i % len(model.layers)] for i in range(61))
+    records = list(files.experts.values())
+    keys = itertools.product(range(61), range(384))
+    experts = dict(zip(keys, itertools.cycle(records), strict=False))
+    return replace(files, config=replace(model, num_experts=384, layers=layers), experts=experts)
+
+
+def test_what_keeps_account_of_experts_is_planned(files: ModelFiles) -> None:
+    many = kimi_k2(files)
+    needed = smallest_budget(many)
+    for ram_bytes in (needed, needed + 50 * MIB, 4096 * MIB):
+        planned = plan(many, ram_bytes)
+        slots = min(planned.num_slots, planned.num_experts - 1)
+        policy_bytes = policy.bookkeeping_bytes(num_slots=slots, num_layers=61, num_experts=384)
+        assert planned.bookkeeping_bytes > 10 * MIB
+        if planned.is_resident:
+            assert planned.bookkeeping_bytes >= resident_bookkeeping_bytes(many.experts)
+        else:
+            assert planned.bookkeeping_bytes >= bookkeeping_bytes(many.experts) + policy_bytes
+        assert ("expert records", planned.bookkeeping_bytes) in [line[:2] for line in planned.lines()]
+        assert planned.as_dict()["expert_record_bytes"] == planned.bookkeeping_bytes
+
+
+def test_page_tables_of_all_that_is_mapped_are_planned(files: ModelFiles) -> None:
+    for context in (512, 4096):
+        planned = plan(files, 1024 * MIB, context=context)
+        mapped = planned.total_bytes - PROCESS_BYTES - planned.page_table_bytes
+        assert planned.page_table_bytes == page_table_bytes(mapped)
+    for mapped in (1, 64 * GIB, 1024 * GIB):
+        assert mapped / 512 < page_table_bytes(mapped) < mapped / 500 + MIB
+
+
+def test_a_slot_more_would_not_fit(files: ModelFiles) -> None:
+    needed = smallest_budget(files)
+    for ram_bytes in range(needed, needed + MIB, 40_000):
+        planned = plan(files, ram_bytes, context=512, chunk_tokens=16)
+        if not planned.is_resident:
+            assert ram_bytes - planned.total_bytes < planned.slot_bytes + 16 * 1024
+
+
 def test_answers_that_are_kept_are_in_the_total_and_a_budget_short_by_them_is_refused_by_name(
     files: ModelFiles,
 ) -> None:
@@ -187,9 +239,12 @@ def test_answers_that_are_kept_are_in_the_total_and_a_budget_short_by_them_is_re
     assert not any(name == "replay" for name, _, _ in planned(needed, 0).lines())
     with pytest.raises(DoesNotFit, match=r"\+  replay 5\.0 MiB") as refused:
         planned(needed, 5 * MIB)
-    assert refused.value.facts["needed_bytes"] == needed + 5 * MIB
-    with_room = planned(needed + 5 * MIB, 5 * MIB)
-    assert with_room.total_bytes == needed + 5 * MIB == sum(nbytes for _, nbytes, _ in with_room.lines())
+    with_replay = refused.value.facts["needed_bytes"]
+    assert isinstance(with_replay, int)
+    with_room = planned(with_replay, 5 * MIB)
+    more_tables = with_room.page_table_bytes - planned(needed, 0).page_table_bytes
+    assert with_replay - needed == 5 * MIB + more_tables
+    assert with_room.total_bytes == with_replay == sum(nbytes for _, nbytes, _ in with_room.lines())
     assert ("replay", 5 * MIB) in [line[:2] for line in with_room.lines()]
     assert with_room.as_dict()["replay_bytes"] == 5 * MIB
 

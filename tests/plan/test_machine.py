@@ -9,7 +9,7 @@ import pytest
 
 from argosy.config import GIB, MIB
 from argosy.plan import machine
-from argosy.plan.machine import MemoryLimit
+from argosy.plan.machine import MappingLimit, MemoryLimit
 
 KB = 1024
 
@@ -25,8 +25,9 @@ class FakeMachine:
         )
         self.write(
             "proc/self/status",
-            f"Name:\tpython\nVmHWM:\t{400 * KB} kB\nVmRSS:\t{300 * KB} kB\nRssAnon:\t{200 * KB} kB\n"
-            f"RssFile:\t{90 * KB} kB\nRssShmem:\t{10 * KB} kB\nThreads:\t3\n",
+            f"Name:\tpython\nVmSize:\t{900 * KB} kB\n"
+            f"VmHWM:\t{400 * KB} kB\nVmRSS:\t{300 * KB} kB\nRssAnon:\t{200 * KB} kB\n"
+            f"RssFile:\t{90 * KB} kB\nRssShmem:\t{10 * KB} kB\nVmPTE:\t{2 * KB} kB\nThreads:\t3\n",
         )
 
     def write(self, path: str, text: str) -> None:
@@ -87,6 +88,28 @@ def test_the_smallest_limit_of_all_parents_wins(fake: FakeMachine) -> None:
     assert limit == MemoryLimit(2 * GIB, 2 * GIB, "cgroup v2 /user.slice")  # free is never more than all
 
 
+def test_memory_high_is_a_limit_as_memory_max_is(fake: FakeMachine) -> None:
+    fake.put_in_cgroup_v2()
+    group = "sys/fs/cgroup/user.slice/app"
+    fake.write(f"{group}/memory.max", "max\n")
+    fake.write(f"{group}/memory.high", f"{3 * GIB}\n")
+    fake.write(f"{group}/memory.current", f"{GIB}\n")
+    expected = MemoryLimit(3 * GIB, 2 * GIB + OWN_BYTES, "cgroup v2 /user.slice/app")
+    assert machine.memory_limit(fake.root) == expected
+
+    fake.write(f"{group}/memory.max", f"{4 * GIB}\n")  # whichever is smaller
+    assert machine.memory_limit(fake.root) == expected
+    fake.write(f"{group}/memory.max", f"{2 * GIB}\n")
+    assert machine.memory_limit(fake.root).total_bytes == 2 * GIB
+    fake.write(f"{group}/memory.high", "max\n")
+    assert machine.memory_limit(fake.root).total_bytes == 2 * GIB
+
+    fake.write("sys/fs/cgroup/user.slice/memory.max", "max\n")  # and of the parents, too
+    fake.write("sys/fs/cgroup/user.slice/memory.high", f"{GIB}\n")
+    fake.write("sys/fs/cgroup/user.slice/memory.current", "0\n")
+    assert machine.memory_limit(fake.root) == MemoryLimit(GIB, GIB, "cgroup v2 /user.slice")
+
+
 def test_cgroup_v1_limit_is_found_and_a_huge_one_is_none(fake: FakeMachine) -> None:
     fake.put_in_cgroup_v1()
     memory = "sys/fs/cgroup/memory"
@@ -131,6 +154,24 @@ def test_footprint_is_what_the_kernel_counts(fake: FakeMachine) -> None:
     assert (found.resident_bytes, found.anonymous_bytes, found.file_bytes, found.peak_bytes) == tuple(
         n * MIB for n in (300, 200, 100, 400)
     )
+
+
+def test_page_tables_are_what_the_kernel_counts(fake: FakeMachine) -> None:
+    assert machine.process_footprint(fake.root).page_table_bytes == 2 * MIB
+
+
+def test_limits_of_what_is_mapped_are_found_and_unlimited_ones_are_none(fake: FakeMachine) -> None:
+    assert machine.address_space_limit(fake.root) is None  # no file at all
+    fake.write(
+        "proc/self/limits",
+        "Limit                     Soft Limit           Hard Limit           Units     \n"
+        "Max data size             unlimited            unlimited            bytes     \n"
+        "Max stack size            16777216             unlimited            bytes     \n"
+        f"Max address space         {2 * GIB}           unlimited            bytes     \n",
+    )
+    assert machine.address_space_limit(fake.root) == MappingLimit("ulimit -v", 2 * GIB, 900 * MIB)
+    assert machine.data_limit(fake.root) is None
+    assert machine.thread_stack_bytes(fake.root) == 16 * MIB
 
 
 def test_cgroup_peak_counts_only_for_a_process_alone(fake: FakeMachine) -> None:

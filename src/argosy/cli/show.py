@@ -193,12 +193,13 @@ def _count(parameters: int) -> str:
 def _plan(model: str, files: ModelFiles, settings: Settings) -> MemoryPlan:
     """The plan that `Engine` would make, in a process that holds what its process would."""
     from argosy.engine.engine import settle
-    from argosy.engine.memory_plan import plan_memory, process_bytes
+    from argosy.engine.memory_plan import plan_memory, process_bytes, require_mappable
     from argosy.prompt.tokenizer import Tokenizer
 
+    config, expert_slots = settle(model, files, **settings.for_engine())
+    require_mappable(files, config, expert_slots=expert_slots)
     # Held while the process is measured, as the engine holds it.
     tokenizer = Tokenizer.open(files.path, files.header)
-    config, expert_slots = settle(model, files, **settings.for_engine())
     return plan_memory(files, config, process_bytes=process_bytes(tokenizer), expert_slots=expert_slots)
 
 

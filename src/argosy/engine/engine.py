@@ -33,10 +33,13 @@ from argosy.engine.memory_plan import (
     KV_BLOCK_TOKENS,
     TOKENIZER_ROOM_BYTES,
     MemoryPlan,
+    held_bytes,
     kv_bytes,
+    page_table_bytes,
     plan_memory,
     process_bytes,
     quarter_of_experts,
+    require_mappable,
     state_bytes,
 )
 from argosy.engine.prefix import PrefixCache, identify
@@ -181,6 +184,7 @@ class Engine:
                 f"expert_slots must be at least experts_per_token = {files.config.experts_per_token},"
                 f" found {expert_slots}"
             )
+        require_mappable(files, self.settings, expert_slots=expert_slots)
         self._clock = PartClock()
         with ExitStack() as undo:
             self._store = _native.Store(readers)
@@ -213,7 +217,7 @@ class Engine:
 
         Experts are read this early where all of them fit whatever the tokenizer will hold, within reason.
         """
-        held = machine.process_footprint().resident_bytes
+        held = held_bytes()
         plan_with = functools.partial(plan_memory, files, self.settings, expert_slots=expert_slots)
         self._experts: ExpertSource | None = None
         landed_bytes = 0  # the plan counts them by themselves
@@ -246,6 +250,7 @@ class Engine:
                 self._experts = experts_reading.finish(progress)
                 landed_bytes += self._experts.arena.nbytes
             landed_bytes += self._store.staging_held_bytes
+            landed_bytes += page_table_bytes(landed_bytes, num_mappings=0)
         self.plan: MemoryPlan = plan_with(
             process_bytes=max(held, process_bytes(self.tokenizer) - landed_bytes)
         )

@@ -1,39 +1,63 @@
 """Divide a memory budget before anything is loaded.
 
-    budget = process + dense weights + KV cache + recurrent state + replay + working buffers + staging + expert cache
+    budget = process + dense weights + KV cache + recurrent state + replay + working buffers + staging
+             + expert records + page tables + expert cache
 
-Dense weights have the first claim, then the KV cache, the recurrent state and its snapshots, what a server keeps of
-answers for the next turn, then working buffers and what readers transcode from; experts get the rest, in equal slots,
-or one behind the other when all of them fit. The budget is the whole process, interpreter included, so the plan starts
-from what the process holds now. Below the floor (one token's experts of one layer in memory) it is refused with the
-numbers.
+Dense weights have the first claim, then the KV cache, the recurrent state and its snapshots, the answers that a server
+keeps for the next turn, then working buffers and what readers transcode from; experts get the rest, in equal slots, or
+one behind the other when all of them fit. The budget is the whole process, interpreter included, so the plan starts
+from what the process holds now. The kernel charges page tables to the process's cgroup, so they are planned, too. A
+budget below the floor (one token's experts of one layer in memory) is refused with the numbers.
+
+`MemoryPlan.parts` is the one list of what a budget is spent on: totals, tables and JSON all come from it.
 """
 
 from __future__ import annotations
 
+import mmap
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import MIB, EngineConfig, KvDtype, ModelConfig, format_bytes
 from argosy.engine.prefix_files import buffer_bytes
 from argosy.errors import DoesNotFit
-from argosy.experts.source import resident_bytes, slot_bytes
+from argosy.experts import policy
+from argosy.experts.source import (
+    bookkeeping_bytes,
+    resident_bookkeeping_bytes,
+    resident_bytes,
+    slot_bytes,
+)
 from argosy.model.layers import kv_shapes
 from argosy.model.weights import dense_footprint
 from argosy.model.workspace import workspace_bytes
 from argosy.plan import machine
-from argosy.prompt.tokenizer import Tokenizer
+from argosy.prompt.tokenizer import TOKENIZER_FILE, Tokenizer
 
 KV_BLOCK_TOKENS = 16
-PROCESS_GROWTH_BYTES = 24 * MIB  # allocator slack, thread stacks, page tables of the arenas
+PROCESS_GROWTH_BYTES = 24 * MIB  # allocator slack, thread stacks
 PROCESS_VARIES_BYTES = 2 * MIB  # what one start of the process holds and the next one does not
 TEMPLATE_WORKER_BYTES = 24 * MIB  # the process that renders chat templates, while it lives: 22 MiB measured
 TOKENIZER_ROOM_BYTES = 256 * MIB  # to spare where experts are read before the tokenizer is built and measured
+_TOKENIZER_BYTES_PER_BYTE = 32  # of tokenizer.json, while it is read: 20 to 26 measured
+_OTHER_THREADS = 8  # beside those that compute and read: of the interpreter, the engine and the server
+_MALLOC_ARENA_BYTES = 64 * MIB  # of addresses, which glibc reserves for a thread that allocates
 GRAMMAR_BYTES = 64 * MIB  # for compiled grammars, and what they learn while answers follow them
 SMALLEST_CHUNK, SMALLEST_CONTEXT = 16, 512
 RESIDENT_CHUNK = 512  # tokens: with 8 of 128 experts, 32 for each; more only make working buffers larger
 PLANNED_PROMPT, PLANNED_ANSWER = 1024, 256  # tokens of the request that a chunk is chosen for
+
+
+class Part(NamedTuple):
+    """What a part of the budget is for."""
+
+    key: str  # in JSON
+    label: str
+    nbytes: int
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +75,8 @@ class MemoryPlan:
     replay_bytes: int = 0  # of answers whose tokens are kept until their conversation comes back
     working_bytes: int
     staging_bytes: int  # what readers transcode from
+    bookkeeping_bytes: int  # where each expert lies, and when it was used
+    page_table_bytes: int = 0  # the kernel's, for everything that is mapped after the plan
     slot_bytes: int
     resident_bytes: int  # of all experts, one behind the other
     num_slots: int
@@ -64,58 +90,56 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        fixed = self.process_bytes + self.dense_bytes + self.working_bytes + self.staging_bytes
-        kept = self.kv_bytes + self.state_bytes + self.snapshot_bytes + self.replay_bytes
-        return fixed + kept + self.expert_bytes
+        return sum(part.nbytes for part in self.parts())
 
     @property
     def is_resident(self) -> bool:
         return self.num_slots >= self.num_experts
 
-    def lines(self) -> list[tuple[str, int, str]]:
-        """(what, bytes, note) in the order of their claims."""
+    def parts(self) -> list[Part]:
+        """Everything that the budget is spent on, in the order of the claims."""
         share = 100 * self.num_slots / max(1, self.num_experts)
+        experts = f"{self.num_slots} of {self.num_experts} experts ({share:.0f} %)"
+        states, snapshots = (
+            f"{self.num_states} sequences at once",
+            f"{self.num_snapshots} beginnings of prompts",
+        )
         return [
-            ("process", self.process_bytes, "interpreter, libraries, tokenizer"),
-            ("dense weights", self.dense_bytes, ""),
-            ("KV cache", self.kv_bytes, f"{self.context_tokens} tokens"),
-            *(
-                [("recurrent state", self.state_bytes, f"{self.num_states} sequences at once")]
-                if self.num_states
-                else []
+            Part("process_bytes", "process", self.process_bytes, "interpreter, libraries, tokenizer"),
+            Part("dense_bytes", "dense weights", self.dense_bytes),
+            Part("kv_bytes", "KV cache", self.kv_bytes, f"{self.context_tokens} tokens"),
+            Part("recurrent_state_bytes", "recurrent state", self.state_bytes, states),
+            Part("snapshot_bytes", "state snapshots", self.snapshot_bytes, snapshots),
+            Part("replay_bytes", "replay", self.replay_bytes, "answers, until their conversations come back"),
+            Part(
+                "working_bytes", "working buffers", self.working_bytes, f"{self.chunk_tokens} tokens a step"
             ),
-            *(
-                [("state snapshots", self.snapshot_bytes, f"{self.num_snapshots} beginnings of prompts")]
-                if self.num_snapshots
-                else []
+            Part("staging_bytes", "staging", self.staging_bytes, "to transcode from"),
+            Part(
+                "expert_record_bytes",
+                "expert records",
+                self.bookkeeping_bytes,
+                "where each lies, and its uses",
             ),
-            *(
-                [("replay", self.replay_bytes, "answers, until their conversations come back")]
-                if self.replay_bytes
-                else []
+            Part(
+                "page_table_bytes",
+                "page tables",
+                self.page_table_bytes,
+                "the kernel's, 1/512 of what is mapped",
             ),
-            ("working buffers", self.working_bytes, f"{self.chunk_tokens} tokens a step"),
-            *([("staging", self.staging_bytes, "to transcode from")] if self.staging_bytes else []),
-            (
-                "expert cache",
-                self.expert_bytes,
-                f"{self.num_slots} of {self.num_experts} experts ({share:.0f} %)",
-            ),
+            Part("expert_cache_bytes", "expert cache", self.expert_bytes, experts),
         ]
+
+    def lines(self) -> list[tuple[str, int, str]]:
+        """(label, bytes, note) of the parts that take anything, in the order of their claims."""
+        shown = (part for part in self.parts() if part.nbytes or part.key == "expert_cache_bytes")
+        return [(part.label, part.nbytes, part.note) for part in shown]
 
     def as_dict(self) -> dict[str, int]:
         return {
             "budget_bytes": self.budget_bytes,
             "total_bytes": self.total_bytes,
-            "process_bytes": self.process_bytes,
-            "dense_bytes": self.dense_bytes,
-            "kv_bytes": self.kv_bytes,
-            "recurrent_state_bytes": self.state_bytes,
-            "snapshot_bytes": self.snapshot_bytes,
-            "replay_bytes": self.replay_bytes,
-            "working_bytes": self.working_bytes,
-            "staging_bytes": self.staging_bytes,
-            "expert_cache_bytes": self.expert_bytes,
+            **{part.key: part.nbytes for part in self.parts()},
             "expert_slots": self.num_slots,
             "experts": self.num_experts,
             "context_tokens": self.context_tokens,
@@ -123,10 +147,31 @@ class MemoryPlan:
         }
 
 
+def held_bytes() -> int:
+    """What this process holds now, its page tables included."""
+    footprint = machine.process_footprint()
+    return footprint.resident_bytes + footprint.page_table_bytes
+
+
 def process_bytes(tokenizer: Tokenizer | None) -> int:
     """What this process holds now, and the worker it will start where the model has a chat template."""
     has_template = tokenizer is not None and tokenizer.chat_template is not None
-    return machine.process_footprint().resident_bytes + (TEMPLATE_WORKER_BYTES if has_template else 0)
+    return held_bytes() + (TEMPLATE_WORKER_BYTES if has_template else 0)
+
+
+def page_table_bytes(mapped_bytes: int, num_mappings: int = 16) -> int:
+    """Most bytes of page tables for so much memory in so many places of the address space.
+
+    A table is a page, and an entry takes 8 bytes: 1/512 of what is mapped in pages of 4 KiB. Huge pages save none of
+    it: the kernel keeps a table beside each, for the day when it has to split that page (measured on Linux 6.18). A
+    place may begin and end within a table of each level.
+    """
+    entries = mmap.PAGESIZE // 8
+    nbytes, span = 0, mmap.PAGESIZE
+    while span < max(mapped_bytes, mmap.PAGESIZE) * entries:
+        span *= entries  # what one table of this level maps
+        nbytes += (-(-mapped_bytes // span) + num_mappings) * mmap.PAGESIZE
+    return nbytes
 
 
 def has_blocks(files: ModelFiles) -> bool:
@@ -174,39 +219,53 @@ def plan_memory(
     fewest_slots = min(num_experts, model.experts_per_token) if expert_slots is None else expert_slots
     fixed = process_bytes + PROCESS_GROWTH_BYTES + (GRAMMAR_BYTES if config.grammars else 0)
     dense = dense_footprint(files.dense)
+    records = _bookkeeping(files)
 
     def plan(context: int, chunk: int, num_states: int, num_snapshots: int) -> MemoryPlan:
-        kv = kv_bytes(model, context, config.kv_dtype)
-        states, snapshots = state_bytes(model, num_states), state_bytes(model, num_snapshots)
         tokens = chunk + config.max_sequences
         working = workspace_bytes(model, tokens, config.threads)
         working += 3 * 4 * model.vocab_size * config.max_sequences  # logits, and the sampler's copies of them
         if config.kv_dir is not None:
             working += buffer_bytes(kv_bytes(model, 1, config.kv_dtype), state_bytes(model, 1))
-        kept = kv + states + snapshots + config.replay_bytes
-        left = config.budget.ram_bytes - fixed - dense - kept - working - staging
-        slots = fewest_slots if expert_slots is not None else max(fewest_slots, left // max(1, one_slot))
-        if expert_slots is None and left >= all_experts:
-            slots = num_experts
-        return MemoryPlan(
+        without_experts = MemoryPlan(
             budget_bytes=config.budget.ram_bytes,
             process_bytes=fixed,
             dense_bytes=dense,
-            kv_bytes=kv,
-            state_bytes=states,
+            kv_bytes=kv_bytes(model, context, config.kv_dtype),
+            state_bytes=state_bytes(model, num_states),
             num_states=num_states,
-            snapshot_bytes=snapshots,
+            snapshot_bytes=state_bytes(model, num_snapshots),
             num_snapshots=num_snapshots,
             replay_bytes=config.replay_bytes,
             working_bytes=working,
             staging_bytes=staging,
+            bookkeeping_bytes=0,
             slot_bytes=one_slot,
             resident_bytes=all_experts,
-            num_slots=min(num_experts, slots),
+            num_slots=0,
             num_experts=num_experts,
             context_tokens=context,
             chunk_tokens=chunk,
         )
+
+        def with_slots(num_slots: int) -> MemoryPlan:
+            """The same plan with so many experts in memory."""
+            some = replace(without_experts, num_slots=num_slots, bookkeeping_bytes=records(num_slots))
+            return replace(some, page_table_bytes=page_table_bytes(some.total_bytes - process_bytes))
+
+        everything = with_slots(num_experts)
+        if expert_slots is None and everything.total_bytes <= config.budget.ram_bytes:
+            return everything
+        fewest = with_slots(min(num_experts, fewest_slots))
+        if expert_slots is not None or fewest.total_bytes > config.budget.ram_bytes:
+            return fewest
+        # More than there can be, because a slot brings records and page tables with it; then fewer until it fits.
+        slots = min(
+            num_experts, fewest.num_slots + (fewest.budget_bytes - fewest.total_bytes) // max(1, one_slot)
+        )
+        while (found := with_slots(slots)).total_bytes > config.budget.ram_bytes:
+            slots -= -(-(found.total_bytes - found.budget_bytes) // one_slot)
+        return found
 
     contexts, chunks = _contexts(model, config), _chunks(config)
     for counts in _state_counts(model, config):
@@ -227,6 +286,26 @@ def plan_memory(
         if best is not None:
             return best
     raise _does_not_fit(plan(contexts[-1], min(*chunks, contexts[-1]), *counts), config, model)
+
+
+def _bookkeeping(files: ModelFiles) -> Callable[[int], int]:
+    """Returns the function from a number of slots to the bytes that keep account of the experts."""
+    if not files.experts:
+        return lambda num_slots: 0
+    some, everything = bookkeeping_bytes(files.experts), resident_bookkeeping_bytes(files.experts)
+    num_layers, num_experts = files.config.num_layers, files.config.num_experts
+    uses = 3 * 8 * num_layers * num_experts  # `Stack.take_uses`: counted now, told last, and being told
+
+    def nbytes(num_slots: int) -> int:
+        if num_slots >= len(files.experts):
+            return uses + everything
+        return (
+            uses
+            + some
+            + policy.bookkeeping_bytes(num_slots=num_slots, num_layers=num_layers, num_experts=num_experts)
+        )
+
+    return nbytes
 
 
 def _state_counts(model: ModelConfig, config: EngineConfig) -> list[tuple[int, int]]:
@@ -292,16 +371,53 @@ def _halves(chunk: int) -> list[int]:
     return chunks
 
 
+def require_mappable(files: ModelFiles, config: EngineConfig, *, expert_slots: int | None = None) -> None:
+    """Prove that `ulimit` leaves addresses for all that an engine maps, before it maps anything.
+
+    An allocation that fails would otherwise end the process, without a word, in the library that reads tokenizers.
+
+    Raises:
+        DoesNotFit: it does not; or there is no plan at all.
+    """
+    limits = (machine.address_space_limit(), machine.data_limit())
+    if limits == (None, None):
+        return
+    held = held_bytes()
+    plan = plan_memory(files, config, process_bytes=held, expert_slots=expert_slots)
+    tokenizer_file = files.path / TOKENIZER_FILE
+    json_bytes = tokenizer_file.stat().st_size if tokenizer_file.is_file() else 0
+    stacks = (config.threads + config.readers + _OTHER_THREADS) * machine.thread_stack_bytes()
+    others = stacks + max(TOKENIZER_ROOM_BYTES, json_bytes * _TOKENIZER_BYTES_PER_BYTE)
+    # What glibc reserves counts as address space, and as data only once it is used.
+    reserved = (config.readers + _OTHER_THREADS // 2) * _MALLOC_ARENA_BYTES
+    for limit, beside in zip(limits, (others + reserved, others), strict=True):
+        if limit is None:
+            continue
+        left = limit.limit_bytes - limit.mapped_bytes
+        needed = plan.total_bytes - held + beside
+        if needed <= left:
+            continue
+        hint = f"`{limit.command} unlimited` lifts the limit"
+        if (most := left - beside + held) > plan.total_bytes - plan.expert_bytes:
+            hint += f"; or `--memory {most // MIB}MiB` maps less"
+        raise DoesNotFit(
+            f"`{limit.command}` lets this process map {format_bytes(limit.limit_bytes)}, it has mapped "
+            f"{format_bytes(limit.mapped_bytes)}, and needs up to {format_bytes(needed)} more",
+            hint=hint,
+            needed_bytes=limit.mapped_bytes + needed,
+            budget_bytes=limit.limit_bytes,
+        )
+
+
 def _does_not_fit(floor: MemoryPlan, config: EngineConfig, model: ModelConfig) -> DoesNotFit:
     needed, budget = floor.total_bytes, config.budget.ram_bytes
-    parts = (
-        f"  process {format_bytes(floor.process_bytes)}  +  dense weights {format_bytes(floor.dense_bytes)}"
-        f"  +  KV cache {format_bytes(floor.kv_bytes)} ({floor.context_tokens} tokens)"
-        + (f"  +  recurrent state {format_bytes(floor.state_bytes)}" if floor.state_bytes else "")
-        + (f"  +  replay {format_bytes(floor.replay_bytes)}" if floor.replay_bytes else "")
-        + f"  +  working buffers {format_bytes(floor.working_bytes + floor.staging_bytes)}"
-        f"  +  smallest expert cache {format_bytes(floor.expert_bytes)}"
-    )
+    described = [
+        f"{'smallest expert cache' if part.key == 'expert_cache_bytes' else part.label} {format_bytes(part.nbytes)}"
+        + (f" ({part.note})" if part.key == "kv_bytes" else "")
+        for part in floor.parts()
+        if part.nbytes
+    ]
+    parts = "  " + "  +  ".join(described)
     hints = [f"`--memory {-(-(needed + PROCESS_VARIES_BYTES) // MIB)}MiB` works"]
     if floor.context_tokens > SMALLEST_CONTEXT:
         saved = floor.kv_bytes - kv_bytes(model, SMALLEST_CONTEXT, config.kv_dtype)

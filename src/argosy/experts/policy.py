@@ -25,12 +25,13 @@ Elsewhere: the reads are `cache.py`; `benchmarks/replay.py` measures policies on
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush, heapreplace
 from math import log2
 
-from argosy.experts.source import Key
+from argosy.experts.source import Key, dict_bytes
 
 BONUS_TURNS = 4.0
 HALF_LIFE_TURNS = 16.0
@@ -67,6 +68,29 @@ class _Layer:
                 uses += count * _DECAY[turn - then]
         self.uses[expert] = uses, turn
         return turn * _GROWTH + BONUS_TURNS * log2(uses)
+
+
+# Most bytes of Python objects: of an expert that was used, a tuple, a float and an int; of a slot, its number (in the
+# list of free ones, too), the worth of its expert twice, and an entry of the heap; of a slot in the window, its key and
+# a node of the `OrderedDict`.
+_USED_BYTES = 64 + 32 + 32
+_SLOT_BYTES = (32 + 9) + 2 * 32 + (64 + 9)
+_WINDOW_BYTES = 64 + 2 * 48
+
+
+def bookkeeping_bytes(*, num_slots: int, num_layers: int, num_experts: int) -> int:
+    """Most bytes that a policy comes to hold, with so many experts in each layer.
+
+    A dict keeps the size that it once had, so those of a layer may have grown for all of its experts.
+    """
+    num_slots = min(num_slots, num_layers * num_experts)
+    most = min(num_slots, num_experts)  # in one layer
+    layer_bytes = dict_bytes(num_experts) + num_experts * _USED_BYTES
+    layer_bytes += 2 * dict_bytes(most) + sys.getsizeof(set(range(most)))
+    window = num_slots // 4
+    return (
+        num_layers * layer_bytes + num_slots * _SLOT_BYTES + window * _WINDOW_BYTES + 2 * dict_bytes(window)
+    )
 
 
 class CachePolicy:

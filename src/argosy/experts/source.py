@@ -14,7 +14,8 @@ Elsewhere: choosing experts is `native/kernels/route.h`; the bytes on disk are `
 
 from __future__ import annotations
 
-from collections import deque
+import sys
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -174,6 +175,39 @@ def resident_bytes(records: Mapping[Key, ExpertRecord], alignment: int = LARGEST
     return end
 
 
+# Most bytes of Python objects for each expert: a `Record` with its entry in nanobind's table of instances; and while
+# all of them are read at once, the pairs, places and tickets of `ResidentReading`.
+_RECORD_OBJECT_BYTES = 192
+_READING_BYTES = 256
+
+
+def dict_bytes(num_entries: int) -> int:
+    """Bytes of a dict that grew to so many entries, its keys and values not included."""
+    return sys.getsizeof(dict.fromkeys(range(num_entries)))
+
+
+def bookkeeping_bytes(records: Mapping[Key, ExpertRecord]) -> int:
+    """Most bytes that `ExpertFiles`, and a source's offsets, come to hold beside the records."""
+    kinds = Counter((len(r.pieces), r.pieces[0].checksum is not None) for r in records.values())
+    native = sum(count * _native.record_bytes(*kind) for kind, count in kinds.items())
+    num_layers, num_experts = _extent(records)
+    tables = 2 * np.dtype(np.int64).itemsize * 3 * num_layers * num_experts
+    return tables + native + len(records) * _RECORD_OBJECT_BYTES + dict_bytes(len(records))
+
+
+def resident_bookkeeping_bytes(records: Mapping[Key, ExpertRecord]) -> int:
+    """Most bytes that reading every expert takes beside the arena, from `ResidentReading` on."""
+    kinds = Counter(tuple(piece.nbytes for piece in record.pieces) for record in records.values())
+    requests = sum(count * _native.request_bytes(sizes) for sizes, count in kinds.items())
+    in_python = len(records) * _READING_BYTES + 2 * dict_bytes(len(records))
+    return bookkeeping_bytes(records) + requests + in_python
+
+
+def _extent(records: Mapping[Key, ExpertRecord]) -> tuple[int, int]:
+    """Layers and experts of a table with a place for each record."""
+    return 1 + max((key[0] for key in records), default=-1), 1 + max((key[1] for key in records), default=-1)
+
+
 class ExpertFiles:
     """Knows how an expert record lies in memory, and starts reads of several."""
 
@@ -186,7 +220,7 @@ class ExpertFiles:
         self._file_ids = {path: open_file(path) for path in sorted(paths)}
         self._reads: dict[Key, _native.Record] = {}
         self.alignment = max(store.info(file_id)[2] for file_id in self._file_ids.values())
-        num_layers, num_experts = (1 + max(key[i] for key in records) for i in (0, 1))
+        num_layers, num_experts = _extent(records)
         self._formats = {layer: record.formats for (layer, _), record in records.items()}
         # int64 [layers, experts, 3]: bytes from an expert's place to gate, up and down.
         self.starts = np.zeros((num_layers, num_experts, 3), np.int64)

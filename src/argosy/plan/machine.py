@@ -38,6 +38,16 @@ class Footprint:
     anonymous_bytes: int
     file_bytes: int  # mapped files and shared memory
     peak_bytes: int
+    page_table_bytes: int  # the kernel's, which a cgroup charges, too
+
+
+@dataclass(frozen=True, slots=True)
+class MappingLimit:
+    """How many bytes of addresses this process may map, whether memory stands behind them or not, and has mapped."""
+
+    command: str  # that shows and lifts it: "ulimit -v"
+    limit_bytes: int
+    mapped_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +68,10 @@ class _Cgroup:
 
 
 def memory_limit(root: Path = _ROOT) -> MemoryLimit:
-    """The smallest of the machine's memory and the limits of this process's cgroup and its parents."""
+    """The smallest of the machine's memory and the limits of this process's cgroup and its parents.
+
+    A limit of version 2 is `memory.max` or `memory.high`, whichever is smaller.
+    """
     facts = _meminfo(root)
     total, free, source = facts["MemTotal"], facts["MemAvailable"], "machine"
     for group in _cgroups(root, "memory"):
@@ -89,7 +102,39 @@ def process_footprint(root: Path = _ROOT) -> Footprint:
     status = _sizes(root / "proc/self/status")
     anonymous_bytes = status["RssAnon"]
     file_bytes = status["RssFile"] + status["RssShmem"]
-    return Footprint(anonymous_bytes + file_bytes, anonymous_bytes, file_bytes, status["VmHWM"])
+    resident_bytes = anonymous_bytes + file_bytes
+    return Footprint(resident_bytes, anonymous_bytes, file_bytes, status["VmHWM"], status["VmPTE"])
+
+
+def address_space_limit(root: Path = _ROOT) -> MappingLimit | None:
+    """RLIMIT_AS, see getrlimit(2); None where there is none."""
+    return _mapping_limit(root, "Max address space", "ulimit -v", "VmSize")
+
+
+def data_limit(root: Path = _ROOT) -> MappingLimit | None:
+    """RLIMIT_DATA: as `address_space_limit`, for private memory that can be written."""
+    return _mapping_limit(root, "Max data size", "ulimit -d", "VmData")
+
+
+def thread_stack_bytes(root: Path = _ROOT) -> int:
+    """What the stack of a new thread maps: RLIMIT_STACK, or 8 MiB where there is none."""
+    return _process_limit(root, "Max stack size") or 8 * MIB
+
+
+def _mapping_limit(root: Path, name: str, command: str, used: str) -> MappingLimit | None:
+    limit_bytes = _process_limit(root, name)
+    if limit_bytes is None:
+        return None
+    return MappingLimit(command, limit_bytes, _sizes(root / "proc/self/status")[used])
+
+
+def _process_limit(root: Path, name: str) -> int | None:
+    """The soft limit of a line of /proc/self/limits, in bytes; None where it is unlimited or unknown."""
+    for line in (_read(root / "proc/self/limits") or "").splitlines():
+        if line.startswith(name):
+            soft = line.removeprefix(name).split()[0]
+            return int(soft) if soft.isdigit() else None
+    return None
 
 
 def cgroup_peak_bytes(root: Path = _ROOT) -> int | None:
@@ -204,9 +249,15 @@ def _cgroups(root: Path, controller: str) -> Iterator[_Cgroup]:
 
 
 def _cgroup_memory(group: _Cgroup) -> tuple[int | None, int]:
-    """(limit or None, bytes in use that cannot simply be reclaimed)."""
+    """(limit or None, bytes in use that cannot simply be reclaimed).
+
+    Above `memory.high` the kernel makes a process wait until its memory has been reclaimed, and weights cannot be: it
+    bounds what is useful as `memory.max` does.
+    """
     if group.version == 2:
-        limit, used = _number(group.path / "memory.max"), _number(group.path / "memory.current")
+        limits = [_number(group.path / name) for name in ("memory.max", "memory.high")]
+        limit = min((found for found in limits if found is not None), default=None)
+        used = _number(group.path / "memory.current")
         prefix = ""
     else:
         limit, used = (

@@ -1,0 +1,152 @@
+"""What keeps account of experts takes no more memory than is planned: of Kimi-K2's 61 layers of 384, some 20 MB."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import itertools
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from argosy import _native
+from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, Piece
+from argosy.experts import policy
+from argosy.experts.policy import CachePolicy
+from argosy.experts.source import ExpertFiles, Key, bookkeeping_bytes, resident_bookkeeping_bytes
+
+NUM_LAYERS, NUM_EXPERTS, EXPERTS_PER_TOKEN = 61, 384, 8
+PIECE_BYTES = 128
+
+
+def kimi_k2(path: Path, *, num_pieces: int, checksum: int | None = None) -> dict[Key, ExpertRecord]:
+    """Records of all its experts, each made small."""
+    records = {}
+    for number, key in enumerate(itertools.product(range(NUM_LAYERS), range(NUM_EXPERTS))):
+        at = number * num_pieces * PIECE_BYTES
+        pieces = [Piece(path, at + i * PIECE_BYTES, PIECE_BYTES, checksum) for i in range(num_pieces)]
+        matrices = [ExpertMatrix(min(i, num_pieces - 1), 0, "f32", 1, 1) for i in range(3)]
+        records[key] = ExpertRecord(tuple(pieces), *matrices)
+    path.write_bytes(bytes(len(records) * num_pieces * PIECE_BYTES))
+    return records
+
+
+@pytest.fixture
+def store() -> Iterator[_native.Store]:
+    store = _native.Store(1)
+    yield store
+    store.close()
+
+
+class _HeapInfo(ctypes.Structure):
+    _NAMES = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"  # mallinfo(3)
+    _fields_ = [(name, ctypes.c_size_t) for name in _NAMES.split()]
+
+
+def heap_bytes() -> int:
+    """What malloc has handed out: native code's memory, and Python's blocks of more than 512 bytes."""
+    try:
+        mallinfo = ctypes.CDLL(None).mallinfo2
+    except AttributeError:
+        pytest.skip("this C library does not count its heap")
+    mallinfo.restype = _HeapInfo
+    found = mallinfo()
+    return int(found.uordblks + found.hblkhd)
+
+
+def small_object_bytes(make: Callable[[], object]) -> int:
+    """Bytes of Python objects that `make` leaves behind and that malloc does not see."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        kept = make()
+        gc.collect()
+        assert kept is not None
+        return sum(trace.size for trace in tracemalloc.take_snapshot().traces if trace.size <= 512)
+    finally:
+        tracemalloc.stop()
+
+
+def bytes_left_by(make: Callable[[], object]) -> int:
+    """Bytes of memory that `make` leaves behind, native code's and Python's."""
+    gc.collect()
+    before = heap_bytes()
+    kept = make()
+    gc.collect()
+    in_heap = heap_bytes() - before
+    del kept
+    return in_heap + small_object_bytes(make)
+
+
+@pytest.mark.parametrize(("num_pieces", "checksum"), [(1, 7), (3, None)])
+def test_expert_files_take_no_more_than_is_planned(
+    store: _native.Store, tmp_path: Path, num_pieces: int, checksum: int | None
+) -> None:
+    records = kimi_k2(tmp_path / "experts.bin", num_pieces=num_pieces, checksum=checksum)
+
+    def make() -> tuple[ExpertFiles, object]:
+        files = ExpertFiles(store, records, open_file=store.open)
+        for key in records:
+            files._read(key)
+        return files, np.zeros_like(files.starts)  # a source's offsets
+
+    planned = bookkeeping_bytes(records)
+    assert 0.7 * planned <= bytes_left_by(make) <= planned
+    assert planned >= len(records) * _native.record_bytes(num_pieces, checksum is not None)
+
+
+@pytest.mark.parametrize("has_checksums", [False, True])
+@pytest.mark.parametrize("num_pieces", [1, 3, 6])
+def test_a_native_record_takes_what_it_reports(num_pieces: int, has_checksums: bool) -> None:
+    checksums = [1] * num_pieces if has_checksums else None
+    kept: list[_native.Record | None] = [None] * 20_000
+
+    def fill() -> None:
+        for i in range(len(kept)):
+            kept[i] = _native.Record([(0, 0, 1, 0)] * num_pieces, checksums)
+
+    fill()  # nanobind's table of instances grows once
+    kept[:] = [None] * len(kept)
+    before = heap_bytes()
+    fill()
+    found = (heap_bytes() - before) / len(kept)
+    assert found == pytest.approx(_native.record_bytes(num_pieces, has_checksums), rel=0.02)
+
+
+def test_a_policy_takes_no_more_than_is_planned() -> None:
+    for num_slots in (NUM_LAYERS, 4_000, NUM_LAYERS * NUM_EXPERTS - 1):
+
+        def make(num_slots: int = num_slots) -> CachePolicy:
+            made = CachePolicy(
+                num_slots=num_slots, num_layers=NUM_LAYERS, experts_per_token=EXPERTS_PER_TOKEN
+            )
+            for is_sweep in (False, True, False):
+                for layer in range(NUM_LAYERS):
+                    for start in range(0, NUM_EXPERTS, EXPERTS_PER_TOKEN):
+                        use(made, layer, list(range(start, start + EXPERTS_PER_TOKEN)), is_sweep=is_sweep)
+            return made
+
+        planned = policy.bookkeeping_bytes(
+            num_slots=num_slots, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS
+        )
+        assert planned / 2 <= bytes_left_by(make) <= planned
+
+
+def use(made: CachePolicy, layer: int, experts: list[int], *, is_sweep: bool) -> None:
+    made.begin(layer)
+    hits, missing = made.find(layer, experts)
+    made.use(layer, hits, is_scan=is_sweep)
+    admitted = [expert for expert in missing if made.admit((layer, expert), is_scan=is_sweep) is not None]
+    made.unpin(layer, [*hits, *admitted])
+
+
+def test_reading_every_expert_at_once_takes_memory_for_the_reads_too(tmp_path: Path) -> None:
+    records = kimi_k2(tmp_path / "experts.bin", num_pieces=3)
+    request = _native.request_bytes([PIECE_BYTES] * 3)
+    assert request > 0
+    assert resident_bookkeeping_bytes(records) >= bookkeeping_bytes(records) + len(records) * request
+    part = _native.request_bytes([8 << 20]) - _native.request_bytes([4 << 20])
+    assert part * 20 < 4 << 20  # a few bytes of each part of half a mebibyte
