@@ -26,7 +26,7 @@ Message = Mapping[str, Any]
     name                who speaks, where a template cares
     reasoning_content   assistant: what it thought before it answered; `reasoning` is another name for it
     tool_calls          assistant: [{"id", "type": "function", "function": {"name", "arguments"}}]; arguments are an
-                        object, or the JSON text of one
+                        object, or the JSON text of one; of a call that was cut, any text
     tool_call_id        tool: which call this is the result of
 
 A key whose value is None counts as absent. So do copies that OpenAI's client makes of what is there in another form,
@@ -38,6 +38,7 @@ _KEYS = {
     "tool": ("role", "content", "name", "tool_call_id"),
 }
 _OTHER_KEYS = ("role", "content", "name")
+UNREADABLE = "INVALID_JSON"  # holds arguments that are no object, as Anthropic would have them sent back
 _LONGEST_NAME = 256  # of whoever speaks, of a call, of its id
 
 
@@ -67,8 +68,8 @@ def check_messages(messages: Sequence[Message], *, add_generation_prompt: bool =
     """The messages as turns, or a sentence about the first thing that is wrong with them.
 
     Raises:
-        UsageError: none, an unknown role or key, content that is not text, a call whose arguments are no object, a
-            result of a call that nobody made, or nothing for the model to answer.
+        UsageError: none, an unknown role or key, content that is not text, a result of a call that nobody made, or
+            nothing for the model to answer.
     """
     if not messages:
         raise UsageError("a conversation needs at least one message")
@@ -160,11 +161,11 @@ def _call(call: object, where: str) -> Call:
     _only(("name", "arguments"), (key for key in function if key != "parsed_arguments"), where)
     given = function.get("arguments")
     if isinstance(given, str):
-        text = plain_text(given, f"{where}: arguments")
-        arguments = read_object(text) if text.strip() else {}
+        text = plain_text(given, f"{where}: arguments") if given.strip() else "{}"
+        arguments = read_object(text)
         if arguments is None:
-            raise UsageError(f"{where}: arguments are not the JSON text of an object")
-        text = text if text.strip() else "{}"
+            arguments = {UNREADABLE: text}
+            text = write_json(arguments)
     elif isinstance(given, Mapping):
         plain = plain_json(given, f"{where}: arguments")
         assert isinstance(plain, dict)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from argosy.prompt.formats.events import ReasoningDelta, TextDelta
-from argosy.prompt.formats.format import Format, call_of
+from argosy.prompt.formats.format import Format, beginning_of_call, call_of
 from argosy.prompt.formats.lark import Lark
 from argosy.prompt.formats.parser import Lexer, Mark, Parser
 from argosy.prompt.tools import Tool
@@ -128,18 +128,21 @@ class HarmonyParser(Parser):
 
     def _close(self, end: str = "") -> None:
         """The end of a message, or of a header that has none."""
-        if self._header is not None:
+        if self._is_cut and (self._header is not None or self._call_for is not None):
+            for call in beginning_of_call(self._call_for or "", "".join(self._call_body), self._tools):
+                self._call(call)
+        elif self._header is not None:
             broken = "".join(self._header)
             if broken.strip() not in ("", _ROLE):
                 self._say(broken)
         elif self._call_for is not None:
-            call = call_of(self._call_for, "".join(self._call_body).strip(), self._tools)
-            if call is None:
+            found = call_of(self._call_for, "".join(self._call_body).strip(), self._tools)
+            if found is None:
                 self._begin(is_reasoning=False)
                 self._say("".join([*self._call_header, MESSAGE, *self._call_body, end]))
             else:
-                self._call(call)
-            self._call_for = None
+                self._call(found)
+        self._call_for = None
         self._give_space()
         self._header = None
 
