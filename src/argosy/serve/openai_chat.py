@@ -54,9 +54,12 @@ from argosy.serve.fields import (
 )  # fmt: skip
 from argosy.serve.gate import Caller
 from argosy.serve.logprobs import ScoredToken, Speller
+from argosy.serve.replaced import Replaced, UnreadPart
 from argosy.serve.streams import DONE, EventStream, sse, until_gone
 from argosy.serve.structured_outputs import Formed
 from argosy.serve.tool_use import ToolChoice, ToolMode
+
+Parts = Field(max_length=4096)
 
 
 class TextPart(Noted):
@@ -64,7 +67,15 @@ class TextPart(Noted):
     text: Text
 
 
-Content = Text | list[TextPart]
+Content = Text | Annotated[list[TextPart], Parts]
+
+
+class MediaPart(UnreadPart):
+    type: Literal["image_url", "input_audio", "file", "video_url", "audio_url"]
+
+
+# Of what a model may not be able to take: see `replaced.py`.
+MixedContent = Text | Annotated[list[Annotated[TextPart | MediaPart, Field(discriminator="type")]], Parts]
 
 
 class CalledFunction(Noted):
@@ -93,7 +104,7 @@ class ChatTurn(Noted):
 
 class AskingTurn(ChatTurn):
     role: Literal["system", "developer", "user"]
-    content: Content
+    content: MixedContent
     name: Short | None = None
 
 
@@ -112,7 +123,7 @@ class AnsweringTurn(ChatTurn):
 
 class ToolTurn(ChatTurn):
     role: Literal["tool"]
-    content: Content
+    content: MixedContent
     name: Short | None = None
     tool_call_id: Short
 
@@ -128,12 +139,21 @@ class FunctionTurn(ChatTurn):
 Turn = Annotated[AskingTurn | AnsweringTurn | ToolTurn | FunctionTurn, Field(discriminator="role")]
 
 
-def sent(turns: Sequence[AskingTurn | AnsweringTurn | ToolTurn | FunctionTurn]) -> list[dict[str, Any]]:
-    """Turns as messages. A `function_call` becomes a tool call with an id, and its result names it."""
+AnyTurn = AskingTurn | AnsweringTurn | ToolTurn | FunctionTurn
+
+
+def sent(turns: Sequence[AnyTurn], replaced: Replaced | None = None) -> list[dict[str, Any]]:
+    """Turns as messages. A `function_call` becomes a tool call with an id, and its result names it.
+
+    With `replaced`, parts that the model cannot take are notes, or refused where the user sends them now.
+    """
     made = []
     last = "call_of_no_function"
+    last_asked = max((at for at, turn in enumerate(turns) if turn.role == "user"), default=-1)
     for at, turn in enumerate(turns):
         message = turn.sent()
+        if replaced is not None and isinstance(turn, AskingTurn | ToolTurn):
+            message["content"] = _noted(turn.content, replaced, f"messages.{at}.content", at == last_asked)
         if isinstance(turn, FunctionTurn):
             message = {"role": "tool", "tool_call_id": last, "content": message["content"]}
         elif (function := message.pop("function_call", None)) is not None:
@@ -142,6 +162,17 @@ def sent(turns: Sequence[AskingTurn | AnsweringTurn | ToolTurn | FunctionTurn]) 
             message["tool_calls"] = [*message.get("tool_calls", ()), called]
         made.append(message)
     return made
+
+
+def _noted(content: MixedContent, replaced: Replaced, where: str, is_new: bool) -> str | list[dict[str, Any]]:
+    if isinstance(content, str):
+        return content
+    return [
+        {"type": "text", "text": replaced.note(part.type, f"{where}.{at}", is_new=is_new)}
+        if isinstance(part, MediaPart)
+        else part.model_dump(exclude_unset=True)
+        for at, part in enumerate(content)
+    ]
 
 
 class OfferedFunction(Noted):
@@ -243,8 +274,10 @@ class ChatBody(Formed, Thinking, OpenAISampling):
                 param=form,
             )
         own = None if self.response_format is None else self.response_format.asked()
+        replaced = Replaced()
         return ChatRequest(
-            messages=sent(self.messages),
+            messages=sent(self.messages, replaced),
+            replaced=replaced,
             params=params,
             tools=self._offered(),
             tool_choice=choice,
@@ -400,7 +433,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
         ignored.append("reasoning.effort" if body.reasoning_effort is None else "reasoning_effort")
     if service.ignored_switch(wanted):
         ignored += body.switches()
-    headers = ignored_header(ignored)
+    headers = ignored_header(ignored) | wanted.replaced.header()
     dialect = _Chat(service, body, answers)
     if body.stream:
         return EventStream(dialect.stream(), caller, answers.cancel, headers=headers)
