@@ -92,7 +92,12 @@ def test_arguments_of_a_call_that_was_cut_do_not_end_the_conversation(given_: st
         ([*HI, {"role": "user", "content": "x", "cache": 1}], "message 1: unknown key 'cache' of role user"),
         ([{"role": "user", "content": "x", "tool_calls": [CALL]}], "unknown key 'tool_calls' of role user"),
         ([*ASKS, ANSWER | {"reasoning_content": "x"}], "unknown key 'reasoning_content' of role tool"),
-        ([*HI, {"role": "assistant", "content": "x"}], "nothing to answer"),
+        (ASKS, "the last message calls tools, so there is nothing to answer"),
+        (
+            [{"role": "assistant", "content": " "}],
+            "an empty one of the assistant, so there is nothing to answer",
+        ),
+        ([*HI, {"role": "assistant", "content": "", "reasoning": "x"}], "only text can be continued"),
         ([{"role": "user", "content": "\udc00"}], "lone surrogate"),
         ([{"role": "user", "content": "x", "name": "\udc00"}], "message 0: name holds half a character"),
         ([{"role": "user", "content": "x", "name": ""}], "name has 0 characters, expected 1 to 256"),

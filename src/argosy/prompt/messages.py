@@ -52,9 +52,17 @@ class Call:
     text: str
 
 
+Piece = tuple[bool, str]
+"""(is the caller's, text)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One checked message; `answers` is the id of the call that a tool's turn is the result of."""
+    """One checked message.
+
+    answers: the id of the call that a tool's turn is the result of.
+    pieces: its content by who wrote it; empty: all of it is the caller's.
+    """
 
     role: str
     content: str
@@ -62,14 +70,17 @@ class Turn:
     reasoning: str = ""
     calls: tuple[Call, ...] = ()
     answers: str | None = None
+    pieces: tuple[Piece, ...] = ()
 
 
 def check_messages(messages: Sequence[Message], *, add_generation_prompt: bool = True) -> tuple[Turn, ...]:
     """The messages as turns, or a sentence about the first thing that is wrong with them.
 
+    Where the model is to answer, it continues a last turn of the assistant; one that says nothing is left out.
+
     Raises:
         UsageError: none, an unknown role or key, content that is not text, a result of a call that nobody made, or
-            nothing for the model to answer.
+            nothing for the model to answer or to continue.
     """
     if not messages:
         raise UsageError("a conversation needs at least one message")
@@ -82,8 +93,25 @@ def check_messages(messages: Sequence[Message], *, add_generation_prompt: bool =
             raise UsageError(f"message {at}: tool_call_id '{turn.answers}' is no call of an earlier message")
         turns.append(turn)
     if add_generation_prompt and turns[-1].role == "assistant":
-        raise UsageError("the last message is the assistant's, so there is nothing to answer")
+        turns += _to_be_continued(turns.pop())
+        if not turns:
+            raise UsageError(
+                "the only message is an empty one of the assistant, so there is nothing to answer"
+            )
     return tuple(turns)
+
+
+def _to_be_continued(last: Turn) -> list[Turn]:
+    if last.calls:
+        raise UsageError(
+            "the last message calls tools, so there is nothing to answer",
+            hint="send their results, one message of role tool for each call",
+        )
+    if last.content.strip():
+        return [last]
+    if last.reasoning:
+        raise UsageError("the last message has thoughts alone, and only text can be continued")
+    return []
 
 
 def _without_copies(message: Message) -> Message:

@@ -256,6 +256,9 @@ class ChatBody(Formed, Thinking, OpenAISampling):
     reasoning: Reasoning | None = None
     reasoning_effort: Effort | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    # The answer continues a last message of the assistant, as it does at llama.cpp; saying so changes nothing.
+    continue_final_message: Flag | None = None
+    add_generation_prompt: Flag | None = None
     chat_template_kwargs: dict[Short, Setting] | None = Field(None, max_length=16)
 
     def request(self, caller: Caller) -> ChatRequest:
@@ -273,6 +276,7 @@ class ChatBody(Formed, Thinking, OpenAISampling):
                 f"the answer cannot be a call and have a form: leave out {form}, or let tool_choice be auto",
                 param=form,
             )
+        self._check_last()
         own = None if self.response_format is None else self.response_format.asked()
         replaced = Replaced()
         return ChatRequest(
@@ -292,6 +296,19 @@ class ChatBody(Formed, Thinking, OpenAISampling):
     def switches(self) -> list[str]:
         has_more = self.reasoning is not None and self.reasoning.enabled is not None
         return super().switches() + ["reasoning.enabled"] * has_more
+
+    def _check_last(self) -> None:
+        """What is said of the last message has to be so."""
+        continues = self.messages[-1].role == "assistant"
+        whose = "the assistant's, and the answer continues it" if continues else "not the assistant's"
+        if self.continue_final_message not in (None, continues):
+            raise UsageError(
+                f"continue_final_message: the last message is {whose}", param="continue_final_message"
+            )
+        if self.add_generation_prompt is False and not continues:
+            raise UsageError(
+                f"add_generation_prompt: the last message is {whose}", param="add_generation_prompt"
+            )
 
     @property
     def calls_functions(self) -> bool:

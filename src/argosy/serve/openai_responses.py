@@ -303,6 +303,8 @@ def _messages(items: Sequence[KnownItem], replaced: Replaced) -> list[dict[str, 
 
     Parts that the model cannot take are notes, or refused where the user sends them now.
     """
+    if isinstance(items[-1], MessageItem) and items[-1].role == "assistant":
+        raise UsageError("the last item is the assistant's, so there is nothing to answer", param="input")
     asked = [at for at, item in enumerate(items) if isinstance(item, MessageItem) and item.role == "user"]
     made: list[dict[str, Any]] = []
     for at, item in enumerate(items):

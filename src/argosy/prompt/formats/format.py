@@ -119,8 +119,12 @@ class Format(ABC):
             is_part=True,
             pauses=tuple(map(self._word, pauses)),
             resumes=tuple(map(self._word, resumes)),
-            is_paused=self.thoughts_in(prompt) == "open",
+            is_paused=self._begins_free(prompt),
         )
+
+    def _begins_free(self, prompt: Prompt | None) -> bool:
+        """Whether the answer begins in a stretch without calls."""
+        return self.thoughts_in(prompt) == "open"
 
     def _word(self, mark: str) -> str | int:
         """`mark` as a trigger takes it: its token where it has one."""
@@ -161,6 +165,8 @@ class Format(ABC):
         """What the end of `prompt` makes of the model's thoughts."""
         if prompt is None:
             return "either"
+        if prompt.is_continued:  # what is continued is text
+            return "closed"
         opened, closed = self.thinking
         if self._ends_with(prompt, opened):
             return "open"
