@@ -154,6 +154,11 @@ class Service:
         self.is_draining = False
         self.keep_billing_line = keep_billing_line
 
+    @property
+    def has_efforts(self) -> bool:
+        """Whether the model's template asks how much it is to think."""
+        return bool(self._effort("medium"))
+
     def ignored_effort(self, request: ChatRequest) -> bool:
         """Whether the model's template has no place for the effort that is asked for."""
         return request.effort is not None and not self._effort(request.effort)
