@@ -52,7 +52,7 @@ from argosy.serve.fields import (
     strays,
 )  # fmt: skip
 from argosy.serve.gate import Caller
-from argosy.serve.replaced import TEXT_ONLY, Replaced, UnreadPart
+from argosy.serve.replaced import PARTS, TEXT_ONLY, Replaced, UnreadPart
 from argosy.serve.streams import EventStream, error_event, sse, until_gone
 from argosy.serve.tool_use import ToolChoice
 
@@ -68,7 +68,6 @@ _SERVER_TOOLS = (
     "mcp_toolset",
     "advisor_",
 )
-_Blocks = Field(max_length=4096)
 
 
 class TextBlock(Lenient):
@@ -91,7 +90,7 @@ class TextSource(Lenient):
 
 class BlocksSource(Lenient):
     type: Literal["content"]
-    content: Text | Annotated[list[Annotated[TextBlock | ImageBlock, Field(discriminator="type")]], _Blocks]
+    content: Text | Annotated[list[Annotated[TextBlock | ImageBlock, Field(discriminator="type")]], PARTS]
 
 
 class FileSource(UnreadPart):
@@ -110,7 +109,7 @@ class SearchResultBlock(Lenient):
     type: Literal["search_result"]
     source: Text
     title: Text
-    content: Annotated[list[TextBlock], _Blocks]
+    content: Annotated[list[TextBlock], PARTS]
     citations: Citations | None = None
 
 
@@ -151,7 +150,7 @@ ResultContent = Annotated[
 class ToolResultBlock(Lenient):
     type: Literal["tool_result"]
     tool_use_id: Short
-    content: Text | Annotated[list[ResultContent], _Blocks] | None = None
+    content: Text | Annotated[list[ResultContent], PARTS] | None = None
 
 
 AskingBlock = Annotated[
@@ -166,17 +165,17 @@ AnsweringBlock = Annotated[
 
 class AskingMessage(Lenient):
     role: Literal["user"]
-    content: Text | Annotated[list[AskingBlock], _Blocks]
+    content: Text | Annotated[list[AskingBlock], PARTS]
 
 
 class SystemMessage(Lenient):
     role: Literal["system"]
-    content: Text | Annotated[list[TextBlock], _Blocks]
+    content: Text | Annotated[list[TextBlock], PARTS]
 
 
 class AnsweringMessage(Lenient):
     role: Literal["assistant"]
-    content: Text | Annotated[list[AnsweringBlock], _Blocks]
+    content: Text | Annotated[list[AnsweringBlock], PARTS]
 
 
 AnyMessage = AskingMessage | AnsweringMessage | SystemMessage

@@ -54,12 +54,10 @@ from argosy.serve.fields import (
 )  # fmt: skip
 from argosy.serve.gate import Caller
 from argosy.serve.logprobs import ScoredToken, Speller
-from argosy.serve.replaced import Replaced, UnreadPart
+from argosy.serve.replaced import PARTS, Replaced, UnreadPart
 from argosy.serve.streams import DONE, EventStream, sse, until_gone
 from argosy.serve.structured_outputs import Formed
 from argosy.serve.tool_use import ToolChoice, ToolMode
-
-Parts = Field(max_length=4096)
 
 
 class TextPart(Noted):
@@ -67,7 +65,7 @@ class TextPart(Noted):
     text: Text
 
 
-Content = Text | Annotated[list[TextPart], Parts]
+Content = Text | Annotated[list[TextPart], PARTS]
 
 
 class MediaPart(UnreadPart):
@@ -75,7 +73,7 @@ class MediaPart(UnreadPart):
 
 
 # Of what a model may not be able to take: see `replaced.py`.
-MixedContent = Text | Annotated[list[Annotated[TextPart | MediaPart, Field(discriminator="type")]], Parts]
+MixedContent = Text | Annotated[list[Annotated[TextPart | MediaPart, Field(discriminator="type")]], PARTS]
 
 
 class CalledFunction(Noted):

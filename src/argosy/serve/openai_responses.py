@@ -63,7 +63,7 @@ from argosy.serve.fields import (
 from argosy.serve.gate import Caller, error_body
 from argosy.serve.kept_items import KeptItems
 from argosy.serve.logprobs import ScoredToken, Speller
-from argosy.serve.replaced import Replaced, UnreadPart
+from argosy.serve.replaced import PARTS, Replaced, UnreadPart
 from argosy.serve.streams import EventStream, sse, until_gone
 from argosy.serve.tool_use import ToolChoice, ToolMode
 
@@ -80,9 +80,7 @@ class MediaPart(UnreadPart):
     type: Literal["input_image", "input_file", "input_audio", "computer_screenshot"]
 
 
-Parts = (
-    Text | Annotated[list[Annotated[Part | MediaPart, Field(discriminator="type")]], Field(max_length=4096)]
-)
+Parts = Text | Annotated[list[Annotated[Part | MediaPart, Field(discriminator="type")]], PARTS]
 
 
 class GivenItem(Lenient):
