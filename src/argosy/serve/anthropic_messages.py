@@ -386,8 +386,7 @@ class _Place:
 
     def note(self, block: ImageBlock | DocumentBlock | ServerBlock) -> str:
         reason = _NOT_RUN_HERE if isinstance(block, ServerBlock) else TEXT_ONLY
-        is_new = self.is_new and not isinstance(block, ServerBlock)
-        return self.replaced.note(block.type, self.where, is_new=is_new, reason=reason)
+        return self.replaced.note(block.type, self.where, is_new=self.is_new, reason=reason)
 
 
 _NOT_RUN_HERE = "this server does not run such tools"
@@ -430,7 +429,7 @@ def _messages(message: AnyMessage, place: _Place) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
     made: list[dict[str, Any]] = []
     of_tool = replace(place, is_new=False)
-    for block in message.content:
+    for number, block in enumerate(message.content):
         match block:
             case ThinkingBlock():
                 thoughts.append(block.thinking)
@@ -446,7 +445,7 @@ def _messages(message: AnyMessage, place: _Place) -> list[dict[str, Any]]:
                 )
                 made.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": content})
             case _:
-                texts.append(_told(block, place))
+                texts.append(_told(block, replace(place, where=f"{place.where}.{number}")))
     if message.role == "assistant":
         said: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}
         if thoughts:

@@ -341,8 +341,8 @@ def _text(
     if isinstance(parts, str):
         return parts
     return "".join(
-        replaced.note(part.type, where, is_new=is_new) if isinstance(part, MediaPart) else part.text
-        for part in parts
+        replaced.note(part.type, f"{where}.{at}", is_new=is_new) if isinstance(part, MediaPart) else part.text
+        for at, part in enumerate(parts)
     )
 
 
