@@ -14,9 +14,9 @@ import json
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -37,6 +37,8 @@ from argosy.serve.fields import (
     Flag,
     Lenient,
     Messages,
+    Name,
+    NoEffect,
     NoFlag,
     ObjectSchema,
     Sampling,
@@ -241,13 +243,6 @@ class OutputConfig(Lenient):
 
 
 class CountBody(Sampling):
-    IGNORED: ClassVar[tuple[str, ...]] = (
-        "context_management", "cache_control", "compaction", "speed", "diagnostics", "billing_policy", "betas",
-        "fallbacks", "fallback_credit_token", "user_profile_id", "workspace_id", "anthropic_version",
-    )  # fmt: skip
-    model_config = ConfigDict(extra="allow")  # of what is not known, null alone
-    __pydantic_extra__: dict[str, None]
-
     messages: Annotated[list[Annotated[AnyMessage, Field(discriminator="role")]], Messages]
     system: Text | Annotated[list[TextBlock], Field(max_length=256)] | None = None
     tools: Annotated[list[AnyTool], Tools] | None = None
@@ -256,18 +251,18 @@ class CountBody(Sampling):
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # as it was called before `output_config.format`
     mcp_servers: Annotated[list[Any], Field(max_length=0)] | None = None
-    context_management: dict[str, Any] | None = None
-    cache_control: dict[str, Any] | None = None
-    compaction: dict[str, Any] | None = None
-    speed: str | None = Field(None, max_length=64)
-    diagnostics: dict[str, Any] | None = None
-    billing_policy: dict[str, Any] | None = None
-    betas: Annotated[list[Short], Field(max_length=64)] | None = None
-    fallbacks: Annotated[list[dict[str, Any]], Field(max_length=64)] | dict[str, Any] | None = None
-    fallback_credit_token: str | None = Field(None, max_length=4096)
-    user_profile_id: str | None = Field(None, max_length=256)
-    workspace_id: str | None = Field(None, max_length=256)
-    anthropic_version: str | None = Field(None, max_length=64)
+    context_management: NoEffect[dict[str, Any]] = None
+    cache_control: NoEffect[dict[str, Any]] = None
+    compaction: NoEffect[dict[str, Any]] = None
+    speed: NoEffect[Name] = None
+    diagnostics: NoEffect[dict[str, Any]] = None
+    billing_policy: NoEffect[dict[str, Any]] = None
+    betas: NoEffect[Annotated[list[Short], Field(max_length=64)]] = None
+    fallbacks: NoEffect[Annotated[list[dict[str, Any]], Field(max_length=64)] | dict[str, Any]] = None
+    fallback_credit_token: NoEffect[Text] = None
+    user_profile_id: NoEffect[Name] = None
+    workspace_id: NoEffect[Name] = None
+    anthropic_version: NoEffect[Name] = None
 
     def request(self, params: SamplingParams, *, keep_billing_line: bool) -> ChatRequest:
         system = _text(self.system or "")
@@ -353,14 +348,12 @@ class CountBody(Sampling):
 
 
 class MessagesBody(CountBody):
-    IGNORED = (*CountBody.IGNORED, "metadata", "service_tier", "container", "inference_geo")
-
     max_tokens: Tokens
     stop_sequences: Annotated[list[Stop], Field(max_length=16)] | None = None
-    metadata: dict[str, Any] | None = None
-    service_tier: str | None = Field(None, max_length=64)
-    container: Annotated[str, Field(max_length=256)] | dict[str, Any] | None = None
-    inference_geo: str | None = Field(None, max_length=64)
+    metadata: NoEffect[dict[str, Any]] = None
+    service_tier: NoEffect[Name] = None
+    container: NoEffect[Name | dict[str, Any]] = None
+    inference_geo: NoEffect[Name] = None
 
     def params(self) -> SamplingParams:
         return SamplingParams(max_tokens=self.max_tokens, **self.sampling(self.stop_sequences or ()))
