@@ -134,6 +134,24 @@ def test_the_files_of_a_client_are_where_its_own_variables_say(
 # What the server says
 
 
+@pytest.mark.parametrize(
+    ("tools", "note"), [("native", ""), ("generic", "generic prompt"), ("none", "cannot call")]
+)
+def test_settings_say_whether_the_model_calls_tools_and_what_it_reads(
+    server: FakeServer, capsys: Captured, tools: str, note: str
+) -> None:
+    server.tools, server.inputs = tools, ["text", "image"]
+    assert main(["connect", "opencode", "--url", server.url]) == 0
+    said = capsys.readouterr()
+    (model,) = json.loads(said.out)["provider"]["argosy"]["models"].values()
+    assert model["tool_call"] == (tools != "none")
+    assert model["modalities"]["input"] == ["text", "image"]
+    assert note in said.err
+    assert ("tools" in said.err) == bool(note)
+    assert main(["connect", "continue", "--url", server.url]) == 0
+    assert ("tool_use" in capsys.readouterr().out) == (tools != "none")
+
+
 @pytest.mark.parametrize("said", [[], ["--write"], ["--model", "mine"], ["--context", "8192"]])
 def test_without_a_server_there_are_no_settings_and_it_is_said_how_to_start_one(
     said: list[str], home: Path, capsys: Captured

@@ -87,3 +87,60 @@ def test_who_leaves_a_stream_frees_the_engine(client: anthropic.Anthropic, serve
         for _ in range(6):
             next(stream)
     server.require_freed(before)
+
+
+def test_a_last_turn_of_the_assistant_is_continued(client: anthropic.Anthropic) -> None:
+    begun: Any = [*said("#plain"), {"role": "assistant", "content": "Well: it"}]
+    whole: Any = client.messages.create(model="tiny", max_tokens=100, messages=begun)
+    assert [block.text for block in whole.content] == ["It is well, thank you."]
+    spaced: Any = [*said("#plain"), {"role": "assistant", "content": "Well: "}]
+    with pytest.raises(anthropic.BadRequestError, match="trailing whitespace"):
+        client.messages.create(model="tiny", max_tokens=100, messages=spaced)
+
+
+def test_interleaved_blocks_are_the_same_whole_and_streamed(client: anthropic.Anthropic) -> None:
+    more: Any = {"model": "tiny", "max_tokens": 100, "messages": said("#interleaved")}
+    whole: Any = client.messages.create(**more)
+    with client.messages.stream(**more) as stream:
+        final: Any = stream.get_final_message()
+    assert [block.type for block in whole.content] == ["text", "thinking", "text", "thinking", "text"]
+    assert [block.to_dict() for block in final.content] == [block.to_dict() for block in whole.content]
+
+
+def test_a_call_that_is_cut_is_the_same_whole_and_streamed(client: anthropic.Anthropic) -> None:
+    more: Any = {"model": "tiny", "max_tokens": 125, "messages": said("#thoughtful"), "tools": TOOLS}
+    whole: Any = client.messages.create(**more)
+    with client.messages.stream(**more) as stream:
+        final: Any = stream.get_final_message()
+    for message in (whole, final):
+        assert [block.type for block in message.content] == ["thinking", "tool_use", "tool_use"]
+        assert message.stop_reason == "max_tokens"
+    assert [block.input for block in whole.content[1:]] == [block.input for block in final.content[1:]]
+    used = [block.to_dict() for block in whole.content[1:]]
+    results = [{"type": "tool_result", "tool_use_id": block["id"], "content": "#sunny"} for block in used]
+    history: Any = [
+        *said("#weather"),
+        {"role": "assistant", "content": used},
+        {"role": "user", "content": results},
+    ]
+    second: Any = client.messages.create(**more | {"messages": history})
+    assert second.content[0].text == "It is sunny in both."
+
+
+def test_an_image_that_a_tool_read_does_not_end_the_session(client: anthropic.Anthropic) -> None:
+    source = {"type": "base64", "media_type": "image/png", "data": "aGVsbG8="}
+    used = {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": {"city": "Oslo"}}
+    found = [{"type": "text", "text": "#sunny"}, {"type": "image", "source": source}]
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": found}
+    history: Any = [
+        *said("Look."),
+        {"role": "assistant", "content": [used]},
+        {"role": "user", "content": [result]},
+    ]
+    more: Any = {"model": "tiny", "max_tokens": 100, "tools": TOOLS}
+    raw: Any = client.messages.with_raw_response.create(messages=history, **more)
+    assert raw.headers["x-replaced-blocks"] == "1 image"
+    assert raw.parse().content[0].text == "It is sunny in both."
+    asked: Any = [{"role": "user", "content": [{"type": "image", "source": source}]}]
+    with pytest.raises(anthropic.BadRequestError, match="reads text only"):
+        client.messages.create(messages=asked, **more)

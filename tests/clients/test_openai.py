@@ -149,3 +149,20 @@ def test_who_gives_up_waiting_for_a_whole_answer_frees_the_engine(server: Server
     before = server.num_new_tokens
     asyncio.run(give_up())
     server.require_freed(before)
+
+
+def test_chat_tells_a_cut_call_as_far_as_it_goes_and_takes_it_back(client: openai.OpenAI) -> None:
+    more: Any = {"model": "tiny", "tools": TOOLS, "max_tokens": 125}
+    whole = client.chat.completions.create(messages=said("#thoughtful"), **more).choices[0]
+    assert whole.finish_reason == "length"
+    assert not whole.message.content
+    first, cut = (call.function.arguments for call in whole.message.tool_calls or ())  # type: ignore[union-attr]
+    assert json.loads(first) == CALLS[0][1]
+    assert cut.startswith('{"city": "Rome"')
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(cut)
+    message = whole.message.to_dict()
+    calls: Any = message["tool_calls"]
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": "#sunny"} for call in calls]
+    again = client.chat.completions.create(messages=[*said("#weather"), message, *results], **more)  # type: ignore[list-item]
+    assert again.choices[0].message.content == "It is sunny in both."

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from argosy.errors import UsageError
 from argosy.prompt.formats import (
     FORMATS,
+    Answer,
     Event,
     ReasoningDelta,
     TextDelta,
@@ -26,6 +27,7 @@ from argosy.prompt.formats import (
     find_format,
     named_format,
 )
+from argosy.prompt.json_text import read_object
 from argosy.prompt.prompt import Prompt
 from argosy.prompt.tools import check_tools
 from tests.prompt.families import FAMILIES, TOOLS, Family
@@ -300,3 +302,50 @@ def test_an_end_of_a_prompt_in_callers_words_opens_no_thoughts() -> None:
     for is_callers, state in ((True, "either"), (False, "open")):
         ids = family.tokenizer.encode_segments([(is_callers, "<think>\n")])
         assert form.thoughts_in(Prompt(tuple(ids), "<think>\n")) == state
+
+
+# Answers that the token limit cuts
+
+CALLS_ALONE = [
+    (family, case)
+    for family, case in ALL
+    if {kind for kind, *_ in case["events"]} in ({"call"}, {"call", "reasoning"})
+]
+
+
+def of_cut_answer(family: Family, case: dict[str, Any], tokens: Iterable[Token]) -> Answer:
+    prompt = None
+    if "prompt" in case:
+        ids = family.tokenizer.encode_segments([(False, case["prompt"])])
+        prompt = Prompt(tuple(ids), case["prompt"])
+    parser = find_format(family.tokenizer, family.template).parser(
+        check_tools(case.get("tools", TOOLS)), prompt
+    )
+    events = [event for token_id, text in tokens for event in parser.push(token_id, text)]
+    return collect([*events, *parser.finish(is_cut=True)])
+
+
+def cuts_of(family: Family, case: dict[str, Any]) -> Iterator[list[Token]]:
+    """The tokens of an answer up to each place where it may be cut, those between two characters included."""
+    tokens = tokens_of(family, case["pieces"])
+    for number, (token_id, text) in enumerate(tokens):
+        before = tokens[:number]
+        yield before
+        if token_id is None:
+            yield from ([*before, (None, text[:at])] for at in range(1, len(text)))
+
+
+def test_a_call_that_is_cut_is_never_text_and_only_whole_calls_have_arguments_that_can_be_read() -> None:
+    families = set()
+    for family, case in CALLS_ALONE:
+        whole = [event[1:3] for event in case["events"] if event[0] == "call"]
+        for tokens in cuts_of(family, case):
+            answer = of_cut_answer(family, case, tokens)
+            assert len(answer.text.strip()) < 2, (family.name, case["says"], tokens, answer)
+            for number, call in enumerate(answer.calls):
+                assert call.name == whole[number][0]
+                if read_object(call.arguments) is not None:
+                    assert read_object(call.arguments) == whole[number][1], (family.name, tokens)
+                else:
+                    families.add(family.name)
+    assert families == {family.name for family, _ in CALLS_ALONE}

@@ -69,6 +69,13 @@ def test_arguments_are_an_object_or_its_text_and_the_text_is_kept() -> None:
         assert check_messages(with_arguments(given_))[1].calls[0] == Call("c1", "f", arguments, text)
 
 
+@pytest.mark.parametrize("given_", ["[1]", '{"a": 1', '{"a": NaN}', '{"a": 1, "a": 2}'])
+def test_arguments_of_a_call_that_was_cut_do_not_end_the_conversation(given_: str) -> None:
+    (call,) = check_messages(with_arguments(given_))[1].calls
+    assert call.arguments == {"INVALID_JSON": given_}
+    assert json.loads(call.text) == call.arguments
+
+
 @pytest.mark.parametrize(
     ("messages", "sentence"),
     [
@@ -85,7 +92,12 @@ def test_arguments_are_an_object_or_its_text_and_the_text_is_kept() -> None:
         ([*HI, {"role": "user", "content": "x", "cache": 1}], "message 1: unknown key 'cache' of role user"),
         ([{"role": "user", "content": "x", "tool_calls": [CALL]}], "unknown key 'tool_calls' of role user"),
         ([*ASKS, ANSWER | {"reasoning_content": "x"}], "unknown key 'reasoning_content' of role tool"),
-        ([*HI, {"role": "assistant", "content": "x"}], "nothing to answer"),
+        (ASKS, "the last message calls tools, so there is nothing to answer"),
+        (
+            [{"role": "assistant", "content": " "}],
+            "an empty one of the assistant, so there is nothing to answer",
+        ),
+        ([*HI, {"role": "assistant", "content": "", "reasoning": "x"}], "only text can be continued"),
         ([{"role": "user", "content": "\udc00"}], "lone surrogate"),
         ([{"role": "user", "content": "x", "name": "\udc00"}], "message 0: name holds half a character"),
         ([{"role": "user", "content": "x", "name": ""}], "name has 0 characters, expected 1 to 256"),
@@ -116,10 +128,6 @@ def test_arguments_are_an_object_or_its_text_and_the_text_is_kept() -> None:
         (with_call(id=None), "id is a NoneType, expected text"),
         (with_call(id="x" * 257), "id has 257 characters"),
         (with_arguments(None), "arguments are a NoneType, expected an object or its JSON text"),
-        (with_arguments("[1]"), "arguments are not the JSON text of an object"),
-        (with_arguments('{"a": 1'), "arguments are not the JSON text of an object"),
-        (with_arguments('{"a": NaN}'), "arguments are not the JSON text of an object"),
-        (with_arguments('{"a": 1, "a": 2}'), "arguments are not the JSON text of an object"),
         (with_arguments({"a": float("nan")}), "arguments holds a number that is too large"),
         (with_arguments({"a": 10**400}), "arguments holds a number that is too large"),
         (with_arguments({"a": {"\ud800": 1}}), "arguments holds half a character"),

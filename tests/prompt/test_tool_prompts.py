@@ -24,7 +24,7 @@ from argosy.prompt.template_worker import _Generation, render_segments
 from argosy.prompt.tokenizer import Tokenizer
 from argosy.prompt.tools import check_tools
 from tests.prompt.families import FAMILIES, TOOLS, WEATHER, Family
-from tests.prompt.tokenizers_for_tests import byte_level_json
+from tests.prompt.tokenizers_for_tests import CHATML, byte_level_json
 
 NOW = datetime.datetime(2026, 1, 2, 3, 4, 5)
 CALLING = [family for family in FAMILIES.values() if family.name != "chatml"]
@@ -443,24 +443,27 @@ def test_a_marker_that_two_fields_make_together_stays_text() -> None:
 # What a template has no place for
 
 
-def test_tools_for_a_template_without_them_are_refused() -> None:
+def test_a_model_of_channels_whose_template_has_no_tools_refuses_them() -> None:
+    """Its answers are messages on channels, so a call in the text of one would be read as text."""
+    family = replace(FAMILIES["harmony"], template=CHATML)
+    builder = family.builder()
+    assert builder.tool_calling == "none"
     with pytest.raises(UsageError, match="chat template takes no tools") as caught:
-        BUILDERS["chatml"].build([{"role": "user", "content": "x"}], tools=TOOLS)
+        builder.build([{"role": "user", "content": "x"}], tools=TOOLS)
     assert "leave `tools` out" in str(caught.value.hint)
     with pytest.raises(UsageError, match="no place for tool calls and their results"):
-        BUILDERS["chatml"].build(CONVERSATION)
+        builder.build(CONVERSATION)
+    builder.close()
 
 
-def test_tools_of_a_model_whose_calls_nobody_can_read_are_refused() -> None:
+def test_a_model_whose_own_calls_nobody_can_read_is_told_of_tools_in_the_generic_prompt() -> None:
     template = "{{ tools | tojson }}{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(byte_level_json()), chat_template=template)
     builder = PromptBuilder(tokenizer, vocab_size=tokenizer.vocab_size)
-    with pytest.raises(UsageError, match="not known how this model calls tools"):
-        builder.build([{"role": "user", "content": "x"}], tools=TOOLS)
-    named = PromptBuilder(tokenizer, vocab_size=tokenizer.vocab_size, format_name="hermes")
-    assert "get_weather" in named.apply_template([{"role": "user", "content": "x"}], tools=TOOLS)
+    text = builder.apply_template([{"role": "user", "content": "x"}], tools=TOOLS)
+    assert text.startswith("null# Tools")
+    assert text.count("get_weather") == 1
     builder.close()
-    named.close()
 
 
 def test_a_turn_with_text_and_calls_becomes_two_where_the_template_prints_one_of_them() -> None:

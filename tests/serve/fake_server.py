@@ -63,6 +63,8 @@ class FakeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.key: str | None = None
         self.shows_heat = True
+        self.tools = "native"
+        self.inputs = ["text"]
         self.token_s = 0.005
         self.tokens = 300
         self.running = 0
@@ -183,7 +185,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(401, "the key is missing or wrong")
         elif path == "/v1/models":
             entry = {"id": MODEL, "object": "model", "created": 0, "owned_by": "argosy"}
-            about = {"context_length": CONTEXT_TOKENS, "modalities": {"input": ["text"], "output": ["text"]}}
+            about = {
+                "context_length": CONTEXT_TOKENS,
+                "architecture": {"input_modalities": self.server.inputs, "output_modalities": ["text"]},
+                "capabilities": {"tools": self.server.tools},
+            }
             self._json({"object": "list", "data": [entry | about]})
         elif path == "/v1/engine/state":
             self._json(self.server.state())

@@ -132,6 +132,16 @@ def _cases() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "responses_too_long_stream", _asked("responses", "Ω" * 5000, stream=True)
     yield "chat_progress_stream", _asked("chat", "#plain", return_progress=True, stream=True)
     yield "completions_echo", _asked("completions", "The quick #plain", echo=True, logprobs=True)
+    for dialect in ("chat", "responses", "messages"):
+        for name, asked in {
+            "interleaved": _asked(dialect, "#interleaved"),
+            "cut_call": _asked(
+                dialect, "#thoughtful", tools=True, max_tokens=125
+            ),  # in the second one's arguments
+            "cut_name": _asked(dialect, "#weather", tools=True, max_tokens=16),  # before a name is known
+        }.items():
+            yield f"{dialect}_{name}", asked
+            yield f"{dialect}_{name}_stream", asked | {"stream": True}
     yield "responses_state", _asked("responses", "#plain", previous_response_id="resp_1")
 
 

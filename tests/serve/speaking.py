@@ -45,6 +45,7 @@ SCRIPTS: dict[str, Script] = {
     "#plain": "It is well, thank you.",
     "#think": "<think>\nLet me see.\n</think>\n\nIt is well.",
     "#weather": f"Let me look.\n{call('get_weather', OSLO)}\n{call('get_weather', ROME)}",
+    "#interleaved": "First.\n<think>\nHm.\n</think>\n\nSecond.\n<think>\nHm again.\n</think>\n\nThird.",
     "#thoughtful": f"<think>\nTwo cities.\n</think>\n\n{call('get_weather', OSLO)}\n{call('get_weather', ROME)}",
     "#wrong": call("get_weather", '{"town": "Oslo"}'),  # a tool whose parameter has another name
     "#reply": call("Reply", '{"answer": 42}'),

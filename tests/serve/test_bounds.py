@@ -216,6 +216,8 @@ def test_a_template_an_expression_a_path_an_address_or_a_tensor_is_no_field(
     sentence = refused(client.post(path, json=DIALECTS[path] | {name: "x"}), path)
     if name == "structured_outputs" and "completions" in path:
         assert sentence == 'structured_outputs: expected an object, found "x"'
+    elif name == "add_generation_prompt" and "chat" in path:  # says whether the last turn is continued
+        assert sentence == 'add_generation_prompt: expected a valid boolean, found "x"'
     else:
         assert sentence.startswith(f"unknown field '{name}'; known: ")
 

@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from argosy.cli.edit_file import (
     Change,
@@ -25,6 +25,9 @@ from argosy.cli.edit_file import (
     merge_toml,
     merge_yaml_list,
 )
+
+if TYPE_CHECKING:
+    from argosy.prompt.prompt import ToolCalling
 
 KEY_VARIABLE = "ARGOSY_API_KEY"
 _NO_KEY = "none"  # clients insist on a key; a server without keys does not look at it
@@ -40,6 +43,7 @@ class Connection:
     model: str
     context_tokens: int
     inputs: tuple[str, ...] = ("text",)
+    tools: ToolCalling = "native"  # a server that does not answer is taken for one whose model calls tools
     key: str | None = None
     is_key_shown: bool = False
 
@@ -47,6 +51,20 @@ class Connection:
     def output_tokens(self) -> int:
         """Longest answer that a client may ask for: it has to fit the context beside its question."""
         return max(1, min(self.context_tokens // 4, _LONGEST_OUTPUT_TOKENS))
+
+    @property
+    def tool_notes(self) -> tuple[str, ...]:
+        """What to know of tools before an agent is tried."""
+        if self.tools == "generic":
+            return (
+                "this model's chat template knows of no tools: they are told in a generic prompt, which it may follow "
+                "less well than a model that was made for them",
+            )
+        return (
+            ("this model cannot call tools, so an agent will not get far with it",)
+            if self.tools == "none"
+            else ()
+        )
 
     def secret(self, reference: str) -> str:
         """What to print where the key belongs: a reference to it, unless the key itself was asked for."""
@@ -194,7 +212,7 @@ def _opencode(connection: Connection, file: Path | None, environment: Mapping[st
                 "models": {
                     connection.model: {
                         "name": connection.model,
-                        "tool_call": True,
+                        "tool_call": connection.tools != "none",
                         "limit": {"context": connection.context_tokens, "output": connection.output_tokens},
                         "modalities": {"input": list(connection.inputs), "output": ["text"]},
                     }
@@ -239,7 +257,8 @@ def _open_webui(connection: Connection, file: Path | None, environment: Mapping[
 
 
 def _continue(connection: Connection, file: Path | None, environment: Mapping[str, str]) -> Setup:
-    capabilities = ["tool_use", *(["image_input"] if "image" in connection.inputs else [])]
+    capabilities = ["tool_use"] if connection.tools != "none" else []
+    capabilities += ["image_input"] if "image" in connection.inputs else []
     item = [
         f"- name: {json.dumps(f'Argosy {connection.model}', ensure_ascii=False)}",
         "  provider: openai",

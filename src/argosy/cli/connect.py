@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -18,6 +19,7 @@ from argosy.errors import ServerNotUsable, UsageError
 if TYPE_CHECKING:
     from argosy.cli.clients import Connection, Setup
     from argosy.cli.remote import Server
+    from argosy.prompt.prompt import ToolCalling
 
 CLIENTS = ("claude-code", "codex", "opencode", "openwebui", "continue")
 _CONTEXT_TOKENS = 32_768  # of a server that does not say
@@ -68,7 +70,7 @@ def connect(
         write_files(setup)
     else:
         print_files(setup)
-    for note in setup.notes:
+    for note in (*setup.notes, *connection.tool_notes):
         print(f"note: {note}", file=sys.stderr)
 
 
@@ -89,6 +91,7 @@ def describe(
     from argosy.cli.clients import Connection
 
     inputs: tuple[str, ...] = ("text",)
+    tools: ToolCalling = "native"
     try:
         entries = server.models()
     except ServerNotUsable as error:
@@ -113,9 +116,12 @@ def describe(
         served = entry.get("context_length")
         if context is None and isinstance(served, int) and served > 0:
             context = served
-        kinds = (entry.get("modalities") or {}).get("input")
+        kinds = _part(entry, "architecture").get("input_modalities")
         if isinstance(kinds, list) and kinds and all(isinstance(kind, str) for kind in kinds):
             inputs = tuple(kinds)
+        served_tools = _part(entry, "capabilities").get("tools")
+        if served_tools in ("native", "generic", "none"):
+            tools = cast("ToolCalling", served_tools)
     if not model.isprintable():
         raise UsageError(f"{server.url} serves a model whose name no settings can hold: {model!r}")
     return Connection(
@@ -123,9 +129,15 @@ def describe(
         model=model,
         context_tokens=context or _CONTEXT_TOKENS,
         inputs=inputs,
+        tools=tools,
         key=key,
         is_key_shown=show_key,
     )
+
+
+def _part(entry: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = entry.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def print_files(setup: Setup) -> None:

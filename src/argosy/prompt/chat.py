@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from argosy.errors import ArgosyError, CheckpointError, UsageError
+from argosy.prompt.generic_tools import with_generic_tools
 from argosy.prompt.json_text import plain_json
 from argosy.prompt.messages import Turn
 from argosy.prompt.template_shape import Shape, find_shape
@@ -75,6 +76,7 @@ class ChatTemplate:
         turns: Sequence[Turn],
         tools: Sequence[Tool] = (),
         *,
+        is_generic: bool = False,
         add_generation_prompt: bool = True,
         variables: Variables | None = None,
     ) -> list[Segment]:
@@ -83,6 +85,7 @@ class ChatTemplate:
         Args:
             turns: checked messages.
             tools: what the model may call.
+            is_generic: tools, calls and results stand in the texts of turns, whatever the template knows of them.
             add_generation_prompt: open the assistant's turn, for it to be answered.
             variables: further variables of the template (`enable_thinking`); text in them is a caller's text.
 
@@ -93,6 +96,9 @@ class ChatTemplate:
         """
         if variables:
             self._check_variables(variables)
+        if is_generic:
+            turns = with_generic_tools(turns, tools, takes_system=self.shape.takes_system)
+            tools = ()
         if tools and not self.shape.takes_tools:
             raise UsageError(
                 "this model's chat template takes no tools",

@@ -26,7 +26,7 @@ Message = Mapping[str, Any]
     name                who speaks, where a template cares
     reasoning_content   assistant: what it thought before it answered; `reasoning` is another name for it
     tool_calls          assistant: [{"id", "type": "function", "function": {"name", "arguments"}}]; arguments are an
-                        object, or the JSON text of one
+                        object, or the JSON text of one; of a call that was cut, any text
     tool_call_id        tool: which call this is the result of
 
 A key whose value is None counts as absent. So do copies that OpenAI's client makes of what is there in another form,
@@ -38,6 +38,7 @@ _KEYS = {
     "tool": ("role", "content", "name", "tool_call_id"),
 }
 _OTHER_KEYS = ("role", "content", "name")
+UNREADABLE = "INVALID_JSON"  # holds arguments that are no object, as Anthropic would have them sent back
 _LONGEST_NAME = 256  # of whoever speaks, of a call, of its id
 
 
@@ -51,9 +52,17 @@ class Call:
     text: str
 
 
+Piece = tuple[bool, str]
+"""(is the caller's, text)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One checked message; `answers` is the id of the call that a tool's turn is the result of."""
+    """One checked message.
+
+    answers: the id of the call that a tool's turn is the result of.
+    pieces: its content by who wrote it; empty: all of it is the caller's.
+    """
 
     role: str
     content: str
@@ -61,14 +70,17 @@ class Turn:
     reasoning: str = ""
     calls: tuple[Call, ...] = ()
     answers: str | None = None
+    pieces: tuple[Piece, ...] = ()
 
 
 def check_messages(messages: Sequence[Message], *, add_generation_prompt: bool = True) -> tuple[Turn, ...]:
     """The messages as turns, or a sentence about the first thing that is wrong with them.
 
+    Where the model is to answer, it continues a last turn of the assistant; one that says nothing is left out.
+
     Raises:
-        UsageError: none, an unknown role or key, content that is not text, a call whose arguments are no object, a
-            result of a call that nobody made, or nothing for the model to answer.
+        UsageError: none, an unknown role or key, content that is not text, a result of a call that nobody made, or
+            nothing for the model to answer or to continue.
     """
     if not messages:
         raise UsageError("a conversation needs at least one message")
@@ -81,8 +93,25 @@ def check_messages(messages: Sequence[Message], *, add_generation_prompt: bool =
             raise UsageError(f"message {at}: tool_call_id '{turn.answers}' is no call of an earlier message")
         turns.append(turn)
     if add_generation_prompt and turns[-1].role == "assistant":
-        raise UsageError("the last message is the assistant's, so there is nothing to answer")
+        turns += _to_be_continued(turns.pop())
+        if not turns:
+            raise UsageError(
+                "the only message is an empty one of the assistant, so there is nothing to answer"
+            )
     return tuple(turns)
+
+
+def _to_be_continued(last: Turn) -> list[Turn]:
+    if last.calls:
+        raise UsageError(
+            "the last message calls tools, so there is nothing to answer",
+            hint="send their results, one message of role tool for each call",
+        )
+    if last.content.strip():
+        return [last]
+    if last.reasoning:
+        raise UsageError("the last message has thoughts alone, and only text can be continued")
+    return []
 
 
 def _without_copies(message: Message) -> Message:
@@ -160,11 +189,11 @@ def _call(call: object, where: str) -> Call:
     _only(("name", "arguments"), (key for key in function if key != "parsed_arguments"), where)
     given = function.get("arguments")
     if isinstance(given, str):
-        text = plain_text(given, f"{where}: arguments")
-        arguments = read_object(text) if text.strip() else {}
+        text = plain_text(given, f"{where}: arguments") if given.strip() else "{}"
+        arguments = read_object(text)
         if arguments is None:
-            raise UsageError(f"{where}: arguments are not the JSON text of an object")
-        text = text if text.strip() else "{}"
+            arguments = {UNREADABLE: text}
+            text = write_json(arguments)
     elif isinstance(given, Mapping):
         plain = plain_json(given, f"{where}: arguments")
         assert isinstance(plain, dict)

@@ -14,7 +14,7 @@ import copy
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Self, SupportsIndex
+from typing import TYPE_CHECKING, Literal, Self, SupportsIndex
 
 from argosy.config import Grammar
 from argosy.errors import UsageError
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from argosy.prompt.tools import Tool
 
 
+ToolCalling = Literal["native", "generic", "none"]
+
+
 @dataclass(frozen=True, slots=True)
 class Trace:
     """What an answer is found by when its conversation comes back.
@@ -35,13 +38,15 @@ class Trace:
     Attributes:
         num_characters: of the rendered conversation, up to where the answer begins.
         text, ids: digests of it.
-        conversation: digest of the messages.
+        conversation: digest of the messages, without one that is continued.
+        continued: what the assistant's turn said already.
     """
 
     num_characters: int
     text: bytes
     ids: bytes
     conversation: bytes
+    continued: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +54,13 @@ class Prompt:
     """What a model is given to continue.
 
     `token_ids` is None only before a tokenizer has seen the text; `text` is for people to read. The answer to a
-    conversation is a text of its own; any other goes on with the prompt's.
+    conversation is a text of its own; any other goes on with the prompt's, as does one that continues a turn of the
+    assistant, inside which the prompt ends (`is_continued`).
     """
 
     token_ids: tuple[int, ...] | None
     text: str = ""
+    is_continued: bool = False
     trace: Trace | None = field(default=None, repr=False, compare=False)
     is_conversation: bool = field(default=False, repr=False, compare=False)
 
@@ -125,7 +132,8 @@ class PromptBuilder:
 
         Args:
             request: a string is one user message if the model has a chat template, and text to continue if it
-                has none; token ids and `Prompt` are taken as they are; a list of messages is a conversation.
+                has none; token ids and `Prompt` are taken as they are; a list of messages is a conversation, and if
+                the assistant's is the last, the answer continues it.
             tools: what the model may call; only for messages, as the rest.
             variables: of the chat template (`enable_thinking`), those that it reads itself.
             tenant: whose conversation it is; answers that were remembered for it keep their tokens.
@@ -133,8 +141,8 @@ class PromptBuilder:
 
         Raises:
             UsageError: empty, not one of these, an id outside the vocabulary, text for a model without a
-                tokenizer, messages for a model without a template, tools for a model that calls none, or a
-                conversation the template refuses.
+                tokenizer, messages for a model without a template, tools for a model that cannot be told of them, or
+                a conversation the template refuses.
         """
         if isinstance(request, str):
             if self._template is None:
@@ -203,8 +211,30 @@ class PromptBuilder:
         return tokenizer.decode(token_ids, keep_special=keep_special)
 
     @functools.cached_property
+    def tool_calling(self) -> ToolCalling:
+        """How the model is told of tools: by its own template, in a generic prompt, or not at all."""
+        from argosy.prompt.formats.format import BlockFormat
+
+        if self._template is None:
+            return "none"
+        shape = self._template.shape
+        if self.format.name != "plain" and shape.takes_tools and shape.takes_calls:
+            return "native"
+        return "generic" if isinstance(self.format, BlockFormat) else "none"
+
+    def _format_for(self, tools: Sequence[Tool]) -> Format:
+        """How the model writes an answer that may call `tools`."""
+        return self._generic_format if tools and self.tool_calling == "generic" else self.format
+
+    @functools.cached_property
+    def _generic_format(self) -> Format:
+        from argosy.prompt.formats import named_format
+
+        return named_format("hermes", self._needed("messages"))
+
+    @functools.cached_property
     def format(self) -> Format:
-        """How the model writes thoughts and calls."""
+        """How the model itself writes thoughts and calls."""
         if self._named_format is not None:
             return self._named_format
         from argosy.prompt.formats import find_format
@@ -221,7 +251,8 @@ class PromptBuilder:
         """Reads the answer to `prompt`, which was built with the same `tools`."""
         from argosy.prompt.tools import check_tools
 
-        return self.format.parser(check_tools(tools), prompt)
+        checked = check_tools(tools)
+        return self._format_for(checked).parser(checked, prompt)
 
     def grammar(
         self,
@@ -246,17 +277,25 @@ class PromptBuilder:
             form: of an answer that calls nothing; it has no trigger.
 
         Raises:
-            UsageError: there is no tool to call, or the model calls none.
+            UsageError: there is no tool to call, the model calls none, or the prompt ends in a turn to be continued, of
+                which a form or a call would have to be the whole.
         """
         from argosy.prompt.tools import check_tools
 
         checked = check_tools(tools)
+        form_of_answer = self._format_for(checked)
         if must_call or form is not None:
-            text = self.format.grammar(checked, parallel, prompt, form=None if must_call else form)
+            if prompt.is_continued:
+                raise UsageError(
+                    "the answer continues the last message, which is the assistant's, "
+                    "so it cannot have a form or be a call",
+                    hint="leave that message out, or the form and the choice of tools",
+                )
+            text = form_of_answer.grammar(checked, parallel, prompt, form=None if must_call else form)
             return Grammar(kind="lark", text=text)
         if not checked:
             return None
-        text, trigger = self.format.lazy_grammar(checked, parallel, prompt)
+        text, trigger = form_of_answer.lazy_grammar(checked, parallel, prompt)
         return Grammar(
             kind="lark", text=text, trigger=trigger, is_lenient=not any(t.is_strict for t in checked)
         )
@@ -287,7 +326,7 @@ class PromptBuilder:
             return None
         from argosy.prompt.replay import Replay
 
-        return Replay(self._memory, self._needed("messages"), self.format)
+        return Replay(self._memory, self._needed("messages"), self._format_for)
 
     def _raw(self, text: str) -> Prompt:
         return Prompt(tuple(self.tokenize(text, add_prefix=True)), text)
@@ -313,18 +352,19 @@ class PromptBuilder:
         turns = check_messages(messages, add_generation_prompt=add_generation_prompt)
         checked = check_tools(tools)
         replay = self._replay if tenant is not None else None
+        is_continued = add_generation_prompt and turns[-1].role == "assistant"
         if replay is None or tenant is None:
             segments = self._segments(turns, checked, {}, variables, add_generation_prompt)
             ids = tokenizer.encode_segments(segments)
-            return Prompt(tuple(ids), text_of(segments), is_conversation=True)
+            return Prompt(tuple(ids), text_of(segments), is_continued, is_conversation=not is_continued)
 
         from argosy.prompt.replay import trace_of
 
         said, remembered, own_ids = replay.recall(tenant, turns)
         segments = self._segments(said, checked, own_ids, variables, add_generation_prompt)
-        ids = replay.encode(segments, remembered, checked)
-        trace = trace_of(turns, segments, ids)
-        return Prompt(tuple(ids), text_of(segments), trace, is_conversation=True)
+        ids = replay.encode(segments, remembered, checked, is_continued=is_continued)
+        trace = trace_of(turns, segments, ids, is_continued=is_continued)
+        return Prompt(tuple(ids), text_of(segments), is_continued, trace, is_conversation=not is_continued)
 
     def _segments(
         self,
@@ -335,18 +375,16 @@ class PromptBuilder:
         add_generation_prompt: bool,
     ) -> list[Segment]:
         assert self._template is not None
+        has_calls = bool(tools) or any(turn.calls or turn.role == "tool" for turn in turns)
+        is_continued = add_generation_prompt and turns[-1].role == "assistant"
         segments = self._template.segments(
             self._with_own_ids(turns, own_ids),
             tools,
-            add_generation_prompt=add_generation_prompt,
+            is_generic=has_calls and self.tool_calling == "generic",
+            add_generation_prompt=add_generation_prompt and not is_continued,
             variables=variables,
         )
-        if tools and self.format.name == "plain":
-            raise UsageError(
-                "it is not known how this model calls tools",
-                hint="name its format, if it is one of those that are built in",
-            )
-        return segments
+        return _up_to_end_of(turns[-1].content, segments) if is_continued else segments
 
     def _with_own_ids(self, turns: Sequence[Turn], own_ids: Mapping[str, str]) -> Sequence[Turn]:
         """`turns` with the ids that the model's template wants of calls and of their results."""
@@ -391,3 +429,22 @@ class PromptBuilder:
         for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
             if not 0 <= token_id < self._vocab_size:
                 raise UsageError(f"token id {token_id} is not in the vocabulary, 0 to {self._vocab_size - 1}")
+
+
+def _up_to_end_of(content: str, segments: Sequence[Segment]) -> list[Segment]:
+    """A rendered conversation up to the end of the last turn's `content`, for it to be continued.
+
+    White space at its end, which templates trim, is given back.
+
+    Raises:
+        UsageError: the template prints something else there.
+    """
+    at = max((at for at, (is_callers, _) in enumerate(segments) if is_callers), default=None)
+    printed = "" if at is None else segments[at][1].rstrip()
+    if at is None or not printed.endswith(content.strip()):
+        raise UsageError(
+            "this model's chat template does not print the end of an assistant's turn as it was said, "
+            "so a last message of the assistant cannot be continued",
+            hint="end the conversation with a message of the user",
+        )
+    return [*segments[:at], (True, printed + content[len(content.rstrip()) :])]

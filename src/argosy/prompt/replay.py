@@ -19,7 +19,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
@@ -48,7 +48,13 @@ class Remembered:
 
     @property
     def nbytes(self) -> int:
-        said = [self.answer.text, self.answer.reasoning, *(call.arguments for call in self.answer.calls)]
+        answer = self.answer
+        said = [
+            answer.text,
+            answer.reasoning,
+            self.trace.continued,
+            *(call.arguments for call in answer.calls),
+        ]
         return _ENTRY_BYTES + self.token_ids.itemsize * len(self.token_ids) + 4 * sum(map(len, said))
 
 
@@ -130,10 +136,13 @@ class _Tenant(Generic[T]):
 class Replay:
     """Remembering and recalling for one model."""
 
-    def __init__(self, memory: ReplayMemory, tokenizer: Tokenizer, form: Format) -> None:
+    def __init__(
+        self, memory: ReplayMemory, tokenizer: Tokenizer, format_for: Callable[[Sequence[Tool]], Format]
+    ) -> None:
+        """`format_for`: how the model writes an answer that may call these tools."""
         self._memory = memory
         self._tokenizer = tokenizer
-        self._form = form
+        self._format_for = format_for
 
     def remember(
         self, tenant: str, prompt: Prompt, token_ids: Sequence[int], answer: Answer, tools: Sequence[Tool]
@@ -162,7 +171,8 @@ class Replay:
         if answer.calls:
             key = _call_key(answer.calls[0].id)
         else:
-            key = next_digest(prompt.trace.conversation, Turn("assistant", answer.text))
+            said = prompt.trace.continued + answer.text
+            key = next_digest(prompt.trace.conversation, Turn("assistant", said))
         self._memory.put(tenant, key, turn)
         return True
 
@@ -185,7 +195,7 @@ class Replay:
             digest = next_digest(digest, turn)
             keys.append(_call_key(turn.calls[0].id) if turn.calls else digest)
             found = self._memory.get(tenant, keys[-1]) if turn.role == "assistant" else None
-            if found is not None and _says_what_was_said(turn, found.answer):
+            if found is not None and _says_what_was_said(turn, found):
                 remembered.append(found)
                 own_ids |= {call.id: call.own_id for call in found.answer.calls if call.own_id is not None}
                 filled.append(replace(turn, reasoning=found.answer.reasoning))
@@ -196,9 +206,17 @@ class Replay:
         return filled, remembered, own_ids
 
     def encode(
-        self, segments: Sequence[Segment], remembered: Iterable[Remembered], tools: Sequence[Tool]
+        self,
+        segments: Sequence[Segment],
+        remembered: Iterable[Remembered],
+        tools: Sequence[Tool],
+        *,
+        is_continued: bool = False,
     ) -> list[int]:
-        """Ids of a rendered conversation, with the tokens of what is remembered where it lines up."""
+        """Ids of a rendered conversation, with the tokens of what is remembered where it lines up.
+
+        `is_continued`: it ends inside an assistant's turn.
+        """
         tokenizer = self._tokenizer
         whole = text_of(segments)
         ids: list[int] = []
@@ -214,35 +232,45 @@ class Replay:
             rest = cut(segments, begin, len(whole))
             ends = (c.start for c in tokenizer.template_controls(rest) if c.token_id in tokenizer.eos_ids)
             end = next(ends, None)
+            if end is None and is_continued:
+                end = len(whole) - begin
             if end is None:
                 continue
             rendered = tokenizer.encode_segments(cut(rest, 0, end))
-            prompt = Prompt(tuple(head), whole[:begin])
+            prompt = Prompt(tuple(head), whole[:begin], is_continued=bool(turn.trace.continued))
             if not _is_same(self._read(rendered, prompt, tools), turn.answer):
                 continue
             ids, at = head + turn.token_ids.tolist(), begin + end
         return ids + tokenizer.encode_segments(cut(segments, at, len(whole)))
 
     def _read(self, token_ids: Sequence[int], prompt: Prompt, tools: Sequence[Tool]) -> Answer:
-        return read_answer(token_ids, self._form, self._tokenizer, tools, prompt)
+        return read_answer(token_ids, self._format_for(tools), self._tokenizer, tools, prompt)
 
 
 def read_answer(
     token_ids: Sequence[int], form: Format, tokenizer: Tokenizer, tools: Sequence[Tool], prompt: Prompt | None
 ) -> Answer:
     """What `token_ids` say, as the answer to `prompt`."""
-    parser, stream = form.parser(tools, prompt), tokenizer.stream()
+    is_continued = prompt is not None and prompt.is_continued
+    parser, stream = form.parser(tools, prompt), tokenizer.stream(is_start=not is_continued)
     events = [event for token_id in token_ids for event in parser.push(token_id, stream.push(token_id))]
     return collect([*events, *parser.push(None, stream.finish()), *parser.finish()])
 
 
-def trace_of(turns: Sequence[Turn], segments: Sequence[Segment], token_ids: Sequence[int]) -> Trace:
-    """What an answer to this prompt will be found by."""
+def trace_of(
+    turns: Sequence[Turn],
+    segments: Sequence[Segment],
+    token_ids: Sequence[int],
+    *,
+    is_continued: bool = False,
+) -> Trace:
+    """What an answer to this prompt will be found by; `is_continued`: it continues the last turn."""
+    continued = turns[-1].content if is_continued else ""
     conversation = b""
-    for turn in turns:
+    for turn in turns[:-1] if is_continued else turns:
         conversation = next_digest(conversation, turn)
     num_characters = sum(len(text) for _, text in segments)
-    return Trace(num_characters, text_digest(segments), ids_digest(token_ids), conversation)
+    return Trace(num_characters, text_digest(segments), ids_digest(token_ids), conversation, continued)
 
 
 def cut(segments: Sequence[Segment], start: int, stop: int) -> list[Segment]:
@@ -282,12 +310,13 @@ def _call_key(call_id: str) -> bytes:
     return b"call " + call_id.encode()
 
 
-def _says_what_was_said(turn: Turn, answer: Answer) -> bool:
-    """Whether a client sends `answer` back as it was; thoughts may be left out."""
+def _says_what_was_said(turn: Turn, found: Remembered) -> bool:
+    """Whether a client sends an answer back as it was, behind what it continued; thoughts may be left out."""
+    answer = found.answer
     return (
         [call.id for call in turn.calls] == [call.id for call in answer.calls]
         and [(call.name, call.arguments) for call in turn.calls] == _named(answer)
-        and turn.content.strip() == answer.text.strip()
+        and turn.content.strip() == (found.trace.continued + answer.text).strip()
         and turn.reasoning.strip() in ("", answer.reasoning.strip())
     )
 

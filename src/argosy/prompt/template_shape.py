@@ -44,6 +44,7 @@ class Shape:
         takes_content_and_reasoning: in a turn with calls.
         reasoning_key: where it looks for what the assistant thought, or None.
         knows_developer: it has a word for that role.
+        takes_system: it prints a system message that is the first message.
         takes_late_system: it prints a system message that is not the first message.
     """
 
@@ -57,6 +58,7 @@ class Shape:
     takes_content_and_reasoning: bool
     reasoning_key: str | None
     knows_developer: bool
+    takes_system: bool
     takes_late_system: bool
 
     def messages(self, turns: Sequence[Turn]) -> Messages:
@@ -67,7 +69,7 @@ class Shape:
         """
         made: Messages = []
         for turn in self._split(self._with_one_system(turns)):
-            message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+            message: dict[str, Any] = {"role": turn.role, "content": list(turn.pieces) or turn.content}
             if turn.role == "developer" and not self.knows_developer:
                 message["role"] = "system"
             if turn.name is not None:
@@ -206,6 +208,8 @@ def find_shape(variables: frozenset[str], names: frozenset[str], attempt: Try) -
         takes_content_and_reasoning=prints("probe_key1", content="probe_text", **thought),
         reasoning_key=key,
         knows_developer="developer" in names,
+        takes_system=printed([{"role": "system", "content": "probe_system"}, _USER], "probe_system")
+        is not None,
         takes_late_system=printed(late, "probe_late") is not None,
     )
 

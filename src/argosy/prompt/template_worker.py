@@ -168,7 +168,8 @@ def render_segments(
 
     Args:
         template: source of the chat template.
-        messages: role, content and more; the role is one of a fixed list, all other text is the caller's.
+        messages: role, content and more; the role is one of a fixed list, all other text is the caller's. Where content
+            is a list of (is the caller's, text), that says who wrote which part.
         fixed: variables from the model's own files (`bos_token` ...): as good as the template's text.
         variables: variables from the caller, text, number or truth each; text is the caller's.
         max_characters: bound of the output.
@@ -196,7 +197,14 @@ def render_segments(
         environment = _Environment(shadows, now)
         compiled = environment.template_class.from_code(environment, code, environment.make_globals(None))
         conversation = [
-            {key: value if key == "role" else taint(value) for key, value in message.items()}
+            {
+                key: value
+                if key == "role"
+                else _mixed(shadows, value)
+                if _is_mixed(key, value)
+                else taint(value)
+                for key, value in message.items()
+            }
             for message in messages
         ]
         said = {name: taint(value) for name, value in variables.items()}
@@ -231,6 +239,18 @@ def render_segments(
 def _compile(template: str) -> CodeType:
     """The template's code, which any environment can run: it knows nothing of a rendering."""
     return _Environment(None, datetime.datetime.now()).compile(template)
+
+
+def _is_mixed(key: str, value: Any) -> bool:
+    return key == "content" and isinstance(value, list)
+
+
+def _mixed(shadows: ShadowMap | None, pieces: list[tuple[bool, str]]) -> str:
+    """A text that is the caller's in part."""
+    if shadows is None:
+        return "".join(text for _, text in pieces)
+    data = "".join(shadows.shadow(text) if is_callers else text for is_callers, text in pieces)
+    return shadows.keep(data)  # type: ignore[no-any-return]
 
 
 def _plain(value: Any) -> Any:

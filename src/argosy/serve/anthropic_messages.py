@@ -13,14 +13,17 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
+from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from typing_extensions import TypedDict
 
 from argosy.config import SamplingParams
+from argosy.errors import UsageError
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import (
     ReasoningDelta,
@@ -34,11 +37,13 @@ from argosy.serve.fields import (
     Flag,
     Lenient,
     Messages,
+    Name,
+    NoEffect,
+    NoFlag,
     ObjectSchema,
     Sampling,
     Short,
     Stop,
-    Strict,
     Text,
     Tokens,
     ToolName,
@@ -49,15 +54,65 @@ from argosy.serve.fields import (
     strays,
 )  # fmt: skip
 from argosy.serve.gate import Caller
+from argosy.serve.replaced import PARTS, TEXT_ONLY, Replaced, UnreadPart
 from argosy.serve.streams import EventStream, error_event, sse, until_gone
 from argosy.serve.tool_use import ToolChoice
 
 BILLING_LINE = "x-anthropic-billing-header:"
 
 
+# Tools that Anthropic runs itself, by how their types begin.
+_SERVER_TOOLS = (
+    "web_search_",
+    "web_fetch_",
+    "code_execution_",
+    "tool_search_tool_",
+    "mcp_toolset",
+    "advisor_",
+)
+
+
 class TextBlock(Lenient):
     type: Literal["text"]
     text: Text
+
+
+class ImageBlock(UnreadPart):
+    type: Literal["image"]
+
+
+class Citations(Lenient):
+    enabled: NoFlag | None = None
+
+
+class TextSource(Lenient):
+    type: Literal["text"]
+    data: Text
+
+
+class BlocksSource(Lenient):
+    type: Literal["content"]
+    content: Text | Annotated[list[Annotated[TextBlock | ImageBlock, Field(discriminator="type")]], PARTS]
+
+
+class FileSource(UnreadPart):
+    type: Literal["base64", "url", "file"]
+
+
+class DocumentBlock(Lenient):
+    type: Literal["document"]
+    source: Annotated[TextSource | BlocksSource | FileSource, Field(discriminator="type")]
+    title: Text | None = None
+    context: Text | None = None
+    citations: Citations | None = None
+
+
+class SearchResultBlock(Lenient):
+    type: Literal["search_result"]
+    source: Text
+    title: Text
+    content: Annotated[list[TextBlock], PARTS]
+    citations: Citations | None = None
 
 
 class ThinkingBlock(Lenient):
@@ -67,7 +122,7 @@ class ThinkingBlock(Lenient):
 
 
 class RedactedThinkingBlock(Lenient):
-    """Of another model: nobody here can read it."""
+    """Thoughts of another model, which nobody here can read."""
 
     type: Literal["redacted_thinking"]
 
@@ -79,31 +134,53 @@ class ToolUseBlock(Lenient):
     input: dict[str, Any]
 
 
-class ToolResultBlock(Lenient):
-    type: Literal["tool_result"]
-    tool_use_id: Short
-    content: Text | list[TextBlock] | None = None
+class ServerBlock(UnreadPart):
+    """What a tool that Anthropic runs was asked or has found, in a conversation that began there."""
+
+    type: Literal[
+        "server_tool_use", "web_search_tool_result", "web_fetch_tool_result", "code_execution_tool_result",
+        "bash_code_execution_tool_result", "text_editor_code_execution_tool_result", "tool_search_tool_result",
+        "mcp_tool_use", "mcp_tool_result", "container_upload", "tool_reference",
+    ]  # fmt: skip
 
 
-AskingBlock = Annotated[TextBlock | ToolResultBlock, Field(discriminator="type")]
-AnsweringBlock = Annotated[
-    TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock, Field(discriminator="type")
+ResultContent = Annotated[
+    TextBlock | ImageBlock | DocumentBlock | SearchResultBlock | ServerBlock, Field(discriminator="type")
 ]
 
 
-class AskingMessage(Strict):
+class ToolResultBlock(Lenient):
+    type: Literal["tool_result"]
+    tool_use_id: Short
+    content: Text | Annotated[list[ResultContent], PARTS] | None = None
+
+
+AskingBlock = Annotated[
+    TextBlock | ImageBlock | DocumentBlock | SearchResultBlock | ToolResultBlock | ServerBlock,
+    Field(discriminator="type"),
+]
+AnsweringBlock = Annotated[
+    TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ServerBlock,
+    Field(discriminator="type"),
+]
+
+
+class AskingMessage(Lenient):
     role: Literal["user"]
-    content: Text | list[AskingBlock]
+    content: Text | Annotated[list[AskingBlock], PARTS]
 
 
-class SystemMessage(Strict):
+class SystemMessage(Lenient):
     role: Literal["system"]
-    content: Text | list[TextBlock]
+    content: Text | Annotated[list[TextBlock], PARTS]
 
 
-class AnsweringMessage(Strict):
+class AnsweringMessage(Lenient):
     role: Literal["assistant"]
-    content: Text | list[AnsweringBlock]
+    content: Text | Annotated[list[AnsweringBlock], PARTS]
+
+
+AnyMessage = AskingMessage | AnsweringMessage | SystemMessage
 
 
 class ClientTool(Lenient):
@@ -114,7 +191,25 @@ class ClientTool(Lenient):
     strict: Flag | None = None
 
 
-class FreeChoice(Strict):
+class AnthropicTool(Lenient):
+    """A tool that Anthropic runs, or whose parameters only its models know."""
+
+    type: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$", json_schema_extra={"not": {"const": "custom"}})]
+    name: Short | None = None
+
+
+def _kind_of_tool(tool: object) -> str:
+    kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
+    return "client" if kind in (None, "custom") else "anthropic"
+
+
+AnyTool = Annotated[
+    Annotated[ClientTool, Tag("client")] | Annotated[AnthropicTool, Tag("anthropic")],
+    Discriminator(_kind_of_tool),
+]
+
+
+class FreeChoice(Lenient):
     type: Literal["auto", "any", "none"]
     disable_parallel_tool_use: Flag | None = None
 
@@ -122,7 +217,7 @@ class FreeChoice(Strict):
         return ToolChoice("required" if self.type == "any" else self.type)
 
 
-class NamedChoice(Strict):
+class NamedChoice(Lenient):
     type: Literal["tool"]
     name: ToolName
     disable_parallel_tool_use: Flag | None = None
@@ -148,38 +243,79 @@ class OutputConfig(Lenient):
 
 
 class CountBody(Sampling):
-    IGNORED: ClassVar[tuple[str, ...]] = ("context_management", "cache_control")
-
-    messages: Annotated[
-        list[Annotated[AskingMessage | AnsweringMessage | SystemMessage, Field(discriminator="role")]],
-        Messages,
-    ]
+    messages: Annotated[list[Annotated[AnyMessage, Field(discriminator="role")]], Messages]
     system: Text | Annotated[list[TextBlock], Field(max_length=256)] | None = None
-    tools: Annotated[list[ClientTool], Tools] | None = None
+    tools: Annotated[list[AnyTool], Tools] | None = None
     tool_choice: Annotated[FreeChoice | NamedChoice, Field(discriminator="type")] | None = None
     thinking: Thinking | None = None
-    context_management: dict[str, Any] | None = None
     output_config: OutputConfig | None = None
-    cache_control: dict[str, Any] | None = None
+    output_format: OutputFormat | None = None  # as it was called before `output_config.format`
+    mcp_servers: Annotated[list[Any], Field(max_length=0)] | None = None
+    context_management: NoEffect[dict[str, Any]] = None
+    cache_control: NoEffect[dict[str, Any]] = None
+    compaction: NoEffect[dict[str, Any]] = None
+    speed: NoEffect[Name] = None
+    diagnostics: NoEffect[dict[str, Any]] = None
+    billing_policy: NoEffect[dict[str, Any]] = None
+    betas: NoEffect[Annotated[list[Short], Field(max_length=64)]] = None
+    fallbacks: NoEffect[Annotated[list[dict[str, Any]], Field(max_length=64)] | dict[str, Any]] = None
+    fallback_credit_token: NoEffect[Text] = None
+    user_profile_id: NoEffect[Name] = None
+    workspace_id: NoEffect[Name] = None
+    anthropic_version: NoEffect[Name] = None
 
     def request(self, params: SamplingParams, *, keep_billing_line: bool) -> ChatRequest:
         system = _text(self.system or "")
         if not keep_billing_line and system.startswith(BILLING_LINE):
             system = system.partition("\n")[2]
         messages = [{"role": "system", "content": system}] if system else []
-        for message in self.messages:
-            messages += _messages(message)
+        replaced = Replaced()
+        last_asked = max((at for at, said in enumerate(self.messages) if said.role == "user"), default=-1)
+        for at, message in enumerate(self.messages):
+            place = _Place(replaced, f"messages.{at}.content", is_new=at == last_asked)
+            messages += _messages(message, place)
+        _check_prefill(self.messages[-1], messages[-1])
         choice, config = self.tool_choice, self.output_config
-        form = None if config is None else config.format
+        form = (None if config is None else config.format) or self.output_format
         return ChatRequest(
             messages=messages,
             params=params,
-            tools=[_tool(tool) for tool in self.tools or ()],
+            tools=[_tool(tool) for tool in self._client_tools()],
             tool_choice=ToolChoice.of(choice),
             parallel=choice is None or choice.disable_parallel_tool_use is not True,
             form=None if form is None else schema_form(form.schema_),
             effort=self.effort(),
+            replaced=replaced,
         )
+
+    def _client_tools(self) -> list[ClientTool]:
+        """The tools that the client runs.
+
+        A tool that Anthropic would run is left out where others remain, and the header says so; a request that is about
+        such a tool alone is refused.
+
+        Raises:
+            UsageError: that, or a tool whose parameters only models of Anthropic know.
+        """
+        tools = self.tools or ()
+        clients = [tool for tool in tools if isinstance(tool, ClientTool)]
+        others = [tool for tool in tools if isinstance(tool, AnthropicTool)]
+        unknown = [tool.type for tool in others if not tool.type.startswith(_SERVER_TOOLS)]
+        if unknown:
+            raise UsageError(
+                f"tools: only models of Anthropic know the parameters of {', '.join(dict.fromkeys(unknown))}",
+                param="tools",
+                hint="offer it as a tool of your own, with a name and an input_schema",
+            )
+        chosen = self.tool_choice.name if isinstance(self.tool_choice, NamedChoice) else None
+        if others and (not clients or chosen in [tool.name for tool in others]):
+            raise UsageError(
+                f"tools: {', '.join(dict.fromkeys(tool.type for tool in others))} would run at Anthropic, "
+                "and this server runs no tools",
+                param="tools",
+                hint="leave it out, or offer a tool that your client runs",
+            )
+        return clients
 
     def effort(self) -> str | None:
         """How much the model is to think."""
@@ -199,8 +335,12 @@ class CountBody(Sampling):
             for inner in block.content
         ]  # fmt: skip
         names += strays("system", () if isinstance(self.system, str) else self.system or ())
+        names += strays("messages", self.messages)
         names += strays("messages.content", [*blocks, *nested])
-        names += strays("tools", self.tools or ())
+        tools = self.tools or ()
+        names += sorted({f"tools.{tool.type}" for tool in tools if isinstance(tool, AnthropicTool)})
+        names += strays("tools", (tool for tool in tools if isinstance(tool, ClientTool)))
+        names += strays("tool_choice", (self.tool_choice,))
         names += strays("thinking", (self.thinking,))
         config = self.output_config
         names += strays("output_config", (config,))
@@ -208,42 +348,97 @@ class CountBody(Sampling):
 
 
 class MessagesBody(CountBody):
-    IGNORED = (*CountBody.IGNORED, "metadata", "service_tier", "container", "inference_geo")
-
     max_tokens: Tokens
     stop_sequences: Annotated[list[Stop], Field(max_length=16)] | None = None
-    metadata: dict[str, Any] | None = None
-    service_tier: str | None = Field(None, max_length=64)
-    container: str | None = Field(None, max_length=256)
-    inference_geo: str | None = Field(None, max_length=64)
+    metadata: NoEffect[dict[str, Any]] = None
+    service_tier: NoEffect[Name] = None
+    container: NoEffect[Name | dict[str, Any]] = None
+    inference_geo: NoEffect[Name] = None
 
     def params(self) -> SamplingParams:
         return SamplingParams(max_tokens=self.max_tokens, **self.sampling(self.stop_sequences or ()))
+
+
+def _check_prefill(said: AnyMessage, made: dict[str, Any]) -> None:
+    """As Anthropic has it: the tokens of a continuation begin with the space before their word."""
+    if said.role == "assistant" and made["content"] != made["content"].rstrip():
+        raise UsageError(
+            "messages: final assistant content cannot end with trailing whitespace",
+            param="messages",
+            hint="end the text that is to be continued with its last word",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where in a conversation blocks stand; `is_new`: the user sends them now."""
+
+    replaced: Replaced
+    where: str
+    is_new: bool
+
+    def note(self, block: ImageBlock | DocumentBlock | ServerBlock) -> str:
+        reason = _NOT_RUN_HERE if isinstance(block, ServerBlock) else TEXT_ONLY
+        return self.replaced.note(block.type, self.where, is_new=self.is_new, reason=reason)
+
+
+_NOT_RUN_HERE = "this server does not run such tools"
 
 
 def _text(given: str | Sequence[TextBlock]) -> str:
     return given if isinstance(given, str) else "\n".join(block.text for block in given)
 
 
-def _messages(message: AskingMessage | AnsweringMessage | SystemMessage) -> list[dict[str, Any]]:
+def _told(
+    block: TextBlock | ImageBlock | DocumentBlock | SearchResultBlock | ServerBlock, place: _Place
+) -> str:
+    """A block as text."""
+    match block:
+        case TextBlock():
+            return block.text
+        case DocumentBlock(source=TextSource() as source):
+            return _document(source.data, block.title, block.context)
+        case DocumentBlock(source=BlocksSource() as source):
+            given = source.content
+            parts = [given] if isinstance(given, str) else [_told(part, place) for part in given]
+            return _document("\n".join(parts), block.title, block.context)
+        case SearchResultBlock():
+            return _document(_text(block.content), block.title, block.source)
+    return place.note(block)
+
+
+def _document(text: str, title: str | None, context: str | None) -> str:
+    """The form in which Anthropic tells people to write documents into a prompt."""
+    about = [(name, said) for name, said in (("title", title), ("context", context)) if said]
+    head = "".join(f"<{name}>{said}</{name}>\n" for name, said in about)
+    return f"<document>\n{head}<document_content>\n{text}\n</document_content>\n</document>"
+
+
+def _messages(message: AnyMessage, place: _Place) -> list[dict[str, Any]]:
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
     texts: list[str] = []
     thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
     made: list[dict[str, Any]] = []
-    for block in message.content:
+    of_tool = replace(place, is_new=False)
+    for number, block in enumerate(message.content):
         match block:
-            case TextBlock():
-                texts.append(block.text)
             case ThinkingBlock():
                 thoughts.append(block.thinking)
+            case RedactedThinkingBlock():
+                pass
             case ToolUseBlock():
                 function = {"name": block.name, "arguments": block.input}
                 calls.append({"id": block.id, "type": "function", "function": function})
             case ToolResultBlock():
-                content = _text(block.content or "")
+                given = block.content or ""
+                content = (
+                    given if isinstance(given, str) else "\n".join(_told(part, of_tool) for part in given)
+                )
                 made.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": content})
+            case _:
+                texts.append(_told(block, replace(place, where=f"{place.where}.{number}")))
     if message.role == "assistant":
         said: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}
         if thoughts:
@@ -405,7 +600,7 @@ async def messages(body: MessagesBody, request: Request) -> Response:
     if service.ignored_effort(wanted):
         has_effort = body.output_config is not None and body.output_config.effort is not None
         ignored.append("output_config.effort" if has_effort else "thinking")
-    headers = ignored_header(ignored)
+    headers = ignored_header(ignored) | wanted.replaced.header()
     dialect = _Messages(service, answers)
     if body.stream:
         return EventStream(
@@ -416,78 +611,82 @@ async def messages(body: MessagesBody, request: Request) -> Response:
 
 
 class _Messages:
+    """The stream's events build the blocks that a whole message has, so both say the same."""
+
     def __init__(self, service: Service, answers: Answers) -> None:
         self._service, self._answers = service, answers
         self._id = "msg_" + secrets.token_hex(12)
-        self._index = -1
-        self._open: str | None = None  # type of the block that is open
+        self._blocks: list[SaidBlock] = []  # those that are closed
+        self._open: SaidBlock | None = None  # as it was begun
+        self._pieces: list[str] = []  # what was said in it
 
     async def whole(self) -> Message:
         end: End = {"stop_reason": None, "stop_sequence": None}
         async with self._answers as answers:
             async for step in answers.steps():
+                self._take(step)
                 if isinstance(step, Ended):
                     end = _end(step)
-        said = self._answers.said(0)
-        content: list[SaidBlock] = []
-        if said.reasoning:
-            content.append({"type": "thinking", "thinking": said.reasoning, "signature": ""})
-        if said.text or not said.calls:
-            content.append({"type": "text", "text": said.text})
-        content += [
-            {"type": "tool_use", "id": call.id, "name": call.name, "input": json.loads(call.arguments)}
-            for call in said.calls
-        ]
-        return {**self._message(content), **end, "usage": self._usage()}
+        return {**self._message(self._blocks), **end, "usage": self._usage()}
 
     async def stream(self) -> AsyncIterator[bytes]:
         async with self._answers as answers:
             yield _sent({"type": "message_start", "message": self._message([])})
             async for step in answers.steps():
-                match step:
-                    case Said():
-                        for said in step.events:
-                            for part in self._parts(said):
-                                yield part
-                    case Ended():
-                        if self._index < 0:  # as the whole answer has it
-                            for part in self._begin("text", {"type": "text", "text": ""}):
-                                yield part
-                        for part in self._close():
-                            yield part
-                        yield _sent({"type": "message_delta", "delta": _end(step), "usage": self._usage()})
-                        yield _sent({"type": "message_stop"})
+                for event in self._take(step):
+                    yield _sent(event)
 
-    def _parts(self, said: SaidEvent) -> list[bytes]:
+    def _take(self, step: object) -> list[Event]:
+        match step:
+            case Said():
+                return [event for said in step.events for event in self._say(said)]
+            case Ended():
+                is_empty = not self._blocks and self._open is None
+                begun = self._begin({"type": "text", "text": ""}) if is_empty else []
+                end: MessageDelta = {"type": "message_delta", "delta": _end(step), "usage": self._usage()}
+                return [*begun, *self._close(), end, {"type": "message_stop"}]
+        return []
+
+    def _say(self, said: SaidEvent) -> list[Event]:
         match said:
             case TextDelta():
-                begun = self._begin("text", {"type": "text", "text": ""})
-                return [*begun, self._delta({"type": "text_delta", "text": said.text})]
+                begun = self._begin({"type": "text", "text": ""})
+                return [*begun, self._more(said.text, {"type": "text_delta", "text": said.text})]
             case ReasoningDelta():
-                begun = self._begin("thinking", {"type": "thinking", "thinking": "", "signature": ""})
-                return [*begun, self._delta({"type": "thinking_delta", "thinking": said.text})]
+                begun = self._begin({"type": "thinking", "thinking": "", "signature": ""})
+                return [*begun, self._more(said.text, {"type": "thinking_delta", "thinking": said.text})]
             case ToolCallBegin():
-                block: SaidToolUse = {"type": "tool_use", "id": said.id, "name": said.name, "input": {}}
-                return [*self._close(), *self._begin("tool_use", block)]
+                shut = self._close()
+                call: SaidToolUse = {"type": "tool_use", "id": said.id, "name": said.name, "input": {}}
+                return [*shut, *self._begin(call)]
             case ToolCallArguments():
-                return [self._delta({"type": "input_json_delta", "partial_json": said.json_fragment})]
+                text = said.json_fragment
+                return [self._more(text, {"type": "input_json_delta", "partial_json": text})]
             case ToolCallEnd():
                 return self._close()
 
-    def _begin(self, kind: str, block: SaidBlock) -> list[bytes]:
-        if self._open == kind:
+    def _begin(self, block: SaidBlock) -> list[Event]:
+        """Open `block`, unless one of its kind is open."""
+        if self._open is not None and self._open["type"] == block["type"]:
             return []
         shut = self._close()
-        self._index, self._open = self._index + 1, kind
-        start: BlockStart = {"type": "content_block_start", "index": self._index, "content_block": block}
-        return [*shut, _sent(start)]
+        self._open = block
+        start: BlockStart = {
+            "type": "content_block_start", "index": len(self._blocks), "content_block": block,
+        }  # fmt: skip
+        return [*shut, start]
 
-    def _delta(self, delta: TextPiece | ThinkingPiece | InputPiece) -> bytes:
-        return _sent({"type": "content_block_delta", "index": self._index, "delta": delta})
+    def _more(self, text: str, delta: TextPiece | ThinkingPiece | InputPiece) -> BlockDelta:
+        self._pieces.append(text)
+        return {"type": "content_block_delta", "index": len(self._blocks), "delta": delta}
 
-    def _close(self) -> list[bytes]:
-        was, self._open = self._open, None
-        return [] if was is None else [_sent({"type": "content_block_stop", "index": self._index})]
+    def _close(self) -> list[Event]:
+        if self._open is None:
+            return []
+        stop: BlockStop = {"type": "content_block_stop", "index": len(self._blocks)}
+        self._blocks.append(_filled(self._open, "".join(self._pieces)))
+        self._open, self._pieces = None, []
+        return [stop]
 
     def _message(self, content: list[SaidBlock]) -> Message:
         return {
@@ -503,6 +702,28 @@ class _Messages:
             "cache_read_input_tokens": cached, "cache_creation_input_tokens": 0,
             "output_tokens_details": {"thinking_tokens": answers.num_reasoning_tokens},
         }  # fmt: skip
+
+
+def _filled(block: SaidBlock, said: str) -> SaidBlock:
+    """A block as a client has it that has put its pieces together."""
+    match block["type"]:
+        case "text":
+            return {"type": "text", "text": said}
+        case "thinking":
+            return {"type": "thinking", "thinking": said, "signature": ""}
+    return {"type": "tool_use", "id": block["id"], "name": block["name"], "input": _input(said)}
+
+
+def _input(text: str) -> dict[str, Any]:
+    """A call's arguments; of a call that the token limit cut, those that are whole, as Anthropic's clients read it."""
+    try:
+        value = json.loads(text or "{}")
+    except ValueError:
+        try:
+            value = from_json(text, allow_partial=True)
+        except ValueError:
+            return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _end(step: Ended) -> End:

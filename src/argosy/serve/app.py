@@ -25,6 +25,7 @@ from argosy.errors import ArgosyError, Overloaded, UsageError
 from argosy.guard.keys import KeyRing
 from argosy.guard.keys import Scope as KeyScope
 from argosy.guard.limits import Limits
+from argosy.prompt.prompt import ToolCalling
 from argosy.serve import anthropic_messages, openai_chat, openai_completions, openai_responses
 from argosy.serve.body import StrictRoute, refusal
 from argosy.serve.core import Service
@@ -97,6 +98,13 @@ class Modalities(TypedDict):
 
 
 @closed
+class Capabilities(TypedDict):
+    """tools: told by the model's own template, in a generic prompt, or not at all."""
+
+    tools: ToolCalling
+
+
+@closed
 class Model(TypedDict):
     id: str
     object: Literal["model"]
@@ -105,6 +113,8 @@ class Model(TypedDict):
     context_length: int
     max_model_len: int
     architecture: Modalities
+    supported_parameters: list[str]
+    capabilities: Capabilities
 
 
 @closed
@@ -156,25 +166,37 @@ async def ready(request: Request) -> Ready:
     return {"status": "ready"}
 
 
+# What OpenRouter's clients look for; tools and efforts come beside them where the model has them.
+_PARAMETERS = (
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "logit_bias", "frequency_penalty",
+    "presence_penalty", "repetition_penalty", "logprobs", "top_logprobs", "response_format", "structured_outputs",
+)  # fmt: skip
+_TOOL_PARAMETERS = ("tools", "tool_choice", "parallel_tool_calls")
+
+
 def _model(service: Service) -> Model:
-    model = service.model
+    """What is told of the model; the first time its chat template is asked, so in a thread."""
+    model, tools = service.model, service.prompts.tool_calling
+    more = [*(() if tools == "none" else _TOOL_PARAMETERS)]
+    more += ["reasoning_effort"] if service.has_efforts else []
     return {
         "id": model.id, "object": "model", "created": model.created, "owned_by": "argosy",
         "context_length": model.context_tokens, "max_model_len": model.context_tokens,
         "architecture": {"input_modalities": ["text"], "output_modalities": ["text"]},
+        "supported_parameters": [*_PARAMETERS, *more], "capabilities": {"tools": tools},
     }  # fmt: skip
 
 
 async def models(request: Request) -> Models:
     """The model that is served."""
-    return {"object": "list", "data": [_model(request.app.state.service)]}
+    return {"object": "list", "data": [await asyncio.to_thread(_model, request.app.state.service)]}
 
 
 async def model(request: Request) -> Model:
     """One model by its id."""
     if request.path_params["id"] != request.app.state.service.model.id:
         raise Refused(404, "there is no such model here")
-    return _model(request.app.state.service)
+    return await asyncio.to_thread(_model, request.app.state.service)
 
 
 async def tokenize(body: TokenizeBody, request: Request) -> Tokenized:

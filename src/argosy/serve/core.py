@@ -23,12 +23,13 @@ from argosy.config import Grammar, SamplingParams
 from argosy.engine.loop import AnswerEnd, AnswerToken, Event, LoopFacts, PromptProgress
 from argosy.engine.sequence import Result, TokenLogprob
 from argosy.errors import ArgosyError, UsageError
-from argosy.prompt.formats.events import Answer, ToolCallBegin, collect
+from argosy.prompt.formats.events import Answer, ToolCallBegin, ToolCallEnd, collect
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.prompt import Prompt
 from argosy.serve.fields import ReadOfPrompt
 from argosy.serve.gate import Caller
 from argosy.serve.kept_items import KeptItems
+from argosy.serve.replaced import Replaced
 from argosy.serve.tool_use import ToolChoice, ToolUse
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class ChatRequest:
     form: of an answer that calls nothing; None: it may be anything.
     effort: how much the model is to think, where its template asks for that.
     thinks: whether it is to think at all; None: as `effort` has it.
+    replaced: notes that stand in the messages for what the model cannot take.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -93,6 +95,7 @@ class ChatRequest:
     thinks: bool | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     num_answers: int = 1
+    replaced: Replaced = field(default_factory=Replaced)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +153,11 @@ class Service:
         self.model = model
         self.is_draining = False
         self.keep_billing_line = keep_billing_line
+
+    @property
+    def has_efforts(self) -> bool:
+        """Whether the model's template asks how much it is to think."""
+        return bool(self._effort("medium"))
 
     def ignored_effort(self, request: ChatRequest) -> bool:
         """Whether the model's template has no place for the effort that is asked for."""
@@ -381,10 +389,17 @@ class Answers:
         if result.finish_reason == "cancelled":
             raise ArgosyError("the answer was cancelled")
         steps: list[Step] = []
-        if self._parsers is not None and (last := self._keep(answer, self._parsers[answer].finish())):
+        is_cut = result.finish_reason == "length"
+        if self._parsers is not None and (
+            last := self._keep(answer, self._parsers[answer].finish(is_cut=is_cut))
+        ):
             steps.append(Said(answer, tuple(last), "", None))
-        finish: Finish = "length" if result.finish_reason == "length" else "stop"
-        if any(isinstance(event, ToolCallBegin) for event in self._said[answer]):
+        finish: Finish = "length" if is_cut else "stop"
+        num_begun, num_whole = (
+            sum(isinstance(event, kind) for event in self._said[answer])
+            for kind in (ToolCallBegin, ToolCallEnd)
+        )
+        if num_whole == num_begun > 0:
             finish = "tool_calls"
         return [*steps, Ended(answer, finish, result)]
 

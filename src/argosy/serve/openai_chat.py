@@ -54,6 +54,7 @@ from argosy.serve.fields import (
 )  # fmt: skip
 from argosy.serve.gate import Caller
 from argosy.serve.logprobs import ScoredToken, Speller
+from argosy.serve.replaced import PARTS, Replaced, UnreadPart
 from argosy.serve.streams import DONE, EventStream, sse, until_gone
 from argosy.serve.structured_outputs import Formed
 from argosy.serve.tool_use import ToolChoice, ToolMode
@@ -64,7 +65,15 @@ class TextPart(Noted):
     text: Text
 
 
-Content = Text | list[TextPart]
+Content = Text | Annotated[list[TextPart], PARTS]
+
+
+class MediaPart(UnreadPart):
+    type: Literal["image_url", "input_audio", "file", "video_url", "audio_url"]
+
+
+# Of what a model may not be able to take: see `replaced.py`.
+MixedContent = Text | Annotated[list[Annotated[TextPart | MediaPart, Field(discriminator="type")]], PARTS]
 
 
 class CalledFunction(Noted):
@@ -93,7 +102,7 @@ class ChatTurn(Noted):
 
 class AskingTurn(ChatTurn):
     role: Literal["system", "developer", "user"]
-    content: Content
+    content: MixedContent
     name: Short | None = None
 
 
@@ -112,7 +121,7 @@ class AnsweringTurn(ChatTurn):
 
 class ToolTurn(ChatTurn):
     role: Literal["tool"]
-    content: Content
+    content: MixedContent
     name: Short | None = None
     tool_call_id: Short
 
@@ -128,12 +137,21 @@ class FunctionTurn(ChatTurn):
 Turn = Annotated[AskingTurn | AnsweringTurn | ToolTurn | FunctionTurn, Field(discriminator="role")]
 
 
-def sent(turns: Sequence[AskingTurn | AnsweringTurn | ToolTurn | FunctionTurn]) -> list[dict[str, Any]]:
-    """Turns as messages. A `function_call` becomes a tool call with an id, and its result names it."""
+AnyTurn = AskingTurn | AnsweringTurn | ToolTurn | FunctionTurn
+
+
+def sent(turns: Sequence[AnyTurn], replaced: Replaced | None = None) -> list[dict[str, Any]]:
+    """Turns as messages. A `function_call` becomes a tool call with an id, and its result names it.
+
+    With `replaced`, parts that the model cannot take are notes, or refused where the user sends them now.
+    """
     made = []
     last = "call_of_no_function"
+    last_asked = max((at for at, turn in enumerate(turns) if turn.role == "user"), default=-1)
     for at, turn in enumerate(turns):
         message = turn.sent()
+        if replaced is not None and isinstance(turn, AskingTurn | ToolTurn):
+            message["content"] = _noted(turn.content, replaced, f"messages.{at}.content", at == last_asked)
         if isinstance(turn, FunctionTurn):
             message = {"role": "tool", "tool_call_id": last, "content": message["content"]}
         elif (function := message.pop("function_call", None)) is not None:
@@ -142,6 +160,17 @@ def sent(turns: Sequence[AskingTurn | AnsweringTurn | ToolTurn | FunctionTurn]) 
             message["tool_calls"] = [*message.get("tool_calls", ()), called]
         made.append(message)
     return made
+
+
+def _noted(content: MixedContent, replaced: Replaced, where: str, is_new: bool) -> str | list[dict[str, Any]]:
+    if isinstance(content, str):
+        return content
+    return [
+        {"type": "text", "text": replaced.note(part.type, f"{where}.{at}", is_new=is_new)}
+        if isinstance(part, MediaPart)
+        else part.model_dump(exclude_unset=True)
+        for at, part in enumerate(content)
+    ]
 
 
 class OfferedFunction(Noted):
@@ -225,6 +254,9 @@ class ChatBody(Formed, Thinking, OpenAISampling):
     reasoning: Reasoning | None = None
     reasoning_effort: Effort | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    # The answer continues a last message of the assistant, as it does at llama.cpp; saying so changes nothing.
+    continue_final_message: Flag | None = None
+    add_generation_prompt: Flag | None = None
     chat_template_kwargs: dict[Short, Setting] | None = Field(None, max_length=16)
 
     def request(self, caller: Caller) -> ChatRequest:
@@ -242,9 +274,12 @@ class ChatBody(Formed, Thinking, OpenAISampling):
                 f"the answer cannot be a call and have a form: leave out {form}, or let tool_choice be auto",
                 param=form,
             )
+        self._check_last()
         own = None if self.response_format is None else self.response_format.asked()
+        replaced = Replaced()
         return ChatRequest(
-            messages=sent(self.messages),
+            messages=sent(self.messages, replaced),
+            replaced=replaced,
             params=params,
             tools=self._offered(),
             tool_choice=choice,
@@ -259,6 +294,19 @@ class ChatBody(Formed, Thinking, OpenAISampling):
     def switches(self) -> list[str]:
         has_more = self.reasoning is not None and self.reasoning.enabled is not None
         return super().switches() + ["reasoning.enabled"] * has_more
+
+    def _check_last(self) -> None:
+        """What is said of the last message has to be so."""
+        continues = self.messages[-1].role == "assistant"
+        whose = "the assistant's, and the answer continues it" if continues else "not the assistant's"
+        if self.continue_final_message not in (None, continues):
+            raise UsageError(
+                f"continue_final_message: the last message is {whose}", param="continue_final_message"
+            )
+        if self.add_generation_prompt is False and not continues:
+            raise UsageError(
+                f"add_generation_prompt: the last message is {whose}", param="add_generation_prompt"
+            )
 
     @property
     def calls_functions(self) -> bool:
@@ -400,7 +448,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
         ignored.append("reasoning.effort" if body.reasoning_effort is None else "reasoning_effort")
     if service.ignored_switch(wanted):
         ignored += body.switches()
-    headers = ignored_header(ignored)
+    headers = ignored_header(ignored) | wanted.replaced.header()
     dialect = _Chat(service, body, answers)
     if body.stream:
         return EventStream(dialect.stream(), caller, answers.cancel, headers=headers)

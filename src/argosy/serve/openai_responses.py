@@ -63,6 +63,7 @@ from argosy.serve.fields import (
 from argosy.serve.gate import Caller, error_body
 from argosy.serve.kept_items import KeptItems
 from argosy.serve.logprobs import ScoredToken, Speller
+from argosy.serve.replaced import PARTS, Replaced, UnreadPart
 from argosy.serve.streams import EventStream, sse, until_gone
 from argosy.serve.tool_use import ToolChoice, ToolMode
 
@@ -75,7 +76,11 @@ class Part(Lenient):
     text: Text
 
 
-Parts = Text | list[Part]
+class MediaPart(UnreadPart):
+    type: Literal["input_image", "input_file", "input_audio", "computer_screenshot"]
+
+
+Parts = Text | Annotated[list[Annotated[Part | MediaPart, Field(discriminator="type")]], PARTS]
 
 
 class GivenItem(Lenient):
@@ -230,7 +235,8 @@ class ResponsesBody(Thinking, ForOpenAI, Sampling):
             Refused: it does not have it any more.
         """
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        messages += _messages(self._conversation(kept, tenant))
+        replaced = Replaced()
+        messages += _messages(self._conversation(kept, tenant), replaced)
         form = None if self.text is None else self.text.format
         return ChatRequest(
             messages=messages,
@@ -245,6 +251,7 @@ class ResponsesBody(Thinking, ForOpenAI, Sampling):
             form=None if form is None else form.asked(),
             effort=None if self.reasoning is None else self.reasoning.effort,
             thinks=self.thinks,
+            replaced=replaced,
         )
 
     def _conversation(self, kept: KeptItems, tenant: str) -> list[KnownItem]:
@@ -289,27 +296,38 @@ def _tool(tool: FunctionTool) -> dict[str, Any]:
     return {"type": "function", "function": tool.model_dump(include=set(known), exclude_unset=True)}
 
 
-def _messages(items: Sequence[KnownItem]) -> list[dict[str, Any]]:
-    """Items as messages: thoughts, text and calls of the assistant that follow each other are one."""
+def _messages(items: Sequence[KnownItem], replaced: Replaced) -> list[dict[str, Any]]:
+    """Items as messages: thoughts, text and calls of the assistant that follow each other are one.
+
+    Parts that the model cannot take are notes, or refused where the user sends them now.
+    """
+    if isinstance(items[-1], MessageItem) and items[-1].role == "assistant":
+        raise UsageError("the last item is the assistant's, so there is nothing to answer", param="input")
+    asked = [at for at, item in enumerate(items) if isinstance(item, MessageItem) and item.role == "user"]
     made: list[dict[str, Any]] = []
-    for item in items:
+    for at, item in enumerate(items):
+        where, is_new = f"input.{at}.content", at == max(asked, default=-1)
         if isinstance(item, ResultItem):
-            made.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+            content = _text(item.output, replaced, f"input.{at}.output")
+            made.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
         elif isinstance(item, MessageItem) and item.role != "assistant":
-            made.append({"role": item.role, "content": _text(item.content)})
+            content = _text(item.content, replaced, where, is_new=is_new)
+            made.append({"role": item.role, "content": content})
         else:
             if not made or made[-1]["role"] != "assistant":
                 made.append({"role": "assistant", "content": ""})
-            _add(made[-1], item)
+            _add(made[-1], item, replaced, where)
     return made
 
 
-def _add(message: dict[str, Any], item: MessageItem | CallItem | ThoughtItem) -> None:
+def _add(
+    message: dict[str, Any], item: MessageItem | CallItem | ThoughtItem, replaced: Replaced, where: str
+) -> None:
     match item:
         case MessageItem():
-            message["content"] += _text(item.content)
+            message["content"] += _text(item.content, replaced, where)
         case ThoughtItem():
-            thought = _text(item.content or item.summary or "")
+            thought = _text(item.content or item.summary or "", replaced, where)
             message["reasoning_content"] = message.get("reasoning_content", "") + thought
         case CallItem():
             function = {"name": item.name, "arguments": item.arguments}
@@ -317,8 +335,15 @@ def _add(message: dict[str, Any], item: MessageItem | CallItem | ThoughtItem) ->
             message.setdefault("tool_calls", []).append(call)
 
 
-def _text(parts: Parts) -> str:
-    return parts if isinstance(parts, str) else "".join(part.text for part in parts)
+def _text(
+    parts: str | Sequence[Part | MediaPart], replaced: Replaced, where: str, *, is_new: bool = False
+) -> str:
+    if isinstance(parts, str):
+        return parts
+    return "".join(
+        replaced.note(part.type, f"{where}.{at}", is_new=is_new) if isinstance(part, MediaPart) else part.text
+        for at, part in enumerate(parts)
+    )
 
 
 @closed
@@ -533,7 +558,7 @@ async def responses(body: ResponsesBody, request: Request) -> Response:
         ignored.append("reasoning.effort")
     if service.ignored_switch(wanted):
         ignored += body.switches()
-    headers = ignored_header(ignored)
+    headers = ignored_header(ignored) | wanted.replaced.header()
     dialect = _Responses(service, body, caller.tenant)
     if body.stream:
         return EventStream(

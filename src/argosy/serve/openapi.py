@@ -35,11 +35,13 @@ _REFUSALS = {
     "503": "There is no room now, or the server is stopping.",
 }
 _RETRY = {"retry-after": {"description": "Seconds until it may be otherwise.", "schema": {"type": "integer"}}}
-_IGNORED = {
-    "x-ignored-params": {
-        "description": "What was accepted and has no effect.", "schema": {"type": "string"}, "required": False,
-    }
-}  # fmt: skip
+_NOTES = {
+    name: {"description": description, "schema": {"type": "string"}, "required": False}
+    for name, description in {
+        "x-ignored-params": "What was accepted and has no effect.",
+        "x-replaced-blocks": "How many parts of earlier turns the model cannot take, by type; it reads notes instead.",
+    }.items()
+}
 _BYTES: dict[str, Any] = {"type": "string"}
 
 
@@ -115,7 +117,7 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
         content["text/event-stream"] = {"itemSchema": event}
     answered: dict[str, Any] = {"description": "The answer.", "content": content}
     if policy.is_counted:
-        answered["headers"] = _IGNORED
+        answered["headers"] = _NOTES
     operation: dict[str, Any] = {
         "operationId": route.handler.__name__, "summary": (route.handler.__doc__ or "").strip(),
         "responses": {"200": answered} | {status: _refused(status, policy, schemas) for status in _statuses(route)},

@@ -16,15 +16,23 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from argosy.prompt.formats.format import BlockFormat, call_of, ends_inside_string, halves, inside_of
+from argosy.prompt.formats.format import (
+    BlockFormat,
+    beginning_of_call,
+    call_of,
+    ends_inside_string,
+    halves,
+    inside_of,
+)
 from argosy.prompt.formats.lark import Lark
-from argosy.prompt.formats.parser import Reading
+from argosy.prompt.formats.parser import CutCall, FoundCall, Reading
 from argosy.prompt.tools import Tool
 
 BEGIN, END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
 ALL_BEGIN, ALL_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 SEPARATOR = "<｜tool▁sep｜>"
 _FENCED = re.compile(r"\s*([^\s`]+)\s*```(?:json)?\n(.*?)\n?```\s*", re.DOTALL)
+_FENCE_OPENED = re.compile(r"\s*([^\s`]+)\s*```(?:json)?\n([^`]*)`{0,3}\s*", re.DOTALL)
 
 
 class DeepSeekV31(BlockFormat):
@@ -43,6 +51,11 @@ class DeepSeekV31(BlockFormat):
         if call is None:
             return "more" if ends_inside_string(tail) else None
         return [call]
+
+    def read_cut(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
+        head, tail = halves(inside_of(block, END), SEPARATOR) or ("", "")
+        fenced = _FENCE_OPENED.match(tail)
+        return beginning_of_call(*((fenced[1], fenced[2]) if fenced else (head.strip(), tail)), tools)
 
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
         bodies = " | ".join(lark.rule(self._body(lark, tool)) for tool in tools)

@@ -43,7 +43,7 @@ class ToolCallArguments:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallEnd:
-    """The call is whole."""
+    """The call is whole. A call without this event was cut by the token limit."""
 
     index: int
 
@@ -53,7 +53,7 @@ Event = TextDelta | ReasoningDelta | ToolCallBegin | ToolCallArguments | ToolCal
 
 @dataclass(frozen=True, slots=True)
 class AnsweredCall:
-    """One call of an answer; `arguments` is JSON text."""
+    """One call of an answer; `arguments` is JSON text, or the beginning of it if the token limit cut the call."""
 
     id: str
     name: str

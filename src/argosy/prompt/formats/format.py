@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from argosy.config import Trigger
 from argosy.errors import UsageError
 from argosy.prompt.formats.lark import Lark
-from argosy.prompt.formats.parser import BlockParser, FoundCall, Lexer, Mark, Parser, Reading
+from argosy.prompt.formats.parser import BlockParser, CutCall, FoundCall, Lexer, Mark, Parser, Reading
 from argosy.prompt.json_text import read_object
 from argosy.prompt.messages import Call
 from argosy.prompt.tools import Tool
@@ -119,8 +119,12 @@ class Format(ABC):
             is_part=True,
             pauses=tuple(map(self._word, pauses)),
             resumes=tuple(map(self._word, resumes)),
-            is_paused=self.thoughts_in(prompt) == "open",
+            is_paused=self._begins_free(prompt),
         )
+
+    def _begins_free(self, prompt: Prompt | None) -> bool:
+        """Whether the answer begins in a stretch without calls."""
+        return self.thoughts_in(prompt) == "open"
 
     def _word(self, mark: str) -> str | int:
         """`mark` as a trigger takes it: its token where it has one."""
@@ -161,6 +165,8 @@ class Format(ABC):
         """What the end of `prompt` makes of the model's thoughts."""
         if prompt is None:
             return "either"
+        if prompt.is_continued:  # what is continued is text
+            return "closed"
         opened, closed = self.thinking
         if self._ends_with(prompt, opened):
             return "open"
@@ -216,6 +222,10 @@ class BlockFormat(Format):
             tools: those that may be called, by name.
         """
 
+    def read_cut(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
+        """The calls of a block that the token limit cut; of the last one perhaps no more than its beginning."""
+        return ()
+
 
 def inside_of(block: Sequence[str], closing: str) -> list[str]:
     """A block's lexemes without the marks around it."""
@@ -242,6 +252,16 @@ def call_of(
     elif isinstance(arguments, str):
         arguments = read_object(arguments)
     return FoundCall(name, arguments, own_id) if isinstance(arguments, dict) else None
+
+
+def beginning_of_call(
+    name: str, arguments: str, tools: Mapping[str, Tool], own_id: str | None = None
+) -> Sequence[FoundCall | CutCall]:
+    """The call of which this is the beginning, if it is one of `tools`; whole if its arguments are."""
+    if name not in tools:
+        return ()
+    whole = call_of(name, arguments, tools, own_id) if arguments.strip() else None
+    return (whole or CutCall(name, arguments.strip(), own_id),)
 
 
 def ends_inside_string(text: str) -> bool:

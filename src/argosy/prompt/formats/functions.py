@@ -9,10 +9,11 @@ what they are. A closing tag inside a value belongs to it unless structure follo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from argosy.prompt.formats.parser import FoundCall, Reading
+from argosy.prompt.formats.parser import CutCall, FoundCall, Reading
+from argosy.prompt.json_text import write_json
 from argosy.prompt.tools import Tool, value_of
 
 
@@ -35,6 +36,18 @@ class Tags:
 
 def read_functions(text: str, tags: Tags, tools: Mapping[str, Tool]) -> Reading:
     """The calls in `text`, which is functions and white space."""
+    return _read(text, tags, tools, [])
+
+
+def read_cut_functions(text: str, tags: Tags, tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
+    """The calls in `text`, which the token limit cut; of the last one its whole parameters."""
+    calls: list[FoundCall | CutCall] = []
+    _read(text, tags, tools, calls)
+    return calls
+
+
+def _read(text: str, tags: Tags, tools: Mapping[str, Tool], told: list[FoundCall | CutCall]) -> Reading:
+    """As `read_functions`; `told` gets what is certain of them even if it breaks off."""
     calls: list[FoundCall] = []
     at = _skip(text, 0)
     while at < len(text) or not calls:
@@ -44,6 +57,7 @@ def read_functions(text: str, tags: Tags, tools: Mapping[str, Tool]) -> Reading:
         tool = tools[opening[1]]
         arguments: dict[str, object] = {}
         at = _skip(text, opening.end())
+        told.append(CutCall(tool.name, "{"))
         while not text.startswith(tags.function_end, at):
             key = tags.parameter.match(text, at)
             if key is None or key[1] in arguments:
@@ -55,8 +69,10 @@ def read_functions(text: str, tags: Tags, tools: Mapping[str, Tool]) -> Reading:
             if tags.line_around_values:
                 value = value.removeprefix("\n").removesuffix("\n")
             arguments[key[1]] = value_of(value, tool.properties.get(key[1]), tool.parameters)
+            told[-1] = CutCall(tool.name, write_json(arguments)[:-1])
             at = _skip(text, end + len(tags.parameter_end))
         calls.append(FoundCall(tool.name, arguments))
+        told[-1] = calls[-1]
         at = _skip(text, at + len(tags.function_end))
     return calls
 

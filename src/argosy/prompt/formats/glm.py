@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from argosy.prompt.formats.format import BlockFormat, inside_of
 from argosy.prompt.formats.lark import Lark, ValueForm
-from argosy.prompt.formats.parser import FoundCall, Mark, Reading
+from argosy.prompt.formats.parser import CutCall, FoundCall, Mark, Reading
+from argosy.prompt.json_text import write_json
 from argosy.prompt.tools import Tool, value_of
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -48,6 +49,23 @@ class Glm(BlockFormat):
             if between.strip():
                 return None
         return [FoundCall(tool.name, arguments)]
+
+    def read_cut(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
+        """A block without its end says nowhere that it is whole, so its call is not."""
+        rest = iter(inside_of(block, CLOSE))
+        head, mark = _up_to(rest, KEY)
+        tool = tools.get(head.strip())
+        if tool is None or (mark is None and not head.endswith("\n")):  # the name may go on
+            return ()
+        arguments: dict[str, object] = {}
+        while mark is not None:
+            key, _ = _up_to(rest, KEY_END)
+            _up_to(rest, VALUE)
+            bare, mark = _up_to(rest, VALUE_END)
+            if mark is not None:
+                arguments[key] = value_of(bare, tool.properties.get(key), tool.parameters)
+                _, mark = _up_to(rest, KEY)
+        return [CutCall(tool.name, write_json(arguments)[:-1])]
 
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
         line = lark.literal(self.line) if self.line else ""

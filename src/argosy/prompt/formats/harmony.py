@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from argosy.prompt.formats.events import ReasoningDelta, TextDelta
-from argosy.prompt.formats.format import Format, call_of
+from argosy.prompt.formats.format import Format, beginning_of_call, call_of
 from argosy.prompt.formats.lark import Lark
 from argosy.prompt.formats.parser import Lexer, Mark, Parser
 from argosy.prompt.tools import Tool
@@ -39,7 +39,7 @@ class Harmony(Format):
         return (START, CHANNEL, CONSTRAIN, MESSAGE, END, CALL, RETURN)
 
     def parser(self, tools: Sequence[Tool] = (), prompt: Prompt | None = None) -> Parser:
-        return HarmonyParser(self.lexer, tools)
+        return HarmonyParser(self.lexer, tools, is_inside=_is_inside(prompt))
 
     def _thoughts(self, lark: Lark, prompt: Prompt | None, *, is_exact: bool) -> str:
         head = f'{lark.mark(CHANNEL)} "analysis" {lark.mark(MESSAGE)}'
@@ -66,6 +66,9 @@ class Harmony(Format):
         )
         return f"{lark.literal(_TO)} ({bodies})", [_TO]
 
+    def _begins_free(self, prompt: Prompt | None) -> bool:
+        return _is_inside(prompt)
+
     def _free_stretches(self) -> tuple[Sequence[str], Sequence[str]]:
         """What a message says."""
         return [MESSAGE], [START, CHANNEL]
@@ -74,16 +77,23 @@ class Harmony(Format):
         return f'{lark.mark(CHANNEL)} "final" {lark.mark(MESSAGE)} {lark.form(form)}'
 
 
+def _is_inside(prompt: Prompt | None) -> bool:
+    """Whether the answer begins inside a message, which it continues."""
+    return prompt is not None and prompt.is_continued
+
+
 class HarmonyParser(Parser):
     """Answers in messages: a header, up to `<|message|>`, then what it says, up to an end."""
 
-    def __init__(self, lexer: Lexer, tools: Sequence[Tool]) -> None:
+    def __init__(self, lexer: Lexer, tools: Sequence[Tool], *, is_inside: bool = False) -> None:
         super().__init__(lexer, tools, is_reasoning=False)
-        self._header: list[str] | None = []  # None: outside of a header
+        self._header: list[str] | None = None if is_inside else []  # None: outside of a header
         self._call_for: str | None = None  # the tool that the present message is to
         self._call_header: list[str] = []  # of such a message
         self._call_body: list[str] = []
-        self._said: set[bool] = set()  # kinds of messages that have said something: whether they are thoughts
+        self._said: set[bool] = (
+            {False} if is_inside else set()
+        )  # kinds of messages that have said something: whether they are thoughts
         self._is_new = False  # nothing was said in the present message yet
 
     def _take(self, lexeme: str) -> None:
@@ -128,18 +138,21 @@ class HarmonyParser(Parser):
 
     def _close(self, end: str = "") -> None:
         """The end of a message, or of a header that has none."""
-        if self._header is not None:
+        if self._is_cut and (self._header is not None or self._call_for is not None):
+            for call in beginning_of_call(self._call_for or "", "".join(self._call_body), self._tools):
+                self._call(call)
+        elif self._header is not None:
             broken = "".join(self._header)
             if broken.strip() not in ("", _ROLE):
                 self._say(broken)
         elif self._call_for is not None:
-            call = call_of(self._call_for, "".join(self._call_body).strip(), self._tools)
-            if call is None:
+            found = call_of(self._call_for, "".join(self._call_body).strip(), self._tools)
+            if found is None:
                 self._begin(is_reasoning=False)
                 self._say("".join([*self._call_header, MESSAGE, *self._call_body, end]))
             else:
-                self._call(call)
-            self._call_for = None
+                self._call(found)
+        self._call_for = None
         self._give_space()
         self._header = None
 

@@ -7,15 +7,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
-from argosy.prompt.formats.format import BlockFormat, call_of, ends_inside_string, inside_of
+from argosy.prompt.formats.format import (
+    BlockFormat,
+    beginning_of_call,
+    call_of,
+    ends_inside_string,
+    inside_of,
+)
 from argosy.prompt.formats.lark import Lark
-from argosy.prompt.formats.parser import Reading
+from argosy.prompt.formats.parser import CutCall, FoundCall, Reading
 from argosy.prompt.json_text import read_object
 from argosy.prompt.tools import Tool
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+_BEGINNING = re.compile(
+    r'\s*\{\s*"name"\s*:\s*"([^"\\]+)"(?:\s*,\s*"(?:arguments|parameters)"\s*:\s*(\{.*))?', re.DOTALL
+)
 
 
 class Hermes(BlockFormat):
@@ -30,10 +40,22 @@ class Hermes(BlockFormat):
         call = call_of(said.get("name"), said.get("arguments", said.get("parameters")), tools)
         return None if call is None else [call]
 
+    def read_cut(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
+        calls = self.read(block, tools)
+        if isinstance(calls, list):
+            return calls
+        return beginning_of_named_object("".join(inside_of(block, CLOSE)), tools)
+
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
         bodies = " | ".join(lark.rule(named_object(lark, tool)) for tool in tools)
         call = lark.rule(f'{lark.mark(OPEN)} "\\n" ({bodies}) "\\n" {lark.mark(CLOSE)}')
         return f'{call} ("\\n" {call})*' if parallel else call
+
+
+def beginning_of_named_object(text: str, tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
+    """The call that begins with `text`, once its name is there."""
+    begun = _BEGINNING.match(text)
+    return () if begun is None else beginning_of_call(begun[1], begun[2] or "", tools)
 
 
 def named_object(lark: Lark, tool: Tool) -> str:

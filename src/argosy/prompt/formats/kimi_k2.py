@@ -11,9 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from argosy.prompt.formats.format import BlockFormat, call_of, ends_inside_string, halves, inside_of
+from argosy.prompt.formats.format import (
+    BlockFormat,
+    beginning_of_call,
+    call_of,
+    ends_inside_string,
+    halves,
+    inside_of,
+)
 from argosy.prompt.formats.lark import Lark
-from argosy.prompt.formats.parser import Reading
+from argosy.prompt.formats.parser import CutCall, FoundCall, Reading
 from argosy.prompt.messages import Call
 from argosy.prompt.tools import Tool
 
@@ -41,6 +48,11 @@ class KimiK2(BlockFormat):
         if call is None:
             return "more" if ends_inside_string(arguments) else None
         return [call]
+
+    def read_cut(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
+        own_id, arguments = halves(inside_of(block, END), ARGUMENTS) or ("", "")
+        named = _ID.fullmatch(own_id.strip())
+        return () if named is None else beginning_of_call(named[1], arguments, tools, own_id.strip())
 
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
         number = lark.rule("/[0-9]+/")

@@ -13,9 +13,9 @@ import re
 from collections.abc import Mapping, Sequence
 
 from argosy.prompt.formats.format import BlockFormat, inside_of
-from argosy.prompt.formats.functions import Tags, read_functions
+from argosy.prompt.formats.functions import Tags, read_cut_functions, read_functions
 from argosy.prompt.formats.lark import Lark, ValueForm
-from argosy.prompt.formats.parser import Reading
+from argosy.prompt.formats.parser import CutCall, FoundCall, Reading
 from argosy.prompt.tools import Tool
 
 OPEN, CLOSE = "<minimax:tool_call>", "</minimax:tool_call>"
@@ -35,6 +35,9 @@ class MiniMaxM2(BlockFormat):
 
     def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
         return read_functions("".join(inside_of(block, CLOSE)), _TAGS, tools)
+
+    def read_cut(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
+        return read_cut_functions("".join(inside_of(block, CLOSE)), _TAGS, tools)
 
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
         bodies = " | ".join(

@@ -10,13 +10,14 @@ Nothing closes a call but the next one or the end. Templates want ids of nine le
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 
-from argosy.prompt.formats.format import BlockFormat, call_of
-from argosy.prompt.formats.hermes import named_object
+from argosy.prompt.formats.format import BlockFormat, beginning_of_call, call_of
+from argosy.prompt.formats.hermes import beginning_of_named_object, named_object
 from argosy.prompt.formats.lark import Lark
-from argosy.prompt.formats.parser import FoundCall, Mark, Reading
+from argosy.prompt.formats.parser import CutCall, FoundCall, Mark, Reading
 from argosy.prompt.json_text import read_json
 from argosy.prompt.messages import Call
 from argosy.prompt.tools import Tool
@@ -32,19 +33,17 @@ class Mistral(BlockFormat):
     inside = (ARGUMENTS, CALL_ID)
 
     def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
-        marks = [at for at, lexeme in enumerate(block) if isinstance(lexeme, Mark)][1:]
-        named = [str(block[at]) for at in marks]
-        if not named:
+        if not _has_marks(block):
             return _read_list("".join(block[1:]), tools)
-        if named[0] == CALL_ID and named[1:2] == [ARGUMENTS]:
-            own_id, last = "".join(block[marks[0] + 1 : marks[1]]).strip(), marks[1]
-        elif named[0] == ARGUMENTS:
-            own_id, last = None, marks[0]
-        else:
-            return None
-        name, arguments = "".join(block[1 : marks[0]]).strip(), "".join(block[last + 1 :]).strip()
-        call = call_of(name, arguments, tools, own_id)
+        parts = _parts(block)
+        call = None if parts is None else call_of(parts[0], parts[1], tools, parts[2])
         return None if call is None else [call]
+
+    def read_cut(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
+        if not _has_marks(block):
+            return _read_beginning_of_list("".join(block[1:]), tools)
+        parts = _parts(block)
+        return () if parts is None else beginning_of_call(parts[0], parts[1], tools, parts[2])
 
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
         if lark.has_token(ARGUMENTS):
@@ -61,6 +60,37 @@ class Mistral(BlockFormat):
         if _ID.fullmatch(call.id):
             return call.id
         return hashlib.sha256(call.id.encode()).hexdigest()[:9]
+
+
+def _has_marks(block: Sequence[str]) -> bool:
+    return any(isinstance(lexeme, Mark) for lexeme in block[1:])
+
+
+def _parts(block: Sequence[str]) -> tuple[str, str, str | None] | None:
+    """Name, arguments and id of a call that is written with marks."""
+    marks = [at for at, lexeme in enumerate(block) if isinstance(lexeme, Mark)][1:]
+    named = [str(block[at]) for at in marks]
+    if named[0] == CALL_ID and named[1:2] == [ARGUMENTS]:
+        own_id, last = "".join(block[marks[0] + 1 : marks[1]]).strip(), marks[1]
+    elif named[0] == ARGUMENTS:
+        own_id, last = None, marks[0]
+    else:
+        return None
+    return "".join(block[1 : marks[0]]).strip(), "".join(block[last + 1 :]).strip(), own_id
+
+
+def _read_beginning_of_list(text: str, tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
+    """The items of a list that is cut: whole ones, and the beginning of the last."""
+    calls: list[FoundCall | CutCall] = []
+    rest = text.lstrip().removeprefix("[").lstrip()
+    while rest:
+        try:
+            _, end = json.JSONDecoder().raw_decode(rest)
+        except (ValueError, RecursionError):
+            return [*calls, *beginning_of_named_object(rest, tools)]
+        calls += _read_list(f"[{rest[:end]}]", tools) or []
+        rest = rest[end:].lstrip(" \t\r\n,")
+    return calls
 
 
 def _read_list(text: str, tools: Mapping[str, Tool]) -> list[FoundCall] | None:

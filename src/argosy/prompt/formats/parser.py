@@ -5,7 +5,8 @@
 A *mark* is a marker of the model's format. Where the tokenizer has a token for it, only that token is the mark, and
 the same characters in ordinary tokens are text; where it has none, the mark is found in the text, wherever tokens part
 it, and no more text is held back than could become one. A call is told when it is whole (decision 14). What only looked
-like one, or breaks off, is text: nothing is lost, and nothing raises.
+like one is text: nothing is lost, and nothing raises. A call that the token limit cut is told as far as it goes, once
+its name is known, and has no end (decision 31).
 
 Elsewhere: what a format is, is `format.py`; what a call looks like inside is each format's own file.
 """
@@ -53,6 +54,15 @@ class FoundCall:
 
     name: str
     arguments: Mapping[str, object]
+    own_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CutCall:
+    """A call that the token limit cut; `arguments` is the beginning of the JSON text of its arguments."""
+
+    name: str
+    arguments: str
     own_id: str | None = None
 
 
@@ -109,6 +119,7 @@ class Parser(ABC):
         self._drops_space = is_reasoning  # behind structure
         self._num_calls = 0
         self._has_said = False  # text or thoughts
+        self._is_cut = False
 
     @property
     def is_reasoning(self) -> bool:
@@ -136,8 +147,11 @@ class Parser(ABC):
             self._take(lexeme)
         return self._out()
 
-    def finish(self) -> list[Event]:
-        """The rest, once it is known that no more tokens come."""
+    def finish(self, *, is_cut: bool = False) -> list[Event]:
+        """The rest, once it is known that no more tokens come; `is_cut`: the token limit ended the answer."""
+        self._is_cut = is_cut
+        if is_cut and self._is_mark_of_call(self._pending):
+            self._pending = ""
         lexemes, self._pending = self._lexer.split(self._pending, is_end=True)
         for lexeme in lexemes:
             self._take(lexeme)
@@ -152,6 +166,10 @@ class Parser(ABC):
     @abstractmethod
     def _end(self) -> None:
         """Settle what is open."""
+
+    def _is_mark_of_call(self, start: str) -> bool:
+        """Whether `start` is the beginning of a mark that belongs to a call."""
+        return False
 
     def _out(self) -> list[Event]:
         events, self._events = self._events, []
@@ -186,14 +204,14 @@ class Parser(ABC):
         self._held_space = ""
         self._drops_space = True
 
-    def _call(self, call: FoundCall) -> None:
+    def _call(self, call: FoundCall | CutCall) -> None:
         index = self._num_calls
         self._num_calls += 1
-        self._events += [
-            ToolCallBegin(index, new_call_id(), call.name, call.own_id),
-            ToolCallArguments(index, write_json(call.arguments)),
-            ToolCallEnd(index),
-        ]
+        self._events.append(ToolCallBegin(index, new_call_id(), call.name, call.own_id))
+        if isinstance(call, FoundCall):
+            self._events += [ToolCallArguments(index, write_json(call.arguments)), ToolCallEnd(index)]
+        elif call.arguments:
+            self._events.append(ToolCallArguments(index, call.arguments))
         self._switch(is_reasoning=False)
 
 
@@ -260,6 +278,11 @@ class BlockParser(Parser):
             self._close(block)
 
     def _close(self, block: list[str], *, is_end: bool = False) -> None:
+        if is_end and self._is_cut:
+            self._block, self._owed, self._held_space = None, [], ""
+            for call in self._form.read_cut(block, self._tools):
+                self._call(call)
+            return
         calls = self._form.read(block, self._tools)
         if calls == "more" and not is_end:
             self._num_unread += 1
@@ -286,11 +309,22 @@ class BlockParser(Parser):
     def _end(self) -> None:
         if self._maybe is not None:
             held, self._maybe, self._is_settling = self._maybe, None, True
+            if self._is_cut:  # nothing says that its thoughts were at their end
+                self._say("".join(held))
+                held = []
             for lexeme in held:
                 self._take(lexeme)
         if self._block is not None:
             self._close(self._block, is_end=True)
+        if self._is_cut:
+            self._owed = []
         self._pay()
+
+    def _is_mark_of_call(self, start: str) -> bool:
+        if self._block is not None:
+            return True  # what is held back can only be the beginning of its closing mark
+        opening = (*self._form.blocks, *self._form.sections) if self._tools else ()
+        return len(start) > 1 and any(mark.startswith(start) for mark in opening)
 
 
 def new_call_id() -> str:

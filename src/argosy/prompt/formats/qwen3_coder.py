@@ -17,9 +17,9 @@ import re
 from collections.abc import Mapping, Sequence
 
 from argosy.prompt.formats.format import BlockFormat, inside_of
-from argosy.prompt.formats.functions import Tags, read_functions
+from argosy.prompt.formats.functions import Tags, read_cut_functions, read_functions
 from argosy.prompt.formats.lark import Lark, ValueForm
-from argosy.prompt.formats.parser import Reading
+from argosy.prompt.formats.parser import CutCall, FoundCall, Reading
 from argosy.prompt.tools import Tool
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -39,8 +39,10 @@ class Qwen3Coder(BlockFormat):
     blocks = {OPEN: CLOSE, FUNCTION: END}  # noqa: RUF012 (a ClassVar, declared in the base)
 
     def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
-        inside = block if block[0] == FUNCTION else inside_of(block, CLOSE)
-        return read_functions("".join(inside), _TAGS, tools)
+        return read_functions(_inside(block), _TAGS, tools)
+
+    def read_cut(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
+        return read_cut_functions(_inside(block), _TAGS, tools)
 
     def _lazy_calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> tuple[str, Sequence[str]]:
         bare = f"({self._bodies(lark, tools)})"
@@ -59,3 +61,7 @@ class Qwen3Coder(BlockFormat):
         bodies = self._bodies(lark, tools)
         call = lark.rule(f'{lark.mark(OPEN)} "\\n" ({bodies}) "\\n" {lark.mark(CLOSE)}')
         return f'{call} ("\\n" {call})*' if parallel else call
+
+
+def _inside(block: Sequence[str]) -> str:
+    return "".join(block if block[0] == FUNCTION else inside_of(block, CLOSE))

@@ -1,0 +1,156 @@
+"""A last turn of the assistant is continued: the prompt ends where its text ends, and the answer is what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from argosy.config import Grammar
+from argosy.errors import UsageError
+from argosy.prompt.formats import Answer, collect
+from argosy.prompt.prompt import Prompt, PromptBuilder
+from argosy.prompt.replay import ReplayMemory
+from tests.prompt.families import FAMILIES, TOOLS, Family
+from tests.prompt.tokenizers_for_tests import CHATML
+
+NAMES = [name for name in FAMILIES if name != "minimax_spelled"]
+USER: list[dict[str, Any]] = [{"role": "user", "content": "Weather?"}]
+BEGUN: dict[str, Any] = {"role": "assistant", "content": "It rains, and"}
+REST = " it is cold."
+
+
+@pytest.fixture
+def builders() -> Iterator[dict[str, PromptBuilder]]:
+    made = {name: FAMILIES[name].builder(ReplayMemory()) for name in NAMES}
+    yield made
+    for builder in made.values():
+        builder.close()
+
+
+def read(family: Family, builder: PromptBuilder, prompt: Prompt, text: str) -> tuple[list[int], Answer]:
+    """The answer to `prompt` whose tokens spell `text`, its end included, one for each character."""
+    end = family.tokenizer.control_id(family.ends[0])
+    assert end is not None
+    ids = [*(token_id for letter in text for token_id in family.tokenizer.encode(letter)), end]
+    parser, stream = builder.parser(prompt, TOOLS), family.tokenizer.stream()
+    events = [event for token_id in ids for event in parser.push(token_id, stream.push(token_id))]
+    return ids, collect([*events, *parser.finish()])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_prompt_ends_where_the_text_of_the_last_turn_ends(
+    name: str, builders: dict[str, PromptBuilder]
+) -> None:
+    builder, family = builders[name], FAMILIES[name]
+    prompt = builder.build([*USER, BEGUN], tools=TOOLS)
+    closed = builder.apply_template([*USER, BEGUN], tools=TOOLS, add_generation_prompt=False)
+    assert prompt.is_continued
+    assert prompt.text.endswith(BEGUN["content"])
+    assert closed.startswith(prompt.text)
+    assert closed.count(BEGUN["content"]) == 1
+    assert family.tokenizer.decode(prompt.token_ids or (), keep_special=True) == prompt.text
+    assert not builder.build(USER, tools=TOOLS).is_continued
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_answer_is_the_continuation_alone_and_is_text(
+    name: str, builders: dict[str, PromptBuilder]
+) -> None:
+    builder = builders[name]
+    prompt = builder.build([*USER, BEGUN], tools=TOOLS)
+    _, answer = read(FAMILIES[name], builder, prompt, REST)
+    assert answer == Answer(REST)
+
+
+# What these print of an earlier turn is not what they print of the one that is continued.
+CHANGING = ("deepseek_v31", "qwen3", "kimi_k2", "glm", "glm47", "minimax_m2", "harmony")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in CHANGING])
+def test_a_continued_turn_keeps_its_tokens_when_it_comes_back_as_one(
+    name: str, builders: dict[str, PromptBuilder]
+) -> None:
+    builder, family = builders[name], FAMILIES[name]
+    first = builder.build([*USER, BEGUN], tenant="me")
+    ids, answer = read(family, builder, first, REST)
+    assert builder.remember("me", first, ids, answer)
+    whole = {"role": "assistant", "content": BEGUN["content"] + REST}
+    again = builder.build([*USER, whole, *USER], tenant="me").token_ids or ()
+    kept = (*(first.token_ids or ()), *ids[:-1])
+    assert again[: len(kept)] == kept
+    plain = builder.build([*USER, whole, *USER]).token_ids or ()
+    assert plain[: len(kept)] != kept
+
+
+@pytest.mark.parametrize("name", ["qwen3", "chatml", "qwen2_5"])
+def test_an_answer_that_was_cut_is_continued_with_its_own_tokens(
+    name: str, builders: dict[str, PromptBuilder]
+) -> None:
+    builder, family = builders[name], FAMILIES[name]
+    first = builder.build(USER, tenant="me")
+    said = "<think>\n\nhm\n\n</think>\n\nIt rains," if name == "qwen3" else "It rains,"
+    ids = family.tokenizer.encode_segments([(False, said[: said.index("It")])]) if name == "qwen3" else []
+    ids += [token_id for letter in "It rains," for token_id in family.tokenizer.encode(letter)]
+    parser, stream = builder.parser(first), family.tokenizer.stream()
+    events = [event for token_id in ids for event in parser.push(token_id, stream.push(token_id))]
+    assert builder.remember("me", first, ids, collect([*events, *parser.finish(is_cut=True)]))
+    more = builder.build([*USER, {"role": "assistant", "content": "It rains,"}], tenant="me")
+    assert more.is_continued
+    assert more.token_ids == (*(first.token_ids or ()), *ids)
+
+
+def test_white_space_at_the_end_is_kept_where_a_template_trims(builders: dict[str, PromptBuilder]) -> None:
+    for name in NAMES:
+        begun = {"role": "assistant", "content": "```python\n"}
+        assert builders[name].apply_template([*USER, begun]).endswith("```python\n"), name
+
+
+def test_marks_in_a_continued_turn_stay_text(builders: dict[str, PromptBuilder]) -> None:
+    for name in NAMES:
+        family, builder = FAMILIES[name], builders[name]
+        plain = builder.build([*USER, BEGUN]).token_ids or ()
+        for mark in (*family.marks, "<|im_end|>"):
+            if mark in ("<think>", "</think>"):
+                continue  # templates take thoughts out of a turn
+            begun = {"role": "assistant", "content": f"a {mark} b"}
+            ids = builder.build([*USER, begun]).token_ids or ()
+            assert [i for i in ids if i in family.tokenizer.control_ids] == [
+                i for i in plain if i in family.tokenizer.control_ids
+            ], (name, mark)
+
+
+def test_an_empty_last_turn_of_the_assistant_is_left_out(builders: dict[str, PromptBuilder]) -> None:
+    empty = {"role": "assistant", "content": ""}
+    assert builders["qwen3"].build([*USER, empty]) == builders["qwen3"].build(USER)
+
+
+def test_a_template_that_changes_what_was_said_refuses_by_name() -> None:
+    shouting = CHATML.replace("message['content']", "message['content'] | upper")
+    family = FAMILIES["chatml"]
+    for template in (
+        shouting,
+        CHATML.replace("message['content']", "message['content'] ~ messages[0].content"),
+    ):
+        builder = type(family)("x", template, family.special, family.structural, family.ends).builder()
+        with pytest.raises(UsageError, match="cannot be continued") as caught:
+            builder.build([*USER, BEGUN])
+        assert "message of the user" in str(caught.value.hint)
+        builder.close()
+
+
+def test_a_continued_answer_has_no_form_and_is_no_call_but_may_call(
+    builders: dict[str, PromptBuilder],
+) -> None:
+    for name in NAMES:
+        builder = builders[name]
+        prompt = builder.build([*USER, BEGUN], tools=TOOLS)
+        with pytest.raises(UsageError, match="continues the last message"):
+            builder.grammar(prompt, TOOLS, must_call=True)
+        with pytest.raises(UsageError, match="continues the last message"):
+            builder.grammar(prompt, form=Grammar(kind="json_object"))
+        lazy = builder.grammar(prompt, TOOLS)
+        assert lazy is not None
+        assert lazy.trigger is not None
+        assert lazy.trigger.is_paused == (name == "harmony")
