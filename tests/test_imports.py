@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "argosy"
 
-EVERYONE = {"config", "errors"}
+EVERYONE = {"config", "errors", "replace_file"}
 MAY_IMPORT = {
     "prompt": {"checkpoint"},
     "guard": set(),
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "engine": {"prompt", "model", "experts", "checkpoint", "plan", "demo", "_native"},
     "config": {"errors"},
     "errors": set(),
+    "replace_file": set(),
 }
 ANY_ROOM = {"cli", "__init__", "__main__"}  # the command line, and the package's public names
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -259,6 +260,95 @@ def test_a_step_that_fails_ends_what_runs_with_an_error_and_the_loop_lives_on(
         loop.submit(PROMPT, SHORT, again)
         assert again.result().token_ids == REFERENCE.greedy[:8]
         require_nothing_left(engine)
+
+
+def test_answers_go_on_when_no_more_files_may_be_open(loop: EngineLoop) -> None:
+    """Their ledgers read /proc; more than the peak of memory must not be missing."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    heard = Heard()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        loop.submit(PROMPT, SHORT, heard)
+        heard.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert heard.result().token_ids == REFERENCE.greedy[:8]
+    assert heard.result().ledger.peak_bytes is None
+    again = Heard()
+    loop.submit(PROMPT, SHORT, again)
+    assert again.result().ledger.peak_bytes > 0
+
+
+@pytest.mark.parametrize("where", ["enqueue", "_finish", "has_work", "facts"])
+def test_whatever_fails_in_the_thread_every_request_ends_and_the_next_is_answered(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    reported: list[BaseException] = []
+    with EngineLoop(engine, report=reported.append) as loop:
+        monkeypatch.setattr("argosy.engine.loop._FACTS_SECONDS", 0.0)
+        kind: Any = type(engine)
+        real = getattr(kind, where)
+        once = iter([OSError("a word of the prompt")])
+
+        def fails_once(self: Engine, *given: Any, **more: Any) -> Any:
+            if (error := next(once, None)) is not None:
+                raise error
+            return real.fget(self) if isinstance(real, property) else real(self, *given, **more)
+
+        monkeypatch.setattr(kind, where, property(fails_once) if isinstance(real, property) else fails_once)
+        heard = Heard()
+        loop.submit(PROMPT, SHORT, heard)
+        if where != "facts":  # which is no request's own
+            assert heard.result().finish_reason == "error"
+            assert "a word of the prompt" not in str(heard.result().error)
+        heard.wait()
+        assert "a word of the prompt" in [str(error) for error in reported]
+        again = Heard()
+        loop.submit(PROMPT, SHORT, again)
+        assert again.result().token_ids == REFERENCE.greedy[:8]
+        assert not loop.snapshot().has_failed
+
+
+def test_when_the_thread_ends_those_that_run_and_those_that_wait_hear_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[BaseException] = []
+    entered, go_on = threading.Event(), threading.Event()
+
+    def ends(batch: Any) -> None:
+        entered.set()
+        assert go_on.wait(PATIENCE_S)
+        raise SystemExit
+
+    with EngineLoop(engine, report=reported.append) as loop:
+        monkeypatch.setattr(engine._decoder, "forward", ends)
+        heard = [Heard() for _ in range(3)]
+        loop.submit(PROMPT, SHORT, heard[0])
+        assert entered.wait(PATIENCE_S)
+        for one in heard[1:]:
+            loop.submit(PROMPT, SHORT, one)
+        assert not loop.snapshot().has_failed
+        go_on.set()
+        for one in heard:
+            assert isinstance(one.result().error, Overloaded)
+            assert "the engine has failed" in str(one.result().error)
+        assert loop.snapshot().has_failed
+        with pytest.raises(Overloaded, match="the engine has failed"):
+            loop.submit(PROMPT, SHORT, Heard())
+        assert loop.drain(PATIENCE_S)
+    assert [type(error) for error in reported] == [SystemExit]
+
+
+def test_an_engine_that_fails_round_after_round_with_nothing_to_do_is_given_up(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("argosy.engine.loop._AFTER_FAILURE_S", 0.0)
+    with EngineLoop(engine) as loop:
+        monkeypatch.setattr(type(engine), "is_writing", property(lambda _: 1 / 0))
+        loop.revoke("nobody")  # a round begins
+        wait_until(lambda: loop.snapshot().has_failed)
+        with pytest.raises(Overloaded, match="the engine has failed"):
+            loop.submit(PROMPT, SHORT, Heard())
 
 
 def test_a_listener_that_fails_ends_its_own_request(engine: Engine) -> None:

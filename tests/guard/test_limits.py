@@ -89,11 +89,25 @@ def test_a_key_without_limits_is_never_refused(clock: Clock) -> None:
         limits.end(one)
 
 
-def test_a_clock_that_is_set_back_locks_nobody_out(clock: Clock) -> None:
-    limits, one = Limits(clock), key(tokens_per_day=10, requests_per_minute=1)
+def test_a_clock_that_is_set_back_renews_no_day_and_locks_nobody_out_for_longer_than_one(
+    clock: Clock,
+) -> None:
+    limits, one = Limits(clock), key(tokens_per_day=10)
     limits.begin(one)
-    limits.count(one, 10)
+    limits.count(one, 6)
+    clock.now -= 1e6
+    limits.count(one, 4)
     limits.end(one)
+    assert refused_for(limits, one) == 86_400
+    clock.now += 86_400
+    limits.begin(one)
+
+
+def test_a_clock_that_is_set_back_gives_no_requests_again_and_refuses_none_for_longer_than_their_minute(
+    clock: Clock,
+) -> None:
+    limits, one = Limits(clock), key(requests_per_minute=1)
+    limits.begin(one)
     clock.now -= 1e6
     refused_for(limits, one)
     clock.now += 60

@@ -241,3 +241,13 @@ def test_this_machine_has_facts_that_agree() -> None:
     assert footprint.peak_bytes >= footprint.anonymous_bytes
     assert 1 <= machine.usable_cores() <= (os.cpu_count() or 1)
     assert machine.free_disk_bytes(Path("nothing") / "here") > 0
+
+
+def test_a_peak_that_cannot_be_read_is_none(tmp_path: Path) -> None:
+    assert machine.peak_bytes(tmp_path) is None
+    status = tmp_path / "proc/self/status"
+    status.parent.mkdir(parents=True)
+    status.write_text("VmSize:  1 kB\n")  # a kernel that does not say it
+    assert machine.peak_bytes(tmp_path) is None
+    status.write_text("VmHWM:  8 kB\nRssAnon:  1 kB\nRssFile:  2 kB\nRssShmem:  3 kB\n")
+    assert machine.peak_bytes(tmp_path) == 8192

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import os
+import resource
 import subprocess
 import sys
 import time
@@ -390,3 +393,21 @@ def test_messages_for_a_model_without_a_template_are_refused_with_a_way_out() ->
     with pytest.raises(UsageError, match="no chat template") as caught:
         PromptBuilder(llama_tokenizer(None), vocab_size=600).build(HI)
     assert "Prompt.raw" in str(caught.value.hint)
+
+
+def test_a_template_is_rendered_when_a_thousand_files_are_open(chatml: ChatTemplate) -> None:
+    """A server with many connections has descriptors that `select` cannot wait for."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2048, before[1]), before[1]))
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(1100):
+                stack.enter_context(Path(os.devnull).open("rb"))
+            late = ChatTemplate(chatml.source, chatml._special_tokens, worker=Worker())
+            stack.callback(late.close)
+            assert late._worker is not None
+            assert late._worker._process.stdout is not None
+            assert late._worker._process.stdout.fileno() > 1023
+            assert late.segments(HI_TURNS) == chatml.segments(HI_TURNS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

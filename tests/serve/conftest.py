@@ -19,7 +19,7 @@ from argosy.prompt.prompt import PromptBuilder
 from argosy.prompt.replay import ReplayMemory
 from argosy.serve.app import make_app
 from argosy.serve.core import ModelFacts, Service
-from argosy.serve.run import uvicorn_config
+from argosy.serve.run import bind, uvicorn_config
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.speaking import speaking, write_speaking_model
 
@@ -51,17 +51,18 @@ def serving(engine: Engine) -> Iterator[Service]:
 
 
 def start(app: Any, **options: Any) -> Iterator[str]:
-    config = uvicorn_config(app, host="127.0.0.1", port=0, grace_s=5, **options)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
+    server = uvicorn.Server(uvicorn_config(app, grace_s=5, **options))
+    with bind("127.0.0.1", 0) as sockets:
+        port = sockets[0].getsockname()[1]
+        thread = threading.Thread(target=server.run, args=[sockets])
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 @pytest.fixture(scope="session")

@@ -120,7 +120,7 @@ def heard(family: Any, service: Service, path: str, bodies: list[dict[str, Any]]
         vocab_size=family.tokenizer.vocab_size,
     )  # fmt: skip
     app = make_app(
-        Service(loop, builder, family.tokenizer, model),
+        Service(loop, builder, family.tokenizer, model, any_model=True),
         KeyRing(None), block_tokens=16, max_sequences=8,
     )  # fmt: skip
 

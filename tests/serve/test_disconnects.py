@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +37,7 @@ from argosy.prompt.prompt import Prompt, PromptBuilder, Trace
 from argosy.prompt.replay import ReplayMemory
 from argosy.serve.app import make_app
 from argosy.serve.core import Answers, Ended, ModelFacts, Service
-from argosy.serve.run import uvicorn_config
+from argosy.serve.run import bind, uvicorn_config
 from tests.cli.tiny_chat_model import write_chat_model
 
 NUM_DISCONNECTS, NUM_CLIENTS = 500, 5
@@ -77,15 +78,18 @@ class Server:
         self.loop = EngineLoop(engine)
         service = Service(self.loop, self.prompts, engine.tokenizer, facts)
         app = make_app(service, KeyRing(keys), block_tokens=16, max_sequences=4, limits=self.limits)
-        self._server = uvicorn.Server(uvicorn_config(app, host="127.0.0.1", port=0, grace_s=5))
-        self._thread = threading.Thread(target=self._server.run)
+        self._server = uvicorn.Server(uvicorn_config(app, grace_s=5))
+        self._bound = ExitStack()
+        sockets = self._bound.enter_context(bind("127.0.0.1", 0))
+        self.port = sockets[0].getsockname()[1]
+        self._thread = threading.Thread(target=self._server.run, args=[sockets])
         self._thread.start()
         wait_for(lambda: self._server.started)
-        self.port = self._server.servers[0].sockets[0].getsockname()[1]
 
     def close(self) -> None:
         self._server.should_exit = True
         self._thread.join()
+        self._bound.close()
         self.loop.close()
         self.prompts.close()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
+import resource
 import signal
 import socket
 import subprocess
@@ -11,15 +13,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
 from argosy.engine.engine import Engine
+from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile
 from argosy.prompt.replay import ReplayMemory
+from argosy.serve.run import bind
 from tests.cli.tiny_chat_model import write_chat_model
 
 
@@ -150,3 +154,116 @@ def test_a_restart_gives_no_quota_again_and_a_revoked_key_ends_and_leaves_no_fil
     with served(model, *options) as (url, _):
         assert [ask(url, name) for name in headers] == [429, 401, 401]
         wait_for(1)
+
+
+# ── its address ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def argosy(*options: object) -> list[str]:
+    return [sys.executable, "-m", "argosy", "serve", *map(str, options)]
+
+
+def test_a_port_in_use_is_told_before_the_model_is_looked_for(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        done = subprocess.run(
+            argosy(tmp_path / "no-model", "--port", port),
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: port {port} of 127.0.0.1 is in use\nhint: --port {port + 1}, or --port 0 for any that is free\n"
+    )
+
+
+def test_another_server_that_listens_first_is_told_of_too(model: Path, tmp_path: Path) -> None:
+    """Two that start at once may both bind; one of them listens."""
+    with bind("127.0.0.1", 0) as mine:
+        port = mine[0].getsockname()[1]
+        process = subprocess.Popen(
+            argosy(model, "--memory", "1GiB", "--port", port), stderr=subprocess.PIPE, text=True
+        )
+        mine[0].listen()
+        log = end(process)
+    assert process.returncode == 2
+    assert f"port {port} of 127.0.0.1 is in use" in log
+    assert "serving" not in log
+
+
+@pytest.mark.parametrize(
+    ("host", "fault"),
+    [("192.0.2.1", "192.0.2.1 is no address of this machine"), ("nowhere.invalid", "is no address")],
+)
+def test_an_address_of_others_is_told_of(host: str, fault: str) -> None:
+    with pytest.raises(UsageError, match=fault), bind(host, 0):
+        pass
+
+
+def test_sockets_are_bound_at_once_and_listen_when_they_are_told_to() -> None:
+    with bind("localhost", 0) as sockets:
+        ports = {one.getsockname()[1] for one in sockets}
+        assert len(ports) == 1
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", *ports), timeout=5)
+        for one in sockets:
+            one.listen()
+        socket.create_connection(("127.0.0.1", *ports), timeout=5).close()
+
+
+def test_who_reads_that_it_serves_is_answered_at_that_address(model: Path) -> None:
+    command = argosy(model, "--memory", "1GiB", "--port", 0, "--name", "a/b")
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        said = process.stderr.readline()
+        found = re.fullmatch(r"serving a/b at (http://127\.0\.0\.1:\d+)\n", said)
+        assert found, said
+        assert httpx.get(f"{found[1]}/ready").status_code == 200
+    finally:
+        process.kill()
+        process.communicate()
+
+
+# ── its end ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("pause_s", [0.0, 0.003, 0.05])
+def test_signals_at_any_time_from_the_first_to_the_last_moment_end_it_with_0(
+    model: Path, number: signal.Signals, pause_s: float
+) -> None:
+    with served(model) as (_, process):
+        deadline = time.monotonic() + 30
+        while process.poll() is None:
+            assert time.monotonic() < deadline
+            process.send_signal(number)
+            time.sleep(pause_s)
+        assert process.returncode == 0
+
+
+# ── its files ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_when_no_more_files_may_be_open_connections_wait_and_the_log_says_it_once(model: Path) -> None:
+    with served(model) as (url, process), ExitStack() as stack:
+        soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        assert soft == hard  # raised as far as it goes
+        num_open = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (num_open, hard))
+        host, _, port = url.removeprefix("http://").partition(":")
+        waiting = [
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=20)) for _ in range(20)
+        ]
+        for connection in waiting:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        time.sleep(2.5)  # two more tries, a second apart
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (hard, hard))
+        for connection in waiting:
+            assert connection.makefile("rb").read().startswith(b"HTTP/1.1 200")
+        process.send_signal(signal.SIGTERM)
+        log = end(process)
+    assert log.count("no more files may be open") == 1
+    assert "Traceback" not in log
+    assert len(log.splitlines()) < 40

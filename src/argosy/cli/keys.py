@@ -53,11 +53,16 @@ def list_keys(path: Path) -> None:
     """List keys: id, name, scopes, limits."""
     from argosy.guard.keys import KeyFile
 
+    rows = [("ID", "NAME", "SCOPES", "LIMITS")]
     for key in KeyFile(path).read():
         limits = (key.requests_per_minute, key.concurrent_requests, key.tokens_per_day)
         names = ("requests/min", "at once", "tokens/day")
         told = [f"{value} {name}" for value, name in zip(limits, names, strict=True) if value is not None]
-        print(f"{key.id}  {key.name}  {','.join(key.scopes)}  {', '.join(told) or 'no limits'}")
+        name = key.name if key.name.isprintable() else ascii(key.name)  # a file may be written by hand
+        rows.append((key.id, name, ",".join(key.scopes), ", ".join(told) or "no limits"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 @keys.command("revoke")

@@ -121,7 +121,7 @@ def ledger_lines(
         lines.append(
             f"experts  hit rate {ledger.hit_rate:.2f} ({ledger.hits} of {ledger.lookups}), {read} read"
         )
-    peak = f"memory   peak {format_bytes(ledger.peak_bytes)}"
+    peak = f"memory   peak {'unknown' if ledger.peak_bytes is None else format_bytes(ledger.peak_bytes)}"
     lines.append(peak if plan is None else f"{peak}, planned {format_bytes(plan.total_bytes)}")
     if plan is not None:
         lines += plan_lines(plan)

@@ -16,12 +16,19 @@ _REPLAY_BYTES = 16 << 20  # answers of a thousand tokens take about 20 KB each
 @click.argument("model", default="demo")
 @engine_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=8080, show_default=True, type=click.IntRange(1, 65535))
+@click.option(
+    "--port",
+    default=8080,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="Port to listen on; 0: any that is free.",
+)
 @click.option(
     "--keys", type=click.Path(path_type=Path), metavar="FILE", help="Who may ask; see `argosy keys`."
 )
 @click.option("--allow-host", multiple=True, metavar="NAME", help="Also answer to this host name.")
 @click.option("--name", metavar="ID", help="What clients call the model; default: its file's name.")
+@click.option("--any-model", is_flag=True, help="Take every name that clients send for this model.")
 @click.option(
     "--drain",
     default=30.0,
@@ -55,7 +62,7 @@ _REPLAY_BYTES = 16 << 20  # answers of a thousand tokens take about 20 KB each
 def serve(
     model: str, host: str, port: int, keys: Path | None, allow_host: tuple[str, ...], name: str | None,
     drain: float, max_sequences: int, max_waiting: int, max_connections: int, kv_dir: Path | None,
-    keep_billing_line: bool, **options: Any,
+    keep_billing_line: bool, any_model: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Serve a model over HTTP: the dialects of OpenAI and Anthropic, and a page at /.
 
@@ -67,7 +74,7 @@ def serve(
     # Before the engine: the memory plan counts what the process holds when it is made.
     from argosy.cli.settings import Settings
     from argosy.guard.keys import KeyFile
-    from argosy.serve.run import require_keys
+    from argosy.serve.run import bind, make_room_for_files, require_keys
     from argosy.serve.run import serve as run
 
     require_keys(host, keys)
@@ -78,8 +85,10 @@ def serve(
         "grammars": True, "max_sequences": max_sequences, "max_waiting": max_waiting, "kv_dir": kv_dir,
         "replay_bytes": _REPLAY_BYTES,
     }  # fmt: skip
-    with open_engine(model, settings, **more) as engine:
+    make_room_for_files(max_connections)
+    with bind(host, port) as sockets, open_engine(model, settings, **more) as engine:
         run(
-            engine, name or Path(model).name.removesuffix(".gguf"), host=host, port=port, keys=keys,
+            engine, name or Path(model).name.removesuffix(".gguf"), sockets, host=host, keys=keys,
             hosts=allow_host, drain_s=drain, max_connections=max_connections, keep_billing_line=keep_billing_line,
+            any_model=any_model,
         )  # fmt: skip

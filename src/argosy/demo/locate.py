@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from argosy.replace_file import replacing
+
 EXPERTS_FILE = Path(__file__).with_name("experts.gguf")
 _PACKED_SUFFIX = "-q8"
 _DIGEST = re.compile(r"[0-9a-f]{12}")
@@ -95,9 +97,8 @@ def _version() -> str:
     digest = _digest()
     with suppress(OSError):  # a cache that cannot be written is read at most
         known.parent.mkdir(parents=True, exist_ok=True)
-        beside = known.with_suffix(".new")
-        beside.write_text(f"{key}\n{digest}\n")
-        beside.replace(known)
+        with replacing(known) as write:
+            write(f"{key}\n{digest}\n".encode())
     return digest
 
 

@@ -699,7 +699,7 @@ class Engine:
             lookups=stats.lookups if stats else 0,
             hits=stats.hits if stats else 0,
             bytes_read=stats.bytes_read if stats else 0,
-            peak_bytes=machine.process_footprint().peak_bytes,
+            peak_bytes=machine.peak_bytes(),
             parts={part: s - self._seconds_at_start[part] for part, s in self._clock.seconds.items()},
         )
 

@@ -24,7 +24,7 @@ class Ledger:
     lookups: int = 0
     hits: int = 0
     bytes_read: int = 0
-    peak_bytes: int = 0  # of the process since it started, page cache not counted
+    peak_bytes: int | None = None  # of the process since it started, without page cache; None: cannot be read
     parts: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 
     @property

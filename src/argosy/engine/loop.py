@@ -8,7 +8,8 @@ end, whatever ended it. `on_event` must be quick and must not call back; for asy
     lambda event: loop.call_soon_threadsafe(queue.put_nowait, event)
 
 Nothing kills the thread: a read that fails ends the answers that need it, anything else that fails ends those that run,
-and a listener that fails ends its own request.
+and a listener that fails ends its own request. Where rounds fail one after the other though no request runs, the engine
+itself is broken: the loop ends, everybody hears it, and `has_failed` says so.
 
 Elsewhere: what a step does is `engine.py`; who runs in it is `scheduler.py`.
 """
@@ -24,6 +25,7 @@ from time import monotonic
 from argosy.config import SamplingParams
 from argosy.engine.engine import Engine, PromptLike
 from argosy.engine.facts import EngineFacts
+from argosy.engine.ledger import Ledger
 from argosy.engine.sequence import Result, Sequence, TokenEvent
 from argosy.errors import ArgosyError, Overloaded, Revoked
 
@@ -31,6 +33,8 @@ RATE_SECONDS = 10.0  # rates are means over so much of the past
 _FACTS_SECONDS = 0.1  # facts are not gathered more often
 _WRITING_SECONDS = 0.005  # how soon to look again for a free hand that writes prompts to files
 _RETRY_STOPPING_S = 30
+_MOST_IDLE_FAILURES = 8  # rounds in a row that fail while no request runs
+_AFTER_FAILURE_S = 0.1  # between two of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,7 @@ class LoopFacts:
     engine: EngineFacts
     num_steps: int
     is_stopping: bool
+    has_failed: bool  # nothing will be answered any more
     new_tok_per_s: float
     prompt_tok_per_s: float  # computed, not found
     bytes_read_per_s: float
@@ -120,9 +125,11 @@ class EngineLoop:
         self._num_live = 0  # sequences whose end was not told
         self._is_stopping = False
         self._is_closing = False
+        self._has_failed = False
 
         self._live: list[Request] = []  # from here on the thread's own
         self._num_steps = 0
+        self._num_idle_failures = 0
         self._facts = engine.facts()
         self._facts_at = clock()
         self._samples: deque[tuple[float, int, int, int]] = (
@@ -145,7 +152,7 @@ class EngineLoop:
         """Check a request and queue it; never waits for a step.
 
         Raises:
-            Overloaded: too many wait already, or the loop is stopping.
+            Overloaded: too many wait already, or the loop is stopping or has failed.
             Revoked: the tenant is gone.
             ArgosyError: as `Engine.prepare`.
         """
@@ -153,6 +160,8 @@ class EngineLoop:
             self._engine.prepare(prompt, params, num_answers=num_answers, tenant=tenant), on_event
         )
         with self._changed:
+            if self._has_failed:
+                raise _failed()
             if self._is_stopping:
                 raise Overloaded("the engine is stopping, and takes no more", retry_after_s=_RETRY_STOPPING_S)
             if tenant in self._revoked:
@@ -190,6 +199,7 @@ class EngineLoop:
             engine=self._facts,
             num_steps=self._num_steps,
             is_stopping=self._is_stopping,
+            has_failed=self._has_failed,
             new_tok_per_s=rates[0],
             prompt_tok_per_s=max(0.0, rates[1] - rates[0]),
             bytes_read_per_s=rates[2],
@@ -217,20 +227,57 @@ class EngineLoop:
     # ── the thread ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _run(self) -> None:
-        while self._take():
-            error: Exception | None = None
+        failure: BaseException | None = None
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:
+            failure = error
+        self._end(failure)
+        if failure is not None:
+            self._report(failure)
+
+    def _turn(self) -> bool:
+        """One round: take, step, deliver. False: the loop is to end. What fails in it ends those that run."""
+        error: Exception | None = None
+        try:
+            if not self._take():
+                return False
             if self._engine.has_work:
                 self._num_steps += 1
-            try:
-                self._engine.step()
-            except Exception as raised:
-                self._report(raised)
-                error = raised
-            self._deliver(error)
-            self._gather_facts()
+            self._engine.step()
+            self._num_idle_failures = 0
+        except Exception as raised:
+            error = raised
+            self._endure(raised)
+        self._deliver(error)
+        self._gather_facts()
+        return True
+
+    def _endure(self, error: Exception) -> None:
+        """Go on after a failure that is no request's own, unless nothing else happens any more."""
+        self._report(error)
         for request in self._live:
             self._cancel(request)
-        self._deliver(None)
+        if self._live:
+            self._num_idle_failures = 0
+            return
+        self._num_idle_failures += 1
+        if self._num_idle_failures >= _MOST_IDLE_FAILURES:
+            raise error
+        with self._changed:
+            self._changed.wait(_AFTER_FAILURE_S)
+
+    def _end(self, failure: BaseException | None) -> None:
+        """The last that the thread does: whatever ended the loop, nobody waits for an answer that will not come."""
+        with self._changed:
+            self._is_stopping = True
+            self._has_failed = failure is not None
+            arrived, self._inbox = self._inbox, []
+        self._live += arrived
+        for request in self._live:
+            self._cancel(request)
+        self._deliver(None if failure is None else _failed())
         self._gather_facts()
 
     def _take(self) -> bool:
@@ -247,7 +294,12 @@ class EngineLoop:
             is_closing = self._is_closing
         for request in arrived:
             self._live.append(request)
-            self._engine.enqueue(request._sequences, has_room=True)
+            try:
+                self._engine.enqueue(request._sequences, has_room=True)
+            except Exception as error:
+                self._report(error)
+                request._error = _as_told(error)
+                self._cancel(request)
         for request in cancelled:
             self._cancel(request)
         for tenant in to_forget:
@@ -259,14 +311,24 @@ class EngineLoop:
             if request._sequences[0].tenant == tenant:
                 request._error = _revoked()
                 self._cancel(request)
-        self._engine.forget(tenant)
+        try:
+            self._engine.forget(tenant)
+        except Exception as error:
+            self._report(error)
 
     def _cancel(self, request: Request) -> None:
         for sequence in request._sequences:
-            self._engine.cancel(sequence)
+            try:
+                self._engine.cancel(sequence)
+            except Exception as error:
+                self._report(error)
 
     def _deliver(self, error: Exception | None) -> None:
-        """Tell every request what became of it in the last step; `error` is what ended those that ran."""
+        """Tell every request what became of it in the last step; `error` is what ended those that ran.
+
+        A sequence that was cancelled and still has no result has none to come: it never got into the engine, or its end
+        failed.
+        """
         num_ended = 0
         for request in self._live:
             for answer in sorted(request._open):
@@ -274,12 +336,10 @@ class EngineLoop:
                 self._tell_progress(request, answer, sequence)
                 while sequence.events:
                     self._tell(request, AnswerToken(answer, sequence.events.popleft()))
-                if sequence.result is not None:
-                    result = sequence.result
-                    failed = request._error or error
+                failed = request._error or (None if error is None else _as_told(error))
+                if sequence.result is not None or failed is not None:
+                    result = sequence.result or _no_result(sequence)
                     if failed is not None and result.finish_reason == "cancelled":
-                        if not isinstance(failed, ArgosyError):
-                            failed = ArgosyError("the step failed")
                         result = replace(result, finish_reason="error", error=failed)
                     request._open.remove(answer)
                     num_ended += 1
@@ -313,11 +373,41 @@ class EngineLoop:
         now = self._clock()
         if self._live and now - self._facts_at < _FACTS_SECONDS:
             return
-        self._facts, self._facts_at = self._engine.facts(), now
+        self._facts_at = now
+        try:
+            self._facts = self._engine.facts()
+        except Exception as error:  # who watches sees what was true before
+            self._report(error)
+            return
         totals = self._facts.totals
         self._samples.append((now, totals.new_tokens, self._facts.tokens_run, totals.bytes_read))
         while now - self._samples[0][0] > RATE_SECONDS:
             self._samples.popleft()
+
+
+def _no_result(sequence: Sequence) -> Result:
+    return Result(
+        text=sequence.text,
+        token_ids=sequence.new_ids,
+        finish_reason="cancelled",
+        logprobs=sequence.logprobs,
+        usage={},
+        seed=sequence.sampler_state.seed,
+        ledger=Ledger(),
+    )
+
+
+def _as_told(error: Exception) -> ArgosyError:
+    """What its callers hear of a failure: words of others may quote the prompt."""
+    return error if isinstance(error, ArgosyError) else ArgosyError("the step failed")
+
+
+def _failed() -> Overloaded:
+    return Overloaded(
+        "the engine has failed, and takes no more",
+        retry_after_s=_RETRY_STOPPING_S,
+        hint="start the server again",
+    )
 
 
 def _revoked() -> Revoked:

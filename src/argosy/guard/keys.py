@@ -3,58 +3,80 @@
     argosy keys add  ->  KeyFile  ->  KeyRing.find, for each request
 
 A key is 256 random bits, so a plain digest of it cannot be guessed back. Digests are compared in constant time, all of
-them each time. A running server sees a changed file within a second: a key that is revoked ends there.
+them each time. A running server sees a changed file within a second: a key that is revoked ends there. Whoever changes
+the file reads and writes it under a lock, so no change undoes another.
 
 Elsewhere: how much a key may ask for is `limits.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
 import os
+import re
 import secrets
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
 from argosy.errors import UsageError
+from argosy.replace_file import replacing
 
 Scope = Literal["infer", "grammar", "metrics", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+_VERSION = 1
 _MAX_FILE_BYTES = 1 << 20
+_LONGEST_NAME = 64
+_MOST = 10**15  # requests or tokens
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _LOOK_AGAIN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """What is known of a key; None leaves a limit out."""
+    """What is known of a key; None leaves a limit out.
+
+    Raises:
+        UsageError: a field has another type, or a value that it cannot have.
+    """
 
     id: str
     name: str
-    sha256: str
+    sha256: str  # of the secret, in hexadecimal
     scopes: tuple[Scope, ...] = ("infer",)
     requests_per_minute: int | None = None
     concurrent_requests: int | None = None
     tokens_per_day: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.id, str) or not self.id or not self.id.isprintable():  # it is logged
+            raise UsageError(f"id must be printable text, found {_kind(self.id)}")
+        if not isinstance(self.name, str):
+            raise UsageError(f"name must be text, found {_kind(self.name)}")
+        if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
+            raise UsageError(
+                "sha256 must be 64 hexadecimal digits in lower case"
+            )  # found may be the secret itself
+        if not isinstance(self.scopes, list | tuple):
+            raise UsageError(f"scopes must be a list, found {_kind(self.scopes)}")
         object.__setattr__(self, "scopes", tuple(self.scopes))
         for scope in self.scopes:
             if scope not in SCOPES:
-                raise UsageError(f"unknown scope '{scope}'; known: {', '.join(SCOPES)}")
-        for name in ("requests_per_minute", "concurrent_requests", "tokens_per_day"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise UsageError(f"{name} must be a whole number of at least 1, found {value!r}")
+                raise UsageError(f"unknown scope {ascii(scope)[:64]}; known: {', '.join(SCOPES)}")
+        for field in ("requests_per_minute", "concurrent_requests", "tokens_per_day"):
+            value = getattr(self, field)
+            if value is not None and (type(value) is not int or not 1 <= value <= _MOST):
+                raise UsageError(f"{field} must be a whole number from 1 to {_MOST}, found {_kind(value)}")
 
 
-LOCAL = Key(id="local", name="this machine, without a key", sha256="", scopes=SCOPES)
+LOCAL = Key(id="local", name="this machine, without a key", sha256="0" * 64, scopes=SCOPES)
 
 
 class KeyFile:
@@ -67,7 +89,7 @@ class KeyFile:
         """All keys.
 
         Raises:
-            UsageError: no such file, others may read it, or it is no file of keys.
+            UsageError: there is no such file, others may read it, or something in it is not as it must be.
         """
         try:
             with self.path.open("rb") as file:
@@ -80,55 +102,125 @@ class KeyFile:
                 hint=f"argosy keys add NAME --keys {self.path}",
             ) from None
         try:
-            content = json.loads(data)
-            if content["version"] != 1:
-                raise ValueError
-            known = {field.name for field in fields(Key)}
-            if any(item.keys() - known for item in content["keys"]):
-                raise ValueError
-            return [Key(**item) for item in content["keys"]]
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise UsageError(f"{self.path} is not a file of keys of version 1") from None
-
-    def write(self, keys: list[Key]) -> None:
-        """Put `keys` in its place, in one go."""
-        text = json.dumps({"version": 1, "keys": [asdict(key) for key in keys]}, indent=1)
-        beside = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
-        try:
-            descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(descriptor)
-            beside.replace(self.path)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            raise UsageError(f"{self.path} cannot be written: {error.strerror}") from None
+            return _keys_in(data)
+        except UsageError as error:
+            raise UsageError(
+                f"{self.path} is not a file of keys of version {_VERSION}: {error.message}"
+            ) from None
 
     def add(self, name: str, **limits: object) -> tuple[Key, str]:
-        """A new key, and its secret, which is kept nowhere."""
-        keys = self.read() if self.path.exists() else []
-        if any(key.name == name for key in keys):
+        """Make a key; returns it with its secret, which is kept nowhere.
+
+        Raises:
+            UsageError: `name` is taken, or no name; or the file cannot be read or written.
+        """
+        if not 0 < len(name) <= _LONGEST_NAME or not name.isprintable() or name != name.strip():
             raise UsageError(
-                f"a key of the name '{name}' is there already", hint="revoke it first, or name another"
+                f"a key needs a name of 1 to {_LONGEST_NAME} printable characters without spaces around it,"
+                f" found {name[: _LONGEST_NAME + 1]!a}"
             )
         secret = "ak-" + secrets.token_urlsafe(32)
         key = Key(id="key-" + secrets.token_hex(4), name=name, sha256=_digest(secret), **limits)  # type: ignore[arg-type]
-        self.write([*keys, key])
+        with self._changing() as write:
+            keys = self.read() if self.path.exists() else []
+            if any(name in (other.name, other.id) for other in keys):
+                raise UsageError(
+                    f"a key of the name '{name}' is there already", hint="revoke it first, or name another"
+                )
+            write([*keys, key])
         return key, secret
 
     def revoke(self, name_or_id: str) -> Key:
         """Take a key out.
 
         Raises:
-            UsageError: there is none of that name.
+            UsageError: there is none of that name, or the file cannot be read or written.
         """
-        keys = self.read()
-        for key in keys:
-            if name_or_id in (key.name, key.id):
-                self.write([other for other in keys if other is not key])
-                return key
+        self.read()  # where there is no file, there is nothing to lock
+        with self._changing() as write:
+            keys = self.read()
+            for key in keys:
+                if name_or_id in (key.name, key.id):
+                    write([other for other in keys if other is not key])
+                    return key
         raise UsageError(f"no key '{name_or_id}' in {self.path}", hint="`argosy keys list` shows them")
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[Callable[[list[Key]], None]]:
+        """What is read in here stays so until it is written: no other process changes the file meanwhile."""
+        try:
+            with replacing(self.path) as write:
+                yield lambda keys: write(_as_json(keys))
+        except OSError as error:
+            raise UsageError(f"{self.path} cannot be written: {error.strerror}") from None
+
+
+def _as_json(keys: list[Key]) -> bytes:
+    text = json.dumps({"version": _VERSION, "keys": [asdict(key) for key in keys]}, indent=1)
+    return f"{text}\n".encode()
+
+
+def _keys_in(data: bytes) -> list[Key]:
+    """The keys of a file.
+
+    Raises:
+        UsageError: what is wrong with it, by line or by the number of the key.
+    """
+    if len(data) > _MAX_FILE_BYTES:
+        raise UsageError(f"it has more than {_MAX_FILE_BYTES} bytes")
+    try:
+        content = json.loads(data, object_pairs_hook=_without_doubles)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"line {error.lineno}: {error.msg}") from None
+    except (ValueError, RecursionError):
+        raise UsageError("it is not JSON in UTF-8") from None
+    if not isinstance(content, dict) or content.keys() != {"version", "keys"}:
+        raise UsageError("expected an object with version and keys, and nothing else")
+    if type(content["version"]) is not int or content["version"] != _VERSION:
+        raise UsageError(f"version must be {_VERSION}")
+    if not isinstance(content["keys"], list):
+        raise UsageError(f"keys must be a list, found {_kind(content['keys'])}")
+    keys: list[Key] = []
+    seen: dict[tuple[str, str], int] = {}
+    for number, item in enumerate(content["keys"], 1):
+        try:
+            key = _key_of(item)
+        except UsageError as error:
+            raise UsageError(f"key {number}: {error.message}") from None
+        for field in ("id", "name", "sha256"):
+            first = seen.setdefault((field, getattr(key, field)), number)
+            if first != number:
+                raise UsageError(f"key {number}: its {field} is that of key {first}, too")
+        keys.append(key)
+    return keys
+
+
+def _key_of(item: object) -> Key:
+    if not isinstance(item, dict):
+        raise UsageError(f"expected an object, found {_kind(item)}")
+    known = [field.name for field in fields(Key)]
+    for name in item:
+        if name not in known:
+            raise UsageError(f"unknown field {name[:64]!a}; known: {', '.join(known)}")
+    for name in ("id", "name", "sha256"):
+        if name not in item:
+            raise UsageError(f"it has no {name}")
+    return Key(**item)
+
+
+def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise UsageError("an object gives a field twice")
+    return found
+
+
+def _kind(value: object) -> str:
+    """A value of JSON in a few words; text is not quoted, because it may be a secret in the wrong place."""
+    if type(value) is int and abs(value) <= 10 * _MOST:
+        return str(value)
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
 
 
 class KeyRing:
@@ -139,10 +231,16 @@ class KeyRing:
         self._clock = clock
         self._lock = threading.Lock()
         self._keys = [] if file is None else file.read()
+        self.fault: str | None = None  # why the file lets nobody in, where it has changed and cannot be used
         self._known = {key.id for key in self._keys}  # as of the last time when the file could be read
         self._gone: list[str] = []
         self._seen = self._mark()
         self._looked_at = clock()
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether anybody has to have a key."""
+        return self._file is not None
 
     @property
     def ids(self) -> set[str]:
@@ -180,9 +278,11 @@ class KeyRing:
                 self._seen = mark
                 try:
                     self._keys = self._file.read()
-                except UsageError:
+                except UsageError as error:
                     self._keys = []  # a file that cannot be trusted lets nobody in
+                    self.fault = str(error)
                 else:
+                    self.fault = None
                     self._gone += sorted(self._known - self.ids)
                     self._known = self.ids
 

@@ -3,7 +3,8 @@
     request  ->  begin  ->  count, as its tokens come  ->  end, however it ends
                  └── counts of every key  ->  save  ->  UseFile, for the next process
 
-A day is a window of 24 hours from the first token that counted. A prompt counts when the engine takes it and a token of
+A day is a window of 24 hours from the first token that counted. A clock that is set back renews no day, and makes
+none longer than 24 hours from then. A prompt counts when the engine takes it and a token of
 an answer when it is there, whether or not anybody waits for it still; the last answer of a day may go beyond.
 
 Elsewhere: whose key it is, is `keys.py`.
@@ -154,10 +155,11 @@ class Limits:
         with self._lock:
             rate = key.requests_per_minute
             use = self._uses.setdefault(key.id, Use(float(rate or 0), now))
+            _bring_forward(use, now)
             running = self._running.get(key.id, 0)
             if (
                 key.tokens_per_day is not None
-                and 0 <= now - use.day_began < _DAY_S
+                and now - use.day_began < _DAY_S
                 and use.tokens_today >= key.tokens_per_day
             ):
                 wait = math.ceil(_DAY_S - (now - use.day_began))
@@ -181,7 +183,8 @@ class Limits:
         with self._lock:
             if (use := self._uses.get(key.id)) is None:  # its key is gone
                 return
-            if not 0 <= now - use.day_began < _DAY_S or not use.tokens_today:
+            _bring_forward(use, now)
+            if now - use.day_began >= _DAY_S or not use.tokens_today:
                 use.day_began, use.tokens_today = now, 0
             use.tokens_today += num_tokens
             self._changed.add(key.id)
@@ -224,3 +227,8 @@ class Limits:
                 self.save()
             finally:
                 self._file.close()
+
+
+def _bring_forward(use: Use, now: float) -> None:
+    """A day that begins later than now, because the clock was set back, begins now; what it has used stays used."""
+    use.day_began = min(use.day_began, now)

@@ -137,6 +137,14 @@ def _process_limit(root: Path, name: str) -> int | None:
     return None
 
 
+def peak_bytes(root: Path = _ROOT) -> int | None:
+    """The most memory this process ever had; None where it cannot be read, as when no more files may be open."""
+    try:
+        return process_footprint(root).peak_bytes
+    except (OSError, KeyError):
+        return None
+
+
 def cgroup_peak_bytes(root: Path = _ROOT) -> int | None:
     """The most this process's memory cgroup ever held, page cache included; None unless the process is alone in it."""
     group = next(_cgroups(root, "memory"), None)

@@ -278,11 +278,13 @@ class Worker:
     def _read_line(self, longest: int, seconds: float) -> bytes:
         assert self._process.stdout is not None
         source, deadline = self._process.stdout.fileno(), time.monotonic() + seconds
+        ready = select.poll()  # select() cannot wait for descriptors above 1023, which a server reaches
+        ready.register(source, select.POLLIN)
         parts: list[bytes] = []
         length = 0
         while not parts or not parts[-1].endswith(b"\n"):
             left = deadline - time.monotonic()
-            if left <= 0 or not select.select([source], [], [], left)[0]:
+            if left <= 0 or not ready.poll(1000 * left):
                 raise CheckpointError(
                     f"the model's chat template fails: it did not end within {seconds:.1f} seconds",
                     hint="give the model text to continue instead: `--raw`, or Prompt.raw(text)",

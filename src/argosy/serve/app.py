@@ -11,7 +11,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Collection
 from importlib.metadata import version
 from importlib.resources import files
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -149,8 +149,9 @@ class Rendered(TypedDict):
     prompt: str
 
 
-async def health() -> Health:
-    """The process is alive."""
+async def health(request: Request) -> Health:
+    """The process can answer: 503 when its engine has failed for good, and only another start helps."""
+    _require_engine(request.app.state.service)
     return {"status": "ok"}
 
 
@@ -161,9 +162,16 @@ async def openapi(request: Request) -> Response:
 
 async def ready(request: Request) -> Ready:
     """It takes requests."""
-    if request.app.state.service.is_draining:
+    service: Service = request.app.state.service
+    if service.is_draining:
         raise Overloaded("the server is stopping", retry_after_s=30)
+    _require_engine(service)
     return {"status": "ready"}
+
+
+def _require_engine(service: Service) -> None:
+    if service.loop.snapshot().has_failed:
+        raise Overloaded("the engine has failed", retry_after_s=30, hint="start the server again")
 
 
 # What OpenRouter's clients look for; tools and efforts come beside them where the model has them.
@@ -194,9 +202,9 @@ async def models(request: Request) -> Models:
 
 async def model(request: Request) -> Model:
     """One model by its id."""
-    if request.path_params["id"] != request.app.state.service.model.id:
-        raise Refused(404, "there is no such model here")
-    return await asyncio.to_thread(_model, request.app.state.service)
+    service: Service = request.app.state.service
+    service.require_model(request.path_params["id"])
+    return await asyncio.to_thread(_model, service)
 
 
 async def tokenize(body: TokenizeBody, request: Request) -> Tokenized:
@@ -270,6 +278,11 @@ async def page(request: Request) -> Response:
     return _file(request, "index.html")
 
 
+async def favicon(request: Request) -> Response:
+    """The page's icon, where browsers and other programs look for it unasked."""
+    return _file(request, "icon.svg")
+
+
 async def page_file(request: Request) -> Response:
     """The page's files, from a fixed table."""
     return _file(request, request.path_params["name"])
@@ -307,6 +320,7 @@ ROUTES = (
     _get("/ready", ready, None, answer=Ready),
     _get("/openapi.json", openapi, None, answer=dict[str, Any]),
     _get("/", page, None, media=_FILES[:1]),
+    _get("/favicon.ico", favicon, None, media=(_PAGE_TYPES["svg"],)),
     _get("/page/{name}", page_file, None, media=_FILES),
     _get("/v1/models", models, "infer", answer=Models),
     _get("/v1/models/{id}", model, "infer", answer=Model),
@@ -364,7 +378,10 @@ def make_app(
     app.router.route_class = StrictRoute
     for route in ROUTES:
         app.add_api_route(
-            route.policy.path, route.handler, methods=[route.policy.method], response_model=None
+            route.policy.path,
+            _of_our_model(route.handler),
+            methods=[route.policy.method],
+            response_model=None,
         )
     for kind in (ArgosyError, RequestValidationError, HTTPException, GoneAway, Exception):
         app.add_exception_handler(kind, _answer_error)
@@ -372,6 +389,19 @@ def make_app(
         app, [route.policy for route in ROUTES], ring, limits or Limits(), hosts=hosts,
         observe=app.state.metrics.observe,
     )  # fmt: skip
+
+
+def _of_our_model(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """`handler`, where its body has the name of a model: for the one that is served, and no other."""
+    if "model" not in getattr(get_type_hints(handler).get("body"), "model_fields", ()):
+        return handler
+
+    @functools.wraps(handler)
+    async def handle(body: Any, request: Request) -> Any:
+        request.app.state.service.require_model(body.model)
+        return await handler(body, request)
+
+    return handle
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

@@ -12,6 +12,7 @@ Elsewhere: routes and errors are `app.py` and `gate.py`; the engine's thread is 
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from argosy.prompt.formats.events import Answer, ToolCallBegin, ToolCallEnd, col
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.prompt import Prompt
 from argosy.serve.fields import ReadOfPrompt
-from argosy.serve.gate import Caller
+from argosy.serve.gate import Caller, Refused
 from argosy.serve.kept_items import KeptItems
 from argosy.serve.replaced import Replaced
 from argosy.serve.tool_use import ToolChoice, ToolUse
@@ -145,6 +146,7 @@ class Service:
         *,
         keep_billing_line: bool = False,
         kept: KeptItems | None = None,
+        any_model: bool = False,
     ) -> None:
         self.loop = loop
         self.kept = KeptItems() if kept is None else kept
@@ -153,6 +155,22 @@ class Service:
         self.model = model
         self.is_draining = False
         self.keep_billing_line = keep_billing_line
+        self._any_model = any_model
+
+    def require_model(self, name: str | None) -> None:
+        """See that a request means the model that is served; None: it leaves the choice to the server.
+
+        Raises:
+            Refused: it means another, and not every name is taken for this one.
+        """
+        if name not in (None, self.model.id) and not self._any_model:
+            raise Refused(
+                404,
+                f"the model {json.dumps(name)} does not exist; there is: {self.model.id}",
+                hint="`argosy serve --any-model` takes every name for the model that it serves",
+                param="model",
+                code="model_not_found",
+            )
 
     @property
     def has_efforts(self) -> bool:

@@ -208,7 +208,7 @@ class Timings(TypedDict):
     hits: int
     hit_rate: float | None
     bytes_read: int
-    peak_bytes: int
+    peak_bytes: int | None
     parts: dict[str, float]
 
 

@@ -3,9 +3,9 @@
     connection -> host, origin -> route, or 404 -> key, scope, limits -> content type -> size, time of the body -> route
 
 A route is in the table with its policy, or it is not there. The path is the one the connection sent
-(`scope["path"]`). The log has the request's id, the method, the route's template, the status, times and counts of
-tokens: nothing that anyone said. What no code of ours raised on purpose becomes "internal error"; the log says where it
-was (`log.py`), and both have the id.
+(`scope["path"]`). HEAD is answered as GET is, without the body. The log has the request's id, the method, the route's
+template, the status, times and counts of tokens: nothing that anyone said. What no code of ours raised on purpose
+becomes "internal error"; the log says where it was (`log.py`), and both have the id.
 
 Elsewhere: the table is `app.py`; keys and limits are the room `guard`.
 """
@@ -13,6 +13,7 @@ Elsewhere: the table is `app.py`; keys and limits are the room `guard`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import json
 import logging
@@ -22,7 +23,6 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NotRequired
-from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from typing_extensions import TypedDict
@@ -42,6 +42,18 @@ MAX_HELD_BYTES = 32 << 20
 NO_ROOM = "argosy.no_room"  # in a request's state: it came by a connection beyond the bound
 BODY_STALL_S = 15.0  # between two parts of a body
 BODY_S = 60.0
+_DISCARD_S = 5.0  # for what is left of the body of a request that is refused
+_NAME = r"[A-Za-z0-9._-]{1,253}"  # of a host; also an IPv4 address
+_AUTHORITY = re.compile(rf"(?P<name>{_NAME}|\[(?P<v6>[0-9A-Fa-f:.]{{2,45}})\])(?::[0-9]{{0,5}})?")
+_ONCE = (
+    "host",
+    "content-length",
+    "authorization",
+    "x-api-key",
+    "origin",
+    "content-type",
+    "transfer-encoding",
+)
 Dialect = Literal["openai", "anthropic"]
 
 SECURITY_HEADERS = (
@@ -110,6 +122,13 @@ class Refused(ArgosyError):
     def __init__(self, status: int, message: str, *, hint: str | None = None, **facts: object) -> None:
         super().__init__(message, hint=hint, **facts)
         self.http_status = status
+
+
+class BadFrame(Refused):
+    """A request whose end is where nobody knows: what follows on its connection is never read."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(400, message)
 
 
 class GoneAway(Exception):
@@ -220,7 +239,9 @@ def error_headers(error: BaseException, status: int) -> dict[str, str]:
         headers["retry-after"] = str(int(retry))
     if status == 405 and isinstance(error, ArgosyError):
         headers["allow"] = str(error.facts["allow"])
-    if status in (408, 413, 503):  # what is left of the body would be read as a request
+    if status in (401, 403):  # some clients try for minutes; the same key will not do then either
+        headers["x-should-retry"] = "false"
+    if status in (408, 413, 503) or isinstance(error, BadFrame):
         headers["connection"] = "close"
     return headers
 
@@ -276,13 +297,20 @@ class Gate:
         caller, dialect = Caller(limits=self._limits), dialect_of(scope["path"])
         named = (b"request-id" if dialect == "anthropic" else b"x-request-id", caller.request_id.encode())
 
+        body = _Body(receive)
+
         async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start":
                 count.status, count.has_begun = message["status"], True
                 own = {name for name, _ in message.get("headers", ())}
                 extra = [pair for pair in (*SECURITY_HEADERS, named) if pair[0] not in own]
-                message = {**message, "headers": [*message.get("headers", ()), *extra]}
-            await send(message)
+                if message["status"] >= 400 and b"connection" not in own and not await body.discard():
+                    extra.append((b"connection", b"close"))
+                await send({**message, "headers": [*message.get("headers", ()), *extra]})
+                if scope["method"] == "HEAD":  # all of it has been said, also where a stream would go on
+                    await send({"type": "http.response.body"})
+            elif scope["method"] != "HEAD":
+                await send(message)
 
         held_bytes = 0
 
@@ -297,6 +325,7 @@ class Gate:
             if NO_ROOM in scope.get("state", ()):
                 raise Overloaded("the server has as many connections as it may", retry_after_s=1)
             headers = _headers(scope)
+            body.is_awaited = "expect" in headers
             self._check_host(headers)
             policy = self._route(scope["method"], scope["path"])
             self._check_origin(scope["method"], headers)
@@ -307,14 +336,20 @@ class Gate:
                 scope["method"] == "POST"
                 and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json"
             ):
-                raise Refused(415, "the content type must be application/json")
+                # Also for `curl -d`, which sends a form's: a page of another site may send that without asking first.
+                raise Refused(
+                    415,
+                    "the content type must be application/json",
+                    hint="with curl: -H 'content-type: application/json'",
+                )
             if int(headers.get("content-length", "0") or 0) > MAX_BODY_BYTES:
                 raise Refused(413, f"the body has more than {MAX_BODY_BYTES} bytes")
             scope.setdefault("state", {})["caller"] = caller
             if policy.is_counted and caller.key is not None:
                 self._limits.begin(caller.key)
             try:
-                await self._app(scope, _bounded(receive, hold), send_on)
+                method = "GET" if scope["method"] == "HEAD" else scope["method"]
+                await self._app({**scope, "method": method}, _bounded(body.receive, hold), send_on)
             finally:
                 self._held_bytes -= held_bytes
                 if policy.is_counted and caller.key is not None:
@@ -337,18 +372,18 @@ class Gate:
     def _route(self, method: str, path: str) -> Policy:
         found = [policy for policy, pattern in self._table if pattern.fullmatch(path)]
         for policy in found:
-            if policy.method == method:
+            if policy.method == method or (policy.method, method) == ("GET", "HEAD"):
                 return policy
         if not found:
             raise Refused(404, "there is no such path", hint="/openapi.json has those that there are")
-        known = ", ".join(sorted(policy.method for policy in found))
+        methods = {policy.method for policy in found}
+        known = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
         raise Refused(405, f"this path takes {known}", allow=known)
 
     def _admit(self, policy: Policy, headers: dict[str, str]) -> Key | None:
         if policy.scope is None:
             return None
-        scheme, _, secret = headers.get("authorization", "").partition(" ")
-        key = self._ring.find(secret.strip() if scheme.lower() == "bearer" else headers.get("x-api-key"))
+        key = self._ring.find(_secret(headers) if self._ring.is_needed else None)
         if key is None:
             raise Refused(
                 401,
@@ -359,18 +394,21 @@ class Gate:
 
     def _check_host(self, headers: dict[str, str]) -> None:
         """Refuse names that are not ours: a page elsewhere could have its name point here (DNS rebinding)."""
-        name = urlsplit("//" + headers.get("host", "")).hostname or ""
-        if name not in self._hosts and not _is_address(name):
+        found = _AUTHORITY.fullmatch(headers.get("host", ""))
+        if found is None:
+            raise Refused(400, "the header host is neither a name nor an address, with or without a port")
+        if found["name"].lower() not in self._hosts and not _is_address(found["v6"] or found["name"]):
             raise Refused(
                 403, "the server does not answer to this host name", hint="start it with --allow-host NAME"
             )
 
     def _check_origin(self, method: str, headers: dict[str, str]) -> None:
-        origin = headers.get("origin")
         if method in ("GET", "HEAD"):
             return
-        if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none") or (
-            origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower()
+        own = [f"{scheme}://{headers['host'].lower()}" for scheme in ("http", "https")]
+        if (
+            headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none")
+            or headers.get("origin", own[0]).lower() not in own
         ):
             raise Refused(403, "requests from pages of other sites are not answered")
 
@@ -388,12 +426,58 @@ def _headers(scope: Scope) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in scope["headers"]:
         key = name.decode("latin-1").lower()
-        if key in found and key in ("host", "content-length", "authorization", "origin"):
-            raise Refused(400, f"the header {key} comes twice")
+        if key in found and key in _ONCE:
+            raise BadFrame(f"the header {key} comes twice")
         found[key] = value.decode("latin-1")
     if not found.get("content-length", "0").isdecimal():
-        raise Refused(400, "content-length is no number")
+        raise BadFrame("content-length is no number")
+    # Where a server in front of this one goes by one of them, and this one by the other, a request can hide in a body.
+    if "transfer-encoding" in found and ("content-length" in found or scope.get("http_version") == "1.0"):
+        raise BadFrame("transfer-encoding goes neither with content-length nor with HTTP/1.0")
     return found
+
+
+def _secret(headers: dict[str, str]) -> str | None:
+    """The key that a request has, in either header; both may have it, as long as it is one."""
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    given = headers.get("x-api-key")
+    if scheme.lower() != "bearer":  # a name and a password are for a proxy on the way
+        return given
+    if given is not None and given.strip() != bearer.strip():
+        raise Refused(
+            400, "the headers authorization and x-api-key hold different keys", hint="send one of them"
+        )
+    return bearer.strip()
+
+
+class _Body:
+    """The body of a request on its way in, and whether all of it has been read.
+
+    is_awaited: its client sends it when it is asked to go on, and not before.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.is_whole = False
+        self.is_awaited = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self.is_whole = self.is_whole or not message.get("more_body", False)
+        return message
+
+    async def discard(self) -> bool:
+        """Read what is left of it, within bounds; False: there is more.
+
+        A client that has sent all of it can read the answer. One that still sends when the connection is closed gets a
+        reset, and may drop the answer unread.
+        """
+        size = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DISCARD_S):
+                while not self.is_whole and not self.is_awaited and size <= MAX_BODY_BYTES:
+                    size += len((await self.receive()).get("body", b""))
+        return self.is_whole
 
 
 def _bounded(receive: Receive, hold: Callable[[int], None]) -> Receive:

@@ -35,6 +35,7 @@ class KeyWatch:
         self._revoke = revoke
         self._is_over = threading.Event()
         self._can_save = True
+        self._fault: str | None = None
         self._thread = threading.Thread(target=self._run, name="argosy-keys", daemon=True)
 
     def __enter__(self) -> KeyWatch:
@@ -57,6 +58,9 @@ class KeyWatch:
             self._revoke(key_id)
             self._limits.forget(key_id)
             log.info("keys: %s is revoked", key_id)
+        if self._ring.fault not in (None, self._fault):
+            log.error("keys: nobody is let in until this is put right: %s", self._ring.fault)
+        self._fault = self._ring.fault
         try:
             self._limits.save()
         except UsageError as error:

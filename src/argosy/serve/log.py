@@ -81,7 +81,9 @@ class LogWriter(logging.Handler):
             try:
                 data = data[os.write(self._descriptor, data) :]
             except BlockingIOError:  # whoever shares it made it so
-                select.select([], [self._descriptor], [])
+                ready = select.poll()
+                ready.register(self._descriptor, select.POLLOUT)
+                ready.poll()
 
 
 def where_it_failed(error: BaseException) -> str:

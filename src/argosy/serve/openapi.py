@@ -141,7 +141,8 @@ def _statuses(route: Route) -> list[str]:
     policy = route.policy
     found = {"400", "403", "500", "503", *route.refusals}
     found |= {"401"} if policy.scope is not None else set()
-    found |= {"404"} if "{" in policy.path else set()
+    names_model = "model" in getattr(route.body, "model_fields", ())
+    found |= {"404"} if "{" in policy.path or names_model else set()
     found |= {"408", "413", "415"} if policy.method == "POST" else set()
     found |= {"429"} if policy.is_counted else set()
     return sorted(found)

@@ -1,18 +1,26 @@
 """From a model to a listening socket, and back on SIGTERM: nothing new, time for what runs, then the rest ends.
 
+    bind  ->  (the engine is opened)  ->  serve: listen, answer, drain
+
 Elsewhere: the application is `app.py`; options are `cli/serve.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import ipaddress
 import logging
+import os
 import resource
+import signal
 import socket
 import sys
-from collections.abc import Collection
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -36,10 +44,14 @@ from argosy.serve.log import LogWriter, where_it_failed
 if TYPE_CHECKING:
     from argosy.engine.engine import Engine
 
+log = logging.getLogger("argosy.serve")
+
 MAX_CONNECTIONS = 512
 # So many beyond the bound still hear that there is no room; more are closed without a word.
 _TOLD_CONNECTIONS = 64
-_OTHER_FILES = 256  # that may be open beside connections: of the model, of prompts
+_OTHER_FILES = 256  # that may be opened beside connections: by prompts, by the log of what keys have used
+_BACKLOG = 1024  # connections that the system takes before the server has
+_SAID_EVERY_S = 60.0  # that connections cannot be taken
 KEEP_ALIVE_S = 15  # a connection may be idle for so long
 HEADER_S = 15.0  # a client has so long for the head of a request
 STUCK_S = 60.0  # one that takes nothing of an answer for so long is gone
@@ -64,17 +76,89 @@ def require_keys(host: str, keys: Path | None) -> None:
         )
 
 
-def _make_room_for_files(max_connections: int) -> None:
-    """A server that cannot open one more file accepts nobody, and says nothing: see to it before it starts."""
-    needed = max_connections + _TOLD_CONNECTIONS + _OTHER_FILES
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+def make_room_for_files(max_connections: int) -> None:
+    """Raise the limit on open files as far as it goes: without one more, a server accepts nobody.
+
+    Called before the model is opened, because each of its parts takes two, and again when they are counted.
+
+    Raises:
+        UsageError: it does not go far enough for `max_connections` beside what is open already.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    needed = _num_open_files() + max_connections + _TOLD_CONNECTIONS + _OTHER_FILES
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise UsageError(
             f"{max_connections} connections need {needed} open files, and {hard} are allowed",
             hint=f"`ulimit -Hn {needed}`, or --max-connections {max(1, hard - needed + max_connections)}",
         )
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _num_open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+class _Listener(socket.socket):
+    """A socket whose connections asyncio takes one by one.
+
+    It takes as many in a row as it lets wait, and where no more files may be open it fails, reports and plans another
+    try for each of them.
+    """
+
+    def listen(self, backlog: int = 1, /) -> None:
+        super().listen(_BACKLOG)
+
+
+@contextmanager
+def bind(host: str, port: int) -> Iterator[list[socket.socket]]:
+    """Sockets at all addresses of `host`, not yet listening.
+
+    They are bound before the model is loaded, so that a port in use is known at once. They listen only when it is:
+    until then connections are refused, and nobody waits in a queue for an answer that may take minutes, or never come.
+
+    Raises:
+        UsageError: the address is in use, or is none of this machine's.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise UsageError(
+            f"--host {host} is no address: {error.strerror}", hint="--host 127.0.0.1, or 0.0.0.0 for all"
+        ) from None
+    with ExitStack() as stack:
+        sockets: list[socket.socket] = []
+        fault: OSError | None = None
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            try:
+                one = stack.enter_context(_Listener(family, kind, protocol))
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                one.bind((address[0], sockets[0].getsockname()[1] if sockets else port, *address[2:]))
+            except OSError as error:  # `localhost` has an address of IPv6 also where that is switched off
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise _cannot_listen(error, host, port) from None
+                fault = error
+            else:
+                sockets.append(one)
+        if not sockets:
+            assert fault is not None
+            raise _cannot_listen(fault, host, port) from None
+        yield sockets
+
+
+def _cannot_listen(error: OSError, host: str, port: int) -> UsageError:
+    match error.errno:
+        case errno.EADDRINUSE:
+            told, hint = (
+                f"port {port} of {host} is in use",
+                f"--port {port % 65535 + 1}, or --port 0 for any that is free",
+            )
+        case errno.EACCES:
+            told, hint = f"port {port} is not open to this user", "--port 8080, or another above 1023"
+        case _:
+            told, hint = f"{host} is no address of this machine: {error.strerror}", "--host 127.0.0.1"
+    return UsageError(told, hint=hint)
 
 
 class TimedProtocol(H11Protocol):
@@ -145,14 +229,59 @@ class TimedProtocol(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, service: Service, loop: EngineLoop, drain_s: float) -> None:
+    """uvicorn, and what is ours of its life.
+
+    Args:
+        started: called when it listens.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        loop: EngineLoop,
+        drain_s: float,
+        started: Callable[[], None],
+    ) -> None:
         super().__init__(config)
-        self._service, self._loop, self._drain_s = service, loop, drain_s
+        self._service, self._loop, self._drain_s, self._started = service, loop, drain_s, started
+        self._said_at: float | None = None
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are ours until the process has ended: uvicorn would give them back, and a late one would kill it."""
+
+        def handle_with(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+            if threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, handler)
+
+        handle_with(self.handle_exit)
+        try:
+            yield
+        finally:
+            handle_with(signal.SIG_IGN)  # all has ended; a handler in Python goes before the interpreter does
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, the second ends. Both end in exit code 0, so uvicorn does not get to raise them."""
+        """The first signal drains, the second ends. Both end in exit code 0."""
         self.force_exit = self.should_exit
         self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._report)
+        await super().startup(sockets)
+        self._started()
+
+    def _report(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What fails outside any request; asyncio's own lines quote what failed with what it held."""
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            now = time.monotonic()  # asyncio tries again every second
+            if self._said_at is None or now - self._said_at >= _SAID_EVERY_S:
+                self._said_at = now
+                log.error("connections wait, because no more files may be open: %s", error.strerror)
+        elif error is not None:
+            log.error("event loop: %s", where_it_failed(error))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.is_draining = True
@@ -168,15 +297,11 @@ class _Server(uvicorn.Server):
         await draining
 
 
-def uvicorn_config(
-    app: Gate, *, host: str, port: int, grace_s: float, max_connections: int = MAX_CONNECTIONS
-) -> uvicorn.Config:
+def uvicorn_config(app: Gate, *, grace_s: float, max_connections: int = MAX_CONNECTIONS) -> uvicorn.Config:
     """How uvicorn is to run `app`: it logs nothing, says nothing of itself, and waits for nobody for long."""
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # it would log what failed with what it held
     return uvicorn.Config(
         app,
-        host=host,
-        port=port,
         http=functools.partial(TimedProtocol, max_connections=max_connections),  # type: ignore[arg-type]
         loop="asyncio",
         ws="none",
@@ -189,32 +314,42 @@ def uvicorn_config(
         timeout_keep_alive=KEEP_ALIVE_S,
         h11_max_incomplete_event_size=32 << 10,
         timeout_graceful_shutdown=int(grace_s),
-        backlog=1024,
+        backlog=1,  # see _Listener
     )
 
 
 def serve(
     engine: Engine,
     name: str,
+    sockets: Sequence[socket.socket],
     *,
     host: str,
-    port: int,
     keys: Path | None = None,
     hosts: Collection[str] = (),
     drain_s: float = 30.0,
     max_connections: int = MAX_CONNECTIONS,
     keep_billing_line: bool = False,
+    any_model: bool = False,
 ) -> None:
-    """Serve `engine` until a signal says otherwise; answers are replayed as far as its plan has room for them."""
+    """Serve `engine` until a signal says otherwise; answers are replayed as far as its plan has room for them.
+
+    From the first signal on, none ends the process before it has closed everything; its exit code stays 0.
+
+    Args:
+        sockets: of `bind`.
+        host: where others find it, for the line that says so.
+
+    Raises:
+        UsageError: another process has begun to listen there meanwhile.
+    """
     require_keys(host, keys)
-    _make_room_for_files(max_connections)
+    make_room_for_files(max_connections)
     ring = KeyRing(None if keys is None else KeyFile(keys))
     counts = None if keys is None else UseFile(keys.with_name(keys.name + ".use"))
     limits = Limits(file=counts, known=ring.ids)
     if keys is not None:
         engine.forget_others(["", *ring.ids])  # of keys that were revoked while nobody served
     writer = LogWriter(sys.stderr.fileno())
-    log = logging.getLogger("argosy.serve")
     log.setLevel(logging.INFO)
     log.handlers = [writer]
     config = engine.config
@@ -232,8 +367,8 @@ def serve(
     try:
         with EngineLoop(engine, report=lambda error: log.error("engine: %s", where_it_failed(error))) as loop:
             service = Service(
-                loop, prompts, engine.tokenizer, model,
-                keep_billing_line=keep_billing_line, kept=KeptItems(max_bytes=kept_bytes),
+                loop, prompts, engine.tokenizer, model, keep_billing_line=keep_billing_line, any_model=any_model,
+                kept=KeptItems(max_bytes=kept_bytes),
             )  # fmt: skip
             app = make_app(
                 service,
@@ -243,13 +378,20 @@ def serve(
                 hosts=hosts,
                 limits=limits,
             )
-            settings = uvicorn_config(
-                app, host=host, port=port, grace_s=drain_s + 5, max_connections=max_connections
-            )
+            settings = uvicorn_config(app, grace_s=drain_s + 5, max_connections=max_connections)
+            port = sockets[0].getsockname()[1]
             shown = f"[{host}]" if ":" in host else host
-            print(f"serving {name} at http://{shown}:{port}", file=sys.stderr, flush=True)
+
+            def started() -> None:
+                print(f"serving {name} at http://{shown}:{port}", file=sys.stderr, flush=True)
+
             with KeyWatch(ring, limits, service.revoke):
-                _Server(settings, service, loop, drain_s).run()
+                try:
+                    _Server(settings, service, loop, drain_s, started).run(list(sockets))
+                except OSError as error:
+                    if error.errno != errno.EADDRINUSE:
+                        raise
+                    raise _cannot_listen(error, host, port) from None
     finally:
         try:
             limits.close()

@@ -41,7 +41,7 @@ class MemoryLine(TypedDict):
 @closed
 class MemoryState(TypedDict):
     budget_bytes: int
-    peak_bytes: int
+    peak_bytes: int | None
     lines: list[MemoryLine]
 
 
@@ -179,5 +179,6 @@ class Metrics:
             ("argosy_decode_tokens_per_second", "New tokens a second, of late", facts.new_tok_per_s),
         ):
             gauge = GaugeMetricFamily(name, what)
-            gauge.add_metric([], number)
+            if number is not None:
+                gauge.add_metric([], number)
             yield gauge

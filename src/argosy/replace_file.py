@@ -1,0 +1,68 @@
+"""Replace a small file in one go, one process at a time.
+
+    with replacing(path) as write:     other writers of `path` wait
+        write(changed(path.read_bytes()))
+
+After a crash at any moment the old file is there, or the new one, whole. Readers need no lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, mode: int = 0o600) -> Iterator[Callable[[bytes], None]]:
+    """Yield what puts bytes in the place of `path`, while no other process does. Unless it is called, nothing changes.
+
+    A symbolic link stays one. The new file has the old one's mode and, where we may give it, its owner; without an old
+    one it has `mode`.
+
+    Raises:
+        OSError: the directory cannot be written, or its drive is full; `path` is then as it was.
+    """
+    path = Path(os.path.realpath(path))
+    # Beside the file, because whoever locks a file that is replaced holds a lock that the next one does not see.
+    # The kernel lets go of it with the process that holds it, so a crash leaves nothing locked.
+    lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        _give_to_owner_of(path.parent, lock)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lambda data: _replace(path, data, mode)
+    finally:
+        os.close(lock)
+
+
+def _replace(path: Path, data: bytes, mode: int) -> None:
+    beside = path.with_name(f".{path.name}.new")
+    beside.unlink(missing_ok=True)  # of a writer that was killed: whoever has the lock is the only one
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            if path.exists():
+                mode = path.stat().st_mode & 0o7777
+                _give_to_owner_of(path, descriptor)
+            os.fchmod(descriptor, mode)
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)  # otherwise a power cut may bring the old name back: a revoked key, for one
+    finally:
+        os.close(directory)
+
+
+def _give_to_owner_of(path: Path, descriptor: int) -> None:
+    """So that `sudo argosy keys add` leaves no file that the server's own user cannot read."""
+    facts = path.stat()
+    with contextlib.suppress(PermissionError):
+        os.fchown(descriptor, facts.st_uid, facts.st_gid)

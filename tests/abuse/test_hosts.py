@@ -1,0 +1,120 @@
+"""Names of hosts and origins, written byte by byte: a page elsewhere gets in under none, and none breaks a request."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import pytest
+
+from argosy.guard.keys import KeyRing
+from argosy.serve.app import make_app
+from argosy.serve.core import Service
+from tests.serve.conftest import start
+
+OURS = [
+    "localhost", "LOCALHOST", "localhost:8080", "localhost:", "127.0.0.1", "127.0.0.1:1", "10.1.2.3:80", "[::1]",
+    "[::1]:8080", "[2001:DB8::7]:80", "[::ffff:127.0.0.1]", "models.example", "Models.Example:8080",
+]  # fmt: skip
+OTHERS = [
+    "evil.example", "localhost.evil.example", "evil.example.", "localhost.", "127.1", "2130706433", "0x7f.0.0.1",
+    "127.0.0.1.evil.example", "127.0.0.256", "xn--localhost", "-", "..", "localhost_", "[1::2::3]",
+]  # fmt: skip
+MALFORMED = [
+    "", "[", "]", "[.]", "[127.0.0.1", "[]", "[::1", "::1", "[::1]x", "[::1]]", "[[::1]]", "[v1.x]", "[::1%25eth0]",
+    "[evil.example]", r"evil.example\@localhost", "evil.example@localhost", "user:password@localhost",
+    "localhost@evil.example", "localhost/", "localhost/evil.example", "localhost?x", "localhost#x", r"localhost\x",
+    "//localhost", "http://localhost", "localhost:8080:8080", "localhost:x", "localhost:-1", "localhost:123456",
+    "localhost:+1", "localhost localhost", "localhost, localhost", "localhost,evil.example", "localhost\tx",
+    "%6cocalhost", "local host", "l\u00f6calhost", "\u217ccalhost", "localhost\u3002evil.example", "a" * 300, "\x7f",
+    "'", '"', "*", "$(id)", "${x}",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def address(service: Service) -> Iterator[tuple[str, int]]:
+    app = make_app(service, KeyRing(None), block_tokens=16, max_sequences=8, hosts=["Models.Example"])
+    for url in start(app):
+        parts = urlsplit(url)
+        assert parts.hostname
+        assert parts.port
+        yield parts.hostname, parts.port
+
+
+def status(address: tuple[str, int], *lines: str, method: str = "GET", path: str = "/health") -> int:
+    """Of a request with these lines for its head, and a body where it has one."""
+    head = "".join(f"{line}\r\n" for line in (f"{method} {path} HTTP/1.1", *lines, "Connection: close", ""))
+    body = b'{"content": "a"}' if method == "POST" else b""
+    with socket.create_connection(address, timeout=10) as connection:
+        connection.sendall(head.encode() + body)
+        found = re.match(rb"HTTP/1\.1 (\d{3}) ", connection.makefile("rb").read())
+    assert found
+    return int(found[1])
+
+
+@pytest.mark.parametrize("host", OURS, ids=ascii)
+def test_an_address_localhost_and_a_name_that_was_allowed_are_answered(
+    address: tuple[str, int], host: str
+) -> None:
+    assert status(address, f"Host: {host}") == 200
+
+
+@pytest.mark.parametrize("host", OTHERS, ids=ascii)
+def test_another_name_is_refused(address: tuple[str, int], host: str) -> None:
+    assert status(address, f"Host: {host}") == 403
+
+
+@pytest.mark.parametrize("host", MALFORMED, ids=ascii)
+def test_what_is_no_host_is_refused_and_never_read_as_one(address: tuple[str, int], host: str) -> None:
+    assert status(address, f"Host: {host}") == 400
+
+
+def test_a_request_has_one_host(address: tuple[str, int]) -> None:
+    assert status(address) == 400
+    assert status(address, "Host: localhost", "Host: localhost") == 400
+    assert status(address, "Host: localhost", "Host: evil.example") == 400
+
+
+def posted(address: tuple[str, int], *lines: str) -> int:
+    more = ("Host: localhost:8080", "Content-Type: application/json", "Content-Length: 16")
+    return status(address, *more, *lines, method="POST", path="/tokenize")
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://localhost:8080", "https://localhost:8080", "http://LOCALHOST:8080"]
+)
+def test_the_page_itself_may_ask(address: tuple[str, int], origin: str) -> None:
+    assert posted(address, f"Origin: {origin}") == 200
+    assert posted(address, f"Origin: {origin}", "Sec-Fetch-Site: same-origin") == 200
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "", "null", "[", "http://[", "http://[::1", "http://", "//localhost:8080", "localhost:8080",
+        "http://localhost", "http://localhost:80801", "http://localhost:8080.evil.example", "http://evil.example",
+        r"http://evil.example\@localhost:8080", "http://evil.example@localhost:8080", "http://localhost:8080@evil.example",
+        "http://localhost:8080/", "file://localhost:8080", "chrome-extension://localhost:8080", "http:localhost:8080",
+        "http://localhost:8080 http://evil.example", "http://l\u00f6calhost:8080", "*",
+    ],
+    ids=ascii,
+)  # fmt: skip
+def test_a_page_elsewhere_may_not(address: tuple[str, int], origin: str) -> None:
+    assert posted(address, f"Origin: {origin}") == 403
+
+
+def test_a_request_that_a_browser_calls_foreign_is_refused(address: tuple[str, int]) -> None:
+    assert [posted(address, f"Sec-Fetch-Site: {site}") for site in ("cross-site", "same-site", "[", "")] == [
+        403
+    ] * 4
+    assert posted(address, "Origin: http://localhost:8080", "Origin: http://localhost:8080") == 400
+
+
+@pytest.mark.parametrize(
+    "kind", ["", "application/x-www-form-urlencoded", "text/plain", "multipart/form-data", "[", "json"]
+)
+def test_what_a_form_of_another_page_can_send_is_no_json(address: tuple[str, int], kind: str) -> None:
+    lines = ("Host: localhost", f"Content-Type: {kind}", "Content-Length: 16")
+    assert status(address, *lines, method="POST", path="/tokenize") == 415

@@ -1,0 +1,105 @@
+"""The routes that are no dialect: what is served, whether it can be, and the page's icon."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from argosy import Engine
+from argosy.guard.keys import KeyRing
+from argosy.serve.app import ROUTES, make_app
+from argosy.serve.core import Service
+from tests.cli.tiny_chat_model import write_chat_model
+from tests.serve.conftest import serving, start
+
+SAY = [{"role": "user", "content": "Hi"}]
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": SAY, "max_tokens": 1},
+    "/v1/completions": {"prompt": "Hi", "max_tokens": 1},
+    "/v1/responses": {"input": "Hi", "max_output_tokens": 1},
+    "/v1/responses/input_tokens": {"input": "Hi"},
+    "/v1/messages": {"messages": SAY, "max_tokens": 1},
+    "/v1/messages/count_tokens": {"messages": SAY},
+    "/tokenize": {"content": "Hi"},
+    "/detokenize": {"tokens": [1]},
+}
+TOLD = (
+    'the model "gpt-4o" does not exist; there is: tiny\n'
+    "hint: `argosy serve --any-model` takes every name for the model that it serves"
+)
+
+
+def test_every_route_whose_body_has_a_model_is_tried_here() -> None:
+    named = {r.policy.path for r in ROUTES if "model" in getattr(r.body, "model_fields", ())}
+    assert named == BODIES.keys()
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_model_that_is_not_served_is_not_found_and_the_one_that_is_or_none_is(
+    client: httpx.Client, path: str
+) -> None:
+    answer = client.post(path, json=BODIES[path] | {"model": "gpt-4o"})
+    assert answer.status_code == 404
+    if path.startswith("/v1/messages"):
+        assert answer.json() == {"type": "error", "error": {"type": "not_found_error", "message": TOLD}}
+    else:
+        known = {"type": "not_found_error", "param": "model", "code": "model_not_found"}
+        assert answer.json() == {"error": {"message": TOLD, **known}}
+        assert client.get("/v1/models/gpt-4o").json() == answer.json()
+    for named in ({}, {"model": "tiny"}, {"model": None}):
+        assert client.post(path, json=BODIES[path] | named).status_code == 200
+    assert client.post(path, json=BODIES[path] | {"model": ""}).status_code == 404
+
+
+@pytest.fixture(scope="module")
+def lenient(service: Service) -> Iterator[str]:
+    any_model = Service(service.loop, service.prompts, service.tokenizer, service.model, any_model=True)
+    yield from start(make_app(any_model, KeyRing(None), block_tokens=16, max_sequences=8))
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_with_any_model_every_name_is_the_model_that_is_served(lenient: str, path: str) -> None:
+    answer = httpx.post(lenient + path, json=BODIES[path] | {"model": "claude-opus-4-5"})
+    assert answer.status_code == 200
+    assert answer.json().get("model", "tiny") == "tiny"
+    assert httpx.get(f"{lenient}/v1/models/claude-opus-4-5").json()["id"] == "tiny"
+
+
+def test_the_icon_is_where_browsers_look_for_it(client: httpx.Client) -> None:
+    icon = client.get("/favicon.ico")
+    assert icon.headers["content-type"].startswith("image/svg+xml")
+    assert icon.content == client.get("/page/icon.svg").content
+
+
+def test_curl_without_a_content_type_hears_what_to_send(client: httpx.Client) -> None:
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    for headers in (form, {}):
+        answer = client.post("/tokenize", content=b'{"content": "a"}', headers=headers)
+        assert answer.status_code == 415
+        assert "-H 'content-type: application/json'" in answer.json()["error"]["message"]
+
+
+def test_a_server_whose_engine_has_failed_is_neither_ready_nor_healthy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_chat_model(tmp_path / "model")
+    with Engine(model, memory="1GiB", threads=1) as engine, serving(engine) as service:
+        for url in start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)):
+            assert [httpx.get(url + path).status_code for path in ("/health", "/ready")] == [200, 200]
+            monkeypatch.setattr("argosy.engine.loop._AFTER_FAILURE_S", 0.0)
+            monkeypatch.setattr(type(engine), "is_writing", property(lambda _: 1 / 0))
+            service.loop.revoke("nobody")  # a round begins
+            until = time.monotonic() + 20
+            while httpx.get(f"{url}/health").status_code == 200:
+                assert time.monotonic() < until
+            for path in ("/health", "/ready"):
+                answer = httpx.get(url + path)
+                assert answer.status_code == 503
+                assert "the engine has failed" in answer.json()["error"]["message"]
+            answer = httpx.post(f"{url}/v1/completions", json=BODIES["/v1/completions"])
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "30")
