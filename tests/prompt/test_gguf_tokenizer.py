@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import tokenizers
 from gguf import GGUFWriter
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -172,6 +172,7 @@ def pair(
     return core, opened(write_bpe(path, core, request.param, bos=0, eos=2))
 
 
+@settings(deadline=None)
 @given(text=texts.map("".join))
 def test_ids_of_any_text_are_those_of_the_original(
     pair: tuple[tokenizers.Tokenizer, Tokenizer], text: str
@@ -235,6 +236,7 @@ def test_a_kimi_token_that_no_merge_leads_to_is_still_found(kimi: Tokenizer) -> 
 KIMI_WORDS = st.sampled_from([*kimi_files.TEXT.split(), kimi_files.UNMADE, " ", "\n"])
 
 
+@settings(deadline=None)
 @given(text=st.one_of(texts, st.lists(KIMI_WORDS)).map("".join))
 def test_ids_of_kimi_are_those_of_tiktoken(kimi: Tokenizer, text: str) -> None:
     assert kimi.encode(text) == kimi_files.peer().encode_ordinary(text)

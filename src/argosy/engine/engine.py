@@ -866,7 +866,8 @@ def settle(
     """
     if expert_slots is None and memory is None and str(model) == DEMO:
         expert_slots = quarter_of_experts(files)
-        context, chunk_tokens = context or DEMO_CONTEXT, chunk_tokens or DEMO_CHUNK
+        context = context or min(DEMO_CONTEXT, files.config.context_tokens)
+        chunk_tokens = chunk_tokens or DEMO_CHUNK
     config = EngineConfig(
         budget=_budget(memory, context),
         threads=threads or machine.usable_cores(),
