@@ -1,7 +1,8 @@
 """A small server with the surface that the page, `top` and `connect` read, and no model behind it.
 
 What it answers depends on the last message: `think` reasons first, `slow` goes on until it is stopped, `fail` breaks
-off, `busy` is refused, `markdown` answers with every construct. Everything that was asked of it is kept for the test.
+off, `busy` and `too long` are refused, `markdown` answers with every construct. Everything that was asked of it is kept
+for the test.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def f(x):
 
 
 class FakeServer(ThreadingHTTPServer):
-    """`key`, `shows_heat` and `token_s` may be changed while it runs."""
+    """`key`, `shows_heat`, `expert_slots` and `token_s` may be changed while it runs."""
 
     daemon_threads = True
 
@@ -67,6 +68,7 @@ class FakeServer(ThreadingHTTPServer):
         self.inputs = ["text"]
         self.token_s = 0.005
         self.tokens = 300
+        self.expert_slots = 2480
         self.running = 0
         self.requests: list[tuple[str, Any]] = []
         self.disconnects = 0
@@ -93,7 +95,8 @@ class FakeServer(ThreadingHTTPServer):
             for layer in range(48)
         ]
         layers[12][5] += 2 * self.tokens
-        slots, resident = 2480, min(2480, 1200 + self.tokens)
+        slots = self.expert_slots
+        resident = min(slots, 1200 + self.tokens)
         return {
             "model": {
                 "id": MODEL,
@@ -210,6 +213,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, f"there is nothing at {self.path}")
         elif "busy" in body["messages"][-1]["content"]:
             self._refuse(503, "all places are taken", {"Retry-After": "7"})
+        elif "too long" in body["messages"][-1]["content"]:
+            self._refuse(400, "the prompt has 9 tokens, and 4 fit\nhint: leave something out")
         else:
             self.server.running += 1
             try:

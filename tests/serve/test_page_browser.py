@@ -254,6 +254,27 @@ def test_a_failed_answer_says_why_and_can_be_tried_again(
     assert browser.server.conversations[0] == browser.server.conversations[1]
 
 
+def test_the_hint_of_an_error_has_a_line_of_its_own(browser: Browser) -> None:
+    browser.open()
+    browser.say("too long")
+    browser.wait_for_the_answer("failed")
+    shown = browser.one(".turn.assistant .note").text  # as it is drawn
+    assert shown == "the prompt has 9 tokens, and 4 fit\nhint: leave something out"
+
+
+def test_the_page_stays_at_the_end_when_an_answer_fails(browser: Browser) -> None:
+    browser.open()
+    for text, state in (("markdown", "done"), ("markdown again", "done"), ("fail", "failed")):
+        turns = len(browser.all(".turn"))
+        browser.say(text)
+        browser.until(lambda turns=turns: len(browser.all(".turn")) == turns + 2)
+        browser.wait_for_the_answer(state)
+    below = (
+        "const at = document.getElementById('scroll');return at.scrollHeight - at.scrollTop - at.clientHeight"
+    )
+    browser.until(lambda: browser.script(below) < 2)
+
+
 def test_a_failed_answer_does_not_go_back_and_two_questions_in_a_row_go_as_one(browser: Browser) -> None:
     browser.open()
     browser.say("think, fail")
@@ -328,6 +349,73 @@ def test_nothing_moves_for_those_who_want_no_motion(browser: Browser) -> None:
         browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})  # type: ignore[no-untyped-call]
 
 
+# Code in colours
+
+CODE = {
+    "python": (
+        "# why\nx = f(1.5, 'a\\'b')\nreturn x",
+        {"comment": 1, "number": 1, "string": 1, "keyword": 1},
+    ),
+    "js": (
+        "const a = `b\n${c}`; // d\n/* e\nf */ 0xff",
+        {"keyword": 1, "string": 1, "comment": 2, "number": 1},
+    ),
+    "rust": ("fn f<'a>(x: &'a str) { 'x' }", {"keyword": 1, "string": 1}),
+    "SQL": ("SELECT 1 FROM t -- all", {"keyword": 2, "number": 1, "comment": 1}),
+    "sh": ('echo "$#" # done', {"string": 1, "comment": 1}),
+    "json": ('{"a": [1, true]}', {"string": 1, "number": 1, "keyword": 1}),
+    "html": ('<!-- x --><a href="/y">it\'s</a>', {"comment": 1, "keyword": 4, "string": 1}),
+    "unknown": ("if 1: # no", {}),
+    "": ("if 1: # no", {}),
+}
+HIGHLIGHT = """
+const [samples, done] = arguments;
+import('/page/highlight.js').then(({ highlight, MOST_SPANS }) => done(samples.map(([language, text]) => {
+  const code = document.createElement('code');
+  code.append(...highlight(text, language));
+  const spans = [...code.children];
+  return {
+    isSame: code.textContent === text,
+    isBounded: spans.length <= MOST_SPANS,
+    isPlain: spans.every((span) => span.tagName === 'SPAN' && !span.children.length),
+    names: spans.slice(0, 20).map((span) => span.className.replace('code-', '')),
+  };
+})));
+"""
+
+
+def highlighted(browser: Browser, samples: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    return browser.driver.execute_async_script(HIGHLIGHT, samples)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def test_comments_strings_numbers_and_keywords_of_code_have_their_colours(browser: Browser) -> None:
+    browser.open()
+    found = highlighted(browser, [(language, text) for language, (text, _) in CODE.items()])
+    for (language, (_, expected)), one in zip(CODE.items(), found, strict=True):
+        assert one["isSame"], language
+        assert {name: one["names"].count(name) for name in set(one["names"])} == expected, language
+    browser.say("markdown")
+    browser.wait_for_the_answer()
+    assert browser.text(".turn.assistant pre .code-keyword") == "def"
+
+
+UNENDING = (
+    "/*", "//", '"', "'", "`", '"' * 3, "'" * 3, "\\", "0x", "1e", "a", "1 ", "if ", "<", "<!--", "--[[", "#", " #",
+    "$", '"\\', "`\\", "<script>alert(1)</script>",
+)  # fmt: skip
+
+
+def test_code_of_any_length_keeps_its_text_and_takes_a_bounded_number_of_nodes(browser: Browser) -> None:
+    browser.open()
+    languages = ("python", "js", "rust", "go", "sql", "lua", "html", "yaml", "css", "c#")
+    samples = [(language, piece * (60_000 // len(piece))) for piece in UNENDING for language in languages]
+    for sample, one in zip(samples, highlighted(browser, samples), strict=True):
+        assert one["isSame"], (sample[0], sample[1][:10])
+        assert one["isBounded"], (sample[0], sample[1][:10])
+        assert one["isPlain"], (sample[0], sample[1][:10])
+    assert browser.complaints() == []
+
+
 # The engine
 
 
@@ -358,6 +446,27 @@ def drawn(browser: Browser) -> list[str]:
         "const all = (name) => [...document.querySelectorAll(`#memory-bar ${name}`)];"
         "return [all('.fill').map((node) => node.style.width).join(), all('.peak')[0].style.left]"
     )
+
+
+def test_what_is_left_over_of_the_memory_has_its_reason(browser: Browser) -> None:
+    browser.open()
+    browser.until(lambda: browser.text("#memory-total"))
+    reason = "#memory-legend li:last-child .remark"
+    assert browser.text(reason) == "the cache is fixed at 2,480 experts; --memory lets it grow"
+    browser.server.expert_slots = 48 * 128
+    browser.until(lambda: browser.text(reason) == "every expert is in memory")
+
+
+def test_a_value_of_the_panel_stands_beside_its_label(browser: Browser) -> None:
+    browser.open()
+    browser.until(lambda: browser.text("#resident"))
+    rows = browser.script(
+        "return [...document.querySelectorAll('.facts > div')].filter((row) => row.checkVisibility()).map((row) =>"
+        " [...row.children].map((cell) => [cell.textContent, cell.getBoundingClientRect().top, cell.offsetHeight]))"
+    )
+    assert len(rows) == 4
+    for label, value in rows:
+        assert value[1:] == label[1:], value[0]  # both on one line, and on the same one
 
 
 def test_the_heat_map_changes_with_use_and_has_the_same_in_words(browser: Browser) -> None:
@@ -472,6 +581,41 @@ def test_a_key_is_asked_for_kept_in_the_tab_and_sent(browser: Browser) -> None:
     assert browser.script("return [localStorage.length, document.cookie]") == [0, ""]
 
 
+def test_a_page_that_needs_a_key_does_not_say_that_it_is_connecting(browser: Browser) -> None:
+    browser.server.key = "sk-right"
+    browser.driver.get(browser.server.url)
+    browser.until(lambda: browser.text("#connection") == "key needed")
+    assert "connecting" not in browser.one(".top").text
+
+
+def test_an_empty_message_field_has_no_scrollbar_and_a_long_one_has(browser: Browser) -> None:
+    browser.open()
+    state = (
+        "const at = document.getElementById('prompt');"
+        "return [at.scrollHeight > at.clientHeight, getComputedStyle(at).overflowY]"
+    )
+    assert browser.script(state) == [False, "hidden"]
+    field = browser.one("#prompt")
+    field.send_keys("two", Keys.SHIFT + Keys.ENTER, "lines")
+    assert browser.script(state) == [False, "hidden"]
+    field.send_keys(Keys.SHIFT + Keys.ENTER * 40)
+    assert browser.script(state) == [True, "auto"]
+
+
+def test_the_tab_key_goes_from_the_message_to_send_while_there_is_nothing_to_send(browser: Browser) -> None:
+    browser.open()
+    browser.until(lambda: browser.one("#heat").is_displayed())
+    browser.press(Keys.TAB)
+    assert browser.focus == "send"
+    assert browser.one("#send").get_attribute("aria-disabled") == "true"
+    browser.press(Keys.ENTER)
+    assert browser.server.conversations == []
+    browser.one("#prompt").send_keys("hello")
+    assert browser.one("#send").get_attribute("aria-disabled") == "false"
+    browser.press(Keys.TAB, Keys.ENTER)
+    browser.wait_for_the_answer()
+
+
 def test_everything_can_be_done_with_the_keyboard_alone(browser: Browser) -> None:
     browser.open()
     assert browser.focus == "prompt"
@@ -516,14 +660,25 @@ def test_the_page_asks_only_its_own_server(browser: Browser) -> None:
     assert [name for name in names if not name.startswith(browser.server.url)] == []
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_is_readable_on_a_phone_in_both_themes(browser: Browser, scheme: str) -> None:
+@contextmanager
+def seen_on(browser: Browser, width: int, height: int, *, scheme: str = "light") -> Iterator[None]:
+    """A screen of another size, and a theme; a narrow one is a phone's."""
     driver = browser.driver
-    size = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)  # type: ignore[no-untyped-call]
+    is_phone = width < 600
+    size = {"width": width, "height": height, "deviceScaleFactor": 2 if is_phone else 1, "mobile": is_phone}
     theme = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)  # type: ignore[no-untyped-call]
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", theme)  # type: ignore[no-untyped-call]
     try:
+        yield
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})  # type: ignore[no-untyped-call]
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_is_readable_on_a_phone_in_both_themes(browser: Browser, scheme: str) -> None:
+    with seen_on(browser, 360, 740, scheme=scheme):
         browser.open()
         browser.say("markdown")
         browser.wait_for_the_answer()
@@ -533,12 +688,59 @@ def test_it_is_readable_on_a_phone_in_both_themes(browser: Browser, scheme: str)
         assert browser.one("#memory-bar").is_displayed()
         assert browser.one("#toggle-engine").get_attribute("aria-expanded") == "true"
         assert browser.script(CONTRAST) == []
-    finally:
-        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})  # type: ignore[no-untyped-call]
-        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})  # type: ignore[no-untyped-call]
 
 
-# Every text that is shown has 4.5 times the contrast of what is behind it (WCAG 2.2, 1.4.3); what is disabled need not.
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_code_and_a_send_button_that_waits_are_readable_in_both_themes(browser: Browser, scheme: str) -> None:
+    with seen_on(browser, 1280, 900, scheme=scheme):
+        browser.open()
+        browser.say("markdown")
+        browser.wait_for_the_answer()
+        browser.until(lambda: browser.one("#send").is_displayed())
+        browser.script(
+            "const code = document.querySelector('.turn.assistant pre code');"
+            "for (const name of ['comment', 'string', 'number', 'keyword']) {"
+            "  const span = document.createElement('span');"
+            "  span.className = `code-${name}`;"
+            "  span.append(name);"
+            "  code.append(span);"
+            "}"
+        )
+        assert browser.script(CONTRAST) == []
+        colours = (
+            "return new Set([...document.querySelectorAll('[class^=code-]')].map((span) =>"
+            " getComputedStyle(span).color)).size"
+        )
+        assert browser.script(colours) == 4
+
+
+@pytest.mark.parametrize("width", [320, 390])
+def test_on_a_phone_the_header_is_one_row_and_no_placeholder_is_cut(browser: Browser, width: int) -> None:
+    with seen_on(browser, width, 740):
+        for key, state in ((None, "connected"), ("sk-right", "key needed")):
+            browser.server.key = key
+            browser.driver.get(browser.server.url)
+            browser.until(lambda state=state: browser.text("#connection") == state)
+            assert browser.one(".top").size["height"] < 64
+            assert browser.script("return document.documentElement.scrollWidth <= window.innerWidth")
+        buttons = browser.all(".top nav button")
+        assert [button.accessible_name for button in buttons] == ["New chat", "Settings", "Engine"]
+        assert all(min(button.size.values()) >= 36 for button in buttons)  # a thumb finds them
+        browser.one("#open-settings").click()
+        assert browser.script(CUT_PLACEHOLDERS) == []
+
+
+CUT_PLACEHOLDERS = """
+const context = document.createElement('canvas').getContext('2d');
+return [...document.querySelectorAll('[placeholder]')].filter((field) => field.checkVisibility()).filter((field) => {
+  const style = getComputedStyle(field);
+  context.font = style.font;
+  const room = field.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+  return context.measureText(field.placeholder).width > room;
+}).map((field) => field.id);
+"""
+
+# Every text that is shown has 4.5 times the contrast of what is behind it (WCAG 2.2, 1.4.3), and none is faded.
 CONTRAST = """
 const light = (color) => {
   const [r, g, b] = color.match(/[\\d.]+/g).slice(0, 3).map((x) => x / 255).map(
@@ -556,7 +758,10 @@ const behind = (node) => {
 const bad = [];
 for (const node of document.querySelectorAll('body *')) {
   const hasText = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
-  if (!hasText || !node.checkVisibility() || node.closest(':disabled')) continue;
+  if (!hasText || !node.checkVisibility()) continue;
+  for (let at = node; at; at = at.parentElement) {
+    if (getComputedStyle(at).opacity !== '1') bad.push(`${at.tagName} ${at.textContent.slice(0, 20)} is faded`);
+  }
   const [a, b] = [light(getComputedStyle(node).color), light(behind(node))];
   const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
   if (contrast < 4.5) bad.push(`${node.tagName} ${node.textContent.slice(0, 20)} ${contrast.toFixed(2)}`);

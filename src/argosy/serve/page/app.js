@@ -32,8 +32,12 @@ function showBusy(isBusy) {
 
 function grow() {
   prompt.style.height = "auto";
-  prompt.style.height = `${prompt.scrollHeight}px`;
-  byId("send").disabled = prompt.value.trim() === "";
+  const borders = prompt.offsetHeight - prompt.clientHeight;
+  prompt.style.height = `${prompt.scrollHeight + borders}px`;
+  // Rounded heights would show a scrollbar beside text that fits.
+  prompt.style.overflowY = prompt.scrollHeight > prompt.clientHeight + 1 ? "auto" : "hidden";
+  // Not `disabled`: whoever tabs on from the message finds the button, and not the engine's panel.
+  byId("send").setAttribute("aria-disabled", String(prompt.value.trim() === ""));
 }
 
 function send() {
@@ -132,7 +136,7 @@ byId("toggle-engine").addEventListener("click", () => {
   byId("toggle-engine").setAttribute("aria-expanded", String(isOpen));
 });
 
-const CONNECTION = { open: "connected", closed: "not connected, trying again", refused: "key needed" };
+const CONNECTION = { open: "connected", closed: "not connected", refused: "key needed" };
 
 function showConnection(change, error) {
   const node = byId("connection");

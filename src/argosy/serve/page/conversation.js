@@ -94,7 +94,7 @@ export class Conversation {
     this.turns.push(turn);
     this.log.append(turn.node);
     this.offerTools();
-    this.follow(true);
+    this.follow();
     return turn;
   }
 
@@ -139,8 +139,9 @@ export class Conversation {
     this.log.setAttribute("aria-busy", "true");  // read aloud when it is whole, not word by word
     this.onBusy(true);
     this.say("Waiting for the model.");
+    let finish = null;
+    let failure = null;
     try {
-      let finish = null;
       for await (const chunk of complete(body, this.controller.signal)) {
         if (chunk.error) throw new Error(chunk.error.message ?? "The answer broke off.");
         if (chunk.prompt_progress) turn.showProgress(chunk.prompt_progress, (text) => this.say(text));
@@ -157,17 +158,23 @@ export class Conversation {
         this.draw(turn);
       }
       if (finish === null) throw new Error("The connection ended before the answer did.");
-      turn.finish("done", ENDINGS[finish]);
-      this.say("The answer is complete.");
     } catch (error) {
-      this.fail(turn, error);
+      failure = error;
     }
     this.controller = null;
-    turn.draw();
-    this.log.removeAttribute("aria-busy");
-    this.offerTools();
-    this.onBusy(false);
-    this.follow();
+    this.keepEnd(() => {
+      if (failure) this.fail(turn, failure);
+      else this.succeed(turn, finish);
+      turn.draw();
+      this.log.removeAttribute("aria-busy");
+      this.offerTools();
+      this.onBusy(false);
+    });
+  }
+
+  succeed(turn, finish) {
+    turn.finish("done", ENDINGS[finish]);
+    this.say("The answer is complete.");
   }
 
   fail(turn, error) {
@@ -177,7 +184,8 @@ export class Conversation {
       return;
     }
     const wait = error.retryAfter ? `; try again in ${error.retryAfter} s` : "";
-    turn.finish("failed", error.message + wait);
+    const [fact, ...hint] = error.message.split("\n");
+    turn.finish("failed", [fact + wait, ...hint].join("\n"));
     this.say("The answer failed.");
     if (error.status === 401 || error.status === 403) this.onRefused(error);
   }
@@ -191,9 +199,7 @@ export class Conversation {
     turn.isDrawing = true;
     requestAnimationFrame(() => {
       turn.isDrawing = false;
-      const isAtEnd = this.isAtEnd();
-      turn.draw();
-      if (isAtEnd) this.follow(true);
+      this.keepEnd(() => turn.draw());
     });
   }
 
@@ -202,9 +208,15 @@ export class Conversation {
     return scrollHeight - scrollTop - clientHeight < 48;
   }
 
-  /** Stay at the end; whoever has scrolled up to read stays there. */
-  follow(isWanted = this.isAtEnd()) {
-    if (isWanted) this.scroll.scrollTop = this.scroll.scrollHeight;
+  /** Make a change and stay at the end; whoever has scrolled up to read stays there. */
+  keepEnd(change) {
+    const isAtEnd = this.isAtEnd();
+    change();
+    if (isAtEnd) this.follow();
+  }
+
+  follow() {
+    this.scroll.scrollTop = this.scroll.scrollHeight;
   }
 }
 

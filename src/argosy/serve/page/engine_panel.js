@@ -8,9 +8,12 @@ const HUES = {
   "dense weights": "blue",
   "KV cache": "violet",
   "recurrent state": "pink",
+  "state snapshots": "pink",
   "replay": "pink",
   "working buffers": "amber",
   "staging": "olive",
+  "expert records": "gray",
+  "page tables": "gray",
   "expert cache": "teal",
   "expert slots": "teal",
 };
@@ -107,7 +110,11 @@ function showMemory({ memory: facts, experts = {}, kv = {} }) {
     used: usedShare(name, experts, kv),
   }));
   const free = facts.budget_bytes - planned;
-  if (free > 0) parts.push({ name: "left over", size: free, hue: "empty", text: memory(free) });
+  if (free > 0) {
+    const cacheBytes = facts.lines.find(({ name }) => name === "expert cache")?.bytes ?? 0;
+    const note = whyLeftOver(free, cacheBytes, experts);
+    parts.push({ name: "left over", size: free, hue: "empty", text: memory(free), note });
+  }
   const peak = isNumber(facts.peak_bytes) ? `, peak so far ${memory(facts.peak_bytes)}` : "";
   const spoken = parts.map((part) => `${part.name} ${part.text}`).join(", ");
   memoryBar.show(parts, whole, `Memory: limit ${memory(facts.budget_bytes)}${peak}. ${spoken}.`);
@@ -126,6 +133,14 @@ function showPeak({ peak_bytes: peak }, whole) {
   mark.title = `peak ${memory(peak)}`;
 }
 
+/** Why a part of the limit is not used. */
+function whyLeftOver(free, cacheBytes, { slots, total }) {
+  if (!(slots > 0) || !(total > 0)) return "";
+  if (slots >= total) return "every expert is in memory";
+  if (free < (2 * cacheBytes) / slots) return "too little for one more expert";
+  return `the cache is fixed at ${count(slots)} experts; --memory lets it grow`;
+}
+
 /** Experts in memory against all of them, and how many there is room for where that is not all. */
 function resident({ resident: now, slots, total }) {
   const room = slots < total ? `, room for ${count(slots)}` : "";
@@ -134,7 +149,7 @@ function resident({ resident: now, slots, total }) {
 
 /** How much of a reserved part is in use: the rest of its segment is drawn lighter. */
 function usedShare(name, experts, kv) {
-  if (name.startsWith("expert") && experts.slots > 0) return share(experts.resident, experts.slots);
+  if ((name === "expert cache" || name === "expert slots") && experts.slots > 0) return share(experts.resident, experts.slots);
   if (name === "KV cache" && kv.blocks_total > 0) {
     return share(kv.blocks_used + (kv.blocks_cached ?? 0), kv.blocks_total);
   }

@@ -4,6 +4,7 @@
 // https, in a tab of its own; an image is shown as a link, because loading one would tell its host that it was shown.
 // Time is linear in the text, and nesting is bounded.
 
+import { highlight } from "./highlight.js";
 import { copyButton, element } from "./units.js";
 
 const DEEPEST = 8;
@@ -133,7 +134,7 @@ function code(block) {
   const text = block.lines.slice(1, block.isOpen ? undefined : -1).join("\n");
   return element("figure", { class: "code" },
     element("figcaption", {}, block.language || "text", copyButton(text, "Copy this code")),
-    element("pre", { tabindex: "0" }, element("code", {}, text)));
+    element("pre", { tabindex: "0" }, element("code", {}, ...highlight(text, block.language))));
 }
 
 function list(lines, depth) {
@@ -219,7 +220,8 @@ function inline(text, container, depth = 0) {
       }
       continue;
     }
-    if (char === "[" || (char === "!" && text[at + 1] === "[")) {
+    if ((char === "[" || (char === "!" && text[at + 1] === "[")) && !missing.has("]")) {
+      if (text.indexOf("]", at) < 0) missing.add("]");
       const link = linkAt(text, char === "!" ? at + 1 : at);
       if (link) {
         add(anchor(link.href, depth < DEEPEST ? link.label : null, depth));
