@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Self, SupportsIndex
 
 from argosy.config import Grammar
-from argosy.errors import UsageError
+from argosy.errors import PromptTooLong, UsageError
 
 if TYPE_CHECKING:
     from argosy.prompt.chat import ChatTemplate, Variables, Worker
@@ -133,7 +134,7 @@ class PromptBuilder:
         variables: Variables | None = None,
         tenant: str | None = None,
         add_generation_prompt: bool = True,
-        max_tokens: int | None = None,
+        is_counted: bool = False,
     ) -> Prompt:
         """Token ids of `request`.
 
@@ -145,15 +146,30 @@ class PromptBuilder:
             variables: of the chat template (`enable_thinking`), those that it reads itself.
             tenant: whose conversation it is; answers that were remembered for it keep their tokens.
             add_generation_prompt: open the assistant's turn, for it to be answered.
-            max_tokens: the most it may have; None: what the context holds.
+            is_counted: its tokens are counted and no more, so it may have more of them than the context holds.
 
         Raises:
-            PromptTooLong: it has more.
+            PromptTooLong: it has more tokens than the context holds.
             UsageError: empty, not one of these, an id outside the vocabulary, text for a model without a
                 tokenizer, messages for a model without a template, tools for a model that cannot be told of them, or
                 a conversation the template refuses.
         """
-        max_tokens = self._max_tokens if max_tokens is None else max_tokens
+        if is_counted:
+            with self._counting():
+                return self._build(
+                    request, tools, variables, tenant, add_generation_prompt, self._max_counted
+                )
+        return self._build(request, tools, variables, tenant, add_generation_prompt, self._max_tokens)
+
+    def _build(
+        self,
+        request: str | Sequence[int] | Sequence[Message] | Prompt,
+        tools: Sequence[Tool | Mapping[str, object]],
+        variables: Variables | None,
+        tenant: str | None,
+        add_generation_prompt: bool,
+        max_tokens: int | None,
+    ) -> Prompt:
         if isinstance(request, str):
             if self._template is None:
                 return self._checked(self._raw(request, max_tokens))
@@ -191,16 +207,23 @@ class PromptBuilder:
         variables: Variables | None = None,
         tenant: str | None = None,
     ) -> int:
-        """How many tokens the prompt of a conversation has, up to `max_counted`. Errors as `build`."""
-        prompt = self.build(
-            messages, tools=tools, variables=variables, tenant=tenant, max_tokens=self.max_counted
-        )
+        """How many tokens the prompt of a conversation has. Errors as `build`, or more than are counted."""
+        prompt = self.build(messages, tools=tools, variables=variables, tenant=tenant, is_counted=True)
         return len(prompt.token_ids or ())
 
     @property
-    def max_counted(self) -> int | None:
+    def _max_counted(self) -> int | None:
         """The most tokens that are counted of a text: more than fit the context, to tell by how much it is too long."""
         return None if self._max_tokens is None else max(self._max_tokens, _MAX_COUNTED)
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        try:
+            yield
+        except PromptTooLong:
+            raise UsageError(
+                f"the text has more than {self._max_counted} tokens, and no more are counted"
+            ) from None
 
     def apply_template(
         self,
@@ -212,17 +235,17 @@ class PromptBuilder:
     ) -> str:
         """A conversation as the chat template writes it, control tokens spelled out. Errors as `build`."""
         return self.build(
-            messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt,
-            max_tokens=self.max_counted,
+            messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt, is_counted=True
         ).text  # fmt: skip
 
     def tokenize(self, text: str, *, add_prefix: bool = False) -> list[int]:
         """Ids of a caller's text, no control token among them; `add_prefix`: BOS first, where the model wants it.
 
         Raises:
-            PromptTooLong: they are more than `max_counted`.
+            UsageError: a model without a tokenizer, or they are more than are counted.
         """
-        return self._encode(text, add_prefix, self.max_counted)
+        with self._counting():
+            return self._encode(text, add_prefix, self._max_counted)
 
     def _encode(self, text: str, add_prefix: bool, max_tokens: int | None) -> list[int]:
         tokenizer = self._needed("text")
@@ -393,9 +416,7 @@ class PromptBuilder:
 
         said, remembered, own_ids = replay.recall(tenant, turns)
         segments = self._segments(said, checked, own_ids, variables, add_generation_prompt)
-        ids = replay.encode(
-            segments, remembered, checked, is_continued=is_continued, max_tokens=max_tokens
-        )
+        ids = replay.encode(segments, remembered, checked, is_continued=is_continued, max_tokens=max_tokens)
         trace = trace_of(turns, segments, ids, is_continued=is_continued)
         return Prompt(tuple(ids), text_of(segments), is_continued, trace, is_conversation=not is_continued)
 

@@ -572,6 +572,7 @@ def too_long(num_tokens: int, max_tokens: int, *, is_all: bool = True) -> Prompt
         hint="raise --context (more memory), or shorten the prompt",
         needed=num_tokens + 1,
         available=max_tokens + 1,
+        is_at_least=not is_all,
     )
 
 
