@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -144,5 +146,32 @@ def test_what_a_job_raises_comes_to_its_caller_and_the_thread_goes_on() -> None:
             with pytest.raises(ZeroDivisionError):
                 await large("a", lambda: 1 // 0)
             assert await large("a", int, "7") == 7
+
+    run(test)
+
+
+def test_a_job_that_failed_holds_nothing_of_what_it_worked_on() -> None:
+    class Large:
+        pass
+
+    async def test() -> None:
+        queue, held = WorkQueue(num_threads=1), [Large()]
+        gone = weakref.ref(held[0])
+
+        def fail() -> None:
+            worked_on = held.pop()
+            try:
+                raise ValueError(type(worked_on))
+            except ValueError:
+                raise ZeroDivisionError from None
+
+        gc.disable()
+        try:
+            with pytest.raises(ZeroDivisionError) as caught:
+                await queue.run_large("a", fail)
+            assert caught.value.__context__ is not None
+            assert gone() is None
+        finally:
+            gc.enable()
 
     run(test)

@@ -15,6 +15,7 @@ import asyncio
 import ctypes
 import itertools
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,6 +42,7 @@ class _Job:
         try:
             result = self.call()
         except BaseException as error:
+            _clear_frames(error)
             self.future.set_exception(error)
         else:
             self.future.set_result(result)
@@ -125,6 +127,14 @@ class WorkQueue:
             self._num_free += 1
             self._has_large &= not is_large
         self._start_jobs()
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Let go of what the calls that failed held: an error lives on in circles that are found late, a body with it."""
+    found: BaseException | None = error
+    while found is not None:
+        traceback.clear_frames(found.__traceback__)
+        found = found.__context__
 
 
 def give_memory_back() -> None:
