@@ -128,12 +128,14 @@ class EngineConfig(_Strict):
     kv_dir: KvDir | None = None  # and outlive the process there
     grammars: bool = False  # answers can be made to follow a grammar; takes memory for the vocabulary
     replay_bytes: int = 0  # for answers that are kept until their conversation comes back; 0: none are
+    request_bytes: int = 0  # for what a server reads and renders before the engine; 0: there is no server
 
     def __post_init__(self) -> None:
         if self.max_waiting is not None and self.max_waiting < 0:
             raise UsageError(f"max_waiting must be at least 0, found {self.max_waiting}")
-        if self.replay_bytes < 0:
-            raise UsageError(f"replay_bytes must be at least 0, found {self.replay_bytes}")
+        for name in ("replay_bytes", "request_bytes"):
+            if (found := getattr(self, name)) < 0:
+                raise UsageError(f"{name} must be at least 0, found {found}")
         if self.kv_dir is not None and not self.prefix_reuse:
             raise UsageError("kv_dir keeps prompts for reuse, and prefix_reuse is off")
         for name in ("threads", "chunk_tokens", "max_sequences", "readers"):

@@ -6,15 +6,19 @@ import functools
 import logging
 import math
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import httpx
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, ValidationError
 
 from argosy.errors import DiskFull, Overloaded, ReadFailed
 from argosy.serve.anthropic_messages import MessagesBody
+from argosy.serve.app import ROUTES, DetokenizeBody
+from argosy.serve.body import refusal
 from argosy.serve.core import Answers, Said, Service
+from argosy.serve.fields import MAX_FIELDS
 from argosy.serve.openai_chat import ChatBody
 from argosy.serve.openai_completions import CompletionBody
 from argosy.serve.openai_responses import ResponsesBody
@@ -69,7 +73,11 @@ NOT_JSON: dict[str, tuple[bytes, str]] = {
     "a number of many digits": (b'{"seed": ' + b"9" * 5000 + b"}", "it holds a number that is too large"),
     "a number of some digits": (b'{"seed": ' + b"9" * 400 + b"}", "it holds a number that is too large"),
     "deep lists": (b'{"metadata": ' + b"[" * 500 + b"]" * 500 + b"}", "it is nested deeper than 64"),
-    "lists without end": (b"[" * 1_000_000, "it is nested deeper than 64"),
+    "lists without end": (b"[" * 100_000, "it is nested deeper than 64"),
+    "more lists than are read": (
+        b"[" * 1_000_000,
+        "it has 1000000 objects, lists and texts, and at most 131072",
+    ),
     "deep objects": (b'{"a":' * 66 + b"1" + b"}" * 66, "it is nested deeper than 64"),
 }
 
@@ -508,3 +516,73 @@ def test_what_the_gate_refuses_has_the_shape_of_the_dialect(
         assert error["error"].keys() == {"type", "message"}
     else:
         assert error["error"].keys() == {"message", "type", "param", "code"}
+
+
+# Lists and objects
+
+
+def unbounded(schema: Any, seen: set[int], where: str) -> Iterator[str]:
+    """Lists without a bound, or that are read beyond their first wrong item, and objects without a bound."""
+    if isinstance(schema, list | tuple):
+        for at, inner in enumerate(schema):
+            yield from unbounded(inner, seen, f"{where}.{at}")
+    if not isinstance(schema, dict) or id(schema) in seen:
+        return
+    seen.add(id(schema))
+    kind = schema.get("type")
+    if kind in ("list", "set", "frozenset") and not ("max_length" in schema and schema.get("fail_fast")):
+        yield where
+    if kind in ("dict", "generator", "tuple") and "max_length" not in schema:
+        yield where
+    for key, inner in schema.items():
+        if key != "metadata":
+            yield from unbounded(inner, seen, f"{where}.{key}")
+
+
+def test_no_list_and_no_object_of_a_request_is_without_a_bound_or_read_beyond_its_first_wrong_item() -> None:
+    models = [route.body for route in ROUTES if route.body is not None]
+    assert len(models) == 9
+    seen: set[int] = set()
+    for model in models:
+        assert list(unbounded(model.__pydantic_core_schema__, seen, model.__name__)) == []
+    assert len(seen) > 500
+
+
+def test_a_list_without_a_bound_is_found() -> None:
+    class Forgotten(BaseModel):
+        items: list[int]
+        entries: dict[str, int]
+        slow: Annotated[list[int], Field(max_length=3)]
+
+    found = list(unbounded(Forgotten.__pydantic_core_schema__, set(), "F"))
+    assert [name for name in ("items", "entries", "slow") for where in found if f".{name}." in where] == [
+        "items", "entries", "slow",
+    ]  # fmt: skip
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "items": {"messages": [{"role": "user", "content": [{}] * 4000}]},
+    "more items than may be": {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 5000}]
+    },
+    "unknown fields": {"messages": SAY, **{f"a{at}": 1 for at in range(20_000)}},
+    "unknown fields of a turn": {"messages": [SAY[0] | {f"a{at}": 1 for at in range(20_000)}]},
+    "unknown fields of a part": {
+        "messages": [{"role": "user", "content": [{"type": "text"} | {f"a{at}": 1 for at in range(20_000)}]}]
+    },
+    "biases": {"messages": SAY, "logit_bias": {str(at): "x" for at in range(20_000)}},
+    "settings": {"messages": SAY, "chat_template_kwargs": {f"a{at}": [] for at in range(20_000)}},
+    "identifiers": {"tokens": ["a"] * 20_000},
+    "prompts": {"prompt": [["a"] * 1000] * 20},
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_however_much_is_wrong_few_errors_are_made_of_it(what: str) -> None:
+    model: type[BaseModel] = ChatBody
+    if "messages" not in WRONG[what]:
+        model = CompletionBody if "prompt" in WRONG[what] else DetokenizeBody
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(WRONG[what])
+    assert caught.value.error_count() <= 2 * MAX_FIELDS
+    assert str(refusal(caught.value.errors(), WRONG[what], model))

@@ -16,6 +16,7 @@ from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.serve.app import ROUTES, make_app
 from argosy.serve.core import Service
+from argosy.serve.held import Pool
 from argosy.serve.run import require_keys
 from tests.serve.conftest import start
 
@@ -178,22 +179,31 @@ def test_a_client_that_does_not_finish_its_head_or_its_body_is_cut_off(
     assert raw(url, head + b"Content-Length: 50\r\n\r\n{").startswith(b"HTTP/1.1 408")
 
 
-def test_bodies_of_all_requests_together_are_bounded_and_room_comes_back(
-    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("argosy.serve.gate.MAX_HELD_BYTES", 2000)
+def test_bodies_of_all_requests_together_are_bounded_and_room_comes_back(service: Service) -> None:
+    gate = make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)
+    gate.bodies = Pool(12_000)
     size = {"content": "a" * 900}
-    for _ in range(5):  # one after the other
-        assert client.post("/tokenize", json=size).status_code == 200
-    refused = client.post("/tokenize", json={"content": "a" * 2000})
-    assert (refused.status_code, refused.headers["connection"]) == (503, "close")
-    assert int(refused.headers["retry-after"]) > 0
-    slow = {"prompt": "b" * 150, "max_tokens": 90, "stream": True, "logit_bias": {"2": -100, "0": -100}}
-    with client.stream(
-        "POST", "/v1/completions", content=json.dumps(slow).ljust(1500), headers=JSON
-    ) as answer:
-        assert answer.status_code == 200
-        assert client.post("/tokenize", json=size).status_code == 503
-    until = time.monotonic() + 10
-    while client.post("/tokenize", json=size).status_code != 200:
-        assert time.monotonic() < until
+    for url in start(gate):
+        with httpx.Client(base_url=url, timeout=60) as client:
+            for _ in range(5):  # one after the other
+                assert client.post("/tokenize", json=size).status_code == 200
+            refused = client.post("/tokenize", json={"content": "a" * 4000})
+            assert refused.status_code == 413
+            assert "reading the body would take " in refused.json()["error"]["message"]
+            slow = {
+                "prompt": "b" * 150,
+                "max_tokens": 90,
+                "stream": True,
+                "logit_bias": {"2": -100, "0": -100},
+            }
+            with client.stream(
+                "POST", "/v1/completions", content=json.dumps(slow).ljust(2500), headers=JSON
+            ) as answer:
+                assert answer.status_code == 200
+                refused = client.post("/tokenize", json=size)
+                assert (refused.status_code, refused.headers["connection"]) == (503, "close")
+                assert int(refused.headers["retry-after"]) > 0
+            until = time.monotonic() + 10
+            while client.post("/tokenize", json=size).status_code != 200:
+                assert time.monotonic() < until
+            assert gate.bodies.num_bytes == 0

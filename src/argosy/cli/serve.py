@@ -73,6 +73,7 @@ def serve(
     """
     # Before the engine: the memory plan counts what the process holds when it is made.
     from argosy.cli.settings import Settings
+    from argosy.engine.memory_plan import REQUEST_BYTES
     from argosy.guard.keys import KeyFile
     from argosy.serve.run import bind, make_room_for_files, require_keys
     from argosy.serve.run import serve as run
@@ -83,7 +84,7 @@ def serve(
     settings = Settings.read(**{name: options.get(name) for name in Settings.__dataclass_fields__})
     more = {
         "grammars": True, "max_sequences": max_sequences, "max_waiting": max_waiting, "kv_dir": kv_dir,
-        "replay_bytes": _REPLAY_BYTES,
+        "replay_bytes": _REPLAY_BYTES, "request_bytes": REQUEST_BYTES,
     }  # fmt: skip
     make_room_for_files(max_connections)
     with bind(host, port) as sockets, open_engine(model, settings, **more) as engine:

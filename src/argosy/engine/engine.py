@@ -115,6 +115,7 @@ class Engine:
         kv_dir: where they outlive the process, for others to find; a path, or a `KvDir` with its bounds.
         grammars: answers can be made to follow a `Grammar`; takes memory for the vocabulary.
         replay_bytes: room that the memory plan leaves for a `ReplayMemory` beside this engine.
+        request_bytes: room that it leaves for what a server makes of requests before this engine has them.
         progress: hears what start-up is doing.
         observe_routes: hears (layer, expert_ids [tokens, k]) of every step. Routing can reveal text: keep it private.
 
@@ -143,6 +144,7 @@ class Engine:
         kv_dir: str | Path | KvDir | None = None,
         grammars: bool = False,
         replay_bytes: int = 0,
+        request_bytes: int = 0,
         progress: Progress | None = None,
         observe_routes: RouteObserver | None = None,
     ) -> None:
@@ -178,6 +180,7 @@ class Engine:
             kv_dir=kv_dir if kv_dir is None or isinstance(kv_dir, KvDir) else KvDir(path=Path(kv_dir)),
             grammars=grammars,
             replay_bytes=replay_bytes,
+            request_bytes=request_bytes,
         )
         if expert_slots is not None and not files.config.experts_per_token <= expert_slots:
             raise UsageError(
@@ -200,7 +203,12 @@ class Engine:
             if worker is None and self.tokenizer is not None and self.tokenizer.chat_template is not None:
                 worker = _start_worker()  # a GGUF tells only now
                 undo.callback(worker.stop)
-            self._prompts = PromptBuilder(self.tokenizer, vocab_size=files.config.vocab_size, worker=worker)
+            self._prompts = PromptBuilder(
+                self.tokenizer,
+                vocab_size=files.config.vocab_size,
+                worker=worker,
+                context_tokens=self.plan.context_tokens,
+            )
             self._start(files, open_file, progress, observe_routes)
             undo.pop_all()
         self._is_open = True

@@ -1,13 +1,14 @@
 """Divide a memory budget before anything is loaded.
 
-    budget = process + dense weights + KV cache + recurrent state + replay + working buffers + staging
-             + expert records + page tables + expert cache
+    budget = process + dense weights + KV cache + recurrent state + replay + requests + working buffers
+             + staging + expert records + page tables + expert cache
 
 Dense weights have the first claim, then the KV cache, the recurrent state and its snapshots, the answers that a server
-keeps for the next turn, then working buffers and what readers transcode from; experts get the rest, in equal slots, or
-one behind the other when all of them fit. The budget is the whole process, interpreter included, so the plan starts
-from what the process holds now. The kernel charges page tables to the process's cgroup, so they are planned, too. A
-budget below the floor (one token's experts of one layer in memory) is refused with the numbers.
+keeps for the next turn and the room that it needs for requests, then working buffers and what readers transcode from;
+experts get the rest, in equal slots, or one behind the other when all of them fit. The budget is the whole process,
+interpreter included, so the plan starts from what the process holds now. The kernel charges page tables to the
+process's cgroup, so they are planned, too. A budget below the floor (one token's experts of one layer in memory) is
+refused with the numbers.
 
 `MemoryPlan.parts` is the one list of what a budget is spent on: totals, tables and JSON all come from it.
 """
@@ -41,6 +42,9 @@ KV_BLOCK_TOKENS = 16
 PROCESS_GROWTH_BYTES = 24 * MIB  # allocator slack, thread stacks
 PROCESS_VARIES_BYTES = 2 * MIB  # what one start of the process holds and the next one does not
 TEMPLATE_WORKER_BYTES = 24 * MIB  # the process that renders chat templates, while it lives: 22 MiB measured
+BODY_BYTES = 48 * MIB  # bodies of requests, and the values that they are read as (`serve/held.py`)
+TEXT_BYTES = 48 * MIB  # one long conversation that is rendered, and then encoded piece by piece
+REQUEST_BYTES = BODY_BYTES + TEXT_BYTES
 TOKENIZER_ROOM_BYTES = 256 * MIB  # to spare where experts are read before the tokenizer is built and measured
 _TOKENIZER_BYTES_PER_BYTE = 32  # of tokenizer.json, while it is read: 20 to 26 measured
 _OTHER_THREADS = 8  # beside those that compute and read: of the interpreter, the engine and the server
@@ -73,6 +77,7 @@ class MemoryPlan:
     snapshot_bytes: int = 0  # of recurrent states that beginnings are gone on from
     num_snapshots: int = 0
     replay_bytes: int = 0  # of answers whose tokens are kept until their conversation comes back
+    request_bytes: int = 0  # of bodies, and of what is made of them before the engine
     working_bytes: int
     staging_bytes: int  # what readers transcode from
     bookkeeping_bytes: int  # where each expert lies, and when it was used
@@ -111,6 +116,7 @@ class MemoryPlan:
             Part("recurrent_state_bytes", "recurrent state", self.state_bytes, states),
             Part("snapshot_bytes", "state snapshots", self.snapshot_bytes, snapshots),
             Part("replay_bytes", "replay", self.replay_bytes, "answers, until their conversations come back"),
+            Part("request_bytes", "requests", self.request_bytes, "bodies and long texts"),
             Part(
                 "working_bytes", "working buffers", self.working_bytes, f"{self.chunk_tokens} tokens a step"
             ),
@@ -237,6 +243,7 @@ def plan_memory(
             snapshot_bytes=state_bytes(model, num_snapshots),
             num_snapshots=num_snapshots,
             replay_bytes=config.replay_bytes,
+            request_bytes=config.request_bytes,
             working_bytes=working,
             staging_bytes=staging,
             bookkeeping_bytes=0,

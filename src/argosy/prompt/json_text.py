@@ -3,6 +3,7 @@
     text  ->  read_json   ->  plain values, or a ValueError that says why not
     value ->  plain_json  ->  the same as plain values, or a UsageError that names the place
     value ->  write_json  ->  text
+    bytes ->  count_values  ->  how much there is of it, before any value is made
 
 JSON has corners where two readers disagree: a key given twice, `NaN`, half a character, nesting without end. None of
 them gets in here, so what was read once can be handed on to a template, a client or a grammar as it is.
@@ -14,20 +15,64 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from argosy.errors import UsageError
 
 _MOST_DEPTH = 64
 _TOO_DEEP = f"is nested deeper than {_MOST_DEPTH}"
 _LARGEST = 1 << 1024  # what a float can reach
+MAX_PARTS = (
+    1 << 17
+)  # objects, lists, keys and texts of one body: 4096 messages with their parts have a third of that
+MAX_ITEMS = (
+    1 << 20
+) + MAX_PARTS  # of lists and objects: a prompt of token ids is as long as the longest context
+
+
+class Counts(NamedTuple):
+    """Values of a JSON text: objects, lists, keys and texts; items of objects and lists, beyond the first of each."""
+
+    num_parts: int
+    num_items: int
+
+
+def count_values(data: bytes) -> Counts:
+    """How many values a JSON text has, in a few passes that make none of them.
+
+    A reader that goes through it from the start has met no more than that, wherever the text stops being JSON.
+
+    Raises:
+        ValueError: there are more than MAX_PARTS or MAX_ITEMS.
+    """
+    if b"\\" in data:
+        data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    num_texts = data.count(b'"') // 2
+    _require_few("objects, lists and texts", num_texts, MAX_PARTS)  # before there is a piece for each of them
+    outside = b"".join(data.split(b'"')[::2])
+    counts = Counts(num_texts + outside.count(b"[") + outside.count(b"{"), outside.count(b","))
+    _require_few("objects, lists and texts", counts.num_parts, MAX_PARTS)
+    _require_few("values", counts.num_items, MAX_ITEMS)
+    return counts
+
+
+def _require_few(what: str, number: int, most: int) -> None:
+    if number > most:
+        raise ValueError(f"it has {number} {what}, and at most {most} are read")
 
 
 def read_json(text: str) -> object:
     """The value that `text` spells.
 
     Raises:
-        ValueError: it is not JSON, gives a key twice, or holds what `plain_json` refuses.
+        ValueError: it is not JSON, gives a key twice, holds what `plain_json` refuses, or has too many values.
     """
+    count_values(text.encode(errors="replace"))
+    return parse_json(text)
+
+
+def parse_json(text: str) -> object:
+    """The same for a text whose values were counted. Errors as `read_json`."""
     try:
         value: object = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
         _require_exact(value, "it")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from argosy.errors import UsageError
-from argosy.prompt.json_text import plain_json, plain_text, read_object, write_json
+from argosy.prompt.json_text import MAX_PARTS, count_values, plain_json, plain_text, read_object, write_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -86,7 +86,11 @@ def check_messages(messages: Sequence[Message], *, add_generation_prompt: bool =
         raise UsageError("a conversation needs at least one message")
     turns = []
     called: set[str] = set()
+    num_left = MAX_PARTS  # of all arguments: texts that are read as JSON once more
     for at, message in enumerate(messages):
+        num_left -= _num_values(message)
+        if num_left < 0:
+            raise UsageError(f"message {at}: arguments of calls have more than {MAX_PARTS} values so far")
         turn = _turn(_without_copies(message), f"message {at}")
         called |= {call.id for call in turn.calls}
         if turn.answers is not None and turn.answers not in called:
@@ -112,6 +116,20 @@ def _to_be_continued(last: Turn) -> list[Turn]:
     if last.reasoning:
         raise UsageError("the last message has thoughts alone, and only text can be continued")
     return []
+
+
+def _num_values(message: Message) -> int:
+    """How many values the texts of a message's arguments would be read as; more than may be if one has too many."""
+    calls = message.get("tool_calls")
+    calls = calls if isinstance(calls, list | tuple) else ()
+    functions = [call.get("function") for call in calls if isinstance(call, Mapping)]
+    texts = [function.get("arguments") for function in functions if isinstance(function, Mapping)]
+    try:
+        return sum(
+            sum(count_values(text.encode(errors="replace"))) for text in texts if isinstance(text, str)
+        )
+    except ValueError:
+        return MAX_PARTS + 1
 
 
 def _without_copies(message: Message) -> Message:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Self, SupportsIndex
 
 from argosy.config import Grammar
-from argosy.errors import UsageError
+from argosy.errors import PromptTooLong, UsageError
 
 if TYPE_CHECKING:
     from argosy.prompt.chat import ChatTemplate, Variables, Worker
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 
 ToolCalling = Literal["native", "generic", "none"]
+
+_MAX_COUNTED = 1 << 17
+_MAX_RENDERED = 1 << 21  # characters: a template takes up to 40 bytes of memory for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,7 @@ class PromptBuilder:
         worker: Worker | None = None,
         format_name: str | None = None,
         memory: ReplayMemory | None = None,
+        context_tokens: int | None = None,
     ) -> None:
         """Make one.
 
@@ -90,6 +95,7 @@ class PromptBuilder:
             worker: the process that renders chat templates, if it was started before.
             format_name: how the model writes thoughts and calls; found out if it is None.
             memory: answers to be given again token by token; none are without it.
+            context_tokens: a prompt and one token of its answer have to fit; None: there is no bound.
 
         Raises:
             UsageError: there is no format of that name.
@@ -97,6 +103,7 @@ class PromptBuilder:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._memory = memory
+        self._max_tokens = None if context_tokens is None else context_tokens - 1
         self._template: ChatTemplate | None = None
         if tokenizer is not None and tokenizer.chat_template is not None:
             from argosy.prompt.chat import ChatTemplate
@@ -127,6 +134,7 @@ class PromptBuilder:
         variables: Variables | None = None,
         tenant: str | None = None,
         add_generation_prompt: bool = True,
+        is_counted: bool = False,
     ) -> Prompt:
         """Token ids of `request`.
 
@@ -138,23 +146,43 @@ class PromptBuilder:
             variables: of the chat template (`enable_thinking`), those that it reads itself.
             tenant: whose conversation it is; answers that were remembered for it keep their tokens.
             add_generation_prompt: open the assistant's turn, for it to be answered.
+            is_counted: its tokens are counted and no more, so it may have more of them than the context holds.
 
         Raises:
+            PromptTooLong: it has more tokens than the context holds.
             UsageError: empty, not one of these, an id outside the vocabulary, text for a model without a
                 tokenizer, messages for a model without a template, tools for a model that cannot be told of them, or
                 a conversation the template refuses.
         """
+        if is_counted:
+            with self._counting():
+                return self._build(
+                    request, tools, variables, tenant, add_generation_prompt, self._max_counted
+                )
+        return self._build(request, tools, variables, tenant, add_generation_prompt, self._max_tokens)
+
+    def _build(
+        self,
+        request: str | Sequence[int] | Sequence[Message] | Prompt,
+        tools: Sequence[Tool | Mapping[str, object]],
+        variables: Variables | None,
+        tenant: str | None,
+        add_generation_prompt: bool,
+        max_tokens: int | None,
+    ) -> Prompt:
         if isinstance(request, str):
             if self._template is None:
-                return self._checked(self._raw(request))
+                return self._checked(self._raw(request, max_tokens))
             request = [{"role": "user", "content": request}]
         if isinstance(request, Prompt):
             self._refuse_chat_options(tools, variables)
-            return self._checked(request if request.token_ids is not None else self._raw(request.text))
+            return self._checked(
+                request if request.token_ids is not None else self._raw(request.text, max_tokens)
+            )
         items: list[object] = list(request)
         messages = [item for item in items if isinstance(item, Mapping)]
         if items and len(messages) == len(items):
-            prompt = self._conversation(messages, tools, variables, tenant, add_generation_prompt)
+            prompt = self._conversation(messages, tools, variables, tenant, add_generation_prompt, max_tokens)
             return self._checked(prompt)
         ids = [
             item.__index__()
@@ -179,8 +207,23 @@ class PromptBuilder:
         variables: Variables | None = None,
         tenant: str | None = None,
     ) -> int:
-        """How many tokens the prompt of a conversation has. Errors as `build`."""
-        return len(self.build(messages, tools=tools, variables=variables, tenant=tenant).token_ids or ())
+        """How many tokens the prompt of a conversation has. Errors as `build`, or more than are counted."""
+        prompt = self.build(messages, tools=tools, variables=variables, tenant=tenant, is_counted=True)
+        return len(prompt.token_ids or ())
+
+    @property
+    def _max_counted(self) -> int | None:
+        """The most tokens that are counted of a text: more than fit the context, to tell by how much it is too long."""
+        return None if self._max_tokens is None else max(self._max_tokens, _MAX_COUNTED)
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        try:
+            yield
+        except PromptTooLong:
+            raise UsageError(
+                f"the text has more than {self._max_counted} tokens, and no more are counted"
+            ) from None
 
     def apply_template(
         self,
@@ -192,13 +235,22 @@ class PromptBuilder:
     ) -> str:
         """A conversation as the chat template writes it, control tokens spelled out. Errors as `build`."""
         return self.build(
-            messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt
-        ).text
+            messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt, is_counted=True
+        ).text  # fmt: skip
 
     def tokenize(self, text: str, *, add_prefix: bool = False) -> list[int]:
-        """Ids of a caller's text, no control token among them; `add_prefix`: BOS first, where the model wants it."""
+        """Ids of a caller's text, no control token among them; `add_prefix`: BOS first, where the model wants it.
+
+        Raises:
+            UsageError: a model without a tokenizer, or they are more than are counted.
+        """
+        with self._counting():
+            return self._encode(text, add_prefix, self._max_counted)
+
+    def _encode(self, text: str, add_prefix: bool, max_tokens: int | None) -> list[int]:
         tokenizer = self._needed("text")
-        return [*(tokenizer.prefix_ids if add_prefix else ()), *tokenizer.encode(text)]
+        prefix = tokenizer.prefix_ids if add_prefix else ()
+        return [*prefix, *tokenizer.encode(text, max_tokens=max_tokens)]
 
     def detokenize(self, token_ids: Sequence[int], *, keep_special: bool = True) -> str:
         """Text of `token_ids`; special tokens are spelled out, or left out.
@@ -328,8 +380,8 @@ class PromptBuilder:
 
         return Replay(self._memory, self._needed("messages"), self._format_for)
 
-    def _raw(self, text: str) -> Prompt:
-        return Prompt(tuple(self.tokenize(text, add_prefix=True)), text)
+    def _raw(self, text: str, max_tokens: int | None) -> Prompt:
+        return Prompt(tuple(self._encode(text, True, max_tokens)), text)
 
     def _conversation(
         self,
@@ -338,6 +390,7 @@ class PromptBuilder:
         variables: Variables | None,
         tenant: str | None,
         add_generation_prompt: bool,
+        max_tokens: int | None,
     ) -> Prompt:
         from argosy.prompt.messages import check_messages
         from argosy.prompt.tokenizer import text_of
@@ -350,19 +403,20 @@ class PromptBuilder:
                 hint="give it text to continue: Prompt.raw(text), or `argosy run --raw`",
             )
         turns = check_messages(messages, add_generation_prompt=add_generation_prompt)
+        _require_renderable(turns)
         checked = check_tools(tools)
         replay = self._replay if tenant is not None else None
         is_continued = add_generation_prompt and turns[-1].role == "assistant"
         if replay is None or tenant is None:
             segments = self._segments(turns, checked, {}, variables, add_generation_prompt)
-            ids = tokenizer.encode_segments(segments)
+            ids = tokenizer.encode_segments(segments, max_tokens=max_tokens)
             return Prompt(tuple(ids), text_of(segments), is_continued, is_conversation=not is_continued)
 
         from argosy.prompt.replay import trace_of
 
         said, remembered, own_ids = replay.recall(tenant, turns)
         segments = self._segments(said, checked, own_ids, variables, add_generation_prompt)
-        ids = replay.encode(segments, remembered, checked, is_continued=is_continued)
+        ids = replay.encode(segments, remembered, checked, is_continued=is_continued, max_tokens=max_tokens)
         trace = trace_of(turns, segments, ids, is_continued=is_continued)
         return Prompt(tuple(ids), text_of(segments), is_continued, trace, is_conversation=not is_continued)
 
@@ -448,3 +502,14 @@ def _up_to_end_of(content: str, segments: Sequence[Segment]) -> list[Segment]:
             hint="end the conversation with a message of the user",
         )
     return [*segments[:at], (True, printed + content[len(content.rstrip()) :])]
+
+
+def _require_renderable(turns: Sequence[Turn]) -> None:
+    num_characters = sum(
+        len(turn.content) + len(turn.reasoning) + sum(len(call.text) for call in turn.calls) for turn in turns
+    )
+    if num_characters > _MAX_RENDERED:
+        raise UsageError(
+            f"the conversation has {num_characters} characters, and at most {_MAX_RENDERED} are rendered",
+            hint="shorten the conversation",
+        )

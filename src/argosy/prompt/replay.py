@@ -212,10 +212,14 @@ class Replay:
         tools: Sequence[Tool],
         *,
         is_continued: bool = False,
+        max_tokens: int | None = None,
     ) -> list[int]:
         """Ids of a rendered conversation, with the tokens of what is remembered where it lines up.
 
         `is_continued`: it ends inside an assistant's turn.
+
+        Raises:
+            PromptTooLong: they are more than `max_tokens`.
         """
         tokenizer = self._tokenizer
         whole = text_of(segments)
@@ -226,7 +230,7 @@ class Replay:
             before = cut(segments, 0, begin)
             if not at <= begin < len(whole) or text_digest(before) != turn.trace.text:
                 continue  # seen without encoding anything
-            head = ids + tokenizer.encode_segments(cut(segments, at, begin))
+            head = ids + tokenizer.encode_segments(cut(segments, at, begin), max_tokens=max_tokens)
             if ids_digest(head) != turn.trace.ids:
                 break  # an answer before it is forgotten, which those behind it miss, too
             rest = cut(segments, begin, len(whole))
@@ -236,12 +240,12 @@ class Replay:
                 end = len(whole) - begin
             if end is None:
                 continue
-            rendered = tokenizer.encode_segments(cut(rest, 0, end))
+            rendered = tokenizer.encode_segments(cut(rest, 0, end), max_tokens=max_tokens)
             prompt = Prompt(tuple(head), whole[:begin], is_continued=bool(turn.trace.continued))
             if not _is_same(self._read(rendered, prompt, tools), turn.answer):
                 continue
             ids, at = head + turn.token_ids.tolist(), begin + end
-        return ids + tokenizer.encode_segments(cut(segments, at, len(whole)))
+        return ids + tokenizer.encode_segments(cut(segments, at, len(whole)), max_tokens=max_tokens)
 
     def _read(self, token_ids: Sequence[int], prompt: Prompt, tools: Sequence[Tool]) -> Answer:
         return read_answer(token_ids, self._format_for(tools), self._tokenizer, tools, prompt)

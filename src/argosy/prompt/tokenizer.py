@@ -8,7 +8,10 @@ A control token is an added token (`<|im_end|>`, `<think>`, special or not), BOS
 is encoded with ordinary tokens that spell the same. Text that spells none gets the ids that `tokenizers` gives for the
 whole, boundaries of segments included, so it reads as the model was trained to read it.
 
-Elsewhere: segments come from `chat.py`; stop strings are `stop.py`.
+`tokenizers` takes hundreds of bytes of memory for a byte of text. So a long text is encoded piece by piece, one such
+text at a time, and no further than `max_tokens`.
+
+Elsewhere: segments come from `chat.py`; where a text may be cut is `text_pieces.py`; stop strings are `stop.py`.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ import codecs
 import functools
 import json
 import re
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +31,8 @@ import tokenizers
 
 from argosy.checkpoint.byte_level import spelling_of_bytes
 from argosy.checkpoint.gguf import GGUF_METADATA_FILE, GgufFile, find_gguf, read_gguf
-from argosy.errors import CheckpointError, UsageError
+from argosy.errors import CheckpointError, PromptTooLong, UsageError
+from argosy.prompt.text_pieces import PIECE_CHARACTERS, Cutter, LongestToken
 
 TOKENIZER_FILE = "tokenizer.json"
 TIKTOKEN_FILE = "tiktoken.model"
@@ -35,6 +40,8 @@ TIKTOKEN_FILE = "tiktoken.model"
 _MAX_FILE_BYTES = 256 << 20
 _MAX_TEMPLATE_CHARACTERS = 1 << 20
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+_one_large_text = threading.Lock()
 
 Segment = tuple[bool, str]
 """(is the caller's, text): of a rendered conversation, who wrote what."""
@@ -178,30 +185,77 @@ class Tokenizer:
         added = next((at for at in range(len(full)) if full[at : at + len(bare)] == bare), 0)
         return tuple(full[:added])
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, max_tokens: int | None = None) -> list[int]:
         """Ids of a caller's text; no control token is among them, whatever the text spells.
 
         Raises:
-            UsageError: a lone surrogate, or a character that this tokenizer can only write as a control token.
+            PromptTooLong: they are more than `max_tokens`.
+            UsageError: a lone surrogate, a character that this tokenizer can only write as a control token, or a run
+                without a place to cut that is longer than any word.
         """
-        return self.encode_segments([(True, text)])
+        return self.encode_segments([(True, text)], max_tokens=max_tokens)
 
-    def encode_segments(self, segments: Sequence[Segment]) -> list[int]:
+    def encode_segments(self, segments: Sequence[Segment], *, max_tokens: int | None = None) -> list[int]:
         """Ids of a rendered conversation, as one text; only the template's own text makes control tokens.
 
         A control token counts if the template's text between two of the caller's texts, taken alone, has it at that
         place. So a caller can neither add one (not even by completing what the template began) nor undo one.
+        Errors as `encode`.
         """
         whole = text_of(segments)
+        if len(whole) <= PIECE_CHARACTERS:
+            return self._encode_segments(segments, whole, max_tokens)
+        self._require_possible(whole, max_tokens)
+        with _one_large_text:
+            return self._encode_segments(segments, whole, max_tokens)
+
+    def _require_possible(self, text: str, max_tokens: int | None) -> None:
+        """Refuse a text that must have more tokens than it may, before any is made."""
+        longest = self._longest_token
+        if max_tokens is None or longest is None or not longest.holds_for(text):
+            return
+        try:
+            num_bytes = len(text.encode())
+        except UnicodeEncodeError:
+            raise _half_a_character() from None
+        at_least = -(-num_bytes // longest.num_bytes)
+        if at_least > max_tokens:
+            raise too_long(at_least, max_tokens, is_all=False)
+
+    @functools.cached_property
+    def _longest_token(self) -> LongestToken | None:
+        return LongestToken.of(self._core)
+
+    @functools.cached_property
+    def _cutter(self) -> Cutter:
+        return Cutter(self._core)
+
+    def _encode_segments(self, segments: Sequence[Segment], whole: str, max_tokens: int | None) -> list[int]:
         wanted = self.template_controls(segments)
-        ids, found = self._encode_all(whole)
-        if self._cores(found, whole) == self._cores(wanted, whole):
+        ids: list[int] = []
+        found: list[Control] = []
+        end = 0
+        for start, piece in self._cutter.pieces(whole, self._bare_ids):
+            more, controls = self._encode_all(piece)
+            ids += more
+            found += (Control(token_id, start + a, start + b) for token_id, a, b in controls)
+            end = start + len(piece)
+            if max_tokens is not None and len(ids) > max_tokens:
+                break
+        if self._cores(found, whole) == self._cores((c for c in wanted if c.start < end), whole):
+            _require_at_most(max_tokens, ids, is_all=end == len(whole))
             return ids
         ids, at = [], 0
         for token_id, start, stop in wanted:
-            ids += [*self._encode_plain(whole[at:start], is_start=at == 0), token_id]
+            for more in self._encode_plain(whole[at:start], is_start=at == 0):
+                ids += more
+                _require_at_most(max_tokens, ids, is_all=False)
+            ids.append(token_id)
             at = stop
-        return ids + self._encode_plain(whole[at:], is_start=at == 0)
+        for more in self._encode_plain(whole[at:], is_start=at == 0):
+            ids += more
+            _require_at_most(max_tokens, ids, is_all=False)
+        return ids
 
     def template_controls(self, segments: Sequence[Segment]) -> list[Control]:
         """The control tokens that the template wrote, and where they stand in the whole text."""
@@ -217,10 +271,7 @@ class Tokenizer:
 
     def _encode_all(self, text: str) -> tuple[list[int], list[Control]]:
         """Ids with control tokens allowed everywhere, and where those are."""
-        try:
-            encoding = self._core.encode(text, add_special_tokens=False)
-        except TypeError:  # what it says of a string that is no Unicode text
-            raise UsageError("the text holds half a character (a lone surrogate)") from None
+        encoding = self._encoding(text)
         ids: list[int] = encoding.ids
         if self.control_ids.isdisjoint(ids):
             return ids, []
@@ -232,6 +283,16 @@ class Tokenizer:
             for c in controls
             if c[0] != self.unk_id or self._content.get(c[0], "") in text[c.start : c.stop]
         ]
+
+    def _encoding(self, text: str) -> tokenizers.Encoding:
+        try:
+            return self._core.encode(text, add_special_tokens=False)
+        except TypeError:  # what it says of a string that is no Unicode text
+            raise _half_a_character() from None
+
+    def _bare_ids(self, text: str) -> list[int]:
+        ids: list[int] = self._encoding(text).ids
+        return ids
 
     def _find_template_controls(self, text: str) -> tuple[Control, ...]:
         return tuple(self._encode_all(text)[1])
@@ -246,8 +307,13 @@ class Tokenizer:
             cores.append(Control(token_id, first, first + len(span.strip())))
         return cores
 
-    def _encode_plain(self, text: str, *, is_start: bool) -> list[int]:
-        """Ids of a text in which nothing is a marker: the steps of `tokenizers` without its added tokens."""
+    def _encode_plain(self, text: str, *, is_start: bool) -> Iterator[list[int]]:
+        """Ids of a text in which nothing is a marker, piece by piece."""
+        for start, piece in self._cutter.pieces(text, self._plain_ids):
+            yield self._plain_ids(piece, is_start=is_start or start > 0)
+
+    def _plain_ids(self, text: str, is_start: bool = True) -> list[int]:
+        """The steps of `tokenizers` without its added tokens."""
         if not text:
             return []
         core = self._core
@@ -495,6 +561,28 @@ def _strips_one_space(step: Mapping[str, Any]) -> bool:
 @functools.cache
 def _byte_table() -> dict[str, int]:
     return {character: byte for byte, character in enumerate(spelling_of_bytes())}
+
+
+def too_long(num_tokens: int, max_tokens: int, *, is_all: bool = True) -> PromptTooLong:
+    """The refusal of a prompt of `num_tokens`, or of at least so many, where `max_tokens` may be."""
+    least = "" if is_all else "at least "
+    return PromptTooLong(
+        f"the prompt has {least}{num_tokens} tokens, and the context holds {max_tokens + 1}"
+        " with at least one for the answer",
+        hint="raise --context (more memory), or shorten the prompt",
+        needed=num_tokens + 1,
+        available=max_tokens + 1,
+        is_at_least=not is_all,
+    )
+
+
+def _require_at_most(max_tokens: int | None, ids: Sequence[int], *, is_all: bool) -> None:
+    if max_tokens is not None and len(ids) > max_tokens:
+        raise too_long(len(ids), max_tokens, is_all=is_all)
+
+
+def _half_a_character() -> UsageError:
+    return UsageError("the text holds half a character (a lone surrogate)")
 
 
 class _BadField(ValueError):

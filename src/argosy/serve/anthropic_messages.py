@@ -9,7 +9,6 @@ Elsewhere: what an answer is, is `core.py`; how it goes out is `streams.py`.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -35,7 +34,9 @@ from argosy.prompt.formats.events import (
 from argosy.serve.core import Answers, ChatRequest, Ended, Said, Service
 from argosy.serve.fields import (
     Flag,
+    FreeObject,
     Lenient,
+    Many,
     Messages,
     Name,
     NoEffect,
@@ -49,12 +50,13 @@ from argosy.serve.fields import (
     ToolName,
     Tools,
     closed,
+    few,
     ignored_header,
     schema_form,
     strays,
 )  # fmt: skip
 from argosy.serve.gate import Caller
-from argosy.serve.replaced import PARTS, TEXT_ONLY, Replaced, UnreadPart
+from argosy.serve.replaced import TEXT_ONLY, Replaced, UnreadPart
 from argosy.serve.streams import EventStream, error_event, sse, until_gone
 from argosy.serve.tool_use import ToolChoice
 
@@ -92,7 +94,7 @@ class TextSource(Lenient):
 
 class BlocksSource(Lenient):
     type: Literal["content"]
-    content: Text | Annotated[list[Annotated[TextBlock | ImageBlock, Field(discriminator="type")]], PARTS]
+    content: Text | Many[Annotated[TextBlock | ImageBlock, Field(discriminator="type")]]
 
 
 class FileSource(UnreadPart):
@@ -111,7 +113,7 @@ class SearchResultBlock(Lenient):
     type: Literal["search_result"]
     source: Text
     title: Text
-    content: Annotated[list[TextBlock], PARTS]
+    content: Many[TextBlock]
     citations: Citations | None = None
 
 
@@ -131,7 +133,7 @@ class ToolUseBlock(Lenient):
     type: Literal["tool_use"]
     id: Short
     name: Short
-    input: dict[str, Any]
+    input: FreeObject
 
 
 class ServerBlock(UnreadPart):
@@ -152,7 +154,7 @@ ResultContent = Annotated[
 class ToolResultBlock(Lenient):
     type: Literal["tool_result"]
     tool_use_id: Short
-    content: Text | Annotated[list[ResultContent], PARTS] | None = None
+    content: Text | Many[ResultContent] | None = None
 
 
 AskingBlock = Annotated[
@@ -167,17 +169,17 @@ AnsweringBlock = Annotated[
 
 class AskingMessage(Lenient):
     role: Literal["user"]
-    content: Text | Annotated[list[AskingBlock], PARTS]
+    content: Text | Many[AskingBlock]
 
 
 class SystemMessage(Lenient):
     role: Literal["system"]
-    content: Text | Annotated[list[TextBlock], PARTS]
+    content: Text | Many[TextBlock]
 
 
 class AnsweringMessage(Lenient):
     role: Literal["assistant"]
-    content: Text | Annotated[list[AnsweringBlock], PARTS]
+    content: Text | Many[AnsweringBlock]
 
 
 AnyMessage = AskingMessage | AnsweringMessage | SystemMessage
@@ -234,7 +236,7 @@ class Thinking(Lenient):
 
 class OutputFormat(Lenient):
     type: Literal["json_schema"]
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: FreeObject = Field(alias="schema")
 
 
 class OutputConfig(Lenient):
@@ -244,21 +246,21 @@ class OutputConfig(Lenient):
 
 class CountBody(Sampling):
     messages: Annotated[list[Annotated[AnyMessage, Field(discriminator="role")]], Messages]
-    system: Text | Annotated[list[TextBlock], Field(max_length=256)] | None = None
+    system: Text | Annotated[list[TextBlock], few(256)] | None = None
     tools: Annotated[list[AnyTool], Tools] | None = None
     tool_choice: Annotated[FreeChoice | NamedChoice, Field(discriminator="type")] | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # as it was called before `output_config.format`
-    mcp_servers: Annotated[list[Any], Field(max_length=0)] | None = None
-    context_management: NoEffect[dict[str, Any]] = None
-    cache_control: NoEffect[dict[str, Any]] = None
-    compaction: NoEffect[dict[str, Any]] = None
+    mcp_servers: Annotated[list[Any], few(0)] | None = None
+    context_management: NoEffect[FreeObject] = None
+    cache_control: NoEffect[FreeObject] = None
+    compaction: NoEffect[FreeObject] = None
     speed: NoEffect[Name] = None
-    diagnostics: NoEffect[dict[str, Any]] = None
-    billing_policy: NoEffect[dict[str, Any]] = None
-    betas: NoEffect[Annotated[list[Short], Field(max_length=64)]] = None
-    fallbacks: NoEffect[Annotated[list[dict[str, Any]], Field(max_length=64)] | dict[str, Any]] = None
+    diagnostics: NoEffect[FreeObject] = None
+    billing_policy: NoEffect[FreeObject] = None
+    betas: NoEffect[Annotated[list[Short], few(64)]] = None
+    fallbacks: NoEffect[Annotated[list[FreeObject], few(64)] | FreeObject] = None
     fallback_credit_token: NoEffect[Text] = None
     user_profile_id: NoEffect[Name] = None
     workspace_id: NoEffect[Name] = None
@@ -349,10 +351,10 @@ class CountBody(Sampling):
 
 class MessagesBody(CountBody):
     max_tokens: Tokens
-    stop_sequences: Annotated[list[Stop], Field(max_length=16)] | None = None
-    metadata: NoEffect[dict[str, Any]] = None
+    stop_sequences: Annotated[list[Stop], few(16)] | None = None
+    metadata: NoEffect[FreeObject] = None
     service_tier: NoEffect[Name] = None
-    container: NoEffect[Name | dict[str, Any]] = None
+    container: NoEffect[Name | FreeObject] = None
     inference_geo: NoEffect[Name] = None
 
     def params(self) -> SamplingParams:
@@ -585,18 +587,22 @@ async def count_tokens(body: CountBody, request: Request) -> Counted:
     """How many tokens a conversation has."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
-    wanted = body.request(SamplingParams(), keep_billing_line=service.keep_billing_line)
-    prompt = await asyncio.to_thread(service.build, wanted, caller.tenant)
-    return {"input_tokens": len(prompt.token_ids or ())}
+
+    def count() -> int:
+        wanted = body.request(SamplingParams(), keep_billing_line=service.keep_billing_line)
+        return service.count_tokens(wanted, caller.tenant)
+
+    return {"input_tokens": await service.run(caller, count)}
 
 
 async def messages(body: MessagesBody, request: Request) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
-    wanted = await asyncio.to_thread(body.request, body.params(), keep_billing_line=service.keep_billing_line)
+    keep = service.keep_billing_line
+    wanted = await service.run(caller, body.request, body.params(), keep_billing_line=keep)
+    ignored = await service.run(caller, body.ignored)
     answers = await service.open(wanted, caller)
-    ignored = body.ignored()
     if service.ignored_effort(wanted):
         has_effort = body.output_config is not None and body.output_config.effort is not None
         ignored.append("output_config.effort" if has_effort else "thinking")

@@ -13,9 +13,8 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import Annotated, Any, Literal, get_type_hints
 
-from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from pydantic import Field
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -27,11 +26,12 @@ from argosy.guard.keys import Scope as KeyScope
 from argosy.guard.limits import Limits
 from argosy.prompt.prompt import ToolCalling
 from argosy.serve import anthropic_messages, openai_chat, openai_completions, openai_responses
-from argosy.serve.body import StrictRoute, refusal
+from argosy.serve.body import answering
 from argosy.serve.core import Service
-from argosy.serve.fields import Flag, Messages, Strict, Text, TokenId, Tools, closed
+from argosy.serve.fields import MAX_TOKENS, Flag, Messages, Strict, Text, TokenId, Tools, closed, few
 from argosy.serve.gate import (
     AnthropicError,
+    Caller,
     Gate,
     GoneAway,
     OpenAIError,
@@ -72,7 +72,7 @@ class TokenizeBody(Strict):
 
 
 class DetokenizeBody(Strict):
-    tokens: Annotated[list[TokenId], Field(max_length=1 << 20)]
+    tokens: Annotated[list[TokenId], few(MAX_TOKENS)]
     model: str | None = Field(None, max_length=256)
 
 
@@ -211,13 +211,15 @@ async def tokenize(body: TokenizeBody, request: Request) -> Tokenized:
     """Token ids of a text; none of them is a control token."""
     service: Service = request.app.state.service
     has_prefix = body.add_special or body.add_special_tokens
-    tokens = await asyncio.to_thread(service.prompts.tokenize, body.text, add_prefix=has_prefix)
+    caller: Caller = request.state.caller
+    tokens = await service.run(caller, service.prompts.tokenize, body.text, add_prefix=has_prefix)
     return {"tokens": tokens, "count": len(tokens), "max_model_len": service.model.context_tokens}
 
 
 async def detokenize(body: DetokenizeBody, request: Request) -> Detokenized:
     """Text of token ids."""
-    text = await asyncio.to_thread(request.app.state.service.prompts.detokenize, body.tokens)
+    service: Service = request.app.state.service
+    text = await service.run(request.state.caller, service.prompts.detokenize, body.tokens)
     return {"content": text, "prompt": text}
 
 
@@ -235,10 +237,14 @@ async def tokenizer_info(request: Request) -> TokenizerInfo:
 
 async def apply_template(body: TemplateBody, request: Request) -> Rendered:
     """A conversation as the model's chat template writes it."""
-    prompts = request.app.state.service.prompts
-    said = openai_chat.sent(body.messages)
-    tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or ()]
-    return {"prompt": await asyncio.to_thread(prompts.apply_template, said, tools=tools)}
+    service: Service = request.app.state.service
+
+    def apply() -> str:
+        said = openai_chat.sent(body.messages)
+        tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or ()]
+        return service.prompts.apply_template(said, tools=tools)
+
+    return {"prompt": await service.run(request.state.caller, apply)}
 
 
 def _state(request: Request) -> EngineState:
@@ -371,19 +377,14 @@ def make_app(
     limits: Limits | None = None,
 ) -> Gate:
     """The whole server, as an ASGI application."""
-    app = FastAPI(title="Argosy", docs_url=None, redoc_url=None, openapi_url=None)
+    app = Starlette()
     app.state.service, app.state.page = service, _read_page()
     app.state.block_tokens, app.state.max_sequences = block_tokens, max_sequences
     app.state.metrics = Metrics(service.loop.snapshot)
-    app.router.route_class = StrictRoute
     for route in ROUTES:
-        app.add_api_route(
-            route.policy.path,
-            _of_our_model(route.handler),
-            methods=[route.policy.method],
-            response_model=None,
-        )
-    for kind in (ArgosyError, RequestValidationError, HTTPException, GoneAway, Exception):
+        endpoint = answering(_of_our_model(route.handler), route.body)
+        app.add_route(route.policy.path, endpoint, methods=[route.policy.method])
+    for kind in (ArgosyError, HTTPException, GoneAway, Exception):
         app.add_exception_handler(kind, _answer_error)
     return Gate(
         app, [route.policy for route in ROUTES], ring, limits or Limits(), hosts=hosts,
@@ -407,18 +408,8 @@ def _of_our_model(handler: Callable[..., Any]) -> Callable[..., Any]:
 async def _answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, GoneAway):
         return Response(status_code=499)
-    if isinstance(error, RequestValidationError):
-        field = request.scope["route"].body_field
-        error = refusal(error.errors(), error.body, field and field.field_info.annotation)
-    elif isinstance(error, HTTPException):
-        cause = error.__cause__  # what reading the body raised
-        if isinstance(cause, GoneAway):
-            return Response(status_code=499)
-        error = (
-            cause
-            if isinstance(cause, ArgosyError)
-            else Refused(error.status_code, "the request cannot be read")
-        )
+    if isinstance(error, HTTPException):
+        error = Refused(error.status_code, "the request cannot be read")
     status, body = error_body(error, dialect_of(request.scope["path"]), request.state.caller.request_id)
     return JSONResponse(body, status, headers=error_headers(error, status))
 

@@ -2,9 +2,10 @@
 
     dialect  ->  ChatRequest, or a text  ->  Service.open  ->  Answers: Progress, Said, Ended  ->  dialect
 
-Prompts are rendered, requests checked and answers remembered in threads, steps run in the engine's own, so the event
-loop never waits; and no answer keeps it for longer than a turn, however many of its tokens lie ready. Who leaves an
-`Answers` before its end cancels it: the engine frees what it holds before its next step.
+Prompts are rendered and requests checked in threads that all callers share fairly (`work.py`), answers are remembered
+in other threads, and steps run in the engine's own, so the event loop never waits; and no answer keeps it for longer
+than a turn, however many of its tokens lie ready. Who leaves an `Answers` before its end cancels it: the engine frees
+what it holds before its next step.
 
 Elsewhere: routes and errors are `app.py` and `gate.py`; the engine's thread is `engine/loop.py`.
 """
@@ -18,7 +19,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar
 
 from argosy.config import Grammar, SamplingParams
 from argosy.engine.loop import AnswerEnd, AnswerToken, Event, LoopFacts, PromptProgress
@@ -32,6 +33,7 @@ from argosy.serve.gate import Caller, Refused
 from argosy.serve.kept_items import KeptItems
 from argosy.serve.replaced import Replaced
 from argosy.serve.tool_use import ToolChoice, ToolUse
+from argosy.serve.work import WorkQueue
 
 if TYPE_CHECKING:
     from argosy.prompt.formats import Parser
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
 
 # Variables of chat templates that a request may set: what a model is asked to do, never how its prompt is written.
 TEMPLATE_VARIABLES = frozenset({"enable_thinking", "thinking", "reasoning_effort", "clear_thinking"})
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _TURN_S = 0.001  # an answer whose tokens lie ready lets others have a turn after so long
 
@@ -156,6 +161,7 @@ class Service:
         self.is_draining = False
         self.keep_billing_line = keep_billing_line
         self._any_model = any_model
+        self._work = WorkQueue()
 
     def require_model(self, name: str | None) -> None:
         """See that a request means the model that is served; None: it leaves the choice to the server.
@@ -185,24 +191,35 @@ class Service:
         """Whether the model's template has no place for being told whether to think."""
         return request.thinks is not None and not self._switches(request.thinks)
 
+    async def run(self, caller: Caller, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+        """The result of work that a request needs before the engine, in a thread. Errors as `call`.
+
+        Raises:
+            TooMany: too much of this caller's work waits already.
+        """
+        run = self._work.run_large if caller.has_large_body else self._work.run
+        return await run(caller.tenant, call, *args, **named)
+
     async def open(self, request: ChatRequest, caller: Caller) -> Answers:
-        """Render, check and queue a conversation. Errors as `PromptBuilder.build` and `EngineLoop.submit`."""
-        return await asyncio.to_thread(self._open_chat, request, caller, asyncio.get_running_loop())
+        """Render, check and queue a conversation. Errors as `run`, `PromptBuilder.build` and `EngineLoop.submit`."""
+        return await self.run(caller, self._open_chat, request, caller, asyncio.get_running_loop())
 
     async def open_text(
         self, prompt: str | Sequence[int], params: SamplingParams, caller: Caller, num_answers: int = 1
     ) -> Answers:
         """Queue text, or token ids, to be continued."""
 
-        def submit(events: asyncio.AbstractEventLoop) -> Answers:
+        events = asyncio.get_running_loop()
+
+        def submit() -> Answers:
             built = self.prompts.build(Prompt.raw(prompt) if isinstance(prompt, str) else list(prompt))
             return Answers(self, built, params, caller, num_answers, events)
 
-        return await asyncio.to_thread(submit, asyncio.get_running_loop())
+        return await self.run(caller, submit)
 
-    def build(self, request: ChatRequest, tenant: str) -> Prompt:
-        """The prompt of a conversation."""
-        return self._build(request, _tool_use(request), tenant)
+    def count_tokens(self, request: ChatRequest, tenant: str) -> int:
+        """How many tokens the prompt of a conversation has."""
+        return len(self._build(request, _tool_use(request), tenant, is_counted=True).token_ids or ())
 
     def revoke(self, tenant: str) -> None:
         """A tenant is gone for good: its requests end, and nothing of it is kept."""
@@ -210,10 +227,10 @@ class Service:
         self.prompts.forget(tenant)
         self.kept.forget(tenant)
 
-    def _build(self, request: ChatRequest, use: ToolUse, tenant: str) -> Prompt:
+    def _build(self, request: ChatRequest, use: ToolUse, tenant: str, *, is_counted: bool = False) -> Prompt:
         return self.prompts.build(
-            request.messages, tools=use.told, variables=self._variables(request), tenant=tenant
-        )
+            request.messages, tools=use.told, variables=self._variables(request), tenant=tenant, is_counted=is_counted
+        )  # fmt: skip
 
     def _open_chat(self, request: ChatRequest, caller: Caller, events: asyncio.AbstractEventLoop) -> Answers:
         use = _tool_use(request)

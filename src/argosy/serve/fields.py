@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -21,11 +22,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     model_validator,
     with_config,
 )
-from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 from typing_extensions import TypedDict
 
 from argosy.config import Grammar
@@ -72,8 +74,52 @@ Name = Annotated[str, Field(max_length=512)]
 Text = Annotated[str, Field(max_length=4 << 20)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
-Messages = Field(min_length=1, max_length=4096)
-Tools = Field(max_length=512)
+# Every list of a request has a bound, and is read no further than its first wrong item: a report of each would take a
+# thousand times the memory of the body. `tests/serve/test_bounds.py` finds a list or an object without one.
+Item = TypeVar("Item")
+MAX_ITEMS = 4096
+MAX_FIELDS = 256  # of an object whose fields are known: beyond it nobody hears of each one that is not
+Messages = Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
+Tools = Field(max_length=512, fail_fast=True)
+
+
+def _without_bound(schema: dict[str, Any]) -> None:
+    """Fuzzers write a list one longer than each bound of a document; inside each other such lists take gigabytes."""
+    schema.pop("maxItems", None)
+    schema.pop("maxProperties", None)
+
+
+Many = Annotated[list[Item], Field(max_length=MAX_ITEMS, fail_fast=True, json_schema_extra=_without_bound)]
+# A schema, arguments: what a caller has of its own.
+FreeObject = Annotated[dict[str, Any], Field(max_length=MAX_ITEMS, json_schema_extra=_without_bound)]
+
+
+def few(num_items: int, *, at_least: int = 0, **described: Any) -> Any:
+    """The bound of a list that has at most `num_items`."""
+    return Field(min_length=at_least or None, max_length=num_items, fail_fast=True, **described)
+
+
+@dataclass(frozen=True, slots=True)
+class MostEntries:
+    """Refuses an object of more entries before any of them is looked at; the document says so, too."""
+
+    number: int
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        assert schema["type"] == "dict"
+        return core_schema.no_info_before_validator_function(
+            self._check, {**schema, "max_length": self.number}
+        )
+
+    def _check(self, value: object) -> object:
+        if isinstance(value, dict) and len(value) > self.number:
+            raise PydanticKnownError(
+                "too_long",
+                {"field_type": "Dictionary", "max_length": self.number, "actual_length": len(value)},
+            )
+        return value
+
 
 closed = with_config(ConfigDict(extra="forbid"))  # of an answer: nothing but what its type says
 
@@ -86,6 +132,8 @@ class _Part(BaseModel):
     def _leave_out_nulls(cls, given: object) -> object:
         if not isinstance(given, dict):
             return given
+        if len(given) > MAX_FIELDS:
+            raise PydanticCustomError("too_many_fields", f"an object with at most {MAX_FIELDS} fields")
         needed = _needed_names(cls)
         return {name: value for name, value in given.items() if value is not None or name in needed}
 
@@ -143,15 +191,15 @@ def without_effect(given: BaseModel, where: str = "") -> Iterator[str]:
 class Noted(Strict):
     """A message, or a part of one, with notes that clients and proxies make on it."""
 
-    cache_control: NoEffect[dict[str, Any]] = None
-    provider_specific_fields: NoEffect[dict[str, Any]] = None
+    cache_control: NoEffect[FreeObject] = None
+    provider_specific_fields: NoEffect[FreeObject] = None
 
 
 class ObjectSchema(Lenient):
     """A JSON schema of an object."""
 
     type: Literal["object"] = "object"
-    properties: dict[str, Any] | None = None
+    properties: FreeObject | None = None
 
 
 class FreeForm(Strict):
@@ -248,9 +296,9 @@ class Sampling(Strict):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     seed: Seed | MinusOne | None = None
-    logit_bias: dict[str, Bias] | None = Field(None, max_length=1024)
+    logit_bias: Annotated[dict[str, Bias], MostEntries(1024)] | None = None
     min_tokens: NumTokens | None = None
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOP_IDS)
+    stop_token_ids: Annotated[list[TokenId], few(MAX_STOP_IDS)] | None = None
     ignore_eos: Flag | None = None
     skip_special_tokens: Flag | None = None
     stream: Flag | None = None
@@ -298,21 +346,21 @@ class ForOpenAI(Strict):
 
     # The client's own book-keeping, and its account with OpenAI.
     user: NoEffect[Name] = None
-    metadata: NoEffect[dict[str, Any]] = None
-    client_metadata: NoEffect[dict[str, Any]] = None
+    metadata: NoEffect[FreeObject] = None
+    client_metadata: NoEffect[FreeObject] = None
     safety_identifier: NoEffect[Name] = None
     service_tier: NoEffect[Short] = None
     store: NoEffect[Flag] = None
     # What is computed again, and when: known here without being told.
     prompt_cache_key: NoEffect[Name] = None
     prompt_cache_retention: NoEffect[Short] = None
-    prompt_cache_options: NoEffect[dict[str, Any]] = None
+    prompt_cache_options: NoEffect[FreeObject] = None
     cache_prompt: NoEffect[Flag] = None
-    cache_control: NoEffect[dict[str, Any]] = None
-    prediction: NoEffect[dict[str, Any]] = None
+    cache_control: NoEffect[FreeObject] = None
+    prediction: NoEffect[FreeObject] = None
     # What another server would do beside the answer, or in another way.
-    provider_specific_fields: NoEffect[dict[str, Any]] = None
-    web_search_options: NoEffect[dict[str, Any]] = None
+    provider_specific_fields: NoEffect[FreeObject] = None
+    web_search_options: NoEffect[FreeObject] = None
     max_tool_calls: NoEffect[Annotated[int, Field(ge=1, le=1 << 20, strict=True)]] = None
     verbosity: NoEffect[Short] = None
     guided_decoding_backend: NoEffect[Short] = None
@@ -349,7 +397,7 @@ class Thinking(Strict):
 class OpenAISampling(ForOpenAI, Sampling):
     """What Chat Completions and Completions have beside that."""
 
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], few(16)] | None = None
     n: NumAnswers | None = None
     stream_options: StreamOptions | None = None
     timings: Flag | None = None

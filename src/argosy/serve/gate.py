@@ -32,13 +32,12 @@ from argosy.guard.keys import Key, KeyRing
 from argosy.guard.keys import Scope as KeyScope
 from argosy.guard.limits import Limits, TooMany
 from argosy.serve.fields import closed
+from argosy.serve.held import Pool, Share
 from argosy.serve.log import where_it_failed
 
 log = logging.getLogger("argosy.serve")
 
 MAX_BODY_BYTES = 8 << 20
-# Bodies of all requests that are being answered: the memory plan knows nothing of them.
-MAX_HELD_BYTES = 32 << 20
 NO_ROOM = "argosy.no_room"  # in a request's state: it came by a connection beyond the bound
 BODY_STALL_S = 15.0  # between two parts of a body
 BODY_S = 60.0
@@ -88,6 +87,8 @@ class Caller:
     num_prompt_tokens: int = 0
     num_new_tokens: int = 0
     request_id: str = field(default_factory=lambda: "req_" + secrets.token_hex(12))
+    share: Share = field(default_factory=lambda: Pool().share())  # of the memory for bodies
+    has_large_body: bool = False  # what is made of it takes its time
 
     @property
     def tenant(self) -> str:
@@ -214,10 +215,10 @@ def _overflow(error: PromptTooLong, dialect: Dialect) -> str:
     new = error.facts.get("for_answer", 1)
     if not (isinstance(needed, int) and isinstance(available, int) and isinstance(new, int)):
         return str(error)
-    prompt = needed - new
+    prompt, least = needed - new, "at least " if error.facts.get("is_at_least") else ""
     if dialect == "openai":
         said = (
-            f"This model's maximum context length is {available} tokens. However, you requested {needed} tokens"
+            f"This model's maximum context length is {available} tokens. However, you requested {least}{needed} tokens"
             f" ({prompt} in the messages, {new} in the completion)."
             " Please reduce the length of the messages or completion."
         )
@@ -284,7 +285,7 @@ class Gate:
         self._limits = limits
         self._hosts = {"localhost", *(name.lower() for name in hosts)}
         self._observe = observe
-        self._held_bytes = 0
+        self.bodies = Pool()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -294,7 +295,7 @@ class Gate:
             return
         began, count = time.monotonic(), _Count()
         policy: Policy | None = None
-        caller, dialect = Caller(limits=self._limits), dialect_of(scope["path"])
+        caller, dialect = Caller(limits=self._limits, share=self.bodies.share()), dialect_of(scope["path"])
         named = (b"request-id" if dialect == "anthropic" else b"x-request-id", caller.request_id.encode())
 
         body = _Body(receive)
@@ -311,15 +312,6 @@ class Gate:
                     await send({"type": "http.response.body"})
             elif scope["method"] != "HEAD":
                 await send(message)
-
-        held_bytes = 0
-
-        def hold(num_bytes: int) -> None:
-            nonlocal held_bytes
-            if self._held_bytes + num_bytes > MAX_HELD_BYTES:
-                raise Overloaded("the server holds as many bodies of requests as it may", retry_after_s=1)
-            held_bytes += num_bytes
-            self._held_bytes += num_bytes
 
         try:
             if NO_ROOM in scope.get("state", ()):
@@ -349,9 +341,9 @@ class Gate:
                 self._limits.begin(caller.key)
             try:
                 method = "GET" if scope["method"] == "HEAD" else scope["method"]
-                await self._app({**scope, "method": method}, _bounded(body.receive, hold), send_on)
+                await self._app({**scope, "method": method}, _bounded(body.receive, caller.share.hold), send_on)
             finally:
-                self._held_bytes -= held_bytes
+                caller.share.release()
                 if policy.is_counted and caller.key is not None:
                     self._limits.end(caller.key)
         except GoneAway:

@@ -8,7 +8,6 @@ Elsewhere: what an answer is, is `core.py`; how it goes out is `streams.py`.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -29,7 +28,10 @@ from argosy.serve.fields import (
     Effort,
     Flag,
     FreeForm,
+    FreeObject,
+    Many,
     Messages,
+    MostEntries,
     NoEffect,
     Noted,
     NumBest,
@@ -49,12 +51,13 @@ from argosy.serve.fields import (
     Tools,
     Usage,
     closed,
+    few,
     ignored_header,
     schema_form,
 )  # fmt: skip
 from argosy.serve.gate import Caller
 from argosy.serve.logprobs import ScoredToken, Speller
-from argosy.serve.replaced import PARTS, Replaced, UnreadPart
+from argosy.serve.replaced import Replaced, UnreadPart
 from argosy.serve.streams import DONE, EventStream, sse, until_gone
 from argosy.serve.structured_outputs import Formed
 from argosy.serve.tool_use import ToolChoice, ToolMode
@@ -65,7 +68,7 @@ class TextPart(Noted):
     text: Text
 
 
-Content = Text | Annotated[list[TextPart], PARTS]
+Content = Text | Many[TextPart]
 
 
 class MediaPart(UnreadPart):
@@ -73,12 +76,12 @@ class MediaPart(UnreadPart):
 
 
 # Of what a model may not be able to take: see `replaced.py`.
-MixedContent = Text | Annotated[list[Annotated[TextPart | MediaPart, Field(discriminator="type")]], PARTS]
+MixedContent = Text | Many[Annotated[TextPart | MediaPart, Field(discriminator="type")]]
 
 
 class CalledFunction(Noted):
     name: Short
-    arguments: Text | dict[str, Any]  # JSON, or its text
+    arguments: Text | FreeObject  # JSON, or its text
     parsed_arguments: Any = None  # a copy that OpenAI's client makes
 
 
@@ -112,11 +115,11 @@ class AnsweringTurn(ChatTurn):
     name: Short | None = None
     reasoning_content: Text | None = None
     reasoning: Text | None = None
-    reasoning_details: NoEffect[Annotated[list[Any], Field(max_length=4096)]] = None
-    tool_calls: list[CalledTool] | None = None
+    reasoning_details: NoEffect[Many[Any]] = None
+    tool_calls: Many[CalledTool] | None = None
     function_call: CalledFunction | None = None
     parsed: Any = None  # a copy that OpenAI's client makes
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: Annotated[list[Any], few(0)] | None = None
 
 
 class ToolTurn(ChatTurn):
@@ -217,7 +220,7 @@ class AllowedTools(Strict):
 class SchemaForm(Strict):
     name: str | None = Field(None, max_length=256)
     description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: FreeObject = Field(alias="schema")
     strict: Flag | None = None
 
 
@@ -253,11 +256,11 @@ class ChatBody(Formed, Thinking, OpenAISampling):
     response_format: Annotated[FreeForm | JsonSchemaForm, Field(discriminator="type")] | None = None
     reasoning: Reasoning | None = None
     reasoning_effort: Effort | None = None
-    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    modalities: Annotated[list[Literal["text"]], few(1)] | None = None
     # The answer continues a last message of the assistant, as it does at llama.cpp; saying so changes nothing.
     continue_final_message: Flag | None = None
     add_generation_prompt: Flag | None = None
-    chat_template_kwargs: dict[Short, Setting] | None = Field(None, max_length=16)
+    chat_template_kwargs: Annotated[dict[Short, Setting], MostEntries(16)] | None = None
 
     def request(self, caller: Caller) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
@@ -441,7 +444,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
-    wanted = await asyncio.to_thread(body.request, caller)  # schemas and grammars can be long
+    wanted = await service.run(caller, body.request, caller)  # schemas and grammars can be long
     answers = await service.open(wanted, caller)
     ignored = body.ignored()
     if service.ignored_effort(wanted):

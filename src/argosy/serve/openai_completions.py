@@ -8,14 +8,12 @@ Elsewhere: what an answer is, is `core.py`; how it goes out is `streams.py`.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Annotated, Literal, NotRequired, cast
 
-from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from typing_extensions import TypedDict
@@ -40,6 +38,7 @@ from argosy.serve.fields import (
     TokenId,
     Usage,
     closed,
+    few,
     ignored_header,
 )
 from argosy.serve.gate import Caller
@@ -51,7 +50,7 @@ if TYPE_CHECKING:
     from argosy.prompt.tokenizer import StreamDecoder
 
 _MAX_PROMPTS = 64
-Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
+Ids = Annotated[list[TokenId], few(MAX_TOKENS, at_least=1)]
 
 
 class CompletionBody(Formed, Thinking, OpenAISampling):
@@ -60,8 +59,8 @@ class CompletionBody(Formed, Thinking, OpenAISampling):
     prompt: (
         Text
         | Ids
-        | Annotated[list[Text], Field(min_length=1, max_length=_MAX_PROMPTS)]
-        | Annotated[list[Ids], Field(min_length=1, max_length=_MAX_PROMPTS)]
+        | Annotated[list[Text], few(_MAX_PROMPTS, at_least=1)]
+        | Annotated[list[Ids], few(_MAX_PROMPTS, at_least=1)]
     )
     max_tokens: NumTokens | MinusOne | None = None
     echo: Flag | None = None
@@ -135,7 +134,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     """Continue text."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
-    params = await asyncio.to_thread(body.params, caller)  # schemas and grammars can be long
+    params = await service.run(caller, body.params, caller)  # schemas and grammars can be long
     opened: list[Answers] = []
     try:
         for prompt in body.prompts:

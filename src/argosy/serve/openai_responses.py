@@ -40,7 +40,9 @@ from argosy.serve.fields import (
     Flag,
     ForOpenAI,
     FreeForm,
+    FreeObject,
     Lenient,
+    Many,
     Messages,
     NoEffect,
     NoFlag,
@@ -56,6 +58,7 @@ from argosy.serve.fields import (
     ToolName,
     Tools,
     closed,
+    few,
     ignored_header,
     schema_form,
     strays,
@@ -63,7 +66,7 @@ from argosy.serve.fields import (
 from argosy.serve.gate import Caller, error_body
 from argosy.serve.kept_items import KeptItems
 from argosy.serve.logprobs import ScoredToken, Speller
-from argosy.serve.replaced import PARTS, Replaced, UnreadPart
+from argosy.serve.replaced import Replaced, UnreadPart
 from argosy.serve.streams import EventStream, sse, until_gone
 from argosy.serve.tool_use import ToolChoice, ToolMode
 
@@ -80,7 +83,7 @@ class MediaPart(UnreadPart):
     type: Literal["input_image", "input_file", "input_audio", "computer_screenshot"]
 
 
-Parts = Text | Annotated[list[Annotated[Part | MediaPart, Field(discriminator="type")]], PARTS]
+Parts = Text | Many[Annotated[Part | MediaPart, Field(discriminator="type")]]
 
 
 class GivenItem(Lenient):
@@ -112,7 +115,7 @@ class ResultItem(GivenItem):
 class ThoughtItem(GivenItem):
     type: Literal["reasoning"]
     content: Parts | None = None
-    summary: list[Part] | None = None
+    summary: Many[Part] | None = None
 
 
 class NamedItem(Strict):
@@ -184,7 +187,7 @@ class FlatSchemaForm(Strict):
     type: Literal["json_schema"]
     name: str | None = Field(None, max_length=256)
     description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: FreeObject = Field(alias="schema")
     strict: Flag | None = None
 
     def asked(self) -> Grammar:
@@ -218,10 +221,10 @@ class ResponsesBody(Thinking, ForOpenAI, Sampling):
     parallel_tool_calls: Flag | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    include: Annotated[list[Short], Field(max_length=32)] | None = None
+    include: Annotated[list[Short], few(32)] | None = None
     truncation: NoEffect[Literal["disabled"]] = None
     background: NoFlag | None = None
-    stream_options: NoEffect[dict[str, Any]] = None
+    stream_options: NoEffect[FreeObject] = None
 
     @property
     def items(self) -> Sequence[KnownItem | NamedItem]:
@@ -534,18 +537,17 @@ async def input_tokens(body: ResponsesBody, request: Request) -> InputTokens:
     caller: Caller = request.state.caller
 
     def count() -> int:
-        prompt = service.build(body.request(service.kept, caller.tenant), caller.tenant)
-        return len(prompt.token_ids or ())
+        return service.count_tokens(body.request(service.kept, caller.tenant), caller.tenant)
 
-    return {"object": "response.input_tokens", "input_tokens": await asyncio.to_thread(count)}
+    return {"object": "response.input_tokens", "input_tokens": await service.run(caller, count)}
 
 
 async def responses(body: ResponsesBody, request: Request) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
-    wanted = await asyncio.to_thread(body.request, service.kept, caller.tenant)
-    ignored = body.ignored()
+    wanted = await service.run(caller, body.request, service.kept, caller.tenant)
+    ignored = await service.run(caller, body.ignored)
     if body.store and not service.kept.can_keep:
         ignored.append("store")
     try:

@@ -10,20 +10,11 @@ Elsewhere: each dialect knows which of its blocks are new; their data is read pa
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from argosy.errors import UsageError
 
-
-def _without_bound(schema: dict[str, Any]) -> None:
-    """Fuzzers write a list one longer than each bound of a document; inside each other such lists take gigabytes."""
-    schema.pop("maxItems", None)
-
-
-# A list of parts of a message.
-PARTS = Field(max_length=4096, fail_fast=True, json_schema_extra=_without_bound)
 TEXT_ONLY = "this model reads text only"
 
 

@@ -20,15 +20,15 @@ from argosy.config import Grammar
 from argosy.engine.grammar_bounds import MAX_CALLERS_CHARACTERS, MAX_REGEX_CHARACTERS, require_plain
 from argosy.errors import GrammarError, UsageError
 from argosy.prompt.json_text import read_json
-from argosy.serve.fields import Strict, Text, schema_form
+from argosy.serve.fields import FreeObject, Strict, Text, few, schema_form
 from argosy.serve.gate import Caller
 
 _NAME = "structured_outputs"
 
-Schema = Annotated[dict[str, Any] | Text, Field(description="JSON of this schema; the schema may be text.")]
+Schema = Annotated[FreeObject | Text, Field(description="JSON of this schema; the schema may be text.")]
 Choices = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=1024)]],
-    Field(min_length=1, max_length=512, description="One of these texts."),
+    few(512, at_least=1, description="One of these texts."),
 ]
 Expression = Annotated[
     str,

@@ -1,0 +1,230 @@
+"""Where a long text can be cut so that its pieces have the ids of the whole, and how few tokens a text can have.
+
+    text  ->  Cutter.pieces     ->  (start, piece) in order, none of them longer than MAX_PIECE_CHARACTERS
+    text  ->  LongestToken      ->  bytes of the text / bytes of the longest token: no encoding has fewer tokens
+
+A tokenizer that cuts text into words never lets a word reach from a letter or digit into what is neither (a contraction
+aside), and finds the words behind such a place without looking back. One that merges a whole text (SentencePiece) ends
+each of its tokens before a space. Of which kind a tokenizer is, if any, is read from its parts before it is used; and
+at every place the text around it has to give the same ids whole and cut.
+
+Elsewhere: who encodes the pieces is `tokenizer.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import tokenizers
+from tokenizers import models
+
+from argosy.checkpoint.byte_level import spelling_of_bytes
+from argosy.errors import UsageError
+
+PIECE_CHARACTERS = 1 << 14  # a longer text is cut
+MAX_PIECE_CHARACTERS = 1 << 16  # `tokenizers` takes up to 40 MB for it
+_AROUND = 256  # characters on each side of a place that is tried
+_TRIES = 64
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece spells one
+_BEHIND_WORD = re.compile(r"[^\W_](?=[^\w'\u2019])")
+_BEFORE_SPACE = re.compile(r"[^\W_](?= \w)")
+_CLASS = re.compile(r"\[(?:\\.|[^\]\\])*\]|\\\\")
+_LOOKS_BACK = re.compile(r"\(\?<|\\[AbBG1-9]|\^")
+
+Encode = Callable[[str], list[int]]
+
+
+class Cutter:
+    """Cuts texts for one tokenizer."""
+
+    def __init__(self, core: tokenizers.Tokenizer) -> None:
+        self._core = core
+
+    def pieces(self, text: str, encode: Encode) -> Iterator[tuple[int, str]]:
+        """The pieces of `text`, each with the place where it starts; a space between two may be in neither.
+
+        Args:
+            encode: gives ids of a text that stands alone, as it will of the pieces.
+
+        Raises:
+            UsageError: a piece would be longer than MAX_PIECE_CHARACTERS, for want of a place to cut.
+        """
+        start = 0
+        while len(text) - start > PIECE_CHARACTERS:
+            cut = self._find_cut(text, start, encode)
+            if cut is None:
+                if len(text) - start <= MAX_PIECE_CHARACTERS:
+                    break
+                raise UsageError(
+                    f"the text has {MAX_PIECE_CHARACTERS} characters and more without a place where this model's"
+                    " tokenizer is sure to begin a new token",
+                    hint="break the text up, with spaces or lines",
+                )
+            yield start, text[start:cut]
+            start = cut + len(self._separator or "")
+        yield start, text[start:]
+
+    def _find_cut(self, text: str, start: int, encode: Encode) -> int | None:
+        """A place behind the next PIECE_CHARACTERS, or None."""
+        separator = self._separator
+        if separator is None:
+            return None
+        end = min(len(text), start + MAX_PIECE_CHARACTERS)
+        found = self._places.finditer(text, start + PIECE_CHARACTERS - 1, end - 1)
+        for place in islice(found, _TRIES):
+            cut = place.end()
+            before, behind = text[max(start, cut - _AROUND) : cut], text[cut : cut + _AROUND]
+            if unicodedata.category(behind[0]).startswith("M"):  # belongs to the letter before it
+                continue
+            if encode(before + behind) == encode(before) + encode(behind[len(separator) :]):
+                return cut
+        return None
+
+    @functools.cached_property
+    def _places(self) -> re.Pattern[str]:
+        return _BEFORE_SPACE if self._separator == " " or self._merges_whole_texts else _BEHIND_WORD
+
+    @functools.cached_property
+    def _separator(self) -> str | None:
+        """What a cut takes away: nothing, or the space that a tokenizer puts before a text; None: no cut is sure."""
+        core = self._core
+        if self._merges_whole_texts and not _ends_tokens_before_spaces(core):
+            return None
+        if any(_looks_back(pattern) for pattern in _patterns(_state(core.pre_tokenizer))):
+            return None
+        if any(len(str(token.content)) > _AROUND for token in core.get_added_tokens_decoder().values()):
+            return None
+        for separator in ("", " "):
+            whole, parts = ("a b", ("a", " b"[len(separator) :]))
+            if _ids(core, whole) == [token_id for part in parts for token_id in _ids(core, part)]:
+                return separator
+        return None
+
+    @functools.cached_property
+    def _merges_whole_texts(self) -> bool:
+        """Whether no pre-tokenizer cuts a text into words."""
+        state = _state(self._core.pre_tokenizer)
+        return not state or (state["type"] == "Metaspace" and not state.get("split", True))
+
+
+@dataclass(frozen=True, slots=True)
+class LongestToken:
+    """The most bytes of a text that one token can stand for."""
+
+    num_bytes: int
+    composes: bool  # Unicode's composed form comes first: it can be shorter than the text
+
+    def holds_for(self, text: str) -> bool:
+        return not self.composes or unicodedata.is_normalized("NFC", text)
+
+    @classmethod
+    def of(cls, core: tokenizers.Tokenizer) -> LongestToken | None:
+        """None where a token may stand for any number of bytes: unknown words, white space that is dropped."""
+        model = core.model
+        added = core.get_added_tokens_decoder()
+        if not isinstance(model, models.BPE) or any(token.lstrip or token.rstrip for token in added.values()):
+            return None
+        normalizer = _steps(_state(core.normalizer), "normalizers")
+        splitter = _steps(_state(core.pre_tokenizer), "pretokenizers")
+        if not all(map(_keeps_length, normalizer)) or not all(map(_keeps_all, splitter)):
+            return None
+        is_by_bytes = any(step["type"] == "ByteLevel" for step in splitter)
+        if is_by_bytes:
+            bytes_spelled = spelling_of_bytes()
+        elif model.byte_fallback:
+            bytes_spelled = tuple(f"<0x{byte:02X}>" for byte in range(256))
+        else:
+            return None
+        if any(model.token_to_id(spelled) is None for spelled in bytes_spelled):
+            return None  # what has no token is dropped, or is one unknown token with its neighbours
+        longest = max(len(token) if is_by_bytes else len(token.encode()) for token in _tokens(core))
+        contents = (len(str(token.content).encode()) for token in added.values())
+        composes = any(step["type"] == "NFC" for step in normalizer)
+        return cls(max(longest, *contents, 1), composes)
+
+
+def _keeps_length(step: dict[str, Any]) -> bool:
+    """Whether a normalizer leaves each byte, or makes more of it (or composes, which is asked of each text)."""
+    match step:
+        case {"type": "NFC" | "Prepend"}:
+            return True
+        case {"type": "Replace", "pattern": {"String": " "}, "content": content}:
+            return bool(content == _SPACE)
+    return False
+
+
+def _keeps_all(step: dict[str, Any]) -> bool:
+    """Whether all that a pre-tokenizer is given is in one of its words."""
+    match step:
+        case {"type": "ByteLevel" | "Metaspace" | "Digits"}:
+            return True
+        case {"type": "Split" | "Punctuation", "behavior": behavior}:
+            return bool(behavior != "Removed")
+    return False
+
+
+def _ends_tokens_before_spaces(core: tokenizers.Tokenizer) -> bool:
+    """Whether no token holds a space behind anything else, so that none can reach over it."""
+    model = core.model
+    if isinstance(model, models.BPE):
+        if (
+            model.ignore_merges
+            or model.dropout
+            or model.continuing_subword_prefix
+            or model.end_of_word_suffix
+        ):
+            return False
+    elif not isinstance(model, models.Unigram):
+        return False
+    if model.token_to_id(_SPACE) is None:
+        return False
+    crosses = re.compile(rf"[^{_SPACE}]{_SPACE}")
+    return not any(crosses.search(token) for token in _tokens(core))
+
+
+def _tokens(core: tokenizers.Tokenizer) -> Iterator[str]:
+    """Every token, one at a time: all of them as Python's objects would be tens of megabytes."""
+    num_left, token_id = core.get_vocab_size(), 0
+    while num_left:
+        token = core.id_to_token(token_id)
+        token_id += 1
+        if token is not None:
+            num_left -= 1
+            yield token
+
+
+def _state(part: Any) -> dict[str, Any]:
+    """What tokenizer.json has of a normalizer or pre-tokenizer; empty where there is none."""
+    state: dict[str, Any] = {} if part is None else json.loads(part.__getstate__())
+    return state
+
+
+def _steps(state: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    if not state:
+        return []
+    if state["type"] != "Sequence":
+        return [state]
+    return [step for inner in state[name] for step in _steps(inner, name)]
+
+
+def _patterns(state: dict[str, Any]) -> Iterator[str]:
+    for step in _steps(state, "pretokenizers"):
+        if step["type"] == "Split" and "Regex" in step["pattern"]:
+            yield step["pattern"]["Regex"]
+
+
+def _looks_back(pattern: str) -> bool:
+    """Whether a match may depend on what is before it."""
+    return _LOOKS_BACK.search(_CLASS.sub("", pattern)) is not None
+
+
+def _ids(core: tokenizers.Tokenizer, text: str) -> list[int]:
+    ids: list[int] = core.encode(text, add_special_tokens=False).ids
+    return ids

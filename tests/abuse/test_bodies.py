@@ -1,0 +1,152 @@
+"""Hostile bodies and prompts against a real server: the right status, others answered meanwhile, memory bounded.
+
+What each takes of a server's memory is measured by `benchmarks/hostile.py`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from argosy.engine.engine import Engine
+from argosy.engine.loop import EngineLoop
+from argosy.engine.memory_plan import BODY_BYTES
+from argosy.guard.keys import KeyFile, KeyRing
+from argosy.prompt.replay import ReplayMemory
+from argosy.prompt.text_pieces import MAX_PIECE_CHARACTERS
+from argosy.prompt.tokenizer import Tokenizer
+from argosy.serve.app import make_app
+from argosy.serve.core import ModelFacts, Service
+from argosy.serve.gate import Gate
+from argosy.serve.run import uvicorn_config
+from tests.abuse.hostile_bodies import ATTACKS, CHAT, SPEAKING_OF_BRACES
+from tests.cli.tiny_chat_model import write_chat_model
+
+JSON = {"content-type": "application/json"}
+HI = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+
+
+class Server:
+    def __init__(self, gate: Gate, url: str, secrets: dict[str, str]) -> None:
+        self.gate, self.url, self.secrets = gate, url, secrets
+
+    @contextmanager
+    def client(self, key: str) -> Iterator[httpx.Client]:
+        headers = JSON | {"authorization": f"Bearer {self.secrets[key]}"}
+        with httpx.Client(base_url=self.url, headers=headers, timeout=60) as client:
+            yield client
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("bodies")
+    keys = KeyFile(folder / "keys.json")
+    secrets = {name: keys.add(name, scopes=("infer",))[1] for name in ("attacker", "other")}
+    with Engine(write_chat_model(folder / "model"), memory="1GiB", threads=1, grammars=True) as engine:
+        config = engine.config
+        facts = ModelFacts(
+            id="tiny", family=config.family, context_tokens=engine.plan.context_tokens,
+            num_layers=len(config.layers), num_experts=config.num_experts,
+            experts_per_token=config.experts_per_token, vocab_size=config.vocab_size,
+        )  # fmt: skip
+        prompts = engine.prompts.remembering(ReplayMemory())
+        with EngineLoop(engine) as loop:
+            service = Service(loop, prompts, engine.tokenizer, facts)
+            gate = make_app(service, KeyRing(keys), block_tokens=16, max_sequences=4)
+            running = uvicorn.Server(uvicorn_config(gate, host="127.0.0.1", port=0, grace_s=5))
+            thread = threading.Thread(target=running.run)
+            thread.start()
+            while not running.started:
+                thread.join(0.01)
+            try:
+                port = running.servers[0].sockets[0].getsockname()[1]
+                yield Server(gate, f"http://127.0.0.1:{port}", secrets)
+            finally:
+                running.should_exit = True
+                thread.join()
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lengths of all texts that are encoded at once."""
+    lengths: list[int] = []
+    encoding = Tokenizer._encoding
+
+    def note(self: Tokenizer, text: str) -> Any:
+        lengths.append(len(text))
+        return encoding(self, text)
+
+    monkeypatch.setattr(Tokenizer, "_encoding", note)
+    return lengths
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_hostile_body_is_refused_within_bounds_while_another_client_is_answered(
+    server: Server, pieces: list[int], name: str
+) -> None:
+    path, make, at_once, sentence = ATTACKS[name]
+    data, answers = make(), []
+    server.gate.bodies.peak_bytes = 0
+
+    def attack() -> None:
+        with server.client("attacker") as client:
+            answers.append(client.post(path, content=data))
+
+    attackers = [threading.Thread(target=attack) for _ in range(min(at_once, 3))]  # an abuse test has seconds
+    for attacker in attackers:
+        attacker.start()
+    with server.client("other") as other:
+        num_answered = 0
+        while num_answered < 1 or any(attacker.is_alive() for attacker in attackers):
+            assert other.post(CHAT, json=HI).status_code == 200
+            assert other.get("/health").status_code == 200
+            num_answered += 1
+    for attacker in attackers:
+        attacker.join()
+    for answer in answers:
+        assert answer.status_code in (400, 413, 503), answer.text
+        if answer.status_code != 503:
+            assert sentence in answer.json()["error"]["message"]
+    assert any(answer.status_code != 503 for answer in answers)
+    assert server.gate.bodies.peak_bytes <= BODY_BYTES
+    assert server.gate.bodies.num_bytes == 0
+    assert max(pieces, default=0) <= MAX_PIECE_CHARACTERS
+
+
+def test_long_bodies_that_mean_something_are_answered(server: Server) -> None:
+    parts = [{"type": "text", "text": ""}] * 4000
+    tool = {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}},
+    }
+    with server.client("other") as client:
+        for body in (
+            {
+                "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "Hi"}]}],
+                "max_tokens": 1,
+            },
+            HI | {"metadata": {"a": [[]] * 50_000, "b": [7] * 400_000}},
+            HI | {"tools": [tool | {"function": tool["function"] | {"name": f"f{at}"}} for at in range(512)]},
+        ):
+            answer = client.post(CHAT, json=body)
+            said = answer.text
+            # A context of 256 tokens has no room for them; they were read to their end all the same.
+            assert (
+                answer.status_code == 200 or "maximum context length" in said or "takes no tools" in said
+            ), said
+        ids = client.post("/tokenize", json={"content": "a b " * 25_000})
+        assert ids.status_code == 200
+        text = client.post("/detokenize", json={"tokens": ids.json()["tokens"]})
+        assert text.json()["content"] == "a b " * 25_000
+
+
+def test_a_text_that_speaks_of_many_braces_is_not_taken_for_them(server: Server) -> None:
+    with server.client("other") as client:
+        answer = client.post(CHAT, content=SPEAKING_OF_BRACES)
+        assert "maximum context length" in answer.json()["error"]["message"]

@@ -1,0 +1,94 @@
+"""How many values a JSON text has is known before any is made, and never less than a reader meets."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from argosy.errors import UsageError
+from argosy.prompt import json_text
+from argosy.prompt.json_text import MAX_PARTS, count_values, read_json
+from argosy.prompt.messages import check_messages
+
+values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text('a"\\,[]{}:\n')),
+    lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.text('a"\\,['), inner)),
+)
+
+
+def parts_of(value: Any) -> int:
+    """Objects, lists, keys and texts."""
+    if isinstance(value, dict):
+        return 1 + len(value) + sum(map(parts_of, value.values()))
+    if isinstance(value, list):
+        return 1 + sum(map(parts_of, value))
+    return int(isinstance(value, str))
+
+
+def items_of(value: Any) -> int:
+    if isinstance(value, dict):
+        return max(0, len(value) - 1) + sum(map(items_of, value.values()))
+    if isinstance(value, list):
+        return max(0, len(value) - 1) + sum(map(items_of, value))
+    return 0
+
+
+@given(value=values)
+def test_values_are_counted_exactly(value: Any) -> None:
+    for ensure_ascii in (True, False):
+        counts = count_values(json.dumps(value, ensure_ascii=ensure_ascii).encode())
+        assert counts == (parts_of(value), items_of(value))
+
+
+@given(value=values, cut=st.integers(0, 200), tail=st.binary(max_size=20))
+def test_of_a_text_that_is_cut_no_fewer_are_counted_than_a_reader_has_made(
+    value: Any, cut: int, tail: bytes
+) -> None:
+    data = json.dumps(value).encode()[:cut] + tail
+    made = []
+
+    def count(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made.append(1)
+        return dict(pairs)
+
+    try:
+        json.loads(data.decode(errors="replace"), object_pairs_hook=count)
+    except ValueError:
+        assert count_values(data).num_parts >= len(made)
+
+
+@pytest.mark.parametrize("item", ["{}", "[]", '""', '{"a":1}', "[[]]"])
+def test_a_text_of_too_many_values_is_refused_before_one_is_made(
+    item: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("it is parsed")
+
+    monkeypatch.setattr(json_text.json, "loads", refuse)
+    with pytest.raises(ValueError, match="objects, lists and texts, and at most 131072 are read"):
+        read_json("[" + ",".join([item] * (MAX_PARTS + 1)) + "]")
+
+
+def test_a_text_that_only_speaks_of_values_is_one_value() -> None:
+    text = json.dumps({"content": '{"a": [1, 2, "\\"", {}]},' * 100_000})
+    assert read_json(text) == json.loads(text)
+
+
+def test_arguments_of_all_calls_together_are_bounded() -> None:
+    call = {
+        "id": "c",
+        "type": "function",
+        "function": {"name": "f", "arguments": '{"a":[' + "[]," * 60_000 + "1]}"},
+    }
+    turns = [
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": ""},
+    ]
+    with pytest.raises(UsageError, match="message 2: arguments of calls have more than 131072 values"):
+        check_messages(turns * 3)
+    with pytest.raises(UsageError, match="message 0: arguments"):
+        check_messages([{"role": "assistant", "tool_calls": [call] * 100}])

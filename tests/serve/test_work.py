@@ -1,0 +1,177 @@
+"""Work before the engine is shared fairly: proven by the order in which jobs run, not by how long they take."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from argosy.guard.limits import TooMany
+from argosy.serve.work import WorkQueue
+
+
+class Jobs:
+    """Jobs that end when they are told to, and the order in which they began."""
+
+    def __init__(self) -> None:
+        self.began: list[str] = []
+        self._changed = threading.Condition()
+        self._may_end = 0
+
+    def job(self, name: str) -> Callable[[], str]:
+        def run() -> str:
+            with self._changed:
+                self.began.append(name)
+                number = len(self.began)
+                self._changed.notify_all()
+                assert self._changed.wait_for(lambda: self._may_end >= number, 20)
+            return name
+
+        return run
+
+    def let_end(self, num_jobs: int) -> None:
+        """The first `num_jobs` that began may end."""
+        with self._changed:
+            self._may_end = num_jobs
+            self._changed.notify_all()
+
+    async def until_began(self, num_jobs: int) -> None:
+        def wait() -> None:
+            with self._changed:
+                assert self._changed.wait_for(lambda: len(self.began) >= num_jobs, 20)
+
+        await asyncio.to_thread(wait)
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_a_tenant_waits_for_one_job_per_thread_however_many_another_has_queued() -> None:
+    async def test() -> None:
+        queue, jobs = WorkQueue(num_threads=2), Jobs()
+        many = [asyncio.ensure_future(queue.run("many", jobs.job(f"many {at}"))) for at in range(12)]
+        await jobs.until_began(2)
+        one = asyncio.ensure_future(queue.run("one", jobs.job("one")))
+        await asyncio.sleep(0)
+        jobs.let_end(1)
+        await jobs.until_began(3)
+        assert jobs.began == ["many 0", "many 1", "one"]
+        jobs.let_end(100)
+        assert await asyncio.gather(*many, one) == [*(f"many {at}" for at in range(12)), "one"]
+
+    run(test)
+
+
+def test_tenants_take_turns_and_each_ones_jobs_keep_their_order() -> None:
+    async def test() -> None:
+        queue, jobs = WorkQueue(num_threads=1), Jobs()
+        asked = [("a", 4), ("b", 2), ("c", 1)]
+        waiting = [
+            asyncio.ensure_future(queue.run(tenant, jobs.job(f"{tenant}{at}")))
+            for tenant, number in asked for at in range(number)
+        ]  # fmt: skip
+        await jobs.until_began(1)
+        jobs.let_end(100)
+        await asyncio.gather(*waiting)
+        assert jobs.began == ["a0", "b0", "c0", "a1", "b1", "a2", "a3"]
+
+    run(test)
+
+
+def test_large_jobs_run_one_at_a_time_and_small_ones_pass_them() -> None:
+    async def test() -> None:
+        queue, jobs = WorkQueue(num_threads=3), Jobs()
+        waiting = [
+            asyncio.ensure_future(queue.run_large(tenant, jobs.job(f"large {tenant}"))) for tenant in "abc"
+        ]
+        await jobs.until_began(1)
+        waiting.append(asyncio.ensure_future(queue.run("d", jobs.job("small"))))
+        await jobs.until_began(2)
+        assert jobs.began == ["large a", "small"]
+        jobs.let_end(1)
+        await jobs.until_began(3)
+        assert jobs.began[2:] == ["large b"]
+        jobs.let_end(100)
+        await asyncio.gather(*waiting)
+
+    run(test)
+
+
+def test_a_tenant_with_a_full_queue_is_told_when_to_come_back_and_others_are_let_in() -> None:
+    async def test() -> None:
+        queue, jobs = WorkQueue(num_threads=1, max_waiting=2), Jobs()
+        waiting = [asyncio.ensure_future(queue.run("a", jobs.job("runs")))]
+        await jobs.until_began(1)
+        waiting += [asyncio.ensure_future(queue.run("a", jobs.job("waits"))) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(TooMany) as caught:
+            await queue.run("a", jobs.job("refused"))
+        assert caught.value.retry_after_s > 0
+        waiting.append(asyncio.ensure_future(queue.run("b", jobs.job("b"))))
+        await asyncio.sleep(0)
+        jobs.let_end(100)
+        await asyncio.gather(*waiting)
+        assert jobs.began == ["runs", "b", "waits", "waits"]
+        assert await queue.run("a", jobs.job("later")) == "later"
+
+    run(test)
+
+
+def test_a_job_whose_client_is_gone_is_not_run_and_leaves_its_place() -> None:
+    async def test() -> None:
+        queue, jobs = WorkQueue(num_threads=1, max_waiting=1), Jobs()
+        first = asyncio.ensure_future(queue.run("a", jobs.job("first")))
+        await jobs.until_began(1)
+        gone = asyncio.ensure_future(queue.run("a", jobs.job("gone")))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        second = asyncio.ensure_future(queue.run("a", jobs.job("second")))
+        jobs.let_end(100)
+        assert await asyncio.gather(first, second) == ["first", "second"]
+        assert jobs.began == ["first", "second"]
+
+    run(test)
+
+
+def test_what_a_job_raises_comes_to_its_caller_and_the_thread_goes_on() -> None:
+    async def test() -> None:
+        queue = WorkQueue(num_threads=1)
+        for large in (queue.run, queue.run_large):
+            with pytest.raises(ZeroDivisionError):
+                await large("a", lambda: 1 // 0)
+            assert await large("a", int, "7") == 7
+
+    run(test)
+
+
+def test_a_job_that_failed_holds_nothing_of_what_it_worked_on() -> None:
+    class Large:
+        pass
+
+    async def test() -> None:
+        queue, held = WorkQueue(num_threads=1), [Large()]
+        gone = weakref.ref(held[0])
+
+        def fail() -> None:
+            worked_on = held.pop()
+            try:
+                raise ValueError(type(worked_on))
+            except ValueError:
+                raise ZeroDivisionError from None
+
+        gc.disable()
+        try:
+            with pytest.raises(ZeroDivisionError) as caught:
+                await queue.run_large("a", fail)
+            assert caught.value.__context__ is not None
+            assert gone() is None
+        finally:
+            gc.enable()
+
+    run(test)
