@@ -28,12 +28,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from argosy.config import format_bytes, parse_size
 from cgroup import Counts, capped
 from common import Report, Sample, tidy_up_when_terminated
 from load import nearest_rank
+from tests.abuse.hostile_bodies import ATTACKS
 
 CAP = 1.05  # of the budget: the cgroup's limit
 HONEST_CLIENTS, ATTACK_KEYS = 2, 4
@@ -54,38 +55,17 @@ class Attack:
     body: bytes
 
 
-def _chat(content: object, **more: object) -> dict[str, Any]:
-    return {"model": "demo", "messages": [{"role": "user", "content": content}], "max_tokens": 1, **more}
-
-
 def attacks() -> list[Attack]:
-    words = "the quick brown fox jumps over a lazy dog; "
-    leaves = {f"field_{number}": {"type": "string"} for number in range(160_000)}
+    """The hostile bodies that the tests know, and what costs time rather than memory."""
+    found = [Attack(name, path, body()) for name, (path, body, _, _) in ATTACKS.items()]
+    text = {"model": "demo", "messages": [{"role": "user", "content": "words " * 350_000}], "max_tokens": 1}
     pattern = "(" * 200 + "a{1,200}" + "){1,200}" * 200
-    made: list[tuple[str, str, object]] = [
-        ("60,000 empty parts", "/v1/chat/completions", _chat([{}] * 60_000)),
-        ("8 MiB of empty objects", "/v1/chat/completions", _chat([{}] * (8_000_000 // 3))),
-        ("lists as metadata", "/v1/chat/completions", _chat("hi", metadata={"a": [[]] * 1_000_000})),
-        ("items of Responses", "/v1/responses", {"model": "demo", "input": [{}] * 500_000}),
-        ("blocks of Messages", "/v1/messages", {**_chat([{}] * 500_000)}),
-        ("texts as token ids", "/detokenize", {"tokens": ["a"] * 1_000_000}),
-        ("2 MB of chat", "/v1/chat/completions", _chat(words * (2_000_000 // len(words)))),
-        ("1.6 MB to tokenize", "/tokenize", {"content": words * (1_600_000 // len(words))}),
-        ("one word of 1.6 MB", "/tokenize", {"content": "a" * 1_600_000}),
-        ("2 MB to count", "/v1/messages/count_tokens", _chat(words * (2_000_000 // len(words)))),
-        (
-            "schema of 160,000 leaves", "/v1/chat/completions",
-            _chat("hi", response_format={
-                "type": "json_schema",
-                "json_schema": {"name": "s", "schema": {"type": "object", "properties": leaves}},
-            }),
-        ),
-        ("nested repetitions", "/v1/chat/completions", _chat("hi", structured_outputs={"regex": pattern})),
-        ("depth", "/v1/chat/completions", b'{"messages":' + b"[" * 1_000_000),
-    ]  # fmt: skip
+    asks = {**text, "messages": [{"role": "user", "content": "hi"}], "structured_outputs": {"regex": pattern}}
     return [
-        Attack(name, path, body if isinstance(body, bytes) else json.dumps(body).encode())
-        for name, path, body in made
+        *found,
+        Attack("2 MB to count", "/v1/messages/count_tokens", json.dumps(text).encode()),
+        Attack("nested repetitions", "/v1/chat/completions", json.dumps(asks).encode()),
+        Attack("a million levels", "/v1/chat/completions", b'{"messages":' + b"[" * 1_000_000),
     ]
 
 

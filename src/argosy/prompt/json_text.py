@@ -22,12 +22,10 @@ from argosy.errors import UsageError
 _MOST_DEPTH = 64
 _TOO_DEEP = f"is nested deeper than {_MOST_DEPTH}"
 _LARGEST = 1 << 1024  # what a float can reach
-MAX_PARTS = (
-    1 << 17
-)  # objects, lists, keys and texts of one body: 4096 messages with their parts have a third of that
-MAX_ITEMS = (
-    1 << 20
-) + MAX_PARTS  # of lists and objects: a prompt of token ids is as long as the longest context
+# Objects, lists, keys and texts of one body: 4096 messages with their parts have a third of that.
+MAX_PARTS = 1 << 17
+# Items of lists and objects: a prompt of token ids is as long as the longest context.
+MAX_ITEMS = (1 << 20) + MAX_PARTS
 
 
 class Counts(NamedTuple):
