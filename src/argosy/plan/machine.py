@@ -140,8 +140,8 @@ def _process_limit(root: Path, name: str) -> int | None:
 def peak_bytes(root: Path = _ROOT) -> int | None:
     """The most memory this process ever had; None where it cannot be read, as when no more files may be open."""
     try:
-        return process_footprint(root).peak_bytes
-    except (OSError, KeyError):
+        return _sizes(root / "proc/self/status").get("VmHWM")
+    except OSError:
         return None
 
 
