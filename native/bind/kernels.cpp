@@ -32,8 +32,14 @@ void bind_choice(nb::module_& m) {
   m.def("instruction_set", [] { return std::string(kernels().name); });
 
   nb::class_<Runtime>(m, "Runtime")
-      .def(nb::init<int>(), "num_threads"_a)
+      .def(
+          "__init__",
+          [](Runtime* self, int num_threads, const std::optional<std::string>& ask_ahead) {
+            new (self) Runtime(num_threads, ask_ahead ? ask_ahead_named(*ask_ahead) : default_ask_ahead());
+          },
+          "num_threads"_a, "ask_ahead"_a = nb::none())
       .def_prop_ro("num_threads", &Runtime::num_threads)
+      .def_prop_ro("ask_ahead", [](const Runtime& self) { return self.ask_ahead().name; })
       .def_prop_ro("scratch_bytes", &Runtime::scratch_bytes)
       .def("close", &Runtime::close, nb::call_guard<nb::gil_scoped_release>());
 }

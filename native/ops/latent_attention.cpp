@@ -81,6 +81,7 @@ void multiply_heads(Runtime& runtime, const MatrixView& matrix, int64_t num_head
                                .y_index = nullptr,
                                .num_tokens = num_tokens,
                                .next_weights = nullptr,
+                               .ask_ahead = runtime.ask_ahead(),
                            });
                            begin = next;
                          }
