@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import functools
 import gc
-import importlib.util
 import os
 import random
 import resource
@@ -26,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tests.native.other_build import open_module
 
 HUGE = (2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, 2**64, -(2**63))
 SCALARS: tuple[Any, ...] = (
@@ -523,20 +524,6 @@ def main() -> int:
         f"{walker.num_calls} calls of {len(calls)} callables, {walker.num_answers} of them answered with a result"
     )
     return 0
-
-
-def open_module(path: Path | None) -> Any:
-    """The native module, or another build of it, in its place."""
-    if path is not None:
-        spec = importlib.util.spec_from_file_location("argosy._native", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules["argosy._native"] = module
-    from argosy import _native
-
-    return _native
 
 
 if __name__ == "__main__":
