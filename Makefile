@@ -1,9 +1,10 @@
 # The commands a stranger types. Each does its own set-up in .venv; only Python, a C++ compiler and make are needed.
 .DEFAULT_GOAL := help
-.PHONY: FORCE help demo test test-native test-sanitize test-oracle test-clients lint format bench peer clean
+.PHONY: FORCE help demo test test-native test-sanitize test-sanitize-module test-oracle test-clients lint format bench peer clean
 
 PYTHON ?= python3
 VENV := .venv
+comma := ,
 BIN := $(VENV)/bin
 NATIVE := $(wildcard native/*/*.cpp native/*/*.h) CMakeLists.txt pyproject.toml
 # Files of tests side by side. Engines of tests have two threads and up to 1 GiB, so at most four.
@@ -44,7 +45,7 @@ test-native: $(VENV)/.installed  ## the C++ tests
 	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/tests --output-on-failure
 
 # Without stack-use-after-return: GCC stores 64 bytes, aligned, into its fake stack of 32-byte alignment (GCC bug 110027).
-test-sanitize: $(VENV)/.installed  ## the C++ tests under AddressSanitizer and UBSan, threads under ThreadSanitizer
+test-sanitize: $(VENV)/.installed test-sanitize-module  ## C++ tests and the module under ASan, UBSan and ThreadSanitizer
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DARGOSY_MODULE=OFF -DARGOSY_NATIVE_TESTS=ON \
 	  -DCMAKE_BUILD_TYPE=Debug -DARGOSY_SANITIZE=address,undefined
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize
@@ -53,6 +54,23 @@ test-sanitize: $(VENV)/.installed  ## the C++ tests under AddressSanitizer and U
 	  -DCMAKE_BUILD_TYPE=Debug -DARGOSY_SANITIZE=thread
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize-threads --target test_thread_pool test_store
 	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/sanitize-threads --output-on-failure -R 'test_thread_pool|test_store'
+
+# The module is built for GCC's sanitizers and the interpreter is not, so their library is loaded first, together with
+# libstdc++, whose exceptions it wraps. setarch -R: some kernels place addresses where ThreadSanitizer has no room for them.
+PRELOAD = LD_PRELOAD="$$($(CXX) -print-file-name=lib$(1).so) $$($(CXX) -print-file-name=libstdc++.so.6)"
+ASAN = $(call PRELOAD,asan) ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0
+TSAN = $(call PRELOAD,tsan) TSAN_OPTIONS=exitcode=66 setarch -R
+
+build/sanitize-module-%: FORCE $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $@ -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g" \
+	  -DPython_EXECUTABLE="$(abspath $(BIN)/python)" -DARGOSY_SANITIZE=$(if $(findstring address,$*),address$(comma)undefined,$*)
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build $@ --target _native
+
+test-sanitize-module: build/sanitize-module-address build/sanitize-module-thread  ## odd arguments under ASan and UBSan, 2,000 requests under ThreadSanitizer
+	$(ASAN) $(BIN)/python -m tests.native.odd_arguments --module build/sanitize-module-address/_native*.so
+	@echo "a race that is there is found:"
+	$(TSAN) $(BIN)/python -m tests.native.data_race --module build/sanitize-module-thread/_native*.so 2> /dev/null; test $$? = 66
+	$(TSAN) $(BIN)/python -m tests.engine.mixed_requests --requests 2000 --module build/sanitize-module-thread/_native*.so
 
 $(VENV)/.oracle: $(VENV)/.installed
 	$(SAY) "downloading torch and transformers (some GB, once)"

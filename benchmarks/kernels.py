@@ -18,7 +18,7 @@ from typing import get_args
 import numpy as np
 
 from argosy import _native
-from argosy.config import Format
+from argosy.config import AskAhead, Format
 from common import Report
 from engines import passes
 
@@ -110,12 +110,13 @@ def main() -> None:
     parser.add_argument("--formats", nargs="*", choices=FORMATS, default=FORMATS)
     sets = _native.instruction_sets()
     parser.add_argument("--instruction-set", choices=sets, default=sets[-1])
+    parser.add_argument("--ask-ahead", choices=get_args(AskAhead), help="default: measured")
     parser.add_argument("--seconds", type=float, default=0.5, help="per figure")
     options = parser.parse_args()
 
     report = Report("kernels")
     _native.use_instruction_set(options.instruction_set)
-    runtime = _native.Runtime(options.threads)
+    runtime = _native.Runtime(options.threads, options.ask_ahead or _native.ask_ahead_probe(options.threads))
     memory = _native.Arena(ARENA_BYTES)
     bits = np.random.default_rng(0).integers(0, 256, ARENA_BYTES, dtype=np.uint8)
     np.bitwise_and(bits, 0x3B, out=memory.array())
@@ -128,6 +129,7 @@ def main() -> None:
     report.correct(f"{len(formats)} formats: the dequantised weights' product, each token its own bits")
     report.opening()
     shape = f"{options.rows} x {options.cols}, {options.threads} threads"
+    report.line("ask ahead", runtime.ask_ahead)
     report.line("shape", f"{shape}; best of {options.seconds} s a figure")
     counts = "".join(f"{f'{tokens} tokens':>19}" for tokens in options.tokens)
     print(f"{'':<8}{'1 token, cold':>22}{counts}")

@@ -40,6 +40,7 @@ def main() -> None:
         context=job["context"],
         max_sequences=1,
         look_ahead=job["look_ahead"],
+        **({"ask_ahead": os.environ["ARGOSY_ASK_AHEAD"]} if "ARGOSY_ASK_AHEAD" in os.environ else {}),
         prefix_reuse=False,  # runs repeat their prompts, and each is to compute its own
     )
     counters = engine.ledger

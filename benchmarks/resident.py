@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import get_args
 
+from argosy.config import AskAhead
 from argosy.model.families import open_model
 from common import Report, Sample, alternate, probe_memory
 from engines import (
@@ -34,10 +36,12 @@ PROMPT_TOKENS = 32
 DOCUMENTS = 2  # one to warm up, one to measure
 
 
-def sample(engine: str, job: Job, told: list[str]) -> Callable[[], dict[str, float]]:
+def sample(
+    engine: str, job: Job, told: list[str], environment: Mapping[str, str] | None = None
+) -> Callable[[], dict[str, float]]:
     def one() -> dict[str, float]:
         before = probe_memory(job.threads)
-        done = run(engine, job).require()
+        done = run(engine, job, environment=environment).require()
         after = probe_memory(job.threads)
         require_documents(done, told)
         return {
@@ -52,6 +56,30 @@ def sample(engine: str, job: Job, told: list[str]) -> Callable[[], dict[str, flo
 def shares_of_memory(samples: Sequence[Sample], nbytes: int) -> list[float]:
     """Weight bytes per second of each sample over the memory's beside it."""
     return [one.values["decode"] * nbytes / 1e9 / one.values["memory GB/s"] for one in samples]
+
+
+def compare_ask_ahead(report: Report, case: Case, options: argparse.Namespace, *, is_first: bool) -> None:
+    """What the probe at start chooses beside each fixed choice, A B C D A B C D."""
+    job = Job(
+        model=case.model, prompts=prompts(DOCUMENTS, PROMPT_TOKENS), num_new=options.new, threads=case.threads
+    )
+    told: list[str] = []
+    fixed = {name: sample(ARGOSY, job, told, {"ARGOSY_ASK_AHEAD": name}) for name in get_args(AskAhead)}
+    samples = alternate({**fixed, "measured": sample(ARGOSY, job, told)}, options.repeats)
+    report.correct("; ".join(told))
+    if is_first:
+        report.opening()
+    nbytes = token_bytes(open_model(case.model))
+    speeds = {}
+    for name, found in samples.items():
+        speeds[name] = report.figure(f"{case.name}: ask ahead {name}", "tok/s", found, "decode", **case.facts)
+        shares = shares_of_memory(found, nbytes)
+        report.shares(f"{case.name}: {name}, weight bytes/s over memory's", shares, **case.facts)
+    best = max(speeds[name] for name in fixed)
+    report.ratio(
+        f"{case.name}: measured over the best", speeds["measured"], best, target=">= 0.97", **case.facts
+    )
+    report.neighbours([one for found in samples.values() for one in found])
 
 
 def measure(report: Report, case: Case, options: argparse.Namespace, *, is_first: bool) -> None:
@@ -108,12 +136,17 @@ def measure(report: Report, case: Case, options: argparse.Namespace, *, is_first
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--new", type=int, default=64, help="tokens of each answer")
+    parser.add_argument(
+        "--ask-ahead",
+        action="store_true",
+        help="Argosy alone: each fixed choice of prefetch, and the one measured",
+    )
     options, cases = parse_cases(parser)
     report = Report(
         "resident", state="file in the page cache or not, weights in memory, warmed by one answer"
     )
     for number, case in enumerate(cases):
-        measure(report, case, options, is_first=number == 0)
+        (compare_ask_ahead if options.ask_ahead else measure)(report, case, options, is_first=number == 0)
     return 0
 
 

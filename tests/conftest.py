@@ -10,7 +10,13 @@ import pytest
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SETTINGS = ("ARGOSY_MEMORY", "ARGOSY_THREADS", "ARGOSY_INSTRUCTION_SET", "ARGOSY_TRACEBACK")
+SETTINGS = (
+    "ARGOSY_MEMORY",
+    "ARGOSY_THREADS",
+    "ARGOSY_INSTRUCTION_SET",
+    "ARGOSY_ASK_AHEAD",
+    "ARGOSY_TRACEBACK",
+)
 
 
 @pytest.fixture(autouse=True)

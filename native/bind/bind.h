@@ -43,6 +43,19 @@ inline void require_range(std::string_view name, int64_t found, int64_t lowest, 
   }
 }
 
+// An item of a list from Python, where nanobind turns None into a null pointer.
+template <class T>
+const T& require_item(const std::string& name, const T* item) {
+  if (item == nullptr) {
+    refuse(name + " is None, expected " + nb::cast<std::string>(nb::type_name(nb::type<T>())));
+  }
+  return *item;
+}
+
+inline std::string item_name(const char* list, size_t at) {
+  return std::string(list) + "[" + std::to_string(at) + "]";
+}
+
 inline std::string dtype_name(nb::dlpack::dtype dtype) {
   switch (nb::dlpack::dtype_code(dtype.code)) {
     case nb::dlpack::dtype_code::Float:

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "bind/bind.h"
@@ -17,6 +18,7 @@
 #include "ops/layer.h"
 #include "ops/matmul.h"
 #include "ops/swiglu.h"
+#include "store/start_threads.h"
 
 namespace argosy {
 
@@ -30,8 +32,14 @@ void bind_choice(nb::module_& m) {
   m.def("instruction_set", [] { return std::string(kernels().name); });
 
   nb::class_<Runtime>(m, "Runtime")
-      .def(nb::init<int>(), "num_threads"_a)
+      .def(
+          "__init__",
+          [](Runtime* self, int num_threads, const std::optional<std::string>& ask_ahead) {
+            new (self) Runtime(num_threads, ask_ahead ? ask_ahead_named(*ask_ahead) : default_ask_ahead());
+          },
+          "num_threads"_a, "ask_ahead"_a = nb::none())
       .def_prop_ro("num_threads", &Runtime::num_threads)
+      .def_prop_ro("ask_ahead", [](const Runtime& self) { return self.ask_ahead().name; })
       .def_prop_ro("scratch_bytes", &Runtime::scratch_bytes)
       .def("close", &Runtime::close, nb::call_guard<nb::gil_scoped_release>());
 }
@@ -140,7 +148,7 @@ void bind_matrix(nb::module_& m) {
         const int64_t num_tokens = int64_t(x.shape(0));
         std::vector<Product> products;
         for (size_t i = 0; i < outs.size(); ++i) {
-          const MatrixView& view = matrices[i]->view;
+          const MatrixView& view = require_item(item_name("matrices", i), matrices[i]).view;
           require_size("columns of x", int64_t(x.shape(1)), view.cols);
           products.push_back({view, write_array<float>("out", outs[i], {num_tokens, view.rows})});
         }
@@ -478,6 +486,13 @@ void bind_attention(nb::module_& m) {
       "latent_scratch_bytes",
       [](int64_t num_heads, int64_t nope_dim, int64_t rope_dim, int64_t kv_rank, int64_t max_tokens,
          int num_threads) {
+        for (const auto& [name, size] :
+             {std::pair("nope_dim", nope_dim), std::pair("rope_dim", rope_dim), std::pair("kv_rank", kv_rank),
+              std::pair("max_tokens", max_tokens)}) {
+          require_range(name, size, 0, kLargestSize);
+        }
+        require_range("num_heads", num_heads, 1, kLargestSize);
+        require_range("num_threads", num_threads, 1, kMostThreads);
         LatentHeads heads = {};
         heads.num_heads = num_heads;
         heads.nope_dim = nope_dim;

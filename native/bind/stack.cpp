@@ -184,6 +184,7 @@ BoundFfn routed_ffn(const Matrix& router, const Routing& routing, const std::opt
       .rule = routing.checked(router.view.rows),
   };
   if (routing.choice_bias) bound.kept.arrays.push_back(*routing.choice_bias);
+  require_range("width", width, 0, kLargestSize);
   ffn.width = width;
   ffn.formats = parse_formats(formats);
   const int64_t num_experts = router.view.rows;
@@ -192,7 +193,11 @@ BoundFfn routed_ffn(const Matrix& router, const Routing& routing, const std::opt
                 bound.kept.keep("down_bias", down_bias, num_experts * router.view.cols)};
   if (shared) {
     const auto& [gate, up, down] = *shared;
-    ffn.shared = SharedExpert{bound.kept.keep(*gate, *up, *down), std::nullopt};
+    ffn.shared = SharedExpert{
+        bound.kept.keep(require_item("shared[0]", gate), require_item("shared[1]", up),
+                        require_item("shared[2]", down)),
+        std::nullopt,
+    };
     if (shared_score != nullptr) ffn.shared->score = bound.kept.keep(*shared_score);
   }
   bound.ffn = std::move(ffn);
@@ -315,11 +320,14 @@ class BoundStack {
     description.experts_off = arena == nullptr;
     BufferColumns columns;
     columns.pairs = rotary.num_pairs();
-    for (const auto& [mixer_norm, mixer, ffn_norm, ffn] : layers) {
-      kept_.keep(mixer->kept);
-      kept_.keep(ffn->kept);
-      description.layers.push_back({kept_.keep("mixer_norm", mixer_norm, hidden_), mixer->mixer,
-                                    kept_.keep("ffn_norm", ffn_norm, hidden_), ffn->ffn});
+    for (const auto& [mixer_norm, given_mixer, ffn_norm, given_ffn] : layers) {
+      const std::string name = item_name("layers", description.layers.size());
+      const BoundMixer& mixer = require_item(name + "[1]", given_mixer);
+      const BoundFfn& ffn = require_item(name + "[3]", given_ffn);
+      kept_.keep(mixer.kept);
+      kept_.keep(ffn.kept);
+      description.layers.push_back({kept_.keep("mixer_norm", mixer_norm, hidden_), mixer.mixer,
+                                    kept_.keep("ffn_norm", ffn_norm, hidden_), ffn.ffn});
       const KvShape& shape = kv.shape(int64_t(description.layers.size()) - 1);
       const auto check_mixer = [&](const auto& block) {
         require_fit(block, shape, rotary, hidden_);
@@ -330,8 +338,8 @@ class BoundStack {
         require_fit(block, hidden_);
         columns.widen(block);
       };
-      std::visit(check_mixer, mixer->mixer);
-      std::visit(check_ffn, ffn->ffn);
+      std::visit(check_mixer, mixer.mixer);
+      std::visit(check_ffn, ffn.ffn);
     }
     if (arena != nullptr) {
       if (!offsets) refuse("an arena without the offsets of its experts");
@@ -347,9 +355,9 @@ class BoundStack {
              const std::optional<Array>& state_slots) {
     const KvCache& kv = stack_->kv();
     StepBatch batch = {};
+    batch.token_ids = read_array<int32_t>("token_ids", token_ids, {kAnySize});
     const int64_t tokens = batch.num_tokens = int64_t(token_ids.shape(0));
     require_range("tokens", tokens, 1, stack_->max_tokens());
-    batch.token_ids = read_array<int32_t>("token_ids", token_ids, {tokens});
     batch.position = read_array<int32_t>("position", position, {tokens});
     batch.sequence = read_array<int32_t>("sequence", sequence, {tokens});
     batch.slots = read_array<int64_t>("slots", slots, {tokens});

@@ -126,7 +126,9 @@ std::vector<int64_t> fetch_many(Store& store, Arena& arena,
                                 const std::string& urgency) {
   std::vector<PlacedRecord> placed;
   placed.reserve(records.size());
-  for (const auto& [record, base_offset] : records) placed.push_back({*record, base_offset});
+  for (const auto& [record, base_offset] : records) {
+    placed.push_back({require_item(item_name("records", placed.size()) + "[0]", record), base_offset});
+  }
   const Urgency parsed = parse_urgency(urgency);
   nb::gil_scoped_release released;  // the list that came holds the records
   return store.fetch(arena, placed, parsed);

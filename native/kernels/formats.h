@@ -96,6 +96,8 @@ static inline constexpr int64_t round_up(int64_t n, int64_t multiple) {
 
 enum class SubScales : uint8_t { none, bytes, signed_bytes, signed_pairs, nibble_pairs };
 
+namespace {  // its functions, too: members of a class that all files share are shared
+
 // The table at the top.
 struct QuantFormat {
   int bits;
@@ -141,6 +143,8 @@ struct QuantFormat {
     return scales_at(group) + block_scale_bytes() + group % block_groups() * group_bytes();
   }
 };
+
+}  // namespace
 
 static inline constexpr bool is_quantized(Format format) { return format >= Format::q8; }
 

@@ -4,11 +4,6 @@
 
 #include <atomic>
 #include <stdexcept>
-#include <string_view>
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 
 namespace argosy {
 
@@ -56,18 +51,6 @@ const std::vector<const KernelTable*>& tables() {
 
 std::atomic<const KernelTable*> chosen{nullptr};
 
-bool is_zen5() {
-#if defined(__x86_64__)
-  unsigned eax, ebx, ecx, edx;
-  if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx) || ebx != signature_AMD_ebx) return false;
-  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
-  const unsigned family = (eax >> 8 & 0xF) + (eax >> 20 & 0xFF);
-  return family == 0x1A;
-#else
-  return false;
-#endif
-}
-
 }  // namespace
 
 std::vector<std::string> instruction_sets() {
@@ -92,11 +75,17 @@ const KernelTable& kernels() {
   return table != nullptr ? *table : *tables().back();
 }
 
-bool asks_ahead() {
-  // Without AVX-512 a product takes several times the instructions, and what the hardware asks for by itself
-  // comes too late; with it, only Zen 5 was measured to gain.
-  static const bool asks = std::string_view(tables().back()->name) != "avx512" || is_zen5();
-  return asks;
+AskAhead ask_ahead_named(const std::string& name) {
+  std::string known;
+  for (const AskAhead& each : kAskAheads) {
+    if (each.name == name) return each;
+    known += (known.empty() ? "" : ", ") + std::string(each.name);
+  }
+  throw std::invalid_argument("unknown ask_ahead '" + name + "'; known: " + known);
+}
+
+AskAhead default_ask_ahead() {
+  return ask_ahead_named(std::string(kernels().name) == "avx512" ? "off" : "one_level");
 }
 
 }  // namespace argosy

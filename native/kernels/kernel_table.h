@@ -16,6 +16,17 @@
 
 namespace argosy {
 
+// How a product with one token asks for quantised weights: so many bytes ahead into the first cache, and into
+// the second; 0: not. It changes no result (docs/decisions/0022).
+struct AskAhead {
+  const char* name;
+  int64_t into_l1, into_l2;
+};
+
+[[maybe_unused]] static constexpr AskAhead kAskAheads[] = {
+    {"off", 0, 0}, {"one_level", 6 << 10, 0}, {"two_levels", 3 << 10, 16 << 10}};
+[[maybe_unused]] static constexpr const AskAhead& kAskNothing = kAskAheads[0];
+
 // y[t][r - row_begin] = sum over c of W[r][c] * x[t][c]
 struct MatmulArgs {
   const uint8_t* weights;  // the whole matrix
@@ -29,6 +40,7 @@ struct MatmulArgs {
   const int32_t* y_index;
   int64_t num_tokens;
   const uint8_t* next_weights = nullptr;  // the panels that the caller reads next: a hint
+  AskAhead ask_ahead = kAskNothing;
 };
 
 // Where one layer's keys and values lie. A block holds, for each KV head,
@@ -285,8 +297,10 @@ const KernelTable& kernel_table(const std::string& name);
 
 const KernelTable& kernels();
 
-// Whether this processor reads the weights of one token faster when lines are also asked for by software. It
-// changes no result (docs/decisions/0019).
-bool asks_ahead();
+// What the kernels ask for where nothing was measured. Without AVX-512 the hardware prefetcher falls behind:
+// a product issues several times as many instructions.
+AskAhead default_ask_ahead();
+// Throws std::invalid_argument for a name that is not in kAskAheads.
+AskAhead ask_ahead_named(const std::string& name);
 
 }  // namespace argosy

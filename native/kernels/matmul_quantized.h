@@ -78,6 +78,10 @@ void matmul_quantized(const MatmulArgs& a) {
 // kTokens tokens: multiply(operands, group, dot), scale(operands, group, dot, sum), which adds them to the
 // sums, and put.
 
+// A number of bytes that the compiler knows.
+template <int64_t kBytes>
+struct Bytes {};
+
 template <int64_t kBytes, int kLevel>
 [[gnu::always_inline]] inline void ask_for(const uint8_t* from) {
 #pragma GCC unroll 8
@@ -108,33 +112,45 @@ void run_tile(const MatmulArgs& a, int64_t row, int64_t token, const uint8_t* ne
   Tile::put(a, row, token, sum);
 }
 
-// The same for one panel and one token, where reading the weights is what takes the time. With kAsksAhead
-// what comes kAhead bytes later is asked for as well, up to the end of the rows, and from there on at
-// next_weights.
-template <Format kFormat, bool kAsksAhead>
+// The same for one panel and one token, where reading the weights is what takes the time: they are asked for
+// as a.ask_ahead says, up to the end of the rows, and from there on at next_weights.
+template <Format kFormat, bool kAsksL1, bool kAsksL2>
 void run_one_token(const MatmulArgs& a, int64_t row) {
   using Tile = QuantizedTile<kFormat, 1, 1>;
   constexpr QuantFormat kQuant = quant_format(kFormat);
-  constexpr int64_t kAhead = 6 << 10;  // docs/decisions/0019-a-panel-is-read-from-end-to-end.md
   const TileOperands<kFormat, 1> o(a, row, 0);
   const uint8_t* end = o.panel + (a.row_end - row + kPanelRows - 1) / kPanelRows * o.stride;
   const uint8_t* next = a.next_weights != nullptr ? a.next_weights : end;
   // A prefetch cannot fault, so it does not matter if there is nothing.
-  const auto ahead = [&](const uint8_t* at) {
-    return at + kAhead < end ? at + kAhead : next + (at + kAhead - end);
+  const auto ahead = [&](const uint8_t* at, int64_t bytes) {
+    return at + bytes < end ? at + bytes : next + (at + bytes - end);
+  };
+  const auto ask = [&]<int64_t kBytes>(const uint8_t* at, Bytes<kBytes>) {
+    if constexpr (kAsksL2) ask_for<kBytes, kIntoL2>(ahead(at, a.ask_ahead.into_l2));
+    if constexpr (kAsksL1) ask_for<kBytes, kIntoL1>(ahead(at, a.ask_ahead.into_l1));
   };
   const int64_t groups = num_groups(a.cols);
   typename Tile::Sums sum = {};
   for (int64_t block = 0; block < groups; block += kQuant.block_groups()) {
-    if constexpr (kAsksAhead) ask_for<kQuant.block_scale_bytes(), kIntoL1>(ahead(o.block_scales(block)));
+    ask(o.block_scales(block), Bytes<kQuant.block_scale_bytes()>{});
     for (int64_t group = block; group < groups && group < block + kQuant.block_groups(); ++group) {
-      if constexpr (kAsksAhead) ask_for<kQuant.group_bytes(), kIntoL1>(ahead(o.quants(group)));
+      ask(o.quants(group), Bytes<kQuant.group_bytes()>{});
       typename Tile::Dots dot;
       Tile::multiply(o, group, dot);
       Tile::scale(o, group, dot, sum);
     }
   }
   Tile::put(a, row, 0, sum);
+}
+
+template <Format kFormat>
+void matmul_one_token(const MatmulArgs& a) {
+  const bool asks_l1 = a.ask_ahead.into_l1 > 0, asks_l2 = a.ask_ahead.into_l2 > 0;
+  const auto run = asks_l1 && asks_l2 ? run_one_token<kFormat, true, true>
+                   : asks_l1          ? run_one_token<kFormat, true, false>
+                   : asks_l2          ? run_one_token<kFormat, false, true>
+                                      : run_one_token<kFormat, false, false>;
+  for (int64_t row = a.row_begin; row < a.row_end; row += kPanelRows) run(a, row);
 }
 
 // All tokens of kPanels panels, in tiles of much the same size: a tile of one token takes as long as one of
@@ -156,12 +172,8 @@ void run_panels(const MatmulArgs& a, int64_t row) {
 
 template <Format kFormat>
 void matmul_quantized(const MatmulArgs& a) {
+  if (a.num_tokens == 1) return matmul_one_token<kFormat>(a);
   int64_t row = a.row_begin;
-  if (a.num_tokens == 1) {
-    const auto run_one = asks_ahead() ? run_one_token<kFormat, true> : run_one_token<kFormat, false>;
-    for (; row < a.row_end; row += kPanelRows) run_one(a, row);
-    return;
-  }
 #if ARGOSY_AVX512
   // Up to three tokens of one panel at a time: reading is what takes the time.
   if (a.num_tokens > 3) {

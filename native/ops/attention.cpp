@@ -2,9 +2,10 @@
 
 #include <algorithm>
 #include <stdexcept>
-#include <string>
 #include <utility>
 #include <vector>
+
+#include "ops/checked_size.h"
 
 namespace argosy {
 
@@ -29,40 +30,30 @@ std::vector<Run> split_into_runs(const AttentionBatch& batch, int64_t longest) {
   return runs;
 }
 
-constexpr int64_t kMostBytes = int64_t{1} << 62;
-
-int64_t checked_product(std::initializer_list<int64_t> factors) {
-  int64_t product = 1;
-  for (const int64_t factor : factors) {
-    if (factor < 1)
-      throw std::invalid_argument("a KV cache of size " + std::to_string(factor) + ", expected 1 or more");
-    if (product > kMostBytes / factor) throw std::invalid_argument("a KV cache of more than 2^62 bytes");
-    product *= factor;
-  }
-  return product;
-}
+constexpr const char* kKvCache = "a KV cache";
 
 int64_t layer_bytes(const KvShape& shape, int64_t num_blocks, int64_t block_tokens, bool is_f16) {
   if (shape.kind == KvShape::Kind::none) return 0;
-  // Each factor first, so that rounding up cannot overflow.
-  checked_product({num_blocks, block_tokens, shape.kv_heads, shape.head_dim});
-  int64_t per_head = checked_product({block_tokens, shape.head_dim});
+  // Each factor first, with room for twice as much and rounding up.
+  checked_product(kKvCache, {4, num_blocks, block_tokens, shape.kv_heads, shape.head_dim});
+  int64_t per_head = checked_product(kKvCache, {block_tokens, shape.head_dim});
   if (shape.kind == KvShape::Kind::keys_values) {
     per_head = checked_product(
-        {round_up(block_tokens, kKeyTile), shape.head_dim + round_up(shape.head_dim, kKeyTile)});
+        kKvCache, {round_up(block_tokens, kKeyTile), shape.head_dim + round_up(shape.head_dim, kKeyTile)});
   }
-  return checked_product({num_blocks, shape.kv_heads, per_head, is_f16 ? 2 : 4});
+  return checked_product(kKvCache, {num_blocks, shape.kv_heads, per_head, is_f16 ? 2 : 4});
 }
 
 }  // namespace
 
 int64_t KvCache::bytes(const std::vector<KvShape>& layers, int64_t num_blocks, int64_t block_tokens,
                        bool is_f16) {
-  checked_product({int64_t(layers.size()), num_blocks, block_tokens});
+  checked_product(kKvCache, {int64_t(layers.size()), num_blocks, block_tokens});
   int64_t sum = 0;
   for (const KvShape& shape : layers) {
-    sum += layer_bytes(shape, num_blocks, block_tokens, is_f16);
-    if (sum > kMostBytes) throw std::invalid_argument("a KV cache of more than 2^62 bytes");
+    const int64_t layer = layer_bytes(shape, num_blocks, block_tokens, is_f16);
+    if (layer > kMostBytes - sum) throw std::invalid_argument("a KV cache of more than 2^62 bytes");
+    sum += layer;
   }
   return sum;
 }

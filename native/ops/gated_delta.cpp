@@ -2,9 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <initializer_list>
 #include <stdexcept>
 #include <string>
+
+#include "ops/checked_size.h"
 
 namespace argosy {
 
@@ -12,35 +13,23 @@ namespace {
 
 constexpr float kUnitLengthEps = 1e-6f;  // of q and k
 
-int64_t checked_product(std::initializer_list<int64_t> factors) {
-  int64_t product = 1;
-  for (const int64_t factor : factors) {
-    if (factor < 1) {
-      throw std::invalid_argument("a recurrent state of size " + std::to_string(factor) +
-                                  ", expected 1 or more");
-    }
-    if (product > (int64_t{1} << 60) / factor)
-      throw std::invalid_argument("a recurrent state of more than 2^62 bytes");
-    product *= factor;
-  }
-  return product;
-}
+constexpr const char* kState = "a recurrent state";
 
 }  // namespace
 
 int64_t RecurrentState::bytes(int64_t num_slots, int64_t num_layers, const DeltaShape& shape) {
   // Each part first, so that no sum can overflow.
-  checked_product({3, shape.num_key_heads, shape.key_dim, shape.conv_width});
-  checked_product({3, shape.num_value_heads, shape.value_dim, shape.conv_width});
-  checked_product({3, shape.num_value_heads, shape.key_dim, shape.value_dim});
-  return checked_product({num_slots, num_layers, shape.state_floats()}) * 4;
+  checked_product(kState, {3, shape.num_key_heads, shape.key_dim, shape.conv_width});
+  checked_product(kState, {3, shape.num_value_heads, shape.value_dim, shape.conv_width});
+  checked_product(kState, {3, shape.num_value_heads, shape.key_dim, shape.value_dim});
+  return checked_product(kState, {4, num_slots, num_layers, shape.state_floats()});
 }
 
 RecurrentState::RecurrentState(int64_t num_slots, int64_t num_layers, const DeltaShape& shape)
     : num_layers_(num_layers),
       shape_(shape),
-      positions_(size_t(std::max<int64_t>(num_slots, 0)), 0),
-      arena_(size_t(bytes(num_slots, num_layers, shape))) {}
+      arena_(size_t(bytes(num_slots, num_layers, shape))),
+      positions_(size_t(num_slots), 0) {}
 
 float* RecurrentState::window(int64_t slot, int64_t layer) {
   return reinterpret_cast<float*>(arena_.data()) + slot * slot_floats() + layer * shape_.state_floats();

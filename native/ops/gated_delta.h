@@ -56,8 +56,8 @@ class RecurrentState {
  private:
   int64_t num_layers_;
   DeltaShape shape_;
+  Arena arena_;  // before what else the number of slots takes: it refuses too many
   std::vector<int64_t> positions_;
-  Arena arena_;
 };
 
 // Consecutive tokens of one sequence.

@@ -6,6 +6,7 @@
 
 #include "kernels/half.h"
 #include "kernels/kernel_table.h"
+#include "ops/checked_size.h"
 
 namespace argosy {
 
@@ -13,6 +14,7 @@ namespace {
 
 constexpr int64_t kBlockRows = 32;   // of a product with one head's matrix
 constexpr int64_t kTileTokens = 32;  // whose latent queries and results exist at a time
+constexpr const char* kScratch = "scratch of latent attention";
 
 int64_t blocks_of(int64_t rows) { return round_up(rows, kBlockRows) / kBlockRows; }
 
@@ -79,6 +81,7 @@ void multiply_heads(Runtime& runtime, const MatrixView& matrix, int64_t num_head
                                .y_index = nullptr,
                                .num_tokens = num_tokens,
                                .next_weights = nullptr,
+                               .ask_ahead = runtime.ask_ahead(),
                            });
                            begin = next;
                          }
@@ -280,6 +283,10 @@ void latent_attention(Runtime& runtime, const LatentLayer& kv, const LatentHeads
 }
 
 int64_t latent_scratch_bytes(const LatentHeads& heads, int64_t max_tokens, int num_threads) {
+  // None of the five parts has more bytes than these products, each of which leaves room for eight.
+  const int64_t dims = checked_product(kScratch, {1, heads.nope_dim + heads.rope_dim + heads.kv_rank + 64});
+  checked_product(kScratch, {8, 8, kTileTokens, heads.num_heads, dims});
+  checked_product(kScratch, {8, 1024, num_threads, dims});
   return Scratch(heads, std::min(max_tokens, kTileTokens), num_threads).layout.bytes();
 }
 

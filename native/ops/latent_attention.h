@@ -39,7 +39,8 @@ void latent_write(Runtime& runtime, const LatentLayer& kv, const float* vectors,
 void latent_attention(Runtime& runtime, const LatentLayer& kv, const LatentHeads& heads,
                       const AttentionBatch& batch, float* out);
 
-// What latent_attention takes of the runtime's scratch, at most; of `heads` only sizes matter.
+// What latent_attention takes of the runtime's scratch, at most; of `heads` only sizes matter. Sizes are at
+// most 2^30. Throws std::invalid_argument for more than 2^62 bytes.
 int64_t latent_scratch_bytes(const LatentHeads& heads, int64_t max_tokens, int num_threads);
 
 }  // namespace argosy

@@ -4,11 +4,18 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 #include <string>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "kernels/kernel_table.h"
 #include "store/arena.h"
+#include "store/start_threads.h"
 #include "store/thread_pool.h"
 
 namespace argosy {
@@ -17,12 +24,30 @@ namespace {
 
 constexpr int kPasses = 7;
 constexpr int64_t kPart = int64_t{1} << 20;  // what a thread claims at once
+constexpr int kMostAskAheadThreads = 16;     // each still reads half a megabyte
+constexpr double kAskAheadMargin = 0.03;
 
 void require_threads(int threads) {
-  if (threads < 1 || threads > 1024) {
-    throw std::invalid_argument("threads is " + std::to_string(threads) + ", expected 1 to 1024");
+  if (threads < 1 || threads > kMostThreads) {
+    throw std::invalid_argument("threads is " + std::to_string(threads) + ", expected 1 to " +
+                                std::to_string(kMostThreads));
   }
 }
+
+// Takes memory out of all caches.
+#if defined(__x86_64__)
+bool can_flush() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (ebx & bit_CLFLUSHOPT) != 0;
+}
+void flush(const uint8_t* data, int64_t nbytes) {
+  for (int64_t i = 0; i < nbytes; i += 64) asm volatile("clflushopt %0" : : "m"(data[i]) : "memory");
+  asm volatile("mfence" : : : "memory");
+}
+#else
+bool can_flush() { return false; }
+void flush(const uint8_t*, int64_t) {}
+#endif
 
 // The least seconds of several passes.
 template <class Pass>
@@ -65,6 +90,60 @@ double memory_probe(int threads, int64_t nbytes) {
     throw std::logic_error("the memory probe read something else than it wrote");
   }
   return double(parts * kPart) / seconds;
+}
+
+AskAhead ask_ahead_probe(int threads) {
+  require_threads(threads);
+  const KernelTable& table = kernels();
+  if (std::string(table.name) != "avx512" || !can_flush()) return default_ask_ahead();
+  constexpr Format kFormat = Format::q4;  // all formats agreed on the machines that were measured
+  constexpr int64_t kCols = 2048, kRangePanels = 8;
+  const int64_t panel = panel_bytes(kFormat, kCols), panels = kAskAheadProbeBytes / panel;
+  Arena arena(kAskAheadProbeBytes);
+  std::memset(arena.data(), 1, arena.size());
+  std::vector<uint8_t> activations(size_t(activation_bytes(kCols)));
+  const std::vector<float> x(kCols, 1.0f);
+  table.quantize_activations(x.data(), kCols, 0, num_groups(kCols), activations.data());
+  std::vector<float> y(size_t(panels * kPanelRows));
+  ThreadPool pool(std::min(threads, kMostAskAheadThreads));
+  const auto read = [&](const AskAhead& ask_ahead) {
+    pool.parallel_for(panels, kRangePanels, [&](int64_t begin, int64_t end, int) {
+      table.matmul[int(kFormat)]({
+          .weights = arena.data(),
+          .cols = kCols,
+          .row_begin = begin * kPanelRows,
+          .row_end = end * kPanelRows,
+          .x = activations.data(),
+          .x_stride = 0,
+          .x_index = nullptr,
+          .y = y.data() + begin * kPanelRows,
+          .y_stride = 0,
+          .y_index = nullptr,
+          .num_tokens = 1,
+          .next_weights = arena.data() + end * panel,
+          .ask_ahead = ask_ahead,
+      });
+    });
+  };
+  // Weights that no cache holds, however large the last one is, without memory that is larger still.
+  const auto flush_all = [&] {
+    pool.parallel_for(panels, kRangePanels, [&](int64_t begin, int64_t end, int) {
+      flush(arena.data() + begin * panel, (end - begin) * panel);
+    });
+  };
+  std::vector<double> best(std::size(kAskAheads), 1e30);  // seconds
+  // In turns, because what disturbs one comes and goes; the best of each, because it only ever slows down.
+  for (int pass = 0; pass < kPasses; ++pass) {
+    for (size_t i = 0; i < best.size(); ++i) {
+      flush_all();
+      const auto start = std::chrono::steady_clock::now();
+      read(kAskAheads[i]);
+      const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+      best[i] = std::min(best[i], taken.count());
+    }
+  }
+  const size_t fastest = size_t(std::min_element(best.begin(), best.end()) - best.begin());
+  return best[fastest] < (1 - kAskAheadMargin) * best[0] ? kAskAheads[fastest] : kAskNothing;
 }
 
 double int8_probe(int threads) {

@@ -11,7 +11,7 @@
 #include <memory>
 #include <mutex>
 
-#include "kernels/formats.h"
+#include "kernels/kernel_table.h"
 #include "store/thread_pool.h"
 
 namespace argosy {
@@ -32,9 +32,12 @@ class ScratchLayout {
 
 class Runtime {
  public:
-  explicit Runtime(int num_threads);  // throws std::invalid_argument below 1
+  // Throws std::invalid_argument for fewer than 1 or more than kMostThreads, std::runtime_error if the system
+  // refuses a thread.
+  explicit Runtime(int num_threads, const AskAhead& ask_ahead = default_ask_ahead());
 
   int num_threads() const { return num_threads_; }
+  const AskAhead& ask_ahead() const { return ask_ahead_; }  // of products that read weights
   int64_t scratch_bytes() const { return scratch_bytes_; }
   void close();  // ends the threads, gives the scratch back; operations then throw std::invalid_argument
 
@@ -67,6 +70,7 @@ class Runtime {
   };
 
   int num_threads_;
+  AskAhead ask_ahead_;
   std::recursive_mutex mutex_;
   std::unique_ptr<ThreadPool> pool_;
   std::unique_ptr<uint8_t, FreeScratch> scratch_;

@@ -120,6 +120,7 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
         args.y_stride = rows;
         args.num_tokens = count;
         args.next_weights = next;
+        args.ask_ahead = runtime.ask_ahead();
         table.matmul[int(matrix.format)](args);
       };
       const bool reads_on = a == dispatch.starts[index];  // later tokens find the weights in the cache
@@ -179,6 +180,7 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
     args.num_tokens = dispatch.starts[index + 1] - a;
     if (args.num_tokens == 0) return;
     args.next_weights = rows_after(&ExpertView::down, index, args.row_end);
+    args.ask_ahead = runtime.ask_ahead();
     table.matmul[int(down.format)](args);
     if (const float* bias = experts[index].bias.down) add_bias(args, bias);
   };

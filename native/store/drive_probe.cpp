@@ -14,8 +14,10 @@
 #include <thread>
 #include <vector>
 
+#include "kernels/formats.h"
 #include "store/arena.h"
 #include "store/file_system.h"
+#include "store/start_threads.h"
 
 namespace argosy {
 namespace {
@@ -23,6 +25,7 @@ namespace {
 // A reader that fills one small buffer again and again finds it in the processor's cache, and looks up to a
 // third faster than one that fills the slots of an expert cache (benchmarks/reads.py).
 constexpr int64_t kDestinationBytes = int64_t{256} << 20;
+constexpr int64_t kMostRecords = int64_t{1} << 24;
 
 class ClosedAtEnd {
  public:
@@ -56,22 +59,27 @@ double drive_probe(const std::string& path, int64_t record_bytes, int64_t num_re
   if (record_bytes < 1 || num_records < 1 || num_readers < 1) {
     throw std::invalid_argument("a probe needs at least 1 byte, 1 record and 1 reader");
   }
+  if (num_records > kMostRecords || num_readers > kMostThreads) {
+    throw std::invalid_argument("a probe has at most " + std::to_string(kMostRecords) + " records and " +
+                                std::to_string(kMostThreads) + " readers");
+  }
   RealFileSystem file_system;
   const OpenFile file = file_system.open(path, direct);
   const ClosedAtEnd closed_at_end(file_system, file);
   if (direct && !file.is_direct) throw std::runtime_error(path + ": " + file.why_not_direct);
-  record_bytes = (record_bytes + file.alignment - 1) / file.alignment * file.alignment;
-  const int64_t num_in_file = file.size / record_bytes;
+  const int64_t num_in_file =  // no size of a file is so large that the sum overflows
+      record_bytes > file.size ? 0 : file.size / round_up(record_bytes, file.alignment);
   if (num_in_file < 1) {
     throw std::invalid_argument(path + " holds " + std::to_string(file.size) + " bytes, and a record has " +
                                 std::to_string(record_bytes));
   }
+  record_bytes = round_up(record_bytes, file.alignment);
   const std::vector<int64_t> records = shuffled_records(num_in_file, num_records);
   if (!direct) file_system.drop_cache(file.handle, 0, 0);
 
   std::atomic<size_t> next{0};
   std::atomic<int> error{0};
-  std::latch ready(num_readers);
+  std::latch begin(1);
   const int64_t num_slots = std::max<int64_t>(
       num_readers, std::min(num_records, std::max<int64_t>(1, kDestinationBytes / record_bytes)));
   Arena arena(size_t(num_slots * record_bytes));
@@ -80,7 +88,7 @@ double drive_probe(const std::string& path, int64_t record_bytes, int64_t num_re
   // Each reader notes its own times: this thread may be woken long after they have begun.
   std::vector<double> began(static_cast<size_t>(num_readers)), ended(static_cast<size_t>(num_readers));
   const auto read_records = [&](size_t reader) {
-    ready.arrive_and_wait();
+    begin.wait();
     began[reader] = file_system.seconds();
     for (size_t i = next++; i < records.size() && error == 0; i = next++) {
       uint8_t* slot = arena.data() + int64_t(i) % num_slots * record_bytes;
@@ -92,8 +100,13 @@ double drive_probe(const std::string& path, int64_t record_bytes, int64_t num_re
     }
     ended[reader] = file_system.seconds();
   };
-  std::vector<std::thread> readers;
-  for (size_t reader = 0; reader < began.size(); ++reader) readers.emplace_back(read_records, reader);
+  std::vector<std::thread> readers = start_threads(
+      num_readers, [&](int reader) { read_records(size_t(reader)); },
+      [&] {
+        error = ECANCELED;
+        begin.count_down();
+      });
+  begin.count_down();
   for (std::thread& reader : readers) reader.join();
   const double seconds =
       *std::max_element(ended.begin(), ended.end()) - *std::min_element(began.begin(), began.end());

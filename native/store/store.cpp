@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "store/crc32c.h"
+#include "store/start_threads.h"
 
 namespace argosy {
 
@@ -131,13 +132,13 @@ int64_t Store::request_bytes(const std::vector<int64_t>& piece_bytes) {
 
 Store::Store(int num_readers, std::shared_ptr<FileSystem> file_system)
     : file_system_(std::move(file_system)), num_readers_(num_readers) {
-  if (num_readers < 1) {
-    throw std::invalid_argument("a store needs at least 1 reader, asked for " + std::to_string(num_readers));
+  if (num_readers < 1 || num_readers > kMostThreads) {
+    throw std::invalid_argument("num_readers is " + std::to_string(num_readers) + ", expected 1 to " +
+                                std::to_string(kMostThreads));
   }
   queue_of_kernel_ = file_system_->read_queue(kMaxBegun);
   for (size_t i = kMaxBegun; i > 0; --i) free_.push_back(i - 1);
-  readers_.reserve(size_t(num_readers));
-  for (int i = 0; i < num_readers; ++i) readers_.emplace_back([this] { serve(); });
+  readers_ = start_threads(num_readers, [this](int) { serve(); }, [this] { close(); });
 }
 
 Store::~Store() { close(); }

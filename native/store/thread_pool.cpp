@@ -14,6 +14,8 @@
 #include <string>
 #include <utility>
 
+#include "store/start_threads.h"
+
 namespace argosy {
 namespace {
 
@@ -59,18 +61,20 @@ ThreadPool::ThreadPool(int num_threads) {
                                 std::to_string(num_threads));
   }
   slots_ = std::vector<Slot>(size_t(num_threads));
-  threads_.reserve(size_t(num_threads - 1));
-  for (int worker = 1; worker < num_threads; ++worker)
-    threads_.emplace_back([this, worker] { work(worker); });
+  threads_ = start_threads(num_threads - 1, [this](int i) { work(i + 1); }, [this] { stop(); });
 }
 
 ThreadPool::~ThreadPool() {
+  stop();
+  for (std::thread& thread : threads_) thread.join();
+}
+
+void ThreadPool::stop() {
   {
     std::lock_guard lock(mutex_);
     stopping_ = true;
   }
   work_came_.notify_all();
-  for (std::thread& thread : threads_) thread.join();
 }
 
 void ThreadPool::run(int64_t count, int64_t grain, Body body, const void* context) {

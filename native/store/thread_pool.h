@@ -26,7 +26,8 @@ namespace argosy {
 
 class ThreadPool {
  public:
-  explicit ThreadPool(int num_threads);  // at least 1
+  // At least 1. Throws std::runtime_error if the system refuses a thread.
+  explicit ThreadPool(int num_threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -65,6 +66,7 @@ class ThreadPool {
     std::atomic<uint64_t> stretch{0};  // a word of Stretch; all zeros: nothing left
   };
 
+  void stop();
   void run(int64_t count, int64_t grain, Body body, const void* context);
   void run_loop(int64_t count, int64_t grain);
   void work(int worker);

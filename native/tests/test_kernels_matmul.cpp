@@ -68,6 +68,32 @@ void a_long_row_has_the_same_order_of_sums() {
   }
 }
 
+// Along a matrix, over its end, and on to another one.
+void what_is_asked_for_ahead_changes_no_bit() {
+  for (const KernelTable* table : all_tables()) {
+    for (const Format format : kFormats) {
+      for (const int64_t size : {7, 5000}) {
+        const int64_t cols = cols_of(format, size), rows = 53;
+        const Weights w = Weights::random(format, rows, cols, 3), next = Weights::random(format, 16, cols, 4);
+        const std::vector<float> x = normal(3 * cols, 5);
+        const Inputs inputs(*table, format, x, cols, 3);
+        for (const int64_t tokens : {1, 3}) {
+          const std::vector<float> expected =
+              multiply(*table, w.view, {x.begin(), x.begin() + tokens * cols}, tokens);
+          for (const AskAhead& ask_ahead : kAskAheads) {
+            std::vector<float> y(size_t(rows * tokens), NAN);
+            MatmulArgs args = matmul_args(w.view, inputs, tokens, y.data());
+            args.ask_ahead = ask_ahead;
+            args.next_weights = next.view.data;
+            table->matmul[int(format)](args);
+            CHECK(same_bits(y, expected));
+          }
+        }
+      }
+    }
+  }
+}
+
 void rows_and_tokens_may_be_picked() {
   constexpr int64_t kTokens = 9, kRows = 50;
   const std::vector<int32_t> from = {8, 0, 3, 3, 1};
@@ -456,6 +482,7 @@ int main() {
 #endif
   what_is_no_number_is_seen_while_it_is_transcoded();
   f8_tensors_may_be_transcoded_apart();
+  what_is_asked_for_ahead_changes_no_bit();
   rows_and_tokens_may_be_picked();
   integer_sums_are_exact();
   activations_are_the_same_bytes_everywhere();

@@ -48,6 +48,19 @@ void probes_give_plausible_speeds() {
   CHECK_THROWS(std::invalid_argument, int8_probe(0));
 }
 
+void the_probe_of_asking_ahead_chooses_one_that_there_is() {
+  for (const std::string& name : instruction_sets()) {
+    use_instruction_set(name);
+    for (const int threads : {1, 3, 40}) {
+      const AskAhead chosen = ask_ahead_probe(threads);
+      CHECK_EQUAL(ask_ahead_named(chosen.name).into_l2, chosen.into_l2);
+      if (name != "avx512") CHECK_EQUAL(std::string(chosen.name), "one_level");
+    }
+  }
+  CHECK_THROWS(std::invalid_argument, ask_ahead_probe(0));
+  CHECK_THROWS(std::invalid_argument, ask_ahead_named("three_levels"));
+}
+
 }  // namespace
 }  // namespace argosy::testing
 
@@ -56,5 +69,6 @@ int main() {
   every_word_is_read();
   every_round_is_multiplied();
   probes_give_plausible_speeds();
+  the_probe_of_asking_ahead_chooses_one_that_there_is();
   return check_result();
 }

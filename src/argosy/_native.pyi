@@ -17,6 +17,7 @@ Format = Literal[
     "int4",
 ]  # fmt: skip
 InstructionSet = Literal["plain", "avx2", "avx512"]
+AskAhead = Literal["off", "one_level", "two_levels"]
 Activation = tuple[Literal["silu", "clamped"], float, float]  # kind, limit, alpha
 _Floats = NDArray[np.float32]
 _Ints = NDArray[np.int32]
@@ -36,11 +37,22 @@ def use_instruction_set(name: str) -> None:
 def instruction_set() -> InstructionSet: ...
 
 class Runtime:
-    """A pool of threads, the caller among them, and scratch memory that only grows."""
+    """A pool of threads, the caller among them, and scratch memory that only grows.
 
-    def __init__(self, num_threads: int) -> None: ...
+    Args:
+        num_threads: at most 1024.
+        ask_ahead: whether products with one token prefetch quantised weights, and into how many caches
+            (`ask_ahead_probe`). No result depends on it. None: off with AVX-512, one level without.
+
+    Raises:
+        RuntimeError: the system refuses a thread.
+    """
+
+    def __init__(self, num_threads: int, ask_ahead: AskAhead | None = None) -> None: ...
     @property
     def num_threads(self) -> int: ...
+    @property
+    def ask_ahead(self) -> AskAhead: ...
     @property
     def scratch_bytes(self) -> int: ...
     def close(self) -> None:
@@ -289,7 +301,11 @@ def latent_attention(
 def latent_scratch_bytes(
     num_heads: int, nope_dim: int, rope_dim: int, kv_rank: int, max_tokens: int, num_threads: int
 ) -> int:
-    """What `latent_attention` takes of a runtime's scratch, at most."""
+    """What `latent_attention` takes of a runtime's scratch, at most.
+
+    Raises:
+        ValueError: a size is below 0 or beyond 2^30, or the scratch would have more than 2^62 bytes.
+    """
 
 # The layers of a decoder (native/ops/stack.h), as one operation.
 
@@ -597,6 +613,15 @@ def memory_probe(threads: int, nbytes: int) -> float:
         ValueError: threads below 1, or less than 4 MiB a thread.   MemoryError: no such memory.
     """
 
+def ask_ahead_probe(threads: int) -> AskAhead:
+    """The `ask_ahead` with which this machine reads the weights of one token fastest; off on a tie.
+
+    It takes some tens of milliseconds, and 8 MiB of memory meanwhile. Without AVX-512 nothing is measured.
+
+    Raises:
+        ValueError: threads below 1.   MemoryError: no such memory.   RuntimeError: the system refuses a thread.
+    """
+
 def int8_probe(threads: int) -> float:
     """Integer operations per second, two per multiply-add, of the instruction that products with q4 weights use."""
 
@@ -677,7 +702,11 @@ def request_bytes(piece_bytes: Sequence[int]) -> int:
 Urgency = Literal["now", "soon", "maybe"]
 
 class Store:
-    """Threads that read pieces of files into arenas."""
+    """Threads that read pieces of files into arenas, at most 1024.
+
+    Raises:
+        RuntimeError: the system refuses a thread.
+    """
 
     def __init__(self, num_readers: int, file_system: FileSystem | None = None) -> None: ...
     def open(self, path: str, direct: bool = True) -> int:

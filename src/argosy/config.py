@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from argosy.errors import UsageError
 
@@ -20,6 +20,7 @@ _UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": 1 << 40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "k": KIB, "m": MIB, "g": GIB, "t": 1 << 40}
 
 KvDtype = Literal["f32", "f16"]
+AskAhead = Literal["off", "one_level", "two_levels"]
 # How the weights of a matrix lie in memory; native/kernels/formats.h has the layouts.
 Format = Literal[
     "f32", "f16", "bf16", "f8",
@@ -116,6 +117,7 @@ class EngineConfig(_Strict):
     threads: int
     kv_dtype: KvDtype = "f32"
     instruction_set: str | None = None  # None: the best this processor has; a name caps the choice
+    ask_ahead: AskAhead | None = None  # how products prefetch weights; None: a short measurement chooses
     chunk_tokens: int | None = None  # most prompt tokens in one step; None: what the memory plan finds best
     max_sequences: int = 8  # most sequences in one step
     readers: int = 4  # threads that read experts
@@ -142,6 +144,9 @@ class EngineConfig(_Strict):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, found {value}")
+        if self.ask_ahead not in (None, *get_args(AskAhead)):
+            known = ", ".join(get_args(AskAhead))
+            raise UsageError(f"unknown ask_ahead '{self.ask_ahead}'; known: {known}")
         if self.kv_dtype not in ("f32", "f16"):
             raise UsageError(f"kv_dtype must be f32 or f16, found '{self.kv_dtype}'")
 

@@ -7,13 +7,13 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from argosy.cli import doctor as command
 from argosy.cli.main import main
-from argosy.config import GIB, MIB
+from argosy.config import GIB, MIB, AskAhead
 from argosy.errors import DiskFull, UsageError
 from argosy.plan import machine
 
@@ -22,7 +22,15 @@ def test_doctor_prints_facts_and_leaves_nothing(tmp_path: Path, capsys: pytest.C
     assert main(["doctor", "--path", str(tmp_path), "--size", "64MiB"]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""  # no terminal, no progress
-    for start in ("cores", "memory", "  default budget", "drive", "  random reads      measured", "advice"):
+    for start in (
+        "cores",
+        "  prefetch          ",
+        "memory",
+        "  default budget",
+        "drive",
+        "  random reads      measured",
+        "advice",
+    ):
         assert any(line.startswith(start) for line in printed.out.splitlines()), start
     assert list(tmp_path.iterdir()) == []
 
@@ -41,6 +49,23 @@ def test_json_holds_the_same_facts(tmp_path: Path, capsys: pytest.CaptureFixture
     }
     assert all(cell["bytes_per_s"] > 0 for cell in facts["drive"]["measured"])
     assert facts["advice"]
+
+
+def test_the_environment_fixes_what_is_asked_for_ahead(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def doctor() -> int:
+        return main(["doctor", "--path", str(tmp_path), "--size", "64MiB", "--json"])
+
+    assert doctor() == 0
+    assert json.loads(capsys.readouterr().out)["ask_ahead"] in get_args(AskAhead)
+    for name in get_args(AskAhead):
+        monkeypatch.setenv("ARGOSY_ASK_AHEAD", name)
+        assert doctor() == 0
+        assert json.loads(capsys.readouterr().out)["ask_ahead"] == name
+    monkeypatch.setenv("ARGOSY_ASK_AHEAD", "three_levels")
+    assert doctor() == 2
+    assert "must be off or one_level or two_levels, found 'three_levels'" in capsys.readouterr().err
 
 
 def test_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

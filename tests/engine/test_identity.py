@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.pack import pack
+from argosy.config import AskAhead
 from argosy.model.families import open_model
 from tests.models.hub_quantised import write_fp8_model, write_int4_model
 from tests.models.mxfp4_models import write_mxfp4_model
@@ -229,6 +230,13 @@ def test_a_small_expert_cache_changes_nothing(case: Case, share: float) -> None:
 
 def test_two_threads_change_nothing(case: Case) -> None:
     with case.engine(threads=2) as engine:
+        Answers.of(engine, case.prompt).assert_equal(resident(case))
+
+
+@pytest.mark.parametrize("ask_ahead", get_args(AskAhead))
+def test_what_products_ask_for_ahead_changes_nothing(case: Case, ask_ahead: AskAhead) -> None:
+    with case.engine(threads=2, ask_ahead=ask_ahead) as engine:
+        assert engine._runtime.ask_ahead == ask_ahead
         Answers.of(engine, case.prompt).assert_equal(resident(case))
 
 

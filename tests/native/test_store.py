@@ -142,7 +142,7 @@ def test_a_piece_that_cannot_be_meant_is_refused_with_the_numbers(store: Store, 
         store.open("nothing here")
     with pytest.raises(IsADirectoryError):
         store.open(str(file.parent))
-    with pytest.raises(ValueError, match="at least 1 reader"):
+    with pytest.raises(ValueError, match="num_readers is 0, expected 1 to 1024"):
         Store(0)
     with pytest.raises(ValueError, match="unknown kind of fault 'fire'"):
         FaultyFileSystem(1, "fire")  # type: ignore[arg-type]

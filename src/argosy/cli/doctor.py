@@ -22,6 +22,11 @@ _NUM_READERS = (1, 4)
 _SMALLEST_FILE_BYTES = 64 * MIB
 _CHUNK_BYTES = 8 * MIB
 _CELL_SECONDS = 0.25
+_PREFETCH = {
+    "off": "by the hardware alone",
+    "one_level": "one level: products also ask for weights ahead",
+    "two_levels": "two levels: products also ask for weights ahead, into both private caches",
+}
 # A drive below this makes streaming a matter of patience: a token of a large model misses a GB or so.
 _SLOW_BYTES_PER_S = 0.5e9
 
@@ -62,15 +67,17 @@ def doctor(path: Path, size: str, as_json: bool) -> None:
 
 
 def machine_facts(path: Path) -> dict[str, Any]:
-    """What can be read without measuring."""
+    """What can be said without the drive."""
     from argosy import _native
     from argosy.cli.settings import Settings
     from argosy.plan import machine
 
     known = _native.instruction_sets()
-    chosen = Settings.read().instruction_set or known[-1]
+    settings = Settings.read()
+    chosen = settings.instruction_set or known[-1]
     if chosen not in known:
         raise UsageError(f"ARGOSY_INSTRUCTION_SET is '{chosen}', and this processor has: {', '.join(known)}")
+    _native.use_instruction_set(chosen)
     limit = machine.memory_limit()
     budget_bytes, margin_bytes = machine.default_budget(limit)
     drive = machine.drive_of(path)
@@ -79,6 +86,7 @@ def machine_facts(path: Path) -> dict[str, Any]:
         "cpu": machine.cpu_model(),
         "instruction_sets": known,
         "instruction_set": chosen,
+        "ask_ahead": settings.ask_ahead or _native.ask_ahead_probe(machine.usable_cores()),
         "memory": {
             "total_bytes": limit.total_bytes,
             "free_bytes": limit.free_bytes,
@@ -233,6 +241,7 @@ def fact_lines(facts: dict[str, Any]) -> list[str]:
     lines = [
         f"cores     {facts['cores']} usable, {facts['cpu']}",
         f"  instruction sets  {', '.join(facts['instruction_sets'])}; {facts['instruction_set']} is used",
+        f"  prefetch          {_PREFETCH[facts['ask_ahead']]}",
         f"memory    {free} free of {total} ({memory['limited_by']})",
         f"  default budget    {format_bytes(memory['default_budget_bytes'])},"
         f" a margin of {format_bytes(memory['margin_bytes'])} left free",

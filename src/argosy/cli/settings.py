@@ -3,6 +3,7 @@
     flags, environment -> Settings -> keyword arguments of Engine
 
 ARGOSY_MEMORY, ARGOSY_THREADS and ARGOSY_INSTRUCTION_SET are defaults of the flags of the same name.
+ARGOSY_ASK_AHEAD (off, one_level, two_levels) fixes how products prefetch weights, which is measured otherwise.
 ARGOSY_CACHE is where the demo model is kept (`demo/locate.py` asks for it), ARGOSY_API_KEY is the key for a running
 server, ARGOSY_TRACEBACK=1 shows tracebacks, and NO_COLOR is honoured by rich. A misspelt ARGOSY_ variable gets an
 answer.
@@ -15,15 +16,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
-from argosy.config import KvDtype
+from argosy.config import AskAhead, KvDtype
 from argosy.errors import UsageError
 
 KNOWN = (
     "ARGOSY_MEMORY",
     "ARGOSY_THREADS",
     "ARGOSY_INSTRUCTION_SET",
+    "ARGOSY_ASK_AHEAD",
     "ARGOSY_CACHE",
     "ARGOSY_API_KEY",
     "ARGOSY_TRACEBACK",
@@ -39,13 +41,14 @@ class Settings:
     context: int | None = None
     kv_dtype: KvDtype | None = None
     instruction_set: str | None = None
+    ask_ahead: AskAhead | None = None
 
     @classmethod
     def read(cls, environment: Mapping[str, str] | None = None, **flags: Any) -> Self:
         """Flags that were given, and the environment for the others.
 
         Raises:
-            UsageError: a variable that is no number, or is misspelt.
+            UsageError: a variable that is misspelt, or has none of its values.
         """
         environment = os.environ if environment is None else environment
         refuse_misspelt(environment)
@@ -53,6 +56,7 @@ class Settings:
             "memory": environment.get("ARGOSY_MEMORY") or None,
             "threads": _whole_number(environment, "ARGOSY_THREADS"),
             "instruction_set": environment.get("ARGOSY_INSTRUCTION_SET") or None,
+            "ask_ahead": _one_of(environment, "ARGOSY_ASK_AHEAD", get_args(AskAhead)),
         }
         return cls(**{**values, **{name: value for name, value in flags.items() if value is not None}})
 
@@ -107,3 +111,12 @@ def _whole_number(environment: Mapping[str, str], name: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"{name} must be a whole number of at least 1, found '{text}'")
     return int(text)
+
+
+def _one_of(environment: Mapping[str, str], name: str, known: tuple[str, ...]) -> str | None:
+    text = environment.get(name)
+    if not text:
+        return None
+    if text not in known:
+        raise UsageError(f"{name} must be {' or '.join(known)}, found '{text}'")
+    return text

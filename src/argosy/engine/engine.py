@@ -25,7 +25,16 @@ from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import Budget, EngineConfig, KvDir, KvDtype, ModelConfig, SamplingParams, parse_size
+from argosy.config import (
+    AskAhead,
+    Budget,
+    EngineConfig,
+    KvDir,
+    KvDtype,
+    ModelConfig,
+    SamplingParams,
+    parse_size,
+)
 from argosy.engine.facts import EngineFacts, ExpertUses, Pace
 from argosy.engine.kv_cache import KvBlocks
 from argosy.engine.ledger import Ledger
@@ -106,6 +115,7 @@ class Engine:
             the budget carries.
         kv_dtype: `f32`, or `f16` for half the memory and rounded keys and values.
         instruction_set: caps the choice of kernels: `plain`, `avx2` or `avx512`.
+        ask_ahead: fixes how products prefetch weights, `off`, `one_level` or `two_levels`, instead of measuring it.
         chunk_tokens: most prompt tokens in one step; None: as the memory plan finds best.
         expert_slots: fixes the size of the expert cache instead of giving it what the budget leaves.
         look_ahead: while decode leaves the drive idle, read what the next layer will probably ask for.
@@ -133,6 +143,7 @@ class Engine:
         context: int | None = None,
         kv_dtype: KvDtype = "f32",
         instruction_set: str | None = None,
+        ask_ahead: AskAhead | None = None,
         chunk_tokens: int | None = None,
         max_sequences: int = 8,
         readers: int = 4,
@@ -170,6 +181,7 @@ class Engine:
             threads=threads,
             kv_dtype=kv_dtype,
             instruction_set=instruction_set,
+            ask_ahead=ask_ahead,
             chunk_tokens=chunk_tokens,
             max_sequences=max_sequences,
             readers=readers,
@@ -190,8 +202,14 @@ class Engine:
         require_mappable(files, self.settings, expert_slots=expert_slots)
         self._clock = PartClock()
         with ExitStack() as undo:
-            self._store = _native.Store(readers)
-            undo.callback(self._store.close)
+            with _thread_limits():
+                self._store = _native.Store(readers)
+                undo.callback(self._store.close)
+                # Before anything is loaded: the plan counts more for the process than this measurement takes.
+                self._runtime = _native.Runtime(
+                    self.settings.threads, ask_ahead or _measured_ask_ahead(self.settings.threads)
+                )
+                undo.callback(self._runtime.close)
             open_file = functools.cache(self._store.open)
             self._files = self._open_kv_dir(files)
             if self._files is not None:
@@ -338,7 +356,6 @@ class Engine:
             files=self._files,
             is_on=settings.prefix_reuse,
         )
-        self._runtime = _native.Runtime(settings.threads)
         self._decoder = Decoder(
             config,
             self._weights,
@@ -845,6 +862,27 @@ def _choose_instruction_set(cap: str | None) -> None:
     if cap not in available:
         raise UsageError(f"unknown instruction set '{cap}'; this processor has: {', '.join(available)}")
     _native.use_instruction_set(cap)
+
+
+@contextmanager
+def _thread_limits() -> Iterator[None]:
+    """Raises ArgosyError where the system refuses threads."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ArgosyError(
+            str(error), hint="raise that limit, or ask for fewer threads: `--threads N`"
+        ) from error
+
+
+def _measured_ask_ahead(threads: int) -> AskAhead:
+    return _ask_ahead_of(_native.instruction_set(), threads)
+
+
+@functools.cache
+def _ask_ahead_of(instruction_set: str, threads: int) -> AskAhead:
+    """Measured once for each: the machine stays the same."""
+    return _native.ask_ahead_probe(threads)
 
 
 def locate_model(model: str | Path, progress: Progress | None = None) -> Path:

@@ -6,7 +6,7 @@ A *mark* is a marker of the model's format. Where the tokenizer has a token for 
 the same characters in ordinary tokens are text; where it has none, the mark is found in the text, wherever tokens part
 it, and no more text is held back than could become one. A call is told when it is whole (decision 14). What only looked
 like one is text: nothing is lost, and nothing raises. A call that the token limit cut is told as far as it goes, once
-its name is known, and has no end (decision 31).
+its name is known, and has no end (decision 24).
 
 Elsewhere: what a format is, is `format.py`; what a call looks like inside is each format's own file.
 """

@@ -1,0 +1,33 @@
+#include "store/start_threads.h"
+
+#include <stdexcept>
+#include <string>
+#include <system_error>
+
+namespace argosy {
+
+std::vector<std::thread> start_threads(int count, const std::function<void(int)>& body,
+                                       const std::function<void()>& stop) {
+  std::vector<std::thread> threads;
+  const auto end = [&] {  // a thread that was not joined ends the process
+    stop();
+    for (std::thread& thread : threads) thread.join();
+  };
+  try {
+    threads.reserve(size_t(count));
+    for (int i = 0; i < count; ++i) threads.emplace_back(body, i);
+  } catch (const std::system_error& error) {
+    end();
+    throw std::runtime_error(
+        "only " + std::to_string(threads.size()) + " of " + std::to_string(count) +
+        " threads could be started: " + error.code().message() +
+        "; the limit is that of the user (ulimit -u), of the cgroup (pids.max) or of memory "
+        "(ulimit -v)");
+  } catch (...) {
+    end();
+    throw;
+  }
+  return threads;
+}
+
+}  // namespace argosy

@@ -1,0 +1,36 @@
+# no_shared_symbols.cmake: what is compiled for one instruction set defines no symbol that other files may define, too.
+#
+#   cmake -DNM=nm -DLIBRARY=libargosy_native.a -P native/tests/no_shared_symbols.cmake
+#
+# Of several weak symbols of one name the linker keeps any, for the whole program. If it kept one that was compiled for
+# AVX-512, the program would end with SIGILL on a processor without it.
+foreach(argument NM LIBRARY)
+  if(NOT ${argument})
+    message(FATAL_ERROR "${argument} is missing")
+  endif()
+endforeach()
+execute_process(COMMAND "${NM}" -C "${LIBRARY}" OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
+string(REPLACE ";" "," symbols "${symbols}")
+string(REPLACE "\n" ";" symbols "${symbols}")
+set(object "")
+set(num_objects 0)
+set(shared "")
+foreach(line IN LISTS symbols)
+  if(line MATCHES "^([^ ]+\\.o):$")
+    set(object "${CMAKE_MATCH_1}")
+    if(object MATCHES "_(avx2|avx512|avx512_vbmi|sse42)\\.cpp\\.o$")
+      math(EXPR num_objects "${num_objects} + 1")
+    else()
+      set(object "")
+    endif()
+  elseif(object AND line MATCHES "^[0-9a-f]+ [WVu] (.*)$")
+    string(APPEND shared "\n  ${object}: ${CMAKE_MATCH_1}")
+  endif()
+endforeach()
+if(num_objects EQUAL 0)
+  message(FATAL_ERROR "${LIBRARY} holds no object of one instruction set")
+endif()
+if(shared)
+  message(FATAL_ERROR "the linker may choose these for every processor; give them internal linkage:${shared}")
+endif()
+message(STATUS "${num_objects} objects of one instruction set, no symbol that others may define")

@@ -1,0 +1,17 @@
+"""Requests of all kinds, cancelled at any time: the short form of what `make test-sanitize` runs with a build that
+reports data races."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_mixed_requests_that_are_cancelled_at_any_time_leave_nothing_behind() -> None:
+    command = [sys.executable, "-m", "tests.engine.mixed_requests", "--requests", "120"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "nothing is left behind" in done.stdout

@@ -1,0 +1,530 @@
+"""Calls every binding of the native module with odd arguments: each answers with a result or an exception.
+
+    python -m tests.native.odd_arguments [--module _native.so] [--note FILE]
+
+Every callable has one valid call here, made anew each time. Then each argument in turn becomes odd: None, of another
+type, negative, zero, huge, empty, of the wrong dtype or shape, not contiguous, read-only, not aligned, never
+initialised, closed; and so does each item of a list. At the end several of them at once, drawn from a fixed seed. A
+crash ends the process, and FILE then names the call. A callable without a valid call here fails, so a new binding
+cannot be forgotten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import gc
+import os
+import random
+import resource
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.native.other_build import open_module
+
+HUGE = (2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, 2**64, -(2**63))
+SCALARS: tuple[Any, ...] = (
+    None, True, -1, 0, 1, 3, 1000, *HUGE, -0.5, float("nan"), float("inf"), "", "f32", "no such", b"x", (), [], [None],
+    [[None]], {}, {"a": None}, object(), (None, None, None), (0, -1, 2**63 - 1), range(3), np.float32(1),
+    np.array(None), np.zeros(0, np.float32), np.zeros((3, 0), np.float32), np.array(["a"]),
+    np.zeros(2, "datetime64[s]"), np.zeros(3, np.complex64), np.zeros((1,) * 30, np.uint8),
+)  # fmt: skip
+HEADROOM_BYTES = 3 << 30
+NUM_MIXED = 40  # calls of each callable with several odd arguments
+# Arguments that fill so much memory, or start so many threads.
+FILLS_MEMORY = {
+    "memory_probe": 2**29,
+    "int8_probe": 64,
+    "ask_ahead_probe": 64,
+    "Runtime": 64,
+    "Store": 64,
+    "drive_probe": 2**20,
+}
+
+
+class Case:
+    """Everything that the valid calls need, small, and new for each call."""
+
+    TOKENS, HIDDEN, WIDTH, EXPERTS, VOCABULARY = 3, 64, 32, 4, 24
+
+    def __init__(self, native: Any, runtime: Any, path: str) -> None:
+        self.native, self.runtime, self.path = native, runtime, path
+
+    def floats(self, *shape: int) -> Any:
+        return np.full(shape, 0.25, np.float32)
+
+    def ints(self, *values: int) -> Any:
+        return np.array(values, np.int32)
+
+    def longs(self, *values: int) -> Any:
+        return np.array(values, np.int64)
+
+    def matrix(self, rows: int, cols: int, format: str = "q4") -> Any:
+        data = np.zeros(self.native.matrix_bytes(format, rows, cols), np.uint8)
+        return self.native.Matrix(data, 0, format, rows, cols)
+
+    def kv(self, kind: str = "keys_values") -> Any:
+        shapes = {
+            "keys_values": self.native.KvShape.keys_values(1, 32),
+            "latent": self.native.KvShape.latent(48),
+        }
+        return self.native.KvCache([shapes[kind]], 4, 16, "f32")
+
+    def state(self) -> Any:
+        return self.native.RecurrentState(2, 1, self.sizes)
+
+    sizes = (1, 2, 16, 16, 4)  # channels: 2 * 16 + 32
+
+    def arena(self) -> Any:
+        arena = self.native.Arena(1 << 16)
+        arena.array()[:] = 0
+        return arena
+
+    def offsets(self) -> Any:
+        size = self.native.matrix_bytes("q4", 64, 64)
+        return np.arange(self.EXPERTS * 3, dtype=np.int64).reshape(self.EXPERTS, 3) * (size // 2 // 64 * 64)
+
+    def routing(self) -> Any:
+        return self.native.Routing(2, score="softmax", renormalize=True)
+
+    def gqa(self) -> Any:
+        query, key, value, output = (self.matrix(rows, 64) for rows in (64, 32, 32, 64))
+        return self.native.grouped_query_attention(
+            query, key, value, output, num_heads=2, window=0, scale=0.1
+        )
+
+    def routed(self) -> Any:
+        shared = (self.matrix(32, 64), self.matrix(32, 64), self.matrix(64, 32))
+        return self.native.routed_ffn(
+            self.matrix(self.EXPERTS, 64, "f32"),
+            self.routing(),
+            width=32,
+            formats=("q4", "q4", "q4"),
+            shared=shared,
+        )
+
+    def buffers(self) -> dict[str, Any]:
+        names = "hidden normed block query key value query_latent attended projected delta_gates cosine sine"
+        names += " router_logits routing_weights shared_score"
+        buffers = {name: np.zeros((self.TOKENS, 128), np.float32) for name in names.split()}
+        buffers["expert_out"] = np.zeros((self.TOKENS, 2 * 64), np.float32)
+        for name in ("expert_ids", "assignment", "group_token", "group_row"):
+            buffers[name] = np.zeros((self.TOKENS, 2), np.int32)
+        return buffers
+
+    def stack_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        arena = self.arena()
+        layers = [(self.floats(64), self.gqa(), self.floats(64), self.routed())]
+        return (self.runtime, self.kv()), {
+            "embedding": self.matrix(self.VOCABULARY, 64),
+            "head": self.matrix(self.VOCABULARY, 64),
+            "final_norm": self.floats(64),
+            "norm_eps": 1e-5,
+            "rotary": self.native.Rotary(np.ones(8), 1.0),
+            "activation": ("silu", 0.0, 0.0),
+            "layers": layers,
+            "buffers": self.buffers(),
+            "arena": arena,
+            "offsets": self.offsets()[None],
+            "is_leased": True,
+        }
+
+    def stack(self, *, steps: int = 0) -> Any:
+        """steps 1: a batch has begun; 2: its layer waits for experts; 3: it is done."""
+        args, kwargs = self.stack_arguments()
+        stack = self.native.Stack(*args, **kwargs)
+        if steps:
+            stack.begin(*self.batch())
+        if steps > 1:
+            waits = stack.advance()
+        if steps > 2:
+            stack.run_shared()
+            stack.run_experts(waits[1])
+            stack.advance()
+        return stack
+
+    def batch(self) -> tuple[Any, ...]:
+        return (
+            self.ints(1, 2, 3), self.ints(0, 1, 2), self.ints(0, 0, 0), self.longs(0, 1, 2), np.zeros(3, np.bool_),
+            np.zeros((1, 2), np.int32), self.longs(2), self.floats(1, self.VOCABULARY),
+        )  # fmt: skip
+
+    def store(self) -> Any:
+        store = self.native.Store(1, self.native.RealFileSystem(False))  # a kernel's queue takes long to end
+        store.open(self.path, False)
+        return store
+
+    def record(self) -> Any:
+        return self.native.Record([(0, 0, 4096, 0)])
+
+    def delta(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        floats = self.floats
+        return (
+            self.runtime, self.state(), 0, floats(3, 64), floats(3, 32), floats(3, 2), floats(3, 2),
+            np.array([[0, 3, 0]], np.int64),
+        ), {
+            "conv": floats(4, 64), "rate": floats(2), "dt_bias": floats(2), "norm": floats(16), "eps": 1e-5,
+            "is_tiled": False, "out": floats(3, 32),
+        }  # fmt: skip
+
+
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+
+def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
+    """One valid call of every callable, by name."""
+    n, m, f, i, j, runtime = case.native, case.matrix, case.floats, case.ints, case.longs, case.runtime
+    functions: dict[str, Callable[[], tuple[Any, ...]]] = {
+        "instruction_sets": lambda: (),
+        "instruction_set": lambda: (),
+        "use_instruction_set": lambda: (n.instruction_sets()[-1],),
+        "matrix_bytes": lambda: ("q4", 3, 64),
+        "quantize": lambda: ("q8", f(16, 64), np.zeros(n.matrix_bytes("q8", 16, 64), np.uint8), runtime),
+        "transcode": lambda: ("Q4_0", np.zeros(16 * 2 * 18, np.uint8), 16, 64, 1, None),
+        "dequantize": lambda: ("q4", np.zeros(n.matrix_bytes("q4", 16, 64), np.uint8), 16, 64),
+        "matmul": lambda: (runtime, [m(16, 64), m(20, 64, "f16")], f(3, 64), [f(3, 16), f(3, 20)]),
+        "embed": lambda: (runtime, m(8, 64), i(0, 7), f(2, 64)),
+        "rms_norm": lambda: (runtime, f(3, 64), f(64), 1e-5, f(3, 64)),
+        "rope": lambda: (runtime, f(3, 2, 32), f(3, 8), f(3, 8), False),
+        "route": lambda: (runtime, case.routing(), f(3, 4), np.zeros((3, 2), np.int32), f(3, 2)),
+        "combine": lambda: (runtime, f(6, 64), f(3, 2), f(3, 64)),
+        "mul_sigmoid": lambda: (runtime, f(3, 64), f(3, 64)),
+        "add_sigmoid_gated": lambda: (runtime, f(3, 64), f(3), f(3, 64)),
+        "swiglu_experts": lambda: (
+            runtime, case.arena(), ("q4", "q4", "q4"), 64, 32, case.offsets(), f(3, 64), i(0, 1, 2, 3, 3), i(0, 1, 2),
+            i(0, 1, 2), f(3, 64), ("clamped", 7.0, 1.7), f(4, 32), f(4, 32), f(4, 64),
+        ),
+        "swiglu": lambda: (runtime, m(32, 64), m(32, 64), m(64, 32), f(3, 64), f(3, 64), ("silu", 0.0, 0.0)),
+        "kv_cache_bytes": lambda: ([n.KvShape.keys_values(1, 32), n.KvShape.none()], 4, 16, "f16"),
+        "kv_write": lambda: (runtime, case.kv(), 0, f(2, 1, 32), f(2, 1, 32), j(0, 17)),
+        "attention": lambda: (
+            runtime, case.kv(), 0, f(3, 2, 32), np.zeros((1, 2), np.int32), i(0, 0, 0), i(0, 1, 2), 0.1, 0, f(3, 64),
+            f(2),
+        ),
+        "latent_write": lambda: (runtime, case.kv("latent"), 0, f(2, 48), j(0, 17)),
+        "latent_attention": lambda: (
+            runtime, case.kv("latent"), 0, f(3, 2, 48), m(64, 32), m(64, 32), np.zeros((1, 2), np.int32), i(0, 0, 0),
+            i(0, 1, 2), 0.1, f(3, 64),
+        ),
+        "latent_scratch_bytes": lambda: (2, 32, 16, 32, 8, 2),
+        "recurrent_state_bytes": lambda: (2, 1, case.sizes),
+        "grouped_query_attention": lambda: (
+            m(64, 64), m(32, 64), m(32, 64), m(64, 64), 2, 0, 0.1, f(64), f(32), f(32), f(64), f(32), f(32), False, 0.0,
+            f(2), False,
+        ),
+        "gated_delta_net": lambda: (
+            m(64, 64), m(2, 64), m(64, 32), m(32, 64), m(2, 64), f(4, 64), f(2), f(2), f(16), case.sizes, False, 0,
+        ),
+        "multi_head_latent_attention": lambda: (
+            m(96, 32), m(48, 64), m(64, 32), m(64, 32), m(64, 64), 2, 16, 0.1, 1e-5, f(32), m(32, 64), f(32),
+        ),
+        "dense_ffn": lambda: (m(32, 64), m(32, 64), m(64, 32)),
+        "routed_ffn": lambda: (
+            m(4, 64, "f32"), case.routing(), f(4), 32, ("q4", "q4", "q4"), (m(32, 64), m(32, 64), m(64, 32)),
+            m(1, 64, "f32"), f(4 * 32), f(4 * 32), f(4 * 64),
+        ),
+        "memory_probe": lambda: (1, 4 << 20),
+        "int8_probe": lambda: (1,),
+        "ask_ahead_probe": lambda: (1,),
+        "crc32c_wide": lambda: (b"bytes",),
+        "drive_probe": lambda: (case.path, 4096, 2, 1, False),
+        "Arena": lambda: (1 << 16,),
+        "RealFileSystem": lambda: (True,),
+        "FaultyFileSystem": lambda: (1, "eio", 1, 0.0, n.RealFileSystem()),
+        "Record": lambda: ([(0, 0, 4096, 0), (0, 0, 2 * 18 * 16, 0, "Q4_0", 16, 64)], None),
+        "Store": lambda: (1, n.RealFileSystem()),
+        "Runtime": lambda: (2, "two_levels"),
+        "Matrix": lambda: (np.zeros(1 << 12, np.uint8), 0, "q4", 16, 64),
+        "Routing": lambda: (2, "sigmoid", f(4), 2, 1, "top2", True, 0.0, 1.0),
+        "KvCache": lambda: ([n.KvShape.keys_values(1, 32), n.KvShape.latent(16)], 4, 16, "f32"),
+        "RecurrentState": lambda: (2, 1, case.sizes),
+        "Rotary": lambda: (np.ones(8), 1.0, True),
+        "FileSystem": lambda: (),
+        "KvShape": lambda: (),
+        "Mixer": lambda: (),
+        "Ffn": lambda: (),
+    }  # fmt: skip
+    # Arguments behind these are given by name.
+    first_by_name = {"swiglu_experts": 11, "grouped_query_attention": 4, "gated_delta_net": 3, "routed_ffn": 2,
+                     "multi_head_latent_attention": 5, "Routing": 1}  # fmt: skip
+    names = {
+        "swiglu_experts": "activation gate_bias up_bias down_bias",
+        "grouped_query_attention": "num_heads window scale query_bias key_bias value_bias output_bias query_norm"
+        " key_norm is_norm_flat limit sinks has_gate",
+        "gated_delta_net": "z a conv rate dt_bias norm sizes is_tiled state_layer",
+        "routed_ffn": "router_bias width formats shared shared_score gate_bias up_bias down_bias",
+        "multi_head_latent_attention": "num_heads rope_dim scale norm_eps kv_norm query_down query_norm",
+        "Routing": "score choice_bias num_groups kept_groups group_score renormalize renormalize_eps scale",
+    }
+
+    def call_of(name: str, arguments: Callable[[], tuple[Any, ...]]) -> Callable[[], Call]:
+        def make() -> Call:
+            values, first = arguments(), first_by_name.get(name)
+            kwargs = {} if first is None else dict(zip(names[name].split(), values[first:], strict=True))
+            return getattr(n, name), values[:first], kwargs
+
+        return make
+
+    methods: dict[str, tuple[Callable[[], Any], Callable[[], tuple[Any, ...]]]] = {
+        "Arena.array": (case.arena, lambda: ()),
+        "Arena.populate": (case.arena, lambda: ()),
+        "Arena.close": (case.arena, lambda: ()),
+        "Store.open": (case.store, lambda: (case.path, True)),
+        "Store.info": (case.store, lambda: (0,)),
+        "Store.fetch": (case.store, lambda: (case.arena(), [(0, 0, 4096, 0), (0, 64, 100, 8192)], [1, 2])),
+        "Store.fetch_many": (
+            case.store,
+            lambda: (case.arena(), [(case.record(), 0), (case.record(), 4096)], "soon"),
+        ),
+        "Store.hurry": (case.store, lambda: ([1, 2],)),
+        "Store.wait_any": (case.store, lambda: ([], False)),
+        "Store.drop": (case.store, lambda: ([1, 2],)),
+        "Store.cancel": (case.store, lambda: (1,)),
+        "Store.pending": (case.store, lambda: ()),
+        "Store.stats": (case.store, lambda: ()),
+        "Store.close": (case.store, lambda: ()),
+        "Runtime.close": (lambda: n.Runtime(2), lambda: ()),
+        "KvShape.keys_values": (lambda: n.KvShape, lambda: (1, 32)),
+        "KvShape.latent": (lambda: n.KvShape, lambda: (16,)),
+        "KvShape.none": (lambda: n.KvShape, lambda: ()),
+        "KvCache.copy_out": (case.kv, lambda: (0, np.zeros(case.kv().block_bytes, np.uint8))),
+        "KvCache.copy_in": (case.kv, lambda: (0, np.zeros(case.kv().block_bytes, np.uint8))),
+        "KvCache.copy_block": (case.kv, lambda: (0, 3)),
+        "RecurrentState.position": (case.state, lambda: (0,)),
+        "RecurrentState.restart": (case.state, lambda: (0,)),
+        "RecurrentState.copy_out": (case.state, lambda: (0, f(case.state().slot_floats))),
+        "RecurrentState.copy_in": (case.state, lambda: (0, f(case.state().slot_floats), 5)),
+        "RecurrentState.copy_slot": (case.state, lambda: (0, 1)),
+        "Rotary.angles": (lambda: n.Rotary(np.ones(8), 1.0), lambda: (runtime, i(0, 1, 2), f(3, 8), f(3, 8))),
+        "Stack.begin": (case.stack, case.batch),
+        "Stack.advance": (lambda: case.stack(steps=1), lambda: ()),
+        "Stack.look_ahead": (lambda: case.stack(steps=2), lambda: ()),
+        "Stack.run_shared": (lambda: case.stack(steps=2), lambda: ()),
+        "Stack.run_experts": (lambda: case.stack(steps=2), lambda: ([0, 1],)),
+        "Stack.logits": (lambda: case.stack(steps=3), lambda: (j(0, 2), f(2, case.VOCABULARY))),
+        "Stack.take_seconds": (case.stack, lambda: ()),
+        "Stack.take_lookups": (case.stack, lambda: ()),
+        "Stack.take_uses": (case.stack, lambda: (np.zeros((1, 4), np.int64),)),
+    }
+
+    def method_of(
+        name: str, owner: Callable[[], Any], arguments: Callable[[], tuple[Any, ...]]
+    ) -> Callable[[], Call]:
+        return lambda: (getattr(owner(), name.split(".")[1]), arguments(), {})
+
+    calls = {name: call_of(name, arguments) for name, arguments in functions.items()}
+    calls |= {name: method_of(name, owner, arguments) for name, (owner, arguments) in methods.items()}
+    calls["gated_delta"] = lambda: (n.gated_delta, *case.delta())
+    calls["Stack"] = lambda: (n.Stack, *case.stack_arguments())
+    return calls
+
+
+def callables(native: Any) -> set[str]:
+    """Every public function, class and method."""
+    found = set()
+    for name, value in vars(native).items():
+        if name.startswith("_") or not callable(value):
+            continue
+        found.add(name)
+        if isinstance(value, type):
+            found |= {
+                f"{name}.{each}" for each, one in vars(value).items() if each[0] != "_" and callable(one)
+            }
+            found |= {
+                f"{name}.{each}"
+                for each, one in vars(value).items()
+                if each[0] != "_" and isinstance(one, staticmethod)
+            }
+    return found
+
+
+def odd_arrays(array: Any) -> Iterator[Any]:
+    for dtype in (np.float64, np.float16, np.float32, np.int64, np.int32, np.uint8, np.bool_, ">f4", ">i4"):
+        yield array.astype(dtype)
+    yield array[..., None]
+    yield array.reshape(-1)
+    yield array[:0]
+    yield np.concatenate([array, array])
+    yield array[:-1]
+    yield np.repeat(array, 2, axis=-1)[..., ::2]
+    yield np.asfortranarray(array)
+    yield array[::-1]
+    yield np.broadcast_to(array.reshape(-1)[:1], array.shape)
+    yield np.array(0, array.dtype)
+    yield np.zeros((2**31, 0), array.dtype)
+    read_only = array.copy()
+    read_only.flags.writeable = False
+    yield read_only
+    odd_bytes = np.zeros(array.nbytes + 1, np.uint8)[1:]
+    yield odd_bytes.view(array.dtype).reshape(array.shape)
+    limits = np.finfo if array.dtype.kind == "f" else np.iinfo
+    if array.dtype.kind != "b":
+        for value in (
+            limits(array.dtype).min,
+            limits(array.dtype).max,
+            0,
+            1,
+            *((-1,) if array.dtype.kind != "u" else ()),
+        ):
+            yield np.full_like(array, value)
+            if array.size:
+                last = array.copy()
+                last.reshape(-1)[-1] = value
+                yield last
+    if array.dtype.kind == "f":
+        yield np.full_like(array, np.nan)
+
+
+@functools.cache
+def odd_objects(native: Any) -> list[Any]:
+    """Objects that were never initialised, or closed."""
+    names = ("Matrix", "Runtime", "Arena", "Store", "KvCache", "Routing", "Mixer", "Ffn", "Rotary", "Record")
+    kinds = [getattr(native, name) for name in names]
+    closed = [native.Arena(4096), native.Runtime(1), native.Store(1)]
+    for one in closed:
+        one.close()
+    return [kind.__new__(kind) for kind in kinds] + closed
+
+
+def odd_values(native: Any, valid: Any) -> Iterator[Any]:
+    """Odd ones in place of an argument, derived from a valid one."""
+    yield from SCALARS
+    yield from odd_objects(native)
+    if isinstance(valid, np.ndarray):
+        yield from odd_arrays(valid)
+    elif isinstance(valid, dict):
+        for name in valid:
+            yield {key: value for key, value in valid.items() if key != name}
+            for odd in (None, 3, *(odd_arrays(valid[name]) if isinstance(valid[name], np.ndarray) else ())):
+                yield valid | {name: odd}
+    elif isinstance(valid, (list, tuple)):
+        kind = type(valid)
+        yield kind(valid[:-1])
+        yield kind([*valid, *valid])
+        for at, item in enumerate(valid):
+            for odd in odd_values(native, item):
+                yield kind([*valid[:at], odd, *valid[at + 1 :]])
+
+
+def bounded(name: str, value: Any) -> bool:
+    """Whether a call with it stays within what the machine of a test has."""
+    most = FILLS_MEMORY.get(name)
+    return most is None or not isinstance(value, int) or value < most or value > 2**40
+
+
+class Walker:
+    def __init__(self, native: Any, note: Path | None) -> None:
+        self._native = native
+        self._note = None if note is None else os.open(note, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        self.num_calls = self.num_answers = 0
+
+    def call(self, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], odd: str) -> None:
+        if self._note is not None:
+            os.pwrite(self._note, f"{name}: {odd}"[:300].ljust(300).encode(errors="replace"), 0)
+        self.num_calls += 1
+        try:
+            result = function(*args, **kwargs)
+        except Exception:  # whatever it is: it is no crash
+            return
+        self.num_answers += 1
+        if hasattr(result, "close"):
+            result.close()
+
+    def walk(self, name: str, make: Callable[[], Call], draw: random.Random) -> None:
+        function, args, kwargs = make()
+        function(*args, **kwargs)  # a valid call gives a result, or nothing below means anything
+        valid = {**dict(enumerate(args)), **kwargs}
+        odd = {
+            key: [one for one in odd_values(self._native, value) if bounded(name, one)]
+            for key, value in valid.items()
+        }
+        for key, values in odd.items():
+            for value in values:
+                self._call_with(name, make, {key: value})
+        for _ in range(NUM_MIXED if odd else 0):
+            chosen = draw.sample(list(odd), k=min(len(odd), draw.randint(2, 3)))
+            self._call_with(name, make, {key: draw.choice(odd[key]) for key in chosen})
+        for extra in ((), (None,), (None,) * 20):
+            function, _, _ = make()
+            self.call(name, function, extra, {}, f"{len(extra)} arguments")
+        function, args, kwargs = make()
+        self.call(name, function, args, kwargs | {"no_such": 1}, "an unknown name")
+
+    def _call_with(self, name: str, make: Callable[[], Call], odd: dict[Any, Any]) -> None:
+        function, args, kwargs = make()
+        values = tuple(odd.get(at, value) for at, value in enumerate(args))
+        named = {key: odd.get(key, value) for key, value in kwargs.items()}
+        self.call(
+            name, function, values, named, " ".join(f"{key}={describe(one)}" for key, one in odd.items())
+        )
+
+
+def describe(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype}{list(value.shape)} strides {value.strides}"
+    with contextlib.suppress(Exception):
+        return repr(value)
+    return type(value).__name__
+
+
+def walk_orders(case: Case, walker: Walker) -> None:
+    """The methods of a Stack in every order of two or three, from every stage of a step."""
+    calls: dict[str, Callable[[Any], tuple[Any, ...]]] = {
+        "begin": lambda _: case.batch(),
+        "advance": lambda _: (),
+        "look_ahead": lambda _: (),
+        "run_shared": lambda _: (),
+        "run_experts": lambda _: ([0],),
+        "logits": lambda _: (case.longs(0), case.floats(1, case.VOCABULARY)),
+    }
+    for steps in range(4):
+        for first in calls:
+            for second in calls:
+                stack = case.stack(steps=steps)
+                for name in (first, second, first):
+                    order = f"after {steps} steps, in the order {first}, {second}"
+                    walker.call(f"Stack.{name}", getattr(stack, name), calls[name](stack), {}, order)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--module", type=Path, help="a build of argosy._native; default: the installed one")
+    parser.add_argument("--note", type=Path, help="where the call that runs is named")
+    parser.add_argument("--only", help="one callable")
+    options = parser.parse_args()
+    native = open_module(options.module)
+    if not options.module:  # a sanitizer reserves terabytes
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + HEADROOM_BYTES,) * 2)
+    np.set_printoptions(threshold=4, edgeitems=1)
+    walker = Walker(native, options.note)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(bytes(range(256)) * 64)
+        file.flush()
+        case = Case(native, native.Runtime(2), file.name)
+        calls = valid_calls(case)
+        if forgotten := callables(native) - calls.keys():
+            print(f"no valid call of: {', '.join(sorted(forgotten))}")
+            return 1
+        for name, make in calls.items():
+            if options.only in (None, name):
+                if name in ("FileSystem", "KvShape", "Mixer", "Ffn"):  # nothing makes one by itself
+                    walker.call(name, getattr(native, name), (), {}, "made by itself")
+                else:
+                    walker.walk(name, make, random.Random(name))
+                gc.collect()
+        walk_orders(case, walker)
+    print(
+        f"{walker.num_calls} calls of {len(calls)} callables, {walker.num_answers} of them answered with a result"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""No argument from Python ends the process: each binding answers with a result or an exception."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from argosy import _native as native
+from tests.native.odd_arguments import Case
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 14))
+    return Case(native, native.Runtime(1), str(path))
+
+
+def test_odd_arguments_to_every_binding_end_in_a_result_or_an_exception(tmp_path: Path) -> None:
+    note = tmp_path / "note"
+    walk = [sys.executable, "-m", "tests.native.odd_arguments", "--note", str(note)]
+    done = subprocess.run(walk, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, f"{note.read_text()}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_none_in_a_list_is_refused_by_its_place(case: Case) -> None:
+    x = case.floats(1, 64)
+    with pytest.raises(ValueError, match=r"matrices\[1\] is None, expected argosy._native.Matrix"):
+        native.matmul(case.runtime, [case.matrix(16, 64), None], x, [case.floats(1, 16)] * 2)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"records\[0\]\[0\] is None, expected argosy._native.Record"):
+        case.store().fetch_many(case.arena(), [(None, 0)])
+    with pytest.raises(ValueError, match=r"shared\[2\] is None, expected argosy._native.Matrix"):
+        native.routed_ffn(
+            case.matrix(4, 64, "f32"), case.routing(), width=32, formats=("q4", "q4", "q4"),
+            shared=(case.matrix(32, 64), case.matrix(32, 64), None),  # type: ignore[arg-type]
+        )  # fmt: skip
+    (runtime, kv), arguments = case.stack_arguments()
+    ((mixer_norm, _, ffn_norm, ffn),) = arguments["layers"]
+    arguments["layers"] = [(mixer_norm, None, ffn_norm, ffn)]
+    with pytest.raises(ValueError, match=r"layers\[0\]\[1\] is None, expected argosy._native.Mixer"):
+        native.Stack(runtime, kv, **arguments)
+
+
+def test_a_batch_without_dimensions_is_refused(case: Case) -> None:
+    import numpy as np
+
+    batch = case.batch()
+    with pytest.raises(ValueError, match=r"token_ids has shape \[\], expected \[any\]"):
+        case.stack().begin(np.array(1, np.int32), *batch[1:])
+
+
+@pytest.mark.parametrize(
+    "sizes", [(2**31, 32, 16, 32, 8, 2), (2**30, 2**30, 16, 2**30, 8, 2), (2, 32, 16, 32, -1, 2)]
+)
+def test_a_size_that_overflows_is_refused(sizes: tuple[int, int, int, int, int, int]) -> None:
+    with pytest.raises(
+        ValueError, match=r"num_heads|max_tokens|scratch of latent attention of more than 2\^62 bytes"
+    ):
+        native.latent_scratch_bytes(*sizes)
+
+
+MAKERS = ("native.Runtime(200)", "native.Store(200)", "native.int8_probe(200)")
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_threads_that_cannot_start_are_an_error_that_names_the_limits(make: str) -> None:
+    """Each thread reserves a stack, so a limit of address space allows some of them and not all."""
+    code = f"""if True:
+        import resource
+        from argosy import _native as native
+        held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + (256 << 20),) * 2)
+        try:
+            {make}
+        except RuntimeError as error:
+            print(error)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.getrlimit(resource.RLIMIT_AS)[1],) * 2)
+        native.Runtime(2).close()  # those that could be started were joined: their memory is free again
+    """
+    assert resource.getrlimit(resource.RLIMIT_STACK)[0] >= 1 << 20
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "threads could be started: Resource temporarily unavailable" in done.stdout
+    assert "ulimit -u" in done.stdout
+    assert "pids.max" in done.stdout
