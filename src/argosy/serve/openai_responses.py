@@ -79,11 +79,11 @@ class Part(Lenient):
     text: Text
 
 
-class MediaPart(UnreadPart):
+class MediaInput(UnreadPart):
     type: Literal["input_image", "input_file", "input_audio", "computer_screenshot"]
 
 
-Parts = Text | Many[Annotated[Part | MediaPart, Field(discriminator="type")]]
+Parts = Text | Many[Annotated[Part | MediaInput, Field(discriminator="type")]]
 
 
 class GivenItem(Lenient):
@@ -339,12 +339,14 @@ def _add(
 
 
 def _text(
-    parts: str | Sequence[Part | MediaPart], replaced: Replaced, where: str, *, is_new: bool = False
+    parts: str | Sequence[Part | MediaInput], replaced: Replaced, where: str, *, is_new: bool = False
 ) -> str:
     if isinstance(parts, str):
         return parts
     return "".join(
-        replaced.note(part.type, f"{where}.{at}", is_new=is_new) if isinstance(part, MediaPart) else part.text
+        replaced.note(part.type, f"{where}.{at}", is_new=is_new)
+        if isinstance(part, MediaInput)
+        else part.text
         for at, part in enumerate(parts)
     )
 
