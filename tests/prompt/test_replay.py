@@ -421,7 +421,9 @@ def test_a_changed_beginning_costs_one_encoding(
     calls: list[int] = []
     encode = family.tokenizer.encode_segments
     monkeypatch.setattr(
-        family.tokenizer, "encode_segments", lambda segments, **more: calls.append(1) or encode(segments, **more)
+        family.tokenizer,
+        "encode_segments",
+        lambda segments, **more: calls.append(1) or encode(segments, **more),
     )
     asked(builder, [{"role": "system", "content": "Be long."}, *conversation[1:]])
     assert len(calls) == 1

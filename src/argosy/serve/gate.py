@@ -341,7 +341,9 @@ class Gate:
                 self._limits.begin(caller.key)
             try:
                 method = "GET" if scope["method"] == "HEAD" else scope["method"]
-                await self._app({**scope, "method": method}, _bounded(body.receive, caller.share.hold), send_on)
+                await self._app(
+                    {**scope, "method": method}, _bounded(body.receive, caller.share.hold), send_on
+                )
             finally:
                 caller.share.release()
                 if policy.is_counted and caller.key is not None:
