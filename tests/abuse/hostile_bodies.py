@@ -50,7 +50,7 @@ ATTACKS: dict[str, tuple[str, Callable[[], bytes], int, str]] = {
         CHAT,
         lambda: _content("{}", 180_000),
         1,
-        "content.0.type: expected a value",
+        "content.0: expected an object with type",
     ),
     "four bodies of 8 MB of {}": (CHAT, lambda: _content("{}", 8_300_000), 4, _MANY),
     "/detokenize with texts": ("/detokenize", lambda: _tokens('"a"'), 1, _MANY),

@@ -12,21 +12,17 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
 from argosy.engine.engine import Engine
-from argosy.engine.loop import EngineLoop
 from argosy.engine.memory_plan import BODY_BYTES
 from argosy.guard.keys import KeyFile, KeyRing
-from argosy.prompt.replay import ReplayMemory
 from argosy.prompt.text_pieces import MAX_PIECE_CHARACTERS
 from argosy.prompt.tokenizer import Tokenizer
 from argosy.serve.app import make_app
-from argosy.serve.core import ModelFacts, Service
 from argosy.serve.gate import Gate
-from argosy.serve.run import uvicorn_config
 from tests.abuse.hostile_bodies import ATTACKS, CHAT, SPEAKING_OF_BRACES
 from tests.cli.tiny_chat_model import write_chat_model
+from tests.serve.conftest import serving, start
 
 JSON = {"content-type": "application/json"}
 HI = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
@@ -48,28 +44,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("bodies")
     keys = KeyFile(folder / "keys.json")
     secrets = {name: keys.add(name, scopes=("infer",))[1] for name in ("attacker", "other")}
-    with Engine(write_chat_model(folder / "model"), memory="1GiB", threads=1, grammars=True) as engine:
-        config = engine.config
-        facts = ModelFacts(
-            id="tiny", family=config.family, context_tokens=engine.plan.context_tokens,
-            num_layers=len(config.layers), num_experts=config.num_experts,
-            experts_per_token=config.experts_per_token, vocab_size=config.vocab_size,
-        )  # fmt: skip
-        prompts = engine.prompts.remembering(ReplayMemory())
-        with EngineLoop(engine) as loop:
-            service = Service(loop, prompts, engine.tokenizer, facts)
-            gate = make_app(service, KeyRing(keys), block_tokens=16, max_sequences=4)
-            running = uvicorn.Server(uvicorn_config(gate, host="127.0.0.1", port=0, grace_s=5))
-            thread = threading.Thread(target=running.run)
-            thread.start()
-            while not running.started:
-                thread.join(0.01)
-            try:
-                port = running.servers[0].sockets[0].getsockname()[1]
-                yield Server(gate, f"http://127.0.0.1:{port}", secrets)
-            finally:
-                running.should_exit = True
-                thread.join()
+    model = write_chat_model(folder / "model")
+    with Engine(model, memory="1GiB", threads=1, grammars=True) as engine, serving(engine) as service:
+        gate = make_app(service, KeyRing(keys), block_tokens=16, max_sequences=4)
+        for url in start(gate):
+            yield Server(gate, url, secrets)
 
 
 @pytest.fixture

@@ -44,7 +44,10 @@ def serving(engine: Engine) -> Iterator[Service]:
         id="tiny", family=config.family, context_tokens=engine.plan.context_tokens, num_layers=len(config.layers),
         num_experts=config.num_experts, experts_per_token=config.experts_per_token, vocab_size=config.vocab_size,
     )  # fmt: skip
-    prompts = PromptBuilder(engine.tokenizer, vocab_size=config.vocab_size, memory=ReplayMemory())
+    prompts = PromptBuilder(
+        engine.tokenizer, vocab_size=config.vocab_size, memory=ReplayMemory(),
+        context_tokens=engine.plan.context_tokens,
+    )  # fmt: skip
     with EngineLoop(engine) as loop:
         yield Service(loop, prompts, engine.tokenizer, facts)
     prompts.close()
