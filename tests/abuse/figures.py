@@ -1,8 +1,8 @@
 """Measure the reliability figures that a test at its own size does not prove.
 
-    python tests/abuse/figures.py                  all, at the sizes they are named with, exit code 1 if one does not hold
-    python tests/abuse/figures.py R4 R10           these two
-    python tests/abuse/figures.py R13=20           twenty runs: reported as "holds at 20 of 200"
+    python tests/abuse/figures.py               all, at the sizes they are named with; exit code 1 if one does not hold
+    python tests/abuse/figures.py R4 R10        these two
+    python tests/abuse/figures.py R13=20        twenty runs, reported as "holds at 20 of 200"
 
 Every figure is counted, not sampled from a log: a violation is a request, a run or a mutation that did not do what it
 must, and is printed. Seconds are wall time on the machine at hand, so an upper bound where it is busy.
@@ -14,29 +14,41 @@ attack is `benchmarks/attack.py`.
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import random
+import re
+import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from argosy import Engine, SamplingParams, _native
-from argosy.checkpoint.manifest import EXPERTS_FILE, MANIFEST_FILE
+from argosy.checkpoint.manifest import DENSE_FILE, EXPERTS_FILE, MANIFEST_FILE
 from argosy.checkpoint.pack import pack
 from argosy.errors import ArgosyError, CheckpointError, CorruptRecord, ReadFailed
 from argosy.experts.source import Key
+from argosy.guard.keys import KeyFile
 from argosy.model.families import open_model
+from tests.cli.tiny_chat_model import write_chat_model
 from tests.models.tiny import prompt_ids, qwen3_moe, write_model
+from tests.serve import test_disconnects as disconnects
+from tests.serve.dialects import DIALECTS, PATHS, greedy
 
 _MOST_SHOWN = 5  # violations
 
@@ -246,7 +258,7 @@ def judge(
     try:
         run = run_once(directory, prompt)
     except CheckpointError as error:
-        names_file = EXPERTS_FILE in str(error) or MANIFEST_FILE in str(error)
+        names_file = any(name in str(error) for name in (EXPERTS_FILE, DENSE_FILE, MANIFEST_FILE))
         return "refused at the start, file named", None if names_file else f"names no file: {error}"
     if run.error is None:
         is_same = run.token_ids == golden.token_ids
@@ -346,6 +358,325 @@ def failing_reads(scratch: Path, size: int) -> Finding:
     return finding
 
 
+# ── R10: clients that vanish ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@figure("R10", 1000, "disconnects, streaming and not")
+def vanished_clients(scratch: Path, size: int) -> Finding:
+    """What `tests/serve/test_disconnects.py` does, more often."""
+    file = KeyFile(scratch / "keys.json")
+    pairs = [(key.id, secret) for key, secret in (file.add(str(n)) for n in range(disconnects.NUM_CLIENTS))]
+    disconnects.NUM_DISCONNECTS = size
+    model = write_chat_model(scratch / "model", context_tokens=disconnects.CONTEXT_TOKENS)
+    finding, said = Finding(size=size), io.StringIO()
+    with Engine(
+        model, memory="1GiB", threads=1, expert_slots=4, chunk_tokens=32, max_sequences=4, grammars=True,
+        kv_dir=scratch / "kv",
+    ) as engine:  # fmt: skip
+        server = disconnects.Server(engine, file)
+        try:
+            with redirect_stdout(said):
+                disconnects.test_five_hundred_clients_that_vanish_leave_nothing_behind(server, (file, pairs))
+        except AssertionError as error:
+            finding.violations.append(f"{error or 'not released in time'}".splitlines()[0])
+        finally:
+            server.close()
+    finding.facts.append(said.getvalue().strip() or "not measured to the end")
+    return finding
+
+
+# ── a server as a process of its own ────────────────────────────────────────────────────────────────────────────────
+
+_START_S, _END_S = 120.0, 60.0
+_GOES_ON = {"logit_bias": {"2": -100, "0": -100}}  # no token ends an answer
+TERMINAL = {
+    "chat": re.compile(r'"finish_reason":"(stop|length)".*data: \[DONE\]\n\n$', re.DOTALL),
+    "completions": re.compile(r'"finish_reason":"(stop|length)".*data: \[DONE\]\n\n$', re.DOTALL),
+    "responses": re.compile(r"event: response\.(completed|incomplete)\n[^\n]*\n\n$"),
+    "messages": re.compile(r"event: message_stop\n[^\n]*\n\n$"),
+}
+ENDED_BY_ERROR = re.compile(r'"error"')
+
+
+@dataclass
+class Served:
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+@contextmanager
+def served(model: Path, scratch: Path, *options: object, **environment: str) -> Iterator[Served]:
+    """`argosy serve`, ready; what it prints lies in a file. It is killed at the end, if it still runs."""
+    command = [sys.executable, "-m", "argosy", "serve", model, "--memory", "1GiB", "--port", 0, *options]
+    log = scratch / "log"
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=sink, stderr=sink, env=os.environ | environment, cwd=scratch
+        )
+    try:
+        until = time.monotonic() + _START_S
+        while not (found := re.search(r"^serving .* at (http://\S+)\n", log.read_text(), re.MULTILINE)):
+            if process.poll() is not None or time.monotonic() > until:
+                raise RuntimeError(f"the server does not start: {log.read_text()}")
+            time.sleep(0.02)
+        yield Served(found[1], process, log)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def body_of(dialect: str, said: str, max_tokens: int, **more: Any) -> dict[str, Any]:
+    return greedy(dialect, said, max_tokens) | (_GOES_ON if "/completions" in PATHS[dialect] else {}) | more
+
+
+def stream_to_its_end(url: str, dialect: str, max_tokens: int, begun: threading.Event) -> str:
+    """All that a streamed answer brings; `begun` is set at its first bytes.
+
+    Raises: httpx.TransportError, when the connection ends before the answer.
+    """
+    body = body_of(dialect, f"{dialect} asks for a long answer", max_tokens, stream=True)
+    found = []
+    with httpx.stream("POST", url + PATHS[dialect], json=body, timeout=_END_S) as answer:
+        for text in answer.iter_text():
+            found.append(text)
+            begun.set()
+    return "".join(found)
+
+
+# ── R13: told to end ────────────────────────────────────────────────────────────────────────────────────────────────
+
+_REFUSED_S, _SECOND_S = 0.1, 1.0
+
+
+def last_accepted(url: str, process: subprocess.Popen[bytes]) -> float:
+    """Seconds from now to the beginning of the last request that is still let in."""
+    began, last = time.monotonic(), 0.0
+    while process.poll() is None and time.monotonic() - began < _END_S:
+        asked = time.monotonic() - began
+        try:
+            if httpx.get(f"{url}/v1/models", timeout=5).status_code != 200:
+                break
+            last = asked
+        except httpx.TransportError:
+            break
+    return last
+
+
+@figure("R13", 200, "runs told to end by SIGTERM under load, every second one told twice")
+def told_to_end(scratch: Path, size: int) -> Finding:
+    model = write_chat_model(scratch / "model", context_tokens=16_384)
+    finding, ends, ends_of_twice = Finding(), Counter[str](), Counter[str]()
+    accepted_s, second_s = [], []
+    for number in range(size):
+        is_twice = number % 2 == 1
+        at = f"run {number}"
+        begun = [threading.Event() for _ in DIALECTS]
+        with served(model, scratch) as server, ThreadPoolExecutor(len(DIALECTS)) as pool:
+            num_tokens = 16_000 if is_twice else 400
+            streams: dict[str, Future[str]] = {
+                dialect: pool.submit(stream_to_its_end, server.url, dialect, num_tokens, event)
+                for dialect, event in zip(DIALECTS, begun, strict=True)
+            }
+            for event in begun:
+                event.wait(_END_S)
+            server.process.send_signal(signal.SIGTERM)
+            accepted_s.append(last_accepted(server.url, server.process))
+            if is_twice:
+                told = time.monotonic()
+                server.process.send_signal(signal.SIGTERM)
+            try:
+                code: object = server.process.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                code = "none"
+            if is_twice:
+                second_s.append(time.monotonic() - told)
+            finding.require(code == 0, f"{at}: exit code {code}")
+            for dialect, stream in streams.items():
+                end = how_it_ended(dialect, stream)
+                (ends_of_twice if is_twice else ends)[end] += 1
+                finding.require(is_twice or end == "whole", f"{at}: {dialect}: {end}")
+            finding.require("Traceback" not in server.log.read_text(), f"{at}: a traceback is logged")
+        finding.size += 1
+    finding.require(
+        max(accepted_s) <= _REFUSED_S, f"a request was let in {max(accepted_s):.3f} s after the signal"
+    )
+    if second_s:
+        finding.require(max(second_s) <= _SECOND_S, f"it ended {max(second_s):.2f} s after the second signal")
+        slowest = (
+            f"{np.median(second_s):.2f} s after the second signal (median), {max(second_s):.2f} s at most"
+        )
+        finding.facts.append(f"told twice: {slowest}, streams: {counted(ends_of_twice)}")
+    finding.facts += [f"nobody let in after {1e3 * max(accepted_s):.0f} ms", f"streams: {counted(ends)}"]
+    return finding
+
+
+def how_it_ended(dialect: str, stream: Future[str]) -> str:
+    try:
+        text = stream.result(_END_S)
+    except httpx.TransportError as error:
+        return f"cut off ({type(error).__name__})"
+    if TERMINAL[dialect].search(text):
+        return "whole"
+    return "error event" if ENDED_BY_ERROR.search(text) else f"no terminal event: {text[-200:]!r}"
+
+
+# ── R14: killed while it answers ────────────────────────────────────────────────────────────────────────────────────
+
+
+@figure("R14", 100, "kills with SIGKILL under load, each followed by a damaged file of kv_dir and a restart")
+def killed_while_it_answers(scratch: Path, size: int) -> Finding:
+    model = write_chat_model(scratch / "model", context_tokens=1024)
+    rng, finding = random.Random(0), Finding()
+    asks = [
+        ("/v1/completions", body_of("completions", f"{n} " + "asks. " * 40, 16, logprobs=2)) for n in range(6)
+    ]
+    expected: list[Any] = []
+    num_files, num_cached = 0, 0
+    for number in range(size + 1):
+        with served(model, scratch, "--kv-dir", scratch / "kv", "--max-sequences", 4) as server:
+            finding.require(httpx.get(f"{server.url}/ready").status_code == 200, f"kill {number}: not ready")
+            answers = [httpx.post(server.url + path, json=body, timeout=_END_S).json() for path, body in asks]
+            found = [answer["choices"] for answer in answers]
+            expected = expected or found
+            finding.require(found == expected, f"kill {number}: another answer after the restart")
+            if number:
+                num_cached += sum(
+                    one["usage"]["prompt_tokens_details"]["cached_tokens"] > 0 for one in answers
+                )
+            if number == size:
+                break
+            load = [threading.Thread(target=ask_until_it_dies, args=(server.url, n)) for n in range(3)]
+            for one in load:
+                one.start()
+            time.sleep(rng.uniform(0, 0.8))
+            server.process.kill()
+            for one in load:
+                one.join()
+        finding.size += 1
+        files = sorted((scratch / "kv").rglob("*.kv"))
+        num_files = max(num_files, len(files))
+        for path in rng.sample(files, min(len(files), 2)):
+            data = bytearray(path.read_bytes())
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            path.write_bytes(data)
+    finding.require(num_cached, "no prompt was found in a file")
+    finding.facts.append(
+        f"up to {num_files} files, {num_cached} of {len(asks) * size} prompts found in them, answers the same"
+    )
+    return finding
+
+
+def ask_until_it_dies(url: str, number: int) -> None:
+    rng = random.Random(number)
+    with httpx.Client(base_url=url, timeout=_END_S) as client:
+        while True:
+            dialect = rng.choice(DIALECTS)
+            try:
+                client.post(
+                    PATHS[dialect], json=body_of(dialect, f"{rng.random()} " * 20, rng.randrange(16, 100))
+                )
+            except httpx.TransportError:
+                return
+
+
+# ── R24: what is said to a server ───────────────────────────────────────────────────────────────────────────────────
+
+
+def request_with(rng: random.Random, canary: str, secret: str) -> dict[str, Any]:
+    """A request that has the canary somewhere: in half of them where it belongs, else where it does not."""
+    dialect = rng.choice(DIALECTS)
+    headers = {"Authorization": f"Bearer {secret}"}
+    body = body_of(dialect, f"say {canary}", 16)
+    ask: dict[str, Any] = {"method": "POST", "url": PATHS[dialect], "json": body, "headers": headers}
+    tool = {"type": "function", "function": {"name": canary, "parameters": {"type": "object"}}}
+    chat = {"url": PATHS["chat"]}
+    more: list[dict[str, Any]] = [
+        {"json": body | {canary: 1}},
+        {"json": body | {"model": canary}},
+        {"json": body | {"temperature": canary}},
+        {"json": body | {"stream": True}},
+        {"json": body | {"user": canary}},
+        {
+            "json": None,
+            "content": f'{{"x": "{canary}',
+            "headers": headers | {"Content-Type": "application/json"},
+        },
+        {"json": None, "content": canary, "headers": headers | {"Content-Type": "text/plain"}},
+        {"url": f"/{canary}"},
+        {"url": f"/v1/models/{canary}", "method": "GET", "json": None},
+        {"url": f"{PATHS[dialect]}?key={canary}"},
+        {"headers": {"Authorization": f"Bearer {canary}"}},
+        {"headers": headers | {"User-Agent": canary, "x-request-id": canary, "Referer": canary}},
+        {"headers": headers | {"Host": f"{canary}.example"}},
+        {"headers": headers | {"Origin": f"http://{canary}.example"}},
+        {"url": "/tokenize", "json": {"content": canary}},
+        {"url": "/apply-template", "json": {"messages": [{"role": "user", "content": canary}]}},
+        chat | {"json": body_of("chat", canary, 16, tools=[tool])},
+        chat | {"json": body_of("chat", canary, 16, stop=[canary])},
+        chat | {"json": body_of("chat", canary, 16, response_format={"type": canary})},
+        chat | {"json": body_of("chat", canary, 16, structured_outputs={"regex": f"({canary}"})},
+        chat | {"json": body_of("chat", canary * 600, 16)},
+    ]
+    return ask | (rng.choice(more) if rng.random() < 0.7 else {})
+
+
+@figure("R24", 1000, "requests with canaries, and an abort while the last are answered")
+def canaries(scratch: Path, size: int) -> Finding:
+    model = write_chat_model(scratch / "model", context_tokens=512)
+    home = scratch / "home"
+    home.mkdir()
+    keys = KeyFile(home / "keys.json")
+    _, secret = keys.add("one", scopes=("infer", "metrics", "admin", "grammar"))
+    places = {name: str(home) for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME", "ARGOSY_CACHE")}
+    rng, statuses, finding = random.Random(0), Counter[str](), Finding()
+    seen = [f"canary{rng.getrandbits(64):016x}" for _ in range(size)]
+    texts: dict[str, str] = {}
+    with served(model, scratch, "--keys", keys.path, **places) as server:
+        with httpx.Client(base_url=server.url, timeout=_END_S) as client:
+
+            def send(canary: str) -> None:
+                answer = client.request(**request_with(random.Random(canary), canary, secret))
+                statuses[str(answer.status_code)] += 1
+                finding.require(
+                    answer.status_code < 500, f"{canary}: {answer.status_code} {answer.text[:200]}"
+                )
+
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(send, seen))
+            for path in ("/metrics", "/v1/engine/state"):
+                got = client.get(path, headers={"Authorization": f"Bearer {secret}"})
+                finding.require(got.status_code == 200, f"{path}: {got.status_code}")
+                texts[path] = got.text
+        abort_while_answering(server, seen[-1], secret)
+        texts["log"] = server.log.read_text(errors="replace")
+    for path in home.rglob("*"):
+        if path.is_file():
+            texts[f"file {path.relative_to(home)}"] = path.read_bytes().decode("latin-1")
+    for where, text in texts.items():
+        found = sum(canary in text for canary in seen)
+        finding.require(not found, f"{where} has {found} canaries")
+        finding.require(secret not in text, f"{where} has the key")
+    finding.require("POST" in texts["log"], "nothing is logged at all")
+    finding.size = size
+    finding.facts += [f"answers: {counted(statuses)}", f"0 of them in {len(texts)} places looked at"]
+    return finding
+
+
+def abort_while_answering(server: Served, canary: str, secret: str) -> None:
+    body = body_of("chat", canary, 400, stream=True)
+    headers = {"Authorization": f"Bearer {secret}"}
+    try:
+        with httpx.stream(
+            "POST", server.url + PATHS["chat"], json=body, headers=headers, timeout=_END_S
+        ) as answer:
+            for _ in answer.iter_text():
+                server.process.send_signal(signal.SIGABRT)
+    except httpx.TransportError:
+        pass
+    server.process.wait(_END_S)
+
+
 # ── the table ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -368,7 +699,9 @@ def main() -> int:
         began = time.monotonic()
         finding, line = measure(number, int(size) if size else None)
         print(f"{line}  ({time.monotonic() - began:.0f} s)")
-        print(*(f"  {one}" for one in finding.violations[:_MOST_SHOWN]), sep="\n", end="", flush=True)
+        for violation in finding.violations[:_MOST_SHOWN]:
+            print(f"  {violation}")
+        sys.stdout.flush()
         num_violations += len(finding.violations)
     return 1 if num_violations else 0
 
