@@ -43,11 +43,13 @@ from argosy.checkpoint.manifest import DENSE_FILE, EXPERTS_FILE, MANIFEST_FILE
 from argosy.checkpoint.pack import pack
 from argosy.errors import ArgosyError, CheckpointError, CorruptRecord, ReadFailed
 from argosy.experts.source import Key
-from argosy.guard.keys import KeyFile
+from argosy.guard.keys import SCOPES, KeyFile, KeyRing
 from argosy.model.families import open_model
+from argosy.serve.app import ROUTES, make_app
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.models.tiny import prompt_ids, qwen3_moe, write_model
 from tests.serve import test_disconnects as disconnects
+from tests.serve.conftest import serving, start
 from tests.serve.dialects import DIALECTS, PATHS, greedy
 
 _MOST_SHOWN = 5  # violations
@@ -675,6 +677,341 @@ def abort_while_answering(server: Served, canary: str, secret: str) -> None:
     except httpx.TransportError:
         pass
     server.process.wait(_END_S)
+
+
+# ── R2: numbers ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_EDGES = (
+    "-9223372036854775808", "-2147483648", "-1", "0", "1", "2147483648", "9007199254740993", "9223372036854775807",
+    "9223372036854775808", "18446744073709551616", "1e308", "NaN", "true", '"1"',
+)  # fmt: skip
+_HERE = "\ue000the number\ue000"
+
+
+class Numbers:
+    """Every number in the document's bodies: a body that has a mark in its place."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self._document = document
+        self._schemas = document["components"]["schemas"]
+
+    def bodies(self) -> dict[tuple[str, str], Any]:
+        """By path of the route and of the field."""
+        found: dict[tuple[str, str], Any] = {}
+        for path, methods in self._document["paths"].items():
+            for operation in methods.values():
+                if "requestBody" in operation:
+                    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+                    for where, body in self._marked(schema, "", ()):
+                        found.setdefault((path, where), {**DIALECT_BODIES.get(path, {}), **body})
+        return found
+
+    def _marked(self, schema: Any, where: str, refs: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+        if not isinstance(schema, dict):
+            return
+        if (name := schema.get("$ref", "").rpartition("/")[2]) and name not in refs:
+            yield from self._marked(self._schemas[name], where, (*refs, name))
+        for branch in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):
+            yield from self._marked(branch, where, refs)
+        if schema.get("type") in ("integer", "number"):
+            yield where, _HERE
+        for key, part in schema.get("properties", {}).items():
+            for inner, value in self._marked(part, f"{where}.{key}".lstrip("."), refs):
+                yield inner, {**self._sample(schema), key: value}
+        for inner, value in self._marked(schema.get("items"), f"{where}[]", refs):
+            yield inner, [value]
+        for inner, value in self._marked(schema.get("additionalProperties"), f"{where}.*", refs):
+            yield inner, {"1": value}
+
+    def _sample(self, schema: dict[str, Any]) -> Any:
+        """Something small that the schema allows."""
+        if "$ref" in schema:
+            return self._sample(self._schemas[schema["$ref"].rpartition("/")[2]])
+        if "const" in schema or "default" in schema:
+            return schema.get("const", schema.get("default"))
+        for branch in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):
+            return self._sample(branch)
+        if "enum" in schema:
+            return schema["enum"][0]
+        kind = schema.get("type")
+        if kind == "object":
+            parts = schema.get("properties", {})
+            return {key: self._sample(parts.get(key, {})) for key in schema.get("required", ())}
+        if kind == "array":
+            return [self._sample(schema.get("items", {}))] * schema.get("minItems", 0)
+        return {"string": "x", "boolean": False, "integer": 1, "number": 1, "null": None}.get(str(kind), "x")
+
+
+DIALECT_BODIES = {PATHS[dialect]: greedy(dialect, "Hi", 16) for dialect in DIALECTS}
+
+
+@contextmanager
+def in_this_process(model: Path, keys: KeyFile | None = None, **options: Any) -> Iterator[str]:
+    """A server in a thread of this process."""
+    with Engine(
+        model, **{"memory": "1GiB", "threads": 1, "grammars": True, "max_waiting": 64} | options
+    ) as engine, serving(engine) as service:  # fmt: skip
+        running = start(make_app(service, KeyRing(keys), block_tokens=16, max_sequences=8))
+        yield next(running)
+        next(running, None)
+
+
+@figure("R2", 0, "numbers of requests, each at its edges")
+def numbers_at_their_edges(scratch: Path, size: int) -> Finding:
+    """`size`: so many at most; 0: every number of every body that the document has, at every edge."""
+    finding, statuses = Finding(), Counter[str]()
+    with (
+        in_this_process(write_chat_model(scratch / "model")) as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
+        bodies = Numbers(client.get("/openapi.json").json()).bodies()
+        cases = [(path, where, body, edge) for (path, where), body in bodies.items() for edge in _EDGES]
+        finding.whole = len(cases)
+        for path, where, body, edge in random.Random(0).sample(cases, min(size or len(cases), len(cases))):
+            content = json.dumps(body, ensure_ascii=False).replace(f'"{_HERE}"', edge)
+            assert edge in content, "the number is not there"
+            answer = client.post(path, content=content.encode(), headers={"Content-Type": "application/json"})
+            statuses[str(answer.status_code)] += 1
+            finding.require(
+                answer.status_code < 500, f"{path} {where}={edge}: {answer.status_code} {answer.text}"
+            )
+            finding.size += 1
+    finding.facts.append(f"{len(bodies)} fields x {len(_EDGES)} edges; answers: {counted(statuses)}")
+    return finding
+
+
+# ── R21: forms that are hard to follow ──────────────────────────────────────────────────────────────────────────────
+
+_CPU_S, _FORM_BYTES = 0.25, 64 << 20
+
+
+def bombs(rng: random.Random) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Forms of answers that cost more than they weigh, without end."""
+
+    def nested(depth: int) -> dict[str, Any]:
+        schema: dict[str, Any] = {"type": "string"}
+        for _ in range(depth):
+            schema = {"type": "array", "items": schema}
+        return schema
+
+    while True:
+        many, some, few = rng.randrange(200, 1000), rng.randrange(10, 60), rng.randrange(2, 12)
+        yield "regex: deep", {"regex": "(" * some * 8 + "a" + ")" * some * 8}
+        yield "regex: goes back", {"regex": f"(a{'+' * 1})+b" * some}
+        yield "regex: repeats", {"regex": f"((a{{{many}}}){{{many}}}){{{many}}}"}
+        yield "regex: automaton", {"regex": f"(.*a.{{{some}}}){{{some}}}"}
+        yield "regex: letters", {"regex": rf"(?i)[a-z\p{{L}}]{{0,{some}}}" * few}
+        yield "regex: alternatives", {"regex": "|".join(f"a{rng.randrange(10**5)}b" for _ in range(100))}
+        yield "json: nested", {"json": nested(rng.randrange(20, 60))}
+        yield "json: deep", {"json": json.dumps(nested(200)).replace("array", "array", 1)}
+        yield "json: branches", {"json": {"anyOf": [{"const": str(at)} for at in range(many * 10)]}}
+        yield "json: names", {"json": {"type": "object", "properties": {f"p{at}": {} for at in range(many)}}}
+        yield (
+            "json: pattern",
+            {"json": {"type": "string", "pattern": f"((a{{1,{many}}}){{1,{many}}}){{1,{many}}}"}},
+        )
+        yield "json: length", {"json": {"type": "string", "minLength": many * 10**6}}
+        yield "json: numbers", {"json": {"type": "integer", "minimum": -(10**many), "maximum": 10**many}}
+        yield "choice: many", {"choice": [f"{at:05}" * few for at in range(min(many, 500))]}
+        yield (
+            "grammar: doubled",
+            {
+                "grammar": "start: A0\n"
+                + "".join(f"A{at}: A{at + 1} A{at + 1}\n" for at in range(some))
+                + f'A{some}: "x"'
+            },
+        )
+        yield "grammar: ambiguous", {"grammar": 'start: start start | "a" |' + ' | "a" "a"' * few}
+        yield "grammar: repeats", {"grammar": f'start: a{{{many * 10**6}}}\na: "x"'}
+        yield "grammar: many rules", {
+            "grammar": "start: " + " | ".join(f"a{at}" for at in range(many)) + "\n"
+            + "".join(f"a{at}: /[a-{'abcdefgh'[at % 8]}]+{at}/\n" for at in range(many))
+        }  # fmt: skip
+
+
+def cpu_seconds(pid: int) -> float:
+    """Of a process and its children's time so far; once it has nothing more to do."""
+    last = -1.0
+    while True:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+        now = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+        if now - last < 0.015:
+            return now
+        last = now
+        time.sleep(0.1)
+
+
+def memory_of(pid: int, name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1]) << 10
+
+
+@figure("R21", 200, "forms of answers that are hard to follow")
+def hard_forms(scratch: Path, size: int) -> Finding:
+    finding, statuses = Finding(), Counter[str]()
+    costs: list[tuple[float, int, str]] = []
+    body = {"prompt": "Hi", "max_tokens": 8, "temperature": 1, "seed": 1}
+    with (
+        served(write_chat_model(scratch / "model"), scratch) as server,
+        httpx.Client(base_url=server.url, timeout=_END_S) as client,
+    ):
+        pid = server.process.pid
+        plain = body | {"structured_outputs": {"regex": "[a-c]{4}"}}
+        client.post("/v1/completions", json=plain)
+        for name, form in bombs(random.Random(0)):
+            if finding.size == size:
+                break
+            before = cpu_seconds(pid)
+            Path(f"/proc/{pid}/clear_refs").write_text("5")  # VmHWM from here
+            held = memory_of(pid, "VmRSS")
+            answer = client.post("/v1/completions", json=body | {"structured_outputs": form})
+            costs.append((cpu_seconds(pid) - before, memory_of(pid, "VmHWM") - held, name))
+            statuses[str(answer.status_code)] += 1
+            finding.require(
+                answer.status_code in (200, 400), f"{name}: {answer.status_code} {answer.text[:200]}"
+            )
+            finding.size += 1
+        finding.require(
+            client.post("/v1/completions", json=plain).status_code == 200, "no plain form afterwards"
+        )
+    late = [cost for cost in costs if cost[0] > _CPU_S]
+    large = [cost for cost in costs if cost[1] > _FORM_BYTES]
+    finding.violations += [
+        f"{name}: {seconds:.2f} s of CPU" for seconds, _, name in sorted(late, reverse=True)
+    ]
+    finding.violations += [f"{name}: {size >> 20} MiB" for _, size, name in large]
+    seconds = sorted(cost[0] for cost in costs)
+    finding.facts += [
+        f"answers: {counted(statuses)}",
+        f"CPU {seconds[len(seconds) // 2]:.2f} s (median), {seconds[-1]:.2f} s at most, {len(late)} over {_CPU_S} s",
+        f"{max(cost[1] for cost in costs) >> 20} MiB at most",
+    ]
+    return finding
+
+
+# ── R22: who gets in ────────────────────────────────────────────────────────────────────────────────────────────────
+
+_FOREIGN = (
+    {},
+    {"Host": "evil.example"}, {"Host": "localhost.evil.example"}, {"Host": r"evil.example\@localhost"}, {"Host": ""},
+)  # fmt: skip
+_FOREIGN_PAGES = (
+    {}, {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"},
+)  # fmt: skip
+
+
+@figure("R22", 0, "requests: every route x key x host x page")
+def who_gets_in(scratch: Path, size: int) -> Finding:
+    """`size`: so many at most; 0: all."""
+    keys = KeyFile(scratch / "keys.json")
+    secrets: dict[str, dict[str, str]] = {"none": {}, "bad": {"Authorization": "Bearer bad"}}
+    secrets["a password"] = {"Authorization": "Basic YTpi"}
+    for scope in SCOPES:
+        secrets[scope] = {"Authorization": f"Bearer {keys.add(scope, scopes=(scope,))[1]}"}
+    secrets["revoked"] = {"x-api-key": keys.add("revoked", scopes=SCOPES)[1]}
+    keys.revoke("revoked")
+    cases = [
+        (route, who, foreign | page)
+        for route in ROUTES for who in secrets for foreign in _FOREIGN for page in _FOREIGN_PAGES
+    ]  # fmt: skip
+    finding, statuses = Finding(whole=len(cases)), Counter[str]()
+    with (
+        in_this_process(write_chat_model(scratch / "model"), keys) as url,
+        httpx.Client(base_url=url) as client,
+    ):
+        for route, who, elsewhere in random.Random(0).sample(cases, min(size or len(cases), len(cases))):
+            policy = route.policy
+            is_post = policy.method == "POST"
+            body = DIALECT_BODIES.get(policy.path, {"content": "a"}) if is_post else None
+            path = re.sub(r"\{[^}]*\}", "tiny", policy.path)
+            with client.stream(policy.method, path, json=body, headers=secrets[who] | elsewhere) as answer:
+                status = answer.status_code
+            statuses[f"{status // 100}xx"] += 1
+            is_page = bool(elsewhere.keys() - {"Host"}) and is_post
+            may = policy.scope is None or who in (policy.scope, "admin")
+            at = f"{policy.method} {path}, key {who}, {elsewhere}: {status}"
+            finding.require(status < 500, at)
+            if not may or "Host" in elsewhere or is_page:
+                finding.require(status >= 400, at)
+            else:
+                finding.require(status not in (401, 403), at)
+            finding.size += 1
+    finding.facts.append(f"{len(ROUTES)} routes, {len(secrets)} keys; answers: {counted(statuses)}")
+    return finding
+
+
+# ── R23: what one key learns of another's prompts ───────────────────────────────────────────────────────────────────
+
+_MOST_AUC = 0.55
+
+
+def auc(hits: list[float], misses: list[float]) -> float:
+    """How well a threshold on a number tells hits from misses: 0.5 not at all, 1 always."""
+    order = np.argsort(np.argsort([*hits, *misses], kind="stable"))
+    values, inverse = np.unique([*hits, *misses], return_inverse=True)
+    sums = np.bincount(inverse, weights=order, minlength=len(values)) / np.bincount(inverse)
+    ranks = sums[inverse][: len(hits)]  # ties share their rank
+    found = (ranks.sum() - len(hits) * (len(hits) - 1) / 2) / (len(hits) * len(misses))
+    return float(max(found, 1 - found))
+
+
+@dataclass
+class Probes:
+    """What an asker saw of prompts that another had asked before (True), and had not (False)."""
+
+    cached: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
+    seconds: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
+
+    def by_count(self) -> float:
+        return auc(self.cached[True], self.cached[False])
+
+    def by_time(self) -> float:
+        return auc(self.seconds[True], self.seconds[False])
+
+
+def probe(directory: Path, config: Any, size: int, *, asker: str, num_tokens: int, **options: Any) -> Probes:
+    """`victim` asks a prompt; `asker` then asks that one, or another, and looks at what it is told and at the time."""
+    rng, found = random.Random(0), Probes()
+    one_token = SamplingParams(max_tokens=1, ignore_eos=True)
+    with Engine(directory, memory="2GiB", threads=1, readers=1, **options) as engine:
+
+        def ask(prompt: list[int], tenant: str) -> Any:
+            sequence = engine.submit(prompt, one_token, tenant=tenant)
+            while sequence.result is None:
+                engine.step()
+            assert sequence.result.error is None
+            return sequence.result.ledger
+
+        for number in range(size):
+            is_hit = rng.random() < 0.5 if number > 1 else bool(number)
+            prompt, other = (prompt_ids(config, 2 * number + at, num_tokens) for at in (10, 11))
+            ask(prompt if is_hit else other, "victim")
+            ledger = ask(prompt, asker)
+            found.cached[is_hit].append(ledger.cached_tokens)
+            found.seconds[is_hit].append(ledger.time_to_first_token_s)
+    return found
+
+
+@figure("R23", 2000, "probes of another key's prompts")
+def probed_caches(scratch: Path, size: int) -> Finding:
+    config = qwen3_moe(num_hidden_layers=2, num_experts=48, max_position_embeddings=256)
+    pack(open_model(write_model(scratch / "source", config, seed=4)), scratch / "pack", format="bf16")
+    finding = Finding(size=size)
+    across = probe(scratch / "pack", config, size, asker="other", num_tokens=200)
+    own = probe(scratch / "pack", config, max(20, size // 10), asker="victim", num_tokens=200)
+    experts = probe(scratch / "pack", config, size, asker="other", num_tokens=4, expert_slots=24)
+    finding.require(across.by_count() <= _MOST_AUC, f"cached_tokens tell: AUC {across.by_count():.3f}")
+    finding.require(
+        across.by_time() <= _MOST_AUC, f"the first token's time tells: AUC {across.by_time():.3f}"
+    )
+    finding.require(own.by_count() > 0.99, "a key does not find its own prompts, so the probe sees nothing")
+    finding.facts += [
+        f"prefix cache: AUC {across.by_count():.3f} by cached_tokens, {across.by_time():.3f} by time"
+        f" (a key's own prompts: {own.by_count():.3f} and {own.by_time():.3f})",
+        f"expert cache, no claim: {experts.by_time():.3f} by time",
+    ]
+    return finding
 
 
 # ── the table ───────────────────────────────────────────────────────────────────────────────────────────────────────

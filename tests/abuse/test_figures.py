@@ -11,7 +11,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from tests.abuse import figures
 
-SMALL = {"R4": 24, "R5": 2, "R10": 10, "R13": 1, "R14": 1, "R24": 40}
+SMALL = {"R2": 60, "R4": 24, "R5": 2, "R10": 10, "R13": 1, "R14": 1, "R21": 0, "R22": 60, "R23": 30, "R24": 40}
 
 
 @pytest.mark.parametrize("number", SMALL)
