@@ -661,9 +661,9 @@ def canaries(scratch: Path, size: int) -> Finding:
                 texts[path] = got.text
         abort_while_answering(server, seen[-1], secret)
         texts["log"] = server.log.read_text(errors="replace")
-    for path in home.rglob("*"):
-        if path.is_file():
-            texts[f"file {path.relative_to(home)}"] = path.read_bytes().decode("latin-1")
+    for file in home.rglob("*"):
+        if file.is_file():
+            texts[f"file {file.relative_to(home)}"] = file.read_bytes().decode("latin-1")
     for where, text in texts.items():
         found = sum(canary in text for canary in seen)
         finding.require(not found, f"{where} has {found} canaries")
@@ -755,11 +755,12 @@ DIALECT_BODIES = {PATHS[dialect]: greedy(dialect, "Hi", 16) for dialect in DIALE
 
 
 @contextmanager
-def in_this_process(model: Path, keys: KeyFile | None = None, **options: Any) -> Iterator[str]:
+def in_this_process(model: Path, keys: KeyFile | None = None) -> Iterator[str]:
     """A server in a thread of this process."""
-    with Engine(
-        model, **{"memory": "1GiB", "threads": 1, "grammars": True, "max_waiting": 64} | options
-    ) as engine, serving(engine) as service:  # fmt: skip
+    with (
+        Engine(model, memory="1GiB", threads=1, grammars=True, max_waiting=64) as engine,
+        serving(engine) as service,
+    ):
         running = start(make_app(service, KeyRing(keys), block_tokens=16, max_sequences=8))
         yield next(running)
         next(running, None)
@@ -1162,7 +1163,7 @@ _GROWTH_MIB = 1.0  # an hour
 
 @figure("R17", 30 * 60, "seconds of mixed requests")
 def for_some_time(scratch: Path, size: int) -> Finding:
-    """The first third warms up; then threads and files stay as many, and a line through the memory says how it grows."""
+    """After a third, threads and files stay as many, and a line through the memory says how it grows."""
     finding, counts = Finding(size=size), Counter[str]()
     samples: list[tuple[float, int, int, int]] = []
     is_over = threading.Event()

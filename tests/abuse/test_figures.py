@@ -30,7 +30,8 @@ def test_a_figure_holds_in_its_small_form(number: str) -> None:
 
 def test_damage_that_nobody_notices_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where no checksum is looked at: the damaged pack gives the tokens it gave before."""
-    real, whole = figures.run_once, []
+    real = figures.run_once
+    whole: list[figures.Run] = []
 
     def careless(directory: Path, prompt: list[int]) -> figures.Run:
         if not whole:
