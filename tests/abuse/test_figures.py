@@ -1,0 +1,44 @@
+"""The reliability figures of the README hold in a small form, and what does not hold is found out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from tests.abuse import figures
+
+# R12 and R17 need minutes; R21 is about seconds of CPU, and its forms are those of `test_grammar_bounds.py`.
+SMALL = {
+    "R2": 60, "R4": 24, "R5": 2, "R10": 10, "R11": 20, "R13": 1, "R14": 1, "R19": 6, "R22": 60, "R23": 30, "R24": 40,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", SMALL)
+def test_a_figure_holds_in_its_small_form(number: str) -> None:
+    try:
+        finding, line = figures.measure(number, SMALL[number])
+    except PermissionError as error:
+        pytest.skip(str(error))
+    assert not finding.violations, finding.violations
+    assert finding.size >= SMALL[number]
+    assert finding.late or f" holds at {finding.size:,} of " in line  # a small form claims no more than it is
+
+
+def test_damage_that_nobody_notices_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no checksum is looked at: the damaged pack gives the tokens it gave before."""
+    real = figures.run_once
+    whole: list[figures.Run] = []
+
+    def careless(directory: Path, prompt: list[int]) -> figures.Run:
+        if not whole:
+            whole.append(real(directory, prompt))
+        return whole[0]
+
+    monkeypatch.setattr(figures, "run_once", careless)
+    finding, line = figures.measure("R4", 12)
+    assert len(finding.violations) > 6
+    assert "open: " in line
