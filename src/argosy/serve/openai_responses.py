@@ -79,11 +79,11 @@ class Part(Lenient):
     text: Text
 
 
-class MediaPart(UnreadPart):
+class InputMedia(UnreadPart):
     type: Literal["input_image", "input_file", "input_audio", "computer_screenshot"]
 
 
-Parts = Text | Many[Annotated[Part | MediaPart, Field(discriminator="type")]]
+Parts = Text | Many[Annotated[Part | InputMedia, Field(discriminator="type")]]
 
 
 class GivenItem(Lenient):
@@ -127,7 +127,7 @@ class NamedItem(Strict):
 
 def _kind(item: object) -> str | None:
     if isinstance(item, dict):
-        is_name = item.keys() - {"type"} == {"id"}
+        is_name = {name for name, value in item.items() if value is not None} - {"type"} == {"id"}
         return str(item.get("type") or ("item_reference" if is_name else "message"))
     return getattr(item, "type", None)
 
@@ -206,7 +206,7 @@ class ReasoningOptions(Strict):
 
 
 class ResponsesBody(Thinking, ForOpenAI, Sampling):
-    input: Text | Annotated[list[Item], Messages]
+    input: Text | Annotated[list[Item], Messages] = Field(examples=["Hello"])
     previous_response_id: Short | None = None
     store: Flag | None = Field(
         None, description="Unless false, items are kept for later requests to name them."
@@ -339,12 +339,14 @@ def _add(
 
 
 def _text(
-    parts: str | Sequence[Part | MediaPart], replaced: Replaced, where: str, *, is_new: bool = False
+    parts: str | Sequence[Part | InputMedia], replaced: Replaced, where: str, *, is_new: bool = False
 ) -> str:
     if isinstance(parts, str):
         return parts
     return "".join(
-        replaced.note(part.type, f"{where}.{at}", is_new=is_new) if isinstance(part, MediaPart) else part.text
+        replaced.note(part.type, f"{where}.{at}", is_new=is_new)
+        if isinstance(part, InputMedia)
+        else part.text
         for at, part in enumerate(parts)
     )
 
