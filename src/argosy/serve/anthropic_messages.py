@@ -74,6 +74,9 @@ _SERVER_TOOLS = (
 )
 
 
+_SHOWN_TYPE = {"pattern": f"^({'|'.join(_SERVER_TOOLS)})[a-z0-9_]*$", "maxLength": 64}
+
+
 class TextBlock(Lenient):
     type: Literal["text"]
     text: Text
@@ -196,7 +199,10 @@ class ClientTool(Lenient):
 class AnthropicTool(Lenient):
     """A tool that Anthropic runs, or whose parameters only its models know."""
 
-    type: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$", json_schema_extra={"not": {"const": "custom"}})]
+    # The document has the types that may stand beside a client's tools; others are refused by their names.
+    type: Annotated[
+        str, Field(pattern=r"^[a-z0-9_]{1,64}$", json_schema_extra=_SHOWN_TYPE),
+    ]  # fmt: skip
     name: Short | None = None
 
 
@@ -245,7 +251,9 @@ class OutputConfig(Lenient):
 
 
 class CountBody(Sampling):
-    messages: Annotated[list[Annotated[AnyMessage, Field(discriminator="role")]], Messages]
+    messages: Annotated[list[Annotated[AnyMessage, Field(discriminator="role")]], Messages] = Field(
+        examples=[[{"role": "user", "content": "Hello"}]]
+    )
     system: Text | Annotated[list[TextBlock], few(256)] | None = None
     tools: Annotated[list[AnyTool], Tools] | None = None
     tool_choice: Annotated[FreeChoice | NamedChoice, Field(discriminator="type")] | None = None

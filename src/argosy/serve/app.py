@@ -42,6 +42,7 @@ from argosy.serve.gate import (
     error_headers,
 )  # fmt: skip
 from argosy.serve.openapi import Route, document
+from argosy.serve.rules import exactly_one
 from argosy.serve.state import EngineState, Metrics, state_of
 from argosy.serve.streams import EventStream, sse
 
@@ -56,6 +57,8 @@ _PAGE_TYPES = {
 
 class TokenizeBody(Strict):
     """As llama.cpp spells it, with `content`, or as vLLM does, with `prompt`."""
+
+    RULES = (exactly_one("content", "prompt"),)
 
     content: Text | None = None
     prompt: Text | None = None
@@ -77,7 +80,7 @@ class DetokenizeBody(Strict):
 
 
 class TemplateBody(Strict):
-    messages: Annotated[list[openai_chat.Turn], Messages]
+    messages: Annotated[list[openai_chat.Turn], Messages] = Field(examples=openai_chat.EXAMPLES)
     tools: Annotated[list[openai_chat.OfferedTool], Tools] | None = None
 
 

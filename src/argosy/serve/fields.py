@@ -34,11 +34,30 @@ from argosy.config import Grammar
 from argosy.errors import UsageError
 from argosy.prompt.formats.lark import without_annotations
 
+
+class _Whole:
+    """A whole number that is written as 3.0 is 3: JSON has one type of number, and JSON Schema calls it an integer."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        bounded = handler(source)
+        whole = core_schema.float_schema(
+            strict=True, multiple_of=1, ge=-(2**63), lt=2**63, allow_inf_nan=False
+        )
+        number = core_schema.union_schema(  # the integer first: a float has no room for a seed
+            [core_schema.int_schema(strict=True), whole], mode="left_to_right", custom_error_type="int_type"
+        )
+        return core_schema.chain_schema([number, {**bounded, "strict": False}])
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return handler(core["steps"][-1])
+
+
+WHOLE = _Whole()
 MAX_TOKENS = 1 << 20
 MAX_ANSWERS = 8
 MAX_STOP_IDS = 256
-Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS, strict=True)]
-NumTokens = Annotated[int, Field(ge=0, le=MAX_TOKENS, strict=True)]
+Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS, strict=True), WHOLE]
+NumTokens = Annotated[int, Field(ge=0, le=MAX_TOKENS, strict=True), WHOLE]
 Flag = Annotated[bool, Field(strict=True)]  # not 1, not "yes"
 
 
@@ -52,22 +71,25 @@ NoFlag = Annotated[Literal[False], BeforeValidator(_only_false)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False, strict=True)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, strict=True)]
 MinP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=True)]
-TopK = Annotated[int, Field(ge=-1, le=MAX_TOKENS, strict=True)]
+TopK = Annotated[int, Field(ge=-1, le=MAX_TOKENS, strict=True), WHOLE]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False, strict=True)]
 Repetition = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False, strict=True)]
-Seed = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63, strict=True), WHOLE]
 
 # How llama.cpp and its clients say "no limit", and "any seed".
-MinusOne = Annotated[int, Field(ge=-1, le=-1, strict=True)]
+MinusOne = Annotated[int, Field(ge=-1, le=-1, strict=True), WHOLE]
 TokenLimit = Tokens | MinusOne
-NumAnswers = Annotated[int, Field(ge=1, le=MAX_ANSWERS, strict=True)]
-NumBest = Annotated[int, Field(ge=0, le=20, strict=True)]
+NumAnswers = Annotated[int, Field(ge=1, le=MAX_ANSWERS, strict=True), WHOLE]
+NumBest = Annotated[int, Field(ge=0, le=20, strict=True), WHOLE]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False, strict=True)]
+_BIASES = Field(json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}})
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
-TokenId = Annotated[int, Field(ge=0, lt=1 << 31, strict=True)]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31, strict=True), WHOLE]
 # Of a chat template's variable: an effort, a switch, a number of tokens.
 Setting = (
-    Flag | Annotated[int, Field(ge=0, le=MAX_TOKENS, strict=True)] | Annotated[str, Field(max_length=64)]
+    Flag
+    | Annotated[int, Field(ge=0, le=MAX_TOKENS, strict=True), WHOLE]
+    | Annotated[str, Field(max_length=64)]
 )
 Short = Annotated[str, Field(min_length=1, max_length=256)]  # a name, an id
 Name = Annotated[str, Field(max_length=512)]
@@ -125,7 +147,12 @@ closed = with_config(ConfigDict(extra="forbid"))  # of an answer: nothing but wh
 
 
 class _Part(BaseModel):
-    """Part of a request. Null is as good as nothing, except where something is needed: clients send whole objects."""
+    """Part of a request. Null is as good as nothing, except where something is needed: clients send whole objects.
+
+    RULES: what the schema says of fields that depend on each other (`rules.py`), beside those of its bases.
+    """
+
+    RULES: ClassVar[tuple[dict[str, Any], ...]] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -147,6 +174,8 @@ class _Part(BaseModel):
                 schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
         if schema.get("additionalProperties") is False:
             schema["additionalProperties"] = {"type": "null"}
+        if rules := [rule for kind in cls.__mro__ for rule in vars(kind).get("RULES", ())]:
+            schema["allOf"] = rules
         return shown
 
 
@@ -296,7 +325,7 @@ class Sampling(Strict):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     seed: Seed | MinusOne | None = None
-    logit_bias: Annotated[dict[str, Bias], MostEntries(1024)] | None = None
+    logit_bias: Annotated[dict[str, Bias], MostEntries(1024), _BIASES] | None = None
     min_tokens: NumTokens | None = None
     stop_token_ids: Annotated[list[TokenId], few(MAX_STOP_IDS)] | None = None
     ignore_eos: Flag | None = None
@@ -361,7 +390,7 @@ class ForOpenAI(Strict):
     # What another server would do beside the answer, or in another way.
     provider_specific_fields: NoEffect[FreeObject] = None
     web_search_options: NoEffect[FreeObject] = None
-    max_tool_calls: NoEffect[Annotated[int, Field(ge=1, le=1 << 20, strict=True)]] = None
+    max_tool_calls: NoEffect[Annotated[int, Field(ge=1, le=1 << 20, strict=True), WHOLE]] = None
     verbosity: NoEffect[Short] = None
     guided_decoding_backend: NoEffect[Short] = None
 

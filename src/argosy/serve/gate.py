@@ -439,7 +439,7 @@ def _secret(headers: dict[str, str]) -> str | None:
         return given
     if given is not None and given.strip() != bearer.strip():
         raise Refused(
-            400, "the headers authorization and x-api-key hold different keys", hint="send one of them"
+            401, "the headers authorization and x-api-key hold different keys", hint="send one of them"
         )
     return bearer.strip()
 

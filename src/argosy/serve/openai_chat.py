@@ -25,6 +25,7 @@ from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import ReasoningDelta, TextDelta, ToolCallArguments, ToolCallBegin
 from argosy.serve.core import Answers, ChatRequest, Ended, Finish, Progress, Said, Service
 from argosy.serve.fields import (
+    WHOLE,
     Effort,
     Flag,
     FreeForm,
@@ -58,6 +59,7 @@ from argosy.serve.fields import (
 from argosy.serve.gate import Caller
 from argosy.serve.logprobs import ScoredToken, Speller
 from argosy.serve.replaced import Replaced, UnreadPart
+from argosy.serve.rules import absent, any_of, at_most_one, given
 from argosy.serve.streams import DONE, EventStream, sse, until_gone
 from argosy.serve.structured_outputs import Formed
 from argosy.serve.tool_use import ToolChoice, ToolMode
@@ -85,7 +87,7 @@ class CalledFunction(Noted):
     parsed_arguments: Any = None  # a copy that OpenAI's client makes
 
 
-CallIndex = Annotated[int, Field(ge=0, lt=4096, strict=True)]
+CallIndex = Annotated[int, Field(ge=0, lt=4096, strict=True), WHOLE]
 
 
 class CalledTool(Noted):
@@ -110,6 +112,12 @@ class AskingTurn(ChatTurn):
 
 
 class AnsweringTurn(ChatTurn):
+    RULES = (
+        any_of(
+            given("content"), given("function_call"), given(tool_calls={"type": "array", "minItems": 1}),
+        ),
+    )  # fmt: skip
+
     role: Literal["assistant"]
     content: Content | None = None
     name: Short | None = None
@@ -242,8 +250,18 @@ class Reasoning(Strict):
     summary: NoEffect[Short] = None
 
 
+EXAMPLES = [[{"role": "user", "content": "Hello"}]]
+
+
 class ChatBody(Formed, Thinking, OpenAISampling):
-    messages: Annotated[list[Turn], Messages]
+    RULES = (
+        any_of(absent("response_format"), absent(*Formed.model_fields)),
+        at_most_one("tools", "functions"),
+        at_most_one("tool_choice", "function_call"),
+        any_of(absent("top_logprobs"), given(logprobs={"const": True})),
+    )
+
+    messages: Annotated[list[Turn], Messages] = Field(examples=EXAMPLES)
     max_tokens: TokenLimit | None = None
     max_completion_tokens: TokenLimit | None = None
     logprobs: Flag | None = None

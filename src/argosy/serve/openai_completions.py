@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Annotated, Literal, NotRequired, cast
 
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from typing_extensions import TypedDict
@@ -43,6 +44,7 @@ from argosy.serve.fields import (
 )
 from argosy.serve.gate import Caller
 from argosy.serve.logprobs import Speller, finite
+from argosy.serve.rules import absent, any_of, at_most_one, given
 from argosy.serve.streams import DONE, EventStream, sse, until_gone
 from argosy.serve.structured_outputs import Formed
 
@@ -51,17 +53,26 @@ if TYPE_CHECKING:
 
 _MAX_PROMPTS = 64
 Ids = Annotated[list[TokenId], few(MAX_TOKENS, at_least=1)]
+_FALSE = {"enum": [False, None]}
 
 
 class CompletionBody(Formed, Thinking, OpenAISampling):
     IGNORED = (*Thinking.model_fields, "reasoning_effort")  # there is no template to tell
+    RULES = (
+        at_most_one(*Formed.model_fields),
+        any_of(
+            {"properties": {"max_tokens": {"not": {"const": 0}}}},
+            given("logprobs", echo={"const": True}),
+        ),
+        any_of({"properties": {"echo": _FALSE}}, {"properties": {"stream": _FALSE}}, absent("logprobs")),
+    )
 
     prompt: (
         Text
         | Ids
         | Annotated[list[Text], few(_MAX_PROMPTS, at_least=1)]
         | Annotated[list[Ids], few(_MAX_PROMPTS, at_least=1)]
-    )
+    ) = Field(examples=["Once upon a time"])
     max_tokens: NumTokens | MinusOne | None = None
     echo: Flag | None = None
     logprobs: NumBest | None = None

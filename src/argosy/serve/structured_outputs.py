@@ -22,6 +22,7 @@ from argosy.errors import GrammarError, UsageError
 from argosy.prompt.json_text import read_json
 from argosy.serve.fields import FreeObject, Strict, Text, few, schema_form
 from argosy.serve.gate import Caller
+from argosy.serve.rules import exactly_one
 
 _NAME = "structured_outputs"
 
@@ -50,6 +51,8 @@ Rules = Annotated[
 
 class StructuredOutputs(Strict):
     """Exactly one of these. `regex` and `grammar` need a key with the scope `grammar`."""
+
+    RULES = (exactly_one("json", "choice", "regex", "grammar"),)
 
     json_: Schema | None = Field(None, alias="json")
     choice: Choices | None = None

@@ -1,0 +1,62 @@
+"""A check for schemathesis: data that the document allows is refused for one of the reasons that the guide gives.
+
+`docs/guides/serving.md`, "What the document cannot say", has these reasons in words.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+import schemathesis
+from schemathesis.checks import CheckContext
+from schemathesis.core.failures import Failure
+
+REASONS = (
+    # One place of the body names another.
+    r"message \d+: tool_call_id '.*' is no call of an earlier message",
+    r"tool_choice (names '.*', which is not among the tools|asks for a call, and there are no tools)",
+    r"tool \d+: the name '.*' comes twice",
+    r"message \d+: reasoning_content and reasoning say different things",
+    r"an answer has one form",
+    r"best_of is n here",
+    r"min_tokens must be at most max_tokens",
+    r"ignore_eos has no meaning with a grammar",
+    r"repeat_penalty and repetition_penalty are two names of one setting, and they differ",
+    # The last message.
+    r"the last (message|item) ",
+    r"the only message is an empty one of the assistant",
+    r"(continue_final_message|add_generation_prompt): the last message is",
+    r"messages: final assistant content cannot end with trailing whitespace",
+    r"the answer cannot be a call and have a form",
+    # The model that is served, and what is in memory.
+    r"This model's maximum context length is \d+ tokens",
+    r"prompt is too long: \d+ tokens",
+    r"input length and `min_tokens` exceed context limit",
+    r"a prompt needs at least one token, and this one is empty",
+    r"(token id|stop_token_ids names token|logit_bias names token) \d+",
+    r".*: (this model reads text only|this server does not run such tools), and this is of type",
+    r"message \d+: part \d+ is of type '.*', and this model takes text only",
+    r"tools: .* would run at Anthropic",
+    r"this model's chat template does not read the variable",
+    r"Previous response with id '.*' not found",
+    # Text in a language of its own.
+    r"(guided_json|structured_outputs\.json): (the text is not JSON|expected the text of an object)",
+    r"the (grammar|expression|schema) |line \d+ of the grammar",
+)
+
+
+class UnexplainedRefusal(Failure):
+    """Allowed data was refused for a reason that the guide does not give."""
+
+
+@schemathesis.check
+def allowed_data_is_refused_for_a_reason_of_the_guide(
+    ctx: CheckContext, response: schemathesis.Response, case: schemathesis.Case
+) -> None:
+    meta = case.meta
+    if response.status_code != 400 or meta is None or not meta.generation.mode.is_positive:
+        return
+    message = json.loads(response.content)["error"]["message"]
+    if not any(re.match(reason, message, re.DOTALL) for reason in REASONS):
+        raise UnexplainedRefusal(operation=case.operation.label, title="Unexplained refusal", message=message)
