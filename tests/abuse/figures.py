@@ -509,9 +509,7 @@ def told_to_end(scratch: Path, size: int) -> Finding:
                 finding.require(is_twice or end == "whole", f"{at}: {dialect}: {end}")
             finding.require("Traceback" not in server.log.read_text(), f"{at}: a traceback is logged")
         finding.size += 1
-    finding.require(
-        max(accepted_s) <= _REFUSED_S, f"a request was let in {max(accepted_s):.3f} s after the signal"
-    )
+    finding.require_within(max(accepted_s), _REFUSED_S, "a request was let in after the signal by")
     if second_s:
         finding.require_within(max(second_s), _SECOND_S, "it ended after the second signal by")
         slowest = (
@@ -1006,9 +1004,8 @@ def probed_caches(scratch: Path, size: int) -> Finding:
     own = probe(scratch / "pack", config, max(20, size // 10), asker="victim", num_tokens=200)
     experts = probe(scratch / "pack", config, size, asker="other", num_tokens=4, expert_slots=24)
     finding.require(across.by_count() <= _MOST_AUC, f"cached_tokens tell: AUC {across.by_count():.3f}")
-    finding.require(
-        across.by_time() <= _MOST_AUC, f"the first token's time tells: AUC {across.by_time():.3f}"
-    )
+    if across.by_time() > _MOST_AUC:
+        finding.late.append(f"the first token's time tells: AUC {across.by_time():.3f}")
     finding.require(own.by_count() > 0.99, "a key does not find its own prompts, so the probe sees nothing")
     finding.facts += [
         f"prefix cache: AUC {across.by_count():.3f} by cached_tokens, {across.by_time():.3f} by time"
@@ -1020,7 +1017,7 @@ def probed_caches(scratch: Path, size: int) -> Finding:
 
 # ── R11: a thousand connections ─────────────────────────────────────────────────────────────────────────────────────
 
-_CONNECTION_BYTES = 100 << 10
+_CONNECTION_BYTES, _HEALTH_S = 100 << 10, 0.05
 
 
 def head_of(method: str, path: str, num_bytes: int = 0) -> bytes:
@@ -1076,6 +1073,7 @@ def many_connections(scratch: Path, size: int) -> Finding:
             finding.require(
                 status == 200 or (status in (429, 503) and "retry-after" in head.lower()), f"{status}"
             )
+        finding.require_within(max(health_s), _HEALTH_S, "/health took")
         finding.require(each <= _CONNECTION_BYTES, f"{each / 1024:.0f} KiB each")
     finding.facts += [
         f"{each / 1024:.0f} KiB each", f"a question on all of them: {counted(statuses)}",
@@ -1131,6 +1129,9 @@ def slow_clients(scratch: Path, size: int) -> Finding:
         finding.facts.append(
             f"{kind} cut off after {min(taken[kind], default=math.inf):.1f} to {latest:.1f} s"
         )
+    finding.require_within(
+        float(np.median(beside)), 1.1 * float(np.median(alone)), "another's first token took"
+    )
     finding.facts += [
         counted(statuses),
         f"another's first token {1e3 * np.median(alone):.0f} ms alone, {1e3 * np.median(beside):.0f} ms beside them",
@@ -1209,7 +1210,8 @@ def for_some_time(scratch: Path, size: int) -> Finding:
         finding.late.append(f"memory grows by {slope:.1f} MiB an hour, allowed {_GROWTH_MIB:g}")
     finding.facts += [
         f"{sum(counts.values()):,} requests: {counted(counts)}",
-        f"memory {warm[0, 1] / 2**20:.1f} MiB after a third, {warm[-1, 1] / 2**20:.1f} at the end",
+        f"memory {warm[0, 1] / 2**20:.1f} MiB after a third, {warm[len(warm) // 2, 1] / 2**20:.1f} after two,"
+        f" {warm[-1, 1] / 2**20:.1f} at the end",
         f"{int(warm[:, 3].min())} to {int(warm[:, 3].max())} threads",
     ]
     return finding
