@@ -288,7 +288,7 @@ def test_an_answer_that_lies_ready_lets_others_have_a_turn_and_is_remembered_bes
             time.sleep(token_s)
             return []
 
-        def finish(self) -> list[Any]:
+        def finish(self, *, is_cut: bool) -> list[Any]:
             return []
 
         def remember(self, tenant: str, prompt: Prompt, token_ids: list[int], *_: Any) -> None:
@@ -314,7 +314,7 @@ def test_an_answer_that_lies_ready_lets_others_have_a_turn_and_is_remembered_bes
         await asyncio.sleep(0)
         caller: Any = SimpleNamespace(tenant="", count=lambda **_: None)
         service: Any = SimpleNamespace(loop=Loop(), prompts=Prompts())
-        prompt = Prompt((1,), "x", Trace(1, b"", b"", b""))
+        prompt = Prompt((1,), "x", trace=Trace(1, b"", b"", b""))
         answers = Answers(service, prompt, SamplingParams(), caller, 1, events)
         num_wake_ups = len(wake_ups)
         steps = [step async for step in answers.steps()]
