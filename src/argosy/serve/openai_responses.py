@@ -127,7 +127,7 @@ class NamedItem(Strict):
 
 def _kind(item: object) -> str | None:
     if isinstance(item, dict):
-        is_name = item.keys() - {"type"} == {"id"}
+        is_name = {name for name, value in item.items() if value is not None} - {"type"} == {"id"}
         return str(item.get("type") or ("item_reference" if is_name else "message"))
     return getattr(item, "type", None)
 
@@ -206,7 +206,7 @@ class ReasoningOptions(Strict):
 
 
 class ResponsesBody(Thinking, ForOpenAI, Sampling):
-    input: Text | Annotated[list[Item], Messages]
+    input: Text | Annotated[list[Item], Messages] = Field(examples=["Hello"])
     previous_response_id: Short | None = None
     store: Flag | None = Field(
         None, description="Unless false, items are kept for later requests to name them."
