@@ -58,7 +58,7 @@ test-sanitize: $(VENV)/.installed test-sanitize-module  ## C++ tests and the mod
 # The module is built for GCC's sanitizers and the interpreter is not, so their library is loaded first, together with
 # libstdc++, whose exceptions it wraps. setarch -R: some kernels place addresses where ThreadSanitizer has no room for them.
 PRELOAD = LD_PRELOAD="$$($(CXX) -print-file-name=lib$(1).so) $$($(CXX) -print-file-name=libstdc++.so.6)"
-ASAN = $(call PRELOAD,asan) ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0
+ASAN = $(call PRELOAD,asan) ASAN_OPTIONS=exitcode=66:detect_leaks=0:detect_stack_use_after_return=0
 TSAN = $(call PRELOAD,tsan) TSAN_OPTIONS=exitcode=66 setarch -R
 
 build/sanitize-module-%: FORCE $(VENV)/.installed
@@ -67,9 +67,10 @@ build/sanitize-module-%: FORCE $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $@ --target _native
 
 test-sanitize-module: build/sanitize-module-address build/sanitize-module-thread  ## odd arguments under ASan and UBSan, 2,000 requests under ThreadSanitizer
+	@echo "faults that are there are found:"
+	$(ASAN) $(BIN)/python -m tests.native.planted_faults overflow --module build/sanitize-module-address/_native*.so 2> /dev/null; test $$? = 66
+	$(TSAN) $(BIN)/python -m tests.native.planted_faults race --module build/sanitize-module-thread/_native*.so 2> /dev/null; test $$? = 66
 	$(ASAN) $(BIN)/python -m tests.native.odd_arguments --module build/sanitize-module-address/_native*.so
-	@echo "a race that is there is found:"
-	$(TSAN) $(BIN)/python -m tests.native.data_race --module build/sanitize-module-thread/_native*.so 2> /dev/null; test $$? = 66
 	$(TSAN) $(BIN)/python -m tests.engine.mixed_requests --requests 2000 --module build/sanitize-module-thread/_native*.so
 
 $(VENV)/.oracle: $(VENV)/.installed

@@ -26,6 +26,8 @@ using namespace nb::literals;
 
 using Done = std::tuple<int64_t, std::optional<std::string>, std::optional<std::string>>;
 
+constexpr int64_t kMostPieces = int64_t{1} << 20, kMostPieceBytes = int64_t{1} << 50;  // no product overflows
+
 // ^C is looked for this often while Python waits for the drive.
 constexpr std::chrono::milliseconds kSignalInterval{100};
 
@@ -210,8 +212,22 @@ void bind_store(nb::module_& m) {
         return found;
       });
 
-  m.def("record_bytes", &Record::bytes, "num_pieces"_a, "has_checksums"_a);
-  m.def("request_bytes", &Store::request_bytes, "piece_bytes"_a);
+  m.def(
+      "record_bytes",
+      [](int64_t num_pieces, bool has_checksums) {
+        require_range("num_pieces", num_pieces, 0, kMostPieces);
+        return Record::bytes(num_pieces, has_checksums);
+      },
+      "num_pieces"_a, "has_checksums"_a);
+  m.def(
+      "request_bytes",
+      [](const std::vector<int64_t>& piece_bytes) {
+        require_range("number of pieces", int64_t(piece_bytes.size()), 0, kMostPieces);
+        for (size_t i = 0; i < piece_bytes.size(); ++i)
+          require_range(item_name("piece_bytes", i), piece_bytes[i], 0, kMostPieceBytes);
+        return Store::request_bytes(piece_bytes);
+      },
+      "piece_bytes"_a);
 
   nb::class_<Store>(m, "Store")
       .def(

@@ -233,6 +233,8 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "int8_probe": lambda: (1,),
         "ask_ahead_probe": lambda: (1,),
         "crc32c_wide": lambda: (b"bytes",),
+        "record_bytes": lambda: (3, True),
+        "request_bytes": lambda: ([4096, 2**20],),
         "drive_probe": lambda: (case.path, 4096, 2, 1, False),
         "Arena": lambda: (1 << 16,),
         "RealFileSystem": lambda: (True,),
