@@ -133,8 +133,15 @@ def test_a_client_that_sends_a_large_body_hears_why_it_is_refused(url: str) -> N
         assert connection.recv(12) == b"HTTP/1.1 415"
 
 
+def test_a_client_whose_body_is_too_large_hears_that_it_is(url: str) -> None:
+    size = gate.MAX_BODY_BYTES + (8 << 20)
+    with connect(url) as connection:
+        connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % size + b"a" * size)
+        assert connection.recv(12) == b"HTTP/1.1 413"
+
+
 def test_a_body_without_end_is_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "MAX_BODY_BYTES", 100_000)
+    monkeypatch.setattr(gate, "_MOST_DISCARDED_BYTES", 100_000)
     with connect(url) as connection:
         connection.sendall(REFUSED["no JSON"][0] + CHUNKED + b"\r\n")
         with suppress(ConnectionError):

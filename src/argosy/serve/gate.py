@@ -41,7 +41,9 @@ MAX_BODY_BYTES = 8 << 20
 NO_ROOM = "argosy.no_room"  # in a request's state: it came by a connection beyond the bound
 BODY_STALL_S = 15.0  # between two parts of a body
 BODY_S = 60.0
-_DISCARD_S = 5.0  # for what is left of the body of a request that is refused
+# For what is left of the body of a request that is refused.
+_DISCARD_S = 5.0
+_MOST_DISCARDED_BYTES = 4 * MAX_BODY_BYTES
 _NAME = r"[A-Za-z0-9._-]{1,253}"  # of a host; also an IPv4 address
 _AUTHORITY = re.compile(rf"(?P<name>{_NAME}|\[(?P<v6>[0-9A-Fa-f:.]{{2,45}})\])(?::[0-9]{{0,5}})?")
 _ONCE = (
@@ -305,8 +307,10 @@ class Gate:
                 count.status, count.has_begun = message["status"], True
                 own = {name for name, _ in message.get("headers", ())}
                 extra = [pair for pair in (*SECURITY_HEADERS, named) if pair[0] not in own]
-                if message["status"] >= 400 and b"connection" not in own and not await body.discard():
-                    extra.append((b"connection", b"close"))
+                if message["status"] >= 400 and (b"connection" not in own or message["status"] in (413, 503)):
+                    is_read = await body.discard()
+                    if not is_read and b"connection" not in own:
+                        extra.append((b"connection", b"close"))
                 await send({**message, "headers": [*message.get("headers", ()), *extra]})
                 if scope["method"] == "HEAD":  # all of it has been said, also where a stream would go on
                     await send({"type": "http.response.body"})
@@ -469,7 +473,7 @@ class _Body:
         size = 0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DISCARD_S):
-                while not self.is_whole and not self.is_awaited and size <= MAX_BODY_BYTES:
+                while not self.is_whole and not self.is_awaited and size <= _MOST_DISCARDED_BYTES:
                     size += len((await self.receive()).get("body", b""))
         return self.is_whole
 
