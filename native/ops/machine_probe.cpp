@@ -24,7 +24,7 @@ namespace {
 
 constexpr int kPasses = 7;
 constexpr int64_t kPart = int64_t{1} << 20;  // what a thread claims at once
-constexpr int kMostAskAheadThreads = 16;     // each still reads half a megabyte
+constexpr int kMostAskAheadThreads = 4;      // more would need more memory to read for as long
 constexpr double kAskAheadMargin = 0.03;
 
 void require_threads(int threads) {
@@ -125,17 +125,12 @@ AskAhead ask_ahead_probe(int threads) {
       });
     });
   };
-  // Weights that no cache holds, however large the last one is, without memory that is larger still.
-  const auto flush_all = [&] {
-    pool.parallel_for(panels, kRangePanels, [&](int64_t begin, int64_t end, int) {
-      flush(arena.data() + begin * panel, (end - begin) * panel);
-    });
-  };
   std::vector<double> best(std::size(kAskAheads), 1e30);  // seconds
-  // In turns, because what disturbs one comes and goes; the best of each, because it only ever slows down.
+  // Weights that no cache holds, however large the last one is, without memory that is larger still. In
+  // turns, because what disturbs one comes and goes; the best of each, because it only ever slows down.
   for (int pass = 0; pass < kPasses; ++pass) {
     for (size_t i = 0; i < best.size(); ++i) {
-      flush_all();
+      flush(arena.data(), int64_t(arena.size()));  // by one thread: two together took longer
       const auto start = std::chrono::steady_clock::now();
       read(kAskAheads[i]);
       const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
