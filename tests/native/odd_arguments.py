@@ -20,6 +20,7 @@ import random
 import resource
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -505,6 +506,7 @@ def main() -> int:
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + HEADROOM_BYTES,) * 2)
     np.set_printoptions(threshold=4, edgeitems=1)
+    warnings.simplefilter("ignore", RuntimeWarning)  # nanobind's, of objects that were never initialised
     walker = Walker(native, options.note)
     with tempfile.NamedTemporaryFile() as file:
         file.write(bytes(range(256)) * 64)
