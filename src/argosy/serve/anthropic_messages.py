@@ -607,10 +607,13 @@ async def messages(body: MessagesBody, request: Request) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
-    keep = service.keep_billing_line
-    wanted = await service.run(caller, body.request, body.params(), keep_billing_line=keep)
-    ignored = await service.run(caller, body.ignored)
-    answers = await service.open(wanted, caller)
+
+    def read() -> ChatRequest:
+        wanted = body.request(body.params(), keep_billing_line=service.keep_billing_line)
+        return replace(wanted, ignored=body.ignored())
+
+    wanted, answers = await service.open(read, caller)
+    ignored = [*wanted.ignored]
     if service.ignored_effort(wanted):
         has_effort = body.output_config is not None and body.output_config.effort is not None
         ignored.append("output_config.effort" if has_effort else "thinking")

@@ -89,6 +89,7 @@ class ChatRequest:
     effort: how much the model is to think, where its template asks for that.
     thinks: whether it is to think at all; None: as `effort` has it.
     replaced: notes that stand in the messages for what the model cannot take.
+    ignored: names of fields that were given and have no effect.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -102,6 +103,7 @@ class ChatRequest:
     variables: Mapping[str, Any] = field(default_factory=dict)
     num_answers: int = 1
     replaced: Replaced = field(default_factory=Replaced)
+    ignored: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,22 +202,36 @@ class Service:
         run = self._work.run_large if caller.has_large_body else self._work.run
         return await run(caller.tenant, call, *args, **named)
 
-    async def open(self, request: ChatRequest, caller: Caller) -> Answers:
-        """Render, check and queue a conversation. Errors as `run`, `PromptBuilder.build` and `EngineLoop.submit`."""
-        return await self.run(caller, self._open_chat, request, caller, asyncio.get_running_loop())
+    async def open(self, read: Callable[[], ChatRequest], caller: Caller) -> tuple[ChatRequest, Answers]:
+        """Read a conversation, render, check and queue it.
 
-    async def open_text(
-        self, prompt: str | Sequence[int], params: SamplingParams, caller: Caller, num_answers: int = 1
-    ) -> Answers:
-        """Queue text, or token ids, to be continued."""
-
+        All of it is one piece of work: each piece waits for a thread behind those of other keys. Raises what `run`,
+        `read`, `PromptBuilder.build` and `EngineLoop.submit` raise.
+        """
         events = asyncio.get_running_loop()
 
-        def submit() -> Answers:
+        def begin() -> tuple[ChatRequest, Answers]:
+            request = read()
+            return request, self._open_chat(request, caller, events)
+
+        return await self.run(caller, begin)
+
+    async def open_text(
+        self,
+        prompt: str | Sequence[int],
+        read_params: Callable[[], SamplingParams],
+        caller: Caller,
+        num_answers: int = 1,
+    ) -> Answers:
+        """Queue text, or token ids, to be continued. Raises what `open` raises."""
+        events = asyncio.get_running_loop()
+
+        def begin() -> Answers:
+            params = read_params()
             built = self.prompts.build(Prompt.raw(prompt) if isinstance(prompt, str) else list(prompt))
             return Answers(self, built, params, caller, num_answers, events)
 
-        return await self.run(caller, submit)
+        return await self.run(caller, begin)
 
     def count_tokens(self, request: ChatRequest, tenant: str) -> int:
         """How many tokens the prompt of a conversation has."""

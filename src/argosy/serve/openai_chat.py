@@ -11,6 +11,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal, NotRequired, cast
 
 from pydantic import Field
@@ -462,9 +463,10 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
-    wanted = await service.run(caller, body.request, caller)  # schemas and grammars can be long
-    answers = await service.open(wanted, caller)
-    ignored = body.ignored()
+    wanted, answers = await service.open(
+        lambda: replace(body.request(caller), ignored=body.ignored()), caller
+    )
+    ignored = [*wanted.ignored]
     if service.ignored_effort(wanted):
         ignored.append("reasoning.effort" if body.reasoning_effort is None else "reasoning_effort")
     if service.ignored_switch(wanted):

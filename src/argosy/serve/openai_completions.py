@@ -8,6 +8,7 @@ Elsewhere: what an answer is, is `core.py`; how it goes out is `streams.py`.
 
 from __future__ import annotations
 
+import functools
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -145,11 +146,11 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     """Continue text."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
-    params = await service.run(caller, body.params, caller)  # schemas and grammars can be long
+    read_params = functools.cache(lambda: body.params(caller))  # with the first prompt: schemas can be long
     opened: list[Answers] = []
     try:
         for prompt in body.prompts:
-            opened.append(await service.open_text(prompt, params, caller, body.n or 1))  # noqa: PERF401  cancelled below
+            opened.append(await service.open_text(prompt, read_params, caller, body.n or 1))  # noqa: PERF401  cancelled below
     except BaseException:
         for answers in opened:
             answers.cancel()

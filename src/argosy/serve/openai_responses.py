@@ -16,6 +16,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Discriminator, Field, Tag, TypeAdapter
@@ -548,22 +549,25 @@ async def responses(body: ResponsesBody, request: Request) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
-    wanted = await service.run(caller, body.request, service.kept, caller.tenant)
-    ignored = await service.run(caller, body.ignored)
-    if body.store and not service.kept.can_keep:
-        ignored.append("store")
+
+    def read() -> ChatRequest:
+        return replace(body.request(service.kept, caller.tenant), ignored=body.ignored())
+
+    dialect = _Responses(service, body, caller.tenant)
     try:
-        answers = await service.open(wanted, caller)
+        wanted, answers = await service.open(read, caller)
     except PromptTooLong as error:
         if not body.stream:
             raise
-        return EventStream(_Responses(service, body, caller.tenant).refused(error, caller), caller)
+        return EventStream(dialect.refused(error, caller), caller)
+    ignored = [*wanted.ignored]
+    if body.store and not service.kept.can_keep:
+        ignored.append("store")
     if service.ignored_effort(wanted):
         ignored.append("reasoning.effort")
     if service.ignored_switch(wanted):
         ignored += body.switches()
     headers = ignored_header(ignored) | wanted.replaced.header()
-    dialect = _Responses(service, body, caller.tenant)
     if body.stream:
         return EventStream(
             dialect.stream(answers), caller, answers.cancel, headers=headers,
