@@ -11,7 +11,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Collection
 from importlib.metadata import version
 from importlib.resources import files
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from starlette.applications import Starlette
@@ -385,7 +385,7 @@ def make_app(
     app.state.block_tokens, app.state.max_sequences = block_tokens, max_sequences
     app.state.metrics = Metrics(service.loop.snapshot)
     for route in ROUTES:
-        endpoint = answering(_of_our_model(route.handler), route.body)
+        endpoint = answering(route.handler, route.body)
         app.add_route(route.policy.path, endpoint, methods=[route.policy.method])
     for kind in (ArgosyError, HTTPException, GoneAway, Exception):
         app.add_exception_handler(kind, _answer_error)
@@ -393,19 +393,6 @@ def make_app(
         app, [route.policy for route in ROUTES], ring, limits or Limits(), hosts=hosts,
         observe=app.state.metrics.observe,
     )  # fmt: skip
-
-
-def _of_our_model(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """`handler`, where its body has the name of a model: for the one that is served, and no other."""
-    if "model" not in getattr(get_type_hints(handler).get("body"), "model_fields", ()):
-        return handler
-
-    @functools.wraps(handler)
-    async def handle(body: Any, request: Request) -> Any:
-        request.app.state.service.require_model(body.model)
-        return await handler(body, request)
-
-    return handle
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

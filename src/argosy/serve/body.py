@@ -41,11 +41,19 @@ Model = TypeVar("Model", bound=BaseModel)
 def answering(
     handler: Callable[..., Awaitable[Any]], model: type[BaseModel] | None
 ) -> Callable[[Request], Awaitable[Response]]:
-    """The endpoint of a route: `handler(body, request)`, or `handler(request)` where the route takes no body."""
+    """The endpoint of a route: `handler(body, request)`, or `handler(request)` where the route takes no body.
+
+    A body that names a model has to name the one that is served.
+    """
 
     async def answer(request: Request) -> Response:
-        given = () if model is None else (await read_model(request, model),)
-        made = await handler(*given, request)
+        if model is None:
+            made = await handler(request)
+        else:
+            body = await read_model(request, model)
+            if "model" in model.model_fields:
+                request.app.state.service.require_model(body.model)  # type: ignore[attr-defined]
+            made = await handler(body, request)
         return made if isinstance(made, Response) else JSONResponse(made)
 
     return answer
