@@ -202,7 +202,7 @@ def test_a_response_that_failed_is_not_kept(speaker: httpx.Client, speaking_serv
 def test_a_conversation_has_no_more_items_than_one_that_is_sent(
     speaker: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("argosy.serve.openai_responses._MOST_ITEMS", 4)
+    monkeypatch.setattr("argosy.serve.openai_responses.MAX_ITEMS", 4)
     first = ask(speaker, "#plain")
     second = ask(speaker, "#plain", previous_response_id=first["id"])
     refused = speaker.post(

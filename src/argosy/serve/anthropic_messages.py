@@ -56,7 +56,7 @@ from argosy.serve.fields import (
     strays,
 )  # fmt: skip
 from argosy.serve.gate import Caller
-from argosy.serve.replaced import TEXT_ONLY, Replaced, UnreadPart
+from argosy.serve.replaced import TEXT_ONLY, Replaced, UnreadPart, last_asked
 from argosy.serve.streams import EventStream, error_event, sse, until_gone
 from argosy.serve.tool_use import ToolChoice
 
@@ -280,9 +280,9 @@ class CountBody(Sampling):
             system = system.partition("\n")[2]
         messages = [{"role": "system", "content": system}] if system else []
         replaced = Replaced()
-        last_asked = max((at for at, said in enumerate(self.messages) if said.role == "user"), default=-1)
+        asked_now = last_asked(said.role for said in self.messages)
         for at, message in enumerate(self.messages):
-            place = _Place(replaced, f"messages.{at}.content", is_new=at == last_asked)
+            place = _Place(replaced, f"messages.{at}.content", is_new=at == asked_now)
             messages += _messages(message, place)
         _check_prefill(self.messages[-1], messages[-1])
         choice, config = self.tool_choice, self.output_config

@@ -79,6 +79,13 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 63, strict=True), WHOLE]
 # How llama.cpp and its clients say "no limit", and "any seed".
 MinusOne = Annotated[int, Field(ge=-1, le=-1, strict=True), WHOLE]
 TokenLimit = Tokens | MinusOne
+
+
+def limit_of(given: int | None) -> int | None:
+    """How many tokens `max_tokens` allows; None: as many as the context holds."""
+    return None if given == -1 else given
+
+
 NumAnswers = Annotated[int, Field(ge=1, le=MAX_ANSWERS, strict=True), WHOLE]
 NumBest = Annotated[int, Field(ge=0, le=20, strict=True), WHOLE]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False, strict=True)]
@@ -332,12 +339,9 @@ class Sampling(Strict):
     skip_special_tokens: Flag | None = None
     stream: Flag | None = None
 
-    IGNORED: ClassVar[tuple[str, ...]] = ()  # accepted and without effect
-
     def ignored(self) -> list[str]:
-        """What was given and has no effect."""
-        own = [name for name in self.IGNORED if getattr(self, name) is not None]
-        return own + list(dict.fromkeys(without_effect(self)))
+        """The names of fields that were given and have no effect."""
+        return list(dict.fromkeys(without_effect(self)))
 
     def sampling(self, stop: Sequence[str] = ()) -> dict[str, Any]:
         """Arguments of `SamplingParams`, those that were given; a temperature that was not is 1, as clients expect."""
@@ -437,6 +441,12 @@ class OpenAISampling(ForOpenAI, Sampling):
         if options is not None and options.continuous_usage_stats and not options.include_usage:
             names.append("stream_options.continuous_usage_stats")
         return names
+
+    @property
+    def tells_usage_always(self) -> bool:
+        """Whether every chunk of a stream says what has been used so far."""
+        options = self.stream_options
+        return options is not None and options.include_usage and options.continuous_usage_stats
 
     @property
     def stops(self) -> Sequence[str]:

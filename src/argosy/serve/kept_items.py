@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from argosy.prompt.replay import TenantMemory
+from argosy.serve.fields import MAX_ITEMS
 from argosy.serve.gate import Refused
 
 _ENTRY_BYTES = 512  # what Python itself needs for one
-_MOST_TURNS = 4096  # of a conversation, as many as messages
 _REMEDY = (
     "send the items themselves, as with `store: false`; they are kept in memory only, while there is room"
 )
@@ -102,7 +102,7 @@ class KeptItems:
             if found is not None:
                 keys += map(_item_key, found.answered_ids)
             answered = [self._memory.get(tenant, key) for key in keys[1:]]
-            if found is None or None in answered or len(turns) == _MOST_TURNS:
+            if found is None or None in answered or len(turns) == MAX_ITEMS:
                 raise Refused(
                     400, f"Previous response with id '{response_id}' not found.", hint=_REMEDY,
                     param="previous_response_id", code="previous_response_not_found",

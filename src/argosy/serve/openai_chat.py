@@ -55,11 +55,12 @@ from argosy.serve.fields import (
     closed,
     few,
     ignored_header,
+    limit_of,
     schema_form,
 )  # fmt: skip
 from argosy.serve.gate import Caller
 from argosy.serve.logprobs import ScoredToken, Speller
-from argosy.serve.replaced import Replaced, UnreadPart
+from argosy.serve.replaced import Replaced, UnreadPart, last_asked
 from argosy.serve.rules import absent, any_of, at_most_one, given
 from argosy.serve.streams import DONE, EventStream, sse, until_gone
 from argosy.serve.structured_outputs import Formed
@@ -146,10 +147,8 @@ class FunctionTurn(ChatTurn):
     name: Short
 
 
-Turn = Annotated[AskingTurn | AnsweringTurn | ToolTurn | FunctionTurn, Field(discriminator="role")]
-
-
 AnyTurn = AskingTurn | AnsweringTurn | ToolTurn | FunctionTurn
+Turn = Annotated[AnyTurn, Field(discriminator="role")]
 
 
 def sent(turns: Sequence[AnyTurn], replaced: Replaced | None = None) -> list[dict[str, Any]]:
@@ -159,11 +158,11 @@ def sent(turns: Sequence[AnyTurn], replaced: Replaced | None = None) -> list[dic
     """
     made = []
     last = "call_of_no_function"
-    last_asked = max((at for at, turn in enumerate(turns) if turn.role == "user"), default=-1)
+    asked_now = last_asked(turn.role for turn in turns)
     for at, turn in enumerate(turns):
         message = turn.sent()
         if replaced is not None and isinstance(turn, AskingTurn | ToolTurn):
-            message["content"] = _noted(turn.content, replaced, f"messages.{at}.content", at == last_asked)
+            message["content"] = _noted(turn.content, replaced, f"messages.{at}.content", at == asked_now)
         if isinstance(turn, FunctionTurn):
             message = {"role": "tool", "tool_call_id": last, "content": message["content"]}
         elif (function := message.pop("function_call", None)) is not None:
@@ -284,9 +283,8 @@ class ChatBody(Formed, Thinking, OpenAISampling):
     def request(self, caller: Caller) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise UsageError("top_logprobs needs logprobs to be true", param="top_logprobs")
-        limit = self.max_completion_tokens or self.max_tokens
         params = SamplingParams(
-            max_tokens=None if limit == -1 else limit,
+            max_tokens=limit_of(self.max_completion_tokens or self.max_tokens),
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             **self.sampling(self.stops),
         )
@@ -338,11 +336,6 @@ class ChatBody(Formed, Thinking, OpenAISampling):
     @property
     def hides_thoughts(self) -> bool:
         return self.include_reasoning is False or bool(self.reasoning and self.reasoning.exclude)
-
-    @property
-    def tells_usage_always(self) -> bool:
-        options = self.stream_options
-        return options is not None and options.include_usage and options.continuous_usage_stats
 
     def _offered(self) -> list[dict[str, Any]]:
         """The tools that the model may call."""

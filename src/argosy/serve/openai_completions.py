@@ -29,6 +29,7 @@ from argosy.serve.fields import (
     Effort,
     Flag,
     MinusOne,
+    NoEffect,
     NumAnswers,
     NumBest,
     NumTokens,
@@ -36,12 +37,14 @@ from argosy.serve.fields import (
     ReadOfPrompt,
     Text,
     Thinking,
+    ThinkingSwitch,
     Timings,
     TokenId,
     Usage,
     closed,
     few,
     ignored_header,
+    limit_of,
 )
 from argosy.serve.gate import Caller
 from argosy.serve.logprobs import Speller, finite
@@ -58,7 +61,6 @@ _FALSE = {"enum": [False, None]}
 
 
 class CompletionBody(Formed, Thinking, OpenAISampling):
-    IGNORED = (*Thinking.model_fields, "reasoning_effort")  # there is no template to tell
     RULES = (
         at_most_one(*Formed.model_fields),
         any_of(
@@ -78,7 +80,11 @@ class CompletionBody(Formed, Thinking, OpenAISampling):
     echo: Flag | None = None
     logprobs: NumBest | None = None
     best_of: NumAnswers | None = None
-    reasoning_effort: Effort | None = None
+    # There is no template to tell.
+    thinking: NoEffect[Flag | ThinkingSwitch] = None
+    enable_thinking: NoEffect[Flag] = None
+    include_reasoning: NoEffect[Flag] = None
+    reasoning_effort: NoEffect[Effort] = None
 
     @property
     def prompts(self) -> Sequence[str | Sequence[int]]:
@@ -98,7 +104,7 @@ class CompletionBody(Formed, Thinking, OpenAISampling):
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise UsageError("best_of is n here: every answer is given back", param="best_of")
         return SamplingParams(
-            max_tokens=None if max_tokens == -1 else max_tokens,
+            max_tokens=limit_of(max_tokens),
             logprobs=self.logprobs,
             prompt_logprobs=self.logprobs if has_scores else None,
             grammar=self.form(None, caller),
@@ -218,8 +224,7 @@ class _Completions:
     ) -> bytes:
         number = at * (self._body.n or 1) + answer
         piece = self._piece([{"index": number, "text": text, "logprobs": scored, "finish_reason": finish}])
-        options = self._body.stream_options
-        if options is not None and options.include_usage and options.continuous_usage_stats:
+        if self._body.tells_usage_always:
             piece["usage"] = self._usage()
         return sse(piece)
 

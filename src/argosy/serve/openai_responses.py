@@ -36,6 +36,7 @@ from argosy.prompt.formats.events import (
 )
 from argosy.serve.core import Answers, ChatRequest, Ended, Said, Service
 from argosy.serve.fields import (
+    MAX_ITEMS,
     CachedTokens,
     Effort,
     Flag,
@@ -61,18 +62,18 @@ from argosy.serve.fields import (
     closed,
     few,
     ignored_header,
+    limit_of,
     schema_form,
     strays,
 )  # fmt: skip
 from argosy.serve.gate import Caller, error_body
 from argosy.serve.kept_items import KeptItems
 from argosy.serve.logprobs import ScoredToken, Speller
-from argosy.serve.replaced import Replaced, UnreadPart
+from argosy.serve.replaced import Replaced, UnreadPart, last_asked
 from argosy.serve.streams import EventStream, sse, until_gone
 from argosy.serve.tool_use import ToolChoice, ToolMode
 
 _LOGPROBS = "message.output_text.logprobs"  # in `include`
-_MOST_ITEMS = 4096
 
 
 class Part(Lenient):
@@ -245,7 +246,7 @@ class ResponsesBody(Thinking, ForOpenAI, Sampling):
         return ChatRequest(
             messages=messages,
             params=SamplingParams(
-                max_tokens=_limit(self),
+                max_tokens=limit_of(self.max_output_tokens),
                 logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
                 **self.sampling(),
             ),
@@ -268,9 +269,9 @@ class ResponsesBody(Thinking, ForOpenAI, Sampling):
                 found += [one for one in named if not isinstance(one, NamedItem)]
             else:
                 found.append(item)
-        if len(found) > _MOST_ITEMS:
+        if len(found) > MAX_ITEMS:
             raise UsageError(
-                f"the conversation has {len(found)} items, and may have {_MOST_ITEMS}", param="input"
+                f"the conversation has {len(found)} items, and may have {MAX_ITEMS}", param="input"
             )
         return found
 
@@ -291,10 +292,6 @@ class ResponsesBody(Thinking, ForOpenAI, Sampling):
         return names + strays("input", self.items)
 
 
-def _limit(body: ResponsesBody) -> int | None:
-    return None if body.max_output_tokens == -1 else body.max_output_tokens
-
-
 def _tool(tool: FunctionTool) -> dict[str, Any]:
     known = ("name", "description", "parameters", "strict")
     return {"type": "function", "function": tool.model_dump(include=set(known), exclude_unset=True)}
@@ -307,10 +304,10 @@ def _messages(items: Sequence[KnownItem], replaced: Replaced) -> list[dict[str, 
     """
     if isinstance(items[-1], MessageItem) and items[-1].role == "assistant":
         raise UsageError("the last item is the assistant's, so there is nothing to answer", param="input")
-    asked = [at for at, item in enumerate(items) if isinstance(item, MessageItem) and item.role == "user"]
+    asked_now = last_asked(item.role if isinstance(item, MessageItem) else "" for item in items)
     made: list[dict[str, Any]] = []
     for at, item in enumerate(items):
-        where, is_new = f"input.{at}.content", at == max(asked, default=-1)
+        where, is_new = f"input.{at}.content", at == asked_now
         if isinstance(item, ResultItem):
             content = _text(item.output, replaced, f"input.{at}.output")
             made.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
@@ -775,7 +772,7 @@ class _Responses:
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "tool_choice": choice or "auto" if isinstance(choice, str | None) else choice.model_dump(),
             "tools": [tool.model_dump(exclude_unset=True) for tool in body.tools or ()],
-            "max_output_tokens": _limit(body), "metadata": {}, "usage": self._usage,
+            "max_output_tokens": limit_of(body.max_output_tokens), "metadata": {}, "usage": self._usage,
             "text": _echoed(body.text) or {"format": {"type": "text"}}, "reasoning": _echoed(body.reasoning),
             "truncation": "disabled", "top_logprobs": body.top_logprobs or 0, "background": False,
         }  # fmt: skip

@@ -10,6 +10,7 @@ Elsewhere: each dialect knows which of its blocks are new; their data is read pa
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict
 
@@ -22,6 +23,11 @@ class UnreadPart(BaseModel):
     """A part of which nothing but its type is kept."""
 
     model_config = ConfigDict(extra="ignore")
+
+
+def last_asked(roles: Iterable[str]) -> int:
+    """The place of the last turn that the user has, whose parts are new; -1: the user has none."""
+    return max((at for at, role in enumerate(roles) if role == "user"), default=-1)
 
 
 class Replaced:
