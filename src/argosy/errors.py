@@ -50,10 +50,27 @@ class UsageError(ArgosyError):
 class PromptTooLong(UsageError):
     """Prompt and answer do not fit the context.
 
-    Facts: `needed` tokens, or the least that can be needed where the prompt was not counted to its end; `available`
-    tokens; and `for_answer`, how many of those needed are the answer's, where that is more than one. The server words
-    them as the clients of each dialect know it (`serve/gate.py`).
+    Facts: `needed` and `available`, in tokens. `for_answer` says how many of those needed are the answer's, where that
+    is more than one. With `is_at_least` the prompt was not counted to its end, and `needed` is a lower bound. The server
+    words them as the clients of each dialect know it (`serve/gate.py`).
     """
+
+    @classmethod
+    def of(
+        cls, num_tokens: int, context_tokens: int, *, for_answer: int = 1, is_all: bool = True
+    ) -> PromptTooLong:
+        """The refusal of a prompt of `num_tokens`; not `is_all`: it was not counted to its end."""
+        counted = "" if is_all else "at least "
+        room = "one" if for_answer == 1 else str(for_answer)
+        return cls(
+            f"the prompt has {counted}{num_tokens} tokens, and the context holds {context_tokens}"
+            f" with at least {room} for the answer",
+            hint="raise --context (more memory), or shorten the prompt",
+            needed=num_tokens + for_answer,
+            available=context_tokens,
+            **({"for_answer": for_answer} if for_answer > 1 else {}),
+            **({} if is_all else {"is_at_least": True}),
+        )
 
 
 class GrammarError(UsageError):

@@ -3,7 +3,8 @@
     with replacing(path) as write:     other writers of `path` wait
         write(changed(path.read_bytes()))
 
-After a crash at any moment the old file is there, or the new one, whole. Readers need no lock.
+After a crash at any moment the old file is there, or the new one, whole. Readers need no lock. A caller that keeps
+other writers away by itself calls `replace`.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ def replacing(path: Path, *, mode: int = 0o600) -> Iterator[Callable[[bytes], No
     try:
         _give_to_owner_of(path.parent, lock)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lambda data: _replace(path, data, mode)
+        yield lambda data: replace(path, data, mode)
     finally:
         os.close(lock)
 
 
-def _replace(path: Path, data: bytes, mode: int) -> None:
+def replace(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Put bytes in the place of `path`, whose only writer the caller is. Raises what `replacing` raises."""
     beside = path.with_name(f".{path.name}.new")
     beside.unlink(missing_ok=True)  # of a writer that was killed: whoever has the lock is the only one
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -54,11 +56,16 @@ def _replace(path: Path, data: bytes, mode: int) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    sync(path.parent)  # otherwise a power cut may bring the old name back: a revoked key, for one
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the drive."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(directory)  # otherwise a power cut may bring the old name back: a revoked key, for one
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
 
 
 def _give_to_owner_of(path: Path, descriptor: int) -> None:

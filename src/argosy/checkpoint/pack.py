@@ -85,6 +85,7 @@ from argosy.checkpoint.manifest import (
 )
 from argosy.config import Format, ModelConfig, format_bytes
 from argosy.errors import CheckpointError, DiskFull, UsageError, is_disk_full
+from argosy.replace_file import sync
 
 __all__ = ["PACK_FORMATS", "PackReport", "open_pack", "pack", "verify_pack"]
 
@@ -398,11 +399,11 @@ class _Writer:
         ).to_bytes()
         self._write_small(MANIFEST_FILE, manifest)
         with self._writing():
-            _sync_directory(self._partial)
+            sync(self._partial)
             os.rename(self._partial, self._destination)
         # The journal goes last: until the new name is on the drive, a crash may bring the partial directory back.
         with suppress(OSError):  # the pack is whole; a journal that stays in it is never read
-            _sync_directory(self._parent)
+            sync(self._parent)
             (self._destination / JOURNAL_FILE).unlink()
         return sum(nbytes for nbytes, _ in sizes.values()) + len(manifest)
 
@@ -751,11 +752,3 @@ def round_to_bf16(values: Float32) -> npt.NDArray[np.uint16]:
     rounded += 0x7FFF
     rounded >>= 16
     return rounded.astype(np.uint16)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -33,6 +33,7 @@ from argosy.checkpoint.dense import DenseModel, Float32, open_dense
 from argosy.checkpoint.gguf_tokenizer import tokenizer_files
 from argosy.checkpoint.safetensors_write import Bytes, TensorToWrite, encode, write_safetensors
 from argosy.errors import CheckpointError, UsageError
+from argosy.replace_file import sync
 
 Progress = Callable[[str, float], None]
 _ROUTER_SPREAD = 0.02
@@ -256,15 +257,6 @@ def _locked_scratch(destination: Path) -> tuple[Path, int]:
         # Another process found it before it was locked, and took it for abandoned.
         if lock >= 0:
             os.close(lock)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the drive."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _tensors(

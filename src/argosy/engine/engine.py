@@ -558,14 +558,7 @@ class Engine:
         prompt_ids = list(built.token_ids or ())
         available, least = self.plan.context_tokens, max(1, params.min_tokens)
         if len(prompt_ids) + least > available:
-            raise PromptTooLong(
-                f"the prompt has {len(prompt_ids)} tokens, and the context holds {available}"
-                f" with at least {'one' if least == 1 else least} for the answer",
-                hint="raise --context (more memory), or shorten the prompt",
-                needed=len(prompt_ids) + least,
-                available=available,
-                **({"for_answer": least} if least > 1 else {}),
-            )
+            raise PromptTooLong.of(len(prompt_ids), available, for_answer=least)
         self._require_possible(params)
         left = available - len(prompt_ids)
         sequences: list[EngineSequence] = []

@@ -45,6 +45,7 @@ from numpy.typing import NDArray
 from argosy.config import KvDir
 from argosy.engine.kv_cache import BlockContent
 from argosy.errors import UsageError
+from argosy.replace_file import replace
 
 VERSION = 1
 SECRET_BYTES = 32
@@ -467,16 +468,5 @@ def _read_secret(path: Path) -> bytes:
 def _write_secret(path: Path) -> bytes:
     """A fresh secret, which is on the drive, whole, before anything is made with it."""
     secret = os.urandom(SECRET_BYTES)
-    beside = path.with_name(f".{path.name}.new")
-    _unlink(beside)
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "wb", buffering=0) as file:
-        file.write(secret)
-        os.fsync(descriptor)
-    beside.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    replace(path, secret)
     return secret

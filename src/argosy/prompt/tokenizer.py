@@ -220,7 +220,7 @@ class Tokenizer:
             raise _half_a_character() from None
         at_least = -(-num_bytes // longest.num_bytes)
         if at_least > max_tokens:
-            raise too_long(at_least, max_tokens, is_all=False)
+            raise PromptTooLong.of(at_least, max_tokens + 1, is_all=False)
 
     @functools.cached_property
     def _longest_token(self) -> LongestToken | None:
@@ -563,22 +563,9 @@ def _byte_table() -> dict[str, int]:
     return {character: byte for byte, character in enumerate(spelling_of_bytes())}
 
 
-def too_long(num_tokens: int, max_tokens: int, *, is_all: bool = True) -> PromptTooLong:
-    """The refusal of a prompt of `num_tokens`, or of at least so many, where `max_tokens` may be."""
-    least = "" if is_all else "at least "
-    return PromptTooLong(
-        f"the prompt has {least}{num_tokens} tokens, and the context holds {max_tokens + 1}"
-        " with at least one for the answer",
-        hint="raise --context (more memory), or shorten the prompt",
-        needed=num_tokens + 1,
-        available=max_tokens + 1,
-        is_at_least=not is_all,
-    )
-
-
 def _require_at_most(max_tokens: int | None, ids: Sequence[int], *, is_all: bool) -> None:
     if max_tokens is not None and len(ids) > max_tokens:
-        raise too_long(len(ids), max_tokens, is_all=is_all)
+        raise PromptTooLong.of(len(ids), max_tokens + 1, is_all=is_all)  # one more is for the answer
 
 
 def _half_a_character() -> UsageError:
