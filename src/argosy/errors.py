@@ -51,8 +51,8 @@ class PromptTooLong(UsageError):
     """Prompt and answer do not fit the context.
 
     Facts: `needed` and `available`, in tokens. `for_answer` says how many of those needed are the answer's, where that
-    is more than one. With `is_at_least` the prompt was not counted to its end, and `needed` is a lower bound. The server
-    words them as the clients of each dialect know it (`serve/gate.py`).
+    is more than one. With `is_at_least` the prompt was not counted to its end, and `needed` is a lower bound. The
+    server words them as the clients of each dialect know it (`serve/gate.py`).
     """
 
     @classmethod

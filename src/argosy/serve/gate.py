@@ -300,13 +300,14 @@ class Gate:
         caller, dialect = Caller(limits=self._limits, share=self.bodies.share()), dialect_of(scope["path"])
         named = (b"request-id" if dialect == "anthropic" else b"x-request-id", caller.request_id.encode())
 
-        body = _Body(receive)
+        body = _Body(receive, caller.share.hold)
 
         async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start":
                 count.status, count.has_begun = message["status"], True
                 own = {name for name, _ in message.get("headers", ())}
                 extra = [pair for pair in (*SECURITY_HEADERS, named) if pair[0] not in own]
+                # Of the others that close the connection, 408 has waited long enough and BadFrame has no known end.
                 if message["status"] >= 400 and (b"connection" not in own or message["status"] in (413, 503)):
                     is_read = await body.discard()
                     if not is_read and b"connection" not in own:
@@ -345,9 +346,7 @@ class Gate:
                 self._limits.begin(caller.key)
             try:
                 method = "GET" if scope["method"] == "HEAD" else scope["method"]
-                await self._app(
-                    {**scope, "method": method}, _bounded(body.receive, caller.share.hold), send_on
-                )
+                await self._app({**scope, "method": method}, body.receive, send_on)
             finally:
                 caller.share.release()
                 if policy.is_counted and caller.key is not None:
@@ -449,19 +448,41 @@ def _secret(headers: dict[str, str]) -> str | None:
 
 
 class _Body:
-    """The body of a request on its way in, and whether all of it has been read.
+    """The body of a request on its way in: bounded in size and time, and held within the memory for all bodies.
 
+    is_whole: all of it has been read.
     is_awaited: its client sends it when it is asked to go on, and not before.
     """
 
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
+    def __init__(self, receive: Receive, hold: Callable[[int], None]) -> None:
+        """`hold` hears of each part, and refuses one that there is no room for."""
+        self._receive, self._hold = receive, hold
+        self._size, self._began = 0, time.monotonic()
         self.is_whole = False
         self.is_awaited = False
 
     async def receive(self) -> Message:
-        message = await self._receive()
-        self.is_whole = self.is_whole or not message.get("more_body", False)
+        """The next part of it; afterwards only the end of the connection.
+
+        Raises:
+            Refused: it is too large, or too slow.
+            GoneAway: the client has hung up.
+        """
+        if self.is_whole:
+            return await self._receive()
+        left = min(BODY_STALL_S, BODY_S - (time.monotonic() - self._began))
+        try:
+            async with asyncio.timeout(max(0.01, left)):
+                message = await self._next()
+        except TimeoutError:
+            raise Refused(408, "the body took too long") from None
+        if message["type"] == "http.disconnect":
+            raise GoneAway
+        num_bytes = len(message.get("body", b""))
+        self._size += num_bytes
+        if self._size > MAX_BODY_BYTES:
+            raise Refused(413, f"the body has more than {MAX_BODY_BYTES} bytes")
+        self._hold(num_bytes)
         return message
 
     async def discard(self) -> bool:
@@ -474,38 +495,13 @@ class _Body:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DISCARD_S):
                 while not self.is_whole and not self.is_awaited and size <= _MOST_DISCARDED_BYTES:
-                    size += len((await self.receive()).get("body", b""))
+                    size += len((await self._next()).get("body", b""))
         return self.is_whole
 
-
-def _bounded(receive: Receive, hold: Callable[[int], None]) -> Receive:
-    """A body of bounded size that comes within bounded time; afterwards only the end of the connection.
-
-    Args:
-        hold: hears of each part, and refuses one that there is no room for.
-    """
-    size, began, is_whole = 0, time.monotonic(), False
-
-    async def receive_on() -> Message:
-        nonlocal size, is_whole
-        if is_whole:
-            return await receive()
-        left = min(BODY_STALL_S, BODY_S - (time.monotonic() - began))
-        try:
-            async with asyncio.timeout(max(0.01, left)):
-                message = await receive()
-        except TimeoutError:
-            raise Refused(408, "the body took too long") from None
-        if message["type"] == "http.disconnect":
-            raise GoneAway
-        size += len(message.get("body", b""))
-        if size > MAX_BODY_BYTES:
-            raise Refused(413, f"the body has more than {MAX_BODY_BYTES} bytes")
-        hold(len(message.get("body", b"")))
-        is_whole = not message.get("more_body", False)
+    async def _next(self) -> Message:
+        message = await self._receive()
+        self.is_whole = not message.get("more_body", False)
         return message
-
-    return receive_on
 
 
 def _pattern(path: str) -> re.Pattern[str]:
