@@ -104,9 +104,8 @@ def convert(base: Any, config: RawConfig) -> dict[str, Any]:
         directory = Path(scratch)
         (directory / "config.json").write_text(json.dumps(config))
         kind = base.ModelBase.from_model_architecture(config["architectures"][0])
-        if hasattr(
-            kind, "opt_num_mtp_layers"
-        ):  # counted while tensors are looked through, of which there are none
+        # The converter counts these layers while it looks through the tensors, and here there are none.
+        if hasattr(kind, "opt_num_mtp_layers"):
 
             class Counted(kind):  # type: ignore[misc, valid-type]
                 model_arch = kind.model_arch

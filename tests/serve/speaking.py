@@ -96,9 +96,8 @@ def _answer(text: str, scripts: Mapping[str, Script]) -> tuple[str | None, str]:
     script = scripts[key]
     if isinstance(script, str):
         return key, script
-    num_said = (
-        text.count("<|im_start|>assistant", text.rindex(key)) - 1
-    )  # the prompt ends with one that is open
+    # The prompt ends with a turn of the assistant that is still empty.
+    num_said = text.count("<|im_start|>assistant", text.rindex(key)) - 1
     return key, script[min(num_said, len(script) - 1)]
 
 

@@ -61,9 +61,8 @@ class Key:
         if not isinstance(self.name, str):
             raise UsageError(f"name must be text, found {_kind(self.name)}")
         if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
-            raise UsageError(
-                "sha256 must be 64 hexadecimal digits in lower case"
-            )  # found may be the secret itself
+            # What was found is not quoted: it may be the secret itself.
+            raise UsageError("sha256 must be 64 hexadecimal digits in lower case")
         if not isinstance(self.scopes, list | tuple):
             raise UsageError(f"scopes must be a list, found {_kind(self.scopes)}")
         object.__setattr__(self, "scopes", tuple(self.scopes))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Self, SupportsIndex
 
@@ -154,45 +154,35 @@ class PromptBuilder:
                 tokenizer, messages for a model without a template, tools for a model that cannot be told of them, or
                 a conversation the template refuses.
         """
-        if is_counted:
-            with self._counting():
-                return self._build(
-                    request, tools, variables, tenant, add_generation_prompt, self._max_counted
+        max_tokens = self._max_counted if is_counted else self._max_tokens
+        with self._counting() if is_counted else nullcontext():
+            if isinstance(request, str):
+                if self._template is None:
+                    return self._checked(self._raw(request, max_tokens))
+                request = [{"role": "user", "content": request}]
+            if isinstance(request, Prompt):
+                self._refuse_chat_options(tools, variables)
+                return self._checked(
+                    request if request.token_ids is not None else self._raw(request.text, max_tokens)
                 )
-        return self._build(request, tools, variables, tenant, add_generation_prompt, self._max_tokens)
-
-    def _build(
-        self,
-        request: str | Sequence[int] | Sequence[Message] | Prompt,
-        tools: Sequence[Tool | Mapping[str, object]],
-        variables: Variables | None,
-        tenant: str | None,
-        add_generation_prompt: bool,
-        max_tokens: int | None,
-    ) -> Prompt:
-        if isinstance(request, str):
-            if self._template is None:
-                return self._checked(self._raw(request, max_tokens))
-            request = [{"role": "user", "content": request}]
-        if isinstance(request, Prompt):
+            items: list[object] = list(request)
+            messages = [item for item in items if isinstance(item, Mapping)]
+            if items and len(messages) == len(items):
+                prompt = self._conversation(
+                    messages, tools, variables, tenant, add_generation_prompt, max_tokens
+                )
+                return self._checked(prompt)
+            ids = [
+                item.__index__()
+                for item in items
+                if isinstance(item, SupportsIndex) and not isinstance(item, bool)
+            ]
+            if len(ids) < len(items):
+                raise UsageError(
+                    "a prompt is text, a list of token ids, or a list of messages; found a mixture"
+                )
             self._refuse_chat_options(tools, variables)
-            return self._checked(
-                request if request.token_ids is not None else self._raw(request.text, max_tokens)
-            )
-        items: list[object] = list(request)
-        messages = [item for item in items if isinstance(item, Mapping)]
-        if items and len(messages) == len(items):
-            prompt = self._conversation(messages, tools, variables, tenant, add_generation_prompt, max_tokens)
-            return self._checked(prompt)
-        ids = [
-            item.__index__()
-            for item in items
-            if isinstance(item, SupportsIndex) and not isinstance(item, bool)
-        ]
-        if len(ids) < len(items):
-            raise UsageError("a prompt is text, a list of token ids, or a list of messages; found a mixture")
-        self._refuse_chat_options(tools, variables)
-        return self._checked(Prompt(tuple(ids)))
+            return self._checked(Prompt(tuple(ids)))
 
     @property
     def takes_messages(self) -> bool:
@@ -407,15 +397,16 @@ class PromptBuilder:
         checked = check_tools(tools)
         replay = self._replay if tenant is not None else None
         is_continued = add_generation_prompt and turns[-1].role == "assistant"
+        opens_turn = add_generation_prompt and not is_continued
         if replay is None or tenant is None:
-            segments = self._segments(turns, checked, {}, variables, add_generation_prompt)
+            segments = self._segments(turns, checked, {}, variables, opens_turn, is_continued)
             ids = tokenizer.encode_segments(segments, max_tokens=max_tokens)
             return Prompt(tuple(ids), text_of(segments), is_continued, is_conversation=not is_continued)
 
         from argosy.prompt.replay import trace_of
 
         said, remembered, own_ids = replay.recall(tenant, turns)
-        segments = self._segments(said, checked, own_ids, variables, add_generation_prompt)
+        segments = self._segments(said, checked, own_ids, variables, opens_turn, is_continued)
         ids = replay.encode(segments, remembered, checked, is_continued=is_continued, max_tokens=max_tokens)
         trace = trace_of(turns, segments, ids, is_continued=is_continued)
         return Prompt(tuple(ids), text_of(segments), is_continued, trace, is_conversation=not is_continued)
@@ -426,16 +417,16 @@ class PromptBuilder:
         tools: Sequence[Tool],
         own_ids: Mapping[str, str],
         variables: Variables | None,
-        add_generation_prompt: bool,
+        opens_turn: bool,
+        is_continued: bool,
     ) -> list[Segment]:
         assert self._template is not None
         has_calls = bool(tools) or any(turn.calls or turn.role == "tool" for turn in turns)
-        is_continued = add_generation_prompt and turns[-1].role == "assistant"
         segments = self._template.segments(
             self._with_own_ids(turns, own_ids),
             tools,
             is_generic=has_calls and self.tool_calling == "generic",
-            add_generation_prompt=add_generation_prompt and not is_continued,
+            add_generation_prompt=opens_turn,
             variables=variables,
         )
         return _up_to_end_of(turns[-1].content, segments) if is_continued else segments

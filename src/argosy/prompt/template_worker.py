@@ -196,17 +196,16 @@ def render_segments(
         taint: Callable[[Any], Any] = _plain if shadows is None else functools.partial(_taint, shadows)
         environment = _Environment(shadows, now)
         compiled = environment.template_class.from_code(environment, code, environment.make_globals(None))
-        conversation = [
-            {
-                key: value
-                if key == "role"
-                else _mixed(shadows, value)
-                if _is_mixed(key, value)
-                else taint(value)
-                for key, value in message.items()
-            }
-            for message in messages
-        ]
+
+        def tainted(key: str, value: Any) -> Any:
+            """A value of a message, under its key."""
+            if key == "role":
+                return value
+            if key == "content" and isinstance(value, list):
+                return _mixed(shadows, value)
+            return taint(value)
+
+        conversation = [{key: tainted(key, value) for key, value in message.items()} for message in messages]
         said = {name: taint(value) for name, value in variables.items()}
         context = {**fixed, **said, "messages": conversation, "tools": taint(tools)}
         pieces, length = [], 0
@@ -239,10 +238,6 @@ def render_segments(
 def _compile(template: str) -> CodeType:
     """The template's code, which any environment can run: it knows nothing of a rendering."""
     return _Environment(None, datetime.datetime.now()).compile(template)
-
-
-def _is_mixed(key: str, value: Any) -> bool:
-    return key == "content" and isinstance(value, list)
 
 
 def _mixed(shadows: ShadowMap | None, pieces: list[tuple[bool, str]]) -> str:

@@ -82,9 +82,7 @@ class Speller:
             return b""
         try:
             return self._tokenizer.token_bytes(token_id)
-        except (
-            UsageError
-        ):  # what it writes depends on its neighbours: the nearest to it is what it writes alone
+        except UsageError:  # it depends on the token's neighbours, so take what the token writes alone
             return self._tokenizer.decode([token_id], keep_special=True).encode()
 
 

@@ -271,9 +271,8 @@ class _Completions:
         for item in found:
             spelled: dict[str, float] = {}
             for token_id, value in () if item is None else item.top:
-                spelled.setdefault(
-                    spell(token_id), finite(value)
-                )  # two may be spelled alike: the better one is told
+                # The best comes first, and stays where another token is spelled alike.
+                spelled.setdefault(spell(token_id), finite(value))
             best.append(None if item is None else spelled)
         return {
             "tokens": [spell(first_id if item is None else item.token_id) for item in found],

@@ -91,9 +91,8 @@ class HarmonyParser(Parser):
         self._call_for: str | None = None  # the tool that the present message is to
         self._call_header: list[str] = []  # of such a message
         self._call_body: list[str] = []
-        self._said: set[bool] = (
-            {False} if is_inside else set()
-        )  # kinds of messages that have said something: whether they are thoughts
+        # Which kinds of messages have said something: True for thoughts, False for text.
+        self._said: set[bool] = {False} if is_inside else set()
         self._is_new = False  # nothing was said in the present message yet
 
     def _take(self, lexeme: str) -> None:
