@@ -27,13 +27,6 @@ constexpr int64_t kPart = int64_t{1} << 20;  // what a thread claims at once
 constexpr int kMostAskAheadThreads = 4;      // more would need more memory to read for as long
 constexpr double kAskAheadMargin = 0.03;
 
-void require_threads(int threads) {
-  if (threads < 1 || threads > kMostThreads) {
-    throw std::invalid_argument("threads is " + std::to_string(threads) + ", expected 1 to " +
-                                std::to_string(kMostThreads));
-  }
-}
-
 // Takes memory out of all caches.
 #if defined(__x86_64__)
 bool can_flush() {
@@ -65,7 +58,7 @@ double best_seconds(Pass&& pass) {
 }  // namespace
 
 double memory_probe(int threads, int64_t nbytes) {
-  require_threads(threads);
+  require_threads("threads", threads);
   if (nbytes < threads * 4 * kPart) {
     throw std::invalid_argument("nbytes is " + std::to_string(nbytes) + ", expected " +
                                 std::to_string(threads * 4 * kPart) + " or more for " +
@@ -93,7 +86,7 @@ double memory_probe(int threads, int64_t nbytes) {
 }
 
 AskAhead ask_ahead_probe(int threads) {
-  require_threads(threads);
+  require_threads("threads", threads);
   const KernelTable& table = kernels();
   if (std::string(table.name) != "avx512" || !can_flush()) return default_ask_ahead();
   constexpr Format kFormat = Format::q4;  // all formats agreed on the machines that were measured
@@ -142,7 +135,7 @@ AskAhead ask_ahead_probe(int threads) {
 }
 
 double int8_probe(int threads) {
-  require_threads(threads);
+  require_threads("threads", threads);
   const KernelTable& table = kernels();
   constexpr int64_t kProducts = int64_t{1} << 24;  // of a range; the slowest set takes about 10 milliseconds
   const int64_t rounds = kProducts / table.int8_products_per_round;

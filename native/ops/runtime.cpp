@@ -2,7 +2,6 @@
 
 #include <new>
 #include <stdexcept>
-#include <string>
 
 #include "store/start_threads.h"
 
@@ -14,10 +13,7 @@ constexpr std::align_val_t kScratchAlignment{4096};
 
 Runtime::Runtime(int num_threads, const AskAhead& ask_ahead)
     : num_threads_(num_threads), ask_ahead_(ask_ahead) {
-  if (num_threads < 1 || num_threads > kMostThreads) {
-    throw std::invalid_argument("num_threads is " + std::to_string(num_threads) + ", expected 1 to " +
-                                std::to_string(kMostThreads));
-  }
+  require_threads("num_threads", num_threads);
   pool_ = std::make_unique<ThreadPool>(num_threads);
 }
 

@@ -1,10 +1,16 @@
 #include "store/start_threads.h"
 
 #include <stdexcept>
-#include <string>
 #include <system_error>
 
 namespace argosy {
+
+void require_threads(const std::string& name, int64_t count) {
+  if (count < 1 || count > kMostThreads) {
+    throw std::invalid_argument(name + " is " + std::to_string(count) + ", expected 1 to " +
+                                std::to_string(kMostThreads));
+  }
+}
 
 std::vector<std::thread> start_threads(int count, const std::function<void(int)>& body,
                                        const std::function<void()>& stop) {

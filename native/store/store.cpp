@@ -132,10 +132,7 @@ int64_t Store::request_bytes(const std::vector<int64_t>& piece_bytes) {
 
 Store::Store(int num_readers, std::shared_ptr<FileSystem> file_system)
     : file_system_(std::move(file_system)), num_readers_(num_readers) {
-  if (num_readers < 1 || num_readers > kMostThreads) {
-    throw std::invalid_argument("num_readers is " + std::to_string(num_readers) + ", expected 1 to " +
-                                std::to_string(kMostThreads));
-  }
+  require_threads("num_readers", num_readers);
   queue_of_kernel_ = file_system_->read_queue(kMaxBegun);
   for (size_t i = kMaxBegun; i > 0; --i) free_.push_back(i - 1);
   readers_ = start_threads(num_readers, [this](int) { serve(); }, [this] { close(); });
