@@ -59,11 +59,23 @@ def home(tmp_path: Path) -> Path:
     return made
 
 
-class Claude:
+class Agent:
+    """A program that is set up as a user would set it up.
+
+    PROGRAM is its name among the installed ones, CLIENT its name for `argosy connect`.
+    """
+
+    PROGRAM: str
+    CLIENT: str
+
     def __init__(self, server: Loopback, home: Path, project: Path) -> None:
         self._server, self._home, self._project = server, home, project
-        self._program = require_program("claude")
-        server.connect("claude-code", home=home, work=project)
+        self._program = require_program(self.PROGRAM)
+        server.connect(self.CLIENT, home=home, work=project)
+
+
+class Claude(Agent):
+    PROGRAM, CLIENT = "claude", "claude-code"
 
     def ask(self, text: str, *options: str, **variables: str) -> dict[str, Any]:
         done = self.run(text, *options, **variables)
@@ -125,11 +137,8 @@ def test_claude_code_does_not_retry_a_wrong_key(
         assert loopback.answered("/v1/messages") == [401]
 
 
-class Codex:
-    def __init__(self, server: Loopback, home: Path, project: Path) -> None:
-        self._server, self._home, self._project = server, home, project
-        self._program = require_program("codex")
-        server.connect("codex", home=home, work=project)
+class Codex(Agent):
+    PROGRAM, CLIENT = "codex", "codex"
 
     def ask(self, text: str) -> list[dict[str, Any]]:
         """The events of one turn."""
@@ -167,11 +176,8 @@ def test_codex_knows_a_prompt_that_is_too_long_for_what_it_is(
     assert "context window" in events[-1]["error"]["message"]
 
 
-class OpenCode:
-    def __init__(self, server: Loopback, home: Path, project: Path) -> None:
-        self._server, self._home, self._project = server, home, project
-        self._program = require_program("opencode")
-        server.connect("opencode", home=home, work=project)
+class OpenCode(Agent):
+    PROGRAM, CLIENT = "opencode", "opencode"
 
     def ask(self, text: str) -> list[dict[str, Any]]:
         """The parts of one turn."""
