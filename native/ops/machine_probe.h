@@ -16,7 +16,7 @@ double memory_probe(int threads, int64_t nbytes);
 
 // The one of kAskAheads with which so many threads read the weights of one token fastest; kAskNothing unless
 // another is faster by more than the noise. It takes some tens of milliseconds, and kAskAheadProbeBytes of
-// memory meanwhile. Kernels without AVX-512 are not measured: default_ask_ahead() is theirs. Throws
+// memory meanwhile. Kernels without AVX-512 are not measured and use default_ask_ahead(). Throws
 // std::invalid_argument for threads below 1, std::runtime_error if the system refuses a thread, OutOfMemory.
 AskAhead ask_ahead_probe(int threads);
 inline constexpr int64_t kAskAheadProbeBytes = int64_t{8} << 20;

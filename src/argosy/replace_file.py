@@ -18,7 +18,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path, *, mode: int = 0o600) -> Iterator[Callable[[bytes], None]]:
-    """Yield what puts bytes in the place of `path`, while no other process does. Unless it is called, nothing changes.
+    """Yield a function that puts bytes in the place of `path`, while no other process does. It need not be called.
 
     A symbolic link stays one. The new file has the old one's mode and, where we may give it, its owner; without an old
     one it has `mode`.
@@ -27,8 +27,8 @@ def replacing(path: Path, *, mode: int = 0o600) -> Iterator[Callable[[bytes], No
         OSError: the directory cannot be written, or its drive is full; `path` is then as it was.
     """
     path = Path(os.path.realpath(path))
-    # Beside the file, because whoever locks a file that is replaced holds a lock that the next one does not see.
-    # The kernel lets go of it with the process that holds it, so a crash leaves nothing locked.
+    # The lock is a file beside this one: a lock on a file that is replaced would not be seen by the next writer.
+    # The kernel releases it when its process ends, so a crash leaves nothing locked.
     lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         _give_to_owner_of(path.parent, lock)
@@ -41,7 +41,7 @@ def replacing(path: Path, *, mode: int = 0o600) -> Iterator[Callable[[bytes], No
 def replace(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Put bytes in the place of `path`, whose only writer the caller is. Raises what `replacing` raises."""
     beside = path.with_name(f".{path.name}.new")
-    beside.unlink(missing_ok=True)  # of a writer that was killed: whoever has the lock is the only one
+    beside.unlink(missing_ok=True)  # left by a writer that was killed: only one process holds the lock
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -69,7 +69,7 @@ def sync(path: Path) -> None:
 
 
 def _give_to_owner_of(path: Path, descriptor: int) -> None:
-    """So that `sudo argosy keys add` leaves no file that the server's own user cannot read."""
+    """Keep the owner, so that `sudo argosy keys add` leaves a file that the server's own user can read."""
     facts = path.stat()
     with contextlib.suppress(PermissionError):
         os.fchown(descriptor, facts.st_uid, facts.st_gid)

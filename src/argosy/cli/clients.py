@@ -54,7 +54,7 @@ class Connection:
 
     @property
     def tool_notes(self) -> tuple[str, ...]:
-        """What to know of tools before an agent is tried."""
+        """Notes on tool calling, for people who are about to try an agent."""
         if self.tools == "generic":
             return (
                 "this model's chat template knows of no tools: they are told in a generic prompt, which it may follow "

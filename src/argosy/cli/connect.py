@@ -82,7 +82,7 @@ def describe(
     context: int | None,
     show_key: bool,
 ) -> Connection:
-    """What the server serves; what was said of it, where it does not answer.
+    """Describe what the server serves, or what the user said of a server that does not answer.
 
     Raises:
         ServerNotUsable: it refuses the key, is no Argosy, or does not answer and not all was said.

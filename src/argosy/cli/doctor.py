@@ -67,7 +67,7 @@ def doctor(path: Path, size: str, as_json: bool) -> None:
 
 
 def machine_facts(path: Path) -> dict[str, Any]:
-    """What can be said without the drive."""
+    """Facts of the machine that need no drive."""
     from argosy import _native
     from argosy.cli.settings import Settings
     from argosy.plan import machine

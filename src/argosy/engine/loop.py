@@ -238,7 +238,7 @@ class EngineLoop:
             self._report(failure)
 
     def _turn(self) -> bool:
-        """One round: take, step, deliver. False: the loop is to end. What fails in it ends those that run."""
+        """Take, step and deliver once; returns False when the loop is to end. A failure ends the requests that run."""
         error: Exception | None = None
         try:
             if not self._take():
@@ -255,7 +255,7 @@ class EngineLoop:
         return True
 
     def _endure(self, error: Exception) -> None:
-        """Go on after a failure that is no request's own, unless nothing else happens any more."""
+        """Go on after a failure outside any one request, unless the loop does nothing but fail."""
         self._report(error)
         for request in self._live:
             self._cancel(request)
@@ -269,7 +269,7 @@ class EngineLoop:
             self._changed.wait(_AFTER_FAILURE_S)
 
     def _end(self, failure: BaseException | None) -> None:
-        """The last that the thread does: whatever ended the loop, nobody waits for an answer that will not come."""
+        """End every request before the thread exits, so that no caller waits for an answer that will not come."""
         with self._changed:
             self._is_stopping = True
             self._has_failed = failure is not None
@@ -398,7 +398,7 @@ def _no_result(sequence: Sequence) -> Result:
 
 
 def _as_told(error: Exception) -> ArgosyError:
-    """What its callers hear of a failure: words of others may quote the prompt."""
+    """The error that callers get: the message of any other exception could quote the prompt."""
     return error if isinstance(error, ArgosyError) else ArgosyError("the step failed")
 
 

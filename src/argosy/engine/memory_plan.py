@@ -7,7 +7,7 @@ Dense weights have the first claim, then the KV cache, the recurrent state and i
 keeps for the next turn and the room that it needs for requests, then working buffers and what readers transcode from;
 experts get the rest, in equal slots, or one behind the other when all of them fit. The budget is the whole process,
 interpreter included, so the plan starts from what the process holds now. The kernel charges page tables to the
-process's cgroup, so they are planned, too. A budget below the floor (one token's experts of one layer in memory) is
+process's cgroup, so they are planned as well. A budget below the floor (one token's experts of one layer in memory) is
 refused with the numbers.
 
 `MemoryPlan.parts` is the one list of what a budget is spent on: totals, tables and JSON all come from it.
@@ -56,7 +56,7 @@ PLANNED_PROMPT, PLANNED_ANSWER = 1024, 256  # tokens of the request that a chunk
 
 
 class Part(NamedTuple):
-    """What a part of the budget is for."""
+    """One part of the budget."""
 
     key: str  # in JSON
     label: str
@@ -154,7 +154,7 @@ class MemoryPlan:
 
 
 def held_bytes() -> int:
-    """What this process holds now, its page tables included."""
+    """Bytes that this process holds now, with its page tables."""
     footprint = machine.process_footprint()
     return footprint.resident_bytes + footprint.page_table_bytes
 

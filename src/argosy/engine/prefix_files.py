@@ -6,8 +6,8 @@
 
 A file is a header, the bytes, and a keyed BLAKE3 of both. It is written under another name and renamed when whole. It
 is used if every field is as expected: version, model and format, tokens, tenant, age, checksum. A file that is damaged,
-cut off, too old or another's is removed and never trusted; its prompt is computed. One that cannot be
-read now stays. Files that were not used for longest go when there are too many bytes. A drive that is full or refuses
+cut off, too old or another's is removed and never trusted; its prompt is computed. A file that cannot be read at the
+moment stays. Files that were not used for longest go when there are too many bytes. A drive that is full or refuses
 costs nothing but the reuse.
 
 What lies here tells what was said: directories are 0700, files 0600, and names are hashes that nobody can make without
@@ -90,7 +90,7 @@ class _File(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """The payload of a file; None: it cannot be used. `is_bad`: it never will be, and is to be removed."""
+    """The payload of a file, or None if it cannot be used now. `is_bad`: it can never be used, so remove it."""
 
     payload: Bytes | None
     is_bad: bool
@@ -295,7 +295,7 @@ class PrefixFiles:
         return _Found(payload, is_bad=payload is None)
 
     def _checked(self, kind: Kind, content: BlockContent, buffer: Bytes) -> Bytes | None:
-        """The payload of the file in `buffer`, if everything is as expected."""
+        """Returns the payload of the file in `buffer`, or None if any field is not as expected."""
         whole = buffer[: self.file_bytes(kind)]
         data = whole.data
         written_at = float(_HEADER.unpack_from(data)[3])
@@ -447,7 +447,7 @@ def _make_private(directory: Path) -> None:
 
 
 def _read_secret(path: Path) -> bytes:
-    """The secret of a directory that nobody else uses now; a fresh one if it has none."""
+    """Read the secret of a directory that this process has locked; make a new one if it has none."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -466,7 +466,7 @@ def _read_secret(path: Path) -> bytes:
 
 
 def _write_secret(path: Path) -> bytes:
-    """A fresh secret, which is on the drive, whole, before anything is made with it."""
+    """Make a new secret, and have it on the drive before anything is written with it."""
     secret = os.urandom(SECRET_BYTES)
     replace(path, secret)
     return secret

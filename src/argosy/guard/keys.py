@@ -146,7 +146,7 @@ class KeyFile:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[Callable[[list[Key]], None]]:
-        """What is read in here stays so until it is written: no other process changes the file meanwhile."""
+        """Hold the lock from reading to writing, so that no other process changes the file in between."""
         try:
             with replacing(self.path) as write:
                 yield lambda keys: write(_as_json(keys))
@@ -215,7 +215,7 @@ def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _kind(value: object) -> str:
-    """A value of JSON in a few words; text is not quoted, because it may be a secret in the wrong place."""
+    """Describe a JSON value in a few words. Text is not quoted: it may be a secret in the wrong field."""
     if type(value) is int and abs(value) <= 10 * _MOST:
         return str(value)
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
@@ -230,7 +230,7 @@ class KeyRing:
         self._clock = clock
         self._lock = threading.Lock()
         self._keys = [] if file is None else file.read()
-        self.fault: str | None = None  # why the file lets nobody in, where it has changed and cannot be used
+        self.fault: str | None = None  # why the file, once changed, cannot be used; every key is then refused
         self._known = {key.id for key in self._keys}  # as of the last time when the file could be read
         self._gone: list[str] = []
         self._seen = self._mark()
@@ -238,7 +238,7 @@ class KeyRing:
 
     @property
     def is_needed(self) -> bool:
-        """Whether anybody has to have a key."""
+        """Whether requests need a key."""
         return self._file is not None
 
     @property

@@ -38,12 +38,12 @@ class Footprint:
     anonymous_bytes: int
     file_bytes: int  # mapped files and shared memory
     peak_bytes: int
-    page_table_bytes: int  # the kernel's, which a cgroup charges, too
+    page_table_bytes: int  # held by the kernel, and charged to the cgroup as well
 
 
 @dataclass(frozen=True, slots=True)
 class MappingLimit:
-    """How many bytes of addresses this process may map, whether memory stands behind them or not, and has mapped."""
+    """How many bytes of address space this process may map, used or not, and how many it has mapped."""
 
     command: str  # that shows and lifts it: "ulimit -v"
     limit_bytes: int
@@ -117,7 +117,7 @@ def data_limit(root: Path = _ROOT) -> MappingLimit | None:
 
 
 def thread_stack_bytes(root: Path = _ROOT) -> int:
-    """What the stack of a new thread maps: RLIMIT_STACK, or 8 MiB where there is none."""
+    """Bytes that the stack of a new thread maps: RLIMIT_STACK, or 8 MiB if there is no limit."""
     return _process_limit(root, "Max stack size") or 8 * MIB
 
 

@@ -70,7 +70,7 @@ def read_json(text: str) -> object:
 
 
 def parse_json(text: str) -> object:
-    """The same for a text whose values were counted. Errors as `read_json`."""
+    """Returns the value of a text that `count_values` has passed. Raises what `read_json` raises."""
     try:
         value: object = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
         _require_exact(value, "it")

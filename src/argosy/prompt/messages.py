@@ -119,7 +119,7 @@ def _to_be_continued(last: Turn) -> list[Turn]:
 
 
 def _num_values(message: Message) -> int:
-    """How many values the texts of a message's arguments would be read as; more than may be if one has too many."""
+    """How many values the JSON of a message's arguments holds; more than MAX_PARTS if one text has too many."""
     calls = message.get("tool_calls")
     calls = calls if isinstance(calls, list | tuple) else ()
     functions = [call.get("function") for call in calls if isinstance(call, Mapping)]

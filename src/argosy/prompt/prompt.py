@@ -197,7 +197,7 @@ class PromptBuilder:
         variables: Variables | None = None,
         tenant: str | None = None,
     ) -> int:
-        """How many tokens the prompt of a conversation has. Errors as `build`, or more than are counted."""
+        """Count the tokens of a conversation's prompt. Raises what `build` raises, and UsageError if there are too many."""
         prompt = self.build(messages, tools=tools, variables=variables, tenant=tenant, is_counted=True)
         return len(prompt.token_ids or ())
 

@@ -59,7 +59,7 @@ class Remembered:
 
 
 class HasSize(Protocol):
-    """What a memory can keep."""
+    """A value that a memory can keep."""
 
     @property
     def nbytes(self) -> int: ...

@@ -140,7 +140,7 @@ class ToolUseBlock(Lenient):
 
 
 class ServerBlock(UnreadPart):
-    """What a tool that Anthropic runs was asked or has found, in a conversation that began there."""
+    """A call or a result of a tool that Anthropic runs, in a conversation that began there."""
 
     type: Literal[
         "server_tool_use", "web_search_tool_result", "web_fetch_tool_result", "code_execution_tool_result",
@@ -370,7 +370,7 @@ class MessagesBody(CountBody):
 
 
 def _check_prefill(said: AnyMessage, made: dict[str, Any]) -> None:
-    """As Anthropic has it: the tokens of a continuation begin with the space before their word."""
+    """Refuse trailing white space, as Anthropic does: a token begins with the space before its word."""
     if said.role == "assistant" and made["content"] != made["content"].rstrip():
         raise UsageError(
             "messages: final assistant content cannot end with trailing whitespace",
@@ -381,7 +381,7 @@ def _check_prefill(said: AnyMessage, made: dict[str, Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where in a conversation blocks stand; `is_new`: the user sends them now."""
+    """The place of blocks in a conversation; `is_new`: the user sends them now."""
 
     replaced: Replaced
     where: str

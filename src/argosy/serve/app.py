@@ -186,7 +186,7 @@ _TOOL_PARAMETERS = ("tools", "tool_choice", "parallel_tool_calls")
 
 
 def _model(service: Service) -> Model:
-    """What is told of the model; the first time its chat template is asked, so in a thread."""
+    """Describe the model. The first call renders its chat template, so it belongs in a thread."""
     model, tools = service.model, service.prompts.tool_calling
     more = [*(() if tools == "none" else _TOOL_PARAMETERS)]
     more += ["reasoning_effort"] if service.has_efforts else []

@@ -82,7 +82,7 @@ async def read_model(request: Request, model: type[Model]) -> Model:
 
 
 def validated(data: bytes, model: type[Model], share: Share) -> Model:
-    """The model that a body spells, charged to `share`. Errors as `read_model`."""
+    """Parse and validate a body, and charge what that takes to `share`. Raises what `read_model` raises."""
     if not data:
         raise UsageError("the body: expected a value, found nothing")
     _charge(data, share)

@@ -194,7 +194,7 @@ class Service:
         return request.thinks is not None and not self._switches(request.thinks)
 
     async def run(self, caller: Caller, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
-        """The result of work that a request needs before the engine, in a thread. Errors as `call`.
+        """Run work that a request needs before the engine, in a thread. Raises what `call` raises.
 
         Raises:
             TooMany: too much of this caller's work waits already.

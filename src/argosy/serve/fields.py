@@ -107,7 +107,7 @@ ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
 # thousand times the memory of the body. `tests/serve/test_bounds.py` finds a list or an object without one.
 Item = TypeVar("Item")
 MAX_ITEMS = 4096
-MAX_FIELDS = 256  # of an object whose fields are known: beyond it nobody hears of each one that is not
+MAX_FIELDS = 256  # of an object whose fields are known; a larger one is refused as a whole
 Messages = Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
 Tools = Field(max_length=512, fail_fast=True)
 
@@ -130,7 +130,7 @@ def few(num_items: int, *, at_least: int = 0, **described: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class MostEntries:
-    """Refuses an object of more entries before any of them is looked at; the document says so, too."""
+    """Refuses an object with more entries before it looks at any of them; the document states the bound."""
 
     number: int
 
@@ -375,7 +375,7 @@ class Sampling(Strict):
 
 
 class ForOpenAI(Strict):
-    """What clients and tools of OpenAI's dialects send, and what changes no answer here."""
+    """Fields of OpenAI's dialects that clients send and that change no answer here."""
 
     # The client's own book-keeping, and its account with OpenAI.
     user: NoEffect[Name] = None
@@ -407,7 +407,7 @@ class ThinkingSwitch(Strict):
 
 
 class Thinking(Strict):
-    """Whether the model is to think before it answers, and whether its thoughts are shown, as other servers say it."""
+    """Whether the model thinks before it answers, and whether its thoughts are shown, in the words of other servers."""
 
     thinking: Flag | ThinkingSwitch | None = None
     enable_thinking: Flag | None = None

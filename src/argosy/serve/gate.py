@@ -128,7 +128,7 @@ class Refused(ArgosyError):
 
 
 class BadFrame(Refused):
-    """A request whose end is where nobody knows: what follows on its connection is never read."""
+    """A request whose end is unknown: nothing that follows on its connection is read."""
 
     def __init__(self, message: str) -> None:
         super().__init__(400, message)
@@ -455,7 +455,7 @@ class _Body:
     """
 
     def __init__(self, receive: Receive, hold: Callable[[int], None]) -> None:
-        """`hold` hears of each part, and refuses one that there is no room for."""
+        """`hold` is called with the size of each part, and raises if there is no room for it."""
         self._receive, self._hold = receive, hold
         self._size, self._began = 0, time.monotonic()
         self.is_whole = False

@@ -32,7 +32,7 @@ class Pool:
         return Share(self)
 
     def add(self, num_bytes: int) -> bool:
-        """Whether there is room for so many more; if there is, they are taken."""
+        """Take so many bytes if there is room for them; returns whether there was."""
         with self._lock:
             if self.num_bytes + num_bytes > self.max_bytes:
                 return False
@@ -46,7 +46,7 @@ class Pool:
 
 
 class Share:
-    """What one request holds of the pool."""
+    """The part of the pool that one request holds."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -54,7 +54,7 @@ class Share:
 
     @property
     def max_bytes(self) -> int:
-        """What one request could hold if there were no other."""
+        """The most that one request could hold alone."""
         return self._pool.max_bytes
 
     def hold(self, num_bytes: int) -> None:

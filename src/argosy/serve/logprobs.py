@@ -52,7 +52,7 @@ class Speller:
         self._hidden = frozenset() if tokenizer is None or keep_special else tokenizer.hidden_ids
 
     def bytes_of(self, token_id: int) -> bytes:
-        """What a token adds to the text."""
+        """The bytes that a token adds to the text."""
         return b"" if token_id in self._hidden else self._written(token_id)
 
     def text_of(self, token_id: int) -> str:
@@ -62,7 +62,7 @@ class Speller:
         return self._written(token_id).decode("utf-8", "backslashreplace")
 
     def marked_text_of(self, token_id: int) -> str:
-        """The same as Completions spells it, which has no field for bytes: `bytes:\\xf0\\x9f`."""
+        """Spell it for Completions, which has no field for bytes: `bytes:\\xf0\\x9f`."""
         text = self.text_of(token_id)
         is_whole = "\\x" not in text or self._written(token_id) == text.encode()
         return text if is_whole else f"bytes:{text}"

@@ -103,7 +103,7 @@ class ChatTurn(Noted):
     id: NoEffect[Short] = None
 
     def sent(self) -> dict[str, Any]:
-        """As the client sent it, less what has no effect."""
+        """The turn as the client sent it, without the fields that have no effect."""
         return self.model_dump(exclude_unset=True)
 
 
@@ -241,7 +241,7 @@ class JsonSchemaForm(Strict):
 
 
 class Reasoning(Strict):
-    """As OpenRouter spells it."""
+    """`reasoning` in the spelling of OpenRouter."""
 
     effort: Effort | None = None
     enabled: Flag | None = None
@@ -316,7 +316,7 @@ class ChatBody(Formed, Thinking, OpenAISampling):
         return super().switches() + ["reasoning.enabled"] * has_more
 
     def _check_last(self) -> None:
-        """What is said of the last message has to be so."""
+        """Check what the request says about its last message."""
         continues = self.messages[-1].role == "assistant"
         whose = "the assistant's, and the answer continues it" if continues else "not the assistant's"
         if self.continue_final_message not in (None, continues):
@@ -330,7 +330,7 @@ class ChatBody(Formed, Thinking, OpenAISampling):
 
     @property
     def calls_functions(self) -> bool:
-        """Whether a call is asked for and told as it was before there were tools: one, and without an id."""
+        """Whether calls are in the older form: one function call, without an id."""
         return self.functions is not None
 
     @property
@@ -582,7 +582,7 @@ class _Chat:
         return {**usage, "timings": timings}, timings
 
     def _usage(self) -> ChatUsage:
-        """As far as the answers have come."""
+        """Usage so far."""
         prompt, new = self._answers.num_prompt_tokens, self._answers.num_new_tokens
         return {
             "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,

@@ -250,7 +250,7 @@ class _Completions:
         return {"index": number, "text": text, "logprobs": scored, "finish_reason": _reason(step)}
 
     def _prompt_text(self, answers: Answers) -> str:
-        """As it was given, or as its token ids spell it."""
+        """The text of the prompt: as it was given, or decoded from its token ids."""
         tokenizer, prompt = self._service.tokenizer, answers.prompt
         if prompt.text or tokenizer is None:
             return prompt.text
@@ -298,7 +298,7 @@ class _Completions:
 
 
 class _Places:
-    """Where in a text its tokens begin, from character `at` on."""
+    """Finds where the tokens of a text begin; `at` is the place of the first one, in characters."""
 
     def __init__(self, decoder: StreamDecoder | None, at: int) -> None:
         self._decoder, self._at = decoder, at

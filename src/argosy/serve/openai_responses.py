@@ -230,7 +230,7 @@ class ResponsesBody(Thinking, ForOpenAI, Sampling):
 
     @property
     def items(self) -> Sequence[KnownItem | NamedItem]:
-        """What the client sends."""
+        """The items that the client sent."""
         return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
 
     def request(self, kept: KeptItems, tenant: str) -> ChatRequest:

@@ -1,4 +1,4 @@
-"""What a model cannot take: a note where it is part of the history, a refusal where it is new.
+"""Blocks that a model cannot take: replaced by a note in the history, refused where they are new.
 
 A tool that reads a picture, or a conversation begun with another model, must not end a session: every later request
 would carry the same block and be refused again. So a block of an earlier turn, or of a tool's result, becomes a note,
@@ -26,7 +26,7 @@ class UnreadPart(BaseModel):
 
 
 def last_asked(roles: Iterable[str]) -> int:
-    """The place of the last turn that the user has, whose parts are new; -1: the user has none."""
+    """The index of the user's last turn, whose parts count as new; -1 if there is none."""
     return max((at for at, role in enumerate(roles) if role == "user"), default=-1)
 
 

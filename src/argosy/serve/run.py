@@ -77,9 +77,9 @@ def require_keys(host: str, keys: Path | None) -> None:
 
 
 def make_room_for_files(max_connections: int) -> None:
-    """Raise the limit on open files as far as it goes: without one more, a server accepts nobody.
+    """Raise the limit on open files as far as it goes: a server that cannot open one more accepts no connection.
 
-    Called before the model is opened, because each of its parts takes two, and again when they are counted.
+    Called before the model is opened, because each part of a model takes two files, and again once those are open.
 
     Raises:
         UsageError: it does not go far enough for `max_connections` beside what is open already.
@@ -113,8 +113,8 @@ class _Listener(socket.socket):
 def bind(host: str, port: int) -> Iterator[list[socket.socket]]:
     """Sockets at all addresses of `host`, not yet listening.
 
-    They are bound before the model is loaded, so that a port in use is known at once. They listen only when it is:
-    until then connections are refused, and nobody waits in a queue for an answer that may take minutes, or never come.
+    They are bound before the model is loaded, so that a port in use is reported at once. They listen only after it is
+    loaded: until then connections are refused, so that no client waits for minutes, or for an answer that never comes.
 
     Raises:
         UsageError: the address is in use, or is none of this machine's.
@@ -229,7 +229,7 @@ class TimedProtocol(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, and what is ours of its life.
+    """uvicorn with our own start, signals and shutdown.
 
     Args:
         started: called when it listens.
@@ -273,7 +273,7 @@ class _Server(uvicorn.Server):
         self._started()
 
     def _report(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """What fails outside any request; asyncio's own lines quote what failed with what it held."""
+        """Log a failure outside any request. The message that asyncio prints would quote the objects involved."""
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             now = time.monotonic()  # asyncio tries again every second

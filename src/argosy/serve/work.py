@@ -2,8 +2,8 @@
 
     run(tenant, call)  ->  the tenant's own queue  ->  tenants in turn  ->  a thread  ->  result
 
-A free thread goes to the tenant that has waited longest since its last job began, so one that asks for one thing waits
-for the first thread that is free, however much another has queued.
+A free thread goes to the tenant whose last job began longest ago, so a tenant with one job waits for the first free
+thread, however many jobs another has queued.
 A tenant's queue is bounded, and only one large job runs at a time, so that its memory is needed only once.
 
 Elsewhere: steps of the model run in the engine's own thread (`engine/loop.py`).
@@ -62,15 +62,15 @@ class WorkQueue:
         self._numbers = itertools.count(1)
 
     async def run(self, tenant: str, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
-        """The result of `call`, in a thread. Errors as `call`.
+        """Run `call` in a thread and return its result. Raises what `call` raises.
 
         Raises:
-            TooMany: as many jobs of this tenant wait as may.
+            TooMany: the queue of this tenant is full.
         """
         return await self._result(tenant, lambda: call(*args, **named), is_large=False)
 
     async def run_large(self, tenant: str, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
-        """The same for a job that needs much memory: no two of them run at once."""
+        """Do the same for a job that needs much memory: only one such job runs at a time."""
         return await self._result(tenant, lambda: call(*args, **named), is_large=True)
 
     async def _result(self, tenant: str, call: Callable[[], T], *, is_large: bool) -> T:

@@ -90,7 +90,7 @@ class GgufConfigReader:
         return self.file.flag(self.key(name), default)
 
     def flags(self, name: str, num_layers: int) -> tuple[bool, ...] | None:
-        """An array with a flag, or 0 or 1, for each of `num_layers`; None where the file has none."""
+        """One flag for each of `num_layers`, written as booleans or as 0 and 1; None if the file has no such array."""
         key = self.key(name)
         value = self.file.metadata.get(key)
         if value is None:

@@ -47,7 +47,7 @@ def read_cut_functions(text: str, tags: Tags, tools: Mapping[str, Tool]) -> Sequ
 
 
 def _read(text: str, tags: Tags, tools: Mapping[str, Tool], told: list[FoundCall | CutCall]) -> Reading:
-    """As `read_functions`; `told` gets what is certain of them even if it breaks off."""
+    """Do what `read_functions` does, and add to `told` what is certain even if the text breaks off."""
     calls: list[FoundCall] = []
     at = _skip(text, 0)
     while at < len(text) or not calls:
