@@ -197,7 +197,7 @@ class PromptBuilder:
         variables: Variables | None = None,
         tenant: str | None = None,
     ) -> int:
-        """Count the tokens of a conversation's prompt. Raises what `build` raises, and UsageError if there are too many."""
+        """Count the tokens of a conversation's prompt. Raises what `build` raises, or UsageError for too many."""
         prompt = self.build(messages, tools=tools, variables=variables, tenant=tenant, is_counted=True)
         return len(prompt.token_ids or ())
 
