@@ -159,7 +159,9 @@ MARKS = [
     "/",
     "12",
 ]
-texts = st.lists(st.one_of(st.text(st.characters(exclude_categories=["Cs", "Cn"])), st.sampled_from(MARKS)))
+pieces = st.one_of(st.text(st.characters(exclude_categories=["Cs", "Cn"])), st.sampled_from(MARKS))
+# Argosy reads a control token in a caller's text as plain characters, and `tokenizers` does not.
+texts = st.lists(pieces).map("".join).filter(lambda text: not any(token in text for token in CONTROL))
 
 
 @pytest.fixture(scope="module", params=ORIGINALS)
@@ -173,7 +175,7 @@ def pair(
 
 
 @settings(deadline=None)
-@given(text=texts.map("".join))
+@given(text=texts)
 def test_ids_of_any_text_are_those_of_the_original(
     pair: tuple[tokenizers.Tokenizer, Tokenizer], text: str
 ) -> None:
