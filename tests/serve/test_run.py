@@ -243,6 +243,35 @@ def test_signals_at_any_time_from_the_first_to_the_last_moment_end_it_with_0(
         assert process.returncode == 0
 
 
+def test_a_second_signal_ends_every_stream_with_an_event_that_says_so(tmp_path: Path) -> None:
+    model = write_chat_model(tmp_path / "model", context_tokens=64_000)
+    asks = {"prompt": "on", "max_tokens": 15_000, "stream": True, "logit_bias": {"2": -100, "0": -100}}
+    with served(model) as (url, process), ExitStack() as stack:
+        answers = [
+            stack.enter_context(httpx.stream("POST", f"{url}/v1/completions", json=asks, timeout=60))
+            for _ in range(3)
+        ]
+        lines = [answer.iter_lines() for answer in answers]
+        for one in lines:
+            next(one)
+        # A client that reads nothing of its answer is not waited for.
+        host, _, port = url.removeprefix("http://").partition(":")
+        unread = stack.enter_context(socket.create_connection((host, int(port))))
+        body = json.dumps(asks | {"n": 2, "logprobs": 5}).encode()
+        unread.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\n\r\n%s" % (len(body), body)
+        )
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(httpx.TransportError):  # two signals that nobody has heard yet are one
+            for _ in range(600):
+                httpx.get(f"{url}/health")
+        process.send_signal(signal.SIGTERM)
+        ends = [[line for line in one if line][-1] for one in lines]
+        assert ['"error":{' in end for end in ends] == [True] * 3, ends
+        assert process.wait(20) == 0
+
+
 # ── its files ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

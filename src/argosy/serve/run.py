@@ -55,6 +55,8 @@ _SAID_EVERY_S = 60.0  # that connections cannot be taken
 KEEP_ALIVE_S = 15  # a connection may be idle for so long
 HEADER_S = 15.0  # a client has so long for the head of a request
 STUCK_S = 60.0  # one that takes nothing of an answer for so long is gone
+_LAST_WORDS_S = 0.5  # for answers to say that they end, after the second signal
+_LOOK_S = 0.05  # how soon a second signal is heard
 # What the system keeps for a client that does not read; its own choice is megabytes.
 _SEND_BUFFER_BYTES = 128 << 10
 
@@ -246,6 +248,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._service, self._loop, self._drain_s, self._started = service, loop, drain_s, started
         self._said_at: float | None = None
+        self._is_told_twice = False
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -264,7 +267,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second ends. Both end in exit code 0."""
-        self.force_exit = self.should_exit
+        self._is_told_twice = self.should_exit
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -286,15 +289,24 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.is_draining = True
 
-        async def drain() -> None:
-            await asyncio.to_thread(self._loop.drain, self._drain_s)
-            await asyncio.to_thread(self._loop.close)  # what still runs hears that it ends
-
-        draining = asyncio.create_task(drain())
+        ending = asyncio.create_task(self._end_answers())
         await super().shutdown(sockets)
-        if self.force_exit:
-            await asyncio.to_thread(self._loop.close)
-        await draining
+        ending.cancel()
+        await asyncio.to_thread(self._loop.close)
+
+    async def _end_answers(self) -> None:
+        """Let answers end within `drain_s`, and tell those that have not; after a second signal leave without them."""
+        until = time.monotonic() + self._drain_s
+        while not self._is_told_twice and time.monotonic() < until:
+            if await asyncio.to_thread(self._loop.drain, _LOOK_S):
+                break
+        await asyncio.to_thread(self._loop.close)  # what still runs hears that it ends
+        while not self._is_told_twice:
+            await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(_LAST_WORDS_S)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()  # else uvicorn waits for it
+        self.force_exit = True
 
 
 def uvicorn_config(app: Gate, *, grace_s: float, max_connections: int = MAX_CONNECTIONS) -> uvicorn.Config:
