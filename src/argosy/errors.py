@@ -65,7 +65,7 @@ class PromptTooLong(UsageError):
         return cls(
             f"the prompt has {counted}{num_tokens} tokens, and the context holds {context_tokens}"
             f" with at least {room} for the answer",
-            hint="raise --context (more memory), or shorten the prompt",
+            hint="shorten the prompt, or raise --context as far as the model allows (it takes more memory)",
             needed=num_tokens + for_answer,
             available=context_tokens,
             **({"for_answer": for_answer} if for_answer > 1 else {}),
