@@ -24,6 +24,7 @@ from argosy.errors import CheckpointError, UsageError
 from argosy.prompt.chat import ChatTemplate, Worker
 from argosy.prompt.messages import Turn, check_messages
 from argosy.prompt.prompt import Prompt, PromptBuilder
+from argosy.prompt.taint import ShadowMap
 from argosy.prompt.template_worker import Refused, _Generation, render_segments
 from argosy.prompt.tokenizer import Tokenizer, text_of
 from tests.prompt.templates_for_tests import ALL, LLAMA2, MIXTRAL, QWEN3, TRICKS
@@ -140,6 +141,19 @@ def test_the_shadows_themselves_are_no_way_in() -> None:
     assert [text for is_callers, text in segments if is_callers] == [said, said]
     with pytest.raises(Refused, match="planes 4 to 13"):
         segments_of(chr(0x40000), HI)
+
+
+def test_every_character_has_a_shadow_of_its_own_and_comes_back() -> None:
+    shadows = ShadowMap()
+    unicode = "".join(map(chr, [*range(0x40000), *range(0xE0000, 0x110000)]))
+    shared = "".join(map(chr, range(0xDFFFF, 0xDFFFF - 3 * 65_536, -1)))
+    shadow = shadows.shadow(unicode + shared)
+    assert len(set(shadow)) == len(shadow) == len(unicode + shared)
+    assert min(shadow) == "\U00040000"
+    assert max(shadow) == "\U000dffff"
+    assert shadows.plain(shadow) == unicode + shared
+    with pytest.raises(Refused, match="more than 196608 different characters that Unicode does not have"):
+        segments_of(CHATML, [{"role": "user", "content": shared + chr(0x40000)}])
 
 
 @pytest.mark.parametrize("marker", [*SPECIAL, *STRUCTURAL])

@@ -15,6 +15,7 @@ Elsewhere: the worker that renders with these strings is `template_worker.py`. S
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,14 @@ from typing import Any, SupportsIndex
 
 _FIRST, _LAST = 0x40000, 0xDFFFF
 _SHADOWS = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]")
+# The shadow of a character that Unicode may assign is its twin in another plane, so whole texts change planes at once.
+# Only someone who wants to be taken for a template writes the others: they share planes 11 to 13, in order of arrival.
+_UNICODE_PLANES = bytes((0, 1, 2, 3, 14, 15, 16))
+_TO_SHADOWS = bytes.maketrans(_UNICODE_PLANES, bytes(range(4, 11)))
+_FROM_SHADOWS = bytes.maketrans(bytes(range(4, 11)), _UNICODE_PLANES)
+_FIRST_SHARED = 0xB0000
+_UTF_32 = codecs.lookup("utf-32-le")  # found here, because the worker may open no file later
+_SHARED = re.compile(f"[{chr(_FIRST_SHARED)}-{chr(_LAST)}]")
 _RUNS = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]+|[^{chr(_FIRST)}-{chr(_LAST)}]+")
 
 
@@ -31,31 +40,44 @@ def has_shadows(text: str) -> bool:
 
 
 class TooManyCharacters(ValueError):
-    """More different characters than there are shadows."""
+    """More different characters of planes 4 to 13 than there are shadows for them."""
 
 
-class ShadowMap(dict[int, int]):
-    """Character to shadow, given out one by one; `back` is the other way."""
+def _in_planes(text: str, table: bytes) -> str:
+    """`text` with each character in the plane that `table` has for its own."""
+    data = bytearray(_UTF_32.encode(text, "surrogatepass")[0])
+    data[2::4] = data[2::4].translate(table)
+    return _UTF_32.decode(data, "surrogatepass")[0]
+
+
+class ShadowMap:
+    """Shadows of all characters, for the texts of one conversation."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.back: dict[int, int] = {}
+        self._shared: dict[str, str] = {}  # character of planes 4 to 13 -> shadow
+        self._back: dict[str, str] = {}  # and the other way
 
-    def __missing__(self, character: int) -> int:
-        shadow = _FIRST + len(self)
-        if shadow > _LAST:
-            raise TooManyCharacters(
-                f"more than {_LAST - _FIRST + 1} different characters in one conversation"
-            )
-        self[character] = shadow
-        self.back[shadow] = character
+    def _share(self, found: re.Match[str]) -> str:
+        character = found[0]
+        shadow = self._shared.get(character)
+        if shadow is None:
+            code = _FIRST_SHARED + len(self._shared)
+            if code > _LAST:
+                raise TooManyCharacters(
+                    f"more than {_LAST - _FIRST_SHARED + 1} different characters that Unicode does not have"
+                )
+            shadow = self._shared[character] = chr(code)
+            self._back[shadow] = character
         return shadow
 
     def shadow(self, text: str) -> str:
-        return text.translate(self)
+        return _in_planes(_SHADOWS.sub(self._share, text), _TO_SHADOWS)
 
     def plain(self, data: str) -> str:
-        return data.translate(self.back)
+        text = _in_planes(data, _FROM_SHADOWS)
+        if not self._back:
+            return text
+        return _SHARED.sub(lambda found: self._back.get(found[0], found[0]), text)
 
     def taint(self, text: str) -> Tainted:
         """The caller's `text`, every character of it tainted."""

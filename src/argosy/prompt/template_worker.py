@@ -205,11 +205,13 @@ def render_segments(
                 return _mixed(shadows, value)
             return taint(value)
 
-        conversation = [{key: tainted(key, value) for key, value in message.items()} for message in messages]
-        said = {name: taint(value) for name, value in variables.items()}
-        context = {**fixed, **said, "messages": conversation, "tools": taint(tools)}
         pieces, length = [], 0
         try:
+            conversation = [
+                {key: tainted(key, value) for key, value in message.items()} for message in messages
+            ]
+            said = {name: taint(value) for name, value in variables.items()}
+            context = {**fixed, **said, "messages": conversation, "tools": taint(tools)}
             for piece in compiled.generate(context):
                 pieces.append(piece)
                 length += len(piece)
