@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -355,3 +357,25 @@ def test_what_goes_on_with_a_text_keeps_its_first_space(tokenizer: Tokenizer) ->
     start, later = tokenizer.stream(), tokenizer.stream(is_start=False)
     assert "".join([*map(start.push, first), start.finish()]) == "you and you"
     assert "".join([*map(later.push, first), later.finish()]) == " you and you"
+
+
+def test_other_threads_run_while_a_text_is_encoded() -> None:
+    """A step of the engine waits for Python's lock, so nobody may hold it for as long as a text takes."""
+    done, may_run = [], threading.Lock()
+    text = "The quick brown fox jumps over the lazy dog, and 12 more. " * 5_000
+
+    def wait_and_run() -> None:
+        with may_run:
+            done.append(True)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(60)  # no thread is made to give the lock up
+    try:
+        with may_run:
+            other = threading.Thread(target=wait_and_run)
+            other.start()
+        BYTE_LEVEL._encoding(text)
+        assert done
+    finally:
+        sys.setswitchinterval(before)
+    other.join()

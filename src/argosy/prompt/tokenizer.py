@@ -286,7 +286,8 @@ class Tokenizer:
 
     def _encoding(self, text: str) -> tokenizers.Encoding:
         try:
-            return self._core.encode(text, add_special_tokens=False)
+            # A batch of one, because `encode` holds Python's lock for all of its time and `encode_batch` does not.
+            return self._core.encode_batch([text], add_special_tokens=False)[0]
         except TypeError:  # what it says of a string that is no Unicode text
             raise _half_a_character() from None
 

@@ -356,6 +356,7 @@ def serve(
     """
     require_keys(host, keys)
     make_room_for_files(max_connections)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would take cores from the model's
     ring = KeyRing(None if keys is None else KeyFile(keys))
     counts = None if keys is None else UseFile(keys.with_name(keys.name + ".use"))
     limits = Limits(file=counts, known=ring.ids)
