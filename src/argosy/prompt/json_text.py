@@ -14,6 +14,7 @@ Elsewhere: files that nobody vouches for are read by `checkpoint/json_strict.py`
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ _LARGEST = 1 << 1024  # what a float can reach
 MAX_PARTS = 1 << 17
 # Items of lists and objects: a prompt of token ids is as long as the longest context.
 MAX_ITEMS = (1 << 20) + MAX_PARTS
+_COUNTED_AT_ONCE = 1 << 18  # bytes
+_NO_BACKSLASH = re.compile(rb"[^\\]")
 
 
 class Counts(NamedTuple):
@@ -38,25 +41,38 @@ class Counts(NamedTuple):
 def count_values(data: bytes) -> Counts:
     """How many values a JSON text has, in a few passes that make none of them.
 
-    A reader that goes through it from the start has met no more than that, wherever the text stops being JSON.
+    A reader that goes through it from the start has met no more than that, wherever the text stops being JSON. It is
+    counted in parts, and no further than it is refused, because each pass keeps other threads waiting.
 
     Raises:
         ValueError: there are more than MAX_PARTS or MAX_ITEMS.
     """
-    if b"\\" in data:
-        data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
-    num_texts = data.count(b'"') // 2
-    _require_few("objects, lists and texts", num_texts, MAX_PARTS)  # before there is a piece for each of them
-    outside = b"".join(data.split(b'"')[::2])
-    counts = Counts(num_texts + outside.count(b"[") + outside.count(b"{"), outside.count(b","))
-    _require_few("objects, lists and texts", counts.num_parts, MAX_PARTS)
-    _require_few("values", counts.num_items, MAX_ITEMS)
-    return counts
+    num_quotes = num_lists = num_items = start = 0
+    while start < len(data):
+        stop = start + _COUNTED_AT_ONCE
+        if data[stop - 1 : stop] == b"\\":  # what it escapes comes with it
+            following = _NO_BACKSLASH.search(data, stop)
+            stop = len(data) if following is None else following.end()
+        part = data[start:stop]
+        if b"\\" in part:
+            part = part.replace(b"\\\\", b"").replace(b'\\"', b"")
+        is_inside = num_quotes % 2  # a text that began before
+        num_quotes += part.count(b'"')
+        _require_few(
+            "objects, lists and texts", num_quotes // 2, MAX_PARTS
+        )  # before there is a piece for each
+        outside = b"".join(part.split(b'"')[is_inside::2])
+        num_lists += outside.count(b"[") + outside.count(b"{")
+        num_items += outside.count(b",")
+        _require_few("objects, lists and texts", num_quotes // 2 + num_lists, MAX_PARTS)
+        _require_few("values", num_items, MAX_ITEMS)
+        start = stop
+    return Counts(num_quotes // 2 + num_lists, num_items)
 
 
 def _require_few(what: str, number: int, most: int) -> None:
     if number > most:
-        raise ValueError(f"it has {number} {what}, and at most {most} are read")
+        raise ValueError(f"it has more than {most} {what}, and no more are read")
 
 
 def read_json(text: str) -> object:
