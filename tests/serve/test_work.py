@@ -7,10 +7,12 @@ import gc
 import threading
 import weakref
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 
 import pytest
 
 from argosy.guard.limits import TooMany
+from argosy.serve import work
 from argosy.serve.work import WorkQueue
 
 
@@ -83,21 +85,35 @@ def test_tenants_take_turns_and_each_ones_jobs_keep_their_order() -> None:
     run(test)
 
 
-def test_large_jobs_run_one_at_a_time_and_small_ones_pass_them() -> None:
+def test_after_a_large_job_its_thread_rests_the_longer_the_longer_it_took_and_longest_for_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rests: list[float] = []
+    now = iter([0.0, 0.25, 10.0, 10.25, 20.0, 30.0])  # as each of three jobs begins and ends
+    monkeypatch.setattr(work, "time", SimpleNamespace(monotonic=lambda: next(now), sleep=rests.append))
+
     async def test() -> None:
-        queue, jobs = WorkQueue(num_threads=3), Jobs()
-        waiting = [
-            asyncio.ensure_future(queue.run_large(tenant, jobs.job(f"large {tenant}"))) for tenant in "abc"
-        ]
-        await jobs.until_began(1)
-        waiting.append(asyncio.ensure_future(queue.run("d", jobs.job("small"))))
-        await jobs.until_began(2)
-        assert jobs.began == ["large a", "small"]
-        jobs.let_end(1)
-        await jobs.until_began(3)
-        assert jobs.began[2:] == ["large b"]
-        jobs.let_end(100)
-        await asyncio.gather(*waiting)
+        queue = WorkQueue(num_threads=1, is_large=True)
+        assert await queue.run("a", int, "1") == 1
+        with pytest.raises(ZeroDivisionError):
+            await queue.run("a", lambda: 1 // 0)
+        assert await queue.run("a", int, "2") == 2
+        while len(rests) < 3:
+            await asyncio.sleep(0.001)
+        assert rests == [0.25, 0.75, 1.0]
+
+    run(test)
+
+
+def test_small_jobs_rest_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: float) -> None:
+        raise AssertionError("it rests")
+
+    monkeypatch.setattr(work, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=refuse))
+
+    async def test() -> None:
+        queue = WorkQueue(num_threads=1)
+        assert [await queue.run("a", int, "1") for _ in range(3)] == [1, 1, 1]
 
     run(test)
 
@@ -141,11 +157,10 @@ def test_a_job_whose_client_is_gone_is_not_run_and_leaves_its_place() -> None:
 
 def test_what_a_job_raises_comes_to_its_caller_and_the_thread_goes_on() -> None:
     async def test() -> None:
-        queue = WorkQueue(num_threads=1)
-        for large in (queue.run, queue.run_large):
+        for queue in (WorkQueue(num_threads=1), WorkQueue(num_threads=1, is_large=True)):
             with pytest.raises(ZeroDivisionError):
-                await large("a", lambda: 1 // 0)
-            assert await large("a", int, "7") == 7
+                await queue.run("a", lambda: 1 // 0)
+            assert await queue.run("a", int, "7") == 7
 
     run(test)
 
@@ -155,7 +170,7 @@ def test_a_job_that_failed_holds_nothing_of_what_it_worked_on() -> None:
         pass
 
     async def test() -> None:
-        queue, held = WorkQueue(num_threads=1), [Large()]
+        queue, held = WorkQueue(num_threads=1, is_large=True), [Large()]
         gone = weakref.ref(held[0])
 
         def fail() -> None:
@@ -168,7 +183,7 @@ def test_a_job_that_failed_holds_nothing_of_what_it_worked_on() -> None:
         gc.disable()
         try:
             with pytest.raises(ZeroDivisionError) as caught:
-                await queue.run_large("a", fail)
+                await queue.run("a", fail)
             assert caught.value.__context__ is not None
             assert gone() is None
         finally:

@@ -164,6 +164,7 @@ class Service:
         self.keep_billing_line = keep_billing_line
         self._any_model = any_model
         self._work = WorkQueue()
+        self._large_work = WorkQueue(num_threads=1, is_large=True)
 
     def require_model(self, name: str | None) -> None:
         """See that a request means the model that is served; None: it leaves the choice to the server.
@@ -199,8 +200,8 @@ class Service:
         Raises:
             TooMany: too much of this caller's work waits already.
         """
-        run = self._work.run_large if caller.has_large_body else self._work.run
-        return await run(caller.tenant, call, *args, **named)
+        work = self._large_work if caller.has_large_body else self._work
+        return await work.run(caller.tenant, call, *args, **named)
 
     async def open(self, read: Callable[[], ChatRequest], caller: Caller) -> tuple[ChatRequest, Answers]:
         """Read a conversation, render, check and queue it.

@@ -3,8 +3,10 @@
     run(tenant, call)  ->  the tenant's own queue  ->  tenants in turn  ->  a thread  ->  result
 
 A free thread goes to the tenant whose last job began longest ago, so a tenant with one job waits for the first free
-thread, however many jobs another has queued.
-A tenant's queue is bounded, and only one large job runs at a time, so that its memory is needed only once.
+thread, however many jobs another has queued. A tenant's queue is bounded.
+
+Large jobs have a queue of their own with one thread, so that their memory is needed only once and small jobs never wait
+for them. After each of them that thread rests.
 
 Elsewhere: steps of the model run in the engine's own thread (`engine/loop.py`).
 """
@@ -15,6 +17,7 @@ import asyncio
 import ctypes
 import itertools
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -27,6 +30,10 @@ from argosy.guard.limits import TooMany
 NUM_THREADS = 2
 MAX_WAITING = 256  # jobs of one tenant
 _RETRY_S = 2
+# After a large job its thread rests for so many times as long as that took, so that a flood of them leaves time for the
+# model: they take half of a core at most, and a quarter where they come to nothing.
+_REST, _REST_AFTER_FAILURE = 1.0, 3.0
+_LONGEST_REST_S = 1.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,28 +42,38 @@ T = TypeVar("T")
 @dataclass(slots=True, eq=False)
 class _Job:
     call: Callable[[], Any]
-    is_large: bool
     future: Future[Any]
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Returns whether it came to its end."""
         try:
             result = self.call()
         except BaseException as error:
             _clear_frames(error)
             self.future.set_exception(error)
-        else:
-            self.future.set_result(result)
+            return False
+        self.future.set_result(result)
+        return True
 
 
 class WorkQueue:
-    """Runs jobs of many tenants in `num_threads` threads; any event loop may ask."""
+    """Runs jobs of many tenants in `num_threads` threads; any event loop may ask.
 
-    def __init__(self, *, num_threads: int = NUM_THREADS, max_waiting: int = MAX_WAITING) -> None:
+    Args:
+        max_waiting: jobs of one tenant beside those that run.
+        is_large: its jobs take much memory and time.
+    """
+
+    def __init__(
+        self, *, num_threads: int = NUM_THREADS, max_waiting: int = MAX_WAITING, is_large: bool = False
+    ) -> None:
         self._max_waiting = max_waiting
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="argosy-work")
+        self._is_large = is_large
+        self._threads = ThreadPoolExecutor(
+            num_threads, thread_name_prefix="argosy-large" if is_large else "argosy-work"
+        )
         self._lock = threading.Lock()  # guards what follows
         self._num_free = num_threads
-        self._has_large = False  # one runs
         self._waiting: dict[str, deque[_Job]] = {}
         self._began: dict[str, int] = {}  # by tenant, the number of its last job
         self._numbers = itertools.count(1)
@@ -67,15 +84,8 @@ class WorkQueue:
         Raises:
             TooMany: the queue of this tenant is full.
         """
-        return await self._result(tenant, lambda: call(*args, **named), is_large=False)
-
-    async def run_large(self, tenant: str, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
-        """Do the same for a job that needs much memory: only one such job runs at a time."""
-        return await self._result(tenant, lambda: call(*args, **named), is_large=True)
-
-    async def _result(self, tenant: str, call: Callable[[], T], *, is_large: bool) -> T:
         future: Future[T] = Future()
-        job = _Job(call, is_large, future)
+        job = _Job(lambda: call(*args, **named), future)
         with self._lock:
             queue = self._waiting.setdefault(tenant, deque())
             if len(queue) >= self._max_waiting:
@@ -100,7 +110,6 @@ class WorkQueue:
         with self._lock:
             while self._num_free and (job := self._next()) is not None:
                 self._num_free -= 1
-                self._has_large |= job.is_large
                 self._threads.submit(self._run, job)
 
     def _next(self) -> _Job | None:
@@ -109,23 +118,23 @@ class WorkQueue:
             queue = self._waiting[tenant]
             while queue and queue[0].future.cancelled():
                 queue.popleft()
-            if queue and not (queue[0].is_large and self._has_large):
+            if queue:
                 self._began[tenant] = next(self._numbers)
                 return queue.popleft()
-            if not queue:
-                del self._waiting[tenant]
+            del self._waiting[tenant]
         return None
 
     def _run(self, job: _Job) -> None:
+        began, is_done = time.monotonic(), False
         if job.future.set_running_or_notify_cancel():
-            job.run()
-        is_large = job.is_large
+            is_done = job.run()
         del job  # what it made is its request's alone
-        if is_large:
+        if self._is_large:
             give_memory_back()
+            rest = _REST if is_done else _REST_AFTER_FAILURE
+            time.sleep(min(_LONGEST_REST_S, rest * (time.monotonic() - began)))
         with self._lock:
             self._num_free += 1
-            self._has_large &= not is_large
         self._start_jobs()
 
 
