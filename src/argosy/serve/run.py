@@ -56,7 +56,7 @@ KEEP_ALIVE_S = 15  # a connection may be idle for so long
 HEADER_S = 15.0  # a client has so long for the head of a request
 STUCK_S = 60.0  # one that takes nothing of an answer for so long is gone
 _LAST_WORDS_S = 0.5  # for answers to say that they end, after the second signal
-_LOOK_S = 0.05  # how soon a second signal is heard
+_LOOK_S = 0.05  # between two looks for a second signal
 # What the system keeps for a client that does not read; its own choice is megabytes.
 _SEND_BUFFER_BYTES = 128 << 10
 
@@ -295,7 +295,10 @@ class _Server(uvicorn.Server):
         await asyncio.to_thread(self._loop.close)
 
     async def _end_answers(self) -> None:
-        """Let answers end within `drain_s`, and tell those that have not; after a second signal leave without them."""
+        """Let answers finish within `drain_s`, then end the others with an error.
+
+        A second signal ends them at once, and closes the connections that are still open half a second later.
+        """
         until = time.monotonic() + self._drain_s
         while not self._is_told_twice and time.monotonic() < until:
             if await asyncio.to_thread(self._loop.drain, _LOOK_S):
@@ -305,7 +308,7 @@ class _Server(uvicorn.Server):
             await asyncio.sleep(_LOOK_S)
         await asyncio.sleep(_LAST_WORDS_S)
         for connection in list(self.server_state.connections):
-            connection.transport.abort()  # else uvicorn waits for it
+            connection.transport.abort()  # otherwise uvicorn would wait for it
         self.force_exit = True
 
 
@@ -356,7 +359,7 @@ def serve(
     """
     require_keys(host, keys)
     make_room_for_files(max_connections)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would take cores from the model's
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would compete with the model's
     ring = KeyRing(None if keys is None else KeyFile(keys))
     counts = None if keys is None else UseFile(keys.with_name(keys.name + ".use"))
     limits = Limits(file=counts, known=ring.ids)
