@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar
 from argosy.config import Grammar, SamplingParams
 from argosy.engine.loop import AnswerEnd, AnswerToken, Event, LoopFacts, PromptProgress
 from argosy.engine.sequence import Result, TokenLogprob
-from argosy.errors import ArgosyError, UsageError
+from argosy.errors import ArgosyError
 from argosy.prompt.formats.events import Answer, ToolCallBegin, ToolCallEnd, collect
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.prompt import Prompt
@@ -39,9 +39,6 @@ if TYPE_CHECKING:
     from argosy.prompt.formats import Parser
     from argosy.prompt.prompt import PromptBuilder
     from argosy.prompt.tokenizer import Tokenizer
-
-# Variables of chat templates that a request may set: what a model is asked to do, never how its prompt is written.
-TEMPLATE_VARIABLES = frozenset({"enable_thinking", "thinking", "reasoning_effort", "clear_thinking"})
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -259,12 +256,6 @@ class Service:
         return Answers(self, prompt, params, caller, request.num_answers, events, use)
 
     def _variables(self, request: ChatRequest) -> dict[str, Any]:
-        for name in request.variables:
-            if name not in TEMPLATE_VARIABLES:
-                raise UsageError(
-                    f"chat_template_kwargs: '{name}' cannot be set by a request; these can: "
-                    + ", ".join(sorted(TEMPLATE_VARIABLES))
-                )
         return self._effort(request.effort) | self._switches(request.thinks) | dict(request.variables)
 
     def _effort(self, effort: str | None) -> dict[str, Any]:

@@ -98,6 +98,8 @@ Setting = (
     | Annotated[int, Field(ge=0, le=MAX_TOKENS, strict=True), WHOLE]
     | Annotated[str, Field(max_length=64)]
 )
+# A request may set the template variables that say what the model should do, but not how its prompt is written.
+TemplateVariable = Literal["clear_thinking", "enable_thinking", "reasoning_effort", "thinking"]
 Short = Annotated[str, Field(min_length=1, max_length=256)]  # a name, an id
 Name = Annotated[str, Field(max_length=512)]
 Text = Annotated[str, Field(max_length=4 << 20)]

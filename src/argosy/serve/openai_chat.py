@@ -44,6 +44,7 @@ from argosy.serve.fields import (
     Setting,
     Short,
     Strict,
+    TemplateVariable,
     Text,
     Thinking,
     ThoughtTokens,
@@ -278,7 +279,7 @@ class ChatBody(Formed, Thinking, OpenAISampling):
     # The answer continues a last message of the assistant, as it does at llama.cpp; saying so changes nothing.
     continue_final_message: Flag | None = None
     add_generation_prompt: Flag | None = None
-    chat_template_kwargs: Annotated[dict[Short, Setting], MostEntries(16)] | None = None
+    chat_template_kwargs: Annotated[dict[TemplateVariable, Setting], MostEntries(16)] | None = None
 
     def request(self, caller: Caller) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
@@ -307,7 +308,7 @@ class ChatBody(Formed, Thinking, OpenAISampling):
             form=self.form(own, caller),
             effort=self.reasoning_effort or (self.reasoning.effort if self.reasoning else None),
             thinks=self.thinks if self.thinks is not None or not self.reasoning else self.reasoning.enabled,
-            variables=self.chat_template_kwargs or {},
+            variables=dict[str, Any]((self.chat_template_kwargs or {}).items()),
             num_answers=self.n or 1,
         )
 
