@@ -35,7 +35,7 @@
 // are, its mins float16 [16], its sub-scales [group or half group][16] and its sub-mins [group][16]. q2_k and
 // q3_k have sub-scales [group][16][half group] instead, so that both of a row are multiplied at once; those
 // of q2_k share a byte with their sub-mins, which are the high half. So a product reads a matrix from its
-// first byte to its last (docs/decisions/0019-a-panel-is-read-from-end-to-end.md). The quants of a group of
+// first byte to its last (docs/decisions/0019-read-panels-sequentially.md). The quants of a group of
 // 32 columns are:
 //
 //   8 bits   chunk c = 0..7: 64 bytes; byte 4 r + j = q of row r, column 4 c + j.
