@@ -57,8 +57,8 @@ void bind_matrix(nb::module_& m) {
       [](const std::string& format_name, const Array& weights, const OutArray& out, Runtime* runtime) {
         const Format format = parse_format(format_name);
         if (format == Format::f8 || format > Format::q4) {
-          refuse("nothing is quantised to " + format_name +
-                 ", which only holds what a file has; known: f32, f16, bf16, q8, q4");
+          refuse("cannot quantise to " + format_name +
+                 ", which only holds weights transcoded from a file; known: f32, f16, bf16, q8, q4");
         }
         const float* from = read_array<float>("weights", weights, {kAnySize, kAnySize});
         const int64_t rows = int64_t(weights.shape(0));
@@ -78,7 +78,7 @@ void bind_matrix(nb::module_& m) {
         require_range("interleaved", interleaved, 1, kLargestSize);
         require_range("rows", rows, 0, kLargestSize / interleaved);
         const int64_t size = interleaved * checked_matrix_bytes(slot_format(*type), rows, cols);
-        if (interleaved > 1 && slot_format(*type) == Format::f8) refuse("f8 is never interleaved");
+        if (interleaved > 1 && slot_format(*type) == Format::f8) refuse("f8 matrices cannot be interleaved");
         if (!has_whole_blocks(*type, cols)) {
           refuse("cols is " + std::to_string(cols) + ", expected a multiple of " +
                  std::to_string(block_cols(*type)) + " for " + block_type);
@@ -91,7 +91,7 @@ void bind_matrix(nb::module_& m) {
             nb::gil_scoped_release released;
             is_finite = transcode(*type, from, rows, cols, interleaved, 0, num_strips(*type, rows), matrix);
           }
-          if (!is_finite) refuse(block_type + " hold a code or scale that is not a finite number");
+          if (!is_finite) refuse(block_type + " data holds a code or scale that is not a finite number");
         };
         if (out) {
           fill(write_array<uint8_t>("out", *out, {size}));
@@ -285,8 +285,8 @@ void bind_experts(nb::module_& m) {
         const int32_t* rows = read_array<int32_t>("row", row, {assignments});
         float* to = write_array<float>("out", out, {kAnySize, hidden});
         require_size("starts[0]", start[0], 0);
-        require_size("the last of starts", start[num_experts], assignments);
-        if (!std::is_sorted(start, start + num_experts + 1)) refuse("starts does not ascend");
+        require_size("the last element of starts", start[num_experts], assignments);
+        if (!std::is_sorted(start, start + num_experts + 1)) refuse("starts is not in ascending order");
         require_ids("token", tokens, assignments, num_tokens);
         require_ids("row", rows, assignments, int64_t(out.shape(0)));
 

@@ -117,7 +117,7 @@ inline std::vector<ExpertView> view_experts(const uint8_t* data, int64_t nbytes,
 inline void require_kind(const KvShape& shape, KvShape::Kind kind) {
   constexpr const char* kNames[] = {"nothing", "keys and values", "latent vectors"};
   if (shape.kind == kind) return;
-  refuse(std::string("a layer that keeps ") + kNames[int(shape.kind)] + ", expected one that keeps " +
+  refuse(std::string("the layer keeps ") + kNames[int(shape.kind)] + ", expected one that keeps " +
          kNames[int(kind)]);
 }
 
@@ -154,9 +154,9 @@ inline LatentHeads view_latent_heads(const MatrixView& key_up, const MatrixView&
   require_range("columns of value_up", value_up.cols, 1, kLargestSize);
   // A product of a quantised matrix begins at a panel.
   if (is_quantized(key_up.format))
-    require_size("kv_rank modulo panel, of a quantised key_up", heads.kv_rank % kPanelRows, 0);
+    require_size("kv_rank modulo the panel rows of a quantised key_up", heads.kv_rank % kPanelRows, 0);
   if (is_quantized(value_up.format))
-    require_size("value_dim modulo panel, of a quantised value_up", heads.value_dim % kPanelRows, 0);
+    require_size("value_dim modulo the panel rows of a quantised value_up", heads.value_dim % kPanelRows, 0);
   return heads;
 }
 

@@ -24,10 +24,10 @@ std::vector<DeltaRun> read_runs(const RecurrentState& state, const Array& runs, 
   std::vector<DeltaRun> found;
   std::vector<bool> is_taken(size_t(state.num_slots()));
   for (const int64_t* run = from; run != from + 3 * runs.shape(0); run += 3) {
-    require_range("the begin of a run", run[0], found.empty() ? 0 : found.back().end, num_tokens - 1);
+    require_range("the beginning of a run", run[0], found.empty() ? 0 : found.back().end, num_tokens - 1);
     require_range("the end of a run", run[1], run[0] + 1, num_tokens);
     require_slot(state, run[2]);
-    if (is_taken[size_t(run[2])]) refuse("two runs of slot " + std::to_string(run[2]));
+    if (is_taken[size_t(run[2])]) refuse("slot " + std::to_string(run[2]) + " has two runs");
     is_taken[size_t(run[2])] = true;
     require_range("the position of a slot", state.position(run[2]), 0, INT32_MAX);
     found.push_back({run[0], run[1], run[2], state.position(run[2]) == 0});

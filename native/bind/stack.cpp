@@ -87,7 +87,8 @@ BoundMixer grouped_query_attention(
   require_range("window", window, 0, INT32_MAX);
   const int64_t parts = has_gate ? 2 * num_heads : num_heads;
   require_size("rows of query modulo heads", query.view.rows % parts, 0);
-  if (query_norm.has_value() != key_norm.has_value()) refuse("query_norm and key_norm come together");
+  if (query_norm.has_value() != key_norm.has_value())
+    refuse("query_norm and key_norm must be given together");
   const int64_t head_dim = query.view.rows / parts;
   BoundMixer bound;
   Kept& kept = bound.kept;
@@ -134,7 +135,7 @@ BoundMixer gated_delta_net(const Matrix& qkv, const Matrix& b, const Matrix& out
       .is_tiled = is_tiled,
   };
   net.state_layer = state_layer;
-  if (is_tiled && z == nullptr) refuse("value heads beside their key heads are not tiled");
+  if (is_tiled && z == nullptr) refuse("is_tiled needs z: without z, value heads lie beside their key heads");
   require_size("rows of qkv", net.qkv.rows, shape.conv_channels() + (net.z ? 0 : shape.value_channels()));
   if (net.z) require_size("rows of z", net.z->rows, shape.value_channels());
   require_size("rows of b", net.b.rows, shape.num_value_heads * (net.a ? 1 : 2));
@@ -148,7 +149,8 @@ BoundMixer multi_head_latent_attention(const Matrix& query, const Matrix& kv_dow
                                        const Matrix& value_up, const Matrix& output, int64_t num_heads,
                                        int64_t rope_dim, float scale, float norm_eps, const Array& kv_norm,
                                        const Matrix* query_down, const std::optional<Array>& query_norm) {
-  if ((query_down != nullptr) != query_norm.has_value()) refuse("query_down and query_norm come together");
+  if ((query_down != nullptr) != query_norm.has_value())
+    refuse("query_down and query_norm must be given together");
   BoundMixer bound;
   Kept& kept = bound.kept;
   LatentAttention mixer;
@@ -232,8 +234,9 @@ void require_fit(const GatedDeltaNet& net, const KvShape& kv, const Rotary&, int
 
 // Proves that a layer of the recurrent state is as the mixer needs it.
 void require_state(const GatedDeltaNet& net, const RecurrentState* recurrent) {
-  if (recurrent == nullptr) refuse("a gated delta net without a recurrent state");
-  if (net.shape != recurrent->shape()) refuse("a gated delta net and a recurrent state of different sizes");
+  if (recurrent == nullptr) refuse("a gated delta net needs a recurrent state");
+  if (net.shape != recurrent->shape())
+    refuse("the gated delta net and the recurrent state have different sizes");
   require_range("state_layer", net.state_layer, 0, recurrent->num_layers() - 1);
 }
 template <class OtherMixer>
@@ -342,7 +345,7 @@ class BoundStack {
       std::visit(check_ffn, ffn.ffn);
     }
     if (arena != nullptr) {
-      if (!offsets) refuse("an arena without the offsets of its experts");
+      if (!offsets) refuse("an arena needs the offsets of its experts");
       read_offsets(description, *offsets);
       if (!is_leased) add_resident(description);
     }
@@ -380,7 +383,7 @@ class BoundStack {
     require_rows(batch.last_rows, batch.num_last, tokens);
     const RecurrentState* recurrent = stack_->recurrent();
     if (recurrent != nullptr) {
-      if (!state_slots) refuse("a batch without state_slots, for a stack with a recurrent state");
+      if (!state_slots) refuse("the batch needs state_slots, because the stack has a recurrent state");
       const int64_t sequences = int64_t(block_table.shape(0));
       batch.state_slots = read_array<int32_t>("state_slots", *state_slots, {sequences});
       require_ids("state_slots", batch.state_slots, sequences, recurrent->num_slots());
@@ -472,7 +475,7 @@ class BoundStack {
     for (size_t i = 0; i < description.layers.size(); ++i) {
       const RoutedFfn* ffn = std::get_if<RoutedFfn>(&description.layers[i].ffn);
       if (ffn == nullptr) continue;
-      require_range("a routed layer of offsets", int64_t(i), 0, int64_t(offsets.shape(0)) - 1);
+      require_range("the index of a routed layer in offsets", int64_t(i), 0, int64_t(offsets.shape(0)) - 1);
       require_size("experts in offsets", num_experts_, ffn->router.matrix.rows);
     }
   }

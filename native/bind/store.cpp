@@ -89,7 +89,7 @@ nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> arena_view(Arena& arena) {
 Piece parse_piece(nb::handle given) {
   const nb::tuple fields = nb::cast<nb::tuple>(given);
   if (fields.size() != 4 && fields.size() != 7 && fields.size() != 8) {
-    throw std::invalid_argument("a piece has 4 fields, or 7 or 8 to be transcoded; found " +
+    throw std::invalid_argument("a piece has 4 fields, or 7 or 8 if it is transcoded; found " +
                                 std::to_string(fields.size()));
   }
   Piece piece{nb::cast<int>(fields[0]), nb::cast<int64_t>(fields[1]), nb::cast<int64_t>(fields[2]),
@@ -109,8 +109,9 @@ Record parse_record(nb::handle pieces, const std::optional<std::vector<uint32_t>
   record.pieces.reserve(nb::len(pieces));
   for (nb::handle piece : nb::cast<nb::sequence>(pieces)) record.pieces.push_back(parse_piece(piece));
   if (checksums && checksums->size() != record.pieces.size()) {
-    throw std::invalid_argument("there are " + std::to_string(record.pieces.size()) + " pieces and " +
-                                std::to_string(checksums->size()) + " checksums");
+    throw std::invalid_argument("found " + std::to_string(record.pieces.size()) + " pieces and " +
+                                std::to_string(checksums->size()) +
+                                " checksums, expected one checksum per piece");
   }
   if (checksums) record.checksums = *checksums;
   return record;

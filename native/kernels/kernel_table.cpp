@@ -65,7 +65,8 @@ const KernelTable& kernel_table(const std::string& name) {
     if (table->name == name) return *table;
     known += (known.empty() ? "" : ", ") + std::string(table->name);
   }
-  throw std::invalid_argument("instruction set '" + name + "' is not one this CPU runs; it runs " + known);
+  throw std::invalid_argument("this CPU does not support instruction set '" + name +
+                              "'; supported: " + known);
 }
 
 void use_instruction_set(const std::string& name) { chosen.store(&kernel_table(name)); }

@@ -52,7 +52,7 @@ int64_t KvCache::bytes(const std::vector<KvShape>& layers, int64_t num_blocks, i
   int64_t sum = 0;
   for (const KvShape& shape : layers) {
     const int64_t layer = layer_bytes(shape, num_blocks, block_tokens, is_f16);
-    if (layer > kMostBytes - sum) throw std::invalid_argument("a KV cache of more than 2^62 bytes");
+    if (layer > kMostBytes - sum) throw std::invalid_argument("a KV cache would take more than 2^62 bytes");
     sum += layer;
   }
   return sum;

@@ -15,8 +15,8 @@ inline int64_t checked_product(const std::string& what, std::initializer_list<in
   int64_t product = 1;
   for (const int64_t factor : factors) {
     if (factor < 1)
-      throw std::invalid_argument(what + " of size " + std::to_string(factor) + ", expected 1 or more");
-    if (product > kMostBytes / factor) throw std::invalid_argument(what + " of more than 2^62 bytes");
+      throw std::invalid_argument(what + " has a size of " + std::to_string(factor) + ", expected 1 or more");
+    if (product > kMostBytes / factor) throw std::invalid_argument(what + " would take more than 2^62 bytes");
     product *= factor;
   }
   return product;

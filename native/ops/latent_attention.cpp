@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kBlockRows = 32;   // of a product with one head's matrix
 constexpr int64_t kTileTokens = 32;  // whose latent queries and results exist at a time
-constexpr const char* kScratch = "scratch of latent attention";
+constexpr const char* kScratch = "latent attention scratch";
 
 int64_t blocks_of(int64_t rows) { return round_up(rows, kBlockRows) / kBlockRows; }
 

@@ -80,7 +80,7 @@ double memory_probe(int threads, int64_t nbytes) {
     });
   });
   if (sum != uint64_t(kPasses) * uint64_t(parts) * (kPart / 8) * 0x0101010101010101u) {
-    throw std::logic_error("the memory probe read something else than it wrote");
+    throw std::logic_error("the memory probe did not read back what it wrote");
   }
   return double(parts * kPart) / seconds;
 }

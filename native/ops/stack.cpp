@@ -90,15 +90,15 @@ void Stack::begin_runs() {
     const int64_t expected = goes_on ? batch_.position[t - 1] + 1 : recurrent_->position(slot);
     if (position != expected && (goes_on || position != 0)) {
       throw std::invalid_argument("token " + std::to_string(t) + " is at position " +
-                                  std::to_string(position) + ", and the recurrent state in slot " +
-                                  std::to_string(slot) + " stands at " + std::to_string(expected));
+                                  std::to_string(position) + ", but the recurrent state in slot " +
+                                  std::to_string(slot) + " is at " + std::to_string(expected));
     }
     if (goes_on) {
       runs_.back().end = t + 1;
       continue;
     }
     if (is_taken[size_t(slot)]) {
-      throw std::invalid_argument("two runs of tokens with the recurrent state in slot " +
+      throw std::invalid_argument("two runs of tokens use the recurrent state in slot " +
                                   std::to_string(slot));
     }
     is_taken[size_t(slot)] = true;
@@ -422,7 +422,8 @@ std::vector<std::vector<int32_t>> Stack::look_ahead() {
   const auto lock = runtime_.lock();
   require_waiting();
   if (num_unclaimed_ != int64_t(demand_.expert_ids.size())) {
-    throw std::invalid_argument("look_ahead() works in the memory of experts, and some have run already");
+    throw std::invalid_argument(
+        "call look_ahead() before run_experts(): they share memory, and experts have run");
   }
   const int64_t tokens = batch_.num_tokens, hidden = description_.embedding.cols;
   const auto& layers = description_.layers;

@@ -23,7 +23,7 @@ void refuse(size_t nbytes, const char* reason) {
 }  // namespace
 
 Arena::Arena(size_t nbytes) : size_(nbytes) {
-  if (nbytes > SIZE_MAX / 4) refuse(nbytes, "more than an address space holds");
+  if (nbytes > SIZE_MAX / 4) refuse(nbytes, "larger than the address space");
   const size_t page = size_t(sysconf(_SC_PAGESIZE));
   const size_t mapped = nbytes == 0 ? page : (nbytes + page - 1) / page * page;
 

@@ -60,7 +60,7 @@ double drive_probe(const std::string& path, int64_t record_bytes, int64_t num_re
     throw std::invalid_argument("a probe needs at least 1 byte, 1 record and 1 reader");
   }
   if (num_records > kMostRecords || num_readers > kMostThreads) {
-    throw std::invalid_argument("a probe has at most " + std::to_string(kMostRecords) + " records and " +
+    throw std::invalid_argument("a probe may have at most " + std::to_string(kMostRecords) + " records and " +
                                 std::to_string(kMostThreads) + " readers");
   }
   RealFileSystem file_system;
@@ -70,8 +70,9 @@ double drive_probe(const std::string& path, int64_t record_bytes, int64_t num_re
   const int64_t num_in_file =  // no size of a file is so large that the sum overflows
       record_bytes > file.size ? 0 : file.size / round_up(record_bytes, file.alignment);
   if (num_in_file < 1) {
-    throw std::invalid_argument(path + " holds " + std::to_string(file.size) + " bytes, and a record has " +
-                                std::to_string(record_bytes));
+    throw std::invalid_argument(path + " holds " + std::to_string(file.size) +
+                                " bytes, too few for one record of " + std::to_string(record_bytes) +
+                                " bytes");
   }
   record_bytes = round_up(record_bytes, file.alignment);
   const std::vector<int64_t> records = shuffled_records(num_in_file, num_records);

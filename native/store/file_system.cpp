@@ -68,7 +68,7 @@ OpenFile open_direct(const std::string& path) {
   }
   const DirectAnswer answer = ask_alignment(file.handle);
   if (answer.is_known && answer.alignment == 0) {
-    file.why_not_direct = "the file system takes no direct reads of this file";
+    file.why_not_direct = "the file system does not support direct reads of this file";
   } else if (const int error = try_one_page(file.handle)) {
     file.why_not_direct = std::string("a trial read with O_DIRECT failed: ") + strerror(error);
   } else {
@@ -128,7 +128,7 @@ void open_cached(const std::string& path, const struct stat& facts, OpenFile& fi
 
 OpenFile RealFileSystem::open(const std::string& path, bool direct) {
   OpenFile file;
-  file.why_not_direct = "buffered reads were asked for";
+  file.why_not_direct = "buffered reads were requested";
   if (direct) file = open_direct(path);
   if (!file.is_direct) {
     file.handle = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);

@@ -24,11 +24,10 @@ std::vector<std::thread> start_threads(int count, const std::function<void(int)>
     for (int i = 0; i < count; ++i) threads.emplace_back(body, i);
   } catch (const std::system_error& error) {
     end();
-    throw std::runtime_error(
-        "only " + std::to_string(threads.size()) + " of " + std::to_string(count) +
-        " threads could be started: " + error.code().message() +
-        "; the limit is that of the user (ulimit -u), of the cgroup (pids.max) or of memory "
-        "(ulimit -v)");
+    throw std::runtime_error("only " + std::to_string(threads.size()) + " of " + std::to_string(count) +
+                             " threads could be started: " + error.code().message() +
+                             "; check the limits of the user (ulimit -u), the cgroup (pids.max) and memory "
+                             "(ulimit -v)");
   } catch (...) {
     end();
     throw;

@@ -180,8 +180,9 @@ std::vector<int64_t> Store::fetch(Arena& arena, const std::vector<PlacedRecord>&
   for (const auto& [record, base_offset] : records) {
     const auto& [pieces, checksums] = record;
     if (!checksums.empty() && checksums.size() != pieces.size()) {
-      throw std::invalid_argument("there are " + std::to_string(pieces.size()) + " pieces and " +
-                                  std::to_string(checksums.size()) + " checksums");
+      throw std::invalid_argument("found " + std::to_string(pieces.size()) + " pieces and " +
+                                  std::to_string(checksums.size()) +
+                                  " checksums, expected one checksum per piece");
     }
     auto& request = requests.emplace_back(std::make_unique<Request>());
     request->memory = arena.hold();
@@ -233,13 +234,13 @@ void Store::add_piece(Request& request, const Piece& piece, std::optional<uint32
       piece.transcode ? transcoded_bytes(piece, file_name(path)) : region_end - region_offset;
   if (dest_offset > arena_bytes || dest_bytes > arena_bytes - dest_offset) {
     throw std::invalid_argument("a piece takes " + std::to_string(dest_bytes) + " bytes at " +
-                                std::to_string(dest_offset) + ", and the arena ends at " +
+                                std::to_string(dest_offset) + ", but the arena ends at " +
                                 std::to_string(arena_bytes));
   }
   const size_t index = request.pieces.size();
   const size_t parts_before = parts.size();
   if (piece.transcode) {
-    if (checksum) throw std::invalid_argument("a piece that is transcoded has no checksum");
+    if (checksum) throw std::invalid_argument("a transcoded piece cannot have a checksum");
     const int64_t rows = piece.transcode->rows, cols = piece.transcode->cols;
     const int64_t panel_bytes = piece.transcode->panel_bytes();
     if (panel_bytes > kStagingBytes - 2 * align) {
@@ -247,7 +248,8 @@ void Store::add_piece(Request& request, const Piece& piece, std::optional<uint32
           file_name(path) + ": " +
           std::to_string(strip_rows(piece.transcode->block_type) * piece.transcode->interleaved) +
           " rows of " + std::to_string(cols) + " columns take " + std::to_string(panel_bytes) +
-          " bytes, and a reader transcodes from " + std::to_string(kStagingBytes - 2 * align) + " at most");
+          " bytes, but a reader can transcode at most " + std::to_string(kStagingBytes - 2 * align) +
+          " at once");
     }
     const int64_t num_panels = num_strips(piece.transcode->block_type, rows);
     const int64_t num_parts = divide_up(num_panels, std::max<int64_t>(1, kTranscodedPartBytes / panel_bytes));
@@ -356,7 +358,7 @@ std::vector<int64_t> Store::drop(const std::vector<int64_t>& tickets) {
       --num_pending_;
     } else {
       if (request.outcome.error == ReadError::none)
-        request.outcome = {ReadError::dropped, "not read to its end"};
+        request.outcome = {ReadError::dropped, "dropped before it was fully read"};
       if (request.parts_left == 0) end_request(request);
     }
   }
@@ -594,8 +596,8 @@ Store::Outcome Store::read_range(const PieceState& piece, const Begun& begun, in
     }
     num_bytes += latest;
     if (from + latest <= end) {
-      outcome = {ReadError::short_file, file_name(path) + " ends at byte " + std::to_string(end) + ", and " +
-                                            range_of(piece.offset, piece.nbytes) + " were asked for"};
+      outcome = {ReadError::short_file, file_name(path) + " ends at byte " + std::to_string(end) + ", but " +
+                                            range_of(piece.offset, piece.nbytes) + " were requested"};
       break;
     }
     end = from + latest;

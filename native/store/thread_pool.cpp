@@ -57,7 +57,7 @@ uint64_t ThreadPool::Stretch::word() const {
 
 ThreadPool::ThreadPool(int num_threads) {
   if (num_threads < 1) {
-    throw std::invalid_argument("a thread pool needs at least 1 thread, asked for " +
+    throw std::invalid_argument("a thread pool needs at least 1 thread, found " +
                                 std::to_string(num_threads));
   }
   slots_ = std::vector<Slot>(size_t(num_threads));

@@ -178,7 +178,7 @@ void a_file_that_ends_too_early_is_an_error_and_not_a_loop() {
   Arena arena{size_t(8 * kPage)};
   const Completion past = wait_one(store, store.fetch(arena, {{id, kPage, kPage + 101, 0}}));
   CHECK(past.error == ReadError::short_file);
-  CHECK(past.message.find("ends at byte 8292, and bytes 4096 to 8293 were asked for") != std::string::npos);
+  CHECK(past.message.find("ends at byte 8292, but bytes 4096 to 8293 were requested") != std::string::npos);
   CHECK(wait_one(store, store.fetch(arena, {{id, 100 * kPage, 1, 0}})).error == ReadError::short_file);
 
   Store cut(1, faulty(Fault::truncated, 1, 1'000'000));

@@ -78,7 +78,7 @@ def test_without_its_snapshot_a_sequence_cannot_go_back(engine: Engine) -> None:
     step_until(engine, one, 16)
     one.num_computed = 8
     with pytest.raises(
-        ValueError, match="token 0 is at position 8, and the recurrent state in slot 0 stands at 16"
+        ValueError, match="token 0 is at position 8, but the recurrent state in slot 0 is at 16"
     ):
         engine.step()
 
@@ -225,7 +225,7 @@ def test_a_batch_has_to_say_where_states_lie(engine: Engine) -> None:
         batch.last_rows, logits,
     )  # fmt: skip
     stack = engine._decoder._stack
-    with pytest.raises(ValueError, match="a batch without state_slots"):
+    with pytest.raises(ValueError, match="the batch needs state_slots"):
         stack.begin(*arguments)
     with pytest.raises(ValueError, match=r"state_slots\[0\] is 24, expected 0 to 23"):
         stack.begin(*arguments, np.array([24], np.int32))

@@ -143,7 +143,7 @@ class FakeStore:
         for ticket in done:
             arena, pieces = self.in_flight.pop(ticket)
             if ticket in self._given_up:
-                results.append((ticket, "not read to its end", "dropped"))
+                results.append((ticket, "dropped before it was fully read", "dropped"))
                 continue
             if (failure := self._fail(ticket)) is not None:
                 results.append((ticket, *failure))

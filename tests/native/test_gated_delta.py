@@ -241,7 +241,7 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         3 * 8192 + 32 * 128 * 128
     )
     net = Net.random((1, 1, 4, 4, 2), 3)
-    with pytest.raises(ValueError, match="two runs of slot 0"):
+    with pytest.raises(ValueError, match="slot 0 has two runs"):
         net.run(net.state(), runs=[(0, 1, 0), (1, 3, 0)])
     with pytest.raises(ValueError, match="slot is 1, expected 0 to 0"):
         net.run(net.state(), runs=[(0, 3, 1)])

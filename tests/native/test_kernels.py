@@ -709,7 +709,7 @@ def test_wrong_arguments_are_refused_with_both_numbers(runtime: native.Runtime) 
         native.rope(runtime, normal(1, 1, 8), normal(1, 5), normal(1, 5))
     with refused("num_threads is 0, expected 1 to 1024"):
         native.Runtime(0)
-    with refused("instruction set 'mmx' is not one this CPU runs; it runs plain"):
+    with refused("this CPU does not support instruction set 'mmx'; supported: plain"):
         native.use_instruction_set("mmx")
     closed = native.Runtime(1)
     closed.close()

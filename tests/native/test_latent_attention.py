@@ -195,7 +195,9 @@ def test_what_does_not_fit_is_refused_with_both_numbers() -> None:
         attend(case.q[0, :1], layer=0)
     with pytest.raises(ValueError, match=r"position\[0\] is 608, expected 0 to 607"):
         attend(case.q[0, :1], position=608)
-    with pytest.raises(ValueError, match="kv_rank modulo panel, of a quantised key_up is 13, expected 0"):
+    with pytest.raises(
+        ValueError, match="kv_rank modulo the panel rows of a quantised key_up is 13, expected 0"
+    ):
         attend(case.q[0, :1], key=matrix_of("q8", normal(39, 5))[0])
     with pytest.raises(ValueError, match="a slot is 1264, expected 0 to 1263"):
         native.latent_write(runtime, case.kv, 1, normal(1, 19), np.array([1264], np.int64))

@@ -60,7 +60,7 @@ def test_a_batch_without_dimensions_is_refused(case: Case) -> None:
 )
 def test_a_size_that_overflows_is_refused(sizes: tuple[int, int, int, int, int, int]) -> None:
     with pytest.raises(
-        ValueError, match=r"num_heads|max_tokens|scratch of latent attention of more than 2\^62 bytes"
+        ValueError, match=r"num_heads|max_tokens|latent attention scratch would take more than 2\^62 bytes"
     ):
         native.latent_scratch_bytes(*sizes)
 

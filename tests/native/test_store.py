@@ -65,7 +65,7 @@ def test_a_fetched_piece_begins_at_its_offset_within_the_alignment(store: Store,
 
 def test_a_buffered_read_says_why_it_is_not_direct(store: Store, file: Path) -> None:
     file_id = store.open(str(file), direct=False)
-    assert store.info(file_id)[3:] == (False, "buffered reads were asked for")
+    assert store.info(file_id)[3:] == (False, "buffered reads were requested")
     arena = Arena(16 * PAGE)
     assert fetch_one(store, arena, file_id, 3, 10_000, 0) == (None, None)
     assert arena.array()[3:10_003].tobytes() == file.read_bytes()[3:10_003]
@@ -118,7 +118,7 @@ def test_a_failure_is_a_sentence_with_file_and_bytes(file: Path) -> None:
     size = file.stat().st_size
     message, kind = fetch_one(store, arena, file_id, size - 1, 2, 0)
     assert kind == "short"
-    assert message == f"experts.bin ends at byte {size}, and bytes {size - 1} to {size + 1} were asked for"
+    assert message == f"experts.bin ends at byte {size}, but bytes {size - 1} to {size + 1} were requested"
     message, kind = fetch_one(store, arena, file_id, 0, 4, 0, checksum=0)
     assert kind == "checksum"
     assert message is not None
@@ -130,7 +130,7 @@ def test_a_piece_that_cannot_be_meant_is_refused_with_the_numbers(store: Store, 
     arena, file_id = Arena(PAGE), store.open(str(file))
     with pytest.raises(ValueError, match="multiple of 4096, found 1"):
         store.fetch(arena, [(file_id, 0, 10, 1)], None)
-    with pytest.raises(ValueError, match="takes 8192 bytes at 0, and the arena ends at 4096"):
+    with pytest.raises(ValueError, match="takes 8192 bytes at 0, but the arena ends at 4096"):
         store.fetch(arena, [(file_id, PAGE - 1, 2, 0)], None)
     with pytest.raises(ValueError, match="no file has the id 99"):
         store.fetch(arena, [(99, 0, 10, 0)], None)
