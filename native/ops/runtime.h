@@ -53,8 +53,8 @@ class Runtime {
     if (count <= 0) return;
     if (num_threads_ == 1 || count == 1 || count * item_work < kWorthSharing)
       return body(int64_t{0}, count, 0);
-    const int64_t largest =
-        count / (int64_t{4} * num_threads_);  // several ranges each, so that all end together
+    // Several ranges for each thread, so that all threads finish together.
+    const int64_t largest = count / (int64_t{4} * num_threads_);
     const int64_t wanted = kRangeWork / (item_work + 1);
     const int64_t grain = wanted < largest ? wanted : largest;
     pool_->parallel_for(count, grain > 1 ? grain : 1, body);

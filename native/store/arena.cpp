@@ -1,4 +1,4 @@
-// arena.cpp: map a little more than asked for, and give back what is before and after the aligned part.
+// arena.cpp: map slightly more than requested, then unmap the excess before and after the aligned part.
 #include "store/arena.h"
 
 #include <sys/mman.h>
@@ -10,7 +10,7 @@
 #include <stdexcept>
 
 #ifndef MADV_POPULATE_WRITE
-#define MADV_POPULATE_WRITE 23  // Linux 5.14; older ones refuse it
+#define MADV_POPULATE_WRITE 23  // Linux 5.14; older kernels refuse it
 #endif
 
 namespace argosy {
@@ -36,12 +36,12 @@ Arena::Arena(size_t nbytes) : size_(nbytes) {
   munmap(aligned + mapped, kAlignment - before);
   mapping_ = std::shared_ptr<uint8_t>(aligned, [mapped](uint8_t* data) { munmap(data, mapped); });
 
-  // Both are advice: a kernel without huge pages refuses the first, and everything still works.
+  // Both calls are advice: a kernel without huge pages refuses the first, and everything still works.
   madvise(aligned, mapped, MADV_HUGEPAGE);
   madvise(aligned, mapped, MADV_DONTDUMP);
 }
 
-// Some milliseconds, after which it looks whether to go on.
+// Populating this much takes a few milliseconds; then the loop checks whether to continue.
 constexpr size_t kPopulatedAtOnce = size_t{8} << 20;
 
 std::function<void()> Arena::populating() const {

@@ -1,7 +1,7 @@
 // arena.h: one private block of memory for weights.
 //
-// Pages appear when they are first written, so a large arena costs nothing before it is used. Huge pages are
-// asked for: reads into 2 MiB pages were measured twice as fast as into ordinary ones.
+// Pages appear when they are first written, so a large arena costs nothing until it is used. The arena
+// requests huge pages: reads into 2 MiB pages were measured to be twice as fast as reads into ordinary pages.
 #pragma once
 
 #include <atomic>
@@ -15,7 +15,7 @@
 
 namespace argosy {
 
-// The system would not give the memory; Python sees a MemoryError with this sentence.
+// The system refused to provide the memory. Python sees a MemoryError with this message.
 class OutOfMemory : public std::bad_alloc {
  public:
   explicit OutOfMemory(std::string message) : message_(std::move(message)) {}
@@ -31,15 +31,16 @@ class Arena {
 
   explicit Arena(size_t nbytes);
 
-  // What gives pages to all of it, from its beginning on, on a thread that has time: the first write to a
-  // huge page of a virtual machine may take two milliseconds. Ends early once the arena is closed.
+  // Returns a function that populates all pages from the first to the last. Call it on an idle thread: the
+  // first write to a huge page of a virtual machine may take two milliseconds. It returns early once the
+  // arena is closed.
   std::function<void()> populating() const;
 
   uint8_t* data();  // aligned to kAlignment, zero until written; throws std::invalid_argument after close()
   size_t size() const { return size_; }
 
-  // Whoever keeps a pointer into the arena keeps this beside it: close() lets go of the memory, and it goes
-  // back to the system with its last holder.
+  // Code that keeps a pointer into the arena also keeps this handle. close() releases the arena's own
+  // reference, and the memory returns to the system with the last handle.
   std::shared_ptr<const void> hold() const { return mapping_; }
   void close() {
     is_wanted_->store(false);

@@ -1,4 +1,4 @@
-// crc32c.cpp: the table version, and the choice between it and the instruction.
+// crc32c.cpp: the table version, and the choice between the table and the CRC32 instruction.
 #include "store/crc32c.h"
 
 #include <algorithm>
@@ -28,7 +28,7 @@ uint32_t update_crc32c(uint32_t crc, const uint8_t* data, size_t nbytes) {
 }
 
 void update_quarters(Quarters& quarters) {
-  // Four chains in one loop: each waits for its own table only. The last quarters may be shorter.
+  // Four chains in one loop: each waits only for its own table lookup. The last quarters may be shorter.
   const size_t common = *std::min_element(quarters.nbytes, quarters.nbytes + 4);
   for (size_t i = 0; i < common; ++i) {
     for (int q = 0; q < 4; ++q) {

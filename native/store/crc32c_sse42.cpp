@@ -1,5 +1,5 @@
 // crc32c_sse42.cpp: the CRC32 instruction of x86-64. It takes three cycles and can start every cycle, so four
-// chains beside each other are about three times as fast as one.
+// parallel chains are about three times as fast as one.
 #include "store/crc32c.h"
 
 #if defined(__SSE4_2__)

@@ -1,5 +1,5 @@
-// drive_probe.cpp: shuffle the records, start the readers together, measure from the first start to the last
-// end.
+// drive_probe.cpp: shuffle the records, start the readers together, and measure from the first start to the
+// last end.
 #include "store/drive_probe.h"
 
 #include <algorithm>
@@ -22,8 +22,8 @@
 namespace argosy {
 namespace {
 
-// A reader that fills one small buffer again and again finds it in the processor's cache, and looks up to a
-// third faster than one that fills the slots of an expert cache (benchmarks/reads.py).
+// A reader that keeps refilling one small buffer finds it in the processor's cache, and appears up to a third
+// faster than one that fills the slots of an expert cache (benchmarks/reads.py).
 constexpr int64_t kDestinationBytes = int64_t{256} << 20;
 constexpr int64_t kMostRecords = int64_t{1} << 24;
 
@@ -67,7 +67,8 @@ double drive_probe(const std::string& path, int64_t record_bytes, int64_t num_re
   const OpenFile file = file_system.open(path, direct);
   const ClosedAtEnd closed_at_end(file_system, file);
   if (direct && !file.is_direct) throw std::runtime_error(path + ": " + file.why_not_direct);
-  const int64_t num_in_file =  // no size of a file is so large that the sum overflows
+  // The comparison keeps round_up from overflowing: no file is large enough.
+  const int64_t num_in_file =
       record_bytes > file.size ? 0 : file.size / round_up(record_bytes, file.alignment);
   if (num_in_file < 1) {
     throw std::invalid_argument(path + " holds " + std::to_string(file.size) +
@@ -86,7 +87,7 @@ double drive_probe(const std::string& path, int64_t record_bytes, int64_t num_re
   Arena arena(size_t(num_slots * record_bytes));
   memset(arena.data(), 0, arena.size());
 
-  // Each reader notes its own times: this thread may be woken long after they have begun.
+  // Each reader records its own times: this thread may wake up long after they have started.
   std::vector<double> began(static_cast<size_t>(num_readers)), ended(static_cast<size_t>(num_readers));
   const auto read_records = [&](size_t reader) {
     begin.wait();

@@ -1,4 +1,4 @@
-// drive_probe.h: how fast this drive gives up records, with nothing of the store in the way.
+// drive_probe.h: how fast this drive delivers records, measured without the store.
 #pragma once
 
 #include <cstdint>
@@ -6,13 +6,13 @@
 
 namespace argosy {
 
-// Reads `num_records` records of `record_bytes` at shuffled places of a file, shared by `num_readers`
-// threads, into one slot after another of an arena on huge pages, touched before, of 256 MiB at most; returns
-// bytes per second of wall time. Buffered reads begin with a cold page cache. No record is read twice before
-// all have been read once.
+// Reads `num_records` records of `record_bytes` in shuffled order from one file. `num_readers` threads share
+// the records and fill one slot after another of an arena of at most 256 MiB on huge pages, whose pages exist
+// before the measurement. Returns bytes per second of wall time. Buffered reads start with a cold page cache.
+// Every record is read once before any is read twice.
 //
-// Throws std::system_error where the file cannot be opened or read, std::runtime_error where `direct` is
-// asked for and refused, std::invalid_argument where the file holds less than one record.
+// Throws std::system_error if the file cannot be opened or read, std::runtime_error if `direct` is requested
+// and refused, std::invalid_argument if the file holds less than one record.
 double drive_probe(const std::string& path, int64_t record_bytes, int64_t num_records, int num_readers,
                    bool direct);
 

@@ -1,4 +1,4 @@
-// faulty_file_system.cpp: one fault, put into the reads of another file system.
+// faulty_file_system.cpp: inject one fault into the reads of another file system.
 #include <cerrno>
 #include <chrono>
 #include <mutex>
@@ -58,7 +58,7 @@ ssize_t FaultyFileSystem::pread(int handle, void* buffer, size_t nbytes, int64_t
   return is_bad ? spoil(got, static_cast<uint8_t*>(buffer)) : got;
 }
 
-// Another queue; remembers by their tags which reads get the fault.
+// Wraps another queue and remembers, by tag, which reads get the fault.
 class FaultyFileSystem::Queue : public ReadQueue {
  public:
   Queue(FaultyFileSystem& owner, std::unique_ptr<ReadQueue> inner)

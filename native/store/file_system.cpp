@@ -1,14 +1,15 @@
-// file_system.cpp: opening a file for O_DIRECT where its file system takes it.
+// file_system.cpp: opens a file with O_DIRECT if its file system supports it.
 //
-// Three answers are tried in order: open() itself refuses, statx() tells the alignment (Linux 6.1 and newer),
-// or one page is read to see. Where all fail the file is opened buffered, with the reason kept.
+// Three checks run in order: open() may refuse the flag, statx() may report that the file has no direct reads
+// (Linux 6.1 and newer), and a trial read of one page may fail. If any check fails, the file is opened
+// buffered, and why_not_direct keeps the reason.
 //
-// A file that is read directly gets a second, buffered descriptor for what the page cache happens to hold.
-// RWF_NOWAIT alone would not do: where pages are missing Linux starts to read them ahead (1 MiB of
-// a dropped file was in the cache after one such call of 1 MiB), and the budget does not pay for a page
-// cache. So cachestat (Linux 6.5) is asked first whether every page is there. A cached page may also carry
-// the mark at which read-ahead goes on with what is missing in the window behind it; so whole stretches have
-// to be cached, and the one behind them.
+// A file with direct reads gets a second, buffered descriptor for the parts that the page cache already
+// holds. RWF_NOWAIT alone is not enough: where pages are missing, Linux starts to read ahead (1 MiB of a
+// dropped file was in the cache after one such call of 1 MiB), and the budget does not pay for a page cache.
+// So cachestat (Linux 6.5) first checks that every page is cached. A cached page may also carry the mark that
+// makes read-ahead continue with the missing pages of the next window; so whole stretches must be cached,
+// including the next one.
 #include "store/file_system.h"
 
 #include <fcntl.h>
@@ -30,7 +31,7 @@ namespace argosy {
 namespace {
 
 struct DirectAnswer {
-  bool is_known = false;  // statx told
+  bool is_known = false;  // statx reported the alignment
   int64_t alignment = 0;  // 0: no direct reads
 };
 
@@ -45,7 +46,7 @@ DirectAnswer ask_alignment(int handle) {
 DirectAnswer ask_alignment(int) { return {}; }
 #endif
 
-// 0, or the error of reading one aligned page.
+// Returns 0, or the error of reading one aligned page.
 int try_one_page(int handle) {
   constexpr size_t page = size_t(FileSystem::kMinAlignment);
   void* buffer = std::aligned_alloc(page, page);
@@ -74,7 +75,7 @@ OpenFile open_direct(const std::string& path) {
   } else {
     file.is_direct = true;
     file.alignment = std::max(FileSystem::kMinAlignment, answer.alignment);
-    // A file system that does not tell may take O_DIRECT and go through the page cache all the same.
+    // A file system that does not report its alignment may accept O_DIRECT and still use the page cache.
     file.drops_cache = !answer.is_known;
     return file;
   }
@@ -86,10 +87,11 @@ OpenFile open_direct(const std::string& path) {
 #if defined(SYS_cachestat)
 constexpr long kCachestat = SYS_cachestat;
 #else
-constexpr long kCachestat = 451;  // on x86-64 and arm64, as on most
+constexpr long kCachestat = 451;  // on x86-64 and arm64, as on most architectures
 #endif
 
-// Bytes of [offset, offset + nbytes) that the page cache holds, or -errno. The range is of whole pages.
+// Returns how many bytes of [offset, offset + nbytes) the page cache holds, or -errno. The range consists of
+// whole pages.
 int64_t cached_bytes(int handle, int64_t offset, int64_t nbytes) {
   struct {
     uint64_t offset, nbytes;
@@ -101,8 +103,8 @@ int64_t cached_bytes(int handle, int64_t offset, int64_t nbytes) {
   return int64_t(pages.cached) * sysconf(_SC_PAGESIZE);
 }
 
-// Gives `file` a descriptor for read_cached, if the kernel can say what is cached, and a stretch of the file
-// is. `facts` are those of the file that is meant: another may have taken its name.
+// Gives `file` a descriptor for read_cached if the kernel can report what is cached and at least one stretch
+// of the file is cached. `facts` identify the open file: another file may have taken its name since.
 void open_cached(const std::string& path, const struct stat& facts, OpenFile& file) {
   const int handle = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (handle < 0) return;
@@ -135,7 +137,7 @@ OpenFile RealFileSystem::open(const std::string& path, bool direct) {
     if (file.handle < 0) throw std::system_error(errno, std::generic_category(), path);
     file.alignment = kMinAlignment;
     file.drops_cache = true;
-    // Read-ahead beyond what was asked for would stay in the page cache, which the budget pays for.
+    // Read-ahead beyond the requested range would stay in the page cache, which the budget pays for.
     posix_fadvise(file.handle, 0, 0, POSIX_FADV_RANDOM);
   }
   struct stat facts;

@@ -1,9 +1,9 @@
-// file_system.h: the few calls the store makes on files and the clock, behind one interface, so that a test
-// can make the Nth read fail.
+// file_system.h: the few file and clock calls that the store makes, behind one interface, so that a test can
+// make the Nth read fail.
 //
 //   RealFileSystem    the kernel's calls; decides whether a file is read with O_DIRECT
-//   FaultyFileSystem  another file system, with one fault put into it
-//   ReadQueue         reads that the kernel carries out by itself, many at a time
+//   FaultyFileSystem  another file system with one injected fault
+//   ReadQueue         reads that the kernel performs asynchronously, many at a time
 #pragma once
 
 #include <sys/types.h>
@@ -20,12 +20,12 @@ namespace argosy {
 
 struct OpenFile {
   int handle = -1;
-  int cached_handle = -1;              // for read_cached; -1: the page cache is not asked
-  std::vector<bool> cached_stretches;  // of kStretchBytes: wholly in the page cache when the file was opened
+  int cached_handle = -1;              // for read_cached; -1: do not use the page cache
+  std::vector<bool> cached_stretches;  // per kStretchBytes: whether the page cache held all of it at open
   int64_t size = 0;
-  int64_t alignment = 1;       // of offset, length and memory of every read
-  bool is_direct = false;      // past the page cache
-  bool drops_cache = false;    // the page cache has to be dropped behind each read
+  int64_t alignment = 1;       // of the offset, length and memory address of every read
+  bool is_direct = false;      // reads bypass the page cache
+  bool drops_cache = false;    // drop the page cache after each read
   std::string why_not_direct;  // empty when is_direct
 };
 
@@ -39,48 +39,49 @@ struct AsyncRead {
 
 struct AsyncResult {
   uint64_t tag;
-  ssize_t got;  // as of FileSystem::pread
+  ssize_t got;  // as returned by FileSystem::pread
 };
 
-// Only for files that are read past the page cache: of others a read is carried out while it is submitted.
-// Any thread may submit, and one wait, at the same time. It ends when no read is in flight any more.
+// Only for files whose reads bypass the page cache: a read of any other file would run during submit. Any
+// thread may submit, and one thread may wait at the same time. Destroy the queue only when no read is in
+// flight.
 class ReadQueue {
  public:
   virtual ~ReadQueue() = default;
-  // Starts reads in their order. Returns how many the kernel took: the others have not begun.
+  // Starts reads in order. Returns how many the kernel accepted; the rest have not started.
   virtual size_t submit(std::span<const AsyncRead> reads) = 0;
-  // Waits for the end of a read, at least; returns the number of `results`. One has to be in flight.
+  // Waits until at least one read ends; returns the number of `results`. At least one read must be in flight.
   virtual size_t wait(std::span<AsyncResult> results) = 0;
 };
 
 class FileSystem {
  public:
-  // Layout must not depend on how a file can be read, so every file is read in whole pages at least.
+  // The layout must not depend on how a file is read, so every read covers at least whole pages.
   static constexpr int64_t kMinAlignment = 4096;
 
   virtual ~FileSystem() = default;
-  // Throws std::system_error. `direct` false: buffered on purpose.
+  // Throws std::system_error. `direct` = false requests buffered reads.
   virtual OpenFile open(const std::string& path, bool direct) = 0;
-  // As pread(2), but with the error as a negative number: bytes read, 0 at the end of the file, or -errno.
+  // Like pread(2), but errors are negative: returns bytes read, 0 at the end of the file, or -errno.
   virtual ssize_t pread(int handle, void* buffer, size_t nbytes, int64_t offset) = 0;
-  // More than any read-ahead; 8 MiB is the largest seen.
+  // Longer than any read-ahead; the largest seen is 8 MiB.
   static constexpr int64_t kStretchBytes = int64_t{16} << 20;
 
-  // As pread, from the page cache alone, if that holds all of [offset, offset + nbytes) and, when the file
-  // was opened, the whole stretches it lies in and one behind. Nothing is read from the drive, and nothing
-  // comes into the page cache. -EAGAIN: it does not hold all of them. Any other error: kernel or file system
-  // cannot say, and need not be asked again.
+  // Like pread, but reads only from the page cache. It succeeds if the cache holds all of [offset, offset +
+  // nbytes) and if, at open, it held every stretch that this range touches and the next one. Nothing is read
+  // from the drive, and nothing enters the page cache. -EAGAIN: the cache does not hold the whole range. Any
+  // other error: the kernel or file system cannot tell, so do not ask again.
   virtual ssize_t read_cached(const OpenFile& file, void* buffer, size_t nbytes, int64_t offset) = 0;
   virtual void drop_cache(int handle, int64_t offset, int64_t nbytes) = 0;
-  // For `depth` reads in flight; null where there is none: the reads are to be made by threads.
+  // For `depth` reads in flight. Null if there is no queue; then threads must make the reads.
   virtual std::unique_ptr<ReadQueue> read_queue(int depth) = 0;
   virtual void close(const OpenFile& file) = 0;
-  virtual double seconds() = 0;  // of a clock that never goes back
+  virtual double seconds() = 0;  // from a monotonic clock
 };
 
 class RealFileSystem : public FileSystem {
  public:
-  // `has_queue` false: as on a system without asynchronous reads.
+  // `has_queue` = false simulates a system without asynchronous reads.
   explicit RealFileSystem(bool has_queue = true) : has_queue_(has_queue) {}
 
   OpenFile open(const std::string& path, bool direct) override;
@@ -97,22 +98,22 @@ class RealFileSystem : public FileSystem {
 
 enum class Fault {
   io_error,     // EIO
-  interrupted,  // EINTR, which a reader must try again
-  partial,      // half of what was asked for, which is legal and must be read on
+  interrupted,  // EINTR; the reader must retry
+  partial,      // half of the requested bytes: legal, and the reader must read the rest
   truncated,    // end of file
-  flipped_bit,  // the bytes arrive, and one bit of the one in the middle is wrong
-  delayed,      // the bytes arrive later
-  // Of the page cache; reads from the drive are sound.
+  flipped_bit,  // all bytes arrive, with one bit of the middle byte flipped
+  delayed,      // all bytes arrive late
+  // Faults of the page cache; reads from the drive are correct.
   uncached,        // EAGAIN
-  partial_cached,  // half of what was asked for
+  partial_cached,  // half of the requested bytes
   no_cache         // EOPNOTSUPP
 };
 
 class FaultyFileSystem : public FileSystem {
  public:
-  // Reads are counted from 1 over all files, as they begin; those from `first_read` on, `num_faults` of them,
-  // get the fault. The reads are those from the drive, and then nothing is read from the page cache; or those
-  // from the page cache, for a fault of that.
+  // Reads are counted from 1 over all files, in the order they start. Reads `first_read` to `first_read` +
+  // `num_faults` - 1 get the fault. For a page cache fault, only page cache reads count. For any other fault,
+  // only drive reads count, and nothing is read from the page cache.
   FaultyFileSystem(std::shared_ptr<FileSystem> inner, Fault fault, int64_t first_read, int64_t num_faults = 1,
                    double delay_seconds = 0.05);
 
@@ -129,7 +130,7 @@ class FaultyFileSystem : public FileSystem {
  private:
   class Queue;
 
-  // What a sound read got, or would get, becomes what the fault makes of it.
+  // Turns the result of a good read into the result of the fault.
   ssize_t spoil(ssize_t got, uint8_t* memory) const;
   bool is_fault_of_cache() const { return fault_ >= Fault::uncached; }
   bool has_fault(int64_t read) const { return read >= first_read_ && read - first_read_ < num_faults_; }

@@ -1,7 +1,7 @@
 // kernel_queue.cpp: io_setup, io_submit and io_getevents, called without a library.
 //
-// Reads past the page cache are what these calls do well, and container runtimes allow them where they forbid
-// io_uring.
+// These calls are good at reads that bypass the page cache, and container runtimes that forbid io_uring allow
+// them.
 #include "store/kernel_queue.h"
 
 #include <linux/aio_abi.h>
@@ -16,8 +16,9 @@
 namespace argosy {
 namespace {
 
-constexpr size_t kBatch = 16;  // reads handed over, and results fetched, in one call
-// The kernel holds back a batch of more than two until it has all of it: the drive should have begun by then.
+constexpr size_t kBatch = 16;  // reads submitted, and results fetched, per call
+// The kernel holds back a batch of more than two until the batch is complete. A small first batch lets the
+// drive start earlier.
 constexpr size_t kFirstBatch = 2;
 
 class KernelQueue : public ReadQueue {

@@ -15,7 +15,7 @@ void require_threads(const std::string& name, int64_t count) {
 std::vector<std::thread> start_threads(int count, const std::function<void(int)>& body,
                                        const std::function<void()>& stop) {
   std::vector<std::thread> threads;
-  const auto end = [&] {  // a thread that was not joined ends the process
+  const auto end = [&] {  // destroying a thread without joining it would end the process
     stop();
     for (std::thread& thread : threads) thread.join();
   };

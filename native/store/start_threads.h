@@ -1,4 +1,4 @@
-// start_threads.h: several threads, or an error and none.
+// start_threads.h: start all threads, or start none and throw.
 #pragma once
 
 #include <cstdint>
@@ -9,14 +9,14 @@
 
 namespace argosy {
 
-constexpr int kMostThreads = 1024;  // of one kind; more are a mistake
+constexpr int kMostThreads = 1024;  // of one kind; a higher count is a mistake
 
-// Throws std::invalid_argument unless `count` is 1 to kMostThreads; `name` is the caller's word for it.
+// Throws std::invalid_argument unless `count` is 1 to kMostThreads; `name` names it in the message.
 void require_threads(const std::string& name, int64_t count);
 
 // Starts threads that run body(0), body(1) ... body(count - 1). If the system refuses one, calls `stop`,
-// joins those that run and throws std::runtime_error, which says how many could be started and which limits
-// there are.
+// joins the running threads and throws std::runtime_error with the number of started threads and the limits
+// to check.
 std::vector<std::thread> start_threads(int count, const std::function<void(int)>& body,
                                        const std::function<void()>& stop);
 

@@ -1,4 +1,4 @@
-// store.cpp: the queue of parts, how they begin and land, and the end of a ticket.
+// store.cpp: the queue of parts, how parts begin and land, and how a ticket ends.
 #include "store/store.h"
 
 #include <algorithm>
@@ -21,7 +21,7 @@ struct Store::PieceState {
   File* file;
   int64_t offset;
   int64_t nbytes;
-  uint8_t* memory;  // for `offset` rounded down; for a transcoded piece, the matrix
+  uint8_t* memory;  // destination of `offset` rounded down; for a transcoded piece, of the matrix
   std::optional<uint32_t> checksum;
   std::optional<Transcode> transcode;
   int64_t parts_left;
@@ -38,14 +38,14 @@ struct Store::Request {
 
 namespace {
 
-constexpr int64_t kMatrixAlignment = 64;   // where a transcoded matrix may begin
-constexpr int64_t kMissesInARow = 8;       // after which the page cache is asked for
-constexpr int64_t kAskedAfterMisses = 64;  // one part in so many
+constexpr int64_t kMatrixAlignment = 64;   // of the start of a transcoded matrix
+constexpr int64_t kMissesInARow = 8;       // after this many, the page cache is rarely checked
+constexpr int64_t kAskedAfterMisses = 64;  // then only one part in this many checks it
 
 int64_t round_down(int64_t value, int64_t step) { return value / step * step; }
 int64_t divide_up(int64_t value, int64_t step) { return (value + step - 1) / step; }
 
-// What glibc takes for a block of so many bytes: its size goes before it, in steps of 16.
+// The memory that glibc uses for a block of this size: an 8-byte header before it, in steps of 16 bytes.
 int64_t heap_bytes(size_t nbytes) { return std::max<int64_t>(32, int64_t(nbytes + 8 + 15) / 16 * 16); }
 
 std::string file_name(const std::string& path) { return path.substr(path.find_last_of('/') + 1); }
@@ -60,10 +60,10 @@ std::string hex(uint32_t value) {
   return text;
 }
 
-// Bytes of the matrix that a piece becomes.
+// Size of the matrix that a piece becomes.
 int64_t transcoded_bytes(const Piece& piece, const std::string& name) {
   const auto& [type, rows, cols, interleaved] = *piece.transcode;
-  // No product below can overflow.
+  // These limits keep every product below from overflowing.
   constexpr int64_t kMostRows = int64_t{1} << 30;
   const bool is_possible = rows > 0 && cols > 0 && interleaved > 0 && cols <= kMostRows &&
                            rows <= kMostRows && interleaved <= kMostRows / rows &&
@@ -80,15 +80,14 @@ int64_t transcoded_bytes(const Piece& piece, const std::string& name) {
 
 }  // namespace
 
-// Staging memory in granules: the first run that is long enough. A part takes nine of them, so what is tried
-// in vain is little.
+// Staging memory in granules, allocated first-fit. A part takes nine granules, so few searches fail.
 class Store::Staging {
  public:
   explicit Staging(int64_t nbytes) : arena_(size_t(nbytes)), is_taken_(size_t(nbytes / kGranule)) {}
 
   int64_t size() const { return int64_t(arena_.size()); }
 
-  // Null where no run is long enough.
+  // Returns null if no free run is long enough.
   uint8_t* take(int64_t nbytes) {
     const auto wanted = size_t(divide_up(nbytes, kGranule));
     size_t run = 0;
@@ -304,7 +303,7 @@ bool Store::cancel(int64_t ticket) {
     request->parts_left -= dropped;
     if (request->parts_left == 0) --num_pending_;
   }
-  // Looked up again each time: another thread may have collected the ticket in between.
+  // Look the ticket up again each time: another thread may have collected it in between.
   ticket_done_.wait(lock, [this, ticket] {
     const auto still = requests_.find(ticket);
     return still == requests_.end() || still->second->parts_left == 0;
@@ -334,7 +333,7 @@ void Store::hurry(const std::vector<int64_t>& tickets) {
 
 std::vector<int64_t> Store::drop(const std::vector<int64_t>& tickets) {
   std::vector<int64_t> dropped;
-  std::unordered_map<const Request*, int64_t> parts;  // of theirs that have not begun
+  std::unordered_map<const Request*, int64_t> parts;  // the parts of these requests that had not begun
   std::lock_guard lock(mutex_);
   for (const int64_t ticket : tickets) {
     const auto found = requests_.find(ticket);
@@ -422,8 +421,8 @@ void Store::serve() {
   }
 }
 
-// The queue whose first part may begin now; null if none may. What is read ahead leaves a place for each
-// reader: parts that have begun are in the way of those that come to be needed.
+// Returns the queue whose first part may begin now; null if none may. Prefetches leave one place per reader
+// free, because a part that has begun delays demand reads that arrive later.
 std::deque<Store::Part>* Store::next_queue() {
   const int num_begun = kMaxBegun - int(free_.size());
   const std::array<int, kNumUrgencies> most_begun = {
@@ -434,15 +433,16 @@ std::deque<Store::Part>* Store::next_queue() {
   return nullptr;
 }
 
-// Begins as many parts as there is room for, in their order: the kernel gets those it can read by itself, in
-// one call; the others land as they are. Lets go of the lock for the call.
+// Begins as many parts as there is room for, in order. The kernel gets all parts that it can read
+// asynchronously, in one call; the rest go straight to landed_ for a reader. Releases the lock during the
+// call.
 void Store::begin_parts(std::unique_lock<std::mutex>& lock) {
   std::array<AsyncRead, kMaxBegun> reads;
   size_t num_reads = 0, num_landed = 0;
   while (std::deque<Part>* queue = next_queue()) {
     const Part part = queue->front();
     const PieceState& piece = part.request->pieces[part.piece];
-    if (part.request->outcome.error != ReadError::none) {  // the rest of a failed request is not read
+    if (part.request->outcome.error != ReadError::none) {  // do not read the rest of a failed request
       queue->pop_front();
       finish_part(lock, part, {});
       continue;
@@ -504,8 +504,8 @@ void Store::wake_readers(size_t num_needed) {
   }
 }
 
-// Waits until the kernel has read something, and shares it out. Nobody waits there while this reader finishes
-// its part: by then more may have landed, and that wakes others.
+// Waits for results from the kernel and distributes them. Nobody waits for the kernel while this reader
+// finishes its part: by then more parts may have landed, and their readers are woken.
 void Store::reap(std::unique_lock<std::mutex>& lock) {
   std::array<AsyncResult, kMaxBegun> results;
   is_reaping_ = true;
@@ -544,11 +544,11 @@ void Store::finish_landed(std::unique_lock<std::mutex>& lock) {
   if (free_.size() == kMaxBegun) stats_.busy_seconds += file_system_->seconds() - busy_since_;
 }
 
-// Brings a part that has landed to where it belongs.
+// Reads, and if necessary transcodes, a part into its destination.
 Store::Outcome Store::read_part(const Begun& begun) {
   const Part& part = begun.part;
   const PieceState& piece = part.request->pieces[part.piece];
-  const int64_t piece_end = piece.offset + piece.nbytes;  // beyond it the file may end
+  const int64_t piece_end = piece.offset + piece.nbytes;  // the file may end after this
   if (!piece.transcode) return read_range(piece, begun, std::min(part.end, piece_end));
   const auto& [type, rows, cols, interleaved] = *piece.transcode;
   const int64_t panel_bytes = piece.transcode->panel_bytes();
@@ -566,8 +566,8 @@ Store::Outcome Store::read_part(const Begun& begun) {
                                      " hold a code or scale that is not a finite number"};
 }
 
-// Bytes [part.begin, part.end) of the file to the part's memory, as far as they are not there yet; it is an
-// error if it ends before `needed_end`.
+// Reads bytes [part.begin, part.end) of the file into the part's memory, except those already there. It is an
+// error if the file ends before `needed_end`.
 Store::Outcome Store::read_range(const PieceState& piece, const Begun& begun, int64_t needed_end) {
   const Part& part = begun.part;
   uint8_t* memory = begun.memory;
@@ -580,9 +580,9 @@ Store::Outcome Store::read_range(const PieceState& piece, const Begun& begun, in
   const int64_t cached =
       begun.asks_cache ? read_cached(*piece.file, memory, part.begin, part.end - part.begin) : 0;
   if (cached > 0) num_reads = 1, num_bytes = cached;
-  int64_t end = part.begin + cached;  // what is in memory ends here
+  int64_t end = part.begin + cached;  // end of the bytes in memory
   while (end < needed_end) {
-    const int64_t from = round_down(end, file.alignment);  // a direct read cannot go on inside a block
+    const int64_t from = round_down(end, file.alignment);  // a direct read cannot resume inside a block
     if (got == Begun::kUnread) {
       got = file_system_->pread(file.handle, memory + (from - part.begin), size_t(part.end - from), from);
     }
@@ -612,14 +612,15 @@ Store::Outcome Store::read_range(const PieceState& piece, const Begun& begun, in
   return outcome;
 }
 
-// Whether the page cache is to be looked at before a part is read from the drive.
+// Whether to check the page cache before reading a part from the drive.
 bool Store::asks_cache(File& file) {
   if (!file.is_cache_asked.load(std::memory_order_relaxed)) return false;
   return file.cache_misses.load(std::memory_order_relaxed) < kMissesInARow ||
          file.cache_misses.fetch_add(1, std::memory_order_relaxed) % kAskedAfterMisses == 0;
 }
 
-// Bytes of the part that the page cache holds, from its begin on; 0 if it does not hold all of them.
+// Reads the part from the page cache. Returns the bytes read from its start; 0 if the cache does not hold all
+// of it.
 int64_t Store::read_cached(File& file, uint8_t* memory, int64_t offset, int64_t nbytes) {
   const ssize_t got = file_system_->read_cached(file.open, memory, size_t(nbytes), offset);
   if (got > 0) {
@@ -649,8 +650,8 @@ Store::Outcome Store::check_piece(const PieceState& piece) {
                                    " have the checksum " + hex(found) + ", expected " + hex(*piece.checksum)};
 }
 
-// The reader that brings the last part of a piece checks the piece, and then counts its part off: until then
-// the request is not done.
+// The reader that lands the last part of a piece verifies the piece before it counts that part as done: until
+// then the request is not done.
 void Store::finish_part(std::unique_lock<std::mutex>& lock, const Part& part, Outcome outcome) {
   Request& request = *part.request;
   PieceState& piece = request.pieces[part.piece];

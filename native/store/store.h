@@ -1,30 +1,29 @@
 // store.h: bytes from files into arenas, asynchronously.
 //
-//   fetch(records) -> tickets     readers: check or transcode what has landed     wait_any(tickets) -> which
-//   are in
+//   fetch(records) -> tickets  ->  readers: read, check, transcode  ->  wait_any(tickets) -> completions
 //
-// A piece is bytes [offset, offset + nbytes) of a file. A plain one is read in place with its surroundings,
-// rounded outwards to the file's alignment: to `dest_offset`, so that its own bytes begin at dest_offset +
-// offset % alignment. One with a Transcode is a matrix of blocks: some of its panels are read into
-// staging memory, and a reader turns them into slot format; the matrix begins exactly at dest_offset. A large
-// piece is cut into parts. A ticket is done when all its pieces are in memory and match their checksums, or
-// one of them failed and nothing moves any more: after that, nobody writes to that memory.
+// A piece is bytes [offset, offset + nbytes) of a file. A plain piece is read in place, rounded outwards to
+// the file's alignment, into `dest_offset`, so its own bytes begin at dest_offset + offset % alignment. A
+// piece with a Transcode is a matrix of blocks: a few panels at a time are read into staging memory, and a
+// reader transcodes them into slot format; the matrix begins exactly at dest_offset. A large piece is cut
+// into parts. A ticket is done when all its pieces are in memory and match their checksums, or when one has
+// failed and all its reads have stopped. After that, nothing writes to that memory.
 //
 //            direct                      reaped
 //   queue ----------> kernel's queue ------------> landed ---> a reader: transcode, check, end the ticket
 //         \------------------------------------->
 //          page cache, buffered files, or no kernel's queue: the reader calls pread
 //
-// Whoever fetches hands its first parts to the kernel in one call, so the drive begins before anybody wakes,
-// and has the next read at hand whatever the processor is busy with. One reader at a time waits for the
-// kernel's results and shares them out.
+// The thread that fetches submits its first parts to the kernel in one call, so the drive starts before any
+// reader wakes up, and always has its next read queued, however busy the processor is. One reader at a time
+// waits for the kernel's results and distributes them.
 //
-// Stretches that the page cache holds anyway are copied from there, part by part; the rest is read past it. A
-// file without one when it is opened is not looked for there, and where parts were missing several times in a
-// row, only now and then.
+// Stretches already in the page cache are copied from it, part by part; all other reads bypass it. If no
+// stretch of a file is cached at open, the page cache is never checked for it. After several misses in a row,
+// it is checked only occasionally.
 //
-// What is needed now goes before what will be soon, and that before what is only guessed; within each the
-// order is that of the calls.
+// Demand reads go first, then certain prefetches, then guesses. Within each class, reads run in the order of
+// the calls.
 #pragma once
 
 #include <array>
@@ -56,9 +55,9 @@ struct FileInfo {
   std::string why_not_direct;
 };
 
-// A matrix of blocks, rows one after another, that becomes panels of slot_format(block_type), or the quants
-// or the scales of these panels (kernels/transcode.h). With several matrices interleaved, row by row, in one
-// tensor, each has `rows` rows, and they become matrices one behind the other.
+// A matrix of blocks, one row after another. It becomes panels of slot_format(block_type), or only the quants
+// or only the scales of these panels (kernels/transcode.h). If several matrices are interleaved row by row in
+// one tensor, each has `rows` rows, and the results are stored one after another.
 struct Transcode {
   BlockType block_type;
   int64_t rows;
@@ -73,27 +72,27 @@ struct Piece {
   int file_id;
   int64_t offset;
   int64_t nbytes;
-  int64_t dest_offset;  // from the place of the record
+  int64_t dest_offset;  // relative to the base_offset of the record
   std::optional<Transcode> transcode = std::nullopt;
 };
 
-// What belongs together: it is read wherever there is a place for it, any number of times.
+// Pieces that are fetched together. A record can be fetched any number of times, to any free place.
 struct Record {
   std::vector<Piece> pieces;
   std::vector<uint32_t> checksums = {};  // none, or the crc32c_wide of each piece
 
-  // What such a record takes of the heap.
+  // Heap memory that one record takes.
   static int64_t bytes(int64_t num_pieces, bool has_checksums);
 };
 
-// What one ticket stands for.
+// One record to fetch, for one ticket.
 struct PlacedRecord {
   const Record& record;
-  int64_t base_offset = 0;  // of the arena
+  int64_t base_offset = 0;  // in the arena
 };
 
-// now: somebody waits. soon: will be needed, almost for certain. maybe: a guess, which may use the drive only
-// while it has nothing else to do.
+// now: a caller waits for it. soon: it will almost certainly be needed. maybe: a guess, which may use the
+// drive only when it is otherwise idle.
 enum class Urgency { now, soon, maybe };
 constexpr int kNumUrgencies = 3;
 
@@ -102,14 +101,14 @@ enum class ReadError { none, io, checksum, short_file, not_finite, dropped };
 struct Completion {
   int64_t ticket;
   ReadError error;
-  std::string message;  // empty without an error
+  std::string message;  // empty if there is no error
 };
 
 struct StoreStats {
   int64_t bytes_read = 0;
   int64_t reads = 0;
-  int64_t cached_bytes = 0;      // of bytes_read, those that came from the page cache
-  double read_seconds = 0;       // from the begin of each read to its end, summed over reads
+  int64_t cached_bytes = 0;      // the part of bytes_read that came from the page cache
+  double read_seconds = 0;       // from the start of each read to its end, summed over reads
   double checksum_seconds = 0;   // summed over readers
   double transcode_seconds = 0;  // summed over readers
   double busy_seconds = 0;       // wall time with at least one part begun and not finished
@@ -117,18 +116,18 @@ struct StoreStats {
 
 class Store {
  public:
-  // Small enough that the readers share the last piece of a layer, large enough for the drive: whole pieces
-  // of 2.5 MiB were 7 % slower, parts of 0.5 MiB no faster (benchmarks/reads.py).
+  // Small enough that the readers share the last piece of a layer, and large enough for the drive: whole
+  // pieces of 2.5 MiB were 7 % slower, and parts of 0.5 MiB were no faster (benchmarks/reads.py).
   static constexpr int64_t kPartBytes = int64_t{1} << 20;
-  // Half of that where a part is transcoded: nothing hides what is transcoded after the last read of a layer.
-  // One expert of three slices of 864 KiB took 1.46 ms with halves, 1.63 ms with whole slices
+  // Transcoded parts are half as large, because nothing overlaps the transcoding after the last read of a
+  // layer. One expert of three slices of 864 KiB took 1.46 ms with halves and 1.63 ms with whole slices
   // (docs/experiments.md).
   static constexpr int64_t kTranscodedPartBytes = kPartBytes / 2;
-  // Memory for each reader to transcode from, once it has to: one huge page.
+  // Staging memory per reader, allocated when first needed: one huge page.
   static constexpr int64_t kStagingBytes = int64_t{2} << 20;
-  static constexpr int kMaxBegun = 16;  // parts
-  // A guess begins only while fewer have begun: enough for the drive to be busy, and what comes to be needed
-  // waits for no more than these.
+  static constexpr int kMaxBegun = 16;  // parts in progress
+  // A guess begins only while fewer parts than this have begun: enough to keep the drive busy, and a demand
+  // read waits for at most this many.
   static constexpr int kMostBegunBeforeGuess = 6;
 
   explicit Store(int num_readers,
@@ -141,10 +140,10 @@ class Store {
   int open(const std::string& path, bool direct = true);
   FileInfo info(int file_id) const;
 
-  // Starts reading records, one ticket each, in one go. Throws std::invalid_argument, and starts nothing, for
-  // a piece that cannot be meant: unknown file, unaligned or outside the arena, a matrix of another size, a
-  // checksum beside a transcoded piece. A file that ends too early is found by the reader. The arena's memory
-  // is held until the tickets are done.
+  // Starts reading all records at once, one ticket each. Throws std::invalid_argument and starts nothing if a
+  // piece is invalid: an unknown file, a destination that is unaligned or outside the arena, a matrix of the
+  // wrong size, or a checksum for a transcoded piece. A file that ends too early is detected by the reader.
+  // The store holds the arena's memory until the tickets are done.
   std::vector<int64_t> fetch(Arena& arena, const std::vector<PlacedRecord>& records,
                              Urgency urgency = Urgency::now);
   int64_t fetch(Arena& arena, std::vector<Piece> pieces, std::vector<uint32_t> checksums = {}) {
@@ -152,25 +151,26 @@ class Store {
     return fetch(arena, {PlacedRecord{record}})[0];
   }
 
-  // Somebody waits for these now: what has not begun of them goes behind what is needed already.
+  // Moves the parts of these tickets that have not begun to the end of the `now` queue.
   void hurry(const std::vector<int64_t>& tickets);
 
-  // Returns those of `tickets` that are done, at least one unless `tickets` is empty or the time is over, and
-  // forgets them.
+  // Returns and forgets the tickets that are done: at least one, unless `tickets` is empty or the timeout
+  // expires.
   std::vector<Completion> wait_any(const std::vector<int64_t>& tickets, std::chrono::milliseconds timeout);
 
-  // Drops what no reader has begun, waits for what one has, forgets the ticket. Returns whether it was known.
+  // Drops the parts that have not begun, waits for those that have, and forgets the ticket. Returns whether
+  // the ticket was known.
   bool cancel(int64_t ticket);
 
-  // Reads no more of `tickets`. Forgets those of which nothing has begun, and returns them; others end as
-  // `dropped` when what has begun has landed. Never waits.
+  // Stops reading `tickets`. Forgets and returns the tickets with no part begun; each other ticket ends as
+  // `dropped` once the parts that have begun have landed. Never waits.
   std::vector<int64_t> drop(const std::vector<int64_t>& tickets);
 
-  // Memory for transcoding that the readers may come to hold, all of them together.
+  // The most staging memory that all readers together can use.
   int64_t staging_bytes() const { return num_readers_ * kStagingBytes; }
-  // What they hold of it.
+  // The part of it allocated now.
   int64_t staging_held_bytes() const;
-  // What one ticket takes of the heap, at most, until it is done: for pieces of so many bytes.
+  // The most heap memory that one ticket with pieces of these sizes takes until it is done.
   static int64_t request_bytes(const std::vector<int64_t>& piece_bytes);
 
   bool is_asynchronous() const { return queue_of_kernel_ != nullptr; }
@@ -178,7 +178,7 @@ class Store {
   int64_t pending() const;  // tickets that are not done
   StoreStats stats() const;
 
-  // Joins the readers; tickets that are not done fail. Harmless the second time.
+  // Joins the readers; tickets that are not done fail. Calling it again does nothing.
   void close();
 
  private:
@@ -189,35 +189,35 @@ class Store {
     const std::string path;
     const OpenFile open;
     std::atomic<bool> is_cache_asked;
-    std::atomic<int64_t> cache_misses{0};  // in a row
+    std::atomic<int64_t> cache_misses{0};  // consecutive misses
   };
   struct Request;
   struct PieceState;
   struct Part {
     Request* request;
     size_t piece;
-    int64_t begin;  // of the file, aligned
+    int64_t begin;  // in the file, aligned
     int64_t end;
-    int64_t panel_begin = 0;  // of a matrix to transcode
+    int64_t panel_begin = 0;  // of the matrix to transcode
     int64_t panel_end = 0;
   };
   struct Outcome {
     ReadError error = ReadError::none;
     std::string message;
   };
-  // A part that has begun. Ended, if `got` says so.
+  // A part that has begun. If `got` is set, its read has ended.
   struct Begun {
-    static constexpr ssize_t kUnread = -100'000;  // no errno is as small
+    static constexpr ssize_t kUnread = -100'000;  // outside the range of -errno
 
     Part part;
-    uint8_t* memory = nullptr;  // what [part.begin, part.end) is read to: of the arena, or of staging_
-    ssize_t got = kUnread;      // as of FileSystem::pread
+    uint8_t* memory = nullptr;  // destination of [part.begin, part.end): in the arena or in staging_
+    ssize_t got = kUnread;      // as returned by FileSystem::pread
     double begin_seconds = 0;
     bool asks_cache = false;
   };
   class Staging;
 
-  // Appends the piece to the request and its parts to `parts`. Holding the lock.
+  // Appends the piece to the request and its parts to `parts`. The caller holds the lock.
   void add_piece(Request& request, const Piece& piece, std::optional<uint32_t> checksum, int64_t dest_offset,
                  Arena& arena, std::vector<Part>& parts);
   void serve();
@@ -241,16 +241,16 @@ class Store {
   mutable std::mutex mutex_;  // guards everything below
   std::condition_variable reader_needed_;
   std::condition_variable ticket_done_;
-  std::deque<File> files_;  // a deque: readers keep references
+  std::deque<File> files_;  // a deque, because readers keep references
   std::array<std::deque<Part>, kNumUrgencies> queues_;
   std::array<Begun, kMaxBegun> begun_;
-  std::vector<size_t> free_;          // of begun_
-  std::deque<size_t> landed_;         // of begun_: a reader's turn
-  std::unique_ptr<Staging> staging_;  // from the first part that needs it
+  std::vector<size_t> free_;          // free indices of begun_
+  std::deque<size_t> landed_;         // indices of begun_ that wait for a reader
+  std::unique_ptr<Staging> staging_;  // allocated for the first part that needs it
   std::unique_ptr<ReadQueue> queue_of_kernel_;
-  int num_submitting_ = 0;  // threads that hand reads to the kernel
-  int num_in_flight_ = 0;   // of the kernel
-  int num_unread_ = 0;      // in landed_, or with a reader that calls pread
+  int num_submitting_ = 0;  // threads inside ReadQueue::submit
+  int num_in_flight_ = 0;   // reads in flight in the kernel
+  int num_unread_ = 0;      // parts in landed_, or with a reader, that still need pread
   bool is_reaping_ = false;
   std::unordered_map<int64_t, std::unique_ptr<Request>> requests_;
   std::vector<std::thread> readers_;

@@ -1,11 +1,12 @@
-// thread_pool.cpp: how ranges are taken, and how threads sleep and wake.
+// thread_pool.cpp: how workers take ranges, and how threads sleep and wake.
 //
-// A range belongs to whoever took it off a stretch by compare-and-swap. The caller alone writes new
-// stretches, when nothing of the last loop is unfinished; so a word that comes back the same is taken rightly
-// too, if for a later loop.
+// A worker owns a range once it has taken it off a stretch by compare-and-swap. Only the caller writes new
+// stretches, and only when nothing of the last loop is unfinished. So if the same word reappears (ABA), the
+// compare-and-swap is still correct: it takes a range of the later loop.
 //
-// Sleeping follows one rule on both sides: say that you sleep, then look again; change the count, then look
-// whether anybody sleeps. All four steps are sequentially consistent, so one side always sees the other.
+// Sleeping follows one rule on both sides: the sleeper announces that it sleeps, then checks again; the waker
+// changes the count, then checks for sleepers. All four steps are sequentially consistent, so one side always
+// sees the other.
 #include "store/thread_pool.h"
 
 #include <algorithm>
@@ -19,7 +20,7 @@
 namespace argosy {
 namespace {
 
-// Longer than the gap between two loops of one layer, shorter than what a neighbour on the same core would
+// Longer than the gap between two loops of one layer, and shorter than another process on the same core would
 // notice.
 constexpr std::chrono::microseconds kSpin{20};
 
@@ -104,7 +105,7 @@ void ThreadPool::run_loop(int64_t count, int64_t grain) {
   if (sleepers_.load() > 0) {
     {
       std::lock_guard lock(mutex_);
-    }  // a worker between its last look and its sleep is asleep after this
+    }  // a worker between its last check and its sleep is asleep after this
     work_came_.notify_all();
   }
 
@@ -142,9 +143,9 @@ void ThreadPool::work(int worker) {
   }
 }
 
-// A range of the worker's own stretch, or of the first that has something left: at most half of it, so that
-// the last ranges are small, but not so small that taking them costs. Its owner takes from the front of a
-// stretch, others from the back.
+// Takes a range from the worker's own stretch, or from the first other stretch that is not empty. A range is
+// at most half of the rest, so that the last ranges are small, but not so small that taking them is
+// expensive. The owner takes from the front of a stretch, other workers from the back.
 bool ThreadPool::take(int worker, Stretch& range) {
   for (int i = 0; i < size(); ++i) {
     std::atomic<uint64_t>& slot = slots_[size_t((worker + i) % size())].stretch;

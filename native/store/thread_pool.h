@@ -3,13 +3,12 @@
 //   ThreadPool pool(2);
 //   pool.parallel_for(rows, 16, [&](int64_t begin, int64_t end, int worker) { ... });
 //
-// The caller takes part as worker 0, so a pool of n starts n - 1 threads. Each worker begins with a stretch
-// of the loop of its own and takes ranges off its front: ranges that follow each other read memory that
-// follows itself, and the processor's read-ahead is not lost between them. A worker whose stretch is done
-// takes ranges off the back of another's, so one whose core is busy elsewhere does less, and one that never
-// wakes up is not waited for. Towards the end of a stretch the ranges become smaller, so that all threads end
-// together. Workers spin for a few microseconds between loops, because a layer makes several in a row, and
-// then sleep.
+// The caller takes part as worker 0, so a pool of n starts n - 1 threads. Each worker starts with its own
+// stretch of the loop and takes ranges off its front: consecutive ranges read consecutive memory, so the
+// hardware prefetcher keeps its stream between them. A worker whose stretch is empty takes ranges off the
+// back of another's. So a worker on a busy core does less, and the loop does not wait for a worker that never
+// wakes up. Ranges become smaller towards the end of a stretch, so that all threads finish together. Between
+// loops, workers spin for a few microseconds, because a layer runs several loops in a row, and then sleep.
 #pragma once
 
 #include <atomic>
@@ -26,7 +25,7 @@ namespace argosy {
 
 class ThreadPool {
  public:
-  // At least 1. Throws std::runtime_error if the system refuses a thread.
+  // `num_threads` is at least 1. Throws std::runtime_error if the system refuses a thread.
   explicit ThreadPool(int num_threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -34,10 +33,10 @@ class ThreadPool {
 
   int size() const { return int(slots_.size()); }
 
-  // Calls body(begin, end, worker) for ranges that cover [0, count) once, each of at most `grain` (65535 at
-  // most); worker is from 0 to size() - 1, and no two calls with the same worker overlap. Returns when all
-  // have returned. An exception in a body drops the ranges not yet begun and comes out here. Calls from
-  // several threads take turns; a body must not call parallel_for of its own pool.
+  // Calls body(begin, end, worker) for ranges that cover [0, count) exactly once, each at most `grain` long
+  // (at most 65535). `worker` is 0 to size() - 1, and no two calls with the same worker overlap. Returns when
+  // all calls have returned. If a body throws, the ranges not yet begun are dropped and the exception is
+  // rethrown here. Calls from several threads take turns; a body must not call parallel_for of its own pool.
   template <class F>
   void parallel_for(int64_t count, int64_t grain, F&& body) {
     using Callable = std::remove_reference_t<F>;
@@ -52,8 +51,8 @@ class ThreadPool {
  private:
   using Body = void (*)(const void* context, int64_t begin, int64_t end, int worker);
 
-  // What is left of a worker's stretch, and the grain of its loop, in one word: whoever takes a range sizes
-  // it by the same word that it takes it from, also a worker that comes late, from an earlier loop.
+  // The rest of a worker's stretch and the grain of its loop, in one word. Whoever takes a range sizes it
+  // with the grain in the word that it takes it from, even a late worker from an earlier loop.
   struct Stretch {
     static constexpr int kIndexBits = 24, kGrainBits = 16;
     int64_t begin, end, grain;
@@ -63,7 +62,7 @@ class ThreadPool {
     int64_t left() const { return end - begin; }
   };
   struct alignas(64) Slot {
-    std::atomic<uint64_t> stretch{0};  // a word of Stretch; all zeros: nothing left
+    std::atomic<uint64_t> stretch{0};  // a Stretch word; 0: empty
   };
 
   void stop();
@@ -73,16 +72,16 @@ class ThreadPool {
   bool run_one_range(int worker);
   bool take(int worker, Stretch& range);
 
-  // The loop in progress. Written by the caller while nothing is unfinished; read by a worker only between
-  // taking a range off a stretch and counting it off `unfinished_`.
+  // The loop in progress. The caller writes it while nothing is unfinished; a worker reads it only between
+  // taking a range off a stretch and subtracting that range from `unfinished_`.
   Body body_ = nullptr;
   const void* context_ = nullptr;
-  int64_t first_ = 0;         // added to the indices of the stretches
+  int64_t first_ = 0;         // added to the indices in stretches
   std::exception_ptr error_;  // guarded by mutex_
   std::atomic<bool> failed_{false};
 
-  std::vector<Slot> slots_;                    // one for each worker
-  alignas(64) std::atomic<uint64_t> loop_{0};  // counts loops: a worker that found nothing waits for the next
+  std::vector<Slot> slots_;                    // one per worker
+  alignas(64) std::atomic<uint64_t> loop_{0};  // counts loops: a worker without work waits for the next one
   alignas(64) std::atomic<int64_t> unfinished_{0};
 
   alignas(64) std::mutex mutex_;
