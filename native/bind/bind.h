@@ -1,7 +1,7 @@
-// bind.h: what the bindings share. A binding checks, unlocks the interpreter, calls.
+// bind.h: shared helpers of the bindings. A binding checks its arguments, unlocks the interpreter and calls.
 //
-// Checks throw std::invalid_argument, which Python sees as ValueError, with what was found and what was
-// expected.
+// Checks throw std::invalid_argument, which Python sees as ValueError. The message says what was found and
+// what was expected.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -43,7 +43,7 @@ inline void require_range(std::string_view name, int64_t found, int64_t lowest, 
   }
 }
 
-// An item of a list from Python, where nanobind turns None into a null pointer.
+// An element of a Python list. nanobind turns None into a null pointer.
 template <class T>
 const T& require_item(const std::string& name, const T* item) {
   if (item == nullptr) {
@@ -86,7 +86,7 @@ inline std::string shape_text(std::initializer_list<int64_t> shape) {
   return text + "]";
 }
 
-// Proves element type, shape (kAnySize: whatever it is), C order and alignment.
+// Checks element type, shape (kAnySize accepts any size), C order and alignment.
 template <class T, class ArrayType>
 void require_array(const char* name, const ArrayType& array, std::initializer_list<int64_t> shape) {
   if (array.dtype() != nb::dtype<T>()) {

@@ -1,4 +1,4 @@
-// kernels.cpp: matrices, the KV cache and every operation on them, for Python.
+// kernels.cpp: binds matrices, the KV cache and the operations on them.
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>

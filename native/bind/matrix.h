@@ -1,4 +1,4 @@
-// matrix.h: weights in memory that Python owns, and the checks that views of them and of a batch lie inside.
+// matrix.h: weights in memory that Python owns, and bounds checks for matrices and batches.
 #pragma once
 
 #include <nanobind/stl/array.h>
@@ -41,7 +41,7 @@ inline int64_t checked_matrix_bytes(Format format, int64_t rows, int64_t cols) {
   return matrix_bytes(format, rows, cols);
 }
 
-// Weights inside an arena or a numpy array, kept alive and in place.
+// Weights inside an arena or a numpy array. The owner keeps them alive and in place.
 struct Memory {
   nb::object owner;
   std::shared_ptr<const void> hold;
@@ -63,7 +63,7 @@ struct Matrix {
   MatrixView view;
 };
 
-// Proves that the matrix lies inside the memory.
+// Checks that the matrix lies inside the memory.
 inline MatrixView view_matrix(const char* name, const uint8_t* data, int64_t nbytes, int64_t offset,
                               Format format, int64_t rows, int64_t cols) {
   const int64_t size = checked_matrix_bytes(format, rows, cols);
@@ -82,7 +82,7 @@ inline void require_ids(const char* name, const int32_t* ids, int64_t n, int64_t
   }
 }
 
-// Of gate, up and down.
+// The formats of gate, up and down.
 using FormatNames = std::array<std::string, 3>;
 
 inline std::array<Format, 3> parse_formats(const FormatNames& names) {
@@ -152,7 +152,7 @@ inline LatentHeads view_latent_heads(const MatrixView& key_up, const MatrixView&
   require_size("rows of value_up modulo heads", value_up.rows % num_heads, 0);
   require_range("rows of value_up", value_up.rows, 1, kLargestSize);
   require_range("columns of value_up", value_up.cols, 1, kLargestSize);
-  // A product of a quantised matrix begins at a panel.
+  // A product with a quantised matrix must begin at a panel.
   if (is_quantized(key_up.format))
     require_size("kv_rank modulo the panel rows of a quantised key_up", heads.kv_rank % kPanelRows, 0);
   if (is_quantized(value_up.format))
@@ -160,13 +160,13 @@ inline LatentHeads view_latent_heads(const MatrixView& key_up, const MatrixView&
   return heads;
 }
 
-// Every block that the positions of the batch reach is a block of the cache.
+// Checks that every block that the positions of the batch reach is a block of the cache.
 inline void require_blocks(const KvCache& kv, const AttentionBatch& batch, int64_t num_sequences) {
   require_ids("sequence", batch.sequence, batch.num_tokens, num_sequences);
   require_ids("position", batch.position, batch.num_tokens, batch.max_blocks * kv.block_tokens());
   for (int64_t token = 0; token < batch.num_tokens; ++token) {
     const int64_t last = batch.position[token];
-    // The next token of the same sequence sees all that this one sees, or more.
+    // The next token of the same sequence sees every position that this token sees.
     if (token + 1 < batch.num_tokens && batch.sequence[token + 1] == batch.sequence[token] &&
         batch.position[token + 1] >= last && batch.window == 0) {
       continue;

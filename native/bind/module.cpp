@@ -1,4 +1,4 @@
-// module.cpp: argosy._native, the one door between Python and C++.
+// module.cpp: argosy._native, the only binding between Python and C++.
 
 #include "bind/bind.h"
 

@@ -1,4 +1,4 @@
-// probe.cpp: the speed of this machine, bound.
+// probe.cpp: binds the probes that measure this machine.
 
 #include <nanobind/stl/string.h>
 

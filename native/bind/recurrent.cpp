@@ -1,4 +1,4 @@
-// recurrent.cpp: the recurrent state of sequences and the operation over it, for Python.
+// recurrent.cpp: binds the recurrent state of sequences and the operation on it.
 
 #include "bind/recurrent.h"
 

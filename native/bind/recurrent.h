@@ -1,4 +1,4 @@
-// recurrent.h: the sizes of a gated delta net as Python gives them.
+// recurrent.h: the sizes of a gated delta net as Python passes them.
 #pragma once
 
 #include <array>
@@ -8,12 +8,12 @@
 
 namespace argosy {
 
-// key heads, value heads, dimensions of a key head, of a value head, positions of the convolution.
+// Key heads, value heads, key head dimension, value head dimension, convolution width.
 using DeltaSizes = std::array<int64_t, 5>;
 
 inline DeltaShape delta_shape(const DeltaSizes& sizes) {
   const DeltaShape shape = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
-  RecurrentState::bytes(1, 1, shape);  // no size below 1, and no product beyond an int64
+  RecurrentState::bytes(1, 1, shape);  // rejects sizes below 1 and products that overflow an int64
   require_size("value heads modulo key heads", shape.num_value_heads % shape.num_key_heads, 0);
   return shape;
 }

@@ -1,4 +1,4 @@
-// routing.h: how experts are chosen, as Python says it.
+// routing.h: routing as Python describes it.
 #pragma once
 
 #include <nanobind/stl/optional.h>
@@ -14,9 +14,9 @@ namespace argosy {
 
 struct Routing {
   RouteRule rule;
-  std::optional<Array> choice_bias;  // what the rule points to
+  std::optional<Array> choice_bias;  // keeps the memory of rule.choice_bias alive
 
-  // Proves that it can be applied to so many experts.
+  // Checks that the rule fits this number of experts.
   RouteRule checked(int64_t num_experts) const {
     require_range("experts_per_token", rule.k, 1, num_experts);
     require_range("num_groups", rule.num_groups, 1, num_experts);

@@ -1,7 +1,7 @@
-// stack.cpp: the layers of a decoder, for Python.
+// stack.cpp: binds the layers of a decoder.
 //
-// Python describes a model from matrices and vectors it owns; a Stack keeps all of it alive, and checks once
-// that sizes agree. A step keeps its batch until the next one begins.
+// Python describes a model from matrices and vectors it owns. A Stack keeps all of them alive and checks once
+// that their sizes agree. A step keeps its batch alive until the next step begins.
 
 #include "ops/stack.h"
 
@@ -30,10 +30,10 @@ using namespace nb::literals;
 
 namespace {
 
-// How long a call runs before it looks whether ^C was pressed.
+// A call runs this long between two checks for ^C.
 constexpr std::chrono::milliseconds kSignalInterval{50};
 
-// Python objects whose memory a description points to.
+// The Python objects whose memory a description points to.
 struct Kept {
   std::vector<Memory> memories;
   std::vector<Array> arrays;
@@ -206,7 +206,7 @@ BoundFfn routed_ffn(const Matrix& router, const Routing& routing, const std::opt
   return bound;
 }
 
-// Proves that the blocks of a layer fit the hidden state, the cache and each other.
+// Checks that the parts of a layer fit the hidden state, the cache and each other.
 void require_fit(const GroupedQueryAttention& mixer, const KvShape& kv, const Rotary& rotary,
                  int64_t hidden) {
   require_kind(kv, KvShape::Kind::keys_values);
@@ -232,7 +232,7 @@ void require_fit(const GatedDeltaNet& net, const KvShape& kv, const Rotary&, int
   require_size("rows of output", net.output.rows, hidden);
 }
 
-// Proves that a layer of the recurrent state is as the mixer needs it.
+// Checks that the recurrent state has the shape and the layer that the mixer needs.
 void require_state(const GatedDeltaNet& net, const RecurrentState* recurrent) {
   if (recurrent == nullptr) refuse("a gated delta net needs a recurrent state");
   if (net.shape != recurrent->shape())
@@ -270,7 +270,7 @@ void require_fit(const RoutedFfn& ffn, int64_t hidden) {
   }
 }
 
-// What a Stack needs of each buffer: columns of float32, or int32 where it says so.
+// The columns that a Stack needs in each buffer. Buffers are float32, or int32 where stated.
 struct BufferColumns {
   int64_t query = 0, key = 0, value = 0, attended = 0, query_latent = 0, projected = 0, gates = 0, pairs = 0;
   int64_t experts = 0, k = 0;
@@ -462,7 +462,7 @@ class BoundStack {
     for (int64_t i = 0; i < num_rows; ++i) require_range("a row", rows[i], 0, num_tokens - 1);
   }
 
-  // Where the expert lies now.
+  // Returns the expert at its current place in the arena.
   ExpertView view_routed(const RoutedFfn& ffn, int64_t layer, int64_t expert) const {
     const int64_t* at = offsets_ + (layer * num_experts_ + expert) * 3;
     return view_experts(experts_.data, experts_.nbytes, at, 1, ffn.formats, hidden_, ffn.width)[0];
@@ -522,9 +522,9 @@ class BoundStack {
     return opened;
   }
 
-  Memory experts_ = {};  // the arena that offsets count from
+  Memory experts_ = {};  // the arena that offsets_ refers to
   std::optional<Array> offsets_array_;
-  const int64_t* offsets_ = nullptr;  // [layers][num_experts_][3]; whoever leases experts changes it
+  const int64_t* offsets_ = nullptr;  // [layers][num_experts_][3]; the owner of the expert cache updates it
   int64_t num_experts_ = 0;
   Kept kept_;
   nb::object recurrent_;

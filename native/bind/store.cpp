@@ -1,4 +1,4 @@
-// bind/store.cpp: Arena, Store and their file systems for Python: check, unlock the GIL, call.
+// bind/store.cpp: binds Arena, Store and their file systems: check, unlock the GIL, call.
 #include "store/store.h"
 
 #include <nanobind/stl/optional.h>
@@ -28,10 +28,10 @@ using Done = std::tuple<int64_t, std::optional<std::string>, std::optional<std::
 
 constexpr int64_t kMostPieces = int64_t{1} << 20, kMostPieceBytes = int64_t{1} << 50;  // no product overflows
 
-// ^C is looked for this often while Python waits for the drive.
+// Python checks for ^C this often while it waits for the drive.
 constexpr std::chrono::milliseconds kSignalInterval{100};
 
-// Calls `body` and turns a failed system call into the OSError of `path`.
+// Calls `body` and turns a failed system call into an OSError with `path`.
 template <class Body>
 auto with_os_errors(const std::string& path, Body&& body) {
   try {
@@ -84,8 +84,8 @@ nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> arena_view(Arena& arena) {
   return {data, {arena.size()}, owner};
 }
 
-// (file_id, offset, nbytes, dest_offset), or with (block_type, rows, cols) or (block_type, rows, cols,
-// interleaved) behind.
+// (file_id, offset, nbytes, dest_offset), optionally followed by (block_type, rows, cols) or (block_type,
+// rows, cols, interleaved).
 Piece parse_piece(nb::handle given) {
   const nb::tuple fields = nb::cast<nb::tuple>(given);
   if (fields.size() != 4 && fields.size() != 7 && fields.size() != 8) {
@@ -133,7 +133,7 @@ std::vector<int64_t> fetch_many(Store& store, Arena& arena,
     placed.push_back({require_item(item_name("records", placed.size()) + "[0]", record), base_offset});
   }
   const Urgency parsed = parse_urgency(urgency);
-  nb::gil_scoped_release released;  // the list that came holds the records
+  nb::gil_scoped_release released;  // the caller's list keeps the records alive
   return store.fetch(arena, placed, parsed);
 }
 
@@ -178,7 +178,7 @@ void bind_store(nb::module_& m) {
       .def("array", &arena_view)
       .def("populate",
            [](const Arena& arena) {
-             const auto populate = arena.populating();  // before another thread may close it
+             const auto populate = arena.populating();  // must run before another thread can close the arena
              nb::gil_scoped_release released;
              populate();
            })

@@ -11,7 +11,7 @@ namespace argosy {
 
 namespace {
 
-// Consecutive tokens of one sequence: they go through its keys together.
+// Consecutive tokens of one sequence, which go through its keys together.
 struct Run {
   int64_t begin, end;
 };
@@ -34,7 +34,7 @@ constexpr const char* kKvCache = "a KV cache";
 
 int64_t layer_bytes(const KvShape& shape, int64_t num_blocks, int64_t block_tokens, bool is_f16) {
   if (shape.kind == KvShape::Kind::none) return 0;
-  // Each factor first, with room for twice as much and rounding up.
+  // Check each product first, with room for doubling and rounding up.
   checked_product(kKvCache, {4, num_blocks, block_tokens, shape.kv_heads, shape.head_dim});
   int64_t per_head = checked_product(kKvCache, {block_tokens, shape.head_dim});
   if (shape.kind == KvShape::Kind::keys_values) {
@@ -155,8 +155,8 @@ void attention(Runtime& runtime, const KvLayer& kv, const AttentionBatch& batch,
   const int64_t num_runs = int64_t(runs.size());
   const int64_t items = num_runs * kv.kv_heads;
   const int64_t row = batch.num_heads * kv.head_dim;
-  // One KV head after the other, so that its keys stay in the cache. The longest runs come last in a prefill:
-  // begin with them, so that all threads end together.
+  // All runs of one KV head come before the next KV head, so that its keys stay in the cache. In a prefill
+  // the longest runs come last: start with them, so that all threads finish together.
   runtime.parallel_for(items, work / items + 1, [&](int64_t begin, int64_t end, int worker) {
     for (int64_t item = begin; item < end; ++item) {
       const Run& run = runs[runs.size() - 1 - size_t(item % num_runs)];

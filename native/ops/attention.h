@@ -10,7 +10,7 @@
 
 namespace argosy {
 
-// What a layer keeps of each position.
+// What a layer stores for each position.
 struct KvShape {
   enum class Kind {
     none,         // nothing: the layer has a recurrent state
@@ -26,7 +26,7 @@ struct KvShape {
   static KvShape latent(int64_t dim) { return {Kind::latent, 1, dim}; }
 };
 
-// What all layers keep, in blocks of block_tokens positions (layout: kernels/kernel_table.h).
+// The KV cache of all layers, in blocks of block_tokens positions (layout: kernels/kernel_table.h).
 class KvCache {
  public:
   // Throws std::invalid_argument for a size below 1 or a cache beyond 2^62 bytes.
@@ -35,7 +35,7 @@ class KvCache {
   static int64_t bytes(const std::vector<KvShape>& layers, int64_t num_blocks, int64_t block_tokens,
                        bool is_f16);
 
-  // Of a layer with that kind of shape.
+  // The layer must have the matching kind of shape.
   KvLayer layer(int64_t index);
   LatentLayer latent_layer(int64_t index);
 
@@ -45,29 +45,28 @@ class KvCache {
   int64_t block_tokens() const { return block_tokens_; }
   int64_t nbytes() const { return nbytes_; }
 
-  // All that one block holds, layer after layer. Nothing else may use the block meanwhile.
+  // The data of one block in all layers. Nothing else may use the block during a copy.
   int64_t block_bytes() const { return nbytes_ / num_blocks_; }
   void copy_out(int64_t block, uint8_t* to);
   void copy_in(int64_t block, const uint8_t* from);
   void copy_block(int64_t from, int64_t to);
 
  private:
-  // Of each layer, and of its keys and its values: where block 0 begins, and how many bytes a block has
-  // there.
+  // For each layer, and separately for its keys and values: the offset of block 0, and the bytes per block.
   struct Part {
     int64_t offset, block_bytes;
   };
   std::vector<Part> parts();
 
   std::vector<KvShape> layers_;
-  std::vector<int64_t> offsets_;  // of each layer in the arena
+  std::vector<int64_t> offsets_;  // of each layer, in the arena
   int64_t num_blocks_, block_tokens_;
   bool is_f16_;
   int64_t nbytes_;
   Arena arena_;
 };
 
-// keys and values [num_tokens][kv_heads][head_dim]; slots are in range.
+// keys and values are [num_tokens][kv_heads][head_dim]. All slots must be in range.
 void kv_write(Runtime& runtime, const KvLayer& kv, const float* keys, const float* values,
               const int64_t* slots, int64_t num_tokens);
 
@@ -77,7 +76,7 @@ struct AttentionBatch {
   const int32_t* block_table;  // [sequences][max_blocks]
   int64_t max_blocks;
   const int32_t* sequence;  // [num_tokens]
-  const int32_t* position;  // [num_tokens]; its blocks are in range
+  const int32_t* position;  // [num_tokens]; every block that it reaches must be in range
   float scale;
   int64_t window;                // 0: all positions
   const float* sinks = nullptr;  // [num_heads]; nullptr: none

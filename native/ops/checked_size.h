@@ -1,4 +1,4 @@
-// checked_size.h: sizes that somebody gives, multiplied without overflow.
+// checked_size.h: multiplies sizes from outside without overflow.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,8 @@ namespace argosy {
 
 inline constexpr int64_t kMostBytes = int64_t{1} << 62;
 
-// Throws std::invalid_argument for a factor below 1 or a product above kMostBytes; `what` names it.
+// Throws std::invalid_argument for a factor below 1 or a product above kMostBytes; `what` names the object in
+// the message.
 inline int64_t checked_product(const std::string& what, std::initializer_list<int64_t> factors) {
   int64_t product = 1;
   for (const int64_t factor : factors) {

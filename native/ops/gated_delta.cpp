@@ -11,14 +11,14 @@ namespace argosy {
 
 namespace {
 
-constexpr float kUnitLengthEps = 1e-6f;  // of q and k
+constexpr float kUnitLengthEps = 1e-6f;  // for the unit length of q and k
 
 constexpr const char* kState = "a recurrent state";
 
 }  // namespace
 
 int64_t RecurrentState::bytes(int64_t num_slots, int64_t num_layers, const DeltaShape& shape) {
-  // Each part first, so that no sum can overflow.
+  // Check each part first, so that no sum can overflow.
   checked_product(kState, {3, shape.num_key_heads, shape.key_dim, shape.conv_width});
   checked_product(kState, {3, shape.num_value_heads, shape.value_dim, shape.conv_width});
   checked_product(kState, {3, shape.num_value_heads, shape.key_dim, shape.value_dim});
@@ -52,13 +52,13 @@ void gated_delta(Runtime& runtime, RecurrentState& recurrent, int64_t layer, con
   const auto lock = runtime.lock();
   const DeltaShape& shape = recurrent.shape();
   const int64_t key_heads = shape.num_key_heads, value_heads = shape.num_value_heads;
-  const int64_t sharing = value_heads / key_heads;  // value heads of a key head
+  const int64_t sharing = value_heads / key_heads;  // value heads per key head
   const int64_t channels = shape.conv_channels(), num_runs = int64_t(runs.size());
   int64_t num_tokens = 0;
   for (const DeltaRun& run : runs) num_tokens += run.end - run.begin;
   const int64_t tokens_a_run = num_tokens / std::max<int64_t>(num_runs, 1);
 
-  // q, k and v of each key head, then the gates of all.
+  // Items: q, k and v of each key head, then all gates as one item.
   const int64_t parts = 3 * key_heads + 1;
   const int64_t part_work = tokens_a_run * channels / (3 * key_heads) * (shape.conv_width + 16);
   runtime.parallel_for(num_runs * parts, part_work, [&](int64_t begin, int64_t end, int) {

@@ -1,4 +1,4 @@
-// gated_delta.h: the recurrent state of sequences, and gated delta nets over it.
+// gated_delta.h: the recurrent state of sequences, and the gated delta net that updates it.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace argosy {
 
-// Sizes of a gated delta net. Channels of its convolution are q of all key heads, then k, then v.
+// Sizes of a gated delta net. The channels of its convolution are q of all key heads, then k, then v.
 struct DeltaShape {
   int64_t num_key_heads, num_value_heads, key_dim, value_dim;
   int64_t conv_width;  // positions that the convolution sees
@@ -23,11 +23,12 @@ struct DeltaShape {
   int64_t state_floats() const { return window_floats() + num_value_heads * key_dim * value_dim; }
 };
 
-// What delta nets know of the sequences that run, float32: per slot and layer the last conv_width - 1 inputs
-// of the convolution [conv_width - 1][conv_channels], then the states [value_heads][key_dim][value_dim].
+// The recurrent state of the running sequences, float32. Each slot and layer stores the last conv_width - 1
+// inputs of the convolution [conv_width - 1][conv_channels], then the states
+// [value_heads][key_dim][value_dim].
 //
-// A slot stands at a position: how many tokens of its sequence it has seen. A step that failed half-way
-// leaves no position; such a slot can only be begun anew, at position 0, or restored.
+// The position of a slot is the number of tokens of its sequence that it has seen. A failed step leaves the
+// slot without a position: it can only start again at position 0, or be restored.
 class RecurrentState {
  public:
   // Throws std::invalid_argument for a size below 1 or a state beyond 2^62 bytes.
@@ -44,19 +45,20 @@ class RecurrentState {
   float* window(int64_t slot, int64_t layer);
   float* state(int64_t slot, int64_t layer) { return window(slot, layer) + shape_.window_floats(); }
 
-  // -1: a step failed half-way.
+  // Returns -1 if a step failed half-way.
   int64_t position(int64_t slot) const { return positions_[size_t(slot)]; }
   void set_position(int64_t slot, int64_t position) { positions_[size_t(slot)] = position; }
 
-  // All of a slot: float32 [slot_floats()].
+  // Copies a whole slot, float32 [slot_floats()].
   void copy_out(int64_t slot, float* to);
   void copy_in(int64_t slot, const float* from, int64_t position);
-  void copy_slot(int64_t from, int64_t to);  // with the position
+  void copy_slot(int64_t from, int64_t to);  // including the position
 
  private:
   int64_t num_layers_;
   DeltaShape shape_;
-  Arena arena_;  // before what else the number of slots takes: it refuses too many
+  // Before positions_, which also grows with num_slots: the arena rejects a count that is too large.
+  Arena arena_;
   std::vector<int64_t> positions_;
 };
 
@@ -64,12 +66,12 @@ class RecurrentState {
 struct DeltaRun {
   int64_t begin, end;  // tokens of the batch
   int64_t slot;
-  bool is_start;  // the first is at position 0: the state begins with zeros
+  bool is_start;  // the first token is at position 0, so the state starts as zeros
 };
 
-// Where the parts of a token lie among the outputs of its projections; all strides in floats. `group`
-// separates key heads of q and k, and the value heads of one key head from those of the next; value heads
-// that share a key head lie side by side.
+// Where the parts of a token lie in the outputs of its projections. Strides are in floats. A `group` is the
+// distance between key heads, for q and k, or between the groups of value heads that share a key head. Value
+// heads of one group lie side by side.
 struct DeltaInputs {
   float *q, *k, *v;
   int64_t stride, key_group, value_group;
@@ -81,14 +83,14 @@ struct DeltaInputs {
 
 struct DeltaWeights {
   const float* conv;     // [conv_width][conv_channels]
-  const float* rate;     // [value_heads], below zero: of the decay
+  const float* rate;     // [value_heads], negative: the decay rate
   const float* dt_bias;  // [value_heads]
   const float* norm;     // [value_dim]
-  float eps;             // of that norm
-  bool is_tiled;  // value head i goes with key head i modulo key heads, not i / (value heads of a key head)
+  float eps;             // of the norm
+  bool is_tiled;         // value head i uses key head i modulo key heads, not i / (value heads per key head)
 };
 
-// out [num_tokens][value_heads * value_dim]. Overwrites its inputs.
+// out is [num_tokens][value_heads * value_dim]. Overwrites its inputs.
 void gated_delta(Runtime& runtime, RecurrentState& state, int64_t layer, const DeltaWeights& weights,
                  const DeltaInputs& inputs, const std::vector<DeltaRun>& runs, float* out);
 

@@ -12,8 +12,8 @@ namespace argosy {
 
 namespace {
 
-constexpr int64_t kBlockRows = 32;   // of a product with one head's matrix
-constexpr int64_t kTileTokens = 32;  // whose latent queries and results exist at a time
+constexpr int64_t kBlockRows = 32;   // rows per item of a product with one head's matrix
+constexpr int64_t kTileTokens = 32;  // latent queries and results exist for this many tokens at a time
 constexpr const char* kScratch = "latent attention scratch";
 
 int64_t blocks_of(int64_t rows) { return round_up(rows, kBlockRows) / kBlockRows; }
@@ -23,11 +23,12 @@ struct Item {
   LatentColumn columns[kMostColumns];
   float* out[kMostColumns];
   int64_t num_columns;
-  int64_t num_sections;  // that any of them sees
+  int64_t num_sections;  // sections that at least one column sees
   const int32_t* blocks;
 };
 
-// Sections of an item that different threads take at once; their states lie in scratch until they are merged.
+// The number of sections of an item that threads process in parallel. Their states lie in scratch until they
+// are merged.
 int64_t sections_at_once(int64_t num_items, int num_threads) {
   return num_threads == 1 ? 1 : std::max<int64_t>(1, 4 * num_threads / std::max<int64_t>(1, num_items));
 }
@@ -40,16 +41,17 @@ struct Scratch {
     query = layout.add(rows * heads.vector_dim() * 4);
     attended = layout.add(rows * heads.kv_rank * 4);
     vectors = layout.add(num_threads * latent_scratch_floats(heads.vector_dim()) * 4);
-    // A total and the next section's for each thread; or one total for each item, and no more than four
-    // sections a thread at once, rounded up to a whole number for each item.
+    // Either a total and the state of the next section for each thread; or one total per item, plus at most
+    // four sections per thread at once, rounded up to a whole number per item.
     states = layout.add(num_threads * 6 * state);
   }
   ScratchLayout layout;
   int64_t activations, query, attended, vectors, states;
 };
 
-// out[t][h] = matrix_h x[t][h], where matrix_h are `rows` rows of the matrix. Rows of x are x_row floats
-// apart, and those of out out_row. `activations` holds x where the matrix is quantised.
+// out[t][h] = matrix_h x[t][h], where matrix_h is `rows` rows of the matrix. Rows of x are x_row floats
+// apart, and rows of out are out_row floats apart. `activations` receives the quantised x if the matrix is
+// quantised.
 void multiply_heads(Runtime& runtime, const MatrixView& matrix, int64_t num_heads, int64_t num_tokens,
                     const float* x, int64_t x_row, uint8_t* activations, float* out, int64_t out_row) {
   const KernelTable& table = kernels();
@@ -88,7 +90,7 @@ void multiply_heads(Runtime& runtime, const MatrixView& matrix, int64_t num_head
                        });
 }
 
-// The columns of tokens [begin, end), two to an item where they are of one sequence.
+// Lists the columns of tokens [begin, end), two per item if they belong to the same sequence.
 std::vector<Item> list_items(const LatentHeads& heads, const AttentionBatch& batch, int64_t begin,
                              int64_t end, const float* query, float* attended) {
   const int64_t per_token = round_up(heads.num_heads, kColumnHeads) / kColumnHeads;
@@ -113,8 +115,8 @@ std::vector<Item> list_items(const LatentHeads& heads, const AttentionBatch& bat
   return items;
 }
 
-// Attention of items over the cached vectors. A column's sections are merged in ascending order, whoever
-// computed them.
+// Attention of items over the cached vectors. The sections of a column are merged in ascending order,
+// whichever threads computed them.
 class Sections {
  public:
   Sections(const KernelTable& table, const LatentLayer& kv, const LatentHeads& heads, float* vectors)
@@ -122,7 +124,7 @@ class Sections {
 
   int64_t state_floats() const { return latent_state_floats(heads_.kv_rank); }
 
-  // The states of one section, one behind the other from `states` on.
+  // Writes the states of one section, one after another, to `states`.
   void attend(const Item& item, int64_t section, float* states, int worker) const {
     LatentColumn columns[kMostColumns];
     int64_t count = 0;
@@ -181,7 +183,7 @@ void attend(Runtime& runtime, const LatentLayer& kv, const LatentHeads& heads, c
   const int64_t section_work = kMostColumns * kColumnHeads * kSectionPositions * (kv.dim + heads.kv_rank) / 8;
   const int64_t at_once = std::min(most_sections, sections_at_once(num_items, runtime.num_threads()));
   if (at_once == 1) {
-    // The longest come last in a prefill: begin with them, so that all threads end together.
+    // In a prefill the longest items come last: start with them, so that all threads finish together.
     runtime.parallel_for(num_items, section_work * all_sections / num_items,
                          [&](int64_t begin, int64_t end, int worker) {
                            float* totals = states + worker * 2 * pair;
@@ -197,7 +199,7 @@ void attend(Runtime& runtime, const LatentLayer& kv, const LatentHeads& heads, c
                          });
     return;
   }
-  // Few items over many positions: threads share out the sections too. The first lands in the totals.
+  // Few items over many positions: threads share the sections too. The first section lands in the totals.
   float* totals = states;
   float* next = states + num_items * pair;
   for (int64_t first = 0; first < most_sections; first += at_once) {
@@ -283,7 +285,7 @@ void latent_attention(Runtime& runtime, const LatentLayer& kv, const LatentHeads
 }
 
 int64_t latent_scratch_bytes(const LatentHeads& heads, int64_t max_tokens, int num_threads) {
-  // None of the five parts has more bytes than these products, each of which leaves room for eight.
+  // None of the five parts has more bytes than these products, each of which has a factor of eight to spare.
   const int64_t dims = checked_product(kScratch, {1, heads.nope_dim + heads.rope_dim + heads.kv_rank + 64});
   checked_product(kScratch, {8, 8, kTileTokens, heads.num_heads, dims});
   checked_product(kScratch, {8, 1024, num_threads, dims});

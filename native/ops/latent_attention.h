@@ -1,9 +1,9 @@
-// latent_attention.h: multi-head latent attention (DeepSeek-V2, arXiv:2405.04434) of a batch, always
-// absorbed.
+// latent_attention.h: multi-head latent attention (DeepSeek-V2, arXiv:2405.04434) of a batch, always in
+// absorbed form.
 //
-// A position's keys and values are kept as one vector: kv_rank elements of which a matrix would make the key
-// and the value of every head, and rope_dim elements of key, turned already, that all heads share. Nothing is
-// ever made of it; the matrix goes to the query and to the result instead:
+// The cache stores one vector per position: kv_rank elements, which a matrix would expand to the key and
+// value of every head, and rope_dim elements of rotated key, which all heads share. The vectors are never
+// expanded; the matrix is applied to the query and to the result instead:
 //
 //   q_h = [ key_up_h q_nope_h | q_rope_h ]    attended_h = softmax(scale q_h . vectors) latents
 //   out_h = value_up_h attended_h
@@ -20,27 +20,27 @@ struct LatentHeads {
   MatrixView key_up;    // [num_heads * kv_rank, nope_dim]
   MatrixView value_up;  // [num_heads * value_dim, kv_rank]
   int64_t num_heads, nope_dim, rope_dim, kv_rank, value_dim;
-  float scale;  // of the scores
+  float scale;  // scales the scores
 
   int64_t vector_dim() const { return kv_rank + rope_dim; }
   int64_t query_dim() const { return nope_dim + rope_dim; }
 };
 
-// The first kv_rank of `dim` elements of each vector become x / sqrt(mean(x^2) + eps) * weight, in place.
+// The first kv_rank of the `dim` elements of each vector become x / sqrt(mean(x^2) + eps) * weight, in place.
 void latent_norm(Runtime& runtime, float* vectors, const float* weight, float eps, int64_t num_tokens,
                  int64_t kv_rank, int64_t dim);
 
-// vectors [num_tokens][dim]; rounded to nearest even where the cache is float16. Slots are in range.
+// vectors [num_tokens][dim], rounded to nearest even if the cache is float16. All slots must be in range.
 void latent_write(Runtime& runtime, const LatentLayer& kv, const float* vectors, const int64_t* slots,
                   int64_t num_tokens);
 
-// batch.q [num_tokens][num_heads][nope_dim + rope_dim], its last rope_dim dimensions turned; no window.
+// batch.q [num_tokens][num_heads][nope_dim + rope_dim], with the last rope_dim dimensions rotated; no window.
 // out [num_tokens][num_heads * value_dim].
 void latent_attention(Runtime& runtime, const LatentLayer& kv, const LatentHeads& heads,
                       const AttentionBatch& batch, float* out);
 
-// What latent_attention takes of the runtime's scratch, at most; of `heads` only sizes matter. Sizes are at
-// most 2^30. Throws std::invalid_argument for more than 2^62 bytes.
+// The most runtime scratch that latent_attention takes. Only the sizes in `heads` matter. Sizes are at most
+// 2^30. Throws std::invalid_argument for more than 2^62 bytes.
 int64_t latent_scratch_bytes(const LatentHeads& heads, int64_t max_tokens, int num_threads);
 
 }  // namespace argosy

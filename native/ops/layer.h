@@ -1,4 +1,4 @@
-// layer.h: the small operations between the products of a layer. Each takes a whole batch.
+// layer.h: the small operations between the products of a layer. Each processes a whole batch.
 #pragma once
 
 #include <cstdint>
@@ -12,11 +12,11 @@ namespace argosy {
 void rms_norm(Runtime& runtime, const float* x, const float* weight, float eps, int64_t rows, int64_t cols,
               float* out);
 
-// x [num_tokens][num_heads][head_dim] in place; cosine and sine [num_tokens][num_pairs].
+// Rotates x [num_tokens][num_heads][head_dim] in place; cosine and sine are [num_tokens][num_pairs].
 void rope(Runtime& runtime, float* x, int64_t num_tokens, int64_t num_heads, int64_t head_dim,
           const float* cosine, const float* sine, int64_t num_pairs, bool is_interleaved);
 
-// ids and weights [num_tokens][k] of logits [num_tokens][num_experts].
+// Computes ids and weights [num_tokens][k] from logits [num_tokens][num_experts].
 void route(Runtime& runtime, const RouteRule& rule, const float* logits, int64_t num_tokens,
            int64_t num_experts, int32_t* ids, float* weights);
 

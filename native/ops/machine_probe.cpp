@@ -23,11 +23,11 @@ namespace argosy {
 namespace {
 
 constexpr int kPasses = 7;
-constexpr int64_t kPart = int64_t{1} << 20;  // what a thread claims at once
-constexpr int kMostAskAheadThreads = 4;      // more would need more memory to read for as long
+constexpr int64_t kPart = int64_t{1} << 20;  // a thread claims this much at once
+constexpr int kMostAskAheadThreads = 4;      // more threads would need more memory to read for as long
 constexpr double kAskAheadMargin = 0.03;
 
-// Takes memory out of all caches.
+// Evicts memory from all caches.
 #if defined(__x86_64__)
 bool can_flush() {
   unsigned eax, ebx, ecx, edx;
@@ -42,7 +42,7 @@ bool can_flush() { return false; }
 void flush(const uint8_t*, int64_t) {}
 #endif
 
-// The least seconds of several passes.
+// Returns the seconds of the fastest of several passes.
 template <class Pass>
 double best_seconds(Pass&& pass) {
   double best = 1e30;
@@ -69,7 +69,7 @@ double memory_probe(int threads, int64_t nbytes) {
   Arena arena(size_t(parts * kPart));
   uint8_t* data = arena.data();
   ThreadPool pool(threads);
-  // Pages come into being when they are written: all of them would otherwise be one page of zeros.
+  // A page exists only once it is written: unwritten pages would all be one page of zeros.
   pool.parallel_for(parts, 1, [&](int64_t begin, int64_t end, int) {
     std::memset(data + begin * kPart, 1, size_t((end - begin) * kPart));
   });
@@ -89,7 +89,7 @@ AskAhead ask_ahead_probe(int threads) {
   require_threads("threads", threads);
   const KernelTable& table = kernels();
   if (std::string(table.name) != "avx512" || !can_flush()) return default_ask_ahead();
-  constexpr Format kFormat = Format::q4;  // all formats agreed on the machines that were measured
+  constexpr Format kFormat = Format::q4;  // all formats agreed on the measured machines
   constexpr int64_t kCols = 2048, kRangePanels = 8;
   const int64_t panel = panel_bytes(kFormat, kCols), panels = kAskAheadProbeBytes / panel;
   Arena arena(kAskAheadProbeBytes);
@@ -119,11 +119,12 @@ AskAhead ask_ahead_probe(int threads) {
     });
   };
   std::vector<double> best(std::size(kAskAheads), 1e30);  // seconds
-  // Weights that no cache holds, however large the last one is, without memory that is larger still. In
-  // turns, because what disturbs one comes and goes; the best of each, because it only ever slows down.
+  // Flushing keeps the weights out of every cache without using more memory than the largest cache. The
+  // settings take turns, because disturbances come and go. The best time of each counts, because a
+  // disturbance only ever slows a pass down.
   for (int pass = 0; pass < kPasses; ++pass) {
     for (size_t i = 0; i < best.size(); ++i) {
-      flush(arena.data(), int64_t(arena.size()));  // by one thread: two together took longer
+      flush(arena.data(), int64_t(arena.size()));  // one thread flushes: two together took longer
       const auto start = std::chrono::steady_clock::now();
       read(kAskAheads[i]);
       const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
@@ -137,7 +138,8 @@ AskAhead ask_ahead_probe(int threads) {
 double int8_probe(int threads) {
   require_threads("threads", threads);
   const KernelTable& table = kernels();
-  constexpr int64_t kProducts = int64_t{1} << 24;  // of a range; the slowest set takes about 10 milliseconds
+  // Per range; the slowest instruction set takes about 10 milliseconds.
+  constexpr int64_t kProducts = int64_t{1} << 24;
   const int64_t rounds = kProducts / table.int8_products_per_round;
   const int64_t ranges = 16 * threads;
   ThreadPool pool(threads);

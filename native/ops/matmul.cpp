@@ -54,7 +54,7 @@ void matmul(Runtime& runtime, const std::vector<Product>& products, const float*
               std::min((std::min(end, first_block[i + 1]) - first_block[i]) * kBlockRows, matrix.rows);
           if (row_begin >= row_end) continue;
           const bool quantized = is_quantized(matrix.format);
-          // Behind the last row the thread reads on in the next matrix.
+          // After the last row, the thread continues with the next matrix.
           const uint8_t* next = nullptr;
           if (row_end < matrix.rows) {
             next = rows_at(matrix, row_end);

@@ -14,7 +14,7 @@ struct MatrixView {
   int64_t rows, cols;
 };
 
-// The panel of a row; null where rows are not in panels.
+// The panel that holds a row; null if the format has no panels.
 const uint8_t* rows_at(const MatrixView& matrix, int64_t row);
 
 // out[t][r] = sum over c of W[r][c] * x[t][c]
@@ -23,20 +23,20 @@ struct Product {
   float* out;  // [num_tokens][matrix.rows]
 };
 
-// Several matrices of as many columns that share x float32 [num_tokens][cols]: one quantisation of x, one
-// parallel loop.
+// Multiplies x float32 [num_tokens][cols] by several matrices with the same number of columns: x is quantised
+// once, and all products share one parallel loop.
 void matmul(Runtime& runtime, const std::vector<Product>& products, const float* x, int64_t num_tokens);
 
-// out[t] = row ids[t] of the matrix, as float32. Ids are in range.
+// out[t] = row ids[t] of the matrix, as float32. All ids must be in range.
 void embed(Runtime& runtime, const MatrixView& matrix, const int32_t* ids, int64_t num_tokens, float* out);
 
-// `out` is matrix_bytes(format, rows, cols) of any format. Without a runtime on the calling thread.
+// `out` holds matrix_bytes(format, rows, cols). Without a runtime, runs on the calling thread.
 void quantize(Runtime* runtime, Format format, const float* weights, int64_t rows, int64_t cols,
               uint8_t* out);
 void dequantize(const MatrixView& matrix, float* out);
 
-// Activations of num_tokens tokens as int8; the rows are activation_bytes(cols) apart. The caller holds the
-// lock.
+// Quantises the activations of num_tokens tokens to int8; rows are activation_bytes(cols) apart. The caller
+// holds the lock.
 void quantize_tokens(Runtime& runtime, const float* x, int64_t cols, int64_t num_tokens,
                      uint8_t* activations);
 

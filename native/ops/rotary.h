@@ -8,12 +8,12 @@
 
 namespace argosy {
 
-// A pair of dimensions turns by its inverse frequency, in radians, from one position to the next; `scale` is
-// of the cosines and sines.
+// From one position to the next, a pair of dimensions rotates by its inverse frequency, in radians; `scale`
+// multiplies the cosines and sines.
 struct Rotary {
   std::vector<double> inverse_frequency;
   double scale = 1;
-  bool is_interleaved = false;  // dimension 2 i turns with 2 i + 1, not with i + num_pairs
+  bool is_interleaved = false;  // dimension 2 i pairs with 2 i + 1, not with i + num_pairs
 
   int64_t num_pairs() const { return int64_t(inverse_frequency.size()); }
 };

@@ -3,8 +3,8 @@
 //   Runtime runtime(2);
 //   matmul(runtime, matrices, x, num_tokens);
 //
-// An operation locks the runtime, asks for its scratch once, and splits its work over the pool. Scratch only
-// grows.
+// An operation locks the runtime, requests its scratch once, and splits its work over the pool. Scratch never
+// shrinks.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@
 
 namespace argosy {
 
-// Where the parts of an operation's scratch begin; each at a multiple of 64 bytes.
+// Offsets of the parts of an operation's scratch, each a multiple of 64 bytes.
 class ScratchLayout {
  public:
   int64_t add(int64_t bytes) {
@@ -32,22 +32,23 @@ class ScratchLayout {
 
 class Runtime {
  public:
-  // Throws std::invalid_argument for fewer than 1 or more than kMostThreads, std::runtime_error if the system
-  // refuses a thread.
+  // Throws std::invalid_argument for fewer than 1 or more than kMostThreads threads, std::runtime_error if
+  // the system refuses a thread.
   explicit Runtime(int num_threads, const AskAhead& ask_ahead = default_ask_ahead());
 
   int num_threads() const { return num_threads_; }
-  const AskAhead& ask_ahead() const { return ask_ahead_; }  // of products that read weights
+  const AskAhead& ask_ahead() const { return ask_ahead_; }  // for products that read weights
   int64_t scratch_bytes() const { return scratch_bytes_; }
-  void close();  // ends the threads, gives the scratch back; operations then throw std::invalid_argument
+  void close();  // ends the threads and frees the scratch; later operations throw std::invalid_argument
 
   // For operations. Hold the lock from before scratch() to the end of the operation. The thread that holds it
-  // may call further operations; each has the scratch for itself, so what was there before is lost.
+  // may call further operations; each of them reuses the scratch and overwrites its contents.
   std::unique_lock<std::recursive_mutex> lock();
   uint8_t* scratch(int64_t bytes);
 
-  // body(begin, end, worker) over [0, count). `item_work` is about how many multiply-adds or bytes an item
-  // costs: it decides how many items make a range, and a loop too small to share runs on the caller.
+  // Calls body(begin, end, worker) for ranges of [0, count). `item_work` is roughly the number of
+  // multiply-adds or bytes per item: it decides how many items make a range, and a loop too small to share
+  // runs on the caller.
   template <class F>
   void parallel_for(int64_t count, int64_t item_work, F&& body) {
     if (count <= 0) return;
@@ -61,7 +62,7 @@ class Runtime {
   }
 
  private:
-  // Waking a thread takes some microseconds, in which a core does about this much.
+  // Waking a thread takes a few microseconds, in which a core does about this much work.
   static constexpr int64_t kWorthSharing = int64_t{128} << 10;
   static constexpr int64_t kRangeWork = int64_t{1} << 20;
 

@@ -11,7 +11,7 @@ namespace argosy {
 
 namespace {
 
-// out[n] += x[n], or x[0] for every row with x_stride 0.
+// out[n] += x[n]; with x_stride 0, adds x[0] to every row.
 void add_rows(Runtime& runtime, const float* x, int64_t x_stride, int64_t rows, int64_t cols, float* out) {
   const auto lock = runtime.lock();
   runtime.parallel_for(rows, cols, [&](int64_t begin, int64_t end, int) {
@@ -27,7 +27,7 @@ void add_bias(Runtime& runtime, const float* bias, int64_t rows, int64_t cols, f
   if (bias != nullptr) add_rows(runtime, bias, 0, rows, cols, out);
 }
 
-// To -limit .. limit; NaN stays.
+// Clamps to [-limit, limit]; NaN stays NaN.
 void cut_off(Runtime& runtime, float limit, int64_t rows, int64_t cols, float* out) {
   const auto lock = runtime.lock();
   runtime.parallel_for(rows, cols, [&](int64_t begin, int64_t end, int) {
@@ -37,7 +37,7 @@ void cut_off(Runtime& runtime, float limit, int64_t rows, int64_t cols, float* o
   });
 }
 
-// The first `cols` of every `stride` floats.
+// Copies the first `cols` of every `stride` floats.
 void copy_heads(Runtime& runtime, const float* x, int64_t stride, int64_t rows, int64_t cols, float* out) {
   const auto lock = runtime.lock();
   runtime.parallel_for(rows, cols, [&](int64_t begin, int64_t end, int) {
@@ -45,7 +45,7 @@ void copy_heads(Runtime& runtime, const float* x, int64_t stride, int64_t rows, 
   });
 }
 
-// One network, all tokens.
+// Runs one network on all tokens.
 void swiglu(Runtime& runtime, const ExpertView& network, const Activation& activation, const float* x,
             int64_t num_tokens, float* out) {
   const int32_t starts[2] = {0, int32_t(num_tokens)};
@@ -74,7 +74,7 @@ Stack::Stack(Runtime& runtime, KvCache& kv, RecurrentState* recurrent, StackDesc
 }
 
 void Stack::begin(const StepBatch& batch) {
-  stage_ = Stage::done;  // what throws leaves no step
+  stage_ = Stage::done;  // if anything throws, there is no step
   batch_ = batch;
   layer_ = 0;
   if (recurrent_ != nullptr) begin_runs();
@@ -111,7 +111,7 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
   const auto lock = runtime_.lock();
   start_clock();
   const Clock::time_point end = last_mark_ + slice;
-  const Stage stage = std::exchange(stage_, Stage::done);  // what throws ends the step
+  const Stage stage = std::exchange(stage_, Stage::done);  // if anything throws, the step ends
   if (stage == Stage::done) return Pause::done;
   if (stage == Stage::begun) {
     embed(runtime_, description_.embedding, batch_.token_ids, batch_.num_tokens, buffers_.hidden);
@@ -151,7 +151,7 @@ void Stack::norm(const float* weight) {
            buffers_.normed);
 }
 
-// Adds the product of what a mixer attended with its output matrix to the hidden state.
+// Multiplies the mixer's result by the output matrix and adds the product to the hidden state.
 void Stack::add_block(const MatrixView& output, const float* bias) {
   const int64_t tokens = batch_.num_tokens;
   matmul(runtime_, {{output, buffers_.block}}, buffers_.attended, tokens);
@@ -319,7 +319,7 @@ bool Stack::feed_forward(const RoutedFfn& ffn) {
   return true;
 }
 
-// ids and weights [num_tokens][k] that a router chooses for x [num_tokens][hidden].
+// Computes the router's ids and weights [num_tokens][k] for x [num_tokens][hidden].
 void Stack::choose(const Router& router, const float* x, int32_t* ids, float* weights) {
   const int64_t tokens = batch_.num_tokens, experts = router.matrix.rows;
   matmul(runtime_, {{router.matrix, buffers_.router_logits}}, x, tokens);
@@ -373,7 +373,7 @@ void Stack::add_shared(const RoutedFfn& ffn) {
   mark(Part::attention_and_dense);
 }
 
-// Runs the experts of group_, which are of the demand, on the tokens that chose them.
+// Runs the experts of group_, which belong to the demand, on the tokens that chose them.
 void Stack::run_group(const std::vector<int32_t>& expert_ids) {
   const RoutedFfn& ffn = routed_ffn();
   const int64_t k = ffn.router.rule.k, hidden = description_.embedding.cols;
@@ -473,7 +473,8 @@ void Stack::run_experts(const std::vector<int32_t>& expert_ids, const std::vecto
   run_group(expert_ids);
 }
 
-// Counts an expert off the demand. False: it is not in it, or not any more.
+// Removes an expert from the demand. Returns false if the demand does not contain it or it was already
+// claimed.
 bool Stack::claim(int32_t expert) {
   const auto found = std::lower_bound(demand_.expert_ids.begin(), demand_.expert_ids.end(), expert);
   if (found == demand_.expert_ids.end() || *found != expert) return false;

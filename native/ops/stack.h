@@ -11,13 +11,13 @@
 //     }
 //   }
 //
-// A step pauses for experts at every layer that has routed ones, or never where all of them are in memory for
-// good. Each call is one or more operations of ops/, so the bits are those of the operations called one by
-// one: for one row and one token the order of sums is fixed, and every assignment (one token, one of its
-// experts) has a row of its own until `combine` adds them in the router's order.
+// A step pauses for experts at every layer with routed experts, or never if all of them are permanently
+// resident. Each call is one or more operations of ops/, so its bits equal those of the same operations
+// called one by one: for one row and one token the order of sums is fixed, and every assignment (one token,
+// one of its experts) has its own row until `combine` adds the rows in the router's order.
 //
-// A new kind of mixer or feed-forward network is another alternative of `Mixer` or `Ffn` and one more
-// overload of `mix` or `feed_forward`.
+// To add a kind of mixer or feed-forward network, add an alternative to `Mixer` or `Ffn` and an overload of
+// `mix` or `feed_forward`.
 #pragma once
 
 #include <array>
@@ -47,34 +47,36 @@ struct GroupedQueryAttention {
   const float* key_bias = nullptr;
   const float* value_bias = nullptr;
   const float* output_bias = nullptr;
-  const float* query_norm = nullptr;  // before rotary: [head_dim], of each head, or one per row of the matrix
-  const float* key_norm = nullptr;    //   where it is flat, over all heads at once; nullptr: none
+  // Applied before rotary: [head_dim], to each head; or one per row of the matrix if is_norm_flat, to all
+  // heads at once. nullptr: none.
+  const float* query_norm = nullptr;
+  const float* key_norm = nullptr;
   bool is_norm_flat = false;
-  float limit = 0;               // q, k and v are cut off at both signs of it, behind the norm; 0: not
-  const float* sinks = nullptr;  // [num_heads], a score that takes weight and adds nothing; nullptr: none
+  float limit = 0;               // q, k and v are clamped to [-limit, limit] after the norm; 0: no clamp
+  const float* sinks = nullptr;  // [num_heads], a score that takes weight and adds no value; nullptr: none
   int64_t num_heads = 0;
   int64_t window = 0;  // a token sees its last `window` positions; 0: all
-  float scale = 0;     // of the scores
-  // query has rows [query, gate] of each head; what a head saw is taken times sigmoid of its gate
+  float scale = 0;     // multiplies the scores
+  // Query rows are [query, gate] of each head; a head's result is multiplied by sigmoid(gate).
   bool has_gate = false;
 };
 
-// A gated delta net (arXiv:2412.06464): a recurrent state per sequence instead of keys and values. Rows of
-// the projections lie part by part (q of all key heads, k, v; z; b; a), or key head by key head, with the
+// A gated delta net (arXiv:2412.06464): a recurrent state per sequence instead of keys and values. The rows
+// of the projections are either grouped by part (q of all key heads, k, v; z; b; a), or by key head with the
 // value heads that share it: [q, k, v, z] of each in one matrix, [b, a] in another.
 struct GatedDeltaNet {
-  MatrixView qkv;               // [conv_channels, hidden]; with z: and value_channels
+  MatrixView qkv;               // [conv_channels, hidden]; if it includes z, value_channels rows more
   std::optional<MatrixView> z;  // [value_channels, hidden]
-  MatrixView b;                 // [value_heads, hidden]; with a: twice as many
+  MatrixView b;                 // [value_heads, hidden]; if it includes a, twice as many rows
   std::optional<MatrixView> a;  // [value_heads, hidden]
   MatrixView output;            // [hidden, value_channels]
   DeltaShape shape = {};
-  DeltaWeights weights = {};  // eps is the stack's
-  int64_t state_layer = 0;    // of the recurrent state
+  DeltaWeights weights = {};  // eps is ignored: the stack's norm_eps is used
+  int64_t state_layer = 0;    // layer of the recurrent state
 };
 
-// Multi-head latent attention (arXiv:2405.04434): compressed query and compressed keys and values -> norms ->
-// rotary of the dimensions that turn -> KV cache -> attention -> output projection.
+// Multi-head latent attention (arXiv:2405.04434): compressed query, compressed keys and values -> norms ->
+// rotary on the rope dimensions -> KV cache -> attention -> output projection.
 struct LatentAttention {
   std::optional<MatrixView> query_down;  // [query_rank, hidden]; none: `query` takes the hidden state
   const float* query_norm = nullptr;     // [query_rank], with query_down
@@ -94,14 +96,14 @@ struct DenseFfn {
 
 struct Router {
   MatrixView matrix;            // [num_experts, hidden]
-  const float* bias = nullptr;  // [num_experts], of the product; nullptr: none
+  const float* bias = nullptr;  // [num_experts], added to the product; nullptr: none
   RouteRule rule = {};
 };
 
 // Runs for every token.
 struct SharedExpert {
   ExpertView network;
-  std::optional<MatrixView> score;  // [1, hidden]: the output is taken times sigmoid(score . x)
+  std::optional<MatrixView> score;  // [1, hidden]: the output is multiplied by sigmoid(score . x)
 };
 
 // Biases of all routed experts of a layer; nullptr: none.
@@ -112,11 +114,11 @@ struct ExpertBiases {
 
 struct RoutedFfn {
   Router router;
-  int64_t width = 0;              // of an expert
-  std::array<Format, 3> formats;  // of gate, up and down of every expert of the layer
+  int64_t width = 0;              // inner neurons of one expert
+  std::array<Format, 3> formats;  // formats of gate, up and down, the same for every expert of the layer
   ExpertBiases biases = {};
   std::optional<SharedExpert> shared;
-  std::vector<ExpertView> resident;  // of all experts, biases not set; empty where they are leased
+  std::vector<ExpertView> resident;  // all experts, without biases; empty if experts are leased
 };
 
 using Ffn = std::variant<DenseFfn, RoutedFfn>;
@@ -134,11 +136,11 @@ struct StackDescription {
   float norm_eps;
   Rotary rotary;
   Activation activation;  // of all feed-forward networks
-  bool experts_off;       // leave routed experts out of every sum
+  bool experts_off;       // leaves routed experts out of every sum
   std::vector<Layer> layers;
 };
 
-// Room for max_tokens rows of each.
+// Every buffer has room for max_tokens rows.
 struct StackBuffers {
   int64_t max_tokens;
   float *hidden, *normed, *block;  // [hidden]; `block` is what a block adds to the hidden state
@@ -157,29 +159,29 @@ struct StackBuffers {
   int32_t *assignment, *group_token, *group_row;  // [k]
 };
 
-// What one step runs. All numbers are in range, and all memory stays until the step is done.
+// The tokens of one step. All numbers are in range, and all memory stays valid until the step is done.
 struct StepBatch {
   int64_t num_tokens;
   const int32_t* token_ids;
   const int32_t* position;
   const int32_t* sequence;  // a row of block_table
-  const int64_t* slots;     // where keys and values go
+  const int64_t* slots;     // destination of keys and values
   const bool* is_decode;    // false: a prompt token
   const int32_t* block_table;
   int64_t max_blocks;
-  const int32_t* state_slots;  // of the recurrent state, for each row of block_table; nullptr without one
+  const int32_t* state_slots;  // recurrent state slot for each row of block_table; nullptr without one
   const int64_t* last_rows;    // [num_last], rows whose logits are wanted; at most max_tokens
   int64_t num_last;
   float* logits;  // [num_last][vocabulary]
 };
 
-// The experts a layer waits for, ascending; `scan` are those that only prompt tokens chose.
+// The experts that a layer waits for, in ascending order. `scan` lists those that only prompt tokens chose.
 struct Demand {
   int64_t layer;
   std::vector<int32_t> expert_ids, scan;
 };
 
-// Where the time of a step goes.
+// The parts of a step that are timed.
 enum class Part { router, attention_and_dense, expert_compute };
 constexpr int kNumParts = 3;
 
@@ -187,32 +189,32 @@ enum class Pause { done, experts, time };
 
 class Stack {
  public:
-  // The memory behind the views, the KV cache and the recurrent state (nullptr: no layer has one) outlive the
-  // stack. Sizes agree.
+  // The memory behind the views, the KV cache and the recurrent state must outlive the stack. `recurrent` may
+  // be nullptr if no layer has a recurrent state. All sizes must agree.
   Stack(Runtime& runtime, KvCache& kv, RecurrentState* recurrent, StackDescription description,
         const StackBuffers& buffers);
 
-  // Starts a step, whatever became of the one before. With a recurrent state, throws std::invalid_argument
-  // where tokens of a sequence are not consecutive, or do not go on where its slot stands.
+  // Starts a step, however the previous one ended. With a recurrent state, throws std::invalid_argument if
+  // the tokens of a sequence are not consecutive or do not continue at the position of its slot.
   void begin(const StepBatch& batch);
 
-  // Runs on until the step is done, a layer waits for experts, or `slice` has passed.
-  // Throws std::invalid_argument when a layer waited and not all of its experts were run.
+  // Runs until the step is done, a layer waits for experts, or `slice` has passed. Throws
+  // std::invalid_argument if a layer waited and not all of its experts have run.
   Pause advance(std::chrono::nanoseconds slice);
 
-  // After Pause::experts, and before the next advance(): the shared expert, if there is one; and routed
-  // experts of the demand, each once, as they come. Throw std::invalid_argument when no layer waits, or for
-  // an expert not asked for.
+  // After Pause::experts and before the next advance(): run the shared expert, if there is one, and each
+  // routed expert of the demand once, as it lands. These calls throw std::invalid_argument if no layer waits,
+  // or for an expert that is not in the demand.
   const Demand& demand() const;
-  // What the next layer with routed experts would choose if the present layer and the mixer between them
-  // added nothing: by rank, the experts that a token ranks there and none ranks higher. Empty where no such
-  // layer follows. Throws std::invalid_argument once experts of the demand have run: it works in their
-  // memory.
+  // Predicts the choice of the next layer with routed experts, as if this layer and the mixer between them
+  // added nothing. Returns, for each rank, the experts that some token ranks there and no token ranks higher.
+  // Empty if no later layer has routed experts. Throws std::invalid_argument once experts of the demand have
+  // run, because it uses their memory.
   std::vector<std::vector<int32_t>> look_ahead();
   void run_shared();
   void run_experts(const std::vector<int32_t>& expert_ids, const std::vector<ExpertView>& experts);
 
-  // Logits [num_rows][vocabulary] of rows of the batch that was run, at most max_tokens.
+  // Computes the logits [num_rows][vocabulary] of rows of the last batch, at most max_tokens rows.
   void logits(const int64_t* rows, int64_t num_rows, float* out);
 
   const StackDescription& description() const { return description_; }
@@ -220,11 +222,11 @@ class Stack {
   const KvCache& kv() const { return kv_; }
   const RecurrentState* recurrent() const { return recurrent_; }
 
-  // Seconds by Part, and look-ups of resident experts, since the last time they were taken.
+  // Seconds by Part, and lookups of resident experts, since the previous call.
   std::array<double, kNumParts> take_seconds();
   int64_t take_lookups();
 
-  // How often each expert was chosen since the last time this was taken, [layers][most experts of a layer].
+  // How often each expert was chosen since the previous call, [layers][most experts of a layer].
   std::vector<int64_t> take_uses();
   int64_t most_experts() const { return int64_t(next_.size()); }
 
@@ -237,7 +239,7 @@ class Stack {
   void begin_runs();
   void add_block(const MatrixView& output, const float* bias);
   void mix(const LatentAttention& attention);
-  bool feed_forward(const DenseFfn& ffn);  // false: it waits for experts
+  bool feed_forward(const DenseFfn& ffn);  // false: the layer waits for experts
   bool feed_forward(const RoutedFfn& ffn);
   void choose(const Router& router, const float* x, int32_t* ids, float* weights);
   void dispatch(const RoutedFfn& ffn);
@@ -245,7 +247,7 @@ class Stack {
   void run_group(const std::vector<int32_t>& expert_ids);
   void combine_experts(const RoutedFfn& ffn);
   void norm(const float* weight);
-  const RoutedFfn& routed_ffn() const;  // of the layer that runs
+  const RoutedFfn& routed_ffn() const;  // of the current layer
   void require_waiting() const;
   bool claim(int32_t expert);
   void start_clock() { last_mark_ = Clock::now(); }
@@ -258,15 +260,15 @@ class Stack {
   StackBuffers buffers_;
 
   StepBatch batch_ = {};
-  std::vector<DeltaRun> runs_;  // of the batch, where there is a recurrent state
+  std::vector<DeltaRun> runs_;  // runs of the batch, if there is a recurrent state
   Stage stage_ = Stage::done;
   int64_t layer_ = 0;
   Demand demand_ = {};
-  std::vector<int32_t> starts_;     // [experts + 1]: where an expert's part of buffers_.assignment begins
-  std::vector<int32_t> next_;       // [experts]: while it is filled
+  std::vector<int32_t> starts_;     // [experts + 1]: where each expert's part of buffers_.assignment begins
+  std::vector<int32_t> next_;       // [experts]: the write position while it is filled
   std::vector<bool> decode_wants_;  // [experts]
   std::vector<bool> is_claimed_;    // [experts]
-  int64_t num_unclaimed_ = 0;       // experts of the demand that were not run yet
+  int64_t num_unclaimed_ = 0;       // experts of the demand that have not run yet
   std::vector<int32_t> group_starts_;
   std::vector<ExpertView> group_;
 

@@ -8,13 +8,13 @@ namespace argosy {
 
 namespace {
 
-constexpr int64_t kWidthBlock = 32;   // rows of gate and up in one item: a group of the activations of down
-constexpr int64_t kHiddenBlock = 64;  // rows of down in one item
-constexpr int64_t kTokenBlock = 48;   // tokens whose gate and up outputs wait in a worker's scratch
+constexpr int64_t kWidthBlock = 32;   // rows of gate and up per item: one group of the activations of down
+constexpr int64_t kHiddenBlock = 64;  // rows of down per item
+constexpr int64_t kTokenBlock = 48;   // tokens whose gate and up outputs fit in a worker's scratch
 
 static_assert(kWidthBlock == kGroupSize);
 
-// x of a matrix: float32 rows, or what quantize_activations made of them.
+// The input of a product: float32 rows, or the output of quantize_activations.
 struct Activations {
   const float* floats;
   int64_t float_stride;  // in floats
@@ -27,9 +27,9 @@ struct Activations {
   }
 };
 
-// body(expert, block, count) for items [begin, end) of all experts' blocks of rows: `count` blocks of the
-// expert that follow each other, at most longest(expert). One expert after the other, so that a thread reads
-// weights that follow each other.
+// Calls body(expert, block, count) for items [begin, end) of the row blocks of all experts: `count`
+// consecutive blocks of one expert, at most longest(expert). It visits one expert after another, so that a
+// thread reads consecutive weights.
 template <class Longest, class Body>
 void visit_blocks(int64_t blocks, int64_t begin, int64_t end, Longest&& longest, Body&& body) {
   while (begin < end) {
@@ -41,7 +41,7 @@ void visit_blocks(int64_t blocks, int64_t begin, int64_t end, Longest&& longest,
   }
 }
 
-// To the rows and tokens that a product has just written.
+// Adds the bias to the rows and tokens that a product has just written.
 void add_bias(const MatmulArgs& product, const float* bias) {
   for (int64_t token = 0; token < product.num_tokens; ++token) {
     float* y = product.y + product.y_stride * (product.y_index != nullptr ? product.y_index[token] : token);
@@ -88,14 +88,14 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
   const Activations of_inner = {inner, inner_stride, inner_quants, activation_bytes(width)};
   const int64_t mean_tokens = (assignments + num_experts - 1) / num_experts;
 
-  // What a thread reads after the rows of this expert before `row`.
+  // The weights that a thread reads next when the rows of this expert end before `row`.
   const auto rows_after = [&](MatrixView ExpertView::* matrix, int64_t index, int64_t row) -> const uint8_t* {
     if (row < (experts[index].*matrix).rows) return rows_at(experts[index].*matrix, row);
     return index + 1 < num_experts ? rows_at(experts[index + 1].*matrix, 0) : nullptr;
   };
 
-  // Gate, up and what lies between, for some blocks of one expert's inner neurons: so many that the outputs
-  // of its tokens fit the scratch.
+  // Runs gate, up and the activation for some blocks of one expert's inner neurons. There are few enough
+  // blocks that the outputs of its tokens fit in the scratch.
   const auto run_gate_up = [&](int64_t index, int64_t block, int64_t num_blocks, int worker) {
     const ExpertView& expert = experts[index];
     const int64_t row = block * kWidthBlock;
@@ -126,7 +126,7 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
       const bool reads_on = a == dispatch.starts[index];  // later tokens find the weights in the cache
       multiply(expert.gate, gate, reads_on ? rows_at(expert.up, row) : nullptr);
       multiply(expert.up, up, reads_on ? rows_after(&ExpertView::gate, index, row + rows) : nullptr);
-      // Quantised activations are made of what is still in the cache; float32 ones are kept as they are.
+      // Quantise activations while they are still in the cache; float32 activations are kept as they are.
       const bool becomes_quants = is_quantized(expert.down.format);
       table.activate({
           .activation = activation,

@@ -1,4 +1,4 @@
-// swiglu.h: feed-forward networks of a layer: routed experts, shared experts, dense.
+// swiglu.h: the feed-forward networks of a layer: routed experts, shared experts, dense networks.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,8 @@ struct ExpertView {
   ExpertBias bias = {};
 };
 
-// Which tokens each expert runs: expert i runs assignments starts[i] to starts[i + 1]. An assignment reads
-// x[token[a]] and writes out[row[a]]; without `token` and `row` assignment a reads and writes row a.
+// The tokens of each expert: expert i runs assignments starts[i] to starts[i + 1]. An assignment a reads
+// x[token[a]] and writes out[row[a]]; if `token` or `row` is null, it reads or writes row a.
 struct Dispatch {
   const int32_t* starts;  // [experts + 1]
   const int32_t* token;
@@ -30,7 +30,7 @@ struct Dispatch {
 };
 
 // y = activation(x Wg^T + bg, x Wu^T + bu) Wd^T + bd for every assignment. All experts share two parallel
-// loops: gate and up with what lies between, then down. A bias is added to the finished sum of its row.
+// loops: gate, up and activation, then down. A bias is added to the finished sum of its row.
 void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, const Activation& activation,
                     const float* x, int64_t num_tokens, const Dispatch& dispatch, float* out);
 
