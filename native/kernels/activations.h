@@ -1,9 +1,9 @@
-// activations.h: one token's activations as 16-bit integers in two bytes, for quantised weights.
+// activations.h: one token's activations as 16-bit integers, split into two bytes, for quantised weights.
 //
-//   x  float32, from column 32 * group_begin on.    activations  the layout of formats.h, a row of `cols`.
+//   x  float32, from column 32 * group_begin on.    activations  one row of `cols`, laid out as in formats.h.
 //
-// A group whose largest magnitude is below 1e-33 becomes zero. A group with an infinity or a NaN gets that as
-// its scale and zeros as its quants, so every product with it is NaN.
+// A group whose largest magnitude is below 1e-33 becomes zero. A group with an infinity or a NaN gets that
+// value as its scale and zeros as its quants, so every product with it is NaN.
 #pragma once
 
 #include "kernels/half.h"
@@ -12,11 +12,11 @@
 namespace argosy {
 namespace {
 
-constexpr float kSmallestGroup = 1e-33f;    // kLargestQuant / this is still a float
-constexpr float kLargestQuant = 256 * 127;  // so that the high byte stays within -127 to 127
+constexpr float kSmallestGroup = 1e-33f;    // kLargestQuant divided by this is still a finite float
+constexpr float kLargestQuant = 256 * 127;  // keeps the high byte within -127 to 127
 
-// `sum` of the quants, `high_sum_0` and `high_sum_1` of their high bytes in the first and in the second half
-// of the group.
+// `sum` is the sum of the quants; `high_sum_0` and `high_sum_1` are the sums of their high bytes in the first
+// and second half of the group.
 inline void finish_activation_group(uint8_t* activations, int64_t cols, int64_t group, float absmax,
                                     int32_t sum, int32_t high_sum_0, int32_t high_sum_1) {
   const auto put = [&](int64_t at, auto value) { std::memcpy(activations + at, &value, sizeof value); };
@@ -41,7 +41,7 @@ void quantize_activations(const float* x, int64_t cols, int64_t group_begin, int
   for (int64_t group = group_begin; group < group_end; ++group) {
     const int64_t begin = group * kGroupSize;
     const int64_t n = cols - begin < kGroupSize ? cols - begin : kGroupSize;
-    // Magnitudes as bit patterns: their order is the order of the numbers, with infinity and NaN on top.
+    // Compare magnitudes as bit patterns: they sort like the numbers, with infinity and NaN on top.
     uint32_t largest = 0;
     for (int64_t i = 0; i < n; ++i) {
       const uint32_t magnitude = read_unaligned<uint32_t>(x + begin + i) & 0x7FFFFFFFu;
@@ -54,7 +54,7 @@ void quantize_activations(const float* x, int64_t cols, int64_t group_begin, int
     int16_t whole[kGroupSize] = {};
     int32_t sum = 0, high_sum[2] = {};
     for (int64_t i = 0; i < n && usable; ++i) {
-      // Adding 1.5 * 2^23 leaves no room for a fraction: the sum rounds to nearest even.
+      // Adding 1.5 * 2^23 leaves no bits for a fraction, so the sum rounds to nearest even.
       const int32_t quant = int32_t((x[begin + i] * inverse + 12582912.0f) - 12582912.0f);
       high[i] = int8_t((quant + 128) >> 8);
       low[i] = int8_t(quant - 256 * high[i]);
@@ -71,8 +71,8 @@ void quantize_activations(const float* x, int64_t cols, int64_t group_begin, int
 
 #elif ARGOSY_AVX512
 
-// Sums of 32 signed bytes, of each half: differences from zero are summed in one instruction once the bytes
-// are made unsigned.
+// Sums 32 signed bytes, separately for each half. Once the bytes are unsigned, one instruction sums their
+// differences from zero.
 inline void sum_halves(__m256i bytes, int32_t (&sums)[2]) {
   const __m256i unsigned_bytes = _mm256_xor_si256(bytes, _mm256_set1_epi8(int8_t(-128)));
   const __m256i eights = _mm256_sad_epu8(unsigned_bytes, _mm256_setzero_si256());
@@ -97,8 +97,8 @@ void quantize_activations(const float* x, int64_t cols, int64_t group_begin, int
     const float absmax = bit_cast<float>(largest);
     const bool usable = absmax >= kSmallestGroup && largest < 0x7F800000;
     const Vec inverse = broadcast(usable ? kLargestQuant / absmax : 0.0f);
-    // Infinity times zero is NaN and converts to the smallest integer: masked away with the rest of an
-    // unusable group.
+    // Infinity times zero is NaN, which converts to the smallest integer. The mask zeroes it with the rest of
+    // an unusable group.
     const __mmask16 kept = usable ? __mmask16(0xFFFF) : __mmask16(0);
     const __m512i quants[2] = {_mm512_maskz_cvtps_epi32(kept, mul(first, inverse)),
                                _mm512_maskz_cvtps_epi32(kept, mul(second, inverse))};
@@ -106,7 +106,7 @@ void quantize_activations(const float* x, int64_t cols, int64_t group_begin, int
       return _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(quant, _mm512_set1_epi32(128)), 8));
     };
     const __m256i high = _mm256_set_m128i(high_bytes(quants[1]), high_bytes(quants[0]));
-    // The low byte of a quant is what remains: the high byte was rounded up where the low one is negative.
+    // The low byte of a quant is the remainder: the high byte was rounded up where the low byte is negative.
     const __m256i low = _mm256_set_m128i(_mm512_cvtepi32_epi8(quants[1]), _mm512_cvtepi32_epi8(quants[0]));
     uint8_t* to = activations + begin;
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), high);
@@ -124,9 +124,9 @@ void quantize_activations(const float* x, int64_t cols, int64_t group_begin, int
 
 #else  // AVX2
 
-// 32 numbers from -128 to 127.
+// Stores 32 numbers from -128 to 127 as bytes.
 inline void store_as_bytes(uint8_t* to, const __m256i (&numbers)[4]) {
-  // Packing works within 128-bit halves; the permutation puts the columns back in order.
+  // Packing works within 128-bit halves; the permutation restores the order of the columns.
   const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(numbers[0], numbers[1]),
                                             _mm256_packs_epi32(numbers[2], numbers[3]));
   const __m256i ordered = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));

@@ -1,7 +1,7 @@
 // all_kernels.h: every kernel in one table, compiled once per instruction set by isa_*.cpp.
 //
 // Everything in these headers has internal linkage, and none of it uses inline functions of the standard
-// library: a function that two instruction sets share by name is compiled for both, and the linker keeps one.
+// library: if two instruction sets share a function name, both compile it and the linker keeps only one.
 #pragma once
 
 #include "kernels/activations.h"

@@ -1,20 +1,20 @@
-// attention.h: causal attention of some tokens of one sequence against one KV head, in grouped-query form.
+// attention.h: causal grouped-query attention of consecutive tokens of one sequence against one KV head.
 //
 //   out[t][h] = sum over p of softmax over p (scale * q[t][h] . key[p]) * value[p]
 //
-//   p from max(0, position[t] - window + 1) to position[t]; heads h that share the KV head; keys and values
-//   in KV blocks (layout: kernel_table.h); q and out float32. A sink is one more score of a head: it takes
-//   its weight from the others and adds no value (gpt-oss; arXiv:2309.17453 has why models want one).
+//   p runs from max(0, position[t] - window + 1) to position[t], and h over the heads that share the KV head;
+//   keys and values lie in KV blocks (layout: kernel_table.h); q and out are float32. A sink is one more
+//   score of a head: it takes weight from the other scores and adds no value (gpt-oss; arXiv:2309.17453
+//   explains why models want one).
 //
-// The reference goes over the keys twice. The vector version takes stretches of four tiles of sixteen
-// positions, at fixed places, with a running maximum (Milakov and Gimelshein, arXiv:1805.02867): which
-// positions share a stretch, and the order of the sums in it, follows from a token's position alone, so its
-// output is the same in decode and in a prefill chunk of any size. A sink is where the running maximum and
-// sum begin.
+// The reference passes over the keys twice. The vector version processes stretches of four tiles of sixteen
+// positions, at fixed places, with a running maximum (Milakov and Gimelshein, arXiv:1805.02867). Which
+// positions share a stretch, and the order of its sums, depend only on a token's position, so its output is
+// the same in decode and in a prefill chunk of any size. A sink initialises the running maximum and sum.
 //
-// Bound by multiply-adds where many tokens and heads share the keys, by reading them for one token. Keys of a
-// few tiles, and values of a few columns, stay in the first-level cache while all queries of the call pass
-// by.
+// Bound by multiply-adds if many tokens and heads share the keys, by reading the keys for one token. The keys
+// of a few tiles, or the values of a few columns, stay in the first-level cache while all queries of the call
+// use them.
 #pragma once
 
 #include <math.h>
@@ -31,7 +31,7 @@ inline int64_t first_position(const AttentionArgs& a, int64_t position) {
   return a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
 }
 
-// Without one: a score whose weight is zero.
+// Without a sink, returns a score whose weight is zero.
 inline float sink_of(const AttentionArgs& a, int64_t head) {
   return a.sinks != nullptr ? a.sinks[head] : -INFINITY;
 }
@@ -82,15 +82,15 @@ void attention(const AttentionArgs& a) {
 constexpr int64_t kTileVecs = kKeyTile / kLanes;
 constexpr int64_t kStretchTiles = kStretchKeys / kKeyTile;
 
-// One (token, head) on its way through the keys. A lane counts positions with the padding of the blocks.
+// The progress of one (token, head) through the keys. Lane numbers include the padding of the blocks.
 struct Query {
-  float* q;             // [padded_dim], a copy: rows of the batch may lie a power of two apart
-  float* scores;        // [kStretchKeys], of the stretch at hand; then the weights of its keys
+  float* q;             // [padded_dim], a copy: rows of the batch may be a power of two apart
+  float* scores;        // [kStretchKeys], scores of the current stretch, later the weights of its keys
   float* values;        // [padded_dim], running weighted sum
-  int64_t first, last;  // lanes it sees, of all
+  int64_t first, last;  // lanes that the query sees, in all
   float most;           // running maximum of the scores
   float sum;            // running sum of the weights
-  int64_t begin, end;   // lanes it sees, of the stretch at hand
+  int64_t begin, end;   // lanes that the query sees, in the current stretch
 };
 
 struct KeyTile {
@@ -99,8 +99,8 @@ struct KeyTile {
   int64_t num_keys;
 };
 
-// The scores of kTiles tiles for kCount queries: an element of a key is loaded once for all of them, one of a
-// query once for all tiles.
+// Computes the scores of kTiles tiles for kCount queries. Each key element is loaded once for all queries,
+// each query element once for all tiles.
 template <class Element, int kCount, int kTiles>
 void score_tiles(Query* const* queries, const KeyTile* tiles, int64_t at, int64_t dim, float scale) {
   const float* q[kCount];
@@ -147,7 +147,7 @@ void score_tiles(Query* const* queries, const KeyTile* tiles, int64_t at, int64_
   }
 }
 
-// Scores of a stretch become weights; what was summed so far is scaled to the new maximum.
+// Turns the scores of a stretch into weights, and rescales the running sums to the new maximum.
 inline void soften(Query& query, const KeyTile* tiles, int64_t padded_dim) {
   const int64_t tile_begin = query.begin / kKeyTile;
   const int64_t tile_end = (query.end + kKeyTile - 1) / kKeyTile;
@@ -173,7 +173,7 @@ inline void soften(Query& query, const KeyTile* tiles, int64_t padded_dim) {
     store(query.scores + at, weight);
     sum = add(sum, weight);
   }
-  // Multiplying by one changes no bit, so leaving it out changes none either.
+  // Multiplying by one changes no bits, so skipping it changes none either.
   if (most > query.most) {
     const float shrink = exp(query.most - most);
     query.sum *= shrink;
@@ -185,8 +185,8 @@ inline void soften(Query& query, const KeyTile* tiles, int64_t padded_dim) {
   query.sum += sum_lanes(sum);
 }
 
-// Adds the weighted values of lanes [begin, end), in ascending order, to kVecs vectors of columns from d on,
-// for kCount queries that see these lanes.
+// Adds the weighted values of lanes [begin, end), in ascending order, to kVecs vectors of columns starting at
+// d, for kCount queries that see these lanes.
 template <class Element, int kCount, int kVecs>
 void add_values(Query* const* queries, const KeyTile* tiles, int64_t padded_dim, int64_t d, int64_t begin,
                 int64_t end) {
@@ -222,7 +222,7 @@ void add_values(Query* const* queries, const KeyTile* tiles, int64_t padded_dim,
   }
 }
 
-// The same for all queries of a stretch: several at once where they see the same lanes.
+// Does the same for all queries of a stretch, several at once if they see the same lanes.
 template <class Element, int kVecs>
 void add_columns(Query* const* queries, int64_t count, const KeyTile* tiles, int64_t padded_dim, int64_t d) {
   int64_t i = 0;
@@ -264,7 +264,7 @@ void score_queries(Query* const* queries, int64_t count, const KeyTile* tiles, i
   });
 }
 
-// Tiles [0, num_tiles) of a stretch for the queries that see any of it.
+// Processes tiles [0, num_tiles) of a stretch for the queries that see any of it.
 template <class Element>
 void attend_stretch(const AttentionArgs& a, Query* const* queries, int64_t count, const KeyTile* tiles,
                     int64_t tile_begin, int64_t tile_end) {

@@ -1,11 +1,11 @@
-// combine.h: the experts' outputs of one token, added to its hidden state.
+// combine.h: adds the experts' outputs of one token to its hidden state.
 //
 //   combine            out[i] += sum over j, ascending, of weights[j] * expert_out[j][i]
 //   add_sigmoid_gated  out[i] += sigmoid(gate_logit) * x[i]
 //
 //   out, x  float32 [hidden].    expert_out  float32 [k][hidden].
 //
-// One version: each element has its own sum, whatever the vector width.
+// One version for all instruction sets: each element has its own sum, whatever the vector width.
 #pragma once
 
 #include <math.h>

@@ -1,8 +1,8 @@
-// exp.h: e^x, the same bits for a value in whatever lane it stands.
+// exp.h: e^x, with the same bits for a value in any lane.
 //
 //   x = n ln 2 + r with |r| <= ln 2 / 2;  e^x = 2^n e^r;  e^r by its Taylor polynomial of degree 7 (the
-//   remainder is below 2^-27). Within 2 units in the last place. Above 88.8 infinity, below -104 zero, NaN
-//   stays NaN.
+//   remainder is below 2^-27). Within 2 units in the last place. Above 88.8 it is infinity, below -104 zero;
+//   NaN stays NaN.
 #pragma once
 
 #if ARGOSY_VECTOR
@@ -11,10 +11,10 @@ namespace argosy {
 namespace {
 
 inline Vec exp(Vec x) {
-  // The bound comes first and x second: a comparison with NaN gives the second.
+  // The bound comes first and x second: a comparison with NaN returns the second operand.
   x = max_or_second(broadcast(-110.0f), min_or_second(broadcast(90.0f), x));
   const Vec n = round_to_nearest(mul(x, broadcast(1.44269504f)));
-  Vec r = fma(n, broadcast(-0x1.62E4p-1f), x);  // ln 2 in two parts; n times the first is exact
+  Vec r = fma(n, broadcast(-0x1.62E4p-1f), x);  // ln 2 in two parts; n times the first part is exact
   r = fma(n, broadcast(-0x1.7F7D1Cp-20f), r);
   Vec p = broadcast(1.0f / 5040.0f);
   p = fma(p, r, broadcast(1.0f / 720.0f));

@@ -1,12 +1,12 @@
-// formats.h: how the weights of a matrix lie in memory.
+// formats.h: the memory layout of weight matrices.
 //
 //   f32, f16, bf16   row-major [rows, cols], no padding, any alignment.
 //   f8               FP8 E4M3 codes with a float32 scale for each block of 128 rows and 128 columns. Every
-//                    128 rows: their scales, [ceil(cols / 128)], padded with zeros to 64 bytes, then the
-//                    codes, row-major. The last stretch has the rows that are left.
-//   the others       quantised: weight = scale * q, or scale * q + min, where q is what a code of `bits` bits
-//                    stands for: the code less `zero`, or an entry of a table of 16. Rows are padded to 16,
-//                    columns to a block.
+//                    128 rows store their scales, [ceil(cols / 128)], padded with zeros to 64 bytes, then
+//                    their codes, row-major. The last stretch holds the remaining rows.
+//   the others       quantised: weight = scale * q, or scale * q + min. A code of `bits` bits stands for q:
+//                    the code minus `zero`, or an entry of a table of 16. Rows are padded to 16, columns to
+//                    a block.
 //
 //            bits  q            scale                          min
 //     q8       8   - 128        f16 of 32 columns              -
@@ -24,19 +24,20 @@
 //     mxfp4    4   table e2m1   bf16 of 32                     -
 //     int4     4   - 8          bf16 of 32                     -
 //
-// All from q4_1 to mxfp4 hold what GGUF's blocks of the same name hold, bit for bit but for the sign of a min
-// that they subtract (kernels/transcode.h). mxfp4 is that of the OCP Microscaling Formats (MX) Specification
-// v1.0: the table holds its values doubled, so a scale is half of what the file says, and a bfloat16, which
-// has every power of two from 2^-133 to 2^127. int4 is what compressed-tensors packs.
+// The formats from q4_1 to mxfp4 hold what GGUF's blocks of the same name hold, bit for bit, except for the
+// sign of a min that GGUF subtracts (kernels/transcode.h). mxfp4 follows the OCP Microscaling Formats (MX)
+// Specification v1.0: the table holds its values doubled, so a scale is half of the scale in the file, stored
+// as a bfloat16, which has every power of two from 2^-133 to 2^127. int4 is the format that
+// compressed-tensors packs.
 //
-// A quantised matrix is a list of panels of 16 rows. A block is the columns that share a 16-bit scale, 32 or
-// 256 of them. A panel holds its blocks one behind the other, and is padded to 64 bytes; a block holds its
-// scales, then the quants of its groups. The scales of a block are 16-bit floats [16 rows], then, where there
-// are, its mins float16 [16], its sub-scales [group or half group][16] and its sub-mins [group][16]. q2_k and
-// q3_k have sub-scales [group][16][half group] instead, so that both of a row are multiplied at once; those
-// of q2_k share a byte with their sub-mins, which are the high half. So a product reads a matrix from its
-// first byte to its last (docs/decisions/0019-read-panels-sequentially.md). The quants of a group of
-// 32 columns are:
+// A quantised matrix is a list of panels of 16 rows. A block is the columns that share a 16-bit scale: 32 or
+// 256 of them. A panel holds its blocks one after another and is padded to 64 bytes. A block holds its
+// scales, then the quants of its groups. The scales of a block are 16-bit floats [16 rows], then, if the
+// format has them, its mins float16 [16], its sub-scales [group or half group][16] and its sub-mins
+// [group][16]. q2_k and q3_k store sub-scales as [group][16][half group] instead, so that both sub-scales of
+// a row are multiplied at once; those of q2_k share a byte with their sub-mins, which are the high half. So a
+// product reads a matrix from its first byte to its last
+// (docs/decisions/0019-read-panels-sequentially.md). The quants of a group of 32 columns are:
 //
 //   8 bits   chunk c = 0..7: 64 bytes; byte 4 r + j = q of row r, column 4 c + j.
 //   3, 5     first 64 bytes; bit c of byte 4 r + j = the highest bit of q of column 4 c + j;
@@ -46,7 +47,7 @@
 //   2, 3     then 2 times 64 bytes: bits 2 c and 2 c + 1 of byte 4 r + j = the two lowest bits of q of column
 //            4 c + j in the first 64 bytes, of column 4 (c + 4) + j in the second (c = 0..3).
 //
-// So 64 bytes are four columns of sixteen rows: what one vpdpbusd multiplies with four broadcast activations.
+// So 64 bytes are four columns of sixteen rows: one vpdpbusd multiplies them with four broadcast activations.
 #pragma once
 
 #include <cstdint>
@@ -74,21 +75,21 @@ enum class Format : uint8_t {
   int4
 };
 
-// Internal linkage throughout: this header is compiled under several instruction sets, and the linker must
-// not pick one of the copies for all.
+// Everything here has internal linkage: several instruction sets compile this header, and the linker must not
+// keep one copy for all of them.
 [[maybe_unused]] static constexpr int kNumFormats = 18;
 [[maybe_unused]] static constexpr int64_t kGroupSize = 32;
 [[maybe_unused]] static constexpr int64_t kPanelRows = 16;
-[[maybe_unused]] static constexpr int64_t kChunkBytes =
-    64;  // four columns of a panel (4 bits: two times four)
+// Four columns of a panel (4 bits: two times four).
+[[maybe_unused]] static constexpr int64_t kChunkBytes = 64;
 [[maybe_unused]] static constexpr int64_t kLongestBlock = 256;
 
 static inline constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// The values of a table's sixteen codes, plus its zero: bytes, for instructions that want them without a
-// sign.
+// The values of a table's sixteen codes, plus its zero, as bytes for instructions that want unsigned
+// operands.
 [[maybe_unused]] static constexpr uint8_t kE2m1Bytes[16] = {16, 17, 18, 19, 20, 22, 24, 28,
                                                             16, 15, 14, 13, 12, 10, 8,  4};
 [[maybe_unused]] static constexpr uint8_t kIq4Bytes[16] = {1,   24,  45,  63,  79,  93,  106, 118,
@@ -96,24 +97,25 @@ static inline constexpr int64_t round_up(int64_t n, int64_t multiple) {
 
 enum class SubScales : uint8_t { none, bytes, signed_bytes, signed_pairs, nibble_pairs };
 
-namespace {  // its functions, too: members of a class that all files share are shared
+namespace {  // gives the functions internal linkage, too: member functions of a class shared by all files are
+             // shared
 
-// The table at the top.
+// One row of the table at the top.
 struct QuantFormat {
   int bits;
-  int zero;  // a power of two, or none
+  int zero;  // 0, or a power of two
   int64_t block_cols;
   int64_t sub_scale_cols = 0;  // 0: a block has no sub-scales
   bool has_min = false;
   SubScales sub_scales = SubScales::none;
-  bool is_bf16 = false;            // the scales
-  const uint8_t* table = nullptr;  // of 16 bytes; null: a code is its own byte
+  bool is_bf16 = false;            // whether the scales are bfloat16
+  const uint8_t* table = nullptr;  // 16 bytes; null: a code is its own byte
 
   constexpr int64_t group_bytes() const { return kChunkBytes * bits; }
   constexpr int64_t block_groups() const { return block_cols / kGroupSize; }
-  // Parts of a group that have a scale of their own.
+  // The number of parts of a group that have their own scale.
   constexpr int parts() const { return sub_scale_cols == 16 ? 2 : 1; }
-  // Bits that lie together, behind the planes of the higher ones; and where, inside a group.
+  // The bits stored together, after the planes of the higher bits; and their offset in a group.
   constexpr int low_bits() const { return bits == 8 ? 8 : bits < 4 ? 2 : 4; }
   constexpr int64_t low_at() const { return kChunkBytes * (bits - low_bits()); }
   constexpr int zero_shift() const { return __builtin_ctz(unsigned(zero)); }
@@ -124,11 +126,11 @@ struct QuantFormat {
     for (int i = 0; i < 16; ++i) largest = table[i] > largest ? table[i] : largest;
     return largest;
   }
-  // Whether those of both half groups of a row lie together.
+  // Whether the sub-scales of both half groups of a row lie side by side.
   constexpr bool is_paired() const {
     return sub_scales == SubScales::signed_pairs || sub_scales == SubScales::nibble_pairs;
   }
-  // Inside the scales of a block.
+  // Offset in the scales of a block.
   constexpr int64_t sub_scales_at() const { return kPanelRows * 2 * (has_min ? 2 : 1); }
   constexpr int64_t sub_mins_at() const {
     return sub_scales_at() + (sub_scale_cols > 0 ? block_cols / sub_scale_cols * kPanelRows : 0);
@@ -137,7 +139,7 @@ struct QuantFormat {
     return sub_mins_at() + (sub_scales == SubScales::bytes ? block_groups() * kPanelRows : 0);
   }
   constexpr int64_t block_bytes() const { return block_scale_bytes() + block_groups() * group_bytes(); }
-  // Inside a panel: the scales of the block that a group is of, and the quants of the group.
+  // Offsets in a panel: the scales of the block that contains a group, and the quants of the group.
   constexpr int64_t scales_at(int64_t group) const { return group / block_groups() * block_bytes(); }
   constexpr int64_t quants_at(int64_t group) const {
     return scales_at(group) + block_scale_bytes() + group % block_groups() * group_bytes();
@@ -148,7 +150,7 @@ struct QuantFormat {
 
 static inline constexpr bool is_quantized(Format format) { return format >= Format::q8; }
 
-// Of a quantised format.
+// For quantised formats only.
 static inline constexpr QuantFormat quant_format(Format format) {
   switch (format) {
     case Format::q8:
@@ -188,13 +190,13 @@ static inline constexpr int64_t num_blocks(Format format, int64_t cols) {
   return round_up(cols, quant_format(format).block_cols) / quant_format(format).block_cols;
 }
 
-// f8: rows and columns of a block, whose weights share a scale.
+// f8: rows and columns of a block of weights that share a scale.
 [[maybe_unused]] static constexpr int64_t kF8Block = 128;
 
 static inline constexpr int64_t f8_scales_bytes(int64_t cols) {
   return round_up(round_up(cols, kF8Block) / kF8Block * 4, 64);
 }
-// Where the scales of a row begin, and its codes.
+// Where the scales of a row begin, and where its codes begin.
 static inline constexpr int64_t f8_scales_at(int64_t row, int64_t cols) {
   return row / kF8Block * (f8_scales_bytes(cols) + kF8Block * cols);
 }
@@ -202,7 +204,7 @@ static inline constexpr int64_t f8_row_at(int64_t row, int64_t cols) {
   return f8_scales_at(row, cols) + f8_scales_bytes(cols) + row % kF8Block * cols;
 }
 
-// Of f32, f16, bf16.
+// For f32, f16 and bf16 only.
 static inline constexpr int64_t weight_bytes(Format format) { return format == Format::f32 ? 4 : 2; }
 
 static inline constexpr int64_t panel_bytes(Format format, int64_t cols) {
@@ -233,20 +235,20 @@ static inline int32_t quant_at(Format format, const uint8_t* panel, int64_t row,
 
 // One token's activations, quantised for products with quantised weights; 64-byte aligned, in this order:
 //
-//   int8  [groups * 32]   high: with low, x / (scale / 256) rounded to the nearest (even) = 256 * high + low
+//   int8  [groups * 32]   high: with low, x / (scale / 256) rounded to nearest even = 256 * high + low
 //   int8  [groups * 32]   low
-//   int16 [groups * 32]   256 * high + low: beside q8, where 16 bits are multiplied at once
-//   float [groups]        scale = largest magnitude in the group / 127, for high alone (all but q8)
-//   float [groups]        scale / 256, for both (q8)
-//   int32 [groups]        -(sum of 256 * high + low): times the zero of the q8 quants, it takes that out of a
-//                         dot product
+//   int16 [groups * 32]   256 * high + low: for q8 kernels that multiply 16 bits at once
+//   float [groups]        scale = largest magnitude in the group / 127, for high alone (all formats but q8)
+//   float [groups]        scale / 256, for both bytes (q8)
+//   int32 [groups]        -(sum of 256 * high + low): multiplied by the zero of the q8 quants, it removes
+//                         that zero from a dot product
 //   int32 [groups]        -(sum of high): the same for the other formats with a zero
-//   int32 [2 * groups]    -(sum of high) of half groups: for q6_k
-//   int16 [2 * groups]    the same: for formats whose sub-scales lie in pairs
-//   float [groups]        scale * sum of high: what a min is multiplied with
+//   int32 [2 * groups]    -(sum of high) per half group: for q6_k
+//   int16 [2 * groups]    the same: for formats whose sub-scales are stored in pairs
+//   float [groups]        scale * sum of high: multiplies a min
 //
-// Beside q4 weights, whose own rounding is sixteen times that of q8, 8 bits of an activation are plenty.
-// Beside q8 weights they are not: the error of the activations would be three times that of the weights
+// For q4 weights, whose own rounding error is sixteen times that of q8, 8 bits per activation are plenty. For
+// q8 weights they are not: the error of the activations would be three times that of the weights
 // (docs/decisions/0006-sixteen-bit-activations-for-q8.md).
 static inline constexpr int64_t activation_low_at(int64_t cols) { return num_groups(cols) * kGroupSize; }
 static inline constexpr int64_t activation_whole_at(int64_t cols) {
@@ -263,8 +265,7 @@ static inline constexpr int64_t activation_negated_sums_at(Format format, int64_
 static inline constexpr int64_t activation_sums_at(int64_t cols) {
   return num_groups(cols) * (4 * kGroupSize + 28);
 }
-// An odd number of cache lines, so that the same column of many tokens does not fall into few sets of the
-// cache.
+// An odd number of cache lines, so that the same column of many tokens is spread over the sets of the cache.
 static inline constexpr int64_t activation_bytes(int64_t cols) {
   return round_up(num_groups(cols) * (4 * kGroupSize + 32), 128) + 64;
 }

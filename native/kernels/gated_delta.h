@@ -5,9 +5,9 @@
 //   delta_rule   q, k, v, z  ->  S = decay S + k (beta (v - decay S^T k))^T
 //                                out = rms_norm(S^T q) * silu(z)
 //
-// Promise: a token's operations and their order are the same whichever tokens are in the call. Sums over key
-// dimensions ascend, one per column of S; columns never meet, so 32 at a time are taken through all tokens
-// before the next: that part of S stays in the nearest cache.
+// Promise: the operations of a token and their order do not depend on the other tokens in the call. Sums over
+// key dimensions ascend, one per column of S. Columns are independent, so 32 at a time go through all tokens
+// before the next 32: that part of S stays in the first-level cache.
 #pragma once
 
 #include <math.h>
@@ -20,14 +20,14 @@
 namespace argosy {
 namespace {
 
-// Few and all different: one version.
+// Gates are few, and every head differs: one version for all instruction sets.
 void delta_gates(const DeltaGatesArgs& args) {
   for (int64_t t = 0; t < args.num_tokens; ++t) {
     float* a = args.a + t * args.a_stride;
     float* b = args.b + t * args.b_stride;
     for (int64_t i = 0; i < args.num_heads; ++i) {
       const float x = a[i] + args.dt_bias[i];
-      const float softplus = x > 20.0f ? x : log1pf(expf(x));  // beyond 20 the difference is below a rounding
+      const float softplus = x > 20.0f ? x : log1pf(expf(x));  // beyond 20 the difference is below rounding
       a[i] = expf(args.rate[i] * softplus);
       b[i] = 1.0f / (1.0f + expf(-b[i]));
     }
@@ -110,7 +110,7 @@ void delta_conv(const DeltaConvArgs& args) {
   }
 }
 
-// All tokens through kVecs vectors of columns, or through one of `lanes` columns.
+// Runs all tokens through kVecs vectors of columns, or through one vector of `lanes` columns.
 template <int kVecs, bool kIsPartial>
 void delta_columns(const DeltaRuleArgs& args, int64_t begin, int64_t lanes) {
   static_assert(!kIsPartial || kVecs == 1);

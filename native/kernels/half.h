@@ -1,4 +1,4 @@
-// half.h: float16 and bfloat16 to float32 and back, rounding to nearest even, for code without vectors.
+// half.h: float16 and bfloat16 to float32 and back, rounding to nearest even, for scalar code.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,7 @@
 
 namespace argosy {
 
-// Not std::bit_cast: all_kernels.h says why.
+// Not std::bit_cast; all_kernels.h gives the reason.
 template <class To, class From>
 static inline constexpr To bit_cast(From from) {
   return __builtin_bit_cast(To, from);
@@ -36,15 +36,15 @@ static inline uint16_t f16_from_float(float value) {
   if (magnitude > 0x7F800000u) return uint16_t(sign | 0x7E00u | ((magnitude >> 13) & 0x3FFu));
   if (magnitude >= 0x477FF000u) return uint16_t(sign | 0x7C00u);  // 65520 and above round to infinity
   if (magnitude < 0x38800000u) {
-    // Subnormal: adding 0.5 moves the wanted bits to the end of the mantissa, rounded by the addition itself.
+    // Subnormal: adding 0.5 moves the result to the low bits of the mantissa, and the addition rounds it.
     const float shifted = bit_cast<float>(magnitude) + 0.5f;
     return uint16_t(sign | (bit_cast<uint32_t>(shifted) - 0x3F000000u));
   }
   return uint16_t(sign | ((magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13));
 }
 
-// FP8 E4M3 of the Open Compute Project (arXiv:2209.05433): sign, four bits of exponent with bias 7, three of
-// mantissa; no infinities, and NaN where all seven bits are set.
+// FP8 E4M3 of the Open Compute Project (arXiv:2209.05433): a sign bit, four exponent bits with bias 7, three
+// mantissa bits; no infinities, and NaN if all seven magnitude bits are set.
 static inline float float_from_f8(uint8_t code) {
   const uint32_t sign = uint32_t(code & 0x80u) << 24;
   const uint32_t magnitude = code & 0x7Fu;

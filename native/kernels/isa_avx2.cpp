@@ -12,7 +12,8 @@ namespace {
 // Tiles that fill the 16 registers.
 constexpr int kFloatTileRows = 2, kFloatTileTokens = 4, kFloatRowsAlone = 4;
 constexpr int kF8RowsAlone = 4, kF8VecsOfFewTokens = kF8Vecs;
-// More tokens share what unpacking costs, and sums go to memory; q8 has nothing to unpack.
+// With more tokens per tile, the cost of unpacking is shared and the sums spill to memory; q8 needs no
+// unpacking.
 constexpr int one_panel_tokens(Format format) { return format == Format::q8 ? 2 : 4; }
 constexpr int kScoreQueries = 4, kScoreTiles = 1, kValueQueries = 2;
 constexpr int kLatentTile = 6;

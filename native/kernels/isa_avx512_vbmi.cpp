@@ -1,5 +1,5 @@
-// isa_avx512_vbmi.cpp: products with FP8 weights for AVX-512 with VBMI, which looks up 64 bytes in 128 at
-// once. The same bits as those of isa_avx512.cpp.
+// isa_avx512_vbmi.cpp: products with FP8 weights for AVX-512 with VBMI, which looks up 64 bytes in a table of
+// 128 at once. Results have the same bits as those of isa_avx512.cpp.
 
 #if defined(__x86_64__)
 
@@ -10,7 +10,7 @@
 
 namespace argosy {
 namespace {
-// Tiles as there, but for wider conversion.
+// The same tiles as in isa_avx512.cpp, with wider conversion.
 constexpr int kFloatTileRows = 4, kFloatTileTokens = 6, kFloatRowsAlone = 4;
 constexpr int kF8RowsAlone = 4, kF8VecsOfFewTokens = 4;
 }  // namespace

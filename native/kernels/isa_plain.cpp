@@ -1,5 +1,5 @@
-// isa_plain.cpp: the references, compiled for any CPU. They define the result; the other sets are tested
-// against them.
+// isa_plain.cpp: the references, compiled for any CPU. They define the result; the other instruction sets are
+// tested against them.
 
 #define ARGOSY_VECTOR 0
 #include "kernels/all_kernels.h"

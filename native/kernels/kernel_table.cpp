@@ -1,4 +1,4 @@
-// kernel_table.cpp: which instruction set runs.
+// kernel_table.cpp: chooses the instruction set.
 
 #include "kernels/kernel_table.h"
 
@@ -30,7 +30,7 @@ const KernelTable& avx512_kernels() {
 std::vector<const KernelTable*> runnable_tables() {
   std::vector<const KernelTable*> tables = {&kPlainKernels};
 #if defined(__x86_64__)
-  // __builtin_cpu_supports also asks (XGETBV) whether the operating system saves the wide registers.
+  // __builtin_cpu_supports also checks (XGETBV) whether the operating system saves the wide registers.
   __builtin_cpu_init();
   const bool avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");

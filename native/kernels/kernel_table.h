@@ -1,10 +1,10 @@
 // kernel_table.h: every kernel as a function pointer, one table per instruction set, chosen at run time.
 //
-//   kernels()  ->  KernelTable of the best set this CPU has, or of the one use_instruction_set() named
+//   kernels()  ->  KernelTable of the best set this CPU has, or of the set named by use_instruction_set()
 //
-// A kernel works on a range (rows of a matrix, tokens of a batch) and allocates nothing; sharing the ranges
-// out over threads is native/ops. Promise: for one row and one token the floating-point operations and their
-// order are the same whatever the range, the number of tokens in the call and the alignment of the weights.
+// A kernel works on a range (rows of a matrix, tokens of a batch) and allocates nothing; native/ops
+// distributes the ranges over threads. Promise: for one row and one token, the floating-point operations and
+// their order do not depend on the range, the number of tokens in the call or the alignment of the weights.
 // The order differs between instruction sets.
 #pragma once
 
@@ -16,8 +16,8 @@
 
 namespace argosy {
 
-// How a product with one token asks for quantised weights: so many bytes ahead into the first cache, and into
-// the second; 0: not. It changes no result (docs/decisions/0022).
+// How far ahead a product with one token prefetches quantised weights, in bytes: into the first-level cache,
+// and into the second-level cache; 0 disables it. It changes no result (docs/decisions/0022).
 struct AskAhead {
   const char* name;
   int64_t into_l1, into_l2;
@@ -31,20 +31,20 @@ struct AskAhead {
 struct MatmulArgs {
   const uint8_t* weights;  // the whole matrix
   int64_t cols;
-  int64_t row_begin, row_end;  // panels: row_begin is a multiple of 16
-  const uint8_t* x;  // token t begins at x + x_stride * (x_index ? x_index[t] : t); float32 [cols], or for
-  int64_t x_stride;  //   weights in panels what quantize_activations wrote. x_stride in bytes
+  int64_t row_begin, row_end;  // for panels, row_begin is a multiple of 16
+  const uint8_t* x;  // token t begins at x + x_stride * (x_index ? x_index[t] : t); float32 [cols], or
+  int64_t x_stride;  //   the output of quantize_activations if weights are in panels. x_stride in bytes
   const int32_t* x_index;
   float* y;          // token t begins at y + y_stride * (y_index ? y_index[t] : t)
   int64_t y_stride;  // in floats
   const int32_t* y_index;
   int64_t num_tokens;
-  const uint8_t* next_weights = nullptr;  // the panels that the caller reads next: a hint
+  const uint8_t* next_weights = nullptr;  // the panels that the caller reads next: a prefetch hint
   AskAhead ask_ahead = kAskNothing;
 };
 
-// Where one layer's keys and values lie. A block holds, for each KV head,
-//   keys    [tiles of 16 positions][head_dim][16]: one load is the same dimension of sixteen positions;
+// The memory of one layer's keys and values. A block holds, for each KV head,
+//   keys    [tiles of 16 positions][head_dim][16]: one load brings one dimension of sixteen positions;
 //   values  [positions][head_dim padded to 16].
 // Positions of a block are padded to 16. Elements are float32 or float16.
 struct KvLayer {
@@ -56,7 +56,7 @@ struct KvLayer {
 
 static inline int64_t kv_padded_dim(const KvLayer& kv) { return round_up(kv.head_dim, 16); }
 static inline int64_t kv_element_bytes(const KvLayer& kv) { return kv.is_f16 ? 2 : 4; }
-// Of one head in one block.
+// Bytes of one head in one block.
 static inline int64_t key_head_bytes(const KvLayer& kv) {
   return round_up(kv.block_tokens, 16) * kv.head_dim * kv_element_bytes(kv);
 }
@@ -70,7 +70,7 @@ static inline uint8_t* value_head(const KvLayer& kv, int64_t block, int64_t head
   return kv.values + (block * kv.kv_heads + head) * value_head_bytes(kv);
 }
 
-// Where one layer with latent attention keeps its vectors: [blocks][block_tokens][dim] of float32 or float16.
+// The vectors of one layer with latent attention: [blocks][block_tokens][dim] of float32 or float16.
 struct LatentLayer {
   uint8_t* vectors;
   int64_t block_tokens, dim;
@@ -86,7 +86,7 @@ struct KvWriteArgs {
   int64_t kv_head;  // the one to write
 };
 
-// Keys lie in tiles of sixteen positions and are taken four tiles at a time, for up to this many (token,
+// Keys lie in tiles of sixteen positions. A call processes four tiles at a time, for up to this many (token,
 // head) pairs at once.
 [[maybe_unused]] static constexpr int64_t kKeyTile = 16;
 [[maybe_unused]] static constexpr int64_t kStretchKeys = 64;
@@ -104,10 +104,10 @@ struct AttentionArgs {
   float scale;
   int64_t window;                // a token sees its last `window` positions, itself included; 0: all
   float* scratch;                // attention_scratch_floats(head_dim)
-  const float* sinks = nullptr;  // [num_heads], a score that takes weight and adds nothing; nullptr: none
+  const float* sinks = nullptr;  // [num_heads], a score that takes weight and adds no value; nullptr: none
 };
 
-// What a feed-forward network does between its first two products and its last.
+// The activation of a feed-forward network, between its first two products and its last.
 //   silu     silu(gate) * up, where silu(x) = x / (1 + e^-x)  (Shazeer, arXiv:2002.05202)
 //   clamped  g * sigmoid(alpha * g) * (u + 1), where g is gate, at most `limit`, and u is up, from -limit to
 //            limit  (gpt-oss)
@@ -117,7 +117,7 @@ struct Activation {
   float limit = 0, alpha = 0;
 };
 
-// out[t][i] = activation of gate[t][i] + gate_bias[i] and up[t][i] + up_bias[i]
+// out[t][i] = activation(gate[t][i] + gate_bias[i], up[t][i] + up_bias[i])
 struct ActivateArgs {
   Activation activation;
   const float *gate, *up;            // [num_tokens][n], `stride` floats apart
@@ -128,7 +128,8 @@ struct ActivateArgs {
   int64_t out_stride;
 };
 
-// The gates of num_heads value heads: token t's begin at a + t * a_stride and b + t * b_stride, in place.
+// The gates of num_heads value heads, in place. Those of token t begin at a + t * a_stride and
+// b + t * b_stride.
 struct DeltaGatesArgs {
   float *a, *b;
   int64_t a_stride, b_stride;
@@ -136,17 +137,17 @@ struct DeltaGatesArgs {
   int64_t num_tokens, num_heads;
 };
 
-// Channels of a causal convolution, in place; `stride` separates the positions of `weights` and `window`.
+// Channels of a causal convolution, in place. `stride` separates the positions of `weights` and `window`.
 struct DeltaConvArgs {
   float* x;  // token t's channels begin at x + t * x_stride
   int64_t x_stride;
   const float* weights;  // [width][channels]
-  float* window;         // [width - 1][channels]: the inputs before the first token, then those of the last
+  float* window;  // [width - 1][channels]: the inputs before the first token; on return, before the next
   int64_t stride, width, channels, num_tokens;
-  float length, eps;  // length > 0: then x / sqrt(sum of x^2 + eps) * length
+  float length, eps;  // if length > 0, the result is x / sqrt(sum of x^2 + eps) * length
 };
 
-// One value head. Token t's q, k and v begin `stride` floats behind token t - 1's, and so on.
+// One value head. The q of token t begins `stride` floats after the q of token t - 1; k, v and z likewise.
 struct DeltaRuleArgs {
   const float *q, *k, *v;
   int64_t stride;
@@ -169,15 +170,15 @@ enum class GroupScore { max, top2 };
 
 // How a token's experts follow from its logits (route.h).
 struct RouteRule {
-  int64_t k;                 // experts of a token
-  Score score;               // of all logits
-  const float* choice_bias;  // [num_experts], added to scores for the choice alone; nullptr: none
-  int64_t num_groups;        // of equal size, one behind the other
-  int64_t kept_groups;       // the best of them, which together hold k experts or more
-  GroupScore group_score;    // top2 needs groups of two or more
+  int64_t k;                 // experts per token
+  Score score;               // applied to all logits
+  const float* choice_bias;  // [num_experts], added to the scores for the choice only; nullptr: none
+  int64_t num_groups;        // groups have equal size and consecutive experts
+  int64_t kept_groups;       // number of best groups kept; together they hold at least k experts
+  GroupScore group_score;    // top2 needs groups of at least two experts
   bool renormalize;          // weights are divided by their sum plus renormalize_eps
   float renormalize_eps;
-  float scale;  // of the weights, last
+  float scale;  // multiplies the weights, last
 };
 
 struct RouteArgs {
@@ -189,32 +190,32 @@ struct RouteArgs {
   float* scratch;  // route_scratch_floats(num_experts)
 };
 
-// Latent attention: sixteen heads of one token go through the vectors together, a column; two columns at most
-// in a call; positions in sections.
+// Latent attention: a column is sixteen heads of one token, which go through the vectors together. A call
+// takes at most two columns. Positions are processed in sections.
 [[maybe_unused]] static constexpr int64_t kColumnHeads = 16;
 [[maybe_unused]] static constexpr int64_t kMostColumns = 2;
 [[maybe_unused]] static constexpr int64_t kSectionPositions = 256;
 
 struct LatentColumn {
   const float* q;     // [num_heads][dim]
-  int64_t num_heads;  // kColumnHeads at most
-  int64_t last;       // the position of the token: it sees those up to this one
-  float* state;       // latent_state_floats(value_dim): values [value_dim][kColumnHeads], then most, then sum
+  int64_t num_heads;  // at most kColumnHeads
+  int64_t last;       // the position of the token, and the last that it sees
+  float* state;       // latent_state_floats(value_dim): values [value_dim][kColumnHeads], most, sum
 };
 
-// Columns of one sequence against the section of positions that starts at `begin`, which each of them sees.
+// Columns of one sequence against the section of positions that starts at `begin`; every column sees it.
 struct LatentAttentionArgs {
   LatentLayer kv;
   const int32_t* blocks;  // of the sequence: position p lies in blocks[p / block_tokens]
   const LatentColumn* columns;
   int64_t num_columns;
   int64_t begin;
-  int64_t value_dim;  // values are the first so many elements of a vector
+  int64_t value_dim;  // the values are the first value_dim elements of a vector
   float scale;
   float* scratch;  // latent_scratch_floats(dim)
 };
 
-// What transcode() takes; panels are strips of strip_rows(type) rows.
+// The arguments of transcode(); panels are strips of strip_rows(type) rows.
 struct TranscodeArgs {
   const uint8_t* rows_data;
   int64_t rows, cols;
@@ -231,7 +232,7 @@ struct KernelTable {
   void (*quantize_activations)(const float* x, int64_t cols, int64_t group_begin, int64_t group_end,
                                uint8_t* activations);
 
-  // Weights in and out. Panels [panel_begin, panel_end) of q8 or q4; `out` is the whole matrix.
+  // Converts weights in and out. Panels [panel_begin, panel_end) of q8 or q4; `out` is the whole matrix.
   void (*quantize_q8)(const float* weights, int64_t rows, int64_t cols, int64_t panel_begin,
                       int64_t panel_end, uint8_t* out);
   void (*quantize_q4)(const float* weights, int64_t rows, int64_t cols, int64_t panel_begin,
@@ -241,8 +242,8 @@ struct KernelTable {
 
   // out may be x.
   void (*rms_norm)(const float* x, const float* weight, int64_t cols, float eps, float* out);
-  // x [num_heads][head_dim]; cosine and sine [num_pairs]: dimension i turns with dimension i + num_pairs, or
-  // dimension 2 i with 2 i + 1 where pairs are interleaved.
+  // x [num_heads][head_dim]; cosine and sine [num_pairs]. Dimension i rotates with dimension i + num_pairs,
+  // or, if pairs are interleaved, dimension 2 i with 2 i + 1.
   void (*rope)(float* x, int64_t num_heads, int64_t head_dim, const float* cosine, const float* sine,
                int64_t num_pairs, bool is_interleaved);
   void (*route)(const RouteArgs& args);
@@ -259,36 +260,36 @@ struct KernelTable {
   void (*delta_rule)(const DeltaRuleArgs& args);
 
   void (*latent_attention)(const LatentAttentionArgs& args);
-  // Adds the state of a column's next section.
+  // Merges the state of a column's next section into `state`.
   void (*latent_merge)(const float* next, int64_t value_dim, int64_t num_heads, float* state);
   void (*latent_finish)(const float* state, int64_t value_dim, int64_t num_heads, float* out);
 
-  // For ops/machine_probe.h. Both return a number that depends on all they did.
-  uint64_t (*read_memory)(const uint8_t* data, int64_t nbytes);  // aligned to 64; a multiple of 512
+  // For ops/machine_probe.h. Both return a number that depends on all their work.
+  uint64_t (*read_memory)(const uint8_t* data, int64_t nbytes);  // aligned to 64; nbytes is a multiple of 512
   uint64_t (*multiply_int8)(int64_t rounds);                     // int8_products_per_round each
   int64_t int8_products_per_round;
 };
 
-// A copy of each query, its scores of a stretch and its running weighted sum.
+// A copy of each query, its scores of a stretch, and its running weighted sum.
 static inline constexpr int64_t attention_scratch_floats(int64_t head_dim) {
   return kMaxQueries * (kStretchKeys + 2 * round_up(head_dim, kKeyTile));
 }
 
-// The scores of all experts, what each is worth in the choice, and each group.
+// For all experts their scores and their worth in the choice, and the worth of each group.
 static inline constexpr int64_t route_scratch_floats(int64_t num_experts) { return 3 * num_experts; }
 
 static inline constexpr int64_t latent_state_floats(int64_t value_dim) {
   return (value_dim + 2) * kColumnHeads;
 }
-// Distance of vectors in the scratch: an odd number of cache lines, so that they spread over the sets of a
-// cache.
+// Distance between vectors in the scratch: an odd number of cache lines, so that vectors spread over the sets
+// of a cache.
 static inline constexpr int64_t latent_stride(int64_t dim) { return (round_up(dim, 16) / 16 | 1) * 16; }
-// Vectors of a stretch as float32, and queries and scores of the columns.
+// Vectors of a stretch as float32, and the queries and scores of the columns.
 static inline constexpr int64_t latent_scratch_floats(int64_t dim) {
   return kStretchKeys * latent_stride(dim) + kMostColumns * kColumnHeads * (dim + kStretchKeys);
 }
 
-// "plain", "avx2", "avx512": those this CPU and its operating system can run, worst first.
+// "plain", "avx2", "avx512": the sets that this CPU and its operating system can run, slowest first.
 std::vector<std::string> instruction_sets();
 
 // Throws std::invalid_argument for a name that is not in instruction_sets().
@@ -297,8 +298,8 @@ const KernelTable& kernel_table(const std::string& name);
 
 const KernelTable& kernels();
 
-// What the kernels ask for where nothing was measured. Without AVX-512 the hardware prefetcher falls behind:
-// a product issues several times as many instructions.
+// The prefetch distances to use when nothing was measured. Without AVX-512 the hardware prefetcher falls
+// behind: a product issues several times as many instructions.
 AskAhead default_ask_ahead();
 // Throws std::invalid_argument for a name that is not in kAskAheads.
 AskAhead ask_ahead_named(const std::string& name);

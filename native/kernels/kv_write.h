@@ -1,8 +1,8 @@
-// kv_write.h: the keys and values of new tokens into their KV blocks (layout: kernel_table.h), for one KV
-// head.
+// kv_write.h: writes the keys and values of new tokens into their KV blocks (layout: kernel_table.h), for one
+// KV head.
 //
-// Rounded to nearest even where the cache is float16. Several tokens share cache lines of keys, so heads, not
-// tokens, are what may run on different threads.
+// Rounds to nearest even if the cache is float16. Several tokens share cache lines of keys, so threads may
+// split the heads, but not the tokens.
 #pragma once
 
 #include "kernels/half.h"

@@ -6,16 +6,15 @@
 //     sum    = sum over p of exp(scores[p] - most)
 //     values = sum over p of exp(scores[p] - most) * vector[p][0 .. value_dim)
 //
-//   p from `begin` to the head's last position, kSectionPositions at most. q, states and out are float32.
+//   p from `begin` to the head's last position, at most kSectionPositions. q, states and out are float32.
 //
 // A section is a stretch of positions at a fixed place, and latent_merge adds the states of a token's
-// sections in ascending order, so its output follows from its position alone; which thread computes a section
-// does not matter. Inside a section, stretches of kStretchKeys positions with a running maximum
-// (arXiv:1805.02867).
+// sections in ascending order. So a token's output depends only on its position, not on which thread computes
+// a section. Within a section, stretches of kStretchKeys positions have a running maximum (arXiv:1805.02867).
 //
-// Bound by multiply-adds: a vector of 576 elements serves up to 128 heads. So heads lie side by side in the
-// lanes and an element of a vector is broadcast to sixteen of them: no sum crosses lanes, and neither number
-// of positions nor of elements leaves a rest.
+// Bound by multiply-adds: a vector of 576 elements serves up to 128 heads. So heads are the lanes, and an
+// element of a vector is broadcast to sixteen of them: no sum crosses lanes, and no number of positions or
+// elements leaves a remainder.
 #pragma once
 
 #include <math.h>
@@ -102,8 +101,8 @@ void latent_merge(const float* next, int64_t value_dim, int64_t num_heads, float
 constexpr int64_t kColumnVecs = kColumnHeads / kLanes;
 static_assert(kColumnVecs * kLanes == kColumnHeads);
 
-// The scores of kPositions vectors, `stride` floats apart, for the heads of kColumns columns: q [dim][heads],
-// scores [positions][heads].
+// Computes the scores of kPositions vectors, `stride` floats apart, for the heads of kColumns columns: q
+// [dim][heads], scores [positions][heads].
 template <int kColumns, int kPositions>
 void latent_scores(const float* vectors, int64_t stride, const float* const* q, int64_t dim, float scale,
                    float* const* scores) {
@@ -136,7 +135,7 @@ void latent_scores(const float* vectors, int64_t stride, const float* const* q, 
   }
 }
 
-// Adds `count` weighted vectors to elements [0, kElements) of the columns' values, which shrink first.
+// Scales the values of the columns, then adds `count` weighted vectors to their elements [0, kElements).
 template <int kColumns, int kElements>
 void latent_values(const float* vectors, int64_t stride, int64_t count, const float* const* weights,
                    const float* const* shrink, float* const* values) {
@@ -172,7 +171,7 @@ void latent_values(const float* vectors, int64_t stride, int64_t count, const fl
   }
 }
 
-// Scores of `count` positions become weights; `shrink` is what older values are multiplied with.
+// Turns the scores of `count` positions into weights; `shrink` is the factor for older values.
 inline void latent_soften(float* scores, int64_t count, float* most, float* sum, float* shrink) {
   for (int64_t lane = 0; lane < kColumnHeads; lane += kLanes) {
     const Vec before = load(most + lane);
@@ -193,14 +192,14 @@ inline void latent_soften(float* scores, int64_t count, float* most, float* sum,
   }
 }
 
-// Calls body(Number<n>{}, at) for tiles of n = kSize from `begin` to `end`, then for smaller ones.
+// Calls body(Number<n>{}, at) for tiles of n = kSize from `begin` to `end`, then for smaller tiles.
 template <int kSize, class Body>
 inline void in_tiles(int64_t begin, int64_t end, const Body& body) {
   for (; begin + kSize <= end; begin += kSize) body(Number<kSize>{}, begin);
   if constexpr (kSize > 1) in_tiles<kSize * 2 / 3>(begin, end, body);
 }
 
-// `count` positions, those of `vectors`, for kColumns columns that see all of them.
+// Processes the `count` positions of `vectors` for kColumns columns that see all of them.
 template <int kColumns>
 void latent_stretch(const LatentAttentionArgs& a, const LatentColumn* columns, const float* vectors,
                     int64_t stride, int64_t count, const float* const* q, float* const* weights) {
@@ -305,7 +304,7 @@ void latent_merge(const float* next, int64_t value_dim, int64_t, float* state) {
 
 #endif
 
-// out [num_heads][value_dim]: the values of a state over its sum.
+// out [num_heads][value_dim]: the values of a state divided by its sum.
 void latent_finish(const float* state, int64_t value_dim, int64_t num_heads, float* out) {
   const float* sum = state + (value_dim + 1) * kColumnHeads;
   float share[kColumnHeads];

@@ -16,11 +16,11 @@ inline float* output_row(const MatmulArgs& a, int64_t token) {
   return a.y + (a.y_index != nullptr ? a.y_index[token] : token) * a.y_stride;
 }
 
-// A number that the compiler knows.
+// A compile-time number.
 template <int kValue>
 struct Number {};
 
-// Calls body(Number<n>{}) for n from 1 to kMost; anything else is left out.
+// Calls body(Number<n>{}) for n from 1 to kMost; does nothing for other n.
 template <int kMost, class Body>
 inline void with_number(int64_t n, const Body& body) {
   if constexpr (kMost > 0) {

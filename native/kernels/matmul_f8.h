@@ -1,12 +1,12 @@
 // matmul_f8.h: y = W x for FP8 E4M3 weights with a scale for each 128 rows and 128 columns.
 //
-//   W  as formats.h says, at any alignment.    x  float32 [tokens][cols].    y  float32, overwritten.
+//   W  laid out as in formats.h, at any alignment.    x  float32 [tokens][cols].    y  float32, overwritten.
 //
-// For each 128 columns in ascending order: y += scale * (sum of code * x); each sum, and tiles, as in
-// matmul_float.h. There are no NaN codes: they are refused while they land (transcode_f8.h).
+// For each 128 columns in ascending order: y += scale * (sum of code * x). The sums and tiles are as in
+// matmul_float.h. There are no NaN codes: transcoding refuses them (transcode_f8.h).
 //
-// Few tokens: bound by memory, one byte per weight. Many: bound by multiply-adds; a few rows at a time become
-// float32, for all tokens of a block.
+// Few tokens: bound by memory, one byte per weight. Many tokens: bound by multiply-adds; a few rows at a time
+// are converted to float32 for all tokens of a block.
 #pragma once
 
 #include "kernels/half.h"
@@ -42,12 +42,12 @@ void matmul_f8(const MatmulArgs& a) {
 
 #else
 
-// For values / 256.
+// The scale for codes converted to value / 256.
 inline Vec f8_scale(const uint8_t* scales, int64_t col) {
   return broadcast(read_unaligned<float>(scales + col / kF8Block * 4) * 256.0f);
 }
 
-// Rows where they are, converted on the way to value / 256, so many vectors at once.
+// Reads rows in place and converts kNumVecs vectors at once to value / 256.
 template <int kRows, int kNumVecs>
 struct RowsOfF8 {
   static constexpr int64_t kScaledCols = kF8Block;
@@ -63,7 +63,8 @@ struct RowsOfF8 {
   void load(int64_t col, int i, Vec (&to)[kVecs]) const { load_f8(codes[i] + col, to); }
   void load(int64_t col, int i, int64_t n, Vec (&to)[kVecs]) const { load_f8(codes[i] + col, n, to); }
   Vec scale(int64_t col, int i) const { return f8_scale(scales[i], col); }
-  // The next tile, into the second-level cache: rows may be too short for the hardware to see a stream.
+  // Prefetches the next tile into the second-level cache: rows may be too short for the hardware to detect a
+  // stream.
   void prefetch(int64_t col) const {
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
@@ -76,8 +77,8 @@ struct RowsOfF8 {
   int64_t ahead;
 };
 
-// A block of rows as float16, value / 256: columns from `begin` on, zeros behind the last; scales where they
-// are.
+// A block of rows as float16, value / 256: columns starting at `begin`, zeros after the last column; scales
+// in place.
 template <int kRows>
 struct HalvesOfF8 {
   static constexpr int64_t kScaledCols = kF8Block;
@@ -99,11 +100,11 @@ struct HalvesOfF8 {
   int64_t begin;
 };
 
-// All columns of the rows [row, row_end), kRows at a time, for kTokens tokens; returns the first row that is
-// left.
+// Multiplies all columns of rows [row, a.row_end), kRows at a time, for kTokens tokens. Returns the first row
+// not processed.
 template <int kRows, int kTokens>
 [[gnu::noinline]] int64_t matmul_f8_rows(const MatmulArgs& a, int64_t row, int64_t token) {
-  // Reading is what takes the time of few tokens, and their sums leave registers for wide conversion.
+  // With few tokens, reading dominates, and their sums leave registers for wide conversion.
   constexpr int kVecs = kTokens <= 2 ? kF8VecsOfFewTokens : kTokens <= 4 ? kF8Vecs : 1;
   const RowsOfX<kTokens> x(a, token);
   for (; row + kRows <= a.row_end; row += kRows) {
@@ -128,7 +129,7 @@ void matmul_halves_rows(const MatmulArgs& a, const uint16_t* halves, const float
   }
 }
 
-// As many rows, tokens and columns as a block has; begin is a multiple of 128.
+// At most one block of rows, tokens and columns; begin is a multiple of 128.
 void matmul_f8_block(const MatmulArgs& a, int64_t row, int64_t row_end, int64_t token, int64_t token_end,
                      int64_t begin, int64_t end, Vec* waiting) {
   alignas(64) uint16_t halves[kBlockRows * kBlockCols];
@@ -136,8 +137,8 @@ void matmul_f8_block(const MatmulArgs& a, int64_t row, int64_t row_end, int64_t 
   for (int64_t i = row; i < row_end; ++i) {
     const uint8_t* codes = a.weights + f8_row_at(i, a.cols);
     uint16_t* to = halves + (i - row) * kBlockCols;
-    // The next columns of this row, or the first of one further down: pieces too short to be seen as a
-    // stream.
+    // The next columns of this row, or the first of a row in the next block: pieces too short for the
+    // hardware to detect a stream.
     const uint8_t* next = end < a.cols ? codes + end : a.weights + f8_row_at(i + kBlockRows, a.cols);
     for (int64_t at = 0; at < kBlockCols; at += 64) __builtin_prefetch(next + at, 0, 2);
     for (int64_t col = begin; col < end; col += kF8Vecs * kLanes, to += kF8Vecs * kLanes)

@@ -2,9 +2,9 @@
 //
 //   W  rows x cols, row-major at any alignment.    x  float32 [tokens][cols].    y  float32, overwritten.
 //
-// Few tokens: bound by memory, 4 or 2 bytes per weight. Many: bound by multiply-adds. A sum has one
-// accumulator per lane, columns in ascending order, and one fold of the lanes at the end; tiles run over rows
-// and tokens only, so a (row, token) gets the same sum in every tile.
+// Few tokens: bound by memory, 4 or 2 bytes per weight. Many tokens: bound by multiply-adds. A sum has one
+// accumulator per lane, takes columns in ascending order, and folds the lanes once at the end. Tiles run over
+// rows and tokens only, so a (row, token) gets the same sum in every tile.
 #pragma once
 
 #include "kernels/half.h"
@@ -45,14 +45,14 @@ void matmul_float(const MatmulArgs& a) {
 
 #else
 
-// Many tokens take the columns in blocks, so that what a tile reads again lies in the first-level cache. The
-// sums of a tile, one vector each, wait in between. The activations of a block are copied first, vectors of a
-// tile's tokens side by side: rows whose distance is a large power of two would push each other out of the
-// cache.
+// With many tokens, columns are processed in blocks, so that a tile rereads its data from the first-level
+// cache. The sums of a tile, one vector each, are stored between blocks. The activations of a block are
+// copied first, with the vectors of a tile's tokens side by side: rows whose distance is a large power of two
+// would evict each other from the cache.
 constexpr int64_t kBlockRows = 64, kBlockTokens = 24, kBlockCols = 512;
 static_assert(kBlockRows % kFloatTileRows == 0 && kBlockTokens % kFloatTileTokens == 0);
 
-// The activations of kTokens tokens where they are: vector `i` of token j.
+// The activations of kTokens tokens, read in place: vector `i` of token j.
 template <int kTokens>
 struct RowsOfX {
   RowsOfX(const MatmulArgs& a, int64_t token) {
@@ -64,7 +64,7 @@ struct RowsOfX {
   const float* x[kTokens];
 };
 
-// The same, copied: columns from `begin` on, zeros behind the last.
+// The same, copied: columns starting at `begin`, zeros after the last.
 template <int kTokens>
 struct CopyOfX {
   Vec at(int64_t col, int j) const { return load(copy + (col - begin) * kTokens + j * kLanes); }
@@ -83,8 +83,8 @@ void copy_x(const MatmulArgs& a, int64_t token, int64_t begin, int64_t end, floa
   }
 }
 
-// kRows rows of W where they are: kVecs vectors from `col` on of row i. A sum goes on over all columns. Rows
-// are loaded and multiplied one after the other: all loads of a tile first would read more slowly.
+// kRows rows of W, read in place: kVecs vectors starting at `col` of row i. One sum runs over all columns.
+// Rows are loaded and multiplied one after another: loading the whole tile first would be slower.
 template <class Weights, int kRows>
 struct RowsOfW {
   static constexpr int64_t kScaledCols = 0;
@@ -98,7 +98,8 @@ struct RowsOfW {
     }
   }
   void load(int64_t col, int i, Vec (&to)[kVecs]) const {
-    // The next tile, into the second-level cache: rows may be too short for the hardware to see a stream.
+    // Prefetches the next tile into the second-level cache: rows may be too short for the hardware to detect
+    // a stream.
     __builtin_prefetch(next[i] + col * Weights::kBytes, 0, 2);
     to[0] = Weights::load(w[i] + col * Weights::kBytes);
   }
@@ -109,10 +110,10 @@ struct RowsOfW {
   const uint8_t* next[kRows];
 };
 
-// In place of memory for sums that wait: a tile that takes all columns has none.
+// Replaces the memory for stored sums: a tile that takes all columns needs none.
 struct NoneWait {};
 
-// Adds the products of the columns that W loads at once to the sums, or, where that is a part of them, of n.
+// Adds the products of the columns that W loads at once to the sums; if kIsPart, of only n columns.
 template <bool kIsPart, int kRows, int kTokens, class W, class X>
 [[gnu::always_inline]] inline void add_vectors(const W& rows, const X& x, int64_t col, int64_t n,
                                                Vec (&sum)[kRows][kTokens]) {
@@ -151,8 +152,9 @@ template <int kRows, int kTokens, class W, class X>
   if (col < end) add_vectors<true>(rows, x, col, end - col, sum);
 }
 
-// Columns [begin, end) of a tile. The sums come from `waiting` unless begin is 0, and go there unless end is
-// the last. Where rows have scales, the sum of each kScaledCols columns is multiplied with its own.
+// Multiplies columns [begin, end) of a tile. The sums start from `waiting` unless begin is 0, and are stored
+// there unless end is the last column. If rows have scales, the sum of each kScaledCols columns is multiplied
+// by its own scale.
 template <int kRows, int kTokens, class W, class X, class Waiting>
 void matmul_float_tile(const MatmulArgs& a, const W& rows, const X& x, int64_t row, int64_t token,
                        int64_t begin, int64_t end, Waiting waiting) {
@@ -206,7 +208,7 @@ void matmul_float_tile(const MatmulArgs& a, const W& rows, const X& x, int64_t r
   }
 }
 
-// The rows [row, row_end) for kTokens tokens.
+// Multiplies rows [row, row_end) for kTokens tokens.
 template <class Weights, int kTokens, class X>
 void matmul_float_rows(const MatmulArgs& a, const X& x, int64_t row, int64_t row_end, int64_t token,
                        int64_t begin, int64_t end, Vec* waiting) {
@@ -219,7 +221,7 @@ void matmul_float_rows(const MatmulArgs& a, const X& x, int64_t row, int64_t row
   }
 }
 
-// As many columns as a block has, for all its rows and tokens.
+// At most one block of columns, for all its rows and tokens.
 template <class Weights>
 void matmul_float_block(const MatmulArgs& a, int64_t row, int64_t row_end, int64_t token, int64_t token_end,
                         int64_t begin, int64_t end, Vec* waiting) {
@@ -237,7 +239,7 @@ void matmul_float_block(const MatmulArgs& a, int64_t row, int64_t row_end, int64
 template <class Weights>
 void matmul_float(const MatmulArgs& a) {
   if (a.num_tokens <= kFloatTileTokens || a.cols == 0) {
-    // One tile of tokens reads a weight once: whole rows.
+    // A single tile of tokens reads each weight once, so it takes whole rows.
     for (int64_t token = 0; token < a.num_tokens; token += kFloatTileTokens) {
       const int64_t rest = a.num_tokens - token;
       with_number<kFloatTileTokens>(

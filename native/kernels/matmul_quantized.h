@@ -1,14 +1,16 @@
 // matmul_quantized.h: y = W x for quantised weights and int8 activations.
 //
-//   W  panels of 16 rows (formats.h), at any alignment.    x  what quantize_activations wrote, per token:
-//   both bytes of an activation beside q8 weights, the high one beside the others. y  float32, overwritten.
+//   W  panels of 16 rows (formats.h), at any alignment.    y  float32, overwritten.
+//   x  the output of quantize_activations, per token: both bytes of an activation for q8 weights, the high
+//      byte for the other formats.
 //
 // For each group in ascending order: y += (weight scale * activation scale) * float(dot), where dot is the
-// exact integer sum over the group of q * activation; then, where the format has mins, y += min * (activation
+// exact integer sum over the group of q * activation; then, if the format has mins, y += min * (activation
 // scale * sum of the activations). q6_k: y += activation scale * (sum over both halves of scale *
-// float(dot)). q2_k, q3_k: the same with the products of dot and sub-scale, and of sub-min and sum of the
-// activations, added up as integers. Few tokens: bound by memory,
-// 0.33 to 1.06 bytes per weight. Many: bound by integer multiply-adds.
+// float(dot)). q2_k, q3_k: the same, with two products added up as integers: dot times sub-scale, and sub-min
+// times the sum of the activations.
+//
+// Few tokens: bound by memory, 0.33 to 1.06 bytes per weight. Many tokens: bound by integer multiply-adds.
 #pragma once
 
 #include "kernels/half.h"
@@ -28,7 +30,7 @@ inline int32_t activation_at(Format format, const uint8_t* x, int64_t cols, int6
 template <Format kFormat>
 void matmul_reference(const MatmulArgs& a) {
   constexpr QuantFormat kQuant = quant_format(kFormat);
-  // Columns that share a scale of the weights and one of the activations.
+  // Columns that share one scale of the weights and one of the activations.
   constexpr int64_t kSameScale = kGroupSize / kQuant.parts();
   for (int64_t row = a.row_begin; row < a.row_end; ++row) {
     const uint8_t* panel = a.weights + row / kPanelRows * panel_bytes(kFormat, a.cols);
@@ -74,11 +76,11 @@ void matmul_quantized(const MatmulArgs& a) {
 
 #else
 
-// A QuantizedTile<kFormat, kPanels, kTokens> (quantized_tile_*.h) has the products of kPanels panels and
-// kTokens tokens: multiply(operands, group, dot), scale(operands, group, dot, sum), which adds them to the
-// sums, and put.
+// A QuantizedTile<kFormat, kPanels, kTokens> (quantized_tile_*.h) computes the products of kPanels panels and
+// kTokens tokens: multiply(operands, group, dot); scale(operands, group, dot, sum), which adds the products
+// to the sums; and put, which stores the sums.
 
-// A number of bytes that the compiler knows.
+// A compile-time number of bytes.
 template <int64_t kBytes>
 struct Bytes {};
 
@@ -89,8 +91,8 @@ template <int64_t kBytes, int kLevel>
 }
 [[maybe_unused]] constexpr int kIntoL1 = 3, kIntoL2 = 2;
 
-// Rows [row, row + 16 * kPanels) of tokens [token, token + kTokens). As many panels from `next` on are asked
-// for, unless it is null.
+// Computes rows [row, row + 16 * kPanels) for tokens [token, token + kTokens). Prefetches kPanels panels
+// starting at `next`, unless it is null.
 template <Format kFormat, int kPanels, int kTokens>
 void run_tile(const MatmulArgs& a, int64_t row, int64_t token, const uint8_t* next) {
   using Tile = QuantizedTile<kFormat, kPanels, kTokens>;
@@ -112,8 +114,8 @@ void run_tile(const MatmulArgs& a, int64_t row, int64_t token, const uint8_t* ne
   Tile::put(a, row, token, sum);
 }
 
-// The same for one panel and one token, where reading the weights is what takes the time: they are asked for
-// as a.ask_ahead says, up to the end of the rows, and from there on at next_weights.
+// The same for one panel and one token. Reading the weights dominates, so it prefetches them as far ahead as
+// a.ask_ahead says: up to the end of the rows, and from there at next_weights.
 template <Format kFormat, bool kAsksL1, bool kAsksL2>
 void run_one_token(const MatmulArgs& a, int64_t row) {
   using Tile = QuantizedTile<kFormat, 1, 1>;
@@ -121,7 +123,7 @@ void run_one_token(const MatmulArgs& a, int64_t row) {
   const TileOperands<kFormat, 1> o(a, row, 0);
   const uint8_t* end = o.panel + (a.row_end - row + kPanelRows - 1) / kPanelRows * o.stride;
   const uint8_t* next = a.next_weights != nullptr ? a.next_weights : end;
-  // A prefetch cannot fault, so it does not matter if there is nothing.
+  // A prefetch cannot fault, so an address past the weights is harmless.
   const auto ahead = [&](const uint8_t* at, int64_t bytes) {
     return at + bytes < end ? at + bytes : next + (at + bytes - end);
   };
@@ -153,11 +155,11 @@ void matmul_one_token(const MatmulArgs& a) {
   for (int64_t row = a.row_begin; row < a.row_end; row += kPanelRows) run(a, row);
 }
 
-// All tokens of kPanels panels, in tiles of much the same size: a tile of one token takes as long as one of
-// two.
+// Processes all tokens of kPanels panels in tiles of nearly equal size: a tile of one token takes as long as
+// a tile of two.
 template <Format kFormat, int kPanels, int kMostTokens>
 void run_panels(const MatmulArgs& a, int64_t row) {
-  // The first pass over the weights waits for them, so it asks for the next panels.
+  // The first pass over the weights waits for memory, so it prefetches the next panels.
   const uint8_t* next = row + kPanels * kPanelRows < a.row_end
                             ? a.weights + (row / kPanelRows + kPanels) * panel_bytes(kFormat, a.cols)
                             : a.next_weights;
@@ -175,7 +177,7 @@ void matmul_quantized(const MatmulArgs& a) {
   if (a.num_tokens == 1) return matmul_one_token<kFormat>(a);
   int64_t row = a.row_begin;
 #if ARGOSY_AVX512
-  // Up to three tokens of one panel at a time: reading is what takes the time.
+  // Up to three tokens take one panel at a time: reading dominates.
   if (a.num_tokens > 3) {
     for (; row + kPanelRows < a.row_end; row += 2 * kPanelRows) {
       run_panels<kFormat, 2, two_panels_tokens(kFormat)>(a, row);

@@ -1,9 +1,9 @@
-// probe.h: what the products wait for, alone: loads from memory, and integer multiply-adds.
+// probe.h: the two operations that bound the products, alone: loads from memory and integer multiply-adds.
 //
 //   read_memory    the sum of all 64-bit words, with the widest loads.
 //   multiply_int8  a round is kInt8ProductsPerRound products of int8 numbers, each added to a sum, with the
-//                  instructions of the q4 tile (vpdpbusd; vpmaddubsw and an addition without VNNI), on enough
-//                  independent sums to hide their latency and without a load.
+//                  instructions of the q4 tile (vpdpbusd; without VNNI, vpmaddubsw and an addition), on
+//                  enough independent sums to hide their latency, and without loads.
 #pragma once
 
 #include "kernels/half.h"
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kReadStep = 512;  // read_memory reads whole steps
 
-// Keeps the compiler from computing rounds in advance.
+// Prevents the compiler from computing rounds in advance.
 template <class T>
 [[gnu::always_inline]] inline void forget(T& value) {
 #if ARGOSY_VECTOR
@@ -56,7 +56,7 @@ uint64_t multiply_int8(int64_t rounds) {
 uint64_t read_memory(const uint8_t* data, int64_t nbytes) {
   __m512i sum[8] = {};
   for (int64_t i = 0; i < nbytes; i += kReadStep) {
-    // One cache line after the other: another order would hide the stream from the hardware's prefetcher.
+    // Read cache lines in order: another order would hide the stream from the hardware prefetcher.
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
       __m512i words = _mm512_load_si512(data + i + 64 * j);
@@ -66,7 +66,7 @@ uint64_t read_memory(const uint8_t* data, int64_t nbytes) {
   }
   uint64_t total = 0;
   for (const __m512i& each : sum) {
-    uint64_t words[8];  // _mm512_reduce_add_epi64 adds signed words, which must not overflow
+    uint64_t words[8];  // not _mm512_reduce_add_epi64: it adds signed words, which must not overflow
     _mm512_storeu_si512(words, each);
     for (const uint64_t word : words) total += word;
   }
@@ -81,7 +81,8 @@ uint64_t multiply_int8(int64_t rounds) {
   __m512i activations = _mm512_set1_epi8(-5);
   __m512i sum[kIndependentSums];
 #pragma GCC unroll 12
-  for (int i = 0; i < kIndependentSums; ++i) sum[i] = _mm512_set1_epi32(i);  // different, or they become one
+  // The sums must differ, or the compiler merges them.
+  for (int i = 0; i < kIndependentSums; ++i) sum[i] = _mm512_set1_epi32(i);
   for (int64_t round = 0; round < rounds; ++round) {
     forget(weights);
 #pragma GCC unroll 12
@@ -115,7 +116,7 @@ uint64_t read_memory(const uint8_t* data, int64_t nbytes) {
   return total;
 }
 
-constexpr int kIndependentSums = 6;  // twelve do not stay in registers
+constexpr int kIndependentSums = 6;  // twelve would not fit in registers
 constexpr int64_t kInt8ProductsPerRound = kIndependentSums * 32;
 
 uint64_t multiply_int8(int64_t rounds) {
@@ -127,7 +128,7 @@ uint64_t multiply_int8(int64_t rounds) {
   for (int64_t round = 0; round < rounds; ++round) {
 #pragma GCC unroll 6
     for (int i = 0; i < kIndependentSums; ++i) {
-      forget(weights);  // each time, or all products of a round are one
+      forget(weights);  // in every step, or the compiler merges all products of a round
       sum[i] = _mm256_add_epi16(sum[i], _mm256_maddubs_epi16(weights, activations));
     }
   }

@@ -1,12 +1,11 @@
-// quantize.h: float32 weights to q8 and q4 panels, and rows of any format back to float32.
+// quantize.h: quantises float32 weights to q8 and q4 panels, and converts rows of any format back to float32.
 //
-//   q8  scale = largest magnitude in the group / 127 to 120, rounded to float16; q = weight / scale to the
-//   nearest. The
-//       divisor with the least squared error wins: weights that were quantised before lie on a grid, and a
-//       scale that meets the grid halves the error.
-//   q4  the float16 scale, of a list of candidates, with the least squared error over the group.
+//   q8  scale = largest magnitude in the group / 127 to 120, rounded to float16; q = weight / scale, rounded
+//       to nearest. The divisor with the least squared error wins: weights that were quantised before lie
+//       on a grid, and a scale that matches the grid halves the error.
+//   q4  the float16 scale, from a list of candidates, with the least squared error over the group.
 //
-// A group with an infinity or a NaN gets a NaN scale: it must not look like a number afterwards. One version,
+// A group with an infinity or a NaN gets a NaN scale, so that the damage stays visible. There is one version,
 // written in vectors of four with a fixed order of sums: every machine packs the same bytes.
 #pragma once
 
@@ -23,7 +22,7 @@ namespace {
 using Floats = float __attribute__((vector_size(16)));
 constexpr int kGroupParts = int(kGroupSize) / 4;
 
-// A group of one row, zeros where the matrix has no column.
+// One group of one row, with zeros beyond the last column of the matrix.
 struct WeightGroup {
   Floats part[kGroupParts];
   float absmax;     // NaN if any weight is not finite
@@ -48,7 +47,7 @@ inline WeightGroup load_group(const float* weights, int64_t n) {
   return group;
 }
 
-// To the nearest whole number (even on a tie) within [low, high]; |x| below 2^22.
+// Rounds to nearest (even on a tie), clamped to [low, high]; |x| must be below 2^22.
 inline Floats round_within(Floats x, float low, float high) {
   const Floats rounder = {12582912.0f, 12582912.0f, 12582912.0f, 12582912.0f};
   const Floats lowest = {low, low, low, low};
@@ -71,7 +70,7 @@ inline float scale_q8(const WeightGroup& group) {
   for (float steps = 127.0f; steps >= 120.0f; steps -= 1.0f) {
     const float scale = float_from_f16(f16_from_float(group.absmax / steps));
     const float inverse = 1.0f / scale;
-    if (!(inverse < 1e30f) || inverse == 0.0f) return scale;  // out of float16's range
+    if (!(inverse < 1e30f) || inverse == 0.0f) return scale;  // outside float16's range
     Floats squares = {};
     for (int i = 0; i < kGroupParts; ++i) {
       const Floats rest = group.part[i] - round_within(group.part[i] * inverse, -127.0f, 127.0f) * scale;
@@ -86,14 +85,14 @@ inline float scale_q8(const WeightGroup& group) {
   return best_scale;
 }
 
-// How many steps of the scale the outermost weight is away from zero: the candidates of a q4 scale. Minus
-// means that it gets a negative quant, of which there is one more.
+// The candidates of a q4 scale: how many steps of the scale the outermost weight is from zero. A negative
+// number gives that weight a negative quant; there is one more negative quant than positive ones.
 constexpr float kStepsQ4[] = {-8.0f, -7.75f, -7.5f, -7.25f, -7.0f, -8.25f, -8.5f, -8.75f,
                               -9.0f, 7.0f,   6.75f, 6.5f,   7.25f, 7.5f,   7.75f, 8.0f};
 
 inline float scale_q4(const WeightGroup& group) {
   float best_scale = 0.0f;
-  float best_error = 0.0f;  // less the sum of squared weights, which all candidates share
+  float best_error = 0.0f;  // minus the sum of squared weights, which is the same for all candidates
   for (const float steps : kStepsQ4) {
     const float inverse = steps / group.outermost;
     Floats products = {};
@@ -105,7 +104,7 @@ inline float scale_q4(const WeightGroup& group) {
     }
     const float product = (products[0] + products[2]) + (products[1] + products[3]);
     const float square = (squares[0] + squares[2]) + (squares[1] + squares[3]);
-    // The best scale for these quants, as float16 will hold it.
+    // The best scale for these quants, rounded to float16 as stored.
     const float scale = float_from_f16(f16_from_float(product / square));
     const float error = scale * (scale * square - 2.0f * product);
     if (error < best_error) {
@@ -116,7 +115,7 @@ inline float scale_q4(const WeightGroup& group) {
   return best_scale;
 }
 
-// The scale and the quants of one group; zeros for a group that is zero, or too small for float16.
+// Writes the scale and the quants of one group; zeros if the group is zero or too small for float16.
 template <Format kFormat>
 float quantize_group(const WeightGroup& group, int8_t* quants) {
   std::memset(quants, 0, kGroupSize);

@@ -1,10 +1,10 @@
 // quantized_tile_avx2.h: the inner loop of matmul_quantized with exact 16-bit products.
 //
-//   8 bits   weights are widened to 16 bits, which activations have; vpmaddwd gives each row two partial sums
-//            of 32 bits.
-//   others   vpmaddubsw multiplies bytes and adds pairs into 16 bits; so many of them are added as 16 bits
-//            hold without saturating (8, 4, 2 products of 2 * 15, 31, 63 * 127). Bytes of a table that are
-//            too large for one are taken with their sign instead: the weight's goes over to the activation.
+//   8 bits   weights are widened to the 16 bits that activations have; vpmaddwd gives each row two partial
+//            sums of 32 bits.
+//   others   vpmaddubsw multiplies bytes and adds pairs into 16 bits. As many of these sums are added as 16
+//            bits hold without saturating (8, 4, 2 sums of 2 * 15, 31, 63 * 127). Table bytes too large for
+//            even one sum are used with their sign: the weight's sign moves to the activation.
 #pragma once
 
 #include "kernels/tile_operands.h"
@@ -33,13 +33,14 @@ struct QuantizedTile {
   static constexpr int64_t kBlockGroups = kQuant.block_groups();
   static constexpr int kParts = kQuant.parts();
   static constexpr int kLargestByte = kQuant.largest_byte();
-  // Quants with their sign, and no zero to take out: those that vpmaddubsw cannot hold otherwise.
+  // Quants keep their sign and have no zero to remove. This applies to those that vpmaddubsw could not hold
+  // otherwise.
   static constexpr bool kIsSigned = kQuant.table != nullptr && kLargestByte > 127;
   using Operands = TileOperands<kFormat, kTokens>;
   using Dots = __m256i[kTokens][kParts][2];  // rows 0-7 and 8-15
   using Sums = Vec[kTokens][2];
 
-  // The exact dot products of a group.
+  // Computes the exact dot products of a group.
   [[gnu::always_inline]] static inline void multiply(const Operands& o, int64_t group, Dots& dot) {
     if constexpr (kQuant.bits == 8) {
       multiply_wide(o, group, dot);
@@ -67,7 +68,7 @@ struct QuantizedTile {
   }
 
  private:
-  // 16-bit activations, both bytes; the zero of the quants is still in the dot products.
+  // Multiplies by 16-bit activations, both bytes; the zero of the quants stays in the dot products.
   [[gnu::always_inline]] static inline void multiply_wide(const Operands& o, int64_t group, Dots& dot) {
     const uint8_t* quants = o.quants(group);
     const int64_t whole_at = activation_whole_at(o.cols) + group * 2 * kGroupSize;
@@ -91,7 +92,7 @@ struct QuantizedTile {
         }
       }
     }
-    // Horizontal addition works within 128-bit halves: rows 0 1 4 5 | 2 3 6 7, put back in order.
+    // Horizontal addition works within 128-bit halves: rows 0 1 4 5 | 2 3 6 7; restore their order.
 #pragma GCC unroll 4
     for (int j = 0; j < kTokens; ++j) {
       dot[j][0][0] = _mm256_permute4x64_epi64(_mm256_hadd_epi32(pairs[j][0], pairs[j][1]), 0xD8);
@@ -101,7 +102,7 @@ struct QuantizedTile {
 
   [[gnu::always_inline]] static inline void multiply_bytes(const Operands& o, int64_t group, Dots& dot) {
     const uint8_t* quants = o.quants(group);
-    // Chunks whose products 16 bits hold, within one part of the group.
+    // The number of chunks whose products fit in 16 bits, within one part of the group.
     constexpr int kMost = kIsSigned ? 1 : kLargestByte < 16 ? 8 : kLargestByte < 32 ? 4 : 2;
     constexpr int kRun = kMost * kParts > 8 ? 8 / kParts : kMost;
     const __m256i ones = _mm256_set1_epi16(1);
@@ -141,7 +142,7 @@ struct QuantizedTile {
     }
   }
 
-  // Four columns of eight rows as bytes, with their sign if kIsSigned.
+  // Unpacks four columns of eight rows to bytes, with their sign if kIsSigned.
   [[gnu::always_inline]] static inline __m256i unpack(const uint8_t* group, int chunk) {
     if constexpr (kQuant.table != nullptr) {
       return _mm256_shuffle_epi8(table(), low_bits(group, chunk));
@@ -230,8 +231,9 @@ struct QuantizedTile {
     }
   }
 
-  // The same where sub-scales lie in pairs: 16 bits hold a dot product of half a group, so one multiply-add
-  // takes both of a row. The zero of the quants comes out of the sums of the activations likewise.
+  // The same for sub-scales stored in pairs: 16 bits hold the dot product of half a group, so one
+  // multiply-add takes both halves of a row. The sums of the activations remove the zero of the quants in the
+  // same way.
   [[gnu::always_inline]] static inline void scale_pairs(const Operands& o, int64_t group, int half,
                                                         Vec block_scale, Vec negated_min, const uint8_t* subs,
                                                         const Dots& dot, Sums& sum) {

@@ -1,9 +1,9 @@
 // quantized_tile_avx512.h: the inner loop of matmul_quantized with vpdpbusd.
 //
 // Sixteen rows are the lanes of a register: 64 bytes of quants times four broadcast activations add to
-// sixteen sums. A sum starts at the group's offset, which takes the zero of the format out of every weight.
-// Beside q8 weights there are two sums, of the high and of the low bytes of the activations; formats whose
-// scale is of 16 columns have one per half group. A table is looked up with vpshufb.
+// sixteen sums. A sum starts at the group's offset, which removes the zero of the format from every weight.
+// For q8 weights there are two sums, of the high and of the low bytes of the activations; formats with a
+// scale per 16 columns have one sum per half group. vpshufb does the table lookups.
 #pragma once
 
 #include "kernels/tile_operands.h"
@@ -30,7 +30,7 @@ struct QuantizedTile {
   using Dots = __m512i[kPanels][kTokens][kParts];
   using Sums = Vec[kPanels][kTokens];
 
-  // The exact dot products of a group.
+  // Computes the exact dot products of a group.
   [[gnu::always_inline]] static inline void multiply(const Operands& o, int64_t group, Dots& dot) {
     const int64_t x_at = group * kGroupSize;
     const int64_t low_at = activation_low_at(o.cols) + x_at;
@@ -147,7 +147,7 @@ struct QuantizedTile {
     }
   }
 
-  // Four columns of sixteen rows as bytes.
+  // Unpacks four columns of sixteen rows to bytes.
   [[gnu::always_inline]] static inline __m512i unpack(const uint8_t* group, int chunk) {
     if constexpr (kQuant.bits == 8) {
       return _mm512_loadu_si512(group + chunk * kChunkBytes);
@@ -181,8 +181,9 @@ struct QuantizedTile {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kQuant.table)));
   }
 
-  // The same where sub-scales lie in pairs: 16 bits hold a dot product of half a group, so one multiply-add
-  // takes both of a row. The zero of the quants comes out of the sums of the activations likewise.
+  // The same for sub-scales stored in pairs: 16 bits hold the dot product of half a group, so one
+  // multiply-add takes both halves of a row. The sums of the activations remove the zero of the quants in the
+  // same way.
   [[gnu::always_inline]] static inline void scale_pairs(const Operands& o, int64_t group, Vec block_scale,
                                                         Vec negated_min, const uint8_t* subs,
                                                         const __m512i (&dot)[kTokens][kParts],

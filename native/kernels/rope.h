@@ -1,10 +1,10 @@
-// rope.h: rotary position embedding of one token, in place (Su et al., arXiv:2104.09864).
+// rope.h: applies the rotary position embedding to one token, in place (Su et al., arXiv:2104.09864).
 //
 //   x  float32 [num_heads][head_dim].    cosine, sine  float32 [num_pairs], num_pairs <= head_dim / 2.
 //
-// Dimension i < num_pairs turns with dimension i + num_pairs; where pairs are interleaved, dimension 2 i with
-// 2 i + 1, as in the paper. Dimensions from 2 num_pairs on stay. One version: each element is three
-// operations whatever the vector width.
+// Dimension i < num_pairs rotates with dimension i + num_pairs; if pairs are interleaved, dimension 2 i
+// rotates with 2 i + 1, as in the paper. Dimensions from 2 num_pairs on stay unchanged. One version for all
+// instruction sets: each element takes three operations, whatever the vector width.
 #pragma once
 
 #include "kernels/kernel_table.h"

@@ -1,17 +1,17 @@
-// route.h: the experts of one token, and the weight of each.
+// route.h: chooses the experts of one token, and the weight of each.
 //
-//   score of expert e     softmax over all logits, or sigmoid of its own
-//   worth of e            score + choice_bias; without a bias its logit, in the same order, because two
-//                         experts whose scores round to the same number are then still told apart. NaN is
+//   score of expert e     softmax over all logits, or sigmoid of its own logit
+//   worth of e            score + choice_bias. Without a bias it is the logit, which has the same order but
+//                         still tells two experts apart whose scores round to the same number. A NaN is
 //                         worth minus infinity
-//   worth of a group      its best expert's, or the sum of score + choice_bias of its best two
-//   ids      int32 [k]    the k experts of greatest worth, best first, of the kept_groups groups of greatest
-//                         worth; what lies in other groups is never chosen. On a tie the lower id wins, of
-//                         experts and of groups
-//   weights  float32 [k]  scores (no bias) of those; with renormalize divided by (their sum + eps); times
-//                         scale
+//   worth of a group      that of its best expert, or the sum of score + choice_bias of its best two
+//   ids      int32 [k]    the k experts of greatest worth, best first, from the kept_groups groups with the
+//                         greatest worth; experts in other groups are never chosen. On a tie the lower id
+//                         wins, for experts and for groups
+//   weights  float32 [k]  scores (without bias) of the chosen experts; with renormalize divided by (their
+//                         sum + eps); then multiplied by scale
 //
-// As DeepSeek-V3 has it (arXiv:2412.19437, section 2.1.2). NaN logits give k different ids all the same.
+// As in DeepSeek-V3 (arXiv:2412.19437, section 2.1.2). NaN logits still give k different ids.
 #pragma once
 
 #include <math.h>
@@ -22,7 +22,7 @@
 namespace argosy {
 namespace {
 
-// The first of the largest, which becomes NaN. Something is not NaN.
+// Returns the index of the first maximum and replaces it with NaN. At least one element must not be NaN.
 inline int64_t take_best(float* left, int64_t n) {
   int64_t best = -1;
   for (int64_t i = 0; i < n; ++i) {
@@ -34,7 +34,7 @@ inline int64_t take_best(float* left, int64_t n) {
 
 inline float or_least(float worth) { return worth == worth ? worth : -INFINITY; }
 
-// What lies outside of the best groups becomes NaN in `left`.
+// Replaces experts outside the best groups with NaN in `left`.
 inline void keep_groups(const RouteArgs& args, const float* scores, float* left, float* groups) {
   const RouteRule& rule = args.rule;
   const int64_t size = args.num_experts / rule.num_groups;
@@ -133,8 +133,8 @@ inline void score_experts(const RouteArgs& args, float* scores, float* left) {
   }
 }
 
-// One pass over all for each rank; what is chosen becomes NaN. Each lane keeps the first of its largest, and
-// the lowest id among the lanes wins, so ties go as above.
+// Makes one pass over all experts per rank and replaces each chosen one with NaN. Each lane keeps its first
+// maximum, and the lowest id among the lanes wins, so ties follow the rule above.
 inline void choose_experts(const RouteArgs& args, float* left) {
   const int64_t n = args.num_experts, whole = n / kLanes * kLanes;
   for (int64_t rank = 0; rank < args.rule.k; ++rank) {
@@ -153,7 +153,7 @@ inline void choose_experts(const RouteArgs& args, float* left) {
       const Vec among = where_equal(best, broadcast(most), sub(zeros(), best_id), broadcast(-INFINITY));
       args.ids[rank] = int32_t(-max_lanes(among));
       left[args.ids[rank]] = NAN;
-    } else {  // only minus infinity is left, which no lane took
+    } else {  // only minus infinity is left, which no lane kept
       args.ids[rank] = int32_t(take_best(left, n));
     }
   }

@@ -1,9 +1,9 @@
-// swiglu.h: what lies between the products of a feed-forward network: activations and their biases
-// (kernel_table.h, Activation).
+// swiglu.h: the activation between the products of a feed-forward network, with its biases (kernel_table.h,
+// Activation).
 //
 //   gate, up, out  float32 [tokens][n]; out may be gate or up.
 //
-// The clamped gate is only cut off above, and NaN stays NaN in both.
+// The clamped gate is only limited from above, and NaN stays NaN in both gate and up.
 //
 //   mul_sigmoid    x *= 1 / (1 + e^-gate): the output gate of attention heads
 #pragma once
@@ -56,7 +56,7 @@ struct ClampedActivation {
 
   Vec operator()(Vec gate, Vec up) const {
     const Vec one = broadcast(1.0f);
-    // The bound comes first: a comparison with NaN gives the second.
+    // The bound comes first: a comparison with NaN returns the second operand.
     gate = min_or_second(limit, gate);
     up = max_or_second(minus_limit, min_or_second(limit, up));
     return mul(div(gate, add(one, exp(mul(minus_alpha, gate)))), add(up, one));

@@ -1,4 +1,4 @@
-// tile_operands.h: what the inner loops of matmul_quantized go through.
+// tile_operands.h: the operands of the inner loops of matmul_quantized.
 #pragma once
 
 #include "kernels/kernel_table.h"
@@ -7,7 +7,7 @@
 namespace argosy {
 namespace {
 
-// Rows from `row` on, times kTokens tokens from `token` on.
+// Rows starting at `row`, times kTokens tokens starting at `token`.
 template <Format kFormat, int kTokens>
 struct TileOperands {
   static constexpr QuantFormat kQuant = quant_format(kFormat);
@@ -22,7 +22,7 @@ struct TileOperands {
   const uint8_t* block_scales(int64_t group) const { return panel + kQuant.scales_at(group); }
 
   int64_t cols, stride;
-  const uint8_t* panel;  // the first; another lies `stride` further
+  const uint8_t* panel;  // the first panel; the next lies `stride` bytes further
   const uint8_t* x[kTokens];
 };
 

@@ -1,4 +1,4 @@
-// transcode.h: quantised weights as files have them to the formats of formats.h, without loss.
+// transcode.h: converts quantised weights from the layout of files to the formats of formats.h, without loss.
 //
 //   Q8_0 Q4_0                       a row is blocks of 32 columns    ->  q8 q4
 //   Q4_1 Q5_0 Q5_1 IQ4_NL MXFP4     the same                         ->  q4_1 q5_0 q5_1 iq4_nl mxfp4
@@ -7,11 +7,11 @@
 //   int4_quants int4_scales         compressed-tensors               ->  int4
 //   mxfp4_quants mxfp4_scales       OCP MX                           ->  mxfp4
 //
-// Every weight has the value that the file gives it: only the order of the bits changes. The blocks' layouts
-// are those of the GGUF specification (ggml's block_q8_0 to block_mxfp4), whose MXFP4 takes a scale of 255
-// for 2^128, where OCP MX has NaN.
+// Every weight keeps the value that the file gives it: only the order of the bits changes. The block layouts
+// are those of the GGUF specification (ggml's block_q8_0 to block_mxfp4). Its MXFP4 reads a scale of 255 as
+// 2^128, where OCP MX has NaN.
 //
-// Safetensors files have quants and scales in tensors of their own. Each becomes its part of every panel, and
+// Safetensors files store quants and scales in separate tensors. Each becomes its part of every panel, and
 // they may land in any order, or at the same time:
 //
 //   int4_quants    int32 [rows, cols / 8], the first column in the lowest four bits: value + 8
@@ -19,15 +19,14 @@
 //   mxfp4_quants   u8 [rows, cols / 2], the even column in the low half: a code of e2m1
 //   mxfp4_scales   u8 [rows, cols / 32], e8m0: 2^(byte - 127), 255 is NaN
 //   f8_codes       u8 [rows, cols], E4M3: NaN is refused
-//   f8_scales      float32 [rows / 128, cols / 128], rounded up; f8_scales_bf16 the same as bfloat16. One
-//   with
-//                  which the largest code is no float32 is refused
+//   f8_scales      float32 [rows / 128, cols / 128], rounded up; f8_scales_bf16 the same as bfloat16. A scale
+//                  with which the largest code overflows float32 is refused
 //
-// In the sense of this file, their block is what they have of 32 columns (f8_codes: of one; f8 scales: of 128
-// rows and columns). Padding belongs to the scales.
+// For these tensors, a block is the data of 32 columns (f8_codes: of one column; f8 scales: of 128 rows and
+// columns). The scales write the padding.
 //
-// Several matrices may lie interleaved in one tensor, a row of the first, a row of the second, and so on:
-// they become matrices one behind the other.
+// Several matrices may be interleaved in one tensor: a row of the first, a row of the second, and so on. They
+// become matrices stored one after another.
 #pragma once
 
 #include <cstdint>
@@ -78,7 +77,7 @@ static inline constexpr int64_t block_bytes(BlockType type) {
   return bytes[int(type)];
 }
 
-// Whether it brings quants only, and whether scales only.
+// Whether the type holds only quants, and whether it holds only scales.
 static inline constexpr bool is_quants(BlockType type) {
   return type == BlockType::int4_quants || type == BlockType::mxfp4_quants;
 }
@@ -86,8 +85,8 @@ static inline constexpr bool is_scales(BlockType type) {
   return type == BlockType::int4_scales || type == BlockType::mxfp4_scales;
 }
 
-// Rows and columns of the matrix that a block stands for. Where blocks are of several rows, those at the
-// edges may be of fewer rows and columns; otherwise the columns are a multiple of the block's.
+// Rows and columns of the matrix that one block covers. If blocks cover several rows, blocks at the edges may
+// cover fewer rows and columns; otherwise cols is a multiple of the block's columns.
 static inline constexpr int64_t block_rows(BlockType type) {
   return type == BlockType::f8_scales || type == BlockType::f8_scales_bf16 ? kF8Block : 1;
 }
@@ -109,7 +108,7 @@ static inline constexpr int64_t source_bytes(BlockType type, int64_t rows, int64
   return round_up(rows, block_rows(type)) / block_rows(type) * block_row_bytes(type, cols);
 }
 
-// What is transcoded at once: the rows of a panel, or of a block where these are more.
+// The rows that are transcoded at once: those of a panel, or of a block if it has more.
 static inline constexpr int64_t strip_rows(BlockType type) {
   return block_rows(type) > kPanelRows ? block_rows(type) : kPanelRows;
 }
@@ -117,17 +116,17 @@ static inline constexpr int64_t num_strips(BlockType type, int64_t rows) {
   return round_up(rows, strip_rows(type)) / strip_rows(type);
 }
 
-// By GGUF's name, such as "Q4_0", or that of a part, such as "int4_scales".
+// By its GGUF name, such as "Q4_0", or by the name of a part, such as "int4_scales".
 std::optional<BlockType> block_type_named(std::string_view name);
-// All of them, with commas between.
+// All names, separated by commas.
 std::string known_block_types();
 
-// Rows of strips [panel_begin, panel_end), the last of which may be short, to the same rows of `matrix`.
-// `rows` is the number of rows of the whole matrix and `matrix` its first byte; `rows_data` begins at the
-// first row of panel_begin. cols has whole blocks. Any alignment. With `interleaved`
-// matrices of `rows` rows each, `rows_data` has the rows of all of them, and they become matrices of
-// matrix_bytes(...) one behind the other; f8 is never interleaved. Returns false where a code is NaN or a
-// scale gives weights that no float32 holds, as far as the type says that it is refused.
+// Transcodes the rows of strips [panel_begin, panel_end), the last of which may be short, to the same rows of
+// `matrix`. `rows` is the number of rows of the whole matrix and `matrix` its first byte; `rows_data` begins
+// at the first row of panel_begin. cols must consist of whole blocks. Any alignment. With `interleaved`
+// matrices of `rows` rows each, `rows_data` holds the rows of all of them, and they become matrices of
+// matrix_bytes(...) one after another; f8 is never interleaved. For the types that refuse it, returns false
+// if a code is NaN or a scale gives weights that overflow float32.
 [[nodiscard]] bool transcode(BlockType type, const uint8_t* rows_data, int64_t rows, int64_t cols,
                              int64_t interleaved, int64_t panel_begin, int64_t panel_end, uint8_t* matrix);
 

@@ -1,8 +1,7 @@
-// transcode_f8.h: the two tensors of an FP8 matrix to f8 (transcode.h has the contract).
+// transcode_f8.h: transcodes the two tensors of an FP8 matrix to f8 (transcode.h has the contract).
 //
 //   codes    [rows, cols], copied to their rows.
-//   scales   [rows / 128, cols / 128] rounded up, float32 or bfloat16, to float32 before the rows they belong
-//   to.
+//   scales   [rows / 128, cols / 128] rounded up, float32 or bfloat16, stored as float32 before their rows.
 #pragma once
 
 #include "kernels/half.h"
@@ -13,7 +12,7 @@ namespace {
 
 #if !ARGOSY_VECTOR
 
-// Whether one of n codes is NaN.
+// Whether any of the n codes is NaN.
 inline bool has_nan_code(const uint8_t* codes, int64_t n) {
   uint8_t largest = 0;
   for (int64_t i = 0; i < n; ++i) largest = (codes[i] & 0x7F) > largest ? codes[i] & 0x7F : largest;
@@ -23,12 +22,12 @@ inline bool has_nan_code(const uint8_t* codes, int64_t n) {
 #endif
 
 bool transcode_f8_codes(const TranscodeArgs& a) {
-  constexpr int64_t kInCache = 4096;  // bytes that are copied, and then looked at
+  constexpr int64_t kInCache = 4096;  // bytes to copy and then check
   bool has_nan = false;
   const uint8_t* from = a.rows_data;
   for (int64_t row = a.panel_begin * kPanelRows; row < a.panel_end * kPanelRows && row < a.rows;
        row += kPanelRows) {
-    // The rows of a panel lie together, because 128 is a multiple of 16.
+    // The rows of a panel are contiguous, because 128 is a multiple of 16.
     const int64_t nbytes = (a.rows - row < kPanelRows ? a.rows - row : kPanelRows) * a.cols;
     uint8_t* to = a.matrix + f8_row_at(row, a.cols);
     for (int64_t at = 0; at < nbytes; at += kInCache) {
@@ -52,7 +51,7 @@ bool transcode_f8_scales(const TranscodeArgs& a) {
     for (int64_t i = 0; i < scales; ++i, from += kType == BlockType::f8_scales ? 4 : 2) {
       const uint32_t bits = kType == BlockType::f8_scales ? read_unaligned<uint32_t>(from)
                                                           : uint32_t(read_unaligned<uint16_t>(from)) << 16;
-      // Below 2^119: the largest code, 448, times the scale is a float32 then.
+      // Below 2^119, the largest code, 448, times the scale is still a float32.
       is_finite = is_finite && (bits & 0x7FFFFFFFu) < 0x7B000000u;
       std::memcpy(to + 4 * i, &bits, 4);
     }

@@ -1,8 +1,8 @@
-// transcode_panel.h: sixteen rows of blocks to one panel (transcode.h has the contract).
+// transcode_panel.h: transcodes sixteen rows of blocks to one panel (transcode.h has the contract).
 //
-// One version for every instruction set: four words of four rows are transposed in registers, so that a
-// vector holds one word of each row; the rest is and, or and shift. A row that the matrix does not have is
-// read as zeros.
+// One version for all instruction sets: four words of four rows are transposed in registers, so that a vector
+// holds one word of each row; the rest is and, or and shift. Rows beyond the end of the matrix are read as
+// zeros.
 #pragma once
 
 #include "kernels/half.h"
@@ -15,10 +15,10 @@ constexpr int64_t kRowsAtOnce = 4;
 using RowWords = uint32_t __attribute__((vector_size(16)));  // one word of each of the four rows
 constexpr uint32_t kLowNibbles = 0x0F0F0F0F;
 
-// Four rows of one block, and where they lie in the panel.
+// Four rows of one block, and their place in the panel.
 struct BlockRows {
   const uint8_t* row[kRowsAtOnce];
-  int64_t first;  // of the panel's sixteen
+  int64_t first;  // the first of these rows, among the panel's sixteen
 
   // words[i] = bytes at + 4 i to at + 4 i + 3 of every row.
   template <int kWords>
@@ -42,7 +42,7 @@ struct BlockRows {
     for (int r = 0; r < kRowsAtOnce; ++r) words[r] = read_unaligned<uint32_t>(row[r] + at);
   }
 
-  // Into 64 bytes that hold a word of every row of the panel.
+  // Stores into 64 bytes that hold one word of every row of the panel.
   void store(uint8_t* chunk, const RowWords& words) const { std::memcpy(chunk + 4 * first, &words, 16); }
 
   // chunk[i * 16 + r] = byte i of the word of row r.
@@ -67,7 +67,7 @@ struct BlockRows {
     }
   }
 
-  // The float16 at `at` of every row, its sign flipped by 0x8000.
+  // Copies the float16 at `at` of every row; a `flip` of 0x8000 changes its sign.
   void copy_halves(int64_t at, uint8_t* halves, uint16_t flip = 0) const {
     for (int64_t r = 0; r < kRowsAtOnce; ++r) {
       const uint16_t half = read_unaligned<uint16_t>(row[r] + at) ^ flip;
@@ -100,7 +100,7 @@ void transcode_block<BlockType::q8_0>(const BlockRows& rows, uint8_t* quants, ui
   rows.copy_halves(0, scales);
 }
 
-// 16 bytes whose low halves are columns 0 to 15 of a group and whose high halves are 16 to 31: as in a panel.
+// 16 bytes whose low halves are columns 0 to 15 of a group and whose high halves are 16 to 31, as in a panel.
 inline void transcode_nibbles(const BlockRows& rows, int64_t at, uint8_t* group) {
   RowWords nibbles[4];
   rows.load(at, nibbles);
@@ -120,7 +120,7 @@ void transcode_block<BlockType::q4_1>(const BlockRows& rows, uint8_t* quants, ui
   rows.copy_halves(2, scales + kPanelRows * 2);
 }
 
-// A word with the highest bits of five, those of columns 0 to 31 from the lowest bit on: as in a panel.
+// A word with the highest of five bits of columns 0 to 31, from the lowest bit on, as in a panel.
 inline void transcode_fifth_bits(const BlockRows& rows, int64_t at, uint8_t* plane) {
   // Bit 4 c + j of the word, c from 0 to 7, goes to bit 8 j + c.
   RowWords bits;
@@ -158,15 +158,15 @@ inline void store_two_groups(const BlockRows& rows, const RowWords* words, uint8
   }
 }
 
-// d, dmin and eight pairs of 6-bit sub-scales and sub-mins in 12 bytes: those of groups 0 to 3 in the low six
-// bits of bytes 0 to 7; those of groups 4 to 7 have their low four bits in bytes 8 to 11 and the highest two
-// in the top of bytes 0 to 7.
+// d, dmin and eight pairs of 6-bit sub-scales and sub-mins in 12 bytes: those of groups 0 to 3 are the low
+// six bits of bytes 0 to 7; those of groups 4 to 7 have their low four bits in bytes 8 to 11 and their two
+// highest bits in the top of bytes 0 to 7.
 template <Format kFormat>
 inline void transcode_k_scales(const BlockRows& rows, uint8_t* scales) {
   constexpr QuantFormat kQuant = quant_format(kFormat);
   rows.copy_halves(0, scales);
-  rows.copy_halves(2, scales + kPanelRows * 2, 0x8000);  // these blocks subtract what they call dmin
-  RowWords packed[4];                                    // and the block's first quants
+  rows.copy_halves(2, scales + kPanelRows * 2, 0x8000);  // these blocks subtract dmin
+  RowWords packed[4];                                    // also loads the block's first quants
   rows.load(4, packed);
   uint8_t* sub_scales = scales + kQuant.sub_scales_at();
   uint8_t* sub_mins = scales + kQuant.sub_mins_at();
@@ -188,14 +188,15 @@ void transcode_block<BlockType::q4_k>(const BlockRows& rows, uint8_t* quants, ui
   }
 }
 
-// Bit g of a byte of word c, from c = 0 to 7, to bit c of the byte in word g.
+// Moves bit g of a byte of word c, for c = 0 to 7, to bit c of the byte in word g.
 inline void transpose_bits(RowWords (&words)[8]) {
   for (int i = 0; i < 4; ++i) swap_bits(words[i], words[i + 4], 4, 0x0F0F0F0F);
   for (int i = 0; i < 8; i += i % 2 == 0 ? 1 : 3) swap_bits(words[i], words[i + 2], 2, 0x33333333);
   for (int i = 0; i < 8; i += 2) swap_bits(words[i], words[i + 1], 1, 0x55555555);
 }
 
-// Bits 2 g and 2 g + 1 of a byte of word c, from c = 0 to 3, to bits 2 c and 2 c + 1 of the byte in word g.
+// Moves bits 2 g and 2 g + 1 of a byte of word c, for c = 0 to 3, to bits 2 c and 2 c + 1 of the byte in word
+// g.
 inline void transpose_pairs(RowWords (&words)[4]) {
   swap_bits(words[0], words[2], 4, 0x0F0F0F0F);
   swap_bits(words[1], words[3], 4, 0x0F0F0F0F);
@@ -220,8 +221,8 @@ void transcode_block<BlockType::q5_k>(const BlockRows& rows, uint8_t* quants, ui
   for (int g = 0; g < 8; ++g) rows.store(quants + g * kGroupBytes, high[g]);
 }
 
-// 32 bytes with two bits of each of four groups: those of group g at bits 2 g and 2 g + 1. `planes` is where
-// those of the first group go.
+// 32 bytes with two bits of each of four groups: those of group g at bits 2 g and 2 g + 1. `planes` is the
+// destination of the first group.
 inline void store_pair_planes(const BlockRows& rows, int64_t at, uint8_t* planes, int64_t group_bytes) {
   for (int64_t plane = 0; plane < 2; ++plane) {
     RowWords pairs[4];
@@ -235,7 +236,7 @@ template <>
 void transcode_block<BlockType::q6_k>(const BlockRows& rows, uint8_t* quants, uint8_t* scales) {
   constexpr QuantFormat kQuant = quant_format(Format::q6_k);
   constexpr int64_t kGroupBytes = kQuant.group_bytes();
-  for (int64_t half = 0; half < 2; ++half) {  // of 128 columns
+  for (int64_t half = 0; half < 2; ++half) {  // halves of 128 columns
     uint8_t* groups = quants + 4 * half * kGroupBytes;
     for (int64_t i = 0; i < 2; ++i) {
       RowWords words[8];
@@ -265,10 +266,10 @@ void transcode_block<BlockType::q2_k>(const BlockRows& rows, uint8_t* quants, ui
     rows.store_byte_pairs(scales + kQuant.sub_scales_at() + i * 4 * kPanelRows, sub_scales[i]);
   }
   rows.copy_halves(80, scales);
-  rows.copy_halves(82, scales + kPanelRows * 2, 0x8000);  // these blocks subtract what they call dmin
+  rows.copy_halves(82, scales + kPanelRows * 2, 0x8000);  // these blocks subtract dmin
 }
 
-// Bytes of six bits, less 32.
+// Six-bit values in bytes, minus 32.
 inline RowWords signed_six_bits(const RowWords& bytes) {
   const RowWords number = bytes ^ 0x20202020u;
   const RowWords sign = number & 0x20202020u;
@@ -286,9 +287,10 @@ void transcode_block<BlockType::q3_k>(const BlockRows& rows, uint8_t* quants, ui
   rows.load(0, high);
   transpose_bits(high);
   for (int g = 0; g < 8; ++g) rows.store(quants + g * kGroupBytes, high[g]);
-  // Sixteen sub-scales of six bits: the low four in the halves of eight bytes, the highest two in four.
+  // Sixteen 6-bit sub-scales: their low four bits in the halves of eight bytes, their two highest bits in
+  // four bytes.
   RowWords packed[4];
-  rows.load(92, packed);  // from the last quants on: behind the scales the block ends
+  rows.load(92, packed);  // also loads the last quants: the block ends right after the sub-scales
   uint8_t* sub_scales = scales + kQuant.sub_scales_at();
   for (int i = 0; i < 4; ++i) {
     const RowWords low = (packed[1 + i % 2] >> (i / 2 * 4)) & kLowNibbles;
@@ -304,7 +306,7 @@ void transcode_block<BlockType::iq4_nl>(const BlockRows& rows, uint8_t* quants, 
   rows.copy_halves(0, scales);
 }
 
-// The lowest four nibbles of each word, one a byte.
+// Spreads the lowest four nibbles of each word to one byte each.
 inline RowWords spread_nibbles(const RowWords& words) {
   const RowWords pairs = ((words & 0xFFFFu) | (words << 8)) & 0x00FF00FFu;
   return (pairs | (pairs << 4)) & kLowNibbles;
@@ -315,7 +317,7 @@ void transcode_block<BlockType::iq4_xs>(const BlockRows& rows, uint8_t* quants, 
   constexpr QuantFormat kQuant = quant_format(Format::iq4_xs);
   for (int64_t g = 0; g < 8; ++g) transcode_nibbles(rows, 8 + 16 * g, quants + g * kQuant.group_bytes());
   rows.copy_halves(0, scales);
-  // Eight sub-scales of six bits: the highest two in a word of 16 bits, the low four in one of 32.
+  // Eight 6-bit sub-scales: their two highest bits in a word of 16 bits, their low four bits in a word of 32.
   RowWords top, low;
   rows.load_one(2, top);
   rows.load_one(4, low);
@@ -328,7 +330,7 @@ void transcode_block<BlockType::iq4_xs>(const BlockRows& rows, uint8_t* quants, 
   }
 }
 
-// 2^(e8m0 - 128), half of what the byte stands for, as a bfloat16. 255 gives `last`.
+// 2^(e8m0 - 128), half of the value of the byte, as a bfloat16. 255 gives `last`.
 inline uint16_t half_of_e8m0(uint8_t e8m0, uint16_t last) {
   if (e8m0 == 255) return last;
   return uint16_t(e8m0 < 2 ? 0x20 << e8m0 : (e8m0 - 1) << 7);  // below 2^-126: subnormal
@@ -343,8 +345,8 @@ void transcode_block<BlockType::mxfp4>(const BlockRows& rows, uint8_t* quants, u
   }
 }
 
-// 16 bytes with two neighbouring columns each: nibbles of columns 4 c to 4 c + 3 and 4 (c + 4) to 4 (c + 4) +
-// 3 share a word of a panel.
+// 16 bytes with two neighbouring columns each: the nibbles of columns 4 c to 4 c + 3 and of columns 4 (c + 4)
+// to 4 (c + 4) + 3 share a word of a panel.
 inline void transcode_neighbours(const BlockRows& rows, uint8_t* group) {
   RowWords words[4];
   rows.load(0, words);
@@ -365,7 +367,7 @@ void transcode_block<BlockType::mxfp4_quants>(const BlockRows& rows, uint8_t* qu
   transcode_neighbours(rows, quants);
 }
 
-// The scales of sixteen rows alone, one short row after the other.
+// Transcodes only the scales of sixteen rows, one short row after another.
 template <BlockType kType>
 void transcode_scales(const uint8_t* from, int64_t row_stride, int64_t present, int64_t blocks,
                       uint8_t* panel) {
@@ -383,15 +385,16 @@ void transcode_scales(const uint8_t* from, int64_t row_stride, int64_t present, 
   }
 }
 
-// Sixteen rows, row_stride bytes apart, `present` of them there. The bytes at `next` are those of the next
-// panel.
+// Transcodes sixteen rows, row_stride bytes apart, of which the first `present` exist. `next` points to the
+// bytes of the next panel.
 template <BlockType kType>
 void transcode_blocks(const uint8_t* from, int64_t row_stride, int64_t present, int64_t blocks,
                       uint8_t* panel, const uint8_t* next) {
   constexpr QuantFormat kQuant = quant_format(slot_format(kType));
   static constexpr uint8_t kNoRow[block_bytes(kType)] = {};
   for (int64_t b = 0; b < blocks; ++b) {
-    // Sixteen short streams are more than the hardware foresees; the next panel's rows are one piece.
+    // The hardware prefetcher cannot follow sixteen short streams; prefetch the next panel's rows, which are
+    // one piece.
     if (next != nullptr) {
       const uint8_t* share = next + b * kPanelRows * block_bytes(kType);
       for (int64_t at = 0; at < kPanelRows * block_bytes(kType); at += 64)

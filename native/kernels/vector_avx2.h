@@ -21,13 +21,13 @@ inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
-inline Vec max_or_second(Vec a, Vec b) { return _mm256_max_ps(a, b); }  // NaN in either: b
+inline Vec max_or_second(Vec a, Vec b) { return _mm256_max_ps(a, b); }  // if either is NaN: b
 inline Vec min_or_second(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline Vec round_to_nearest(Vec a) {
   return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
-// Bit patterns below have lane i set for i < n.
+// In the bit patterns below, lane i is set for i < n.
 inline __m256i first_lanes(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
@@ -49,7 +49,7 @@ struct F32Weights {
   }
 };
 
-// The first n of eight 16-bit values, zeros behind them.
+// Loads the first n of eight 16-bit values, with zeros after them.
 inline __m128i load_16bit(const uint8_t* from, int64_t n) {
   uint16_t values[8] = {};
   std::memcpy(values, from, size_t(n) * 2);
@@ -75,9 +75,9 @@ struct Bf16Weights {
   static Vec load(const uint8_t* from, int64_t n) { return widen(load_16bit(from, n)); }
 };
 
-// FP8 codes as value / 256: with the sign spread to bit 14 and cleared there, what is left is a float16 whose
+// FP8 codes as value / 256: spreading the sign to bit 14 and clearing it there leaves a float16 whose
 // exponent has a bias of 15 instead of 7, subnormals included.
-constexpr int kF8Vecs = 2;  // that become floats at once
+constexpr int kF8Vecs = 2;  // vectors converted to float at once
 inline __m256i load_halves_of_f8(const uint8_t* from) {
   const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   return _mm256_and_si256(_mm256_slli_epi16(codes, 7), _mm256_set1_epi16(int16_t(0xBF80)));
@@ -92,13 +92,13 @@ inline void load_f8(const uint8_t* from, int64_t n, Vec (&to)[kF8Vecs]) {
   std::memcpy(codes, from, size_t(n));
   load_f8(codes, to);
 }
-// The float16 of the first n codes, up to two vectors of them; zeros behind them.
+// The float16 of the first n codes, up to two vectors of them, with zeros after them.
 inline void halve_f8(const uint8_t* from, int64_t n, uint16_t* to) {
   uint8_t codes[kF8Vecs * kLanes] = {};
   if (n < kF8Vecs * kLanes) from = static_cast<const uint8_t*>(std::memcpy(codes, from, size_t(n)));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), load_halves_of_f8(from));
 }
-// Whether one of n codes is NaN.
+// Whether any of the n codes is NaN.
 inline bool has_nan_code(const uint8_t* codes, int64_t n) {
   const __m256i low = _mm256_set1_epi8(0x7F);
   __m256i largest = _mm256_setzero_si256();
@@ -113,7 +113,7 @@ inline bool has_nan_code(const uint8_t* codes, int64_t n) {
   return found;
 }
 
-// Lanes are folded in halves: 0+4, 1+5, ..., then 0+2, 1+3, then 0+1.
+// Folds lanes in halves: 0+4, 1+5, ..., then 0+2, 1+3, then 0+1.
 inline float sum_lanes(Vec a) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -129,7 +129,7 @@ inline float max_lanes(Vec a) {
 inline Vec where_equal(Vec a, Vec b, Vec x, Vec otherwise) {
   return _mm256_blendv_ps(otherwise, x, _mm256_cmp_ps(a, b, _CMP_EQ_OQ));
 }
-// Takes over value and index where value > best; NaN is not.
+// Takes value and index where value > best; never takes a NaN.
 inline void keep_greater(Vec value, Vec index, Vec& best, Vec& best_index) {
   const Vec greater = _mm256_cmp_ps(value, best, _CMP_GT_OQ);
   best = _mm256_blendv_ps(best, value, greater);

@@ -20,7 +20,7 @@ inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-inline Vec max_or_second(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // NaN in either: b
+inline Vec max_or_second(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // if either is NaN: b
 inline Vec min_or_second(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline Vec round_to_nearest(Vec a) {
   return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -66,7 +66,7 @@ struct Bf16Weights {
   }
 };
 
-// FP8 codes as value / 256: with the sign spread to bit 14 and cleared there, what is left is a float16 whose
+// FP8 codes as value / 256: spreading the sign to bit 14 and clearing it there leaves a float16 whose
 // exponent has a bias of 15 instead of 7, subnormals included.
 inline __m256i halves_of_f8(__m128i codes) {
   const __m256i halves = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);
@@ -79,7 +79,7 @@ inline void load_f8(const uint8_t* from, int64_t n, Vec (&to)[1]) {
   to[0] = _mm512_cvtph_ps(halves_of_f8(_mm_maskz_loadu_epi8(first_lanes(n), from)));
 }
 
-// Two vectors of them take fewer instructions than twice one.
+// Converting two vectors together takes fewer instructions than converting each alone.
 constexpr int kF8Vecs = 2;
 inline __m512i halves_of_f8(__m256i codes) {
   const __m512i halves = _mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), 7);
@@ -99,15 +99,15 @@ inline void load_f8(const uint8_t* from, Vec (&to)[kF8Vecs]) { widen_halves(load
 inline void load_f8(const uint8_t* from, int64_t n, Vec (&to)[kF8Vecs]) {
   widen_halves(load_halves_of_f8(from, n), to);
 }
-// The float16 of the first n codes, up to two vectors of them; zeros behind them.
+// The float16 of the first n codes, up to two vectors of them, with zeros after them.
 inline void halve_f8(const uint8_t* from, int64_t n, uint16_t* to) {
   _mm512_storeu_si512(to, n < kF8Vecs * kLanes ? load_halves_of_f8(from, n) : load_halves_of_f8(from));
 }
 
 #if ARGOSY_VBMI
 
-// The same values, looked up: the two bytes of the bfloat16 of a code without its sign. `order` brings 64
-// codes into the order in which pairs of bytes become floats.
+// The same values by table lookup: the two bytes of the bfloat16 of a code without its sign. `order` permutes
+// 64 codes into the order in which pairs of bytes become floats.
 struct F8Tables {
   uint8_t low[128], high[128], order[64];
 };
@@ -151,7 +151,7 @@ inline void load_f8(const uint8_t* from, int64_t n, Vec (&to)[4]) {
 
 #endif
 
-// Whether one of n codes is NaN.
+// Whether any of the n codes is NaN.
 inline bool has_nan_code(const uint8_t* codes, int64_t n) {
   const __m512i low = _mm512_set1_epi8(0x7F);
   __m512i largest = _mm512_setzero_si512();
@@ -162,7 +162,7 @@ inline bool has_nan_code(const uint8_t* codes, int64_t n) {
   return _mm512_cmpeq_epi8_mask(largest, low) != 0;
 }
 
-// Lanes are folded in halves: 0+8, 1+9, ..., then 0+4, ..., then 0+2, 1+3, then 0+1.
+// Folds lanes in halves: 0+8, 1+9, ..., then 0+4, ..., then 0+2, 1+3, then 0+1.
 inline float sum_lanes(Vec a) {
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -180,7 +180,7 @@ inline float max_lanes(Vec a) {
 inline Vec where_equal(Vec a, Vec b, Vec x, Vec otherwise) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), otherwise, x);
 }
-// Takes over value and index where value > best; NaN is not.
+// Takes value and index where value > best; never takes a NaN.
 inline void keep_greater(Vec value, Vec index, Vec& best, Vec& best_index) {
   const __mmask16 greater = _mm512_cmp_ps_mask(value, best, _CMP_GT_OQ);
   best = _mm512_mask_blend_ps(greater, best, value);

@@ -1,4 +1,4 @@
-// weight_scale.h: what the quants of one row and column are multiplied with, read one at a time.
+// weight_scale.h: the factors of a single quant, one row and column at a time.
 #pragma once
 
 #include "kernels/formats.h"
