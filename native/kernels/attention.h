@@ -13,8 +13,8 @@
 // the same in decode and in a prefill chunk of any size. A sink initialises the running maximum and sum.
 //
 // Bound by multiply-adds if many tokens and heads share the keys, by reading the keys for one token. The keys
-// of a few tiles, or the values of a few columns, stay in the first-level cache while all queries of the call
-// use them.
+// of a few tiles, and the values of a few columns, stay in the first-level cache while all queries of the
+// call use them.
 #pragma once
 
 #include <math.h>

@@ -1,5 +1,5 @@
-// check.h: what a native test needs. A failed check prints where and goes on; check_result() is for main to
-// return. Any thread may check.
+// check.h: the checks of the native tests. A failed check prints its location, and the test continues; main
+// returns check_result(). Any thread may check.
 #pragma once
 
 #include <atomic>

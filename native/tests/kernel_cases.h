@@ -1,5 +1,4 @@
-// kernel_cases.h: what the tests of the kernels share: random numbers, weights in a format at an odd address,
-// tables.
+// kernel_cases.h: shared helpers of the kernel tests: random numbers, weights at an odd address, tables.
 #pragma once
 
 #include <cmath>
@@ -20,13 +19,13 @@ inline const Format kFormats[] = {Format::f32,    Format::f16,   Format::bf16, F
                                   Format::q4,     Format::q4_1,  Format::q5_0, Format::q5_1, Format::q4_k,
                                   Format::q5_k,   Format::q6_k,  Format::q2_k, Format::q3_k, Format::iq4_nl,
                                   Format::iq4_xs, Format::mxfp4, Format::int4};
-// Those that bring a whole matrix.
+// Block types that hold a whole matrix.
 inline const BlockType kBlockTypes[] = {
     BlockType::q8_0,   BlockType::q4_0,   BlockType::q4_1, BlockType::q5_0, BlockType::q5_1,
     BlockType::q4_k,   BlockType::q5_k,   BlockType::q6_k, BlockType::q2_k, BlockType::q3_k,
     BlockType::iq4_nl, BlockType::iq4_xs, BlockType::mxfp4};
 
-// Around the vectors (8, 16), the panel (16) and the group (32).
+// Sizes around the vectors (8, 16), the panel (16) and the group (32).
 inline const int64_t kSizes[] = {0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 70};
 
 inline std::vector<float> normal(int64_t n, unsigned seed, float scale = 1.0f) {
@@ -44,10 +43,11 @@ inline std::vector<const KernelTable*> all_tables() {
 }
 inline const KernelTable& plain() { return kernel_table("plain"); }
 
-// Formats that float32 weights become; the others hold what files have.
+// Formats that float32 weights can be quantised to; the others only come from files.
 inline bool is_quantized_here(Format format) { return format <= Format::q4 && format != Format::f8; }
 
-// The columns that a matrix of this format can have: `cols` or, for GGUF's blocks, the next whole block.
+// The columns that a matrix of this format can have: `cols` or, for GGUF's blocks, rounded up to a whole
+// block.
 inline int64_t cols_of(Format format, int64_t cols) {
   return is_quantized_here(format) || format == Format::f8 ? cols
                                                            : round_up(cols, quant_format(format).block_cols);
@@ -60,7 +60,7 @@ inline BlockType block_type_of(Format format) {
   return {};
 }
 
-// Where the scale of a block lies in its bytes; a float16 min lies two bytes further.
+// The offset of a block's scale in its bytes; a float16 min follows two bytes later.
 inline int64_t scale_at(BlockType type) {
   switch (type) {
     case BlockType::q6_k:
@@ -79,7 +79,7 @@ inline void put_half(uint8_t* to, float value) {
   std::memcpy(to, &half, 2);
 }
 
-// Any quants and sub-scales; scales and mins such that weights are of the order of one.
+// Random quants and sub-scales, with scales and mins that give weights of order one.
 inline std::vector<uint8_t> random_blocks(BlockType type, int64_t rows, int64_t cols, unsigned seed) {
   std::mt19937 generator(seed);
   const QuantFormat quant = quant_format(slot_format(type));
@@ -104,7 +104,8 @@ inline std::vector<uint8_t> random_blocks(BlockType type, int64_t rows, int64_t 
   return bytes;
 }
 
-// Exactly the bytes of a matrix, `misalign` after an aligned address, so that a sanitizer sees a read beyond.
+// Exactly the bytes of a matrix, `misalign` bytes after an aligned address, so that a sanitizer detects reads
+// beyond it.
 struct Weights {
   Weights(Format format, int64_t rows, int64_t cols, int64_t misalign)
       : bytes(new uint8_t[size_t(matrix_bytes(format, rows, cols) + misalign)]),
@@ -126,7 +127,7 @@ struct Weights {
                     const_cast<uint8_t*>(view.data)));
   }
 
-  // Both tensors of an FP8 matrix, whatever a code is.
+  // Both tensors of an FP8 matrix, whatever value a code has.
   Weights(const std::vector<uint8_t>& codes, const std::vector<float>& scales, int64_t rows, int64_t cols,
           int64_t misalign = 0)
       : Weights(Format::f8, rows, cols, misalign) {
@@ -138,7 +139,7 @@ struct Weights {
         {bits, rows, cols, 1, 0, num_strips(BlockType::f8_scales, rows), matrix});
   }
 
-  // cols is cols_of(format, ...).
+  // cols must be cols_of(format, ...).
   static Weights random(Format format, int64_t rows, int64_t cols, unsigned seed, int64_t misalign = 0) {
     if (is_quantized_here(format)) return Weights(format, normal(rows * cols, seed), rows, cols, misalign);
     if (format == Format::int4) {
@@ -153,7 +154,7 @@ struct Weights {
     return Weights(type, random_blocks(type, rows, cols, seed), rows, cols, misalign);
   }
 
-  // Every code but NaN, and scales such that weights are of the order of one.
+  // Every code except NaN, with scales that give weights of order one.
   static Weights random_f8(int64_t rows, int64_t cols, unsigned seed, int64_t misalign) {
     std::mt19937 generator(seed);
     std::vector<uint8_t> codes(size_t(rows * cols));
@@ -166,7 +167,7 @@ struct Weights {
   MatrixView view;
 };
 
-// The activations a format wants, and how far apart they are.
+// The activations that a format needs, and the distance between their rows.
 struct Inputs {
   Inputs(const KernelTable& table, Format format, const std::vector<float>& x, int64_t cols,
          int64_t num_tokens) {

@@ -1,9 +1,9 @@
-# no_shared_symbols.cmake: what is compiled for one instruction set defines no symbol that other files may define, too.
+# no_shared_symbols.cmake: code compiled for one instruction set defines no symbol that other files may also define.
 #
 #   cmake -DNM=nm -DLIBRARY=libargosy_native.a -P native/tests/no_shared_symbols.cmake
 #
-# Of several weak symbols of one name the linker keeps any, for the whole program. If it kept one that was compiled for
-# AVX-512, the program would end with SIGILL on a processor without it.
+# Of several weak symbols with one name, the linker keeps one for the whole program. If it kept one compiled for AVX-512,
+# the program would end with SIGILL on a processor without AVX-512.
 foreach(argument NM LIBRARY)
   if(NOT ${argument})
     message(FATAL_ERROR "${argument} is missing")
@@ -28,9 +28,9 @@ foreach(line IN LISTS symbols)
   endif()
 endforeach()
 if(num_objects EQUAL 0)
-  message(FATAL_ERROR "${LIBRARY} holds no object of one instruction set")
+  message(FATAL_ERROR "${LIBRARY} holds no object for a single instruction set")
 endif()
 if(shared)
-  message(FATAL_ERROR "the linker may choose these for every processor; give them internal linkage:${shared}")
+  message(FATAL_ERROR "the linker may use these symbols on every processor; give them internal linkage:${shared}")
 endif()
-message(STATUS "${num_objects} objects of one instruction set, no symbol that others may define")
+message(STATUS "${num_objects} objects for a single instruction set, no symbol that others may define")

@@ -45,7 +45,7 @@ void the_vectors_of_rfc_3720() {
   }
 }
 
-// The definition, word for word.
+// The definition, written out literally.
 uint32_t wide_by_definition(const uint8_t* data, size_t nbytes) {
   const size_t quarter = (nbytes + 3) / 4;
   uint8_t words[16];

@@ -1,5 +1,5 @@
-// Gated delta nets: against the reference, and the same for a token whichever tokens are in the call. Memory
-// is exactly as large as it has to be, so that a sanitizer sees what reaches beyond.
+// Gated delta nets: equal to the reference, and the same for a token whatever the other tokens in the call.
+// Memory has exactly the necessary size, so that a sanitizer detects accesses beyond it.
 
 #include <algorithm>
 #include <stdexcept>
@@ -79,7 +79,7 @@ Recalled recall(const KernelTable& table, int64_t key_dim, int64_t value_dim, in
   const std::vector<float> v = normal(kTokens * value_dim, 8), z = normal(kTokens * value_dim, 9);
   const std::vector<float> norm = normal(value_dim, 10);
   const std::vector<float> decay = {0.9f, 0.0f, 1.0f, 0.5f, 0.7f}, beta = {0.3f, 1.0f, 0.0f, 0.6f, 0.2f};
-  // One distance for q, k and v, as in the projections.
+  // q, k and v have the same stride, as in the projections.
   const int64_t stride = 2 * key_dim + value_dim;
   std::vector<float> qkv(size_t(kTokens * stride));
   for (int64_t t = 0; t < kTokens; ++t) {

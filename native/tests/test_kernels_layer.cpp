@@ -1,5 +1,5 @@
-// The small operations of a layer, and attention: against the reference, and the same for a token wherever it
-// stands.
+// The small operations of a layer, and attention: equal to the reference, and the same for a token at any
+// place in the batch.
 
 #include <algorithm>
 
@@ -34,7 +34,7 @@ std::vector<float> activated(const KernelTable& table, const Activation& activat
   return out;
 }
 
-// e^x hides in silu: silu(x) = x / (1 + e^-x).
+// This tests e^x through silu: silu(x) = x / (1 + e^-x).
 void silu_is_exact_to_a_few_units_and_the_same_in_every_lane() {
   std::vector<float> x;
   for (float value = -88.0f; value < 100.0f; value += 0.037f) x.push_back(value);
@@ -47,8 +47,8 @@ void silu_is_exact_to_a_few_units_and_the_same_in_every_lane() {
     for (size_t i = 0; i < x.size(); ++i) {
       const double expected = double(x[i]) / (1.0 + std::exp(-double(x[i])));
       if (std::isfinite(expected)) {
-        // Two units for e^x, and one each for the sum and the quotient; below the smallest normal number,
-        // that.
+        // Two units for e^x and one each for the sum and the quotient; below the smallest normal number, that
+        // number.
         CHECK(std::fabs(double(found[i]) - expected) <= 4 * 0x1p-23 * std::fabs(expected) + 2e-38);
       } else {
         CHECK(std::isnan(found[i]) == std::isnan(expected));
@@ -96,7 +96,7 @@ void a_clamped_activation_cuts_off_and_keeps_nan() {
   }
 }
 
-// Rows of tokens that lie apart, in place, with the last vector in part.
+// Rows of tokens with gaps between them, in place, with a partial last vector.
 void activations_stay_inside_their_rows() {
   constexpr int64_t kRows = 21, kStride = 40, kTokens = 3;
   for (const KernelTable* table : all_tables()) {
@@ -213,14 +213,14 @@ void tied_groups_go_to_the_lower_one() {
       rule.group_score = score;
       CHECK(route(*table, rule, logits).ids == (std::vector<int32_t>{0, 1, 2}));
     }
-    // Two good ones are worth more than the best one.
+    // Two good experts are worth more than the best one.
     std::vector<float> mixed(27, -5.0f);
     mixed[3] = 1.0f, mixed[4] = 1.0f, mixed[13] = 2.0f, mixed[22] = 1.0f, mixed[26] = 1.0f;
     rule.kept_groups = 1;
     CHECK(route(*table, rule, mixed).ids == (std::vector<int32_t>{3, 4, 0}));
     rule.group_score = GroupScore::max;
     CHECK(route(*table, rule, mixed).ids == (std::vector<int32_t>{13, 9, 10}));
-    // Nothing of another group, though all of this one is minus infinity or worse.
+    // No expert of another group is chosen, even if all experts of this group are minus infinity or worse.
     std::vector<float> bias(27, -1.0f);
     std::fill_n(bias.begin() + 9, 9, -INFINITY);
     bias[11] = NAN;
@@ -315,7 +315,7 @@ void attention_meets_the_reference_in_every_chunk() {
   }
 }
 
-// A sink is one more position with that score and a value of zero.
+// A sink equals one more position with that score and a value of zero.
 void a_sink_takes_its_share_of_the_weights() {
   constexpr int64_t kHeads = 4, kKvHeads = 2, kDim = 16;
   Cache cache(kKvHeads, kDim, 16, false);
@@ -366,7 +366,8 @@ struct LatentCache {
   int64_t block_tokens;
 };
 
-// The columns of tokens [begin, end), one or two in a call, and both sections of those that see them.
+// Processes the columns of tokens [begin, end), one or two per call, and both sections of those that see
+// them.
 std::vector<float> attend_latent(const KernelTable& table, LatentCache& cache, const std::vector<float>& q,
                                  int64_t heads, int64_t value_dim, int64_t begin, int64_t end) {
   const LatentLayer kv = cache.kv.latent_layer(0);
@@ -428,7 +429,7 @@ void latent_attention_meets_the_reference_in_every_chunk() {
   }
 }
 
-// Operations on three threads give what they give on one.
+// Operations on three threads give the same results as on one.
 void threads_change_no_bit() {
   constexpr int64_t kTokens = 103;
   Runtime one(1), three(3);

@@ -1,10 +1,10 @@
-// Products: every vector path against the reference, and one order of sums for every tile.
+// Products: every vector path equals the reference, and every tile has the same order of sums.
 
 #include "tests/kernel_cases.h"
 
 #if defined(__x86_64__)
 namespace argosy {
-extern const KernelTable kAvx512Kernels;  // as it is without VBMI
+extern const KernelTable kAvx512Kernels;  // without VBMI
 }
 #endif
 
@@ -20,7 +20,7 @@ void vector_paths_meet_the_reference() {
           const int64_t num_tokens = 1 + (rows + size) % 15;
           const Weights w = Weights::random(format, rows, cols, 1, (rows + size) % 4);
           const std::vector<float> x = normal(num_tokens * cols, 2);
-          // Up to 256 products of numbers up to about 4, each rounded to 2^-24, in another order.
+          // Up to 256 products of numbers up to about 4, each rounded to 2^-24, summed in another order.
           CHECK(
               near(multiply(*table, w.view, x, num_tokens), multiply(plain(), w.view, x, num_tokens), 4e-5));
         }
@@ -50,7 +50,7 @@ void a_token_has_one_order_of_sums() {
   }
 }
 
-// One token takes another way through short panels than through long ones.
+// One token takes a different path through short panels than through long ones.
 void a_long_row_has_the_same_order_of_sums() {
   constexpr int64_t kTokens = 5, kRows = 40, kCols = 5120;
   for (const KernelTable* table : all_tables()) {
@@ -68,7 +68,7 @@ void a_long_row_has_the_same_order_of_sums() {
   }
 }
 
-// Along a matrix, over its end, and on to another one.
+// Prefetches along a matrix, past its end, and into another one.
 void what_is_asked_for_ahead_changes_no_bit() {
   for (const KernelTable* table : all_tables()) {
     for (const Format format : kFormats) {
@@ -126,7 +126,8 @@ void rows_and_tokens_may_be_picked() {
   }
 }
 
-// Every result is a whole number that a float holds, of activations that are whole numbers: it must be exact.
+// Every result is a whole number that a float can hold, from activations that are whole numbers: it must be
+// exact.
 void check_exact_products(const KernelTable& table, const MatrixView& w) {
   std::vector<float> seen(size_t(w.rows * w.cols));
   dequantize(w, seen.data());
@@ -148,7 +149,7 @@ void check_exact_products(const KernelTable& table, const MatrixView& w) {
   }
 }
 
-// The largest sums there are, with all scales one.
+// The largest possible sums, with all scales one.
 void integer_sums_are_exact() {
   constexpr int64_t kRows = 16, kCols = 64;
   const auto is_high = [](int64_t row, int64_t col) {
@@ -214,7 +215,7 @@ void activations_are_the_same_bytes_everywhere() {
         CHECK(found == expected);
       }
     }
-    // Ties go to the even number: with the largest 32512 the scale of both bytes is one.
+    // Ties go to the even number: if the largest is 32512, the scale of both bytes is one.
     const std::vector<float> ties = {32512.0f, 0.5f, 1.5f, 2.5f, 127.5f, -128.5f, -32512.0f};
     std::vector<uint8_t> found(size_t(activation_bytes(7)));
     table->quantize_activations(ties.data(), 7, 0, 1, found.data());
@@ -227,7 +228,7 @@ void activations_are_the_same_bytes_everywhere() {
   }
 }
 
-// Panels with a NaN for a scale in row 3 and an infinity in row 7.
+// Panels with a NaN scale in row 3 and an infinite scale in row 7.
 Weights spoiled(Format format, int64_t rows) {
   const int64_t cols = quant_format(format).block_cols;
   Weights w = Weights::random(format, rows, cols, 8);
@@ -237,7 +238,7 @@ Weights spoiled(Format format, int64_t rows) {
   return w;
 }
 
-// What the specification says a code is.
+// The value of a code according to the specification.
 double e4m3(int code) {
   const int exponent = code >> 3 & 15, mantissa = code & 7;
   if (exponent == 15 && mantissa == 7) return NAN;
@@ -245,7 +246,7 @@ double e4m3(int code) {
   return code < 128 ? magnitude : -magnitude;
 }
 
-// Sizes with several blocks and parts of one at both edges.
+// Sizes with several blocks, and with partial blocks at both edges.
 constexpr int64_t kF8Rows = 290, kF8Cols = 700, kF8Tokens = 61;
 
 void f8_weights_are_codes_times_scales() {
@@ -275,7 +276,7 @@ void f8_products_are_those_of_the_float32_weights() {
   const Weights as_floats(Format::f32, weights, kF8Rows, kF8Cols);
   for (const KernelTable* table : all_tables()) {
     const std::vector<float> all = multiply(*table, w.view, x, kF8Tokens);
-    // 700 products of numbers up to about 10, rounded to 2^-24 in another order.
+    // 700 products of numbers up to about 10, rounded to 2^-24, summed in another order.
     CHECK(near(all, multiply(*table, as_floats.view, x, kF8Tokens), 1e-4));
     for (int64_t t = 0; t < kF8Tokens; ++t) {
       const std::vector<float> one(x.begin() + t * kF8Cols, x.begin() + (t + 1) * kF8Cols);
@@ -314,13 +315,13 @@ void a_product_with_an_f8_code_is_its_value() {
 }
 
 #if defined(__x86_64__)
-// A processor with VBMI runs others of these products than one without.
+// A processor with VBMI runs different versions of these products than one without.
 void f8_products_have_the_same_bits_with_and_without_vbmi() {
   if (instruction_sets().back() != "avx512") return;
   for (const int64_t cols : {1, 63, 64, 127, 128, 129, 700, 5120}) {
     const Weights w = Weights::random(Format::f8, 150, cols, 21, 1);
     for (const int64_t tokens : {1, 2, 3, 6, 7, 30}) {
-      // Numbers so small that some of the products are subnormal.
+      // Numbers small enough that some of the products are subnormal.
       for (const float scale : {1.0f, 1e-36f}) {
         const std::vector<float> x = normal(tokens * cols, 22, scale);
         CHECK(same_bits(multiply(kernel_table("avx512"), w.view, x, tokens),
@@ -359,7 +360,7 @@ void what_is_no_number_is_seen_while_it_is_transcoded() {
   }
 }
 
-// Readers transcode some rows of a tensor at a time, scales before or after codes.
+// Readers transcode a few rows of a tensor at a time, scales before or after codes.
 void f8_tensors_may_be_transcoded_apart() {
   std::vector<uint8_t> codes(size_t(kF8Rows * kF8Cols));
   for (size_t i = 0; i < codes.size(); ++i) codes[i] = uint8_t(i * 7 % 127);
@@ -424,7 +425,7 @@ void every_instruction_set_packs_the_same_bytes() {
   }
 }
 
-// A reader transcodes some panels of a matrix at a time, from the rows it has.
+// A reader transcodes a few panels of a matrix at a time, from the rows it has.
 void panels_may_be_transcoded_apart() {
   constexpr int64_t kRows = 53;
   for (const KernelTable* table : all_tables()) {
@@ -449,7 +450,7 @@ void panels_may_be_transcoded_apart() {
           table->transcode[number]({some.data(), kRows, cols, interleaved, begin, end, parts.data()});
         }
         CHECK(parts == whole);
-        // Each matrix is what its own rows give.
+        // Each matrix equals the result of its own rows.
         std::vector<uint8_t> apart;
         for (int64_t i = 0; i < interleaved; ++i) {
           std::vector<uint8_t> own, matrix(size_t(matrix_bytes(format, kRows, cols)));

@@ -1,4 +1,4 @@
-// The probes read and multiply all they say, with every instruction set.
+// The probes read and multiply all that they claim, with every instruction set.
 
 #include "ops/machine_probe.h"
 #include "tests/kernel_cases.h"
@@ -18,7 +18,7 @@ void every_word_is_read() {
   }
 }
 
-// More rounds, another sum: no round is left out.
+// More rounds give another sum: no round is left out.
 void every_round_is_multiplied() {
   for (const KernelTable* table : all_tables()) {
     CHECK(table->multiply_int8(5) != table->multiply_int8(6));

@@ -29,10 +29,10 @@ namespace {
 constexpr milliseconds kLong{20'000};
 constexpr int64_t kPage = 4096;
 
-// Whether the kernel reads by itself or threads do: all tests run with both.
+// Whether the kernel reads asynchronously or threads read: all tests run both ways.
 bool has_queue = true;
 
-// A file of random bytes that goes away with the test.
+// A file of random bytes, deleted at the end of the test.
 class TestFile {
  public:
   explicit TestFile(int64_t nbytes) : bytes_(size_t(nbytes)) {
@@ -208,7 +208,7 @@ void a_cancelled_ticket_is_forgotten_and_nothing_moves_after() {
   for (int64_t i = 0; i < 8; ++i) tickets.push_back(store.fetch(arena, {{id, i * kPage, kPage, i * kPage}}));
   while (store.pending() == 8) std::this_thread::sleep_for(milliseconds(1));  // the first is in
   CHECK(store.cancel(tickets[7]));                                            // not begun
-  CHECK(store.cancel(tickets[1]));                                            // in a reader's hands, or soon
+  CHECK(store.cancel(tickets[1]));  // a reader has begun it, or soon will
   const std::vector<uint8_t> before(arena.data() + kPage, arena.data() + 2 * kPage);
   CHECK(!store.cancel(tickets[7]));
   CHECK_THROWS(std::invalid_argument, store.wait_any({tickets[7]}, kLong));
@@ -286,8 +286,7 @@ void a_closed_arena_lives_until_its_reads_are_done() {
   CHECK_THROWS(std::invalid_argument, store.fetch(arena, {{id, 0, kPage, 0}}));
 }
 
-// ── matrices of GGUF blocks
-// ─────────────────────────────────────────────────────────────────────────────────
+// ── matrices of GGUF blocks ──
 
 struct BlockMatrix {
   BlockType type;
@@ -304,8 +303,8 @@ struct BlockMatrix {
 
 constexpr uint8_t kUntouched = 0xA5;
 
-// Random bytes are blocks of some weights, so any file will do. What only brings quants or scales leaves the
-// rest of the panels alone.
+// Random bytes are valid blocks of some weights, so any file will do. A type with only quants or only scales
+// leaves the rest of the panels unchanged.
 std::vector<uint8_t> panels_of(const BlockMatrix& matrix, const uint8_t* blocks) {
   std::vector<uint8_t> panels(size_t(matrix.bytes()), kUntouched);
   CHECK(transcode(matrix.type, blocks, matrix.rows, matrix.cols, matrix.interleaved, 0,
@@ -357,11 +356,11 @@ void a_large_matrix_of_blocks_is_shared_by_the_readers() {
   CHECK_EQUAL(wait_one(store, store.fetch(arena, {matrix.piece(id, 96, 0)})).message, "");
   CHECK(holds_panels(arena, 0, matrix, file, 96));
   CHECK_EQUAL(store.stats().reads, 7);
-  // What is read twice, at the borders of parts, is two blocks of the file a part at most.
+  // Reads overlap at the borders of parts, by at most two blocks of the file per part.
   CHECK(store.stats().bytes_read <= matrix.file_bytes() + 7 * 2 * kPage);
 }
 
-// Quants and scales of one matrix, and of two whose rows alternate, in parts that land in any order.
+// Quants and scales of one matrix, and of two with alternating rows, in parts that land in any order.
 void quants_and_scales_land_in_the_same_panels() {
   const TestFile file(int64_t{5} << 20);
   for (const int64_t interleaved : {1, 2}) {
@@ -442,7 +441,7 @@ void blocks_that_are_cancelled_or_closed_on_move_nothing_after() {
   const int id = store.open(file.path());
   Arena arena{size_t(2 * matrix.bytes())};
   const int64_t cancelled = store.fetch(arena, {matrix.piece(id, 0, 0)});
-  std::this_thread::sleep_for(milliseconds(10));  // the first part is in a reader's hands
+  std::this_thread::sleep_for(milliseconds(10));  // a reader has begun the first part
   CHECK(store.cancel(cancelled));
   const std::vector<uint8_t> before(arena.data(), arena.data() + matrix.bytes());
   const int64_t closed = store.fetch(arena, {matrix.piece(id, 0, matrix.bytes())});
@@ -495,10 +494,9 @@ void blocks_that_cannot_be_meant_are_refused_at_once() {
   CHECK_EQUAL(store.pending(), 0);
 }
 
-// ── what nobody waits for yet
-// ───────────────────────────────────────────────────────────────────────────────
+// ── prefetches ──
 
-// Pages of a file as records of their own, each at its own place.
+// Pages of a file, each a record with its own place.
 class Pages {
  public:
   Pages(int file_id, int64_t num_pages) {
@@ -562,7 +560,7 @@ void what_nobody_has_begun_is_dropped_without_waiting() {
   Arena arena{size_t(8 * kPage)};
   const Pages pages(id, 8);
   const auto needed = store.fetch(arena, pages.of(0, 2));
-  std::this_thread::sleep_for(milliseconds(20));  // the first is in the reader's hands
+  std::this_thread::sleep_for(milliseconds(20));  // the reader has begun the first
   const auto ahead = store.fetch(arena, pages.of(2, 4), Urgency::soon);
   CHECK(store.drop({needed[0], needed[1], ahead[1], 99}) == (std::vector<int64_t>{needed[1], ahead[1]}));
   CHECK_EQUAL(store.pending(), 2);
@@ -571,7 +569,7 @@ void what_nobody_has_begun_is_dropped_without_waiting() {
   CHECK_EQUAL(wait_one(store, ahead[0]).message, "");
   CHECK(std::all_of(arena.data() + 3 * kPage, arena.data() + 4 * kPage,
                     [](uint8_t byte) { return byte == 0; }));
-  // One that is done is not dropped: its end has to be told.
+  // A finished ticket is not dropped: its end must be reported.
   const int64_t done = store.fetch(arena, {{id, 0, kPage, 0}});
   while (store.pending() > 0) std::this_thread::sleep_for(milliseconds(1));
   CHECK(store.drop({done}).empty());
@@ -587,7 +585,7 @@ void what_is_dropped_half_way_ends_when_what_has_begun_has_landed() {
   const int id = store.open(file.path());
   Arena arena{size_t(file.size())};
   const int64_t ticket = store.fetch(arena, {{id, 0, file.size(), 0}}, {file.checksum(0, file.size())});
-  std::this_thread::sleep_for(milliseconds(20));  // the first part is in the reader's hands
+  std::this_thread::sleep_for(milliseconds(20));  // a reader has begun the first part
   CHECK(store.drop({ticket}).empty());
   CHECK_EQUAL(store.pending(), 1);
   CHECK(wait_one(store, ticket).error == ReadError::dropped);
@@ -616,7 +614,7 @@ void what_is_read_ahead_leaves_room_for_what_is_needed() {
   }
 }
 
-// More parts than may begin at once, and more than there is staging memory for, from several threads.
+// More parts than may begin at once, and more than fit in staging memory, from several threads.
 void everything_arrives_however_much_is_asked_for() {
   const BlockMatrix matrix{BlockType::q4_0, 2000, 2048};  // five parts
   constexpr int64_t num_plain = 100;
@@ -656,7 +654,7 @@ void everything_arrives_however_much_is_asked_for() {
   }
 }
 
-// A kernel that takes few reads at a time, or none.
+// A kernel that accepts few reads at a time, or none.
 class StingyFiles : public RealFileSystem {
  public:
   explicit StingyFiles(size_t most) : most_(most) {}
@@ -728,7 +726,7 @@ void an_arena_is_populated_by_another_thread_and_keeps_what_is_in_it() {
   CHECK_EQUAL(int(arena.data()[arena.size() - 1]), 2);
   const auto late = arena.populating();
   arena.close();
-  late();  // its memory is there until it has ended
+  late();  // holds the memory until it has ended
 }
 
 void a_probe_reads_what_it_says() {
@@ -739,11 +737,10 @@ void a_probe_reads_what_it_says() {
   CHECK_THROWS(std::system_error, drive_probe("no such file", kPage, 1, 1, false));
 }
 
-// ── what the page cache holds
-// ───────────────────────────────────────────────────────────────────────────────
+// ── reads from the page cache ──
 
-// Writes the file to the drive and takes it out of the page cache, but for its first `nbytes`: they are read
-// as a program would, with as much read ahead as the machine likes.
+// Writes the file to the drive and evicts it from the page cache, then reads its first `nbytes` like any
+// program, with whatever read-ahead the machine does.
 void keep_in_page_cache(const TestFile& file, int64_t nbytes) {
   const int handle = ::open(file.path().c_str(), O_RDONLY);
   CHECK_EQUAL(fsync(handle), 0);
@@ -755,7 +752,7 @@ void keep_in_page_cache(const TestFile& file, int64_t nbytes) {
   ::close(handle);
 }
 
-// Bytes of the file that the page cache holds.
+// Returns how many bytes of the file the page cache holds.
 int64_t in_page_cache(const TestFile& file) {
   const int handle = ::open(file.path().c_str(), O_RDONLY);
   void* memory = mmap(nullptr, size_t(file.size()), PROT_READ, MAP_SHARED, handle, 0);
@@ -766,13 +763,14 @@ int64_t in_page_cache(const TestFile& file) {
   return kPage * std::count_if(pages.begin(), pages.end(), [](uint8_t page) { return page & 1; });
 }
 
-// Whether the page cache can be asked here: not by a kernel before 6.5, nor of a file without O_DIRECT.
+// Whether the page cache can be checked here: not with a kernel before 6.5, and not for a file without
+// O_DIRECT.
 bool has_page_cache_to_ask(const TestFile& file) {
   keep_in_page_cache(file, file.size());
   RealFileSystem file_system;
   const OpenFile opened = file_system.open(file.path(), true);
   file_system.close(opened);
-  if (opened.cached_handle < 0) printf("skipped: the page cache cannot be asked here\n");
+  if (opened.cached_handle < 0) printf("skipped: the page cache cannot be checked here\n");
   return opened.cached_handle >= 0;
 }
 
@@ -784,7 +782,7 @@ void what_the_page_cache_holds_comes_from_there_and_nothing_is_added() {
   const uint32_t checksum = file.checksum(0, file.size());
   for (const int64_t kept : {int64_t{0}, stretch / 2, 2 * stretch + 3 * kPage, file.size()}) {
     keep_in_page_cache(file, kept);
-    int64_t held = -1;  // what is on its way does not count yet
+    int64_t held = -1;  // reads in progress do not count yet
     for (int64_t before = -2; before != held; before = std::exchange(held, in_page_cache(file)))
       std::this_thread::sleep_for(milliseconds(30));
     Store store(3, files());
@@ -794,11 +792,11 @@ void what_the_page_cache_holds_comes_from_there_and_nothing_is_added() {
     CHECK(holds(arena, 0, file, 0, file.size()));
     CHECK_EQUAL(in_page_cache(file), held);
     const StoreStats stats = store.stats();
-    CHECK_EQUAL(stats.reads, 65);  // of as many parts, each from one place
+    CHECK_EQUAL(stats.reads, 65);  // one per part, each from a single source
     CHECK_EQUAL(stats.bytes_read, file.size());
-    if (kept < stretch) CHECK_EQUAL(stats.cached_bytes, 0);  // as when only a header was read
+    if (kept < stretch) CHECK_EQUAL(stats.cached_bytes, 0);  // as if only a header had been read
     if (kept > stretch) CHECK(stats.cached_bytes >= stretch / 2);
-    // The kernel may have a page locked for a moment: that part comes from the drive.
+    // The kernel may lock a page for a moment; that part then comes from the drive.
     if (kept == file.size()) CHECK(stats.cached_bytes >= file.size() - 4 * Store::kPartBytes);
     CHECK(stats.cached_bytes <= held);
   }
@@ -836,8 +834,8 @@ void what_the_page_cache_loses_is_read_from_the_drive() {
       CHECK_EQUAL(wait_one(store, ticket).message, "");
     }
     CHECK(holds(arena, 0, file, 0, file.size()));
-    // The second of four met the fault: it alone came from the drive, or half of it, or everything from it
-    // on.
+    // The second of four reads met the fault. It alone came from the drive, or half of it, or it and
+    // everything after it.
     const int64_t lost = fault == Fault::uncached         ? 10 * kPage
                          : fault == Fault::partial_cached ? 5 * kPage
                                                           : 0;
@@ -890,7 +888,7 @@ int main() {
     everything_arrives_however_much_is_asked_for();
     a_store_ends_with_reads_in_flight();
   }
-  // One reader takes one part after another: what has begun is known.
+  // One reader takes one part after another, so it is known which parts have begun.
   a_cancelled_ticket_is_forgotten_and_nothing_moves_after();
   closing_fails_what_is_queued_and_joins();
   what_is_needed_goes_before_what_will_be_and_that_before_a_guess();

@@ -1,4 +1,4 @@
-// test_thread_pool.cpp: every range runs once, on whichever thread, and an exception comes out.
+// test_thread_pool.cpp: every range runs once, on any thread, and an exception is rethrown to the caller.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -29,7 +29,7 @@ void every_index_is_visited_once_at_any_count_and_grain() {
   }
 }
 
-// A stretch of 500 each: its ranges follow each other, the last are small.
+// Each worker has a stretch of 500: its ranges are consecutive, and the last are small.
 void a_worker_goes_through_its_stretch() {
   ThreadPool pool(2);
   std::vector<std::atomic<int64_t>> length(1000);
@@ -39,7 +39,7 @@ void a_worker_goes_through_its_stretch() {
     length[size_t(begin)] = end - begin;
     if (begin % 500 != 0) return;
     if (worker != begin / 500) is_own = false;
-    --num_waiting;  // each holds its first range until the other has come: nobody steals before
+    --num_waiting;  // each worker holds its first range until the other arrives, so nobody steals before that
     while (num_waiting > 0) std::this_thread::yield();
   });
   CHECK(is_own);
@@ -58,7 +58,7 @@ void a_loop_longer_than_a_word_holds() {
   constexpr int64_t kCount = (int64_t{1} << 24) + 5;
   std::atomic<int64_t> visited{0}, sum{0};
   std::atomic<bool> is_short{true};
-  pool.parallel_for(kCount, 1 << 20, [&](int64_t begin, int64_t end, int) {  // the grain is cut as well
+  pool.parallel_for(kCount, 1 << 20, [&](int64_t begin, int64_t end, int) {  // the grain is limited, too
     if (end - begin >= 1 << 16) is_short = false;
     visited += end - begin;
     sum += (end - begin) * (begin + end - 1) / 2;
@@ -79,8 +79,8 @@ void many_threads_share_few_cores() {
   }
 }
 
-// Short loops in a row, while another process keeps one core busy: nobody waits for a thread that does not
-// run. A barrier that spins takes a time slice of some milliseconds for each.
+// Short loops in a row, while another process keeps one core busy: nobody waits for a thread that is not
+// running. A barrier that spins takes a time slice of a few milliseconds for each loop.
 void a_busy_neighbour_does_not_stop_short_loops() {
   std::atomic<bool> is_over{false};
   std::vector<std::thread> neighbours;
