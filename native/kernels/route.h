@@ -2,8 +2,8 @@
 //
 //   score of expert e     softmax over all logits, or sigmoid of its own logit
 //   worth of e            score + choice_bias. Without a bias it is the logit, which has the same order but
-//                         still tells two experts apart whose scores round to the same number. A NaN is
-//                         worth minus infinity
+//                         still separates two experts whose scores round to the same number. A NaN is worth
+//                         minus infinity
 //   worth of a group      that of its best expert, or the sum of score + choice_bias of its best two
 //   ids      int32 [k]    the k experts of greatest worth, best first, from the kept_groups groups with the
 //                         greatest worth; experts in other groups are never chosen. On a tie the lower id
