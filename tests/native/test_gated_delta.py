@@ -233,7 +233,7 @@ def test_what_decays_stays_finite_at_both_ends() -> None:
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="value heads modulo key heads is 1, expected 0"):
         native.RecurrentState(1, 1, (2, 3, 4, 4, 4))
-    with pytest.raises(ValueError, match="size 0, expected 1 or more"):
+    with pytest.raises(ValueError, match="size of 0, expected 1 or more"):
         native.recurrent_state_bytes(1, 1, (1, 1, 0, 4, 4))
     with pytest.raises(ValueError, match="more than 2\\^62 bytes"):
         native.recurrent_state_bytes(1 << 40, 1 << 20, (16, 32, 128, 128, 4))

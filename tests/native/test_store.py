@@ -262,7 +262,7 @@ def test_stats_count_what_was_read(store: Store, file: Path) -> None:
 
 def test_probe_gives_a_bandwidth_or_a_reason(file: Path) -> None:
     assert drive_probe(str(file), PAGE, 16, 2, False) > 0
-    with pytest.raises(ValueError, match="a record has 1048576"):
+    with pytest.raises(ValueError, match="too few for one record of 1048576 bytes"):
         drive_probe(str(file), 1 << 20, 1, 1, False)
     with pytest.raises(FileNotFoundError):
         drive_probe("nothing here", PAGE, 1, 1, False)
