@@ -62,7 +62,7 @@ def test_a_key_that_is_missing_or_of_another_kind_is_said(path: Path) -> None:
         file.integer("a.words")
     with pytest.raises(CheckpointError, match=r"a\.is_on is 'True', expected a number above zero"):
         file.number("a.is_on")
-    with pytest.raises(CheckpointError, match=r"a\.count is '7', expected an array of texts"):
+    with pytest.raises(CheckpointError, match=r"a\.count is '7', expected an array of strings"):
         file.texts("a.count")
 
 
@@ -101,12 +101,12 @@ def array(item_kind: int, num_items: int, *first: int) -> bytes:
 
 
 LIES = {
-    "starts with 'GGML', a GGUF file with 'GGUF'": RawGguf(magic=b"GGML"),
+    "starts with 'GGML'; a GGUF file starts with 'GGUF'": RawGguf(magic=b"GGML"),
     "claims 1099511627776 metadata entries, and the": RawGguf(num_entries=2**40),
     "claims 1099511627776 tensors, and the": RawGguf(num_tensors=2**40),
     "the key a is given twice": RawGguf(metadata=[entry("a", 4, 1), entry("a", 4, 1)]),
     "metadata entry 0 has an empty key": RawGguf(metadata=[entry("", 4, 1), entry("a.long.key", 10, 1)]),
-    "a is a bool of value 2, expected 0 or 1": RawGguf(metadata=[text("a") + b"\7\0\0\0\2"]),
+    "a is a bool with value 2, expected 0 or 1": RawGguf(metadata=[text("a") + b"\7\0\0\0\2"]),
     "a has the unknown type 13": RawGguf(metadata=[text("a") + struct.pack("<IQ", 13, 0)]),
     "a is an array of arrays": RawGguf(metadata=[array(ARRAY, 0)]),
     "the items of a have the unknown type 99": RawGguf(metadata=[array(99, 0)]),
@@ -120,8 +120,8 @@ LIES = {
     "general.alignment is 0, expected": RawGguf(metadata=[entry("general.alignment", 4, 0)]),
     "the name of a tensor has 65 bytes, at most 64": RawGguf(tensors=[tensor("x" * 65, [4], 0, 0)]),
     "a tensor has an empty name": RawGguf(tensors=[tensor("", [4], 0, 0)]),
-    "x has 5 dimensions, at most 4": RawGguf(tensors=[tensor("x", [1] * 5, 0, 0)]),
-    "x has rows of 33 values, and Q8_0 stores blocks of 32": RawGguf(tensors=[tensor("x", [33], 8, 0)]),
+    "x has 5 dimensions; at most 4": RawGguf(tensors=[tensor("x", [1] * 5, 0, 0)]),
+    "x has rows of 33 values, but Q8_0 stores blocks of 32": RawGguf(tensors=[tensor("x", [33], 8, 0)]),
     "x is F32 [4294967296, 4294967296], more than": RawGguf(tensors=[tensor("x", [2**32, 2**32], 0, 0)]),
     "the tensor x is listed twice": RawGguf(tensors=[tensor("x", [8], 0, 0), tensor("x", [8], 0, 32)]),
     "y overlaps x: it starts at byte": RawGguf(tensors=[tensor("x", [16], 0, 0), tensor("y", [8], 0, 32)]),
@@ -129,8 +129,8 @@ LIES = {
     "x leaves a hole after the header": RawGguf(tensors=[tensor("x", [8], 0, 32)]),
     "x starts 8 bytes into the data, expected a multiple of 32": RawGguf(tensors=[tensor("x", [8], 0, 8)]),
     "x ends at byte": RawGguf(tensors=[tensor("x", [8, 1000], 0, 0)]),
-    "and its tensors end at byte": RawGguf(tensors=[tensor("x", [8], 0, 0)]),
-    "and no tensor after its header": RawGguf(tensors=[]),
+    "but its tensors end at byte": RawGguf(tensors=[tensor("x", [8], 0, 0)]),
+    "but no tensor follows its header": RawGguf(tensors=[]),
 }  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def test_a_file_of_another_byte_order_or_version_is_refused_with_what_to_do(path
 
 
 def write_parts(directory: Path, stem: str = "model", *, changed: Mapping[int, RawGguf | None] = {}) -> Path:
-    """Three parts of a model of five tensors, the first with the metadata; returns the path of the first."""
+    """Three parts of a model with five tensors, the first with the metadata; returns the path of the first."""
     tensors = (["a"], ["b", "c"], ["d", "e"])
     for number, names in enumerate(tensors):
         raw = RawGguf(
@@ -195,20 +195,20 @@ def of_one_tensor(name: str, metadata: list[bytes]) -> RawGguf:
 
 WRONG_PARTS = {
     "model-00002-of-00003.gguf is missing from": {1: None},
-    "model-00003-of-00003.gguf is part 2 of 3 of a model of 5 tensors, expected part 3 of 3": {
+    "model-00003-of-00003.gguf is part 2 of 3 of a model with 5 tensors, expected part 3 of 3": {
         2: of_one_tensor("d", split(1))
     },
-    "model-00003-of-00003.gguf is part 3 of 4 of a model of 5 tensors, expected part 3 of 3": {
+    "model-00003-of-00003.gguf is part 3 of 4 of a model with 5 tensors, expected part 3 of 3": {
         2: of_one_tensor("d", split(2, count=4))
     },
-    "model-00002-of-00003.gguf is part 2 of 3 of a model of 9 tensors, expected part 2 of 3 of a model of 5": {
+    "model-00002-of-00003.gguf is part 2 of 3 of a model with 9 tensors, expected part 2 of 3 of a model with 5": {
         1: of_one_tensor("b", split(1, num_tensors=9))
     },
-    "model-00002-of-00003.gguf is no part of a model, expected part 2": {1: of_one_tensor("b", [])},
-    "model-00002-of-00003.gguf: a.count is '8', in model-00001-of-00003.gguf it is '7'": {
+    "model-00002-of-00003.gguf is not part of a split model, expected part 2": {1: of_one_tensor("b", [])},
+    "model-00002-of-00003.gguf: a.count is '8', but in model-00001-of-00003.gguf it is '7'": {
         1: of_one_tensor("b", [*split(1), entry("a.count", 4, 8)])
     },
-    "model-00002-of-00003.gguf lists a, which model-00001-of-00003.gguf holds already": {
+    "model-00002-of-00003.gguf lists a, which model-00001-of-00003.gguf already contains": {
         1: of_one_tensor("a", split(1))
     },
     "the 3 parts of model-00001-of-00003.gguf hold 4 tensors, expected 5": {1: of_one_tensor("b", split(1))},
@@ -227,7 +227,9 @@ def test_a_part_that_is_missing_or_of_another_model_is_named(sentence: str, tmp_
 
 def test_a_later_part_or_a_renamed_one_is_refused_with_what_to_do(tmp_path: Path) -> None:
     first = write_parts(tmp_path)
-    with pytest.raises(CheckpointError, match=r"part 2 of 3 of a model of 5 tensors; .*\n?.*00001-of-00003"):
+    with pytest.raises(
+        CheckpointError, match=r"part 2 of 3 of a model with 5 tensors; .*\n?.*00001-of-00003"
+    ):
         read_gguf(first.with_name("model-00002-of-00003.gguf"))
     renamed = first.rename(tmp_path / "model.gguf")
     with pytest.raises(

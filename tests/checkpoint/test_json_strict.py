@@ -34,7 +34,7 @@ def test_a_file_that_is_too_long_is_not_read(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(100_000_001)
 
-    with pytest.raises(CheckpointError, match="is 100000001 bytes long, at most 100000000 are read"):
+    with pytest.raises(CheckpointError, match="is 100000001 bytes long; at most 100000000 are read"):
         read_object(path)
 
 

@@ -82,7 +82,7 @@ def test_an_unfinished_pack_never_opens_even_with_a_manifest(packed: Path) -> No
 
     found = refusal(partial)
 
-    assert found == f"{partial} is a pack that was not finished\nhint: `argosy pack SRC packed` continues it"
+    assert found == f"{partial} is an unfinished pack\nhint: `argosy pack SRC packed` continues it"
 
 
 def test_a_changed_manifest_is_refused(packed: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_manifest_of_another_version_is_refused(packed: Path, version: int) ->
     path = packed / "argosy.json"
     path.write_text(path.read_text().replace('"argosy_pack": 4', f'"argosy_pack": {version}'))
 
-    assert f"argosy.json is of version {version}, this Argosy reads version 4" in refusal(packed)
+    assert f"argosy.json has version {version}; this Argosy reads version 4" in refusal(packed)
 
 
 def test_a_missing_or_cut_file_is_named(packed: Path) -> None:
@@ -131,12 +131,12 @@ def test_a_config_beside_the_manifest_that_says_otherwise_is_refused(packed: Pat
             lambda c: c["dense"]["embed"].update(format="q5"),
             "is q5, text; expected one of f32, f16, bf16, f8, q8, q4",
         ),
-        (lambda c: c["dense"]["embed"].update(crc32c_wide=2**32), "expected a checksum of 32 bits"),
+        (lambda c: c["dense"]["embed"].update(crc32c_wide=2**32), "expected a 32-bit checksum"),
         (lambda c: c["dense"]["embed"].pop("format"), "expected the keys format, crc32c_wide"),
-        (lambda c: c["experts"]["crc32c_wide"].pop(), "argosy.json has checksums of 7 experts, expected 8"),
+        (lambda c: c["experts"]["crc32c_wide"].pop(), "argosy.json has checksums for 7 experts, expected 8"),
         (lambda c: c["experts"].update(format="q8"), "experts.bin has"),
         (lambda c: c["experts"].update(crc32c_wide={}), "an object; expected a list"),
-        (lambda c: c["files"].pop("dense.bin"), "argosy.json does not name dense.bin"),
+        (lambda c: c["files"].pop("dense.bin"), "argosy.json does not list dense.bin"),
         (lambda c: c["files"].update({"../x": c["files"]["dense.bin"]}), "expected plain file names"),
         (lambda c: c["files"]["dense.bin"].update(nbytes=-1), "expected a whole number from 0 to 2^63 - 1"),
         (lambda c: c["config"].update(num_experts=-1), "config.num_experts is -1"),
@@ -217,7 +217,7 @@ def test_a_number_of_experts_is_believed_only_with_as_many_checksums(packed: Pat
         contents["config"]["num_experts"] = 2**31  # laid out, they would take all memory
 
     rewrite(packed, change)
-    with pytest.raises(CheckpointError, match=r"checksums of \d+ experts, expected \d{10}"):
+    with pytest.raises(CheckpointError, match=r"checksums for \d+ experts, expected \d{10}"):
         open_model(packed)
 
 

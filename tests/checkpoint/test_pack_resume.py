@@ -74,7 +74,7 @@ def test_killed_again_and_again_it_still_ends_with_the_same_bytes(source: Path, 
     while (code := run_killed(source, destination, 11)) == -signal.SIGKILL:
         kills += 1
         assert not destination.exists()
-        with pytest.raises(CheckpointError, match="is a pack that was not finished"):
+        with pytest.raises(CheckpointError, match="is an unfinished pack"):
             open_pack(tmp_path / "packed.partial")
         assert kills < 40
 
@@ -176,7 +176,7 @@ def test_a_source_that_changed_means_starting_over_and_it_is_said(source: Path, 
 
     report = pack_to(source, tmp_path / "packed", progress=lambda what, share: said.append(what))
 
-    because = f"{source} changed since the unfinished pack was begun"
+    because = f"{source} changed since the unfinished pack was started"
     assert report.restarted_because == because
     assert f"starting over: {because}" in said
     assert report.resumed_bytes == 0
@@ -189,7 +189,7 @@ def test_another_format_means_starting_over_and_it_is_said(source: Path, tmp_pat
 
     report = pack(open_model(source), tmp_path / "packed", format="q8")
 
-    assert report.restarted_because == "the unfinished pack is q4, asked for is q8"
+    assert report.restarted_because == "the unfinished pack is q4, but q8 was requested"
     assert open_model(tmp_path / "packed").expert_format == "q8"
 
 
@@ -198,7 +198,7 @@ def test_a_source_that_changes_while_it_is_packed_is_refused(source: Path, tmp_p
         if share > 0.5:
             os.utime(source / "model.safetensors", ns=(1, int(share * 1e9)))
 
-    with pytest.raises(CheckpointError, match=f"{source} changed while it was packed"):
+    with pytest.raises(CheckpointError, match=f"{source} changed while it was being packed"):
         pack_to(source, tmp_path / "packed", progress=touch)
     assert not (tmp_path / "packed").exists()
 
@@ -415,7 +415,7 @@ def test_scales_that_change_meanwhile_are_noticed(tmp_path: Path) -> None:
     os.utime(shard, ns=(1, 1))
     report = pack(open_model(tmp_path / "source"), tmp_path / "packed", format="source")
     assert report.restarted_because is not None
-    assert "changed since the unfinished pack was begun" in report.restarted_because
+    assert "changed since the unfinished pack was started" in report.restarted_because
 
 
 class Stopped(Exception):

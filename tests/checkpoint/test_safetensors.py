@@ -85,9 +85,9 @@ GOOD = entry("F32", [1], 0, 4)
         (
             {"a": GOOD},
             3,
-            r"a ends at byte \d+, and the file has \d+ bytes\nhint: the download may be incomplete",
+            r"a ends at byte \d+, but the file has \d+ bytes\nhint: the download may be incomplete",
         ),
-        ({"a": GOOD}, 5, r"has \d+ bytes, and its tensors end at byte \d+"),
+        ({"a": GOOD}, 5, r"has \d+ bytes, but its tensors end at byte \d+"),
         ({}, 1, r"its tensors end at byte"),
         ({"a": entry("F32", [2**62, 4], 0, 4)}, 4, r"more than 2\^63 - 1 bits"),
         ({"a": entry("F32", [2**62, 4, 0], 0, 0)}, 0, r"more than 2\^63 - 1 bits"),
@@ -102,11 +102,11 @@ GOOD = entry("F32", [1], 0, 4)
         ({"a": entry("F4", [3], 0, 2)}, 2, r"not a whole number of bytes"),
         ({"a": entry("Q9", [1], 0, 4)}, 4, r"a has dtype Q9; known: .*BF16"),
         ({"a": {"dtype": 7, "shape": [1], "data_offsets": [0, 4]}}, 4, r"a has dtype 7"),
-        ({"a": {"dtype": "F32", "shape": [1]}}, 4, r"is described by dtype, shape; expected data_offsets"),
-        ({"a": GOOD | {"extra": 1}}, 4, r"is described by data_offsets, dtype, extra, shape"),
+        ({"a": {"dtype": "F32", "shape": [1]}}, 4, r"has the fields dtype, shape; expected data_offsets"),
+        ({"a": GOOD | {"extra": 1}}, 4, r"has the fields data_offsets, dtype, extra, shape"),
         ({"a": [0, 4]}, 4, r"a is a list in the header, expected an object"),
-        ({"__metadata__": {"format": 1}, "a": GOOD}, 4, r"__metadata__ has to map text to text"),
-        ({"__metadata__": [], "a": GOOD}, 4, r"__metadata__ has to map text to text"),
+        ({"__metadata__": {"format": 1}, "a": GOOD}, 4, r"__metadata__ must map strings to strings"),
+        ({"__metadata__": [], "a": GOOD}, 4, r"__metadata__ must map strings to strings"),
     ],
 )
 def test_a_header_that_lies_is_refused_with_the_numbers(
@@ -160,7 +160,7 @@ def test_the_header_s_length_is_checked_before_it_is_read(path: Path) -> None:
     assert f"claims a header of {2**64 - 1} bytes" in refusal(path.parent)
 
     write_raw(path, b"{}", length=3)
-    assert "claims a header of 3 bytes, and the file has 2 after the length" in refusal(path.parent)
+    assert "claims a header of 3 bytes, but the file has only 2 after the length" in refusal(path.parent)
 
 
 def test_a_truncated_file_is_refused_with_the_tensor_that_is_cut(path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_truncated_file_is_refused_with_the_tensor_that_is_cut(path: Path) -> 
         open_tensors(path.parent)
 
     assert caught.value.facts["tensor"] == "b"
-    assert f"b ends at byte {len(whole)}, and the file has {len(whole) - 100} bytes" in str(caught.value)
+    assert f"b ends at byte {len(whole)}, but the file has {len(whole) - 100} bytes" in str(caught.value)
 
 
 def test_a_name_that_cannot_be_printed_still_makes_a_printable_sentence(path: Path) -> None:
@@ -225,12 +225,12 @@ def test_the_index_and_its_shards_have_to_agree_both_ways(tmp_path: Path) -> Non
     write_index(tmp_path, weight_map | {"c": "two.safetensors"})
     assert (
         refusal(tmp_path)
-        == "model.safetensors.index.json puts c into two.safetensors, which does not hold it"
+        == "model.safetensors.index.json assigns c to two.safetensors, which does not contain it"
     )
 
     write_raw(tmp_path / "two.safetensors", {"b": GOOD, "d": entry("F32", [1], 4, 8)}, b"\0" * 8)
     write_index(tmp_path, weight_map)
-    assert refusal(tmp_path) == "two.safetensors holds d, and model.safetensors.index.json does not name it"
+    assert refusal(tmp_path) == "two.safetensors holds d, but model.safetensors.index.json does not list it"
 
     write_raw(tmp_path / "two.safetensors", {"b": GOOD, "a": entry("F32", [1], 4, 8)}, b"\0" * 8)
     assert (
@@ -254,7 +254,9 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 def test_a_shard_is_a_plain_name_without_a_folder(tmp_path: Path, shard: str) -> None:
     write_index(tmp_path, {"a": shard})
 
-    assert re.search(r"names the shard '.*'; a shard is a plain name, without a folder", refusal(tmp_path))
+    assert re.search(
+        r"names the shard '.*'; a shard is a plain file name without a folder", refusal(tmp_path)
+    )
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {}, "x", 7])

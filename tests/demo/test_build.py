@@ -138,7 +138,7 @@ def test_experts_of_another_base_are_refused(wheel: Path, tmp_path: Path):
 
 def test_an_existing_destination_is_left_as_it_is(wheel: Path, experts: Path, tmp_path: Path):
     (tmp_path / "demo").mkdir()
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         build_demo(tmp_path / "demo", wheel=wheel, experts=experts)
     assert list((tmp_path / "demo").iterdir()) == []
 

@@ -150,5 +150,5 @@ def test_rows_that_are_no_whole_blocks_are_refused(tmp_path: Path) -> None:
         tensors[name + "_scales"] = ("U8", np.zeros((experts, rows, 1), np.uint8))
     (tmp_path / "config.json").write_text(json.dumps(config))
     write_checkpoint(tmp_path, tensors)
-    with pytest.raises(CheckpointError, match="hidden_size as 28, and rows of MXFP4 are blocks of 32"):
+    with pytest.raises(CheckpointError, match="hidden_size as 28, but MXFP4 rows are blocks of 32"):
         open_model(tmp_path)

@@ -187,8 +187,8 @@ def test_qwen2_moe_s_window_holds_in_even_layers_below_max_window_layers() -> No
     # transformers 5 writes sliding_window 0 where the window is off.
     assert windows(qwen2_moe(sliding_window=0, layer_types=["full_attention"] * 3)) == [0, 0, 0]
 
-    assert "layer 0, and its window is off" in refusal(qwen2_moe(layer_types=["sliding_attention"] * 3))
-    assert "layer 0, and its window is None" in refusal(
+    assert "layer 0, but its window is off" in refusal(qwen2_moe(layer_types=["sliding_attention"] * 3))
+    assert "layer 0, but its window is None" in refusal(
         qwen2_moe(use_sliding_window=True, sliding_window=None)
     )
     assert "layer_types has 2 entries, expected one for each of 3" in refusal(
@@ -393,7 +393,7 @@ def test_training_and_generation_keys_are_harmless(make: Any) -> None:
             {"num_attention_heads": 64, "num_key_value_heads": 64, "head_dim": None},
             "leaves nothing for each of 64",
         ),
-        ({"head_dim": 15}, "heads of 15 dimensions, and rotary embedding turns pairs"),
+        ({"head_dim": 15}, "heads of 15 dimensions, but rotary embedding needs an even number"),
         (
             {"eos_token_id": "</s>"},
             "eos_token_id is '</s>', text; expected a token id, a list of them, or null",

@@ -201,7 +201,7 @@ def test_what_is_not_built_in_is_refused_by_name(raw: RawConfig, sentence: str) 
         (DEEPSEEK_V2 | {"n_group": None}, "n_group is null; expected a whole number"),
         (
             DEEPSEEK_V3 | {"topk_group": 9},
-            "256 experts in 8 groups, 9 of them kept; expected at most all groups",
+            "256 experts in 8 groups, 9 of them kept; expected no more than all groups",
         ),
         (DEEPSEEK_V3 | {"n_group": 64, "topk_group": 1}, "the 8 experts of a token among those of the kept"),
         (DEEPSEEK_V3 | {"n_group": 256, "topk_group": 8}, "a group is worth its best two experts"),
@@ -209,7 +209,7 @@ def test_what_is_not_built_in_is_refused_by_name(raw: RawConfig, sentence: str) 
         (DEEPSEEK_V3 | {"first_k_dense_replace": 61}, "none of the 61 layers with routed experts"),
         (DEEPSEEK_V3 | {"head_dim": 128}, "head_dim 128; supported: 64 or null"),
         (DEEPSEEK_V3 | {"qk_head_dim": 64}, "qk_head_dim 64; supported: 192"),
-        (DEEPSEEK_V3 | {"qk_rope_head_dim": 63}, "rotary embedding turns pairs"),
+        (DEEPSEEK_V3 | {"qk_rope_head_dim": 63}, "rotary embedding needs an even number"),
         (GLM_4_7_FLASH | {"mlp_layer_types": ["sparse"] * 47}, "gives the dense layers twice"),
         (GLM_4_7_FLASH | {"mlp_layer_types": ["sparse"] * 46}, "mlp_layer_types has 46 entries, expected"),
         (KIMI_K25 | {"text_config": None}, "text_config is null; expected an object"),

@@ -94,7 +94,8 @@ def test_a_directory_with_one_gguf_is_that_gguf(write: Write, tmp_path: Path) ->
     assert open_model(tmp_path) == open_model(path)
     (tmp_path / "other.gguf").write_bytes(path.read_bytes())
     with pytest.raises(
-        CheckpointError, match=r"holds 2 models as \.gguf files: model\.gguf, other\.gguf\nhint: name the one"
+        CheckpointError,
+        match=r"holds 2 models as \.gguf files: model\.gguf, other\.gguf\nhint: give one of them",
     ):
         open_model(tmp_path)
 
@@ -214,7 +215,7 @@ REFUSED: dict[str, tuple[str, Callable[[GGUFWriter], object]]] = {
     r"asks for olmoe\.attention\.clamp_kqv 8\.0; supported: 0\.0": ("olmoe", lambda w: w.add_clamp_kqv(8.0)),
     r"asks for olmoe\.rope\.dimension_count 4; supported: 8, all of a head": (
         "olmoe", lambda w: w.kv_data[0]["olmoe.rope.dimension_count"].__setattr__("value", 4)),
-    r"sets qwen3moe\.attention\.clamp_kqv to '8\.0', and qwen3moe does not know this key": (
+    r"sets qwen3moe\.attention\.clamp_kqv to '8\.0', but qwen3moe does not know this key": (
         "qwen3moe", lambda w: w.add_clamp_kqv(8.0)),
     r"asks for qwen3moe\.expert_gating_func 2; supported: 0 or 1": (
         "qwen3moe", lambda w: w.add_uint32("qwen3moe.expert_gating_func", 2)),

@@ -94,7 +94,7 @@ def test_an_absent_key_has_the_default_of_the_config_class() -> None:
     assert (config.context_tokens, config.norm_eps) == (131_072, 1e-5)
     assert (config.rope.theta, config.rope.rotary_dim) == (1e4, 22)
     assert (config.has_qkv_bias, config.qk_norm, config.router.scale) == (False, "none", 1.0)
-    with pytest.raises(CheckpointError, match=r"as 0\.5 of 42 dimensions, expected pairs"):
+    with pytest.raises(CheckpointError, match=r"as 0\.5 of 42 dimensions, expected an even number"):
         parse({"model_type": "glm4_moe"})
 
 
@@ -110,7 +110,7 @@ def test_the_part_of_a_head_that_turns() -> None:
     assert "gives partial_rotary_factor as 0.5 and, in rope_parameters, as 0.7" in refusal(
         rope_theta=1e4, rope_parameters=inside
     )
-    assert "gives partial_rotary_factor as 0.25 of 12 dimensions, expected pairs" in refusal(
+    assert "gives partial_rotary_factor as 0.25 of 12 dimensions, expected an even number" in refusal(
         partial_rotary_factor=0.25
     )
     assert "gives partial_rotary_factor as 1.5 of 12 dimensions" in refusal(partial_rotary_factor=1.5)

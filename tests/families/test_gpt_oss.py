@@ -79,7 +79,7 @@ def test_layers_alternate_unless_their_types_say_otherwise() -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"sliding_window": None}, "asks for sliding attention in layer 0, and sliding_window is null"),
+        ({"sliding_window": None}, "asks for sliding attention in layer 0, but sliding_window is null"),
         ({"experts_per_token": 3}, "experts_per_token, its other name, as 3"),
         ({"initial_context_length": 17}, "asks for initial_context_length 17; supported: 16"),
         ({"swiglu_limit": -1.0}, "swiglu_limit is -1.0"),

@@ -106,9 +106,11 @@ def test_the_part_of_a_head_that_turns_has_two_spellings() -> None:
     assert parse(plain | {"partial_rotary_factor": 0.5}).rope.rotary_dim == 6
     inside = {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5}
     assert parse(plain | {"rope_parameters": inside}).rope.rotary_dim == 6
-    assert "rotary_dim is 14, expected pairs among the 12 dimensions of a head" in refusal(rotary_dim=14)
-    assert "rotary_dim is 5, expected pairs" in refusal(rotary_dim=5)
-    assert "gives rotary_dim as 6, and partial_rotary_factor means 4" in refusal(partial_rotary_factor=0.34)
+    assert "rotary_dim is 14, expected an even number of at most 12, the dimensions of a head" in refusal(
+        rotary_dim=14
+    )
+    assert "rotary_dim is 5, expected an even number" in refusal(rotary_dim=5)
+    assert "gives rotary_dim as 6, but partial_rotary_factor means 4" in refusal(partial_rotary_factor=0.34)
     assert parse(minimax_m2(partial_rotary_factor=0.5)).rope.rotary_dim == 6
 
 

@@ -315,7 +315,7 @@ def test_norms_in_float32_beside_bf16_are_fine_and_experts_of_two_formats_are_no
     name = hub_names(config, 1, 2)[1]
     tensors[name] = ("F16", tensors[name][1])
     write_checkpoint(tmp_path, tensors)
-    assert "up of expert 2 in layer 1 is f16, that of expert 0 is bf16" in refusal(tmp_path)
+    assert "up of expert 2 in layer 1 is f16, but expert 0 is bf16" in refusal(tmp_path)
 
 
 # Directories and the small files

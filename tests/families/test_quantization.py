@@ -115,17 +115,23 @@ def test_everything_else_is_refused_by_name_with_what_is_supported(given: Any, a
             changed(FP8, modules_to_not_convert="lm_head"),
             "modules_to_not_convert is lm_head; expected a list",
         ),
-        (changed(INT4, ignore=["re:(", "lm_head"]), "ignore has 're:(', which is no regular expression"),
-        (changed(FP8, ignored_layers=["re:["]), "ignored_layers has 're:[', which is no regular expression"),
+        (
+            changed(INT4, ignore=["re:(", "lm_head"]),
+            "ignore has 're:(', which is not a valid regular expression",
+        ),
+        (
+            changed(FP8, ignored_layers=["re:["]),
+            "ignored_layers has 're:[', which is not a valid regular expression",
+        ),
         (
             changed(MXFP4, modules_to_not_convert=["re:*"]),
-            "modules_to_not_convert has 're:*', which is no regular",
+            "modules_to_not_convert has 're:*', which is not a valid regular",
         ),
         (changed(INT4, ignore=["re:(a+)+$"]), "has 're:(a+)+$', which repeats a group"),
         (changed(INT4, ignore=["re:(a|b){9}"]), "which repeats a group"),
         (
             changed(INT4, ignore=["re:(?x)(a+) +"]),
-            "which repeats a group, or starts one with another (? than",
+            "which repeats a group, or opens one with (? other than",
         ),
         (changed(INT4, ignore=[r"re:[\][](a+)+]"]), "which repeats a group"),
         (changed(INT4, ignore=["re:.*a.*b.*c.*d"]), "which has more than 3 repetitions or 8 alternatives"),
@@ -153,7 +159,7 @@ def test_expressions_of_released_checkpoints_are_used(expression: str) -> None:
 
 
 def test_two_configs_that_differ_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="two different quantization_config"):
+    with pytest.raises(CheckpointError, match="two different values of quantization_config"):
         read_quantization({"quantization_config": FP8, "text_config": {"quantization_config": INT4}})
 
 
@@ -233,11 +239,11 @@ def renamed(name: str, new: str) -> Damage:
         ),
         (
             rewrite_config(none=True),
-            "is F8_E4M3, quantised as fp8, and config.json has no quantization_config",
+            "is F8_E4M3, quantised as fp8, but config.json has no quantization_config",
         ),
         (
             rewrite_config(modules_to_not_convert=["model.layers.1.mlp.experts"]),
-            "experts.0.gate_proj.weight is F8_E4M3, and the quantization_config of config.json says that it is not",
+            "experts.0.gate_proj.weight is F8_E4M3, but the quantization_config of config.json says that it is not",
         ),
     ],
 )
@@ -265,7 +271,7 @@ def test_an_fp8_checkpoint_that_is_not_whole_is_named(damage: Damage, sentence: 
         ),
         (
             rewrite_config(ignore=["re:.*experts.2.*"]),
-            "experts.2.gate_proj.weight_packed is I32, and the quantization_config of config.json says that it",
+            "experts.2.gate_proj.weight_packed is I32, but the quantization_config of config.json says that it",
         ),
     ],
 )
@@ -280,7 +286,7 @@ def test_an_int4_checkpoint_that_is_not_whole_is_named(damage: Damage, sentence:
 def test_int4_in_columns_that_are_no_groups_is_refused_by_name(tmp_path: Path) -> None:
     write_int4_model(tmp_path / "model", INT4_CONFIG | {"moe_intermediate_size": 72}, seed=1)
     with pytest.raises(
-        UnsupportedModel, match=r"down_proj\.weight_packed is of 72 columns; supported: whole groups of 32"
+        UnsupportedModel, match=r"down_proj\.weight_packed has 72 columns; supported: whole groups of 32"
     ):
         open_model(tmp_path / "model")
 

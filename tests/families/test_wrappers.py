@@ -160,7 +160,7 @@ def test_what_is_said_of_quantisation_is_found_in_every_part_about_text() -> Non
         assert found.method == "fp8"
     twice = {"quantization_config": fp8, "thinker_config": {"quantization_config": {"quant_method": "mxfp4"}}}
     with pytest.raises(
-        CheckpointError, match=r"two different quantization_config, one of them in thinker_config"
+        CheckpointError, match=r"two different values of quantization_config, one of them in thinker_config"
     ):
         read_quantization(twice)
 
@@ -248,7 +248,7 @@ def test_experts_that_could_lie_either_way_are_refused(tmp_path: Path) -> None:
     write(tmp_path, config, random_tensors(config, 3, "BF16"))
     with pytest.raises(
         UnsupportedModel,
-        match=r"layers\.0\.mlp\.experts\.gate_up_proj is \[7, 24, 24\], which it is transposed, too",
+        match=r"layers\.0\.mlp\.experts\.gate_up_proj is \[7, 24, 24\], which is also its shape transposed",
     ):
         open_model(tmp_path)
     one = one_by_one(random_tensors(config, 3, "BF16"))

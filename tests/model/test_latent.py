@@ -188,7 +188,7 @@ def test_each_weight_lands_once_and_float_formats_keep_their_bits(
 def test_heads_that_end_inside_a_panel_are_refused_by_name(tmp_path: Path) -> None:
     config = latent_config(replace(PLAIN_QUERY, kv_rank=40, is_up_split=True))
     ref = MatrixRef("blk.0.attn_k_b.weight", tmp_path, 0, 1, "q8", 5 * 40, 32)
-    with pytest.raises(UnsupportedModel, match=r"attn_k_b.weight is q8 with 40 rows for each head; .* of 16"):
+    with pytest.raises(UnsupportedModel, match=r"attn_k_b.weight is q8 with 40 rows per head; .* of 16"):
         ModelFiles(tmp_path, config, {"layers.0.k_up": ref}, {})
     whole = ModelFiles(tmp_path, config, {"layers.0.k_up": replace(ref, rows=5 * 48)}, {})
     assert whole.dense["layers.0.k_up"].key_value_rows is None

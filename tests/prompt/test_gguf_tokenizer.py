@@ -390,7 +390,7 @@ def test_a_space_before_the_text_and_bos_can_be_off(tmp_path: Path) -> None:
 def test_what_cannot_be_rebuilt_is_refused_by_name(tmp_path: Path) -> None:
     core = trained("gpt-2")
     with pytest.raises(
-        UnsupportedModel, match=r"cuts text into words by 'tekken'; supported: gpt-2, olmo, smollm"
+        UnsupportedModel, match=r"uses the pre-tokenizer 'tekken'; supported: gpt-2, olmo, smollm"
     ):
         Tokenizer.open(write_bpe(tmp_path / "a.gguf", core, "tekken"))
     with pytest.raises(UnsupportedModel, match="a tokenizer of kind 'bert'; supported: gpt2, llama"):
@@ -402,7 +402,7 @@ def test_what_cannot_be_rebuilt_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.tokens holds 'a' twice"):
         Tokenizer.open(write(tmp_path / "d.gguf", "gpt2", ["a", "b", "a"], [1] * 3, lambda writer: None))
     bad = write(tmp_path / "e.gguf", "gpt2", ["a", "b"], [1] * 2, lambda w: w.add_token_merges(["a x"]))
-    with pytest.raises(CheckpointError, match=r"the tokens and merges do not belong together"):
+    with pytest.raises(CheckpointError, match=r"the tokens and merges do not match"):
         Tokenizer.open(bad)
     with pytest.raises(CheckpointError, match=r"token_type has 1 entries for 2 tokens"):
         Tokenizer.open(write(tmp_path / "f.gguf", "llama", ["a", "b"], [1], lambda writer: None))
@@ -411,7 +411,7 @@ def test_what_cannot_be_rebuilt_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_score_that_ranks_nothing_and_a_token_without_end_are_refused(tmp_path: Path) -> None:
     for at, pieces in enumerate([{**PIECES, "bc": float("nan")}, {**PIECES, "b" * 513: -5.0}]):
         with pytest.raises(
-            CheckpointError, match=r"characters and score \S+; expected at most 512, and a number"
+            CheckpointError, match=r"characters and score \S+; expected at most 512 characters, and a number"
         ):
             Tokenizer.open(write_sentencepiece(tmp_path / f"{at}.gguf", pieces))
 

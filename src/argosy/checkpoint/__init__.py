@@ -1,1 +1,1 @@
-"""Files -> named tensors: safetensors in place, packs, and the names that everything else uses."""
+"""Files -> named tensors: safetensors and GGUF in place, packs, and the names that all other code uses."""

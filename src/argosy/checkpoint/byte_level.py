@@ -1,10 +1,10 @@
-"""Byte-level BPE: how text is cut into words, and how bytes are spelled in a vocabulary.
+"""Byte-level BPE: how text is split into words, and how a vocabulary spells bytes.
 
-    text  ->  words, by the patterns of a model  ->  bytes, each spelled as a character  ->  merges  ->  tokens
+    text  ->  words, by a model's patterns  ->  bytes, each spelled as a character  ->  merges  ->  tokens
 
-`WORDS` has the patterns by the names that GGUF gives them; they are those of the models' own tokenizers.
+`WORDS` has the patterns by their GGUF names; they are the patterns of the models' own tokenizers.
 
-Elsewhere: vocabularies and merges come from `gguf_tokenizer.py` and `tiktoken_model.py`; a `tokenizer.json` says all of
+Elsewhere: vocabularies and merges come from `gguf_tokenizer.py` and `tiktoken_model.py`; a `tokenizer.json` has all of
 this itself.
 """
 
@@ -16,14 +16,14 @@ from dataclasses import dataclass
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-# Words of byte-level BPE, as the models' own tokenizer.json files cut them.
+# Patterns that split text into words, from the models' own tokenizer.json files.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
-_O200K = (  # a word is capitals and then small letters, with what stands before it and a contraction after it
+_O200K = (  # a word is capitals, then small letters, with one character before it and a contraction after it
     rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     rf"|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -31,7 +31,7 @@ _O200K = (  # a word is capitals and then small letters, with what stands before
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 # Qwen3.5: accents stay with their letters (PRETOKENIZE_REGEX of transformers 5.24, tokenization_qwen3_5.py).
 _QWEN35 = _QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
-_NOT_HAN = r"&&[^\p{Han}]"  # Kimi-K2: Chinese characters make words of their own
+_NOT_HAN = r"&&[^\p{Han}]"  # Kimi-K2: Chinese characters form separate words
 _KIMI = (
     rf"\p{{Han}}+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}{_NOT_HAN}]*[{_LOWER}{_NOT_HAN}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     rf"|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}{_NOT_HAN}]+[{_LOWER}{_NOT_HAN}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -44,7 +44,7 @@ _DEEPSEEK_V3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-# DeepSeek-V2: letters that have case, by the ranges of code points that its tokenizer.json lists.
+# DeepSeek-V2: cased letters, as the code point ranges in its tokenizer.json.
 _CASED_SPANS = (
     "41-5A 61-7A B5 C0-D6 D8-F6 F8-1BA 1BC-1BF 1C4-293 295-2AF 370-373 376 377 37B-37D 37F 386 388-38A 38C "
     "38E-3A1 3A3-3F5 3F7-481 48A-52F 531-556 10A0-10C5 13A0-13F5 13F8-13FD 1C90-1CBA 1CBD-1CBF 1D00-1D2B "
@@ -68,20 +68,20 @@ _DEEPSEEK_V2 = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Words:
-    """How one `pre` prepares text: patterns applied one after the other, each cutting what the others left."""
+    """How one `pre` prepares text: patterns apply in order, each splitting the pieces left by those before it."""
 
     patterns: tuple[str, ...]
-    is_nfc: bool = False  # text is brought into Unicode's composed form first
-    ignores_merges: bool = False  # a word that is a token is that token, whatever the merges say
-    is_ranked: bool = False  # any two tokens merge that make a third, the one with the lowest id first
+    is_nfc: bool = False  # text is first normalized to Unicode's composed form
+    ignores_merges: bool = False  # a word that is a token becomes that token, whatever the merges
+    is_ranked: bool = False  # two tokens merge if they form a third; the lowest id merges first
     adds_bos: bool = False
 
 
-# The names are those that llama.cpp's converter (conversion/base.py, get_vocab_base_pre) gives to the tokenizers of the
-# families that run here; the flags are those of the models' tokenizer.json, also where llama.cpp has no such step.
+# Names: those that llama.cpp's converter (conversion/base.py, get_vocab_base_pre) gives the tokenizers of the families
+# that run here. Flags: those of the models' tokenizer.json, even where llama.cpp has no corresponding step.
 WORDS: Mapping[str, Words] = {
     "gpt-2": Words(patterns=(_GPT2,)),
-    "olmo": Words(patterns=(_GPT2,), is_nfc=True),  # that of GPT-NeoX
+    "olmo": Words(patterns=(_GPT2,), is_nfc=True),  # GPT-NeoX's tokenizer
     "smollm": Words(patterns=(r"\p{N}", _GPT2)),
     "llama-bpe": Words(patterns=(_LLAMA3,), ignores_merges=True, adds_bos=True),
     "qwen2": Words(patterns=(_QWEN2,), is_nfc=True),
@@ -90,33 +90,33 @@ WORDS: Mapping[str, Words] = {
     "minimax-m2": Words(patterns=(_O200K,)),
     "deepseek-v3": Words(patterns=_DEEPSEEK_V3),
     "deepseek-llm": Words(patterns=_DEEPSEEK_V2),
-    # Kimi-K2 runs on tiktoken, which knows ranks and no merges; converters write one merge for each token at most.
+    # Kimi-K2 uses tiktoken, which has ranks instead of merges; converters write at most one merge per token.
     "kimi-k2": Words(patterns=(_KIMI,), ignores_merges=True, is_ranked=True),
     "glm4": Words(patterns=(_LLAMA3,), ignores_merges=True),
-    # What llama.cpp does for a file that names none.
+    # llama.cpp's rule for a file that names none.
     "default": Words(patterns=(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
 }
 
-# A cut of every token at every place is looked up: longer ones than any vocabulary has would take hours.
+# `merges_by_rank` tries every cut of every token: tokens much longer than in any real vocabulary would take hours.
 LONGEST_TOKEN = 512
 
 
 def spelling_of_bytes() -> tuple[str, ...]:
-    """GPT-2's table: the character that stands for each byte in a vocabulary."""
+    """GPT-2's table: the character that spells each byte in a vocabulary."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return tuple(chr(byte if byte in printable else next(others)) for byte in range(256))
 
 
 def merges_by_rank(tokens: Iterable[str], vocab: Collection[str]) -> list[tuple[str, str]]:
-    """Merging the adjacent pair whose token ranks first is the same as a list of merges: here it is.
+    """The list of merges that is equivalent to merging the adjacent pair whose token ranks first.
 
     Args:
-        tokens: those that pairs may become, the one that merges first before the others.
-        vocab: all that pairs may be of.
+        tokens: the tokens that pairs may merge into, in merge order.
+        vocab: the tokens that may form pairs.
 
     Returns:
-        Every cut of a token into two others, for they may meet in any of these ways.
+        Every split of a token into two others, because it may form from any of these pairs.
     """
     return [
         (token[:cut], token[cut:])
@@ -127,7 +127,7 @@ def merges_by_rank(tokens: Iterable[str], vocab: Collection[str]) -> list[tuple[
 
 
 def byte_level_tokenizer(model: models.Model, words: Words) -> tokenizers.Tokenizer:
-    """A tokenizer of text in these `words`, whose bytes `model` merges."""
+    """A tokenizer that splits text by `words` and merges bytes by `model`."""
     core = tokenizers.Tokenizer(model)
     if words.is_nfc:
         core.normalizer = normalizers.NFC()

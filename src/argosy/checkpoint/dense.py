@@ -1,12 +1,12 @@
-"""Read a Llama-style dense checkpoint, one float32 tensor at a time.
+"""Read a dense Llama-style checkpoint, one float32 tensor at a time.
 
     safetensors directory  or  GGUF file   ->   DenseModel: config + tensors under one set of names
 
-Names and row order are those of `LlamaForCausalLM` whatever the file: a GGUF keeps q and k rows in the order
-of its rotary kernel (adjacent pairs), so they are put back into halves here. Quantised GGUF blocks are
-dequantised; bfloat16 and float16 widen exactly.
+Names and row order are always those of `LlamaForCausalLM`: a GGUF keeps q and k rows in the order of its
+rotary kernel (adjacent pairs), so they are put back into halves here. Quantised GGUF blocks are dequantised;
+bfloat16 and float16 widen exactly.
 
-Elsewhere: the tokenizer of a GGUF is `gguf_tokenizer.py`; what is made of a dense model is `upcycle.py`.
+Elsewhere: `gguf_tokenizer.py` reads the tokenizer of a GGUF; `upcycle.py` turns a dense model into a mixture.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ _GGUF_MODEL_NAMES = {
 
 @dataclass(frozen=True)
 class DenseModel:
-    """A dense model as numbers: config in `LlamaConfig` spelling, tensors by name, read on demand."""
+    """A dense model: config with the keys of `LlamaConfig`, and tensors by name, read on demand."""
 
     path: Path
     config: Mapping[str, Any]
-    dtype: str  # to store it in without loss: that of a safetensors checkpoint, F16 for a GGUF
+    dtype: str  # stores it without loss: the dtype of a safetensors checkpoint, F16 for a GGUF
     readers: Mapping[str, Callable[[], Float32]]
 
     def read(self, name: str) -> Float32:
-        """The tensor `name` as float32, rows first. Each call reads it again: nothing is kept."""
+        """The tensor `name` as float32, rows first. Each call reads it again; nothing is cached."""
         return self.readers[name]()
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -67,7 +67,7 @@ def open_dense(path: Path) -> DenseModel:
     """Open a GGUF file, or a directory of config.json and safetensors.
 
     Raises:
-        CheckpointError: neither of the two, a layer without its tensors, or a tensor of another shape.
+        CheckpointError: `path` is neither, a tensor is missing, or a tensor has the wrong shape.
         UnsupportedModel: another architecture, or a flag that has no counterpart.
     """
     model = _open_gguf(path) if path.is_file() else _open_safetensors(path)
@@ -116,7 +116,7 @@ def _open_gguf(path: Path) -> DenseModel:
     architecture = file.text("general.architecture")
     if architecture != "llama":
         raise UnsupportedModel(
-            f"{path.name} is of architecture {architecture!r}; supported: llama",
+            f"{path.name} has architecture {architecture!r}; supported: llama",
             key="general.architecture",
             value=architecture,
             supported=("llama",),
@@ -218,7 +218,7 @@ def _require_plain_llama(config: Mapping[str, Any], directory: Path) -> None:
 
 
 def _supported_values() -> Iterator[tuple[str, tuple[object, ...]]]:
-    """Flags that change the mathematics, and what a plain Llama model has; the first is the default."""
+    """Flags that change the mathematics, with their values in a plain Llama model; the first is the default."""
     yield "model_type", ("llama",)
     yield "hidden_act", ("silu",)
     yield "attention_bias", (False, None)

@@ -1,18 +1,18 @@
-"""What a model is read from: the same description for a checkpoint in place and for a pack.
+"""Describe the files of a model in one form, for a checkpoint in place and for a pack.
 
     model/families/  (safetensors, GGUF)  ──┐
                                             ├──>  ModelFiles: config, dense matrices, expert records
     checkpoint/pack.py  (a pack)          ──┘
 
-Everything here is a place in a file (path, offset, length), proved to lie inside it; no bytes of weights are
-read. An expert is read as one piece from a pack, as three from a checkpoint with one tensor per matrix or from
-the stacked tensors of a GGUF, as two where gate and up lie fused.
+Everything here is a place in a file (path, offset, length), proved to lie inside it; no weights are read. An
+expert is one piece in a pack, three pieces in a checkpoint with one tensor per matrix and in the stacked tensors
+of a GGUF, and two pieces where gate and up are fused.
 
-A file may hold a matrix in blocks of GGUF; then it is transcoded without loss while it lands, and `format` is what
-it is in memory. Experts of a layer share the formats of gate, of up and of down; these may differ from each other
-and from layer to layer, as they do in Q4_K_M files.
+A matrix stored as GGUF blocks is transcoded without loss while it lands; its `format` is the format in memory.
+All experts of a layer have the same formats of gate, up and down; these three may differ from each other and from
+layer to layer, as in Q4_K_M files.
 
-Elsewhere: bytes move in `native/store/`, which transcodes; which experts are resident is `experts/`.
+Elsewhere: `native/store/` reads and transcodes; `experts/` decides which experts are resident.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _Value = TypeVar("_Value", bound=np.generic)
 BYTES_PER_VALUE = {"f32": 4, "f16": 2, "bf16": 2}
 
 GROUP_COLS = 32  # quantised: columns that share a scale
-PANEL_ROWS = 16  # quantised: rows that lie interleaved
-F8_BLOCK = 128  # f8: rows and columns of a block, whose weights share a scale
+PANEL_ROWS = 16  # quantised: rows that are interleaved
+F8_BLOCK = 128  # f8: rows and columns of a block; its weights share a scale
 _SUPER_COLS = 256  # K formats, iq4_xs: columns that share the scale of the scales
 _PANEL_ALIGNMENT = 64
 
-# Bytes of one panel: (columns of a block, bytes of the block's 16 rows: quants and high bits, scales, minima).
+# Size of a panel: (columns of a block, bytes of the block's 16 rows: quants and high bits, scales, minima).
 _PANEL_BLOCKS: Mapping[str, tuple[int, int]] = {
     "q8": (GROUP_COLS, 512 + 32),
     "q4": (GROUP_COLS, 256 + 32),
@@ -61,7 +61,7 @@ _PANEL_BLOCKS: Mapping[str, tuple[int, int]] = {
     "int4": (GROUP_COLS, 256 + 32),
 }
 
-# GGUF's name of a block type -> the slot format that holds it without loss.
+# GGUF block type -> the slot format that holds it without loss.
 SLOT_FORMATS: Mapping[str, Format] = {
     "Q8_0": "q8",
     "Q4_0": "q4",
@@ -78,7 +78,7 @@ SLOT_FORMATS: Mapping[str, Format] = {
     "MXFP4": "mxfp4",
 }
 
-# Tensors of safetensors files that hold the quants or the scales of a matrix -> the slot format they are part of.
+# Safetensors tensors with the quants or the scales of a matrix -> the slot format they are part of.
 PART_FORMATS: Mapping[str, Format] = {
     "int4_quants": "int4",
     "int4_scales": "int4",
@@ -91,13 +91,13 @@ PART_FORMATS: Mapping[str, Format] = {
 
 
 def is_quantised(format: Format) -> bool:
-    """Whether weights of this format have lost something that no other format gives back."""
+    """Whether converting weights to this format loses precision for good."""
     return format not in BYTES_PER_VALUE
 
 
 @cache
 def matrix_bytes(format: Format, rows: int, cols: int) -> int:
-    """Bytes of a matrix in a format; the kernels' own rule, here without the kernels."""
+    """Bytes of a matrix in a format: the kernels' own rule, usable without loading them."""
     if format in BYTES_PER_VALUE:
         return rows * cols * BYTES_PER_VALUE[format]
     if format == "f8":
@@ -109,19 +109,19 @@ def matrix_bytes(format: Format, rows: int, cols: int) -> int:
 
 
 def f8_scales_bytes(cols: int) -> int:
-    """Bytes of the scales that lie before each 128 rows of codes."""
+    """Bytes of the scales before each 128 rows of codes."""
     return -(-4 * -(-cols // F8_BLOCK) // 64) * 64
 
 
 def rows_together(format: Format) -> int:
-    """How many rows share what lies beside their weights: a matrix may be cut behind each so many."""
+    """How many rows are stored as a unit: a matrix may be split after any multiple of this."""
     if format in BYTES_PER_VALUE:
         return 1
     return F8_BLOCK if format == "f8" else PANEL_ROWS
 
 
 class KeyValueRows(NamedTuple):
-    """How the rows of the matrix that makes keys and values of a latent vector lie: head by head, key first."""
+    """Row order of the matrix that turns latent vectors into keys and values: head by head, key first."""
 
     num_heads: int
     key_rows: int
@@ -130,15 +130,15 @@ class KeyValueRows(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class MatrixRef:
-    """One dense matrix or vector (rows = 1) in a file; `name` is what the file calls it.
+    """One dense matrix or vector (rows = 1) in a file; `name` is its name in the file.
 
-    `format` is what it is in memory. Where `block_type` is set, the file holds blocks instead, `nbytes` of them, row
-    after row, and whoever reads transcodes; where these are codes alone, `scales` is the piece with the rest.
-    Where `paired_heads` is set, rows of so many heads lie in the order of a rotary kernel that turns adjacent pairs,
-    and whoever reads puts them in halves (`in_halves`).
-    Where `turn` is set, values of two tensors alternate in the `nbytes` of the file, and this one's are the first,
-    third ... (0) or the second, fourth ... (1).
-    Where `key_value_rows` is set, whoever reads splits the matrix in two (`checkpoint/latent_up.py`).
+    `format` is its format in memory. If `block_type` is set, the file holds `nbytes` of blocks instead, row after row,
+    and the reader transcodes them; if these are codes alone, `scales` is the piece with the scales.
+    If `paired_heads` is set, the rows of that many heads are in the order of a rotary kernel that rotates adjacent
+    pairs, and the reader puts them in halves (`in_halves`).
+    If `turn` is set, the values of two tensors alternate in the file's `nbytes`; this one has the first, third ... (0)
+    or the second, fourth ... (1).
+    If `key_value_rows` is set, the reader splits the matrix in two (`checkpoint/latent_up.py`).
     """
 
     name: str
@@ -162,7 +162,7 @@ class MatrixRef:
 
     @property
     def landed_bytes(self) -> int:
-        """Bytes that it takes in memory, before anything is split."""
+        """Bytes in memory, before it is split."""
         return matrix_bytes(self.format, self.rows, self.cols)
 
 
@@ -170,8 +170,8 @@ class MatrixRef:
 class Transcode:
     """Blocks that become a slot format while they land: [rows, cols] of a type such as "Q4_0" or "mxfp4_scales".
 
-    A type of `PART_FORMATS` writes its part of the panels and leaves the other alone. Where `interleaved` matrices
-    take turns row by row in the file, each has `rows` rows, and they land one behind the other.
+    A type in `PART_FORMATS` writes its part of the panels and leaves the rest unchanged. If the rows of `interleaved`
+    matrices alternate in the file, each matrix has `rows` rows, and the matrices land one after another.
     """
 
     block_type: str
@@ -181,15 +181,15 @@ class Transcode:
 
     @property
     def format(self) -> Format:
-        """The slot format they become."""
+        """The resulting slot format."""
         return PART_FORMATS.get(self.block_type) or SLOT_FORMATS[self.block_type]
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes that one read brings; whole matrices, or all their quants or scales, where they are transcoded.
+    """The bytes of one read. A transcoded piece has whole matrices, or all of their quants or scales.
 
-    Where quants and scales are two pieces, the second `completes` the first: it lands in the same memory.
+    If quants and scales are two pieces, the second `completes` the first: it lands in the same memory.
     """
 
     path: Path
@@ -201,7 +201,7 @@ class Piece:
 
     @property
     def landed_bytes(self) -> int:
-        """Bytes that it takes in memory."""
+        """Bytes in memory."""
         if (blocks := self.transcode) is None:
             return self.nbytes
         return blocks.interleaved * matrix_bytes(blocks.format, blocks.rows, blocks.cols)
@@ -209,10 +209,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class ExpertMatrix:
-    """Where a matrix of an expert lies inside one of its pieces, once that has landed.
+    """The place of an expert's matrix inside one of its pieces, once that has landed.
 
-    Where `strides` are set, its rows do not lie together: from one row to the next, and from one column to the next,
-    it is so many values. Nothing computes with such a matrix; `pack` puts it in order.
+    If `strides` are set, its rows are not contiguous: they are the distances in values from one row to the next and
+    from one column to the next. Kernels cannot use a strided matrix; `pack` puts it in order.
     """
 
     piece: int
@@ -252,7 +252,7 @@ class ModelFiles:
     dense: Mapping[str, MatrixRef]
     experts: Mapping[tuple[int, int], ExpertRecord]
     is_packed: bool = False
-    header: GgufFile | None = None  # of the GGUF file, for whoever needs the rest of its metadata
+    header: GgufFile | None = None  # the GGUF file's header, for users of its other metadata
 
     def __post_init__(self) -> None:
         latent, num_heads = self.config.latent, self.config.num_heads
@@ -274,7 +274,7 @@ class ModelFiles:
 
     @cached_property
     def dense_bytes(self) -> int:
-        """Bytes of everything that each token needs."""
+        """Bytes of all tensors that every token needs."""
         return sum(ref.read_bytes if ref.turn is None else ref.nbytes // 2 for ref in self.dense.values())
 
     @cached_property
@@ -283,26 +283,26 @@ class ModelFiles:
         return sum(record.nbytes for record in self.experts.values())
 
     def expert_formats(self, layer: int) -> tuple[Format, Format, Format]:
-        """Formats of gate, up and down in a layer: `require_one_format_a_layer` has seen to it."""
+        """Formats of gate, up and down in a layer; `require_one_format_a_layer` has checked that experts agree."""
         return self.experts[layer, 0].formats
 
     @cached_property
     def has_strided_experts(self) -> bool:
-        """Whether rows of its experts do not lie together, so that it has to be packed before it runs."""
+        """Whether the rows of its experts are not contiguous, so that it must be packed before it runs."""
         return any(record.gate.strides is not None for record in self.experts.values())
 
     @cached_property
     def expert_format(self) -> str:
-        """All formats of routed experts, for a person: `q4`, or `q4_k+q6_k` in the order they appear."""
+        """All formats of routed experts, for display: `q4`, or `q4_k+q6_k` in order of appearance."""
         layers = dict.fromkeys(layer for layer, _ in self.experts)
         return "+".join(dict.fromkeys(format for layer in layers for format in self.expert_formats(layer)))
 
 
 def require_one_format_a_layer(experts: Mapping[tuple[int, int], ExpertRecord], directory: Path) -> None:
-    """Prove that the experts of a layer share their formats, because one kernel call runs many experts.
+    """Prove that all experts of a layer have the same formats, because one kernel call runs many experts.
 
     Raises:
-        CheckpointError: they do not; names the first that differs.
+        CheckpointError: they do not; names the first expert that differs.
     """
     for (layer, expert), record in experts.items():
         for name, found, expected in zip(
@@ -310,8 +310,8 @@ def require_one_format_a_layer(experts: Mapping[tuple[int, int], ExpertRecord], 
         ):
             if found != expected:
                 raise CheckpointError(
-                    f"{directory}: {name} of expert {expert} in layer {layer} is {found}, that of expert 0 is "
-                    f"{expected}; the experts of a layer have one format",
+                    f"{directory}: {name} of expert {expert} in layer {layer} is {found}, but expert 0 is "
+                    f"{expected}; all experts of a layer must have the same formats",
                     path=directory,
                     layer=layer,
                     expert=expert,
@@ -319,9 +319,9 @@ def require_one_format_a_layer(experts: Mapping[tuple[int, int], ExpertRecord], 
 
 
 def in_halves(rows: npt.NDArray[_Value], num_heads: int) -> npt.NDArray[_Value]:
-    """Rows [heads * head_dim, ...] of q or k from adjacent rotary pairs to halves: 0 2 4 .. 1 3 5 .. in each head.
+    """Reorder rows [heads * head_dim, ...] of q or k from adjacent rotary pairs to halves: 0 2 4 .. 1 3 5 .. per head.
 
-    GGUF files of the llama architecture hold them paired; a row may be values, or the bytes of its blocks.
+    GGUF files of the llama architecture store them paired; a row may be values, or the bytes of its blocks.
     """
     pairs = rows.reshape(num_heads, -1, 2, *rows.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
@@ -331,7 +331,7 @@ def check_vector(name: str, values: npt.NDArray[np.floating], path: Path | None 
     """Refuse a norm or bias that would turn every token into NaN.
 
     Raises:
-        CheckpointError: a value is NaN or infinite; names the tensor, the position and the value.
+        CheckpointError: a value is NaN or infinite; gives the tensor, the position and the value.
     """
     flat = values.reshape(-1)
     wrong = np.flatnonzero(~np.isfinite(flat))
@@ -340,7 +340,7 @@ def check_vector(name: str, values: npt.NDArray[np.floating], path: Path | None 
         raise CheckpointError(
             f"{where}{quote(name)} holds {flat[wrong[0]]} at position {wrong[0]} of {flat.size}; "
             "expected finite numbers",
-            hint="the file is damaged, or the model was saved broken",
+            hint="the file is damaged, or the model was already broken when it was saved",
             path=path,
             tensor=name,
         )

@@ -1,13 +1,13 @@
-"""The tensors that a `ModelConfig` calls for, under Argosy's own names, with their shapes.
+"""List the tensors that a `ModelConfig` requires, under Argosy's own names, with their shapes.
 
     ModelConfig  ->  dense_shapes   {"embed": (vocab, hidden), "layers.0.q": (heads * head_dim, hidden), ...}
                  ->  expert_shapes  gate, up, down of one routed expert
                  ->  count_parameters
 
-Shapes are [rows, columns] as a product y = W x needs them; a vector has one number. Files are checked against
-these, in place and packed alike, so that nothing after this room meets a matrix of a size it did not expect.
+Shapes are [rows, columns], as the product y = W x needs them; a vector has one number. Files are checked against
+these shapes, in place and packed alike, so no later code meets a matrix of an unexpected size.
 
-Elsewhere: what a checkpoint calls these tensors is `model/families/`.
+Elsewhere: `model/families/` maps a checkpoint's tensor names to these.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class ExpertShapes(NamedTuple):
 
 
 def expert_shapes(config: ModelConfig) -> ExpertShapes:
-    """Shapes of gate, up and down: the same for every routed expert of a model."""
+    """Shapes of gate, up and down, the same for every routed expert of a model."""
     wide, narrow = (config.expert_width, config.hidden_size), (config.hidden_size, config.expert_width)
     return ExpertShapes(wide, wide, narrow)
 
 
 def dense_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
-    """Canonical name and shape of every tensor that each token needs, in the order a token meets them."""
+    """Canonical name and shape of every tensor that each token needs, in the order of use."""
     hidden = config.hidden_size
     yield "embed", (config.vocab_size, hidden)
     for layer in range(config.num_layers):
@@ -50,7 +50,7 @@ def dense_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
-    """Parameters of a model, and those of them that one token uses: everything but the experts it does not choose."""
+    """Total parameters of a model, and the parameters that one token uses: all but the experts it does not choose."""
     dense = sum(prod(shape) for _, shape in dense_shapes(config))
     expert = sum(prod(shape) for shape in expert_shapes(config)) * len(config.moe_layers)
     return dense + config.num_experts * expert, dense + config.experts_per_token * expert
@@ -86,7 +86,7 @@ def _attention_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 
 
 def _latent_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
-    """Multi-head latent attention. A head's rows: nope, then rope in q; nope (of the key), then value in kv_up.
+    """Multi-head latent attention. Rows of a head: nope, then rope in q; the key's nope, then value in kv_up.
 
     With `is_up_split`, k_up has kv_rank rows of nope columns for each head: the key half of kv_up, transposed.
     """
@@ -164,33 +164,33 @@ def _routed_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 
 
 _DENSE_FORMATS: Mapping[str, Format] = {"bf16": "bf16", "q8": "q8", "q4": "q8"}
-# Beside vectors: rows that score experts, and those that say how fast a recurrent state forgets and learns.
+# In addition to vectors: rows that score experts, and rows that set how fast a recurrent state forgets and learns.
 _KEPT_EXACT = frozenset(
     {"router", "shared_score", "sinks", "delta_a", "delta_b", "delta_ba", "delta_conv", "delta_rate"}
 )
 
 
 def is_kept_exact(name: str) -> bool:
-    """Whether a dense tensor keeps float32 in a pack: norms, biases and sinks, and the rows of scores and gates.
+    """Whether a dense tensor stays float32 in a pack: norms, biases and sinks, and the rows of scores and gates.
 
-    The router decides which experts run. A rounding there does not blur the sum, it picks another expert; and
-    all of these together are a thousandth of a model.
+    The router decides which experts run. Rounding it does not blur the sum, it picks another expert; and all of
+    these tensors together are a thousandth of a model.
     """
     last = name.rpartition(".")[2]
     return last.endswith(("norm", "_bias")) or last in _KEPT_EXACT
 
 
 def packed_config(config: ModelConfig) -> ModelConfig:
-    """The config of a pack of bf16, q8 or q4: kv_up lies there in two, as memory wants it (`latent_up.py`)."""
+    """The config of a bf16, q8 or q4 pack, which stores kv_up as two matrices, as in memory (`latent_up.py`)."""
     if config.latent is None:
         return config
     return replace(config, latent=replace(config.latent, is_up_split=True))
 
 
 def packed_format(name: str, format: str, config: ModelConfig) -> Format:
-    """The format of a dense tensor in a pack of `format`: bf16, q8 or q4, of which q4 is for routed experts alone.
+    """The format of a dense tensor in a pack of `format`: bf16, q8 or q4. Only routed experts become q4.
 
-    Heads of k_up and v_up are matrices of their own: bf16 where their rows are no whole panels.
+    Each head of k_up and v_up is a separate matrix; it is bf16 if its rows do not fill whole panels.
     """
     if is_kept_exact(name):
         return "f32"

@@ -1,22 +1,24 @@
-"""Find every tensor of a GGUF file and what its metadata say, and prove where the bytes are, without reading them.
+"""Find the metadata and every tensor of a GGUF file, and prove where the bytes are, without reading them.
 
     file.gguf  ->  read_gguf  ->  GgufFile: metadata by key, {name: TensorRef(file, offset, length, type, shape)}
 
     "GGUF" | version | counts | key, type, value ... | name, shape, type, offset ... | padding | data, tensor by tensor
 
-The format is that of ggml's docs/gguf.md, versions 2 and 3, little-endian. Only the header is read, however large the
-file. Nothing is believed: counts and lengths are bounded by the bytes that are there before anything is made of
-them, keys and tensor names come once, tensors follow each other in the data part without overlap or hole, each
-starts at a multiple of the alignment, and the file ends where they do. Whatever is wrong is one CheckpointError.
+The format is described in ggml's docs/gguf.md; versions 2 and 3 are read, little-endian only. Only the header is read,
+however large the file. Nothing is trusted: counts and lengths are checked against the size of the file before
+anything is allocated, keys and tensor names must be unique, tensors must follow each other in the data part without
+overlaps or holes, each must start at a multiple of the alignment, and the file must end where they do. Any fault
+raises one CheckpointError.
 
-A model may come in parts, `name-00001-of-0000N.gguf` and so on, as llama.cpp's `gguf-split` writes them: each is such a
-file, the first has the metadata, any has tensors, and `split.no`, `split.count` and `split.tensors.count` of each say
-what it belongs to. The first is opened, and the others beside it are found by name and proved to be its.
+A model may be split into parts, `name-00001-of-0000N.gguf` and so on, as llama.cpp's `gguf-split` writes them. Each
+part is a GGUF file: the first has the metadata, any may have tensors, and `split.no`, `split.count` and
+`split.tensors.count` identify each part. The caller opens the first part; the others are found beside it by name and
+proved to belong to it.
 
-Long arrays (the vocabulary has a hundred thousand entries) are stepped over, and decoded when somebody asks.
+Long arrays (the vocabulary has a hundred thousand entries) are skipped, and decoded on request.
 
-Elsewhere: which keys and tensors a model must have is `model/families/`; blocks become slot formats in
-`native/kernels/transcode`.
+Elsewhere: `model/families/` says which keys and tensors a model must have; `native/kernels/transcode` turns blocks
+into slot formats.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from argosy.checkpoint.safetensors import TensorRef
 from argosy.errors import CheckpointError, UnsupportedModel
 
 GGUF_SUFFIX = ".gguf"
-GGUF_METADATA_FILE = "metadata.gguf"  # in a pack that was made from a GGUF: its metadata, without tensors
+GGUF_METADATA_FILE = "metadata.gguf"  # in a pack made from a GGUF: its metadata, without tensors
 
 _PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
@@ -46,14 +48,14 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 
-HEADER_LIMIT_BYTES = 256 << 20  # a vocabulary of 256 k tokens with its merges takes 12 MB
+HEADER_LIMIT_BYTES = 256 << 20  # a vocabulary of 256 k tokens and its merges take 12 MB
 _FIRST_READ_BYTES = 1 << 20
 _LONGEST_KEY = 65_535  # the specification's limits
 _LONGEST_TENSOR_NAME = 64
 _MOST_DIMENSIONS = 4
 _LARGEST_ALIGNMENT = 1 << 20
 _LARGEST_NUMBER = 2**63 - 1
-_NO_TOKEN = 2**32 - 1  # how some converters write that there is none
+_NO_TOKEN = 2**32 - 1  # some converters write this where there is no token
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
@@ -62,11 +64,11 @@ _TYPE_NAMES = {
     _STRING: "string", _ARRAY: "array", 10: "uint64", 11: "int64", 12: "float64",
 }  # fmt: skip
 _LENGTH, _TYPE = struct.Struct("<Q"), struct.Struct("<I")
-_SMALLEST_ENTRY = 8 + 1 + 4 + 1  # of the metadata: key length, key, type, value
-_SMALLEST_TENSOR = 8 + 1 + 4 + 4 + 8  # of the tensor list: name length, name, dimensions, type, offset
+_SMALLEST_ENTRY = 8 + 1 + 4 + 1  # metadata: key length, key, type, value
+_SMALLEST_TENSOR = 8 + 1 + 4 + 4 + 8  # tensor list: name length, name, dimensions, type, offset
 
-# Type number -> name, values of a block, bytes of a block: ggml's table. A tensor of any of these has a known place, so
-# that a type without a kernel is refused by its name, and only where a model needs the tensor.
+# ggml's table: type number -> name, values per block, bytes per block. Tensors of all these types can be located, so a
+# type without a kernel is refused by name, and only if a model needs the tensor.
 TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
     7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 36), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
@@ -79,7 +81,7 @@ TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
 }  # fmt: skip
 BLOCK_SIZES: Mapping[str, tuple[int, int]] = {name: size for name, *size in TENSOR_TYPES.values()}  # type: ignore[misc]
 RUNNABLE_TYPES = ("F32", "F16", "BF16", *SLOT_FORMATS)
-TYPE_HINT = "Q4_K_M, Q6_K, Q8_0, Q2_K, Q3_K_M, IQ4_XS and BF16 files of a model use these types only"
+TYPE_HINT = "Q4_K_M, Q6_K, Q8_0, Q2_K, Q3_K_M, IQ4_XS and BF16 files of a model use only these types"
 _IK_LLAMA_TYPES = range(97, 512)  # the numbers of ik_llama.cpp's own types (its ggml.h)
 
 Scalar = int | float | bool | str
@@ -87,7 +89,7 @@ Scalar = int | float | bool | str
 
 @dataclass(frozen=True, slots=True)
 class GgufArray:
-    """An array of the metadata, as bytes of the file until it is asked for."""
+    """An array in the metadata, kept as bytes of the file until its values are requested."""
 
     path: Path
     key: str
@@ -102,7 +104,7 @@ class GgufArray:
         """All items.
 
         Raises:
-            CheckpointError: a text is not UTF-8, or a truth value is neither 0 nor 1.
+            CheckpointError: a string is not UTF-8, or a bool is neither 0 nor 1.
         """
         if self.item_type == _STRING:
             return list(self._texts())
@@ -136,18 +138,18 @@ Value = Scalar | GgufArray
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """What the header of a file says, or those of a model's parts. Shapes are rows first, as everywhere here."""
+    """The header of a file, or the headers of all parts of a model. Shapes are rows first, as everywhere in Argosy."""
 
-    path: Path  # of several parts the first
+    path: Path  # the first part of a split model
     metadata: Mapping[str, Value]
     tensors: Mapping[str, TensorRef]  # of all parts
-    metadata_bytes: bytes  # the key-value part as it stands in the file, for a copy without tensors
+    metadata_bytes: bytes  # the key-value part exactly as in the file, for a copy without tensors
 
     def integer(self, key: str, default: int | None = None, *, least: int = 0, most: int = 2**31 - 1) -> int:
         """A whole number.
 
         Raises:
-            CheckpointError: it is missing and has no default, is of another type, or out of bounds.
+            CheckpointError: it is missing and has no default, has another type, or is out of bounds.
         """
         value = self._find(key, default)
         if type(value) is not int or not least <= value <= most:
@@ -155,7 +157,7 @@ class GgufFile:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A number above zero. float32 values become the shortest decimal that means them: 1e-05, not 9.99e-06."""
+        """A number above zero. A float32 becomes the shortest decimal that rounds to it: 1e-05, not 9.99e-06."""
         value = self._find(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
             raise self.wrong(key, value, "a number above zero")
@@ -169,24 +171,24 @@ class GgufFile:
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
-        """Text."""
+        """A string."""
         value = self._find(key, default)
         if not isinstance(value, str):
-            raise self.wrong(key, value, "text")
+            raise self.wrong(key, value, "a string")
         return value
 
     def token_id(self, role: str) -> int | None:
-        """The token of a role such as "eos"; None where the file names none, or names the id that means none."""
+        """The token id of a role such as "eos"; None if the file names none, or names the id that means none."""
         key = f"tokenizer.ggml.{role}_token_id"
         if self.metadata.get(key) in (None, _NO_TOKEN):
             return None
         return self.integer(key)
 
     def texts(self, key: str) -> list[str]:
-        """An array of texts."""
+        """An array of strings."""
         value = self._find(key, None)
         if not isinstance(value, GgufArray) or value.item_type != _STRING:
-            raise self.wrong(key, value, "an array of texts")
+            raise self.wrong(key, value, "an array of strings")
         return value.values()  # type: ignore[return-value]
 
     def numbers(self, key: str) -> list[float]:
@@ -197,7 +199,7 @@ class GgufFile:
         return value.values()  # type: ignore[return-value]
 
     def wrong(self, key: str, value: object, expected: str) -> CheckpointError:
-        """The sentence for a value that cannot be meant."""
+        """The error for an invalid value."""
         found = f"an array of {len(value)}" if isinstance(value, GgufArray) else f"'{quote(value)}'"
         return CheckpointError(
             f"{self.path.name}: {quote(key)} is {found}, expected {expected}", path=self.path, key=key
@@ -212,22 +214,22 @@ class GgufFile:
 
 @dataclass(frozen=True, slots=True)
 class _Split:
-    """Which part of a model a file is: the values of `_SPLIT_KEYS`."""
+    """The part of a model that a file is: the values of `_SPLIT_KEYS`."""
 
     number: int
     count: int
     num_tensors: int
 
     def __str__(self) -> str:
-        return f"part {self.number + 1} of {self.count} of a model of {self.num_tensors} tensors"
+        return f"part {self.number + 1} of {self.count} of a model with {self.num_tensors} tensors"
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read the header of a GGUF file, and of the other parts where it is the first of several.
+    """Read the header of a GGUF file; if it is the first part of a split model, read the headers of the others, too.
 
     Raises:
-        CheckpointError: it lies about the file, or cannot be read; a part is missing or belongs to another model.
-        UnsupportedModel: it is well-formed, and of a kind that is not read here: big-endian, or of another version.
+        CheckpointError: a header contradicts its file or cannot be read; a part is missing or belongs to another model.
+        UnsupportedModel: the file is well-formed, but big-endian or of another version.
     """
     first, split = _read_file(path)
     if split is None or split.count <= 1:
@@ -235,15 +237,15 @@ def read_gguf(path: Path) -> GgufFile:
     name = _PART_NAME.fullmatch(path.name)
     if name is None or int(name["count"]) != split.count or int(name["number"]) != split.number + 1:
         raise CheckpointError(
-            f"{path.name} is {split}, and its name does not end in "
-            f"-{split.number + 1:05}-of-{split.count:05}{GGUF_SUFFIX}, by which the other parts are found",
-            hint="give the parts the names back that they were published with",
+            f"{path.name} is {split}, but its name does not end in "
+            f"-{split.number + 1:05}-of-{split.count:05}{GGUF_SUFFIX}, so the other parts cannot be found",
+            hint="restore the file names under which the parts were published",
             path=path,
         )
     if split.number != 0:
         raise CheckpointError(
-            f"{path.name} is {split}; a model in parts is opened by its first",
-            hint=f"name {_first_part(path)}",
+            f"{path.name} is {split}; a split model is opened by its first part",
+            hint=f"give {_first_part(path)}",
             path=path,
         )
     tensors = dict(first.tensors)
@@ -259,24 +261,24 @@ def read_gguf(path: Path) -> GgufFile:
         expected = _Split(number, split.count, split.num_tensors)
         if found != expected:
             raise CheckpointError(
-                f"{part_path.name} is {found or 'no part of a model'}, expected {expected}",
+                f"{part_path.name} is {found or 'not part of a split model'}, expected {expected}",
                 hint=f"it does not belong to {path.name}",
                 path=part_path,
             )
         for key, value in part.metadata.items():
             if not isinstance(value, GgufArray) and value != first.metadata.get(key, value):
                 raise CheckpointError(
-                    f"{part_path.name}: {quote(key)} is '{quote(value)}', in {path.name} it is "
+                    f"{part_path.name}: {quote(key)} is '{quote(value)}', but in {path.name} it is "
                     f"'{quote(first.metadata[key])}'",
-                    hint="the parts are of different models",
+                    hint="the parts belong to different models",
                     path=part_path,
                     key=key,
                 )
         for tensor, ref in part.tensors.items():
             if tensor in tensors:
                 raise CheckpointError(
-                    f"{part_path.name} lists {quote(tensor)}, which {tensors[tensor].path.name} holds already",
-                    hint="the parts are of different models",
+                    f"{part_path.name} lists {quote(tensor)}, which {tensors[tensor].path.name} already contains",
+                    hint="the parts belong to different models",
                     path=part_path,
                     tensor=tensor,
                 )
@@ -290,7 +292,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def _read_file(path: Path) -> tuple[GgufFile, _Split | None]:
-    """One file by itself, and which part of a model it is. Its metadata are without the keys that say so."""
+    """Read one file, and which part of a model it is; the split keys are removed from its metadata."""
     with open_regular(path) as (descriptor, file_bytes):
         cursor = _Cursor(path, descriptor, file_bytes)
         num_tensors, num_entries = _read_start(cursor)
@@ -298,7 +300,7 @@ def _read_file(path: Path) -> tuple[GgufFile, _Split | None]:
         split = _take_split(cursor, metadata)
         metadata_bytes = b"".join(cursor.bytes(*spans[key]) for key in metadata)
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-        # The specification wants a multiple of 8; every reader in use computes with a power of two.
+        # The specification requires a multiple of 8; every reader in use requires a power of two.
         if (
             type(alignment) is not int
             or not 8 <= alignment <= _LARGEST_ALIGNMENT
@@ -314,7 +316,7 @@ def _read_file(path: Path) -> tuple[GgufFile, _Split | None]:
 
 
 def _take_split(cursor: _Cursor, metadata: dict[str, Value]) -> _Split | None:
-    """Which part the file is, taken out of its metadata; None where they do not say."""
+    """Remove the split keys from the metadata, and return them; None if there are none."""
     values = {key: metadata.pop(key) for key in _SPLIT_KEYS if key in metadata}
     if not values:
         return None
@@ -327,19 +329,19 @@ def _take_split(cursor: _Cursor, metadata: dict[str, Value]) -> _Split | None:
 
 
 def _first_part(path: Path) -> Path:
-    """The first part of the model that `path` is named as a part of; else `path`."""
+    """The first part of the model that `path` is a part of, going by its name; otherwise `path`."""
     if name := _PART_NAME.fullmatch(path.name):
         return path.with_name(f"{name['stem']}-00001-of-{name['count']}{GGUF_SUFFIX}")
     return path
 
 
 def find_gguf(directory: Path) -> Path | None:
-    """The one GGUF file in `directory`, the first of one model's parts, or None where there is none.
+    """The one GGUF file in `directory`, or the first part of its one split model; None if there is none.
 
-    A vision tower beside a model does not count: llama.cpp keeps it in a file that has `mmproj` in its name.
+    A vision tower beside a model does not count: llama.cpp keeps it in a file with `mmproj` in its name.
 
     Raises:
-        CheckpointError: there are several.
+        CheckpointError: there are several models.
     """
     entries = sorted(entry for entry in directory.iterdir() if entry.suffix == GGUF_SUFFIX)
     models = [entry for entry in entries if "mmproj" not in entry.name] or entries
@@ -348,22 +350,22 @@ def find_gguf(directory: Path) -> Path | None:
         raise CheckpointError(
             f"{directory} holds {len(found)} models as {GGUF_SUFFIX} files: "
             f"{', '.join(quote(path.name) for path in found[:8])}",
-            hint=f"name the one that is meant, for instance {found[0]}",
+            hint=f"give one of them, for example {found[0]}",
             path=directory,
         )
     return found[0] if found else None
 
 
 def metadata_only(file: GgufFile) -> bytes:
-    """The bytes of a GGUF file with the same metadata and no tensors, as vocabularies are passed around."""
+    """The bytes of a GGUF file with the same metadata and no tensors, the form in which vocabularies are shared."""
     return MAGIC + struct.pack("<IQQ", 3, 0, len(file.metadata)) + file.metadata_bytes
 
 
 def read_values(ref: TensorRef) -> npt.NDArray[np.float32]:
-    """A tensor's values as float32, in its shape; bfloat16 and float16 widen exactly, blocks are dequantised.
+    """A tensor's values as float32, in its shape. bfloat16 and float16 widen exactly; blocks are dequantised.
 
     Raises:
-        CheckpointError: the file has changed.   UnsupportedModel: a type that no kernel reads.
+        CheckpointError: the file has changed.   UnsupportedModel: no kernel reads the tensor's type.
     """
     with open_regular(ref.path) as (descriptor, _):
         raw = np.frombuffer(read_at(descriptor, ref.nbytes, ref.offset, ref.path), np.uint8)
@@ -384,7 +386,7 @@ def read_values(ref: TensorRef) -> npt.NDArray[np.float32]:
             value=ref.dtype,
             supported=RUNNABLE_TYPES,
         )
-    from argosy import _native  # the arithmetic is native; reading a header does without
+    from argosy import _native  # imported here because reading a header does not need it
 
     rows, cols = prod(ref.shape[:-1]), ref.shape[-1]
     slots = _native.transcode(ref.dtype, raw, rows, cols)
@@ -392,7 +394,7 @@ def read_values(ref: TensorRef) -> npt.NDArray[np.float32]:
 
 
 class _Cursor:
-    """A place in the header. Bytes are read from the file as they are needed, and never beyond its end."""
+    """A position in the header. Bytes are read from the file on demand, never beyond its end."""
 
     def __init__(self, path: Path, descriptor: int, file_bytes: int) -> None:
         self.path, self.file_bytes = path, file_bytes
@@ -408,11 +410,11 @@ class _Cursor:
         return self.file_bytes - self.at
 
     def bytes(self, start: int, stop: int) -> bytes:
-        """Bytes of the header that were read already."""
+        """Bytes of the header that have been read."""
         return self._buffer[start:stop]
 
     def need(self, nbytes: int, what: str) -> int:
-        """Move over `nbytes` bytes, which are in the buffer afterwards; returns where they start."""
+        """Advance over `nbytes` bytes, which are then in the buffer; return where they start."""
         start, stop = self.at, self.at + nbytes
         if stop > len(self._buffer):
             self._fill(stop, what)
@@ -441,15 +443,15 @@ class _Cursor:
     def text(self, what: str, longest: int = _LARGEST_NUMBER) -> str:
         nbytes = self.unpack(_LENGTH, f"the length of {what}")
         if nbytes > longest:
-            raise self.refuse(f"{what} has {nbytes} bytes, at most {longest} are allowed")
+            raise self.refuse(f"{what} has {nbytes} bytes; at most {longest} are allowed")
         start = self.need(nbytes, what)
         try:
             return self._buffer[start : self.at].decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self.refuse(f"{what} is not UTF-8 text: byte {error.start} of it is wrong") from None
+            raise self.refuse(f"{what} is not UTF-8 text: byte {error.start} is wrong") from None
 
     def step_over_texts(self, num_items: int, what: str) -> None:
-        """Move over an array of texts, each a length and so many bytes."""
+        """Skip an array of strings; each is a length and that many bytes."""
         at, buffer, unpack = self.at, self._buffer, _LENGTH.unpack_from
         for index in range(num_items):
             if at + 8 > len(buffer):
@@ -462,7 +464,7 @@ class _Cursor:
 
 
 def _read_start(cursor: _Cursor) -> tuple[int, int]:
-    """Check magic and version; returns the counts of tensors and metadata entries, each possible in this file."""
+    """Check magic and version; return the counts of tensors and metadata entries, both plausible for this file."""
     path = cursor.path
     if cursor.file_bytes < 24:
         raise cursor.refuse(f"{cursor.file_bytes} bytes are too few for a GGUF file")
@@ -471,9 +473,9 @@ def _read_start(cursor: _Cursor) -> tuple[int, int]:
     if magic == MAGIC[::-1]:
         raise _big_endian(path)
     if magic != MAGIC:
-        raise cursor.refuse(f"starts with '{quote(magic.decode('latin-1'))}', a GGUF file with 'GGUF'")
+        raise cursor.refuse(f"starts with '{quote(magic.decode('latin-1'))}'; a GGUF file starts with 'GGUF'")
     version = cursor.unpack(_TYPE, "the version")
-    # A big-endian file has the same magic; its version read the wrong way round has zeros below.
+    # A big-endian file has the same magic; the low bytes of its version then read as zero.
     if version and version & 0xFFFF == 0:
         raise _big_endian(path)
     if version not in VERSIONS:
@@ -493,7 +495,7 @@ def _read_start(cursor: _Cursor) -> tuple[int, int]:
     ):
         if count * least > cursor.bytes_left:
             raise cursor.refuse(
-                f"claims {count} {what}, and the {cursor.bytes_left} bytes after the counts have room for "
+                f"claims {count} {what}, but the {cursor.bytes_left} bytes after the counts have room for only "
                 f"{cursor.bytes_left // least}"
             )
     return num_tensors, num_entries
@@ -502,7 +504,7 @@ def _read_start(cursor: _Cursor) -> tuple[int, int]:
 def _big_endian(path: Path) -> UnsupportedModel:
     return UnsupportedModel(
         f"{path.name} is a big-endian GGUF file; supported: little-endian",
-        hint="get the little-endian file, which is the usual one, or convert it with `gguf-convert-endian`",
+        hint="download the usual little-endian file, or convert this one with `gguf-convert-endian`",
         path=path,
         key="endianness",
         value="big",
@@ -536,7 +538,7 @@ def _read_value(cursor: _Cursor, key: str, kind: int) -> Value:
         start = cursor.need(1, shown)
         byte = cursor.bytes(start, start + 1)[0]
         if byte > 1:
-            raise cursor.refuse(f"{shown} is a bool of value {byte}, expected 0 or 1")
+            raise cursor.refuse(f"{shown} is a bool with value {byte}, expected 0 or 1")
         return byte == 1
     if kind == _STRING:
         return cursor.text(shown)
@@ -560,8 +562,8 @@ def _read_array(cursor: _Cursor, key: str) -> GgufArray:
     item_bytes = {_STRING: 8, _BOOL: 1}.get(item_type) or struct.calcsize("<" + _NUMBERS[item_type])
     if num_items * item_bytes > cursor.bytes_left:
         raise cursor.refuse(
-            f"{shown} claims {num_items} items of {_TYPE_NAMES[item_type]}, and the {cursor.bytes_left} bytes "
-            f"behind it have room for {cursor.bytes_left // item_bytes}",
+            f"{shown} claims {num_items} items of {_TYPE_NAMES[item_type]}, but the {cursor.bytes_left} bytes "
+            f"after it have room for only {cursor.bytes_left // item_bytes}",
             hint="the download may be incomplete",
         )
     start = cursor.at
@@ -584,7 +586,7 @@ def _read_tensor(cursor: _Cursor) -> TensorRef:
         raise cursor.refuse("a tensor has an empty name")
     num_dimensions = cursor.unpack(_TYPE, f"the dimensions of {shown}")
     if num_dimensions > _MOST_DIMENSIONS:
-        raise refuse(f"has {num_dimensions} dimensions, at most {_MOST_DIMENSIONS} are allowed")
+        raise refuse(f"has {num_dimensions} dimensions; at most {_MOST_DIMENSIONS} are allowed")
     sizes = [cursor.unpack(_LENGTH, f"the shape of {shown}") for _ in range(num_dimensions)]
     kind = cursor.unpack(_TYPE, f"the type of {shown}")
     offset = cursor.unpack(_LENGTH, f"the offset of {shown}")
@@ -603,12 +605,12 @@ def _read_tensor(cursor: _Cursor) -> TensorRef:
     num_values = 1
     for size in sizes:
         num_values *= size
-        # Checked at every step, as an implementation with 64-bit arithmetic would have to.
+        # Checked after every factor, as an implementation with 64-bit arithmetic would have to.
         if num_values * block_bytes > _LARGEST_NUMBER:
             raise refuse(f"is {dtype} {sizes[::-1]}, more than 2^63 - 1 bytes")
     row = sizes[0] if sizes else 1
     if row % block_values:
-        raise refuse(f"has rows of {row} values, and {dtype} stores blocks of {block_values}")
+        raise refuse(f"has rows of {row} values, but {dtype} stores blocks of {block_values}")
     return TensorRef(
         name, cursor.path, offset, num_values // block_values * block_bytes, dtype, tuple(reversed(sizes))
     )
@@ -617,7 +619,7 @@ def _read_tensor(cursor: _Cursor) -> TensorRef:
 def _place(
     relative: list[TensorRef], cursor: _Cursor, data_start: int, alignment: int
 ) -> dict[str, TensorRef]:
-    """Prove that the tensors, in order, are exactly the data part; returns them with offsets in the file."""
+    """Prove that the tensors, in order, fill exactly the data part; return them with offsets in the file."""
     tensors: dict[str, TensorRef] = {}
     for ref in relative:
         if ref.name in tensors:
@@ -640,15 +642,15 @@ def _place(
         end, before = ref.offset + ref.nbytes, ref.name
         if end > cursor.file_bytes:
             raise cursor.refuse(
-                f"{shown} ends at byte {end}, and the file has {cursor.file_bytes} bytes",
+                f"{shown} ends at byte {end}, but the file has {cursor.file_bytes} bytes",
                 hint="the download may be incomplete",
             )
-    # Writers fill the last tensor up to the alignment, or do not.
+    # Some writers pad the last tensor to the alignment, others do not.
     if tensors and cursor.file_bytes > _round_up(end, alignment):
-        raise cursor.refuse(f"the file has {cursor.file_bytes} bytes, and its tensors end at byte {end}")
+        raise cursor.refuse(f"the file has {cursor.file_bytes} bytes, but its tensors end at byte {end}")
     if not tensors and cursor.file_bytes > data_start:
         raise cursor.refuse(
-            f"the file has {cursor.file_bytes} bytes, and no tensor after its header of {cursor.at}"
+            f"the file has {cursor.file_bytes} bytes, but no tensor follows its header of {cursor.at}"
         )
     return tensors
 

@@ -1,14 +1,13 @@
-"""Rebuild a tokenizer from what a GGUF says about it.
+"""Rebuild a tokenizer from the metadata of a GGUF.
 
-    metadata  ->  read_tokenizer   ->  tokenizers.Tokenizer, special tokens, ends of an answer, chat template
-              ->  tokenizer_files  ->  tokenizer.json  +  tokenizer_config.json, as a checkpoint directory has them
+    metadata  ->  read_tokenizer   ->  tokenizers.Tokenizer, special tokens, end tokens, chat template
+              ->  tokenizer_files  ->  tokenizer.json  +  tokenizer_config.json, as in a checkpoint directory
 
-Two kinds are known. "gpt2" is byte-level BPE with a list of merges; its `pre` names how text is cut into words first.
-"llama" is SentencePiece BPE: a score for each token decides which pair merges first, and a character without a token
-falls back to bytes.
+Two kinds are supported. "gpt2" is byte-level BPE with a list of merges; its `pre` names the rule that first splits text
+into words. "llama" is SentencePiece BPE: a score for each token decides which pair merges first, and a character
+without a token falls back to bytes.
 
-Elsewhere: what is done with a tokenizer is `prompt/tokenizer.py`; words are `byte_level.py`; the file's header is read
-by `gguf.py`.
+Elsewhere: `prompt/tokenizer.py` uses the tokenizer; `byte_level.py` splits words; `gguf.py` reads the file's header.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from argosy.errors import CheckpointError, UnsupportedModel
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # token types
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
-# Spellings of tokens that end a turn, whatever the file says of eos: models are trained to stop at any of them.
+# Tokens that end a turn, whichever the file gives as eos: models are trained to stop at any of them.
 _ENDS_OF_TURN = frozenset({
     "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|return|>", "<|call|>",
 })  # fmt: skip
@@ -38,7 +37,7 @@ _ENDS_OF_TURN = frozenset({
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufTokenizer:
-    """A tokenizer, with what tokenizer_config.json and generation_config.json would say beside it."""
+    """A tokenizer, with the contents of the matching tokenizer_config.json and generation_config.json."""
 
     core: tokenizers.Tokenizer
     config: Mapping[str, Any]  # bos_token ... as text, add_bos_token
@@ -47,11 +46,11 @@ class GgufTokenizer:
 
 
 def read_tokenizer(file: GgufFile) -> GgufTokenizer | None:
-    """The tokenizer that a GGUF describes; None where it describes none.
+    """The tokenizer that a GGUF describes; None if it describes none.
 
     Raises:
-        CheckpointError: a key is missing, or the parts do not belong together.
-        UnsupportedModel: another kind of tokenizer.
+        CheckpointError: a key is missing, or the parts do not match.
+        UnsupportedModel: it is another kind of tokenizer.
     """
     if "tokenizer.ggml.model" not in file.metadata:
         return None
@@ -73,7 +72,7 @@ def read_tokenizer(file: GgufFile) -> GgufTokenizer | None:
     else:
         raise UnsupportedModel(
             f"{file.path.name} has a tokenizer of kind '{quote(kind)}'; supported: gpt2, llama",
-            hint="use the safetensors directory of the same model, it holds tokenizer.json",
+            hint="use the safetensors checkpoint of the same model, which has tokenizer.json",
             path=file.path,
             key="tokenizer.ggml.model",
             value=kind,
@@ -108,7 +107,7 @@ def tokenizer_files(path: Path) -> tuple[str, dict[str, Any]]:
         tokenizer_config: content of `tokenizer_config.json`, chat template included.
 
     Raises:
-        CheckpointError, UnsupportedModel: as `read_tokenizer`; or the file describes no tokenizer.
+        CheckpointError, UnsupportedModel: for the same reasons as `read_tokenizer`, or there is no tokenizer.
     """
     file = read_gguf(path)
     read = read_tokenizer(file)
@@ -155,8 +154,8 @@ def _byte_level(
     name = file.text("tokenizer.ggml.pre", "default")
     if name not in WORDS:
         raise UnsupportedModel(
-            f"{file.path.name} cuts text into words by '{quote(name)}'; supported: {', '.join(WORDS)}",
-            hint="use the safetensors directory of the same model, it holds tokenizer.json",
+            f"{file.path.name} uses the pre-tokenizer '{quote(name)}'; supported: {', '.join(WORDS)}",
+            hint="use the safetensors checkpoint of the same model, which has tokenizer.json",
             path=file.path,
             key="tokenizer.ggml.pre",
             value=name,
@@ -180,7 +179,7 @@ def _listed_merges(file: GgufFile) -> list[tuple[str, ...]]:
 
 
 def _ranked_merges(file: GgufFile, tokens: list[str], kinds: Sequence[float]) -> list[tuple[str, str]]:
-    """All merges of a vocabulary whose ids are ranks."""
+    """All merges of a vocabulary in which ids are ranks."""
     ranked = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _NORMAL]
     for token in ranked:
         if len(token) > LONGEST_TOKEN:
@@ -224,13 +223,13 @@ def _sentencepiece(
 def _by_score(
     file: GgufFile, tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[float]
 ) -> list[str]:
-    """The tokens that pairs may become: the best score merges first, and of equal ones the lower id."""
+    """The tokens that pairs may merge into: best score first; on a tie the lower id."""
     found = [at for at, kind in enumerate(kinds) if kind in (_NORMAL, _USER_DEFINED)]
     for at in found:
         if len(tokens[at]) > LONGEST_TOKEN or not math.isfinite(scores[at]):
             raise CheckpointError(
                 f"{file.path.name}: token {at} has {len(tokens[at])} characters and score {scores[at]}; expected at "
-                f"most {LONGEST_TOKEN}, and a number",
+                f"most {LONGEST_TOKEN} characters, and a number",
                 path=file.path,
                 key="tokenizer.ggml.tokens",
             )
@@ -240,8 +239,8 @@ def _by_score(
 def _model_of(file: GgufFile, **parts: Any) -> models.BPE:
     try:
         return models.BPE(**parts)
-    except Exception as error:  # the package raises plain Exception
+    except Exception as error:  # the tokenizers package raises plain Exception
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{file.path.name}: the tokens and merges do not belong together: {quote(said)}", path=file.path
+            f"{file.path.name}: the tokens and merges do not match: {quote(said)}", path=file.path
         ) from None

@@ -1,13 +1,12 @@
-"""Read small JSON files that nobody vouches for.
+"""Read small JSON files that cannot be trusted.
 
     bytes  ->  parse_json  ->  plain dicts, lists, text, numbers, or one CheckpointError
 
 JSON has corners where two readers disagree: a key given twice, `NaN`, a number of ten thousand digits,
-nesting without end. Here each of them is an error that names the file, and never a crash or a guess. Files
-are opened only if they are regular files (a link to one is fine: hub caches are made of links) of a bounded
-size.
+unlimited nesting. Here each of them is an error that names the file, never a crash or a guess. Only regular
+files of a bounded size are opened (a link to one is fine: hub caches are made of links).
 
-Elsewhere: what the keys mean is the business of `safetensors.py`, `pack.py` and `model/families/`.
+Elsewhere: `safetensors.py`, `pack.py` and `model/families/` interpret the keys.
 """
 
 from __future__ import annotations
@@ -21,14 +20,13 @@ from pathlib import Path
 
 from argosy.errors import CheckpointError
 
-JSON_LIMIT_BYTES = (
-    100_000_000  # the safetensors format's own limit for a header; more than any real config needs
-)
+# The safetensors format's own limit for a header; more than any real config needs.
+JSON_LIMIT_BYTES = 100_000_000
 _LONGEST_QUOTE = 120
 
 
 def quote(value: object) -> str:
-    """`value` as one short printable line: what comes from a file may hold anything at all."""
+    """`value` as one short printable line; text from a file may contain anything."""
     text = value if isinstance(value, str) else repr(value)
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[: _LONGEST_QUOTE + 1])
     return shown if len(text) <= _LONGEST_QUOTE else shown[:_LONGEST_QUOTE] + "..."
@@ -42,7 +40,7 @@ def open_regular(path: Path) -> Iterator[tuple[int, int]]:
         CheckpointError: it is missing, a link that leads nowhere, unreadable, or not a regular file.
     """
     try:
-        # O_NONBLOCK: a named pipe must not hold us up before fstat can refuse it.
+        # O_NONBLOCK: opening a named pipe must not block before fstat can refuse it.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         if path.is_symlink():
@@ -63,7 +61,7 @@ def open_regular(path: Path) -> Iterator[tuple[int, int]]:
 
 
 def read_at(descriptor: int, nbytes: int, offset: int, path: Path) -> bytes:
-    """Exactly `nbytes` bytes at `offset`, or a CheckpointError that says how many there were."""
+    """Read exactly `nbytes` bytes at `offset`, or raise a CheckpointError that says where the file ends."""
     parts: list[bytes] = []
     found = 0
     while found < nbytes:
@@ -73,7 +71,7 @@ def read_at(descriptor: int, nbytes: int, offset: int, path: Path) -> bytes:
             raise CheckpointError(f"{path.name} cannot be read: {error.strerror}", path=path) from error
         if not part:
             raise CheckpointError(
-                f"{path.name} ends at byte {offset + found}, and {nbytes} bytes were expected at {offset}",
+                f"{path.name} ends at byte {offset + found}; expected {nbytes} bytes at {offset}",
                 path=path,
             )
         parts.append(part)
@@ -82,15 +80,15 @@ def read_at(descriptor: int, nbytes: int, offset: int, path: Path) -> bytes:
 
 
 def parse_json(data: bytes, path: Path, what: str = "") -> object:
-    """Parse `data` as UTF-8 JSON in which no key comes twice and every number is finite.
+    """Parse `data` as UTF-8 JSON with unique keys and finite numbers.
 
     Args:
         data: the text.
-        path: the file it came from, for the sentence.
-        what: which part of that file, for instance "header"; empty for all of it.
+        path: the file it came from, named in errors.
+        what: the part of that file, for example "header"; empty for the whole file.
 
     Raises:
-        CheckpointError: anything else.
+        CheckpointError: `data` is anything else.
     """
     subject = f"{path.name}: the {what}" if what else path.name
 
@@ -128,12 +126,12 @@ def parse_json(data: bytes, path: Path, what: str = "") -> object:
         ) from error
     except RecursionError as error:
         raise CheckpointError(f"{subject} is nested too deeply", path=path) from error
-    except ValueError as error:  # Python refuses to read a whole number of more than a few thousand digits
+    except ValueError as error:  # Python refuses to parse an integer with more than a few thousand digits
         raise CheckpointError(f"{subject} holds a number with too many digits", path=path) from error
 
 
 def parse_object(data: bytes, path: Path, what: str = "") -> dict[str, object]:
-    """`parse_json` for a file whose outermost value has to be an object."""
+    """`parse_json` for a file whose outermost value must be an object."""
     value = parse_json(data, path, what)
     if not isinstance(value, dict):
         subject = f"{path.name}: the {what}" if what else path.name
@@ -146,12 +144,12 @@ def read_object(path: Path) -> dict[str, object]:
     with open_regular(path) as (descriptor, size):
         if size > JSON_LIMIT_BYTES:
             raise CheckpointError(
-                f"{path.name} is {size} bytes long, at most {JSON_LIMIT_BYTES} are read", path=path
+                f"{path.name} is {size} bytes long; at most {JSON_LIMIT_BYTES} are read", path=path
             )
         return parse_object(read_at(descriptor, size, 0, path), path)
 
 
 def kind_of(value: object) -> str:
-    """What JSON calls the kind of `value`, with its article."""
+    """The JSON type of `value`, with its article."""
     kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
     return "null" if value is None else kinds.get(type(value), "an object")

@@ -1,18 +1,21 @@
-"""Split the matrix that makes keys and values of a latent vector in two, as absorbed attention takes it.
+"""Split the matrix that turns latent vectors into keys and values in two, as absorbed attention needs it.
 
     kv_up [heads * (key + value), rank]  ->  k_up [heads * rank, key]    the key half of each head, transposed
                                              v_up [heads * value, rank]  the value half of each head
 
-Absorbed attention multiplies a query with the transposed key half, so memory holds that and not the key half: each
-weight is there once, and both products read rows in order. Weights of float formats keep their bits, and so do those of
-f8, whose scales are of square blocks, where halves of a head are whole blocks; elsewhere these become float32. Groups
-of other quantised weights lie along the rank and cannot be turned without quantising again: the key half becomes
-float16, which is off by a thirtieth of a step of q8's quants at most, and by less of the others'. Their value half
-stays as it is where halves of a head are whole panels, and becomes float16, too, where they are not.
+Absorbed attention multiplies a query with the transposed key half, so memory holds the transpose and not the key half:
+each weight is stored once, and both products read rows in order.
 
-Packs hold the two halves; from anything else they are made while it lands.
+- Float formats keep their bits.
+- f8 has scales for square blocks: it keeps its bits where each half of a head is whole blocks, and becomes float32
+  elsewhere.
+- Groups of other quantised weights run along the rank and cannot be transposed without requantising. The key half
+  becomes float16, which is off by at most a thirtieth of a quantisation step of q8, and by less for the others. The
+  value half is unchanged where each half of a head is whole panels; elsewhere it becomes float16, too.
 
-Elsewhere: when this happens is `model/weights.py` and `pack.py`; the arithmetic is native/ops/latent_attention.h.
+Packs store the two halves; for all other sources the split happens while the matrix lands.
+
+Elsewhere: `model/weights.py` and `pack.py` call this; the arithmetic is native/ops/latent_attention.h.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ class MatrixShape(NamedTuple):
 
 
 class KeyValueMatrix(NamedTuple):
-    """kv_up in memory, whole."""
+    """The whole kv_up in memory."""
 
     format: Format
     head: KeyValueRows
@@ -58,13 +61,13 @@ class KeyValueMatrix(NamedTuple):
 
 
 def key_value_matrix(ref: MatrixRef) -> KeyValueMatrix:
-    """What a matrix with `key_value_rows` is, once it has landed."""
+    """Describe a matrix with `key_value_rows` after it has landed."""
     assert ref.key_value_rows is not None
     return KeyValueMatrix(ref.format, ref.key_value_rows, ref.cols)
 
 
 def split_shapes(kv_up: KeyValueMatrix) -> tuple[MatrixShape, MatrixShape]:
-    """What becomes of it: k_up and v_up."""
+    """The shapes of k_up and v_up."""
     format, head, rank = kv_up
     whole_format: Format = "f32" if format == "f8" else "f16"
     value_format: Format = format if _is_cut_between_heads(kv_up) else whole_format
@@ -76,21 +79,21 @@ def split_shapes(kv_up: KeyValueMatrix) -> tuple[MatrixShape, MatrixShape]:
 
 
 def keeps_its_format(kv_up: KeyValueMatrix) -> bool:
-    """Whether both halves have its format, and so every weight its bits."""
+    """Whether both halves have its format, so that every weight keeps its bits."""
     return all(half.format == kv_up.format for half in split_shapes(kv_up))
 
 
 def passing_bytes(kv_up: KeyValueMatrix) -> int:
-    """Bytes of memory, beside the matrix and what becomes of it, that `split` takes."""
+    """Bytes of memory that `split` takes in addition to its input and its outputs."""
     key, value = split_shapes(kv_up)
     if key.format == kv_up.format:
         return 0
     rows = kv_up.head.key_rows if value.format == kv_up.format else kv_up.num_rows
-    return (4 + 2) * rows * kv_up.rank  # as float32, then as float16 where that is wanted
+    return (4 + 2) * rows * kv_up.rank  # as float32, and as float16 where needed
 
 
 def split(kv_up: KeyValueMatrix, matrix: Bytes, keys: Bytes, values: Bytes) -> None:
-    """Write k_up and v_up of the matrix whose bytes `matrix` holds."""
+    """Write k_up and v_up of the matrix with the bytes `matrix`."""
     format, head, rank = kv_up
     key_shape, value_shape = split_shapes(kv_up)
     if value_shape.format != format:
@@ -114,7 +117,7 @@ def split(kv_up: KeyValueMatrix, matrix: Bytes, keys: Bytes, values: Bytes) -> N
 
 
 def _split_whole(heads: NDArray[Any], key_rows: int, keys: Bytes, values: Bytes) -> None:
-    """Split [heads, key + value, rank] of numbers that take so many bytes in memory, too."""
+    """Split [heads, key + value, rank] of numbers that have the same size in memory."""
     num_heads, rows, rank = heads.shape
     turned = keys.view(heads.dtype).reshape(num_heads, rank, key_rows)
     turned[:] = heads[:, :key_rows].transpose(0, 2, 1)
@@ -135,7 +138,7 @@ def _turn_f8(matrix: Bytes, rows: int, cols: int, out: Bytes) -> None:
 
 
 def _is_cut_between_heads(kv_up: KeyValueMatrix) -> bool:
-    """Whether keys and values of a head can be told apart without touching weights."""
+    """Whether the keys and values of each head can be separated without changing weights."""
     together = rows_together(kv_up.format)
     is_turned_whole = kv_up.format != "f8" or kv_up.rank % F8_BLOCK == 0
     return kv_up.head.key_rows % together == 0 and kv_up.head.value_rows % together == 0 and is_turned_whole

@@ -1,18 +1,18 @@
-"""The packed form of a model: its layout on disk, its manifest, and how it is opened and verified.
+"""The packed form of a model: its layout on disk, its manifest, opening and verifying it.
 
     DIR/argosy.json    the manifest, written last: formats, a checksum of every record, BLAKE3 of every file
     DIR/dense.bin      dense matrices, each at a multiple of 4096
     DIR/experts.bin    one record per routed expert, at multiples of the stride: gate, up, down, one read
     DIR/config.json    and the tokenizer's files: copies
-    DIR/metadata.gguf  in place of these, where the pack was made from a GGUF: its metadata, without tensors
+    DIR/metadata.gguf  instead of these copies if the pack was made from a GGUF: its metadata, without tensors
 
-Records follow each other, layer by layer and expert by expert, at multiples of 4096, the block that unbuffered reads
-want. Inside a record each matrix starts at a multiple of 64. All records of a layer are alike; layers differ where
-their formats do, and then the manifest lists the formats of gate, up and down for each layer with experts. A
-directory without a manifest is not a pack, so half of one never opens. The manifest is proved like any other file:
-sizes and shapes follow from the config, ranges lie in the files, and its own BLAKE3 covers it.
+Records follow each other, layer by layer and expert by expert, at multiples of 4096, the block size that unbuffered
+reads need. Inside a record each matrix starts at a multiple of 64. All records of a layer have the same layout; if
+formats differ between layers, the manifest lists the formats of gate, up and down for each layer with experts. A
+directory without a manifest is not a pack, so an unfinished pack never opens. The manifest is checked like any other
+file: sizes and shapes must follow from the config, ranges must lie inside the files, and its own BLAKE3 must match.
 
-Elsewhere: packs are written by `pack.py`; record checksums are verified by whoever reads a record.
+Elsewhere: `pack.py` writes packs; the code that reads a record verifies its checksum.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ FILE_ALIGNMENT = 4096
 MATRIX_ALIGNMENT = 64
 STORED_FORMATS: tuple[Format, ...] = get_args(Format)
 
-Progress = Callable[[str, float], None]  # what is being done, and which share of it is done
+Progress = Callable[[str, float], None]  # the current task, and the share of it that is done
 
 
 def round_up(count: int, multiple: int) -> int:
-    """The least multiple of `multiple` that is at least `count`."""
+    """The smallest multiple of `multiple` that is at least `count`."""
     return -(-count // multiple) * multiple
 
 
-ExpertFormats = tuple[Format, Format, Format]  # of gate, up and down
+ExpertFormats = tuple[Format, Format, Format]  # gate, up, down
 
 
 @dataclass(frozen=True, slots=True)
 class RecordLayout:
-    """Where the three matrices of an expert lie in its record; the same for every expert of a layer."""
+    """The places of an expert's three matrices in its record, the same for every expert of a layer."""
 
     gate: ExpertMatrix
     up: ExpertMatrix
@@ -73,7 +73,7 @@ class RecordLayout:
 
 
 def record_layout(config: ModelConfig, formats: ExpertFormats) -> RecordLayout:
-    """The record of a model's experts in the formats of gate, up and down."""
+    """The record layout of a model's experts, given the formats of gate, up and down."""
     matrices = []
     at = 0
     for format, (rows, cols) in zip(formats, expert_shapes(config), strict=True):
@@ -87,7 +87,7 @@ def record_layout(config: ModelConfig, formats: ExpertFormats) -> RecordLayout:
 def lay_out_experts(
     config: ModelConfig, formats_of: Callable[[int], ExpertFormats]
 ) -> Iterator[tuple[tuple[int, int], int, RecordLayout]]:
-    """((layer, expert), offset, layout) of every record of a pack, in their order."""
+    """((layer, expert), offset, layout) of every record of a pack, in order."""
     at = 0
     for layer in config.moe_layers:
         layout = record_layout(config, formats_of(layer))
@@ -97,7 +97,7 @@ def lay_out_experts(
 
 
 def lay_out_dense(config: ModelConfig, format_of: Callable[[str], Format], path: Path) -> list[MatrixRef]:
-    """The dense matrices of a pack, one after the other in `path`."""
+    """The dense matrices of a pack, one after another in `path`."""
     refs = []
     at = 0
     for name, shape in dense_shapes(config):
@@ -111,18 +111,18 @@ def lay_out_dense(config: ModelConfig, format_of: Callable[[str], Format], path:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What `argosy.json` says."""
+    """The contents of `argosy.json`."""
 
-    format: str  # as asked for: bf16, q8, q4, or source
+    format: str  # as requested: bf16, q8, q4, or source
     config: ModelConfig
     dense_formats: Mapping[str, Format]
     dense_checksums: Mapping[str, int]
     expert_formats: Mapping[int, ExpertFormats]  # by layer
-    expert_checksums: list[int]  # in the order of the records
+    expert_checksums: list[int]  # in record order
     files: Mapping[str, tuple[int, str]]  # name -> bytes, BLAKE3
 
     def to_bytes(self) -> bytes:
-        """The file's text. Equal manifests give equal bytes."""
+        """The contents of the file. Equal manifests give equal bytes."""
         contents = {
             "format": self.format,
             "config": asdict(self.config),
@@ -139,7 +139,7 @@ class Manifest:
         return (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
 
     def _formats_to_json(self) -> object:
-        """One format where all matrices of all experts share it, else gate, up and down of each layer with experts."""
+        """One format if all matrices of all experts share it; otherwise gate, up and down per layer with experts."""
         formats = {format for three in self.expert_formats.values() for format in three}
         if len(formats) == 1:
             return formats.pop()
@@ -147,17 +147,17 @@ class Manifest:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read `argosy.json` and prove that it is whole.
+    """Read `argosy.json` and prove that it is intact.
 
     Raises:
-        CheckpointError: it is missing, damaged, of another version, or not what a manifest looks like.
+        CheckpointError: it is missing, damaged, malformed or of another version.
     """
     path = directory / MANIFEST_FILE
     raw = read_object(path)
     if raw.get("argosy_pack") != PACK_VERSION:
         raise CheckpointError(
-            f"{MANIFEST_FILE} is of version {quote(raw.get('argosy_pack'))}, this Argosy reads version {PACK_VERSION}",
-            hint="make the pack again from its source",
+            f"{MANIFEST_FILE} has version {quote(raw.get('argosy_pack'))}, this Argosy reads version {PACK_VERSION}",
+            hint="pack the source again",
             path=path,
         )
     reader = _Strict(path)
@@ -205,12 +205,12 @@ def open_pack(directory: str | Path) -> ModelFiles | None:
     """The pack in `directory`, or None if it is not one.
 
     Raises:
-        CheckpointError: it is an unfinished pack, or its manifest and files do not belong together.
+        CheckpointError: it is an unfinished pack, or its manifest and files do not match.
     """
     directory = Path(directory)
     if directory.name.endswith(PARTIAL_SUFFIX):
         raise CheckpointError(
-            f"{directory} is a pack that was not finished",
+            f"{directory} is an unfinished pack",
             hint=f"`argosy pack SRC {directory.name.removesuffix(PARTIAL_SUFFIX)}` continues it",
             path=directory,
         )
@@ -225,10 +225,10 @@ def open_pack(directory: str | Path) -> ModelFiles | None:
         fault = "does not have" if odd in expected else "has an unexpected"
         raise CheckpointError(f"{MANIFEST_FILE} {fault} tensor {quote(odd)}", path=directory, tensor=odd)
     dense = lay_out_dense(config, lambda name: manifest.dense_formats[name], directory / DENSE_FILE)
-    num_records = len(config.moe_layers) * config.num_experts  # counted before as many are laid out
+    num_records = len(config.moe_layers) * config.num_experts  # checked before that many records are laid out
     if len(manifest.expert_checksums) != num_records:
         raise CheckpointError(
-            f"{MANIFEST_FILE} has checksums of {len(manifest.expert_checksums)} experts, "
+            f"{MANIFEST_FILE} has checksums for {len(manifest.expert_checksums)} experts, "
             f"expected {num_records}",
             path=directory,
         )
@@ -260,7 +260,7 @@ def open_pack(directory: str | Path) -> ModelFiles | None:
 def _check_files(directory: Path, manifest: Manifest) -> None:
     for required in (DENSE_FILE, EXPERTS_FILE):
         if required not in manifest.files:
-            raise CheckpointError(f"{MANIFEST_FILE} does not name {required}", path=directory)
+            raise CheckpointError(f"{MANIFEST_FILE} does not list {required}", path=directory)
     for name, (nbytes, _) in manifest.files.items():
         with open_regular(directory / name) as (_, found):
             if found != nbytes:
@@ -271,7 +271,7 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What `verify_pack` read."""
+    """The data that `verify_pack` read."""
 
     directory: Path
     num_files: int
@@ -282,8 +282,8 @@ def verify_pack(directory: str | Path, progress: Progress | None = None) -> Veri
     """Read a pack from end to end and compare each file with its BLAKE3.
 
     Raises:
-        CheckpointError: `directory` is not a pack, or a file was changed.
-        CorruptRecord: the change is in a dense tensor or an expert, which is named.
+        CheckpointError: `directory` is not a pack, or a file has changed.
+        CorruptRecord: a dense tensor or an expert has changed; the error names it.
     """
     directory = Path(directory)
     model = open_pack(directory)
@@ -306,7 +306,7 @@ def verify_pack(directory: str | Path, progress: Progress | None = None) -> Veri
 
 
 def _locate_damage(model: ModelFiles, path: Path) -> CheckpointError:
-    """Name the tensor or expert whose bytes changed."""
+    """The error that names the tensor or expert whose bytes changed."""
     if path.name == DENSE_FILE:
         for ref in model.dense.values():
             if checksum_of(path, ref.offset, ref.nbytes) != ref.checksum:
@@ -328,7 +328,7 @@ def _locate_damage(model: ModelFiles, path: Path) -> CheckpointError:
 
 def checksum_of(path: Path, offset: int, nbytes: int) -> int:
     """crc32c_wide of a range of a file."""
-    from argosy import _native  # the arithmetic is native; opening a pack does without
+    from argosy import _native  # imported here because opening a pack does not need it
 
     if nbytes == 0:
         return int(_native.crc32c_wide(np.zeros(0, np.uint8)))
@@ -340,7 +340,7 @@ def _digest_of(contents: Mapping[str, object]) -> str:
 
 
 class _Strict:
-    """Checks on values from a manifest; each refusal is one sentence."""
+    """Checks values from a manifest; each failure is a one-sentence error."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -368,7 +368,7 @@ class _Strict:
 
     def checksum(self, value: object, where: str) -> int:
         if type(value) is not int or not 0 <= value < 2**32:
-            raise self.wrong(where, value, "a checksum of 32 bits")
+            raise self.wrong(where, value, "a 32-bit checksum")
         return value
 
     def format(self, value: object, where: str) -> Format:
@@ -377,7 +377,7 @@ class _Strict:
         return value
 
     def expert_formats(self, value: object, layers: tuple[int, ...]) -> dict[int, ExpertFormats]:
-        """Formats of gate, up and down for each layer with experts: one for all, or a list of threes."""
+        """Formats of gate, up and down for each layer with experts, from one format for all or a list of triples."""
         if not isinstance(value, list):
             format = self.format(value, "experts.format")
             return dict.fromkeys(layers, (format, format, format))
@@ -390,7 +390,7 @@ class _Strict:
 
 
 def _from_json(kind: Any, value: object, where: str, reader: _Strict) -> object:
-    """Rebuild a frozen config object from JSON, checking every type on the way."""
+    """Rebuild a frozen config object from JSON, checking every type."""
     if is_dataclass(kind):
         given = reader.mapping(value, where)
         hints = get_type_hints(kind)

@@ -6,22 +6,22 @@
     bf16      bf16      bf16             f32
     q8        q8        q8               f32
     q4        q4        q8               f32
-    source    as they are, bit for bit; blocks, codes and scales become slot formats, which hold the same weights
+    source    unchanged, bit for bit; blocks, codes and scales become slot formats, which hold the same weights
 
-The matrix that makes keys and values of a latent vector is written as memory wants it, in two halves: q8 quantises
-that of the keys in the order in which it is multiplied, `source` writes them where weights keep their bits
+The matrix that turns latent vectors into keys and values is written in two halves, as in memory. q8 quantises the key
+half in the order in which it is multiplied; `source` writes the halves only if every weight keeps its bits
 (`latent_up.py`).
 
 Norms, biases and the rows that score experts stay float32, exactly: a rounded router does not blur a sum, it
-picks another expert. From float32 or float16, `bf16` rounds to nearest even: it was asked for by name.
-Formats that models are released in (f8, int4, mxfp4) count as exact; what somebody quantised, such as a GGUF, is
-never quantised again.
+picks another expert. From float32 or float16, `bf16` rounds to nearest even, because it was requested by name.
+Formats in which models are released (f8, int4, mxfp4) count as exact; weights that somebody quantised later, such as
+a GGUF, are never requantised.
 
-Memory is bounded by one record and a few slices, whatever the model's size. A pack that is killed goes on
-where it stopped: what the journal names is read again and compared with its checksum, the rest is written.
-The manifest comes last, after the data is on the drive, and then the directory gets its name.
+Memory is bounded by one record and a few slices, whatever the model's size. A pack that was killed resumes where it
+stopped: records in the journal are read again and compared with their checksums, and the rest is written. The
+manifest is written last, after the data is on the drive; then the directory gets its name.
 
-Elsewhere: the layout and the way back is `manifest.py`; the arithmetic of q8 and q4 is `native/kernels/`.
+Elsewhere: `manifest.py` has the layout and opens packs; `native/kernels/` has the arithmetic of q8 and q4.
 """
 
 from __future__ import annotations
@@ -90,11 +90,11 @@ from argosy.replace_file import sync
 __all__ = ["PACK_FORMATS", "PackReport", "open_pack", "pack", "verify_pack"]
 
 PACK_FORMATS = ("bf16", "q8", "q4", "source")
-# What models are released in: the weights are exact.
+# Formats in which models are released: their weights are exact.
 REQUANTISED: tuple[Format, ...] = ("f8", "int4", "mxfp4")
 JOURNAL_FILE = "journal"
 
-_SLICE_VALUES = 1 << 20  # of a matrix that is read and converted at once
+_SLICE_VALUES = 1 << 20  # values of a matrix that are read and converted at once
 _COPIED_NAMES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json",
@@ -108,15 +108,15 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class PackReport:
-    """What `pack` did."""
+    """The result of `pack`."""
 
     directory: Path
     format: str
     source_bytes: int  # dense weights and experts, before
     packed_bytes: int  # all files of the pack
     seconds: float
-    resumed_bytes: int  # of the pack, found written by an earlier run
-    restarted_because: str | None  # why an earlier run's work was thrown away
+    resumed_bytes: int  # bytes of the pack that an earlier run had written
+    restarted_because: str | None  # why an earlier run's work was discarded
 
 
 def pack(
@@ -126,15 +126,15 @@ def pack(
 
     Args:
         files: a checkpoint in place, or a pack that is not quantised.
-        destination: a directory that does not exist yet; `<destination>.partial` is used until the pack is whole.
+        destination: a directory that does not exist yet; `<destination>.partial` is used until the pack is complete.
         format: bf16, q8, q4 or source.
-        progress: called with what is being done and the share of it that is done.
+        progress: called with the current task and the share of it that is done.
 
     Raises:
-        UsageError: the format is unknown, the source is quantised, `destination` exists, or another process packs
-            to it.
-        DiskFull: there is no room; what was written stays, and the same call continues.
-        CheckpointError: the source changed meanwhile, or holds values that are not numbers.
+        UsageError: the format is unknown, the source is quantised, `destination` exists, or another process is
+            packing to it.
+        DiskFull: there is no room. Written data stays, and calling again continues.
+        CheckpointError: the source changed meanwhile, or holds values that are not finite numbers.
     """
     started = time.monotonic()
     destination = Path(destination)
@@ -172,7 +172,7 @@ def _require_packable(files: ModelFiles, destination: Path, format: str) -> None
 
 
 def _quantised_formats(files: ModelFiles) -> str:
-    """The quantised formats of the experts, else of the dense matrices, that are kept as they are, or ''."""
+    """The quantised formats that rule out requantising: those of the experts, else of the dense matrices; or ''."""
     experts = {format for layer in files.config.moe_layers for format in files.expert_formats(layer)}
     for formats in (experts, {ref.format for ref in files.dense.values()}):
         if quantised := sorted(
@@ -184,10 +184,10 @@ def _quantised_formats(files: ModelFiles) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _SourceMatrix:
-    """Where a matrix comes from, and what is done to it.
+    """The source of a matrix, and how it is converted.
 
-    Blocks are transcoded, paired rows put into halves; values `strides` apart come to lie row after row: (from one
-    row to the next, from one column to the next).
+    Blocks are transcoded, and paired rows are put into halves. Values that lie `strides` apart, (from one row to the
+    next, from one column to the next), are stored row after row.
     """
 
     name: str
@@ -200,29 +200,29 @@ class _SourceMatrix:
     block_type: str | None = None
     paired_heads: int = 0
     strides: tuple[int, int] | None = None
-    # Quants and scales apart: they land in one memory, the matrix at `offset` in it.
+    # Separate quants and scales: they land in the same memory, with the matrix at `offset`.
     pieces: tuple[Piece, ...] = ()
-    half: tuple[KeyValueRows, bool] | None = None  # what kv_up makes k_up (true) or v_up of
+    half: tuple[KeyValueRows, bool] | None = None  # head rows of kv_up, and whether this is k_up or v_up
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row in the file; panels of a slot format have no rows of their own."""
+        """Bytes of a row in the file; panels of a slot format have no separate rows."""
         return self.nbytes // self.rows if self.block_type else self.cols * BYTES_PER_VALUE[self.format]
 
 
 @dataclass(frozen=True, slots=True)
 class _Unit:
-    """What is written and noted at once: one dense matrix, or one expert with its three."""
+    """Data that is written and journalled together: one dense matrix, or one expert with its three matrices."""
 
     file: str
     offset: int
     nbytes: int
-    end: int  # of the unit and the padding after it
+    end: int  # end of the unit, padding included
     parts: tuple[tuple[_SourceMatrix, Format, int], ...]  # source, format to write, offset inside the unit
 
 
 def _config_of_pack(files: ModelFiles, format: str) -> ModelConfig:
-    """What the pack's tensors are those of: the source's config, but for kv_up where it is written in two."""
+    """The config that describes the pack's tensors: the source's, except where kv_up is written in two halves."""
     if format != "source":
         return packed_config(files.config)
     whole = [ref for ref in files.dense.values() if ref.key_value_rows is not None]
@@ -231,7 +231,7 @@ def _config_of_pack(files: ModelFiles, format: str) -> ModelConfig:
 
 
 def _plan(files: ModelFiles, config: ModelConfig, format: str) -> tuple[list[MatrixRef], list[_Unit]]:
-    """Everything that a pack of `config` holds, in the order in which it is written."""
+    """Everything that a pack of `config` holds, in the order of writing."""
     units = []
 
     def dense_format(name: str) -> Format:
@@ -262,7 +262,7 @@ def _plan(files: ModelFiles, config: ModelConfig, format: str) -> tuple[list[Mat
 
 
 def _dense_source(files: ModelFiles, name: str) -> _SourceMatrix:
-    """Where a dense tensor comes from; k_up and v_up, where the source has none, from kv_up."""
+    """The source of a dense tensor. k_up and v_up come from kv_up if the source does not have them."""
     if (ref := files.dense.get(name)) is None:
         layer, _, last = name.rpartition(".")
         ref = files.dense[f"{layer}.kv_up"]
@@ -291,7 +291,7 @@ def _expert_source(record: ExpertRecord, name: str, layer: int, expert: int) -> 
         return _completed_source(
             label, (piece, *others), matrix.offset, matrix.format, matrix.rows, matrix.cols
         )
-    # A transcoded piece is one matrix; any other holds its matrices as they are.
+    # A transcoded piece is one matrix; any other piece holds its matrices unchanged.
     nbytes = piece.nbytes if piece.transcode else matrix_bytes(matrix.format, matrix.rows, matrix.cols)
     return _SourceMatrix(
         label, piece.path, piece.offset + (0 if piece.transcode else matrix.offset), matrix.format,
@@ -303,7 +303,7 @@ def _expert_source(record: ExpertRecord, name: str, layer: int, expert: int) -> 
 def _completed_source(
     label: str, pieces: tuple[Piece, ...], offset: int, format: Format, rows: int, cols: int
 ) -> _SourceMatrix:
-    """A matrix at `offset` of the memory where its codes and its scales land."""
+    """A matrix at `offset` in the memory where its codes and scales land."""
     nbytes = matrix_bytes(format, rows, cols)
     return _SourceMatrix(label, pieces[0].path, offset, format, rows, cols, nbytes, pieces=pieces)
 
@@ -355,7 +355,7 @@ class _Writer:
         self._open_files.close()
 
     def write_all(self) -> None:
-        """Write every unit that an earlier run has not."""
+        """Write every unit that an earlier run did not."""
         total = sum(unit.end - unit.offset for unit in self._units)
         done = self.resumed_bytes
         for unit in self._units[len(self._checksums) :]:
@@ -366,7 +366,7 @@ class _Writer:
             self._progress(f"packing {self._format}", done / total)
 
     def finish(self) -> int:
-        """Copy the small files, write the manifest, give the directory its name; returns the pack's bytes."""
+        """Copy the small files, write the manifest and rename the directory; return the size of the pack."""
         sizes = {}
         for name, descriptor in self._targets.items():
             with self._writing():
@@ -379,8 +379,8 @@ class _Writer:
             sizes[name] = len(data), blake3.blake3(data).hexdigest()
         if self._source_fingerprint() != self._fingerprint:
             raise CheckpointError(
-                f"{self._files.path} changed while it was packed",
-                hint="run the same command again: it starts over",
+                f"{self._files.path} changed while it was being packed",
+                hint="run the same command again; it starts over",
             )
         num_dense = len(self._dense)
         manifest = Manifest(
@@ -401,8 +401,8 @@ class _Writer:
         with self._writing():
             sync(self._partial)
             os.rename(self._partial, self._destination)
-        # The journal goes last: until the new name is on the drive, a crash may bring the partial directory back.
-        with suppress(OSError):  # the pack is whole; a journal that stays in it is never read
+        # The journal is removed last: until the new name is on the drive, a crash may restore the partial directory.
+        with suppress(OSError):  # the pack is complete; a leftover journal is never read
             sync(self._parent)
             (self._destination / JOURNAL_FILE).unlink()
         return sum(nbytes for nbytes, _ in sizes.values()) + len(manifest)
@@ -436,16 +436,16 @@ class _Writer:
         step = max(PANEL_ROWS, _SLICE_VALUES // max(1, source.cols) // PANEL_ROWS * PANEL_ROWS)
         are_panels = is_quantised(source.format) and source.block_type is None
         if source.paired_heads or source.strides or are_panels:
-            step = max(1, source.rows)  # rows change places, or are panels that cannot be cut here
+            step = max(1, source.rows)  # rows change places, or panels cannot be split here
         for row in range(0, source.rows, step):
             num_rows = min(step, source.rows - row)
             raw = self._read_rows(source, row, num_rows)
-            # Whole panels only, so the slices of a quantised matrix follow each other as in one piece.
+            # Whole panels only, so that concatenated slices equal the matrix quantised in one piece.
             start = matrix_bytes(format, row, source.cols)
             yield start, raw if format == source.format else self._convert(source, raw, num_rows, format)
 
     def _requantised(self, source: _SourceMatrix, format: Format) -> Iterator[tuple[int, Bytes]]:
-        """The same for a quantised matrix, from the exact values of its weights."""
+        """The same for a quantised matrix, starting from the exact values of its weights."""
         whole = self._read_rows(source, 0, source.rows)
         step = max(F8_BLOCK, _SLICE_VALUES // max(1, source.cols) // F8_BLOCK * F8_BLOCK)
         for row in range(0, source.rows, step):
@@ -457,7 +457,7 @@ class _Writer:
     def _half(
         self, source: _SourceMatrix, head: KeyValueRows, is_key: bool, format: Format
     ) -> Iterator[tuple[int, Bytes]]:
-        """k_up or v_up from the whole kv_up: its bits, or head by head in another format."""
+        """k_up or v_up from the whole kv_up: with its bits, or converted head by head to another format."""
         whole = self._read_rows(source, 0, source.rows)
         if format == source.format:
             kv_up = KeyValueMatrix(format, head, source.cols)
@@ -525,7 +525,7 @@ class _Writer:
         return descriptor
 
     def _read_completed(self, source: _SourceMatrix) -> Bytes:
-        """A matrix whose quants and scales are pieces of their own."""
+        """Read a matrix whose quants and scales are separate pieces."""
         landed = np.zeros(source.pieces[0].landed_bytes, np.uint8)
         for piece in source.pieces:
             assert piece.transcode is not None
@@ -543,7 +543,7 @@ class _Writer:
         return landed[source.offset : source.offset + source.nbytes]
 
     def _read_strided(self, source: _SourceMatrix, descriptor: int) -> Bytes:
-        """All of a matrix whose values lie apart, row after row."""
+        """Read a strided matrix, and return it row after row."""
         assert source.strides is not None
         size = BYTES_PER_VALUE[source.format]
         last = sum(
@@ -563,10 +563,10 @@ class _Writer:
         self._hashers[name].update(data.data)
         self._write_at(self._targets[name], data.data, offset)
 
-    # Journal: one line that says what is packed from what, then "<unit> <checksum>" for each unit written.
+    # Journal: one line that describes the source and the pack, then "<unit> <checksum>" for each unit written.
 
     def _resume(self) -> None:
-        """Take over what an earlier run wrote, as far as it is exactly what this run would write."""
+        """Keep the units of an earlier run that are exactly what this run would write."""
         header = json.dumps({"version": PACK_VERSION, "format": self._format, "source": self._fingerprint})
         lines = self._read_journal()
         if lines and lines[0] != header:
@@ -577,7 +577,7 @@ class _Writer:
             self._truncate(self._lock, 0)
             for descriptor in self._targets.values():
                 self._truncate(descriptor, 0)
-            with self._writing():  # small files of another source must not end up in this pack
+            with self._writing():  # this pack must not include small files of another source
                 for name in set(os.listdir(self._partial)) - {JOURNAL_FILE, *self._targets}:
                     os.unlink(self._partial / name)
             self._append_to_journal(header + "\n")
@@ -590,7 +590,7 @@ class _Writer:
             self._hash_written(unit)
             self._checksums.append(checksum)
             self.resumed_bytes += unit.end - unit.offset
-            self._progress("checking what an earlier run wrote", len(self._checksums) / len(self._units))
+            self._progress("checking the records of an earlier run", len(self._checksums) / len(self._units))
         kept = [header, *(f"{index} {checksum}" for index, checksum in enumerate(self._checksums))]
         self._truncate(self._lock, sum(len(line) + 1 for line in kept))
         for name, descriptor in self._targets.items():
@@ -600,7 +600,7 @@ class _Writer:
     def _read_journal(self) -> list[str]:
         size = os.fstat(self._lock).st_size
         text = os.pread(self._lock, size, 0).decode("utf-8", "replace")
-        return text.split("\n")[:-1]  # a line without its newline was cut off by the kill
+        return text.split("\n")[:-1]  # the kill cut off a line without a newline
 
     def _append_to_journal(self, line: str) -> None:
         self._write_at(self._lock, memoryview(line.encode()), os.fstat(self._lock).st_size)
@@ -618,21 +618,21 @@ class _Writer:
         try:
             earlier = json.loads(header)
             if earlier["format"] != self._format:
-                return f"the unfinished pack is {earlier['format']}, asked for is {self._format}"
+                return f"the unfinished pack is {earlier['format']}, but {self._format} was requested"
             if earlier["version"] != PACK_VERSION:
-                return "the unfinished pack is of another version of Argosy"
+                return "the unfinished pack was made by another version of Argosy"
         except (ValueError, TypeError, KeyError):
             return "the journal of the unfinished pack is damaged"
-        return f"{self._files.path} changed since the unfinished pack was begun"
+        return f"{self._files.path} changed since the unfinished pack was started"
 
     def _source_fingerprint(self) -> list[list[object]]:
-        """Name, size and time of change of every file that the pack is made from."""
+        """Name, size and modification time of every source file of the pack."""
         paths = {unit.parts[0][0].path for unit in self._units} | set(self._copied)
         paths |= {source.path for unit in self._units for source, _, _ in unit.parts}
         paths |= {
             piece.path for unit in self._units for source, _, _ in unit.parts for piece in source.pieces
         }
-        if self._files.path.is_file():  # a GGUF whose first part may have no tensors
+        if self._files.path.is_file():  # the first part of a GGUF may have no tensors
             paths.add(self._files.path)
         found: list[list[object]] = []
         for path in sorted(paths):
@@ -640,10 +640,10 @@ class _Writer:
                 status = path.stat()
                 found.append([path.name, status.st_size, status.st_mtime_ns])
             except OSError:
-                found.append([path.name, None, None])  # gone, and so different from what it was
+                found.append([path.name, None, None])  # missing, so it differs from before
         return found
 
-    # Files: everything that can run out of room goes through here.
+    # Files: every operation that can run out of disk space is here.
 
     def _require_room(self) -> None:
         needed = sum(unit.end - unit.offset for unit in self._units) - self.resumed_bytes
@@ -671,7 +671,7 @@ class _Writer:
                 data, offset = data[written:], offset + written
 
     def _write_small(self, name: str, data: bytes) -> None:
-        """Write a whole file so that it is either absent or complete, and on the drive."""
+        """Write a whole file so that it is either absent or complete and on the drive."""
         temporary = f".{name}.new"
         descriptor = self._open_target(temporary)
         self._truncate(descriptor, 0)
@@ -688,7 +688,7 @@ class _Writer:
 
     @contextmanager
     def _writing(self, needed_bytes: int = 0) -> Iterator[None]:
-        """Turn what a file system answers in this block into a sentence."""
+        """Turn file system errors in this block into Argosy's errors."""
         try:
             yield
         except OSError as error:
@@ -699,9 +699,9 @@ class _Writer:
 
     def _disk_full(self, needed_bytes: int, free_bytes: int) -> DiskFull:
         return DiskFull(
-            f"{self._partial} needs {format_bytes(needed_bytes)} more, and its file system has "
+            f"{self._partial} needs {format_bytes(needed_bytes)} more, but its file system has "
             f"{format_bytes(free_bytes)} free",
-            hint="make room and run the same command again: it continues where it stopped",
+            hint="make room and run the same command again; it continues where it stopped",
             path=self._partial,
             needed_bytes=needed_bytes,
             free_bytes=free_bytes,
@@ -717,7 +717,7 @@ def _formats_of(unit: _Unit) -> ExpertFormats:
 
 
 def _files_to_copy(path: Path) -> list[Path]:
-    """Config, tokenizer and licence of a model, as far as they are there. A GGUF holds its own config and tokenizer."""
+    """The config, tokenizer and licence files that a model has. A GGUF holds its own config and tokenizer."""
     directory, others = (path, _COPIED_NAMES) if path.is_dir() else (path.parent, ())
     names = sorted(entry.name for entry in directory.iterdir())
     chosen = [name for name in names if name in others or name.startswith(_COPIED_PREFIXES)]
@@ -725,13 +725,13 @@ def _files_to_copy(path: Path) -> list[Path]:
     for found in paths:
         if found.stat().st_size > JSON_LIMIT_BYTES:
             raise CheckpointError(
-                f"{found.name} is {found.stat().st_size} bytes long, at most {JSON_LIMIT_BYTES} are read"
+                f"{found.name} is {found.stat().st_size} bytes long; at most {JSON_LIMIT_BYTES} are read"
             )
     return paths
 
 
 def _files_to_make(path: Path) -> dict[str, bytes]:
-    """The metadata of a GGUF, as a file of a pack: its tokenizer and chat template are read from there."""
+    """The metadata of a GGUF as a file of the pack, from which its tokenizer and chat template are read."""
     return {} if path.is_dir() else {GGUF_METADATA_FILE: metadata_only(read_gguf(path))}
 
 
@@ -745,7 +745,7 @@ def _widen(format: Format, raw: Bytes) -> Float32:
 
 
 def round_to_bf16(values: Float32) -> npt.NDArray[np.uint16]:
-    """The nearest bfloat16 of finite numbers, ties to even."""
+    """Round finite numbers to the nearest bfloat16, ties to even."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = (bits >> 16) & 1
     rounded += bits

@@ -1,14 +1,14 @@
-"""Find every tensor of a safetensors checkpoint, and prove where its bytes are, without reading them.
+"""Find every tensor of a safetensors checkpoint and prove where its bytes are, without reading them.
 
     directory  ->  open_tensors  ->  {name: TensorRef(file, offset, length, dtype, shape)}
 
-A file is `model.safetensors`, or shards named by `model.safetensors.index.json`. Of each file only the header
-is read: 8 bytes of length, then JSON. Nothing is believed: a range lies inside the file that is really there,
-ranges follow each other without overlap or hole (as the format's reference implementation demands), length is
-dtype times shape, and the index and its shards agree in both directions. Whatever is wrong is one
-CheckpointError.
+A checkpoint is `model.safetensors`, or the shards that `model.safetensors.index.json` lists. Only the header of
+each file is read: 8 bytes of length, then JSON. Nothing is trusted: every range must lie inside the actual file,
+ranges must follow each other without overlaps or holes (as the format's reference implementation demands), a
+length must be dtype times shape, and the index and its shards must agree in both directions. Any fault raises
+one CheckpointError.
 
-Elsewhere: which tensors a model must have is `model/families/`; the packed form is `pack.py`.
+Elsewhere: `model/families/` says which tensors a model must have; `pack.py` writes the packed form.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from argosy.errors import CheckpointError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-HEADER_LIMIT_BYTES = 100_000_000  # as the reference implementation
+HEADER_LIMIT_BYTES = 100_000_000  # the reference implementation's limit
 _LARGEST_NUMBER = 2**63 - 1
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPE_BITS = {
@@ -41,7 +41,7 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """Where one tensor lies: `nbytes` bytes at `offset` of `path`, rows first, little-endian."""
+    """The place of one tensor: `nbytes` bytes at `offset` of `path`, rows first, little-endian."""
 
     name: str
     path: Path
@@ -55,13 +55,13 @@ def open_tensors(directory: Path) -> dict[str, TensorRef]:
     """Every tensor of the checkpoint in `directory`, by name.
 
     Raises:
-        CheckpointError: there is no checkpoint, or anything in it is not as the module's first lines promise.
+        CheckpointError: there is no checkpoint, or it breaks a rule in this module's docstring.
     """
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
     has_single, has_index = _exists(single), _exists(index)
     if has_single and has_index:
         raise CheckpointError(
-            f"{directory} holds both {SINGLE_FILE} and {INDEX_FILE}, and only one of them can be meant",
+            f"{directory} holds both {SINGLE_FILE} and {INDEX_FILE}, but only one of them may exist",
             hint="move one of them away",
             path=directory,
         )
@@ -76,7 +76,7 @@ def read_header(path: Path) -> dict[str, TensorRef]:
     """Every tensor of one safetensors file, in the order of their bytes.
 
     Raises:
-        CheckpointError: the header lies about the file, or cannot be read.
+        CheckpointError: the header contradicts the file, or cannot be read.
     """
     with open_regular(path) as (descriptor, file_bytes):
         if file_bytes < 8:
@@ -86,12 +86,12 @@ def read_header(path: Path) -> dict[str, TensorRef]:
         header_bytes = int.from_bytes(read_at(descriptor, 8, 0, path), "little")
         if header_bytes > HEADER_LIMIT_BYTES:
             raise CheckpointError(
-                f"{path.name} claims a header of {header_bytes} bytes, at most {HEADER_LIMIT_BYTES} are read",
+                f"{path.name} claims a header of {header_bytes} bytes; at most {HEADER_LIMIT_BYTES} are read",
                 path=path,
             )
         if 8 + header_bytes > file_bytes:
             raise CheckpointError(
-                f"{path.name} claims a header of {header_bytes} bytes, and the file has "
+                f"{path.name} claims a header of {header_bytes} bytes, but the file has only "
                 f"{file_bytes - 8} after the length",
                 hint="the download may be incomplete",
                 path=path,
@@ -110,7 +110,7 @@ def read_header(path: Path) -> dict[str, TensorRef]:
 
 def _check_metadata(metadata: object, path: Path) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path.name}: __metadata__ has to map text to text", path=path)
+        raise CheckpointError(f"{path.name}: __metadata__ must map strings to strings", path=path)
 
 
 def _tensor_ref(name: str, entry: object, path: Path, data_start: int) -> TensorRef:
@@ -121,7 +121,7 @@ def _tensor_ref(name: str, entry: object, path: Path, data_start: int) -> Tensor
         raise refuse(f"is {kind_of(entry)} in the header, expected an object")
     if entry.keys() != {"dtype", "shape", "data_offsets"}:
         found = ", ".join(sorted(quote(key) for key in entry)) or "nothing"
-        raise refuse(f"is described by {found}; expected data_offsets, dtype, shape")
+        raise refuse(f"has the fields {found}; expected data_offsets, dtype, shape")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise refuse(f"has dtype {quote(dtype)}; known: {', '.join(DTYPE_BITS)}")
@@ -133,7 +133,7 @@ def _tensor_ref(name: str, entry: object, path: Path, data_start: int) -> Tensor
     num_bits = DTYPE_BITS[dtype]
     for size in shape:
         num_bits *= size
-        # Checked at every step, as an implementation with 64-bit arithmetic would have to.
+        # Checked after every factor, as an implementation with 64-bit arithmetic would have to.
         if num_bits > _LARGEST_NUMBER:
             raise refuse(f"is {dtype} {quote(shape)}, more than 2^63 - 1 bits")
     if num_bits % 8:
@@ -141,8 +141,8 @@ def _tensor_ref(name: str, entry: object, path: Path, data_start: int) -> Tensor
     begin, end = offsets
     if end < begin or end - begin != num_bits // 8:
         raise refuse(
-            f"is {dtype} {quote(shape)} and needs {num_bits // 8} bytes, its data_offsets {offsets} "
-            f"hold {end - begin}"
+            f"is {dtype} {quote(shape)} and needs {num_bits // 8} bytes, but its data_offsets {offsets} "
+            f"span {end - begin}"
         )
     return TensorRef(name, path, data_start + begin, end - begin, dtype, tuple(shape))
 
@@ -158,7 +158,7 @@ def _check_ranges(refs: list[TensorRef], path: Path, data_start: int, file_bytes
         if ref.offset + ref.nbytes > file_bytes:
             raise CheckpointError(
                 f"{path.name}: {quote(ref.name)} ends at byte {ref.offset + ref.nbytes}, "
-                f"and the file has {file_bytes} bytes",
+                f"but the file has {file_bytes} bytes",
                 hint="the download may be incomplete",
                 path=path,
                 tensor=ref.name,
@@ -174,7 +174,7 @@ def _check_ranges(refs: list[TensorRef], path: Path, data_start: int, file_bytes
         at, before = ref.offset + ref.nbytes, ref.name
     if at != file_bytes:
         raise CheckpointError(
-            f"{path.name} has {file_bytes} bytes, and its tensors end at byte {at}", path=path
+            f"{path.name} has {file_bytes} bytes, but its tensors end at byte {at}", path=path
         )
 
 
@@ -186,15 +186,15 @@ def _read_shards(index: Path) -> dict[str, TensorRef]:
         for name, ref in refs.items():
             promised = weight_map.get(name)
             if promised != shard:
-                where = "does not name it" if promised is None else f"puts it into {promised}"
+                where = "does not list it" if promised is None else f"assigns it to {promised}"
                 raise CheckpointError(
-                    f"{shard} holds {quote(name)}, and {index.name} {where}", path=ref.path, tensor=name
+                    f"{shard} holds {quote(name)}, but {index.name} {where}", path=ref.path, tensor=name
                 )
             found[name] = ref
     for name, shard in weight_map.items():
         if name not in found:
             raise CheckpointError(
-                f"{index.name} puts {quote(name)} into {shard}, which does not hold it",
+                f"{index.name} assigns {quote(name)} to {shard}, which does not contain it",
                 path=index,
                 tensor=name,
             )
@@ -217,14 +217,14 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     for name, shard in entries.items():
         if not isinstance(shard, str):
             raise CheckpointError(
-                f"{index.name} puts {quote(name)} into {quote(shard)}, expected a file name",
+                f"{index.name} assigns {quote(name)} to {quote(shard)}, expected a file name",
                 path=index,
                 tensor=name,
             )
         if not _is_plain_file_name(shard):
             raise CheckpointError(
-                f"{index.name} names the shard '{quote(shard)}'; a shard is a plain name, "
-                "without a folder, that ends in .safetensors",
+                f"{index.name} names the shard '{quote(shard)}'; a shard is a plain file name "
+                "without a folder, ending in .safetensors",
                 path=index,
                 tensor=name,
             )
@@ -238,18 +238,18 @@ def _is_plain_file_name(name: str) -> bool:
 
 
 def _exists(path: Path) -> bool:
-    return path.is_symlink() or path.exists()  # a dangling link counts, so that it gets its own sentence
+    return path.is_symlink() or path.exists()  # a dangling link counts, so that it gets its own error
 
 
 def _nothing_to_read(directory: Path) -> CheckpointError:
-    """The sentence for a directory without safetensors: what was looked for, and what lies there instead."""
+    """The error for a directory without safetensors: the files looked for, and the files found instead."""
     looked_for = f"{directory} holds no safetensors: looked for {SINGLE_FILE} and {INDEX_FILE}"
     names = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
     for name in names:
         if name.endswith(_PICKLE_SUFFIXES):
             return CheckpointError(
-                f"{looked_for}, found {quote(name)}, a format that can run code when it is read",
-                hint="get the safetensors files of this model; nothing else is read",
+                f"{looked_for}, found {quote(name)}, a format that can run code when it is loaded",
+                hint="download the safetensors files of this model instead",
                 path=directory,
                 found=name,
             )

@@ -2,10 +2,11 @@
 
     (name, dtype, shape, read) ...  ->  header from the shapes  ->  one tensor at a time  ->  fsync
 
-The header comes first in the format, so shapes must be known before the first byte of data is made; `read` is
-called once for each tensor, in order. Tensors lie in the order given: name what is read together side by side.
+The format puts the header first, so all shapes must be known before the first byte of data exists; `read` is
+called once for each tensor, in order. Tensors are stored in the given order: list tensors that are read together
+side by side.
 
-Elsewhere: reading is `safetensors.py`. A directory becomes visible at once by a rename, which is the caller's.
+Elsewhere: `safetensors.py` reads the format. The caller renames a finished directory to make it visible at once.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ _NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2"}
 def write_safetensors(
     path: Path, tensors: Iterable[TensorToWrite], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write `tensors` to `path`, and return when they are on the drive.
+    """Write `tensors` to `path`; return when they are on the drive.
 
     Args:
-        tensors: name, dtype as the format spells it ("F32", "BF16", ...), shape, and what returns the bytes:
-            little-endian, rows first, exactly dtype times shape.
+        tensors: name, dtype as the format spells it ("F32", "BF16", ...), shape, and a function that returns the
+            bytes: little-endian, rows first, exactly dtype times shape.
         metadata: free text for `__metadata__`.
 
     Raises:
-        ValueError: a name comes twice, a dtype is unknown, or `read` returned another number of bytes.
-        OSError: the drive refused; what was written stays there, unfinished.
+        ValueError: a name appears twice, a dtype is unknown, or `read` returned the wrong number of bytes.
+        OSError: the drive failed; the unfinished file stays there.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     planned: list[tuple[str, int, Callable[[], Bytes]]] = []
@@ -72,7 +73,7 @@ def encode(values: npt.NDArray[np.floating], dtype: str) -> bytes:
     """The bytes of `values` as `dtype`: F32, F16 or BF16, rounded to nearest even.
 
     Raises:
-        ValueError: another dtype, or a number that the dtype has no room for.
+        ValueError: another dtype, or a number that the dtype cannot hold.
     """
     if dtype == "BF16":
         encoded: npt.NDArray[np.generic] = to_bfloat16_bits(values)
@@ -89,7 +90,7 @@ def encode(values: npt.NDArray[np.floating], dtype: str) -> bytes:
 
 
 def to_bfloat16_bits(values: npt.NDArray[np.floating]) -> npt.NDArray[np.uint16]:
-    """Round float32 to bfloat16, to nearest even, as bit patterns: NumPy has no bfloat16. NaN stays NaN."""
+    """Round float32 to bfloat16 bit patterns, to nearest even; NumPy has no bfloat16. NaN stays NaN."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)

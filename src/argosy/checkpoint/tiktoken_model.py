@@ -1,14 +1,14 @@
-"""Build a tokenizer from `tiktoken.model`, as checkpoints of Kimi have it instead of `tokenizer.json`.
+"""Build a tokenizer from `tiktoken.model`, which Kimi checkpoints have instead of `tokenizer.json`.
 
     tiktoken.model + tokenizer_config.json  ->  read_tiktoken  ->  tokenizers.Tokenizer
 
-A line is the bytes of a token in base64, a space and its rank. The rank is the token's id, and tells which pair of a
-word merges first. Behind the ranks lie 256 ids of special tokens: `added_tokens_decoder` names some, and the others
-are reserved. How text is cut into words is said by code that is never run (`tokenization_kimi.py`); the class that
-`tokenizer_config.json` names stands for it, so another one is refused. That code also cuts what has more than 25,000
-characters without a space, to spare tiktoken; here it stays whole.
+A line is the bytes of a token in base64, a space and its rank. The rank is the token's id and decides which pair of a
+word merges first. 256 ids of special tokens follow the ranks: `added_tokens_decoder` names some, and the others are
+reserved. The rule that splits text into words is code in the checkpoint (`tokenization_kimi.py`), which is never run;
+the class in `tokenizer_config.json` stands for that rule, so any other class is refused. That code also splits runs of
+more than 25,000 characters without a space, to spare tiktoken; here they stay whole.
 
-Elsewhere: what is done with a tokenizer is `prompt/tokenizer.py`; words and merges are `byte_level.py`.
+Elsewhere: `prompt/tokenizer.py` uses the tokenizer; `byte_level.py` has words and merges.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from argosy.checkpoint.byte_level import (
 from argosy.checkpoint.json_strict import open_regular, quote, read_at
 from argosy.errors import CheckpointError, UnsupportedModel
 
-_MAX_FILE_BYTES = 16 << 20  # vocabularies of 250,000 tokens have 4.6 MB
+_MAX_FILE_BYTES = 16 << 20  # a vocabulary of 250,000 tokens takes 4.6 MB
 _TOKENIZER_CLASS = "TikTokenTokenizer"
 _NUM_SPECIAL = 256
-# What an added token may say beside its text. It is found as it is written, wherever it stands, so these are off.
+# Flags of an added token. It must match exactly as written, anywhere in the text, so these must be off.
 _OFF = ("lstrip", "rstrip", "single_word")
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def read_tiktoken(path: Path, config: Mapping[str, object]) -> tokenizers.Tokenizer:
-    """The tokenizer that a `tiktoken.model` and the content of the `tokenizer_config.json` beside it describe.
+    """The tokenizer that a `tiktoken.model` and the contents of its `tokenizer_config.json` describe.
 
     Raises:
-        CheckpointError: a line is damaged, a rank or byte is missing or there twice, or a special token is not one of
-            the ids behind the ranks.
-        UnsupportedModel: it belongs to another class of tokenizer, or a special token does more than stand for itself.
+        CheckpointError: a line is damaged, a rank or byte is missing or repeated, or a special token's id is not one of
+            those after the ranks.
+        UnsupportedModel: it belongs to another tokenizer class, or a special token has a flag set.
     """
     if (found := config.get("tokenizer_class")) != _TOKENIZER_CLASS:
         raise UnsupportedModel(
@@ -61,7 +61,7 @@ def read_tiktoken(path: Path, config: Mapping[str, object]) -> tokenizers.Tokeni
     special = _special_tokens(path, config, len(vocab))
     if twice := [token.content for token in special if token.content in vocab]:
         raise CheckpointError(
-            f"tokenizer_config.json: special token '{quote(twice[0])}' is a token of {path.name}, too",
+            f"tokenizer_config.json: special token '{quote(twice[0])}' is also a token of {path.name}",
             path=path,
             key="added_tokens_decoder",
         )
@@ -72,10 +72,12 @@ def read_tiktoken(path: Path, config: Mapping[str, object]) -> tokenizers.Tokeni
 
 
 def _read_ranks(path: Path) -> list[bytes]:
-    """The tokens, in the order of their ranks."""
+    """The tokens in rank order."""
     with open_regular(path) as (descriptor, size):
         if size > _MAX_FILE_BYTES:
-            raise CheckpointError(f"{path.name} has {size} bytes, more than {_MAX_FILE_BYTES}", path=path)
+            raise CheckpointError(
+                f"{path.name} has {size} bytes; at most {_MAX_FILE_BYTES} are read", path=path
+            )
         lines = read_at(descriptor, size, 0, path).splitlines()
     by_rank: dict[int, bytes] = {}
     for number, line in enumerate(lines, 1):
@@ -91,15 +93,17 @@ def _read_ranks(path: Path) -> list[bytes]:
                 path, number, f"is '{quote(line.decode('latin-1'))}', expected base64, a space and a rank"
             )
         if len(token) > LONGEST_TOKEN:
-            raise _damaged(path, number, f"has a token of {len(token)} bytes, more than {LONGEST_TOKEN}")
+            raise _damaged(
+                path, number, f"has a token of {len(token)} bytes; at most {LONGEST_TOKEN} are allowed"
+            )
         if (rank := int(digits)) in by_rank:
-            raise _damaged(path, number, f"gives rank {rank} a second time")
+            raise _damaged(path, number, f"repeats rank {rank}")
         by_rank[rank] = token
     tokens = [token for _, token in sorted(by_rank.items())]
     if missing := set(range(len(tokens))) - by_rank.keys():
         raise CheckpointError(
-            f"{path.name} has {len(tokens)} tokens and none of rank {min(missing)}; expected ranks "
-            "from 0 on without a gap",
+            f"{path.name} has {len(tokens)} tokens but none with rank {min(missing)}; expected ranks "
+            "from 0 on without gaps",
             path=path,
         )
     known = {token: rank for rank, token in enumerate(tokens)}
@@ -111,7 +115,7 @@ def _read_ranks(path: Path) -> list[bytes]:
     for byte in range(256):
         if bytes([byte]) not in known:
             raise CheckpointError(
-                f"{path.name} has no token for the byte 0x{byte:02X}, so text that holds it could not be written",
+                f"{path.name} has no token for the byte 0x{byte:02X}, so text that contains it cannot be encoded",
                 path=path,
             )
     return tokens
@@ -122,7 +126,7 @@ def _damaged(path: Path, number: int, what: str) -> CheckpointError:
 
 
 def _special_tokens(path: Path, config: Mapping[str, object], first: int) -> list[AddedToken]:
-    """The special tokens in the order of their ids, which begin at `first`; those without a name are reserved."""
+    """The special tokens in id order, from `first` on; ids without a name are reserved."""
     given = config.get("added_tokens_decoder")
     if not isinstance(given, dict) or not given:
         raise _wrong(path, "added_tokens_decoder", given, "the special tokens by id")
@@ -132,7 +136,7 @@ def _special_tokens(path: Path, config: Mapping[str, object], first: int) -> lis
             path,
             "added_tokens_decoder",
             others[0],
-            f"ids from {first} to {first + _NUM_SPECIAL - 1}, behind the ranks",
+            f"ids from {first} to {first + _NUM_SPECIAL - 1}, after the ranks",
         )
     tokens = []
     for token_id in range(first, first + _NUM_SPECIAL):

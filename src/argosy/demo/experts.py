@@ -43,8 +43,8 @@ class TrainedExperts:
             file = read_gguf(path)
         except CheckpointError as error:
             raise CheckpointError(
-                f"{path.name} is not readable: {error.message}",
-                hint="it is part of Argosy; install Argosy again",
+                f"{path.name} cannot be read: {error.message}",
+                hint="it is part of Argosy; reinstall Argosy",
                 path=path,
             ) from error
         self._tensors = file.tensors

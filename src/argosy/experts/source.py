@@ -298,7 +298,7 @@ class ExpertFiles:
         if kind == "not finite":
             return CheckpointError(
                 f"layer {layer}, expert {expert}: {message}",
-                hint="the file is damaged; get it again",
+                hint="the file is damaged; download it again",
                 path=str(pieces[0].path),
                 layer=layer,
                 expert=expert,

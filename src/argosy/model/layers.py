@@ -106,7 +106,7 @@ def _decay_rate(name: str, weights: DenseWeights, *, is_log: bool) -> Vector:
     if wrong.size:
         raise CheckpointError(
             f"{name} gives head {wrong[0]} a decay of e^({rate[wrong[0]]} * softplus), expected a rate of 0 or less",
-            hint="the file is damaged, or the model was saved broken",
+            hint="the file is damaged, or the model was already broken when it was saved",
             tensor=name,
         )
     return rate

@@ -23,7 +23,7 @@ class MemoryLimit:
     """What this process may use at most, and what of it nobody else uses."""
 
     total_bytes: int
-    free_bytes: int  # what this process holds already counts as free
+    free_bytes: int  # memory that this process holds counts as free, too
     source: str  # "machine", or the cgroup whose limit is the smallest
 
     def __str__(self) -> str:

@@ -132,7 +132,7 @@ def _hint_of_hub(path: Path) -> str | None:
         return None
     some = ' --include "*Q4_K_M*"' if path.name.lower().endswith("-gguf") else ""
     return (
-        f"`hf download {path}{some} --local-dir {path.name}` gets a model of that name from the Hugging Face Hub "
+        f"`hf download {path}{some} --local-dir {path.name}` downloads a model of that name from the Hugging Face Hub "
         f"(`pip install huggingface_hub` brings `hf`); then give ./{path.name}"
     )
 
@@ -172,7 +172,7 @@ def _open_gguf(path: Path) -> ModelFiles:
     families = {family.GGUF_ARCHITECTURE: family for family in FAMILIES.values()}
     if architecture not in families:
         raise UnsupportedModel(
-            f"{path.name} is of architecture '{quote(architecture)}'; supported: {', '.join(families)}",
+            f"{path.name} has architecture '{quote(architecture)}'; supported: {', '.join(families)}",
             path=path,
             key="general.architecture",
             value=architecture,
@@ -221,7 +221,7 @@ def _require_same_config(packed: ModelFiles) -> None:
     if config != packed.config:
         raise CheckpointError(
             f"{MANIFEST_FILE} and {CONFIG_FILE} in {packed.path} describe different models",
-            hint="make the pack again from its source",
+            hint="pack the source again",
             path=packed.path,
         )
 

@@ -187,7 +187,7 @@ class ConfigReader:
         if value is None:
             return None
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self._wrong(name, value, "a list of texts or null")
+            raise self._wrong(name, value, "a list of strings or null")
         return tuple(value)
 
     def attention_shape(

@@ -233,7 +233,7 @@ def require_groups(router: RouterConfig, num_experts: int, experts_per_token: in
         )
     if groups > 1 and router.group_score == "top2" and size < 2:
         raise CheckpointError(
-            f"the router has {found}; a group is worth its best two experts, expected two at least",
+            f"the router has {found}; a group is scored by its best two experts, so it needs at least two",
             key="n_group",
         )
     return router

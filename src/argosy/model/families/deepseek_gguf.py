@@ -138,7 +138,7 @@ def read_dense_layers(reader: GgufConfigReader, num_layers: int) -> int:
     if num_dense >= num_layers:
         raise CheckpointError(
             f"{reader.file.path.name}: {reader.key('leading_dense_block_count')} is {num_dense} of {num_layers} "
-            "layers, and none has routed experts",
+            "layers, which leaves none with routed experts",
             path=reader.file.path,
             key=reader.key("leading_dense_block_count"),
         )

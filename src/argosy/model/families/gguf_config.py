@@ -143,7 +143,9 @@ class GgufConfigReader:
             )
         head_dim = self.integer("attention.key_length", hidden_size // num_heads)
         if (width := self.integer("attention.value_length", head_dim)) != head_dim:
-            raise self.unsupported("attention.value_length", width, f"{head_dim}, as attention.key_length")
+            raise self.unsupported(
+                "attention.value_length", width, f"{head_dim}, the same as attention.key_length"
+            )
         return {
             **sizes,
             "num_heads": num_heads,

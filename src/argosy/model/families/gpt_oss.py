@@ -162,7 +162,7 @@ def _read_windows(reader: ConfigReader, num_layers: int) -> tuple[int, ...]:
     ]
     if window is None and any(is_sliding):
         raise CheckpointError(
-            f"config.json asks for sliding attention in layer {is_sliding.index(True)}, and sliding_window is null",
+            f"config.json asks for sliding attention in layer {is_sliding.index(True)}, but sliding_window is null",
             key="sliding_window",
         )
     return tuple(window if window is not None and sliding else 0 for sliding in is_sliding)

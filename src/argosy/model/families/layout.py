@@ -177,8 +177,8 @@ def _choose(layouts: tuple[Layout, ...], config: ModelConfig, tensors: Mapping[s
     fitting = [one for one in alike if one.gate_up_shape(config) == ref.shape]
     if len(fitting) > 1:
         raise UnsupportedModel(
-            f"{ref.path.name}: {names[0]} is {list(ref.shape)}, which it is transposed, too; supported: experts whose "
-            "width, twice, is not hidden_size",
+            f"{ref.path.name}: {names[0]} is {list(ref.shape)}, which is also its shape transposed; "
+            "supported: experts for which twice the width is not hidden_size",
             path=ref.path,
             tensor=names[0],
         )
@@ -241,7 +241,7 @@ class _Accounts(TensorAccounts):
         rows, cols = shape
         if cols % INT4_GROUP:
             raise UnsupportedModel(
-                f"{self._tensors[packed].path.name}: {packed} is of {cols} columns; supported: whole groups of "
+                f"{self._tensors[packed].path.name}: {packed} has {cols} columns; supported: whole groups of "
                 f"{INT4_GROUP}",
                 path=self._tensors[packed].path,
                 tensor=packed,
@@ -256,14 +256,14 @@ class _Accounts(TensorAccounts):
         said, path = self._quantization, self._tensors[tensor].path
         if said is None or said.method != method:
             raise CheckpointError(
-                f"{path.name}: {tensor} is {self._tensors[tensor].dtype}, quantised as {method}, and config.json "
+                f"{path.name}: {tensor} is {self._tensors[tensor].dtype}, quantised as {method}, but config.json "
                 f"{'has no quantization_config' if said is None else f'says {said.method}'}",
                 path=path,
                 tensor=tensor,
             )
         if said.excludes(name.removesuffix(".weight")):
             raise CheckpointError(
-                f"{path.name}: {tensor} is {self._tensors[tensor].dtype}, and the quantization_config of config.json "
+                f"{path.name}: {tensor} is {self._tensors[tensor].dtype}, but the quantization_config of config.json "
                 "says that it is not quantised",
                 path=path,
                 tensor=tensor,
@@ -372,7 +372,7 @@ class _Accounts(TensorAccounts):
         for key, size in (("hidden_size", gate[1]), ("intermediate_size", down[1])):
             if size % GROUP_COLS:
                 raise CheckpointError(
-                    f"config.json gives {key} as {size}, and rows of MXFP4 are blocks of {GROUP_COLS}",
+                    f"config.json gives {key} as {size}, but MXFP4 rows are blocks of {GROUP_COLS}",
                     key=key,
                 )
         pieces: list[Piece] = []

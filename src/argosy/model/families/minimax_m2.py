@@ -121,12 +121,13 @@ def _read_rotary_dim(reader: ConfigReader, rope: RopeConfig, head_dim: int) -> R
         return rope
     if rotary_dim > head_dim or rotary_dim % 2:
         raise CheckpointError(
-            f"config.json: rotary_dim is {rotary_dim}, expected pairs among the {head_dim} dimensions of a head",
+            f"config.json: rotary_dim is {rotary_dim}, expected an even number of at most {head_dim}, the "
+            "dimensions of a head",
             key="rotary_dim",
         )
     if rope.rotary_dim not in (rotary_dim, head_dim):
         raise CheckpointError(
-            f"config.json gives rotary_dim as {rotary_dim}, and partial_rotary_factor means {rope.rotary_dim}",
+            f"config.json gives rotary_dim as {rotary_dim}, but partial_rotary_factor means {rope.rotary_dim}",
             key="rotary_dim",
         )
     return replace(rope, rotary_dim=rotary_dim)

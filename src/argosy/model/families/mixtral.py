@@ -87,7 +87,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
     if reader.integer("expert_count", 0, least=0) == 0:
         raise reader.unsupported(
-            "expert_count", 0, "1 and more: this is a dense model, and Argosy runs mixtures"
+            "expert_count", 0, "1 or more: this is a dense model, and Argosy runs mixtures of experts"
         )
     common = reader.common()
     rope = replace(common.pop("rope"), frequency_factors=frequency_factors(file, common["head_dim"]))

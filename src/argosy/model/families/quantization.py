@@ -76,13 +76,13 @@ def _fault_of_expression(expression: str) -> str | None:
     plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^]\\])*\]", "x", expression, flags=re.DOTALL)
     plain = re.sub(r"\(\?[:=!]", "(", plain)
     if "(?" in plain or re.search(r"\)[*+?{]", plain):
-        return "repeats a group, or starts one with another (? than (?:, (?= and (?!"
+        return "repeats a group, or opens one with (? other than (?:, (?= and (?!"
     if len(re.findall(r"[*+?{]", plain)) > _MOST_REPETITIONS or plain.count("|") > _MOST_ALTERNATIVES:
         return f"has more than {_MOST_REPETITIONS} repetitions or {_MOST_ALTERNATIVES} alternatives"
     try:
         re.compile(expression)
     except (re.error, OverflowError) as error:
-        return f"is no regular expression: {error}"
+        return f"is not a valid regular expression: {error}"
     return None
 
 
@@ -100,7 +100,7 @@ def read_quantization(raw: Mapping[str, object], path: Path = Path("config.json"
     for where, other in said[1:]:
         if other != given:
             raise CheckpointError(
-                f"{path.name} has two different {KEY}, one of them in {where}", path=path, key=KEY
+                f"{path.name} has two different values of {KEY}, one of them in {where}", path=path, key=KEY
             )
     return _Reader(given, path).read()
 
@@ -218,7 +218,7 @@ class _Reader:
             return ()
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise CheckpointError(
-                f"{self._path.name}: {KEY}.{key} is {quote(names)}; expected a list of texts or null",
+                f"{self._path.name}: {KEY}.{key} is {quote(names)}; expected a list of strings or null",
                 path=self._path,
                 key=KEY,
             )
@@ -241,7 +241,7 @@ class _Reader:
         said = json.dumps(value) if named else f"'{quote(value)}'" if isinstance(value, str) else quote(value)
         return UnsupportedModel(
             f"{self._path.name} asks for {where} {said}; supported: {SUPPORTED}",
-            hint="get the checkpoint in one of these, then `argosy pack --format q8` or `q4` if it is to be smaller",
+            hint="get the checkpoint in one of these forms; `argosy pack --format q8` or `q4` then makes it smaller",
             path=self._path,
             key=KEY,
             value=value,

@@ -108,7 +108,7 @@ def _read_windows(reader: ConfigReader, num_layers: int) -> tuple[int, ...]:
         return (0,) * num_layers
     if not is_used or not window:
         raise CheckpointError(
-            f"config.json asks for sliding attention in layer {is_sliding.index(True)}, and its window is "
+            f"config.json asks for sliding attention in layer {is_sliding.index(True)}, but its window is "
             f"{'off (use_sliding_window is false)' if not is_used else window}",
             key="sliding_window",
         )

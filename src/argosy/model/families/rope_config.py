@@ -66,7 +66,7 @@ def read_rope(
     fields.refuse_unknown(kind, _AXES if has_axes else frozenset())
     if head_dim % 2:
         raise CheckpointError(
-            f"config.json gives heads of {head_dim} dimensions, and rotary embedding turns pairs"
+            f"config.json gives heads of {head_dim} dimensions, but rotary embedding needs an even number"
         )
     rotary_dim = _rotary_dim(reader, fields, head_dim, default_partial)
     theta = reader.number("rope_theta", default_theta)
@@ -134,7 +134,8 @@ def _rotary_dim(reader: ConfigReader, fields: _Fields, head_dim: int, default_pa
     rotary_dim = int(head_dim * factor) if factor <= 1 else 0
     if rotary_dim < 2 or rotary_dim % 2:
         raise CheckpointError(
-            f"config.json gives {key} as {factor} of {head_dim} dimensions, expected pairs that lie in a head",
+            f"config.json gives {key} as {factor} of {head_dim} dimensions, expected an even number from 2 "
+            "to all of them",
             key=key,
         )
     return rotary_dim
