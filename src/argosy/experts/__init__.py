@@ -1,1 +1,1 @@
-"""(layer, expert) -> lease. `source.py` is the seam, `cache.py` what the budget allows."""
+"""(layer, expert) -> lease. `source.py` is the interface; `cache.py` keeps the experts that fit the budget."""

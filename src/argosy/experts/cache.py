@@ -2,13 +2,13 @@
 
     router  ->  expert cache  ->  kernel
 
-One arena of equal slots serves all layers. `policy.CachePolicy` decides which expert leaves; `CachedSource` adds the
-reads. Every miss of a layer is issued before the first expert is computed, as far as there are slots; a slot whose
+One arena of equal slots serves all layers. `policy.CachePolicy` decides which expert is evicted; `CachedSource` adds
+the reads. As many misses of a layer as there are slots are issued before the first expert is computed. A slot whose
 expert has been computed is free for the next miss, so a layer may ask for more experts than there are slots.
 
-`guess` says what the next layer will probably ask for, and `look_ahead.LookAhead` what of that is worth a read. Once
-the open lease has issued all of its own reads, those of the guess begin, in slots of its window; the next lease
-takes them over wherever they are. So the drive does not wait for arithmetic between two layers.
+`guess` tells which experts the next layer will probably ask for, and `look_ahead.LookAhead` decides which of them are
+worth a read. These reads begin once the open lease has issued all of its own reads, in slots of the policy's window;
+the next lease takes them over at whatever stage they are. So the drive does not wait for arithmetic between two layers.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from argosy.experts.look_ahead import LookAhead
 from argosy.experts.policy import CachePolicy
 from argosy.experts.source import ExpertFiles, Key, Lease, SourceStats
 
-# Experts that are computed together: the slots of a group are free for other reads when it is done, and a prompt that
-# found half a layer read ahead would else keep the drive waiting for them. More than one token asks for, usually.
+# Experts that are computed together. The slots of a group are free for other reads only when the group is done, so
+# without this limit a prompt that found half a layer read ahead would keep the drive waiting. Usually more than one
+# token asks for.
 _MOST_IN_GROUP = 8
 
 
@@ -48,8 +49,8 @@ class CachedSource:
     ) -> None:
         self.stats = SourceStats()
         self.arena = _native.Arena(files.slot_bytes * num_slots)
-        self.offsets = np.zeros_like(files.starts)  # as of the last read of an expert
-        # Else the reads of the first prompt pay for it: a second and more on a virtual machine.
+        self.offsets = np.zeros_like(files.starts)  # where an expert was last read to
+        # Otherwise the first prompt's reads would pay for it: a second or more on a virtual machine.
         threading.Thread(target=self.arena.populate, name="argosy-populate", daemon=True).start()
         self.policy = CachePolicy(
             num_slots=num_slots, num_layers=num_layers, experts_per_token=experts_per_token
@@ -58,12 +59,12 @@ class CachedSource:
         self._files = files
         self._open: _CachedLease | None = None
         self._look_ahead = (LookAhead(experts_per_token), LookAhead(experts_per_token))  # decode, sweeps
-        # With fewer slots a guess would take what a token itself needs.
+        # With fewer slots, guesses would take slots that a token itself needs.
         self._may_guess = look_ahead and num_slots >= 4 * experts_per_token
-        self._hint: list[int] = []  # experts of `_hint_layer`, not yet asked for; the next comes last
+        self._hint: list[int] = []  # experts of `_hint_layer` not yet requested; the next is last
         self._hint_layer = -1
-        self._is_sweep = False  # the hint's
-        self._kept: set[int] = set()  # of the hint, in memory, pinned until the next lease
+        self._is_sweep = False  # whether the hint is for a sweep
+        self._kept: set[int] = set()  # resident experts of the hint, pinned until the next lease
         self._early: dict[Key, int] = {}  # reads that no lease waits for: expert -> ticket
 
     @property
@@ -88,16 +89,16 @@ class CachedSource:
                 del missing[expert]
         look_ahead.remember(layer, missing)
         if self._open is not None and self._open.layer == layer:
-            return  # its slots are in use already
+            return  # its slots are in use
         hint = look_ahead.trusted(by_rank)
         if is_sweep:
-            hint.sort()  # in the order of the file
+            hint.sort()  # in file order
         hint.reverse()
         self._hint, self._hint_layer, self._is_sweep = hint, layer, is_sweep
         self._read_ahead()
 
     def count_resident(self, lookups: int) -> None:
-        raise AssertionError("a cache has no expert for good")
+        raise AssertionError("a cache keeps no expert permanently")
 
     def close(self) -> None:
         for ticket in self._early.values():
@@ -107,7 +108,7 @@ class CachedSource:
     def _fetch(
         self, layer: int, admitted: Sequence[tuple[int, int]], *, urgency: _native.Urgency = "now"
     ) -> list[int]:
-        """Start reads of (expert, its slot) that were just admitted; their tickets."""
+        """Start reads of (expert, slot) pairs that were just admitted; return their tickets."""
         files = self._files
         try:
             places = [((layer, expert), slot * files.slot_bytes) for expert, slot in admitted]
@@ -122,7 +123,7 @@ class CachedSource:
     # ── the hint ────────────────────────────────────────────────────────────────────────────────────────────
 
     def _read_ahead(self) -> None:
-        """Start reads of the hint, unless the open lease still needs slots itself."""
+        """Start reads of the hint, unless the open lease still needs slots."""
         if not self._hint or (self._open is not None and self._open.is_short_of_slots):
             return
         policy, layer, early = self.policy, self._hint_layer, self._early
@@ -143,7 +144,7 @@ class CachedSource:
                 early[layer, expert] = ticket
 
     def _take_over(self, layer: int, found: Sequence[int]) -> dict[int, int]:
-        """Hand what the hint has of a layer's experts to a lease; of those on their way: ticket -> expert."""
+        """Hand the hint's experts of a layer to a lease; return the reads in flight: ticket -> expert."""
         if layer == self._hint_layer:
             self._kept.difference_update(found)
         early = self._early
@@ -152,9 +153,9 @@ class CachedSource:
         return {early.pop((layer, expert)): expert for expert in found if (layer, expert) in early}
 
     def _forget_hint(self) -> None:
-        """Give up what the last hint still holds, as far as no reader has begun it. Never waits.
+        """Give up what the last hint still holds, except reads that have begun. Never waits.
 
-        What a reader has begun stays in `_early` until it ends: whole, or given up half-way.
+        A read that has begun stays in `_early` until it ends: complete, or abandoned halfway.
         """
         self._hint = []
         if self._kept:
@@ -170,13 +171,13 @@ class CachedSource:
             self._collect_early(block=False)
 
     def _collect_early(self, *, block: bool) -> None:
-        """Free the slots of early reads that have ended. Experts that came anyway stay until something leaves."""
+        """Collect early reads that have ended: free the slots of failed ones, and keep experts that landed."""
         keys = {ticket: key for key, ticket in self._early.items()}
         for ticket, message, _ in self._store.wait_any(list(keys), block):
             key = keys[ticket]
             del self._early[key]
             if message is not None:
-                # It was given up half-way; or who needs it will read it again, and hear of the error.
+                # It was abandoned halfway; or a lease that needs the expert will read it again and get the error.
                 self.policy.drop(key)
                 continue
             self.policy.unpin(key[0], [key[1]])
@@ -185,7 +186,7 @@ class CachedSource:
 
 
 class _CachedLease:
-    """Hits first, then misses as they land. Ends with none of its reads in flight, also when it is cut short."""
+    """Hits first, then misses as they land. None of its reads is in flight at the end, even if it is cut short."""
 
     __slots__ = ("_asked", "_held", "_hits", "_in_flight", "_landed", "_missing", "_scan", "_source", "layer")
 
@@ -197,7 +198,7 @@ class _CachedLease:
         self._asked = expert_ids
         self._scan = scan
         self._hits: list[int] = []
-        self._missing: list[int] = []  # the next to be read comes last
+        self._missing: list[int] = []  # the next to be read is last
         self._landed: list[int] = []  # not yet handed over, the oldest first
         self._held: list[int] = []
         self._in_flight: dict[int, int] = {}  # ticket -> expert
@@ -226,13 +227,13 @@ class _CachedLease:
         policy, stats = source.policy, source.stats
         if len(scan) < len(asked):
             policy.begin(layer)
-        found, missing = policy.find(layer, asked)  # before any miss may evict one of them
+        found, missing = policy.find(layer, asked)  # before a miss can evict one of them
         self._in_flight = in_flight = source._take_over(layer, found)
         self._held = self._hits = found
         if scan:
             policy.use(layer, [expert for expert in found if expert in scan], is_scan=True)
             policy.use(layer, [expert for expert in found if expert not in scan], is_scan=False)
-            # What decode waits for is read first; within that, in the order of the file.
+            # Experts that decode waits for are read first; otherwise the file order decides.
             missing.sort(key=lambda expert: (expert in scan, expert), reverse=True)
         else:
             policy.use(layer, found, is_scan=False)
@@ -249,7 +250,7 @@ class _CachedLease:
         stats.hits += len(self._hits)
 
     def _end(self) -> None:
-        """Give back what is held, and wait until no read of this lease moves bytes."""
+        """Give back the held experts, and wait until no read of this lease moves bytes."""
         source, layer = self._source, self.layer
         source._open = None
         self._give_back()
@@ -276,7 +277,7 @@ class _CachedLease:
                 yield self._held
                 continue
             if not self._in_flight:
-                assert source._early  # else a slot could be had: nothing else is pinned
+                assert source._early  # otherwise a slot would be free: nothing else is pinned
                 source._collect_early(block=True)
                 continue
             failed: ArgosyError | None = None
@@ -285,7 +286,7 @@ class _CachedLease:
                 key = layer, expert
                 if message is not None:
                     source.policy.drop(key)
-                    if kind == "dropped":  # by an earlier hint, before this lease took it over
+                    if kind == "dropped":  # dropped by an earlier hint, before this lease took it over
                         self._missing.append(expert)
                         continue
                     failed = source._files.failure(key, message, kind)
@@ -296,7 +297,7 @@ class _CachedLease:
                 raise failed
 
     def _issue(self) -> None:
-        """Start as many of the missing reads as there are slots for, then those of the hint."""
+        """Start reads of missing experts while there are slots, then reads of the hint."""
         source, layer = self._source, self.layer
         if self._missing:
             admitted: list[tuple[int, int]] = []

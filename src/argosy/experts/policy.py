@@ -1,26 +1,27 @@
-"""Which expert leaves the cache: plain bookkeeping that can be replayed on a recorded trace.
+"""Decide which expert to evict: plain bookkeeping that can be replayed on a recorded trace.
 
-The oldest leaves, by an age that knows three things of experts:
+The oldest expert is evicted. Its age takes three facts into account:
 
-- **A layer comes round.** An expert can only be asked for when its layer is, so age counts the turns of its own layer
-  since it was used. Of two that are equally old, the one whose layer has just had its turn leaves: it is needed last.
-- **Use repeats.** An expert that was used more often is younger by BONUS_TURNS for each doubling of its uses; a use
-  counts half after HALF_LIFE_TURNS. Uses are remembered when an expert leaves.
-- **Every layer has its turn.** A layer keeps its last `floor` experts (an equal share of the slots, at most
-  `experts_per_token`) while others can give one: else, with fewer slots than one token touches, each expert would
-  leave just before it is needed again.
+- **Layers take turns.** An expert can only be asked for when its layer runs, so its age is the number of turns of its
+  own layer since its last use. Of two equally old experts, the one whose layer has just had its turn is evicted: it is
+  needed last.
+- **Use repeats.** An expert is younger by BONUS_TURNS for each doubling of its uses; a use counts half after
+  HALF_LIFE_TURNS. Uses are remembered after an expert is evicted.
+- **Every layer comes round.** A layer keeps its last `floor` experts (an equal share of the slots, at most
+  `experts_per_token`) while another layer can give one. Otherwise, with fewer slots than one token uses, each expert
+  would be evicted just before it is needed again.
 
-Prompt tokens sweep through nearly every expert once per chunk. What they alone ask for takes free slots, and then only
-the slots of a small window, newest first: a sweep comes round again in the same order, so what was swept last is
-needed last. What decode uses stays; what was only swept in leaves first. So does what was only guessed, which takes no
-more slots than one token asks for in a layer, and there the oldest goes first.
+Prompt tokens sweep through nearly every expert once per chunk. Experts that only they ask for take free slots, then
+only the slots of a small window, newest first: the next sweep comes in the same order, so the experts swept in last
+are needed last. Experts that decode uses stay; experts that were only swept in are evicted first. So are experts that
+were only guessed: they take no more slots than one token asks for in a layer, and the oldest of them goes first.
 
-Finding who leaves takes O(log slots): within a layer ages grow alike, so each layer has a heap by what does not change
-(`worth`), and one heap of the layers above their floor compares their oldest. Entries of both may say too old, never
-too young: they are put right when they come to the top.
+Finding the expert to evict takes O(log slots). Within a layer all ages grow alike, so each layer has a heap by a
+constant (`worth`), and one heap of the layers above their floor compares their oldest experts. An entry in either heap
+may be too old, never too young; it is corrected when it reaches the top.
 
-Elsewhere: the reads are `cache.py`; `benchmarks/replay.py` measures policies on recorded routing, and
-`docs/experiments.md` has what was measured.
+Elsewhere: `cache.py` reads; `benchmarks/replay.py` measures policies on recorded routing, and `docs/experiments.md`
+has the results.
 """
 
 from __future__ import annotations
@@ -35,18 +36,17 @@ from argosy.experts.source import Key, dict_bytes
 
 BONUS_TURNS = 4.0
 HALF_LIFE_TURNS = 16.0
-# worth = turn of the last use * _GROWTH + BONUS_TURNS * log2(uses then), and age = turn now * _GROWTH - worth: a use
-# count that halves takes the bonus away at the rate of BONUS_TURNS in HALF_LIFE_TURNS.
+# worth = turn of the last use * _GROWTH + BONUS_TURNS * log2(uses then), and age = turn now * _GROWTH - worth: as the
+# use count decays, the bonus shrinks by BONUS_TURNS every HALF_LIFE_TURNS.
 _GROWTH = 1.0 + BONUS_TURNS / HALF_LIFE_TURNS
 _DECAY = [0.5 ** (turns / HALF_LIFE_TURNS) for turns in range(int(20 * HALF_LIFE_TURNS))]
 
-_Oldest = tuple[
-    float, int, int, int
-]  # (minus the age, minus when its layer had its turn, layer, turn of the layer)
+# (minus the age, minus the time of its layer's turn, layer, turn of the layer)
+_Oldest = tuple[float, int, int, int]
 
 
 class _Layer:
-    """What is known of the experts of a layer. Those in the sweep's window have no slot here."""
+    """The state of a layer's experts. Experts in the sweep's window have no slot here."""
 
     __slots__ = ("heap", "passed", "pinned", "slots", "turn", "uses", "worth")
 
@@ -54,13 +54,13 @@ class _Layer:
         self.turn = 0
         self.passed = 0  # minus the time of its last turn
         self.slots: dict[int, int] = {}
-        self.pinned: set[int] = set()  # those in the window, too
+        self.pinned: set[int] = set()  # including those in the window
         self.worth: dict[int, float] = {}
-        self.uses: dict[int, tuple[float, int]] = {}  # how often, and as of which turn
+        self.uses: dict[int, tuple[float, int]] = {}  # expert -> use count, and the turn it is from
         self.heap: list[tuple[float, int]] = []  # (worth, expert)
 
     def count_use(self, expert: int) -> float:
-        """Count a use, and return what the expert is worth now."""
+        """Count a use; return the expert's new worth."""
         uses, turn = 1.0, self.turn
         if (before := self.uses.get(expert)) is not None:
             count, then = before
@@ -70,18 +70,18 @@ class _Layer:
         return turn * _GROWTH + BONUS_TURNS * log2(uses)
 
 
-# Most bytes of Python objects: of an expert that was used, a tuple, a float and an int; of a slot, its number (in the
-# list of free ones, too), the worth of its expert twice, and an entry of the heap; of a slot in the window, its key and
-# a node of the `OrderedDict`.
+# Upper bounds for the bytes of Python objects. An expert that was used has a tuple, a float and an int. A slot has its
+# number (also in the list of free slots), its expert's worth twice, and a heap entry. A slot in the window has its key
+# and a node of the `OrderedDict`.
 _USED_BYTES = 64 + 32 + 32
 _SLOT_BYTES = (32 + 9) + 2 * 32 + (64 + 9)
 _WINDOW_BYTES = 64 + 2 * 48
 
 
 def bookkeeping_bytes(*, num_slots: int, num_layers: int, num_experts: int) -> int:
-    """Most bytes that a policy comes to hold, with so many experts in each layer.
+    """Most bytes that a policy can hold, with `num_experts` in each layer.
 
-    A dict keeps the size that it once had, so those of a layer may have grown for all of its experts.
+    A dict never shrinks, so the dicts of a layer may have grown for all of its experts.
     """
     num_slots = min(num_slots, num_layers * num_experts)
     most = min(num_slots, num_experts)  # in one layer
@@ -94,20 +94,19 @@ def bookkeeping_bytes(*, num_slots: int, num_layers: int, num_experts: int) -> i
 
 
 class CachePolicy:
-    """Which expert is in which slot, and which one leaves next. Knows nothing of bytes."""
+    """Tracks which expert is in which slot, and chooses the next one to evict. Moves no bytes."""
 
     def __init__(self, *, num_slots: int, num_layers: int, experts_per_token: int) -> None:
         self.num_slots = num_slots
         self.floor = min(experts_per_token, num_slots // max(1, num_layers))
-        # A quarter of the cache at most is given to a sweep, and never less than one token asks for.
+        # A sweep gets at most a quarter of the cache, but never less than one token asks for.
         self.window_slots = max(experts_per_token, num_slots // 4)
         self.guess_slots = experts_per_token
         self._free = list(range(num_slots - 1, -1, -1))
         self._clock = 0
         self._layers = [_Layer() for _ in range(num_layers)]
-        self._oldest: list[
-            _Oldest
-        ] = []  # a heap; entries of an earlier turn, or of a layer at its floor, are void
+        # A heap; entries of an earlier turn, or of a layer at its floor, are void.
+        self._oldest: list[_Oldest] = []
         self._window: OrderedDict[Key, int] = OrderedDict()  # swept in or guessed, oldest first
         self._pinned_in_window: set[Key] = set()
 
@@ -125,7 +124,7 @@ class CachePolicy:
         return lasting | set(self._window)
 
     def begin(self, layer: int) -> None:
-        """Decode has come to a layer: its experts are a turn older."""
+        """Begin a layer's turn in decode: its experts are a turn older."""
         self._clock += 1
         here = self._layers[layer]
         here.turn += 1
@@ -136,7 +135,7 @@ class CachePolicy:
             self._oldest = sorted(entry for entry in self._oldest if entry[3] == self._layers[entry[2]].turn)
 
     def find(self, layer: int, experts: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Those of a layer's experts that have a slot, and those that have none; in the order given."""
+        """Split a layer's experts into those with a slot and those without; the order stays."""
         slots, window = self._layers[layer].slots, self._window
         hits: list[int] = []
         missing: list[int] = []
@@ -145,7 +144,7 @@ class CachePolicy:
         return hits, missing
 
     def use(self, layer: int, experts: Sequence[int], *, is_scan: bool) -> None:
-        """Note hits of a layer, and pin them. A sweep does not make an expert younger."""
+        """Record hits of a layer, and pin them. A sweep does not make an expert younger."""
         here = self._layers[layer]
         here.pinned.update(experts)
         if is_scan:
@@ -164,9 +163,9 @@ class CachePolicy:
                 self._keep(layer, expert, self._window.pop(key))
 
     def admit(self, key: Key, *, is_scan: bool, is_guess: bool = False) -> int | None:
-        """Find a slot for a missing expert, evicting another if need be, and pin it. None: wait for an unpin.
+        """Find a slot for a missing expert, evicting another if necessary, and pin it. None means: wait for an unpin.
 
-        A guess is a scan that takes fewer slots from others.
+        A guess is a scan that may take fewer slots from others.
         """
         if self._free:
             slot: int | None = self._free.pop()
@@ -205,7 +204,7 @@ class CachePolicy:
         self._free.append(slot)
 
     def _keep(self, layer: int, expert: int, slot: int) -> None:
-        """Give an expert a lasting place, for a use that is counted now."""
+        """Keep an expert in its slot beyond the window, and count a use."""
         here = self._layers[layer]
         worth = here.count_use(expert)
         here.slots[expert], here.worth[expert] = slot, worth
@@ -221,7 +220,7 @@ class CachePolicy:
             heappush(self._oldest, (bound, here.passed, layer, here.turn))
 
     def _slot_for_sweep(self, layer: int) -> int | None:
-        """From the window; from others only while the window is small, and never more at once than the window has."""
+        """A slot from others while the window is small, then from the window; at most its size is pinned at once."""
         if len(self._pinned_in_window) >= self.window_slots:
             return None
         slot = self._evict_oldest(layer) if len(self._window) < self.window_slots else None
@@ -233,7 +232,7 @@ class CachePolicy:
         return None if key is None else self._window.pop(key)
 
     def _evict_oldest(self, asking_layer: int) -> int | None:
-        """The slot of the oldest that is not pinned; layers with no more than their floor give one only at last."""
+        """The slot of the oldest unpinned expert; a layer at its floor gives one only as a last resort."""
         if len(self._layers[asking_layer].slots) <= self.floor:
             self._note_oldest(asking_layer)
         slot = self._evict(asking_layer, self.floor)
@@ -245,7 +244,7 @@ class CachePolicy:
 
     def _evict(self, asking_layer: int, floor: int) -> int | None:
         slot = None
-        pinned: list[tuple[int, tuple[float, int]]] = []  # layer, and what was in its heap
+        pinned: list[tuple[int, tuple[float, int]]] = []  # layer, and its heap entry
         while self._oldest and slot is None:
             bound, passed, layer, turn = self._oldest[0]
             here = self._layers[layer]
@@ -268,7 +267,7 @@ class CachePolicy:
         return slot
 
     def _least_worth(self, layer: int, pinned: list[tuple[int, tuple[float, int]]]) -> float | None:
-        """Bring the oldest of a layer that is not pinned to the top of its heap; those before it go to `pinned`."""
+        """Bring a layer's oldest unpinned expert to the top of its heap; move the pinned ones before it to `pinned`."""
         here = self._layers[layer]
         while here.heap:
             worth, expert = here.heap[0]

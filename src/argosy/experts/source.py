@@ -1,15 +1,15 @@
-"""The seam between layers and weights: ask for experts, get a lease.
+"""The interface between layers and weights: ask for experts, get a lease.
 
     router  ->  expert source  ->  kernel
 
-A layer asks for the experts its tokens chose. The lease hands them over in groups: first all that are in memory,
-then each group as it lands, so that reading and computing overlap. Weights of a group stay where they are until the
-next group is asked for, or the lease ends. What is resident decides how fast a token comes, never which token comes.
+A layer asks for the experts that its tokens chose. The lease hands them over in groups: first all that are resident,
+then each group as it lands, so that reading and computing overlap. The weights of a group stay in place until the next
+group is requested or the lease ends. What is resident decides how fast a token comes, never which token comes.
 
-`ResidentSource` holds every expert; `cache.CachedSource` holds what the budget allows. A model can be tested with
-any other object that has these methods.
+`ResidentSource` holds every expert; `cache.CachedSource` holds as many as the budget allows. Tests can use any other
+object with these methods.
 
-Elsewhere: choosing experts is `native/kernels/route.h`; the bytes on disk are `checkpoint/`; reading is `native/store`.
+Elsewhere: `native/kernels/route.h` chooses experts; `checkpoint/` describes the bytes on disk; `native/store` reads.
 """
 
 from __future__ import annotations
@@ -31,14 +31,13 @@ from argosy.config import Format
 from argosy.errors import ArgosyError, CheckpointError, CorruptRecord, ReadFailed
 
 Key = tuple[int, int]  # (layer, expert)
-Progress = Callable[[str, float], None]  # what is going on, and the share done from 0 to 1
+Progress = Callable[[str, float], None]  # the current task, and the share done from 0 to 1
 
 
 class Lease(Protocol):
     """A promise that weights stay until given back: iterate once, inside `with`, over groups of experts.
 
-    The experts of a group, named as they were asked for, can be computed now; they lie where the source's `offsets`
-    say.
+    The experts of a group, named by their ids, can be computed now; the source's `offsets` say where they are.
     """
 
     def __enter__(self) -> Lease: ...
@@ -52,10 +51,10 @@ class Lease(Protocol):
 
 @dataclass(slots=True)
 class SourceStats:
-    """Counters since the source was made; `hits / lookups` is the hit rate.
+    """Counters since the source was created; `hits / lookups` is the hit rate.
 
-    A miss whose read was under way before the lease asked counts in `reads_ahead`; what was read ahead for nothing
-    counts in `idle_reads`. `bytes_read` has both.
+    A miss whose read had started before the lease asked counts in `reads_ahead`; a read-ahead that was not needed
+    counts in `idle_reads`. `bytes_read` includes both.
     """
 
     lookups: int = 0
@@ -66,7 +65,7 @@ class SourceStats:
 
 
 class ExpertSource(Protocol):
-    """Where leased experts lie (`arena`), in which formats, and how to get a lease."""
+    """Gives leases, and says where leased experts are (`arena`, `offsets`) and in which formats."""
 
     @property
     def arena(self) -> _native.Arena: ...
@@ -78,18 +77,18 @@ class ExpertSource(Protocol):
     def offsets(self) -> NDArray[np.int64]:
         """Bytes from the arena's start to gate, up and down: int64 [layers, experts, 3].
 
-        Always the same array; it says where an expert lies from when a lease hands it over until that lease ends.
+        Always the same array. An expert's entry is valid from when a lease hands the expert over until that lease ends.
         """
         ...
 
     @property
     def is_resident(self) -> bool:
-        """Whether every expert is in memory for good; then `offsets` never change, and nobody needs a lease."""
+        """Whether every expert stays in memory permanently; then `offsets` never change, and leases are unnecessary."""
         ...
 
     @property
     def num_resident(self) -> int:
-        """How many experts are in memory, or on their way there."""
+        """How many experts are in memory or being read."""
         ...
 
     def formats(self, layer: int) -> tuple[Format, Format, Format]:
@@ -99,23 +98,23 @@ class ExpertSource(Protocol):
     def lease(self, layer: int, expert_ids: Sequence[int], scan: Collection[int] = ()) -> Lease:
         """Lease experts of a layer, each named once.
 
-        `scan` names those that only prompt tokens asked for: they pass through the cache without displacing what
-        decode uses.
+        `scan` names the experts that only prompt tokens asked for: they pass through the cache without displacing
+        experts that decode uses.
         """
         ...
 
     def wants_guess(self, *, is_sweep: bool) -> bool:
-        """Whether it would do something with a guess in this step."""
+        """Whether a guess would be of use in this step."""
         ...
 
     def guess(self, layer: int, by_rank: Sequence[Sequence[int]], *, is_sweep: bool) -> None:
-        """Say what the next lease may ask for, while the present one is open, so that its reads can begin.
+        """Tell what the next lease may ask for, while the current one is open, so that its reads can begin.
 
-        Never waits. What a token alone needs is read while the drive has little else to do; a prompt needs most of a
-        layer, so what is guessed in a sweep is read right behind what is needed now, and passes through as a scan does.
+        Never waits. A guess for decode is read while the drive has little else to do. A prompt needs most of a layer,
+        so a guess in a sweep is read right after the experts needed now, and passes through the cache as a scan does.
 
         Args:
-            by_rank: the experts that routers rank first, those that they rank second and not first ...
+            by_rank: the experts that routers rank first, then those that they rank second and not first ...
         """
         ...
 
@@ -126,15 +125,15 @@ class ExpertSource(Protocol):
     def close(self) -> None: ...
 
 
-LARGEST_ALIGNMENT = 4096  # of reads, in bytes; what a plan assumes before a file is opened
+LARGEST_ALIGNMENT = 4096  # alignment of reads, in bytes, that a plan assumes before a file is opened
 MATRIX_ALIGNMENT = 64  # where a transcoded matrix may begin
 
 
 def _lay_out(record: ExpertRecord, alignment: int) -> tuple[list[int], int]:
-    """Where each piece of an expert goes in its memory, and how much memory that is.
+    """The place of each piece in an expert's memory, and the size of that memory.
 
-    A plain piece is read outwards to whole blocks of `alignment` bytes (O_DIRECT asks for it), so its data begin up to
-    a block behind its place. A transcoded one takes exactly its matrices, where it does not complete those of another.
+    A plain piece is rounded outwards to whole blocks of `alignment` bytes, which O_DIRECT requires, so its data begin
+    up to a block after its place. A transcoded piece takes exactly its matrices, or nothing if it completes another.
     """
     places: list[int] = []
     end = 0
@@ -152,14 +151,14 @@ def _lay_out(record: ExpertRecord, alignment: int) -> tuple[list[int], int]:
 
 
 def _starts_at(record: ExpertRecord, alignment: int) -> int:
-    """What the place of an expert in an arena must be a multiple of."""
+    """The required alignment of an expert's place in an arena."""
     return MATRIX_ALIGNMENT if all(piece.transcode for piece in record.pieces) else alignment
 
 
 def slot_bytes(records: Mapping[Key, ExpertRecord], alignment: int = LARGEST_ALIGNMENT) -> int:
-    """Bytes of a slot that can hold any expert: those of the largest.
+    """Bytes of a slot that can hold any expert: the size of the largest.
 
-    Where formats differ from layer to layer (Q4_K_M files keep some `down` in Q6_K), smaller experts leave part of it
+    If formats differ from layer to layer (Q4_K_M files have some `down` in Q6_K), smaller experts leave part of a slot
     unused.
     """
     return round_up(
@@ -168,26 +167,26 @@ def slot_bytes(records: Mapping[Key, ExpertRecord], alignment: int = LARGEST_ALI
 
 
 def resident_bytes(records: Mapping[Key, ExpertRecord], alignment: int = LARGEST_ALIGNMENT) -> int:
-    """Bytes of an arena that holds every expert, one behind the other."""
+    """Bytes of an arena that holds every expert, one after another."""
     end = 0
     for record in records.values():
         end = round_up(end, _starts_at(record, alignment)) + _lay_out(record, alignment)[1]
     return end
 
 
-# Most bytes of Python objects for each expert: a `Record` with its entry in nanobind's table of instances; and while
-# all of them are read at once, the pairs, places and tickets of `ResidentReading`.
+# Upper bounds for the bytes of Python objects per expert: a `Record` with its entry in nanobind's table of instances;
+# and while all experts are read at once, the pairs, places and tickets of `ResidentReading`.
 _RECORD_OBJECT_BYTES = 192
 _READING_BYTES = 256
 
 
 def dict_bytes(num_entries: int) -> int:
-    """Bytes of a dict that grew to so many entries, its keys and values not included."""
+    """Bytes of a dict that grew to `num_entries`, not counting its keys and values."""
     return sys.getsizeof(dict.fromkeys(range(num_entries)))
 
 
 def bookkeeping_bytes(records: Mapping[Key, ExpertRecord]) -> int:
-    """Most bytes that `ExpertFiles`, and a source's offsets, come to hold beside the records."""
+    """Most bytes that `ExpertFiles` and a source's offsets can hold in addition to the records."""
     kinds = Counter((len(r.pieces), r.pieces[0].checksum is not None) for r in records.values())
     native = sum(count * _native.record_bytes(*kind) for kind, count in kinds.items())
     num_layers, num_experts = _extent(records)
@@ -196,7 +195,7 @@ def bookkeeping_bytes(records: Mapping[Key, ExpertRecord]) -> int:
 
 
 def resident_bookkeeping_bytes(records: Mapping[Key, ExpertRecord]) -> int:
-    """Most bytes that reading every expert takes beside the arena, from `ResidentReading` on."""
+    """Most bytes that reading every expert takes in addition to the arena, from `ResidentReading` on."""
     kinds = Counter(tuple(piece.nbytes for piece in record.pieces) for record in records.values())
     requests = sum(count * _native.request_bytes(sizes) for sizes, count in kinds.items())
     in_python = len(records) * _READING_BYTES + 2 * dict_bytes(len(records))
@@ -204,12 +203,12 @@ def resident_bookkeeping_bytes(records: Mapping[Key, ExpertRecord]) -> int:
 
 
 def _extent(records: Mapping[Key, ExpertRecord]) -> tuple[int, int]:
-    """Layers and experts of a table with a place for each record."""
+    """The layers and experts of a table that has a place for each record."""
     return 1 + max((key[0] for key in records), default=-1), 1 + max((key[1] for key in records), default=-1)
 
 
 class ExpertFiles:
-    """Knows how an expert record lies in memory, and starts reads of several."""
+    """Knows the layout of an expert record in memory, and starts reads of several records."""
 
     def __init__(
         self, store: _native.Store, records: Mapping[Key, ExpertRecord], *, open_file: Callable[[str], int]
@@ -239,11 +238,11 @@ class ExpertFiles:
         return self._formats[layer]
 
     def expert_bytes(self, key: Key) -> int:
-        """Bytes that are read for an expert."""
+        """Bytes that are read for one expert."""
         return self.records[key].nbytes
 
     def places(self) -> tuple[dict[Key, int], int]:
-        """Where each expert lies when all are in one arena, one behind the other, and the bytes of that arena."""
+        """The place of each expert when all are in one arena, one after another, and the size of that arena."""
         places, end = {}, 0
         for key, record in self.records.items():
             places[key] = round_up(end, _starts_at(record, self.alignment))
@@ -253,11 +252,11 @@ class ExpertFiles:
     def fetch(
         self, arena: _native.Arena, experts: Sequence[tuple[Key, int]], *, urgency: _native.Urgency = "now"
     ) -> list[int]:
-        """Start reading (expert, its place in the arena); returns the store's tickets, all or none."""
+        """Start reading (expert, place in the arena) pairs; return the store's tickets, all or none."""
         return self._store.fetch_many(arena, [(self._read(key), place) for key, place in experts], urgency)
 
     def _read(self, key: Key) -> _native.Record:
-        """How to read an expert, made when it is needed first."""
+        """How to read an expert, created on first use."""
         if (known := self._reads.get(key)) is not None:
             return known
         record = self.records[key]
@@ -276,14 +275,14 @@ class ExpertFiles:
         return made
 
     def offsets(self, places: Mapping[Key, int]) -> NDArray[np.int64]:
-        """Bytes from the arena's start to gate, up and down of experts at their places: int64 [layers, experts, 3]."""
+        """Bytes from the arena's start to gate, up and down of the experts at `places`: int64 [layers, experts, 3]."""
         offsets = self.starts.copy()
         for key, place in places.items():
             offsets[key] += place
         return offsets
 
     def failure(self, key: Key, message: str, kind: str | None) -> ArgosyError:
-        """The sentence for a read that failed, naming file, layer and expert."""
+        """The error for a failed read, naming file, layer and expert."""
         layer, expert = key
         pieces = self.records[key].pieces
         where = f"{pieces[0].path.name}: layer {layer}, expert {expert}"
@@ -312,13 +311,13 @@ class ExpertFiles:
         )
 
 
-_WATCHED = 32  # tickets: readers take them in their order, so a few of the oldest tell of the next that lands
+_WATCHED = 32  # tickets: readers take them in order, so the next to land is among the few oldest
 
 
 class ResidentReading:
-    """All experts on their way into memory; whoever waits for them may do something else first.
+    """Reads all experts into memory while the caller does something else.
 
-    Reads are under way once this exists. `finish` or `cancel` ends them.
+    Reads start when this is created. `finish` or `cancel` ends them.
     """
 
     def __init__(self, store: _native.Store, files: ExpertFiles) -> None:
@@ -327,14 +326,14 @@ class ResidentReading:
         places, arena_bytes = files.places()
         self._offsets = files.offsets(places)
         self._arena = _native.Arena(max(1, arena_bytes))
-        # All at once: nobody may be here to start the next while the tokenizer is being built.
+        # All at once: nothing may run here to start the next read while the tokenizer is being built.
         self._in_flight = dict(zip(files.fetch(self._arena, list(places.items())), places, strict=True))
 
     def finish(self, progress: Progress | None = None) -> ResidentSource:
         """Wait for every expert.
 
         Raises:
-            ReadFailed: the drive refused.   CorruptRecord: an expert does not match its checksum.
+            ReadFailed: the drive failed.   CorruptRecord: an expert does not match its checksum.
         """
         num_experts, bytes_read = len(self._in_flight), 0
         waiting = deque(self._in_flight)
@@ -357,7 +356,7 @@ class ResidentReading:
         return ResidentSource(self._files, self._arena, self._offsets, bytes_read)
 
     def cancel(self) -> None:
-        """Wait until no read moves bytes, and forget them all; harmless after `finish`."""
+        """Wait until no read moves bytes, and discard all reads; harmless after `finish`."""
         for ticket in set(self._in_flight) - set(self._store.drop(list(self._in_flight))):
             self._store.cancel(ticket)
         self._in_flight.clear()
@@ -366,12 +365,12 @@ class ResidentReading:
 def load_resident(
     store: _native.Store, files: ExpertFiles, *, progress: Progress | None = None
 ) -> ResidentSource:
-    """Read every expert, and wait for it: `ResidentReading`, without a pause."""
+    """Read every expert and wait: `ResidentReading` in one call."""
     return ResidentReading(store, files).finish(progress)
 
 
 class ResidentSource:
-    """Every expert in memory, read once at start (`load_resident`); a lease is then all of them at once."""
+    """Every expert in memory, read once at start (`load_resident`); a lease hands over all of its experts at once."""
 
     is_resident = True
 

@@ -1,1 +1,1 @@
-"""Batch -> logits. `decoder.py` is the way through; `families/` map checkpoints to it."""
+"""Batch -> logits. `decoder.py` is the main path; `families/` maps checkpoints to it."""

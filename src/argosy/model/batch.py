@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one forward pass needs to know; T tokens of S sequences.
+    """The input of one forward pass: T tokens of S sequences.
 
     token_ids, positions, sequence: int32 [T]; `sequence` is a row of `block_table`.
-    slots: int64 [T], where a token's keys and values go: KV block * tokens per block + offset.
+    slots: int64 [T], the place of a token's keys and values: KV block * tokens per block + offset.
     block_table: int32 [S, blocks]; unused entries are 0.
     is_decode: bool [T]; prompt tokens are False.
-    last_rows: int64 [L], rows whose logits are wanted.
-    state_slots: int32 [S], where the recurrent state of each sequence lies; None where no layer has one.
+    last_rows: int64 [L], rows whose logits are needed.
+    state_slots: int32 [S], the slot of each sequence's recurrent state; None if no layer has one.
     """
 
     token_ids: NDArray[np.int32]

@@ -1,4 +1,4 @@
-"""Where the wall time of a step goes, by one stopwatch that is never stopped."""
+"""Divide the wall time of a step into parts, with one stopwatch that never stops."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ PARTS = ("router", "attention_and_dense", "expert_compute", "waiting_for_reads",
 
 
 class PartClock:
-    """`mark(part)` gives the time since the last mark to a part, so the parts sum to the whole."""
+    """`mark(part)` adds the time since the last mark to a part, so the parts sum to the total."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -20,12 +20,11 @@ class PartClock:
         self._last = now
 
     def mark_native(self, spent: tuple[float, float, float]) -> None:
-        """The time since the last mark: what native code measured to router, dense and experts, the rest to `other`."""
+        """Divide the time since the last mark: native code's router, dense and experts; the rest goes to `other`."""
         now = perf_counter()
         router, dense, experts = spent
-        seconds = (
-            self.seconds
-        )  # no loop: after a step that streamed all weights, Python's own code is out of cache
+        # No loop: after a step that streamed all weights, Python's own code is out of the CPU cache.
+        seconds = self.seconds
         seconds["router"] += router
         seconds["attention_and_dense"] += dense
         seconds["expert_compute"] += experts

@@ -2,13 +2,13 @@
 
     native stack  ─ experts it needs ─>  expert source  ─ groups as they land ─>  native stack
 
-The layers run in native code. With every expert in memory a step is one native call; otherwise the stack stops at each
-layer with routed experts, and Python leases them: reads are issued first, then the shared expert runs, then each group
-as it lands. One decoder runs every family; what differs is in `ModelConfig`, and a family's file says how its
-checkpoint maps to it. All sums have one fixed order, so a token's logits do not depend on the batch it ran in, and not
-on the order in which experts land.
+The layers run in native code. With every expert in memory, a step is one native call. Otherwise the stack stops at each
+layer with routed experts, and Python leases them: it issues the reads, then runs the shared expert, then runs each
+group as it lands. One decoder runs every family; their differences are in `ModelConfig`, and a family's file maps its
+checkpoint to that. All sums have one fixed order, so a token's logits depend neither on its batch nor on the order in
+which experts land.
 
-Elsewhere: what a layer does is native/ops/stack.cpp; what a model's layers are made of is `layers.py`.
+Elsewhere: native/ops/stack.cpp runs a layer; `layers.py` describes a model's layers.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Decoder:
     Args:
         experts: None leaves routed experts out of every sum.
         kv: keys and values of all layers.
-        recurrent: the recurrent state of those that have one.
-        clock: gets the time of each part of a step.
-        observe: hears the experts that each token of each layer chose; the array is valid during the call.
+        recurrent: the recurrent state of the layers that have one.
+        clock: receives the time of each part of a step.
+        observe: receives the experts that each token of each layer chose; the array is valid during the call.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Decoder:
         self._clock = clock
         self._observe = observe
         self._next_moe_layer = dict(zip(config.moe_layers, config.moe_layers[1:], strict=False))
-        # An observer hears every layer's choice, so its steps stop there, as those do that wait for reads.
+        # An observer receives every layer's choice, so steps stop at every layer, as they do to wait for reads.
         is_leased = experts is not None and (observe is not None or not experts.is_resident)
         embedding = weights.matrices["embed"]
         self._stack = _native.Stack(
@@ -82,7 +82,7 @@ class Decoder:
         )
 
     def forward(self, batch: Batch) -> Array:
-        """Run all layers; logits of `batch.last_rows`: float32 [rows, vocab_size], a fresh array."""
+        """Run all layers; return the logits of `batch.last_rows`: float32 [rows, vocab_size], a new array."""
         logits = np.empty((len(batch.last_rows), self.config.vocab_size), np.float32)
         self._stack.begin(
             batch.token_ids,
@@ -104,7 +104,7 @@ class Decoder:
         return logits
 
     def logits(self, rows: NDArray[np.int64]) -> Array:
-        """Logits of any rows of the batch that ran last: float32 [rows, vocab_size], a fresh array."""
+        """Logits of any rows of the last batch: float32 [rows, vocab_size], a new array."""
         logits = np.empty((len(rows), self.config.vocab_size), np.float32)
         self._stack.logits(rows, logits)
         self._clock.mark_native(self._stack.take_seconds())
@@ -113,14 +113,14 @@ class Decoder:
     def take_uses(self) -> NDArray[np.int64]:
         """How often tokens chose each expert since the last call: int64 [layers, experts].
 
-        Which experts ran can reveal the text: whoever shows these adds up many tokens first.
+        Which experts ran can reveal the text, so add up many tokens before showing these counts.
         """
         uses = np.empty((self.config.num_layers, self.config.num_experts), np.int64)
         self._stack.take_uses(uses)
         return uses
 
     def rows_of(self, batch: Batch, expert: int) -> NDArray[np.int64]:
-        """Tokens of the batch that chose an expert of the layer which ran last: of one that stopped a step."""
+        """Tokens of the batch that chose `expert` in the layer at which the step last stopped."""
         chosen = self._workspace.buffers["expert_ids"][: batch.num_tokens]
         return np.flatnonzero((chosen == expert).any(axis=1))
 

@@ -1,7 +1,7 @@
-"""Describe a checkpoint's layers to the native stack, which runs them: which matrices, norms and sizes each one has.
+"""Describe a checkpoint's layers to the native stack that runs them: the matrices, norms and sizes of each layer.
 
-A layer is a mixer, which lets positions see each other, and a feed-forward network, each behind its own norm. A family
-with another kind of either adds a function here and its counterpart in native/ops/stack.h.
+A layer is a mixer, which lets positions see each other, and a feed-forward network, each after its own norm. A family
+with another kind of mixer or network adds a function here and its counterpart in native/ops/stack.h.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Layer = tuple[Vector, _native.Mixer, Vector, _native.Ffn]  # norm, mixer, norm, 
 
 
 def describe_layers(config: ModelConfig, weights: DenseWeights, experts: ExpertSource | None) -> list[Layer]:
-    """Every layer of a model, over the memory of `weights`.
+    """Describe every layer of a model, using the memory of `weights`.
 
     Args:
-        experts: what routed experts are leased from; None leaves them out of every sum.
+        experts: the source of routed experts; None leaves them out of every sum.
     """
     return [
         (
@@ -37,12 +37,12 @@ def describe_layers(config: ModelConfig, weights: DenseWeights, experts: ExpertS
 
 
 def kv_shapes(config: ModelConfig) -> list[_native.KvShape]:
-    """What each layer keeps of every position."""
+    """The data that each layer keeps per position."""
     return [_KV_SHAPES[layer.mixer](config) for layer in config.layers]
 
 
 def describe_activation(config: ModelConfig) -> _native.Activation:
-    """What lies between the products of a feed-forward network."""
+    """The activation between the products of a feed-forward network."""
     activation = config.activation
     return activation.kind, activation.limit, activation.alpha
 
@@ -94,10 +94,10 @@ def _delta(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mi
 
 
 def _decay_rate(name: str, weights: DenseWeights, *, is_log: bool) -> Vector:
-    """The rate of decay of each head.
+    """The decay rate of each head.
 
     Raises:
-        CheckpointError: with it, a state would grow from token to token, or turn into NaN.
+        CheckpointError: a rate would make the state grow from token to token, or turn it into NaN.
     """
     rate = weights.vectors[name]
     with np.errstate(over="ignore"):
@@ -113,7 +113,7 @@ def _decay_rate(name: str, weights: DenseWeights, *, is_log: bool) -> Vector:
 
 
 def _latent(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mixer:
-    """Multi-head latent attention (arXiv:2405.04434). Loading has split kv_up into k_up, transposed, and v_up."""
+    """Multi-head latent attention (arXiv:2405.04434). Loading split kv_up into k_up, transposed, and v_up."""
     latent, name = config.latent, f"layers.{layer}."
     assert latent is not None
     return _native.multi_head_latent_attention(
@@ -159,7 +159,7 @@ def _dense_ffn(layer: int, weights: DenseWeights) -> _native.Ffn:
 def _routed_ffn(
     config: ModelConfig, layer: int, weights: DenseWeights, experts: ExpertSource | None
 ) -> _native.Ffn:
-    """Routed experts, and a shared one where the family has it."""
+    """Routed experts, and a shared expert if the family has one."""
     name = f"layers.{layer}."
     shared = None
     if config.shared_width:
@@ -179,7 +179,7 @@ def _routed_ffn(
 
 
 def routing(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Routing:
-    """How a layer's experts follow from its router's product and bias."""
+    """How a layer chooses its experts from its router's product and bias."""
     router = config.router
     return _native.Routing(
         config.experts_per_token,

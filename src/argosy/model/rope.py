@@ -1,9 +1,9 @@
-"""Rotary position embedding: how far dimensions turn from position to position (RoFormer, arXiv:2104.09864).
+"""Rotary position embedding: how far dimensions rotate per position (RoFormer, arXiv:2104.09864).
 
-Frequencies follow the scaling kinds that checkpoints ask for: linear (arXiv:2306.15595), yarn (arXiv:2309.00071)
-and llama3 (its config's own formula). The dynamic kind changes nothing up to the context the model was trained on;
-beyond it, the angles of earlier tokens would depend on how long the sequence has become, so equal tokens in chunks
-of any size would be lost: a dynamic model's context ends there (see its family file).
+Checkpoints may ask for these kinds of frequency scaling: linear (arXiv:2306.15595), yarn (arXiv:2309.00071) and
+llama3 (its config's own formula). The dynamic kind changes nothing within the trained context. Beyond it, the
+angles of earlier tokens would depend on the length of the sequence so far, so different chunk sizes would give
+different tokens: a dynamic model's context ends there (see its family file).
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from argosy.config import RopeConfig
 
 
 def rotary(config: RopeConfig) -> _native.Rotary:
-    """What the native stack turns queries and keys with."""
+    """The rotary embedding that the native stack applies to queries and keys."""
     return _native.Rotary(inverse_frequency(config), angle_scale(config), config.is_interleaved)
 
 
 def angle_scale(config: RopeConfig) -> float:
-    """What cosines and sines are multiplied with: yarn's attention factor, 1 for the other kinds."""
+    """The factor of cosines and sines: yarn's attention factor, 1 for the other kinds."""
     return _attention_factor(config) if config.kind == "yarn" else 1.0
 
 
 def inverse_frequency(config: RopeConfig) -> NDArray[np.float64]:
-    """float64 [rotary_dim / 2]: how far each pair of dimensions turns from one position to the next, in radians."""
+    """float64 [rotary_dim / 2]: the rotation of each pair of dimensions per position, in radians."""
     dim = config.rotary_dim
     plain: NDArray[np.float64] = config.theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
     if config.frequency_factors:
@@ -45,7 +45,7 @@ def inverse_frequency(config: RopeConfig) -> NDArray[np.float64]:
 
 
 def _yarn(config: RopeConfig, plain: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Fast dimensions keep their frequency, slow ones are interpolated, a ramp lies between."""
+    """Fast dimensions keep their frequency, slow ones are interpolated, with a ramp in between."""
     dim = config.rotary_dim
 
     def dimension_of(rotations: float) -> float:
@@ -74,7 +74,7 @@ def _attention_factor(config: RopeConfig) -> float:
 
 
 def _llama3(config: RopeConfig, plain: NDArray[np.float64]) -> NDArray[np.float64]:
-    turns = config.original_context * plain / (2 * math.pi)  # within the trained context
+    turns = config.original_context * plain / (2 * math.pi)  # full turns within the trained context
     share = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
     keep: NDArray[np.float64] = np.clip(share, 0, 1)
     return plain / config.factor * (1 - keep) + plain * keep

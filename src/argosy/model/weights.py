@@ -1,7 +1,7 @@
-"""Read the part that every token needs into private memory, at drive speed.
+"""Read the weights that every token needs into private memory, at drive speed.
 
-Dense weights are read, not mapped: mapped pages are the first the system takes back under pressure. Matrices stay in
-the format of their file, or in the slot format of its GGUF blocks; norms and biases become float32.
+Dense weights are read, not mapped: under memory pressure, the system reclaims mapped pages first. Matrices stay in the
+format of their file, or get the slot format of their GGUF blocks; norms and biases become float32.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from argosy.errors import CheckpointError, CorruptRecord, ReadFailed
 
 Vector = NDArray[np.float32]
 
-# Those that a family may store less an offset; what a mixer norms inside itself is stored as it is.
+# Norms that a family may store minus an offset; norms inside a mixer are stored without one.
 _OFFSET_NORMS = frozenset({"attn_norm", "mlp_norm", "final_norm", "q_norm", "k_norm"})
 
-_MOST_IN_FLIGHT = 256  # tensors: nobody may be here to issue the next read while the tokenizer is being built
+# Tensors. Many, because nothing may issue the next read while the tokenizer is being built.
+_MOST_IN_FLIGHT = 256
 
 
 def is_vector(name: str) -> bool:
-    """Norms, biases, sinks, and a delta net's convolution and rates; everything else is the matrix of a product."""
+    """Whether it is a norm, bias or sink, or a delta net's convolution or rate; all others are matrices of products."""
     return name.endswith(("norm", "_bias", "sinks", "delta_conv", "delta_rate"))
 
 
 @dataclass(frozen=True, slots=True)
 class DenseWeights:
-    """matrices and float32 vectors by canonical name, and the memory the matrices lie in.
+    """Matrices and float32 vectors by canonical name, and the memory that holds the matrices.
 
-    The weights of a causal convolution are [width, channels]. In place of `kv_up` there are `k_up` and `v_up`
+    The weights of a causal convolution are [width, channels]. `k_up` and `v_up` replace `kv_up`
     (`checkpoint/latent_up.py`).
     """
 
@@ -46,28 +47,28 @@ class DenseWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory, the gaps between matrices included."""
+        """Bytes of memory, including the gaps between matrices."""
         return self.arena.nbytes + sum(vector.nbytes for vector in self.vectors.values())
 
 
 def _passes_scratch(ref: MatrixRef) -> bool:
-    """Whether it lands beside its place: it is split in two, or rows of blocks change places before they are
-    transcoded, which no reader does."""
+    """Whether it lands in scratch memory first: it is split in two, or its rows of blocks are reordered before they are
+    transcoded, which readers cannot do."""
     return ref.key_value_rows is not None or (ref.block_type is not None and ref.paired_heads > 0)
 
 
 def _scratch_bytes(ref: MatrixRef, alignment: int) -> int:
-    """What one that lands beside its place takes there: codes and scales are transcoded on the way."""
+    """Bytes of scratch memory for a matrix that lands there first; codes and scales are transcoded on the way."""
     return round_up(ref.landed_bytes, alignment) if ref.scales is not None else _read_bytes(ref, alignment)
 
 
 def _read_bytes(ref: MatrixRef, alignment: int) -> int:
-    # Alignment to spare on both sides: reads are rounded outwards to whole blocks.
+    # A block to spare on each side: reads are rounded outwards to whole blocks.
     return round_up(ref.offset % alignment + ref.nbytes, alignment)
 
 
 def _split_places(ref: MatrixRef, alignment: int) -> tuple[int, int]:
-    """Bytes of the places of k_up and v_up."""
+    """Bytes reserved for k_up and v_up."""
     key, value = (round_up(matrix_bytes(*shape), alignment) for shape in split_shapes(key_value_matrix(ref)))
     return key, value
 
@@ -81,7 +82,7 @@ def _place_bytes(ref: MatrixRef, alignment: int) -> int:
 
 
 def _reordering_bytes(ref: MatrixRef, alignment: int) -> int:
-    """What it takes, while it lands, to put rows in another order."""
+    """Bytes needed to reorder rows while it lands."""
     if ref.key_value_rows is not None:
         landed = ref.landed_bytes if ref.block_type is not None and ref.scales is None else 0
         return _scratch_bytes(ref, alignment) + landed + passing_bytes(key_value_matrix(ref))
@@ -98,9 +99,9 @@ def dense_footprint(refs: Mapping[str, MatrixRef], alignment: int = 4096) -> int
 
 
 class DenseReading:
-    """Dense tensors on their way into memory; whoever waits for them may do something else first.
+    """Reads dense tensors into memory while the caller does something else.
 
-    Reads are under way once this exists. `finish` or `cancel` ends them.
+    Reads start when this is created. `finish` or `cancel` ends them.
 
     Args:
         norm_offset: added to the weights of norms (`ModelConfig.norm_offset`).
@@ -122,7 +123,7 @@ class DenseReading:
         """Wait for every tensor.
 
         Raises:
-            ReadFailed: the drive refused.   CorruptRecord: a packed tensor does not match its checksum.
+            ReadFailed: the drive failed.   CorruptRecord: a packed tensor does not match its checksum.
             CheckpointError: a norm or bias holds NaN or infinity.
         """
         try:
@@ -130,10 +131,10 @@ class DenseReading:
         except StopIteration as done:
             weights: DenseWeights = done.value
             return weights
-        raise AssertionError("the reading of dense tensors pauses only once")
+        raise AssertionError("reading dense tensors pauses only once")
 
     def cancel(self) -> None:
-        """Wait until no read moves bytes, and forget them all; harmless after `finish`."""
+        """Wait until no read moves bytes, and discard all reads; harmless after `finish`."""
         self._steps.close()
 
 
@@ -145,7 +146,7 @@ def load_dense(
     norm_offset: float = 0.0,
     progress: Callable[[str, float], None] | None = None,
 ) -> DenseWeights:
-    """Read every dense tensor, and wait for it: `DenseReading`, without a pause."""
+    """Read every dense tensor and wait: `DenseReading` in one call."""
     return DenseReading(store, refs, open_file=open_file, norm_offset=norm_offset, progress=progress).finish()
 
 
@@ -156,13 +157,13 @@ def _read_dense(
     norm_offset: float,
     progress: Callable[[str, float], None] | None,
 ) -> Generator[None, None, DenseWeights]:
-    """Start the first reads, pause, and go on until all tensors are there."""
+    """Start the first reads, pause, then continue until all tensors have landed."""
     paths = {str(ref.path) for ref in refs.values()}
     paths |= {str(ref.scales.path) for ref in refs.values() if ref.scales is not None}
     file_ids = {path: open_file(path) for path in sorted(paths)}
     alignment = max(store.info(file_id)[2] for file_id in file_ids.values())
     arena = _native.Arena(max(1, sum(_place_bytes(ref, alignment) for ref in refs.values())))
-    # One matrix at a time, and last: everything else is read past it.
+    # One matrix at a time uses the scratch memory, and these come last, so that all other reads bypass it.
     scratch = _native.Arena(
         max((_scratch_bytes(ref, alignment) for ref in refs.values() if _passes_scratch(ref)), default=1)
     )
@@ -220,7 +221,8 @@ def _read_dense(
             check_vector(ref.name, values)
             if name.rpartition(".")[2] in _OFFSET_NORMS:
                 values += np.float32(norm_offset)
-            if name.endswith("delta_conv"):  # in memory position by position: channels run side by side
+            # In memory it is stored position by position, with channels side by side.
+            if name.endswith("delta_conv"):
                 values = np.ascontiguousarray(values.reshape(ref.rows, ref.cols).T)
             vectors[name] = values
         else:

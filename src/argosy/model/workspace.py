@@ -13,18 +13,18 @@ from argosy.config import MixerKind, ModelConfig
 
 Array = NDArray[np.float32]
 
-# Experts and order of the assignments (one token, one of its experts).
+# Experts and order of the assignments (an assignment is one token and one of its experts).
 _INTEGERS = ("expert_ids", "assignment", "group_token", "group_row")
 
 
 def buffer_columns(config: ModelConfig) -> dict[str, int]:
-    """Columns per token of every buffer, of four bytes each."""
+    """Columns per token of every buffer; a column has four bytes."""
     hidden = config.hidden_size
     mixers = [_MIXER_COLUMNS[kind](config) for kind in {layer.mixer for layer in config.layers}]
     return {
         "hidden": hidden,
         "normed": hidden,
-        "block": hidden,  # what a block adds to the hidden state
+        "block": hidden,  # the output that a block adds to the hidden state
         **{name: max(columns.get(name, 0) for columns in mixers) for name in _MIXER_BUFFERS},
         "cosine": config.rope.rotary_dim // 2,
         "sine": config.rope.rotary_dim // 2,
@@ -78,10 +78,10 @@ _MIXER_COLUMNS: Mapping[MixerKind, Callable[[ModelConfig], dict[str, int]]] = {
 
 
 def workspace_bytes(config: ModelConfig, max_tokens: int, threads: int) -> int:
-    """Bytes of the buffers below and of the native scratch behind them, for a batch of `max_tokens`."""
+    """Bytes of the buffers below and of native scratch memory, for a batch of `max_tokens`."""
     per_token = 4 * sum(buffer_columns(config).values())
     widest = max(config.expert_width * config.experts_per_token, config.dense_width, config.shared_width)
-    # Gate and up of the widest FFN in float32, and a quantised copy of them and of the FFN's input.
+    # Gate and up of the widest FFN in float32, and quantised copies of them and of the FFN's input.
     per_token += 2 * 4 * widest + 2 * (widest + 2 * config.hidden_size)
     # The batch and other small arrays take less than two more rows.
     per_token += 2 * 4 * config.hidden_size
@@ -90,7 +90,7 @@ def workspace_bytes(config: ModelConfig, max_tokens: int, threads: int) -> int:
 
 
 def _attention_scratch(config: ModelConfig, max_tokens: int, threads: int) -> int:
-    # Per thread 32 queries of attention, each with 64 scores and its running sum (kernels/kernel_table.h).
+    # Each thread has 32 attention queries, each with 64 scores and its running sum (kernels/kernel_table.h).
     return threads * 32 * (64 + 2 * -(-config.head_dim // 16) * 16) * 4
 
 
@@ -103,7 +103,7 @@ def _latent_scratch(config: ModelConfig, max_tokens: int, threads: int) -> int:
 
 
 def _delta_scratch(config: ModelConfig, max_tokens: int, threads: int) -> int:
-    # What goes into its output product, quantised: two bytes a value, and a scale for 32.
+    # The quantised input of its output product: two bytes per value, and a scale for every 32.
     assert config.delta is not None
     return max_tokens * 3 * config.delta.value_channels
 
@@ -116,7 +116,7 @@ _MIXER_SCRATCH: Mapping[MixerKind, Callable[[ModelConfig, int, int], int]] = {
 
 
 class Workspace:
-    """Named buffers of [max_tokens, columns]: float32, and int32 where experts and tokens are counted."""
+    """Named buffers [max_tokens, columns]: float32, or int32 for ids of experts and tokens."""
 
     def __init__(self, config: ModelConfig, max_tokens: int) -> None:
         self.buffers: Mapping[str, NDArray[Any]] = {

@@ -1,9 +1,9 @@
-"""What this machine lets one process use: memory, cores, drive.
+"""The resources that this machine allows one process: memory, cores, drive.
 
     /proc, /sys, cgroups  ->  facts  ->  memory plan, `argosy doctor`
 
-Everything is read from files of the kernel, below a `root` that a test can put elsewhere. A fact that cannot be read
-is None, never a guess. Nothing here is measured: measuring is `cli/doctor.py`.
+Everything is read from kernel files, below a `root` that tests can replace. A fact that cannot be read is None, never a
+guess. Nothing is measured here: `cli/doctor.py` measures.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _ROOT = Path("/")
 
 @dataclass(frozen=True, slots=True)
 class MemoryLimit:
-    """What this process may use at most, and what of it nobody else uses."""
+    """The memory that this process may use, and how much of it no other process uses."""
 
     total_bytes: int
     free_bytes: int  # memory that this process holds counts as free, too
-    source: str  # "machine", or the cgroup whose limit is the smallest
+    source: str  # "machine", or the cgroup with the smallest limit
 
     def __str__(self) -> str:
         return f"{format_bytes(self.free_bytes)} free of {format_bytes(self.total_bytes)} ({self.source})"
@@ -32,27 +32,27 @@ class MemoryLimit:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Memory of this process now, and the most it ever had."""
+    """The memory of this process: current and peak."""
 
     resident_bytes: int
     anonymous_bytes: int
     file_bytes: int  # mapped files and shared memory
     peak_bytes: int
-    page_table_bytes: int  # held by the kernel, and charged to the cgroup as well
+    page_table_bytes: int  # held by the kernel, also charged to the cgroup
 
 
 @dataclass(frozen=True, slots=True)
 class MappingLimit:
-    """How many bytes of address space this process may map, used or not, and how many it has mapped."""
+    """How many bytes of address space this process may map, whether used or not, and how many it has mapped."""
 
-    command: str  # that shows and lifts it: "ulimit -v"
+    command: str  # the command that shows and raises the limit: "ulimit -v"
     limit_bytes: int
     mapped_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Drive:
-    """Where a path lies."""
+    """The drive that holds a path."""
 
     file_system: str  # "ext4"
     device: str  # "/dev/nvme0n1p2"
@@ -70,7 +70,7 @@ class _Cgroup:
 def memory_limit(root: Path = _ROOT) -> MemoryLimit:
     """The smallest of the machine's memory and the limits of this process's cgroup and its parents.
 
-    A limit of version 2 is `memory.max` or `memory.high`, whichever is smaller.
+    In cgroup v2, the limit is `memory.max` or `memory.high`, whichever is smaller.
     """
     facts = _meminfo(root)
     total, free, source = facts["MemTotal"], facts["MemAvailable"], "machine"
@@ -86,9 +86,9 @@ def memory_limit(root: Path = _ROOT) -> MemoryLimit:
 
 
 def default_budget(limit: MemoryLimit) -> tuple[int, int]:
-    """(budget_bytes, margin_bytes) of a process that was given no budget.
+    """(budget_bytes, margin_bytes) for a process without a given budget.
 
-    The margin is 5 % and at least 512 MiB, for what starts later, and at most an eighth on a small machine.
+    The margin is for programs that start later: 5 %, at least 512 MiB, but at most an eighth on a small machine.
     """
     margin_bytes = min(max(limit.free_bytes // 20, 512 * MIB), limit.free_bytes // 8)
     return limit.free_bytes - margin_bytes, margin_bytes
@@ -107,17 +107,17 @@ def process_footprint(root: Path = _ROOT) -> Footprint:
 
 
 def address_space_limit(root: Path = _ROOT) -> MappingLimit | None:
-    """RLIMIT_AS, see getrlimit(2); None where there is none."""
+    """RLIMIT_AS, see getrlimit(2); None if there is no limit."""
     return _mapping_limit(root, "Max address space", "ulimit -v", "VmSize")
 
 
 def data_limit(root: Path = _ROOT) -> MappingLimit | None:
-    """RLIMIT_DATA: as `address_space_limit`, for private memory that can be written."""
+    """RLIMIT_DATA: like `address_space_limit`, for private writable memory."""
     return _mapping_limit(root, "Max data size", "ulimit -d", "VmData")
 
 
 def thread_stack_bytes(root: Path = _ROOT) -> int:
-    """Bytes that the stack of a new thread maps: RLIMIT_STACK, or 8 MiB if there is no limit."""
+    """Bytes that a new thread's stack maps: RLIMIT_STACK, or 8 MiB if there is no limit."""
     return _process_limit(root, "Max stack size") or 8 * MIB
 
 
@@ -129,7 +129,7 @@ def _mapping_limit(root: Path, name: str, command: str, used: str) -> MappingLim
 
 
 def _process_limit(root: Path, name: str) -> int | None:
-    """The soft limit of a line of /proc/self/limits, in bytes; None where it is unlimited or unknown."""
+    """The soft limit in a line of /proc/self/limits, in bytes; None if it is unlimited or unknown."""
     for line in (_read(root / "proc/self/limits") or "").splitlines():
         if line.startswith(name):
             soft = line.removeprefix(name).split()[0]
@@ -138,7 +138,7 @@ def _process_limit(root: Path, name: str) -> int | None:
 
 
 def peak_bytes(root: Path = _ROOT) -> int | None:
-    """The most memory this process ever had; None where it cannot be read, as when no more files may be open."""
+    """Peak memory of this process; None if it cannot be read, for example because no more files may be opened."""
     try:
         return _sizes(root / "proc/self/status").get("VmHWM")
     except OSError:
@@ -146,7 +146,7 @@ def peak_bytes(root: Path = _ROOT) -> int | None:
 
 
 def cgroup_peak_bytes(root: Path = _ROOT) -> int | None:
-    """The most this process's memory cgroup ever held, page cache included; None unless the process is alone in it."""
+    """Peak of this process's memory cgroup, including page cache; None unless the process is alone in it."""
     group = next(_cgroups(root, "memory"), None)
     if group is None:
         return None
@@ -156,7 +156,7 @@ def cgroup_peak_bytes(root: Path = _ROOT) -> int | None:
 
 
 def usable_cores(root: Path = _ROOT) -> int:
-    """Cores this process may run on: its affinity mask, or the CPU quota of a cgroup where that is less."""
+    """Cores that this process may use: its affinity mask, or the CPU quota of a cgroup if that is less."""
     cores = len(os.sched_getaffinity(0))
     for group in _cgroups(root, "cpu"):
         if (quota := _cpu_quota(group)) is not None:
@@ -185,14 +185,14 @@ def drive_of(path: Path, root: Path = _ROOT) -> Drive | None:
         ahead = _first_number(
             root / "sys/class/bdi" / mount.device_number / "read_ahead_kb",
             block / "queue/read_ahead_kb",
-            block.resolve().parent / "queue/read_ahead_kb",  # a partition has its drive's queue
+            block.resolve().parent / "queue/read_ahead_kb",  # a partition uses its drive's queue
         )
         best = Drive(mount.file_system, mount.device, mount.mount_point, ahead)
     return best
 
 
 def free_disk_bytes(path: Path) -> int:
-    """What an ordinary user may still write where `path` is, or will be."""
+    """Bytes that an ordinary user can still write where `path` is or will be."""
     facts = os.statvfs(nearest_existing(path))
     return facts.f_bavail * facts.f_frsize
 
@@ -207,11 +207,11 @@ def nearest_existing(path: Path) -> Path:
 @dataclass(frozen=True, slots=True)
 class _Mount:
     device_number: str  # "259:2"
-    inner_path: str  # the part of the file system that is mounted
+    inner_path: str  # the mounted part of the file system
     mount_point: str
     file_system: str
     device: str
-    options: tuple[str, ...]  # of the file system: for cgroup v1, its controllers
+    options: tuple[str, ...]  # the file system's options; for cgroup v1, its controllers
 
 
 def _mounts(root: Path) -> Iterator[_Mount]:
@@ -231,13 +231,13 @@ def _unescape(text: str) -> str:
 
 
 def _cgroups(root: Path, controller: str) -> Iterator[_Cgroup]:
-    """This process's cgroup for a controller, then its parents up to the mount; version 1 where that has it."""
+    """This process's cgroup for a controller, then its parents up to the mount; v1 if it has the controller."""
     memberships: dict[str, str] = {}
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         for name in controllers.split(","):
-            memberships[name] = path  # version 2 has no names: ""
+            memberships[name] = path  # v2 has no controller names: ""
     version = 1 if controller in memberships else 2
     own_path = memberships.get(controller if version == 1 else "")
     if own_path is None:
@@ -248,7 +248,7 @@ def _cgroups(root: Path, controller: str) -> Iterator[_Cgroup]:
         if version == 1 and controller not in mount.options:
             continue
         top = root / mount.mount_point.lstrip("/")
-        # In a container the mount may show only a part of the tree, and the path may lead outside of it.
+        # In a container, the mount may show only part of the tree, and the path may lead outside it.
         own = Path(own_path)
         inside = own.relative_to(mount.inner_path) if own.is_relative_to(mount.inner_path) else Path()
         for part in (inside, *inside.parents):
@@ -259,8 +259,8 @@ def _cgroups(root: Path, controller: str) -> Iterator[_Cgroup]:
 def _cgroup_memory(group: _Cgroup) -> tuple[int | None, int]:
     """(limit or None, bytes in use that cannot simply be reclaimed).
 
-    Above `memory.high` the kernel makes a process wait until its memory has been reclaimed, and weights cannot be: it
-    bounds what is useful as `memory.max` does.
+    Above `memory.high`, the kernel stalls a process until memory has been reclaimed, and weights cannot be reclaimed:
+    in effect it is a limit, like `memory.max`.
     """
     if group.version == 2:
         limits = [_number(group.path / name) for name in ("memory.max", "memory.high")]
@@ -272,7 +272,7 @@ def _cgroup_memory(group: _Cgroup) -> tuple[int | None, int]:
             _number(group.path / "memory.limit_in_bytes"),
             _number(group.path / "memory.usage_in_bytes"),
         )
-        prefix = "total_"  # with the groups below
+        prefix = "total_"  # including child groups
     if limit is None or used is None:
         return None, 0
     cache_bytes = 0
