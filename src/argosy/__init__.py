@@ -3,7 +3,7 @@
     with Engine("path/or/demo", memory="2GiB") as engine:
         print(engine.generate("Why is the sky blue?").text)
 
-Public names only; `docs/architecture.md` is the map. Names load when they are first used, so that `argosy --help`
+This module has only public names; `docs/architecture.md` is the map. Names load on first use, so that `argosy --help`
 answers at once.
 """
 

@@ -1,4 +1,4 @@
-"""`python -m argosy` is `argosy`."""
+"""`python -m argosy` runs `argosy`."""
 
 import sys
 

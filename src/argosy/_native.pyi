@@ -1,7 +1,7 @@
 """The native module: arithmetic, threads and bytes.
 
-Arrays are C-contiguous; float arrays are float32 and integers int32 unless a docstring says otherwise. A wrong size,
-dtype, range or name raises ValueError with what was found and what was expected. Every operation releases the GIL.
+Arrays are C-contiguous; float arrays are float32 and integer arrays int32 unless a docstring says otherwise. A wrong
+size, dtype, range or name raises ValueError with the found and the expected value. Every operation releases the GIL.
 One `Runtime` runs one operation at a time.
 """
 
@@ -25,27 +25,27 @@ _Bytes = NDArray[np.uint8]
 
 # Kernels (native/kernels, native/ops).
 #
-# Promise: for one row and one token the floating-point operations and their order are the same whatever else is in
-# the call, the number of threads and the alignment of the weights.
+# Promise: for one row and one token, the floating-point operations and their order do not depend on the rest of the
+# call, the number of threads or the alignment of the weights.
 
 def instruction_sets() -> list[InstructionSet]:
-    """Those this CPU can run, worst first."""
+    """The instruction sets that this CPU supports, worst first."""
 
 def use_instruction_set(name: str) -> None:
-    """Run on `name` from now on. Without a call the best one runs."""
+    """Use `name` from now on. The default is the best one."""
 
 def instruction_set() -> InstructionSet: ...
 
 class Runtime:
-    """A pool of threads, the caller among them, and scratch memory that only grows.
+    """A pool of threads, including the caller, and scratch memory that only grows.
 
     Args:
         num_threads: at most 1024.
-        ask_ahead: whether products with one token prefetch quantised weights, and into how many caches
-            (`ask_ahead_probe`). No result depends on it. None: off with AVX-512, one level without.
+        ask_ahead: whether products with one token prefetch quantised weights, and into how many cache levels
+            (`ask_ahead_probe`). It does not affect results. None selects off with AVX-512, one level without.
 
     Raises:
-        RuntimeError: the system refuses a thread.
+        RuntimeError: the system refuses to start a thread.
     """
 
     def __init__(self, num_threads: int, ask_ahead: AskAhead | None = None) -> None: ...
@@ -56,7 +56,7 @@ class Runtime:
     @property
     def scratch_bytes(self) -> int: ...
     def close(self) -> None:
-        """End the threads and give back the scratch; operations then raise ValueError."""
+        """End the threads and free the scratch memory; later operations raise ValueError."""
 
 def matrix_bytes(format: Format, rows: int, cols: int) -> int:
     """Bytes of a matrix (layout: native/kernels/formats.h)."""
@@ -64,29 +64,30 @@ def matrix_bytes(format: Format, rows: int, cols: int) -> int:
 def quantize(format: Format, weights: _Floats, out: _Bytes, runtime: Runtime | None = None) -> None:
     """Write weights [rows, cols] to `out` [matrix_bytes] as f32, f16, bf16, or q8 or q4 on the threads of `runtime`.
 
-    The bytes are the same on every instruction set. q4 scales have the least squared error of a list of candidates. A
-    group of 32 with an infinity or a NaN gets a NaN scale. The other formats only hold what a file has.
+    The bytes are the same on every instruction set. q4 scales are the candidates with the least squared error. A
+    group of 32 with an infinity or a NaN gets a NaN scale. The other formats can only come from a file.
     """
 
 def transcode(
     block_type: str, data: _Bytes, rows: int, cols: int, interleaved: int = 1, out: _Bytes | None = None
 ) -> _Bytes:
-    """Blocks of a matrix [rows, cols] as the bytes of its slot format, without loss.
+    """Convert the blocks of a matrix [rows, cols] to the bytes of its slot format, without loss.
 
-    Q8_0 becomes q8, Q4_0 q4, GGUF's other types the format of their name; cols is a multiple of their block's 32 or
-    256. `int4_quants`, `int4_scales`, `mxfp4_quants`, `mxfp4_scales`, `f8_codes`, `f8_scales` and `f8_scales_bf16`
-    (native/kernels/transcode.h) write only their part of the matrix: to `out` [matrix_bytes], which is returned, or
-    beside zeros. `interleaved` matrices of `rows` rows each, row by row in `data`, come out one behind the other.
+    Q8_0 becomes q8, Q4_0 becomes q4, and GGUF's other types become the format with their name; cols is a multiple of
+    their block size, 32 or 256. `int4_quants`, `int4_scales`, `mxfp4_quants`, `mxfp4_scales`, `f8_codes`, `f8_scales`
+    and `f8_scales_bf16` (native/kernels/transcode.h) write only their part of the matrix: into `out` [matrix_bytes],
+    which is returned, or into new zeros. `interleaved` matrices with `rows` rows each, which alternate row by row in
+    `data`, come out one after another.
 
     Raises:
-        ValueError: a code of f8 is NaN, or a scale gives weights that no float32 holds.
+        ValueError: an f8 code is NaN, or a scale gives weights that do not fit a float32.
     """
 
 def dequantize(format: Format, data: _Bytes, rows: int, cols: int) -> _Floats:
-    """The weights [rows, cols] that the products see."""
+    """The weights [rows, cols] as the products use them."""
 
 class Matrix:
-    """Weights inside an arena or a uint8 array, which it keeps alive. Any offset works; 64 is the fastest."""
+    """Weights inside an arena or a uint8 array, which it keeps alive. Any offset works; multiples of 64 are fastest."""
 
     def __init__(self, memory: Arena | _Bytes, offset: int, format: Format, rows: int, cols: int) -> None: ...
     @property
@@ -99,7 +100,7 @@ class Matrix:
 def matmul(runtime: Runtime, matrices: Sequence[Matrix], x: _Floats, outs: Sequence[_Floats]) -> None:
     """outs[i] = x matrices[i]^T, for x [tokens, cols] and outs[i] [tokens, rows of matrix i].
 
-    With quantised weights x becomes int8 (beside q8: int16) per group of 32, once for all matrices.
+    With quantised weights, x is quantised per group of 32 to int8 (int16 with q8), once for all matrices.
     """
 
 def embed(runtime: Runtime, matrix: Matrix, ids: _Ints, out: _Floats) -> None:
@@ -111,21 +112,21 @@ def rms_norm(runtime: Runtime, x: _Floats, weight: _Floats, eps: float, out: _Fl
 def rope(runtime: Runtime, x: _Floats, cosine: _Floats, sine: _Floats, is_interleaved: bool = False) -> None:
     """Rotate x [tokens, heads, head_dim] in place, by cosine and sine [tokens, pairs].
 
-    Dimension i turns with dimension i + pairs, or, interleaved, dimension 2 i with 2 i + 1; dimensions from 2 * pairs
-    on stay.
+    Dimension i is paired with i + pairs; if interleaved, dimension 2 i is paired with 2 i + 1. Dimensions from
+    2 * pairs on do not change.
     """
 
 class Routing:
-    """How the experts of a token follow from its router logits (native/kernels/route.h).
+    """How a token's experts are chosen from its router logits (native/kernels/route.h).
 
-    Scores are the softmax over all experts, or each one's sigmoid. The k best are chosen by score plus `choice_bias`,
-    of the best `kept_groups` of `num_groups` groups of equal size; a group is worth its best expert, or the sum of its
-    best two. On a tie the lower id wins. Routing weights are the scores, without the bias, of those chosen; with
-    `renormalize` divided by their sum plus `renormalize_eps`; times `scale`.
+    Scores are the softmax over all experts, or the sigmoid of each. The k best experts by score plus `choice_bias` are
+    chosen from the best `kept_groups` of `num_groups` groups of equal size; a group is scored by its best expert, or by
+    the sum of its best two. On a tie the lower id wins. Routing weights are the scores of the chosen experts, without
+    the bias; with `renormalize`, divided by their sum plus `renormalize_eps`; then multiplied by `scale`.
 
     Args:
         experts_per_token: k.
-        choice_bias: [experts]; None for none.
+        choice_bias: [experts]; None means no bias.
     """
 
     def __init__(
@@ -143,14 +144,14 @@ class Routing:
     ) -> None: ...
 
 def route(runtime: Runtime, routing: Routing, logits: _Floats, ids: _Ints, weights: _Floats) -> None:
-    """Logits [tokens, experts] -> ids (best first) and routing weights [tokens, k].
+    """Write ids (best first) and routing weights [tokens, k] from logits [tokens, experts].
 
     Raises:
         ValueError: the routing does not fit the number of experts.
     """
 
 def combine(runtime: Runtime, expert_out: _Floats, weights: _Floats, out: _Floats) -> None:
-    """out[t] += sum over j, ascending, of weights[t, j] * expert_out[t * k + j]."""
+    """out[t] += sum over ascending j of weights[t, j] * expert_out[t * k + j]."""
 
 def mul_sigmoid(runtime: Runtime, gate: _Floats, x: _Floats) -> None:
     """x[n] *= sigmoid(gate[n]), elementwise, for x and gate [n, cols]."""
@@ -179,14 +180,14 @@ def swiglu_experts(
     """Run each expert on its tokens: out[row[a]] = activation(x Wg^T + bg, x Wu^T + bu) Wd^T + bd, x = x[token[a]].
 
     Args:
-        formats: of gate, up and down.
-        offsets: int64 [experts, 3], where gate and up [width, hidden] and down [hidden, width] begin in the arena.
+        formats: formats of gate, up and down.
+        offsets: int64 [experts, 3], the offsets in the arena of gate and up [width, hidden] and down [hidden, width].
         x: [tokens, hidden].
-        starts: [experts + 1]; expert i runs assignments starts[i] to starts[i + 1], and the last is their number.
-        token: [assignments], row of x.
-        row: [assignments], row of `out`, each at most once.
-        out: [any, hidden]; rows that `row` does not name stay as they are.
-        activation: of gate and up.
+        starts: [experts + 1]; expert i runs assignments starts[i] to starts[i + 1]; the last entry is their number.
+        token: [assignments], the row of x.
+        row: [assignments], the row of `out`, each at most once.
+        out: [any, hidden]; rows that are not in `row` do not change.
+        activation: the activation of gate and up.
         gate_bias, up_bias: [experts, width].   down_bias: [experts, hidden].
     """
 
@@ -199,18 +200,18 @@ def swiglu(
     out: _Floats,
     activation: Activation = ("silu", 0.0, 0.0),
 ) -> None:
-    """The same for one network and all tokens of x [tokens, hidden]: a dense layer or a shared expert."""
+    """The same for one network and all tokens of x [tokens, hidden], for a dense layer or a shared expert."""
 
 class KvShape:
-    """What a layer keeps of each position in a KvCache."""
+    """The data that a layer keeps per position in a KvCache."""
 
     @staticmethod
     def keys_values(kv_heads: int, head_dim: int) -> KvShape:
-        """A key and a value for each KV head. Positions of a block and dimensions of values are padded to 16."""
+        """A key and a value for each KV head. Positions per block and value dimensions are padded to 16."""
 
     @staticmethod
     def latent(dim: int) -> KvShape:
-        """One vector that all heads share, and nothing else."""
+        """Only one vector, shared by all heads."""
 
     @staticmethod
     def none() -> KvShape:
@@ -219,10 +220,10 @@ class KvShape:
 def kv_cache_bytes(
     layers: Sequence[KvShape], num_blocks: int, block_tokens: int, dtype: Literal["f32", "f16"]
 ) -> int:
-    """What a KvCache takes."""
+    """Bytes of a KvCache."""
 
 class KvCache:
-    """What all layers keep of the positions they have seen; memory appears when it is first written."""
+    """The data that all layers keep of past positions; memory is committed when it is first written."""
 
     def __init__(
         self, layers: Sequence[KvShape], num_blocks: int, block_tokens: int, dtype: Literal["f32", "f16"]
@@ -231,13 +232,13 @@ class KvCache:
     def nbytes(self) -> int: ...
     @property
     def block_bytes(self) -> int:
-        """Of one block, all layers."""
+        """Bytes of one block, all layers."""
 
     def copy_out(self, block: int, to: _Bytes) -> None:
-        """All of a block into `to` [block_bytes]."""
+        """Copy a whole block into `to` [block_bytes]."""
 
     def copy_in(self, block: int, saved: _Bytes) -> None:
-        """What `copy_out` gave, into any block of a cache of the same shapes."""
+        """Copy data from `copy_out` into any block of a cache with the same shapes."""
 
     def copy_block(self, from_block: int, to_block: int) -> None: ...
 
@@ -259,21 +260,21 @@ def attention(
     out: _Floats,
     sinks: _Floats | None = None,
 ) -> None:
-    """Causal grouped-query attention; tokens of a sequence that stand next to each other share its keys.
+    """Causal grouped-query attention; adjacent tokens of a sequence share one pass over its keys.
 
     Args:
         q: [tokens, heads, head_dim], heads a multiple of kv_heads.
-        block_table: [sequences, max_blocks]; position p of sequence s lies in block block_table[s, p // block_tokens].
-        sequence, position: [tokens]. A token sees the positions up to its own, which must be written already.
-        window: a token sees its last `window` positions, itself included; 0 for all.
+        block_table: [sequences, max_blocks]; position p of sequence s is in block block_table[s, p // block_tokens].
+        sequence, position: [tokens]. A token sees the positions up to its own; all must have been written.
+        window: a token sees its last `window` positions, including itself; 0 means all.
         out: [tokens, heads * head_dim].
-        sinks: [heads], a score of each head that takes weight and adds nothing; None for none.
+        sinks: [heads], a score per head that takes weight and adds nothing; None means no sinks.
     """
 
 def latent_write(
     runtime: Runtime, kv: KvCache, layer: int, vectors: _Floats, slots: NDArray[np.int64]
 ) -> None:
-    """Store the latent vectors [tokens, dim] of a layer that keeps such; slots as for `kv_write`."""
+    """Store the latent vectors [tokens, dim] of a layer with `KvShape.latent`; slots as for `kv_write`."""
 
 def latent_attention(
     runtime: Runtime,
@@ -288,12 +289,12 @@ def latent_attention(
     scale: float,
     out: _Floats,
 ) -> None:
-    """Causal multi-head latent attention (arXiv:2405.04434) in its absorbed form, over vectors that heads share.
+    """Causal multi-head latent attention (arXiv:2405.04434) in its absorbed form, over vectors that all heads share.
 
     Args:
-        q: [tokens, heads, nope_dim + rope_dim], its last rope_dim dimensions turned.
-        key_up: [heads * kv_rank, nope_dim]. For each head, what makes a query of kv_rank dimensions of nope_dim.
-        value_up: [heads * value_dim, kv_rank]. For each head, what makes its result of the weighted sum of latents.
+        q: [tokens, heads, nope_dim + rope_dim], with the last rope_dim dimensions rotated.
+        key_up: [heads * kv_rank, nope_dim]. For each head, maps a query from nope_dim to kv_rank dimensions.
+        value_up: [heads * value_dim, kv_rank]. For each head, maps the weighted sum of latent vectors to its result.
         block_table, sequence, position: as for `attention`.
         out: [tokens, heads * value_dim].
     """
@@ -301,10 +302,10 @@ def latent_attention(
 def latent_scratch_bytes(
     num_heads: int, nope_dim: int, rope_dim: int, kv_rank: int, max_tokens: int, num_threads: int
 ) -> int:
-    """What `latent_attention` takes of a runtime's scratch, at most.
+    """Most bytes of a runtime's scratch memory that `latent_attention` uses.
 
     Raises:
-        ValueError: a size is below 0 or beyond 2^30, or the scratch would have more than 2^62 bytes.
+        ValueError: a size is below 0 or above 2^30, or the scratch memory would exceed 2^62 bytes.
     """
 
 # The layers of a decoder (native/ops/stack.h), as one operation.
@@ -312,16 +313,16 @@ def latent_scratch_bytes(
 _DeltaSizes = tuple[int, int, int, int, int]  # key heads, value heads, key dim, value dim, conv width
 
 def recurrent_state_bytes(num_slots: int, num_layers: int, sizes: _DeltaSizes) -> int:
-    """What a RecurrentState takes."""
+    """Bytes of a RecurrentState."""
 
 class RecurrentState:
-    """What gated delta nets remember of the sequences that run, a slot for each; memory appears when first written.
+    """The state of gated delta nets, one slot per running sequence; memory is committed when it is first written.
 
-    A slot stands at a position: the number of tokens it has seen. A run of tokens goes on from there, or begins anew
-    with zeros at position 0. A step that failed half-way leaves position -1.
+    The position of a slot is the number of tokens it has seen. A run of tokens continues from there, or starts over
+    from zeros at position 0. A step that failed halfway leaves position -1.
 
     Args:
-        num_layers: those with a gated delta net, all of the same sizes.
+        num_layers: the layers with a gated delta net, all of the same sizes.
     """
 
     def __init__(self, num_slots: int, num_layers: int, sizes: _DeltaSizes) -> None: ...
@@ -331,20 +332,20 @@ class RecurrentState:
     def num_slots(self) -> int: ...
     @property
     def slot_floats(self) -> int:
-        """float32 numbers of one slot, all layers."""
+        """The number of float32 values in one slot, all layers."""
 
     def position(self, slot: int) -> int: ...
     def restart(self, slot: int) -> None:
-        """Back to position 0."""
+        """Reset a slot to position 0."""
 
     def copy_out(self, slot: int, to: _Floats) -> None:
-        """All of a slot into `to` [slot_floats]."""
+        """Copy a whole slot into `to` [slot_floats]."""
 
     def copy_in(self, slot: int, saved: _Floats, position: int) -> None:
-        """What `copy_out` gave at `position`, into any slot."""
+        """Copy data that `copy_out` saved at `position` into any slot."""
 
     def copy_slot(self, from_slot: int, to_slot: int) -> None:
-        """State and position."""
+        """Copy state and position."""
 
 def gated_delta(
     runtime: Runtime,
@@ -364,22 +365,22 @@ def gated_delta(
     is_tiled: bool,
     out: _Floats,
 ) -> None:
-    """A gated delta net (native/kernels/gated_delta.h) behind its projections; overwrites qkv, b and a.
+    """A gated delta net (native/kernels/gated_delta.h) after its projections; overwrites qkv, b and a.
 
-    After the last layer the slots stand behind their runs.
+    After the last layer, the slots are at the end of their runs.
 
     Args:
-        layer: of the state.
+        layer: the layer of the state.
         qkv: [tokens, channels], q of all key heads, then k, then v.   z: [tokens, value heads * value dim].
         b, a: [tokens, value heads].
-        runs: [runs, 3], begin and end of the tokens of each sequence, and its slot.
+        runs: [runs, 3], first and end token of each sequence, and its slot.
         conv: [width, channels].   rate, dt_bias: [value heads].   norm: [value dim].
-        is_tiled: value head i goes with key head i modulo key heads, not i // (value heads of each).
+        is_tiled: value head i uses key head i modulo key heads, instead of i // (value heads per key head).
         out: [tokens, value heads * value dim].
     """
 
 class Mixer:
-    """How a layer lets positions see each other."""
+    """The part of a layer that lets positions see each other."""
 
 class Ffn:
     """The feed-forward network of a layer."""
@@ -404,16 +405,16 @@ def grouped_query_attention(
     sinks: _Floats | None = None,
     has_gate: bool = False,
 ) -> Mixer:
-    """q, k, v -> norm -> cut off -> rotary -> KV cache -> attention -> output projection.
+    """q, k, v -> norm -> clamp -> rotary -> KV cache -> attention -> output projection.
 
     Args:
-        query, output: [heads * head_dim, hidden] and back.   key, value: [kv_heads * head_dim, hidden].
+        query, output: [heads * head_dim, hidden] and the reverse.   key, value: [kv_heads * head_dim, hidden].
         window, scale: as for `attention`.
-        query_bias ...: one number per row of the matrix; None for none.
-        query_norm, key_norm: of each head, [head_dim]; flat: of all heads at once, a number per row; both or none.
-        limit: q, k and v are cut off at both signs of it; 0: not.
+        query_bias ...: one number per row of the matrix; None means no bias.
+        query_norm, key_norm: per head, [head_dim]; if flat, over all heads at once, one number per row; both or none.
+        limit: q, k and v are clamped to [-limit, limit]; 0 means no clamping.
         sinks: [heads], as for `attention`.
-        has_gate: query has rows [query, gate] of each head; what a head saw is taken times sigmoid of its gate.
+        has_gate: query has rows [query, gate] for each head; a head's output is multiplied by sigmoid of its gate.
     """
 
 def gated_delta_net(
@@ -431,13 +432,13 @@ def gated_delta_net(
     is_tiled: bool,
     state_layer: int,
 ) -> Mixer:
-    """Projections -> `gated_delta` -> output projection. Vectors and `is_tiled` are as there.
+    """Projections -> `gated_delta` -> output projection. Vectors and `is_tiled` are as for `gated_delta`.
 
     Args:
         qkv: [channels, hidden]. Without z: [q, k, v, z] of the first key head and its value heads, then of the next.
         b: [value heads, hidden]. Without a: [b, a] of the first key head's value heads, then of the next's.
         output: [hidden, value heads * value dim].
-        state_layer: of the recurrent state.
+        state_layer: the layer of the recurrent state.
     """
 
 def multi_head_latent_attention(
@@ -458,16 +459,16 @@ def multi_head_latent_attention(
     """Query and compressed keys and values -> norms -> rotary -> KV cache -> attention -> output projection.
 
     Args:
-        query: [heads * (nope_dim + rope_dim), query_rank], or of the hidden state without `query_down`.
+        query: [heads * (nope_dim + rope_dim), query_rank]; without `query_down`, [..., hidden].
         kv_down: [kv_rank + rope_dim, hidden].   kv_norm: [kv_rank].
         key_up, value_up, scale: as for `latent_attention`.
         output: [hidden, heads * value_dim].
         query_down, query_norm: [query_rank, hidden] and [query_rank], both or none.
-        norm_eps: of both norms.
+        norm_eps: the epsilon of both norms.
     """
 
 def dense_ffn(gate: Matrix, up: Matrix, down: Matrix) -> Ffn:
-    """SwiGLU of every token: gate and up [width, hidden], down [hidden, width]."""
+    """SwiGLU for every token: gate and up [width, hidden], down [hidden, width]."""
 
 def routed_ffn(
     router: Matrix,
@@ -482,45 +483,45 @@ def routed_ffn(
     up_bias: _Floats | None = None,
     down_bias: _Floats | None = None,
 ) -> Ffn:
-    """Experts of `width` that the router chooses, as `route` does, and a shared one for every token.
+    """Experts of `width` chosen by the router, as in `route`, and a shared expert for every token.
 
     Args:
         router: [experts, hidden].
-        router_bias: [experts], added to the router's product; None for none.
-        formats: of gate, up and down of the routed experts.
+        router_bias: [experts], added to the router's product; None means no bias.
+        formats: formats of gate, up and down of the routed experts.
         shared: gate, up and down of the shared expert.
-        shared_score: [1, hidden]; the shared expert's output is taken times sigmoid(shared_score . x).
-        gate_bias, up_bias: of the routed experts, experts * width numbers.   down_bias: experts * hidden.
+        shared_score: [1, hidden]; the shared expert's output is multiplied by sigmoid(shared_score . x).
+        gate_bias, up_bias: biases of the routed experts, experts * width numbers.   down_bias: experts * hidden.
     """
 
 class Rotary:
     """Angles of the rotary position embedding: position * inverse_frequency (float64 [pairs], in radians).
 
-    Computed in float64, as are the cosines and sines times `scale`; then rounded to float32. `is_interleaved`: which
-    dimensions make a pair, as for `rope`.
+    Angles, and cosines and sines times `scale`, are computed in float64, then rounded to float32. `is_interleaved` says
+    which dimensions form a pair, as for `rope`.
     """
 
     def __init__(
         self, inverse_frequency: NDArray[np.float64], scale: float, is_interleaved: bool = False
     ) -> None: ...
     def angles(self, runtime: Runtime, position: _Ints, cosine: _Floats, sine: _Floats) -> None:
-        """Positions [tokens] -> cosine and sine [tokens, pairs], as `rope` takes them."""
+        """Write cosine and sine [tokens, pairs] for `rope`, from positions [tokens]."""
 
 class Stack:
-    """Embedding, layers and head of a decoder, run without Python between them; one step at a time.
+    """Embedding, layers and head of a decoder, run without Python in between; one step at a time.
 
-    It keeps everything it is given alive. Its bits are those of the operations above, called one by one.
+    It keeps its arguments alive. Its results equal those of the operations above, called one by one, bit for bit.
 
     Args:
         embedding, head: [vocabulary, hidden].   final_norm: [hidden].
-        activation: of all feed-forward networks.
+        activation: the activation of all feed-forward networks.
         layers: (norm [hidden], mixer, norm [hidden], feed-forward network) of each layer of `kv`.
         buffers: working memory by name, [max_tokens, columns] each (`model.workspace`).
-        arena: where routed experts lie; None leaves them out of every sum.
-        offsets: int64 [layers, experts, 3], where gate, up and down begin in the arena; with an arena.
-        is_leased: a step stops where a layer has chosen its experts, and an expert lies where `offsets` say when it
-            runs. Else every expert lies there for good.
-        recurrent: of the layers with a gated delta net.
+        arena: the memory of routed experts; None leaves them out of every sum.
+        offsets: int64 [layers, experts, 3], the offsets of gate, up and down in the arena; required with an arena.
+        is_leased: if true, a step stops when a layer has chosen its experts, and `offsets` need only be valid when an
+            expert runs. Otherwise `offsets` are valid permanently.
+        recurrent: the state of the layers with a gated delta net.
     """
 
     def __init__(
@@ -553,114 +554,117 @@ class Stack:
         logits: _Floats,
         state_slots: _Ints | None = None,
     ) -> None:
-        """Start a step, whatever became of the one before; nothing is computed yet.
+        """Start a step, even if the last one did not finish; nothing is computed yet.
 
         Args:
             token_ids, position, sequence, slots, is_decode: [tokens]; slots int64, is_decode bool.
             block_table: [sequences, blocks].
-            last_rows: int64 [rows], tokens whose logits are wanted.
+            last_rows: int64 [rows], tokens whose logits are needed.
             logits: [rows, vocabulary], written at the end of the step.
-            state_slots: [sequences], slots of the recurrent state; None without one.
+            state_slots: [sequences], slots of the recurrent state; None if there is none.
 
         Raises:
-            ValueError: something is out of range; or, with a recurrent state, tokens of a sequence are not consecutive,
-                or do not go on where its slot stands.
+            ValueError: a value is out of range; or, with a recurrent state, tokens of a sequence are not consecutive,
+                or do not continue at its slot's position.
         """
 
     def advance(self) -> tuple[int, list[int], list[int]] | None:
-        """Run on until the step is done (None), or a layer waits for leased experts.
+        """Continue until the step is done (None), or a layer waits for leased experts.
 
-        Then: the layer, the experts its tokens chose (ascending), and those of them that only prompt tokens chose. All
-        must have been run before the next call. ^C ends the call between two layers, and with it the step.
+        If a layer waits, returns the layer, the experts that its tokens chose (ascending), and the subset that only
+        prompt tokens chose. All must be run before the next call. ^C ends the call, and the step, between two layers.
         """
 
     def look_ahead(self) -> list[list[int]]:
-        """What the next layer with routed experts would choose from the present hidden state, while a layer waits.
+        """While a layer waits, the experts that the next layer would choose from the current hidden state.
 
-        The experts that tokens rank first, then those that they rank second and nobody first ...: one list for each of
-        `experts_per_token` ranks. Empty where no such layer follows.
+        Returns the experts that any token ranks first, then those that any ranks second and none first ...: one list
+        for each of `experts_per_token` ranks. Empty if no later layer has routed experts.
 
         Raises:
-            ValueError: experts of the layer that waits have run already; it works in their memory.
+            ValueError: experts of the waiting layer have already run; look-ahead uses their memory.
         """
 
     def run_shared(self) -> None:
-        """Run the shared expert of the layer that waits, if it has one; once, before the next `advance`."""
+        """Run the shared expert of the waiting layer, if it has one; once, before the next `advance`."""
 
     def run_experts(self, expert_ids: Sequence[int]) -> None:
-        """Run experts of the layer that waits, each once."""
+        """Run experts of the waiting layer, each once."""
 
     def logits(self, rows: NDArray[np.int64], out: _Floats) -> None:
-        """Logits [rows, vocabulary] of any tokens of the step that is done."""
+        """Logits [rows, vocabulary] of any tokens of the finished step."""
 
     def take_seconds(self) -> tuple[float, float, float]:
-        """Seconds of the router, of attention and dense networks, and of routed experts since the last call."""
+        """Seconds spent in the router, in attention and dense networks, and in routed experts since the last call."""
 
     def take_lookups(self) -> int:
-        """Resident experts that were used since the last call, counted once per layer and step."""
+        """Number of resident experts used since the last call, counted once per layer and step."""
 
     def take_uses(self, out: NDArray[np.int64]) -> None:
-        """How often tokens chose each expert since the last call, into [layers, most experts of a layer]."""
+        """Write how often tokens chose each expert since the last call to `out` [layers, most experts of a layer]."""
 
-# Probes (native/ops/machine_probe.h): how fast this machine is right now. The best of several passes.
+# Probes (native/ops/machine_probe.h) measure how fast this machine is right now: the best of several passes.
 
 def memory_probe(threads: int, nbytes: int) -> float:
     """Bytes per second at which `threads` threads together read `nbytes` on huge pages with the widest loads.
 
-    Takes `nbytes` of memory while it runs; below the size of the last cache it measures that cache.
+    Takes `nbytes` of memory while it runs. If that fits the last-level cache, it measures the cache.
 
     Raises:
-        ValueError: threads below 1, or less than 4 MiB a thread.   MemoryError: no such memory.
+        ValueError: threads below 1, or less than 4 MiB per thread.   MemoryError: not enough memory.
     """
 
 def ask_ahead_probe(threads: int) -> AskAhead:
     """The `ask_ahead` with which this machine reads the weights of one token fastest; off on a tie.
 
-    It takes some tens of milliseconds, and 8 MiB of memory meanwhile. Without AVX-512 nothing is measured.
+    It takes some tens of milliseconds, and 8 MiB of memory while it runs. Without AVX-512 it measures nothing.
 
     Raises:
-        ValueError: threads below 1.   MemoryError: no such memory.   RuntimeError: the system refuses a thread.
+        ValueError: threads below 1.   MemoryError: not enough memory.
+        RuntimeError: the system refuses to start a thread.
     """
 
 def int8_probe(threads: int) -> float:
-    """Integer operations per second, two per multiply-add, of the instruction that products with q4 weights use."""
+    """Integer operations per second of the instruction that q4 products use; a multiply-add counts as two."""
 
 # Store (native/store).
 
 class Arena:
-    """One private block of memory, aligned to 2 MiB and on huge pages; a page takes memory once it is written.
+    """One private block of memory, aligned to 2 MiB and on huge pages; a page takes memory when it is first written.
 
     Raises:
-        MemoryError: the system would not reserve it.
+        MemoryError: the system refuses to reserve it.
     """
 
     def __init__(self, nbytes: int) -> None: ...
     @property
     def nbytes(self) -> int: ...
     def array(self) -> _Bytes:
-        """A view of all bytes. It keeps the memory, also after close()."""
+        """A view of all bytes. It keeps the memory alive, even after close()."""
 
     def populate(self) -> None:
-        """Give pages to all of it, for a thread that has time; ends early when another thread closes it."""
+        """Commit all pages, in a background thread; ends early if another thread closes the arena."""
 
     def close(self) -> None:
-        """Let go of the memory; it goes back to the system with the last view, matrix or read that uses it."""
+        """Release the memory; the system gets it back when the last view, matrix or read that uses it ends."""
 
 class FileSystem:
-    """Where a store's reads go."""
+    """The file system that a store reads from."""
 
 class RealFileSystem(FileSystem):
-    """The kernel's files. `has_queue` False: as on a system without asynchronous reads."""
+    """The kernel's files. `has_queue` False imitates a system without asynchronous reads."""
 
     def __init__(self, has_queue: bool = True) -> None: ...
 
 class FaultyFileSystem(FileSystem):
-    """For tests: `num_faults` reads from the `fail_read`-th on (counted from 1) meet a fault.
+    """For tests: `num_faults` reads, starting with read number `fail_read` (counted from 1), have a fault.
 
-    eio: fails. eintr: interrupted, to be tried again. short: half the bytes, to be read on. truncated: end of file.
-    flip: one wrong bit in the middle. delay: comes `delay_seconds` later. These are reads from the drive, and then the
-    page cache is not asked. Of reads from the page cache: uncached: it lost the bytes. short_cached: it has the first
-    half. no_cache: it cannot say.
+    Reads from the drive, which then bypass the page cache. eio: fails. eintr: is interrupted and must be retried.
+    short: returns half of the bytes; the rest must be read. truncated: end of file. flip: one wrong bit in the middle.
+    delay: returns `delay_seconds` later.
+
+    Reads from the page cache. uncached: it lost the bytes. short_cached: it has the first half. no_cache: it cannot
+    tell what it has.
     """
 
     def __init__(
@@ -676,8 +680,8 @@ class FaultyFileSystem(FileSystem):
     @property
     def num_reads(self) -> int: ...
 
-# file_id, offset, nbytes, dest_offset; to be transcoded: and block_type, rows, cols, which may be followed by how many
-# matrices of so many rows lie interleaved.
+# file_id, offset, nbytes, dest_offset. A piece to transcode adds block_type, rows, cols, optionally followed by the
+# number of interleaved matrices with that many rows.
 Piece = (
     tuple[int, int, int, int]
     | tuple[int, int, int, int, str, int, int]
@@ -686,33 +690,34 @@ Piece = (
 STAGING_BYTES: int
 
 class Record:
-    """Pieces that are read together, and the crc32c_wide of each or none: parsed once, fetched any number of times."""
+    """Pieces that are read together, with the crc32c_wide of each or none; parsed once, fetched any number of times."""
 
     def __init__(self, pieces: Sequence[Piece], checksums: Sequence[int] | None = None) -> None: ...
     @property
     def pieces(self) -> list[tuple[int, int, int, int]]:
-        """Where each is, and where it goes: without what it is transcoded from."""
+        """The source and destination of each piece, without its transcoding."""
 
 def record_bytes(num_pieces: int, has_checksums: bool) -> int:
-    """Bytes of heap that a `Record` takes beside its Python object."""
+    """Heap bytes of a `Record` in addition to its Python object."""
 
 def request_bytes(piece_bytes: Sequence[int]) -> int:
-    """Most bytes of heap that a ticket takes until it is done, for a record with pieces of so many bytes."""
+    """Most heap bytes that a ticket takes until it is done, for a record with pieces of `piece_bytes`."""
 
 Urgency = Literal["now", "soon", "maybe"]
 
 class Store:
-    """Threads that read pieces of files into arenas, at most 1024.
+    """Threads, at most 1024, that read pieces of files into arenas.
 
     Raises:
-        RuntimeError: the system refuses a thread.
+        RuntimeError: the system refuses to start a thread.
     """
 
     def __init__(self, num_readers: int, file_system: FileSystem | None = None) -> None: ...
     def open(self, path: str, direct: bool = True) -> int:
-        """A file id. O_DIRECT if the file system takes it, else buffered, with the page cache dropped behind reads.
+        """Open a file and return its id. Uses O_DIRECT if the file system accepts it; otherwise reads are buffered, and
+        the page cache is dropped after them.
 
-        With O_DIRECT, too, what the page cache holds when it is read comes from there; nothing is added to it.
+        Even with O_DIRECT, bytes in the page cache are read from there; nothing is added to it.
 
         Raises:
             OSError: the file cannot be opened, or is not a regular file.
@@ -722,76 +727,77 @@ class Store:
         """path, size, alignment, is_direct, why_not_direct. The alignment is at least 4096."""
 
     def fetch(self, arena: Arena, pieces: Sequence[Piece], checksums: Sequence[int] | None = None) -> int:
-        """Start reading pieces (file_id, offset, nbytes, dest_offset); a ticket.
+        """Start reading pieces (file_id, offset, nbytes, dest_offset); return a ticket.
 
         A plain piece is rounded outwards to the alignment: its bytes begin at dest_offset + offset % alignment, and
         dest_offset is a multiple of the alignment. A checksum is the crc32c_wide of exactly the piece.
 
-        A piece (..., block_type, rows, cols) is a matrix of GGUF blocks ("Q4_0"): a reader turns it into the slot
-        format that belongs to them, beginning exactly at dest_offset, a multiple of 64. It has no checksum.
+        A piece (..., block_type, rows, cols) is a matrix of GGUF blocks ("Q4_0"): a reader transcodes it to the
+        corresponding slot format, beginning exactly at dest_offset, a multiple of 64. It has no checksum.
         """
 
     def fetch_many(
         self, arena: Arena, records: Sequence[tuple[Record, int]], urgency: Urgency = "now"
     ) -> list[int]:
-        """The same for several (record, base) in one go, a ticket each; `base` is added to each dest_offset.
+        """The same for several (record, base) at once, with a ticket for each; `base` is added to each dest_offset.
 
-        now: somebody waits. soon: goes behind that. maybe: a guess, read only while the drive has little else to do.
+        now: a caller is waiting. soon: read after those. maybe: a guess, read only while the drive has little to do.
         """
 
     def hurry(self, tickets: Sequence[int]) -> None:
-        """Somebody waits for these now."""
+        """Make these urgent: a caller is now waiting for them."""
 
     def wait_any(
         self, tickets: Sequence[int], block: bool = True
     ) -> list[tuple[int, str | None, str | None]]:
-        """Block until one is done; all that are done as (ticket, error sentence, kind of error).
+        """Wait until a ticket is done; return all that are done as (ticket, error message, kind of error).
 
-        Kinds: "io", "checksum", "short", "not finite" (a code or scale that is no number), "dropped".
+        Kinds: "io", "checksum", "short", "not finite" (a code or scale that is not a number), "dropped".
 
-        They are forgotten. Nothing is written for a ticket that is done, also when it failed. ^C ends the wait and
-        leaves the tickets as they are. With `block` false only those that are done already.
+        Returned tickets are forgotten. After a ticket is done, even if it failed, nothing more is written for it. ^C
+        ends the wait and does not change the tickets. With `block` false, the call does not wait.
         """
 
     def drop(self, tickets: Sequence[int]) -> list[int]:
-        """Read no more of these; forget those of which nothing has begun, and return them. Never waits.
+        """Stop reading these; forget those with no read begun, and return them. Never waits.
 
-        The others end, as "dropped" unless all of it had begun, and are to be waited for.
+        The others end, as "dropped" unless all their reads had begun, and must be waited for.
         """
 
     def cancel(self, ticket: int) -> bool:
-        """Forget a ticket once its bytes no longer move: what has not begun is dropped. False: not known."""
+        """Drop reads of a ticket that have not begun, wait for the others, and forget it. False: unknown ticket."""
 
     def pending(self) -> int:
-        """Tickets that are not done."""
+        """The number of tickets that are not done."""
 
     @property
     def staging_bytes(self) -> int:
-        """What the readers may come to hold to transcode from, STAGING_BYTES each."""
+        """Most bytes that readers may hold for transcoding, STAGING_BYTES each."""
 
     @property
     def staging_held_bytes(self) -> int:
-        """What they hold of it now."""
+        """Bytes that readers hold for transcoding now."""
 
     @property
     def is_asynchronous(self) -> bool:
-        """Whether the kernel reads by itself; else the readers call pread."""
+        """Whether the kernel reads asynchronously; otherwise the readers call pread."""
 
     def stats(self) -> dict[str, float]:
-        """bytes_read, and cached_bytes of them from the page cache; reads; busy_seconds of wall time.
+        """bytes_read, with cached_bytes of them from the page cache; reads; busy_seconds of wall time.
 
-        read_seconds are summed over reads, from begin to end; checksum_ and transcode_seconds over readers.
+        read_seconds are summed over reads, from begin to end; checksum_ and transcode_seconds are summed over readers.
         """
 
     def close(self) -> None:
-        """Join the readers and close the files. What was not read fails."""
+        """Join the readers and close the files. Unfinished reads fail."""
 
 def crc32c_wide(buffer: bytes | bytearray | memoryview | NDArray[Any]) -> int:
-    """Checksum of a record: CRC32C over the CRC32Cs of four quarters (native/store/crc32c.h)."""
+    """The checksum of a record: CRC32C over the CRC32Cs of its four quarters (native/store/crc32c.h)."""
 
 def drive_probe(path: str, record_bytes: int, num_records: int, num_readers: int, direct: bool) -> float:
-    """Bytes per second of reading records at shuffled places into huge-page buffers.
+    """Bytes per second of reading records in shuffled order into huge-page buffers.
 
     Raises:
-        OSError: cannot be opened or read.   RuntimeError: `direct` is refused.   ValueError: less than one record.
+        OSError: `path` cannot be opened or read.   RuntimeError: `direct` is refused.
+        ValueError: the file has less than one record.
     """

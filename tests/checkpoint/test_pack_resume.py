@@ -242,7 +242,7 @@ def test_too_little_room_is_said_before_anything_is_written(
     needed = caught.value.facts["needed_bytes"]
     assert isinstance(needed, int)
     assert 50_000 < needed < 10_000_000
-    assert "more, and its file system has 1000 B free\nhint: make room and run the same command again" in str(
+    assert "more, but its file system has 1000 B free\nhint: make room and run the same command again" in str(
         caught.value
     )
     assert caught.value.exit_code == 5
@@ -376,7 +376,7 @@ def test_a_real_file_system_without_room(source: Path, tmp_path: Path) -> None:
             patch.setattr(pack_module._Writer, "_require_room", lambda self: None)
             with pytest.raises(DiskFull):
                 pack_to(source, disk / "packed")
-        with pytest.raises(CheckpointError, match="not finished"):
+        with pytest.raises(CheckpointError, match="unfinished"):
             open_pack(disk / "packed.partial")
     finally:
         subprocess.run(["umount", str(disk)], check=True)

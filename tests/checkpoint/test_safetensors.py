@@ -68,8 +68,8 @@ GOOD = entry("F32", [1], 0, 4)
 @pytest.mark.parametrize(
     ("header", "data", "sentence"),
     [
-        ({"a": entry("F32", [2, 3], 0, 20)}, 20, r"a is F32 \[2, 3\] and needs 24 bytes, .* hold 20"),
-        ({"a": entry("F32", [1], 4, 0)}, 4, r"needs 4 bytes, .* hold -4"),
+        ({"a": entry("F32", [2, 3], 0, 20)}, 20, r"a is F32 \[2, 3\] and needs 24 bytes, .* span 20"),
+        ({"a": entry("F32", [1], 4, 0)}, 4, r"needs 4 bytes, .* span -4"),
         (
             {"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 2, 6)},
             6,
@@ -152,7 +152,7 @@ def test_the_header_s_length_is_checked_before_it_is_read(path: Path) -> None:
     assert "is 7 bytes long, too short" in refusal(path.parent)
 
     write_raw(path, b"{}", length=HEADER_LIMIT_BYTES + 1)
-    assert f"claims a header of {HEADER_LIMIT_BYTES + 1} bytes, at most {HEADER_LIMIT_BYTES}" in refusal(
+    assert f"claims a header of {HEADER_LIMIT_BYTES + 1} bytes; at most {HEADER_LIMIT_BYTES}" in refusal(
         path.parent
     )
 
@@ -235,7 +235,7 @@ def test_the_index_and_its_shards_have_to_agree_both_ways(tmp_path: Path) -> Non
     write_raw(tmp_path / "two.safetensors", {"b": GOOD, "a": entry("F32", [1], 4, 8)}, b"\0" * 8)
     assert (
         refusal(tmp_path)
-        == "two.safetensors holds a, and model.safetensors.index.json puts it into one.safetensors"
+        == "two.safetensors holds a, but model.safetensors.index.json assigns it to one.safetensors"
     )
 
 
@@ -268,7 +268,7 @@ def test_an_index_without_a_weight_map_is_refused(tmp_path: Path, weight_map: ob
 
 def test_an_index_with_odd_values_or_keys_is_refused(tmp_path: Path) -> None:
     write_index(tmp_path, {"a": 7})
-    assert "puts a into 7, expected a file name" in refusal(tmp_path)
+    assert "assigns a to 7, expected a file name" in refusal(tmp_path)
 
     write_index(tmp_path, two_shards(tmp_path), shards=[])
     assert "has the unknown key 'shards'; known: metadata, weight_map" in refusal(tmp_path)
@@ -291,7 +291,7 @@ def test_a_format_that_can_run_code_is_never_read(tmp_path: Path, name: str) -> 
     found = refusal(tmp_path)
 
     assert f"found {name}, a format that can run code" in found
-    assert "hint: get the safetensors files" in found
+    assert "hint: download the safetensors files" in found
 
 
 def test_other_weights_are_named(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_more_neurons_than_the_dense_model_has_are_refused_with_both_numbers(tmp
     dense = write_dense_directory(tmp_path / "dense")
     with pytest.raises(UsageError, match="need 72 distinct neurons, but the dense FFN has 64") as caught:
         upcycle(dense, tmp_path / "mixture", num_experts=9, experts_per_token=2, width=8)
-    assert caught.value.hint == "at most width 7"
+    assert caught.value.hint == "use a width of at most 7"
     with pytest.raises(UsageError, match="5 experts per token is not possible with 4 experts"):
         upcycle(dense, tmp_path / "mixture", num_experts=4, experts_per_token=5, width=8)
 

@@ -287,11 +287,11 @@ def test_rope_kinds_and_their_fields() -> None:
         ({"rope_type": "linear", "factor": "2"}, "gives factor 2, expected a number above 0"),
         (
             {"rope_type": "linear", "factor": 2.0, "beta_fast": 1},
-            "sets beta_fast to 1, and kind 'linear' does not know",
+            "sets beta_fast to 1, but kind 'linear' does not know",
         ),
         (
             {"rope_type": "default", "factor": 2.0},
-            "sets factor to 2.0, and kind 'default' does not know this key",
+            "sets factor to 2.0, but kind 'default' does not know this key",
         ),
         ({"rope_type": "yarn", "factor": 2.0, "truncate": 1}, "gives truncate 1, expected true or false"),
         (
@@ -344,7 +344,7 @@ def test_an_unknown_key_is_refused_by_name_with_its_value_and_what_is_known(make
     with pytest.raises(UnsupportedModel) as caught:
         parse(raw)
 
-    assert f"and {raw['model_type']} does not know this key; supported: " in str(caught.value)
+    assert f"but {raw['model_type']} does not know this key; supported: " in str(caught.value)
     assert "config.json sets score_function to " in str(caught.value)
     assert "hidden_size, " in str(caught.value)
     assert caught.value.facts["key"] == "score_function"
@@ -421,7 +421,7 @@ def test_a_nested_config_is_read_as_strictly_and_its_sentences_say_where() -> No
     reader.finish()
 
     with pytest.raises(
-        UnsupportedModel, match=r"config.json: text_config sets depth to 3, and wrapper does not"
+        UnsupportedModel, match=r"config.json: text_config sets depth to 3, but wrapper does not"
     ):
         text_config({"depth": 3}).finish()
     with pytest.raises(UnsupportedModel, match=r"model_type 'other'; supported: inner, inner_text"):

@@ -165,17 +165,17 @@ def test_an_absent_key_has_the_default_of_the_family_s_config_class() -> None:
         (DEEPSEEK_V3 | {"moe_layer_freq": 2}, "moe_layer_freq 2; supported: 1"),
         (
             DEEPSEEK_V3 | {"index_topk": 2048},
-            "sets index_topk to 2048, and deepseek_v3 does not know this key",
+            "sets index_topk to 2048, but deepseek_v3 does not know this key",
         ),
         (KIMI_K2 | {"hidden_act": "situ"}, "hidden_act 'situ'; supported: silu"),
         (GLM_4_7_FLASH | {"rope_scaling": {"type": "mrope"}}, "type mrope; supported: default"),
         (
             KIMI_K25 | {"speech_config": {}},
-            "config.json sets speech_config to {}, and kimi_k25 does not know",
+            "config.json sets speech_config to {}, but kimi_k25 does not know",
         ),
         (
             within_text(index_topk=4),
-            "config.json: text_config sets index_topk to 4, and kimi_k25 does not know",
+            "config.json: text_config sets index_topk to 4, but kimi_k25 does not know",
         ),
         (
             within_text(model_type="kimi_linear"),
@@ -203,8 +203,8 @@ def test_what_is_not_built_in_is_refused_by_name(raw: RawConfig, sentence: str) 
             DEEPSEEK_V3 | {"topk_group": 9},
             "256 experts in 8 groups, 9 of them kept; expected no more than all groups",
         ),
-        (DEEPSEEK_V3 | {"n_group": 64, "topk_group": 1}, "the 8 experts of a token among those of the kept"),
-        (DEEPSEEK_V3 | {"n_group": 256, "topk_group": 8}, "a group is worth its best two experts"),
+        (DEEPSEEK_V3 | {"n_group": 64, "topk_group": 1}, "room for the 8 experts of a token in the kept"),
+        (DEEPSEEK_V3 | {"n_group": 256, "topk_group": 8}, "a group is scored by its best two experts"),
         (DEEPSEEK_V3 | {"num_key_value_heads": 8}, "num_key_value_heads as 8, expected 128"),
         (DEEPSEEK_V3 | {"first_k_dense_replace": 61}, "none of the 61 layers with routed experts"),
         (DEEPSEEK_V3 | {"head_dim": 128}, "head_dim 128; supported: 64 or null"),

@@ -213,7 +213,7 @@ REFUSED: dict[str, tuple[str, Callable[[GGUFWriter], object]]] = {
     r"asks for minimax-m2\.expert_gating_func 1; supported: 0 or 2": (
         "minimax-m2", lambda w: w.kv_data[0]["minimax-m2.expert_gating_func"].__setattr__("value", 1)),
     r"asks for olmoe\.attention\.clamp_kqv 8\.0; supported: 0\.0": ("olmoe", lambda w: w.add_clamp_kqv(8.0)),
-    r"asks for olmoe\.rope\.dimension_count 4; supported: 8, all of a head": (
+    r"asks for olmoe\.rope\.dimension_count 4; supported: 8, the whole head": (
         "olmoe", lambda w: w.kv_data[0]["olmoe.rope.dimension_count"].__setattr__("value", 4)),
     r"sets qwen3moe\.attention\.clamp_kqv to '8\.0', but qwen3moe does not know this key": (
         "qwen3moe", lambda w: w.add_clamp_kqv(8.0)),
@@ -248,7 +248,7 @@ def test_a_dense_model_and_another_architecture_are_refused(write: Write, tmp_pa
     writer.write_kv_data_to_file()
     writer.close()
     with pytest.raises(
-        UnsupportedModel, match=r"of architecture 'kimi-linear'; supported: llama, qwen2moe, qwen3moe"
+        UnsupportedModel, match=r"has architecture 'kimi-linear'; supported: llama, qwen2moe, qwen3moe"
     ):
         open_model(tmp_path / "other.gguf")
 

@@ -84,7 +84,7 @@ def test_layers_alternate_unless_their_types_say_otherwise() -> None:
         ({"initial_context_length": 17}, "asks for initial_context_length 17; supported: 16"),
         ({"swiglu_limit": -1.0}, "swiglu_limit is -1.0"),
         ({"hidden_act": "gelu"}, "asks for hidden_act 'gelu'"),
-        ({"num_shared_experts": 1}, "sets num_shared_experts to 1, and gpt_oss does not know this key"),
+        ({"num_shared_experts": 1}, "sets num_shared_experts to 1, but gpt_oss does not know this key"),
     ],
 )
 def test_what_is_not_built_in_is_refused_by_name(changes: dict[str, Any], sentence: str) -> None:

@@ -88,5 +88,5 @@ def test_an_absent_key_has_the_default_of_the_config_class() -> None:
 def test_what_is_not_built_in_is_refused_by_name() -> None:
     with pytest.raises(CheckpointError, match=r"clip_qkv is 0, a whole number; expected a number above zero"):
         parse(olmoe(clip_qkv=0))
-    with pytest.raises(UnsupportedModel, match=r"sets sliding_window to 8, and olmoe does not know this key"):
+    with pytest.raises(UnsupportedModel, match=r"sets sliding_window to 8, but olmoe does not know this key"):
         parse(olmoe(sliding_window=8))

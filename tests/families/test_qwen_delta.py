@@ -130,7 +130,7 @@ REFUSED = {
         layer_types=["sliding_attention"] * 3
     ),
     "asks for use_sliding_window true; supported: false": qwen3_next(use_sliding_window=True),
-    "text_config sets hc_count to 4, and qwen3_5_moe does not know this key": qwen3_5_moe(hc_count=4),
+    "text_config sets hc_count to 4, but qwen3_5_moe does not know this key": qwen3_5_moe(hc_count=4),
     "sets linear_conv_bias to true": qwen3_next(linear_conv_bias=True),
     "rope_parameters sets mrope_section": qwen3_next(
         rope_theta=1e4, rope_parameters={"rope_theta": 1e4, "rope_type": "default", "mrope_section": [1]}

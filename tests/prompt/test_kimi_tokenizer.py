@@ -150,7 +150,7 @@ LONG = base64.b64encode(b"x" * 513).decode()
         (_line(300, "YWI= 3_0"), r"line 301 is 'YWI= 3_0', expected base64"),
         (_line(300, "YWI=  300"), r"line 301 is 'YWI=  300', expected base64"),
         (_line(300, "YWI= 1234567890"), r"line 301 is 'YWI= 1234567890', expected base64"),
-        (_line(300, f"{LONG} 300"), r"line 301 has a token of 513 bytes, more than 512"),
+        (_line(300, f"{LONG} 300"), r"line 301 has a token of 513 bytes; at most 512"),
         (_line(300, "eHl6enk= 299"), r"line 301 repeats rank 299"),
         (lambda lines: lines.append(lines[7]), r"repeats rank 7"),
         (_line(300, "YQ== 300"), r"gives ranks \d+ and 300 to the same token"),
@@ -171,7 +171,7 @@ def test_a_damaged_vocabulary_is_refused_by_its_line(
 def test_a_vocabulary_without_a_byte_is_refused(tmp_path: Path) -> None:
     others = [token for token in ranks() if token != b"\x00"]
     lines = lines_of({token: rank for rank, token in enumerate(others)})
-    with pytest.raises(CheckpointError, match=r"no token for the byte 0x00, so text that holds it"):
+    with pytest.raises(CheckpointError, match=r"no token for the byte 0x00, so text that contains it"):
         Tokenizer.open(write_kimi_tokenizer(tmp_path, lines))
 
 
@@ -179,7 +179,7 @@ def test_a_file_larger_than_any_vocabulary_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiktoken_model, "_MAX_FILE_BYTES", 1000)
-    with pytest.raises(CheckpointError, match=r"tiktoken\.model has \d+ bytes, more than 1000"):
+    with pytest.raises(CheckpointError, match=r"tiktoken\.model has \d+ bytes; at most 1000"):
         Tokenizer.open(write_kimi_tokenizer(tmp_path))
 
 
@@ -200,7 +200,7 @@ def _added(**changes: object) -> dict[str, object]:
         (config_of(added_tokens_decoder=None), CheckpointError,
          r"added_tokens_decoder is 'None', expected the special tokens by id"),
         (_added(**{str(NUM_RANKS - 1): {"content": "<x>"}}), CheckpointError,
-         rf"added_tokens_decoder is '{NUM_RANKS - 1}', expected ids from {NUM_RANKS} to {NUM_RANKS + 255}, behind"),
+         rf"added_tokens_decoder is '{NUM_RANKS - 1}', expected ids from {NUM_RANKS} to {NUM_RANKS + 255}, after"),
         (_added(**{str(NUM_RANKS + 256): {"content": "<x>"}}), CheckpointError,
          rf"'{NUM_RANKS + 256}', expected ids from {NUM_RANKS} to"),
         (_added(**{str(NUM_RANKS): {"special": True}}), CheckpointError,

@@ -265,7 +265,7 @@ class ModelFiles:
                 dense[name] = replace(ref, key_value_rows=rows)
             elif name.endswith((".k_up", ".v_up")) and ref.rows // num_heads % rows_together(ref.format):
                 raise UnsupportedModel(
-                    f"{self.path.name}: {quote(ref.name)} is {ref.format} with {ref.rows // num_heads} rows for each "
+                    f"{self.path.name}: {quote(ref.name)} is {ref.format} with {ref.rows // num_heads} rows per "
                     f"head; supported: a multiple of {rows_together(ref.format)}, or f32, f16, bf16",
                     path=self.path,
                     tensor=ref.name,

@@ -156,7 +156,7 @@ def read_manifest(directory: Path) -> Manifest:
     raw = read_object(path)
     if raw.get("argosy_pack") != PACK_VERSION:
         raise CheckpointError(
-            f"{MANIFEST_FILE} has version {quote(raw.get('argosy_pack'))}, this Argosy reads version {PACK_VERSION}",
+            f"{MANIFEST_FILE} has version {quote(raw.get('argosy_pack'))}; this Argosy reads version {PACK_VERSION}",
             hint="pack the source again",
             path=path,
         )

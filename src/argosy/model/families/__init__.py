@@ -1,9 +1,9 @@
-"""Families: what `config.json` or the metadata of a GGUF mean and what tensors are called, one file each.
+"""Families, one file each: the meaning of `config.json` or GGUF metadata, and the names of tensors.
 
     path  ->  open_model  ->  ModelFiles     a pack, safetensors with config.json, or a GGUF file
 
-A new family is a file with `MODEL_TYPE`, `LAYOUTS`, `parse_config`, `GGUF_ARCHITECTURE` and `open_gguf`, its test,
-and one line of `FAMILIES`.
+A new family needs a file with `MODEL_TYPE`, `LAYOUTS`, `parse_config`, `GGUF_ARCHITECTURE` and `open_gguf`, a test, and
+one line in `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # OWNER/NAME
 
 
 class Family(Protocol):
-    """What a family file has to offer."""
+    """The interface of a family file."""
 
     MODEL_TYPE: str
     LAYOUTS: tuple[Layout, ...]
@@ -90,15 +90,15 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def open_model(path: str | Path) -> ModelFiles:
-    """Find and prove everything a model is read from; reads headers, and no weights.
+    """Find and check all files of a model; reads headers, but no weights.
 
     Args:
-        path: a pack; a checkpoint as the hub has it, `config.json` and safetensors; a `.gguf` file, the
-            first of a model's parts, or a directory that holds exactly one model as `.gguf`.
+        path: a pack; a checkpoint as on the hub, `config.json` and safetensors; a `.gguf` file, the first
+            part of a split model, or a directory that holds exactly one model as `.gguf`.
 
     Raises:
-        CheckpointError: there is no model, or a file is missing, damaged or lies about itself.
-        UnsupportedModel: it asks for mathematics that is not built in.
+        CheckpointError: there is no model, or a file is missing, damaged or contradicts itself.
+        UnsupportedModel: the model needs mathematics that is not supported.
     """
     path = Path(path)
     if not path.exists():
@@ -127,21 +127,21 @@ def open_model(path: str | Path) -> ModelFiles:
 
 
 def _hint_of_hub(path: Path) -> str | None:
-    """How to get a model whose name on the Hugging Face Hub was given in place of a directory."""
+    """How to download a model if its name on the Hugging Face Hub was given instead of a directory."""
     if not _HUB_NAME.fullmatch(str(path)) or path.parent.exists():
         return None
     some = ' --include "*Q4_K_M*"' if path.name.lower().endswith("-gguf") else ""
     return (
         f"`hf download {path}{some} --local-dir {path.name}` downloads a model of that name from the Hugging Face Hub "
-        f"(`pip install huggingface_hub` brings `hf`); then give ./{path.name}"
+        f"(`pip install huggingface_hub` installs `hf`); then give ./{path.name}"
     )
 
 
 def config_alone(path: str | Path) -> ModelConfig | None:
-    """The configuration in a `config.json`, or in a directory that has one and no weights; None for anything else.
+    """The configuration in a `config.json`, or in a directory that has one but no weights; None for anything else.
 
     Raises:
-        UnsupportedModel: a family, key or value that is not built in.   CheckpointError: a file is malformed.
+        UnsupportedModel: a family, key or value that is not supported.   CheckpointError: a file is malformed.
     """
     path = Path(path)
     if path.name == CONFIG_FILE and path.is_file():
@@ -184,10 +184,10 @@ def _open_gguf(path: Path) -> ModelFiles:
 def read_config(directory: Path) -> tuple[Family, ModelConfig]:
     """The family and configuration of a checkpoint.
 
-    `generation_config.json`, where there is one, has the last word on which tokens end an answer.
+    If there is a `generation_config.json`, it decides which tokens end an answer.
 
     Raises:
-        UnsupportedModel: a family, key or value that is not built in.   CheckpointError: a file is malformed.
+        UnsupportedModel: a family, key or value that is not supported.   CheckpointError: a file is malformed.
     """
     raw = read_object(directory / CONFIG_FILE)
     model_type = raw.get("model_type")
@@ -211,9 +211,9 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig]:
 
 
 def _require_same_config(packed: ModelFiles) -> None:
-    """Prove that a pack's manifest says what the `config.json` beside it says."""
+    """Prove that a pack's manifest agrees with its `config.json`."""
     _, config = read_config(packed.path)
-    # Whether the head is its own tensor, and whether kv_up lies in two, is in the tensors and not in config.json.
+    # Only the tensors, not config.json, say whether the head is a separate tensor and whether kv_up is split.
     config = replace(config, is_embedding_tied=packed.config.is_embedding_tied)
     if config.latent is not None and packed.config.latent is not None:
         latent = replace(config.latent, is_up_split=packed.config.latent.is_up_split)

@@ -1,6 +1,6 @@
-"""Account for every tensor of a checkpoint: each is taken once by its name, and what nobody takes is refused.
+"""Account for every tensor of a checkpoint: each is taken once by name, and a tensor that nothing takes is refused.
 
-Elsewhere: names and shapes are `layout.py` (safetensors) and `gguf_layout.py`.
+Elsewhere: `layout.py` (safetensors) and `gguf_layout.py` have names and shapes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _Format = TypeVar("_Format", Format, str, None)
 
 
 class TensorAccounts:
-    """Takes tensors by name, and knows at the end which nobody took.
+    """Takes tensors by name, and knows at the end which were not taken.
 
     Args:
-        path: the directory or file that they are in.
-        formats: the types that kernels read, and the format each has in memory.
-        hint: what to do about another type.
+        path: the directory or file that contains them.
+        formats: the types that kernels read, and the format of each in memory.
+        hint: advice for the error about another type.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class TensorAccounts:
         return name in self._tensors
 
     def take(self, name: str, *shapes: tuple[int, ...]) -> tuple[TensorRef, Format]:
-        """The tensor `name` and its format, once it has one of the expected shapes.
+        """Take the tensor `name`, which must have one of the expected shapes; return it and its format.
 
         Raises:
-            CheckpointError: it is missing, or of another shape.
-            UnsupportedModel: it has a type that no kernel reads.
+            CheckpointError: it is missing, or has another shape.
+            UnsupportedModel: no kernel reads its type.
         """
         return self._take(name, shapes, self._formats)
 
@@ -58,7 +58,7 @@ class TensorAccounts:
     def take_part(
         self, name: str, types: Mapping[str, str], *shapes: tuple[int, ...]
     ) -> tuple[TensorRef, str]:
-        """The same for codes or scales: `types` has the block type of each dtype that they may have."""
+        """The same for codes or scales; `types` maps the dtypes that they may have to block types."""
         return self._take(name, shapes, types)
 
     def _take(
@@ -95,14 +95,14 @@ class TensorAccounts:
     def refuse_extra(
         self, config: ModelConfig, is_passed_over: Callable[[str], object], described_by: str
     ) -> None:
-        """Refuse what nobody took, and is not known to have no part in the model.
+        """Refuse tensors that were not taken, except those known to play no part in the model.
 
         Args:
-            is_passed_over: tells the names of such tensors: constants that writers leave behind, vision towers.
-            described_by: what says which tensors there are, such as "this config.json".
+            is_passed_over: recognises the exceptions by name: constants that writers leave behind, vision towers.
+            described_by: the source of the model's description, such as "this config.json".
 
         Raises:
-            CheckpointError: names the first such tensor, and how many more there are.
+            CheckpointError: names the first tensor that was not taken, and how many more there are.
         """
         extra = [name for name in self._tensors if name not in self._taken and not is_passed_over(name)]
         if extra:

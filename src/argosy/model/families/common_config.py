@@ -1,8 +1,8 @@
-"""What every family reads from `config.json` in the same way; its defaults are the family's own.
+"""Read the part of `config.json` that is the same in every family; each family has its own defaults.
 
     ConfigReader + defaults  ->  read_common  ->  arguments of `ModelConfig`
 
-Elsewhere: the same for GGUF metadata is `GgufConfigReader.common`.
+Elsewhere: `GgufConfigReader.common` does the same for GGUF metadata.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from argosy.config import ModelConfig
 from argosy.model.families.config_reader import MOST_EXPERTS, ConfigReader
 from argosy.model.families.rope_config import read_rope
 
-# Of a wrapper: the vision tower, and the placeholders that images and video have in a prompt.
+# Keys of a wrapper: the vision tower, and the placeholders of images and video in a prompt.
 VISION_KEYS = (
     "vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
 )  # fmt: skip
@@ -40,17 +40,17 @@ def read_common(
     partial_rotary_factor: float | None = None,
     has_axes: bool = False,
 ) -> dict[str, Any]:
-    """Sizes, heads, rotary embedding, experts and token ids; the arguments are what an absent key means.
+    """Read sizes, heads, rotary embedding, experts and token ids; the arguments are the defaults of absent keys.
 
     Args:
-        num_kv_heads: None: as many as heads.
-        experts_per_token: None: the file has to say.
-        rotary_dim: how many dimensions of a head turn; None: all of them, or the part that the file says.
-        partial_rotary_factor: that part, in families whose files say it; None: in this one they do not.
+        num_kv_heads: None means as many as heads.
+        experts_per_token: None means that the file must give it.
+        rotary_dim: how many dimensions of a head rotate; None means all, or the part that the file gives.
+        partial_rotary_factor: the default of that part; None means that files of this family do not give it.
         has_axes: as for `read_rope`.
 
     Raises:
-        UnsupportedModel: a rotary embedding or activation that is not built in.
+        UnsupportedModel: a rotary embedding or activation that is not supported.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     shape = reader.attention_shape(
@@ -95,15 +95,15 @@ def parse_wrapper(
     read_text: Callable[[ConfigReader], ModelConfig],
     *more_keys: str,
 ) -> ModelConfig:
-    """The text model of a config that has it in `text_config`, beside keys about images and video.
+    """Read the text model of a config that has it in `text_config`, beside keys for images and video.
 
     Args:
-        model_types: those that the part about text may name.
-        read_text: reads it; an absent key means what the family's config class says.
-        more_keys: beyond `VISION_KEYS`, about parts that are left alone.
+        model_types: the model types that `text_config` may name.
+        read_text: reads it; an absent key gets the default of the family's config class.
+        more_keys: ignored keys in addition to `VISION_KEYS`.
 
     Raises:
-        UnsupportedModel: a key or value asks for something that is not built in.
+        UnsupportedModel: a key or value asks for something that is not supported.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     wrapper = ConfigReader(raw, family)
@@ -117,7 +117,7 @@ def parse_wrapper(
 
 
 def in_wrapper(config: ModelConfig, wrapper: ConfigReader) -> ModelConfig:
-    """The text model of a wrapper, which has the last word on a tied head and on where a text starts and ends."""
+    """The text model of a wrapper, whose own keys decide on a tied head and on the tokens that start and end a text."""
     return replace(
         config,
         is_embedding_tied=wrapper.flag("tie_word_embeddings", config.is_embedding_tied),

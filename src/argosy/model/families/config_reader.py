@@ -1,14 +1,13 @@
 """Read `config.json` key by key, so that nothing in it goes unnoticed.
 
-    raw dict  ->  ConfigReader.integer("hidden_size"), ...  ->  finish(): a key nobody asked for is refused
-                  ConfigReader.nested("text_config"), the text part of a config for several modalities
+    raw dict  ->  ConfigReader.integer("hidden_size"), ...  ->  finish(): a key that was not read is refused
+                  ConfigReader.nested("text_config"), the text part of a multimodal config
 
-A key is one of: read (it decides the mathematics), neutral (known, and accepted only with the value that
-changes nothing), harmless (training, generation or bookkeeping), or unknown. An unknown one may change the
-mathematics, so the model is refused by its name. An absent key has the default of the family's `transformers`
-5 config class.
+A key is read (it affects the mathematics), neutral (known, and accepted only with a value that changes nothing),
+harmless (training, generation or bookkeeping) or unknown. An unknown key may change the mathematics, so the model
+is refused, naming the key. An absent key gets the default of the family's `transformers` 5 config class.
 
-Elsewhere: which keys a family has is its own file; rope is `rope_config.py`.
+Elsewhere: a family's file lists its keys; `rope_config.py` reads rope.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from argosy.checkpoint.json_strict import kind_of, quote
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families.quantization import KEY, read_quantization
 
-# Models have about a hundred layers and a few hundred experts; a size beyond these is a damaged file.
+# Models have about a hundred layers and a few hundred experts; larger values mean a damaged file.
 MOST_LAYERS = 4096
 MOST_EXPERTS = 65_536
 LARGEST_SIZE = 2**31 - 1
 
-# Training, generation and bookkeeping: none of them changes what the weights compute.
+# Training, generation and bookkeeping: none of these keys changes what the weights compute.
 HARMLESS = frozenset({
     "architectures", "auto_map", "model_type", "transformers_version", "_name_or_path", "name_or_path",
     "_commit_hash", "torch_dtype", "dtype", "initializer_range", "use_cache", "use_return_dict",
@@ -45,7 +44,7 @@ HARMLESS = frozenset({
     "aux_loss_alpha", "seq_aux", "ep_size", "sep_token_id", "decoder_start_token_id",
 })  # fmt: skip
 
-# Known switches of other models: fine while they are off.
+# Known switches of other models: accepted while they are off.
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "compression_config": (None,),
     "pretraining_tp": (1, None),
@@ -65,7 +64,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 
 
 class AttentionShape(NamedTuple):
-    """Hidden size and heads of a model."""
+    """The hidden size and heads of a model."""
 
     hidden_size: int
     num_heads: int
@@ -98,7 +97,7 @@ class ConfigReader:
         return value
 
     def optional_integer(self, name: str, default: int | None = None, least: int = 1) -> int | None:
-        """A whole number, or None where the file says null or nothing."""
+        """A whole number, or None if it is null or absent."""
         if self._raw.get(name, default) is None:
             self._asked.add(name)
             return None
@@ -112,7 +111,7 @@ class ConfigReader:
         return float(value)  # type: ignore[arg-type]
 
     def optional_number(self, name: str) -> float | None:
-        """A number above zero, or None where the file says null or nothing."""
+        """A number above zero, or None if it is null or absent."""
         if self._raw.get(name) is None:
             self._asked.add(name)
             return None
@@ -125,14 +124,14 @@ class ConfigReader:
         return value
 
     def one_of(self, name: str, default: str, supported: tuple[str, ...]) -> str:
-        """Text that has to be one of the `supported`."""
+        """A string that must be one of `supported`."""
         _, value = self._find(name, default=default)
         if not isinstance(value, str) or value not in supported:
             raise self._unsupported(name, value, ", ".join(supported))
         return value
 
     def integers(self, name: str, *, least: int, most: int) -> tuple[int, ...]:
-        """A list of whole numbers; null or absent is empty."""
+        """A list of whole numbers; empty if it is null or absent."""
         value = self._raw.get(name)
         self._asked.add(name)
         if value is None:
@@ -152,12 +151,12 @@ class ConfigReader:
         for item in items:
             if type(item) is not int or not -1 <= item <= LARGEST_SIZE:
                 raise self._wrong(name, value, "a token id, a list of them, or null")
-            if item >= 0:  # -1 is how some configs write "none"
+            if item >= 0:  # some configs write -1 for "none"
                 token_ids.append(item)
         return tuple(token_ids)
 
     def mapping(self, name: str) -> dict[str, object] | None:
-        """An object, or None where the file says null or nothing."""
+        """An object, or None if it is null or absent."""
         value = self._raw.get(name)
         self._asked.add(name)
         if value is not None and not isinstance(value, dict):
@@ -165,13 +164,13 @@ class ConfigReader:
         return value
 
     def nested(self, name: str, *model_types: str) -> ConfigReader:
-        """A reader of the config inside this one, such as `text_config`; it has a `finish()` of its own.
+        """A reader of the config inside this one, such as `text_config`, with its own `finish()`.
 
         Args:
-            model_types: of the family, any of which the inner config may name.
+            model_types: the family's model types; the inner config may name any of them.
 
         Raises:
-            CheckpointError: it is missing, or no object.   UnsupportedModel: it names another model_type.
+            CheckpointError: it is missing, or not an object.   UnsupportedModel: it names another model_type.
         """
         inner = self.mapping(name)
         if inner is None:
@@ -181,7 +180,7 @@ class ConfigReader:
         return reader
 
     def texts(self, name: str) -> tuple[str, ...] | None:
-        """A list of texts, or None where the file says null or nothing."""
+        """A list of strings, or None if it is null or absent."""
         value = self._raw.get(name)
         self._asked.add(name)
         if value is None:
@@ -193,10 +192,10 @@ class ConfigReader:
     def attention_shape(
         self, *, hidden_size: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None = None
     ) -> AttentionShape:
-        """Hidden size and heads; the arguments are the family's defaults. Null key heads: as many as heads.
+        """Hidden size and heads; the arguments are the family's defaults. Null key heads means as many as heads.
 
         Raises:
-            CheckpointError: a size is missing or malformed, or query heads do not share out over key heads.
+            CheckpointError: a size is missing or malformed, or query heads are not a multiple of key heads.
         """
         hidden_size = self.integer("hidden_size", default=hidden_size)
         num_heads = self.integer("num_attention_heads", default=num_heads)
@@ -220,7 +219,7 @@ class ConfigReader:
     def layer_types(
         self, num_layers: int, supported: tuple[str, ...] = ("full_attention", "sliding_attention")
     ) -> tuple[str, ...] | None:
-        """`layer_types`, once it has a supported kind for each layer; None where there is none."""
+        """`layer_types`, which must have a supported kind for each layer; None if it is absent."""
         kinds = self.texts("layer_types")
         if kinds is None:
             return None
@@ -240,24 +239,24 @@ class ConfigReader:
         return name in self._raw
 
     def neutral(self, name: str, *accepted: object) -> None:
-        """A key of other models that may stand here with a value that changes nothing."""
+        """Accept a key of other models if its value changes nothing."""
         self._asked.add(name)
         if name in self._raw and not any(_is_same(self._raw[name], value) for value in accepted):
             raise self._unsupported(name, self._raw[name], " or ".join(_as_json(value) for value in accepted))
 
     def passed(self, *names: str) -> None:
-        """Keys that may stand here with any value, because they are about another part of the model."""
+        """Accept keys with any value, because they describe another part of the model."""
         self._asked.update(names)
 
     def unsupported(self, name: str, supported: str) -> UnsupportedModel:
-        """The error for a value that is well-formed, and asks for something that is not built in."""
+        """The error for a value that is well-formed but not supported."""
         return self._unsupported(name, self._raw.get(name), supported)
 
     def finish(self) -> None:
-        """Refuse every key that was not asked for.
+        """Refuse every key that was not read.
 
         Raises:
-            UnsupportedModel: names the key, its value and the keys that are understood.
+            UnsupportedModel: names the key, its value and the supported keys.
         """
         if KEY not in self._asked:
             read_quantization(self._raw, self._path)
@@ -268,7 +267,7 @@ class ConfigReader:
         for key, value in self._raw.items():
             if key not in self._asked and key not in HARMLESS:
                 raise UnsupportedModel(
-                    f"{self._where} sets {quote(key)} to {_as_json(value)}, and {self._family} does not "
+                    f"{self._where} sets {quote(key)} to {_as_json(value)}, but {self._family} does not "
                     f"know this key; supported: {', '.join(sorted(self._asked - NEUTRAL.keys()))}",
                     key=key,
                     value=value,
@@ -276,7 +275,7 @@ class ConfigReader:
                 )
 
     def _find(self, *names: str, default: object) -> tuple[str, object]:
-        """The value under any of its names; two names have to agree."""
+        """The value under any of its names; if several are given, they must agree."""
         self._asked.update(names)
         given = [name for name in names if name in self._raw]
         if not given:
@@ -320,7 +319,7 @@ def is_positive_number(value: object) -> bool:
 
 
 def _is_same(one: object, other: object) -> bool:
-    # True == 1 in Python and not in JSON.
+    # True == 1 in Python, but not in JSON.
     return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 

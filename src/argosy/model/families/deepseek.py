@@ -1,13 +1,13 @@
-"""What the DeepSeek families share: latent attention, shared experts, and what the tensors are called.
+"""Code shared by the DeepSeek families: latent attention, shared experts, and tensor names.
 
     deepseek_v2, deepseek_v3, kimi_k2, kimi_k25, glm4_moe_lite  ->  read_latent_model  ->  ModelConfig
 
 All have latent attention (DeepSeek-V2, arXiv:2405.04434) with an interleaved rotary embedding, dense networks in the
-first layers, and routed experts beside shared ones in the others. They differ in the router and in defaults, so a
-family file gives those and nothing else. The norms of the compressed vectors have an epsilon of their own, 1e-6
-whatever `rms_norm_eps` says (DeepseekV3Attention in transformers 5.24, as in the code that DeepSeek published).
+first layers, and routed and shared experts in the others. They differ only in the router and in defaults, so a family
+file gives just these. The norms of the compressed vectors have their own epsilon, 1e-6 regardless of `rms_norm_eps`
+(DeepseekV3Attention in transformers 5.24, as in the code that DeepSeek published).
 
-Elsewhere: the same for GGUF metadata is `deepseek_gguf.py`.
+Elsewhere: `deepseek_gguf.py` does the same for GGUF metadata.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ LAYOUTS = separate_and_fused(_LAYER_NAMES)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """What an absent key means: the defaults of a family's config class in transformers 5.24."""
+    """The defaults of absent keys: those of a family's config class in transformers 5.24."""
 
     vocab_size: int
     hidden_size: int
     num_layers: int
     num_heads: int
-    num_kv_heads: int | None  # None: as many as heads
+    num_kv_heads: int | None  # None means as many as heads
     dense_width: int
     expert_width: int
     num_experts: int
-    experts_per_token: int | None  # None: the file has to say
+    experts_per_token: int | None  # None means that the file must give it
     num_shared_experts: int
     first_dense_layers: int
     context_tokens: int
@@ -105,15 +105,15 @@ def read_latent_model(
     read_router: ReadRouter,
     read_moe_layers: Callable[[ConfigReader, int], Sequence[bool]] | None = None,
 ) -> ModelConfig:
-    """The whole of such a config; the caller calls `finish()`.
+    """Read the config of any of these families; the caller calls `finish()`.
 
     Args:
         read_router: reads the keys of the family's router.
-        read_moe_layers: tells for each of so many layers whether it has routed experts; None: all of them from
-            `first_k_dense_replace` on.
+        read_moe_layers: given the number of layers, tells for each whether it has routed experts; None means all
+            layers from `first_k_dense_replace` on.
 
     Raises:
-        UnsupportedModel: a key or value asks for something that is not built in.
+        UnsupportedModel: a key or value asks for something that is not supported.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     latent = LatentConfig(
@@ -142,11 +142,11 @@ def read_latent_model(
     )
     if common["num_kv_heads"] != common["num_heads"]:
         raise CheckpointError(
-            f"config.json gives num_key_value_heads as {common['num_kv_heads']}, expected {common['num_heads']}, as "
-            "num_attention_heads: latent attention has a key for each head",
+            f"config.json gives num_key_value_heads as {common['num_kv_heads']}, expected {common['num_heads']}, the "
+            "same as num_attention_heads: latent attention has a key for each head",
             key="num_key_value_heads",
         )
-    # transformers 5 repeats sizes under these names: the dimensions that turn, and all of a head.
+    # transformers 5 repeats sizes under these names: the rotary dimensions, and the whole head.
     reader.neutral("head_dim", latent.rope_dim, None)
     reader.neutral("qk_head_dim", head_dim)
     reader.neutral("attention_bias", False, None)
@@ -175,7 +175,7 @@ def read_latent_model(
 
 
 def read_sigmoid_router(scale: float, num_groups: int, kept_groups: int) -> ReadRouter:
-    """The router of DeepSeek-V3 (arXiv:2412.19437): sigmoid scores, and a bias that steers only the choice.
+    """The router of DeepSeek-V3 (arXiv:2412.19437): sigmoid scores, and a bias that only affects the choice.
 
     The arguments are the family's defaults.
     """
@@ -201,21 +201,21 @@ def read_sigmoid_router(scale: float, num_groups: int, kept_groups: int) -> Read
 
 
 def read_kept_groups(reader: ConfigReader, num_groups: int, default: int | None) -> int:
-    """`topk_group`, which may be null only where there is nothing to choose from."""
+    """`topk_group`, which may be null only if there are no groups to choose from."""
     if num_groups == 1:
         return reader.optional_integer("topk_group", default=default) or 1
     return reader.integer("topk_group", default=default)
 
 
 def read_mtp_layers(reader: ConfigReader, default: int) -> int:
-    """Layers for multi-token prediction, which lie behind the model's own in the files."""
+    """Layers for multi-token prediction, which follow the model's own layers in the files."""
     return reader.integer(
         "num_nextn_predict_layers", "num_mtp_layers", default=default, least=0, most=MOST_LAYERS
     )
 
 
 def require_groups(router: RouterConfig, num_experts: int, experts_per_token: int) -> RouterConfig:
-    """The router, once its groups share out the experts and leave enough of them to choose from.
+    """Return the router if its groups divide the experts evenly and the kept groups have enough experts.
 
     Raises:
         CheckpointError: they do not.
@@ -227,8 +227,8 @@ def require_groups(router: RouterConfig, num_experts: int, experts_per_token: in
     size = num_experts // groups
     if kept > groups or kept * size < experts_per_token:
         raise CheckpointError(
-            f"the router has {found}; expected at most all groups, and the {experts_per_token} experts of a token "
-            f"among those of the kept",
+            f"the router has {found}; expected no more than all groups, and room for the {experts_per_token} experts "
+            f"of a token in the kept ones",
             key="topk_group",
         )
     if groups > 1 and router.group_score == "top2" and size < 2:
@@ -240,7 +240,7 @@ def require_groups(router: RouterConfig, num_experts: int, experts_per_token: in
 
 
 def attention_scale(head_dim: int, rope: RopeConfig) -> float:
-    """What scores are multiplied with: 1 / sqrt(head_dim), times the square of yarn's magnitude of all dimensions.
+    """The factor of attention scores: 1 / sqrt(head_dim), times the square of yarn's `mscale_all_dim` magnitude.
 
     `yarn_apply_mscale` of `modeling_deepseek_v2.py` in transformers 5.24.
     """
@@ -251,7 +251,7 @@ def attention_scale(head_dim: int, rope: RopeConfig) -> float:
 
 
 def layers_behind_the_dense(default: int) -> Callable[[ConfigReader, int], Sequence[bool]]:
-    """Reads `first_k_dense_replace`, of which `default` is the family's; the layers from there on have experts."""
+    """Return a reader of `first_k_dense_replace`, the first layer with experts; `default` is the family's default."""
 
     def read(reader: ConfigReader, num_layers: int) -> Sequence[bool]:
         first = reader.optional_integer("first_k_dense_replace", default=default, least=0) or 0

@@ -1,12 +1,12 @@
 """The `deepseek2` architecture of GGUF: DeepSeek-V2, V3 and R1, Kimi-K2, GLM-4.7-Flash.
 
-Which of them a file holds, its metadata say only by the router: softmax is DeepSeek-V2's, sigmoid that of all others.
-Files from April 2025 on have `kv_b` in two tensors, `attn_k_b` with each head's part transposed and `attn_v_b`, and
-describe one shared head of keys as wide as the cache; the sizes of a head stand in keys that end in `_mla`. Older files
-have `attn_kv_b` and the sizes in the keys without the ending.
+Only the router in the metadata tells which model a file holds: DeepSeek-V2 has softmax, all others have sigmoid. Files
+from April 2025 on have `kv_b` in two tensors, `attn_k_b` with each head's part transposed and `attn_v_b`, and describe
+one shared head of keys as wide as the cache; the sizes of a head are in keys that end in `_mla`. Older files have
+`attn_kv_b` and the sizes in keys without the ending.
 
-Files of DeepSeek-V3 before October 2025 do not say that experts lie in groups, so nothing here can either: such a
-file chooses among all of them.
+Files of DeepSeek-V3 before October 2025 do not say that experts are in groups, so they cannot be read that way here:
+the router of these files chooses among all experts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     """The model in a GGUF file of architecture `deepseek2`.
 
     Raises:
-        UnsupportedModel: a key, value or tensor type that is not built in.
+        UnsupportedModel: a key, value or tensor type that is not supported.
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
     reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
@@ -68,7 +68,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
 
 
 def _read_latent(reader: GgufConfigReader, num_heads: int) -> LatentConfig:
-    """Sizes of a head and of the compressed vectors, in the spelling of either age."""
+    """Sizes of a head and of the compressed vectors, from the keys of old or new files."""
     kv_rank = reader.integer("attention.kv_lora_rank")
     rope_dim = reader.integer("rope.dimension_count")
     is_split = reader.has("attention.key_length_mla")
@@ -87,7 +87,7 @@ def _read_latent(reader: GgufConfigReader, num_heads: int) -> LatentConfig:
             )
     if head_dim <= rope_dim:
         raise CheckpointError(
-            f"{reader.file.path.name} gives heads of {head_dim} dimensions, of which {rope_dim} turn; expected some "
+            f"{reader.file.path.name} gives heads of {head_dim} dimensions, of which {rope_dim} rotate; expected some "
             "that do not",
             path=reader.file.path,
             key=reader.key("rope.dimension_count"),
@@ -104,9 +104,9 @@ def _read_latent(reader: GgufConfigReader, num_heads: int) -> LatentConfig:
 
 
 def _read_rope(reader: GgufConfigReader, rope_dim: int, context_tokens: int) -> RopeConfig:
-    """Interleaved; yarn's magnitude of all dimensions stands in a key of its own, times 0.1 and as float32.
+    """Interleaved. Yarn's `mscale_all_dim` magnitude has its own key, where it is times 0.1 and in float32.
 
-    Its other magnitude has no key, and llama.cpp takes it for the same, as it is in every released model.
+    Its other magnitude has no key; llama.cpp assumes that it is the same, as in every released model.
     """
     rope = reader.rope(rope_dim, context_tokens)
     magnitude = None
@@ -118,10 +118,10 @@ def _read_rope(reader: GgufConfigReader, rope_dim: int, context_tokens: int) -> 
 def _read_router(reader: GgufConfigReader, has_choice_bias: bool) -> RouterConfig:
     function = reader.integer("expert_gating_func", 0, least=0)
     if function == 0:
-        # Either an old file of DeepSeek-V2, or a model whose config.json has no `scoring_func`, from which converters
-        # write the key: GLM-4.7-Flash. A bias for the choice alone tells them apart: it came with sigmoid scores
-        # (DeepSeek-V3, arXiv:2412.19437), and V2 has none. llama.cpp knows GLM-4.7-Flash by its size, and reads every
-        # other such file as softmax, which gives garbage.
+        # Either an old file of DeepSeek-V2, or GLM-4.7-Flash: converters write the key from `scoring_func`, which its
+        # config.json does not have. A choice bias tells them apart: it came with sigmoid scores (DeepSeek-V3,
+        # arXiv:2412.19437), and V2 has none. llama.cpp recognises GLM-4.7-Flash by its size, and reads all other files
+        # without the key as softmax, which gives garbage.
         function = SIGMOID if has_choice_bias else SOFTMAX
     if function not in (SOFTMAX, SIGMOID):
         raise reader.unsupported("expert_gating_func", function, "1 (softmax), 2 (sigmoid)")
@@ -129,10 +129,10 @@ def _read_router(reader: GgufConfigReader, has_choice_bias: bool) -> RouterConfi
 
 
 def read_dense_layers(reader: GgufConfigReader, num_layers: int) -> int:
-    """How many layers, from the first on, have no routed experts.
+    """How many of the first layers have no routed experts.
 
     Raises:
-        CheckpointError: all of them.
+        CheckpointError: no layer has any.
     """
     num_dense = reader.integer("leading_dense_block_count", 0, least=0)
     if num_dense >= num_layers:
@@ -146,7 +146,7 @@ def read_dense_layers(reader: GgufConfigReader, num_layers: int) -> int:
 
 
 def read_grouped_router(reader: GgufConfigReader, *, is_sigmoid: bool, has_choice_bias: bool) -> RouterConfig:
-    """Groups, weights and scale of a router: sigmoid scores as DeepSeek-V3 uses them, or softmax as V2 does."""
+    """Groups, weights and scale of a router: sigmoid scores as in DeepSeek-V3, or softmax as in V2."""
     renormalize = reader.flag("expert_weights_norm", False)
     return RouterConfig(
         score="sigmoid" if is_sigmoid else "softmax",

@@ -1,8 +1,8 @@
-"""DeepSeek-V2, V2-Lite and V2.5 (arXiv:2405.04434): latent attention; softmax routing, of all or of the best groups.
+"""DeepSeek-V2, V2-Lite and V2.5 (arXiv:2405.04434): latent attention; softmax routing among all or the best groups.
 
-Routing weights are the probabilities of the chosen experts as they are, times `routed_scaling_factor`. With
-`norm_topk_prob` DeepSeek's own code divides by their sum and leaves the factor out, and transformers 5.24 does not heed
-the key; no released model sets it, and here it is refused.
+Routing weights are the unchanged probabilities of the chosen experts, times `routed_scaling_factor`. With
+`norm_topk_prob`, DeepSeek's own code divides by their sum and omits the factor, while transformers 5.24 ignores the
+key; no released model sets it, and it is refused here.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ _DEFAULTS = Defaults(
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
-    """Read a `config.json`; an absent key has the default of `DeepseekV2Config` in transformers 5.24.
+    """Read a `config.json`; an absent key gets the default of `DeepseekV2Config` in transformers 5.24.
 
     Raises:
-        UnsupportedModel: a key or value asks for something that is not built in.
+        UnsupportedModel: a key or value asks for something that is not supported.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     reader = ConfigReader(raw, MODEL_TYPE)
     config = read_latent_model(reader, family=MODEL_TYPE, defaults=_DEFAULTS, read_router=_read_router)
-    # Always interleaved there: a file that says otherwise means something else.
+    # DeepSeek-V2 is always interleaved: a file that says otherwise describes something else.
     reader.neutral("rope_interleave", True)
     reader.finish()
     return config
@@ -68,7 +68,7 @@ def _read_router(reader: ConfigReader, num_experts: int, experts_per_token: int)
     if method == "group_limited_greedy":
         num_groups = reader.integer("n_group", default=None)
         kept_groups = read_kept_groups(reader, num_groups, None)
-    else:  # groups may be named, and are not looked at
+    else:  # groups may be given, but are ignored
         reader.optional_integer("n_group")
         reader.optional_integer("topk_group")
     router = RouterConfig(

@@ -1,7 +1,7 @@
 """DeepSeek-V3 and R1 (arXiv:2412.19437): latent attention, and sigmoid routing within the best groups of experts.
 
-Files of the hub carry a layer for multi-token prediction behind the model's own; it is left alone. With
-`rope_interleave` false, pairs of rotary dimensions lie in halves.
+Hub files have a layer for multi-token prediction after the model's own layers; it is ignored. If `rope_interleave` is
+false, rotary dimensions are paired in halves.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ MODEL_TYPE = "deepseek_v3"
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
-    """Read a `config.json`; an absent key has the default of `DeepseekV3Config` in transformers 5.24.
+    """Read a `config.json`; an absent key gets the default of `DeepseekV3Config` in transformers 5.24.
 
     Raises:
-        UnsupportedModel: a key or value asks for something that is not built in.
+        UnsupportedModel: a key or value asks for something that is not supported.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     reader = ConfigReader(raw, MODEL_TYPE)

@@ -1,12 +1,12 @@
 """Read the metadata of a GGUF file key by key, so that nothing in them goes unnoticed.
 
-    GgufFile  ->  GgufConfigReader.integer("block_count"), ...  ->  finish(): a key nobody asked for is refused
+    GgufFile  ->  GgufConfigReader.integer("block_count"), ...  ->  finish(): a key that was not read is refused
 
-Keys of the architecture's own namespace (`qwen3moe.` ...) decide the mathematics: each is read, or known and accepted
-only with the value that changes nothing, or refused by its name. Other namespaces (`general.`, `tokenizer.`,
-`quantize.` ...) describe the file. Meanings and defaults are those of llama.cpp's loader.
+Keys in the architecture's own namespace (`qwen3moe.` ...) affect the mathematics: each is read, or known and accepted
+only with a value that changes nothing, or refused by name. Other namespaces (`general.`, `tokenizer.`, `quantize.` ...)
+describe the file. Meanings and defaults are those of llama.cpp's loader.
 
-Elsewhere: which keys a family has is its own file; `config.json` is read by `config_reader.py`.
+Elsewhere: a family's file lists its keys; `config_reader.py` reads `config.json`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from argosy.config import RopeConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families.config_reader import LARGEST_SIZE, MOST_EXPERTS, MOST_LAYERS
 
-# Keys that any writer may add, with the values that change nothing.
+# Keys that any writer may add, with values that change nothing.
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "attention.causal": (True,),
     "attention.scale": (0.0,),
-    "expert_gating_func": (0, 1),  # none given, softmax
+    "expert_gating_func": (0, 1),  # not given, softmax
     "expert_group_count": (0, 1),
     "expert_group_used_count": (0, 1),
     "expert_shared_count": (0,),
@@ -43,16 +43,17 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "rope.scaling.yarn_ext_factor": (1.0,),
     "rope.scaling.yarn_attn_factor": (1.0,),
     "rope.scaling.yarn_log_multiplier": (0.0,),
-    "tensor_data_layout": ("Meta AI original pth",),  # the name of the order that q and k always have there
+    # The name of the row order that q and k always have in GGUF.
+    "tensor_data_layout": ("Meta AI original pth",),
     "use_parallel_residual": (False,),
 }
-SOFTMAX, SIGMOID = 1, 2  # values of expert_gating_func; 0 is none given
+SOFTMAX, SIGMOID = 1, 2  # values of expert_gating_func; 0 means not given
 
 _HARMLESS = frozenset({"rope.scaling.finetuned"})
 
 
 class GgufConfigReader:
-    """One pass over the keys of an architecture: ask for every key that matters, then `finish()`."""
+    """One pass over the keys of an architecture: read every key that matters, then `finish()`."""
 
     def __init__(self, file: GgufFile, architecture: str) -> None:
         self.file = file
@@ -60,7 +61,7 @@ class GgufConfigReader:
         self._asked: set[str] = set()
 
     def key(self, name: str) -> str:
-        """The full key of `name`, which counts as asked for."""
+        """The full key of `name`, which then counts as read."""
         self._asked.add(name)
         return f"{self._architecture}.{name}"
 
@@ -70,7 +71,7 @@ class GgufConfigReader:
     def integer(
         self, name: str, default: int | None = None, *, least: int = 1, most: int = LARGEST_SIZE
     ) -> int:
-        """A whole number; an array with one for each layer counts if all of them are the same."""
+        """A whole number, or an array with the same number for each layer."""
         key = self.key(name)
         value = self.file.metadata.get(key)
         if isinstance(value, GgufArray):
@@ -90,7 +91,7 @@ class GgufConfigReader:
         return self.file.flag(self.key(name), default)
 
     def flags(self, name: str, num_layers: int) -> tuple[bool, ...] | None:
-        """One flag for each of `num_layers`, written as booleans or as 0 and 1; None if the file has no such array."""
+        """One flag for each of `num_layers`, written as booleans or as 0 and 1; None if the file has no array."""
         key = self.key(name)
         value = self.file.metadata.get(key)
         if value is None:
@@ -101,13 +102,13 @@ class GgufConfigReader:
         return tuple(map(bool, found))
 
     def neutral(self, name: str, *accepted: object) -> None:
-        """A key that may stand here with a value that changes nothing in this architecture."""
+        """Accept a key if its value changes nothing in this architecture."""
         value = self.file.metadata.get(self.key(name))
         if value is not None and not _is_one_of(value, accepted):
             raise self.unsupported(name, value, " or ".join(map(str, accepted)))
 
     def unsupported(self, name: str, value: object, supported: str) -> UnsupportedModel:
-        """The error for a value that is well-formed, and asks for something that is not built in."""
+        """The error for a value that is well-formed but not supported."""
         key = self.key(name)
         return UnsupportedModel(
             f"{self.file.path.name} asks for {key} {quote(value)}; supported: {supported}",
@@ -118,15 +119,15 @@ class GgufConfigReader:
         )
 
     def common(self, *, has_partial_rope: bool = False, has_axes: bool = False) -> dict[str, Any]:
-        """What every family with keys and values reads the same way, as arguments of `ModelConfig`.
+        """Read the part that is the same in every family with keys and values, as arguments of `ModelConfig`.
 
         Args:
-            has_partial_rope: `rope.dimension_count` may be less than all of a head.
-            has_axes: positions in images may have several axes; those of text are the same on all of them.
+            has_partial_rope: `rope.dimension_count` may be less than a whole head.
+            has_axes: positions in images may have several axes; text has the same position on all of them.
 
         Raises:
             CheckpointError: a key is missing, malformed, or contradicts another or the tensors.
-            UnsupportedModel: heads of two widths, or a rotary embedding that is not built in.
+            UnsupportedModel: heads of two widths, or a rotary embedding that is not supported.
         """
         if has_axes:
             self.key("rope.dimension_sections")
@@ -158,7 +159,7 @@ class GgufConfigReader:
         return self.integer("rope.dimension_count", head_dim, most=head_dim)
 
     def sizes(self) -> dict[str, Any]:
-        """What every family reads the same way, whatever its mixers are, as arguments of `ModelConfig`.
+        """Read the part that is the same in every family, whatever its mixers, as arguments of `ModelConfig`.
 
         Raises:
             CheckpointError: a key is missing, malformed, or contradicts another or the tensors.
@@ -167,7 +168,7 @@ class GgufConfigReader:
         vocab_size = embedding.shape[0] if embedding is not None and embedding.shape else 1
         if (claimed := self.integer("vocab_size", vocab_size)) != vocab_size:
             raise CheckpointError(
-                f"{self.file.path.name}: {self.key('vocab_size')} is {claimed}, and token_embd.weight has "
+                f"{self.file.path.name}: {self.key('vocab_size')} is {claimed}, but token_embd.weight has "
                 f"{vocab_size} rows",
                 path=self.file.path,
                 key=self.key("vocab_size"),
@@ -186,7 +187,7 @@ class GgufConfigReader:
         }
 
     def num_layers(self) -> int:
-        """Layers of the model, less those for multi-token prediction, which the file counts too."""
+        """Layers of the model, without those for multi-token prediction, which the file also counts."""
         num_layers, num_mtp_layers = self.integer("block_count", most=MOST_LAYERS), self.num_mtp_layers()
         if num_mtp_layers >= num_layers:
             raise CheckpointError(
@@ -200,10 +201,10 @@ class GgufConfigReader:
         return self.integer("nextn_predict_layers", 0, least=0, most=MOST_LAYERS)
 
     def finish(self) -> None:
-        """Refuse every key of the architecture that was not asked for.
+        """Refuse every key of the architecture that was not read.
 
         Raises:
-            UnsupportedModel: names the key, its value and what is understood.
+            UnsupportedModel: names the key, its value and the supported keys.
         """
         prefix = self._architecture + "."
         for key, value in self.file.metadata.items():
@@ -215,7 +216,7 @@ class GgufConfigReader:
                 known = sorted(self._asked | _NEUTRAL.keys())
                 shown = f"an array of {len(value)}" if isinstance(value, GgufArray) else f"'{quote(value)}'"
                 raise UnsupportedModel(
-                    f"{self.file.path.name} sets {quote(key)} to {shown}, and {self._architecture} does not know "
+                    f"{self.file.path.name} sets {quote(key)} to {shown}, but {self._architecture} does not know "
                     f"this key; supported: {', '.join(known)}",
                     path=self.file.path,
                     key=key,
@@ -226,19 +227,20 @@ class GgufConfigReader:
                 raise self.unsupported(name, value, " or ".join(map(str, accepted)))
 
     def rope(self, head_dim: int, context_tokens: int) -> RopeConfig:
-        """How positions turn, all of `head_dim` dimensions.
+        """The rotary embedding of all `head_dim` dimensions.
 
         Raises:
-            CheckpointError: `head_dim` is odd, or a key is malformed.   UnsupportedModel: partial, or another kind.
+            CheckpointError: `head_dim` is odd, or a key is malformed.
+            UnsupportedModel: it is partial, or of another kind.
         """
         if head_dim % 2:
             raise CheckpointError(
                 f"{self.file.path.name} gives heads of {head_dim} dimensions (attention.key_length, or "
-                "rope.dimension_count), and rotary embedding turns pairs",
+                "rope.dimension_count), but rotary embedding needs an even number",
                 path=self.file.path,
             )
         if (turning := self.integer("rope.dimension_count", head_dim)) != head_dim:
-            raise self.unsupported("rope.dimension_count", turning, f"{head_dim}, all of a head")
+            raise self.unsupported("rope.dimension_count", turning, f"{head_dim}, the whole head")
         theta = self.number("rope.freq_base", 10_000.0)
         kind = self.file.text(
             self.key("rope.scaling.type"), "linear" if self.has("rope.scaling.factor") else "none"
@@ -257,7 +259,7 @@ class GgufConfigReader:
                     original_context=context_tokens,
                 )
             case "yarn":
-                # The attention factor multiplies what yarn computes from its scaling factor.
+                # The attention factor multiplies the one that yarn computes from its scaling factor.
                 attention = self.number("rope.scaling.attn_factor", 1.0)
                 computed = 1.0 + 0.1 * float(np.log(max(1.0, factor)))
                 return RopeConfig(
@@ -273,7 +275,7 @@ class GgufConfigReader:
         raise self.unsupported("rope.scaling.type", kind, "none, linear, yarn")
 
     def is_set(self, name: str) -> bool:
-        """Whether a number is there and is not the 0 by which writers say "none"."""
+        """Whether a number is given, and is not the 0 that writers use for "none"."""
         return self.file.metadata.get(self.key(name)) not in (None, 0.0)
 
     def _token_ids(self, *roles: str) -> list[int]:
@@ -282,15 +284,15 @@ class GgufConfigReader:
 
 
 def _is_one_of(value: object, accepted: tuple[object, ...]) -> bool:
-    # True == 1 in Python and not in a file.
+    # True == 1 in Python, but not in a file.
     return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in accepted)
 
 
 def frequency_factors(file: GgufFile, head_dim: int) -> tuple[float, ...]:
-    """What `rope_freqs.weight` divides the frequency of each rotary pair by; empty where it changes nothing.
+    """The divisors in `rope_freqs.weight` of the frequency of each rotary pair; empty if they change nothing.
 
     Raises:
-        CheckpointError: it has another shape than half a head, or holds what cannot divide.
+        CheckpointError: its shape is not half a head, or it holds a value that cannot be a divisor.
     """
     ref = file.tensors.get("rope_freqs.weight")
     if ref is None:

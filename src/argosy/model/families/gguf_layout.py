@@ -1,14 +1,14 @@
-"""What a GGUF file calls its tensors, and how that becomes `ModelFiles`.
+"""Turn a GGUF file's tensor names into `ModelFiles`.
 
     ModelConfig + GgufFile  ->  read_gguf_layout  ->  ModelFiles
 
 The names are llama.cpp's, the same for all families: `blk.{layer}.attn_q.weight` and so on. The experts of a layer are
-stacked in one tensor per matrix, [experts, rows, cols], and an expert is a slice of each, read in place; files of
-early 2024 have one tensor per expert instead (`blk.{layer}.ffn_gate.{expert}.weight`). Every tensor is accounted
-for, as `layout.py` does for safetensors.
+stacked in one tensor per matrix, [experts, rows, cols], and an expert is a slice of each, read in place; files from
+early 2024 have one tensor per expert instead (`blk.{layer}.ffn_gate.{expert}.weight`). Every tensor is accounted for,
+as in `layout.py` for safetensors.
 
-Elsewhere: shapes are `checkpoint/geometry.py`; where bytes lie is `checkpoint/gguf.py`; blocks become slot formats
-while they land, in `native/store/`.
+Elsewhere: `checkpoint/geometry.py` has shapes; `checkpoint/gguf.py` finds the bytes; `native/store/` turns blocks into
+slot formats while they land.
 """
 
 from __future__ import annotations
@@ -73,15 +73,15 @@ _LAYER_NAMES = {
     "shared_score": "ffn_gate_inp_shexp.weight",
 }
 _EXPERT_NAMES = ("ffn_gate", "ffn_up", "ffn_down")
-# A constant that old converters left behind; and the same or what a family reads into its config.
+# A constant that old converters left behind; and that constant or a tensor that families read into their config.
 _LEFTOVERS = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
 _NOT_WEIGHTS = re.compile(rf"rope_freqs\.weight|{_LEFTOVERS.pattern}")
-# ik_llama.cpp's converter writes keys and values of latent attention a second time, from `attn_kv_b` (DeepseekV2Model).
+# ik_llama.cpp's converter writes the keys and values in `attn_kv_b` of latent attention twice (DeepseekV2Model).
 _COPIES = re.compile(r"blk\.\d+\.attn_[kv]_b\.weight")
 
 
 def dense_name(canonical: str, names: Mapping[str, str] = {}) -> str:
-    """What a GGUF calls a dense tensor, such as `head` or `layers.3.q_bias`; `names` has an architecture's own."""
+    """The GGUF name of a dense tensor such as `head` or `layers.3.q_bias`; `names` has an architecture's own names."""
     if canonical in _MODEL_NAMES:
         return _MODEL_NAMES[canonical]
     _, layer, last = canonical.split(".")
@@ -99,13 +99,13 @@ def read_gguf_layout(
     """Account for every tensor of a GGUF file.
 
     Args:
-        is_paired: rows of q and k lie in the order of adjacent rotary pairs, as the llama architecture has them.
+        is_paired: rows of q and k are in the order of adjacent rotary pairs, as in the llama architecture.
         has_rope_freqs: the family reads `rope_freqs.weight`.
-        names: below `blk.{layer}.`, where the architecture has other ones than most.
+        names: names below `blk.{layer}.` in which the architecture differs from most.
 
     Raises:
-        CheckpointError: a tensor is missing, extra, or of another shape than the metadata call for.
-        UnsupportedModel: a tensor has a type that no kernel reads.
+        CheckpointError: a tensor is missing, extra, or has another shape than the metadata require.
+        UnsupportedModel: no kernel reads a tensor's type.
     """
     accounts = _Accounts(file.path, file.tensors, FORMAT_OF_TYPE, hint=TYPE_HINT)
     dense = {}
@@ -130,7 +130,7 @@ def read_gguf_layout(
 
 
 def _layer_of(name: str) -> int | None:
-    """The layer that a tensor belongs to; None for one of the model as a whole."""
+    """The layer of a tensor; None if it belongs to the model as a whole."""
     layer = re.match(r"blk\.(\d{1,9})\.", name)
     return int(layer[1]) if layer else None
 
@@ -139,13 +139,13 @@ class _Accounts(TensorAccounts):
     """Tensors of a GGUF file, as dense matrices and experts."""
 
     def dense(self, name: str, shape: tuple[int, ...], paired_heads: int, stacked: int) -> MatrixRef:
-        """A matrix or vector; `stacked` is how many matrices of one tensor lie one below the other in it."""
+        """A matrix or vector; `stacked` is the number of matrices that its tensor stacks."""
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
         shapes: tuple[tuple[int, ...], ...] = (shape,)
         if stacked > 1:
             shapes = ((stacked, rows // stacked, cols),)
         elif len(shape) == 2 and rows == 1:
-            shapes = (shape, (cols,))  # the one row that scores the shared expert is a vector there
+            shapes = (shape, (cols,))  # GGUF stores the single row that scores the shared expert as a vector
         ref, format = self.take(name, *shapes)
         return MatrixRef(
             name, ref.path, ref.offset, ref.nbytes, format, rows, cols,

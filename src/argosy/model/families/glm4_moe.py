@@ -1,7 +1,7 @@
-"""GLM-4.5, 4.6 and 4.7: grouped-query attention, of whose heads the first part turns, and the router of DeepSeek-V3.
+"""GLM-4.5, 4.6 and 4.7: grouped-query attention with partial rotary embedding, and the router of DeepSeek-V3.
 
-The first layers have dense networks; the others add a shared expert to the routed ones. Air has no norm of q and k, the
-large models do. A layer for multi-token prediction lies behind the model's own in the files; it is left alone.
+The first layers have dense networks; the others add a shared expert to the routed ones. The large models norm q and k,
+Air does not. The files have a layer for multi-token prediction after the model's own layers; it is ignored.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ GGUF_ARCHITECTURE = "glm4moe"
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
-    """Read a `config.json`; an absent key has the default of `Glm4MoeConfig` in transformers 5.24.
+    """Read a `config.json`; an absent key gets the default of `Glm4MoeConfig` in transformers 5.24.
 
     Raises:
-        UnsupportedModel: a key or value asks for something that is not built in.
+        UnsupportedModel: a key or value asks for something that is not supported.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     reader = ConfigReader(raw, MODEL_TYPE)
@@ -55,11 +55,11 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
 def read_text(
     reader: ConfigReader, family: str, *, has_qk_norm: bool, has_bias: bool, **defaults: Any
 ) -> ModelConfig:
-    """The text model of this family and of the one that also sees; the caller calls `finish()`.
+    """Read the text model of this family or of its vision-language sibling; the caller calls `finish()`.
 
     Args:
-        has_bias: what an absent `attention_bias` means.
-        defaults: those of `read_common` in which the two differ.
+        has_bias: the default of `attention_bias`.
+        defaults: the defaults of `read_common` in which the two differ.
     """
     common = read_common(
         reader,
@@ -92,10 +92,10 @@ def read_text(
 
 
 def open_gguf(file: GgufFile) -> ModelFiles:
-    """The model in a GGUF file of architecture `glm4moe`; whether q and k are normed, and biased, the tensors say.
+    """The model in a GGUF file of architecture `glm4moe`; its tensors tell whether q and k have norms and biases.
 
     Raises:
-        UnsupportedModel: a key, value or tensor type that is not built in.
+        UnsupportedModel: a key, value or tensor type that is not supported.
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
     reader = GgufConfigReader(file, GGUF_ARCHITECTURE)

@@ -1,7 +1,7 @@
 """GLM-4.7-Flash: a small GLM-4 mixture of experts with the latent attention and the router of DeepSeek-V3.
 
-Which layers are dense is said by `mlp_layer_types` where transformers wrote the file, and by `first_k_dense_replace` on
-the hub. A layer for multi-token prediction lies behind the model's own in the files; it is left alone.
+Files written by transformers list the dense layers in `mlp_layer_types`; hub files give `first_k_dense_replace`. The
+files have a layer for multi-token prediction after the model's own layers; it is ignored.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ _DEFAULTS = Defaults(
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
-    """Read a `config.json`; an absent key has the default of `Glm4MoeLiteConfig` in transformers 5.24.
+    """Read a `config.json`; an absent key gets the default of `Glm4MoeLiteConfig` in transformers 5.24.
 
     Raises:
-        UnsupportedModel: a key or value asks for something that is not built in.
+        UnsupportedModel: a key or value asks for something that is not supported.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     reader = ConfigReader(raw, MODEL_TYPE)

@@ -1,8 +1,8 @@
 """GLM-4.5V and GLM-4.6V: the text part, a GLM-4.5-Air behind `model.language_model.`.
 
-`config.json` is a wrapper with the text model in `text_config`; its own keys are about images and video. The vision
-tower (`model.visual.*`) is passed over. q and k have no norm. Positions of images have three axes, each of which turns
-a section of the pairs of a head; those of text are equal on all of them, which is ordinary rotary embedding.
+`config.json` is a wrapper with the text model in `text_config`; its own keys describe images and video. The vision
+tower (`model.visual.*`) is ignored. q and k have no norm. Image positions have three axes, each of which rotates a
+section of a head's pairs; text has the same position on all axes, which is ordinary rotary embedding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LAYOUTS = tuple(
     for layout in glm4_moe.LAYOUTS
 )
 
-# Placeholders of images and video, which released files repeat in the part about text.
+# Placeholders of images and video, which released files repeat in the text part.
 _TOKEN_KEYS = ("image_start_token_id", "image_end_token_id", "video_start_token_id", "video_end_token_id")
 
 
@@ -33,7 +33,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     """Read the text part of a `config.json`, as `Glm4vMoeTextConfig` in transformers 5.24 does.
 
     Raises:
-        What `parse_wrapper` does.
+        The same errors as `parse_wrapper`.
     """
     return parse_wrapper(raw, MODEL_TYPE, ("glm4v_moe_text",), _read_text, *_TOKEN_KEYS)
 

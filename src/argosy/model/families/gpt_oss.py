@@ -1,13 +1,13 @@
 """gpt-oss (arXiv:2508.10925): attention with sinks, every second layer in a window, and a bias on every product.
 
-Experts clamp what their activation sees, and router and experts have biases too. Layers alternate between a sliding
+Experts clamp the input of their activation, and router and experts have biases, too. Layers alternate between a sliding
 window and full attention, the window first, unless `layer_types` says otherwise. The hub has experts in MXFP4: blocks
-and scales stacked over the experts of a layer, rows of gate and up by turns. The unquantised form keeps them
-transposed, [experts, hidden, 2 * width] with columns by turns, so that no row lies together: `argosy pack` reads it,
-and a pack runs.
+and scales stacked over the experts of a layer, with alternating rows of gate and up. The unquantised form stores them
+transposed, [experts, hidden, 2 * width] with alternating columns, so rows are not contiguous: `argosy pack` reads it,
+and the pack runs.
 
-Positions turn by yarn without whole-number bounds (`truncate` is false). GGUF metadata have no key for that; it is a
-property of the weights, and holds there too.
+The rotary embedding is yarn without whole-number bounds (`truncate` is false). GGUF metadata have no key for that; it
+is a property of the weights, so it holds there, too.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ LAYOUTS = (
     ),
 )
 
-# What a config without rope_parameters means, and the activation of every released model.
+# The default of rope_parameters, and the activation of every released model.
 _DEFAULT_ROPE = {
     "rope_type": "yarn",
     "factor": 32.0,
@@ -71,10 +71,10 @@ _LIMIT, _ALPHA = 7.0, 1.702
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
-    """Read a `config.json`; an absent key has the default of `GptOssConfig` in transformers 5.24.
+    """Read a `config.json`; an absent key gets the default of `GptOssConfig` in transformers 5.24.
 
     Raises:
-        UnsupportedModel: a key or value asks for something that is not built in.
+        UnsupportedModel: a key or value asks for something that is not supported.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     if not raw.get("rope_scaling") and not raw.get("rope_parameters"):
@@ -96,7 +96,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     num_layers = reader.integer("num_hidden_layers", default=36, most=MOST_LAYERS)
     windows = _read_windows(reader, num_layers)
     has_bias = reader.flag("attention_bias", True)
-    # The same number again, from the exporter of the released files.
+    # The exporter of the released files repeats the number under this key.
     reader.neutral("initial_context_length", common["rope"].original_context, None)
     config = ModelConfig(
         family=MODEL_TYPE,
@@ -119,10 +119,10 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
 
 
 def open_gguf(file: GgufFile) -> ModelFiles:
-    """The model in a GGUF file of architecture `gpt-oss`; even layers have the window there.
+    """The model in a GGUF file of architecture `gpt-oss`, in which even layers have the window.
 
     Raises:
-        UnsupportedModel: a key, value or tensor type that is not built in.
+        UnsupportedModel: a key, value or tensor type that is not supported.
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
     reader = GgufConfigReader(file, GGUF_ARCHITECTURE)

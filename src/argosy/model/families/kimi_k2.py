@@ -18,10 +18,10 @@ MODEL_TYPE = "kimi_k2"
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
-    """Read a `config.json`; an absent key means what it means to DeepSeek-V3.
+    """Read a `config.json`; an absent key gets DeepSeek-V3's default.
 
     Raises:
-        UnsupportedModel: a key or value asks for something that is not built in.
+        UnsupportedModel: a key or value asks for something that is not supported.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     reader = ConfigReader(raw, MODEL_TYPE)

@@ -1,7 +1,7 @@
-"""Kimi-K2.5 and K2.6: the text part, a Kimi-K2 behind `language_model.`; the vision tower is passed over.
+"""Kimi-K2.5 and K2.6: the text part, a Kimi-K2 under `language_model.`; the vision tower is ignored.
 
-`config.json` is a wrapper with the text model in `text_config`, whose `model_type` is "kimi_k2" on the hub and
-"deepseek_v3" where transformers wrote it. The wrapper's keys are about images and video, and about tokens.
+`config.json` is a wrapper with the text model in `text_config`; its `model_type` is "kimi_k2" on the hub and
+"deepseek_v3" in files written by transformers. The wrapper's keys describe images, video and tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LAYOUTS = tuple(
     for layout in deepseek.LAYOUTS
 )
 
-# Of the projector, and more about placeholders.
+# Keys of the projector, and more keys of placeholders.
 _MORE_KEYS = (
     "media_placeholder_token_id", "video_placeholder", "use_unified_vision_chunk", "ignore_index",
     "projection_hidden_size", "projection_layer_norm_eps",
@@ -36,10 +36,10 @@ _MORE_KEYS = (
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
-    """Read the text part of a `config.json`; an absent key means what it means to DeepSeek-V3.
+    """Read the text part of a `config.json`; an absent key gets DeepSeek-V3's default.
 
     Raises:
-        What `parse_wrapper` does.
+        The same errors as `parse_wrapper`.
     """
     text_types = ("kimi_k2", "deepseek_v3")
     return parse_wrapper(

@@ -1,18 +1,20 @@
-"""What a checkpoint calls its tensors, and how that becomes `ModelFiles`.
+"""Turn a checkpoint's tensor names into `ModelFiles`.
 
     ModelConfig + Layout + {name: TensorRef}  ->  read_layout  ->  ModelFiles
 
-A family has one layout or several: the hub keeps one tensor per expert matrix, and `transformers` 5 can also
-write all experts of a layer as one fused tensor, [experts, 2 * width, hidden] with gate before up. Others have rows of
-gate and up by turns, in MXFP4 blocks and scales; or keep fused tensors transposed, [experts, hidden, 2 * width]: these
-can be packed, and not be run in place. A weight may be codes and scales: `weight` in E4M3 with `weight_scale_inv`, or
-`weight_packed` with `weight_scale` and `weight_shape`. The first layout whose expert tensors are there is read; where
-fused tensors and transposed ones have the same name, their shape tells which they are. Every tensor is accounted for:
-one that is missing, has another shape, has a dtype that no kernel reads, or is not asked for is an error with its name.
-Passed over is only what is known and has no part in text: constants that old exporters leave behind (`_LEFTOVERS`),
-layers for multi-token prediction, and what a layout names itself, such as a vision tower.
+A family has one or several layouts. The hub has one tensor per expert matrix, and `transformers` 5 can also write all
+experts of a layer as one fused tensor, [experts, 2 * width, hidden] with gate before up. Other layouts alternate rows
+of gate and up, in MXFP4 blocks and scales; or store fused tensors transposed, [experts, hidden, 2 * width]: these can
+be packed, but not run in place. A weight may be codes and scales: `weight` in E4M3 with `weight_scale_inv`, or
+`weight_packed` with `weight_scale` and `weight_shape`. The first layout whose expert tensors exist is used; if fused
+and transposed tensors have the same name, their shape tells them apart.
 
-Elsewhere: shapes are `checkpoint/geometry.py`; where bytes lie is `checkpoint/safetensors.py`.
+Every tensor is accounted for: a tensor that is missing, has another shape, has a dtype that no kernel reads, or is
+unexpected is an error that names it. Only known tensors that text does not need are ignored: constants that old
+exporters leave behind (`_LEFTOVERS`), layers for multi-token prediction, and tensors that a layout lists, such as a
+vision tower.
+
+Elsewhere: `checkpoint/geometry.py` has shapes; `checkpoint/safetensors.py` finds the bytes.
 """
 
 from __future__ import annotations
@@ -41,9 +43,9 @@ from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families.accounts import TensorAccounts
 from argosy.model.families.quantization import FP8_BLOCK, INT4_GROUP, Quantization
 
-# F8_E4M3 is not among them: it takes a scale.
+# Without F8_E4M3, which needs a scale.
 _FORMAT_OF_DTYPE: Mapping[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
-# Constants that old exporters saved with the weights; they are computed from the config here.
+# Constants that old exporters saved with the weights; Argosy computes them from the config.
 _LEFTOVERS = (
     r"({prefix})?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|{prefix}layers\.\d+\.self_attn\.bias"
 )
@@ -67,18 +69,18 @@ ATTENTION_NAMES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Names below `{prefix}layers.{i}.`: dense ones by canonical name, experts one by one or fused."""
+    """Names below `{prefix}layers.{i}.`: dense tensors by canonical name, experts one by one or fused."""
 
     layer_names: Mapping[str, str]
     expert_names: tuple[str, str, str] | None = None  # gate, up, down, with {expert}
     fused_names: tuple[str, str] | None = None  # gate and up in one, down
     transposed_names: tuple[str, str] | None = None  # the same, transposed
-    has_turns: bool = False  # columns of gate and up alternate there
-    mxfp4_names: tuple[str, str, str, str] | None = None  # blocks and scales of gate and up by turns, of down
-    by_turns: tuple[str, str] | None = None  # canonical names of two whose values alternate in one tensor
+    has_turns: bool = False  # columns of gate and up alternate in transposed tensors
+    mxfp4_names: tuple[str, str, str, str] | None = None  # blocks and scales of gate and up by turns; of down
+    by_turns: tuple[str, str] | None = None  # canonical names of two tensors whose values alternate in one
     prefix: str = "model."
     head_name: str = "lm_head.weight"
-    passed_over: str | None = None  # regular expression of whole names: tensors that text does not need
+    passed_over: str | None = None  # regular expression for whole names of tensors that text does not need
 
     def dense_name(self, canonical: str) -> str:
         """The checkpoint's name of a dense tensor."""
@@ -90,7 +92,7 @@ class Layout:
         return f"{self.prefix}layers.{layer}.{self.layer_names[last]}"
 
     def names_of_expert(self, layer: int, expert: int) -> tuple[str, ...]:
-        """The checkpoint's names of the tensors that an expert is read from."""
+        """The checkpoint's names of an expert's tensors."""
         if stacked := self.fused_names or self.transposed_names or self.mxfp4_names:
             return tuple(f"{self.prefix}layers.{layer}.{name}" for name in stacked)
         assert self.expert_names is not None
@@ -99,12 +101,12 @@ class Layout:
         )
 
     def gate_up_shape(self, config: ModelConfig) -> tuple[int, int, int]:
-        """The shape of the first tensor of a stack of floats."""
+        """The shape of the first tensor of stacked float experts."""
         rows, cols = 2 * config.expert_width, config.hidden_size
         return (config.num_experts, *((rows, cols) if self.transposed_names is None else (cols, rows)))
 
     def is_passed_over(self, config: ModelConfig) -> Callable[[str], bool]:
-        """Tells the names of tensors that may stand in a checkpoint of `config` and are never read."""
+        """A predicate for the names of tensors that may be in a checkpoint of `config` but are never read."""
         prefix = re.escape(self.prefix)
         known = re.compile("|".join(filter(None, (_LEFTOVERS.format(prefix=prefix), self.passed_over))))
         layer_of = re.compile(prefix + r"layers\.(\d{1,9})\..+")
@@ -119,7 +121,7 @@ class Layout:
 
 
 def separate_and_fused(layer_names: Mapping[str, str], passed_over: str | None = None) -> tuple[Layout, ...]:
-    """Both ways of most families: one tensor for each matrix of an expert, or those of a layer fused in two."""
+    """The two layouts of most families: one tensor per expert matrix, or two fused tensors per layer."""
     separate = Layout(
         layer_names=layer_names,
         expert_names=(
@@ -145,15 +147,15 @@ def read_layout(
     """Account for every tensor of a checkpoint.
 
     Args:
-        quantization: what its config says about quantised tensors.
+        quantization: the description of quantised tensors in its config.
 
     Raises:
-        CheckpointError: a tensor is missing, extra, or of another shape than the config calls for.
-        UnsupportedModel: a tensor has a dtype that no kernel reads.
+        CheckpointError: a tensor is missing, extra, or has another shape than the config requires.
+        UnsupportedModel: no kernel reads a tensor's dtype.
     """
     layout = _choose(layouts, config, tensors)
     if config.is_embedding_tied and layout.head_name in tensors:
-        # Tied in the config, and yet a head in the files: the files win, as in transformers 5.
+        # The config says tied, but the files have a head: the files win, as in transformers 5.
         config = replace(config, is_embedding_tied=False)
     reader = _Accounts(directory, tensors, quantization)
     dense = {canonical: reader.dense(canonical, shape, layout) for canonical, shape in dense_shapes(config)}
@@ -164,7 +166,7 @@ def read_layout(
 
 
 def _choose(layouts: tuple[Layout, ...], config: ModelConfig, tensors: Mapping[str, TensorRef]) -> Layout:
-    """The first layout whose expert tensors are there; of several with the same names, the one of their shape."""
+    """The first layout whose expert tensors exist; if several have the same names, the one with the right shape."""
     probe = config.moe_layers[0]
     there = [one for one in layouts if _is_there(one.names_of_expert(probe, 0)[0], tensors)]
     if not there:
@@ -186,7 +188,7 @@ def _choose(layouts: tuple[Layout, ...], config: ModelConfig, tensors: Mapping[s
 
 
 def _packed(name: str) -> str:
-    """What compressed-tensors calls the codes of a weight."""
+    """The name of a weight's codes in compressed-tensors."""
     return name.removesuffix("weight") + "weight_packed"
 
 
@@ -196,7 +198,7 @@ def _is_there(name: str, tensors: Mapping[str, TensorRef]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A matrix as the files have it: one tensor, or codes and scales, each with the block type that they are."""
+    """A matrix as stored: one tensor, or codes and scales, each with its block type."""
 
     format: Format
     ref: TensorRef
@@ -214,11 +216,11 @@ class _Accounts(TensorAccounts):
         self._quantization = quantization
 
     def weight(self, name: str, shape: tuple[int, ...]) -> _Stored:
-        """The tensor or tensors of a weight; which of them there are says how it is stored.
+        """The tensor or tensors of a weight; which of them exist tells how it is stored.
 
         Raises:
-            CheckpointError: one is missing or of another shape, or `quantization_config` says otherwise.
-            UnsupportedModel: one has a dtype that nothing reads.
+            CheckpointError: one is missing or has another shape, or `quantization_config` contradicts them.
+            UnsupportedModel: one has a dtype that is not supported.
         """
         ref = self._tensors.get(name)
         if ref is None and _packed(name) in self:
@@ -252,7 +254,7 @@ class _Accounts(TensorAccounts):
         return _Stored("int4", codes, block_type, scales)
 
     def _require_said(self, method: str, name: str, tensor: str) -> None:
-        """Prove that the config knows of a quantised weight."""
+        """Prove that the config describes a quantised weight."""
         said, path = self._quantization, self._tensors[tensor].path
         if said is None or said.method != method:
             raise CheckpointError(
@@ -273,7 +275,7 @@ class _Accounts(TensorAccounts):
         name, last = layout.dense_name(canonical), canonical.rpartition(".")[2]
         turn = layout.by_turns.index(last) if layout.by_turns and last in layout.by_turns else None
         in_file = shape if turn is None else (*shape[:-1], 2 * shape[-1])
-        if last.endswith("conv"):  # of one input channel each
+        if last.endswith("conv"):  # each has one input channel
             in_file = (in_file[0], 1, *in_file[1:])
         stored = self.weight(name, in_file)
         ref = stored.ref

@@ -1,8 +1,8 @@
-"""MiniMax-M2: q and k normed over all heads at once, a part of each head turns, and a router of sigmoid scores.
+"""MiniMax-M2: q and k normed over all heads at once, partial rotary embedding, and a router with sigmoid scores.
 
-Experts are chosen by score plus a learnt bias and weighed by the score alone; the weights of a token sum to one. The
-hub says how much of a head turns by `rotary_dim`, transformers by `partial_rotary_factor`. Modules for multi-token
-prediction (`model.mtp.`) are known, and left alone.
+Experts are chosen by score plus a learnt bias and weighted by the score alone; the weights of a token sum to one. The
+hub gives the rotary part of a head as `rotary_dim`, transformers as `partial_rotary_factor`. Modules for multi-token
+prediction (`model.mtp.`) are known and ignored.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ _ROUTER = RouterConfig(score="sigmoid", has_choice_bias=True, renormalize=True)
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
-    """Read a `config.json`; an absent key has the default of `MiniMaxM2Config` in transformers 5.24.
+    """Read a `config.json`; an absent key gets the default of `MiniMaxM2Config` in transformers 5.24.
 
     Raises:
-        UnsupportedModel: a key or value asks for something that is not built in.
+        UnsupportedModel: a key or value asks for something that is not supported.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     reader = ConfigReader(raw, MODEL_TYPE)
@@ -94,7 +94,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     """The model in a GGUF file of architecture `minimax-m2`.
 
     Raises:
-        UnsupportedModel: a key, value or tensor type that is not built in.
+        UnsupportedModel: a key, value or tensor type that is not supported.
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
     reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
@@ -115,7 +115,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
 
 
 def _read_rotary_dim(reader: ConfigReader, rope: RopeConfig, head_dim: int) -> RopeConfig:
-    """The rotary embedding with the dimensions that `rotary_dim` says, where the file has it."""
+    """The rotary embedding with `rotary_dim` dimensions, if the file gives it."""
     rotary_dim = reader.optional_integer("rotary_dim")
     if rotary_dim is None:
         return rope
@@ -134,7 +134,7 @@ def _read_rotary_dim(reader: ConfigReader, rope: RopeConfig, head_dim: int) -> R
 
 
 def _read_other_generations(reader: ConfigReader) -> None:
-    """Keys of MiniMax's models before and after, which released files carry; none of them changes anything here."""
+    """Accept keys of MiniMax's earlier and later models, which released files have; none changes anything here."""
     if set(reader.integers("attn_type_list", least=0, most=1)) - {1}:
         raise reader.unsupported("attn_type_list", "1, softmax attention, in every layer")
     reader.one_of("scoring_func", "sigmoid", ("sigmoid",))
@@ -146,7 +146,8 @@ def _read_other_generations(reader: ConfigReader) -> None:
     reader.neutral("shared_moe_mode", "sigmoid")
     for key in ("full_attention", "linear_attention", "mlp"):
         reader.neutral(f"layernorm_{key}_beta", 1.0)
-    reader.optional_integer("mlp_intermediate_size", least=0)  # of layers without experts, and there are none
+    # For layers without experts, and there are none.
+    reader.optional_integer("mlp_intermediate_size", least=0)
     reader.flag("use_mtp", False)
     reader.optional_integer("num_mtp_modules", least=0)
     reader.optional_integer("mtp_transformer_layers", least=0)

@@ -1,10 +1,10 @@
 """Mixtral (Jiang et al., arXiv:2401.04088): routed experts in every layer, routing weights that sum to one.
 
-The hub's names are of the first release (`block_sparse_moe`, w1 = gate, w3 = up, w2 = down); `transformers` 5
-can also write its own (`mlp.experts.gate_up_proj`). A sliding window, where one is set, holds in every layer.
+The hub's names are those of the first release (`block_sparse_moe`, w1 = gate, w3 = up, w2 = down); `transformers` 5
+can also write its own (`mlp.experts.gate_up_proj`). A sliding window, if set, applies to every layer.
 
-In GGUF it is the `llama` architecture with experts. Rows of q and k lie there in the order of a rotary kernel that
-turns adjacent pairs, and are put back into halves while they land.
+In GGUF it is the `llama` architecture with experts. GGUF stores rows of q and k in the order of a rotary kernel that
+rotates adjacent pairs; they are put back into halves while they land.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ LAYOUTS = (
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
-    """Read a `config.json`; an absent key has the default of `MixtralConfig` in transformers 5.24.
+    """Read a `config.json`; an absent key gets the default of `MixtralConfig` in transformers 5.24.
 
     Raises:
-        UnsupportedModel: a key or value asks for something that is not built in.
+        UnsupportedModel: a key or value asks for something that is not supported.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     reader = ConfigReader(raw, MODEL_TYPE)
@@ -81,7 +81,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     """The model in a GGUF file of architecture `llama` with experts.
 
     Raises:
-        UnsupportedModel: no experts, or a key, value or tensor type that is not built in.
+        UnsupportedModel: no experts, or a key, value or tensor type that is not supported.
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
     reader = GgufConfigReader(file, GGUF_ARCHITECTURE)

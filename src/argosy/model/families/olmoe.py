@@ -1,7 +1,7 @@
 """OLMoE (arXiv:2409.02060): routed experts only; q and k are normed over all heads at once.
 
-`clip_qkv` cuts off q and k behind their norms, and v. `attention_bias` puts a bias on q, k, v and o. Routing weights
-stay as the softmax gives them, unless `norm_topk_prob` says more.
+`clip_qkv` clamps v, and q and k after their norms. `attention_bias` adds a bias to q, k, v and o. Routing weights are
+the softmax probabilities unless `norm_topk_prob` is set.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ GGUF_ARCHITECTURE = "olmoe"
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
-    """Read a `config.json`; an absent key has the default of `OlmoeConfig` in transformers 5.24.
+    """Read a `config.json`; an absent key gets the default of `OlmoeConfig` in transformers 5.24.
 
     Raises:
-        UnsupportedModel: a key or value asks for something that is not built in.
+        UnsupportedModel: a key or value asks for something that is not supported.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     reader = ConfigReader(raw, MODEL_TYPE)
@@ -62,10 +62,10 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
 
 
 def open_gguf(file: GgufFile) -> ModelFiles:
-    """The model in a GGUF file of architecture `olmoe`, where nothing is cut off.
+    """The model in a GGUF file of architecture `olmoe`, in which nothing is clamped.
 
     Raises:
-        UnsupportedModel: a key, value or tensor type that is not built in.
+        UnsupportedModel: a key, value or tensor type that is not supported.
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
     reader = GgufConfigReader(file, GGUF_ARCHITECTURE)

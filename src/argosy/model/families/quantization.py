@@ -1,15 +1,15 @@
-"""What `quantization_config` of a `config.json` says about how weights are stored; it changes no mathematics.
+"""Read the `quantization_config` of a `config.json`: how weights are stored; it changes no mathematics.
 
     raw config  ->  read_quantization  ->  Quantization: the method, and which modules keep their floats
 
-    quant_method         what it has to say                                    the tensors of a matrix
+    quant_method         required settings                                     the tensors of a matrix
     fp8                  weight_block_size [128, 128]                          weight, weight_scale_inv
     compressed-tensors   format pack-quantized: int4, symmetric, groups of 32  weight_packed, weight_scale, weight_shape
     mxfp4                -                                                     *_blocks, *_scales
 
-Every key is read, or known to change nothing, or refused by its name. Which matrices are quantised is told by the
-tensors that are there (`layout.py`); what is said here is checked against them. A config for several modalities may
-say it at the top or in the part about text.
+Every key is read, or known to change nothing, or refused by name. The tensors in the files tell which matrices are
+quantised (`layout.py`), and `quantization_config` is checked against them. In a multimodal config it may be at the
+top level or in the text part.
 
 Sources: `FineGrainedFP8Config` and `Mxfp4Config` of transformers 5.24; `QuantizationConfig` and `QuantizationArgs` of
 compressed-tensors 0.12.
@@ -30,11 +30,11 @@ from argosy.errors import CheckpointError, UnsupportedModel
 QuantizationMethod = Literal["fp8", "int4", "mxfp4"]
 
 KEY = "quantization_config"
-# Where it may stand: at the top, or in the parts about text that a config of several modalities has.
+# Where it may be: at the top level, or in the text parts of a multimodal config.
 _PARTS = ((), ("text_config",), ("thinker_config",), ("thinker_config", "text_config"))
 FP8_BLOCK = 128
 INT4_GROUP = 32
-_MOST_REPETITIONS = 3  # of an expression that names modules
+_MOST_REPETITIONS = 3  # in an expression that names modules
 _MOST_ALTERNATIVES = 8
 
 SUPPORTED = (
@@ -46,17 +46,16 @@ SUPPORTED = (
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """How a checkpoint's quantised weights are stored, and the modules that are said not to be."""
+    """How a checkpoint's quantised weights are stored, and which modules are declared unquantised."""
 
     method: QuantizationMethod
-    excluded: tuple[
-        str, ...
-    ] = ()  # module names, whole or their first or last parts; "re:" before an expression
+    # Module names, whole or their first or last parts; "re:" starts a regular expression.
+    excluded: tuple[str, ...] = ()
 
     def excludes(self, module: str) -> bool:
-        """Whether a module, such as "model.layers.0.self_attn.q_proj", is said to keep its floats.
+        """Whether a module, such as "model.layers.0.self_attn.q_proj", is declared unquantised.
 
-        A name stands for itself, for what is inside it, and for every module whose path ends in it.
+        A name matches itself, everything inside it, and every module whose path ends in it.
         """
         return any(
             re.match(name[3:], module) is not None
@@ -67,12 +66,12 @@ class Quantization:
 
 
 def _fault_of_expression(expression: str) -> str | None:
-    """Why a regular expression of a checkpoint is not used; None where it can be.
+    """Why a checkpoint's regular expression is refused; None if it is accepted.
 
-    Matching goes back and forth between repetitions and alternatives, so a file could make it take hours. With few of
-    them, and none of them nested, it cannot: a module's name has a hundred characters.
+    Matching backtracks over repetitions and alternatives, so a file could make it take hours. With few of them and no
+    nesting it cannot: a module's name has a hundred characters.
     """
-    # what is left without [sets] and \escapes
+    # The expression without [sets] and \escapes.
     plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^]\\])*\]", "x", expression, flags=re.DOTALL)
     plain = re.sub(r"\(\?[:=!]", "(", plain)
     if "(?" in plain or re.search(r"\)[*+?{]", plain):
@@ -87,11 +86,11 @@ def _fault_of_expression(expression: str) -> str | None:
 
 
 def read_quantization(raw: Mapping[str, object], path: Path = Path("config.json")) -> Quantization | None:
-    """The quantisation that a config asks for; None where it asks for none.
+    """The quantisation that a config describes; None if it describes none.
 
     Raises:
-        UnsupportedModel: another method, or a variant of one, each with what is supported.
-        CheckpointError: it is no object, or said twice and differently.
+        UnsupportedModel: the method or its variant is not supported.
+        CheckpointError: it is not an object, or appears twice with different values.
     """
     said = list(_all_said(raw))
     if not said:
@@ -106,7 +105,7 @@ def read_quantization(raw: Mapping[str, object], path: Path = Path("config.json"
 
 
 def _all_said(raw: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """Every `quantization_config` of a config and of its parts, with the part that it is in."""
+    """Every `quantization_config` of a config and its parts, each with the name of its part."""
     for path in _PARTS:
         part: object = raw
         for name in path:
@@ -116,7 +115,7 @@ def _all_said(raw: Mapping[str, object]) -> Iterator[tuple[str, object]]:
 
 
 class _Reader:
-    """One pass over a `quantization_config`; what nobody asked for is refused."""
+    """One pass over a `quantization_config`; a key that was not read is refused."""
 
     def __init__(self, given: object, path: Path) -> None:
         self._path = path
@@ -144,7 +143,7 @@ class _Reader:
             config, KEY, "quant_method", "weight_block_size", "modules_to_not_convert", "ignored_layers",
             activation_scheme=("dynamic",),
             fmt=("e4m3", "float8_e4m3fn", None),
-            scale_fmt=("ue8m0", "float", None),  # the scales are float32 or bf16 all the same
+            scale_fmt=("ue8m0", "float", None),  # the scales are float32 or bf16 in any case
             dequantize=(False, None),
             kv_cache_scheme=(None,),
         )  # fmt: skip
@@ -205,7 +204,7 @@ class _Reader:
     def _keys(
         self, given: Mapping[str, object], where: str, *read: str, **neutral: tuple[object, ...]
     ) -> None:
-        """Refuse a key that is neither read nor neutral, and a neutral one with a value that says something."""
+        """Refuse a key that is neither read nor neutral, and a neutral key whose value would change something."""
         for key, value in given.items():
             if key in read:
                 continue

@@ -1,6 +1,6 @@
-"""Qwen2-MoE (Qwen1.5-MoE, Qwen2-57B-A14B): routed experts, and a shared expert behind a sigmoid.
+"""Qwen2-MoE (Qwen1.5-MoE, Qwen2-57B-A14B): routed experts, and a shared expert with a sigmoid gate.
 
-Biases on q, k and v unless `qkv_bias` is false. With `use_sliding_window`, the window holds in the even
+q, k and v have biases unless `qkv_bias` is false. With `use_sliding_window`, the window applies to the even
 layers below `max_window_layers`, or where `layer_types` says so: the rule of Qwen2MoeConfig in transformers
 5.24.
 """
@@ -26,10 +26,10 @@ GGUF_ARCHITECTURE = "qwen2moe"
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
-    """Read a `config.json`; an absent key has the default of `Qwen2MoeConfig` in transformers 5.24.
+    """Read a `config.json`; an absent key gets the default of `Qwen2MoeConfig` in transformers 5.24.
 
     Raises:
-        UnsupportedModel: a key or value asks for something that is not built in.
+        UnsupportedModel: a key or value asks for something that is not supported.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     reader = ConfigReader(raw, MODEL_TYPE)
@@ -69,10 +69,10 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
 def open_gguf(file: GgufFile) -> ModelFiles:
     """The model in a GGUF file of architecture `qwen2moe`.
 
-    A window of some layers only, as `config.json` may ask for, has no spelling there; one is refused.
+    `config.json` may give some layers a sliding window. GGUF metadata cannot express that, so a window is refused.
 
     Raises:
-        UnsupportedModel: a key, value or tensor type that is not built in.
+        UnsupportedModel: a key, value or tensor type that is not supported.
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
     reader = GgufConfigReader(file, GGUF_ARCHITECTURE)

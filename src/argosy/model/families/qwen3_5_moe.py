@@ -1,7 +1,7 @@
-"""Qwen3.5-MoE and Qwen3.6-MoE as the hub has them: the text part of a vision-language model.
+"""Qwen3.5-MoE and Qwen3.6-MoE as on the hub: the text part of a vision-language model.
 
-`config.json` is a wrapper with the text model in `text_config`; its own keys are about images and video. The vision
-tower (`model.visual.*`) is passed over.
+`config.json` is a wrapper with the text model in `text_config`; its own keys describe images and video. The vision
+tower (`model.visual.*`) is ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_con
 
 MODEL_TYPE = "qwen3_5_moe"
 
-# As the hub has it, and without the prefix, as tools that only keep the text model may write it.
+# The hub's prefix, and no prefix, for tools that keep only the text model.
 LAYOUTS = (*(replace(layout, prefix="model.language_model.") for layout in TEXT_LAYOUTS), *TEXT_LAYOUTS)
 
 
@@ -25,6 +25,6 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     """Read the text part of a `config.json`, as `Qwen3_5MoeTextConfig` in transformers 5.24 does.
 
     Raises:
-        What `parse_wrapper` does.
+        The same errors as `parse_wrapper`.
     """
     return parse_wrapper(raw, MODEL_TYPE, ("qwen3_5_moe_text",), lambda text: read_text(text, MODEL_TYPE))

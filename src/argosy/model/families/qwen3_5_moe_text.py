@@ -1,8 +1,8 @@
-"""Qwen3.5-MoE and Qwen3.6-MoE, text alone: a Qwen3-Next whose delta nets have four projections each.
+"""Qwen3.5-MoE and Qwen3.6-MoE, text only: a Qwen3-Next whose delta nets have four projections each.
 
-Every layer has routed experts, and routing weights always sum to one. Positions of the vision-language model have three
-axes (m-rope); those of text are equal on all of them, which is ordinary rotary embedding. In bf16 the hub keeps the
-experts of a layer fused, in FP8 one by one.
+Every layer has routed experts, and routing weights always sum to one. Positions in the vision-language model have three
+axes (m-rope); text has the same position on all axes, which is ordinary rotary embedding. The hub's bf16 files have the
+experts of a layer fused, its FP8 files have them one by one.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ LAYOUTS = (
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
-    """Read a `config.json`; an absent key has the default of `Qwen3_5MoeTextConfig` in transformers 5.24.
+    """Read a `config.json`; an absent key gets the default of `Qwen3_5MoeTextConfig` in transformers 5.24.
 
     Raises:
-        UnsupportedModel: a key or value asks for something that is not built in.
+        UnsupportedModel: a key or value asks for something that is not supported.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     reader = ConfigReader(raw, MODEL_TYPE)
@@ -70,7 +70,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
 
 
 def read_text(reader: ConfigReader, family: str) -> ModelConfig:
-    """The text model of a config, or of the part of one that is about text."""
+    """Read the text model from a config, or from the text part of one."""
     common = read_common(
         reader,
         vocab_size=248_320,
@@ -87,7 +87,7 @@ def read_text(reader: ConfigReader, family: str) -> ModelConfig:
         experts_per_token=8,
     )
     num_layers = reader.integer("num_hidden_layers", default=40, most=MOST_LAYERS)
-    # What released files say of switches that this model does not have, and of layers that are left alone.
+    # Keys in released files for switches that this model does not have, and for layers that are ignored.
     reader.neutral("attn_output_gate", True)
     reader.neutral("decoder_sparse_step", 1)
     reader.neutral("mamba_ssm_dtype", "float32")
@@ -108,7 +108,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     """The model in a GGUF file of architecture `qwen35moe`.
 
     Raises:
-        UnsupportedModel: a key, value or tensor type that is not built in.
+        UnsupportedModel: a key, value or tensor type that is not supported.
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
     return open_delta_gguf(file, GGUF_ARCHITECTURE, MODEL_TYPE)

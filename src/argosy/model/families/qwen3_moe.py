@@ -1,8 +1,8 @@
-"""Qwen3-MoE (arXiv:2505.09388): routed experts only; each head of q and k is normed before it turns.
+"""Qwen3-MoE (arXiv:2505.09388): routed experts only; each head of q and k is normed before rotation.
 
-`attention_bias` puts a bias on q, k, v and o. With `use_sliding_window`, the window holds in every layer
-(Qwen3MoeModel in transformers 5.24); `max_window_layers`, which released files still carry, decides nothing
-there. Qwen3-VL-MoE and the thinker of Qwen3-Omni have the same text model.
+`attention_bias` adds a bias to q, k, v and o. With `use_sliding_window`, the window applies to every layer
+(Qwen3MoeModel in transformers 5.24); `max_window_layers`, which released files still have, has no effect there.
+Qwen3-VL-MoE and the thinker of Qwen3-Omni have the same text model.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ GGUF_ARCHITECTURE = "qwen3moe"
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
-    """Read a `config.json`; an absent key has the default of `Qwen3MoeConfig` in transformers 5.24.
+    """Read a `config.json`; an absent key gets the default of `Qwen3MoeConfig` in transformers 5.24.
 
     Raises:
-        UnsupportedModel: a key or value asks for something that is not built in.
+        UnsupportedModel: a key or value asks for something that is not supported.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     reader = ConfigReader(raw, MODEL_TYPE)
@@ -74,11 +74,11 @@ def read_text(
     dense_width: int,
     **defaults: Any,
 ) -> ModelConfig:
-    """The text model of this family and of those that also see and hear; the caller calls `finish()`.
+    """Read the text model of this family or of its multimodal siblings; the caller calls `finish()`.
 
     Args:
-        read_window: reads the sliding window of so many layers; None: the family has none.
-        num_layers and the following: what an absent key means; `defaults` are those of `read_common`.
+        read_window: given the number of layers, reads their sliding window; None means that the family has none.
+        num_layers and the following: defaults of absent keys; `defaults` are those of `read_common`.
     """
     num_layers = reader.integer("num_hidden_layers", default=num_layers, most=MOST_LAYERS)
     if read_window is None:
@@ -89,7 +89,7 @@ def read_text(
     common = read_common(reader, **defaults)
     is_moe = read_moe_layers(reader, num_layers)
     has_bias = reader.flag("attention_bias", False)
-    # Released files repeat these keys of sister models (Qwen3-Coder and Qwen3-Omni do).
+    # Released files of Qwen3-Coder and Qwen3-Omni repeat these keys of sibling models.
     reader.neutral("qkv_bias", False)
     reader.neutral("use_qk_norm", True)
     reader.neutral("shared_expert_intermediate_size", 0, None)
@@ -110,17 +110,18 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     """The model in a GGUF file of architecture `qwen3moe`.
 
     Raises:
-        UnsupportedModel: a key, value or tensor type that is not built in.
+        UnsupportedModel: a key, value or tensor type that is not supported.
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
     return open_qwen3_gguf(GgufConfigReader(file, GGUF_ARCHITECTURE), MODEL_TYPE)
 
 
 def open_qwen3_gguf(reader: GgufConfigReader, family: str, *, has_axes: bool = False) -> ModelFiles:
-    """The model of this family, or the text part of one that also sees. `expert_weights_norm`, absent, is true."""
+    """The model of this family, or the text part of a vision-language model. `expert_weights_norm` defaults to true."""
     common = reader.common(has_axes=has_axes)
     window = reader.integer("attention.sliding_window", 0, least=0)
-    reader.integer("feed_forward_length", 0, least=0)  # of layers without experts, and all have them there
+    # For layers without experts, and all layers have experts.
+    reader.integer("feed_forward_length", 0, least=0)
     config = ModelConfig(
         family=family,
         layers=(LayerConfig(is_moe=True, sliding_window=window),) * reader.num_layers(),

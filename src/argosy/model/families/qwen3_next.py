@@ -1,7 +1,7 @@
-"""Qwen3-Next (80B-A3B): three layers with a gated delta net for one with gated attention, and a shared expert.
+"""Qwen3-Next (80B-A3B): three layers with a gated delta net for every one with gated attention, and a shared expert.
 
-Projections of a delta net lie key head by key head, [query, key, values, z] and [b, a] of each; they are read as they
-are, and the kernels take each head from its place.
+Projections of a delta net are stored key head by key head, [query, key, values, z] and [b, a] of each. They are read
+unchanged, and the kernels find each head in its place.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ LAYOUTS = make_layouts(
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
-    """Read a `config.json`; an absent key has the default of `Qwen3NextConfig` in transformers 5.24.
+    """Read a `config.json`; an absent key gets the default of `Qwen3NextConfig` in transformers 5.24.
 
     Raises:
-        UnsupportedModel: a key or value asks for something that is not built in.
+        UnsupportedModel: a key or value asks for something that is not supported.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     reader = ConfigReader(raw, MODEL_TYPE)
@@ -80,7 +80,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     """The model in a GGUF file of architecture `qwen3next`.
 
     Raises:
-        UnsupportedModel: a key, value or tensor type that is not built in.
+        UnsupportedModel: a key, value or tensor type that is not supported.
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
     return open_delta_gguf(file, GGUF_ARCHITECTURE, MODEL_TYPE)

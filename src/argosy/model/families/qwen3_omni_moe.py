@@ -1,7 +1,7 @@
-"""Qwen3-Omni (30B-A3B): the text part of its thinker, a Qwen3-MoE behind `thinker.`.
+"""Qwen3-Omni (30B-A3B): the text part of its thinker, a Qwen3-MoE under `thinker.`.
 
-`config.json` has the thinker in `thinker_config` and its text model in `text_config` there. What hears and sees
-(`thinker.audio_tower.*`, `thinker.visual.*`) is passed over, and so are the models that speak (`talker.*`,
+`config.json` has the thinker in `thinker_config` and its text model in `text_config` inside that. The audio and vision
+towers (`thinker.audio_tower.*`, `thinker.visual.*`) are ignored, and so are the models that speak (`talker.*`,
 `code2wav.*`).
 """
 
@@ -41,11 +41,11 @@ _OTHER_KEYS = (
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     """Read the text part of a `config.json`, as `Qwen3OmniMoeTextConfig` in transformers 5.24 does.
 
-    Where nobody says which token ends an answer, the end of a turn does (`generate` of
+    If no file says which token ends an answer, the end-of-turn token does (`generate` of
     Qwen3OmniMoeForConditionalGeneration).
 
     Raises:
-        UnsupportedModel: a key or value asks for something that is not built in.
+        UnsupportedModel: a key or value asks for something that is not supported.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     whole = ConfigReader(raw, MODEL_TYPE)

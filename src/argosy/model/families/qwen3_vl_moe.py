@@ -1,10 +1,10 @@
-"""Qwen3-VL-MoE (30B-A3B, 235B-A22B): the text part, a Qwen3-MoE behind `model.language_model.`.
+"""Qwen3-VL-MoE (30B-A3B, 235B-A22B): the text part, a Qwen3-MoE under `model.language_model.`.
 
-`config.json` is a wrapper with the text model in `text_config`; its own keys are about images and video. The vision
-tower (`model.visual.*`) is passed over, and so is what it would add to the first layers at the places of an image.
-Routing weights always sum to one. The hub keeps the experts of a layer transposed, [experts, hidden, 2 * width] with
-gate before up: `argosy pack` reads it, and a pack runs. transformers writes the same tensors with rows together; their
-shape tells which it is.
+`config.json` is a wrapper with the text model in `text_config`; its own keys describe images and video. The vision
+tower (`model.visual.*`) is ignored, and so is its contribution to the first layers at image positions. Routing weights
+always sum to one. The hub stores the experts of a layer transposed, [experts, hidden, 2 * width] with gate before up:
+`argosy pack` reads them, and the pack runs. transformers writes the same tensors with contiguous rows; their shape
+tells the two apart.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     """Read the text part of a `config.json`, as `Qwen3VLMoeTextConfig` in transformers 5.24 does.
 
     Raises:
-        What `parse_wrapper` does.
+        The same errors as `parse_wrapper`.
     """
     return parse_wrapper(raw, MODEL_TYPE, ("qwen3_vl_moe_text",), _read_text)
 
@@ -63,14 +63,14 @@ def _read_text(text: ConfigReader) -> ModelConfig:
 
 
 def open_gguf(file: GgufFile) -> ModelFiles:
-    """The text part in a GGUF file of architecture `qwen3vlmoe`, the thinker of Qwen3-Omni among them.
+    """The text part in a GGUF file of architecture `qwen3vlmoe`, which includes the thinker of Qwen3-Omni.
 
     Raises:
-        UnsupportedModel: a key, value or tensor type that is not built in.
+        UnsupportedModel: a key, value or tensor type that is not supported.
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
     reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
-    reader.integer("n_deepstack_layers", 0, least=0)  # of the vision tower, which lies in a file of its own
+    reader.integer("n_deepstack_layers", 0, least=0)  # for the vision tower, which is in a separate file
     reader.neutral("expert_weights_norm", True)
     reader.neutral("expert_shared_feed_forward_length", 0)
     return open_qwen3_gguf(reader, MODEL_TYPE, has_axes=True)

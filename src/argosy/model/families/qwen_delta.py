@@ -1,8 +1,8 @@
-"""What Qwen3-Next and Qwen3.5-MoE share: three gated delta nets, then one layer of attention behind an output gate.
+"""Code shared by Qwen3-Next and Qwen3.5-MoE: three gated delta nets, then one layer of attention with an output gate.
 
-Norms are zero-centred, but for the one inside a delta net. A quarter of each head turns. Which layers have attention
-`layer_types` says, or `full_attention_interval`: every so many-th. Layers for multi-token prediction (`mtp.*`) are
-known and left alone.
+Norms are zero-centred, except the norm inside a delta net. A quarter of each head rotates. `layer_types` lists the
+layers with attention, or `full_attention_interval` gives their spacing. Layers for multi-token prediction (`mtp.*`) are
+known and ignored.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ DELTA_NAMES = {
 
 _MIXERS: Mapping[str, MixerKind] = {"linear_attention": "delta", "full_attention": "attention"}
 
-PARTIAL_ROTARY_FACTOR = 0.25  # where a file names none
+PARTIAL_ROTARY_FACTOR = 0.25  # default if a file gives none
 
 
 def read_layers(reader: ConfigReader, is_moe: tuple[bool, ...]) -> tuple[LayerConfig, ...]:
-    """The mixer of each layer, beside whether it has routed experts."""
+    """The mixer of each layer, combined with whether it has routed experts."""
     num_layers = len(is_moe)
     kinds = reader.layer_types(num_layers, tuple(_MIXERS))
     interval = reader.integer("full_attention_interval", default=4)
@@ -44,10 +44,10 @@ def read_layers(reader: ConfigReader, is_moe: tuple[bool, ...]) -> tuple[LayerCo
 
 
 def read_delta(reader: ConfigReader, *, is_joined: bool) -> DeltaConfig:
-    """Sizes of the delta nets; `is_joined`: projections lie key head by key head in two matrices.
+    """Sizes of the delta nets. `is_joined`: projections are stored key head by key head in two matrices.
 
     Raises:
-        CheckpointError: a size is malformed, or value heads do not share out over key heads.
+        CheckpointError: a size is malformed, or value heads are not a multiple of key heads.
     """
     delta = DeltaConfig(
         num_key_heads=reader.integer("linear_num_key_heads", default=16),
@@ -68,7 +68,7 @@ def read_delta(reader: ConfigReader, *, is_joined: bool) -> DeltaConfig:
 
 
 def shared_arguments(reader: ConfigReader) -> dict[str, Any]:
-    """Arguments of `ModelConfig` that all of these models have."""
+    """Arguments of `ModelConfig` that these models have in common."""
     has_bias = reader.flag("attention_bias", False)
     return {
         "has_qkv_bias": has_bias,

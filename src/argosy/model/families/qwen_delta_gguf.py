@@ -1,8 +1,9 @@
 """The `qwen3next` and `qwen35moe` architectures of GGUF.
 
-Their writer has done what the kernels else do: norms hold their whole weight, and the rate of decay is no logarithm.
-In `qwen35moe` value heads are in another order: those that share a key head do not lie side by side, but as far apart
-as there are key heads. In `qwen3next` b and a share a matrix, and older files have q, k, v and z in one, `ssm_in`.
+Their writer has already applied two steps that the kernels do for other files: norms hold their whole weight, and the
+decay rate is not a logarithm. In `qwen35moe`, value heads are in another order: heads that share a key head are not
+adjacent, but as far apart as there are key heads. In `qwen3next`, b and a share a matrix, and older files have q, k, v
+and z in one, `ssm_in`.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ def open_delta_gguf(file: GgufFile, architecture: str, family: str) -> ModelFile
     """The model in a GGUF file of either architecture.
 
     Raises:
-        UnsupportedModel: a key, value or tensor type that is not built in.
+        UnsupportedModel: a key, value or tensor type that is not supported.
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
     reader = GgufConfigReader(file, architecture)
     common = reader.common(has_partial_rope=True, has_axes=True)
-    reader.integer("feed_forward_length", 0, least=0)  # of layers without experts, and all have them there
+    # For layers without experts, and all layers have experts.
+    reader.integer("feed_forward_length", 0, least=0)
     layers = tuple(
         LayerConfig(is_moe=True, mixer="delta" if is_recurrent else "attention")
         for is_recurrent in _recurrent_layers(reader)
@@ -64,9 +66,9 @@ def open_delta_gguf(file: GgufFile, architecture: str, family: str) -> ModelFile
 def _recurrent_layers(reader: GgufConfigReader) -> tuple[bool, ...]:
     """Whether each layer has a delta net.
 
-    Where the file lists the layers, the list decides, as in llama.cpp: its converter takes the list from `layer_types`,
-    and the interval beside it from a key that transformers 5 drops, so that this says 4 whatever the model has. Layers
-    for multi-token prediction are listed too. A list that the tensors contradict is refused with them.
+    If the file lists the layers, the list decides, as in llama.cpp. Its converter takes the list from `layer_types`,
+    and the interval from a key that transformers 5 drops, so the interval is 4 whatever the model has. The list
+    includes layers for multi-token prediction. If the tensors contradict the list, they are refused.
     """
     num_layers = reader.num_layers()
     interval = reader.integer("full_attention_interval", 4)
@@ -77,13 +79,13 @@ def _recurrent_layers(reader: GgufConfigReader) -> tuple[bool, ...]:
 
 
 def _read_delta(reader: GgufConfigReader) -> DeltaConfig:
-    """Sizes of the delta nets, under the names of another recurrent layer."""
+    """Sizes of the delta nets, stored under the key names of another recurrent layer."""
     key_heads, value_heads = reader.integer("ssm.group_count"), reader.integer("ssm.time_step_rank")
     channels = reader.integer("ssm.inner_size")
     if channels % value_heads or value_heads % key_heads:
         raise CheckpointError(
             f"{reader.file.path.name}: {reader.key('ssm.inner_size')} is {channels}, in {value_heads} value heads for "
-            f"{key_heads} key heads; expected each to share out over the next",
+            f"{key_heads} key heads; expected each to be a multiple of the next",
             path=reader.file.path,
             key=reader.key("ssm.inner_size"),
         )

@@ -1,4 +1,4 @@
-"""What the MoE families of Qwen share: which layers have routed experts, and what the tensors are called."""
+"""Code shared by the MoE families of Qwen: the layers with routed experts, and tensor names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LAYER_NAMES = {
 
 
 def make_layouts(more_names: Mapping[str, str] = {}, passed_over: str | None = None) -> tuple[Layout, ...]:
-    """Experts one by one, and fused; `more_names` are those of a family with other mixers beside attention."""
+    """Layouts with separate and fused experts; `more_names` are for a family with mixers other than attention."""
     return separate_and_fused({**_LAYER_NAMES, **more_names}, passed_over)
 
 
@@ -32,11 +32,11 @@ LAYOUTS = make_layouts()
 def read_moe_layers(reader: ConfigReader, num_layers: int) -> tuple[bool, ...]:
     """For each layer, whether it has routed experts.
 
-    Layer i has them unless `mlp_only_layers` names it, if i + 1 is a multiple of `decoder_sparse_step`
+    Layer i has them if i + 1 is a multiple of `decoder_sparse_step` and `mlp_only_layers` does not list i
     (Qwen2MoeDecoderLayer and Qwen3MoeDecoderLayer in transformers 5.24).
 
     Raises:
-        CheckpointError: no layer has them.
+        CheckpointError: no layer has any.
     """
     dense_layers = reader.integers("mlp_only_layers", least=0, most=num_layers - 1)
     step = reader.integer("decoder_sparse_step", default=1)

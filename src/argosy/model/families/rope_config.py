@@ -1,12 +1,12 @@
-"""Read how positions turn, in both spellings that configs have.
+"""Read the rotary embedding, in both forms that configs use.
 
     rope_theta + rope_scaling {"type" or "rope_type": ...}     hub files of 2023 to 2025
     rope_parameters {"rope_theta": ..., "rope_type": ...}      written by transformers 5
 
-Kinds and their fields are those of `modeling_rope_utils.py` in transformers 5.24, defaults included. A field
-that the kind does not use is refused by name: someone meant something by it.
+Kinds, their fields and their defaults are those of `modeling_rope_utils.py` in transformers 5.24. A field that the
+kind does not use is refused by name, because it was set for a reason.
 
-Elsewhere: the angles themselves are `model/rope.py`.
+Elsewhere: `model/rope.py` computes the angles.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ def read_rope(
     default_partial: float | None = None,
     has_axes: bool = False,
 ) -> RopeConfig:
-    """The rotary embedding that a config asks for.
+    """The rotary embedding that a config describes.
 
     Args:
         reader: the config.
-        head_dim: of it, `partial_rotary_factor` turns in some families.
+        head_dim: dimensions of a head; in some families only the share `partial_rotary_factor` of them rotates.
         context_tokens: max_position_embeddings.
-        default_theta: of the family, where the file names none.
-        default_partial: the partial_rotary_factor of the family, where the file names none; None: it has no such key,
-            and all of a head turns.
-        has_axes: fields about the axes of positions in images may stand here (m-rope). Text has the same position on
-            all axes, so they change nothing.
+        default_theta: the family's default theta.
+        default_partial: the family's default partial_rotary_factor; None means that the family does not have this key,
+            and the whole head rotates.
+        has_axes: fields for the axes of image positions are accepted (m-rope). Text has the same position on all axes,
+            so they change nothing.
 
     Raises:
-        UnsupportedModel: a kind or field that is not built in, named.
-        CheckpointError: a field is missing, malformed, or said twice differently.
+        UnsupportedModel: a kind or field is not supported; the error names it.
+        CheckpointError: a field is missing, malformed, or given twice with different values.
     """
     parameters, name = _one_mapping(reader)
     fields = _Fields(parameters, name)
@@ -81,7 +81,7 @@ def read_rope(
     original = context_tokens
     if kind in ("yarn", "llama3"):
         original = fields.integer("original_max_position_embeddings", context_tokens)
-        # Where the file names it outside as well, that one wins (transformers' standardize_rope_params).
+        # If the file also gives it outside, that value wins (transformers' standardize_rope_params).
         original = reader.optional_integer("original_max_position_embeddings") or original
     else:
         reader.neutral("original_max_position_embeddings", context_tokens, None)
@@ -119,7 +119,7 @@ def read_rope(
 
 
 def _rotary_dim(reader: ConfigReader, fields: _Fields, head_dim: int, default_partial: float | None) -> int:
-    """How many dimensions of a head turn."""
+    """The number of dimensions of a head that rotate."""
     key = "partial_rotary_factor"
     if default_partial is None:
         if fields.number(key, 1.0) != 1.0:
@@ -167,7 +167,7 @@ def _kind(fields: _Fields) -> Kind:
 
 
 class _Fields:
-    """The values of rope_scaling or rope_parameters, with sentences that say which."""
+    """The values of rope_scaling or rope_parameters, with errors that name which of the two it is."""
 
     def __init__(self, values: dict[str, object], name: str) -> None:
         self.values, self.name = values, name
@@ -177,7 +177,7 @@ class _Fields:
         for key in self.values:
             if key not in known:
                 raise UnsupportedModel(
-                    f"config.json: {self.name} sets {quote(key)} to {quote(self.values[key])}, and "
+                    f"config.json: {self.name} sets {quote(key)} to {quote(self.values[key])}, but "
                     f"kind '{kind}' does not know this key; supported: {', '.join(sorted(known))}",
                     key=key,
                     value=self.values[key],
@@ -188,7 +188,7 @@ class _Fields:
         return key in self.values and self.values[key] is None
 
     def number(self, key: str, default: float | None) -> float:
-        """A number above zero. Null and absent mean the default; without a default it must be there."""
+        """A number above zero. Null or absent selects the default; without a default, the key is required."""
         value = self.values.get(key)
         if value is None:
             if default is None:
