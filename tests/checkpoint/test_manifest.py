@@ -104,7 +104,7 @@ def test_a_missing_or_cut_file_is_named(packed: Path) -> None:
     size = (packed / "experts.bin").stat().st_size
     with (packed / "experts.bin").open("r+b") as file:
         file.truncate(size - 1)
-    assert refusal(packed) == f"experts.bin has {size - 1} bytes, argosy.json says {size}"
+    assert refusal(packed) == f"experts.bin has {size - 1} bytes; argosy.json says {size}"
 
     (packed / "experts.bin").unlink()
     assert refusal(packed) == f"experts.bin is missing from {packed}"

@@ -265,7 +265,7 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
         with open_regular(directory / name) as (_, found):
             if found != nbytes:
                 raise CheckpointError(
-                    f"{name} has {found} bytes, {MANIFEST_FILE} says {nbytes}", path=directory / name
+                    f"{name} has {found} bytes; {MANIFEST_FILE} says {nbytes}", path=directory / name
                 )
 
 

@@ -108,7 +108,7 @@ class ExpertSource(Protocol):
         ...
 
     def guess(self, layer: int, by_rank: Sequence[Sequence[int]], *, is_sweep: bool) -> None:
-        """Tell what the next lease may ask for, while the current one is open, so that its reads can begin.
+        """Tell which experts the next lease may ask for, while the current one is open, so that their reads can begin.
 
         Never waits. A guess for decode is read while the drive has little else to do. A prompt needs most of a layer,
         so a guess in a sweep is read right after the experts needed now, and passes through the cache as a scan does.

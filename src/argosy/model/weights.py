@@ -163,7 +163,7 @@ def _read_dense(
     file_ids = {path: open_file(path) for path in sorted(paths)}
     alignment = max(store.info(file_id)[2] for file_id in file_ids.values())
     arena = _native.Arena(max(1, sum(_place_bytes(ref, alignment) for ref in refs.values())))
-    # One matrix at a time uses the scratch memory, and these come last, so that all other reads bypass it.
+    # Matrices that land in scratch memory share it, so they are read last, one at a time.
     scratch = _native.Arena(
         max((_scratch_bytes(ref, alignment) for ref in refs.values() if _passes_scratch(ref)), default=1)
     )

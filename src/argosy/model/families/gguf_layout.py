@@ -73,8 +73,9 @@ _LAYER_NAMES = {
     "shared_score": "ffn_gate_inp_shexp.weight",
 }
 _EXPERT_NAMES = ("ffn_gate", "ffn_up", "ffn_down")
-# A constant that old converters left behind; and that constant or a tensor that families read into their config.
+# A constant that old converters left behind.
 _LEFTOVERS = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
+# The same, and a tensor that families read into their config.
 _NOT_WEIGHTS = re.compile(rf"rope_freqs\.weight|{_LEFTOVERS.pattern}")
 # ik_llama.cpp's converter writes the keys and values in `attn_kv_b` of latent attention twice (DeepseekV2Model).
 _COPIES = re.compile(r"blk\.\d+\.attn_[kv]_b\.weight")

@@ -1,4 +1,4 @@
-"""GLM-4.5V and GLM-4.6V: the text part, a GLM-4.5-Air behind `model.language_model.`.
+"""GLM-4.5V and GLM-4.6V: the text part, a GLM-4.5-Air under `model.language_model.`.
 
 `config.json` is a wrapper with the text model in `text_config`; its own keys describe images and video. The vision
 tower (`model.visual.*`) is ignored. q and k have no norm. Image positions have three axes, each of which rotates a
