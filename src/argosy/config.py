@@ -1,7 +1,7 @@
-"""What a user sets and what a checkpoint is, as frozen and strict values.
+"""User settings and checkpoint geometry, as frozen and strict values.
 
-The command line and the environment are read in one place and become an `EngineConfig`; a family file turns
-`config.json` into a `ModelConfig`. Everything below receives these objects and reads nothing else.
+The command line and the environment are read in one place and become an `EngineConfig`. A family file turns
+`config.json` into a `ModelConfig`. Everything below receives these objects and reads no other configuration.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "k": KIB, "m": M
 
 KvDtype = Literal["f32", "f16"]
 AskAhead = Literal["off", "one_level", "two_levels"]
-# How the weights of a matrix lie in memory; native/kernels/formats.h has the layouts.
+# Storage formats of a weight matrix in memory; native/kernels/formats.h has the layouts.
 Format = Literal[
     "f32", "f16", "bf16", "f8",
     "q8", "q4", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4",
@@ -32,10 +32,10 @@ Format = Literal[
 def parse_size(text: str | int, *, total_bytes: int | None = None) -> int:
     """Turn `8GiB`, `8GB`, `512M`, `75%` or a plain number of bytes into bytes.
 
-    A percentage is of `total_bytes`: what the machine or its cgroup allows.
+    A percentage is relative to `total_bytes`, the memory that the machine or its cgroup allows.
 
     Raises:
-        UsageError: not a size, not above zero, or a percentage without a total.
+        UsageError: `text` is not a size, is not above zero, or is a percentage and there is no total.
     """
     if isinstance(text, int):
         size = text
@@ -43,9 +43,9 @@ def parse_size(text: str | int, *, total_bytes: int | None = None) -> int:
         number, unit = float(match[1]), match[2].lower()
         if unit == "%":
             if total_bytes is None:
-                raise UsageError(f"'{text}' is a share, and there is no total here to take it of")
+                raise UsageError(f"'{text}' is a percentage, and the total is unknown here")
             if number > 100:
-                raise UsageError(f"'{text}' is more than all of the memory; the largest share is 100%")
+                raise UsageError(f"'{text}' is more than all of the memory; the maximum is 100%")
             size = int(total_bytes * number / 100)
         elif unit in _UNITS:
             size = int(number * _UNITS[unit])
@@ -59,7 +59,7 @@ def parse_size(text: str | int, *, total_bytes: int | None = None) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """Memory for a person: `16.5 GiB`, `310 MiB`, `12 KiB`, `0 B`."""
+    """Format a memory size for people: `16.5 GiB`, `310 MiB`, `12 KiB`, `0 B`."""
     for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if abs(count) >= size:
             value = count / size
@@ -68,7 +68,7 @@ def format_bytes(count: float) -> str:
 
 
 class _Strict:
-    """`from_mapping` for dataclasses: a misspelt key gets an answer."""
+    """Adds `from_mapping` to a dataclass; it rejects misspelt keys."""
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> Self:
@@ -81,10 +81,12 @@ class _Strict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget(_Strict):
-    """What one process may use: all of it, interpreter included. The planner adds no hidden margin."""
+    """Memory that one process may use, interpreter included. The planner adds no hidden margin."""
 
     ram_bytes: int
-    context_tokens: int | None = None  # None: the model's own, as far as the budget carries it
+    context_tokens: int | None = (
+        None  # None: the model's context length, or as much of it as the budget allows
+    )
 
     def __post_init__(self) -> None:
         if self.ram_bytes <= 0:
@@ -95,11 +97,11 @@ class Budget(_Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvDir(_Strict):
-    """Where keys and values of prompts outlive the process. They tell what was said: keep the directory private."""
+    """Directory that keeps prompts' keys and values across restarts. They reveal the text: keep it private."""
 
     path: Path
-    ttl_s: float = 7 * 86_400.0  # files older than this are removed
-    max_bytes: int = 16 * GIB  # of all files; those not used for longest leave first
+    ttl_s: float = 7 * 86_400.0  # older files are removed
+    max_bytes: int = 16 * GIB  # total of all files; the least recently used are removed first
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
@@ -111,26 +113,25 @@ class KvDir(_Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig(_Strict):
-    """How one engine runs. Which tokens come out depends on none of these but `kv_dtype` and `instruction_set`."""
+    """How one engine runs. Only `kv_dtype` and `instruction_set` can change which tokens come out."""
 
     budget: Budget
     threads: int
     kv_dtype: KvDtype = "f32"
-    instruction_set: str | None = None  # None: the best this processor has; a name caps the choice
-    ask_ahead: AskAhead | None = None  # how products prefetch weights; None: a short measurement chooses
-    chunk_tokens: int | None = None  # most prompt tokens in one step; None: what the memory plan finds best
-    max_sequences: int = 8  # most sequences in one step
+    instruction_set: str | None = None  # the most capable one to use; None: the best this processor has
+    ask_ahead: AskAhead | None = None  # how products prefetch weights; None: a short measurement decides
+    chunk_tokens: int | None = None  # maximum prompt tokens in one step; None: the memory plan decides
+    max_sequences: int = 8  # maximum sequences in one step
     readers: int = 4  # threads that read experts
-    look_ahead: bool = (
-        True  # read guesses of the next layer's experts while the drive is idle and they are right
-    )
-    experts_off: bool = False  # leave routed experts out of every sum: only for comparing with a dense base
-    max_waiting: int | None = None  # most sequences that wait for their turn; None: any number
-    prefix_reuse: bool = True  # keys and values of a beginning that was computed before are used again
-    kv_dir: KvDir | None = None  # and outlive the process there
-    grammars: bool = False  # answers can be made to follow a grammar; takes memory for the vocabulary
-    replay_bytes: int = 0  # for answers that are kept until their conversation comes back; 0: none are
-    request_bytes: int = 0  # for what a server reads and renders before the engine; 0: there is no server
+    # Prefetch the next layer's predicted experts while the drive is idle and the predictions are right.
+    look_ahead: bool = True
+    experts_off: bool = False  # leave routed experts out of every sum, only to compare with a dense base
+    max_waiting: int | None = None  # maximum sequences waiting to run; None: no limit
+    prefix_reuse: bool = True  # reuse the keys and values of a prefix that was computed before
+    kv_dir: KvDir | None = None  # keep those keys and values here across restarts
+    grammars: bool = False  # support grammar-constrained answers; takes memory for the vocabulary
+    replay_bytes: int = 0  # memory for answers kept until their conversation continues; 0: keep none
+    request_bytes: int = 0  # memory for requests that a server reads and renders; 0: there is no server
 
     def __post_init__(self) -> None:
         if self.max_waiting is not None and self.max_waiting < 0:
@@ -139,7 +140,7 @@ class EngineConfig(_Strict):
             if (found := getattr(self, name)) < 0:
                 raise UsageError(f"{name} must be at least 0, found {found}")
         if self.kv_dir is not None and not self.prefix_reuse:
-            raise UsageError("kv_dir keeps prompts for reuse, and prefix_reuse is off")
+            raise UsageError("kv_dir keeps prefixes for reuse, and prefix_reuse is off")
         for name in ("threads", "chunk_tokens", "max_sequences", "readers"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -153,12 +154,12 @@ class EngineConfig(_Strict):
 
 @dataclass(frozen=True, slots=True)
 class Trigger:
-    """Where an answer that was free begins to follow its grammar. Words are texts, or token ids.
+    """Where an unconstrained answer begins to follow its grammar. A word is a text or a token id.
 
-    words: the first of them to be complete is it.
-    is_part: the grammar begins with that word; otherwise behind it.
-    pauses, resumes: from a word of the first to one of the second nothing is a trigger.
-    is_paused: the answer begins inside of such a stretch.
+    words: the first one to appear in full is the trigger.
+    is_part: the grammar begins with the trigger word; otherwise it begins after the word.
+    pauses, resumes: from a word in `pauses` to one in `resumes`, trigger words have no effect.
+    is_paused: the answer begins paused.
     """
 
     words: tuple[str | int, ...]
@@ -178,23 +179,23 @@ class Trigger:
         return (*self.words, *self.pauses, *self.resumes)
 
 
-# A schema inside a Lark grammar that has this key may be left out, where it cannot be followed, as in a lenient one.
+# A schema with this key, inside a Lark grammar, is dropped when it cannot be enforced, as in a lenient grammar.
 LENIENT_SCHEMA = "x-argosy-lenient"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grammar(_Strict):
-    """What an answer has to look like.
+    """The form that an answer must have.
 
-    With a trigger the answer is free until the trigger is complete, and follows the grammar from there on. Special
-    tokens count in a Lark grammar where it names them, `<|call|>` or `<[128010]>`, and nowhere else.
+    With a trigger, the answer is unconstrained until the trigger is complete and follows the grammar from there. A
+    special token matches only where a Lark grammar names it, as `<|call|>` or `<[128010]>`.
 
-    is_lenient: what a schema asks for and cannot be held to is left out, and a grammar that takes too much work lets go
-    of its answer; otherwise both are errors.
+    is_lenient: schema keywords that cannot be enforced are dropped, and a grammar that takes too much work stops
+    constraining its answer. Otherwise both are errors.
     """
 
     kind: Literal["json_object", "json_schema", "regex", "lark"]
-    text: str = ""  # the schema as JSON, the expression, or the grammar with a rule `start`
+    text: str = ""  # the schema as JSON, the regular expression, or the Lark grammar with a rule `start`
     trigger: Trigger | None = None
     is_lenient: bool = False
 
@@ -212,7 +213,7 @@ class SamplingParams(_Strict):
     """How the next token is chosen, and when to stop. Zero temperature is greedy: the lowest id wins a tie."""
 
     max_tokens: int | None = 256  # None: to the end of the context; 0: only with prompt_logprobs
-    min_tokens: int = 0  # before so many, no end token, stop token or stop string ends the answer
+    min_tokens: int = 0  # until this many tokens, no end token, stop token or stop string ends the answer
     temperature: float = 0.0
     top_k: int = 0  # 0: all
     top_p: float = 1.0
@@ -220,14 +221,16 @@ class SamplingParams(_Strict):
     repetition_penalty: float = 1.0  # over prompt and answer (CTRL, arXiv:1909.05858)
     presence_penalty: float = 0.0  # over the answer, as OpenAI defines it
     frequency_penalty: float = 0.0
-    seed: int | None = None  # None: a fresh one, reported in the result
+    seed: int | None = None  # None: a random seed, reported in the result
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    logprobs: int | None = None  # None: none; n: the chosen token's and the n best
+    logprobs: int | None = None  # None: none; n: those of the chosen token and the n best
     ignore_eos: bool = False
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()  # end the answer as an end token does, even with ignore_eos
-    skip_special_tokens: bool = True  # the text leaves them out; the token that ends an answer is never in it
-    prompt_logprobs: int | None = None  # as logprobs, of each token of the prompt but the first
+    skip_special_tokens: bool = (
+        True  # omit them from the text, which never includes the token that ends the answer
+    )
+    prompt_logprobs: int | None = None  # like logprobs, for every prompt token except the first
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
@@ -255,14 +258,16 @@ class SamplingParams(_Strict):
                 raise UsageError(f"{name} must be {wanted}, found {getattr(self, name)}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise UsageError(
-                f"min_tokens must be at most max_tokens, and {self.min_tokens} is more than {self.max_tokens}"
+                f"min_tokens must be at most max_tokens; {self.min_tokens} is more than {self.max_tokens}"
             )
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         if any(not stop for stop in self.stop):
             raise UsageError("a stop string must hold at least one character, found ''")
         if self.grammar is not None and self.ignore_eos:
-            raise UsageError("ignore_eos has no meaning with a grammar, which says when the answer ends")
+            raise UsageError(
+                "ignore_eos cannot be used with a grammar: the grammar decides when the answer ends"
+            )
         for token_id, bias in self.logit_bias.items():
             if not -100 <= bias <= 100:
                 raise UsageError(f"logit_bias must be from -100 to 100, found {bias} for token {token_id}")
@@ -270,10 +275,10 @@ class SamplingParams(_Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding: angle of dimension pair j at position p is p * inverse_frequency(j)."""
+    """Rotary position embedding: dimension pair j at position p turns by p * inverse_frequency(j)."""
 
     theta: float
-    rotary_dim: int  # of head_dim, the first so many dimensions turn
+    rotary_dim: int  # only the first rotary_dim dimensions of head_dim rotate
     is_interleaved: bool = False  # dimension 2 i turns with 2 i + 1, not with i + rotary_dim / 2
     kind: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
     factor: float = 1.0
@@ -286,34 +291,32 @@ class RopeConfig:
     truncate: bool = True  # yarn: whole-number correction range
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
-    frequency_factors: tuple[
-        float, ...
-    ] = ()  # each pair's frequency is divided by its factor, before the kind's rule
+    # Each pair's frequency is divided by its factor, before the rule of `kind` applies.
+    frequency_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
-    """How experts are chosen: score, choice, then the routing weights (native/kernels/route.h)."""
+    """How experts are chosen: scores, choice, then routing weights (native/kernels/route.h)."""
 
     score: Literal["softmax", "sigmoid"] = "softmax"
-    has_bias: bool = False  # of the router's product: `router_bias`
-    has_choice_bias: bool = False  # added to scores for the choice, not for the weights: `choice_bias`
-    num_groups: int = 1  # experts lie in so many groups of equal size,
-    kept_groups: int = 1  # and only those of the best groups can be chosen
-    group_score: Literal["max", "top2"] = (
-        "top2"  # what a group is worth: its best, or the sum of its best two
-    )
-    renormalize: bool = True  # routing weights of a token sum to one
-    renormalize_eps: float = 0.0  # added to the sum they are divided by
-    scale: float = 1.0  # of the routing weights, last
+    has_bias: bool = False  # the router's product has a bias: `router_bias`
+    has_choice_bias: bool = False  # a bias on scores for the choice, not for the weights: `choice_bias`
+    num_groups: int = 1  # experts form this many groups of equal size
+    kept_groups: int = 1  # experts are chosen only from this many best groups
+    group_score: Literal["max", "top2"] = "top2"  # a group's score: its best, or the sum of its best two
+    renormalize: bool = True  # a token's routing weights sum to one
+    renormalize_eps: float = 0.0  # added to the divisor of the renormalization
+    scale: float = 1.0  # multiplies the routing weights, last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationConfig:
-    """What lies between the gate and up products of an expert and its down product.
+    """The activation between an expert's gate and up products and its down product.
 
-    silu: silu(gate) * up.   clamped: with gate cut off above at `limit` and up at both signs of it,
-    gate * sigmoid(alpha * gate) * (up + 1), as gpt-oss has it.
+    silu: silu(gate) * up.
+    clamped (gpt-oss): gate * sigmoid(alpha * gate) * (up + 1), with gate clamped to at most `limit` and up
+    to -limit..limit.
     """
 
     kind: Literal["silu", "clamped"] = "silu"
@@ -327,11 +330,11 @@ class LatentConfig:
 
     query_rank: int  # 0: queries are not compressed
     kv_rank: int
-    nope_dim: int  # of a head, the dimensions of query and key that do not turn
-    rope_dim: int  # and those that do; the key's are shared by all heads
+    nope_dim: int  # query and key dimensions of a head that do not rotate
+    rope_dim: int  # those that rotate; all heads share the key's
     value_dim: int
-    norm_eps: float  # of the norms of the compressed vectors
-    is_up_split: bool = False  # the file holds k_up, transposed head by head, and v_up instead of kv_up
+    norm_eps: float  # for the norms of the compressed vectors
+    is_up_split: bool = False  # the file holds k_up (transposed head by head) and v_up instead of kv_up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -340,15 +343,14 @@ class DeltaConfig:
 
     num_key_heads: int
     num_value_heads: int
-    key_dim: int  # of a head
+    key_dim: int  # per head
     value_dim: int
     conv_width: int  # positions that the causal convolution sees
-    has_joined_qkvz: bool = False  # one matrix holds q, k, v and z of a key head, then those of the next
-    has_joined_ba: bool = False  # the same of b and a
-    is_tiled: bool = (
-        False  # value head i goes with key head i % num_key_heads, not with i // value heads of each
-    )
-    is_rate_log: bool = True  # the rate of decay is kept as log(-rate)
+    has_joined_qkvz: bool = False  # one matrix holds q, k, v and z of each key head in turn
+    has_joined_ba: bool = False  # the same for b and a
+    # Value head i uses key head i % num_key_heads, not i // (num_value_heads / num_key_heads).
+    is_tiled: bool = False
+    is_rate_log: bool = True  # the decay rate is stored as log(-rate)
 
     @property
     def key_channels(self) -> int:
@@ -365,7 +367,7 @@ class DeltaConfig:
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
-        """As `_native` takes them."""
+        """The tuple that `_native` takes."""
         return self.num_key_heads, self.num_value_heads, self.key_dim, self.value_dim, self.conv_width
 
 
@@ -383,7 +385,7 @@ class LayerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """A checkpoint's geometry and flags, in Argosy's words."""
+    """A checkpoint's geometry and flags, in Argosy's vocabulary."""
 
     family: str
     vocab_size: int
@@ -394,32 +396,30 @@ class ModelConfig:
     layers: tuple[LayerConfig, ...]
     rope: RopeConfig
     norm_eps: float
-    context_tokens: int  # the longest sequence the model was made for
+    context_tokens: int  # the longest sequence the model supports
     num_experts: int
     experts_per_token: int
     expert_width: int
     router: RouterConfig
-    activation: ActivationConfig = ActivationConfig()  # of all feed-forward networks
-    latent: LatentConfig | None = None  # of the layers whose mixer is "latent"
-    delta: DeltaConfig | None = None  # of those whose mixer is "delta"
-    attention_scale: float = 0.0  # of the scores; 0: 1 / sqrt(head_dim)
-    dense_width: int = 0  # FFN of layers without routed experts
-    shared_width: int = 0  # always-on shared expert; 0: none
-    shared_is_gated: bool = False  # its output times sigmoid(shared_score . x)
+    activation: ActivationConfig = ActivationConfig()  # for all feed-forward networks
+    latent: LatentConfig | None = None  # for layers whose mixer is "latent"
+    delta: DeltaConfig | None = None  # for layers whose mixer is "delta"
+    attention_scale: float = 0.0  # factor of attention scores; 0: 1 / sqrt(head_dim)
+    dense_width: int = 0  # FFN width of layers without routed experts
+    shared_width: int = 0  # FFN width of the always-on shared expert; 0: none
+    shared_is_gated: bool = False  # the shared expert's output is multiplied by sigmoid(shared_score . x)
     has_qkv_bias: bool = False
     has_o_bias: bool = False
-    qk_norm: Literal["none", "head", "flat"] = (
-        "none"  # RMSNorm before rotary: of each head, or of all at once
-    )
-    qkv_limit: float = 0.0  # q, k and v are cut off at both signs of it; 0: not
-    has_sinks: bool = False  # a learnt score per head that takes weight and adds nothing: `sinks`
-    has_output_gate: bool = (
-        False  # each head's output times sigmoid of its gate; q has rows for both, head by head
-    )
-    has_expert_bias: bool = False  # gate, up and down of routed experts
-    norm_offset: float = 0.0  # norms hold their weight less this: 1 where they are zero-centred
+    # RMSNorm before rotary: none, over each head, or over all heads at once.
+    qk_norm: Literal["none", "head", "flat"] = "none"
+    qkv_limit: float = 0.0  # q, k and v are clamped to -limit..limit; 0: not clamped
+    has_sinks: bool = False  # a learnt score per head that takes attention weight and adds nothing: `sinks`
+    # Each head's output is multiplied by the sigmoid of its gate; q has rows for both, head by head.
+    has_output_gate: bool = False
+    has_expert_bias: bool = False  # gate, up and down of routed experts have biases
+    norm_offset: float = 0.0  # added to stored norm weights: 1 where they are zero-centred
     is_embedding_tied: bool = False  # the head is the embedding table
-    num_mtp_layers: int = 0  # of multi-token prediction: behind `layers` in the files, never in memory
+    num_mtp_layers: int = 0  # multi-token prediction layers, after `layers` in the files, never in memory
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
 
@@ -434,7 +434,7 @@ class ModelConfig:
 
     @property
     def mtp_layers(self) -> range:
-        """Layers for multi-token prediction, which files number on from the model's own."""
+        """Layers for multi-token prediction, which files number after the model's own."""
         return range(self.num_layers, self.num_layers + self.num_mtp_layers)
 
     @property

@@ -269,7 +269,7 @@ def test_a_context_longer_than_the_model_s_is_refused_with_both_numbers(
     model = ["-m", str(chat_model), "Hi"] if command == "run" else [str(chat_model)]
     assert main([command, *model, "--context", "100000"]) == 2
     said = capsys.readouterr().err
-    assert "a context of 100000 tokens is asked for, and the model was made for 256" in said
+    assert "a context of 100000 tokens was requested, and the model supports 256" in said
     assert "hint: `--context 256` is the longest" in said
 
 
@@ -280,7 +280,7 @@ def test_show_refuses_a_context_of_a_config_without_weights_too(
     config.write_bytes((chat_model / "config.json").read_bytes())
     assert main(["show", str(config), "--context", "256"]) == 0
     assert main(["show", str(config), "--context", "257"]) == 2
-    assert "a context of 257 tokens is asked for, and the model was made for 256" in capsys.readouterr().err
+    assert "a context of 257 tokens was requested, and the model supports 256" in capsys.readouterr().err
 
 
 def test_an_interrupt_of_the_real_process_exits_130(chat_model: Path) -> None:

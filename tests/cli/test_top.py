@@ -26,7 +26,7 @@ memory    peak 10.1 GiB, limit 12.0 GiB
   dense weights          1.1 GiB
   KV cache               3.0 GiB   32768 tokens
   working buffers        300 MiB   512 tokens a step
-  staging               32.0 MiB   to transcode from
+  staging               32.0 MiB   buffers for transcoding
   expert cache           6.9 GiB   2480 of 6144 experts (40 %)
 speed     - tok/s decode, 148.0 tok/s prefill
 experts   hit rate 0.83, 1500 of 6144 in memory, room for 2480

@@ -409,7 +409,7 @@ def test_a_chain_of_references_is_followed_on_a_small_stack_or_refused_with_the_
 
     run_on_a_small_stack(ask)
     assert found[0] == found[1] == found[2] == found[3] == "followed"
-    assert re.fullmatch(r"references of the grammar lead \d+ levels deep, and 400 are allowed", found[-1])
+    assert re.fullmatch(r"references in the grammar go \d+ levels deep; at most 400 are allowed", found[-1])
     assert {text[:30] for text in found} == {"followed", found[-1][:30]}
 
 
@@ -441,11 +441,11 @@ def test_rules_and_schemas_that_go_in_circles_or_side_by_side_are_no_chain(
 @pytest.mark.parametrize(
     ("schema", "sentence"),
     [
-        ({"$ref": "other.json#/a"}, "a reference in a schema is a path like '#/$defs/name'"),
-        ({"$ref": "#name"}, "a reference in a schema is a path like"),
+        ({"$ref": "other.json#/a"}, "a reference in a schema must be a path like '#/$defs/name'"),
+        ({"$ref": "#name"}, "a reference in a schema must be a path like"),
         (
             {"items": {"$id": "http://x/y", "$defs": {"a": {}}, "$ref": "#/$defs/a"}},
-            "a schema with references has a part with an '$id' of its own",
+            "a schema with references has a subschema with its own '$id'",
         ),
     ],
 )
@@ -495,9 +495,9 @@ def test_what_is_compiled_is_kept_bounded_and_for_each_tenant(compiler: GrammarC
 
 def test_a_tokenizer_whose_tokens_depend_on_their_neighbours_is_refused() -> None:
     tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(word_piece_json()), config={"eos_token": "[SEP]"})
-    with pytest.raises(UsageError, match="no grammar can guide it"):
+    with pytest.raises(UsageError, match="it cannot follow a grammar"):
         GrammarCompiler(tokenizer, vocab_size=20, end_ids=tokenizer.eos_ids)
-    with pytest.raises(UsageError, match="names no token that ends an answer"):
+    with pytest.raises(UsageError, match="has no end token"):
         GrammarCompiler(unigram(), vocab_size=VOCAB, end_ids=[])
     GrammarCompiler(unigram(), vocab_size=VOCAB, end_ids=[2]).compile(Grammar(kind="regex", text="a+"))
 
@@ -589,7 +589,7 @@ def test_an_answer_whose_grammar_fails_ends_alone(engine: Engine, monkeypatch: p
 
 def test_an_engine_that_was_not_made_for_grammars_says_so(directory: Path) -> None:
     with Engine(directory, memory="2GiB", threads=1) as engine:
-        with pytest.raises(UsageError, match="follows no grammars"):
+        with pytest.raises(UsageError, match="does not support grammars"):
             engine.generate([1], SamplingParams(grammar=GRAMMAR))
         plain = engine.plan.process_bytes
     with Engine(directory, memory="2GiB", threads=1, grammars=True) as engine:
@@ -608,13 +608,13 @@ def test_a_grammar_says_what_it_is() -> None:
     ):
         with pytest.raises(UsageError, match=sentence):
             Grammar(**values)
-    with pytest.raises(UsageError, match="ignore_eos has no meaning with a grammar"):
+    with pytest.raises(UsageError, match="ignore_eos cannot be used with a grammar"):
         SamplingParams(ignore_eos=True, grammar=Grammar(kind="json_object"))
 
 
 def test_a_schema_that_is_nested_too_deep_is_refused_with_the_number(compiler: GrammarCompiler) -> None:
     for depth in (40, 2_000):
-        with pytest.raises(GrammarError, match="nested more than 64 deep"):
+        with pytest.raises(GrammarError, match="nested more than 64 levels deep"):
             compiler.compile(Grammar(kind="json_schema", text=nested(depth)))
     compiler.compile(Grammar(kind="json_schema", text=nested(20)))
 

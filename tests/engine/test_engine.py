@@ -130,7 +130,7 @@ def test_what_an_engine_cannot_honour_is_refused_by_name(tmp_path: Path) -> None
 def test_a_context_that_the_model_was_not_made_for_is_refused_with_both_numbers() -> None:
     with Engine(REFERENCE.directory, memory="1GiB", threads=1, context=128) as engine:
         assert engine.plan.context_tokens == 128
-    said = r"a context of 129 tokens is asked for, and the model was made for 128\nhint: `--context 128` is the longest"
+    said = r"a context of 129 tokens was requested, and the model supports 128\nhint: `--context 128` is the longest"
     with pytest.raises(UsageError, match=said) as refusal:
         Engine(REFERENCE.directory, memory="1GiB", context=129)
     assert (refusal.value.facts["needed"], refusal.value.facts["available"]) == (129, 128)
@@ -142,7 +142,7 @@ def test_a_dynamic_model_is_refused_the_context_that_its_scaling_would_begin_at(
     dynamic = next(
         reference for reference in REFERENCES if reference.name == "qwen3_moe_dynamic_every_second"
     )
-    said = "of 4096 tokens is asked for, and the model was made for 128\n.* dynamic rope scaling, .* is not built in"
+    said = "of 4096 tokens was requested, and the model supports 128\n.* dynamic rope scaling, .* is not built in"
     with pytest.raises(UsageError, match=said):
         Engine(dynamic.directory, memory="1GiB", context=4096)
 
@@ -387,7 +387,7 @@ def test_requests_that_would_wait_behind_too_many_are_refused_and_say_when_to_co
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     with Engine(REFERENCE.directory, memory="1GiB", threads=1, max_sequences=2, max_waiting=1) as engine:
         kept = [engine.submit(PROMPT, params) for _ in range(3)]
-        with pytest.raises(Overloaded, match="1 requests wait already, and 1 may") as refused:
+        with pytest.raises(Overloaded, match="too many requests: 1 waiting, and the limit is 1") as refused:
             engine.submit(PROMPT, params)
         assert refused.value.http_status == 503
         assert 1 <= refused.value.retry_after_s <= 60

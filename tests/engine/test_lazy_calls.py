@@ -183,7 +183,7 @@ def test_a_strict_tool_has_every_keyword_followed_and_is_not_let_go_for_want_of_
     compiler = GrammarCompiler(tokenizer, vocab_size=tokenizer.vocab_size, end_ids=tokenizer.eos_ids)
     large = [{"enum": [f"word {number} {at}" for at in range(6000)]} for number in range(3)]
     followed = [compiler.compile(grammar_of("qwen3", [tool("f", schema)])) for schema in large[:2]]
-    with pytest.raises(Overloaded, match="take all the room"):
+    with pytest.raises(Overloaded, match="take all the memory for grammars"):
         compiler.compile(grammar_of("qwen3", [tool("f", large[2], strict=True)]))
     assert followed
 
@@ -270,7 +270,7 @@ def test_grammars_that_are_followed_bound_what_all_of_them_take() -> None:
 
     followed = [compiled(number) for number in range(2)]
     assert follow(followed[0], "qwen3", call("f", "other")) != call("f", "other")
-    with pytest.raises(Overloaded, match="take all the room"):
+    with pytest.raises(Overloaded, match="take all the memory for grammars"):
         compiled(2, must_call=True)
     assert follow(compiled(3), "qwen3", call("f", "other")) == call(
         "f", "other"

@@ -97,7 +97,7 @@ def test_what_readers_transcode_from_is_planned_where_a_file_has_blocks(files: M
         config = EngineConfig(budget=roomy, threads=2, readers=readers)
         planned = plan_memory(with_blocks, config, process_bytes=PROCESS_BYTES)
         assert planned.staging_bytes == _native.Store(readers).staging_bytes
-        assert ("staging", planned.staging_bytes, "to transcode from") in planned.lines()
+        assert ("staging", planned.staging_bytes, "buffers for transcoding") in planned.lines()
     assert plan(files, 1024 * MIB).staging_bytes == 0
 
 
@@ -256,7 +256,7 @@ def test_what_cannot_be_meant_is_refused_by_name(tmp_path: Path) -> None:
         ({"replay_bytes": -1}, "replay_bytes must be at least 0, found -1"),
         (
             {"kv_dir": kv_dir, "prefix_reuse": False},
-            "kv_dir keeps prompts for reuse, and prefix_reuse is off",
+            "kv_dir keeps prefixes for reuse, and prefix_reuse is off",
         ),
     ):
         with pytest.raises(UsageError, match=sentence):

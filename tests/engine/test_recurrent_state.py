@@ -181,7 +181,7 @@ def test_the_plan_has_a_line_for_it_and_keys_and_values_for_attention_alone(mode
     assert plan.num_states == 3
     assert plan.state_bytes == _native.recurrent_state_bytes(3, 2, files.config.delta.sizes)
     assert ("recurrent state", plan.state_bytes, "3 sequences at once") in plan.lines()
-    assert ("state snapshots", 2 * plan.state_bytes, "6 beginnings of prompts") in plan.lines()
+    assert ("state snapshots", 2 * plan.state_bytes, "6 prompt prefixes") in plan.lines()
     assert plan.as_dict()["snapshot_bytes"] == plan.snapshot_bytes == 2 * plan.state_bytes
     assert plan.as_dict()["recurrent_state_bytes"] == plan.state_bytes
     one_layer = _native.kv_cache_bytes([_native.KvShape.keys_values(2, 16)], 512 // 16, 16, "f32")

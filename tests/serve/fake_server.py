@@ -114,7 +114,7 @@ class FakeServer(ThreadingHTTPServer):
                     {"name": "dense weights", "bytes": int(1.1 * GIB), "note": ""},
                     {"name": "KV cache", "bytes": 3 * GIB, "note": "32768 tokens"},
                     {"name": "working buffers", "bytes": 300 * 2**20, "note": "512 tokens a step"},
-                    {"name": "staging", "bytes": 32 * 2**20, "note": "to transcode from"},
+                    {"name": "staging", "bytes": 32 * 2**20, "note": "buffers for transcoding"},
                     {"name": "expert cache", "bytes": int(6.9 * GIB), "note": "2480 of 6144 experts (40 %)"},
                 ],
             },

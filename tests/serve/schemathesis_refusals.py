@@ -21,7 +21,7 @@ REASONS = (
     r"an answer has one form",
     r"best_of is n here",
     r"min_tokens must be at most max_tokens",
-    r"ignore_eos has no meaning with a grammar",
+    r"ignore_eos cannot be used with a grammar",
     r"repeat_penalty and repetition_penalty are two names of one setting, and they differ",
     # The last message.
     r"the last (message|item) ",

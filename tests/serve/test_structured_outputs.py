@@ -216,7 +216,7 @@ def test_an_expression_and_a_grammar_need_the_scope_and_the_others_do_not(
         ({"choice": ["a"] * 513}, "structured_outputs.choice: expected at most 512 items"),
         ({"json": "{"}, "structured_outputs.json: the text is not JSON"),
         ({"json": [1]}, "structured_outputs.json: expected an object or a valid string, found a list of 1"),
-        ({"json": {"$ref": "file:///etc/passwd"}}, "a reference in a schema is a path like"),
+        ({"json": {"$ref": "file:///etc/passwd"}}, "a reference in a schema must be a path like"),
     ],
 )  # fmt: skip
 def test_what_is_no_form_is_refused_by_name(

@@ -3,16 +3,16 @@
     Grammar -> GrammarCompiler.compile -> Constraint, one for each answer
     logits -> allowed -> sampler -> accept -> allowed -> ... -> is_finished
 
-A grammar is a JSON schema, any JSON object, a regular expression or a Lark grammar; `llguidance` parses it together
-with the vocabulary and gives a bit for each token that may come next. A control token never comes as text: only where a
-Lark grammar names it. The end token may come when the grammar is complete, and only then.
+A grammar is a JSON schema, any JSON object, a regular expression or a Lark grammar. `llguidance` parses it together
+with the vocabulary and returns one bit per token that may come next. Text in a grammar never matches a control token;
+only a Lark grammar that names the token does. The end token is allowed only when the grammar is complete.
 
-A grammar is a caller's text, so its size, nesting and repetition, and the work and memory of each step are bounded.
-What is beyond a bound fails with its request, alone. The memory plan has room for all of them
+A grammar is a caller's text, so its size, nesting and repetition, and the work and memory of each step are bounded. A
+grammar that exceeds a bound fails only its own request. The memory plan has room for all grammars
 (`memory_plan.GRAMMAR_BYTES`).
 
-Elsewhere: how large and deep a text may be is `grammar_bounds.py`; masked logits become a token in `sampler.py`; bytes
-of tokens come from `prompt/tokenizer.py`.
+Elsewhere: the size and nesting of a grammar's text are checked in `grammar_bounds.py`; `sampler.py` turns masked logits
+into a token; the bytes of tokens come from `prompt/tokenizer.py`.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from argosy.prompt.formats.lark import expression
 from argosy.prompt.tokenizer import Tokenizer
 
 _MOST_COMPILED = 16
-# Of all that are kept or followed: 250 bytes of memory for a character were measured at most, with tools of agents.
+# Characters of all kept and running grammars; each took at most 250 bytes of memory when measured with agents' tools.
 _MOST_CHARACTERS = 2 * MAX_GRAMMAR_CHARACTERS
-# To find out which schemas of a lenient grammar can be followed; the others are dropped.
+# Time to find out which schemas of a lenient grammar can be enforced; the others are dropped.
 _LENIENT_SECONDS = 1.0
 
-# Forced text is not looked for: an expression can force more of it than memory holds, `(a{1000}){1000}`.
+# Forced text is not computed: an expression such as `(a{1000}){1000}` can force more of it than memory holds.
 _OPTIONS = '%llguidance {"no_forcing": true}\n'
-# A model that has nothing to say writes blank lines for ever where it may; indented JSON has less in one place.
+# A model with nothing to say writes blank lines for ever where it can; indented JSON needs fewer in one place.
 _SCHEMA_OPTIONS: dict[str, object] = {"whitespace_pattern": r"[ \n\t]{1,40}"}
 _LIMITS = llguidance.LLParserLimits(
     max_items_in_row=2000,
@@ -62,20 +62,20 @@ _LIMITS = llguidance.LLParserLimits(
     max_lexer_states=10_000,
     max_grammar_size=200_000,
     precompute_large_lexemes=False,
-    verbose_errors=False,  # what was generated stays out of messages
+    verbose_errors=False,  # keeps generated text out of messages
 )
 
-_Key = tuple[str, str, str, bool]  # tenant, kind, text, whether it is lenient
+_Key = tuple[str, str, str, bool]  # tenant, kind, text, is_lenient
 
 
 class Constraint:
-    """One answer on its way through a grammar.
+    """One answer's position in its grammar.
 
     Args:
-        matcher: of the grammar, at its beginning.
-        vocabulary: what its tokens write.
-        trigger: the answer is free until then; None: it never is.
-        is_lenient: a grammar that takes too much work lets go of its answer, instead of failing.
+        matcher: the grammar's matcher, at its start.
+        vocabulary: the text of each token.
+        trigger: the answer is unconstrained until this appears; None: it is constrained from the start.
+        is_lenient: a grammar that takes too much work stops constraining its answer instead of failing.
     """
 
     def __init__(
@@ -94,14 +94,14 @@ class Constraint:
 
     @property
     def is_finished(self) -> bool:
-        """Nothing may come any more."""
+        """Whether the grammar is complete, so that no token may follow."""
         return self._watch is None and not self._has_let_go and bool(self._matcher.is_stopped())
 
     def allowed(self) -> NDArray[np.bool_] | None:
-        """Whether each token of the vocabulary may come next; None while any may.
+        """Which tokens of the vocabulary may come next, or None while any may.
 
         Raises:
-            GrammarError: the grammar asks for more work than a step may take.
+            GrammarError: the grammar needs more work than one step may take.
         """
         if self._watch is not None or self._has_let_go:
             return None
@@ -116,10 +116,10 @@ class Constraint:
         """Take the next token of the answer.
 
         Returns:
-            False: the token completes the trigger, and what it writes breaks the grammar. Nothing is taken.
+            False if the token completes the trigger but its text breaks the grammar. The token is then not taken.
 
         Raises:
-            GrammarError: as `allowed`.
+            GrammarError: as in `allowed`.
         """
         if self._has_let_go:
             return True
@@ -135,7 +135,7 @@ class Constraint:
         return True
 
     def _begin(self, token_id: int, found: _Found) -> bool:
-        """Take what belongs to the grammar of the word that was found, and of what its last token wrote behind it."""
+        """Feed the grammar the trigger word, if it is part of it, and the text that followed in the same token."""
         if found.is_token:
             if found.is_part:
                 self._matcher.consume_token(token_id)
@@ -161,7 +161,7 @@ class Constraint:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The word that a trigger waited for, and what its last token wrote behind it."""
+    """A completed trigger word, and the text that its last token wrote after it."""
 
     word: bytes
     behind: bytes
@@ -170,7 +170,7 @@ class _Found:
 
 
 class _Watch:
-    """Waits for a trigger in the tokens of an answer."""
+    """Watches the tokens of an answer for a trigger."""
 
     def __init__(self, trigger: Trigger) -> None:
         self._trigger = trigger
@@ -180,7 +180,7 @@ class _Watch:
         self._paused = _Words(trigger.resumes)
 
     def find(self, token_id: int, text: bytes) -> _Found | None:
-        """The trigger, if this token completes it. Then nothing is kept of the token: it may be taken back."""
+        """Returns the trigger if this token completes it. State is then unchanged: the token may be taken back."""
         is_paused, trigger = self._is_paused, self._trigger
         words = self._paused if is_paused else self._waiting
         if token_id in words.ids:
@@ -201,12 +201,12 @@ class _Watch:
 
 
 class _Words:
-    """Words to look for at the same time; of two that begin together the longer one is meant."""
+    """Searches for several words at once; where two match at the same place, the longer one wins."""
 
     def __init__(self, words: Sequence[str | int]) -> None:
         texts = sorted((word.encode() for word in words if isinstance(word, str)), key=len, reverse=True)
         self.ids = frozenset(word for word in words if isinstance(word, int))
-        self.num_held = len(texts[0]) - 1 if texts else 0  # bytes that may be the start of one
+        self.num_held = len(texts[0]) - 1 if texts else 0  # bytes that may be the start of a word
         self._pattern = re.compile(b"|".join(map(re.escape, texts))) if texts else None
 
     def search(self, text: bytes) -> re.Match[bytes] | None:
@@ -214,19 +214,19 @@ class _Words:
 
 
 class GrammarCompiler:
-    """Compiles grammars for one model, and keeps those used last. Any thread may call it.
+    """Compiles grammars for one model and keeps the most recently used. Any thread may call it.
 
     Args:
-        vocab_size: of the model: ids beyond the tokenizer's never come.
+        vocab_size: the model's vocabulary size; ids beyond the tokenizer's are never allowed.
         end_ids: tokens that end an answer.
 
     Raises:
-        UsageError: no grammar can guide this tokenizer.
+        UsageError: this tokenizer cannot be used with grammars.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, end_ids: Collection[int]) -> None:
         if not end_ids:
-            raise UsageError("this model names no token that ends an answer, so no grammar can guide it")
+            raise UsageError("this model has no end token, so it cannot follow a grammar")
         self._vocabulary = _Vocabulary(tokenizer, vocab_size, end_ids)
         wrapper = llguidance.TokenizerWrapper(self._vocabulary)
         self._tokenizer = llguidance.LLTokenizer(wrapper, eos_token=sorted(end_ids))
@@ -235,18 +235,19 @@ class GrammarCompiler:
         self._lock = threading.Lock()
 
     def compile(self, grammar: Grammar, tenant: str = "") -> Constraint:
-        """A grammar at its beginning. Tenants do not share what is kept, so none learns what another asked for.
+        """Compile a grammar and return it at its start. Tenants never share compiled grammars: none learns of
+        another's.
 
         Raises:
-            GrammarError: it cannot be parsed, is beyond a bound, names a token that is not there, or matches nothing.
-            Overloaded: those that others follow take all the room. A lenient one does without its schemas then.
+            GrammarError: it cannot be parsed, exceeds a bound, names an unknown token, or matches nothing.
+            Overloaded: the grammars of running answers take all the room. A lenient grammar drops its schemas instead.
         """
         for word in () if grammar.trigger is None else grammar.trigger.all_words:
             if isinstance(word, int) and not 0 <= word < len(self._vocabulary.tokens):
                 raise GrammarError(
                     f"the trigger is token {word}; the vocabulary is 0 to {len(self._vocabulary.tokens) - 1}"
                 )
-        if not grammar.is_lenient:  # one that no room would be enough for is not asked to come again
+        if not grammar.is_lenient:  # a grammar too large for any room must not be told to retry
             require_size(grammar.text)
         key = (tenant, grammar.kind, grammar.text, grammar.is_lenient)
         with self._lock:
@@ -265,7 +266,7 @@ class GrammarCompiler:
         return constraint
 
     def _make_room(self, text: str) -> bool:
-        """Forget those used longest ago, but none that is followed, until there is room for one more."""
+        """Forget the least recently used grammars that no answer follows, until there is room for one more."""
         followed = set(self._followed.values())
         left = _MOST_CHARACTERS - len(text) - sum(len(key[2]) for key in {*self._compiled, *followed})
         for key in list(self._compiled):
@@ -301,12 +302,12 @@ class GrammarCompiler:
     def _compile_without_room(self, grammar: Grammar) -> llguidance.LLMatcher:
         if not grammar.is_lenient:
             raise Overloaded(
-                "the grammars of the answers that run take all the room there is for them", retry_after_s=5
+                "the grammars of running answers take all the memory for grammars", retry_after_s=5
             )
         return self._compile_without_schemas(grammar)
 
     def _compile_without_schemas(self, grammar: Grammar) -> llguidance.LLMatcher:
-        """Only those stay that may not be left out."""
+        """Compile with only those schemas that must not be dropped."""
         return self._start(
             _lark(grammar, _Schemas(is_lenient=grammar.is_lenient, is_kept=lambda rule: False))
         )
@@ -319,15 +320,15 @@ class GrammarCompiler:
     def _start(self, lark: str) -> llguidance.LLMatcher:
         matcher = llguidance.LLMatcher(self._tokenizer, _OPTIONS + lark, log_level=0, limits=_LIMITS)
         _require_sound(matcher)
-        # The first tokens show what compiling does not: that it is too large to be followed, or matches nothing.
+        # The first mask shows what compiling does not: that the grammar takes too much work, or matches nothing.
         first = Constraint(matcher.deep_copy(), self._vocabulary, None).allowed()
         if first is None or not first.any():
-            raise GrammarError("nothing this model can write follows the grammar")
+            raise GrammarError("the grammar matches nothing that this model can write")
         return matcher
 
 
 class _Vocabulary:
-    """What llguidance asks of a tokenizer."""
+    """The tokenizer interface that llguidance expects."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Collection[int]) -> None:
         self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(vocab_size)]
@@ -339,7 +340,7 @@ class _Vocabulary:
         )
 
     def __call__(self, text: str) -> list[int]:
-        raise AssertionError("nothing is forced, so nothing is tokenized")
+        raise AssertionError("no text is forced, so no text is tokenized")
 
 
 def _lark(grammar: Grammar, schemas: _Schemas) -> str:
@@ -368,8 +369,8 @@ class _Schemas:
     """Writes JSON schemas as parts of a Lark grammar, within bounds and with our options.
 
     Args:
-        is_lenient: keywords that cannot be followed are left out of every schema; otherwise of those that say so.
-        is_kept: whether such a schema, as the rule that it is, may stay; any JSON takes the place of one that may not.
+        is_lenient: drop keywords that cannot be enforced from every schema; otherwise only from schemas marked lenient.
+        is_kept: whether a lenient schema, written as a rule, may stay; otherwise any JSON takes its place.
     """
 
     def __init__(self, *, is_lenient: bool, is_kept: Callable[[str], bool] = lambda rule: True) -> None:
@@ -400,13 +401,13 @@ class _Schemas:
         return f"%json {json.dumps(schema | options if isinstance(schema, dict) else schema)}"
 
     def bind(self, lark: str) -> str:
-        """A Lark grammar whose schemas are bound like one alone."""
+        """Write a Lark grammar, with the same bounds and options for each schema inside it."""
         lexemes = read_lark(lark)
         require_lark_bounds(lexemes)
         parts, at = [], 0
         for lexeme in lexemes:
             if lexeme.text == "%llguidance":
-                raise GrammarError("a grammar cannot set options of its own (%llguidance)")
+                raise GrammarError("a grammar cannot set its own options (%llguidance)")
             if lexeme.text == "%json":
                 parts += [lark[at : lexeme.at], self.rule(lexeme.schema)]
                 at = lexeme.end

@@ -3,7 +3,7 @@
     prompt/ ─ tokens ─ scheduler ─ model/ ─ sampler ─ commit ─ events
 
 An engine owns everything that has a size: the memory plan, the dense weights, the KV cache, the recurrent state, the
-working buffers and the expert source. It is one process's single user of them; calls from several threads take turns.
+working buffers and the expert source. One process uses it; calls from several threads take turns.
 """
 
 from __future__ import annotations
@@ -85,14 +85,14 @@ if TYPE_CHECKING:
     from argosy.engine.constraint import Constraint, GrammarCompiler
     from argosy.prompt.chat import Worker
 
-DEMO = "demo"  # the word for the embedded default model; a directory of that name is `./demo`
-DEMO_CONTEXT, DEMO_CHUNK = 2048, 256  # tokens, where nothing is said
+DEMO = "demo"  # selects the embedded default model; a directory of that name is `./demo`
+DEMO_CONTEXT, DEMO_CHUNK = 2048, 256  # default tokens for the demo model
 PromptLike = str | Sequence[int] | Sequence[Message] | Prompt
 
 
 @contextmanager
 def _no_collections() -> Iterator[None]:
-    """No search for garbage: a start makes a hundred thousand objects that stay, and no cycles."""
+    """Disable garbage collection: startup makes a hundred thousand objects that stay, and no cycles."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -106,31 +106,32 @@ class Engine:
     """Runs one model within one memory budget.
 
     Args:
-        model: a checkpoint or pack directory, a GGUF file, or `demo` for the embedded default model; with neither
-            `memory` nor `expert_slots` given, a quarter of the demo model's experts are in memory.
-        memory: the whole process's budget: bytes, `8GiB`, `8GB`, `75%`, or a `Budget`. None: what is free, less a
+        model: a checkpoint or pack directory, a GGUF file, or `demo` for the embedded default model. Without `memory`
+            and `expert_slots`, a quarter of the demo model's experts are in memory.
+        memory: the budget of the whole process: bytes, `8GiB`, `8GB`, `75%`, or a `Budget`. None: free memory less a
             margin (`plan.machine.default_budget`).
         threads: compute threads; None: the cores this process may use.
-        context: positions of the KV cache, shared by all sequences, at most those the model was made for; None: as
-            the budget carries.
-        kv_dtype: `f32`, or `f16` for half the memory and rounded keys and values.
-        instruction_set: caps the choice of kernels: `plain`, `avx2` or `avx512`.
-        ask_ahead: fixes how products prefetch weights, `off`, `one_level` or `two_levels`, instead of measuring it.
-        chunk_tokens: most prompt tokens in one step; None: as the memory plan finds best.
-        expert_slots: fixes the size of the expert cache instead of giving it what the budget leaves.
-        look_ahead: while decode leaves the drive idle, read what the next layer will probably ask for.
+        context: positions of the KV cache, shared by all sequences, at most the model's context length; None: as many
+            as the budget allows.
+        kv_dtype: `f32`, or `f16`, which halves the memory and rounds keys and values.
+        instruction_set: the most capable one to use: `plain`, `avx2` or `avx512`.
+        ask_ahead: how products prefetch weights: `off`, `one_level` or `two_levels`; None: measure and choose.
+        chunk_tokens: maximum prompt tokens in one step; None: the memory plan decides.
+        expert_slots: a fixed size for the expert cache; None: what the budget leaves.
+        look_ahead: prefetch the experts that the next layer will probably need while decode leaves the drive idle.
         experts_off: leave routed experts out of every sum, to compare with a dense base.
-        max_sequences, max_waiting: most sequences that run, and that wait; None: any number wait.
-        prefix_reuse: use keys and values of a prompt's beginning again that were computed before.
-        kv_dir: where they outlive the process, for others to find; a path, or a `KvDir` with its bounds.
-        grammars: answers can be made to follow a `Grammar`; takes memory for the vocabulary.
-        replay_bytes: room that the memory plan leaves for a `ReplayMemory` beside this engine.
-        request_bytes: room that it leaves for what a server makes of requests before this engine has them.
-        progress: hears what start-up is doing.
-        observe_routes: hears (layer, expert_ids [tokens, k]) of every step. Routing can reveal text: keep it private.
+        max_sequences, max_waiting: maximum sequences running, and waiting; None: no limit on waiting.
+        prefix_reuse: reuse the keys and values of a prompt prefix that was computed before.
+        kv_dir: keeps those keys and values across restarts; a path, or a `KvDir` with its bounds.
+        grammars: support answers that follow a `Grammar`; takes memory for the vocabulary.
+        replay_bytes: memory that the plan leaves for a `ReplayMemory` beside this engine.
+        request_bytes: memory that the plan leaves for requests that a server prepares for this engine.
+        progress: called with the progress of startup.
+        observe_routes: called with (layer, expert_ids [tokens, k]) in every step. Routing can reveal text: keep it
+            private.
 
     Raises:
-        DoesNotFit, CheckpointError and its kin, UsageError: see `errors`.
+        DoesNotFit, UsageError, and `CheckpointError` and related errors: see `errors`.
     """
 
     @_no_collections()
@@ -167,7 +168,7 @@ class Engine:
         if files.has_strided_experts:
             raise UnsupportedModel(
                 f"{directory} keeps its experts transposed, and they cannot be read row by row",
-                hint=f"`argosy pack {directory} DIR --format source` puts them in order, and DIR runs",
+                hint=f"run `argosy pack {directory} DIR --format source`, then use DIR",
                 path=directory,
                 key="experts",
             )
@@ -205,7 +206,7 @@ class Engine:
             with _thread_limits():
                 self._store = _native.Store(readers)
                 undo.callback(self._store.close)
-                # Before anything is loaded: the plan counts more for the process than this measurement takes.
+                # Measured before anything is loaded: the plan counts more for the process than this takes.
                 self._runtime = _native.Runtime(
                     self.settings.threads, ask_ahead or _measured_ask_ahead(self.settings.threads)
                 )
@@ -219,7 +220,7 @@ class Engine:
                 undo.callback(worker.stop)
             self._load(directory, files, expert_slots, open_file, progress)
             if worker is None and self.tokenizer is not None and self.tokenizer.chat_template is not None:
-                worker = _start_worker()  # a GGUF tells only now
+                worker = _start_worker()  # a GGUF's template is known only now
                 undo.callback(worker.stop)
             self._prompts = PromptBuilder(
                 self.tokenizer,
@@ -239,19 +240,18 @@ class Engine:
         open_file: Callable[[str], int],
         progress: Progress | None,
     ) -> None:
-        """Read weights, build the tokenizer meanwhile, and plan with what the process then holds.
+        """Read the weights, build the tokenizer meanwhile, and plan with the memory that the process then holds.
 
-        Experts are read this early where all of them fit whatever the tokenizer will hold, within reason.
+        Experts are read early, too, if all of them fit beside any tokenizer of reasonable size.
         """
         held = held_bytes()
         plan_with = functools.partial(plan_memory, files, self.settings, expert_slots=expert_slots)
         self._experts: ExpertSource | None = None
-        landed_bytes = 0  # the plan counts them by themselves
+        landed_bytes = 0  # the plan counts these separately
         with ExitStack() as undo:
             reading = experts_reading = None
-            with suppress(
-                DoesNotFit
-            ):  # if it does not fit even so: nothing is read, and the plan below says why
+            # If not even this fits, nothing is read, and the plan below raises the error.
+            with suppress(DoesNotFit):
                 plan = plan_with(process_bytes=held)
                 reading = DenseReading(
                     self._store,
@@ -280,19 +280,19 @@ class Engine:
         self.plan: MemoryPlan = plan_with(
             process_bytes=max(held, process_bytes(self.tokenizer) - landed_bytes)
         )
-        if self._experts is not None and not self.plan.is_resident:  # a tokenizer beyond reason
+        if self._experts is not None and not self.plan.is_resident:  # an unreasonably large tokenizer
             self._experts.close()
             self._experts = None
 
     def _compiler(self, config: ModelConfig) -> GrammarCompiler | UsageError:
-        """What compiles grammars, or why there is none: only who asks for one needs to know."""
+        """Returns the grammar compiler, or the error to raise when a request asks for one."""
         if not self.settings.grammars:
             return UsageError(
-                "this engine follows no grammars", hint="make it with Engine(..., grammars=True)"
+                "this engine does not support grammars", hint="create it with Engine(..., grammars=True)"
             )
         if self.tokenizer is None:
             return UsageError("a grammar needs a tokenizer, and this checkpoint has no tokenizer.json")
-        from argosy.engine.constraint import GrammarCompiler  # pulls in what few engines need
+        from argosy.engine.constraint import GrammarCompiler  # imports modules that few engines need
 
         try:
             return GrammarCompiler(self.tokenizer, vocab_size=config.vocab_size, end_ids=self._eos_ids)
@@ -377,7 +377,7 @@ class Engine:
         self._sampler = Sampler(self._eos_ids)
         self._sequences: list[EngineSequence] = []
         self._numbers = itertools.count()
-        self._has_failed = False  # the last step did, and runs once more
+        self._has_failed = False  # the last step failed, and the next one retries it
         self._prompt_tokens = self._cached_tokens = self._new_tokens = 0
         self._uses = ExpertUses(self._decoder)
         self._pace = Pace()
@@ -390,14 +390,14 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Prefill one chunk, or decode one token, for every sequence in the next batch.
 
-        A read that fails is tried once more; if it fails again, the sequences that need the expert end with the error,
-        and the others go on as if nothing had been. If anything else fails half-way, ^C included, every sequence in the
-        engine is cancelled.
+        A step whose read fails runs once more. If the read fails again, the sequences that need the expert end with
+        the error, and the others continue unaffected. If anything else fails midway, including ^C, every sequence in
+        the engine is cancelled.
         """
         with self._lock:
             self._require_open()
             self._cache.write_some()
-            if not self._scheduler.has_work:  # another thread's step finished it
+            if not self._scheduler.has_work:  # another thread's step finished the work
                 return []
             try:
                 self._clock.mark("other")
@@ -417,7 +417,7 @@ class Engine:
                 raise
 
     def _commit(self, scheduled: Scheduled, logits: NDArray[np.float32]) -> list[TokenEvent]:
-        """Sample, append, finish, free KV blocks."""
+        """Sample, append, finish, and free KV blocks."""
         self._uses.count(scheduled.batch.num_tokens)
         for sequence in scheduled.sequences:
             noted = sequence.prompt_logprobs
@@ -426,7 +426,7 @@ class Engine:
         events = []
         for sequence, row in zip(scheduled.ready, logits, strict=True):
             if sequence.result is not None:
-                continue  # its prompt has no log-probabilities
+                continue  # its prompt's log-probabilities could not be computed
             for one in (sequence, *self._scheduler.fork(sequence)):
                 one.prompt_logprobs = sequence.prompt_logprobs
                 event = self._next_token(one, row)
@@ -436,7 +436,7 @@ class Engine:
         return events
 
     def _next_token(self, sequence: EngineSequence, logits: NDArray[np.float32]) -> TokenEvent | None:
-        """Choose and append a token; None: the sequence ended without one."""
+        """Choose and append a token, or return None if the sequence ended without one."""
         if sequence.first_token_at is None:
             sequence.first_token_at = perf_counter()
             self._prompt_tokens += len(sequence.prompt_ids)
@@ -448,7 +448,7 @@ class Engine:
             sampled = self._sampler.sample(
                 logits, sequence.params, sequence.sampler_state, sequence.constraint
             )
-        except ArgosyError as error:  # of this one alone
+        except ArgosyError as error:  # concerns this sequence alone
             self._finish(sequence, "error", error)
             return None
         self._clock.mark("sampling")
@@ -464,25 +464,25 @@ class Engine:
         return event
 
     def _note_prompt(self, sequence: EngineSequence, scheduled: Scheduled) -> None:
-        """Log-probabilities of those tokens of a prompt that follow the tokens of this batch."""
+        """Record log-probabilities of the prompt tokens that follow this batch's tokens."""
         noted, prompt, batch = sequence.prompt_logprobs, sequence.prompt_ids, scheduled.batch
         assert noted is not None
         assert sequence.params.prompt_logprobs is not None
         rows = np.flatnonzero(batch.sequence == scheduled.sequences.index(sequence))
         wanted = batch.positions[rows]
         rows = rows[(wanted >= len(noted) - 1) & (wanted < len(prompt) - 1)]
-        at_once = self.settings.max_sequences  # what the memory plan has room for
+        at_once = self.settings.max_sequences  # the memory plan has room for this many
         try:
             for start in range(0, len(rows), at_once):
                 for logits in self._decoder.logits(rows[start : start + at_once]):
                     found = with_logprobs(prompt[len(noted)], logits, sequence.params.prompt_logprobs)
                     assert found.logprob is not None
                     noted.append(TokenLogprob(found.token_id, found.logprob, found.top_logprobs))
-        except ArgosyError as error:  # of this one alone
+        except ArgosyError as error:  # concerns this sequence alone
             self._finish(sequence, "error", error)
 
     def _recover(self, scheduled: Scheduled, error: ArgosyError) -> None:
-        """Run a step once more whose reads failed; the second time end the sequences that cannot do without."""
+        """Run a step with failed reads once more; the second time, end the sequences that need the failed expert."""
         self._scheduler.failed(scheduled)
         self._has_failed = not self._has_failed
         if self._has_failed:
@@ -517,7 +517,7 @@ class Engine:
         )
         return sequence.result
 
-    # ── what a caller uses ──────────────────────────────────────────────────────────────────────────────────
+    # ── public calls ────────────────────────────────────────────────────────────────────────────────────────
 
     def submit(
         self, prompt: PromptLike, params: SamplingParams | None = None, *, tenant: str = ""
@@ -525,12 +525,12 @@ class Engine:
         """Queue a prompt. Its events collect in `.events` as `step` is called.
 
         Args:
-            tenant: whose it is. Tenants get equal parts of the engine, and find no beginnings of each other.
+            tenant: the request's owner. Tenants get equal shares of the engine and never share prefixes.
 
         Raises:
             PromptTooLong: the prompt leaves no room for an answer.
-            Overloaded: too many wait already.
-            UsageError: what `PromptBuilder.build` refuses, or parameters that this model cannot honour.
+            Overloaded: too many sequences are already waiting.
+            UsageError: `PromptBuilder.build` refuses the prompt, or this model cannot honour the parameters.
         """
         sequences = self.prepare(prompt, params, tenant=tenant)
         self.enqueue(sequences)
@@ -544,10 +544,10 @@ class Engine:
         num_answers: int = 1,
         tenant: str = "",
     ) -> list[EngineSequence]:
-        """Check a request and make its sequences, one for each answer; any thread may, while others step.
+        """Check a request and make one sequence per answer. Safe from any thread, even while another one steps.
 
-        The first answer computes the prompt, and the others go on from there. Each has a seed of its own, which follows
-        from that of the request. Errors as `submit`, but `Overloaded`.
+        The first answer computes the prompt, and the others continue from there. Each has its own seed, derived from
+        the request's. Raises what `submit` raises, except `Overloaded`.
         """
         params = params or SamplingParams()
         started_at = perf_counter()
@@ -583,10 +583,10 @@ class Engine:
         return sequences
 
     def enqueue(self, sequences: Sequence[EngineSequence], *, has_room: bool = False) -> None:
-        """Queue what `prepare` made, all or none; `has_room`: who calls has seen to it.
+        """Queue sequences from `prepare`, all or none. With `has_room`, the caller has already checked for room.
 
         Raises:
-            Overloaded: too many wait already.
+            Overloaded: too many sequences are already waiting.
         """
         with self._lock:
             self._require_open()
@@ -599,15 +599,15 @@ class Engine:
                 self._scheduler.add(sequence)
 
     def require_room(self, num_more: int, *, num_live: int) -> None:
-        """Refuse sequences that would wait behind too many; `num_live` run or wait already.
+        """Refuse sequences that would exceed the waiting limit; `num_live` already run or wait.
 
         Raises:
-            Overloaded: they would.
+            Overloaded: they exceed it.
         """
         limit, num_waiting = self.settings.max_waiting, max(0, num_live - self.settings.max_sequences)
         if limit is not None and num_live + num_more > self.settings.max_sequences + limit:
             raise Overloaded(
-                f"{num_waiting} requests wait already, and {limit} may",
+                f"too many requests: {num_waiting} waiting, and the limit is {limit}",
                 retry_after_s=self._pace.seconds_to_next(),
                 hint="try again later",
                 waiting=num_waiting,
@@ -615,13 +615,13 @@ class Engine:
             )
 
     def cancel(self, sequence: EngineSequence) -> None:
-        """Stop a sequence and free what it holds; harmless when it has finished."""
+        """Stop a sequence and free what it holds; does nothing once it has finished."""
         with self._lock:
             if sequence in self._sequences:
                 self._finish(sequence, "cancelled")
 
     def forget(self, tenant: str) -> None:
-        """Forget what was kept of a tenant's prompts, answers and grammars, in memory and in `kv_dir`."""
+        """Forget what is kept of a tenant's prompts, answers and grammars, in memory and in `kv_dir`."""
         with self._lock:
             self._require_open()
             self._cache.forget(tenant)
@@ -629,15 +629,15 @@ class Engine:
                 self._grammars.forget(tenant)
 
     def forget_others(self, tenants: Collection[str]) -> None:
-        """Forget what earlier processes kept in `kv_dir` of tenants that are none of these."""
+        """Forget what earlier processes kept in `kv_dir` for any tenant not listed."""
         if self._files is not None:
             self._files.forget_others(tenants)
 
     def stream(self, prompt: PromptLike, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
-        """Events of one answer, as they come; the last has the result. Closing the iterator cancels the rest.
+        """Yield the events of one answer as they come; the last has the result. Closing the iterator cancels it.
 
         Raises:
-            ArgosyError: the answer cannot be finished: a read failed, or its grammar cannot be followed.
+            ArgosyError: the answer cannot be finished, because a read failed or its grammar cannot be followed.
         """
         sequence = self.submit(prompt, params)
         try:
@@ -651,7 +651,7 @@ class Engine:
             self.cancel(sequence)
 
     def generate(self, prompt: PromptLike, params: SamplingParams | None = None) -> Result:
-        """One whole answer."""
+        """Return one whole answer. Raises what `stream` raises."""
         return self.generate_batch([prompt], params)[0]
 
     def generate_batch(
@@ -659,7 +659,7 @@ class Engine:
         prompts: Sequence[PromptLike],
         params: SamplingParams | Sequence[SamplingParams | None] | None = None,
     ) -> list[Result]:
-        """Answers of several prompts that run together; each is what it would be alone. Errors as `stream`."""
+        """Answer several prompts together, each as it would be alone. Raises what `stream` raises."""
         each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
         sequences: list[EngineSequence] = []
         try:
@@ -673,7 +673,7 @@ class Engine:
                 self.cancel(sequence)
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """Next-token logits at every position: float32 [tokens, vocab_size]. Works without a tokenizer."""
+        """Next-token logits at every position: float32 [tokens, vocab_size]. Needs no tokenizer."""
         out = np.empty((len(token_ids), self.config.vocab_size), np.float32)
         with self._lock:
             (sequence,) = self.prepare(list(token_ids), SamplingParams(max_tokens=1))
@@ -681,7 +681,7 @@ class Engine:
             self.enqueue([sequence])
             try:
                 if self._sequences[:-1]:
-                    raise UsageError("logits() runs alone; finish or cancel what was submitted before")
+                    raise UsageError("logits() runs alone; finish or cancel the other sequences first")
                 at = 0
                 while at < len(out):
                     self._clock.mark("other")
@@ -689,9 +689,8 @@ class Engine:
                     batch = scheduled.batch
                     self._decoder.forward(batch)
                     self._scheduler.committed(scheduled)
-                    for start in range(
-                        0, batch.num_tokens, 16
-                    ):  # a few rows at a time: the vocabulary is wide
+                    # A few rows at a time, because the vocabulary is wide.
+                    for start in range(0, batch.num_tokens, 16):
                         rows = np.arange(start, min(start + 16, batch.num_tokens))
                         out[at + rows] = self._decoder.logits(rows)
                     at += batch.num_tokens
@@ -701,7 +700,7 @@ class Engine:
 
     @property
     def prompts(self) -> PromptBuilder:
-        """What makes token ids of prompts; its process for chat templates is the engine's to end."""
+        """Turns prompts into token ids. The engine ends its chat-template process."""
         return self._prompts
 
     @property
@@ -722,7 +721,7 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Cancel what runs and give everything back; harmless the second time."""
+        """Cancel running sequences and free everything. Closing twice is harmless."""
         with self._lock:
             if not self._is_open:
                 return
@@ -753,16 +752,16 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would run anything."""
+        """Whether a step would run any sequence."""
         return self._scheduler.has_work
 
     @property
     def is_writing(self) -> bool:
-        """Whether prompts wait to be written to `kv_dir`: a step, even without other work, goes on with it."""
+        """Whether prefixes are waiting to be written to `kv_dir`. Every step writes some, even with no other work."""
         return self._cache.is_writing
 
     def facts(self) -> EngineFacts:
-        """What runs and what it takes, for those who watch; between two steps."""
+        """What the engine runs and uses, for monitoring; taken between two steps."""
         with self._lock:
             self._require_open()
             scheduler, blocks, states = self._scheduler, self._blocks, self._states
@@ -841,7 +840,7 @@ class Engine:
 
 
 def _start_worker() -> Worker:
-    """The process that renders chat templates, to be ready with the first prompt."""
+    """Start the chat-template process now, so that it is ready for the first prompt."""
     from argosy.prompt.chat import Worker
 
     return Worker()
@@ -859,7 +858,7 @@ def _choose_instruction_set(cap: str | None) -> None:
 
 @contextmanager
 def _thread_limits() -> Iterator[None]:
-    """Raises ArgosyError where the system refuses threads."""
+    """Turn a refused thread into an ArgosyError."""
     try:
         yield
     except RuntimeError as error:
@@ -874,12 +873,12 @@ def _measured_ask_ahead(threads: int) -> AskAhead:
 
 @functools.cache
 def _ask_ahead_of(instruction_set: str, threads: int) -> AskAhead:
-    """Measured once for each: the machine stays the same."""
+    """Measured once per argument pair: the machine stays the same."""
     return _native.ask_ahead_probe(threads)
 
 
 def locate_model(model: str | Path, progress: Progress | None = None) -> Path:
-    """Where a model is; makes the demo model where it is asked for the first time."""
+    """Locate a model; makes the demo model on first use."""
     if str(model) == DEMO:
         from argosy.demo.locate import locate
 
@@ -898,10 +897,10 @@ def settle(
     chunk_tokens: int | None = None,
     **others: Any,
 ) -> tuple[EngineConfig, int | None]:
-    """Settings and expert slots where some are left open: what `Engine` runs with and `argosy show` plans with.
+    """Settings and expert slots with defaults filled in, as `Engine` runs and `argosy show` plans.
 
     Raises:
-        UsageError: a setting is invalid, or a context is asked for by name that the model was not made for.
+        UsageError: a setting is invalid, or the requested context is longer than the model supports.
     """
     if expert_slots is None and memory is None and str(model) == DEMO:
         expert_slots = quarter_of_experts(files)
@@ -918,18 +917,18 @@ def settle(
 
 
 def require_context(model: ModelConfig, context_tokens: int | None) -> None:
-    """Prove that the model was made for a context that was asked for by name.
+    """Check that the model supports an explicitly requested context.
 
     Raises:
-        UsageError: it has fewer positions.
+        UsageError: the model has fewer positions.
     """
     if context_tokens is None or context_tokens <= model.context_tokens:
         return
-    beyond = "a longer one needs rope scaling, and max_position_embeddings (context_length in a GGUF) that counts it"
+    beyond = "a longer one needs rope scaling, and max_position_embeddings (context_length in a GGUF) that includes it"
     if model.rope.kind == "dynamic":
-        beyond = "dynamic rope scaling, which this model would use beyond, is not built in"
+        beyond = "longer ones would need this model's dynamic rope scaling, which is not built in"
     raise UsageError(
-        f"a context of {context_tokens} tokens is asked for, and the model was made for {model.context_tokens}",
+        f"a context of {context_tokens} tokens was requested, and the model supports {model.context_tokens}",
         hint=f"`--context {model.context_tokens}` is the longest; {beyond}",
         needed=context_tokens,
         available=model.context_tokens,

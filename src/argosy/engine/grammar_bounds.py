@@ -1,13 +1,13 @@
-"""How large, how deep and how free the text of a grammar may be.
+"""Bounds on the size, nesting and content of a grammar's text.
 
     JSON schema   ->  require_schema_bounds
-    Lark text     ->  read_lark  ->  lexemes  ->  require_lark_bounds    any grammar
-                                              ->  require_plain          one that a caller wrote
+    Lark text     ->  read_lark  ->  lexemes  ->  require_lark_bounds    for any grammar
+                                              ->  require_plain          for a caller's grammar
 
-`llguidance` goes from rule to rule, and from schema to schema, by calling itself: a long enough chain of references
-ends the process, and none of its limits counts them. So they are counted here, before it sees the text.
+`llguidance` follows rules and schema references by recursion: a long enough chain of references crashes the process,
+and none of its limits counts them. So this module counts them before llguidance sees the text.
 
-Elsewhere: what is compiled, and the limits on work, are `constraint.py`.
+Elsewhere: compiling and the limits on work are in `constraint.py`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from urllib.parse import unquote
 
 from argosy.errors import GrammarError
 
-MAX_GRAMMAR_CHARACTERS = 1 << 17  # with the schemas of all tools
-MAX_CALLERS_CHARACTERS = 1 << 15  # of one that a caller wrote; reading it takes up to a tenth of a second
-MAX_REGEX_CHARACTERS = 1 << 10  # of an expression, also inside a schema or a grammar
+MAX_GRAMMAR_CHARACTERS = 1 << 17  # including the schemas of all tools
+MAX_CALLERS_CHARACTERS = 1 << 15  # for a caller's own grammar; reading it takes up to a tenth of a second
+MAX_REGEX_CHARACTERS = 1 << 10  # for a regular expression, also inside a schema or a grammar
 MAX_NESTING = 64
-# Levels that are open at once where one rule or schema leads to the next. A thread whose stack has 2 MiB bore 490, one
-# with the usual 8 MiB four times that; then the process ends.
+# Levels open at once along a chain of rules or schemas. A thread with a stack of 2 MiB survived 490, and one with the
+# usual 8 MiB survived four times as many; beyond that the process crashes.
 MAX_LEVELS = 400
 
-# As llguidance reads it; a part that fits nowhere is `other`, one character long.
+# Follows llguidance's lexer; a character that fits nowhere is `other`.
 _LEXEME = re.compile(
     r"""
     (?P<newline>(?:\r?\n)+[ \t]*)
@@ -50,13 +50,13 @@ _NOT_ANY = re.compile(r"\\.", re.DOTALL)
 _OPENS, _CLOSES = "([{", ")]}"
 _FOREIGN = {
     "token": "names a token",
-    "grammar": "asks for a grammar elsewhere",
-    "other": "cannot be read",
+    "grammar": "refers to another grammar",
+    "other": "is not valid Lark",
 }
 
 
 class Lexeme(NamedTuple):
-    """A part of Lark text, white space and comments left out; `schema` is the value behind `%json`."""
+    """A lexeme of Lark text, other than white space and comments; `schema` is the value after `%json`."""
 
     kind: str
     text: str
@@ -67,7 +67,7 @@ class Lexeme(NamedTuple):
 
 @dataclass(slots=True)
 class _Node:
-    """A rule or a schema: how deep it is itself, and where it leads."""
+    """A rule or a schema: its own depth, and the nodes it refers to."""
 
     levels: int = 0
     leads_to: set[str] = field(default_factory=set)
@@ -75,13 +75,13 @@ class _Node:
 
 def require_size(text: str, most: int = MAX_GRAMMAR_CHARACTERS) -> None:
     if len(text) > most:
-        raise GrammarError(f"the grammar has {len(text)} characters, and {most} are allowed")
+        raise GrammarError(f"the grammar has {len(text)} characters; at most {most} are allowed")
 
 
 def require_expression(text: str) -> None:
     if len(text) > MAX_REGEX_CHARACTERS:
         raise GrammarError(
-            f"a regular expression has {len(text)} characters, and {MAX_REGEX_CHARACTERS} are allowed"
+            f"a regular expression has {len(text)} characters; at most {MAX_REGEX_CHARACTERS} are allowed"
         )
 
 
@@ -89,13 +89,13 @@ def require_expression(text: str) -> None:
 
 
 def require_schema_bounds(schema: object) -> None:
-    """Refuse deep nesting, long chains of references, and long expressions wherever they stand.
+    """Refuse deep nesting, long chains of references, and long regular expressions anywhere in the schema.
 
     Raises:
-        GrammarError: one of these.
+        GrammarError: the schema has one of these.
     """
     references: set[str] = set()
-    has_base = False  # a part from which paths begin anew
+    has_base = False  # some subschema resets the base of reference paths
     level: list[object] = [schema]
     for _ in range(MAX_NESTING):
         following: list[object] = []
@@ -120,12 +120,12 @@ def require_schema_bounds(schema: object) -> None:
         raise too_deep()
     if references:
         if has_base:
-            raise GrammarError("a schema with references has a part with an '$id' of its own")
+            raise GrammarError("a schema with references has a subschema with its own '$id'")
         _require_levels(_schema_nodes(schema, references))
 
 
 def too_deep() -> GrammarError:
-    return GrammarError(f"the schema is nested more than {MAX_NESTING} deep")
+    return GrammarError(f"the schema is nested more than {MAX_NESTING} levels deep")
 
 
 def _references_of(item: Mapping[str, object]) -> set[str]:
@@ -135,7 +135,7 @@ def _references_of(item: Mapping[str, object]) -> set[str]:
 
 
 def _schema_nodes(schema: object, references: Iterable[str]) -> dict[str, _Node]:
-    """The schema, and every part of it that a reference names; a part inside another is where that one leads, too."""
+    """Nodes for the schema and every subschema that a reference names; a node refers to named subschemas inside it."""
     targets = {"#": schema}
     for reference in references:
         targets[reference] = _part(schema, reference)
@@ -143,7 +143,7 @@ def _schema_nodes(schema: object, references: Iterable[str]) -> dict[str, _Node]
     nodes = {}
     for name, target in targets.items():
         node = nodes[name] = _Node()
-        # What only stands ready to be named is no part of a way that leads through the whole.
+        # Definitions are reached only by reference, so they are not on a path through the whole schema.
         parts = (
             {key: part for key, part in target.items() if key not in ("$defs", "definitions")}
             if isinstance(target, dict)
@@ -163,21 +163,21 @@ def _schema_nodes(schema: object, references: Iterable[str]) -> dict[str, _Node]
                 elif isinstance(item, list):
                     following += [part for part in item if isinstance(part, dict | list)]
             level = following
-        # Two names of one part are one place.
+        # Two names of one subschema are the same node.
         node.leads_to.add(names.get(id(target), name))
         node.leads_to.discard(name)
     return nodes
 
 
 def _part(schema: object, reference: str) -> object:
-    """What a reference names; nothing, if it is not there.
+    """The subschema that a reference names, or None if it does not exist.
 
     Raises:
-        GrammarError: it is no path from the root, so where it leads is not known here.
+        GrammarError: the reference is not a path from the root, so its target is unknown here.
     """
     if reference not in ("#", "") and not reference.startswith("#/"):
         raise GrammarError(
-            f"a reference in a schema is a path like '#/$defs/name', and one is '{reference[:64]}'"
+            f"a reference in a schema must be a path like '#/$defs/name', found '{reference[:64]}'"
         )
     found = schema
     for step in reference.split("/")[1:]:
@@ -195,15 +195,15 @@ def _part(schema: object, reference: str) -> object:
 
 
 def read_lark(text: str) -> list[Lexeme]:
-    """The parts of `text`.
+    """Split Lark text into lexemes.
 
     Raises:
-        GrammarError: what follows `%json` is not JSON.
+        GrammarError: the text after `%json` is not JSON.
     """
     lexemes, at = list[Lexeme](), 0
     while at < len(text):
         found = _LEXEME.match(text, at)
-        assert found is not None  # `other` is any character
+        assert found is not None  # `other` matches any character
         kind, at = str(found.lastgroup), found.end()
         schema: object = None
         if found[0] == "%json":
@@ -221,10 +221,10 @@ def read_lark(text: str) -> list[Lexeme]:
 
 
 def require_lark_bounds(lexemes: Sequence[Lexeme]) -> None:
-    """Refuse long expressions, deep nesting, and long chains of rules.
+    """Refuse long regular expressions, deep nesting, and long chains of rules.
 
     Raises:
-        GrammarError: one of these.
+        GrammarError: the grammar has one of these.
     """
     nodes: dict[str, _Node] = {}
     node, depth, is_first = _Node(), 0, True
@@ -238,7 +238,7 @@ def require_lark_bounds(lexemes: Sequence[Lexeme]) -> None:
             depth -= 1
         elif lexeme.kind == "name":
             name = lexeme.text.lstrip("!?")
-            if is_first:  # a rule begins; a grammar in a grammar may have one of the same name
+            if is_first:  # a rule begins; an embedded grammar may have a rule of the same name
                 node = nodes.setdefault(name, _Node())
                 node.levels, depth = node.levels + 1, 0
             else:
@@ -248,10 +248,10 @@ def require_lark_bounds(lexemes: Sequence[Lexeme]) -> None:
 
 
 def require_plain(text: str) -> None:
-    """Refuse what a caller's grammar may not hold: it says what text there may be, and nothing of tokens or of options.
+    """Refuse constructs that a caller's grammar may not use: it describes text, and sets no tokens or options.
 
     Raises:
-        GrammarError: what it holds, and where.
+        GrammarError: names the construct and its line.
     """
     require_size(text, MAX_CALLERS_CHARACTERS)
     lexemes = read_lark(text)
@@ -264,24 +264,23 @@ def require_plain(text: str) -> None:
         reason = _FOREIGN.get(lexeme.kind)
         if depth < 0:
             reason = "closes a bracket that is not open"
-        elif (
-            lexeme.text == "~" and after.kind != "number"
-        ):  # its bytes may be no text, and so a control token
-            reason = "lets through what is no text: only 'x~2..5' is allowed"
+        # A complement may match bytes that are not text, and so a control token.
+        elif lexeme.text == "~" and after.kind != "number":
+            reason = "may match bytes that are not text: only 'x~2..5' is allowed"
         elif lexeme.text == "::":
             reason = "gives a rule a parameter"
         elif lexeme.kind == "statement" and (
             lexeme.text not in ("%ignore", "%import") or (lexeme.text == "%import" and after.text != "common")
         ):
-            reason = "is no statement for a caller: %ignore and %import common.NAME are"
+            reason = "is not allowed here: only %ignore and %import common.NAME are"
         elif lexeme.kind == "name" and before == "newline" and after.text != ":":
-            reason = "is followed by options, and a rule has none: expected ':'"
+            reason = "is followed by options, which rules cannot have: expected ':'"
         if reason is not None:
             line = text.count("\n", 0, lexeme.at) + 1
             raise GrammarError(f"line {line} of the grammar: '{lexeme.text[:40]}' {reason}")
         has_start |= before == "newline" and lexeme.text.lstrip("!?") == "start"
     if depth:
-        raise GrammarError("the grammar has a bracket that nothing closes")
+        raise GrammarError("the grammar has an unclosed bracket")
     if not has_start:
         raise GrammarError("the grammar has no rule 'start'")
 
@@ -293,19 +292,19 @@ def _require_levels(nodes: Mapping[str, _Node]) -> None:
     levels = _most_levels(nodes)
     if levels > MAX_LEVELS:
         raise GrammarError(
-            f"references of the grammar lead {levels} levels deep, and {MAX_LEVELS} are allowed"
+            f"references in the grammar go {levels} levels deep; at most {MAX_LEVELS} are allowed"
         )
 
 
 def _most_levels(nodes: Mapping[str, _Node]) -> int:
-    """So many levels at most are open at once, however references are followed; a circle counts as a whole."""
+    """The maximum number of levels open at once along any chain of references; a cycle counts as a whole."""
     backwards: dict[str, list[str]] = {name: [] for name in nodes}
     for name, node in nodes.items():
         for to in node.leads_to & nodes.keys():
             backwards[to].append(name)
     circle: dict[str, int] = {}
-    most: list[int] = []  # of each circle, from where it begins on
-    # Kosaraju: what is left last can be reached from nothing outside its circle that is not numbered yet.
+    most: list[int] = []  # for each cycle, the most levels on a chain up to and including it
+    # Kosaraju: the name left last is reachable only from its own cycle or from cycles already numbered.
     for first in reversed(
         _left_in_order({name: sorted(node.leads_to & nodes.keys()) for name, node in nodes.items()})
     ):
@@ -327,7 +326,7 @@ def _most_levels(nodes: Mapping[str, _Node]) -> int:
 
 
 def _left_in_order(graph: Mapping[str, Sequence[str]]) -> list[str]:
-    """Names in the order in which a walk in depth leaves them, without calling itself."""
+    """Names in depth-first postorder, computed without recursion."""
     seen, left = set[str](), list[str]()
     for root in graph:
         if root in seen:

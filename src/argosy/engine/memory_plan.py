@@ -3,14 +3,14 @@
     budget = process + dense weights + KV cache + recurrent state + replay + requests + working buffers
              + staging + expert records + page tables + expert cache
 
-Dense weights have the first claim, then the KV cache, the recurrent state and its snapshots, the answers that a server
-keeps for the next turn and the room that it needs for requests, then working buffers and what readers transcode from;
-experts get the rest, in equal slots, or one behind the other when all of them fit. The budget is the whole process,
-interpreter included, so the plan starts from what the process holds now. The kernel charges page tables to the
-process's cgroup, so they are planned as well. A budget below the floor (one token's experts of one layer in memory) is
-refused with the numbers.
+Dense weights have the first claim. Next come the KV cache, the recurrent state and its snapshots, the answers that a
+server keeps for the next turn, and its memory for requests. Then come working buffers and the staging buffers that
+readers transcode from. Experts get the rest: equal slots, or packed end to end when all of them fit. The budget covers
+the whole process, interpreter included, so the plan starts from what the process holds now. The kernel charges page
+tables to the process's cgroup, so they are planned as well. A budget below the floor (one token's experts of one layer
+in memory) is refused with the numbers.
 
-`MemoryPlan.parts` is the one list of what a budget is spent on: totals, tables and JSON all come from it.
+`MemoryPlan.parts` is the one list of what the budget pays for: totals, tables and JSON all come from it.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ from argosy.prompt.tokenizer import TOKENIZER_FILE, Tokenizer
 
 KV_BLOCK_TOKENS = 16
 PROCESS_GROWTH_BYTES = 24 * MIB  # allocator slack, thread stacks
-PROCESS_VARIES_BYTES = 2 * MIB  # what one start of the process holds and the next one does not
-TEMPLATE_WORKER_BYTES = 24 * MIB  # the process that renders chat templates, while it lives: 22 MiB measured
-BODY_BYTES = 48 * MIB  # bodies of requests, and the values that they are read as (`serve/held.py`)
-TEXT_BYTES = 48 * MIB  # one long conversation that is rendered, and then encoded piece by piece
+PROCESS_VARIES_BYTES = 2 * MIB  # process size differs by this much from one start to the next
+TEMPLATE_WORKER_BYTES = 24 * MIB  # the process that renders chat templates: 22 MiB measured
+BODY_BYTES = 48 * MIB  # request bodies, and the values parsed from them (`serve/held.py`)
+TEXT_BYTES = 48 * MIB  # one long conversation, rendered and then encoded piece by piece
 REQUEST_BYTES = BODY_BYTES + TEXT_BYTES
-TOKENIZER_ROOM_BYTES = 256 * MIB  # to spare where experts are read before the tokenizer is built and measured
-_TOKENIZER_BYTES_PER_BYTE = 32  # of tokenizer.json, while it is read: 20 to 26 measured
-_OTHER_THREADS = 8  # beside those that compute and read: of the interpreter, the engine and the server
-_MALLOC_ARENA_BYTES = 64 * MIB  # of addresses, which glibc reserves for a thread that allocates
-GRAMMAR_BYTES = 64 * MIB  # for compiled grammars, and what they learn while answers follow them
+TOKENIZER_ROOM_BYTES = 256 * MIB  # kept free when experts are read before the tokenizer is built and measured
+_TOKENIZER_BYTES_PER_BYTE = 32  # per byte of tokenizer.json while it is read: 20 to 26 measured
+_OTHER_THREADS = 8  # threads of the interpreter, the engine and the server, beside compute and reader threads
+_MALLOC_ARENA_BYTES = 64 * MIB  # address space that glibc reserves for each thread that allocates
+GRAMMAR_BYTES = 64 * MIB  # compiled grammars, and the state they build up while answers follow them
 SMALLEST_CHUNK, SMALLEST_CONTEXT = 16, 512
-RESIDENT_CHUNK = 512  # tokens: with 8 of 128 experts, 32 for each; more only make working buffers larger
-PLANNED_PROMPT, PLANNED_ANSWER = 1024, 256  # tokens of the request that a chunk is chosen for
+RESIDENT_CHUNK = 512  # with 8 of 128 experts, 32 tokens each; a longer chunk only enlarges working buffers
+PLANNED_PROMPT, PLANNED_ANSWER = 1024, 256  # tokens of the request that the chunk is chosen for
 
 
 class Part(NamedTuple):
     """One part of the budget."""
 
-    key: str  # in JSON
+    key: str  # name in JSON
     label: str
     nbytes: int
     note: str = ""
@@ -66,26 +66,26 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Where the budget goes, in bytes."""
+    """How the budget is divided, in bytes."""
 
     budget_bytes: int
     process_bytes: int
     dense_bytes: int
     kv_bytes: int
-    state_bytes: int = 0  # of the recurrent state, for so many sequences at once
+    state_bytes: int = 0  # recurrent state for num_states sequences
     num_states: int = 0
-    snapshot_bytes: int = 0  # of recurrent states that beginnings are gone on from
+    snapshot_bytes: int = 0  # recurrent states kept at the end of prefixes
     num_snapshots: int = 0
-    replay_bytes: int = 0  # of answers whose tokens are kept until their conversation comes back
-    request_bytes: int = 0  # of bodies, and of what is made of them before the engine
+    replay_bytes: int = 0  # answers whose tokens are kept until their conversation continues
+    request_bytes: int = 0  # request bodies and the data made from them before the engine
     working_bytes: int
-    staging_bytes: int  # what readers transcode from
-    bookkeeping_bytes: int  # where each expert lies, and when it was used
-    page_table_bytes: int = 0  # the kernel's, for everything that is mapped after the plan
+    staging_bytes: int  # buffers that readers transcode from
+    bookkeeping_bytes: int  # where each expert lies, and when it was last used
+    page_table_bytes: int = 0  # kernel page tables for everything mapped after the plan
     slot_bytes: int
-    resident_bytes: int  # of all experts, one behind the other
+    resident_bytes: int  # all experts, packed end to end
     num_slots: int
-    num_experts: int  # routed experts of all layers
+    num_experts: int  # routed experts in all layers
     context_tokens: int
     chunk_tokens: int
 
@@ -102,12 +102,12 @@ class MemoryPlan:
         return self.num_slots >= self.num_experts
 
     def parts(self) -> list[Part]:
-        """Everything that the budget is spent on, in the order of the claims."""
+        """All parts of the budget, in the order of their claims."""
         share = 100 * self.num_slots / max(1, self.num_experts)
         experts = f"{self.num_slots} of {self.num_experts} experts ({share:.0f} %)"
         states, snapshots = (
             f"{self.num_states} sequences at once",
-            f"{self.num_snapshots} beginnings of prompts",
+            f"{self.num_snapshots} prompt prefixes",
         )
         return [
             Part("process_bytes", "process", self.process_bytes, "interpreter, libraries, tokenizer"),
@@ -115,29 +115,34 @@ class MemoryPlan:
             Part("kv_bytes", "KV cache", self.kv_bytes, f"{self.context_tokens} tokens"),
             Part("recurrent_state_bytes", "recurrent state", self.state_bytes, states),
             Part("snapshot_bytes", "state snapshots", self.snapshot_bytes, snapshots),
-            Part("replay_bytes", "replay", self.replay_bytes, "answers, until their conversations come back"),
-            Part("request_bytes", "requests", self.request_bytes, "bodies and long texts"),
+            Part(
+                "replay_bytes",
+                "replay",
+                self.replay_bytes,
+                "answers, kept until their conversations continue",
+            ),
+            Part("request_bytes", "requests", self.request_bytes, "request bodies and long texts"),
             Part(
                 "working_bytes", "working buffers", self.working_bytes, f"{self.chunk_tokens} tokens a step"
             ),
-            Part("staging_bytes", "staging", self.staging_bytes, "to transcode from"),
+            Part("staging_bytes", "staging", self.staging_bytes, "buffers for transcoding"),
             Part(
                 "expert_record_bytes",
                 "expert records",
                 self.bookkeeping_bytes,
-                "where each lies, and its uses",
+                "location and uses of each expert",
             ),
             Part(
                 "page_table_bytes",
                 "page tables",
                 self.page_table_bytes,
-                "the kernel's, 1/512 of what is mapped",
+                "1/512 of mapped memory, in the kernel",
             ),
             Part("expert_cache_bytes", "expert cache", self.expert_bytes, experts),
         ]
 
     def lines(self) -> list[tuple[str, int, str]]:
-        """(label, bytes, note) of the parts that take anything, in the order of their claims."""
+        """(label, bytes, note) of every part that is not empty, in the order of their claims."""
         shown = (part for part in self.parts() if part.nbytes or part.key == "expert_cache_bytes")
         return [(part.label, part.nbytes, part.note) for part in shown]
 
@@ -154,51 +159,51 @@ class MemoryPlan:
 
 
 def held_bytes() -> int:
-    """Bytes that this process holds now, with its page tables."""
+    """Bytes that this process holds now, page tables included."""
     footprint = machine.process_footprint()
     return footprint.resident_bytes + footprint.page_table_bytes
 
 
 def process_bytes(tokenizer: Tokenizer | None) -> int:
-    """What this process holds now, and the worker it will start where the model has a chat template."""
+    """Bytes that this process holds now, plus the worker it will start if the model has a chat template."""
     has_template = tokenizer is not None and tokenizer.chat_template is not None
     return held_bytes() + (TEMPLATE_WORKER_BYTES if has_template else 0)
 
 
 def page_table_bytes(mapped_bytes: int, num_mappings: int = 16) -> int:
-    """Most bytes of page tables for so much memory in so many places of the address space.
+    """Upper bound on page-table bytes for `mapped_bytes` in `num_mappings` places of the address space.
 
-    A table is a page, and an entry takes 8 bytes: 1/512 of what is mapped in pages of 4 KiB. Huge pages save none of
-    it: the kernel keeps a table beside each, for the day when it has to split that page (measured on Linux 6.18). A
-    place may begin and end within a table of each level.
+    A table is a page, and an entry takes 8 bytes: 1/512 of memory mapped in 4 KiB pages. Huge pages save nothing: the
+    kernel keeps a table beside each one, in case it has to split that page (measured on Linux 6.18). A mapping may
+    begin and end within a table of each level.
     """
     entries = mmap.PAGESIZE // 8
     nbytes, span = 0, mmap.PAGESIZE
     while span < max(mapped_bytes, mmap.PAGESIZE) * entries:
-        span *= entries  # what one table of this level maps
+        span *= entries  # one table of this level maps this much
         nbytes += (-(-mapped_bytes // span) + num_mappings) * mmap.PAGESIZE
     return nbytes
 
 
 def has_blocks(files: ModelFiles) -> bool:
-    """Whether readers transcode anything of this model."""
+    """Whether readers transcode any weights of this model."""
     pieces = (piece for record in files.experts.values() for piece in record.pieces)
     return any(ref.block_type for ref in files.dense.values()) or any(piece.transcode for piece in pieces)
 
 
 def quarter_of_experts(files: ModelFiles) -> int:
-    """Slots for a quarter of all routed experts, and no fewer than a token needs: how the demo model is shown."""
+    """Slots for a quarter of all routed experts, but at least what a token needs: the demo model's default."""
     return max(files.config.experts_per_token, len(files.experts) // 4)
 
 
 def kv_bytes(config: ModelConfig, num_tokens: int, kv_dtype: KvDtype) -> int:
-    """What all layers keep of so many positions, in whole blocks."""
+    """Bytes of keys and values of all layers for `num_tokens` positions, in whole blocks."""
     num_blocks = -(-num_tokens // KV_BLOCK_TOKENS)
     return _native.kv_cache_bytes(kv_shapes(config), num_blocks, KV_BLOCK_TOKENS, kv_dtype)
 
 
 def state_bytes(config: ModelConfig, num_states: int) -> int:
-    """The recurrent state of so many sequences."""
+    """Bytes of recurrent state for `num_states` sequences."""
     if config.delta is None or not num_states:
         return 0
     return _native.recurrent_state_bytes(num_states, len(config.delta_layers), config.delta.sizes)
@@ -207,16 +212,16 @@ def state_bytes(config: ModelConfig, num_states: int) -> int:
 def plan_memory(
     files: ModelFiles, config: EngineConfig, *, process_bytes: int, expert_slots: int | None = None
 ) -> MemoryPlan:
-    """Plan an engine.
+    """Plan an engine's memory.
 
-    The chunk is the one that reads least (`experts_read`), and no longer than `config.chunk_tokens`. A context that
-    was not asked for by name is shrunk to fit. Where layers have a recurrent state, so many sequences have one as a
-    sixteenth of the budget holds, or fewer if nothing fits otherwise; others wait for their turn. As much again is for
-    snapshots, two for each sequence at most, and none in the smallest plan. With `expert_slots` the number of slots is
-    given instead of what is left.
+    The chunk is the one that reads least (`experts_read`), at most `config.chunk_tokens` long. A context that was not
+    explicitly requested shrinks to fit. Where layers have a recurrent state, a sixteenth of the budget decides how many
+    sequences have one, or fewer if nothing fits otherwise; other sequences wait. The same amount again goes to
+    snapshots, at most two per sequence, and none in the smallest plan. `expert_slots` fixes the number of slots instead
+    of using the rest of the budget.
 
     Raises:
-        DoesNotFit: with a budget that just works, and what would shrink it.
+        DoesNotFit: names the smallest budget that works, and settings that lower it.
     """
     model = files.config
     num_experts = len(files.experts)
@@ -256,7 +261,7 @@ def plan_memory(
         )
 
         def with_slots(num_slots: int) -> MemoryPlan:
-            """The same plan with so many experts in memory."""
+            """The same plan with `num_slots` experts in memory."""
             some = replace(without_experts, num_slots=num_slots, bookkeeping_bytes=records(num_slots))
             return replace(some, page_table_bytes=page_table_bytes(some.total_bytes - process_bytes))
 
@@ -266,7 +271,7 @@ def plan_memory(
         fewest = with_slots(min(num_experts, fewest_slots))
         if expert_slots is not None or fewest.total_bytes > config.budget.ram_bytes:
             return fewest
-        # More than there can be, because a slot brings records and page tables with it; then fewer until it fits.
+        # Start too high, because a slot also needs records and page tables; then remove slots until it fits.
         slots = min(
             num_experts, fewest.num_slots + (fewest.budget_bytes - fewest.total_bytes) // max(1, one_slot)
         )
@@ -285,7 +290,7 @@ def plan_memory(
             if not fitting:
                 continue
             candidate = min(fitting, key=lambda p: experts_read(model, p))
-            # The first that fits at all is kept; a smaller one replaces it only while experts have less than a quarter.
+            # Keep the first context that fits; a smaller one replaces it only while experts have less than a quarter.
             if best is None or candidate.num_slots >= 2 * best.num_slots:
                 best = candidate
             if best.num_slots * 4 >= num_experts:
@@ -296,12 +301,14 @@ def plan_memory(
 
 
 def _bookkeeping(files: ModelFiles) -> Callable[[int], int]:
-    """Returns the function from a number of slots to the bytes that keep account of the experts."""
+    """Returns a function from a number of slots to the bytes of bookkeeping for experts."""
     if not files.experts:
         return lambda num_slots: 0
     some, everything = bookkeeping_bytes(files.experts), resident_bookkeeping_bytes(files.experts)
     num_layers, num_experts = files.config.num_layers, files.config.num_experts
-    uses = 3 * 8 * num_layers * num_experts  # `Stack.take_uses`: counted now, told last, and being told
+    uses = (
+        3 * 8 * num_layers * num_experts
+    )  # `Stack.take_uses`: current counts, last reported, being reported
 
     def nbytes(num_slots: int) -> int:
         if num_slots >= len(files.experts):
@@ -316,7 +323,7 @@ def _bookkeeping(files: ModelFiles) -> Callable[[int], int]:
 
 
 def _state_counts(model: ModelConfig, config: EngineConfig) -> list[tuple[int, int]]:
-    """How many recurrent states and snapshots of them there may be, the most first."""
+    """Candidate numbers of recurrent states and of snapshots, largest first."""
     if not model.delta_layers:
         return [(0, 0)]
     share = config.budget.ram_bytes // 16 // state_bytes(model, 1)
@@ -330,18 +337,18 @@ def _state_counts(model: ModelConfig, config: EngineConfig) -> list[tuple[int, i
 
 
 def experts_read(model: ModelConfig, plan: MemoryPlan) -> float:
-    """Experts that one request reads from the drive: what the chunk is chosen by.
+    """Experts that one request reads from the drive; the chunk minimizes this.
 
-    While reading is the bound, a request takes
+    While reading is the bottleneck, a request takes
 
         seconds = experts read * bytes of one / drive bandwidth + arithmetic
 
-    A prompt sweeps through the experts once per chunk, so a chunk twice as long halves what it reads; but its working
-    buffers take slots, and the answer misses more. Arithmetic is the same for every chunk. The request is
-    PLANNED_PROMPT and PLANNED_ANSWER tokens long. A sweep asks for the experts that a chunk of independent tokens
-    touches, and misses what is not resident. The answer misses (1 - share of the experts with a slot)^6: recorded
-    answers of three models have hit rates of 0.34 to 0.44, 0.57 to 0.63, 0.79 to 0.83 and 0.85 to 0.93 with 6, 12, 25
-    and 37 % (`benchmarks/replay.py`), and this 0.31, 0.54, 0.82 and 0.94.
+    A prompt sweeps through the experts once per chunk, so a chunk twice as long halves the prompt's reads; but its
+    working buffers take slots, so the answer misses more. Arithmetic is the same for every chunk. The request has a
+    prompt of PLANNED_PROMPT and an answer of PLANNED_ANSWER tokens. A sweep needs the experts that a chunk of
+    independent tokens touches, and misses those that are not resident. The answer's miss rate is (1 - share of experts
+    with a slot)^6: recorded answers of three models have hit rates of 0.34 to 0.44, 0.57 to 0.63, 0.79 to 0.83 and 0.85
+    to 0.93 with 6, 12, 25 and 37 % of experts (`benchmarks/replay.py`); this formula gives 0.31, 0.54, 0.82 and 0.94.
     """
     per_layer, missing = model.num_experts, 1.0 - plan.num_slots / max(1, plan.num_experts)
     if not missing or not per_layer:
@@ -354,7 +361,7 @@ def experts_read(model: ModelConfig, plan: MemoryPlan) -> float:
 
 
 def _contexts(model: ModelConfig, config: EngineConfig) -> list[int]:
-    """The one that was asked for, or the most comfortable first."""
+    """The requested context, or all candidates, largest first."""
     if wanted := config.budget.context_tokens:
         return [wanted]
     contexts = [min(model.context_tokens, 8192)]
@@ -364,7 +371,7 @@ def _contexts(model: ModelConfig, config: EngineConfig) -> list[int]:
 
 
 def _chunks(config: EngineConfig) -> list[int]:
-    """Candidates, the best first where they read the same: the one for a resident model, then smaller, then larger."""
+    """Candidate chunks, the earlier one winning a tie: first the resident model's, then smaller, then larger ones."""
     if config.chunk_tokens is None:
         halves = _halves(RESIDENT_CHUNK)
         return [*halves, *(RESIDENT_CHUNK << i for i in range(1, 3))]
@@ -379,12 +386,12 @@ def _halves(chunk: int) -> list[int]:
 
 
 def require_mappable(files: ModelFiles, config: EngineConfig, *, expert_slots: int | None = None) -> None:
-    """Prove that `ulimit` leaves addresses for all that an engine maps, before it maps anything.
+    """Check that `ulimit` leaves enough address space for the engine before it maps anything.
 
-    An allocation that fails would otherwise end the process, without a word, in the library that reads tokenizers.
+    Otherwise a failed allocation would end the process silently, inside the library that reads tokenizers.
 
     Raises:
-        DoesNotFit: it does not; or there is no plan at all.
+        DoesNotFit: the address space is too small, or no plan fits.
     """
     limits = (machine.address_space_limit(), machine.data_limit())
     if limits == (None, None):
@@ -395,7 +402,7 @@ def require_mappable(files: ModelFiles, config: EngineConfig, *, expert_slots: i
     json_bytes = tokenizer_file.stat().st_size if tokenizer_file.is_file() else 0
     stacks = (config.threads + config.readers + _OTHER_THREADS) * machine.thread_stack_bytes()
     others = stacks + max(TOKENIZER_ROOM_BYTES, json_bytes * _TOKENIZER_BYTES_PER_BYTE)
-    # What glibc reserves counts as address space, and as data only once it is used.
+    # glibc's reservation counts as address space at once, and as data only when it is used.
     reserved = (config.readers + _OTHER_THREADS // 2) * _MALLOC_ARENA_BYTES
     for limit, beside in zip(limits, (others + reserved, others), strict=True):
         if limit is None:

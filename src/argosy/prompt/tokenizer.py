@@ -515,7 +515,7 @@ class _WindowPieces(_Pieces):
 
     def bytes_of(self, token: str) -> bytes:
         raise UsageError(
-            "this model's tokenizer writes a token as its neighbours say, so no grammar can guide it"
+            "this model's tokenizer writes a token as its neighbours say, so it cannot follow a grammar"
         )
 
     def literal(self, text: str) -> str:
