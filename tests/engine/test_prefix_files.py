@@ -166,7 +166,7 @@ def test_directories_and_files_are_ours_alone_and_names_tell_nothing(tmp_path: P
 
 def test_a_directory_that_others_can_look_into_or_that_is_in_use_is_refused(tmp_path: Path) -> None:
     (tmp_path / "open").mkdir(mode=0o755)
-    with pytest.raises(UsageError, match="others can look into it"):
+    with pytest.raises(UsageError, match="other users can access it"):
         open_files(tmp_path / "open")
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot be used"):

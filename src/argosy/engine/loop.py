@@ -1,17 +1,17 @@
-"""One thread that steps an engine, for callers that must not wait: a server with an event loop.
+"""One thread that steps an engine, for callers that must not block, such as a server with an event loop.
 
     submit, cancel: any thread  ->  inbox  ->  the thread: cancel, enqueue, step, deliver  ->  on_event, in that thread
 
-What a request becomes is told by events: how far its prompt is, each token of each answer, and once for each answer its
-end, whatever ended it. `on_event` must be quick and must not call back; for asyncio it is
+Events report a request's progress: how much of its prompt is done, each token of each answer, and exactly one end per
+answer, whatever its cause. `on_event` must be quick and must not call back; for asyncio it is
 
     lambda event: loop.call_soon_threadsafe(queue.put_nowait, event)
 
-Nothing kills the thread: a read that fails ends the answers that need it, anything else that fails ends those that run,
-and a listener that fails ends its own request. Where rounds fail one after the other though no request runs, the engine
-itself is broken: the loop ends, everybody hears it, and `has_failed` says so.
+The thread survives failures: a failed read ends the answers that need it, any other failure in a step ends all running
+answers, and a listener that raises ends its own request. If rounds keep failing while no request runs, the engine
+itself is broken: the loop ends, every caller is told, and `has_failed` is set.
 
-Elsewhere: what a step does is `engine.py`; who runs in it is `scheduler.py`.
+Elsewhere: `engine.py` defines a step; `scheduler.py` chooses its sequences.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from argosy.engine.ledger import Ledger
 from argosy.engine.sequence import Result, Sequence, TokenEvent
 from argosy.errors import ArgosyError, Overloaded, Revoked
 
-RATE_SECONDS = 10.0  # rates are means over so much of the past
-_FACTS_SECONDS = 0.1  # facts are not gathered more often
-_WRITING_SECONDS = 0.005  # how soon to look again for a free hand that writes prompts to files
+RATE_SECONDS = 10.0  # rates are means over this many seconds
+_FACTS_SECONDS = 0.1  # minimum time between two collections of facts
+_WRITING_SECONDS = 0.005  # how soon to check again whether the file writer is free
 _RETRY_STOPPING_S = 30
-_MOST_IDLE_FAILURES = 8  # rounds in a row that fail while no request runs
-_AFTER_FAILURE_S = 0.1  # between two of them
+_MOST_IDLE_FAILURES = 8  # consecutive rounds that may fail while no request runs
+_AFTER_FAILURE_S = 0.1  # pause after each of them
 
 
 @dataclass(frozen=True, slots=True)
 class PromptProgress:
-    """So many tokens of the prompt are done; `cached` of them were found computed."""
+    """The number of prompt tokens done; `cached` of them came from the prefix cache."""
 
     answer: int
     processed: int
@@ -57,7 +57,7 @@ class AnswerToken:
 
 @dataclass(frozen=True, slots=True)
 class AnswerEnd:
-    """The last event of an answer, always there; `result.error` says why where it could not be finished."""
+    """The last event of every answer; `result.error` gives the reason if the answer could not be finished."""
 
     answer: int
     result: Result
@@ -67,14 +67,14 @@ Event = PromptProgress | AnswerToken | AnswerEnd
 
 
 class Request:
-    """A prompt and its answers on their way; made by `EngineLoop.submit`."""
+    """A prompt and its answers in progress; made by `EngineLoop.submit`."""
 
     def __init__(self, sequences: list[Sequence], on_event: Callable[[Event], None]) -> None:
         self._sequences = sequences
         self._on_event: Callable[[Event], None] | None = on_event
-        self._told = [0] * len(sequences)  # tokens of the prompt that were told to be done
-        self._open = set(range(len(sequences)))  # answers whose end was not told
-        self._error: ArgosyError | None = None  # why it is cancelled, where that is not its own wish
+        self._told = [0] * len(sequences)  # prompt tokens reported as done, for each answer
+        self._open = set(range(len(sequences)))  # answers whose end was not reported yet
+        self._error: ArgosyError | None = None  # why it is cancelled, unless the caller cancelled it
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -82,28 +82,28 @@ class Request:
 
     @property
     def seeds(self) -> list[int]:
-        """Of each answer."""
+        """The seed of each answer."""
         return [sequence.sampler_state.seed for sequence in self._sequences]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopFacts:
-    """An engine under a loop, and means over the last RATE_SECONDS."""
+    """Facts of an engine under a loop, with means over the last RATE_SECONDS."""
 
     engine: EngineFacts
     num_steps: int
     is_stopping: bool
-    has_failed: bool  # nothing will be answered any more
+    has_failed: bool  # no request will be answered any more
     new_tok_per_s: float
-    prompt_tok_per_s: float  # computed, not found
+    prompt_tok_per_s: float  # computed tokens only, not prefix-cache hits
     bytes_read_per_s: float
 
 
 class EngineLoop:
-    """Owns the stepping of `engine` until it is closed; the engine itself is the caller's to close.
+    """Steps `engine` until it is closed; the caller closes the engine itself.
 
     Args:
-        report: hears of failures that are nobody's fault but ours, and of listeners that failed.
+        report: called with internal failures and with errors raised by listeners.
         clock: seconds, for rates.
     """
 
@@ -117,28 +117,27 @@ class EngineLoop:
         self._engine = engine
         self._report = report
         self._clock = clock
-        self._changed = threading.Condition()  # guards what follows
+        self._changed = threading.Condition()  # guards the attributes below
         self._inbox: list[Request] = []
         self._cancelled: list[Request] = []
         self._to_forget: list[str] = []
         self._revoked: set[str] = set()
-        self._num_live = 0  # sequences whose end was not told
+        self._num_live = 0  # sequences whose end was not reported yet
         self._is_stopping = False
         self._is_closing = False
         self._has_failed = False
 
-        self._live: list[Request] = []  # from here on the thread's own
+        self._live: list[Request] = []  # used by the thread alone, like the attributes below
         self._num_steps = 0
         self._num_idle_failures = 0
         self._facts = engine.facts()
         self._facts_at = clock()
-        self._samples: deque[tuple[float, int, int, int]] = (
-            deque()
-        )  # time, new tokens, tokens run, bytes read
+        # time, new tokens, tokens run, bytes read
+        self._samples: deque[tuple[float, int, int, int]] = deque()
         self._thread = threading.Thread(target=self._run, name="argosy-engine", daemon=True)
         self._thread.start()
 
-    # ── what a caller uses ──────────────────────────────────────────────────────────────────────────────────────
+    # ── public calls ────────────────────────────────────────────────────────────────────────────────────────────
 
     def submit(
         self,
@@ -149,12 +148,12 @@ class EngineLoop:
         num_answers: int = 1,
         tenant: str = "",
     ) -> Request:
-        """Check a request and queue it; never waits for a step.
+        """Check a request and queue it, without waiting for a step.
 
         Raises:
-            Overloaded: too many wait already, or the loop is stopping or has failed.
-            Revoked: the tenant is gone.
-            ArgosyError: as `Engine.prepare`.
+            Overloaded: too many sequences are already waiting, or the loop is stopping or has failed.
+            Revoked: the tenant was revoked.
+            ArgosyError: what `Engine.prepare` raises.
         """
         request = Request(
             self._engine.prepare(prompt, params, num_answers=num_answers, tenant=tenant), on_event
@@ -163,7 +162,9 @@ class EngineLoop:
             if self._has_failed:
                 raise _failed()
             if self._is_stopping:
-                raise Overloaded("the engine is stopping, and takes no more", retry_after_s=_RETRY_STOPPING_S)
+                raise Overloaded(
+                    "the engine is stopping and takes no new requests", retry_after_s=_RETRY_STOPPING_S
+                )
             if tenant in self._revoked:
                 raise _revoked()
             self._engine.require_room(num_answers, num_live=self._num_live)
@@ -173,20 +174,20 @@ class EngineLoop:
         return request
 
     def cancel(self, request: Request) -> None:
-        """End a request before the next step; harmless when it has ended. Its last events come from the thread."""
+        """End a request before the next step; does nothing once it has ended. The thread sends its last events."""
         with self._changed:
             self._cancelled.append(request)
             self._changed.notify_all()
 
     def revoke(self, tenant: str) -> None:
-        """A tenant is gone for good: before the next step its requests end, and what was kept of it is forgotten."""
+        """Remove a tenant for good: before the next step its requests end, and everything kept of it is forgotten."""
         with self._changed:
             self._revoked.add(tenant)
             self._to_forget.append(tenant)
             self._changed.notify_all()
 
     def snapshot(self) -> LoopFacts:
-        """What runs, as of the last step or so; never waits for one."""
+        """Facts as of about the last step, without waiting for one."""
         now = self._clock()
         samples = [sample for sample in list(self._samples) if now - sample[0] <= RATE_SECONDS]
         rates = [0.0, 0.0, 0.0]
@@ -206,13 +207,13 @@ class EngineLoop:
         )
 
     def drain(self, timeout_s: float) -> bool:
-        """Take no more, and wait until all that runs has ended. False: it has not within `timeout_s`."""
+        """Accept no new requests and wait until all running ones end. Returns False if `timeout_s` passes first."""
         with self._changed:
             self._is_stopping = True
             return self._changed.wait_for(lambda: not self._num_live, timeout_s)
 
     def close(self) -> None:
-        """Cancel what runs and end the thread; harmless the second time."""
+        """Cancel running requests and end the thread. Closing twice is harmless."""
         with self._changed:
             self._is_stopping = self._is_closing = True
             self._changed.notify_all()
@@ -238,7 +239,7 @@ class EngineLoop:
             self._report(failure)
 
     def _turn(self) -> bool:
-        """Take, step and deliver once; returns False when the loop is to end. A failure ends the requests that run."""
+        """Take, step and deliver once. Returns False when the loop should end. A failure ends all running requests."""
         error: Exception | None = None
         try:
             if not self._take():
@@ -255,7 +256,7 @@ class EngineLoop:
         return True
 
     def _endure(self, error: Exception) -> None:
-        """Go on after a failure outside any one request, unless the loop does nothing but fail."""
+        """Continue after a failure outside any one request, unless every idle round fails."""
         self._report(error)
         for request in self._live:
             self._cancel(request)
@@ -269,7 +270,7 @@ class EngineLoop:
             self._changed.wait(_AFTER_FAILURE_S)
 
     def _end(self, failure: BaseException | None) -> None:
-        """End every request before the thread exits, so that no caller waits for an answer that will not come."""
+        """End every request before the thread exits, so that no caller waits for an answer that never comes."""
         with self._changed:
             self._is_stopping = True
             self._has_failed = failure is not None
@@ -281,7 +282,7 @@ class EngineLoop:
         self._gather_facts()
 
     def _take(self) -> bool:
-        """Wait for something to do, and let new requests in and cancelled ones out. False: the loop is to end."""
+        """Wait for work, then add new requests and remove cancelled ones. Returns False when the loop should end."""
         with self._changed:
             while not (self._inbox or self._cancelled or self._to_forget or self._live or self._is_closing):
                 if not self._engine.is_writing:
@@ -324,10 +325,9 @@ class EngineLoop:
                 self._report(error)
 
     def _deliver(self, error: Exception | None) -> None:
-        """Tell every request what became of it in the last step; `error` is what ended those that ran.
+        """Report to every request the outcome of the last step; `error` is the failure that ended the running ones.
 
-        A sequence that was cancelled and still has no result has none to come: it never got into the engine, or its end
-        failed.
+        A cancelled sequence without a result will never get one: it never entered the engine, or ending it failed.
         """
         num_ended = 0
         for request in self._live:
@@ -354,7 +354,7 @@ class EngineLoop:
         total = len(sequence.prompt_ids)
         processed = min(sequence.num_computed, total)
         if sequence.first_token_at is not None:
-            processed = total  # of one that has finished nothing is left in memory
+            processed = total  # a finished sequence no longer holds its blocks
         if processed > request._told[answer]:
             request._told[answer] = processed
             self._tell(request, PromptProgress(answer, processed, total, sequence.cached_tokens or 0))
@@ -376,7 +376,7 @@ class EngineLoop:
         self._facts_at = now
         try:
             self._facts = self._engine.facts()
-        except Exception as error:  # who watches sees what was true before
+        except Exception as error:  # observers see the previous facts
             self._report(error)
             return
         totals = self._facts.totals
@@ -398,15 +398,15 @@ def _no_result(sequence: Sequence) -> Result:
 
 
 def _as_told(error: Exception) -> ArgosyError:
-    """The error that callers get: the message of any other exception could quote the prompt."""
+    """The error for callers: any other exception's message could quote the prompt."""
     return error if isinstance(error, ArgosyError) else ArgosyError("the step failed")
 
 
 def _failed() -> Overloaded:
     return Overloaded(
-        "the engine has failed, and takes no more",
+        "the engine has failed and takes no new requests",
         retry_after_s=_RETRY_STOPPING_S,
-        hint="start the server again",
+        hint="restart the server",
     )
 
 

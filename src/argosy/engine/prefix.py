@@ -1,17 +1,16 @@
-"""Find again what was computed of a prompt's beginning: KV blocks, recurrent state, files.
+"""Reuse what was computed for a prompt's prefix: KV blocks, recurrent state, files.
 
-    tokens of full blocks  ->  chain of keyed hashes  ->  blocks in memory, then files, then what has to be computed
+    tokens of full blocks  ->  chain of keyed hashes  ->  blocks in memory, then in files; the rest is computed
 
-Full KV blocks are known by a keyed BLAKE3 of the tenant's secret, the model and all tokens up to their end, and every
-token is compared when one is found: a hash alone is trusted with nothing. Keys and values follow from the tokens before
-them, whatever chunks they came in, so an answer behind a found beginning has the bits it has without. Nothing is found
-across tenants.
+A full KV block is identified by a keyed BLAKE3 of the tenant's secret, the model and all tokens up to its end. On a hit
+every token is compared, so no hash is trusted alone. Keys and values depend only on the tokens before them, not on the
+chunks they came in, so an answer has the same bits with a reused prefix as without. Tenants never share prefixes.
 
-Where layers have a recurrent state, a beginning is of use only where a snapshot was taken: behind the last full block
-of a longer prompt, where prompts were seen to part, and every SNAPSHOT_TOKENS of an answer.
+Where layers have a recurrent state, a prefix is usable only up to a snapshot. Snapshots are taken after the last full
+block of a longer prompt, where prompts were seen to diverge, and every SNAPSHOT_TOKENS of an answer.
 
-Elsewhere: who holds which block is `kv_cache.py`; slots of snapshots are `recurrent_state.py`; files are
-`prefix_files.py`; who runs is `scheduler.py`.
+Elsewhere: `kv_cache.py` tracks who holds which block; `recurrent_state.py` has the snapshot slots; `prefix_files.py`
+has the files; `scheduler.py` chooses the running sequences.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ from argosy.engine.recurrent_state import StateSlots
 if TYPE_CHECKING:
     from argosy.engine.sequence import Sequence
 
-# A snapshot behind the last full block makes a step of its own of the tokens that follow, so short prompts have none.
+# A snapshot after the last full block puts the tokens after it in a step of their own, so short prompts take none.
 SNAPSHOT_PROMPT_TOKENS = 256
-SNAPSHOT_TOKENS = 64  # of an answer between two snapshots, of which the last stays
-CLOSE_SECONDS = 10.0  # what is not written by then is computed again
+SNAPSHOT_TOKENS = 64  # answer tokens between two snapshots; only the last snapshot is kept
+CLOSE_SECONDS = 10.0  # files not written by then are dropped, and their prompts computed again
 
 
 class BlockMemory(Protocol):
-    """The bytes of KV blocks: `_native.KvCache`, or what a test has instead."""
+    """The bytes of KV blocks: `_native.KvCache`, or a test's replacement."""
 
     def copy_out(self, block: int, to: NDArray[np.uint8]) -> None: ...
 
@@ -54,7 +53,7 @@ class BlockMemory(Protocol):
 
 
 class Chain:
-    """The contents of a sequence's full blocks, hashed as far as somebody asked."""
+    """The contents of a sequence's full blocks, hashed on demand."""
 
     def __init__(self, tenant: str, key: bytes, beginning: bytes, block_tokens: int) -> None:
         self._tenant = tenant
@@ -64,7 +63,7 @@ class Chain:
         self._contents: list[BlockContent] = []
 
     def contents(self, sequence: Sequence, count: int) -> list[BlockContent]:
-        """Of the first `count` blocks, or more; all their tokens are known."""
+        """Contents of at least the first `count` blocks, whose tokens must all be known."""
         known, size = len(self._contents), self._block_tokens
         if known < count:
             token_ids = sequence.tokens_from(known * size, (count - known) * size)
@@ -79,28 +78,28 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """What there is of a sequence's beginning."""
+    """The known prefix of a sequence."""
 
-    contents: list[BlockContent]  # of all blocks that may be used, and of those behind
-    blocks: list[int]  # in memory, to be used
-    num_matching: int  # blocks in memory; more than those used where a snapshot is missing
-    num_usable: int  # blocks in memory and in files
-    num_blocks: int  # of the sequence that may be used at all
+    contents: list[BlockContent]  # of all blocks that may be reused, and of any known after them
+    blocks: list[int]  # blocks in memory to reuse
+    num_matching: int  # matching blocks in memory; more than are reused where a snapshot is missing
+    num_usable: int  # usable blocks in memory and in files
+    num_blocks: int  # blocks of the sequence that may be reused at all
 
     @property
     def next_key(self) -> bytes | None:
-        """The first block that is not in memory; None where all are."""
+        """Key of the first block that is not in memory; None where all are."""
         return self.contents[self.num_matching].key if self.num_matching < self.num_blocks else None
 
 
 class PrefixCache:
-    """What every sequence finds when it starts, and leaves for others.
+    """Finds a sequence's prefix when it starts, and keeps its blocks for others.
 
     Args:
-        kv: bytes of the blocks.
-        secret, identity: 32 bytes each; what contents are hashed with, and what stands for the model.
-        states: slots of the recurrent state; None where no layer has one.
-        files: where prompts outlive the process; None: nowhere.
+        kv: the bytes of the blocks.
+        secret, identity: 32 bytes each; the hash key of contents, and the identity of the model.
+        states: slots for the recurrent state; None where no layer has one.
+        files: keeps prefixes across restarts; None: they are not kept.
         is_on: False finds nothing and keeps nothing.
     """
 
@@ -128,10 +127,10 @@ class PrefixCache:
         key = tenant_key(self._secret, tenant)
         return Chain(tenant, key, blake3(self._identity, key=key).digest(), self._blocks.block_tokens)
 
-    # ── the beginning of a sequence ─────────────────────────────────────────────────────────────────────────────
+    # ── starting a sequence ─────────────────────────────────────────────────────────────────────────────────────
 
     def find(self, sequence: Sequence) -> Prefix:
-        """The longest beginning that can be used; at least the last token is left to compute."""
+        """The longest usable prefix; at least the last token remains to be computed."""
         limit = sequence.reuse_limit // self._blocks.block_tokens if self._is_on else 0
         contents = sequence.chain.contents(sequence, limit)
         blocks: list[int] = []
@@ -149,9 +148,9 @@ class PrefixCache:
         return Prefix(contents, blocks[:usable], num_matching, usable, limit)
 
     def begin(self, sequence: Sequence, prefix: Prefix) -> None:
-        """Let a sequence, which holds the blocks of `prefix` and others behind, go on from there.
+        """Start a sequence, which holds the blocks of `prefix` and its own after them, at the end of the prefix.
 
-        What has to come from files is `load`'s work, and until then the sequence cannot run.
+        If blocks must come from files, `load` brings them, and the sequence cannot run until then.
         """
         size = self._blocks.block_tokens
         sequence.loading = None
@@ -175,10 +174,10 @@ class PrefixCache:
             sequence.cached_tokens = sequence.num_computed
 
     def load(self, sequence: Sequence, max_blocks: int) -> bool:
-        """Bring some of what `sequence.loading` names from files.
+        """Load some of the blocks in `sequence.loading` from files.
 
         Returns:
-            False: a file that a recurrent state needs is gone, so the sequence has to begin anew.
+            False if a file that the recurrent state needs is gone, so the sequence has to start again.
         """
         files, wanted = self._files, sequence.loading
         assert files is not None
@@ -190,7 +189,7 @@ class PrefixCache:
                 if payload is None:
                     if self._states is not None:
                         return False
-                    wanted = now = range(index, index)  # the rest is computed
+                    wanted = now = range(index, index)  # the other blocks are computed
                     break
                 self._kv.copy_in(sequence.blocks[index], payload)
                 self._blocks.keep(sequence.blocks[index], contents[index])
@@ -210,7 +209,7 @@ class PrefixCache:
         return True
 
     def copy_beginning(self, source: Sequence, sequence: Sequence) -> None:
-        """Let a sequence, which has a block of its own behind the full ones it shares, stand where another stands."""
+        """Move a sequence to another's position; it shares the full blocks and has its own block after them."""
         num_full, num_more = divmod(source.num_computed, self._blocks.block_tokens)
         if num_more:
             self._kv.copy_block(source.blocks[num_full], sequence.blocks[num_full])
@@ -220,10 +219,10 @@ class PrefixCache:
             self._states.state.copy_slot(source.state_slot, sequence.state_slot)
         sequence.num_computed = sequence.cached_tokens = source.num_computed
 
-    # ── what it leaves ──────────────────────────────────────────────────────────────────────────────────────────
+    # ── keeping blocks ──────────────────────────────────────────────────────────────────────────────────────────
 
     def grown(self, sequence: Sequence, before: int) -> None:
-        """Keep the blocks that became full since `before` tokens, and the state if it is wanted here."""
+        """Keep the blocks that became full since `before` tokens, and a snapshot if one is wanted here."""
         if not self._is_on:
             return
         size, at = self._blocks.block_tokens, sequence.num_computed
@@ -244,7 +243,7 @@ class PrefixCache:
             self._write_prompt(sequence, contents)
 
     def want_snapshot(self, sequence: Sequence, contents: list[BlockContent]) -> None:
-        """Take a snapshot where `sequence`, whose prompt is being computed, parts from the beginning of another."""
+        """Plan a snapshot where the prompt of `sequence`, now being computed, diverges from another's prefix."""
         if self._states is None or not self._is_on:
             return
         own = sequence.chain.contents(sequence, 0)
@@ -256,7 +255,7 @@ class PrefixCache:
         sequence.snapshots_at.add(shared * self._blocks.block_tokens)
 
     def forget(self, tenant: str) -> None:
-        """Forget what is left of a tenant, in memory and in files."""
+        """Forget everything kept of a tenant, in memory and in files."""
         self._to_write = deque(item for item in self._to_write if item[1].tenant != tenant)
         self._blocks.forget(tenant)
         if self._files is not None:
@@ -267,7 +266,7 @@ class PrefixCache:
         return bool(self._to_write)
 
     def write_some(self) -> bool:
-        """Hand files to the thread that writes them, as far as it has a hand free. False: there is more to write."""
+        """Hand files to the writer thread while it is free. Returns False if there is more to write."""
         while self._to_write:
             if not self._offer(*self._to_write[0]):
                 return False
@@ -275,7 +274,7 @@ class PrefixCache:
         return True
 
     def close(self) -> None:
-        """Write what is still to be written, for CLOSE_SECONDS at most, and let go of the files."""
+        """Write the remaining files, for at most CLOSE_SECONDS, and close them."""
         if self._files is not None:
             until = monotonic() + CLOSE_SECONDS
             while not self.write_some() and monotonic() < until:
@@ -293,7 +292,7 @@ class PrefixCache:
 
     def _snapshots_at(self, sequence: Sequence, prefix: Prefix) -> set[int]:
         size = self._blocks.block_tokens
-        wanted = {prefix.num_matching * size}  # more was known than could be used: this is where prompts part
+        wanted = {prefix.num_matching * size}  # more was known than could be used: prompts diverge here
         if sequence.prefill_until >= SNAPSHOT_PROMPT_TOKENS:
             wanted.add((sequence.prefill_until - 1) // size * size)
         return {at for at in wanted if at > prefix.num_usable * size}
@@ -320,14 +319,14 @@ class PrefixCache:
         assert self._files is not None
         num_full = len(sequence.prompt_ids) // self._blocks.block_tokens
         if num_full * self._files.file_bytes("kv") > self._files.max_bytes // 2:
-            return  # its own end would drive out its beginning
+            return  # its later blocks would drive out its first ones
         for content in contents[:num_full]:
             self._to_write.append(("kv", content))
             if self._states is not None and self._states.has_snapshot(content.key):
                 self._to_write.append(("state", content))
 
     def _offer(self, kind: Kind, content: BlockContent) -> bool:
-        """Hand one file to the thread; also done if the content has left memory meanwhile."""
+        """Hand one file to the writer thread. Returns True as well if the content has left memory meanwhile."""
         files, states = self._files, self._states
         assert files is not None
         if kind == "state":
@@ -343,10 +342,10 @@ class PrefixCache:
 
 
 def identify(files: ModelFiles, *others: object) -> bytes:
-    """32 bytes that stand for a model, the arithmetic, and whatever else its keys and values depend on.
+    """32 bytes that identify a model, its arithmetic, and whatever else its keys and values depend on.
 
-    A file is known by its name, size and time of change, our kernels' too: reading a terabyte to hash it would take
-    longer than what is to be saved.
+    A file is identified by its name, size and modification time, including our kernels: hashing a terabyte would take
+    longer than reuse saves.
     """
     pieces = [piece for record in files.experts.values() for piece in record.pieces]
     paths = {str(ref.path) for ref in files.dense.values()} | {str(piece.path) for piece in pieces}

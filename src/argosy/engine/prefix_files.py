@@ -1,19 +1,19 @@
-"""Keys and values of prompts in files, so that a prompt need not be computed again by the next process.
+"""Keys and values of prompts in files, so that the next process need not compute a prompt again.
 
     <kv dir>/secret                        32 random bytes; all names and checksums are keyed with them
     <kv dir>/<tenant>/<content>.kv         a KV block
-    <kv dir>/<tenant>/<content>.state      the recurrent state behind it
+    <kv dir>/<tenant>/<content>.state      the recurrent state after it
 
-A file is a header, the bytes, and a keyed BLAKE3 of both. It is written under another name and renamed when whole. It
-is used if every field is as expected: version, model and format, tokens, tenant, age, checksum. A file that is damaged,
-cut off, too old or another's is removed and never trusted; its prompt is computed. A file that cannot be read at the
-moment stays. Files that were not used for longest go when there are too many bytes. A drive that is full or refuses
-costs nothing but the reuse.
+A file is a header, the payload, and a keyed BLAKE3 of both. It is written under a temporary name and renamed when
+complete. It is used only if every field is as expected: version, model and format, tokens, tenant, age, checksum. A
+file that is damaged, truncated, too old or from another model is removed and never trusted; its prompt is computed. A
+file that cannot be read at the moment stays. When files exceed the size limit, the least recently used are removed. If
+the drive is full or fails, only reuse is lost.
 
-What lies here tells what was said: directories are 0700, files 0600, and names are hashes that nobody can make without
-the secret. A thread writes; others read ahead of the caller, as many at once as keep a drive busy.
+These files reveal prompts: directories have mode 0700, files 0600, and names are hashes that cannot be made without the
+secret. One thread writes; others read ahead of the caller, enough of them to keep a drive busy.
 
-Elsewhere: which contents are worth a file is `prefix.py`'s decision.
+Elsewhere: `prefix.py` decides which contents to keep in files.
 """
 
 from __future__ import annotations
@@ -51,26 +51,32 @@ VERSION = 1
 SECRET_BYTES = 32
 Kind = Literal["kv", "state"]
 
-# magic, version, kind, unix time, bytes of the payload, model and format, parent, key; then the tokens
+# magic, version, kind, unix time, payload bytes, model and format, parent, key; then the tokens
 _HEADER = struct.Struct("<8sIIdQ32s32s32s")
-_HEADER_BYTES, _MAC_BYTES = 4096, 32  # a payload begins where memory pages do
+_HEADER_BYTES, _MAC_BYTES = 4096, 32  # the payload starts at a page boundary
 _MAGIC = b"ARGOSYKV"
 _KINDS: dict[Kind, int] = {"kv": 0, "state": 1}
 _NAME = re.compile(r"[0-9a-f]{64}\.(kv|state)")
 _TENANT = re.compile(r"[0-9a-f]{32}")
-_READERS = 4  # threads: alone on a drive two are enough; beside reads of experts four get a third more of it
-# One more than is under way: somebody looks into it, or fills it.
+_READERS = (
+    4  # threads: two saturate an idle drive; beside expert reads, four get a third more of its bandwidth
+)
+# One more than are in flight: the caller uses one, or fills it.
 _READ_BUFFERS, _WRITE_BUFFERS = _READERS + 1, 2
 _PAGE_BYTES = 4096
-_NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # it is gone, or a link that we did not make
+_NO_SUCH_FILE = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ELOOP,
+)  # the file is gone, or is a link that we did not make
 _SWEEP_SECONDS = 60.0
-_REST_SECONDS = 60.0  # after a write that failed
+_REST_SECONDS = 60.0  # pause in writing after a failed write
 
 Bytes = NDArray[np.uint8]
 
 
 def buffer_bytes(block_bytes: int, state_bytes: int) -> int:
-    """What a `PrefixFiles` takes of memory, the page cache of the file that is written included."""
+    """Memory that a `PrefixFiles` takes, including the page cache of the file being written."""
     longest = _buffer_bytes(max(block_bytes, state_bytes))
     return _reading_bytes(block_bytes, state_bytes) + (_WRITE_BUFFERS + 1) * longest
 
@@ -79,7 +85,7 @@ _Id = tuple[bytes, Kind]  # key of a content
 
 
 def tenant_key(secret: bytes, tenant: str) -> bytes:
-    """What everything of one tenant is hashed with."""
+    """The hash key for everything of one tenant."""
     return blake3(b"argosy tenant\0" + tenant.encode(), key=secret).digest()
 
 
@@ -90,7 +96,7 @@ class _File(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """The payload of a file, or None if it cannot be used now. `is_bad`: it can never be used, so remove it."""
+    """The payload of a file, or None if it cannot be used now. `is_bad` means never usable: remove the file."""
 
     payload: Bytes | None
     is_bad: bool
@@ -99,20 +105,20 @@ class _Found(NamedTuple):
 class _Job(NamedTuple):
     id: _Id
     file: _File
-    key: bytes  # of the checksum
+    key: bytes  # for the checksum
     buffer: Bytes  # header, payload, and room for the checksum
 
 
 class PrefixFiles:
-    """The files of one model's engine; one process at a time uses a directory.
+    """The files of one model's engine. Only one process at a time may use a directory.
 
     Args:
-        identity: 32 bytes that stand for the model, the format of keys and values, and the arithmetic.
-        block_bytes: of a KV block.   state_bytes: of a recurrent state; 0 where no layer has one.
+        identity: 32 bytes that identify the model, the format of keys and values, and the arithmetic.
+        block_bytes: size of a KV block.   state_bytes: size of a recurrent state; 0 where no layer has one.
         clock: seconds since 1970.
 
     Raises:
-        UsageError: the directory is another's, open to others, or in use by another process.
+        UsageError: the directory is not ours, is open to other users, or is in use by another process.
     """
 
     def __init__(
@@ -129,8 +135,8 @@ class PrefixFiles:
         self._payload_bytes: dict[Kind, int] = {"kv": block_bytes, "state": state_bytes}
         self._clock = clock
         self._root = config.path
-        self._lock = threading.Lock()  # of _files and _num_bytes
-        self._files: OrderedDict[_Id, _File] = OrderedDict()  # not used for longest first
+        self._lock = threading.Lock()  # guards _files and _num_bytes
+        self._files: OrderedDict[_Id, _File] = OrderedDict()  # least recently used first
         self._num_bytes = 0
         self._tenant = functools.lru_cache(maxsize=1024)(self._find_tenant)
         self._rests_until = 0.0
@@ -143,7 +149,7 @@ class PrefixFiles:
         except OSError:
             os.close(self._held)
             raise UsageError(
-                f"{self._root} is in use by another process", hint="give each engine a --kv-dir of its own"
+                f"{self._root} is in use by another process", hint="give each engine its own --kv-dir"
             ) from None
         try:
             self.secret = _read_secret(self._root / "secret")
@@ -160,7 +166,7 @@ class PrefixFiles:
 
     @property
     def num_bytes(self) -> int:
-        """Of all files."""
+        """Total size of all files."""
         return self._num_bytes
 
     @property
@@ -171,13 +177,13 @@ class PrefixFiles:
         return _file_bytes(self._payload_bytes[kind])
 
     def has(self, kind: Kind, content: BlockContent) -> bool:
-        """Whether there is a file; whether it can be trusted shows when it is read."""
+        """Whether there is a file. Only reading it shows whether it can be trusted."""
         return (content.key, kind) in self._files
 
     def read(self, kind: Kind, contents: Sequence[BlockContent]) -> Generator[Bytes | None, None, None]:
-        """The payload of each file, in order; None: there is no file to be trusted.
+        """Yield the payload of each file in order, or None where there is no trusted file.
 
-        The next ones are read while the caller looks at one, which stays as it is until the next is asked for.
+        The next files are read while the caller uses one. A payload stays valid until the next one is requested.
         """
         waiting, free = deque(contents), self._read_buffers(kind)
         under_way: deque[tuple[BlockContent, Bytes, Future[_Found]]] = deque()
@@ -197,7 +203,7 @@ class PrefixFiles:
             wait(future for _, _, future in under_way)
 
     def _read_buffers(self, kind: Kind) -> list[Bytes]:
-        """The room for reading, cut for files of this kind: many blocks at once, of large states one."""
+        """The reading memory, divided into buffers for this kind: several for blocks, one for a large state."""
         size = _buffer_bytes(self._payload_bytes[kind])
         count = min(_READ_BUFFERS, len(self._reading) // size)
         return [self._reading[at * size : (at + 1) * size] for at in range(count)]
@@ -211,10 +217,10 @@ class PrefixFiles:
                 self._files.move_to_end(id)
 
     def offer(self, kind: Kind, content: BlockContent, fill: Callable[[Bytes], None]) -> bool:
-        """Write a file, if the thread has a hand free: `fill` is then called with room for the payload.
+        """Write a file if the thread is free: `fill` is then called with a buffer for the payload.
 
         Returns:
-            False: not now; come back later.
+            False if the thread is busy; try again later.
         """
         now = self._clock()
         if self.has(kind, content) or now < self._rests_until:
@@ -232,11 +238,11 @@ class PrefixFiles:
         return True
 
     def forget(self, tenant: str) -> None:
-        """Find no file of a tenant any more; the thread removes them, behind those that it was given to write."""
+        """Hide a tenant's files at once; the thread removes them after the writes it has already accepted."""
         self._forget(self._tenant(tenant)[1])
 
     def forget_others(self, tenants: Collection[str]) -> None:
-        """The same for all tenants but these."""
+        """Forget all tenants except these."""
         known = {self._tenant(tenant)[1] for tenant in tenants}
         for directory in self._tenant_directories():
             if directory not in known:
@@ -260,7 +266,7 @@ class PrefixFiles:
             ]
 
     def close(self) -> None:
-        """Write what was accepted, and let go of the directory; harmless the second time."""
+        """Write the accepted files and release the directory. Closing twice is harmless."""
         if self._held < 0:
             return
         self._jobs.put(None)
@@ -286,10 +292,10 @@ class PrefixFiles:
     # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _read(self, kind: Kind, content: BlockContent, buffer: Bytes) -> _Found:
-        """One file into `buffer`; a reader's work."""
+        """Read one file into `buffer`; runs in a reader thread."""
         try:
             is_whole = _read_into(self._path(kind, content), self.file_bytes(kind), buffer)
-        except OSError as error:  # too many open files, or a drive that fails: the file itself may be good
+        except OSError as error:  # too many open files, or a failing drive: the file itself may be good
             return _Found(None, is_bad=error.errno in _NO_SUCH_FILE)
         payload = self._checked(kind, content, buffer) if is_whole else None
         return _Found(payload, is_bad=payload is None)
@@ -309,14 +315,14 @@ class PrefixFiles:
         return whole[_HEADER_BYTES:-_MAC_BYTES]
 
     def _scan(self) -> None:
-        """Find what an earlier process left, the oldest first, and remove what is nobody's."""
+        """Find files of earlier processes, oldest first, and remove files that are not ours."""
         found: list[tuple[_Id, _File]] = []
         for directory in self._tenant_directories():
             with os.scandir(directory) as entries:
                 for entry in entries:
                     path = Path(entry.path)
                     if not _NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
-                        _unlink(path)  # a write that was cut off
+                        _unlink(path)  # an interrupted write
                         continue
                     key, _, kind = entry.name.partition(".")
                     facts = entry.stat(follow_symlinks=False)
@@ -337,13 +343,13 @@ class PrefixFiles:
                 job = self._jobs.get(timeout=_SWEEP_SECONDS)
                 if job is None:
                     return
-            if isinstance(job, Path):  # a tenant's, forgotten
+            if isinstance(job, Path):  # the directory of a forgotten tenant
                 self._drop(job)
                 shutil.rmtree(job, ignore_errors=True)
             elif job is not None:
                 try:
                     self._write(job)
-                except OSError:  # no room, or no drive: the next process computes what it wants to know
+                except OSError:  # no space, or no drive: the next process computes these prompts again
                     self._rests_until = self._clock() + _REST_SECONDS
                 finally:
                     self._writable.put(job.buffer)
@@ -372,12 +378,12 @@ class PrefixFiles:
             _unlink(temporary)
             raise
         with self._lock:
-            before = self._files.pop(job.id, None)  # two prompts with the same beginning
+            before = self._files.pop(job.id, None)  # two prompts had the same prefix
             self._num_bytes += file.nbytes - (before.nbytes if before is not None else 0)
             self._files[job.id] = file
 
     def _sweep(self, *, room_for: int = 0) -> None:
-        """Remove files that are too old, and those not used for longest while there are too many bytes."""
+        """Remove files that are too old, then the least recently used ones until the size limit holds."""
         with self._lock:
             oldest = self._clock() - self._config.ttl_s
             for id, file in [item for item in self._files.items() if item[1].written_at < oldest]:
@@ -397,7 +403,7 @@ def _file_bytes(payload_bytes: int) -> int:
 
 
 def _mac(key: bytes, whole: Bytes) -> bytes:
-    """Checksum of a file without its last bytes, which hold it."""
+    """Checksum of a file, computed over all but its last bytes, which hold it."""
     return blake3(whole.data[:-_MAC_BYTES], key=key).digest()
 
 
@@ -410,12 +416,12 @@ def _reading_bytes(block_bytes: int, state_bytes: int) -> int:
 
 
 def _aligned(nbytes: int) -> Bytes:
-    """Room for files, aligned as direct reads want it."""
+    """A buffer aligned for direct reads."""
     return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
 
 
 def _read_into(path: Path, size: int, buffer: Bytes) -> bool:
-    """Read a file past the page cache, which is charged to the budget. False: it has another size."""
+    """Read a file without the page cache, which is charged to the budget. Returns False if its size differs."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags | os.O_DIRECT)
@@ -433,21 +439,21 @@ def _unlink(path: Path) -> None:
 
 
 def _make_private(directory: Path) -> None:
-    """Make the directory, or see that it is ours alone."""
+    """Create the directory, or check that only we can access it."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = directory.lstat()
     except OSError as error:
-        raise UsageError(f"{directory} cannot be used for prompts: {error.strerror}") from None
+        raise UsageError(f"{directory} cannot be used as --kv-dir: {error.strerror}") from None
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
         raise UsageError(
-            f"{directory} is to hold prompts, and others can look into it",
-            hint=f"`chmod 700 {directory}`, or name a directory that is not there yet",
+            f"{directory} would hold prompts, but other users can access it",
+            hint=f"run `chmod 700 {directory}`, or name a directory that does not exist yet",
         )
 
 
 def _read_secret(path: Path) -> bytes:
-    """Read the secret of a directory that this process has locked; make a new one if it has none."""
+    """Read the secret of a directory that this process has locked; create one if there is none."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -455,7 +461,7 @@ def _read_secret(path: Path) -> bytes:
     with open(descriptor, "rb", buffering=0) as file:
         if os.fstat(file.fileno()).st_mode & 0o077:
             raise UsageError(
-                f"{path} can be read by others", hint="remove it; files made with it are then useless"
+                f"{path} can be read by others", hint="remove it; files made with it become useless"
             )
         secret = file.read(SECRET_BYTES + 1)
     if not secret:
@@ -466,7 +472,7 @@ def _read_secret(path: Path) -> bytes:
 
 
 def _write_secret(path: Path) -> bytes:
-    """Make a new secret, and have it on the drive before anything is written with it."""
+    """Create a secret, and have it on the drive before anything is written with it."""
     secret = os.urandom(SECRET_BYTES)
     replace(path, secret)
     return secret

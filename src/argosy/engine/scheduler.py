@@ -1,20 +1,20 @@
-"""Which tokens run in the next step, and who waits.
+"""Chooses the tokens of the next step, and the sequences that wait.
 
     submitted -> waiting -> prefill, chunk by chunk -> decode, a token in every step -> finished
                     ^                                     |
-                    └─────── put back: its blocks are needed ──┘
+                    └── preempted: its blocks are needed ─┘
 
-- Every sequence that decodes gets its one token in every step. Prompts share the chunk: tenants in equal parts, and
-  those of a tenant in the order in which they came. A chunk may take seconds while weights are streamed, so prompts get
-  about half of the time at most while others decode (`PromptTurns`).
-- A sequence is started when its tokens have KV blocks, and one more for every sequence that runs; it takes further
-  blocks one by one. When there are none left, the sequence that came last is put back: it gives up all it has and waits
-  again, to be computed from its tokens, so its answer is the same. The one that came first is never put back.
-- A sequence whose beginning another one is computing waits for it, instead of computing it a second time.
-- Of those that wait, the first of the tenant with the fewest running goes next. If there is no room for it, nobody
-  behind it passes, so it gets its turn.
+- Every decoding sequence gets its one token in every step. Prompts share the chunk: tenants in equal parts, and a
+  tenant's prompts in order of arrival. A chunk may take seconds while weights are streamed, so prompts get at most
+  about half of the time while others decode (`PromptTurns`).
+- A sequence starts when there are KV blocks for its tokens, plus one more for every running sequence; it takes further
+  blocks one by one. When none are left, the youngest sequence is preempted: it gives up everything and waits again, to
+  be recomputed from its tokens, so its answer is the same. The oldest one is never preempted.
+- A sequence whose prefix another one is computing waits for it instead of computing the prefix a second time.
+- Among waiting sequences, the first one of the tenant with the fewest running goes next. If there is no room for it,
+  none behind it may pass, so it gets its turn.
 
-Elsewhere: which beginnings are found is `prefix.py`; the batch is run by `engine.py`.
+Elsewhere: `prefix.py` finds prefixes; `engine.py` runs the batch.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ from argosy.engine.recurrent_state import StateSlots
 from argosy.engine.sequence import Sequence
 from argosy.model.batch import Batch
 
-# KV blocks of a prompt that come from files in one step: a moment's work while others wait for it, or some more.
+# KV blocks of a prompt loaded from files in one step: a moment's work if others wait for it, more otherwise.
 LOADED_BESIDE_OTHERS, LOADED_ALONE = 8, 128
-_SPARE_COLUMNS = 8  # of a block table: so many blocks can be added before a new one is made
+_SPARE_COLUMNS = 8  # of a block table: this many blocks can be added before a new table is made
 
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """A batch, and the sequences whose next token comes out of it (one per row of `batch.last_rows`)."""
+    """A batch, and the sequences that it produces a next token for (one per row of `batch.last_rows`)."""
 
     batch: Batch
     sequences: list[Sequence]  # rows of `batch.block_table`
-    counts: list[int] | None  # tokens of each; None: one of each, and all decode
+    counts: list[int] | None  # tokens of each sequence; None: one each, and all of them decode
     ready: list[Sequence]
 
 
 class PromptTurns:
-    """Gives prompts about half of the time at most while others decode.
+    """Gives prompts at most about half of the time while others decode.
 
-    What a step with prompt tokens took, beyond what a step without takes, is owed to those that decode: until steps
-    without prompts have made up for it, no prompt goes on.
+    A step with prompt tokens takes longer than one without. The difference is owed to the decoding sequences: no prompt
+    continues until steps without prompts have made up for it.
     """
 
     def __init__(self) -> None:
         self._owed_s = 0.0
-        self._decode_s = 0.0  # what the last step without prompts took
+        self._decode_s = 0.0  # duration of the last step without prompts
 
     @property
     def is_open(self) -> bool:
@@ -67,7 +67,7 @@ class PromptTurns:
     def count(self, seconds: float, *, num_prompt: int, num_decode: int) -> None:
         """Count a step."""
         if not num_decode:
-            self._owed_s = 0.0  # nobody was kept waiting
+            self._owed_s = 0.0  # no sequence was kept waiting
         elif num_prompt:
             self._owed_s += max(0.0, seconds - self._decode_s)
         else:
@@ -77,7 +77,7 @@ class PromptTurns:
 
 @dataclass(frozen=True, slots=True)
 class _Decoding:
-    """What stays the same from step to step while the same sequences decode, and no prompt is there."""
+    """Arrays that stay the same from step to step while the same sequences decode and there are no prompts."""
 
     sequences: list[Sequence]
     rows: NDArray[np.int32]  # 0, 1, 2 ...
@@ -100,11 +100,12 @@ class _Decoding:
 
 
 class Scheduler:
-    """
+    """Assigns batch tokens, KV blocks and state slots to sequences.
+
     Args:
-        blocks: the pool of KV blocks.   cache: beginnings that are known.
-        chunk_tokens: most prompt tokens in a step.   max_sequences: most sequences that run.
-        states: slots of the recurrent state; None where no layer has one.
+        blocks: the pool of KV blocks.   cache: known prefixes.
+        chunk_tokens: maximum prompt tokens in a step.   max_sequences: maximum running sequences.
+        states: slots for the recurrent state; None where no layer has one.
         clock: seconds, for `PromptTurns`.
     """
 
@@ -125,10 +126,10 @@ class Scheduler:
         self._max_sequences = max_sequences
         self._clock = clock
         self._turns = PromptTurns()
-        self._waiting: list[Sequence] = []  # in the order in which they came
+        self._waiting: list[Sequence] = []  # in order of arrival
         self._running: list[Sequence] = []  # likewise
         self._coming: dict[bytes, Sequence] = {}  # blocks that running prompts are about to compute
-        # Who did not fit, and how often room had been made then.
+        # The sequence that did not fit, and the number of block releases at that time.
         self._refused: tuple[Sequence, int] | None = None
         self._decoding = _Decoding.of([])
         self._began_at = 0.0
@@ -151,7 +152,7 @@ class Scheduler:
         insort(self._waiting, sequence, key=lambda one: one.number)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a finished or cancelled sequence out, and free all it has."""
+        """Remove a finished or cancelled sequence and free all it holds."""
         if sequence.leader is not None:
             sequence.leader.followers.remove(sequence)
             sequence.leader = None
@@ -162,13 +163,13 @@ class Scheduler:
             self._waiting.remove(sequence)
 
     def put_back(self, sequence: Sequence) -> None:
-        """Let a running sequence wait again, to be computed from its tokens."""
+        """Preempt a running sequence: it waits again, and is recomputed from its tokens."""
         self._stop(sequence)
         self.add(sequence)
         self.num_put_back += 1
 
     def next_batch(self) -> Scheduled:
-        """The next step's tokens; call only while `has_work`."""
+        """Returns the next step's tokens. Call it only while `has_work`."""
         self._began_at = self._clock()
         self._num_steps += 1
         while True:
@@ -183,10 +184,10 @@ class Scheduler:
                 prompts = self._share_chunk([one for one in self._running if self._can_prefill(one)])
             if decoding or prompts:
                 return self._gather([(one, 1) for one in decoding] + prompts)
-            assert self.has_work  # and all that runs comes from files
+            assert self.has_work  # and every running sequence is loading from files
 
     def committed(self, scheduled: Scheduled) -> None:
-        """Say that the tokens of a batch are computed: only now their keys and values count."""
+        """Record that a batch's tokens are computed: only now do their keys and values count."""
         size = self._blocks.block_tokens
         if scheduled.counts is None:
             for sequence in scheduled.sequences:
@@ -205,9 +206,9 @@ class Scheduler:
         self._turns.count(self._clock() - self._began_at, num_prompt=num_prompt, num_decode=num_decode)
 
     def failed(self, scheduled: Scheduled) -> None:
-        """Say that a batch was not computed. Its tokens can run again as if nothing had been.
+        """Record that a batch was not computed. Its tokens can run again as if nothing had happened.
 
-        Keys and values are written again where they were. A recurrent state that stands nowhere is given up.
+        Their keys and values will be written again in place. A sequence with an invalid recurrent state is preempted.
         """
         if self._states is not None:
             for sequence in scheduled.sequences:
@@ -216,10 +217,10 @@ class Scheduler:
                     self.put_back(sequence)
 
     def fork(self, leader: Sequence) -> list[Sequence]:
-        """Let those that wait for `leader` to compute their prompt go on from where it stands now.
+        """Let sequences that wait for `leader` to compute their prompt continue from its current position.
 
         Returns:
-            Those for which there is room. The others find the beginning when they are started.
+            The sequences for which there is room. The others find the prefix in the cache when they start.
         """
         return [one for one in self._release_followers(leader) if self._fork(leader, one)]
 
@@ -245,7 +246,7 @@ class Scheduler:
         self._cache.copy_beginning(leader, follower)
         return True
 
-    # ── who runs ────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── choosing sequences ──────────────────────────────────────────────────────────────────────────────────────
 
     def _start_waiting(self) -> None:
         while self._waiting and len(self._running) < self._max_sequences:
@@ -261,7 +262,7 @@ class Scheduler:
                 return
 
     def _choose_waiting(self) -> tuple[Sequence, Prefix] | None:
-        """The first of the tenant that has fewest running; on a tie, who came first."""
+        """The first sequence of the tenant with the fewest running; on a tie, the oldest."""
         running = Counter(one.tenant for one in self._running)
         best: tuple[int, Sequence, Prefix] | None = None
         seen: set[str] = set()
@@ -276,7 +277,7 @@ class Scheduler:
         return None if best is None else best[1:]
 
     def _find(self, sequence: Sequence) -> Prefix | None:
-        """What there is of a sequence's beginning; None while it waits for another to compute more of it."""
+        """The known prefix of a sequence, or None while it waits for another one to compute more of it."""
         if sequence.leader is not None or sequence.waits_for in self._coming:
             return None
         prefix = self._cache.find(sequence)
@@ -287,12 +288,12 @@ class Scheduler:
         return None
 
     def _start(self, sequence: Sequence, prefix: Prefix) -> bool:
-        """Let a waiting sequence run; False: there is no room."""
+        """Start a waiting sequence; returns False if there is no room."""
         blocks, states = self._blocks, self._states
         if states is not None and not states.num_free:
             return False
         num_more = blocks.blocks_for(sequence.num_tokens) - len(prefix.blocks)
-        num_left = len(self._running) + 1 if self._running else 0  # for everybody to grow by one
+        num_left = len(self._running) + 1 if self._running else 0  # so that every sequence can grow by one
         blocks.hold(prefix.blocks)
         if num_more + num_left > blocks.num_available:
             blocks.give_back(list(prefix.blocks))
@@ -309,9 +310,9 @@ class Scheduler:
         return True
 
     def _stop(self, sequence: Sequence) -> None:
-        """Take a running sequence out, and free all it has."""
+        """Stop a running sequence and free all it holds."""
         self._running.remove(sequence)
-        if sequence in self._decoding.sequences:  # its blocks will be others, if it runs again
+        if sequence in self._decoding.sequences:  # it gets different blocks if it runs again
             self._decoding = _Decoding.of([])
         self._has_come(sequence, len(sequence.blocks))
         self._blocks.give_back(sequence.blocks)
@@ -323,13 +324,13 @@ class Scheduler:
         sequence.snapshots_at.clear()
 
     def _has_come(self, sequence: Sequence, num_blocks: int) -> None:
-        """Nobody needs to wait any longer for the first blocks of a sequence."""
+        """Stop others from waiting for the first blocks of a sequence."""
         for content in sequence.chain.contents(sequence, 0)[:num_blocks]:
             if self._coming.get(content.key) is sequence:
                 del self._coming[content.key]
 
     def _load(self) -> None:
-        """Bring known beginnings from files, a part of each."""
+        """Load known prefixes from files, a part of each."""
         is_alone = all(one.loading is not None for one in self._running)
         at_once = LOADED_ALONE if is_alone else LOADED_BESIDE_OTHERS
         for sequence in list(self._running):
@@ -341,7 +342,7 @@ class Scheduler:
                 self._has_come(sequence, sequence.num_computed // self._blocks.block_tokens)
 
     def _grow(self) -> None:
-        """A block for the next token of each sequence that decodes; those that came last give up theirs if need be."""
+        """Give each decoding sequence a block for its next token; preempt the youngest sequences if none are left."""
         size = self._blocks.block_tokens
         for sequence in list(self._running):
             if sequence.is_prefilling or sequence.num_computed < len(sequence.blocks) * size:
@@ -361,13 +362,13 @@ class Scheduler:
             else:
                 self._decoding = _Decoding.of([])
 
-    # ── what runs ───────────────────────────────────────────────────────────────────────────────────────────────
+    # ── building batches ────────────────────────────────────────────────────────────────────────────────────────
 
     def _can_prefill(self, sequence: Sequence) -> bool:
         return sequence.is_prefilling and sequence.loading is None
 
     def _share_chunk(self, prompts: list[Sequence]) -> list[tuple[Sequence, int]]:
-        """How many tokens of each prompt run: tenants have equal parts, and nobody gets more than there is to do."""
+        """Number of tokens to run of each prompt: tenants get equal parts, and none gets more than it needs."""
         wanted: dict[Sequence, int] = {}
         for sequence in prompts:
             at = sequence.num_computed
@@ -386,7 +387,7 @@ class Scheduler:
         return shared
 
     def _decode(self) -> Scheduled:
-        """One token for every sequence: the step that has to cost nothing."""
+        """One token for every sequence. This step runs most often and must cost next to nothing."""
         if self._decoding.sequences != self._running:
             self._decoding = _Decoding.of(list(self._running))
         same, block_tokens = self._decoding, self._blocks.block_tokens
@@ -408,7 +409,7 @@ class Scheduler:
         return Scheduled(batch, same.sequences, None, same.sequences)
 
     def _gather(self, parts: list[tuple[Sequence, int]]) -> Scheduled:
-        """Chunks of prompts, beside one token for each sequence that decodes."""
+        """Chunks of prompts, plus one token for each decoding sequence."""
         block_tokens = self._blocks.block_tokens
         sequences, counts = [sequence for sequence, _ in parts], [count for _, count in parts]
         table = _block_table(sequences)
@@ -439,9 +440,9 @@ class Scheduler:
 
 
 def _equal_parts(wanted: Mapping[str, int], total: int, *, first: int) -> dict[str, int]:
-    """Divide `total` so that nobody gets more than is wanted, and the smallest part is as large as it can be.
+    """Divide `total` so that none gets more than it wants, and the smallest part is as large as possible.
 
-    What cannot be divided goes to those whose turn it is, by `first`.
+    The remainder goes to the names whose turn it is, by `first`.
     """
     parts: dict[str, int] = {}
     names = sorted(wanted)
