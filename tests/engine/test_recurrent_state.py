@@ -145,7 +145,7 @@ def test_a_step_that_fails_half_way_leaves_a_slot_that_stands_nowhere(
                 engine.step()
         assert states.state.position(slot) == -1
         assert states.num_free == engine.plan.num_states
-        with pytest.raises(ValueError, match="slot 0 is not whole: a step failed half-way"):
+        with pytest.raises(ValueError, match="slot 0 is invalid: a step failed midway"):
             states.snapshot(slot, b"here")
         assert engine.generate(PROMPT, GREEDY).token_ids == expected.token_ids
 

@@ -1,4 +1,4 @@
-"""What an engine tells those who watch it: numbers, and nothing that anyone said."""
+"""Facts about an engine for monitoring: numbers only, nothing that anyone said."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from argosy.engine.ledger import Ledger
 
-WINDOW_TOKENS = 256  # which experts a few tokens chose would reveal them
+WINDOW_TOKENS = 256  # the experts chosen by only a few tokens would reveal them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,26 +21,25 @@ class EngineFacts:
 
     num_running: int
     num_waiting: int
-    num_put_back: int  # how often a sequence had to give up its KV blocks, to be computed again
-    kv_blocks: int  # the three below, together
-    kv_blocks_held: int  # by sequences that run
-    kv_blocks_kept: int  # by nobody, with beginnings that may be found
+    num_put_back: int  # how often a sequence was preempted
+    kv_blocks: int  # held, kept and free together
+    kv_blocks_held: int  # by running sequences
+    kv_blocks_kept: int  # held by no sequence, and kept in the prefix cache
     kv_blocks_free: int
     states_held: int
     states_free: int
     snapshots: int  # of the recurrent state
-    num_experts: int  # routed experts of all layers
-    expert_slots: int  # of them, so many can be in memory
-    num_resident: int  # of them, so many are in memory now
-    file_bytes: int  # of prompts that outlive the process
+    num_experts: int  # routed experts in all layers
+    expert_slots: int  # number of experts that fit in memory
+    num_resident: int  # number of experts in memory now
+    file_bytes: int  # size of the prefix files
     tokens_run: int  # of prompts and answers
     totals: Ledger
-    memory: tuple[tuple[str, int, str], ...]  # what, bytes, note: the memory plan
+    memory: tuple[tuple[str, int, str], ...]  # the memory plan: label, bytes, note
     budget_bytes: int
-    expert_uses: (
-        NDArray[np.int64] | None
-    )  # [layers, experts]: how often each was chosen in the last whole window
-    expert_use_tokens: int  # of that window
+    # [layers, experts]: how often each expert was chosen in the last complete window.
+    expert_uses: NDArray[np.int64] | None
+    expert_use_tokens: int  # tokens of that window
 
 
 class _CountsUses(Protocol):
@@ -48,7 +47,7 @@ class _CountsUses(Protocol):
 
 
 class ExpertUses:
-    """How often each expert was chosen, only ever told for WINDOW_TOKENS tokens or more at once."""
+    """How often each expert was chosen, reported only for at least WINDOW_TOKENS tokens at once."""
 
     def __init__(self, decoder: _CountsUses) -> None:
         self._decoder = decoder
@@ -58,7 +57,7 @@ class ExpertUses:
         self.last_window_tokens = 0
 
     def count(self, num_tokens: int) -> None:
-        """Say that so many tokens more ran."""
+        """Count tokens that ran."""
         self._num_tokens += num_tokens
         self.num_tokens_run += num_tokens
         if self._num_tokens >= WINDOW_TOKENS:
@@ -67,7 +66,7 @@ class ExpertUses:
 
 
 class Pace:
-    """How often a sequence ends, to say when there may be room for another."""
+    """How often sequences end, to estimate when there will be room for another."""
 
     def __init__(self) -> None:
         self._ends: deque[float] = deque(maxlen=16)
@@ -76,7 +75,7 @@ class Pace:
         self._ends.append(now)
 
     def seconds_to_next(self) -> int:
-        """Whole seconds, from 1 to 60."""
+        """Mean time between ends, in whole seconds from 1 to 60."""
         ends = self._ends
         mean = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else 1.0
         return min(60, max(1, math.ceil(mean)))

@@ -1,12 +1,12 @@
-"""Which KV blocks belong to which sequence, and what those that belong to none still hold.
+"""Tracks the KV blocks of each sequence, and the contents of blocks that no sequence holds.
 
-    taken -> held by one sequence -> its content is known -> given back -> kept, to be found, or taken by another
+    taken -> held by one sequence -> its content is known -> given back -> kept, then reused or evicted
 
-A block is free, held by one or more sequences, or kept: held by nobody, with a content that another sequence may find.
-Kept blocks are taken when free ones run out: of the tenant that has most of them, the one that was not used for
-longest. So nobody's flood of prompts drives out what others have kept.
+A block is free, held by one or more sequences, or kept: held by none, with a content that another sequence may reuse.
+When free blocks run out, kept blocks are evicted: the least recently used block of the tenant that has the most. So one
+tenant's flood of prompts does not evict what others have kept.
 
-Elsewhere: what is found by which content is `prefix.py`; the keys and values are native memory (`_native.KvCache`).
+Elsewhere: `prefix.py` looks contents up; keys and values are native memory (`_native.KvCache`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 
 class BlockContent(NamedTuple):
-    """What a full block holds: its own tokens, behind those of the blocks before it."""
+    """The content of a full block: its own tokens, after those of all blocks before it."""
 
     key: bytes  # hash of the tenant's secret, the model and all tokens so far
-    parent: bytes  # the key of the block before, or of the beginning
+    parent: bytes  # the key of the previous block, or of the start
     tokens: bytes  # int32, those of this block
     tenant: str
 
@@ -29,7 +29,7 @@ class KvBlocks:
     """A pool of blocks of `block_tokens` positions each.
 
     Args:
-        forgotten: hears the key of a content that is in no block any more.
+        forgotten: called with the key of each content that is no longer in any block.
     """
 
     def __init__(
@@ -37,13 +37,15 @@ class KvBlocks:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
-        self.num_releases = 0  # how often room was made: nothing that did not fit fits before this changes
+        self.num_releases = (
+            0  # how often room was made; a sequence that did not fit still does not until this changes
+        )
         self._forgotten = forgotten
         self._free = list(range(num_blocks - 1, -1, -1))
         self._holders = [0] * num_blocks
         self._contents: list[BlockContent | None] = [None] * num_blocks
         self._places: dict[bytes, int] = {}
-        self._kept: dict[str, OrderedDict[int, None]] = {}  # of each tenant, least recently used first
+        self._kept: dict[str, OrderedDict[int, None]] = {}  # by tenant, least recently used first
         self._num_kept = 0
 
     @property
@@ -67,7 +69,7 @@ class KvBlocks:
         return -(-num_tokens // self.block_tokens)
 
     def take(self, count: int) -> list[int]:
-        """Hand out blocks with no content; the caller has seen that there are enough."""
+        """Hand out blocks with no content. The caller has checked that there are enough."""
         assert count <= self.num_available
         while len(self._free) < count:
             self._free.append(self._evict())
@@ -77,17 +79,17 @@ class KvBlocks:
         return blocks
 
     def hold(self, blocks: Iterable[int]) -> None:
-        """Let one more sequence use blocks that were found; it reads them and writes none."""
+        """Let one more sequence use blocks that were found. It reads them and never writes them."""
         for block in blocks:
             if self._holders[block] == 0:
                 content = self._contents[block]
-                assert content is not None  # else nobody could have found it
+                assert content is not None  # otherwise it could not have been found
                 self._remove_kept(content.tenant, block)
             self._holders[block] += 1
 
     def give_back(self, blocks: list[int]) -> None:
-        """End the use of blocks, in their order in the sequence; the list is empty afterwards."""
-        for block in reversed(blocks):  # the end of a sequence is of use to fewer than its beginning
+        """Release a sequence's blocks, given in order; the list is empty afterwards."""
+        for block in reversed(blocks):  # fewer sequences can reuse the end than the start
             self._holders[block] -= 1
             if self._holders[block] > 0:
                 continue
@@ -101,19 +103,19 @@ class KvBlocks:
         blocks.clear()
 
     def keep(self, block: int, content: BlockContent) -> None:
-        """Say what a held block contains from now on; nobody writes it again. Of two alike the first can be found."""
+        """Record the content of a held block, which is not written again. Of two equal blocks the first is found."""
         assert self._holders[block] > 0
         if self._contents[block] is None and content.key not in self._places:
             self._contents[block] = content
             self._places[content.key] = block
 
     def find(self, content: BlockContent) -> int | None:
-        """The block with this content, every token of it compared; to be held before anything is taken."""
+        """The block with this content, every token compared. Hold it before taking any block."""
         block = self._places.get(content.key)
         return block if block is not None and self._contents[block] == content else None
 
     def forget(self, tenant: str) -> None:
-        """Let nobody find a tenant's contents any more."""
+        """Make a tenant's contents impossible to find."""
         for block, content in enumerate(self._contents):
             if content is not None and content.tenant == tenant:
                 if self._holders[block] == 0:

@@ -1,7 +1,7 @@
-"""What an answer cost: tokens, speed, reads, memory, and where the wall time went.
+"""The cost of an answer: tokens, speed, reads, memory, and where the wall time went.
 
-A request's ledger is the difference of the engine's counters between its start and its end. Requests that ran
-together share steps, so their hit rates and reads are those of the steps they were in.
+A request's ledger is the difference of the engine's counters between its start and its end. Requests that run together
+share steps, so their hit rates and reads are those of the shared steps.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ class Ledger:
     """Seconds are wall time; bytes are bytes; `parts` sum to `wall_s`."""
 
     prompt_tokens: int = 0
-    cached_tokens: int = 0  # of the prompt, found computed
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
     new_tokens: int = 0
     wall_s: float = 0.0
     time_to_first_token_s: float | None = None
     lookups: int = 0
     hits: int = 0
     bytes_read: int = 0
-    peak_bytes: int | None = None  # of the process since it started, without page cache; None: cannot be read
+    peak_bytes: int | None = None  # of the process since it started, without page cache; None: unknown
     parts: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 
     @property
@@ -34,13 +34,13 @@ class Ledger:
 
     @property
     def prefill_tok_per_s(self) -> float | None:
-        """Tokens that were computed before the first of the answer, over the time that took."""
+        """Prompt tokens computed before the first token of the answer, per second."""
         first = self.time_to_first_token_s
         return (self.prompt_tokens - self.cached_tokens) / first if first else None
 
     @property
     def decode_tok_per_s(self) -> float | None:
-        """Tokens after the first, over the time they took."""
+        """Answer tokens after the first, per second."""
         if self.time_to_first_token_s is None or self.new_tokens < 2:
             return None
         return (self.new_tokens - 1) / max(1e-9, self.wall_s - self.time_to_first_token_s)

@@ -1,11 +1,11 @@
-"""Which slot of the recurrent state belongs to which sequence, and snapshots of slots.
+"""Assigns slots of the recurrent state to sequences, and keeps snapshots of slots.
 
-Layers with a delta net keep a state per sequence instead of keys and values per position. It cannot be cut back to an
-earlier position as KV blocks can: whoever wants to go on from one (a shared prefix, a sequence that was put back) needs
-a snapshot from there, and the tokens that follow have the bits they had before. Snapshots are slots too, so many and no
-more, under the key of the KV block that they stand behind; when there is none left the one not used for longest goes.
+Layers with a delta net keep a state per sequence instead of keys and values per position. The state cannot be cut back
+to an earlier position as KV blocks can: continuing from one (a shared prefix, or a preempted sequence) needs a snapshot
+taken there, and the tokens that follow then have the same bits as before. Snapshots use a fixed number of slots. Each
+one is found by the key of the last KV block before it; when no slot is left, the least recently used is dropped.
 
-The state itself is native memory (`_native.RecurrentState`); a sequence that begins at position 0 begins with zeros.
+The state itself is native memory (`_native.RecurrentState`); a sequence that starts at position 0 starts with zeros.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from argosy import _native
 
 
 class StateSlots:
-    """The first `num_sequences` slots are for sequences that run, the others for snapshots."""
+    """The first `num_sequences` slots are for running sequences, the others for snapshots."""
 
     def __init__(self, state: _native.RecurrentState, num_sequences: int | None = None) -> None:
         self.state = state
@@ -38,7 +38,7 @@ class StateSlots:
         return self.state.num_slots - self.num_sequences
 
     def take(self) -> int:
-        """Hand out a slot; the caller has seen that there is one."""
+        """Hand out a slot. The caller has checked that one is free."""
         return self._free.pop()
 
     def give_back(self, slot: int) -> None:
@@ -48,21 +48,21 @@ class StateSlots:
         return key in self._snapshots
 
     def slot_of(self, key: bytes) -> int:
-        """The slot of a snapshot that is there."""
+        """The slot of an existing snapshot."""
         return self._snapshots[key]
 
     def snapshot(self, slot: int, key: bytes) -> None:
-        """Remember under `key` what the sequence in `slot` remembers now, between two steps.
+        """Save the state in `slot` under `key`, between two steps.
 
         Raises:
-            ValueError: a step of the sequence failed half-way, so it stands nowhere.
+            ValueError: a step of the sequence failed midway, so its state is invalid.
         """
         if self.state.position(slot) < 0:
-            raise ValueError(f"the recurrent state in slot {slot} is not whole: a step failed half-way")
+            raise ValueError(f"the recurrent state in slot {slot} is invalid: a step failed midway")
         self.state.copy_slot(slot, self.place(key))
 
     def place(self, key: bytes) -> int:
-        """The slot of the snapshot of that key, a new one if there was none: for somebody to write."""
+        """The slot to write a snapshot under `key`: its existing slot, or a new one."""
         slot = self._snapshots.pop(key, None)
         if slot is None:
             slot = self._unused.pop() if self._unused else self._snapshots.popitem(last=False)[1]
@@ -70,11 +70,11 @@ class StateSlots:
         return slot
 
     def restore(self, key: bytes, slot: int) -> None:
-        """Let the sequence in `slot` go on from where the snapshot was taken."""
+        """Set the state in `slot` to the snapshot."""
         self._snapshots.move_to_end(key)
         self.state.copy_slot(self._snapshots[key], slot)
 
     def forget(self, key: bytes) -> None:
-        """Drop the snapshot of that key, if there is one."""
+        """Drop the snapshot under `key`, if there is one."""
         if (slot := self._snapshots.pop(key, None)) is not None:
             self._unused.append(slot)

@@ -2,25 +2,25 @@
 
     logits -> mask -> bias -> penalties -> temperature -> top_k -> top_p -> min_p -> draw -> token id
 
-    0. Tokens that a grammar does not allow now are excluded, and before `min_tokens` those that would end the answer:
-       stop tokens, and end tokens unless they are ignored. Where a grammar allows nothing else, they stay.
+    0. Tokens that a grammar does not allow now are excluded. Before `min_tokens`, so are tokens that would end the
+       answer: stop tokens, and end tokens unless they are ignored. They stay where a grammar allows nothing else.
     1. `logit_bias` is added.
-    2. `repetition_penalty` divides a positive logit, and multiplies a negative one, of every token of prompt or answer.
-    3. `presence_penalty` once, and `frequency_penalty` for each time, are taken off tokens of the answer.
-    4. Temperature 0 ends here: the largest logit wins, the lowest id on a tie.
+    2. `repetition_penalty` divides the positive logits and multiplies the negative logits of all prompt and answer
+    tokens. 3. `presence_penalty` is subtracted once from each token in the answer, `frequency_penalty` once per
+    occurrence. 4. Temperature 0 ends here: the largest logit wins, the lowest id on a tie.
     5. Logits are divided by `temperature`.
     6. `top_k` keeps the k largest; on a tie the lower ids.
-    7. `top_p` keeps the most likely tokens until their probabilities, among those kept so far, sum to p.
+    7. `top_p` keeps the most likely tokens until their probabilities, among those still kept, sum to p.
     8. `min_p` keeps the tokens at least p times as likely as the most likely one.
-    9. One uniform number picks a token among those left, most likely first.
+    9. One uniform number picks one of the remaining tokens, ordered from most to least likely.
 
-Steps 1 to 3 and 5 to 8 are in the order of transformers. llama.cpp has the same, but for the temperature, which it
-applies last. Log-probabilities are the model's own: of the logits as they came, before step 0.
+Steps 1 to 3 and 5 to 8 have the order of transformers. llama.cpp has the same order, except that it applies the
+temperature last. Log-probabilities are the model's own, from the logits before step 0.
 
-The number of step 9 depends on the seed and on how many tokens the answer has: not on the batch, the budget or the
+The number in step 9 depends only on the seed and the length of the answer so far: not on the batch, the budget or the
 machine (Philox, Salmon et al., SC 2011).
 
-Elsewhere: what a grammar allows is `constraint.py`; when an answer ends is the engine's business; logits come from
+Elsewhere: `constraint.py` decides what a grammar allows; the engine decides when an answer ends; logits come from
 `model/decoder.py`.
 """
 
@@ -45,16 +45,15 @@ Logits = npt.NDArray[np.float32]
 
 Ids = npt.NDArray[np.int64]
 
-_SORTED_AT_ONCE = 2048  # scores; sorting so many costs as much as a look through a vocabulary
-_NEAR_THE_BEST = (
-    0.002  # of the best token's weight: what is lighter rarely decides where a cut or a draw falls
-)
-_SMALLEST_TEMPERATURE = 1e-37  # of float32, with all its bits
+_SORTED_AT_ONCE = 2048  # scores; sorting this many costs as much as one pass over a vocabulary
+# Share of the best token's weight. Lighter tokens rarely decide where a cut or a draw falls.
+_NEAR_THE_BEST = 0.002
+_SMALLEST_TEMPERATURE = 1e-37  # a normal float32
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One chosen token; `logprob` and `top_logprobs` (best first) are there if they were asked for."""
+    """One chosen token, with `logprob` and `top_logprobs` (best first) if requested."""
 
     token_id: int
     logprob: float | None = None
@@ -68,11 +67,11 @@ def derived_seed(seed: int, number: int) -> int:
 
 
 class SamplerState:
-    """What the choice of a sequence's next token depends on, beside its logits.
+    """Everything but logits that the choice of a sequence's next token depends on.
 
     Attributes:
-        seed: of this answer; a fresh one where none was given.
-        step: tokens of the answer so far.
+        seed: of this answer; random if none was given.
+        step: number of answer tokens so far.
     """
 
     def __init__(self, prompt_ids: Sequence[int], seed: int | None = None) -> None:
@@ -82,27 +81,27 @@ class SamplerState:
         self._counts: dict[int, int] = {}
 
     def accept(self, token_id: int) -> None:
-        """Count a token of the answer."""
+        """Count one token of the answer."""
         self._counts[token_id] = self._counts.get(token_id, 0) + 1
         self.step += 1
 
     def answer_counts(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Ids of the answer's tokens, each once, and how often each is there."""
+        """Distinct ids of the answer's tokens, and how often each occurs."""
         ids = np.fromiter(self._counts.keys(), np.int64, len(self._counts))
         return ids, np.fromiter(self._counts.values(), np.float32, len(self._counts))
 
     def seen_ids(self) -> npt.NDArray[np.int64]:
-        """Ids of prompt and answer, each once."""
+        """Distinct ids of prompt and answer."""
         return np.union1d(self._prompt_ids, self.answer_counts()[0])
 
     def uniform(self) -> float:
-        """The number from 0 up to, not including, 1 that belongs to this seed and step."""
+        """The uniform number in [0, 1) for this seed and step."""
         bits: int = np.random.Philox(key=self.seed, counter=self.step).random_raw()
         return (bits >> 11) * 2.0**-53
 
 
 class Sampler:
-    """Chooses tokens. It keeps nothing: what a sequence remembers is in its `SamplerState`.
+    """Chooses tokens. It is stateless: each sequence's state is in its `SamplerState`.
 
     Args:
         end_ids: tokens that end any answer, unless they are ignored.
@@ -121,14 +120,14 @@ class Sampler:
         """Choose the next token, and count it in `state` and in `constraint`.
 
         Args:
-            logits: float32 [vocab]; -inf excludes a token. Not changed.
+            logits: float32 [vocab]; -inf excludes a token. Not modified.
             params: how to choose.
-            state: of the sequence.
-            constraint: what the answer has to look like.
+            state: the sequence's state.
+            constraint: the grammar that the answer must follow.
 
         Raises:
             ArgosyError: a logit is NaN or +inf, or all are -inf: the weights or the arithmetic are broken.
-            GrammarError: no token follows the grammar, or it takes too much work.
+            GrammarError: no token follows the grammar, or the grammar takes too much work.
             UsageError: `logit_bias` names a token outside the vocabulary.
         """
         best_id = _best(logits, f"token {state.step + 1} of the answer")
@@ -157,7 +156,7 @@ class Sampler:
     def _without_ends(
         self, allowed: npt.NDArray[np.bool_] | None, params: SamplingParams, vocab_size: int
     ) -> npt.NDArray[np.bool_]:
-        """`allowed` less the tokens that would end the answer, unless nothing else is left."""
+        """`allowed` without tokens that would end the answer, unless nothing else remains."""
         going_on = np.ones(vocab_size, np.bool_) if allowed is None else allowed.copy()
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else self._end_ids)}
         going_on[[token_id for token_id in ends if token_id < vocab_size]] = False
@@ -171,7 +170,7 @@ class Sampler:
         allowed: npt.NDArray[np.bool_] | None,
         best_id: int,
     ) -> Logits:
-        """Mask, bias and penalties; the logits themselves where none of them would change the choice."""
+        """Apply mask, bias and penalties. Returns the logits themselves where none would change the choice."""
         repeats = params.repetition_penalty != 1.0
         counts = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
         if not (params.logit_bias or repeats or counts) and (
@@ -191,7 +190,9 @@ class Sampler:
             seen = state.seen_ids()
             now = scores[seen]
             penalty = params.repetition_penalty
-            with np.errstate(over="ignore"):  # a tiny penalty has no larger number to give than the largest
+            with np.errstate(
+                over="ignore"
+            ):  # dividing by a tiny penalty overflows; the result is capped below
                 changed = np.where(
                     now > 0, now.astype(np.float64) / penalty, now.astype(np.float64) * penalty
                 )
@@ -203,10 +204,10 @@ class Sampler:
 
 
 def _best(logits: Logits, what: str) -> int:
-    """The largest logit, the lowest id on a tie.
+    """Id of the largest logit, the lowest on a tie.
 
     Raises:
-        ArgosyError: it is no number to choose by.
+        ArgosyError: the largest logit is not finite.
     """
     best_id = int(logits.argmax())  # the first NaN, if there is one
     best = float(logits[best_id])
@@ -222,8 +223,8 @@ def _best(logits: Logits, what: str) -> int:
 def _draw(scores: Logits, params: SamplingParams, uniform: float) -> int:
     """Temperature, truncation, and one draw.
 
-    What truncation keeps is the front of the order in which the draw counts, so it is known by how much weight it
-    holds; no more of the vocabulary is sorted than where the cut and the draw fall.
+    Truncation keeps a leading part of the order that the draw uses, so the weight of that part describes it. No more of
+    the vocabulary is sorted than needed to place the cut and the draw.
     """
     ids: Ids | None = None
     if 0 < params.top_k < scores.size:
@@ -244,21 +245,21 @@ def _draw(scores: Logits, params: SamplingParams, uniform: float) -> int:
 def _reach(
     scores: Logits, weights: Logits, target: float, *, side: Literal["left", "right"]
 ) -> tuple[int, float]:
-    """Add up weights, largest score first (on a tie the lower id), until they sum to `target` or more.
+    """Add up weights, largest score first (on a tie the lower id), until they sum to at least `target`.
 
-    With `side` "right" the sum has to be more than `target`.
+    With `side` "right" the sum must exceed `target`.
 
     Returns:
         The id whose weight was added last, and the sum.
     """
-    above = 0.0  # the weight of all that come before the candidates
+    above = 0.0  # the weight of all tokens before the candidates
     is_near = weights >= _NEAR_THE_BEST
     ids = np.flatnonzero(is_near)
     near = float(weights[ids].sum(dtype=np.float64))
     is_enough = near >= target if side == "left" else near > target
     if not is_enough and (further := np.flatnonzero(~is_near & (weights > 0))).size:
         above, ids = near, further
-    if ids.size > _SORTED_AT_ONCE:  # a flat distribution: weigh buckets of scores, and sort one of them
+    if ids.size > _SORTED_AT_ONCE:  # a flat distribution: sum buckets of scores, and sort only one of them
         found = scores[ids]
         best = found.max()
         if span := float(best - found.min()):
@@ -273,8 +274,8 @@ def _reach(
 
 
 def _weights(scores: Logits, temperature: float) -> Logits:
-    """e^(score / temperature), the best one's being 1."""
-    with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -inf, as it should
+    """e^(score / temperature), scaled so that the best score has weight 1."""
+    with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -inf, as intended
         weights: Logits = scores - scores.max()
         weights /= np.float32(max(temperature, _SMALLEST_TEMPERATURE))
         np.exp(weights, out=weights)
@@ -282,10 +283,10 @@ def _weights(scores: Logits, temperature: float) -> Logits:
 
 
 def _largest(scores: Logits, count: int) -> Ids:
-    """Ids of the `count` largest scores, largest first; on a tie the lower id comes first, and stays."""
+    """Ids of the `count` largest scores, largest first; on a tie the lower id comes first and is kept."""
     if count == scores.size:
         return np.argsort(-scores, kind="stable")
-    # Partitioning a vocabulary is dear. Few lie far above the mean, so what is below a threshold is put aside first.
+    # Partitioning a vocabulary is slow. Few scores lie far above the mean, so a threshold discards most of them first.
     best, mean = float(scores.max()), float(scores.mean(dtype=np.float64))
     found = scores
     for share in (0.5, 0.25, 0.125):
@@ -298,10 +299,10 @@ def _largest(scores: Logits, count: int) -> Ids:
 
 
 def with_logprobs(token_id: int, logits: Logits, count: int) -> Sampled:
-    """A token that was chosen or given, with its log-probability and those of the `count` best.
+    """Returns a chosen or given token with its log-probability and those of the `count` best tokens.
 
     Raises:
-        ArgosyError: as `Sampler.sample`.
+        ArgosyError: as in `Sampler.sample`.
     """
     log_total = float(logits[_best(logits, "a token of the prompt")]) + math.log(
         _weights(logits, 1.0).sum(dtype=np.float64)

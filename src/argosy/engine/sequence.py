@@ -1,4 +1,4 @@
-"""One prompt and its answer while they are in the engine."""
+"""One prompt and its answer while it is in the engine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural-log probability of the chosen token, and of the best ones when asked for."""
+    """Natural-log probability of the chosen token, and of the best ones if requested."""
 
     token_id: int
     logprob: float
@@ -32,11 +32,11 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished answer. `token_ids` holds the token that ended it too where one did; `text` does not.
+    """A finished answer. `token_ids` includes the token that ended it, if one did; `text` does not.
 
-    stopped_by: the stop string, or the end or stop token, that ended it; None for any other end.
-    prompt_logprobs: where they were asked for, one for each token of the prompt, None for the first.
-    error: why it could not be finished, with `finish_reason` "error".
+    stopped_by: the stop string, end token or stop token that ended it; None for any other end.
+    prompt_logprobs: if requested, one per prompt token, None for the first.
+    error: why the answer could not be finished, with `finish_reason` "error".
     """
 
     text: str
@@ -51,10 +51,10 @@ class Result:
     error: ArgosyError | None = None
 
     def require(self) -> Result:
-        """This result, unless the answer could not be finished.
+        """Returns this result, if the answer could be finished.
 
         Raises:
-            ArgosyError: why it could not.
+            ArgosyError: the error that ended it.
         """
         if self.error is not None:
             raise self.error
@@ -63,7 +63,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One new token. `text` may be empty while a character is half made; `result` comes with the last event."""
+    """One new token. `text` may be empty while a character is incomplete; the last event has the `result`."""
 
     token_id: int
     text: str
@@ -76,10 +76,10 @@ class Sequence:
     """Tokens, KV blocks and sampling state of one request.
 
     Args:
-        number: sequences that came earlier have lower ones.
-        tenant: whose it is; tenants share the engine in equal parts, and nothing else.
+        number: order of arrival; earlier sequences have lower numbers.
+        tenant: the owner; tenants get equal shares of the engine and share nothing else.
         chain: contents of its full KV blocks.
-        constraint: what the answer has to look like.
+        constraint: the grammar that the answer must follow.
     """
 
     def __init__(
@@ -112,23 +112,23 @@ class Sequence:
             None if params.prompt_logprobs is None else [None]
         )
 
-        # What it has in memory; all of it is given back when the sequence is put back or ends.
+        # Memory held by the sequence; all of it is given back when it is preempted or ends.
         self.num_computed = 0  # tokens whose keys and values are in the KV cache
-        self.prefill_until = len(prompt_ids)  # so many tokens were known when it was last started
+        self.prefill_until = len(prompt_ids)  # number of tokens known when it last started
         self.blocks: list[int] = []
-        self.state_slot: int | None = None  # of the recurrent state, while it runs and layers have one
-        self.loading: range | None = None  # blocks that have to come from files before it can run
+        self.state_slot: int | None = None  # of the recurrent state, while it runs and some layer has one
+        self.loading: range | None = None  # blocks to load from files before it can run
 
         self.chain = chain
         self.can_reuse = True  # False: every token has to be computed
-        self.cached_tokens: int | None = None  # of the prompt, found when it was started first
+        self.cached_tokens: int | None = None  # prefix-cache hits when the sequence first started
         self.waits_for: bytes | None = None  # a block that another sequence is about to compute
-        self.leader: Sequence | None = None  # with the same prompt, which it computes for both
+        self.leader: Sequence | None = None  # computes the same prompt for both
         self.followers: list[Sequence] = []
-        self.snapshots_at: set[int] = set()  # positions where the recurrent state is to be kept
-        self.last_snapshot: bytes | None = None  # of those of the answer
+        self.snapshots_at: set[int] = set()  # positions at which to snapshot the recurrent state
+        self.last_snapshot: bytes | None = None  # the latest one taken in the answer
 
-        self.result: Result | None = None  # set when it has finished
+        self.result: Result | None = None  # set at the end
         self.events: deque[TokenEvent] = deque()
         self.started_at = 0.0
         self.first_token_at: float | None = None
@@ -144,7 +144,7 @@ class Sequence:
 
     @property
     def reuse_limit(self) -> int:
-        """Tokens that need not be computed if they were before: not the last, and none whose logits are wanted."""
+        """Most tokens that may be reused: not the last one, and none whose logits are needed."""
         if not self.can_reuse:
             return 0
         wanted = self.prompt_logprobs
@@ -160,10 +160,10 @@ class Sequence:
         return self.prompt_ids[start:end] + self.new_ids[: max(0, end - prompt)]
 
     def append(self, token_id: int, end_ids: Collection[int]) -> tuple[str, FinishReason | None]:
-        """Take the next token of the answer: the text that is now certain, and why the answer ends, if it does.
+        """Append a token of the answer. Returns the text that is now final, and the reason if the answer ends.
 
         Args:
-            end_ids: tokens that end any answer, unless they are to be ignored.
+            end_ids: tokens that end any answer, unless `ignore_eos` is set.
         """
         self.new_ids.append(token_id)
         params = self.params
