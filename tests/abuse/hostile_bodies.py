@@ -43,8 +43,8 @@ def _fields(count: int) -> bytes:
 PROSE = "The quick brown fox jumps over the lazy dog, and 12 more.\n"
 CHAT = "/v1/chat/completions"
 SPEAKING_OF_BRACES = _chat('{"a": [1, 2, {}], ' * 40_000)
-_COUNTED = "more than 131072 tokens, and no more are counted"
-_MANY, _LONG = "more than 131072 objects, lists and texts", "maximum context length is 256 tokens"
+_COUNTED = "more than 131072 tokens, and counting stops there"
+_MANY, _LONG = "more than 131072 objects, lists and strings", "maximum context length is 256 tokens"
 ATTACKS: dict[str, tuple[str, Callable[[], bytes], int, str]] = {
     "0.18 MB of {} as content": (
         CHAT,

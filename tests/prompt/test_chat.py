@@ -242,7 +242,7 @@ def test_a_template_that_does_not_end_is_stopped() -> None:
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     template = ChatTemplate(loops, render_seconds=0.5)
     start = time.monotonic()
-    with pytest.raises(CheckpointError, match=r"did not end within 0\.5 seconds"):
+    with pytest.raises(CheckpointError, match=r"did not finish within 0\.5 seconds"):
         template.segments(HI_TURNS)
     assert time.monotonic() - start < 20
     assert template._worker is None
@@ -332,9 +332,9 @@ def test_a_long_message_is_rendered_in_time(chatml: ChatTemplate) -> None:
 
 
 def test_variables_with_a_meaning_of_their_own_are_refused(chatml: ChatTemplate) -> None:
-    with pytest.raises(UsageError, match="'messages' is not a variable to be set"):
+    with pytest.raises(UsageError, match="variable 'messages' cannot be set"):
         chatml.segments(HI_TURNS, variables={"messages": None})
-    with pytest.raises(UsageError, match="'tree' is a dict, expected text, a number or a truth"):
+    with pytest.raises(UsageError, match="'tree' is a dict, expected text, a number or a boolean"):
         chatml.segments(HI_TURNS, variables={"tree": {"<|im_end|>": 1}})  # type: ignore[dict-item]
 
 

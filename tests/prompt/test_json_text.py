@@ -84,7 +84,7 @@ def test_a_text_of_too_many_values_is_refused_before_one_is_made(
         raise AssertionError("it is parsed")
 
     monkeypatch.setattr(json_text.json, "loads", refuse)
-    with pytest.raises(ValueError, match="more than 131072 objects, lists and texts"):
+    with pytest.raises(ValueError, match="more than 131072 objects, lists and strings"):
         read_json("[" + ",".join([item] * (MAX_PARTS + 1)) + "]")
 
 
@@ -103,7 +103,7 @@ def test_arguments_of_all_calls_together_are_bounded() -> None:
         {"role": "assistant", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "c", "content": ""},
     ]
-    with pytest.raises(UsageError, match="message 2: arguments of calls have more than 131072 values"):
+    with pytest.raises(UsageError, match="message 2: tool call arguments have more than 131072 values"):
         check_messages(turns * 3)
     with pytest.raises(UsageError, match="message 0: arguments"):
         check_messages([{"role": "assistant", "tool_calls": [call] * 100}])

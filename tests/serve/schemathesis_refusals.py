@@ -14,10 +14,10 @@ from schemathesis.core.failures import Failure
 
 REASONS = (
     # One place of the body names another.
-    r"message \d+: tool_call_id '.*' is no call of an earlier message",
+    r"message \d+: tool_call_id '.*' matches no call in an earlier message",
     r"tool_choice (names '.*', which is not among the tools|asks for a call, and there are no tools)",
-    r"tool \d+: the name '.*' comes twice",
-    r"message \d+: reasoning_content and reasoning say different things",
+    r"tool \d+: the name '.*' is used twice",
+    r"message \d+: reasoning_content and reasoning differ",
     r"an answer has one form",
     r"best_of is n here",
     r"min_tokens must be at most max_tokens",
@@ -25,7 +25,7 @@ REASONS = (
     r"repeat_penalty and repetition_penalty are two names of one setting, and they differ",
     # The last message.
     r"the last (message|item) ",
-    r"the only message is an empty one of the assistant",
+    r"the only message is an empty one from the assistant",
     r"(continue_final_message|add_generation_prompt): the last message is",
     r"messages: final assistant content cannot end with trailing whitespace",
     r"the answer cannot be a call and have a form",

@@ -65,8 +65,8 @@ NOT_JSON: dict[str, tuple[bytes, str]] = {
     "an overlong slash": (b'{"model": "\xc0\xaf"}', "the body is not UTF-8 text"),
     "half a character": (b'{"model": "\\ud800"}', "it holds half a character"),
     "half a character as a key": (b'{"\\udfff": 1}', "it holds half a character"),
-    "a key twice": (b'{"model": "a", "model": "b"}', "it gives a key twice"),
-    "a key twice, inside": (b'{"metadata": {"a": 1, "a": 2}}', "it gives a key twice"),
+    "a key twice": (b'{"model": "a", "model": "b"}', "it has a duplicate key"),
+    "a key twice, inside": (b'{"metadata": {"a": 1, "a": 2}}', "it has a duplicate key"),
     "NaN": (b'{"temperature": NaN}', "it holds NaN, which is not JSON"),
     "infinity": (b'{"top_p": -Infinity}', "it holds -Infinity, which is not JSON"),
     "a number beyond all floats": (b'{"temperature": 1e999}', "it holds a number that is too large"),
@@ -76,7 +76,7 @@ NOT_JSON: dict[str, tuple[bytes, str]] = {
     "lists without end": (b"[" * 100_000, "it is nested deeper than 64"),
     "more lists than are read": (
         b"[" * 1_000_000,
-        "it has more than 131072 objects, lists and texts, and no more are read",
+        "it has more than 131072 objects, lists and strings, which is the limit",
     ),
     "deep objects": (b'{"a":' * 66 + b"1" + b"}" * 66, "it is nested deeper than 64"),
 }
@@ -94,7 +94,7 @@ def test_json_that_two_readers_could_read_in_two_ways_is_refused(
 def test_a_long_body_is_read_as_strictly_as_a_short_one(client: httpx.Client) -> None:
     body = b'{"messages": [], "user": "' + b"x" * 100_000 + b'", "user": ""}'
     path = "/v1/chat/completions"
-    assert "it gives a key twice" in refused(post(client, path, body), path)
+    assert "it has a duplicate key" in refused(post(client, path, body), path)
 
 
 @every_dialect

@@ -1,14 +1,14 @@
-"""From messages to a rendered conversation, by the model's chat template.
+"""Renders messages as a conversation, with the model's chat template.
 
-    messages, tools -> check -> shape -> template, in a process of its own -> segments
+    messages, tools -> check -> shape -> template, in its own process -> segments
 
-A template is a program from a model's directory. It runs in `template_worker.py` under bounds of time, memory and
-output, and it never gets to decide what a caller's text is: that text is marked character by character, and only what
-the template itself wrote may become a control token. A template that makes new text of a caller's (beyond
-cutting, trimming, repeating and changing case) is refused.
+A template is a program from a model's directory. It runs in `template_worker.py` with limits on time, memory and
+output, and it cannot reclassify a caller's text: that text is marked character by character, and only text that the
+template itself wrote may become a control token. A template that computes new text from a caller's (beyond cutting,
+trimming, repeating and changing case) is refused.
 
-Elsewhere: what a client may send is `messages.py` and `tools.py`; what a template wants of it is `template_shape.py`;
-how text is marked is `taint.py`; how segments become ids is `tokenizer.py`.
+Elsewhere: `messages.py` and `tools.py` check what a client sends; `template_shape.py` finds what a template expects;
+`taint.py` marks text; `tokenizer.py` turns segments into ids.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ if TYPE_CHECKING:
 Variables = Mapping[str, str | float | bool | None]
 
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
-_START_SECONDS = 30.0  # an interpreter and jinja2: 0.1 s on an idle machine
+_START_SECONDS = 30.0  # starting an interpreter with jinja2 takes 0.1 s on an idle machine
 _RENDER_SECONDS = 5.0
-_RENDER_SECONDS_PER_MILLION = 4.0  # characters of what is rendered
-# An interpreter may need these to find its shared libraries, and templates ask for the local time. Everything else,
-# keys and tokens among it, is none of a template's business.
+_RENDER_SECONDS_PER_MILLION = 4.0  # per million characters of input
+# An interpreter may need these to find its shared libraries, and templates read the local time. All other variables,
+# keys and tokens among them, are withheld from templates.
 _WORKER_ENVIRONMENT = ("LD_LIBRARY_PATH", "NIX_LD", "NIX_LD_LIBRARY_PATH", "TZ")
-_TEMPLATE_CHARACTERS = 1 << 20  # what a template may write, beyond what it is given twice
+_TEMPLATE_CHARACTERS = 1 << 20  # a template may write this much beyond twice its input
 
 
 class ChatTemplate:
-    """A model's chat template, and the process that renders it.
+    """A model's chat template and the process that renders it.
 
-    The process is `worker`, if it was started before; it starts with the first use otherwise, and ends two seconds
-    after the last.
+    The process is `worker`, if one was started before. Otherwise it starts on first use. It ends after two idle
+    seconds.
     """
 
     def __init__(
@@ -80,19 +80,19 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         variables: Variables | None = None,
     ) -> list[Segment]:
-        """Render a conversation: (is the caller's, text) in order.
+        """Render a conversation as (is the caller's, text) segments in order.
 
         Args:
             turns: checked messages.
-            tools: what the model may call.
-            is_generic: tools, calls and results stand in the texts of turns, whatever the template knows of them.
-            add_generation_prompt: open the assistant's turn, for it to be answered.
-            variables: further variables of the template (`enable_thinking`); text in them is a caller's text.
+            tools: tools that the model may call.
+            is_generic: put tools, calls and results into the texts of turns, whatever the template supports.
+            add_generation_prompt: open the assistant's turn for an answer.
+            variables: further template variables, such as `enable_thinking`; text in them counts as the caller's.
 
         Raises:
-            UsageError: a variable that the template does not read, tools it does not know of, or a conversation
-                that it refuses or has no place for.
-            CheckpointError: the template fails, does not end, or hides whose text it writes.
+            UsageError: the template does not read a variable, does not support tools, or refuses the conversation or
+                has no place for part of it.
+            CheckpointError: the template fails, does not finish, or hides whose text it writes.
         """
         if variables:
             self._check_variables(variables)
@@ -101,12 +101,12 @@ class ChatTemplate:
             tools = ()
         if tools and not self.shape.takes_tools:
             raise UsageError(
-                "this model's chat template takes no tools",
-                hint="leave `tools` out, or run a model that calls tools",
+                "this model's chat template does not support tools",
+                hint="leave `tools` out, or run a model that can call tools",
             )
         if tools or not all(map(_is_plain, turns[:1])) or not all(map(_is_plainer, turns[1:])):
             messages = self.shape.messages(turns)
-        else:  # what every template knows, so the first prompt need not wait for the shape
+        else:  # every template supports these messages, so the first prompt need not wait for the shape
             messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         made_tools = [tool.as_template_reads_it() for tool in tools] or None
         answer = self._render(messages, made_tools, dict(variables or {}), add_generation_prompt)
@@ -116,7 +116,7 @@ class ChatTemplate:
 
     @property
     def shape(self) -> Shape:
-        """What the template reads and prints; it is asked once, with a dozen small conversations."""
+        """What the template reads and prints; found once, by rendering a dozen small conversations."""
         if self._found_shape is None:
             answer = self._ask({"read": self.source}, self._render_seconds)
             if "variables" not in answer:
@@ -132,10 +132,10 @@ class ChatTemplate:
     def _check_variables(self, variables: Variables) -> None:
         for name, value in variables.items():
             if name in _RESERVED or name in self._special_tokens:
-                raise UsageError(f"'{name}' is not a variable to be set: it has its own meaning in templates")
+                raise UsageError(f"variable '{name}' cannot be set: templates reserve that name")
             if not isinstance(value, str | int | float | None):
                 raise UsageError(
-                    f"variable '{name}' is a {type(value).__name__}, expected text, a number or a truth"
+                    f"variable '{name}' is a {type(value).__name__}, expected text, a number or a boolean"
                 )
             plain_json(value, f"variable '{name}'")
             if name not in self.shape.variables:
@@ -173,7 +173,7 @@ class ChatTemplate:
     def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         line = json.dumps(request).encode("ascii")
         with self._lock:
-            for _ in range(2):  # the first process may have gone to rest just now
+            for _ in range(2):  # an idle first process may have just ended
                 if self._worker is None or not self._worker.is_alive:
                     self._worker = Worker()
                 try:
@@ -185,16 +185,16 @@ class ChatTemplate:
                     self._worker.stop()
                     self._worker = None
                     raise
-        raise CheckpointError("the process that renders the chat template ended without an answer")
+        raise CheckpointError("the chat template process ended without an answer")
 
 
 def _is_plain(turn: Turn) -> bool:
-    """Whether any template takes this turn as it is."""
+    """Whether every template accepts this turn unchanged."""
     return turn == Turn(turn.role, turn.content) and turn.role not in ("developer", "tool")
 
 
 def _is_plainer(turn: Turn) -> bool:
-    """The same of a turn that is not the first."""
+    """The same, for a turn after the first."""
     return _is_plain(turn) and turn.role != "system"
 
 
@@ -204,7 +204,7 @@ def _failure(kind: str, message: str) -> ArgosyError:
     if kind == "computed":
         return CheckpointError(
             f"the model's chat template cannot be used safely: {message}",
-            hint="it changes what callers say, so their text could pass for the template's own; "
+            hint="it alters callers' text, which could then pass for the template's own; "
             "give the model text to continue instead: `--raw`, or Prompt.raw(text)",
         )
     return CheckpointError(
@@ -214,13 +214,13 @@ def _failure(kind: str, message: str) -> ArgosyError:
 
 
 class _Gone(Exception):
-    """The process ended, or was about to."""
+    """The process ended, or was about to end."""
 
 
 class Worker:
-    """One process of `template_worker.py`: it is ready once, then answers line by line.
+    """One process of `template_worker.py`: it reports that it is ready, then answers line by line.
 
-    Any template can be rendered by any worker, so one may be started before the template is known.
+    Any worker can render any template, so one may start before the template is known.
     """
 
     def __init__(self) -> None:
@@ -228,7 +228,7 @@ class Worker:
         if spec is None or spec.origin is None or not sys.executable:
             missing = "a Python interpreter to start" if not sys.executable else "the package jinja2"
             raise ArgosyError(
-                f"chat templates need {missing}", hint="or give the model text to continue: `--raw`"
+                f"chat templates need {missing}", hint="give the model text to continue instead: `--raw`"
             )
         paths = [str(Path(__file__).resolve().parents[2]), str(Path(spec.origin).parents[1])]
         code = f"import sys; sys.path[:0] = {paths!r}; from argosy.prompt.template_worker import main; main()"
@@ -252,11 +252,11 @@ class Worker:
         self._stop()
 
     def ask(self, request: bytes, seconds: float) -> dict[str, Any]:
-        """One answer, within `seconds`.
+        """Ask for one answer, within `seconds`.
 
         Raises:
             _Gone: the process ended before it answered.
-            CheckpointError: no answer in time, or more of it than there can be.
+            CheckpointError: no answer came in time, or it is longer than possible.
         """
         if not self._is_ready:
             self._read_line(64, _START_SECONDS)
@@ -268,9 +268,8 @@ class Worker:
                 view = view[self._process.stdin.write(view) :]
         except OSError:
             raise _Gone from None
-        longest = 12 * (
-            2 * len(request) + _TEMPLATE_CHARACTERS
-        )  # "\ud83d\ude00" is the longest way to write one
+        # A character takes at most 12 bytes, as in "\ud83d\ude00".
+        longest = 12 * (2 * len(request) + _TEMPLATE_CHARACTERS)
         answer = json.loads(self._read_line(longest, seconds))
         assert isinstance(answer, dict)
         return answer
@@ -278,7 +277,7 @@ class Worker:
     def _read_line(self, longest: int, seconds: float) -> bytes:
         assert self._process.stdout is not None
         source, deadline = self._process.stdout.fileno(), time.monotonic() + seconds
-        ready = select.poll()  # select() cannot wait for descriptors above 1023, which a server reaches
+        ready = select.poll()  # select() cannot wait for descriptors above 1023, which a server can reach
         ready.register(source, select.POLLIN)
         parts: list[bytes] = []
         length = 0
@@ -286,7 +285,7 @@ class Worker:
             left = deadline - time.monotonic()
             if left <= 0 or not ready.poll(1000 * left):
                 raise CheckpointError(
-                    f"the model's chat template fails: it did not end within {seconds:.1f} seconds",
+                    f"the model's chat template fails: it did not finish within {seconds:.1f} seconds",
                     hint="give the model text to continue instead: `--raw`, or Prompt.raw(text)",
                 )
             part = os.read(source, 1 << 16)
@@ -298,7 +297,7 @@ class Worker:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a worker and forget it."""
+    """Kill a worker and close its pipes."""
     with contextlib.suppress(OSError):
         process.kill()
     process.wait()

@@ -1,12 +1,12 @@
-"""Tools for chat templates that have no place for them: told in the instructions, called and answered in texts.
+"""Tool calling for chat templates that do not support it: tools, calls and results become text.
 
     turns, tools  ->  with_generic_tools  ->  turns that any chat template prints
 
-The words are those of Hermes and Qwen2.5, which most models have met in training. The text around a caller's is ours
+The wording is that of Hermes and Qwen2.5, which most models have met in training. The text around a caller's is ours
 and is not tainted, so a mark becomes its token where the model has one; schemas, arguments and results are the
 caller's, character by character.
 
-Elsewhere: which models need this is decided in `prompt.py`; answers are read by `formats/hermes.py`.
+Elsewhere: `prompt.py` decides which models need this; `formats/hermes.py` reads the answers.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ For each function call, return a json object with function name and arguments wi
 
 
 def with_generic_tools(turns: Sequence[Turn], tools: Sequence[Tool], *, takes_system: bool) -> list[Turn]:
-    """`turns` without calls and results, which stand in their texts.
+    """Write calls and results into the texts of `turns`.
 
-    Instructions at the start and tools are one system message, or the head of the first question where the template
-    takes no system message. Results and questions that follow each other are one turn, as many templates want turns of
-    user and assistant to alternate.
+    Leading instructions and tools become one system message, or the start of the first question if the template takes
+    no system message. Consecutive results and questions become one turn, because many templates require user and
+    assistant turns to alternate.
     """
     num_first = next((at for at, turn in enumerate(turns) if not _instructs(turn)), len(turns))
     instructions = _joined([*(_pieces(turn) for turn in turns[:num_first]), *_told(tools)], "\n\n")
@@ -86,7 +86,7 @@ def _groups(turns: Iterable[Turn]) -> Iterable[list[Turn]]:
 
 
 def _merged(turns: list[Turn]) -> list[Turn]:
-    """Neighbours of one role: questions are one."""
+    """Merge consecutive user turns into one."""
     if turns[0].role != "user" or len(turns) == 1:
         return turns
     return [replace(_turn("user", _joined(map(_pieces, turns), "\n\n")), name=turns[-1].name)]

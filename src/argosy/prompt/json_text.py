@@ -1,14 +1,14 @@
-"""JSON that callers and models write, read strictly and written one way.
+"""Reads JSON from callers and models strictly, and writes JSON in one way.
 
-    text  ->  read_json   ->  plain values, or a ValueError that says why not
-    value ->  plain_json  ->  the same as plain values, or a UsageError that names the place
+    text  ->  read_json   ->  plain values, or a ValueError with the reason
+    value ->  plain_json  ->  a copy in plain values, or a UsageError that names the place
     value ->  write_json  ->  text
-    bytes ->  count_values  ->  how much there is of it, before any value is made
+    bytes ->  count_values  ->  the number of values, before any value is made
 
-JSON has corners where two readers disagree: a key given twice, `NaN`, half a character, nesting without end. None of
-them gets in here, so what was read once can be handed on to a template, a client or a grammar as it is.
+Two readers may disagree about some JSON: duplicate keys, `NaN`, half a character, endless nesting. None of it is
+accepted here, so a value that was read once can be passed to a template, a client or a grammar as it is.
 
-Elsewhere: files that nobody vouches for are read by `checkpoint/json_strict.py`.
+Elsewhere: `checkpoint/json_strict.py` reads untrusted files.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import NamedTuple
 from argosy.errors import UsageError
 
 _MOST_DEPTH = 64
-_TOO_DEEP = f"is nested deeper than {_MOST_DEPTH}"
-_LARGEST = 1 << 1024  # what a float can reach
-# Objects, lists, keys and texts of one body: 4096 messages with their parts have a third of that.
+_TOO_DEEP = f"is nested deeper than {_MOST_DEPTH} levels"
+_LARGEST = 1 << 1024  # beyond the range of floats
+# Objects, lists, keys and strings in one body: 4096 messages with their parts need a third of this.
 MAX_PARTS = 1 << 17
 # Items of lists and objects: a prompt of token ids is as long as the longest context.
 MAX_ITEMS = (1 << 20) + MAX_PARTS
@@ -32,17 +32,17 @@ _NO_BACKSLASH = re.compile(rb"[^\\]")
 
 
 class Counts(NamedTuple):
-    """Values of a JSON text: objects, lists, keys and texts; items of objects and lists, beyond the first of each."""
+    """Values in a JSON text: objects, lists, keys and strings; items of objects and lists beyond the first of each."""
 
     num_parts: int
     num_items: int
 
 
 def count_values(data: bytes) -> Counts:
-    """How many values a JSON text has, in a few passes that make none of them.
+    """Count the values in a JSON text, in a few passes that make no values.
 
-    A reader that goes through it from the start has met no more than that, wherever the text stops being JSON. It is
-    counted in parts, and no further than it is refused, because each pass keeps other threads waiting.
+    A reader that stops where the text stops being JSON has seen at most this many. Counting goes part by part and stops
+    at the limit, because each pass keeps other threads waiting.
 
     Raises:
         ValueError: there are more than MAX_PARTS or MAX_ITEMS.
@@ -50,21 +50,20 @@ def count_values(data: bytes) -> Counts:
     num_quotes = num_lists = num_items = start = 0
     while start < len(data):
         stop = start + _COUNTED_AT_ONCE
-        if data[stop - 1 : stop] == b"\\":  # what it escapes comes with it
+        if data[stop - 1 : stop] == b"\\":  # keep the escaped character in the same part
             following = _NO_BACKSLASH.search(data, stop)
             stop = len(data) if following is None else following.end()
         part = data[start:stop]
         if b"\\" in part:
             part = part.replace(b"\\\\", b"").replace(b'\\"', b"")
-        is_inside = num_quotes % 2  # a text that began before
+        is_inside = num_quotes % 2  # inside a string that began earlier
         num_quotes += part.count(b'"')
-        _require_few(
-            "objects, lists and texts", num_quotes // 2, MAX_PARTS
-        )  # before there is a piece for each
+        # Checked before split() makes a piece for each.
+        _require_few("objects, lists and strings", num_quotes // 2, MAX_PARTS)
         outside = b"".join(part.split(b'"')[is_inside::2])
         num_lists += outside.count(b"[") + outside.count(b"{")
         num_items += outside.count(b",")
-        _require_few("objects, lists and texts", num_quotes // 2 + num_lists, MAX_PARTS)
+        _require_few("objects, lists and strings", num_quotes // 2 + num_lists, MAX_PARTS)
         _require_few("values", num_items, MAX_ITEMS)
         start = stop
     return Counts(num_quotes // 2 + num_lists, num_items)
@@ -72,21 +71,22 @@ def count_values(data: bytes) -> Counts:
 
 def _require_few(what: str, number: int, most: int) -> None:
     if number > most:
-        raise ValueError(f"it has more than {most} {what}, and no more are read")
+        raise ValueError(f"it has more than {most} {what}, which is the limit")
 
 
 def read_json(text: str) -> object:
-    """The value that `text` spells.
+    """Parse the value of `text`.
 
     Raises:
-        ValueError: it is not JSON, gives a key twice, holds what `plain_json` refuses, or has too many values.
+        ValueError: it is not JSON, has a duplicate key, contains a value that `plain_json` refuses, or has too many
+        values.
     """
     count_values(text.encode(errors="replace"))
     return parse_json(text)
 
 
 def parse_json(text: str) -> object:
-    """Returns the value of a text that `count_values` has passed. Raises what `read_json` raises."""
+    """Parse a text that `count_values` has accepted. Raises what `read_json` raises."""
     try:
         value: object = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
         _require_exact(value, "it")
@@ -97,12 +97,12 @@ def parse_json(text: str) -> object:
         raise ValueError(error.message) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON: {error.msg} at character {error.pos}") from None
-    except ValueError:  # Python reads no whole number of more than a few thousand digits
+    except ValueError:  # Python refuses whole numbers of more than a few thousand digits
         raise ValueError("it holds a number that is too large") from None
 
 
 def read_object(text: str) -> dict[str, object] | None:
-    """The object that `text` spells, or None if it spells none."""
+    """Parse the object in `text`, or return None if it is not one."""
     try:
         value = read_json(text)
     except ValueError:
@@ -115,11 +115,11 @@ def write_json(value: object) -> str:
 
 
 def plain_json(value: object, where: str) -> object:
-    """`value` in dicts, lists, text, numbers, truths and None; nothing is shared with the caller's.
+    """Copy `value` into dicts, lists, strings, numbers, booleans and None.
 
     Raises:
-        UsageError: it holds something else, half a character, or a number no float can reach, or is nested deeper
-            than 64; `where` says whose it is.
+        UsageError: it contains another type, half a character, or a number beyond the range of floats, or is nested
+            deeper than 64 levels; `where` names the value in the error.
     """
     try:
         plain = _copy(value, where)
@@ -130,7 +130,7 @@ def plain_json(value: object, where: str) -> object:
 
 
 def plain_text(text: str, where: str) -> str:
-    """`text`, if it can be written down; errors as `plain_json`."""
+    """Returns `text` if it can be encoded. Raises what `plain_json` raises."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -155,11 +155,11 @@ def _copy(value: object, where: str) -> object:
             return {str(key): _copy(item, where) for key, item in value.items()}
         case Sequence() if not isinstance(value, bytes | bytearray):
             return [_copy(item, where) for item in value]
-    raise UsageError(f"{where} holds a {type(value).__name__}, which JSON has no word for")
+    raise UsageError(f"{where} holds a {type(value).__name__}, which JSON cannot represent")
 
 
 def _require_exact(value: object, where: str) -> None:
-    """That every reader reads this alike; Python's own types only. Level by level, which is ten times as fast."""
+    """Check that every reader reads this alike. Level by level, which is ten times as fast as recursion."""
     level: list[object] = [value]
     for _ in range(_MOST_DEPTH + 1):
         following: list[object] = []
@@ -187,7 +187,7 @@ def _require_exact(value: object, where: str) -> None:
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise UsageError("it gives a key twice")
+        raise UsageError("it has a duplicate key")
     return found
 
 

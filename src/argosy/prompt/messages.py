@@ -1,10 +1,10 @@
-"""Messages as clients send them, checked, as turns.
+"""Checks messages as clients send them, and turns them into turns.
 
     {"role", "content", "tool_calls", ...}  ->  check_messages  ->  Turn
 
-Nothing is dropped on the way: a key that is not understood is refused by its name.
+Nothing is dropped silently: an unknown key is refused by name.
 
-Elsewhere: what a chat template wants of a turn is `template_shape.py`.
+Elsewhere: `template_shape.py` finds what a chat template expects of a turn.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from argosy.prompt.json_text import MAX_PARTS, count_values, plain_json, plain_t
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 Message = Mapping[str, Any]
-"""One turn: {"role", "content"}, and what agents add.
+"""One turn: {"role", "content"}, and the keys that agents add.
 
     role                system, developer, user, assistant or tool
     content             text, or a list of {"type": "text", "text": text}
-    name                who speaks, where a template cares
-    reasoning_content   assistant: what it thought before it answered; `reasoning` is another name for it
+    name                the speaker's name, for templates that use it
+    reasoning_content   assistant: its thoughts before the answer; `reasoning` is another name for it
     tool_calls          assistant: [{"id", "type": "function", "function": {"name", "arguments"}}]; arguments are an
-                        object, or the JSON text of one; of a call that was cut, any text
-    tool_call_id        tool: which call this is the result of
+                        object or its JSON text; for a truncated call, any text
+    tool_call_id        tool: the id of the call that this is the result of
 
-A key whose value is None counts as absent. So do copies that OpenAI's client makes of what is there in another form,
-`parsed` and `parsed_arguments`, and an empty list of annotations.
+A key whose value is None counts as absent. So do `parsed` and `parsed_arguments`, copies that OpenAI's client makes of
+other content, and an empty list of annotations.
 """
 
 _KEYS = {
@@ -38,13 +38,15 @@ _KEYS = {
     "tool": ("role", "content", "name", "tool_call_id"),
 }
 _OTHER_KEYS = ("role", "content", "name")
-UNREADABLE = "INVALID_JSON"  # holds arguments that are no object, as Anthropic would have them sent back
-_LONGEST_NAME = 256  # of whoever speaks, of a call, of its id
+UNREADABLE = (
+    "INVALID_JSON"  # holds arguments that are not an object, as Anthropic asks for them to be sent back
+)
+_LONGEST_NAME = 256  # of a speaker, a call, or a call's id
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A tool call of an assistant's turn; `text` is the JSON of its arguments as it was sent."""
+    """A tool call in an assistant's turn; `text` is the JSON of its arguments as it was sent."""
 
     id: str
     name: str
@@ -60,8 +62,8 @@ Piece = tuple[bool, str]
 class Turn:
     """One checked message.
 
-    answers: the id of the call that a tool's turn is the result of.
-    pieces: its content by who wrote it; empty: all of it is the caller's.
+    answers: the id of the call that a tool turn is the result of.
+    pieces: its content split by author; empty: all of it is the caller's.
     """
 
     role: str
@@ -74,33 +76,35 @@ class Turn:
 
 
 def check_messages(messages: Sequence[Message], *, add_generation_prompt: bool = True) -> tuple[Turn, ...]:
-    """The messages as turns, or a sentence about the first thing that is wrong with them.
+    """Check messages and turn them into turns; the first thing that is wrong raises an error.
 
-    Where the model is to answer, it continues a last turn of the assistant; one that says nothing is left out.
+    If the model is to answer and the last turn is the assistant's, the answer continues it; an empty one is dropped.
 
     Raises:
-        UsageError: none, an unknown role or key, content that is not text, a result of a call that nobody made, or
-            nothing for the model to answer or to continue.
+        UsageError: there are no messages, a role or key is unknown, content is not text, a result has no call, or there
+            is nothing for the model to answer or continue.
     """
     if not messages:
         raise UsageError("a conversation needs at least one message")
     turns = []
     called: set[str] = set()
-    num_left = MAX_PARTS  # of all arguments: texts that are read as JSON once more
+    num_left = MAX_PARTS  # for all arguments together: their texts are parsed as JSON once more
     for at, message in enumerate(messages):
         num_left -= _num_values(message)
         if num_left < 0:
-            raise UsageError(f"message {at}: arguments of calls have more than {MAX_PARTS} values so far")
+            raise UsageError(f"message {at}: tool call arguments have more than {MAX_PARTS} values so far")
         turn = _turn(_without_copies(message), f"message {at}")
         called |= {call.id for call in turn.calls}
         if turn.answers is not None and turn.answers not in called:
-            raise UsageError(f"message {at}: tool_call_id '{turn.answers}' is no call of an earlier message")
+            raise UsageError(
+                f"message {at}: tool_call_id '{turn.answers}' matches no call in an earlier message"
+            )
         turns.append(turn)
     if add_generation_prompt and turns[-1].role == "assistant":
         turns += _to_be_continued(turns.pop())
         if not turns:
             raise UsageError(
-                "the only message is an empty one of the assistant, so there is nothing to answer"
+                "the only message is an empty one from the assistant, so there is nothing to answer"
             )
     return tuple(turns)
 
@@ -109,17 +113,17 @@ def _to_be_continued(last: Turn) -> list[Turn]:
     if last.calls:
         raise UsageError(
             "the last message calls tools, so there is nothing to answer",
-            hint="send their results, one message of role tool for each call",
+            hint="send the results: one message with role tool for each call",
         )
     if last.content.strip():
         return [last]
     if last.reasoning:
-        raise UsageError("the last message has thoughts alone, and only text can be continued")
+        raise UsageError("the last message has only reasoning, and only text can be continued")
     return []
 
 
 def _num_values(message: Message) -> int:
-    """How many values the JSON of a message's arguments holds; more than MAX_PARTS if one text has too many."""
+    """Number of values in the JSON of a message's arguments; more than MAX_PARTS if one text has too many."""
     calls = message.get("tool_calls")
     calls = calls if isinstance(calls, list | tuple) else ()
     functions = [call.get("function") for call in calls if isinstance(call, Mapping)]
@@ -133,7 +137,7 @@ def _num_values(message: Message) -> int:
 
 
 def _without_copies(message: Message) -> Message:
-    """The keys that say something."""
+    """The message without absent keys and copies."""
     return {
         key: value
         for key, value in message.items()
@@ -152,7 +156,7 @@ def _turn(message: Message, where: str) -> Turn:
     known = _KEYS.get(role, _OTHER_KEYS)
     unknown = [key for key in message if key not in known]
     if unknown:
-        raise UsageError(f"{where}: unknown key '{unknown[0]}' of role {role}; known: {', '.join(known)}")
+        raise UsageError(f"{where}: unknown key '{unknown[0]}' for role {role}; known: {', '.join(known)}")
     calls = _calls(message.get("tool_calls", ()), where)
     if "content" not in message and not calls:
         raise UsageError(f"{where}: no 'content'")
@@ -160,7 +164,7 @@ def _turn(message: Message, where: str) -> Turn:
         _text(message[key], f"{where}: {key}") for key in ("reasoning_content", "reasoning") if key in message
     ]
     if len(set(reasoning)) > 1:
-        raise UsageError(f"{where}: reasoning_content and reasoning say different things")
+        raise UsageError(f"{where}: reasoning_content and reasoning differ")
     return Turn(
         role,
         _content(message.get("content", ""), where),
@@ -174,14 +178,14 @@ def _turn(message: Message, where: str) -> Turn:
 
 
 def _content(content: object, where: str) -> str:
-    """Text, or the texts of its parts, a line each."""
+    """The content's text: a string, or the texts of its parts, one per line."""
     if isinstance(content, str) or not isinstance(content, Sequence):
         return _text(content, f"{where}: content")
     return "\n".join(_part(part, f"{where}: part {at}") for at, part in enumerate(content))
 
 
 def _part(part: object, where: str) -> str:
-    """The text of one part. Images and sound will be told from text here."""
+    """The text of one part. Images and sound will be recognized here."""
     if not isinstance(part, Mapping):
         raise UsageError(f"{where} is a {type(part).__name__}, expected an object with a type")
     if part.get("type") != "text":

@@ -1,11 +1,11 @@
-"""The prompt as the engine takes it, and how every way to ask becomes one.
+"""The engine's prompt, and how every kind of request becomes one.
 
     str, messages, token ids, Prompt  ->  PromptBuilder.build     ->  Prompt with token ids
     tokens of the answer              ->  PromptBuilder.parser    ->  events
-    the answer                        ->  PromptBuilder.remember  ->  the same tokens, when the conversation comes back
+    the answer                        ->  PromptBuilder.remember  ->  the same tokens, when the conversation continues
 
-Elsewhere: messages are checked by `messages.py` and rendered by `chat.py`; text and ids are `tokenizer.py`; how a model
-writes thoughts and calls is `formats/`.
+Elsewhere: `messages.py` checks messages and `chat.py` renders them; `tokenizer.py` converts between text and ids;
+`formats/` knows how each model writes thoughts and calls.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
 ToolCalling = Literal["native", "generic", "none"]
 
 _MAX_COUNTED = 1 << 17
-_MAX_RENDERED = 1 << 21  # characters: a template takes up to 40 bytes of memory for each
+_MAX_RENDERED = 1 << 21  # characters: a template takes up to 40 bytes of memory per character
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What an answer is found by when its conversation comes back.
+    """Identifies an answer when its conversation continues.
 
     Attributes:
-        num_characters: of the rendered conversation, up to where the answer begins.
-        text, ids: digests of it.
+        num_characters: length of the rendered conversation up to the start of the answer.
+        text, ids: digests of that part.
         conversation: digest of the messages, without one that is continued.
-        continued: what the assistant's turn said already.
+        continued: the existing text of the assistant's turn.
     """
 
     num_characters: int
@@ -55,11 +55,11 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a model is given to continue.
+    """The input that a model continues.
 
     `token_ids` is None only before a tokenizer has seen the text; `text` is for people to read. The answer to a
-    conversation is a text of its own; any other goes on with the prompt's, as does one that continues a turn of the
-    assistant, inside which the prompt ends (`is_continued`).
+    conversation starts a new text. Any other answer continues the prompt's text, as does one whose prompt ends inside a
+    turn of the assistant (`is_continued`).
     """
 
     token_ids: tuple[int, ...] | None
@@ -70,12 +70,12 @@ class Prompt:
 
     @classmethod
     def raw(cls, text: str) -> Self:
-        """Text to be continued as it is: no chat template, a BOS token where the tokenizer asks for one."""
+        """Text to continue as it is: no chat template, and a BOS token where the tokenizer adds one."""
         return cls(None, text)
 
 
 class PromptBuilder:
-    """Makes a `Prompt` with token ids of whatever a caller gives; one for each engine."""
+    """Turns any kind of request into a `Prompt` with token ids; each engine has one."""
 
     def __init__(
         self,
@@ -87,18 +87,18 @@ class PromptBuilder:
         memory: ReplayMemory | None = None,
         context_tokens: int | None = None,
     ) -> None:
-        """Make one.
+        """Create a builder.
 
         Args:
-            tokenizer: the model's, or None: then it takes token ids only.
-            vocab_size: ids run from 0 to this.
-            worker: the process that renders chat templates, if it was started before.
-            format_name: how the model writes thoughts and calls; found out if it is None.
-            memory: answers to be given again token by token; none are without it.
-            context_tokens: a prompt and one token of its answer have to fit; None: there is no bound.
+            tokenizer: the model's, or None: then only token ids are accepted.
+            vocab_size: ids range from 0 to vocab_size - 1.
+            worker: the process that renders chat templates, if already started.
+            format_name: how the model writes thoughts and calls; None: detect it.
+            memory: keeps answers so that they get the same tokens again; None: keep none.
+            context_tokens: a prompt and one answer token have to fit; None: no limit.
 
         Raises:
-            UsageError: there is no format of that name.
+            UsageError: there is no format with that name.
         """
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
@@ -113,10 +113,10 @@ class PromptBuilder:
         if format_name is not None:
             from argosy.prompt.formats import named_format
 
-            self._named_format = named_format(format_name, self._needed("a format's name"))
+            self._named_format = named_format(format_name, self._needed("a format name"))
 
     def remembering(self, memory: ReplayMemory) -> PromptBuilder:
-        """The same, with answers to be given again token by token; both share the process that renders."""
+        """A copy that keeps answers in `memory`; both share the rendering process."""
         other = copy.copy(self)
         other._memory = memory
         other.__dict__.pop("_replay", None)
@@ -136,23 +136,23 @@ class PromptBuilder:
         add_generation_prompt: bool = True,
         is_counted: bool = False,
     ) -> Prompt:
-        """Token ids of `request`.
+        """Build the token ids of `request`.
 
         Args:
-            request: a string is one user message if the model has a chat template, and text to continue if it
-                has none; token ids and `Prompt` are taken as they are; a list of messages is a conversation, and if
-                the assistant's is the last, the answer continues it.
-            tools: what the model may call; only for messages, as the rest.
-            variables: of the chat template (`enable_thinking`), those that it reads itself.
-            tenant: whose conversation it is; answers that were remembered for it keep their tokens.
-            add_generation_prompt: open the assistant's turn, for it to be answered.
-            is_counted: its tokens are counted and no more, so it may have more of them than the context holds.
+            request: a string is one user message if the model has a chat template, otherwise text to continue. Token
+                ids and a `Prompt` are taken as they are. A list of messages is a conversation; if the last message is
+                the assistant's, the answer continues it.
+            tools: tools that the model may call; like the arguments below, only for messages.
+            variables: variables that the chat template reads, such as `enable_thinking`.
+            tenant: owner of the conversation; answers remembered for it keep their tokens.
+            add_generation_prompt: open the assistant's turn for an answer.
+            is_counted: the tokens are only counted, so there may be more of them than fit the context.
 
         Raises:
             PromptTooLong: it has more tokens than the context holds.
-            UsageError: empty, not one of these, an id outside the vocabulary, text for a model without a
-                tokenizer, messages for a model without a template, tools for a model that cannot be told of them, or
-                a conversation the template refuses.
+            UsageError: the request is empty, has none of these types, or has an id outside the vocabulary; it is text
+                for a model without a tokenizer, or messages for a model without a template; tools cannot be passed to
+                the model; or the template refuses the conversation.
         """
         max_tokens = self._max_counted if is_counted else self._max_tokens
         with self._counting() if is_counted else nullcontext():
@@ -186,7 +186,7 @@ class PromptBuilder:
 
     @property
     def takes_messages(self) -> bool:
-        """Whether the model has a chat template: a string is then a message, and text to continue otherwise."""
+        """Whether the model has a chat template. A string is then a message; otherwise it is text to continue."""
         return self._template is not None
 
     def count_tokens(
@@ -203,7 +203,7 @@ class PromptBuilder:
 
     @property
     def _max_counted(self) -> int | None:
-        """The most tokens that are counted of a text: more than fit the context, to tell by how much it is too long."""
+        """The most tokens counted in a text: more than fit the context, to report how far it is too long."""
         return None if self._max_tokens is None else max(self._max_tokens, _MAX_COUNTED)
 
     @contextmanager
@@ -212,7 +212,7 @@ class PromptBuilder:
             yield
         except PromptTooLong:
             raise UsageError(
-                f"the text has more than {self._max_counted} tokens, and no more are counted"
+                f"the text has more than {self._max_counted} tokens, and counting stops there"
             ) from None
 
     def apply_template(
@@ -223,16 +223,16 @@ class PromptBuilder:
         variables: Variables | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        """A conversation as the chat template writes it, control tokens spelled out. Errors as `build`."""
+        """Render a conversation with the chat template, control tokens spelled out. Raises what `build` raises."""
         return self.build(
             messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt, is_counted=True
         ).text  # fmt: skip
 
     def tokenize(self, text: str, *, add_prefix: bool = False) -> list[int]:
-        """Ids of a caller's text, no control token among them; `add_prefix`: BOS first, where the model wants it.
+        """Ids of a caller's text, which never include control tokens; `add_prefix` adds BOS if the model wants it.
 
         Raises:
-            UsageError: a model without a tokenizer, or they are more than are counted.
+            UsageError: the model has no tokenizer, or the text has too many tokens to count.
         """
         with self._counting():
             return self._encode(text, add_prefix, self._max_counted)
@@ -243,18 +243,18 @@ class PromptBuilder:
         return [*prefix, *tokenizer.encode(text, max_tokens=max_tokens)]
 
     def detokenize(self, token_ids: Sequence[int], *, keep_special: bool = True) -> str:
-        """Text of `token_ids`; special tokens are spelled out, or left out.
+        """Text of `token_ids`, with special tokens spelled out or omitted.
 
         Raises:
-            UsageError: an id outside the vocabulary, or a model without a tokenizer.
+            UsageError: an id is outside the vocabulary, or the model has no tokenizer.
         """
-        tokenizer = self._needed("token ids to be spelled")
+        tokenizer = self._needed("token ids to decode")
         self._check_ids(token_ids)
         return tokenizer.decode(token_ids, keep_special=keep_special)
 
     @functools.cached_property
     def tool_calling(self) -> ToolCalling:
-        """How the model is told of tools: by its own template, in a generic prompt, or not at all."""
+        """How the model learns of tools: from its own template, from a generic prompt, or not at all."""
         from argosy.prompt.formats.format import BlockFormat
 
         if self._template is None:
@@ -265,7 +265,7 @@ class PromptBuilder:
         return "generic" if isinstance(self.format, BlockFormat) else "none"
 
     def _format_for(self, tools: Sequence[Tool]) -> Format:
-        """How the model writes an answer that may call `tools`."""
+        """The format of an answer that may call `tools`."""
         return self._generic_format if tools and self.tool_calling == "generic" else self.format
 
     @functools.cached_property
@@ -276,7 +276,7 @@ class PromptBuilder:
 
     @functools.cached_property
     def format(self) -> Format:
-        """How the model itself writes thoughts and calls."""
+        """The model's own format for thoughts and calls."""
         if self._named_format is not None:
             return self._named_format
         from argosy.prompt.formats import find_format
@@ -286,11 +286,11 @@ class PromptBuilder:
 
     @property
     def variables(self) -> frozenset[str]:
-        """Names of the chat template's variables that a caller may set."""
+        """Names of the chat template variables that a caller may set."""
         return frozenset() if self._template is None else self._template.shape.variables
 
     def parser(self, prompt: Prompt, tools: Sequence[Tool | Mapping[str, object]] = ()) -> Parser:
-        """Reads the answer to `prompt`, which was built with the same `tools`."""
+        """A parser for the answer to `prompt`, which was built with the same `tools`."""
         from argosy.prompt.tools import check_tools
 
         checked = check_tools(tools)
@@ -305,22 +305,22 @@ class PromptBuilder:
         parallel: bool = True,
         form: Grammar | None = None,
     ) -> Grammar | None:
-        """What the answer to `prompt` has to follow; None: nothing.
+        """The grammar that the answer to `prompt` must follow, or None.
 
-        Where a tool may be called and need not, the answer is free up to the mark of a call, and from there on held to
-        the tool's schema as far as that can be; where it has to be, or the tool is strict, or a form is asked for,
-        what cannot be followed is an error.
+        If a call is optional, the answer is unconstrained up to a call's mark. From there it follows the tool's schema
+        as far as that can be enforced. If a call is required, a tool is strict, or `form` is given, a schema that
+        cannot be enforced is an error.
 
         Args:
-            prompt: built with these tools, or more of them.
-            tools: those that may be called.
-            must_call: one of them has to be.
+            prompt: built with at least these tools.
+            tools: the tools that may be called.
+            must_call: one of them must be called.
             parallel: more than one call may be made.
-            form: of an answer that calls nothing; it has no trigger.
+            form: grammar for an answer without calls; it has no trigger.
 
         Raises:
-            UsageError: there is no tool to call, the model calls none, or the prompt ends in a turn to be continued, of
-                which a form or a call would have to be the whole.
+            UsageError: there is no tool to call, the model cannot call tools, or the prompt ends in a turn to continue,
+                where a form or a call would have to be the whole turn.
         """
         from argosy.prompt.tools import check_tools
 
@@ -329,9 +329,9 @@ class PromptBuilder:
         if must_call or form is not None:
             if prompt.is_continued:
                 raise UsageError(
-                    "the answer continues the last message, which is the assistant's, "
-                    "so it cannot have a form or be a call",
-                    hint="leave that message out, or the form and the choice of tools",
+                    "the answer continues the assistant's last message, "
+                    "so it cannot have a required form or be a tool call",
+                    hint="leave out that message, or the form and the choice of tools",
                 )
             text = form_of_answer.grammar(checked, parallel, prompt, form=None if must_call else form)
             return Grammar(kind="lark", text=text)
@@ -350,7 +350,7 @@ class PromptBuilder:
         answer: Answer,
         tools: Sequence[Tool | Mapping[str, object]] = (),
     ) -> bool:
-        """Keep an answer's tokens for when its conversation comes back; see `Replay.remember`."""
+        """Keep an answer's tokens for when its conversation continues; see `Replay.remember`."""
         from argosy.prompt.tools import check_tools
 
         if self._replay is None:
@@ -358,7 +358,7 @@ class PromptBuilder:
         return self._replay.remember(tenant, prompt, token_ids, answer, check_tools(tools))
 
     def forget(self, tenant: str) -> None:
-        """Forget the answers that are kept for `tenant`."""
+        """Forget the answers kept for `tenant`."""
         if self._memory is not None:
             self._memory.forget(tenant)
 
@@ -432,7 +432,7 @@ class PromptBuilder:
         return _up_to_end_of(turns[-1].content, segments) if is_continued else segments
 
     def _with_own_ids(self, turns: Sequence[Turn], own_ids: Mapping[str, str]) -> Sequence[Turn]:
-        """`turns` with the ids that the model's template wants of calls and of their results."""
+        """`turns` with call ids, in calls and results, as the model's template wants them."""
         if not any(turn.calls or turn.answers for turn in turns):
             return turns
         number = 0
@@ -451,9 +451,9 @@ class PromptBuilder:
     @staticmethod
     def _refuse_chat_options(tools: Iterable[object], variables: Variables | None) -> None:
         if tools or variables:
-            what = "tools" if tools else "variables of a chat template"
+            what = "tools" if tools else "chat template variables"
             raise UsageError(
-                f"a prompt of text or token ids takes no {what}: it has no chat template around it"
+                f"a prompt of text or token ids cannot have {what}: no chat template is applied to it"
             )
 
     def _needed(self, what: str) -> Tokenizer:
@@ -477,9 +477,9 @@ class PromptBuilder:
 
 
 def _up_to_end_of(content: str, segments: Sequence[Segment]) -> list[Segment]:
-    """A rendered conversation up to the end of the last turn's `content`, for it to be continued.
+    """Cut a rendered conversation at the end of the last turn's `content`, so that it can be continued.
 
-    White space at its end, which templates trim, is given back.
+    Trailing white space, which templates trim, is restored.
 
     Raises:
         UsageError: the template prints something else there.
@@ -488,9 +488,9 @@ def _up_to_end_of(content: str, segments: Sequence[Segment]) -> list[Segment]:
     printed = "" if at is None else segments[at][1].rstrip()
     if at is None or not printed.endswith(content.strip()):
         raise UsageError(
-            "this model's chat template does not print the end of an assistant's turn as it was said, "
-            "so a last message of the assistant cannot be continued",
-            hint="end the conversation with a message of the user",
+            "this model's chat template alters the end of an assistant message, "
+            "so a last message from the assistant cannot be continued",
+            hint="end the conversation with a user message",
         )
     return [*segments[:at], (True, printed + content[len(content.rstrip()) :])]
 
@@ -501,6 +501,6 @@ def _require_renderable(turns: Sequence[Turn]) -> None:
     )
     if num_characters > _MAX_RENDERED:
         raise UsageError(
-            f"the conversation has {num_characters} characters, and at most {_MAX_RENDERED} are rendered",
+            f"the conversation has {num_characters} characters; at most {_MAX_RENDERED} can be rendered",
             hint="shorten the conversation",
         )

@@ -1,17 +1,17 @@
-"""The tokens of an answer again, when its conversation comes back.
+"""Gives an answer its original tokens again when its conversation continues.
 
     answer  ->  remember  ->  memory        conversation  ->  recall  ->  prompt with the tokens of the answer
 
-A client sends an answer back as text and parsed arguments. Rendered by the template, these seldom give the tokens that
-were sampled: JSON is spaced in another way, thoughts are left out, one word may be spelled in several ways. Then
-all that follows misses the KV cache. So the tokens of an answer are remembered, and stand for it where it lines up:
-the prompt before it is the same, token by token, and the template prints for it what the model said, white space aside.
-Where any of this does not hold, the template's own text is used.
+A client sends an answer back as text and parsed arguments. Rendered by the template, they rarely give the sampled
+tokens: JSON has other spacing, thoughts are left out, one word has several spellings. Then everything after it misses
+the KV cache. So the tokens of an answer are remembered and reused where the answer lines up: the prompt before it is
+the same, token by token, and the template prints what the model said, apart from white space. Where this does not hold,
+the template's own text is used.
 
-What a client does not send back (thoughts, the model's own ids of calls) is filled in before the template sees it, so
-the template still decides whether thoughts are shown at that place.
+Parts that a client does not send back (thoughts, the model's own call ids) are filled in before the template sees the
+answer, so the template still decides whether to show thoughts there.
 
-Elsewhere: `prompt.py` asks for both; what an answer says is `formats/`.
+Elsewhere: `prompt.py` calls both; `formats/` parses answers.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from argosy.prompt.tools import Tool
 if TYPE_CHECKING:
     from argosy.prompt.tokenizer import Tokenizer
 
-_ENTRY_BYTES = 1024  # what Python itself needs for one
+_ENTRY_BYTES = 1024  # Python's own overhead per entry
 
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """One answer: where it began, what it said, and in which tokens (without the one that ended it)."""
+    """One answer: where it began, what it said, and its tokens (without the one that ended it)."""
 
     trace: Trace
     answer: Answer
@@ -69,7 +69,7 @@ T = TypeVar("T", bound=HasSize)
 
 
 class TenantMemory(Generic[T]):
-    """Values by tenant and key. When there are too many, the tenant that holds most forgets its oldest."""
+    """Values by tenant and key. When there are too many, the tenant with the most bytes forgets its oldest."""
 
     def __init__(self, *, max_turns: int = 4096, max_bytes: int = 64 << 20) -> None:
         self._max_turns = max_turns
@@ -100,7 +100,7 @@ class TenantMemory(Generic[T]):
             return None if held is None else held.turns.get(key)
 
     def touch(self, tenant: str, keys: Iterable[bytes]) -> None:
-        """These were used just now, the last one last."""
+        """Mark these as just used, the last one most recently."""
         with self._lock:
             held = self._tenants.get(tenant)
             turns: OrderedDict[bytes, T] = OrderedDict() if held is None else held.turns
@@ -109,13 +109,13 @@ class TenantMemory(Generic[T]):
                     turns.move_to_end(key)
 
     def forget(self, tenant: str) -> None:
-        """Everything that `tenant` said."""
+        """Forget everything of `tenant`."""
         with self._lock:
             self._tenants.pop(tenant, None)
 
 
 class ReplayMemory(TenantMemory[Remembered]):
-    """Answers, by what they are found by."""
+    """Answers, by the key that finds them."""
 
 
 class _Tenant(Generic[T]):
@@ -134,12 +134,12 @@ class _Tenant(Generic[T]):
 
 
 class Replay:
-    """Remembering and recalling for one model."""
+    """Remembers and recalls answers for one model."""
 
     def __init__(
         self, memory: ReplayMemory, tokenizer: Tokenizer, format_for: Callable[[Sequence[Tool]], Format]
     ) -> None:
-        """`format_for`: how the model writes an answer that may call these tools."""
+        """`format_for` returns the format of an answer that may call these tools."""
         self._memory = memory
         self._tokenizer = tokenizer
         self._format_for = format_for
@@ -147,17 +147,17 @@ class Replay:
     def remember(
         self, tenant: str, prompt: Prompt, token_ids: Sequence[int], answer: Answer, tools: Sequence[Tool]
     ) -> bool:
-        """Keep an answer for when its conversation comes back.
+        """Keep an answer for when its conversation continues.
 
         Args:
-            tenant: whose it is; nobody else gets it back.
-            prompt: what was answered.
-            token_ids: what was sampled, the token that ended it included.
-            answer: what the client was told.
-            tools: those of the request.
+            tenant: the owner; only this tenant gets the answer back.
+            prompt: the prompt that was answered.
+            token_ids: the sampled tokens, including the one that ended the answer.
+            answer: the answer that the client received.
+            tools: the tools of the request.
 
         Returns:
-            Whether it is kept. It is not if the client was told less than was sampled (a stop string cut it off), or
+            Whether it is kept. It is not if the client received less than was sampled (a stop string cut it off), or if
             the prompt was not made of messages.
         """
         if prompt.trace is None or not (answer.text.strip() or answer.calls):
@@ -179,12 +179,12 @@ class Replay:
     def recall(
         self, tenant: str, turns: Sequence[Turn]
     ) -> tuple[list[Turn], list[Remembered], dict[str, str]]:
-        """What is remembered of a conversation.
+        """Look up the remembered answers of a conversation.
 
         Returns:
             turns: with the thoughts that the client left out.
-            remembered: answers among them, in order.
-            own_ids: id of a call to the id that the model gave it.
+            remembered: the answers among them, in order.
+            own_ids: maps each call's id to the id that the model gave it.
         """
         filled: list[Turn] = []
         remembered: list[Remembered] = []
@@ -201,7 +201,7 @@ class Replay:
                 filled.append(replace(turn, reasoning=found.answer.reasoning))
             else:
                 filled.append(turn)
-        # An answer is of use only if those before it are there, so the first ones are forgotten last.
+        # An answer is useful only with those before it, so the first ones are forgotten last.
         self._memory.touch(tenant, reversed(keys))
         return filled, remembered, own_ids
 
@@ -214,25 +214,25 @@ class Replay:
         is_continued: bool = False,
         max_tokens: int | None = None,
     ) -> list[int]:
-        """Ids of a rendered conversation, with the tokens of what is remembered where it lines up.
+        """Encode a rendered conversation, using the tokens of remembered answers where they line up.
 
         `is_continued`: it ends inside an assistant's turn.
 
         Raises:
-            PromptTooLong: they are more than `max_tokens`.
+            PromptTooLong: there are more than `max_tokens`.
         """
         tokenizer = self._tokenizer
         whole = text_of(segments)
         ids: list[int] = []
-        at = 0  # where in the text the ids end
+        at = 0  # the position in the text where the ids end
         for turn in remembered:
             begin = turn.trace.num_characters
             before = cut(segments, 0, begin)
             if not at <= begin < len(whole) or text_digest(before) != turn.trace.text:
-                continue  # seen without encoding anything
+                continue  # rejected without encoding anything
             head = ids + tokenizer.encode_segments(cut(segments, at, begin), max_tokens=max_tokens)
             if ids_digest(head) != turn.trace.ids:
-                break  # an answer before it is forgotten, which those behind it miss, too
+                break  # an earlier answer is forgotten, so later ones cannot match either
             rest = cut(segments, begin, len(whole))
             ends = (c.start for c in tokenizer.template_controls(rest) if c.token_id in tokenizer.eos_ids)
             end = next(ends, None)
@@ -254,7 +254,7 @@ class Replay:
 def read_answer(
     token_ids: Sequence[int], form: Format, tokenizer: Tokenizer, tools: Sequence[Tool], prompt: Prompt | None
 ) -> Answer:
-    """What `token_ids` say, as the answer to `prompt`."""
+    """Parse `token_ids` as the answer to `prompt`."""
     is_continued = prompt is not None and prompt.is_continued
     parser, stream = form.parser(tools, prompt), tokenizer.stream(is_start=not is_continued)
     events = [event for token_id in token_ids for event in parser.push(token_id, stream.push(token_id))]
@@ -268,7 +268,7 @@ def trace_of(
     *,
     is_continued: bool = False,
 ) -> Trace:
-    """What an answer to this prompt will be found by; `is_continued`: it continues the last turn."""
+    """The trace that finds the answer to this prompt later; `is_continued`: the answer continues the last turn."""
     continued = turns[-1].content if is_continued else ""
     conversation = b""
     for turn in turns[:-1] if is_continued else turns:
@@ -290,7 +290,7 @@ def cut(segments: Sequence[Segment], start: int, stop: int) -> list[Segment]:
 
 
 def text_digest(segments: Sequence[Segment]) -> bytes:
-    """Of a text, and of who wrote what of it."""
+    """Digest of a text, including who wrote each part."""
     hasher = blake3()
     for is_callers, text in segments:
         data = text.encode()
@@ -304,7 +304,7 @@ def ids_digest(token_ids: Sequence[int]) -> bytes:
 
 
 def next_digest(digest: bytes, turn: Turn) -> bytes:
-    """Of a conversation that goes on with `turn`; thoughts are left out, as clients leave them out."""
+    """Digest of a conversation extended by `turn`; thoughts are left out, as clients leave them out."""
     calls = [[call.id, call.name, call.arguments] for call in turn.calls]
     said = write_json([turn.role, turn.content.strip(), turn.name, turn.answers, calls])
     return blake3(digest + said.encode()).digest()
@@ -315,7 +315,7 @@ def _call_key(call_id: str) -> bytes:
 
 
 def _says_what_was_said(turn: Turn, found: Remembered) -> bool:
-    """Whether a client sends an answer back as it was, behind what it continued; thoughts may be left out."""
+    """Whether a client sent an answer back unchanged, after the text it continued; thoughts may be left out."""
     answer = found.answer
     return (
         [call.id for call in turn.calls] == [call.id for call in answer.calls]
@@ -326,7 +326,7 @@ def _says_what_was_said(turn: Turn, found: Remembered) -> bool:
 
 
 def _is_same(one: Answer, other: Answer) -> bool:
-    """Whether two answers say the same, white space at their ends and ids of calls aside."""
+    """Whether two answers are equal, apart from surrounding white space and call ids."""
     return (
         one.text.strip() == other.text.strip()
         and one.reasoning.strip() == other.reasoning.strip()

@@ -1,9 +1,9 @@
-"""Stop strings, wherever the token boundaries fall.
+"""Finds stop strings, wherever the token boundaries fall.
 
     text of a token  ->  push  ->  text that is safe to show, and the stop string if one is complete
 
-What is shown, and where it stops, is a function of the text alone: the stop string that is complete first wins, and
-of two that end together the longer one.
+The shown text and its end depend on the text alone: the stop string completed first wins, and of two that end together
+the longer one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Holds back the longest end of the text that may be the start of a stop string."""
+    """Holds back the longest end of the text that may start a stop string."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
@@ -22,8 +22,8 @@ class StopStrings:
         """Take more text.
 
         Returns:
-            emit: text that no stop string can reach any more, without the stop string itself.
-            hit: the stop string that ended the text, or None. After a hit there is nothing more to push.
+            emit: text that can no longer be part of a stop string, without the stop string itself.
+            hit: the stop string that ended the text, or None. Push no more text after a hit.
         """
         if not self._stops:
             return text, None
@@ -38,13 +38,13 @@ class StopStrings:
         return text[:num_safe], None
 
     def finish(self) -> str:
-        """What is still held back, once it is known that no more text comes."""
+        """Returns the text still held back, once no more text comes."""
         held, self._held = self._held, ""
         return held
 
 
 def longest_start(text: str, words: Sequence[str]) -> int:
-    """How many characters at the end of `text`, which ends with no whole one of `words`, may be the start of one."""
+    """Length of the longest end of `text` that may start one of `words`; `text` ends with none of them complete."""
     longest = min(max(map(len, words), default=0) - 1, len(text))
     for num in range(longest, 0, -1):
         end = text[-num:]

@@ -1,9 +1,9 @@
-"""Tools that a model may call: what a caller offers, checked, and the values that their schemas ask for.
+"""Checks the tools that a caller offers, and parses values as the tools' schemas require.
 
     {"type": "function", "function": {name, description, parameters}}  ->  check_tools  ->  Tool
-    what a model wrote as bare text  ->  value_of  ->  the JSON value that the parameter's schema asks for
+    bare text from a model  ->  value_of  ->  a JSON value that fits the parameter's schema
 
-Elsewhere: how a model is told of them is its chat template's business (`chat.py`); how it calls them is `formats/`.
+Elsewhere: the chat template tells a model about tools (`chat.py`); `formats/` reads the model's calls.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from argosy.errors import UsageError
 from argosy.prompt.json_text import plain_json, plain_text, read_json
 
-# So a name is a name in every format: no quote, bracket, colon or white space to confuse it with what is around it.
+# These characters are safe in every format: no quote, bracket, colon or white space to confuse with the syntax around.
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """One function. `parameters` is a JSON schema of an object; `is_strict`: every call of it is held to that."""
+    """One function. `parameters` is the JSON schema of an object; with `is_strict`, every call must follow it."""
 
     name: str
     description: str = ""
@@ -30,13 +30,13 @@ class Tool:
 
     @property
     def properties(self) -> Mapping[str, object]:
-        """Parameter name to its schema."""
+        """Maps each parameter's name to its schema."""
         found = self.parameters.get("properties")
         return found if isinstance(found, Mapping) else {}
 
     @property
     def required(self) -> tuple[str, ...]:
-        """Names of the parameters that a call must give."""
+        """Names of the parameters that a call must provide."""
         found = self.parameters.get("required")
         return tuple(name for name in found if isinstance(name, str)) if isinstance(found, list) else ()
 
@@ -46,25 +46,25 @@ class Tool:
 
 
 def check_tools(tools: Sequence[Tool | Mapping[str, object]]) -> tuple[Tool, ...]:
-    """Tools as callers write them, or a sentence about the first thing that is wrong with them.
+    """Check tools as callers write them; the first thing that is wrong raises an error.
 
     Raises:
-        UsageError: another type than function, an unknown or missing key, a name that is none or comes twice, or
-            parameters that are no JSON schema of an object.
+        UsageError: a type is not function, a key is unknown or missing, a name is invalid or used twice, or parameters
+            are not the JSON schema of an object.
     """
     checked = []
     names = set()
     for at, given in enumerate(tools):
         tool = given if isinstance(given, Tool) else _tool(given, f"tool {at}")
         if tool.name in names:
-            raise UsageError(f"tool {at}: the name '{tool.name}' comes twice")
+            raise UsageError(f"tool {at}: the name '{tool.name}' is used twice")
         names.add(tool.name)
         checked.append(tool)
     return tuple(checked)
 
 
 def tool_named(tools: Sequence[Tool], name: str) -> Tool:
-    """The tool of that name.
+    """Returns the tool with that name.
 
     Raises:
         UsageError: there is none.
@@ -89,7 +89,7 @@ def _tool(given: object, where: str) -> Tool:
             raise UsageError(f"{where}: unknown key '{key}'; known: name, description, parameters, strict")
     name = function.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise UsageError(f"{where}: name {name!r} is not 1 to 128 of A-Z a-z 0-9 _ - .")
+        raise UsageError(f"{where}: name {name!r} is not 1 to 128 of the characters A-Z a-z 0-9 _ - .")
     description = function.get("description")
     if not isinstance(description, str | None):
         raise UsageError(f"{where}: description is a {type(description).__name__}, expected text")
@@ -109,11 +109,11 @@ def _tool(given: object, where: str) -> Tool:
 
 
 def types_of(schema: object, root: Mapping[str, object]) -> frozenset[str]:
-    """The JSON types that `schema` lets a value have; none if it does not say.
+    """The JSON types that `schema` allows; empty if it names none.
 
     Args:
-        schema: of one parameter.
-        root: the schema that it is part of, for `$ref`.
+        schema: the schema of one parameter.
+        root: the schema that contains it, for `$ref`.
     """
     types: set[str] = set()
     seen: set[str] = set()  # a schema may refer to itself
@@ -155,10 +155,10 @@ def _type_of(value: object) -> str:
 
 
 def value_of(text: str, schema: object, root: Mapping[str, object]) -> object:
-    """The value that a model means by `text`, which it wrote without quotes.
+    """Parse `text`, which a model wrote without quotes, into the value that it means.
 
-    What the schema allows decides: text that spells a number is one only where a number may stand. Where text may stand
-    as well, `null`, `3` or `true` is still read as what it spells, if that is allowed.
+    The schema decides: text that spells a number becomes one only where a number is allowed. Where a string is allowed
+    as well, `null`, `3` or `true` still becomes the value that it spells, if that type is allowed.
     """
     types = types_of(schema, root)
     try:
@@ -168,8 +168,8 @@ def value_of(text: str, schema: object, root: Mapping[str, object]) -> object:
     kind = _type_of(value)
     if kind in types or (kind == "integer" and "number" in types):
         return value
-    # A schema that says nothing: lists and objects can hardly be meant as text.
+    # If the schema names no type, lists and objects are hardly meant as text.
     return value if not types and isinstance(value, dict | list) else text
 
 
-_as_python_writes_it = {"True": "true", "False": "false", "None": "null"}  # as some templates do
+_as_python_writes_it = {"True": "true", "False": "false", "None": "null"}  # some templates write these
