@@ -152,7 +152,7 @@ def test_every_character_has_a_shadow_of_its_own_and_comes_back() -> None:
     assert min(shadow) == "\U00040000"
     assert max(shadow) == "\U000dffff"
     assert shadows.plain(shadow) == unicode + shared
-    with pytest.raises(Refused, match="more than 196608 different characters that Unicode does not have"):
+    with pytest.raises(Refused, match="more than 196608 different characters that are not in Unicode"):
         segments_of(CHATML, [{"role": "user", "content": shared + chr(0x40000)}])
 
 
@@ -288,7 +288,7 @@ def test_what_a_template_refuses_is_said_in_its_words() -> None:
     template = ChatTemplate(MIXTRAL, SPECIAL_TOKENS)
     with pytest.raises(UsageError, match="refuses this conversation: Conversation roles must alternate"):
         template.segments([*HI_TURNS, *HI_TURNS])
-    with pytest.raises(UsageError, match="has no place for tool calls and their results"):
+    with pytest.raises(UsageError, match="does not support tool calls and their results"):
         template.segments([*HI_TURNS, Turn("tool", "4")])
     template.close()
 

@@ -1,16 +1,16 @@
 """Strings that remember which of their characters came from a caller.
 
-    caller's text  ->  shadow characters  ->  a template does what it likes  ->  segments: template's, caller's
+    caller's text  ->  shadow characters  ->  the template's operations  ->  segments: template's, caller's
 
 Every character of a caller's text is replaced by a shadow: a code point in planes 4 to 13, which Unicode has never
-assigned. Whatever a template does to the string (joins, slices, repeats), the shadows travel with it, so the origin
-of each character of the output is read from the character itself. `Tainted` makes questions about the string
-(`in`, `startswith`, `strip`, `split` ...) answer as for the plain text. Where a template finds a way around that, the
-output differs from what the plain text gives, and the caller of this module compares the two.
+assigned. Whatever a template does to the string (join, slice, repeat), the shadows move with it, so each output
+character shows its own origin. `Tainted` answers questions about the string (`in`, `startswith`, `strip`, `split` and
+others) as the plain text would. If a template finds a way around that, its output differs from that of the plain text,
+and the caller of this module compares the two.
 
-There is no marker for a caller to guess: a shadow that a caller writes is itself replaced by another one.
+A caller cannot guess a marker: if a caller writes a shadow, it is itself replaced by another one.
 
-Elsewhere: the worker that renders with these strings is `template_worker.py`. Standard library only.
+Elsewhere: `template_worker.py` renders with these strings. Standard library only.
 """
 
 from __future__ import annotations
@@ -23,39 +23,40 @@ from typing import Any, SupportsIndex
 
 _FIRST, _LAST = 0x40000, 0xDFFFF
 _SHADOWS = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]")
-# The shadow of a character that Unicode may assign is its twin in another plane, so whole texts change planes at once.
-# Only someone who wants to be taken for a template writes the others: they share planes 11 to 13, in order of arrival.
+# A character that Unicode may assign has its shadow at the same place in another plane, so whole texts change planes at
+# once. All other characters come only from callers who pose as a template; they share planes 11 to 13 in order of
+# arrival.
 _UNICODE_PLANES = bytes((0, 1, 2, 3, 14, 15, 16))
 _TO_SHADOWS = bytes.maketrans(_UNICODE_PLANES, bytes(range(4, 11)))
 _FROM_SHADOWS = bytes.maketrans(bytes(range(4, 11)), _UNICODE_PLANES)
 _FIRST_SHARED = 0xB0000
-_UTF_32 = codecs.lookup("utf-32-le")  # found here, because the worker may open no file later
+_UTF_32 = codecs.lookup("utf-32-le")  # looked up here, because the worker may open no file later
 _SHARED = re.compile(f"[{chr(_FIRST_SHARED)}-{chr(_LAST)}]")
 _RUNS = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]+|[^{chr(_FIRST)}-{chr(_LAST)}]+")
 
 
 def has_shadows(text: str) -> bool:
-    """Whether any character of `text` lies where shadows do."""
+    """Whether any character of `text` is in the range of shadows."""
     return _SHADOWS.search(text) is not None
 
 
 class TooManyCharacters(ValueError):
-    """More different characters of planes 4 to 13 than there are shadows for them."""
+    """There are more different characters of planes 4 to 13 than shadows for them."""
 
 
 def _in_planes(text: str, table: bytes) -> str:
-    """`text` with each character in the plane that `table` has for its own."""
+    """`text` with each character moved to the plane that `table` gives for its plane."""
     data = bytearray(_UTF_32.encode(text, "surrogatepass")[0])
     data[2::4] = data[2::4].translate(table)
     return _UTF_32.decode(data, "surrogatepass")[0]
 
 
 class ShadowMap:
-    """Shadows of all characters, for the texts of one conversation."""
+    """Shadows for all characters in the texts of one conversation."""
 
     def __init__(self) -> None:
         self._shared: dict[str, str] = {}  # character of planes 4 to 13 -> shadow
-        self._back: dict[str, str] = {}  # and the other way
+        self._back: dict[str, str] = {}  # shadow -> character
 
     def _share(self, found: re.Match[str]) -> str:
         character = found[0]
@@ -64,7 +65,7 @@ class ShadowMap:
             code = _FIRST_SHARED + len(self._shared)
             if code > _LAST:
                 raise TooManyCharacters(
-                    f"more than {_LAST - _FIRST_SHARED + 1} different characters that Unicode does not have"
+                    f"more than {_LAST - _FIRST_SHARED + 1} different characters that are not in Unicode"
                 )
             shadow = self._shared[character] = chr(code)
             self._back[shadow] = character
@@ -80,11 +81,11 @@ class ShadowMap:
         return _SHARED.sub(lambda found: self._back.get(found[0], found[0]), text)
 
     def taint(self, text: str) -> Tainted:
-        """The caller's `text`, every character of it tainted."""
+        """The caller's `text` with every character tainted."""
         return Tainted(self.shadow(text), self)
 
     def keep(self, value: Any) -> Any:
-        """`value`, as `Tainted` again if it is a plain string that holds shadows."""
+        """Wraps `value` as `Tainted` again if it is a plain string with shadows."""
         if type(value) is str and has_shadows(value):
             return Tainted(value, self)
         return value
@@ -95,7 +96,7 @@ class ShadowMap:
 
 
 def _without_taint(value: Any) -> Any:
-    """The argument of a question, without taint."""
+    """An argument of a question about the text, without taint."""
     if isinstance(value, Tainted):
         return value._plain
     if isinstance(value, tuple):
@@ -104,7 +105,7 @@ def _without_taint(value: Any) -> Any:
 
 
 class Tainted(str):
-    """Text with shadows in it: copies keep the shadows, questions see the plain text."""
+    """Text with shadows in it: copies keep the shadows, and questions see the plain text."""
 
     _shadows: ShadowMap  # the sandbox keeps a template away from names that start with an underscore
     _plain: str
@@ -115,7 +116,7 @@ class Tainted(str):
         made._plain = shadows.plain(data)
         return made
 
-    # What is asked of the text.
+    # Questions about the text.
     def __eq__(self, other: object) -> bool:
         return bool(self._plain == _without_taint(other))
 
@@ -140,7 +141,7 @@ class Tainted(str):
     def __contains__(self, other: object) -> bool:
         return _without_taint(other) in self._plain
 
-    # What gives part of the text.
+    # Parts of the text.
     def _cut(self, start: int, stop: int) -> Tainted:
         return Tainted(str.__getitem__(self, slice(start, stop)), self._shadows)
 
@@ -166,7 +167,7 @@ class Tainted(str):
         return self._cut(0, len(self._plain.removesuffix(_without_taint(suffix))))
 
     def _parts(self, parts: Iterable[str]) -> list[str]:
-        """The same parts of this text as `parts` are of its plain text, in order from the left."""
+        """Cut this text as its plain text is cut into `parts`, from left to right."""
         cut: list[str] = []
         at = 0
         for part in parts:
@@ -211,7 +212,7 @@ class Tainted(str):
         pieces = self._split(self._plain.split(_without_taint(old), count), old)
         return Tainted(str.join(str(new), pieces), self._shadows)
 
-    # What makes new text of it.
+    # New text made from this text.
     def __add__(self, other: str) -> str:
         return Tainted(super().__add__(other), self._shadows)
 
@@ -223,7 +224,7 @@ class Tainted(str):
         return self._shadows.shadow(json.dumps(self._plain, ensure_ascii=ensure_ascii))
 
     def __repr__(self) -> str:
-        """As Python writes it, also inside lists and objects that a template prints as they are."""
+        """Python's own spelling, also inside lists and objects that a template prints directly."""
         return self._shadows.shadow(repr(self._plain))
 
     def join(self, parts: Iterable[str]) -> str:
@@ -240,7 +241,7 @@ def _question(name: str) -> Callable[..., Any]:
 
 def _change(name: str) -> Callable[..., Any]:
     def change(self: Tainted) -> Tainted:
-        # Case may change a string's length, so the result counts as the caller's throughout.
+        # Changing case may change the length, so the whole result counts as the caller's.
         return self._shadows.taint(getattr(self._plain, name)())
 
     change.__name__ = name

@@ -1,14 +1,14 @@
-"""How one chat template wants conversations with tools: found out once, by rendering small ones.
+"""Finds how one chat template expects conversations with tools, by rendering small ones once.
 
-    template  ->  find_shape  ->  Shape        turns  ->  Shape.messages  ->  what the template reads
+    template  ->  find_shape  ->  Shape        turns  ->  Shape.messages  ->  messages for the template
 
-Templates agree on `role` and `content` and on little else: some want a call's arguments as an object and some as JSON
-text, some print nothing for a turn that has both text and calls, some only its first call. What a template would leave
-out without a word is put in a way that it prints, or refused by name. Two things are left out as the template leaves
-them out: thoughts, and what a model said beside its calls where there is no way to print both. A refusal would end a
-conversation over words that the model itself chose.
+Templates agree on `role` and `content` and on little else: some expect a call's arguments as an object and some as JSON
+text, some print nothing for a turn that has both text and calls, some print only its first call. Anything that a
+template would silently leave out is rewritten so that it prints it, or refused by name. Two things may still be left
+out: thoughts, and text beside calls where there is no way to print both. Refusing those would end a conversation
+because of words that the model itself chose.
 
-Elsewhere: what a client may send is `messages.py`; rendering is `chat.py`.
+Elsewhere: `messages.py` checks what a client sends; `chat.py` renders.
 """
 
 from __future__ import annotations
@@ -24,26 +24,30 @@ from argosy.prompt.tools import Tool
 
 Messages = list[dict[str, Any]]
 Try = Callable[[Messages, list[dict[str, object]] | None], str | None]
-"""What a template prints for messages and tools, or None where it fails."""
+"""Returns what a template prints for messages and tools, or None if it fails."""
 
-_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # the first that a template reads
+_REASONING_KEYS = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)  # the first one that a template reads is used
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a template reads and prints.
+    """The messages that a template reads and prints.
 
     Attributes:
         variables: names that a caller may set.
-        takes_tools: it tells the model of tools.
-        takes_calls: it prints calls of earlier turns, and results of them.
-        arguments_as_text: it wants arguments as JSON text, not as an object.
-        content_beside_calls: what stands for "no text" in a turn with calls: "" or None.
-        prints_all_calls: of a turn with several calls.
-        content_goes: of a turn that has both: beside the calls, in a turn of its own before them, or nowhere.
-        takes_content_and_reasoning: in a turn with calls.
-        reasoning_key: where it looks for what the assistant thought, or None.
-        knows_developer: it has a word for that role.
+        takes_tools: it tells the model about tools.
+        takes_calls: it prints calls in earlier turns, and their results.
+        arguments_as_text: it expects arguments as JSON text instead of an object.
+        content_beside_calls: the value for "no text" in a turn with calls: "" or None.
+        prints_all_calls: it prints every call of a turn with several.
+        content_goes: where a turn's text goes if it has calls too: beside the calls, in its own turn before, or
+        nowhere. takes_content_and_reasoning: it prints both in a turn with calls.
+        reasoning_key: the key from which it reads the assistant's thoughts, or None.
+        knows_developer: it handles that role.
         takes_system: it prints a system message that is the first message.
         takes_late_system: it prints a system message that is not the first message.
     """
@@ -62,10 +66,10 @@ class Shape:
     takes_late_system: bool
 
     def messages(self, turns: Sequence[Turn]) -> Messages:
-        """`turns` as this template reads them.
+        """Convert `turns` to the messages that this template reads.
 
         Raises:
-            UsageError: the template has no place for something in them.
+            UsageError: the template has no place for part of them.
         """
         made: Messages = []
         for turn in self._split(self._with_one_system(turns)):
@@ -77,7 +81,7 @@ class Shape:
             if turn.answers is not None:
                 message["tool_call_id"] = turn.answers
             if (turn.calls or turn.role == "tool") and not self.takes_calls:
-                raise UsageError("this model's chat template has no place for tool calls and their results")
+                raise UsageError("this model's chat template does not support tool calls and their results")
             if turn.calls:
                 message["content"] = turn.content or self.content_beside_calls
                 message["tool_calls"] = [self._call(call) for call in turn.calls]
@@ -91,7 +95,7 @@ class Shape:
         return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
     def _with_one_system(self, turns: Sequence[Turn]) -> Sequence[Turn]:
-        """Turns whose instructions at the start are one message, if the template prints no more than that."""
+        """Merge leading instructions into one message if the template prints only one."""
         kinds = [turn.role in ("system", "developer") for turn in turns]
         if self.takes_late_system or not any(kinds[1:]):
             return turns
@@ -100,13 +104,13 @@ class Shape:
             at = kinds.index(True, num_first)
             raise UsageError(
                 f"message {at}: this model's chat template takes instructions ({turns[at].role}) "
-                "at the start of a conversation only"
+                "only at the start of a conversation"
             )
         whole = "\n\n".join(turn.content for turn in turns[:num_first])
         return [replace(turns[0], content=whole), *turns[num_first:]]
 
     def _split(self, turns: Sequence[Turn]) -> list[Turn]:
-        """Turns of which the template prints everything that it can."""
+        """Split turns so that the template prints as much of them as it can."""
         made: list[Turn] = []
         for turn in turns:
             if not turn.calls or not turn.content:
@@ -121,7 +125,7 @@ class Shape:
 
 
 def _one_call_each(turns: Sequence[Turn]) -> list[Turn]:
-    """Turns with one call each, and its result behind each."""
+    """Split turns into one call each, followed by its result."""
     made: list[Turn] = []
     at = 0
     while at < len(turns):
@@ -143,23 +147,23 @@ def _one_call_each(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def find_shape(variables: frozenset[str], names: frozenset[str], attempt: Try) -> Shape:
-    """Ask a template.
+    """Find a template's shape.
 
     Args:
-        variables: names it takes from outside, those with a meaning of their own left out.
-        names: all attributes, keys and texts it holds.
-        attempt: renders.
+        variables: names that it reads from outside, except those with a fixed meaning.
+        names: all attributes, keys and strings in it.
+        attempt: renders messages and tools.
     """
 
     def printed(messages: Messages, *wanted: str) -> str | None:
-        """What is printed, if these words are, in this order."""
+        """The printed text, if it contains these words in this order."""
         text = attempt(messages, tools)
         at = 0
         for word in wanted if text is not None else ():
             at = text.find(word, at) if text is not None else -1
             if at < 0:
                 return None
-        # Python's own spelling of the object is not what a template prints that means to print arguments.
+        # A template that means to print arguments does not print Python's own spelling of the object.
         return None if text is None or "'probe_key1'" in text else text
 
     tools: list[dict[str, object]] | None = [Tool("probe_tool", "probe").as_template_reads_it()]
@@ -179,7 +183,7 @@ def find_shape(variables: frozenset[str], names: frozenset[str], attempt: Try) -
             )
             for none in ("", None)
         }
-        # What prints less prints nothing twice, and no "None".
+        # The shortest output prints nothing twice, and no "None".
         taken = [(len(text), none is None, none) for none, text in forms.items() if text is not None]
         if taken:
             arguments_as_text, empty, takes_calls = as_text, min(taken)[2], True
@@ -192,7 +196,14 @@ def find_shape(variables: frozenset[str], names: frozenset[str], attempt: Try) -
     is_beside = prints("probe_text", "probe_key1", content="probe_text")
     said = {"role": "assistant", "content": "probe_text"}
     turn = _probe_turn(arguments_as_text, 1, content=empty)
-    split = [_USER, said, turn, results[0], said, _USER]  # where turns are counted, only later ones tell
+    split = [
+        _USER,
+        said,
+        turn,
+        results[0],
+        said,
+        _USER,
+    ]  # if a template counts turns, only later ones show it
     is_before = printed(split, "probe_text", "probe_key1") is not None
     key = next((key for key in _REASONING_KEYS if key in names), None)
     thought: dict[str, Any] = {} if key is None else {key: "probe_thought"}
@@ -218,7 +229,7 @@ _USER: dict[str, Any] = {"role": "user", "content": "probe"}
 
 
 def _probe_id(at: int) -> str:
-    return f"probeid{at:02}"  # some templates want nine characters
+    return f"probeid{at:02}"  # some templates require nine characters
 
 
 def _probe_turn(as_text: bool, num_calls: int, **more: Any) -> dict[str, Any]:

@@ -1,14 +1,15 @@
-"""Render one chat template after another, in a process of its own that may be killed.
+"""Renders one chat template after another, in its own process, which may be killed.
 
     stdin: one JSON request per line  ->  render twice, or read  ->  stdout: one JSON answer per line
 
-A template is part of a model file: data from a stranger. It runs in jinja2's immutable sandbox, and this process has
-no file, no network and little memory to give; whoever started it keeps the time. The first rendering uses the
-callers' plain values, as every other engine does. The second uses tainted ones, keys of objects included, and shows
-who wrote which character. If the two differ, the template computes with the text in a way that hides its origin, and
-the answer is a refusal.
+A template is part of a model file: data from a stranger. It runs in jinja2's immutable sandbox, and this process has no
+files, no network and little memory; the process that started it enforces the time limit. The first rendering uses the
+callers' plain values, as every other engine does. The second uses tainted values, including object keys, and shows who
+wrote each character. If the two differ, the template computes with the text in a way that hides its origin, and the
+conversation is refused.
 
-Elsewhere: `chat.py` starts this process, keeps the time and reads the answers; `taint.py` explains tainted text.
+Elsewhere: `chat.py` starts this process, enforces the time limit and reads the answers; `taint.py` explains tainted
+text.
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from argosy.prompt.taint import ShadowMap, Tainted, TooManyCharacters, has_shadows
 
-_IDLE_SECONDS = 2.0  # then the process ends, and its memory is free; the next request starts another
-_CPU_SECONDS = 60  # in case whoever keeps the time is gone
-_MEMORY_BYTES = 128 << 20  # beyond what the process has when it is ready
-_MEMORY_BYTES_PER_CHARACTER = 400  # two renderings, shadows and JSON of them
+_IDLE_SECONDS = 2.0  # after this the process ends and frees its memory; the next request starts another
+_CPU_SECONDS = 60  # a limit even if the parent process is gone
+_MEMORY_BYTES = 128 << 20  # beyond the memory of the process when it is ready
+_MEMORY_BYTES_PER_CHARACTER = 400  # two renderings, shadows, and their JSON
 _WARM_UP = r"""{% macro one(m) %}{{ 'a\u00e9\n' ~ m.content | trim | upper }}{% endmacro %}
 {{ one(messages[0]) }}{{ '%s {}'.format(messages | tojson(indent=2)) }}{{ strftime_now('%d %B %Y') }}{{ 1 // 0 }}"""
-# What stands in for a string while the JSON around it is written; whatever holds the character itself is held, too.
+# Stands in for a string while the JSON around it is written; strings that contain this character are held as well.
 _HOLD = chr(0)
 _HELD = re.compile(r'"\\u0000(\d+)\\u0000"')
 _ASKS_WHETHER_SET = ("defined", "undefined", "default", "d")
 
 
 class Refused(Exception):
-    """The conversation cannot be rendered; `kind` says whose doing that is."""
+    """The conversation cannot be rendered; `kind` says why."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -56,7 +57,7 @@ class Refused(Exception):
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what training counts; here it is its content."""
+    """`{% generation %}` marks text for training; here it just prints its content."""
 
     tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
 
@@ -77,7 +78,7 @@ class _TaintGenerator(CodeGenerator):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The environment hub templates are written for; with a map, its strings keep their taint."""
+    """The environment that hub templates are written for; with a shadow map, its strings keep their taint."""
 
     code_generator_class = _TaintGenerator
     intercepted_binops = frozenset({"+", "*", "%"})
@@ -87,7 +88,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.shadows = shadows
         self.keep: Callable[[Any], Any] = shadows.keep if shadows is not None else lambda value: value
         self.concat = self._concat  # type: ignore[method-assign]
-        for name in ("random", "pprint"):  # no two renderings alike; shows what a string is inside
+        for name in (
+            "random",
+            "pprint",
+        ):  # random differs between renderings; pprint shows a string's internals
             del self.filters[name]
         del self.globals["lipsum"]
         self.filters = {name: self._keeping(made) for name, made in self.filters.items()}
@@ -127,7 +131,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
-        """JSON in which a tainted string is tainted from its first quote to its last."""
+        """Write JSON in which each tainted string is tainted from its first quote to its last."""
         held: list[str] = []
 
         def hold(inner: Any) -> Any:
@@ -139,7 +143,7 @@ class _Environment(ImmutableSandboxedEnvironment):
                 held.append(json.dumps(inner, ensure_ascii=ensure_ascii))
                 return f"{_HOLD}{len(held) - 1}{_HOLD}"
             if isinstance(inner, dict):
-                # Sorted here, because what stands in for a key sorts in another way.
+                # Sorted here, because the stand-in for a key sorts differently.
                 items = sorted(inner.items()) if sort_keys else inner.items()
                 return {hold(key): hold(item) for key, item in items}
             if isinstance(inner, list | tuple):
@@ -164,27 +168,27 @@ def render_segments(
     tools: list[dict[str, Any]] | None = None,
     now: datetime.datetime | None = None,
 ) -> list[tuple[bool, str]]:
-    """Render `messages` and say who wrote what.
+    """Render `messages` and report who wrote each part.
 
     Args:
         template: source of the chat template.
-        messages: role, content and more; the role is one of a fixed list, all other text is the caller's. Where content
-            is a list of (is the caller's, text), that says who wrote which part.
-        fixed: variables from the model's own files (`bos_token` ...): as good as the template's text.
-        variables: variables from the caller, text, number or truth each; text is the caller's.
-        max_characters: bound of the output.
-        tools: what the model may call; every text and every key in it is the caller's.
-        now: what `strftime_now` tells; the present by default.
+        messages: role, content and more. The role is one of a fixed list; all other text is the caller's. Content may
+            be a list of (is the caller's, text) instead.
+        fixed: variables from the model's own files, such as `bos_token`; trusted like the template's text.
+        variables: variables from the caller, each a string, number or boolean; text is the caller's.
+        max_characters: limit on the output.
+        tools: tools that the model may call; every string and key in it is the caller's.
+        now: the time for `strftime_now`; the current time by default.
 
     Returns:
         (is the caller's, text) in order; neighbours differ in their origin.
 
     Raises:
-        Refused: kind "refused" (the template says no), "template" (it fails), "too_long", or "computed"
-            (it makes new text of the callers').
+        Refused: kind "refused" (the template rejects the conversation), "template" (it fails), "too_long", or
+            "computed" (it computes new text from the callers').
     """
     if has_shadows(template) or has_shadows(json.dumps(fixed, ensure_ascii=False)):
-        raise Refused("template", "it holds characters of Unicode planes 4 to 13, which do not exist")
+        raise Refused("template", "it holds characters of Unicode planes 4 to 13, which are unassigned")
     now = now or datetime.datetime.now()
 
     try:
@@ -198,7 +202,7 @@ def render_segments(
         compiled = environment.template_class.from_code(environment, code, environment.make_globals(None))
 
         def tainted(key: str, value: Any) -> Any:
-            """A value of a message, under its key."""
+            """Taint a value of a message, given its key."""
             if key == "role":
                 return value
             if key == "content" and isinstance(value, list):
@@ -232,18 +236,18 @@ def render_segments(
         raise Refused("computed" if refusal.kind == "template" else refusal.kind, str(refusal)) from None
     segments = shadows.segments(data)
     if "".join(text for _, text in segments) != expected:
-        raise Refused("computed", "its output depends on the text in a way that hides whose it is")
+        raise Refused("computed", "its output depends on the text in a way that hides who wrote what")
     return segments
 
 
 @functools.lru_cache(maxsize=2)
 def _compile(template: str) -> CodeType:
-    """The template's code, which any environment can run: it knows nothing of a rendering."""
+    """The template's code. Any environment can run it, because it contains nothing of a rendering."""
     return _Environment(None, datetime.datetime.now()).compile(template)
 
 
 def _mixed(shadows: ShadowMap | None, pieces: list[tuple[bool, str]]) -> str:
-    """A text that is the caller's in part."""
+    """A text that is partly the caller's."""
     if shadows is None:
         return "".join(text for _, text in pieces)
     data = "".join(shadows.shadow(text) if is_callers else text for is_callers, text in pieces)
@@ -255,7 +259,7 @@ def _plain(value: Any) -> Any:
 
 
 def _taint(shadows: ShadowMap, value: Any) -> Any:
-    """`value` with every text in it tainted, keys included: a caller wrote those of arguments and schemas."""
+    """`value` with every string in it tainted, keys included: the caller wrote those of arguments and schemas."""
     if isinstance(value, str):
         return shadows.taint(value)
     if isinstance(value, dict):
@@ -266,14 +270,14 @@ def _taint(shadows: ShadowMap, value: Any) -> Any:
 
 
 def read_template(template: str) -> dict[str, list[str]]:
-    """What a template asks for by name.
+    """Find the names that a template uses.
 
     Returns:
-        variables: names it takes from outside, jinja2's own left out.
-        names: of attributes and keys, and all other texts it holds.
+        variables: names that it reads from outside, except jinja2's own.
+        names: attributes, keys, and all other strings in it.
 
     Raises:
-        Refused: it is no template.
+        Refused: it is not a valid template.
     """
     environment = _Environment(None, datetime.datetime.now())
     try:
@@ -281,7 +285,7 @@ def read_template(template: str) -> dict[str, list[str]]:
         variables = meta.find_undeclared_variables(environment.parse(template)) - environment.globals.keys()
     except TemplateError as error:
         raise Refused("template", _said(error)) from None
-    # A name that the template sets itself, perhaps in one branch only, is its own unless it asks whether it is set.
+    # A name that the template sets, perhaps in one branch only, is internal unless it tests whether the name is set.
     is_set = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "store"}
     asked = [node for node in tree.find_all((nodes.Test, nodes.Filter)) if node.name in _ASKS_WHETHER_SET]
     variables -= is_set - {node.node.name for node in asked if isinstance(node.node, nodes.Name)}
@@ -314,9 +318,9 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer until stdin ends or nobody has asked for a while."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for whoever waits for the answer
-    with contextlib.suppress(Refused):  # what this imports cannot be imported later, without a file to open
+    """Answer requests until stdin ends or none has come for a while."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the process that waits for the answer
+    with contextlib.suppress(Refused):  # warms up imports, which are impossible later without opening a file
         render_segments(
             _WARM_UP, [{"role": "user", "content": "a"}], fixed={}, variables={}, max_characters=99
         )

@@ -1,14 +1,14 @@
-"""Where a long text can be cut so that its pieces have the ids of the whole, and how few tokens a text can have.
+"""Finds where a long text can be cut without changing its ids, and how few tokens a text can have.
 
-    text  ->  Cutter.pieces     ->  (start, piece) in order, none of them longer than MAX_PIECE_CHARACTERS
-    text  ->  LongestToken      ->  bytes of the text / bytes of the longest token: no encoding has fewer tokens
+    text  ->  Cutter.pieces     ->  (start, piece) in order, each at most MAX_PIECE_CHARACTERS long
+    text  ->  LongestToken      ->  bytes of the text / bytes of the longest token: a lower bound on its tokens
 
-A tokenizer that cuts text into words never lets a word reach from a letter or digit into what is neither (a contraction
-aside), and finds the words behind such a place without looking back. One that merges a whole text (SentencePiece) ends
-each of its tokens before a space. Of which kind a tokenizer is, if any, is read from its parts before it is used; and
-at every place the text around it has to give the same ids whole and cut.
+A tokenizer that splits text into words never extends a word from a letter or digit into other characters (except in
+contractions), and it finds the words after that place without looking back. A tokenizer that merges a whole text
+(SentencePiece) ends every token before a space. A tokenizer's parts show which kind it is, if either. Besides, at every
+cut the text around it must give the same ids whole and cut.
 
-Elsewhere: who encodes the pieces is `tokenizer.py`.
+Elsewhere: `tokenizer.py` encodes the pieces.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from tokenizers import models
 from argosy.checkpoint.byte_level import spelling_of_bytes
 from argosy.errors import UsageError
 
-PIECE_CHARACTERS = 1 << 14  # a longer text is cut
-MAX_PIECE_CHARACTERS = 1 << 16  # `tokenizers` takes up to 40 MB for it
-_AROUND = 256  # characters on each side of a place that is tried
+PIECE_CHARACTERS = 1 << 14  # longer texts are cut
+MAX_PIECE_CHARACTERS = 1 << 16  # `tokenizers` takes up to 40 MB for a piece of this length
+_AROUND = 256  # characters on each side of a candidate cut that are compared
 _TRIES = 64
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece spells one
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's spelling of a space
 _BEHIND_WORD = re.compile(r"[^\W_](?=[^\w'\u2019])")
 _BEFORE_SPACE = re.compile(r"[^\W_](?= \w)")
 _CLASS = re.compile(r"\[(?:\\.|[^\]\\])*\]|\\\\")
@@ -48,13 +48,13 @@ class Cutter:
         self._core = core
 
     def pieces(self, text: str, encode: Encode) -> Iterator[tuple[int, str]]:
-        """The pieces of `text`, each with the place where it starts; a space between two may be in neither.
+        """Yield the pieces of `text` with their start positions; a space between two pieces may be in neither.
 
         Args:
-            encode: gives ids of a text that stands alone, as it will of the pieces.
+            encode: returns ids of a text by itself, as for the pieces.
 
         Raises:
-            UsageError: a piece would be longer than MAX_PIECE_CHARACTERS, for want of a place to cut.
+            UsageError: a piece would be longer than MAX_PIECE_CHARACTERS, because there is no place to cut.
         """
         start = 0
         while len(text) - start > PIECE_CHARACTERS:
@@ -63,16 +63,16 @@ class Cutter:
                 if len(text) - start <= MAX_PIECE_CHARACTERS:
                     break
                 raise UsageError(
-                    f"the text has {MAX_PIECE_CHARACTERS} characters and more without a place where this model's"
-                    " tokenizer is sure to begin a new token",
-                    hint="break the text up, with spaces or lines",
+                    f"the text has a run of {MAX_PIECE_CHARACTERS} or more characters in which this model's"
+                    " tokenizer is not certain to begin a new token",
+                    hint="break the text up with spaces or newlines",
                 )
             yield start, text[start:cut]
             start = cut + len(self._separator or "")
         yield start, text[start:]
 
     def _find_cut(self, text: str, start: int, encode: Encode) -> int | None:
-        """A place behind the next PIECE_CHARACTERS, or None."""
+        """A place to cut after the next PIECE_CHARACTERS, or None."""
         separator = self._separator
         if separator is None:
             return None
@@ -81,7 +81,7 @@ class Cutter:
         for place in islice(found, _TRIES):
             cut = place.end()
             before, behind = text[max(start, cut - _AROUND) : cut], text[cut : cut + _AROUND]
-            if unicodedata.category(behind[0]).startswith("M"):  # belongs to the letter before it
+            if unicodedata.category(behind[0]).startswith("M"):  # a mark on the letter before it
                 continue
             if encode(before + behind) == encode(before) + encode(behind[len(separator) :]):
                 return cut
@@ -93,7 +93,7 @@ class Cutter:
 
     @functools.cached_property
     def _separator(self) -> str | None:
-        """What a cut takes away: nothing, or the space that a tokenizer puts before a text; None: no cut is sure."""
+        """The text that a cut removes: nothing, or the space that a tokenizer adds before a text; None: no safe cut."""
         core = self._core
         if self._merges_whole_texts and not _ends_tokens_before_spaces(core):
             return None
@@ -109,24 +109,24 @@ class Cutter:
 
     @functools.cached_property
     def _merges_whole_texts(self) -> bool:
-        """Whether no pre-tokenizer cuts a text into words."""
+        """Whether the text is not split into words before merging."""
         state = _state(self._core.pre_tokenizer)
         return not state or (state["type"] == "Metaspace" and not state.get("split", True))
 
 
 @dataclass(frozen=True, slots=True)
 class LongestToken:
-    """The most bytes of a text that one token can stand for."""
+    """The maximum bytes of text that one token can stand for."""
 
     num_bytes: int
-    composes: bool  # Unicode's composed form comes first: it can be shorter than the text
+    composes: bool  # the text is first composed (NFC), which may make it shorter
 
     def holds_for(self, text: str) -> bool:
         return not self.composes or unicodedata.is_normalized("NFC", text)
 
     @classmethod
     def of(cls, core: tokenizers.Tokenizer) -> LongestToken | None:
-        """None where a token may stand for any number of bytes: unknown words, white space that is dropped."""
+        """None where a token may stand for any number of bytes, as for unknown words or dropped white space."""
         model = core.model
         added = core.get_added_tokens_decoder()
         if not isinstance(model, models.BPE) or any(token.lstrip or token.rstrip for token in added.values()):
@@ -143,7 +143,7 @@ class LongestToken:
         else:
             return None
         if any(model.token_to_id(spelled) is None for spelled in bytes_spelled):
-            return None  # what has no token is dropped, or is one unknown token with its neighbours
+            return None  # a byte without a token is dropped, or joins its neighbours in one unknown token
         longest = max(len(token) if is_by_bytes else len(token.encode()) for token in _tokens(core))
         contents = (len(str(token.content).encode()) for token in added.values())
         composes = any(step["type"] == "NFC" for step in normalizer)
@@ -151,7 +151,7 @@ class LongestToken:
 
 
 def _keeps_length(step: dict[str, Any]) -> bool:
-    """Whether a normalizer leaves each byte, or makes more of it (or composes, which is asked of each text)."""
+    """Whether a normalizer never makes the text shorter (NFC may; `holds_for` checks that per text)."""
     match step:
         case {"type": "NFC" | "Prepend"}:
             return True
@@ -161,7 +161,7 @@ def _keeps_length(step: dict[str, Any]) -> bool:
 
 
 def _keeps_all(step: dict[str, Any]) -> bool:
-    """Whether all that a pre-tokenizer is given is in one of its words."""
+    """Whether a pre-tokenizer drops nothing."""
     match step:
         case {"type": "ByteLevel" | "Metaspace" | "Digits"}:
             return True
@@ -171,7 +171,7 @@ def _keeps_all(step: dict[str, Any]) -> bool:
 
 
 def _ends_tokens_before_spaces(core: tokenizers.Tokenizer) -> bool:
-    """Whether no token holds a space behind anything else, so that none can reach over it."""
+    """Whether no token has a space after another character, so that none extends across a space."""
     model = core.model
     if isinstance(model, models.BPE):
         if (
@@ -190,7 +190,7 @@ def _ends_tokens_before_spaces(core: tokenizers.Tokenizer) -> bool:
 
 
 def _tokens(core: tokenizers.Tokenizer) -> Iterator[str]:
-    """Every token, one at a time: all of them as Python's objects would be tens of megabytes."""
+    """Yield the tokens one at a time: all of them as Python objects would take tens of megabytes."""
     num_left, token_id = core.get_vocab_size(), 0
     while num_left:
         token = core.id_to_token(token_id)
@@ -201,7 +201,7 @@ def _tokens(core: tokenizers.Tokenizer) -> Iterator[str]:
 
 
 def _state(part: Any) -> dict[str, Any]:
-    """What tokenizer.json has of a normalizer or pre-tokenizer; empty where there is none."""
+    """The tokenizer.json entry of a normalizer or pre-tokenizer; empty if there is none."""
     state: dict[str, Any] = {} if part is None else json.loads(part.__getstate__())
     return state
 
@@ -221,7 +221,7 @@ def _patterns(state: dict[str, Any]) -> Iterator[str]:
 
 
 def _looks_back(pattern: str) -> bool:
-    """Whether a match may depend on what is before it."""
+    """Whether a match may depend on the text before it."""
     return _LOOKS_BACK.search(_CLASS.sub("", pattern)) is not None
 
 

@@ -1,17 +1,17 @@
-"""Text to token ids and back, from the files of a model's directory or the metadata of its GGUF.
+"""Converts text to token ids and back, using a model directory's files or its GGUF's metadata.
 
-    caller's text   ->  encode           ->  ids, none of them a control token
+    caller's text   ->  encode           ->  ids, never a control token
     segments        ->  encode_segments  ->  ids, control tokens only where the template wrote them
     one id at a time -> StreamDecoder    ->  text, never half a character
 
-A control token is an added token (`<|im_end|>`, `<think>`, special or not), BOS, EOS or padding. Text that spells one
-is encoded with ordinary tokens that spell the same. Text that spells none gets the ids that `tokenizers` gives for the
-whole, boundaries of segments included, so it reads as the model was trained to read it.
+A control token is an added token (`<|im_end|>`, `<think>`, special or not), BOS, EOS or padding. A caller's text that
+spells one is encoded with ordinary tokens that spell the same. Text that spells none gets the ids that `tokenizers`
+gives for the whole, across segment boundaries, so it reads as the model was trained to read it.
 
-`tokenizers` takes hundreds of bytes of memory for a byte of text. So a long text is encoded piece by piece, one such
-text at a time, and no further than `max_tokens`.
+`tokenizers` takes hundreds of bytes of memory per byte of text. So a long text is encoded piece by piece, one long text
+at a time, and no further than `max_tokens`.
 
-Elsewhere: segments come from `chat.py`; where a text may be cut is `text_pieces.py`; stop strings are `stop.py`.
+Elsewhere: segments come from `chat.py`; `text_pieces.py` finds where to cut a text; stop strings are in `stop.py`.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 _one_large_text = threading.Lock()
 
 Segment = tuple[bool, str]
-"""(is the caller's, text): of a rendered conversation, who wrote what."""
+"""(is the caller's, text): a part of a rendered conversation and its author."""
 
 
 def text_of(segments: Iterable[Segment]) -> str:
-    """The whole text of `segments`."""
+    """The full text of `segments`."""
     return "".join(text for _, text in segments)
 
 
 class Control(NamedTuple):
-    """A control token found in a text: its id, and where it is spelled."""
+    """A control token found in a text, with its id and position."""
 
     token_id: int
     start: int
@@ -61,16 +61,16 @@ class Control(NamedTuple):
 
 
 class Tokenizer:
-    """One model's tokenizer; made by `Tokenizer.open`.
+    """One model's tokenizer; `Tokenizer.open` makes it.
 
     Attributes:
-        vocab_size: ids run from 0 to `vocab_size - 1`; a model's own vocabulary may be padded beyond it.
+        vocab_size: ids range from 0 to `vocab_size - 1`; a model's own vocabulary may be padded beyond that.
         eos_ids: ids that end an answer.
         bos_id: id that starts a text, or None.
-        unk_id: id that stands for what has no other, or None; text may hold it, and cannot spell it.
-        prefix_ids: what stands before a raw text: BOS where the model's files ask for it.
+        unk_id: id for text without any other id, or None; a text may contain it but cannot spell it.
+        prefix_ids: ids before a raw text: BOS where the model's files ask for it.
         control_ids: ids that only a template may use.
-        special_tokens: `bos_token`, `eos_token` ... as the model's files spell them, for templates.
+        special_tokens: `bos_token`, `eos_token` and others as the model's files spell them, for templates.
         chat_template: source of the chat template, or None.
     """
 
@@ -96,7 +96,7 @@ class Tokenizer:
         self.unk_id = self._find_unk()
         self.eos_ids = self._eos_ids(generation_config or {})
         named = {self.bos_id, self._id_of("pad_token"), *self.eos_ids} - {None, self.unk_id}
-        # An added token of nothing but white space (runs of spaces, in code) cannot be mistaken for a marker.
+        # An added token of only white space (runs of spaces, in code) cannot be mistaken for a marker.
         written = {i for i, token in self._added.items() if token.special or self._content[i].strip()}
         self.control_ids: frozenset[int] = frozenset(named | written)  # type: ignore[arg-type]
         self.hidden_ids = frozenset(i for i, token in self._added.items() if token.special) | set(
@@ -108,15 +108,16 @@ class Tokenizer:
 
     @classmethod
     def open(cls, path: Path | str, header: GgufFile | None = None) -> Tokenizer | None:
-        """Read a directory's tokenizer and what stands beside it, or a GGUF's metadata; None where there is none.
+        """Read the tokenizer and the files beside it from a directory, or from a GGUF's metadata; None if there is
+        none.
 
         Args:
             path: a `.gguf` file, or a model's directory.
-            header: of a GGUF file that was read already; if that is the file meant, it is not read again.
+            header: of a GGUF file that was already read; if it is the same file, it is not read again.
 
         Raises:
             CheckpointError: a file cannot be parsed, or is larger than any tokenizer.
-            UnsupportedModel: a GGUF or a `tiktoken.model` describes a kind of tokenizer that is not built in.
+            UnsupportedModel: a GGUF or a `tiktoken.model` describes a kind of tokenizer that is not supported.
         """
         path = Path(path)
         if not path.is_dir():
@@ -130,7 +131,7 @@ class Tokenizer:
 
     @classmethod
     def _of_gguf(cls, path: Path, header: GgufFile | None) -> Tokenizer | None:
-        # Rebuilding one pulls in more than reading tokenizer.json does.
+        # Imported here, because rebuilding a tokenizer needs more modules than reading tokenizer.json.
         from argosy.checkpoint.gguf_tokenizer import read_tokenizer
 
         file = header if header is not None and header.path == path else read_gguf(path)
@@ -163,7 +164,7 @@ class Tokenizer:
         return None if text is None else self._core.token_to_id(text)
 
     def _find_unk(self) -> int | None:
-        """The id that stands for what has no other: asked of the model with a character that does not exist."""
+        """The id for text without any other id, found by encoding a character that does not exist."""
         tokens = self._core.model.tokenize("\U000e0fff")
         found = tokens[0].id if len(tokens) == 1 else None
         return found if found in self._added else self._id_of("unk_token")
@@ -186,21 +187,21 @@ class Tokenizer:
         return tuple(full[:added])
 
     def encode(self, text: str, *, max_tokens: int | None = None) -> list[int]:
-        """Ids of a caller's text; no control token is among them, whatever the text spells.
+        """Ids of a caller's text. They never include a control token, whatever the text spells.
 
         Raises:
-            PromptTooLong: they are more than `max_tokens`.
-            UsageError: a lone surrogate, a character that this tokenizer can only write as a control token, or a run
-                without a place to cut that is longer than any word.
+            PromptTooLong: there are more than `max_tokens`.
+            UsageError: the text has a lone surrogate, a character that this tokenizer can only write as a control
+                token, or a run longer than any word without a place to cut.
         """
         return self.encode_segments([(True, text)], max_tokens=max_tokens)
 
     def encode_segments(self, segments: Sequence[Segment], *, max_tokens: int | None = None) -> list[int]:
         """Ids of a rendered conversation, as one text; only the template's own text makes control tokens.
 
-        A control token counts if the template's text between two of the caller's texts, taken alone, has it at that
-        place. So a caller can neither add one (not even by completing what the template began) nor undo one.
-        Errors as `encode`.
+        A control token counts only if the template's text between two caller texts has it at that place when encoded
+        alone. So a caller can neither add a control token (not even by completing one that the template began) nor
+        break one. Raises what `encode` raises.
         """
         whole = text_of(segments)
         if len(whole) <= PIECE_CHARACTERS:
@@ -210,7 +211,7 @@ class Tokenizer:
             return self._encode_segments(segments, whole, max_tokens)
 
     def _require_possible(self, text: str, max_tokens: int | None) -> None:
-        """Refuse a text that must have more tokens than it may, before any is made."""
+        """Refuse a text that must have more than `max_tokens` tokens before encoding any."""
         longest = self._longest_token
         if max_tokens is None or longest is None or not longest.holds_for(text):
             return
@@ -258,7 +259,7 @@ class Tokenizer:
         return ids
 
     def template_controls(self, segments: Sequence[Segment]) -> list[Control]:
-        """The control tokens that the template wrote, and where they stand in the whole text."""
+        """The control tokens that the template wrote, with their positions in the whole text."""
         wanted: list[Control] = []
         at = 0
         for is_callers, run in groupby(segments, key=lambda segment: segment[0]):
@@ -270,14 +271,14 @@ class Tokenizer:
         return wanted
 
     def _encode_all(self, text: str) -> tuple[list[int], list[Control]]:
-        """Ids with control tokens allowed everywhere, and where those are."""
+        """Ids with control tokens allowed everywhere, and the positions of those."""
         encoding = self._encoding(text)
         ids: list[int] = encoding.ids
         if self.control_ids.isdisjoint(ids):
             return ids, []
         spans = zip(ids, encoding.offsets, strict=True)
         controls = [Control(token_id, *span) for token_id, span in spans if token_id in self.control_ids]
-        # The unknown token stands for what has no other; that is no marker unless the text spells it.
+        # The unknown token stands for text without a token. It is not a marker unless the text spells it.
         return ids, [
             c
             for c in controls
@@ -286,9 +287,9 @@ class Tokenizer:
 
     def _encoding(self, text: str) -> tokenizers.Encoding:
         try:
-            # A batch of one, because `encode` holds Python's lock for all of its time and `encode_batch` does not.
+            # A batch of one, because `encode` holds the GIL throughout and `encode_batch` does not.
             return self._core.encode_batch([text], add_special_tokens=False)[0]
-        except TypeError:  # what it says of a string that is no Unicode text
+        except TypeError:  # raised for a string that is not valid Unicode
             raise _half_a_character() from None
 
     def _bare_ids(self, text: str) -> list[int]:
@@ -300,7 +301,7 @@ class Tokenizer:
 
     @staticmethod
     def _cores(controls: Iterable[Control], text: str) -> list[Control]:
-        """The same without the white space that a token may take from its sides."""
+        """The same controls without the white space that a token may take in on either side."""
         cores = []
         for token_id, start, stop in controls:
             span = text[start:stop]
@@ -309,12 +310,12 @@ class Tokenizer:
         return cores
 
     def _encode_plain(self, text: str, *, is_start: bool) -> Iterator[list[int]]:
-        """Ids of a text in which nothing is a marker, piece by piece."""
+        """Ids of a text that contains no markers, piece by piece."""
         for start, piece in self._cutter.pieces(text, self._plain_ids):
             yield self._plain_ids(piece, is_start=is_start or start > 0)
 
     def _plain_ids(self, text: str, is_start: bool = True) -> list[int]:
-        """The steps of `tokenizers` without its added tokens."""
+        """Do the steps of `tokenizers` without its added tokens."""
         if not text:
             return []
         core = self._core
@@ -326,7 +327,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _later_pre_tokenizer(self) -> Any:
-        """The pre-tokenizer as it acts behind the start of a text: `prepend_scheme: first` means no more."""
+        """The pre-tokenizer after the start of a text, where `prepend_scheme: first` no longer applies."""
         own = self._core.pre_tokenizer
         if own is None:
             return None
@@ -334,14 +335,14 @@ class Tokenizer:
         later = state.replace(b'"prepend_scheme":"first"', b'"prepend_scheme":"never"')
         if later == state:
             return own
-        # A copy is made by way of a tokenizer without a vocabulary; the state is what tokenizer.json holds.
+        # Copied through a tokenizer without a vocabulary; the state has the form of tokenizer.json.
         empty = json.loads(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str())
         return tokenizers.Tokenizer.from_str(
             json.dumps({**empty, "pre_tokenizer": json.loads(later)})
         ).pre_tokenizer
 
     def _encode_word(self, word: str) -> list[int]:
-        """Ids of one word of the pre-tokenizer; a vocabulary may hold a marker as a word, so cut it there."""
+        """Ids of one pre-tokenizer word. A vocabulary may hold a marker as a word, so the word is cut there."""
         ids = [token.id for token in self._core.model.tokenize(word)]
         markers = {self.token_text(token_id) for token_id in self.control_ids.intersection(ids)}
         if self.unk_id is not None and (unknown := self.token_text(self.unk_id)) not in word:
@@ -357,12 +358,12 @@ class Tokenizer:
         return [token_id for piece in pieces for token_id in self._encode_word(piece)]
 
     def decode(self, token_ids: Iterable[int], *, keep_special: bool = False) -> str:
-        """Text of `token_ids`; special tokens are left out unless `keep_special`."""
+        """Text of `token_ids`; special tokens are omitted unless `keep_special`."""
         stream = self.stream(keep_special=keep_special)
         return "".join([*map(stream.push, token_ids), stream.finish()])
 
     def control_id(self, text: str) -> int | None:
-        """The id of the control token that is spelled `text`, or None."""
+        """The id of the control token spelled `text`, or None."""
         return self._control_by_text.get(text)
 
     @functools.cached_property
@@ -370,16 +371,16 @@ class Tokenizer:
         return {self._content.get(i, self.token_text(i)): i for i in self.control_ids}
 
     def token_text(self, token_id: int) -> str:
-        """How the vocabulary spells one token, or '' for an id without one."""
+        """The vocabulary's spelling of a token, or '' if the id has none."""
         return self._core.id_to_token(token_id) or ""
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that the vocabulary has for one token, which may be part of a character; b"" for an id without one.
+        """A token's bytes in the vocabulary, which may be part of a character; b"" if the id has none.
 
-        The bytes of all tokens of a text are those of the text, less the space that SentencePiece puts before it.
+        The bytes of a text's tokens add up to the text, apart from the space that SentencePiece puts before it.
 
         Raises:
-            UsageError: what a token adds depends on its neighbours.
+            UsageError: the bytes of a token depend on its neighbours.
         """
         literal = self._content.get(token_id)
         if literal is not None:
@@ -392,16 +393,16 @@ class Tokenizer:
         return _pieces_of(self._core)
 
     def stream(self, *, keep_special: bool = False, is_start: bool = True) -> StreamDecoder:
-        """A decoder that is given one id at a time; `is_start`: of a text, and not of what goes on with one."""
+        """A decoder for one id at a time; `is_start`: at the start of a text, not in its continuation."""
         added = dict(self._content)
         hidden = frozenset() if keep_special else self.hidden_ids
         return StreamDecoder(self._core, added, hidden, is_start=is_start)
 
 
 class StreamDecoder:
-    """Turns ids into text as they come; what is half a character waits for its other half.
+    """Turns ids into text as they come; an incomplete character waits for its other bytes.
 
-    A token costs the same however many came before it. Bytes that are no UTF-8 become U+FFFD as soon as
+    The cost of a token does not depend on how many came before it. Bytes that are not UTF-8 become U+FFFD as soon as
     that is certain.
     """
 
@@ -419,7 +420,7 @@ class StreamDecoder:
         self._pieces = _pieces_of(core, is_start=is_start)
 
     def push(self, token_id: int) -> str:
-        """Text that is certain now that `token_id` has come; often the token's own, sometimes none, or more."""
+        """Text that becomes certain with `token_id`: often the token's own, sometimes none or more."""
         if token_id in self._hidden:
             return ""
         if token_id in self._added:
@@ -428,12 +429,12 @@ class StreamDecoder:
         return "" if token is None else self._pieces.token(token_id, token)
 
     def finish(self) -> str:
-        """What was waiting, once it is known that no more ids come: U+FFFD for half a character."""
+        """Text that was waiting, once no more ids come: U+FFFD for an incomplete character."""
         return self._pieces.finish()
 
 
 class _Pieces(ABC):
-    """What a token adds to the text; one subclass for each kind of decoder."""
+    """Tracks the text that each token adds; one subclass per kind of decoder."""
 
     def __init__(self) -> None:
         self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -443,10 +444,10 @@ class _Pieces(ABC):
 
     @abstractmethod
     def bytes_of(self, token: str) -> bytes:
-        """What a token that is not added writes."""
+        """The bytes of a token that is not an added token."""
 
     def literal(self, text: str) -> str:
-        """An added token, which is spelled as it is."""
+        """The text of an added token, which is written literally."""
         return self._bytes.decode(text.encode())
 
     def finish(self) -> str:
@@ -454,7 +455,7 @@ class _Pieces(ABC):
 
 
 class _BytePieces(_Pieces):
-    """Byte-level vocabularies: a character of a token stands for one byte (GPT-2's table)."""
+    """Byte-level vocabularies: each character of a token stands for one byte (GPT-2's table)."""
 
     def token(self, token_id: int, token: str) -> str:
         return self._bytes.decode(self.bytes_of(token))
@@ -467,7 +468,7 @@ class _BytePieces(_Pieces):
 
 
 class _SentencePieces(_Pieces):
-    """SentencePiece vocabularies: U+2581 is a space, `<0x0A>` a byte, one space at the start is not the text's."""
+    """SentencePiece vocabularies: U+2581 is a space, `<0x0A>` a byte, and one leading space is not part of the text."""
 
     def __init__(self, *, has_bytes: bool, space: str, strips_start: bool) -> None:
         super().__init__()
@@ -494,14 +495,14 @@ class _SentencePieces(_Pieces):
 
 
 class _WindowPieces(_Pieces):
-    """Any other decoder: decode the last few tokens with and without the new one, and show the difference."""
+    """Any other decoder: decode the last few tokens with and without the new one, and return the difference."""
 
-    _LONGEST = 8  # no character has more bytes, so a longer wait is for nothing
+    _LONGEST = 8  # no character has more bytes, so waiting longer is useless
 
     def __init__(self, core: tokenizers.Tokenizer) -> None:
         super().__init__()
         self._core = core
-        self._shown: list[int] = []  # the last tokens whose text is out
+        self._shown: list[int] = []  # the last tokens whose text was returned
         self._waiting: list[int] = []
 
     def token(self, token_id: int, token: str) -> str:
@@ -515,7 +516,7 @@ class _WindowPieces(_Pieces):
 
     def bytes_of(self, token: str) -> bytes:
         raise UsageError(
-            "this model's tokenizer writes a token as its neighbours say, so it cannot follow a grammar"
+            "this model's tokenizer decodes a token depending on its neighbours, so it cannot follow a grammar"
         )
 
     def literal(self, text: str) -> str:
@@ -531,7 +532,7 @@ class _WindowPieces(_Pieces):
 
 
 def _pieces_of(core: tokenizers.Tokenizer, *, is_start: bool = True) -> _Pieces:
-    """The way to decode that fits the decoder which tokenizer.json names; `is_start`: of a text."""
+    """The decoding that fits the decoder named in tokenizer.json; `is_start`: at the start of a text."""
     if core.decoder is None:
         return _WindowPieces(core)
     state = json.loads(core.decoder.__getstate__())
@@ -566,7 +567,7 @@ def _byte_table() -> dict[str, int]:
 
 def _require_at_most(max_tokens: int | None, ids: Sequence[int], *, is_all: bool) -> None:
     if max_tokens is not None and len(ids) > max_tokens:
-        raise PromptTooLong.of(len(ids), max_tokens + 1, is_all=is_all)  # one more is for the answer
+        raise PromptTooLong.of(len(ids), max_tokens + 1, is_all=is_all)  # plus one token for the answer
 
 
 def _half_a_character() -> UsageError:
@@ -574,7 +575,7 @@ def _half_a_character() -> UsageError:
 
 
 class _BadField(ValueError):
-    """A field of a tokenizer's files that cannot be meant."""
+    """An invalid field in a tokenizer's files."""
 
 
 def _first_line(error: Exception) -> str:
@@ -582,7 +583,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _token_text(value: Any) -> str | None:
-    """A special token's spelling: the files write it as a string or as an object."""
+    """A special token's spelling, which the files give as a string or as an object."""
     if isinstance(value, Mapping):
         value = value.get("content")
     if value is not None and not isinstance(value, str):
@@ -609,7 +610,7 @@ def _has_tokenizer(directory: Path) -> bool:
 
 
 def _read_core(directory: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """The tokenizer of a directory that has one; `tokenizer.json` goes before other spellings of the same."""
+    """The tokenizer of a directory that has one; `tokenizer.json` takes precedence over other files."""
     path = directory / TOKENIZER_FILE
     if not path.is_file():
         from argosy.checkpoint.tiktoken_model import read_tiktoken
@@ -624,9 +625,10 @@ def _read_core(directory: Path, config: Mapping[str, Any]) -> tokenizers.Tokeniz
 
 
 def has_chat_template(directory: Path) -> bool:
-    """Whether a chat template lies beside a directory's tokenizer. Building that takes 0.1 s, and this next to nothing.
+    """Whether a directory's tokenizer has a chat template beside it. Unlike opening the tokenizer (0.1 s), this is
+    cheap.
 
-    A GGUF may have one all the same: its metadata are read with its tokenizer.
+    A GGUF may still have a template: its metadata is read with its tokenizer.
     """
     if not _has_tokenizer(directory):
         return False
@@ -634,13 +636,13 @@ def has_chat_template(directory: Path) -> bool:
 
 
 def _read_template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template: a file of its own, or a field of tokenizer_config.json."""
+    """The chat template, from its own file or from a field of tokenizer_config.json."""
     path = directory / "chat_template.jinja"
     try:
         template = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
     except UnicodeDecodeError:
         raise CheckpointError(f"{path}: not UTF-8", path=path) from None
-    if isinstance(template, list):  # several, by name
+    if isinstance(template, list):  # several templates, by name
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, Mapping)}
         template = named.get("default")
     return _checked_template(template, directory)
