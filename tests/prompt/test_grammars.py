@@ -335,9 +335,9 @@ def test_a_tool_is_written_down_once_however_many_calls_there_may_be() -> None:
 
 
 def test_there_has_to_be_a_tool_to_call() -> None:
-    with pytest.raises(UsageError, match="asks for a call, and there are no tools"):
+    with pytest.raises(UsageError, match="requires a tool call, and there are no tools"):
         format_of("qwen3").grammar(())
-    with pytest.raises(UsageError, match="this model calls no tools"):
+    with pytest.raises(UsageError, match="this model cannot call tools"):
         format_of("chatml").grammar(CHECKED)
 
 

@@ -1,7 +1,7 @@
-"""How families of models write thoughts and tool calls: one file each.
+"""How each family of models writes thoughts and tool calls: one file per format.
 
-format.py   what a format is        parser.py   an answer's tokens to events
-table.py    which one a model has   lark.py     grammars for answers that have to call a tool
+format.py   defines a format          parser.py   turns an answer's tokens into events
+table.py    finds a model's format    lark.py     builds grammars for answers that have to call a tool
 """
 
 from argosy.prompt.formats.events import (

@@ -1,4 +1,4 @@
-"""DeepSeek: R1 and V3 write a fenced block, V3.1 the name and its arguments.
+"""DeepSeek: R1 and V3 write a fenced block, V3.1 writes the name and its arguments.
 
     <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather
     ```json
@@ -8,7 +8,7 @@
     <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"city": "Oslo"}
     <｜tool▁call▁end｜><｜tool▁calls▁end｜>
 
-Both are read; which one a model is held to follows from its chat template.
+Both are read; the chat template decides which one a grammar requires.
 """
 
 from __future__ import annotations

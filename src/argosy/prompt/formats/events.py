@@ -1,4 +1,4 @@
-"""What a model says, as it says it: text, thoughts, and tool calls.
+"""Events of an answer as it is generated: text, thoughts, and tool calls.
 
 tokens  ->  parser.py  ->  events  ->  a dialect's stream, or `collect` for the whole answer
 """
@@ -11,21 +11,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """More of the answer."""
+    """More text of the answer."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class ReasoningDelta:
-    """More of what the model thinks before it answers."""
+    """More of the model's thoughts before it answers."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCallBegin:
-    """A call of `name`; `own_id` is the id that the model itself gave it, where its format has one."""
+    """The start of a call to `name`; `own_id` is the id that the model itself gave it, if its format has ids."""
 
     index: int
     id: str
@@ -35,7 +35,7 @@ class ToolCallBegin:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallArguments:
-    """A piece of the call's arguments; the pieces of one call together are the JSON text of an object."""
+    """A piece of the call's arguments; all pieces of a call form the JSON text of an object."""
 
     index: int
     json_fragment: str
@@ -43,7 +43,7 @@ class ToolCallArguments:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallEnd:
-    """The call is whole. A call without this event was cut by the token limit."""
+    """The call is complete. A call without this event was cut off by the token limit."""
 
     index: int
 
@@ -53,7 +53,7 @@ Event = TextDelta | ReasoningDelta | ToolCallBegin | ToolCallArguments | ToolCal
 
 @dataclass(frozen=True, slots=True)
 class AnsweredCall:
-    """One call of an answer; `arguments` is JSON text, or the beginning of it if the token limit cut the call."""
+    """One call of an answer; `arguments` is JSON text, or the start of it if the token limit cut off the call."""
 
     id: str
     name: str
@@ -71,7 +71,7 @@ class Answer:
 
 
 def collect(events: Iterable[Event]) -> Answer:
-    """The answer that `events` tell of."""
+    """Combine `events` into one answer."""
     text, reasoning = [], []
     begun: dict[int, ToolCallBegin] = {}
     arguments: dict[int, list[str]] = {}

@@ -1,11 +1,11 @@
-"""What a format is: how one family of models writes thoughts and tool calls.
+"""Defines a format: how one family of models writes thoughts and tool calls.
 
-    Format  ->  parser          an answer's tokens to events
-            ->  grammar         what a model may say that has to call a tool, or to answer in some form
-            ->  lazy_grammar    what it may say from the mark of a call on, while what comes before is free
-            ->  own_id          the id that its template wants of a call
+    Format  ->  parser          turns an answer's tokens into events
+            ->  grammar         for an answer that has to call a tool, or to have some form
+            ->  lazy_grammar    constrains an answer from a call's mark on; the text before is unconstrained
+            ->  own_id          the id that the model's template expects for a call
 
-Elsewhere: the formats are one file each; which of them a model speaks is `table.py`; parsing is `parser.py`.
+Elsewhere: each format has its own file; `table.py` finds a model's format; `parser.py` parses.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ _SPACE = " \t\r\n"
 _ESCAPED = re.compile(r"\\.", re.DOTALL)
 
 Thoughts = Literal["open", "closed", "either"]
-"""Whether the prompt has opened the model's thoughts, or closed them, or leaves it to the model."""
+"""Whether the prompt opened the model's thoughts, closed them, or leaves them to the model."""
 
 
 class Format(ABC):
     """A format, with the tokens that one model's tokenizer has for its marks.
 
     Attributes:
-        name: in the table of formats.
+        name: its name in the table of formats.
         thinking: the marks around thoughts.
-        lexer: tells its marks from text.
+        lexer: separates marks from text.
     """
 
     name: ClassVar[str]
     thinking: ClassVar[tuple[str, str]] = ("<think>", "</think>")
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        # Thoughts that are neither a token nor in the template are something that a model may write about.
+        # Marks of thoughts that are neither a token nor in the template are ordinary text that a model may write.
         unknown = {
             mark
             for mark in self.thinking
@@ -64,11 +64,11 @@ class Format(ABC):
 
     @abstractmethod
     def parser(self, tools: Sequence[Tool] = (), prompt: Prompt | None = None) -> Parser:
-        """Reads one answer.
+        """Returns a parser for one answer.
 
         Args:
-            tools: those the model was told of; a call of another one is text.
-            prompt: what the model answers, to see whether it has opened the model's thoughts.
+            tools: the tools that the model was given; a call of any other is text.
+            prompt: the prompt that is answered; it shows whether the model's thoughts are already open.
         """
 
     def grammar(
@@ -79,22 +79,22 @@ class Format(ABC):
         *,
         form: Grammar | None = None,
     ) -> str:
-        """Lark text, in llguidance's syntax, of the answers that call tools as they ask to be called, or have a form.
+        """Lark text, in llguidance's syntax, for answers that call tools in this format, or have a given form.
 
-        Thoughts may come first, where the model has them. The grammar ends with the last call, or with the form: the
-        end of the turn is whatever ends this model's answers.
+        Thoughts may come first, if the model has them. The grammar ends with the last call or with the form; the turn
+        then ends with the model's end token.
 
         Args:
-            tools: those that may be called.
+            tools: the tools that may be called.
             parallel: more than one call may be made.
-            prompt: what the model answers, to see whether it has opened or closed the model's thoughts.
-            form: of an answer that calls nothing; None: a tool has to be called.
+            prompt: the prompt that is answered; it shows whether it opened or closed the model's thoughts.
+            form: grammar for an answer without calls; None: a tool has to be called.
 
         Raises:
             UsageError: there is no tool to call, and no form.
         """
         if not tools and form is None:
-            raise UsageError("tool_choice asks for a call, and there are no tools")
+            raise UsageError("tool_choice requires a tool call, and there are no tools")
         lark = Lark(self.lexer)
         answers = [self._calls(lark, tools, parallel)] if tools else []
         if form is not None:
@@ -106,10 +106,10 @@ class Format(ABC):
     def lazy_grammar(
         self, tools: Sequence[Tool], parallel: bool = True, prompt: Prompt | None = None
     ) -> tuple[str, Trigger]:
-        """Lark text of the calls of an answer that may call tools, and where it begins to be followed: at their mark.
+        """Lark text for the calls of an answer that may call tools, and the trigger that starts it: a call's mark.
 
-        What comes before is free, and so are thoughts, in which a mark is none. Behind the calls the answer ends. Where
-        one of the tools is strict, the grammar says which schemas may be left out: those of the others.
+        The text before is unconstrained, and so are thoughts, in which marks do not count. After the calls the answer
+        ends. If one of the tools is strict, the grammar marks the schemas of the others as droppable.
         """
         lark = Lark(self.lexer, frees_tools=any(tool.is_strict for tool in tools))
         calls, words = self._lazy_calls(lark, tools, parallel)
@@ -123,33 +123,33 @@ class Format(ABC):
         )
 
     def _begins_free(self, prompt: Prompt | None) -> bool:
-        """Whether the answer begins in a stretch without calls."""
+        """Whether the answer begins in a stretch where calls do not count."""
         return self.thoughts_in(prompt) == "open"
 
     def _word(self, mark: str) -> str | int:
-        """`mark` as a trigger takes it: its token where it has one."""
+        """`mark` as a trigger word: its token if it has one."""
         return next((token_id for token_id, known in self.lexer.ids.items() if known == mark), mark)
 
     def _free_stretches(self) -> tuple[Sequence[str], Sequence[str]]:
-        """The marks that begin stretches without calls, and those that end them: of thoughts, where there are such."""
+        """Marks that begin and end stretches where calls do not count: those of thoughts, if the model has them."""
         known = {*self.lexer.spelled, *self.lexer.ids.values()}
         opened, closed = self.thinking
         return ([opened], [closed]) if opened in known and closed in known else ([], [])
 
     @abstractmethod
     def _lazy_calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> tuple[str, Sequence[str]]:
-        """As `_calls`, and the marks with which it can begin."""
+        """Like `_calls`, and the marks that the calls can begin with."""
 
     def _text(self, lark: Lark, form: Grammar) -> str:
-        """The expression for an answer that calls nothing."""
+        """The expression for an answer without calls."""
         return lark.form(form)
 
     @abstractmethod
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
-        """The expression for calls of `tools`; rules that it needs go to `lark`."""
+        """The expression for calls of `tools`; it adds the rules that it needs to `lark`."""
 
     def _thoughts(self, lark: Lark, prompt: Prompt | None, *, is_exact: bool) -> str:
-        """The expression for what may come before the calls, or a form; before an exact one no white space."""
+        """The expression before the calls or a form; it allows no white space before an exact form."""
         state = self.thoughts_in(prompt)
         if state == "closed":
             return ""
@@ -157,15 +157,15 @@ class Format(ABC):
         thought = f"{lark.text_until(closed)} {lark.space()}"
         if state == "open":
             return thought
-        # Left to the model: only where thoughts begin with a token of their own, so that it can be told at once.
+        # If left to the model, thoughts are allowed only if their mark is a token, so that they are recognized at once.
         space = "" if is_exact else lark.space()
         return f"{space} ({lark.mark(opened)} {thought})?" if lark.has_token(opened) else ""
 
     def thoughts_in(self, prompt: Prompt | None) -> Thoughts:
-        """What the end of `prompt` makes of the model's thoughts."""
+        """Whether the end of `prompt` leaves the model's thoughts open, closed, or undecided."""
         if prompt is None:
             return "either"
-        if prompt.is_continued:  # what is continued is text
+        if prompt.is_continued:  # the answer continues text
             return "closed"
         opened, closed = self.thinking
         if self._ends_with(prompt, opened):
@@ -173,7 +173,7 @@ class Format(ABC):
         return "closed" if self._ends_with(prompt, closed) else "either"
 
     def _ends_with(self, prompt: Prompt, mark: str) -> bool:
-        """Whether `mark` is the last of a prompt but for white space."""
+        """Whether `mark` ends a prompt, apart from white space."""
         if mark in self.lexer.spelled:
             return prompt.text.rstrip(_SPACE).endswith(mark)
         for token_id in reversed((prompt.token_ids or ())[-8:]):
@@ -184,16 +184,16 @@ class Format(ABC):
         return False
 
     def own_id(self, call: Call, number: int) -> str:
-        """The id that the model's template wants of `call`, which is the `number`th of its conversation."""
+        """The id that the model's template expects for `call`, the `number`th call of its conversation."""
         return call.id
 
 
 class BlockFormat(Format):
-    """How a family writes that calls tools in blocks, from one mark to another.
+    """The format of a family that calls tools in blocks between two marks.
 
     Attributes:
-        blocks: the mark that opens a call, or several, to the one that closes it; None: whatever comes next does.
-        sections: marks around all calls, where there are such.
+        blocks: maps the mark that opens one or several calls to the mark that closes them; None: the next mark does.
+        sections: marks around all calls, if the format has them.
         inside: marks inside a block.
     """
 
@@ -214,27 +214,27 @@ class BlockFormat(Format):
 
     @abstractmethod
     def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
-        """The calls of one block.
+        """Parse the calls of one block.
 
         Args:
-            block: its lexemes, the mark that opens it first. The mark that closes it is last, unless the answer ended
-                before, or there is none.
-            tools: those that may be called, by name.
+            block: its lexemes, starting with the opening mark. The closing mark is last, unless the answer ended first
+                or the format has none.
+            tools: the tools that may be called, by name.
         """
 
     def read_cut(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
-        """The calls of a block that the token limit cut; of the last one perhaps no more than its beginning."""
+        """Parse a block that the token limit cut off; its last call may be incomplete."""
         return ()
 
 
 def inside_of(block: Sequence[str], closing: str) -> list[str]:
-    """A block's lexemes without the marks around it."""
+    """A block's lexemes without the surrounding marks."""
     is_closed = isinstance(block[-1], Mark) and block[-1] == closing
     return list(block[1:-1] if is_closed else block[1:])
 
 
 def halves(lexemes: Sequence[str], mark: str) -> tuple[str, str] | None:
-    """Text before the first mark and all that is behind it, if it is `mark`."""
+    """The text before the first mark and everything after it, if that mark is `mark`."""
     for at, lexeme in enumerate(lexemes):
         if isinstance(lexeme, Mark):
             return ("".join(lexemes[:at]), "".join(lexemes[at + 1 :])) if lexeme == mark else None
@@ -244,7 +244,7 @@ def halves(lexemes: Sequence[str], mark: str) -> tuple[str, str] | None:
 def call_of(
     name: object, arguments: object, tools: Mapping[str, Tool], own_id: str | None = None
 ) -> FoundCall | None:
-    """The call, if it is one of `tools` and its arguments are an object, or the JSON text of one, or left out."""
+    """The call, if it is of one of `tools` and its arguments are an object, the JSON text of one, or absent."""
     if not isinstance(name, str) or name not in tools:
         return None
     if arguments is None or arguments == "":
@@ -257,7 +257,7 @@ def call_of(
 def beginning_of_call(
     name: str, arguments: str, tools: Mapping[str, Tool], own_id: str | None = None
 ) -> Sequence[FoundCall | CutCall]:
-    """The call of which this is the beginning, if it is one of `tools`; whole if its arguments are."""
+    """The call that starts like this, if it is of one of `tools`; it is complete if its arguments are."""
     if name not in tools:
         return ()
     whole = call_of(name, arguments, tools, own_id) if arguments.strip() else None
@@ -265,5 +265,5 @@ def beginning_of_call(
 
 
 def ends_inside_string(text: str) -> bool:
-    """Whether JSON that goes like `text` is inside a string where it ends."""
+    """Whether `text`, the start of some JSON, ends inside a string."""
     return _ESCAPED.sub("", text).count('"') % 2 == 1

@@ -1,9 +1,9 @@
-"""Calls that are written as tags: a function, and its parameters inside, each by itself.
+"""Calls written as tags: a function, with a tag for each of its parameters.
 
     <function=NAME> <parameter=KEY>VALUE</parameter> ... </function>
 
-Qwen3-Coder and MiniMax-M2 spell the tags in two ways and agree on the rest. Values are bare, so the tool's schema says
-what they are. A closing tag inside a value belongs to it unless structure follows.
+Qwen3-Coder and MiniMax-M2 spell the tags differently and agree on the rest. Values are not quoted, so the tool's schema
+decides their types. A closing tag inside a value belongs to the value unless structure follows.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from argosy.prompt.tools import Tool, value_of
 
 @dataclass(frozen=True, slots=True)
 class Tags:
-    """How a format spells the tags.
+    """A format's spelling of the tags.
 
     Attributes:
-        function, parameter: patterns of the opening tags; the one group is the name.
+        function, parameter: patterns of the opening tags; their only group is the name.
         function_end, parameter_end: the closing tags.
-        line_around_values: a line break before and one after a value are not part of it.
+        line_around_values: one line break before and one after a value are not part of it.
     """
 
     function: re.Pattern[str]
@@ -35,19 +35,19 @@ class Tags:
 
 
 def read_functions(text: str, tags: Tags, tools: Mapping[str, Tool]) -> Reading:
-    """The calls in `text`, which is functions and white space."""
+    """Parse the calls in `text`, which contains functions and white space."""
     return _read(text, tags, tools, [])
 
 
 def read_cut_functions(text: str, tags: Tags, tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
-    """The calls in `text`, which the token limit cut; of the last one its whole parameters."""
+    """Parse the calls in `text`, which the token limit cut off; the last one gets its complete parameters."""
     calls: list[FoundCall | CutCall] = []
     _read(text, tags, tools, calls)
     return calls
 
 
 def _read(text: str, tags: Tags, tools: Mapping[str, Tool], told: list[FoundCall | CutCall]) -> Reading:
-    """Do what `read_functions` does, and add to `told` what is certain even if the text breaks off."""
+    """Do what `read_functions` does, and add to `told` everything that is certain even if the text breaks off."""
     calls: list[FoundCall] = []
     at = _skip(text, 0)
     while at < len(text) or not calls:
@@ -84,7 +84,7 @@ def _skip(text: str, at: int) -> int:
 
 
 def _end_of_value(text: str, at: int, tags: Tags) -> int | None:
-    """Where the value that begins at `at` ends, or None if it does not."""
+    """The position where the value that begins at `at` ends, or None if it does not end."""
     while (end := text.find(tags.parameter_end, at)) >= 0:
         behind = _skip(text, end + len(tags.parameter_end))
         if text.startswith(tags.function_end, behind) or tags.parameter.match(text, behind):

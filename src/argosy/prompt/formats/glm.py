@@ -1,11 +1,11 @@
-"""GLM-4.5 to 4.7: a name, then keys and values, each by itself.
+"""GLM-4.5 to 4.7: a name, then a pair of tags for each key and value.
 
     <tool_call>get_weather
     <arg_key>city</arg_key>
     <arg_value>Oslo</arg_value>
     </tool_call>
 
-4.7 leaves the line breaks out; both are read.
+4.7 omits the line breaks; both spellings are read.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Glm(BlockFormat):
         return [FoundCall(tool.name, arguments)]
 
     def read_cut(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
-        """A block without its end says nowhere that it is whole, so its call is not."""
+        """Parse a cut block. Without its closing mark nothing shows that the call is complete, so it counts as cut."""
         rest = iter(inside_of(block, CLOSE))
         head, mark = _up_to(rest, KEY)
         tool = tools.get(head.strip())
-        if tool is None or (mark is None and not head.endswith("\n")):  # the name may go on
+        if tool is None or (mark is None and not head.endswith("\n")):  # the name may be incomplete
             return ()
         arguments: dict[str, object] = {}
         while mark is not None:
@@ -83,7 +83,7 @@ class Glm47(Glm):
 
 
 def _up_to(lexemes: Iterator[str], mark: str) -> tuple[str, str | None]:
-    """Text up to `mark`, and the mark if it came."""
+    """The text up to `mark`, and the mark if it is there."""
     text: list[str] = []
     for lexeme in lexemes:
         if isinstance(lexeme, Mark) and lexeme == mark:

@@ -4,8 +4,8 @@
     <|start|>assistant<|channel|>commentary to=functions.clock <|constrain|>json<|message|>{"city": "Oslo"}<|call|>
     <|start|>assistant<|channel|>final<|message|>the answer<|return|>
 
-The prompt ends with `<|start|>assistant`, so an answer begins inside a header. The recipient may stand in either half
-of it.
+The prompt ends with `<|start|>assistant`, so an answer begins inside a header. The recipient may be in either half of
+the header.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Harmony(Format):
         return f'({head} {lark.text_until(END)} {lark.mark(START)} "{_ROLE}")?'
 
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
-        """One call, even where more may be made: the turn ends with it."""
+        """One call, even where several are allowed: the turn ends with it."""
         bodies = " | ".join(
             lark.rule(
                 f'"commentary to=functions.{tool.name} " {lark.mark(CONSTRAIN)} "json" {lark.mark(MESSAGE)} '
@@ -57,7 +57,7 @@ class Harmony(Format):
         return f"{lark.mark(CHANNEL)} ({bodies})"
 
     def _lazy_calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> tuple[str, Sequence[str]]:
-        """From the recipient on, in whichever half of the header it stands."""
+        """Constrain the answer from the recipient on, in either half of the header."""
         channel = f'({lark.mark(CHANNEL)} ("commentary" | "analysis"))?'
         kind = f'(" "? {lark.mark(CONSTRAIN)} "json" | " json")?'
         tail = lark.rule(f"{channel} {kind} {lark.mark(MESSAGE)}")
@@ -70,7 +70,7 @@ class Harmony(Format):
         return _is_inside(prompt)
 
     def _free_stretches(self) -> tuple[Sequence[str], Sequence[str]]:
-        """What a message says."""
+        """The body of a message."""
         return [MESSAGE], [START, CHANNEL]
 
     def _text(self, lark: Lark, form: Grammar) -> str:
@@ -78,22 +78,22 @@ class Harmony(Format):
 
 
 def _is_inside(prompt: Prompt | None) -> bool:
-    """Whether the answer begins inside a message, which it continues."""
+    """Whether the answer begins inside a message and continues it."""
     return prompt is not None and prompt.is_continued
 
 
 class HarmonyParser(Parser):
-    """Answers in messages: a header, up to `<|message|>`, then what it says, up to an end."""
+    """Parses answers made of messages: a header up to `<|message|>`, then a body up to an end mark."""
 
     def __init__(self, lexer: Lexer, tools: Sequence[Tool], *, is_inside: bool = False) -> None:
         super().__init__(lexer, tools, is_reasoning=False)
-        self._header: list[str] | None = None if is_inside else []  # None: outside of a header
-        self._call_for: str | None = None  # the tool that the present message is to
-        self._call_header: list[str] = []  # of such a message
+        self._header: list[str] | None = None if is_inside else []  # None: outside a header
+        self._call_for: str | None = None  # the tool that the current message is for
+        self._call_header: list[str] = []  # header of that message
         self._call_body: list[str] = []
-        # Which kinds of messages have said something: True for thoughts, False for text.
+        # Kinds of messages with content so far: True for thoughts, False for text.
         self._said: set[bool] = {False} if is_inside else set()
-        self._is_new = False  # nothing was said in the present message yet
+        self._is_new = False  # the current message has no content yet
 
     def _take(self, lexeme: str) -> None:
         if not isinstance(lexeme, Mark):
@@ -126,17 +126,17 @@ class HarmonyParser(Parser):
             self._call_for, self._call_header, self._call_body = name, header, []
             return
         self._begin(is_reasoning=recipient is None and channel[:1] == ["analysis"])
-        if recipient is not None:  # a message to nobody whom we know
+        if recipient is not None:  # a message to an unknown recipient
             self._say("".join([*header, MESSAGE]))
 
     def _begin(self, *, is_reasoning: bool) -> None:
-        """A message in which every character counts, white space at its ends included."""
+        """Begin a message in which every character counts, including white space at its ends."""
         self._switch(is_reasoning=is_reasoning)
         self._drops_space = False
         self._is_new = True
 
     def _close(self, end: str = "") -> None:
-        """The end of a message, or of a header that has none."""
+        """End a message, or a header without a message."""
         if self._is_cut and (self._header is not None or self._call_for is not None):
             for call in beginning_of_call(self._call_for or "", "".join(self._call_body), self._tools):
                 self._call(call)
@@ -156,7 +156,7 @@ class HarmonyParser(Parser):
         self._header = None
 
     def _emit(self, text: str) -> None:
-        """Messages of one kind read as paragraphs of one text."""
+        """Join messages of one kind as paragraphs of one text."""
         if self._is_new and self._is_reasoning in self._said:
             text = f"\n\n{text}"
         self._is_new = False

@@ -53,12 +53,12 @@ class Hermes(BlockFormat):
 
 
 def beginning_of_named_object(text: str, tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
-    """The call that begins with `text`, once its name is there."""
+    """The call that begins with `text`, if the text contains its name."""
     begun = _BEGINNING.match(text)
     return () if begun is None else beginning_of_call(begun[1], begun[2] or "", tools)
 
 
 def named_object(lark: Lark, tool: Tool) -> str:
-    """{"name": ..., "arguments": {...}}, spaced as models were taught."""
+    """{"name": ..., "arguments": {...}}, with the spacing that models were trained on."""
     head = lark.literal(f'{{"name": "{tool.name}", "arguments": ')
     return f'{head} {lark.arguments(tool)} "}}"'

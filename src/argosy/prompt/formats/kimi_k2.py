@@ -1,9 +1,9 @@
-"""Kimi-K2: calls have ids of their own, which its template wants back.
+"""Kimi-K2: calls have their own ids, which its template expects back.
 
     <|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Oslo"}
     <|tool_call_end|><|tool_calls_section_end|>
 
-The number counts the calls of the whole conversation.
+The number counts the calls in the whole conversation.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Grammars in llguidance's dialect of Lark, put together from parts.
+"""Builds grammars in llguidance's dialect of Lark from parts.
 
-Marks that are tokens are written as `<[id]>`, others as text. A rule is written once, whoever asks for it.
+Marks that are tokens are written as `<[id]>`, others as text. A rule is written only once, even if requested again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from argosy.prompt.json_text import write_json
 from argosy.prompt.tools import Tool, types_of
 
 _ANYTHING = r"/(.|\n)*/"
-_MEANS_MORE = re.compile(r"[\\.+*?()|\[\]{}^$/]")  # no others: `\<` is the start of a word
+_MEANS_MORE = re.compile(r"[\\.+*?()|\[\]{}^$/]")  # escape no others: `\<` is the start of a word
 _OPEN_SCHEMA = ("additionalProperties", "patternProperties", "anyOf", "oneOf", "allOf", "$ref", "if")
 
 _ANNOTATIONS = (
@@ -27,17 +27,17 @@ _ANNOTATIONS = (
     "deprecated",
     "readOnly",
     "writeOnly",
-    LENIENT_SCHEMA,  # not for callers to say
+    LENIENT_SCHEMA,  # callers may not set it
 )
 _NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _VALUES = ("enum", "const", "required")
 
 
 class Lark:
-    """One grammar in the making; `text` gives it out.
+    """A grammar under construction; `text` returns it.
 
     Args:
-        frees_tools: schemas of tools that are not strict may be left out where they cannot be followed.
+        frees_tools: schemas of tools that are not strict may be dropped if they cannot be enforced.
     """
 
     def __init__(self, lexer: Lexer, *, frees_tools: bool = False) -> None:
@@ -49,7 +49,7 @@ class Lark:
         return "\n".join([f"start: {start}", *(f"{name}: {body}" for body, name in self._rules.items()), ""])
 
     def rule(self, body: str, options: str = "") -> str:
-        """A rule's name. One body has one name: bodies that differ only in options are not needed."""
+        """The name of the rule with this body. One body gets one name: no two bodies differ only in options."""
         if body not in self._rules:
             self._rules[body] = f"r{len(self._rules)}{options}"
         return self._rules[body].removesuffix(options)
@@ -65,24 +65,24 @@ class Lark:
         return json.dumps(text, ensure_ascii=False)
 
     def space(self) -> str:
-        """White space, or none; not without end, which is what a model writes that has nothing to say."""
+        """White space, or none; bounded, because a model with nothing to say writes it without end."""
         return self.rule(r"/[ \t\r\n]{1,8}/") + "?"
 
     def text_until(self, mark: str, before: str = "") -> str:
-        """Any text up to the first `mark`, and it; `before` stands right before the mark."""
+        """Any text up to and including the first `mark`; `before` stands directly before the mark."""
         if mark in self._ids and not before:
             return f"{self.rule(_ANYTHING)} {self.mark(mark)}"
         return self.rule(rf"/(.|\n)*{_in_regex(before + mark)}/", "[lazy]")
 
     def json(self, schema: object, tool: Tool | None = None) -> str:
-        """JSON of `schema`, which is an argument of `tool` or all of them."""
+        """JSON that follows `schema`, which describes one or all arguments of `tool`."""
         plain = without_annotations(schema)
         if self._frees_tools and tool is not None and not tool.is_strict and isinstance(plain, dict):
             plain = {**plain, LENIENT_SCHEMA: True}
         return self.rule(f"%json {write_json(plain)}")
 
     def form(self, form: Grammar) -> str:
-        """What an answer has to look like, as a rule beside others; a caller's own rules stay apart from them."""
+        """The form of an answer, as a rule beside others; a caller's own rules are kept apart from them."""
         if form.kind == "lark":
             return self.rule(f"%lark {{\n{form.text}\n}}")
         if form.kind == "regex":
@@ -90,14 +90,14 @@ class Lark:
         return self.json({"type": "object"} if form.kind == "json_object" else json.loads(form.text))
 
     def arguments(self, tool: Tool) -> str:
-        """The JSON object of a call's arguments; names that the tool does not declare only where it says so."""
+        """The JSON object of a call's arguments; undeclared names only where the tool allows them."""
         schema = dict(tool.parameters)
         if not any(key in schema for key in _OPEN_SCHEMA):
             schema["additionalProperties"] = False
         return self.json(schema, tool)
 
     def bare_values(self, tool: Tool, form: ValueForm) -> str:
-        """The arguments of a call where each is written by itself, in the order of the tool's parameters."""
+        """The arguments of a call, each in its own tags, in the order of the tool's parameters."""
         parts = []
         for name, schema in tool.properties.items():
             part = f"{form.before(self, name)} {self._bare_value(schema, tool, form)}"
@@ -118,14 +118,14 @@ class Lark:
 
 
 def expression(regex: str) -> str:
-    """A regular expression as Lark has it."""
+    """A regular expression in Lark syntax."""
     from llguidance import regex_to_lark
 
     return f"/{regex_to_lark(regex)}/"
 
 
 def without_annotations(schema: object) -> object:
-    """`schema` without what it tells readers only: a hundred tools have more of that than a grammar may hold."""
+    """`schema` without text for readers: a hundred tools have more of it than fits a grammar."""
     if isinstance(schema, list):
         return [without_annotations(part) for part in schema]
     if not isinstance(schema, Mapping):
@@ -142,13 +142,13 @@ def without_annotations(schema: object) -> object:
 
 
 class ValueForm:
-    """How a format writes one argument by itself: `before` its name, value, `after`.
+    """How a format writes each argument: `before` with its name, value, `after`.
 
     Args:
         name: the pieces around the parameter's name, marks and text; `{}` stands for the name.
         closing: the mark that ends the value.
-        space: white space between the value and its ends.
-        rest: what follows the closing mark.
+        space: white space on both sides of the value.
+        rest: text after the closing mark.
     """
 
     def __init__(self, name: Sequence[str], closing: str, *, space: str = "", rest: str = "") -> None:

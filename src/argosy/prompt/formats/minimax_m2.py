@@ -1,4 +1,4 @@
-"""MiniMax-M2: invocations with their parameters, each by itself.
+"""MiniMax-M2: invocations, with a tag for each parameter.
 
 <minimax:tool_call>
 <invoke name="get_weather">

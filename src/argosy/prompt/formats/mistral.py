@@ -1,10 +1,10 @@
-"""Mistral and Mixtral: a list of calls, or since 2025 one call after the other.
+"""Mistral and Mixtral: a list of calls, or since 2025 one call after another.
 
     [TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "Oslo"}}]
     [TOOL_CALLS]get_weather[ARGS]{"city": "Oslo"}
     [TOOL_CALLS]get_weather[CALL_ID]a1b2c3d4e[ARGS]{"city": "Oslo"}
 
-Nothing closes a call but the next one or the end. Templates want ids of nine letters and digits back.
+Only the next call or the end closes a call. Templates expect ids of nine letters and digits back.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _has_marks(block: Sequence[str]) -> bool:
 
 
 def _parts(block: Sequence[str]) -> tuple[str, str, str | None] | None:
-    """Name, arguments and id of a call that is written with marks."""
+    """Name, arguments and id of a call written with marks."""
     marks = [at for at, lexeme in enumerate(block) if isinstance(lexeme, Mark)][1:]
     named = [str(block[at]) for at in marks]
     if named[0] == CALL_ID and named[1:2] == [ARGUMENTS]:
@@ -80,7 +80,7 @@ def _parts(block: Sequence[str]) -> tuple[str, str, str | None] | None:
 
 
 def _read_beginning_of_list(text: str, tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
-    """The items of a list that is cut: whole ones, and the beginning of the last."""
+    """Parse the items of a cut list: complete ones, and the start of the last."""
     calls: list[FoundCall | CutCall] = []
     rest = text.lstrip().removeprefix("[").lstrip()
     while rest:

@@ -1,14 +1,14 @@
-"""From the tokens of an answer to events, while they come.
+"""Turns the tokens of an answer into events as they come.
 
     token id and text  ->  lexemes: text, marks  ->  states: thinking, answering, inside a call  ->  events
 
-A *mark* is a marker of the model's format. Where the tokenizer has a token for it, only that token is the mark, and
-the same characters in ordinary tokens are text; where it has none, the mark is found in the text, wherever tokens part
-it, and no more text is held back than could become one. A call is told when it is whole (decision 14). What only looked
-like one is text: nothing is lost, and nothing raises. A call that the token limit cut is told as far as it goes, once
-its name is known, and has no end (decision 24).
+A *mark* is a marker of the model's format. If the tokenizer has a token for it, only that token is the mark, and the
+same characters in ordinary tokens are text. Otherwise the mark is found in the text, wherever token boundaries fall,
+and only text that could become a mark is held back. A call is reported when it is complete (decision 14). Text that
+only looked like a call stays text: nothing is lost, and nothing raises. A call that the token limit cut off is reported
+as far as it goes, once its name is known, and gets no end event (decision 24).
 
-Elsewhere: what a format is, is `format.py`; what a call looks like inside is each format's own file.
+Elsewhere: `format.py` defines formats; each format's own file reads the inside of a call.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ if TYPE_CHECKING:
 
 _BASE62 = string.digits + string.ascii_letters
 _SPACE = " \t\r\n"
-_MOST_UNREAD = 64  # closing marks inside one call: each has it read again, so they have to be few
+_MOST_UNREAD = 64  # closing marks inside one call: each one has the call read again, so they have to be few
 
 
 class Mark(str):
-    """A marker of a format, as it is spelled, told apart from the same characters as text."""
+    """A marker of a format, as it is spelled, kept distinct from the same characters as text."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
 class FoundCall:
-    """A call as a format reads it."""
+    """A call as a format read it."""
 
     name: str
     arguments: Mapping[str, object]
@@ -59,7 +59,7 @@ class FoundCall:
 
 @dataclass(frozen=True, slots=True)
 class CutCall:
-    """A call that the token limit cut; `arguments` is the beginning of the JSON text of its arguments."""
+    """A call that the token limit cut off; `arguments` is the start of the JSON text of its arguments."""
 
     name: str
     arguments: str
@@ -67,15 +67,15 @@ class CutCall:
 
 
 Reading = list[FoundCall] | Literal["more"] | None
-"""Calls; or the closing mark belongs to what a call says, so there is more to come; or none that could be meant."""
+"""Calls; or "more" if the closing mark is part of a value, so the call goes on; or None if this is not a call."""
 
 
 class Lexer:
-    """Tells marks from text.
+    """Separates marks from text.
 
     Attributes:
         ids: token ids that are marks.
-        spelled: marks that have no token.
+        spelled: marks without a token.
     """
 
     def __init__(self, marks: Sequence[str], tokenizer: Tokenizer) -> None:
@@ -91,7 +91,7 @@ class Lexer:
         self._pattern = re.compile("|".join(map(re.escape, spelled))) if spelled else None
 
     def split(self, text: str, *, is_end: bool = False) -> tuple[list[str], str]:
-        """Lexemes of `text`, and its end that may be the start of a mark; at the end of an answer there is none."""
+        """Lexemes of `text`, and an ending that may start a mark; at the end of an answer that ending is empty."""
         if self._pattern is None:
             return [text] if text else [], ""
         lexemes: list[str] = []
@@ -106,35 +106,35 @@ class Lexer:
 
 
 class Parser(ABC):
-    """One answer of a model. `push` every token of it, then `finish`."""
+    """Parses one answer of a model. `push` each of its tokens, then `finish`."""
 
     def __init__(self, lexer: Lexer, tools: Sequence[Tool], *, is_reasoning: bool) -> None:
-        """`is_reasoning`: the prompt itself has opened the model's thoughts."""
+        """`is_reasoning`: the prompt itself opened the model's thoughts."""
         self._lexer = lexer
         self._tools = {tool.name: tool for tool in tools}
         self._is_reasoning = is_reasoning
         self._pending = ""  # text that may be the start of a mark
         self._events: list[Event] = []
-        self._held_space = ""  # at the end of what was said: dropped if structure follows
-        self._drops_space = is_reasoning  # behind structure
+        self._held_space = ""  # trailing white space so far: dropped if structure follows
+        self._drops_space = is_reasoning  # just after structure
         self._num_calls = 0
-        self._has_said = False  # text or thoughts
+        self._has_said = False  # any text or thoughts so far
         self._is_cut = False
 
     @property
     def is_reasoning(self) -> bool:
-        """Whether the model is among its thoughts."""
+        """Whether the model is inside its thoughts."""
         return self._is_reasoning
 
     def push(self, token_id: int | None, text: str) -> list[Event]:
         """Take one token.
 
         Args:
-            token_id: the token; None for text that belongs to none, as what a `StreamDecoder` finishes with.
-            text: what it adds to the text, as a `StreamDecoder` gives it; of a mark it may be empty.
+            token_id: the token; None for text without one, such as the text that a `StreamDecoder` finishes with.
+            text: the token's text from a `StreamDecoder`; it may be empty for a mark.
 
         Returns:
-            What is certain now; often one event, sometimes none, or more.
+            Events that are now certain: often one, sometimes none or more.
         """
         mark = None if token_id is None else self._lexer.ids.get(token_id)
         if mark is None:
@@ -148,7 +148,7 @@ class Parser(ABC):
         return self._out()
 
     def finish(self, *, is_cut: bool = False) -> list[Event]:
-        """The rest, once it is known that no more tokens come; `is_cut`: the token limit ended the answer."""
+        """Returns the remaining events once no more tokens come; `is_cut`: the token limit ended the answer."""
         self._is_cut = is_cut
         if is_cut and self._is_mark_of_call(self._pending):
             self._pending = ""
@@ -161,14 +161,14 @@ class Parser(ABC):
 
     @abstractmethod
     def _take(self, lexeme: str) -> None:
-        """Text, or a `Mark`."""
+        """Take text or a `Mark`."""
 
     @abstractmethod
     def _end(self) -> None:
-        """Settle what is open."""
+        """Settle anything still open."""
 
     def _is_mark_of_call(self, start: str) -> bool:
-        """Whether `start` is the beginning of a mark that belongs to a call."""
+        """Whether `start` begins a mark that belongs to a call."""
         return False
 
     def _out(self) -> list[Event]:
@@ -176,7 +176,7 @@ class Parser(ABC):
         return events
 
     def _say(self, text: str) -> None:
-        """Text of the answer, or of the thoughts; white space between it and structure is not part of it."""
+        """Add text to the answer or the thoughts, without white space next to structure."""
         if self._drops_space:
             text = text.lstrip(_SPACE)
         if not text:
@@ -190,7 +190,7 @@ class Parser(ABC):
             self._emit(said)
 
     def _give_space(self) -> None:
-        """White space that was held back, where no structure follows."""
+        """Emit white space that was held back, if no structure follows."""
         held, self._held_space = self._held_space, ""
         if held:
             self._emit(held)
@@ -199,7 +199,7 @@ class Parser(ABC):
         self._events.append(ReasoningDelta(text) if self._is_reasoning else TextDelta(text))
 
     def _switch(self, *, is_reasoning: bool) -> None:
-        """Structure was here."""
+        """Record that structure was here."""
         self._is_reasoning = is_reasoning
         self._held_space = ""
         self._drops_space = True
@@ -216,15 +216,15 @@ class Parser(ABC):
 
 
 class BlockParser(Parser):
-    """Answers of a `BlockFormat`."""
+    """Parses answers in a `BlockFormat`."""
 
     def __init__(self, form: BlockFormat, tools: Sequence[Tool], *, is_reasoning: bool) -> None:
         super().__init__(form.lexer, tools, is_reasoning=is_reasoning)
         self._form = form
-        self._block: list[str] | None = None  # lexemes, the opening mark first
-        self._num_unread = 0  # closing marks in it that were part of what it says
-        self._owed: list[str] = []  # marks of a section in which no call has come yet
-        self._maybe: list[str] | None = None  # from a call inside thoughts on
+        self._block: list[str] | None = None  # lexemes, starting with the opening mark
+        self._num_unread = 0  # closing marks in it that were part of a value
+        self._owed: list[str] = []  # marks of a section without a call so far
+        self._maybe: list[str] | None = None  # everything from a call inside thoughts on
         self._is_settling = False
 
     def _take(self, lexeme: str) -> None:
@@ -251,7 +251,7 @@ class BlockParser(Parser):
             self._say(lexeme)
 
     def _take_in_thoughts(self, lexeme: str) -> None:
-        """A call inside thoughts is one if they are never closed: some models go from thinking to calling at once."""
+        """Hold back a call inside thoughts; it counts if they never close: some models go from thoughts to a call."""
         if lexeme == self._form.thinking[1] and isinstance(lexeme, Mark):
             for held in self._maybe or ():
                 self._say(held)
@@ -309,7 +309,7 @@ class BlockParser(Parser):
     def _end(self) -> None:
         if self._maybe is not None:
             held, self._maybe, self._is_settling = self._maybe, None, True
-            if self._is_cut:  # nothing says that its thoughts were at their end
+            if self._is_cut:  # nothing shows that its thoughts had ended
                 self._say("".join(held))
                 held = []
             for lexeme in held:
@@ -322,11 +322,11 @@ class BlockParser(Parser):
 
     def _is_mark_of_call(self, start: str) -> bool:
         if self._block is not None:
-            return True  # what is held back can only be the beginning of its closing mark
+            return True  # the text held back can only be the start of its closing mark
         opening = (*self._form.blocks, *self._form.sections) if self._tools else ()
         return len(start) > 1 and any(mark.startswith(start) for mark in opening)
 
 
 def new_call_id() -> str:
-    """An id that nobody guesses: whoever names it has seen the call."""
+    """An id that cannot be guessed: a client that names it has seen the call."""
     return "call_" + "".join(secrets.choice(_BASE62) for _ in range(24))

@@ -1,4 +1,4 @@
-"""Models that call no tools: text, and thoughts where they have them.
+"""Models that cannot call tools: text, and thoughts if they have them.
 
 <think>
 thoughts
@@ -26,4 +26,4 @@ class Plain(BlockFormat):
         return None
 
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
-        raise UsageError("this model calls no tools, so tool_choice cannot ask it to")
+        raise UsageError("this model cannot call tools, so tool_choice cannot require a call")

@@ -1,4 +1,4 @@
-"""Qwen3-Coder and Qwen3.5: a function with its parameters, each by itself.
+"""Qwen3-Coder and Qwen3.5: a function, with a tag for each parameter.
 
     <tool_call>
     <function=get_weather>
@@ -8,7 +8,7 @@
     </function>
     </tool_call>
 
-Models leave out `<tool_call>` now and then, so `<function=` opens a block, too.
+Models sometimes omit `<tool_call>`, so `<function=` opens a block as well.
 """
 
 from __future__ import annotations

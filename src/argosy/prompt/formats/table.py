@@ -1,8 +1,9 @@
-"""Which format a model speaks.
+"""Finds a model's format.
 
     tokens and chat template  ->  find_format  ->  Format        a name  ->  named_format  ->  Format
 
-Tokens of a model's own tell the most; where formats share them, or have none, the template shows how it writes calls.
+A model's own tokens are the best evidence. Where formats share tokens or have none, the template shows how it writes
+calls.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def _both(*conditions: _Is) -> _Is:
     return lambda tokenizer, template: all(condition(tokenizer, template) for condition in conditions)
 
 
-# From the most special to the most common; the first that fits is it.
+# From the most specific to the most common; the first match wins.
 _TABLE: tuple[tuple[_Is, type[Format]], ...] = (
     (_has(harmony.START, harmony.CHANNEL, harmony.MESSAGE), harmony.Harmony),
     (_has(kimi_k2.ALL_BEGIN, kimi_k2.BEGIN), kimi_k2.KimiK2),
@@ -52,7 +53,7 @@ FORMATS = {form.name: form for form in _ALL}
 
 
 def find_format(tokenizer: Tokenizer, template: str) -> Format:
-    """The format of a model with this tokenizer and chat template; `plain` if it is none that calls tools."""
+    """The format for a model with this tokenizer and chat template; `plain` if none that calls tools matches."""
     for fits, form in _TABLE:
         if fits(tokenizer, template):
             return form(tokenizer)
@@ -60,10 +61,10 @@ def find_format(tokenizer: Tokenizer, template: str) -> Format:
 
 
 def named_format(name: str, tokenizer: Tokenizer) -> Format:
-    """The format called `name`.
+    """Returns the format called `name`.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no format with that name.
     """
     if name not in FORMATS:
         raise UsageError(f"unknown format '{name}'; known: {', '.join(sorted(FORMATS))}")
