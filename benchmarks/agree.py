@@ -1,14 +1,14 @@
-"""Do Argosy and llama.cpp say the same about the same file?
+"""Do Argosy and llama.cpp give the same predictions for the same file?
 
     python benchmarks/agree.py [--geometries small] [--formats Q4_0,Q4_K_M,Q8_0,...] [--tokens 96] [--exact] [--short]
 
-Both read a document and give logits at every position. Their arithmetic differs (llama.cpp rounds activations to 8 bits
-in blocks of its own), so the distributions do, a little: KL(llama.cpp || Argosy) in nats, and how often the most likely
-token is the same among positions where llama.cpp's first two are more than 0.05 apart.
+Both read a document and return logits at every position. Their arithmetic differs (llama.cpp rounds activations to 8
+bits in its own blocks), so their distributions differ a little: KL(llama.cpp || Argosy) in nats, and how often the most
+likely token is the same among positions where llama.cpp's first two are more than 0.05 apart.
 
-Which of the two is off? `--exact` dequantises the file to float32 (gguf-py does; 5 GB for small), which llama.cpp then
-reads: its arithmetic has nothing left to round, and both are held against that. Routers of random weights have many
-near ties, so a rounded activation can change an expert, and figures are larger than those of a trained model.
+Which of the two is off? `--exact` dequantizes the file to float32 (with gguf-py; 5 GB for small), which llama.cpp then
+reads. Its arithmetic then has nothing left to round, and both are compared with that. Routers with random weights have
+many near ties, so a rounded activation can change an expert, and differences are larger than with a trained model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TIE = 0.05
 
 
 def dequantise(source: Path, target: Path) -> None:
-    """Write a GGUF with the weights of another in float32, tensor by tensor."""
+    """Write a copy of a GGUF with its weights in float32, tensor by tensor."""
     reader = gguf.GGUFReader(source)
     architecture = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(target, architecture)

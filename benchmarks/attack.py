@@ -3,16 +3,17 @@
     python benchmarks/attack.py [--model demo] [--memory 700MiB] [--seconds 600] [--attackers 16] [--short]
 
 A server runs in a memory cgroup of 1.05 times its budget, with a key for its honest clients and several for attackers.
-Attackers send requests that cost more than they weigh: bodies of millions of values, prompts far beyond the context,
-texts in place of token ids, schemas of many leaves, patterns that are hard to compile. Each sends its next request when
-the last one is answered. Two honest clients ask short questions all the time. Quiet and attacked stretches alternate.
+Attackers send requests that are expensive for their size: bodies with millions of values, prompts far beyond the
+context, texts in place of token ids, schemas with many leaves, patterns that are hard to compile. Each attacker sends
+its next request when the last one is answered. Two honest clients ask short questions all the time. Quiet and attacked
+stretches alternate.
 
-Attackers have machines of their own, and here they share the server's cores. So all of them run in one process, at the
-lowest priority: what they take then slows the server down as little as may be, and the server alone is measured.
+Real attackers have their own machines; here they share the server's cores. So all of them run in one process at the
+lowest priority: they slow the server down as little as possible, and only the server is measured.
 
-The kernel counts the peak (anonymous memory, page cache and page tables of the group) and its kills. An attack must be
-answered with a refusal, or with an answer where the request is valid; a 5xx other than 503, or a connection that ends
-without an answer, is a failure. A first token is timed from the first byte sent.
+The kernel counts the peak (the group's anonymous memory, page cache and page tables) and its kills. An attack must be
+answered with a refusal, or with an answer if the request is valid. A 5xx other than 503, or a connection that ends
+without an answer, is a failure. Time to first token starts with the first byte sent.
 """
 
 from __future__ import annotations
@@ -42,20 +43,20 @@ from common import Report, Sample, tidy_up_when_terminated
 from load import nearest_rank
 from tests.abuse.hostile_bodies import ATTACKS
 
-CAP = 1.05  # of the budget: the cgroup's limit
+CAP = 1.05  # times the budget: the cgroup's limit
 HONEST_CLIENTS, ATTACK_KEYS = 2, 4
 NUM_NEW = 8
 _START_S = 300.0
-_ANSWER_S = 120.0  # an answer that takes longer counts as none
+_ANSWER_S = 120.0  # a slower answer counts as none
 _LOWEST_PRIORITY = 19
 
 
-# ── what is sent ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
 class Attack:
-    """A request that costs more than it weighs."""
+    """A request that is expensive for its size."""
 
     name: str
     path: str
@@ -63,7 +64,7 @@ class Attack:
 
 
 def attacks() -> list[Attack]:
-    """The hostile bodies that the tests know, and what costs time rather than memory."""
+    """The hostile bodies from the tests, and requests that cost time rather than memory."""
     found = [Attack(name, path, body()) for name, (path, body, _, _) in ATTACKS.items()]
     text = {"model": "demo", "messages": [{"role": "user", "content": "words " * 350_000}], "max_tokens": 1}
     pattern = "(" * 200 + "a{1,200}" + "){1,200}" * 200
@@ -88,10 +89,10 @@ def _request(port: int, path: str, key: str, body: bytes) -> list[bytes]:
 
 
 async def _status(port: int, attack: Attack, key: str) -> str:
-    """The status of an attack's answer, or what happened instead."""
+    """The status of the answer to an attack, or what happened instead."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        # A refusal may come, and the connection end, before all of the body is sent.
+        # A refusal may come, and the connection close, before the whole body is sent.
         with contextlib.suppress(ConnectionError):
             writer.writelines(_request(port, attack.path, key, attack.body))
             await writer.drain()
@@ -109,7 +110,7 @@ async def _first_token_s(port: int, key: str, text: str) -> float:
     """Seconds to the first text of an answer, which is read to its end.
 
     Raises:
-        SystemExit: it is no answer.
+        SystemExit: the request got no answer.
     """
     body = json.dumps({"prompt": text, "max_tokens": NUM_NEW, "temperature": 0, "stream": True}).encode()
     began, first = time.perf_counter(), 0.0
@@ -130,7 +131,7 @@ async def _first_token_s(port: int, key: str, text: str) -> float:
 
 @dataclass
 class Stretch:
-    """What came of some time: seconds to first tokens, and per attack how often it was answered with each status."""
+    """Results of a stretch: seconds to first tokens, and for each attack the count of each status."""
 
     first_s: list[float] = field(default_factory=list)
     statuses: dict[str, Counter[str]] = field(default_factory=dict)
@@ -174,14 +175,14 @@ async def _attack(port: int, keys: Sequence[str], num_attackers: int, ends_at: f
 
 
 def _attack_alone(port: int, keys: Sequence[str], num_attackers: int, ends_at: float) -> Stretch:
-    """Attack in this process, which does nothing else."""
+    """Attack from this process, which does nothing else."""
     return asyncio.run(_attack(port, keys, num_attackers, ends_at))
 
 
 def stretch(
     port: int, keys: Sequence[str], attackers: ProcessPoolExecutor | None, num_attackers: int, seconds: float
 ) -> Stretch:
-    """Let honest clients ask for so long, and attackers attack where there are any; `keys` has the honest key first."""
+    """Run honest clients for `seconds`, and attackers if there are any; `keys` has the honest key first."""
     ends_at = time.monotonic() + seconds  # one clock for all processes
     attack = attackers and attackers.submit(_attack_alone, port, keys[1:], num_attackers, ends_at)
     found = asyncio.run(_ask(port, keys[0], ends_at))
@@ -195,7 +196,7 @@ def stretch(
 
 @contextlib.contextmanager
 def server(model: str, budget_bytes: int, folder: Path) -> Iterator[tuple[int, list[str], Counts]]:
-    """A server in its cgroup: its port, its keys (the honest one first) and what the kernel counts."""
+    """Run a server in its cgroup; yields its port, its keys (the honest one first) and the kernel's counts."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -256,7 +257,7 @@ def main() -> int:
         ) as attackers,
         server(options.model, budget_bytes, Path(folder)) as (port, keys, counts),
     ):
-        stretch(port, keys, None, 0, 5.0)  # warm
+        stretch(port, keys, None, 0, 5.0)  # warm-up
         attackers.submit(attacks).result()
         for _ in range(options.repeats):
             for into, by, seconds in ((quiet, None, max(15.0, each_s / 4)), (attacked, attackers, each_s)):

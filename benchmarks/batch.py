@@ -1,10 +1,10 @@
-"""What do eight sequences at once bring, beside what the union of their experts allows?
+"""How much do eight concurrent sequences gain, compared with the limit that the union of their experts sets?
 
     python benchmarks/batch.py [--geometries mid] [--formats Q4_0] [--sequences 8] [--repeats 3] [--short]
 
-A step of eight tokens reads every weight once, and the experts that any of them chose: it may take as long as its bytes
-take, so the most that eight can bring over one is 8 x (bytes of one step) / (bytes of the shared step). Eight documents
-are read to the same length, and then decode together; one of them alone takes turns with them.
+A step of eight tokens reads every shared weight once, plus the experts that any of them chose. It takes at least as
+long as reading those bytes, so the most that eight can gain over one is 8 x (bytes of one step) / (bytes of the shared
+step). Eight documents are read to the same length and then decode together; one of them alone takes turns with them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def decode_together(
 
 
 def experts_of_a_step(case: Case, texts: Sequence[Sequence[int]], num_new: int) -> float:
-    """Distinct experts that a layer runs in a shared step, on average; told by the engine, untimed."""
+    """Mean number of distinct experts per layer in a shared step, reported by the engine; not timed."""
     seen: list[int] = []
 
     def observe(layer: int, expert_ids: NDArray[np.int32]) -> None:

@@ -1,9 +1,9 @@
-"""What is left of decode when another process keeps one core busy?
+"""How fast is decode when another process keeps one core busy?
 
     python benchmarks/busy.py [--geometries small] [--formats Q4_0] [--threads 2] [--repeats 3] [--short]
 
-Quiet and busy alternate; the neighbour is an endless loop on the first core that this process may use. llama.cpp runs
-as it comes, and again with `OMP_WAIT_POLICY=passive`, which lets its threads sleep at barriers.
+Quiet and busy runs alternate; the neighbour is an endless loop on the first core that this process may use. llama.cpp
+runs with its defaults, and again with `OMP_WAIT_POLICY=passive`, which lets its threads sleep at barriers.
 """
 
 from __future__ import annotations

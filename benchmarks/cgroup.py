@@ -1,12 +1,12 @@
-"""Run a command inside a memory cgroup whose limit is the budget, and say what the kernel counted.
+"""Run a command inside a memory cgroup whose limit is the budget, and report what the kernel counted.
 
     run_capped([...], limit_bytes=512 << 20)  ->  exit code, output, peak with page cache, limit hits, kills, swap
-    with capped([...], limit_bytes=...) as (process, counts): ...   the same numbers of what goes on, as a server
+    with capped([...], limit_bytes=...) as (process, counts): ...   the same counts for a running command, as a server
 
 Both hierarchies are tried (v1 `memory`, v2 `unified`), at their root and below this process's own group. Swap is
-forbidden inside, so a process that needs more than the limit is killed and not slowed down. The peak is the kernel's
-own: anonymous memory, the page cache that the command's reads filled, and kernel memory such as page tables.
-Nothing but the standard library is used, so that tests can import this file.
+forbidden inside, so a process that needs more than the limit is killed instead of slowed down. The peak is the kernel's
+own: anonymous memory, the page cache filled by the command's reads, and kernel memory such as page tables. Only the
+standard library is used, so that tests can import this file.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _numbers = itertools.count(1)
 
 
 class NoMemoryCap(Exception):
-    """No memory cgroup can be made here; `str()` says why."""
+    """No memory cgroup can be made here; `str()` gives the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CappedRun:
-    """What came of a command, and what the kernel counted while it ran."""
+    """The result of a command, and what the kernel counted while it ran."""
 
     returncode: int
     stdout: str
@@ -41,8 +41,8 @@ class CappedRun:
     seconds: float
     hierarchy: str  # "v1" or "v2"
     limit_bytes: int
-    peak_bytes: int  # page cache and kernel memory included; never above the limit
-    peak_anonymous_bytes: int  # sampled: what cannot be dropped to make room
+    peak_bytes: int  # includes page cache and kernel memory; never above the limit
+    peak_anonymous_bytes: int  # sampled: memory that cannot be dropped to make room
     num_limit_hits: int  # times the kernel had to reclaim page cache, or kill, to stay below the limit
     num_oom_kills: int
     peak_swap_bytes: int  # sampled
@@ -50,7 +50,7 @@ class CappedRun:
 
 @dataclass(frozen=True, slots=True)
 class _Hierarchy:
-    """Names of the same things in the two hierarchies."""
+    """Names of the same files in the two hierarchies."""
 
     version: str
     root: Path
@@ -60,7 +60,7 @@ class _Hierarchy:
     peak: str
 
     def parents(self) -> Iterator[Path]:
-        """Where a group may be allowed: the root, then from the own group upwards."""
+        """Groups that may allow a child: the root, then from this process's own group upwards."""
         yield self.root
         if self.own != self.root:
             yield self.own
@@ -77,13 +77,13 @@ def capped(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> Iterator[tuple[subprocess.Popen[bytes], Counts]]:
-    """A command running in a fresh memory cgroup, and what the kernel counts of it; at the end all of it is killed.
+    """Run a command in a fresh memory cgroup and count what the kernel reports; at the end everything in it is killed.
 
     Raises:
-        NoMemoryCap: no such group can be made here.
+        NoMemoryCap: no memory cgroup can be made here.
     """
     with _fresh_group(limit_bytes) as (hierarchy, group):
-        # The shell moves itself into the group before it becomes the command: nothing is charged elsewhere.
+        # The shell moves itself into the group before it becomes the command, so nothing is charged elsewhere.
         enter = f'echo $$ > "{group}/cgroup.procs" && exec "$@"'
         process = subprocess.Popen(
             ["/bin/sh", "-c", enter, "sh", *map(str, command)],
@@ -110,11 +110,11 @@ def run_capped(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> CappedRun:
-    """Run `command` in a fresh memory cgroup to its end; what it starts stays inside too.
+    """Run `command` in a fresh memory cgroup to its end; its child processes stay inside too.
 
     Raises:
-        NoMemoryCap: no such group can be made here.
-        TimeoutError: the command took longer; it has been killed.
+        NoMemoryCap: no memory cgroup can be made here.
+        TimeoutError: the command took longer and was killed.
     """
     started = time.monotonic()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -141,7 +141,7 @@ def run_capped(
 
 
 def why_no_cap() -> str | None:
-    """None where `run_capped` works; else the reason, for a test's skip."""
+    """None where `run_capped` works, otherwise the reason, for a test's skip."""
     try:
         with _fresh_group(64 << 20):
             return None
@@ -178,7 +178,7 @@ def _make(hierarchy: _Hierarchy, parent: Path, group: Path, limit_bytes: int) ->
         (parent / "cgroup.subtree_control").write_text("+memory")
     group.mkdir()
     (group / hierarchy.limit).write_text(str(limit_bytes))
-    # Swap accounting may be switched off; then the machine's swap, if any, shows in the samples.
+    # Swap accounting may be off; then any swap that the machine has shows in the samples.
     with contextlib.suppress(OSError):
         if hierarchy.version == "v1":
             (group / "memory.memsw.limit_in_bytes").write_text(str(limit_bytes))  # memory and swap together
@@ -215,7 +215,7 @@ def _hierarchies(reasons: list[str]) -> Iterator[_Hierarchy]:
 
 
 def _own_groups() -> dict[str, str]:
-    """Controller -> this process's group; the v2 hierarchy has no controller's name."""
+    """Maps each controller to this process's group; the v2 hierarchy has no controller name."""
     groups = {}
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
@@ -224,7 +224,7 @@ def _own_groups() -> dict[str, str]:
 
 
 def _kill_all(group: Path) -> None:
-    """End what is left inside; only what `run_capped` started can be there."""
+    """Kill everything left inside; only processes that `run_capped` started can be there."""
     for _ in range(100):
         try:
             pids = [int(pid) for pid in (group / "cgroup.procs").read_text().split()]
@@ -256,7 +256,7 @@ def _remove(group: Path) -> None:
 
 
 class Counts:
-    """What the kernel counts of a group; what it keeps no peak of is looked at a few times a second."""
+    """The kernel's counts for a group; values without a kernel peak are sampled a few times a second."""
 
     def __init__(self, hierarchy: _Hierarchy, group: Path) -> None:
         self._hierarchy, self._group = hierarchy, group
@@ -285,7 +285,7 @@ class Counts:
         return _read_table(self._group / file).get("oom_kill", 0)
 
     def stop(self) -> None:
-        """Look no more; harmless the second time."""
+        """Stop sampling. Stopping twice is harmless."""
         self._done.set()
         self._thread.join()
 

@@ -1,6 +1,6 @@
-"""What both children of `engines.py` share: a job on stdin, events in a file, the kernel's peak of this process.
+"""Shared by both children of `engines.py`: a job on stdin, events in a file, the kernel's peak for this process.
 
-Nothing but the standard library is used: llama.cpp's interpreter has no Argosy.
+Only the standard library is used: llama.cpp's interpreter has no Argosy.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class Work:
-    """The job, and where its events go: one line of JSON each, written at once."""
+    """The job, and the file for its events: one JSON line each, written at once."""
 
     def __init__(self) -> None:
         self.job: dict[str, Any] = json.loads(sys.stdin.read())
@@ -23,6 +23,6 @@ class Work:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process ever had, mapped file pages included (`VmHWM`)."""
+    """The peak memory of this process, including mapped file pages (`VmHWM`)."""
     with open("/proc/self/status") as file:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))

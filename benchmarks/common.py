@@ -1,11 +1,11 @@
-"""What every benchmark prints and records: the machine, who else was busy, medians, ratios, a CSV row.
+"""Shared by all benchmarks: machine facts, load from other processes, medians, ratios, CSV rows.
 
     with Sample() as sample: ...          ->  seconds, load average, cores that other processes used meanwhile
-    probe_memory, probe_int8, probe_drive ->  what the machine gives at this moment, to stand beside a sample
-    alternate({"a": ..., "b": ...}, n)    ->  A B A B, so that a slow minute hits both
+    probe_memory, probe_int8, probe_drive ->  the machine's rates at this moment, to compare with a sample
+    alternate({"a": ..., "b": ...}, n)    ->  A B A B, so that a slow minute affects both
     Report("decode")                      ->  a table on stdout, rows in benchmarks/results/decode.csv
 
-Elsewhere: memory caps are `cgroup.py`; random checkpoints are `make_checkpoint.py`.
+Elsewhere: memory caps are in `cgroup.py`; random checkpoints are in `make_checkpoint.py`.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from argosy.plan import machine
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
-# Recorded routing and held-out texts, which are not ours to pass on: `shared/data` beside the checkout, or named.
+# Recorded routing and held-out texts, which we may not redistribute: `shared/data` beside the checkout, or named.
 DATA = Path(os.environ.get("ARGOSY_BENCH_DATA", REPOSITORY.parent / "shared" / "data"))
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-# Another process that used less than this share of a core is not worth a name.
+# Another process that used less than this share of a core is not named.
 _WORTH_NAMING = 0.05
 
 
 def commit() -> str:
-    """The commit that is measured, with a `+` when files differ from it."""
+    """The measured commit, with a `+` if files differ from it."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(REPOSITORY), *arguments]
@@ -67,19 +67,19 @@ _PAGE_BYTES = 4096
 
 
 def probe_memory(threads: int) -> float:
-    """GB/s at which `threads` read memory at this moment, the best of three looks."""
+    """GB/s at which `threads` read memory at this moment, the best of three measurements."""
     return max(_native.memory_probe(threads, _PROBE_MEMORY_BYTES) for _ in range(3)) / 1e9
 
 
 def probe_int8(threads: int) -> float:
-    """Gop/s of int8 products at this moment, two operations per multiply-add, the best of three looks."""
+    """Gop/s of int8 products at this moment, two operations per multiply-add, the best of three measurements."""
     return max(_native.int8_probe(threads) for _ in range(3)) / 1e9
 
 
 def probe_drive(path: Path, record_bytes: int) -> float:
-    """GB/s at which the drive gives a file at this moment, the best of 1, 2 and 4 readers.
+    """GB/s at which the drive reads a file at this moment, the best of 1, 2 and 4 readers.
 
-    Records of whole 4 KiB pages at shuffled places, with O_DIRECT; half a GiB of them, less of a smaller file.
+    Reads records of whole 4 KiB pages in shuffled order with O_DIRECT: half a GiB, or less of a smaller file.
     """
     record_bytes = -(-record_bytes // _PAGE_BYTES) * _PAGE_BYTES
     num_records = max(8, min(_PROBE_DRIVE_BYTES, path.stat().st_size) // record_bytes)
@@ -89,23 +89,23 @@ def probe_drive(path: Path, record_bytes: int) -> float:
     )
 
 
-DRIVE_LOOKS = 3  # before a sample, and again after it
+DRIVE_LOOKS = 3  # measurements before a sample, and again after it
 DRIVE_RECORD_BYTES = 2 << 20
 
 
 def look_at_drive(path: Path) -> list[float]:
-    """What the drive gives right now, several times: its rate moves by a fifth and more from one second to the next."""
+    """The drive's current rate, measured several times: it changes by a fifth and more from one second to the next."""
     return [probe_drive(path, DRIVE_RECORD_BYTES) for _ in range(DRIVE_LOOKS)]
 
 
 @dataclass
 class Sample:
-    """One timed stretch of work, and how busy others kept the machine meanwhile."""
+    """One timed stretch of work, and how busy other processes kept the machine meanwhile."""
 
     seconds: float = 0.0
     load: float = 0.0  # one-minute load average at the end
     other_cores: float = 0.0  # used by processes that are neither this one nor its children
-    others: str = ""  # the busiest of them: "python 0.97, cc1plus 0.40"
+    others: str = ""  # the busiest ones: "python 0.97, cc1plus 0.40"
     values: dict[str, float] = field(default_factory=dict)
     _started: float = 0.0
     _before: dict[int, tuple[str, int, int]] = field(default_factory=dict)
@@ -146,7 +146,7 @@ def _processes() -> dict[int, tuple[str, int, int]]:
         try:
             text = Path("/proc", entry, "stat").read_text()
         except OSError:
-            continue  # it ended meanwhile
+            continue  # the process ended meanwhile
         name = text[text.index("(") + 1 : text.rindex(")")]
         fields = text[text.rindex(")") + 2 :].split()
         found[int(entry)] = (name, int(fields[1]), int(fields[11]) + int(fields[12]))
@@ -162,7 +162,7 @@ def _has_ancestor(processes: Mapping[int, tuple[str, int, int]], pid: int, ances
 def alternate(
     variants: Mapping[str, Callable[[], Mapping[str, float]]], repeats: int, *, log: bool = True
 ) -> dict[str, list[Sample]]:
-    """Run the variants in turn, `repeats` times round; each returns its figures by name."""
+    """Run the variants in turn for `repeats` rounds; each returns its figures by name."""
     samples: dict[str, list[Sample]] = {name: [] for name in variants}
     for number in range(repeats):
         for name, run in variants.items():
@@ -178,7 +178,7 @@ def alternate(
 
 
 class Report:
-    """Prints what a benchmark found, and appends it to a CSV file."""
+    """Prints the findings of a benchmark, and appends them to a CSV file."""
 
     def __init__(self, script: str, *, state: str = "") -> None:
         self.script = script
@@ -189,7 +189,7 @@ class Report:
         self._state = state
 
     def correct(self, sentence: str) -> None:
-        """What was checked before anything was timed; call first."""
+        """Print what was checked before anything was timed; call this first."""
         self._correct = sentence
         print(f"correct    {sentence}")
 
@@ -202,7 +202,7 @@ class Report:
         print(f"{name:<10} {text}")
 
     def figure(self, label: str, unit: str, samples: Sequence[Sample], key: str, **facts: Any) -> float:
-        """One line of the table: median, min and max of `sample.values[key]`; returns the median."""
+        """Print one table line: median, min and max of `sample.values[key]`; returns the median."""
         values = [sample.values[key] for sample in samples]
         if not self._has_header:
             print(f"{'':<46}{'median':>10}{'min':>10}{'max':>10}")
@@ -214,11 +214,11 @@ class Report:
         return median
 
     def ratio(self, label: str, over: float, under: float, *, target: str = "", **facts: Any) -> float:
-        """One line with a quotient; `target` is such as ">= 0.85", and the line says whether it is met."""
+        """Print one line with a quotient and whether it meets `target`, such as ">= 0.85"."""
         return self.shares(label, [over / under if under else math.nan], target=target, **facts)
 
     def shares(self, label: str, values: Sequence[float], *, target: str = "", **facts: Any) -> float:
-        """One line with the median of quotients that each belong to one sample; judged as `ratio` is."""
+        """Print one line with the median of quotients that each belong to one sample, judged like `ratio`."""
         median = statistics.median(values)
         said = verdict(median, target)
         several = f"{_short(min(values)):>10}{_short(max(values)):>10}" if len(values) > 1 else ""
@@ -257,13 +257,13 @@ class Report:
             writer.writerow(row)
 
     def neighbours(self, samples: Sequence[Sample]) -> None:
-        """The busiest minute of the samples, so that a reader can discount them."""
+        """Print the busiest minute among the samples, so that a reader can discount them."""
         worst = max(samples, key=lambda sample: sample.other_cores)
         self.line("others", worst.neighbours() + " at worst")
 
 
 def verdict(value: float, target: str) -> str:
-    """ "met" or "missed"; "not measured" without a number, and nothing without a target."""
+    """ "met" or "missed"; "not measured" without a number, and an empty text without a target."""
     if not target:
         return ""
     if math.isnan(value):
@@ -280,12 +280,12 @@ def _short(value: float) -> str:
 
 
 def run_inside(script: str, arguments: Sequence[object]) -> list[str]:
-    """The command that runs a benchmark's own inner part in a fresh interpreter."""
+    """The command that runs a benchmark's inner part in a fresh interpreter."""
     return [sys.executable, str(REPOSITORY / "benchmarks" / script), *map(str, arguments)]
 
 
 def print_plan(report: Report, plan: Sequence[Sequence[Any]], budget_bytes: int) -> None:
-    """The memory plan, as `argosy show` has it."""
+    """Print the memory plan as `argosy show` does."""
     total = sum(nbytes for _, nbytes, _ in plan)
     report.line("plan", f"{format_bytes(total)} of {format_bytes(budget_bytes)}")
     for name, nbytes, note in plan:
@@ -293,13 +293,13 @@ def print_plan(report: Report, plan: Sequence[Sequence[Any]], budget_bytes: int)
 
 
 def print_parts(parts: Mapping[str, float], wall_s: float) -> None:
-    """Where the wall time went, as the ledger has it."""
+    """Print where the wall time went, from the ledger."""
     for part, seconds in sorted(parts.items(), key=lambda item: -item[1]):
         print(f"  {part.replace('_', ' '):<22}{seconds:>8.2f} s {100 * seconds / max(wall_s, 1e-9):>5.0f} %")
 
 
 def drop_page_cache(model: Path) -> None:
-    """Forget the cached pages of a model's files: this needs no privilege, and no other file suffers."""
+    """Drop the cached pages of a model's files: this needs no privilege, and affects no other file."""
     for path in model.iterdir() if model.is_dir() else [model]:
         if path.is_file():
             with path.open("rb") as file:
@@ -308,12 +308,12 @@ def drop_page_cache(model: Path) -> None:
 
 
 def file_bytes(model: Path) -> int:
-    """Of a file, or of all files in a directory."""
+    """Size of a file, or of all files in a directory."""
     return sum(path.stat().st_size for path in (model.iterdir() if model.is_dir() else [model]))
 
 
 def tidy_up_when_terminated() -> None:
-    """Let SIGTERM end this process as an exception does, so that what was set on the machine is set back."""
+    """Let SIGTERM end this process like an exception, so that machine settings are restored."""
 
     def end(number: int, _frame: object) -> None:
         raise SystemExit(128 + number)
@@ -322,21 +322,21 @@ def tidy_up_when_terminated() -> None:
 
 
 class CannotSet(Exception):
-    """A setting of the machine that this user may not change."""
+    """This user may not change a setting of the machine."""
 
 
 @contextlib.contextmanager
 def read_ahead(path: Path, kib: int) -> Iterator[None]:
-    """Set `read_ahead_kb` of the drive under `path`, and set it back.
+    """Set `read_ahead_kb` of the drive under `path`, and restore it at the end.
 
     Raises:
-        CannotSet: there is no such setting, or it may not be written.
+        CannotSet: there is no such setting, or it cannot be written.
     """
     device = path.stat().st_dev
     place = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
     setting = place / "queue" / "read_ahead_kb"
     if not setting.exists():
-        setting = place.parent / "queue" / "read_ahead_kb"  # of the drive that a partition is on
+        setting = place.parent / "queue" / "read_ahead_kb"  # for a partition: the setting of its drive
     try:
         before = setting.read_text()
         setting.write_text(str(kib))

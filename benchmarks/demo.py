@@ -1,9 +1,10 @@
-"""What does a newcomer see? The demo model from the command line: start, first word, speed, memory.
+"""What does a new user see? The demo model from the command line: start, first word, speed, memory.
 
     python benchmarks/demo.py [--repeats 5] [--short]
 
-`argosy run` with the default budget (a quarter of the routed experts) and with everything resident, A B A B. The first
-word is timed from the start of the process to its first byte on stdout. The model is made first, if it is not there.
+`argosy run` with the default budget (a quarter of the routed experts) and with everything resident, A B A B. The time
+to the first word is from the start of the process to its first byte on stdout. The model is made first if it is
+missing.
 """
 
 from __future__ import annotations

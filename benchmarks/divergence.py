@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-_ROWS = 64  # at a time, in float64
+_ROWS = 64  # processed at once, in float64
 
 
 def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """float64 [rows, vocab] of logits [rows, vocab]."""
+    """float64 [rows, vocab] from logits [rows, vocab]."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
@@ -17,7 +17,7 @@ def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 def divergence(
     reference: NDArray[np.float32], other: NDArray[np.float32]
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """KL(reference || other) in nats of each row of logits, and whether both have the same best token."""
+    """KL(reference || other) in nats for each row of logits, and whether both have the same best token."""
     divergences, agrees = [], []
     for start in range(0, len(reference), _ROWS):
         log_p = log_probabilities(reference[start : start + _ROWS])

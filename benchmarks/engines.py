@@ -1,12 +1,12 @@
-"""Run a job on Argosy or on llama.cpp: one child process for each run, driven the same way, timed by itself.
+"""Run a job on Argosy or on llama.cpp: one child process per run, driven the same way, each timing itself.
 
     run(ARGOSY, Job(model, prompts=[...], num_new=64, threads=2))   ->  Run: load, prefill and decode seconds, memory
-    run(LLAMA_CPP, job, limit_bytes=2 << 30, timeout_s=300)         ->  inside a memory cgroup; what came before the end
+    run(LLAMA_CPP, job, limit_bytes=2 << 30, timeout_s=300)         ->  in a memory cgroup, with partial results
 
-A child reads the job as JSON from stdin (`ours.py`, `peer.py`) and appends an event to a file for everything that it
-does, so that a run that is stopped still tells how far it got. Each prompt is one run: prefill, then `num_new` steps of
-one token each, greedy, in a cleared KV cache; the first is the warm-up where `warm_up` says so. Both sides time from
-the call with the tokens to the id of the most likely next one.
+A child reads the job as JSON from stdin (`ours.py`, `peer.py`) and appends an event to a file for every step it takes,
+so that a stopped run still shows how far it got. Each prompt is one run: prefill, then `num_new` steps of one token
+each, greedy, in a cleared KV cache. With `warm_up`, the first run is a warm-up. Both sides time from the call with the
+tokens to the id of the most likely next one.
 """
 
 from __future__ import annotations
@@ -36,44 +36,43 @@ from make_checkpoint import named_model
 from random_weights import document, num_continued
 
 ARGOSY, LLAMA_CPP = "argosy", "llama.cpp"
-# llama.cpp's threads spin at barriers; told to sleep they are faster where a drive or a neighbour is waited for.
+# llama.cpp's threads spin at barriers. Told to sleep, they are faster where they wait for a drive or a neighbour.
 PASSIVE = {"OMP_WAIT_POLICY": "passive"}
-FIRST_DOCUMENT = 1  # of the prompts
+FIRST_DOCUMENT = 1  # number of the first prompt's document
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What an engine is asked to do. `memory` and `look_ahead` are for Argosy, what follows them for llama.cpp."""
+    """Work for an engine. `memory` and `look_ahead` apply to Argosy, the fields after them to llama.cpp."""
 
     model: Path
     prompts: Sequence[Sequence[int]]
     num_new: int
     threads: int = 2
     warm_up: bool = True
-    given: Sequence[Sequence[int]] | None = None  # what each step is fed, instead of the most likely token
+    given: Sequence[Sequence[int]] | None = None  # the input of each step, instead of the most likely token
     memory: int | None = None
     look_ahead: bool = True
     repack: bool = True
     flash_attention: bool = True
-    together: Sequence[
-        int
-    ] = ()  # instead of one prompt after the other: so many of them in one batch, in turn
+    # Instead of one prompt after another: runs with this many prompts in one batch, in turn.
+    together: Sequence[int] = ()
 
     @property
     def context(self) -> int:
         longest = max(len(prompt) for prompt in self.prompts) + self.num_new + 1
-        return -(-longest // 256) * 256  # llama.cpp rounds its context up to this
+        return -(-longest // 256) * 256  # llama.cpp rounds its context up to a multiple of 256
 
 
 @dataclass
 class Run:
-    """What a child told, and how it ended."""
+    """The events of a child, and how it ended."""
 
     engine: str
     job: Job
     events: list[dict[str, Any]]
-    ended: str  # "": well; else why not
-    started_at: float  # monotonic, before the process was made
+    ended: str  # "" after success, otherwise the reason
+    started_at: float  # monotonic, before the process is created
     capped: CappedRun | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -86,10 +85,10 @@ class Run:
         return found[0] if found else {}
 
     def require(self) -> Run:
-        """This run, if it ended well.
+        """Returns this run if it succeeded.
 
         Raises:
-            SystemExit: it did not; with its last words.
+            SystemExit: it failed; shows its last output.
         """
         if self.ended:
             raise SystemExit(f"{self.engine}: {self.ended}")
@@ -105,7 +104,7 @@ class Run:
 
     @property
     def prefill_tok_per_s(self) -> float:
-        """Median over the runs; NaN if none came to its end."""
+        """Median over the runs; NaN if none finished."""
         return median([event["tokens"] / event["seconds"] for event in self._of("prefill")])
 
     @property
@@ -114,7 +113,7 @@ class Run:
 
     @property
     def decode_tok_per_s(self) -> float:
-        """Tokens over the time they took, all runs together; NaN without a token."""
+        """Tokens per second over all runs; NaN without a token."""
         return len(self.decode_s) / sum(self.decode_s) if self.decode_s else float("nan")
 
     def total(self, kind: str, key: str) -> float:
@@ -122,12 +121,12 @@ class Run:
         return sum(event.get(key, 0) for event in self._of(kind))
 
     def part_s(self, part: str) -> float:
-        """Seconds of a token that Argosy's ledger gives to a part, on average; NaN without a token."""
+        """Mean seconds per token that Argosy's ledger assigns to a part; NaN without a token."""
         tokens = self._of("token")
         return sum(event["parts"][part] for event in tokens) / len(tokens) if tokens else float("nan")
 
     def answers(self) -> list[list[int]]:
-        """Ids of each run, the warm-up's too: the prefill's and those of the steps."""
+        """Ids of each run, including the warm-up: the prefill's, then those of the steps."""
         ids: dict[int, list[int]] = {}
         for event in self.events:
             if "id" in event:
@@ -140,14 +139,14 @@ def median(values: Sequence[float]) -> float:
 
 
 def peer_python() -> Path | None:
-    """The interpreter that has llama.cpp: `ARGOSY_PEER_PYTHON`, or what `install_peer.sh` makes; None without one."""
+    """The interpreter with llama.cpp: `ARGOSY_PEER_PYTHON`, or the one that `install_peer.sh` makes, or None."""
     named = os.environ.get("ARGOSY_PEER_PYTHON")
     path = Path(named) if named else REPOSITORY / "build" / "peer-venv" / "bin" / "python"
     return path if path.exists() else None
 
 
 def engines(*, quiet: bool = False) -> list[str]:
-    """Argosy, and llama.cpp where it is installed; says so where it is not."""
+    """Argosy, and llama.cpp if it is installed; otherwise a message says that it is not."""
     if peer_python():
         return [ARGOSY, LLAMA_CPP]
     if not quiet:
@@ -164,10 +163,10 @@ def run(
     environment: Mapping[str, str] | None = None,
     prefix: Sequence[str] = (),
 ) -> Run:
-    """Run a job in a fresh process; an unhappy end is in `Run.ended`, with the events up to it.
+    """Run a job in a fresh process; a failure is in `Run.ended`, along with the events before it.
 
     Raises:
-        NoMemoryCap: `limit_bytes` was asked for, and no memory cgroup can be made here.
+        NoMemoryCap: `limit_bytes` is set, and no memory cgroup can be made here.
     """
     with tempfile.TemporaryDirectory() as scratch:
         return _run(engine, job, Path(scratch), None, limit_bytes, timeout_s, environment or {}, prefix)
@@ -210,7 +209,7 @@ def _run(
         interpreter = str(peer)
         env.pop("PYTHONPATH", None)
     script = REPOSITORY / "benchmarks" / ("peer.py" if engine == LLAMA_CPP else "ours.py")
-    # Through a shell: the job becomes stdin inside the cgroup, too.
+    # Through a shell, so that the job is stdin inside the cgroup too.
     command = [*prefix, "/bin/sh", "-c", 'exec "$1" "$2" < "$3"', "sh", interpreter, script, job_path]
     started_at, capped, ended = time.monotonic(), None, ""
     try:
@@ -241,7 +240,7 @@ def _run(
 
 
 def require_documents(run: Run, told: list[str]) -> None:
-    """The answers continue the documents of `prompts`; `told` gets a sentence about it, unless it has it.
+    """Check that the answers continue the documents of `prompts`; `told` gets a sentence about it, once.
 
     Raises:
         SystemExit: they do not.
@@ -258,7 +257,7 @@ def require_documents(run: Run, told: list[str]) -> None:
 
 
 def prompts(count: int, length: int) -> list[list[int]]:
-    """Beginnings of `count` documents of `random_weights.py`."""
+    """The beginnings of `count` documents of `random_weights.py`."""
     return [document(FIRST_DOCUMENT + number, length) for number in range(count)]
 
 
@@ -269,7 +268,7 @@ MODELS = Path(os.environ.get("ARGOSY_BENCH_MODELS", REPOSITORY / "build" / "mode
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One line of a table: a model, and the threads."""
+    """One line of a table: a model and a number of threads."""
 
     geometry: str
     format: str
@@ -293,7 +292,7 @@ def parse_cases(
     threads: str = "1,2",
     repeats: int = 3,
 ) -> tuple[argparse.Namespace, list[Case]]:
-    """Add what all scripts understand, parse, and make the models that are not there yet."""
+    """Add the options that all scripts share, parse, and make any missing models."""
     parser.add_argument("--geometries", default=geometries)
     parser.add_argument("--formats", default=formats)
     parser.add_argument("--threads", default=threads)
@@ -314,7 +313,7 @@ def parse_cases(
 
 
 def token_bytes(files: ModelFiles) -> int:
-    """Weights that one token needs, as stored: dense ones without the embedding table, and its experts."""
+    """Bytes of weights that one token needs, as stored: dense ones without the embedding table, and its experts."""
     config = files.config
     dense = files.dense_bytes
     if not config.is_embedding_tied:
@@ -326,9 +325,9 @@ def token_bytes(files: ModelFiles) -> int:
 class Operations:
     """int8 operations of one prompt token's matrix products, two per multiply-add.
 
-    `useful` counts each product once. `executed` counts those with q8 weights twice, because their activations have 16
-    bits and both bytes are multiplied (docs/decisions/0006). The head, which one token of a prompt needs, the router
-    and weights in floats are in neither.
+    `useful` counts each product once. `executed` counts products with q8 weights twice, because their activations have
+    16 bits and both bytes are multiplied (docs/decisions/0006). Neither includes the head, which only one token of a
+    prompt needs, the router, or float weights.
     """
 
     useful: int
@@ -353,5 +352,5 @@ def token_operations(files: ModelFiles) -> Operations:
 
 
 def passes(format: str) -> int:
-    """How often the int8 products of a weight format are run: for each byte of an activation."""
+    """How many times a weight format's int8 products run: once per byte of an activation."""
     return 2 if format == "q8" else 1

@@ -1,9 +1,9 @@
-"""How much memory does a resident model take, over the size of its file?
+"""How much memory does a resident model take, relative to its file size?
 
     python benchmarks/footprint.py [--geometries small,mid] [--formats Q4_0,Q8_0] [--short]
 
-The peak is the kernel's `VmHWM` of the process after a prompt and a few tokens: llama.cpp's mapped pages count, and so
-does its repacked copy of the weights.
+The peak is the kernel's `VmHWM` of the process after a prompt and a few tokens. It includes llama.cpp's mapped pages
+and its repacked copy of the weights.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Quantise float32 into GGUF blocks, for test models: fast and plain, not the best rounding that there is.
+"""Quantize float32 into GGUF blocks for test models: fast and simple, not the best possible rounding.
 
-`gguf.quants` has most types of 32 values; the types of 256, and IQ4_NL, are here, after the layouts in ggml-common.h
-(llama.cpp): scales come from the largest and smallest value of a sub-block, without the searches of llama-quantize.
+`gguf.quants` has most of the 32-value types. The 256-value types, and IQ4_NL, are here, after the layouts in
+ggml-common.h (llama.cpp): scales come from the largest and smallest value of a sub-block, without the searches of
+llama-quantize.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def row_bytes(block_type: str, cols: int) -> int:
 
 
 def to_blocks(block_type: str, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Values [rows, cols] as bytes [rows, row_bytes].
+    """Convert values [rows, cols] to bytes [rows, row_bytes].
 
     Raises:
         ValueError: a row is not a whole number of blocks.
@@ -54,7 +55,7 @@ def scale_blocks(block_type: str, blocks: NDArray[np.uint8], factor: float) -> N
     return scaled
 
 
-# Where a block keeps its float16 scales.
+# Where a block holds its float16 scales.
 _SCALES = {
     **dict.fromkeys(("Q8_0", "Q4_0", "Q5_0", "IQ4_NL", "IQ4_XS"), (0,)),
     **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
@@ -76,18 +77,18 @@ def _half(values: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.fl
 
 
 def _joined(parts: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Parts [n, k, m] of so many bits as bytes [n, m], the first in the lowest bits."""
+    """Join parts [n, k, m] of `bits` bits each into bytes [n, m], the first part in the lowest bits."""
     shifts = np.arange(parts.shape[1], dtype=np.uint8) * np.uint8(bits)
     return np.bitwise_or.reduce(parts << shifts[:, None], axis=1)
 
 
 def _halves(quants: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Codes of four bits [n, 256]: of each 64, the first 32 in the low halves of 32 bytes."""
+    """Pack 4-bit codes [n, 256]: of each 64, the first 32 go into the low halves of 32 bytes."""
     return _joined(quants.reshape(-1, 2, 32), 4).reshape(-1, 128)
 
 
 def _pairs(quants: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Codes of two bits [n, 256]: of each 128, four runs of 32 share 32 bytes."""
+    """Pack 2-bit codes [n, 256]: of each 128, four runs of 32 share 32 bytes."""
     return _joined(quants.reshape(-1, 4, 32), 2).reshape(-1, 64)
 
 
@@ -97,7 +98,7 @@ def _pairs(quants: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _with_minimum(
     values: NDArray[np.float32], cols: int, levels: int, largest: int
 ) -> tuple[NDArray[np.uint8], ...]:
-    """Of [n, 256]: d, dmin, scales and minima of each `cols` up to `largest`, and quants [n, 256] below `levels`."""
+    """For [n, 256]: d, dmin, scales and minima of each `cols` up to `largest`, and quants [n, 256] below `levels`."""
     groups = values.reshape(-1, 256 // cols, cols)
     low = np.minimum(groups.min(axis=2), 0)
     steps = (groups.max(axis=2) - low) / (levels - 1)
@@ -142,9 +143,9 @@ def _six_bit_pairs(scales: NDArray[np.uint8], minima: NDArray[np.uint8]) -> NDAr
 def _signed_scales(
     values: NDArray[np.float32], cols: int, end: float, largest: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.int8], NDArray[np.float32]]:
-    """Of [n, 256]: d, a scale of each `cols` up to `largest`, and [n, groups, cols] over both.
+    """For [n, 256]: d, a scale for each `cols` up to `largest`, and [n, groups, cols] divided by both.
 
-    The value that is farthest from zero in a group comes out near `end`.
+    The value farthest from zero in a group comes out near `end`.
     """
     groups = values.reshape(-1, 256 // cols, cols)
     farthest = np.take_along_axis(groups, np.abs(groups).argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
@@ -172,7 +173,7 @@ def _q6_k(values: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def _iq4_codes(scaled: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The nearest entries of the table, [n, 32]: the first 16 in the low halves of 16 bytes."""
+    """The nearest table entries, [n, 32]: the first 16 in the low halves of 16 bytes."""
     between = (_IQ4_VALUES[1:] + _IQ4_VALUES[:-1]) / 2
     return _joined(np.searchsorted(between, scaled).astype(np.uint8).reshape(-1, 2, 16), 4)
 

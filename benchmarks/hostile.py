@@ -1,10 +1,10 @@
-"""How much memory and time do hostile requests take from a server, and do others notice?
+"""How much server memory and time do hostile requests take, and do other clients notice?
 
     python benchmarks/hostile.py [--only NAME]
 
-Each attack meets a fresh `argosy serve` of a tiny model. Memory is the kernel's count for the server and the process
-that renders chat templates: resident before the attack, at its peak (VmHWM), and a second after it. `others` is the
-longest that a request for /health took meanwhile.
+Each attack gets a fresh `argosy serve` with a tiny model. Memory is the kernel's count for the server and its
+chat-template process: resident before the attack, at the peak (VmHWM), and one second after. `others` is the longest
+time of a /health request during the attack.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def post(url: str, body: bytes) -> int:
 
 
 def memory(pid: int, name: str) -> int:
-    """Bytes of `name` of a process and of its children."""
+    """The value of `name`, in bytes, for a process and its children."""
     total = 0
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     for one in (pid, *children):

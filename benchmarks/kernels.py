@@ -1,11 +1,11 @@
-"""How near are the products to the machine's walls: reading weights for one token, products for many?
+"""How close do the products get to the machine's limits: reading weights for one token, arithmetic for many?
 
     python benchmarks/kernels.py --rows 768 --cols 2048
 
 For every format: bytes of weights per second with one token, weights cold, over a plain read of memory; and operations
-per second with many tokens, two per multiply-add. Those of quantised formats are of int8, and over the peak of the
-instruction; q8 counts twice, for its activations have two bytes. Figures are the best of many short samples, walls the
-best of all probes of the run, which are taken before each figure: a neighbour only ever slows one down.
+per second with many tokens, two per multiply-add. For quantized formats these are int8 operations, over the peak rate
+of the instruction; q8 counts twice, because its activations have two bytes. Figures are the best of many short samples,
+and limits are the best of all probes of the run, one before each figure: a neighbour can only slow a sample down.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from common import Report
 from engines import passes
 
 FORMATS = get_args(Format)
-FLOATS = ("f32", "f16", "bf16", "f8")  # their activations are float32
-ARENA_BYTES = 256 << 20  # eight times the last cache of the machine this was written on
-COLD_SAMPLE_BYTES = 12 << 20  # about half a millisecond
+FLOATS = ("f32", "f16", "bf16", "f8")  # formats with float32 activations
+ARENA_BYTES = 256 << 20  # eight times the last-level cache of the machine this was written on
+COLD_SAMPLE_BYTES = 12 << 20  # takes about half a millisecond
 
 
 class Matrices:
-    """An arena full of matrices of one format. Any bytes are quants; these are finite numbers of all formats, too."""
+    """An arena full of matrices of one format. Any bytes are valid quants; these are also finite in all formats."""
 
     def __init__(self, memory: _native.Arena, format: Format, rows: int, cols: int) -> None:
         size = _native.matrix_bytes(format, rows, cols)
@@ -40,7 +40,7 @@ class Matrices:
         self._next = 0
 
     def take(self, count: int) -> Sequence[_native.Matrix]:
-        """The next `count`; by the time they come round again the cache has forgotten them."""
+        """The next `count` matrices; the cache has dropped them by the time they come round again."""
         if self._next + count > len(self.all):
             self._next = 0
         self._next += count
@@ -48,7 +48,7 @@ class Matrices:
 
 
 def best_rate(work: Callable[[], float], seconds: float) -> float:
-    """The best of what `work` (amount done) reaches per second."""
+    """The best rate (amount done per second) that `work` reaches."""
     best, end = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < end:
         begin = time.perf_counter()
@@ -65,7 +65,7 @@ def require_right(runtime: _native.Runtime, memory: _native.Arena, matrices: Mat
     weights = _native.dequantize(matrices.format, memory.array()[: matrices.nbytes], rows, cols)
     expected = x.astype(np.float64) @ weights.T.astype(np.float64)
     magnitude = np.abs(x).astype(np.float64) @ np.abs(weights).T.astype(np.float64)
-    # An activation of 8 bits is off by up to 1/254 of the largest of its group.
+    # An 8-bit activation is off by up to 1/254 of the largest in its group.
     if not np.all(np.abs(out - expected) <= 0.01 * magnitude):
         raise SystemExit(f"{matrices.format}: the product is not that of the dequantised weights")
     alone = np.empty((1, rows), np.float32)
@@ -76,7 +76,7 @@ def require_right(runtime: _native.Runtime, memory: _native.Arena, matrices: Mat
 
 
 def read_rate(runtime: _native.Runtime, matrices: Matrices, seconds: float) -> float:
-    """Bytes per second with one token and weights that no cache holds."""
+    """Bytes of weights per second with one token and weights that are in no cache."""
     count = max(1, COLD_SAMPLE_BYTES // matrices.nbytes)
     x = np.ones((1, matrices.cols), np.float32)
     outs = [np.empty((1, matrices.rows), np.float32) for _ in range(count)]
@@ -120,7 +120,7 @@ def main() -> None:
     memory = _native.Arena(ARENA_BYTES)
     bits = np.random.default_rng(0).integers(0, 256, ARENA_BYTES, dtype=np.uint8)
     np.bitwise_and(bits, 0x3B, out=memory.array())
-    # Else some bfloat16 scales would be subnormal numbers, which are slow.
+    # Otherwise some bfloat16 scales would be subnormal numbers, which are slow.
     np.bitwise_or(memory.array(), 0x20, out=memory.array())
     del bits
     formats = [Matrices(memory, format, options.rows, options.cols) for format in options.formats]

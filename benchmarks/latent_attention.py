@@ -1,10 +1,10 @@
-"""How fast does a token attend over latent vectors, beside a float32 product of the same size?
+"""How fast does a token attend over latent vectors, compared with a float32 product of the same size?
 
     python benchmarks/latent_attention.py --heads 64 --context 512 4096
 
-Multi-head latent attention is bound by multiply-adds: all heads share a vector of kv_rank + rope_dim elements. The wall
-is what a plain float32 product of many tokens reaches on the same threads, taken before each figure. Figures are the
-best of many short samples: a neighbour only ever slows one down.
+Multi-head latent attention is bound by multiply-adds: all heads share a vector of kv_rank + rope_dim elements. The
+limit is the rate of a plain float32 product of many tokens on the same threads, measured before each figure. Figures
+are the best of many short samples: a neighbour can only slow one down.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def matrix(rows: int, cols: int, seed: int) -> tuple[_native.Matrix, np.ndarray]
 
 
 class Sequence:
-    """The vectors of `context` positions, and what a token does with them."""
+    """The vectors of `context` positions, and attention of tokens over them."""
 
     def __init__(self, runtime: _native.Runtime, heads: int, context: int, dtype: str) -> None:
         self.runtime, self.heads, self.context = runtime, heads, context
@@ -48,7 +48,7 @@ class Sequence:
         self.value_up, self.value_weights = matrix(heads * VALUE, RANK, 2)
 
     def attend(self, tokens: int) -> np.ndarray:
-        """Of the last `tokens` positions."""
+        """Attention of the last `tokens` positions."""
         q = np.random.default_rng(3).standard_normal(
             (self.context, self.heads, NOPE + ROPE), dtype=np.float32
         )
@@ -64,7 +64,7 @@ class Sequence:
         )
 
     def require_right(self) -> None:
-        """The last token in plain form, and with the same bits alone and in a chunk."""
+        """Check the last token against the plain formula, and for the same bits alone and in a chunk."""
         q = np.random.default_rng(3).standard_normal(
             (self.context, self.heads, NOPE + ROPE), dtype=np.float32
         )
@@ -84,7 +84,7 @@ class Sequence:
             raise SystemExit(f"context {self.context}: a token's result depends on the others in the call")
 
     def rate(self, tokens: int, seconds: float) -> float:
-        """Operations per second of attention alone, two per multiply-add; the products with kv_up cost time only."""
+        """Operations per second of attention alone, two per multiply-add; the kv_up products add only time."""
         q = np.random.default_rng(4).standard_normal((tokens, self.heads, NOPE + ROPE), dtype=np.float32)
         out = np.empty((tokens, self.heads * VALUE), np.float32)
         seen = float(np.arange(self.context - tokens + 1, self.context + 1).sum())

@@ -1,19 +1,20 @@
-"""How much does the server give to many clients at once, beside llama-cpp-python's server on the same file?
+"""How much can the server serve to many clients at once, compared with llama-cpp-python's server on the same file?
 
     python benchmarks/load.py [--geometries mid] [--formats Q4_0] [--clients 1,4,8,16] [--shares 100,25] [--short]
 
-Each client asks `--requests` times, each time as soon as the answer before is whole: a few words of a document, greedy,
-`--new` tokens, streamed. Every text is checked to be the rest of its document. A share of 100 is a model in memory;
-another one is a memory cgroup of so many percent of the file, for either server, the file's pages dropped before.
+Each client sends `--requests` requests, each as soon as the previous answer is complete: a few words of a document,
+greedy, `--new` tokens, streamed. Every text is checked against the rest of its document. A share of 100 is a model in
+memory. Any other share is a memory cgroup of that percentage of the file for either server, with the file's pages
+dropped first.
 
-    llama-cpp-python    its own server. It answers one request at a time, so it is told to finish each one before the
-                        next (else it breaks off a stream for a new request), with flash attention, without logits that
-                        nobody asks for. In a limit: with one thread and with two, passive waiting, not repacked
-    llama.cpp batching  no server: its C functions with all sequences in one batch, everybody asking at the same moment.
-                        What a server that batches could give at the very most
+    llama-cpp-python    its own server. It answers one request at a time, so it is configured to finish each one before
+                        the next (otherwise a new request aborts a stream), with flash attention and without unused
+                        logits. Under a limit: with one thread and with two, passive waiting, not repacked
+    llama.cpp batching  no server: its C functions with all sequences in one batch, all starting at the same moment.
+                        This is the most that a batching server could reach
 
-First tokens are timed from the request's first byte out to the first byte of text in. The client keeps what comes with
-its time and reads it after the clock has stopped, because it shares the cores with the server.
+First tokens are timed from the first byte of the request sent to the first byte of text received. The client stores
+what it receives with timestamps and parses it after the clock has stopped, because it shares the cores with the server.
 """
 
 from __future__ import annotations
@@ -56,18 +57,18 @@ from random_weights import DOCUMENT_TOKENS, document
 
 PEER, BATCHING = "llama-cpp-python", "llama.cpp batching"
 PROMPT_WORDS = 8
-# The spaces of a prompt are no part of its document, and the margin of the next token is smaller for them: llama.cpp
-# was seen to miss one token in 3000, and then goes on from another one.
+# The spaces in a prompt are not part of its document, and the margin of the next token is smaller for them: llama.cpp
+# was seen to miss one token in 3000, and then continues from a different one.
 FEWEST_RIGHT = 0.97
 READ_AHEAD_KIB = 128
 TARGETS = {True: ">= 1.5", False: ">= 3"}  # whether the model is in memory; at TARGET_CLIENTS
 ROWS = {True: 16, False: 17}
 TARGET_CLIENTS = 8
 _START_S = 120.0
-_DOCUMENTS = range(2, 14)  # of words of three letters, of which many are one token
+_DOCUMENTS = range(2, 14)  # documents of three-letter words, many of which are one token
 
 
-# ── what is asked ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── questions ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,11 @@ class Question:
 
 
 class Questions:
-    """As many questions as are asked for, no two alike.
+    """Any number of questions, no two alike.
 
-    A text is words with spaces between them, because letters side by side would be other tokens; the last word alone
-    decides what follows. Both tokenizers read a word as one token if its first two letters do not come after its last
-    two: then the pair that is merged first is the first one, as in the merge that made the word.
+    A text is words separated by spaces, because adjacent letters would form other tokens; only the last word decides
+    what follows. Both tokenizers read a word as one token if its first two letters do not come after its last two: the
+    pair that is merged first is then the first one, as in the merge that made the word.
     """
 
     def __init__(self, num_new: int) -> None:
@@ -95,7 +96,7 @@ class Questions:
         return [next(self._every) for _ in range(count)]
 
     def _of_documents(self) -> Iterator[Question]:
-        """Neighbours are of different documents, as different users are."""
+        """Adjacent questions are from different documents, like those of different users."""
         places = [self._places(document(number)) for number in _DOCUMENTS]
         for begin in range(max(map(len, places)) - PROMPT_WORDS):
             for number, usable in zip(_DOCUMENTS, places, strict=True):
@@ -106,32 +107,32 @@ class Questions:
                     yield Question(" ".join(words), "".join(self._tokens[token] for token in rest))
 
     def _places(self, tokens: Sequence[int]) -> list[int]:
-        """Of words that are one token and have an answer's length of the document behind them."""
+        """Positions of words that are one token and have an answer's length of the document after them."""
         words = [self._tokens[token] for token in tokens[: DOCUMENT_TOKENS - self._num_new]]
         return [at for at, word in enumerate(words) if is_one_token(word)]
 
 
 def is_one_token(word: str) -> bool:
-    """Whether a word of three letters is merged to the token of that name."""
+    """Whether a three-letter word is merged into the token of that name."""
     return word[:2] <= word[1:]
 
 
-# ── asking ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass
 class Reply:
-    """What came of a request: bytes, each with the time it came."""
+    """The bytes that answered a request, each part with its arrival time."""
 
     connection: h11.Connection
     sent_at: float
     parts: list[tuple[float, bytes]]
 
     def texts(self) -> list[tuple[float, str]]:
-        """(time, text) of the answer.
+        """(time, text) pairs of the answer.
 
         Raises:
-            SystemExit: it is none.
+            SystemExit: it is not an answer.
         """
         found: list[tuple[float, str]] = []
         waiting = b""
@@ -157,7 +158,7 @@ def _text_of(event: bytes) -> str:
 
 
 async def ask(port: int, body: Mapping[str, object]) -> Reply:
-    """One request, on a connection of its own."""
+    """Send one request on its own connection."""
     data = json.dumps(body).encode()
     connection = h11.Connection(h11.CLIENT)
     headers = {
@@ -185,7 +186,7 @@ async def ask(port: int, body: Mapping[str, object]) -> Reply:
 
 @dataclass(frozen=True)
 class Load:
-    """What clients got: seconds to each first token, tokens over the time of all, and texts as they should be."""
+    """Results of the clients: seconds to each first token, tokens over the total time, and texts with expected ones."""
 
     first_s: Sequence[float]
     tok_per_s: float
@@ -198,7 +199,7 @@ async def put_load(
     asked: Sequence[Sequence[Question]],
     num_new: int,
 ) -> Load:
-    """Let each client ask its questions one after the other, all clients at once."""
+    """Let each client ask its questions one after another, all clients at once."""
     replies: list[tuple[Question, Reply]] = []
 
     async def client(questions: Sequence[Question]) -> None:
@@ -223,7 +224,7 @@ async def put_load(
 
 
 def nearest_rank(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of them do not exceed."""
+    """The smallest value that is at least as large as `share` of the values."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
@@ -232,11 +233,11 @@ def nearest_rank(values: Sequence[float], share: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How a server is run."""
+    """A way to run a server."""
 
     engine: str
     threads: int
-    limit_bytes: int | None  # None: the model is in memory
+    limit_bytes: int | None  # memory limit; None: the model is in memory
 
     def command(self, model: Path, port: int, *, context: int, clients: int) -> list[str]:
         if self.engine == ARGOSY:
@@ -245,7 +246,7 @@ class Way:
                 sys.executable, "-m", "argosy", "serve", str(model), "--port", str(port), "--memory", str(memory),
                 "--threads", str(self.threads), "--context", str(context * clients),
             ]  # fmt: skip
-        # mlock would keep the whole file in memory, and logits of every position are for nobody.
+        # mlock would keep the whole file in memory, and nobody needs logits at every position.
         return [
             str(peer_python()), str(REPOSITORY / "benchmarks" / "peer_server.py"),
             "--repack", str(self.limit_bytes is None).lower(), "--model", str(model), "--host", "127.0.0.1",
@@ -255,16 +256,16 @@ class Way:
         ]  # fmt: skip
 
     def body(self, num_new: int) -> Callable[[str], Mapping[str, object]]:
-        """The request for a text."""
+        """Returns the function that makes a request body from a text."""
         fixed = {"max_tokens": num_new, "temperature": 0, "stream": True}
         if self.engine != ARGOSY:
-            fixed["repeat_penalty"] = 1.0  # where nothing is said, its server has another one
+            fixed["repeat_penalty"] = 1.0  # its server's default differs
         return lambda text: {"prompt": text, **fixed}
 
 
 @contextlib.contextmanager
 def running(way: Way, model: Path, *, context: int, clients: int) -> Iterator[int]:
-    """A server that answers; its port."""
+    """Run a server until it answers; yields its port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -309,7 +310,7 @@ def _wait_until_ready(port: int, log: IO[bytes], engine: str) -> None:
 
 
 class Measured:
-    """One model in one share of memory."""
+    """One model at one share of memory."""
 
     def __init__(self, case: Case, share: int, options: argparse.Namespace) -> None:
         self.case, self.share, self.options = case, share, options
@@ -319,7 +320,7 @@ class Measured:
         self.num_requests = options.requests if self.is_resident else 1
         self.clients = [int(count) for count in options.clients.split(",")]
         self.num_warming = min(8, max(self.clients)) if self.is_resident else 1
-        self.texts: dict[str, list[int]] = {}  # of a server: right ones, and all
+        self.texts: dict[str, list[int]] = {}  # for each server: right texts, and all
         self._questions = Questions(self.num_new)
 
     @property
@@ -359,10 +360,10 @@ class Measured:
         counted[1] += num_texts
 
     def correct(self) -> str:
-        """How many texts are the rest of their documents.
+        """Report how many texts are the rest of their documents.
 
         Raises:
-            SystemExit: more of a server's are not than words between spaces, which no document has, explain.
+            SystemExit: a server has more wrong ones than the spaces between words, which no document has, can explain.
         """
         said = ", ".join(f"{name}: {right} of {asked}" for name, (right, asked) in self.texts.items())
         if any(right < FEWEST_RIGHT * asked for right, asked in self.texts.values()):
@@ -370,7 +371,7 @@ class Measured:
         return f"{said} texts continue their documents"
 
     def batch(self) -> dict[str, float]:
-        """llama.cpp with everybody's sequence in one batch."""
+        """Run llama.cpp with all sequences in one batch."""
         most = max(self.clients)
         prompts = [document(1 + number, 2 * PROMPT_WORDS) for number in range(most)]
         job = Job(
@@ -431,7 +432,7 @@ def compare(
     clients: int,
     facts: dict[str, object],
 ) -> None:
-    """Quotients of medians; of several threads of the peer its best."""
+    """Quotients of medians; if the peer ran with several thread counts, its best counts."""
 
     def best(key: str, choose: Callable[[Sequence[float]], float], of: str) -> float:
         return choose(

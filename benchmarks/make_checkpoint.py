@@ -1,18 +1,19 @@
-"""How big a checkpoint do you need? Write one of any geometry with random weights, tensor by tensor.
+"""Do you need a checkpoint of a certain size? Write one of any geometry with random weights, tensor by tensor.
 
     python benchmarks/make_checkpoint.py /tmp/mid-Q4_0.gguf --geometry mid --format Q4_0 --routing recorded
     python benchmarks/make_checkpoint.py /tmp/model --geometry small                 # bf16 safetensors
-    python benchmarks/make_checkpoint.py /tmp/model-q4 --format q4 --layers 20 ...   # packed, the shards removed
+    python benchmarks/make_checkpoint.py /tmp/model-q4 --format q4 --layers 20 ...   # packed, shards removed
 
     small            1.3 B parameters: hidden 1024, 16 layers, 8 of 64 experts of width 384
     mid             10.1 B: hidden 2048, 16 layers, 8 of 128 experts of width 768
     mixtral-like     3.1 B: hidden 2048, 8 layers, 2 of 8 experts of width 7168
     tiny             0.1 B, for the short form of a benchmark
 
-A checkpoint of safetensors is what the hub has for the family: config.json, bf16 shards with an index, no tokenizer. A
-GGUF is what llama.cpp makes of it, with its choice of type for each tensor and a BPE vocabulary of its own. Values come
-from a few megabytes of normal numbers, quantised once and read from a new place for every tensor, so a gigabyte takes
-seconds and a tensor's memory; `random_weights.py` says what they mean, `routing.py` measures the routing.
+A safetensors checkpoint has the files that the hub has for the family: config.json, bf16 shards with an index, no
+tokenizer. A GGUF is laid out as llama.cpp converts it, with its choice of type for each tensor and its own BPE
+vocabulary. Values come from a few megabytes of normal numbers, quantized once and read from a new offset for every
+tensor, so a gigabyte takes seconds and no more memory than one tensor. `random_weights.py` explains the values;
+`routing.py` measures the routing.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ GEOMETRIES: Mapping[str, Mapping[str, Any]] = {
         "vocab": 32_000,
     },
 }
-# Odd, so that tensors of a power of two in size do not all start at the same place.
+# Odd, so that tensors with a power-of-two size do not all start at the same place.
 _POOL_VALUES = (4 << 20) + 256
 
 
@@ -102,7 +103,7 @@ def raw_config(
     context: int = 4096,
     shared_width: int = 512,
 ) -> RawConfig:
-    """A config.json of the family, as the hub spells it. `shared_width` is used by qwen2_moe alone."""
+    """A config.json of the family, spelled as on the hub. Only qwen2_moe uses `shared_width`."""
     config: RawConfig = {
         "model_type": family,
         "hidden_act": "silu",
@@ -157,7 +158,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 class Pool:
-    """Bytes of normal numbers in one block type, and in any size and deviation."""
+    """Bytes of normal numbers in one block type, for any size and deviation."""
 
     def __init__(self, block_type: str, seed: int) -> None:
         self._block_type = block_type
@@ -179,7 +180,7 @@ class Pool:
 
                 values, nbytes = block_shape(self._block_type)
                 normal = self._normal.reshape(-1, values)
-                if self._block_type == "MXFP4":  # its scales are powers of two
+                if self._block_type == "MXFP4":  # scales are powers of two
                     blocks = to_blocks("MXFP4", normal * np.float32(deviation)).reshape(-1, nbytes)
                 else:
                     whole = to_blocks(self._block_type, normal).reshape(-1, nbytes)
@@ -188,7 +189,7 @@ class Pool:
         return self._blocks[deviation]
 
     def fill(self, out: Bytes, deviation: float) -> None:
-        """Fill a flat array, from a new place of the pool on, round and round."""
+        """Fill a flat array from a new offset in the pool, wrapping around."""
         source = self._scaled(deviation)
         start = int(self._random.integers(len(source))) * source.shape[1]
         flat, at = source.reshape(-1), 0
@@ -200,7 +201,7 @@ class Pool:
 
 
 def tensor_bytes(pool: Pool, recipe: Normal, row_bytes: int, *, copies: int = 1) -> Bytes:
-    """`copies` independent tensors of a recipe, one after another."""
+    """`copies` independent tensors of one recipe, one after another."""
     rows = math.prod(recipe.shape[:-1])
     out = np.zeros((copies, rows, row_bytes), np.uint8)
     for one in out:
@@ -219,7 +220,7 @@ def write_checkpoint(
     seed: int = 0,
     shard_bytes: int = 1 << 30,
 ) -> int:
-    """Write config.json, the shards and their index into a new directory; returns the bytes of all tensors."""
+    """Write config.json, the shards and their index into a new directory; returns the total bytes of tensors."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     shards: list[list[TensorToWrite]] = [[]]
@@ -243,7 +244,7 @@ def write_checkpoint(
 
 
 def _tensors(raw: Mapping[str, Any], routing: Routing, seed: int) -> Iterator[TensorToWrite]:
-    """Every tensor of the checkpoint in the order of its layers, an expert's three side by side."""
+    """Every tensor of the checkpoint in layer order, an expert's three side by side."""
     config, layout = parse_config(raw), FAMILIES[raw["model_type"]].LAYOUTS[0]
     weights, pool = RandomWeights(config, routing=routing, seed=seed), Pool("BF16", seed)
 
@@ -269,9 +270,9 @@ GGUF_FORMATS = (
     *("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K", "Q6_K"),
     *("IQ4_NL", "IQ4_XS", "MXFP4_MOE"),
 )
-# The type of most matrices, where a format is not named after it.
+# The type of most matrices, if a format is not named after it.
 _MOSTLY = {"Q3_K_M": "Q3_K", "Q4_K_M": "Q4_K"}
-# What takes the place of a type of 256 values where these do not divide a row.
+# Replaces a type of 256 values where a row is not a multiple of 256.
 _SMALLER_BLOCKS = {
     "Q2_K": "Q4_0",
     "Q3_K": "Q4_0",
@@ -285,8 +286,8 @@ _SMALLER_BLOCKS = {
 def block_type_of(format: str, name: str, layer: int, cols: int, config: ModelConfig) -> str:
     """The type that llama-quantize gives a matrix (llama.cpp, src/llama-quant.cpp), by canonical name.
 
-    The head keeps 6 bits below 8. Mixtures give `v`, `down` and `o` more bits than the rest, and keep `k` and `v` of
-    models with eight experts at 8 bits. `Q5_K` is what it calls Q5_K_S.
+    The head keeps 6 bits in formats below 8. Mixtures give `v`, `down` and `o` more bits than the rest, and keep `k`
+    and `v` of models with eight experts at 8 bits. `Q5_K` is llama-quantize's Q5_K_S.
     """
     last = name.rpartition(".")[2].removeprefix("shared_")
     if last in ("router", "score"):
@@ -300,7 +301,7 @@ def block_type_of(format: str, name: str, layer: int, cols: int, config: ModelCo
 
 
 def _more_bits(format: str, last: str, layer: int, config: ModelConfig) -> str | None:
-    """The type of a matrix that the format does not treat like most."""
+    """The type of a matrix that the format treats differently from most, or None."""
     eighth = config.num_layers // 8
     is_first = layer < eighth
     is_chosen = is_first or layer >= 7 * config.num_layers // 8 or (layer - eighth) % 3 == 2
@@ -334,7 +335,7 @@ def _more_bits(format: str, last: str, layer: int, config: ModelConfig) -> str |
 def write_gguf(
     path: Path, raw: Mapping[str, Any], *, format: str, routing: Routing = "plain", seed: int = 0
 ) -> int:
-    """Write one GGUF file, with the architecture's metadata and a BPE vocabulary; returns the bytes of all tensors."""
+    """Write one GGUF file with the architecture's metadata and a BPE vocabulary; returns the total bytes of tensors."""
     import gguf
 
     from gguf_blocks import row_bytes, to_blocks
@@ -430,7 +431,7 @@ def vocabulary(size: int) -> tuple[list[str], list[str]]:
     """A byte-level BPE of `size` tokens, and its merges: bytes, then words of lower-case letters, then two controls.
 
     Raises:
-        ValueError: fewer than 258 tokens, or more than words of four letters can name.
+        ValueError: fewer than 258 tokens, or more than four-letter words can name.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     unprintable = [byte for byte in range(256) if byte not in printable]
@@ -450,7 +451,7 @@ def vocabulary(size: int) -> tuple[list[str], list[str]]:
     return tokens + [merge.replace(" ", "") for merge in merges] + ["<s>", "</s>"], merges
 
 
-# ── making, once ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── making each model once ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def make_model(
@@ -461,9 +462,9 @@ def make_model(
     routing: Routing = "plain",
     seed: int = 0,
 ) -> Path:
-    """A model at `path`; what is there already is used again.
+    """Make a model at `path`, unless it exists.
 
-    `bf16` is a checkpoint of safetensors, `pack-bf16`, `q8` and `q4` are packs, and `GGUF_FORMATS` one file.
+    `bf16` is a safetensors checkpoint, `pack-bf16`, `q8` and `q4` are packs, and `GGUF_FORMATS` are single files.
     """
     wanted = {
         "config": dict(config),
@@ -497,7 +498,7 @@ def make_model(
 def named_model(
     models: Path, geometry: str, format: str, *, routing: Routing = "recorded", family: str | None = None
 ) -> Path:
-    """`models/mid-Q4_0.gguf` and its like; written if it is not there. Routing other than `recorded` is in the name."""
+    """A model such as `models/mid-Q4_0.gguf`, written if missing. Routing other than `recorded` is in the name."""
     kind = "" if routing == "recorded" else f"-{routing}"
     suffix = ".gguf" if format in GGUF_FORMATS else ""
     settings = dict(GEOMETRIES[geometry])

@@ -1,10 +1,10 @@
-"""Does `--memory` hold? A model of more than four times the budget, in a memory cgroup whose limit is the budget.
+"""Does `--memory` hold? Runs a model of more than four times the budget in a memory cgroup limited to the budget.
 
     python benchmarks/memory.py [--model-gib 2.8] [--memory 640MiB] [--short]
 
-The checkpoint is made on the fly. Its tokens are first computed with everything resident and no limit; then the same
-prompt runs in the cgroup, swap forbidden, page cache of the files dropped before. The kernel's own peak counts
-anonymous memory, page cache and page tables.
+The checkpoint is made first. Its tokens are computed once with everything resident and no limit. Then the same prompt
+runs in the cgroup, with swap forbidden and the files' page cache dropped. The kernel's own peak includes anonymous
+memory, page cache and page tables.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ SMALLEST_RATIO = 4  # model over budget
 
 
 def inside(model: Path, memory: str, prompt_tokens: int, new_tokens: int, threads: int) -> None:
-    """Runs in its own process: one prompt, and what it cost as JSON."""
+    """Run one prompt in this process, and print its cost as JSON."""
     with Engine(model, memory=memory, threads=threads, context=prompt_tokens + new_tokens) as engine:
         prompt = np.random.default_rng(7).integers(0, engine.config.vocab_size, prompt_tokens).tolist()
-        # Not greedy: a random model soon repeats itself, and then needs the same few experts.
+        # Not greedy: a random model soon repeats itself, and then needs only the same few experts.
         params = SamplingParams(max_tokens=new_tokens, temperature=1, seed=1, ignore_eos=True)
         after_prefill = None
         for event in engine.stream(prompt, params):
@@ -102,7 +102,7 @@ def main() -> int:
 
 
 def geometry(model_gib: float) -> dict[str, Any]:
-    """Layers of 32 experts, as many as the size asks for."""
+    """Layers of 32 experts, enough of them for the requested size."""
     hidden, width, experts = (1024, 768, 32) if model_gib >= 1 else (512, 384, 64)
     layer_bytes = 2 * 3 * hidden * width * experts
     layers = max(2, round(model_gib * 2**30 / layer_bytes))

@@ -1,4 +1,4 @@
-"""Argosy, driven by the same job as `peer.py`, through the public `Engine` (`engines.py` starts both)."""
+"""Runs Argosy on the same job as `peer.py`, through the public `Engine` (`engines.py` starts both)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IMPORTED = time.monotonic()
 
 
 class GivenTokens:
-    """Stands before the engine's sampler: chooses as it does, and then says the token that was given."""
+    """Stands in for the engine's sampler: samples as usual, and then returns the given token."""
 
     def __init__(self, sampler: Any, token_ids: list[int]) -> None:
         self._sampler, self._token_ids, self.chosen = sampler, iter(token_ids), list[int]()
@@ -41,7 +41,7 @@ def main() -> None:
         max_sequences=1,
         look_ahead=job["look_ahead"],
         **({"ask_ahead": os.environ["ARGOSY_ASK_AHEAD"]} if "ARGOSY_ASK_AHEAD" in os.environ else {}),
-        prefix_reuse=False,  # runs repeat their prompts, and each is to compute its own
+        prefix_reuse=False,  # runs repeat their prompts, and each must compute its own
     )
     counters = engine.ledger
     tell(
@@ -89,4 +89,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    os._exit(0)  # freeing gigabytes page by page tells nothing
+    os._exit(0)  # freeing gigabytes page by page would measure nothing

@@ -1,7 +1,7 @@
-"""llama.cpp, driven by a job: its own interpreter runs this file (`engines.py` starts it; `install_peer.sh` makes it).
+"""Runs llama.cpp on a job, in its own interpreter (`engines.py` starts it; `install_peer.sh` makes it).
 
-Only the C functions of llama-cpp-python are used, through one batch that is filled in place, so that a step costs
-Python a few microseconds: the figures are those of llama-bench. Nothing of Argosy is imported.
+Only the C functions of llama-cpp-python are used, through one batch that is filled in place, so a step costs Python a
+few microseconds: the figures match those of llama-bench. Nothing of Argosy is imported.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Model:
         self.num_positions += len(tokens)
 
     def decode_together(self, texts: list[list[int]], position: int) -> list[int]:
-        """Feed the next tokens of every sequence, and the most likely id after each."""
+        """Feed the next tokens of every sequence, and return the most likely id after each."""
         batch = self.batch
         batch.n_tokens = 0
         last_rows = []
@@ -94,7 +94,7 @@ class Model:
         return [int(self.logits(row).argmax()) for row in last_rows]
 
     def logits(self, row: int) -> np.ndarray:
-        """float32 [vocab] of an output row; -1 is the last."""
+        """float32 [vocab] of an output row; -1 is the last row."""
         return np.ctypeslib.as_array(native.llama_get_logits_ith(self.context, row), (self.vocab,))
 
 
@@ -104,7 +104,7 @@ def bytes_read() -> int:
 
 
 def answer_together(model: Model, prompts: list[list[int]], num_new: int) -> dict:
-    """Prompts of the same length, all at once: seconds in all, seconds to each first token, and the answers."""
+    """Run prompts of the same length all at once: total seconds, seconds to each first token, and the answers."""
     model.clear()
     begin = time.perf_counter()
     latest = model.decode_together(prompts, 0)
@@ -112,7 +112,7 @@ def answer_together(model: Model, prompts: list[list[int]], num_new: int) -> dic
     ids = [[token] for token in latest]
     for step in range(num_new - 1):
         latest = model.decode_together([[token] for token in latest], len(prompts[0]) + step)
-        for answer, token in zip(ids, latest):  # noqa: B905  as long as each other
+        for answer, token in zip(ids, latest):  # noqa: B905  equal lengths
             answer.append(token)
     return {"seconds": time.perf_counter() - begin, "first_s": first_s, "ids": ids}
 
@@ -166,4 +166,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    os._exit(0)  # freeing gigabytes page by page tells nothing
+    os._exit(0)  # freeing gigabytes page by page would measure nothing

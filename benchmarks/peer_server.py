@@ -1,6 +1,6 @@
-"""llama-cpp-python's own server; with `--repack false` its weights are not repacked: the second copy would not fit.
+"""llama-cpp-python's own server. With `--repack false` its weights are not repacked: the second copy would not fit.
 
-Its server has no such option, so the default that it takes is another one (`load.py` starts it).
+The server has no option for that, so this file changes the default that it uses (`load.py` starts it).
 """
 
 from __future__ import annotations

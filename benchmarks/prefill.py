@@ -1,12 +1,12 @@
-"""How fast does prefill run with the whole model in memory, beside llama.cpp and beside the processor's int8 peak?
+"""How fast is prefill with the whole model in memory, compared with llama.cpp and the processor's int8 peak?
 
     python benchmarks/prefill.py [--geometries mid] [--formats Q4_0,Q8_0] [--threads 1,2] [--tokens 512] [--short]
 
 Each sample is a fresh process that loads the file, reads one document to warm up and then three others of `--tokens`,
-A B A B. Operations are those of the weights' matrix products, two per multiply-add; attention comes on top. Beside q8
-weights activations have 16 bits, and each product runs twice, for the high and the low byte (docs/decisions/0006): the
-processor is as busy as the operations *executed* say, and the *useful* ones are half of them. Both are printed over the
-peak, which is measured right before each sample; where weights have 4 to 6 bits they are the same.
+A B A B. Operations are those of the weights' matrix products, two per multiply-add, without attention. With q8 weights,
+activations have 16 bits and each product runs twice, for the high and the low byte (docs/decisions/0006): the processor
+does the *executed* operations, and half of them are *useful*. Both are printed over the peak, which is measured right
+before each sample; for weights of 4 to 6 bits they are equal.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from engines import (
     token_operations,
 )
 
-DOCUMENTS = 4  # one to warm up
+DOCUMENTS = 4  # one of them for the warm-up
 
 
 def sample(engine: str, job: Job, told: list[str]) -> Callable[[], dict[str, float]]:
@@ -55,7 +55,7 @@ def measure(report: Report, case: Case, options: argparse.Namespace, *, is_first
     operations = token_operations(open_model(case.model))
     report.figure(f"{case.name}: int8 peak", "Gop/s", every, "int8 Gop/s", **case.facts)
     ours = report.figure(f"{case.name}: {ARGOSY}", "tok/s", samples[ARGOSY], "prefill", **case.facts)
-    # Times the operations of a token, this is a share of the peak.
+    # Multiplied by the operations per token, this gives a share of the peak.
     per_operation = [one.values["prefill"] / 1e9 / one.values["int8 Gop/s"] for one in samples[ARGOSY]]
     is_asked = case.format in ("Q4_0", "Q8_0")
     report.shares(

@@ -1,9 +1,9 @@
-"""How much sooner comes the first token of a prompt that was computed before, by this process or another one?
+"""How much sooner does the first token come if this process or another one has computed the prompt before?
 
     python benchmarks/prefix.py [--geometries small] [--prompt 2040] [--share 100] [--repeats 3] [--short]
 
-Each repeat is a prompt of its own: computed, asked for again, and asked for again by a new engine that finds it in
-`kv_dir`, whose files are not in the page cache. `--share` is the share of the experts in memory, in percent.
+Each repeat has its own prompt: computed, requested again, and requested again from a new engine that finds it in
+`kv_dir`, with its files not in the page cache. `--share` is the percentage of experts in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NEW_TOKENS = 8
 
 
 def first_token(engine: Engine, number: int, num_tokens: int) -> tuple[float, int]:
-    """Seconds to the first token of a document's answer, and the tokens that were found.
+    """Seconds to the first token of a document's answer, and the number of reused tokens.
 
     Raises:
         SystemExit: the answer does not continue the document.
@@ -78,7 +78,7 @@ def measure(
         with tempfile.TemporaryDirectory(dir=options.models) as scratch:
             kv_dir, chosen = Path(scratch) / "kv", next(documents)
             with open_engine(kv_dir) as engine:
-                first_token(engine, 0, 32)  # the expert cache has something of the document's kind
+                first_token(engine, 0, 32)  # warms the expert cache with a document
                 first, _ = first_token(engine, chosen, num_tokens)
                 again, found = first_token(engine, chosen, num_tokens)
             for directory in kv_dir.iterdir():

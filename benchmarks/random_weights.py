@@ -1,21 +1,21 @@
-"""Random weights by tensor name, with the routing and the answers a benchmark needs.
+"""Random weights by tensor name, with the routing and answers that a benchmark needs.
 
     RandomWeights(config, routing="recorded")["layers.3.router"]   ->  Normal(...) | Exact(...)
 
     plain      every matrix is noise
-    uniform    each token of a document chooses its experts afresh: the worst case of a cache
+    uniform    each token of a document chooses new experts: the worst case for a cache
     recorded   the hierarchical Gaussian generator fitted to recorded traces (next-token overlap and LRU curve)
 
-With `uniform` and `recorded` token ids are documents, `DOCUMENT_TOKENS` ids in a row each, and the greedy answer to the
-beginning of a document is its rest: a check of the arithmetic that any engine can make, and routing that follows the
-text and not a loop. It works through `RESERVED` channels of the residual stream, which embeddings fill and no layer
-writes (rows of zeros in `o` and `down`), so that routers and head see them as they were:
+With `uniform` and `recorded`, token ids form documents of `DOCUMENT_TOKENS` consecutive ids, and the greedy answer to
+the beginning of a document is its rest. Any engine's arithmetic can be checked that way, and routing follows the text
+instead of a loop. This uses `RESERVED` channels of the residual stream, which embeddings fill and no layer writes (rows
+of zeros in `o` and `down`), so that routers and head see them unchanged:
 
     0            one                            -> an expert's popularity                          G_e    share v_g
-    1 to 63      the document's latent          -> what the document is about                      Doc_e  share v_d
-    64 to 159    the token's latent, AR(1)      -> what stays from one token to the next           u_te   share g
+    1 to 63      the document's latent          -> the subject of the document                     Doc_e  share v_d
+    64 to 159    the token's latent, AR(1)      -> the part kept from one token to the next        u_te   share g
     160 to 255   the token's code               -> the head's row of the following id
-    the rest     noise, and what layers write   -> what is new in every token and layer            eps    the remainder
+    the rest     noise, and the layers' output  -> new in every token and layer                    eps    the remainder
 
     score of expert e for token t = sqrt(v_g) G_e + sqrt(v_d) Doc_e + sqrt(g) u_te + sqrt(1 - v_g - v_d - g) eps
 """
@@ -37,19 +37,19 @@ Floats: TypeAlias = NDArray[np.float32]
 Routing = Literal["plain", "uniform", "recorded"]
 ROUTINGS: tuple[Routing, ...] = ("plain", "uniform", "recorded")
 
-WEIGHTS_VERSION = 2  # rises with any change of the values: models of another one are made again
+WEIGHTS_VERSION = 2  # increases with any change of the values: models of another version are made again
 DOCUMENT_TOKENS = 640
 RESERVED = 256
 _ONE, _DOCUMENT, _TOKEN, _CODE = slice(0, 1), slice(1, 64), slice(64, 160), slice(160, RESERVED)
-# Fitted to recorded routing; the static share v_g + v_d rises with depth by 2 x 0.15 in all.
+# Fitted to recorded routing; the static share v_g + v_d rises with depth by 2 x 0.15 in total.
 V_GLOBAL, V_DOCUMENT, V_TOKEN, RHO = 0.15, 0.40, 0.30, 0.5
 _DEPTH_SPREAD = 0.15
 _ATTENTION_SHARE = 0.25
-# Networks write so much that a router that is asked one layer early names 0.88 of the experts (routing.py): trained
-# models were measured at 0.81 to 0.89. Else look-ahead would be right more often here than anywhere.
+# Networks write so much that a router evaluated one layer early names 0.88 of the experts (routing.py): trained models
+# were measured at 0.81 to 0.89. Otherwise look-ahead would be right more often here than anywhere.
 _NETWORK_SHARE = 1.5
-# The logit of a document's next token before layers have added to the norm, about 13 after that; the others have a
-# deviation near 1.8, so the largest of 32000 stays below 8.
+# The logit of a document's next token before layers have added to the norm; it is about 13 afterwards. The others have
+# a deviation near 1.8, so the largest of 32000 stays below 8.
 _NEXT_LOGIT = 18.0
 
 
@@ -64,7 +64,7 @@ class Normal:
 
 @dataclass(frozen=True, slots=True)
 class Exact:
-    """float32 values that matter one by one: `read()` gives them in `shape`."""
+    """float32 values that matter individually: `read()` returns them in `shape`."""
 
     shape: tuple[int, ...]
     read: Callable[[], Floats]
@@ -74,7 +74,7 @@ Recipe: TypeAlias = Normal | Exact
 
 
 class RandomWeights:
-    """What every tensor of a geometry holds, by canonical name; an expert's are `expert.gate`, `.up`, `.down`.
+    """The contents of every tensor of a geometry, by canonical name; an expert's are `expert.gate`, `.up`, `.down`.
 
     Raises:
         ValueError: hidden_size leaves no room beside the reserved channels.
@@ -107,7 +107,7 @@ class RandomWeights:
         deviation = 1.0 if kind == "embed" else shape[-1] ** -0.5
         if self.routing == "plain" or kind not in ("o", "down", "shared_down"):
             return Normal(shape, deviation)
-        # Attention pulls the tokens of a text towards each other; at full size a few layers of it leave nothing else.
+        # Attention pulls the tokens of a text towards each other; at full size, a few layers of it leave nothing else.
         return Normal(
             shape, deviation * (_ATTENTION_SHARE if kind == "o" else _NETWORK_SHARE), silent_rows=RESERVED
         )
@@ -116,7 +116,7 @@ class RandomWeights:
         return np.random.default_rng([self._seed, *purpose])
 
     def _codes(self) -> Floats:
-        """[vocab, code channels], all of the same length, so that no id is easier to say than another."""
+        """[vocab, code channels], all of the same length, so that no id is favoured over another."""
         width = _CODE.stop - _CODE.start
         codes = self._random(1).standard_normal((self.config.vocab_size, width), np.float32)
         return codes * (math.sqrt(width) / np.linalg.norm(codes, axis=1, keepdims=True))
@@ -157,7 +157,7 @@ class RandomWeights:
         return static * of_static, static * (1 - of_static), rest * of_rest, rest * (1 - of_rest)
 
     def router(self, layer: int) -> Floats:
-        """float32 [experts, hidden] of a layer."""
+        """float32 [experts, hidden] for a layer."""
         shape = self.shapes[f"layers.{layer}.router"]
         rows = self._random(5, layer).standard_normal(shape, np.float32)
         v_global, v_document, v_token, rest = self.shares(layer)
@@ -174,7 +174,8 @@ class RandomWeights:
     def chosen(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
         """Experts [layers, tokens, k] that the routers choose before layers have added anything to the embedding.
 
-        What layers add later is noise to the routers of `uniform` and `recorded`; `routing.py` measures the real thing.
+        Later contributions of layers are noise to the routers of `uniform` and `recorded`; `routing.py` measures
+        reality.
         """
         embedding = self.embedding()[tokens]
         k = self.config.experts_per_token
@@ -187,12 +188,12 @@ class RandomWeights:
 
 
 def num_continued(number: int, prompt_tokens: int, answer: Sequence[int], *, vocab: int = 32_000) -> int:
-    """How many tokens of an answer to so many first ids of a document are the document's own next ones."""
+    """Number of answer tokens, after `prompt_tokens` ids of a document, that are the document's own next ones."""
     expected = document(number, prompt_tokens + len(answer), vocab=vocab)[prompt_tokens:]
     return sum(a == b for a, b in zip(answer, expected, strict=True))
 
 
 def document(number: int, num_tokens: int = DOCUMENT_TOKENS, *, vocab: int = 32_000) -> list[int]:
-    """The first ids of a document; a longer text goes on into the next."""
+    """The first ids of a document; a longer text continues into the next one."""
     begin = number * DOCUMENT_TOKENS
     return [(begin + position) % vocab for position in range(num_tokens)]

@@ -1,15 +1,15 @@
-"""How near do demand reads through the store come to the drive's own speed at the same record size?
+"""How close do demand reads through the store come to the drive's own speed at the same record size?
 
     python benchmarks/reads.py [--path DIR] [--records 1MiB 2.5MiB 9MiB] [--blocks Q4_0 Q8_0 Q4_K] [--shape 768x2048]
                                [--readers 2 4 8] [--repeats 5] [--short]
 
-Decode asks for the experts that a layer misses, computes, and asks again: 8 records at shuffled places are fetched
-together into expert slots, and the next 8 only when all are in. A record of `--records` is one piece as in a pack,
+Decode requests the experts that a layer misses, computes, and requests again: 8 records at shuffled places are fetched
+together into expert slots, and the next 8 only when all have landed. A record of `--records` is one piece as in a pack,
 checked against its CRC. One of `--blocks` is an expert as in a GGUF: three slices of stacked tensors at 32-byte-aligned
 offsets, each a matrix of `--shape` (or its transpose), transcoded as it lands. The ceiling is plain O_DIRECT reads of
-the size of a piece by 1, 2 and 4 threads, the fastest of them, in turn with the store. Both fill as many slots, one
-after another: a buffer that stays in the processor's cache is filled faster than any expert slot can be. What lands is
-compared with a plain read first.
+the same piece size by 1, 2 and 4 threads, the fastest of them, alternating with the store. Both fill equally many slots
+in sequence: a buffer that stays in the processor's cache is filled faster than any expert slot can be. The data that
+lands is first compared with a plain read.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from argosy.checkpoint.gguf import BLOCK_SIZES
 from argosy.config import MIB, format_bytes, parse_size
 from common import Report, alternate, drop_page_cache
 
-MISSES = 8  # of one layer
+MISSES = 8  # per layer
 PROBE_READERS = (1, 2, 4)
 CHUNK_BYTES = 8 * MIB
-ARENA_BYTES = 256 * MIB  # as in native/store/drive_probe.cpp
+ARENA_BYTES = 256 * MIB  # the same as in native/store/drive_probe.cpp
 PAGE_BYTES = 4096
 
 
 class Records:
-    """Records in a file, read through a store as a layer's misses. Subclasses say what one is."""
+    """Records in a file, read through a store like a layer's misses. Subclasses define a record."""
 
     name: str
-    piece_bytes: int  # what one read asks for
+    piece_bytes: int  # size of one read
     slot_bytes: int
     count: int
 
@@ -51,23 +51,23 @@ class Records:
         self.path = path
 
     def record(self, number: int) -> tuple[list[_native.Piece], list[int] | None]:
-        """Its pieces, relative to a slot, and their checksums."""
+        """A record's pieces, relative to a slot, and their checksums."""
         raise NotImplementedError
 
     def is_whole(self, number: int, slot: NDArray[np.uint8]) -> bool:
-        """Whether a slot holds what a plain read of the file says it must."""
+        """Whether a slot holds the same data as a plain read of the file."""
         raise NotImplementedError
 
     def start(self, readers: int) -> None:
-        drop_page_cache(self.path)  # what is cached when the store opens the file would come from there
+        drop_page_cache(self.path)  # otherwise the store would read cached pages
         self.store = _native.Store(readers)
         self.file_id = self.store.open(str(self.path))
         self.num_slots = max(1, ARENA_BYTES // self.slot_bytes // MISSES) * MISSES
         self.arena = _native.Arena(self.num_slots * self.slot_bytes)
-        self.arena.array()[:] = 0  # slots of a running engine have their pages
+        self.arena.array()[:] = 0  # touch the pages, as in a running engine
 
     def fetch(self, numbers: list[int], first_slot: int = 0) -> None:
-        """One layer: all issued, then waited for as they land."""
+        """Fetch one layer: issue all reads, then wait for them as they land."""
         waiting = self.store.fetch_many(
             self.arena,
             [
@@ -82,7 +82,7 @@ class Records:
                 waiting.remove(ticket)
 
     def check(self) -> int:
-        """Compare every record with a plain read; returns how many."""
+        """Compare every record with a plain read; returns the number of records."""
         memory = self.arena.array()
         for first in range(0, self.count, MISSES):
             numbers = list(range(first, min(first + MISSES, self.count)))
@@ -115,7 +115,7 @@ class Records:
 
 
 class PackRecords(Records):
-    """One piece each, with a checksum."""
+    """Records of one piece each, with a checksum."""
 
     def __init__(self, path: Path, record_bytes: int) -> None:
         super().__init__(path)
@@ -137,7 +137,7 @@ class PackRecords(Records):
 
 
 class BlockRecords(Records):
-    """Three slices of stacked tensors, in blocks of a GGUF, that become panels."""
+    """Records of three slices of stacked tensors, in GGUF blocks that become panels."""
 
     def __init__(self, path: Path, block_type: str, rows: int, cols: int) -> None:
         super().__init__(path)
@@ -190,7 +190,7 @@ class BlockRecords(Records):
 def measure(
     report: Report, records: Records, readers: list[int], *, repeats: int, run_bytes: int, is_judged: bool
 ) -> None:
-    """The store with each number of readers beside raw reads, in turn."""
+    """Measure the store with each number of readers, alternating with raw reads."""
     num_records = max(1, run_bytes // records.slot_bytes // MISSES) * MISSES
     pieces = max(1, run_bytes // records.piece_bytes)
 
@@ -229,7 +229,7 @@ def measure(
         ceilings[n] = report.figure(label, "GB/s", samples[f"raw {n}"], "GB/s", readers=n)
     report.neighbours([sample for group in samples.values() for sample in group])
     for n in readers:
-        # Per round the store stands beside the fastest raw reads of the same few seconds.
+        # In each round, compare the store with the fastest raw reads of the same few seconds.
         rounds = zip(samples[f"store {n}"], *(samples[f"raw {m}"] for m in PROBE_READERS), strict=True)
         paired = [s.values["GB/s"] / max(raw.values["GB/s"] for raw in raws) for s, *raws in rounds]
         print(f"  ratio of each round: {', '.join(f'{ratio:.2f}' for ratio in paired)}", file=sys.stderr)
@@ -289,7 +289,7 @@ def main() -> int:
                 arguments.readers,
                 repeats=arguments.repeats,
                 run_bytes=run_bytes,
-                is_judged=not arguments.short,  # a short stretch is mostly its start and its end
+                is_judged=not arguments.short,  # a short stretch is mostly its start and end
             )
     return 0
 

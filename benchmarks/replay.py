@@ -1,20 +1,19 @@
-"""Which expert should leave? Replays recorded routing through the expert cache and its rivals.
+"""Which expert should be evicted? Replays recorded routing through the expert cache and its rivals.
 
     python benchmarks/replay.py [TRACES] [--residency 5,12,25,50] [--short]
     python benchmarks/replay.py --synthetic             # routing that no policy was tuned on
-    python benchmarks/replay.py --look-ahead            # what would guessing the next layer's experts save?
+    python benchmarks/replay.py --look-ahead            # how much would guessing the next layer's experts save?
 
-A trace is the CSV of BigMoeOnEdge (`turn,phase,step,layer,slot,expert,...`; phase 0 is the prompt, 1 the answer): a
-file, or a directory of `*.route.csv`, by default `routing` in `ARGOSY_BENCH_DATA`. The prompt runs as one chunk, as the
-engine runs it, and then the answer token by token; the hit rate is that of the answer, its first use of every expert
-included.
+A trace is a CSV of BigMoeOnEdge (`turn,phase,step,layer,slot,expert,...`; phase 0 is the prompt, 1 the answer): a file,
+or a directory of `*.route.csv`, by default `routing` in `ARGOSY_BENCH_DATA`. The prompt runs as one chunk, as in the
+engine, and then the answer token by token; the hit rate is that of the answer, including its first use of every expert.
 
-    argosy      `experts.policy.CachePolicy`, through the leases of the engine
+    argosy      `experts.policy.CachePolicy`, through the engine's leases
     lru         one least-recently-used order over all layers
     per layer   the same, with an equal share of the slots for each layer
-    optimum     evicts what is used farthest in the future (Belady 1966): the best that can be done
+    optimum     evicts the expert used farthest in the future (Belady 1966): the best possible
 
-Recorded answers are short, so these rates flatter every policy alike: compare columns with each other.
+Recorded answers are short, so these rates flatter all policies alike: compare columns with each other.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ Asked = tuple[int, list[int], bool]  # layer, experts, is_scan
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """name, and the experts of each step: prompt [layer], answer [token][layer]."""
+    """A name, and the experts of each step: prompt [layer], answer [token][layer]."""
 
     name: str
     num_experts: int
@@ -93,7 +92,7 @@ def read_trace(path: Path) -> Trace:
 
 
 def synthetic_traces() -> list[Trace]:
-    """Routing that no policy was tuned on; what each is made of is in its name."""
+    """Routing that no policy was tuned on; each name says how it is made."""
     return [
         synthetic("as fitted"),
         synthetic("one subject", document=0.6, popular=0.1, drifting=0.2),
@@ -120,10 +119,10 @@ def synthetic(
     num_documents: int = 1,
     num_sequences: int = 1,
 ) -> Trace:
-    """Top-k of Gaussian scores: shares of their variance stay for good, for a document, and from token to token.
+    """Top-k of Gaussian scores: parts of their variance stay for good, for a document, and from token to token.
 
-    `drifting` is the share that moves slowly (autoregressive, by `memory`); the rest is new for every token. The first
-    layers have less that stays than the last. With several sequences a step asks for the union of their experts.
+    `drifting` is the part that moves slowly (autoregressive, by `memory`); the rest is new for every token. The first
+    layers have smaller lasting parts than the last. With several sequences a step needs the union of their experts.
     """
     random = np.random.default_rng(sum(name.encode()))
     shape = num_layers, num_experts
@@ -160,20 +159,20 @@ def synthetic(
 
 
 class Policy(Protocol):
-    """What a replay needs: ask for experts, get the number of hits."""
+    """The interface of a replay: request experts, get the number of hits."""
 
     def ask(self, layer: int, experts: Sequence[int], *, is_scan: bool) -> int: ...
 
 
 class _InstantStore:
-    """Stands in for the store: reads have landed when they are waited for, in the order they were issued."""
+    """Stands in for the store: reads have landed when they are waited for, in the order of issue."""
 
     def wait_any(self, tickets: list[int]) -> list[tuple[int, None, None]]:
         return [(tickets[0], None, None)]
 
 
 class _NoFiles:
-    """Stands in for `ExpertFiles`: an expert is one byte."""
+    """Stands in for `ExpertFiles`: each expert is one byte."""
 
     slot_bytes = 1
 
@@ -192,7 +191,7 @@ class _NoFiles:
 
 
 class Argosy:
-    """The engine's own source, with reads that take no time."""
+    """The engine's own expert source, with reads that take no time."""
 
     def __init__(self, num_slots: int, trace: Trace) -> None:
         self._source = CachedSource(
@@ -215,7 +214,7 @@ class Argosy:
 
 
 class Lru:
-    """Least recently used first, over all layers."""
+    """Evicts the least recently used expert over all layers."""
 
     def __init__(self, num_slots: int, trace: Trace) -> None:
         self._num_slots = num_slots
@@ -248,13 +247,13 @@ class PerLayerLru:
 
 
 class Optimum:
-    """Knows the future: replays exactly the requests it was made with."""
+    """Knows the future: replays exactly the requests it was created with."""
 
     def __init__(self, num_slots: int, trace: Trace) -> None:
         self._num_slots = num_slots
         never = 1 << 60
         following: dict[Key, int] = {}
-        self._next: list[list[int]] = []  # of each request, when each of its experts is asked for again
+        self._next: list[list[int]] = []  # for each request, when each of its experts is next requested
         for number, (layer, experts, _) in reversed(list(enumerate(trace.asked()))):
             keys = [(layer, expert) for expert in experts]
             self._next.append([following.get(key, never) for key in keys])
@@ -271,13 +270,13 @@ class Optimum:
             self._resident[key] = following
             heapq.heappush(self._farthest, (-following, key))
         self._at += 1
-        # What runs now has to be there, as far as it fits at all.
+        # Experts of the current request must be present, if they fit at all.
         kept = set(keys) if len(keys) <= self._num_slots else set()
         aside = []
         while len(self._resident) > self._num_slots:
             entry = heapq.heappop(self._farthest)
             if self._resident.get(entry[1]) != -entry[0]:
-                continue  # it has been used, or has left, since
+                continue  # it was used or evicted since then
             if entry[1] in kept:
                 aside.append(entry)
             else:
@@ -290,14 +289,15 @@ class Optimum:
 def look_ahead(
     trace: Trace, num_slots: int, *, recall: float | None, read_ms: float, compute_ms: float
 ) -> tuple[float, float]:
-    """Decode with one drive and one processor, guessing each next layer's experts; None: without guesses.
+    """Decode with one drive and one processor, guessing each next layer's experts; `recall` None: no guesses.
 
-    A layer waits for its own reads, one after the other on the drive. While it computes, and only if the drive has
-    nothing else to do by then, what is missing of a guess is read: `experts_per_token` of them, each right with
-    probability `recall` and any other otherwise. A guess goes where a sweep goes, so it displaces little.
+    A layer waits for its own reads, one after another on the drive. While it computes, and only if the drive is idle by
+    then, the missing experts of a guess are read: `experts_per_token` of them, each right with probability
+    `recall` and any other expert otherwise. A guessed expert is inserted where a sweep's would be, so it displaces
+    little.
 
     Returns:
-        milliseconds and reads of a token, the first 16 left out.
+        milliseconds and reads per token, without the first 16.
     """
     random = Random(0)
     policy = CachePolicy(
@@ -389,7 +389,7 @@ def survived_sweep(
     """Warm up on half of the answer, sweep all experts as a 1000-token prompt does, then decode the rest.
 
     Returns:
-        the share of the resident experts that the sweep left, and the hit rate of the next 8 tokens.
+        the share of the resident experts that survived the sweep, and the hit rate of the next 8 tokens.
     """
     policy = make(num_slots, trace)
     half = len(trace.answer) // 2

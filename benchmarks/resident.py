@@ -1,11 +1,11 @@
-"""How fast does decode run with the whole model in memory, beside llama.cpp and beside the memory itself?
+"""How fast does decode run with the whole model in memory, compared with llama.cpp and with memory bandwidth?
 
     python benchmarks/resident.py [--geometries mid] [--formats Q4_0,Q8_0] [--threads 1,2] [--repeats 3] [--short]
 
 Each sample is a fresh process that loads the file, warms up on one document and decodes another, greedily, A B A B. The
-wall of a sample is the read bandwidth of the memory, measured right before and right after it, over the weights of one
-token. Two threads may read at very different rates from one moment to the next, so every run is held against the memory
-of its own moment, llama.cpp's too.
+limit for a sample is the memory's read bandwidth, measured right before and right after it, over the weights of one
+token. Two threads may read at very different rates from one moment to the next, so every run, llama.cpp's too, is
+compared with the memory bandwidth of its own moment.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from engines import (
 )
 
 PROMPT_TOKENS = 32
-DOCUMENTS = 2  # one to warm up, one to measure
+DOCUMENTS = 2  # one for the warm-up, one to measure
 
 
 def sample(
@@ -54,12 +54,12 @@ def sample(
 
 
 def shares_of_memory(samples: Sequence[Sample], nbytes: int) -> list[float]:
-    """Weight bytes per second of each sample over the memory's beside it."""
+    """Weight bytes per second of each sample, over the memory bandwidth measured beside it."""
     return [one.values["decode"] * nbytes / 1e9 / one.values["memory GB/s"] for one in samples]
 
 
 def compare_ask_ahead(report: Report, case: Case, options: argparse.Namespace, *, is_first: bool) -> None:
-    """What the probe at start chooses beside each fixed choice, A B C D A B C D."""
+    """Compare the probe's choice at start with each fixed choice, A B C D A B C D."""
     job = Job(
         model=case.model, prompts=prompts(DOCUMENTS, PROMPT_TOKENS), num_new=options.new, threads=case.threads
     )
@@ -120,7 +120,7 @@ def measure(report: Report, case: Case, options: argparse.Namespace, *, is_first
             wall_tok_per_s=walls[LLAMA_CPP],
             **case.facts,
         )
-        # Half as fast again, or nine tenths of the wall that stood beside Argosy's own runs where that is less.
+        # One and a half times llama.cpp's speed, or nine tenths of the limit beside Argosy's own runs if that is less.
         target = min(1.5, 0.9 * walls[ARGOSY] / speeds[LLAMA_CPP])
         report.ratio(
             f"{case.name}: over {LLAMA_CPP}",

@@ -1,12 +1,13 @@
-"""What locality does a model's routing have, beside what was recorded from trained models?
+"""What locality does a model's routing have, compared with recordings from trained models?
 
     python benchmarks/routing.py /tmp/mid-Q4_0.gguf [--documents 2] [--tokens 128] [--memory 50%]
 
-The model reads documents of its own (`random_weights.py`) and the engine tells which experts ran. For the model and for
-each recorded trace: how many of a token's experts the token before had used (and two, eight, 32 before), how many
-experts a layer uses over the whole answer, and the hit rate of a least-recently-used cache per layer, its first uses
-included. Chance is what independent uniform choices would give. Of the model also how many of a layer's experts its
-router names one layer early, from the hidden state before the experts of that layer: what look-ahead lives from.
+The model reads its own documents (`random_weights.py`) and the engine reports which experts ran. For the model and for
+each recorded trace this prints: how many of a token's experts the previous token had used (and two, eight, 32 before),
+how many experts a layer uses over the whole answer, and the hit rate of a least-recently-used cache per layer,
+including first uses. Chance is the result of independent uniform choices. For the model, it also prints how many of a
+layer's experts its router names one layer early, from the hidden state before that layer's experts: look-ahead depends
+on this.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from random_weights import RandomWeights, document
 
 LAGS = (1, 2, 8, 32)
 RESIDENCIES = (6, 12, 25, 50, 75)  # percent
-TOKENS = 128  # as many as were recorded
+TOKENS = 128  # the same number as in the recordings
 Choices = NDArray[np.int64]  # [layers, tokens, k]
 
 
 def overlap(choices: Choices, lag: int) -> float:
-    """Share of a token's experts that the token `lag` before it had, over all layers."""
+    """Share of a token's experts that the token `lag` before it had as well, over all layers."""
     now, before = choices[:, lag:], choices[:, :-lag]
     return float((now[..., :, None] == before[..., None, :]).any(axis=-1).mean())
 
 
 def lru_hit_rate(choices: Choices, num_slots: int) -> float:
-    """Of one least-recently-used order per layer, from cold."""
+    """Hit rate of one least-recently-used order per layer, from cold."""
     hits = 0
     for layer in choices:
         order: OrderedDict[int, None] = OrderedDict()
@@ -67,13 +68,14 @@ def print_table(rows: Sequence[tuple[str, int, int, dict[str, float]]]) -> None:
 
 
 def recorded() -> list[tuple[str, int, int, dict[str, float]]]:
-    """Figures of the recorded answers, where they are."""
+    """Figures of the recorded answers, if available."""
     from replay import RECORDED, read_trace
 
     rows = []
     for path in sorted(RECORDED.glob("*.route.csv")):
         trace = read_trace(path)
-        # A row of the recording may come twice, and a layer may then have fewer experts: the first k distinct ones.
+        # A row may occur twice in the recording, and a layer may then have fewer experts: take the first k distinct
+        # ones.
         k = trace.experts_per_token
         answer = [[list(dict.fromkeys(experts))[:k] for experts in token] for token in trace.answer]
         whole = [token for token in answer if all(len(experts) == k for experts in token)]
@@ -89,7 +91,7 @@ def chance(layers: int, tokens: int, k: int, num_experts: int) -> dict[str, floa
 
 
 def print_locality(weights: RandomWeights, tokens: int = TOKENS) -> None:
-    """What the weights will do, from embeddings and routers alone: no layer runs."""
+    """Print the expected locality from embeddings and routers alone: no layer runs."""
     config = weights.config
     ids = np.array(document(1, tokens, vocab=config.vocab_size))
     print_beside_recorded(f"{weights.routing}, as drawn", weights.chosen(ids), config.num_experts)
@@ -109,7 +111,7 @@ def print_beside_recorded(name: str, choices: Choices, num_experts: int) -> dict
 def observed(
     model: Path, prompt: list[int], num_tokens: int, memory: str
 ) -> tuple[Choices, list[int], int, float]:
-    """Choices of the engine while it answers, the answer, the number of experts, and how many were named early."""
+    """The engine's choices during an answer, the answer, the number of experts, and how many were named early."""
     from argosy import Engine, SamplingParams
 
     steps: list[dict[int, list[int]]] = []

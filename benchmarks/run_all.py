@@ -1,9 +1,9 @@
-"""Does every benchmark still run, and does each still meet its bound? Runs them one after the other.
+"""Does every benchmark still run, and does each still meet its bound? Runs them one after another.
 
     python benchmarks/run_all.py [--short] [SCRIPT ...]
 
-Each is a script with one question; run alone, it takes more options. Where llama.cpp is not installed, Argosy runs
-alone. Without `--short`, `table.py` prints at the end what was reached beside its target. Exit code 1 if any failed.
+Each is a script for one question and has more options when run alone. If llama.cpp is not installed, Argosy runs alone.
+Without `--short`, `table.py` finally prints the results beside their targets. The exit code is 1 if any failed.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""How long from starting a process to the first token of a resident model?
+"""How long does it take from starting a process to the first token of a resident model?
 
     python benchmarks/start.py [--geometries small] [--formats Q4_0] [--repeats 5] [--short]
 
-The file is read once before, so that it is in the page cache: llama.cpp maps it, Argosy copies from there. Both
-packages have their bytecode, as an installation leaves it. Timed from before the process is made to the token after 16
-tokens of prompt. llama.cpp is started through Python here, which its own program is not: the verdict leaves the time of
-that import out of its figure, and nothing of ours.
+The file is read once first, so that it is in the page cache: llama.cpp maps it, Argosy copies from there. Both packages
+have compiled bytecode, as after installation. Timing starts before the process is created and ends at the first token
+after a 16-token prompt. llama.cpp is started through Python here, unlike its own program: the verdict subtracts that
+import time from its figure, and nothing from ours.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def sample(engine: str, job: Job, told: list[str]) -> Callable[[], dict[str, flo
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options, cases = parse_cases(parser, geometries="small", formats="Q4_0", threads="2", repeats=5)
-    # A source tree under PYTHONDONTWRITEBYTECODE compiles all modules at every start: 0.1 s that no installation has.
+    # With PYTHONDONTWRITEBYTECODE a source tree compiles all modules at every start: 0.1 s that no installation needs.
     compileall.compile_dir(Path(argosy.__file__).parent, quiet=1)
     report = Report("start", state="file in the page cache, a fresh process each time")
     for number, case in enumerate(cases):

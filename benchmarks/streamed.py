@@ -1,22 +1,22 @@
-"""How fast does a model run that does not fit, beside llama.cpp with mmap in the same memory limit?
+"""How fast does a model run that does not fit in memory, compared with llama.cpp with mmap under the same memory limit?
 
     python benchmarks/streamed.py [--formats Q4_0] [--caps 75,50,25,12] [--ask decode,prefill] [--read-ahead 128,8192]
 
-Each run is a fresh process in a memory cgroup whose limit is a share of the file's size, swap forbidden, page cache
-charged to it, the file's pages dropped before. Argosy gets the limit as its budget. Both decode a document to warm
-their caches and then another, which is timed.
+Each run is a fresh process in a memory cgroup limited to a share of the file's size, with swap forbidden, page cache
+charged to the group, and the file's cached pages dropped first. Argosy gets the limit as its budget. Both decode one
+document to warm their caches and then another, which is timed.
 
     128 KiB     the read-ahead of most distributions; llama.cpp at its best of 1 and 2 threads, passive waiting
-    8192 KiB    the machine as it comes: llama.cpp as it comes, two threads
-    overlap     of Argosy: max(time of a token in memory, missed bytes / drive) over the time of a streamed token
-    no look-ahead: Argosy without its guesses of the next layer's experts, and what is left to reach then: attention and
-                router come on top of the reads, because until they are done the drive has nothing to do
+    8192 KiB    the machine's default; llama.cpp with its defaults, two threads
+    overlap     for Argosy: max(time of a token in memory, missed bytes / drive) over the time of a streamed token
+    no look-ahead: Argosy without its guesses, and the limit in that case: attention and router add to
+                the reads, because the drive is idle until they are done
 
 The drive is measured three times right before each sample and three times right after it, and the median counts: its
-rate moves by a fifth and more from one second to the next.
+rate changes by a fifth and more from one second to the next.
 
-A run that does not come to its end within `--timeout` is judged by the tokens it made, and the table says so. The
-quantised weights of llama.cpp are not repacked here: its second copy could not fit.
+A run that does not finish within `--timeout` is judged by the tokens it produced, and the table says so. llama.cpp's
+quantized weights are not repacked here: its second copy would not fit.
 """
 
 from __future__ import annotations
@@ -62,20 +62,20 @@ PROMPT_TOKENS = 8
 TARGETS = {TUNED_KIB: ">= 3", AS_IT_COMES_KIB: ">= 15"}
 ROWS = {TUNED_KIB: 5, AS_IT_COMES_KIB: 6}
 NO_LOOK_AHEAD = f"{ARGOSY} without look-ahead"
-# Parts of the ledger in which a layer's experts are not known yet.
+# Parts of the ledger before a layer's experts are known.
 BEFORE_EXPERTS = ("router", "attention_and_dense")
 
 
 @dataclass(frozen=True)
 class Resident:
-    """Seconds of a token with every expert in memory, and those of its experts alone."""
+    """Seconds per token with every expert in memory, and the part of them spent in experts."""
 
     token_s: float
     experts_s: float
 
 
 class Streamed:
-    """Runs of one model in one limit; remembers what was said about them."""
+    """Runs of one model under one limit; remembers what was checked about them."""
 
     def __init__(self, case: Case, share: int, options: argparse.Namespace) -> None:
         self.case, self.share, self.options = case, share, options
@@ -119,7 +119,7 @@ class Streamed:
     def decode(
         self, engine: str, threads: int, read_ahead_kib: int, *, look_ahead: bool = True
     ) -> Callable[[], dict[str, float]]:
-        """tok/s, MB read a token, seconds before a token's experts are known, and the drive's rate beside it all."""
+        """tok/s, MB read per token, seconds before a token's experts are known, and the drive's rate at that time."""
         tuned = read_ahead_kib == TUNED_KIB
         num_new = (
             self.options.new if tuned or engine == ARGOSY else min(self.options.new, self.options.new_slow)
@@ -164,7 +164,7 @@ class Streamed:
 
 
 def variants(read_ahead_kib: int, threads: int) -> dict[str, tuple[str, int]]:
-    """What runs in turn: a name, the engine and its threads."""
+    """The variants that take turns: a name, the engine and its threads."""
     found = {ARGOSY: (ARGOSY, threads)}
     if LLAMA_CPP in engines(quiet=True):
         counts = (1, 2) if read_ahead_kib == TUNED_KIB else (threads,)
@@ -206,7 +206,7 @@ def ask_decode(report: Report, streamed: Streamed, read_ahead_kib: int, resident
             report.line(
                 "peer", f"{name}: llama.cpp made no token of the timed answer in {streamed.options.timeout} s"
             )
-            # What it reached at most: less than one token in all that time.
+            # An upper bound: it made less than one token in that time.
             theirs = 1 / streamed.options.timeout
         report.ratio(
             f"{name}: over {LLAMA_CPP}, best run",
@@ -227,7 +227,7 @@ def ask_decode(report: Report, streamed: Streamed, read_ahead_kib: int, resident
 def report_roofline(
     report: Report, name: str, streamed: Streamed, samples: dict[str, list[Sample]], resident: Resident
 ) -> None:
-    """How near Argosy's samples come to the drive and the arithmetic, and what these allow, in parts."""
+    """How close Argosy's samples come to the limits of drive and arithmetic, and those limits, in parts."""
     ours, without = samples[ARGOSY], samples[NO_LOOK_AHEAD]
 
     def reading_s(one: Sample) -> float:
@@ -313,7 +313,7 @@ def main() -> int:
     options, cases = parse_cases(parser, geometries="mid", formats="Q4_0,Q8_0", threads="2", repeats=2)
     caps = [int(cap) for cap in options.caps.split(",")]
     if options.short:
-        # The interpreter's own memory is most of a tiny model's: a limit that is more than the file.
+        # A tiny model needs less memory than the interpreter, so the limit is larger than the file.
         caps, options.new, options.tokens, options.read_ahead = [165], 8, 64, str(TUNED_KIB)
     report = Report("streamed", state="page cache dropped, caches warmed by one answer; prefill from cold")
     for number, case in enumerate(cases):

@@ -1,4 +1,4 @@
-"""What was reached beside what was asked? A Markdown table from the newest rows of benchmarks/results/*.csv.
+"""How do the results compare with their targets? A Markdown table from the newest rows of benchmarks/results/*.csv.
 
     python benchmarks/table.py [--since 2026-11-24T20:00] [--write docs/performance.md]
 
@@ -40,7 +40,7 @@ QUESTIONS = {
 
 
 def newest(since: str) -> dict[tuple[int, str], dict[str, Any]]:
-    """Row number and label -> the last record of it."""
+    """Maps row number and label to the newest record."""
     found: dict[tuple[int, str], dict[str, Any]] = {}
     for path in sorted(RESULTS.glob("*.csv")):
         with path.open(newline="") as file:

@@ -1,17 +1,17 @@
-"""Does a trillion parameters decode in 16 GiB, and how near is that to what the drive gives?
+"""Does a trillion-parameter model decode in 16 GiB, and how close is that to the drive's limit?
 
     python benchmarks/trillion.py [--directory DIR] [--memory 16GiB] [--experts-gib 30] [--new 16] [--short]
 
-The geometry is Kimi-K2's: 61 layers, hidden 7168, 384 experts of width 2048, 8 for a token and a shared one, 1026 B
-parameters. The index and the weights that every token needs are real in size (q8; their file takes 12 GB). Of the
-routed experts (int4 in groups of 32, 571 GB) as many records exist as `--experts-gib` holds: **many logical experts
-share the bytes of one record**. Nothing is won by that: the cache keys on the logical expert, and reads go past the
-page cache, so each miss is a read of a whole record from the drive. Weights are random, with the routing of recorded
-traces (`random_weights.py`); a document's continuation is still the one right answer.
+The geometry is Kimi-K2's: 61 layers, hidden 7168, 384 experts of width 2048, 8 per token and a shared one, 1026 B
+parameters. The index and the weights that every token needs have their real size (q8; their file takes 12 GB). Of the
+routed experts (int4 in groups of 32, 571 GB) only as many records exist as fit in `--experts-gib`: **many logical
+experts share the bytes of one record**. This gives no advantage: the cache is keyed by the logical expert, and reads
+bypass the page cache, so each miss reads a whole record from the drive. Weights are random, with the routing of
+recorded traces (`random_weights.py`); a document's continuation is still the one right answer.
 
-The run is a fresh process in a memory cgroup of the budget, swap forbidden, page cache charged to it. Beside it stands
-what the planner's equations say: per layer the misses of an LRU cache by Denning's working-set function of the same
-routing, max(their reads, arithmetic) behind attention and router.
+The run is a fresh process in a memory cgroup limited to the budget, with swap forbidden and page cache charged to it.
+It is compared with the planner's equations: per layer, the misses of an LRU cache by Denning's working-set function of
+the same routing, and max(their reads, arithmetic) after attention and router.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ DENSE_FILE, EXPERTS_FILE, MADE_FILE = "dense.bin", "experts.bin", "made.json"
 PAGE = 4096
 MATRIX_ALIGNMENT = 64
 PANEL_ROWS = 16
-# Rows of noise that are quantised.
+# Rows of quantized noise.
 POOL_ROWS = 1024
-# Of the embedding and the head, which are made and quantised stripe by stripe.
+# Rows of the embedding and the head that are made and quantized at once.
 STRIPE_ROWS = 16_384
 PROMPT_TOKENS = 8
-LAYER_SHARE = 0.5  # of what a layer would write, times the root of the number of layers
-SPREAD = 7919  # a prime: neighbours in the router's order do not lie side by side in the file
+LAYER_SHARE = 0.5  # of a layer's usual output, times the root of the number of layers
+SPREAD = 7919  # a prime: neighbours in the router's order are not adjacent in the file
 WAITING = "waiting_for_reads"
 
 
@@ -128,7 +128,7 @@ def raw_config(*, short: bool) -> dict[str, Any]:
 
 
 def _quantised(format: Format, weights: NDArray[np.float32]) -> Bytes:
-    """[rows, cols] in a slot format. int4 is q4 with bfloat16 scales."""
+    """Quantize [rows, cols] to a slot format. int4 is q4 with bfloat16 scales."""
     rows, cols = weights.shape
     if format != "int4":
         out = np.empty(matrix_bytes(format, rows, cols), np.uint8)
@@ -143,9 +143,9 @@ def _quantised(format: Format, weights: NDArray[np.float32]) -> Bytes:
 
 
 class Noise:
-    """Quantised noise: panels of a pool for each format, width and deviation, drawn afresh for each matrix.
+    """Quantized noise: panels from a pool for each format, width and deviation, drawn again for each matrix.
 
-    The same matrix in every layer would write the same into the hidden state every time, and drown the token in it.
+    The same matrix in every layer would add the same to the hidden state every time, and drown out the token in it.
     """
 
     def __init__(self, seed: int) -> None:
@@ -171,7 +171,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Trillion:
-    """Where everything lies in the files of a directory."""
+    """The layout of the files in a directory."""
 
     directory: Path
     config: ModelConfig
@@ -179,7 +179,7 @@ class Trillion:
 
     @property
     def _matrices(self) -> list[tuple[int, int, int]]:
-        """(offset in a record, rows, cols) of gate, up and down."""
+        """(offset in a record, rows, cols) for gate, up and down."""
         placed, end = [], 0
         for rows, cols in expert_shapes(self.config):
             placed.append((end, rows, cols))
@@ -192,7 +192,7 @@ class Trillion:
         return -(-(offset + matrix_bytes("int4", rows, cols)) // PAGE) * PAGE
 
     def files(self) -> ModelFiles:
-        """The model as the engine sees it."""
+        """The model as the engine opens it."""
         made = json.loads((self.directory / MADE_FILE).read_text())
         dense, end = {}, 0
         for name, shape in dense_shapes(self.config):
@@ -215,7 +215,7 @@ class Trillion:
         return [(offset, "int4", rows, cols) for offset, rows, cols in self._matrices]
 
     def make(self) -> None:
-        """Write the files, unless they are there."""
+        """Write the files, unless they exist."""
         wanted = {
             "records": self.num_records,
             "record_bytes": self.record_bytes,
@@ -247,7 +247,7 @@ class Trillion:
         made.write_text(json.dumps({"made": wanted, "checksums": checksums}))
 
     def _recipes(self) -> Callable[[str], Normal | Exact]:
-        """What a tensor holds. What layers write is kept small, so that the head still sees the token at this depth."""
+        """The recipe of each tensor. Layers write little, so that the head still sees the token at this depth."""
         weights = RandomWeights(self.config, routing="recorded")
 
         def recipe(name: str) -> Normal | Exact:
@@ -291,7 +291,7 @@ class Trillion:
 
 
 def inside(trillion: Trillion, options: argparse.Namespace) -> None:
-    """Runs in the cgroup: decodes two documents, and prints what it cost as JSON."""
+    """Run in the cgroup: decode two documents, and print the cost as JSON."""
     engine_module.open_model = lambda path: trillion.files()
     answers, tokens, parts = [], [], dict[str, float]()
     with Engine(
@@ -314,7 +314,7 @@ def inside(trillion: Trillion, options: argparse.Namespace) -> None:
                 engine.step()
                 after = engine.ledger
                 if number == 0:
-                    continue  # fills the cache
+                    continue  # only fills the cache
                 tokens.append(
                     {
                         "seconds": after.wall_s - before.wall_s,
@@ -342,7 +342,7 @@ def inside(trillion: Trillion, options: argparse.Namespace) -> None:
 
 
 def predicted_hit_rate(choices: NDArray[np.int64], slots: int) -> float:
-    """Of one LRU order over all layers, by the working-set function of the routing (Denning, 1968).
+    """Hit rate of one LRU order over all layers, from the routing's working-set function (Denning, 1968).
 
     W(T) = distinct experts of T tokens, summed over layers; with W(T) = slots, 1 - (W(T + 1) - W(T)) / (layers * k).
     """
@@ -359,7 +359,7 @@ def predicted_hit_rate(choices: NDArray[np.int64], slots: int) -> float:
     for window in range(1, num_tokens):
         larger = working_set(window)
         if larger >= slots:
-            # Between two whole windows the curve is taken as straight.
+            # The curve is taken as straight between two whole windows.
             return 0.0 if window == 1 else 1 - (larger - smaller) / (layers * k)
         smaller = larger
     return 1 - (working_set(num_tokens) - smaller) / (layers * k)
@@ -368,7 +368,7 @@ def predicted_hit_rate(choices: NDArray[np.int64], slots: int) -> float:
 def report_run(
     report: Report, trillion: Trillion, found: Mapping[str, Any], sample: Sample, drive: float
 ) -> None:
-    """The measured figures, and the predicted ones beside them."""
+    """Report the measured figures beside the predicted ones."""
     config, tokens = trillion.config, found["tokens"]
     count, parts = len(tokens), found["parts"]
     token_s = statistics.median(token["seconds"] for token in tokens)

@@ -123,7 +123,7 @@ class EngineConfig(_Strict):
     chunk_tokens: int | None = None  # maximum prompt tokens in one step; None: the memory plan decides
     max_sequences: int = 8  # maximum sequences in one step
     readers: int = 4  # threads that read experts
-    # Prefetch the next layer's predicted experts while the drive is idle and the predictions are right.
+    # Prefetch guesses of the next layer's experts while the drive is idle and the guesses are right.
     look_ahead: bool = True
     experts_off: bool = False  # leave routed experts out of every sum, only to compare with a dense base
     max_waiting: int | None = None  # maximum sequences waiting to run; None: no limit

@@ -136,7 +136,7 @@ def test_a_template_that_changes_what_was_said_refuses_by_name() -> None:
         builder = type(family)("x", template, family.special, family.structural, family.ends).builder()
         with pytest.raises(UsageError, match="cannot be continued") as caught:
             builder.build([*USER, BEGUN])
-        assert "message of the user" in str(caught.value.hint)
+        assert "a user message" in str(caught.value.hint)
         builder.close()
 
 
@@ -146,9 +146,9 @@ def test_a_continued_answer_has_no_form_and_is_no_call_but_may_call(
     for name in NAMES:
         builder = builders[name]
         prompt = builder.build([*USER, BEGUN], tools=TOOLS)
-        with pytest.raises(UsageError, match="continues the last message"):
+        with pytest.raises(UsageError, match="continues the assistant's last message"):
             builder.grammar(prompt, TOOLS, must_call=True)
-        with pytest.raises(UsageError, match="continues the last message"):
+        with pytest.raises(UsageError, match="continues the assistant's last message"):
             builder.grammar(prompt, form=Grammar(kind="json_object"))
         lazy = builder.grammar(prompt, TOOLS)
         assert lazy is not None

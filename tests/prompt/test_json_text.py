@@ -105,5 +105,5 @@ def test_arguments_of_all_calls_together_are_bounded() -> None:
     ]
     with pytest.raises(UsageError, match="message 2: tool call arguments have more than 131072 values"):
         check_messages(turns * 3)
-    with pytest.raises(UsageError, match="message 0: arguments"):
+    with pytest.raises(UsageError, match="message 0: tool call arguments"):
         check_messages([{"role": "assistant", "tool_calls": [call] * 100}])

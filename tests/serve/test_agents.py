@@ -73,13 +73,17 @@ def test_white_space_at_the_end_is_refused_as_anthropic_does_and_taken_as_llama_
 @pytest.mark.parametrize(
     ("dialect", "more", "word"),
     [
-        ("chat", {"response_format": {"type": "json_object"}}, "continues the last message"),
-        ("chat", {"tools": TOOLS["chat"], "tool_choice": "required"}, "continues the last message"),
+        ("chat", {"response_format": {"type": "json_object"}}, "continues the assistant's last message"),
+        (
+            "chat",
+            {"tools": TOOLS["chat"], "tool_choice": "required"},
+            "continues the assistant's last message",
+        ),
         ("chat", {"continue_final_message": False}, "continue_final_message"),
         (
             "messages",
             {"tools": TOOLS["messages"], "tool_choice": {"type": "any"}},
-            "continues the last message",
+            "continues the assistant's last message",
         ),
     ],
 )
