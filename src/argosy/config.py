@@ -84,9 +84,7 @@ class Budget(_Strict):
     """Memory that one process may use, interpreter included. The planner adds no hidden margin."""
 
     ram_bytes: int
-    context_tokens: int | None = (
-        None  # None: the model's context length, or as much of it as the budget allows
-    )
+    context_tokens: int | None = None  # None: the model's context length, or as much as the budget allows
 
     def __post_init__(self) -> None:
         if self.ram_bytes <= 0:
@@ -227,9 +225,8 @@ class SamplingParams(_Strict):
     ignore_eos: bool = False
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()  # end the answer as an end token does, even with ignore_eos
-    skip_special_tokens: bool = (
-        True  # omit them from the text, which never includes the token that ends the answer
-    )
+    # Omit them from the text. The text never includes the token that ends the answer.
+    skip_special_tokens: bool = True
     prompt_logprobs: int | None = None  # like logprobs, for every prompt token except the first
     grammar: Grammar | None = None
 

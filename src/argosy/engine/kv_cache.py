@@ -37,9 +37,8 @@ class KvBlocks:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
-        self.num_releases = (
-            0  # how often room was made; a sequence that did not fit still does not until this changes
-        )
+        # Counts how often room was made. A sequence that did not fit still does not until this changes.
+        self.num_releases = 0
         self._forgotten = forgotten
         self._free = list(range(num_blocks - 1, -1, -1))
         self._holders = [0] * num_blocks

@@ -306,9 +306,8 @@ def _bookkeeping(files: ModelFiles) -> Callable[[int], int]:
         return lambda num_slots: 0
     some, everything = bookkeeping_bytes(files.experts), resident_bookkeeping_bytes(files.experts)
     num_layers, num_experts = files.config.num_layers, files.config.num_experts
-    uses = (
-        3 * 8 * num_layers * num_experts
-    )  # `Stack.take_uses`: current counts, last reported, being reported
+    # `Stack.take_uses`: current counts, last reported counts, and those being reported.
+    uses = 3 * 8 * num_layers * num_experts
 
     def nbytes(num_slots: int) -> int:
         if num_slots >= len(files.experts):

@@ -58,17 +58,13 @@ _MAGIC = b"ARGOSYKV"
 _KINDS: dict[Kind, int] = {"kv": 0, "state": 1}
 _NAME = re.compile(r"[0-9a-f]{64}\.(kv|state)")
 _TENANT = re.compile(r"[0-9a-f]{32}")
-_READERS = (
-    4  # threads: two saturate an idle drive; beside expert reads, four get a third more of its bandwidth
-)
+# Threads: two saturate an idle drive; beside expert reads, four get a third more of its bandwidth.
+_READERS = 4
 # One more than are in flight: the caller uses one, or fills it.
 _READ_BUFFERS, _WRITE_BUFFERS = _READERS + 1, 2
 _PAGE_BYTES = 4096
-_NO_SUCH_FILE = (
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.ELOOP,
-)  # the file is gone, or is a link that we did not make
+# The file is gone, or is a link that we did not make.
+_NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _SWEEP_SECONDS = 60.0
 _REST_SECONDS = 60.0  # pause in writing after a failed write
 

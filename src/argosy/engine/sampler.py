@@ -190,9 +190,8 @@ class Sampler:
             seen = state.seen_ids()
             now = scores[seen]
             penalty = params.repetition_penalty
-            with np.errstate(
-                over="ignore"
-            ):  # dividing by a tiny penalty overflows; the result is capped below
+            # Dividing by a tiny penalty overflows; the result is capped below.
+            with np.errstate(over="ignore"):
                 changed = np.where(
                     now > 0, now.astype(np.float64) / penalty, now.astype(np.float64) * penalty
                 )

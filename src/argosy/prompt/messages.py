@@ -38,9 +38,8 @@ _KEYS = {
     "tool": ("role", "content", "name", "tool_call_id"),
 }
 _OTHER_KEYS = ("role", "content", "name")
-UNREADABLE = (
-    "INVALID_JSON"  # holds arguments that are not an object, as Anthropic asks for them to be sent back
-)
+# Holds arguments that are not an object, as Anthropic asks for them to be sent back.
+UNREADABLE = "INVALID_JSON"
 _LONGEST_NAME = 256  # of a speaker, a call, or a call's id
 
 

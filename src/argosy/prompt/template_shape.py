@@ -26,11 +26,8 @@ Messages = list[dict[str, Any]]
 Try = Callable[[Messages, list[dict[str, object]] | None], str | None]
 """Returns what a template prints for messages and tools, or None if it fails."""
 
-_REASONING_KEYS = (
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-)  # the first one that a template reads is used
+# The first one that a template reads is used.
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,14 +193,8 @@ def find_shape(variables: frozenset[str], names: frozenset[str], attempt: Try) -
     is_beside = prints("probe_text", "probe_key1", content="probe_text")
     said = {"role": "assistant", "content": "probe_text"}
     turn = _probe_turn(arguments_as_text, 1, content=empty)
-    split = [
-        _USER,
-        said,
-        turn,
-        results[0],
-        said,
-        _USER,
-    ]  # if a template counts turns, only later ones show it
+    # If a template counts turns, only later ones show it.
+    split = [_USER, said, turn, results[0], said, _USER]
     is_before = printed(split, "probe_text", "probe_key1") is not None
     key = next((key for key in _REASONING_KEYS if key in names), None)
     thought: dict[str, Any] = {} if key is None else {key: "probe_thought"}

@@ -88,10 +88,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.shadows = shadows
         self.keep: Callable[[Any], Any] = shadows.keep if shadows is not None else lambda value: value
         self.concat = self._concat  # type: ignore[method-assign]
-        for name in (
-            "random",
-            "pprint",
-        ):  # random differs between renderings; pprint shows a string's internals
+        # random differs between renderings; pprint shows a string's internals.
+        for name in ("random", "pprint"):
             del self.filters[name]
         del self.globals["lipsum"]
         self.filters = {name: self._keeping(made) for name, made in self.filters.items()}
