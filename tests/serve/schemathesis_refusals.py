@@ -30,7 +30,7 @@ REASONS = (
     r"(continue_final_message|add_generation_prompt): the last message is",
     r"messages: final assistant content cannot end with trailing whitespace",
     r"the answer cannot be a call and have a form",
-    r"the answer continues the last message, which is the assistant's, so it cannot have a form or be a call",
+    r"the answer continues the assistant's last message, so it cannot have a required form",
     # The model that is served, and what is in memory.
     r"This model's maximum context length is \d+ tokens",
     r"prompt is too long: \d+ tokens",
