@@ -1,22 +1,22 @@
 """Every error Argosy raises on purpose, as one small tree.
 
     ArgosyError                      exit code   HTTP status
-    ├── UsageError                           2           400   a setting, option or request that cannot be meant
+    ├── UsageError                           2           400   a setting, option or request is invalid
     │   ├── PromptTooLong                    2           400   prompt and answer do not fit the context
-    │   └── GrammarError                     2           400   a grammar cannot be compiled, or followed, within bounds
-    ├── Overloaded                           1           503   too much waits already; come back later
-    ├── Revoked                              1           401   the key that asks is no longer one
+    │   └── GrammarError                     2           400   a grammar cannot be compiled or followed within bounds
+    ├── Overloaded                           1           503   no room for another request now; retry later
+    ├── Revoked                              1           401   the key of the request was revoked
     ├── DoesNotFit                           3           503   the memory budget is below the floor
-    ├── CheckpointError                      4           500   a file is missing, damaged or lies about itself
-    │   ├── UnsupportedModel                 4           500   the mathematics it asks for is not built in
+    ├── CheckpointError                      4           500   a file is missing, damaged or inconsistent
+    │   ├── UnsupportedModel                 4           500   the model needs mathematics that is not built in
     │   └── CorruptRecord                    4           500   bytes changed since the pack was written
     ├── ReadFailed                           4           500   the drive or file system refused a read
-    ├── DiskFull                             5           507   no room for what has to be written
-    ├── FetchFailed                          1           502   something to be downloaded could not be had
-    └── ServerNotUsable                      1           502   no answer, the key refused, or no Argosy
+    ├── DiskFull                             5           507   no room for the data to write
+    ├── FetchFailed                          1           502   a download failed
+    └── ServerNotUsable                      1           502   no answer, the key refused, or not an Argosy server
 
-Each carries its facts as attributes, so that the command line and the server say the same sentence. `hint`, when
-there is one, is what to do next. `assert` is for what only our own mistake can break.
+Each error carries its facts as attributes, so the command line and the server say the same sentence. `hint`, if set,
+says what to do next. `assert` is for conditions that only our own mistake can break.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ArgosyError(Exception):
 
 
 class UsageError(ArgosyError):
-    """A setting, option or request that cannot be meant."""
+    """A setting, option or request is invalid."""
 
     exit_code = 2
     http_status = 400
@@ -50,16 +50,16 @@ class UsageError(ArgosyError):
 class PromptTooLong(UsageError):
     """Prompt and answer do not fit the context.
 
-    Facts: `needed` and `available`, in tokens. `for_answer` says how many of those needed are the answer's, where that
-    is more than one. With `is_at_least` the prompt was not counted to its end, and `needed` is a lower bound. The
-    server words them as the clients of each dialect know it (`serve/gate.py`).
+    Facts: `needed` and `available`, in tokens. `for_answer` says how many of the needed tokens are for the answer, if
+    more than one. With `is_at_least` the prompt was not counted to its end, and `needed` is a lower bound. The server
+    rewords the message for the clients of each dialect (`serve/gate.py`).
     """
 
     @classmethod
     def of(
         cls, num_tokens: int, context_tokens: int, *, for_answer: int = 1, is_all: bool = True
     ) -> PromptTooLong:
-        """The refusal of a prompt of `num_tokens`; not `is_all`: it was not counted to its end."""
+        """Refuse a prompt of `num_tokens`; with `is_all` false it was not counted to its end."""
         counted = "" if is_all else "at least "
         room = "one" if for_answer == 1 else str(for_answer)
         return cls(
@@ -74,14 +74,14 @@ class PromptTooLong(UsageError):
 
 
 class GrammarError(UsageError):
-    """A grammar that an answer is to follow cannot be compiled, or not be followed, within its bounds."""
+    """The grammar for an answer cannot be compiled or followed within its bounds."""
 
 
 class Overloaded(ArgosyError):
-    """There is no room for one more request now.
+    """There is no room for another request now.
 
     Attributes:
-        retry_after_s: when there may be, in whole seconds.
+        retry_after_s: when to try again, in whole seconds.
     """
 
     http_status = 503
@@ -92,13 +92,13 @@ class Overloaded(ArgosyError):
 
 
 class Revoked(ArgosyError):
-    """The key that asks is no longer one: what it asked for ends."""
+    """The key of the request was revoked, so the request ends."""
 
     http_status = 401
 
 
 class DoesNotFit(ArgosyError):
-    """The memory budget is below the floor, or a limit of the process below what the budget maps.
+    """The memory budget is below the floor, or the process may not map as much memory as the budget needs.
 
     Facts: `needed_bytes`, `budget_bytes`.
     """
@@ -108,13 +108,13 @@ class DoesNotFit(ArgosyError):
 
 
 class CheckpointError(ArgosyError):
-    """A file is missing, damaged or lies about itself; facts: `path`, and `tensor` where one is named."""
+    """A file is missing, damaged or inconsistent; facts: `path`, and `tensor` if the error concerns one."""
 
     exit_code = 4
 
 
 class UnsupportedModel(CheckpointError):
-    """The checkpoint asks for mathematics that is not built in; facts: `key`, `value`, `supported`."""
+    """The checkpoint needs mathematics that is not built in; facts: `key`, `value`, `supported`."""
 
 
 class CorruptRecord(CheckpointError):
@@ -128,24 +128,24 @@ class ReadFailed(ArgosyError):
 
 
 class DiskFull(ArgosyError):
-    """No room for what has to be written; facts: `path`, `needed_bytes`, `free_bytes`."""
+    """There is no room for the data to write; facts: `path`, `needed_bytes`, `free_bytes`."""
 
     exit_code = 5
     http_status = 507
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Whether `error` says that a file system, a quota or a limit on file sizes has no room left."""
+    """Whether `error` says that a file system is full, or a quota or file size limit is reached."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class FetchFailed(ArgosyError):
-    """Something to be downloaded could not be had; facts: `what`."""
+    """A download failed; facts: `what`."""
 
     http_status = 502
 
 
 class ServerNotUsable(ArgosyError):
-    """Nothing answers there, the key is refused, or it is no Argosy; facts: `url`, `status`, `is_absent`."""
+    """Nothing answers there, the key is refused, or it is not an Argosy server; facts: `url`, `status`, `is_absent`."""
 
     http_status = 502

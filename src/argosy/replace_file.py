@@ -1,10 +1,10 @@
-"""Replace a small file in one go, one process at a time.
+"""Replace a small file atomically, one process at a time.
 
     with replacing(path) as write:     other writers of `path` wait
         write(changed(path.read_bytes()))
 
-After a crash at any moment the old file is there, or the new one, whole. Readers need no lock. A caller that keeps
-other writers away by itself calls `replace`.
+After a crash at any moment, either the old file or the new one is there, whole. Readers need no lock. A caller that
+excludes other writers itself calls `replace`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path, *, mode: int = 0o600) -> Iterator[Callable[[bytes], None]]:
-    """Yield a function that puts bytes in the place of `path`, while no other process does. It need not be called.
+    """Yield a function that replaces `path`, while no other process can. It need not be called.
 
-    A symbolic link stays one. The new file has the old one's mode and, where we may give it, its owner; without an old
-    one it has `mode`.
+    A symbolic link stays a link. The new file gets the old file's mode and, if we may set it, its owner; if there was
+    no old file, it gets `mode`.
 
     Raises:
-        OSError: the directory cannot be written, or its drive is full; `path` is then as it was.
+        OSError: the directory cannot be written, or its drive is full; `path` is then unchanged.
     """
     path = Path(os.path.realpath(path))
-    # The lock is a file beside this one: a lock on a file that is replaced would not be seen by the next writer.
-    # The kernel releases it when its process ends, so a crash leaves nothing locked.
+    # The lock is a separate file: the next writer would not see a lock on a file that is replaced.
+    # The kernel releases it when the process ends, so a crash leaves nothing locked.
     lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         _give_to_owner_of(path.parent, lock)
@@ -39,7 +39,7 @@ def replacing(path: Path, *, mode: int = 0o600) -> Iterator[Callable[[bytes], No
 
 
 def replace(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Put bytes in the place of `path`, whose only writer the caller is. Raises what `replacing` raises."""
+    """Replace `path` with `data`; the caller must be its only writer. Raises what `replacing` raises."""
     beside = path.with_name(f".{path.name}.new")
     beside.unlink(missing_ok=True)  # left by a writer that was killed: only one process holds the lock
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -56,11 +56,11 @@ def replace(path: Path, data: bytes, mode: int = 0o600) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    sync(path.parent)  # otherwise a power cut may bring the old name back: a revoked key, for one
+    sync(path.parent)  # otherwise a power cut may bring the old file back, and with it a revoked key
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the drive."""
+    """Wait until a file, or the entries of a directory, are on the drive."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -121,7 +121,7 @@ def test_a_link_to_a_file_of_keys_stays_one_and_a_file_keeps_its_mode(file: KeyF
 
 @pytest.mark.parametrize("name", ["", " ", "a\nb", "\x1b[2J", "a" * 65, " a", "\u202eb"])
 def test_a_name_that_no_terminal_can_show_is_refused(file: KeyFile, name: str) -> None:
-    with pytest.raises(UsageError, match="a key needs a name of 1 to 64 printable characters"):
+    with pytest.raises(UsageError, match="a key name must be 1 to 64 printable characters"):
         file.add(name)
     assert not file.path.exists()
 
@@ -148,8 +148,8 @@ SPOILT: dict[str, tuple[Any, str]] = {
     "half a limit": ([key(requests_per_minute=0.5)], "key 1: requests_per_minute must be a whole number"),
     "a limit without end": ([key(requests_per_minute=10**400)], "key 1: requests_per_minute must be"),
     "a field nobody knows": ([key(owner="x")], "key 1: unknown field 'owner'"),
-    "two keys of one id": ([key(), key(name="b", sha256="2" * 64)], "key 2: its id is that of key 1, too"),
-    "two keys of one secret": ([key(), key(id="b", name="b")], "key 2: its sha256 is that of key 1, too"),
+    "two keys of one id": ([key(), key(name="b", sha256="2" * 64)], "key 2: it has the same id as key 1"),
+    "two keys of one secret": ([key(), key(id="b", name="b")], "key 2: it has the same sha256 as key 1"),
     "no object": ([key(), "key"], "key 2: expected an object, found text"),
     "an object for keys": ({}, "keys must be a list, found an object"),
 }
@@ -176,10 +176,10 @@ def test_a_spoilt_file_is_refused_by_the_number_of_the_key_and_what_is_wrong(
     ("text", "fault"),
     [
         ('{"version": 1,\n "keys": [\n  {"id" "a"}\n ]}', "line 3: Expecting ':' delimiter"),
-        ('{"version": 1, "keys": [], "keys": []}', "an object gives a field twice"),
+        ('{"version": 1, "keys": [], "keys": []}', "an object has the same field twice"),
         ('{"version": true, "keys": []}', "version must be 1"),
         ("[" * 100_000, "it is not JSON in UTF-8"),
-        ('{"version": 1, "keys": [' + " " * (1 << 20) + "]}", "it has more than 1048576 bytes"),
+        ('{"version": 1, "keys": [' + " " * (1 << 20) + "]}", "it is larger than 1048576 bytes"),
     ],
 )
 def test_what_is_no_file_of_keys_is_refused_by_line(file: KeyFile, text: str, fault: str) -> None:
@@ -219,7 +219,7 @@ def test_a_key_that_is_given_twice_counts_once_and_two_keys_are_refused(
     assert status(url, ("Authorization", "Basic b25lOnR3bw=="), header) == 200  # for a proxy on the way
     answer = httpx.get(f"{url}/v1/models", headers=[bearer, ("x-api-key", two)])
     assert answer.json()["error"]["message"] == (
-        "the headers authorization and x-api-key hold different keys\nhint: send one of them"
+        "the authorization and x-api-key headers hold different keys\nhint: send only one"
     )
     assert one not in answer.text
 

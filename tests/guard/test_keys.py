@@ -32,7 +32,7 @@ def test_a_file_that_others_may_read_is_refused(tmp_path: Path) -> None:
     file = KeyFile(tmp_path / "keys.json")
     file.add("laptop")
     file.path.chmod(0o640)
-    with pytest.raises(UsageError, match="can be used by others"):
+    with pytest.raises(UsageError, match="other users can access"):
         file.read()
 
 
@@ -50,7 +50,7 @@ def test_what_is_no_file_of_keys_is_refused(tmp_path: Path, content: str) -> Non
     path = tmp_path / "keys.json"
     path.write_text(content)
     path.chmod(0o600)
-    with pytest.raises(UsageError, match="is not a file of keys of version 1"):
+    with pytest.raises(UsageError, match="is not a keys file of version 1"):
         KeyFile(path).read()
 
 
@@ -70,7 +70,7 @@ def test_a_key_that_cannot_be_meant_is_not_made(
 def test_two_keys_of_one_name_are_refused_and_revoking_frees_the_name(tmp_path: Path) -> None:
     file = KeyFile(tmp_path / "keys.json")
     first, _ = file.add("laptop")
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="already exists"):
         file.add("laptop")
     assert file.revoke(first.id) == first
     file.add("laptop")

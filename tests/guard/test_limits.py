@@ -184,5 +184,5 @@ def test_a_file_of_counts_is_its_owner_s_alone_and_one_server_s_at_a_time(path: 
 
 def test_what_is_no_file_of_counts_is_refused_with_a_way_out(path: Path) -> None:
     path.write_text("half a page of something else" * 100)
-    with pytest.raises(UsageError, match=r"(?s)not a file of counts of version 1.*remove it"):
+    with pytest.raises(UsageError, match=r"(?s)not a usage file of version 1.*remove it"):
         UseFile(path)

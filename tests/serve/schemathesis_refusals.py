@@ -16,20 +16,20 @@ REASONS = (
     # One place of the body names another.
     r"message \d+: tool_call_id '.*' matches no call in an earlier message",
     r"tool_choice names '.*', which is not among the tools",
-    r"tool_choice (asks for a call|requires a tool call), and there are no tools",
+    r"tool_choice requires a tool call, and there are no tools",
     r"tool \d+: the name '.*' is used twice",
     r"message \d+: reasoning_content and reasoning differ",
-    r"an answer has one form",
-    r"best_of is n here",
+    r"an answer can have only one form",
+    r"best_of must equal n",
     r"min_tokens must be at most max_tokens",
     r"ignore_eos cannot be used with a grammar",
-    r"repeat_penalty and repetition_penalty are two names of one setting, and they differ",
+    r"repeat_penalty and repetition_penalty are two names for one setting, and their values differ",
     # The last message.
     r"the last (message|item) ",
     r"the only message is an empty one from the assistant",
     r"(continue_final_message|add_generation_prompt): the last message is",
     r"messages: final assistant content cannot end with trailing whitespace",
-    r"the answer cannot be a call and have a form",
+    r"the answer cannot be a tool call and have a form",
     r"the answer continues the assistant's last message, so it cannot have a required form",
     # The model that is served, and what is in memory.
     r"This model's maximum context length is \d+ tokens",
@@ -37,13 +37,13 @@ REASONS = (
     r"input length and `min_tokens` exceed context limit",
     r"a prompt needs at least one token, and this one is empty",
     r"(token id|stop_token_ids names token|logit_bias names token) \d+",
-    r".*: (this model reads text only|this server does not run such tools), and this is of type",
+    r".*: (this model reads text only|this server does not run Anthropic's tools), and this part has type",
     r"message \d+: part \d+ is of type '.*', and this model takes text only",
     r"tools: .* would run at Anthropic",
     r"this model's chat template does not read the variable",
     r"Previous response with id '.*' not found",
     # Text in a language of its own.
-    r"(guided_json|structured_outputs\.json): (the text is not JSON|expected the text of an object)",
+    r"(guided_json|structured_outputs\.json): (the text is not JSON|expected the JSON text of an object)",
     r"the (grammar|expression|schema) |line \d+ of the grammar",
 )
 

@@ -29,8 +29,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "/detokenize": {"tokens": [1]},
 }
 TOLD = (
-    'the model "gpt-4o" does not exist; there is: tiny\n'
-    "hint: `argosy serve --any-model` takes every name for the model that it serves"
+    'the model "gpt-4o" does not exist; this server has: tiny\n'
+    "hint: `argosy serve --any-model` accepts every model name"
 )
 
 

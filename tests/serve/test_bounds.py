@@ -60,7 +60,7 @@ NOT_JSON: dict[str, tuple[bytes, str]] = {
     "half of it": (b'{"messages": [', "it is not JSON"),
     "two of them": (b"{} {}", "it is not JSON"),
     "not an object": (b"[1]", "the body: expected an object, found a list of 1"),
-    "bad UTF-8": (b'{"model": "\xff"}', "the body is not UTF-8 text: byte 11 is wrong"),
+    "bad UTF-8": (b'{"model": "\xff"}', "the body is not UTF-8 text: byte 11 is invalid"),
     "UTF-16": ('{"model": "m"}'.encode("utf-16"), "the body is not UTF-8 text"),
     "an overlong slash": (b'{"model": "\xc0\xaf"}', "the body is not UTF-8 text"),
     "half a character": (b'{"model": "\\ud800"}', "it holds half a character"),
@@ -296,7 +296,7 @@ def test_an_address_in_a_text_is_text(client: httpx.Client, path: str, content: 
 def test_the_name_of_a_model_is_no_path(client: httpx.Client, path: str) -> None:
     answer = client.post(path, json=DIALECTS[path] | {"model": "../../../etc/passwd"})
     assert answer.status_code == 404
-    assert "there is: tiny" in answer.text
+    assert "this server has: tiny" in answer.text
     refused(client.post(path, json=DIALECTS[path] | {"model": "x" * 257}), path)
 
 

@@ -54,7 +54,7 @@ def test_a_connection_too_many_hears_503_in_its_dialect_and_is_closed(
         assert answer.headers["connection"] == "close"
         error = answer.json()
         assert error["error"]["type"] == "overloaded_error"
-        assert error["error"]["message"] == "the server has as many connections as it may"
+        assert error["error"]["message"] == "the server has reached its limit on connections"
         assert ("type" in error) == (dialect == "messages")
         idle[0].close()  # and somebody else has room
         deadline = time.monotonic() + 20
@@ -94,7 +94,7 @@ def test_more_connections_than_files_may_be_open_are_refused_before_the_start(
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
     monkeypatch.setattr(run, "_num_open_files", lambda: 40)
     with pytest.raises(
-        UsageError, match="5000 connections need 5360 open files, and 1024 are allowed"
+        UsageError, match="5000 connections need 5360 open files, and the limit is 1024"
     ) as refused:
         run.make_room_for_files(5000)
     assert "--max-connections 664" in str(refused.value)

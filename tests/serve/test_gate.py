@@ -80,7 +80,7 @@ def test_who_hangs_up_has_used_the_tokens_that_were_made(keyed: tuple[str, str],
     while (again := httpx.post(f"{url}/tokenize", json=small, headers=headers)).status_code == 200:
         assert time.monotonic() < until
     assert again.status_code == 429
-    assert "12 tokens a day" in again.json()["error"]["message"]
+    assert "12 tokens per day" in again.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_method_that_a_path_does_not_take_is_answered_with_those_that_it_takes
 ) -> None:
     answer = client.request("TRACE", "/tokenize")
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
-    assert answer.json()["error"]["message"] == "this path takes POST"
+    assert answer.json()["error"]["message"] == "this path accepts POST"
 
 
 def test_no_keys_means_this_machine_only() -> None:
@@ -124,7 +124,7 @@ def test_a_file_of_keys_that_others_can_read_is_refused(tmp_path: Path) -> None:
     file.add("one")
     assert file.path.stat().st_mode & 0o777 == 0o600
     file.path.chmod(0o644)
-    with pytest.raises(UsageError, match="others"):
+    with pytest.raises(UsageError, match="other users"):
         file.read()
 
 
@@ -197,7 +197,7 @@ def test_bodies_of_all_requests_together_are_bounded_and_room_comes_back(service
                 wait_until_free()
             refused = client.post("/tokenize", json={"content": "a" * 4000})
             assert refused.status_code == 413
-            assert "reading the body would take " in refused.json()["error"]["message"]
+            assert "parsing the body would take " in refused.json()["error"]["message"]
             wait_until_free()
             slow = {
                 "prompt": "b" * 150,

@@ -209,7 +209,7 @@ def test_a_conversation_has_no_more_items_than_one_that_is_sent(
         "/v1/responses", json=GREEDY | {"input": "x", "previous_response_id": second["id"]}
     )
     assert refused.status_code == 400
-    assert "has 5 items, and may have 4" in refused.json()["error"]["message"]
+    assert "has 5 items; the maximum is 4" in refused.json()["error"]["message"]
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ def test_nobody_waits_for_a_pipe_that_is_not_read_and_what_was_dropped_is_told()
     os.close(writer)
     reading.join(10)
     numbers = re.findall(r"line (\d+)", found[0])
-    dropped = [int(count) for count in re.findall(r"(\d+) lines of the log were dropped", found[0])]
+    dropped = [int(count) for count in re.findall(r"(\d+) log lines were dropped", found[0])]
     assert len(numbers) + sum(dropped) == 100
     assert sum(dropped) >= 90
     assert numbers == [str(number) for number in range(len(numbers))]

@@ -89,7 +89,7 @@ def test_an_image_of_an_earlier_turn_is_a_note_and_a_new_one_is_refused_by_name(
     said = refused.json()["error"]["message"]
     assert f"'{image(dialect)['type']}'" in said
     assert "this model reads text only" in said
-    assert "put it into words" in said
+    assert "describe it in words" in said
     assert DATA not in said
 
 
@@ -155,7 +155,7 @@ def test_a_server_tool_beside_others_is_left_out_and_alone_refused_by_name(speak
         assert refused.status_code == 400
         assert "web_search_20250305 would run at Anthropic" in refused.json()["error"]["message"]
     refused = post(speaker, "messages", asked, tools=[{"type": "bash_20250124", "name": "bash"}])
-    assert "only models of Anthropic know the parameters of bash_20250124" in refused.text
+    assert "only Anthropic's models know the parameters of bash_20250124" in refused.text
 
 
 def test_no_ops_of_anthropics_clients_are_accepted_and_named(speaker: httpx.Client) -> None:

@@ -182,7 +182,7 @@ def test_a_port_in_use_is_told_before_the_model_is_looked_for(tmp_path: Path) ->
         )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == (
-        f"error: port {port} of 127.0.0.1 is in use\nhint: --port {port + 1}, or --port 0 for any that is free\n"
+        f"error: port {port} of 127.0.0.1 is in use\nhint: use --port {port + 1}, or --port 0 for any free port\n"
     )
 
 
@@ -202,7 +202,7 @@ def test_another_server_that_listens_first_is_told_of_too(model: Path, tmp_path:
 
 @pytest.mark.parametrize(
     ("host", "fault"),
-    [("192.0.2.1", "192.0.2.1 is no address of this machine"), ("nowhere.invalid", "is no address")],
+    [("192.0.2.1", "192.0.2.1 is not an address of this machine"), ("nowhere.invalid", "is not an address")],
 )
 def test_an_address_of_others_is_told_of(host: str, fault: str) -> None:
     with pytest.raises(UsageError, match=fault), bind(host, 0):
@@ -299,6 +299,6 @@ def test_when_no_more_files_may_be_open_connections_wait_and_the_log_says_it_onc
             assert connection.makefile("rb").read().startswith(b"HTTP/1.1 200")
         process.send_signal(signal.SIGTERM)
         log = end(process)
-    assert log.count("no more files may be open") == 1
+    assert log.count("the limit on open files is reached") == 1
     assert "Traceback" not in log
     assert len(log.splitlines()) < 40

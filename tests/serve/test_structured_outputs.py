@@ -181,8 +181,8 @@ def test_an_expression_and_a_grammar_need_the_scope_and_the_others_do_not(
             answer = httpx.post(url + path, json=body, headers=headers)
             if name in ("regex", "grammar") and not {"grammar", "admin"} & set(scopes):
                 assert refusal(answer, 403) == (
-                    f"the key has no scope 'grammar', which structured_outputs.{name} needs\n"
-                    "hint: `argosy keys add NAME --scope infer --scope grammar` makes one that has"
+                    f"the key lacks scope 'grammar', which structured_outputs.{name} needs\n"
+                    "hint: `argosy keys add NAME --scope infer --scope grammar` makes a key that has it"
                 )
                 assert answer.json()["error"]["type"] == "permission_error"
                 assert answer.json()["error"]["param"] == f"structured_outputs.{name}"
@@ -199,9 +199,9 @@ def test_an_expression_and_a_grammar_need_the_scope_and_the_others_do_not(
 @pytest.mark.parametrize(
     ("form", "sentence"),
     [
-        ({}, "takes exactly one of json, choice, regex and grammar, and has 0"),
-        ({"regex": None}, "takes exactly one of json, choice, regex and grammar, and has 0"),
-        ({"regex": "a", "json": {}}, "takes exactly one of json, choice, regex and grammar, and has 2"),
+        ({}, "needs exactly one of json, choice, regex and grammar, found 0"),
+        ({"regex": None}, "needs exactly one of json, choice, regex and grammar, found 0"),
+        ({"regex": "a", "json": {}}, "needs exactly one of json, choice, regex and grammar, found 2"),
         ({"regex": "a", "backend": "x"}, "unknown field 'structured_outputs.backend'"),
         ({"structural_tag": "x"}, "unknown field 'structured_outputs.structural_tag'"),
         ({"regex": ""}, "structured_outputs.regex: expected at least 1 characters"),
@@ -229,13 +229,13 @@ def test_an_answer_has_one_form(client: httpx.Client, service: Service) -> None:
     tool = {"type": "function", "function": {"name": "f"}}
     named = {"type": "function", "function": {"name": "f"}}
     for more, sentence in (
-        ({"response_format": {"type": "json_object"}}, "an answer has one form"),
+        ({"response_format": {"type": "json_object"}}, "an answer can have only one form"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
-            "an answer has one form",
+            "an answer can have only one form",
         ),
-        ({"tools": [tool], "tool_choice": "required"}, "the answer cannot be a call and have a form"),
-        ({"tools": [tool], "tool_choice": named}, "the answer cannot be a call and have a form"),
+        ({"tools": [tool], "tool_choice": "required"}, "the answer cannot be a tool call and have a form"),
+        ({"tools": [tool], "tool_choice": named}, "the answer cannot be a tool call and have a form"),
     ):
         for form in ({"regex": "a"}, {"json": {}}):
             answer = client.post(PATHS[0], json=body_of(service, PATHS[0], form, **more))

@@ -253,7 +253,7 @@ def test_a_form_may_be_asked_for_by_its_older_name(
     for more in ({"structured_outputs": {"choice": ["a"]}}, other):
         refused = speaker.post(PATHS[dialect], json=body(dialect, **{name: value}, **more))
         assert refused.status_code == 400
-        assert "an answer has one form" in refused.json()["error"]["message"]
+        assert "an answer can have only one form" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("dialect", ["chat", "completions"])

@@ -1,1 +1,1 @@
-"""Who may ask for what, and how much of it: `keys.py` and `limits.py`. Nothing here sees what is asked."""
+"""API keys (`keys.py`) and their limits (`limits.py`). Nothing here sees the content of a request."""

@@ -1,12 +1,12 @@
-"""API keys: made once, kept as SHA-256 in a file that only its owner reads.
+"""API keys: shown once, stored as SHA-256 in a file that only its owner can read.
 
     argosy keys add  ->  KeyFile  ->  KeyRing.find, for each request
 
-A key is 256 random bits, so a plain digest of it cannot be guessed back. Digests are compared in constant time, all of
-them each time. A running server sees a changed file within a second: a key that is revoked ends there. Whoever changes
-the file reads and writes it under a lock, so no change undoes another.
+A key is 256 random bits, so it cannot be guessed from a plain digest. Every look-up compares all digests, each in
+constant time. A running server sees a changed file within a second and then refuses a revoked key. Every change reads
+and writes the file under a lock, so no change undoes another.
 
-Elsewhere: how much a key may ask for is `limits.py`.
+Elsewhere: the limits of a key are `limits.py`.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ _LOOK_AGAIN_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """What is known of a key; None leaves a limit out.
+    """One key; a limit of None means no limit.
 
     Raises:
-        UsageError: a field has another type, or a value that it cannot have.
+        UsageError: a field has the wrong type or an invalid value.
     """
 
     id: str
@@ -61,7 +61,7 @@ class Key:
         if not isinstance(self.name, str):
             raise UsageError(f"name must be text, found {_kind(self.name)}")
         if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
-            # What was found is not quoted: it may be the secret itself.
+            # Do not quote the value: it may be the secret itself.
             raise UsageError("sha256 must be 64 hexadecimal digits in lower case")
         if not isinstance(self.scopes, list | tuple):
             raise UsageError(f"scopes must be a list, found {_kind(self.scopes)}")
@@ -79,21 +79,21 @@ LOCAL = Key(id="local", name="this machine, without a key", sha256="0" * 64, sco
 
 
 class KeyFile:
-    """The file of keys at `path`."""
+    """The keys file at `path`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> list[Key]:
-        """All keys.
+        """Read all keys.
 
         Raises:
-            UsageError: there is no such file, others may read it, or something in it is not as it must be.
+            UsageError: the file is missing, others can access it, or its content is invalid.
         """
         try:
             with self.path.open("rb") as file:
                 if os.fstat(file.fileno()).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-                    raise UsageError(f"{self.path} can be used by others", hint=f"chmod 600 {self.path}")
+                    raise UsageError(f"other users can access {self.path}", hint=f"chmod 600 {self.path}")
                 data = file.read(_MAX_FILE_BYTES + 1)
         except OSError as error:
             raise UsageError(
@@ -104,18 +104,18 @@ class KeyFile:
             return _keys_in(data)
         except UsageError as error:
             raise UsageError(
-                f"{self.path} is not a file of keys of version {_VERSION}: {error.message}"
+                f"{self.path} is not a keys file of version {_VERSION}: {error.message}"
             ) from None
 
     def add(self, name: str, **limits: object) -> tuple[Key, str]:
-        """Make a key; returns it with its secret, which is kept nowhere.
+        """Make a key; return it with its secret, which is not stored.
 
         Raises:
-            UsageError: `name` is taken, or no name; or the file cannot be read or written.
+            UsageError: `name` is taken or invalid, or the file cannot be read or written.
         """
         if not 0 < len(name) <= _LONGEST_NAME or not name.isprintable() or name != name.strip():
             raise UsageError(
-                f"a key needs a name of 1 to {_LONGEST_NAME} printable characters without spaces around it,"
+                f"a key name must be 1 to {_LONGEST_NAME} printable characters without spaces at either end,"
                 f" found {name[: _LONGEST_NAME + 1]!a}"
             )
         secret = "ak-" + secrets.token_urlsafe(32)
@@ -124,18 +124,18 @@ class KeyFile:
             keys = self.read() if self.path.exists() else []
             if any(name in (other.name, other.id) for other in keys):
                 raise UsageError(
-                    f"a key of the name '{name}' is there already", hint="revoke it first, or name another"
+                    f"a key named '{name}' already exists", hint="revoke it first, or choose another name"
                 )
             write([*keys, key])
         return key, secret
 
     def revoke(self, name_or_id: str) -> Key:
-        """Take a key out.
+        """Remove a key.
 
         Raises:
-            UsageError: there is none of that name, or the file cannot be read or written.
+            UsageError: there is no such key, or the file cannot be read or written.
         """
-        self.read()  # where there is no file, there is nothing to lock
+        self.read()  # fails before a lock file is made beside a missing file
         with self._changing() as write:
             keys = self.read()
             for key in keys:
@@ -146,7 +146,7 @@ class KeyFile:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[Callable[[list[Key]], None]]:
-        """Hold the lock from reading to writing, so that no other process changes the file in between."""
+        """Hold the lock from reading to writing, so no other process changes the file in between."""
         try:
             with replacing(self.path) as write:
                 yield lambda keys: write(_as_json(keys))
@@ -160,13 +160,13 @@ def _as_json(keys: list[Key]) -> bytes:
 
 
 def _keys_in(data: bytes) -> list[Key]:
-    """The keys of a file.
+    """Parse a keys file.
 
     Raises:
-        UsageError: what is wrong with it, by line or by the number of the key.
+        UsageError: the file is invalid; the message names the line or the number of the key.
     """
     if len(data) > _MAX_FILE_BYTES:
-        raise UsageError(f"it has more than {_MAX_FILE_BYTES} bytes")
+        raise UsageError(f"it is larger than {_MAX_FILE_BYTES} bytes")
     try:
         content = json.loads(data, object_pairs_hook=_without_doubles)
     except json.JSONDecodeError as error:
@@ -189,7 +189,7 @@ def _keys_in(data: bytes) -> list[Key]:
         for field in ("id", "name", "sha256"):
             first = seen.setdefault((field, getattr(key, field)), number)
             if first != number:
-                raise UsageError(f"key {number}: its {field} is that of key {first}, too")
+                raise UsageError(f"key {number}: it has the same {field} as key {first}")
         keys.append(key)
     return keys
 
@@ -210,7 +210,7 @@ def _key_of(item: object) -> Key:
 def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise UsageError("an object gives a field twice")
+        raise UsageError("an object has the same field twice")
     return found
 
 
@@ -223,15 +223,15 @@ def _kind(value: object) -> str:
 
 
 class KeyRing:
-    """The keys of a running server. Without a file everybody is `LOCAL`, which only loopback may be."""
+    """The keys of a running server. Without a file every caller is `LOCAL`; `serve` then allows loopback only."""
 
     def __init__(self, file: KeyFile | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._file = file
         self._clock = clock
         self._lock = threading.Lock()
         self._keys = [] if file is None else file.read()
-        self.fault: str | None = None  # why the file, once changed, cannot be used; every key is then refused
-        self._known = {key.id for key in self._keys}  # as of the last time when the file could be read
+        self.fault: str | None = None  # why a changed file cannot be used; every key is then refused
+        self._known = {key.id for key in self._keys}  # when the file was last readable
         self._gone: list[str] = []
         self._seen = self._mark()
         self._looked_at = clock()
@@ -243,11 +243,11 @@ class KeyRing:
 
     @property
     def ids(self) -> set[str]:
-        """Of all keys."""
+        """Ids of all keys."""
         return {key.id for key in self._keys}
 
     def look(self) -> list[str]:
-        """Ids of keys that were revoked since the last call; a file that cannot be read revokes nobody."""
+        """Ids of keys that were revoked since the last call; an unreadable file revokes no key."""
         if self._file is not None:
             self._look_again()
         with self._lock:
@@ -255,7 +255,7 @@ class KeyRing:
         return gone
 
     def find(self, secret: str | None) -> Key | None:
-        """Whose secret it is."""
+        """The key that has this secret."""
         if self._file is None:
             return LOCAL
         self._look_again()
@@ -278,7 +278,7 @@ class KeyRing:
                 try:
                     self._keys = self._file.read()
                 except UsageError as error:
-                    self._keys = []  # a file that cannot be trusted lets nobody in
+                    self._keys = []  # a file that cannot be trusted admits no key
                     self.fault = str(error)
                 else:
                     self.fault = None

@@ -1,13 +1,13 @@
-"""How much one key may ask for: requests a minute, requests at once, tokens a day.
+"""Limits of a key: requests per minute, concurrent requests, tokens per day.
 
-    request  ->  begin  ->  count, as its tokens come  ->  end, however it ends
+    request  ->  begin  ->  count, for each token  ->  end, however it ends
                  └── counts of every key  ->  save  ->  UseFile, for the next process
 
-A day is a window of 24 hours from the first token that counted. A clock that is set back renews no day, and makes
-none longer than 24 hours from then. A prompt counts when the engine takes it and a token of
-an answer when it is there, whether or not anybody waits for it still; the last answer of a day may go beyond.
+A day is a window of 24 hours that starts with the first counted token. Setting the clock back neither renews a day nor
+extends it beyond 24 hours from then. A prompt counts when the engine takes it, and a token of an answer counts when it
+is made, even if the client is gone. The last answer of a day may exceed the limit.
 
-Elsewhere: whose key it is, is `keys.py`.
+Elsewhere: keys are `keys.py`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _VERSION = 1
 
 
 class TooMany(ArgosyError):
-    """A key is at its limit.
+    """A key has reached one of its limits.
 
     Attributes:
-        retry_after_s: when it will not be.
+        retry_after_s: when to try again.
     """
 
     http_status = 429
@@ -45,9 +45,9 @@ class TooMany(ArgosyError):
 
 @dataclass(slots=True)
 class Use:
-    """What a key has used; times are seconds since 1970."""
+    """Usage of one key; times are seconds since 1970."""
 
-    requests_left: float  # filled a minute's worth a minute
+    requests_left: float  # refilled at the rate of the limit
     filled_at: float
     day_began: float = 0.0
     tokens_today: int = 0
@@ -57,7 +57,7 @@ class UseFile:
     """Counts that outlive the process; one process at a time uses a file.
 
     Raises:
-        UsageError: another process has it, or it is no such file.
+        UsageError: another process uses the file, or it is not a usage file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,7 +68,7 @@ class UseFile:
         except (OSError, sqlite3.Error) as error:
             raise UsageError(f"{path} cannot be written: {error}") from None
         try:
-            # Locked from the first write until it is closed.
+            # Locked from the first write until the file is closed.
             self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
             with self._transaction():
                 (version,) = self._database.execute("PRAGMA user_version").fetchone()
@@ -84,20 +84,20 @@ class UseFile:
             if "locked" not in str(error):
                 raise UsageError(f"{path} cannot be written: {error}") from None
             raise UsageError(
-                f"{path} is in use by another server", hint="give each server a file of keys of its own"
+                f"{path} is in use by another server", hint="give each server its own keys file"
             ) from None
         except sqlite3.Error:
             self._database.close()
             raise UsageError(
-                f"{path} is not a file of counts of version {_VERSION}",
-                hint="remove it to begin counting anew",
+                f"{path} is not a usage file of version {_VERSION}",
+                hint="remove it to start counting from zero",
             ) from None
 
     def read(self) -> dict[str, Use]:
         return {key: Use(*use) for key, *use in self._database.execute("SELECT * FROM uses")}
 
     def write(self, uses: Mapping[str, Use], gone: Collection[str]) -> None:
-        """Put these counts in, and take out those of keys that are gone; all or nothing."""
+        """Store these counts and delete those of revoked keys, in one transaction."""
         with self._transaction():
             self._database.executemany("DELETE FROM uses WHERE key = ?", [(key,) for key in gone])
             self._database.executemany(
@@ -121,11 +121,11 @@ class UseFile:
 
 
 class Limits:
-    """What each key has used.
+    """Usage of every key.
 
     Args:
-        file: where counts are kept for the next process; None: nowhere.
-        known: ids of the keys there are; counts of others are forgotten.
+        file: keeps counts for the next process; None keeps them in memory only.
+        known: ids of existing keys; counts of other keys are deleted.
         clock: seconds since 1970.
     """
 
@@ -146,10 +146,10 @@ class Limits:
             self.forget(key_id)
 
     def begin(self, key: Key) -> None:
-        """Let a request in; `end` has to follow.
+        """Admit a request; `end` must follow.
 
         Raises:
-            TooMany: one of the key's limits is reached.
+            TooMany: the key has reached one of its limits.
         """
         now = self._clock()
         with self._lock:
@@ -163,25 +163,28 @@ class Limits:
                 and use.tokens_today >= key.tokens_per_day
             ):
                 wait = math.ceil(_DAY_S - (now - use.day_began))
-                raise TooMany(f"the key has used its {key.tokens_per_day} tokens a day", retry_after_s=wait)
+                raise TooMany(f"the key has used its {key.tokens_per_day} tokens per day", retry_after_s=wait)
             if key.concurrent_requests is not None and running >= key.concurrent_requests:
-                raise TooMany(f"{running} requests of the key run already, and as many may", retry_after_s=1)
+                raise TooMany(
+                    f"{running} requests of the key are running, and its limit is {key.concurrent_requests}",
+                    retry_after_s=1,
+                )
             if rate is not None:
                 passed = max(0.0, now - use.filled_at)
                 use.requests_left = min(float(rate), use.requests_left + passed * rate / 60)
                 use.filled_at = now
                 if use.requests_left < 1:
                     wait = max(1, math.ceil((1 - use.requests_left) * 60 / rate))
-                    raise TooMany(f"the key may make {rate} requests a minute", retry_after_s=wait)
+                    raise TooMany(f"the key may make {rate} requests per minute", retry_after_s=wait)
                 use.requests_left -= 1
                 self._changed.add(key.id)
             self._running[key.id] = running + 1
 
     def count(self, key: Key, num_tokens: int) -> None:
-        """So many tokens more, of a prompt or an answer."""
+        """Count `num_tokens` more tokens of a prompt or an answer."""
         now = self._clock()
         with self._lock:
-            if (use := self._uses.get(key.id)) is None:  # its key is gone
+            if (use := self._uses.get(key.id)) is None:  # its key was revoked
                 return
             _bring_forward(use, now)
             if now - use.day_began >= _DAY_S or not use.tokens_today:
@@ -190,23 +193,23 @@ class Limits:
             self._changed.add(key.id)
 
     def end(self, key: Key) -> None:
-        """A request has ended."""
+        """End a request that `begin` admitted."""
         with self._lock:
             self._running[key.id] -= 1
             if not self._running[key.id]:
                 del self._running[key.id]
 
     def forget(self, key_id: str) -> None:
-        """A key is gone, and its counts with it."""
+        """Delete the counts of a revoked key."""
         with self._lock:
             self._uses.pop(key_id, None)
             self._changed.add(key_id)
 
     def save(self) -> None:
-        """Write what has changed since it was called last.
+        """Write the counts that changed since the last call.
 
         Raises:
-            UsageError: the file cannot be written; what has changed stays to be written.
+            UsageError: the file cannot be written; the next call tries again.
         """
         if self._file is None:
             return
@@ -218,10 +221,10 @@ class Limits:
         except sqlite3.Error as error:
             with self._lock:
                 self._changed |= changed
-            raise UsageError(f"counts of keys cannot be written: {error}") from None
+            raise UsageError(f"the usage of keys cannot be written: {error}") from None
 
     def close(self) -> None:
-        """Write what is left, and let go of the file."""
+        """Write the remaining changes and close the file."""
         if self._file is not None:
             try:
                 self.save()
@@ -230,5 +233,5 @@ class Limits:
 
 
 def _bring_forward(use: Use, now: float) -> None:
-    """A day that begins later than now, because the clock was set back, begins now; what it has used stays used."""
+    """Move a day that begins in the future, because the clock was set back, to now; its usage stays."""
     use.day_began = min(use.day_began, now)

@@ -1,4 +1,4 @@
-"""The engine over HTTP: one core, one file for each dialect that tools speak.
+"""The engine over HTTP: one core, and one file for each API dialect.
 
-gate.py  who may come in, and how  ->  app.py  routes  ->  a dialect's file  ->  core.py  ->  the engine's thread
+gate.py  admission  ->  app.py  routes  ->  the dialect's file  ->  core.py  ->  the engine's thread
 """

@@ -1,10 +1,10 @@
 """Anthropic's Messages: POST /v1/messages and /v1/messages/count_tokens.
 
-A stream has one content block for each tool call, for each stretch of text and of thoughts, opened and closed in turn.
-Claude Code writes a line into the system prompt that changes with each conversation, and would have every prompt
-computed anew; it is taken out before the prompt is made, unless the server was told to keep it (`--keep-billing-line`).
+A stream has one content block for each tool call and for each stretch of text or thoughts, opened and closed in turn.
+Claude Code puts a line at the start of the system prompt that changes with each conversation, so no prompt prefix could
+be reused. The line is removed before the prompt is built, unless the server runs with `--keep-billing-line`.
 
-Elsewhere: what an answer is, is `core.py`; how it goes out is `streams.py`.
+Elsewhere: answers are `core.py`; sending them is `streams.py`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from argosy.serve.tool_use import ToolChoice
 BILLING_LINE = "x-anthropic-billing-header:"
 
 
-# Tools that Anthropic runs itself, by how their types begin.
+# Prefixes of the types of tools that Anthropic runs itself.
 _SERVER_TOOLS = (
     "web_search_",
     "web_fetch_",
@@ -127,7 +127,7 @@ class ThinkingBlock(Lenient):
 
 
 class RedactedThinkingBlock(Lenient):
-    """Thoughts of another model, which nobody here can read."""
+    """Encrypted thoughts of another model, which cannot be read here."""
 
     type: Literal["redacted_thinking"]
 
@@ -140,7 +140,7 @@ class ToolUseBlock(Lenient):
 
 
 class ServerBlock(UnreadPart):
-    """A call or a result of a tool that Anthropic runs, in a conversation that began there."""
+    """A call or a result of a tool that Anthropic ran, in a conversation that began there."""
 
     type: Literal[
         "server_tool_use", "web_search_tool_result", "web_fetch_tool_result", "code_execution_tool_result",
@@ -197,9 +197,9 @@ class ClientTool(Lenient):
 
 
 class AnthropicTool(Lenient):
-    """A tool that Anthropic runs, or whose parameters only its models know."""
+    """A tool that Anthropic runs, or whose parameters only Anthropic's models know."""
 
-    # The document has the types that may stand beside a client's tools; others are refused by their names.
+    # The OpenAPI document has the types that are allowed beside a client's tools; others are refused by name.
     type: Annotated[
         str, Field(pattern=r"^[a-z0-9_]{1,64}$", json_schema_extra=_SHOWN_TYPE),
     ]  # fmt: skip
@@ -235,7 +235,7 @@ class NamedChoice(Lenient):
 
 
 class Thinking(Lenient):
-    """How much to think: "adaptive" leaves it to the model, a budget of tokens does not bound it."""
+    """Whether to think. "adaptive" leaves that to the model. A token budget is accepted but does not limit thoughts."""
 
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
 
@@ -259,7 +259,7 @@ class CountBody(Sampling):
     tool_choice: Annotated[FreeChoice | NamedChoice, Field(discriminator="type")] | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    output_format: OutputFormat | None = None  # as it was called before `output_config.format`
+    output_format: OutputFormat | None = None  # the older name of `output_config.format`
     mcp_servers: Annotated[list[Any], few(0)] | None = None
     context_management: NoEffect[FreeObject] = None
     cache_control: NoEffect[FreeObject] = None
@@ -301,11 +301,11 @@ class CountBody(Sampling):
     def _client_tools(self) -> list[ClientTool]:
         """The tools that the client runs.
 
-        A tool that Anthropic would run is left out where others remain, and the header says so; a request that is about
-        such a tool alone is refused.
+        A tool that Anthropic would run is left out if other tools remain, and the header names it.
 
         Raises:
-            UsageError: that, or a tool whose parameters only models of Anthropic know.
+            UsageError: the request offers or chooses only tools that Anthropic would run, or offers a tool whose
+                parameters only Anthropic's models know.
         """
         tools = self.tools or ()
         clients = [tool for tool in tools if isinstance(tool, ClientTool)]
@@ -313,22 +313,22 @@ class CountBody(Sampling):
         unknown = [tool.type for tool in others if not tool.type.startswith(_SERVER_TOOLS)]
         if unknown:
             raise UsageError(
-                f"tools: only models of Anthropic know the parameters of {', '.join(dict.fromkeys(unknown))}",
+                f"tools: only Anthropic's models know the parameters of {', '.join(dict.fromkeys(unknown))}",
                 param="tools",
-                hint="offer it as a tool of your own, with a name and an input_schema",
+                hint="offer it as your own tool, with a name and an input_schema",
             )
         chosen = self.tool_choice.name if isinstance(self.tool_choice, NamedChoice) else None
         if others and (not clients or chosen in [tool.name for tool in others]):
             raise UsageError(
                 f"tools: {', '.join(dict.fromkeys(tool.type for tool in others))} would run at Anthropic, "
-                "and this server runs no tools",
+                "and this server does not run tools",
                 param="tools",
                 hint="leave it out, or offer a tool that your client runs",
             )
         return clients
 
     def effort(self) -> str | None:
-        """How much the model is to think."""
+        """The requested reasoning effort."""
         kind = None if self.thinking is None else self.thinking.type
         asked = None if self.output_config is None else self.output_config.effort
         if kind == "disabled":
@@ -370,18 +370,18 @@ class MessagesBody(CountBody):
 
 
 def _check_prefill(said: AnyMessage, made: dict[str, Any]) -> None:
-    """Refuse trailing white space, as Anthropic does: a token begins with the space before its word."""
+    """Refuse trailing whitespace, as Anthropic does: a token begins with the space before its word."""
     if said.role == "assistant" and made["content"] != made["content"].rstrip():
         raise UsageError(
             "messages: final assistant content cannot end with trailing whitespace",
             param="messages",
-            hint="end the text that is to be continued with its last word",
+            hint="remove the whitespace at the end of the last message",
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """The place of blocks in a conversation; `is_new`: the user sends them now."""
+    """The place of blocks in a conversation; `is_new`: they are in the user's newest turn."""
 
     replaced: Replaced
     where: str
@@ -392,7 +392,7 @@ class _Place:
         return self.replaced.note(block.type, self.where, is_new=self.is_new, reason=reason)
 
 
-_NOT_RUN_HERE = "this server does not run such tools"
+_NOT_RUN_HERE = "this server does not run Anthropic's tools"
 
 
 def _text(given: str | Sequence[TextBlock]) -> str:
@@ -402,7 +402,7 @@ def _text(given: str | Sequence[TextBlock]) -> str:
 def _told(
     block: TextBlock | ImageBlock | DocumentBlock | SearchResultBlock | ServerBlock, place: _Place
 ) -> str:
-    """A block as text."""
+    """Turn a block into text."""
     match block:
         case TextBlock():
             return block.text
@@ -418,7 +418,7 @@ def _told(
 
 
 def _document(text: str, title: str | None, context: str | None) -> str:
-    """The form in which Anthropic tells people to write documents into a prompt."""
+    """The form that Anthropic recommends for documents in a prompt."""
     about = [(name, said) for name, said in (("title", title), ("context", context)) if said]
     head = "".join(f"<{name}>{said}</{name}>\n" for name, said in about)
     return f"<document>\n{head}<document_content>\n{text}\n</document_content>\n</document>"
@@ -507,7 +507,7 @@ class ThinkingTokens(TypedDict):
 
 @closed
 class TokenUse(TypedDict):
-    """Tokens; those that were found computed are not among the input tokens, as the dialect has it."""
+    """Token counts. As Anthropic defines them, input tokens exclude those read from the prefix cache."""
 
     input_tokens: int
     output_tokens: int
@@ -592,7 +592,7 @@ Event = MessageStart | BlockStart | BlockDelta | BlockStop | MessageDelta | Mess
 
 
 async def count_tokens(body: CountBody, request: Request) -> Counted:
-    """How many tokens a conversation has."""
+    """Count the tokens of a conversation."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
 
@@ -628,14 +628,14 @@ async def messages(body: MessagesBody, request: Request) -> Response:
 
 
 class _Messages:
-    """The stream's events build the blocks that a whole message has, so both say the same."""
+    """Builds a whole message from the events of its stream, so both have the same content."""
 
     def __init__(self, service: Service, answers: Answers) -> None:
         self._service, self._answers = service, answers
         self._id = "msg_" + secrets.token_hex(12)
-        self._blocks: list[SaidBlock] = []  # those that are closed
-        self._open: SaidBlock | None = None  # as it was begun
-        self._pieces: list[str] = []  # what was said in it
+        self._blocks: list[SaidBlock] = []  # closed blocks
+        self._open: SaidBlock | None = None  # the open block, still empty
+        self._pieces: list[str] = []  # content of the open block
 
     async def whole(self) -> Message:
         end: End = {"stop_reason": None, "stop_sequence": None}
@@ -683,7 +683,7 @@ class _Messages:
                 return self._close()
 
     def _begin(self, block: SaidBlock) -> list[Event]:
-        """Open `block`, unless one of its kind is open."""
+        """Open `block`, unless a block of the same type is open."""
         if self._open is not None and self._open["type"] == block["type"]:
             return []
         shut = self._close()
@@ -722,7 +722,7 @@ class _Messages:
 
 
 def _filled(block: SaidBlock, said: str) -> SaidBlock:
-    """A block as a client has it that has put its pieces together."""
+    """The block that a client gets by joining all of its pieces."""
     match block["type"]:
         case "text":
             return {"type": "text", "text": said}
@@ -732,7 +732,7 @@ def _filled(block: SaidBlock, said: str) -> SaidBlock:
 
 
 def _input(text: str) -> dict[str, Any]:
-    """A call's arguments; of a call that the token limit cut, those that are whole, as Anthropic's clients read it."""
+    """The arguments of a call; if the token limit cut it, the complete ones, as Anthropic's clients parse them."""
     try:
         value = json.loads(text or "{}")
     except ValueError:

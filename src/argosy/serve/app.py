@@ -1,6 +1,6 @@
-"""The table of routes, and the application made of it. What is not in the table is not served.
+"""The table of routes, and the application built from it. Nothing outside the table is served.
 
-Elsewhere: what every request passes first is `gate.py`; each dialect has a file.
+Elsewhere: the checks that every request passes first are `gate.py`; each dialect has its own file.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _PAGE_TYPES = {
 
 
 class TokenizeBody(Strict):
-    """As llama.cpp spells it, with `content`, or as vLLM does, with `prompt`."""
+    """The text, as `content` (llama.cpp's name) or as `prompt` (vLLM's name)."""
 
     RULES = (exactly_one("content", "prompt"),)
 
@@ -70,7 +70,9 @@ class TokenizeBody(Strict):
     def text(self) -> str:
         given = [text for text in (self.content, self.prompt) if text is not None]
         if len(given) != 1:
-            raise UsageError(f"expected content or prompt, found {len(given)} of them", param="content")
+            raise UsageError(
+                f"expected either content or prompt, found {len(given)} of them", param="content"
+            )
         return given[0]
 
 
@@ -102,7 +104,7 @@ class Modalities(TypedDict):
 
 @closed
 class Capabilities(TypedDict):
-    """tools: told by the model's own template, in a generic prompt, or not at all."""
+    """How tools reach the model: `native` by its chat template, `generic` by a generic prompt, `none` not at all."""
 
     tools: ToolCalling
 
@@ -153,7 +155,7 @@ class Rendered(TypedDict):
 
 
 async def health(request: Request) -> Health:
-    """The process can answer: 503 when its engine has failed for good, and only another start helps."""
+    """Check that the process works: 503 if the engine has failed for good and the server must be restarted."""
     _require_engine(request.app.state.service)
     return {"status": "ok"}
 
@@ -164,7 +166,7 @@ async def openapi(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Ready:
-    """It takes requests."""
+    """Check that the server accepts requests."""
     service: Service = request.app.state.service
     if service.is_draining:
         raise Overloaded("the server is stopping", retry_after_s=30)
@@ -174,10 +176,10 @@ async def ready(request: Request) -> Ready:
 
 def _require_engine(service: Service) -> None:
     if service.loop.snapshot().has_failed:
-        raise Overloaded("the engine has failed", retry_after_s=30, hint="start the server again")
+        raise Overloaded("the engine has failed", retry_after_s=30, hint="restart the server")
 
 
-# What OpenRouter's clients look for; tools and efforts come beside them where the model has them.
+# The names that OpenRouter's clients look for; tools and reasoning effort are added if the model supports them.
 _PARAMETERS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "logit_bias", "frequency_penalty",
     "presence_penalty", "repetition_penalty", "logprobs", "top_logprobs", "response_format", "structured_outputs",
@@ -186,7 +188,7 @@ _TOOL_PARAMETERS = ("tools", "tool_choice", "parallel_tool_calls")
 
 
 def _model(service: Service) -> Model:
-    """Describe the model. The first call renders its chat template, so it belongs in a thread."""
+    """Describe the model. The first call renders its chat template, so run it in a thread."""
     model, tools = service.model, service.prompts.tool_calling
     more = [*(() if tools == "none" else _TOOL_PARAMETERS)]
     more += ["reasoning_effort"] if service.has_efforts else []
@@ -199,19 +201,19 @@ def _model(service: Service) -> Model:
 
 
 async def models(request: Request) -> Models:
-    """The model that is served."""
+    """List the served model."""
     return {"object": "list", "data": [await asyncio.to_thread(_model, request.app.state.service)]}
 
 
 async def model(request: Request) -> Model:
-    """One model by its id."""
+    """Describe the model with this id."""
     service: Service = request.app.state.service
     service.require_model(request.path_params["id"])
     return await asyncio.to_thread(_model, service)
 
 
 async def tokenize(body: TokenizeBody, request: Request) -> Tokenized:
-    """Token ids of a text; none of them is a control token."""
+    """Tokenize a text. Nothing in the text becomes a control token."""
     service: Service = request.app.state.service
     has_prefix = body.add_special or body.add_special_tokens
     caller: Caller = request.state.caller
@@ -220,14 +222,14 @@ async def tokenize(body: TokenizeBody, request: Request) -> Tokenized:
 
 
 async def detokenize(body: DetokenizeBody, request: Request) -> Detokenized:
-    """Text of token ids."""
+    """Turn token ids into text."""
     service: Service = request.app.state.service
     text = await service.run(request.state.caller, service.prompts.detokenize, body.tokens)
     return {"content": text, "prompt": text}
 
 
 async def tokenizer_info(request: Request) -> TokenizerInfo:
-    """What clients need to know that leave tokenizing to the server."""
+    """Show special tokens and chat template, for clients that leave tokenizing to the server."""
     service: Service = request.app.state.service
     if service.tokenizer is None:
         raise Refused(404, "this model has no tokenizer")
@@ -239,7 +241,7 @@ async def tokenizer_info(request: Request) -> TokenizerInfo:
 
 
 async def apply_template(body: TemplateBody, request: Request) -> Rendered:
-    """A conversation as the model's chat template writes it."""
+    """Render a conversation with the model's chat template."""
     service: Service = request.app.state.service
 
     def apply() -> str:
@@ -259,12 +261,12 @@ def _state(request: Request) -> EngineState:
 
 
 async def engine_state(request: Request) -> EngineState:
-    """What the engine does."""
+    """Show the state of the engine."""
     return _state(request)
 
 
 async def engine_events(request: Request) -> Response:
-    """The same, twice a second."""
+    """Stream the state of the engine, twice a second."""
 
     async def states() -> AsyncIterator[bytes]:
         while not request.app.state.service.is_draining:
@@ -275,7 +277,7 @@ async def engine_events(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """For Prometheus."""
+    """Show metrics for Prometheus."""
     from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
     data = generate_latest(request.app.state.metrics.registry)
@@ -283,17 +285,17 @@ async def metrics(request: Request) -> Response:
 
 
 async def page(request: Request) -> Response:
-    """The page."""
+    """Show the chat page."""
     return _file(request, "index.html")
 
 
 async def favicon(request: Request) -> Response:
-    """The page's icon, where browsers and other programs look for it unasked."""
+    """Show the page's icon, at the path where browsers look for it by default."""
     return _file(request, "icon.svg")
 
 
 async def page_file(request: Request) -> Response:
-    """The page's files, from a fixed table."""
+    """Send a file of the chat page, from a fixed table."""
     return _file(request, request.path_params["name"])
 
 
@@ -366,7 +368,7 @@ ROUTES = (
 
 @functools.cache
 def _document() -> str:
-    """Made when it is first asked for: a tenth of a second that no start has to wait for."""
+    """Build the document on first use: it takes a tenth of a second, which would delay the start."""
     return json.dumps(document(ROUTES, version("argosy")))
 
 
@@ -379,7 +381,7 @@ def make_app(
     hosts: Collection[str] = (),
     limits: Limits | None = None,
 ) -> Gate:
-    """The whole server, as an ASGI application."""
+    """Build the whole server as an ASGI application."""
     app = Starlette()
     app.state.service, app.state.page = service, _read_page()
     app.state.block_tokens, app.state.max_sequences = block_tokens, max_sequences

@@ -1,13 +1,13 @@
-"""The body of a request: JSON read strictly, and one sentence about what is wrong with it.
+"""The body of a request: JSON parsed strictly, and one sentence for a body that is invalid.
 
     bytes  ->  counted, charged  ->  UTF-8, no key twice, no NaN, no half character, few levels  ->  the route's model
 
-A body's values are counted before any of them is made, and the memory that they will take is charged to the pool of all
-requests (`held.py`). A long body is counted, parsed and validated in a thread. JSON that two readers could read in two
-ways is refused. A refusal names the place, what is needed there and what was found; of a union, it speaks of the branch
-that went furthest.
+The values of a body are counted before any of them is created, and the memory they need is charged to the pool of all
+requests (`held.py`). A long body is counted, parsed and validated in a thread. Ambiguous JSON, which two parsers could
+read in two ways, is refused. A refusal names the place, the expected value and the value found; for a union, it
+describes the branch that matched furthest.
 
-Elsewhere: bounds of fields are `fields.py`; size and time of a body are `gate.py`; threads are `work.py`.
+Elsewhere: bounds of fields are `fields.py`; limits on size and time of a body are `gate.py`; threads are `work.py`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from argosy.serve.core import Service
 from argosy.serve.gate import Caller, Refused
 from argosy.serve.held import Share
 
-_READ_AT_ONCE_BYTES = 32 << 10  # a longer body is read in a thread: others are answered meanwhile
-# Memory that a value takes as Python's object, as part of a model, and as what the prompt is made of. Measured with
-# tracemalloc on a dozen shapes: 69 to 226 bytes for a part, 47 for an item that is a token id. Arguments that are text
-# are read as JSON once more, one long body at a time; that is counted with long texts in the memory plan.
+_READ_AT_ONCE_BYTES = 32 << 10  # a longer body is read in a thread, so other requests do not wait
+# Memory that a value needs as a Python object, as part of a model, and as input of the prompt. Measured with
+# tracemalloc on a dozen shapes: 69 to 226 bytes for a part, 47 for an item that is a token id. Arguments given as text
+# are parsed as JSON again, one long body at a time; the memory plan counts that with long texts.
 _PART_BYTES = 256  # an object, a list or a text
 _ITEM_BYTES = 56  # any other
 _LONGEST_SHOWN = 64
@@ -41,9 +41,9 @@ Model = TypeVar("Model", bound=BaseModel)
 def answering(
     handler: Callable[..., Awaitable[Any]], model: type[BaseModel] | None
 ) -> Callable[[Request], Awaitable[Response]]:
-    """The endpoint of a route: `handler(body, request)`, or `handler(request)` where the route takes no body.
+    """The endpoint of a route: `handler(body, request)`, or `handler(request)` if the route takes no body.
 
-    A body that names a model has to name the one that is served.
+    If a body names a model, it must be the served one.
     """
 
     async def answer(request: Request) -> Response:
@@ -60,12 +60,12 @@ def answering(
 
 
 async def read_model(request: Request, model: type[Model]) -> Model:
-    """The body of `request` as `model`.
+    """Read the body of `request` as `model`.
 
     Raises:
-        UsageError: it is no such body.
-        Refused: reading it would take more memory than there is for all bodies.
-        Overloaded: reading it would take more memory than the bodies of other requests leave.
+        UsageError: the body is invalid.
+        Refused: parsing the body would take more memory than there is for all bodies.
+        Overloaded: parsing the body would take more memory than other requests leave.
     """
     caller: Caller = request.state.caller
     data = b"".join([part async for part in request.stream()])
@@ -74,7 +74,7 @@ async def read_model(request: Request, model: type[Model]) -> Model:
     caller.has_large_body = True
     num_bytes = len(data)
     parts = [data]
-    del data  # the thread lets go of the bytes as soon as it has decoded them
+    del data  # the thread frees the bytes as soon as it has decoded them
     service: Service = request.app.state.service
     made = await service.run(caller, lambda: validated(parts.pop(), model, caller.share))
     caller.share.shrink(max(num_bytes, caller.share.num_bytes - num_bytes))
@@ -82,7 +82,7 @@ async def read_model(request: Request, model: type[Model]) -> Model:
 
 
 def validated(data: bytes, model: type[Model], share: Share) -> Model:
-    """Parse and validate a body, and charge what that takes to `share`. Raises what `read_model` raises."""
+    """Parse and validate a body, and charge the memory to `share`. Raises what `read_model` raises."""
     if not data:
         raise UsageError("the body: expected a value, found nothing")
     _charge(data, share)
@@ -95,39 +95,39 @@ def validated(data: bytes, model: type[Model], share: Share) -> Model:
 
 
 def _charge(data: bytes, share: Share) -> None:
-    """Hold the memory that reading a body takes; its bytes are held already."""
+    """Hold the memory for parsing a body; its bytes are already held."""
     try:
         num_parts, num_items = count_values(data)
     except ValueError as error:
         raise UsageError(f"the body cannot be read: {error}") from None
-    # The text, and the texts in it: a character takes four bytes where one of them lies beyond the common planes.
+    # The text and the strings in it: one character beyond the BMP makes every character of a string take four bytes.
     num_bytes = len(data) * (2 if data.isascii() else 8) + num_parts * _PART_BYTES + num_items * _ITEM_BYTES
     if num_bytes + len(data) > share.max_bytes:
         raise Refused(
             413,
-            f"reading the body would take {num_bytes + len(data)} bytes of memory, and all bodies have"
-            f" {share.max_bytes}",
-            hint="send fewer values, or the same in several requests",
+            f"parsing the body would take {num_bytes + len(data)} bytes of memory, and there are"
+            f" {share.max_bytes} for all bodies",
+            hint="send fewer values, or split them over several requests",
         )
     share.hold(num_bytes)
 
 
 def read_body(data: bytes) -> object:
-    """The value of a body.
+    """Parse a body.
 
     Raises:
-        UsageError: it is not UTF-8, or not JSON that every reader reads alike.
+        UsageError: the body is not UTF-8, or is not unambiguous JSON.
     """
     try:
         return parse_json(data.decode())
     except UnicodeDecodeError as error:
-        raise UsageError(f"the body is not UTF-8 text: byte {error.start} is wrong") from None
+        raise UsageError(f"the body is not UTF-8 text: byte {error.start} is invalid") from None
     except ValueError as error:
         raise UsageError(f"the body cannot be read: {error}") from None
 
 
 def refusal(errors: Sequence[Mapping[str, Any]], body: object, model: type[BaseModel]) -> UsageError:
-    """What `model` says of `body`, as the sentence that the client hears; fact: `param`."""
+    """Turn the errors of `model` about `body` into one sentence for the client; fact: `param`."""
     places = [_place(error, body) for error in errors]
     deepest = max(places, key=len)
     here = [error for error, place in zip(errors, places, strict=True) if place == deepest]
@@ -136,7 +136,7 @@ def refusal(errors: Sequence[Mapping[str, Any]], body: object, model: type[BaseM
         known = ", ".join(model.model_fields) if len(deepest) == 1 else ""
         return UsageError(
             f"unknown field '{where}'" + (f"; known: {known}" if known else ""), param=where,
-            hint="leave it out; /openapi.json has the fields of every route",
+            hint="leave it out; /openapi.json lists the fields of every route",
         )  # fmt: skip
     needed = " or ".join(dict.fromkeys(_needed(error) for error in here))
     found = (
@@ -146,7 +146,7 @@ def refusal(errors: Sequence[Mapping[str, Any]], body: object, model: type[BaseM
 
 
 def _place(error: Mapping[str, Any], body: object) -> tuple[str | int, ...]:
-    """Where in the body: pydantic's location has names of union branches, too, which no client knows."""
+    """The place in the body, without the names of union branches in pydantic's location, which no client knows."""
     place: list[str | int] = []
     location, value = error["loc"], body
     for at, part in enumerate(location):
@@ -160,7 +160,7 @@ def _place(error: Mapping[str, Any], body: object) -> tuple[str | int, ...]:
 
 
 def _needed(error: Mapping[str, Any]) -> str:
-    """`error["msg"]` as what follows "expected"."""
+    """Reword `error["msg"]` to follow "expected"."""
     context = error.get("ctx", {})
     match error["type"]:
         case "missing":
@@ -184,7 +184,7 @@ def _needed(error: Mapping[str, Any]) -> str:
 
 def _tag_field(context: Mapping[str, Any]) -> str:
     name = str(context["discriminator"]).strip("'")
-    return name if name.isidentifier() else "type"  # where a function decides
+    return name if name.isidentifier() else "type"  # "type" if the discriminator is a function
 
 
 def _shown(value: object) -> str:
@@ -197,5 +197,5 @@ def _shown(value: object) -> str:
             return f"text of {len(value)} characters"
         case None | bool() | int() | float() | str():
             shown = json.dumps(value, ensure_ascii=True)
-            return shown if len(shown) <= 2 * _LONGEST_SHOWN else "a longer one"
+            return shown if len(shown) <= 2 * _LONGEST_SHOWN else "a longer value"
     return "nothing"

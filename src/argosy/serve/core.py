@@ -1,11 +1,11 @@
-"""What a request is in every dialect, and how its answer comes: the dialects only rename it.
+"""Requests and answers in a form common to all dialects; a dialect only renames fields.
 
     dialect  ->  ChatRequest, or a text  ->  Service.open  ->  Answers: Progress, Said, Ended  ->  dialect
 
-Prompts are rendered and requests checked in threads that all callers share fairly (`work.py`), answers are remembered
-in other threads, and steps run in the engine's own, so the event loop never waits; and no answer keeps it for longer
-than a turn, however many of its tokens lie ready. Who leaves an `Answers` before its end cancels it: the engine frees
-what it holds before its next step.
+Prompts are rendered and requests checked in threads that all callers share fairly (`work.py`), answers are stored for
+replay in other threads, and steps run in the engine's own thread, so the event loop never waits. No answer keeps the
+event loop for longer than a turn, however many of its tokens are ready. Leaving an `Answers` before its end cancels it:
+the engine frees its sequences before the next step.
 
 Elsewhere: routes and errors are `app.py` and `gate.py`; the engine's thread is `engine/loop.py`.
 """
@@ -43,14 +43,14 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_TURN_S = 0.001  # an answer whose tokens lie ready lets others have a turn after so long
+_TURN_S = 0.001  # after this time, an answer whose tokens are ready yields to others
 
 Finish = Literal["stop", "length", "tool_calls"]
-MOST_UNREAD = 4096  # events of one request that wait to be read by its client; some MB with log-probabilities
+MOST_UNREAD = 4096  # events waiting for the client, per request; some MB with log-probabilities
 
 
 class Loop(Protocol):
-    """What is needed of `EngineLoop`."""
+    """The part of `EngineLoop` that the server uses."""
 
     def submit(
         self, prompt: Prompt, params: SamplingParams | None, on_event: Callable[[Event], None], *,
@@ -66,7 +66,7 @@ class Loop(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """What clients are told of the model."""
+    """Facts about the model that clients can see."""
 
     id: str
     family: str
@@ -82,10 +82,10 @@ class ModelFacts:
 class ChatRequest:
     """A conversation to be answered.
 
-    form: of an answer that calls nothing; None: it may be anything.
-    effort: how much the model is to think, where its template asks for that.
-    thinks: whether it is to think at all; None: as `effort` has it.
-    replaced: notes that stand in the messages for what the model cannot take.
+    form: form of an answer without tool calls; None allows any form.
+    effort: reasoning effort, if the model's template supports it.
+    thinks: whether the model thinks at all; None leaves that to `effort`.
+    replaced: notes in the messages that replace blocks that the model cannot read.
     ignored: names of fields that were given and have no effect.
     """
 
@@ -105,20 +105,20 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """So much of the prompt is done."""
+    """Progress of the prefill, in tokens."""
 
     processed: int
     total: int
     cached: int
 
     def as_dict(self) -> ReadOfPrompt:
-        """As OpenAI-like dialects tell it, in the words of llama.cpp."""
+        """The form for OpenAI's dialects, with llama.cpp's field names."""
         return {"processed": self.processed, "total": self.total, "cache": self.cached}
 
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What one token added: events, text as it was sampled, and its log-probability where asked for."""
+    """The output of one token: events, sampled text and, if requested, its log-probability."""
 
     answer: int
     events: tuple[SaidEvent, ...]
@@ -164,38 +164,38 @@ class Service:
         self._large_work = WorkQueue(num_threads=1, is_large=True)
 
     def require_model(self, name: str | None) -> None:
-        """See that a request means the model that is served; None: it leaves the choice to the server.
+        """Check that a request names the served model; None leaves the choice to the server.
 
         Raises:
-            Refused: it means another, and not every name is taken for this one.
+            Refused: the request names another model, and the server does not accept every name.
         """
         if name not in (None, self.model.id) and not self._any_model:
             raise Refused(
                 404,
-                f"the model {json.dumps(name)} does not exist; there is: {self.model.id}",
-                hint="`argosy serve --any-model` takes every name for the model that it serves",
+                f"the model {json.dumps(name)} does not exist; this server has: {self.model.id}",
+                hint="`argosy serve --any-model` accepts every model name",
                 param="model",
                 code="model_not_found",
             )
 
     @property
     def has_efforts(self) -> bool:
-        """Whether the model's template asks how much it is to think."""
+        """Whether the model's template supports a reasoning effort."""
         return bool(self._effort("medium"))
 
     def ignored_effort(self, request: ChatRequest) -> bool:
-        """Whether the model's template has no place for the effort that is asked for."""
+        """Whether the request asks for a reasoning effort that the model's template does not support."""
         return request.effort is not None and not self._effort(request.effort)
 
     def ignored_switch(self, request: ChatRequest) -> bool:
-        """Whether the model's template has no place for being told whether to think."""
+        """Whether the request switches thinking on or off and the model's template cannot."""
         return request.thinks is not None and not self._switches(request.thinks)
 
     async def run(self, caller: Caller, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
-        """Run work that a request needs before the engine, in a thread. Raises what `call` raises.
+        """Run the work before the engine in a thread. Raises what `call` raises.
 
         Raises:
-            TooMany: too much of this caller's work waits already.
+            TooMany: too much work of this caller is already waiting.
         """
         work = self._large_work if caller.has_large_body else self._work
         return await work.run(caller.tenant, call, *args, **named)
@@ -203,7 +203,7 @@ class Service:
     async def open(self, read: Callable[[], ChatRequest], caller: Caller) -> tuple[ChatRequest, Answers]:
         """Read a conversation, render, check and queue it.
 
-        All of it is one piece of work: each piece waits for a thread behind those of other keys. Raises what `run`,
+        All of this is one job, because each job waits for a thread behind jobs of other keys. Raises what `run`,
         `read`, `PromptBuilder.build` and `EngineLoop.submit` raise.
         """
         events = asyncio.get_running_loop()
@@ -221,7 +221,7 @@ class Service:
         caller: Caller,
         num_answers: int = 1,
     ) -> Answers:
-        """Queue text, or token ids, to be continued. Raises what `open` raises."""
+        """Queue a text, or token ids, for completion. Raises what `open` raises."""
         events = asyncio.get_running_loop()
 
         def begin() -> Answers:
@@ -232,11 +232,11 @@ class Service:
         return await self.run(caller, begin)
 
     def count_tokens(self, request: ChatRequest, tenant: str) -> int:
-        """How many tokens the prompt of a conversation has."""
+        """Count the prompt tokens of a conversation."""
         return len(self._build(request, _tool_use(request), tenant, is_counted=True).token_ids or ())
 
     def revoke(self, tenant: str) -> None:
-        """A tenant is gone for good: its requests end, and nothing of it is kept."""
+        """End all requests of a revoked tenant and delete all of its data."""
         self.loop.revoke(tenant)
         self.prompts.forget(tenant)
         self.kept.forget(tenant)
@@ -259,7 +259,7 @@ class Service:
         return self._effort(request.effort) | self._switches(request.thinks) | dict(request.variables)
 
     def _effort(self, effort: str | None) -> dict[str, Any]:
-        """The template's variables that say `effort`; none where it has none."""
+        """The template variables for `effort`; empty if the template has none."""
         if effort is None:
             return {}
         is_known = "reasoning_effort" in self.prompts.variables
@@ -267,7 +267,7 @@ class Service:
         return self._switches(effort != "none") | said
 
     def _switches(self, thinks: bool | None) -> dict[str, Any]:
-        """The template's variables that say whether to think; none where it has none."""
+        """The template variables that switch thinking; empty if the template has none."""
         if thinks is None:
             return {}
         known = self.prompts.variables
@@ -279,15 +279,15 @@ def _tool_use(request: ChatRequest) -> ToolUse:
 
 
 class ReadTooSlowly(ArgosyError):
-    """A client reads its answer so much slower than it is made that it is not kept for it."""
+    """A client reads its answer too slowly to keep the rest for it."""
 
     http_status = 408
 
 
 class Answers:
-    """The answers of one request, as they come. Use it as a context: leaving it early cancels them.
+    """The answers of one request, as they are made. Use it as a context: leaving it early cancels them.
 
-    Not more than MOST_UNREAD events wait to be taken; where more would, the request ends.
+    At most MOST_UNREAD events may wait for the client; with more, the request ends.
     """
 
     def __init__(
@@ -307,21 +307,21 @@ class Answers:
         self._use = use = use or ToolUse()
         self._arrived: deque[Event] = deque()
         self._some = asyncio.Event()
-        self._is_woken = False  # the event loop will look: it need not be told of more
+        self._is_woken = False  # the event loop will look, so it needs no second signal
         self._parsers: list[Parser] | None = None
         if prompt.text and prompt.trace is not None:
             self._parsers = [service.prompts.parser(prompt, use.callable) for _ in range(num_answers)]
         self._said: list[list[SaidEvent]] = [[] for _ in range(num_answers)]
         self._num_open = num_answers
-        self.num_reasoning_tokens = 0  # of all answers, as the next
-        self.num_new_tokens = 0
+        self.num_reasoning_tokens = 0  # of all answers
+        self.num_new_tokens = 0  # of all answers
         self.num_cached_tokens = 0  # of the prompt
         self.results: list[Result | None] = [None] * num_answers
 
         self._is_behind = False
 
         def deliver(event: Event) -> None:
-            if isinstance(event, AnswerToken):  # counted where it is made: nobody may be there to hear it
+            if isinstance(event, AnswerToken):  # counted here, because the client may be gone
                 caller.count(new=1)
             if not self._is_behind and len(self._arrived) >= MOST_UNREAD:
                 self._is_behind = True
@@ -339,7 +339,7 @@ class Answers:
         caller.count(prompt=self.num_prompt_tokens)
 
     def said(self, answer: int) -> Answer:
-        """All that an answer has said so far."""
+        """The content of an answer so far."""
         return collect(self._said[answer])
 
     async def __aenter__(self) -> Answers:
@@ -353,7 +353,7 @@ class Answers:
             self._service.loop.cancel(self._request)
 
     async def steps(self) -> AsyncIterator[Step]:
-        """Everything, until the last answer has ended.
+        """Yield every step until the last answer has ended.
 
         Raises:
             ArgosyError: an answer cannot be finished.
@@ -374,16 +374,16 @@ class Answers:
                 yield step
 
     async def _wait(self) -> None:
-        """Until there is something."""
+        """Wait for the next event."""
         while True:
             self._some.clear()
             self._is_woken = False
-            if self._arrived:  # asked last: what comes from here on wakes
+            if self._arrived:  # checked last: an event after this check wakes us
                 return
             await self._some.wait()
 
     async def _remember(self, end: AnswerEnd) -> None:
-        """Before its end is told, so that the next turn finds it; in a thread, as all of it is read again."""
+        """Store the answer before its end is sent, so the next turn finds it; in a thread, as all of it is read."""
         if self._parsers is not None:
             token_ids, told = end.result.token_ids, self._use.told
             remember, said = self._service.prompts.remember, self.said(end.answer)
@@ -414,7 +414,8 @@ class Answers:
         return self._keep(answer, events)
 
     def _keep(self, answer: int, events: list[SaidEvent]) -> list[SaidEvent]:
-        if not self._use.parallel:  # a call that was begun inside thoughts is free, and so is one behind it
+        if not self._use.parallel:
+            # The grammar does not cover a call that began inside thoughts, or a call after it.
             events = [event for event in events if not getattr(event, "index", 0)]
         self._said[answer] += events
         return events
@@ -426,8 +427,8 @@ class Answers:
             raise result.error
         if self._is_behind:
             raise ReadTooSlowly(
-                f"the answer was made faster than it was read: more than {MOST_UNREAD} events waited",
-                hint="read faster, or ask for less: fewer answers, no log-probabilities",
+                f"the client read the answer too slowly: more than {MOST_UNREAD} events waited",
+                hint="read faster, or request fewer answers and no log-probabilities",
             )
         if result.finish_reason == "cancelled":
             raise ArgosyError("the answer was cancelled")
@@ -448,12 +449,12 @@ class Answers:
 
 
 async def steps_of(several: Sequence[Answers]) -> AsyncIterator[tuple[int, Step]]:
-    """Steps of several requests as they come, each with the place of its request.
+    """Yield the steps of several requests as they are made, each with the index of its request.
 
     Raises:
         ArgosyError: an answer cannot be finished.
     """
-    if len(several) == 1:  # a task for each token is not free
+    if len(several) == 1:  # a task per token would cost time
         async for step in several[0].steps():
             yield 0, step
         return

@@ -1,12 +1,12 @@
-"""Fields that several dialects have, and the bounds of every number in a request: one table.
+"""Fields common to several dialects, and the bounds of every number in a request, in one table.
 
-    null for a field that may be left out            ->  as if it were left out       (`Strict`, `Lenient`)
+    null for an optional field                       ->  treated as absent            (`Strict`, `Lenient`)
     a field that cannot change the answer            ->  accepted, and named in `x-ignored-params`    (`NoEffect`)
-    one that would change it, and is not supported   ->  refused by its name                          (`Strict`)
+    an unsupported field that would change it        ->  refused by its name                          (`Strict`)
 
-The models that check a request are the ones that `/openapi.json` shows, and so are the types of answers.
+`/openapi.json` shows the same models that check requests, and the types of answers.
 
-Elsewhere: what only one dialect has is in its file.
+Elsewhere: fields of a single dialect are in its file.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from argosy.prompt.formats.lark import without_annotations
 
 
 class _Whole:
-    """A whole number that is written as 3.0 is 3: JSON has one type of number, and JSON Schema calls it an integer."""
+    """Accept 3.0 as the whole number 3: JSON has one type of number, and JSON Schema calls 3.0 an integer."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         bounded = handler(source)
         whole = core_schema.float_schema(
             strict=True, multiple_of=1, ge=-(2**63), lt=2**63, allow_inf_nan=False
         )
-        number = core_schema.union_schema(  # the integer first: a float has no room for a seed
+        number = core_schema.union_schema(  # the integer first: a float cannot hold every seed
             [core_schema.int_schema(strict=True), whole], mode="left_to_right", custom_error_type="int_type"
         )
         return core_schema.chain_schema([number, {**bounded, "strict": False}])
@@ -62,7 +62,7 @@ Flag = Annotated[bool, Field(strict=True)]  # not 1, not "yes"
 
 
 def _only_false(value: object) -> object:
-    if value is not False:  # 0 is equal to it
+    if value is not False:  # 0 == False
         raise PydanticCustomError("literal_error", "Input should be false")
     return value
 
@@ -76,13 +76,13 @@ Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False, strict=True)]
 Repetition = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63, strict=True), WHOLE]
 
-# How llama.cpp and its clients say "no limit", and "any seed".
+# The value for "no limit" and "random seed" in llama.cpp and its clients.
 MinusOne = Annotated[int, Field(ge=-1, le=-1, strict=True), WHOLE]
 TokenLimit = Tokens | MinusOne
 
 
 def limit_of(given: int | None) -> int | None:
-    """How many tokens `max_tokens` allows; None: as many as the context holds."""
+    """The token limit that `max_tokens` means; None means as many as the context holds."""
     return None if given == -1 else given
 
 
@@ -92,7 +92,7 @@ Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False, strict=True)
 _BIASES = Field(json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}})
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31, strict=True), WHOLE]
-# Of a chat template's variable: an effort, a switch, a number of tokens.
+# The value of a chat template variable: an effort, a switch, a number of tokens.
 Setting = (
     Flag
     | Annotated[int, Field(ge=0, le=MAX_TOKENS, strict=True), WHOLE]
@@ -105,34 +105,34 @@ Name = Annotated[str, Field(max_length=512)]
 Text = Annotated[str, Field(max_length=4 << 20)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
-# Every list of a request has a bound, and is read no further than its first wrong item: a report of each would take a
-# thousand times the memory of the body. `tests/serve/test_bounds.py` finds a list or an object without one.
+# Every list in a request has a bound, and validation stops at its first invalid item: a report of every item would take
+# a thousand times the memory of the body. `tests/serve/test_bounds.py` finds lists and objects without a bound.
 Item = TypeVar("Item")
 MAX_ITEMS = 4096
-MAX_FIELDS = 256  # of an object whose fields are known; a larger one is refused as a whole
+MAX_FIELDS = 256  # of an object with known fields; a larger object is refused as a whole
 Messages = Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
 Tools = Field(max_length=512, fail_fast=True)
 
 
 def _without_bound(schema: dict[str, Any]) -> None:
-    """Fuzzers write a list one longer than each bound of a document; inside each other such lists take gigabytes."""
+    """Hide a bound from fuzzers: they test one item more than each bound, and nested lists would take gigabytes."""
     schema.pop("maxItems", None)
     schema.pop("maxProperties", None)
 
 
 Many = Annotated[list[Item], Field(max_length=MAX_ITEMS, fail_fast=True, json_schema_extra=_without_bound)]
-# A schema, arguments: what a caller has of its own.
+# An object with the caller's own content: a schema, arguments.
 FreeObject = Annotated[dict[str, Any], Field(max_length=MAX_ITEMS, json_schema_extra=_without_bound)]
 
 
 def few(num_items: int, *, at_least: int = 0, **described: Any) -> Any:
-    """The bound of a list that has at most `num_items`."""
+    """The bound of a list with at most `num_items`."""
     return Field(min_length=at_least or None, max_length=num_items, fail_fast=True, **described)
 
 
 @dataclass(frozen=True, slots=True)
 class MostEntries:
-    """Refuses an object with more entries before it looks at any of them; the document states the bound."""
+    """Refuses an object with more entries before checking any of them; the OpenAPI document states the bound."""
 
     number: int
 
@@ -152,13 +152,13 @@ class MostEntries:
         return value
 
 
-closed = with_config(ConfigDict(extra="forbid"))  # of an answer: nothing but what its type says
+closed = with_config(ConfigDict(extra="forbid"))  # an answer has exactly the fields of its type
 
 
 class _Part(BaseModel):
-    """Part of a request. Null is as good as nothing, except where something is needed: clients send whole objects.
+    """Part of a request. Null counts as absent, except for required fields, because clients send whole objects.
 
-    RULES: what the schema says of fields that depend on each other (`rules.py`), beside those of its bases.
+    RULES: schema of dependencies between fields (`rules.py`), in addition to those of its bases.
     """
 
     RULES: ClassVar[tuple[dict[str, Any], ...]] = ()
@@ -175,7 +175,7 @@ class _Part(BaseModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """The schema of the fields, and that null may stand for those that may be left out."""
+        """The schema of the fields, with null allowed for optional fields."""
         shown = handler(core)
         schema = handler.resolve_ref_schema(shown)
         for name, field in schema.get("properties", {}).items():
@@ -201,19 +201,19 @@ class Strict(_Part):
 
 
 class Lenient(_Part):
-    """Unknown fields have no effect, and are listed as such."""
+    """Unknown fields have no effect; `x-ignored-params` lists them."""
 
     model_config = ConfigDict(extra="allow")
 
 
 T = TypeVar("T")
 _NO_EFFECT = object()
-# Of a field that is accepted, changes nothing of the answer, and is named in `x-ignored-params`.
-NoEffect = Annotated[T | None, Field(description="Accepted, and without effect.", exclude=True), _NO_EFFECT]
+# A field that is accepted, does not change the answer, and is named in `x-ignored-params`.
+NoEffect = Annotated[T | None, Field(description="Accepted, but has no effect.", exclude=True), _NO_EFFECT]
 
 
 def without_effect(given: BaseModel, where: str = "") -> Iterator[str]:
-    """Names of the fields that `given` and its parts have, and that have no effect."""
+    """Names of the fields in `given` and its parts that have no effect."""
     for name, field in type(given).model_fields.items():
         value = getattr(given, name)
         if value is None:
@@ -227,36 +227,36 @@ def without_effect(given: BaseModel, where: str = "") -> Iterator[str]:
 
 
 class Noted(Strict):
-    """A message, or a part of one, with notes that clients and proxies make on it."""
+    """A message, or a part of one, that may carry annotations of clients and proxies."""
 
     cache_control: NoEffect[FreeObject] = None
     provider_specific_fields: NoEffect[FreeObject] = None
 
 
 class ObjectSchema(Lenient):
-    """A JSON schema of an object."""
+    """The JSON schema of an object."""
 
     type: Literal["object"] = "object"
     properties: FreeObject | None = None
 
 
 class FreeForm(Strict):
-    """An answer in any form, or any JSON object."""
+    """An answer in any form, or as any JSON object."""
 
     type: Literal["text", "json_object"]
 
     def asked(self) -> Grammar | None:
-        """As `ChatRequest.form` has it."""
+        """The value for `ChatRequest.form`."""
         return Grammar(kind="json_object") if self.type == "json_object" else None
 
 
 def schema_form(schema: object) -> Grammar:
-    """JSON of `schema`."""
+    """The form of JSON that follows `schema`."""
     return Grammar(kind="json_schema", text=json.dumps(without_annotations(schema)))
 
 
 def ignored_header(names: Iterable[str]) -> dict[str, str]:
-    """The header that lists what was accepted and has no effect; what a client wrote only where it is a plain name."""
+    """The header that lists fields without effect; names from the client appear only if they are plain identifiers."""
     safe = [name for name in dict.fromkeys(names) if name.isascii() and name.replace(".", "").isidentifier()]
     return {"x-ignored-params": ", ".join(safe[:32])} if safe else {}
 
@@ -281,7 +281,7 @@ class ThoughtTokens(TypedDict):
 
 @closed
 class Timings(TypedDict):
-    """The ledger of an answer; null: it cannot be said."""
+    """The ledger of an answer; null means unknown."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -308,7 +308,7 @@ class Usage(TypedDict):
 
 @closed
 class ReadOfPrompt(TypedDict):
-    """How far a prompt is computed, in the words of llama.cpp."""
+    """Progress of the prefill in tokens, with llama.cpp's field names."""
 
     processed: int
     total: int
@@ -322,7 +322,7 @@ class StreamOptions(Strict):
 
 
 class Sampling(Strict):
-    """How tokens are chosen, in every dialect: what its own clients do not know of, others send all the same."""
+    """Sampling fields, accepted in every dialect, even those that its own clients do not know."""
 
     model: str | None = Field(None, max_length=256)
     temperature: Temperature | None = None
@@ -330,7 +330,7 @@ class Sampling(Strict):
     top_k: TopK | None = None
     min_p: MinP | None = None
     repetition_penalty: Repetition | None = None
-    repeat_penalty: Repetition | None = Field(None, description="The same, as llama.cpp spells it.")
+    repeat_penalty: Repetition | None = Field(None, description="llama.cpp's name for `repetition_penalty`.")
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     seed: Seed | MinusOne | None = None
@@ -342,11 +342,11 @@ class Sampling(Strict):
     stream: Flag | None = None
 
     def ignored(self) -> list[str]:
-        """The names of fields that were given and have no effect."""
+        """Names of given fields that have no effect."""
         return list(dict.fromkeys(without_effect(self)))
 
     def sampling(self, stop: Sequence[str] = ()) -> dict[str, Any]:
-        """Arguments of `SamplingParams`, those that were given; a temperature that was not is 1, as clients expect."""
+        """The given arguments of `SamplingParams`; the temperature defaults to 1, as clients expect."""
         given: dict[str, Any] = {
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": self.top_p,
@@ -369,7 +369,7 @@ class Sampling(Strict):
         given = {self.repetition_penalty, self.repeat_penalty} - {None}
         if len(given) > 1:
             raise UsageError(
-                "repeat_penalty and repetition_penalty are two names of one setting, and they differ",
+                "repeat_penalty and repetition_penalty are two names for one setting, and their values differ",
                 param="repeat_penalty",
                 hint="leave one of them out",
             )
@@ -377,23 +377,23 @@ class Sampling(Strict):
 
 
 class ForOpenAI(Strict):
-    """Fields of OpenAI's dialects that clients send and that change no answer here."""
+    """Fields of OpenAI's dialects that clients send and that do not change the answer here."""
 
-    # The client's own book-keeping, and its account with OpenAI.
+    # The client's own bookkeeping, and its OpenAI account.
     user: NoEffect[Name] = None
     metadata: NoEffect[FreeObject] = None
     client_metadata: NoEffect[FreeObject] = None
     safety_identifier: NoEffect[Name] = None
     service_tier: NoEffect[Short] = None
     store: NoEffect[Flag] = None
-    # What is computed again, and when: known here without being told.
+    # Prompt caching: the server decides by itself.
     prompt_cache_key: NoEffect[Name] = None
     prompt_cache_retention: NoEffect[Short] = None
     prompt_cache_options: NoEffect[FreeObject] = None
     cache_prompt: NoEffect[Flag] = None
     cache_control: NoEffect[FreeObject] = None
     prediction: NoEffect[FreeObject] = None
-    # What another server would do beside the answer, or in another way.
+    # Features of other servers besides the answer, or different ways to make it.
     provider_specific_fields: NoEffect[FreeObject] = None
     web_search_options: NoEffect[FreeObject] = None
     max_tool_calls: NoEffect[Annotated[int, Field(ge=1, le=1 << 20, strict=True), WHOLE]] = None
@@ -402,26 +402,26 @@ class ForOpenAI(Strict):
 
 
 class ThinkingSwitch(Strict):
-    """As GLM, DeepSeek and Anthropic spell it."""
+    """The switch for thinking in the spelling of GLM, DeepSeek and Anthropic."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: NoEffect[NumTokens] = None
 
 
 class Thinking(Strict):
-    """Whether the model thinks before it answers, and whether its thoughts are shown, in the words of other servers."""
+    """Whether the model thinks before it answers, and whether its thoughts are shown, as other servers spell it."""
 
     thinking: Flag | ThinkingSwitch | None = None
     enable_thinking: Flag | None = None
     include_reasoning: Flag | None = None
 
     def switches(self) -> list[str]:
-        """Names of the fields that say whether to think."""
+        """Names of the given fields that switch thinking on or off."""
         return [name for name in ("thinking", "enable_thinking") if getattr(self, name) is not None]
 
     @property
     def thinks(self) -> bool | None:
-        """None: nothing is said."""
+        """Whether the model should think; None if the request does not say."""
         if self.enable_thinking is not None or self.thinking is None:
             return self.enable_thinking
         if isinstance(self.thinking, bool):
@@ -430,7 +430,7 @@ class Thinking(Strict):
 
 
 class OpenAISampling(ForOpenAI, Sampling):
-    """What Chat Completions and Completions have beside that."""
+    """Further fields common to Chat Completions and Completions."""
 
     stop: Stop | Annotated[list[Stop], few(16)] | None = None
     n: NumAnswers | None = None
@@ -446,7 +446,7 @@ class OpenAISampling(ForOpenAI, Sampling):
 
     @property
     def tells_usage_always(self) -> bool:
-        """Whether every chunk of a stream says what has been used so far."""
+        """Whether every chunk of a stream carries the usage so far."""
         options = self.stream_options
         return options is not None and options.include_usage and options.continuous_usage_stats
 
@@ -459,6 +459,6 @@ def _biases(given: Mapping[str, float]) -> dict[int, float]:
     biases = {}
     for name, bias in given.items():
         if not (name.isascii() and name.isdecimal() and len(name) < 10):
-            raise UsageError("logit_bias: keys are token ids", param="logit_bias")
+            raise UsageError("logit_bias: keys must be token ids", param="logit_bias")
         biases[int(name)] = bias
     return biases

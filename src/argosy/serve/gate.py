@@ -1,11 +1,11 @@
-"""What every request passes before any code of its route runs, and the answer that every failure gets.
+"""Checks that every request passes before its route runs, and the response to every failure.
 
     connection -> host, origin -> route, or 404 -> key, scope, limits -> content type -> size, time of the body -> route
 
-A route is in the table with its policy, or it is not there. The path is the one the connection sent
-(`scope["path"]`). HEAD is answered as GET is, without the body. The log has the request's id, the method, the route's
-template, the status, times and counts of tokens: nothing that anyone said. What no code of ours raised on purpose
-becomes "internal error"; the log says where it was (`log.py`), and both have the id.
+Every route is in the table with its policy; anything else is 404. The path is the one that the client sent
+(`scope["path"]`). HEAD is answered like GET, without the body. The log has the request's id, the method, the route's
+template, the status, times and token counts, and no content. An unexpected exception becomes "internal error"; the log
+says where it was raised (`log.py`), and both have the id.
 
 Elsewhere: the table is `app.py`; keys and limits are the room `guard`.
 """
@@ -38,10 +38,10 @@ from argosy.serve.log import where_it_failed
 log = logging.getLogger("argosy.serve")
 
 MAX_BODY_BYTES = 8 << 20
-NO_ROOM = "argosy.no_room"  # in a request's state: it came by a connection beyond the bound
-BODY_STALL_S = 15.0  # between two parts of a body
+NO_ROOM = "argosy.no_room"  # in a request's state: its connection exceeds the limit
+BODY_STALL_S = 15.0  # longest wait between two parts of a body
 BODY_S = 60.0
-# For what is left of the body of a request that is refused.
+# For the rest of the body of a refused request.
 _DISCARD_S = 5.0
 _MOST_DISCARDED_BYTES = 4 * MAX_BODY_BYTES
 _NAME = r"[A-Za-z0-9._-]{1,253}"  # of a host; also an IPv4 address
@@ -67,52 +67,57 @@ SECURITY_HEADERS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """Who may use a route; `scope` None: everybody."""
+    """Who may use a route; with `scope` None, everyone."""
 
     method: str
     path: str
     scope: KeyScope | None
-    is_counted: bool = False  # the key's limits are for it
+    is_counted: bool = False  # the key's limits apply
 
 
 def dialect_of(path: str) -> Dialect:
-    """Whose shape errors at `path` have."""
+    """The dialect of errors at `path`."""
     return "anthropic" if path.startswith("/v1/messages") else "openai"
 
 
 @dataclass(slots=True)
 class Caller:
-    """Who asks, and what the request has taken so far, whether its answer is heard to the end or not."""
+    """The client of a request and the tokens it used so far, even if the client leaves before the end."""
 
     key: Key | None = None
     limits: Limits | None = None
     num_prompt_tokens: int = 0
     num_new_tokens: int = 0
     request_id: str = field(default_factory=lambda: "req_" + secrets.token_hex(12))
-    share: Share = field(default_factory=lambda: Pool().share())  # of the memory for bodies
-    has_large_body: bool = False  # what is made of it takes its time
+    share: Share = field(default_factory=lambda: Pool().share())  # of the memory for request bodies
+    has_large_body: bool = False  # so work on it takes long
 
     @property
     def tenant(self) -> str:
-        """Beginnings of prompts are found again only by the same one."""
+        """Prompt prefixes are shared only within a tenant."""
         return "" if self.key is None else self.key.id
 
     def require(self, scope: KeyScope, what: str = "") -> None:
-        """Refuse who has no key with `scope`, or with `admin`, which has all.
+        """Require a key with `scope`, or with `admin`, which includes every scope.
+
+        Args:
+            what: the field that needs the scope, if the whole route does not.
 
         Raises:
-            Refused: that, with `what` needs it, where not the whole route does.
+            Refused: the caller has no key with that scope.
         """
         scopes = () if self.key is None else self.key.scopes
         if scope not in scopes and "admin" not in scopes:
             needed = f", which {what} needs" if what else ""
             hint = (
-                f"`argosy keys add NAME --scope infer --scope {scope}` makes one that has" if what else None
+                f"`argosy keys add NAME --scope infer --scope {scope}` makes a key that has it"
+                if what
+                else None
             )
-            raise Refused(403, f"the key has no scope '{scope}'{needed}", hint=hint, param=what or None)
+            raise Refused(403, f"the key lacks scope '{scope}'{needed}", hint=hint, param=what or None)
 
     def count(self, *, prompt: int = 0, new: int = 0) -> None:
-        """So many tokens more; any thread may say so, also when the request has ended."""
+        """Count more tokens. Any thread may call this, even after the request has ended."""
         self.num_prompt_tokens += prompt
         self.num_new_tokens += new
         if self.limits is not None and self.key is not None:
@@ -120,7 +125,7 @@ class Caller:
 
 
 class Refused(ArgosyError):
-    """A request that does not come in."""
+    """A request is refused."""
 
     def __init__(self, status: int, message: str, *, hint: str | None = None, **facts: object) -> None:
         super().__init__(message, hint=hint, **facts)
@@ -128,14 +133,14 @@ class Refused(ArgosyError):
 
 
 class BadFrame(Refused):
-    """A request whose end is unknown: nothing that follows on its connection is read."""
+    """The end of a request is unknown, so nothing more is read from its connection."""
 
     def __init__(self, message: str) -> None:
         super().__init__(400, message)
 
 
 class GoneAway(Exception):
-    """The client has hung up."""
+    """The client has disconnected."""
 
 
 _TYPES = {
@@ -161,7 +166,7 @@ class OpenAIFacts(TypedDict):
 
 @closed
 class OpenAIError(TypedDict):
-    """What went wrong."""
+    """An error."""
 
     error: OpenAIFacts
 
@@ -174,7 +179,7 @@ class AnthropicFacts(TypedDict):
 
 @closed
 class AnthropicError(TypedDict):
-    """What went wrong."""
+    """An error."""
 
     type: Literal["error"]
     error: AnthropicFacts
@@ -184,12 +189,12 @@ class AnthropicError(TypedDict):
 def error_body(
     error: BaseException, dialect: Dialect, request_id: str
 ) -> tuple[int, OpenAIError | AnthropicError]:
-    """Status and body of a failure, in the dialect's own shape and words; one of ours has the id that the log has."""
+    """Status and body of a failure in the dialect's shape and words; our own faults have the id that is in the log."""
     status = error.http_status if isinstance(error, ArgosyError) else 500
     message, is_ours = str(error), status >= 500 and status != 503
     if isinstance(error, PromptTooLong):
         message = _overflow(error, dialect)
-    if is_ours:  # its own words, and paths in them, stay here
+    if is_ours:  # the full message, which may contain paths, is not sent
         known = f"{type(error).__name__}: the answer could not be finished"
         message = f"{known if isinstance(error, ArgosyError) else 'internal error'} (request {request_id})"
     unnamed = "invalid_request_error" if status < 500 else "api_error"
@@ -209,7 +214,7 @@ def _text_fact(error: BaseException, name: str) -> str | None:
 
 
 def _overflow(error: PromptTooLong, dialect: Dialect) -> str:
-    """In the words by which clients know that they have to shorten a conversation, with their numbers in place.
+    """Word the error so that clients know that they must shorten the conversation, and find the numbers.
 
     Claude Code looks for "prompt is too long: N tokens > M maximum", LiteLLM for "This model's maximum context length".
     """
@@ -235,14 +240,14 @@ def _overflow(error: PromptTooLong, dialect: Dialect) -> str:
 
 
 def error_headers(error: BaseException, status: int) -> dict[str, str]:
-    """What the answer to a failure says beside its body."""
+    """Headers of the response to a failure."""
     headers = {}
     retry = getattr(error, "retry_after_s", None)
     if retry is not None:
         headers["retry-after"] = str(int(retry))
     if status == 405 and isinstance(error, ArgosyError):
         headers["allow"] = str(error.facts["allow"])
-    if status in (401, 403):  # some clients try for minutes; the same key will not do then either
+    if status in (401, 403):  # some clients would retry for minutes, and the key would still be refused
         headers["x-should-retry"] = "false"
     if status in (408, 413, 503) or isinstance(error, BadFrame):
         headers["connection"] = "close"
@@ -250,7 +255,7 @@ def error_headers(error: BaseException, status: int) -> dict[str, str]:
 
 
 def report(error: BaseException, caller: Caller) -> None:
-    """Log a failure that no code of ours raised on purpose."""
+    """Log an unexpected exception."""
     if not isinstance(error, ArgosyError):
         log.error("%s internal error: %s", caller.request_id, where_it_failed(error))
 
@@ -267,8 +272,8 @@ class Gate:
     """An ASGI application in front of `app`.
 
     Args:
-        hosts: names that the server answers to, besides addresses and `localhost`.
-        observe: hears (route, status, seconds) of every request.
+        hosts: host names that the server answers to, besides addresses and `localhost`.
+        observe: is called with (route, status, seconds) for every request.
     """
 
     def __init__(
@@ -307,20 +312,20 @@ class Gate:
                 count.status, count.has_begun = message["status"], True
                 own = {name for name, _ in message.get("headers", ())}
                 extra = [pair for pair in (*SECURITY_HEADERS, named) if pair[0] not in own]
-                # Of the others that close the connection, 408 has waited long enough and BadFrame has no known end.
+                # The others that close the connection: 408 has waited long enough, and BadFrame has no known end.
                 if message["status"] >= 400 and (b"connection" not in own or message["status"] in (413, 503)):
                     is_read = await body.discard()
                     if not is_read and b"connection" not in own:
                         extra.append((b"connection", b"close"))
                 await send({**message, "headers": [*message.get("headers", ()), *extra]})
-                if scope["method"] == "HEAD":  # all of it has been said, also where a stream would go on
+                if scope["method"] == "HEAD":  # complete, even where GET would stream
                     await send({"type": "http.response.body"})
             elif scope["method"] != "HEAD":
                 await send(message)
 
         try:
             if NO_ROOM in scope.get("state", ()):
-                raise Overloaded("the server has as many connections as it may", retry_after_s=1)
+                raise Overloaded("the server has reached its limit on connections", retry_after_s=1)
             headers = _headers(scope)
             body.is_awaited = "expect" in headers
             self._check_host(headers)
@@ -333,14 +338,14 @@ class Gate:
                 scope["method"] == "POST"
                 and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json"
             ):
-                # Also for `curl -d`, which sends a form's: a page of another site may send that without asking first.
+                # `curl -d` is refused too: it sends a form's type, which pages of other sites may send unasked.
                 raise Refused(
                     415,
                     "the content type must be application/json",
                     hint="with curl: -H 'content-type: application/json'",
                 )
             if int(headers.get("content-length", "0") or 0) > MAX_BODY_BYTES:
-                raise Refused(413, f"the body has more than {MAX_BODY_BYTES} bytes")
+                raise Refused(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
             scope.setdefault("state", {})["caller"] = caller
             if policy.is_counted and caller.key is not None:
                 self._limits.begin(caller.key)
@@ -372,10 +377,10 @@ class Gate:
             if policy.method == method or (policy.method, method) == ("GET", "HEAD"):
                 return policy
         if not found:
-            raise Refused(404, "there is no such path", hint="/openapi.json has those that there are")
+            raise Refused(404, "there is no such path", hint="/openapi.json lists all paths")
         methods = {policy.method for policy in found}
         known = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
-        raise Refused(405, f"this path takes {known}", allow=known)
+        raise Refused(405, f"this path accepts {known}", allow=known)
 
     def _admit(self, policy: Policy, headers: dict[str, str]) -> Key | None:
         if policy.scope is None:
@@ -384,16 +389,16 @@ class Gate:
         if key is None:
             raise Refused(
                 401,
-                "a valid API key is needed",
-                hint="Authorization: Bearer KEY; `argosy keys add` makes one",
+                "a valid API key is required",
+                hint="send `Authorization: Bearer KEY`; `argosy keys add` makes a key",
             )
         return key
 
     def _check_host(self, headers: dict[str, str]) -> None:
-        """Refuse names that are not ours: a page elsewhere could have its name point here (DNS rebinding)."""
+        """Refuse unknown host names: another site could point its name at this server (DNS rebinding)."""
         found = _AUTHORITY.fullmatch(headers.get("host", ""))
         if found is None:
-            raise Refused(400, "the header host is neither a name nor an address, with or without a port")
+            raise Refused(400, "the host header must be a name or an address, with or without a port")
         if found["name"].lower() not in self._hosts and not _is_address(found["v6"] or found["name"]):
             raise Refused(
                 403, "the server does not answer to this host name", hint="start it with --allow-host NAME"
@@ -407,7 +412,7 @@ class Gate:
             headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none")
             or headers.get("origin", own[0]).lower() not in own
         ):
-            raise Refused(403, "requests from pages of other sites are not answered")
+            raise Refused(403, "requests from pages of other sites are refused")
 
 
 async def send_error(error: BaseException, dialect: Dialect, send: Send, request_id: str) -> None:
@@ -424,49 +429,49 @@ def _headers(scope: Scope) -> dict[str, str]:
     for name, value in scope["headers"]:
         key = name.decode("latin-1").lower()
         if key in found and key in _ONCE:
-            raise BadFrame(f"the header {key} comes twice")
+            raise BadFrame(f"the {key} header appears twice")
         found[key] = value.decode("latin-1")
     if not found.get("content-length", "0").isdecimal():
-        raise BadFrame("content-length is no number")
-    # Where a server in front of this one goes by one of them, and this one by the other, a request can hide in a body.
+        raise BadFrame("content-length is not a number")
+    # If a proxy in front of this server obeys one of them and this server the other, a body can smuggle a request.
     if "transfer-encoding" in found and ("content-length" in found or scope.get("http_version") == "1.0"):
-        raise BadFrame("transfer-encoding goes neither with content-length nor with HTTP/1.0")
+        raise BadFrame("transfer-encoding is not allowed with content-length or in HTTP/1.0")
     return found
 
 
 def _secret(headers: dict[str, str]) -> str | None:
-    """The key that a request has, in either header; both may have it, as long as it is one."""
+    """The key from either header; if both headers hold a key, it must be the same."""
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
     given = headers.get("x-api-key")
-    if scheme.lower() != "bearer":  # a name and a password are for a proxy on the way
+    if scheme.lower() != "bearer":  # for example, a user name and password for a proxy
         return given
     if given is not None and given.strip() != bearer.strip():
         raise Refused(
-            401, "the headers authorization and x-api-key hold different keys", hint="send one of them"
+            401, "the authorization and x-api-key headers hold different keys", hint="send only one"
         )
     return bearer.strip()
 
 
 class _Body:
-    """The body of a request on its way in: bounded in size and time, and held within the memory for all bodies.
+    """The body of a request as it arrives: bounded in size and time, and charged to the memory for all bodies.
 
-    is_whole: all of it has been read.
-    is_awaited: its client sends it when it is asked to go on, and not before.
+    is_whole: all of the body has been read.
+    is_awaited: the client sends the body only after a 100 Continue.
     """
 
     def __init__(self, receive: Receive, hold: Callable[[int], None]) -> None:
-        """`hold` is called with the size of each part, and raises if there is no room for it."""
+        """`hold` is called with the size of each part, and raises if there is no room for the part."""
         self._receive, self._hold = receive, hold
         self._size, self._began = 0, time.monotonic()
         self.is_whole = False
         self.is_awaited = False
 
     async def receive(self) -> Message:
-        """The next part of it; afterwards only the end of the connection.
+        """Receive the next part of the body; after the last part, only the end of the connection.
 
         Raises:
-            Refused: it is too large, or too slow.
-            GoneAway: the client has hung up.
+            Refused: the body is too large or too slow.
+            GoneAway: the client has disconnected.
         """
         if self.is_whole:
             return await self._receive()
@@ -475,21 +480,21 @@ class _Body:
             async with asyncio.timeout(max(0.01, left)):
                 message = await self._next()
         except TimeoutError:
-            raise Refused(408, "the body took too long") from None
+            raise Refused(408, "the body took too long to arrive") from None
         if message["type"] == "http.disconnect":
             raise GoneAway
         num_bytes = len(message.get("body", b""))
         self._size += num_bytes
         if self._size > MAX_BODY_BYTES:
-            raise Refused(413, f"the body has more than {MAX_BODY_BYTES} bytes")
+            raise Refused(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
         self._hold(num_bytes)
         return message
 
     async def discard(self) -> bool:
-        """Read what is left of it, within bounds; False: there is more.
+        """Read the rest of the body, within bounds; return whether all of it was read.
 
-        A client that has sent all of it can read the answer. One that still sends when the connection is closed gets a
-        reset, and may drop the answer unread.
+        A client that has sent all of its body can read the response. A client that is still sending when the connection
+        closes gets a reset, and may drop the response unread.
         """
         size = 0
         with contextlib.suppress(TimeoutError):

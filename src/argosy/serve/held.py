@@ -1,12 +1,12 @@
-"""Memory that bodies of requests may take, all together: a line of the memory plan.
+"""A pool of memory for the bodies of all requests: one line of the memory plan.
 
-    part of a body, cost of reading it  ->  Share.hold  ->  within the pool, or refused
+    part of a body, cost of parsing it  ->  Share.hold  ->  within the pool, or refused
     end of the request, however it ends ->  Share.release
 
-A body costs more than its bytes: JSON as Python's objects takes up to forty times as much. So it is charged for what
-reading it will take before it is read.
+A body needs more memory than its bytes: JSON as Python objects takes up to forty times as much. So the cost of parsing
+a body is charged before it is parsed.
 
-Elsewhere: what reading costs is `body.py`; the plan is `engine/memory_plan.py`.
+Elsewhere: the cost of parsing is `body.py`; the plan is `engine/memory_plan.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _RETRY_S = 1
 
 
 class Pool:
-    """So many bytes for all requests."""
+    """At most `max_bytes` for all requests together."""
 
     def __init__(self, max_bytes: int = BODY_BYTES) -> None:
         self.max_bytes = max_bytes
@@ -32,7 +32,7 @@ class Pool:
         return Share(self)
 
     def add(self, num_bytes: int) -> bool:
-        """Take so many bytes if there is room for them; returns whether there was."""
+        """Take `num_bytes` if there is room; return whether there was."""
         with self._lock:
             if self.num_bytes + num_bytes > self.max_bytes:
                 return False
@@ -54,21 +54,21 @@ class Share:
 
     @property
     def max_bytes(self) -> int:
-        """The most that one request could hold alone."""
+        """The most that a single request can hold."""
         return self._pool.max_bytes
 
     def hold(self, num_bytes: int) -> None:
-        """Take so many more.
+        """Take `num_bytes` more.
 
         Raises:
-            Overloaded: the others leave no room for them.
+            Overloaded: other requests leave too little room.
         """
         if not self._pool.add(num_bytes):
-            raise Overloaded("the server holds as many bodies of requests as it may", retry_after_s=_RETRY_S)
+            raise Overloaded("no memory is left for another request body", retry_after_s=_RETRY_S)
         self.num_bytes += num_bytes
 
     def shrink(self, num_bytes: int) -> None:
-        """Hold no more than so many from here on."""
+        """Give back everything above `num_bytes`."""
         surplus = max(0, self.num_bytes - num_bytes)
         self.num_bytes -= surplus
         self._pool.give_back(surplus)

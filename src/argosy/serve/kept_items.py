@@ -1,11 +1,11 @@
-"""Items of earlier responses, for clients that name them instead of sending them again.
+"""Items of earlier responses, for clients that refer to them instead of sending them again.
 
     response  ->  keep  ->  memory, by tenant        item_reference, previous_response_id  ->  the items again
 
-Only in memory, within a budget: what was kept longest ago and not asked for since is forgotten first. Another tenant
-never finds them, a restart or the end of a key forgets them, and a request with `store: false` keeps nothing.
+Items are kept only in memory, within a budget; the least recently used are dropped first. Another tenant never finds
+them, a restart or the revocation of the key drops them, and a request with `store: false` keeps nothing.
 
-Elsewhere: what an item is, is `openai_responses.py`; the budget is part of that for replay (`run.py`).
+Elsewhere: items are `openai_responses.py`; their budget is part of the replay memory (`run.py`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from argosy.prompt.replay import TenantMemory
 from argosy.serve.fields import MAX_ITEMS
 from argosy.serve.gate import Refused
 
-_ENTRY_BYTES = 512  # what Python itself needs for one
+_ENTRY_BYTES = 512  # Python's own overhead
 _REMEDY = (
-    "send the items themselves, as with `store: false`; they are kept in memory only, while there is room"
+    "send the items themselves, as with `store: false`; the server keeps them only while memory has room"
 )
 
 Item = Mapping[str, Any]
@@ -29,12 +29,12 @@ Item = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """An item that was answered, or a response: the items that it was asked with and the names of the others.
+    """An output item, or a response: its input items and the ids of its output items.
 
     Attributes:
-        text: JSON of the item, or of the list of items.
-        previous_id: the response that this one goes on from.
-        answered_ids: its own items.
+        text: JSON of the output item, or of the list of input items.
+        previous_id: the response that this one continues.
+        answered_ids: ids of the response's output items.
     """
 
     text: bytes
@@ -47,7 +47,7 @@ class _Kept:
 
 
 class KeptItems:
-    """Items and responses by tenant and id; with `max_bytes` 0 nothing is kept."""
+    """Items and responses by tenant and id; a `max_bytes` of 0 keeps nothing."""
 
     def __init__(self, *, max_bytes: int = 16 << 20) -> None:
         self.can_keep = max_bytes > 0
@@ -66,20 +66,20 @@ class KeptItems:
         asked: Sequence[Item],
         answered: Sequence[Item],
     ) -> None:
-        """Keep what a response was asked with, without what `previous_id` stands for, and what it answered."""
+        """Keep the input items of a response, without those of `previous_id`, and its output items."""
         for item in answered:
             self._memory.put(tenant, _item_key(item["id"]), _Kept(_written(item)))
         answered_ids = tuple(item["id"] for item in answered)
         kept = _Kept(_written(asked), previous_id, answered_ids)
         self._memory.put(tenant, _response_key(response_id), kept)
-        if tenant in self._gone:  # since this answer was finished
+        if tenant in self._gone:  # revoked after this answer was finished
             self._memory.forget(tenant)
 
     def item(self, tenant: str, item_id: str) -> Item:
-        """The item with that id.
+        """The item with this id.
 
         Raises:
-            Refused: it is not kept.
+            Refused: the item is not kept.
         """
         found = self._memory.get(tenant, _item_key(item_id))
         if found is None:
@@ -88,10 +88,10 @@ class KeptItems:
         return _read_item(found)
 
     def conversation(self, tenant: str, response_id: str) -> list[Item]:
-        """All items up to and with those of the response, the first one first.
+        """All items up to and including those of the response, oldest first.
 
         Raises:
-            Refused: part of it is not kept.
+            Refused: part of the conversation is not kept.
         """
         turns: list[list[Item]] = []
         used: list[bytes] = []
@@ -112,12 +112,12 @@ class KeptItems:
             )
             used += keys
             own_id = found.previous_id
-        # All of a conversation is of use only together, so what everything rests on is forgotten last.
+        # A conversation is useful only as a whole, so the items that all others depend on are dropped last.
         self._memory.touch(tenant, used)
         return [item for turn in reversed(turns) for item in turn]
 
     def forget(self, tenant: str) -> None:
-        """Everything of a tenant, which is gone for good."""
+        """Drop all items of a revoked tenant."""
         self._gone.add(tenant)
         self._memory.forget(tenant)
 

@@ -1,7 +1,7 @@
-"""What a running server does about its keys: it writes down what they have used, and forgets those that are revoked.
+"""Watch the keys of a running server: save their usage, and end the use of revoked keys.
 
     every half second:  KeyRing.look, Limits.save
-    a key that is gone  ->  its requests end  ->  counts, answers, KV blocks and files of its tenant are forgotten
+    a revoked key  ->  its requests end  ->  counts, answers, KV blocks and files of its tenant are deleted
 
 Elsewhere: keys and limits are the room `guard`; a tenant's blocks and files are `engine/prefix.py`.
 """
@@ -23,10 +23,10 @@ LOOK_S = 0.5
 
 
 class KeyWatch:
-    """A thread while it is entered.
+    """Runs a thread while it is entered.
 
     Args:
-        revoke: hears the id of a key that is gone.
+        revoke: is called with the id of each revoked key.
     """
 
     def __init__(self, ring: KeyRing, limits: Limits, revoke: Callable[[str], None]) -> None:
@@ -50,7 +50,7 @@ class KeyWatch:
         while not self._is_over.wait(LOOK_S):
             try:
                 self._turn()
-            except Exception as error:  # the next turn comes, whatever this one met
+            except Exception as error:  # keep watching after any failure
                 log.error("keys: %s", where_it_failed(error))
 
     def _turn(self) -> None:
@@ -59,7 +59,7 @@ class KeyWatch:
             self._limits.forget(key_id)
             log.info("keys: %s is revoked", key_id)
         if self._ring.fault not in (None, self._fault):
-            log.error("keys: nobody is let in until this is put right: %s", self._ring.fault)
+            log.error("keys: every key is refused until this is fixed: %s", self._ring.fault)
         self._fault = self._ring.fault
         try:
             self._limits.save()

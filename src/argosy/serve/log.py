@@ -1,11 +1,11 @@
-"""Lines of the log on their way out, and what they say of a failure that nobody foresaw.
+"""Write log lines without blocking, and describe unexpected exceptions.
 
-    event loop, engine's thread  ->  LogWriter.emit  ->  a bounded queue  ->  a thread of its own  ->  stderr
+    event loop, engine's thread  ->  LogWriter.emit  ->  a bounded queue  ->  its own thread  ->  stderr
 
-Whoever logs never waits for who reads: where stderr is a pipe that is read slowly, or by nobody, lines are dropped, and
-behind the next that gets through stands how many.
+Logging never waits for the reader of the log. If stderr is a pipe that is read slowly or not at all, lines are dropped,
+and their number follows the next line that gets through.
 
-Elsewhere: what is logged of each request is `gate.py`.
+Elsewhere: the log line of each request is `gate.py`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import select
 import threading
 import traceback
 
-MOST_LINES = 4096  # that wait to be written; some hundred bytes each
-_CLOSE_S = 1.0  # for what waits when all is over
+MOST_LINES = 4096  # waiting to be written; a few hundred bytes each
+_CLOSE_S = 1.0  # for the waiting lines at the end
 
 
 class LogWriter(logging.Handler):
-    """Writes what is logged to `descriptor`, until it is closed."""
+    """Writes log records to `descriptor` until closed."""
 
     def __init__(self, descriptor: int, *, most_lines: int = MOST_LINES) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class LogWriter(logging.Handler):
         self._lines: queue.Queue[str | None] = queue.Queue(most_lines)
         self._is_closed = False
         self._num_dropped = 0  # guarded by the handler's lock, as `emit` is
-        # A daemon, which ends with the process: it may hang in a write that nobody takes.
+        # A daemon thread does not keep the process alive: it may hang in a write that nobody reads.
         self._thread = threading.Thread(target=self._run, name="argosy-log", daemon=True)
         self._thread.start()
 
@@ -42,9 +42,9 @@ class LogWriter(logging.Handler):
             self._num_dropped += 1
 
     def close(self) -> None:
-        """Write what waits, if that can be done in a second."""
+        """Write the waiting lines, for at most a second."""
         super().close()
-        if self._is_closed:  # again, by `logging` itself at the end of the process
+        if self._is_closed:  # `logging` closes it again when the process ends
             return
         self._is_closed = True
         try:
@@ -59,12 +59,10 @@ class LogWriter(logging.Handler):
             line = self._lines.get()
             said = [] if line is None else [line]
             if num_dropped := self._take_dropped():
-                said.append(
-                    f"{num_dropped} lines of the log were dropped: they came faster than they were read"
-                )
+                said.append(f"{num_dropped} log lines were dropped: they were not read fast enough")
             try:
                 self._write("".join(f"{one}\n" for one in said).encode("utf-8", "replace"))
-            except OSError:  # whoever read it is gone
+            except OSError:  # the reader is gone
                 return
 
     def _take_dropped(self) -> int:
@@ -76,20 +74,20 @@ class LogWriter(logging.Handler):
         return num_dropped
 
     def _write(self, data: bytes) -> None:
-        """Straight to the descriptor: the lock of a stream, held in a write that hangs, keeps a process from ending."""
+        """Write directly to the descriptor: a stream's lock, held in a write that hangs, would block the exit."""
         while data:
             try:
                 data = data[os.write(self._descriptor, data) :]
-            except BlockingIOError:  # whoever shares it made it so
+            except BlockingIOError:  # a process that shares the descriptor made it non-blocking
                 ready = select.poll()
                 ready.register(self._descriptor, select.POLLOUT)
                 ready.poll()
 
 
 def where_it_failed(error: BaseException) -> str:
-    """The types of `error` and of what led to it, and the lines of code they came through.
+    """The types of `error` and its causes, and their tracebacks.
 
-    Messages stay out: those of Python and of libraries quote what they choked on.
+    Messages are left out, because those of Python and of libraries quote their input.
     """
     parts: list[str] = []
     seen: set[int] = set()

@@ -1,10 +1,10 @@
-"""How OpenAI's dialects spell tokens and their log-probabilities.
+"""Tokens and their log-probabilities in the form of OpenAI's dialects.
 
-    token id  ->  Speller  ->  token: text for people      bytes: what the token adds to the text that was sampled
+    token id  ->  Speller  ->  token: text for people      bytes: the token's part of the sampled text
 
-The bytes are those of the vocabulary, so the bytes of all tokens, one after the other, are the text, also where a token
-holds a part of a character. Such a part is spelled `\\xf0\\x9f`. A special token that the text leaves out adds no
-bytes, and is spelled as the vocabulary spells it.
+The bytes come from the vocabulary, so the bytes of all tokens joined are the text, even if a token holds part of a
+character. Such a part is spelled `\\xf0\\x9f`. A special token that the text leaves out adds no bytes, and is spelled
+as in the vocabulary.
 
 Elsewhere: bytes of tokens are `prompt/tokenizer.py`; log-probabilities are `engine/sampler.py`.
 """
@@ -22,7 +22,7 @@ from argosy.serve.fields import closed
 if TYPE_CHECKING:
     from argosy.prompt.tokenizer import Tokenizer
 
-LEAST_LOGPROB = -9999.0  # JSON has no number for the logarithm of nothing
+LEAST_LOGPROB = -9999.0  # for log(0), because JSON has no infinity
 
 
 @closed
@@ -34,7 +34,7 @@ class Token(TypedDict):
 
 @closed
 class ScoredToken(Token):
-    """A token, its log-probability and the best ones, as Chat Completions and Responses have them."""
+    """A token, its log-probability and the most likely tokens, as in Chat Completions and Responses."""
 
     top_logprobs: list[Token]
 
@@ -43,8 +43,8 @@ class Speller:
     """Spells the tokens of one answer.
 
     Args:
-        tokenizer: None where the model has none: tokens are spelled by their ids then.
-        keep_special: the text shows special tokens.
+        tokenizer: None if the model has none; tokens are then spelled by their ids.
+        keep_special: the text includes special tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, *, keep_special: bool) -> None:
@@ -56,19 +56,19 @@ class Speller:
         return b"" if token_id in self._hidden else self._written(token_id)
 
     def text_of(self, token_id: int) -> str:
-        """A token for people to read; bytes that are no whole character as Chat Completions spells them."""
+        """A token as text; bytes that are not a whole character are spelled as in Chat Completions."""
         if self._tokenizer is None:
             return f"token_id:{token_id}"
         return self._written(token_id).decode("utf-8", "backslashreplace")
 
     def marked_text_of(self, token_id: int) -> str:
-        """Spell it for Completions, which has no field for bytes: `bytes:\\xf0\\x9f`."""
+        """A token as text for Completions, which has no field for bytes: `bytes:\\xf0\\x9f`."""
         text = self.text_of(token_id)
         is_whole = "\\x" not in text or self._written(token_id) == text.encode()
         return text if is_whole else f"bytes:{text}"
 
     def scored(self, found: TokenLogprob, num_best: int) -> ScoredToken:
-        """A token with its log-probability and those of the `num_best` best ones."""
+        """A token with its log-probability and those of the `num_best` most likely tokens."""
         best = [self._token(token_id, logprob) for token_id, logprob in found.top[:num_best]]
         return {**self._token(found.token_id, found.logprob), "top_logprobs": best}
 
@@ -82,10 +82,10 @@ class Speller:
             return b""
         try:
             return self._tokenizer.token_bytes(token_id)
-        except UsageError:  # it depends on the token's neighbours, so take what the token writes alone
+        except UsageError:  # the bytes depend on the neighbours, so decode the token alone
             return self._tokenizer.decode([token_id], keep_special=True).encode()
 
 
 def finite(logprob: float) -> float:
-    """A log-probability that JSON can say."""
+    """A log-probability that JSON can represent."""
     return max(logprob, LEAST_LOGPROB)

@@ -1,9 +1,9 @@
 """OpenAI's Chat Completions: POST /v1/chat/completions.
 
-A stream sends the role once, a call's id and name before its arguments, the same index throughout, and with
-`include_usage` one last chunk without choices. `x-ignored-params` names what was accepted and has no effect.
+A stream sends the role once, and the id and name of a tool call before its arguments. A call keeps its index, and with
+`include_usage` the last chunk has no choices. `x-ignored-params` names accepted fields that have no effect.
 
-Elsewhere: what an answer is, is `core.py`; how it goes out is `streams.py`.
+Elsewhere: answers are `core.py`; sending them is `streams.py`.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ class MediaPart(UnreadPart):
     type: Literal["image_url", "input_audio", "file", "video_url", "audio_url"]
 
 
-# Of what a model may not be able to take: see `replaced.py`.
+# May hold parts that the model cannot read: see `replaced.py`.
 MixedContent = Text | Many[Annotated[TextPart | MediaPart, Field(discriminator="type")]]
 
 
 class CalledFunction(Noted):
     name: Short
-    arguments: Text | FreeObject  # JSON, or its text
-    parsed_arguments: Any = None  # a copy that OpenAI's client makes
+    arguments: Text | FreeObject  # JSON, as text or as an object
+    parsed_arguments: Any = None  # a copy that OpenAI's client adds
 
 
 CallIndex = Annotated[int, Field(ge=0, lt=4096, strict=True), WHOLE]
@@ -104,7 +104,7 @@ class ChatTurn(Noted):
     id: NoEffect[Short] = None
 
     def sent(self) -> dict[str, Any]:
-        """The turn as the client sent it, without the fields that have no effect."""
+        """The turn as the client sent it, without fields that have no effect."""
         return self.model_dump(exclude_unset=True)
 
 
@@ -129,7 +129,7 @@ class AnsweringTurn(ChatTurn):
     reasoning_details: NoEffect[Many[Any]] = None
     tool_calls: Many[CalledTool] | None = None
     function_call: CalledFunction | None = None
-    parsed: Any = None  # a copy that OpenAI's client makes
+    parsed: Any = None  # a copy that OpenAI's client adds
     annotations: Annotated[list[Any], few(0)] | None = None
 
 
@@ -141,7 +141,7 @@ class ToolTurn(ChatTurn):
 
 
 class FunctionTurn(ChatTurn):
-    """The result of the last `function_call`: how calls were made before there were tools."""
+    """The result of the last `function_call`, the older form of a tool call."""
 
     role: Literal["function"]
     content: Content
@@ -153,9 +153,9 @@ Turn = Annotated[AnyTurn, Field(discriminator="role")]
 
 
 def sent(turns: Sequence[AnyTurn], replaced: Replaced | None = None) -> list[dict[str, Any]]:
-    """Turns as messages. A `function_call` becomes a tool call with an id, and its result names it.
+    """Convert turns to messages. A `function_call` becomes a tool call with an id, and its result gets that id.
 
-    With `replaced`, parts that the model cannot take are notes, or refused where the user sends them now.
+    With `replaced`, notes replace parts that the model cannot read; in the user's newest turn such parts are refused.
     """
     made = []
     last = "call_of_no_function"
@@ -242,7 +242,7 @@ class JsonSchemaForm(Strict):
 
 
 class Reasoning(Strict):
-    """`reasoning` in the spelling of OpenRouter."""
+    """Reasoning options in OpenRouter's spelling."""
 
     effort: Effort | None = None
     enabled: Flag | None = None
@@ -276,7 +276,7 @@ class ChatBody(Formed, Thinking, OpenAISampling):
     reasoning: Reasoning | None = None
     reasoning_effort: Effort | None = None
     modalities: Annotated[list[Literal["text"]], few(1)] | None = None
-    # The answer continues a last message of the assistant, as it does at llama.cpp; saying so changes nothing.
+    # As in llama.cpp, the answer always continues a last message from the assistant; these two fields change nothing.
     continue_final_message: Flag | None = None
     add_generation_prompt: Flag | None = None
     chat_template_kwargs: Annotated[dict[TemplateVariable, Setting], MostEntries(16)] | None = None
@@ -292,7 +292,7 @@ class ChatBody(Formed, Thinking, OpenAISampling):
         choice = ToolChoice.of(self.tool_choice or self.function_call)
         if choice.mode == "required" and (form := self.form_name()) is not None:
             raise UsageError(
-                f"the answer cannot be a call and have a form: leave out {form}, or let tool_choice be auto",
+                f"the answer cannot be a tool call and have a form: leave out {form}, or set tool_choice to auto",
                 param=form,
             )
         self._check_last()
@@ -317,9 +317,9 @@ class ChatBody(Formed, Thinking, OpenAISampling):
         return super().switches() + ["reasoning.enabled"] * has_more
 
     def _check_last(self) -> None:
-        """Check what the request says about its last message."""
+        """Check the fields that make a claim about the last message."""
         continues = self.messages[-1].role == "assistant"
-        whose = "the assistant's, and the answer continues it" if continues else "not the assistant's"
+        whose = "from the assistant, and the answer continues it" if continues else "not from the assistant"
         if self.continue_final_message not in (None, continues):
             raise UsageError(
                 f"continue_final_message: the last message is {whose}", param="continue_final_message"
@@ -331,7 +331,7 @@ class ChatBody(Formed, Thinking, OpenAISampling):
 
     @property
     def calls_functions(self) -> bool:
-        """Whether calls are in the older form: one function call, without an id."""
+        """Whether calls use the older form: one function call, without an id."""
         return self.functions is not None
 
     @property
@@ -343,7 +343,7 @@ class ChatBody(Formed, Thinking, OpenAISampling):
         for new, old in (("tools", "functions"), ("tool_choice", "function_call")):
             if getattr(self, new) is not None and getattr(self, old) is not None:
                 raise UsageError(
-                    f"{old} is the older form of {new}, and the request has both",
+                    f"the request has both {new} and its older form {old}",
                     hint=f"leave out {old}",
                     param=old,
                 )
@@ -575,7 +575,7 @@ class _Chat:
         }  # fmt: skip
 
     def _last(self) -> tuple[ChatUsage, Timings | None]:
-        """What is known at the end: usage, and the ledger where it was asked for."""
+        """The usage and, if requested, the ledger, both known at the end."""
         usage, first = self._usage(), self._answers.results[0]
         if not self._body.timings or first is None:
             return usage, None
@@ -583,7 +583,7 @@ class _Chat:
         return {**usage, "timings": timings}, timings
 
     def _usage(self) -> ChatUsage:
-        """Usage so far."""
+        """The usage so far."""
         prompt, new = self._answers.num_prompt_tokens, self._answers.num_new_tokens
         return {
             "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,

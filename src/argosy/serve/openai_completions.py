@@ -1,9 +1,9 @@
-"""OpenAI's Completions: POST /v1/completions, text or token ids to be continued.
+"""OpenAI's Completions: POST /v1/completions, which continues text or token ids.
 
-`echo` with `logprobs` gives the log-probability of every token of the prompt: what lm-eval scores with. Several prompts
-run together; in a stream their choices come as they are made.
+`echo` with `logprobs` returns the log-probability of every prompt token, which lm-eval uses for scoring. Several
+prompts run together; a stream sends their choices as they are made.
 
-Elsewhere: what an answer is, is `core.py`; how it goes out is `streams.py`.
+Elsewhere: answers are `core.py`; sending them is `streams.py`.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class CompletionBody(Formed, Thinking, OpenAISampling):
     echo: Flag | None = None
     logprobs: NumBest | None = None
     best_of: NumAnswers | None = None
-    # There is no template to tell.
+    # A raw prompt has no chat template that could use these fields.
     thinking: NoEffect[Flag | ThinkingSwitch] = None
     enable_thinking: NoEffect[Flag] = None
     include_reasoning: NoEffect[Flag] = None
@@ -99,10 +99,12 @@ class CompletionBody(Formed, Thinking, OpenAISampling):
             raise UsageError("max_tokens can be 0 only with echo and logprobs", param="max_tokens")
         if has_scores and self.stream:
             raise UsageError(
-                "scores of a prompt are not streamed", hint="leave out stream, or echo", param="echo"
+                "log-probabilities of a prompt cannot be streamed",
+                hint="leave out stream or echo",
+                param="echo",
             )
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise UsageError("best_of is n here: every answer is given back", param="best_of")
+            raise UsageError("best_of must equal n: every answer is returned", param="best_of")
         return SamplingParams(
             max_tokens=limit_of(max_tokens),
             logprobs=self.logprobs,
@@ -114,10 +116,10 @@ class CompletionBody(Formed, Thinking, OpenAISampling):
 
 @closed
 class Scored(TypedDict):
-    """Lists side by side, an item for each token; the first of a prompt has no log-probability.
+    """Parallel lists with one item per token; the first token of a prompt has no log-probability.
 
-    text_offset: where in `text` each token begins, in characters; a token that begins within a character is where that
-        one is.
+    text_offset: where in `text` each token begins, in characters; a token that begins within a character has the
+        offset of that character.
     """
 
     tokens: list[str]
@@ -136,7 +138,7 @@ class TextChoice(TypedDict):
 
 @closed
 class Completion(TypedDict):
-    """Whole, or a piece of a stream."""
+    """A whole completion, or a chunk of a stream."""
 
     id: str
     object: Literal["text_completion"]
@@ -149,10 +151,11 @@ class Completion(TypedDict):
 
 
 async def completions(body: CompletionBody, request: Request) -> Response:
-    """Continue text."""
+    """Continue a text."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
-    read_params = functools.cache(lambda: body.params(caller))  # with the first prompt: schemas can be long
+    # Only once, with the first prompt: schemas can be long.
+    read_params = functools.cache(lambda: body.params(caller))
     opened: list[Answers] = []
     try:
         for prompt in body.prompts:
@@ -250,7 +253,7 @@ class _Completions:
         return {"index": number, "text": text, "logprobs": scored, "finish_reason": _reason(step)}
 
     def _prompt_text(self, answers: Answers) -> str:
-        """The text of the prompt: as it was given, or decoded from its token ids."""
+        """The text of the prompt: as given, or decoded from its token ids."""
         tokenizer, prompt = self._service.tokenizer, answers.prompt
         if prompt.text or tokenizer is None:
             return prompt.text
@@ -265,13 +268,13 @@ class _Completions:
     def _scored(
         self, found: Sequence[TokenLogprob | None], offsets: Sequence[int], first_id: int = 0
     ) -> Scored:
-        """Log-probabilities as this dialect has them; the first token of a prompt, `first_id`, has none."""
+        """Log-probabilities in the form of this dialect; `first_id`, the first prompt token, has none."""
         spell = self._speller.marked_text_of
         best: list[dict[str, float] | None] = []
         for item in found:
             spelled: dict[str, float] = {}
             for token_id, value in () if item is None else item.top:
-                # The best comes first, and stays where another token is spelled alike.
+                # The best comes first, and wins over other tokens with the same spelling.
                 spelled.setdefault(spell(token_id), finite(value))
             best.append(None if item is None else spelled)
         return {
@@ -290,7 +293,7 @@ class _Completions:
         }  # fmt: skip
 
     def _with_timings(self, piece: Completion) -> Completion:
-        """With the ledger, where it was asked for."""
+        """Add the ledger, if requested."""
         first = self._opened[0].results[0]
         if not self._body.timings or first is None:
             return piece
@@ -298,13 +301,13 @@ class _Completions:
 
 
 class _Places:
-    """Finds where the tokens of a text begin; `at` is the place of the first one, in characters."""
+    """Finds where the tokens of a text begin; `at` is the offset of the first token, in characters."""
 
     def __init__(self, decoder: StreamDecoder | None, at: int) -> None:
         self._decoder, self._at = decoder, at
 
     def of(self, token_ids: Sequence[int]) -> list[int]:
-        """The places of the next tokens."""
+        """The offsets of the next tokens."""
         found = []
         for token_id in token_ids:
             found.append(self._at)

@@ -1,12 +1,12 @@
 """OpenAI's Responses: POST /v1/responses and /v1/responses/input_tokens.
 
-A client sends the whole conversation, or names what the server still has of it: `item_reference` and
-`previous_response_id` (`kept_items.py`). Responses cannot be fetched or deleted by their ids.
-A stream numbers its events; each piece of an answer is an output item that is added, filled by deltas, and done. The
+A client sends the whole conversation, or refers to items that the server still has, by `item_reference` and
+`previous_response_id` (`kept_items.py`). Responses cannot be fetched or deleted by id.
+A stream numbers its events. Each piece of an answer is an output item that is added, filled by deltas, and done. The
 last event is `response.completed`, `response.incomplete` or `response.failed`. Tools that OpenAI would run itself are
-left out, and named in `x-ignored-params`.
+left out and named in `x-ignored-params`.
 
-Elsewhere: what an answer is, is `core.py`; how it goes out is `streams.py`.
+Elsewhere: answers are `core.py`; sending them is `streams.py`.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ Parts = Text | Many[Annotated[Part | MediaInput, Field(discriminator="type")]]
 
 
 class GivenItem(Lenient):
-    """Part of a conversation; an item of an earlier answer has an id and a status, which say nothing."""
+    """Part of a conversation. The id and status of an item from an earlier answer have no effect."""
 
     id: str | None = None
     status: str | None = None
@@ -121,7 +121,7 @@ class ThoughtItem(GivenItem):
 
 
 class NamedItem(Strict):
-    """An item of an earlier response, which the server may still have."""
+    """A reference to an item of an earlier response, which the server may still have."""
 
     type: Literal["item_reference"] = "item_reference"
     id: Short
@@ -155,7 +155,7 @@ class FunctionTool(Lenient):
 
 
 class HostedTool(Lenient):
-    """A tool that OpenAI would run; left out here."""
+    """A tool that OpenAI would run; it is left out here."""
 
     type: Annotated[
         str, Field(pattern=r"^[a-z0-9_]{1,64}$", json_schema_extra={"not": {"const": "function"}})
@@ -211,7 +211,7 @@ class ResponsesBody(Thinking, ForOpenAI, Sampling):
     input: Text | Annotated[list[Item], Messages] = Field(examples=["Hello"])
     previous_response_id: Short | None = None
     store: Flag | None = Field(
-        None, description="Unless false, items are kept for later requests to name them."
+        None, description="Unless false, items are kept so that later requests can refer to them."
     )
     instructions: Text | None = None
     max_output_tokens: TokenLimit | None = None
@@ -234,10 +234,10 @@ class ResponsesBody(Thinking, ForOpenAI, Sampling):
         return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
 
     def request(self, kept: KeptItems, tenant: str) -> ChatRequest:
-        """The whole conversation, with what `kept` has of it.
+        """The whole conversation, with earlier items from `kept`.
 
         Raises:
-            Refused: it does not have it any more.
+            Refused: an item is no longer kept.
         """
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
         replaced = Replaced()
@@ -271,7 +271,7 @@ class ResponsesBody(Thinking, ForOpenAI, Sampling):
                 found.append(item)
         if len(found) > MAX_ITEMS:
             raise UsageError(
-                f"the conversation has {len(found)} items, and may have {MAX_ITEMS}", param="input"
+                f"the conversation has {len(found)} items; the maximum is {MAX_ITEMS}", param="input"
             )
         return found
 
@@ -298,12 +298,12 @@ def _tool(tool: FunctionTool) -> dict[str, Any]:
 
 
 def _messages(items: Sequence[KnownItem], replaced: Replaced) -> list[dict[str, Any]]:
-    """Items as messages: thoughts, text and calls of the assistant that follow each other are one.
+    """Convert items to messages: consecutive thoughts, text and calls of the assistant become one message.
 
-    Parts that the model cannot take are notes, or refused where the user sends them now.
+    Notes replace parts that the model cannot read; in the user's newest turn such parts are refused.
     """
     if isinstance(items[-1], MessageItem) and items[-1].role == "assistant":
-        raise UsageError("the last item is the assistant's, so there is nothing to answer", param="input")
+        raise UsageError("the last item is from the assistant, so there is nothing to answer", param="input")
     asked_now = last_asked(item.role if isinstance(item, MessageItem) else "" for item in items)
     made: list[dict[str, Any]] = []
     for at, item in enumerate(items):
@@ -480,7 +480,7 @@ class ItemEvent(Numbered):
 
 
 class Place(TypedDict):
-    """Where in a response an event belongs."""
+    """The place of an event in a response."""
 
     output_index: int
     item_id: str
@@ -532,7 +532,7 @@ Event = (
 
 
 async def input_tokens(body: ResponsesBody, request: Request) -> InputTokens:
-    """How many tokens a conversation has."""
+    """Count the tokens of a conversation."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
 
@@ -574,7 +574,7 @@ async def responses(body: ResponsesBody, request: Request) -> Response:
 
 
 class _Responses:
-    """The stream's events build the items that a whole response has, so both say the same."""
+    """Builds a whole response from the events of its stream, so both have the same content."""
 
     def __init__(self, service: Service, body: ResponsesBody, tenant: str) -> None:
         self._service, self._body, self._tenant = service, body, tenant
@@ -585,8 +585,8 @@ class _Responses:
         self._number = 0
         self._items: list[SaidItem] = []
         self._is_open = False
-        self._logprobs: list[ScoredToken] = []  # of tokens whose text is still to come
-        self._usage: ResponseUsage | None = None  # once all is there
+        self._logprobs: list[ScoredToken] = []  # of tokens whose text is not sent yet
+        self._usage: ResponseUsage | None = None  # set at the end
 
     async def whole(self, answers: Answers) -> Answer:
         status: Status = "completed"
@@ -606,7 +606,7 @@ class _Responses:
                     yield _sent(event)
 
     async def refused(self, error: PromptTooLong, caller: Caller) -> AsyncIterator[bytes]:
-        """A conversation that is too long, as a stream: Codex shortens one only if it hears of it there."""
+        """Refuse a conversation that is too long in a stream: Codex shortens one only if the stream says so."""
         yield _sent(self._about("response.created", "in_progress"))
         yield _sent(self._about("response.in_progress", "in_progress"))
         yield self.failed(error, caller)
@@ -620,7 +620,7 @@ class _Responses:
         return _sent(event)
 
     async def _keep(self) -> None:
-        """Before the end is told, so that the next request finds it; in a thread, as all that was sent is written."""
+        """Keep the items before the end is sent, so the next request finds them; in a thread, as this takes long."""
         body, kept = self._body, self._service.kept
 
         def keep() -> None:
@@ -690,7 +690,7 @@ class _Responses:
         return [*begun, delta]
 
     def _begin_text(self, kind: Literal["message", "reasoning"]) -> list[Event]:
-        """An item and its only part, both empty."""
+        """Begin an item with its only part, both empty."""
         events = self._close()
         part: OutputText | ReasoningText
         if kind == "message":
@@ -712,10 +712,11 @@ class _Responses:
     def _begin(self, item: SaidItem) -> ItemEvent:
         self._is_open = True
         self._items.append(item)
-        return self._about_item("response.output_item.added", deepcopy(item))  # as it is now; it grows
+        # A copy, because the item grows.
+        return self._about_item("response.output_item.added", deepcopy(item))
 
     def _close(self, status: Literal["completed", "incomplete"] = "completed") -> list[Event]:
-        """End the item that is open; it is incomplete where the answer was cut off in it."""
+        """End the open item; it is incomplete if the answer was cut off in it."""
         if not self._is_open:
             return []
         self._is_open = False
@@ -779,7 +780,7 @@ class _Responses:
 
 
 def _echoed(given: TextOptions | ReasoningOptions | None) -> dict[str, Any]:
-    """As the client sent it."""
+    """The options as the client sent them."""
     return {} if given is None else given.model_dump(exclude_unset=True, by_alias=True)
 
 

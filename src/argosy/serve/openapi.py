@@ -1,10 +1,10 @@
-"""The document of every route, made of the table of routes and of the models that check requests.
+"""The OpenAPI document, generated from the table of routes and the models that check requests.
 
     ROUTES: policy, handler's body, answer, events  ->  document  ->  /openapi.json
 
-Nothing is written twice: a body is the model its handler takes, an answer the type its handler makes, an error the type
-that `gate.error_body` makes, and which statuses there are follows from the policy. Streams of events are described as
-OpenAPI 3.2 has it: `itemSchema`, whose `data` is the JSON text of `contentSchema`.
+Nothing is written twice: a body is the model that its handler takes, an answer is the type that its handler returns,
+an error is the type that `gate.error_body` returns, and the statuses follow from the policy. Event streams are
+described as in OpenAPI 3.2: by `itemSchema`, whose `data` is JSON text described by `contentSchema`.
 
 Elsewhere: the table is `app.py`.
 """
@@ -23,23 +23,25 @@ from argosy.serve.gate import AnthropicError, OpenAIError, Policy, dialect_of
 from argosy.serve.streams import DONE
 
 _REFUSALS = {
-    "400": "The request cannot be meant.",
-    "401": "There is no valid API key.",
-    "403": "The key has no such scope, or the request comes from elsewhere.",
-    "404": "There is no such thing here.",
-    "408": "The body took too long.",
+    "400": "The request is invalid.",
+    "401": "The API key is missing or invalid.",
+    "403": "The key lacks the required scope, or the request's host or origin is not allowed.",
+    "404": "The path, model or item does not exist.",
+    "408": "The body took too long to arrive.",
     "413": "The body is too large.",
     "415": "The content type is not application/json.",
-    "429": "The key is at one of its limits.",
+    "429": "The key has reached one of its limits.",
     "500": "The answer could not be finished.",
-    "503": "There is no room now, or the server is stopping.",
+    "503": "The server has no room for the request, or is stopping.",
 }
-_RETRY = {"retry-after": {"description": "Seconds until it may be otherwise.", "schema": {"type": "integer"}}}
+_RETRY = {
+    "retry-after": {"description": "Seconds to wait before trying again.", "schema": {"type": "integer"}}
+}
 _NOTES = {
     name: {"description": description, "schema": {"type": "string"}, "required": False}
     for name, description in {
-        "x-ignored-params": "What was accepted and has no effect.",
-        "x-replaced-blocks": "How many parts of earlier turns the model cannot take, by type; it reads notes instead.",
+        "x-ignored-params": "Fields that were accepted and have no effect.",
+        "x-replaced-blocks": "Number of blocks, by type, that the model cannot read; notes replace them.",
     }.items()
 }
 _BYTES: dict[str, Any] = {"type": "string"}
@@ -49,11 +51,11 @@ _BYTES: dict[str, Any] = {"type": "string"}
 class Route:
     """One row of the table.
 
-    answer: type of the JSON that a handler answers with; None: it is no JSON.
-    events: type of the data of each event that it may stream instead; None: it streams none.
-    has_done: its last event is DONE.
-    media: types of content that are no JSON.
-    refusals: statuses that its handler refuses with, beside those that follow from the policy.
+    answer: type of the handler's JSON answer; None if the answer is not JSON.
+    events: type of the data of each event that the handler may stream instead; None if it does not stream.
+    has_done: the last event is DONE.
+    media: content types other than JSON.
+    refusals: statuses of the handler's refusals, besides those that follow from the policy.
     """
 
     policy: Policy
@@ -66,12 +68,12 @@ class Route:
 
     @property
     def body(self) -> Any:
-        """The model of its body, if it takes one."""
+        """The model of the request body; None if the handler takes no body."""
         return get_type_hints(self.handler).get("body")
 
 
 def document(routes: Sequence[Route], version: str) -> dict[str, Any]:
-    """An OpenAPI document of `routes`."""
+    """Build the OpenAPI document of `routes`."""
     inputs: list[tuple[str, JsonSchemaMode, TypeAdapter[Any]]] = []
     errors = {"openai": OpenAIError, "anthropic": AnthropicError}
     for name, error in errors.items():
@@ -137,7 +139,7 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
 
 
 def _statuses(route: Route) -> list[str]:
-    """What a request can be refused with."""
+    """The statuses with which a request can be refused."""
     policy = route.policy
     found = {"400", "403", "500", "503", *route.refusals}
     found |= {"401"} if policy.scope is not None else set()

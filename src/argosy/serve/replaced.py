@@ -1,10 +1,11 @@
-"""Blocks that a model cannot take: replaced by a note in the history, refused where they are new.
+"""Blocks that a model cannot read: replaced by a note in earlier turns, refused in the newest.
 
-A tool that reads a picture, or a conversation begun with another model, must not end a session: every later request
-would carry the same block and be refused again. So a block of an earlier turn, or of a tool's result, becomes a note,
-and `x-replaced-blocks` counts such notes. A picture that the user sends now is refused, as no answer could be about it.
+A tool that reads a picture, or a conversation that began with another model, must not end a session: every later
+request would carry the same block and be refused again. So a note replaces a block of an earlier turn or a tool result,
+and `x-replaced-blocks` counts the notes. A picture in the user's newest turn is refused, because no answer could be
+about it.
 
-Elsewhere: each dialect knows which of its blocks are new; their data is read past and not kept.
+Elsewhere: each dialect decides which of its blocks are new. The data of these blocks is skipped, not kept.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ TEXT_ONLY = "this model reads text only"
 
 
 class UnreadPart(BaseModel):
-    """A part of which nothing but its type is kept."""
+    """A part that the model cannot read; only its type is kept."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -31,33 +32,33 @@ def last_asked(roles: Iterable[str]) -> int:
 
 
 class Replaced:
-    """The notes of one request."""
+    """The notes in one request."""
 
     def __init__(self) -> None:
         self._num_by_kind: Counter[str] = Counter()
 
     def note(self, kind: str, where: str, *, is_new: bool, reason: str = TEXT_ONLY) -> str:
-        """The text that stands for a block.
+        """The text that replaces a block.
 
         Args:
-            kind: what it is, as its dialect calls it.
+            kind: its type, as the dialect calls it.
             where: its place in the body.
-            is_new: the user sends it now.
+            is_new: it is in the user's newest turn.
             reason: why the model does not get it.
 
         Raises:
-            UsageError: it is new.
+            UsageError: the block is new.
         """
         if is_new:
             raise UsageError(
-                f"{where}: {reason}, and this is of type '{kind}'",
+                f"{where}: {reason}, and this part has type '{kind}'",
                 param=where,
-                hint="leave it out or put it into words; in earlier turns and in tool results it becomes a note",
+                hint="leave it out, or describe it in words; in earlier turns and tool results a note replaces it",
             )
         self._num_by_kind[kind] += 1
         return f"[{kind} omitted: {reason}]"
 
     def header(self) -> dict[str, str]:
-        """The header that counts what was replaced; kinds are of a fixed set."""
+        """The header that counts replaced blocks; their types come from a fixed set."""
         counts = [f"{number} {kind}" for kind, number in self._num_by_kind.items()]
         return {"x-replaced-blocks": ", ".join(counts)} if counts else {}

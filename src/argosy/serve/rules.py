@@ -1,6 +1,6 @@
-"""JSON schemas of what holds between the fields of one object, where a field that is null counts as absent.
+"""JSON schemas of dependencies between the fields of one object. A null field counts as absent.
 
-They only describe: the code that refuses a request is where its fields are used.
+They only document: the code that uses the fields refuses an invalid request.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ _NULL: dict[str, Any] = {"type": "null"}
 
 
 def given(*names: str, **schemas: dict[str, Any]) -> dict[str, Any]:
-    """All of these fields are there; those of `schemas` as these say."""
+    """All of these fields are present; those in `schemas` match their schema."""
     fields = dict.fromkeys(names, _VALUE) | schemas
     return {"required": list(fields), "properties": fields}
 
 
 def absent(*names: str) -> dict[str, Any]:
-    """None of these fields is there."""
+    """None of these fields is present."""
     return {"properties": dict.fromkeys(names, _NULL)}
 
 
@@ -28,12 +28,12 @@ def any_of(*rules: dict[str, Any]) -> dict[str, Any]:
 
 
 def at_most_one(*names: str) -> dict[str, Any]:
-    """No two of these fields are there."""
+    """At most one of these fields is present."""
     return any_of(*(absent(*(other for other in names if other != name)) for name in names))
 
 
 def exactly_one(*names: str) -> dict[str, Any]:
-    """One of these fields is there, and no other."""
+    """Exactly one of these fields is present."""
     rules = []
     for name in names:
         others = absent(*(other for other in names if other != name))

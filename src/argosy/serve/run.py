@@ -1,4 +1,4 @@
-"""From a model to a listening socket, and back on SIGTERM: nothing new, time for what runs, then the rest ends.
+"""Start and stop the server. On SIGTERM it refuses new requests, waits for running ones, then ends the rest.
 
     bind  ->  (the engine is opened)  ->  serve: listen, answer, drain
 
@@ -47,25 +47,25 @@ if TYPE_CHECKING:
 log = logging.getLogger("argosy.serve")
 
 MAX_CONNECTIONS = 512
-# So many beyond the bound still hear that there is no room; more are closed without a word.
+# This many connections beyond the limit get an error; any more are closed without an answer.
 _TOLD_CONNECTIONS = 64
-_OTHER_FILES = 256  # that may be opened beside connections: by prompts, by the log of what keys have used
-_BACKLOG = 1024  # connections that the system takes before the server has
-_SAID_EVERY_S = 60.0  # that connections cannot be taken
-KEEP_ALIVE_S = 15  # a connection may be idle for so long
-HEADER_S = 15.0  # a client has so long for the head of a request
-STUCK_S = 60.0  # one that takes nothing of an answer for so long is gone
-_LAST_WORDS_S = 0.5  # for answers to say that they end, after the second signal
-_LOOK_S = 0.05  # between two looks for a second signal
-# What the system keeps for a client that does not read; its own choice is megabytes.
+_OTHER_FILES = 256  # open files besides connections: for prompts, for the usage of keys
+_BACKLOG = 1024  # connections that the kernel queues for the server
+_SAID_EVERY_S = 60.0  # how often to log that connections cannot be accepted
+KEEP_ALIVE_S = 15  # longest idle time of a connection
+HEADER_S = 15.0  # longest time for the head of a request
+STUCK_S = 60.0  # a client that reads nothing of its answer for this long is disconnected
+_LAST_WORDS_S = 0.5  # after the second signal, for answers to send their end
+_LOOK_S = 0.05  # how often to check for a second signal
+# The kernel's buffer for a client that does not read; the default is megabytes.
 _SEND_BUFFER_BYTES = 128 << 10
 
 
 def require_keys(host: str, keys: Path | None) -> None:
-    """Without keys only this machine may ask.
+    """Allow a server without keys on loopback addresses only.
 
     Raises:
-        UsageError: others could.
+        UsageError: other machines could send requests without a key.
     """
     try:
         is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -73,25 +73,25 @@ def require_keys(host: str, keys: Path | None) -> None:
         is_local = False
     if keys is None and not is_local:
         raise UsageError(
-            f"listening on {host} lets other machines in, and there are no keys",
+            f"listening on {host} admits other machines, and there are no keys",
             hint="`argosy keys add NAME --keys FILE`, then `argosy serve ... --keys FILE`; or --host 127.0.0.1",
         )
 
 
 def make_room_for_files(max_connections: int) -> None:
-    """Raise the limit on open files as far as it goes: a server that cannot open one more accepts no connection.
+    """Raise the limit on open files to its maximum: a server at that limit cannot accept a connection.
 
-    Called before the model is opened, because each part of a model takes two files, and again once those are open.
+    Called before the model is opened, because each part of a model takes two files, and again afterwards.
 
     Raises:
-        UsageError: it does not go far enough for `max_connections` beside what is open already.
+        UsageError: the maximum is too low for `max_connections` in addition to the files already open.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     needed = _num_open_files() + max_connections + _TOLD_CONNECTIONS + _OTHER_FILES
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise UsageError(
-            f"{max_connections} connections need {needed} open files, and {hard} are allowed",
+            f"{max_connections} connections need {needed} open files, and the limit is {hard}",
             hint=f"`ulimit -Hn {needed}`, or --max-connections {max(1, hard - needed + max_connections)}",
         )
 
@@ -101,10 +101,10 @@ def _num_open_files() -> int:
 
 
 class _Listener(socket.socket):
-    """A socket whose connections asyncio takes one by one.
+    """A socket from which asyncio accepts connections one at a time.
 
-    It takes as many in a row as it lets wait, and where no more files may be open it fails, reports and plans another
-    try for each of them.
+    asyncio accepts as many connections in a row as the backlog it asks for. At the limit on open files, it would fail,
+    report and schedule a retry for each of them.
     """
 
     def listen(self, backlog: int = 1, /) -> None:
@@ -113,19 +113,20 @@ class _Listener(socket.socket):
 
 @contextmanager
 def bind(host: str, port: int) -> Iterator[list[socket.socket]]:
-    """Sockets at all addresses of `host`, not yet listening.
+    """Bind sockets to all addresses of `host`, without listening yet.
 
     They are bound before the model is loaded, so that a port in use is reported at once. They listen only after it is
-    loaded: until then connections are refused, so that no client waits for minutes, or for an answer that never comes.
+    loaded. Until then connections are refused, so that no client waits for minutes, or for an answer that never comes.
 
     Raises:
-        UsageError: the address is in use, or is none of this machine's.
+        UsageError: the address is in use, or does not belong to this machine.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise UsageError(
-            f"--host {host} is no address: {error.strerror}", hint="--host 127.0.0.1, or 0.0.0.0 for all"
+            f"--host {host} is not an address: {error.strerror}",
+            hint="use --host 127.0.0.1, or 0.0.0.0 for all addresses",
         ) from None
     with ExitStack() as stack:
         sockets: list[socket.socket] = []
@@ -137,7 +138,7 @@ def bind(host: str, port: int) -> Iterator[list[socket.socket]]:
                 if family == socket.AF_INET6:
                     one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 one.bind((address[0], sockets[0].getsockname()[1] if sockets else port, *address[2:]))
-            except OSError as error:  # `localhost` has an address of IPv6 also where that is switched off
+            except OSError as error:  # `localhost` has an IPv6 address even if IPv6 is disabled
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise _cannot_listen(error, host, port) from None
                 fault = error
@@ -154,21 +155,22 @@ def _cannot_listen(error: OSError, host: str, port: int) -> UsageError:
         case errno.EADDRINUSE:
             told, hint = (
                 f"port {port} of {host} is in use",
-                f"--port {port % 65535 + 1}, or --port 0 for any that is free",
+                f"use --port {port % 65535 + 1}, or --port 0 for any free port",
             )
         case errno.EACCES:
-            told, hint = f"port {port} is not open to this user", "--port 8080, or another above 1023"
+            told, hint = f"this user may not listen on port {port}", "use --port 8080, or another above 1023"
         case _:
-            told, hint = f"{host} is no address of this machine: {error.strerror}", "--host 127.0.0.1"
+            told = f"{host} is not an address of this machine: {error.strerror}"
+            hint = "use --host 127.0.0.1"
     return UsageError(told, hint=hint)
 
 
 class TimedProtocol(H11Protocol):
-    """HTTP/1.1 whose request heads have to come within HEADER_S, and whose answers are read, or it hangs up.
+    """HTTP/1.1 that disconnects slow clients: those whose request head takes HEADER_S, and those that do not read.
 
-    Beyond `max_connections` a connection's request is refused by the gate, in its own dialect, and it is closed.
-    What a client does not take waits: the answer's next part is not made before the last is gone. One that takes
-    nothing of it for STUCK_S is hung up on, also when its answer is whole and only the connection's end waits.
+    Beyond `max_connections` the gate refuses a connection's request in its own dialect, and closes the connection.
+    The next part of an answer is made only after the client took the last one. A client that reads nothing for STUCK_S
+    is disconnected, even if its answer is complete and only the end of the connection is pending.
     """
 
     _head_timer: asyncio.TimerHandle | None = None
@@ -186,7 +188,7 @@ class TimedProtocol(H11Protocol):
             return
         if beyond > 0:
             self.app_state = {**self.app_state, NO_ROOM: True}
-        transport.set_write_buffer_limits(high=0)  # paused is: something waits
+        transport.set_write_buffer_limits(high=0)  # writing is paused whenever data is pending
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         self._expect_head()
 
@@ -205,7 +207,7 @@ class TimedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """The client takes less than there is: from here on it is watched."""
+        """The client reads too slowly: watch it from now on."""
         super().pause_writing()
         self._expect_reading()
 
@@ -234,7 +236,7 @@ class _Server(uvicorn.Server):
     """uvicorn with our own start, signals and shutdown.
 
     Args:
-        started: called when it listens.
+        started: called when the server listens.
     """
 
     def __init__(
@@ -252,7 +254,7 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals are ours until the process has ended: uvicorn would give them back, and a late one would kill it."""
+        """Keep our signal handlers to the end: uvicorn would restore the old ones, and a late signal would kill us."""
 
         def handle_with(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
             if threading.current_thread() is threading.main_thread():
@@ -263,10 +265,11 @@ class _Server(uvicorn.Server):
         try:
             yield
         finally:
-            handle_with(signal.SIG_IGN)  # all has ended; a handler in Python goes before the interpreter does
+            # Everything is closed, and Python handlers stop working before the interpreter exits.
+            handle_with(signal.SIG_IGN)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, the second ends. Both end in exit code 0."""
+        """The first signal drains, the second ends the server. Both lead to exit code 0."""
         self._is_told_twice = self.should_exit
         self.should_exit = True
 
@@ -279,10 +282,10 @@ class _Server(uvicorn.Server):
         """Log a failure outside any request. The message that asyncio prints would quote the objects involved."""
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            now = time.monotonic()  # asyncio tries again every second
+            now = time.monotonic()  # asyncio retries every second
             if self._said_at is None or now - self._said_at >= _SAID_EVERY_S:
                 self._said_at = now
-                log.error("connections wait, because no more files may be open: %s", error.strerror)
+                log.error("connections wait, because the limit on open files is reached: %s", error.strerror)
         elif error is not None:
             log.error("event loop: %s", where_it_failed(error))
 
@@ -295,15 +298,15 @@ class _Server(uvicorn.Server):
         await asyncio.to_thread(self._loop.close)
 
     async def _end_answers(self) -> None:
-        """Let answers finish within `drain_s`, then end the others with an error.
+        """Let answers finish within `drain_s`, then end the rest with an error.
 
-        A second signal ends them at once, and closes the connections that are still open half a second later.
+        A second signal ends them at once, and closes the remaining connections half a second later.
         """
         until = time.monotonic() + self._drain_s
         while not self._is_told_twice and time.monotonic() < until:
             if await asyncio.to_thread(self._loop.drain, _LOOK_S):
                 break
-        await asyncio.to_thread(self._loop.close)  # what still runs hears that it ends
+        await asyncio.to_thread(self._loop.close)  # running requests get an error
         while not self._is_told_twice:
             await asyncio.sleep(_LOOK_S)
         await asyncio.sleep(_LAST_WORDS_S)
@@ -313,8 +316,8 @@ class _Server(uvicorn.Server):
 
 
 def uvicorn_config(app: Gate, *, grace_s: float, max_connections: int = MAX_CONNECTIONS) -> uvicorn.Config:
-    """How uvicorn is to run `app`: it logs nothing, says nothing of itself, and waits for nobody for long."""
-    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # it would log what failed with what it held
+    """Configure uvicorn to run `app` without logs and server headers, and with short timeouts."""
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # its tracebacks could quote content
     return uvicorn.Config(
         app,
         http=functools.partial(TimedProtocol, max_connections=max_connections),  # type: ignore[arg-type]
@@ -346,16 +349,16 @@ def serve(
     keep_billing_line: bool = False,
     any_model: bool = False,
 ) -> None:
-    """Serve `engine` until a signal says otherwise; answers are replayed as far as its plan has room for them.
+    """Serve `engine` until a signal; keep answers for replay as far as the memory plan has room.
 
-    From the first signal on, none ends the process before it has closed everything; its exit code stays 0.
+    After the first signal, no signal ends the process before everything is closed; the exit code stays 0.
 
     Args:
-        sockets: of `bind`.
-        host: where others find it, for the line that says so.
+        sockets: from `bind`.
+        host: the host to print in the address of the server.
 
     Raises:
-        UsageError: another process has begun to listen there meanwhile.
+        UsageError: another process has started to listen there in the meantime.
     """
     require_keys(host, keys)
     make_room_for_files(max_connections)
@@ -364,7 +367,7 @@ def serve(
     counts = None if keys is None else UseFile(keys.with_name(keys.name + ".use"))
     limits = Limits(file=counts, known=ring.ids)
     if keys is not None:
-        engine.forget_others(["", *ring.ids])  # of keys that were revoked while nobody served
+        engine.forget_others(["", *ring.ids])  # drops tenants whose keys were revoked while no server ran
     writer = LogWriter(sys.stderr.fileno())
     log.setLevel(logging.INFO)
     log.handlers = [writer]
@@ -378,7 +381,8 @@ def serve(
         experts_per_token=config.experts_per_token,
         vocab_size=config.vocab_size,
     )
-    kept_bytes = engine.plan.replay_bytes // 4  # for items that clients name; the rest for tokens of answers
+    # A quarter is for items that clients refer to; the rest is for tokens of answers.
+    kept_bytes = engine.plan.replay_bytes // 4
     prompts = engine.prompts.remembering(ReplayMemory(max_bytes=engine.plan.replay_bytes - kept_bytes))
     try:
         with EngineLoop(engine, report=lambda error: log.error("engine: %s", where_it_failed(error))) as loop:

@@ -1,9 +1,9 @@
-"""What the page, `argosy top` and Prometheus are told of the engine: numbers, and nothing that anyone said.
+"""The engine's state for the page, `argosy top` and Prometheus: numbers, and no content of requests.
 
-Which experts ran can reveal a text, so the heat map covers 256 tokens or more, only for the owner (scope `admin`), and
+Which experts ran can reveal a text. So the heat map covers at least 256 tokens and needs the scope `admin`, and
 `/metrics` has no label for an expert.
 
-Elsewhere: where the numbers come from is `engine/facts.py` and `engine/loop.py`.
+Elsewhere: the numbers come from `engine/facts.py` and `engine/loop.py`.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class EngineState(TypedDict):
 def state_of(
     facts: LoopFacts, model: ModelFacts, *, block_tokens: int, max_sequences: int, with_heat: bool
 ) -> EngineState:
-    """The engine as JSON."""
+    """The state of the engine as JSON."""
     engine, totals = facts.engine, facts.engine.totals
     heat: Heat | None = None
     if with_heat and engine.expert_uses is not None and engine.expert_use_tokens >= WINDOW_TOKENS:
@@ -134,16 +134,16 @@ def state_of(
 
 
 class Metrics:
-    """A registry of its own: routes and statuses are the only labels."""
+    """Prometheus metrics in their own registry; routes and statuses are the only labels."""
 
     def __init__(self, snapshot: Any) -> None:
         self.registry = CollectorRegistry()
         self._snapshot = snapshot
         self._requests = Counter(
-            "argosy_requests", "Requests that were answered", ["route", "status"], registry=self.registry
+            "argosy_requests", "Answered requests", ["route", "status"], registry=self.registry
         )
         self._seconds = Histogram(
-            "argosy_request_seconds", "From the first byte in to the last out", ["route"],
+            "argosy_request_seconds", "Time from the first byte in to the last byte out", ["route"],
             buckets=(0.01, 0.1, 0.5, 1, 5, 15, 60, 300, 1800), registry=self.registry,
         )  # fmt: skip
         self.registry.register(self)
@@ -156,27 +156,27 @@ class Metrics:
         facts: LoopFacts = self._snapshot()
         engine, totals = facts.engine, facts.engine.totals
         for name, what, value in (
-            ("argosy_prompt_tokens", "Tokens of prompts", totals.prompt_tokens),
-            ("argosy_new_tokens", "Tokens of answers", totals.new_tokens),
-            ("argosy_expert_lookups", "Experts that were asked for", totals.lookups),
-            ("argosy_expert_hits", "Experts that were in memory", totals.hits),
+            ("argosy_prompt_tokens", "Prompt tokens", totals.prompt_tokens),
+            ("argosy_new_tokens", "Generated tokens", totals.new_tokens),
+            ("argosy_expert_lookups", "Expert lookups", totals.lookups),
+            ("argosy_expert_hits", "Expert lookups that found the expert in memory", totals.hits),
             ("argosy_read_bytes", "Bytes read from the drive", totals.bytes_read),
-            ("argosy_steps", "Steps of the engine", facts.num_steps),
+            ("argosy_steps", "Engine steps", facts.num_steps),
         ):
             counter = CounterMetricFamily(name, what)
             counter.add_metric([], value)
             yield counter
         for name, what, number in (
-            ("argosy_sequences_running", "Sequences that run", engine.num_running),
-            ("argosy_sequences_waiting", "Sequences that wait", engine.num_waiting),
-            ("argosy_kv_blocks_held", "KV blocks of sequences that run", engine.kv_blocks_held),
-            ("argosy_kv_blocks_kept", "KV blocks of beginnings that may be found", engine.kv_blocks_kept),
-            ("argosy_kv_blocks", "KV blocks", engine.kv_blocks),
-            ("argosy_experts", "Experts of all layers", engine.num_experts),
+            ("argosy_sequences_running", "Running sequences", engine.num_running),
+            ("argosy_sequences_waiting", "Waiting sequences", engine.num_waiting),
+            ("argosy_kv_blocks_held", "KV blocks of running sequences", engine.kv_blocks_held),
+            ("argosy_kv_blocks_kept", "KV blocks in the prefix cache", engine.kv_blocks_kept),
+            ("argosy_kv_blocks", "All KV blocks", engine.kv_blocks),
+            ("argosy_experts", "Experts in all layers", engine.num_experts),
             ("argosy_experts_resident", "Experts in memory", engine.num_resident),
             ("argosy_peak_bytes", "Peak memory of the process", totals.peak_bytes),
             ("argosy_budget_bytes", "Memory budget", engine.budget_bytes),
-            ("argosy_decode_tokens_per_second", "New tokens a second, of late", facts.new_tok_per_s),
+            ("argosy_decode_tokens_per_second", "Recent generated tokens per second", facts.new_tok_per_s),
         ):
             gauge = GaugeMetricFamily(name, what)
             if number is not None:

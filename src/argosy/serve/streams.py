@@ -1,6 +1,6 @@
-"""Answers on the wire: whole, or as server-sent events; whoever hangs up cancels.
+"""Send answers whole, or as server-sent events. A client that disconnects cancels its answer.
 
-Elsewhere: what is sent is each dialect's own.
+Elsewhere: the content is up to each dialect.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ T = TypeVar("T")
 
 
 def sse(data: object, event: str | None = None) -> bytes:
-    """One event."""
+    """Encode one event."""
     text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     head = b"" if event is None else f"event: {event}\n".encode()
     return head + f"data: {text}\n\n".encode("utf-8", "replace")
 
 
 def error_event(error: Exception, dialect: Dialect, caller: Caller) -> bytes:
-    """A failure as the last event of a stream."""
+    """Encode a failure as the last event of a stream."""
     _, body = error_body(error, dialect, caller.request_id)
     return sse(body, "error" if dialect == "anthropic" else None)
 
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, T], close: Callable[[], None]) -> T:
-    """The result of `work`, unless the client hangs up before: then it is cancelled. `close` is called at the end.
+    """The result of `work`; it is cancelled if the client disconnects first. `close` is always called at the end.
 
     Raises:
-        GoneAway: it hung up.
+        GoneAway: the client disconnected.
     """
     working = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(request.receive))
@@ -53,7 +53,7 @@ async def until_gone(request: Request, work: Coroutine[Any, Any, T], close: Call
         for task in (working, gone):
             task.cancel()
         await asyncio.gather(working, gone, return_exceptions=True)
-        close()  # cancelled before it began, `work` has closed nothing
+        close()  # `work` closes nothing if it is cancelled before it begins
 
 
 async def _gone(receive: Receive) -> None:
@@ -62,11 +62,11 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Events as they come, a comment every KEEP_ALIVE_S while none does, and an error as the last event.
+    """Sends events as they are made, a comment every KEEP_ALIVE_S of silence, and a failure as the last event.
 
-    `failed` makes that event of what went wrong, where the dialect has one of its own. `close` is called at the end,
-    also when the client was gone before the first event was asked for. The next event is asked for when the last is on
-    its way; who takes nothing is hung up on by the connection (`run.TimedProtocol`).
+    `failed` encodes a failure, if the dialect has its own event for it. `close` is always called at the end, even if
+    the client left before the first event was requested. The next event is requested once the last has been sent. The
+    connection drops a client that reads nothing (`run.TimedProtocol`).
     """
 
     media_type = "text/event-stream"
@@ -111,9 +111,8 @@ class EventStream(Response):
         try:
             async for part in self._parts:
                 await write(part)
-                await asyncio.sleep(
-                    0
-                )  # where parts lie ready: others have a turn, and hear that this client left
+                # If parts are ready, let other tasks run, and let `gone` notice that this client left.
+                await asyncio.sleep(0)
         except Exception as error:
             report(error, self._caller)
             await write(self._failed(error))
@@ -124,7 +123,7 @@ class EventStream(Response):
         await write(b"", more=False)
 
     async def _keep_alive(self, write: Callable[[bytes], Awaitable[None]]) -> None:
-        """One timer for the whole stream: a token comes far more often than it rings."""
+        """One timer for the whole stream, because tokens are far more frequent than keep-alives."""
         while True:
             idle_s = time.monotonic() - self._written_at
             if idle_s >= KEEP_ALIVE_S:

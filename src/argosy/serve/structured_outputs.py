@@ -1,12 +1,12 @@
-"""What an answer has to look like, as vLLM spells it: `structured_outputs` of Chat Completions and Completions.
+"""The form of an answer in vLLM's spelling: `structured_outputs` of Chat Completions and Completions.
 
     {"json": schema} | {"choice": texts} | {"regex": text} | {"grammar": text}  ->  asked  ->  Grammar
-    guided_json | guided_choice | guided_regex | guided_grammar: its older names of the same
+    guided_json | guided_choice | guided_regex | guided_grammar: older names of the same fields
 
-An expression and a grammar need a key with the scope `grammar`: what they ask of the server is bounded, but more
-than a schema asks. A choice is no more than a schema.
+A regular expression or a grammar needs a key with the scope `grammar`: its cost is bounded, but higher than that of a
+schema. A choice costs no more than a schema.
 
-Elsewhere: bounds are `engine/grammar_bounds.py`; how a form goes together with thoughts and calls is `prompt/formats/`.
+Elsewhere: bounds are `engine/grammar_bounds.py`; combining a form with thoughts and tool calls is `prompt/formats/`.
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ from argosy.serve.rules import exactly_one
 
 _NAME = "structured_outputs"
 
-Schema = Annotated[FreeObject | Text, Field(description="JSON of this schema; the schema may be text.")]
+Schema = Annotated[
+    FreeObject | Text,
+    Field(description="The answer is JSON that follows this schema. The schema may be given as JSON text."),
+]
 Choices = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=1024)]],
-    few(512, at_least=1, description="One of these texts."),
+    few(512, at_least=1, description="The answer is one of these texts."),
 ]
 Expression = Annotated[
     str,
     Field(
         min_length=1,
         max_length=MAX_REGEX_CHARACTERS,
-        description="Text that this expression matches as a whole; the syntax is that of Rust's regex.",
+        description="This regular expression matches the whole answer. The syntax is that of Rust's regex crate.",
     ),
 ]
 Rules = Annotated[
@@ -44,13 +47,13 @@ Rules = Annotated[
     Field(
         min_length=1,
         max_length=MAX_CALLERS_CHARACTERS,
-        description="Text of this grammar: rules in Lark's syntax, one of them `start`.",
+        description="The answer follows this grammar: rules in Lark's syntax, one of them named `start`.",
     ),
 ]
 
 
 class StructuredOutputs(Strict):
-    """Exactly one of these. `regex` and `grammar` need a key with the scope `grammar`."""
+    """Set exactly one field. `regex` and `grammar` need a key with the scope `grammar`."""
 
     RULES = (exactly_one("json", "choice", "regex", "grammar"),)
 
@@ -61,7 +64,7 @@ class StructuredOutputs(Strict):
 
 
 class Formed(Strict):
-    """The forms that a request may ask for, beside those of its dialect."""
+    """Forms that a request may ask for, in addition to those of its dialect."""
 
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | None = None
@@ -70,37 +73,40 @@ class Formed(Strict):
     guided_grammar: Rules | None = None
 
     def form_name(self) -> str | None:
-        """Which of these fields asks for a form, if one does.
+        """The name of the field that asks for a form; None if there is none.
 
         Raises:
-            UsageError: several do.
+            UsageError: several fields ask for a form.
         """
         given = [name for name in Formed.model_fields if getattr(self, name) is not None]
         if len(given) > 1:
             raise UsageError(
-                f"an answer has one form: leave out {given[0]}, or {' and '.join(given[1:])}", param=given[1]
+                f"an answer can have only one form: leave out {given[0]}, or {' and '.join(given[1:])}",
+                param=given[1],
             )
         return next(iter(given), None)
 
     def form(self, own: Grammar | None, caller: Caller) -> Grammar | None:
-        """The form that is asked for, in these fields or in the dialect's `own` way.
+        """The requested form, from these fields or from the dialect's `own` field.
 
         Raises:
-            Refused: the caller's key has no scope for it.
-            UsageError: it is asked for twice, or is nothing that a caller's grammar may be.
+            Refused: the caller's key lacks the scope for the form.
+            UsageError: two fields ask for a form, or a caller may not use this grammar.
         """
         name = self.form_name()
         if name is None:
             return own
         if own is not None:
-            raise UsageError(f"an answer has one form: leave out response_format, or {name}", param=name)
+            raise UsageError(
+                f"an answer can have only one form: leave out response_format or {name}", param=name
+            )
         value = getattr(self, name)
         if not isinstance(value, StructuredOutputs):
             return _asked(name.removeprefix("guided_"), name, value, caller)
         given = {kind.rstrip("_"): part for kind, part in value if part is not None}
         if len(given) != 1:
             raise UsageError(
-                f"{name} takes exactly one of json, choice, regex and grammar, and has {len(given)}",
+                f"{name} needs exactly one of json, choice, regex and grammar, found {len(given)}",
                 param=name,
             )
         ((kind, part),) = given.items()
@@ -108,11 +114,11 @@ class Formed(Strict):
 
 
 def _asked(kind: str, name: str, value: Any, caller: Caller) -> Grammar:
-    """A form as `ChatRequest.form` has it; `name` is what the caller calls it."""
+    """The value for `ChatRequest.form`; `name` is the name of the request's field."""
     if kind == "json":
         return schema_form(_schema(name, value))
     if kind == "choice":
-        # A terminal, so that it is one automaton, however many they are.
+        # One terminal, so that any number of choices becomes one automaton.
         return Grammar(kind="lark", text=f"start: ONE\nONE: {' | '.join(map(_literal, value))}")
     caller.require("grammar", name)
     if kind == "regex":
@@ -132,7 +138,7 @@ def _schema(name: str, value: dict[str, Any] | str) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"{name}: the text is not JSON: {error}", param=name) from None
     if not isinstance(read, dict):
-        raise UsageError(f"{name}: expected the text of an object", param=name)
+        raise UsageError(f"{name}: expected the JSON text of an object", param=name)
     return read
 
 

@@ -1,9 +1,9 @@
-"""Which tools apply to a request: decided here once, for every dialect.
+"""Decide, for every dialect, which tools apply to a request.
 
     tools, tool_choice, parallel  ->  ToolUse.of  ->  told: the prompt      callable, must_call, parallel: the answer
 
-Elsewhere: each dialect spells a choice in its own way and makes a `ToolChoice` of it; what an answer may say then is a
-grammar (`prompt/formats/`).
+Elsewhere: each dialect converts its own spelling of a choice to a `ToolChoice`; the grammar that then constrains the
+answer is `prompt/formats/`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ ToolMode = Literal["auto", "none", "required"]
 
 
 class Choosing(Protocol):
-    """A choice in a dialect's own spelling."""
+    """A tool choice in a dialect's own spelling."""
 
     def asked(self) -> ToolChoice: ...
 
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """What a client says about calls.
+    """A client's choice about tool calls.
 
-    mode: the model may call, must not, or has to.
-    names: of the tools that may be called; None: all.
+    mode: the model may call a tool, must not, or must.
+    names: names of the callable tools; None means all.
     """
 
     mode: ToolMode = "auto"
@@ -37,7 +37,7 @@ class ToolChoice:
 
     @classmethod
     def of(cls, given: ToolMode | Choosing | None) -> ToolChoice:
-        """As a dialect's own spelling has it; nothing said is "auto"."""
+        """Convert a dialect's spelling; None means "auto"."""
         if given is None:
             return cls()
         return cls(given) if isinstance(given, str) else given.asked()
@@ -45,13 +45,13 @@ class ToolChoice:
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """What was decided.
+    """The decision.
 
-    told: the tools that the prompt tells the model of: all of them, whichever may be called, so that prompts which
-        differ in the choice alone begin alike.
-    callable: those that may be called; a call of another is text.
-    must_call: the answer is a call.
-    parallel: more than one call may be made.
+    told: the tools in the prompt: all of them, even if not callable, so that prompts that differ only in the choice
+        share a prefix.
+    callable: the tools that may be called; a call of another tool is text.
+    must_call: the answer must be a tool call.
+    parallel: the answer may have more than one call.
     """
 
     told: tuple[Tool, ...] = ()
@@ -64,7 +64,7 @@ class ToolUse:
         """Decide.
 
         Raises:
-            UsageError: a tool is none, the choice names one that is not there, or a call is asked for without tools.
+            UsageError: a tool is invalid, the choice names an unknown tool, or requires a call without any tools.
         """
         checked = check_tools(tools)
         if choice.mode == "none":
@@ -73,5 +73,5 @@ class ToolUse:
         if choice.names is not None:
             chosen = tuple(tool_named(checked, name) for name in dict.fromkeys(choice.names))
         if choice.mode == "required" and not chosen:
-            raise UsageError("tool_choice asks for a call, and there are no tools", param="tool_choice")
+            raise UsageError("tool_choice requires a tool call, and there are no tools", param="tool_choice")
         return cls(checked, chosen, choice.mode == "required", parallel)

@@ -1,12 +1,12 @@
-"""Work that a request needs before the engine (parsing, rendering, tokenizing), in a few threads shared fairly.
+"""Run the work before the engine (parsing, rendering, tokenizing) in a few threads that tenants share fairly.
 
     run(tenant, call)  ->  the tenant's own queue  ->  tenants in turn  ->  a thread  ->  result
 
-A free thread goes to the tenant whose last job began longest ago, so a tenant with one job waits for the first free
-thread, however many jobs another has queued. A tenant's queue is bounded.
+A free thread goes to the tenant whose last job began longest ago. So a tenant with one job waits only for the first
+free thread, however many jobs another tenant has queued. A tenant's queue is bounded.
 
-Large jobs have a queue of their own with one thread, so that their memory is needed only once and small jobs never wait
-for them. After each of them that thread rests.
+Large jobs have their own queue with one thread, so that only one of them needs memory at a time and small jobs never
+wait for them. After each large job the thread rests.
 
 Elsewhere: steps of the model run in the engine's own thread (`engine/loop.py`).
 """
@@ -28,10 +28,10 @@ from typing import Any, ParamSpec, TypeVar
 from argosy.guard.limits import TooMany
 
 NUM_THREADS = 2
-MAX_WAITING = 256  # jobs of one tenant
+MAX_WAITING = 256  # jobs per tenant
 _RETRY_S = 2
-# After a large job its thread rests for so many times as long as that took, so that a flood of them leaves time for the
-# model: they take half of a core at most, and a quarter where they come to nothing.
+# After a large job the thread rests for this multiple of the job's time, so that a flood of large jobs leaves time for
+# the model: they use at most half of a core, or a quarter if they fail.
 _REST, _REST_AFTER_FAILURE = 1.0, 3.0
 _LONGEST_REST_S = 1.0
 
@@ -45,7 +45,7 @@ class _Job:
     future: Future[Any]
 
     def run(self) -> bool:
-        """Returns whether it came to its end."""
+        """Run the call; return whether it succeeded."""
         try:
             result = self.call()
         except BaseException as error:
@@ -57,11 +57,11 @@ class _Job:
 
 
 class WorkQueue:
-    """Runs jobs of many tenants in `num_threads` threads; any event loop may ask.
+    """Runs jobs of many tenants in `num_threads` threads; any event loop may use it.
 
     Args:
-        max_waiting: jobs of one tenant beside those that run.
-        is_large: its jobs take much memory and time.
+        max_waiting: longest queue of one tenant, without its running jobs.
+        is_large: the jobs take much memory and time.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class WorkQueue:
         self._threads = ThreadPoolExecutor(
             num_threads, thread_name_prefix="argosy-large" if is_large else "argosy-work"
         )
-        self._lock = threading.Lock()  # guards what follows
+        self._lock = threading.Lock()  # guards the following fields
         self._num_free = num_threads
         self._waiting: dict[str, deque[_Job]] = {}
-        self._began: dict[str, int] = {}  # by tenant, the number of its last job
+        self._began: dict[str, int] = {}  # tenant -> number of its last job
         self._numbers = itertools.count(1)
 
     async def run(self, tenant: str, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
@@ -90,7 +90,7 @@ class WorkQueue:
             queue = self._waiting.setdefault(tenant, deque())
             if len(queue) >= self._max_waiting:
                 raise TooMany(
-                    f"{len(queue)} requests of this key wait to be read, which is as many as may",
+                    f"{len(queue)} requests of this key are already waiting to be read, which is the limit",
                     retry_after_s=_RETRY_S,
                 )
             queue.append(job)
@@ -98,7 +98,7 @@ class WorkQueue:
         try:
             return await asyncio.wrap_future(future)
         finally:
-            self._drop(tenant, job)  # of a client that hung up while it waited
+            self._drop(tenant, job)  # in case the client disconnected while the job waited
 
     def _drop(self, tenant: str, job: _Job) -> None:
         with self._lock:
@@ -113,7 +113,7 @@ class WorkQueue:
                 self._threads.submit(self._run, job)
 
     def _next(self) -> _Job | None:
-        """Take the next job of the tenant whose last one began longest ago."""
+        """Take the next job of the tenant whose last job began longest ago."""
         for tenant in sorted(self._waiting, key=lambda tenant: self._began.get(tenant, 0)):
             queue = self._waiting[tenant]
             while queue and queue[0].future.cancelled():
@@ -128,7 +128,7 @@ class WorkQueue:
         began, is_done = time.monotonic(), False
         if job.future.set_running_or_notify_cancel():
             is_done = job.run()
-        del job  # what it made is its request's alone
+        del job  # keep no reference to its result
         if self._is_large:
             give_memory_back()
             rest = _REST if is_done else _REST_AFTER_FAILURE
@@ -139,7 +139,7 @@ class WorkQueue:
 
 
 def _clear_frames(error: BaseException) -> None:
-    """Let go of what the calls that failed held: an error lives on in circles that are found late, a body with it."""
+    """Free the locals of failed calls: reference cycles keep an error alive for long, and the body with it."""
     found: BaseException | None = error
     while found is not None:
         traceback.clear_frames(found.__traceback__)
@@ -147,12 +147,12 @@ def _clear_frames(error: BaseException) -> None:
 
 
 def give_memory_back() -> None:
-    """Have the C library give the system what it holds free, in every thread's arena; nothing where it cannot.
+    """Make the C library return free memory of every thread's arena to the system, if it can.
 
-    Without it half of what a long text took stays with the process, as small blocks that are in use lie between.
+    Otherwise half of the memory of a long text stays with the process, because small blocks in use lie in between.
     """
     if _malloc_trim is not None:
         _malloc_trim(0)
 
 
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # exists in glibc
