@@ -119,7 +119,7 @@ def test_a_second_interrupt_leaves(engine: Engine, capsys: Captured) -> None:
 
 def test_two_interrupts_in_a_row_at_the_prompt_leave(engine: Engine, capsys: Captured) -> None:
     conversation(engine).talk(reading(KeyboardInterrupt, "Hi", KeyboardInterrupt, "Hi"))
-    assert capsys.readouterr().err.count("^C again leaves") == 2
+    assert capsys.readouterr().err.count("press ^C again to quit") == 2
     with pytest.raises(KeyboardInterrupt):
         conversation(engine).talk(reading(KeyboardInterrupt, KeyboardInterrupt))
 
@@ -181,10 +181,10 @@ def test_the_line_editor_takes_a_line_and_leaves_on_interrupts(chat_model: Path)
 
     until(b">")
     os.write(master, b"Hi\r")
-    until(b"(cut after 4 tokens)")
+    until(b"(cut off after 4 tokens)")
     until(b">")
     os.write(master, b"\x03")
-    until(b"^C again leaves")
+    until(b"press ^C again to quit")
     until(b">")
     os.write(master, b"\x03")
     until(b"interrupted")

@@ -102,7 +102,7 @@ def test_written_files_say_what_is_needed_and_writing_again_changes_nothing(
     else:
         assert KEY not in first
     assert main(["connect", client, "--url", server.url, "--write"]) == 0
-    assert "is as it should be" in capsys.readouterr().err
+    assert "already up to date" in capsys.readouterr().err
     assert path.read_text() == first
     assert [other.name for other in path.parent.iterdir() if "before-argosy" in other.name] == []
 
@@ -188,9 +188,7 @@ def test_another_program_at_the_address_is_an_error_and_no_placeholder(capsys: C
         assert main(["connect", "codex", "--url", url]) == 1
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith(
-        f"error: {url} is no Argosy server: what it says of its models cannot be read\n"
-    )
+    assert said.err.startswith(f"error: {url} is not an Argosy server: its list of models cannot be read\n")
 
 
 # Files of others
@@ -288,25 +286,25 @@ def test_lines_of_an_environment_file_are_exchanged_where_they_stand(server: Fak
 @pytest.mark.parametrize(
     ("client", "text", "why"),
     [
-        ("opencode", '{"theme": "x", // dark\n}', "it is no plain JSON"),
-        ("opencode", '{"a": 1, "a": 2}', "a key is given twice"),
-        ("opencode", '{"a": NaN}', "NaN is no JSON"),
-        ("opencode", '{"a": 1e999}', "1e999 is too large a number"),
-        ("opencode", "[]", "it is no JSON object"),
-        ("opencode", '{"provider": {"argosy": []}}', "its provider.argosy is no object"),
-        ("opencode", "[" * 100_000, "it is no plain JSON"),
-        ("claude-code", '{"env": "x"}', "its env is no object"),
-        ("codex", "model = ", "it is no TOML"),
-        ("codex", 'model_providers = {argosy = {name = "x"}}', "it is no TOML"),
-        ("codex", 'model_providers.argosy.name = "x"', "it is no TOML"),
+        ("opencode", '{"theme": "x", // dark\n}', "it is not plain JSON"),
+        ("opencode", '{"a": 1, "a": 2}', "a key appears twice"),
+        ("opencode", '{"a": NaN}', "NaN is not JSON"),
+        ("opencode", '{"a": 1e999}', "the number 1e999 is too large"),
+        ("opencode", "[]", "it is not a JSON object"),
+        ("opencode", '{"provider": {"argosy": []}}', "its provider.argosy is not an object"),
+        ("opencode", "[" * 100_000, "it is not plain JSON"),
+        ("claude-code", '{"env": "x"}', "its env is not an object"),
+        ("codex", "model = ", "it is not TOML"),
+        ("codex", 'model_providers = {argosy = {name = "x"}}', "it is not TOML"),
+        ("codex", 'model_providers.argosy.name = "x"', "it is not TOML"),
         ("codex", 'x = """\nmodel = "inside"\n"""', "cannot be changed line by line"),
         ("continue", "models: [{name: x}]\n", "its models are written in a way"),
-        ("continue", "models:\n  name: x\n", "its models are no list"),
+        ("continue", "models:\n  name: x\n", "its models are not a list"),
         ("continue", "{models: []}\n", "is YAML that cannot be changed"),
         ("continue", "a: 1\n---\nb: 2\n", "is YAML that cannot be changed"),
-        ("continue", "models:\n# argosy: begin\n", "are no pair"),
-        ("continue", "models:\n# argosy: end\n# argosy: begin\n", "are no pair"),
-        ("openwebui", "PORT 3000\n", "the line 'PORT 3000' is no assignment"),
+        ("continue", "models:\n# argosy: begin\n", "are not a pair"),
+        ("continue", "models:\n# argosy: end\n# argosy: begin\n", "are not a pair"),
+        ("openwebui", "PORT 3000\n", "the line 'PORT 3000' is not an assignment"),
     ],
 )
 def test_what_cannot_be_read_for_certain_is_left_as_it_is(
@@ -316,7 +314,7 @@ def test_what_cannot_be_read_for_certain_is_left_as_it_is(
     put(path, text)
     assert main(["connect", client, "--url", server.url, "--write"]) == 2
     err = capsys.readouterr().err
-    assert f"{path.name} is left as it is: " in err
+    assert f"{path.name} is left unchanged: " in err
     assert why in err
     assert path.read_text() == text
     assert [other.name for other in path.parent.iterdir() if path.name in other.name] == [path.name]

@@ -132,7 +132,7 @@ def test_advice_names_what_matters_most() -> None:
         "ready: every GB of experts that is not in memory costs 0.33 s"
     )
     slow = [{**facts_of()["drive"]["measured"][0], "bytes_per_s": 0.15e9}]
-    assert "reads 0.15 GB/s: prefer models that fit 57.0 GiB" in command.advice(
+    assert "reads 0.15 GB/s: prefer models that fit in 57.0 GiB" in command.advice(
         facts_of(drive={"measured": slow})
     )
     only_buffered = facts_of()["drive"]["measured"][1:]
@@ -146,4 +146,4 @@ def test_advice_names_what_matters_most() -> None:
         facts_of(memory={"free_bytes": MIB, "limited_by": "cgroup v2 /app"})
     )
     assert "not a drive" in command.advice(facts_of(drive={"file_system": "tmpfs"}))
-    assert "make room at /data" in command.advice(facts_of(drive={"why_not_measured": "too little"}))
+    assert "free some space at /data" in command.advice(facts_of(drive={"why_not_measured": "too little"}))

@@ -58,7 +58,7 @@ def test_an_output_that_is_full_exits_5_and_is_said_once() -> None:
     assert (done.returncode, done.stderr) == (
         5,
         "error: the output cannot be written: No space left on device\n"
-        "hint: make room, and run the same command again\n",
+        "hint: free some space, and run the same command again\n",
     )
 
 
@@ -132,7 +132,7 @@ def _seconds_of_a_bare_interpreter() -> float:
         (["run", "-n", "0", "x"], "max_tokens must be at least 1, found 0"),
         (["run", "--stop", "", "x"], "a stop string must hold at least one character"),
         (["run", "--logit-bias", "7:3", "x"], "--logit-bias takes ID=X, found '7:3'"),
-        (["run", "--raw", "--system", "s", "x"], "--raw has no place for --system"),
+        (["run", "--raw", "--system", "s", "x"], "--raw and --system exclude each other"),
         (["upcycle", "only-one"], "missing argument 'DST'"),
     ],
 )
@@ -182,7 +182,7 @@ def test_an_error_nobody_expected_is_one_line_and_a_way_to_see_more(
     assert main(["run", "-m", "x", "Hi"]) == 1
     assert capsys.readouterr().err == (
         "error: unexpected ZeroDivisionError: division by zero\n"
-        "hint: ARGOSY_TRACEBACK=1 shows where it comes from\n"
+        "hint: ARGOSY_TRACEBACK=1 shows the traceback\n"
     )
     monkeypatch.setenv("ARGOSY_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):

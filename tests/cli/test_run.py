@@ -310,8 +310,8 @@ def test_an_interrupt_of_the_real_process_exits_130(chat_model: Path) -> None:
 def test_show_prints_family_geometry_and_plan(chat_model: Path, capsys: Captured) -> None:
     assert main(["show", str(chat_model), "--memory", "4GiB"]) == 0
     out = capsys.readouterr().out
-    assert "qwen3_moe, as the hub has it, experts bf16" in out
-    assert "6 in a layer, 2 for a token, width 24" in out
+    assert "qwen3_moe, in the hub's format, experts bf16" in out
+    assert "6 per layer, 2 per token, width 24" in out
     assert "fits      yes, " in out
     assert " of 4.0 GiB" in out
     assert "18 of 18 experts (100 %)" in out
@@ -384,9 +384,9 @@ def test_show_of_a_config_alone_says_what_its_weights_would_take(tmp_path: Path,
         printed = capsys.readouterr().out
         for words in (
             "without weights",
-            "30.5 B, 3.35 B of them for a token",
+            "30.5 B, 3.35 B active per token",
             "bf16 2.9 GiB + 54.0 GiB",
-            "KV cache      192 KiB a token",
+            "KV cache      192 KiB per token",
         ):
             assert words in printed
     assert main(["show", str(tmp_path), "--json"]) == 0

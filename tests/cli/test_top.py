@@ -33,8 +33,8 @@ experts   hit rate 0.83, 1500 of 6144 in memory, room for 2480
 drive     0.00 GB/s, 11.4 GB read
 requests  0 running of 4 at once, 0 waiting
 KV        18 of 512 blocks in use, 40 kept for later
-use       over 300 tokens; most uneven is layer 12: expert 5 has 20.9 % of its uses
-privacy   nothing that is said is logged; routing traces are off
+use       over 300 tokens; layer 12 is the most uneven: expert 5 has 20.9 % of its uses
+privacy   prompts and answers are not logged; routing traces are off
 """
 
 
@@ -122,8 +122,8 @@ def test_a_lost_server_is_waited_for_and_its_last_state_says_how_old_it_is(
     monkeypatch.setattr(top.time, "sleep", lambda seconds: None)
     top.watch(Server(server.url))  # ^C ends it without a word
     shown = screen.getvalue()
-    assert "has ended the stream; this is the state of 0 s ago" in shown
-    assert "nothing answers there; this is the state of " in shown
+    assert "has ended the stream; this state is 0 s old" in shown
+    assert "nothing answers there; this state is " in shown
     assert "expert cache" in shown
     assert len(asked) == 3
 
@@ -179,8 +179,8 @@ def test_what_cannot_be_a_key_never_becomes_a_header(
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", "it answers with something else than JSON"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "what it says of its state cannot be read"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", "its answer is not JSON"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "its state cannot be read"),
         (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "it answers 404 to /v1/engine/state"),
         (
             b"HTTP/1.1 302 Found\r\nLocation: http://example.org/\r\nContent-Length: 0\r\n\r\n",
@@ -197,7 +197,7 @@ def test_another_program_is_no_argosy(answer: bytes, sentence: str, capsys: Capt
     with stranger(answer) as url:
         assert main(["top", "--url", url, "--once"]) == 1
     err = capsys.readouterr().err
-    assert err.startswith(f"error: {url} is no Argosy server: {sentence}")
+    assert err.startswith(f"error: {url} is not an Argosy server: {sentence}")
     assert "hint: another program may listen there" in err
 
 
@@ -215,9 +215,12 @@ def test_a_servers_own_sentence_is_passed_on(capsys: Captured) -> None:
         ("http://", "must be a server's address"),
         ("http://h:port", "must be a server's address"),
         ("ftp://h", "must be a server's address"),
-        ("http://h:1/v1", "--url must be an address alone, found 'http://h:1/v1'\nhint: http://h:1"),
+        (
+            "http://h:1/v1",
+            "--url must be an address without path, query or user, found 'http://h:1/v1'\nhint: http://h:1",
+        ),
         ("http://user:secret@h:1", "hint: http://h:1\n"),
-        ("http://h/?x=1", "must be an address alone"),
+        ("http://h/?x=1", "must be an address without path"),
     ],
 )
 def test_an_address_that_is_none_is_refused(url: str, sentence: str, capsys: Captured) -> None:

@@ -1,5 +1,5 @@
-"""The command line: one file per command, each of which parses, calls one function and prints.
+"""The command line: one file per command, which parses, calls one function and prints.
 
-Results go to stdout and everything else to stderr. Heavy imports stand inside functions, so that the first output comes
+Results go to stdout and everything else to stderr. Heavy imports are inside functions, so that the first output appears
 at once.
 """

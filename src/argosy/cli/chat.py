@@ -1,7 +1,7 @@
 """`argosy chat`: a conversation in the terminal.
 
-^C stops an answer; ^C again, or twice at the prompt, leaves. The conversation lives in this process only, and its
-history is not written anywhere.
+^C stops an answer; ^C again, or twice at the prompt, quits. The conversation exists only in this process, and nothing
+of it is written to a file.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from argosy.engine.sequence import Result
     from argosy.prompt.formats import Answer
 
-HELP = """/help     this list
+HELP = """/help     list the commands
 /reset    forget the conversation
-/ledger   where the time and the memory went
-/quit     leave; so does ^D
-Alt-Enter starts a new line. ^C stops an answer, twice leaves."""
+/ledger   show the use of time and memory
+/quit     quit; ^D does the same
+Alt-Enter starts a new line. ^C stops an answer; pressed twice, it quits."""
 
 
 @click.command("chat")
@@ -45,7 +45,7 @@ Alt-Enter starts a new line. ^C stops an answer, twice leaves."""
 @engine_options
 @sampling_options
 def chat(model: str, system: str | None, thoughts: bool | None, **options: Any) -> None:
-    """Talk with MODEL, a directory or a GGUF file; without one, with the demo model.
+    """Chat with MODEL, a directory or a GGUF file; the default is the demo model.
 
     \b
     Examples:
@@ -60,7 +60,7 @@ def chat(model: str, system: str | None, thoughts: bool | None, **options: Any) 
 
 
 class Conversation:
-    """Turns of one chat; `talk` reads until there is no more to read."""
+    """The turns of one chat; `talk` reads until the end of its input."""
 
     def __init__(
         self,
@@ -78,12 +78,12 @@ class Conversation:
         self._last: Result | None = None
 
     def talk(self, read: Callable[[], str]) -> None:
-        """Answer what `read` gives, until it raises EOFError or /quit is said.
+        """Answer each message from `read`, until it raises EOFError or returns /quit.
 
         Raises:
             KeyboardInterrupt: ^C twice, at the prompt or while an answer was being stopped.
         """
-        print("/help lists commands, ^D leaves", file=sys.stderr)
+        print("/help lists the commands, ^D quits", file=sys.stderr)
         is_leaving = False
         while True:
             try:
@@ -94,7 +94,7 @@ class Conversation:
                 if is_leaving:
                     raise
                 is_leaving = True
-                print("^C again leaves", file=sys.stderr)
+                print("press ^C again to quit", file=sys.stderr)
                 continue
             is_leaving = False
             if said == "/quit":
@@ -109,7 +109,7 @@ class Conversation:
             print(HELP, file=sys.stderr)
         elif said == "/reset":
             self.messages = list(self._start)
-            print("the conversation starts anew", file=sys.stderr)
+            print("the conversation starts over", file=sys.stderr)
         elif said == "/ledger":
             if self._last is not None:
                 print("last answer", file=sys.stderr)
@@ -135,21 +135,21 @@ class Conversation:
             print(f"error: {error.message}", file=sys.stderr)
             if isinstance(error, PromptTooLong):
                 print(
-                    "hint: /reset forgets the conversation; --context makes room for a longer one",
+                    "hint: /reset forgets the conversation; a larger --context makes room for a longer one",
                     file=sys.stderr,
                 )
             return
         self._last = result
-        # Thoughts go back apart from the text: the chat template keeps them where the model is to see them again.
+        # Thoughts are kept apart from the text: the chat template decides whether the model sees them again.
         thought = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
         self.messages.append({"role": "assistant", "content": answer.text, **thought})
         if result.finish_reason == "cancelled":
             print("(stopped)", file=sys.stderr)
         elif result.finish_reason == "length":
-            print(f"(cut after {len(result.token_ids)} tokens)", file=sys.stderr)
+            print(f"(cut off after {len(result.token_ids)} tokens)", file=sys.stderr)
 
     def _answer(self) -> tuple[Result, Answer]:
-        """Show one answer; between two steps, ^C ends it with everything in order."""
+        """Show one answer; ^C ends it cleanly, between two steps."""
         engine = self._engine
         prompt = engine.prompts.build(self.messages)
         writer = AnswerWriter(engine.prompts.parser(prompt), shows_thoughts=self._shows_thoughts)
@@ -169,7 +169,7 @@ class Conversation:
 
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Remember the first ^C instead of raising it; the second one raises."""
+    """Remember the first ^C instead of raising; the second ^C raises."""
     count = 0
 
     def remember(number: int, frame: object) -> None:
@@ -186,7 +186,7 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def _reader() -> Callable[[], str]:
-    """A line editor on a terminal, plain lines otherwise."""
+    """A line editor on a terminal, and plain lines otherwise."""
     if not sys.stdin.isatty():
 
         def read_line() -> str:

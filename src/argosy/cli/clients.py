@@ -1,10 +1,10 @@
-"""What each client must be told to use a running server: the names of its settings, and the files they belong in.
+"""The settings that each client needs to use a running server, and the files they belong in.
 
-    Connection  ->  SETUPS[client]  ->  Setup: files to print or to change, and what else to know
+    Connection  ->  SETUPS[client]  ->  Setup: files to print or to change, and notes
 
 The names were checked against the clients' documentation in November 2026: Claude Code 2.1, Codex 0.169, opencode 1.18
-(its version 2 reads the same file), Open WebUI 0.12, Continue's config.yaml of schema v1. Time limits are raised where
-there are any: a prompt may be read for minutes when experts come from the drive.
+(its version 2 reads the same file), Open WebUI 0.12, Continue's config.yaml of schema v1. Time limits are
+raised where a client has them: the prefill may take minutes when experts come from the drive.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ if TYPE_CHECKING:
     from argosy.prompt.prompt import ToolCalling
 
 KEY_VARIABLE = "ARGOSY_API_KEY"
-_NO_KEY = "none"  # clients insist on a key; a server without keys does not look at it
+_NO_KEY = "none"  # clients require a key; a server without keys ignores it
 _HOUR_MS = 3_600_000
 _LONGEST_OUTPUT_TOKENS = 32_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connection:
-    """The server, as a client shall see it."""
+    """The server, as a client should see it."""
 
     url: str
     model: str
     context_tokens: int
     inputs: tuple[str, ...] = ("text",)
-    tools: ToolCalling = "native"  # a server that does not answer is taken for one whose model calls tools
+    tools: ToolCalling = "native"  # assumed if the server does not answer
     key: str | None = None
     is_key_shown: bool = False
 
     @property
     def output_tokens(self) -> int:
-        """Longest answer that a client may ask for: it has to fit the context beside its question."""
+        """Longest answer that a client may ask for: it must fit the context together with the prompt."""
         return max(1, min(self.context_tokens // 4, _LONGEST_OUTPUT_TOKENS))
 
     @property
     def tool_notes(self) -> tuple[str, ...]:
-        """Notes on tool calling, for people who are about to try an agent."""
+        """Notes on tool calling, for users of agents."""
         if self.tools == "generic":
             return (
-                "this model's chat template knows of no tools: they are told in a generic prompt, which it may follow "
-                "less well than a model that was made for them",
+                "this model's chat template does not support tools: a generic prompt describes them, which the model"
+                " may follow less well than a model that was trained for tools",
             )
         return (
             ("this model cannot call tools, so an agent will not get far with it",)
@@ -67,7 +67,7 @@ class Connection:
         )
 
     def secret(self, reference: str) -> str:
-        """What to print where the key belongs: a reference to it, unless the key itself was asked for."""
+        """The text to print in place of the key: a reference, unless the key itself was requested."""
         if self.key is None:
             return _NO_KEY
         return self.key if self.is_key_shown else reference
@@ -75,7 +75,7 @@ class Connection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SettingsFile:
-    """`shown` is printed; `change` makes a file's text say the same, the key included."""
+    """`shown` is printed; `change` puts the same settings, including the key, into a file's text."""
 
     path: Path
     shown: str
@@ -85,7 +85,7 @@ class SettingsFile:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
     files: tuple[SettingsFile, ...]
-    place: str | None = None  # where `shown` of the first file belongs, when that is not the file itself
+    place: str | None = None  # where `shown` of the first file belongs, if not in the file itself
     notes: tuple[str, ...] = field(default=())
 
 
@@ -97,10 +97,10 @@ def _claude_code(connection: Connection, file: Path | None, environment: Mapping
             "ANTHROPIC_DEFAULT_OPUS_MODEL": connection.model,
             "ANTHROPIC_DEFAULT_SONNET_MODEL": connection.model,
             "ANTHROPIC_DEFAULT_HAIKU_MODEL": connection.model,
-            # The answer is not counted against this window, and must fit behind it.
+            # The answer does not count against this window, and must fit after it.
             "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(connection.context_tokens - connection.output_tokens),
             "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(connection.output_tokens),
-            # A line that is new in every conversation, first in the prompt: nothing read before could be used again.
+            # Drops a line at the start of the prompt that changes with every conversation and defeats the prefix cache.
             "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
             "API_TIMEOUT_MS": str(_HOUR_MS),
         }
@@ -116,7 +116,7 @@ def _claude_code(connection: Connection, file: Path | None, environment: Mapping
     return Setup(
         files=(SettingsFile(path=path, shown=shown, change=lambda text: merge_json(text, written)),),
         place=f'in the shell that starts `claude`; or under "env" in {path}, where --write puts them',
-        notes=("ANTHROPIC_API_KEY must not be set beside them: Claude Code would send it, too",),
+        notes=("do not set ANTHROPIC_API_KEY as well: Claude Code would send it, too",),
     )
 
 
@@ -128,7 +128,7 @@ def _codex(connection: Connection, file: Path | None, environment: Mapping[str, 
         "model_provider": "argosy",
         "model_context_window": connection.context_tokens,
         "model_catalog_json": str(catalogue.absolute()),
-        "web_search": "disabled",  # the search would run at OpenAI's
+        "web_search": "disabled",  # the search would run at OpenAI
     }
     provider: dict[str, Any] = {
         "name": "Argosy",
@@ -150,7 +150,7 @@ def _codex(connection: Connection, file: Path | None, environment: Mapping[str, 
 
 
 def _codex_catalogue(connection: Connection) -> dict[str, Any]:
-    """One entry in the shape of Codex's own catalogue; without it Codex assumes another model's window and tools."""
+    """An entry in the form of Codex's catalogue; without it Codex assumes another model's window and tools."""
     inputs = [kind for kind in connection.inputs if kind in ("text", "image")]
     return {
         "models": [
@@ -225,7 +225,7 @@ def _opencode(connection: Connection, file: Path | None, environment: Mapping[st
         files=(
             SettingsFile(path=path, shown=as_json(written), change=lambda text: merge_json(text, written)),
         ),
-        notes=("a project's own opencode.json goes before it", *_variable_note(connection)),
+        notes=("a project's own opencode.json takes precedence", *_variable_note(connection)),
     )
 
 
@@ -249,9 +249,9 @@ def _open_webui(connection: Connection, file: Path | None, environment: Mapping[
         files=(SettingsFile(path=path, shown=shown, change=lambda text: merge_environment(text, written)),),
         place=f"in the shell of `open-webui serve`; --write puts them into {path}, for `docker run --env-file`",
         notes=(
-            "they count at the first start; later: Admin Settings, Connections, or ENABLE_PERSISTENT_CONFIG=False",
-            "in a container 127.0.0.1 is the container itself: `--url http://host.docker.internal:8080`, and a server"
-            " that listens there, with a key",
+            "they apply at the first start; later use Admin Settings, Connections, or ENABLE_PERSISTENT_CONFIG=False",
+            "in a container 127.0.0.1 is the container itself: use `--url http://host.docker.internal:8080`, and a"
+            " server that listens there, with a key",
         ),
     )
 

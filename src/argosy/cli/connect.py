@@ -1,6 +1,6 @@
-"""`argosy connect`: the exact settings with which an editor, an agent or a chat uses a running server.
+"""`argosy connect`: the exact settings for an editor, an agent or a chat client to use a running server.
 
-Settings go to stdout, as they belong into the file or the shell; where that is, and what else to know, to stderr.
+Settings go to stdout, ready for the file or the shell. Their destination and further notes go to stderr.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from argosy.prompt.prompt import ToolCalling
 
 CLIENTS = ("claude-code", "codex", "opencode", "openwebui", "continue")
-_CONTEXT_TOKENS = 32_768  # of a server that does not say
+_CONTEXT_TOKENS = 32_768  # if the server does not say
 
 
 @click.command("connect")
 @click.argument("client", type=click.Choice(CLIENTS))
 @server_options
-@click.option("--model", metavar="NAME", help="Name of the model; default: what the server serves.")
+@click.option("--model", metavar="NAME", help="Name of the model; default: the served model.")
 @click.option(
-    "--context", type=click.IntRange(min=256), metavar="N", help="Its context; default: the server's."
+    "--context", type=click.IntRange(min=256), metavar="N", help="Context length; default: the server's."
 )
 @click.option("--write", is_flag=True, help="Change the client's file, and keep the old one beside it.")
 @click.option(
-    "--file", type=click.Path(dir_okay=False, path_type=Path), help="Another file than the client's own."
+    "--file", type=click.Path(dir_okay=False, path_type=Path), help="File to use instead of the client's own."
 )
 @click.option(
     "--show-key", is_flag=True, help="Print the key itself instead of a reference to ARGOSY_API_KEY."
@@ -49,9 +49,9 @@ def connect(
     file: Path | None,
     show_key: bool,
 ) -> None:
-    """Print the settings with which CLIENT uses a running server, and where they belong.
+    """Print the settings for CLIENT to use a running server, and where they belong.
 
-    The server is asked for its model and context, so start it first. Without it, say both.
+    The server reports its model and context, so start it first. Otherwise give --model and --context.
 
     \b
     Examples:
@@ -82,10 +82,10 @@ def describe(
     context: int | None,
     show_key: bool,
 ) -> Connection:
-    """Describe what the server serves, or what the user said of a server that does not answer.
+    """Describe the served model, or use the given options if the server does not answer.
 
     Raises:
-        ServerNotUsable: it refuses the key, is no Argosy, or does not answer and not all was said.
+        ServerNotUsable: it refuses the key, is not an Argosy server, or does not answer and an option is missing.
         UsageError: it serves no model of that name.
     """
     from argosy.cli.clients import Connection
@@ -100,7 +100,7 @@ def describe(
         if model is None or context is None:
             raise ServerNotUsable(
                 error.message,
-                hint="start the server first: `argosy serve`; or say what it is going to serve: "
+                hint="start the server first: `argosy serve`; or describe the model that it will serve: "
                 "`--model NAME --context N`",
                 **error.facts,
             ) from error
@@ -123,7 +123,7 @@ def describe(
         if served_tools in ("native", "generic", "none"):
             tools = cast("ToolCalling", served_tools)
     if not model.isprintable():
-        raise UsageError(f"{server.url} serves a model whose name no settings can hold: {model!r}")
+        raise UsageError(f"{server.url} serves a model whose name cannot be written to settings: {model!r}")
     return Connection(
         url=server.url,
         model=model,
@@ -149,10 +149,10 @@ def print_files(setup: Setup) -> None:
 
 
 def write_files(setup: Setup) -> None:
-    """Change every file, the one that names the others last."""
+    """Change every file; the file that refers to the others comes last."""
     from argosy.cli.edit_file import edit_file
 
     for file in reversed(setup.files):
         is_changed, backup = edit_file(file.path, file.change)
         kept = f"; the old one is {backup}" if backup is not None else ""
-        print(f"{file.path}: {'written' + kept if is_changed else 'is as it should be'}", file=sys.stderr)
+        print(f"{file.path}: {'written' + kept if is_changed else 'already up to date'}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`argosy doctor`: what this machine offers, its drive measured, and one line of advice."""
+"""`argosy doctor`: facts about this machine, its drive measured, and one line of advice."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _SMALLEST_FILE_BYTES = 64 * MIB
 _CHUNK_BYTES = 8 * MIB
 _CELL_SECONDS = 0.25
 _PREFETCH = {
-    "off": "by the hardware alone",
-    "one_level": "one level: products also ask for weights ahead",
-    "two_levels": "two levels: products also ask for weights ahead, into both private caches",
+    "off": "by the hardware only",
+    "one_level": "one level: products also prefetch weights",
+    "two_levels": "two levels: products also prefetch weights, into both private caches",
 }
-# A drive below this makes streaming a matter of patience: a token of a large model misses a GB or so.
+# Streaming from a slower drive takes patience: a token of a large model misses a GB or so.
 _SLOW_BYTES_PER_S = 0.5e9
 
 
@@ -43,7 +43,8 @@ _SLOW_BYTES_PER_S = 0.5e9
 def doctor(path: Path, size: str, as_json: bool) -> None:
     """Show cores, memory limits and the drive of this machine, with advice.
 
-    The drive is measured on a temporary file, of a tenth of the free space at most, that is removed afterwards.
+    The drive is measured with a temporary file, which takes at most a tenth of the free space and is removed
+    afterwards.
 
     \b
     Examples:
@@ -67,7 +68,7 @@ def doctor(path: Path, size: str, as_json: bool) -> None:
 
 
 def machine_facts(path: Path) -> dict[str, Any]:
-    """Facts of the machine that need no drive."""
+    """Facts about the machine that do not need measuring the drive."""
     from argosy import _native
     from argosy.cli.settings import Settings
     from argosy.plan import machine
@@ -106,7 +107,7 @@ def machine_facts(path: Path) -> dict[str, Any]:
 
 
 def measure_drive(path: Path, size_bytes: int, progress: Progress | None = None) -> dict[str, Any]:
-    """Bandwidth of random record reads from a temporary file; nothing of it stays, also after ^C or a kill.
+    """Measure random record reads from a temporary file, which is removed even after ^C or a kill.
 
     Raises:
         DiskFull: the file does not fit.   UsageError: the directory cannot be written to.
@@ -116,27 +117,27 @@ def measure_drive(path: Path, size_bytes: int, progress: Progress | None = None)
     file_bytes = min(size_bytes, machine.free_disk_bytes(path) // 10) // _CHUNK_BYTES * _CHUNK_BYTES
     if file_bytes < _SMALLEST_FILE_BYTES:
         needed = format_bytes(_SMALLEST_FILE_BYTES)
-        why = f"the temporary file would have less than {needed}"
+        why = f"the temporary file would be smaller than {needed}"
         return {"file_bytes": 0, "measured": [], "why_not_measured": why, "why_not_direct": None}
     tell = progress or (lambda what, share: None)
     try:
-        # The file has no name, or loses it at once, so the system removes it however this process ends.
+        # The file has no name, so the kernel removes it however this process ends.
         with tempfile.TemporaryFile(dir=path) as file:
             _fill(file, file_bytes, tell)
             measured, why_not_direct = _measure(f"/proc/self/fd/{file.fileno()}", file_bytes, tell)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(
-                f"the temporary file needs {format_bytes(file_bytes)} in {path}, and there is no room for it",
-                hint="give a smaller --size",
+                f"the temporary file needs {format_bytes(file_bytes)} in {path}, which has no room for it",
+                hint="choose a smaller --size",
                 path=str(path),
                 needed_bytes=file_bytes,
                 free_bytes=machine.free_disk_bytes(path),
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UsageError(
-                f"{path} cannot be written to, and the drive is measured on a file there",
-                hint="name a directory of yours on the same drive: `argosy doctor --path DIR`",
+                f"{path} cannot be written to, and measuring the drive needs a file there",
+                hint="choose a directory of your own on the same drive: `argosy doctor --path DIR`",
             ) from error
         raise
     return {
@@ -148,7 +149,7 @@ def measure_drive(path: Path, size_bytes: int, progress: Progress | None = None)
 
 
 def _fill(file: IO[bytes], file_bytes: int, tell: Callable[[str, float], None]) -> None:
-    """Random bytes, all different: a file system that compresses or shares blocks must not shine here."""
+    """Fill the file with random bytes, so that compression and shared blocks do not distort the result."""
     import numpy as np
 
     generator = np.random.default_rng()
@@ -196,22 +197,22 @@ def _measure(
 
 
 def best_speed(facts: dict[str, Any], *, is_direct: bool) -> float | None:
-    """The fastest cell, in bytes per second."""
+    """The speed of the fastest cell, in bytes per second."""
     speeds = [cell["bytes_per_s"] for cell in facts["drive"]["measured"] if cell["is_direct"] == is_direct]
     return max(speeds, default=None)
 
 
 def advice(facts: dict[str, Any]) -> str:
-    """The one thing that matters most here."""
+    """The most important advice for this machine."""
     drive, memory = facts["drive"], facts["memory"]
     if drive["why_not_measured"] is not None:
-        return f"make room at {drive['path']}: {drive['why_not_measured']}"
+        return f"free some space at {drive['path']}: {drive['why_not_measured']}"
     if drive["file_system"] in ("tmpfs", "ramfs"):
-        return f"{drive['path']} is memory and not a drive: models there take the memory that experts need"
+        return f"{drive['path']} is memory, not a drive: models there take the memory that experts need"
     if memory["free_bytes"] < GIB:
         return (
             f"only {format_bytes(memory['free_bytes'])} of memory is free ({memory['limited_by']}): the demo model"
-            " runs; for larger ones end other programs or raise the limit"
+            " runs; for larger models close other programs or raise the limit"
         )
     direct, buffered = best_speed(facts, is_direct=True), best_speed(facts, is_direct=False)
     if direct is None:
@@ -221,11 +222,11 @@ def advice(facts: dict[str, Any]) -> str:
     fastest = max(direct, buffered or 0.0)
     if fastest < _SLOW_BYTES_PER_S:
         return (
-            f"this drive reads {fastest / 1e9:.2f} GB/s: prefer models that fit"
+            f"this drive reads {fastest / 1e9:.2f} GB/s: prefer models that fit in"
             f" {format_bytes(memory['default_budget_bytes'])}, or keep large ones on an NVMe drive"
         )
     if memory["swap_bytes"]:
-        return "keep --memory below what is free: this machine has swap, and swapped weights are slow weights"
+        return "keep --memory below the free memory: this machine has swap, and swapped weights are slow"
     return (
         f"ready: every GB of experts that is not in memory costs {1e9 / direct:.2f} s;"
         " `argosy pack` makes each expert one aligned read"
@@ -233,7 +234,7 @@ def advice(facts: dict[str, Any]) -> str:
 
 
 def fact_lines(facts: dict[str, Any]) -> list[str]:
-    """The same facts for a person."""
+    """The facts as lines of text."""
     memory, drive = facts["memory"], facts["drive"]
     free, total = format_bytes(memory["free_bytes"]), format_bytes(memory["total_bytes"])
     ahead = "" if drive["read_ahead_kb"] is None else f", read-ahead {drive['read_ahead_kb']} KiB"

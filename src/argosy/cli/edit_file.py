@@ -1,9 +1,9 @@
-"""Change a settings file that belongs to somebody else: all of it stays, but for what is set.
+"""Change some settings in another program's file, and keep everything else.
 
     text, or None  ->  merge_json | merge_toml | merge_yaml_list | merge_environment  ->  text  ->  edit_file
 
-What cannot be read for certain is refused, never rewritten by guess: a file with comments where its format has none, a
-key given twice, YAML beyond plain blocks. The old file is kept beside the new one, which takes its place in one step.
+A file that cannot be parsed with certainty is refused, not rewritten by guess: comments in a format without comments, a
+duplicate key, YAML beyond plain blocks. The old file is kept beside the new one, which replaces it atomically.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ Change = Callable[[str | None], str]
 
 
 class _Unreadable(Exception):
-    """Why a text is left alone; `edit_file` says which file it was."""
+    """Why a text is left unchanged; `edit_file` adds the name of the file."""
 
 
 def edit_file(path: Path, change: Change) -> tuple[bool, Path | None]:
-    """Put `change` of the file's text, or of None where there is no file, in its place.
+    """Replace the file by `change` of its text, or of None if there is no file.
 
-    A new file, and a backup, can be read by its owner alone, since keys stand in such files. A link stays one.
+    Only the owner can read a new file or a backup, because these files may contain keys. A link stays a link.
 
     Returns:
-        Whether the file had to be changed, and where the old one is kept.
+        Whether the file was changed, and the path of the backup.
 
     Raises:
-        UsageError: the file cannot be read or written, or not for certain.
+        UsageError: the file cannot be read, parsed with certainty, or written.
     """
     target = path.resolve()
     try:
@@ -51,10 +51,10 @@ def edit_file(path: Path, change: Change) -> tuple[bool, Path | None]:
         backup = None if old is None else _keep(target, old)
         _replace(target, old, new)
     except (_Unreadable, UnicodeDecodeError) as error:
-        why = error if isinstance(error, _Unreadable) else "it is no UTF-8 text"
+        why = error if isinstance(error, _Unreadable) else "it is not UTF-8 text"
         raise UsageError(
-            f"{path} is left as it is: {why}",
-            hint="without --write the settings are printed, to be added by hand",
+            f"{path} is left unchanged: {why}",
+            hint="leave out --write to print the settings, and add them by hand",
         ) from error
     except OSError as error:
         raise UsageError(f"{path} cannot be changed: {error.strerror}") from error
@@ -65,11 +65,11 @@ def _read(path: Path) -> bytes | None:
     if not path.exists():
         return None
     if not path.is_file():
-        raise _Unreadable("it is no file")
+        raise _Unreadable("it is not a regular file")
     with path.open("rb") as file:
         data = file.read(_LONGEST_BYTES + 1)
     if len(data) > _LONGEST_BYTES:
-        raise _Unreadable("it is too large for settings")
+        raise _Unreadable("it is too large for a settings file")
     return data
 
 
@@ -111,7 +111,7 @@ def _replace(path: Path, old: bytes | None, new: bytes) -> None:
 
 
 def merge_json(text: str | None, addition: Mapping[str, Any]) -> str:
-    """`addition` in the object that `text` is; objects in it are merged, other values replaced."""
+    """Merge `addition` into the JSON object in `text`: objects are merged, other values replaced."""
     if text is None or not text.strip():
         return as_json(addition)
     try:
@@ -119,9 +119,9 @@ def merge_json(text: str | None, addition: Mapping[str, Any]) -> str:
             text, object_pairs_hook=_without_doubles, parse_constant=_no_json, parse_float=_finite
         )
     except (ValueError, RecursionError) as error:
-        raise _Unreadable(f"it is no plain JSON ({error})") from error
+        raise _Unreadable(f"it is not plain JSON ({error})") from error
     if not isinstance(found, dict):
-        raise _Unreadable("it is no JSON object")
+        raise _Unreadable("it is not a JSON object")
     indent = re.search(r"\n([ \t]+)\"", text)
     return as_json(_merged(found, addition, ""), indent[1] if indent else "  ")
 
@@ -136,7 +136,7 @@ def _merged(found: dict[str, Any], addition: Mapping[str, Any], path: str) -> di
         if isinstance(value, Mapping):
             inner = found.get(key, {})
             if not isinstance(inner, dict):
-                raise _Unreadable(f"its {path}{key} is no object")
+                raise _Unreadable(f"its {path}{key} is not an object")
             result[key] = _merged(inner, value, f"{path}{key}.")
         else:
             result[key] = value
@@ -146,18 +146,18 @@ def _merged(found: dict[str, Any], addition: Mapping[str, Any], path: str) -> di
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        raise ValueError("a key is given twice")
+        raise ValueError("a key appears twice")
     return result
 
 
 def _no_json(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text} is too large a number")
+        raise ValueError(f"the number {text} is too large")
     return value
 
 
@@ -167,10 +167,10 @@ def _finite(text: str) -> float:
 def merge_toml(
     text: str | None, root: Mapping[str, Any], table: tuple[str, str], values: Mapping[str, Any]
 ) -> str:
-    """`root` among the keys before the first table, and [table] with `values`; other lines stay as they are.
+    """Set `root` among the keys before the first table, and `values` in [table]; keep all other lines.
 
-    There is no writer of TOML at hand that keeps comments, so lines are exchanged, and the result is parsed: it must
-    say what the old text said, but for what is set.
+    No TOML writer that keeps comments is available, so lines are replaced and the result is parsed. It must equal the
+    old text except for the changed settings.
     """
     name = ".".join(table)
     lines = (text or "").splitlines()
@@ -191,7 +191,7 @@ def merge_toml(
 
 
 def as_toml(values: Mapping[str, Any]) -> list[str]:
-    """Lines `key = value`; a JSON string, number or boolean is one of TOML."""
+    """Lines `key = value`; JSON strings, numbers and booleans are valid TOML."""
     return [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
 
 
@@ -199,7 +199,7 @@ def _parsed_toml(text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise _Unreadable(f"it is no TOML ({error})") from error
+        raise _Unreadable(f"it is not TOML ({error})") from error
 
 
 def _without_table(lines: Sequence[str], name: str) -> list[str]:
@@ -223,9 +223,10 @@ _BEGIN, _END = "# argosy: begin", "# argosy: end"
 
 
 def merge_yaml_list(text: str | None, start: str, key: str, item: Sequence[str]) -> str:
-    """`item`, the lines of one entry, first in the list `key`, between two comments; a new file begins with `start`.
+    """Insert `item`, the lines of one entry, first in the list `key`, between two marker comments.
 
-    Only plain blocks are touched: keys at the margin, a list below `key` with one entry at each dash.
+    A new file begins with `start`. Only plain blocks are changed: keys at the margin, and below `key` a list with one
+    entry per dash.
     """
     if text is None or not text.strip():
         return f"{start}{key}:\n" + _marked(item, "  ")
@@ -239,7 +240,7 @@ def merge_yaml_list(text: str | None, start: str, key: str, item: Sequence[str])
     begins, ends = ([at for at, line in enumerate(lines) if line.strip() == mark] for mark in (_BEGIN, _END))
     if begins or ends:
         if len(begins) != 1 or len(ends) != 1 or begins > ends:
-            raise _Unreadable(f"its marks '{_BEGIN}' and '{_END}' are no pair")
+            raise _Unreadable(f"its markers '{_BEGIN}' and '{_END}' are not a pair")
         before, after = lines[: begins[0]], lines[ends[0] + 1 :]
         margin = _margin(lines[begins[0]])
     else:
@@ -252,7 +253,7 @@ def merge_yaml_list(text: str | None, start: str, key: str, item: Sequence[str])
         first = next((line for line in after if line.strip() and not line.lstrip().startswith("#")), "")
         margin = _margin(first) if first.lstrip().startswith("-") else "  "
         if first.startswith(" ") and not first.lstrip().startswith("-"):
-            raise _Unreadable(f"its {key} are no list")
+            raise _Unreadable(f"its {key} are not a list")
     return "\n".join(before) + "\n" + _marked(item, margin) + "".join(f"{line}\n" for line in after)
 
 
@@ -268,7 +269,7 @@ def _margin(line: str) -> str:
 
 
 def merge_environment(text: str | None, values: Mapping[str, str]) -> str:
-    """Lines NAME=value: those of `values` where they stood, or at the end."""
+    """Set NAME=value lines: each of `values` in its old place, or at the end."""
     lines = (text or "").splitlines()
     missing = dict(values)
     for at, line in enumerate(lines):
@@ -277,5 +278,5 @@ def merge_environment(text: str | None, values: Mapping[str, str]) -> str:
             lines[at] = f"{assignment[1]}={values[assignment[1]]}"
             missing.pop(assignment[1], None)
         elif not assignment and line.strip() and not line.lstrip().startswith("#"):
-            raise _Unreadable(f"the line '{line[:60]}' is no assignment")
+            raise _Unreadable(f"the line '{line[:60]}' is not an assignment")
     return "".join(f"{line}\n" for line in [*lines, *(f"{name}={value}" for name, value in missing.items())])

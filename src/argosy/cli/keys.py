@@ -1,4 +1,4 @@
-"""`argosy keys`: who may ask a server."""
+"""`argosy keys`: make, list and revoke the API keys of a server."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import click
 
 _FILE = click.option(
     "--keys", "path", type=click.Path(path_type=Path), default=Path("argosy-keys.json"), show_default=True,
-    metavar="FILE", help="The file of keys.",
+    metavar="FILE", help="File with the keys.",
 )  # fmt: skip
 
 
 @click.group("keys")
 def keys() -> None:
-    """Make, list and revoke keys of a server. A running server sees a change within a second.
+    """Make, list and revoke the API keys of a server. A running server sees a change within a second.
 
     \b
     Examples:
@@ -33,18 +33,20 @@ def keys() -> None:
     multiple=True,
     default=("infer",),
     metavar="SCOPE",
-    help="infer, grammar (expressions and grammars for answers), metrics or admin; may be repeated.",
+    help="infer, grammar (answers that follow a regex or a grammar), metrics or admin; may be repeated.",
 )
 @click.option("--requests-per-minute", type=click.IntRange(1), metavar="N")
 @click.option("--concurrent-requests", type=click.IntRange(1), metavar="N")
 @click.option("--tokens-per-day", type=click.IntRange(1), metavar="N")
 def add(name: str, path: Path, **limits: object) -> None:
-    """Make a key and print it: it is shown this once."""
+    """Make a key and print it. It is shown only once."""
     from argosy.guard.keys import KeyFile
 
     key, secret = KeyFile(path).add(name, **limits)
     print(secret)
-    print(f"{key.id} for '{key.name}' is in {path}; the key itself is not", file=sys.stderr)
+    print(
+        f"added {key.id} for '{key.name}' to {path}, which does not contain the key itself", file=sys.stderr
+    )
 
 
 @keys.command("list")
@@ -58,7 +60,7 @@ def list_keys(path: Path) -> None:
         limits = (key.requests_per_minute, key.concurrent_requests, key.tokens_per_day)
         names = ("requests/min", "at once", "tokens/day")
         told = [f"{value} {name}" for value, name in zip(limits, names, strict=True) if value is not None]
-        name = key.name if key.name.isprintable() else ascii(key.name)  # a file may be written by hand
+        name = key.name if key.name.isprintable() else ascii(key.name)  # the file may be written by hand
         rows.append((key.id, name, ",".join(key.scopes), ", ".join(told) or "no limits"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

@@ -1,6 +1,6 @@
-"""The entry point: find the command, run it, and turn every way to end into a sentence and an exit code.
+"""The entry point: find the command, run it, and turn every outcome into a sentence and an exit code.
 
-0 ok   1 unexpected   2 usage   3 will not fit   4 corrupt or unreadable   5 disk full   130 interrupted
+0 ok   1 unexpected   2 usage   3 does not fit   4 corrupt or unreadable   5 disk full   130 interrupted
 """
 
 from __future__ import annotations
@@ -17,23 +17,27 @@ from argosy.errors import ArgosyError, DiskFull, is_disk_full
 
 INTERRUPTED = 130
 
-# Name -> (module, attribute, one line of help): a command is imported when it is called.
+# Name -> (module, attribute, one line of help). A command is imported when it is called.
 _COMMANDS = {
     "run": ("argosy.cli.run", "run", "Answer one prompt."),
-    "chat": ("argosy.cli.chat", "chat", "Talk with a model in the terminal."),
-    "show": ("argosy.cli.show", "show", "What a model is, and whether it fits, before anything is loaded."),
-    "pack": ("argosy.cli.pack", "pack", "Write a model in packed form: one aligned read for each expert."),
-    "doctor": ("argosy.cli.doctor", "doctor", "What this machine offers: cores, memory, drive, and advice."),
+    "chat": ("argosy.cli.chat", "chat", "Chat with a model in the terminal."),
+    "show": ("argosy.cli.show", "show", "Describe a model and whether it fits, without loading it."),
+    "pack": ("argosy.cli.pack", "pack", "Write a model as a pack: one aligned read for each expert."),
+    "doctor": ("argosy.cli.doctor", "doctor", "Check this machine: cores, memory, drive, and advice."),
     "serve": ("argosy.cli.serve", "serve", "Serve a model to other tools over HTTP."),
-    "keys": ("argosy.cli.keys", "keys", "Who may ask a server: make, list and revoke keys."),
-    "connect": ("argosy.cli.connect", "connect", "Settings with which an editor or agent uses a server."),
-    "top": ("argosy.cli.top", "top", "A running server at a glance: memory, speed, experts, queue."),
+    "keys": ("argosy.cli.keys", "keys", "Make, list and revoke the API keys of a server."),
+    "connect": (
+        "argosy.cli.connect",
+        "connect",
+        "Print the settings for an editor or agent that uses a server.",
+    ),
+    "top": ("argosy.cli.top", "top", "Watch a running server: memory, speed, experts, queue."),
     "upcycle": ("argosy.cli.upcycle", "upcycle", "Make a mixture of experts from a dense model."),
 }
 
 
 class _Commands(click.Group):
-    """Commands by name, imported when they are called."""
+    """Commands by name; each is imported when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -90,10 +94,10 @@ def cli() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code. Errors are printed, never raised."""
+    """Run the command line and return the exit code. Errors are printed, never raised."""
     try:
         if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows '?'
+            sys.stdout.reconfigure(errors="replace")  # show '?' for characters that the terminal cannot show
         with cli.make_context("argosy", list(sys.argv[1:] if args is None else args)) as context:
             cli.invoke(context)
         sys.stdout.flush()
@@ -101,13 +105,13 @@ def main(args: Sequence[str] | None = None) -> int:
     except click.exceptions.Exit as done:  # --help and --version end this way
         return done.exit_code
     except BrokenPipeError:
-        _drop_output()  # the reader has gone, and there is nothing to say
+        _drop_output()  # the reader is gone
         return 1
     except (KeyboardInterrupt, click.Abort):
-        print("\ninterrupted", file=sys.stderr)  # the terminal has shown ^C on a line of its own
+        print("\ninterrupted", file=sys.stderr)  # a new line, because the terminal shows ^C
         return INTERRUPTED
     except click.exceptions.NoArgsIsHelpError as help:
-        help.show()  # its help, as click shows it
+        help.show()
         return help.exit_code
     except click.ClickException as error:
         _print_click_error(error)
@@ -117,27 +121,27 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except Exception as error:  # the last line of defence: a person gets a sentence
+    except Exception as error:  # the last resort: print a sentence, not a traceback
         if _wants_traceback():
             raise
         if isinstance(error, OSError) and is_disk_full(error):
-            _drop_output()  # it may be what cannot be written
+            _drop_output()  # the output itself may be the file that cannot be written
             print(
                 f"error: {error.filename or 'the output'} cannot be written: {error.strerror}\n"
-                "hint: make room, and run the same command again",
+                "hint: free some space, and run the same command again",
                 file=sys.stderr,
             )
             return DiskFull.exit_code
         first = (str(error).splitlines() or [""])[0]
         print(
-            f"error: unexpected {type(error).__name__}: {first}\nhint: ARGOSY_TRACEBACK=1 shows where it comes from",
+            f"error: unexpected {type(error).__name__}: {first}\nhint: ARGOSY_TRACEBACK=1 shows the traceback",
             file=sys.stderr,
         )
         return 1
 
 
 def _drop_output() -> None:
-    """Let nothing that is still to be written to stdout be written, at the interpreter's end either."""
+    """Discard buffered output, also when the interpreter flushes it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -152,4 +156,4 @@ def _print_click_error(error: click.ClickException) -> None:
     print(f"error: {message[:1].lower()}{message[1:]}", file=sys.stderr)
     context = error.ctx if isinstance(error, click.UsageError) else None
     if context is not None:
-        print(f"hint: `{context.command_path} --help` shows what can be said", file=sys.stderr)
+        print(f"hint: `{context.command_path} --help` lists the options", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they become: an open engine, and sampling parameters."""
+"""Options shared by several commands, converted to an open engine and sampling parameters."""
 
 from __future__ import annotations
 
@@ -24,31 +24,60 @@ _ENGINE = (
     click.option(
         "--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads; default: all cores."
     ),
-    click.option("--context", type=click.IntRange(min=1), metavar="N", help="Tokens of the KV cache."),
+    click.option(
+        "--context",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Context length in tokens.",
+    ),
     click.option("--kv", "kv_dtype", type=click.Choice(["f32", "f16"]), help="Format of the KV cache."),
-    click.option("--instruction-set", metavar="NAME", help="Cap: plain, avx2 or avx512."),
+    click.option("--instruction-set", metavar="NAME", help="Use at most plain, avx2 or avx512."),
 )
 
 _SAMPLING = (
-    click.option("-n", "--max-tokens", type=int, metavar="N", help="Longest answer; default 256."),
     click.option(
-        "-t", "--temperature", type=float, metavar="X", help="0, the default, takes the likeliest token."
+        "-n", "--max-tokens", type=int, metavar="N", help="Maximum length of the answer; default 256."
     ),
-    click.option("--top-k", type=int, metavar="N", help="Keep the N likeliest tokens."),
-    click.option("--top-p", type=float, metavar="X", help="Keep the likeliest that sum to X."),
-    click.option("--min-p", type=float, metavar="X", help="Keep those X times as likely as the best."),
     click.option(
-        "--repetition-penalty", type=float, metavar="X", help="Above 1: repeat prompt and answer less."
+        "-t",
+        "--temperature",
+        type=float,
+        metavar="X",
+        help="0, the default, picks the likeliest token.",
     ),
-    click.option("--presence-penalty", type=float, metavar="X", help="Off a token the answer has."),
-    click.option("--frequency-penalty", type=float, metavar="X", help="The same, for each time."),
-    click.option("--seed", type=int, metavar="N", help="Makes a draw repeatable."),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End before TEXT; may be repeated."),
+    click.option("--top-k", type=int, metavar="N", help="Sample from the N likeliest tokens."),
+    click.option(
+        "--top-p",
+        type=float,
+        metavar="X",
+        help="Sample from the likeliest that sum to X.",
+    ),
+    click.option("--min-p", type=float, metavar="X", help="Drop tokens under X times the best probability."),
+    click.option(
+        "--repetition-penalty",
+        type=float,
+        metavar="X",
+        help="Above 1: repeat prompt and answer less.",
+    ),
+    click.option(
+        "--presence-penalty",
+        type=float,
+        metavar="X",
+        help="Lower the logit of tokens in the answer by X.",
+    ),
+    click.option("--frequency-penalty", type=float, metavar="X", help="The same, once per occurrence."),
+    click.option("--seed", type=int, metavar="N", help="Make sampling repeatable."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="Stop before TEXT; may be repeated."),
     click.option(
         "--logit-bias", multiple=True, metavar="ID=X", help="Add X to a token's logit; may be repeated."
     ),
-    click.option("--logprobs", type=int, metavar="N", help="With --json: the N best of each token."),
-    click.option("--ignore-eos", is_flag=True, help="Go on after the end token."),
+    click.option(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="With --json: the N likeliest tokens at each step.",
+    ),
+    click.option("--ignore-eos", is_flag=True, help="Continue after the end token."),
 )
 
 
@@ -69,15 +98,15 @@ def thoughts_option(command: Command) -> Command:
         "--thoughts/--no-thoughts",
         "thoughts",
         default=None,
-        help="Show what the model thinks, on stderr; default: on a terminal.",
+        help="Show thoughts on stderr; default: on a terminal.",
     )(command)
 
 
 def split_options(options: dict[str, Any]) -> tuple[Settings, SamplingParams]:
-    """The options of a command as what they mean.
+    """Convert the options of a command to settings and sampling parameters.
 
     Raises:
-        UsageError: a value out of bounds, or an environment variable that cannot be meant.
+        UsageError: a value is out of bounds, or an environment variable is invalid.
     """
     from argosy.cli.settings import Settings
 
@@ -104,7 +133,7 @@ def _logit_bias(pairs: Sequence[str]) -> dict[int, float]:
 
 @contextmanager
 def open_engine(model: str, settings: Settings, **more: Any) -> Iterator[Engine]:
-    """The engine of a command, opened with a progress bar on a terminal."""
+    """Open the engine of a command, with a progress bar on a terminal."""
     from argosy import Engine
     from argosy.cli.output import progress_bar
 

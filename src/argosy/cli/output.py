@@ -1,4 +1,4 @@
-"""What several commands print, and where: ledgers, plans, progress, text from a model."""
+"""Output shared by several commands: ledgers, plans, progress, text from a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, float], None]
 
-# A terminal obeys control characters; text from a model must not steer it.
+# Text from a model must not control the terminal.
 _CONTROLS = {
     code: "\N{REPLACEMENT CHARACTER}"
     for code in (*range(0x20), *range(0x7F, 0xA0))
@@ -29,20 +29,20 @@ _DIM, _NOT_DIM = "\x1b[2m", "\x1b[22m"
 
 
 def write_text(text: str, stream: TextIO | None = None) -> None:
-    """Show a model's text as it comes; on a terminal, control characters become U+FFFD."""
+    """Show a model's text as it is generated; on a terminal, control characters become U+FFFD."""
     stream = sys.stdout if stream is None else stream
     stream.write(text.translate(_CONTROLS) if stream.isatty() else text)
     stream.flush()
 
 
 class AnswerWriter:
-    """Shows an answer while it is made: the text on stdout, the model's thoughts on stderr.
+    """Shows an answer while it is generated: the text on stdout, the model's thoughts on stderr.
 
-    Push every token inside a `with` block; behind it, `answer` is the whole answer.
+    Push every token inside a `with` block; after the block, `answer` is the whole answer.
     """
 
     def __init__(self, parser: Parser | None, *, shows_text: bool = True, shows_thoughts: bool) -> None:
-        """`parser` tells thoughts from text; None: the tokens continue a text, and all of them are text."""
+        """`parser` separates thoughts from text; None treats every token as text."""
         self._parser = parser
         self._shows_text = shows_text
         self._shows_thoughts = shows_thoughts
@@ -99,9 +99,9 @@ class AnswerWriter:
 def ledger_lines(
     ledger: Ledger, plan: MemoryPlan | None = None, finish_reason: str | None = None
 ) -> list[str]:
-    """Where the memory and the time went, for a person."""
+    """The use of memory and time as lines of text."""
     ended = f", {finish_reason}" if finish_reason else ""
-    found = f" ({ledger.cached_tokens} found computed)" if ledger.cached_tokens else ""
+    found = f" ({ledger.cached_tokens} from the prefix cache)" if ledger.cached_tokens else ""
     lines = [f"tokens   {ledger.prompt_tokens} prompt{found}, {ledger.new_tokens} new{ended}"]
     speed = [
         f"{rate:.1f} tok/s {what}"
@@ -138,7 +138,7 @@ def plan_lines(plan: MemoryPlan) -> list[str]:
 
 @contextmanager
 def progress_bar() -> Iterator[Progress | None]:
-    """A bar on stderr while that is a terminal, and nothing otherwise."""
+    """A bar on stderr if it is a terminal, otherwise None."""
     if not sys.stderr.isatty():
         yield None
         return

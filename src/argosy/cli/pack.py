@@ -24,14 +24,14 @@ Progress = Callable[[str, float], None]
     "--format",
     "format_name",
     type=click.Choice(FORMATS),
-    help="Format of the experts; q8 and q4 lose a little.",
+    help="Format of the experts; q8 and q4 lose a little precision.",
 )
 @click.option(
     "--verify",
     "pack_directory",
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="Read a pack and compare its BLAKE3.",
+    help="Verify the BLAKE3 hashes of a pack.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
 def pack(
@@ -41,11 +41,11 @@ def pack(
     pack_directory: Path | None,
     as_json: bool,
 ) -> None:
-    """Write the model in SRC as a pack in DST: each expert one aligned read.
+    """Write the model in SRC as a pack in DST, where each expert is one aligned read.
 
     A pack is optional; models also run from their own files. `source` keeps every weight bit for bit, bf16
-    rounds float32 and float16, q8 and q4 quantise. Checkpoints in FP8, INT4 or MXFP4 pack as any of these, a
-    quantised GGUF as `source`. Interrupted, the same command continues.
+    rounds float32 and float16, q8 and q4 quantise. Checkpoints in FP8, INT4 or MXFP4 can be packed in any of
+    these formats, a quantised GGUF only as `source`. After an interruption the same command continues.
 
     \b
     Examples:
@@ -54,7 +54,7 @@ def pack(
     """
     if pack_directory is not None:
         if source is not None or format_name is not None:
-            raise UsageError("--verify takes one directory, and neither SRC nor --format")
+            raise UsageError("--verify takes one directory, without SRC or --format")
         _verify(pack_directory, as_json)
         return
     if source is None or destination is None or format_name is None:
@@ -88,7 +88,7 @@ def _pack(source: Path, destination: Path, format_name: str, as_json: bool) -> N
     share = report.packed_bytes / report.source_bytes
     print(f"packed   {report.directory}, {report.format}, in {report.seconds:.1f} s")
     print(f"  before   {format_bytes(report.source_bytes):>10}")
-    print(f"  after    {format_bytes(report.packed_bytes):>10}   {share:.0%} of it")
+    print(f"  after    {format_bytes(report.packed_bytes):>10}   {share:.0%} of the original")
     if report.resumed_bytes:
         print(f"  resumed  {format_bytes(report.resumed_bytes):>10}   written by an earlier run")
 
@@ -106,5 +106,5 @@ def _verify(directory: Path, as_json: bool) -> None:
         return
     print(
         f"intact   {directory}: {report.num_files} files, {format_bytes(report.nbytes)}, "
-        "every BLAKE3 as written"
+        "every BLAKE3 hash matches"
     )

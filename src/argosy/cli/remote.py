@@ -1,9 +1,9 @@
-"""A running Argosy server, asked over HTTP: what it serves, and its state twice a second.
+"""Ask a running Argosy server over HTTP for its models, and for its state twice a second.
 
     --url, --key-file, ARGOSY_API_KEY  ->  Server  ->  plain dicts, or one ServerNotUsable
 
-Only the server that was named is asked: no proxy of the environment, no redirect, because the key goes with the
-question. What comes back is bounded, and is text for a terminal only after `quote`.
+Requests carry the key, so they go only to the given server: proxies in the environment and redirects are ignored.
+Responses are bounded, and `quote` makes their text safe for a terminal.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def server_options(command: Command) -> Command:
     command = click.option(
         "--key-file",
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="File with the API key; without it, ARGOSY_API_KEY.",
+        help="File with the API key; default: ARGOSY_API_KEY.",
     )(command)
     return click.option(
         "--url", default=DEFAULT_URL, metavar="URL", help=f"The server's address; default {DEFAULT_URL}."
@@ -41,12 +41,12 @@ def server_options(command: Command) -> Command:
 
 
 class Server:
-    """One server, by its address without a path; asks nothing until it is told to."""
+    """One server, by its address without a path. The constructor sends no request."""
 
     def __init__(self, url: str, key: str | None = None) -> None:
         """
         Raises:
-            UsageError: `url` is no address of a server.
+            UsageError: `url` is not the address of a server.
         """
         try:
             parts = urlsplit(url)
@@ -55,11 +55,11 @@ class Server:
             parts, self._port = urlsplit(""), None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UsageError(
-                f"--url must be a server's address, found '{quote(url)}'", hint=f"such as {DEFAULT_URL}"
+                f"--url must be a server's address, found '{quote(url)}'", hint=f"for example {DEFAULT_URL}"
             )
         if parts.path.strip("/") or parts.query or parts.fragment or parts.username is not None:
             raise UsageError(
-                f"--url must be an address alone, found '{quote(url)}'",
+                f"--url must be an address without path, query or user, found '{quote(url)}'",
                 hint=f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}",
             )
         self.url = f"{parts.scheme}://{parts.netloc}"
@@ -74,7 +74,7 @@ class Server:
         if not isinstance(entries, list) or not all(
             isinstance(entry, dict) and isinstance(entry.get("id"), str) for entry in entries
         ):
-            raise self._stranger("what it says of its models cannot be read")
+            raise self._stranger("its list of models cannot be read")
         return entries
 
     def state(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Server:
             while line := response.readline(_LONGEST_BYTES):
                 size += len(line)
                 if size > _LONGEST_BYTES:
-                    raise self._stranger("an event has no end")
+                    raise self._stranger("an event is too long")
                 text = line.rstrip(b"\r\n")
                 if text.startswith(b"data:"):
                     data.append(text[5:].removeprefix(b" "))
@@ -100,21 +100,21 @@ class Server:
 
     def _checked(self, state: object) -> dict[str, Any]:
         if not isinstance(state, dict) or not isinstance(state.get("memory"), dict) or "experts" not in state:
-            raise self._stranger("what it says of its state cannot be read")
+            raise self._stranger("its state cannot be read")
         return state
 
     def _get_json(self, path: str) -> object:
         with self._get(path) as response:
             body = response.read(_LONGEST_BYTES + 1)
         if len(body) > _LONGEST_BYTES:
-            raise self._stranger(f"its answer to {path} has no end")
+            raise self._stranger(f"its answer to {path} is too long")
         return self._parsed(body)
 
     def _parsed(self, body: bytes) -> object:
         try:
             return json.loads(body)
         except (ValueError, RecursionError) as error:
-            raise self._stranger("it answers with something else than JSON") from error
+            raise self._stranger("its answer is not JSON") from error
 
     @contextmanager
     def _get(self, path: str) -> Iterator[http.client.HTTPResponse]:
@@ -138,7 +138,7 @@ class Server:
         except OSError as error:
             raise ServerNotUsable(
                 f"nothing answers at {self.url}: {error.strerror or quote(str(error))}",
-                hint="`argosy serve MODEL` starts a server; `--url` names another address",
+                hint="`argosy serve MODEL` starts a server; `--url` selects another address",
                 url=self.url,
                 is_absent=True,
             ) from error
@@ -151,7 +151,7 @@ class Server:
             told = "refuses the key" if self._key is not None else "needs a key"
             return ServerNotUsable(
                 f"{self.url} {told}",
-                hint="set ARGOSY_API_KEY, or give `--key-file FILE`",
+                hint="set ARGOSY_API_KEY, or use `--key-file FILE`",
                 url=self.url,
                 status=status,
             )
@@ -159,15 +159,15 @@ class Server:
             message = json.loads(response.read(_LONGEST_BYTES))["error"]["message"]
         except (ValueError, KeyError, TypeError, RecursionError):
             message = None
-        # Other servers, too, have errors of this shape, for routes that only Argosy has.
+        # Other servers send errors of this form, too, for routes that only Argosy has.
         if message is None or status == http.HTTPStatus.NOT_FOUND:
             return self._stranger(f"it answers {status} to {path}", status)
         return ServerNotUsable(f"{self.url} answers {status}: {quote(message)}", url=self.url, status=status)
 
     def _stranger(self, why: str, status: int | None = None) -> ServerNotUsable:
         return ServerNotUsable(
-            f"{self.url} is no Argosy server: {why}",
-            hint="another program may listen there; `--url` names another address",
+            f"{self.url} is not an Argosy server: {why}",
+            hint="another program may listen there; `--url` selects another address",
             url=self.url,
             status=status,
         )

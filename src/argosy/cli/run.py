@@ -27,10 +27,14 @@ if TYPE_CHECKING:
 @click.command("run")
 @click.argument("prompt", required=False)
 @click.option(
-    "-m", "--model", default=DEMO, metavar="MODEL", help="Directory of a model; default: the demo model."
+    "-m",
+    "--model",
+    default=DEMO,
+    metavar="MODEL",
+    help="Model directory or GGUF; default: the demo model.",
 )
 @click.option("--system", metavar="TEXT", help="System message before the prompt.")
-@click.option("--raw", is_flag=True, help="Continue the text as it is: no chat template.")
+@click.option("--raw", is_flag=True, help="Continue the text without a chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print the answer and its ledger as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no ledger.")
 @thoughts_option
@@ -46,7 +50,7 @@ def run(
     thoughts: bool | None,
     **options: Any,
 ) -> None:
-    """Answer PROMPT, or the text on stdin. The answer goes to stdout, its ledger to stderr.
+    """Answer PROMPT, or the text on stdin. The answer goes to stdout, and its ledger to stderr.
 
     \b
     Examples:
@@ -72,7 +76,9 @@ def _read_prompt(prompt: str | None) -> str:
     if prompt is not None and prompt != "-":
         return prompt
     if prompt is None and sys.stdin.isatty():
-        raise UsageError("run needs a prompt", hint='argosy run "Why is the sky blue?", or text on stdin')
+        raise UsageError(
+            "run needs a prompt", hint='`argosy run "Why is the sky blue?"`, or pass text on stdin'
+        )
     try:
         text = sys.stdin.read()
     except UnicodeDecodeError as error:
@@ -87,7 +93,7 @@ def _request(text: str, system: str | None, raw: bool) -> PromptLike:
     from argosy.prompt.prompt import Prompt
 
     if raw and system is not None:
-        raise UsageError("--raw has no place for --system: there are no messages without a chat template")
+        raise UsageError("--raw and --system exclude each other: raw text has no system message")
     if raw:
         return Prompt.raw(text)
     if system is None:
@@ -105,7 +111,7 @@ def _answer(
         for event in engine.stream(prompt, params):
             writer.push(event)
             result = event.result
-    assert result is not None  # the last event has it
+    assert result is not None  # the last event carries it
     answer = writer.answer
     if shows_text and not answer.text.endswith("\n"):
         write_text("\n")

@@ -1,4 +1,4 @@
-"""`argosy serve`: a model as an endpoint that other tools speak to."""
+"""`argosy serve`: serve a model to other tools over HTTP."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _REPLAY_BYTES = 16 << 20  # answers of a thousand tokens take about 20 KB each
     default=8080,
     show_default=True,
     type=click.IntRange(0, 65535),
-    help="Port to listen on; 0: any that is free.",
+    help="Port to listen on; 0 takes any free port.",
 )
 @click.option(
-    "--keys", type=click.Path(path_type=Path), metavar="FILE", help="Who may ask; see `argosy keys`."
+    "--keys", type=click.Path(path_type=Path), metavar="FILE", help="API keys of clients; see `argosy keys`."
 )
-@click.option("--allow-host", multiple=True, metavar="NAME", help="Also answer to this host name.")
-@click.option("--name", metavar="ID", help="What clients call the model; default: its file's name.")
-@click.option("--any-model", is_flag=True, help="Take every name that clients send for this model.")
+@click.option("--allow-host", multiple=True, metavar="NAME", help="Also accept requests for this host name.")
+@click.option("--name", metavar="ID", help="Model name for clients; default: the file name.")
+@click.option("--any-model", is_flag=True, help="Accept every model name that clients send.")
 @click.option(
     "--drain",
     default=30.0,
     type=click.FloatRange(0, 3600),
     metavar="S",
-    help="Time for what runs at the end.",
+    help="Seconds to finish running requests at the end.",
 )
 @click.option(
     "--max-sequences",
@@ -42,10 +42,14 @@ _REPLAY_BYTES = 16 << 20  # answers of a thousand tokens take about 20 KB each
     show_default=True,
     type=click.IntRange(1, 1024),
     metavar="N",
-    help="Answers that are made at once.",
+    help="Answers generated at once.",
 )
 @click.option(
-    "--max-waiting", default=64, type=click.IntRange(0), metavar="N", help="Requests that may wait."
+    "--max-waiting",
+    default=64,
+    type=click.IntRange(0),
+    metavar="N",
+    help="Requests that may wait.",
 )
 @click.option(
     "--max-connections",
@@ -53,25 +57,27 @@ _REPLAY_BYTES = 16 << 20  # answers of a thousand tokens take about 20 KB each
     show_default=True,
     type=click.IntRange(1, 65535),
     metavar="N",
-    help="Clients that are connected at once; more get 503.",
+    help="Open connections; further clients get 503.",
 )
 @click.option(
-    "--kv-dir", type=click.Path(path_type=Path), metavar="DIR", help="Keep prompts' keys and values here."
+    "--kv-dir", type=click.Path(path_type=Path), metavar="DIR", help="Keep the KV cache of prompts here."
 )
-@click.option("--keep-billing-line", is_flag=True, help="Leave Claude Code's line in its system prompt.")
+@click.option(
+    "--keep-billing-line", is_flag=True, help="Keep the billing line in Claude Code's system prompt."
+)
 def serve(
     model: str, host: str, port: int, keys: Path | None, allow_host: tuple[str, ...], name: str | None,
     drain: float, max_sequences: int, max_waiting: int, max_connections: int, kv_dir: Path | None,
     keep_billing_line: bool, any_model: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Serve a model over HTTP: the dialects of OpenAI and Anthropic, and a page at /.
+    """Serve a model over HTTP: the APIs of OpenAI and Anthropic, and a chat page at /.
 
     \b
     Examples:
       argosy serve ./Qwen3-30B-A3B --memory 16GiB
       argosy serve model.gguf --host 0.0.0.0 --keys keys.json
     """
-    # Before the engine: the memory plan counts what the process holds when it is made.
+    # Imported before the engine, because the memory plan counts the memory that the process already uses.
     from argosy.cli.settings import Settings
     from argosy.engine.memory_plan import REQUEST_BYTES
     from argosy.guard.keys import KeyFile

@@ -1,12 +1,11 @@
-"""What the environment says, read in one place; a flag goes before it.
+"""Settings from the environment, read in one place. A flag takes precedence.
 
     flags, environment -> Settings -> keyword arguments of Engine
 
-ARGOSY_MEMORY, ARGOSY_THREADS and ARGOSY_INSTRUCTION_SET are defaults of the flags of the same name.
-ARGOSY_ASK_AHEAD (off, one_level, two_levels) fixes how products prefetch weights, which is measured otherwise.
-ARGOSY_CACHE is where the demo model is kept (`demo/locate.py` asks for it), ARGOSY_API_KEY is the key for a running
-server, ARGOSY_TRACEBACK=1 shows tracebacks, and NO_COLOR is honoured by rich. A misspelt ARGOSY_ variable gets an
-answer.
+ARGOSY_MEMORY, ARGOSY_THREADS and ARGOSY_INSTRUCTION_SET are the defaults of the flags with the same names.
+ARGOSY_ASK_AHEAD (off, one_level, two_levels) fixes how products prefetch weights; otherwise that is measured.
+ARGOSY_CACHE is the directory of the demo model (read by `demo/locate.py`), ARGOSY_API_KEY is the key for a running
+server, ARGOSY_TRACEBACK=1 shows tracebacks, and rich honours NO_COLOR. A misspelt ARGOSY_ variable is an error.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ KNOWN = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How to run an engine; None leaves a choice to it."""
+    """How to run an engine; None leaves the choice to the engine."""
 
     memory: str | None = None
     threads: int | None = None
@@ -45,10 +44,10 @@ class Settings:
 
     @classmethod
     def read(cls, environment: Mapping[str, str] | None = None, **flags: Any) -> Self:
-        """Flags that were given, and the environment for the others.
+        """Take given flags, and the environment for the rest.
 
         Raises:
-            UsageError: a variable that is misspelt, or has none of its values.
+            UsageError: a variable is misspelt or has an invalid value.
         """
         environment = os.environ if environment is None else environment
         refuse_misspelt(environment)
@@ -61,13 +60,13 @@ class Settings:
         return cls(**{**values, **{name: value for name, value in flags.items() if value is not None}})
 
     def for_engine(self) -> dict[str, Any]:
-        """Keyword arguments of `Engine`: only what was said."""
+        """Keyword arguments for `Engine`, only those that are set."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: value for name, value in values.items() if value is not None}
 
 
 def refuse_misspelt(environment: Mapping[str, str]) -> None:
-    """Raises UsageError for a variable that is nearly one of ours."""
+    """Raise UsageError for a variable that looks like a misspelt one of ours."""
     for name in environment:
         if name.startswith("ARGOSY") and name not in KNOWN:
             near = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.8)
@@ -79,7 +78,7 @@ def api_key(key_file: Path | None = None, environment: Mapping[str, str] | None 
     """The key for a running server: the file's one line, or ARGOSY_API_KEY, or None.
 
     Raises:
-        UsageError: the file cannot be read, or what it or the variable holds cannot be a key.
+        UsageError: the file cannot be read, or the text cannot be a key.
     """
     environment = os.environ if environment is None else environment
     refuse_misspelt(environment)
@@ -92,7 +91,7 @@ def api_key(key_file: Path | None = None, environment: Mapping[str, str] | None 
         try:
             text = key_file.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
             raise UsageError(f"the key file {key_file} cannot be read: {reason}") from error
     if not text or not all("!" <= character <= "~" for character in text):  # it becomes a header
         raise UsageError(f"{origin} must hold a key: one line of printable characters without spaces")

@@ -1,4 +1,4 @@
-"""`argosy show`: what a model is, and whether it fits, from the headers of its files."""
+"""`argosy show`: describe a model and whether it fits, from the headers of its files."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 @engine_options
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
 def show(model: str, as_json: bool, **options: Any) -> None:
-    """Show family, geometry and memory plan of MODEL. Reads headers, and no weights.
+    """Show family, geometry and memory plan of MODEL. Reads headers, not weights.
 
-    Exit code 3 says that it does not fit the budget. Of a config.json without weights it shows what there would be.
+    Exit code 3 means that it does not fit the budget. For a config.json without weights, sizes are calculated.
 
     \b
     Examples:
@@ -96,7 +96,7 @@ def geometry_facts(config: ModelConfig) -> dict[str, Any]:
 
 
 def model_facts(files: ModelFiles) -> dict[str, Any]:
-    """The same, and what the files hold."""
+    """The same, and the content of the files."""
     return {
         "path": str(files.path),
         **geometry_facts(files.config),
@@ -110,7 +110,7 @@ def model_facts(files: ModelFiles) -> dict[str, Any]:
 
 
 def _hypothetical_sizes(config: ModelConfig) -> dict[str, Any]:
-    """Bytes of a model as checkpoint and as packs, and of its KV cache."""
+    """Bytes of a model as a checkpoint and as packs, and of its KV cache."""
     from argosy.checkpoint.files import matrix_bytes
     from argosy.checkpoint.geometry import dense_shapes, expert_shapes, packed_config, packed_format
     from argosy.config import Format
@@ -138,20 +138,20 @@ def _hypothetical_sizes(config: ModelConfig) -> dict[str, Any]:
 
 
 def fact_lines(facts: dict[str, Any]) -> list[str]:
-    """The facts of `model_facts` for a person."""
-    kind = "a pack" if facts["is_packed"] else "a GGUF file" if facts["is_gguf"] else "as the hub has it"
+    """The facts of `model_facts` as lines of text."""
+    kind = "a pack" if facts["is_packed"] else "a GGUF file" if facts["is_gguf"] else "in the hub's format"
     dense = "+".join(facts["dense_formats"])
     return [
         f"model     {facts['path']}",
-        f"  family        {facts['family']}, {kind}, experts {facts['expert_format']}, else {dense}",
+        f"  family        {facts['family']}, {kind}, experts {facts['expert_format']}, rest {dense}",
         *_geometry_lines(facts),
-        f"  on disk       {format_bytes(facts['dense_bytes'])} for every token,"
+        f"  on disk       {format_bytes(facts['dense_bytes'])} used by every token,"
         f" {format_bytes(facts['expert_bytes'])} of routed experts",
     ]
 
 
 def config_lines(facts: dict[str, Any]) -> list[str]:
-    """What a config.json says, for a person."""
+    """The facts of a config.json as lines of text."""
     sizes = (
         f"{format} {format_bytes(parts['dense_bytes'])} + {format_bytes(parts['expert_bytes'])}"
         for format, parts in facts["bytes"].items()
@@ -161,24 +161,24 @@ def config_lines(facts: dict[str, Any]) -> list[str]:
         f"model     {facts['path']}, without weights",
         f"  family        {facts['family']}",
         *_geometry_lines(facts),
-        f"  would take    {', '.join(sizes)} (for every token + routed experts)",
-        f"  KV cache      {format_bytes(per_token['f32'])} a token, {format_bytes(per_token['f16'])} with --kv f16",
+        f"  would take    {', '.join(sizes)} (used by every token + routed experts)",
+        f"  KV cache      {format_bytes(per_token['f32'])} per token, {format_bytes(per_token['f16'])} with --kv f16",
     ]
 
 
 def _geometry_lines(facts: dict[str, Any]) -> list[str]:
-    shared = f", a shared one of width {facts['shared_width']}" if facts["shared_width"] else ""
+    shared = f", and a shared expert of width {facts['shared_width']}" if facts["shared_width"] else ""
     everything, active = facts["num_parameters"], facts["num_parameters_per_token"]
     state = format_bytes(facts["recurrent_state_bytes_per_sequence"])
-    recurrent = f", {facts['num_delta_layers']} with a recurrent state: {state} a sequence"
+    recurrent = f", {facts['num_delta_layers']} with a recurrent state: {state} per sequence"
     return [
-        f"  parameters    {_count(everything)}, {_count(active)} of them for a token",
+        f"  parameters    {_count(everything)}, {_count(active)} active per token",
         f"  layers        {facts['num_layers']}, {facts['num_moe_layers']} with routed experts"
         + (recurrent if facts["num_delta_layers"] else ""),
-        f"  experts       {facts['num_experts']} in a layer, {facts['experts_per_token']} for a token,"
+        f"  experts       {facts['num_experts']} per layer, {facts['experts_per_token']} per token,"
         f" width {facts['expert_width']}{shared}",
-        f"  attention     {facts['num_heads']} heads, {facts['num_kv_heads']} of keys and values,"
-        f" {facts['head_dim']} wide; hidden size {facts['hidden_size']}",
+        f"  attention     {facts['num_heads']} heads, {facts['num_kv_heads']} KV heads,"
+        f" head size {facts['head_dim']}; hidden size {facts['hidden_size']}",
         f"  vocabulary    {facts['vocab_size']} tokens; context {facts['context_tokens']} tokens",
     ]
 
@@ -191,14 +191,14 @@ def _count(parameters: int) -> str:
 
 
 def _plan(model: str, files: ModelFiles, settings: Settings) -> MemoryPlan:
-    """The plan that `Engine` would make, in a process that holds what its process would."""
+    """The plan that `Engine` would make, in a process with the same memory in use."""
     from argosy.engine.engine import settle
     from argosy.engine.memory_plan import plan_memory, process_bytes, require_mappable
     from argosy.prompt.tokenizer import Tokenizer
 
     config, expert_slots = settle(model, files, **settings.for_engine())
     require_mappable(files, config, expert_slots=expert_slots)
-    # Held while the process is measured, as the engine holds it.
+    # Kept open while the process is measured, as in the engine.
     tokenizer = Tokenizer.open(files.path, files.header)
     return plan_memory(files, config, process_bytes=process_bytes(tokenizer), expert_slots=expert_slots)
 

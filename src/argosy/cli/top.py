@@ -1,8 +1,8 @@
-"""`argosy top`: a running server at a glance, in the terminal, twice a second.
+"""`argosy top`: watch a running server in the terminal, updated twice a second.
 
     remote.Server.states  ->  state_lines (what `--once` prints)  ->  the same lines with bars, redrawn in place
 
-A server that goes away while it is watched is waited for; the last state stays, and says how old it is.
+If the server goes away, `top` waits for it, and shows the last state with its age.
 """
 
 from __future__ import annotations
@@ -40,17 +40,19 @@ _COLORS = {
 }
 _SHADES = " ·░▒▓█"
 _FEWEST_ROWS = 6
-_HOTTEST = 4  # times what each expert of the layer would have if all were used equally
+_HOTTEST = 4  # times an equal share of the layer's uses
 
 
 @click.command("top")
 @server_options
-@click.option("--once", is_flag=True, help="Print the state once, and end.")
-@click.option("--json", "as_json", is_flag=True, help="Print states as JSON, one a line; with --once, one.")
+@click.option("--once", is_flag=True, help="Print the state once and exit.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print states as JSON, one per line; with --once, only one."
+)
 def top(url: str, key_file: Path | None, once: bool, as_json: bool) -> None:
-    """Show a running server: memory, speed, experts, queue. ^C ends.
+    """Watch a running server: memory, speed, experts, queue. ^C quits.
 
-    Where the output is no terminal, the state is printed once.
+    If the output is not a terminal, the state is printed once.
 
     \b
     Examples:
@@ -71,7 +73,7 @@ def top(url: str, key_file: Path | None, once: bool, as_json: bool) -> None:
 
 
 def state_lines(state: dict[str, Any], url: str) -> list[str]:
-    """The state for a person, without colour."""
+    """The state as lines of text, without colour."""
     model, memory = state.get("model") or {}, state["memory"]
     peak = _number(memory.get("peak_bytes"), format_bytes)
     return [
@@ -105,14 +107,16 @@ def _running_lines(state: dict[str, Any]) -> list[str]:
     ]
     if (use := _most_uneven(state)) is not None:
         lines.append(f"use       {use}")
-    said = "what is said is logged" if privacy.get("logging") else "nothing that is said is logged"
+    said = (
+        "prompts and answers are logged" if privacy.get("logging") else "prompts and answers are not logged"
+    )
     traces = "on: they can reveal the text" if privacy.get("traces") else "off"
     lines.append(f"privacy   {said}; routing traces are {traces}")
     return lines
 
 
 def watch(server: Server) -> None:
-    """Redraw in place until ^C. The first state must come; later ones are waited for.
+    """Redraw in place until ^C. The first state must arrive; after that, a missing server is waited for.
 
     Raises:
         ServerNotUsable: the server cannot be used at all.
@@ -135,13 +139,13 @@ def watch(server: Server) -> None:
             until = time.monotonic() + wait_s
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
             while (left_s := until - time.monotonic()) > 0:
-                age = f"{trouble}; this is the state of {time.monotonic() - seen:.0f} s ago"
+                age = f"{trouble}; this state is {time.monotonic() - seen:.0f} s old"
                 live.update(_Screen(state, server.url, age), refresh=True)
                 time.sleep(min(left_s, 0.5))
 
 
 class _Screen:
-    """The lines of `state_lines`, with the memory as a bar, and the use of experts where there is room for it."""
+    """The lines of `state_lines`, with a memory bar and, if there is room, the use of experts."""
 
     def __init__(self, state: dict[str, Any], url: str, trouble: str | None = None) -> None:
         self._state = state
@@ -166,7 +170,7 @@ class _Screen:
 
 
 def memory_bar(memory: dict[str, Any], width: int) -> Text:
-    """The parts in the order of their claims, a cell for each that has any; what is left over is dots."""
+    """The parts of the memory plan in order, at least one cell for each that is not empty; dots are unused memory."""
     from rich.text import Text
 
     parts = [(_name(line.get("name")), _whole(line.get("bytes"))) for line in memory.get("lines", ())]
@@ -183,7 +187,7 @@ def memory_bar(memory: dict[str, Any], width: int) -> Text:
 
 
 def heat_rows(layers: Sequence[Sequence[int]], width: int, height: int) -> list[str]:
-    """Layers x experts in shades of how many times its equal share each was used; neighbours may share a cell."""
+    """Layers x experts, shaded by use relative to an equal share; neighbours may share a cell."""
     rows = []
     stride = -(-len(layers) // height)
     for first in range(0, len(layers), stride):
@@ -205,14 +209,14 @@ def _shares(uses: Sequence[int]) -> list[float]:
 
 
 def _layers(state: dict[str, Any]) -> list[list[int]] | None:
-    """Uses per expert of the layers that have experts; None where the server does not tell."""
+    """Uses per expert, for the layers that have experts; None if the server does not say."""
     heat = state.get("heat")
     layers = [uses for uses in heat.get("layers", ()) if uses] if isinstance(heat, dict) else []
     return layers or None
 
 
 def _most_uneven(state: dict[str, Any]) -> str | None:
-    """The layer whose busiest expert has the largest share, in words."""
+    """A sentence about the layer whose busiest expert has the largest share."""
     heat = state.get("heat")
     if _layers(state) is None or not isinstance(heat, dict):
         return None
@@ -222,13 +226,13 @@ def _most_uneven(state: dict[str, Any]) -> str | None:
         key=lambda found: found[0],
     )
     return (
-        f"over {_number(heat.get('tokens'))} tokens; most uneven is layer {layer}:"
+        f"over {_number(heat.get('tokens'))} tokens; layer {layer} is the most uneven:"
         f" expert {expert} has {100 * share:.1f} % of its uses"
     )
 
 
 def _name(value: object, absent: str = UNKNOWN) -> str:
-    """Text of a server, which must not steer a terminal."""
+    """Text from a server, made safe for a terminal."""
     from argosy.checkpoint.json_strict import quote
 
     return quote(value) if isinstance(value, str) else absent

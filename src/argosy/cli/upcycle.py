@@ -10,18 +10,22 @@ import click
 @click.command("upcycle")
 @click.argument("dense", type=click.Path(path_type=Path))
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
-@click.option("--experts", type=int, default=8, show_default=True, help="Routed experts of a layer.")
-@click.option("--experts-per-token", type=int, default=2, show_default=True, help="Of them, for a token.")
-@click.option("--width", type=int, default=96, show_default=True, help="Neurons of an expert.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Chooses neurons and the first router.")
+@click.option("--experts", type=int, default=8, show_default=True, help="Routed experts per layer.")
+@click.option(
+    "--experts-per-token", type=int, default=2, show_default=True, help="Routed experts used per token."
+)
+@click.option("--width", type=int, default=96, show_default=True, help="Neurons per expert.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed for neurons and the initial router."
+)
 def upcycle(
     dense: Path, destination: Path, experts: int, experts_per_token: int, width: int, seed: int
 ) -> None:
-    """Make the Qwen2-MoE checkpoint DST of the dense Llama-style model DENSE.
+    """Make the Qwen2-MoE checkpoint DST from the dense Llama-style model DENSE.
 
-    DENSE is a safetensors directory or a GGUF file. Its feed-forward network becomes the shared expert; routed
-    experts start from its neurons, with an output of zero, so that DST first says exactly what DENSE says, and
-    training only its experts and router makes it better (sparse upcycling, arXiv:2212.05055).
+    DENSE is a safetensors directory or a GGUF file. Its feed-forward network becomes the shared expert. Routed
+    experts start from its neurons, with an output of zero, so DST at first generates exactly the same text as
+    DENSE. Training only its experts and router then improves it (sparse upcycling, arXiv:2212.05055).
 
     \b
     Examples:
