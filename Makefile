@@ -1,4 +1,4 @@
-# The commands a stranger types. Each does its own set-up in .venv; only Python, a C++ compiler and make are needed.
+# Commands for a new checkout. Each sets up .venv by itself; they need only Python, a C++ compiler and make.
 .DEFAULT_GOAL := help
 .PHONY: FORCE help demo test test-native test-sanitize test-sanitize-module test-oracle test-clients lint format bench peer clean
 
@@ -7,20 +7,20 @@ VENV := .venv
 comma := ,
 BIN := $(VENV)/bin
 NATIVE := $(wildcard native/*/*.cpp native/*/*.h) CMakeLists.txt pyproject.toml
-# Files of tests side by side. Engines of tests have two threads and up to 1 GiB, so at most four.
+# Run test files in parallel, at most four: a test's engine uses two threads and up to 1 GiB.
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
-# Set-up steps print nothing of their own for minutes: say what each does before it does it.
+# Set-up steps are silent for minutes, so announce each of them.
 SAY := @printf '== %s\n'
 
 help:                     ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 $(BIN)/python:
-	$(SAY) "making a Python environment in $(VENV)"
+	$(SAY) "creating a Python environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 
-# An editable install: Python sources are read in place; a new module or a change of native code installs again.
+# An editable install reads Python sources in place; new modules and changed native code install again.
 $(VENV)/.modules: FORCE | $(BIN)/python
 	@find src -name '*.py' | sort > $@.new; cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
@@ -31,20 +31,20 @@ $(VENV)/.installed: $(BIN)/python $(NATIVE) $(VENV)/.modules
 	@$(PIP) --no-build-isolation --editable '.[test]'
 	@touch $@
 
-demo: $(VENV)/.installed  ## build the demo model once, then let it answer a question
-	$(SAY) "asking the demo model; the first time it is made from a download of 93 MB, in under a minute"
+demo: $(VENV)/.installed  ## build the demo model once, then ask it a question
+	$(SAY) "asking the demo model; the first time it is built from a 93 MB download, in under a minute"
 	$(BIN)/argosy run --model demo "What is the capital of France?"
 
 test: $(VENV)/.installed test-native  ## all tests that need no torch
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests --ignore=tests/oracle --ignore=tests/clients
 
 test-native: $(VENV)/.installed  ## the C++ tests
-	$(SAY) "compiling the C++ tests: a minute or two, the first time"
+	$(SAY) "compiling the C++ tests: a minute or two the first time"
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/tests -G Ninja -DARGOSY_MODULE=OFF -DARGOSY_NATIVE_TESTS=ON > build/tests.log 2>&1 || { cat build/tests.log; exit 1; }
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/tests > build/tests.log 2>&1 || { cat build/tests.log; exit 1; }
 	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/tests --output-on-failure
 
-# Without stack-use-after-return: GCC stores 64 bytes, aligned, into its fake stack of 32-byte alignment (GCC bug 110027).
+# No stack-use-after-return: GCC does aligned 64-byte stores into its fake stack, which is only 32-byte aligned (bug 110027).
 test-sanitize: $(VENV)/.installed test-sanitize-module  ## C++ tests and the module under ASan, UBSan and ThreadSanitizer
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DARGOSY_MODULE=OFF -DARGOSY_NATIVE_TESTS=ON \
 	  -DCMAKE_BUILD_TYPE=Debug -DARGOSY_SANITIZE=address,undefined
@@ -55,8 +55,8 @@ test-sanitize: $(VENV)/.installed test-sanitize-module  ## C++ tests and the mod
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize-threads --target test_thread_pool test_store
 	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/sanitize-threads --output-on-failure -R 'test_thread_pool|test_store'
 
-# The module is built for GCC's sanitizers and the interpreter is not, so their library is loaded first, together with
-# libstdc++, whose exceptions it wraps. setarch -R: some kernels place addresses where ThreadSanitizer has no room for them.
+# The module is built with GCC's sanitizers and the interpreter is not, so their library must be preloaded, together with
+# libstdc++, whose exceptions it wraps. setarch -R: some kernels use addresses that ThreadSanitizer cannot map.
 PRELOAD = LD_PRELOAD="$$($(CXX) -print-file-name=lib$(1).so) $$($(CXX) -print-file-name=libstdc++.so.6)"
 ASAN = $(call PRELOAD,asan) ASAN_OPTIONS=exitcode=66:detect_leaks=0:detect_stack_use_after_return=0
 TSAN = $(call PRELOAD,tsan) TSAN_OPTIONS=exitcode=66 setarch -R
@@ -67,7 +67,7 @@ build/sanitize-module-%: FORCE $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $@ --target _native
 
 test-sanitize-module: build/sanitize-module-address build/sanitize-module-thread  ## odd arguments under ASan and UBSan, 2,000 requests under ThreadSanitizer
-	@echo "faults that are there are found:"
+	@echo "planted faults are found:"
 	$(ASAN) $(BIN)/python -m tests.native.planted_faults overflow --module build/sanitize-module-address/_native*.so 2> /dev/null; test $$? = 66
 	$(TSAN) $(BIN)/python -m tests.native.planted_faults race --module build/sanitize-module-thread/_native*.so 2> /dev/null; test $$? = 66
 	$(ASAN) $(BIN)/python -m tests.native.odd_arguments --module build/sanitize-module-address/_native*.so
@@ -83,12 +83,12 @@ test-oracle: $(VENV)/.oracle  ## compare with transformers on freshly made check
 
 $(VENV)/.clients: $(VENV)/.installed
 	$(SAY) "downloading the clients of model servers (once; minutes)"
-	@$(PIP) setuptools wheel  # for a dependency of lm-eval that comes as source
+	@$(PIP) setuptools wheel  # for a dependency of lm-eval that is built from source
 	@$(PIP) --no-build-isolation --editable '.[clients]'
 	@touch $@
 
 build/clients/node_modules: tests/clients/node/package.json tests/clients/node/package-lock.json
-	$(SAY) "downloading the AI SDK, Claude Code, Codex and opencode with npm, where there is one (1.2 GB on the drive)"
+	$(SAY) "downloading the AI SDK, Claude Code, Codex and opencode, if npm is installed (1.2 GB on the drive)"
 	@mkdir -p build/clients
 	@cp $^ build/clients/
 	@! command -v npm > /dev/null || npm ci --prefix build/clients --no-audit --no-fund --ignore-scripts --loglevel=error
@@ -108,7 +108,7 @@ lint: $(VENV)/.lint       ## ruff, mypy strict, clang-format
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'native/*.cpp' 'native/*.h')
 
-format: $(VENV)/.lint     ## rewrite the sources as lint wants them
+format: $(VENV)/.lint     ## reformat the sources for lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files --cached --others --exclude-standard 'native/*.cpp' 'native/*.h')
@@ -121,7 +121,7 @@ build/peer-venv: benchmarks/install_peer.sh
 	PYTHON="$(PYTHON)" benchmarks/install_peer.sh $@
 	@touch $@
 
-peer: build/peer-venv     ## llama.cpp, compiled here, for the benchmarks to compare with
+peer: build/peer-venv     ## compile llama.cpp, for comparison in the benchmarks
 
 clean:                    ## remove what was built
 	rm -rf build $(VENV)

@@ -425,7 +425,7 @@ def test_the_memory_bar_follows_the_engine_and_says_it_in_words(browser: Browser
     assert browser.text("#memory-total").startswith("limit 12.0 GiB, peak so far 10.1 GiB")
     names = [row.text for row in browser.all("#memory-legend .name")]
     assert names == [
-        "process", "dense weights", "KV cache", "working buffers", "staging", "expert cache", "left over",
+        "process", "dense weights", "KV cache", "working buffers", "staging", "expert cache", "unused",
     ]  # fmt: skip
     label = browser.one("#memory-bar").get_attribute("aria-label")
     assert "expert cache 6.9 GiB" in label
@@ -506,7 +506,7 @@ def test_the_ledger_of_the_last_answer_is_shown(browser: Browser) -> None:
 def test_the_privacy_state_is_one_line(browser: Browser) -> None:
     browser.open()
     browser.until(lambda: browser.text("#privacy"))
-    assert browser.text("#privacy").startswith("Nothing that is said is logged. Routing traces are off.")
+    assert browser.text("#privacy").startswith("Prompts and answers are not logged. Routing traces are off.")
 
 
 # The real server

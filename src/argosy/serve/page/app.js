@@ -1,6 +1,6 @@
-// The page: what a person types and presses, tied to the conversation, the engine's state and the settings.
+// The page: connects the user's input with the conversation, the engine's state and the settings.
 //
-// Nothing is taken from the address, so no link can make this page ask anything of the model.
+// Nothing is read from the address, so no link can make this page send a request to the model.
 
 import { Conversation } from "./conversation.js";
 import { showLedger, showState } from "./engine_panel.js";
@@ -27,16 +27,16 @@ function showBusy(isBusy) {
   byId("send").hidden = isBusy;
   byId("stop").hidden = !isBusy;
   byId("welcome").hidden = conversation.turns.length > 0;
-  if (document.activeElement === document.body) prompt.focus();  // the button that had the focus has gone
+  if (document.activeElement === document.body) prompt.focus();  // the focused button is gone
 }
 
 function grow() {
   prompt.style.height = "auto";
   const borders = prompt.offsetHeight - prompt.clientHeight;
   prompt.style.height = `${prompt.scrollHeight + borders}px`;
-  // Rounded heights would show a scrollbar beside text that fits.
+  // Rounded heights would show a scrollbar next to text that fits.
   prompt.style.overflowY = prompt.scrollHeight > prompt.clientHeight + 1 ? "auto" : "hidden";
-  // Not `disabled`: whoever tabs on from the message finds the button, and not the engine's panel.
+  // Not `disabled`: the tab key should reach the button after the message, not the engine's panel.
   byId("send").setAttribute("aria-disabled", String(prompt.value.trim() === ""));
 }
 
@@ -45,7 +45,7 @@ function send() {
   const text = prompt.value;
   prompt.value = "";
   grow();
-  if (byId("notice").dataset.kind === "news") byId("notice").hidden = true;  // a new conversation ends the undo
+  if (byId("notice").dataset.kind === "news") byId("notice").hidden = true;  // a new message makes undo impossible
   conversation.send(text);
 }
 

@@ -1,24 +1,24 @@
-// A conversation: what was said, the answer as it comes, and what can be done with it.
+// A conversation: its messages, the answer as it arrives, and the actions on it.
 //
 //   send, regenerate, edit  ->  messages  ->  server.complete  ->  nodes
 //
-// The messages live in this object and nowhere else. Text that arrives is drawn once per frame at most, however many
-// chunks came. Reasoning and failed answers do not go back to the model; two questions in a row, which some chat
-// templates refuse, go as one.
+// The messages exist only in this object. Arriving text is drawn at most once per frame, however many chunks arrived.
+// Reasoning and failed answers are not sent back to the model. Two user messages in a row, which some chat templates
+// refuse, are sent as one.
 
 import { MarkdownView } from "./markdown.js";
 import { complete } from "./server.js";
 import { button, copyButton, count, element, isNumber, rate, seconds, volume } from "./units.js";
 
 const ENDINGS = {
-  length: "The answer reached its longest length.",
-  content_filter: "The answer was withheld by the server's policy.",
+  length: "The answer reached its maximum length.",
+  content_filter: "The server's policy blocked the answer.",
 };
 
 export class Conversation {
   /**
    * `parts`: the elements `log`, `scroll`, `status`; `settings()` gives model, system, temperature, maxTokens;
-   * `onBusy(isBusy)`, `onLedger(timings, usage)` and `onRefused(error)` are told what others show.
+   * `onBusy(isBusy)`, `onLedger(timings, usage)` and `onRefused(error)` are called for other parts of the page.
    */
   constructor(parts) {
     Object.assign(this, parts);
@@ -46,7 +46,7 @@ export class Conversation {
     this.answer();
   }
 
-  /** Take everything away; the function that is returned brings it back. */
+  /** Remove all turns; the returned function restores them. */
   clear() {
     this.stop();
     const old = this.turns;
@@ -98,7 +98,7 @@ export class Conversation {
     return turn;
   }
 
-  /** Only the last exchange can be edited or made again: only its buttons are there. */
+  /** Only the last exchange can be edited or regenerated, so only it has the buttons. */
   offerTools() {
     const lastUser = this.turns.findLast((turn) => turn.role === "user");
     for (const turn of this.turns) {
@@ -136,14 +136,14 @@ export class Conversation {
     const turn = new AssistantTurn();
     this.controller = new AbortController();
     this.add(turn);
-    this.log.setAttribute("aria-busy", "true");  // read aloud when it is whole, not word by word
+    this.log.setAttribute("aria-busy", "true");  // read aloud once complete, not word by word
     this.onBusy(true);
     this.say("Waiting for the model.");
     let finish = null;
     let failure = null;
     try {
       for await (const chunk of complete(body, this.controller.signal)) {
-        if (chunk.error) throw new Error(chunk.error.message ?? "The answer broke off.");
+        if (chunk.error) throw new Error(chunk.error.message ?? "The answer was cut off.");
         if (chunk.prompt_progress) turn.showProgress(chunk.prompt_progress, (text) => this.say(text));
         const choice = chunk.choices?.[0];
         const delta = choice?.delta ?? {};
@@ -208,7 +208,7 @@ export class Conversation {
     return scrollHeight - scrollTop - clientHeight < 48;
   }
 
-  /** Make a change and stay at the end; whoever has scrolled up to read stays there. */
+  /** Make a change and stay at the end, unless the user has scrolled up. */
   keepEnd(change) {
     const isAtEnd = this.isAtEnd();
     change();
@@ -255,7 +255,7 @@ class AssistantTurn {
     if (this.content || this.reasoning || !(total > 0)) return;
     this.bar.max = total;
     this.bar.value = processed;
-    const fromCache = cached > 0 ? `, ${count(cached)} of them kept from before` : "";
+    const fromCache = cached > 0 ? `, ${count(cached)} from the prefix cache` : "";
     this.progressText.textContent = `Reading the prompt: ${count(processed)} of ${count(total)} tokens${fromCache}`;
     say(`Reading the prompt, ${25 * Math.floor((4 * processed) / total)} percent.`);
   }

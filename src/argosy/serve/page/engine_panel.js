@@ -1,5 +1,5 @@
-// The engine's state as a person reads it: memory against its limit, speed, experts, queue, privacy, and the ledger of
-// the last answer. Every bar has the same facts as text beside it, so nothing is said by colour alone.
+// The engine's state for the user: memory and its limit, speed, experts, queue, privacy, and the ledger of the last
+// answer. Every bar has the same facts as text beside it, so nothing is shown by colour alone.
 
 import { UNKNOWN, count, element, isNumber, memory, rate, seconds, volume } from "./units.js";
 
@@ -38,7 +38,7 @@ function write(id, value, unit = "") {
   node.replaceChildren(text, ...(unit && value != null ? [element("small", {}, ` ${unit}`)] : []));
 }
 
-/** A bar of parts, and its legend; nodes are kept while the parts are the same, so that widths can move. */
+/** A bar of parts and its legend. Nodes are reused while the parts stay the same, so that widths can animate. */
 class Bar {
   constructor(bar, legend) {
     this.bar = bar;
@@ -113,7 +113,7 @@ function showMemory({ memory: facts, experts = {}, kv = {} }) {
   if (free > 0) {
     const cacheBytes = facts.lines.find(({ name }) => name === "expert cache")?.bytes ?? 0;
     const note = whyLeftOver(free, cacheBytes, experts);
-    parts.push({ name: "left over", size: free, hue: "empty", text: memory(free), note });
+    parts.push({ name: "unused", size: free, hue: "empty", text: memory(free), note });
   }
   const peak = isNumber(facts.peak_bytes) ? `, peak so far ${memory(facts.peak_bytes)}` : "";
   const spoken = parts.map((part) => `${part.name} ${part.text}`).join(", ");
@@ -133,21 +133,21 @@ function showPeak({ peak_bytes: peak }, whole) {
   mark.title = `peak ${memory(peak)}`;
 }
 
-/** Why a part of the limit is not used. */
+/** Why part of the limit is unused. */
 function whyLeftOver(free, cacheBytes, { slots, total }) {
   if (!(slots > 0) || !(total > 0)) return "";
   if (slots >= total) return "every expert is in memory";
-  if (free < (2 * cacheBytes) / slots) return "too little for one more expert";
+  if (free < (2 * cacheBytes) / slots) return "too small for one more expert";
   return `the cache is fixed at ${count(slots)} experts; --memory lets it grow`;
 }
 
-/** Experts in memory against all of them, and how many there is room for where that is not all. */
+/** Experts in memory, all experts, and the number of slots if they cannot hold all. */
 function resident({ resident: now, slots, total }) {
   const room = slots < total ? `, room for ${count(slots)}` : "";
   return `${count(now)} of ${count(total)}${room}`;
 }
 
-/** How much of a reserved part is in use: the rest of its segment is drawn lighter. */
+/** The share of a reserved part that is in use; the rest of its segment is drawn lighter. */
 function usedShare(name, experts, kv) {
   if ((name === "expert cache" || name === "expert slots") && experts.slots > 0) return share(experts.resident, experts.slots);
   if (name === "KV cache" && kv.blocks_total > 0) {
@@ -158,15 +158,15 @@ function usedShare(name, experts, kv) {
 
 function showPrivacy(privacy) {
   if (!privacy) return;
-  const logging = privacy.logging ? "This server logs what is said." : "Nothing that is said is logged.";
+  const logging = privacy.logging ? "Prompts and answers are logged." : "Prompts and answers are not logged.";
   const traces = privacy.traces
     ? "Routing traces are on: they can reveal the text."
     : "Routing traces are off.";
-  write("privacy", `${logging} ${traces} This page keeps the conversation in this tab only.`);
+  write("privacy", `${logging} ${traces} This page keeps the conversation only in this tab.`);
   byId("privacy").classList.toggle("warning", Boolean(privacy.logging || privacy.traces));
 }
 
-/** The ledger of the last answer: `timings` of its last chunk. */
+/** Show the ledger of the last answer: the `timings` of its last chunk. */
 export function showLedger(timings, usage) {
   byId("answer").hidden = false;
   const parts = Object.entries(timings.parts ?? {})
@@ -183,13 +183,13 @@ export function showLedger(timings, usage) {
   byId("answer-bar").hidden = parts.length === 0;
   write("answer-total", isNumber(timings.wall_s) ? seconds(timings.wall_s) : whole ? seconds(whole) : "");
   const cached = usage?.prompt_tokens_details?.cached_tokens;
-  const kept = cached > 0 ? ` (${count(cached)} kept from before)` : "";
+  const kept = cached > 0 ? ` (${count(cached)} from the prefix cache)` : "";
   const tokens = isNumber(timings.prompt_tokens)
     ? `${count(timings.prompt_tokens)} prompt${kept}, ${count(timings.new_tokens ?? 0)} new`
     : null;
   const facts = [
     ["Tokens", tokens],
-    ["First after", isNumber(timings.time_to_first_token_s) ? seconds(timings.time_to_first_token_s) : null],
+    ["First token", isNumber(timings.time_to_first_token_s) ? seconds(timings.time_to_first_token_s) : null],
     ["Decode", isNumber(timings.decode_tok_per_s) ? `${rate(timings.decode_tok_per_s)} tok/s` : null],
     ["Hit rate", isNumber(timings.hit_rate) ? timings.hit_rate.toFixed(2) : null],
     ["Read from the drive", isNumber(timings.bytes_read) ? volume(timings.bytes_read) : null],

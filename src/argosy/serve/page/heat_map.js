@@ -1,13 +1,13 @@
-// How often each expert of each layer was used: layers x experts on a canvas, the same in a table, one cell in words.
+// Uses of each expert in each layer: layers x experts on a canvas, the same as a table, and one cell in words.
 //
-// The counts are sums over many tokens; a server that will not show them sends none, and then nothing is shown. Arrow
-// keys move over the cells as the pointer does.
+// The counts are sums over many tokens. If the server sends none, nothing is shown. The arrow keys move over the cells
+// like the pointer.
 
 import { count, element } from "./units.js";
 
 const byId = (id) => document.getElementById(id);
 const TALLEST = 260;
-const HOTTEST = 4;  // times what each expert of the layer would have if all were used equally
+const HOTTEST = 4;  // times an equal share of the layer's uses
 
 let heat = null;
 let cell = null;
@@ -31,7 +31,7 @@ export function showHeat(facts) {
   read();
 }
 
-/** Colours say how many times its equal share an expert was used, so that layers can be compared. */
+/** Colours show the use of an expert relative to an equal share, so that layers can be compared. */
 function draw() {
   const canvas = byId("heat-map");
   const cssWidth = canvas.clientWidth || canvas.parentElement.clientWidth;
@@ -68,7 +68,7 @@ function outline(context, canvas) {
   context.strokeRect(cell.expert * width, cell.row * height, Math.max(width, 3), Math.max(height, 3));
 }
 
-/** 256 colours between the two ends that the style sheet names. */
+/** 256 colours between the ends given in the style sheet. */
 function palette() {
   const scale = byId("heat-scale");
   scale.width = 256;
@@ -98,13 +98,13 @@ function summary() {
   const used = heat.layers.reduce((sum, { uses }) => sum + uses.filter(Boolean).length, 0);
   const all = heat.layers.reduce((sum, { uses }) => sum + uses.length, 0);
   return `Expert use over ${count(heat.tokens)} tokens, ${heat.layers.length} layers of ${heat.width} experts: `
-    + `${count(used)} of ${count(all)} were used. Most uneven is layer ${heat.layers[rows[0]].layer}, `
-    + `where expert ${expert} has ${percent(share)} of the uses.`;
+    + `${count(used)} of ${count(all)} were used. Layer ${heat.layers[rows[0]].layer} is the most uneven: `
+    + `its expert ${expert} has ${percent(share)} of the uses.`;
 }
 
 function read() {
   if (!cell) {
-    byId("heat-reading").textContent = "Each row is a layer, each column an expert; arrow keys read a cell.";
+    byId("heat-reading").textContent = "Each row is a layer and each column an expert. Use the arrow keys to read a cell.";
     return;
   }
   cell.row = Math.min(cell.row, heat.layers.length - 1);

@@ -1,7 +1,7 @@
-// Code in colours: one tokenizer for what most languages share, which are comments, strings, numbers and keywords.
+// Syntax colours: one tokenizer for what most languages share: comments, strings, numbers and keywords.
 //
-// It builds text and spans, never markup, and the text stays the same, character for character. Each match consumes what
-// it has looked at, so time is linear; a long block is coloured up to a bound, and the rest of it stays plain.
+// It builds text and spans, never markup, and every character of the text stays. Each match consumes the text it has
+// examined, so time is linear. A long block is coloured up to a bound; the rest stays plain.
 
 import { element } from "./units.js";
 
@@ -67,7 +67,7 @@ const NAMES = {
 const KIND_OF = new Map(
   Object.entries(NAMES).flatMap(([kind, names]) => names.split(" ").map((name) => [name, kind])));
 
-const rules = new Map();  // by kind, made when one is needed first
+const rules = new Map();  // by kind, built on first use
 
 function ruleFor(kind) {
   if (!rules.has(kind)) {
@@ -85,7 +85,7 @@ function ruleFor(kind) {
 
 const has = (words, ignoresCase) => (word) => words.has(ignoresCase ? word.toLowerCase() : word);
 
-/** Text and spans that spell `text`; plain text alone where the language is unknown. */
+/** Text and spans that spell `text`; only plain text if the language is unknown. */
 export function highlight(text, language) {
   const kind = KIND_OF.get(language.toLowerCase());
   if (!kind) return [text];

@@ -1,8 +1,8 @@
-// Markdown as models write it, built from DOM nodes: what a model says can never become markup of this page.
+// Markdown as models write it, built from DOM nodes: a model's text can never become markup of this page.
 //
-// Headings, paragraphs, lists, quotes, tables, fenced code; code spans, emphasis, links. A link opens only http and
-// https, in a tab of its own; an image is shown as a link, because loading one would tell its host that it was shown.
-// Time is linear in the text, and nesting is bounded.
+// Headings, paragraphs, lists, quotes, tables, fenced code; code spans, emphasis, links. Links open only http and https
+// addresses, in a new tab. An image is shown as a link, because loading it would tell its host that it was shown. Time
+// is linear in the text, and nesting is bounded.
 
 import { highlight } from "./highlight.js";
 import { copyButton, element } from "./units.js";
@@ -16,7 +16,7 @@ const QUOTE = /^ {0,3}>/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])(?:\s+(.*)|)$/;
 const TABLE_RULE = /^\s*\|?(?:\s*:?-+:?\s*\|)*\s*:?-+:?\s*\|?\s*$/;
 
-/** Text that grows: blocks that have not changed keep their nodes, so selections and scroll positions live. */
+/** A view of growing text. Unchanged blocks keep their nodes, so selections and scroll positions survive. */
 export class MarkdownView {
   constructor(container) {
     this.container = container;
@@ -88,7 +88,7 @@ function endOfList(lines, at) {
     const line = lines[end];
     const item = ITEM.exec(line);
     if (line.trim() === "") {
-      // A blank line belongs to the list when what follows does.
+      // A blank line belongs to the list if the next line does.
       const next = runOf(lines, end, (other) => other.trim() === "");
       if (next === lines.length) break;
       const follows = ITEM.exec(lines[next]);
@@ -184,7 +184,7 @@ const TARGET = /^\(\s*<?((?:[^\s()<>]|\([^\s()<>]*\))*)>?(?:\s+"[^"]*")?\s*\)/;
 const WORD = /[\p{L}\p{N}]/u;
 
 function inline(text, container, depth = 0) {
-  const missing = new Set();  // marks without an end from here on: looked for once
+  const missing = new Set();  // marks without an end from here on, so the search runs once
   let plain = "";
   const flush = () => {
     if (plain) container.append(plain);
@@ -257,7 +257,7 @@ function inline(text, container, depth = 0) {
   return container;
 }
 
-/** Where emphasis that begins here ends; 0 where none begins; -1 where no end follows. */
+/** The end of emphasis that begins here; 0 if none begins; -1 if it has no end. */
 function endOfMark(text, at, sign) {
   const after = text[at + sign.length] ?? " ";
   if (/\s/.test(after) || (sign[0] === "_" && WORD.test(text[at - 1] ?? " "))) return 0;

@@ -1,7 +1,7 @@
-// The server this page came from: requests with the key, and streams of events read from fetch.
+// Requests to the page's own server, with the key, and event streams read from fetch.
 //
-// EventSource cannot send a key, so both the engine's events and an answer are parsed here. The key lives in
-// sessionStorage, which ends with the tab; nothing else is kept anywhere.
+// EventSource cannot send a key, so both the engine's events and an answer are parsed here. The key is kept in
+// sessionStorage, which ends with the tab; nothing else is stored.
 
 const KEY = "argosy-key";
 
@@ -40,7 +40,7 @@ async function refusal(response) {
     const body = await response.json();
     if (typeof body.error?.message === "string") message = body.error.message;
   } catch {
-    // A proxy's page instead of JSON: the status says what there is to say.
+    // A proxy's page instead of JSON: the status must do.
   }
   const wait = response.headers.get("Retry-After");
   return new ServerError(message, response.status, /^\d+$/.test(wait) ? Number(wait) : null);
@@ -50,12 +50,12 @@ export async function getJson(path, signal) {
   return (await request(path, { signal })).json();
 }
 
-/** The JSON objects of a stream of events, until it ends or `[DONE]`. Comments, which keep it alive, are skipped. */
+/** The JSON objects of an event stream, until it ends or sends `[DONE]`. Keep-alive comments are skipped. */
 export async function* events(path, options = {}) {
   const response = await request(path, options);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   const broken = (error) => {
-    throw error.name === "AbortError" ? error : new ServerError("The connection to the server broke off.");
+    throw error.name === "AbortError" ? error : new ServerError("The connection to the server was lost.");
   };
   let pending = "";
   let data = [];
@@ -77,7 +77,7 @@ export async function* events(path, options = {}) {
       }
     }
   } finally {
-    reader.cancel().catch(() => {});  // a reader left behind would keep the connection, and the sequence with it
+    reader.cancel().catch(() => {});  // an open reader would keep the connection, and with it the sequence
   }
 }
 
@@ -98,8 +98,8 @@ export function complete(body, signal) {
 }
 
 /**
- * Call `onState` for every state of the engine, twice a second, for as long as the page is visible; `onChange` hears
- * "open", "closed" or "refused". A lost connection is tried again, less and less often.
+ * Call `onState` with every state of the engine, twice a second, while the page is visible. `onChange` is called with
+ * "open", "closed" or "refused". A lost connection is retried at growing intervals.
  */
 export function watchEngine(onState, onChange) {
   let stop = null;

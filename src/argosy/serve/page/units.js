@@ -1,6 +1,6 @@
-// Numbers for a person, with their units, and elements made without markup.
+// Numbers with their units, and elements built without markup.
 //
-// Memory is in GiB, what a drive reads in GB, as everywhere in Argosy. Text reaches the page as text nodes only.
+// Memory is in GiB and drive reads are in GB, as everywhere in Argosy. Text reaches the page only as text nodes.
 
 export const UNKNOWN = "\u2013";
 
@@ -19,7 +19,7 @@ export function button(label, action, attributes = {}) {
   return made;
 }
 
-/** A button that copies; null where a browser lets no page copy, as on a plain http address of another machine. */
+/** A button that copies `text`; null if the browser does not allow it, as on a plain http page of another machine. */
 export function copyButton(text, label) {
   if (!navigator.clipboard) return null;
   const made = button("Copy", async () => {
