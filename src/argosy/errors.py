@@ -64,8 +64,8 @@ class PromptTooLong(UsageError):
         room = "one" if for_answer == 1 else str(for_answer)
         return cls(
             f"the prompt has {counted}{num_tokens} tokens, and the context holds {context_tokens}"
-            f" with at least {room} for the answer",
-            hint="shorten the prompt, or raise --context as far as the model allows (it takes more memory)",
+            f", including at least {room} for the answer",
+            hint="shorten the prompt, or raise --context up to the model's limit (this needs more memory)",
             needed=num_tokens + for_answer,
             available=context_tokens,
             **({"for_answer": for_answer} if for_answer > 1 else {}),
