@@ -126,7 +126,7 @@ def _logit_bias(pairs: Sequence[str]) -> dict[int, float]:
             result[int(token_id)] = float(value)
         except ValueError:
             raise UsageError(
-                f"--logit-bias takes ID=X, found '{pair}'", hint="--logit-bias 1234=-100"
+                f"--logit-bias takes ID=X, found '{pair}'", hint="for example --logit-bias 1234=-100"
             ) from None
     return result
 

@@ -98,7 +98,7 @@ class KeyFile:
         except OSError as error:
             raise UsageError(
                 f"{self.path} cannot be read: {error.strerror}",
-                hint=f"argosy keys add NAME --keys {self.path}",
+                hint=f"`argosy keys add NAME --keys {self.path}` makes one",
             ) from None
         try:
             return _keys_in(data)
