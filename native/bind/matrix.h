@@ -51,6 +51,9 @@ struct Memory {
 
 inline Memory open_memory(nb::object owner) {
   if (nb::isinstance<Arena>(owner)) {
+    if (!nb::inst_ready(owner)) {
+      refuse("memory is an Arena that was never initialised: make it with Arena(nbytes)");
+    }
     Arena& arena = *nb::inst_ptr<Arena>(owner);
     return {owner, arena.hold(), arena.data(), int64_t(arena.size())};
   }

@@ -47,6 +47,13 @@ def test_none_in_a_list_is_refused_by_its_place(case: Case) -> None:
         native.Stack(runtime, kv, **arguments)
 
 
+def test_an_arena_that_was_never_initialised_is_no_memory() -> None:
+    native.Arena(1 << 16)  # freed at once, so that the next one lies where its pointers were
+    arena = native.Arena.__new__(native.Arena)
+    with pytest.raises(ValueError, match="memory is an Arena that was never initialised"):
+        native.Matrix(arena, 0, "q4", 16, 64)
+
+
 def test_a_batch_without_dimensions_is_refused(case: Case) -> None:
     import numpy as np
 
