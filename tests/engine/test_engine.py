@@ -246,7 +246,9 @@ def test_more_tokens_than_may_come_cannot_be_asked_for(chatting: Engine) -> None
         SamplingParams(min_tokens=-1)
     available = chatting.plan.context_tokens
     params = SamplingParams(max_tokens=None, min_tokens=available)
-    with pytest.raises(PromptTooLong, match=f"1 tokens.*{available}, including at least {available}") as caught:
+    with pytest.raises(
+        PromptTooLong, match=f"1 tokens.*{available}, including at least {available}"
+    ) as caught:
         chatting.generate([5], params)
     assert caught.value.facts == {
         "needed": available + 1,
