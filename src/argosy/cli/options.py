@@ -24,12 +24,7 @@ _ENGINE = (
     click.option(
         "--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads; default: all cores."
     ),
-    click.option(
-        "--context",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="Context length in tokens.",
-    ),
+    click.option("--context", type=click.IntRange(min=1), metavar="N", help="Context length in tokens."),
     click.option("--kv", "kv_dtype", type=click.Choice(["f32", "f16"]), help="Format of the KV cache."),
     click.option("--instruction-set", metavar="NAME", help="Use at most plain, avx2 or avx512."),
 )
@@ -39,31 +34,16 @@ _SAMPLING = (
         "-n", "--max-tokens", type=int, metavar="N", help="Maximum length of the answer; default 256."
     ),
     click.option(
-        "-t",
-        "--temperature",
-        type=float,
-        metavar="X",
-        help="0, the default, picks the likeliest token.",
+        "-t", "--temperature", type=float, metavar="X", help="0, the default, picks the likeliest token."
     ),
     click.option("--top-k", type=int, metavar="N", help="Sample from the N likeliest tokens."),
-    click.option(
-        "--top-p",
-        type=float,
-        metavar="X",
-        help="Sample from the likeliest that sum to X.",
-    ),
+    click.option("--top-p", type=float, metavar="X", help="Sample from the likeliest that sum to X."),
     click.option("--min-p", type=float, metavar="X", help="Drop tokens under X times the best probability."),
     click.option(
-        "--repetition-penalty",
-        type=float,
-        metavar="X",
-        help="Above 1: repeat prompt and answer less.",
+        "--repetition-penalty", type=float, metavar="X", help="Above 1: repeat prompt and answer less."
     ),
     click.option(
-        "--presence-penalty",
-        type=float,
-        metavar="X",
-        help="Lower the logit of tokens in the answer by X.",
+        "--presence-penalty", type=float, metavar="X", help="Lower the logit of tokens in the answer by X."
     ),
     click.option("--frequency-penalty", type=float, metavar="X", help="The same, once per occurrence."),
     click.option("--seed", type=int, metavar="N", help="Make sampling repeatable."),
@@ -72,10 +52,7 @@ _SAMPLING = (
         "--logit-bias", multiple=True, metavar="ID=X", help="Add X to a token's logit; may be repeated."
     ),
     click.option(
-        "--logprobs",
-        type=int,
-        metavar="N",
-        help="With --json: the N likeliest tokens at each step.",
+        "--logprobs", type=int, metavar="N", help="With --json: the N likeliest tokens at each step."
     ),
     click.option("--ignore-eos", is_flag=True, help="Continue after the end token."),
 )
