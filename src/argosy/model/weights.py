@@ -24,7 +24,7 @@ Vector = NDArray[np.float32]
 # Norms that a family may store minus an offset; norms inside a mixer are stored without one.
 _OFFSET_NORMS = frozenset({"attn_norm", "mlp_norm", "final_norm", "q_norm", "k_norm"})
 
-# Tensors. Many, because nothing may issue the next read while the tokenizer is being built.
+# The most tensors read at once. The limit is high because no read can be issued while the tokenizer is being built.
 _MOST_IN_FLIGHT = 256
 
 

@@ -30,8 +30,8 @@ from argosy.guard.limits import TooMany
 NUM_THREADS = 2
 MAX_WAITING = 256  # jobs per tenant
 _RETRY_S = 2
-# After a large job the thread rests for this multiple of the job's time, so that a flood of large jobs leaves time for
-# the model: they use at most half of a core, or a quarter if they fail.
+# After a large job the thread rests for this multiple of the job's time, but for at most a second. So a flood of large
+# jobs leaves time for the model: jobs of up to a third of a second use half of a core, or a quarter if they fail.
 _REST, _REST_AFTER_FAILURE = 1.0, 3.0
 _LONGEST_REST_S = 1.0
 

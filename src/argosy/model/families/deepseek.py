@@ -240,7 +240,7 @@ def require_groups(router: RouterConfig, num_experts: int, experts_per_token: in
 
 
 def attention_scale(head_dim: int, rope: RopeConfig) -> float:
-    """The factor of attention scores: 1 / sqrt(head_dim), times the square of yarn's `mscale_all_dim` magnitude.
+    """The scale of attention scores: 1 / sqrt(head_dim), times the square of yarn's `mscale_all_dim` magnitude.
 
     `yarn_apply_mscale` of `modeling_deepseek_v2.py` in transformers 5.24.
     """

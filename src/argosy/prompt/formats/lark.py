@@ -49,7 +49,7 @@ class Lark:
         return "\n".join([f"start: {start}", *(f"{name}: {body}" for body, name in self._rules.items()), ""])
 
     def rule(self, body: str, options: str = "") -> str:
-        """The name of the rule with this body. One body gets one name: no two bodies differ only in options."""
+        """Return the name of the rule with this body. Equal bodies share a name, so their options must be equal too."""
         if body not in self._rules:
             self._rules[body] = f"r{len(self._rules)}{options}"
         return self._rules[body].removesuffix(options)
