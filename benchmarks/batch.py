@@ -57,7 +57,7 @@ def experts_of_a_step(case: Case, texts: Sequence[Sequence[int]], num_new: int) 
 
 
 def open_engine(case: Case, texts: Sequence[Sequence[int]], num_new: int, observe: object = None) -> Engine:
-    return Engine(
+    return Engine.open(
         case.model,
         memory=2 * file_bytes(case.model) + (2 << 30),
         threads=case.threads,

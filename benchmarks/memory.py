@@ -31,7 +31,7 @@ SMALLEST_RATIO = 4  # model over budget
 
 def inside(model: Path, memory: str, prompt_tokens: int, new_tokens: int, threads: int) -> None:
     """Run one prompt in this process, and print its cost as JSON."""
-    with Engine(model, memory=memory, threads=threads, context=prompt_tokens + new_tokens) as engine:
+    with Engine.open(model, memory=memory, threads=threads, context=prompt_tokens + new_tokens) as engine:
         prompt = np.random.default_rng(7).integers(0, engine.config.vocab_size, prompt_tokens).tolist()
         # Not greedy: a random model soon repeats itself, and then needs only the same few experts.
         params = SamplingParams(max_tokens=new_tokens, temperature=1, seed=1, ignore_eos=True)

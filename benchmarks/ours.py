@@ -33,7 +33,7 @@ def main() -> None:
     job, tell = work.job, work.tell
     tell("started", at_start=STARTED, import_s=IMPORTED - STARTED)
     begin = time.perf_counter()
-    engine = Engine(
+    engine = Engine.open(
         job["model"],
         memory=job.get("memory"),
         threads=job["threads"],
@@ -58,11 +58,11 @@ def main() -> None:
         np.save(job["logits"], engine.logits(prompt))
         tell("done", peak_bytes=peak_bytes())
         return
-    given, sampler = job.get("given"), engine._sampler
+    given, sampler = job.get("given"), engine._answers.sampler
     params = SamplingParams(max_tokens=job["num_new"] + 1, ignore_eos=True)
     for run, prompt in enumerate(job["prompts"]):
         if given:
-            engine._sampler = GivenTokens(sampler, [*given[run], 0])  # type: ignore[assignment]
+            engine._answers.sampler = GivenTokens(sampler, [*given[run], 0])  # type: ignore[assignment]
         before, begin = engine.ledger, time.perf_counter()
         sequence = engine.submit(prompt, params)
         tokens = []

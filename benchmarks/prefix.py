@@ -62,7 +62,7 @@ def measure(
     slots = len(open_model(case.model).experts) * options.share // 100
 
     def open_engine(kv_dir: Path) -> Engine:
-        return Engine(
+        return Engine.open(
             case.model,
             memory=2 * file_bytes(case.model) + (4 << 30),
             threads=case.threads,

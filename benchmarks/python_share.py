@@ -98,7 +98,9 @@ def main() -> int:
     num_new = 8 if options.short else options.new
     for number, case in enumerate(cases):
         memory = 2 * file_bytes(case.model) + (2 << 30)
-        with Engine(case.model, memory=memory, threads=case.threads, context=256, max_sequences=1) as engine:
+        with Engine.open(
+            case.model, memory=memory, threads=case.threads, context=256, max_sequences=1
+        ) as engine:
             decode(engine, 1, num_new)
             report.correct(f"{num_new + 1}/{num_new + 1} tokens continue their document, in every sample too")
             if number == 0:

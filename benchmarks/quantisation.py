@@ -102,7 +102,7 @@ def measure(
         files = open_model(directory)
         memory = 2 * (files.dense_bytes + files.expert_bytes) + (2 << 30)
         return stack.enter_context(
-            Engine(directory, memory=memory, threads=options.threads, context=WINDOW_TOKENS + 1)
+            Engine.open(directory, memory=memory, threads=options.threads, context=WINDOW_TOKENS + 1)
         )
 
     files = open_model(model)

@@ -126,9 +126,11 @@ def observed(
         steps[-1][layer] = chosen = expert_ids[0].tolist()
         if guess:
             num_right.append(len(set(guess) & set(chosen)) / len(chosen))
-        guess[:] = [expert for rank in engine._decoder._stack.look_ahead() for expert in rank]
+        guess[:] = [expert for rank in engine._model.decoder._stack.look_ahead() for expert in rank]
 
-    with Engine(model, memory=memory, context=len(prompt) + num_tokens + 1, observe_routes=observe) as engine:
+    with Engine.open(
+        model, memory=memory, context=len(prompt) + num_tokens + 1, observe_routes=observe
+    ) as engine:
         params = SamplingParams(max_tokens=num_tokens + 1, ignore_eos=True)
         answer = engine.generate(prompt, params).token_ids
         layers = engine.config.moe_layers

@@ -294,7 +294,7 @@ def inside(trillion: Trillion, options: argparse.Namespace) -> None:
     """Run in the cgroup: decode two documents, and print the cost as JSON."""
     engine_module.open_model = lambda path: trillion.files()
     answers, tokens, parts = [], [], dict[str, float]()
-    with Engine(
+    with Engine.open(
         trillion.directory,
         memory=options.memory,
         threads=options.threads,

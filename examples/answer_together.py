@@ -11,7 +11,7 @@ PROMPTS = ["What is the capital of France?", "What is the capital of Italy?", "W
 
 
 def main() -> None:
-    with Engine("demo") as engine:
+    with Engine.open("demo") as engine:
         results = engine.generate_batch(PROMPTS, SamplingParams(max_tokens=32))
         for prompt, result in zip(PROMPTS, results, strict=True):
             print(f"{prompt}  {result.text}")

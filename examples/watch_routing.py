@@ -22,7 +22,7 @@ def main() -> None:
         tally = counts.setdefault(layer, np.zeros(8, np.int64))
         np.add.at(tally, expert_ids.reshape(-1), 1)
 
-    with Engine("demo", observe_routes=observe) as engine:
+    with Engine.open("demo", observe_routes=observe) as engine:
         print(engine.generate(prompt, SamplingParams(max_tokens=64)).text)
     print("\nlayer  share of choices by expert, in percent")
     for layer, tally in sorted(counts.items()):

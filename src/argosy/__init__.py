@@ -1,6 +1,6 @@
 """Run mixture-of-experts models bigger than your memory.
 
-    with Engine("path/or/demo", memory="2GiB") as engine:
+    with Engine.open("path/or/demo", memory="2GiB") as engine:
         print(engine.generate("Why is the sky blue?").text)
 
 This module has only public names; `docs/architecture.md` is the map. Names load on first use, so that `argosy --help`

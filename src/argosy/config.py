@@ -16,6 +16,8 @@ from argosy.errors import UsageError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
+KV_BLOCK_TOKENS = 16  # positions of a KV block
+
 _UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": 1 << 40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "k": KIB, "m": MIB, "g": GIB, "t": 1 << 40}
 
@@ -119,11 +121,13 @@ class EngineConfig(_Strict):
     instruction_set: str | None = None  # the most capable one to use; None: the best this processor has
     ask_ahead: AskAhead | None = None  # how products prefetch weights; None: a short measurement decides
     chunk_tokens: int | None = None  # maximum prompt tokens in one step; None: the memory plan decides
+    expert_slots: int | None = None  # size of the expert cache; None: what the budget leaves
     max_sequences: int = 8  # maximum sequences in one step
     readers: int = 4  # threads that read experts
     # Prefetch guesses of the next layer's experts while the drive is idle and the guesses are right.
     look_ahead: bool = True
     experts_off: bool = False  # leave routed experts out of every sum, only to compare with a dense base
+    draft_tokens: int = 0  # most tokens that a drafter may propose per sequence and step
     max_waiting: int | None = None  # maximum sequences waiting to run; None: no limit
     prefix_reuse: bool = True  # reuse the keys and values of a prefix that was computed before
     kv_dir: KvDir | None = None  # keep those keys and values here across restarts
@@ -134,7 +138,7 @@ class EngineConfig(_Strict):
     def __post_init__(self) -> None:
         if self.max_waiting is not None and self.max_waiting < 0:
             raise UsageError(f"max_waiting must be at least 0, found {self.max_waiting}")
-        for name in ("replay_bytes", "request_bytes"):
+        for name in ("replay_bytes", "request_bytes", "draft_tokens"):
             if (found := getattr(self, name)) < 0:
                 raise UsageError(f"{name} must be at least 0, found {found}")
         if self.kv_dir is not None and not self.prefix_reuse:
@@ -148,6 +152,11 @@ class EngineConfig(_Strict):
             raise UsageError(f"unknown ask_ahead '{self.ask_ahead}'; known: {known}")
         if self.kv_dtype not in ("f32", "f16"):
             raise UsageError(f"kv_dtype must be f32 or f16, found '{self.kv_dtype}'")
+
+    @property
+    def decode_tokens(self) -> int:
+        """Most tokens of decoding sequences in a step: one each, and the proposals after it."""
+        return self.max_sequences * (1 + self.draft_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,7 +144,7 @@ def run_once(directory: Path, prompt: list[int]) -> Run:
     def note(layer: int, ids: Any) -> None:
         uses[-1].update((layer, int(expert)) for expert in ids.flat)
 
-    with Engine(
+    with Engine.open(
         directory, memory="2GiB", threads=1, expert_slots=3, readers=1, observe_routes=note
     ) as engine:
         sequence = engine.submit(prompt, _PARAMS)
@@ -316,7 +316,7 @@ def failing_reads(scratch: Path, size: int) -> Finding:
     prompts = [prompt_ids(_TINY, 1, 9), prompt_ids(_TINY, 2, 3)]
 
     def opened() -> Engine:
-        return Engine(scratch / "pack", memory="2GiB", threads=1, expert_slots=4, readers=1)
+        return Engine.open(scratch / "pack", memory="2GiB", threads=1, expert_slots=4, readers=1)
 
     def tokens(engine: Engine) -> list[list[int]]:
         return [list(result.token_ids) for result in engine.generate_batch(prompts, _LONG)]
@@ -380,7 +380,7 @@ def vanished_clients(scratch: Path, size: int) -> Finding:
     disconnects.NUM_DISCONNECTS = size
     model = write_chat_model(scratch / "model", context_tokens=disconnects.CONTEXT_TOKENS)
     finding, said = Finding(size=size), io.StringIO()
-    with Engine(
+    with Engine.open(
         model, memory="1GiB", threads=1, expert_slots=4, chunk_tokens=32, max_sequences=4, grammars=True,
         kv_dir=scratch / "kv",
     ) as engine:  # fmt: skip
@@ -756,7 +756,7 @@ DIALECT_BODIES = {PATHS[dialect]: greedy(dialect, "Hi", 16) for dialect in DIALE
 def in_this_process(model: Path, keys: KeyFile | None = None) -> Iterator[str]:
     """A server in a thread of this process."""
     with (
-        Engine(model, memory="1GiB", threads=1, grammars=True, max_waiting=64) as engine,
+        Engine.open(model, memory="1GiB", threads=1, grammars=True, max_waiting=64) as engine,
         serving(engine) as service,
     ):
         running = start(make_app(service, KeyRing(keys), block_tokens=16, max_sequences=8))
@@ -976,7 +976,7 @@ def probe(directory: Path, config: Any, size: int, *, asker: str, num_tokens: in
     """`victim` asks a prompt; `asker` then asks that one, or another, and looks at what it is told and at the time."""
     rng, found = random.Random(0), Probes()
     one_token = SamplingParams(max_tokens=1, ignore_eos=True)
-    with Engine(directory, memory="2GiB", threads=1, readers=1, **options) as engine:
+    with Engine.open(directory, memory="2GiB", threads=1, readers=1, **options) as engine:
 
         def ask(prompt: list[int], tenant: str) -> Any:
             sequence = engine.submit(prompt, one_token, tenant=tenant)

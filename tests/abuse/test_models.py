@@ -178,7 +178,7 @@ def packed(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def open_engine(directory: Path, **options: Any) -> Engine:
-    return Engine(directory, **({"memory": "4GiB", "threads": 1} | options))
+    return Engine.open(directory, **({"memory": "4GiB", "threads": 1} | options))
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.name.replace(" ", "-"))

@@ -63,7 +63,7 @@ def packed(source: Path, format: str, name: str = "packed") -> ModelFiles:
 
 
 def logits(model: Path, config: RawConfig, seed: int = 1) -> np.ndarray:
-    with Engine(model, memory="4GiB", threads=1) as engine:
+    with Engine.open(model, memory="4GiB", threads=1) as engine:
         return engine.logits(prompt_ids(config, seed, 40))
 
 

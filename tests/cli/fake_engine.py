@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace, TracebackType
-from typing import Any
+from typing import Any, Self
 
 from argosy.config import MIB, SamplingParams
 from argosy.engine.ledger import Ledger
@@ -65,6 +65,10 @@ class FakeEngine:
         self.plan = FakePlan()
         self.prompts = FakePrompts(FAMILIES[self.family], type(self).asked)
         self.is_open = True
+
+    @classmethod
+    def open(cls, model: object, **arguments: Any) -> Self:
+        return cls(model, **arguments)
 
     @property
     def ledger(self) -> Ledger:

@@ -73,10 +73,10 @@ def run(directory: Path, prompt: list[int], num_requests: int, **options: Any) -
     settings: dict[str, Any] = {"memory": "1GiB", "expert_slots": 4, "chunk_tokens": 8, "context": 128}
     settings |= {"threads": 3, "readers": 3, "max_sequences": 3} | options
     short = SamplingParams(max_tokens=8, ignore_eos=True)
-    with Engine(directory, **settings) as engine:
+    with Engine.open(directory, **settings) as engine:
         expected = engine.generate(prompt, short).token_ids
     rng, num_cancelled, is_over = random.Random(directory.name), 0, threading.Event()
-    with Engine(directory, **settings) as engine, EngineLoop(engine) as loop:
+    with Engine.open(directory, **settings) as engine, EngineLoop(engine) as loop:
 
         def look() -> None:
             while not is_over.wait(0.002):

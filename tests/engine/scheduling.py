@@ -126,11 +126,11 @@ class Rig:
             self.scheduler.add(one)
 
     def step(self, new_id: int = 1000) -> Scheduled:
-        scheduled = self.scheduler.next_batch()
+        scheduled = self.scheduler.next_step()
         self.memory.run(scheduled)
         if self.states is not None and isinstance(self.states.state, NotedStates):
             self.states.state.run(scheduled)
-        self.scheduler.committed(scheduled)
+        self.scheduler.commit(scheduled)
         for leader in scheduled.ready:
             for one in (leader, *self.scheduler.fork(leader)):
                 one.new_ids.append(new_id)

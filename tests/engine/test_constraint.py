@@ -517,7 +517,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(directory: Path) -> Iterator[Engine]:
-    with Engine(directory, memory="2GiB", threads=1, grammars=True) as engine:
+    with Engine.open(directory, memory="2GiB", threads=1, grammars=True) as engine:
         yield engine
 
 
@@ -552,7 +552,7 @@ def test_a_constrained_answer_is_the_same_beside_others_and_when_it_is_put_back(
     ]
     prompts = [[3 + seed, 4, 5] * 3 for seed in range(5)]
     alone = [engine.generate(prompt, own) for prompt, own in zip(prompts, params, strict=True)]
-    with Engine(directory, memory="2GiB", threads=1, grammars=True, context=160) as small:
+    with Engine.open(directory, memory="2GiB", threads=1, grammars=True, context=160) as small:
         together = small.generate_batch(prompts, params)
         assert small.facts().num_put_back > 0
     for ours, theirs in zip(together, alone, strict=True):
@@ -588,11 +588,11 @@ def test_an_answer_whose_grammar_fails_ends_alone(engine: Engine, monkeypatch: p
 
 
 def test_an_engine_that_was_not_made_for_grammars_says_so(directory: Path) -> None:
-    with Engine(directory, memory="2GiB", threads=1) as engine:
+    with Engine.open(directory, memory="2GiB", threads=1) as engine:
         with pytest.raises(UsageError, match="does not support grammars"):
             engine.generate([1], SamplingParams(grammar=GRAMMAR))
         plain = engine.plan.process_bytes
-    with Engine(directory, memory="2GiB", threads=1, grammars=True) as engine:
+    with Engine.open(directory, memory="2GiB", threads=1, grammars=True) as engine:
         assert engine.plan.process_bytes > plain + (60 << 20)
         with pytest.raises(GrammarError, match="the trigger is token 640"):
             engine.generate(

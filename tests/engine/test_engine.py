@@ -24,7 +24,7 @@ PROMPT = REFERENCE.input_ids
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    with Engine(REFERENCE.directory, memory="1GiB", threads=1, expert_slots=4) as engine:
+    with Engine.open(REFERENCE.directory, memory="1GiB", threads=1, expert_slots=4) as engine:
         yield engine
 
 
@@ -60,7 +60,7 @@ def test_a_step_that_fails_cancels_what_runs_and_the_engine_goes_on(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, before = answer(engine), num_free_blocks(engine)
-    forward = engine._decoder.forward
+    forward = engine._model.forward
     calls = 0
 
     def interrupted(batch: object) -> object:
@@ -70,7 +70,7 @@ def test_a_step_that_fails_cancels_what_runs_and_the_engine_goes_on(
             raise KeyboardInterrupt
         return forward(batch)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine._decoder, "forward", interrupted)
+    monkeypatch.setattr(engine._model, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         answer(engine)
 
@@ -120,22 +120,22 @@ def test_more_requests_than_run_at_once_all_get_their_answer(engine: Engine) -> 
 
 def test_what_an_engine_cannot_honour_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="unknown instruction set 'sse9'"):
-        Engine(REFERENCE.directory, memory="1GiB", instruction_set="sse9")
+        Engine.open(REFERENCE.directory, memory="1GiB", instruction_set="sse9")
     with pytest.raises(UsageError, match="expert_slots must be at least experts_per_token"):
-        Engine(REFERENCE.directory, memory="1GiB", expert_slots=1)
+        Engine.open(REFERENCE.directory, memory="1GiB", expert_slots=1)
     with pytest.raises(UsageError, match="unknown unit 'Gigs'"):
-        Engine(REFERENCE.directory, memory="2Gigs")
+        Engine.open(REFERENCE.directory, memory="2Gigs")
 
 
 def test_a_context_that_the_model_was_not_made_for_is_refused_with_both_numbers() -> None:
-    with Engine(REFERENCE.directory, memory="1GiB", threads=1, context=128) as engine:
+    with Engine.open(REFERENCE.directory, memory="1GiB", threads=1, context=128) as engine:
         assert engine.plan.context_tokens == 128
     said = r"a context of 129 tokens was requested, and the model supports 128\nhint: `--context 128` is the longest"
     with pytest.raises(UsageError, match=said) as refusal:
-        Engine(REFERENCE.directory, memory="1GiB", context=129)
+        Engine.open(REFERENCE.directory, memory="1GiB", context=129)
     assert (refusal.value.facts["needed"], refusal.value.facts["available"]) == (129, 128)
     with pytest.raises(UsageError, match=said):
-        Engine(REFERENCE.directory, memory=Budget(ram_bytes=1 << 30, context_tokens=129))
+        Engine.open(REFERENCE.directory, memory=Budget(ram_bytes=1 << 30, context_tokens=129))
 
 
 def test_a_dynamic_model_is_refused_the_context_that_its_scaling_would_begin_at() -> None:
@@ -144,11 +144,11 @@ def test_a_dynamic_model_is_refused_the_context_that_its_scaling_would_begin_at(
     )
     said = "of 4096 tokens was requested, and the model supports 128\n.* dynamic rope scaling, .* is not built in"
     with pytest.raises(UsageError, match=said):
-        Engine(dynamic.directory, memory="1GiB", context=4096)
+        Engine.open(dynamic.directory, memory="1GiB", context=4096)
 
 
 def test_a_closed_engine_says_so() -> None:
-    engine = Engine(REFERENCE.directory, memory=Budget(ram_bytes=1 << 30, context_tokens=64), threads=1)
+    engine = Engine.open(REFERENCE.directory, memory=Budget(ram_bytes=1 << 30, context_tokens=64), threads=1)
     assert engine.plan.context_tokens == 64
     engine.close()
     engine.close()
@@ -157,9 +157,9 @@ def test_a_closed_engine_says_so() -> None:
 
 
 def test_a_closed_engine_lets_go_of_its_memory() -> None:
-    engine = Engine(REFERENCE.directory, memory="1GiB", threads=1)
+    engine = Engine.open(REFERENCE.directory, memory="1GiB", threads=1)
     engine.generate(PROMPT, SamplingParams(max_tokens=2))
-    kv, weights = engine._cache._kv, engine._weights
+    kv, weights = engine._cache._kv, engine._model.weights
     assert min(sys.getrefcount(kv), sys.getrefcount(weights)) > 2
     engine.close()
     assert sys.getrefcount(kv) == sys.getrefcount(weights) == 2  # the name here, and the argument
@@ -169,9 +169,9 @@ def test_the_demo_model_runs_with_a_quarter_of_its_experts_unless_a_budget_is_gi
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("argosy.demo.locate.locate", lambda progress=None: REFERENCE.directory)
-    with Engine("demo", threads=1) as engine:
+    with Engine.open("demo", threads=1) as engine:
         assert engine.plan.num_slots == engine.plan.num_experts // 4
-    with Engine("demo", threads=1, memory="1GiB") as engine:
+    with Engine.open("demo", threads=1, memory="1GiB") as engine:
         assert engine.plan.is_resident
 
 
@@ -200,7 +200,7 @@ def test_a_result_says_what_stopped_it(engine: Engine, tmp_path: Path) -> None:
     for file in REFERENCE.directory.iterdir():
         (tmp_path / file.name).symlink_to(file)
     write_word_tokenizer(tmp_path, engine.config.vocab_size)
-    with Engine(tmp_path, memory="1GiB", threads=1) as spelling:
+    with Engine.open(tmp_path, memory="1GiB", threads=1) as spelling:
         whole = spelling.generate(PROMPT, SamplingParams(max_tokens=8, ignore_eos=True))
         stop = whole.text[2:5]
         result = spelling.generate(
@@ -214,7 +214,7 @@ def test_a_result_says_what_stopped_it(engine: Engine, tmp_path: Path) -> None:
 def chatting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """A model with a tokenizer whose end token is special."""
     model = write_chat_model(tmp_path_factory.mktemp("chatting") / "model")
-    with Engine(model, memory="1GiB", threads=1, grammars=True) as engine:
+    with Engine.open(model, memory="1GiB", threads=1, grammars=True) as engine:
         yield engine
 
 
@@ -295,14 +295,14 @@ def expected_logprobs(engine: Engine, ids: list[int]) -> list[tuple[float, list[
 @pytest.mark.parametrize("chunk_tokens", [5, 64])
 @pytest.mark.parametrize("max_tokens", [0, 1, 4])
 def test_every_token_of_a_prompt_has_its_log_probability(chunk_tokens: int, max_tokens: int) -> None:
-    with Engine(
+    with Engine.open(
         REFERENCE.directory, memory="1GiB", threads=1, chunk_tokens=chunk_tokens, max_sequences=3
     ) as engine:
         expected = expected_logprobs(engine, PROMPT)
         engine.generate(PROMPT, SamplingParams(max_tokens=1))  # leaves a beginning, which must not be used
         rows: list[int] = []
-        logits = engine._decoder.logits
-        engine._decoder.logits = lambda wanted: rows.append(len(wanted)) or logits(wanted)  # type: ignore[method-assign, func-returns-value]
+        logits = engine._model.logits
+        engine._model.logits = lambda wanted: rows.append(len(wanted)) or logits(wanted)  # type: ignore[method-assign, func-returns-value]
         params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=2, ignore_eos=True)
         result = engine.generate(PROMPT, params)
         other = engine.generate_batch([PROMPT, PROMPT[:9], PROMPT], params)
@@ -326,9 +326,9 @@ def test_every_token_of_a_prompt_has_its_log_probability(chunk_tokens: int, max_
 def test_a_prompt_whose_log_probabilities_are_wanted_has_them_once_when_it_is_put_back() -> None:
     params = SamplingParams(max_tokens=30, prompt_logprobs=1, ignore_eos=True)
     prompts = [PROMPT[:10], PROMPT[1:11], PROMPT[2:12], PROMPT[3:13], PROMPT[4:14]]
-    with Engine(REFERENCE.directory, memory="1GiB", threads=1, chunk_tokens=8) as engine:
+    with Engine.open(REFERENCE.directory, memory="1GiB", threads=1, chunk_tokens=8) as engine:
         alone = [engine.generate(prompt, params) for prompt in prompts]
-    with Engine(REFERENCE.directory, memory="1GiB", threads=1, chunk_tokens=8, context=96) as engine:
+    with Engine.open(REFERENCE.directory, memory="1GiB", threads=1, chunk_tokens=8, context=96) as engine:
         together = engine.generate_batch(prompts, params)
         assert engine.facts().num_put_back > 0
     assert [(r.token_ids, r.prompt_logprobs) for r in together] == [
@@ -351,7 +351,7 @@ def test_answers_of_one_prompt_all_have_its_log_probabilities(engine: Engine) ->
 def test_a_model_that_gives_no_usable_scores_ends_that_answer_with_an_error(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, max_tokens: int
 ) -> None:
-    expected, forward, score = answer(engine), engine._decoder.forward, engine._decoder.logits
+    expected, forward, score = answer(engine), engine._model.forward, engine._model.logits
 
     def broken(batch: Any) -> Any:
         logits = forward(batch)
@@ -361,9 +361,9 @@ def test_a_model_that_gives_no_usable_scores_ends_that_answer_with_an_error(
     broken_one = SamplingParams(max_tokens=max_tokens, prompt_logprobs=None if max_tokens else 0)
     with monkeypatch.context() as patch:
         if max_tokens:
-            patch.setattr(engine._decoder, "forward", broken)
+            patch.setattr(engine._model, "forward", broken)
         else:
-            patch.setattr(engine._decoder, "logits", lambda rows: score(rows) * np.nan)
+            patch.setattr(engine._model, "logits", lambda rows: score(rows) * np.nan)
         good = engine.submit(PROMPT, SamplingParams(max_tokens=8, ignore_eos=True))
         bad = engine.submit([1, 2, 3], broken_one)
         while bad.result is None:
@@ -387,7 +387,7 @@ def test_no_token_at_all_can_be_asked_for_only_with_those_of_the_prompt() -> Non
 
 def test_requests_that_would_wait_behind_too_many_are_refused_and_say_when_to_come_back() -> None:
     params = SamplingParams(max_tokens=4, ignore_eos=True)
-    with Engine(REFERENCE.directory, memory="1GiB", threads=1, max_sequences=2, max_waiting=1) as engine:
+    with Engine.open(REFERENCE.directory, memory="1GiB", threads=1, max_sequences=2, max_waiting=1) as engine:
         kept = [engine.submit(PROMPT, params) for _ in range(3)]
         with pytest.raises(Overloaded, match="too many requests: 1 waiting, and the limit is 1") as refused:
             engine.submit(PROMPT, params)
@@ -405,7 +405,7 @@ def test_requests_that_would_wait_behind_too_many_are_refused_and_say_when_to_co
 
 
 def test_facts_are_numbers_and_show_experts_only_for_many_tokens_at_once(engine: Engine) -> None:
-    with Engine(REFERENCE.directory, memory="1GiB", threads=1) as fresh:
+    with Engine.open(REFERENCE.directory, memory="1GiB", threads=1) as fresh:
         assert fresh.facts().expert_uses is None
         for _ in range(3):
             fresh.generate(PROMPT, SamplingParams(max_tokens=90, ignore_eos=True))

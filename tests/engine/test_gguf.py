@@ -119,7 +119,7 @@ def test_logits_are_those_of_the_dequantised_weights(family: str, type_of: TypeO
     path = tmp_path / "model.gguf"
     reference = NumpyModel(write_gguf_model(path, config, type_of, seed=5))
     prompt = prompt_ids(config, 5)
-    with Engine(path, memory="4GiB", threads=1) as engine:
+    with Engine.open(path, memory="4GiB", threads=1) as engine:
         logits = engine.logits(prompt)
 
     expected = reference.logits(prompt)
@@ -137,7 +137,7 @@ def test_keys_and_values_in_one_tensor_give_the_logits_of_the_dequantised_weight
     config, path = latent(num_experts=3, experts_per_token=3), tmp_path / "model.gguf"
     reference = NumpyModel(write_gguf_model(path, config, one_type(type_name), seed=5, split_kv=False))
     prompt = prompt_ids(config, 5)
-    with Engine(path, memory="4GiB", threads=1) as engine:
+    with Engine.open(path, memory="4GiB", threads=1) as engine:
         logits = engine.logits(prompt)
 
     expected = reference.logits(prompt)
@@ -152,7 +152,7 @@ def test_experts_of_their_own_tensors_read_like_stacked_ones(tmp_path: Path) -> 
     for is_split in (False, True):
         path = tmp_path / f"{is_split}.gguf"
         write_gguf_model(path, config, one_type("Q4_0"), seed=2, split_experts=is_split)
-        with Engine(path, memory="4GiB", threads=1) as engine:
+        with Engine.open(path, memory="4GiB", threads=1) as engine:
             logits.append(engine.logits(prompt_ids(config, 2)))
     np.testing.assert_array_equal(*logits)
 
@@ -172,7 +172,7 @@ def test_a_router_that_the_file_does_not_name_has_sigmoid_scores_where_its_choic
         monkeypatch.setattr(gguf_models, "add_latent_metadata", add_metadata)
         path = tmp_path / f"{name}.gguf"
         write_gguf_model(path, config, one_type("Q8_0"), seed=5)
-        with Engine(path, memory="4GiB", threads=1) as engine:
+        with Engine.open(path, memory="4GiB", threads=1) as engine:
             logits.append(engine.logits(prompt_ids(config, 5)))
     np.testing.assert_array_equal(*logits)
 
@@ -195,7 +195,7 @@ def test_a_model_in_parts_answers_like_the_same_model_in_one_file(
     pack(open_model(first), packed, format="source")
     logits = []
     for model in (path, first, first.parent, packed):
-        with Engine(model, memory="4GiB", threads=1) as engine:
+        with Engine.open(model, memory="4GiB", threads=1) as engine:
             logits.append(engine.logits(prompt_ids(config, 2)))
     assert all(np.array_equal(logits[0], each) for each in logits[1:])
 
@@ -217,7 +217,7 @@ def test_greedy_answers_are_equal_at_every_budget_in_place_and_packed(
     answers = []
     for model in (path, packed):
         for expert_slots, threads, chunk_tokens in ((None, 1, 256), (24, 2, 5), (5, 1, 256), (2, 2, 1)):
-            with Engine(
+            with Engine.open(
                 model, memory="4GiB", threads=threads, chunk_tokens=chunk_tokens, expert_slots=expert_slots,
                 instruction_set=instruction_set,
             ) as engine:  # fmt: skip

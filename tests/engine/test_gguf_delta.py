@@ -49,7 +49,7 @@ def test_logits_are_those_of_the_dequantised_weights(
     directory = write_delta_gguf(tmp_path / "model.gguf", config, TYPES[type_name], seed=7)
     prompt = prompt_ids(config, 7, 30)
     expected = NumpyModel(directory).logits(prompt)
-    with Engine(tmp_path / "model.gguf", memory="4GiB", threads=1) as engine:
+    with Engine.open(tmp_path / "model.gguf", memory="4GiB", threads=1) as engine:
         logits = engine.logits(prompt)
     if type_name in ("F32", "BF16"):
         assert difference(logits, expected) <= LARGEST_DIFFERENCE
@@ -62,7 +62,7 @@ def test_files_with_q_k_v_and_z_in_one_matrix_are_read_too(tmp_path: Path) -> No
     for has_ssm_in in (False, True):
         path = tmp_path / f"{has_ssm_in}.gguf"
         write_delta_gguf(path, CONFIGS["qwen3next"], one_type("Q8_0"), seed=2, has_ssm_in=has_ssm_in)
-        with Engine(path, memory="4GiB", threads=1) as engine:
+        with Engine.open(path, memory="4GiB", threads=1) as engine:
             assert engine.config.delta is not None
             assert engine.config.delta.has_joined_qkvz == has_ssm_in
             logits.append(engine.logits(prompt_ids(CONFIGS["qwen3next"], 2)))
@@ -80,7 +80,7 @@ def test_a_state_that_would_grow_or_turn_into_nan_is_refused(
     with pytest.raises(
         CheckpointError, match=r"layers\.0\.delta_rate gives head 0 a decay of e\^\(\d.*expected a rate"
     ):
-        Engine(tmp_path / "model.gguf", memory="4GiB")
+        Engine.open(tmp_path / "model.gguf", memory="4GiB")
 
     config = qwen3_next()
     tensors = random_tensors(config, 3, "F32")
@@ -90,7 +90,7 @@ def test_a_state_that_would_grow_or_turn_into_nan_is_refused(
     with pytest.raises(
         CheckpointError, match=r"layers\.0\.delta_rate gives head 1 a decay of e\^\(-inf \* softplus\)"
     ):
-        Engine(tmp_path, memory="4GiB")
+        Engine.open(tmp_path, memory="4GiB")
 
 
 @each_config
@@ -103,7 +103,7 @@ def test_answers_are_equal_at_every_budget_in_place_and_packed(config: RawConfig
     answers = []
     for model in (path, packed):
         for expert_slots, threads, chunk_tokens in ((None, 1, 256), (5, 2, 5), (2, 2, 1)):
-            with Engine(
+            with Engine.open(
                 model,
                 memory="4GiB",
                 threads=threads,

@@ -74,7 +74,7 @@ def test_logits_and_answers_of_fp8_are_those_of_the_dequantised_weights(
     greedy = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
     found = []
     for directory in (tmp_path / "model", plain):
-        with Engine(directory, memory="4GiB", threads=2, instruction_set=instruction_set) as engine:
+        with Engine.open(directory, memory="4GiB", threads=2, instruction_set=instruction_set) as engine:
             found.append((engine.logits(prompt), engine.generate(prompt, greedy).token_ids))
     reference = NumpyModel(plain)
     assert difference(found[0][0], reference.logits(prompt)) <= LARGEST_DIFFERENCE
@@ -90,7 +90,7 @@ def test_logits_of_int4_are_those_of_the_dequantised_weights(
     plain = write_int4_model(tmp_path / "model", int4_config(model, chosen=3), seed=5, num_shards=2)
     config = int4_config(model, chosen=3)
     prompt = prompt_ids(config, 5)
-    with Engine(tmp_path / "model", memory="4GiB", threads=2, instruction_set=instruction_set) as engine:
+    with Engine.open(tmp_path / "model", memory="4GiB", threads=2, instruction_set=instruction_set) as engine:
         logits = engine.logits(prompt)
     assert mean_divergence(NumpyModel(plain).logits(prompt), logits) <= LARGEST_DIVERGENCE
 
@@ -126,7 +126,7 @@ def test_answers_are_equal_at_every_budget_in_place_and_packed(
     answers = []
     for directory in (tmp_path / "model", tmp_path / "packed"):
         for expert_slots, threads, chunk_tokens in ((None, 1, 256), (14, 2, 5), (5, 1, 256), (3, 2, 1)):
-            with Engine(
+            with Engine.open(
                 directory, memory="4GiB", threads=threads, chunk_tokens=chunk_tokens, expert_slots=expert_slots,
                 instruction_set=instruction_set,
             ) as engine:  # fmt: skip

@@ -148,7 +148,7 @@ class Case:
     def engine(self, **options: Any) -> Engine:
         settings = {"memory": "4GiB", "threads": 1, "instruction_set": self.instruction_set} | options
         settings.setdefault("prefix_reuse", False)  # what is found computed is `test_prefix.py`'s
-        return Engine(self.directory, **settings)
+        return Engine.open(self.directory, **settings)
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def case(
 
 @cache
 def answers_of_resident(directory: Path, instruction_set: str, prompt: tuple[int, ...]) -> Answers:
-    with Engine(directory, memory="4GiB", threads=1, instruction_set=instruction_set) as engine:
+    with Engine.open(directory, memory="4GiB", threads=1, instruction_set=instruction_set) as engine:
         assert engine.plan.is_resident
         return Answers.of(engine, list(prompt))
 
@@ -292,10 +292,12 @@ def test_a_budget_that_holds_some_experts_changes_nothing(tmp_path: Path) -> Non
     write_model(tmp_path, config, seed=1)
     prompt = prompt_ids(config, 1, 40)
     for _ in range(2):  # before the second plan the process has given back what earlier tests left in it
-        with Engine(tmp_path, memory="4GiB", threads=1, context=128) as engine:
+        with Engine.open(tmp_path, memory="4GiB", threads=1, context=128) as engine:
             plan, expected = engine.plan, Answers.of(engine, prompt)
     without_experts = plan.total_bytes - plan.expert_bytes
-    with Engine(tmp_path, memory=without_experts + plan.expert_bytes // 2, threads=1, context=128) as engine:
+    with Engine.open(
+        tmp_path, memory=without_experts + plan.expert_bytes // 2, threads=1, context=128
+    ) as engine:
         assert plan.is_resident
         assert engine.config.experts_per_token <= engine.plan.num_slots < engine.plan.num_experts
         Answers.of(engine, prompt).assert_equal(expected)

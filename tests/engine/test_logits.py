@@ -30,7 +30,7 @@ def test_logits_and_greedy_continuation_equal_transformers(
 ) -> None:
     greedy = SamplingParams(max_tokens=len(reference.greedy), temperature=0, ignore_eos=True)
     model = runnable(reference.directory, tmp_path)
-    with Engine(model, memory="4GiB", threads=1, instruction_set=instruction_set) as engine:
+    with Engine.open(model, memory="4GiB", threads=1, instruction_set=instruction_set) as engine:
         logits = engine.logits(reference.input_ids)
         result = engine.generate(reference.input_ids, greedy)
 
@@ -45,7 +45,7 @@ def test_logits_equal_the_numpy_model_on_random_configurations(
 ) -> None:
     prompt = write_decided_model(tmp_path, draw(seed), num_tokens=1 + 7 * seed % 41)
     expected = NumpyModel(tmp_path).logits(prompt)
-    with Engine(
+    with Engine.open(
         tmp_path,
         memory="4GiB",
         threads=1 + seed % 2,
@@ -62,7 +62,7 @@ def test_logits_equal_the_numpy_model_on_random_configurations(
 def test_logits_equal_the_numpy_model_on_random_configurations_of_gpt_oss(seed: int, tmp_path: Path) -> None:
     prompt = write_decided_model(tmp_path, random_gpt_oss(seed), num_tokens=1 + 7 * seed % 41)
     expected = NumpyModel(tmp_path).logits(prompt)
-    with Engine(
+    with Engine.open(
         runnable(tmp_path, tmp_path),
         memory="4GiB",
         threads=1 + seed % 2,
@@ -82,7 +82,7 @@ def smallest_cache(directory: Path) -> int:
 def test_greedy_tokens_equal_the_numpy_model_past_the_window_and_a_block_boundary(tmp_path: Path) -> None:
     configuration = random_configuration(0)
     prompt = write_decided_model(tmp_path, configuration, num_tokens=12)
-    with Engine(tmp_path, memory="4GiB", threads=1) as engine:
+    with Engine.open(tmp_path, memory="4GiB", threads=1) as engine:
         result = engine.generate(prompt, SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
         logits = engine.logits(prompt + result.token_ids)
 

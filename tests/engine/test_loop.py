@@ -27,7 +27,7 @@ PATIENCE_S = 20.0
 
 
 def open_engine(directory: Path = REFERENCE.directory, **options: Any) -> Engine:
-    return Engine(
+    return Engine.open(
         directory, **{"memory": "1GiB", "threads": 1, "expert_slots": 4, "chunk_tokens": 8} | options
     )
 
@@ -147,14 +147,14 @@ def test_submitting_does_not_wait_for_a_step(
     loop: EngineLoop, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on, entered = threading.Event(), threading.Event()
-    forward = engine._decoder.forward
+    forward = engine._model.forward
 
     def slow(batch: Any) -> Any:
         entered.set()
         assert go_on.wait(PATIENCE_S)
         return forward(batch)
 
-    monkeypatch.setattr(engine._decoder, "forward", slow)
+    monkeypatch.setattr(engine._model, "forward", slow)
     first, second, third = Heard(), Heard(), Heard()
     loop.submit(PROMPT, SHORT, first)
     assert entered.wait(PATIENCE_S)
@@ -238,7 +238,7 @@ def test_a_step_that_fails_ends_what_runs_with_an_error_and_the_loop_lives_on(
 ) -> None:
     reported: list[BaseException] = []
     with EngineLoop(engine, report=reported.append) as loop:
-        forward = engine._decoder.forward
+        forward = engine._model.forward
         calls = 0
 
         def fails_once(batch: Any) -> Any:
@@ -248,7 +248,7 @@ def test_a_step_that_fails_ends_what_runs_with_an_error_and_the_loop_lives_on(
                 raise RuntimeError("a word of the prompt")
             return forward(batch)
 
-        monkeypatch.setattr(engine._decoder, "forward", fails_once)
+        monkeypatch.setattr(engine._model, "forward", fails_once)
         heard = Heard()
         loop.submit(PROMPT, LONG, heard)
         result = heard.result()
@@ -321,7 +321,7 @@ def test_when_the_thread_ends_those_that_run_and_those_that_wait_hear_it(
         raise SystemExit
 
     with EngineLoop(engine, report=reported.append) as loop:
-        monkeypatch.setattr(engine._decoder, "forward", ends)
+        monkeypatch.setattr(engine._model, "forward", ends)
         heard = [Heard() for _ in range(3)]
         loop.submit(PROMPT, SHORT, heard[0])
         assert entered.wait(PATIENCE_S)
@@ -395,8 +395,8 @@ def test_draining_finishes_what_runs_and_takes_no_more(loop: EngineLoop, engine:
 def test_a_drain_that_takes_too_long_says_so_and_closing_cancels(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = engine._decoder.forward
-    monkeypatch.setattr(engine._decoder, "forward", lambda batch: time.sleep(0.02) or forward(batch))  # type: ignore[func-returns-value]
+    forward = engine._model.forward
+    monkeypatch.setattr(engine._model, "forward", lambda batch: time.sleep(0.02) or forward(batch))  # type: ignore[func-returns-value]
     loop = EngineLoop(engine)
     heard = Heard()
     loop.submit(PROMPT, LONG, heard)

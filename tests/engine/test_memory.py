@@ -31,7 +31,7 @@ model, memory, prompt_tokens, new_tokens = sys.argv[1], int(sys.argv[2]), int(sy
 prompt = random.Random(5).choices(range(1024), k=prompt_tokens)
 options = json.loads(sys.argv[5])
 tables_before = process_footprint().page_table_bytes
-with Engine(model, memory=memory, threads=2, context=prompt_tokens + new_tokens, **options) as engine:
+with Engine.open(model, memory=memory, threads=2, context=prompt_tokens + new_tokens, **options) as engine:
     result = engine.generate(prompt, SamplingParams(max_tokens=new_tokens, ignore_eos=True))
     plan = engine.plan
     tables = process_footprint().page_table_bytes - tables_before

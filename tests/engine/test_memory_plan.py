@@ -16,7 +16,6 @@ from argosy.engine.memory_plan import (
     GRAMMAR_BYTES,
     MemoryPlan,
     experts_read,
-    kv_bytes,
     page_table_bytes,
     plan_memory,
 )
@@ -25,6 +24,7 @@ from argosy.errors import DoesNotFit, UsageError
 from argosy.experts import policy
 from argosy.experts.source import bookkeeping_bytes, resident_bookkeeping_bytes, resident_bytes
 from argosy.model.families import open_model
+from argosy.model.footprint import kv_bytes
 from tests.models.tiny import qwen3_moe, write_model
 
 PROCESS_BYTES = 50 * MIB

@@ -40,7 +40,7 @@ def test_logits_are_those_of_the_dequantised_weights(
     config = config_of(num_experts=3, experts_per_token=3)
     reference = NumpyModel(write_mxfp4_model(tmp_path / "model", config, seed=5, num_shards=num_shards))
     prompt = prompt_ids(config, 5)
-    with Engine(tmp_path / "model", memory="4GiB", threads=1, instruction_set=instruction_set) as engine:
+    with Engine.open(tmp_path / "model", memory="4GiB", threads=1, instruction_set=instruction_set) as engine:
         logits = engine.logits(prompt)
     assert mean_divergence(reference.logits(prompt), logits) <= LARGEST_DIVERGENCE
 
@@ -58,7 +58,7 @@ def test_greedy_answers_are_equal_at_every_budget_in_place_and_packed(
     answers = []
     for model in (tmp_path / "model", tmp_path / "packed"):
         for expert_slots, threads, chunk_tokens in ((None, 1, 256), (16, 2, 5), (5, 1, 256), (2, 2, 1)):
-            with Engine(
+            with Engine.open(
                 model, memory="4GiB", threads=threads, chunk_tokens=chunk_tokens, expert_slots=expert_slots,
                 instruction_set=instruction_set,
             ) as engine:  # fmt: skip
@@ -125,7 +125,7 @@ def test_a_bf16_pack_computes_with_float32_activations(tmp_path: Path) -> None:
     prompt = prompt_ids(config, 7)
     expected = reference.logits(prompt)
     assert reference.router_margin > 1e-4
-    with Engine(tmp_path / "packed", memory="4GiB", threads=1) as engine:
+    with Engine.open(tmp_path / "packed", memory="4GiB", threads=1) as engine:
         assert difference(engine.logits(prompt), expected) <= LARGEST_DIFFERENCE
 
 

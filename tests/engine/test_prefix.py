@@ -49,7 +49,7 @@ class Model:
         return prompt_ids(CONFIGS[self.mixer], seed, length)
 
     def engine(self, **options: Any) -> Engine:
-        return Engine(self.directory, **{"memory": "4GiB", "threads": 1, "chunk_tokens": 64} | options)
+        return Engine.open(self.directory, **{"memory": "4GiB", "threads": 1, "chunk_tokens": 64} | options)
 
     def alone(self, prompt: list[int], params: SamplingParams = GREEDY) -> Any:
         return answer_alone(self, tuple(prompt), params.temperature)

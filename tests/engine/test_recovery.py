@@ -32,7 +32,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def open_engine(directory: Path, **options: Any) -> Engine:
-    return Engine(directory, **{"memory": "2GiB", "threads": 1, "expert_slots": 4, "readers": 1} | options)
+    return Engine.open(
+        directory, **{"memory": "2GiB", "threads": 1, "expert_slots": 4, "readers": 1} | options
+    )
 
 
 def prompts_of(config: RawConfig) -> list[list[int]]:

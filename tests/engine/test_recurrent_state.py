@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def engine(model: Path) -> Iterator[Engine]:
     """Of its own accord it finds nothing computed: these tests say what is gone on from."""
-    with Engine(model, memory="4GiB", threads=1, chunk_tokens=8) as engine:
+    with Engine.open(model, memory="4GiB", threads=1, chunk_tokens=8) as engine:
         engine._cache._is_on = False
         yield engine
 
@@ -104,9 +104,9 @@ def test_there_are_so_many_snapshots_and_the_one_not_used_for_longest_goes() -> 
 
 def test_more_sequences_than_slots_take_turns_and_answer_the_same(model: Path) -> None:
     prompts = [prompt_ids(CONFIG, seed, 3 + 5 * seed) for seed in range(5)]
-    with Engine(model, memory="4GiB", threads=1) as engine:
+    with Engine.open(model, memory="4GiB", threads=1) as engine:
         expected = [engine.generate(prompt, GREEDY) for prompt in prompts]
-    with Engine(model, memory="4GiB", threads=2, max_sequences=2, chunk_tokens=4) as engine:
+    with Engine.open(model, memory="4GiB", threads=2, max_sequences=2, chunk_tokens=4) as engine:
         assert engine.plan.num_states == 2
         found = engine.generate_batch(prompts, GREEDY)
         assert states_of(engine).num_free == 2
@@ -132,7 +132,7 @@ def test_a_cancelled_sequence_gives_its_slot_back_and_leaves_no_trace(engine: En
 def test_a_step_that_fails_half_way_leaves_a_slot_that_stands_nowhere(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Engine(model, memory="4GiB", threads=1, expert_slots=2) as engine:
+    with Engine.open(model, memory="4GiB", threads=1, expert_slots=2) as engine:
         expected = engine.generate(PROMPT, GREEDY)
         one = engine.submit(PROMPT, GREEDY)
         step_until(engine, one, len(PROMPT))
@@ -140,7 +140,7 @@ def test_a_step_that_fails_half_way_leaves_a_slot_that_stands_nowhere(
         assert slot is not None
         states = states_of(engine)
         with monkeypatch.context() as patch:
-            patch.setattr(engine._experts, "lease", interrupted)
+            patch.setattr(engine._model.experts, "lease", interrupted)
             with pytest.raises(InterruptedError):
                 engine.step()
         assert states.state.position(slot) == -1
@@ -160,12 +160,12 @@ def test_a_sequence_waits_for_a_slot_and_not_only_for_blocks() -> None:
     scheduler, first, second = rig.scheduler, rig.sequence(3), rig.sequence(3, first_id=50)
     scheduler.add(first)
     scheduler.add(second)
-    batch = scheduler.next_batch().batch
+    batch = scheduler.next_step().batch
     assert batch.state_slots is not None
     assert batch.state_slots.tolist() == [0]
     assert second.state_slot is None
     scheduler.remove(first)
-    assert scheduler.next_batch().batch.num_tokens == 3
+    assert scheduler.next_step().batch.num_tokens == 3
     assert second.state_slot == 0
 
 
@@ -210,7 +210,7 @@ def test_a_small_budget_has_fewer_states_and_the_refusal_counts_one(tmp_path: Pa
 
 
 def test_a_model_without_delta_nets_has_none(tmp_path: Path) -> None:
-    with Engine(write_model(tmp_path, qwen3_moe(), seed=1), memory="4GiB", threads=1) as engine:
+    with Engine.open(write_model(tmp_path, qwen3_moe(), seed=1), memory="4GiB", threads=1) as engine:
         assert engine._states is None
         assert engine.plan.state_bytes == engine.plan.num_states == 0
         assert "recurrent state" not in [what for what, _, _ in engine.plan.lines()]
@@ -218,13 +218,13 @@ def test_a_model_without_delta_nets_has_none(tmp_path: Path) -> None:
 
 def test_a_batch_has_to_say_where_states_lie(engine: Engine) -> None:
     engine.submit(PROMPT, GREEDY)
-    batch = engine._scheduler.next_batch().batch
+    batch = engine._scheduler.next_step().batch
     logits = np.empty((len(batch.last_rows), engine.config.vocab_size), np.float32)
     arguments = (
         batch.token_ids, batch.positions, batch.sequence, batch.slots, batch.is_decode, batch.block_table,
         batch.last_rows, logits,
     )  # fmt: skip
-    stack = engine._decoder._stack
+    stack = engine._model.decoder._stack
     with pytest.raises(ValueError, match="the batch needs state_slots"):
         stack.begin(*arguments)
     with pytest.raises(ValueError, match=r"state_slots\[0\] is 24, expected 0 to 23"):

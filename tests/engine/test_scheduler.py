@@ -159,9 +159,9 @@ def test_a_step_that_failed_runs_again_as_it_was() -> None:
     rig = Rig(chunk_tokens=8)
     rig.add(rig.sequence(5, max_new=3), rig.sequence(12, first_id=50))
     rig.step()
-    failed = rig.scheduler.next_batch()
+    failed = rig.scheduler.next_step()
     rig.scheduler.failed(failed)
-    again = rig.scheduler.next_batch()
+    again = rig.scheduler.next_step()
     for name in ("token_ids", "positions", "slots", "block_table", "is_decode", "last_rows"):
         assert getattr(again.batch, name).tolist() == getattr(failed.batch, name).tolist()
 
@@ -229,9 +229,9 @@ class SteppedClock:
         return self.now
 
     def step(self, rig: Rig, *, chunk_s: float, decode_s: float) -> Scheduled:
-        scheduled = rig.scheduler.next_batch()
+        scheduled = rig.scheduler.next_step()
         self.now += chunk_s if num_prefill(scheduled) else decode_s
-        rig.scheduler.committed(scheduled)
+        rig.scheduler.commit(scheduled)
         for one in scheduled.ready:
             one.new_ids.append(1)
             if len(one.new_ids) == one.max_new_tokens:
@@ -431,7 +431,7 @@ def test_whatever_comes_and_goes_every_answer_is_computed_from_its_own_tokens_an
         if what == 0 and alive:
             rig.end(data.draw(st.sampled_from(alive)))
         elif what == 1 and rig.running:
-            failed = rig.scheduler.next_batch()
+            failed = rig.scheduler.next_step()
             if states is not None:
                 for one in failed.sequences:  # as a native step leaves them
                     assert one.state_slot is not None

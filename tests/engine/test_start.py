@@ -45,7 +45,7 @@ def test_dense_weights_are_on_their_way_while_the_tokenizer_is_built(
     monkeypatch.setattr(DenseReading, "__init__", note("start", start))
     monkeypatch.setattr(Tokenizer, "open", staticmethod(note("tokenizer", build)))
     monkeypatch.setattr(DenseReading, "finish", note("finish", finish))
-    with Engine(directory, memory="1GiB", threads=1):
+    with Engine.open(directory, memory="1GiB", threads=1):
         assert order == ["start", "tokenizer", "finish"]
 
 
@@ -62,7 +62,7 @@ def test_a_tokenizer_that_cannot_be_read_ends_the_reads(
 
     monkeypatch.setattr(DenseReading, "cancel", noted)
     with pytest.raises(CheckpointError, match="not a tokenizer"):
-        Engine(directory, memory="1GiB", threads=1)
+        Engine.open(directory, memory="1GiB", threads=1)
     assert pending == [0]
 
 
@@ -88,16 +88,18 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_experts_are_read_early_only_where_they_fit_with_room_to_spare(
     directory: Path, order: list[str]
 ) -> None:
-    with Engine(directory, memory="1GiB", threads=1) as engine:
+    with Engine.open(directory, memory="1GiB", threads=1) as engine:
         assert order == ["experts", "tokenizer"]
         needed, expected = engine.plan.total_bytes, engine.logits([1, 2, 3]).tolist()
     order.clear()
-    with Engine(directory, memory=needed + TOKENIZER_ROOM_BYTES // 2, threads=1) as engine:
+    with Engine.open(directory, memory=needed + TOKENIZER_ROOM_BYTES // 2, threads=1) as engine:
         assert order == ["tokenizer", "experts"]
         assert engine.plan.is_resident
         assert engine.logits([1, 2, 3]).tolist() == expected
     order.clear()
-    with Engine(directory, memory="1GiB", threads=1, expert_slots=engine.config.experts_per_token) as engine:
+    with Engine.open(
+        directory, memory="1GiB", threads=1, expert_slots=engine.config.experts_per_token
+    ) as engine:
         assert order == ["tokenizer"]
         assert engine.logits([1, 2, 3]).tolist() == expected
 
@@ -106,18 +108,18 @@ def test_experts_read_early_make_way_for_a_tokenizer_beyond_reason(
     directory: Path, order: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings: dict[str, Any] = {"memory": "1GiB", "threads": 1, "context": 64, "chunk_tokens": 16}
-    with Engine(directory, **settings) as engine:
+    with Engine.open(directory, **settings) as engine:
         plan, expected = engine.plan, engine.logits([1, 2, 3]).tolist()
-        assert engine._experts is not None
-        landed_bytes = engine._weights.nbytes + engine._experts.arena.nbytes
+        assert engine._model.experts is not None
+        landed_bytes = engine._model.weights.nbytes + engine._model.experts.arena.nbytes
     # Room for a token's experts is left, and not for all of them.
     others = plan.total_bytes - plan.expert_bytes - plan.process_bytes + PROCESS_GROWTH_BYTES
     held = plan.budget_bytes - others - engine.config.experts_per_token * plan.slot_bytes
-    monkeypatch.setattr("argosy.engine.engine.process_bytes", lambda tokenizer: held + landed_bytes)
+    monkeypatch.setattr("argosy.engine.start.process_bytes", lambda tokenizer: held + landed_bytes)
     order.clear()
-    with Engine(directory, **settings) as engine:
+    with Engine.open(directory, **settings) as engine:
         assert order == ["experts", "tokenizer"]
-        assert isinstance(engine._experts, CachedSource)
+        assert isinstance(engine._model.experts, CachedSource)
         assert engine.plan.num_slots == engine.config.experts_per_token
         assert engine.logits([1, 2, 3]).tolist() == expected
 
@@ -129,7 +131,7 @@ def test_a_budget_that_is_too_small_reads_nothing(directory: Path, monkeypatch: 
     monkeypatch.setattr(DenseReading, "__init__", refuse)
     monkeypatch.setattr(ResidentReading, "__init__", refuse)
     with pytest.raises(DoesNotFit, match=r"the budget is 1\.0 MiB"):
-        Engine(directory, memory="1MiB", threads=1)
+        Engine.open(directory, memory="1MiB", threads=1)
 
 
 def test_reads_that_are_cancelled_leave_none_pending(directory: Path) -> None:
@@ -155,7 +157,7 @@ def test_the_budget_that_a_refusal_names_works_where_readers_transcode(tmp_path:
         "from argosy import Engine\n"
         "from argosy.errors import DoesNotFit\n"
         "try:\n"
-        "    Engine(sys.argv[1], memory=sys.argv[2], threads=1).close()\n"
+        "    Engine.open(sys.argv[1], memory=sys.argv[2], threads=1).close()\n"
         "except DoesNotFit as error:\n"
         "    print(error.hint)\n"
     )

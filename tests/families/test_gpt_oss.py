@@ -130,7 +130,7 @@ def test_a_pack_holds_the_weights_of_transposed_experts_bit_for_bit(tmp_path: Pa
 def test_transposed_experts_run_from_a_pack_only(tmp_path: Path) -> None:
     write_model(tmp_path, gpt_oss(), seed=1)
     with pytest.raises(UnsupportedModel, match="keeps its experts transposed") as caught:
-        Engine(tmp_path, memory="4GiB", threads=1)
+        Engine.open(tmp_path, memory="4GiB", threads=1)
     assert "argosy pack" in str(caught.value.hint)
 
 

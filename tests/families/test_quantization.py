@@ -300,7 +300,7 @@ def spoil(directory: Path, name: str, at: int, value: bytes) -> None:
 
 
 def run_every_expert(directory: Path, slots: int | None) -> None:
-    with Engine(directory, memory="4GiB", threads=1, expert_slots=slots) as engine:
+    with Engine.open(directory, memory="4GiB", threads=1, expert_slots=slots) as engine:
         for seed in range(8):
             engine.logits(prompt_ids(CONFIG, seed, 64))
 

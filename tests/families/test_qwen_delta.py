@@ -223,7 +223,7 @@ def test_every_layout_of_the_same_weights_gives_the_same_bits(
     prompt = prompt_ids(config, 3, 12)
     logits = []
     for name, edit in (("plain", lambda tensors: None), ("changed", change)):
-        with Engine(write(tmp_path / name, config, edit), memory="4GiB", threads=1) as engine:
+        with Engine.open(write(tmp_path / name, config, edit), memory="4GiB", threads=1) as engine:
             logits.append(engine.logits(prompt))
     np.testing.assert_array_equal(*logits)
 

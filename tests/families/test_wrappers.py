@@ -240,7 +240,7 @@ def test_experts_of_qwen3_vl_are_the_same_in_every_order(tmp_path: Path) -> None
     with pytest.raises(
         UnsupportedModel, match=r"keeps its experts transposed.*\n.*argosy pack .* --format source"
     ):
-        Engine(tmp_path / "hub", memory="1GiB")
+        Engine.open(tmp_path / "hub", memory="1GiB")
 
 
 def test_experts_that_could_lie_either_way_are_refused(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_sections_of_axes_change_nothing_for_text(architecture: str, tmp_path: P
     write_gguf_model(plain, config, one_type("F32"), seed=4)
     assert open_model(path).config == replace(open_model(plain).config, family=family)
     prompt = prompt_ids(config, 4)
-    with Engine(path, memory="1GiB", threads=1) as engine:
+    with Engine.open(path, memory="1GiB", threads=1) as engine:
         assert difference(engine.logits(prompt), reference.logits(prompt)) <= LARGEST_DIFFERENCE
 
 

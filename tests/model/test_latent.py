@@ -13,10 +13,10 @@ import pytest
 from argosy import _native
 from argosy.checkpoint.files import SLOT_FORMATS, KeyValueRows, MatrixRef, ModelFiles, matrix_bytes
 from argosy.config import Format, LatentConfig
-from argosy.engine.memory_plan import kv_bytes
 from argosy.errors import UnsupportedModel
 from argosy.model.clock import PartClock
 from argosy.model.decoder import Decoder
+from argosy.model.footprint import kv_bytes
 from argosy.model.layers import kv_shapes
 from argosy.model.weights import dense_footprint, load_dense
 from argosy.model.workspace import Workspace, workspace_bytes

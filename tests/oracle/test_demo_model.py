@@ -169,7 +169,7 @@ def test_argosy_with_a_quarter_of_the_experts_answers_as_transformers_does(
 ):
     ids = _chat_ids(tokenizer, prompt)
     # The budget is that of the whole process, in which torch and two more models live here.
-    with Engine(demo_directory, memory="4GiB", expert_slots=60) as engine:
+    with Engine.open(demo_directory, memory="4GiB", expert_slots=60) as engine:
         assert 0 < engine.plan.num_slots < engine.plan.num_experts
         found = engine.logits(ids)
         answer = engine.generate(ids, SamplingParams(max_tokens=32, ignore_eos=True)).token_ids
@@ -185,7 +185,7 @@ def test_argosy_with_the_routed_experts_off_answers_as_the_dense_model_does(
     prompt: str, demo_directory: Path, dense: Any, tokenizer: Any
 ):
     ids = _chat_ids(tokenizer, prompt)
-    with Engine(demo_directory, memory="4GiB", experts_off=True) as engine:
+    with Engine.open(demo_directory, memory="4GiB", experts_off=True) as engine:
         answer = engine.generate(ids, SamplingParams(max_tokens=32, ignore_eos=True)).token_ids
     assert answer == _greedy(dense, ids, 32, stop=None)
 

@@ -232,12 +232,12 @@ def test_a_checkpoint_of_kimi_answers_a_conversation_in_place_and_from_a_pack(tm
     answers = []
     for path in (source, tmp_path / "packed"):
         assert has_chat_template(path)
-        with Engine(path, memory="1GiB", threads=1) as engine:
+        with Engine.open(path, memory="1GiB", threads=1) as engine:
             tokenizer = engine.tokenizer
             assert tokenizer is not None
             result = engine.generate("二零 <|im_end|>[EOS]", SamplingParams(max_tokens=6, ignore_eos=True))
             answers.append(result.token_ids)
-            built = engine._prompts.build("二零 <|im_end|>[EOS]")
+            built = engine.prompts.build("二零 <|im_end|>[EOS]")
     assert answers[0] == answers[1]
     system = peer().encode("<|im_user|>user<|im_middle|>", allowed_special="all")
     said = peer().encode_ordinary("二零 <|im_end|>[EOS]")

@@ -223,7 +223,10 @@ def own_server() -> Iterator[httpx.Client]:
 
     with tempfile.TemporaryDirectory() as folder, speaking():
         model = write_speaking_model(Path(folder) / "model")
-        with Engine(model, memory="1GiB", threads=2, grammars=True) as engine, serving(engine) as service:
+        with (
+            Engine.open(model, memory="1GiB", threads=2, grammars=True) as engine,
+            serving(engine) as service,
+        ):
             for url in start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)):
                 with httpx.Client(base_url=url, timeout=60) as client:
                     yield client

@@ -118,7 +118,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[KeyFile, list[tuple[
 @pytest.fixture
 def server(tmp_path: Path, keys: tuple[KeyFile, Any]) -> Iterator[Server]:
     model = write_chat_model(tmp_path / "model", context_tokens=CONTEXT_TOKENS)
-    with Engine(
+    with Engine.open(
         model, memory="1GiB", threads=1, expert_slots=4, chunk_tokens=32, max_sequences=4, grammars=True,
         kv_dir=tmp_path / "kv",
     ) as engine:  # fmt: skip
@@ -194,7 +194,7 @@ def leased_slots(experts: CachedSource) -> set[tuple[int, int]]:
 
 def held(server: Server) -> dict[str, Any]:
     """All that requests take, by name."""
-    facts, experts = server.engine.facts(), server.engine._experts
+    facts, experts = server.engine.facts(), server.engine._model.experts
     assert isinstance(experts, CachedSource)
     return {
         "sequences": facts.num_running + facts.num_waiting,

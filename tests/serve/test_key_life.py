@@ -71,7 +71,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     limits = Limits(file=UseFile(root / "keys.json.use"))
     with (
         pytest.MonkeyPatch.context() as patch,
-        Engine(model, memory="1GiB", threads=2, grammars=True, kv_dir=root / "kv") as engine,
+        Engine.open(model, memory="1GiB", threads=2, grammars=True, kv_dir=root / "kv") as engine,
     ):
         patch.setattr("argosy.guard.keys._LOOK_AGAIN_S", 0.02)
         patch.setattr("argosy.serve.key_watch.LOOK_S", 0.02)
@@ -184,7 +184,7 @@ def test_of_a_key_that_is_revoked_nothing_stays_and_of_others_all_does(server: S
         return {
             "blocks": sum(c is not None and c.tenant == tenant for c in server.engine._blocks._contents),
             "files": len(list(files._tenant(tenant)[1].glob("*.kv"))),
-            "grammars": sum(key[0] == tenant for key in server.engine._grammars._compiled),  # type: ignore[union-attr]
+            "grammars": sum(key[0] == tenant for key in server.engine._requests._grammars._compiled),  # type: ignore[union-attr]
             "counts": int(tenant in server.limits._uses),
         }
 

@@ -115,6 +115,6 @@ def open_engine(model: str, settings: Settings, **more: Any) -> Iterator[Engine]
     from argosy.cli.output import progress_bar
 
     with progress_bar() as progress:
-        engine = Engine(model, progress=progress, **settings.for_engine(), **more)
+        engine = Engine.open(model, progress=progress, **settings.for_engine(), **more)
     with engine:
         yield engine

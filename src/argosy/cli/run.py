@@ -19,7 +19,8 @@ from argosy.cli.output import AnswerWriter, ledger_lines, write_text
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
-    from argosy.engine.engine import Engine, PromptLike
+    from argosy.engine.engine import Engine
+    from argosy.engine.requests import PromptLike
     from argosy.engine.sequence import Result
     from argosy.prompt.formats import Answer
 

@@ -33,7 +33,7 @@ def show(model: str, as_json: bool, **options: Any) -> None:
     """
     from argosy.cli.output import progress_bar
     from argosy.cli.settings import Settings
-    from argosy.engine.engine import locate_model, require_context
+    from argosy.engine.options import locate_model, require_context
     from argosy.model.families import config_alone, open_model
 
     settings = Settings.read(**options)
@@ -71,7 +71,7 @@ def show(model: str, as_json: bool, **options: Any) -> None:
 def geometry_facts(config: ModelConfig) -> dict[str, Any]:
     """Family, geometry and parameters, by name."""
     from argosy.checkpoint.geometry import count_parameters
-    from argosy.engine.memory_plan import state_bytes
+    from argosy.model.footprint import state_bytes
 
     everything, active = count_parameters(config)
     return {
@@ -114,7 +114,7 @@ def _hypothetical_sizes(config: ModelConfig) -> dict[str, Any]:
     from argosy.checkpoint.files import matrix_bytes
     from argosy.checkpoint.geometry import dense_shapes, expert_shapes, packed_config, packed_format
     from argosy.config import Format
-    from argosy.engine.memory_plan import kv_bytes
+    from argosy.model.footprint import kv_bytes
 
     def dense_bytes(format: Format) -> int:
         return sum(
@@ -192,15 +192,15 @@ def _count(parameters: int) -> str:
 
 def _plan(model: str, files: ModelFiles, settings: Settings) -> MemoryPlan:
     """The plan that `Engine` would make, in a process with the same memory in use."""
-    from argosy.engine.engine import settle
     from argosy.engine.memory_plan import plan_memory, process_bytes, require_mappable
+    from argosy.engine.options import configure
     from argosy.prompt.tokenizer import Tokenizer
 
-    config, expert_slots = settle(model, files, **settings.for_engine())
-    require_mappable(files, config, expert_slots=expert_slots)
+    config = configure(model, files, **settings.for_engine())
+    require_mappable(files, config)
     # Kept open while the process is measured, as in the engine.
     tokenizer = Tokenizer.open(files.path, files.header)
-    return plan_memory(files, config, process_bytes=process_bytes(tokenizer), expert_slots=expert_slots)
+    return plan_memory(files, config, process_bytes=process_bytes(tokenizer))
 
 
 def _print_json(facts: dict[str, Any]) -> None:

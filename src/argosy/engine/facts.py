@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from argosy.engine.answers import Answers
+from argosy.engine.kv_cache import KvBlocks
 from argosy.engine.ledger import Ledger
+from argosy.engine.memory_plan import MemoryPlan
+from argosy.engine.recurrent_state import StateSlots
+from argosy.engine.scheduler import Scheduler
+from argosy.model.model import Model
 
 WINDOW_TOKENS = 256  # the experts chosen by only a few tokens would reveal them
 
@@ -65,17 +69,37 @@ class ExpertUses:
             self._num_tokens = 0
 
 
-class Pace:
-    """How often sequences end, to estimate when there will be room for another."""
-
-    def __init__(self) -> None:
-        self._ends: deque[float] = deque(maxlen=16)
-
-    def count(self, now: float) -> None:
-        self._ends.append(now)
-
-    def seconds_to_next(self) -> int:
-        """Mean time between ends, in whole seconds from 1 to 60."""
-        ends = self._ends
-        mean = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else 1.0
-        return min(60, max(1, math.ceil(mean)))
+def collect(
+    scheduler: Scheduler,
+    blocks: KvBlocks,
+    states: StateSlots | None,
+    model: Model,
+    answers: Answers,
+    uses: ExpertUses,
+    plan: MemoryPlan,
+    *,
+    file_bytes: int,
+) -> EngineFacts:
+    """The facts of an engine, between two steps; `file_bytes` is the size of its prefix files."""
+    return EngineFacts(
+        num_running=scheduler.num_running,
+        num_waiting=scheduler.num_waiting,
+        num_put_back=scheduler.num_put_back,
+        kv_blocks=blocks.num_blocks,
+        kv_blocks_held=blocks.num_held,
+        kv_blocks_kept=blocks.num_kept,
+        kv_blocks_free=blocks.num_free,
+        states_held=0 if states is None else states.num_sequences - states.num_free,
+        states_free=0 if states is None else states.num_free,
+        snapshots=0 if states is None else states.num_snapshots,
+        num_experts=plan.num_experts,
+        expert_slots=plan.num_slots,
+        num_resident=0 if model.experts is None else model.experts.num_resident,
+        file_bytes=file_bytes,
+        tokens_run=uses.num_tokens_run,
+        totals=answers.ledger,
+        memory=tuple(plan.lines()),
+        budget_bytes=plan.budget_bytes,
+        expert_uses=uses.last_window,
+        expert_use_tokens=uses.last_window_tokens,
+    )

@@ -23,9 +23,10 @@ from dataclasses import dataclass, replace
 from time import monotonic
 
 from argosy.config import SamplingParams
-from argosy.engine.engine import Engine, PromptLike
+from argosy.engine.engine import Engine
 from argosy.engine.facts import EngineFacts
 from argosy.engine.ledger import Ledger
+from argosy.engine.requests import PromptLike
 from argosy.engine.sequence import Result, Sequence, TokenEvent
 from argosy.errors import ArgosyError, Overloaded, Revoked
 

@@ -16,29 +16,18 @@ in memory) is refused with the numbers.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from argosy import _native
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import MIB, EngineConfig, KvDtype, ModelConfig, format_bytes
+from argosy.config import KV_BLOCK_TOKENS, MIB, EngineConfig, ModelConfig, format_bytes
 from argosy.engine.prefix_files import buffer_bytes
 from argosy.errors import DoesNotFit
-from argosy.experts import policy
-from argosy.experts.source import (
-    bookkeeping_bytes,
-    resident_bookkeeping_bytes,
-    resident_bytes,
-    slot_bytes,
-)
-from argosy.model.layers import kv_shapes
-from argosy.model.weights import dense_footprint
-from argosy.model.workspace import workspace_bytes
+from argosy.model.footprint import Footprint
+from argosy.model.model import ModelSizes
 from argosy.plan import machine
 from argosy.prompt.tokenizer import TOKENIZER_FILE, Tokenizer
 
-KV_BLOCK_TOKENS = 16
 PROCESS_GROWTH_BYTES = 24 * MIB  # allocator slack, thread stacks
 PROCESS_VARIES_BYTES = 2 * MIB  # process size differs by this much from one start to the next
 TEMPLATE_WORKER_BYTES = 24 * MIB  # the process that renders chat templates: 22 MiB measured
@@ -98,8 +87,23 @@ class MemoryPlan:
         return sum(part.nbytes for part in self.parts())
 
     @property
+    def left_bytes(self) -> int:
+        """What the parts leave of the budget; below zero in a plan that does not fit."""
+        return self.budget_bytes - self.total_bytes
+
+    @property
     def is_resident(self) -> bool:
         return self.num_slots >= self.num_experts
+
+    def model_sizes(self, config: EngineConfig) -> ModelSizes:
+        """The model's share of this plan."""
+        return ModelSizes(
+            kv_blocks=-(-self.context_tokens // KV_BLOCK_TOKENS),
+            kv_dtype=config.kv_dtype,
+            step_tokens=self.chunk_tokens + config.decode_tokens,
+            num_states=self.num_states * _slots_per_state(config) + self.num_snapshots,
+            expert_slots=None if self.is_resident else self.num_slots,
+        )
 
     def parts(self) -> list[Part]:
         """All parts of the budget, in the order of their claims."""
@@ -185,75 +189,49 @@ def page_table_bytes(mapped_bytes: int, num_mappings: int = 16) -> int:
     return nbytes
 
 
-def has_blocks(files: ModelFiles) -> bool:
-    """Whether readers transcode any weights of this model."""
-    pieces = (piece for record in files.experts.values() for piece in record.pieces)
-    return any(ref.block_type for ref in files.dense.values()) or any(piece.transcode for piece in pieces)
-
-
 def quarter_of_experts(files: ModelFiles) -> int:
     """Slots for a quarter of all routed experts, but at least what a token needs: the demo model's default."""
     return max(files.config.experts_per_token, len(files.experts) // 4)
 
 
-def kv_bytes(config: ModelConfig, num_tokens: int, kv_dtype: KvDtype) -> int:
-    """Bytes of keys and values of all layers for `num_tokens` positions, in whole blocks."""
-    num_blocks = -(-num_tokens // KV_BLOCK_TOKENS)
-    return _native.kv_cache_bytes(kv_shapes(config), num_blocks, KV_BLOCK_TOKENS, kv_dtype)
-
-
-def state_bytes(config: ModelConfig, num_states: int) -> int:
-    """Bytes of recurrent state for `num_states` sequences."""
-    if config.delta is None or not num_states:
-        return 0
-    return _native.recurrent_state_bytes(num_states, len(config.delta_layers), config.delta.sizes)
-
-
-def plan_memory(
-    files: ModelFiles, config: EngineConfig, *, process_bytes: int, expert_slots: int | None = None
-) -> MemoryPlan:
+def plan_memory(files: ModelFiles, config: EngineConfig, *, process_bytes: int) -> MemoryPlan:
     """Plan an engine's memory.
 
     The chunk is the one that reads least (`experts_read`), at most `config.chunk_tokens` long. A context that was not
     explicitly requested shrinks to fit. Where layers have a recurrent state, a sixteenth of the budget decides how many
     sequences have one, or fewer if nothing fits otherwise; other sequences wait. The same amount again goes to
-    snapshots, at most two per sequence, and none in the smallest plan. `expert_slots` fixes the number of slots instead
-    of using the rest of the budget.
+    snapshots, at most two per sequence, and none in the smallest plan. `config.expert_slots` fixes the number of slots
+    instead of using the rest of the budget.
 
     Raises:
         DoesNotFit: names the smallest budget that works, and settings that lower it.
     """
-    model = files.config
-    num_experts = len(files.experts)
-    one_slot, all_experts = slot_bytes(files.experts), resident_bytes(files.experts)
-    staging = config.readers * _native.STAGING_BYTES if has_blocks(files) else 0
+    footprint = Footprint(files, kv_dtype=config.kv_dtype, threads=config.threads, readers=config.readers)
+    model, num_experts, expert_slots = files.config, footprint.num_experts, config.expert_slots
     fewest_slots = min(num_experts, model.experts_per_token) if expert_slots is None else expert_slots
     fixed = process_bytes + PROCESS_GROWTH_BYTES + (GRAMMAR_BYTES if config.grammars else 0)
-    dense = dense_footprint(files.dense)
-    records = _bookkeeping(files)
 
     def plan(context: int, chunk: int, num_states: int, num_snapshots: int) -> MemoryPlan:
-        tokens = chunk + config.max_sequences
-        working = workspace_bytes(model, tokens, config.threads)
-        working += 3 * 4 * model.vocab_size * config.max_sequences  # logits, and the sampler's copies of them
+        working = footprint.working_bytes(chunk + config.decode_tokens)
+        working += 3 * 4 * model.vocab_size * config.decode_tokens  # logits, and the sampler's copies of them
         if config.kv_dir is not None:
-            working += buffer_bytes(kv_bytes(model, 1, config.kv_dtype), state_bytes(model, 1))
+            working += buffer_bytes(footprint.kv_bytes(1), footprint.state_bytes(1))
         without_experts = MemoryPlan(
             budget_bytes=config.budget.ram_bytes,
             process_bytes=fixed,
-            dense_bytes=dense,
-            kv_bytes=kv_bytes(model, context, config.kv_dtype),
-            state_bytes=state_bytes(model, num_states),
+            dense_bytes=footprint.dense_bytes,
+            kv_bytes=footprint.kv_bytes(context),
+            state_bytes=footprint.state_bytes(num_states * _slots_per_state(config)),
             num_states=num_states,
-            snapshot_bytes=state_bytes(model, num_snapshots),
+            snapshot_bytes=footprint.state_bytes(num_snapshots),
             num_snapshots=num_snapshots,
             replay_bytes=config.replay_bytes,
             request_bytes=config.request_bytes,
             working_bytes=working,
-            staging_bytes=staging,
+            staging_bytes=footprint.staging_bytes,
             bookkeeping_bytes=0,
-            slot_bytes=one_slot,
-            resident_bytes=all_experts,
+            slot_bytes=footprint.slot_bytes,
+            resident_bytes=footprint.resident_bytes,
             num_slots=0,
             num_experts=num_experts,
             context_tokens=context,
@@ -262,7 +240,11 @@ def plan_memory(
 
         def with_slots(num_slots: int) -> MemoryPlan:
             """The same plan with `num_slots` experts in memory."""
-            some = replace(without_experts, num_slots=num_slots, bookkeeping_bytes=records(num_slots))
+            some = replace(
+                without_experts,
+                num_slots=num_slots,
+                bookkeeping_bytes=footprint.record_bytes(num_slots),
+            )
             return replace(some, page_table_bytes=page_table_bytes(some.total_bytes - process_bytes))
 
         everything = with_slots(num_experts)
@@ -273,14 +255,15 @@ def plan_memory(
             return fewest
         # Start too high, because a slot also needs records and page tables; then remove slots until it fits.
         slots = min(
-            num_experts, fewest.num_slots + (fewest.budget_bytes - fewest.total_bytes) // max(1, one_slot)
+            num_experts,
+            fewest.num_slots + (fewest.budget_bytes - fewest.total_bytes) // max(1, fewest.slot_bytes),
         )
         while (found := with_slots(slots)).total_bytes > config.budget.ram_bytes:
-            slots -= -(-(found.total_bytes - found.budget_bytes) // one_slot)
+            slots -= -(-(found.total_bytes - found.budget_bytes) // found.slot_bytes)
         return found
 
     contexts, chunks = _contexts(model, config), _chunks(config)
-    for counts in _state_counts(model, config):
+    for counts in _state_counts(footprint, config):
         best = None
         for context in contexts:
             plans = [
@@ -297,35 +280,19 @@ def plan_memory(
                 break
         if best is not None:
             return best
-    raise _does_not_fit(plan(contexts[-1], min(*chunks, contexts[-1]), *counts), config, model)
+    raise _does_not_fit(plan(contexts[-1], min(*chunks, contexts[-1]), *counts), config, footprint)
 
 
-def _bookkeeping(files: ModelFiles) -> Callable[[int], int]:
-    """Returns a function from a number of slots to the bytes of bookkeeping for experts."""
-    if not files.experts:
-        return lambda num_slots: 0
-    some, everything = bookkeeping_bytes(files.experts), resident_bookkeeping_bytes(files.experts)
-    num_layers, num_experts = files.config.num_layers, files.config.num_experts
-    # `Stack.take_uses`: current counts, last reported counts, and those being reported.
-    uses = 3 * 8 * num_layers * num_experts
-
-    def nbytes(num_slots: int) -> int:
-        if num_slots >= len(files.experts):
-            return uses + everything
-        return (
-            uses
-            + some
-            + policy.bookkeeping_bytes(num_slots=num_slots, num_layers=num_layers, num_experts=num_experts)
-        )
-
-    return nbytes
+def _slots_per_state(config: EngineConfig) -> int:
+    """Slots of the recurrent state per sequence: a second one to return to if a proposal is rejected."""
+    return 2 if config.draft_tokens else 1
 
 
-def _state_counts(model: ModelConfig, config: EngineConfig) -> list[tuple[int, int]]:
+def _state_counts(footprint: Footprint, config: EngineConfig) -> list[tuple[int, int]]:
     """Candidate numbers of recurrent states and of snapshots, largest first."""
-    if not model.delta_layers:
+    if not footprint.config.delta_layers:
         return [(0, 0)]
-    share = config.budget.ram_bytes // 16 // state_bytes(model, 1)
+    share = config.budget.ram_bytes // 16 // footprint.state_bytes(_slots_per_state(config))
     counts = []
     count = config.max_sequences
     while count:
@@ -384,7 +351,7 @@ def _halves(chunk: int) -> list[int]:
     return chunks
 
 
-def require_mappable(files: ModelFiles, config: EngineConfig, *, expert_slots: int | None = None) -> None:
+def require_mappable(files: ModelFiles, config: EngineConfig) -> None:
     """Check that `ulimit` leaves enough address space for the engine before it maps anything.
 
     Otherwise a failed allocation would end the process silently, inside the library that reads tokenizers.
@@ -396,7 +363,7 @@ def require_mappable(files: ModelFiles, config: EngineConfig, *, expert_slots: i
     if limits == (None, None):
         return
     held = held_bytes()
-    plan = plan_memory(files, config, process_bytes=held, expert_slots=expert_slots)
+    plan = plan_memory(files, config, process_bytes=held)
     tokenizer_file = files.path / TOKENIZER_FILE
     json_bytes = tokenizer_file.stat().st_size if tokenizer_file.is_file() else 0
     stacks = (config.threads + config.readers + _OTHER_THREADS) * machine.thread_stack_bytes()
@@ -422,7 +389,7 @@ def require_mappable(files: ModelFiles, config: EngineConfig, *, expert_slots: i
         )
 
 
-def _does_not_fit(floor: MemoryPlan, config: EngineConfig, model: ModelConfig) -> DoesNotFit:
+def _does_not_fit(floor: MemoryPlan, config: EngineConfig, footprint: Footprint) -> DoesNotFit:
     needed, budget = floor.total_bytes, config.budget.ram_bytes
     described = [
         f"{'smallest expert cache' if part.key == 'expert_cache_bytes' else part.label} {format_bytes(part.nbytes)}"
@@ -433,7 +400,7 @@ def _does_not_fit(floor: MemoryPlan, config: EngineConfig, model: ModelConfig) -
     parts = "  " + "  +  ".join(described)
     hints = [f"`--memory {-(-(needed + PROCESS_VARIES_BYTES) // MIB)}MiB` works"]
     if floor.context_tokens > SMALLEST_CONTEXT:
-        saved = floor.kv_bytes - kv_bytes(model, SMALLEST_CONTEXT, config.kv_dtype)
+        saved = floor.kv_bytes - footprint.kv_bytes(SMALLEST_CONTEXT)
         hints.append(f"`--context {SMALLEST_CONTEXT}` needs about {format_bytes(needed - saved)}")
     if config.kv_dtype == "f32":
         hints.append(f"`--kv f16` needs about {format_bytes(needed - floor.kv_bytes // 2)}")

@@ -16,6 +16,7 @@ has the files; `scheduler.py` chooses the running sequences.
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from contextlib import closing
 from dataclasses import dataclass
@@ -241,6 +242,12 @@ class PrefixCache:
                 sequence.last_snapshot = key
         if self._files is not None and before < len(sequence.prompt_ids) <= at:
             self._write_prompt(sequence, contents)
+
+    def tokens_to_snapshot(self, sequence: Sequence) -> int:
+        """How many tokens may follow the known ones in a step without passing a place where a snapshot is taken."""
+        if self._states is None or not self._is_on:
+            return sys.maxsize
+        return -sequence.num_tokens % SNAPSHOT_TOKENS
 
     def want_snapshot(self, sequence: Sequence, contents: list[BlockContent]) -> None:
         """Plan a snapshot where the prompt of `sequence`, now being computed, diverges from another's prefix."""

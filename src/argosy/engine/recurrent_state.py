@@ -16,13 +16,24 @@ from argosy import _native
 
 
 class StateSlots:
-    """The first `num_sequences` slots are for running sequences, the others for snapshots."""
+    """The first `num_sequences` slots are for running sequences, the others for snapshots.
 
-    def __init__(self, state: _native.RecurrentState, num_sequences: int | None = None) -> None:
+    Args:
+        can_roll_back: as many slots more keep what the state of each sequence was before proposed tokens ran.
+    """
+
+    def __init__(
+        self,
+        state: _native.RecurrentState,
+        num_sequences: int | None = None,
+        *,
+        can_roll_back: bool = False,
+    ) -> None:
         self.state = state
         self.num_sequences = state.num_slots if num_sequences is None else num_sequences
         self._free = list(range(self.num_sequences - 1, -1, -1))
-        self._unused = list(range(self.num_sequences, state.num_slots))
+        self._first_snapshot = (2 if can_roll_back else 1) * self.num_sequences
+        self._unused = list(range(self._first_snapshot, state.num_slots))
         self._snapshots: OrderedDict[bytes, int] = OrderedDict()  # key -> slot, least recently used first
 
     @property
@@ -35,7 +46,7 @@ class StateSlots:
 
     @property
     def most_snapshots(self) -> int:
-        return self.state.num_slots - self.num_sequences
+        return self.state.num_slots - self._first_snapshot
 
     def take(self) -> int:
         """Hand out a slot. The caller has checked that one is free."""
@@ -43,6 +54,14 @@ class StateSlots:
 
     def give_back(self, slot: int) -> None:
         self._free.append(slot)
+
+    def save(self, slot: int) -> None:
+        """Keep the state in a sequence's slot, for `roll_back`."""
+        self.state.copy_slot(slot, self.num_sequences + slot)
+
+    def roll_back(self, slot: int) -> None:
+        """Set the state in a sequence's slot to what it was at `save`."""
+        self.state.copy_slot(self.num_sequences + slot, slot)
 
     def has_snapshot(self, key: bytes) -> bool:
         return key in self._snapshots

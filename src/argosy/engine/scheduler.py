@@ -14,20 +14,26 @@
 - Among waiting sequences, the first one of the tenant with the fewest running goes next. If there is no room for it,
   none behind it may pass, so it gets its turn.
 
-Elsewhere: `prefix.py` finds prefixes; `engine.py` runs the batch.
+A decoding sequence may run proposed tokens behind its own (`drafter.py`). They count only if the sampler chooses them,
+so `commit` comes after sampling: what was computed for a rejected token is overwritten and never published. A recurrent
+state cannot be overwritten, so it is saved before proposals run, and restored if one is rejected; the confirmed tokens
+then run again.
+
+Elsewhere: `prefix.py` finds prefixes; `engine.py` runs the step; `answers.py` confirms proposals.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
+from argosy.engine.drafter import Drafter
 from argosy.engine.kv_cache import KvBlocks
 from argosy.engine.prefix import Prefix, PrefixCache
 from argosy.engine.recurrent_state import StateSlots
@@ -41,12 +47,22 @@ _SPARE_COLUMNS = 8  # of a block table: this many blocks can be added before a n
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """A batch, and the sequences that it produces a next token for (one per row of `batch.last_rows`)."""
+    """A step, and the sequences that it produces next tokens for."""
 
     batch: Batch
     sequences: list[Sequence]  # rows of `batch.block_table`
     counts: list[int] | None  # tokens of each sequence; None: one each, and all of them decode
-    ready: list[Sequence]
+    ready: list[Sequence]  # in the order of `batch.last_rows`: one row each, and one more for every proposal
+    proposals: dict[Sequence, list[int]]  # the last tokens of some decoding sequences, not confirmed yet
+
+    def rows(self, logits: NDArray[np.float32]) -> Iterator[tuple[Sequence, NDArray[np.float32], list[int]]]:
+        """Divide logits [rows, vocab_size] among the ready sequences: (sequence, its rows, its proposals)."""
+        at = 0
+        for sequence in self.ready:
+            proposals = self.proposals.get(sequence, [])
+            end = at + 1 + len(proposals)
+            yield sequence, logits[at:end], proposals
+            at = end
 
 
 class PromptTurns:
@@ -106,6 +122,7 @@ class Scheduler:
         blocks: the pool of KV blocks.   cache: known prefixes.
         chunk_tokens: maximum prompt tokens in a step.   max_sequences: maximum running sequences.
         states: slots for the recurrent state; None where no layer has one.
+        drafter: proposes at most `draft_tokens` tokens per sequence and step; None: nothing is proposed.
         clock: seconds, for `PromptTurns`.
     """
 
@@ -117,6 +134,8 @@ class Scheduler:
         chunk_tokens: int,
         max_sequences: int,
         states: StateSlots | None = None,
+        drafter: Drafter | None = None,
+        draft_tokens: int = 0,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         self._blocks = blocks
@@ -124,6 +143,8 @@ class Scheduler:
         self._states = states
         self._chunk_tokens = chunk_tokens
         self._max_sequences = max_sequences
+        self._drafter = drafter
+        self._draft_tokens = draft_tokens
         self._clock = clock
         self._turns = PromptTurns()
         self._waiting: list[Sequence] = []  # in order of arrival
@@ -168,7 +189,7 @@ class Scheduler:
         self.add(sequence)
         self.num_put_back += 1
 
-    def next_batch(self) -> Scheduled:
+    def next_step(self) -> Scheduled:
         """Returns the next step's tokens. Call it only while `has_work`."""
         self._began_at = self._clock()
         self._num_steps += 1
@@ -177,17 +198,22 @@ class Scheduler:
             self._load()
             self._grow()
             decoding = [one for one in self._running if not one.is_prefilling]
-            if decoding and len(decoding) == len(self._running):
+            if self._drafter is None and decoding and len(decoding) == len(self._running):
                 return self._decode()
             prompts: list[tuple[Sequence, int]] = []
             if not decoding or self._turns.is_open:
                 prompts = self._share_chunk([one for one in self._running if self._can_prefill(one)])
             if decoding or prompts:
-                return self._gather([(one, 1) for one in decoding] + prompts)
+                pending = [(one, one.num_tokens - one.num_computed) for one in decoding]
+                return self._gather(pending + prompts, self._propose(decoding))
             assert self.has_work  # and every running sequence is loading from files
 
-    def committed(self, scheduled: Scheduled) -> None:
-        """Record that a batch's tokens are computed: only now do their keys and values count."""
+    def commit(self, scheduled: Scheduled, confirmed: Mapping[Sequence, int] | None = None) -> None:
+        """Count a step's tokens as computed: only now do their keys and values exist for others.
+
+        Args:
+            confirmed: how many of its proposals became part of each sequence; None: nothing was proposed.
+        """
         size = self._blocks.block_tokens
         if scheduled.counts is None:
             for sequence in scheduled.sequences:
@@ -199,22 +225,37 @@ class Scheduler:
             num_decode = int(scheduled.batch.is_decode.sum())
             num_prompt = scheduled.batch.num_tokens - num_decode
             for sequence, count in zip(scheduled.sequences, scheduled.counts, strict=True):
+                if proposals := scheduled.proposals.get(sequence):
+                    num_rejected = len(proposals) - (confirmed or {}).get(sequence, 0)
+                    if num_rejected and self._states is not None:
+                        self._roll_back(sequence)
+                        continue
+                else:
+                    num_rejected = 0
                 before = sequence.num_computed
-                sequence.num_computed += count
+                sequence.num_computed += count - num_rejected
                 self._cache.grown(sequence, before)
                 self._has_come(sequence, sequence.num_computed // size)
         self._turns.count(self._clock() - self._began_at, num_prompt=num_prompt, num_decode=num_decode)
 
     def failed(self, scheduled: Scheduled) -> None:
-        """Record that a batch was not computed. Its tokens can run again as if nothing had happened.
+        """Record that a step was not computed. Its tokens can run again as if nothing had happened.
 
         Their keys and values will be written again in place. A sequence with an invalid recurrent state is preempted.
         """
-        if self._states is not None:
-            for sequence in scheduled.sequences:
-                assert sequence.state_slot is not None
-                if self._states.state.position(sequence.state_slot) < 0:
-                    self.put_back(sequence)
+        if self._states is None:
+            return
+        for sequence in scheduled.sequences:
+            assert sequence.state_slot is not None
+            if scheduled.proposals.get(sequence):
+                self._roll_back(sequence)
+            elif self._states.state.position(sequence.state_slot) < 0:
+                self.put_back(sequence)
+
+    def _roll_back(self, sequence: Sequence) -> None:
+        assert self._states is not None
+        assert sequence.state_slot is not None
+        self._states.roll_back(sequence.state_slot)
 
     def fork(self, leader: Sequence) -> list[Sequence]:
         """Let sequences that wait for `leader` to compute their prompt continue from its current position.
@@ -345,7 +386,7 @@ class Scheduler:
         """Give each decoding sequence a block for its next token; preempt the youngest sequences if none are left."""
         size = self._blocks.block_tokens
         for sequence in list(self._running):
-            if sequence.is_prefilling or sequence.num_computed < len(sequence.blocks) * size:
+            if sequence.is_prefilling or sequence.num_tokens <= len(sequence.blocks) * size:
                 continue
             while not self._blocks.num_available and sequence in self._running:
                 self.put_back(self._running[-1])
@@ -362,7 +403,31 @@ class Scheduler:
             else:
                 self._decoding = _Decoding.of([])
 
-    # ── building batches ────────────────────────────────────────────────────────────────────────────────────────
+    def _propose(self, decoding: list[Sequence]) -> dict[Sequence, list[int]]:
+        """Ask the drafter, within the room that is left; nobody is preempted for a proposal."""
+        proposals: dict[Sequence, list[int]] = {}
+        if self._drafter is None:
+            return proposals
+        size = self._blocks.block_tokens
+        for sequence in decoding:
+            room = (len(sequence.blocks) + self._blocks.num_available) * size - sequence.num_tokens
+            most = min(
+                self._draft_tokens,
+                sequence.max_new_tokens - len(sequence.new_ids) - 1,
+                self._cache.tokens_to_snapshot(sequence),
+                room,
+            )
+            if most < 1 or not (proposed := list(self._drafter.propose(sequence, most))[:most]):
+                continue
+            proposals[sequence] = proposed
+            num_more = self._blocks.blocks_for(sequence.num_tokens + len(proposed)) - len(sequence.blocks)
+            sequence.blocks += self._blocks.take(max(0, num_more))
+            if self._states is not None:
+                assert sequence.state_slot is not None
+                self._states.save(sequence.state_slot)
+        return proposals
+
+    # ── building steps ────────────────────────────────────────────────────────────────────────────────────────
 
     def _can_prefill(self, sequence: Sequence) -> bool:
         return sequence.is_prefilling and sequence.loading is None
@@ -406,26 +471,29 @@ class Scheduler:
             last_rows=same.last_rows,
             state_slots=same.state_slots,
         )
-        return Scheduled(batch, same.sequences, None, same.sequences)
+        return Scheduled(batch, same.sequences, None, same.sequences, {})
 
-    def _gather(self, parts: list[tuple[Sequence, int]]) -> Scheduled:
-        """Chunks of prompts, plus one token for each decoding sequence."""
+    def _gather(self, parts: list[tuple[Sequence, int]], proposals: dict[Sequence, list[int]]) -> Scheduled:
+        """Chunks of prompts and what each decoding sequence has not computed yet, with its proposals after it."""
         block_tokens = self._blocks.block_tokens
-        sequences, counts = [sequence for sequence, _ in parts], [count for _, count in parts]
+        sequences, counts = [sequence for sequence, _ in parts], []
         table = _block_table(sequences)
         token_ids: list[int] = []
-        positions, slots, ready, last_rows = [], [], [], []
-        for row, (sequence, count) in enumerate(parts):
-            start = sequence.num_computed
-            token_ids += sequence.tokens_from(start, count)
+        positions, slots, ready = [], [], []
+        last_rows: list[int] = []
+        for row, (sequence, num_known) in enumerate(parts):
+            start, proposed = sequence.num_computed, proposals.get(sequence, [])
+            token_ids += sequence.tokens_from(start, num_known)
+            if start + num_known == sequence.num_tokens:
+                ready.append(sequence)
+                last_rows += range(len(token_ids) - 1, len(token_ids) + len(proposed))
+            token_ids += proposed
+            counts.append(count := num_known + len(proposed))
             where = np.arange(start, start + count, dtype=np.int32)
             positions.append(where)
             slots.append(
                 table[row, where // block_tokens].astype(np.int64) * block_tokens + where % block_tokens
             )
-            if start + count == sequence.num_tokens:
-                ready.append(sequence)
-                last_rows.append(len(token_ids) - 1)
         batch = Batch(
             token_ids=np.array(token_ids, np.int32),
             positions=np.concatenate(positions),
@@ -436,7 +504,7 @@ class Scheduler:
             last_rows=np.array(last_rows, np.int64),
             state_slots=_state_slots(sequences),
         )
-        return Scheduled(batch, sequences, counts, ready)
+        return Scheduled(batch, sequences, counts, ready, proposals)
 
 
 def _equal_parts(wanted: Mapping[str, int], total: int, *, first: int) -> dict[str, int]:

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from argosy.config import KV_BLOCK_TOKENS
 from argosy.engine.loop import EngineLoop
-from argosy.engine.memory_plan import KV_BLOCK_TOKENS
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.limits import Limits, UseFile

@@ -1,0 +1,222 @@
+"""Turn the logits of a step into tokens of answers, end answers, and count what they cost.
+
+    logits of a sequence's wanted rows ─ sampler ─ append ─> Accepted ─ the scheduler has committed ─> events
+
+With proposed tokens, a sequence has several rows: the first follows its last token, each further one a proposal. The
+sampler chooses from a row as if there were no proposals. If its choice is the proposal, the next row is valid, too. So
+an answer has the same tokens with proposals as without.
+
+Elsewhere: `sampler.py` chooses a token; `sequence.py` knows when an answer ends; the engine commits between `accept`
+and `events`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy.engine.ledger import Ledger
+from argosy.engine.sampler import Sampler, with_logprobs
+from argosy.engine.scheduler import Scheduled
+from argosy.engine.sequence import FinishReason, Result, TokenEvent, TokenLogprob
+from argosy.engine.sequence import Sequence as EngineSequence
+from argosy.errors import ArgosyError
+from argosy.experts.source import ExpertSource
+from argosy.model.clock import PartClock
+from argosy.model.model import Model
+from argosy.plan import machine
+
+
+@dataclass(slots=True)
+class Accepted:
+    """What one sequence got from a step: new tokens with their text, and why the answer ends, if it does."""
+
+    sequence: EngineSequence
+    tokens: list[tuple[int, str, TokenLogprob | None]] = field(default_factory=list)
+    reason: FinishReason | None = None
+    error: ArgosyError | None = None
+
+    @property
+    def num_confirmed(self) -> int:
+        """How many proposals are part of the answer: all new tokens but the last were proposed."""
+        return max(0, len(self.tokens) - 1)
+
+
+class Pace:
+    """How often sequences end, to estimate when there will be room for another."""
+
+    def __init__(self) -> None:
+        self._ends: deque[float] = deque(maxlen=16)
+
+    def count(self, now: float) -> None:
+        self._ends.append(now)
+
+    def seconds_to_next(self) -> int:
+        """Mean time between ends, in whole seconds from 1 to 60."""
+        ends = self._ends
+        mean = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else 1.0
+        return min(60, max(1, math.ceil(mean)))
+
+
+class Answers:
+    """Samples, ends and counts.
+
+    Args:
+        end_ids: tokens that end any answer, unless they are ignored.
+        experts: counts look-ups and reads; None where there are no routed experts.
+    """
+
+    def __init__(self, end_ids: Collection[int], *, clock: PartClock, experts: ExpertSource | None) -> None:
+        self.sampler = Sampler(end_ids)
+        self.pace = Pace()
+        self._end_ids = end_ids
+        self._clock = clock
+        self._experts = experts
+        self._prompt_tokens = self._cached_tokens = self._new_tokens = 0
+        clock.mark("other")
+        self._seconds_at_start = dict(clock.seconds)
+
+    def accept(
+        self, sequence: EngineSequence, rows: NDArray[np.float32], proposals: Sequence[int] = ()
+    ) -> Accepted:
+        """Choose tokens and append them, as long as the proposals are what the sampler chooses.
+
+        Args:
+            rows: logits, float32 [1 + proposals, vocab_size].
+        """
+        accepted = Accepted(sequence)
+        if sequence.first_token_at is None:
+            sequence.first_token_at = perf_counter()
+            self._prompt_tokens += len(sequence.prompt_ids)
+            self._cached_tokens += sequence.cached_tokens or 0
+        if not sequence.max_new_tokens:
+            accepted.reason = "length"
+            return accepted
+        for number, logits in enumerate(rows):
+            try:
+                sampled = self.sampler.sample(
+                    logits, sequence.params, sequence.sampler_state, sequence.constraint
+                )
+            except ArgosyError as error:  # concerns this sequence alone
+                accepted.reason, accepted.error = "error", error
+                break
+            self._clock.mark("sampling")
+            self._new_tokens += 1
+            logprob = None
+            if sequence.logprobs is not None and sampled.logprob is not None:
+                logprob = TokenLogprob(sampled.token_id, sampled.logprob, sampled.top_logprobs)
+                sequence.logprobs.append(logprob)
+            text, accepted.reason = sequence.append(sampled.token_id, self._end_ids)
+            accepted.tokens.append((sampled.token_id, text, logprob))
+            self._clock.mark("other")
+            is_proposed = number < len(proposals) and sampled.token_id == proposals[number]
+            if accepted.reason is not None or not is_proposed:
+                break
+        return accepted
+
+    def note_prompts(self, scheduled: Scheduled, model: Model, *, at_once: int) -> list[Accepted]:
+        """Record log-probabilities of the prompt tokens that follow a step's tokens, where a request wants them.
+
+        Args:
+            at_once: rows of logits that the memory plan has room for.
+
+        Returns:
+            The sequences that end because theirs cannot be computed.
+        """
+        ended = []
+        for number, sequence in enumerate(scheduled.sequences):
+            noted, prompt_ids = sequence.prompt_logprobs, sequence.prompt_ids
+            if noted is None or len(noted) >= len(prompt_ids):
+                continue
+            rows = np.flatnonzero(scheduled.batch.sequence == number)
+            order = scheduled.batch.positions[rows]
+            rows = rows[(order >= len(noted) - 1) & (order < len(prompt_ids) - 1)]
+            count = sequence.params.prompt_logprobs
+            assert count is not None
+            try:
+                for start in range(0, len(rows), at_once):
+                    for logits in model.logits(rows[start : start + at_once]):
+                        found = with_logprobs(prompt_ids[len(noted)], logits, count)
+                        assert found.logprob is not None
+                        noted.append(TokenLogprob(found.token_id, found.logprob, found.top_logprobs))
+            except ArgosyError as error:  # concerns this sequence alone
+                ended.append(Accepted(sequence, reason="error", error=error))
+        return ended
+
+    def result(
+        self, sequence: EngineSequence, reason: FinishReason, error: ArgosyError | None = None
+    ) -> Result:
+        """End a sequence: set and return its result."""
+        self.pace.count(perf_counter())
+        prompt, new = len(sequence.prompt_ids), len(sequence.new_ids)
+        usage = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        sequence.result = Result(
+            text=sequence.text,
+            token_ids=sequence.new_ids,
+            finish_reason=reason,
+            logprobs=sequence.logprobs,
+            usage=usage | {"cached_tokens": sequence.cached_tokens or 0},
+            seed=sequence.sampler_state.seed,
+            ledger=self._ledger_since(sequence),
+            stopped_by=sequence.stopped_by,
+            prompt_logprobs=sequence.prompt_logprobs,
+            error=error,
+        )
+        return sequence.result
+
+    @property
+    def ledger(self) -> Ledger:
+        """Totals since the engine started."""
+        stats = self._experts.stats if self._experts is not None else None
+        self._clock.mark("other")
+        seconds = self._clock.seconds
+        return Ledger(
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            new_tokens=self._new_tokens,
+            wall_s=sum(seconds.values()) - sum(self._seconds_at_start.values()),
+            lookups=stats.lookups if stats else 0,
+            hits=stats.hits if stats else 0,
+            bytes_read=stats.bytes_read if stats else 0,
+            peak_bytes=machine.peak_bytes(),
+            parts={part: s - self._seconds_at_start[part] for part, s in seconds.items()},
+        )
+
+    def _ledger_since(self, sequence: EngineSequence) -> Ledger:
+        now, before = self.ledger, sequence.counters_at_start
+        first = sequence.first_token_at
+        return Ledger(
+            prompt_tokens=len(sequence.prompt_ids),
+            cached_tokens=sequence.cached_tokens or 0,
+            new_tokens=len(sequence.new_ids),
+            wall_s=now.wall_s - before.wall_s,
+            time_to_first_token_s=None if first is None else first - sequence.started_at,
+            lookups=now.lookups - before.lookups,
+            hits=now.hits - before.hits,
+            bytes_read=now.bytes_read - before.bytes_read,
+            peak_bytes=now.peak_bytes,
+            parts={part: seconds - before.parts[part] for part, seconds in now.parts.items()},
+        )
+
+
+def events(accepted: Accepted, result: Result | None) -> deque[TokenEvent]:
+    """The events of new tokens; the last one has the result, if the answer ended."""
+    made: deque[TokenEvent] = deque()
+    for number, (token_id, text, logprob) in enumerate(accepted.tokens, start=1):
+        is_last = number == len(accepted.tokens) and accepted.error is None
+        made.append(
+            TokenEvent(
+                token_id,
+                text,
+                logprob,
+                accepted.reason if is_last else None,
+                result if is_last else None,
+            )
+        )
+    return made

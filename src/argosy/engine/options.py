@@ -1,0 +1,113 @@
+"""The keywords of `Engine.open`, and the complete settings that they become for one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from argosy.checkpoint.files import ModelFiles
+from argosy.config import AskAhead, Budget, EngineConfig, KvDir, KvDtype, ModelConfig, parse_size
+from argosy.engine.memory_plan import quarter_of_experts
+from argosy.errors import UsageError
+from argosy.experts.source import Progress
+from argosy.plan import machine
+
+DEMO = "demo"  # selects the embedded default model; a directory of that name is `./demo`
+DEMO_CONTEXT, DEMO_CHUNK = 2048, 256  # default tokens for the demo model
+
+
+class EngineOptions(TypedDict, total=False):
+    """Everything about an engine that a caller may choose; `EngineConfig` describes what is not described here.
+
+    memory: the budget of the whole process: bytes, `8GiB`, `8GB`, `75%`, or a `Budget`. None: free memory less a
+        margin (`plan.machine.default_budget`).
+    context: positions of the KV cache, shared by all sequences, at most the model's context length; None: as many as
+        the budget allows.
+    threads: compute threads; None: the cores this process may use.
+    expert_slots: None: what the budget leaves, or a quarter of the demo model's experts if `memory` is None, too.
+    kv_dir: a path, or a `KvDir` with its bounds.
+    """
+
+    memory: str | int | Budget | None
+    context: int | None
+    threads: int | None
+    kv_dtype: KvDtype
+    instruction_set: str | None
+    ask_ahead: AskAhead | None
+    chunk_tokens: int | None
+    expert_slots: int | None
+    max_sequences: int
+    draft_tokens: int
+    readers: int
+    look_ahead: bool
+    experts_off: bool
+    max_waiting: int | None
+    prefix_reuse: bool
+    kv_dir: str | Path | KvDir | None
+    grammars: bool
+    replay_bytes: int
+    request_bytes: int
+
+
+def locate_model(model: str | Path, progress: Progress | None = None) -> Path:
+    """Locate a model; makes the demo model on first use."""
+    if str(model) == DEMO:
+        from argosy.demo.locate import locate
+
+        return locate(progress=progress)
+    return Path(model)
+
+
+def configure(model: str | Path, files: ModelFiles, **options: Unpack[EngineOptions]) -> EngineConfig:
+    """Fill in the settings that were left out, for one model; `Engine` runs them, and `argosy show` plans with them.
+
+    Raises:
+        UsageError: a setting is invalid, or the requested context is longer than the model supports.
+    """
+    given: dict[str, Any] = dict(options)
+    memory, context = given.pop("memory", None), given.pop("context", None)
+    if str(model) == DEMO and memory is None and given.get("expert_slots") is None:
+        given["expert_slots"] = quarter_of_experts(files)
+        context = context or min(DEMO_CONTEXT, files.config.context_tokens)
+        given["chunk_tokens"] = given.get("chunk_tokens") or DEMO_CHUNK
+    if (kv_dir := given.get("kv_dir")) is not None and not isinstance(kv_dir, KvDir):
+        given["kv_dir"] = KvDir(path=Path(kv_dir))
+    given["threads"] = given.get("threads") or machine.usable_cores()
+    config = EngineConfig.from_mapping({**given, "budget": _budget(memory, context)})
+    require_context(files.config, config.budget.context_tokens)
+    least = files.config.experts_per_token
+    if config.expert_slots is not None and config.expert_slots < least:
+        raise UsageError(
+            f"expert_slots must be at least experts_per_token = {least}, found {config.expert_slots}"
+        )
+    return config
+
+
+def require_context(model: ModelConfig, context_tokens: int | None) -> None:
+    """Check that the model supports an explicitly requested context.
+
+    Raises:
+        UsageError: the model has fewer positions.
+    """
+    if context_tokens is None or context_tokens <= model.context_tokens:
+        return
+    beyond = "a longer one needs rope scaling, and max_position_embeddings (context_length in a GGUF) that includes it"
+    if model.rope.kind == "dynamic":
+        beyond = "longer ones would need this model's dynamic rope scaling, which is not built in"
+    raise UsageError(
+        f"a context of {context_tokens} tokens was requested, and the model supports {model.context_tokens}",
+        hint=f"`--context {model.context_tokens}` is the longest; {beyond}",
+        needed=context_tokens,
+        available=model.context_tokens,
+    )
+
+
+def _budget(memory: str | int | Budget | None, context: int | None) -> Budget:
+    if isinstance(memory, Budget):
+        return memory
+    limit = machine.memory_limit()
+    if memory is None:
+        ram_bytes, _ = machine.default_budget(limit)
+    else:
+        ram_bytes = parse_size(memory, total_bytes=limit.total_bytes)
+    return Budget(ram_bytes=ram_bytes, context_tokens=context)

@@ -1,0 +1,124 @@
+"""Check requests, and make the sequences of their answers. Safe from any thread, even while an engine steps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from argosy.config import SamplingParams
+from argosy.engine.prefix import PrefixCache
+from argosy.engine.sampler import SamplerState, derived_seed
+from argosy.engine.sequence import Sequence as EngineSequence
+from argosy.errors import PromptTooLong, UsageError
+from argosy.prompt.messages import Message
+from argosy.prompt.prompt import Prompt, PromptBuilder
+from argosy.prompt.tokenizer import StreamDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from argosy.engine.constraint import Constraint, GrammarCompiler
+
+PromptLike = str | Sequence[int] | Sequence[Message] | Prompt
+
+
+class Requests:
+    """Makes sequences for one engine.
+
+    Args:
+        grammars: the compiler, or the error to raise when a request has a grammar.
+        context_tokens: a prompt and its answer have to fit.
+    """
+
+    def __init__(
+        self,
+        prompts: PromptBuilder,
+        tokenizer: Tokenizer | None,
+        grammars: GrammarCompiler | UsageError,
+        cache: PrefixCache,
+        *,
+        context_tokens: int,
+        vocab_size: int,
+    ) -> None:
+        self.prompts = prompts
+        self._tokenizer = tokenizer
+        self._grammars = grammars
+        self._cache = cache
+        self._context_tokens = context_tokens
+        self._vocab_size = vocab_size
+        self._numbers = itertools.count()
+
+    def prepare(
+        self, prompt: PromptLike, params: SamplingParams | None, *, num_answers: int, tenant: str
+    ) -> list[EngineSequence]:
+        """Check a request and make one sequence per answer.
+
+        The first answer computes the prompt, and the others continue from there. Each has its own seed, derived from
+        the request's.
+
+        Raises:
+            PromptTooLong: the prompt leaves no room for an answer.
+            UsageError: `PromptBuilder.build` refuses the prompt, or this model cannot honour the parameters.
+        """
+        params = params or SamplingParams()
+        started_at = perf_counter()
+        if num_answers < 1:
+            raise UsageError(f"num_answers must be at least 1, found {num_answers}")
+        built = self.prompts.build(prompt)
+        prompt_ids = list(built.token_ids or ())
+        available, least = self._context_tokens, max(1, params.min_tokens)
+        if len(prompt_ids) + least > available:
+            raise PromptTooLong.of(len(prompt_ids), available, for_answer=least)
+        self._require_possible(params)
+        left = available - len(prompt_ids)
+        sequences: list[EngineSequence] = []
+        for number in range(num_answers):
+            seed = params.seed if not sequences else derived_seed(sequences[0].sampler_state.seed, number)
+            sequence = EngineSequence(
+                prompt_ids,
+                params,
+                number=next(self._numbers),
+                max_new_tokens=left if params.max_tokens is None else min(params.max_tokens, left),
+                sampler_state=SamplerState(prompt_ids, seed),
+                chain=self._cache.chain(tenant),
+                decoder=self._decoder_of(built, params),
+                tenant=tenant,
+                constraint=self._constraint(params, tenant),
+            )
+            sequence.started_at = started_at
+            if sequences:
+                sequence.leader = sequences[0]
+                sequences[0].followers.append(sequence)
+            sequences.append(sequence)
+        return sequences
+
+    def forget(self, tenant: str) -> None:
+        """Forget a tenant's compiled grammars."""
+        if not isinstance(self._grammars, UsageError):
+            self._grammars.forget(tenant)
+
+    def _decoder_of(self, prompt: Prompt, params: SamplingParams) -> StreamDecoder | None:
+        if self._tokenizer is None:
+            return None
+        return self._tokenizer.stream(
+            keep_special=not params.skip_special_tokens, is_start=prompt.is_conversation
+        )
+
+    def _constraint(self, params: SamplingParams, tenant: str) -> Constraint | None:
+        if params.grammar is None:
+            return None
+        if isinstance(self._grammars, UsageError):
+            raise self._grammars
+        return self._grammars.compile(params.grammar, tenant)
+
+    def _require_possible(self, params: SamplingParams) -> None:
+        """Refuse parameters that this model cannot honour."""
+        if params.stop and self._tokenizer is None:
+            raise UsageError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
+        for name, token_ids in (
+            ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
+            for token_id in token_ids:
+                if not 0 <= token_id < self._vocab_size:
+                    raise UsageError(f"{name} names token {token_id}; the vocabulary has {self._vocab_size}")

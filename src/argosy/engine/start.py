@@ -1,0 +1,214 @@
+"""Start an engine: threads, weights, tokenizer, memory plan, model; or nothing, if any of them fails.
+
+    reads of weights begin  ─ tokenizer, grammars ─  weights have landed  ─ plan ─  model
+
+The tokenizer is built while weights are read. What it takes is known only then, so the budget is divided twice: before
+anything is read, to refuse early, and with the memory that the process then holds. Experts are read early, too, if all
+of them fit beside any tokenizer of reasonable size.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from argosy import _native
+from argosy.checkpoint.files import ModelFiles
+from argosy.config import AskAhead, EngineConfig
+from argosy.engine.memory_plan import (
+    TOKENIZER_ROOM_BYTES,
+    MemoryPlan,
+    held_bytes,
+    page_table_bytes,
+    plan_memory,
+    process_bytes,
+    require_mappable,
+)
+from argosy.engine.prefix import identify
+from argosy.engine.prefix_files import PrefixFiles
+from argosy.errors import ArgosyError, DoesNotFit, UnsupportedModel, UsageError
+from argosy.experts.source import Progress
+from argosy.model.clock import PartClock
+from argosy.model.decoder import RouteObserver
+from argosy.model.footprint import kv_bytes, state_bytes
+from argosy.model.model import Model, ModelReading
+from argosy.prompt.prompt import PromptBuilder
+from argosy.prompt.tokenizer import Tokenizer, has_chat_template
+
+if TYPE_CHECKING:
+    from argosy.engine.constraint import GrammarCompiler
+    from argosy.prompt.chat import Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What an engine runs with; it closes all of it."""
+
+    clock: PartClock
+    store: _native.Store
+    runtime: _native.Runtime
+    prefix_files: PrefixFiles | None
+    tokenizer: Tokenizer | None
+    eos_ids: frozenset[int]
+    grammars: GrammarCompiler | UsageError  # the compiler, or the error to raise when a request has a grammar
+    plan: MemoryPlan
+    prompts: PromptBuilder
+    model: Model
+
+
+def start(
+    files: ModelFiles,
+    config: EngineConfig,
+    *,
+    progress: Progress | None = None,
+    observe_routes: RouteObserver | None = None,
+) -> Started:
+    """Open everything that an engine needs.
+
+    Raises:
+        DoesNotFit: the budget or an `ulimit` is too small.
+        UnsupportedModel, UsageError, and `CheckpointError` and related errors: see `errors`.
+    """
+    _require_readable(files)
+    _choose_instruction_set(config.instruction_set)
+    require_mappable(files, config)
+    clock = PartClock()
+    with _no_collections(), ExitStack() as undo:
+        with _thread_limits():
+            store = _native.Store(config.readers)
+            undo.callback(store.close)
+            # Measured before anything is loaded: the plan counts more for the process than this takes.
+            ask_ahead = config.ask_ahead or _measured_ask_ahead(_native.instruction_set(), config.threads)
+            runtime = _native.Runtime(config.threads, ask_ahead)
+            undo.callback(runtime.close)
+        prefix_files = _open_prefix_files(files, config)
+        if prefix_files is not None:
+            undo.callback(prefix_files.close)
+        worker = _start_worker(undo) if has_chat_template(files.path) else None
+
+        held = held_bytes()
+        reading = None
+        with suppress(DoesNotFit):  # then nothing is read, and the plan below raises the error
+            plan = plan_memory(files, config, process_bytes=held)
+            reading = ModelReading(
+                files,
+                store,
+                with_experts=plan.is_resident and plan.left_bytes >= TOKENIZER_ROOM_BYTES,
+                experts_off=config.experts_off,
+                progress=progress,
+            )
+            undo.callback(reading.cancel)
+        tokenizer = Tokenizer.open(files.path, files.header)
+        eos_ids = frozenset(files.config.eos_ids) | frozenset(tokenizer.eos_ids if tokenizer else ())
+        grammars = _open_grammars(files, config, tokenizer, eos_ids)
+        landed = 0 if reading is None else reading.wait()  # the plan counts these bytes separately
+        landed += page_table_bytes(landed, num_mappings=0)
+        plan = plan_memory(files, config, process_bytes=max(held, process_bytes(tokenizer) - landed))
+        assert reading is not None
+        if worker is None and tokenizer is not None and tokenizer.chat_template is not None:
+            worker = _start_worker(undo)  # a GGUF's template is known only now
+        prompts = PromptBuilder(
+            tokenizer,
+            vocab_size=files.config.vocab_size,
+            worker=worker,
+            context_tokens=plan.context_tokens,
+        )
+        model = reading.finish(
+            plan.model_sizes(config),
+            runtime,
+            clock=clock,
+            look_ahead=config.look_ahead,
+            observe=observe_routes,
+        )
+        undo.pop_all()
+    return Started(clock, store, runtime, prefix_files, tokenizer, eos_ids, grammars, plan, prompts, model)
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Disable garbage collection: startup makes a hundred thousand objects that stay, and no cycles."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextmanager
+def _thread_limits() -> Iterator[None]:
+    """Turn a refused thread into an ArgosyError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ArgosyError(
+            str(error), hint="raise that limit, or ask for fewer threads: `--threads N`"
+        ) from error
+
+
+def _require_readable(files: ModelFiles) -> None:
+    if files.has_strided_experts:
+        raise UnsupportedModel(
+            f"{files.path} keeps its experts transposed, and they cannot be read row by row",
+            hint=f"run `argosy pack {files.path} DIR --format source`, then use DIR",
+            path=files.path,
+            key="experts",
+        )
+
+
+def _choose_instruction_set(cap: str | None) -> None:
+    available = _native.instruction_sets()
+    if cap is None:
+        _native.use_instruction_set(available[-1])
+        return
+    if cap not in available:
+        raise UsageError(f"unknown instruction set '{cap}'; this processor has: {', '.join(available)}")
+    _native.use_instruction_set(cap)
+
+
+@functools.cache
+def _measured_ask_ahead(instruction_set: str, threads: int) -> AskAhead:
+    """Measured once per argument pair: the machine stays the same."""
+    return _native.ask_ahead_probe(threads)
+
+
+def _start_worker(undo: ExitStack) -> Worker:
+    """Start the chat-template process now, so that it is ready for the first prompt."""
+    from argosy.prompt.chat import Worker
+
+    worker = Worker()
+    undo.callback(worker.stop)
+    return worker
+
+
+def _open_prefix_files(files: ModelFiles, config: EngineConfig) -> PrefixFiles | None:
+    if config.kv_dir is None:
+        return None
+    return PrefixFiles(
+        config.kv_dir,
+        identity=identify(files, config.kv_dtype, config.experts_off),
+        block_bytes=kv_bytes(files.config, 1, config.kv_dtype),
+        state_bytes=state_bytes(files.config, 1),
+    )
+
+
+def _open_grammars(
+    files: ModelFiles, config: EngineConfig, tokenizer: Tokenizer | None, eos_ids: frozenset[int]
+) -> GrammarCompiler | UsageError:
+    if not config.grammars:
+        return UsageError(
+            "this engine does not support grammars", hint="create it with Engine.open(..., grammars=True)"
+        )
+    if tokenizer is None:
+        return UsageError("a grammar needs a tokenizer, and this checkpoint has no tokenizer.json")
+    from argosy.engine.constraint import GrammarCompiler  # imports modules that few engines need
+
+    try:
+        return GrammarCompiler(tokenizer, vocab_size=files.config.vocab_size, end_ids=eos_ids)
+    except UsageError as error:
+        return error

@@ -1,0 +1,108 @@
+"""The memory that a model takes, part by part, known from its headers before anything is loaded.
+
+A memory plan asks here and never recomputes a size. Native code reports what native code allocates.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from argosy import _native
+from argosy.checkpoint.files import ModelFiles
+from argosy.config import KV_BLOCK_TOKENS, KvDtype, ModelConfig
+from argosy.experts import policy
+from argosy.experts.source import (
+    bookkeeping_bytes,
+    resident_bookkeeping_bytes,
+    resident_bytes,
+    slot_bytes,
+)
+from argosy.model.layers import kv_shapes
+from argosy.model.weights import dense_footprint
+from argosy.model.workspace import workspace_bytes
+
+
+def kv_bytes(config: ModelConfig, num_tokens: int, kv_dtype: KvDtype) -> int:
+    """Bytes of keys and values of all layers for `num_tokens` positions, in whole blocks."""
+    num_blocks = -(-num_tokens // KV_BLOCK_TOKENS)
+    return _native.kv_cache_bytes(kv_shapes(config), num_blocks, KV_BLOCK_TOKENS, kv_dtype)
+
+
+def state_bytes(config: ModelConfig, num_states: int) -> int:
+    """Bytes of recurrent state for `num_states` sequences; 0 if no layer has one."""
+    if config.delta is None or not num_states:
+        return 0
+    return _native.recurrent_state_bytes(num_states, len(config.delta_layers), config.delta.sizes)
+
+
+class Footprint:
+    """Bytes of each part of one model.
+
+    Args:
+        threads: compute threads; each has scratch memory.
+        readers: threads of the store; each has a staging buffer if weights are transcoded.
+    """
+
+    def __init__(self, files: ModelFiles, *, kv_dtype: KvDtype, threads: int, readers: int) -> None:
+        self.config = files.config
+        self.num_experts = len(files.experts)  # routed experts in all layers
+        self._files = files
+        self._kv_dtype = kv_dtype
+        self._threads = threads
+        self._readers = readers
+
+    @cached_property
+    def dense_bytes(self) -> int:
+        return dense_footprint(self._files.dense)
+
+    @cached_property
+    def staging_bytes(self) -> int:
+        """Buffers that readers transcode from; 0 if every weight lands as it is stored."""
+        pieces = (piece for record in self._files.experts.values() for piece in record.pieces)
+        is_transcoded = any(ref.block_type for ref in self._files.dense.values()) or any(
+            piece.transcode for piece in pieces
+        )
+        return self._readers * _native.STAGING_BYTES if is_transcoded else 0
+
+    @cached_property
+    def slot_bytes(self) -> int:
+        """One expert slot: it can hold any expert."""
+        return slot_bytes(self._files.experts)
+
+    @cached_property
+    def resident_bytes(self) -> int:
+        """All experts, one after another."""
+        return resident_bytes(self._files.experts)
+
+    def kv_bytes(self, num_tokens: int) -> int:
+        return kv_bytes(self.config, num_tokens, self._kv_dtype)
+
+    def state_bytes(self, num_states: int) -> int:
+        return state_bytes(self.config, num_states)
+
+    def working_bytes(self, step_tokens: int) -> int:
+        """The buffers and scratch memory of a step of at most `step_tokens` tokens."""
+        return workspace_bytes(self.config, step_tokens, self._threads)
+
+    def record_bytes(self, num_slots: int) -> int:
+        """What keeps account of the experts if `num_slots` of them have room: where each is, when it was used."""
+        if not self.num_experts:
+            return 0
+        num_layers, num_experts = self.config.num_layers, self.config.num_experts
+        # `Stack.take_uses`: current counts, last reported counts, and those being reported.
+        uses = 3 * 8 * num_layers * num_experts
+        if num_slots >= self.num_experts:
+            return uses + self._resident_records
+        return (
+            uses
+            + self._records
+            + policy.bookkeeping_bytes(num_slots=num_slots, num_layers=num_layers, num_experts=num_experts)
+        )
+
+    @cached_property
+    def _records(self) -> int:
+        return bookkeeping_bytes(self._files.experts)
+
+    @cached_property
+    def _resident_records(self) -> int:
+        return resident_bookkeeping_bytes(self._files.experts)

@@ -1,0 +1,208 @@
+"""A checkpoint that runs steps: weights, experts, KV cache, recurrent state and decoder, opened and closed as one.
+
+    ModelFiles ─ ModelReading: reads have begun ─ sizes ─> Model.forward: step -> logits
+
+A memory plan needs to know how large the tokenizer is, and reading weights takes as long as building it. So a model is
+opened in two steps: `ModelReading` starts the reads, and `finish` allocates the rest once the plan is made.
+
+Elsewhere: `footprint.py` says beforehand what a model takes; `decoder.py` runs a step; an engine owns the threads and
+the store, which models share.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy import _native
+from argosy.checkpoint.files import ModelFiles
+from argosy.config import KV_BLOCK_TOKENS, KvDtype, ModelConfig
+from argosy.experts.cache import CachedSource
+from argosy.experts.source import ExpertFiles, ExpertSource, Progress, ResidentReading, load_resident
+from argosy.model.batch import Batch
+from argosy.model.clock import PartClock
+from argosy.model.decoder import Decoder, RouteObserver
+from argosy.model.layers import kv_shapes
+from argosy.model.weights import DenseReading, DenseWeights
+from argosy.model.workspace import Workspace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSizes:
+    """How much of everything a model holds, as a memory plan decided."""
+
+    kv_blocks: int
+    kv_dtype: KvDtype
+    step_tokens: int  # maximum tokens of a step
+    num_states: int  # slots of the recurrent state; ignored if no layer has one
+    expert_slots: int | None  # None: every expert
+
+
+class ModelReading:
+    """Reads a model's weights while the caller does something else.
+
+    Reads start when this is created. `finish` or `cancel` ends them.
+
+    Args:
+        with_experts: also read every expert now, because all of them will fit.
+        experts_off: leave routed experts out of every sum, and read none.
+    """
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        store: _native.Store,
+        *,
+        with_experts: bool = False,
+        experts_off: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        self._files = files
+        self._store = store
+        self._progress = progress
+        self._has_experts = bool(files.experts) and not experts_off
+        self._open_file = functools.cache(store.open)
+        self._weights: DenseWeights | None = None
+        self._experts: ExpertSource | None = None
+        self._experts_reading: ResidentReading | None = None
+        self._dense_reading = DenseReading(
+            store,
+            files.dense,
+            open_file=self._open_file,
+            norm_offset=files.config.norm_offset,
+            progress=progress,
+        )
+        if with_experts and self._has_experts:
+            try:
+                self._experts_reading = ResidentReading(store, self._expert_files())
+            except BaseException:
+                self._dense_reading.cancel()
+                raise
+
+    def _expert_files(self) -> ExpertFiles:
+        return ExpertFiles(self._store, self._files.experts, open_file=self._open_file)
+
+    def wait(self) -> int:
+        """Wait for the reads that were started; return the bytes of memory that they filled.
+
+        Raises:
+            ReadFailed, CorruptRecord, CheckpointError: as `DenseReading.finish` and `ResidentReading.finish`.
+        """
+        self._weights = self._dense_reading.finish()
+        nbytes = self._weights.nbytes
+        if self._experts_reading is not None:
+            self._experts = self._experts_reading.finish(self._progress)
+            nbytes += self._experts.arena.nbytes
+        return nbytes + self._store.staging_held_bytes
+
+    def finish(
+        self,
+        sizes: ModelSizes,
+        runtime: _native.Runtime,
+        *,
+        clock: PartClock,
+        look_ahead: bool = True,
+        observe: RouteObserver | None = None,
+    ) -> Model:
+        """Open the model within `sizes`, after `wait`.
+
+        Experts that were read make way if `sizes` has no room for all of them.
+
+        Raises:
+            ReadFailed, CorruptRecord, CheckpointError: an expert cannot be read.
+        """
+        assert self._weights is not None
+        if self._experts is not None and sizes.expert_slots is not None:
+            self._experts.close()
+            self._experts = None
+        if self._has_experts and self._experts is None:
+            self._experts = self._open_experts(sizes.expert_slots, look_ahead=look_ahead)
+        return Model(
+            self._files.config, self._weights, self._experts, runtime, sizes, clock=clock, observe=observe
+        )
+
+    def _open_experts(self, num_slots: int | None, *, look_ahead: bool) -> ExpertSource:
+        if num_slots is None:
+            return load_resident(self._store, self._expert_files(), progress=self._progress)
+        return CachedSource(
+            self._store,
+            self._expert_files(),
+            num_slots=num_slots,
+            num_layers=self._files.config.num_layers,
+            experts_per_token=self._files.config.experts_per_token,
+            look_ahead=look_ahead,
+        )
+
+    def cancel(self) -> None:
+        """Wait until no read moves bytes, and discard all reads; harmless after `wait`."""
+        self._dense_reading.cancel()
+        if self._experts_reading is not None:
+            self._experts_reading.cancel()
+
+
+class Model:
+    """Runs steps. Nothing else touches its weights and experts; engines assign its KV blocks and state slots.
+
+    Attributes:
+        kv: keys and values of all layers, in blocks of `KV_BLOCK_TOKENS` positions.
+        recurrent: the recurrent state of the layers that have one; None if no layer has.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DenseWeights,
+        experts: ExpertSource | None,
+        runtime: _native.Runtime,
+        sizes: ModelSizes,
+        *,
+        clock: PartClock,
+        observe: RouteObserver | None = None,
+    ) -> None:
+        self.config = config
+        self.weights = weights
+        self.experts = experts
+        self.kv = _native.KvCache(kv_shapes(config), sizes.kv_blocks, KV_BLOCK_TOKENS, sizes.kv_dtype)
+        self.recurrent: _native.RecurrentState | None = None
+        if config.delta is not None and sizes.num_states:
+            self.recurrent = _native.RecurrentState(
+                sizes.num_states, len(config.delta_layers), config.delta.sizes
+            )
+        self.decoder = Decoder(
+            config,
+            weights,
+            experts,
+            self.kv,
+            runtime,
+            Workspace(config, sizes.step_tokens),
+            clock=clock,
+            recurrent=self.recurrent,
+            observe=observe,
+        )
+
+    def forward(self, batch: Batch) -> NDArray[np.float32]:
+        """Run a step; return the logits of its wanted rows: float32 [rows, vocab_size], a new array.
+
+        Raises:
+            ReadFailed, CheckpointError: an expert cannot be read; the step had no effect that counts.
+        """
+        return self.decoder.forward(batch)
+
+    def logits(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits of any rows of the last step: float32 [rows, vocab_size], a new array."""
+        return self.decoder.logits(rows)
+
+    def rows_of(self, batch: Batch, expert: int) -> NDArray[np.int64]:
+        """Tokens of the step that chose `expert` in the layer at which the step last stopped."""
+        return self.decoder.rows_of(batch, expert)
+
+    def take_uses(self) -> NDArray[np.int64]:
+        """How often tokens chose each expert since the last call: int64 [layers, experts]. Routing reveals text."""
+        return self.decoder.take_uses()
+
+    def close(self) -> None:
+        """Free everything. No step may run; the store must be closed, so that no read moves bytes."""
+        del self.decoder, self.kv, self.recurrent, self.weights, self.experts
