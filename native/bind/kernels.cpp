@@ -18,7 +18,6 @@
 #include "ops/layer.h"
 #include "ops/matmul.h"
 #include "ops/swiglu.h"
-#include "store/start_threads.h"
 
 namespace argosy {
 
@@ -481,26 +480,6 @@ void bind_attention(nb::module_& m) {
       },
       "runtime"_a, "kv"_a, "layer"_a, "q"_a, "key_up"_a, "value_up"_a, "block_table"_a, "sequence"_a,
       "position"_a, "scale"_a, "out"_a.noconvert());
-
-  m.def(
-      "latent_scratch_bytes",
-      [](int64_t num_heads, int64_t nope_dim, int64_t rope_dim, int64_t kv_rank, int64_t max_tokens,
-         int num_threads) {
-        for (const auto& [name, size] :
-             {std::pair("nope_dim", nope_dim), std::pair("rope_dim", rope_dim), std::pair("kv_rank", kv_rank),
-              std::pair("max_tokens", max_tokens)}) {
-          require_range(name, size, 0, kLargestSize);
-        }
-        require_range("num_heads", num_heads, 1, kLargestSize);
-        require_range("num_threads", num_threads, 1, kMostThreads);
-        LatentHeads heads = {};
-        heads.num_heads = num_heads;
-        heads.nope_dim = nope_dim;
-        heads.rope_dim = rope_dim;
-        heads.kv_rank = kv_rank;
-        return latent_scratch_bytes(heads, max_tokens, num_threads);
-      },
-      "num_heads"_a, "nope_dim"_a, "rope_dim"_a, "kv_rank"_a, "max_tokens"_a, "num_threads"_a);
 }
 
 }  // namespace

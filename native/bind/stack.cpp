@@ -23,6 +23,7 @@
 #include "bind/matrix.h"
 #include "bind/recurrent.h"
 #include "bind/routing.h"
+#include "store/start_threads.h"
 
 namespace argosy {
 
@@ -270,42 +271,12 @@ void require_fit(const RoutedFfn& ffn, int64_t hidden) {
   }
 }
 
-// The columns that a Stack needs in each buffer. Buffers are float32, or int32 where stated.
-struct BufferColumns {
-  int64_t query = 0, key = 0, value = 0, attended = 0, query_latent = 0, projected = 0, gates = 0, pairs = 0;
-  int64_t experts = 0, k = 0;
-
-  void widen(const GroupedQueryAttention& mixer) {
-    query = std::max(query, mixer.output.cols);
-    attended = std::max(attended, mixer.output.cols);
-    key = std::max(key, mixer.key.rows);
-    value = std::max(value, mixer.value.rows);
-    if (mixer.has_gate) projected = std::max(projected, mixer.query.rows);
-  }
-  void widen(const GatedDeltaNet& net) {
-    attended = std::max(attended, net.shape.value_channels());
-    projected = std::max(projected, net.shape.conv_channels() + net.shape.value_channels());
-    gates = std::max(gates, 2 * net.shape.num_value_heads);
-  }
-  void widen(const LatentAttention& mixer) {
-    query = std::max(query, mixer.query.rows);
-    key = std::max(key, mixer.kv_down.rows);
-    attended = std::max(attended, mixer.output.cols);
-    if (mixer.query_down) query_latent = std::max(query_latent, mixer.query_down->rows);
-  }
-  void widen(const DenseFfn&) {}
-  void widen(const RoutedFfn& ffn) {
-    experts = std::max(experts, ffn.router.matrix.rows);
-    k = std::max(k, ffn.router.rule.k);
-  }
-};
-
 class BoundStack {
  public:
   BoundStack(Runtime& runtime, KvCache& kv, const Matrix& embedding, const Matrix& head,
              const Array& final_norm, float norm_eps, const Rotary& rotary,
              const ActivationOfNumbers& activation, const std::vector<LayerOfObjects>& layers,
-             const nb::dict& buffers, Arena* arena, const std::optional<Array>& offsets, bool is_leased,
+             int64_t max_tokens, Arena* arena, const std::optional<Array>& offsets, bool is_leased,
              const nb::object& recurrent)
       : recurrent_(recurrent), hidden_(embedding.view.cols) {
     RecurrentState* state = recurrent.is_none() ? nullptr : nb::cast<RecurrentState*>(recurrent);
@@ -321,8 +292,6 @@ class BoundStack {
     description.rotary = rotary;
     description.activation = parse_activation(activation);
     description.experts_off = arena == nullptr;
-    BufferColumns columns;
-    columns.pairs = rotary.num_pairs();
     for (const auto& [mixer_norm, given_mixer, ffn_norm, given_ffn] : layers) {
       const std::string name = item_name("layers", description.layers.size());
       const BoundMixer& mixer = require_item(name + "[1]", given_mixer);
@@ -335,12 +304,8 @@ class BoundStack {
       const auto check_mixer = [&](const auto& block) {
         require_fit(block, shape, rotary, hidden_);
         require_state(block, state);
-        columns.widen(block);
       };
-      const auto check_ffn = [&](const auto& block) {
-        require_fit(block, hidden_);
-        columns.widen(block);
-      };
+      const auto check_ffn = [&](const auto& block) { require_fit(block, hidden_); };
       std::visit(check_mixer, mixer.mixer);
       std::visit(check_ffn, ffn.ffn);
     }
@@ -349,8 +314,7 @@ class BoundStack {
       read_offsets(description, *offsets);
       if (!is_leased) add_resident(description);
     }
-    stack_ =
-        std::make_unique<Stack>(runtime, kv, state, std::move(description), open_buffers(buffers, columns));
+    stack_ = std::make_unique<Stack>(runtime, kv, state, std::move(description), max_tokens);
   }
 
   void begin(const Array& token_ids, const Array& position, const Array& sequence, const Array& slots,
@@ -440,6 +404,23 @@ class BoundStack {
     stack_->logits(chosen, num_rows, to);
   }
 
+  // A read-only array of the stack's memory.
+  using FloatView = nb::ndarray<nb::numpy, const float>;
+  using IdView = nb::ndarray<nb::numpy, const int32_t>;
+
+  FloatView hidden(nb::handle self) const {
+    const size_t shape[2] = {size_t(num_tokens_), size_t(hidden_)};
+    return FloatView(stack_->hidden(), 2, shape, self);
+  }
+
+  IdView expert_ids(nb::handle self) const {
+    const size_t shape[2] = {size_t(num_tokens_), size_t(stack_->chosen_per_token())};
+    return IdView(stack_->expert_ids(), 2, shape, self);
+  }
+
+  const StackSizes& sizes() const { return stack_->sizes(); }
+  int64_t buffer_bytes() const { return stack_->buffer_bytes(); }
+
   std::tuple<double, double, double> take_seconds() {
     const auto seconds = stack_->take_seconds();
     return {seconds[0], seconds[1], seconds[2]};
@@ -489,46 +470,12 @@ class BoundStack {
     }
   }
 
-  StackBuffers open_buffers(const nb::dict& buffers, const BufferColumns& columns) {
-    StackBuffers opened = {};
-    opened.max_tokens = kAnySize;
-    const auto open = [&]<class T>(const char* name, int64_t width, T*& data) {
-      const OutArray array = nb::cast<OutArray>(buffers[name]);
-      data = write_array<T>(name, array, {opened.max_tokens, kAnySize});
-      opened.max_tokens = int64_t(array.shape(0));
-      require_range(std::string("columns of ") + name, int64_t(array.shape(1)), width, kLargestSize);
-      buffers_.push_back(array);
-    };
-    open("hidden", hidden_, opened.hidden);
-    open("normed", hidden_, opened.normed);
-    open("block", hidden_, opened.block);
-    open("query", columns.query, opened.query);
-    open("key", columns.key, opened.key);
-    open("value", columns.value, opened.value);
-    open("query_latent", columns.query_latent, opened.query_latent);
-    open("attended", columns.attended, opened.attended);
-    open("projected", columns.projected, opened.projected);
-    open("delta_gates", columns.gates, opened.delta_gates);
-    open("cosine", columns.pairs, opened.cosine);
-    open("sine", columns.pairs, opened.sine);
-    open("router_logits", columns.experts, opened.router_logits);
-    open("routing_weights", columns.k, opened.routing_weights);
-    open("expert_ids", columns.k, opened.expert_ids);
-    open("shared_score", 1, opened.shared_score);
-    open("expert_out", columns.k * hidden_, opened.expert_out);
-    open("assignment", columns.k, opened.assignment);
-    open("group_token", columns.k, opened.group_token);
-    open("group_row", columns.k, opened.group_row);
-    return opened;
-  }
-
   Memory experts_ = {};  // the arena that offsets_ refers to
   std::optional<Array> offsets_array_;
   const int64_t* offsets_ = nullptr;  // [layers][num_experts_][3]; the owner of the expert cache updates it
   int64_t num_experts_ = 0;
   Kept kept_;
   nb::object recurrent_;
-  std::vector<OutArray> buffers_;
   std::vector<Array> batch_;
   OutArray logits_;
   int64_t hidden_ = 0, num_tokens_ = 0;
@@ -587,12 +534,49 @@ void bind_stack(nb::module_& m) {
           },
           "runtime"_a, "position"_a, "cosine"_a.noconvert(), "sine"_a.noconvert());
 
+  nb::class_<StackSizes>(m, "StackSizes")
+      .def(nb::init<int64_t, int64_t>(), "hidden"_a, "num_pairs"_a)
+      .def(
+          "add_attention",
+          [](StackSizes& self, int64_t num_heads, int64_t kv_heads, int64_t head_dim, bool has_gate) {
+            self.add(AttentionSizes{num_heads, kv_heads, head_dim, has_gate});
+          },
+          "num_heads"_a, "kv_heads"_a, "head_dim"_a, "has_gate"_a)
+      .def(
+          "add_latent_attention",
+          [](StackSizes& self, int64_t num_heads, int64_t nope_dim, int64_t rope_dim, int64_t kv_rank,
+             int64_t value_dim, int64_t query_rank) {
+            self.add(LatentSizes{num_heads, nope_dim, rope_dim, kv_rank, value_dim, query_rank});
+          },
+          "num_heads"_a, "nope_dim"_a, "rope_dim"_a, "kv_rank"_a, "value_dim"_a, "query_rank"_a)
+      .def(
+          "add_delta_net", [](StackSizes& self, const DeltaSizes& sizes) { self.add(delta_shape(sizes)); },
+          "sizes"_a)
+      .def(
+          "add_dense", [](StackSizes& self, int64_t width) { self.add(DenseSizes{width}); }, "width"_a)
+      .def(
+          "add_routed",
+          [](StackSizes& self, int64_t num_experts, int64_t experts_per_token, int64_t width,
+             int64_t shared_width) {
+            self.add(RoutedSizes{num_experts, experts_per_token, width, shared_width});
+          },
+          "num_experts"_a, "experts_per_token"_a, "width"_a, "shared_width"_a)
+      .def("buffer_bytes", &StackSizes::buffer_bytes, "max_tokens"_a)
+      .def(
+          "scratch_bytes",
+          [](const StackSizes& self, int64_t max_tokens, int num_threads) {
+            require_range("num_threads", num_threads, 1, kMostThreads);
+            return self.scratch_bytes(max_tokens, num_threads);
+          },
+          "max_tokens"_a, "num_threads"_a)
+      .def("__eq__", [](const StackSizes& self, const StackSizes& other) { return self == other; });
+
   nb::class_<BoundStack>(m, "Stack")
       .def(nb::init<Runtime&, KvCache&, const Matrix&, const Matrix&, const Array&, float, const Rotary&,
-                    const ActivationOfNumbers&, const std::vector<LayerOfObjects>&, const nb::dict&, Arena*,
+                    const ActivationOfNumbers&, const std::vector<LayerOfObjects>&, int64_t, Arena*,
                     const std::optional<Array>&, bool, const nb::object&>(),
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), "runtime"_a, "kv"_a, nb::kw_only(), "embedding"_a,
-           "head"_a, "final_norm"_a, "norm_eps"_a, "rotary"_a, "activation"_a, "layers"_a, "buffers"_a,
+           "head"_a, "final_norm"_a, "norm_eps"_a, "rotary"_a, "activation"_a, "layers"_a, "max_tokens"_a,
            "arena"_a.none(), "offsets"_a.none(), "is_leased"_a, "recurrent"_a.none() = nb::none())
       .def("begin", &BoundStack::begin, "token_ids"_a, "position"_a, "sequence"_a, "slots"_a, "is_decode"_a,
            "block_table"_a, "last_rows"_a, "logits"_a.noconvert(), "state_slots"_a.none() = nb::none())
@@ -601,6 +585,11 @@ void bind_stack(nb::module_& m) {
       .def("run_shared", &BoundStack::run_shared)
       .def("run_experts", &BoundStack::run_experts, "expert_ids"_a)
       .def("logits", &BoundStack::logits, "rows"_a, "out"_a.noconvert())
+      .def("hidden", [](nb::handle_t<BoundStack> self) { return nb::cast<BoundStack&>(self).hidden(self); })
+      .def("expert_ids",
+           [](nb::handle_t<BoundStack> self) { return nb::cast<BoundStack&>(self).expert_ids(self); })
+      .def_prop_ro("sizes", &BoundStack::sizes)
+      .def_prop_ro("buffer_bytes", &BoundStack::buffer_bytes)
       .def("take_seconds", &BoundStack::take_seconds)
       .def("take_lookups", &BoundStack::take_lookups)
       .def("take_uses", &BoundStack::take_uses, "out"_a.noconvert());

@@ -138,12 +138,17 @@ void kv_write(Runtime& runtime, const KvLayer& kv, const float* keys, const floa
   });
 }
 
+int64_t attention_scratch_bytes(int64_t head_dim, int num_threads) {
+  return num_threads * attention_scratch_floats(head_dim) * 4;
+}
+
 void attention(Runtime& runtime, const KvLayer& kv, const AttentionBatch& batch, float* out) {
   if (batch.num_tokens == 0) return;
   const KernelTable& table = kernels();
   const auto lock = runtime.lock();
   const int64_t scratch_floats = attention_scratch_floats(kv.head_dim);
-  float* scratch = reinterpret_cast<float*>(runtime.scratch(runtime.num_threads() * scratch_floats * 4));
+  float* scratch =
+      reinterpret_cast<float*>(runtime.scratch(attention_scratch_bytes(kv.head_dim, runtime.num_threads())));
   const int64_t heads_per_kv_head = batch.num_heads / kv.kv_heads;
   const std::vector<Run> runs = split_into_runs(batch, std::max<int64_t>(1, kMaxQueries / heads_per_kv_head));
 

@@ -84,4 +84,7 @@ struct AttentionBatch {
 
 void attention(Runtime& runtime, const KvLayer& kv, const AttentionBatch& batch, float* out);
 
+// The runtime scratch that attention takes.
+int64_t attention_scratch_bytes(int64_t head_dim, int num_threads);
+
 }  // namespace argosy

@@ -24,12 +24,17 @@ void rope(Runtime& runtime, float* x, int64_t num_tokens, int64_t num_heads, int
   });
 }
 
+int64_t route_scratch_bytes(int64_t num_experts, int num_threads) {
+  return num_threads * route_scratch_floats(num_experts) * 4;
+}
+
 void route(Runtime& runtime, const RouteRule& rule, const float* logits, int64_t num_tokens,
            int64_t num_experts, int32_t* ids, float* weights) {
   const KernelTable& table = kernels();
   const auto lock = runtime.lock();
   const int64_t floats = route_scratch_floats(num_experts);
-  float* scratch = reinterpret_cast<float*>(runtime.scratch(runtime.num_threads() * floats * 4));
+  float* scratch =
+      reinterpret_cast<float*>(runtime.scratch(route_scratch_bytes(num_experts, runtime.num_threads())));
   runtime.parallel_for(num_tokens, num_experts * (rule.k + 4), [&](int64_t begin, int64_t end, int worker) {
     for (int64_t t = begin; t < end; ++t) {
       table.route({

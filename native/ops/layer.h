@@ -20,6 +20,9 @@ void rope(Runtime& runtime, float* x, int64_t num_tokens, int64_t num_heads, int
 void route(Runtime& runtime, const RouteRule& rule, const float* logits, int64_t num_tokens,
            int64_t num_experts, int32_t* ids, float* weights);
 
+// The runtime scratch that route takes.
+int64_t route_scratch_bytes(int64_t num_experts, int num_threads);
+
 // out[t] += sum over j of weights[t][j] * expert_out[t * k + j]
 void combine(Runtime& runtime, const float* expert_out, const float* weights, int64_t num_tokens, int64_t k,
              int64_t hidden, float* out);

@@ -31,6 +31,8 @@ void quantize_tokens(Runtime& runtime, const float* x, int64_t cols, int64_t num
   });
 }
 
+int64_t matmul_scratch_bytes(int64_t cols, int64_t num_tokens) { return num_tokens * activation_bytes(cols); }
+
 void matmul(Runtime& runtime, const std::vector<Product>& products, const float* x, int64_t num_tokens) {
   if (products.empty() || num_tokens == 0) return;
   const KernelTable& table = kernels();
@@ -41,7 +43,7 @@ void matmul(Runtime& runtime, const std::vector<Product>& products, const float*
   for (const Product& product : products) {
     first_block.push_back(first_block.back() + num_blocks(product.matrix));
     if (is_quantized(product.matrix.format) && activations == nullptr) {
-      activations = runtime.scratch(num_tokens * activation_bytes(cols));
+      activations = runtime.scratch(matmul_scratch_bytes(cols, num_tokens));
       quantize_tokens(runtime, x, cols, num_tokens, activations);
     }
   }

@@ -27,6 +27,9 @@ struct Product {
 // once, and all products share one parallel loop.
 void matmul(Runtime& runtime, const std::vector<Product>& products, const float* x, int64_t num_tokens);
 
+// The most runtime scratch that matmul takes for matrices with this many columns.
+int64_t matmul_scratch_bytes(int64_t cols, int64_t num_tokens);
+
 // out[t] = row ids[t] of the matrix, as float32. All ids must be in range.
 void embed(Runtime& runtime, const MatrixView& matrix, const int32_t* ids, int64_t num_tokens, float* out);
 

@@ -29,7 +29,7 @@ uint8_t* Runtime::scratch(int64_t bytes) {
   if (bytes > scratch_bytes_) {
     scratch_.reset();
     scratch_bytes_ = 0;
-    const int64_t size = round_up(bytes, 1 << 16);
+    const int64_t size = scratch_size(bytes);
     scratch_.reset(static_cast<uint8_t*>(::operator new(size_t(size), kScratchAlignment)));
     scratch_bytes_ = size;
   }

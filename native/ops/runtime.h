@@ -39,6 +39,8 @@ class Runtime {
   int num_threads() const { return num_threads_; }
   const AskAhead& ask_ahead() const { return ask_ahead_; }  // for products that read weights
   int64_t scratch_bytes() const { return scratch_bytes_; }
+  // The size that the scratch has after a request for `bytes`, if no request was larger.
+  static int64_t scratch_size(int64_t bytes) { return round_up(bytes, 1 << 16); }
   void close();  // ends the threads and frees the scratch; later operations throw std::invalid_argument
 
   // For operations. Hold the lock from before scratch() to the end of the operation. The thread that holds it

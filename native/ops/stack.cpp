@@ -52,15 +52,49 @@ void swiglu(Runtime& runtime, const ExpertView& network, const Activation& activ
   swiglu_experts(runtime, {network}, activation, x, num_tokens, {starts, nullptr, nullptr}, out);
 }
 
+AttentionSizes sizes_of(const GroupedQueryAttention& mixer) {
+  const int64_t head_dim = mixer.output.cols / mixer.num_heads;
+  return {mixer.num_heads, mixer.key.rows / head_dim, head_dim, mixer.has_gate};
+}
+
+LatentSizes sizes_of(const LatentAttention& mixer) {
+  const LatentHeads& heads = mixer.heads;
+  return {heads.num_heads, heads.nope_dim,  heads.rope_dim,
+          heads.kv_rank,   heads.value_dim, mixer.query_down ? mixer.query_down->rows : 0};
+}
+
+DeltaShape sizes_of(const GatedDeltaNet& net) { return net.shape; }
+
+DenseSizes sizes_of(const DenseFfn& ffn) { return {ffn.network.gate.rows}; }
+
+RoutedSizes sizes_of(const RoutedFfn& ffn) {
+  return {ffn.router.matrix.rows, ffn.router.rule.k, ffn.width,
+          ffn.shared ? ffn.shared->network.gate.rows : 0};
+}
+
+StackSizes sizes_of(const StackDescription& description) {
+  StackSizes sizes(description.embedding.cols, description.rotary.num_pairs());
+  for (const Layer& layer : description.layers) {
+    std::visit([&](const auto& mixer) { sizes.add(sizes_of(mixer)); }, layer.mixer);
+    std::visit([&](const auto& ffn) { sizes.add(sizes_of(ffn)); }, layer.ffn);
+  }
+  return sizes;
+}
+
 }  // namespace
 
 Stack::Stack(Runtime& runtime, KvCache& kv, RecurrentState* recurrent, StackDescription description,
-             const StackBuffers& buffers)
+             int64_t max_tokens)
     : runtime_(runtime),
       kv_(kv),
       recurrent_(recurrent),
       description_(std::move(description)),
-      buffers_(buffers) {
+      max_tokens_(max_tokens),
+      sizes_(sizes_of(description_)),
+      memory_(size_t(sizes_.buffer_bytes(max_tokens))),
+      buffers_(sizes_.place_buffers(memory_.data(), max_tokens)) {
+  const auto lock = runtime_.lock();
+  runtime_.scratch(sizes_.scratch_bytes(max_tokens, runtime_.num_threads()));
   size_t most_experts = 0;
   for (const Layer& layer : description_.layers) {
     if (const RoutedFfn* ffn = std::get_if<RoutedFfn>(&layer.ffn))
@@ -76,7 +110,7 @@ Stack::Stack(Runtime& runtime, KvCache& kv, RecurrentState* recurrent, StackDesc
 void Stack::begin(const StepBatch& batch) {
   stage_ = Stage::done;  // if anything throws, there is no step
   batch_ = batch;
-  layer_ = 0;
+  layer_ = chosen_per_token_ = 0;
   if (recurrent_ != nullptr) begin_runs();
   stage_ = Stage::begun;
 }
@@ -331,6 +365,7 @@ void Stack::choose(const Router& router, const float* x, int32_t* ids, float* we
 void Stack::dispatch(const RoutedFfn& ffn) {
   const int64_t experts = ffn.router.matrix.rows, k = ffn.router.rule.k, assignments = batch_.num_tokens * k;
   choose(ffn.router, buffers_.normed, buffers_.expert_ids, buffers_.routing_weights);
+  chosen_per_token_ = k;
 
   std::fill(starts_.begin(), starts_.end(), 0);
   std::fill(decode_wants_.begin(), decode_wants_.end(), false);

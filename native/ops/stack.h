@@ -1,6 +1,6 @@
 // stack.h: the layers of a decoder, run on a batch without Python between them.
 //
-//   Stack stack(runtime, kv, description, buffers);
+//   Stack stack(runtime, kv, recurrent, description, max_tokens);
 //   stack.begin(batch);
 //   while (true) {
 //     switch (stack.advance(50ms)) {
@@ -33,6 +33,7 @@
 #include "ops/matmul.h"
 #include "ops/rotary.h"
 #include "ops/runtime.h"
+#include "ops/stack_sizes.h"
 #include "ops/swiglu.h"
 
 namespace argosy {
@@ -140,25 +141,6 @@ struct StackDescription {
   std::vector<Layer> layers;
 };
 
-// Every buffer has room for max_tokens rows.
-struct StackBuffers {
-  int64_t max_tokens;
-  float *hidden, *normed, *block;  // [hidden]; `block` is what a block adds to the hidden state
-  float* query;                    // [num_heads * head_dim]
-  float* attended;                 // [num_heads * value_dim]; [value_channels] of a delta net
-  float *key, *value;              // [kv_heads * head_dim]; key [kv_rank + rope_dim]
-  float* query_latent;             // [query_rank]
-  float* projected;                // query and gate of gated heads; q, k, v and z of a delta net
-  float* delta_gates;              // [2 * value_heads]
-  float *cosine, *sine;            // [pairs]
-  float* router_logits;            // [num_experts]
-  float* routing_weights;          // [k]
-  int32_t* expert_ids;             // [k]
-  float* shared_score;             // [1]
-  float* expert_out;               // [k * hidden]
-  int32_t *assignment, *group_token, *group_row;  // [k]
-};
-
 // The tokens of one step. All numbers are in range, and all memory stays valid until the step is done.
 struct StepBatch {
   int64_t num_tokens;
@@ -190,9 +172,10 @@ enum class Pause { done, experts, time };
 class Stack {
  public:
   // The memory behind the views, the KV cache and the recurrent state must outlive the stack. `recurrent` may
-  // be nullptr if no layer has a recurrent state. All sizes must agree.
+  // be nullptr if no layer has a recurrent state. All sizes must agree. The stack allocates its buffers and
+  // reserves the scratch of `runtime` for steps of at most max_tokens tokens.
   Stack(Runtime& runtime, KvCache& kv, RecurrentState* recurrent, StackDescription description,
-        const StackBuffers& buffers);
+        int64_t max_tokens);
 
   // Starts a step, however the previous one ended. With a recurrent state, throws std::invalid_argument if
   // the tokens of a sequence are not consecutive or do not continue at the position of its slot.
@@ -218,9 +201,18 @@ class Stack {
   void logits(const int64_t* rows, int64_t num_rows, float* out);
 
   const StackDescription& description() const { return description_; }
-  int64_t max_tokens() const { return buffers_.max_tokens; }
+  int64_t max_tokens() const { return max_tokens_; }
+  const StackSizes& sizes() const { return sizes_; }
+  int64_t buffer_bytes() const { return int64_t(memory_.size()); }
   const KvCache& kv() const { return kv_; }
   const RecurrentState* recurrent() const { return recurrent_; }
+
+  // The hidden state [tokens of the last batch][hidden], as the last operation left it.
+  const float* hidden() const { return buffers_.hidden; }
+  // The experts that the tokens of the last batch chose in the layer that chose last, best first:
+  // [tokens][chosen_per_token()]. chosen_per_token() is 0 until a layer of the batch has chosen.
+  const int32_t* expert_ids() const { return buffers_.expert_ids; }
+  int64_t chosen_per_token() const { return chosen_per_token_; }
 
   // Seconds by Part, and lookups of resident experts, since the previous call.
   std::array<double, kNumParts> take_seconds();
@@ -257,12 +249,16 @@ class Stack {
   KvCache& kv_;
   RecurrentState* recurrent_;
   StackDescription description_;
+  int64_t max_tokens_;
+  StackSizes sizes_;
+  Arena memory_;  // of the buffers
   StackBuffers buffers_;
 
   StepBatch batch_ = {};
   std::vector<DeltaRun> runs_;  // runs of the batch, if there is a recurrent state
   Stage stage_ = Stage::done;
   int64_t layer_ = 0;
+  int64_t chosen_per_token_ = 0;
   Demand demand_ = {};
   std::vector<int32_t> starts_;     // [experts + 1]: where each expert's part of buffers_.assignment begins
   std::vector<int32_t> next_;       // [experts]: the write position while it is filled

@@ -50,12 +50,42 @@ void add_bias(const MatmulArgs& product, const float* bias) {
   }
 }
 
+constexpr int64_t kWorkerFloats = 2 * kTokenBlock * kWidthBlock;  // gate and up outputs of a worker
+
+// Where the parts of the scratch lie.
+struct Scratch {
+  ScratchLayout layout;
+  int64_t x, inner_quants, inner_floats, workers;
+};
+
+struct Wanted {
+  bool x_as_quants, inner_as_quants, inner_as_floats;
+};
+
+Scratch lay_out(int64_t hidden, int64_t width, int64_t num_tokens, int64_t assignments, int num_threads,
+                const Wanted& wanted) {
+  Scratch scratch = {};
+  ScratchLayout& layout = scratch.layout;
+  scratch.x = layout.add(wanted.x_as_quants ? num_tokens * activation_bytes(hidden) : 0);
+  scratch.inner_quants = layout.add(wanted.inner_as_quants ? assignments * activation_bytes(width) : 0);
+  scratch.inner_floats = layout.add(wanted.inner_as_floats ? assignments * round_up(width, 16) * 4 : 0);
+  scratch.workers = layout.add(num_threads * kWorkerFloats * 4);
+  return scratch;
+}
+
 bool wants_quants(const std::vector<ExpertView>& experts, MatrixView ExpertView::* matrix) {
   return std::any_of(experts.begin(), experts.end(),
                      [&](const ExpertView& expert) { return is_quantized((expert.*matrix).format); });
 }
 
 }  // namespace
+
+int64_t swiglu_scratch_bytes(int64_t hidden, int64_t width, int64_t num_tokens, int64_t assignments,
+                             int num_threads) {
+  // Experts of the same formats take either quants or floats between their products, and quants are larger.
+  const Wanted most = {.x_as_quants = true, .inner_as_quants = true, .inner_as_floats = false};
+  return lay_out(hidden, width, num_tokens, assignments, num_threads, most).layout.bytes();
+}
 
 void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, const Activation& activation,
                     const float* x, int64_t num_tokens, const Dispatch& dispatch, float* out) {
@@ -73,18 +103,14 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
   });
 
   const auto lock = runtime.lock();
-  ScratchLayout layout;
-  const int64_t x_at = layout.add(x_as_quants ? num_tokens * activation_bytes(hidden) : 0);
-  const int64_t quants_at = layout.add(inner_as_quants ? assignments * activation_bytes(width) : 0);
-  const int64_t floats_at = layout.add(inner_as_floats ? assignments * inner_stride * 4 : 0);
-  const int64_t worker_floats = 2 * kTokenBlock * kWidthBlock;
-  const int64_t workers_at = layout.add(runtime.num_threads() * worker_floats * 4);
-  uint8_t* scratch = runtime.scratch(layout.bytes());
-  float* inner = reinterpret_cast<float*>(scratch + floats_at);
-  uint8_t* inner_quants = scratch + quants_at;
+  const Scratch places = lay_out(hidden, width, num_tokens, assignments, runtime.num_threads(),
+                                 {x_as_quants, inner_as_quants, inner_as_floats});
+  uint8_t* scratch = runtime.scratch(places.layout.bytes());
+  float* inner = reinterpret_cast<float*>(scratch + places.inner_floats);
+  uint8_t* inner_quants = scratch + places.inner_quants;
 
-  if (x_as_quants) quantize_tokens(runtime, x, hidden, num_tokens, scratch + x_at);
-  const Activations of_x = {x, hidden, scratch + x_at, activation_bytes(hidden)};
+  if (x_as_quants) quantize_tokens(runtime, x, hidden, num_tokens, scratch + places.x);
+  const Activations of_x = {x, hidden, scratch + places.x, activation_bytes(hidden)};
   const Activations of_inner = {inner, inner_stride, inner_quants, activation_bytes(width)};
   const int64_t mean_tokens = (assignments + num_experts - 1) / num_experts;
 
@@ -100,7 +126,7 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
     const ExpertView& expert = experts[index];
     const int64_t row = block * kWidthBlock;
     const int64_t rows = std::min(num_blocks * kWidthBlock, width - row);
-    float* gate = reinterpret_cast<float*>(scratch + workers_at) + worker * worker_floats;
+    float* gate = reinterpret_cast<float*>(scratch + places.workers) + worker * kWorkerFloats;
     float* up = gate + kTokenBlock * kWidthBlock;
     for (int64_t a = dispatch.starts[index]; a < dispatch.starts[index + 1]; a += kTokenBlock) {
       const int64_t count = std::min<int64_t>(kTokenBlock, dispatch.starts[index + 1] - a);

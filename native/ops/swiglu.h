@@ -34,4 +34,8 @@ struct Dispatch {
 void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, const Activation& activation,
                     const float* x, int64_t num_tokens, const Dispatch& dispatch, float* out);
 
+// The most runtime scratch that swiglu_experts takes, if all experts have the same formats.
+int64_t swiglu_scratch_bytes(int64_t hidden, int64_t width, int64_t num_tokens, int64_t assignments,
+                             int num_threads);
+
 }  // namespace argosy

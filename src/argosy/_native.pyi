@@ -5,7 +5,7 @@ size, dtype, range or name raises ValueError with the found and the expected val
 One `Runtime` runs one operation at a time.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -299,15 +299,6 @@ def latent_attention(
         out: [tokens, heads * value_dim].
     """
 
-def latent_scratch_bytes(
-    num_heads: int, nope_dim: int, rope_dim: int, kv_rank: int, max_tokens: int, num_threads: int
-) -> int:
-    """Most bytes of a runtime's scratch memory that `latent_attention` uses.
-
-    Raises:
-        ValueError: a size is below 0 or above 2^30, or the scratch memory would exceed 2^62 bytes.
-    """
-
 # The layers of a decoder (native/ops/stack.h), as one operation.
 
 _DeltaSizes = tuple[int, int, int, int, int]  # key heads, value heads, key dim, value dim, conv width
@@ -507,6 +498,35 @@ class Rotary:
     def angles(self, runtime: Runtime, position: _Ints, cosine: _Floats, sine: _Floats) -> None:
         """Write cosine and sine [tokens, pairs] for `rope`, from positions [tokens]."""
 
+class StackSizes:
+    """The dimensions of a Stack's layers, from which its working memory follows (native/ops/stack_sizes.h).
+
+    Add every layer; 0 stands for a part that a layer does not have. Two are equal if their memory is.
+
+    Args:
+        num_pairs: pairs of dimensions that the rotary embedding rotates.
+
+    Raises:
+        ValueError: a dimension is outside 0 to 2^30, or the memory would exceed 2^62 bytes.
+    """
+
+    def __init__(self, hidden: int, num_pairs: int) -> None: ...
+    def add_attention(self, num_heads: int, kv_heads: int, head_dim: int, has_gate: bool) -> None: ...
+    def add_latent_attention(
+        self, num_heads: int, nope_dim: int, rope_dim: int, kv_rank: int, value_dim: int, query_rank: int
+    ) -> None: ...
+    def add_delta_net(self, sizes: _DeltaSizes) -> None: ...
+    def add_dense(self, width: int) -> None: ...
+    def add_routed(self, num_experts: int, experts_per_token: int, width: int, shared_width: int) -> None: ...
+    def buffer_bytes(self, max_tokens: int) -> int:
+        """Bytes that a Stack allocates for steps of at most `max_tokens`."""
+
+    def scratch_bytes(self, max_tokens: int, num_threads: int) -> int:
+        """Bytes of scratch memory that a Stack reserves in its Runtime: no operation of a step takes more."""
+
+    def __eq__(self, other: object) -> bool: ...
+    def __hash__(self) -> int: ...
+
 class Stack:
     """Embedding, layers and head of a decoder, run without Python in between; one step at a time.
 
@@ -516,7 +536,7 @@ class Stack:
         embedding, head: [vocabulary, hidden].   final_norm: [hidden].
         activation: the activation of all feed-forward networks.
         layers: (norm [hidden], mixer, norm [hidden], feed-forward network) of each layer of `kv`.
-        buffers: working memory by name, [max_tokens, columns] each (`model.workspace`).
+        max_tokens: most tokens of a step; working memory is allocated for them.
         arena: the memory of routed experts; None leaves them out of every sum.
         offsets: int64 [layers, experts, 3], the offsets of gate, up and down in the arena; required with an arena.
         is_leased: if true, a step stops when a layer has chosen its experts, and `offsets` need only be valid when an
@@ -536,7 +556,7 @@ class Stack:
         rotary: Rotary,
         activation: Activation,
         layers: Sequence[tuple[_Floats, Mixer, _Floats, Ffn]],
-        buffers: Mapping[str, NDArray[Any]],
+        max_tokens: int,
         arena: Arena | None,
         offsets: NDArray[np.int64] | None,
         is_leased: bool,
@@ -593,6 +613,21 @@ class Stack:
 
     def logits(self, rows: NDArray[np.int64], out: _Floats) -> None:
         """Logits [rows, vocabulary] of any tokens of the finished step."""
+
+    def hidden(self) -> _Floats:
+        """A read-only view of the hidden state [tokens, hidden] of the last batch, as the last operation left it."""
+
+    def expert_ids(self) -> _Ints:
+        """A read-only view of the experts that tokens chose in the layer that chose last: [tokens, k], best first.
+
+        k is 0 until a layer of the last batch has chosen. The view is valid until the next layer chooses.
+        """
+
+    @property
+    def sizes(self) -> StackSizes: ...
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the allocated working memory, without scratch."""
 
     def take_seconds(self) -> tuple[float, float, float]:
         """Seconds spent in the router, in attention and dense networks, and in routed experts since the last call."""

@@ -17,9 +17,8 @@ from argosy.errors import UnsupportedModel
 from argosy.model.clock import PartClock
 from argosy.model.decoder import Decoder
 from argosy.model.footprint import kv_bytes
-from argosy.model.layers import kv_shapes
+from argosy.model.layers import kv_shapes, stack_sizes
 from argosy.model.weights import dense_footprint, load_dense
-from argosy.model.workspace import Workspace, workspace_bytes
 from tests.model.latent_model import PLAIN_QUERY, QUERY_RANK, LatentModel, latent_config
 from tests.model.open_parts import Parts, Run, batches, decode
 from tests.model.reference_step import Floats, ReferenceDecoder
@@ -54,8 +53,9 @@ def opened(model: LatentModel, *, threads: int = 1) -> Iterator[Parts]:
 
 
 def decoder_of(parts: Parts) -> Decoder:
-    workspace = Workspace(parts.config, MAX_TOKENS)
-    return Decoder(parts.config, parts.weights, None, parts.kv(), parts.runtime, workspace, clock=PartClock())
+    return Decoder(
+        parts.config, parts.weights, None, parts.kv(), parts.runtime, MAX_TOKENS, clock=PartClock()
+    )
 
 
 def run(parts: Parts, decoder: Decoder | ReferenceDecoder) -> list[Floats]:
@@ -88,7 +88,7 @@ def test_a_step_has_the_bits_of_its_operations_on_any_number_of_threads(
         alone = run(parts, decoder_of(parts))
     with opened(model, threads=3) as parts:
         shared = run(parts, decoder_of(parts))
-        assert parts.runtime.scratch_bytes <= workspace_bytes(parts.config, MAX_TOKENS, 3)
+        assert parts.runtime.scratch_bytes == stack_sizes(parts.config).scratch_bytes(MAX_TOKENS, 3)
     for ours, theirs, threads in zip(alone, expected, shared, strict=True):
         assert np.isfinite(theirs).all()
         np.testing.assert_array_equal(ours, theirs)

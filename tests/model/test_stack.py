@@ -16,7 +16,7 @@ from argosy.experts.source import Lease
 from argosy.model.clock import PARTS, PartClock
 from argosy.model.decoder import Decoder, RouteObserver
 from argosy.model.families import open_model
-from argosy.model.workspace import Workspace
+from argosy.model.layers import stack_sizes
 from tests.model.open_parts import Parts, Residency, Run, batches, decode, open_parts
 from tests.model.reference_step import Floats, ReferenceDecoder
 from tests.models.references import REFERENCES
@@ -76,7 +76,7 @@ def decoder_of(
         parts.experts,
         parts.kv(),
         parts.runtime,
-        Workspace(parts.config, MAX_TOKENS),
+        MAX_TOKENS,
         clock=clock or PartClock(),
         recurrent=parts.recurrent(),
         observe=observe,
@@ -102,6 +102,35 @@ def test_a_step_has_the_bits_of_its_operations(directory: Path, residency: Any, 
     for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         assert np.isfinite(theirs).all()
         np.testing.assert_array_equal(ours, theirs, err_msg=f"step {step}")
+
+
+def test_a_stack_allocates_and_its_operations_take_what_its_sizes_say(directory: Path) -> None:
+    """The memory plan asks the same sizes before anything is loaded."""
+    with open_parts(directory, "resident", threads=2) as parts:
+        sizes = stack_sizes(parts.config)
+        scratch = sizes.scratch_bytes(MAX_TOKENS, 2)
+        decoder = decoder_of(parts)
+        assert decoder._stack.sizes == sizes
+        assert decoder._stack.buffer_bytes == sizes.buffer_bytes(MAX_TOKENS)
+        assert parts.runtime.scratch_bytes == scratch
+        (step,) = batches(parts.config, [[Run(0, MAX_TOKENS)]])
+        decoder.forward(step)
+        assert parts.runtime.scratch_bytes == scratch
+
+
+def test_sizes_differ_where_a_layer_does() -> None:
+    def sizes(width: int) -> _native.StackSizes:
+        one = _native.StackSizes(64, 8)
+        one.add_attention(4, 2, 16, False)
+        one.add_routed(8, 2, width, 0)
+        return one
+
+    assert sizes(32) == sizes(32)
+    assert sizes(32) != sizes(48)
+    assert sizes(4800).scratch_bytes(MAX_TOKENS, 1) > sizes(32).scratch_bytes(MAX_TOKENS, 1)
+    # Three rows of hidden state, two heads of key and value, query and attended, sines, routing, outputs of experts.
+    row = 3 * 64 + 2 * 32 + 2 * 64 + 2 * 8 + 8 + 5 * 2 + 1 + 2 * 64
+    assert sizes(32).buffer_bytes(64) == 64 * 4 * row
 
 
 def test_threads_and_observers_change_nothing_and_all_choices_are_heard(directory: Path) -> None:
@@ -219,7 +248,7 @@ def test_looking_ahead_names_what_the_next_router_says_of_the_present_hidden_sta
                 assert found == []
                 return
             prefix = f"model.layers.{layer + 1}."
-            hidden = decoder._workspace.buffers["hidden"][: len(expert_ids)].astype(np.float64)
+            hidden = decoder._stack.hidden().astype(np.float64)
             norm = np.sqrt((hidden**2).mean(axis=1, keepdims=True) + config.norm_eps)
             normed = hidden / norm * tensors[prefix + "post_attention_layernorm.weight"]
             scores = normed @ tensors[prefix + "mlp.gate.weight"].T.astype(np.float64)

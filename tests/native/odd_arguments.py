@@ -110,14 +110,11 @@ class Case:
             shared=shared,
         )
 
-    def buffers(self) -> dict[str, Any]:
-        names = "hidden normed block query key value query_latent attended projected delta_gates cosine sine"
-        names += " router_logits routing_weights shared_score"
-        buffers = {name: np.zeros((self.TOKENS, 128), np.float32) for name in names.split()}
-        buffers["expert_out"] = np.zeros((self.TOKENS, 2 * 64), np.float32)
-        for name in ("expert_ids", "assignment", "group_token", "group_row"):
-            buffers[name] = np.zeros((self.TOKENS, 2), np.int32)
-        return buffers
+    def stack_sizes(self) -> Any:
+        sizes = self.native.StackSizes(64, 8)
+        sizes.add_attention(2, 1, 32, False)
+        sizes.add_routed(self.EXPERTS, 2, 32, 32)
+        return sizes
 
     def stack_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         arena = self.arena()
@@ -130,7 +127,7 @@ class Case:
             "rotary": self.native.Rotary(np.ones(8), 1.0),
             "activation": ("silu", 0.0, 0.0),
             "layers": layers,
-            "buffers": self.buffers(),
+            "max_tokens": self.TOKENS,
             "arena": arena,
             "offsets": self.offsets()[None],
             "is_leased": True,
@@ -213,7 +210,6 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
             runtime, case.kv("latent"), 0, f(3, 2, 48), m(64, 32), m(64, 32), np.zeros((1, 2), np.int32), i(0, 0, 0),
             i(0, 1, 2), 0.1, f(3, 64),
         ),
-        "latent_scratch_bytes": lambda: (2, 32, 16, 32, 8, 2),
         "recurrent_state_bytes": lambda: (2, 1, case.sizes),
         "grouped_query_attention": lambda: (
             m(64, 64), m(32, 64), m(32, 64), m(64, 64), 2, 0, 0.1, f(64), f(32), f(32), f(64), f(32), f(32), False, 0.0,
@@ -248,6 +244,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "KvCache": lambda: ([n.KvShape.keys_values(1, 32), n.KvShape.latent(16)], 4, 16, "f32"),
         "RecurrentState": lambda: (2, 1, case.sizes),
         "Rotary": lambda: (np.ones(8), 1.0, True),
+        "StackSizes": lambda: (64, 8),
         "FileSystem": lambda: (),
         "KvShape": lambda: (),
         "Mixer": lambda: (),
@@ -305,6 +302,15 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "RecurrentState.copy_in": (case.state, lambda: (0, f(case.state().slot_floats), 5)),
         "RecurrentState.copy_slot": (case.state, lambda: (0, 1)),
         "Rotary.angles": (lambda: n.Rotary(np.ones(8), 1.0), lambda: (runtime, i(0, 1, 2), f(3, 8), f(3, 8))),
+        "StackSizes.add_attention": (case.stack_sizes, lambda: (4, 2, 16, True)),
+        "StackSizes.add_latent_attention": (case.stack_sizes, lambda: (2, 32, 16, 32, 8, 0)),
+        "StackSizes.add_delta_net": (case.stack_sizes, lambda: (case.sizes,)),
+        "StackSizes.add_dense": (case.stack_sizes, lambda: (32,)),
+        "StackSizes.add_routed": (case.stack_sizes, lambda: (8, 2, 32, 16)),
+        "StackSizes.buffer_bytes": (case.stack_sizes, lambda: (8,)),
+        "StackSizes.scratch_bytes": (case.stack_sizes, lambda: (8, 2)),
+        "Stack.hidden": (lambda: case.stack(steps=2), lambda: ()),
+        "Stack.expert_ids": (lambda: case.stack(steps=2), lambda: ()),
         "Stack.begin": (case.stack, case.batch),
         "Stack.advance": (lambda: case.stack(steps=1), lambda: ()),
         "Stack.look_ahead": (lambda: case.stack(steps=2), lambda: ()),

@@ -110,9 +110,9 @@ class Case:
             out,
         )
         s = self.sizes
-        assert runtime.scratch_bytes <= 65536 + native.latent_scratch_bytes(
-            s.heads, s.nope, s.rope, s.rank, len(sequence), threads
-        )
+        sizes = native.StackSizes(1, 0)
+        sizes.add_latent_attention(s.heads, s.nope, s.rope, s.rank, s.value, 0)
+        assert runtime.scratch_bytes <= sizes.scratch_bytes(len(sequence), threads)
         runtime.close()
         return out
 

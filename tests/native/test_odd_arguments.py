@@ -62,14 +62,44 @@ def test_a_batch_without_dimensions_is_refused(case: Case) -> None:
         case.stack().begin(np.array(1, np.int32), *batch[1:])
 
 
+BEYOND = r"would take more than 2\^62 bytes"
+
+
 @pytest.mark.parametrize(
-    "sizes", [(2**31, 32, 16, 32, 8, 2), (2**30, 2**30, 16, 2**30, 8, 2), (2, 32, 16, 32, -1, 2)]
+    ("latent", "max_tokens", "sentence"),
+    [
+        ((2**31, 32, 16, 32, 8, 2), 8, "a dimension of a layer is 2147483648, expected 0 to 1073741824"),
+        ((2, 32, -1, 32, 8, 2), 8, "a dimension of a layer is -1, expected 0 to 1073741824"),
+        ((2**20, 2**30 - 1, 0, 32, 8, 2), 8, r"a layer is \d+ columns wide, expected at most 1099511627776"),
+        ((2**12, 2**28, 0, 32, 2**28, 2), 2**31 - 1, BEYOND),
+        ((2, 32, 16, 32, 8, 2), 0, "max_tokens is 0, expected 1 to 2147483647"),
+        ((2, 32, 16, 32, 8, 2), 2**31, "max_tokens is 2147483648, expected 1 to 2147483647"),
+    ],
 )
-def test_a_size_that_overflows_is_refused(sizes: tuple[int, int, int, int, int, int]) -> None:
-    with pytest.raises(
-        ValueError, match=r"num_heads|max_tokens|latent attention scratch would take more than 2\^62 bytes"
-    ):
-        native.latent_scratch_bytes(*sizes)
+def test_a_size_that_overflows_is_refused(
+    latent: tuple[int, int, int, int, int, int], max_tokens: int, sentence: str
+) -> None:
+    def buffer_bytes() -> int:
+        sizes = native.StackSizes(64, 8)
+        sizes.add_latent_attention(*latent)
+        return sizes.buffer_bytes(max_tokens)
+
+    with pytest.raises(ValueError, match=sentence):
+        buffer_bytes()
+
+
+def test_scratch_that_overflows_is_refused() -> None:
+    sizes = native.StackSizes(2**30, 8)
+    sizes.add_routed(8, 8, 2**30, 0)
+    with pytest.raises(ValueError, match=BEYOND):
+        sizes.scratch_bytes(2**31 - 1, 2)
+
+
+def test_assignments_that_an_int32_cannot_number_are_refused() -> None:
+    sizes = native.StackSizes(64, 8)
+    sizes.add_routed(8, 4, 32, 0)
+    with pytest.raises(ValueError, match="max_tokens is 536870912, expected 1 to 536870911"):
+        sizes.buffer_bytes(2**29)
 
 
 MAKERS = ("native.Runtime(200)", "native.Store(200)", "native.int8_probe(200)")

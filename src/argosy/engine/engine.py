@@ -208,7 +208,7 @@ class Engine:
         expert = error.facts.get("expert")
         concerned = scheduled.sequences
         if isinstance(expert, int):
-            rows = self._model.rows_of(scheduled.batch, expert)
+            rows = self._model.rows_of(expert)
             concerned = [concerned[i] for i in np.unique(scheduled.batch.sequence[rows])]
         for sequence in concerned or scheduled.sequences:
             self._finish(sequence, "error", error)

@@ -26,8 +26,8 @@ from argosy.model.clock import PartClock
 from argosy.model.layers import describe_activation, describe_layers
 from argosy.model.rope import rotary
 from argosy.model.weights import DenseWeights
-from argosy.model.workspace import Array, Workspace
 
+Array = NDArray[np.float32]
 RouteObserver = Callable[[int, NDArray[np.int32]], None]  # layer, expert_ids [tokens, k]
 
 
@@ -37,6 +37,7 @@ class Decoder:
     Args:
         experts: None leaves routed experts out of every sum.
         kv: keys and values of all layers.
+        max_tokens: most tokens of a step; the working memory is allocated for them.
         recurrent: the recurrent state of the layers that have one.
         clock: receives the time of each part of a step.
         observe: receives the experts that each token of each layer chose; the array is valid during the call.
@@ -49,7 +50,7 @@ class Decoder:
         experts: ExpertSource | None,
         kv: _native.KvCache,
         runtime: _native.Runtime,
-        workspace: Workspace,
+        max_tokens: int,
         *,
         clock: PartClock,
         recurrent: _native.RecurrentState | None = None,
@@ -57,7 +58,6 @@ class Decoder:
     ) -> None:
         self.config = config
         self._experts = experts
-        self._workspace = workspace
         self._clock = clock
         self._observe = observe
         self._next_moe_layer = dict(zip(config.moe_layers, config.moe_layers[1:], strict=False))
@@ -74,7 +74,7 @@ class Decoder:
             rotary=rotary(config.rope),
             activation=describe_activation(config),
             layers=describe_layers(config, weights, experts),
-            buffers=workspace.buffers,
+            max_tokens=max_tokens,
             arena=None if experts is None else experts.arena,
             offsets=None if experts is None else experts.offsets,
             is_leased=is_leased,
@@ -96,7 +96,7 @@ class Decoder:
             batch.state_slots,
         )
         while (demand := self._stack.advance()) is not None:
-            self._run_experts(batch, *demand)
+            self._run_experts(*demand)
         self._clock.mark_native(self._stack.take_seconds())
         if lookups := self._stack.take_lookups():
             assert self._experts is not None
@@ -119,19 +119,16 @@ class Decoder:
         self._stack.take_uses(uses)
         return uses
 
-    def rows_of(self, batch: Batch, expert: int) -> NDArray[np.int64]:
-        """Tokens of the batch that chose `expert` in the layer at which the step last stopped."""
-        chosen = self._workspace.buffers["expert_ids"][: batch.num_tokens]
-        return np.flatnonzero((chosen == expert).any(axis=1))
+    def rows_of(self, expert: int) -> NDArray[np.int64]:
+        """Tokens of the last batch that chose `expert` in the layer at which the step last stopped."""
+        return np.flatnonzero((self._stack.expert_ids() == expert).any(axis=1))
 
-    def _run_experts(
-        self, batch: Batch, layer: int, expert_ids: Sequence[int], scan: Collection[int]
-    ) -> None:
+    def _run_experts(self, layer: int, expert_ids: Sequence[int], scan: Collection[int]) -> None:
         """Lease the experts that a layer waits for, and run each group as it lands."""
         experts, stack, clock = self._experts, self._stack, self._clock
         assert experts is not None
         if self._observe is not None:
-            self._observe(layer, self._workspace.buffers["expert_ids"][: batch.num_tokens])
+            self._observe(layer, self._stack.expert_ids())
         with experts.lease(layer, expert_ids, scan) as lease:
             following = self._next_moe_layer.get(layer)
             if following is not None and experts.wants_guess(is_sweep=bool(scan)):

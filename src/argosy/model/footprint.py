@@ -17,9 +17,11 @@ from argosy.experts.source import (
     resident_bytes,
     slot_bytes,
 )
-from argosy.model.layers import kv_shapes
+from argosy.model.layers import kv_shapes, stack_sizes
 from argosy.model.weights import dense_footprint
-from argosy.model.workspace import workspace_bytes
+
+# Ids as Python objects, the arrays of a step, and native lists of runs, per token.
+_STEP_TOKEN_BYTES = 256
 
 
 def kv_bytes(config: ModelConfig, num_tokens: int, kv_dtype: KvDtype) -> int:
@@ -82,7 +84,13 @@ class Footprint:
 
     def working_bytes(self, step_tokens: int) -> int:
         """The buffers and scratch memory of a step of at most `step_tokens` tokens."""
-        return workspace_bytes(self.config, step_tokens, self._threads)
+        sizes = self._stack_sizes
+        native = sizes.buffer_bytes(step_tokens) + sizes.scratch_bytes(step_tokens, self._threads)
+        return native + _STEP_TOKEN_BYTES * step_tokens
+
+    @cached_property
+    def _stack_sizes(self) -> _native.StackSizes:
+        return stack_sizes(self.config)
 
     def record_bytes(self, num_slots: int) -> int:
         """What keeps account of the experts if `num_slots` of them have room: where each is, when it was used."""

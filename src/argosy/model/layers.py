@@ -41,6 +41,20 @@ def kv_shapes(config: ModelConfig) -> list[_native.KvShape]:
     return [_KV_SHAPES[layer.mixer](config) for layer in config.layers]
 
 
+def stack_sizes(config: ModelConfig) -> _native.StackSizes:
+    """The dimensions of all layers, from which native code computes its working memory."""
+    sizes = _native.StackSizes(config.hidden_size, config.rope.rotary_dim // 2)
+    for layer in config.layers:
+        _ADD_MIXER_SIZES[layer.mixer](sizes, config)
+        if layer.is_moe:
+            sizes.add_routed(
+                config.num_experts, config.experts_per_token, config.expert_width, config.shared_width
+            )
+        else:
+            sizes.add_dense(config.dense_width)
+    return sizes
+
+
 def describe_activation(config: ModelConfig) -> _native.Activation:
     """The activation between the products of a feed-forward network."""
     activation = config.activation
@@ -148,6 +162,35 @@ _KV_SHAPES: Mapping[MixerKind, Callable[[ModelConfig], _native.KvShape]] = {
     "attention": lambda config: _native.KvShape.keys_values(config.num_kv_heads, config.head_dim),
     "delta": lambda config: _native.KvShape.none(),
     "latent": lambda config: _native.KvShape.latent(_latent_dim(config)),
+}
+
+
+def _add_attention_sizes(sizes: _native.StackSizes, config: ModelConfig) -> None:
+    sizes.add_attention(config.num_heads, config.num_kv_heads, config.head_dim, config.has_output_gate)
+
+
+def _add_latent_sizes(sizes: _native.StackSizes, config: ModelConfig) -> None:
+    latent = config.latent
+    assert latent is not None
+    sizes.add_latent_attention(
+        config.num_heads,
+        latent.nope_dim,
+        latent.rope_dim,
+        latent.kv_rank,
+        latent.value_dim,
+        latent.query_rank,
+    )
+
+
+def _add_delta_sizes(sizes: _native.StackSizes, config: ModelConfig) -> None:
+    assert config.delta is not None
+    sizes.add_delta_net(config.delta.sizes)
+
+
+_ADD_MIXER_SIZES: Mapping[MixerKind, Callable[[_native.StackSizes, ModelConfig], None]] = {
+    "attention": _add_attention_sizes,
+    "delta": _add_delta_sizes,
+    "latent": _add_latent_sizes,
 }
 
 

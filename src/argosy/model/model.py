@@ -27,7 +27,6 @@ from argosy.model.clock import PartClock
 from argosy.model.decoder import Decoder, RouteObserver
 from argosy.model.layers import kv_shapes
 from argosy.model.weights import DenseReading, DenseWeights
-from argosy.model.workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +176,7 @@ class Model:
             experts,
             self.kv,
             runtime,
-            Workspace(config, sizes.step_tokens),
+            sizes.step_tokens,
             clock=clock,
             recurrent=self.recurrent,
             observe=observe,
@@ -195,9 +194,9 @@ class Model:
         """Logits of any rows of the last step: float32 [rows, vocab_size], a new array."""
         return self.decoder.logits(rows)
 
-    def rows_of(self, batch: Batch, expert: int) -> NDArray[np.int64]:
-        """Tokens of the step that chose `expert` in the layer at which the step last stopped."""
-        return self.decoder.rows_of(batch, expert)
+    def rows_of(self, expert: int) -> NDArray[np.int64]:
+        """Tokens of the last step that chose `expert` in the layer at which the step last stopped."""
+        return self.decoder.rows_of(expert)
 
     def take_uses(self) -> NDArray[np.int64]:
         """How often tokens chose each expert since the last call: int64 [layers, experts]. Routing reveals text."""

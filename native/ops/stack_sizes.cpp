@@ -1,0 +1,161 @@
+#include "ops/stack_sizes.h"
+
+#include <algorithm>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#include "ops/attention.h"
+#include "ops/checked_size.h"
+#include "ops/latent_attention.h"
+#include "ops/layer.h"
+#include "ops/matmul.h"
+#include "ops/swiglu.h"
+
+namespace argosy {
+
+namespace {
+
+constexpr const char* kWorkingMemory = "the working memory of a stack";
+constexpr int64_t kLargestDimension = int64_t{1} << 30;
+constexpr int64_t kLargestWidth = int64_t{1} << 40;
+
+void widen(int64_t& width, int64_t wanted) { width = std::max(width, wanted); }
+
+// The product of some dimensions; 0 if one of them is 0.
+int64_t width_of(std::initializer_list<int64_t> dimensions) {
+  for (const int64_t dimension : dimensions) {
+    if (dimension < 0 || dimension > kLargestDimension) {
+      throw std::invalid_argument("a dimension of a layer is " + std::to_string(dimension) +
+                                  ", expected 0 to " + std::to_string(kLargestDimension));
+    }
+  }
+  if (std::find(dimensions.begin(), dimensions.end(), 0) != dimensions.end()) return 0;
+  const int64_t width = checked_product(kWorkingMemory, dimensions);
+  if (width > kLargestWidth)
+    throw std::invalid_argument("a layer is " + std::to_string(width) + " columns wide, expected at most " +
+                                std::to_string(kLargestWidth));
+  return width;
+}
+
+}  // namespace
+
+StackSizes::StackSizes(int64_t hidden, int64_t num_pairs)
+    : hidden_(width_of({hidden})), num_pairs_(width_of({num_pairs})) {}
+
+void StackSizes::add(const AttentionSizes& mixer) {
+  const int64_t query = width_of({mixer.num_heads, mixer.head_dim});
+  const int64_t key = width_of({mixer.kv_heads, mixer.head_dim});
+  widen(query_, query);
+  widen(attended_, query);
+  widen(key_, key);
+  widen(value_, key);
+  widen(projected_, mixer.has_gate ? 2 * query : 0);
+  widen(head_dim_, mixer.head_dim);
+}
+
+void StackSizes::add(const LatentSizes& mixer) {
+  const int64_t nope = width_of({mixer.nope_dim}), rope = width_of({mixer.rope_dim});
+  widen(query_, width_of({mixer.num_heads, nope + rope}));
+  widen(key_, width_of({mixer.kv_rank}) + rope);
+  widen(query_latent_, width_of({mixer.query_rank}));
+  widen(attended_, width_of({mixer.num_heads, mixer.value_dim}));
+  if (std::find(latents_.begin(), latents_.end(), mixer) == latents_.end()) latents_.push_back(mixer);
+}
+
+void StackSizes::add(const DeltaShape& mixer) {
+  const int64_t value = width_of({mixer.num_value_heads, mixer.value_dim});
+  widen(projected_, 2 * width_of({mixer.num_key_heads, mixer.key_dim}) + 2 * value);
+  widen(delta_gates_, 2 * width_of({mixer.num_value_heads}));
+  widen(attended_, value);
+}
+
+void StackSizes::add(const DenseSizes& ffn) { add_network({ffn.width, 1}); }
+
+void StackSizes::add(const RoutedSizes& ffn) {
+  widen(num_experts_, width_of({ffn.num_experts}));
+  widen(k_, width_of({ffn.k}));
+  add_network({ffn.width, ffn.k});
+  if (ffn.shared_width > 0) add_network({ffn.shared_width, 1});
+}
+
+void StackSizes::add_network(const Network& network) {
+  width_of({network.width, network.k});
+  if (std::find(networks_.begin(), networks_.end(), network) == networks_.end()) networks_.push_back(network);
+}
+
+int64_t StackSizes::lay_out(uint8_t* memory, int64_t max_tokens, StackBuffers& buffers) const {
+  const int64_t most_assignments = INT32_MAX / std::max<int64_t>(1, k_);
+  if (max_tokens < 1 || max_tokens > most_assignments) {
+    throw std::invalid_argument("max_tokens is " + std::to_string(max_tokens) + ", expected 1 to " +
+                                std::to_string(most_assignments));
+  }
+  int64_t end = 0;
+  const auto place = [&]<class T>(int64_t width, T*& buffer) {
+    static_assert(sizeof(T) == 4);
+    buffer = memory != nullptr ? reinterpret_cast<T*>(memory + end) : nullptr;
+    if (width == 0) return;
+    const int64_t bytes = round_up(checked_product(kWorkingMemory, {4, max_tokens, width}), 64);
+    if (bytes > kMostBytes - end)
+      throw std::invalid_argument(std::string(kWorkingMemory) + " would take more than 2^62 bytes");
+    end += bytes;
+  };
+  place(hidden_, buffers.hidden);
+  place(hidden_, buffers.normed);
+  place(hidden_, buffers.block);
+  place(query_, buffers.query);
+  place(attended_, buffers.attended);
+  place(key_, buffers.key);
+  place(value_, buffers.value);
+  place(query_latent_, buffers.query_latent);
+  place(projected_, buffers.projected);
+  place(delta_gates_, buffers.delta_gates);
+  place(num_pairs_, buffers.cosine);
+  place(num_pairs_, buffers.sine);
+  place(num_experts_, buffers.router_logits);
+  place(k_, buffers.routing_weights);
+  place(k_, buffers.expert_ids);
+  place(1, buffers.shared_score);
+  place(width_of({k_, hidden_}), buffers.expert_out);
+  place(k_, buffers.assignment);
+  place(k_, buffers.group_token);
+  place(k_, buffers.group_row);
+  return end;
+}
+
+int64_t StackSizes::buffer_bytes(int64_t max_tokens) const {
+  StackBuffers none = {};
+  return lay_out(nullptr, max_tokens, none);
+}
+
+StackBuffers StackSizes::place_buffers(uint8_t* memory, int64_t max_tokens) const {
+  StackBuffers buffers = {};
+  lay_out(memory, max_tokens, buffers);
+  return buffers;
+}
+
+int64_t StackSizes::scratch_bytes(int64_t max_tokens, int num_threads) const {
+  int64_t widest = std::max({int64_t{1}, hidden_, attended_, query_latent_});
+  const int64_t cols = widest;  // the most columns of a matrix outside of the feed-forward networks
+  for (const Network& network : networks_) widest = std::max(widest, network.width * network.k);
+  checked_product(kWorkingMemory, {64, max_tokens, widest});  // nothing below is larger, so nothing overflows
+
+  int64_t bytes = matmul_scratch_bytes(cols, max_tokens);
+  if (num_experts_ > 0) bytes = std::max(bytes, route_scratch_bytes(num_experts_, num_threads));
+  if (head_dim_ > 0) bytes = std::max(bytes, attention_scratch_bytes(head_dim_, num_threads));
+  for (const LatentSizes& latent : latents_) {
+    LatentHeads heads = {};
+    heads.num_heads = latent.num_heads;
+    heads.nope_dim = latent.nope_dim;
+    heads.rope_dim = latent.rope_dim;
+    heads.kv_rank = latent.kv_rank;
+    bytes = std::max(bytes, latent_scratch_bytes(heads, max_tokens, num_threads));
+  }
+  for (const Network& network : networks_) {
+    bytes = std::max(
+        bytes, swiglu_scratch_bytes(hidden_, network.width, max_tokens, max_tokens * network.k, num_threads));
+  }
+  return Runtime::scratch_size(bytes);
+}
+
+}  // namespace argosy

@@ -1,0 +1,95 @@
+// stack_sizes.h: the working memory of a Stack: its buffers and the scratch of its operations.
+//
+// The sizes follow from the dimensions of the layers, without their weights, so the memory plan asks for them
+// before anything is loaded, and a Stack allocates by the same numbers.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "ops/gated_delta.h"
+
+namespace argosy {
+
+struct AttentionSizes {
+  int64_t num_heads, kv_heads, head_dim;
+  bool has_gate;
+};
+
+struct LatentSizes {
+  int64_t num_heads, nope_dim, rope_dim, kv_rank, value_dim;
+  int64_t query_rank;  // 0: queries are not compressed
+
+  bool operator==(const LatentSizes&) const = default;
+};
+
+struct DenseSizes {
+  int64_t width;
+};
+
+struct RoutedSizes {
+  int64_t num_experts, k, width;
+  int64_t shared_width;  // 0: no shared expert
+};
+
+// Every buffer has room for max_tokens rows.
+struct StackBuffers {
+  float *hidden, *normed, *block;  // [hidden]; `block` is what a block adds to the hidden state
+  float* query;                    // [num_heads * head_dim]
+  float* attended;                 // [num_heads * value_dim]; [value_channels] of a delta net
+  float *key, *value;              // [kv_heads * head_dim]; key [kv_rank + rope_dim]
+  float* query_latent;             // [query_rank]
+  float* projected;                // query and gate of gated heads; q, k, v and z of a delta net
+  float* delta_gates;              // [2 * value_heads]
+  float *cosine, *sine;            // [pairs]
+  float* router_logits;            // [num_experts]
+  float* routing_weights;          // [k]
+  int32_t* expert_ids;             // [k]
+  float* shared_score;             // [1]
+  float* expert_out;               // [k * hidden]
+  int32_t *assignment, *group_token, *group_row;  // [k]
+};
+
+// The sizes of a stack, layer by layer. All functions throw std::invalid_argument for a dimension outside 0
+// to 2^30, and for memory beyond 2^62 bytes.
+class StackSizes {
+ public:
+  StackSizes(int64_t hidden, int64_t num_pairs);
+
+  void add(const AttentionSizes& mixer);
+  void add(const LatentSizes& mixer);
+  void add(const DeltaShape& mixer);
+  void add(const DenseSizes& ffn);
+  void add(const RoutedSizes& ffn);
+
+  // Bytes of the buffers for at most max_tokens tokens. Also throws if an int32 cannot number the
+  // assignments.
+  int64_t buffer_bytes(int64_t max_tokens) const;
+  // The buffers in `memory` of buffer_bytes(max_tokens) bytes, aligned to 64.
+  StackBuffers place_buffers(uint8_t* memory, int64_t max_tokens) const;
+  // The most that any operation of a step requests from Runtime::scratch, whatever the formats of the
+  // weights.
+  int64_t scratch_bytes(int64_t max_tokens, int num_threads) const;
+
+  bool operator==(const StackSizes&) const = default;
+
+ private:
+  // One network that all tokens run through `k` times.
+  struct Network {
+    int64_t width, k;
+    bool operator==(const Network&) const = default;
+  };
+
+  int64_t lay_out(uint8_t* memory, int64_t max_tokens, StackBuffers& buffers) const;
+  void add_network(const Network& network);
+
+  int64_t hidden_, num_pairs_;
+  // Columns of the buffers: the most that any layer needs.
+  int64_t query_ = 0, attended_ = 0, key_ = 0, value_ = 0, query_latent_ = 0, projected_ = 0;
+  int64_t delta_gates_ = 0, num_experts_ = 0, k_ = 0;
+  int64_t head_dim_ = 0;  // of layers with keys and values
+  std::vector<LatentSizes> latents_;
+  std::vector<Network> networks_;
+};
+
+}  // namespace argosy
