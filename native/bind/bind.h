@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 
 namespace argosy {
 
@@ -23,8 +24,14 @@ void bind_stack(nb::module_& m);
 void bind_probe(nb::module_& m);
 void bind_store(nb::module_& m);
 
-using Array = nb::ndarray<nb::ro, nb::device::cpu>;  // read only
-using OutArray = nb::ndarray<nb::device::cpu>;       // written to
+using OutArray = nb::ndarray<nb::device::cpu>;  // written to
+
+class Array : public nb::ndarray<nb::ro, nb::device::cpu> {  // read only
+ public:
+  using Base = nb::ndarray<nb::ro, nb::device::cpu>;
+  Array() = default;
+  explicit Array(Base&& array) : Base(std::move(array)) {}
+};
 
 constexpr int64_t kAnySize = -1;
 
@@ -126,3 +133,23 @@ T* write_array(const char* name, const OutArray& array, std::initializer_list<in
 }
 
 }  // namespace argosy
+
+// Refuses numpy's scalars of dates, which export a buffer without strides: nanobind reads the strides
+// unchecked.
+template <>
+struct nanobind::detail::type_caster<argosy::Array> {
+  NB_TYPE_CASTER(argosy::Array, make_caster<argosy::Array::Base>::Name)
+
+  bool from_python(handle source, uint8_t flags, cleanup_list* cleanup) noexcept {
+    const std::string_view type = Py_TYPE(source.ptr())->tp_name;
+    if (type == "numpy.datetime64" || type == "numpy.timedelta64") return false;
+    make_caster<argosy::Array::Base> caster;
+    if (!caster.from_python(source, flags, cleanup)) return false;
+    value = argosy::Array(std::move(caster.value));
+    return true;
+  }
+
+  static handle from_cpp(const argosy::Array& array, rv_policy policy, cleanup_list* cleanup) noexcept {
+    return make_caster<argosy::Array::Base>::from_cpp(array, policy, cleanup);
+  }
+};
