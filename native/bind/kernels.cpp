@@ -411,8 +411,8 @@ void bind_attention(nb::module_& m) {
   m.def(
       "attention",
       [](Runtime& runtime, KvCache& kv, int64_t layer, const Array& q, const Array& block_table,
-         const Array& sequence, const Array& position, float scale, int64_t window, const OutArray& out,
-         const std::optional<Array>& sinks) {
+         const Array& sequence, const Array& order, float scale, int64_t window, const OutArray& out,
+         const std::optional<Array>& sinks, const std::optional<Array>& sees_until) {
         require_range("layer", layer, 0, kv.num_layers() - 1);
         require_range("window", window, 0, INT32_MAX);
         const KvShape& shape = kv.shape(layer);
@@ -428,7 +428,8 @@ void bind_attention(nb::module_& m) {
         batch.block_table = read_array<int32_t>("block_table", block_table, {kAnySize, kAnySize});
         batch.max_blocks = int64_t(block_table.shape(1));
         batch.sequence = read_array<int32_t>("sequence", sequence, {batch.num_tokens});
-        batch.position = read_array<int32_t>("position", position, {batch.num_tokens});
+        batch.order = read_array<int32_t>("order", order, {batch.num_tokens});
+        if (sees_until) batch.sees_until = read_array<int32_t>("sees_until", *sees_until, {batch.num_tokens});
         batch.scale = scale;
         batch.window = window;
         batch.sinks = sinks ? read_array<float>("sinks", *sinks, {batch.num_heads}) : nullptr;
@@ -437,8 +438,8 @@ void bind_attention(nb::module_& m) {
         nb::gil_scoped_release released;
         attention(runtime, kv.layer(layer), batch, to);
       },
-      "runtime"_a, "kv"_a, "layer"_a, "q"_a, "block_table"_a, "sequence"_a, "position"_a, "scale"_a,
-      "window"_a, "out"_a.noconvert(), "sinks"_a.none() = nb::none());
+      "runtime"_a, "kv"_a, "layer"_a, "q"_a, "block_table"_a, "sequence"_a, "order"_a, "scale"_a, "window"_a,
+      "out"_a.noconvert(), "sinks"_a.none() = nb::none(), "sees_until"_a.none() = nb::none());
 
   m.def(
       "latent_write",
@@ -457,8 +458,8 @@ void bind_attention(nb::module_& m) {
   m.def(
       "latent_attention",
       [](Runtime& runtime, KvCache& kv, int64_t layer, const Array& q, const Matrix& key_up,
-         const Matrix& value_up, const Array& block_table, const Array& sequence, const Array& position,
-         float scale, const OutArray& out) {
+         const Matrix& value_up, const Array& block_table, const Array& sequence, const Array& order,
+         float scale, const OutArray& out, const std::optional<Array>& sees_until) {
         require_range("layer", layer, 0, kv.num_layers() - 1);
         const KvShape& shape = kv.shape(layer);
         require_kind(shape, KvShape::Kind::latent);
@@ -472,14 +473,15 @@ void bind_attention(nb::module_& m) {
         batch.block_table = read_array<int32_t>("block_table", block_table, {kAnySize, kAnySize});
         batch.max_blocks = int64_t(block_table.shape(1));
         batch.sequence = read_array<int32_t>("sequence", sequence, {batch.num_tokens});
-        batch.position = read_array<int32_t>("position", position, {batch.num_tokens});
+        batch.order = read_array<int32_t>("order", order, {batch.num_tokens});
+        if (sees_until) batch.sees_until = read_array<int32_t>("sees_until", *sees_until, {batch.num_tokens});
         float* to = write_array<float>("out", out, {batch.num_tokens, batch.num_heads * heads.value_dim});
         require_blocks(kv, batch, int64_t(block_table.shape(0)));
         nb::gil_scoped_release released;
         latent_attention(runtime, kv.latent_layer(layer), heads, batch, to);
       },
       "runtime"_a, "kv"_a, "layer"_a, "q"_a, "key_up"_a, "value_up"_a, "block_table"_a, "sequence"_a,
-      "position"_a, "scale"_a, "out"_a.noconvert());
+      "order"_a, "scale"_a, "out"_a.noconvert(), "sees_until"_a.none() = nb::none());
 }
 
 }  // namespace

@@ -163,20 +163,25 @@ inline LatentHeads view_latent_heads(const MatrixView& key_up, const MatrixView&
   return heads;
 }
 
-// Checks that every block that the positions of the batch reach is a block of the cache.
+// Checks that every position that a token sees lies in a block of the cache, and that it sees itself.
 inline void require_blocks(const KvCache& kv, const AttentionBatch& batch, int64_t num_sequences) {
   require_ids("sequence", batch.sequence, batch.num_tokens, num_sequences);
-  require_ids("position", batch.position, batch.num_tokens, batch.max_blocks * kv.block_tokens());
+  const int64_t num_positions = batch.max_blocks * kv.block_tokens();
+  require_ids("order", batch.order, batch.num_tokens, num_positions);
+  for (int64_t token = 0; batch.sees_until != nullptr && token < batch.num_tokens; ++token) {
+    const int64_t least = int64_t(batch.order[token]) + 1, until = batch.sees_until[token];
+    if (until < least || until > num_positions)
+      require_range(item_name("sees_until", size_t(token)), until, least, num_positions);
+  }
   for (int64_t token = 0; token < batch.num_tokens; ++token) {
-    const int64_t last = batch.position[token];
+    const int64_t last = batch.until(token) - 1;
     // The next token of the same sequence sees every position that this token sees.
     if (token + 1 < batch.num_tokens && batch.sequence[token + 1] == batch.sequence[token] &&
-        batch.position[token + 1] >= last && batch.window == 0) {
+        batch.until(token + 1) - 1 >= last && batch.window == 0) {
       continue;
     }
-    const int64_t first = batch.window > 0 ? std::max<int64_t>(0, last - batch.window + 1) : 0;
     const int32_t* row = batch.block_table + batch.sequence[token] * batch.max_blocks;
-    const int64_t first_block = first / kv.block_tokens();
+    const int64_t first_block = batch.first(token) / kv.block_tokens();
     require_ids("block_table", row + first_block, last / kv.block_tokens() + 1 - first_block,
                 kv.num_blocks());
   }

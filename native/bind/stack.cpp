@@ -1,7 +1,7 @@
 // stack.cpp: binds the layers of a decoder.
 //
 // Python describes a model from matrices and vectors it owns. A Stack keeps all of them alive and checks once
-// that their sizes agree. A step keeps its batch alive until the next step begins.
+// that their sizes agree. A step keeps its arrays alive until the next step begins.
 
 #include "ops/stack.h"
 
@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -33,6 +34,8 @@ namespace {
 
 // A call runs this long between two checks for ^C.
 constexpr std::chrono::milliseconds kSignalInterval{50};
+
+constexpr int64_t kMostAxes = 8;  // of rotary positions
 
 // The Python objects whose memory a description points to.
 struct Kept {
@@ -76,6 +79,9 @@ struct BoundFfn {
 
 using NetworkOfMatrices = std::tuple<const Matrix*, const Matrix*, const Matrix*>;
 using LayerOfObjects = std::tuple<Array, const BoundMixer*, Array, const BoundFfn*>;
+using OverridesOfArrays = std::tuple<Array, Array>;          // rows, embeddings
+using AdditionOfArrays = std::tuple<int64_t, Array, Array>;  // layer, rows, vectors
+using TapOfArray = std::tuple<int64_t, OutArray>;            // layer, hidden state
 using DemandOfLists = std::tuple<int64_t, std::vector<int32_t>, std::vector<int32_t>>;
 
 BoundMixer grouped_query_attention(
@@ -317,46 +323,73 @@ class BoundStack {
     stack_ = std::make_unique<Stack>(runtime, kv, state, std::move(description), max_tokens);
   }
 
-  void begin(const Array& token_ids, const Array& position, const Array& sequence, const Array& slots,
-             const Array& is_decode, const Array& block_table, const Array& last_rows, const OutArray& logits,
-             const std::optional<Array>& state_slots) {
+  void begin(const Array& token_ids, const Array& sequence, const Array& slots, const Array& is_decode,
+             const Array& block_table, const Array& order, const Array& wanted, const OutArray& logits,
+             const std::optional<Array>& state_slots, const std::optional<Array>& angles,
+             const std::optional<Array>& sees_until, const std::optional<OverridesOfArrays>& overrides,
+             const std::vector<AdditionOfArrays>& additions, const std::vector<TapOfArray>& taps) {
     const KvCache& kv = stack_->kv();
-    StepBatch batch = {};
-    batch.token_ids = read_array<int32_t>("token_ids", token_ids, {kAnySize});
-    const int64_t tokens = batch.num_tokens = int64_t(token_ids.shape(0));
+    StepArrays arrays;
+    arrays.read = {token_ids, sequence, slots, is_decode, block_table, order, wanted};
+    arrays.written = {logits};
+    Step step = {};
+    step.token_ids = read_array<int32_t>("token_ids", token_ids, {kAnySize});
+    const int64_t tokens = step.num_tokens = int64_t(token_ids.shape(0));
     require_range("tokens", tokens, 1, stack_->max_tokens());
-    batch.position = read_array<int32_t>("position", position, {tokens});
-    batch.sequence = read_array<int32_t>("sequence", sequence, {tokens});
-    batch.slots = read_array<int64_t>("slots", slots, {tokens});
-    batch.is_decode = read_array<bool>("is_decode", is_decode, {tokens});
-    batch.block_table = read_array<int32_t>("block_table", block_table, {kAnySize, kAnySize});
-    batch.max_blocks = int64_t(block_table.shape(1));
-    batch.last_rows = read_array<int64_t>("last_rows", last_rows, {kAnySize});
-    batch.num_last = int64_t(last_rows.shape(0));
-    batch.logits = write_array<float>("logits", logits, {batch.num_last, vocabulary()});
+    step.sequence = read_array<int32_t>("sequence", sequence, {tokens});
+    step.slots = read_array<int64_t>("slots", slots, {tokens});
+    step.is_decode = read_array<bool>("is_decode", is_decode, {tokens});
+    step.block_table = read_array<int32_t>("block_table", block_table, {kAnySize, kAnySize});
+    step.max_blocks = int64_t(block_table.shape(1));
+    step.order = read_array<int32_t>("order", order, {tokens});
+    step.wanted = read_array<int64_t>("wanted", wanted, {kAnySize});
+    step.num_wanted = int64_t(wanted.shape(0));
+    step.logits = write_array<float>("logits", logits, {step.num_wanted, vocabulary()});
+    if (angles) {
+      step.angles = read_angles(*angles, tokens);
+      arrays.read.push_back(*angles);
+    }
+    if (sees_until) {
+      step.sees_until = read_array<int32_t>("sees_until", *sees_until, {tokens});
+      arrays.read.push_back(*sees_until);
+    }
+    if (overrides) {
+      const auto& [rows, embeddings] = *overrides;
+      step.overrides = read_vectors("overrides", rows, embeddings, tokens, arrays);
+    }
+    const int64_t last_layer = int64_t(stack_->description().layers.size()) - 1;
+    for (const auto& [layer, rows, vectors] : additions) {
+      require_range("the layer of an addition", layer, 0, last_layer);
+      step.additions.push_back({layer, read_vectors("an addition", rows, vectors, tokens, arrays)});
+    }
+    for (const auto& [layer, hidden] : taps) {
+      require_range("the layer of a tap", layer, 0, last_layer);
+      step.taps.push_back({layer, write_array<float>("a tap", hidden, {tokens, hidden_})});
+      arrays.written.push_back(hidden);
+    }
 
-    require_ids("token_ids", batch.token_ids, tokens, stack_->description().embedding.rows);
-    require_slots(kv, batch.slots, tokens);
+    require_ids("token_ids", step.token_ids, tokens, stack_->description().embedding.rows);
+    require_slots(kv, step.slots, tokens);
     AttentionBatch reach = {};
     reach.num_tokens = tokens;
-    reach.block_table = batch.block_table;
-    reach.max_blocks = batch.max_blocks;
-    reach.sequence = batch.sequence;
-    reach.position = batch.position;
+    reach.block_table = step.block_table;
+    reach.max_blocks = step.max_blocks;
+    reach.sequence = step.sequence;
+    reach.order = step.order;
+    reach.sees_until = step.sees_until;
     require_blocks(kv, reach, int64_t(block_table.shape(0)));
-    require_rows(batch.last_rows, batch.num_last, tokens);
+    require_rows(step.wanted, step.num_wanted, tokens);
     const RecurrentState* recurrent = stack_->recurrent();
     if (recurrent != nullptr) {
-      if (!state_slots) refuse("the batch needs state_slots, because the stack has a recurrent state");
+      if (!state_slots) refuse("the step needs state_slots, because the stack has a recurrent state");
       const int64_t sequences = int64_t(block_table.shape(0));
-      batch.state_slots = read_array<int32_t>("state_slots", *state_slots, {sequences});
-      require_ids("state_slots", batch.state_slots, sequences, recurrent->num_slots());
+      step.state_slots = read_array<int32_t>("state_slots", *state_slots, {sequences});
+      require_ids("state_slots", step.state_slots, sequences, recurrent->num_slots());
+      arrays.read.push_back(*state_slots);
     }
-    batch_ = {token_ids, position, sequence, slots, is_decode, block_table, last_rows};
-    if (state_slots) batch_.push_back(*state_slots);
-    logits_ = logits;
+    arrays_ = std::move(arrays);
     num_tokens_ = tokens;
-    stack_->begin(batch);
+    stack_->begin(step);
   }
 
   std::optional<DemandOfLists> advance() {
@@ -438,6 +471,39 @@ class BoundStack {
  private:
   int64_t vocabulary() const { return stack_->description().head.rows; }
 
+  // The memory that a step refers to.
+  struct StepArrays {
+    std::vector<Array> read;
+    std::vector<OutArray> written;
+  };
+
+  RowVectors read_vectors(const std::string& name, const Array& rows, const Array& vectors, int64_t tokens,
+                          StepArrays& arrays) const {
+    RowVectors given;
+    given.rows = read_array<int64_t>(("rows of " + name).c_str(), rows, {kAnySize});
+    given.num_rows = int64_t(rows.shape(0));
+    given.vectors = read_array<float>(("vectors of " + name).c_str(), vectors, {given.num_rows, hidden_});
+    std::vector<bool> is_given(static_cast<size_t>(tokens));
+    for (int64_t i = 0; i < given.num_rows; ++i) {
+      require_range("a row of " + name, given.rows[i], 0, tokens - 1);
+      if (is_given[size_t(given.rows[i])])
+        refuse(name + " gives row " + std::to_string(given.rows[i]) + " twice");
+      is_given[size_t(given.rows[i])] = true;
+    }
+    arrays.read.push_back(rows);
+    arrays.read.push_back(vectors);
+    return given;
+  }
+
+  const float* read_angles(const Array& angles, int64_t tokens) const {
+    const float* from = read_array<float>("angles", angles, {kAnySize, tokens});
+    require_range("axes of angles", int64_t(angles.shape(0)), stack_->description().rotary.num_axes(),
+                  kMostAxes);
+    if (!std::all_of(from, from + angles.size(), [](float angle) { return std::isfinite(angle); }))
+      refuse("angles hold a number that is not finite");
+    return from;
+  }
+
   void require_rows(const int64_t* rows, int64_t num_rows, int64_t num_tokens) const {
     require_range("number of rows", num_rows, 0, stack_->max_tokens());
     for (int64_t i = 0; i < num_rows; ++i) require_range("a row", rows[i], 0, num_tokens - 1);
@@ -476,8 +542,7 @@ class BoundStack {
   int64_t num_experts_ = 0;
   Kept kept_;
   nb::object recurrent_;
-  std::vector<Array> batch_;
-  OutArray logits_;
+  StepArrays arrays_;  // of the last step
   int64_t hidden_ = 0, num_tokens_ = 0;
   std::unique_ptr<Stack> stack_;
 };
@@ -516,23 +581,39 @@ void bind_stack(nb::module_& m) {
   nb::class_<Rotary>(m, "Rotary")
       .def(
           "__init__",
-          [](Rotary* self, const Array& inverse_frequency, double scale, bool is_interleaved) {
+          [](Rotary* self, const Array& inverse_frequency, double scale, bool is_interleaved,
+             const std::vector<int32_t>& axes) {
             const double* from = read_array<double>("inverse_frequency", inverse_frequency, {kAnySize});
-            new (self) Rotary{{from, from + inverse_frequency.shape(0)}, scale, is_interleaved};
+            const size_t num_pairs = inverse_frequency.shape(0);
+            if (!axes.empty()) require_size("number of axes", int64_t(axes.size()), int64_t(num_pairs));
+            require_ids("axes", axes.data(), int64_t(axes.size()), kMostAxes);
+            new (self) Rotary{{from, from + num_pairs}, scale, is_interleaved, axes};
           },
-          "inverse_frequency"_a, "scale"_a, "is_interleaved"_a = false)
+          "inverse_frequency"_a, "scale"_a, "is_interleaved"_a = false, "axes"_a = std::vector<int32_t>{})
       .def(
           "angles",
-          [](const Rotary& self, Runtime& runtime, const Array& position, const OutArray& cosine,
+          [](const Rotary& self, Runtime& runtime, const Array& positions, const OutArray& cosine,
              const OutArray& sine) {
-            const int32_t* from = read_array<int32_t>("position", position, {kAnySize});
-            const int64_t num_tokens = int64_t(position.shape(0));
+            const bool has_axes = positions.ndim() == 2;
+            const int32_t* order = nullptr;
+            const float* angles = nullptr;
+            if (has_axes) {
+              angles = read_array<float>("positions", positions, {kAnySize, kAnySize});
+              require_range("axes of positions", int64_t(positions.shape(0)), self.num_axes(), kMostAxes);
+            } else {
+              order = read_array<int32_t>("positions", positions, {kAnySize});
+            }
+            const int64_t num_tokens = int64_t(positions.shape(has_axes ? 1 : 0));
             float* c = write_array<float>("cosine", cosine, {num_tokens, self.num_pairs()});
             float* s = write_array<float>("sine", sine, {num_tokens, self.num_pairs()});
             nb::gil_scoped_release released;
-            rotary_angles(runtime, self, from, num_tokens, c, s);
+            if (has_axes) {
+              rotary_angles(runtime, self, angles, num_tokens, c, s);
+            } else {
+              rotary_angles(runtime, self, order, num_tokens, c, s);
+            }
           },
-          "runtime"_a, "position"_a, "cosine"_a.noconvert(), "sine"_a.noconvert());
+          "runtime"_a, "positions"_a, "cosine"_a.noconvert(), "sine"_a.noconvert());
 
   nb::class_<StackSizes>(m, "StackSizes")
       .def(nb::init<int64_t, int64_t>(), "hidden"_a, "num_pairs"_a)
@@ -578,8 +659,11 @@ void bind_stack(nb::module_& m) {
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), "runtime"_a, "kv"_a, nb::kw_only(), "embedding"_a,
            "head"_a, "final_norm"_a, "norm_eps"_a, "rotary"_a, "activation"_a, "layers"_a, "max_tokens"_a,
            "arena"_a.none(), "offsets"_a.none(), "is_leased"_a, "recurrent"_a.none() = nb::none())
-      .def("begin", &BoundStack::begin, "token_ids"_a, "position"_a, "sequence"_a, "slots"_a, "is_decode"_a,
-           "block_table"_a, "last_rows"_a, "logits"_a.noconvert(), "state_slots"_a.none() = nb::none())
+      .def("begin", &BoundStack::begin, "token_ids"_a, "sequence"_a, "slots"_a, "is_decode"_a,
+           "block_table"_a, "order"_a, "wanted"_a, "logits"_a.noconvert(),
+           "state_slots"_a.none() = nb::none(), "angles"_a.none() = nb::none(),
+           "sees_until"_a.none() = nb::none(), "overrides"_a.none() = nb::none(),
+           "additions"_a = std::vector<AdditionOfArrays>{}, "taps"_a.noconvert() = std::vector<TapOfArray>{})
       .def("advance", &BoundStack::advance)
       .def("look_ahead", &BoundStack::look_ahead)
       .def("run_shared", &BoundStack::run_shared)

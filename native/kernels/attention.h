@@ -1,16 +1,17 @@
-// attention.h: causal grouped-query attention of consecutive tokens of one sequence against one KV head.
+// attention.h: grouped-query attention of consecutive tokens of one sequence against one KV head.
 //
 //   out[t][h] = sum over p of softmax over p (scale * q[t][h] . key[p]) * value[p]
 //
-//   p runs from max(0, position[t] - window + 1) to position[t], and h over the heads that share the KV head;
-//   keys and values lie in KV blocks (layout: kernel_table.h); q and out are float32. A sink is one more
-//   score of a head: it takes weight from the other scores and adds no value (gpt-oss; arXiv:2309.17453
-//   explains why models want one).
+//   p runs from max(0, order[t] - window + 1) to sees_until[t] - 1, which is order[t] unless tokens see later
+//   ones (a span of a picture), and h over the heads that share the KV head; keys and values lie in KV blocks
+//   (layout: kernel_table.h); q and out are float32. A sink is one more score of a head: it takes weight from
+//   the other scores and adds no value (gpt-oss; arXiv:2309.17453 explains why models want one).
 //
 // The reference passes over the keys twice. The vector version processes stretches of four tiles of sixteen
 // positions, at fixed places, with a running maximum (Milakov and Gimelshein, arXiv:1805.02867). Which
-// positions share a stretch, and the order of its sums, depend only on a token's position, so its output is
-// the same in decode and in a prefill chunk of any size. A sink initialises the running maximum and sum.
+// positions share a stretch, and the order of its sums, depend only on the positions a token sees, so its
+// output is the same in decode and in a prefill chunk of any size. A sink initialises the running maximum and
+// sum.
 //
 // Bound by multiply-adds if many tokens and heads share the keys, by reading the keys for one token. The keys
 // of a few tiles, and the values of a few columns, stay in the first-level cache while all queries of the
@@ -27,8 +28,13 @@
 namespace argosy {
 namespace {
 
-inline int64_t first_position(const AttentionArgs& a, int64_t position) {
-  return a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
+inline int64_t first_position(const AttentionArgs& a, int64_t token) {
+  const int64_t order = a.order[token];
+  return a.window > 0 && order >= a.window ? order - a.window + 1 : 0;
+}
+
+inline int64_t last_position(const AttentionArgs& a, int64_t token) {
+  return a.sees_until != nullptr ? a.sees_until[token] - 1 : a.order[token];
 }
 
 // Without a sink, returns a score whose weight is zero.
@@ -56,21 +62,21 @@ void attention(const AttentionArgs& a) {
   const int64_t group = a.num_heads / a.kv.kv_heads;
   const int64_t dim = a.kv.head_dim;
   for (int64_t token = 0; token < a.num_tokens; ++token) {
-    const int64_t last = a.positions[token];
+    const int64_t first = first_position(a, token), last = last_position(a, token);
     for (int64_t head = a.kv_head * group; head < (a.kv_head + 1) * group; ++head) {
       const float* q = a.q + (token * a.num_heads + head) * dim;
       float* out = a.out + (token * a.num_heads + head) * dim;
       const float sink = sink_of(a, head);
       float most = sink;
-      for (int64_t p = first_position(a, last); p <= last; ++p) most = fmaxf(most, attention_score(a, q, p));
+      for (int64_t p = first; p <= last; ++p) most = fmaxf(most, attention_score(a, q, p));
       float sum = expf(sink - most);
       for (int64_t d = 0; d < dim; ++d) out[d] = 0.0f;
-      for (int64_t p = first_position(a, last); p <= last; ++p) {
+      for (int64_t p = first; p <= last; ++p) {
         const float weight = expf(attention_score(a, q, p) - most);
         const uint8_t* values = value_head(a.kv, a.blocks[p / a.kv.block_tokens], a.kv_head);
-        const int64_t first = p % a.kv.block_tokens * kv_padded_dim(a.kv);
+        const int64_t at = p % a.kv.block_tokens * kv_padded_dim(a.kv);
         sum += weight;
-        for (int64_t d = 0; d < dim; ++d) out[d] += weight * kv_element(a.kv, values, first + d);
+        for (int64_t d = 0; d < dim; ++d) out[d] += weight * kv_element(a.kv, values, at + d);
       }
       for (int64_t d = 0; d < dim; ++d) out[d] /= sum;
     }
@@ -335,13 +341,13 @@ void attention(const AttentionArgs& a) {
     const auto head_of = [&](int64_t i) { return a.kv_head * group + (begin + i) % group; };
     const auto row_of = [&](int64_t i) { return ((begin + i) / group * a.num_heads + head_of(i)) * dim; };
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t last = a.positions[(begin + i) / group];
+      const int64_t token = (begin + i) / group;
       float* scratch = a.scratch + i * (kStretchKeys + 2 * padded_dim);
       queries[i] = Query{scratch,
                          scratch + padded_dim,
                          scratch + padded_dim + kStretchKeys,
-                         lane_of(a.kv, first_position(a, last)),
-                         lane_of(a.kv, last),
+                         lane_of(a.kv, first_position(a, token)),
+                         lane_of(a.kv, last_position(a, token)),
                          sink_of(a, head_of(i)),
                          a.sinks != nullptr ? 1.0f : 0.0f,
                          0,

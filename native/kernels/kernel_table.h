@@ -96,13 +96,14 @@ struct KvWriteArgs {
 struct AttentionArgs {
   KvLayer kv;
   int64_t kv_head;
-  const float* q;            // [num_tokens][num_heads][head_dim]
-  float* out;                // the same
-  const int32_t* positions;  // [num_tokens]
+  const float* q;             // [num_tokens][num_heads][head_dim]
+  float* out;                 // the same
+  const int32_t* order;       // [num_tokens], the index of a token in its sequence
+  const int32_t* sees_until;  // [num_tokens], the end of the positions it sees; nullptr: its own is the last
   int64_t num_tokens, num_heads;
   const int32_t* blocks;  // of the sequence: position p lies in blocks[p / block_tokens]
   float scale;
-  int64_t window;                // a token sees its last `window` positions, itself included; 0: all
+  int64_t window;                // positions begin at order - window + 1; 0: at 0
   float* scratch;                // attention_scratch_floats(head_dim)
   const float* sinks = nullptr;  // [num_heads], a score that takes weight and adds no value; nullptr: none
 };
@@ -199,7 +200,7 @@ struct RouteArgs {
 struct LatentColumn {
   const float* q;     // [num_heads][dim]
   int64_t num_heads;  // at most kColumnHeads
-  int64_t last;       // the position of the token, and the last that it sees
+  int64_t last;       // the last position that the token sees
   float* state;       // latent_state_floats(value_dim): values [value_dim][kColumnHeads], most, sum
 };
 

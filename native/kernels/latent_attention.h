@@ -6,11 +6,13 @@
 //     sum    = sum over p of exp(scores[p] - most)
 //     values = sum over p of exp(scores[p] - most) * vector[p][0 .. value_dim)
 //
-//   p from `begin` to the head's last position, at most kSectionPositions. q, states and out are float32.
+//   p from `begin` to the last position that the token sees, at most kSectionPositions. q, states and out are
+//   float32.
 //
 // A section is a stretch of positions at a fixed place, and latent_merge adds the states of a token's
-// sections in ascending order. So a token's output depends only on its position, not on which thread computes
-// a section. Within a section, stretches of kStretchKeys positions have a running maximum (arXiv:1805.02867).
+// sections in ascending order. So a token's output depends only on the positions it sees, not on which thread
+// computes a section. Within a section, stretches of kStretchKeys positions have a running maximum
+// (arXiv:1805.02867).
 //
 // Bound by multiply-adds: a vector of 576 elements serves up to 128 heads. So heads are the lanes, and an
 // element of a vector is broadcast to sixteen of them: no sum crosses lanes, and no number of positions or

@@ -154,8 +154,7 @@ void attention(Runtime& runtime, const KvLayer& kv, const AttentionBatch& batch,
 
   int64_t work = 0;
   for (int64_t t = 0; t < batch.num_tokens; ++t) {
-    const int64_t seen = batch.position[t] + 1;
-    work += 2 * batch.num_heads * kv.head_dim * (batch.window > 0 ? std::min(seen, batch.window) : seen);
+    work += 2 * batch.num_heads * kv.head_dim * (batch.until(t) - batch.first(t));
   }
   const int64_t num_runs = int64_t(runs.size());
   const int64_t items = num_runs * kv.kv_heads;
@@ -170,7 +169,8 @@ void attention(Runtime& runtime, const KvLayer& kv, const AttentionBatch& batch,
           .kv_head = item / num_runs,
           .q = batch.q + run.begin * row,
           .out = out + run.begin * row,
-          .positions = batch.position + run.begin,
+          .order = batch.order + run.begin,
+          .sees_until = batch.sees_until != nullptr ? batch.sees_until + run.begin : nullptr,
           .num_tokens = run.end - run.begin,
           .num_heads = batch.num_heads,
           .blocks = batch.block_table + batch.sequence[run.begin] * batch.max_blocks,

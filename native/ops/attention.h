@@ -75,11 +75,20 @@ struct AttentionBatch {
   int64_t num_tokens, num_heads;
   const int32_t* block_table;  // [sequences][max_blocks]
   int64_t max_blocks;
-  const int32_t* sequence;  // [num_tokens]
-  const int32_t* position;  // [num_tokens]; every block that it reaches must be in range
+  const int32_t* sequence;    // [num_tokens]
+  const int32_t* order;       // [num_tokens], the index of each token in its sequence
+  const int32_t* sees_until;  // [num_tokens], the end of the positions it sees; nullptr: order + 1
   float scale;
-  int64_t window;                // 0: all positions
+  int64_t window;                // positions begin at order - window + 1; 0: at 0
   const float* sinks = nullptr;  // [num_heads]; nullptr: none
+
+  // The positions that a token sees: [first(token), until(token)). All their blocks must be in range.
+  int64_t first(int64_t token) const {
+    return window > 0 && order[token] >= window ? order[token] - window + 1 : 0;
+  }
+  int64_t until(int64_t token) const {
+    return sees_until != nullptr ? int64_t(sees_until[token]) : int64_t(order[token]) + 1;
+  }
 };
 
 void attention(Runtime& runtime, const KvLayer& kv, const AttentionBatch& batch, float* out);

@@ -106,10 +106,11 @@ std::vector<Item> list_items(const LatentHeads& heads, const AttentionBatch& bat
       Item& item = items.back();
       item.columns[item.num_columns] = {query + row * heads.vector_dim(),
                                         std::min(kColumnHeads, heads.num_heads - c * kColumnHeads),
-                                        batch.position[token], nullptr};
+                                        batch.until(token) - 1, nullptr};
       item.out[item.num_columns] = attended + row * heads.kv_rank;
       ++item.num_columns;
-      item.num_sections = std::max<int64_t>(item.num_sections, batch.position[token] / kSectionPositions + 1);
+      item.num_sections =
+          std::max<int64_t>(item.num_sections, (batch.until(token) - 1) / kSectionPositions + 1);
     }
   }
   return items;

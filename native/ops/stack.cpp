@@ -27,6 +27,26 @@ void add_bias(Runtime& runtime, const float* bias, int64_t rows, int64_t cols, f
   if (bias != nullptr) add_rows(runtime, bias, 0, rows, cols, out);
 }
 
+// Calls body(vector, row of `to`) for every vector.
+template <class Body>
+void for_vectors(Runtime& runtime, const RowVectors& given, int64_t cols, float* to, const Body& body) {
+  if (given.num_rows == 0) return;
+  const auto lock = runtime.lock();
+  runtime.parallel_for(given.num_rows, cols, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) body(given.vectors + i * cols, to + given.rows[i] * cols);
+  });
+}
+
+void copy_vectors(Runtime& runtime, const RowVectors& given, int64_t cols, float* to) {
+  for_vectors(runtime, given, cols, to, [&](const float* from, float* row) { std::copy_n(from, cols, row); });
+}
+
+void add_vectors(Runtime& runtime, const RowVectors& given, int64_t cols, float* to) {
+  for_vectors(runtime, given, cols, to, [&](const float* from, float* row) {
+    for (int64_t i = 0; i < cols; ++i) row[i] += from[i];
+  });
+}
+
 // Clamps to [-limit, limit]; NaN stays NaN.
 void cut_off(Runtime& runtime, float limit, int64_t rows, int64_t cols, float* out) {
   const auto lock = runtime.lock();
@@ -107,9 +127,9 @@ Stack::Stack(Runtime& runtime, KvCache& kv, RecurrentState* recurrent, StackDesc
   uses_.resize(description_.layers.size() * most_experts);
 }
 
-void Stack::begin(const StepBatch& batch) {
+void Stack::begin(const Step& step) {
   stage_ = Stage::done;  // if anything throws, there is no step
-  batch_ = batch;
+  batch_ = step;
   layer_ = chosen_per_token_ = 0;
   if (recurrent_ != nullptr) begin_runs();
   stage_ = Stage::begun;
@@ -119,9 +139,9 @@ void Stack::begin_runs() {
   runs_.clear();
   std::vector<bool> is_taken(size_t(recurrent_->num_slots()));
   for (int64_t t = 0; t < batch_.num_tokens; ++t) {
-    const int64_t position = batch_.position[t], slot = batch_.state_slots[batch_.sequence[t]];
+    const int64_t position = batch_.order[t], slot = batch_.state_slots[batch_.sequence[t]];
     const bool goes_on = t > 0 && batch_.sequence[t] == batch_.sequence[t - 1];
-    const int64_t expected = goes_on ? batch_.position[t - 1] + 1 : recurrent_->position(slot);
+    const int64_t expected = goes_on ? batch_.order[t - 1] + 1 : recurrent_->position(slot);
     if (position != expected && (goes_on || position != 0)) {
       throw std::invalid_argument("token " + std::to_string(t) + " is at position " +
                                   std::to_string(position) + ", but the recurrent state in slot " +
@@ -149,17 +169,21 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
   if (stage == Stage::done) return Pause::done;
   if (stage == Stage::begun) {
     embed(runtime_, description_.embedding, batch_.token_ids, batch_.num_tokens, buffers_.hidden);
-    rotary_angles(runtime_, description_.rotary, batch_.position, batch_.num_tokens, buffers_.cosine,
-                  buffers_.sine);
+    copy_vectors(runtime_, batch_.overrides, description_.embedding.cols, buffers_.hidden);
+    const auto write_angles = [&](const auto* positions) {
+      rotary_angles(runtime_, description_.rotary, positions, batch_.num_tokens, buffers_.cosine,
+                    buffers_.sine);
+    };
+    batch_.angles != nullptr ? write_angles(batch_.angles) : write_angles(batch_.order);
   } else if (stage == Stage::waits_for_experts) {
     if (num_unclaimed_ > 0) {
       throw std::invalid_argument("layer " + std::to_string(layer_) + " still waits for " +
                                   std::to_string(num_unclaimed_) + " experts");
     }
     combine_experts(routed_ffn());
-    ++layer_;
+    end_layer();
   }
-  for (; layer_ < int64_t(description_.layers.size()); ++layer_) {
+  for (; layer_ < int64_t(description_.layers.size()); end_layer()) {
     if (Clock::now() >= end) {
       stage_ = Stage::between_layers;
       return Pause::time;
@@ -174,9 +198,20 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
       return Pause::experts;
     }
   }
-  for (const DeltaRun& run : runs_) recurrent_->set_position(run.slot, batch_.position[run.end - 1] + 1);
-  logits(batch_.last_rows, batch_.num_last, batch_.logits);
+  for (const DeltaRun& run : runs_) recurrent_->set_position(run.slot, batch_.order[run.end - 1] + 1);
+  logits(batch_.wanted, batch_.num_wanted, batch_.logits);
   return Pause::done;
+}
+
+void Stack::end_layer() {
+  const int64_t hidden = description_.embedding.cols;
+  for (const Step::Addition& addition : batch_.additions) {
+    if (addition.layer == layer_) add_vectors(runtime_, addition.vectors, hidden, buffers_.hidden);
+  }
+  for (const Step::Tap& tap : batch_.taps) {
+    if (tap.layer == layer_) std::copy_n(buffers_.hidden, batch_.num_tokens * hidden, tap.hidden);
+  }
+  ++layer_;
 }
 
 void Stack::norm(const float* weight) {
@@ -239,7 +274,8 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
                 .block_table = batch_.block_table,
                 .max_blocks = batch_.max_blocks,
                 .sequence = batch_.sequence,
-                .position = batch_.position,
+                .order = batch_.order,
+                .sees_until = batch_.sees_until,
                 .scale = mixer.scale,
                 .window = mixer.window,
                 .sinks = mixer.sinks,
@@ -324,7 +360,8 @@ void Stack::mix(const LatentAttention& mixer) {
                        .block_table = batch_.block_table,
                        .max_blocks = batch_.max_blocks,
                        .sequence = batch_.sequence,
-                       .position = batch_.position,
+                       .order = batch_.order,
+                       .sees_until = batch_.sees_until,
                        .scale = heads.scale,
                        .window = 0,
                    },

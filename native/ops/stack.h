@@ -1,11 +1,11 @@
-// stack.h: the layers of a decoder, run on a batch without Python between them.
+// stack.h: the layers of a decoder, run on the tokens of a step without Python between them.
 //
 //   Stack stack(runtime, kv, recurrent, description, max_tokens);
-//   stack.begin(batch);
+//   stack.begin(step);
 //   while (true) {
 //     switch (stack.advance(50ms)) {
 //       case Pause::time: continue;      // look for ^C, for instance
-//       case Pause::done: return;        // batch.logits is written
+//       case Pause::done: return;        // step.logits is written
 //       case Pause::experts: ...         // lease demand().expert_ids, run_shared(), and
 //                                        // run_experts() as they land
 //     }
@@ -141,20 +141,40 @@ struct StackDescription {
   std::vector<Layer> layers;
 };
 
+// Vectors [num_rows][hidden] for some rows of a step, each row at most once.
+struct RowVectors {
+  const int64_t* rows = nullptr;
+  int64_t num_rows = 0;
+  const float* vectors = nullptr;
+};
+
 // The tokens of one step. All numbers are in range, and all memory stays valid until the step is done.
-struct StepBatch {
+struct Step {
   int64_t num_tokens;
   const int32_t* token_ids;
-  const int32_t* position;
   const int32_t* sequence;  // a row of block_table
   const int64_t* slots;     // destination of keys and values
   const bool* is_decode;    // false: a prompt token
   const int32_t* block_table;
   int64_t max_blocks;
   const int32_t* state_slots;  // recurrent state slot for each row of block_table; nullptr without one
-  const int64_t* last_rows;    // [num_last], rows whose logits are wanted; at most max_tokens
-  int64_t num_last;
-  float* logits;  // [num_last][vocabulary]
+  const int32_t* order;        // index of each token in its sequence
+  const float* angles;         // [axes][num_tokens], rotary positions; nullptr: order on every axis
+  const int32_t* sees_until;   // end of the positions that each token sees; nullptr: order + 1
+  RowVectors overrides;        // given instead of the embeddings of some tokens
+  struct Addition {
+    int64_t layer;
+    RowVectors vectors;  // added to the hidden state after the layer
+  };
+  std::vector<Addition> additions;
+  struct Tap {
+    int64_t layer;
+    float* hidden;  // [num_tokens][hidden], the hidden state after the layer and its additions
+  };
+  std::vector<Tap> taps;
+  const int64_t* wanted;  // [num_wanted], rows whose logits are wanted; at most max_tokens
+  int64_t num_wanted;
+  float* logits;  // [num_wanted][vocabulary]
 };
 
 // The experts that a layer waits for, in ascending order. `scan` lists those that only prompt tokens chose.
@@ -179,7 +199,7 @@ class Stack {
 
   // Starts a step, however the previous one ended. With a recurrent state, throws std::invalid_argument if
   // the tokens of a sequence are not consecutive or do not continue at the position of its slot.
-  void begin(const StepBatch& batch);
+  void begin(const Step& step);
 
   // Runs until the step is done, a layer waits for experts, or `slice` has passed. Throws
   // std::invalid_argument if a layer waited and not all of its experts have run.
@@ -197,7 +217,7 @@ class Stack {
   void run_shared();
   void run_experts(const std::vector<int32_t>& expert_ids, const std::vector<ExpertView>& experts);
 
-  // Computes the logits [num_rows][vocabulary] of rows of the last batch, at most max_tokens rows.
+  // Computes the logits [num_rows][vocabulary] of rows of the last step, at most max_tokens rows.
   void logits(const int64_t* rows, int64_t num_rows, float* out);
 
   const StackDescription& description() const { return description_; }
@@ -207,10 +227,10 @@ class Stack {
   const KvCache& kv() const { return kv_; }
   const RecurrentState* recurrent() const { return recurrent_; }
 
-  // The hidden state [tokens of the last batch][hidden], as the last operation left it.
+  // The hidden state [tokens of the last step][hidden], as the last operation left it.
   const float* hidden() const { return buffers_.hidden; }
-  // The experts that the tokens of the last batch chose in the layer that chose last, best first:
-  // [tokens][chosen_per_token()]. chosen_per_token() is 0 until a layer of the batch has chosen.
+  // The experts that the tokens of the last step chose in the layer that chose last, best first:
+  // [tokens][chosen_per_token()]. chosen_per_token() is 0 until a layer of the step has chosen.
   const int32_t* expert_ids() const { return buffers_.expert_ids; }
   int64_t chosen_per_token() const { return chosen_per_token_; }
 
@@ -229,6 +249,7 @@ class Stack {
   void mix(const GroupedQueryAttention& attention);
   void mix(const GatedDeltaNet& net);
   void begin_runs();
+  void end_layer();
   void add_block(const MatrixView& output, const float* bias);
   void mix(const LatentAttention& attention);
   bool feed_forward(const DenseFfn& ffn);  // false: the layer waits for experts
@@ -254,8 +275,8 @@ class Stack {
   Arena memory_;  // of the buffers
   StackBuffers buffers_;
 
-  StepBatch batch_ = {};
-  std::vector<DeltaRun> runs_;  // runs of the batch, if there is a recurrent state
+  Step batch_ = {};
+  std::vector<DeltaRun> runs_;  // runs of the step, if there is a recurrent state
   Stage stage_ = Stage::done;
   int64_t layer_ = 0;
   int64_t chosen_per_token_ = 0;

@@ -256,20 +256,22 @@ struct Cache {
 };
 
 std::vector<float> attend(const KernelTable& table, Cache& cache, const std::vector<float>& q, int64_t heads,
-                          int64_t begin, int64_t end, int64_t window, const float* sinks = nullptr) {
+                          int64_t begin, int64_t end, int64_t window, const float* sinks = nullptr,
+                          const int32_t* sees_until = nullptr) {
   const KvLayer kv = cache.kv.layer(0);
   const int64_t row = heads * kv.head_dim;
   std::vector<float> out(size_t((end - begin) * row), NAN);
   std::vector<float> scratch(static_cast<size_t>(attention_scratch_floats(kv.head_dim)));
-  std::vector<int32_t> positions;
-  for (int64_t p = begin; p < end; ++p) positions.push_back(int32_t(p));
+  std::vector<int32_t> order;
+  for (int64_t p = begin; p < end; ++p) order.push_back(int32_t(p));
   for (int64_t head = 0; head < kv.kv_heads; ++head) {
     AttentionArgs args = {};
     args.kv = kv;
     args.kv_head = head;
     args.q = q.data() + begin * row;
     args.out = out.data();
-    args.positions = positions.data();
+    args.order = order.data();
+    args.sees_until = sees_until != nullptr ? sees_until + begin : nullptr;
     args.num_tokens = end - begin;
     args.num_heads = heads;
     args.blocks = cache.blocks.data();
@@ -308,6 +310,52 @@ void attention_meets_the_reference_in_every_chunk() {
               pieces.insert(pieces.end(), piece.begin(), piece.end());
             }
             CHECK(same_bits(pieces, together));
+          }
+        }
+      }
+    }
+  }
+}
+
+// Tokens [6, 30) and [33, 70) see each other's spans, the others only what precedes them.
+std::vector<int32_t> two_spans() {
+  std::vector<int32_t> until;
+  for (int32_t p = 0; p < Cache::kLength; ++p)
+    until.push_back(p >= 6 && p < 30 ? 30 : p >= 33 && p < 70 ? 70 : p + 1);
+  return until;
+}
+
+void tokens_of_a_span_see_later_ones() {
+  constexpr int64_t kHeads = 4, kKvHeads = 2, kDim = 20;
+  const std::vector<int32_t> until = two_spans();
+  const std::vector<float> q = normal(Cache::kLength * kHeads * kDim, 7);
+  for (const KernelTable* table : all_tables()) {
+    for (const int64_t block_tokens : {5, 16, 48}) {
+      for (const int64_t window : {0, 1, 19}) {
+        Cache cache(kKvHeads, kDim, block_tokens, false);
+        const auto attend_until = [&](const KernelTable& by, int64_t begin, int64_t end) {
+          return attend(by, cache, q, kHeads, begin, end, window, nullptr, until.data());
+        };
+        const std::vector<float> together = attend_until(*table, 0, Cache::kLength);
+        CHECK(near(together, attend_until(plain(), 0, Cache::kLength), 4e-6));
+        for (int64_t token = 0; token < Cache::kLength; ++token) {
+          const int64_t row = kHeads * kDim;
+          const std::vector<float> alone = attend_until(*table, token, token + 1);
+          CHECK(same_bits(alone, {together.begin() + token * row, together.begin() + (token + 1) * row}));
+          for (int64_t head = 0; head < kHeads; ++head) {
+            const float* query = q.data() + (token * kHeads + head) * kDim;
+            double sum = 0, value = 0;  // of the first dimension
+            for (int64_t p = window > 0 ? std::max<int64_t>(0, token - window + 1) : 0;
+                 p < until[size_t(token)]; ++p) {
+              const int64_t at = (p * kKvHeads + head * kKvHeads / kHeads) * kDim;
+              double score = 0;
+              for (int64_t d = 0; d < kDim; ++d)
+                score += double(query[d]) * double(cache.keys[size_t(at + d)]);
+              const double weight = std::exp(score * double(0.3f));
+              sum += weight;
+              value += weight * double(cache.values[size_t(at)]);
+            }
+            CHECK(std::fabs(double(alone[size_t(head * kDim)]) - value / sum) <= 1e-5);
           }
         }
       }
@@ -482,6 +530,7 @@ int main() {
   ties_go_to_the_lower_expert();
   tied_groups_go_to_the_lower_one();
   attention_meets_the_reference_in_every_chunk();
+  tokens_of_a_span_see_later_ones();
   a_sink_takes_its_share_of_the_weights();
   latent_attention_meets_the_reference_in_every_chunk();
   threads_change_no_bit();

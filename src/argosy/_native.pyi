@@ -254,21 +254,24 @@ def attention(
     q: _Floats,
     block_table: _Ints,
     sequence: _Ints,
-    position: _Ints,
+    order: _Ints,
     scale: float,
     window: int,
     out: _Floats,
     sinks: _Floats | None = None,
+    sees_until: _Ints | None = None,
 ) -> None:
-    """Causal grouped-query attention; adjacent tokens of a sequence share one pass over its keys.
+    """Grouped-query attention; adjacent tokens of a sequence share one pass over its keys.
 
     Args:
         q: [tokens, heads, head_dim], heads a multiple of kv_heads.
         block_table: [sequences, max_blocks]; position p of sequence s is in block block_table[s, p // block_tokens].
-        sequence, position: [tokens]. A token sees the positions up to its own; all must have been written.
-        window: a token sees its last `window` positions, including itself; 0 means all.
+        sequence, order: [tokens], a row of `block_table` and the index in the sequence.
+        window: positions begin at order - window + 1; 0 means at 0.
         out: [tokens, heads * head_dim].
         sinks: [heads], a score per head that takes weight and adds nothing; None means no sinks.
+        sees_until: [tokens], the end of the positions that a token sees, which must have been written; None means
+            order + 1: its own position is the last.
     """
 
 def latent_write(
@@ -285,17 +288,18 @@ def latent_attention(
     value_up: Matrix,
     block_table: _Ints,
     sequence: _Ints,
-    position: _Ints,
+    order: _Ints,
     scale: float,
     out: _Floats,
+    sees_until: _Ints | None = None,
 ) -> None:
-    """Causal multi-head latent attention (arXiv:2405.04434) in its absorbed form, over vectors that all heads share.
+    """Multi-head latent attention (arXiv:2405.04434) in its absorbed form, over vectors that all heads share.
 
     Args:
         q: [tokens, heads, nope_dim + rope_dim], with the last rope_dim dimensions rotated.
         key_up: [heads * kv_rank, nope_dim]. For each head, maps a query from nope_dim to kv_rank dimensions.
         value_up: [heads * value_dim, kv_rank]. For each head, maps the weighted sum of latent vectors to its result.
-        block_table, sequence, position: as for `attention`.
+        block_table, sequence, order, sees_until: as for `attention`.
         out: [tokens, heads * value_dim].
     """
 
@@ -490,13 +494,25 @@ class Rotary:
 
     Angles, and cosines and sines times `scale`, are computed in float64, then rounded to float32. `is_interleaved` says
     which dimensions form a pair, as for `rope`.
+
+    Args:
+        axes: [pairs], the axis whose position rotates each pair (m-rope, arXiv:2409.12191), from 0 to 7; empty means 0
+            for all of them.
     """
 
     def __init__(
-        self, inverse_frequency: NDArray[np.float64], scale: float, is_interleaved: bool = False
+        self,
+        inverse_frequency: NDArray[np.float64],
+        scale: float,
+        is_interleaved: bool = False,
+        axes: Sequence[int] = (),
     ) -> None: ...
-    def angles(self, runtime: Runtime, position: _Ints, cosine: _Floats, sine: _Floats) -> None:
-        """Write cosine and sine [tokens, pairs] for `rope`, from positions [tokens]."""
+    def angles(self, runtime: Runtime, positions: _Ints | _Floats, cosine: _Floats, sine: _Floats) -> None:
+        """Write cosine and sine [tokens, pairs] for `rope`.
+
+        Args:
+            positions: int32 [tokens], the same on every axis; or float32 [axes, tokens].
+        """
 
 class StackSizes:
     """The dimensions of a Stack's layers, from which its working memory follows (native/ops/stack_sizes.h).
@@ -565,23 +581,26 @@ class Stack:
     def begin(
         self,
         token_ids: _Ints,
-        position: _Ints,
         sequence: _Ints,
         slots: NDArray[np.int64],
         is_decode: NDArray[np.bool_],
         block_table: _Ints,
-        last_rows: NDArray[np.int64],
+        order: _Ints,
+        wanted: NDArray[np.int64],
         logits: _Floats,
         state_slots: _Ints | None = None,
+        angles: _Floats | None = None,
+        sees_until: _Ints | None = None,
+        overrides: tuple[NDArray[np.int64], _Floats] | None = None,
+        additions: Sequence[tuple[int, NDArray[np.int64], _Floats]] = (),
+        taps: Sequence[tuple[int, _Floats]] = (),
     ) -> None:
         """Start a step, even if the last one did not finish; nothing is computed yet.
 
         Args:
-            token_ids, position, sequence, slots, is_decode: [tokens]; slots int64, is_decode bool.
-            block_table: [sequences, blocks].
-            last_rows: int64 [rows], tokens whose logits are needed.
-            logits: [rows, vocabulary], written at the end of the step.
-            state_slots: [sequences], slots of the recurrent state; None if there is none.
+            logits: [wanted, vocabulary], written at the end of the step.
+            taps: layers, and [tokens, hidden] for the hidden state after each of them.
+            The others are the fields of `model.step.Step`.
 
         Raises:
             ValueError: a value is out of range; or, with a recurrent state, tokens of a sequence are not consecutive,
@@ -615,12 +634,12 @@ class Stack:
         """Logits [rows, vocabulary] of any tokens of the finished step."""
 
     def hidden(self) -> _Floats:
-        """A read-only view of the hidden state [tokens, hidden] of the last batch, as the last operation left it."""
+        """A read-only view of the hidden state [tokens, hidden] of the last step, as the last operation left it."""
 
     def expert_ids(self) -> _Ints:
         """A read-only view of the experts that tokens chose in the layer that chose last: [tokens, k], best first.
 
-        k is 0 until a layer of the last batch has chosen. The view is valid until the next layer chooses.
+        k is 0 until a layer of the last step has chosen. The view is valid until the next layer chooses.
         """
 
     @property

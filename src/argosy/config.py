@@ -286,6 +286,8 @@ class RopeConfig:
     theta: float
     rotary_dim: int  # only the first rotary_dim dimensions of head_dim rotate
     is_interleaved: bool = False  # dimension 2 i turns with 2 i + 1, not with i + rotary_dim / 2
+    # Positions in media have axes (time, row, column); the axis of each dimension pair. Empty: 0 for every pair.
+    axes: tuple[int, ...] = ()
     kind: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
     factor: float = 1.0
     original_context: int = 0  # positions the model was trained on, before scaling

@@ -37,7 +37,7 @@ class NotedTokens:
     def run(self, scheduled: Scheduled) -> None:
         """Write what a batch writes, and see that each token finds all that came before it."""
         batch = scheduled.batch
-        for row, slot, position in zip(batch.sequence, batch.slots, batch.positions, strict=True):
+        for row, slot, position in zip(batch.sequence, batch.slots, batch.order, strict=True):
             sequence, at = scheduled.sequences[row], int(position)
             assert sequence.num_computed <= at
             tokens = tuple(sequence.tokens_from(0, at + 1))
@@ -67,7 +67,7 @@ class NotedStates:
         for row, sequence in enumerate(scheduled.sequences):
             slot = sequence.state_slot
             assert slot is not None
-            first, *_, last = [*scheduled.batch.positions[scheduled.batch.sequence == row].tolist()] * 2
+            first, *_, last = [*scheduled.batch.order[scheduled.batch.sequence == row].tolist()] * 2
             assert first == 0 or self.seen[slot] == tuple(sequence.tokens_from(0, first))
             self.seen[slot] = tuple(sequence.tokens_from(0, last + 1))
 

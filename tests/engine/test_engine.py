@@ -355,7 +355,7 @@ def test_a_model_that_gives_no_usable_scores_ends_that_answer_with_an_error(
 
     def broken(batch: Any) -> Any:
         logits = forward(batch)
-        logits[batch.last_rows == batch.num_tokens - 1] = np.nan  # of the sequence that came last
+        logits[batch.wanted == batch.num_tokens - 1] = np.nan  # of the sequence that came last
         return logits
 
     broken_one = SamplingParams(max_tokens=max_tokens, prompt_logprobs=None if max_tokens else 0)

@@ -216,16 +216,16 @@ def test_a_model_without_delta_nets_has_none(tmp_path: Path) -> None:
         assert "recurrent state" not in [what for what, _, _ in engine.plan.lines()]
 
 
-def test_a_batch_has_to_say_where_states_lie(engine: Engine) -> None:
+def test_a_step_has_to_say_where_states_lie(engine: Engine) -> None:
     engine.submit(PROMPT, GREEDY)
     batch = engine._scheduler.next_step().batch
-    logits = np.empty((len(batch.last_rows), engine.config.vocab_size), np.float32)
+    logits = np.empty((len(batch.wanted), engine.config.vocab_size), np.float32)
     arguments = (
-        batch.token_ids, batch.positions, batch.sequence, batch.slots, batch.is_decode, batch.block_table,
-        batch.last_rows, logits,
+        batch.token_ids, batch.sequence, batch.slots, batch.is_decode, batch.block_table, batch.order,
+        batch.wanted, logits,
     )  # fmt: skip
     stack = engine._model.decoder._stack
-    with pytest.raises(ValueError, match="the batch needs state_slots"):
+    with pytest.raises(ValueError, match="the step needs state_slots"):
         stack.begin(*arguments)
     with pytest.raises(ValueError, match=r"state_slots\[0\] is 24, expected 0 to 23"):
         stack.begin(*arguments, np.array([24], np.int32))

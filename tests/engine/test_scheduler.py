@@ -21,8 +21,8 @@ def test_a_prompt_is_prefilled_in_chunks_and_its_last_token_gives_the_first_answ
         ready.append(len(scheduled.ready))
     assert sizes == [8, 8, 3]
     assert ready == [0, 0, 1]
-    assert scheduled.batch.last_rows.tolist() == [2]
-    assert scheduled.batch.positions.tolist() == [16, 17, 18]
+    assert scheduled.batch.wanted.tolist() == [2]
+    assert scheduled.batch.order.tolist() == [16, 17, 18]
     assert scheduled.batch.token_ids.tolist() == [16, 17, 18]
 
 
@@ -93,7 +93,7 @@ def test_slots_are_the_blocks_of_the_sequence() -> None:
     rig.step()
     batch = rig.step().batch
     assert batch.sequence.tolist() == [0, 1]
-    assert batch.positions.tolist() == [6, 7]
+    assert batch.order.tolist() == [6, 7]
     expected = [
         s.blocks[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS for s, p in ((one, 6), (other, 7))
     ]
@@ -162,7 +162,7 @@ def test_a_step_that_failed_runs_again_as_it_was() -> None:
     failed = rig.scheduler.next_step()
     rig.scheduler.failed(failed)
     again = rig.scheduler.next_step()
-    for name in ("token_ids", "positions", "slots", "block_table", "is_decode", "last_rows"):
+    for name in ("token_ids", "order", "slots", "block_table", "is_decode", "wanted"):
         assert getattr(again.batch, name).tolist() == getattr(failed.batch, name).tolist()
 
 

@@ -81,6 +81,27 @@ def test_a_config_of_glm_4_5v() -> None:
     assert config.eos_ids == (151_329, 151_336, 151_338)
 
 
+def test_pairs_of_dimensions_are_distributed_over_the_axes_of_positions_as_in_transformers() -> None:
+    """`apply_interleaved_mrope` of Qwen3-VL gives pair 3 i + a to axis a; GLM-4.5V splits pairs one after the other."""
+    taking_turns = [*((0, 1, 2) * 20), 0, 0, 0, 0]
+    assert parse(qwen3_vl_moe_of()).rope.axes == parse(QWEN3_OMNI).rope.axes == tuple(taking_turns)
+    assert parse(GLM_45V).rope.axes == (0,) * 8 + (1,) * 12 + (2,) * 12
+
+    def axes(make: Callable[..., RawConfig], *sections: int) -> tuple[int, ...]:
+        rope = {"rope_type": "default", "mrope_section": list(sections)}
+        return parse(make(head_dim=16, partial_rotary_factor=1.0, rope_scaling=rope)).rope.axes
+
+    def without_factor(**changes: Any) -> RawConfig:
+        return qwen3_vl_moe(
+            **{key: value for key, value in changes.items() if key != "partial_rotary_factor"}
+        )
+
+    assert axes(without_factor, 5, 1, 2) == (0, 1, 2, 0, 0, 2, 0, 0)
+    assert axes(without_factor, 0, 9, 9) == (0, 1, 2, 0, 1, 2, 0, 1)  # more than there are pairs
+    assert axes(glm4v_moe, 5, 1, 2) == (0, 0, 0, 0, 0, 1, 2, 2)
+    assert parse(qwen3_moe()).rope.axes == ()
+
+
 @every_wrapper
 def test_the_wrapper_says_what_it_says_and_the_text_the_rest(make: Callable[..., RawConfig]) -> None:
     config = make(eos_token_id=7, bos_token_id=5)
@@ -137,6 +158,16 @@ REFUSED: list[tuple[RawConfig, str]] = [
     (glm4v_moe(scoring_func="softmax"), "text_config asks for scoring_func 'softmax'; supported: sigmoid"),
     (glm4v_moe(rope_scaling={"rope_type": "default", "mrope_sections": [3, 2, 2]}), "rope_scaling sets mrope_sections"),
     (qwen3_moe(rope_scaling={"rope_type": "default", "mrope_section": [3, 2, 2]}), "rope_scaling sets mrope_section"),
+    (qwen3_vl_moe(rope_scaling={"rope_type": "default", "mrope_interleaved": False}),
+     "rope_scaling asks for mrope_interleaved false; supported: true"),
+    (glm4v_moe(rope_scaling={"rope_type": "default", "interleaved": True}),
+     "rope_scaling asks for interleaved true; supported: false"),
+    (glm4v_moe(rope_scaling={"rope_type": "default", "mrope_section": [3, 2, 3]}),
+     "rope_scaling gives mrope_section [3, 2, 3], expected numbers that add up to 7"),
+    (qwen3_vl_moe(rope_scaling={"rope_type": "default", "mrope_section": [3, 2]}),
+     "rope_scaling gives mrope_section [3, 2], expected three whole numbers from 0"),
+    (qwen3_vl_moe(rope_scaling={"rope_type": "default", "mrope_section": [3, 2, -1]}),
+     "rope_scaling gives mrope_section [3, 2, -1], expected three whole numbers from 0"),
 ]  # fmt: skip
 
 
@@ -287,6 +318,10 @@ GGUFS = {
 }
 
 
+# The axes take turns, the third only twice; or the pairs of one axis follow those of another.
+GGUF_AXES = {"qwen3vlmoe": (0, 1, 2, 0, 1, 2, 0, 1), "glm4moe": (0, 0, 1, 2)}
+
+
 @pytest.mark.parametrize("architecture", GGUFS)
 def test_sections_of_axes_change_nothing_for_text(architecture: str, tmp_path: Path) -> None:
     config, sections, family = GGUFS[architecture]
@@ -294,7 +329,9 @@ def test_sections_of_axes_change_nothing_for_text(architecture: str, tmp_path: P
     reference = NumpyModel(write_gguf_model(path, config, one_type("F32"), seed=4, sections=sections))
     plain = tmp_path / "plain.gguf"
     write_gguf_model(plain, config, one_type("F32"), seed=4)
-    assert open_model(path).config == replace(open_model(plain).config, family=family)
+    found, without = open_model(path).config, open_model(plain).config
+    assert found.rope.axes == GGUF_AXES[architecture]
+    assert found == replace(without, family=family, rope=replace(without.rope, axes=found.rope.axes))
     prompt = prompt_ids(config, 4)
     with Engine.open(path, memory="1GiB", threads=1) as engine:
         assert difference(engine.logits(prompt), reference.logits(prompt)) <= LARGEST_DIFFERENCE

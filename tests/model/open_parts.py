@@ -1,4 +1,4 @@
-"""What stands around a decoder, opened for a checkpoint; and batches by hand."""
+"""What stands around a decoder, opened for a checkpoint; and steps by hand."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from argosy.config import ModelConfig
 from argosy.experts.cache import CachedSource
 from argosy.experts.look_ahead import LookAhead
 from argosy.experts.source import ExpertFiles, ExpertSource, load_resident
-from argosy.model.batch import Batch
 from argosy.model.families import open_model
 from argosy.model.layers import kv_shapes
+from argosy.model.step import Step
 from argosy.model.weights import DenseWeights, load_dense
 
 BLOCK_TOKENS = 16
@@ -97,8 +97,8 @@ def decode(sequence: int) -> Run:
     return Run(sequence, is_decode=True)
 
 
-def batches(config: ModelConfig, steps: Sequence[Sequence[Run]], *, seed: int = 0) -> Iterator[Batch]:
-    """Batches of random tokens. Blocks of the sequences lie among each other, as they do in the engine."""
+def make_steps(config: ModelConfig, steps: Sequence[Sequence[Run]], *, seed: int = 0) -> Iterator[Step]:
+    """Steps of random tokens. Blocks of the sequences lie among each other, as they do in the engine."""
     rng = np.random.default_rng(seed)
     places = rng.permutation(NUM_SEQUENCES * BLOCKS_A_SEQUENCE).astype(np.int32)
     table = places.reshape(NUM_SEQUENCES, BLOCKS_A_SEQUENCE)
@@ -111,13 +111,13 @@ def batches(config: ModelConfig, steps: Sequence[Sequence[Run]], *, seed: int = 
             is_decode += [run.is_decode] * run.count
             length[run.sequence] += run.count
         where, rows = np.array(positions, np.int32), np.array(sequences, np.int32)
-        yield Batch(
+        yield Step(
             token_ids=rng.integers(0, config.vocab_size, len(where), dtype=np.int32),
-            positions=where,
             sequence=rows,
             slots=table[rows, where // BLOCK_TOKENS].astype(np.int64) * BLOCK_TOKENS + where % BLOCK_TOKENS,
             block_table=table,
             is_decode=np.array(is_decode),
-            last_rows=np.arange(len(where), dtype=np.int64),
+            order=where,
+            wanted=np.arange(len(where), dtype=np.int64),
             state_slots=np.roll(np.arange(NUM_SEQUENCES, dtype=np.int32), 1),
         )

@@ -1,6 +1,6 @@
 """A step of a decoder as separate operations, one after the other: what the native stack must equal bit for bit.
 
-Every operation is called from Python on whole batches, and experts are leased whether or not all are in memory.
+Every operation is called from Python on whole steps, and experts are leased whether or not all are in memory.
 """
 
 from __future__ import annotations
@@ -13,16 +13,21 @@ from numpy.typing import NDArray
 from argosy import _native
 from argosy.config import ModelConfig
 from argosy.experts.source import ExpertSource
-from argosy.model.batch import Batch
 from argosy.model.layers import describe_activation, routing
 from argosy.model.rope import rotary
+from argosy.model.step import Step
 from argosy.model.weights import DenseWeights
 
 Floats = NDArray[np.float32]
 
 
+def _positions(step: Step) -> NDArray[np.int32] | Floats:
+    """Rotary positions: the same on every axis, or one row for each axis."""
+    return step.order if step.angles is None else step.angles
+
+
 class ReferenceDecoder:
-    """Batch -> logits of every token."""
+    """Step -> logits of every token; `tapped` has the hidden states of the last step's taps."""
 
     def __init__(
         self,
@@ -36,19 +41,27 @@ class ReferenceDecoder:
         self.config, self.weights, self.experts, self.kv, self.runtime = config, weights, experts, kv, runtime
         self.recurrent = recurrent
         self.rotary = rotary(config.rope)
+        self.tapped: dict[int, Floats] = {}
 
-    def logits(self, batch: Batch) -> Floats:
+    def logits(self, step: Step) -> Floats:
         embedding = self.weights.matrices["embed"]
-        hidden = np.empty((batch.num_tokens, self.config.hidden_size), np.float32)
-        _native.embed(self.runtime, embedding, batch.token_ids, hidden)
+        hidden = np.empty((step.num_tokens, self.config.hidden_size), np.float32)
+        _native.embed(self.runtime, embedding, step.token_ids, hidden)
+        if step.overrides is not None:
+            hidden[step.overrides.rows] = step.overrides.embeddings
         for layer in range(self.config.num_layers):
             if self.config.layers[layer].mixer == "delta":
-                self._add_delta(hidden, layer, batch)
+                self._add_delta(hidden, layer, step)
             elif self.config.layers[layer].mixer == "latent":
-                self._add_latent_attention(hidden, layer, batch)
+                self._add_latent_attention(hidden, layer, step)
             else:
-                self._add_attention(hidden, layer, batch)
-            self._add_ffn(hidden, layer, batch)
+                self._add_attention(hidden, layer, step)
+            self._add_ffn(hidden, layer, step)
+            for addition in step.additions:
+                if addition.layer == layer:
+                    hidden[addition.rows] += addition.vectors
+            if layer in step.taps:
+                self.tapped[layer] = hidden.copy()
         head = embedding if self.config.is_embedding_tied else self.weights.matrices["head"]
         return self._product(head, self._norm(hidden, "final_norm"))
 
@@ -68,8 +81,8 @@ class ReferenceDecoder:
             out += self.weights.vectors[name + "_bias"]
         return out
 
-    def _add_attention(self, hidden: Floats, layer: int, batch: Batch) -> None:
-        config, tokens, name = self.config, batch.num_tokens, f"layers.{layer}."
+    def _add_attention(self, hidden: Floats, layer: int, step: Step) -> None:
+        config, tokens, name = self.config, step.num_tokens, f"layers.{layer}."
         normed = self._norm(hidden, name + "attn_norm")
         query, key, value = (
             self._projection(name + part, normed).reshape(tokens, -1, config.head_dim) for part in "qkv"
@@ -87,33 +100,34 @@ class ReferenceDecoder:
         if config.qkv_limit:
             query, key, value = (np.clip(x, -config.qkv_limit, config.qkv_limit) for x in (query, key, value))
         cosine, sine = np.empty((2, tokens, config.rope.rotary_dim // 2), np.float32)
-        self.rotary.angles(self.runtime, batch.positions, cosine, sine)
+        self.rotary.angles(self.runtime, _positions(step), cosine, sine)
         for heads in (query, key):
             _native.rope(self.runtime, heads, cosine, sine, config.rope.is_interleaved)
-        _native.kv_write(self.runtime, self.kv, layer, key, value, batch.slots)
+        _native.kv_write(self.runtime, self.kv, layer, key, value, step.slots)
         attended = np.empty((tokens, config.num_heads * config.head_dim), np.float32)
         _native.attention(
             self.runtime,
             self.kv,
             layer,
             query,
-            batch.block_table,
-            batch.sequence,
-            batch.positions,
+            step.block_table,
+            step.sequence,
+            step.order,
             config.head_dim**-0.5,
             config.layers[layer].sliding_window,
             attended,
             self.weights.vectors.get(name + "sinks"),
+            step.sees_until,
         )
         if config.has_output_gate:
             _native.mul_sigmoid(self.runtime, gate.reshape(attended.shape), attended)
         hidden += self._projection(name + "o", attended)
 
-    def _add_delta(self, hidden: Floats, layer: int, batch: Batch) -> None:
+    def _add_delta(self, hidden: Floats, layer: int, step: Step) -> None:
         delta, name, vectors = self.config.delta, f"layers.{layer}.", self.weights.vectors
         assert delta is not None
         assert self.recurrent is not None
-        assert batch.state_slots is not None
+        assert step.state_slots is not None
         normed = self._norm(hidden, name + "attn_norm")
         name += "delta_"
         if delta.has_joined_qkvz:
@@ -128,11 +142,11 @@ class ReferenceDecoder:
             )
         else:
             b, a = self._projection(name + "b", normed), self._projection(name + "a", normed)
-        starts = [0, *(np.flatnonzero(np.diff(batch.sequence)) + 1), len(normed)]
-        slots = [int(batch.state_slots[batch.sequence[begin]]) for begin in starts[:-1]]
+        starts = [0, *(np.flatnonzero(np.diff(step.sequence)) + 1), len(normed)]
+        slots = [int(step.state_slots[step.sequence[begin]]) for begin in starts[:-1]]
         if layer == self.config.delta_layers[0]:
             for begin, slot in zip(starts, slots, strict=False):
-                if batch.positions[begin] == 0:
+                if step.order[begin] == 0:
                     self.recurrent.restart(slot)
         out = np.empty((len(normed), delta.value_channels), np.float32)
         _native.gated_delta(
@@ -160,8 +174,8 @@ class ReferenceDecoder:
         heads = self._projection(name, x).reshape(len(x), self.config.delta.num_key_heads, -1)
         return [np.ascontiguousarray(part.reshape(len(x), -1)) for part in np.split(heads, ends, axis=2)]
 
-    def _add_latent_attention(self, hidden: Floats, layer: int, batch: Batch) -> None:
-        config, latent, tokens, name = self.config, self.config.latent, batch.num_tokens, f"layers.{layer}."
+    def _add_latent_attention(self, hidden: Floats, layer: int, step: Step) -> None:
+        config, latent, tokens, name = self.config, self.config.latent, step.num_tokens, f"layers.{layer}."
         assert latent is not None
         query = normed = self._norm(hidden, name + "attn_norm")
         if latent.query_rank:
@@ -173,12 +187,12 @@ class ReferenceDecoder:
         compressed = vectors[:, : latent.kv_rank].copy()
         vectors[:, : latent.kv_rank] = self._norm(compressed, name + "kv_norm", latent.norm_eps)
         cosine, sine = np.empty((2, tokens, config.rope.rotary_dim // 2), np.float32)
-        self.rotary.angles(self.runtime, batch.positions, cosine, sine)
+        self.rotary.angles(self.runtime, _positions(step), cosine, sine)
         for turning in (query[:, :, latent.nope_dim :], vectors[:, None, latent.kv_rank :]):
             turned = turning.copy()
             _native.rope(self.runtime, turned, cosine, sine, config.rope.is_interleaved)
             turning[:] = turned
-        _native.latent_write(self.runtime, self.kv, layer, vectors, batch.slots)
+        _native.latent_write(self.runtime, self.kv, layer, vectors, step.slots)
         attended = np.empty((tokens, config.num_heads * latent.value_dim), np.float32)
         _native.latent_attention(
             self.runtime,
@@ -187,15 +201,16 @@ class ReferenceDecoder:
             query,
             self.weights.matrices[name + "k_up"],
             self.weights.matrices[name + "v_up"],
-            batch.block_table,
-            batch.sequence,
-            batch.positions,
+            step.block_table,
+            step.sequence,
+            step.order,
             config.attention_scale or (latent.nope_dim + latent.rope_dim) ** -0.5,
             attended,
+            step.sees_until,
         )
         hidden += self._projection(name + "o", attended)
 
-    def _add_ffn(self, hidden: Floats, layer: int, batch: Batch) -> None:
+    def _add_ffn(self, hidden: Floats, layer: int, step: Step) -> None:
         name = f"layers.{layer}."
         normed = self._norm(hidden, name + "mlp_norm")
         if not self.config.layers[layer].is_moe:
@@ -203,7 +218,7 @@ class ReferenceDecoder:
             return
         self._add_shared(hidden, normed, name)
         if self.experts is not None:
-            self._add_routed(hidden, normed, layer, batch, self.experts)
+            self._add_routed(hidden, normed, layer, step, self.experts)
 
     def _swiglu(self, x: Floats, *names: str) -> Floats:
         out = np.empty_like(x)
@@ -222,7 +237,7 @@ class ReferenceDecoder:
             hidden += out
 
     def _add_routed(
-        self, hidden: Floats, normed: Floats, layer: int, batch: Batch, experts: ExpertSource
+        self, hidden: Floats, normed: Floats, layer: int, step: Step, experts: ExpertSource
     ) -> None:
         config, k = self.config, self.config.experts_per_token
         logits = self._projection(f"layers.{layer}.router", normed)
@@ -231,7 +246,7 @@ class ReferenceDecoder:
 
         flat = ids.reshape(-1)
         out = np.empty((flat.size, config.hidden_size), np.float32)
-        wanted_by_decode = set(ids[batch.is_decode].reshape(-1).tolist())
+        wanted_by_decode = set(ids[step.is_decode].reshape(-1).tolist())
         chosen = sorted(set(flat.tolist()))
         scan = [expert for expert in chosen if expert not in wanted_by_decode]
         with experts.lease(layer, chosen, scan) as lease:

@@ -20,7 +20,7 @@ from argosy.model.footprint import kv_bytes
 from argosy.model.layers import kv_shapes, stack_sizes
 from argosy.model.weights import dense_footprint, load_dense
 from tests.model.latent_model import PLAIN_QUERY, QUERY_RANK, LatentModel, latent_config
-from tests.model.open_parts import Parts, Run, batches, decode
+from tests.model.open_parts import Parts, Run, decode, make_steps
 from tests.model.reference_step import Floats, ReferenceDecoder
 from tests.native.gguf_blocks import dequantized, random_blocks
 
@@ -59,8 +59,8 @@ def decoder_of(parts: Parts) -> Decoder:
 
 
 def run(parts: Parts, decoder: Decoder | ReferenceDecoder) -> list[Floats]:
-    step = decoder.forward if isinstance(decoder, Decoder) else decoder.logits
-    return [step(batch) for batch in batches(parts.config, STEPS)]
+    run_step = decoder.forward if isinstance(decoder, Decoder) else decoder.logits
+    return [run_step(step) for step in make_steps(parts.config, STEPS)]
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,9 @@ def test_logits_are_those_of_the_plain_form(
 ) -> None:
     model = LatentModel(tmp_path, latent_config(latent, is_interleaved=is_interleaved), format)
     with opened(model) as parts:
-        (batch,) = batches(parts.config, [[Run(0, 70)]])
-        found = decoder_of(parts).forward(batch)
-    np.testing.assert_allclose(found, model.logits(batch.token_ids.tolist()), atol=2e-5)
+        (step,) = make_steps(parts.config, [[Run(0, 70)]])
+        found = decoder_of(parts).forward(step)
+    np.testing.assert_allclose(found, model.logits(step.token_ids.tolist()), atol=2e-5)
 
 
 @pytest.mark.parametrize("format", ["f32", "q8", "q4"])
@@ -97,18 +97,18 @@ def test_a_step_has_the_bits_of_its_operations_on_any_number_of_threads(
 
 def test_decode_equals_prefill(instruction_set: str, tmp_path: Path) -> None:
     with opened(LatentModel(tmp_path, latent_config(QUERY_RANK), "bf16")) as parts:
-        (whole,) = batches(parts.config, [[Run(0, 60)]])
+        (whole,) = make_steps(parts.config, [[Run(0, 60)]])
         together = decoder_of(parts).forward(whole)
         decoder = decoder_of(parts)
         for at in range(60):
             step = replace(
                 whole,
                 token_ids=whole.token_ids[at : at + 1],
-                positions=whole.positions[at : at + 1],
+                order=whole.order[at : at + 1],
                 sequence=whole.sequence[at : at + 1],
                 slots=whole.slots[at : at + 1],
                 is_decode=np.array([at >= 20]),
-                last_rows=np.zeros(1, np.int64),
+                wanted=np.zeros(1, np.int64),
             )
             np.testing.assert_array_equal(decoder.forward(step)[0], together[at])
 

@@ -30,3 +30,21 @@ def test_angles_refuse_arrays_that_do_not_fit() -> None:
             np.zeros((2, 3), np.float32),
             np.zeros((2, 4), np.float32),
         )
+
+
+def test_each_axis_rotates_its_own_pairs() -> None:
+    axes = (1, 1, 2, 0)
+    frequency = np.array([1.0, 0.5, 0.25, 0.125])
+    rotary = _native.Rotary(frequency, 1.0, False, axes)
+    angles = np.arange(15, dtype=np.float32).reshape(3, 5)
+    cosine, sine = np.empty((2, 5, 4), np.float32)
+    rotary.angles(_native.Runtime(1), angles, cosine, sine)
+    turned = angles.astype(np.float64)[list(axes)].T * frequency
+    np.testing.assert_array_equal(cosine, np.cos(turned).astype(np.float32))
+    np.testing.assert_array_equal(sine, np.sin(turned).astype(np.float32))
+    with pytest.raises(ValueError, match="axes of positions is 2, expected 3 to 8"):
+        rotary.angles(_native.Runtime(1), angles[:2].copy(), cosine, sine)
+    with pytest.raises(ValueError, match="number of axes is 3, expected 4"):
+        _native.Rotary(frequency, 1.0, False, axes[:3])
+    with pytest.raises(ValueError, match=r"axes\[0\] is 8, expected 0 to 7"):
+        _native.Rotary(frequency, 1.0, False, (8, 0, 0, 0))

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.checkpoint.pack import pack
+from argosy.config import ModelConfig
 from argosy.experts.source import Lease
 from argosy.model.clock import PARTS, PartClock
 from argosy.model.decoder import Decoder, RouteObserver
 from argosy.model.families import open_model
 from argosy.model.layers import stack_sizes
-from tests.model.open_parts import Parts, Residency, Run, batches, decode, open_parts
+from argosy.model.step import Addition, Overrides, Step
+from tests.model.open_parts import Parts, Residency, Run, decode, make_steps, open_parts
 from tests.model.reference_step import Floats, ReferenceDecoder
 from tests.models.references import REFERENCES
 from tests.models.runnable import runnable
@@ -84,8 +89,8 @@ def decoder_of(
 
 
 def run(parts: Parts, decoder: Decoder | ReferenceDecoder) -> list[Floats]:
-    step = decoder.forward if isinstance(decoder, Decoder) else decoder.logits
-    return [step(batch) for batch in batches(parts.config, STEPS)]
+    run_step = decoder.forward if isinstance(decoder, Decoder) else decoder.logits
+    return [run_step(step) for step in make_steps(parts.config, STEPS)]
 
 
 @pytest.mark.parametrize("residency", ["resident", "smallest cache", "guessing cache", "no experts"])
@@ -113,7 +118,7 @@ def test_a_stack_allocates_and_its_operations_take_what_its_sizes_say(directory:
         assert decoder._stack.sizes == sizes
         assert decoder._stack.buffer_bytes == sizes.buffer_bytes(MAX_TOKENS)
         assert parts.runtime.scratch_bytes == scratch
-        (step,) = batches(parts.config, [[Run(0, MAX_TOKENS)]])
+        (step,) = make_steps(parts.config, [[Run(0, MAX_TOKENS)]])
         decoder.forward(step)
         assert parts.runtime.scratch_bytes == scratch
 
@@ -218,8 +223,8 @@ def watched_calls(
         watched = Parts(parts.config, parts.weights, source, parts.runtime)  # type: ignore[arg-type]
         choices: list[Any] = []
         decoder = decoder_of(watched, observe=lambda layer, ids: choices.append(ids.copy()))
-        for batch in batches(parts.config, steps):
-            decoder.forward(batch)
+        for step in make_steps(parts.config, steps):
+            decoder.forward(step)
         return source.calls, choices
 
 
@@ -261,8 +266,8 @@ def test_looking_ahead_names_what_the_next_router_says_of_the_present_hidden_sta
             asked += 1
 
         decoder = decoder_of(parts, observe=observe)
-        for batch in batches(config, [[Run(0, 5)], [decode(0)]]):
-            decoder.forward(batch)
+        for step in make_steps(config, [[Run(0, 5)], [decode(0)]]):
+            decoder.forward(step)
         assert asked == 2 * (len(config.moe_layers) - 1)
 
 
@@ -283,8 +288,8 @@ def test_nothing_looks_ahead_once_experts_have_run(tmp_path: Path) -> None:
                 refused.append(True)
 
         stack, decoder._stack = decoder._stack, Stack()  # type: ignore[assignment]
-        (batch,) = batches(parts.config, [[Run(0, 3)]])
-        decoder.forward(batch)
+        (step,) = make_steps(parts.config, [[Run(0, 3)]])
+        decoder.forward(step)
     assert refused
 
 
@@ -309,13 +314,13 @@ def test_a_failed_read_ends_the_step_and_the_next_one_is_whole(tmp_path: Path) -
     with open_parts(directory, "smallest cache") as parts:
         source = Watched(parts.experts)
         decoder = decoder_of(Parts(parts.config, parts.weights, source, parts.runtime))  # type: ignore[arg-type]
-        (batch,) = batches(parts.config, [[Run(0, 9)]])
-        expected = decoder.forward(batch)
+        (step,) = make_steps(parts.config, [[Run(0, 9)]])
+        expected = decoder.forward(step)
         lease, source.lease = source.lease, fail_at_second_call(source.lease)  # type: ignore[method-assign]
         with pytest.raises(InterruptedError):
-            decoder.forward(batch)
+            decoder.forward(step)
         source.lease = lease  # type: ignore[method-assign]
-        np.testing.assert_array_equal(decoder.forward(batch), expected)
+        np.testing.assert_array_equal(decoder.forward(step), expected)
 
 
 def fail_at_second_call(lease: Any) -> Any:
@@ -347,8 +352,8 @@ def test_native_seconds_reach_the_clock_and_the_parts_sum_to_the_whole(residency
 def test_logits_of_any_rows_are_those_of_the_step() -> None:
     with open_parts(REFERENCES[0].directory, "resident") as parts:
         decoder = decoder_of(parts)
-        (batch,) = batches(parts.config, [[Run(0, 9)]])
-        whole = decoder.forward(batch)
+        (step,) = make_steps(parts.config, [[Run(0, 9)]])
+        whole = decoder.forward(step)
         np.testing.assert_array_equal(decoder.logits(np.array([8, 0, 3])), whole[[8, 0, 3]])
 
 
@@ -361,23 +366,23 @@ def waiting(tmp_path: Path) -> Iterator[tuple[_native.Stack, Any, tuple[int, lis
     directory = write_model(tmp_path, qwen3_moe(num_experts=8, num_experts_per_tok=3), seed=1)
     with open_parts(directory, "resident") as parts:
         decoder = decoder_of(parts, observe=lambda layer, ids: None)
-        (batch,) = batches(parts.config, [[Run(0, 1)]])
-        begin(decoder, batch)
+        (step,) = make_steps(parts.config, [[Run(0, 1)]])
+        begin(decoder, step)
         demand = decoder._stack.advance()
         assert demand is not None
         yield decoder._stack, parts.experts, demand
 
 
-def begin(decoder: Decoder, batch: Any, **changes: Any) -> None:
+def begin(decoder: Decoder, step: Step, **changes: Any) -> None:
     arguments = {
-        "token_ids": batch.token_ids,
-        "position": batch.positions,
-        "sequence": batch.sequence,
-        "slots": batch.slots,
-        "is_decode": batch.is_decode,
-        "block_table": batch.block_table,
-        "last_rows": batch.last_rows,
-        "logits": np.empty((len(batch.last_rows), decoder.config.vocab_size), np.float32),
+        "token_ids": step.token_ids,
+        "sequence": step.sequence,
+        "slots": step.slots,
+        "is_decode": step.is_decode,
+        "block_table": step.block_table,
+        "order": step.order,
+        "wanted": step.wanted,
+        "logits": np.empty((len(step.wanted), decoder.config.vocab_size), np.float32),
     }
     decoder._stack.begin(**(arguments | changes))
 
@@ -414,33 +419,168 @@ def test_a_number_that_is_no_expert_is_refused(waiting: Any) -> None:
             stack.run_experts([wrong])
 
 
-WRONG_BATCHES = {
+WRONG_STEPS = {
     "token_ids": (np.array([0, 112], np.int32), r"token_ids\[1\] is 112, expected 0 to 111"),
-    "position": (np.array([0, 96], np.int32), r"position\[1\] is 96, expected 0 to 95"),
+    "order": (np.array([0, 96], np.int32), r"order\[1\] is 96, expected 0 to 95"),
     "sequence": (np.array([0, 4], np.int32), r"sequence\[1\] is 4, expected 0 to 3"),
     "slots": (np.array([0, 384], np.int64), "a slot is 384, expected 0 to 383"),
-    "last_rows": (np.array([0, 2], np.int64), "a row is 2, expected 0 to 1"),
+    "wanted": (np.array([0, 2], np.int64), "a row is 2, expected 0 to 1"),
     "block_table": (np.full((4, 6), 24, np.int32), r"block_table\[0\] is 24, expected 0 to 23"),
     "is_decode": (np.array([0, 1], np.int32), "is_decode is int32, expected bool"),
     "logits": (np.zeros((1, 112), np.float32), r"logits has shape \[1, 112\], expected \[2, 112\]"),
 }
 
 
-@pytest.mark.parametrize("name", WRONG_BATCHES)
-def test_a_batch_that_does_not_fit_is_refused_with_both_numbers(name: str, tmp_path: Path) -> None:
-    value, sentence = WRONG_BATCHES[name]
+@pytest.mark.parametrize("name", WRONG_STEPS)
+def test_a_step_that_does_not_fit_is_refused_with_both_numbers(name: str, tmp_path: Path) -> None:
+    value, sentence = WRONG_STEPS[name]
     with open_parts(write_model(tmp_path, mixtral(), seed=1), "resident") as parts:
         decoder = decoder_of(parts)
-        (batch,) = batches(parts.config, [[Run(0, 2)]])
+        (step,) = make_steps(parts.config, [[Run(0, 2)]])
         with pytest.raises(ValueError, match=sentence):
-            begin(decoder, batch, **{name: value})
+            begin(decoder, step, **{name: value})
 
 
 def test_a_step_of_more_tokens_than_there_is_room_for_is_refused(tmp_path: Path) -> None:
     with open_parts(write_model(tmp_path, mixtral(), seed=1), "resident") as parts:
-        (batch,) = batches(parts.config, [[Run(0, MAX_TOKENS + 1)]])
+        (step,) = make_steps(parts.config, [[Run(0, MAX_TOKENS + 1)]])
         with pytest.raises(ValueError, match="tokens is 41, expected 1 to 40"):
-            decoder_of(parts).forward(batch)
+            decoder_of(parts).forward(step)
+
+
+# ── media: given embeddings, positions on axes, spans that see later tokens, additions and taps ──────────────────
+
+
+def with_media(config: ModelConfig, step: Step, *, seed: int) -> Step:
+    """Random media in a step: half of its rows given, angles on three axes, and a span in every run of six tokens."""
+    rng = np.random.default_rng(seed)
+    num_tokens, hidden = step.num_tokens, config.hidden_size
+    sees_until = step.order + 1
+    for begin, end in pairwise([0, *(np.flatnonzero(np.diff(step.sequence)) + 1), num_tokens]):
+        if end - begin >= 6:
+            sees_until[begin + 1 : end - 2] = sees_until[end - 3]
+
+    def some_rows() -> NDArray[np.int64]:
+        return rng.permutation(num_tokens)[: (num_tokens + 1) // 2].astype(np.int64)
+
+    def vectors(rows: NDArray[np.int64]) -> Floats:
+        return rng.standard_normal((len(rows), hidden), np.float32)
+
+    rows = [some_rows() for _ in range(4)]
+    return replace(
+        step,
+        angles=rng.uniform(0, 90, (3, num_tokens)).astype(np.float32),
+        sees_until=sees_until,
+        overrides=Overrides(rows[3], vectors(rows[3])),
+        additions=tuple(Addition(layer, rows[layer], vectors(rows[layer])) for layer in range(MEDIA_LAYERS)),
+        taps=(config.num_layers - 1, 0),
+        wanted=np.arange(num_tokens, dtype=np.int64)[::2].copy(),  # several of a sequence
+    )
+
+
+MEDIA_LAYERS = 2
+# Axes that take turns, axes side by side, delta nets, latent vectors, sliding windows with sinks, and one of q8.
+SEEING = (
+    "qwen3_vl_moe_plain", "glm4v_moe_plain", "qwen3_omni_moe_plain", "qwen3_5_moe_plain", "deepseek_v3_plain",
+    "gpt_oss_plain", "mixtral_plain", "qwen3_next-q8",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("directory", SEEING, indirect=True)
+@pytest.mark.parametrize("residency", ["resident", "smallest cache"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_step_with_media_has_the_bits_of_its_operations(
+    directory: Path, residency: Any, threads: int, instruction_set: str
+) -> None:
+    with open_parts(directory, residency, threads=threads) as parts:
+        config = parts.config
+        reference = ReferenceDecoder(
+            config, parts.weights, parts.experts, parts.kv(), parts.runtime, parts.recurrent()
+        )
+        decoder = decoder_of(parts)
+        for number, text in enumerate(make_steps(config, STEPS)):
+            step = with_media(config, text, seed=number)
+            expected = reference.logits(step)
+            np.testing.assert_array_equal(
+                decoder.forward(step), expected[step.wanted], err_msg=f"step {number}"
+            )
+            for layer in step.taps:
+                np.testing.assert_array_equal(decoder.tapped(layer), reference.tapped[layer])
+
+
+@pytest.mark.parametrize("directory", SEEING[:3], indirect=True)
+def test_every_part_of_media_changes_logits_and_the_default_of_each_changes_none(directory: Path) -> None:
+    with open_parts(directory, "resident") as parts:
+        (text,) = make_steps(parts.config, [[Run(0, 20)]])
+        media = with_media(parts.config, text, seed=0)
+
+        def logits(**fields: Any) -> Floats:
+            return decoder_of(parts).forward(replace(text, **fields))
+
+        plain = logits()
+        for name in ("angles", "sees_until", "overrides", "additions"):
+            assert not np.array_equal(logits(**{name: getattr(media, name)}), plain), name
+        none = np.zeros(0, np.int64)
+        vectors = np.zeros((0, parts.config.hidden_size), np.float32)
+        defaults = {
+            "angles": np.tile(text.order.astype(np.float32), (3, 1)),
+            "sees_until": text.order + 1,
+            "overrides": Overrides(none, vectors),
+            "additions": (Addition(0, none, vectors),),
+            "taps": (0,),
+        }
+        np.testing.assert_array_equal(logits(**defaults), plain)
+
+
+def test_a_layer_that_was_not_tapped_has_no_hidden_state() -> None:
+    with open_parts(REFERENCES[0].directory, "resident") as parts:
+        decoder = decoder_of(parts)
+        (step,) = make_steps(parts.config, [[Run(0, 3)]])
+        decoder.forward(replace(step, taps=(1,)))
+        assert decoder.tapped(1).shape == (3, parts.config.hidden_size)
+        decoder.forward(step)
+        with pytest.raises(KeyError):
+            decoder.tapped(1)
+
+
+def longs(*values: int) -> NDArray[np.int64]:
+    return np.array(values, np.int64)
+
+
+def zeros(*shape: int) -> Floats:
+    return np.zeros(shape, np.float32)
+
+
+WRONG_MEDIA: dict[str, tuple[str, Any, str]] = {
+    "sees less": ("sees_until", np.array([1, 1], np.int32), r"sees_until\[1\] is 1, expected 2 to 96"),
+    "sees more": ("sees_until", np.array([97, 2], np.int32), r"sees_until\[0\] is 97, expected 1 to 96"),
+    "sees int64": ("sees_until", longs(1, 2), "sees_until is int64, expected int32"),
+    "axes": ("angles", zeros(9, 2), "axes of angles is 9, expected 1 to 8"),
+    "no axes": ("angles", zeros(0, 2), "axes of angles is 0, expected 1 to 8"),
+    "angles": ("angles", np.full((1, 2), np.nan, np.float32), "angles hold a number that is not finite"),
+    "row": ("overrides", (longs(2), zeros(1, 32)), "a row of overrides is 2, expected 0 to 1"),
+    "twice": ("overrides", (longs(1, 1), zeros(2, 32)), "overrides gives row 1 twice"),
+    "width": (
+        "overrides",
+        (longs(1), zeros(1, 31)),
+        r"vectors of overrides has shape \[1, 31\], expected \[1, 32\]",
+    ),
+    "layer": ("additions", [(3, longs(1), zeros(1, 32))], "the layer of an addition is 3, expected 0 to 2"),
+    "added row": ("additions", [(0, longs(-1), zeros(1, 32))], "a row of an addition is -1, expected 0 to 1"),
+    "tapped layer": ("taps", [(-1, zeros(2, 32))], "the layer of a tap is -1, expected 0 to 2"),
+    "tap": ("taps", [(0, zeros(1, 32))], r"a tap has shape \[1, 32\], expected \[2, 32\]"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_MEDIA)
+def test_media_that_do_not_fit_are_refused_with_both_numbers(case: str, tmp_path: Path) -> None:
+    name, value, sentence = WRONG_MEDIA[case]
+    directory = write_model(tmp_path, mixtral(hidden_size=32, num_hidden_layers=3), seed=1)
+    with open_parts(directory, "resident") as parts:
+        decoder = decoder_of(parts)
+        (step,) = make_steps(parts.config, [[Run(0, 2)]])
+        with pytest.raises(ValueError, match=sentence):
+            begin(decoder, step, **{name: value})
 
 
 class Interrupted(Exception):
@@ -460,9 +600,9 @@ def test_a_signal_ends_a_long_step_between_two_layers(tmp_path: Path) -> None:
         _native.use_instruction_set("plain")  # about a tenth of a second a layer
         with open_parts(directory, "resident") as parts:
             decoder = decoder_of(parts)
-            (batch,) = batches(parts.config, [[Run(sequence, 10) for sequence in range(4)]])
-            logits = np.full((batch.num_tokens, parts.config.vocab_size), np.nan, np.float32)
-            begin(decoder, batch, logits=logits)
+            (step,) = make_steps(parts.config, [[Run(sequence, 10) for sequence in range(4)]])
+            logits = np.full((step.num_tokens, parts.config.vocab_size), np.nan, np.float32)
+            begin(decoder, step, logits=logits)
             signal.setitimer(signal.ITIMER_REAL, 0.001)
             with pytest.raises(Interrupted):
                 decoder._stack.advance()

@@ -35,6 +35,7 @@ SCALARS: tuple[Any, ...] = (
     [[None]], {}, {"a": None}, object(), (None, None, None), (0, -1, 2**63 - 1), range(3), np.float32(1),
     np.array(None), np.zeros(0, np.float32), np.zeros((3, 0), np.float32), np.array(["a"]),
     np.zeros(2, "datetime64[s]"), np.zeros(3, np.complex64), np.zeros((1,) * 30, np.uint8),
+    np.datetime64(0, "s"), np.timedelta64(0, "s"),
 )  # fmt: skip
 HEADROOM_BYTES = 3 << 30
 NUM_MIXED = 40  # calls of each callable with several odd arguments
@@ -134,11 +135,11 @@ class Case:
         }
 
     def stack(self, *, steps: int = 0) -> Any:
-        """steps 1: a batch has begun; 2: its layer waits for experts; 3: it is done."""
+        """steps 1: a step has begun; 2: its layer waits for experts; 3: it is done."""
         args, kwargs = self.stack_arguments()
         stack = self.native.Stack(*args, **kwargs)
         if steps:
-            stack.begin(*self.batch())
+            stack.begin(*self.step())
         if steps > 1:
             waits = stack.advance()
         if steps > 2:
@@ -147,10 +148,12 @@ class Case:
             stack.advance()
         return stack
 
-    def batch(self) -> tuple[Any, ...]:
+    def step(self) -> tuple[Any, ...]:
         return (
-            self.ints(1, 2, 3), self.ints(0, 1, 2), self.ints(0, 0, 0), self.longs(0, 1, 2), np.zeros(3, np.bool_),
-            np.zeros((1, 2), np.int32), self.longs(2), self.floats(1, self.VOCABULARY),
+            self.ints(1, 2, 3), self.ints(0, 0, 0), self.longs(0, 1, 2), np.zeros(3, np.bool_),
+            np.zeros((1, 2), np.int32), self.ints(0, 1, 2), self.longs(2), self.floats(1, self.VOCABULARY), None,
+            self.floats(3, 3), self.ints(3, 3, 3), (self.longs(0, 2), self.floats(2, self.HIDDEN)),
+            [(0, self.longs(1), self.floats(1, self.HIDDEN))], [(0, self.floats(3, self.HIDDEN))],
         )  # fmt: skip
 
     def store(self) -> Any:
@@ -203,12 +206,12 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "kv_write": lambda: (runtime, case.kv(), 0, f(2, 1, 32), f(2, 1, 32), j(0, 17)),
         "attention": lambda: (
             runtime, case.kv(), 0, f(3, 2, 32), np.zeros((1, 2), np.int32), i(0, 0, 0), i(0, 1, 2), 0.1, 0, f(3, 64),
-            f(2),
+            f(2), i(2, 2, 3),
         ),
         "latent_write": lambda: (runtime, case.kv("latent"), 0, f(2, 48), j(0, 17)),
         "latent_attention": lambda: (
             runtime, case.kv("latent"), 0, f(3, 2, 48), m(64, 32), m(64, 32), np.zeros((1, 2), np.int32), i(0, 0, 0),
-            i(0, 1, 2), 0.1, f(3, 64),
+            i(0, 1, 2), 0.1, f(3, 64), i(2, 2, 3),
         ),
         "recurrent_state_bytes": lambda: (2, 1, case.sizes),
         "grouped_query_attention": lambda: (
@@ -243,7 +246,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "Routing": lambda: (2, "sigmoid", f(4), 2, 1, "top2", True, 0.0, 1.0),
         "KvCache": lambda: ([n.KvShape.keys_values(1, 32), n.KvShape.latent(16)], 4, 16, "f32"),
         "RecurrentState": lambda: (2, 1, case.sizes),
-        "Rotary": lambda: (np.ones(8), 1.0, True),
+        "Rotary": lambda: (np.ones(8), 1.0, True, (0, 1, 2, 0, 1, 2, 0, 0)),
         "StackSizes": lambda: (64, 8),
         "FileSystem": lambda: (),
         "KvShape": lambda: (),
@@ -301,7 +304,10 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "RecurrentState.copy_out": (case.state, lambda: (0, f(case.state().slot_floats))),
         "RecurrentState.copy_in": (case.state, lambda: (0, f(case.state().slot_floats), 5)),
         "RecurrentState.copy_slot": (case.state, lambda: (0, 1)),
-        "Rotary.angles": (lambda: n.Rotary(np.ones(8), 1.0), lambda: (runtime, i(0, 1, 2), f(3, 8), f(3, 8))),
+        "Rotary.angles": (
+            lambda: n.Rotary(np.ones(8), 1.0, False, (0, 1, 2, 0, 1, 2, 0, 0)),
+            lambda: (runtime, f(3, 3), f(3, 8), f(3, 8)),
+        ),
         "StackSizes.add_attention": (case.stack_sizes, lambda: (4, 2, 16, True)),
         "StackSizes.add_latent_attention": (case.stack_sizes, lambda: (2, 32, 16, 32, 8, 0)),
         "StackSizes.add_delta_net": (case.stack_sizes, lambda: (case.sizes,)),
@@ -311,7 +317,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "StackSizes.scratch_bytes": (case.stack_sizes, lambda: (8, 2)),
         "Stack.hidden": (lambda: case.stack(steps=2), lambda: ()),
         "Stack.expert_ids": (lambda: case.stack(steps=2), lambda: ()),
-        "Stack.begin": (case.stack, case.batch),
+        "Stack.begin": (case.stack, case.step),
         "Stack.advance": (lambda: case.stack(steps=1), lambda: ()),
         "Stack.look_ahead": (lambda: case.stack(steps=2), lambda: ()),
         "Stack.run_shared": (lambda: case.stack(steps=2), lambda: ()),
@@ -485,7 +491,7 @@ def describe(value: Any) -> str:
 def walk_orders(case: Case, walker: Walker) -> None:
     """The methods of a Stack in every order of two or three, from every stage of a step."""
     calls: dict[str, Callable[[Any], tuple[Any, ...]]] = {
-        "begin": lambda _: case.batch(),
+        "begin": lambda _: case.step(),
         "advance": lambda _: (),
         "look_ahead": lambda _: (),
         "run_shared": lambda _: (),

@@ -724,7 +724,7 @@ def test_attention_refuses_what_lies_outside_the_cache(runtime: native.Runtime) 
     with pytest.raises(ValueError, match=r"block_table\[1\] is 2, expected 0 to 1"):
         native.attention(runtime, kv, 0, q, table, zero, zero + 16, 1.0, 0, out)
     native.attention(runtime, kv, 0, q, table, zero, zero + 15, 1.0, 0, out)
-    with pytest.raises(ValueError, match=r"position\[0\] is 32, expected 0 to 31"):
+    with pytest.raises(ValueError, match=r"order\[0\] is 32, expected 0 to 31"):
         native.attention(runtime, kv, 0, q, table, zero, zero + 32, 1.0, 0, out)
     with pytest.raises(ValueError, match=r"sequence\[0\] is 1, expected 0 to 0"):
         native.attention(runtime, kv, 0, q, table, zero + 1, zero, 1.0, 0, out)

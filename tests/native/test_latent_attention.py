@@ -93,7 +93,9 @@ class Case:
         if dtype == "f16":
             self.vectors = self.vectors.astype(np.float16).astype(np.float32)
 
-    def attend(self, sequence: list[int], position: list[int], *, threads: int = 1) -> Floats:
+    def attend(
+        self, sequence: list[int], position: list[int], *, until: list[int] | None = None, threads: int = 1
+    ) -> Floats:
         runtime = native.Runtime(threads)
         out = np.full((len(sequence), self.sizes.heads * self.sizes.value), np.nan, np.float32)
         native.latent_attention(
@@ -108,6 +110,7 @@ class Case:
             np.array(position, np.int32),
             SCALE,
             out,
+            None if until is None else np.array(until, np.int32),
         )
         s = self.sizes
         sizes = native.StackSizes(1, 0)
@@ -116,11 +119,11 @@ class Case:
         runtime.close()
         return out
 
-    def expected(self, sequence: int, position: int) -> NDArray[np.float64]:
+    def expected(self, sequence: int, position: int, until: int | None = None) -> NDArray[np.float64]:
         """In plain form: keys and values of every head are made of the vectors."""
-        s = self.sizes
-        latents = self.vectors[sequence, : position + 1, : s.rank].astype(np.float64)
-        shared = self.vectors[sequence, : position + 1, s.rank :].astype(np.float64)
+        s, until = self.sizes, until or position + 1
+        latents = self.vectors[sequence, :until, : s.rank].astype(np.float64)
+        shared = self.vectors[sequence, :until, s.rank :].astype(np.float64)
         q = self.q[sequence, position].astype(np.float64)
         keys = np.einsum("pr,hrn->hpn", latents, self.key_weights)
         values = np.einsum("pr,hvr->hpv", latents, self.value_weights)
@@ -159,6 +162,19 @@ def test_threads_and_neighbours_change_no_bit(threads: int) -> None:
         assert np.array_equal(case.attend([s], [p], threads=threads)[0], alone[row])
 
 
+@pytest.mark.parametrize("sizes", [SMALL, ODD_HEADS])
+def test_tokens_of_a_span_see_later_ones(sizes: Sizes) -> None:
+    """Across a stretch of 64 positions and a section of 256; beside tokens that see only what precedes them."""
+    case = Case(sizes, "f32")
+    position = [*range(50, 70), *range(240, 330)]
+    until = [300 if 245 <= p < 300 else 66 if 60 <= p < 66 else p + 1 for p in position]
+    sequence = [1] * len(position)
+    together = case.attend(sequence, position, until=until, threads=2)
+    for row, (p, end) in enumerate(zip(position, until, strict=True)):
+        assert np.array_equal(case.attend([1], [p], until=[end])[0], together[row])
+        np.testing.assert_allclose(together[row], case.expected(1, p, end), atol=1e-5)
+
+
 @pytest.mark.parametrize("format", ["f16", "bf16", "q8", "q4"])
 def test_matrices_of_any_format_serve(format: native.Format) -> None:
     case = Case(WIDE, "f32", format=format)
@@ -193,8 +209,13 @@ def test_what_does_not_fit_is_refused_with_both_numbers() -> None:
         attend(case.q[0, :1, :2].copy())
     with pytest.raises(ValueError, match="keeps nothing, expected one that keeps latent vectors"):
         attend(case.q[0, :1], layer=0)
-    with pytest.raises(ValueError, match=r"position\[0\] is 608, expected 0 to 607"):
+    with pytest.raises(ValueError, match=r"order\[0\] is 608, expected 0 to 607"):
         attend(case.q[0, :1], position=608)
+    with pytest.raises(ValueError, match=r"sees_until\[0\] is 7, expected 8 to 608"):
+        native.latent_attention(
+            runtime, case.kv, 1, case.q[0, :1], case.key_up, case.value_up, case.table, zero, zero + 7, 1.0, out,
+            zero + 7,
+        )  # fmt: skip
     with pytest.raises(
         ValueError, match="kv_rank modulo the panel rows of a quantised key_up is 13, expected 0"
     ):

@@ -54,12 +54,12 @@ def test_an_arena_that_was_never_initialised_is_no_memory() -> None:
         native.Matrix(arena, 0, "q4", 16, 64)
 
 
-def test_a_batch_without_dimensions_is_refused(case: Case) -> None:
+def test_a_step_without_dimensions_is_refused(case: Case) -> None:
     import numpy as np
 
-    batch = case.batch()
+    step = case.step()
     with pytest.raises(ValueError, match=r"token_ids has shape \[\], expected \[any\]"):
-        case.stack().begin(np.array(1, np.int32), *batch[1:])
+        case.stack().begin(np.array(1, np.int32), *step[1:])
 
 
 BEYOND = r"would take more than 2\^62 bytes"

@@ -135,7 +135,7 @@ class Answers:
             if noted is None or len(noted) >= len(prompt_ids):
                 continue
             rows = np.flatnonzero(scheduled.batch.sequence == number)
-            order = scheduled.batch.positions[rows]
+            order = scheduled.batch.order[rows]
             rows = rows[(order >= len(noted) - 1) & (order < len(prompt_ids) - 1)]
             count = sequence.params.prompt_logprobs
             assert count is not None

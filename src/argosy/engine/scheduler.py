@@ -38,7 +38,7 @@ from argosy.engine.kv_cache import KvBlocks
 from argosy.engine.prefix import Prefix, PrefixCache
 from argosy.engine.recurrent_state import StateSlots
 from argosy.engine.sequence import Sequence
-from argosy.model.batch import Batch
+from argosy.model.step import Step
 
 # KV blocks of a prompt loaded from files in one step: a moment's work if others wait for it, more otherwise.
 LOADED_BESIDE_OTHERS, LOADED_ALONE = 8, 128
@@ -49,10 +49,10 @@ _SPARE_COLUMNS = 8  # of a block table: this many blocks can be added before a n
 class Scheduled:
     """A step, and the sequences that it produces next tokens for."""
 
-    batch: Batch
+    batch: Step
     sequences: list[Sequence]  # rows of `batch.block_table`
     counts: list[int] | None  # tokens of each sequence; None: one each, and all of them decode
-    ready: list[Sequence]  # in the order of `batch.last_rows`: one row each, and one more for every proposal
+    ready: list[Sequence]  # in the order of `batch.wanted`: one row each, and one more for every proposal
     proposals: dict[Sequence, list[int]]  # the last tokens of some decoding sequences, not confirmed yet
 
     def rows(self, logits: NDArray[np.float32]) -> Iterator[tuple[Sequence, NDArray[np.float32], list[int]]]:
@@ -97,7 +97,7 @@ class _Decoding:
 
     sequences: list[Sequence]
     rows: NDArray[np.int32]  # 0, 1, 2 ...
-    last_rows: NDArray[np.int64]  # the same
+    wanted: NDArray[np.int64]  # the same
     is_decode: NDArray[np.bool_]
     block_table: NDArray[np.int32]
     state_slots: NDArray[np.int32] | None
@@ -456,19 +456,19 @@ class Scheduler:
         if self._decoding.sequences != self._running:
             self._decoding = _Decoding.of(list(self._running))
         same, block_tokens = self._decoding, self._blocks.block_tokens
-        positions = [s.num_computed for s in same.sequences]
+        order = [s.num_computed for s in same.sequences]
         slots = [
             s.blocks[at // block_tokens] * block_tokens + at % block_tokens
-            for s, at in zip(same.sequences, positions, strict=True)
+            for s, at in zip(same.sequences, order, strict=True)
         ]
-        batch = Batch(
+        batch = Step(
             token_ids=np.array([s.new_ids[-1] for s in same.sequences], np.int32),
-            positions=np.array(positions, np.int32),
             sequence=same.rows,
             slots=np.array(slots, np.int64),
             block_table=same.block_table,
             is_decode=same.is_decode,
-            last_rows=same.last_rows,
+            order=np.array(order, np.int32),
+            wanted=same.wanted,
             state_slots=same.state_slots,
         )
         return Scheduled(batch, same.sequences, None, same.sequences, {})
@@ -479,29 +479,29 @@ class Scheduler:
         sequences, counts = [sequence for sequence, _ in parts], []
         table = _block_table(sequences)
         token_ids: list[int] = []
-        positions, slots, ready = [], [], []
-        last_rows: list[int] = []
+        order, slots, ready = [], [], []
+        wanted: list[int] = []
         for row, (sequence, num_known) in enumerate(parts):
             start, proposed = sequence.num_computed, proposals.get(sequence, [])
             token_ids += sequence.tokens_from(start, num_known)
             if start + num_known == sequence.num_tokens:
                 ready.append(sequence)
-                last_rows += range(len(token_ids) - 1, len(token_ids) + len(proposed))
+                wanted += range(len(token_ids) - 1, len(token_ids) + len(proposed))
             token_ids += proposed
             counts.append(count := num_known + len(proposed))
             where = np.arange(start, start + count, dtype=np.int32)
-            positions.append(where)
+            order.append(where)
             slots.append(
                 table[row, where // block_tokens].astype(np.int64) * block_tokens + where % block_tokens
             )
-        batch = Batch(
+        batch = Step(
             token_ids=np.array(token_ids, np.int32),
-            positions=np.concatenate(positions),
             sequence=np.repeat(np.arange(len(parts), dtype=np.int32), counts),
             slots=np.concatenate(slots),
             block_table=table,
             is_decode=np.repeat([not sequence.is_prefilling for sequence in sequences], counts),
-            last_rows=np.array(last_rows, np.int64),
+            order=np.concatenate(order),
+            wanted=np.array(wanted, np.int64),
             state_slots=_state_slots(sequences),
         )
         return Scheduled(batch, sequences, counts, ready, proposals)

@@ -1,1 +1,1 @@
-"""Batch -> logits. `decoder.py` is the main path; `families/` maps checkpoints to it."""
+"""Step -> logits. `decoder.py` is the main path; `families/` maps checkpoints to it."""

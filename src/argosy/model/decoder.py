@@ -1,11 +1,11 @@
-"""Batch -> logits: embedding, layers, head.
+"""Step -> logits: embedding, layers, head.
 
     native stack  ─ experts it needs ─>  expert source  ─ groups as they land ─>  native stack
 
 The layers run in native code. With every expert in memory, a step is one native call. Otherwise the stack stops at each
 layer with routed experts, and Python leases them: it issues the reads, then runs the shared expert, then runs each
 group as it lands. One decoder runs every family; their differences are in `ModelConfig`, and a family's file maps its
-checkpoint to that. All sums have one fixed order, so a token's logits depend neither on its batch nor on the order in
+checkpoint to that. All sums have one fixed order, so a token's logits depend neither on its step nor on the order in
 which experts land.
 
 Elsewhere: native/ops/stack.cpp runs a layer; `layers.py` describes a model's layers.
@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from argosy import _native
 from argosy.config import ModelConfig
 from argosy.experts.source import ExpertSource
-from argosy.model.batch import Batch
 from argosy.model.clock import PartClock
 from argosy.model.layers import describe_activation, describe_layers
 from argosy.model.rope import rotary
+from argosy.model.step import Step
 from argosy.model.weights import DenseWeights
 
 Array = NDArray[np.float32]
@@ -60,6 +60,7 @@ class Decoder:
         self._experts = experts
         self._clock = clock
         self._observe = observe
+        self._tapped: dict[int, Array] = {}
         self._next_moe_layer = dict(zip(config.moe_layers, config.moe_layers[1:], strict=False))
         # An observer receives every layer's choice, so steps stop at every layer, as they do to wait for reads.
         is_leased = experts is not None and (observe is not None or not experts.is_resident)
@@ -81,19 +82,31 @@ class Decoder:
             recurrent=recurrent,
         )
 
-    def forward(self, batch: Batch) -> Array:
-        """Run all layers; return the logits of `batch.last_rows`: float32 [rows, vocab_size], a new array."""
-        logits = np.empty((len(batch.last_rows), self.config.vocab_size), np.float32)
+    def forward(self, step: Step) -> Array:
+        """Run all layers; return the logits of `step.wanted`: float32 [rows, vocab_size], a new array.
+
+        Raises:
+            ValueError: a field of the step has a wrong type or shape, or a number that is out of range.
+        """
+        logits = np.empty((len(step.wanted), self.config.vocab_size), np.float32)
+        self._tapped = {
+            layer: np.empty((step.num_tokens, self.config.hidden_size), np.float32) for layer in step.taps
+        }
         self._stack.begin(
-            batch.token_ids,
-            batch.positions,
-            batch.sequence,
-            batch.slots,
-            batch.is_decode,
-            batch.block_table,
-            batch.last_rows,
+            step.token_ids,
+            step.sequence,
+            step.slots,
+            step.is_decode,
+            step.block_table,
+            step.order,
+            step.wanted,
             logits,
-            batch.state_slots,
+            step.state_slots,
+            step.angles,
+            step.sees_until,
+            step.overrides,
+            step.additions,
+            tuple(self._tapped.items()),
         )
         while (demand := self._stack.advance()) is not None:
             self._run_experts(*demand)
@@ -103,8 +116,16 @@ class Decoder:
             self._experts.count_resident(lookups)
         return logits
 
+    def tapped(self, layer: int) -> Array:
+        """The hidden state after a layer in `taps` of the last step: float32 [tokens, hidden_size], a new array.
+
+        Raises:
+            KeyError: the step did not tap this layer.
+        """
+        return self._tapped[layer]
+
     def logits(self, rows: NDArray[np.int64]) -> Array:
-        """Logits of any rows of the last batch: float32 [rows, vocab_size], a new array."""
+        """Logits of any rows of the last step: float32 [rows, vocab_size], a new array."""
         logits = np.empty((len(rows), self.config.vocab_size), np.float32)
         self._stack.logits(rows, logits)
         self._clock.mark_native(self._stack.take_seconds())
@@ -120,7 +141,7 @@ class Decoder:
         return uses
 
     def rows_of(self, expert: int) -> NDArray[np.int64]:
-        """Tokens of the last batch that chose `expert` in the layer at which the step last stopped."""
+        """Tokens of the last step that chose `expert` in the layer at which the step last stopped."""
         return np.flatnonzero((self._stack.expert_ids() == expert).any(axis=1))
 
     def _run_experts(self, layer: int, expert_ids: Sequence[int], scan: Collection[int]) -> None:

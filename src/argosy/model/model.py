@@ -22,10 +22,10 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.config import KV_BLOCK_TOKENS, KvDtype, ModelConfig
 from argosy.experts.cache import CachedSource
 from argosy.experts.source import ExpertFiles, ExpertSource, Progress, ResidentReading, load_resident
-from argosy.model.batch import Batch
 from argosy.model.clock import PartClock
 from argosy.model.decoder import Decoder, RouteObserver
 from argosy.model.layers import kv_shapes
+from argosy.model.step import Step
 from argosy.model.weights import DenseReading, DenseWeights
 
 
@@ -182,13 +182,13 @@ class Model:
             observe=observe,
         )
 
-    def forward(self, batch: Batch) -> NDArray[np.float32]:
+    def forward(self, step: Step) -> NDArray[np.float32]:
         """Run a step; return the logits of its wanted rows: float32 [rows, vocab_size], a new array.
 
         Raises:
             ReadFailed, CheckpointError: an expert cannot be read; the step had no effect that counts.
         """
-        return self.decoder.forward(batch)
+        return self.decoder.forward(step)
 
     def logits(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits of any rows of the last step: float32 [rows, vocab_size], a new array."""

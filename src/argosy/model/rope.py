@@ -19,7 +19,7 @@ from argosy.config import RopeConfig
 
 def rotary(config: RopeConfig) -> _native.Rotary:
     """The rotary embedding that the native stack applies to queries and keys."""
-    return _native.Rotary(inverse_frequency(config), angle_scale(config), config.is_interleaved)
+    return _native.Rotary(inverse_frequency(config), angle_scale(config), config.is_interleaved, config.axes)
 
 
 def angle_scale(config: RopeConfig) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 from argosy.config import ModelConfig
 from argosy.model.families.config_reader import MOST_EXPERTS, ConfigReader
-from argosy.model.families.rope_config import read_rope
+from argosy.model.families.rope_config import Axes, read_rope
 
 # Keys of a wrapper: the vision tower, and the placeholders of images and video in a prompt.
 VISION_KEYS = (
@@ -38,7 +38,7 @@ def read_common(
     bos_id: int | None = None,
     rotary_dim: int | None = None,
     partial_rotary_factor: float | None = None,
-    has_axes: bool = False,
+    axes: Axes | None = None,
 ) -> dict[str, Any]:
     """Read sizes, heads, rotary embedding, experts and token ids; the arguments are the defaults of absent keys.
 
@@ -47,7 +47,7 @@ def read_common(
         experts_per_token: None means that the file must give it.
         rotary_dim: how many dimensions of a head rotate; None means all, or the part that the file gives.
         partial_rotary_factor: the default of that part; None means that files of this family do not give it.
-        has_axes: as for `read_rope`.
+        axes: as for `read_rope`.
 
     Raises:
         UnsupportedModel: a rotary embedding or activation that is not supported.
@@ -70,7 +70,7 @@ def read_common(
             context_tokens=context_tokens,
             default_theta=rope_theta,
             default_partial=partial_rotary_factor,
-            has_axes=has_axes,
+            axes=axes,
         ),
         "norm_eps": reader.number("rms_norm_eps", norm_eps),
         "context_tokens": context_tokens,

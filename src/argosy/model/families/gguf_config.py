@@ -12,6 +12,7 @@ Elsewhere: a family's file lists its keys; `config_reader.py` reads `config.json
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from argosy.checkpoint.json_strict import quote
 from argosy.config import RopeConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families.config_reader import LARGEST_SIZE, MOST_EXPERTS, MOST_LAYERS
+from argosy.model.families.rope_config import Axes, axes_of_pairs
 
 # Keys that any writer may add, with values that change nothing.
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
@@ -118,19 +120,18 @@ class GgufConfigReader:
             supported=supported,
         )
 
-    def common(self, *, has_partial_rope: bool = False, has_axes: bool = False) -> dict[str, Any]:
+    def common(self, *, has_partial_rope: bool = False, axes: Axes | None = None) -> dict[str, Any]:
         """Read the part that is the same in every family with keys and values, as arguments of `ModelConfig`.
 
         Args:
             has_partial_rope: `rope.dimension_count` may be less than a whole head.
-            has_axes: positions in images may have several axes; text has the same position on all of them.
+            axes: how the family distributes pairs of dimensions over the axes of positions in media, if a file gives
+                their sections; text has the same position on all axes.
 
         Raises:
             CheckpointError: a key is missing, malformed, or contradicts another or the tensors.
             UnsupportedModel: heads of two widths, or a rotary embedding that is not supported.
         """
-        if has_axes:
-            self.key("rope.dimension_sections")
         sizes = self.sizes()
         hidden_size, context_tokens = sizes["hidden_size"], sizes["context_tokens"]
         num_heads = self.integer("attention.head_count")
@@ -147,13 +148,31 @@ class GgufConfigReader:
             raise self.unsupported(
                 "attention.value_length", width, f"{head_dim}, the same as attention.key_length"
             )
+        rope = self.rope(self._turning(head_dim) if has_partial_rope else head_dim, context_tokens)
         return {
             **sizes,
             "num_heads": num_heads,
             "num_kv_heads": num_kv_heads,
             "head_dim": head_dim,
-            "rope": self.rope(self._turning(head_dim) if has_partial_rope else head_dim, context_tokens),
+            "rope": rope if axes is None else replace(rope, axes=self._axes(axes, rope.rotary_dim // 2)),
         }
+
+    def _axes(self, axes: Axes, num_pairs: int) -> tuple[int, ...]:
+        """The axis of each pair; empty if the file has no sections. A fourth axis is for other models, and has none."""
+        key = self.key("rope.dimension_sections")
+        if key not in self.file.metadata:
+            return ()
+        value = self.file.numbers(key)
+        sections = [int(number) for number in value[:3] if number >= 0]
+        found = None
+        if len(sections) == 3 and not any(value[3:]):
+            found = axes_of_pairs(sections, num_pairs, is_mixed=axes.is_mixed)
+        if found is None:
+            expected = "three whole numbers from 0" + (
+                "" if axes.is_mixed else f" that add up to {num_pairs}, the pairs of dimensions that rotate"
+            )
+            raise self.file.wrong(key, value, expected)
+        return found
 
     def _turning(self, head_dim: int) -> int:
         return self.integer("rope.dimension_count", head_dim, most=head_dim)

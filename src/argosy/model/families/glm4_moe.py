@@ -24,11 +24,13 @@ from argosy.model.families.deepseek import (
 from argosy.model.families.deepseek_gguf import read_dense_layers, read_grouped_router
 from argosy.model.families.gguf_config import SIGMOID, GgufConfigReader
 from argosy.model.families.gguf_layout import dense_name, read_gguf_layout
+from argosy.model.families.rope_config import Axes
 
-__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config", "read_text"]
+__all__ = ["AXES", "GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config", "read_text"]
 
 MODEL_TYPE = "glm4_moe"
 GGUF_ARCHITECTURE = "glm4moe"
+AXES = Axes(is_mixed=False, sections=(8, 12, 12))  # of GLM-4.5V, whose GGUF files have the same architecture
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
@@ -99,7 +101,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
     reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
-    common = reader.common(has_partial_rope=True, has_axes=True)
+    common = reader.common(has_partial_rope=True, axes=AXES)
     num_layers = reader.num_layers()
     num_dense = read_dense_layers(reader, num_layers)
     reader.neutral("expert_gating_func", 0, SIGMOID)

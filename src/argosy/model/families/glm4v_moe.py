@@ -48,5 +48,5 @@ def _read_text(text: ConfigReader) -> ModelConfig:
         has_bias=True,
         vocab_size=151_424,
         context_tokens=65_536,
-        has_axes=True,
+        axes=glm4_moe.AXES,
     )

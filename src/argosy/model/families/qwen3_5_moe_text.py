@@ -25,6 +25,7 @@ from argosy.model.families.qwen_delta import (
 )
 from argosy.model.families.qwen_delta_gguf import open_delta_gguf
 from argosy.model.families.qwen_moe import make_layouts
+from argosy.model.families.rope_config import Axes
 
 __all__ = [
     "GGUF_ARCHITECTURE",
@@ -38,6 +39,7 @@ __all__ = [
 
 MODEL_TYPE = "qwen3_5_moe_text"
 GGUF_ARCHITECTURE = "qwen35moe"
+AXES = Axes(is_mixed=True, sections=(11, 11, 10))
 
 TEXT_LAYOUTS = make_layouts(
     {
@@ -80,7 +82,7 @@ def read_text(reader: ConfigReader, family: str) -> ModelConfig:
         head_dim=256,
         rope_theta=10_000.0,
         partial_rotary_factor=PARTIAL_ROTARY_FACTOR,
-        has_axes=True,
+        axes=AXES,
         norm_eps=1e-6,
         context_tokens=32_768,
         num_experts=256,
@@ -111,4 +113,4 @@ def open_gguf(file: GgufFile) -> ModelFiles:
         UnsupportedModel: a key, value or tensor type that is not supported.
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
-    return open_delta_gguf(file, GGUF_ARCHITECTURE, MODEL_TYPE)
+    return open_delta_gguf(file, GGUF_ARCHITECTURE, MODEL_TYPE, axes=AXES)

@@ -18,6 +18,7 @@ from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.families.gguf_config import GgufConfigReader
 from argosy.model.families.gguf_layout import read_gguf_layout
 from argosy.model.families.qwen_moe import LAYOUTS, read_moe_layers
+from argosy.model.families.rope_config import Axes
 
 __all__ = [
     "GGUF_ARCHITECTURE",
@@ -116,9 +117,9 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     return open_qwen3_gguf(GgufConfigReader(file, GGUF_ARCHITECTURE), MODEL_TYPE)
 
 
-def open_qwen3_gguf(reader: GgufConfigReader, family: str, *, has_axes: bool = False) -> ModelFiles:
+def open_qwen3_gguf(reader: GgufConfigReader, family: str, *, axes: Axes | None = None) -> ModelFiles:
     """The model of this family, or the text part of a vision-language model. `expert_weights_norm` defaults to true."""
-    common = reader.common(has_axes=has_axes)
+    common = reader.common(axes=axes)
     window = reader.integer("attention.sliding_window", 0, least=0)
     # For layers without experts, and all layers have experts.
     reader.integer("feed_forward_length", 0, least=0)

@@ -14,7 +14,7 @@ from argosy.config import ModelConfig
 from argosy.model.families.common_config import VISION_KEYS, in_wrapper
 from argosy.model.families.config_reader import ConfigReader
 from argosy.model.families.qwen3_moe import read_text
-from argosy.model.families.qwen3_vl_moe import GGUF_ARCHITECTURE, open_gguf
+from argosy.model.families.qwen3_vl_moe import AXES, GGUF_ARCHITECTURE, open_gguf
 from argosy.model.families.qwen_moe import make_layouts
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
@@ -63,7 +63,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         num_heads=28,
         num_kv_heads=4,
         rope_theta=1_000_000.0,
-        has_axes=True,
+        axes=AXES,
         norm_eps=1e-6,
         context_tokens=32_768,
         num_experts=128,

@@ -20,9 +20,11 @@ from argosy.model.families.config_reader import ConfigReader
 from argosy.model.families.gguf_config import GgufConfigReader
 from argosy.model.families.qwen3_moe import open_qwen3_gguf, read_text
 from argosy.model.families.qwen_moe import make_layouts
+from argosy.model.families.rope_config import Axes
 
 MODEL_TYPE = "qwen3_vl_moe"
 GGUF_ARCHITECTURE = "qwen3vlmoe"
+AXES = Axes(is_mixed=True, sections=(24, 20, 20))
 
 _SEPARATE, _FUSED = (
     replace(layout, prefix="model.language_model.")
@@ -54,7 +56,7 @@ def _read_text(text: ConfigReader) -> ModelConfig:
         num_heads=16,
         num_kv_heads=16,
         rope_theta=500_000.0,
-        has_axes=True,
+        axes=AXES,
         norm_eps=1e-6,
         context_tokens=128_000,
         num_experts=60,
@@ -73,4 +75,4 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     reader.integer("n_deepstack_layers", 0, least=0)  # for the vision tower, which is in a separate file
     reader.neutral("expert_weights_norm", True)
     reader.neutral("expert_shared_feed_forward_length", 0)
-    return open_qwen3_gguf(reader, MODEL_TYPE, has_axes=True)
+    return open_qwen3_gguf(reader, MODEL_TYPE, axes=AXES)

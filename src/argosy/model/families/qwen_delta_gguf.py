@@ -14,6 +14,7 @@ from argosy.config import DeltaConfig, LayerConfig, ModelConfig, RouterConfig
 from argosy.errors import CheckpointError
 from argosy.model.families.gguf_config import GgufConfigReader
 from argosy.model.families.gguf_layout import read_gguf_layout
+from argosy.model.families.rope_config import Axes
 
 _NAMES = {
     "mlp_norm": "post_attention_norm.weight",
@@ -31,15 +32,17 @@ _NAMES = {
 }
 
 
-def open_delta_gguf(file: GgufFile, architecture: str, family: str) -> ModelFiles:
-    """The model in a GGUF file of either architecture.
+def open_delta_gguf(
+    file: GgufFile, architecture: str, family: str, *, axes: Axes | None = None
+) -> ModelFiles:
+    """The model in a GGUF file of either architecture; `axes` as for `GgufConfigReader.common`.
 
     Raises:
         UnsupportedModel: a key, value or tensor type that is not supported.
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
     reader = GgufConfigReader(file, architecture)
-    common = reader.common(has_partial_rope=True, has_axes=True)
+    common = reader.common(has_partial_rope=True, axes=axes)
     # For layers without experts, and all layers have experts.
     reader.integer("feed_forward_length", 0, least=0)
     layers = tuple(

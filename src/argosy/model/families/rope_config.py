@@ -11,7 +11,8 @@ Elsewhere: `model/rope.py` computes the angles.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
 
 from argosy.checkpoint.json_strict import quote
 from argosy.config import RopeConfig
@@ -21,7 +22,8 @@ from argosy.model.families.config_reader import LARGEST_SIZE, ConfigReader, is_p
 Kind = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-_AXES = frozenset({"mrope_section", "mrope_interleaved", "interleaved"})
+_SECTIONS = "mrope_section"
+_IS_MIXED = ("mrope_interleaved", "interleaved")  # two names of one flag
 _COMMON = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
 _FIELDS: dict[Kind, set[str]] = {
     "default": set(),
@@ -35,6 +37,31 @@ _FIELDS: dict[Kind, set[str]] = {
 }  # fmt: skip
 
 
+class Axes(NamedTuple):
+    """How a family distributes the pairs of dimensions over the three axes of positions in media (m-rope).
+
+    mixed: the axes take turns, pair 3 i + a on axis a, until an axis has its number of pairs; axis 0 has the rest
+    (Qwen3-VL). Otherwise each axis has consecutive pairs (Qwen2-VL, arXiv:2409.12191).
+    sections: pairs of each axis, where a config does not give them.
+    """
+
+    is_mixed: bool
+    sections: tuple[int, int, int]
+
+
+def axes_of_pairs(sections: Sequence[int], num_pairs: int, *, is_mixed: bool) -> tuple[int, ...] | None:
+    """The axis of each pair, as transformers 5.24 chooses it; None if the sections do not add up to the pairs."""
+    if is_mixed:
+        axes = [0] * num_pairs
+        for axis in range(1, len(sections)):
+            for pair in range(axis, min(num_pairs, 3 * sections[axis]), 3):
+                axes[pair] = axis
+        return tuple(axes)
+    if sum(sections) != num_pairs:
+        return None
+    return tuple(axis for axis, section in enumerate(sections) for _ in range(section))
+
+
 def read_rope(
     reader: ConfigReader,
     *,
@@ -42,7 +69,7 @@ def read_rope(
     context_tokens: int,
     default_theta: float,
     default_partial: float | None = None,
-    has_axes: bool = False,
+    axes: Axes | None = None,
 ) -> RopeConfig:
     """The rotary embedding that a config describes.
 
@@ -53,8 +80,8 @@ def read_rope(
         default_theta: the family's default theta.
         default_partial: the family's default partial_rotary_factor; None means that the family does not have this key,
             and the whole head rotates.
-        has_axes: fields for the axes of image positions are accepted (m-rope). Text has the same position on all axes,
-            so they change nothing.
+        axes: how the family distributes pairs over the axes of positions in media; None means that it has no axes, and
+            fields for them are refused. Text has the same position on all axes.
 
     Raises:
         UnsupportedModel: a kind or field is not supported; the error names it.
@@ -63,7 +90,7 @@ def read_rope(
     parameters, name = _one_mapping(reader)
     fields = _Fields(parameters, name)
     kind = _kind(fields)
-    fields.refuse_unknown(kind, _AXES if has_axes else frozenset())
+    fields.refuse_unknown(kind, frozenset() if axes is None else frozenset({_SECTIONS, *_IS_MIXED}))
     if head_dim % 2:
         raise CheckpointError(
             f"config.json gives heads of {head_dim} dimensions, but rotary embedding needs an even number"
@@ -93,6 +120,7 @@ def read_rope(
     rope = RopeConfig(
         theta=theta,
         rotary_dim=rotary_dim,
+        axes=() if axes is None else _read_axes(fields, axes, rotary_dim // 2),
         kind=kind,
         factor=factor,
         original_context=original,
@@ -116,6 +144,28 @@ def read_rope(
             f"config.json gives rope_theta {theta}, expected more than 1 for yarn", key="rope_theta"
         )
     return rope
+
+
+def _read_axes(fields: _Fields, axes: Axes, num_pairs: int) -> tuple[int, ...]:
+    for key in _IS_MIXED:
+        if (is_mixed := fields.flag(key, axes.is_mixed)) != axes.is_mixed:
+            raise UnsupportedModel(
+                f"config.json: {fields.name} asks for {key} {str(is_mixed).lower()}; supported: "
+                f"{str(axes.is_mixed).lower()}",
+                key=key,
+                value=is_mixed,
+                supported=str(axes.is_mixed).lower(),
+            )
+    given = fields.values.get(_SECTIONS)
+    sections = fields.sections(_SECTIONS) if given is not None else axes.sections
+    found = axes_of_pairs(sections, num_pairs, is_mixed=axes.is_mixed)
+    if found is None and given is not None:
+        raise CheckpointError(
+            f"config.json: {fields.name} gives {_SECTIONS} {quote(given)}, expected numbers that add up to "
+            f"{num_pairs}, the pairs of dimensions that rotate",
+            key=_SECTIONS,
+        )
+    return found or ()
 
 
 def _rotary_dim(reader: ConfigReader, fields: _Fields, head_dim: int, default_partial: float | None) -> int:
@@ -213,6 +263,20 @@ class _Fields:
                 key=key,
             )
         return value
+
+    def sections(self, key: str) -> tuple[int, ...]:
+        """Three whole numbers from 0."""
+        value = self.values[key]
+        if (
+            not isinstance(value, list)
+            or len(value) != 3
+            or not all(type(item) is int and 0 <= item <= LARGEST_SIZE for item in value)
+        ):
+            raise CheckpointError(
+                f"config.json: {self.name} gives {key} {quote(value)}, expected three whole numbers from 0",
+                key=key,
+            )
+        return tuple(value)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.values.get(key, default)
