@@ -302,6 +302,10 @@ class RopeConfig:
     # Each pair's frequency is divided by its factor, before the rule of `kind` applies.
     frequency_factors: tuple[float, ...] = ()
 
+    @property
+    def num_axes(self) -> int:
+        return 1 + max(self.axes, default=0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:

@@ -15,6 +15,7 @@ from argosy.engine.recurrent_state import StateSlots
 from argosy.engine.sampler import SamplerState
 from argosy.engine.scheduler import Scheduled, Scheduler
 from argosy.engine.sequence import Sequence
+from argosy.engine.spans import Spans
 
 BLOCK_TOKENS = 4
 
@@ -36,15 +37,15 @@ class NotedTokens:
 
     def run(self, scheduled: Scheduled) -> None:
         """Write what a batch writes, and see that each token finds all that came before it."""
-        batch = scheduled.batch
-        for row, slot, position in zip(batch.sequence, batch.slots, batch.order, strict=True):
+        step = scheduled.step
+        for row, slot, position in zip(step.sequence, step.slots, step.order, strict=True):
             sequence, at = scheduled.sequences[row], int(position)
             assert sequence.num_computed <= at
             tokens = tuple(sequence.tokens_from(0, at + 1))
-            assert int(batch.block_table[row, at // BLOCK_TOKENS]) == slot // BLOCK_TOKENS
+            assert int(step.block_table[row, at // BLOCK_TOKENS]) == slot // BLOCK_TOKENS
             self.noted[slot // BLOCK_TOKENS][slot % BLOCK_TOKENS] = tokens
             for before in range(at):
-                block = int(batch.block_table[row, before // BLOCK_TOKENS])
+                block = int(step.block_table[row, before // BLOCK_TOKENS])
                 assert self.noted[block][before % BLOCK_TOKENS] == tokens[: before + 1]
 
 
@@ -67,13 +68,13 @@ class NotedStates:
         for row, sequence in enumerate(scheduled.sequences):
             slot = sequence.state_slot
             assert slot is not None
-            first, *_, last = [*scheduled.batch.order[scheduled.batch.sequence == row].tolist()] * 2
+            first, *_, last = [*scheduled.step.order[scheduled.step.sequence == row].tolist()] * 2
             assert first == 0 or self.seen[slot] == tuple(sequence.tokens_from(0, first))
             self.seen[slot] = tuple(sequence.tokens_from(0, last + 1))
 
 
 class Rig:
-    """A scheduler and its blocks; `step` does what the engine does with a batch."""
+    """A scheduler and its blocks; `step` does what the engine does with a step."""
 
     def __init__(
         self,
@@ -94,11 +95,9 @@ class Rig:
             self.blocks, self.memory, secret=bytes(32), identity=b"", states=states, is_on=reuse
         )
         self.scheduler = Scheduler(
-            self.blocks,
             self.cache,
             chunk_tokens=chunk_tokens,
             max_sequences=max_sequences,
-            states=states,
             clock=clock,
         )
         self.sequences: list[Sequence] = []
@@ -109,7 +108,9 @@ class Rig:
         """One whose prompt is first_id, first_id + 1 ..."""
         return self.sequence_of(list(range(first_id, first_id + num_prompt)), max_new, tenant=tenant)
 
-    def sequence_of(self, prompt: list[int], max_new: int = 4, *, tenant: str = "") -> Sequence:
+    def sequence_of(
+        self, prompt: list[int], max_new: int = 4, *, tenant: str = "", spans: Spans | None = None
+    ) -> Sequence:
         return Sequence(
             prompt,
             SamplingParams(max_tokens=max_new),
@@ -118,6 +119,7 @@ class Rig:
             sampler_state=SamplerState(prompt, 0),
             chain=self.cache.chain(tenant),
             tenant=tenant,
+            spans=spans,
         )
 
     def add(self, *sequences: Sequence) -> None:
@@ -179,4 +181,4 @@ class Rig:
 
 
 def num_prefill(scheduled: Scheduled) -> int:
-    return int((~scheduled.batch.is_decode).sum())
+    return int((~scheduled.step.is_decode).sum())

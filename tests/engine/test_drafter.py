@@ -80,7 +80,7 @@ def compare(
     with Engine.open(model, drafter=drafter, draft_tokens=draft_tokens, **settings) as engine:
         results, steps = run(engine, requests)
         again, _ = run(engine, requests)
-        assert engine._blocks.num_held == 0
+        assert engine._cache.blocks.num_held == 0
     assert drafter.num_proposed > 0
     assert [told(one) for one in results] == [told(one) for one in expected]
     assert [told(one) for one in again] == [told(one) for one in expected]
@@ -191,7 +191,7 @@ def test_a_rejected_token_is_never_published_as_a_prefix(text_model: Path) -> No
     drafter = RandomDrafter(4, VOCAB)  # knows nothing, so nearly all of its proposals are rejected
     with Engine.open(text_model, memory="2GiB", threads=1, drafter=drafter, draft_tokens=4) as engine:
         result = engine.generate(prompt, params(0, max_tokens=100))
-        kept = [content for content in engine._blocks._contents if content is not None]
+        kept = [content for content in engine._cache.blocks._contents if content is not None]
         assert len(kept) == (len(prompt) + 100 - 1) // 16
         whole = [*prompt, *result.token_ids]
         for content in kept:

@@ -34,7 +34,7 @@ def answer(engine: Engine, max_tokens: int = 8) -> list[int]:
 
 def num_free_blocks(engine: Engine) -> int:
     """Those that nobody holds."""
-    return engine._blocks.num_available
+    return engine._cache.blocks.num_available
 
 
 def test_streamed_tokens_are_those_of_the_whole_answer(engine: Engine) -> None:

@@ -109,10 +109,13 @@ def test_keys_are_the_tenants_own_and_nobody_can_make_them_without_the_secret() 
         def tokens_from(self, start: int, count: int) -> list[int]:
             return list(range(start, start + count))
 
+        def media_from(self, start: int, count: int) -> bytes:
+            return b""
+
     def keys(secret: int, identity: int, tenant: str) -> list[bytes]:
         blocks = KvBlocks(4, 16)
         cache = PrefixCache(blocks, NotedTokens(4), secret=bytes([secret]) * 32, identity=bytes([identity]))
-        return [one.key for one in cache.chain(tenant).contents(Tokens(), 3)]  # type: ignore[arg-type]
+        return [one.key for one in cache.chain(tenant).contents(Tokens(), 3)]
 
     assert keys(1, 1, "a") == keys(1, 1, "a")
     made = [key for facts in ((1, 1, "a"), (1, 1, "b"), (1, 2, "a"), (2, 1, "a")) for key in keys(*facts)]

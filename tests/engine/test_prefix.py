@@ -271,6 +271,6 @@ def test_a_damaged_file_is_not_trusted_and_its_prompt_is_computed_and_written_ag
 
 def test_states_and_blocks_of_files_are_in_the_memory_plan(model: Model, tmp_path: Path) -> None:
     with model.engine() as without, model.engine(kv_dir=tmp_path) as engine:
-        assert engine._files is not None
-        held = len(engine._files._reading) + 3 * len(engine._files._writable.get())
+        assert engine._cache._files is not None
+        held = len(engine._cache._files._reading) + 3 * len(engine._cache._files._writable.get())
         assert engine.plan.working_bytes - without.plan.working_bytes == held

@@ -38,8 +38,8 @@ def engine(model: Path) -> Iterator[Engine]:
 
 
 def states_of(engine: Engine) -> StateSlots:
-    assert engine._states is not None
-    return engine._states
+    assert engine._cache.states is not None
+    return engine._cache.states
 
 
 def step_until(engine: Engine, one: Sequence, num_computed: int) -> None:
@@ -160,12 +160,12 @@ def test_a_sequence_waits_for_a_slot_and_not_only_for_blocks() -> None:
     scheduler, first, second = rig.scheduler, rig.sequence(3), rig.sequence(3, first_id=50)
     scheduler.add(first)
     scheduler.add(second)
-    batch = scheduler.next_step().batch
-    assert batch.state_slots is not None
-    assert batch.state_slots.tolist() == [0]
+    step = scheduler.next_step().step
+    assert step.state_slots is not None
+    assert step.state_slots.tolist() == [0]
     assert second.state_slot is None
     scheduler.remove(first)
-    assert scheduler.next_step().batch.num_tokens == 3
+    assert scheduler.next_step().step.num_tokens == 3
     assert second.state_slot == 0
 
 
@@ -211,22 +211,22 @@ def test_a_small_budget_has_fewer_states_and_the_refusal_counts_one(tmp_path: Pa
 
 def test_a_model_without_delta_nets_has_none(tmp_path: Path) -> None:
     with Engine.open(write_model(tmp_path, qwen3_moe(), seed=1), memory="4GiB", threads=1) as engine:
-        assert engine._states is None
+        assert engine._cache.states is None
         assert engine.plan.state_bytes == engine.plan.num_states == 0
         assert "recurrent state" not in [what for what, _, _ in engine.plan.lines()]
 
 
 def test_a_step_has_to_say_where_states_lie(engine: Engine) -> None:
     engine.submit(PROMPT, GREEDY)
-    batch = engine._scheduler.next_step().batch
-    logits = np.empty((len(batch.wanted), engine.config.vocab_size), np.float32)
+    step = engine._scheduler.next_step().step
+    logits = np.empty((len(step.wanted), engine.config.vocab_size), np.float32)
     arguments = (
-        batch.token_ids, batch.sequence, batch.slots, batch.is_decode, batch.block_table, batch.order,
-        batch.wanted, logits,
+        step.token_ids, step.sequence, step.slots, step.is_decode, step.block_table, step.order,
+        step.wanted, logits,
     )  # fmt: skip
     stack = engine._model.decoder._stack
     with pytest.raises(ValueError, match="the step needs state_slots"):
         stack.begin(*arguments)
     with pytest.raises(ValueError, match=r"state_slots\[0\] is 24, expected 0 to 23"):
         stack.begin(*arguments, np.array([24], np.int32))
-    stack.begin(*arguments, batch.state_slots)
+    stack.begin(*arguments, step.state_slots)

@@ -17,13 +17,13 @@ def test_a_prompt_is_prefilled_in_chunks_and_its_last_token_gives_the_first_answ
     sizes, ready = [], []
     for _ in range(3):
         scheduled = rig.step()
-        sizes.append(scheduled.batch.num_tokens)
+        sizes.append(scheduled.step.num_tokens)
         ready.append(len(scheduled.ready))
     assert sizes == [8, 8, 3]
     assert ready == [0, 0, 1]
-    assert scheduled.batch.wanted.tolist() == [2]
-    assert scheduled.batch.order.tolist() == [16, 17, 18]
-    assert scheduled.batch.token_ids.tolist() == [16, 17, 18]
+    assert scheduled.step.wanted.tolist() == [2]
+    assert scheduled.step.order.tolist() == [16, 17, 18]
+    assert scheduled.step.token_ids.tolist() == [16, 17, 18]
 
 
 def test_decode_gets_its_token_in_every_step_while_a_long_prompt_is_prefilled() -> None:
@@ -43,10 +43,10 @@ def test_prompts_share_the_chunk_first_come_first_served() -> None:
     rig = Rig(chunk_tokens=8)
     rig.add(rig.sequence(5), rig.sequence(20, first_id=100), rig.sequence(6, first_id=200))
     first = rig.step()
-    assert first.batch.token_ids.tolist() == [0, 1, 2, 3, 4, 100, 101, 102]
+    assert first.step.token_ids.tolist() == [0, 1, 2, 3, 4, 100, 101, 102]
     second = rig.step()
-    assert second.batch.token_ids.tolist() == [1000, *range(103, 111)]
-    assert second.batch.is_decode.tolist() == [True] + [False] * 8
+    assert second.step.token_ids.tolist() == [1000, *range(103, 111)]
+    assert second.step.is_decode.tolist() == [True] + [False] * 8
 
 
 def test_at_most_so_many_sequences_run_at_once() -> None:
@@ -91,15 +91,15 @@ def test_slots_are_the_blocks_of_the_sequence() -> None:
     one, other = rig.sequence(6, max_new=3), rig.sequence(7, max_new=3, first_id=50)
     rig.add(one, other)
     rig.step()
-    batch = rig.step().batch
-    assert batch.sequence.tolist() == [0, 1]
-    assert batch.order.tolist() == [6, 7]
+    step = rig.step().step
+    assert step.sequence.tolist() == [0, 1]
+    assert step.order.tolist() == [6, 7]
     expected = [
         s.blocks[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS for s, p in ((one, 6), (other, 7))
     ]
-    assert batch.slots.tolist() == expected
+    assert step.slots.tolist() == expected
     for row, s in enumerate((one, other)):
-        assert batch.block_table[row, : len(s.blocks)].tolist() == s.blocks
+        assert step.block_table[row, : len(s.blocks)].tolist() == s.blocks
 
 
 # ── blocks on demand ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -163,7 +163,7 @@ def test_a_step_that_failed_runs_again_as_it_was() -> None:
     rig.scheduler.failed(failed)
     again = rig.scheduler.next_step()
     for name in ("token_ids", "order", "slots", "block_table", "is_decode", "wanted"):
-        assert getattr(again.batch, name).tolist() == getattr(failed.batch, name).tolist()
+        assert getattr(again.step, name).tolist() == getattr(failed.step, name).tolist()
 
 
 # ── fairness ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -423,7 +423,7 @@ def test_whatever_comes_and_goes_every_answer_is_computed_from_its_own_tokens_an
         oldest = min((one for one in rig.running), key=lambda one: one.number, default=None)
         scheduled = rig.step(new_id=data.draw(st.integers(50, 52)))
         assert num_prefill(scheduled) <= chunk_tokens
-        assert scheduled.batch.num_tokens <= chunk_tokens + max_sequences
+        assert scheduled.step.num_tokens <= chunk_tokens + max_sequences
         assert oldest is None or oldest in rig.running or oldest in rig.finished
         rig.require_sound()
         what = data.draw(st.integers(0, 19))

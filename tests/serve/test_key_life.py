@@ -176,13 +176,15 @@ def test_of_a_key_that_is_revoked_nothing_stays_and_of_others_all_does(server: S
     for own in (headers, others_headers):
         assert httpx.post(f"{server.url}/v1/chat/completions", json=chat, headers=own).status_code == 200
         assert httpx.post(f"{server.url}/v1/completions", json=ASK, headers=own).status_code == 200
-    files = server.engine._files
+    files = server.engine._cache._files
     assert files is not None
     wait_for(lambda: not server.engine.is_writing)
 
     def held(tenant: str) -> dict[str, int]:
         return {
-            "blocks": sum(c is not None and c.tenant == tenant for c in server.engine._blocks._contents),
+            "blocks": sum(
+                c is not None and c.tenant == tenant for c in server.engine._cache.blocks._contents
+            ),
             "files": len(list(files._tenant(tenant)[1].glob("*.kv"))),
             "grammars": sum(key[0] == tenant for key in server.engine._requests._grammars._compiled),  # type: ignore[union-attr]
             "counts": int(tenant in server.limits._uses),

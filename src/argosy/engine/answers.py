@@ -12,7 +12,6 @@ and `events`.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
+from argosy.engine.admission import Admission
 from argosy.engine.ledger import Ledger
 from argosy.engine.sampler import Sampler, with_logprobs
 from argosy.engine.scheduler import Scheduled
@@ -48,33 +48,25 @@ class Accepted:
         return max(0, len(self.tokens) - 1)
 
 
-class Pace:
-    """How often sequences end, to estimate when there will be room for another."""
-
-    def __init__(self) -> None:
-        self._ends: deque[float] = deque(maxlen=16)
-
-    def count(self, now: float) -> None:
-        self._ends.append(now)
-
-    def seconds_to_next(self) -> int:
-        """Mean time between ends, in whole seconds from 1 to 60."""
-        ends = self._ends
-        mean = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else 1.0
-        return min(60, max(1, math.ceil(mean)))
-
-
 class Answers:
     """Samples, ends and counts.
 
     Args:
         end_ids: tokens that end any answer, unless they are ignored.
+        admission: is told when a sequence ends.
         experts: counts look-ups and reads; None where there are no routed experts.
     """
 
-    def __init__(self, end_ids: Collection[int], *, clock: PartClock, experts: ExpertSource | None) -> None:
+    def __init__(
+        self,
+        end_ids: Collection[int],
+        admission: Admission,
+        *,
+        clock: PartClock,
+        experts: ExpertSource | None,
+    ) -> None:
         self.sampler = Sampler(end_ids)
-        self.pace = Pace()
+        self._admission = admission
         self._end_ids = end_ids
         self._clock = clock
         self._experts = experts
@@ -134,8 +126,8 @@ class Answers:
             noted, prompt_ids = sequence.prompt_logprobs, sequence.prompt_ids
             if noted is None or len(noted) >= len(prompt_ids):
                 continue
-            rows = np.flatnonzero(scheduled.batch.sequence == number)
-            order = scheduled.batch.order[rows]
+            rows = np.flatnonzero(scheduled.step.sequence == number)
+            order = scheduled.step.order[rows]
             rows = rows[(order >= len(noted) - 1) & (order < len(prompt_ids) - 1)]
             count = sequence.params.prompt_logprobs
             assert count is not None
@@ -153,7 +145,7 @@ class Answers:
         self, sequence: EngineSequence, reason: FinishReason, error: ArgosyError | None = None
     ) -> Result:
         """End a sequence: set and return its result."""
-        self.pace.count(perf_counter())
+        self._admission.count_end(perf_counter())
         prompt, new = len(sequence.prompt_ids), len(sequence.new_ids)
         usage = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
         sequence.result = Result(

@@ -11,9 +11,8 @@ logits into tokens and ends answers; `loop.py` runs an engine in a thread of its
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack
@@ -22,36 +21,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import KV_BLOCK_TOKENS, EngineConfig, ModelConfig, SamplingParams
+from argosy.config import EngineConfig, ModelConfig, SamplingParams
 from argosy.engine import facts
+from argosy.engine.admission import Admission
 from argosy.engine.answers import Answers, events
+from argosy.engine.blocking import BlockingCalls
 from argosy.engine.drafter import Drafter
 from argosy.engine.facts import EngineFacts, ExpertUses
-from argosy.engine.kv_cache import KvBlocks
 from argosy.engine.ledger import Ledger
 from argosy.engine.options import EngineOptions, configure, locate_model
-from argosy.engine.prefix import PrefixCache
-from argosy.engine.prefix_files import SECRET_BYTES
-from argosy.engine.recurrent_state import StateSlots
 from argosy.engine.requests import PromptLike, Requests
-from argosy.engine.scheduler import Scheduled, Scheduler
+from argosy.engine.scheduler import MediaFailed, Scheduled, Scheduler
 from argosy.engine.sequence import FinishReason, Result, TokenEvent
 from argosy.engine.sequence import Sequence as EngineSequence
 from argosy.engine.start import start
-from argosy.errors import (
-    ArgosyError,
-    CheckpointError,
-    Overloaded,
-    ReadFailed,
-    UsageError,
-)
+from argosy.errors import ArgosyError, CheckpointError, ReadFailed, UsageError
 from argosy.experts.source import Progress
 from argosy.model.decoder import RouteObserver
 from argosy.model.families import open_model
 from argosy.prompt.prompt import PromptBuilder
 
 
-class Engine:
+class Engine(BlockingCalls):
     """Runs one model within one memory budget.
 
         with Engine.open("path/or/demo", memory="8GiB") as engine:
@@ -84,33 +75,12 @@ class Engine:
         self.plan = plan = started.plan
         self.tokenizer = started.tokenizer
         self._clock, self._store, self._runtime = started.clock, started.store, started.runtime
-        self._files, self._model = started.prefix_files, started.model
-        recurrent = self._model.recurrent
-        self._states = (
-            None
-            if recurrent is None
-            else StateSlots(recurrent, plan.num_states, can_roll_back=config.draft_tokens > 0)
-        )
-        self._blocks = KvBlocks(
-            -(-plan.context_tokens // KV_BLOCK_TOKENS),
-            KV_BLOCK_TOKENS,
-            forgotten=(lambda key: None) if self._states is None else self._states.forget,
-        )
-        self._cache = PrefixCache(
-            self._blocks,
-            self._model.kv,
-            secret=os.urandom(SECRET_BYTES) if self._files is None else self._files.secret,
-            identity=b"" if self._files is None else self._files.identity,
-            states=self._states,
-            files=self._files,
-            is_on=config.prefix_reuse,
-        )
+        self._model, self._cache = started.model, started.cache
         self._scheduler = Scheduler(
-            self._blocks,
             self._cache,
             chunk_tokens=plan.chunk_tokens,
             max_sequences=config.max_sequences,
-            states=self._states,
+            num_axes=files.config.rope.num_axes,
             drafter=drafter,
             draft_tokens=config.draft_tokens,
         )
@@ -120,9 +90,13 @@ class Engine:
             started.grammars,
             self._cache,
             context_tokens=plan.context_tokens,
-            vocab_size=files.config.vocab_size,
+            chunk_tokens=plan.chunk_tokens,
+            model=files.config,
         )
-        self._answers = Answers(started.eos_ids, clock=self._clock, experts=self._model.experts)
+        self.admission = Admission(config.max_sequences, config.max_waiting)
+        self._answers = Answers(
+            started.eos_ids, self.admission, clock=self._clock, experts=self._model.experts
+        )
         self._uses = ExpertUses(self._model)
         self._sequences: list[EngineSequence] = []
         self._has_failed = False  # the last step failed, and the next one retries it
@@ -165,10 +139,14 @@ class Engine:
                 return []
             try:
                 self._clock.mark("other")
-                scheduled = self._scheduler.next_step()
+                try:
+                    scheduled = self._scheduler.next_step()
+                except MediaFailed as failed:
+                    self._finish(failed.sequence, "error", failed.error)
+                    return []
                 self._clock.mark("other")
                 try:  # layers -> router -> experts -> kernels
-                    logits = self._model.forward(scheduled.batch)
+                    logits = self._model.forward(scheduled.step)
                 except (CheckpointError, ReadFailed) as error:
                     self._recover(scheduled, error)
                     return []
@@ -182,7 +160,7 @@ class Engine:
     def _commit(self, scheduled: Scheduled, logits: NDArray[np.float32]) -> list[TokenEvent]:
         """Choose tokens, then count what was computed, then end the answers that are finished."""
         answers = self._answers
-        self._uses.count(scheduled.batch.num_tokens)
+        self._uses.count(scheduled.step.num_tokens)
         ended = answers.note_prompts(scheduled, self._model, at_once=self.settings.max_sequences)
         is_failed = {one.sequence for one in ended}
         rows = [each for each in scheduled.rows(logits) if each[0] not in is_failed]
@@ -209,7 +187,7 @@ class Engine:
         concerned = scheduled.sequences
         if isinstance(expert, int):
             rows = self._model.rows_of(expert)
-            concerned = [concerned[i] for i in np.unique(scheduled.batch.sequence[rows])]
+            concerned = [concerned[i] for i in np.unique(scheduled.step.sequence[rows])]
         for sequence in concerned or scheduled.sequences:
             self._finish(sequence, "error", error)
 
@@ -264,28 +242,12 @@ class Engine:
         with self._lock:
             self._require_open()
             if not has_room:
-                self.require_room(len(sequences), num_live=len(self._sequences))
+                self.admission.require_room(len(sequences), num_live=len(self._sequences))
             counters = self.ledger
             for sequence in sequences:
                 sequence.counters_at_start = counters
                 self._sequences.append(sequence)
                 self._scheduler.add(sequence)
-
-    def require_room(self, num_more: int, *, num_live: int) -> None:
-        """Refuse sequences that would exceed the waiting limit; `num_live` already run or wait.
-
-        Raises:
-            Overloaded: they exceed it.
-        """
-        limit, num_waiting = self.settings.max_waiting, max(0, num_live - self.settings.max_sequences)
-        if limit is not None and num_live + num_more > self.settings.max_sequences + limit:
-            raise Overloaded(
-                f"too many requests: {num_waiting} waiting, and the limit is {limit}",
-                retry_after_s=self._answers.pace.seconds_to_next(),
-                hint="try again later",
-                waiting=num_waiting,
-                limit=limit,
-            )
 
     def cancel(self, sequence: EngineSequence) -> None:
         """Stop a sequence and free what it holds; does nothing once it has finished."""
@@ -302,47 +264,7 @@ class Engine:
 
     def forget_others(self, tenants: Collection[str]) -> None:
         """Forget what earlier processes kept in `kv_dir` for any tenant not listed."""
-        if self._files is not None:
-            self._files.forget_others(tenants)
-
-    def stream(self, prompt: PromptLike, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
-        """Yield the events of one answer as they come; the last has the result. Closing the iterator cancels it.
-
-        Raises:
-            ArgosyError: the answer cannot be finished, because a read failed or its grammar cannot be followed.
-        """
-        sequence = self.submit(prompt, params)
-        try:
-            while sequence.events or sequence.result is None:
-                while sequence.events:
-                    yield sequence.events.popleft()
-                if sequence.result is None:
-                    self.step()
-            sequence.result.require()
-        finally:
-            self.cancel(sequence)
-
-    def generate(self, prompt: PromptLike, params: SamplingParams | None = None) -> Result:
-        """Return one whole answer. Raises what `stream` raises."""
-        return self.generate_batch([prompt], params)[0]
-
-    def generate_batch(
-        self,
-        prompts: Sequence[PromptLike],
-        params: SamplingParams | Sequence[SamplingParams | None] | None = None,
-    ) -> list[Result]:
-        """Answer several prompts together, each as it would be alone. Raises what `stream` raises."""
-        each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
-        sequences: list[EngineSequence] = []
-        try:
-            for prompt, own in zip(prompts, each, strict=True):
-                sequences.append(self.submit(prompt, own))
-            while any(sequence.result is None for sequence in sequences):
-                self.step()
-            return [one.result.require() for one in sequences if one.result is not None]
-        finally:
-            for sequence in sequences:
-                self.cancel(sequence)
+        self._cache.forget_others(tenants)
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Next-token logits at every position: float32 [tokens, vocab_size]. Needs no tokenizer."""
@@ -358,14 +280,13 @@ class Engine:
                 while at < len(out):
                     self._clock.mark("other")
                     scheduled = self._scheduler.next_step()
-                    batch = scheduled.batch
-                    self._model.forward(batch)
+                    self._model.forward(step := scheduled.step)
                     self._scheduler.commit(scheduled)
                     # A few rows at a time, because the vocabulary is wide.
-                    for start in range(0, batch.num_tokens, 16):
-                        rows = np.arange(start, min(start + 16, batch.num_tokens))
+                    for start in range(0, step.num_tokens, 16):
+                        rows = np.arange(start, min(start + 16, step.num_tokens))
                         out[at + rows] = self._model.logits(rows)
-                    at += batch.num_tokens
+                    at += step.num_tokens
             finally:
                 self.cancel(sequence)
         return out
@@ -385,14 +306,7 @@ class Engine:
         with self._lock:
             self._require_open()
             return facts.collect(
-                self._scheduler,
-                self._blocks,
-                self._states,
-                self._model,
-                self._answers,
-                self._uses,
-                self.plan,
-                file_bytes=0 if self._files is None else self._files.num_bytes,
+                self._scheduler, self._cache, self._model, self._answers, self._uses, self.plan
             )
 
     @property
@@ -418,7 +332,7 @@ class Engine:
             self._store.close()
             self._runtime.close()
             self._model.close()
-            del self._requests, self._uses, self._scheduler, self._cache, self._states, self._answers
+            del self._requests, self._uses, self._scheduler, self._cache, self._answers
 
     def __enter__(self) -> Self:
         return self

@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.engine.answers import Answers
-from argosy.engine.kv_cache import KvBlocks
 from argosy.engine.ledger import Ledger
 from argosy.engine.memory_plan import MemoryPlan
-from argosy.engine.recurrent_state import StateSlots
+from argosy.engine.prefix import PrefixCache
 from argosy.engine.scheduler import Scheduler
 from argosy.model.model import Model
 
@@ -71,16 +70,14 @@ class ExpertUses:
 
 def collect(
     scheduler: Scheduler,
-    blocks: KvBlocks,
-    states: StateSlots | None,
+    cache: PrefixCache,
     model: Model,
     answers: Answers,
     uses: ExpertUses,
     plan: MemoryPlan,
-    *,
-    file_bytes: int,
 ) -> EngineFacts:
-    """The facts of an engine, between two steps; `file_bytes` is the size of its prefix files."""
+    """The facts of an engine, between two steps."""
+    blocks, states = cache.blocks, cache.states
     return EngineFacts(
         num_running=scheduler.num_running,
         num_waiting=scheduler.num_waiting,
@@ -95,7 +92,7 @@ def collect(
         num_experts=plan.num_experts,
         expert_slots=plan.num_slots,
         num_resident=0 if model.experts is None else model.experts.num_resident,
-        file_bytes=file_bytes,
+        file_bytes=cache.file_bytes,
         tokens_run=uses.num_tokens_run,
         totals=answers.ledger,
         memory=tuple(plan.lines()),

@@ -21,7 +21,7 @@ class BlockContent(NamedTuple):
 
     key: bytes  # hash of the tenant's secret, the model and all tokens so far
     parent: bytes  # the key of the previous block, or of the start
-    tokens: bytes  # int32, those of this block
+    tokens: bytes  # int32, those of this block; then what identifies media at their positions
     tenant: str
 
 

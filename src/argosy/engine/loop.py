@@ -168,7 +168,7 @@ class EngineLoop:
                 )
             if tenant in self._revoked:
                 raise _revoked()
-            self._engine.require_room(num_answers, num_live=self._num_live)
+            self._engine.admission.require_room(num_answers, num_live=self._num_live)
             self._num_live += num_answers
             self._inbox.append(request)
             self._changed.notify_all()

@@ -2,7 +2,8 @@
 
     tokens of full blocks  ->  chain of keyed hashes  ->  blocks in memory, then in files; the rest is computed
 
-A full KV block is identified by a keyed BLAKE3 of the tenant's secret, the model and all tokens up to its end. On a hit
+A full KV block is identified by a keyed BLAKE3 of the tenant's secret, the model and all tokens up to its end, with the
+digests of media among them (`chain.py`). On a hit
 every token is compared, so no hash is trusted alone. Keys and values depend only on the tokens before them, not on the
 chunks they came in, so an answer has the same bits with a reused prefix as without. Tenants never share prefixes.
 
@@ -18,11 +19,12 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
+from collections.abc import Collection
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 from blake3 import blake3
@@ -30,12 +32,11 @@ from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
+from argosy.engine.chain import Chain
 from argosy.engine.kv_cache import BlockContent, KvBlocks
 from argosy.engine.prefix_files import Kind, PrefixFiles, tenant_key
 from argosy.engine.recurrent_state import StateSlots
-
-if TYPE_CHECKING:
-    from argosy.engine.sequence import Sequence
+from argosy.engine.sequence import Sequence
 
 # A snapshot after the last full block puts the tokens after it in a step of their own, so short prompts take none.
 SNAPSHOT_PROMPT_TOKENS = 256
@@ -51,30 +52,6 @@ class BlockMemory(Protocol):
     def copy_in(self, block: int, saved: NDArray[np.uint8]) -> None: ...
 
     def copy_block(self, from_block: int, to_block: int) -> None: ...
-
-
-class Chain:
-    """The contents of a sequence's full blocks, hashed on demand."""
-
-    def __init__(self, tenant: str, key: bytes, beginning: bytes, block_tokens: int) -> None:
-        self._tenant = tenant
-        self._key = key
-        self._block_tokens = block_tokens
-        self._last = beginning
-        self._contents: list[BlockContent] = []
-
-    def contents(self, sequence: Sequence, count: int) -> list[BlockContent]:
-        """Contents of at least the first `count` blocks, whose tokens must all be known."""
-        known, size = len(self._contents), self._block_tokens
-        if known < count:
-            token_ids = sequence.tokens_from(known * size, (count - known) * size)
-            data = np.array(token_ids, np.int32).tobytes()
-            for at in range(0, len(data), 4 * size):
-                tokens = data[at : at + 4 * size]
-                key = blake3(self._last + tokens, key=self._key).digest()
-                self._contents.append(BlockContent(key, self._last, tokens, self._tenant))
-                self._last = key
-        return self._contents
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +74,7 @@ class PrefixCache:
     """Finds a sequence's prefix when it starts, and keeps its blocks for others.
 
     Args:
+        blocks: the pool of KV blocks.
         kv: the bytes of the blocks.
         secret, identity: 32 bytes each; the hash key of contents, and the identity of the model.
         states: slots for the recurrent state; None where no layer has one.
@@ -115,35 +93,35 @@ class PrefixCache:
         files: PrefixFiles | None = None,
         is_on: bool = True,
     ) -> None:
-        self._blocks = blocks
+        self.blocks = blocks
         self._kv = kv
         self._secret = secret
         self._identity = identity
-        self._states = states
+        self.states = states
         self._files = files
         self._is_on = is_on and (states is None or states.most_snapshots > 0)
         self._to_write: deque[tuple[Kind, BlockContent]] = deque()
 
     def chain(self, tenant: str) -> Chain:
         key = tenant_key(self._secret, tenant)
-        return Chain(tenant, key, blake3(self._identity, key=key).digest(), self._blocks.block_tokens)
+        return Chain(tenant, key, blake3(self._identity, key=key).digest(), self.blocks.block_tokens)
 
     # ── starting a sequence ─────────────────────────────────────────────────────────────────────────────────────
 
     def find(self, sequence: Sequence) -> Prefix:
         """The longest usable prefix; at least the last token remains to be computed."""
-        limit = sequence.reuse_limit // self._blocks.block_tokens if self._is_on else 0
+        limit = sequence.reuse_limit // self.blocks.block_tokens if self._is_on else 0
         contents = sequence.chain.contents(sequence, limit)
         blocks: list[int] = []
         for content in contents[:limit]:
-            if (block := self._blocks.find(content)) is None:
+            if (block := self.blocks.find(content)) is None:
                 break
             blocks.append(block)
         usable = num_matching = len(blocks)
         if (files := self._files) is not None:
             while usable < limit and files.has("kv", contents[usable]):
                 usable += 1
-        if self._states is not None:
+        if self.states is not None:
             while usable and not self._has_state(contents[usable - 1]):
                 usable -= 1
         return Prefix(contents, blocks[:usable], num_matching, usable, limit)
@@ -153,23 +131,23 @@ class PrefixCache:
 
         If blocks must come from files, `load` brings them, and the sequence cannot run until then.
         """
-        size = self._blocks.block_tokens
+        size = self.blocks.block_tokens
         sequence.loading = None
         sequence.num_computed = 0
         num_found = len(prefix.blocks)
-        if self._states is None:
+        if self.states is None:
             sequence.num_computed = num_found * size
             if prefix.num_usable > num_found:
                 sequence.loading = range(num_found, prefix.num_usable)
         elif prefix.num_usable:
             key = prefix.contents[prefix.num_usable - 1].key
-            if prefix.num_usable == num_found and self._states.has_snapshot(key):
+            if prefix.num_usable == num_found and self.states.has_snapshot(key):
                 assert sequence.state_slot is not None
-                self._states.restore(key, sequence.state_slot)
+                self.states.restore(key, sequence.state_slot)
                 sequence.num_computed = num_found * size
             else:
                 sequence.loading = range(num_found, prefix.num_usable)
-        if self._states is not None and self._is_on:
+        if self.states is not None and self._is_on:
             sequence.snapshots_at = self._snapshots_at(sequence, prefix)
         if sequence.cached_tokens is None and sequence.loading is None:
             sequence.cached_tokens = sequence.num_computed
@@ -188,20 +166,20 @@ class PrefixCache:
         with closing(files.read("kv", contents[now.start : now.stop])) as payloads:
             for index, payload in zip(now, payloads, strict=True):
                 if payload is None:
-                    if self._states is not None:
+                    if self.states is not None:
                         return False
                     wanted = now = range(index, index)  # the other blocks are computed
                     break
                 self._kv.copy_in(sequence.blocks[index], payload)
-                self._blocks.keep(sequence.blocks[index], contents[index])
-        if self._states is None:
-            sequence.num_computed = now.stop * self._blocks.block_tokens
+                self.blocks.keep(sequence.blocks[index], contents[index])
+        if self.states is None:
+            sequence.num_computed = now.stop * self.blocks.block_tokens
         if now.stop < wanted.stop:
             sequence.loading = range(now.stop, wanted.stop)
             return True
         sequence.loading = None
-        if self._states is not None:
-            position = wanted.stop * self._blocks.block_tokens
+        if self.states is not None:
+            position = wanted.stop * self.blocks.block_tokens
             if not self._load_state(sequence, contents[wanted.stop - 1], position):
                 return False
             sequence.num_computed = position
@@ -211,13 +189,13 @@ class PrefixCache:
 
     def copy_beginning(self, source: Sequence, sequence: Sequence) -> None:
         """Move a sequence to another's position; it shares the full blocks and has its own block after them."""
-        num_full, num_more = divmod(source.num_computed, self._blocks.block_tokens)
+        num_full, num_more = divmod(source.num_computed, self.blocks.block_tokens)
         if num_more:
             self._kv.copy_block(source.blocks[num_full], sequence.blocks[num_full])
-        if self._states is not None:
+        if self.states is not None:
             assert source.state_slot is not None
             assert sequence.state_slot is not None
-            self._states.state.copy_slot(source.state_slot, sequence.state_slot)
+            self.states.state.copy_slot(source.state_slot, sequence.state_slot)
         sequence.num_computed = sequence.cached_tokens = source.num_computed
 
     # ── keeping blocks ──────────────────────────────────────────────────────────────────────────────────────────
@@ -226,18 +204,18 @@ class PrefixCache:
         """Keep the blocks that became full since `before` tokens, and a snapshot if one is wanted here."""
         if not self._is_on:
             return
-        size, at = self._blocks.block_tokens, sequence.num_computed
+        size, at = self.blocks.block_tokens, sequence.num_computed
         num_full = at // size
         contents = sequence.chain.contents(sequence, num_full)
         for index in range(before // size, num_full):
-            self._blocks.keep(sequence.blocks[index], contents[index])
-        if self._states is not None and at % size == 0:
+            self.blocks.keep(sequence.blocks[index], contents[index])
+        if self.states is not None and at % size == 0:
             key = contents[num_full - 1].key
             if at in sequence.snapshots_at:
                 self._snapshot(sequence, key)
             elif not sequence.is_prefilling and at % SNAPSHOT_TOKENS == 0:
                 if sequence.last_snapshot is not None:
-                    self._states.forget(sequence.last_snapshot)
+                    self.states.forget(sequence.last_snapshot)
                 self._snapshot(sequence, key)
                 sequence.last_snapshot = key
         if self._files is not None and before < len(sequence.prompt_ids) <= at:
@@ -245,13 +223,13 @@ class PrefixCache:
 
     def tokens_to_snapshot(self, sequence: Sequence) -> int:
         """How many tokens may follow the known ones in a step without passing a place where a snapshot is taken."""
-        if self._states is None or not self._is_on:
+        if self.states is None or not self._is_on:
             return sys.maxsize
         return -sequence.num_tokens % SNAPSHOT_TOKENS
 
     def want_snapshot(self, sequence: Sequence, contents: list[BlockContent]) -> None:
         """Plan a snapshot where the prompt of `sequence`, now being computed, diverges from another's prefix."""
-        if self._states is None or not self._is_on:
+        if self.states is None or not self._is_on:
             return
         own = sequence.chain.contents(sequence, 0)
         shared = 0
@@ -259,12 +237,22 @@ class PrefixCache:
             if mine.key != other.key:
                 break
             shared += 1
-        sequence.snapshots_at.add(shared * self._blocks.block_tokens)
+        sequence.snapshots_at.add(shared * self.blocks.block_tokens)
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the files."""
+        return 0 if self._files is None else self._files.num_bytes
+
+    def forget_others(self, tenants: Collection[str]) -> None:
+        """Forget what earlier processes kept in files for any tenant not listed."""
+        if self._files is not None:
+            self._files.forget_others(tenants)
 
     def forget(self, tenant: str) -> None:
         """Forget everything kept of a tenant, in memory and in files."""
         self._to_write = deque(item for item in self._to_write if item[1].tenant != tenant)
-        self._blocks.forget(tenant)
+        self.blocks.forget(tenant)
         if self._files is not None:
             self._files.forget(tenant)
 
@@ -292,25 +280,25 @@ class PrefixCache:
     # ── helpers ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _has_state(self, content: BlockContent) -> bool:
-        assert self._states is not None
-        if self._states.has_snapshot(content.key):
+        assert self.states is not None
+        if self.states.has_snapshot(content.key):
             return True
         return self._files is not None and self._files.has("state", content)
 
     def _snapshots_at(self, sequence: Sequence, prefix: Prefix) -> set[int]:
-        size = self._blocks.block_tokens
+        size = self.blocks.block_tokens
         wanted = {prefix.num_matching * size}  # more was known than could be used: prompts diverge here
         if sequence.prefill_until >= SNAPSHOT_PROMPT_TOKENS:
             wanted.add((sequence.prefill_until - 1) // size * size)
         return {at for at in wanted if at > prefix.num_usable * size}
 
     def _snapshot(self, sequence: Sequence, key: bytes) -> None:
-        assert self._states is not None
+        assert self.states is not None
         assert sequence.state_slot is not None
-        self._states.snapshot(sequence.state_slot, key)
+        self.states.snapshot(sequence.state_slot, key)
 
     def _load_state(self, sequence: Sequence, content: BlockContent, position: int) -> bool:
-        states, files = self._states, self._files
+        states, files = self.states, self._files
         assert states is not None
         assert files is not None
         assert sequence.state_slot is not None
@@ -324,17 +312,17 @@ class PrefixCache:
 
     def _write_prompt(self, sequence: Sequence, contents: list[BlockContent]) -> None:
         assert self._files is not None
-        num_full = len(sequence.prompt_ids) // self._blocks.block_tokens
+        num_full = len(sequence.prompt_ids) // self.blocks.block_tokens
         if num_full * self._files.file_bytes("kv") > self._files.max_bytes // 2:
             return  # its later blocks would drive out its first ones
         for content in contents[:num_full]:
             self._to_write.append(("kv", content))
-            if self._states is not None and self._states.has_snapshot(content.key):
+            if self.states is not None and self.states.has_snapshot(content.key):
                 self._to_write.append(("state", content))
 
     def _offer(self, kind: Kind, content: BlockContent) -> bool:
         """Hand one file to the writer thread. Returns True as well if the content has left memory meanwhile."""
-        files, states = self._files, self._states
+        files, states = self._files, self.states
         assert files is not None
         if kind == "state":
             assert states is not None
@@ -342,7 +330,7 @@ class PrefixCache:
                 return True
             slot = states.slot_of(content.key)
             return files.offer(kind, content, lambda to: states.state.copy_out(slot, to.view(np.float32)))
-        block = self._blocks.find(content)
+        block = self.blocks.find(content)
         if block is None:
             return True
         return files.offer(kind, content, lambda to: self._kv.copy_out(block, to))

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from argosy.config import SamplingParams
+from argosy.config import ModelConfig, SamplingParams
 from argosy.engine.prefix import PrefixCache
 from argosy.engine.sampler import SamplerState, derived_seed
 from argosy.engine.sequence import Sequence as EngineSequence
+from argosy.engine.spans import Spans
 from argosy.errors import PromptTooLong, UsageError
 from argosy.prompt.messages import Message
 from argosy.prompt.prompt import Prompt, PromptBuilder
@@ -28,6 +29,7 @@ class Requests:
     Args:
         grammars: the compiler, or the error to raise when a request has a grammar.
         context_tokens: a prompt and its answer have to fit.
+        chunk_tokens: most prompt tokens in a step; a span whose positions see one another has to fit.
     """
 
     def __init__(
@@ -38,14 +40,16 @@ class Requests:
         cache: PrefixCache,
         *,
         context_tokens: int,
-        vocab_size: int,
+        chunk_tokens: int,
+        model: ModelConfig,
     ) -> None:
         self.prompts = prompts
         self._tokenizer = tokenizer
         self._grammars = grammars
         self._cache = cache
         self._context_tokens = context_tokens
-        self._vocab_size = vocab_size
+        self._chunk_tokens = chunk_tokens
+        self._model = model
         self._numbers = itertools.count()
 
     def prepare(
@@ -70,6 +74,7 @@ class Requests:
         if len(prompt_ids) + least > available:
             raise PromptTooLong.of(len(prompt_ids), available, for_answer=least)
         self._require_possible(params)
+        spans = self._spans(built, params)
         left = available - len(prompt_ids)
         sequences: list[EngineSequence] = []
         for number in range(num_answers):
@@ -84,6 +89,7 @@ class Requests:
                 decoder=self._decoder_of(built, params),
                 tenant=tenant,
                 constraint=self._constraint(params, tenant),
+                spans=spans,
             )
             sequence.started_at = started_at
             if sequences:
@@ -91,6 +97,25 @@ class Requests:
                 sequences[0].followers.append(sequence)
             sequences.append(sequence)
         return sequences
+
+    def _spans(self, prompt: Prompt, params: SamplingParams) -> Spans | None:
+        if not prompt.spans:
+            return None
+        if params.prompt_logprobs is not None:
+            raise UsageError("prompt_logprobs needs a prompt of text alone: media have no log-probabilities")
+        for _, span in prompt.spans:
+            if span.sees_both_ways and span.num_positions > self._chunk_tokens:
+                raise UsageError(
+                    f"a span of kind {span.kind} fills {span.num_positions} positions that see one another, and a"
+                    f" step has at most {self._chunk_tokens} prompt tokens",
+                    hint="allow longer steps with chunk_tokens, or make the picture smaller",
+                )
+        return Spans(
+            prompt.spans,
+            hidden_size=self._model.hidden_size,
+            num_layers=self._model.num_layers,
+            num_axes=self._model.rope.num_axes,
+        )
 
     def forget(self, tenant: str) -> None:
         """Forget a tenant's compiled grammars."""
@@ -120,5 +145,7 @@ class Requests:
             ("stop_token_ids", params.stop_token_ids),
         ):
             for token_id in token_ids:
-                if not 0 <= token_id < self._vocab_size:
-                    raise UsageError(f"{name} names token {token_id}; the vocabulary has {self._vocab_size}")
+                if not 0 <= token_id < self._model.vocab_size:
+                    raise UsageError(
+                        f"{name} names token {token_id}; the vocabulary has {self._model.vocab_size}"
+                    )

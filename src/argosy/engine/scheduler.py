@@ -27,18 +27,17 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
 from argosy.engine.drafter import Drafter
-from argosy.engine.kv_cache import KvBlocks
 from argosy.engine.prefix import Prefix, PrefixCache
-from argosy.engine.recurrent_state import StateSlots
 from argosy.engine.sequence import Sequence
-from argosy.model.step import Step
+from argosy.errors import ArgosyError
+from argosy.model.step import Addition, Overrides, Step
 
 # KV blocks of a prompt loaded from files in one step: a moment's work if others wait for it, more otherwise.
 LOADED_BESIDE_OTHERS, LOADED_ALONE = 8, 128
@@ -49,10 +48,10 @@ _SPARE_COLUMNS = 8  # of a block table: this many blocks can be added before a n
 class Scheduled:
     """A step, and the sequences that it produces next tokens for."""
 
-    batch: Step
-    sequences: list[Sequence]  # rows of `batch.block_table`
+    step: Step
+    sequences: list[Sequence]  # rows of `step.block_table`
     counts: list[int] | None  # tokens of each sequence; None: one each, and all of them decode
-    ready: list[Sequence]  # in the order of `batch.wanted`: one row each, and one more for every proposal
+    ready: list[Sequence]  # in the order of `step.wanted`: one row each, and one more for every proposal
     proposals: dict[Sequence, list[int]]  # the last tokens of some decoding sequences, not confirmed yet
 
     def rows(self, logits: NDArray[np.float32]) -> Iterator[tuple[Sequence, NDArray[np.float32], list[int]]]:
@@ -63,6 +62,15 @@ class Scheduled:
             end = at + 1 + len(proposals)
             yield sequence, logits[at:end], proposals
             at = end
+
+
+class MediaFailed(Exception):
+    """The rows of one sequence's media cannot be made. No other sequence is concerned, and nothing has run."""
+
+    def __init__(self, sequence: Sequence, error: ArgosyError) -> None:
+        super().__init__(str(error))
+        self.sequence = sequence
+        self.error = error
 
 
 class PromptTurns:
@@ -101,6 +109,7 @@ class _Decoding:
     is_decode: NDArray[np.bool_]
     block_table: NDArray[np.int32]
     state_slots: NDArray[np.int32] | None
+    shifts: NDArray[np.float32] | None  # of rotary positions; None: no sequence has media
 
     @classmethod
     def of(cls, sequences: list[Sequence]) -> _Decoding:
@@ -112,6 +121,7 @@ class _Decoding:
             np.ones(count, np.bool_),
             _block_table(sequences, spare=_SPARE_COLUMNS),
             _state_slots(sequences),
+            _shifts(sequences),
         )
 
 
@@ -119,30 +129,30 @@ class Scheduler:
     """Assigns batch tokens, KV blocks and state slots to sequences.
 
     Args:
-        blocks: the pool of KV blocks.   cache: known prefixes.
+        cache: known prefixes, with the KV blocks and slots of the recurrent state that sequences take.
         chunk_tokens: maximum prompt tokens in a step.   max_sequences: maximum running sequences.
-        states: slots for the recurrent state; None where no layer has one.
+        num_axes: axes of the model's rotary embedding.
         drafter: proposes at most `draft_tokens` tokens per sequence and step; None: nothing is proposed.
         clock: seconds, for `PromptTurns`.
     """
 
     def __init__(
         self,
-        blocks: KvBlocks,
         cache: PrefixCache,
         *,
         chunk_tokens: int,
         max_sequences: int,
-        states: StateSlots | None = None,
+        num_axes: int = 1,
         drafter: Drafter | None = None,
         draft_tokens: int = 0,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
-        self._blocks = blocks
+        self._blocks = cache.blocks
         self._cache = cache
-        self._states = states
+        self._states = cache.states
         self._chunk_tokens = chunk_tokens
         self._max_sequences = max_sequences
+        self._num_axes = num_axes
         self._drafter = drafter
         self._draft_tokens = draft_tokens
         self._clock = clock
@@ -222,8 +232,8 @@ class Scheduler:
                     self._cache.grown(sequence, sequence.num_computed - 1)
             num_prompt, num_decode = 0, len(scheduled.sequences)
         else:
-            num_decode = int(scheduled.batch.is_decode.sum())
-            num_prompt = scheduled.batch.num_tokens - num_decode
+            num_decode = int(scheduled.step.is_decode.sum())
+            num_prompt = scheduled.step.num_tokens - num_decode
             for sequence, count in zip(scheduled.sequences, scheduled.counts, strict=True):
                 if proposals := scheduled.proposals.get(sequence):
                     num_rejected = len(proposals) - (confirmed or {}).get(sequence, 0)
@@ -433,45 +443,63 @@ class Scheduler:
         return sequence.is_prefilling and sequence.loading is None
 
     def _share_chunk(self, prompts: list[Sequence]) -> list[tuple[Sequence, int]]:
-        """Number of tokens to run of each prompt: tenants get equal parts, and none gets more than it needs."""
-        wanted: dict[Sequence, int] = {}
-        for sequence in prompts:
-            at = sequence.num_computed
-            stops = [stop for stop in sequence.snapshots_at if stop > at]
-            wanted[sequence] = min([sequence.prefill_until, *stops]) - at
+        """Number of tokens to run of each prompt: tenants get equal parts, and none gets more than it needs.
+
+        A span of media whose positions see one another runs as a whole. It may need more than its tenant's part, so
+        the first prompt gets what it needs before the others share the rest.
+        """
+        wanted = {sequence: self._chunk_end(sequence) - sequence.num_computed for sequence in prompts}
+        reserved: dict[Sequence, int] = {}
+        for sequence in prompts[:1]:
+            if sequence.spans is not None and sequence.spans.has_both_ways:
+                reserved[sequence] = sequence.spans.whole(sequence.num_computed)
         of_tenant = Counter[str]()
         for sequence, count in wanted.items():
-            of_tenant[sequence.tenant] += count
-        left = _equal_parts(of_tenant, self._chunk_tokens, first=self._num_steps)
+            of_tenant[sequence.tenant] += count - reserved.get(sequence, 0)
+        left = _equal_parts(of_tenant, self._chunk_tokens - sum(reserved.values()), first=self._num_steps)
         shared = []
         for sequence, count in wanted.items():
-            given = min(count, left[sequence.tenant])
-            left[sequence.tenant] -= given
+            least, at = reserved.get(sequence, 0), sequence.num_computed
+            given = least + min(count - least, left[sequence.tenant])
+            if sequence.spans is not None:
+                given = sequence.spans.cut(at, at + given) - at
+            left[sequence.tenant] -= given - least
             if given:
                 shared.append((sequence, given))
         return shared
+
+    @staticmethod
+    def _chunk_end(sequence: Sequence) -> int:
+        """The position up to which a prompt can run in one step, however much room there is."""
+        at, spans = sequence.num_computed, sequence.spans
+        stops = [stop for stop in sequence.snapshots_at if stop > at]
+        if spans is not None:
+            stops = [stop for stop in stops if spans.cut(at, stop) == stop]
+        return min([sequence.prefill_until, *stops])
 
     def _decode(self) -> Scheduled:
         """One token for every sequence. This step runs most often and must cost next to nothing."""
         if self._decoding.sequences != self._running:
             self._decoding = _Decoding.of(list(self._running))
         same, block_tokens = self._decoding, self._blocks.block_tokens
-        order = [s.num_computed for s in same.sequences]
+        positions = [s.num_computed for s in same.sequences]
         slots = [
             s.blocks[at // block_tokens] * block_tokens + at % block_tokens
-            for s, at in zip(same.sequences, order, strict=True)
+            for s, at in zip(same.sequences, positions, strict=True)
         ]
-        batch = Step(
+        order = np.array(positions, np.int32)
+        step = Step(
             token_ids=np.array([s.new_ids[-1] for s in same.sequences], np.int32),
             sequence=same.rows,
             slots=np.array(slots, np.int64),
             block_table=same.block_table,
             is_decode=same.is_decode,
-            order=np.array(order, np.int32),
+            order=order,
             wanted=same.wanted,
             state_slots=same.state_slots,
+            angles=None if same.shifts is None else np.tile(order + same.shifts, (self._num_axes, 1)),
         )
-        return Scheduled(batch, same.sequences, None, same.sequences, {})
+        return Scheduled(step, same.sequences, None, same.sequences, {})
 
     def _gather(self, parts: list[tuple[Sequence, int]], proposals: dict[Sequence, list[int]]) -> Scheduled:
         """Chunks of prompts and what each decoding sequence has not computed yet, with its proposals after it."""
@@ -479,7 +507,7 @@ class Scheduler:
         sequences, counts = [sequence for sequence, _ in parts], []
         table = _block_table(sequences)
         token_ids: list[int] = []
-        order, slots, ready = [], [], []
+        orders, slots, ready = [], [], []
         wanted: list[int] = []
         for row, (sequence, num_known) in enumerate(parts):
             start, proposed = sequence.num_computed, proposals.get(sequence, [])
@@ -489,22 +517,71 @@ class Scheduler:
                 wanted += range(len(token_ids) - 1, len(token_ids) + len(proposed))
             token_ids += proposed
             counts.append(count := num_known + len(proposed))
-            where = np.arange(start, start + count, dtype=np.int32)
-            order.append(where)
+            order = np.arange(start, start + count, dtype=np.int32)
+            orders.append(order)
             slots.append(
-                table[row, where // block_tokens].astype(np.int64) * block_tokens + where % block_tokens
+                table[row, order // block_tokens].astype(np.int64) * block_tokens + order % block_tokens
             )
-        batch = Step(
+        step = Step(
             token_ids=np.array(token_ids, np.int32),
             sequence=np.repeat(np.arange(len(parts), dtype=np.int32), counts),
             slots=np.concatenate(slots),
             block_table=table,
             is_decode=np.repeat([not sequence.is_prefilling for sequence in sequences], counts),
-            order=np.concatenate(order),
+            order=np.concatenate(orders),
             wanted=np.array(wanted, np.int64),
             state_slots=_state_slots(sequences),
         )
-        return Scheduled(batch, sequences, counts, ready, proposals)
+        if any(sequence.spans is not None for sequence in sequences):
+            step = self._with_media(step, sequences, counts)
+        return Scheduled(step, sequences, counts, ready, proposals)
+
+    def _with_media(self, step: Step, sequences: list[Sequence], counts: list[int]) -> Step:
+        """Add what media need: rows, additions, angles, and what positions see.
+
+        Raises:
+            MediaFailed: the rows of a sequence's media cannot be made.
+        """
+        angles: list[NDArray[np.float32]] = []
+        sees_until: list[NDArray[np.int32]] = []
+        rows: list[NDArray[np.int64]] = []
+        embeddings: list[NDArray[np.float32]] = []
+        additions: dict[int, list[tuple[NDArray[np.int64], NDArray[np.float32]]]] = {}
+        first_row = 0
+        for sequence, count in zip(sequences, counts, strict=True):
+            start, spans = sequence.num_computed, sequence.spans
+            if spans is None:
+                order = step.order[first_row : first_row + count]
+                angles.append(np.tile(order.astype(np.float32), (self._num_axes, 1)))
+                sees_until.append(order + np.int32(1))
+            else:
+                angles.append(spans.angles(start, count))
+                sees_until.append(spans.sees_until(start, count))
+                try:
+                    for at, made in spans.rows(start, count):
+                        own = np.arange(first_row + at, first_row + at + len(made.embeddings))
+                        rows.append(own)
+                        embeddings.append(made.embeddings)
+                        for layer, vectors in made.additions.items():
+                            additions.setdefault(layer, []).append((own, vectors))
+                except ArgosyError as error:
+                    raise MediaFailed(sequence, error) from error
+            first_row += count
+        with_spans = [sequence.spans for sequence in sequences if sequence.spans is not None]
+        return replace(
+            step,
+            angles=np.concatenate(angles, axis=1) if any(one.has_angles for one in with_spans) else None,
+            sees_until=np.concatenate(sees_until) if any(one.has_both_ways for one in with_spans) else None,
+            overrides=Overrides(np.concatenate(rows), np.concatenate(embeddings)) if rows else None,
+            additions=tuple(
+                Addition(
+                    layer,
+                    np.concatenate([own for own, _ in parts]),
+                    np.concatenate([vectors for _, vectors in parts]),
+                )
+                for layer, parts in sorted(additions.items())
+            ),
+        )
 
 
 def _equal_parts(wanted: Mapping[str, int], total: int, *, first: int) -> dict[str, int]:
@@ -538,3 +615,9 @@ def _state_slots(sequences: Iterable[Sequence]) -> NDArray[np.int32] | None:
     """int32 [sequences], or None where no layer has a recurrent state."""
     slots = [sequence.state_slot for sequence in sequences if sequence.state_slot is not None]
     return np.array(slots, np.int32) if slots else None
+
+
+def _shifts(sequences: Iterable[Sequence]) -> NDArray[np.float32] | None:
+    """float32 [sequences]: how far the rotary positions of answers are from their indices; None where nowhere."""
+    shifts = [0 if sequence.spans is None else sequence.spans.shift for sequence in sequences]
+    return np.array(shifts, np.float32) if any(shifts) else None

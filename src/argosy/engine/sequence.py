@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from argosy.config import SamplingParams
+from argosy.engine.chain import Chain
 from argosy.engine.ledger import Ledger
 from argosy.engine.sampler import SamplerState
+from argosy.engine.spans import Spans
 from argosy.errors import ArgosyError
 from argosy.prompt.stop import StopStrings
 from argosy.prompt.tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
     from argosy.engine.constraint import Constraint
-    from argosy.engine.prefix import Chain
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -80,6 +81,7 @@ class Sequence:
         tenant: the owner; tenants get equal shares of the engine and share nothing else.
         chain: contents of its full KV blocks.
         constraint: the grammar that the answer must follow.
+        spans: the media in the prompt, which has placeholders at their positions; None: text alone.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Sequence:
         decoder: StreamDecoder | None = None,
         tenant: str = "",
         constraint: Constraint | None = None,
+        spans: Spans | None = None,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.params = params
@@ -103,6 +106,7 @@ class Sequence:
         self.sampler_state = sampler_state
         self.decoder = decoder
         self.constraint = constraint
+        self.spans = spans
         self.stop_strings = StopStrings(params.stop) if params.stop else None
         self.new_ids: list[int] = []
         self.text = ""
@@ -158,6 +162,10 @@ class Sequence:
         if start >= prompt:
             return self.new_ids[start - prompt : end - prompt]
         return self.prompt_ids[start:end] + self.new_ids[: max(0, end - prompt)]
+
+    def media_from(self, start: int, count: int) -> bytes:
+        """What identifies the media at positions start to start + count; empty for text."""
+        return b"" if self.spans is None else self.spans.mark(start, count)
 
     def append(self, token_id: int, end_ids: Collection[int]) -> tuple[str, FinishReason | None]:
         """Append a token of the answer. Returns the text that is now final, and the reason if the answer ends.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import AskAhead, EngineConfig
+from argosy.config import KV_BLOCK_TOKENS, AskAhead, EngineConfig
+from argosy.engine.kv_cache import KvBlocks
 from argosy.engine.memory_plan import (
     TOKENIZER_ROOM_BYTES,
     MemoryPlan,
@@ -28,8 +30,9 @@ from argosy.engine.memory_plan import (
     process_bytes,
     require_mappable,
 )
-from argosy.engine.prefix import identify
-from argosy.engine.prefix_files import PrefixFiles
+from argosy.engine.prefix import PrefixCache, identify
+from argosy.engine.prefix_files import SECRET_BYTES, PrefixFiles
+from argosy.engine.recurrent_state import StateSlots
 from argosy.errors import ArgosyError, DoesNotFit, UnsupportedModel, UsageError
 from argosy.experts.source import Progress
 from argosy.model.clock import PartClock
@@ -44,20 +47,20 @@ if TYPE_CHECKING:
     from argosy.prompt.chat import Worker
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
     """What an engine runs with; it closes all of it."""
 
     clock: PartClock
     store: _native.Store
     runtime: _native.Runtime
-    prefix_files: PrefixFiles | None
     tokenizer: Tokenizer | None
     eos_ids: frozenset[int]
     grammars: GrammarCompiler | UsageError  # the compiler, or the error to raise when a request has a grammar
     plan: MemoryPlan
     prompts: PromptBuilder
     model: Model
+    cache: PrefixCache
 
 
 def start(
@@ -124,8 +127,20 @@ def start(
             look_ahead=config.look_ahead,
             observe=observe_routes,
         )
+        cache = _open_cache(model, plan, config, prefix_files)
         undo.pop_all()
-    return Started(clock, store, runtime, prefix_files, tokenizer, eos_ids, grammars, plan, prompts, model)
+    return Started(
+        clock=clock,
+        store=store,
+        runtime=runtime,
+        tokenizer=tokenizer,
+        eos_ids=eos_ids,
+        grammars=grammars,
+        plan=plan,
+        prompts=prompts,
+        model=model,
+        cache=cache,
+    )
 
 
 @contextmanager
@@ -194,6 +209,29 @@ def _open_prefix_files(files: ModelFiles, config: EngineConfig) -> PrefixFiles |
         identity=identify(files, config.kv_dtype, config.experts_off),
         block_bytes=kv_bytes(files.config, 1, config.kv_dtype),
         state_bytes=state_bytes(files.config, 1),
+    )
+
+
+def _open_cache(
+    model: Model, plan: MemoryPlan, config: EngineConfig, files: PrefixFiles | None
+) -> PrefixCache:
+    states = None
+    if model.recurrent is not None:
+        can_roll_back = config.draft_tokens > 0
+        states = StateSlots(model.recurrent, plan.num_states, can_roll_back=can_roll_back)
+    blocks = KvBlocks(
+        -(-plan.context_tokens // KV_BLOCK_TOKENS),
+        KV_BLOCK_TOKENS,
+        forgotten=(lambda key: None) if states is None else states.forget,
+    )
+    return PrefixCache(
+        blocks,
+        model.kv,
+        secret=os.urandom(SECRET_BYTES) if files is None else files.secret,
+        identity=b"" if files is None else files.identity,
+        states=states,
+        files=files,
+        is_on=config.prefix_reuse,
     )
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal, Self, SupportsIndex
 
 from argosy.config import Grammar
 from argosy.errors import PromptTooLong, UsageError
+from argosy.prompt.media_span import MediaSpan
 
 if TYPE_CHECKING:
     from argosy.prompt.chat import ChatTemplate, Variables, Worker
@@ -57,9 +58,9 @@ class Trace:
 class Prompt:
     """The input that a model continues.
 
-    `token_ids` is None only before a tokenizer has seen the text; `text` is for people to read. The answer to a
-    conversation starts a new text. Any other answer continues the prompt's text, as does one whose prompt ends inside a
-    turn of the assistant (`is_continued`).
+    It is text, or segments of text and media (`Prompt.of`). `token_ids` is None only before a tokenizer has seen the
+    text; `text` is for people to read. The answer to a conversation starts a new text. Any other answer continues the
+    prompt's text, as does one whose prompt ends inside a turn of the assistant (`is_continued`).
     """
 
     token_ids: tuple[int, ...] | None
@@ -67,6 +68,20 @@ class Prompt:
     is_continued: bool = False
     trace: Trace | None = field(default=None, repr=False, compare=False)
     is_conversation: bool = field(default=False, repr=False, compare=False)
+    spans: tuple[tuple[int, MediaSpan], ...] = ()  # (start, span), in order; placeholders in `token_ids`
+
+    @classmethod
+    def of(cls, *segments: Sequence[int] | MediaSpan) -> Self:
+        """A prompt of segments: token ids of text, and media between them."""
+        token_ids: list[int] = []
+        spans = []
+        for segment in segments:
+            if isinstance(segment, MediaSpan):
+                spans.append((len(token_ids), segment))
+                token_ids += [segment.token_id] * segment.num_positions
+            else:
+                token_ids += segment
+        return cls(tuple(token_ids), spans=tuple(spans))
 
     @classmethod
     def raw(cls, text: str) -> Self:

@@ -1,0 +1,47 @@
+"""How many sequences may wait, and when there will be room for another."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+from argosy.errors import Overloaded
+
+
+class Admission:
+    """Refuses sequences that would exceed the waiting limit.
+
+    Args:
+        max_sequences: maximum running sequences.   max_waiting: maximum waiting ones; None: no limit.
+    """
+
+    def __init__(self, max_sequences: int, max_waiting: int | None) -> None:
+        self._max_sequences = max_sequences
+        self._max_waiting = max_waiting
+        self._ends: deque[float] = deque(maxlen=16)  # when the last sequences ended
+
+    def require_room(self, num_more: int, *, num_live: int) -> None:
+        """Refuse `num_more` sequences if they exceed the limit; `num_live` already run or wait.
+
+        Raises:
+            Overloaded: they exceed it.
+        """
+        limit, num_waiting = self._max_waiting, max(0, num_live - self._max_sequences)
+        if limit is not None and num_live + num_more > self._max_sequences + limit:
+            raise Overloaded(
+                f"too many requests: {num_waiting} waiting, and the limit is {limit}",
+                retry_after_s=self.seconds_to_next(),
+                hint="try again later",
+                waiting=num_waiting,
+                limit=limit,
+            )
+
+    def count_end(self, now: float) -> None:
+        """A sequence ended."""
+        self._ends.append(now)
+
+    def seconds_to_next(self) -> int:
+        """Mean time between ends, in whole seconds from 1 to 60."""
+        ends = self._ends
+        mean = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else 1.0
+        return min(60, max(1, math.ceil(mean)))

@@ -1,0 +1,45 @@
+"""Name the full KV blocks of a sequence by everything that they were computed from.
+
+Each block's key is a keyed hash of the key before it and of its own content: token ids, and what identifies the media
+at placeholders. So equal keys mean equal prefixes.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from blake3 import blake3
+
+from argosy.engine.kv_cache import BlockContent
+
+
+class HasContent(Protocol):
+    """A sequence, as far as the content of its positions goes."""
+
+    def tokens_from(self, start: int, count: int) -> list[int]: ...
+
+    def media_from(self, start: int, count: int) -> bytes: ...
+
+
+class Chain:
+    """The contents of a sequence's full blocks, hashed on demand."""
+
+    def __init__(self, tenant: str, key: bytes, beginning: bytes, block_tokens: int) -> None:
+        self._tenant = tenant
+        self._key = key
+        self._block_tokens = block_tokens
+        self._last = beginning
+        self._contents: list[BlockContent] = []
+
+    def contents(self, sequence: HasContent, count: int) -> list[BlockContent]:
+        """Contents of at least the first `count` blocks, whose tokens must all be known."""
+        known, size = len(self._contents), self._block_tokens
+        if known < count:
+            ids = np.array(sequence.tokens_from(known * size, (count - known) * size), np.int32)
+            for number, own in enumerate(ids.reshape(-1, size), start=known):
+                tokens = own.tobytes() + sequence.media_from(number * size, size)
+                key = blake3(self._last + tokens, key=self._key).digest()
+                self._contents.append(BlockContent(key, self._last, tokens, self._tenant))
+                self._last = key
+        return self._contents

@@ -1,0 +1,154 @@
+"""Where the media spans of a sequence lie, and what their positions need in a step.
+
+    Prompt.spans  ->  Spans  ->  overrides, additions, angles and sees_until of a step; digests of KV blocks
+
+Text needs none of it: a sequence without spans has no `Spans`.
+"""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy.errors import ArgosyError, UsageError
+from argosy.prompt.media_span import MediaSpan, SpanRows
+
+# Offset of the span's part in the block, first position of that part in the span, kind, digest.
+_MARK = struct.Struct("<IQ8s32s")
+
+
+class Spans:
+    """The media spans of one prompt.
+
+    Args:
+        placed: (start, span) pairs, in order and without overlaps.
+        hidden_size, num_layers, num_axes: of the model.
+
+    Raises:
+        UsageError: a span needs more axes than the model's rotary embedding has.
+    """
+
+    def __init__(
+        self,
+        placed: Sequence[tuple[int, MediaSpan]],
+        *,
+        hidden_size: int,
+        num_layers: int,
+        num_axes: int,
+    ) -> None:
+        self.placed = tuple(placed)
+        self._hidden_size = hidden_size
+        self._num_layers = num_layers
+        self._num_axes = num_axes
+        self._starts = [start for start, _ in placed]
+        # From the end of a span on, the rotary position of text is its index plus this.
+        self._shifts = [0]
+        self._rows: dict[int, SpanRows] = {}  # of spans that are being computed, by number
+        for _, span in placed:
+            if span.angles is not None and span.angles.shape[0] not in (1, num_axes):
+                raise UsageError(
+                    f"a span of kind {span.kind} has angles on {span.angles.shape[0]} axes, and this model rotates"
+                    f" on {num_axes}"
+                )
+            moved = span.num_positions if span.num_angles is None else span.num_angles
+            self._shifts.append(self._shifts[-1] + moved - span.num_positions)
+        self.has_angles = any(self._shifts) or any(span.angles is not None for _, span in placed)
+        self.has_both_ways = any(span.sees_both_ways for _, span in placed)
+
+    @property
+    def shift(self) -> int:
+        """The rotary position of an answer's token is its index plus this."""
+        return self._shifts[-1]
+
+    def _within(self, start: int, end: int) -> Iterator[tuple[int, int, MediaSpan, int, int]]:
+        """Spans that overlap positions start to end: (number, first position, span, overlap begin, overlap end)."""
+        for number in range(max(0, bisect_right(self._starts, start) - 1), len(self.placed)):
+            at, span = self.placed[number]
+            if at >= end:
+                return
+            begin, stop = max(start, at), min(end, at + span.num_positions)
+            if begin < stop:
+                yield number, at, span, begin, stop
+
+    def mark(self, start: int, count: int) -> bytes:
+        """What identifies the media at these positions, beside their placeholders; empty for text."""
+        return b"".join(
+            _MARK.pack(begin - start, begin - at, span.kind.encode(), span.digest)
+            for _, at, span, begin, _ in self._within(start, start + count)
+        )
+
+    def cut(self, start: int, end: int) -> int:
+        """The last position up to which a step that begins at `start` can go, at most `end`.
+
+        It is `start` itself if a span that has to run as a whole begins there and does not fit.
+        """
+        for _, at, span, begin, _ in self._within(start, end):
+            if span.sees_both_ways and at + span.num_positions > end:
+                return begin
+        return end
+
+    def whole(self, start: int) -> int:
+        """How many positions from `start` on have to run in one step."""
+        for _, at, span, _, _ in self._within(start, start + 1):
+            if span.sees_both_ways:
+                return at + span.num_positions - start
+        return 1
+
+    def angles(self, start: int, count: int) -> NDArray[np.float32]:
+        """Rotary positions: float32 [axes, count]."""
+        order = np.arange(start, start + count)
+        ends = [at + span.num_positions for at, span in self.placed]
+        shifts = np.array(self._shifts)[np.searchsorted(ends, order, side="right")]
+        angles = np.tile((order + shifts).astype(np.float32), (self._num_axes, 1))
+        for number, at, span, begin, end in self._within(start, start + count):
+            if span.angles is not None:
+                first = at + self._shifts[number]
+                angles[:, begin - start : end - start] = first + span.angles[:, begin - at : end - at]
+        return angles
+
+    def sees_until(self, start: int, count: int) -> NDArray[np.int32]:
+        """One more than the last position that each position sees: int32 [count]."""
+        until = np.arange(start + 1, start + count + 1, dtype=np.int32)
+        for _, at, span, begin, end in self._within(start, start + count):
+            if span.sees_both_ways:
+                until[begin - start : end - start] = at + span.num_positions
+        return until
+
+    def rows(self, start: int, count: int) -> Iterator[tuple[int, SpanRows]]:
+        """The rows of media at these positions, part by part: (index of the part's first position, its rows).
+
+        Raises:
+            ArgosyError: the rows of a span cannot be made, or do not fit the model.
+        """
+        for number, at, span, begin, end in self._within(start, start + count):
+            if (made := self._rows.get(number)) is None:
+                made = self._rows[number] = self._checked(span, span.make_rows())
+            part = slice(begin - at, end - at)
+            yield (
+                begin - start,
+                SpanRows(
+                    made.embeddings[part],
+                    {layer: vectors[part] for layer, vectors in made.additions.items()},
+                ),
+            )
+            if end == at + span.num_positions:
+                self._rows.pop(number)  # computed again only if the sequence is preempted
+
+    def _checked(self, span: MediaSpan, rows: SpanRows) -> SpanRows:
+        expected = (span.num_positions, self._hidden_size)
+        for array in (rows.embeddings, *rows.additions.values()):
+            if array.dtype != np.float32 or array.shape != expected:
+                raise ArgosyError(
+                    f"a span of kind {span.kind} needs float32 rows {list(expected)}, found"
+                    f" {array.dtype} {list(array.shape)}"
+                )
+        for layer in rows.additions:
+            if not 0 <= layer < self._num_layers:
+                raise ArgosyError(
+                    f"a span of kind {span.kind} adds to layer {layer}; the model has {self._num_layers}"
+                )
+        return rows

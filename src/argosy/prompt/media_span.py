@@ -1,0 +1,64 @@
+"""Positions of a prompt that a picture or a sound fills, instead of text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy.errors import UsageError
+
+DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class SpanRows:
+    """What a model receives at the positions of a span.
+
+    embeddings: float32 [positions, hidden_size], instead of the embeddings of tokens.
+    additions: layer -> float32 [positions, hidden_size], added to the hidden state after that layer (deepstack).
+    """
+
+    embeddings: NDArray[np.float32]
+    additions: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MediaSpan:
+    """One picture, video or sound in a prompt.
+
+    kind: what it is; part of its identity.
+    digest: 32 bytes that identify its content, its shape and whatever made its rows: spans with equal digests have
+        equal rows. Prefixes are found by it.
+    num_positions: how many positions it fills.
+    token_id: the placeholder that stands for each of them in `Prompt.token_ids`.
+    make_rows: makes the rows when they are first needed, and again if the prompt is computed again; never called if the
+        whole span is found in the prefix cache. An `ArgosyError` ends the request.
+    angles: float32 [axes, positions], rotary positions relative to the first; None: 0, 1, 2 ... on every axis, as text.
+    num_angles: how far the rotary position of the text that follows moves on; None: as far as `num_positions`.
+    sees_both_ways: each position sees the whole span, not only what is before it. Such a span runs in one step.
+    """
+
+    kind: Literal["image", "video", "audio"]
+    digest: bytes
+    num_positions: int
+    token_id: int
+    make_rows: Callable[[], SpanRows] = field(repr=False)
+    angles: NDArray[np.float32] | None = field(default=None, repr=False)
+    num_angles: int | None = None
+    sees_both_ways: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.digest) != DIGEST_BYTES:
+            raise UsageError(f"the digest of a span must have {DIGEST_BYTES} bytes, found {len(self.digest)}")
+        if self.num_positions < 1:
+            raise UsageError(f"a span must fill at least 1 position, found {self.num_positions}")
+        if self.angles is not None and (
+            self.angles.ndim != 2 or self.angles.shape[1] != self.num_positions or not self.angles.shape[0]
+        ):
+            raise UsageError(
+                f"the angles of a span must be [axes, {self.num_positions}], found {list(self.angles.shape)}"
+            )

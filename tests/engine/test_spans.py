@@ -1,0 +1,250 @@
+"""Media spans of a prompt: what their positions need in a step, how prompts are cut, and by what prefixes are found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from argosy.engine.scheduler import MediaFailed
+from argosy.engine.spans import Spans
+from argosy.errors import ArgosyError, UsageError
+from argosy.prompt.media_span import MediaSpan, SpanRows
+from argosy.prompt.prompt import Prompt
+from tests.engine.scheduling import BLOCK_TOKENS, Rig
+
+HIDDEN, LAYERS, AXES = 3, 4, 3
+
+
+def span(num_positions: int, number: int = 1, *, made: list[int] | None = None, **more: Any) -> MediaSpan:
+    """Its rows hold `number` and their index."""
+
+    def make_rows() -> SpanRows:
+        if made is not None:
+            made.append(number)
+        rows = np.zeros((num_positions, HIDDEN), np.float32)
+        rows[:, 0], rows[:, 1] = number, np.arange(num_positions)
+        return SpanRows(rows, {0: rows + 100, 2: rows + 200})
+
+    given = {"kind": "image", "digest": bytes([number]) * 32, "token_id": 7, "make_rows": make_rows}
+    return MediaSpan(num_positions=num_positions, **{**given, **more})
+
+
+def spans_of(prompt: Prompt) -> Spans:
+    return Spans(prompt.spans, hidden_size=HIDDEN, num_layers=LAYERS, num_axes=AXES)
+
+
+def angles_of_grid(height: int, width: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    row, column = np.divmod(np.arange(height * width), width)
+    return np.stack([np.zeros_like(row), row, column]).astype(np.float32)
+
+
+def test_a_prompt_of_segments_has_placeholders_where_media_are() -> None:
+    first, second = span(3), span(2, 2)
+    prompt = Prompt.of([1, 2], first, [3], second)
+    assert prompt.token_ids == (1, 2, 7, 7, 7, 3, 7, 7)
+    assert prompt.spans == ((2, first), (6, second))
+    assert Prompt.of([1, 2]) == Prompt((1, 2))
+
+
+def test_text_after_a_picture_goes_on_from_its_largest_angle() -> None:
+    picture = span(6, angles=angles_of_grid(2, 3), num_angles=3)
+    spans = spans_of(Prompt.of([1, 2], picture, [3, 4], picture, [5]))
+    time, row, column = spans.angles(0, 17).tolist()
+    assert time == [0, 1, *[2] * 6, 5, 6, *[7] * 6, 10]
+    assert row == [0, 1, 2, 2, 2, 3, 3, 3, 5, 6, 7, 7, 7, 8, 8, 8, 10]
+    assert column == [0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 7, 8, 9, 7, 8, 9, 10]
+    assert spans.shift == -6
+    for start in range(17):
+        for count in range(1, 18 - start):
+            assert np.array_equal(spans.angles(start, count), spans.angles(0, 17)[:, start : start + count])
+
+
+def test_only_a_span_that_sees_both_ways_sees_ahead_and_is_never_cut() -> None:
+    spans = spans_of(Prompt.of([1], span(3, sees_both_ways=True), [2], span(3, 2), [3]))
+    assert spans.sees_until(0, 9).tolist() == [1, 4, 4, 4, 5, 6, 7, 8, 9]
+    assert [spans.cut(0, end) for end in range(1, 10)] == [1, 1, 1, 4, 5, 6, 7, 8, 9]
+    assert [spans.cut(2, end) for end in range(3, 6)] == [2, 4, 5]  # what is left of it, after a prefix hit
+    assert [spans.whole(at) for at in range(9)] == [1, 3, 2, 1, 1, 1, 1, 1, 1]
+
+
+def test_rows_are_made_once_part_by_part_and_again_after_preemption() -> None:
+    made: list[int] = []
+    spans = spans_of(Prompt.of([1], span(5, made=made), [2]))
+    assert list(spans.rows(0, 1)) == []
+    (at, first), (also_at, second) = *spans.rows(0, 3), *spans.rows(3, 4)
+    assert (at, also_at) == (1, 0)
+    assert first.embeddings[:, 1].tolist() == [0, 1]
+    assert second.embeddings[:, 1].tolist() == [2, 3, 4]
+    assert second.additions[2][:, 1].tolist() == [202, 203, 204]
+    assert made == [1]
+    list(spans.rows(1, 5))
+    assert made == [1, 1]
+
+
+@pytest.mark.parametrize("chunk_tokens", [6, 8, 100])
+@pytest.mark.parametrize("sees_both_ways", [False, True])
+def test_a_step_has_the_rows_of_its_part_of_a_prompt(chunk_tokens: int, sees_both_ways: bool) -> None:
+    picture = span(6, angles=angles_of_grid(2, 3), num_angles=3, sees_both_ways=sees_both_ways)
+    prompt = Prompt.of([1, 2, 3], picture, [4, 5], picture, [6])
+    assert prompt.token_ids is not None
+    spans = spans_of(prompt)
+    rig = Rig(chunk_tokens=chunk_tokens)
+    rig.scheduler._num_axes = AXES
+    one = rig.sequence_of(list(prompt.token_ids), spans=spans)
+    rig.add(rig.sequence(3), one, rig.sequence(9, first_id=50))
+    num_rows = 0
+    while one.num_computed < 18:
+        start = one.num_computed
+        step = (scheduled := rig.step()).step
+        if one not in scheduled.sequences:
+            continue
+        own = np.flatnonzero(step.sequence == scheduled.sequences.index(one))
+        assert np.array_equal(step.order[own], np.arange(start, start + len(own)))
+        assert step.angles is not None
+        assert np.array_equal(step.angles[:, own], spans.angles(start, len(own)))
+        others = np.setdiff1d(np.arange(step.num_tokens), own)
+        assert (step.angles[:, others] == step.order[others]).all()
+        if sees_both_ways:
+            assert step.sees_until is not None
+            assert np.array_equal(step.sees_until[own], spans.sees_until(start, len(own)))
+            assert (step.sees_until[others] == step.order[others] + 1).all()
+            assert (step.sees_until <= start + len(own))[own].all()  # nothing ahead is missing
+        else:
+            assert step.sees_until is None
+        is_media = step.token_ids[own] == picture.token_id
+        if not is_media.any():
+            assert step.overrides is None
+            assert step.additions == ()
+            continue
+        assert step.overrides is not None
+        assert step.overrides.rows.tolist() == own[is_media].tolist()
+        index = (step.order[own[is_media]] - 3) % 8
+        assert step.overrides.embeddings[:, 1].tolist() == index.tolist()
+        assert [addition.layer for addition in step.additions] == [0, 2]
+        for addition in step.additions:
+            assert addition.rows.tolist() == own[is_media].tolist()
+            assert addition.vectors[:, 1].tolist() == (index + 100 * (1 + addition.layer // 2)).tolist()
+        num_rows += int(is_media.sum())
+    assert num_rows == 12
+    while rig.scheduler.has_work:  # answers go on from the shifted angle
+        step = (scheduled := rig.step()).step
+        if one in scheduled.sequences:
+            own = scheduled.sequences.index(one)
+            assert step.angles is not None
+            assert step.angles[:, own].tolist() == [float(step.order[own] - 6)] * AXES
+
+
+def test_a_span_that_runs_as_a_whole_gets_its_turn_beside_other_prompts() -> None:
+    rig = Rig(chunk_tokens=8, num_blocks=128)
+    prompt = Prompt.of([1], span(8, sees_both_ways=True), [2])
+    assert prompt.token_ids is not None
+    one = rig.sequence_of(list(prompt.token_ids), tenant="a", spans=spans_of(prompt))
+    rig.add(rig.sequence(40, tenant="b", first_id=100), one, rig.sequence(40, tenant="c", first_id=200))
+    rig.run()
+    assert one in rig.finished
+
+
+def test_text_has_none_of_it() -> None:
+    rig = Rig()
+    rig.add(rig.sequence(5))
+    step = rig.step().step
+    assert (step.angles, step.sees_until, step.overrides, step.additions) == (None, None, None, ())
+
+
+def contents(prompt: Prompt) -> list[bytes]:
+    rig = Rig(reuse=True)
+    assert prompt.token_ids is not None
+    one = rig.sequence_of(list(prompt.token_ids), spans=spans_of(prompt) if prompt.spans else None)
+    return [content.key for content in one.chain.contents(one, len(prompt.token_ids) // BLOCK_TOKENS)]
+
+
+def test_two_pictures_behind_the_same_placeholders_share_no_block() -> None:
+    text = [1, 2, 3, 4, 5, 6]
+    one, same, other = (contents(Prompt.of(text, span(6, number), text)) for number in (1, 1, 2))
+    sound = contents(Prompt.of(text, span(6, 1, kind="audio"), text))
+    placeholders = contents(Prompt.of(text, [7] * 6, text))
+    assert one == same
+    for different in (other, sound, placeholders):
+        assert different[0] == one[0]  # the text before it
+        assert not set(different[1:]) & set(one)
+
+
+def test_a_prefix_with_a_picture_is_found_and_its_rows_are_not_made_again() -> None:
+    made: list[int] = []
+    rig = Rig(reuse=True, num_blocks=64, chunk_tokens=64)
+
+    def ask(number: int) -> int:
+        prompt = Prompt.of([1, 2], span(8, number, made=made), [3, 4, 5])
+        assert prompt.token_ids is not None
+        one = rig.sequence_of(list(prompt.token_ids), 2, spans=spans_of(prompt))
+        rig.add(one)
+        rig.run()
+        assert one.cached_tokens is not None
+        return one.cached_tokens
+
+    assert [ask(1), ask(1), ask(2), ask(2), ask(1)] == [0, 12, 0, 12, 12]
+    assert made == [1, 2]
+
+
+@pytest.mark.parametrize("sees_both_ways", [False, True])
+def test_a_preempted_sequence_makes_its_rows_again(sees_both_ways: bool) -> None:
+    made: list[int] = []
+    rig = Rig(num_blocks=12, chunk_tokens=16)
+    older = rig.sequence(8, max_new=24)
+    prompt = Prompt.of([1], span(9, made=made, sees_both_ways=sees_both_ways), [2])
+    assert prompt.token_ids is not None
+    one = rig.sequence_of(list(prompt.token_ids), 20, spans=spans_of(prompt))
+    rig.add(older, one)
+    rig.run()
+    assert rig.scheduler.num_put_back > 0
+    assert len(made) > 1
+    assert len(one.new_ids) == 20
+
+
+def test_rows_that_cannot_be_made_end_their_sequence_alone() -> None:
+    def fails() -> SpanRows:
+        raise ArgosyError("the picture cannot be read")
+
+    rig = Rig(chunk_tokens=64)
+    prompt = Prompt.of([1], span(4, make_rows=fails), [2])
+    assert prompt.token_ids is not None
+    bad, good = rig.sequence_of(list(prompt.token_ids), spans=spans_of(prompt)), rig.sequence(6)
+    rig.add(bad, good)
+    with pytest.raises(MediaFailed) as failed:
+        rig.step()
+    assert failed.value.sequence is bad
+    rig.end(bad)
+    rig.run()
+    assert good in rig.finished
+    rig.require_sound()
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        (SpanRows(np.zeros((4, 2), np.float32)), r"needs float32 rows \[4, 3\], found float32 \[4, 2\]"),
+        (SpanRows(np.zeros((4, 3), np.float64)), "found float64"),  # type: ignore[arg-type]
+        (SpanRows(np.zeros((4, 3), np.float32), {4: np.zeros((4, 3), np.float32)}), "adds to layer 4"),
+        (
+            SpanRows(np.zeros((4, 3), np.float32), {0: np.zeros((3, 3), np.float32)}),
+            r"found float32 \[3, 3\]",
+        ),
+    ],
+)
+def test_rows_that_do_not_fit_the_model_are_refused(rows: SpanRows, sentence: str) -> None:
+    spans = spans_of(Prompt.of(span(4, make_rows=lambda: rows)))
+    with pytest.raises(ArgosyError, match=sentence):
+        list(spans.rows(0, 4))
+
+
+def test_a_span_says_what_is_wrong_with_it() -> None:
+    with pytest.raises(UsageError, match="at least 1 position, found 0"):
+        span(0)
+    with pytest.raises(UsageError, match="must have 32 bytes, found 3"):
+        span(2, digest=b"abc")
+    with pytest.raises(UsageError, match=r"must be \[axes, 2\], found \[3, 4\]"):
+        span(2, angles=np.zeros((3, 4), np.float32))
+    with pytest.raises(UsageError, match="angles on 2 axes, and this model rotates on 3"):
+        spans_of(Prompt.of(span(2, angles=np.zeros((2, 2), np.float32))))
