@@ -162,21 +162,27 @@ def run(
     timeout_s: float = 900,
     environment: Mapping[str, str] | None = None,
     prefix: Sequence[str] = (),
+    checkout: Path = REPOSITORY,
 ) -> Run:
     """Run a job in a fresh process; a failure is in `Run.ended`, along with the events before it.
+
+    Args:
+        checkout: another version of Argosy, built in its own `.venv`.
 
     Raises:
         NoMemoryCap: `limit_bytes` is set, and no memory cgroup can be made here.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        return _run(engine, job, Path(scratch), None, limit_bytes, timeout_s, environment or {}, prefix)
+        return _run(
+            engine, job, Path(scratch), None, limit_bytes, timeout_s, environment or {}, prefix, checkout
+        )
 
 
 def logits(engine: str, job: Job) -> NDArray[np.float32]:
     """Logits [tokens, vocab] at every position of the job's only prompt."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "logits.npy"
-        _run(engine, job, Path(scratch), path, None, 900, {}, ()).require()
+        _run(engine, job, Path(scratch), path, None, 900, {}, (), REPOSITORY).require()
         found: NDArray[np.float32] = np.load(path)
         return found
 
@@ -190,6 +196,7 @@ def _run(
     timeout_s: float,
     environment: Mapping[str, str],
     prefix: Sequence[str],
+    checkout: Path,
 ) -> Run:
     events_path = scratch / "events.jsonl"
     events_path.touch()
@@ -202,13 +209,13 @@ def _run(
     job_path = scratch / "job.json"
     job_path.write_text(json.dumps(described))
     env = os.environ | environment
-    interpreter = sys.executable
+    interpreter = sys.executable if checkout == REPOSITORY else str(checkout / ".venv/bin/python")
     if engine == LLAMA_CPP:
         peer = peer_python()
         assert peer is not None
         interpreter = str(peer)
         env.pop("PYTHONPATH", None)
-    script = REPOSITORY / "benchmarks" / ("peer.py" if engine == LLAMA_CPP else "ours.py")
+    script = checkout / "benchmarks" / ("peer.py" if engine == LLAMA_CPP else "ours.py")
     # Through a shell, so that the job is stdin inside the cgroup too.
     command = [*prefix, "/bin/sh", "-c", 'exec "$1" "$2" < "$3"', "sh", interpreter, script, job_path]
     started_at, capped, ended = time.monotonic(), None, ""
