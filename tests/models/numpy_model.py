@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +23,54 @@ DEFAULT_THETA = {"mixtral": 1e6, "qwen2_moe": 1e4, "qwen3_moe": 1e4, "gpt_oss": 
 DEFAULT_THETA |= {"glm4_moe": 1e4, "olmoe": 1e4, "minimax_m2": 5e6}
 DEFAULT_THETA |= dict.fromkeys(tiny_delta.FAMILIES, 1e4)
 
+# Families whose positions have three axes, each of which rotates some pairs of a head (m-rope): whether the axes' pairs
+# alternate, and how many pairs each axis has by default. transformers ignores a config's `mrope_interleaved`.
+AXES = {
+    "qwen3_vl_moe_text": (True, [24, 20, 20]),
+    "qwen3_omni_moe_text": (True, [24, 20, 20]),
+    "qwen3_5_moe_text": (True, [11, 11, 10]),
+    "glm4v_moe_text": (False, [8, 12, 12]),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spans:
+    """The changes that media spans make to a sequence of T tokens. Rows are indices of tokens, each at most once.
+
+    embeddings: rows [R] and vectors [R, hidden], which replace the embeddings of these tokens.
+    angles: [axes, T], rotary positions on one axis or three; None: a token's index, on every axis.
+    sees_until: [T]; the token at index p sees the indices from max(0, p + 1 - window) up to, not including,
+        sees_until[p]. None: p + 1.
+    additions: layer -> rows [R] and vectors [R, hidden], which are added to the hidden state after that layer.
+    """
+
+    embeddings: tuple[Array, Array] | None = None
+    angles: Array | None = None
+    sees_until: Array | None = None
+    additions: Mapping[int, tuple[Array, Array]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Positions of T tokens: angles in radians [T, pairs], factor of cosines and sines, `Spans.sees_until` [T]."""
+
+    angle: Array
+    scale: float
+    sees_until: Array
+
+    def is_seen(self, window: int = 0) -> Array:
+        """bool [T, T]: whether the token of a row sees the token of a column. A window of 0 is full attention."""
+        index = np.arange(len(self.angle))
+        is_seen: Array = index[None, :] < self.sees_until[:, None]
+        return is_seen & (index[None, :] > index[:, None] - window) if window else is_seen
+
 
 class NumpyModel:
     """A checkpoint's logits, one full pass over all tokens, no cache.
 
     After `logits`, `router_margin` is the smallest relative distance between the last chosen expert and the first
-    one left out, over all tokens and layers: below about 1e-5, float32 may choose differently.
+    one left out, over all tokens and layers: below about 1e-5, float32 may choose differently. `hidden_states` has
+    each layer's output, with additions: float64 [tokens, hidden].
     """
 
     is_delta = False  # some layers have a gated delta net, and norms are zero-centred
@@ -34,7 +78,8 @@ class NumpyModel:
     def __init__(self, directory: Path) -> None:
         raw: RawConfig = json.loads((directory / "config.json").read_text())
         self.config = text_of(raw)
-        family = self.config["model_type"]
+        self.family = family = self.config["model_type"]
+        self.axes = AXES.get(family.removesuffix("_text") + "_text")
         self.config = self.config | {"model_type": tiny_wrappers.TEXT_TYPES.get(family, family)}
         self.is_delta = self.config["model_type"] in tiny_delta.FAMILIES
         self.kinds = tiny_delta.layer_kinds(self.config) if self.is_delta else []
@@ -54,19 +99,29 @@ class NumpyModel:
                     self.tensors[name] = self.tensors[name].swapaxes(1, 2)
         self.windows = sliding_windows(self.config)
         self.router_margin = math.inf
+        self.hidden_states: list[Array] = []
 
-    def logits(self, token_ids: list[int]) -> Array:
-        """float64 [tokens, vocab]."""
-        self.router_margin = math.inf
+    def logits(self, token_ids: list[int], spans: Spans | None = None) -> Array:
+        """float64 [tokens, vocab]. Without `spans`, the tokens are text."""
+        self.router_margin, self.hidden_states = math.inf, []
+        spans = Spans() if spans is None else spans
+        places = self.places(len(token_ids), spans)
         hidden = self.tensors["model.embed_tokens.weight"][token_ids]
+        if spans.embeddings is not None:
+            rows, vectors = spans.embeddings
+            hidden[rows] = vectors
         for layer in range(self.config["num_hidden_layers"]):
             prefix = f"model.layers.{layer}."
             normed = self.norm(prefix + "input_layernorm", hidden)
             if self.is_delta and self.kinds[layer] == "linear_attention":
                 hidden = hidden + delta_net(self.config, self.tensors, prefix + "linear_attn.", normed)
             else:
-                hidden = hidden + self.attention(layer, normed)
+                hidden = hidden + self.attention(layer, normed, places)
             hidden = hidden + self.feed_forward(layer, self.norm(prefix + "post_attention_layernorm", hidden))
+            if layer in spans.additions:
+                rows, vectors = spans.additions[layer]
+                hidden[rows] += vectors
+            self.hidden_states.append(hidden)
         is_tied = self.config.get("tie_word_embeddings", False)
         head = self.tensors["model.embed_tokens.weight" if is_tied else "lm_head.weight"]
         return self.norm("model.norm", hidden) @ head.T
@@ -78,6 +133,27 @@ class NumpyModel:
             known.append(int(self.logits(known)[-1].argmax()))
         return known[len(token_ids) :]
 
+    def places(self, num_tokens: int, spans: Spans) -> Places:
+        frequency, scale = rope_frequencies(self.config)
+        index = np.arange(num_tokens)
+        positions = index[None] if spans.angles is None else np.asarray(spans.angles, np.float64)
+        axis = np.zeros(len(frequency), int) if len(positions) == 1 else self.axis_of_pairs(len(frequency))
+        sees_until = index + 1 if spans.sees_until is None else np.asarray(spans.sees_until)
+        return Places(positions[axis].T * frequency, scale, sees_until)
+
+    def axis_of_pairs(self, num_pairs: int) -> Array:
+        """int [pairs]: the axis whose position rotates each pair."""
+        assert self.axes is not None, f"positions of {self.config['model_type']} have one axis"
+        alternates, sections = self.axes
+        rope = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
+        sections = rope.get("mrope_section", sections)
+        if not alternates:
+            return np.repeat(np.arange(len(sections)) % 3, sections)
+        axis = np.zeros(num_pairs, int)
+        for other in (1, 2):
+            axis[other : 3 * sections[other] : 3] = other
+        return axis
+
     def norm(self, name: str, x: Array, eps: float | None = None) -> Array:
         mean_square = (x * x).mean(axis=-1, keepdims=True)
         eps = self.config["rms_norm_eps"] if eps is None else eps
@@ -88,9 +164,9 @@ class NumpyModel:
         y = x @ self.tensors[name + ".weight"].T
         return y + self.tensors[name + ".bias"] if name + ".bias" in self.tensors else y
 
-    def attention(self, layer: int, x: Array) -> Array:
+    def attention(self, layer: int, x: Array, places: Places) -> Array:
         if "kv_lora_rank" in self.config:
-            return self.latent_attention(f"model.layers.{layer}.self_attn.", x)
+            return self.latent_attention(f"model.layers.{layer}.self_attn.", x, places)
         prefix, dim = f"model.layers.{layer}.self_attn.", head_dim(self.config)
         num_tokens = len(x)
         q, k, v = (self.linear(f"{prefix}{name}_proj", x) for name in "qkv")
@@ -103,15 +179,10 @@ class NumpyModel:
             q, output_gate = q[:, 0::2], q[:, 1::2]
         if prefix + "q_norm.weight" in self.tensors and not is_flat:
             q, k = self.norm(prefix + "q_norm", q), self.norm(prefix + "k_norm", k)
-        frequency, scale = rope_frequencies(self.config)
-        q, k = rotate(q, frequency, scale), rotate(k, frequency, scale)
+        q, k = rotate(q, places), rotate(k, places)
 
         heads_per_kv_head = q.shape[1] // k.shape[1]
-        position = np.arange(num_tokens)
-        distance = position[:, None] - position[None, :]
-        is_seen = distance >= 0
-        if self.windows[layer]:
-            is_seen &= distance < self.windows[layer]
+        is_seen = places.is_seen(self.windows[layer])
         out = np.empty_like(q)
         for head in range(q.shape[1]):
             scores = q[:, head] @ k[:, head // heads_per_kv_head].T / math.sqrt(dim)
@@ -126,7 +197,7 @@ class NumpyModel:
             out *= sigmoid(output_gate)
         return self.linear(prefix + "o_proj", out.reshape(num_tokens, -1))
 
-    def latent_attention(self, prefix: str, x: Array) -> Array:
+    def latent_attention(self, prefix: str, x: Array, places: Places) -> Array:
         """The plain form: keys and values of every head are made from the compressed vectors."""
         config, num_tokens = self.config, len(x)
         nope, turning, rank = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["kv_lora_rank"]
@@ -138,16 +209,15 @@ class NumpyModel:
         q = q.reshape(num_tokens, -1, nope + turning)
         latent, shared_key = np.split(self.linear(prefix + "kv_a_proj_with_mqa", x), [rank], axis=-1)
         latent = self.norm(prefix + "kv_a_layernorm", latent, 1e-6)
-        frequency, factor = rope_frequencies(config)
         turn = rotate_pairs if config.get("rope_interleave", True) else rotate
-        q_turned, key_turned = (turn(t, frequency, factor) for t in (q[..., nope:], shared_key[:, None]))
+        q_turned, key_turned = (turn(t, places) for t in (q[..., nope:], shared_key[:, None]))
 
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         magnitude = 1.0
         if rope.get("mscale_all_dim") and rope["factor"] > 1:
             magnitude = 0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1
         scale = magnitude**2 / math.sqrt(nope + turning)
-        is_seen = np.tri(num_tokens, dtype=bool)
+        is_seen = places.is_seen()
         keys_values = self.linear(prefix + "kv_b_proj", latent).reshape(num_tokens, q.shape[1], -1)
         out = np.empty((num_tokens, q.shape[1], keys_values.shape[2] - nope))
         for head in range(q.shape[1]):
@@ -339,18 +409,18 @@ def yarn_frequencies(rope: RawConfig, frequency: Array, theta: float, original: 
     ) if scale is None else scale
 
 
-def rotate(x: Array, frequency: Array, scale: float) -> Array:
+def rotate(x: Array, places: Places) -> Array:
     """x [tokens, heads, dim]: of the dimensions that turn, j turns with j + half; others stay."""
-    x, rest = x[..., : 2 * len(frequency)], x[..., 2 * len(frequency) :]
-    angle = np.arange(len(x))[:, None, None] * frequency
-    cos, sin = scale * np.cos(angle), scale * np.sin(angle)
+    angle = places.angle[:, None]
+    x, rest = x[..., : 2 * angle.shape[2]], x[..., 2 * angle.shape[2] :]
+    cos, sin = places.scale * np.cos(angle), places.scale * np.sin(angle)
     first, second = np.split(x, 2, axis=-1)
     return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-def rotate_pairs(x: Array, frequency: Array, scale: float) -> Array:
+def rotate_pairs(x: Array, places: Places) -> Array:
     """x [tokens, heads, dim]: dimension 2 j turns with dimension 2 j + 1."""
-    turned = rotate(np.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1), frequency, scale)
+    turned = rotate(np.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1), places)
     return np.stack(np.split(turned, 2, axis=-1), axis=-1).reshape(x.shape)
 
 
