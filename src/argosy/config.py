@@ -304,7 +304,8 @@ class RopeConfig:
 
     @property
     def num_axes(self) -> int:
-        return 1 + max(self.axes, default=0)
+        """Axes of a position: time, row and column, or one."""
+        return 3 if self.axes else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

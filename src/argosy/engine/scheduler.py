@@ -497,7 +497,9 @@ class Scheduler:
             order=order,
             wanted=same.wanted,
             state_slots=same.state_slots,
-            angles=None if same.shifts is None else np.tile(order + same.shifts, (self._num_axes, 1)),
+            angles=None
+            if same.shifts is None
+            else np.tile((order + same.shifts).astype(np.float32), (self._num_axes, 1)),
         )
         return Scheduled(step, same.sequences, None, same.sequences, {})
 

@@ -46,7 +46,7 @@ class Spans:
         self._num_axes = num_axes
         self._starts = [start for start, _ in placed]
         # From the end of a span on, the rotary position of text is its index plus this.
-        self._shifts = [0]
+        self._shifts: list[float] = [0]
         self._rows: dict[int, SpanRows] = {}  # of spans that are being computed, by number
         for _, span in placed:
             if span.angles is not None and span.angles.shape[0] not in (1, num_axes):
@@ -60,7 +60,7 @@ class Spans:
         self.has_both_ways = any(span.sees_both_ways for _, span in placed)
 
     @property
-    def shift(self) -> int:
+    def shift(self) -> float:
         """The rotary position of an answer's token is its index plus this."""
         return self._shifts[-1]
 

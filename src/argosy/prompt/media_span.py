@@ -48,7 +48,7 @@ class MediaSpan:
     token_id: int
     make_rows: Callable[[], SpanRows] = field(repr=False)
     angles: NDArray[np.float32] | None = field(default=None, repr=False)
-    num_angles: int | None = None
+    num_angles: float | None = None
     sees_both_ways: bool = False
 
     def __post_init__(self) -> None:
