@@ -32,9 +32,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from argosy.experts.cache import CachedSource
+from argosy.experts.cache import ExpertCache
+from argosy.experts.files import Key
 from argosy.experts.policy import CachePolicy
-from argosy.experts.source import Key
 from common import DATA, Report
 
 RECORDED = DATA / "routing"
@@ -172,29 +172,32 @@ class _InstantStore:
 
 
 class _NoFiles:
-    """Stands in for `ExpertFiles`: each expert is one byte."""
+    """Stands in for `ExpertFiles` and its table: each expert is one byte, and none is run."""
 
     slot_bytes = 1
 
     def __init__(self) -> None:
         self._ticket = 0
 
-    def fetch(self, arena: Any, experts: Sequence[tuple[Key, int]], *, ahead: bool = False) -> list[int]:
+    def table(self, arena: Any, arithmetic: Any) -> _NoFiles:
+        return self
+
+    def place(self, places: Sequence[tuple[Key, int]]) -> None:
+        pass
+
+    def fetch(self, arena: Any, experts: Sequence[tuple[Key, int]], *, urgency: str) -> list[int]:
         self._ticket += len(experts)
         return list(range(self._ticket - len(experts), self._ticket))
 
     def expert_bytes(self, key: Key) -> int:
         return 1
 
-    def offsets(self, layer: int, experts: Sequence[int], places: Sequence[int]) -> NDArray[np.int64]:
-        return np.repeat(np.array(places, np.int64)[:, None], 3, axis=1)
-
 
 class Argosy:
-    """The engine's own expert source, with reads that take no time."""
+    """The engine's own expert cache, with reads that take no time."""
 
     def __init__(self, num_slots: int, trace: Trace) -> None:
-        self._source = CachedSource(
+        self._cache = ExpertCache(
             _InstantStore(),  # type: ignore[arg-type]
             _NoFiles(),  # type: ignore[arg-type]
             num_slots=num_slots,
@@ -203,14 +206,14 @@ class Argosy:
         )
 
     def ask(self, layer: int, experts: Sequence[int], *, is_scan: bool) -> int:
-        before = self._source.stats.hits
-        with self._source.lease(layer, experts, experts if is_scan else ()) as lease:
+        before = self._cache.stats.hits
+        with self._cache.lease(layer, experts, experts if is_scan else ()) as lease:
             for _ in lease:
                 pass
-        return self._source.stats.hits - before
+        return self._cache.stats.hits - before
 
     def resident(self) -> set[Key]:
-        return self._source.policy.resident()
+        return self._cache.policy.resident()
 
 
 class Lru:

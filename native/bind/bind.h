@@ -18,6 +18,7 @@ namespace argosy {
 
 namespace nb = nanobind;
 
+void bind_expert_table(nb::module_& m);
 void bind_kernels(nb::module_& m);
 void bind_recurrent(nb::module_& m);
 void bind_stack(nb::module_& m);

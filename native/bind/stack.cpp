@@ -7,6 +7,7 @@
 
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -21,6 +22,7 @@
 #include <vector>
 
 #include "bind/bind.h"
+#include "bind/experts.h"
 #include "bind/matrix.h"
 #include "bind/recurrent.h"
 #include "bind/routing.h"
@@ -82,7 +84,7 @@ using LayerOfObjects = std::tuple<Array, const BoundMixer*, Array, const BoundFf
 using OverridesOfArrays = std::tuple<Array, Array>;          // rows, embeddings
 using AdditionOfArrays = std::tuple<int64_t, Array, Array>;  // layer, rows, vectors
 using TapOfArray = std::tuple<int64_t, OutArray>;            // layer, hidden state
-using DemandOfLists = std::tuple<int64_t, std::vector<int32_t>, std::vector<int32_t>>;
+using LayerAndDispatch = std::tuple<int64_t, std::shared_ptr<const Dispatch>>;
 
 BoundMixer grouped_query_attention(
     const Matrix& query, const Matrix& key, const Matrix& value, const Matrix& output, int64_t num_heads,
@@ -182,9 +184,8 @@ BoundFfn dense_ffn(const Matrix& gate, const Matrix& up, const Matrix& down) {
 }
 
 BoundFfn routed_ffn(const Matrix& router, const Routing& routing, const std::optional<Array>& router_bias,
-                    int64_t width, const FormatNames& formats, const std::optional<NetworkOfMatrices>& shared,
-                    const Matrix* shared_score, const std::optional<Array>& gate_bias,
-                    const std::optional<Array>& up_bias, const std::optional<Array>& down_bias) {
+                    int64_t width, const std::optional<NetworkOfMatrices>& shared,
+                    const Matrix* shared_score) {
   BoundFfn bound;
   RoutedFfn ffn = {};
   ffn.router = {
@@ -195,11 +196,6 @@ BoundFfn routed_ffn(const Matrix& router, const Routing& routing, const std::opt
   if (routing.choice_bias) bound.kept.arrays.push_back(*routing.choice_bias);
   require_range("width", width, 0, kLargestSize);
   ffn.width = width;
-  ffn.formats = parse_formats(formats);
-  const int64_t num_experts = router.view.rows;
-  ffn.biases = {bound.kept.keep("gate_bias", gate_bias, num_experts * width),
-                bound.kept.keep("up_bias", up_bias, num_experts * width),
-                bound.kept.keep("down_bias", down_bias, num_experts * router.view.cols)};
   if (shared) {
     const auto& [gate, up, down] = *shared;
     ffn.shared = SharedExpert{
@@ -277,18 +273,28 @@ void require_fit(const RoutedFfn& ffn, int64_t hidden) {
   }
 }
 
+// Checks that the table holds the layer's experts.
+void require_experts(const DenseFfn&, const ExpertTable&, int64_t) {}
+void require_experts(const RoutedFfn& ffn, const ExpertTable& table, int64_t layer) {
+  require_size("experts of layer " + std::to_string(layer) + " in the table", table.num_experts(layer),
+               ffn.router.matrix.rows);
+}
+
+using RowsView = nb::ndarray<nb::numpy, const float, nb::c_contig>;
+using OutView = nb::ndarray<nb::numpy, float, nb::c_contig>;
+
 class BoundStack {
  public:
   BoundStack(Runtime& runtime, KvCache& kv, const Matrix& embedding, const Matrix& head,
              const Array& final_norm, float norm_eps, const Rotary& rotary,
              const ActivationOfNumbers& activation, const std::vector<LayerOfObjects>& layers,
-             int64_t max_tokens, Arena* arena, const std::optional<Array>& offsets, bool is_leased,
-             const nb::object& recurrent)
-      : recurrent_(recurrent), hidden_(embedding.view.cols) {
+             int64_t max_tokens, const nb::object& resident, bool experts_off, const nb::object& recurrent)
+      : resident_(resident), recurrent_(recurrent), hidden_(embedding.view.cols) {
     RecurrentState* state = recurrent.is_none() ? nullptr : nb::cast<RecurrentState*>(recurrent);
     require_size("columns of head", head.view.cols, hidden_);
     require_size("number of layers", int64_t(layers.size()), kv.num_layers());
-    if (arena != nullptr) experts_ = {nb::object(), arena->hold(), arena->data(), int64_t(arena->size())};
+    ExpertTable* table = resident.is_none() ? nullptr : nb::cast<BoundExpertTable*>(resident);
+    if (table != nullptr) require_size("columns of the experts", table->hidden(), hidden_);
 
     StackDescription description;
     description.embedding = kept_.keep(embedding);
@@ -297,7 +303,8 @@ class BoundStack {
     description.norm_eps = norm_eps;
     description.rotary = rotary;
     description.activation = parse_activation(activation);
-    description.experts_off = arena == nullptr;
+    description.experts_off = experts_off;
+    description.resident = table;
     for (const auto& [mixer_norm, given_mixer, ffn_norm, given_ffn] : layers) {
       const std::string name = item_name("layers", description.layers.size());
       const BoundMixer& mixer = require_item(name + "[1]", given_mixer);
@@ -311,14 +318,12 @@ class BoundStack {
         require_fit(block, shape, rotary, hidden_);
         require_state(block, state);
       };
-      const auto check_ffn = [&](const auto& block) { require_fit(block, hidden_); };
+      const auto check_ffn = [&](const auto& block) {
+        require_fit(block, hidden_);
+        if (table != nullptr) require_experts(block, *table, int64_t(description.layers.size()) - 1);
+      };
       std::visit(check_mixer, mixer.mixer);
       std::visit(check_ffn, ffn.ffn);
-    }
-    if (arena != nullptr) {
-      if (!offsets) refuse("an arena needs the offsets of its experts");
-      read_offsets(description, *offsets);
-      if (!is_leased) add_resident(description);
     }
     stack_ = std::make_unique<Stack>(runtime, kv, state, std::move(description), max_tokens);
   }
@@ -392,7 +397,7 @@ class BoundStack {
     stack_->begin(step);
   }
 
-  std::optional<DemandOfLists> advance() {
+  std::optional<LayerAndDispatch> advance() {
     while (true) {
       Pause pause;
       {
@@ -400,10 +405,7 @@ class BoundStack {
         pause = stack_->advance(kSignalInterval);
       }
       if (pause == Pause::done) return std::nullopt;
-      if (pause == Pause::experts) {
-        const Demand& demand = stack_->demand();
-        return DemandOfLists(demand.layer, demand.expert_ids, demand.scan);
-      }
+      if (pause == Pause::experts) return LayerAndDispatch(stack_->waiting_layer(), stack_->dispatch());
       if (PyErr_CheckSignals() != 0) throw nb::python_error();
     }
   }
@@ -418,14 +420,17 @@ class BoundStack {
     stack_->run_shared();
   }
 
-  void run_experts(const std::vector<int32_t>& expert_ids) {
-    const int64_t layer = stack_->demand().layer;
-    const RoutedFfn& ffn = std::get<RoutedFfn>(stack_->description().layers[size_t(layer)].ffn);
-    require_ids("expert_ids", expert_ids.data(), int64_t(expert_ids.size()), num_experts_);
-    std::vector<ExpertView> experts;
-    for (const int32_t expert : expert_ids) experts.push_back(view_routed(ffn, layer, expert));
-    nb::gil_scoped_release released;
-    stack_->run_experts(expert_ids, experts);
+  void finish_experts(const std::vector<int32_t>& experts) { stack_->finish_experts(experts); }
+
+  // Views of the stack's own memory, which lives as long as `owner`, its Python object.
+  RowsView rows(nb::handle owner) const {
+    const float* rows = stack_->rows();
+    return RowsView(rows, {size_t(stack_->dispatch()->num_tokens()), size_t(hidden_)}, owner);
+  }
+  OutView expert_out(nb::handle owner) const {
+    float* out = stack_->expert_out();
+    const Dispatch& dispatch = *stack_->dispatch();
+    return OutView(out, {size_t(dispatch.num_tokens() * dispatch.k()), size_t(hidden_)}, owner);
   }
 
   void logits(const Array& rows, const OutArray& out) {
@@ -458,8 +463,6 @@ class BoundStack {
     const auto seconds = stack_->take_seconds();
     return {seconds[0], seconds[1], seconds[2]};
   }
-
-  int64_t take_lookups() { return stack_->take_lookups(); }
 
   void take_uses(const OutArray& out) {
     const int64_t layers = int64_t(stack_->description().layers.size());
@@ -509,39 +512,8 @@ class BoundStack {
     for (int64_t i = 0; i < num_rows; ++i) require_range("a row", rows[i], 0, num_tokens - 1);
   }
 
-  // Returns the expert at its current place in the arena.
-  ExpertView view_routed(const RoutedFfn& ffn, int64_t layer, int64_t expert) const {
-    const int64_t* at = offsets_ + (layer * num_experts_ + expert) * 3;
-    return view_experts(experts_.data, experts_.nbytes, at, 1, ffn.formats, hidden_, ffn.width)[0];
-  }
-
-  void read_offsets(const StackDescription& description, const Array& offsets) {
-    offsets_array_ = offsets;
-    offsets_ = read_array<int64_t>("offsets", offsets, {kAnySize, kAnySize, 3});
-    num_experts_ = int64_t(offsets.shape(1));
-    for (size_t i = 0; i < description.layers.size(); ++i) {
-      const RoutedFfn* ffn = std::get_if<RoutedFfn>(&description.layers[i].ffn);
-      if (ffn == nullptr) continue;
-      require_range("the index of a routed layer in offsets", int64_t(i), 0, int64_t(offsets.shape(0)) - 1);
-      require_size("experts in offsets", num_experts_, ffn->router.matrix.rows);
-    }
-  }
-
-  void add_resident(StackDescription& description) const {
-    for (size_t i = 0; i < description.layers.size(); ++i) {
-      RoutedFfn* ffn = std::get_if<RoutedFfn>(&description.layers[i].ffn);
-      if (ffn == nullptr) continue;
-      for (int64_t expert = 0; expert < num_experts_; ++expert)
-        ffn->resident.push_back(view_routed(*ffn, int64_t(i), expert));
-    }
-  }
-
-  Memory experts_ = {};  // the arena that offsets_ refers to
-  std::optional<Array> offsets_array_;
-  const int64_t* offsets_ = nullptr;  // [layers][num_experts_][3]; the owner of the expert cache updates it
-  int64_t num_experts_ = 0;
   Kept kept_;
-  nb::object recurrent_;
+  nb::object resident_, recurrent_;
   StepArrays arrays_;  // of the last step
   int64_t hidden_ = 0, num_tokens_ = 0;
   std::unique_ptr<Stack> stack_;
@@ -574,9 +546,8 @@ void bind_stack(nb::module_& m) {
         "kv_norm"_a, "query_down"_a.none() = nb::none(), "query_norm"_a.none() = nb::none());
   m.def("dense_ffn", &dense_ffn, "gate"_a, "up"_a, "down"_a);
   m.def("routed_ffn", &routed_ffn, "router"_a, "routing"_a, nb::kw_only(),
-        "router_bias"_a.none() = nb::none(), "width"_a, "formats"_a, "shared"_a.none() = nb::none(),
-        "shared_score"_a.none() = nb::none(), "gate_bias"_a.none() = nb::none(),
-        "up_bias"_a.none() = nb::none(), "down_bias"_a.none() = nb::none());
+        "router_bias"_a.none() = nb::none(), "width"_a, "shared"_a.none() = nb::none(),
+        "shared_score"_a.none() = nb::none());
 
   nb::class_<Rotary>(m, "Rotary")
       .def(
@@ -643,6 +614,7 @@ void bind_stack(nb::module_& m) {
           },
           "num_experts"_a, "experts_per_token"_a, "width"_a, "shared_width"_a)
       .def("buffer_bytes", &StackSizes::buffer_bytes, "max_tokens"_a)
+      .def("dispatch_bytes", &StackSizes::dispatch_bytes, "max_tokens"_a)
       .def(
           "scratch_bytes",
           [](const StackSizes& self, int64_t max_tokens, int num_threads) {
@@ -654,11 +626,11 @@ void bind_stack(nb::module_& m) {
 
   nb::class_<BoundStack>(m, "Stack")
       .def(nb::init<Runtime&, KvCache&, const Matrix&, const Matrix&, const Array&, float, const Rotary&,
-                    const ActivationOfNumbers&, const std::vector<LayerOfObjects>&, int64_t, Arena*,
-                    const std::optional<Array>&, bool, const nb::object&>(),
+                    const ActivationOfNumbers&, const std::vector<LayerOfObjects>&, int64_t,
+                    const nb::object&, bool, const nb::object&>(),
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), "runtime"_a, "kv"_a, nb::kw_only(), "embedding"_a,
            "head"_a, "final_norm"_a, "norm_eps"_a, "rotary"_a, "activation"_a, "layers"_a, "max_tokens"_a,
-           "arena"_a.none(), "offsets"_a.none(), "is_leased"_a, "recurrent"_a.none() = nb::none())
+           "resident"_a.none() = nb::none(), "experts_off"_a = false, "recurrent"_a.none() = nb::none())
       .def("begin", &BoundStack::begin, "token_ids"_a, "sequence"_a, "slots"_a, "is_decode"_a,
            "block_table"_a, "order"_a, "wanted"_a, "logits"_a.noconvert(),
            "state_slots"_a.none() = nb::none(), "angles"_a.none() = nb::none(),
@@ -667,7 +639,10 @@ void bind_stack(nb::module_& m) {
       .def("advance", &BoundStack::advance)
       .def("look_ahead", &BoundStack::look_ahead)
       .def("run_shared", &BoundStack::run_shared)
-      .def("run_experts", &BoundStack::run_experts, "expert_ids"_a)
+      .def("finish_experts", &BoundStack::finish_experts, "experts"_a)
+      .def("rows", [](nb::handle_t<BoundStack> self) { return nb::cast<BoundStack&>(self).rows(self); })
+      .def("expert_out",
+           [](nb::handle_t<BoundStack> self) { return nb::cast<BoundStack&>(self).expert_out(self); })
       .def("logits", &BoundStack::logits, "rows"_a, "out"_a.noconvert())
       .def("hidden", [](nb::handle_t<BoundStack> self) { return nb::cast<BoundStack&>(self).hidden(self); })
       .def("expert_ids",
@@ -675,7 +650,6 @@ void bind_stack(nb::module_& m) {
       .def_prop_ro("sizes", &BoundStack::sizes)
       .def_prop_ro("buffer_bytes", &BoundStack::buffer_bytes)
       .def("take_seconds", &BoundStack::take_seconds)
-      .def("take_lookups", &BoundStack::take_lookups)
       .def("take_uses", &BoundStack::take_uses, "out"_a.noconvert());
 }
 

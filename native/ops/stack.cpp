@@ -115,16 +115,11 @@ Stack::Stack(Runtime& runtime, KvCache& kv, RecurrentState* recurrent, StackDesc
       buffers_(sizes_.place_buffers(memory_.data(), max_tokens)) {
   const auto lock = runtime_.lock();
   runtime_.scratch(sizes_.scratch_bytes(max_tokens, runtime_.num_threads()));
-  size_t most_experts = 0;
   for (const Layer& layer : description_.layers) {
     if (const RoutedFfn* ffn = std::get_if<RoutedFfn>(&layer.ffn))
-      most_experts = std::max(most_experts, size_t(ffn->router.matrix.rows));
+      most_experts_ = std::max(most_experts_, ffn->router.matrix.rows);
   }
-  starts_.resize(most_experts + 1);
-  next_.resize(most_experts);
-  decode_wants_.resize(most_experts);
-  is_claimed_.resize(most_experts);
-  uses_.resize(description_.layers.size() * most_experts);
+  uses_.resize(description_.layers.size() * size_t(most_experts_));
 }
 
 void Stack::begin(const Step& step) {
@@ -176,9 +171,9 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
     };
     batch_.angles != nullptr ? write_angles(batch_.angles) : write_angles(batch_.order);
   } else if (stage == Stage::waits_for_experts) {
-    if (num_unclaimed_ > 0) {
+    if (num_unfinished_ > 0) {
       throw std::invalid_argument("layer " + std::to_string(layer_) + " still waits for " +
-                                  std::to_string(num_unclaimed_) + " experts");
+                                  std::to_string(num_unfinished_) + " experts");
     }
     combine_experts(routed_ffn());
     end_layer();
@@ -378,14 +373,12 @@ bool Stack::feed_forward(const DenseFfn& ffn) {
 }
 
 bool Stack::feed_forward(const RoutedFfn& ffn) {
-  if (!description_.experts_off) dispatch(ffn);
-  if (!description_.experts_off && ffn.resident.empty()) return false;
+  if (!description_.experts_off) dispatch_tokens(ffn);
+  if (!description_.experts_off && description_.resident == nullptr) return false;
   add_shared(ffn);
   if (description_.experts_off) return true;
-  group_.clear();
-  for (const int32_t expert : demand_.expert_ids) group_.push_back(ffn.resident[size_t(expert)]);
-  lookups_ += int64_t(demand_.expert_ids.size());
-  run_group(demand_.expert_ids);
+  description_.resident->run(runtime_, layer_, dispatch_->experts(), *dispatch_, buffers_.normed,
+                             buffers_.expert_out);
   combine_experts(ffn);
   return true;
 }
@@ -398,37 +391,18 @@ void Stack::choose(const Router& router, const float* x, int32_t* ids, float* we
   route(runtime_, router.rule, buffers_.router_logits, tokens, experts, ids, weights);
 }
 
-// Chooses the experts of each token and sorts the assignments (token * k + rank) by expert, stably.
-void Stack::dispatch(const RoutedFfn& ffn) {
-  const int64_t experts = ffn.router.matrix.rows, k = ffn.router.rule.k, assignments = batch_.num_tokens * k;
+// Chooses the experts of each token.
+void Stack::dispatch_tokens(const RoutedFfn& ffn) {
+  const int64_t experts = ffn.router.matrix.rows, k = ffn.router.rule.k;
   choose(ffn.router, buffers_.normed, buffers_.expert_ids, buffers_.routing_weights);
   chosen_per_token_ = k;
-
-  std::fill(starts_.begin(), starts_.end(), 0);
-  std::fill(decode_wants_.begin(), decode_wants_.end(), false);
-  for (int64_t a = 0; a < assignments; ++a) {
-    const size_t expert = size_t(buffers_.expert_ids[a]);
-    ++starts_[expert + 1];
-    if (batch_.is_decode[a / k]) decode_wants_[expert] = true;
-  }
-  demand_.layer = layer_;
-  demand_.expert_ids.clear();
-  demand_.scan.clear();
-  int64_t* uses = uses_.data() + layer_ * most_experts();
-  for (size_t expert = 0; expert < size_t(experts); ++expert) {
-    if (starts_[expert + 1] > 0) {
-      demand_.expert_ids.push_back(int32_t(expert));
-      if (!decode_wants_[expert]) demand_.scan.push_back(int32_t(expert));
-    }
-    uses[expert] += starts_[expert + 1];
-    starts_[expert + 1] += starts_[expert];
-    next_[expert] = starts_[expert];
-  }
-  for (int64_t a = 0; a < assignments; ++a) {
-    buffers_.assignment[next_[size_t(buffers_.expert_ids[a])]++] = int32_t(a);
-  }
-  std::fill(is_claimed_.begin(), is_claimed_.end(), false);
-  num_unclaimed_ = int64_t(demand_.expert_ids.size());
+  if (dispatch_.use_count() > 1) dispatch_ = std::make_shared<Dispatch>();  // somebody keeps the last one
+  dispatch_->assign(buffers_.expert_ids, batch_.is_decode, batch_.num_tokens, k, experts);
+  const std::vector<int32_t>&chosen = dispatch_->experts(), &starts = dispatch_->starts();
+  int64_t* uses = uses_.data() + layer_ * most_experts_;
+  for (size_t i = 0; i < chosen.size(); ++i) uses[chosen[i]] += starts[i + 1] - starts[i];
+  is_finished_.assign(chosen.size(), false);
+  num_unfinished_ = int64_t(chosen.size());
   mark(Part::router);
 }
 
@@ -445,32 +419,6 @@ void Stack::add_shared(const RoutedFfn& ffn) {
   mark(Part::attention_and_dense);
 }
 
-// Runs the experts of group_, which belong to the demand, on the tokens that chose them.
-void Stack::run_group(const std::vector<int32_t>& expert_ids) {
-  const RoutedFfn& ffn = routed_ffn();
-  const int64_t k = ffn.router.rule.k, hidden = description_.embedding.cols;
-  for (size_t i = 0; i < expert_ids.size(); ++i) {
-    const auto row_of = [&](const float* table, int64_t cols) {
-      return table != nullptr ? table + expert_ids[i] * cols : nullptr;
-    };
-    const ExpertBiases& biases = ffn.biases;
-    group_[i].bias = {row_of(biases.gate, ffn.width), row_of(biases.up, ffn.width),
-                      row_of(biases.down, hidden)};
-  }
-  group_starts_.assign(1, 0);
-  int32_t* row = buffers_.group_row;
-  for (const int32_t id : expert_ids) {
-    const size_t expert = size_t(id);
-    row = std::copy(buffers_.assignment + starts_[expert], buffers_.assignment + starts_[expert + 1], row);
-    group_starts_.push_back(int32_t(row - buffers_.group_row));
-  }
-  const int64_t assignments = group_starts_.back();
-  for (int64_t a = 0; a < assignments; ++a) buffers_.group_token[a] = int32_t(buffers_.group_row[a] / k);
-  swiglu_experts(runtime_, group_, description_.activation, buffers_.normed, batch_.num_tokens,
-                 {group_starts_.data(), buffers_.group_token, buffers_.group_row}, buffers_.expert_out);
-  mark(Part::expert_compute);
-}
-
 void Stack::combine_experts(const RoutedFfn& ffn) {
   combine(runtime_, buffers_.expert_out, buffers_.routing_weights, batch_.num_tokens, ffn.router.rule.k,
           description_.embedding.cols, buffers_.hidden);
@@ -485,18 +433,29 @@ void Stack::require_waiting() const {
   if (stage_ != Stage::waits_for_experts) throw std::invalid_argument("no layer waits for experts");
 }
 
-const Demand& Stack::demand() const {
+int64_t Stack::waiting_layer() const {
   require_waiting();
-  return demand_;
+  return layer_;
+}
+
+std::shared_ptr<const Dispatch> Stack::dispatch() const {
+  require_waiting();
+  return dispatch_;
+}
+
+const float* Stack::rows() const {
+  require_waiting();
+  return buffers_.normed;
+}
+
+float* Stack::expert_out() const {
+  require_waiting();
+  return buffers_.expert_out;
 }
 
 std::vector<std::vector<int32_t>> Stack::look_ahead() {
   const auto lock = runtime_.lock();
   require_waiting();
-  if (num_unclaimed_ != int64_t(demand_.expert_ids.size())) {
-    throw std::invalid_argument(
-        "call look_ahead() before run_experts(): they share memory, and experts have run");
-  }
   const int64_t tokens = batch_.num_tokens, hidden = description_.embedding.cols;
   const auto& layers = description_.layers;
   const auto next = std::find_if(layers.begin() + layer_ + 1, layers.end(), [](const Layer& layer) {
@@ -506,15 +465,16 @@ std::vector<std::vector<int32_t>> Stack::look_ahead() {
   start_clock();
   const Router& router = std::get<RoutedFfn>(next->ffn).router;
   const int64_t experts = router.matrix.rows, k = router.rule.k;
-  float *normed = buffers_.block, *weights = buffers_.expert_out;
-  int32_t* ids = buffers_.group_token;
+  float* normed = buffers_.block;
+  std::vector<int32_t> ids(static_cast<size_t>(tokens * k));
+  std::vector<float> weights(ids.size());
   rms_norm(runtime_, buffers_.hidden, next->ffn_norm, description_.norm_eps, tokens, hidden, normed);
-  choose(router, normed, ids, weights);
+  choose(router, normed, ids.data(), weights.data());
   std::vector<std::vector<int32_t>> by_rank(static_cast<size_t>(k));
   std::vector<bool> is_named(static_cast<size_t>(experts));
   for (int64_t rank = 0; rank < k; ++rank) {
     for (int64_t token = 0; token < tokens; ++token) {
-      const int32_t expert = ids[token * k + rank];
+      const int32_t expert = ids[size_t(token * k + rank)];
       if (is_named[size_t(expert)]) continue;
       is_named[size_t(expert)] = true;
       by_rank[size_t(rank)].push_back(expert);
@@ -531,29 +491,18 @@ void Stack::run_shared() {
   add_shared(routed_ffn());
 }
 
-void Stack::run_experts(const std::vector<int32_t>& expert_ids, const std::vector<ExpertView>& experts) {
+void Stack::finish_experts(const std::vector<int32_t>& experts) {
   const auto lock = runtime_.lock();
   require_waiting();
-  start_clock();
-  for (const int32_t expert : expert_ids) {
-    if (!claim(expert)) {
+  for (const int32_t expert : experts) {
+    const int64_t index = dispatch_->index_of(expert);
+    if (index < 0 || is_finished_[size_t(index)]) {
       throw std::invalid_argument("layer " + std::to_string(layer_) + " does not wait for expert " +
                                   std::to_string(expert));
     }
+    is_finished_[size_t(index)] = true;
+    --num_unfinished_;
   }
-  group_ = experts;
-  run_group(expert_ids);
-}
-
-// Removes an expert from the demand. Returns false if the demand does not contain it or it was already
-// claimed.
-bool Stack::claim(int32_t expert) {
-  const auto found = std::lower_bound(demand_.expert_ids.begin(), demand_.expert_ids.end(), expert);
-  if (found == demand_.expert_ids.end() || *found != expert) return false;
-  if (is_claimed_[size_t(expert)]) return false;
-  is_claimed_[size_t(expert)] = true;
-  --num_unclaimed_;
-  return true;
 }
 
 void Stack::logits(const int64_t* rows, int64_t num_rows, float* out) {
@@ -575,8 +524,6 @@ void Stack::mark(Part part) {
 }
 
 std::array<double, kNumParts> Stack::take_seconds() { return std::exchange(seconds_, {}); }
-
-int64_t Stack::take_lookups() { return std::exchange(lookups_, 0); }
 
 std::vector<int64_t> Stack::take_uses() { return std::exchange(uses_, std::vector<int64_t>(uses_.size())); }
 

@@ -6,13 +6,13 @@
 //     switch (stack.advance(50ms)) {
 //       case Pause::time: continue;      // look for ^C, for instance
 //       case Pause::done: return;        // step.logits is written
-//       case Pause::experts: ...         // lease demand().expert_ids, run_shared(), and
-//                                        // run_experts() as they land
+//       case Pause::experts: ...         // run dispatch().experts() on rows(), write expert_out(), call
+//                                        // finish_experts(); meanwhile run_shared()
 //     }
 //   }
 //
-// A step pauses for experts at every layer with routed experts, or never if all of them are permanently
-// resident. Each call is one or more operations of ops/, so its bits equal those of the same operations
+// A step pauses for experts at every layer with routed experts, or never if it has a table of all of them.
+// Each call is one or more operations of ops/, so its bits equal those of the same operations
 // called one by one: for one row and one token the order of sums is fixed, and every assignment (one token,
 // one of its experts) has its own row until `combine` adds the rows in the router's order.
 //
@@ -23,11 +23,13 @@
 #include <array>
 #include <chrono>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <variant>
 #include <vector>
 
 #include "ops/attention.h"
+#include "ops/experts.h"
 #include "ops/gated_delta.h"
 #include "ops/latent_attention.h"
 #include "ops/matmul.h"
@@ -107,19 +109,10 @@ struct SharedExpert {
   std::optional<MatrixView> score;  // [1, hidden]: the output is multiplied by sigmoid(score . x)
 };
 
-// Biases of all routed experts of a layer; nullptr: none.
-struct ExpertBiases {
-  const float *gate = nullptr, *up = nullptr;  // [num_experts, width]
-  const float* down = nullptr;                 // [num_experts, hidden]
-};
-
 struct RoutedFfn {
   Router router;
-  int64_t width = 0;              // inner neurons of one expert
-  std::array<Format, 3> formats;  // formats of gate, up and down, the same for every expert of the layer
-  ExpertBiases biases = {};
+  int64_t width = 0;  // inner neurons of one expert; the stack reserves the scratch that they need
   std::optional<SharedExpert> shared;
-  std::vector<ExpertView> resident;  // all experts, without biases; empty if experts are leased
 };
 
 using Ffn = std::variant<DenseFfn, RoutedFfn>;
@@ -136,8 +129,9 @@ struct StackDescription {
   const float* final_norm;     // [hidden]
   float norm_eps;
   Rotary rotary;
-  Activation activation;  // of all feed-forward networks
+  Activation activation;  // of dense networks and shared experts
   bool experts_off;       // leaves routed experts out of every sum
+  ExpertTable* resident;  // holds every routed expert permanently; nullptr: the step pauses for experts
   std::vector<Layer> layers;
 };
 
@@ -177,12 +171,6 @@ struct Step {
   float* logits;  // [num_wanted][vocabulary]
 };
 
-// The experts that a layer waits for, in ascending order. `scan` lists those that only prompt tokens chose.
-struct Demand {
-  int64_t layer;
-  std::vector<int32_t> expert_ids, scan;
-};
-
 // The parts of a step that are timed.
 enum class Part { router, attention_and_dense, expert_compute };
 constexpr int kNumParts = 3;
@@ -205,17 +193,21 @@ class Stack {
   // std::invalid_argument if a layer waited and not all of its experts have run.
   Pause advance(std::chrono::nanoseconds slice);
 
-  // After Pause::experts and before the next advance(): run the shared expert, if there is one, and each
-  // routed expert of the demand once, as it lands. These calls throw std::invalid_argument if no layer waits,
-  // or for an expert that is not in the demand.
-  const Demand& demand() const;
+  // After Pause::experts and before the next advance(): run the shared expert, if there is one, and see to it
+  // that the outputs of every expert of the dispatch are in expert_out(), in any order. These calls throw
+  // std::invalid_argument if no layer waits.
+  int64_t waiting_layer() const;
+  std::shared_ptr<const Dispatch> dispatch() const;
+  const float* rows() const;  // [tokens][hidden], the input of the experts
+  float* expert_out() const;  // [tokens * k][hidden], a row for each assignment
   // Predicts the choice of the next layer with routed experts, as if this layer and the mixer between them
   // added nothing. Returns, for each rank, the experts that some token ranks there and no token ranks higher.
-  // Empty if no later layer has routed experts. Throws std::invalid_argument once experts of the demand have
-  // run, because it uses their memory.
+  // Empty if no later layer has routed experts.
   std::vector<std::vector<int32_t>> look_ahead();
   void run_shared();
-  void run_experts(const std::vector<int32_t>& expert_ids, const std::vector<ExpertView>& experts);
+  // The outputs of these experts are in expert_out(). Throws std::invalid_argument for an expert that no
+  // token chose, or that has finished already.
+  void finish_experts(const std::vector<int32_t>& experts);
 
   // Computes the logits [num_rows][vocabulary] of rows of the last step, at most max_tokens rows.
   void logits(const int64_t* rows, int64_t num_rows, float* out);
@@ -234,13 +226,12 @@ class Stack {
   const int32_t* expert_ids() const { return buffers_.expert_ids; }
   int64_t chosen_per_token() const { return chosen_per_token_; }
 
-  // Seconds by Part, and lookups of resident experts, since the previous call.
+  // Seconds by Part since the previous call.
   std::array<double, kNumParts> take_seconds();
-  int64_t take_lookups();
 
   // How often each expert was chosen since the previous call, [layers][most experts of a layer].
   std::vector<int64_t> take_uses();
-  int64_t most_experts() const { return int64_t(next_.size()); }
+  int64_t most_experts() const { return most_experts_; }
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -255,14 +246,12 @@ class Stack {
   bool feed_forward(const DenseFfn& ffn);  // false: the layer waits for experts
   bool feed_forward(const RoutedFfn& ffn);
   void choose(const Router& router, const float* x, int32_t* ids, float* weights);
-  void dispatch(const RoutedFfn& ffn);
+  void dispatch_tokens(const RoutedFfn& ffn);
   void add_shared(const RoutedFfn& ffn);
-  void run_group(const std::vector<int32_t>& expert_ids);
   void combine_experts(const RoutedFfn& ffn);
   void norm(const float* weight);
   const RoutedFfn& routed_ffn() const;  // of the current layer
   void require_waiting() const;
-  bool claim(int32_t expert);
   void start_clock() { last_mark_ = Clock::now(); }
   void mark(Part part);
 
@@ -280,18 +269,13 @@ class Stack {
   Stage stage_ = Stage::done;
   int64_t layer_ = 0;
   int64_t chosen_per_token_ = 0;
-  Demand demand_ = {};
-  std::vector<int32_t> starts_;     // [experts + 1]: where each expert's part of buffers_.assignment begins
-  std::vector<int32_t> next_;       // [experts]: the write position while it is filled
-  std::vector<bool> decode_wants_;  // [experts]
-  std::vector<bool> is_claimed_;    // [experts]
-  int64_t num_unclaimed_ = 0;       // experts of the demand that have not run yet
-  std::vector<int32_t> group_starts_;
-  std::vector<ExpertView> group_;
+  std::shared_ptr<Dispatch> dispatch_ = std::make_shared<Dispatch>();  // of the current layer
+  std::vector<bool> is_finished_;                                      // [experts of the dispatch]
+  int64_t num_unfinished_ = 0;
 
   Clock::time_point last_mark_;
   std::array<double, kNumParts> seconds_ = {};
-  int64_t lookups_ = 0;
+  int64_t most_experts_ = 0;  // of a layer
   std::vector<int64_t> uses_;
 };
 

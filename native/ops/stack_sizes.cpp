@@ -117,15 +117,20 @@ int64_t StackSizes::lay_out(uint8_t* memory, int64_t max_tokens, StackBuffers& b
   place(k_, buffers.expert_ids);
   place(1, buffers.shared_score);
   place(width_of({k_, hidden_}), buffers.expert_out);
-  place(k_, buffers.assignment);
-  place(k_, buffers.group_token);
-  place(k_, buffers.group_row);
   return end;
 }
 
 int64_t StackSizes::buffer_bytes(int64_t max_tokens) const {
   StackBuffers none = {};
   return lay_out(nullptr, max_tokens, none);
+}
+
+int64_t StackSizes::dispatch_bytes(int64_t max_tokens) const {
+  if (k_ == 0) return 0;
+  // Assignments in their order, of this layer and the last; tokens and rows of experts that run, or experts
+  // and weights of a look-ahead.
+  const int64_t of_tokens = checked_product(kWorkingMemory, {4, 4, max_tokens, k_});
+  return of_tokens + 32 * num_experts_ + int64_t(sizeof(ExpertView)) * num_experts_;
 }
 
 StackBuffers StackSizes::place_buffers(uint8_t* memory, int64_t max_tokens) const {

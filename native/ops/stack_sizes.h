@@ -47,7 +47,6 @@ struct StackBuffers {
   int32_t* expert_ids;             // [k]
   float* shared_score;             // [1]
   float* expert_out;               // [k * hidden]
-  int32_t *assignment, *group_token, *group_row;  // [k]
 };
 
 // The sizes of a stack, layer by layer. All functions throw std::invalid_argument for a dimension outside 0
@@ -67,6 +66,9 @@ class StackSizes {
   int64_t buffer_bytes(int64_t max_tokens) const;
   // The buffers in `memory` of buffer_bytes(max_tokens) bytes, aligned to 64.
   StackBuffers place_buffers(uint8_t* memory, int64_t max_tokens) const;
+  // Most bytes of the dispatch of a layer, and of the arrays of experts that run or are predicted: all that a
+  // step allocates for itself.
+  int64_t dispatch_bytes(int64_t max_tokens) const;
   // The most that any operation of a step requests from Runtime::scratch, whatever the formats of the
   // weights.
   int64_t scratch_bytes(int64_t max_tokens, int num_threads) const;

@@ -88,7 +88,7 @@ int64_t swiglu_scratch_bytes(int64_t hidden, int64_t width, int64_t num_tokens, 
 }
 
 void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, const Activation& activation,
-                    const float* x, int64_t num_tokens, const Dispatch& dispatch, float* out) {
+                    const float* x, int64_t num_tokens, const Assignments& dispatch, float* out) {
   const int64_t num_experts = int64_t(experts.size());
   const int64_t assignments = experts.empty() ? 0 : dispatch.starts[num_experts];
   if (assignments == 0) return;

@@ -23,7 +23,7 @@ struct ExpertView {
 
 // The tokens of each expert: expert i runs assignments starts[i] to starts[i + 1]. An assignment a reads
 // x[token[a]] and writes out[row[a]]; if `token` or `row` is null, it reads or writes row a.
-struct Dispatch {
+struct Assignments {
   const int32_t* starts;  // [experts + 1]
   const int32_t* token;
   const int32_t* row;
@@ -32,7 +32,7 @@ struct Dispatch {
 // y = activation(x Wg^T + bg, x Wu^T + bu) Wd^T + bd for every assignment. All experts share two parallel
 // loops: gate, up and activation, then down. A bias is added to the finished sum of its row.
 void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, const Activation& activation,
-                    const float* x, int64_t num_tokens, const Dispatch& dispatch, float* out);
+                    const float* x, int64_t num_tokens, const Assignments& dispatch, float* out);
 
 // The most runtime scratch that swiglu_experts takes, if all experts have the same formats.
 int64_t swiglu_scratch_bytes(int64_t hidden, int64_t width, int64_t num_tokens, int64_t assignments,

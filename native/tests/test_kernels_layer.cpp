@@ -503,7 +503,7 @@ void threads_change_no_bit() {
         row.push_back(int32_t(i * 5 % kTokens));
       }
       std::vector<float> expected(size_t(kTokens * hidden), NAN), found = expected;
-      const Dispatch dispatch = {starts.data(), token.data(), row.data()};
+      const Assignments dispatch = {starts.data(), token.data(), row.data()};
       const Activation clamped = {Activation::Kind::clamped, 7.0f, 1.702f};
       swiglu_experts(one, experts, clamped, x.data(), kTokens, dispatch, expected.data());
       swiglu_experts(three, experts, clamped, x.data(), kTokens, dispatch, found.data());

@@ -471,23 +471,106 @@ def routed_ffn(
     *,
     router_bias: _Floats | None = None,
     width: int,
-    formats: Sequence[Format],
     shared: Sequence[Matrix] | None = None,
     shared_score: Matrix | None = None,
-    gate_bias: _Floats | None = None,
-    up_bias: _Floats | None = None,
-    down_bias: _Floats | None = None,
 ) -> Ffn:
     """Experts of `width` chosen by the router, as in `route`, and a shared expert for every token.
 
     Args:
         router: [experts, hidden].
         router_bias: [experts], added to the router's product; None means no bias.
-        formats: formats of gate, up and down of the routed experts.
         shared: gate, up and down of the shared expert.
         shared_score: [1, hidden]; the shared expert's output is multiplied by sigmoid(shared_score . x).
-        gate_bias, up_bias: biases of the routed experts, experts * width numbers.   down_bias: experts * hidden.
     """
+
+class Dispatch:
+    """The experts that the tokens of a layer chose, and the assignments (a token and one of its experts) of each.
+
+    Args:
+        choices: [tokens, experts per token], the experts of each token, best first.
+        is_decode: bool [tokens], False for prompt tokens.
+    """
+
+    def __init__(self, choices: _Ints, is_decode: NDArray[np.bool_], num_experts: int) -> None: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def experts_per_token(self) -> int: ...
+    @property
+    def experts(self) -> list[int]:
+        """The experts that any token chose, ascending."""
+
+    @property
+    def scan(self) -> list[int]:
+        """Those that only prompt tokens chose."""
+
+    def assignments(self, expert: int) -> list[int]:
+        """The assignments of an expert: token * experts per token + rank, ascending."""
+
+    def choices(self) -> _Ints:
+        """The experts of each token, best first: [tokens, experts per token], a new array."""
+
+class ExpertTable:
+    """Routed experts whose weights are in an arena: where each lies, and how to run it.
+
+    It does not know which weights have landed; whoever places an expert sees to that.
+
+    Args:
+        hidden: the size of the experts' inputs and outputs.
+        activation: the activation of gate and up.
+    """
+
+    def __init__(self, arena: Arena, *, hidden: int, activation: Activation) -> None: ...
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arena."""
+
+    @property
+    def num_runs(self) -> int:
+        """How many experts have run, counted once for each layer and step."""
+
+    def add_layer(
+        self,
+        layer: int,
+        *,
+        formats: Sequence[Format],
+        width: int,
+        starts: NDArray[np.int64],
+        gate_bias: _Floats | None = None,
+        up_bias: _Floats | None = None,
+        down_bias: _Floats | None = None,
+    ) -> None:
+        """Describe the experts of a layer; none has a place yet.
+
+        Args:
+            formats: formats of gate, up and down.
+            starts: int64 [experts, 3], bytes from an expert's place to gate and up [width, hidden] and down
+                [hidden, width].
+            gate_bias, up_bias: [experts, width].   down_bias: [experts, hidden].
+        """
+
+    def place(self, places: Sequence[tuple[tuple[int, int], int]]) -> None:
+        """From now on, the memory of each (layer, expert) begins at that byte of the arena."""
+
+    def run(
+        self,
+        runtime: Runtime,
+        layer: int,
+        experts: Sequence[int],
+        dispatch: Dispatch,
+        rows: _Floats,
+        out: _Floats,
+    ) -> float:
+        """Write the outputs of some experts of a dispatch, each named once; return the seconds that it took.
+
+        Args:
+            rows: [tokens, hidden].
+            out: [tokens * experts per token, hidden], a row for each assignment; the rows of other experts do not
+                change.
+
+        Raises:
+            ValueError: no token chose an expert, or it has no place.
+        """
 
 class Rotary:
     """Angles of the rotary position embedding: position * inverse_frequency (float64 [pairs], in radians).
@@ -534,6 +617,9 @@ class StackSizes:
     def add_delta_net(self, sizes: _DeltaSizes) -> None: ...
     def add_dense(self, width: int) -> None: ...
     def add_routed(self, num_experts: int, experts_per_token: int, width: int, shared_width: int) -> None: ...
+    def dispatch_bytes(self, max_tokens: int) -> int:
+        """Most bytes that a step allocates: a layer's dispatch, and arrays of experts that run or are predicted."""
+
     def buffer_bytes(self, max_tokens: int) -> int:
         """Bytes that a Stack allocates for steps of at most `max_tokens`."""
 
@@ -550,13 +636,11 @@ class Stack:
 
     Args:
         embedding, head: [vocabulary, hidden].   final_norm: [hidden].
-        activation: the activation of all feed-forward networks.
+        activation: the activation of dense networks and shared experts.
         layers: (norm [hidden], mixer, norm [hidden], feed-forward network) of each layer of `kv`.
         max_tokens: most tokens of a step; working memory is allocated for them.
-        arena: the memory of routed experts; None leaves them out of every sum.
-        offsets: int64 [layers, experts, 3], the offsets of gate, up and down in the arena; required with an arena.
-        is_leased: if true, a step stops when a layer has chosen its experts, and `offsets` need only be valid when an
-            expert runs. Otherwise `offsets` are valid permanently.
+        resident: has every routed expert, permanently. None: a step stops when a layer has chosen its experts.
+        experts_off: leave routed experts out of every sum.
         recurrent: the state of the layers with a gated delta net.
     """
 
@@ -573,9 +657,8 @@ class Stack:
         activation: Activation,
         layers: Sequence[tuple[_Floats, Mixer, _Floats, Ffn]],
         max_tokens: int,
-        arena: Arena | None,
-        offsets: NDArray[np.int64] | None,
-        is_leased: bool,
+        resident: ExpertTable | None = None,
+        experts_off: bool = False,
         recurrent: RecurrentState | None = None,
     ) -> None: ...
     def begin(
@@ -607,11 +690,20 @@ class Stack:
                 or do not continue at its slot's position.
         """
 
-    def advance(self) -> tuple[int, list[int], list[int]] | None:
-        """Continue until the step is done (None), or a layer waits for leased experts.
+    def advance(self) -> tuple[int, Dispatch] | None:
+        """Continue until the step is done (None), or a layer waits for experts: the layer, and its dispatch.
 
-        If a layer waits, returns the layer, the experts that its tokens chose (ascending), and the subset that only
-        prompt tokens chose. All must be run before the next call. ^C ends the call, and the step, between two layers.
+        All experts of the dispatch must be finished before the next call. ^C ends the call, and the step, between two
+        layers.
+        """
+
+    def rows(self) -> _Floats:
+        """While a layer waits, the input of its experts: [tokens, hidden], a view of the stack's memory."""
+
+    def expert_out(self) -> _Floats:
+        """While a layer waits, where the outputs of its experts belong: [tokens * experts per token, hidden], a view.
+
+        Row token * experts per token + rank is for that token and its expert of that rank.
         """
 
     def look_ahead(self) -> list[list[int]]:
@@ -619,16 +711,13 @@ class Stack:
 
         Returns the experts that any token ranks first, then those that any ranks second and none first ...: one list
         for each of `experts_per_token` ranks. Empty if no later layer has routed experts.
-
-        Raises:
-            ValueError: experts of the waiting layer have already run; look-ahead uses their memory.
         """
 
     def run_shared(self) -> None:
         """Run the shared expert of the waiting layer, if it has one; once, before the next `advance`."""
 
-    def run_experts(self, expert_ids: Sequence[int]) -> None:
-        """Run experts of the waiting layer, each once."""
+    def finish_experts(self, experts: Sequence[int]) -> None:
+        """Say that the outputs of these experts of the waiting layer are in `expert_out`; each once."""
 
     def logits(self, rows: NDArray[np.int64], out: _Floats) -> None:
         """Logits [rows, vocabulary] of any tokens of the finished step."""
@@ -650,9 +739,6 @@ class Stack:
 
     def take_seconds(self) -> tuple[float, float, float]:
         """Seconds spent in the router, in attention and dense networks, and in routed experts since the last call."""
-
-    def take_lookups(self) -> int:
-        """Number of resident experts used since the last call, counted once per layer and step."""
 
     def take_uses(self, out: NDArray[np.int64]) -> None:
         """Write how often tokens chose each expert since the last call to `out` [layers, most experts of a layer]."""

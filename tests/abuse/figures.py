@@ -45,7 +45,7 @@ from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.manifest import DENSE_FILE, EXPERTS_FILE, MANIFEST_FILE
 from argosy.checkpoint.pack import pack
 from argosy.errors import ArgosyError, CheckpointError, CorruptRecord, ReadFailed
-from argosy.experts.source import Key
+from argosy.experts.files import Key
 from argosy.guard.keys import SCOPES, KeyFile, KeyRing
 from argosy.model.families import open_model
 from argosy.serve.app import ROUTES, make_app

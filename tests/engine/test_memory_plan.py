@@ -22,7 +22,7 @@ from argosy.engine.memory_plan import (
 from argosy.engine.prefix_files import buffer_bytes
 from argosy.errors import DoesNotFit, UsageError
 from argosy.experts import policy
-from argosy.experts.source import bookkeeping_bytes, resident_bookkeeping_bytes, resident_bytes
+from argosy.experts.files import bookkeeping_bytes, resident_bookkeeping_bytes, resident_bytes
 from argosy.model.families import open_model
 from argosy.model.footprint import kv_bytes
 from tests.models.tiny import qwen3_moe, write_model

@@ -14,8 +14,9 @@ from argosy import Engine, _native
 from argosy.checkpoint.gguf import GgufFile
 from argosy.engine.memory_plan import PROCESS_GROWTH_BYTES, TOKENIZER_ROOM_BYTES
 from argosy.errors import CheckpointError, DoesNotFit
-from argosy.experts.cache import CachedSource
-from argosy.experts.source import ExpertFiles, ResidentReading
+from argosy.experts.cache import CachedRunner
+from argosy.experts.files import ExpertFiles
+from argosy.experts.resident import ResidentReading
 from argosy.model.families import open_model
 from argosy.model.weights import DenseReading, load_dense
 from argosy.prompt.tokenizer import Tokenizer
@@ -111,7 +112,8 @@ def test_experts_read_early_make_way_for_a_tokenizer_beyond_reason(
     with Engine.open(directory, **settings) as engine:
         plan, expected = engine.plan, engine.logits([1, 2, 3]).tolist()
         assert engine._model.experts is not None
-        landed_bytes = engine._model.weights.nbytes + engine._model.experts.arena.nbytes
+        assert engine._model.experts.resident is not None
+        landed_bytes = engine._model.weights.nbytes + engine._model.experts.resident.nbytes
     # Room for a token's experts is left, and not for all of them.
     others = plan.total_bytes - plan.expert_bytes - plan.process_bytes + PROCESS_GROWTH_BYTES
     held = plan.budget_bytes - others - engine.config.experts_per_token * plan.slot_bytes
@@ -119,7 +121,7 @@ def test_experts_read_early_make_way_for_a_tokenizer_beyond_reason(
     order.clear()
     with Engine.open(directory, **settings) as engine:
         assert order == ["experts", "tokenizer"]
-        assert isinstance(engine._model.experts, CachedSource)
+        assert isinstance(engine._model.experts, CachedRunner)
         assert engine.plan.num_slots == engine.config.experts_per_token
         assert engine.logits([1, 2, 3]).tolist() == expected
 

@@ -7,7 +7,7 @@ somebody still uses them are seen.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, Piece
-from argosy.experts.source import Key
+from argosy.experts.files import Key
 
-ROWS, COLS = 3, 5
-MATRIX_BYTES = ROWS * COLS * 4
+WIDTH, HIDDEN = 3, 5
+MATRIX_BYTES = WIDTH * HIDDEN * 4
+RUNTIME = _native.Runtime(1)
 PiecePlace = tuple[int, int, int, int]  # file id, offset, nbytes, destination
 
 
@@ -35,24 +36,70 @@ def make_records(
         pieces, matrices = [], []
         for i, count in enumerate(sizes):
             pieces.append(Piece(path, offset, count * MATRIX_BYTES))
-            matrices += [ExpertMatrix(i, j * MATRIX_BYTES, "f32", ROWS, COLS) for j in range(count)]
+            matrices += [(i, j * MATRIX_BYTES) for j in range(count)]
             offset += count * MATRIX_BYTES + gap
-        records[key] = ExpertRecord(tuple(pieces), *matrices)
-    content = np.random.default_rng(0).integers(0, 256, offset + 100, np.uint8)
+        shapes = ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH))
+        gate, up, down = (
+            ExpertMatrix(*place, "f32", *shape) for place, shape in zip(matrices, shapes, strict=True)
+        )
+        records[key] = ExpertRecord(tuple(pieces), gate, up, down)
+    rng = np.random.default_rng(0)
+    content = rng.integers(0, 256, offset + 100, np.uint8)
+    for record in records.values():
+        for piece in record.pieces:
+            weights = rng.standard_normal(piece.nbytes // 4, np.float32)
+            content[piece.offset : piece.offset + piece.nbytes] = weights.view(np.uint8)
     return records, {str(path): content}
 
 
-def matrix_content(
-    records: dict[Key, ExpertRecord], files: dict[str, NDArray[np.uint8]], key: Key
-) -> list[bytes]:
-    """The bytes that gate, up and down of an expert must have."""
-    record = records[key]
-    found = []
-    for matrix in (record.gate, record.up, record.down):
-        piece = record.pieces[matrix.piece]
-        start = piece.offset + matrix.offset
-        found.append(files[str(piece.path)][start : start + MATRIX_BYTES].tobytes())
-    return found
+class Truth:
+    """The outputs of experts, straight from the content of their file."""
+
+    ROW = np.array([[0.5, -1.0, 2.0, 0.25, -3.0]], np.float32)
+
+    def __init__(self, records: dict[Key, ExpertRecord], files: dict[str, NDArray[np.uint8]]) -> None:
+        self._records, self._files = records, files
+        self._outputs: dict[Key, list[float]] = {}
+
+    def _output(self, key: Key) -> list[float]:
+        if key not in self._outputs:
+            record, out = self._records[key], np.empty((1, HIDDEN), np.float32)
+            gate, up, down = (
+                _native.Matrix(
+                    self._files[str(record.pieces[one.piece].path)],
+                    record.pieces[one.piece].offset + one.offset,
+                    one.format,
+                    one.rows,
+                    one.cols,
+                )
+                for one in (record.gate, record.up, record.down)
+            )
+            _native.swiglu(RUNTIME, gate, up, down, self.ROW, out)
+            self._outputs[key] = out[0].tolist()
+        return self._outputs[key]
+
+    def check(self, table: _native.ExpertTable, layer: int, experts: Sequence[int]) -> None:
+        """Running the experts now gives their own outputs: all of their bytes are where the table says."""
+        dispatch, rows, out = inputs(experts)
+        table.run(RUNTIME, layer, experts, dispatch, rows, out)
+        self.check_outputs(layer, experts, dispatch, out)
+
+    def check_outputs(
+        self, layer: int, experts: Sequence[int], dispatch: _native.Dispatch, out: NDArray[np.float32]
+    ) -> None:
+        for expert in experts:
+            (row,) = dispatch.assignments(expert)
+            assert out[row].tolist() == self._output((layer, expert))
+
+
+def inputs(
+    experts: Sequence[int], scan: Collection[int] = ()
+) -> tuple[_native.Dispatch, NDArray[np.float32], NDArray[np.float32]]:
+    """A dispatch of a token for each expert, their rows and room for the outputs; `scan` are those of prompt tokens."""
+    choices = np.array(experts, np.int32)[:, None]
+    is_decode = np.array([expert not in scan for expert in experts])
+    rows = np.repeat(Truth.ROW, len(experts), axis=0)
+    return _native.Dispatch(choices, is_decode, max(experts) + 1), rows, np.full_like(rows, np.nan)
 
 
 class FakeStore:

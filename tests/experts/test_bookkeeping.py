@@ -9,14 +9,13 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from argosy import _native
 from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, Piece
 from argosy.experts import policy
+from argosy.experts.files import Arithmetic, ExpertFiles, Key, bookkeeping_bytes, resident_bookkeeping_bytes
 from argosy.experts.policy import CachePolicy
-from argosy.experts.source import ExpertFiles, Key, bookkeeping_bytes, resident_bookkeeping_bytes
 
 NUM_LAYERS, NUM_EXPERTS, EXPERTS_PER_TOKEN = 61, 384, 8
 PIECE_BYTES = 128
@@ -81,17 +80,25 @@ def bytes_left_by(make: Callable[[], object]) -> int:
     return in_heap + small_object_bytes(make)
 
 
+def files_of(store: _native.Store, records: dict[Key, ExpertRecord]) -> ExpertFiles:
+    return ExpertFiles(store, records, open_file=store.open)
+
+
 @pytest.mark.parametrize(("num_pieces", "checksum"), [(1, 7), (3, None)])
 def test_expert_files_take_no_more_than_is_planned(
     store: _native.Store, tmp_path: Path, num_pieces: int, checksum: int | None
 ) -> None:
     records = kimi_k2(tmp_path / "experts.bin", num_pieces=num_pieces, checksum=checksum)
 
+    arena = _native.Arena(files_of(store, records).slot_bytes)
+
     def make() -> tuple[ExpertFiles, object]:
-        files = ExpertFiles(store, records, open_file=store.open)
+        files = files_of(store, records)
         for key in records:
             files._read(key)
-        return files, np.zeros_like(files.starts)  # a source's offsets
+        table = files.table(arena, Arithmetic())
+        table.place([(key, 0) for key in records])
+        return files, table
 
     planned = bookkeeping_bytes(records)
     assert 0.7 * planned <= bytes_left_by(make) <= planned

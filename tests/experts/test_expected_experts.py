@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from argosy.errors import ReadFailed
 from argosy.experts.look_ahead import LookAhead
 from tests.experts.fake_store import MATRIX_BYTES
-from tests.experts.test_cached_source import NUM_EXPERTS, NUM_LAYERS, Rig, all_of
+from tests.experts.test_cache import NUM_EXPERTS, NUM_LAYERS, Rig, all_of
 
 ALL = list(range(NUM_EXPERTS))
 
@@ -27,10 +27,10 @@ def lease_and_expect(
     is_guess: bool = False,
 ) -> list[int]:
     found: list[int] = []
-    with rig.source.lease(layer, experts, scan) as lease:
+    with rig.cache.lease(layer, experts, scan) as lease:
         if hint is not None:
             before = len(rig.store.log)
-            rig.source.guess(hint[0], [hint[1][:1], hint[1][1:]], is_sweep=not is_guess)
+            rig.cache.guess(hint[0], [hint[1][:1], hint[1][1:]], is_sweep=not is_guess)
             assert not {"wait", "cancel"} & {kind for kind, _ in rig.store.log[before:]}, "a hint waited"
         for group in lease:
             rig.check(layer, group)
@@ -39,14 +39,14 @@ def lease_and_expect(
 
 
 def trusting_rig(**options: Any) -> Rig:
-    """One whose source reads whatever is guessed."""
+    """One whose cache reads whatever is guessed."""
     rig = Rig(**options)
-    rig.source._look_ahead = (LookAhead(rig.k, least_right=0.0), LookAhead(rig.k, least_right=0.0))
+    rig.cache._look_ahead = (LookAhead(rig.k, least_right=0.0), LookAhead(rig.k, least_right=0.0))
     return rig
 
 
 def check_all_slots_can_be_had(rig: Rig) -> None:
-    trial = copy.deepcopy(rig.source.policy)
+    trial = copy.deepcopy(rig.cache.policy)
     for i in range(trial.num_slots):
         assert trial.admit((0, NUM_EXPERTS + i), is_scan=False) is not None, "a slot is still pinned"
 
@@ -85,15 +85,15 @@ def test_whatever_was_expected_or_guessed_every_expert_comes_once_with_its_own_b
     for layer, wanted, scan, hint in asked:
         found = lease_and_expect(rig, layer, wanted, scan, hint, is_guess=is_guess)
         assert found == sorted(wanted)
-        policy = rig.source.policy
-        assert set(rig.source._early) <= policy.resident()
-    stats = rig.source.stats
+        policy = rig.cache.policy
+        assert set(rig.cache._early) <= policy.resident()
+    stats = rig.cache.stats
     assert stats.lookups == sum(len(wanted) for _, wanted, _, _ in asked)
     assert stats.bytes_read % (3 * MATRIX_BYTES) == 0
     assert stats.lookups - stats.hits + stats.idle_reads == stats.bytes_read // (3 * MATRIX_BYTES)
-    rig.source._forget_hint()
-    while rig.source._early:
-        rig.source._collect_early(block=True)
+    rig.cache._forget_hint()
+    while rig.cache._early:
+        rig.cache._collect_early(block=True)
     assert not rig.store.in_flight
     check_all_slots_can_be_had(rig)
 
@@ -106,16 +106,16 @@ def test_the_next_lease_takes_over_what_was_expected_of_it() -> None:
         fetches = rig.store.num_fetches
         assert all_of(rig.run(1, [3, 4, 5])) == [3, 4, 5]
         assert rig.store.num_fetches == fetches
-        assert (rig.source.stats.reads_ahead, rig.source.stats.hits, rig.source.stats.idle_reads) == (3, 0, 0)
+        assert (rig.cache.stats.reads_ahead, rig.cache.stats.hits, rig.cache.stats.idle_reads) == (3, 0, 0)
 
 
 def test_an_open_lease_reads_all_of_its_own_before_what_is_expected_next() -> None:
     rig = trusting_rig(num_slots=8, k=2)  # a window of 2
-    with rig.source.lease(0, ALL, ALL) as lease:
-        rig.source.guess(1, [ALL, []], is_sweep=True)
+    with rig.cache.lease(0, ALL, ALL) as lease:
+        rig.cache.guess(1, [ALL, []], is_sweep=True)
         for group in lease:
             rig.check(0, group)
-            if rig.source._open is not None and rig.source._open._missing:
+            if rig.cache._open is not None and rig.cache._open._missing:
                 assert not rig.store.ahead
     assert len(rig.store.ahead) >= 1
 
@@ -134,13 +134,13 @@ def test_what_is_expected_takes_no_more_than_the_window_and_displaces_nothing_th
     rig = trusting_rig(num_slots=16, k=2)
     for layer in range(NUM_LAYERS):
         rig.run(layer, [0, 1, 2, 3])
-    window = rig.source.policy.window_slots
-    with rig.source.lease(0, [0, 1, 2, 3]) as lease:
-        rig.source.guess(2, [ALL, []], is_sweep=True)
-        assert 0 < len(rig.source._early) <= window
+    window = rig.cache.policy.window_slots
+    with rig.cache.lease(0, [0, 1, 2, 3]) as lease:
+        rig.cache.guess(2, [ALL, []], is_sweep=True)
+        assert 0 < len(rig.cache._early) <= window
         for group in lease:
             rig.check(0, group)
-    kept = sum(rig.source.policy.slot((layer, expert)) is not None for layer in (0, 1) for expert in range(4))
+    kept = sum(rig.cache.policy.slot((layer, expert)) is not None for layer in (0, 1) for expert in range(4))
     assert kept >= 8 - window
 
 
@@ -148,13 +148,13 @@ def test_experts_of_a_hint_that_are_in_memory_stay_until_they_are_asked_for() ->
     rig = trusting_rig(num_slots=8, k=2)  # a window of 2
     rig.run(2, list(range(8)))
     rig.run(1, [0], scan=[0])
-    with rig.source.lease(2, [7]) as lease:
-        rig.source.guess(1, [[0, 1, 2], []], is_sweep=True)
+    with rig.cache.lease(2, [7]) as lease:
+        rig.cache.guess(1, [[0, 1, 2], []], is_sweep=True)
         list(lease)
-    assert len(rig.source._early) == 1, "the window has one slot left beside the expert that is there"
-    hits = rig.source.stats.hits
+    assert len(rig.cache._early) == 1, "the window has one slot left beside the expert that is there"
+    hits = rig.cache.stats.hits
     rig.run(1, [0, 1, 2])
-    assert rig.source.stats.hits - hits == 1
+    assert rig.cache.stats.hits - hits == 1
 
 
 def test_when_another_layer_leases_first_the_hint_is_given_up_without_waiting() -> None:
@@ -162,17 +162,17 @@ def test_when_another_layer_leases_first_the_hint_is_given_up_without_waiting() 
     lease_and_expect(rig, 0, [0], set(), (1, [3, 4, 5]))
     assert len(rig.store.in_flight) == 3
     rig.run(2, [7])
-    assert not rig.source._early
-    assert all(rig.source.policy.slot((1, expert)) is None for expert in (3, 4, 5))
+    assert not rig.cache._early
+    assert all(rig.cache.policy.slot((1, expert)) is None for expert in (3, 4, 5))
     assert not {kind for kind, _ in rig.store.log} & {"cancel"}
 
 
 def test_a_read_that_came_for_nothing_still_serves_a_later_lease() -> None:
     rig = trusting_rig(num_slots=24, begun=1.0)
     lease_and_expect(rig, 0, [0], set(), (1, [3]))
-    while rig.source._early:  # begun, so it lands: at the latest by one of these leases
+    while rig.cache._early:  # begun, so it lands: at the latest by one of these leases
         list_of(rig, 2, [7])
-    assert rig.source.stats.idle_reads == 1
+    assert rig.cache.stats.idle_reads == 1
     fetches = rig.store.num_fetches
     list_of(rig, 1, [3])
     assert rig.store.num_fetches == fetches
@@ -188,7 +188,7 @@ def test_an_early_read_that_fails_is_heard_of_by_who_needs_it_only() -> None:
         num_slots=24, begun=1.0, fail=lambda number: ("broke", "io") if number in failing else None
     )
     lease_and_expect(rig, 0, [0], set(), (1, [3]))
-    while rig.source._early:
+    while rig.cache._early:
         list_of(rig, 0, [0])  # nobody asks for it: no error
     lease_and_expect(rig, 0, [0], set(), (1, [3]))
     with pytest.raises(ReadFailed, match="layer 1, expert 3"):
@@ -200,8 +200,8 @@ def test_an_early_read_that_fails_is_heard_of_by_who_needs_it_only() -> None:
 def test_a_hint_whose_reads_cannot_be_started_leaves_nothing_behind() -> None:
     rig = trusting_rig(num_slots=24, refuse=2)
     rig.run(0, [0])
-    with rig.source.lease(0, [0]), pytest.raises(OSError, match="no"):
-        rig.source.guess(1, [[3, 4], []], is_sweep=True)
+    with rig.cache.lease(0, [0]), pytest.raises(OSError, match="no"):
+        rig.cache.guess(1, [[3, 4], []], is_sweep=True)
     rig.check_idle()
     list_of(rig, 1, [3, 4])
 
@@ -210,7 +210,7 @@ def test_closing_ends_what_was_read_ahead() -> None:
     rig = trusting_rig(num_slots=24, begun=1.0)
     lease_and_expect(rig, 0, [0], set(), (1, ALL))
     assert rig.store.in_flight
-    rig.source.close()
+    rig.cache.close()
     assert not rig.store.in_flight
 
 
@@ -225,7 +225,7 @@ def test_decode_takes_what_was_read_ahead_out_of_the_window() -> None:
     lease_and_expect(rig, 0, [0, 1], set(), (1, [2, 3]))
     list_of(rig, 1, [2, 3])
     rig.run(2, ALL, scan=ALL)  # a sweep displaces what was only swept in
-    assert all(rig.source.policy.slot((1, expert)) is not None for expert in (2, 3))
+    assert all(rig.cache.policy.slot((1, expert)) is not None for expert in (2, 3))
 
 
 def test_a_failing_lease_leaves_its_hint_to_be_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +251,7 @@ def test_a_right_guess_is_taken_over_and_hurried() -> None:
     assert len(rig.store.guessed) == 2
     assert all_of(rig.run(1, [3, 5])) == [3, 5]
     assert len(rig.store.hurried) == 1
-    assert (rig.source.stats.reads_ahead, rig.store.num_fetches) == (1, 2 + 2 + 1)
+    assert (rig.cache.stats.reads_ahead, rig.store.num_fetches) == (1, 2 + 2 + 1)
 
 
 def test_nothing_is_read_for_a_guess_before_it_was_right_often_enough() -> None:
@@ -260,12 +260,12 @@ def test_nothing_is_read_for_a_guess_before_it_was_right_often_enough() -> None:
         layer, following = turn % NUM_LAYERS, (turn + 1) % NUM_LAYERS
         wanted = [(3 * turn) % NUM_EXPERTS, (3 * turn + 1) % NUM_EXPERTS]
         right, wrong = (3 * turn + 3) % NUM_EXPERTS, (3 * turn + 5) % NUM_EXPERTS
-        with rig.source.lease(layer, wanted) as lease:
-            rig.source.guess(following, [[right], [wrong]], is_sweep=False)
+        with rig.cache.lease(layer, wanted) as lease:
+            rig.cache.guess(following, [[right], [wrong]], is_sweep=False)
             list(lease)
         if not turn:
             assert not rig.store.guessed
-    look_ahead = rig.source._look_ahead[False]
+    look_ahead = rig.cache._look_ahead[False]
     assert look_ahead.is_trusted(0)
     assert not look_ahead.is_trusted(1)
     assert rig.store.guessed
@@ -275,23 +275,23 @@ def test_a_guess_takes_few_slots_and_leaves_what_it_guessed_right_and_has() -> N
     rig = trusting_rig(num_slots=24, k=2)
     for layer in range(NUM_LAYERS):
         rig.run(layer, list(range(8)))  # all slots hold what decode used
-    before = rig.source.policy.resident()
-    with rig.source.lease(0, [0, 1]) as lease:
-        rig.source.guess(1, [[0], [8, 9, 10, 11]], is_sweep=False)
+    before = rig.cache.policy.resident()
+    with rig.cache.lease(0, [0, 1]) as lease:
+        rig.cache.guess(1, [[0], [8, 9, 10, 11]], is_sweep=False)
         list(lease)
-    assert len(before - rig.source.policy.resident()) <= rig.source.policy.guess_slots
-    assert rig.source.policy.slot((1, 0)) is not None
+    assert len(before - rig.cache.policy.resident()) <= rig.cache.policy.guess_slots
+    assert rig.cache.policy.slot((1, 0)) is not None
 
 
 def test_a_read_given_up_half_way_is_done_again_when_it_is_needed_after_all() -> None:
     rig = trusting_rig(num_slots=24, begun=1.0, given_up=1.0)
     lease_and_expect(rig, 0, [0], set(), (1, [3]), is_guess=True)
-    rig.source._forget_hint()
+    rig.cache._forget_hint()
     assert all_of(rig.run(1, [3])) == [3]
 
 
 def test_a_cache_of_a_few_tokens_wants_no_guess() -> None:
-    assert not Rig(num_slots=7, k=2).source.wants_guess(is_sweep=False)
-    assert Rig(num_slots=8, k=2).source.wants_guess(
+    assert not Rig(num_slots=7, k=2).cache.wants_guess(is_sweep=False)
+    assert Rig(num_slots=8, k=2).cache.wants_guess(
         is_sweep=False
     )  # in the first step, to see how often it is right

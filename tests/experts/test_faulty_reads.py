@@ -1,4 +1,4 @@
-"""The cached source over the real store, on a file system whose Nth read fails, comes short, lies or dawdles."""
+"""The expert cache over the real store, on a file system whose Nth read fails, comes short, lies or dawdles."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 from argosy import _native
 from argosy.checkpoint.files import ExpertRecord
 from argosy.errors import ArgosyError, CorruptRecord, ReadFailed
-from argosy.experts.cache import CachedSource
-from argosy.experts.source import ExpertFiles, Key
-from tests.experts.fake_store import MATRIX_BYTES, make_records, matrix_content
+from argosy.experts.cache import ExpertCache
+from argosy.experts.files import ExpertFiles, Key
+from tests.experts.fake_store import MATRIX_BYTES, Truth, make_records
 
 KEYS = [(0, expert) for expert in range(10)]
 ASKED = [1, 2, 4, 7, 8]
@@ -33,18 +33,15 @@ class Rig:
         self.records = {key: _located(record, path, content) for key, record in records.items()}
         self.store = _native.Store(1, faults) if faults is not None else _native.Store(1)
         expert_files = ExpertFiles(self.store, self.records, open_file=self.store.open)
-        self.source = CachedSource(self.store, expert_files, num_slots=6, num_layers=1, experts_per_token=2)
+        self.truth = Truth(self.records, self.content)
+        self.cache = ExpertCache(self.store, expert_files, num_slots=6, num_layers=1, experts_per_token=2)
 
     def run(self) -> list[int]:
         found = []
-        with self.source.lease(0, ASKED) as lease:
+        with self.cache.lease(0, ASKED) as lease:
             for group in lease:
-                memory = self.source.arena.array()
-                for expert in group:
-                    offsets = self.source.offsets[0, expert].tolist()
-                    matrices = [memory[at : at + MATRIX_BYTES].tobytes() for at in offsets]
-                    assert matrices == matrix_content(self.records, self.content, (0, expert))
-                    found.append(expert)
+                self.truth.check(self.cache.table, 0, group)
+                found += group
         return sorted(found)
 
 
@@ -81,7 +78,7 @@ def test_the_nth_read_that_goes_wrong_is_named_and_the_next_lease_is_whole(
     with pytest.raises(error, match=rf"experts\.bin: layer 0, expert {key[1]}: "):
         rig.run()
     assert rig.store.pending() == 0
-    assert rig.source.policy.slot(key) is None
+    assert rig.cache.policy.slot(key) is None
     assert rig.run() == ASKED
 
 
@@ -95,8 +92,8 @@ def test_a_lease_left_while_reads_are_slow_waits_until_no_byte_moves(tmp_path: P
     first = num_opening_reads(tmp_path) + 1
     faults = _native.FaultyFileSystem(first, "delay", num_faults=2, delay_seconds=0.1)
     rig = Rig(tmp_path, faults)
-    with rig.source.lease(0, ASKED):
+    with rig.cache.lease(0, ASKED):
         pass
     assert rig.store.pending() == 0
-    assert not rig.source.policy.resident()
+    assert not rig.cache.policy.resident()
     assert rig.run() == ASKED

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argosy.experts import policy as policy_module
+from argosy.experts.files import Key
 from argosy.experts.policy import CachePolicy
-from argosy.experts.source import Key
 
 Asked = tuple[int, list[int], bool]  # layer, experts, is_scan
 

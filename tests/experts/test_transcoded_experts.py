@@ -18,16 +18,12 @@ from argosy.checkpoint.files import (
     matrix_bytes,
 )
 from argosy.config import Format
-from argosy.experts.cache import CachedSource
-from argosy.experts.source import (
-    ExpertFiles,
-    Key,
-    load_resident,
-    resident_bytes,
-    slot_bytes,
-)
+from argosy.experts.cache import ExpertCache
+from argosy.experts.files import ExpertFiles, Key, resident_bytes, slot_bytes
+from argosy.experts.resident import load_resident
 from tests.native.gguf_blocks import random_blocks
 
+RUNTIME = _native.Runtime(1)
 NUM_EXPERTS = 6
 HIDDEN, WIDTH = 512, 256
 SHAPES = ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH))  # gate, up, down
@@ -83,10 +79,22 @@ class Model:
             for key, each in sorted(pieces.items())
         }
 
-    def check(self, layer: int, experts: Sequence[int], memory: np.ndarray, offsets: np.ndarray) -> None:
-        for expert, starts in zip(experts, offsets.tolist(), strict=True):
-            for start, expected in zip(starts, self.truth[layer, expert], strict=True):
-                assert memory[start : start + len(expected)].tobytes() == expected
+    def check(self, layer: int, experts: Sequence[int], table: _native.ExpertTable) -> None:
+        """Running the experts gives the outputs of their transcoded blocks."""
+        rows = np.random.default_rng(layer).standard_normal((len(experts), HIDDEN), np.float32)
+        choices, found = np.array(experts, np.int32)[:, None], np.empty_like(rows)
+        dispatch = _native.Dispatch(choices, np.ones(len(experts), np.bool_), NUM_EXPERTS)
+        table.run(RUNTIME, layer, experts, dispatch, rows, found)
+        formats = self.records[layer, 0].formats
+        for token, expert in enumerate(experts):
+            matrices = [
+                _native.Matrix(np.frombuffer(data, np.uint8), 0, format, *shape)
+                for data, format, shape in zip(self.truth[layer, expert], formats, SHAPES, strict=True)
+            ]
+            expected = np.empty((1, HIDDEN), np.float32)
+            _native.swiglu(RUNTIME, *matrices, rows[token : token + 1], expected)
+            assert np.isfinite(expected).all()
+            np.testing.assert_array_equal(found[token], expected[0])
 
 
 @pytest.fixture(scope="module")
@@ -102,39 +110,29 @@ def open_files(model: Model, store: _native.Store) -> ExpertFiles:
 def test_leased_experts_are_the_transcoded_blocks(model: Model, num_slots: int) -> None:
     store = _native.Store(3)
     files = open_files(model, store)
-    source = CachedSource(store, files, num_slots=num_slots, num_layers=len(LAYERS), experts_per_token=2)
-    assert not source.is_resident
+    cache = ExpertCache(store, files, num_slots=num_slots, num_layers=len(LAYERS), experts_per_token=2)
     for _ in range(2):
         for layer in range(len(LAYERS)):
             found: list[int] = []
-            with source.lease(layer, range(NUM_EXPERTS), range(NUM_EXPERTS)) as lease:
-                source.guess((layer + 1) % len(LAYERS), [range(NUM_EXPERTS)], is_sweep=True)
+            with cache.lease(layer, range(NUM_EXPERTS), range(NUM_EXPERTS)) as lease:
+                cache.guess((layer + 1) % len(LAYERS), [range(NUM_EXPERTS)], is_sweep=True)
                 for group in lease:
-                    model.check(layer, group, source.arena.array(), source.offsets[layer, list(group)])
+                    model.check(layer, group, cache.table)
                     found += group
             assert sorted(found) == list(range(NUM_EXPERTS))
-    source.close()
+    cache.close()
     store.close()
 
 
 def test_resident_experts_lie_one_behind_the_other_and_in_their_formats(model: Model) -> None:
     store = _native.Store(3)
-    source = load_resident(store, open_files(model, store))
-    assert source.arena.nbytes == resident_bytes(model.records)
+    runner = load_resident(store, open_files(model, store), RUNTIME)
+    assert runner.resident.nbytes == resident_bytes(model.records)
     assert resident_bytes(model.records) < slot_bytes(model.records) * len(model.records)
-    offsets = source.offsets
-    assert source.is_resident
-    assert offsets.shape == (len(LAYERS), NUM_EXPERTS, 3)
-    memory = source.arena.array()
-    for layer, types in enumerate(LAYERS):
-        model.check(layer, range(NUM_EXPERTS), memory, offsets[layer])
-        with source.lease(layer, [4, 1]) as lease:
-            (group,) = lease
-        assert group == [4, 1]
-        assert source.formats(layer) == tuple(SLOT_FORMATS.get(kind, "f32") for kind in types)
-    source.count_resident(7)
-    assert source.stats.lookups == source.stats.hits == 2 * len(LAYERS) + 7
-    assert source.stats.bytes_read == sum(record.nbytes for record in model.records.values())
+    for layer in range(len(LAYERS)):
+        model.check(layer, range(NUM_EXPERTS), runner.resident)
+    assert runner.stats.lookups == runner.stats.hits == NUM_EXPERTS * len(LAYERS)
+    assert runner.stats.bytes_read == sum(record.nbytes for record in model.records.values())
 
 
 def test_memory_of_blocks_is_that_of_their_matrices_and_no_more(model: Model) -> None:

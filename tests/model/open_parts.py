@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +12,16 @@ import numpy as np
 
 from argosy import _native
 from argosy.config import ModelConfig
-from argosy.experts.cache import CachedSource
+from argosy.experts.cache import CachedRunner, ExpertCache
+from argosy.experts.files import ExpertFiles
 from argosy.experts.look_ahead import LookAhead
-from argosy.experts.source import ExpertFiles, ExpertSource, load_resident
+from argosy.experts.resident import load_resident
+from argosy.experts.runner import ExpertRunner
 from argosy.model.families import open_model
-from argosy.model.layers import kv_shapes
+from argosy.model.layers import describe_experts, kv_shapes
 from argosy.model.step import Step
 from argosy.model.weights import DenseWeights, load_dense
+from tests.model.reference_step import ReferenceExperts
 
 BLOCK_TOKENS = 16
 BLOCKS_A_SEQUENCE = 6
@@ -33,8 +36,9 @@ class Parts:
 
     config: ModelConfig
     weights: DenseWeights
-    experts: ExpertSource | None
+    experts: ExpertRunner | None
     runtime: _native.Runtime
+    reference_experts: Callable[[], ReferenceExperts | None] = lambda: None  # the same experts, once more
 
     def kv(self) -> _native.KvCache:
         num_blocks = NUM_SEQUENCES * BLOCKS_A_SEQUENCE
@@ -59,25 +63,32 @@ def open_parts(directory: Path, residency: Residency, *, threads: int = 1) -> It
             opened[path] = store.open(path)
         return opened[path]
 
-    experts: ExpertSource | None = None
+    experts: ExpertRunner | None = None
+    runtime = _native.Runtime(threads)
     try:
         weights = load_dense(store, files.dense, open_file=open_file, norm_offset=files.config.norm_offset)
         expert_files = ExpertFiles(store, files.experts, open_file=open_file)
         if residency == "resident":
-            experts = load_resident(store, expert_files)
+            experts = load_resident(store, expert_files, runtime, describe_experts(config, weights))
         elif residency in ("smallest cache", "guessing cache"):
             is_smallest = residency == "smallest cache"
-            experts = cache = CachedSource(
+            cache = ExpertCache(
                 store,
                 expert_files,
                 num_slots=config.experts_per_token if is_smallest else 4 * config.experts_per_token,
                 num_layers=config.num_layers,
                 experts_per_token=config.experts_per_token,
+                arithmetic=describe_experts(config, weights),
             )
+            experts = CachedRunner(runtime, cache)
             if not is_smallest:  # reads whatever is guessed
                 k = config.experts_per_token
                 cache._look_ahead = (LookAhead(k, least_right=0.0), LookAhead(k, least_right=0.0))
-        yield Parts(config, weights, experts, _native.Runtime(threads))
+
+        def reference_experts() -> ReferenceExperts | None:
+            return None if experts is None else ReferenceExperts(store, expert_files)
+
+        yield Parts(config, weights, experts, runtime, reference_experts)
     finally:
         if experts is not None:
             experts.close()

@@ -1,6 +1,7 @@
 """A step of a decoder as separate operations, one after the other: what the native stack must equal bit for bit.
 
-Every operation is called from Python on whole steps, and experts are leased whether or not all are in memory.
+Every operation is called from Python on whole steps. Its experts are in memory of its own, and it groups tokens by
+expert itself.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.config import ModelConfig
-from argosy.experts.source import ExpertSource
+from argosy.experts.files import ExpertFiles
 from argosy.model.layers import describe_activation, routing
 from argosy.model.rope import rotary
 from argosy.model.step import Step
@@ -26,6 +27,27 @@ def _positions(step: Step) -> NDArray[np.int32] | Floats:
     return step.order if step.angles is None else step.angles
 
 
+class ReferenceExperts:
+    """Every expert, and where it lies: offsets int64 [experts, 3] of a layer's gate, up and down."""
+
+    def __init__(self, store: _native.Store, files: ExpertFiles) -> None:
+        places, nbytes = files.places()
+        self.arena = _native.Arena(nbytes)
+        tickets = files.fetch(self.arena, list(places.items()))
+        while tickets:
+            done = store.wait_any(tickets)
+            assert all(message is None for _, message, _ in done)
+            tickets = [ticket for ticket in tickets if ticket not in {landed for landed, _, _ in done}]
+        self._records = files.records
+        self._offsets = {key: np.array(files._starts(key), np.int64) + at for key, at in places.items()}
+
+    def formats(self, layer: int) -> Sequence[_native.Format]:
+        return self._records[layer, 0].formats
+
+    def offsets(self, layer: int, experts: Sequence[int]) -> NDArray[np.int64]:
+        return np.stack([self._offsets[layer, expert] for expert in experts])
+
+
 class ReferenceDecoder:
     """Step -> logits of every token; `tapped` has the hidden states of the last step's taps."""
 
@@ -33,7 +55,7 @@ class ReferenceDecoder:
         self,
         config: ModelConfig,
         weights: DenseWeights,
-        experts: ExpertSource | None,
+        experts: ReferenceExperts | None,
         kv: _native.KvCache,
         runtime: _native.Runtime,
         recurrent: _native.RecurrentState | None = None,
@@ -218,7 +240,7 @@ class ReferenceDecoder:
             return
         self._add_shared(hidden, normed, name)
         if self.experts is not None:
-            self._add_routed(hidden, normed, layer, step, self.experts)
+            self._add_routed(hidden, normed, layer, self.experts)
 
     def _swiglu(self, x: Floats, *names: str) -> Floats:
         out = np.empty_like(x)
@@ -236,42 +258,35 @@ class ReferenceDecoder:
         else:
             hidden += out
 
-    def _add_routed(
-        self, hidden: Floats, normed: Floats, layer: int, step: Step, experts: ExpertSource
-    ) -> None:
+    def _add_routed(self, hidden: Floats, normed: Floats, layer: int, experts: ReferenceExperts) -> None:
         config, k = self.config, self.config.experts_per_token
         logits = self._projection(f"layers.{layer}.router", normed)
         ids, weights = np.empty((len(normed), k), np.int32), np.empty((len(normed), k), np.float32)
         _native.route(self.runtime, routing(config, layer, self.weights), logits, ids, weights)
 
         flat = ids.reshape(-1)
-        out = np.empty((flat.size, config.hidden_size), np.float32)
-        wanted_by_decode = set(ids[step.is_decode].reshape(-1).tolist())
         chosen = sorted(set(flat.tolist()))
-        scan = [expert for expert in chosen if expert not in wanted_by_decode]
-        with experts.lease(layer, chosen, scan) as lease:
-            for group in lease:
-                rows = [np.flatnonzero(flat == expert).astype(np.int32) for expert in group]
-                row = np.concatenate(rows)
-                biases = {
-                    f"{part}_bias": table.reshape(config.num_experts, -1)[list(group)]
-                    for part in ("gate", "up", "down")
-                    if (table := self.weights.vectors.get(f"layers.{layer}.expert_{part}_bias")) is not None
-                }
-                starts = np.cumsum([0, *(len(each) for each in rows)], dtype=np.int32)
-                _native.swiglu_experts(
-                    self.runtime,
-                    experts.arena,
-                    experts.formats(layer),
-                    config.hidden_size,
-                    config.expert_width,
-                    experts.offsets[layer, list(group)],
-                    normed,
-                    starts,
-                    row // np.int32(k),
-                    row,
-                    out,
-                    activation=describe_activation(config),
-                    **biases,
-                )
+        rows = [np.flatnonzero(flat == expert).astype(np.int32) for expert in chosen]
+        row = np.concatenate(rows)
+        biases = {
+            f"{part}_bias": table.reshape(config.num_experts, -1)[chosen]
+            for part in ("gate", "up", "down")
+            if (table := self.weights.vectors.get(f"layers.{layer}.expert_{part}_bias")) is not None
+        }
+        out = np.empty((flat.size, config.hidden_size), np.float32)
+        _native.swiglu_experts(
+            self.runtime,
+            experts.arena,
+            experts.formats(layer),
+            config.hidden_size,
+            config.expert_width,
+            experts.offsets(layer, chosen),
+            normed,
+            np.cumsum([0, *(len(each) for each in rows)], dtype=np.int32),
+            row // np.int32(k),
+            row,
+            out,
+            activation=describe_activation(config),
+            **biases,
+        )
         _native.combine(self.runtime, out, weights, hidden)

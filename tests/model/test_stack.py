@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from argosy import _native
 from argosy.checkpoint.pack import pack
 from argosy.config import ModelConfig
-from argosy.experts.source import Lease
+from argosy.experts.runner import Rows
 from argosy.model.clock import PARTS, PartClock
 from argosy.model.decoder import Decoder, RouteObserver
 from argosy.model.families import open_model
@@ -99,7 +99,12 @@ def test_a_step_has_the_bits_of_its_operations(directory: Path, residency: Any, 
         expected = run(
             parts,
             ReferenceDecoder(
-                parts.config, parts.weights, parts.experts, parts.kv(), parts.runtime, parts.recurrent()
+                parts.config,
+                parts.weights,
+                parts.reference_experts(),
+                parts.kv(),
+                parts.runtime,
+                parts.recurrent(),
             ),
         )
         found = run(parts, decoder_of(parts))
@@ -134,7 +139,7 @@ def test_sizes_differ_where_a_layer_does() -> None:
     assert sizes(32) != sizes(48)
     assert sizes(4800).scratch_bytes(MAX_TOKENS, 1) > sizes(32).scratch_bytes(MAX_TOKENS, 1)
     # Three rows of hidden state, two heads of key and value, query and attended, sines, routing, outputs of experts.
-    row = 3 * 64 + 2 * 32 + 2 * 64 + 2 * 8 + 8 + 5 * 2 + 1 + 2 * 64
+    row = 3 * 64 + 2 * 32 + 2 * 64 + 2 * 8 + 8 + 2 * 2 + 1 + 2 * 64
     assert sizes(32).buffer_bytes(64) == 64 * 4 * row
 
 
@@ -177,67 +182,73 @@ def test_uses_are_how_often_tokens_chose_each_expert_since_they_were_taken(
     np.testing.assert_array_equal(found, expected)
 
 
-def test_a_resident_model_needs_no_lease_and_counts_the_same_lookups() -> None:
+def test_a_resident_model_runs_without_python_and_counts_the_same_lookups() -> None:
     reference = REFERENCES[0]
     with open_parts(reference.directory, "resident") as parts:
         assert parts.experts is not None
         run(parts, decoder_of(parts, observe=lambda layer, ids: None))
-        leased = parts.experts.stats.lookups
+        observed = parts.experts.stats.lookups
 
-        def no_lease(*_: Any) -> Lease:
-            raise AssertionError("a resident model asked for a lease")
+        def no_run(*_: Any) -> Any:
+            raise AssertionError("a resident model asked Python to run experts")
 
-        parts.experts.lease = no_lease  # type: ignore[method-assign]
+        parts.experts.run = no_run  # type: ignore[method-assign]
         run(parts, decoder_of(parts))
 
-    assert leased > 0
-    assert parts.experts.stats.lookups == 2 * leased
-    assert parts.experts.stats.hits == 2 * leased
+    assert observed > 0
+    assert parts.experts.stats.lookups == 2 * observed
+    assert parts.experts.stats.hits == 2 * observed
 
 
 class Watched:
-    """An expert source that notes what it is asked for."""
+    """An expert runner that notes what it is asked for."""
 
-    def __init__(self, source: Any) -> None:
-        self.source = source
+    def __init__(self, runner: Any) -> None:
+        self.runner = runner
         self.calls: list[tuple[Any, ...]] = []
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
+        return getattr(self.runner, name)
 
-    def lease(self, layer: int, expert_ids: Sequence[int], scan: Collection[int] = ()) -> Lease:
-        self.calls.append(("lease", layer, list(expert_ids), list(scan)))
-        lease: Lease = self.source.lease(layer, expert_ids, scan)
-        return lease
+    def run(self, layer: int, dispatch: _native.Dispatch, rows: Rows, out: Rows) -> Any:
+        self.calls.append(("run", layer, dispatch))
+        return self.runner.run(layer, dispatch, rows, out)
 
     def guess(self, layer: int, by_rank: Sequence[Sequence[int]], *, is_sweep: bool) -> None:
         self.calls.append(("guess", layer, by_rank, is_sweep))
-        self.source.guess(layer, by_rank, is_sweep=is_sweep)
+        self.runner.guess(layer, by_rank, is_sweep=is_sweep)
 
 
 def watched_calls(
     directory: Path, steps: Sequence[Sequence[Run]], residency: Residency = "smallest cache"
 ) -> tuple[list[Any], Any]:
     with open_parts(directory, residency) as parts:
-        source = Watched(parts.experts)
-        watched = Parts(parts.config, parts.weights, source, parts.runtime)  # type: ignore[arg-type]
+        runner = Watched(parts.experts)
         choices: list[Any] = []
+        watched = replace(parts, experts=runner)  # type: ignore[arg-type]
         decoder = decoder_of(watched, observe=lambda layer, ids: choices.append(ids.copy()))
         for step in make_steps(parts.config, steps):
             decoder.forward(step)
-        return source.calls, choices
+        return runner.calls, choices
 
 
-def test_a_lease_names_the_experts_chosen_and_those_that_only_prompt_tokens_chose(tmp_path: Path) -> None:
+def test_a_dispatch_groups_the_choices_by_expert_and_names_those_of_prompt_tokens_only(
+    tmp_path: Path,
+) -> None:
     directory = write_model(tmp_path, qwen3_moe(num_experts=16, num_experts_per_tok=2), seed=1)
     calls, choices = watched_calls(directory, [[Run(0, 5)], [decode(0), Run(1, 3)], [decode(0), decode(1)]])
-    leases = [call for call in calls if call[0] == "lease"]
+    runs = [call for call in calls if call[0] == "run"]
     num_decoding = [0] * 3 + [1] * 3 + [2] * 3  # the first rows of a batch here
-    assert len(leases) == len(choices) == 9
-    for (_, layer, experts, scan), ids, decoding in zip(leases, choices, num_decoding, strict=True):
+    assert len(runs) == len(choices) == 9
+    for (_, layer, dispatch), ids, decoding in zip(runs, choices, num_decoding, strict=True):
+        flat = ids.reshape(-1)
         assert layer in range(3)
-        assert experts == sorted(set(ids.reshape(-1).tolist()))
-        assert scan == sorted(set(experts) - set(ids[:decoding].reshape(-1).tolist()))
+        assert (dispatch.num_tokens, dispatch.experts_per_token) == ids.shape
+        np.testing.assert_array_equal(dispatch.choices(), ids)
+        assert dispatch.experts == sorted(set(flat.tolist()))
+        assert dispatch.scan == sorted(set(dispatch.experts) - set(ids[:decoding].reshape(-1).tolist()))
+        for expert in dispatch.experts:
+            assert dispatch.assignments(expert) == np.flatnonzero(flat == expert).tolist()
 
 
 def test_looking_ahead_names_what_the_next_router_says_of_the_present_hidden_state(tmp_path: Path) -> None:
@@ -271,26 +282,25 @@ def test_looking_ahead_names_what_the_next_router_says_of_the_present_hidden_sta
         assert asked == 2 * (len(config.moe_layers) - 1)
 
 
-def test_nothing_looks_ahead_once_experts_have_run(tmp_path: Path) -> None:
+def test_looking_ahead_while_experts_run_changes_nothing(tmp_path: Path) -> None:
     directory = write_model(tmp_path, mixtral(num_local_experts=4, num_experts_per_tok=2), seed=1)
     with open_parts(directory, "smallest cache") as parts:
+        (step,) = make_steps(parts.config, [[Run(0, 3)]])
+        expected = decoder_of(parts).forward(step)
         decoder = decoder_of(parts)
-        run_experts, refused = decoder._stack.run_experts, []
+        looked: list[list[list[int]]] = []
 
         class Stack:
             def __getattr__(self, name: str) -> Any:
                 return getattr(stack, name)
 
-            def run_experts(self, *group: Any) -> None:
-                run_experts(*group)
-                with pytest.raises(ValueError, match="experts have run"):
-                    stack.look_ahead()
-                refused.append(True)
+            def finish_experts(self, experts: Sequence[int]) -> None:
+                stack.finish_experts(experts)
+                looked.append(stack.look_ahead())
 
         stack, decoder._stack = decoder._stack, Stack()  # type: ignore[assignment]
-        (step,) = make_steps(parts.config, [[Run(0, 3)]])
-        decoder.forward(step)
-    assert refused
+        np.testing.assert_array_equal(decoder.forward(step), expected)
+    assert any(looked)
 
 
 def test_prompts_and_tokens_guess_for_the_layer_that_follows(tmp_path: Path) -> None:
@@ -301,36 +311,36 @@ def test_prompts_and_tokens_guess_for_the_layer_that_follows(tmp_path: Path) -> 
     in_order = [(call[0], call[1], call[-1] if call[0] == "guess" else None) for call in calls]
     for step, is_sweep in enumerate((True, False)):
         assert in_order[5 * step : 5 * step + 5] == [
-            ("lease", 0, None),
+            ("run", 0, None),
             ("guess", 1, is_sweep),
-            ("lease", 1, None),
+            ("run", 1, None),
             ("guess", 2, is_sweep),
-            ("lease", 2, None),
+            ("run", 2, None),
         ]
 
 
 def test_a_failed_read_ends_the_step_and_the_next_one_is_whole(tmp_path: Path) -> None:
     directory = write_model(tmp_path, qwen2_moe(), seed=2)
     with open_parts(directory, "smallest cache") as parts:
-        source = Watched(parts.experts)
-        decoder = decoder_of(Parts(parts.config, parts.weights, source, parts.runtime))  # type: ignore[arg-type]
+        runner = Watched(parts.experts)
+        decoder = decoder_of(replace(parts, experts=runner))  # type: ignore[arg-type]
         (step,) = make_steps(parts.config, [[Run(0, 9)]])
         expected = decoder.forward(step)
-        lease, source.lease = source.lease, fail_at_second_call(source.lease)  # type: ignore[method-assign]
+        run, runner.run = runner.run, fail_at_second_call(runner.run)  # type: ignore[method-assign]
         with pytest.raises(InterruptedError):
             decoder.forward(step)
-        source.lease = lease  # type: ignore[method-assign]
+        runner.run = run  # type: ignore[method-assign]
         np.testing.assert_array_equal(decoder.forward(step), expected)
 
 
-def fail_at_second_call(lease: Any) -> Any:
+def fail_at_second_call(run: Any) -> Any:
     calls: list[int] = []
 
-    def failing(layer: int, expert_ids: Sequence[int], scan: Collection[int] = ()) -> Any:
+    def failing(layer: int, *arguments: Any) -> Any:
         calls.append(layer)
         if len(calls) == 2:
             raise InterruptedError
-        return lease(layer, expert_ids, scan)
+        return run(layer, *arguments)
 
     return failing
 
@@ -361,8 +371,8 @@ def test_logits_of_any_rows_are_those_of_the_step() -> None:
 
 
 @pytest.fixture
-def waiting(tmp_path: Path) -> Iterator[tuple[_native.Stack, Any, tuple[int, list[int], list[int]]]]:
-    """A stack that waits for experts, its source, and what it waits for."""
+def waiting(tmp_path: Path) -> Iterator[tuple[_native.Stack, int, _native.Dispatch]]:
+    """A stack that waits for experts, the layer that waits, and its dispatch."""
     directory = write_model(tmp_path, qwen3_moe(num_experts=8, num_experts_per_tok=3), seed=1)
     with open_parts(directory, "resident") as parts:
         decoder = decoder_of(parts, observe=lambda layer, ids: None)
@@ -370,7 +380,7 @@ def waiting(tmp_path: Path) -> Iterator[tuple[_native.Stack, Any, tuple[int, lis
         begin(decoder, step)
         demand = decoder._stack.advance()
         assert demand is not None
-        yield decoder._stack, parts.experts, demand
+        yield decoder._stack, *demand
 
 
 def begin(decoder: Decoder, step: Step, **changes: Any) -> None:
@@ -387,36 +397,44 @@ def begin(decoder: Decoder, step: Step, **changes: Any) -> None:
     decoder._stack.begin(**(arguments | changes))
 
 
-def test_an_expert_runs_once_and_only_if_its_layer_waits_for_it(waiting: Any) -> None:
-    stack, _, (layer, wanted, _) = waiting
+def test_an_expert_finishes_once_and_only_if_its_layer_waits_for_it(waiting: Any) -> None:
+    stack, layer, dispatch = waiting
+    wanted = dispatch.experts
     other = next(expert for expert in range(8) if expert not in wanted)
 
-    def run(experts: list[int]) -> None:
-        stack.run_experts(experts)
-
-    with pytest.raises(ValueError, match=f"layer {layer} does not wait for expert {other}"):
-        run([other])
-    run(wanted[:2])
+    for wrong in (other, -1, 8):
+        with pytest.raises(ValueError, match=f"layer {layer} does not wait for expert {wrong}"):
+            stack.finish_experts([wrong])
+    stack.finish_experts(wanted[:2])
     with pytest.raises(ValueError, match=f"layer {layer} does not wait for expert {wanted[1]}"):
-        run([wanted[1]])
+        stack.finish_experts([wanted[1]])
     with pytest.raises(ValueError, match=f"layer {layer} still waits for 1 experts"):
         stack.advance()
-    with pytest.raises(ValueError, match="no layer waits for experts"):
-        run(wanted[2:])
+    for call in (stack.rows, stack.expert_out, lambda: stack.finish_experts(wanted[2:])):
+        with pytest.raises(ValueError, match="no layer waits for experts"):
+            call()
 
 
-def test_an_expert_outside_the_arena_is_refused(waiting: Any) -> None:
-    stack, source, (layer, wanted, _) = waiting
-    source.offsets[layer, wanted[0]] = source.arena.nbytes
-    with pytest.raises(ValueError, match="does not lie inside memory of"):
-        stack.run_experts(wanted[:1])
+def test_rows_and_outputs_are_views_that_outlive_the_stack(waiting: Any) -> None:
+    stack, _, dispatch = waiting
+    rows, out = stack.rows(), stack.expert_out()
+    assert rows.shape[0] == dispatch.num_tokens
+    assert out.shape == (dispatch.num_tokens * dispatch.experts_per_token, rows.shape[1])
+    assert not rows.flags.writeable
+    out[:] = 7
+    assert (stack.expert_out() == 7).all()
+    del stack, waiting
+    assert (out == 7).all()
 
 
-def test_a_number_that_is_no_expert_is_refused(waiting: Any) -> None:
-    stack, _, _ = waiting
-    for wrong in (-1, 8):
-        with pytest.raises(ValueError, match=rf"expert_ids\[0\] is {wrong}, expected 0 to 7"):
-            stack.run_experts([wrong])
+def test_a_dispatch_that_somebody_keeps_does_not_change(tmp_path: Path) -> None:
+    calls, choices = watched_calls(
+        write_model(tmp_path, qwen3_moe(num_experts=16, num_experts_per_tok=2), seed=1), [[Run(0, 5)]]
+    )
+    kept = [call[2] for call in calls if call[0] == "run"]
+    assert len({tuple(dispatch.experts) for dispatch in kept}) > 1
+    for dispatch, ids in zip(kept, choices, strict=True):
+        np.testing.assert_array_equal(dispatch.choices(), ids)
 
 
 WRONG_STEPS = {
@@ -495,7 +513,7 @@ def test_a_step_with_media_has_the_bits_of_its_operations(
     with open_parts(directory, residency, threads=threads) as parts:
         config = parts.config
         reference = ReferenceDecoder(
-            config, parts.weights, parts.experts, parts.kv(), parts.runtime, parts.recurrent()
+            config, parts.weights, parts.reference_experts(), parts.kv(), parts.runtime, parts.recurrent()
         )
         decoder = decoder_of(parts)
         for number, text in enumerate(make_steps(config, STEPS)):

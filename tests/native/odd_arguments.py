@@ -107,9 +107,18 @@ class Case:
             self.matrix(self.EXPERTS, 64, "f32"),
             self.routing(),
             width=32,
-            formats=("q4", "q4", "q4"),
             shared=shared,
         )
+
+    def table(self, *, is_placed: bool = True) -> Any:
+        table = self.native.ExpertTable(self.arena(), hidden=64, activation=("silu", 0.0, 0.0))
+        table.add_layer(0, formats=("q4", "q4", "q4"), width=32, starts=self.offsets())
+        if is_placed:
+            table.place([((0, expert), 0) for expert in range(self.EXPERTS)])
+        return table
+
+    def dispatch(self) -> Any:
+        return self.native.Dispatch(np.array([[0, 1], [1, 3], [3, 0]], np.int32), np.zeros(3, np.bool_), 4)
 
     def stack_sizes(self) -> Any:
         sizes = self.native.StackSizes(64, 8)
@@ -117,8 +126,7 @@ class Case:
         sizes.add_routed(self.EXPERTS, 2, 32, 32)
         return sizes
 
-    def stack_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        arena = self.arena()
+    def stack_arguments(self, *, is_resident: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
         layers = [(self.floats(64), self.gqa(), self.floats(64), self.routed())]
         return (self.runtime, self.kv()), {
             "embedding": self.matrix(self.VOCABULARY, 64),
@@ -129,9 +137,8 @@ class Case:
             "activation": ("silu", 0.0, 0.0),
             "layers": layers,
             "max_tokens": self.TOKENS,
-            "arena": arena,
-            "offsets": self.offsets()[None],
-            "is_leased": True,
+            "resident": self.table() if is_resident else None,
+            "experts_off": False,
         }
 
     def stack(self, *, steps: int = 0) -> Any:
@@ -144,7 +151,7 @@ class Case:
             waits = stack.advance()
         if steps > 2:
             stack.run_shared()
-            stack.run_experts(waits[1])
+            stack.finish_experts(waits[1].experts)
             stack.advance()
         return stack
 
@@ -226,9 +233,10 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         ),
         "dense_ffn": lambda: (m(32, 64), m(32, 64), m(64, 32)),
         "routed_ffn": lambda: (
-            m(4, 64, "f32"), case.routing(), f(4), 32, ("q4", "q4", "q4"), (m(32, 64), m(32, 64), m(64, 32)),
-            m(1, 64, "f32"), f(4 * 32), f(4 * 32), f(4 * 64),
+            m(4, 64, "f32"), case.routing(), f(4), 32, (m(32, 64), m(32, 64), m(64, 32)), m(1, 64, "f32"),
         ),
+        "Dispatch": lambda: (np.array([[0, 3], [3, 1]], np.int32), np.array([True, False]), 4),
+        "ExpertTable": lambda: (case.arena(), 64, ("silu", 0.0, 0.0)),
         "memory_probe": lambda: (1, 4 << 20),
         "int8_probe": lambda: (1,),
         "ask_ahead_probe": lambda: (1,),
@@ -255,13 +263,14 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
     }  # fmt: skip
     # Arguments behind these are given by name.
     first_by_name = {"swiglu_experts": 11, "grouped_query_attention": 4, "gated_delta_net": 3, "routed_ffn": 2,
-                     "multi_head_latent_attention": 5, "Routing": 1}  # fmt: skip
+                     "multi_head_latent_attention": 5, "Routing": 1, "ExpertTable": 1}  # fmt: skip
     names = {
         "swiglu_experts": "activation gate_bias up_bias down_bias",
         "grouped_query_attention": "num_heads window scale query_bias key_bias value_bias output_bias query_norm"
         " key_norm is_norm_flat limit sinks has_gate",
         "gated_delta_net": "z a conv rate dt_bias norm sizes is_tiled state_layer",
-        "routed_ffn": "router_bias width formats shared shared_score gate_bias up_bias down_bias",
+        "routed_ffn": "router_bias width shared shared_score",
+        "ExpertTable": "hidden activation",
         "multi_head_latent_attention": "num_heads rope_dim scale norm_eps kv_norm query_down query_norm",
         "Routing": "score choice_bias num_groups kept_groups group_score renormalize renormalize_eps scale",
     }
@@ -304,6 +313,10 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "RecurrentState.copy_out": (case.state, lambda: (0, f(case.state().slot_floats))),
         "RecurrentState.copy_in": (case.state, lambda: (0, f(case.state().slot_floats), 5)),
         "RecurrentState.copy_slot": (case.state, lambda: (0, 1)),
+        "Dispatch.assignments": (case.dispatch, lambda: (3,)),
+        "Dispatch.choices": (case.dispatch, lambda: ()),
+        "ExpertTable.place": (lambda: case.table(is_placed=False), lambda: ([((0, 1), 64), ((0, 3), 0)],)),
+        "ExpertTable.run": (case.table, lambda: (runtime, 0, [0, 3], case.dispatch(), f(3, 64), f(6, 64))),
         "Rotary.angles": (
             lambda: n.Rotary(np.ones(8), 1.0, False, (0, 1, 2, 0, 1, 2, 0, 0)),
             lambda: (runtime, f(3, 3), f(3, 8), f(3, 8)),
@@ -313,6 +326,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "StackSizes.add_delta_net": (case.stack_sizes, lambda: (case.sizes,)),
         "StackSizes.add_dense": (case.stack_sizes, lambda: (32,)),
         "StackSizes.add_routed": (case.stack_sizes, lambda: (8, 2, 32, 16)),
+        "StackSizes.dispatch_bytes": (case.stack_sizes, lambda: (8,)),
         "StackSizes.buffer_bytes": (case.stack_sizes, lambda: (8,)),
         "StackSizes.scratch_bytes": (case.stack_sizes, lambda: (8, 2)),
         "Stack.hidden": (lambda: case.stack(steps=2), lambda: ()),
@@ -321,10 +335,11 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "Stack.advance": (lambda: case.stack(steps=1), lambda: ()),
         "Stack.look_ahead": (lambda: case.stack(steps=2), lambda: ()),
         "Stack.run_shared": (lambda: case.stack(steps=2), lambda: ()),
-        "Stack.run_experts": (lambda: case.stack(steps=2), lambda: ([0, 1],)),
+        "Stack.rows": (lambda: case.stack(steps=2), lambda: ()),
+        "Stack.expert_out": (lambda: case.stack(steps=2), lambda: ()),
+        "Stack.finish_experts": (lambda: case.stack(steps=2), lambda: ([0, 1],)),
         "Stack.logits": (lambda: case.stack(steps=3), lambda: (j(0, 2), f(2, case.VOCABULARY))),
         "Stack.take_seconds": (case.stack, lambda: ()),
-        "Stack.take_lookups": (case.stack, lambda: ()),
         "Stack.take_uses": (case.stack, lambda: (np.zeros((1, 4), np.int64),)),
     }
 
@@ -336,7 +351,15 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
     calls = {name: call_of(name, arguments) for name, arguments in functions.items()}
     calls |= {name: method_of(name, owner, arguments) for name, (owner, arguments) in methods.items()}
     calls["gated_delta"] = lambda: (n.gated_delta, *case.delta())
-    calls["Stack"] = lambda: (n.Stack, *case.stack_arguments())
+    calls["Stack"] = lambda: (n.Stack, *case.stack_arguments(is_resident=True))
+    calls["ExpertTable.add_layer"] = lambda: (
+        n.ExpertTable(case.arena(), hidden=64, activation=("silu", 0.0, 0.0)).add_layer,
+        (2,),
+        {
+            "formats": ("q4", "q4", "q4"), "width": 32, "starts": case.offsets(), "gate_bias": f(4, 32),
+            "up_bias": f(4, 32), "down_bias": f(4, 64),
+        },
+    )  # fmt: skip
     return calls
 
 
@@ -399,7 +422,8 @@ def odd_arrays(array: Any) -> Iterator[Any]:
 @functools.cache
 def odd_objects(native: Any) -> list[Any]:
     """Objects that were never initialised, or closed."""
-    names = ("Matrix", "Runtime", "Arena", "Store", "KvCache", "Routing", "Mixer", "Ffn", "Rotary", "Record")
+    names = ("Matrix", "Runtime", "Arena", "Store", "KvCache", "Routing", "Mixer", "Ffn", "Rotary", "Record",
+             "Dispatch", "ExpertTable")  # fmt: skip
     kinds = [getattr(native, name) for name in names]
     closed = [native.Arena(4096), native.Runtime(1), native.Store(1)]
     for one in closed:
@@ -495,7 +519,9 @@ def walk_orders(case: Case, walker: Walker) -> None:
         "advance": lambda _: (),
         "look_ahead": lambda _: (),
         "run_shared": lambda _: (),
-        "run_experts": lambda _: ([0],),
+        "finish_experts": lambda _: ([0],),
+        "rows": lambda _: (),
+        "expert_out": lambda _: (),
         "logits": lambda _: (case.longs(0), case.floats(1, case.VOCABULARY)),
     }
     for steps in range(4):

@@ -37,7 +37,7 @@ def test_none_in_a_list_is_refused_by_its_place(case: Case) -> None:
         case.store().fetch_many(case.arena(), [(None, 0)])
     with pytest.raises(ValueError, match=r"shared\[2\] is None, expected argosy._native.Matrix"):
         native.routed_ffn(
-            case.matrix(4, 64, "f32"), case.routing(), width=32, formats=("q4", "q4", "q4"),
+            case.matrix(4, 64, "f32"), case.routing(), width=32,
             shared=(case.matrix(32, 64), case.matrix(32, 64), None),  # type: ignore[arg-type]
         )  # fmt: skip
     (runtime, kv), arguments = case.stack_arguments()

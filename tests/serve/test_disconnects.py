@@ -30,7 +30,7 @@ import uvicorn
 from argosy import Engine, SamplingParams
 from argosy.engine.loop import AnswerEnd, AnswerToken, EngineLoop
 from argosy.engine.sequence import Result, TokenEvent
-from argosy.experts.cache import CachedSource
+from argosy.experts.cache import CachedRunner, ExpertCache
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.limits import Limits
 from argosy.prompt.prompt import Prompt, PromptBuilder, Trace
@@ -185,7 +185,7 @@ def seconds_to_release(server: Server, tenant: str) -> float:
     return last_seen - began
 
 
-def leased_slots(experts: CachedSource) -> set[tuple[int, int]]:
+def leased_slots(experts: ExpertCache) -> set[tuple[int, int]]:
     pinned = {
         (number, expert) for number, layer in enumerate(experts.policy._layers) for expert in layer.pinned
     }
@@ -194,8 +194,9 @@ def leased_slots(experts: CachedSource) -> set[tuple[int, int]]:
 
 def held(server: Server) -> dict[str, Any]:
     """All that requests take, by name."""
-    facts, experts = server.engine.facts(), server.engine._model.experts
-    assert isinstance(experts, CachedSource)
+    facts, runner = server.engine.facts(), server.engine._model.experts
+    assert isinstance(runner, CachedRunner)
+    experts = runner.cache
     return {
         "sequences": facts.num_running + facts.num_waiting,
         "KV blocks": facts.kv_blocks_held,

@@ -27,7 +27,7 @@ from argosy.engine.scheduler import Scheduled
 from argosy.engine.sequence import FinishReason, Result, TokenEvent, TokenLogprob
 from argosy.engine.sequence import Sequence as EngineSequence
 from argosy.errors import ArgosyError
-from argosy.experts.source import ExpertSource
+from argosy.experts.runner import ExpertRunner
 from argosy.model.clock import PartClock
 from argosy.model.model import Model
 from argosy.plan import machine
@@ -63,7 +63,7 @@ class Answers:
         admission: Admission,
         *,
         clock: PartClock,
-        experts: ExpertSource | None,
+        experts: ExpertRunner | None,
     ) -> None:
         self.sampler = Sampler(end_ids)
         self._admission = admission

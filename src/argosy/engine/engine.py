@@ -36,7 +36,7 @@ from argosy.engine.sequence import FinishReason, Result, TokenEvent
 from argosy.engine.sequence import Sequence as EngineSequence
 from argosy.engine.start import start
 from argosy.errors import ArgosyError, CheckpointError, ReadFailed, UsageError
-from argosy.experts.source import Progress
+from argosy.experts.resident import Progress
 from argosy.model.decoder import RouteObserver
 from argosy.model.families import open_model
 from argosy.prompt.prompt import PromptBuilder

@@ -9,7 +9,7 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.config import AskAhead, Budget, EngineConfig, KvDir, KvDtype, ModelConfig, parse_size
 from argosy.engine.memory_plan import quarter_of_experts
 from argosy.errors import UsageError
-from argosy.experts.source import Progress
+from argosy.experts.resident import Progress
 from argosy.plan import machine
 
 DEMO = "demo"  # selects the embedded default model; a directory of that name is `./demo`

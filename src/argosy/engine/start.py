@@ -34,7 +34,7 @@ from argosy.engine.prefix import PrefixCache, identify
 from argosy.engine.prefix_files import SECRET_BYTES, PrefixFiles
 from argosy.engine.recurrent_state import StateSlots
 from argosy.errors import ArgosyError, DoesNotFit, UnsupportedModel, UsageError
-from argosy.experts.source import Progress
+from argosy.experts.resident import Progress
 from argosy.model.clock import PartClock
 from argosy.model.decoder import RouteObserver
 from argosy.model.footprint import kv_bytes, state_bytes

@@ -1,1 +1,1 @@
-"""(layer, expert) -> lease. `source.py` is the interface; `cache.py` keeps the experts that fit the budget."""
+"""(layer, rows) -> expert outputs. `runner.py` is the interface; `resident.py` and `cache.py` run experts here."""

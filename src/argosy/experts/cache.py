@@ -1,10 +1,11 @@
 """Keep the experts that fit the budget in memory; read the others from disk.
 
-    router  ->  expert cache  ->  kernel
+    dispatch  ->  lease: experts that are here, then each as it lands  ->  outputs
 
-One arena of equal slots serves all layers. `policy.CachePolicy` decides which expert is evicted; `CachedSource` adds
-the reads. As many misses of a layer as there are slots are issued before the first expert is computed. A slot whose
-expert has been computed is free for the next miss, so a layer may ask for more experts than there are slots.
+One arena of equal slots serves all layers. `policy.CachePolicy` decides which expert is evicted; `ExpertCache` adds
+the reads, and gives out leases; `CachedRunner` computes what a lease hands over. As many misses of a layer as there are
+slots are issued before the first expert is computed. A slot whose expert has been computed is free for the next miss,
+so a layer may ask for more experts than there are slots.
 
 `guess` tells which experts the next layer will probably ask for, and `look_ahead.LookAhead` decides which of them are
 worth a read. These reads begin once the open lease has issued all of its own reads, in slots of the policy's window;
@@ -15,16 +16,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 
-import numpy as np
-
 from argosy import _native
-from argosy.config import Format
 from argosy.errors import ArgosyError
+from argosy.experts.files import Arithmetic, ExpertFiles, Key
 from argosy.experts.look_ahead import LookAhead
 from argosy.experts.policy import CachePolicy
-from argosy.experts.source import ExpertFiles, Key, Lease, SourceStats
+from argosy.experts.runner import Rows, RunnerStats
 
 # Experts that are computed together. The slots of a group are free for other reads only when the group is done, so
 # without this limit a prompt that found half a layer read ahead would keep the drive waiting. Usually more than one
@@ -32,10 +32,8 @@ from argosy.experts.source import ExpertFiles, Key, Lease, SourceStats
 _MOST_IN_GROUP = 8
 
 
-class CachedSource:
+class ExpertCache:
     """A fixed number of slots for all experts of all layers."""
-
-    is_resident = False
 
     def __init__(
         self,
@@ -45,19 +43,20 @@ class CachedSource:
         num_slots: int,
         num_layers: int,
         experts_per_token: int,
+        arithmetic: Arithmetic | None = None,
         look_ahead: bool = True,
     ) -> None:
-        self.stats = SourceStats()
-        self.arena = _native.Arena(files.slot_bytes * num_slots)
-        self.offsets = np.zeros_like(files.starts)  # where an expert was last read to
+        self.stats = RunnerStats()
+        self._arena = _native.Arena(files.slot_bytes * num_slots)
+        self.table = files.table(self._arena, arithmetic or Arithmetic())
         # Otherwise the first prompt's reads would pay for it: a second or more on a virtual machine.
-        threading.Thread(target=self.arena.populate, name="argosy-populate", daemon=True).start()
+        threading.Thread(target=self._arena.populate, name="argosy-populate", daemon=True).start()
         self.policy = CachePolicy(
             num_slots=num_slots, num_layers=num_layers, experts_per_token=experts_per_token
         )
         self._store = store
         self._files = files
-        self._open: _CachedLease | None = None
+        self._open: Lease | None = None
         self._look_ahead = (LookAhead(experts_per_token), LookAhead(experts_per_token))  # decode, sweeps
         # With fewer slots, guesses would take slots that a token itself needs.
         self._may_guess = look_ahead and num_slots >= 4 * experts_per_token
@@ -67,15 +66,13 @@ class CachedSource:
         self._kept: set[int] = set()  # resident experts of the hint, pinned until the next lease
         self._early: dict[Key, int] = {}  # reads that no lease waits for: expert -> ticket
 
-    @property
-    def num_resident(self) -> int:
-        return self.policy.num_resident
+    def lease(self, layer: int, experts: Sequence[int], scan: Collection[int] = ()) -> Lease:
+        """Lease experts of a layer, each named once.
 
-    def formats(self, layer: int) -> tuple[Format, Format, Format]:
-        return self._files.formats(layer)
-
-    def lease(self, layer: int, expert_ids: Sequence[int], scan: Collection[int] = ()) -> Lease:
-        return _CachedLease(self, layer, expert_ids, scan)
+        `scan` names the experts that only prompt tokens asked for: they pass through the cache without displacing
+        experts that decode uses.
+        """
+        return Lease(self, layer, experts, scan)
 
     def wants_guess(self, *, is_sweep: bool) -> bool:
         return (is_sweep or self._may_guess) and self._look_ahead[is_sweep].wants_guess
@@ -97,13 +94,10 @@ class CachedSource:
         self._hint, self._hint_layer, self._is_sweep = hint, layer, is_sweep
         self._read_ahead()
 
-    def count_resident(self, lookups: int) -> None:
-        raise AssertionError("a cache keeps no expert permanently")
-
     def close(self) -> None:
         for ticket in self._early.values():
             self._store.cancel(ticket)
-        self.arena.close()
+        self._arena.close()
 
     def _fetch(
         self, layer: int, admitted: Sequence[tuple[int, int]], *, urgency: _native.Urgency = "now"
@@ -112,9 +106,8 @@ class CachedSource:
         files = self._files
         try:
             places = [((layer, expert), slot * files.slot_bytes) for expert, slot in admitted]
-            for key, place in places:
-                self.offsets[key] = files.starts[key] + place
-            return files.fetch(self.arena, places, urgency=urgency)
+            self.table.place(places)
+            return files.fetch(self._arena, places, urgency=urgency)
         except BaseException:
             for expert, _ in admitted:
                 self.policy.drop((layer, expert))
@@ -185,17 +178,19 @@ class CachedSource:
             self.stats.idle_reads += 1
 
 
-class _CachedLease:
-    """Hits first, then misses as they land. None of its reads is in flight at the end, even if it is cut short."""
+class Lease:
+    """A promise that weights stay until given back: iterate once, inside `with`, over groups of experts.
 
-    __slots__ = ("_asked", "_held", "_hits", "_in_flight", "_landed", "_missing", "_scan", "_source", "layer")
+    Hits first, then misses as they land. The cache's table says where the experts of a group are; they stay there until
+    the next group is requested or the lease ends. No read of a lease is in flight at its end, even if it is cut short.
+    """
 
-    def __init__(
-        self, source: CachedSource, layer: int, expert_ids: Sequence[int], scan: Collection[int]
-    ) -> None:
+    __slots__ = ("_asked", "_cache", "_held", "_hits", "_in_flight", "_landed", "_missing", "_scan", "layer")
+
+    def __init__(self, cache: ExpertCache, layer: int, experts: Sequence[int], scan: Collection[int]) -> None:
         self.layer = layer
-        self._source = source
-        self._asked = expert_ids
+        self._cache = cache
+        self._asked = experts
         self._scan = scan
         self._hits: list[int] = []
         self._missing: list[int] = []  # the next to be read is last
@@ -207,8 +202,8 @@ class _CachedLease:
     def is_short_of_slots(self) -> bool:
         return bool(self._missing)
 
-    def __enter__(self) -> _CachedLease:
-        self._source._open = self
+    def __enter__(self) -> Lease:
+        self._cache._open = self
         try:
             self._find()
             self._issue()
@@ -223,12 +218,12 @@ class _CachedLease:
         self._end()
 
     def _find(self) -> None:
-        source, layer, asked, scan = self._source, self.layer, self._asked, self._scan
-        policy, stats = source.policy, source.stats
+        cache, layer, asked, scan = self._cache, self.layer, self._asked, self._scan
+        policy, stats = cache.policy, cache.stats
         if len(scan) < len(asked):
             policy.begin(layer)
         found, missing = policy.find(layer, asked)  # before a miss can evict one of them
-        self._in_flight = in_flight = source._take_over(layer, found)
+        self._in_flight = in_flight = cache._take_over(layer, found)
         self._held = self._hits = found
         if scan:
             policy.use(layer, [expert for expert in found if expert in scan], is_scan=True)
@@ -243,28 +238,28 @@ class _CachedLease:
             early = in_flight.values()
             self._held = self._hits = [expert for expert in found if expert not in early]
             stats.reads_ahead += len(in_flight)
-            source._store.hurry(list(in_flight))
-        source._forget_hint()
-        source._look_ahead[bool(scan)].learn(layer, asked)
+            cache._store.hurry(list(in_flight))
+        cache._forget_hint()
+        cache._look_ahead[bool(scan)].learn(layer, asked)
         stats.lookups += len(asked)
         stats.hits += len(self._hits)
 
     def _end(self) -> None:
         """Give back the held experts, and wait until no read of this lease moves bytes."""
-        source, layer = self._source, self.layer
-        source._open = None
+        cache, layer = self._cache, self.layer
+        cache._open = None
         self._give_back()
         if self._landed:
-            source.policy.unpin(layer, self._landed)
+            cache.policy.unpin(layer, self._landed)
             self._landed.clear()
         if self._in_flight:
             for ticket, expert in self._in_flight.items():
-                source._store.cancel(ticket)
-                source.policy.drop((layer, expert))
+                cache._store.cancel(ticket)
+                cache.policy.drop((layer, expert))
             self._in_flight.clear()
 
     def __iter__(self) -> Iterator[Sequence[int]]:
-        source, layer = self._source, self.layer
+        cache, layer = self._cache, self.layer
         if self._hits:
             yield self._hits
         landed = self._landed
@@ -277,43 +272,85 @@ class _CachedLease:
                 yield self._held
                 continue
             if not self._in_flight:
-                assert source._early  # otherwise a slot would be free: nothing else is pinned
-                source._collect_early(block=True)
+                assert cache._early  # otherwise a slot would be free: nothing else is pinned
+                cache._collect_early(block=True)
                 continue
             failed: ArgosyError | None = None
-            for ticket, message, kind in source._store.wait_any(list(self._in_flight)):
+            for ticket, message, kind in cache._store.wait_any(list(self._in_flight)):
                 expert = self._in_flight.pop(ticket)
                 key = layer, expert
                 if message is not None:
-                    source.policy.drop(key)
+                    cache.policy.drop(key)
                     if kind == "dropped":  # dropped by an earlier hint, before this lease took it over
                         self._missing.append(expert)
                         continue
-                    failed = source._files.failure(key, message, kind)
+                    failed = cache._files.failure(key, message, kind)
                     continue
-                source.stats.bytes_read += source._files.expert_bytes(key)
+                cache.stats.bytes_read += cache._files.expert_bytes(key)
                 landed.append(expert)
             if failed is not None:
                 raise failed
 
     def _issue(self) -> None:
         """Start reads of missing experts while there are slots, then reads of the hint."""
-        source, layer = self._source, self.layer
+        cache, layer = self._cache, self.layer
         if self._missing:
             admitted: list[tuple[int, int]] = []
             while self._missing:
                 expert = self._missing[-1]
-                slot = source.policy.admit((layer, expert), is_scan=expert in self._scan)
+                slot = cache.policy.admit((layer, expert), is_scan=expert in self._scan)
                 if slot is None:
                     break
                 admitted.append((self._missing.pop(), slot))
             if admitted:
-                tickets = source._fetch(layer, admitted)
+                tickets = cache._fetch(layer, admitted)
                 for (expert, _), ticket in zip(admitted, tickets, strict=True):
                     self._in_flight[ticket] = expert
-        source._read_ahead()
+        cache._read_ahead()
 
     def _give_back(self) -> None:
         if self._held:
-            self._source.policy.unpin(self.layer, self._held)
+            self._cache.policy.unpin(self.layer, self._held)
             self._held = []
+
+
+class CachedRunner:
+    """Runs experts out of a cache, in groups: those that are here, then the others as they land."""
+
+    resident = None
+
+    def __init__(self, runtime: _native.Runtime, cache: ExpertCache) -> None:
+        self.cache = cache
+        self._runtime = runtime
+
+    @property
+    def stats(self) -> RunnerStats:
+        return self.cache.stats
+
+    @property
+    def num_resident(self) -> int:
+        return self.cache.policy.num_resident
+
+    @contextmanager
+    def run(
+        self, layer: int, dispatch: _native.Dispatch, rows: Rows, out: Rows
+    ) -> Iterator[Iterator[Sequence[int]]]:
+        with self.cache.lease(layer, dispatch.experts, dispatch.scan) as lease:
+            yield self._groups(lease, dispatch, rows, out)
+
+    def _groups(
+        self, lease: Lease, dispatch: _native.Dispatch, rows: Rows, out: Rows
+    ) -> Iterator[Sequence[int]]:
+        table, stats = self.cache.table, self.cache.stats
+        for group in lease:
+            stats.compute_s += table.run(self._runtime, lease.layer, group, dispatch, rows, out)
+            yield group
+
+    def wants_guess(self, *, is_sweep: bool) -> bool:
+        return self.cache.wants_guess(is_sweep=is_sweep)
+
+    def guess(self, layer: int, by_rank: Sequence[Sequence[int]], *, is_sweep: bool) -> None:
+        self.cache.guess(layer, by_rank, is_sweep=is_sweep)
+
+    def close(self) -> None:
+        self.cache.close()

@@ -32,7 +32,7 @@ from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush, heapreplace
 from math import log2
 
-from argosy.experts.source import Key, dict_bytes
+from argosy.experts.files import Key, dict_bytes
 
 BONUS_TURNS = 4.0
 HALF_LIFE_TURNS = 16.0

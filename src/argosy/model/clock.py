@@ -30,3 +30,10 @@ class PartClock:
         seconds["expert_compute"] += experts
         seconds["other"] += now - self._last - router - dense - experts
         self._last = now
+
+    def mark_run(self, compute_s: float) -> None:
+        """Divide the time since the last mark: `compute_s` in experts; an expert runner waited for the rest."""
+        now = perf_counter()
+        self.seconds["expert_compute"] += compute_s
+        self.seconds["waiting_for_reads"] += now - self._last - compute_s
+        self._last = now

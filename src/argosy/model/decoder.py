@@ -1,26 +1,26 @@
 """Step -> logits: embedding, layers, head.
 
-    native stack  ─ experts it needs ─>  expert source  ─ groups as they land ─>  native stack
+    native stack  ─ dispatch, rows ─>  expert runner  ─ groups of outputs ─>  native stack
 
 The layers run in native code. With every expert in memory, a step is one native call. Otherwise the stack stops at each
-layer with routed experts, and Python leases them: it issues the reads, then runs the shared expert, then runs each
-group as it lands. One decoder runs every family; their differences are in `ModelConfig`, and a family's file maps its
-checkpoint to that. All sums have one fixed order, so a token's logits depend neither on its step nor on the order in
-which experts land.
+layer with routed experts, and an expert runner starts to run them (it issues reads, for instance). Python runs the
+shared expert meanwhile, then takes each group of outputs as it is done. One decoder runs every family; their
+differences are in `ModelConfig`, and a family's file maps its checkpoint to that. All sums have one fixed order, so a
+token's logits depend neither on its step nor on the order in which experts are done.
 
 Elsewhere: native/ops/stack.cpp runs a layer; `layers.py` describes a model's layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.config import ModelConfig
-from argosy.experts.source import ExpertSource
+from argosy.experts.runner import ExpertRunner
 from argosy.model.clock import PartClock
 from argosy.model.layers import describe_activation, describe_layers
 from argosy.model.rope import rotary
@@ -47,7 +47,7 @@ class Decoder:
         self,
         config: ModelConfig,
         weights: DenseWeights,
-        experts: ExpertSource | None,
+        experts: ExpertRunner | None,
         kv: _native.KvCache,
         runtime: _native.Runtime,
         max_tokens: int,
@@ -62,8 +62,6 @@ class Decoder:
         self._observe = observe
         self._tapped: dict[int, Array] = {}
         self._next_moe_layer = dict(zip(config.moe_layers, config.moe_layers[1:], strict=False))
-        # An observer receives every layer's choice, so steps stop at every layer, as they do to wait for reads.
-        is_leased = experts is not None and (observe is not None or not experts.is_resident)
         embedding = weights.matrices["embed"]
         self._stack = _native.Stack(
             runtime,
@@ -74,11 +72,11 @@ class Decoder:
             norm_eps=config.norm_eps,
             rotary=rotary(config.rope),
             activation=describe_activation(config),
-            layers=describe_layers(config, weights, experts),
+            layers=describe_layers(config, weights),
             max_tokens=max_tokens,
-            arena=None if experts is None else experts.arena,
-            offsets=None if experts is None else experts.offsets,
-            is_leased=is_leased,
+            # An observer receives every layer's choice, so steps stop at every layer, as they do to wait for reads.
+            resident=None if experts is None or observe is not None else experts.resident,
+            experts_off=experts is None,
             recurrent=recurrent,
         )
 
@@ -111,9 +109,6 @@ class Decoder:
         while (demand := self._stack.advance()) is not None:
             self._run_experts(*demand)
         self._clock.mark_native(self._stack.take_seconds())
-        if lookups := self._stack.take_lookups():
-            assert self._experts is not None
-            self._experts.count_resident(lookups)
         return logits
 
     def tapped(self, layer: int) -> Array:
@@ -144,19 +139,19 @@ class Decoder:
         """Tokens of the last step that chose `expert` in the layer at which the step last stopped."""
         return np.flatnonzero((self._stack.expert_ids() == expert).any(axis=1))
 
-    def _run_experts(self, layer: int, expert_ids: Sequence[int], scan: Collection[int]) -> None:
-        """Lease the experts that a layer waits for, and run each group as it lands."""
+    def _run_experts(self, layer: int, dispatch: _native.Dispatch) -> None:
+        """Have the experts run that a layer waits for, and take each group of outputs as it is done."""
         experts, stack, clock = self._experts, self._stack, self._clock
         assert experts is not None
         if self._observe is not None:
-            self._observe(layer, self._stack.expert_ids())
-        with experts.lease(layer, expert_ids, scan) as lease:
-            following = self._next_moe_layer.get(layer)
-            if following is not None and experts.wants_guess(is_sweep=bool(scan)):
-                experts.guess(following, stack.look_ahead(), is_sweep=bool(scan))
+            self._observe(layer, stack.expert_ids())
+        with experts.run(layer, dispatch, stack.rows(), stack.expert_out()) as groups:
+            following, is_sweep = self._next_moe_layer.get(layer), bool(dispatch.scan)
+            if following is not None and experts.wants_guess(is_sweep=is_sweep):
+                experts.guess(following, stack.look_ahead(), is_sweep=is_sweep)
             stack.run_shared()  # while the first reads run
             clock.mark_native(stack.take_seconds())
-            for group in lease:
-                clock.mark("waiting_for_reads")
-                stack.run_experts(group)
-                clock.mark_native(stack.take_seconds())
+            before = experts.stats.compute_s
+            for group in groups:
+                stack.finish_experts(group)
+        clock.mark_run(experts.stats.compute_s - before)

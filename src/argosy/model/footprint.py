@@ -11,7 +11,7 @@ from argosy import _native
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import KV_BLOCK_TOKENS, KvDtype, ModelConfig
 from argosy.experts import policy
-from argosy.experts.source import (
+from argosy.experts.files import (
     bookkeeping_bytes,
     resident_bookkeeping_bytes,
     resident_bytes,
@@ -86,6 +86,7 @@ class Footprint:
         """The buffers and scratch memory of a step of at most `step_tokens` tokens."""
         sizes = self._stack_sizes
         native = sizes.buffer_bytes(step_tokens) + sizes.scratch_bytes(step_tokens, self._threads)
+        native += sizes.dispatch_bytes(step_tokens)
         return native + _STEP_TOKEN_BYTES * step_tokens
 
     @cached_property

@@ -13,24 +13,20 @@ import numpy as np
 from argosy import _native
 from argosy.config import MixerKind, ModelConfig
 from argosy.errors import CheckpointError
-from argosy.experts.source import ExpertSource
+from argosy.experts.files import Arithmetic
 from argosy.model.weights import DenseWeights, Vector
 
 Layer = tuple[Vector, _native.Mixer, Vector, _native.Ffn]  # norm, mixer, norm, feed-forward network
 
 
-def describe_layers(config: ModelConfig, weights: DenseWeights, experts: ExpertSource | None) -> list[Layer]:
-    """Describe every layer of a model, using the memory of `weights`.
-
-    Args:
-        experts: the source of routed experts; None leaves them out of every sum.
-    """
+def describe_layers(config: ModelConfig, weights: DenseWeights) -> list[Layer]:
+    """Describe every layer of a model, using the memory of `weights`."""
     return [
         (
             weights.vectors[f"layers.{i}.attn_norm"],
             _MIXERS[layer.mixer](config, i, weights),
             weights.vectors[f"layers.{i}.mlp_norm"],
-            _routed_ffn(config, i, weights, experts) if layer.is_moe else _dense_ffn(i, weights),
+            _routed_ffn(config, i, weights) if layer.is_moe else _dense_ffn(i, weights),
         )
         for i, layer in enumerate(config.layers)
     ]
@@ -59,6 +55,20 @@ def describe_activation(config: ModelConfig) -> _native.Activation:
     """The activation between the products of a feed-forward network."""
     activation = config.activation
     return activation.kind, activation.limit, activation.alpha
+
+
+def describe_experts(config: ModelConfig, weights: DenseWeights) -> Arithmetic:
+    """What the routed experts compute; it uses the memory of `weights`."""
+    vectors = weights.vectors
+
+    def bias(layer: int, part: str) -> Vector | None:
+        flat = vectors.get(f"layers.{layer}.expert_{part}_bias")
+        return None if flat is None else flat.reshape(config.num_experts, -1)
+
+    return Arithmetic(
+        describe_activation(config),
+        {layer: (bias(layer, "gate"), bias(layer, "up"), bias(layer, "down")) for layer in config.moe_layers},
+    )
 
 
 def _attention(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mixer:
@@ -199,9 +209,7 @@ def _dense_ffn(layer: int, weights: DenseWeights) -> _native.Ffn:
     return _native.dense_ffn(*(weights.matrices[f"layers.{layer}.{part}"] for part in ("gate", "up", "down")))
 
 
-def _routed_ffn(
-    config: ModelConfig, layer: int, weights: DenseWeights, experts: ExpertSource | None
-) -> _native.Ffn:
+def _routed_ffn(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Ffn:
     """Routed experts, and a shared expert if the family has one."""
     name = f"layers.{layer}."
     shared = None
@@ -212,12 +220,8 @@ def _routed_ffn(
         routing(config, layer, weights),
         router_bias=weights.vectors.get(name + "router_bias"),
         width=config.expert_width,
-        formats=("f32", "f32", "f32") if experts is None else experts.formats(layer),
         shared=shared,
         shared_score=weights.matrices[name + "shared_score"] if config.shared_is_gated else None,
-        gate_bias=weights.vectors.get(name + "expert_gate_bias"),
-        up_bias=weights.vectors.get(name + "expert_up_bias"),
-        down_bias=weights.vectors.get(name + "expert_down_bias"),
     )
 
 

@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import KV_BLOCK_TOKENS, KvDtype, ModelConfig
-from argosy.experts.cache import CachedSource
-from argosy.experts.source import ExpertFiles, ExpertSource, Progress, ResidentReading, load_resident
+from argosy.experts.cache import CachedRunner, ExpertCache
+from argosy.experts.files import ExpertFiles
+from argosy.experts.resident import Progress, ResidentReading, load_resident
+from argosy.experts.runner import ExpertRunner
 from argosy.model.clock import PartClock
 from argosy.model.decoder import Decoder, RouteObserver
-from argosy.model.layers import kv_shapes
+from argosy.model.layers import describe_experts, kv_shapes
 from argosy.model.step import Step
 from argosy.model.weights import DenseReading, DenseWeights
 
@@ -65,7 +67,6 @@ class ModelReading:
         self._has_experts = bool(files.experts) and not experts_off
         self._open_file = functools.cache(store.open)
         self._weights: DenseWeights | None = None
-        self._experts: ExpertSource | None = None
         self._experts_reading: ResidentReading | None = None
         self._dense_reading = DenseReading(
             store,
@@ -88,13 +89,13 @@ class ModelReading:
         """Wait for the reads that were started; return the bytes of memory that they filled.
 
         Raises:
-            ReadFailed, CorruptRecord, CheckpointError: as `DenseReading.finish` and `ResidentReading.finish`.
+            ReadFailed, CorruptRecord, CheckpointError: as `DenseReading.finish` and `ResidentReading.wait`.
         """
         self._weights = self._dense_reading.finish()
         nbytes = self._weights.nbytes
         if self._experts_reading is not None:
-            self._experts = self._experts_reading.finish(self._progress)
-            nbytes += self._experts.arena.nbytes
+            self._experts_reading.wait(self._progress)
+            nbytes += self._experts_reading.nbytes
         return nbytes + self._store.staging_held_bytes
 
     def finish(
@@ -114,26 +115,30 @@ class ModelReading:
             ReadFailed, CorruptRecord, CheckpointError: an expert cannot be read.
         """
         assert self._weights is not None
-        if self._experts is not None and sizes.expert_slots is not None:
-            self._experts.close()
-            self._experts = None
-        if self._has_experts and self._experts is None:
-            self._experts = self._open_experts(sizes.expert_slots, look_ahead=look_ahead)
-        return Model(
-            self._files.config, self._weights, self._experts, runtime, sizes, clock=clock, observe=observe
-        )
+        experts: ExpertRunner | None = None
+        if self._has_experts and sizes.expert_slots is None:
+            experts = self._resident_runner(self._weights, runtime)
+        elif self._has_experts and sizes.expert_slots is not None:
+            if self._experts_reading is not None:
+                self._experts_reading.close()
+            cache = ExpertCache(
+                self._store,
+                self._expert_files(),
+                num_slots=sizes.expert_slots,
+                num_layers=self._files.config.num_layers,
+                experts_per_token=self._files.config.experts_per_token,
+                arithmetic=describe_experts(self._files.config, self._weights),
+                look_ahead=look_ahead,
+            )
+            experts = CachedRunner(runtime, cache)
+        return Model(self._files.config, self._weights, experts, runtime, sizes, clock=clock, observe=observe)
 
-    def _open_experts(self, num_slots: int | None, *, look_ahead: bool) -> ExpertSource:
-        if num_slots is None:
-            return load_resident(self._store, self._expert_files(), progress=self._progress)
-        return CachedSource(
-            self._store,
-            self._expert_files(),
-            num_slots=num_slots,
-            num_layers=self._files.config.num_layers,
-            experts_per_token=self._files.config.experts_per_token,
-            look_ahead=look_ahead,
-        )
+    def _resident_runner(self, weights: DenseWeights, runtime: _native.Runtime) -> ExpertRunner:
+        arithmetic = describe_experts(self._files.config, weights)
+        if self._experts_reading is not None:
+            return self._experts_reading.finish(runtime, arithmetic)
+        files = self._expert_files()
+        return load_resident(self._store, files, runtime, arithmetic, progress=self._progress)
 
     def cancel(self) -> None:
         """Wait until no read moves bytes, and discard all reads; harmless after `wait`."""
@@ -154,7 +159,7 @@ class Model:
         self,
         config: ModelConfig,
         weights: DenseWeights,
-        experts: ExpertSource | None,
+        experts: ExpertRunner | None,
         runtime: _native.Runtime,
         sizes: ModelSizes,
         *,

@@ -1,4 +1,4 @@
-"""Leases of the cached source: hits first, each miss as it lands, nothing left behind when one is cut short."""
+"""Leases of the expert cache, and runs over them: hits first, each miss as it lands, nothing left behind at the end."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import itertools
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argosy.errors import CorruptRecord, ReadFailed
-from argosy.experts.cache import CachedSource
-from argosy.experts.source import ExpertFiles, Key
-from tests.experts.fake_store import MATRIX_BYTES, FakeStore, make_records, matrix_content
+from argosy.experts.cache import CachedRunner, ExpertCache
+from argosy.experts.files import ExpertFiles, Key
+from tests.experts.fake_store import MATRIX_BYTES, RUNTIME, FakeStore, Truth, inputs, make_records
 
 NUM_LAYERS, NUM_EXPERTS = 3, 12
 
 
 class Rig:
-    """A cached source over a fake store, and what its experts must look like."""
+    """A cache over a fake store, and what its experts must look like."""
 
     def __init__(self, *, num_slots: int, k: int = 2, num_pieces: int = 1, **store: Any) -> None:
         keys = [(layer, expert) for layer in range(NUM_LAYERS) for expert in range(NUM_EXPERTS)]
@@ -28,7 +29,8 @@ class Rig:
         self.records, self.files = make_records(keys, num_pieces=num_pieces)
         self.store = FakeStore(self.files, **store)
         files = ExpertFiles(self.store, self.records, open_file=self.store.open)  # type: ignore[arg-type]
-        self.source = CachedSource(
+        self.truth = Truth(self.records, self.files)
+        self.cache = ExpertCache(
             self.store,  # type: ignore[arg-type]
             files,
             num_slots=num_slots,
@@ -39,7 +41,7 @@ class Rig:
     def run(self, layer: int, experts: list[int], scan: Collection[int] = ()) -> list[list[int]]:
         """One whole lease; returns the groups it came in."""
         groups = []
-        with self.source.lease(layer, experts, scan) as lease:
+        with self.cache.lease(layer, experts, scan) as lease:
             for group in lease:
                 self.check(layer, group)
                 groups.append(list(group))
@@ -47,17 +49,13 @@ class Rig:
         return groups
 
     def check(self, layer: int, group: Sequence[int]) -> None:
-        """Every matrix of the group is where the source's offsets say."""
-        memory = self.source.arena.array()
-        for expert in group:
-            offsets = self.source.offsets[layer, expert].tolist()
-            found = [memory[at : at + MATRIX_BYTES].tobytes() for at in offsets]
-            assert found == matrix_content(self.records, self.files, (layer, expert))
+        """Every matrix of the group is where the cache's table says."""
+        self.truth.check(self.cache.table, layer, group)
 
     def check_idle(self) -> None:
         """No read is in flight, and every slot can be had."""
         assert not self.store.in_flight
-        trial = copy.deepcopy(self.source.policy)
+        trial = copy.deepcopy(self.cache.policy)
         for i in range(trial.num_slots):
             assert trial.admit((0, NUM_EXPERTS + i), is_scan=False) is not None, "a slot is still pinned"
 
@@ -87,7 +85,7 @@ def test_every_expert_comes_exactly_once_with_its_own_bytes(
         groups = rig.run(layer, experts, scan)
         assert all_of(groups) == sorted(experts)
         assert all(groups)
-    stats = rig.source.stats
+    stats = rig.cache.stats
     assert stats.lookups == sum(len(experts) for _, experts, _ in asked)
     assert stats.lookups - stats.hits == rig.store.num_fetches
     assert stats.bytes_read == rig.store.num_fetches * 3 * MATRIX_BYTES
@@ -106,7 +104,7 @@ def test_all_misses_are_issued_before_the_first_wait() -> None:
     rig = Rig(num_slots=12)
     rig.run(0, [1])
     rig.store.log.clear()
-    with rig.source.lease(0, [0, 1, 2, 3]) as lease:
+    with rig.cache.lease(0, [0, 1, 2, 3]) as lease:
         assert rig.store.log == [("fetch", 3)]  # even before the hits are computed
         list(lease)
 
@@ -120,13 +118,13 @@ def test_with_too_few_slots_every_slot_has_a_read_in_flight() -> None:
 def test_what_decode_waits_for_is_read_before_what_a_sweep_asks_for() -> None:
     rig = Rig(num_slots=12)
     fetched = []
-    fetch = rig.source._files.fetch
+    fetch = rig.cache._files.fetch
 
     def record(arena: Any, experts: list[tuple[Key, int]], **urgency: Any) -> list[int]:
         fetched.extend(key[1] for key, _ in experts)
         return fetch(arena, experts, **urgency)
 
-    rig.source._files.fetch = record  # type: ignore[method-assign]
+    rig.cache._files.fetch = record  # type: ignore[method-assign]
     rig.run(0, [0, 1, 2, 3, 4, 5], scan=[0, 1, 3, 4])
     assert fetched == [2, 5, 0, 1, 3, 4]
 
@@ -135,7 +133,7 @@ def test_weights_stay_until_the_next_group_is_asked_for() -> None:
     for seed in range(20):
         rig = Rig(num_slots=3, k=1, seed=seed)
         rig.run(0, [0, 1, 2])
-        with rig.source.lease(0, list(range(12))) as lease:
+        with rig.cache.lease(0, list(range(12))) as lease:
             for group in lease:
                 rig.check(0, group)
                 if rig.store.in_flight:  # what lands meanwhile lands elsewhere
@@ -159,8 +157,56 @@ def _put_back(store: FakeStore, results: list[tuple[int, str | None, str | None]
     store.wait_any = wait  # type: ignore[method-assign]
 
 
+def run_and_check(rig: Rig, layer: int, experts: list[int], scan: Collection[int] = ()) -> list[list[int]]:
+    """One whole run; outputs are there when their experts are named, and no sooner."""
+    dispatch, rows, out = inputs(experts, scan)
+    groups: list[list[int]] = []
+    with CachedRunner(RUNTIME, rig.cache).run(layer, dispatch, rows, out) as run:
+        assert np.isnan(out).all()
+        for group in run:
+            groups.append(list(group))
+            rig.truth.check_outputs(layer, group, dispatch, out)
+            done = [row for expert in all_of(groups) for row in dispatch.assignments(expert)]
+            assert np.isnan(np.delete(out, done, axis=0)).all()
+    rig.check_idle()
+    return groups
+
+
+@given(leases, st.integers(2, NUM_LAYERS * NUM_EXPERTS), st.integers(0, 1000))
+@settings(deadline=None, max_examples=100)
+def test_a_run_writes_the_outputs_of_every_expert_once(
+    asked: list[tuple[int, list[int], set[int]]], num_slots: int, seed: int
+) -> None:
+    rig = Rig(num_slots=num_slots, seed=seed)
+    for layer, experts, scan in asked:
+        assert all_of(run_and_check(rig, layer, experts, scan)) == sorted(experts)
+    assert rig.cache.stats.compute_s > 0
+
+
+def test_a_run_starts_its_reads_when_it_is_entered_and_ends_them_when_it_is_left() -> None:
+    rig = Rig(num_slots=6)
+    runner = CachedRunner(RUNTIME, rig.cache)
+    run = runner.run(0, *inputs([0, 1, 2]))
+    assert not rig.store.log
+    with run as groups:
+        assert rig.store.log == [("fetch", 3)]
+        next(iter(groups))
+    rig.check_idle()
+
+
+def test_a_run_whose_read_fails_can_be_tried_again() -> None:
+    for fails in (1, 2, 4):
+        rig = Rig(
+            num_slots=6, fail=lambda number, fails=fails: ("it broke", "io") if number == fails else None
+        )
+        with pytest.raises(ReadFailed, match="layer 1, expert"):
+            run_and_check(rig, 1, [0, 3, 5, 8])
+        rig.check_idle()
+        assert all_of(run_and_check(rig, 1, [0, 3, 5, 8])) == [0, 3, 5, 8]
+
+
 def interrupt(rig: Rig, stop_after: int) -> None:
-    with rig.source.lease(0, list(range(10))) as lease:
+    with rig.cache.lease(0, list(range(10))) as lease:
         for _ in itertools.islice(lease, stop_after):
             pass
         raise KeyboardInterrupt
@@ -185,7 +231,7 @@ def test_an_interrupt_while_waiting_leaves_no_read_in_flight() -> None:
         raise KeyboardInterrupt
 
     rig.store.wait_any = interrupted  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt), rig.source.lease(0, [0, 1, 2]) as lease:
+    with pytest.raises(KeyboardInterrupt), rig.cache.lease(0, [0, 1, 2]) as lease:
         list(lease)
     rig.check_idle()
     rig.store.wait_any = wait_any  # type: ignore[method-assign]
@@ -196,7 +242,7 @@ def test_an_interrupt_while_waiting_leaves_no_read_in_flight() -> None:
     ("kind", "error"), [("io", ReadFailed), ("short", ReadFailed), ("checksum", CorruptRecord)]
 )
 @pytest.mark.parametrize("fails", [1, 2, 3, 5])
-def test_a_failed_read_is_named_and_the_source_goes_on(kind: str, error: type[Exception], fails: int) -> None:
+def test_a_failed_read_is_named_and_the_cache_goes_on(kind: str, error: type[Exception], fails: int) -> None:
     for seed in range(20):
         rig = Rig(num_slots=6, seed=seed, fail=lambda number: ("it broke", kind) if number == fails else None)
         with pytest.raises(error, match=r"experts\.bin: layer 2, expert \d+: .*it broke") as raised:
@@ -204,18 +250,18 @@ def test_a_failed_read_is_named_and_the_source_goes_on(kind: str, error: type[Ex
         failed = raised.value.facts["expert"]  # type: ignore[attr-defined]
         assert raised.value.facts["layer"] == 2  # type: ignore[attr-defined]
         rig.check_idle()
-        assert rig.source.policy.slot((2, failed)) is None
+        assert rig.cache.policy.slot((2, failed)) is None
         assert all_of(rig.run(2, [0, 3, 4, 5, 8])) == [0, 3, 4, 5, 8]
 
 
-def test_every_read_failing_at_once_still_leaves_a_usable_source() -> None:
+def test_every_read_failing_at_once_still_leaves_a_usable_cache() -> None:
     broken = True
     rig = Rig(num_slots=6, fail=lambda number: ("no", "io") if broken else None)
     for _ in range(5):
         with pytest.raises(ReadFailed):
             rig.run(0, [0, 1, 2, 3])
         rig.check_idle()
-        assert not rig.source.policy.resident()
+        assert not rig.cache.policy.resident()
     broken = False
     rig.run(0, [0, 1, 2, 3])
 
@@ -234,15 +280,15 @@ def test_a_read_that_cannot_be_started_leaves_nothing_behind(refused: int) -> No
 def test_a_lease_that_was_never_opened_holds_nothing() -> None:
     rig = Rig(num_slots=4)
     rig.run(0, [0, 1])
-    rig.source.lease(0, [0, 1, 2])
+    rig.cache.lease(0, [0, 1, 2])
     rig.check_idle()
-    assert rig.source.stats.lookups == 2
+    assert rig.cache.stats.lookups == 2
 
 
 def test_a_sweep_that_finds_much_read_ahead_frees_slots_before_all_of_it_is_computed() -> None:
     rig = Rig(num_slots=40, k=2)
     everyone = list(range(NUM_EXPERTS))
-    with rig.source.lease(0, everyone, everyone) as lease:
+    with rig.cache.lease(0, everyone, everyone) as lease:
         for number, group in enumerate(lease):
             rig.check(0, group)
             assert len(group) <= 8

@@ -1,0 +1,135 @@
+// experts.cpp: binds the dispatch of a layer's tokens, and the experts in memory here.
+
+#include "bind/experts.h"
+
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "bind/matrix.h"
+
+namespace argosy {
+
+using namespace nb::literals;
+
+namespace {
+
+using IntArray = nb::ndarray<nb::numpy, int32_t>;
+using PlaceOfExpert = std::pair<std::pair<int64_t, int64_t>, int64_t>;  // (layer, expert), byte
+
+std::shared_ptr<Dispatch> make_dispatch(const Array& choices, const Array& is_decode, int64_t num_experts) {
+  const int32_t* from = read_array<int32_t>("choices", choices, {kAnySize, kAnySize});
+  const int64_t num_tokens = int64_t(choices.shape(0)), k = int64_t(choices.shape(1));
+  require_range("tokens * experts per token", num_tokens * k, 0, INT32_MAX);
+  const bool* decodes = read_array<bool>("is_decode", is_decode, {num_tokens});
+  require_range("num_experts", num_experts, 0, kLargestSize);
+  require_ids("choices", from, num_tokens * k, num_experts);
+  auto dispatch = std::make_shared<Dispatch>();
+  dispatch->assign(from, decodes, num_tokens, k, num_experts);
+  return dispatch;
+}
+
+IntArray copy_of_choices(const Dispatch& dispatch) {
+  const std::vector<int32_t>&starts = dispatch.starts(), &assignments = dispatch.assignments();
+  auto choices = std::make_unique<int32_t[]>(assignments.size());
+  for (size_t i = 0; i < dispatch.experts().size(); ++i) {
+    for (int32_t at = starts[i]; at < starts[i + 1]; ++at)
+      choices[size_t(assignments[size_t(at)])] = dispatch.experts()[i];
+  }
+  const nb::capsule owner(choices.get(), [](void* data) noexcept { delete[] static_cast<int32_t*>(data); });
+  return IntArray(choices.release(), {size_t(dispatch.num_tokens()), size_t(dispatch.k())}, owner);
+}
+
+std::vector<int32_t> assignments_of(const Dispatch& dispatch, int32_t expert) {
+  const int64_t index = dispatch.index_of(expert);
+  if (index < 0) refuse("no token chose expert " + std::to_string(expert));
+  const auto begin = dispatch.assignments().begin();
+  return {begin + dispatch.starts()[size_t(index)], begin + dispatch.starts()[size_t(index) + 1]};
+}
+
+void add_layer(BoundExpertTable& table, int64_t layer, const FormatNames& formats, int64_t width,
+               const Array& starts, const std::optional<Array>& gate_bias,
+               const std::optional<Array>& up_bias, const std::optional<Array>& down_bias) {
+  require_range("layer", layer, 0, UINT16_MAX);
+  require_range("width", width, 0, kLargestSize);
+  const int64_t* from = read_array<int64_t>("starts", starts, {kAnySize, 3});
+  const int64_t num_experts = int64_t(starts.shape(0));
+  require_range("experts in starts", num_experts, 1, kLargestSize);
+  const auto read_bias = [&](const char* name, const std::optional<Array>& bias, int64_t size) {
+    return bias ? read_array<float>(name, *bias, {num_experts, size}) : nullptr;
+  };
+  ExpertLayer description = {
+      .formats = parse_formats(formats),
+      .width = width,
+      .biases = {read_bias("gate_bias", gate_bias, width), read_bias("up_bias", up_bias, width),
+                 read_bias("down_bias", down_bias, table.hidden())},
+      .starts = std::vector<std::array<int64_t, 3>>(size_t(num_experts)),
+  };
+  for (auto& start : description.starts) {
+    std::copy_n(from, 3, start.begin());
+    from += 3;
+  }
+  table.add_layer(layer, std::move(description));
+  for (const auto& bias : {gate_bias, up_bias, down_bias}) {
+    if (bias) table.biases.push_back(*bias);
+  }
+}
+
+double run(BoundExpertTable& table, Runtime& runtime, int64_t layer, const std::vector<int32_t>& experts,
+           const Dispatch& dispatch, const Array& rows, const OutArray& out) {
+  const int64_t hidden = table.hidden();
+  const float* from = read_array<float>("rows", rows, {dispatch.num_tokens(), hidden});
+  float* to = write_array<float>("out", out, {dispatch.num_tokens() * dispatch.k(), hidden});
+  nb::gil_scoped_release released;
+  const auto began = std::chrono::steady_clock::now();
+  table.run(runtime, layer, experts, dispatch, from, to);
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+}
+
+}  // namespace
+
+void bind_expert_table(nb::module_& m) {
+  nb::class_<Dispatch>(m, "Dispatch")
+      .def(nb::new_(&make_dispatch), "choices"_a, "is_decode"_a, "num_experts"_a)
+      .def_prop_ro("num_tokens", &Dispatch::num_tokens)
+      .def_prop_ro("experts_per_token", &Dispatch::k)
+      .def_prop_ro("experts", &Dispatch::experts)
+      .def_prop_ro("scan", &Dispatch::scan)
+      .def("assignments", &assignments_of, "expert"_a)
+      .def("choices", &copy_of_choices);
+
+  nb::class_<BoundExpertTable>(m, "ExpertTable")
+      .def(
+          "__init__",
+          [](BoundExpertTable* self, Arena& arena, int64_t hidden, const ActivationOfNumbers& activation) {
+            require_range("hidden", hidden, 1, kLargestSize);
+            new (self) BoundExpertTable(arena.hold(), arena.data(), int64_t(arena.size()), hidden,
+                                        parse_activation(activation));
+          },
+          "arena"_a, nb::kw_only(), "hidden"_a, "activation"_a)
+      .def_prop_ro("nbytes", &ExpertTable::nbytes)
+      .def_prop_ro("num_runs", &ExpertTable::num_runs)
+      .def("add_layer", &add_layer, "layer"_a, nb::kw_only(), "formats"_a, "width"_a, "starts"_a,
+           "gate_bias"_a.none() = nb::none(), "up_bias"_a.none() = nb::none(),
+           "down_bias"_a.none() = nb::none())
+      .def(
+          "place",
+          [](BoundExpertTable& table, const std::vector<PlaceOfExpert>& places) {
+            for (const auto& [key, at] : places) table.place(key.first, key.second, at);
+          },
+          "places"_a)
+      .def("run", &run, "runtime"_a, "layer"_a, "experts"_a, "dispatch"_a, "rows"_a, "out"_a.noconvert());
+}
+
+}  // namespace argosy

@@ -1,0 +1,140 @@
+#include "ops/experts.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace argosy {
+
+namespace {
+
+[[noreturn]] void refuse(const std::string& sentence) { throw std::invalid_argument(sentence); }
+
+std::string name_of(int64_t layer, int64_t expert) {
+  return "expert " + std::to_string(expert) + " of layer " + std::to_string(layer);
+}
+
+}  // namespace
+
+void Dispatch::assign(const int32_t* choices, const bool* is_decode, int64_t num_tokens, int64_t k,
+                      int64_t num_experts) {
+  num_tokens_ = num_tokens;
+  k_ = k;
+  const int64_t num_assignments = num_tokens * k;
+  std::vector<int32_t> next(static_cast<size_t>(num_experts));  // assignments, then where the next one goes
+  std::vector<bool> decode_wants(static_cast<size_t>(num_experts));
+  for (int64_t a = 0; a < num_assignments; ++a) {
+    const size_t expert = size_t(choices[a]);
+    ++next[expert];
+    if (is_decode[a / k]) decode_wants[expert] = true;
+  }
+  experts_.clear();
+  scan_.clear();
+  starts_.assign(1, 0);
+  for (size_t expert = 0; expert < next.size(); ++expert) {
+    if (next[expert] == 0) continue;
+    experts_.push_back(int32_t(expert));
+    if (!decode_wants[expert]) scan_.push_back(int32_t(expert));
+    starts_.push_back(starts_.back() + next[expert]);
+    next[expert] = starts_[starts_.size() - 2];
+  }
+  assignments_.resize(size_t(num_assignments));
+  for (int64_t a = 0; a < num_assignments; ++a) assignments_[size_t(next[size_t(choices[a])]++)] = int32_t(a);
+}
+
+int64_t Dispatch::index_of(int32_t expert) const {
+  const auto found = std::lower_bound(experts_.begin(), experts_.end(), expert);
+  return found != experts_.end() && *found == expert ? found - experts_.begin() : -1;
+}
+
+ExpertTable::ExpertTable(std::shared_ptr<const void> hold, const uint8_t* data, int64_t nbytes,
+                         int64_t hidden, const Activation& activation)
+    : hold_(std::move(hold)), data_(data), nbytes_(nbytes), hidden_(hidden), activation_(activation) {}
+
+void ExpertTable::add_layer(int64_t layer, ExpertLayer description) {
+  if (layer < 0) refuse("layer is " + std::to_string(layer) + ", expected 0 or more");
+  if (num_experts(layer) > 0) refuse("layer " + std::to_string(layer) + " was already added");
+  if (description.starts.empty()) refuse("layer " + std::to_string(layer) + " has no experts");
+  if (layer >= int64_t(layers_.size())) layers_.resize(size_t(layer) + 1);
+  std::vector<int64_t> places(description.starts.size(), -1);
+  layers_[size_t(layer)] = {std::move(description), std::move(places)};
+}
+
+int64_t ExpertTable::num_experts(int64_t layer) const {
+  if (layer < 0 || layer >= int64_t(layers_.size())) return 0;
+  return int64_t(layers_[size_t(layer)].places.size());
+}
+
+const ExpertTable::Placed& ExpertTable::layer_of(int64_t layer) const {
+  if (num_experts(layer) == 0) refuse("layer " + std::to_string(layer) + " has no experts in this table");
+  return layers_[size_t(layer)];
+}
+
+void ExpertTable::place(int64_t layer, int64_t expert, int64_t at) {
+  const Placed& placed = layer_of(layer);
+  if (expert < 0 || expert >= num_experts(layer)) {
+    refuse("expert is " + std::to_string(expert) + ", expected 0 to " +
+           std::to_string(num_experts(layer) - 1));
+  }
+  const auto& [formats, width, biases, starts] = placed.description;
+  for (size_t i = 0; i < 3; ++i) {
+    const int64_t rows = i < 2 ? width : hidden_, cols = i < 2 ? hidden_ : width;
+    const int64_t start = starts[size_t(expert)][i], size = matrix_bytes(formats[i], rows, cols);
+    // No sum here overflows: each comparison leaves less than nbytes_.
+    const bool fits =
+        at >= 0 && start >= 0 && size <= nbytes_ && start <= nbytes_ - size && at <= nbytes_ - size - start;
+    if (!fits) {
+      refuse("matrix " + std::to_string(i) + " of " + name_of(layer, expert) + ", " + std::to_string(size) +
+             " bytes at " + std::to_string(at) + " + " + std::to_string(start) +
+             ", does not lie inside memory of " + std::to_string(nbytes_) + " bytes");
+    }
+  }
+  layers_[size_t(layer)].places[size_t(expert)] = at;
+}
+
+ExpertView ExpertTable::view(const Placed& layer, int32_t expert) const {
+  const auto& [formats, width, biases, starts] = layer.description;
+  const uint8_t* memory = data_ + layer.places[size_t(expert)];
+  const auto& start = starts[size_t(expert)];
+  const auto row_of = [&](const float* rows, int64_t cols) {
+    return rows != nullptr ? rows + expert * cols : nullptr;
+  };
+  return {.gate = {formats[0], memory + start[0], width, hidden_},
+          .up = {formats[1], memory + start[1], width, hidden_},
+          .down = {formats[2], memory + start[2], hidden_, width},
+          .bias = {row_of(biases.gate, width), row_of(biases.up, width), row_of(biases.down, hidden_)}};
+}
+
+void ExpertTable::run(Runtime& runtime, int64_t layer, const std::vector<int32_t>& experts,
+                      const Dispatch& dispatch, const float* rows, float* out) {
+  const Placed& placed = layer_of(layer);
+  const auto lock = runtime.lock();
+  std::vector<bool> is_named(dispatch.experts().size());
+  std::vector<ExpertView> views;
+  std::vector<int32_t> starts = {0}, token, row;
+  views.reserve(experts.size());
+  starts.reserve(experts.size() + 1);
+  for (const int32_t expert : experts) {
+    const int64_t index = dispatch.index_of(expert);
+    if (index < 0)
+      refuse("no token of layer " + std::to_string(layer) + " chose expert " + std::to_string(expert));
+    if (is_named[size_t(index)]) refuse(name_of(layer, expert) + " is named twice");
+    is_named[size_t(index)] = true;
+    if (expert >= num_experts(layer) || placed.places[size_t(expert)] < 0) {
+      refuse(name_of(layer, expert) + " has no place in memory");
+    }
+    views.push_back(view(placed, expert));
+    const auto begin = dispatch.assignments().begin();
+    row.insert(row.end(), begin + dispatch.starts()[size_t(index)],
+               begin + dispatch.starts()[size_t(index) + 1]);
+    starts.push_back(int32_t(row.size()));
+  }
+  token.reserve(row.size());
+  for (const int32_t assignment : row) token.push_back(int32_t(assignment / dispatch.k()));
+  swiglu_experts(runtime, views, activation_, rows, dispatch.num_tokens(),
+                 {starts.data(), token.data(), row.data()}, out);
+  num_runs_ += int64_t(experts.size());
+}
+
+}  // namespace argosy

@@ -1,0 +1,228 @@
+"""Where experts lie in their files and in memory: reads of whole experts, and the table that finds them afterwards.
+
+    checkpoint's records  ->  places in an arena  ->  reads, and `_native.ExpertTable`
+
+Elsewhere: `checkpoint/` describes the bytes on disk; `native/store` reads; `cache.py` decides which expert gets a slot.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy import _native
+from argosy.checkpoint.files import ExpertRecord
+from argosy.checkpoint.manifest import round_up
+from argosy.errors import ArgosyError, CheckpointError, CorruptRecord, ReadFailed
+
+Key = tuple[int, int]  # (layer, expert)
+Vector = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """What experts compute, apart from their weights.
+
+    activation: between the products of an expert.
+    biases: by layer, those of gate and up, float32 [experts, width], and of down, [experts, hidden]; each may be None.
+    """
+
+    activation: _native.Activation = ("silu", 0.0, 0.0)
+    biases: Mapping[int, tuple[Vector | None, Vector | None, Vector | None]] = field(default_factory=dict)
+
+
+LARGEST_ALIGNMENT = 4096  # alignment of reads, in bytes, that a plan assumes before a file is opened
+MATRIX_ALIGNMENT = 64  # where a transcoded matrix may begin
+
+
+def _lay_out(record: ExpertRecord, alignment: int) -> tuple[list[int], int]:
+    """The place of each piece in an expert's memory, and the size of that memory.
+
+    A plain piece is rounded outwards to whole blocks of `alignment` bytes, which O_DIRECT requires, so its data begin
+    up to a block after its place. A transcoded piece takes exactly its matrices, or nothing if it completes another.
+    """
+    places: list[int] = []
+    end = 0
+    for piece in record.pieces:
+        if piece.completes is not None:
+            place = places[piece.completes]
+        elif piece.transcode is not None:
+            place = round_up(end, MATRIX_ALIGNMENT)
+            end = place + piece.landed_bytes
+        else:
+            place = round_up(end, alignment)
+            end = place + round_up(piece.offset % alignment + piece.nbytes, alignment)
+        places.append(place)
+    return places, end
+
+
+def _starts_at(record: ExpertRecord, alignment: int) -> int:
+    """The required alignment of an expert's place in an arena."""
+    return MATRIX_ALIGNMENT if all(piece.transcode for piece in record.pieces) else alignment
+
+
+def slot_bytes(records: Mapping[Key, ExpertRecord], alignment: int = LARGEST_ALIGNMENT) -> int:
+    """Bytes of a slot that can hold any expert: the size of the largest.
+
+    If formats differ from layer to layer (Q4_K_M files have some `down` in Q6_K), smaller experts leave part of a slot
+    unused.
+    """
+    return round_up(
+        max((_lay_out(record, alignment)[1] for record in records.values()), default=0), alignment
+    )
+
+
+def resident_bytes(records: Mapping[Key, ExpertRecord], alignment: int = LARGEST_ALIGNMENT) -> int:
+    """Bytes of an arena that holds every expert, one after another."""
+    end = 0
+    for record in records.values():
+        end = round_up(end, _starts_at(record, alignment)) + _lay_out(record, alignment)[1]
+    return end
+
+
+# Upper bounds for the bytes of Python objects per expert: a `Record` with its entry in nanobind's table of instances;
+# and while all experts are read at once, the pairs, places and tickets of `ResidentReading`.
+_RECORD_OBJECT_BYTES = 192
+_READING_BYTES = 256
+
+
+def dict_bytes(num_entries: int) -> int:
+    """Bytes of a dict that grew to `num_entries`, not counting its keys and values."""
+    return sys.getsizeof(dict.fromkeys(range(num_entries)))
+
+
+def bookkeeping_bytes(records: Mapping[Key, ExpertRecord]) -> int:
+    """Most bytes that `ExpertFiles` and a table can hold in addition to the records."""
+    kinds = Counter((len(r.pieces), r.pieces[0].checksum is not None) for r in records.values())
+    native = sum(count * _native.record_bytes(*kind) for kind, count in kinds.items())
+    num_layers, num_experts = _extent(records)
+    # The table has an expert's place and the starts of its matrices.
+    tables = (1 + 3) * np.dtype(np.int64).itemsize * num_layers * num_experts
+    return tables + native + len(records) * _RECORD_OBJECT_BYTES + dict_bytes(len(records))
+
+
+def resident_bookkeeping_bytes(records: Mapping[Key, ExpertRecord]) -> int:
+    """Most bytes that reading every expert takes in addition to the arena, from `ResidentReading` on."""
+    kinds = Counter(tuple(piece.nbytes for piece in record.pieces) for record in records.values())
+    requests = sum(count * _native.request_bytes(sizes) for sizes, count in kinds.items())
+    in_python = len(records) * _READING_BYTES + 2 * dict_bytes(len(records))
+    return bookkeeping_bytes(records) + requests + in_python
+
+
+def _extent(records: Mapping[Key, ExpertRecord]) -> tuple[int, int]:
+    """The layers and experts of a table that has a place for each record."""
+    return 1 + max((key[0] for key in records), default=-1), 1 + max((key[1] for key in records), default=-1)
+
+
+class ExpertFiles:
+    """Knows the layout of an expert record in memory, and starts reads of several records."""
+
+    def __init__(
+        self, store: _native.Store, records: Mapping[Key, ExpertRecord], *, open_file: Callable[[str], int]
+    ) -> None:
+        self.records = records
+        self._store = store
+        paths = {str(piece.path) for record in records.values() for piece in record.pieces}
+        self._file_ids = {path: open_file(path) for path in sorted(paths)}
+        self._reads: dict[Key, _native.Record] = {}
+        self.alignment = max(store.info(file_id)[2] for file_id in self._file_ids.values())
+        self.slot_bytes = slot_bytes(records, self.alignment)
+
+    def table(self, arena: _native.Arena, arithmetic: Arithmetic) -> _native.ExpertTable:
+        """The table of experts in an arena; none has a place yet."""
+        some = next(iter(self.records.values()))
+        table = _native.ExpertTable(arena, hidden=some.gate.cols, activation=arithmetic.activation)
+        for layer, num_experts in Counter(layer for layer, _ in self.records).items():
+            one = self.records[layer, 0]
+            gate_bias, up_bias, down_bias = arithmetic.biases.get(layer, (None, None, None))
+            table.add_layer(
+                layer,
+                formats=one.formats,
+                width=one.gate.rows,
+                starts=np.array([self._starts((layer, expert)) for expert in range(num_experts)], np.int64),
+                gate_bias=gate_bias,
+                up_bias=up_bias,
+                down_bias=down_bias,
+            )
+        return table
+
+    def _starts(self, key: Key) -> list[int]:
+        """Bytes from an expert's place to its gate, up and down."""
+        record = self.records[key]
+        places, _ = _lay_out(record, self.alignment)
+        starts = [
+            place if piece.transcode else place + piece.offset % self.alignment
+            for piece, place in zip(record.pieces, places, strict=True)
+        ]
+        return [starts[matrix.piece] + matrix.offset for matrix in (record.gate, record.up, record.down)]
+
+    def expert_bytes(self, key: Key) -> int:
+        """Bytes that are read for one expert."""
+        return self.records[key].nbytes
+
+    def places(self) -> tuple[dict[Key, int], int]:
+        """The place of each expert when all are in one arena, one after another, and the size of that arena."""
+        places, end = {}, 0
+        for key, record in self.records.items():
+            places[key] = round_up(end, _starts_at(record, self.alignment))
+            end = places[key] + _lay_out(record, self.alignment)[1]
+        return places, end
+
+    def fetch(
+        self, arena: _native.Arena, experts: Sequence[tuple[Key, int]], *, urgency: _native.Urgency = "now"
+    ) -> list[int]:
+        """Start reading (expert, place in the arena) pairs; return the store's tickets, all or none."""
+        return self._store.fetch_many(arena, [(self._read(key), place) for key, place in experts], urgency)
+
+    def _read(self, key: Key) -> _native.Record:
+        """How to read an expert, created on first use."""
+        if (known := self._reads.get(key)) is not None:
+            return known
+        record = self.records[key]
+        places, _ = _lay_out(record, self.alignment)
+        pieces: list[_native.Piece] = []
+        checksums = []
+        for piece, at in zip(record.pieces, places, strict=True):
+            where = (self._file_ids[str(piece.path)], piece.offset, piece.nbytes, at)
+            if (blocks := piece.transcode) is not None:
+                pieces.append((*where, blocks.block_type, blocks.rows, blocks.cols, blocks.interleaved))
+            else:
+                pieces.append(where)
+            if piece.checksum is not None:
+                checksums.append(piece.checksum)
+        self._reads[key] = made = _native.Record(pieces, checksums or None)
+        return made
+
+    def failure(self, key: Key, message: str, kind: str | None) -> ArgosyError:
+        """The error for a failed read, naming file, layer and expert."""
+        layer, expert = key
+        pieces = self.records[key].pieces
+        where = f"{pieces[0].path.name}: layer {layer}, expert {expert}"
+        if kind == "checksum":
+            return CorruptRecord(
+                f"{where}: the bytes do not match their checksum ({message})",
+                hint="the file changed after it was packed; pack the checkpoint again, or check the drive",
+                path=str(pieces[0].path),
+                layer=layer,
+                expert=expert,
+            )
+        if kind == "not finite":
+            return CheckpointError(
+                f"layer {layer}, expert {expert}: {message}",
+                hint="the file is damaged; download it again",
+                path=str(pieces[0].path),
+                layer=layer,
+                expert=expert,
+            )
+        return ReadFailed(
+            f"{where}: {message}",
+            path=str(pieces[0].path),
+            offset=pieces[0].offset,
+            layer=layer,
+            expert=expert,
+        )

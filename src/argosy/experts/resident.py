@@ -1,0 +1,146 @@
+"""Every expert in memory, read once at the start.
+
+    reads of all experts  ->  one arena  ->  a table that the native stack uses without asking
+
+Elsewhere: `cache.py` keeps as many as the budget allows.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from argosy import _native
+from argosy.experts.files import Arithmetic, ExpertFiles
+from argosy.experts.runner import Rows, RunnerStats
+
+Progress = Callable[[str, float], None]  # the current task, and the share done from 0 to 1
+
+_WATCHED = 32  # tickets: readers take them in order, so the next to land is among the few oldest
+
+
+class ResidentReading:
+    """Reads all experts into memory while the caller does something else.
+
+    Reads start when this is created. `wait` or `cancel` ends them; then `finish` or `close` takes the memory.
+    """
+
+    def __init__(self, store: _native.Store, files: ExpertFiles) -> None:
+        self._store = store
+        self._files = files
+        self._places, arena_bytes = files.places()
+        self._arena = _native.Arena(max(1, arena_bytes))
+        self._bytes_read = 0
+        # All at once: nothing may run here to start the next read while the tokenizer is being built.
+        tickets = files.fetch(self._arena, list(self._places.items()))
+        self._in_flight = dict(zip(tickets, self._places, strict=True))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory for all experts."""
+        return self._arena.nbytes
+
+    def wait(self, progress: Progress | None = None) -> None:
+        """Wait for every expert; harmless if all have landed.
+
+        Raises:
+            ReadFailed: the drive failed.   CorruptRecord: an expert does not match its checksum.
+        """
+        num_experts = len(self._in_flight)
+        waiting = deque(self._in_flight)
+        watched: list[int] = []
+        try:
+            while self._in_flight:
+                while waiting and len(watched) < _WATCHED:
+                    watched.append(waiting.popleft())
+                done = self._store.wait_any(watched)
+                landed = [(self._in_flight.pop(ticket), message, kind) for ticket, message, kind in done]
+                watched = [ticket for ticket in watched if ticket in self._in_flight]
+                for key, message, kind in landed:
+                    if message is not None:
+                        raise self._files.failure(key, message, kind)
+                    self._bytes_read += self._files.expert_bytes(key)
+                if progress is not None:
+                    progress("reading experts", 1 - len(self._in_flight) / num_experts)
+        finally:
+            self.cancel()
+
+    def finish(self, runtime: _native.Runtime, arithmetic: Arithmetic | None = None) -> ResidentRunner:
+        """The runner of all experts, after `wait`."""
+        table = self._files.table(self._arena, arithmetic or Arithmetic())
+        table.place(list(self._places.items()))
+        return ResidentRunner(
+            runtime, self._arena, table, num_experts=len(self._places), bytes_read=self._bytes_read
+        )
+
+    def close(self) -> None:
+        """Give the memory back, after `wait` or `cancel`."""
+        self._arena.close()
+
+    def cancel(self) -> None:
+        """Wait until no read moves bytes, and discard all reads; harmless after `wait`."""
+        for ticket in set(self._in_flight) - set(self._store.drop(list(self._in_flight))):
+            self._store.cancel(ticket)
+        self._in_flight.clear()
+
+
+def load_resident(
+    store: _native.Store,
+    files: ExpertFiles,
+    runtime: _native.Runtime,
+    arithmetic: Arithmetic | None = None,
+    *,
+    progress: Progress | None = None,
+) -> ResidentRunner:
+    """Read every expert and wait: `ResidentReading` in one call."""
+    reading = ResidentReading(store, files)
+    reading.wait(progress)
+    return reading.finish(runtime, arithmetic)
+
+
+class ResidentRunner:
+    """Every expert in memory (`load_resident`). A run yields all of its experts at once."""
+
+    def __init__(
+        self,
+        runtime: _native.Runtime,
+        arena: _native.Arena,
+        table: _native.ExpertTable,
+        *,
+        num_experts: int,
+        bytes_read: int,
+    ) -> None:
+        self.resident = table
+        self.num_resident = num_experts
+        self._runtime = runtime
+        self._arena = arena
+        self._bytes_read = bytes_read
+        self._compute_s = 0.0
+
+    @property
+    def stats(self) -> RunnerStats:
+        runs = self.resident.num_runs  # the native stack runs experts without asking, so the table counts
+        return RunnerStats(runs, runs, self._bytes_read, compute_s=self._compute_s)
+
+    @contextmanager
+    def run(
+        self, layer: int, dispatch: _native.Dispatch, rows: Rows, out: Rows
+    ) -> Iterator[Iterator[Sequence[int]]]:
+        yield self._groups(layer, dispatch, rows, out)
+
+    def _groups(
+        self, layer: int, dispatch: _native.Dispatch, rows: Rows, out: Rows
+    ) -> Iterator[Sequence[int]]:
+        experts = dispatch.experts
+        self._compute_s += self.resident.run(self._runtime, layer, experts, dispatch, rows, out)
+        yield experts
+
+    def wants_guess(self, *, is_sweep: bool) -> bool:
+        return False
+
+    def guess(self, layer: int, by_rank: Sequence[Sequence[int]], *, is_sweep: bool) -> None:
+        pass
+
+    def close(self) -> None:
+        self._arena.close()

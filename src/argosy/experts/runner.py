@@ -1,0 +1,99 @@
+"""The seam between layers and experts is a verb: run these experts on these rows.
+
+    router  ->  dispatch  ->  expert runner  ─ groups of outputs, as they are done ─>  combine
+
+A layer's tokens choose experts; a runner computes their outputs, wherever the weights are. It takes and gives rows,
+never weights, so it may as well be another process or another machine. Each assignment (a token and one of its experts)
+has its own row of the outputs, and the combine adds them in the router's order: which expert was done first never
+matters.
+
+`resident.ResidentRunner` has every expert in memory, `cache.CachedRunner` as many as the budget allows. Tests can use
+any other object with these methods.
+
+Elsewhere: `native/kernels/route.h` chooses experts; `native/ops/experts` groups tokens by expert, and computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy import _native
+
+Rows = NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class RunnerStats:
+    """Counters since the runner was created; `hits / lookups` is the hit rate.
+
+    A miss whose read had started before the layer asked counts in `reads_ahead`; a read-ahead that was not needed
+    counts in `idle_reads`. `bytes_read` includes both. `compute_s` is the time in which this process computed experts,
+    without those that the native stack ran itself.
+    """
+
+    lookups: int = 0
+    hits: int = 0
+    bytes_read: int = 0
+    reads_ahead: int = 0
+    idle_reads: int = 0
+    compute_s: float = 0.0
+
+
+class ExpertRunner(Protocol):
+    """Runs routed experts of a model; one run at a time."""
+
+    @property
+    def resident(self) -> _native.ExpertTable | None:
+        """The table of all experts if every one stays in memory here: then native code runs them without Python."""
+        ...
+
+    @property
+    def stats(self) -> RunnerStats: ...
+
+    @property
+    def num_resident(self) -> int:
+        """How many experts are in memory or being read."""
+        ...
+
+    def run(
+        self, layer: int, dispatch: _native.Dispatch, rows: Rows, out: Rows
+    ) -> AbstractContextManager[Iterable[Sequence[int]]]:
+        """Run the experts of a dispatch.
+
+        Entering starts the work (reads, messages) and does not wait for it. Iterating yields groups of experts whose
+        outputs have just been written, until every expert of the dispatch was named once. Leaving ends the work, even
+        if it is cut short: no read is in flight then, and nothing more is written.
+
+        Args:
+            rows: the input of the experts, float32 [tokens, hidden].
+            out: float32 [tokens * experts per token, hidden]; row token * experts per token + rank is for that token
+                and the expert of that rank. Only written to while the caller asks for the next group.
+
+        Raises:
+            ReadFailed, CheckpointError: an expert could not be run; facts: `layer`, and `expert` if it concerns one.
+                The same run may be tried again.
+        """
+        ...
+
+    def wants_guess(self, *, is_sweep: bool) -> bool:
+        """Whether a guess would be of use in this step."""
+        ...
+
+    def guess(self, layer: int, by_rank: Sequence[Sequence[int]], *, is_sweep: bool) -> None:
+        """Tell which experts the next run may ask for, inside the current one, so that their reads can begin.
+
+        Never waits. A guess for decode is read while the drive has little else to do. A prompt needs most of a layer,
+        so a guess in a sweep is read right after the experts needed now, and passes through the cache as a scan does.
+
+        Args:
+            by_rank: the experts that routers rank first, then those that they rank second and not first ...
+        """
+        ...
+
+    def close(self) -> None: ...
