@@ -11,6 +11,7 @@
     │   ├── UnsupportedModel                 4           500   the model needs mathematics that is not built in
     │   └── CorruptRecord                    4           500   bytes changed since the pack was written
     ├── ReadFailed                           4           500   the drive or file system refused a read
+    ├── RunnerFailed                         4           500   a process that runs experts did not answer
     ├── DiskFull                             5           507   no room for the data to write
     ├── FetchFailed                          1           502   a download failed
     └── ServerNotUsable                      1           502   no answer, the key refused, or not an Argosy server
@@ -123,6 +124,12 @@ class CorruptRecord(CheckpointError):
 
 class ReadFailed(ArgosyError):
     """The drive or file system refused a read; facts: `path`, `offset`, `nbytes`."""
+
+    exit_code = 4
+
+
+class RunnerFailed(ArgosyError):
+    """A process or machine that runs experts did not answer; facts: `layer`, and `expert` if it concerns one."""
 
     exit_code = 4
 

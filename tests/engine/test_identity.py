@@ -19,6 +19,7 @@ from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.pack import pack
 from argosy.config import AskAhead
 from argosy.model.families import open_model
+from tests.experts.process_runner import ProcessRunner
 from tests.models.hub_quantised import write_fp8_model, write_int4_model
 from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.safetensors_file import Array
@@ -284,6 +285,33 @@ def test_a_batch_of_eight_changes_nothing(case: Case, slots: str) -> None:
 
     assert together == alone
     assert together[0] == resident(case).greedy
+
+
+def test_experts_in_another_process_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a socket that brings rows there and outputs back, in another order than the router's."""
+    runner = ProcessRunner(
+        case.directory,
+        "smallest cache",
+        num_experts=open_model(case.directory).config.num_experts,
+        instruction_set=case.instruction_set,
+    )
+    monkeypatch.setattr("argosy.model.model.CachedRunner", lambda runtime, cache: runner)
+    prompts = [case.prompt] + [prompt_ids(case.config, seed, 1 + 6 * seed) for seed in range(7)]
+    params = [GREEDY, SAMPLED] * 4
+    few = case.experts_per_token
+    try:
+        for options in ({"chunk_tokens": 1}, {"chunk_tokens": 3, "threads": 2}):
+            with case.engine(expert_slots=few, **options) as engine:
+                Answers.of(engine, case.prompt).assert_equal(resident(case))
+        with case.engine(expert_slots=few, chunk_tokens=16, threads=2) as engine:
+            together = [visible(result) for result in engine.generate_batch(prompts, params)]
+        assert runner.stats.lookups > 0
+    finally:
+        runner.close()
+    with case.engine() as engine:
+        assert together == [
+            visible(engine.generate(prompt, own)) for prompt, own in zip(prompts, params, strict=True)
+        ]
 
 
 def test_a_budget_that_holds_some_experts_changes_nothing(tmp_path: Path) -> None:

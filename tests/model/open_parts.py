@@ -21,13 +21,14 @@ from argosy.model.families import open_model
 from argosy.model.layers import describe_experts, kv_shapes
 from argosy.model.step import Step
 from argosy.model.weights import DenseWeights, load_dense
+from tests.experts.process_runner import ProcessRunner
 from tests.model.reference_step import ReferenceExperts
 
 BLOCK_TOKENS = 16
 BLOCKS_A_SEQUENCE = 6
 NUM_SEQUENCES = 4
 
-Residency = Literal["resident", "smallest cache", "guessing cache", "no experts"]
+Residency = Literal["resident", "smallest cache", "guessing cache", "another process", "no experts"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def open_parts(directory: Path, residency: Residency, *, threads: int = 1) -> It
         expert_files = ExpertFiles(store, files.experts, open_file=open_file)
         if residency == "resident":
             experts = load_resident(store, expert_files, runtime, describe_experts(config, weights))
+        elif residency == "another process":
+            experts = ProcessRunner(directory, "smallest cache", num_experts=config.num_experts)
         elif residency in ("smallest cache", "guessing cache"):
             is_smallest = residency == "smallest cache"
             cache = ExpertCache(

@@ -93,7 +93,9 @@ def run(parts: Parts, decoder: Decoder | ReferenceDecoder) -> list[Floats]:
     return [run_step(step) for step in make_steps(parts.config, STEPS)]
 
 
-@pytest.mark.parametrize("residency", ["resident", "smallest cache", "guessing cache", "no experts"])
+@pytest.mark.parametrize(
+    "residency", ["resident", "smallest cache", "guessing cache", "another process", "no experts"]
+)
 def test_a_step_has_the_bits_of_its_operations(directory: Path, residency: Any, instruction_set: str) -> None:
     with open_parts(directory, residency) as parts:
         expected = run(

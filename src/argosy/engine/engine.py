@@ -35,7 +35,7 @@ from argosy.engine.scheduler import MediaFailed, Scheduled, Scheduler
 from argosy.engine.sequence import FinishReason, Result, TokenEvent
 from argosy.engine.sequence import Sequence as EngineSequence
 from argosy.engine.start import start
-from argosy.errors import ArgosyError, CheckpointError, ReadFailed, UsageError
+from argosy.errors import ArgosyError, CheckpointError, ReadFailed, RunnerFailed, UsageError
 from argosy.experts.resident import Progress
 from argosy.model.decoder import RouteObserver
 from argosy.model.families import open_model
@@ -147,7 +147,7 @@ class Engine(BlockingCalls):
                 self._clock.mark("other")
                 try:  # layers -> router -> experts -> kernels
                     logits = self._model.forward(scheduled.step)
-                except (CheckpointError, ReadFailed) as error:
+                except (CheckpointError, ReadFailed, RunnerFailed) as error:
                     self._recover(scheduled, error)
                     return []
                 self._has_failed = False

@@ -76,8 +76,8 @@ class ExpertRunner(Protocol):
                 and the expert of that rank. Only written to while the caller asks for the next group.
 
         Raises:
-            ReadFailed, CheckpointError: an expert could not be run; facts: `layer`, and `expert` if it concerns one.
-                The same run may be tried again.
+            ReadFailed, CheckpointError, RunnerFailed: an expert could not be run; facts: `layer`, and `expert` if it
+                concerns one. The same run may be tried again.
         """
         ...
 

@@ -191,7 +191,7 @@ class Model:
         """Run a step; return the logits of its wanted rows: float32 [rows, vocab_size], a new array.
 
         Raises:
-            ReadFailed, CheckpointError: an expert cannot be read; the step had no effect that counts.
+            ReadFailed, CheckpointError, RunnerFailed: an expert cannot be run; the step had no effect that counts.
         """
         return self.decoder.forward(step)
 
