@@ -115,8 +115,9 @@ def main() -> None:
     options = parser.parse_args()
 
     report = Report("kernels")
-    _native.use_instruction_set(options.instruction_set)
-    runtime = _native.Runtime(options.threads, options.ask_ahead or _native.ask_ahead_probe(options.threads))
+    name = options.instruction_set
+    ask_ahead = options.ask_ahead or _native.ask_ahead_probe(options.threads, name)
+    runtime = _native.Runtime(options.threads, ask_ahead, name)
     memory = _native.Arena(ARENA_BYTES)
     bits = np.random.default_rng(0).integers(0, 256, ARENA_BYTES, dtype=np.uint8)
     np.bitwise_and(bits, 0x3B, out=memory.array())
@@ -133,16 +134,16 @@ def main() -> None:
     report.line("shape", f"{shape}; best of {options.seconds} s a figure")
     counts = "".join(f"{f'{tokens} tokens':>19}" for tokens in options.tokens)
     print(f"{'':<8}{'1 token, cold':>22}{counts}")
-    read_wall = max(_native.memory_probe(options.threads, ARENA_BYTES) for _ in range(5))
-    peak = _native.int8_probe(options.threads)
+    read_wall = max(_native.memory_probe(options.threads, ARENA_BYTES, name) for _ in range(5))
+    peak = _native.int8_probe(options.threads, name)
     for matrices in formats:
-        read_wall = max(read_wall, _native.memory_probe(options.threads, ARENA_BYTES))
+        read_wall = max(read_wall, _native.memory_probe(options.threads, ARENA_BYTES, name))
         rate = read_rate(runtime, matrices, options.seconds)
         cells = [f"{rate / 1e9:>10.1f} GB/s ({rate / read_wall:.2f})"]
         facts = {"format": matrices.format, "shape": shape}
         report.record("weights read", "GB/s", [rate / 1e9], [], wall=read_wall / 1e9, **facts)
         for tokens in options.tokens:
-            peak = max(peak, _native.int8_probe(options.threads))
+            peak = max(peak, _native.int8_probe(options.threads, name))
             rate = product_rate(runtime, matrices, tokens, options.seconds)
             if matrices.format in FLOATS:
                 cells.append(f"{rate / 1e9:>7.0f} Gop/s{'':7}")

@@ -9,10 +9,13 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <utility>
+
+#include "kernels/kernel_table.h"
 
 namespace argosy {
 
@@ -24,6 +27,11 @@ void bind_recurrent(nb::module_& m);
 void bind_stack(nb::module_& m);
 void bind_probe(nb::module_& m);
 void bind_store(nb::module_& m);
+
+// The kernels of the named instruction set; without a name, of the best one here.
+inline const KernelTable& kernels_named(const std::optional<std::string>& instruction_set) {
+  return instruction_set ? kernel_table(*instruction_set) : best_kernels();
+}
 
 using OutArray = nb::ndarray<nb::device::cpu>;  // written to
 

@@ -27,18 +27,20 @@ namespace {
 
 void bind_choice(nb::module_& m) {
   m.def("instruction_sets", &instruction_sets);
-  m.def("use_instruction_set", &use_instruction_set, "name"_a);
-  m.def("instruction_set", [] { return std::string(kernels().name); });
 
   nb::class_<Runtime>(m, "Runtime")
       .def(
           "__init__",
-          [](Runtime* self, int num_threads, const std::optional<std::string>& ask_ahead) {
-            new (self) Runtime(num_threads, ask_ahead ? ask_ahead_named(*ask_ahead) : default_ask_ahead());
+          [](Runtime* self, int num_threads, const std::optional<std::string>& ask_ahead,
+             const std::optional<std::string>& instruction_set) {
+            new (self)
+                Runtime(num_threads, ask_ahead ? std::optional(ask_ahead_named(*ask_ahead)) : std::nullopt,
+                        kernels_named(instruction_set));
           },
-          "num_threads"_a, "ask_ahead"_a = nb::none())
+          "num_threads"_a, "ask_ahead"_a = nb::none(), "instruction_set"_a = nb::none())
       .def_prop_ro("num_threads", &Runtime::num_threads)
       .def_prop_ro("ask_ahead", [](const Runtime& self) { return self.ask_ahead().name; })
+      .def_prop_ro("instruction_set", [](const Runtime& self) { return self.kernels().name; })
       .def_prop_ro("scratch_bytes", &Runtime::scratch_bytes)
       .def("close", &Runtime::close, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -1,7 +1,9 @@
 // probe.cpp: binds the probes that measure this machine.
 
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <optional>
 #include <string>
 
 #include "bind/bind.h"
@@ -12,11 +14,26 @@ namespace argosy {
 using namespace nb::literals;
 
 void bind_probe(nb::module_& m) {
-  m.def("memory_probe", &memory_probe, "threads"_a, "nbytes"_a, nb::call_guard<nb::gil_scoped_release>());
+  using Name = std::optional<std::string>;
+  using Unlocked = nb::call_guard<nb::gil_scoped_release>;
   m.def(
-      "ask_ahead_probe", [](int threads) { return std::string(ask_ahead_probe(threads).name); }, "threads"_a,
-      nb::call_guard<nb::gil_scoped_release>());
-  m.def("int8_probe", &int8_probe, "threads"_a, nb::call_guard<nb::gil_scoped_release>());
+      "memory_probe",
+      [](int threads, int64_t nbytes, const Name& instruction_set) {
+        return memory_probe(kernels_named(instruction_set), threads, nbytes);
+      },
+      "threads"_a, "nbytes"_a, "instruction_set"_a = nb::none(), Unlocked());
+  m.def(
+      "ask_ahead_probe",
+      [](int threads, const Name& instruction_set) {
+        return std::string(ask_ahead_probe(kernels_named(instruction_set), threads).name);
+      },
+      "threads"_a, "instruction_set"_a = nb::none(), Unlocked());
+  m.def(
+      "int8_probe",
+      [](int threads, const Name& instruction_set) {
+        return int8_probe(kernels_named(instruction_set), threads);
+      },
+      "threads"_a, "instruction_set"_a = nb::none(), Unlocked());
 }
 
 }  // namespace argosy

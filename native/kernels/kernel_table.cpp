@@ -2,7 +2,6 @@
 
 #include "kernels/kernel_table.h"
 
-#include <atomic>
 #include <stdexcept>
 
 namespace argosy {
@@ -49,8 +48,6 @@ const std::vector<const KernelTable*>& tables() {
   return all;
 }
 
-std::atomic<const KernelTable*> chosen{nullptr};
-
 }  // namespace
 
 std::vector<std::string> instruction_sets() {
@@ -69,12 +66,7 @@ const KernelTable& kernel_table(const std::string& name) {
                               "'; supported: " + known);
 }
 
-void use_instruction_set(const std::string& name) { chosen.store(&kernel_table(name)); }
-
-const KernelTable& kernels() {
-  const KernelTable* table = chosen.load(std::memory_order_relaxed);
-  return table != nullptr ? *table : *tables().back();
-}
+const KernelTable& best_kernels() { return *tables().back(); }
 
 AskAhead ask_ahead_named(const std::string& name) {
   std::string known;
@@ -85,8 +77,8 @@ AskAhead ask_ahead_named(const std::string& name) {
   throw std::invalid_argument("unknown ask_ahead '" + name + "'; known: " + known);
 }
 
-AskAhead default_ask_ahead() {
-  return ask_ahead_named(std::string(kernels().name) == "avx512" ? "off" : "one_level");
+AskAhead default_ask_ahead(const KernelTable& kernels) {
+  return ask_ahead_named(std::string(kernels.name) == "avx512" ? "off" : "one_level");
 }
 
 }  // namespace argosy

@@ -1,6 +1,8 @@
 // kernel_table.h: every kernel as a function pointer, one table per instruction set, chosen at run time.
 //
-//   kernels()  ->  KernelTable of the best set this CPU has, or of the set named by use_instruction_set()
+//   kernel_table("avx2")  ->  the KernelTable of that instruction set; best_kernels(): of the fastest here
+//
+// A Runtime (ops/runtime.h) holds the table that its operations use, from its construction to its end.
 //
 // A kernel works on a range (rows of a matrix, tokens of a batch) and allocates nothing; native/ops
 // distributes the ranges over threads. Promise: for one row and one token, the floating-point operations and
@@ -294,14 +296,13 @@ static inline constexpr int64_t latent_scratch_floats(int64_t dim) {
 std::vector<std::string> instruction_sets();
 
 // Throws std::invalid_argument for a name that is not in instruction_sets().
-void use_instruction_set(const std::string& name);
 const KernelTable& kernel_table(const std::string& name);
-
-const KernelTable& kernels();
+// The table of the last of instruction_sets().
+const KernelTable& best_kernels();
 
 // The prefetch distances to use when nothing was measured. Without AVX-512 the hardware prefetcher falls
 // behind: a product issues several times as many instructions.
-AskAhead default_ask_ahead();
+AskAhead default_ask_ahead(const KernelTable& kernels);
 // Throws std::invalid_argument for a name that is not in kAskAheads.
 AskAhead ask_ahead_named(const std::string& name);
 

@@ -26,7 +26,8 @@ std::string known_block_types() {
 
 bool transcode(BlockType type, const uint8_t* rows_data, int64_t rows, int64_t cols, int64_t interleaved,
                int64_t panel_begin, int64_t panel_end, uint8_t* matrix) {
-  return kernels().transcode[int(type)]({rows_data, rows, cols, interleaved, panel_begin, panel_end, matrix});
+  return best_kernels().transcode[int(type)](
+      {rows_data, rows, cols, interleaved, panel_begin, panel_end, matrix});
 }
 
 }  // namespace argosy

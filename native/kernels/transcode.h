@@ -126,7 +126,8 @@ std::string known_block_types();
 // at the first row of panel_begin. cols must consist of whole blocks. Any alignment. With `interleaved`
 // matrices of `rows` rows each, `rows_data` holds the rows of all of them, and they become matrices of
 // matrix_bytes(...) one after another; f8 is never interleaved. For the types that refuse it, returns false
-// if a code is NaN or a scale gives weights that overflow float32.
+// if a code is NaN or a scale gives weights that overflow float32. Runs with best_kernels(): every
+// instruction set writes the same bytes.
 [[nodiscard]] bool transcode(BlockType type, const uint8_t* rows_data, int64_t rows, int64_t cols,
                              int64_t interleaved, int64_t panel_begin, int64_t panel_end, uint8_t* matrix);
 

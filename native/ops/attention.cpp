@@ -122,7 +122,7 @@ void KvCache::copy_block(int64_t from, int64_t to) {
 
 void kv_write(Runtime& runtime, const KvLayer& kv, const float* keys, const float* values,
               const int64_t* slots, int64_t num_tokens) {
-  const KernelTable& table = kernels();
+  const KernelTable& table = runtime.kernels();
   const auto lock = runtime.lock();
   runtime.parallel_for(kv.kv_heads, num_tokens * kv.head_dim * 4, [&](int64_t begin, int64_t end, int) {
     for (int64_t head = begin; head < end; ++head) {
@@ -144,7 +144,7 @@ int64_t attention_scratch_bytes(int64_t head_dim, int num_threads) {
 
 void attention(Runtime& runtime, const KvLayer& kv, const AttentionBatch& batch, float* out) {
   if (batch.num_tokens == 0) return;
-  const KernelTable& table = kernels();
+  const KernelTable& table = runtime.kernels();
   const auto lock = runtime.lock();
   const int64_t scratch_floats = attention_scratch_floats(kv.head_dim);
   float* scratch =

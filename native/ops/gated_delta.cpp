@@ -48,7 +48,7 @@ void RecurrentState::copy_slot(int64_t from, int64_t to) {
 
 void gated_delta(Runtime& runtime, RecurrentState& recurrent, int64_t layer, const DeltaWeights& weights,
                  const DeltaInputs& inputs, const std::vector<DeltaRun>& runs, float* out) {
-  const KernelTable& table = kernels();
+  const KernelTable& table = runtime.kernels();
   const auto lock = runtime.lock();
   const DeltaShape& shape = recurrent.shape();
   const int64_t key_heads = shape.num_key_heads, value_heads = shape.num_value_heads;

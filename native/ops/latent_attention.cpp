@@ -54,7 +54,7 @@ struct Scratch {
 // quantised.
 void multiply_heads(Runtime& runtime, const MatrixView& matrix, int64_t num_heads, int64_t num_tokens,
                     const float* x, int64_t x_row, uint8_t* activations, float* out, int64_t out_row) {
-  const KernelTable& table = kernels();
+  const KernelTable& table = runtime.kernels();
   const int64_t cols = matrix.cols, rows = matrix.rows / num_heads, blocks = blocks_of(rows);
   const bool quantized = is_quantized(matrix.format);
   const int64_t row_bytes = quantized ? activation_bytes(cols) : x_row * 4;
@@ -174,7 +174,7 @@ class Sections {
 
 void attend(Runtime& runtime, const LatentLayer& kv, const LatentHeads& heads, const std::vector<Item>& items,
             float* vectors, float* states) {
-  const Sections sections(kernels(), kv, heads, vectors);
+  const Sections sections(runtime.kernels(), kv, heads, vectors);
   const int64_t num_items = int64_t(items.size()), pair = kMostColumns * sections.state_floats();
   int64_t most_sections = 0, all_sections = 0;
   for (const Item& item : items) {
@@ -231,7 +231,7 @@ void attend(Runtime& runtime, const LatentLayer& kv, const LatentHeads& heads, c
 
 void latent_norm(Runtime& runtime, float* vectors, const float* weight, float eps, int64_t num_tokens,
                  int64_t kv_rank, int64_t dim) {
-  const KernelTable& table = kernels();
+  const KernelTable& table = runtime.kernels();
   const auto lock = runtime.lock();
   runtime.parallel_for(num_tokens, kv_rank, [&](int64_t begin, int64_t end, int) {
     for (int64_t token = begin; token < end; ++token) {

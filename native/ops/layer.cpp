@@ -4,7 +4,7 @@ namespace argosy {
 
 void rms_norm(Runtime& runtime, const float* x, const float* weight, float eps, int64_t rows, int64_t cols,
               float* out) {
-  const KernelTable& table = kernels();
+  const KernelTable& table = runtime.kernels();
   const auto lock = runtime.lock();
   runtime.parallel_for(rows, cols, [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row)
@@ -14,7 +14,7 @@ void rms_norm(Runtime& runtime, const float* x, const float* weight, float eps, 
 
 void rope(Runtime& runtime, float* x, int64_t num_tokens, int64_t num_heads, int64_t head_dim,
           const float* cosine, const float* sine, int64_t num_pairs, bool is_interleaved) {
-  const KernelTable& table = kernels();
+  const KernelTable& table = runtime.kernels();
   const auto lock = runtime.lock();
   runtime.parallel_for(num_tokens, num_heads * head_dim, [&](int64_t begin, int64_t end, int) {
     for (int64_t t = begin; t < end; ++t) {
@@ -30,7 +30,7 @@ int64_t route_scratch_bytes(int64_t num_experts, int num_threads) {
 
 void route(Runtime& runtime, const RouteRule& rule, const float* logits, int64_t num_tokens,
            int64_t num_experts, int32_t* ids, float* weights) {
-  const KernelTable& table = kernels();
+  const KernelTable& table = runtime.kernels();
   const auto lock = runtime.lock();
   const int64_t floats = route_scratch_floats(num_experts);
   float* scratch =
@@ -51,7 +51,7 @@ void route(Runtime& runtime, const RouteRule& rule, const float* logits, int64_t
 
 void combine(Runtime& runtime, const float* expert_out, const float* weights, int64_t num_tokens, int64_t k,
              int64_t hidden, float* out) {
-  const KernelTable& table = kernels();
+  const KernelTable& table = runtime.kernels();
   const auto lock = runtime.lock();
   runtime.parallel_for(num_tokens, k * hidden, [&](int64_t begin, int64_t end, int) {
     for (int64_t t = begin; t < end; ++t) {
@@ -62,7 +62,7 @@ void combine(Runtime& runtime, const float* expert_out, const float* weights, in
 
 void add_sigmoid_gated(Runtime& runtime, const float* x, const float* gate_logit, int64_t num_tokens,
                        int64_t hidden, float* out) {
-  const KernelTable& table = kernels();
+  const KernelTable& table = runtime.kernels();
   const auto lock = runtime.lock();
   runtime.parallel_for(num_tokens, hidden, [&](int64_t begin, int64_t end, int) {
     for (int64_t t = begin; t < end; ++t) {
@@ -73,7 +73,7 @@ void add_sigmoid_gated(Runtime& runtime, const float* x, const float* gate_logit
 
 void mul_sigmoid(Runtime& runtime, const float* gate, int64_t gate_stride, int64_t rows, int64_t cols,
                  float* x) {
-  const KernelTable& table = kernels();
+  const KernelTable& table = runtime.kernels();
   const auto lock = runtime.lock();
   runtime.parallel_for(rows, 16 * cols, [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {

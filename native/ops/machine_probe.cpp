@@ -57,14 +57,13 @@ double best_seconds(Pass&& pass) {
 
 }  // namespace
 
-double memory_probe(int threads, int64_t nbytes) {
+double memory_probe(const KernelTable& kernels, int threads, int64_t nbytes) {
   require_threads("threads", threads);
   if (nbytes < threads * 4 * kPart) {
     throw std::invalid_argument("nbytes is " + std::to_string(nbytes) + ", expected " +
                                 std::to_string(threads * 4 * kPart) + " or more for " +
                                 std::to_string(threads) + " threads");
   }
-  const KernelTable& table = kernels();
   const int64_t parts = nbytes / kPart;
   Arena arena(size_t(parts * kPart));
   uint8_t* data = arena.data();
@@ -76,7 +75,7 @@ double memory_probe(int threads, int64_t nbytes) {
   std::atomic<uint64_t> sum{0};
   const double seconds = best_seconds([&] {
     pool.parallel_for(parts, 1, [&](int64_t begin, int64_t end, int) {
-      sum += table.read_memory(data + begin * kPart, (end - begin) * kPart);
+      sum += kernels.read_memory(data + begin * kPart, (end - begin) * kPart);
     });
   });
   if (sum != uint64_t(kPasses) * uint64_t(parts) * (kPart / 8) * 0x0101010101010101u) {
@@ -85,10 +84,9 @@ double memory_probe(int threads, int64_t nbytes) {
   return double(parts * kPart) / seconds;
 }
 
-AskAhead ask_ahead_probe(int threads) {
+AskAhead ask_ahead_probe(const KernelTable& kernels, int threads) {
   require_threads("threads", threads);
-  const KernelTable& table = kernels();
-  if (std::string(table.name) != "avx512" || !can_flush()) return default_ask_ahead();
+  if (std::string(kernels.name) != "avx512" || !can_flush()) return default_ask_ahead(kernels);
   constexpr Format kFormat = Format::q4;  // all formats agreed on the measured machines
   constexpr int64_t kCols = 2048, kRangePanels = 8;
   const int64_t panel = panel_bytes(kFormat, kCols), panels = kAskAheadProbeBytes / panel;
@@ -96,12 +94,12 @@ AskAhead ask_ahead_probe(int threads) {
   std::memset(arena.data(), 1, arena.size());
   std::vector<uint8_t> activations(size_t(activation_bytes(kCols)));
   const std::vector<float> x(kCols, 1.0f);
-  table.quantize_activations(x.data(), kCols, 0, num_groups(kCols), activations.data());
+  kernels.quantize_activations(x.data(), kCols, 0, num_groups(kCols), activations.data());
   std::vector<float> y(size_t(panels * kPanelRows));
   ThreadPool pool(std::min(threads, kMostAskAheadThreads));
   const auto read = [&](const AskAhead& ask_ahead) {
     pool.parallel_for(panels, kRangePanels, [&](int64_t begin, int64_t end, int) {
-      table.matmul[int(kFormat)]({
+      kernels.matmul[int(kFormat)]({
           .weights = arena.data(),
           .cols = kCols,
           .row_begin = begin * kPanelRows,
@@ -135,19 +133,18 @@ AskAhead ask_ahead_probe(int threads) {
   return best[fastest] < (1 - kAskAheadMargin) * best[0] ? kAskAheads[fastest] : kAskNothing;
 }
 
-double int8_probe(int threads) {
+double int8_probe(const KernelTable& kernels, int threads) {
   require_threads("threads", threads);
-  const KernelTable& table = kernels();
   // Per range; the slowest instruction set takes about 10 milliseconds.
   constexpr int64_t kProducts = int64_t{1} << 24;
-  const int64_t rounds = kProducts / table.int8_products_per_round;
+  const int64_t rounds = kProducts / kernels.int8_products_per_round;
   const int64_t ranges = 16 * threads;
   ThreadPool pool(threads);
   std::atomic<uint64_t> sum{0};
   const double seconds = best_seconds([&] {
-    pool.parallel_for(ranges, 1, [&](int64_t, int64_t, int) { sum += table.multiply_int8(rounds); });
+    pool.parallel_for(ranges, 1, [&](int64_t, int64_t, int) { sum += kernels.multiply_int8(rounds); });
   });
-  return 2.0 * double(ranges) * double(rounds) * double(table.int8_products_per_round) / seconds;
+  return 2.0 * double(ranges) * double(rounds) * double(kernels.int8_products_per_round) / seconds;
 }
 
 }  // namespace argosy

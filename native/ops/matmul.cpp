@@ -22,7 +22,7 @@ const uint8_t* rows_at(const MatrixView& matrix, int64_t row) {
 
 void quantize_tokens(Runtime& runtime, const float* x, int64_t cols, int64_t num_tokens,
                      uint8_t* activations) {
-  const KernelTable& table = kernels();
+  const KernelTable& table = runtime.kernels();
   runtime.parallel_for(num_tokens, cols, [&](int64_t begin, int64_t end, int) {
     for (int64_t token = begin; token < end; ++token) {
       table.quantize_activations(x + token * cols, cols, 0, num_groups(cols),
@@ -35,7 +35,7 @@ int64_t matmul_scratch_bytes(int64_t cols, int64_t num_tokens) { return num_toke
 
 void matmul(Runtime& runtime, const std::vector<Product>& products, const float* x, int64_t num_tokens) {
   if (products.empty() || num_tokens == 0) return;
-  const KernelTable& table = kernels();
+  const KernelTable& table = runtime.kernels();
   const int64_t cols = products[0].matrix.cols;
   const auto lock = runtime.lock();
   uint8_t* activations = nullptr;
@@ -83,7 +83,7 @@ void matmul(Runtime& runtime, const std::vector<Product>& products, const float*
 }
 
 void embed(Runtime& runtime, const MatrixView& matrix, const int32_t* ids, int64_t num_tokens, float* out) {
-  const KernelTable& table = kernels();
+  const KernelTable& table = runtime.kernels();
   const auto lock = runtime.lock();
   runtime.parallel_for(num_tokens, matrix.cols * 4, [&](int64_t begin, int64_t end, int) {
     for (int64_t token = begin; token < end; ++token) {
@@ -94,7 +94,7 @@ void embed(Runtime& runtime, const MatrixView& matrix, const int32_t* ids, int64
 
 void quantize(Runtime* runtime, Format format, const float* weights, int64_t rows, int64_t cols,
               uint8_t* out) {
-  const KernelTable& table = kernels();
+  const KernelTable& table = runtime != nullptr ? runtime->kernels() : best_kernels();
   if (is_quantized(format)) {
     const auto quantize_panels = format == Format::q8 ? table.quantize_q8 : table.quantize_q4;
     const int64_t panels = round_up(rows, kPanelRows) / kPanelRows;
@@ -117,7 +117,7 @@ void quantize(Runtime* runtime, Format format, const float* weights, int64_t row
 }
 
 void dequantize(const MatrixView& matrix, float* out) {
-  const KernelTable& table = kernels();
+  const KernelTable& table = best_kernels();
   for (int64_t row = 0; row < matrix.rows; ++row) {
     table.dequantize_row(matrix.format, matrix.data, matrix.cols, row, out + row * matrix.cols);
   }

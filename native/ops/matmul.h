@@ -33,7 +33,8 @@ int64_t matmul_scratch_bytes(int64_t cols, int64_t num_tokens);
 // out[t] = row ids[t] of the matrix, as float32. All ids must be in range.
 void embed(Runtime& runtime, const MatrixView& matrix, const int32_t* ids, int64_t num_tokens, float* out);
 
-// `out` holds matrix_bytes(format, rows, cols). Without a runtime, runs on the calling thread.
+// `out` holds matrix_bytes(format, rows, cols). Without a runtime, runs on the calling thread, with
+// best_kernels(). Every instruction set quantises and dequantises to the same bits.
 void quantize(Runtime* runtime, Format format, const float* weights, int64_t rows, int64_t cols,
               uint8_t* out);
 void dequantize(const MatrixView& matrix, float* out);

@@ -11,8 +11,10 @@ namespace {
 constexpr std::align_val_t kScratchAlignment{4096};
 }
 
-Runtime::Runtime(int num_threads, const AskAhead& ask_ahead)
-    : num_threads_(num_threads), ask_ahead_(ask_ahead) {
+Runtime::Runtime(int num_threads, std::optional<AskAhead> ask_ahead, const KernelTable& kernels)
+    : num_threads_(num_threads),
+      kernels_(kernels),
+      ask_ahead_(ask_ahead ? *ask_ahead : default_ask_ahead(kernels)) {
   require_threads("num_threads", num_threads);
   pool_ = std::make_unique<ThreadPool>(num_threads);
 }

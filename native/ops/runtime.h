@@ -1,4 +1,4 @@
-// runtime.h: the threads and the scratch memory that operations share.
+// runtime.h: the kernels, the threads and the scratch memory that operations share.
 //
 //   Runtime runtime(2);
 //   matmul(runtime, matrices, x, num_tokens);
@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 
 #include "kernels/kernel_table.h"
 #include "store/thread_pool.h"
@@ -32,11 +33,13 @@ class ScratchLayout {
 
 class Runtime {
  public:
-  // Throws std::invalid_argument for fewer than 1 or more than kMostThreads threads, std::runtime_error if
-  // the system refuses a thread.
-  explicit Runtime(int num_threads, const AskAhead& ask_ahead = default_ask_ahead());
+  // Without `ask_ahead`, uses default_ask_ahead(kernels). Throws std::invalid_argument for fewer than 1 or
+  // more than kMostThreads threads, std::runtime_error if the system refuses a thread.
+  explicit Runtime(int num_threads, std::optional<AskAhead> ask_ahead = std::nullopt,
+                   const KernelTable& kernels = best_kernels());
 
   int num_threads() const { return num_threads_; }
+  const KernelTable& kernels() const { return kernels_; }
   const AskAhead& ask_ahead() const { return ask_ahead_; }  // for products that read weights
   int64_t scratch_bytes() const { return scratch_bytes_; }
   // The size that the scratch has after a request for `bytes`, if no request was larger.
@@ -73,6 +76,7 @@ class Runtime {
   };
 
   int num_threads_;
+  const KernelTable& kernels_;
   AskAhead ask_ahead_;
   std::recursive_mutex mutex_;
   std::unique_ptr<ThreadPool> pool_;

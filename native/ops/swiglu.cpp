@@ -92,7 +92,7 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
   const int64_t num_experts = int64_t(experts.size());
   const int64_t assignments = experts.empty() ? 0 : dispatch.starts[num_experts];
   if (assignments == 0) return;
-  const KernelTable& table = kernels();
+  const KernelTable& table = runtime.kernels();
   const int64_t hidden = experts[0].gate.cols;
   const int64_t width = experts[0].gate.rows;
   const int64_t inner_stride = round_up(width, 16);

@@ -480,9 +480,8 @@ void latent_attention_meets_the_reference_in_every_chunk() {
 // Operations on three threads give the same results as on one.
 void threads_change_no_bit() {
   constexpr int64_t kTokens = 103;
-  Runtime one(1), three(3);
-  for (const std::string& name : instruction_sets()) {
-    use_instruction_set(name);
+  for (const KernelTable* table : all_tables()) {
+    Runtime one(1, std::nullopt, *table), three(3, std::nullopt, *table);
     for (const Format format : kFormats) {
       const int64_t hidden = cols_of(format, 200), width = cols_of(format, 130);
       const std::vector<float> x = normal(kTokens * hidden, 8);

@@ -425,6 +425,59 @@ void every_instruction_set_packs_the_same_bytes() {
   }
 }
 
+// Any bytes, so scales and mins of every kind, too; f8 without its NaN.
+std::vector<uint8_t> any_source(BlockType type, int64_t rows, int64_t cols, unsigned seed) {
+  std::mt19937 generator(seed);
+  std::vector<uint8_t> bytes(size_t(source_bytes(type, rows, cols)));
+  for (uint8_t& byte : bytes) byte = uint8_t(generator());
+  if (type == BlockType::f8_codes) {
+    for (uint8_t& byte : bytes) byte = (byte & 0x7F) == 0x7F ? 0 : byte;
+  } else if (type == BlockType::f8_scales) {
+    const std::vector<float> scales = normal(int64_t(bytes.size() / 4), seed);
+    std::memcpy(bytes.data(), scales.data(), bytes.size());
+  } else if (type == BlockType::f8_scales_bf16) {
+    for (size_t i = 1; i < bytes.size(); i += 2) bytes[i] = bytes[i] % 2 == 0 ? 0x3D : 0xBD;
+  }
+  return bytes;
+}
+
+// Readers, pack and the Python functions without a runtime use best_kernels(), whatever an engine computes
+// with.
+void every_instruction_set_transcodes_to_the_same_bytes() {
+  for (int number = 0; number < kNumBlockTypes; ++number) {
+    const BlockType type = BlockType(number);
+    const Format format = slot_format(type);
+    const int64_t rows = 300, cols = format == Format::f8 ? 300 : 3 * quant_format(format).block_cols;
+    for (const int64_t interleaved : {1, 2}) {
+      if (format == Format::f8 && interleaved > 1) continue;
+      const std::vector<uint8_t> source = any_source(type, interleaved * rows, cols, 15);
+      std::vector<uint8_t> expected;
+      for (const KernelTable* table : all_tables()) {
+        std::vector<uint8_t> found(size_t(interleaved * matrix_bytes(format, rows, cols)), 0xA5);
+        CHECK(table->transcode[number](
+            {source.data(), rows, cols, interleaved, 0, num_strips(type, rows), found.data()}));
+        if (table == &plain()) expected = found;
+        CHECK(found == expected);
+      }
+    }
+  }
+}
+
+void every_instruction_set_dequantizes_to_the_same_bits() {
+  for (const Format format : kFormats) {
+    const int64_t rows = 50, cols = cols_of(format, 300);
+    const Weights w = Weights::random(format, rows, cols, 16, 1);
+    std::vector<float> expected(size_t(rows * cols));
+    dequantize(w.view, expected.data());
+    for (const KernelTable* table : all_tables()) {
+      std::vector<float> found(expected.size());
+      for (int64_t row = 0; row < rows; ++row)
+        table->dequantize_row(format, w.view.data, cols, row, found.data() + row * cols);
+      CHECK(same_bits(found, expected));
+    }
+  }
+}
+
 // A reader transcodes a few panels of a matrix at a time, from the rows it has.
 void panels_may_be_transcoded_apart() {
   constexpr int64_t kRows = 53;
@@ -489,6 +542,8 @@ int main() {
   activations_are_the_same_bytes_everywhere();
   nan_and_infinity_stay_in_their_row();
   every_instruction_set_packs_the_same_bytes();
+  every_instruction_set_transcodes_to_the_same_bytes();
+  every_instruction_set_dequantizes_to_the_same_bits();
   panels_may_be_transcoded_apart();
   return check_result();
 }

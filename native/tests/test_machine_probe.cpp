@@ -33,31 +33,28 @@ void every_round_is_multiplied() {
 }
 
 void probes_give_plausible_speeds() {
-  for (const std::string& name : instruction_sets()) {
-    use_instruction_set(name);
+  for (const KernelTable* table : all_tables()) {
     for (const int threads : {1, 3}) {
-      const double bytes_per_s = memory_probe(threads, int64_t{16} << 20);
+      const double bytes_per_s = memory_probe(*table, threads, int64_t{16} << 20);
       CHECK(bytes_per_s > 1e7 && bytes_per_s < 1e13);
     }
   }
-  use_instruction_set(instruction_sets().back());
-  const double ops_per_s = int8_probe(2);
+  const double ops_per_s = int8_probe(best_kernels(), 2);
   CHECK(ops_per_s > 1e7 && ops_per_s < 1e15);
-  CHECK_THROWS(std::invalid_argument, memory_probe(0, 1 << 24));
-  CHECK_THROWS(std::invalid_argument, memory_probe(1, (4 << 20) - 1));
-  CHECK_THROWS(std::invalid_argument, int8_probe(0));
+  CHECK_THROWS(std::invalid_argument, memory_probe(plain(), 0, 1 << 24));
+  CHECK_THROWS(std::invalid_argument, memory_probe(plain(), 1, (4 << 20) - 1));
+  CHECK_THROWS(std::invalid_argument, int8_probe(plain(), 0));
 }
 
 void the_probe_of_asking_ahead_chooses_one_that_there_is() {
-  for (const std::string& name : instruction_sets()) {
-    use_instruction_set(name);
+  for (const KernelTable* table : all_tables()) {
     for (const int threads : {1, 3, 9}) {
-      const AskAhead chosen = ask_ahead_probe(threads);
+      const AskAhead chosen = ask_ahead_probe(*table, threads);
       CHECK_EQUAL(ask_ahead_named(chosen.name).into_l2, chosen.into_l2);
-      if (name != "avx512") CHECK_EQUAL(std::string(chosen.name), "one_level");
+      if (table->name != std::string("avx512")) CHECK_EQUAL(std::string(chosen.name), "one_level");
     }
   }
-  CHECK_THROWS(std::invalid_argument, ask_ahead_probe(0));
+  CHECK_THROWS(std::invalid_argument, ask_ahead_probe(best_kernels(), 0));
   CHECK_THROWS(std::invalid_argument, ask_ahead_named("three_levels"));
 }
 

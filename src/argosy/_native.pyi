@@ -31,28 +31,28 @@ _Bytes = NDArray[np.uint8]
 def instruction_sets() -> list[InstructionSet]:
     """The instruction sets that this CPU supports, worst first."""
 
-def use_instruction_set(name: str) -> None:
-    """Use `name` from now on. The default is the best one."""
-
-def instruction_set() -> InstructionSet: ...
-
 class Runtime:
-    """A pool of threads, including the caller, and scratch memory that only grows.
+    """The kernels of one instruction set, a pool of threads, including the caller, and scratch memory that only grows.
 
     Args:
         num_threads: at most 1024.
         ask_ahead: whether products with one token prefetch quantised weights, and into how many cache levels
             (`ask_ahead_probe`). It does not affect results. None selects off with AVX-512, one level without.
+        instruction_set: one of `instruction_sets()`, for all operations of this runtime; None: the best one.
 
     Raises:
         RuntimeError: the system refuses to start a thread.
     """
 
-    def __init__(self, num_threads: int, ask_ahead: AskAhead | None = None) -> None: ...
+    def __init__(
+        self, num_threads: int, ask_ahead: AskAhead | None = None, instruction_set: str | None = None
+    ) -> None: ...
     @property
     def num_threads(self) -> int: ...
     @property
     def ask_ahead(self) -> AskAhead: ...
+    @property
+    def instruction_set(self) -> InstructionSet: ...
     @property
     def scratch_bytes(self) -> int: ...
     def close(self) -> None:
@@ -73,6 +73,8 @@ def transcode(
 ) -> _Bytes:
     """Convert the blocks of a matrix [rows, cols] to the bytes of its slot format, without loss.
 
+    The bytes are the same on every instruction set.
+
     Q8_0 becomes q8, Q4_0 becomes q4, and GGUF's other types become the format with their name; cols is a multiple of
     their block size, 32 or 256. `int4_quants`, `int4_scales`, `mxfp4_quants`, `mxfp4_scales`, `f8_codes`, `f8_scales`
     and `f8_scales_bf16` (native/kernels/transcode.h) write only their part of the matrix: into `out` [matrix_bytes],
@@ -84,7 +86,7 @@ def transcode(
     """
 
 def dequantize(format: Format, data: _Bytes, rows: int, cols: int) -> _Floats:
-    """The weights [rows, cols] as the products use them."""
+    """The weights [rows, cols] as the products use them, the same bits on every instruction set."""
 
 class Matrix:
     """Weights inside an arena or a uint8 array, which it keeps alive. Any offset works; multiples of 64 are fastest."""
@@ -743,9 +745,10 @@ class Stack:
     def take_uses(self, out: NDArray[np.int64]) -> None:
         """Write how often tokens chose each expert since the last call to `out` [layers, most experts of a layer]."""
 
-# Probes (native/ops/machine_probe.h) measure how fast this machine is right now: the best of several passes.
+# Probes (native/ops/machine_probe.h) measure how fast this machine is right now: the best of several passes. They run
+# the kernels of `instruction_set`, or of the best one.
 
-def memory_probe(threads: int, nbytes: int) -> float:
+def memory_probe(threads: int, nbytes: int, instruction_set: str | None = None) -> float:
     """Bytes per second at which `threads` threads together read `nbytes` on huge pages with the widest loads.
 
     Takes `nbytes` of memory while it runs. If that fits the last-level cache, it measures the cache.
@@ -754,7 +757,7 @@ def memory_probe(threads: int, nbytes: int) -> float:
         ValueError: threads below 1, or less than 4 MiB per thread.   MemoryError: not enough memory.
     """
 
-def ask_ahead_probe(threads: int) -> AskAhead:
+def ask_ahead_probe(threads: int, instruction_set: str | None = None) -> AskAhead:
     """The `ask_ahead` with which this machine reads the weights of one token fastest; off on a tie.
 
     It takes some tens of milliseconds, and 8 MiB of memory while it runs. Without AVX-512 it measures nothing.
@@ -764,7 +767,7 @@ def ask_ahead_probe(threads: int) -> AskAhead:
         RuntimeError: the system refuses to start a thread.
     """
 
-def int8_probe(threads: int) -> float:
+def int8_probe(threads: int, instruction_set: str | None = None) -> float:
     """Integer operations per second of the instruction that q4 products use; a multiply-add counts as two."""
 
 # Store (native/store).

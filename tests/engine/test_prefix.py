@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from argosy import Engine, SamplingParams
+from argosy import Engine, SamplingParams, _native
 from argosy.config import KvDir
 from argosy.engine.sequence import Sequence
 from tests.models.mxfp4_models import write_mxfp4_model
@@ -212,13 +212,18 @@ def test_the_next_process_finds_a_prompt_in_files_and_answers_the_same(model: Mo
     assert visible(first) == visible(second) == model.alone(prompt)
 
 
-def test_another_model_kv_type_or_tenant_finds_nothing_in_files(model: Model, tmp_path: Path) -> None:
+def test_another_model_kv_type_instruction_set_or_tenant_finds_nothing_in_files(
+    model: Model, tmp_path: Path
+) -> None:
     prompt = model.prompt(1, 300)
     directory = KvDir(path=tmp_path)
     with model.engine(kv_dir=directory) as engine:
         engine.generate(prompt, GREEDY)
     with model.engine(kv_dir=directory, kv_dtype="f16") as engine:
         assert cached(engine.generate(prompt, GREEDY)) == 0
+    if _native.instruction_sets() != ["plain"]:
+        with model.engine(kv_dir=directory, instruction_set="plain") as engine:
+            assert cached(engine.generate(prompt, GREEDY)) == 0
     with model.engine(kv_dir=directory) as engine:
         one = engine.submit(prompt, GREEDY, tenant="other")
         run(engine, one)

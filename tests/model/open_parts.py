@@ -53,7 +53,9 @@ class Parts:
 
 
 @contextmanager
-def open_parts(directory: Path, residency: Residency, *, threads: int = 1) -> Iterator[Parts]:
+def open_parts(
+    directory: Path, residency: Residency, *, threads: int = 1, instruction_set: str | None = None
+) -> Iterator[Parts]:
     files = open_model(directory)
     config = files.config
     store = _native.Store(2)
@@ -65,7 +67,7 @@ def open_parts(directory: Path, residency: Residency, *, threads: int = 1) -> It
         return opened[path]
 
     experts: ExpertRunner | None = None
-    runtime = _native.Runtime(threads)
+    runtime = _native.Runtime(threads, instruction_set=instruction_set)
     try:
         weights = load_dense(store, files.dense, open_file=open_file, norm_offset=files.config.norm_offset)
         expert_files = ExpertFiles(store, files.experts, open_file=open_file)

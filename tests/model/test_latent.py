@@ -35,19 +35,16 @@ MAX_TOKENS = 90
 
 
 @pytest.fixture(params=_native.instruction_sets())
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _native.instruction_set()
-    _native.use_instruction_set(request.param)
-    yield request.param
-    _native.use_instruction_set(before)
+def instruction_set(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @contextmanager
-def opened(model: LatentModel, *, threads: int = 1) -> Iterator[Parts]:
+def opened(model: LatentModel, *, threads: int = 1, instruction_set: str | None = None) -> Iterator[Parts]:
     store = _native.Store(2)
     try:
         weights = load_dense(store, model.files.dense, open_file=store.open)
-        yield Parts(model.config, weights, None, _native.Runtime(threads))
+        yield Parts(model.config, weights, None, _native.Runtime(threads, instruction_set=instruction_set))
     finally:
         store.close()
 
@@ -71,7 +68,7 @@ def test_logits_are_those_of_the_plain_form(
     latent: LatentConfig, is_interleaved: bool, format: Format, instruction_set: str, tmp_path: Path
 ) -> None:
     model = LatentModel(tmp_path, latent_config(latent, is_interleaved=is_interleaved), format)
-    with opened(model) as parts:
+    with opened(model, instruction_set=instruction_set) as parts:
         (step,) = make_steps(parts.config, [[Run(0, 70)]])
         found = decoder_of(parts).forward(step)
     np.testing.assert_allclose(found, model.logits(step.token_ids.tolist()), atol=2e-5)
@@ -83,10 +80,10 @@ def test_a_step_has_the_bits_of_its_operations_on_any_number_of_threads(
     latent: LatentConfig, format: Format, instruction_set: str, tmp_path: Path
 ) -> None:
     model = LatentModel(tmp_path, latent_config(latent), format)
-    with opened(model) as parts:
+    with opened(model, instruction_set=instruction_set) as parts:
         expected = run(parts, ReferenceDecoder(parts.config, parts.weights, None, parts.kv(), parts.runtime))
         alone = run(parts, decoder_of(parts))
-    with opened(model, threads=3) as parts:
+    with opened(model, threads=3, instruction_set=instruction_set) as parts:
         shared = run(parts, decoder_of(parts))
         assert parts.runtime.scratch_bytes == stack_sizes(parts.config).scratch_bytes(MAX_TOKENS, 3)
     for ours, theirs, threads in zip(alone, expected, shared, strict=True):
@@ -96,7 +93,8 @@ def test_a_step_has_the_bits_of_its_operations_on_any_number_of_threads(
 
 
 def test_decode_equals_prefill(instruction_set: str, tmp_path: Path) -> None:
-    with opened(LatentModel(tmp_path, latent_config(QUERY_RANK), "bf16")) as parts:
+    model = LatentModel(tmp_path, latent_config(QUERY_RANK), "bf16")
+    with opened(model, instruction_set=instruction_set) as parts:
         (whole,) = make_steps(parts.config, [[Run(0, 60)]])
         together = decoder_of(parts).forward(whole)
         decoder = decoder_of(parts)

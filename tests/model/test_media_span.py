@@ -5,7 +5,7 @@ Chunks never cut a span. The numpy model agrees with transformers on the same se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -112,11 +112,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(params=_native.instruction_sets())
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _native.instruction_set()
-    _native.use_instruction_set(request.param)
-    yield request.param
-    _native.use_instruction_set(before)
+def instruction_set(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 def step_of(parts: Parts, by_sequence: Mapping[int, Pieces], num_sequences: int) -> Step:
@@ -190,7 +187,7 @@ def together(sequences: Sequence[MediaSequence], most: int) -> list[dict[int, ra
 
 @cache
 def outputs_of_whole_sequences(case: Case, instruction_set: str) -> list[Outputs]:
-    with open_parts(case.directory, "resident") as parts:
+    with open_parts(case.directory, "resident", instruction_set=instruction_set) as parts:
         return run(parts, one_by_one(case.sequences), case.sequences)
 
 
@@ -214,7 +211,7 @@ def test_whole_sequences_have_the_logits_and_hidden_states_of_the_numpy_model(
 def test_chunks_batches_caches_and_threads_change_no_bit(
     case: Case, most: int, residency: Residency, threads: int, instruction_set: str
 ) -> None:
-    with open_parts(case.directory, residency, threads=threads) as parts:
+    with open_parts(case.directory, residency, threads=threads, instruction_set=instruction_set) as parts:
         found = run(parts, together(case.sequences, most), case.sequences)
     assert_equal(found, outputs_of_whole_sequences(case, instruction_set))
 
@@ -229,7 +226,7 @@ def test_a_picture_may_lie_across_sections_of_latent_attention(
     assert span.start < SECTION < span.stop
     whole = outputs_of_whole_sequences(case, instruction_set)
     assert_near(whole, case)
-    with open_parts(case.directory, "smallest cache", threads=2) as parts:
+    with open_parts(case.directory, "smallest cache", threads=2, instruction_set=instruction_set) as parts:
         assert_equal(run(parts, together(case.sequences, 50), case.sequences), whole)
 
 

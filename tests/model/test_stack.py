@@ -64,14 +64,6 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return root / "packed"
 
 
-@pytest.fixture(params=_native.instruction_sets())
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _native.instruction_set()
-    _native.use_instruction_set(request.param)
-    yield request.param
-    _native.use_instruction_set(before)
-
-
 def decoder_of(
     parts: Parts, *, observe: RouteObserver | None = None, clock: PartClock | None = None
 ) -> Decoder:
@@ -93,11 +85,12 @@ def run(parts: Parts, decoder: Decoder | ReferenceDecoder) -> list[Floats]:
     return [run_step(step) for step in make_steps(parts.config, STEPS)]
 
 
+@pytest.mark.parametrize("instruction_set", _native.instruction_sets())
 @pytest.mark.parametrize(
     "residency", ["resident", "smallest cache", "guessing cache", "another process", "no experts"]
 )
 def test_a_step_has_the_bits_of_its_operations(directory: Path, residency: Any, instruction_set: str) -> None:
-    with open_parts(directory, residency) as parts:
+    with open_parts(directory, residency, instruction_set=instruction_set) as parts:
         expected = run(
             parts,
             ReferenceDecoder(
@@ -614,11 +607,10 @@ def test_a_signal_ends_a_long_step_between_two_layers(tmp_path: Path) -> None:
     directory = write_model(
         tmp_path, mixtral(hidden_size=256, intermediate_size=512, num_hidden_layers=12), seed=1
     )
-    instruction_set = _native.instruction_set()
     handler = signal.signal(signal.SIGALRM, interrupt)
     try:
-        _native.use_instruction_set("plain")  # about a tenth of a second a layer
-        with open_parts(directory, "resident") as parts:
+        # about a tenth of a second a layer
+        with open_parts(directory, "resident", instruction_set="plain") as parts:
             decoder = decoder_of(parts)
             (step,) = make_steps(parts.config, [[Run(sequence, 10) for sequence in range(4)]])
             logits = np.full((step.num_tokens, parts.config.vocab_size), np.nan, np.float32)
@@ -629,5 +621,4 @@ def test_a_signal_ends_a_long_step_between_two_layers(tmp_path: Path) -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
-        _native.use_instruction_set(instruction_set)
     assert np.isnan(logits).all()  # the head has not run

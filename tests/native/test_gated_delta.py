@@ -5,8 +5,9 @@ Every test runs once per instruction set of this CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -32,11 +33,8 @@ SIZES: list[Sizes] = [
 
 
 @pytest.fixture(params=native.instruction_sets(), autouse=True)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.instruction_set()
-    native.use_instruction_set(request.param)
-    yield request.param
-    native.use_instruction_set(before)
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Net, "instruction_set", request.param)
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,7 @@ class Net:
     dt_bias: Floats
     norm: Floats
     is_tiled: bool = False
+    instruction_set: ClassVar[str | None] = None  # set for each test
 
     @classmethod
     def random(cls, sizes: Sizes, num_tokens: int, *, seed: int = 0, is_tiled: bool = False) -> Net:
@@ -94,7 +93,7 @@ class Net:
         """What comes out for these tokens; one run in slot 0 unless said otherwise."""
         qkv, b, a = self.qkv[tokens].copy(), self.b[tokens].copy(), self.a[tokens].copy()
         out = np.full((len(qkv), self.z.shape[1]), np.nan, np.float32)
-        runtime = native.Runtime(threads)
+        runtime = native.Runtime(threads, instruction_set=self.instruction_set)
         native.gated_delta(
             runtime,
             state,

@@ -1,7 +1,7 @@
 """The operations of `argosy._native` against numpy, and the promise that a token's result is its own.
 
-Every test runs once per instruction set of this CPU. Tolerances: sums of n float32 products in another order differ
-by about n * 2^-24 of the sum of magnitudes; `close` allows that, for the sizes used here.
+Every test of an operation runs once per instruction set of this CPU. Tolerances: sums of n float32 products in another
+order differ by about n * 2^-24 of the sum of magnitudes; `close` allows that, for the sizes used here.
 """
 
 from __future__ import annotations
@@ -21,17 +21,15 @@ FORMATS = ["f32", "f16", "bf16", "q8", "q4"]
 SIZES = [0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 70]
 
 
-@pytest.fixture(params=native.instruction_sets(), autouse=True)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.instruction_set()
-    native.use_instruction_set(request.param)
-    yield request.param
-    native.use_instruction_set(before)
+@pytest.fixture(scope="module", params=native.instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def runtime() -> Iterator[native.Runtime]:
-    runtime = native.Runtime(2)
+def runtime(instruction_set: str) -> Iterator[native.Runtime]:
+    runtime = native.Runtime(2, instruction_set=instruction_set)
+    assert runtime.instruction_set == instruction_set
     yield runtime
     runtime.close()
 
@@ -40,10 +38,18 @@ def normal(*shape: int, seed: int = 0) -> Floats:
     return np.random.default_rng([seed, *shape]).standard_normal(shape, dtype=np.float32)
 
 
-def pack(format: str, weights: Floats, *, misalign: int = 0) -> NDArray[np.uint8]:
+def runtimes(instruction_set: str) -> tuple[native.Runtime, native.Runtime]:
+    """One thread, and three."""
+    one, three = (native.Runtime(threads, instruction_set=instruction_set) for threads in (1, 3))
+    return one, three
+
+
+def pack(
+    format: str, weights: Floats, *, misalign: int = 0, runtime: native.Runtime | None = None
+) -> NDArray[np.uint8]:
     """The bytes of a matrix, `misalign` bytes after a 64-byte boundary or so."""
     memory = np.zeros(native.matrix_bytes(format, *weights.shape) + misalign, np.uint8)
-    native.quantize(format, weights, memory[misalign:])
+    native.quantize(format, weights, memory[misalign:], runtime)
     return memory
 
 
@@ -112,9 +118,9 @@ def test_a_token_gets_the_same_bits_whatever_the_number_of_tokens(
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_threads_alignment_and_row_ranges_change_no_bit(format: str) -> None:
+def test_threads_alignment_and_row_ranges_change_no_bit(instruction_set: str, format: str) -> None:
     weights, x = normal(531, 300), normal(5, 300, seed=3)
-    one, many = native.Runtime(1), native.Runtime(3)
+    one, many = runtimes(instruction_set)
     expected = multiply(one, matrix_of(format, weights), x)
     assert np.array_equal(multiply(many, matrix_of(format, weights), x), expected)
     for misalign in (1, 2, 3, 61):
@@ -179,11 +185,9 @@ def test_q8_is_within_half_a_step_and_q4_beats_scaling_by_the_largest(cols: int)
 
 
 @pytest.mark.parametrize("format", ["q8", "q4"])
-def test_every_instruction_set_packs_the_same_bytes(format: str) -> None:
+def test_every_instruction_set_packs_the_same_bytes(runtime: native.Runtime, format: str) -> None:
     weights = np.concatenate([normal(16, 96), 1e-6 * normal(16, 96), np.zeros((3, 96), np.float32)])
-    found = pack(format, weights)
-    native.use_instruction_set("plain")
-    assert np.array_equal(found, pack(format, weights))
+    assert np.array_equal(pack(format, weights, runtime=runtime), pack(format, weights))
 
 
 @pytest.mark.parametrize("format", ["q8", "q4"])
@@ -193,7 +197,7 @@ def test_what_was_quantised_once_stays_as_it_is(format: str) -> None:
     assert np.abs(once - twice).max() <= 2.0**-10 * np.abs(once).max()
 
 
-def test_bf16_and_f16_round_to_the_nearest(runtime: native.Runtime) -> None:
+def test_bf16_and_f16_round_to_the_nearest() -> None:
     values = np.array(
         [[1.0, -0.0, 1e-8, 6e-8, 3.1e-5, 65519.0, 65520.0, 1 + 2**-11, 1 + 3 * 2**-11, -1e38]], np.float32
     )
@@ -485,10 +489,12 @@ def test_experts_add_their_biases_and_clamp_what_lies_between(runtime: native.Ru
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_an_expert_gives_a_token_the_same_bits_alone_and_among_others(format: str) -> None:
+def test_an_expert_gives_a_token_the_same_bits_alone_and_among_others(
+    instruction_set: str, format: str
+) -> None:
     experts = Experts(format, num=2, hidden=200, width=130)
     x = normal(101, 200, seed=9)
-    one, many = native.Runtime(1), native.Runtime(3)
+    one, many = runtimes(instruction_set)
     zeros, ones = np.zeros((101, 1), np.int32), np.ones((101, 1), np.int32)
     together = experts.run(many, x, np.concatenate([zeros, ones], axis=1))
     for token in (0, 1, 46, 47, 48, 49, 100):
@@ -545,9 +551,8 @@ class Conversation:
 @pytest.mark.parametrize("block_tokens", [16, 5, 32])
 @pytest.mark.parametrize("window", [0, 1, 20])
 def test_attention_is_the_same_alone_in_a_chunk_and_in_a_batch(
-    dtype: str, heads: int, kv_heads: int, dim: int, block_tokens: int, window: int
+    runtime: native.Runtime, dtype: str, heads: int, kv_heads: int, dim: int, block_tokens: int, window: int
 ) -> None:
-    runtime = native.Runtime(2)
     length = 75
     needed = -(-length // block_tokens)
     shapes = [native.KvShape.latent(3), native.KvShape.keys_values(kv_heads, dim), native.KvShape.none()]
@@ -585,7 +590,6 @@ def test_attention_is_the_same_alone_in_a_chunk_and_in_a_batch(
     mixed = attend([0, 1, 1, 0, 0, 0, 1], [74, 3, 4, 20, 21, 22, 60])
     assert np.array_equal(mixed[[0, 3, 4, 5]], alone[0][[74, 20, 21, 22]])
     assert np.array_equal(mixed[[1, 2, 6]], alone[1][[3, 4, 60]])
-    runtime.close()
 
 
 @pytest.mark.parametrize(("dtype", "element"), [("f32", 4), ("f16", 2)])
@@ -710,7 +714,7 @@ def test_wrong_arguments_are_refused_with_both_numbers(runtime: native.Runtime) 
     with refused("num_threads is 0, expected 1 to 1024"):
         native.Runtime(0)
     with refused("this CPU does not support instruction set 'mmx'; supported: plain"):
-        native.use_instruction_set("mmx")
+        native.Runtime(1, instruction_set="mmx")
     closed = native.Runtime(1)
     closed.close()
     with refused("this runtime is closed"):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -18,11 +17,8 @@ LENGTH = 600  # three sections of 256 positions, the last of them unfinished
 
 
 @pytest.fixture(params=native.instruction_sets(), autouse=True)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.instruction_set()
-    native.use_instruction_set(request.param)
-    yield request.param
-    native.use_instruction_set(before)
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Case, "instruction_set", request.param)
 
 
 @dataclass(frozen=True)
@@ -54,6 +50,8 @@ def matrix_of(format: native.Format, weights: Floats) -> tuple[native.Matrix, Fl
 class Case:
     """Two sequences of LENGTH positions in blocks that lie in no order, and everything around them."""
 
+    instruction_set: ClassVar[str | None] = None  # set for each test
+
     def __init__(
         self,
         sizes: Sizes,
@@ -82,7 +80,7 @@ class Case:
         self.table = order[: 2 * needed].reshape(2, needed).astype(np.int32)
         # What lies in blocks of others, and behind the end, must not matter.
         everything = np.arange(num_blocks * block_tokens, dtype=np.int64)
-        runtime = native.Runtime(1)
+        runtime = native.Runtime(1, instruction_set=self.instruction_set)
         garbage = np.full((len(everything), s.rank + s.rope), np.nan, np.float32)
         native.latent_write(runtime, self.kv, 1, garbage, everything)
         position = np.arange(LENGTH)
@@ -96,7 +94,7 @@ class Case:
     def attend(
         self, sequence: list[int], position: list[int], *, until: list[int] | None = None, threads: int = 1
     ) -> Floats:
-        runtime = native.Runtime(threads)
+        runtime = native.Runtime(threads, instruction_set=self.instruction_set)
         out = np.full((len(sequence), self.sizes.heads * self.sizes.value), np.nan, np.float32)
         native.latent_attention(
             runtime,

@@ -78,7 +78,6 @@ def machine_facts(path: Path) -> dict[str, Any]:
     chosen = settings.instruction_set or known[-1]
     if chosen not in known:
         raise UsageError(f"ARGOSY_INSTRUCTION_SET is '{chosen}', and this processor has: {', '.join(known)}")
-    _native.use_instruction_set(chosen)
     limit = machine.memory_limit()
     budget_bytes, margin_bytes = machine.default_budget(limit)
     drive = machine.drive_of(path)
@@ -87,7 +86,7 @@ def machine_facts(path: Path) -> dict[str, Any]:
         "cpu": machine.cpu_model(),
         "instruction_sets": known,
         "instruction_set": chosen,
-        "ask_ahead": settings.ask_ahead or _native.ask_ahead_probe(machine.usable_cores()),
+        "ask_ahead": settings.ask_ahead or _native.ask_ahead_probe(machine.usable_cores(), chosen),
         "memory": {
             "total_bytes": limit.total_bytes,
             "free_bytes": limit.free_bytes,

@@ -336,8 +336,10 @@ class PrefixCache:
         return files.offer(kind, content, lambda to: self._kv.copy_out(block, to))
 
 
-def identify(files: ModelFiles, *others: object) -> bytes:
+def identify(files: ModelFiles, instruction_set: str, *others: object) -> bytes:
     """32 bytes that identify a model, its arithmetic, and whatever else its keys and values depend on.
+
+    `instruction_set` is that of the engine's runtime: the order of sums differs between instruction sets.
 
     A file is identified by its name, size and modification time, including our kernels: hashing a terabyte would take
     longer than reuse saves.
@@ -345,7 +347,7 @@ def identify(files: ModelFiles, *others: object) -> bytes:
     pieces = [piece for record in files.experts.values() for piece in record.pieces]
     paths = {str(ref.path) for ref in files.dense.values()} | {str(piece.path) for piece in pieces}
     facts = [(Path(path).name, *_size_and_time(path)) for path in (*sorted(paths), _native.__file__)]
-    return blake3(repr((files.config, facts, _native.instruction_set(), others)).encode()).digest()
+    return blake3(repr((files.config, facts, instruction_set, others)).encode()).digest()
 
 
 def _size_and_time(path: str) -> tuple[int, int]:

@@ -77,7 +77,7 @@ def start(
         UnsupportedModel, UsageError, and `CheckpointError` and related errors: see `errors`.
     """
     _require_readable(files)
-    _choose_instruction_set(config.instruction_set)
+    instruction_set = _choose_instruction_set(config.instruction_set)
     require_mappable(files, config)
     clock = PartClock()
     with _no_collections(), ExitStack() as undo:
@@ -85,10 +85,10 @@ def start(
             store = _native.Store(config.readers)
             undo.callback(store.close)
             # Measured before anything is loaded: the plan counts more for the process than this takes.
-            ask_ahead = config.ask_ahead or _measured_ask_ahead(_native.instruction_set(), config.threads)
-            runtime = _native.Runtime(config.threads, ask_ahead)
+            ask_ahead = config.ask_ahead or _measured_ask_ahead(instruction_set, config.threads)
+            runtime = _native.Runtime(config.threads, ask_ahead, instruction_set)
             undo.callback(runtime.close)
-        prefix_files = _open_prefix_files(files, config)
+        prefix_files = _open_prefix_files(files, config, runtime)
         if prefix_files is not None:
             undo.callback(prefix_files.close)
         worker = _start_worker(undo) if has_chat_template(files.path) else None
@@ -176,20 +176,19 @@ def _require_readable(files: ModelFiles) -> None:
         )
 
 
-def _choose_instruction_set(cap: str | None) -> None:
+def _choose_instruction_set(cap: str | None) -> str:
     available = _native.instruction_sets()
     if cap is None:
-        _native.use_instruction_set(available[-1])
-        return
+        return available[-1]
     if cap not in available:
         raise UsageError(f"unknown instruction set '{cap}'; this processor has: {', '.join(available)}")
-    _native.use_instruction_set(cap)
+    return cap
 
 
 @functools.cache
 def _measured_ask_ahead(instruction_set: str, threads: int) -> AskAhead:
     """Measured once per argument pair: the machine stays the same."""
-    return _native.ask_ahead_probe(threads)
+    return _native.ask_ahead_probe(threads, instruction_set)
 
 
 def _start_worker(undo: ExitStack) -> Worker:
@@ -201,12 +200,14 @@ def _start_worker(undo: ExitStack) -> Worker:
     return worker
 
 
-def _open_prefix_files(files: ModelFiles, config: EngineConfig) -> PrefixFiles | None:
+def _open_prefix_files(
+    files: ModelFiles, config: EngineConfig, runtime: _native.Runtime
+) -> PrefixFiles | None:
     if config.kv_dir is None:
         return None
     return PrefixFiles(
         config.kv_dir,
-        identity=identify(files, config.kv_dtype, config.experts_off),
+        identity=identify(files, runtime.instruction_set, config.kv_dtype, config.experts_off),
         block_bytes=kv_bytes(files.config, 1, config.kv_dtype),
         state_bytes=state_bytes(files.config, 1),
     )
