@@ -1,14 +1,16 @@
 """What is resident, how many threads run and who shares the batch decide how fast a token comes, never which one.
 
 Every comparison is of bits: the same logits, the same tokens, the same log-probabilities. It holds within one
-instruction set, for weights in place and packed.
+instruction set, for weights in place and packed, whatever other engines of the process use.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -271,6 +273,44 @@ def test_rounded_keys_and_values_change_little_and_the_same_everywhere(case: Cas
     assert not np.array_equal(rounded.logits, resident(case).logits)
     # Keys and values have 11 bits; a first wrong expert or position moves logits by a third of their size and more.
     assert np.median(abs(rounded.logits - resident(case).logits)) < 0.01 * abs(resident(case).logits).max()
+
+
+@pytest.mark.skipif(_native.instruction_sets() == ["plain"], reason="this processor has one instruction set")
+@pytest.mark.parametrize(
+    "model",
+    [
+        ("qwen3_moe", "q8"),
+        ("deepseek_v3", "in place"),
+        ("qwen3_5_moe_text", "in place"),
+        ("gpt_oss", "mxfp4"),
+    ],
+    ids=lambda model: f"{model[0]}-{model[1]}".replace(" ", "-"),
+)
+def test_engines_with_different_instruction_sets_step_in_turn_and_each_keeps_its_bits(
+    model: tuple[str, str], directories: dict[tuple[str, str], Path]
+) -> None:
+    cases = [Case(directories[model], CONFIGS[model[0]], name) for name in _native.instruction_sets()]
+    alone = [resident(case) for case in cases]
+    for one, other in pairwise(alone):
+        assert not np.array_equal(one.logits, other.logits)
+
+    with ExitStack() as stack:
+        engines = [stack.enter_context(case.engine(chunk_tokens=8)) for case in cases]
+        sequences = [engine.submit(case.prompt, GREEDY) for engine, case in zip(engines, cases, strict=True)]
+        while any(sequence.result is None for sequence in sequences):
+            for engine in engines:
+                engine.step()
+        found = [
+            Answers(
+                engine.logits(case.prompt),
+                visible(sequence.result),
+                visible(engine.generate(case.prompt, SAMPLED)),
+            )
+            for engine, case, sequence in zip(engines, cases, sequences, strict=True)
+        ]
+
+    for together, by_itself in zip(found, alone, strict=True):
+        together.assert_equal(by_itself)
 
 
 @pytest.mark.parametrize("slots", ["floor", "all"])
