@@ -30,7 +30,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy import Engine, SamplingParams, _native
-from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, MatrixRef, ModelFiles, Piece, matrix_bytes
+from argosy.checkpoint.files import (
+    PANEL_ROWS,
+    ExpertMatrix,
+    ExpertRecord,
+    MatrixRef,
+    ModelFiles,
+    Piece,
+    matrix_bytes,
+)
 from argosy.checkpoint.geometry import (
     count_parameters,
     dense_shapes,
@@ -38,6 +46,7 @@ from argosy.checkpoint.geometry import (
     packed_config,
     packed_format,
 )
+from argosy.checkpoint.manifest import MATRIX_ALIGNMENT, round_up
 from argosy.config import Format, ModelConfig, format_bytes, parse_size
 from argosy.engine import engine as engine_module
 from argosy.model.families import FAMILIES
@@ -51,8 +60,6 @@ Bytes = NDArray[np.uint8]
 
 DENSE_FILE, EXPERTS_FILE, MADE_FILE = "dense.bin", "experts.bin", "made.json"
 PAGE = 4096
-MATRIX_ALIGNMENT = 64
-PANEL_ROWS = 16
 # Rows of quantized noise.
 POOL_ROWS = 1024
 # Rows of the embedding and the head that are made and quantized at once.
@@ -183,13 +190,13 @@ class Trillion:
         placed, end = [], 0
         for rows, cols in expert_shapes(self.config):
             placed.append((end, rows, cols))
-            end += -(-matrix_bytes("int4", rows, cols) // MATRIX_ALIGNMENT) * MATRIX_ALIGNMENT
+            end += round_up(matrix_bytes("int4", rows, cols), MATRIX_ALIGNMENT)
         return placed
 
     @property
     def record_bytes(self) -> int:
         offset, rows, cols = self._matrices[-1]
-        return -(-(offset + matrix_bytes("int4", rows, cols)) // PAGE) * PAGE
+        return round_up(offset + matrix_bytes("int4", rows, cols), PAGE)
 
     def files(self) -> ModelFiles:
         """The model as the engine opens it."""

@@ -54,6 +54,19 @@ void bind_matrix(nb::module_& m) {
       "format"_a, "rows"_a, "cols"_a);
 
   m.def(
+      "f8_scales_bytes",
+      [](int64_t cols) {
+        require_range("cols", cols, 0, kLargestSize);
+        return f8_scales_bytes(cols);
+      },
+      "cols"_a);
+
+  m.attr("LARGEST_SIZE") = kLargestSize;
+  m.attr("MATRIX_ALIGNMENT") = kMatrixAlignment;
+  m.attr("PANEL_ROWS") = kPanelRows;
+  m.attr("F8_BLOCK") = kF8Block;
+
+  m.def(
       "quantize",
       [](const std::string& format_name, const Array& weights, const OutArray& out, Runtime* runtime) {
         const Format format = parse_format(format_name);

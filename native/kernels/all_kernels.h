@@ -26,31 +26,25 @@
 namespace argosy {
 namespace {
 
+template <Format... kFormats>
+constexpr void set_quantized_matmul(KernelTable& table) {
+  ((table.matmul[int(kFormats)] = matmul_quantized<kFormats>), ...);
+}
+
+template <BlockType... kTypes>
+constexpr void set_panel_transcode(KernelTable& table) {
+  ((table.transcode[int(kTypes)] = transcode_panels<kTypes>), ...);
+}
+
+// Evaluated when it is compiled: a missing kernel is an error of the compiler.
 constexpr KernelTable kernel_table_named(const char* name) {
-  return {
+  KernelTable table = {
       .name = name,
-      .matmul = {matmul_float<F32Weights>, matmul_float<F16Weights>, matmul_float<Bf16Weights>, matmul_f8,
-                 matmul_quantized<Format::q8>, matmul_quantized<Format::q4>, matmul_quantized<Format::q4_1>,
-                 matmul_quantized<Format::q5_0>, matmul_quantized<Format::q5_1>,
-                 matmul_quantized<Format::q4_k>, matmul_quantized<Format::q5_k>,
-                 matmul_quantized<Format::q6_k>, matmul_quantized<Format::q2_k>,
-                 matmul_quantized<Format::q3_k>, matmul_quantized<Format::iq4_nl>,
-                 matmul_quantized<Format::iq4_xs>, matmul_quantized<Format::mxfp4>,
-                 matmul_quantized<Format::int4>},
+      .matmul = {},
       .quantize_activations = quantize_activations,
       .quantize_q8 = quantize_panels<Format::q8>,
       .quantize_q4 = quantize_panels<Format::q4>,
-      .transcode =
-          {transcode_panels<BlockType::q8_0>,         transcode_panels<BlockType::q4_0>,
-           transcode_panels<BlockType::q4_1>,         transcode_panels<BlockType::q5_0>,
-           transcode_panels<BlockType::q5_1>,         transcode_panels<BlockType::q4_k>,
-           transcode_panels<BlockType::q5_k>,         transcode_panels<BlockType::q6_k>,
-           transcode_panels<BlockType::q2_k>,         transcode_panels<BlockType::q3_k>,
-           transcode_panels<BlockType::iq4_nl>,       transcode_panels<BlockType::iq4_xs>,
-           transcode_panels<BlockType::mxfp4>,        transcode_panels<BlockType::int4_quants>,
-           transcode_panels<BlockType::int4_scales>,  transcode_panels<BlockType::mxfp4_quants>,
-           transcode_panels<BlockType::mxfp4_scales>, transcode_f8_codes,
-           transcode_f8_scales<BlockType::f8_scales>, transcode_f8_scales<BlockType::f8_scales_bf16>},
+      .transcode = {},
       .dequantize_row = dequantize_row,
       .rms_norm = rms_norm,
       .rope = rope,
@@ -71,6 +65,27 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .multiply_int8 = multiply_int8,
       .int8_products_per_round = kInt8ProductsPerRound,
   };
+  table.matmul[int(Format::f32)] = matmul_float<F32Weights>;
+  table.matmul[int(Format::f16)] = matmul_float<F16Weights>;
+  table.matmul[int(Format::bf16)] = matmul_float<Bf16Weights>;
+  table.matmul[int(Format::f8)] = matmul_f8;
+  set_quantized_matmul<Format::q8, Format::q4, Format::q4_1, Format::q5_0, Format::q5_1, Format::q4_k,
+                       Format::q5_k, Format::q6_k, Format::q2_k, Format::q3_k, Format::iq4_nl, Format::iq4_xs,
+                       Format::mxfp4, Format::int4>(table);
+  set_panel_transcode<BlockType::q8_0, BlockType::q4_0, BlockType::q4_1, BlockType::q5_0, BlockType::q5_1,
+                      BlockType::q4_k, BlockType::q5_k, BlockType::q6_k, BlockType::q2_k, BlockType::q3_k,
+                      BlockType::iq4_nl, BlockType::iq4_xs, BlockType::mxfp4, BlockType::int4_quants,
+                      BlockType::int4_scales, BlockType::mxfp4_quants, BlockType::mxfp4_scales>(table);
+  table.transcode[int(BlockType::f8_codes)] = transcode_f8_codes;
+  table.transcode[int(BlockType::f8_scales)] = transcode_f8_scales<BlockType::f8_scales>;
+  table.transcode[int(BlockType::f8_scales_bf16)] = transcode_f8_scales<BlockType::f8_scales_bf16>;
+  for (const auto kernel : table.matmul) {
+    if (kernel == nullptr) throw "a format has no product";
+  }
+  for (const auto kernel : table.transcode) {
+    if (kernel == nullptr) throw "a block type cannot be transcoded";
+  }
+  return table;
 }
 
 }  // namespace

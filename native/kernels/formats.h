@@ -80,6 +80,8 @@ enum class Format : uint8_t {
 [[maybe_unused]] static constexpr int kNumFormats = 18;
 [[maybe_unused]] static constexpr int64_t kGroupSize = 32;
 [[maybe_unused]] static constexpr int64_t kPanelRows = 16;
+// A cache line: panels begin at multiples of it in their matrix, and kernels are fastest if the matrix does.
+[[maybe_unused]] static constexpr int64_t kMatrixAlignment = 64;
 // Four columns of a panel (4 bits: two times four).
 [[maybe_unused]] static constexpr int64_t kChunkBytes = 64;
 [[maybe_unused]] static constexpr int64_t kLongestBlock = 256;
@@ -194,7 +196,7 @@ static inline constexpr int64_t num_blocks(Format format, int64_t cols) {
 [[maybe_unused]] static constexpr int64_t kF8Block = 128;
 
 static inline constexpr int64_t f8_scales_bytes(int64_t cols) {
-  return round_up(round_up(cols, kF8Block) / kF8Block * 4, 64);
+  return round_up(round_up(cols, kF8Block) / kF8Block * 4, kMatrixAlignment);
 }
 // Where the scales of a row begin, and where its codes begin.
 static inline constexpr int64_t f8_scales_at(int64_t row, int64_t cols) {
@@ -208,7 +210,7 @@ static inline constexpr int64_t f8_row_at(int64_t row, int64_t cols) {
 static inline constexpr int64_t weight_bytes(Format format) { return format == Format::f32 ? 4 : 2; }
 
 static inline constexpr int64_t panel_bytes(Format format, int64_t cols) {
-  return round_up(num_blocks(format, cols) * quant_format(format).block_bytes(), 64);
+  return round_up(num_blocks(format, cols) * quant_format(format).block_bytes(), kMatrixAlignment);
 }
 
 static inline constexpr int64_t matrix_bytes(Format format, int64_t rows, int64_t cols) {
@@ -267,7 +269,7 @@ static inline constexpr int64_t activation_sums_at(int64_t cols) {
 }
 // An odd number of cache lines, so that the same column of many tokens is spread over the sets of the cache.
 static inline constexpr int64_t activation_bytes(int64_t cols) {
-  return round_up(num_groups(cols) * (4 * kGroupSize + 32), 128) + 64;
+  return round_up(num_groups(cols) * (4 * kGroupSize + 32), 2 * kMatrixAlignment) + kMatrixAlignment;
 }
 
 }  // namespace argosy

@@ -24,7 +24,7 @@ constexpr int kLatentTile = 6;
 
 namespace argosy {
 extern const KernelTable kAvx2Kernels;
-const KernelTable kAvx2Kernels = kernel_table_named("avx2");
+constinit const KernelTable kAvx2Kernels = kernel_table_named("avx2");
 }  // namespace argosy
 
 #endif

@@ -26,7 +26,7 @@ constexpr int kLatentTile = 16;
 
 namespace argosy {
 extern const KernelTable kAvx512Kernels;
-const KernelTable kAvx512Kernels = kernel_table_named("avx512");
+constinit const KernelTable kAvx512Kernels = kernel_table_named("avx512");
 }  // namespace argosy
 
 #endif

@@ -6,5 +6,5 @@
 
 namespace argosy {
 extern const KernelTable kPlainKernels;
-const KernelTable kPlainKernels = kernel_table_named("plain");
+constinit const KernelTable kPlainKernels = kernel_table_named("plain");
 }  // namespace argosy

@@ -17,12 +17,12 @@
 
 namespace argosy {
 
-// Offsets of the parts of an operation's scratch, each a multiple of 64 bytes.
+// Offsets of the parts of an operation's scratch, each a multiple of kMatrixAlignment.
 class ScratchLayout {
  public:
   int64_t add(int64_t bytes) {
     const int64_t at = bytes_;
-    bytes_ += round_up(bytes, 64);
+    bytes_ += round_up(bytes, kMatrixAlignment);
     return at;
   }
   int64_t bytes() const { return bytes_; }

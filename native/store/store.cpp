@@ -38,7 +38,6 @@ struct Store::Request {
 
 namespace {
 
-constexpr int64_t kMatrixAlignment = 64;   // of the start of a transcoded matrix
 constexpr int64_t kMissesInARow = 8;       // after this many, the page cache is rarely checked
 constexpr int64_t kAskedAfterMisses = 64;  // then only one part in this many checks it
 

@@ -58,8 +58,20 @@ class Runtime:
     def close(self) -> None:
         """End the threads and free the scratch memory; later operations raise ValueError."""
 
+LARGEST_SIZE: int  # most rows and most columns of a matrix
+MATRIX_ALIGNMENT: int  # bytes; where a transcoded matrix begins in an arena, and a matrix in a pack's record
+PANEL_ROWS: int  # quantised: rows that are interleaved
+F8_BLOCK: int  # f8: rows and columns of a block, whose weights share a scale
+
 def matrix_bytes(format: Format, rows: int, cols: int) -> int:
-    """Bytes of a matrix (layout: native/kernels/formats.h)."""
+    """Bytes of a matrix (layout: native/kernels/formats.h).
+
+    Raises:
+        ValueError: more than LARGEST_SIZE rows or columns.
+    """
+
+def f8_scales_bytes(cols: int) -> int:
+    """Bytes of the scales before each F8_BLOCK rows of codes of an f8 matrix."""
 
 def quantize(format: Format, weights: _Floats, out: _Bytes, runtime: Runtime | None = None) -> None:
     """Write weights [rows, cols] to `out` [matrix_bytes] as f32, f16, bf16, or q8 or q4 on the threads of `runtime`.

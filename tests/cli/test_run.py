@@ -397,3 +397,7 @@ def test_show_of_a_config_alone_says_what_its_weights_would_take(tmp_path: Path,
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B | {"model_type": "qwen9"}))
     assert main(["show", str(tmp_path)]) == 4
     assert "asks for model_type 'qwen9'; supported: mixtral" in capsys.readouterr().err
+
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B | {"vocab_size": 2**31 - 1}))
+    assert main(["show", str(tmp_path)]) == 4
+    assert "a matrix of 2147483647 x 2048 is too large" in capsys.readouterr().err

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from argosy import _native
 from argosy.checkpoint.json_strict import quote
 from argosy.config import Format, ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
@@ -37,29 +38,9 @@ _Value = TypeVar("_Value", bound=np.generic)
 
 BYTES_PER_VALUE = {"f32": 4, "f16": 2, "bf16": 2}
 
-GROUP_COLS = 32  # quantised: columns that share a scale
-PANEL_ROWS = 16  # quantised: rows that are interleaved
-F8_BLOCK = 128  # f8: rows and columns of a block; its weights share a scale
-_SUPER_COLS = 256  # K formats, iq4_xs: columns that share the scale of the scales
-_PANEL_ALIGNMENT = 64
-
-# Size of a panel: (columns of a block, bytes of the block's 16 rows: quants and high bits, scales, minima).
-_PANEL_BLOCKS: Mapping[str, tuple[int, int]] = {
-    "q8": (GROUP_COLS, 512 + 32),
-    "q4": (GROUP_COLS, 256 + 32),
-    "q4_1": (GROUP_COLS, 256 + 32 + 32),
-    "q5_0": (GROUP_COLS, 256 + 64 + 32),
-    "q5_1": (GROUP_COLS, 256 + 64 + 32 + 32),
-    "q4_k": (_SUPER_COLS, 2048 + 32 + 32 + 128 + 128),
-    "q5_k": (_SUPER_COLS, 2048 + 512 + 32 + 32 + 128 + 128),
-    "q6_k": (_SUPER_COLS, 2048 + 1024 + 32 + 256),
-    "q2_k": (_SUPER_COLS, 1024 + 32 + 32 + 256),
-    "q3_k": (_SUPER_COLS, 1024 + 512 + 32 + 256),
-    "iq4_nl": (GROUP_COLS, 256 + 32),
-    "iq4_xs": (_SUPER_COLS, 2048 + 32 + 128),
-    "mxfp4": (GROUP_COLS, 256 + 32),
-    "int4": (GROUP_COLS, 256 + 32),
-}
+# Layout numbers of native/kernels/formats.h.
+PANEL_ROWS = _native.PANEL_ROWS  # quantised: rows that are interleaved
+F8_BLOCK = _native.F8_BLOCK  # f8: rows and columns of a block; its weights share a scale
 
 # GGUF block type -> the slot format that holds it without loss.
 SLOT_FORMATS: Mapping[str, Format] = {
@@ -97,20 +78,16 @@ def is_quantised(format: Format) -> bool:
 
 @cache
 def matrix_bytes(format: Format, rows: int, cols: int) -> int:
-    """Bytes of a matrix in a format: the kernels' own rule, usable without loading them."""
-    if format in BYTES_PER_VALUE:
-        return rows * cols * BYTES_PER_VALUE[format]
-    if format == "f8":
-        return -(-rows // F8_BLOCK) * f8_scales_bytes(cols) + rows * cols
-    block_cols, block_bytes = _PANEL_BLOCKS[format]
-    panel_bytes = -(-cols // block_cols) * block_bytes
-    panel_bytes = -(-panel_bytes // _PANEL_ALIGNMENT) * _PANEL_ALIGNMENT
-    return -(-rows // PANEL_ROWS) * panel_bytes
+    """Bytes of a matrix in a format.
 
-
-def f8_scales_bytes(cols: int) -> int:
-    """Bytes of the scales before each 128 rows of codes."""
-    return -(-4 * -(-cols // F8_BLOCK) // 64) * 64
+    Raises:
+        UnsupportedModel: it has more rows or columns than a kernel can have.
+    """
+    if max(rows, cols) > _native.LARGEST_SIZE:
+        raise UnsupportedModel(
+            f"a matrix of {rows} x {cols} is too large; supported: at most {_native.LARGEST_SIZE} rows and columns"
+        )
+    return _native.matrix_bytes(format, rows, cols)
 
 
 def rows_together(format: Format) -> int:

@@ -30,7 +30,6 @@ from argosy.checkpoint.files import (
     F8_BLOCK,
     KeyValueRows,
     MatrixRef,
-    f8_scales_bytes,
     is_quantised,
     matrix_bytes,
     rows_together,
@@ -128,10 +127,10 @@ def _turn_f8(matrix: Bytes, rows: int, cols: int, out: Bytes) -> None:
     """Transpose an f8 matrix of whole blocks (layout: native/kernels/formats.h)."""
     down, across = rows // F8_BLOCK, cols // F8_BLOCK
     strips, turned = matrix.reshape(down, -1), out.reshape(across, -1)
-    codes = strips[:, f8_scales_bytes(cols) :].reshape(down, F8_BLOCK, across, F8_BLOCK)
-    places = turned[:, f8_scales_bytes(rows) :].reshape(across, F8_BLOCK, down, F8_BLOCK)
+    codes = strips[:, _native.f8_scales_bytes(cols) :].reshape(down, F8_BLOCK, across, F8_BLOCK)
+    places = turned[:, _native.f8_scales_bytes(rows) :].reshape(across, F8_BLOCK, down, F8_BLOCK)
     places[:] = codes.transpose(2, 3, 0, 1)
-    turned[:, : f8_scales_bytes(rows)] = 0
+    turned[:, : _native.f8_scales_bytes(rows)] = 0
     turned[:, : 4 * down].reshape(across, down, 4)[:] = (
         strips[:, : 4 * across].reshape(down, across, 4).transpose(1, 0, 2)
     )

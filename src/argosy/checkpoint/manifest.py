@@ -27,6 +27,7 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 import blake3
 import numpy as np
 
+from argosy import _native
 from argosy.checkpoint.files import (
     ExpertMatrix,
     ExpertRecord,
@@ -47,7 +48,7 @@ PARTIAL_SUFFIX = ".partial"
 PACK_VERSION = 4
 
 FILE_ALIGNMENT = 4096
-MATRIX_ALIGNMENT = 64
+MATRIX_ALIGNMENT = _native.MATRIX_ALIGNMENT
 STORED_FORMATS: tuple[Format, ...] = get_args(Format)
 
 Progress = Callable[[str, float], None]  # the current task, and the share of it that is done
@@ -224,7 +225,6 @@ def open_pack(directory: str | Path) -> ModelFiles | None:
         odd = sorted(set(expected) ^ set(manifest.dense_formats))[0]
         fault = "does not have" if odd in expected else "has an unexpected"
         raise CheckpointError(f"{MANIFEST_FILE} {fault} tensor {quote(odd)}", path=directory, tensor=odd)
-    dense = lay_out_dense(config, lambda name: manifest.dense_formats[name], directory / DENSE_FILE)
     num_records = len(config.moe_layers) * config.num_experts  # checked before that many records are laid out
     if len(manifest.expert_checksums) != num_records:
         raise CheckpointError(
@@ -232,6 +232,7 @@ def open_pack(directory: str | Path) -> ModelFiles | None:
             f"expected {num_records}",
             path=directory,
         )
+    dense = lay_out_dense(config, lambda name: manifest.dense_formats[name], directory / DENSE_FILE)
     records = list(lay_out_experts(config, manifest.expert_formats.__getitem__))
     experts_end = records[-1][1] + records[-1][2].stride
     dense_end = round_up(dense[-1].offset + dense[-1].nbytes, FILE_ALIGNMENT)

@@ -26,7 +26,6 @@ from pathlib import Path
 
 from argosy.checkpoint.files import (
     BYTES_PER_VALUE,
-    GROUP_COLS,
     ExpertMatrix,
     ExpertRecord,
     MatrixRef,
@@ -41,7 +40,7 @@ from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import Format, ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families.accounts import TensorAccounts
-from argosy.model.families.quantization import FP8_BLOCK, INT4_GROUP, Quantization
+from argosy.model.families.quantization import FP8_BLOCK, INT4_GROUP, MXFP4_GROUP, Quantization
 
 # Without F8_E4M3, which needs a scale.
 _FORMAT_OF_DTYPE: Mapping[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -372,9 +371,9 @@ class _Accounts(TensorAccounts):
         """Blocks [experts, rows, cols / 32, 16] and scales [experts, rows, cols / 32] of OCP MXFP4."""
         gate, _, down = expert_shapes(config)
         for key, size in (("hidden_size", gate[1]), ("intermediate_size", down[1])):
-            if size % GROUP_COLS:
+            if size % MXFP4_GROUP:
                 raise CheckpointError(
-                    f"config.json gives {key} as {size}, but MXFP4 rows are blocks of {GROUP_COLS}",
+                    f"config.json gives {key} as {size}, but MXFP4 rows are blocks of {MXFP4_GROUP}",
                     key=key,
                 )
         pieces: list[Piece] = []
@@ -382,12 +381,12 @@ class _Accounts(TensorAccounts):
             (names[0], names[1], gate, 2),
             (names[2], names[3], down, 1),
         ):
-            groups = (config.num_experts, interleaved * rows, cols // GROUP_COLS)
+            groups = (config.num_experts, interleaved * rows, cols // MXFP4_GROUP)
             first = len(pieces)
             if blocks in self:
                 self._require_said("mxfp4", blocks.removesuffix("_blocks"), blocks)
             for name, block_type, shape in (
-                (blocks, "mxfp4_quants", (*groups, GROUP_COLS // 2)),
+                (blocks, "mxfp4_quants", (*groups, MXFP4_GROUP // 2)),
                 (scales, "mxfp4_scales", groups),
             ):
                 ref = self.take_bytes(name, shape)

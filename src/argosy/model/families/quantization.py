@@ -34,6 +34,7 @@ KEY = "quantization_config"
 _PARTS = ((), ("text_config",), ("thinker_config",), ("thinker_config", "text_config"))
 FP8_BLOCK = 128
 INT4_GROUP = 32
+MXFP4_GROUP = 32
 _MOST_REPETITIONS = 3  # in an expression that names modules
 _MOST_ALTERNATIVES = 8
 
