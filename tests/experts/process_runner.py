@@ -90,7 +90,7 @@ class ProcessRunner:
         self.stats = RunnerStats()
         self.num_resident = 0
         self.num_started = 0
-        self._arguments = [str(directory), residency, instruction_set or _native.instruction_set()]
+        self._arguments = [str(directory), residency, instruction_set or _native.instruction_sets()[-1]]
         self._num_experts = num_experts
         self._dies_in_run, self._deaths = dies_in_run, deaths
         self._process: subprocess.Popen[bytes] | None = None
@@ -208,10 +208,9 @@ def main() -> None:
     from tests.model.open_parts import open_parts  # it can open this runner, too
 
     directory, residency, instruction_set, descriptor, dies_in_run = sys.argv[1:]
-    _native.use_instruction_set(instruction_set)  # type: ignore[arg-type]
     with (
         socket.socket(fileno=int(descriptor)) as to,
-        open_parts(Path(directory), residency) as parts,  # type: ignore[arg-type]
+        open_parts(Path(directory), residency, instruction_set=instruction_set) as parts,  # type: ignore[arg-type]
         suppress(EOFError, ConnectionError),
     ):
         serve(Connection(to), parts.experts, int(dies_in_run))

@@ -74,7 +74,9 @@ def open_parts(
         if residency == "resident":
             experts = load_resident(store, expert_files, runtime, describe_experts(config, weights))
         elif residency == "another process":
-            experts = ProcessRunner(directory, "smallest cache", num_experts=config.num_experts)
+            experts = ProcessRunner(
+                directory, "smallest cache", num_experts=config.num_experts, instruction_set=instruction_set
+            )
         elif residency in ("smallest cache", "guessing cache"):
             is_smallest = residency == "smallest cache"
             cache = ExpertCache(
