@@ -9,8 +9,8 @@ instruction set, budget, chunk size, number of threads and batch. It has the new
 length, and a SHA-256 of the prompt's logits. The models are committed references of every family, tiny models in the
 formats that those do not have, and the demo model, if it has been built on this machine.
 
-Only what every version has is used (`Engine`, `generate_batch`, `logits`), so the script may be copied into an older
-checkout. It compares nothing itself: `tests/engine/test_identity.py` compares settings within one version.
+Only what every version has is used (an engine's options, `generate_batch`, `logits`), so the script may be copied into
+an older checkout. It compares nothing itself: `tests/engine/test_identity.py` compares settings within one version.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ from tests.models.runnable import runnable
 from tests.models.tiny import gpt_oss, mixtral, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_next
 from tests.models.tiny_latent import deepseek_v3, kimi_k2
+
+# Before `Engine.open`, the class itself took these options.
+open_engine = getattr(Engine, "open", Engine)
 
 NUM_NEW = 24
 # More than two KV blocks, and more than the sliding windows; part of a block; one token more than a block; one token.
@@ -187,7 +190,7 @@ def answers(model: Model, path: Path) -> Iterator[dict[str, Any]]:
     greedy = SamplingParams(max_tokens=NUM_NEW, temperature=0, ignore_eos=True)
     for instruction_set, budget, chunk_tokens, threads in settings(model):
         num_slots = config.experts_per_token if budget == "smallest cache" else None
-        with Engine(
+        with open_engine(
             path,
             memory="6GiB",
             context=128,
