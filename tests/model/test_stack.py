@@ -502,10 +502,11 @@ SEEING = (
 @pytest.mark.parametrize("directory", SEEING, indirect=True)
 @pytest.mark.parametrize("residency", ["resident", "smallest cache"])
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("instruction_set", _native.instruction_sets())
 def test_a_step_with_media_has_the_bits_of_its_operations(
     directory: Path, residency: Any, threads: int, instruction_set: str
 ) -> None:
-    with open_parts(directory, residency, threads=threads) as parts:
+    with open_parts(directory, residency, threads=threads, instruction_set=instruction_set) as parts:
         config = parts.config
         reference = ReferenceDecoder(
             config, parts.weights, parts.reference_experts(), parts.kv(), parts.runtime, parts.recurrent()
