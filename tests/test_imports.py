@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "argosy"
 
-EVERYONE = {"config", "errors", "replace_file"}
+EVERYONE = {"config", "errors", "replace_file", "strict_json"}
 MAY_IMPORT = {
     "prompt": {"checkpoint"},
     "guard": set(),
@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "config": {"errors"},
     "errors": set(),
     "replace_file": set(),
+    "strict_json": set(),
 }
 ANY_ROOM = {"cli", "__init__", "__main__"}  # the command line, and the package's public names
 

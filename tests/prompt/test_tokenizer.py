@@ -308,7 +308,7 @@ def test_truncation_and_padding_of_the_file_are_not_applied() -> None:
     [
         ("tokenizer.json", "{", "not a tokenizer"),
         ("tokenizer_config.json", "{", "not JSON"),
-        ("tokenizer_config.json", "[]", "holds a list, expected an object"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json is a list, expected an object"),
         ("tokenizer_config.json", '{"eos_token": 3}', "expected text"),
         ("tokenizer_config.json", '{"chat_template": 3}', "chat_template is not text"),
         ("tokenizer_config.json", json.dumps({"chat_template": "x" * (1 << 21)}), "more than 1048576"),

@@ -1,17 +1,16 @@
 """Read small JSON files that cannot be trusted.
 
-    bytes  ->  parse_json  ->  plain dicts, lists, text, numbers, or one CheckpointError
+    path   ->  read_object   ->  a plain dict, or one CheckpointError that names the file
+    bytes  ->  parse_object  ->  the same, for JSON that is part of a file
 
-JSON has corners where two readers disagree: a key given twice, `NaN`, a number of ten thousand digits,
-unlimited nesting. Here each of them is an error that names the file, never a crash or a guess. Only regular
-files of a bounded size are opened (a link to one is fine: hub caches are made of links).
+Only regular files of a bounded size are opened (a link to one is fine: hub caches are made of links).
 
-Elsewhere: `safetensors.py`, `pack.py` and `model/families/` interpret the keys.
+Elsewhere: `strict_json.py` decides which JSON is accepted; `safetensors.py`, `pack.py` and `model/families/` interpret
+the keys.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from argosy.errors import CheckpointError
+from argosy.strict_json import JsonError, parse_json
 
 # The safetensors format's own limit for a header; more than any real config needs.
 JSON_LIMIT_BYTES = 100_000_000
@@ -79,62 +79,24 @@ def read_at(descriptor: int, nbytes: int, offset: int, path: Path) -> bytes:
     return b"".join(parts)
 
 
-def parse_json(data: bytes, path: Path, what: str = "") -> object:
-    """Parse `data` as UTF-8 JSON with unique keys and finite numbers.
+def parse_object(data: bytes, path: Path, what: str = "") -> dict[str, object]:
+    """Parse the JSON object in `data`.
 
     Args:
-        data: the text.
+        data: the text, in UTF-8.
         path: the file it came from, named in errors.
         what: the part of that file, for example "header"; empty for the whole file.
 
     Raises:
-        CheckpointError: `data` is anything else.
+        CheckpointError: `data` is anything else, or JSON that two readers might read in two ways.
     """
     subject = f"{path.name}: the {what}" if what else path.name
-
-    def pairs_to_dict(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found: dict[str, object] = {}
-        for key, value in pairs:
-            if key in found:
-                raise CheckpointError(f"{subject} gives the key '{quote(key)}' twice", path=path, key=key)
-            found[key] = value
-        return found
-
-    def refuse_constant(name: str) -> object:
-        raise CheckpointError(f"{subject} holds {name}, which is not JSON", path=path)
-
-    def parse_finite(text: str) -> float:
-        number = float(text)
-        if number in (float("inf"), float("-inf")):
-            raise CheckpointError(f"{subject} holds the number {quote(text)}, which is too large", path=path)
-        return number
-
     try:
-        return json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=pairs_to_dict,
-            parse_constant=refuse_constant,
-            parse_float=parse_finite,
-        )
-    except UnicodeDecodeError as error:
-        raise CheckpointError(
-            f"{subject} is not UTF-8 text: byte {error.start} is wrong", path=path
-        ) from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(
-            f"{subject} is not JSON: {error.msg} at character {error.pos}", path=path
-        ) from error
-    except RecursionError as error:
-        raise CheckpointError(f"{subject} is nested too deeply", path=path) from error
-    except ValueError as error:  # Python refuses to parse an integer with more than a few thousand digits
-        raise CheckpointError(f"{subject} holds a number with too many digits", path=path) from error
-
-
-def parse_object(data: bytes, path: Path, what: str = "") -> dict[str, object]:
-    """`parse_json` for a file whose outermost value must be an object."""
-    value = parse_json(data, path, what)
+        value = parse_json(data)
+    except JsonError as error:
+        fault = error.fault if error.key is None else f"gives the key '{quote(error.key)}' twice"
+        raise CheckpointError(f"{subject} {fault}", path=path, key=error.key) from error
     if not isinstance(value, dict):
-        subject = f"{path.name}: the {what}" if what else path.name
         raise CheckpointError(f"{subject} is {kind_of(value)}, expected an object", path=path)
     return value
 

@@ -58,7 +58,7 @@ from argosy.checkpoint.files import (
 )
 from argosy.checkpoint.geometry import packed_config, packed_format
 from argosy.checkpoint.gguf import GGUF_METADATA_FILE, metadata_only, read_gguf
-from argosy.checkpoint.json_strict import JSON_LIMIT_BYTES, open_regular, read_at
+from argosy.checkpoint.json_strict import JSON_LIMIT_BYTES, open_regular, parse_object, read_at
 from argosy.checkpoint.latent_up import (
     KeyValueMatrix,
     keeps_its_format,
@@ -616,12 +616,12 @@ class _Writer:
 
     def _difference(self, header: str) -> str:
         try:
-            earlier = json.loads(header)
+            earlier = parse_object(header.encode(), self._partial)
             if earlier["format"] != self._format:
                 return f"the unfinished pack is {earlier['format']}, but {self._format} was requested"
             if earlier["version"] != PACK_VERSION:
                 return "the unfinished pack was made by another version of Argosy"
-        except (ValueError, TypeError, KeyError):
+        except (CheckpointError, KeyError):
             return "the journal of the unfinished pack is damaged"
         return f"{self._files.path} changed since the unfinished pack was started"
 

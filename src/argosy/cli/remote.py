@@ -9,7 +9,6 @@ Responses are bounded, and `quote` makes their text safe for a terminal.
 from __future__ import annotations
 
 import http.client
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ import click
 
 from argosy.checkpoint.json_strict import quote
 from argosy.errors import ServerNotUsable, UsageError
+from argosy.strict_json import JsonError, parse_json
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 _TIMEOUT_S = 10.0
@@ -112,8 +112,8 @@ class Server:
 
     def _parsed(self, body: bytes) -> object:
         try:
-            return json.loads(body)
-        except (ValueError, RecursionError) as error:
+            return parse_json(body)
+        except JsonError as error:
             raise self._stranger("its answer is not JSON") from error
 
     @contextmanager
@@ -156,8 +156,8 @@ class Server:
                 status=status,
             )
         try:
-            message = json.loads(response.read(_LONGEST_BYTES))["error"]["message"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+            message = parse_json(response.read(_LONGEST_BYTES))["error"]["message"]  # type: ignore[index]
+        except (JsonError, KeyError, TypeError):
             message = None
         # Other servers send errors of this form, too, for routes that only Argosy has.
         if message is None or status == http.HTTPStatus.NOT_FOUND:

@@ -28,6 +28,7 @@ from typing import Literal, get_args
 
 from argosy.errors import UsageError
 from argosy.replace_file import replacing
+from argosy.strict_json import JsonError, parse_json
 
 Scope = Literal["infer", "grammar", "metrics", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -168,11 +169,13 @@ def _keys_in(data: bytes) -> list[Key]:
     if len(data) > _MAX_FILE_BYTES:
         raise UsageError(f"it is larger than {_MAX_FILE_BYTES} bytes")
     try:
-        content = json.loads(data, object_pairs_hook=_without_doubles)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"line {error.lineno}: {error.msg}") from None
-    except (ValueError, RecursionError):
-        raise UsageError("it is not JSON in UTF-8") from None
+        content = parse_json(data)
+    except JsonError as error:
+        if error.key is not None:  # not quoted: it may be a secret in the wrong place
+            raise UsageError("an object has the same field twice") from None
+        if error.syntax is not None:
+            raise UsageError(f"line {error.syntax.lineno}: {error.syntax.msg}") from None
+        raise UsageError(str(error)) from None
     if not isinstance(content, dict) or content.keys() != {"version", "keys"}:
         raise UsageError("expected an object with version and keys, and nothing else")
     if type(content["version"]) is not int or content["version"] != _VERSION:
@@ -205,13 +208,6 @@ def _key_of(item: object) -> Key:
         if name not in item:
             raise UsageError(f"it has no {name}")
     return Key(**item)
-
-
-def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise UsageError("an object has the same field twice")
-    return found
 
 
 def _kind(value: object) -> str:

@@ -1,14 +1,11 @@
-"""Reads JSON from callers and models strictly, and writes JSON in one way.
+"""Reads JSON from callers and models within bounds, and writes JSON in one way.
 
     text  ->  read_json   ->  plain values, or a ValueError with the reason
     value ->  plain_json  ->  a copy in plain values, or a UsageError that names the place
     value ->  write_json  ->  text
     bytes ->  count_values  ->  the number of values, before any value is made
 
-Two readers may disagree about some JSON: duplicate keys, `NaN`, half a character, endless nesting. None of it is
-accepted here, so a value that was read once can be passed to a template, a client or a grammar as it is.
-
-Elsewhere: `checkpoint/json_strict.py` reads untrusted files.
+Elsewhere: `strict_json.py` decides which JSON is accepted.
 """
 
 from __future__ import annotations
@@ -19,10 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from argosy.errors import UsageError
+from argosy.strict_json import TOO_DEEP, JsonError, check_json, parse_json
 
-_MOST_DEPTH = 64
-_TOO_DEEP = f"is nested deeper than {_MOST_DEPTH} levels"
-_LARGEST = 1 << 1024  # beyond the range of floats
 # Objects, lists, keys and strings in one body: 4096 messages with their parts need a third of this.
 MAX_PARTS = 1 << 17
 # Items of lists and objects: a prompt of token ids is as long as the longest context.
@@ -78,27 +73,10 @@ def read_json(text: str) -> object:
     """Parse the value of `text`.
 
     Raises:
-        ValueError: it is not JSON, has a duplicate key, contains a value that `plain_json` refuses, or has too many
-        values.
+        ValueError: it has too many values, or `parse_json` refuses it.
     """
     count_values(text.encode(errors="replace"))
     return parse_json(text)
-
-
-def parse_json(text: str) -> object:
-    """Parse a text that `count_values` has accepted. Raises what `read_json` raises."""
-    try:
-        value: object = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-        _require_exact(value, "it")
-        return value
-    except RecursionError:
-        raise ValueError(f"it {_TOO_DEEP}") from None
-    except UsageError as error:
-        raise ValueError(error.message) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"it is not JSON: {error.msg} at character {error.pos}") from None
-    except ValueError:  # Python refuses whole numbers of more than a few thousand digits
-        raise ValueError("it holds a number that is too large") from None
 
 
 def read_object(text: str) -> dict[str, object] | None:
@@ -123,19 +101,22 @@ def plain_json(value: object, where: str) -> object:
     """
     try:
         plain = _copy(value, where)
+        check_json(plain)
     except RecursionError:
-        raise UsageError(f"{where} {_TOO_DEEP}") from None
-    _require_exact(plain, where)
+        raise UsageError(f"{where} {TOO_DEEP}") from None
+    except JsonError as error:
+        raise UsageError(f"{where} {error.fault}") from None
     return plain
 
 
 def plain_text(text: str, where: str) -> str:
     """Returns `text` if it can be encoded. Raises what `plain_json` raises."""
+    plain = str(text)
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UsageError(f"{where} holds half a character (a lone surrogate)") from None
-    return str(text)
+        check_json(plain)
+    except JsonError as error:
+        raise UsageError(f"{where} {error.fault}") from None
+    return plain
 
 
 def _copy(value: object, where: str) -> object:
@@ -156,40 +137,3 @@ def _copy(value: object, where: str) -> object:
         case Sequence() if not isinstance(value, bytes | bytearray):
             return [_copy(item, where) for item in value]
     raise UsageError(f"{where} holds a {type(value).__name__}, which JSON cannot represent")
-
-
-def _require_exact(value: object, where: str) -> None:
-    """Check that every reader reads this alike. Level by level, which is ten times as fast as recursion."""
-    level: list[object] = [value]
-    for _ in range(_MOST_DEPTH + 1):
-        following: list[object] = []
-        for item in level:
-            kind = type(item)
-            if kind is dict:
-                assert isinstance(item, dict)
-                following += item.values()
-                following += item
-            elif kind is list:
-                assert isinstance(item, list)
-                following += item
-            elif kind is str:
-                assert isinstance(item, str)
-                if not item.isascii():
-                    plain_text(item, where)
-            elif (kind is int or kind is float) and not -_LARGEST < item < _LARGEST:  # type: ignore[operator]
-                raise UsageError(f"{where} holds a number that is too large")
-        if not following:
-            return
-        level = following
-    raise UsageError(f"{where} {_TOO_DEEP}")
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise UsageError("it has a duplicate key")
-    return found
-
-
-def _no_constant(name: str) -> object:
-    raise UsageError(f"it holds {name}, which is not JSON")

@@ -31,6 +31,7 @@ import tokenizers
 
 from argosy.checkpoint.byte_level import spelling_of_bytes
 from argosy.checkpoint.gguf import GGUF_METADATA_FILE, GgufFile, find_gguf, read_gguf
+from argosy.checkpoint.json_strict import read_object
 from argosy.errors import CheckpointError, PromptTooLong, UsageError
 from argosy.prompt.text_pieces import PIECE_CHARACTERS, Cutter, LongestToken
 
@@ -147,13 +148,13 @@ class Tokenizer:
 
     @classmethod
     def _of_directory(cls, directory: Path) -> Tokenizer:
-        config = _read_json(directory / "tokenizer_config.json")
+        config = _read_optional(directory / "tokenizer_config.json")
         core = _read_core(directory, config)
         try:
             return cls(
                 core,
                 config=config,
-                generation_config=_read_json(directory / "generation_config.json"),
+                generation_config=_read_optional(directory / "generation_config.json"),
                 chat_template=_read_template(directory, config),
             )
         except _BadField as error:
@@ -591,18 +592,8 @@ def _token_text(value: Any) -> str | None:
     return value
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    if path.stat().st_size > _MAX_FILE_BYTES:
-        raise CheckpointError(f"{path}: {path.stat().st_size} bytes, more than {_MAX_FILE_BYTES}", path=path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {_first_line(error)}", path=path) from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected an object", path=path)
-    return content
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_object(path) if path.is_file() else {}
 
 
 def _has_tokenizer(directory: Path) -> bool:
@@ -632,7 +623,7 @@ def has_chat_template(directory: Path) -> bool:
     """
     if not _has_tokenizer(directory):
         return False
-    return _read_template(directory, _read_json(directory / "tokenizer_config.json")) is not None
+    return _read_template(directory, _read_optional(directory / "tokenizer_config.json")) is not None
 
 
 def _read_template(directory: Path, config: Mapping[str, Any]) -> str | None:

@@ -21,10 +21,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from argosy.errors import UsageError
-from argosy.prompt.json_text import count_values, parse_json
+from argosy.prompt.json_text import count_values
 from argosy.serve.core import Service
 from argosy.serve.gate import Caller, Refused
 from argosy.serve.held import Share
+from argosy.strict_json import parse_json
 
 _READ_AT_ONCE_BYTES = 32 << 10  # a longer body is read in a thread, so other requests do not wait
 # Memory that a value needs as a Python object, as part of a model, and as input of the prompt. Measured with
