@@ -29,12 +29,13 @@ def replacing(path: Path, *, mode: int = 0o600) -> Iterator[Callable[[bytes], No
     path = Path(os.path.realpath(path))
     # The lock is a separate file: the next writer would not see a lock on a file that is replaced.
     # The kernel releases it when the process ends, so a crash leaves nothing locked.
-    lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    lock_path = path.with_name(f".{path.name}.lock")
+    lock = _locked(lock_path)
     try:
-        _give_to_owner_of(path.parent, lock)
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield lambda data: replace(path, data, mode)
     finally:
+        with contextlib.suppress(OSError):
+            lock_path.unlink()
         os.close(lock)
 
 
@@ -57,6 +58,22 @@ def replace(path: Path, data: bytes, mode: int = 0o600) -> None:
         beside.unlink(missing_ok=True)
         raise
     sync(path.parent)  # otherwise a power cut may bring the old file back, and with it a revoked key
+
+
+def _locked(path: Path) -> int:
+    """Create a lock file and lock it; returns its descriptor."""
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            _give_to_owner_of(path.parent, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), path.stat(follow_symlinks=False)):
+                    return lock
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)  # its last holder removed it, so the next writer would not see it
 
 
 def sync(path: Path) -> None:

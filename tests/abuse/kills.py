@@ -155,7 +155,7 @@ class Keys(Writer):
         require(argosy(["keys", "add", "next", "--keys", str(path)]) == 0, "no key can be added")
         require(argosy(["keys", "list", "--keys", str(path)]) == 0, "the keys cannot be listed")
         require([key.name for key in KeyFile(path).read()] == [*names, "next"], "the added key is not there")
-        others = {entry.name for entry in self.directory.iterdir()} - {"keys.json", ".keys.json.lock"}
+        others = {entry.name for entry in self.directory.iterdir()} - {"keys.json"}
         require(not others, f"left over: {others}")
         return "old state" if names == before else "new state"
 
@@ -248,7 +248,7 @@ class Prompts(Writer):
             time.sleep(0.001)
         files.close()
         left = {path.name for path in (self.directory / "kv").rglob("*") if path.is_file()}
-        left = {name for name in left if not name.endswith(".kv")} - {"secret", ".secret.lock"}
+        left = {name for name in left if not name.endswith(".kv")} - {"secret"}
         require(not left, f"left over: {left}")
         return "old state" if found == told else "new state"
 

@@ -105,7 +105,7 @@ def test_a_writer_that_is_killed_half_way_leaves_the_old_keys_no_lock_and_no_fil
     assert file.path.read_bytes() == before
     file.add("next")
     assert {key.name for key in file.read()} == {"old", "next"}
-    assert {path.name for path in file.path.parent.iterdir()} == {"keys.json", ".keys.json.lock"}
+    assert {path.name for path in file.path.parent.iterdir()} == {"keys.json"}
 
 
 def test_a_link_to_a_file_of_keys_stays_one_and_a_file_keeps_its_mode(file: KeyFile) -> None:
