@@ -7,11 +7,13 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from argosy.cli.connect import CLIENTS
 from argosy.cli.main import main
@@ -264,21 +266,104 @@ def test_other_models_of_continue_stay_and_ours_is_exchanged(server: FakeServer,
     put(path, CONTINUE)
     assert main(["connect", "continue", "--url", server.url, "--write"]) == 0
     text = path.read_text()
-    ours = re.search(r"    # argosy: begin\n.*    # argosy: end\n", text, flags=re.DOTALL)
-    assert ours is not None
-    assert text.replace(ours[0], "") == CONTINUE
-    assert text.index("models:") < text.index("# argosy: begin") < text.index("small")
-    assert "    - name: " in ours[0]
-    put(path, text.replace(server.url, "http://old:1"))
+    ours = text[text.index('    - name: "Argosy Qwen') : text.index("    # the small one")]
+    assert f'\n      apiBase: "{server.url}/v1"\n' in ours
+    assert text.replace(ours, "") == CONTINUE
+    put(path, text.replace(server.url, "http://old:1").replace("Qwen3-30B-A3B-Q4_K_M", "Old"))
     assert main(["connect", "continue", "--url", server.url, "--write"]) == 0
     assert path.read_text() == text
 
 
+OURS_LAST = """\
+models:
+- name: x  # not ours
+  model: Argosy x
+- name: Argosy old
+  provider: openai
+  model: old
+  roles: [chat,
+    edit]
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "added_after", "removed"),
+    [
+        ("models:\nrules: []\n", "models:\n", ""),
+        ("name: Mine\nrules: []", "rules: []\nmodels:\n", ""),
+        ("# mine\n\n", "schema: v1\nmodels:\n", ""),
+        ('models:\n- name: a\n  text: |\n    b\n\n# of rules\nrules: ["x"]\n', "models:\n", ""),
+        ("x: &x {a: 1}\nmodels:\n  - name: a\n    <<: *x\n", "models:\n", ""),
+        (OURS_LAST, "model: Argosy x\n", OURS_LAST[OURS_LAST.index("- name: Argosy") :]),
+        (f"{OURS_LAST}\n# of rules\nrules: []\n", "Argosy x\n", OURS_LAST[OURS_LAST.index("- name: A") :]),
+        (
+            "models:\n  # argosy: begin\n  - name: Argosy m\n    model: m\n  # argosy: end\n  - name: b\n",
+            "# argosy: begin\n",
+            "  - name: Argosy m\n    model: m\n",
+        ),
+    ],
+)
+def test_every_other_line_of_continue_stays(
+    text: str, added_after: str, removed: str, server: FakeServer, home: Path
+) -> None:
+    path = home / FILES["continue"]
+    put(path, text)
+    assert main(["connect", "continue", "--url", server.url, "--write"]) == 0
+    new = path.read_text()
+    ours = re.search(r' *- name: "Argosy Qwen(.|\n)*maxTokens: \d+\n', new)
+    assert ours is not None
+    assert new[: ours.start()].endswith(added_after)
+    rest = new.replace(ours[0], "")
+    kept = text.replace(removed, "").rstrip()
+    assert [line for line in rest.splitlines() if line in kept.splitlines()] == kept.splitlines()
+    assert YAML(typ="safe", pure=True).load(new)["models"]
+    assert main(["connect", "continue", "--url", server.url, "--write"]) == 0
+    assert path.read_text() == new
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'model_providers.argosy.name = "x"  # dotted\nmodel_providers.argosy.env_key = "OLD"\n',
+        'model_providers = {argosy = {name = "x"}, other = {name = "y"}}  # inline\n',
+        'x = """\nmodel = "inside"\n[model_providers.argosy]\n"""\n',
+        "# about a\n[a]\nb = 1\n\n# about c\n[[c]]\nd = 2\n",
+        "[model_providers]\n[model_providers.other]\na = 1\n# about b\n[b]\nc = 2",
+        "[model_providers.argosy]\nenv_key = 'OLD'\n# stays\nname = 'x'  # too\n[b]\n[model_providers.other]\n",
+    ],
+)
+def test_every_other_setting_and_comment_of_codex_stays(text: str, server: FakeServer, home: Path) -> None:
+    path = home / FILES["codex"]
+    put(path, text)
+    assert main(["connect", "codex", "--url", server.url, "--write"]) == 0
+    new = path.read_text()
+    old_settings, settings = tomllib.loads(text), tomllib.loads(new)
+    ours = settings["model_providers"].pop("argosy")
+    assert ours["base_url"] == f"{server.url}/v1"
+    assert "env_key" not in ours
+    others = old_settings.pop("model_providers", {})
+    others.pop("argosy", None)
+    assert settings.pop("model_providers") == others
+    assert {key: settings[key] for key in old_settings} == old_settings
+    assert settings.keys() - old_settings.keys() == {
+        "model", "model_provider", "model_context_window", "model_catalog_json", "web_search",
+    }  # fmt: skip
+    for comment, subject in re.findall(r"(# about .)\n(.*)", text):
+        assert f"{comment}\n{subject}" in new
+    for comment in re.findall("# .*", text):
+        assert comment in new
+    assert main(["connect", "codex", "--url", server.url, "--write"]) == 0
+    assert path.read_text() == new
+
+
 def test_lines_of_an_environment_file_are_exchanged_where_they_stand(server: FakeServer, home: Path) -> None:
-    put(home / "open-webui.env", "# mine\nPORT=3000\nOPENAI_API_KEY=old\nexport ENABLE_OLLAMA_API=True\n")
+    put(
+        home / "open-webui.env",
+        "# mine\n\nPORT=3000\n\nOPENAI_API_KEY=old\nexport ENABLE_OLLAMA_API=True\nA='\nOPENAI_API_KEY=x'",
+    )
     assert main(["connect", "openwebui", "--url", server.url, "--write"]) == 0
     assert (home / "open-webui.env").read_text() == (
-        "# mine\nPORT=3000\nOPENAI_API_KEY=none\nENABLE_OLLAMA_API=False\n"
+        "# mine\n\nPORT=3000\n\nOPENAI_API_KEY=none\nENABLE_OLLAMA_API=False\nA='\nOPENAI_API_KEY=x'\n"
         f"OPENAI_API_BASE_URL={server.url}/v1\nAIOHTTP_CLIENT_TIMEOUT=3600\n"
     )
 
@@ -286,25 +371,35 @@ def test_lines_of_an_environment_file_are_exchanged_where_they_stand(server: Fak
 @pytest.mark.parametrize(
     ("client", "text", "why"),
     [
-        ("opencode", '{"theme": "x", // dark\n}', "it is not plain JSON"),
-        ("opencode", '{"a": 1, "a": 2}', "a key appears twice"),
-        ("opencode", '{"a": NaN}', "NaN is not JSON"),
-        ("opencode", '{"a": 1e999}', "the number 1e999 is too large"),
+        ("opencode", '{"theme": "x", // dark\n}', "it is not JSON: Expecting property name"),
+        ("opencode", '{"a": 1, "a": 2}', "it has a duplicate key"),
+        ("opencode", '{"a": NaN}', "it holds NaN, which is not JSON"),
+        ("opencode", '{"a": 1e999}', "it holds a number that is too large"),
         ("opencode", "[]", "it is not a JSON object"),
         ("opencode", '{"provider": {"argosy": []}}', "its provider.argosy is not an object"),
-        ("opencode", "[" * 100_000, "it is not plain JSON"),
+        ("opencode", "[" * 100_000, "it is nested deeper than 64 levels"),
         ("claude-code", '{"env": "x"}', "its env is not an object"),
         ("codex", "model = ", "it is not TOML"),
-        ("codex", 'model_providers = {argosy = {name = "x"}}', "it is not TOML"),
-        ("codex", 'model_providers.argosy.name = "x"', "it is not TOML"),
-        ("codex", 'x = """\nmodel = "inside"\n"""', "cannot be changed line by line"),
-        ("continue", "models: [{name: x}]\n", "its models are written in a way"),
+        ("codex", "a = 1\na = 2", "it is not TOML (Cannot overwrite a value"),
+        ("codex", "model_providers = 1", "its model_providers or its model_providers.argosy is not a table"),
+        ("codex", "[model_providers]\nargosy = 1", "is not a table"),
+        ("codex", "model_providers = {}", "it is written in a way that cannot be changed"),
+        ("codex", "a = " + "[" * 100_000, "it is not TOML"),
+        ("codex", "[model_providers.b]\n[[c]]\n[model_providers.argosy]\n", "it is written in a way"),
+        ("continue", "<<: {models: [1]}\n", "it is written in a way that cannot be changed"),
+        ("continue", "x: &x [{name: a}]\nmodels: *x\n", "it is written in a way that cannot be changed"),
+        ("continue", "models:\n  -\n    name: Argosy m\n    model: m\n", "it is written in a way"),
+        ("continue", "models: [{name: x}]\n", "it is written in a way that cannot be changed"),
+        ("continue", "{models: []}\n", "it is written in a way that cannot be changed"),
+        ("continue", "{name: x}\n", "it is not plain YAML"),
         ("continue", "models:\n  name: x\n", "its models are not a list"),
-        ("continue", "{models: []}\n", "is YAML that cannot be changed"),
-        ("continue", "a: 1\n---\nb: 2\n", "is YAML that cannot be changed"),
-        ("continue", "models:\n# argosy: begin\n", "are not a pair"),
-        ("continue", "models:\n# argosy: end\n# argosy: begin\n", "are not a pair"),
+        ("continue", "- models\n", "its models are not a list"),
+        ("continue", "a: 1\n---\nb: 2\n", "it is not plain YAML (but found another document)"),
+        ("continue", "a: 1\na: 2\n", 'it is not plain YAML (found duplicate key "a"'),
+        ("continue", "a: !x 1\n", "it is not plain YAML"),
+        ("continue", "[" * 100_000, "it is not plain YAML"),
         ("openwebui", "PORT 3000\n", "the line 'PORT 3000' is not an assignment"),
+        ("openwebui", "A='1\n", "the line 'A='1' is not an assignment"),
     ],
 )
 def test_what_cannot_be_read_for_certain_is_left_as_it_is(
@@ -329,6 +424,13 @@ def test_a_link_stays_a_link_and_its_file_is_changed(server: FakeServer, home: P
     assert server.url in (home / "dotfiles/settings.json").read_text()
 
 
+def test_a_changed_file_has_nothing_beside_it_but_the_old_one(server: FakeServer, home: Path) -> None:
+    put(home / FILES["claude-code"], "{}")
+    assert main(["connect", "claude-code", "--url", server.url, "--write"]) == 0
+    names = sorted(path.name for path in (home / ".claude").iterdir())
+    assert names == ["settings.json", "settings.json.before-argosy-1"]
+
+
 def test_a_file_that_changes_meanwhile_is_not_overwritten(
     server: FakeServer, home: Path, capsys: Captured
 ) -> None:
@@ -344,6 +446,17 @@ def test_a_file_that_changes_meanwhile_is_not_overwritten(
     with pytest.raises(Exception, match="another program has just changed it"):
         edit_file.edit_file(path, change)
     assert path.read_text() == '{"somebody": "else"}'
+
+
+def test_only_writing_settings_imports_their_parsers(server: FakeServer) -> None:
+    parsers = {"tomlkit", "ruamel.yaml", "dotenv"}
+    for client in CLIENTS:
+        code = (
+            "import sys; from argosy.cli.main import main\n"
+            f"assert main(['connect', {client!r}, '--url', {server.url!r}]) == 0\n"
+            f"assert not {parsers!r} & sys.modules.keys()"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
 
 
 def test_a_name_that_means_something_to_a_shell_means_nothing(capsys: Captured) -> None:

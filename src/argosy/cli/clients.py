@@ -278,13 +278,20 @@ def _continue(connection: Connection, file: Path | None, environment: Mapping[st
     return Setup(
         files=(
             SettingsFile(
-                path=path, shown=shown, change=lambda text: merge_yaml_list(text, start, "models", item)
+                path=path,
+                shown=shown,
+                change=lambda text: merge_yaml_list(text, start, "models", item, _is_entry_of_ours),
             ),
         ),
         notes=()
         if connection.key is None or connection.is_key_shown
         else (f"the key belongs in {directory / '.env'}, as {KEY_VARIABLE}=...",),
     )
+
+
+def _is_entry_of_ours(entry: object) -> bool:
+    """Whether `_continue` wrote this entry, for whichever model."""
+    return isinstance(entry, Mapping) and entry.get("name") == f"Argosy {entry.get('model')}"
 
 
 def _variable_note(connection: Connection) -> tuple[str, ...]:

@@ -2,24 +2,27 @@
 
     text, or None  ->  merge_json | merge_toml | merge_yaml_list | merge_environment  ->  text  ->  edit_file
 
-A file that cannot be parsed with certainty is refused, not rewritten by guess: comments in a format without comments, a
-duplicate key, YAML beyond plain blocks. The old file is kept beside the new one, which replaces it atomically.
+Comments, order and unknown settings stay. A change is refused if its result, parsed again, differs from the old
+settings in anything else; so is JSON with comments, because they would be lost. The old file is kept beside it.
+
+Elsewhere: `replace_file.py` replaces the file atomically.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
+import itertools
 import json
-import math
-import os
 import re
-import tempfile
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from argosy.errors import UsageError
+from argosy.replace_file import replace, replacing
+from argosy.strict_json import JsonError, parse_json
 
 _LONGEST_BYTES = 4_000_000
 
@@ -48,8 +51,11 @@ def edit_file(path: Path, change: Change) -> tuple[bool, Path | None]:
         if new == old:
             return False, None
         target.parent.mkdir(parents=True, exist_ok=True)
-        backup = None if old is None else _keep(target, old)
-        _replace(target, old, new)
+        with replacing(target) as write:
+            backup = None if old is None else _keep(target, old)
+            if _read(target) != old:
+                raise _Unreadable("another program has just changed it")
+            write(new)
     except (_Unreadable, UnicodeDecodeError) as error:
         why = error if isinstance(error, _Unreadable) else "it is not UTF-8 text"
         raise UsageError(
@@ -74,37 +80,24 @@ def _read(path: Path) -> bytes | None:
 
 
 def _keep(path: Path, data: bytes) -> Path:
-    number = 1
-    while True:
-        backup = path.with_name(f"{path.name}.before-argosy-{number}")
-        try:
-            descriptor = os.open(backup, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            number += 1
-            continue
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        return backup
+    numbered = (path.with_name(f"{path.name}.before-argosy-{number}") for number in itertools.count(1))
+    backup = next(path for path in numbered if not path.exists())
+    replace(backup, data)
+    return backup
 
 
-def _replace(path: Path, old: bytes | None, new: bytes) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
+@contextlib.contextmanager
+def _changing() -> Iterator[None]:
+    """Refuse the file whatever fails: there are texts that the parsers read and cannot change."""
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(new)
-            file.flush()
-            os.fsync(file.fileno())
-        if old is not None:
-            os.chmod(name, path.stat().st_mode & 0o7777)
-        if _read(path) != old:
-            raise _Unreadable("another program has just changed it")
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+        yield
+    except Exception as error:
+        raise _Unreadable("it is written in a way that cannot be changed") from error
+
+
+def _require_equal(found: object, expected: object) -> None:
+    if found != expected:
+        raise ValueError("something else changed")
 
 
 # JSON
@@ -115,11 +108,9 @@ def merge_json(text: str | None, addition: Mapping[str, Any]) -> str:
     if text is None or not text.strip():
         return as_json(addition)
     try:
-        found = json.loads(
-            text, object_pairs_hook=_without_doubles, parse_constant=_no_json, parse_float=_finite
-        )
-    except (ValueError, RecursionError) as error:
-        raise _Unreadable(f"it is not plain JSON ({error})") from error
+        found = parse_json(text)
+    except JsonError as error:
+        raise _Unreadable(str(error)) from error
     if not isinstance(found, dict):
         raise _Unreadable("it is not a JSON object")
     indent = re.search(r"\n([ \t]+)\"", text)
@@ -143,51 +134,40 @@ def _merged(found: dict[str, Any], addition: Mapping[str, Any], path: str) -> di
     return result
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        raise ValueError("a key appears twice")
-    return result
-
-
-def _no_json(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {text} is too large")
-    return value
-
-
 # TOML
 
 
 def merge_toml(
     text: str | None, root: Mapping[str, Any], table: tuple[str, str], values: Mapping[str, Any]
 ) -> str:
-    """Set `root` among the keys before the first table, and `values` in [table]; keep all other lines.
+    """Set `root` at the top level, and make `values` the only settings of [table]; its own tables stay."""
+    import tomlkit
 
-    No TOML writer that keeps comments is available, so lines are replaced and the result is parsed. It must equal the
-    old text except for the changed settings.
-    """
-    name = ".".join(table)
-    lines = (text or "").splitlines()
-    found = _parsed_toml(text or "")
-    first_table = next((at for at, line in enumerate(lines) if re.match(r"\s*\[", line)), len(lines))
-    ours = re.compile(rf"\s*({'|'.join(map(re.escape, root))})\s*=")
-    head = [line for line in lines[:first_table] if not ours.match(line)]
-    tail = _without_table(lines[first_table:], name)
-    blocks = [_stripped(head), as_toml(root), _stripped(tail), [f"[{name}]", *as_toml(values)]]
-    new = "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
-    outer, inner = table
+    found, (outer, inner) = _parsed_toml(text := text or ""), table
     others = found.get(outer, {})
-    kept = {key: value for key, value in others.get(inner, {}).items() if isinstance(value, dict)}
+    ours = others.get(inner, {}) if isinstance(others, dict) else None
+    if not isinstance(ours, dict):
+        raise _Unreadable(f"its {outer} or its {outer}.{inner} is not a table")
+    kept = {key: value for key, value in ours.items() if isinstance(value, dict) and key not in values}
     expected = {**found, **root, outer: {**others, inner: {**values, **kept}}}
-    if _parsed_toml(new) != expected:
-        raise _Unreadable("it is written in a way that cannot be changed line by line")
-    return new
+    if found == expected:
+        return text
+    # What is new goes before and after the old text: inside it, a comment could come to stand above another setting.
+    before = as_toml({key: value for key, value in root.items() if key not in found})
+    after = [] if inner in others else [f"[{outer}.{inner}]", *as_toml(values)]
+    with _changing():
+        document = tomlkit.parse(text)
+        _require_equal(document.as_string(), text)  # not so if tables of one name stand apart
+        document.update({key: value for key, value in root.items() if key in found})
+        if inner in others:
+            settings: Any = document[outer][inner]
+            for key in ours.keys() - kept.keys() - values.keys():
+                del settings[key]
+            settings.update(values)
+        blocks = ("\n".join(before), document.as_string(), "\n".join(after))
+        made = "\n".join(block if block.endswith("\n") else f"{block}\n" for block in blocks if block)
+        _require_equal(_parsed_toml(made), expected)
+    return made
 
 
 def as_toml(values: Mapping[str, Any]) -> list[str]:
@@ -202,67 +182,56 @@ def _parsed_toml(text: str) -> dict[str, Any]:
         raise _Unreadable(f"it is not TOML ({error})") from error
 
 
-def _without_table(lines: Sequence[str], name: str) -> list[str]:
-    kept = []
-    is_ours = False
-    for line in lines:
-        if re.match(r"\s*\[", line):
-            is_ours = re.match(rf"\s*\[\s*{re.escape(name)}\s*\]", line) is not None
-        if not is_ours:
-            kept.append(line)
-    return kept
-
-
-def _stripped(lines: Sequence[str]) -> list[str]:
-    return "\n".join(lines).strip("\n").splitlines()
-
-
 # YAML
 
-_BEGIN, _END = "# argosy: begin", "# argosy: end"
 
+def merge_yaml_list(
+    text: str | None, start: str, key: str, item: Sequence[str], is_ours: Callable[[object], bool]
+) -> str:
+    """Insert `item`, the lines of one entry, first in the list `key`, or in place of the entry that `is_ours`.
 
-def merge_yaml_list(text: str | None, start: str, key: str, item: Sequence[str]) -> str:
-    """Insert `item`, the lines of one entry, first in the list `key`, between two marker comments.
-
-    A new file begins with `start`. Only plain blocks are changed: keys at the margin, and below `key` a list with one
-    entry per dash.
+    A new file begins with `start`. The parser only finds the lines: its writer would move a comment that stands above
+    an entry.
     """
-    if text is None or not text.strip():
-        return f"{start}{key}:\n" + _marked(item, "  ")
-    lines = text.splitlines()
-    for line in lines:
-        if (
-            not re.match(r"\s|#|- |-$|[A-Za-z_][\w-]*:(\s|$)|$", line)
-            or "\t" in line[: len(line) - len(line.lstrip())]
-        ):
-            raise _Unreadable(f"the line '{line[:60]}' is YAML that cannot be changed line by line")
-    begins, ends = ([at for at, line in enumerate(lines) if line.strip() == mark] for mark in (_BEGIN, _END))
-    if begins or ends:
-        if len(begins) != 1 or len(ends) != 1 or begins > ends:
-            raise _Unreadable(f"its markers '{_BEGIN}' and '{_END}' are not a pair")
-        before, after = lines[: begins[0]], lines[ends[0] + 1 :]
-        margin = _margin(lines[begins[0]])
-    else:
-        keys = [at for at, line in enumerate(lines) if re.match(rf"{key}:", line)]
-        if not keys:
-            return "\n".join([*lines, f"{key}:"]) + "\n" + _marked(item, "  ")
-        if len(keys) > 1 or not re.match(rf"{key}:\s*(#.*)?$", lines[keys[0]]):
-            raise _Unreadable(f"its {key} are written in a way that cannot be changed line by line")
-        before, after = lines[: keys[0] + 1], lines[keys[0] + 1 :]
-        first = next((line for line in after if line.strip() and not line.lstrip().startswith("#")), "")
-        margin = _margin(first) if first.lstrip().startswith("-") else "  "
-        if first.startswith(" ") and not first.lstrip().startswith("-"):
-            raise _Unreadable(f"its {key} are not a list")
-    return "\n".join(before) + "\n" + _marked(item, margin) + "".join(f"{line}\n" for line in after)
+    found, node = _parsed_yaml(text := text or "")
+    if found is None:  # no more than comments
+        found, node = _parsed_yaml(text := f"{text.rstrip()}\n\n{start}".lstrip("\n"))
+    if isinstance(found, dict) and key not in found:
+        found, node = _parsed_yaml(text := f"{text.rstrip()}\n{key}:\n")
+    entries = (found[key] or []) if isinstance(found, dict) else None
+    if not isinstance(entries, list):
+        raise _Unreadable(f"its {key} are not a list")
+    at = next((at for at, entry in enumerate(entries) if is_ours(entry)), None)
+    with _changing():
+        name, node = next((name, node) for name, node in node.value if name.value == key)
+        first = stop = name.end_mark.line + 1
+        if at is not None:
+            first, stop = node.value[at].start_mark.line, _line_after(node.value[at])
+        margin = " " * node.start_mark.column if entries else "  "
+        lines = text.splitlines()
+        made = "\n".join([*lines[:first], *(margin + line for line in item), *lines[stop:], ""])
+        entries[at or 0 : 0 if at is None else at + 1] = _parsed_yaml("\n".join(item))[0]
+        _require_equal(_parsed_yaml(made)[0], {**found, key: entries})
+    return made
 
 
-def _marked(item: Sequence[str], margin: str) -> str:
-    return "".join(f"{margin}{line}\n" for line in (_BEGIN, *item, _END))
+def _parsed_yaml(text: str) -> tuple[Any, Any]:
+    """The value, and the nodes with their places in the text."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return YAML(typ="safe", pure=True).load(text), YAML(pure=True).compose(text)
+    except (YAMLError, RecursionError, ValueError) as error:
+        raise _Unreadable(f"it is not plain YAML ({getattr(error, 'problem', None) or error})") from error
 
 
-def _margin(line: str) -> str:
-    return line[: len(line) - len(line.lstrip())]
+def _line_after(node: Any) -> Any:
+    """The line after a node. A block's own end is where the next node begins, after comments."""
+    while isinstance(node.value, list) and node.value and not node.flow_style:
+        last = node.value[-1]
+        node = last[1] if isinstance(last, tuple) else last
+    return node.end_mark.line + (node.end_mark.column > 0)
 
 
 # Environment
@@ -270,13 +239,17 @@ def _margin(line: str) -> str:
 
 def merge_environment(text: str | None, values: Mapping[str, str]) -> str:
     """Set NAME=value lines: each of `values` in its old place, or at the end."""
-    lines = (text or "").splitlines()
+    from dotenv.parser import parse_stream
+
+    parts = []
     missing = dict(values)
-    for at, line in enumerate(lines):
-        assignment = re.match(r"\s*(?:export\s+)?([A-Za-z_]\w*)=", line)
-        if assignment and assignment[1] in values:
-            lines[at] = f"{assignment[1]}={values[assignment[1]]}"
-            missing.pop(assignment[1], None)
-        elif not assignment and line.strip() and not line.lstrip().startswith("#"):
-            raise _Unreadable(f"the line '{line[:60]}' is not an assignment")
-    return "".join(f"{line}\n" for line in [*lines, *(f"{name}={value}" for name, value in missing.items())])
+    for found in parse_stream(io.StringIO(text or "", newline="")):
+        part = found.original.string
+        if found.error:
+            raise _Unreadable(f"the line '{part.strip()[:60]}' is not an assignment")
+        if found.key is not None and found.key in values:
+            space = part[: len(part) - len(part.lstrip())]
+            part = f"{space}{found.key}={values[found.key]}\n"
+            missing.pop(found.key, None)
+        parts.append(part if part.endswith("\n") else f"{part}\n")
+    return "".join([*parts, *(f"{name}={value}\n" for name, value in missing.items())])
