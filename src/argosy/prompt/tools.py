@@ -63,6 +63,16 @@ def check_tools(tools: Sequence[Tool | Mapping[str, object]]) -> tuple[Tool, ...
     return tuple(checked)
 
 
+def require_tools(tools: Sequence[Tool]) -> None:
+    """Check that there is a tool for a required call.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not tools:
+        raise UsageError("tool_choice requires a tool call, and there are no tools", param="tool_choice")
+
+
 def tool_named(tools: Sequence[Tool], name: str) -> Tool:
     """Returns the tool with that name.
 

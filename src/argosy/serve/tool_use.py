@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from argosy.errors import UsageError
-from argosy.prompt.tools import Tool, check_tools, tool_named
+from argosy.prompt.tools import Tool, check_tools, require_tools, tool_named
 
 ToolMode = Literal["auto", "none", "required"]
 
@@ -72,6 +71,6 @@ class ToolUse:
         chosen = checked
         if choice.names is not None:
             chosen = tuple(tool_named(checked, name) for name in dict.fromkeys(choice.names))
-        if choice.mode == "required" and not chosen:
-            raise UsageError("tool_choice requires a tool call, and there are no tools", param="tool_choice")
+        if choice.mode == "required":
+            require_tools(chosen)
         return cls(checked, chosen, choice.mode == "required", parallel)

@@ -16,12 +16,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from argosy.config import Trigger
-from argosy.errors import UsageError
 from argosy.prompt.formats.lark import Lark
 from argosy.prompt.formats.parser import BlockParser, CutCall, FoundCall, Lexer, Mark, Parser, Reading
 from argosy.prompt.json_text import read_object
 from argosy.prompt.messages import Call
-from argosy.prompt.tools import Tool
+from argosy.prompt.tools import Tool, require_tools
 
 if TYPE_CHECKING:
     from argosy.config import Grammar
@@ -93,8 +92,8 @@ class Format(ABC):
         Raises:
             UsageError: there is no tool to call, and no form.
         """
-        if not tools and form is None:
-            raise UsageError("tool_choice requires a tool call, and there are no tools")
+        if form is None:
+            require_tools(tools)
         lark = Lark(self.lexer)
         answers = [self._calls(lark, tools, parallel)] if tools else []
         if form is not None:
