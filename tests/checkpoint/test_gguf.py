@@ -11,9 +11,10 @@ import gguf
 import numpy as np
 import pytest
 
-from argosy.checkpoint.files import SLOT_FORMATS, in_halves
+from argosy.checkpoint.files import in_halves
 from argosy.checkpoint.gguf import (
     BLOCK_SIZES,
+    SLOT_FORMATS,
     GgufArray,
     find_gguf,
     metadata_only,

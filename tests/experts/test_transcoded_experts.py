@@ -10,13 +10,13 @@ import pytest
 
 from argosy import _native
 from argosy.checkpoint.files import (
-    SLOT_FORMATS,
     ExpertMatrix,
     ExpertRecord,
     Piece,
     Transcode,
     matrix_bytes,
 )
+from argosy.checkpoint.gguf import SLOT_FORMATS
 from argosy.config import Format
 from argosy.experts.cache import ExpertCache
 from argosy.experts.files import ExpertFiles, Key, resident_bytes, slot_bytes

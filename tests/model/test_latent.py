@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from argosy import _native
-from argosy.checkpoint.files import SLOT_FORMATS, KeyValueRows, MatrixRef, ModelFiles, matrix_bytes
+from argosy.checkpoint.files import KeyValueRows, MatrixRef, ModelFiles, matrix_bytes
+from argosy.checkpoint.gguf import SLOT_FORMATS
 from argosy.config import Format, LatentConfig
 from argosy.errors import UnsupportedModel
 from argosy.model.clock import PartClock

@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from argosy import _native
-from argosy.checkpoint.files import SLOT_FORMATS, MatrixRef
+from argosy.checkpoint.files import MatrixRef
+from argosy.checkpoint.gguf import SLOT_FORMATS
 from argosy.errors import CheckpointError, CorruptRecord, ReadFailed
 from argosy.model.weights import DenseWeights, dense_footprint, load_dense
 from tests.native.gguf_blocks import dequantized, random_blocks

@@ -21,18 +21,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from argosy import _native
+from argosy.checkpoint.gguf import SLOT_FORMATS, GgufFile
 from argosy.checkpoint.json_strict import quote
 from argosy.config import Format, ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
-
-if TYPE_CHECKING:
-    from argosy.checkpoint.gguf import GgufFile
 
 _Value = TypeVar("_Value", bound=np.generic)
 
@@ -41,23 +39,6 @@ BYTES_PER_VALUE = {"f32": 4, "f16": 2, "bf16": 2}
 # Layout numbers of native/kernels/formats.h.
 PANEL_ROWS = _native.PANEL_ROWS  # quantised: rows that are interleaved
 F8_BLOCK = _native.F8_BLOCK  # f8: rows and columns of a block; its weights share a scale
-
-# GGUF block type -> the slot format that holds it without loss.
-SLOT_FORMATS: Mapping[str, Format] = {
-    "Q8_0": "q8",
-    "Q4_0": "q4",
-    "Q4_1": "q4_1",
-    "Q5_0": "q5_0",
-    "Q5_1": "q5_1",
-    "Q4_K": "q4_k",
-    "Q5_K": "q5_k",
-    "Q6_K": "q6_k",
-    "Q2_K": "q2_k",
-    "Q3_K": "q3_k",
-    "IQ4_NL": "iq4_nl",
-    "IQ4_XS": "iq4_xs",
-    "MXFP4": "mxfp4",
-}
 
 # Safetensors tensors with the quants or the scales of a matrix -> the slot format they are part of.
 PART_FORMATS: Mapping[str, Format] = {

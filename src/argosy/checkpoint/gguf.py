@@ -33,9 +33,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from argosy.checkpoint.files import SLOT_FORMATS
 from argosy.checkpoint.json_strict import open_regular, quote, read_at
 from argosy.checkpoint.safetensors import TensorRef
+from argosy.config import Format
 from argosy.errors import CheckpointError, UnsupportedModel
 
 GGUF_SUFFIX = ".gguf"
@@ -80,6 +80,22 @@ TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
     39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36),
 }  # fmt: skip
 BLOCK_SIZES: Mapping[str, tuple[int, int]] = {name: size for name, *size in TENSOR_TYPES.values()}  # type: ignore[misc]
+# GGUF block type -> the slot format that holds it without loss.
+SLOT_FORMATS: Mapping[str, Format] = {
+    "Q8_0": "q8",
+    "Q4_0": "q4",
+    "Q4_1": "q4_1",
+    "Q5_0": "q5_0",
+    "Q5_1": "q5_1",
+    "Q4_K": "q4_k",
+    "Q5_K": "q5_k",
+    "Q6_K": "q6_k",
+    "Q2_K": "q2_k",
+    "Q3_K": "q3_k",
+    "IQ4_NL": "iq4_nl",
+    "IQ4_XS": "iq4_xs",
+    "MXFP4": "mxfp4",
+}
 RUNNABLE_TYPES = ("F32", "F16", "BF16", *SLOT_FORMATS)
 TYPE_HINT = "Q4_K_M, Q6_K, Q8_0, Q2_K, Q3_K_M, IQ4_XS and BF16 files of a model use only these types"
 _IK_LLAMA_TYPES = range(97, 512)  # the numbers of ik_llama.cpp's own types (its ggml.h)

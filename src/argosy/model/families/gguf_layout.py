@@ -17,7 +17,6 @@ import re
 from collections.abc import Mapping
 
 from argosy.checkpoint.files import (
-    SLOT_FORMATS,
     ExpertMatrix,
     ExpertRecord,
     MatrixRef,
@@ -27,7 +26,7 @@ from argosy.checkpoint.files import (
     require_one_format_a_layer,
 )
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
-from argosy.checkpoint.gguf import TYPE_HINT, GgufFile
+from argosy.checkpoint.gguf import SLOT_FORMATS, TYPE_HINT, GgufFile
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import Format, ModelConfig
 from argosy.model.families.accounts import TensorAccounts
