@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from graphlib import TopologicalSorter
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,9 @@ MAY_IMPORT = {
 }
 ANY_ROOM = {"cli", "__init__", "__main__"}  # the command line, and the package's public names
 
+# A sequence holds the chain of its blocks, and prefixes take sequences. Remove this line when that is undone.
+CIRCLES_FOR_NOW = [{"argosy.engine.prefix", "argosy.engine.sequence"}]
+
 NEVER_AT_RUN_TIME = {"torch", "transformers", "pickle", "_pickle", "marshal", "shelve", "dill", "safetensors"}
 
 
@@ -52,6 +55,24 @@ def test_a_room_imports_only_what_the_design_lets_it(room: str) -> None:
         if imported.startswith("argosy") and target_room(imported) not in allowed
     ]
     assert found == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports inside functions and for type checking count, too: they only hide a circle."""
+    names = {module_name(path): path for path in modules()}
+    graph = {
+        name: {
+            target
+            for _, imported in imports(path)
+            if (target := imported_module(imported, names)) not in (None, name)
+            and {name, target} not in CIRCLES_FOR_NOW
+        }
+        for name, path in names.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
 
 
 def test_nothing_imports_torch_or_reads_a_pickle() -> None:
@@ -81,6 +102,19 @@ def test_the_check_sees_every_way_to_import(tmp_path: Path) -> None:
         "argosy.cli.main",
         "torch",
     ]
+
+
+def module_name(path: Path) -> str:
+    return ".".join(("argosy", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def imported_module(imported: str, names: Mapping[str, Path]) -> str | None:
+    """The module that `imported`, the absolute name of a module or of something in one, belongs to."""
+    if imported in names:
+        return imported
+    module = imported.rpartition(".")[0]
+    # The package's own names are re-exported from below, and `argosy._native` has no source here.
+    return module if module in names and module != "argosy" else None
 
 
 def modules() -> list[Path]:

@@ -10,8 +10,9 @@ from typing import Any, Self
 from argosy.config import MIB, SamplingParams
 from argosy.engine.ledger import Ledger
 from argosy.engine.sequence import Result, TokenEvent
+from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.formats import Parser
-from argosy.prompt.prompt import Prompt, PromptBuilder
+from argosy.prompt.prompt import Prompt
 from tests.prompt.families import FAMILIES, Family
 
 

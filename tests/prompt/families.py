@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import tokenizers
 
-from argosy.prompt.prompt import PromptBuilder
+from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.replay import ReplayMemory
 from argosy.prompt.tokenizer import Tokenizer
 from tests.prompt import tool_templates as templates

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from argosy.errors import CheckpointError, UsageError
+from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.chat import ChatTemplate, Worker
 from argosy.prompt.messages import Turn, check_messages
-from argosy.prompt.prompt import Prompt, PromptBuilder
+from argosy.prompt.prompt import Prompt
 from argosy.prompt.taint import ShadowMap
 from argosy.prompt.template_worker import Refused, _Generation, render_segments
 from argosy.prompt.tokenizer import Tokenizer, text_of

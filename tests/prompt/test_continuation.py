@@ -9,8 +9,9 @@ import pytest
 
 from argosy.config import Grammar
 from argosy.errors import UsageError
+from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.formats import Answer, collect
-from argosy.prompt.prompt import Prompt, PromptBuilder
+from argosy.prompt.prompt import Prompt
 from argosy.prompt.replay import ReplayMemory
 from tests.prompt.families import FAMILIES, TOOLS, Family
 from tests.prompt.tokenizers_for_tests import CHATML

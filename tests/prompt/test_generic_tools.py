@@ -11,8 +11,8 @@ import pytest
 import tokenizers
 
 from argosy.errors import UsageError
+from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.formats import collect
-from argosy.prompt.prompt import PromptBuilder
 from argosy.prompt.replay import ReplayMemory
 from argosy.prompt.tokenizer import Tokenizer
 from tests.prompt.families import FAMILIES, TOOLS

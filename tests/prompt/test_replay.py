@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.formats import Answer, AnsweredCall
 from argosy.prompt.messages import check_messages
-from argosy.prompt.prompt import Prompt, PromptBuilder, Trace
+from argosy.prompt.prompt import Prompt, Trace
 from argosy.prompt.replay import Remembered, ReplayMemory, cut, read_answer, text_digest
 from argosy.prompt.tools import check_tools
 from tests.prompt.families import FAMILIES, TOOLS, Family

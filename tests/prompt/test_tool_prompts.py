@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from argosy.errors import CheckpointError, UsageError
+from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.chat import ChatTemplate
 from argosy.prompt.messages import check_messages
-from argosy.prompt.prompt import PromptBuilder
 from argosy.prompt.template_worker import _Generation, render_segments
 from argosy.prompt.tokenizer import Tokenizer
 from argosy.prompt.tools import check_tools

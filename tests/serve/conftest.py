@@ -15,7 +15,7 @@ import uvicorn
 from argosy.engine.engine import Engine
 from argosy.engine.loop import EngineLoop
 from argosy.guard.keys import KeyRing
-from argosy.prompt.prompt import PromptBuilder
+from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.replay import ReplayMemory
 from argosy.serve.app import make_app
 from argosy.serve.core import ModelFacts, Service

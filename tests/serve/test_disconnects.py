@@ -33,7 +33,8 @@ from argosy.engine.sequence import Result, TokenEvent
 from argosy.experts.cache import CachedRunner, ExpertCache
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.limits import Limits
-from argosy.prompt.prompt import Prompt, PromptBuilder, Trace
+from argosy.prompt.builder import PromptBuilder
+from argosy.prompt.prompt import Prompt, Trace
 from argosy.prompt.replay import ReplayMemory
 from argosy.serve.app import make_app
 from argosy.serve.core import Answers, Ended, ModelFacts, Service

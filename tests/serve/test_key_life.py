@@ -16,7 +16,7 @@ from argosy import Engine
 from argosy.engine.loop import EngineLoop
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.limits import Limits, UseFile
-from argosy.prompt.prompt import PromptBuilder
+from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.replay import ReplayMemory
 from argosy.serve.app import make_app
 from argosy.serve.core import ModelFacts, Service

@@ -39,7 +39,7 @@ from argosy.errors import ArgosyError, CheckpointError, ReadFailed, RunnerFailed
 from argosy.experts.resident import Progress
 from argosy.model.decoder import RouteObserver
 from argosy.model.families import open_model
-from argosy.prompt.prompt import PromptBuilder
+from argosy.prompt.builder import PromptBuilder
 
 
 class Engine(BlockingCalls):

@@ -13,8 +13,9 @@ from argosy.engine.sampler import SamplerState, derived_seed
 from argosy.engine.sequence import Sequence as EngineSequence
 from argosy.engine.spans import Spans
 from argosy.errors import PromptTooLong, UsageError
+from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.messages import Message
-from argosy.prompt.prompt import Prompt, PromptBuilder
+from argosy.prompt.prompt import Prompt
 from argosy.prompt.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:

@@ -39,7 +39,7 @@ from argosy.model.clock import PartClock
 from argosy.model.decoder import RouteObserver
 from argosy.model.footprint import kv_bytes, state_bytes
 from argosy.model.model import Model, ModelReading
-from argosy.prompt.prompt import PromptBuilder
+from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.tokenizer import Tokenizer, has_chat_template
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ The wording is that of Hermes and Qwen2.5, which most models have met in trainin
 and is not tainted, so a mark becomes its token where the model has one; schemas, arguments and results are the
 caller's, character by character.
 
-Elsewhere: `prompt.py` decides which models need this; `formats/hermes.py` reads the answers.
+Elsewhere: `builder.py` decides which models need this; `formats/hermes.py` reads the answers.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ the template's own text is used.
 Parts that a client does not send back (thoughts, the model's own call ids) are filled in before the template sees the
 answer, so the template still decides whether to show thoughts there.
 
-Elsewhere: `prompt.py` calls both; `formats/` parses answers.
+Elsewhere: `builder.py` calls both; `formats/` parses answers.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ from argosy.serve.tool_use import ToolChoice, ToolUse
 from argosy.serve.work import WorkQueue
 
 if TYPE_CHECKING:
+    from argosy.prompt.builder import PromptBuilder
     from argosy.prompt.formats import Parser
-    from argosy.prompt.prompt import PromptBuilder
     from argosy.prompt.tokenizer import Tokenizer
 
 P = ParamSpec("P")

@@ -16,14 +16,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from argosy.prompt.formats.format import (
-    BlockFormat,
-    beginning_of_call,
-    call_of,
-    ends_inside_string,
-    halves,
-    inside_of,
-)
+from argosy.prompt.formats.block_format import BlockFormat, halves, inside_of
+from argosy.prompt.formats.format import beginning_of_call, call_of, ends_inside_string
 from argosy.prompt.formats.lark import Lark
 from argosy.prompt.formats.parser import CutCall, FoundCall, Reading
 from argosy.prompt.tools import Tool

@@ -5,7 +5,8 @@
             ->  lazy_grammar    constrains an answer from a call's mark on; the text before is unconstrained
             ->  own_id          the id that the model's template expects for a call
 
-Elsewhere: each format has its own file; `table.py` finds a model's format; `parser.py` parses.
+Elsewhere: `block_format.py` has what most formats share; each format has its own file; `table.py` finds a model's
+format; `parser.py` parses.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from argosy.config import Trigger
 from argosy.prompt.formats.lark import Lark
-from argosy.prompt.formats.parser import BlockParser, CutCall, FoundCall, Lexer, Mark, Parser, Reading
+from argosy.prompt.formats.parser import SPACE, CutCall, FoundCall, Lexer, Parser
 from argosy.prompt.json_text import read_object
 from argosy.prompt.messages import Call
 from argosy.prompt.tools import Tool, require_tools
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from argosy.prompt.prompt import Prompt
     from argosy.prompt.tokenizer import Tokenizer
 
-_SPACE = " \t\r\n"
 _ESCAPED = re.compile(r"\\.", re.DOTALL)
 
 Thoughts = Literal["open", "closed", "either"]
@@ -174,70 +174,17 @@ class Format(ABC):
     def _ends_with(self, prompt: Prompt, mark: str) -> bool:
         """Whether `mark` ends a prompt, apart from white space."""
         if mark in self.lexer.spelled:
-            return prompt.text.rstrip(_SPACE).endswith(mark)
+            return prompt.text.rstrip(SPACE).endswith(mark)
         for token_id in reversed((prompt.token_ids or ())[-8:]):
             if token_id in self.lexer.ids:
                 return self.lexer.ids[token_id] == mark
-            if self._tokenizer.decode([token_id], keep_special=True).strip(_SPACE):
+            if self._tokenizer.decode([token_id], keep_special=True).strip(SPACE):
                 return False
         return False
 
     def own_id(self, call: Call, number: int) -> str:
         """The id that the model's template expects for `call`, the `number`th call of its conversation."""
         return call.id
-
-
-class BlockFormat(Format):
-    """The format of a family that calls tools in blocks between two marks.
-
-    Attributes:
-        blocks: maps the mark that opens one or several calls to the mark that closes them; None: the next mark does.
-        sections: marks around all calls, if the format has them.
-        inside: marks inside a block.
-    """
-
-    blocks: ClassVar[Mapping[str, str | None]]
-    sections: ClassVar[tuple[str, ...]] = ()
-    inside: ClassVar[tuple[str, ...]] = ()
-
-    @classmethod
-    def marks(cls) -> Sequence[str]:
-        closing = (mark for mark in cls.blocks.values() if mark is not None)
-        return tuple(dict.fromkeys((*cls.thinking, *cls.blocks, *closing, *cls.sections, *cls.inside)))
-
-    def parser(self, tools: Sequence[Tool] = (), prompt: Prompt | None = None) -> Parser:
-        return BlockParser(self, tools, is_reasoning=self.thoughts_in(prompt) == "open")
-
-    def _lazy_calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> tuple[str, Sequence[str]]:
-        return self._calls(lark, tools, parallel), self.sections[:1] or tuple(self.blocks)
-
-    @abstractmethod
-    def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
-        """Parse the calls of one block.
-
-        Args:
-            block: its lexemes, starting with the opening mark. The closing mark is last, unless the answer ended first
-                or the format has none.
-            tools: the tools that may be called, by name.
-        """
-
-    def read_cut(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
-        """Parse a block that the token limit cut off; its last call may be incomplete."""
-        return ()
-
-
-def inside_of(block: Sequence[str], closing: str) -> list[str]:
-    """A block's lexemes without the surrounding marks."""
-    is_closed = isinstance(block[-1], Mark) and block[-1] == closing
-    return list(block[1:-1] if is_closed else block[1:])
-
-
-def halves(lexemes: Sequence[str], mark: str) -> tuple[str, str] | None:
-    """The text before the first mark and everything after it, if that mark is `mark`."""
-    for at, lexeme in enumerate(lexemes):
-        if isinstance(lexeme, Mark):
-            return ("".join(lexemes[:at]), "".join(lexemes[at + 1 :])) if lexeme == mark else None
-    return None
 
 
 def call_of(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from argosy.prompt.formats.format import BlockFormat, inside_of
+from argosy.prompt.formats.block_format import BlockFormat, inside_of
 from argosy.prompt.formats.lark import Lark, ValueForm
 from argosy.prompt.formats.parser import CutCall, FoundCall, Mark, Reading
 from argosy.prompt.json_text import write_json

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from argosy.prompt.formats.format import BlockFormat, inside_of
+from argosy.prompt.formats.block_format import BlockFormat, inside_of
 from argosy.prompt.formats.functions import Tags, read_cut_functions, read_functions
 from argosy.prompt.formats.lark import Lark, ValueForm
 from argosy.prompt.formats.parser import CutCall, FoundCall, Reading

@@ -14,7 +14,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from argosy.prompt.formats.format import BlockFormat, beginning_of_call, call_of
+from argosy.prompt.formats.block_format import BlockFormat
+from argosy.prompt.formats.format import beginning_of_call, call_of
 from argosy.prompt.formats.hermes import beginning_of_named_object, named_object
 from argosy.prompt.formats.lark import Lark
 from argosy.prompt.formats.parser import CutCall, FoundCall, Mark, Reading

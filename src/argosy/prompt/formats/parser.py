@@ -8,7 +8,8 @@ and only text that could become a mark is held back. A call is reported when it 
 only looked like a call stays text: nothing is lost, and nothing raises. A call that the token limit cut off is reported
 as far as it goes, once its name is known, and gets no end event (decision 24).
 
-Elsewhere: `format.py` defines formats; each format's own file reads the inside of a call.
+Elsewhere: `format.py` defines formats; `block_format.py` parses blocks; each format's own file reads the inside of a
+call.
 """
 
 from __future__ import annotations
@@ -34,12 +35,10 @@ from argosy.prompt.stop import longest_start
 from argosy.prompt.tools import Tool
 
 if TYPE_CHECKING:
-    from argosy.prompt.formats.format import BlockFormat
     from argosy.prompt.tokenizer import Tokenizer
 
 _BASE62 = string.digits + string.ascii_letters
-_SPACE = " \t\r\n"
-_MOST_UNREAD = 64  # closing marks inside one call: each one has the call read again, so they have to be few
+SPACE = " \t\r\n"
 
 
 class Mark(str):
@@ -178,12 +177,12 @@ class Parser(ABC):
     def _say(self, text: str) -> None:
         """Add text to the answer or the thoughts, without white space next to structure."""
         if self._drops_space:
-            text = text.lstrip(_SPACE)
+            text = text.lstrip(SPACE)
         if not text:
             return
         self._drops_space = False
         text = self._held_space + text
-        said = text.rstrip(_SPACE)
+        said = text.rstrip(SPACE)
         self._held_space = text[len(said) :]
         if said:
             self._has_said = True
@@ -213,118 +212,6 @@ class Parser(ABC):
         elif call.arguments:
             self._events.append(ToolCallArguments(index, call.arguments))
         self._switch(is_reasoning=False)
-
-
-class BlockParser(Parser):
-    """Parses answers in a `BlockFormat`."""
-
-    def __init__(self, form: BlockFormat, tools: Sequence[Tool], *, is_reasoning: bool) -> None:
-        super().__init__(form.lexer, tools, is_reasoning=is_reasoning)
-        self._form = form
-        self._block: list[str] | None = None  # lexemes, starting with the opening mark
-        self._num_unread = 0  # closing marks in it that were part of a value
-        self._owed: list[str] = []  # marks of a section without a call so far
-        self._maybe: list[str] | None = None  # everything from a call inside thoughts on
-        self._is_settling = False
-
-    def _take(self, lexeme: str) -> None:
-        if self._block is not None:
-            self._take_in_block(self._block, lexeme)
-        elif self._is_reasoning and not self._is_settling:
-            self._take_in_thoughts(lexeme)
-        elif not isinstance(lexeme, Mark):
-            if self._owed and not lexeme.strip(_SPACE):
-                self._owed.append(lexeme)
-            else:
-                self._pay()
-                self._say(lexeme)
-        elif lexeme == self._form.thinking[0] and not (self._has_said and lexeme in self._lexer.spelled):
-            self._pay()
-            self._switch(is_reasoning=True)
-        elif self._tools and lexeme in self._form.blocks:
-            self._block = [lexeme]
-        elif self._tools and lexeme in self._form.sections:
-            if self._owed or not self._is_behind_call:
-                self._owed.append(lexeme)
-        elif lexeme not in self._form.blocks.values() or not self._is_behind_call:
-            self._pay()
-            self._say(lexeme)
-
-    def _take_in_thoughts(self, lexeme: str) -> None:
-        """Hold back a call inside thoughts; it counts if they never close: some models go from thoughts to a call."""
-        if lexeme == self._form.thinking[1] and isinstance(lexeme, Mark):
-            for held in self._maybe or ():
-                self._say(held)
-            self._maybe = None
-            self._switch(is_reasoning=False)
-        elif self._maybe is not None:
-            self._maybe.append(lexeme)
-        elif (
-            self._tools and isinstance(lexeme, Mark) and lexeme in (*self._form.blocks, *self._form.sections)
-        ):
-            self._maybe = [lexeme]
-        else:
-            self._say(lexeme)
-
-    def _take_in_block(self, block: list[str], lexeme: str) -> None:
-        closing = self._form.blocks[block[0]]
-        is_mark = isinstance(lexeme, Mark)
-        if closing is None and is_mark and lexeme in self._form.blocks:
-            self._close(block)
-            self._block = [lexeme]
-            return
-        block.append(lexeme)
-        if is_mark and lexeme == closing:
-            self._close(block)
-
-    def _close(self, block: list[str], *, is_end: bool = False) -> None:
-        if is_end and self._is_cut:
-            self._block, self._owed, self._held_space = None, [], ""
-            for call in self._form.read_cut(block, self._tools):
-                self._call(call)
-            return
-        calls = self._form.read(block, self._tools)
-        if calls == "more" and not is_end:
-            self._num_unread += 1
-            if self._num_unread < _MOST_UNREAD:
-                return
-        self._block, self._num_unread = None, 0
-        if calls and calls != "more":
-            self._owed = []
-            for call in calls:
-                self._call(call)
-        else:
-            self._pay()
-            self._say("".join(block))
-
-    @property
-    def _is_behind_call(self) -> bool:
-        return self._num_calls > 0 and self._drops_space
-
-    def _pay(self) -> None:
-        owed, self._owed = self._owed, []
-        if owed:
-            self._say("".join(owed))
-
-    def _end(self) -> None:
-        if self._maybe is not None:
-            held, self._maybe, self._is_settling = self._maybe, None, True
-            if self._is_cut:  # nothing shows that its thoughts had ended
-                self._say("".join(held))
-                held = []
-            for lexeme in held:
-                self._take(lexeme)
-        if self._block is not None:
-            self._close(self._block, is_end=True)
-        if self._is_cut:
-            self._owed = []
-        self._pay()
-
-    def _is_mark_of_call(self, start: str) -> bool:
-        if self._block is not None:
-            return True  # the text held back can only be the start of its closing mark
-        opening = (*self._form.blocks, *self._form.sections) if self._tools else ()
-        return len(start) > 1 and any(mark.startswith(start) for mark in opening)
 
 
 def new_call_id() -> str:

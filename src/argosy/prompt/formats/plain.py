@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from argosy.errors import UsageError
-from argosy.prompt.formats.format import BlockFormat
+from argosy.prompt.formats.block_format import BlockFormat
 from argosy.prompt.formats.lark import Lark
 from argosy.prompt.formats.parser import Reading
 from argosy.prompt.tools import Tool

@@ -1,0 +1,466 @@
+"""How every kind of request becomes a prompt.
+
+    str, messages, token ids, Prompt  ->  PromptBuilder.build     ->  Prompt with token ids
+    tokens of the answer              ->  PromptBuilder.parser    ->  events
+    the answer                        ->  PromptBuilder.remember  ->  the same tokens, when the conversation continues
+
+Elsewhere: `messages.py` checks messages and `chat.py` renders them; `tokenizer.py` converts between text and ids;
+`formats/` knows how each model writes thoughts and calls.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, SupportsIndex
+
+from argosy.config import Grammar
+from argosy.errors import PromptTooLong, UsageError
+from argosy.prompt.prompt import Prompt, ToolCalling
+
+if TYPE_CHECKING:
+    from argosy.prompt.chat import ChatTemplate, Variables, Worker
+    from argosy.prompt.formats import Answer, Format, Parser
+    from argosy.prompt.messages import Message, Turn
+    from argosy.prompt.replay import Replay, ReplayMemory
+    from argosy.prompt.tokenizer import Segment, Tokenizer
+    from argosy.prompt.tools import Tool
+
+
+_MAX_COUNTED = 1 << 17
+_MAX_RENDERED = 1 << 21  # characters: a template takes up to 40 bytes of memory per character
+
+
+class PromptBuilder:
+    """Turns any kind of request into a `Prompt` with token ids; each engine has one."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        *,
+        vocab_size: int,
+        worker: Worker | None = None,
+        format_name: str | None = None,
+        memory: ReplayMemory | None = None,
+        context_tokens: int | None = None,
+    ) -> None:
+        """Create a builder.
+
+        Args:
+            tokenizer: the model's, or None: then only token ids are accepted.
+            vocab_size: ids range from 0 to vocab_size - 1.
+            worker: the process that renders chat templates, if already started.
+            format_name: how the model writes thoughts and calls; None: detect it.
+            memory: keeps answers so that they get the same tokens again; None: keep none.
+            context_tokens: a prompt and one answer token have to fit; None: no limit.
+
+        Raises:
+            UsageError: there is no format with that name.
+        """
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._memory = memory
+        self._max_tokens = None if context_tokens is None else context_tokens - 1
+        self._template: ChatTemplate | None = None
+        if tokenizer is not None and tokenizer.chat_template is not None:
+            from argosy.prompt.chat import ChatTemplate
+
+            self._template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, worker=worker)
+        self._named_format: Format | None = None
+        if format_name is not None:
+            from argosy.prompt.formats import named_format
+
+            self._named_format = named_format(format_name, self._needed("a format name"))
+
+    def remembering(self, memory: ReplayMemory) -> PromptBuilder:
+        """A copy that keeps answers in `memory`; both share the rendering process."""
+        other = copy.copy(self)
+        other._memory = memory
+        other.__dict__.pop("_replay", None)
+        return other
+
+    def close(self) -> None:
+        if self._template is not None:
+            self._template.close()
+
+    def build(
+        self,
+        request: str | Sequence[int] | Sequence[Message] | Prompt,
+        *,
+        tools: Sequence[Tool | Mapping[str, object]] = (),
+        variables: Variables | None = None,
+        tenant: str | None = None,
+        add_generation_prompt: bool = True,
+        is_counted: bool = False,
+    ) -> Prompt:
+        """Build the token ids of `request`.
+
+        Args:
+            request: a string is one user message if the model has a chat template, otherwise text to continue. Token
+                ids and a `Prompt` are taken as they are. A list of messages is a conversation; if the last message is
+                the assistant's, the answer continues it.
+            tools: tools that the model may call; like the arguments below, only for messages.
+            variables: variables that the chat template reads, such as `enable_thinking`.
+            tenant: owner of the conversation; answers remembered for it keep their tokens.
+            add_generation_prompt: open the assistant's turn for an answer.
+            is_counted: the tokens are only counted, so there may be more of them than fit the context.
+
+        Raises:
+            PromptTooLong: it has more tokens than the context holds.
+            UsageError: the request is empty, has none of these types, or has an id outside the vocabulary; it is text
+                for a model without a tokenizer, or messages for a model without a template; tools cannot be passed to
+                the model; or the template refuses the conversation.
+        """
+        max_tokens = self._max_counted if is_counted else self._max_tokens
+        with self._counting() if is_counted else nullcontext():
+            if isinstance(request, str):
+                if self._template is None:
+                    return self._checked(self._raw(request, max_tokens))
+                request = [{"role": "user", "content": request}]
+            if isinstance(request, Prompt):
+                self._refuse_chat_options(tools, variables)
+                return self._checked(
+                    request if request.token_ids is not None else self._raw(request.text, max_tokens)
+                )
+            items: list[object] = list(request)
+            messages = [item for item in items if isinstance(item, Mapping)]
+            if items and len(messages) == len(items):
+                prompt = self._conversation(
+                    messages, tools, variables, tenant, add_generation_prompt, max_tokens
+                )
+                return self._checked(prompt)
+            ids = [
+                item.__index__()
+                for item in items
+                if isinstance(item, SupportsIndex) and not isinstance(item, bool)
+            ]
+            if len(ids) < len(items):
+                raise UsageError(
+                    "a prompt is text, a list of token ids, or a list of messages; found a mixture"
+                )
+            self._refuse_chat_options(tools, variables)
+            return self._checked(Prompt(tuple(ids)))
+
+    @property
+    def takes_messages(self) -> bool:
+        """Whether the model has a chat template. A string is then a message; otherwise it is text to continue."""
+        return self._template is not None
+
+    def count_tokens(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool | Mapping[str, object]] = (),
+        variables: Variables | None = None,
+        tenant: str | None = None,
+    ) -> int:
+        """Count the tokens of a conversation's prompt. Raises what `build` raises, or UsageError for too many."""
+        prompt = self.build(messages, tools=tools, variables=variables, tenant=tenant, is_counted=True)
+        return len(prompt.token_ids or ())
+
+    @property
+    def _max_counted(self) -> int | None:
+        """The most tokens counted in a text: more than fit the context, to report how far it is too long."""
+        return None if self._max_tokens is None else max(self._max_tokens, _MAX_COUNTED)
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        try:
+            yield
+        except PromptTooLong:
+            raise UsageError(
+                f"the text has more than {self._max_counted} tokens, and counting stops there"
+            ) from None
+
+    def apply_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool | Mapping[str, object]] = (),
+        variables: Variables | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """Render a conversation with the chat template, control tokens spelled out. Raises what `build` raises."""
+        return self.build(
+            messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt, is_counted=True
+        ).text  # fmt: skip
+
+    def tokenize(self, text: str, *, add_prefix: bool = False) -> list[int]:
+        """Ids of a caller's text, which never include control tokens; `add_prefix` adds BOS if the model wants it.
+
+        Raises:
+            UsageError: the model has no tokenizer, or the text has too many tokens to count.
+        """
+        with self._counting():
+            return self._encode(text, add_prefix, self._max_counted)
+
+    def _encode(self, text: str, add_prefix: bool, max_tokens: int | None) -> list[int]:
+        tokenizer = self._needed("text")
+        prefix = tokenizer.prefix_ids if add_prefix else ()
+        return [*prefix, *tokenizer.encode(text, max_tokens=max_tokens)]
+
+    def detokenize(self, token_ids: Sequence[int], *, keep_special: bool = True) -> str:
+        """Text of `token_ids`, with special tokens spelled out or omitted.
+
+        Raises:
+            UsageError: an id is outside the vocabulary, or the model has no tokenizer.
+        """
+        tokenizer = self._needed("token ids to decode")
+        self._check_ids(token_ids)
+        return tokenizer.decode(token_ids, keep_special=keep_special)
+
+    @functools.cached_property
+    def tool_calling(self) -> ToolCalling:
+        """How the model learns of tools: from its own template, from a generic prompt, or not at all."""
+        from argosy.prompt.formats.block_format import BlockFormat
+
+        if self._template is None:
+            return "none"
+        shape = self._template.shape
+        if self.format.name != "plain" and shape.takes_tools and shape.takes_calls:
+            return "native"
+        return "generic" if isinstance(self.format, BlockFormat) else "none"
+
+    def _format_for(self, tools: Sequence[Tool]) -> Format:
+        """The format of an answer that may call `tools`."""
+        return self._generic_format if tools and self.tool_calling == "generic" else self.format
+
+    @functools.cached_property
+    def _generic_format(self) -> Format:
+        from argosy.prompt.formats import named_format
+
+        return named_format("hermes", self._needed("messages"))
+
+    @functools.cached_property
+    def format(self) -> Format:
+        """The model's own format for thoughts and calls."""
+        if self._named_format is not None:
+            return self._named_format
+        from argosy.prompt.formats import find_format
+
+        tokenizer = self._needed("messages")
+        return find_format(tokenizer, tokenizer.chat_template or "")
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """Names of the chat template variables that a caller may set."""
+        return frozenset() if self._template is None else self._template.shape.variables
+
+    def parser(self, prompt: Prompt, tools: Sequence[Tool | Mapping[str, object]] = ()) -> Parser:
+        """A parser for the answer to `prompt`, which was built with the same `tools`."""
+        from argosy.prompt.tools import check_tools
+
+        checked = check_tools(tools)
+        return self._format_for(checked).parser(checked, prompt)
+
+    def grammar(
+        self,
+        prompt: Prompt,
+        tools: Sequence[Tool | Mapping[str, object]] = (),
+        *,
+        must_call: bool = False,
+        parallel: bool = True,
+        form: Grammar | None = None,
+    ) -> Grammar | None:
+        """The grammar that the answer to `prompt` must follow, or None.
+
+        If a call is optional, the answer is unconstrained up to a call's mark. From there it follows the tool's schema
+        as far as that can be enforced. If a call is required, a tool is strict, or `form` is given, a schema that
+        cannot be enforced is an error.
+
+        Args:
+            prompt: built with at least these tools.
+            tools: the tools that may be called.
+            must_call: one of them must be called.
+            parallel: more than one call may be made.
+            form: grammar for an answer without calls; it has no trigger.
+
+        Raises:
+            UsageError: there is no tool to call, the model cannot call tools, or the prompt ends in a turn to continue,
+                where a form or a call would have to be the whole turn.
+        """
+        from argosy.prompt.tools import check_tools
+
+        checked = check_tools(tools)
+        form_of_answer = self._format_for(checked)
+        if must_call or form is not None:
+            if prompt.is_continued:
+                raise UsageError(
+                    "the answer continues the assistant's last message, "
+                    "so it cannot have a required form or be a tool call",
+                    hint="leave out that message, or the form and the choice of tools",
+                )
+            text = form_of_answer.grammar(checked, parallel, prompt, form=None if must_call else form)
+            return Grammar(kind="lark", text=text)
+        if not checked:
+            return None
+        text, trigger = form_of_answer.lazy_grammar(checked, parallel, prompt)
+        return Grammar(
+            kind="lark", text=text, trigger=trigger, is_lenient=not any(t.is_strict for t in checked)
+        )
+
+    def remember(
+        self,
+        tenant: str,
+        prompt: Prompt,
+        token_ids: Sequence[int],
+        answer: Answer,
+        tools: Sequence[Tool | Mapping[str, object]] = (),
+    ) -> bool:
+        """Keep an answer's tokens for when its conversation continues; see `Replay.remember`."""
+        from argosy.prompt.tools import check_tools
+
+        if self._replay is None:
+            return False
+        return self._replay.remember(tenant, prompt, token_ids, answer, check_tools(tools))
+
+    def forget(self, tenant: str) -> None:
+        """Forget the answers kept for `tenant`."""
+        if self._memory is not None:
+            self._memory.forget(tenant)
+
+    @functools.cached_property
+    def _replay(self) -> Replay | None:
+        if self._memory is None:
+            return None
+        from argosy.prompt.replay import Replay
+
+        return Replay(self._memory, self._needed("messages"), self._format_for)
+
+    def _raw(self, text: str, max_tokens: int | None) -> Prompt:
+        return Prompt(tuple(self._encode(text, True, max_tokens)), text)
+
+    def _conversation(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool | Mapping[str, object]],
+        variables: Variables | None,
+        tenant: str | None,
+        add_generation_prompt: bool,
+        max_tokens: int | None,
+    ) -> Prompt:
+        from argosy.prompt.messages import check_messages
+        from argosy.prompt.tokenizer import text_of
+        from argosy.prompt.tools import check_tools
+
+        tokenizer = self._needed("messages")
+        if self._template is None:
+            raise UsageError(
+                "this model has no chat template, so it cannot take a list of messages",
+                hint="give it text to continue: Prompt.raw(text), or `argosy run --raw`",
+            )
+        turns = check_messages(messages, add_generation_prompt=add_generation_prompt)
+        _require_renderable(turns)
+        checked = check_tools(tools)
+        replay = self._replay if tenant is not None else None
+        is_continued = add_generation_prompt and turns[-1].role == "assistant"
+        opens_turn = add_generation_prompt and not is_continued
+        if replay is None or tenant is None:
+            segments = self._segments(turns, checked, {}, variables, opens_turn, is_continued)
+            ids = tokenizer.encode_segments(segments, max_tokens=max_tokens)
+            return Prompt(tuple(ids), text_of(segments), is_continued, is_conversation=not is_continued)
+
+        from argosy.prompt.replay import trace_of
+
+        said, remembered, own_ids = replay.recall(tenant, turns)
+        segments = self._segments(said, checked, own_ids, variables, opens_turn, is_continued)
+        ids = replay.encode(segments, remembered, checked, is_continued=is_continued, max_tokens=max_tokens)
+        trace = trace_of(turns, segments, ids, is_continued=is_continued)
+        return Prompt(tuple(ids), text_of(segments), is_continued, trace, is_conversation=not is_continued)
+
+    def _segments(
+        self,
+        turns: Sequence[Turn],
+        tools: Sequence[Tool],
+        own_ids: Mapping[str, str],
+        variables: Variables | None,
+        opens_turn: bool,
+        is_continued: bool,
+    ) -> list[Segment]:
+        assert self._template is not None
+        has_calls = bool(tools) or any(turn.calls or turn.role == "tool" for turn in turns)
+        segments = self._template.segments(
+            self._with_own_ids(turns, own_ids),
+            tools,
+            is_generic=has_calls and self.tool_calling == "generic",
+            add_generation_prompt=opens_turn,
+            variables=variables,
+        )
+        return _up_to_end_of(turns[-1].content, segments) if is_continued else segments
+
+    def _with_own_ids(self, turns: Sequence[Turn], own_ids: Mapping[str, str]) -> Sequence[Turn]:
+        """`turns` with call ids, in calls and results, as the model's template wants them."""
+        if not any(turn.calls or turn.answers for turn in turns):
+            return turns
+        number = 0
+        known: dict[str, str] = {}
+        made = []
+        for turn in turns:
+            calls = []
+            for call in turn.calls:
+                known[call.id] = own_ids.get(call.id) or self.format.own_id(call, number)
+                number += 1
+                calls.append(replace(call, id=known[call.id]))
+            answers = None if turn.answers is None else known[turn.answers]
+            made.append(replace(turn, calls=tuple(calls), answers=answers))
+        return made
+
+    @staticmethod
+    def _refuse_chat_options(tools: Iterable[object], variables: Variables | None) -> None:
+        if tools or variables:
+            what = "tools" if tools else "chat template variables"
+            raise UsageError(
+                f"a prompt of text or token ids cannot have {what}: no chat template is applied to it"
+            )
+
+    def _needed(self, what: str) -> Tokenizer:
+        if self._tokenizer is None:
+            raise UsageError(
+                f"this model has no tokenizer.json, so it cannot take {what}",
+                hint="give it a list of token ids",
+            )
+        return self._tokenizer
+
+    def _checked(self, prompt: Prompt) -> Prompt:
+        if not prompt.token_ids:
+            raise UsageError("a prompt needs at least one token, and this one is empty")
+        self._check_ids(prompt.token_ids)
+        return prompt
+
+    def _check_ids(self, token_ids: Sequence[int]) -> None:
+        for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
+            if not 0 <= token_id < self._vocab_size:
+                raise UsageError(f"token id {token_id} is not in the vocabulary, 0 to {self._vocab_size - 1}")
+
+
+def _up_to_end_of(content: str, segments: Sequence[Segment]) -> list[Segment]:
+    """Cut a rendered conversation at the end of the last turn's `content`, so that it can be continued.
+
+    Trailing white space, which templates trim, is restored.
+
+    Raises:
+        UsageError: the template prints something else there.
+    """
+    at = max((at for at, (is_callers, _) in enumerate(segments) if is_callers), default=None)
+    printed = "" if at is None else segments[at][1].rstrip()
+    if at is None or not printed.endswith(content.strip()):
+        raise UsageError(
+            "this model's chat template alters the end of an assistant message, "
+            "so a last message from the assistant cannot be continued",
+            hint="end the conversation with a user message",
+        )
+    return [*segments[:at], (True, printed + content[len(content.rstrip()) :])]
+
+
+def _require_renderable(turns: Sequence[Turn]) -> None:
+    num_characters = sum(
+        len(turn.content) + len(turn.reasoning) + sum(len(call.text) for call in turn.calls) for turn in turns
+    )
+    if num_characters > _MAX_RENDERED:
+        raise UsageError(
+            f"the conversation has {num_characters} characters; at most {_MAX_RENDERED} can be rendered",
+            hint="shorten the conversation",
+        )
