@@ -182,6 +182,23 @@ def test_an_excluded_name_stands_for_itself_and_what_is_inside(
     assert Quantization("fp8", (name,)).excludes(module) is excluded
 
 
+@pytest.mark.parametrize(
+    ("name", "module", "excluded"),
+    [
+        ("re:model.layers.1", "model.layers.10.mlp.up_proj", True),
+        ("re:model.layers.1$", "model.layers.10.mlp.up_proj", False),
+        ("re:self_attn", "model.layers.0.self_attn.o_proj", False),
+        ("lm_head", "lm_head", True),
+        ("gate", "model.layers.3.mlp.gate", False),
+        ("model.layers.3", "model.layers.3.mlp.up_proj", False),
+    ],
+)
+def test_names_of_compressed_tensors_match_as_in_its_own_library(
+    name: str, module: str, excluded: bool
+) -> None:
+    assert Quantization("int4", (name,)).excludes(module) is excluded
+
+
 def test_the_config_of_a_wrapper_counts(tmp_path: Path) -> None:
     config = kimi_k25(hidden_size=64, moe_intermediate_size=32)
     write_int4_model(tmp_path / "model", config, seed=1)  # at the top

@@ -50,18 +50,22 @@ class Quantization:
     """How a checkpoint's quantised weights are stored, and which modules are declared unquantised."""
 
     method: QuantizationMethod
-    # Module names, whole or their first or last parts; "re:" starts a regular expression.
+    # Names of modules; "re:" starts a regular expression. `excludes` says what they match.
     excluded: tuple[str, ...] = ()
 
     def excludes(self, module: str) -> bool:
         """Whether a module, such as "model.layers.0.self_attn.q_proj", is declared unquantised.
 
-        A name matches itself, everything inside it, and every module whose path ends in it.
+        In compressed-tensors, a name matches itself alone, and an expression matches from the start of a module's name
+        on, not to its end (`_match_name` in its `utils/match.py`). In the other methods, a name also matches everything
+        inside it, and every module whose path ends in it (`should_convert_module` of transformers).
         """
+        has_parts = self.method != "int4"
         return any(
             re.match(name[3:], module) is not None
             if name.startswith("re:")
-            else module == name or module.startswith(name + ".") or module.endswith("." + name)
+            else module == name
+            or (has_parts and (module.startswith(name + ".") or module.endswith("." + name)))
             for name in self.excluded
         )
 
