@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from argosy.checkpoint.json_strict import read_object
+from argosy.checkpoint.untrusted_file import read_object
 from argosy.errors import CheckpointError, UsageError
 from argosy.guard.keys import KeyFile
 from argosy.prompt.json_text import read_json

@@ -6,8 +6,8 @@ Two readers may disagree about some JSON: a key given twice, `NaN`, a number bey
 endless nesting. None of it is accepted here, so a value that was read once can be passed to a template, a client, a
 grammar or another program as it is.
 
-Elsewhere: `prompt/json_text.py` bounds how many values a caller's text may have; `checkpoint/json_strict.py` bounds the
-files of a checkpoint and names them in errors.
+Elsewhere: `prompt/json_text.py` bounds how many values a caller's text may have; `checkpoint/untrusted_file.py` bounds
+the files of a checkpoint and names them in errors.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from argosy.checkpoint.json_strict import read_object
 from argosy.checkpoint.safetensors import DTYPE_BITS, read_header
+from argosy.checkpoint.untrusted_file import read_object
 from argosy.errors import ArgosyError
 from argosy.model.families import FAMILIES
 from tests.models.tiny import mixtral, qwen2_moe, qwen3_moe

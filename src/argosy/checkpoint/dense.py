@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from argosy.checkpoint.files import in_halves
 from argosy.checkpoint.gguf import read_gguf, read_values
-from argosy.checkpoint.json_strict import open_regular, read_at, read_object
 from argosy.checkpoint.safetensors import TensorRef, open_tensors
+from argosy.checkpoint.untrusted_file import open_regular, read_at, read_object
 from argosy.errors import CheckpointError, UnsupportedModel
 
 Float32 = npt.NDArray[np.float32]

@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from argosy import _native
 from argosy.checkpoint.gguf import SLOT_FORMATS, GgufFile
-from argosy.checkpoint.json_strict import quote
+from argosy.checkpoint.untrusted_file import quote
 from argosy.config import Format, ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 

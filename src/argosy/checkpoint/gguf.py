@@ -33,8 +33,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from argosy.checkpoint.json_strict import open_regular, quote, read_at
 from argosy.checkpoint.safetensors import TensorRef
+from argosy.checkpoint.untrusted_file import open_regular, quote, read_at
 from argosy.config import Format
 from argosy.errors import CheckpointError, UnsupportedModel
 

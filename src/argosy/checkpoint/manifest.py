@@ -37,7 +37,7 @@ from argosy.checkpoint.files import (
     matrix_bytes,
 )
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
-from argosy.checkpoint.json_strict import kind_of, open_regular, quote, read_object
+from argosy.checkpoint.untrusted_file import kind_of, open_regular, quote, read_object
 from argosy.config import Format, ModelConfig
 from argosy.errors import CheckpointError, CorruptRecord
 

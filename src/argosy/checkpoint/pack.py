@@ -58,7 +58,6 @@ from argosy.checkpoint.files import (
 )
 from argosy.checkpoint.geometry import packed_config, packed_format
 from argosy.checkpoint.gguf import GGUF_METADATA_FILE, metadata_only, read_gguf
-from argosy.checkpoint.json_strict import JSON_LIMIT_BYTES, open_regular, parse_object, read_at
 from argosy.checkpoint.latent_up import (
     KeyValueMatrix,
     keeps_its_format,
@@ -83,6 +82,7 @@ from argosy.checkpoint.manifest import (
     round_up,
     verify_pack,
 )
+from argosy.checkpoint.untrusted_file import JSON_LIMIT_BYTES, open_regular, parse_object, read_at
 from argosy.config import Format, ModelConfig, format_bytes
 from argosy.errors import CheckpointError, DiskFull, UsageError, is_disk_full
 from argosy.replace_file import sync

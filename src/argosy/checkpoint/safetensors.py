@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from argosy.checkpoint.json_strict import (
+from argosy.checkpoint.untrusted_file import (
     kind_of,
     open_regular,
     parse_object,

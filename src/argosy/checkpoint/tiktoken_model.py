@@ -28,7 +28,7 @@ from argosy.checkpoint.byte_level import (
     merges_by_rank,
     spelling_of_bytes,
 )
-from argosy.checkpoint.json_strict import open_regular, quote, read_at
+from argosy.checkpoint.untrusted_file import open_regular, quote, read_at
 from argosy.errors import CheckpointError, UnsupportedModel
 
 _MAX_FILE_BYTES = 16 << 20  # a vocabulary of 250,000 tokens takes 4.6 MB

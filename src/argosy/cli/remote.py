@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from argosy.checkpoint.json_strict import quote
+from argosy.checkpoint.untrusted_file import quote
 from argosy.errors import ServerNotUsable, UsageError
 from argosy.strict_json import JsonError, parse_json
 

@@ -233,7 +233,7 @@ def _most_uneven(state: dict[str, Any]) -> str | None:
 
 def _name(value: object, absent: str = UNKNOWN) -> str:
     """Text from a server, made safe for a terminal."""
-    from argosy.checkpoint.json_strict import quote
+    from argosy.checkpoint.untrusted_file import quote
 
     return quote(value) if isinstance(value, str) else absent
 

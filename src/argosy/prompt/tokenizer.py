@@ -31,7 +31,7 @@ import tokenizers
 
 from argosy.checkpoint.byte_level import spelling_of_bytes
 from argosy.checkpoint.gguf import GGUF_METADATA_FILE, GgufFile, find_gguf, read_gguf
-from argosy.checkpoint.json_strict import read_object
+from argosy.checkpoint.untrusted_file import read_object
 from argosy.errors import CheckpointError, PromptTooLong, UsageError
 from argosy.prompt.text_pieces import PIECE_CHARACTERS, Cutter, LongestToken
 

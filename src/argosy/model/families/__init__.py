@@ -16,9 +16,9 @@ from typing import Protocol, cast
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GGUF_METADATA_FILE, GGUF_SUFFIX, GgufFile, find_gguf, read_gguf
-from argosy.checkpoint.json_strict import quote, read_object
 from argosy.checkpoint.manifest import MANIFEST_FILE, open_pack
 from argosy.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_tensors
+from argosy.checkpoint.untrusted_file import quote, read_object
 from argosy.config import ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import (

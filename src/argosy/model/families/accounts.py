@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from argosy.checkpoint.json_strict import quote
 from argosy.checkpoint.safetensors import TensorRef
+from argosy.checkpoint.untrusted_file import quote
 from argosy.config import Format, ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 

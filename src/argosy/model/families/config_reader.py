@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from argosy.checkpoint.json_strict import kind_of, quote
+from argosy.checkpoint.untrusted_file import kind_of, quote
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families.quantization import KEY, read_quantization
 

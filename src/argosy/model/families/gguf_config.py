@@ -19,7 +19,7 @@ import numpy as np
 
 from argosy.checkpoint.files import check_vector
 from argosy.checkpoint.gguf import GgufArray, GgufFile, read_values
-from argosy.checkpoint.json_strict import quote
+from argosy.checkpoint.untrusted_file import quote
 from argosy.config import RopeConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families.config_reader import LARGEST_SIZE, MOST_EXPERTS, MOST_LAYERS

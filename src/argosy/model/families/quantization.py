@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from argosy.checkpoint.json_strict import quote
+from argosy.checkpoint.untrusted_file import quote
 from argosy.errors import CheckpointError, UnsupportedModel
 
 QuantizationMethod = Literal["fp8", "int4", "mxfp4"]

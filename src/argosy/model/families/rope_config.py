@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
-from argosy.checkpoint.json_strict import quote
+from argosy.checkpoint.untrusted_file import quote
 from argosy.config import RopeConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families.config_reader import LARGEST_SIZE, ConfigReader, is_positive_number

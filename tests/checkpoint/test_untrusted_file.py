@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from argosy.checkpoint.json_strict import quote, read_object
+from argosy.checkpoint.untrusted_file import quote, read_object
 from argosy.errors import CheckpointError
 
 

@@ -1,7 +1,8 @@
-"""Read small JSON files that cannot be trusted.
+"""Read files that cannot be trusted, small JSON files above all.
 
-    path   ->  read_object   ->  a plain dict, or one CheckpointError that names the file
-    bytes  ->  parse_object  ->  the same, for JSON that is part of a file
+    path   ->  read_object            ->  a plain dict, or one CheckpointError that names the file
+    bytes  ->  parse_object           ->  the same, for JSON that is part of a file
+    path   ->  open_regular, read_at  ->  bytes of a regular file that is as long as it says
 
 Only regular files of a bounded size are opened (a link to one is fine: hub caches are made of links).
 
