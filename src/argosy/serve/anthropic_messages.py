@@ -19,7 +19,6 @@ from pydantic import Discriminator, Field, Tag
 from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from typing_extensions import TypedDict
 
 from argosy.config import SamplingParams
 from argosy.errors import UsageError
@@ -33,6 +32,7 @@ from argosy.prompt.formats.events import (
 )
 from argosy.serve.core import Answers, ChatRequest, Ended, Said, Service
 from argosy.serve.fields import (
+    Closed,
     Flag,
     FreeObject,
     Lenient,
@@ -49,7 +49,6 @@ from argosy.serve.fields import (
     Tokens,
     ToolName,
     Tools,
-    closed,
     few,
     ignored_header,
     schema_form,
@@ -471,26 +470,22 @@ def _tool(tool: ClientTool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-@closed
-class Counted(TypedDict):
+class Counted(Closed):
     input_tokens: int
 
 
-@closed
-class SaidText(TypedDict):
+class SaidText(Closed):
     type: Literal["text"]
     text: str
 
 
-@closed
-class SaidThinking(TypedDict):
+class SaidThinking(Closed):
     type: Literal["thinking"]
     thinking: str
     signature: str
 
 
-@closed
-class SaidToolUse(TypedDict):
+class SaidToolUse(Closed):
     type: Literal["tool_use"]
     id: str
     name: str
@@ -500,13 +495,11 @@ class SaidToolUse(TypedDict):
 SaidBlock = SaidText | SaidThinking | SaidToolUse
 
 
-@closed
-class ThinkingTokens(TypedDict):
+class ThinkingTokens(Closed):
     thinking_tokens: int
 
 
-@closed
-class TokenUse(TypedDict):
+class TokenUse(Closed):
     """Token counts. As Anthropic defines them, input tokens exclude those read from the prefix cache."""
 
     input_tokens: int
@@ -516,13 +509,11 @@ class TokenUse(TypedDict):
     output_tokens_details: ThinkingTokens
 
 
-@closed
-class End(TypedDict):
+class End(Closed):
     stop_reason: Literal["end_turn", "max_tokens", "tool_use", "stop_sequence"] | None
     stop_sequence: str | None
 
 
-@closed
 class Message(End):
     id: str
     type: Literal["message"]
@@ -532,59 +523,50 @@ class Message(End):
     usage: TokenUse
 
 
-@closed
-class MessageStart(TypedDict):
+class MessageStart(Closed):
     type: Literal["message_start"]
     message: Message
 
 
-@closed
-class BlockStart(TypedDict):
+class BlockStart(Closed):
     type: Literal["content_block_start"]
     index: int
     content_block: SaidBlock
 
 
-@closed
-class TextPiece(TypedDict):
+class TextPiece(Closed):
     type: Literal["text_delta"]
     text: str
 
 
-@closed
-class ThinkingPiece(TypedDict):
+class ThinkingPiece(Closed):
     type: Literal["thinking_delta"]
     thinking: str
 
 
-@closed
-class InputPiece(TypedDict):
+class InputPiece(Closed):
     type: Literal["input_json_delta"]
     partial_json: str
 
 
-@closed
-class BlockDelta(TypedDict):
+class BlockDelta(Closed):
     type: Literal["content_block_delta"]
     index: int
     delta: TextPiece | ThinkingPiece | InputPiece
 
 
-@closed
-class BlockStop(TypedDict):
+class BlockStop(Closed):
     type: Literal["content_block_stop"]
     index: int
 
 
-@closed
-class MessageDelta(TypedDict):
+class MessageDelta(Closed):
     type: Literal["message_delta"]
     delta: End
     usage: TokenUse
 
 
-@closed
-class MessageStop(TypedDict):
+class MessageStop(Closed):
     type: Literal["message_stop"]
 
 

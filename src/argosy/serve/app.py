@@ -18,7 +18,6 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from typing_extensions import TypedDict
 
 from argosy.errors import ArgosyError, Overloaded, UsageError
 from argosy.guard.keys import KeyRing
@@ -28,7 +27,7 @@ from argosy.prompt.prompt import ToolCalling
 from argosy.serve import anthropic_messages, openai_chat, openai_completions, openai_responses
 from argosy.serve.body import answering
 from argosy.serve.core import Service
-from argosy.serve.fields import MAX_TOKENS, Flag, Messages, Strict, Text, TokenId, Tools, closed, few
+from argosy.serve.fields import MAX_TOKENS, Closed, Flag, Messages, Strict, Text, TokenId, Tools, few
 from argosy.serve.gate import (
     AnthropicError,
     Caller,
@@ -86,31 +85,26 @@ class TemplateBody(Strict):
     tools: Annotated[list[openai_chat.OfferedTool], Tools] | None = None
 
 
-@closed
-class Health(TypedDict):
+class Health(Closed):
     status: Literal["ok"]
 
 
-@closed
-class Ready(TypedDict):
+class Ready(Closed):
     status: Literal["ready"]
 
 
-@closed
-class Modalities(TypedDict):
+class Modalities(Closed):
     input_modalities: list[str]
     output_modalities: list[str]
 
 
-@closed
-class Capabilities(TypedDict):
+class Capabilities(Closed):
     """How tools reach the model: `native` by its chat template, `generic` by a generic prompt, `none` not at all."""
 
     tools: ToolCalling
 
 
-@closed
-class Model(TypedDict):
+class Model(Closed):
     id: str
     object: Literal["model"]
     created: int
@@ -122,35 +116,30 @@ class Model(TypedDict):
     capabilities: Capabilities
 
 
-@closed
-class Models(TypedDict):
+class Models(Closed):
     object: Literal["list"]
     data: list[Model]
 
 
-@closed
-class Tokenized(TypedDict):
+class Tokenized(Closed):
     tokens: list[int]
     count: int
     max_model_len: int
 
 
-@closed
-class Detokenized(TypedDict):
+class Detokenized(Closed):
     content: str
     prompt: str
 
 
-@closed
-class TokenizerInfo(TypedDict):
+class TokenizerInfo(Closed):
     bos_token: str | None
     eos_token: str | None
     pad_token: str | None
     chat_template: str | None
 
 
-@closed
-class Rendered(TypedDict):
+class Rendered(Closed):
     prompt: str
 
 

@@ -152,7 +152,9 @@ class MostEntries:
         return value
 
 
-closed = with_config(ConfigDict(extra="forbid"))  # an answer has exactly the fields of its type
+@with_config(ConfigDict(extra="forbid"))
+class Closed(TypedDict):
+    """An answer, or a part of one, has exactly the fields of its type."""
 
 
 class _Part(BaseModel):
@@ -269,18 +271,15 @@ def strays(where: str, parts: Iterable[object]) -> list[str]:
     })  # fmt: skip
 
 
-@closed
-class CachedTokens(TypedDict):
+class CachedTokens(Closed):
     cached_tokens: int
 
 
-@closed
-class ThoughtTokens(TypedDict):
+class ThoughtTokens(Closed):
     reasoning_tokens: int
 
 
-@closed
-class Timings(TypedDict):
+class Timings(Closed):
     """The ledger of an answer; null means unknown."""
 
     prompt_tokens: int
@@ -298,16 +297,14 @@ class Timings(TypedDict):
     parts: dict[str, float]
 
 
-@closed
-class Usage(TypedDict):
+class Usage(Closed):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
 
 
-@closed
-class ReadOfPrompt(TypedDict):
+class ReadOfPrompt(Closed):
     """Progress of the prefill in tokens, with llama.cpp's field names."""
 
     processed: int

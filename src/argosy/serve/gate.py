@@ -25,13 +25,12 @@ from dataclasses import dataclass, field
 from typing import Literal, NotRequired
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from typing_extensions import TypedDict
 
 from argosy.errors import ArgosyError, Overloaded, PromptTooLong
 from argosy.guard.keys import Key, KeyRing
 from argosy.guard.keys import Scope as KeyScope
 from argosy.guard.limits import Limits, TooMany
-from argosy.serve.fields import closed
+from argosy.serve.fields import Closed
 from argosy.serve.held import Pool, Share
 from argosy.serve.log import where_it_failed
 
@@ -156,29 +155,25 @@ _TYPES = {
 }
 
 
-@closed
-class OpenAIFacts(TypedDict):
+class OpenAIFacts(Closed):
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-@closed
-class OpenAIError(TypedDict):
+class OpenAIError(Closed):
     """An error."""
 
     error: OpenAIFacts
 
 
-@closed
-class AnthropicFacts(TypedDict):
+class AnthropicFacts(Closed):
     type: str
     message: str
 
 
-@closed
-class AnthropicError(TypedDict):
+class AnthropicError(Closed):
     """An error."""
 
     type: Literal["error"]

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from typing_extensions import TypedDict
-
 from argosy.engine.sequence import TokenLogprob
 from argosy.errors import UsageError
-from argosy.serve.fields import closed
+from argosy.serve.fields import Closed
 
 if TYPE_CHECKING:
     from argosy.prompt.tokenizer import Tokenizer
@@ -25,14 +23,12 @@ if TYPE_CHECKING:
 LEAST_LOGPROB = -9999.0  # for log(0), because JSON has no infinity
 
 
-@closed
-class Token(TypedDict):
+class Token(Closed):
     token: str
     logprob: float
     bytes: list[int]
 
 
-@closed
 class ScoredToken(Token):
     """A token, its log-probability and the most likely tokens, as in Chat Completions and Responses."""
 

@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal, NotRequired, cast
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from typing_extensions import TypedDict
 
 from argosy.config import Grammar, SamplingParams
 from argosy.engine.sequence import TokenLogprob
@@ -27,6 +26,7 @@ from argosy.prompt.formats.events import ReasoningDelta, TextDelta, ToolCallArgu
 from argosy.serve.core import Answers, ChatRequest, Ended, Finish, Progress, Said, Service
 from argosy.serve.fields import (
     WHOLE,
+    Closed,
     Effort,
     Flag,
     FreeForm,
@@ -53,7 +53,6 @@ from argosy.serve.fields import (
     ToolName,
     Tools,
     Usage,
-    closed,
     few,
     ignored_header,
     limit_of,
@@ -353,27 +352,23 @@ class ChatBody(Formed, Thinking, OpenAISampling):
         return [tool.model_dump(exclude_unset=True) for tool in tools]
 
 
-@closed
-class Function(TypedDict):
+class Function(Closed):
     name: str
     arguments: str
 
 
-@closed
-class Call(TypedDict):
+class Call(Closed):
     id: str
     type: Literal["function"]
     function: Function
 
 
-@closed
-class Scores(TypedDict):
+class Scores(Closed):
     content: list[ScoredToken]
     refusal: None
 
 
-@closed
-class ChatMessage(TypedDict):
+class ChatMessage(Closed):
     role: Literal["assistant"]
     content: str | None
     refusal: None
@@ -385,22 +380,19 @@ class ChatMessage(TypedDict):
 ChatFinish = Finish | Literal["function_call"]
 
 
-@closed
-class Choice(TypedDict):
+class Choice(Closed):
     index: int
     message: ChatMessage
     finish_reason: ChatFinish
     logprobs: Scores | None
 
 
-@closed
 class ChatUsage(Usage):
     completion_tokens_details: ThoughtTokens
     timings: NotRequired[Timings]
 
 
-@closed
-class ChatCompletion(TypedDict):
+class ChatCompletion(Closed):
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -410,22 +402,19 @@ class ChatCompletion(TypedDict):
     timings: NotRequired[Timings]
 
 
-@closed
-class FunctionDelta(TypedDict):
+class FunctionDelta(Closed):
     name: NotRequired[str]
     arguments: str
 
 
-@closed
-class CallDelta(TypedDict):
+class CallDelta(Closed):
     index: int
     id: NotRequired[str]
     type: NotRequired[Literal["function"]]
     function: FunctionDelta
 
 
-@closed
-class Delta(TypedDict):
+class Delta(Closed):
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str]
     reasoning_content: NotRequired[str]
@@ -433,16 +422,14 @@ class Delta(TypedDict):
     function_call: NotRequired[FunctionDelta]
 
 
-@closed
-class ChoiceDelta(TypedDict):
+class ChoiceDelta(Closed):
     index: int
     delta: Delta
     finish_reason: ChatFinish | None
     logprobs: NotRequired[Scores]
 
 
-@closed
-class ChatChunk(TypedDict):
+class ChatChunk(Closed):
     id: str
     object: Literal["chat.completion.chunk"]
     created: int

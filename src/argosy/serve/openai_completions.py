@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Annotated, Literal, NotRequired, cast
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from typing_extensions import TypedDict
 
 from argosy.config import SamplingParams
 from argosy.engine.sequence import TokenLogprob
@@ -26,6 +25,7 @@ from argosy.errors import UsageError
 from argosy.serve.core import Answers, Ended, Progress, Said, Service, steps_of
 from argosy.serve.fields import (
     MAX_TOKENS,
+    Closed,
     Effort,
     Flag,
     MinusOne,
@@ -41,7 +41,6 @@ from argosy.serve.fields import (
     Timings,
     TokenId,
     Usage,
-    closed,
     few,
     ignored_header,
     limit_of,
@@ -114,8 +113,7 @@ class CompletionBody(Formed, Thinking, OpenAISampling):
         )
 
 
-@closed
-class Scored(TypedDict):
+class Scored(Closed):
     """Parallel lists with one item per token; the first token of a prompt has no log-probability.
 
     text_offset: where in `text` each token begins, in characters; a token that begins within a character has the
@@ -128,16 +126,14 @@ class Scored(TypedDict):
     text_offset: list[int]
 
 
-@closed
-class TextChoice(TypedDict):
+class TextChoice(Closed):
     index: int
     text: str
     logprobs: Scored | None
     finish_reason: Literal["stop", "length"] | None
 
 
-@closed
-class Completion(TypedDict):
+class Completion(Closed):
     """A whole completion, or a chunk of a stream."""
 
     id: str

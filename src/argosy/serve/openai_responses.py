@@ -22,7 +22,6 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import Discriminator, Field, Tag, TypeAdapter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from typing_extensions import TypedDict
 
 from argosy.config import Grammar, SamplingParams
 from argosy.errors import PromptTooLong, UsageError
@@ -38,6 +37,7 @@ from argosy.serve.core import Answers, ChatRequest, Ended, Said, Service
 from argosy.serve.fields import (
     MAX_ITEMS,
     CachedTokens,
+    Closed,
     Effort,
     Flag,
     ForOpenAI,
@@ -59,7 +59,6 @@ from argosy.serve.fields import (
     TokenLimit,
     ToolName,
     Tools,
-    closed,
     few,
     ignored_header,
     limit_of,
@@ -349,16 +348,14 @@ def _text(
     )
 
 
-@closed
-class OutputText(TypedDict):
+class OutputText(Closed):
     type: Literal["output_text"]
     text: str
     annotations: list[Any]
     logprobs: list[ScoredToken]
 
 
-@closed
-class ReasoningText(TypedDict):
+class ReasoningText(Closed):
     type: Literal["reasoning_text"]
     text: str
 
@@ -367,8 +364,7 @@ Progress = Literal["in_progress", "completed", "incomplete"]
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
 
-@closed
-class SaidMessage(TypedDict):
+class SaidMessage(Closed):
     id: str
     status: Progress
     type: Literal["message"]
@@ -376,8 +372,7 @@ class SaidMessage(TypedDict):
     content: list[OutputText]
 
 
-@closed
-class SaidThought(TypedDict):
+class SaidThought(Closed):
     id: str
     status: Progress
     type: Literal["reasoning"]
@@ -385,8 +380,7 @@ class SaidThought(TypedDict):
     content: list[ReasoningText]
 
 
-@closed
-class SaidCall(TypedDict):
+class SaidCall(Closed):
     id: str
     status: Progress
     type: Literal["function_call"]
@@ -398,8 +392,7 @@ class SaidCall(TypedDict):
 SaidItem = SaidMessage | SaidThought | SaidCall
 
 
-@closed
-class ResponseUsage(TypedDict):
+class ResponseUsage(Closed):
     input_tokens: int
     input_tokens_details: CachedTokens
     output_tokens: int
@@ -410,19 +403,16 @@ class ResponseUsage(TypedDict):
 FailureCode = Literal["server_error", "context_length_exceeded"]
 
 
-@closed
-class Failure(TypedDict):
+class Failure(Closed):
     code: FailureCode
     message: str
 
 
-@closed
-class Incomplete(TypedDict):
+class Incomplete(Closed):
     reason: Literal["max_output_tokens"]
 
 
-@closed
-class Answer(TypedDict):
+class Answer(Closed):
     id: str
     object: Literal["response"]
     created_at: int
@@ -449,8 +439,7 @@ class Answer(TypedDict):
     background: Literal[False]
 
 
-@closed
-class InputTokens(TypedDict):
+class InputTokens(Closed):
     object: Literal["response.input_tokens"]
     input_tokens: int
 
@@ -462,24 +451,22 @@ _AboutItem = Literal["response.output_item.added", "response.output_item.done"]
 _AboutPart = Literal["response.content_part.added", "response.content_part.done"]
 
 
-class Numbered(TypedDict):
+class Numbered(Closed):
     sequence_number: int
 
 
-@closed
 class ResponseEvent(Numbered):
     type: _About
     response: Answer
 
 
-@closed
 class ItemEvent(Numbered):
     type: _AboutItem
     output_index: int
     item: SaidItem
 
 
-class Place(TypedDict):
+class Place(Closed):
     """The place of an event in a response."""
 
     output_index: int
@@ -490,14 +477,12 @@ class Placed(Numbered, Place):
     pass
 
 
-@closed
 class PartEvent(Placed):
     type: _AboutPart
     content_index: int
     part: OutputText | ReasoningText
 
 
-@closed
 class TextDeltaEvent(Placed):
     type: Literal["response.output_text.delta", "response.reasoning_text.delta"]
     content_index: int
@@ -505,7 +490,6 @@ class TextDeltaEvent(Placed):
     logprobs: NotRequired[list[ScoredToken]]
 
 
-@closed
 class TextDoneEvent(Placed):
     type: Literal["response.output_text.done", "response.reasoning_text.done"]
     content_index: int
@@ -513,13 +497,11 @@ class TextDoneEvent(Placed):
     logprobs: NotRequired[list[ScoredToken]]
 
 
-@closed
 class ArgumentsDeltaEvent(Placed):
     type: Literal["response.function_call_arguments.delta"]
     delta: str
 
 
-@closed
 class ArgumentsDoneEvent(Placed):
     type: Literal["response.function_call_arguments.done"]
     name: str

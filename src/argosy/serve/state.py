@@ -13,16 +13,14 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from typing_extensions import TypedDict
 
 from argosy.engine.facts import WINDOW_TOKENS
 from argosy.engine.loop import LoopFacts
 from argosy.serve.core import ModelFacts
-from argosy.serve.fields import closed
+from argosy.serve.fields import Closed
 
 
-@closed
-class ModelState(TypedDict):
+class ModelState(Closed):
     id: str
     family: str
     context_tokens: int
@@ -31,28 +29,24 @@ class ModelState(TypedDict):
     experts_per_token: int
 
 
-@closed
-class MemoryLine(TypedDict):
+class MemoryLine(Closed):
     name: str
     bytes: int
     note: str
 
 
-@closed
-class MemoryState(TypedDict):
+class MemoryState(Closed):
     budget_bytes: int
     peak_bytes: int | None
     lines: list[MemoryLine]
 
 
-@closed
-class SpeedState(TypedDict):
+class SpeedState(Closed):
     decode_tok_per_s: float
     prefill_tok_per_s: float
 
 
-@closed
-class ExpertState(TypedDict):
+class ExpertState(Closed):
     total: int
     slots: int
     resident: int
@@ -61,35 +55,30 @@ class ExpertState(TypedDict):
     drive_bytes_per_s: float
 
 
-@closed
-class QueueState(TypedDict):
+class QueueState(Closed):
     running: int
     waiting: int
     max_sequences: int
 
 
-@closed
-class KvState(TypedDict):
+class KvState(Closed):
     blocks_total: int
     blocks_used: int
     blocks_cached: int
     block_tokens: int
 
 
-@closed
-class Heat(TypedDict):
+class Heat(Closed):
     tokens: int
     layers: list[list[int]]
 
 
-@closed
-class Privacy(TypedDict):
+class Privacy(Closed):
     logging: bool
     traces: bool
 
 
-@closed
-class EngineState(TypedDict):
+class EngineState(Closed):
     model: ModelState
     memory: MemoryState
     speed: SpeedState
