@@ -39,6 +39,7 @@ from argosy.prompt.replay import ReplayMemory
 from argosy.serve.app import make_app
 from argosy.serve.core import Answers, Ended, ModelFacts, Service
 from argosy.serve.run import bind, uvicorn_config
+from argosy.serve.tool_use import ToolUse
 from tests.cli.tiny_chat_model import write_chat_model
 
 NUM_DISCONNECTS, NUM_CLIENTS = 500, 5
@@ -317,7 +318,8 @@ def test_an_answer_that_lies_ready_lets_others_have_a_turn_and_is_remembered_bes
         caller: Any = SimpleNamespace(tenant="", count=lambda **_: None)
         service: Any = SimpleNamespace(loop=Loop(), prompts=Prompts())
         prompt = Prompt((1,), "x", trace=Trace(1, b"", b"", b""))
-        answers = Answers(service, prompt, SamplingParams(), caller, 1, events)
+        answers = Answers(service, caller, events)
+        answers.add(prompt, SamplingParams(), ToolUse(), 1)
         num_wake_ups = len(wake_ups)
         steps = [step async for step in answers.steps()]
         await asyncio.sleep(0.01)

@@ -4,21 +4,22 @@ A stream has one content block for each tool call and for each stretch of text o
 Claude Code puts a line at the start of the system prompt that changes with each conversation, so no prompt prefix could
 be reused. The line is removed before the prompt is built, unless the server runs with `--keep-billing-line`.
 
-Elsewhere: answers are `core.py`; sending them is `streams.py`.
+Elsewhere: the path of a request is `respond.py`; answers are `core.py`.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 from pydantic_core import from_json
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from argosy.config import SamplingParams
 from argosy.errors import UsageError
@@ -30,7 +31,7 @@ from argosy.prompt.formats.events import (
     ToolCallBegin,
     ToolCallEnd,
 )
-from argosy.serve.core import Answers, ChatRequest, Ended, Said, Service
+from argosy.serve.core import ChatRequest, Ended, Read, Said, Service, Step
 from argosy.serve.fields import (
     Closed,
     Flag,
@@ -50,13 +51,12 @@ from argosy.serve.fields import (
     ToolName,
     Tools,
     few,
-    ignored_header,
     schema_form,
     strays,
 )  # fmt: skip
 from argosy.serve.gate import Caller
 from argosy.serve.replaced import TEXT_ONLY, Replaced, UnreadPart, last_asked
-from argosy.serve.streams import EventStream, error_event, sse, until_gone
+from argosy.serve.respond import Exchange, respond
 from argosy.serve.tool_use import ToolChoice
 
 BILLING_LINE = "x-anthropic-billing-header:"
@@ -273,7 +273,11 @@ class CountBody(Sampling):
     workspace_id: NoEffect[Name] = None
     anthropic_version: NoEffect[Name] = None
 
-    def request(self, params: SamplingParams, *, keep_billing_line: bool) -> ChatRequest:
+    def params(self) -> SamplingParams:
+        return SamplingParams()  # tokens are counted the same way whatever follows them
+
+    def request(self, *, keep_billing_line: bool) -> ChatRequest:
+        params = self.params()
         system = _text(self.system or "")
         if not keep_billing_line and system.startswith(BILLING_LINE):
             system = system.partition("\n")[2]
@@ -294,7 +298,9 @@ class CountBody(Sampling):
             parallel=choice is None or choice.disable_parallel_tool_use is not True,
             form=None if form is None else schema_form(form.schema_),
             effort=self.effort(),
+            effort_field="thinking" if config is None or config.effort is None else "output_config.effort",
             replaced=replaced,
+            ignored=self.ignored(),
         )
 
     def _client_tools(self) -> list[ClientTool]:
@@ -576,125 +582,108 @@ Event = MessageStart | BlockStart | BlockDelta | BlockStop | MessageDelta | Mess
 async def count_tokens(body: CountBody, request: Request) -> Counted:
     """Count the tokens of a conversation."""
     service: Service = request.app.state.service
-    caller: Caller = request.state.caller
-
-    def count() -> int:
-        wanted = body.request(SamplingParams(), keep_billing_line=service.keep_billing_line)
-        return service.count_tokens(wanted, caller.tenant)
-
-    return {"input_tokens": await service.run(caller, count)}
+    read = partial(body.request, keep_billing_line=service.keep_billing_line)
+    return {"input_tokens": await service.count_tokens(read, request.state.caller)}
 
 
 async def messages(body: MessagesBody, request: Request) -> Response:
     """Answer a conversation."""
-    service: Service = request.app.state.service
-    caller: Caller = request.state.caller
-
-    def read() -> ChatRequest:
-        wanted = body.request(body.params(), keep_billing_line=service.keep_billing_line)
-        return replace(wanted, ignored=body.ignored())
-
-    wanted, answers = await service.open(read, caller)
-    ignored = [*wanted.ignored]
-    if service.ignored_effort(wanted):
-        has_effort = body.output_config is not None and body.output_config.effort is not None
-        ignored.append("output_config.effort" if has_effort else "thinking")
-    headers = ignored_header(ignored) | wanted.replaced.header()
-    dialect = _Messages(service, answers)
-    if body.stream:
-        return EventStream(
-            dialect.stream(), caller, answers.cancel, headers=headers,
-            failed=lambda error: error_event(error, "anthropic", caller),
-        )  # fmt: skip
-    return JSONResponse(await until_gone(request, dialect.whole(), answers.cancel), headers=headers)
+    return await respond(MessagesExchange, body, request)
 
 
-class _Messages:
-    """Builds a whole message from the events of its stream, so both have the same content."""
+class MessagesExchange(Exchange[MessagesBody, Event]):
+    errors = "anthropic"
+    names_events = True
 
-    def __init__(self, service: Service, answers: Answers) -> None:
-        self._service, self._answers = service, answers
-        self._id = "msg_" + secrets.token_hex(12)
-        self._blocks: list[SaidBlock] = []  # closed blocks
-        self._open: SaidBlock | None = None  # the open block, still empty
-        self._pieces: list[str] = []  # content of the open block
+    _message: Message  # so far, when it is folded
 
-    async def whole(self) -> Message:
-        end: End = {"stop_reason": None, "stop_sequence": None}
-        async with self._answers as answers:
-            async for step in answers.steps():
-                self._take(step)
-                if isinstance(step, Ended):
-                    end = _end(step)
-        return {**self._message(self._blocks), **end, "usage": self._usage()}
+    def __init__(self, body: MessagesBody, service: Service, caller: Caller) -> None:
+        super().__init__(body, service, caller)
+        self._num_closed = 0  # blocks
+        self._open: str | None = None  # type of the open block
+        self._pieces: list[str] = []  # of the block that is folded
 
-    async def stream(self) -> AsyncIterator[bytes]:
-        async with self._answers as answers:
-            yield _sent({"type": "message_start", "message": self._message([])})
-            async for step in answers.steps():
-                for event in self._take(step):
-                    yield _sent(event)
+    def reads(self) -> list[Read]:
+        return [partial(self.body.request, keep_billing_line=self.service.keep_billing_line)]
 
-    def _take(self, step: object) -> list[Event]:
+    def begin(self) -> list[Event]:
+        message: Message = {
+            "id": "msg_" + secrets.token_hex(12), "type": "message", "role": "assistant",
+            "model": self.service.model.id, "content": [], "stop_reason": None, "stop_sequence": None,
+            "usage": self._usage(),
+        }  # fmt: skip
+        return [{"type": "message_start", "message": message}]
+
+    def take(self, step: Step) -> list[Event]:
         match step:
             case Said():
                 return [event for said in step.events for event in self._say(said)]
             case Ended():
-                is_empty = not self._blocks and self._open is None
+                is_empty = self._num_closed == 0 and self._open is None
                 begun = self._begin({"type": "text", "text": ""}) if is_empty else []
                 end: MessageDelta = {"type": "message_delta", "delta": _end(step), "usage": self._usage()}
                 return [*begun, *self._close(), end, {"type": "message_stop"}]
         return []
 
+    def fold(self, event: Event) -> None:
+        match event["type"]:
+            case "message_start":
+                self._message = event["message"]
+            case "content_block_start":
+                self._message["content"].append(event["content_block"])
+                self._pieces = []
+            case "content_block_delta":
+                *_, piece = event["delta"].values()
+                self._pieces.append(str(piece))
+            case "content_block_stop":
+                content = self._message["content"]
+                content[-1] = _filled(content[-1], "".join(self._pieces))
+            case "message_delta":
+                self._message = {**self._message, **event["delta"], "usage": event["usage"]}
+
+    def whole(self) -> Message:
+        return self._message
+
     def _say(self, said: SaidEvent) -> list[Event]:
         match said:
             case TextDelta():
                 begun = self._begin({"type": "text", "text": ""})
-                return [*begun, self._more(said.text, {"type": "text_delta", "text": said.text})]
+                return [*begun, self._more({"type": "text_delta", "text": said.text})]
             case ReasoningDelta():
                 begun = self._begin({"type": "thinking", "thinking": "", "signature": ""})
-                return [*begun, self._more(said.text, {"type": "thinking_delta", "thinking": said.text})]
+                return [*begun, self._more({"type": "thinking_delta", "thinking": said.text})]
             case ToolCallBegin():
                 shut = self._close()
                 call: SaidToolUse = {"type": "tool_use", "id": said.id, "name": said.name, "input": {}}
                 return [*shut, *self._begin(call)]
             case ToolCallArguments():
-                text = said.json_fragment
-                return [self._more(text, {"type": "input_json_delta", "partial_json": text})]
+                return [self._more({"type": "input_json_delta", "partial_json": said.json_fragment})]
             case ToolCallEnd():
                 return self._close()
 
     def _begin(self, block: SaidBlock) -> list[Event]:
         """Open `block`, unless a block of the same type is open."""
-        if self._open is not None and self._open["type"] == block["type"]:
+        if self._open == block["type"]:
             return []
         shut = self._close()
-        self._open = block
+        self._open = block["type"]
         start: BlockStart = {
-            "type": "content_block_start", "index": len(self._blocks), "content_block": block,
+            "type": "content_block_start", "index": self._num_closed, "content_block": block,
         }  # fmt: skip
         return [*shut, start]
 
-    def _more(self, text: str, delta: TextPiece | ThinkingPiece | InputPiece) -> BlockDelta:
-        self._pieces.append(text)
-        return {"type": "content_block_delta", "index": len(self._blocks), "delta": delta}
+    def _more(self, delta: TextPiece | ThinkingPiece | InputPiece) -> BlockDelta:
+        return {"type": "content_block_delta", "index": self._num_closed, "delta": delta}
 
     def _close(self) -> list[Event]:
         if self._open is None:
             return []
-        stop: BlockStop = {"type": "content_block_stop", "index": len(self._blocks)}
-        self._blocks.append(_filled(self._open, "".join(self._pieces)))
-        self._open, self._pieces = None, []
+        stop: BlockStop = {"type": "content_block_stop", "index": self._num_closed}
+        self._num_closed, self._open = self._num_closed + 1, None
         return [stop]
 
-    def _message(self, content: list[SaidBlock]) -> Message:
-        return {
-            "id": self._id, "type": "message", "role": "assistant", "model": self._service.model.id,
-            "content": content, "stop_reason": None, "stop_sequence": None, "usage": self._usage(),
-        }  # fmt: skip
-
     def _usage(self) -> TokenUse:
-        answers = self._answers
+        answers = self.answers
         cached = answers.num_cached_tokens
         return {
             "input_tokens": answers.num_prompt_tokens - cached, "output_tokens": answers.num_new_tokens,
@@ -733,7 +722,3 @@ def _end(step: Ended) -> End:
         "stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use",
     }  # fmt: skip
     return {"stop_reason": reasons[step.finish], "stop_sequence": None}
-
-
-def _sent(event: Event) -> bytes:
-    return sse(event, event["type"])

@@ -1,13 +1,14 @@
 """Requests and answers in a form common to all dialects; a dialect only renames fields.
 
-    dialect  ->  ChatRequest, or a text  ->  Service.open  ->  Answers: Progress, Said, Ended  ->  dialect
+    dialect  ->  ChatRequest or TextRequest  ->  Service.open  ->  Answers: Progress, Said, Ended  ->  dialect
 
 Prompts are rendered and requests checked in threads that all callers share fairly (`work.py`), answers are stored for
 replay in other threads, and steps run in the engine's own thread, so the event loop never waits. No answer keeps the
-event loop for longer than a turn, however many of its tokens are ready. Leaving an `Answers` before its end cancels it:
-the engine frees its sequences before the next step.
+event loop for longer than a turn, however many of its tokens are ready. Cancelling an `Answers` before its end makes
+the engine free its sequences before the next step.
 
-Elsewhere: routes and errors are `app.py` and `gate.py`; the engine's thread is `engine/loop.py`.
+Elsewhere: the path from a dialect's handler to here is `respond.py`; routes and errors are `app.py` and `gate.py`; the
+engine's thread is `engine/loop.py`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar
 
@@ -25,10 +25,10 @@ from argosy.config import Grammar, SamplingParams
 from argosy.engine.loop import AnswerEnd, AnswerToken, Event, LoopFacts, PromptProgress
 from argosy.engine.sequence import Result, TokenLogprob
 from argosy.errors import ArgosyError
-from argosy.prompt.formats.events import Answer, ToolCallBegin, ToolCallEnd, collect
 from argosy.prompt.formats.events import Event as SaidEvent
+from argosy.prompt.formats.events import ToolCallBegin, ToolCallEnd, collect
 from argosy.prompt.prompt import Prompt
-from argosy.serve.fields import ReadOfPrompt
+from argosy.serve.fields import ReadOfPrompt, ignored_header
 from argosy.serve.gate import Caller, Refused
 from argosy.serve.kept_items import KeptItems
 from argosy.serve.replaced import Replaced
@@ -79,14 +79,29 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TextRequest:
+    """A text, or token ids, to be continued.
+
+    ignored: names of fields that were given and have no effect.
+    """
+
+    prompt: str | Sequence[int]
+    params: SamplingParams
+    num_answers: int = 1
+    ignored: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest:
     """A conversation to be answered.
 
     form: form of an answer without tool calls; None allows any form.
     effort: reasoning effort, if the model's template supports it.
+    effort_field: name of the field that asks for the effort.
     thinks: whether the model thinks at all; None leaves that to `effort`.
+    thinks_fields: names of the fields that switch thinking.
     replaced: notes in the messages that replace blocks that the model cannot read.
-    ignored: names of fields that were given and have no effect.
+    ignored: names of fields that were given and have no effect, whatever the model.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -96,11 +111,16 @@ class ChatRequest:
     parallel: bool = True
     form: Grammar | None = None
     effort: str | None = None
+    effort_field: str = "reasoning_effort"
     thinks: bool | None = None
+    thinks_fields: Sequence[str] = ()
     variables: Mapping[str, Any] = field(default_factory=dict)
     num_answers: int = 1
     replaced: Replaced = field(default_factory=Replaced)
     ignored: Sequence[str] = ()
+
+
+Read = Callable[[], ChatRequest | TextRequest]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,14 +203,6 @@ class Service:
         """Whether the model's template supports a reasoning effort."""
         return bool(self._effort("medium"))
 
-    def ignored_effort(self, request: ChatRequest) -> bool:
-        """Whether the request asks for a reasoning effort that the model's template does not support."""
-        return request.effort is not None and not self._effort(request.effort)
-
-    def ignored_switch(self, request: ChatRequest) -> bool:
-        """Whether the request switches thinking on or off and the model's template cannot."""
-        return request.thinks is not None and not self._switches(request.thinks)
-
     async def run(self, caller: Caller, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         """Run the work before the engine in a thread. Raises what `call` raises.
 
@@ -200,40 +212,41 @@ class Service:
         work = self._large_work if caller.has_large_body else self._work
         return await work.run(caller.tenant, call, *args, **named)
 
-    async def open(self, read: Callable[[], ChatRequest], caller: Caller) -> tuple[ChatRequest, Answers]:
-        """Read a conversation, render, check and queue it.
+    async def open(self, reads: Sequence[Read], caller: Caller) -> tuple[Answers, dict[str, str]]:
+        """Read, render, check and queue the prompts of a request.
 
-        All of this is one job, because each job waits for a thread behind jobs of other keys. Raises what `run`,
-        `read`, `PromptBuilder.build` and `EngineLoop.submit` raise.
+        All of this is one job for each prompt, because each job waits for a thread behind jobs of other keys.
+
+        Returns:
+            The answers, and headers that tell how the first prompt was read.
+
+        Raises:
+            ArgosyError: what `run`, `reads`, `PromptBuilder.build` or `EngineLoop.submit` raised. Nothing of the
+                request is left running.
         """
-        events = asyncio.get_running_loop()
+        answers = Answers(self, caller, asyncio.get_running_loop())
 
-        def begin() -> tuple[ChatRequest, Answers]:
+        def begin(read: Read) -> dict[str, str]:
             request = read()
-            return request, self._open_chat(request, caller, events)
+            answers.add(*self._prepared(request, caller.tenant), request.num_answers)
+            return self._headers(request)
 
-        return await self.run(caller, begin)
+        try:
+            found = [await self.run(caller, begin, read) for read in reads]
+        except BaseException:
+            answers.cancel()
+            raise
+        return answers, found[0]
 
-    async def open_text(
-        self,
-        prompt: str | Sequence[int],
-        read_params: Callable[[], SamplingParams],
-        caller: Caller,
-        num_answers: int = 1,
-    ) -> Answers:
-        """Queue a text, or token ids, for completion. Raises what `open` raises."""
-        events = asyncio.get_running_loop()
+    async def count_tokens(self, read: Callable[[], ChatRequest], caller: Caller) -> int:
+        """Count the prompt tokens of a conversation. Raises what `open` raises."""
 
-        def begin() -> Answers:
-            params = read_params()
-            built = self.prompts.build(Prompt.raw(prompt) if isinstance(prompt, str) else list(prompt))
-            return Answers(self, built, params, caller, num_answers, events)
+        def count() -> int:
+            request = read()
+            prompt = self._build(request, _tool_use(request), caller.tenant, is_counted=True)
+            return len(prompt.token_ids or ())
 
-        return await self.run(caller, begin)
-
-    def count_tokens(self, request: ChatRequest, tenant: str) -> int:
-        """Count the prompt tokens of a conversation."""
-        return len(self._build(request, _tool_use(request), tenant, is_counted=True).token_ids or ())
+        return await self.run(caller, count)
 
     def revoke(self, tenant: str) -> None:
         """End all requests of a revoked tenant and delete all of its data."""
@@ -246,14 +259,31 @@ class Service:
             request.messages, tools=use.told, variables=self._variables(request), tenant=tenant, is_counted=is_counted
         )  # fmt: skip
 
-    def _open_chat(self, request: ChatRequest, caller: Caller, events: asyncio.AbstractEventLoop) -> Answers:
+    def _prepared(
+        self, request: ChatRequest | TextRequest, tenant: str
+    ) -> tuple[Prompt, SamplingParams, ToolUse]:
+        params = request.params
+        if isinstance(request, TextRequest):
+            text = request.prompt
+            prompt = self.prompts.build(Prompt.raw(text) if isinstance(text, str) else list(text))
+            return prompt, params, ToolUse()
         use = _tool_use(request)
-        prompt = self._build(request, use, caller.tenant)
+        prompt = self._build(request, use, tenant)
         grammar = self.prompts.grammar(
             prompt, use.callable, must_call=use.must_call, parallel=use.parallel, form=request.form
         )
-        params = request.params if grammar is None else replace(request.params, grammar=grammar)
-        return Answers(self, prompt, params, caller, request.num_answers, events, use)
+        return prompt, params if grammar is None else replace(params, grammar=grammar), use
+
+    def _headers(self, request: ChatRequest | TextRequest) -> dict[str, str]:
+        """Headers that name the fields without effect and count the replaced blocks of a request."""
+        if isinstance(request, TextRequest):
+            return ignored_header(request.ignored)
+        ignored = list(request.ignored)
+        if request.effort is not None and not self._effort(request.effort):
+            ignored.append(request.effort_field)
+        if request.thinks is not None and not self._switches(request.thinks):
+            ignored += request.thinks_fields
+        return ignored_header(ignored) | request.replaced.header()
 
     def _variables(self, request: ChatRequest) -> dict[str, Any]:
         return self._effort(request.effort) | self._switches(request.thinks) | dict(request.variables)
@@ -285,74 +315,79 @@ class ReadTooSlowly(ArgosyError):
 
 
 class Answers:
-    """The answers of one request, as they are made. Use it as a context: leaving it early cancels them.
+    """The answers of one request, as they are made, numbered from 0 in the order of their prompts.
 
-    At most MOST_UNREAD events may wait for the client; with more, the request ends.
+    At most MOST_UNREAD events for each prompt may wait for the client; with more, the request ends.
+
+    Attributes:
+        results: for each answer, None until its end.
     """
 
-    def __init__(
-        self,
-        service: Service,
-        prompt: Prompt,
-        params: SamplingParams,
-        caller: Caller,
-        num_answers: int,
-        events: asyncio.AbstractEventLoop,
-        use: ToolUse | None = None,
-    ) -> None:
-        self.prompt = prompt
-        self.num_prompt_tokens = len(prompt.token_ids or ())
-        self._service = service
-        self._tenant = caller.tenant
-        self._use = use = use or ToolUse()
+    def __init__(self, service: Service, caller: Caller, events: asyncio.AbstractEventLoop) -> None:
+        self.prompts: list[Prompt] = []
+        self.results: list[Result | None] = []
+        self.num_prompt_tokens = 0  # of all prompts, as the following
+        self.num_new_tokens = 0
+        self.num_reasoning_tokens = 0
+        self._service, self._caller, self._events = service, caller, events
+        self._requests: list[Any] = []
+        self._num_cached: dict[int, int] = {}  # by first answer
+        self._parsers: list[Parser | None] = []
+        self._said: list[list[SaidEvent]] = []
+        self._num_open = 0
+        self._use = ToolUse()
         self._arrived: deque[Event] = deque()
         self._some = asyncio.Event()
         self._is_woken = False  # the event loop will look, so it needs no second signal
-        self._parsers: list[Parser] | None = None
-        if prompt.text and prompt.trace is not None:
-            self._parsers = [service.prompts.parser(prompt, use.callable) for _ in range(num_answers)]
-        self._said: list[list[SaidEvent]] = [[] for _ in range(num_answers)]
-        self._num_open = num_answers
-        self.num_reasoning_tokens = 0  # of all answers
-        self.num_new_tokens = 0  # of all answers
-        self.num_cached_tokens = 0  # of the prompt
-        self.results: list[Result | None] = [None] * num_answers
-
         self._is_behind = False
+
+    def add(self, prompt: Prompt, params: SamplingParams, use: ToolUse, num_answers: int) -> None:
+        """Queue a prompt in the engine; only the one prompt of a conversation has tools.
+
+        Any thread may call this, before `steps` is called. Raises what `EngineLoop.submit` raises.
+        """
+        first, is_parsed = len(self.results), prompt.text and prompt.trace is not None
+        for _ in range(num_answers):
+            self._parsers.append(self._service.prompts.parser(prompt, use.callable) if is_parsed else None)
+            self._said.append([])
+            self.results.append(None)
+        self.prompts.append(prompt)
+        self._num_cached[first] = 0
+        self._use = use
 
         def deliver(event: Event) -> None:
             if isinstance(event, AnswerToken):  # counted here, because the client may be gone
-                caller.count(new=1)
-            if not self._is_behind and len(self._arrived) >= MOST_UNREAD:
+                self._caller.count(new=1)
+            if not self._is_behind and len(self._arrived) >= MOST_UNREAD * len(self.prompts):
                 self._is_behind = True
-                events.call_soon_threadsafe(self.cancel)
+                self._events.call_soon_threadsafe(self.cancel)
             if self._is_behind and not isinstance(event, AnswerEnd):
                 return
-            self._arrived.append(event)
+            self._arrived.append(event if first == 0 else replace(event, answer=first + event.answer))
             if not self._is_woken:
                 self._is_woken = True
-                events.call_soon_threadsafe(self._some.set)
+                self._events.call_soon_threadsafe(self._some.set)
 
-        self._request = service.loop.submit(
-            prompt, params, deliver, num_answers=num_answers, tenant=caller.tenant
+        request = self._service.loop.submit(
+            prompt, params, deliver, num_answers=num_answers, tenant=self._caller.tenant
         )
-        caller.count(prompt=self.num_prompt_tokens)
+        self._requests.append(request)
+        self._num_open += num_answers
+        num_tokens = len(prompt.token_ids or ())
+        self.num_prompt_tokens += num_tokens
+        self._caller.count(prompt=num_tokens)
 
-    def said(self, answer: int) -> Answer:
-        """The content of an answer so far."""
-        return collect(self._said[answer])
-
-    async def __aenter__(self) -> Answers:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.cancel()
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens found in the prefix cache."""
+        return sum(self._num_cached.values())
 
     def cancel(self) -> None:
-        if self._num_open:
-            self._service.loop.cancel(self._request)
+        """End the answers that have not ended."""
+        for request in self._requests if self._num_open else ():
+            self._service.loop.cancel(request)
 
-    async def steps(self) -> AsyncIterator[Step]:
+    async def steps(self) -> AsyncGenerator[Step, None]:
         """Yield every step until the last answer has ended.
 
         Raises:
@@ -384,17 +419,22 @@ class Answers:
 
     async def _remember(self, end: AnswerEnd) -> None:
         """Store the answer before its end is sent, so the next turn finds it; in a thread, as all of it is read."""
-        if self._parsers is not None:
-            token_ids, told = end.result.token_ids, self._use.told
-            remember, said = self._service.prompts.remember, self.said(end.answer)
-            await asyncio.to_thread(remember, self._tenant, self.prompt, token_ids, said, told)
+        if self._parsers[end.answer] is not None:
+            tenant, token_ids, said = (
+                self._caller.tenant,
+                end.result.token_ids,
+                collect(self._said[end.answer]),
+            )
+            remember = self._service.prompts.remember
+            await asyncio.to_thread(remember, tenant, self.prompts[0], token_ids, said, self._use.told)
 
     def _step(self, event: Event) -> list[Step]:
         match event:
             case PromptProgress():
-                if event.answer == 0:
-                    self.num_cached_tokens = event.cached
-                return [Progress(event.processed, event.total, event.cached)] if event.answer == 0 else []
+                if event.answer not in self._num_cached:
+                    return []
+                self._num_cached[event.answer] = event.cached
+                return [Progress(event.processed, event.total, event.cached)]
             case AnswerToken(answer=answer, event=token):
                 if self.results[answer] is not None:
                     return []
@@ -405,9 +445,9 @@ class Answers:
                 return self._end(answer, result)
 
     def _parse(self, answer: int, token_id: int, text: str) -> list[SaidEvent]:
-        if self._parsers is None:
-            return []
         parser = self._parsers[answer]
+        if parser is None:
+            return []
         was_reasoning = parser.is_reasoning
         events = parser.push(token_id, text)
         self.num_reasoning_tokens += was_reasoning or parser.is_reasoning
@@ -433,10 +473,8 @@ class Answers:
         if result.finish_reason == "cancelled":
             raise ArgosyError("the answer was cancelled")
         steps: list[Step] = []
-        is_cut = result.finish_reason == "length"
-        if self._parsers is not None and (
-            last := self._keep(answer, self._parsers[answer].finish(is_cut=is_cut))
-        ):
+        is_cut, parser = result.finish_reason == "length", self._parsers[answer]
+        if parser is not None and (last := self._keep(answer, parser.finish(is_cut=is_cut))):
             steps.append(Said(answer, tuple(last), "", None))
         finish: Finish = "length" if is_cut else "stop"
         num_begun, num_whole = (
@@ -446,30 +484,3 @@ class Answers:
         if num_whole == num_begun > 0:
             finish = "tool_calls"
         return [*steps, Ended(answer, finish, result)]
-
-
-async def steps_of(several: Sequence[Answers]) -> AsyncIterator[tuple[int, Step]]:
-    """Yield the steps of several requests as they are made, each with the index of its request.
-
-    Raises:
-        ArgosyError: an answer cannot be finished.
-    """
-    if len(several) == 1:  # a task per token would cost time
-        async for step in several[0].steps():
-            yield 0, step
-        return
-    sources = [answers.steps() for answers in several]
-    upcoming = {asyncio.ensure_future(anext(source)): at for at, source in enumerate(sources)}
-    try:
-        while upcoming:
-            done, _ = await asyncio.wait(upcoming, return_when=asyncio.FIRST_COMPLETED)
-            for task in sorted(done, key=upcoming.__getitem__):
-                at = upcoming.pop(task)
-                with suppress(StopAsyncIteration):
-                    step = task.result()
-                    upcoming[asyncio.ensure_future(anext(sources[at]))] = at
-                    yield at, step
-    finally:
-        for task in upcoming:
-            task.cancel()
-        await asyncio.gather(*upcoming, return_exceptions=True)

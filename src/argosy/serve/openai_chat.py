@@ -3,27 +3,25 @@
 A stream sends the role once, and the id and name of a tool call before its arguments. A call keeps its index, and with
 `include_usage` the last chunk has no choices. `x-ignored-params` names accepted fields that have no effect.
 
-Elsewhere: answers are `core.py`; sending them is `streams.py`.
+Elsewhere: the path of a request is `respond.py`; chunks are `openai_chunks.py`; answers are `core.py`.
 """
 
 from __future__ import annotations
 
-import secrets
-import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, NotRequired, cast
 
 from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from argosy.config import Grammar, SamplingParams
 from argosy.engine.sequence import TokenLogprob
 from argosy.errors import UsageError
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import ReasoningDelta, TextDelta, ToolCallArguments, ToolCallBegin
-from argosy.serve.core import Answers, ChatRequest, Ended, Finish, Progress, Said, Service
+from argosy.serve.core import ChatRequest, Ended, Finish, Progress, Read, Said, Step
 from argosy.serve.fields import (
     WHOLE,
     Closed,
@@ -54,15 +52,15 @@ from argosy.serve.fields import (
     Tools,
     Usage,
     few,
-    ignored_header,
     limit_of,
     schema_form,
 )  # fmt: skip
 from argosy.serve.gate import Caller
-from argosy.serve.logprobs import ScoredToken, Speller
+from argosy.serve.logprobs import ScoredToken
+from argosy.serve.openai_chunks import ChunkExchange
 from argosy.serve.replaced import Replaced, UnreadPart, last_asked
+from argosy.serve.respond import respond
 from argosy.serve.rules import absent, any_of, at_most_one, given
-from argosy.serve.streams import DONE, EventStream, sse, until_gone
 from argosy.serve.structured_outputs import Formed
 from argosy.serve.tool_use import ToolChoice, ToolMode
 
@@ -306,9 +304,12 @@ class ChatBody(Formed, Thinking, OpenAISampling):
             parallel=self.parallel_tool_calls is not False and not self.calls_functions,
             form=self.form(own, caller),
             effort=self.reasoning_effort or (self.reasoning.effort if self.reasoning else None),
+            effort_field="reasoning.effort" if self.reasoning_effort is None else "reasoning_effort",
             thinks=self.thinks if self.thinks is not None or not self.reasoning else self.reasoning.enabled,
+            thinks_fields=self.switches(),
             variables=dict[str, Any]((self.chat_template_kwargs or {}).items()),
             num_answers=self.n or 1,
+            ignored=self.ignored(),
         )
 
     def switches(self) -> list[str]:
@@ -442,154 +443,105 @@ class ChatChunk(Closed):
 
 async def chat_completions(body: ChatBody, request: Request) -> Response:
     """Answer a conversation."""
-    service: Service = request.app.state.service
-    caller: Caller = request.state.caller
-    wanted, answers = await service.open(
-        lambda: replace(body.request(caller), ignored=body.ignored()), caller
-    )
-    ignored = [*wanted.ignored]
-    if service.ignored_effort(wanted):
-        ignored.append("reasoning.effort" if body.reasoning_effort is None else "reasoning_effort")
-    if service.ignored_switch(wanted):
-        ignored += body.switches()
-    headers = ignored_header(ignored) | wanted.replaced.header()
-    dialect = _Chat(service, body, answers)
-    if body.stream:
-        return EventStream(dialect.stream(), caller, answers.cancel, headers=headers)
-    return JSONResponse(await until_gone(request, dialect.whole(), answers.cancel), headers=headers)
+    return await respond(ChatExchange, body, request)
 
 
-class _Chat:
-    def __init__(self, service: Service, body: ChatBody, answers: Answers) -> None:
-        self._service, self._body, self._answers = service, body, answers
-        self._id = "chatcmpl-" + secrets.token_hex(12)
-        self._created = int(time.time())
-        keeps_special = body.skip_special_tokens is False
-        self._speller = Speller(service.tokenizer, keep_special=keeps_special)
+class ChatExchange(ChunkExchange[ChatBody, ChatChunk]):
+    id_prefix = "chatcmpl-"
+    chunk_type = "chat.completion.chunk"
 
-    async def whole(self) -> ChatCompletion:
-        logprobs: dict[int, list[ScoredToken]] = {}
-        finish: dict[int, ChatFinish] = {}
-        async with self._answers as answers:
-            async for step in answers.steps():
-                match step:
-                    case Said(logprob=TokenLogprob() as found):
-                        logprobs.setdefault(step.answer, []).append(self._logprob(found))
-                    case Ended():
-                        finish[step.answer] = self._finish(step)
-        choices: list[Choice] = []
-        for number in range(len(finish)):
-            said = self._answers.said(number)
-            message: ChatMessage = {"role": "assistant", "content": said.text or None, "refusal": None}
-            if not said.calls:
-                message["content"] = said.text
-            if said.reasoning and not self._body.hides_thoughts:
-                message["reasoning_content"] = said.reasoning
-            if said.calls and self._body.calls_functions:
-                message["function_call"] = {
-                    "name": said.calls[0].name, "arguments": said.calls[0].arguments,
-                }  # fmt: skip
-            elif said.calls:
-                message["tool_calls"] = [
-                    {
-                        "id": call.id,
-                        "type": "function",
-                        "function": {"name": call.name, "arguments": call.arguments},
-                    }
-                    for call in said.calls
+    def reads(self) -> list[Read]:
+        return [partial(self.body.request, self.caller)]
+
+    def begin(self) -> list[ChatChunk]:
+        return [
+            self._chunk(number, {"role": "assistant", "content": ""}) for number in range(self.body.n or 1)
+        ]
+
+    def take(self, step: Step) -> list[ChatChunk]:
+        match step:
+            case Progress():
+                return self.progress(step)
+            case Said():
+                deltas = [delta for event in step.events if (delta := self._delta(event))]
+                if step.logprob is not None and not deltas:
+                    deltas = [{}]
+                return [
+                    self._chunk(step.answer, delta, logprob=step.logprob if at == 0 else None)
+                    for at, delta in enumerate(deltas)
                 ]
-            choice: Choice = {
-                "index": number, "message": message, "finish_reason": finish[number], "logprobs": None,
-            }  # fmt: skip
-            if self._body.logprobs:
-                choice["logprobs"] = {"content": logprobs.get(number, []), "refusal": None}
-            choices.append(choice)
-        usage, timings = self._last()
-        whole: ChatCompletion = {
-            "id": self._id, "object": "chat.completion", "created": self._created, "model": self._service.model.id,
-            "choices": choices, "usage": usage,
+            case Ended():
+                is_older_form = step.finish == "tool_calls" and self.body.calls_functions
+                return [
+                    self._chunk(step.answer, {}, finish="function_call" if is_older_form else step.finish)
+                ]
+
+    async def end(self) -> list[ChatChunk]:
+        usage = {"usage": self._last_usage()} if self.wants_usage else {}
+        return self.last(usage | self.timings())
+
+    def whole(self) -> ChatCompletion:
+        choices = [self._choice(number) for number in sorted(self.folded)]
+        made = {
+            **self.chunk(choices),
+            "object": "chat.completion",
+            "usage": self._last_usage(),
+            **self.timings(),
+        }
+        return cast(ChatCompletion, made)
+
+    def _choice(self, number: int) -> Choice:
+        folded = self.folded[number]
+        said = folded["delta"]
+        message: ChatMessage = {"role": "assistant", "content": said["content"], "refusal": None}
+        if "reasoning_content" in said:
+            message["reasoning_content"] = said["reasoning_content"]
+        if "tool_calls" in said:
+            message["tool_calls"] = [
+                {"id": call["id"], "type": "function", "function": call["function"]}
+                for call in said["tool_calls"].values()
+            ]
+        if "function_call" in said:
+            message["function_call"] = said["function_call"]
+        if not said["content"] and ("tool_calls" in said or "function_call" in said):
+            message["content"] = None
+        scores = folded.get("logprobs", {}).get("content", [])
+        return {
+            "index": number, "message": message, "finish_reason": folded["finish_reason"],
+            "logprobs": {"content": scores, "refusal": None} if self.body.logprobs else None,
         }  # fmt: skip
-        return whole if timings is None else {**whole, "timings": timings}
 
-    async def stream(self) -> AsyncIterator[bytes]:
-        async with self._answers as answers:
-            for number in range(self._body.n or 1):
-                yield self._said(number, {"role": "assistant", "content": ""})
-            async for step in answers.steps():
-                match step:
-                    case Progress() if self._body.return_progress:
-                        yield sse({**self._chunk([]), "prompt_progress": step.as_dict()})
-                    case Said():
-                        deltas = [delta for event in step.events if (delta := self._delta(event))]
-                        if step.logprob is not None and not deltas:
-                            deltas = [{}]
-                        for at, delta in enumerate(deltas):
-                            yield self._said(step.answer, delta, logprob=step.logprob if at == 0 else None)
-                    case Ended():
-                        yield self._said(step.answer, {}, finish=self._finish(step))
-            last, (usage, timings) = self._chunk([]), self._last()
-            if self._body.stream_options and self._body.stream_options.include_usage:
-                last["usage"] = usage
-            if timings is not None:
-                last["timings"] = timings
-            if "usage" in last or "timings" in last:
-                yield sse(last)
-            yield sse(DONE)
-
-    def _said(
+    def _chunk(
         self,
         number: int,
         delta: Delta,
         *,
         finish: ChatFinish | None = None,
         logprob: TokenLogprob | None = None,
-    ) -> bytes:
+    ) -> ChatChunk:
         choice: ChoiceDelta = {"index": number, "delta": delta, "finish_reason": finish}
         if logprob is not None:
-            choice["logprobs"] = {"content": [self._logprob(logprob)], "refusal": None}
-        chunk = self._chunk([choice])
-        if self._body.tells_usage_always:
-            chunk["usage"] = self._usage()
-        return sse(chunk)
+            scored = self.speller.scored(logprob, self.body.top_logprobs or 0)
+            choice["logprobs"] = {"content": [scored], "refusal": None}
+        return self.choice(choice)
 
-    def _finish(self, step: Ended) -> ChatFinish:
-        return "function_call" if step.finish == "tool_calls" and self._body.calls_functions else step.finish
+    def usage(self) -> ChatUsage:
+        details: ThoughtTokens = {"reasoning_tokens": self.answers.num_reasoning_tokens}
+        return cast(ChatUsage, {**super().usage(), "completion_tokens_details": details})
 
-    def _chunk(self, choices: list[ChoiceDelta]) -> ChatChunk:
-        return {
-            "id": self._id, "object": "chat.completion.chunk", "created": self._created,
-            "model": self._service.model.id, "choices": choices,
-        }  # fmt: skip
-
-    def _last(self) -> tuple[ChatUsage, Timings | None]:
-        """The usage and, if requested, the ledger, both known at the end."""
-        usage, first = self._usage(), self._answers.results[0]
-        if not self._body.timings or first is None:
-            return usage, None
-        timings = cast(Timings, first.ledger.as_dict())
-        return {**usage, "timings": timings}, timings
-
-    def _usage(self) -> ChatUsage:
-        """The usage so far."""
-        prompt, new = self._answers.num_prompt_tokens, self._answers.num_new_tokens
-        return {
-            "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
-            "prompt_tokens_details": {"cached_tokens": self._answers.num_cached_tokens},
-            "completion_tokens_details": {"reasoning_tokens": self._answers.num_reasoning_tokens},
-        }  # fmt: skip
-
-    def _logprob(self, found: TokenLogprob) -> ScoredToken:
-        return self._speller.scored(found, self._body.top_logprobs or 0)
+    def _last_usage(self) -> ChatUsage:
+        """The usage and, if requested, the ledger."""
+        return cast(ChatUsage, {**self.usage(), **self.timings()})
 
     def _delta(self, event: SaidEvent) -> Delta | None:
         match event:
             case TextDelta():
                 return {"content": event.text}
-            case ReasoningDelta() if not self._body.hides_thoughts:
+            case ReasoningDelta() if not self.body.hides_thoughts:
                 return {"reasoning_content": event.text}
             case ToolCallBegin():
                 function: FunctionDelta = {"name": event.name, "arguments": ""}
-                if self._body.calls_functions:
+                if self.body.calls_functions:
                     return {"function_call": function}
                 call: CallDelta = {
                     "index": event.index,
@@ -600,7 +552,7 @@ class _Chat:
                 return {"tool_calls": [call]}
             case ToolCallArguments():
                 more: FunctionDelta = {"arguments": event.json_fragment}
-                if self._body.calls_functions:
+                if self.body.calls_functions:
                     return {"function_call": more}
                 return {"tool_calls": [{"index": event.index, "function": more}]}
         return None

@@ -3,26 +3,23 @@
 `echo` with `logprobs` returns the log-probability of every prompt token, which lm-eval uses for scoring. Several
 prompts run together; a stream sends their choices as they are made.
 
-Elsewhere: answers are `core.py`; sending them is `streams.py`.
+Elsewhere: the path of a request is `respond.py`; chunks are `openai_chunks.py`; answers are `core.py`.
 """
 
 from __future__ import annotations
 
-import functools
-import secrets
-import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Annotated, Literal, NotRequired, cast
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, cast
 
 from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from argosy.config import SamplingParams
 from argosy.engine.sequence import TokenLogprob
 from argosy.errors import UsageError
-from argosy.serve.core import Answers, Ended, Progress, Said, Service, steps_of
+from argosy.serve.core import Ended, Progress, Read, Said, Service, Step, TextRequest
 from argosy.serve.fields import (
     MAX_TOKENS,
     Closed,
@@ -42,16 +39,17 @@ from argosy.serve.fields import (
     TokenId,
     Usage,
     few,
-    ignored_header,
     limit_of,
 )
 from argosy.serve.gate import Caller
-from argosy.serve.logprobs import Speller, finite
+from argosy.serve.logprobs import finite
+from argosy.serve.openai_chunks import ChunkExchange, join
+from argosy.serve.respond import respond
 from argosy.serve.rules import absent, any_of, at_most_one, given
-from argosy.serve.streams import DONE, EventStream, sse, until_gone
 from argosy.serve.structured_outputs import Formed
 
 if TYPE_CHECKING:
+    from argosy.prompt.prompt import Prompt
     from argosy.prompt.tokenizer import StreamDecoder
 
 _MAX_PROMPTS = 64
@@ -148,124 +146,90 @@ class Completion(Closed):
 
 async def completions(body: CompletionBody, request: Request) -> Response:
     """Continue a text."""
-    service: Service = request.app.state.service
-    caller: Caller = request.state.caller
-    # Only once, with the first prompt: schemas can be long.
-    read_params = functools.cache(lambda: body.params(caller))
-    opened: list[Answers] = []
-    try:
-        for prompt in body.prompts:
-            opened.append(await service.open_text(prompt, read_params, caller, body.n or 1))  # noqa: PERF401  cancelled below
-    except BaseException:
-        for answers in opened:
-            answers.cancel()
-        raise
-    dialect = _Completions(service, body, opened)
-
-    def close() -> None:
-        for each in opened:
-            each.cancel()
-
-    headers = ignored_header(body.ignored())
-    if body.stream:
-        return EventStream(dialect.stream(), caller, close, headers=headers)
-    return JSONResponse(await until_gone(request, dialect.whole(), close), headers=headers)
+    return await respond(CompletionExchange, body, request)
 
 
-class _Completions:
-    def __init__(self, service: Service, body: CompletionBody, opened: list[Answers]) -> None:
-        self._service, self._body, self._opened = service, body, opened
-        self._id, self._created = "cmpl-" + secrets.token_hex(12), int(time.time())
-        self._keeps_special = body.skip_special_tokens is False
-        self._speller = Speller(service.tokenizer, keep_special=self._keeps_special)
+class CompletionExchange(ChunkExchange[CompletionBody, Completion]):
+    id_prefix = "cmpl-"
+    chunk_type = "text_completion"
 
-    async def whole(self) -> Completion:
-        ended: dict[tuple[int, int], Ended] = {}
-        async with AsyncExitStack() as stack:
-            for answers in self._opened:
-                await stack.enter_async_context(answers)
-            async for at, step in steps_of(self._opened):
-                if isinstance(step, Ended):
-                    ended[at, step.answer] = step
-        choices = [self._choice(at, self._opened[at], step) for (at, _), step in sorted(ended.items())]
-        return self._with_timings({**self._piece(choices), "usage": self._usage()})
+    def __init__(self, body: CompletionBody, service: Service, caller: Caller) -> None:
+        super().__init__(body, service, caller)
+        self._begun: dict[int, _Offsets] = {}  # of the tokens of answers that have begun
 
-    async def stream(self) -> AsyncIterator[bytes]:
-        async with AsyncExitStack() as stack:
-            for answers in self._opened:
-                await stack.enter_async_context(answers)
-            places: dict[tuple[int, int], _Places] = {}
-            async for at, step in steps_of(self._opened):
-                match step:
-                    case Progress() if self._body.return_progress:
-                        yield sse({**self._piece([]), "prompt_progress": step.as_dict()})
-                    case Said():
-                        text, scored, answer = step.text, None, (at, step.answer)
-                        if answer not in places:
-                            places[answer] = self._places()
-                            if self._body.echo:
-                                text = self._prompt_text(self._opened[at]) + text
-                        if step.logprob is not None:
-                            offsets = places[answer].of([step.logprob.token_id])
-                            scored = self._scored([step.logprob], offsets)
-                        yield self._chunk(at, step.answer, text, scored, None)
-                    case Ended():
-                        yield self._chunk(at, step.answer, "", None, _reason(step))
-            last = self._with_timings(self._piece([]))
-            if self._body.stream_options and self._body.stream_options.include_usage:
-                last["usage"] = self._usage()
-            if "usage" in last or "timings" in last:
-                yield sse(last)
-            yield sse(DONE)
+    def reads(self) -> Sequence[Read]:
+        return [partial(self._read, prompt) for prompt in self.body.prompts]
 
-    def _chunk(
-        self, at: int, answer: int, text: str, scored: Scored | None, finish: Literal["stop", "length"] | None
-    ) -> bytes:
-        number = at * (self._body.n or 1) + answer
-        piece = self._piece([{"index": number, "text": text, "logprobs": scored, "finish_reason": finish}])
-        if self._body.tells_usage_always:
-            piece["usage"] = self._usage()
-        return sse(piece)
+    @cached_property
+    def _params(self) -> SamplingParams:
+        return self.body.params(self.caller)  # only once for all prompts: schemas can be long
 
-    def _piece(self, choices: list[TextChoice]) -> Completion:
+    def _read(self, prompt: str | Sequence[int]) -> TextRequest:
+        return TextRequest(
+            prompt=prompt, params=self._params, num_answers=self.body.n or 1, ignored=self.body.ignored()
+        )
+
+    def take(self, step: Step) -> list[Completion]:
+        if isinstance(step, Progress):
+            return self.progress(step)
+        number, text, scored = step.answer, "", None
+        if number not in self._begun:
+            text = self._echoed(number)
+            self._begun[number] = self._offsets(len(text))
+        if isinstance(step, Said):
+            text += step.text
+            if step.logprob is not None:
+                scored = self._scored([step.logprob], self._begun[number].of([step.logprob.token_id]))
+        finish = _reason(step) if isinstance(step, Ended) else None
+        choice: TextChoice = {"index": number, "text": text, "logprobs": scored, "finish_reason": finish}
+        return [self.choice(choice)]
+
+    async def end(self) -> list[Completion]:
+        return self.last(self.timings() | ({"usage": self.usage()} if self.wants_usage else {}))
+
+    def whole(self) -> Completion:
+        choices = [self._choice(number) for number in sorted(self.folded)]
+        return cast(Completion, {**self.chunk(choices), "usage": self.usage(), **self.timings()})
+
+    def _choice(self, number: int) -> TextChoice:
+        folded = self.folded[number]
+        scored = None
+        if self.body.logprobs is not None:
+            # Scores of a prompt cannot be streamed, because they are known only at the end.
+            scored = self._scored_prompt(number) if self.body.echo else self._scored([], [])
+            join(cast(dict[str, Any], scored), folded.get("logprobs", {}))
         return {
-            "id": self._id, "object": "text_completion", "created": self._created,
-            "model": self._service.model.id, "choices": choices,
+            "index": number, "text": folded["text"], "logprobs": scored, "finish_reason": folded["finish_reason"],
         }  # fmt: skip
 
-    def _choice(self, at: int, answers: Answers, step: Ended) -> TextChoice:
-        result, text, scored = step.result, step.result.text, None
-        prompt = self._prompt_text(answers) if self._body.echo else ""
-        if self._body.logprobs is not None:
-            found: list[TokenLogprob | None] = list(result.logprobs or ())
-            offsets = self._places(len(prompt)).of([one.token_id for one in found if one is not None])
-            if self._body.echo:
-                ids = answers.prompt.token_ids or ()
-                found = [*(result.prompt_logprobs or ()), *found]
-                offsets = [*self._places(is_start=True).of(ids), *offsets]
-            scored = self._scored(found, offsets, (answers.prompt.token_ids or (0,))[0])
-        text = prompt + text
-        number = at * (self._body.n or 1) + step.answer
-        return {"index": number, "text": text, "logprobs": scored, "finish_reason": _reason(step)}
-
-    def _prompt_text(self, answers: Answers) -> str:
-        """The text of the prompt: as given, or decoded from its token ids."""
-        tokenizer, prompt = self._service.tokenizer, answers.prompt
+    def _echoed(self, number: int) -> str:
+        """The text of an answer's prompt, if requested: as given, or decoded from its token ids."""
+        tokenizer, prompt = self.service.tokenizer, self._prompt(number)
+        if not self.body.echo:
+            return ""
         if prompt.text or tokenizer is None:
             return prompt.text
-        return tokenizer.decode(prompt.token_ids or (), keep_special=self._keeps_special)
+        return tokenizer.decode(prompt.token_ids or (), keep_special=self.keeps_special)
 
-    def _places(self, at: int = 0, *, is_start: bool = False) -> _Places:
-        tokenizer = self._service.tokenizer
+    def _prompt(self, number: int) -> Prompt:
+        return self.answers.prompts[number // (self.body.n or 1)]
+
+    def _offsets(self, at: int = 0, *, is_start: bool = False) -> _Offsets:
+        tokenizer = self.service.tokenizer
         if tokenizer is None:
-            return _Places(None, at)
-        return _Places(tokenizer.stream(keep_special=self._keeps_special, is_start=is_start), at)
+            return _Offsets(None, at)
+        return _Offsets(tokenizer.stream(keep_special=self.keeps_special, is_start=is_start), at)
+
+    def _scored_prompt(self, number: int) -> Scored:
+        result, ids = self.answers.results[number], self._prompt(number).token_ids or (0,)
+        assert result is not None
+        return self._scored(result.prompt_logprobs or (), self._offsets(is_start=True).of(ids), ids[0])
 
     def _scored(
         self, found: Sequence[TokenLogprob | None], offsets: Sequence[int], first_id: int = 0
     ) -> Scored:
         """Log-probabilities in the form of this dialect; `first_id`, the first prompt token, has none."""
-        spell = self._speller.marked_text_of
+        spell = self.speller.marked_text_of
         best: list[dict[str, float] | None] = []
         for item in found:
             spelled: dict[str, float] = {}
@@ -279,24 +243,8 @@ class _Completions:
             "top_logprobs": best, "text_offset": list(offsets),
         }  # fmt: skip
 
-    def _usage(self) -> Usage:
-        prompt = sum(answers.num_prompt_tokens for answers in self._opened)
-        new = sum(answers.num_new_tokens for answers in self._opened)
-        cached = sum(answers.num_cached_tokens for answers in self._opened)
-        return {
-            "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        }  # fmt: skip
 
-    def _with_timings(self, piece: Completion) -> Completion:
-        """Add the ledger, if requested."""
-        first = self._opened[0].results[0]
-        if not self._body.timings or first is None:
-            return piece
-        return {**piece, "timings": cast(Timings, first.ledger.as_dict())}
-
-
-class _Places:
+class _Offsets:
     """Finds where the tokens of a text begin; `at` is the offset of the first token, in characters."""
 
     def __init__(self, decoder: StreamDecoder | None, at: int) -> None:

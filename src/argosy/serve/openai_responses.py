@@ -6,7 +6,7 @@ A stream numbers its events. Each piece of an answer is an output item that is a
 last event is `response.completed`, `response.incomplete` or `response.failed`. Tools that OpenAI would run itself are
 left out and named in `x-ignored-params`.
 
-Elsewhere: answers are `core.py`; sending them is `streams.py`.
+Elsewhere: the path of a request is `respond.py`; answers are `core.py`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import replace
-from typing import Annotated, Any, Literal, NotRequired
+from functools import partial
+from typing import Annotated, Any, Literal, NotRequired, cast
 
 from pydantic import Discriminator, Field, Tag, TypeAdapter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from argosy.config import Grammar, SamplingParams
 from argosy.errors import PromptTooLong, UsageError
@@ -33,7 +33,7 @@ from argosy.prompt.formats.events import (
     ToolCallBegin,
     ToolCallEnd,
 )
-from argosy.serve.core import Answers, ChatRequest, Ended, Said, Service
+from argosy.serve.core import ChatRequest, Ended, Read, Said, Service, Step
 from argosy.serve.fields import (
     MAX_ITEMS,
     CachedTokens,
@@ -60,7 +60,6 @@ from argosy.serve.fields import (
     ToolName,
     Tools,
     few,
-    ignored_header,
     limit_of,
     schema_form,
     strays,
@@ -69,7 +68,8 @@ from argosy.serve.gate import Caller, error_body
 from argosy.serve.kept_items import KeptItems
 from argosy.serve.logprobs import ScoredToken, Speller
 from argosy.serve.replaced import Replaced, UnreadPart, last_asked
-from argosy.serve.streams import EventStream, sse, until_gone
+from argosy.serve.respond import Exchange, respond
+from argosy.serve.streams import sse
 from argosy.serve.tool_use import ToolChoice, ToolMode
 
 _LOGPROBS = "message.output_text.logprobs"  # in `include`
@@ -254,8 +254,11 @@ class ResponsesBody(Thinking, ForOpenAI, Sampling):
             parallel=self.parallel_tool_calls is not False,
             form=None if form is None else form.asked(),
             effort=None if self.reasoning is None else self.reasoning.effort,
+            effort_field="reasoning.effort",
             thinks=self.thinks,
+            thinks_fields=self.switches(),
             replaced=replaced,
+            ignored=[*self.ignored(), *(["store"] if self.store and not kept.can_keep else ())],
         )
 
     def _conversation(self, kept: KeptItems, tenant: str) -> list[KnownItem]:
@@ -444,24 +447,19 @@ class InputTokens(Closed):
     input_tokens: int
 
 
-_About = Literal[
-    "response.created", "response.in_progress", "response.completed", "response.incomplete", "response.failed"
-]  # fmt: skip
-_AboutItem = Literal["response.output_item.added", "response.output_item.done"]
-_AboutPart = Literal["response.content_part.added", "response.content_part.done"]
-
-
 class Numbered(Closed):
     sequence_number: int
 
 
 class ResponseEvent(Numbered):
-    type: _About
+    type: Literal[
+        "response.created", "response.in_progress", "response.completed", "response.incomplete", "response.failed"
+    ]  # fmt: skip
     response: Answer
 
 
 class ItemEvent(Numbered):
-    type: _AboutItem
+    type: Literal["response.output_item.added", "response.output_item.done"]
     output_index: int
     item: SaidItem
 
@@ -478,7 +476,7 @@ class Placed(Numbered, Place):
 
 
 class PartEvent(Placed):
-    type: _AboutPart
+    type: Literal["response.content_part.added", "response.content_part.done"]
     content_index: int
     part: OutputText | ReasoningText
 
@@ -517,49 +515,21 @@ async def input_tokens(body: ResponsesBody, request: Request) -> InputTokens:
     """Count the tokens of a conversation."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
-
-    def count() -> int:
-        return service.count_tokens(body.request(service.kept, caller.tenant), caller.tenant)
-
-    return {"object": "response.input_tokens", "input_tokens": await service.run(caller, count)}
+    num_tokens = await service.count_tokens(partial(body.request, service.kept, caller.tenant), caller)
+    return {"object": "response.input_tokens", "input_tokens": num_tokens}
 
 
 async def responses(body: ResponsesBody, request: Request) -> Response:
     """Answer a conversation."""
-    service: Service = request.app.state.service
-    caller: Caller = request.state.caller
-
-    def read() -> ChatRequest:
-        return replace(body.request(service.kept, caller.tenant), ignored=body.ignored())
-
-    dialect = _Responses(service, body, caller.tenant)
-    try:
-        wanted, answers = await service.open(read, caller)
-    except PromptTooLong as error:
-        if not body.stream:
-            raise
-        return EventStream(dialect.refused(error, caller), caller)
-    ignored = [*wanted.ignored]
-    if body.store and not service.kept.can_keep:
-        ignored.append("store")
-    if service.ignored_effort(wanted):
-        ignored.append("reasoning.effort")
-    if service.ignored_switch(wanted):
-        ignored += body.switches()
-    headers = ignored_header(ignored) | wanted.replaced.header()
-    if body.stream:
-        return EventStream(
-            dialect.stream(answers), caller, answers.cancel, headers=headers,
-            failed=lambda error: dialect.failed(error, caller),
-        )  # fmt: skip
-    return JSONResponse(await until_gone(request, dialect.whole(answers), answers.cancel), headers=headers)
+    return await respond(ResponsesExchange, body, request)
 
 
-class _Responses:
-    """Builds a whole response from the events of its stream, so both have the same content."""
+class ResponsesExchange(Exchange[ResponsesBody, Event]):
+    names_events = True
+    streams_overflow = True  # Codex shortens a conversation that is too long only if a stream says so
 
-    def __init__(self, service: Service, body: ResponsesBody, tenant: str) -> None:
-        self._service, self._body, self._tenant = service, body, tenant
+    def __init__(self, body: ResponsesBody, service: Service, caller: Caller) -> None:
+        super().__init__(body, service, caller)
         self._is_kept = body.store is not False and service.kept.can_keep
         self._speller = Speller(service.tokenizer, keep_special=body.skip_special_tokens is False)
         self._id = "resp_" + secrets.token_hex(16)
@@ -569,70 +539,68 @@ class _Responses:
         self._is_open = False
         self._logprobs: list[ScoredToken] = []  # of tokens whose text is not sent yet
         self._usage: ResponseUsage | None = None  # set at the end
+        self._status: Literal["completed", "incomplete"] = "completed"
 
-    async def whole(self, answers: Answers) -> Answer:
-        status: Status = "completed"
-        async with answers:
-            async for step in answers.steps():
-                await self._take(step, answers)
-                if isinstance(step, Ended):
-                    status = _status(step)
-        return self._response(status)
+    def reads(self) -> list[Read]:
+        return [partial(self.body.request, self.service.kept, self.caller.tenant)]
 
-    async def stream(self, answers: Answers) -> AsyncIterator[bytes]:
-        async with answers:
-            yield _sent(self._about("response.created", "in_progress"))
-            yield _sent(self._about("response.in_progress", "in_progress"))
-            async for step in answers.steps():
-                for event in await self._take(step, answers):
-                    yield _sent(event)
+    def begin(self) -> list[Event]:
+        kinds, response = ("response.created", "response.in_progress"), self._response("in_progress")
+        return [self._event(kind, response=response) for kind in kinds]
 
-    async def refused(self, error: PromptTooLong, caller: Caller) -> AsyncIterator[bytes]:
-        """Refuse a conversation that is too long in a stream: Codex shortens one only if the stream says so."""
-        yield _sent(self._about("response.created", "in_progress"))
-        yield _sent(self._about("response.in_progress", "in_progress"))
-        yield self.failed(error, caller)
-
-    def failed(self, error: Exception, caller: Caller) -> bytes:
-        """The last event of a stream that fails."""
-        _, body = error_body(error, "openai", caller.request_id)
-        event = self._about("response.failed", "failed")
-        code: FailureCode = "context_length_exceeded" if isinstance(error, PromptTooLong) else "server_error"
-        event["response"]["error"] = {"code": code, "message": body["error"]["message"]}
-        return _sent(event)
-
-    async def _keep(self) -> None:
-        """Keep the items before the end is sent, so the next request finds them; in a thread, as this takes long."""
-        body, kept = self._body, self._service.kept
-
-        def keep() -> None:
-            asked = [item.model_dump(exclude_unset=True, mode="json") for item in body.items]
-            kept.keep(self._tenant, self._id, body.previous_response_id, asked, self._items)
-
-        if self._is_kept:
-            await asyncio.to_thread(keep)
-
-    async def _take(self, step: object, answers: Answers) -> list[Event]:
+    def take(self, step: Step) -> list[Event]:
         match step:
             case Said():
                 if step.logprob is not None:
-                    self._logprobs.append(self._speller.scored(step.logprob, self._body.top_logprobs or 0))
+                    self._logprobs.append(self._speller.scored(step.logprob, self.body.top_logprobs or 0))
                 return [event for said in step.events for event in self._say(said)]
             case Ended():
-                status = _status(step)
-                shut = self._close(status)
-                self._usage = _usage(answers)
-                await self._keep()
-                kind: _About = "response.incomplete" if status == "incomplete" else "response.completed"
-                return [*shut, self._about(kind, status)]
+                self._status = "incomplete" if step.finish == "length" else "completed"
         return []
+
+    async def end(self) -> list[Event]:
+        status, answers = self._status, self.answers
+        shut = self._close(status)
+        self._usage = {
+            "input_tokens": answers.num_prompt_tokens,
+            "input_tokens_details": {"cached_tokens": answers.num_cached_tokens},
+            "output_tokens": answers.num_new_tokens,
+            "output_tokens_details": {"reasoning_tokens": answers.num_reasoning_tokens},
+            "total_tokens": answers.num_prompt_tokens + answers.num_new_tokens,
+        }
+        await self._keep()
+        return [*shut, self._event(f"response.{status}", response=self._response(status))]
+
+    def fold(self, event: Event) -> None:
+        self._last = event
+
+    def whole(self) -> Answer:
+        return cast(ResponseEvent, self._last)["response"]  # the last event has all items
+
+    def failed(self, error: Exception) -> bytes:
+        _, body = error_body(error, "openai", self.caller.request_id)
+        response = self._response("failed")
+        code: FailureCode = "context_length_exceeded" if isinstance(error, PromptTooLong) else "server_error"
+        response["error"] = {"code": code, "message": body["error"]["message"]}
+        return sse(self._event("response.failed", response=response), "response.failed")
+
+    async def _keep(self) -> None:
+        """Keep the items before the end is sent, so the next request finds them; in a thread, as this takes long."""
+        body, kept = self.body, self.service.kept
+
+        def keep() -> None:
+            asked = [item.model_dump(exclude_unset=True, mode="json") for item in body.items]
+            kept.keep(self.caller.tenant, self._id, body.previous_response_id, asked, self._items)
+
+        if self._is_kept:
+            await asyncio.to_thread(keep)
 
     def _say(self, said: SaidEvent) -> list[Event]:
         match said:
             case TextDelta():
                 return self._more("message", said.text)
             case ReasoningDelta():
-                return [] if self._body.include_reasoning is False else self._more("reasoning", said.text)
+                return [] if self.body.include_reasoning is False else self._more("reasoning", said.text)
             case ToolCallBegin():
                 self._logprobs = []
                 shut = self._close()
@@ -645,11 +613,8 @@ class _Responses:
                 item = self._items[-1]
                 assert item["type"] == "function_call"
                 item["arguments"] += said.json_fragment
-                more: ArgumentsDeltaEvent = {
-                    "type": "response.function_call_arguments.delta", "sequence_number": self._next(), **self._at(),
-                    "delta": said.json_fragment,
-                }  # fmt: skip
-                return [more]
+                delta = said.json_fragment
+                return [self._event("response.function_call_arguments.delta", **self._at(), delta=delta)]
             case ToolCallEnd():
                 return self._close()
 
@@ -658,18 +623,13 @@ class _Responses:
         begun = [] if goes_on else self._begin_text(kind)
         item, logprobs = self._items[-1], self._logprobs
         self._logprobs = []
-        at = self._at()
-        delta: TextDeltaEvent = {
-            "type": "response.reasoning_text.delta", "sequence_number": self._next(), "content_index": 0, "delta": text,
-            "output_index": at["output_index"], "item_id": at["item_id"],
-        }  # fmt: skip
-        if item["type"] == "message":
-            item["content"][0]["text"] += text
-            item["content"][0]["logprobs"] += logprobs
-            delta["type"], delta["logprobs"] = "response.output_text.delta", logprobs
-        elif item["type"] == "reasoning":
-            item["content"][0]["text"] += text
-        return [*begun, delta]
+        assert item["type"] != "function_call"
+        item["content"][0]["text"] += text
+        delta = {"content_index": 0, "delta": text, **self._at()}
+        if item["type"] == "reasoning":
+            return [*begun, self._event("response.reasoning_text.delta", **delta)]
+        item["content"][0]["logprobs"] += logprobs
+        return [*begun, self._event("response.output_text.delta", **delta, logprobs=logprobs)]
 
     def _begin_text(self, kind: Literal["message", "reasoning"]) -> list[Event]:
         """Begin an item with its only part, both empty."""
@@ -689,13 +649,15 @@ class _Responses:
             events.append(self._begin(thought))
             part = {"type": "reasoning_text", "text": ""}
             thought["content"].append(part)
-        return [*events, self._about_part("response.content_part.added", deepcopy(part))]
+        added = self._event("response.content_part.added", **self._at(), content_index=0, part=deepcopy(part))
+        return [*events, added]
 
-    def _begin(self, item: SaidItem) -> ItemEvent:
+    def _begin(self, item: SaidItem) -> Event:
         self._is_open = True
         self._items.append(item)
         # A copy, because the item grows.
-        return self._about_item("response.output_item.added", deepcopy(item))
+        added_at = len(self._items) - 1
+        return self._event("response.output_item.added", output_index=added_at, item=deepcopy(item))
 
     def _close(self, status: Literal["completed", "incomplete"] = "completed") -> list[Event]:
         """End the open item; it is incomplete if the answer was cut off in it."""
@@ -704,50 +666,35 @@ class _Responses:
         self._is_open = False
         item = self._items[-1]
         item["status"] = status
-        events: list[Event] = []
+        at, events = self._at(), list[Event]()
         if item["type"] == "function_call":
-            arguments: ArgumentsDoneEvent = {
-                "type": "response.function_call_arguments.done", "sequence_number": self._next(), **self._at(),
-                "name": item["name"], "arguments": item["arguments"],
-            }  # fmt: skip
-            events.append(arguments)
+            said = {"name": item["name"], "arguments": item["arguments"]}
+            events.append(self._event("response.function_call_arguments.done", **at, **said))
         else:
-            part, at = item["content"][0], self._at()
-            text: TextDoneEvent = {
-                "type": "response.reasoning_text.done", "sequence_number": self._next(), "content_index": 0,
-                "text": part["text"], "output_index": at["output_index"], "item_id": at["item_id"],
-            }  # fmt: skip
+            part = item["content"][0]
+            done = {"content_index": 0, "text": part["text"], **at}
             if part["type"] == "output_text":
-                text["type"], text["logprobs"] = "response.output_text.done", part["logprobs"]
-            events += [text, self._about_part("response.content_part.done", part)]
-        return [*events, self._about_item("response.output_item.done", item)]
+                done["logprobs"] = part["logprobs"]
+            events.append(self._event(f"response.{part['type']}.done", **done))
+            events.append(self._event("response.content_part.done", **at, content_index=0, part=part))
+        done_at = len(self._items) - 1
+        return [*events, self._event("response.output_item.done", output_index=done_at, item=item)]
 
-    def _next(self) -> int:
+    def _event(self, kind: str, **fields: Any) -> Event:
+        """The next event; tests hold every kind of event against `Event`."""
         self._number += 1
-        return self._number - 1
+        return cast(Event, {"type": kind, "sequence_number": self._number - 1, **fields})
 
     def _at(self) -> Place:
         return {"output_index": len(self._items) - 1, "item_id": self._items[-1]["id"]}
 
-    def _about(self, kind: _About, status: Status) -> ResponseEvent:
-        return {"type": kind, "sequence_number": self._next(), "response": self._response(status)}
-
-    def _about_item(self, kind: _AboutItem, item: SaidItem) -> ItemEvent:
-        number, index = self._next(), len(self._items) - 1
-        return {"type": kind, "sequence_number": number, "output_index": index, "item": item}
-
-    def _about_part(self, kind: _AboutPart, part: OutputText | ReasoningText) -> PartEvent:
-        return {
-            "type": kind, "sequence_number": self._next(), **self._at(), "content_index": 0, "part": part,
-        }  # fmt: skip
-
     def _response(self, status: Status) -> Answer:
-        body = self._body
+        body = self.body
         choice = body.tool_choice
         return {
             "id": self._id, "object": "response", "created_at": self._created, "status": status, "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "instructions": body.instructions, "model": self._service.model.id,
+            "instructions": body.instructions, "model": self.service.model.id,
             "output": list(self._items),
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": body.previous_response_id,
@@ -766,22 +713,5 @@ def _echoed(given: TextOptions | ReasoningOptions | None) -> dict[str, Any]:
     return {} if given is None else given.model_dump(exclude_unset=True, by_alias=True)
 
 
-def _usage(answers: Answers) -> ResponseUsage:
-    prompt, new = answers.num_prompt_tokens, answers.num_new_tokens
-    return {
-        "input_tokens": prompt, "input_tokens_details": {"cached_tokens": answers.num_cached_tokens},
-        "output_tokens": new, "output_tokens_details": {"reasoning_tokens": answers.num_reasoning_tokens},
-        "total_tokens": prompt + new,
-    }  # fmt: skip
-
-
-def _status(step: Ended) -> Literal["incomplete", "completed"]:
-    return "incomplete" if step.finish == "length" else "completed"
-
-
 def _item_id(prefix: str) -> str:
     return prefix + secrets.token_hex(12)
-
-
-def _sent(event: Event) -> bytes:
-    return sse(event, event["type"])

@@ -9,9 +9,9 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
-from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -36,14 +36,14 @@ def error_event(error: Exception, dialect: Dialect, caller: Caller) -> bytes:
     return sse(body, "error" if dialect == "anthropic" else None)
 
 
-async def until_gone(request: Request, work: Coroutine[Any, Any, T], close: Callable[[], None]) -> T:
+async def until_gone(receive: Receive, work: Coroutine[Any, Any, T], close: Callable[[], None]) -> T:
     """The result of `work`; it is cancelled if the client disconnects first. `close` is always called at the end.
 
     Raises:
         GoneAway: the client disconnected.
     """
     working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request.receive))
+    gone = asyncio.ensure_future(_gone(receive))
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
@@ -89,17 +89,8 @@ class EventStream(Response):
         self._written_at = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gone = asyncio.ensure_future(_gone(receive))
-        sending = asyncio.ensure_future(self._send(send))
-        try:
-            await asyncio.wait({gone, sending}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                await sending
-        finally:
-            for task in (gone, sending):
-                task.cancel()
-            await asyncio.gather(gone, sending, return_exceptions=True)
-            self._close()
+        with suppress(GoneAway):
+            await until_gone(receive, self._send(send), self._close)
 
     async def _send(self, send: Send) -> None:
         async def write(data: bytes, more: bool = True) -> None:

@@ -1,0 +1,100 @@
+"""The answers of Chat Completions and Completions: chunks with choices, usage, the ledger and prefill progress.
+
+Elsewhere: a dialect's own choices are in its file; the path of a request is `respond.py`.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar, cast
+
+from argosy.serve.core import Progress, Service
+from argosy.serve.fields import OpenAISampling, Usage
+from argosy.serve.gate import Caller
+from argosy.serve.logprobs import Speller
+from argosy.serve.respond import Event, Exchange
+
+Body = TypeVar("Body", bound=OpenAISampling)
+
+_TEXTS = ("content", "reasoning_content", "arguments", "text")  # fields that a stream sends in pieces
+
+
+class ChunkExchange(Exchange[Body, Event]):
+    """An exchange whose events are chunks.
+
+    Attributes:
+        id_prefix: the beginning of the answer's id.
+        chunk_type: the value of `object` in a chunk.
+    """
+
+    ends_with_done = True
+    id_prefix: ClassVar[str]
+    chunk_type: ClassVar[str]
+
+    def __init__(self, body: Body, service: Service, caller: Caller) -> None:
+        super().__init__(body, service, caller)
+        self.folded: dict[int, dict[str, Any]] = {}  # choices by index
+        self._id, self._created = self.id_prefix + secrets.token_hex(12), int(time.time())
+        self.keeps_special = body.skip_special_tokens is False
+        self.speller = Speller(service.tokenizer, keep_special=self.keeps_special)
+
+    def fold(self, event: Event) -> None:
+        for choice in event["choices"]:
+            join(self.folded.setdefault(choice["index"], {}), choice)
+
+    def chunk(self, choices: list[Any], **more: Any) -> Event:
+        """A chunk with these choices and `more` fields."""
+        made = {
+            "id": self._id, "object": self.chunk_type, "created": self._created, "model": self.service.model.id,
+            "choices": choices, **more,
+        }  # fmt: skip
+        return cast(Event, made)
+
+    def choice(self, choice: Any) -> Event:
+        """A chunk with one choice and, if requested, the usage so far."""
+        usage = {"usage": self.usage()} if self.body.tells_usage_always else {}
+        return self.chunk([choice], **usage)
+
+    def progress(self, step: Progress) -> list[Event]:
+        """The chunk for progress of the prefill, if requested."""
+        return [self.chunk([], prompt_progress=step.as_dict())] if self.body.return_progress else []
+
+    def last(self, facts: dict[str, Any]) -> list[Event]:
+        """The chunk for facts known at the end, if there are any."""
+        return [self.chunk([], **facts)] if facts else []
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether the stream ends with the usage."""
+        return self.body.stream_options is not None and self.body.stream_options.include_usage
+
+    def usage(self) -> Usage:
+        """The usage so far."""
+        prompt, new = self.answers.num_prompt_tokens, self.answers.num_new_tokens
+        return {
+            "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": self.answers.num_cached_tokens},
+        }  # fmt: skip
+
+    def timings(self) -> dict[str, Any]:
+        """The ledger of the first answer as a field, if requested."""
+        first = self.answers.results[0]
+        return {} if not self.body.timings or first is None else {"timings": first.ledger.as_dict()}
+
+
+def join(whole: dict[str, Any], delta: Mapping[str, Any]) -> None:
+    """Add a delta to the whole: text is appended, lists are extended, calls are joined by their index."""
+    for name, value in delta.items():
+        if isinstance(value, str) and name in _TEXTS:
+            whole[name] = whole.get(name, "") + value
+        elif name == "tool_calls":
+            for call in value:
+                join(whole.setdefault(name, {}).setdefault(call["index"], {}), call)
+        elif isinstance(value, dict):
+            join(whole.setdefault(name, {}), value)
+        elif isinstance(value, list):
+            whole.setdefault(name, []).extend(value)
+        elif value is not None:
+            whole[name] = value

@@ -1,0 +1,151 @@
+"""Answer a request in its dialect: one path for every dialect, streamed or whole.
+
+    handler  ->  respond  ->  Service.open: reads, in a thread  ->  Answers.steps  ->  begin, take, end: events
+                                                    stream: each event is sent        whole: fold, then whole
+
+A dialect is one file: the model of its body, which becomes a `ChatRequest`; the types of its events and its whole
+answer; an `Exchange`, which turns steps into events; and a handler for each route, which calls `respond`. The rest
+happens here: work in threads, admission, headers, errors, and cancelling an answer whose client has left. A whole
+answer is folded from the events of its own stream, so the two always agree.
+
+Elsewhere: prompts and steps are `core.py`; bytes on the connection are `streams.py`; routes are `app.py`. A new
+dialect can start from the one in `tests/serve/test_respond.py`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, ClassVar, Generic, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from argosy.errors import PromptTooLong
+from argosy.serve.core import Answers, Read, Service, Step
+from argosy.serve.fields import Sampling
+from argosy.serve.gate import Caller, Dialect
+from argosy.serve.streams import DONE, EventStream, error_event, sse, until_gone
+
+Body = TypeVar("Body", bound=Sampling)
+Event = TypeVar("Event", bound=Mapping[str, Any])
+
+
+class Exchange(ABC, Generic[Body, Event]):
+    """One request and its answer, in the words of a dialect.
+
+    Attributes:
+        errors: the shape of errors.
+        names_events: each event is named after its `type`.
+        ends_with_done: `DONE` follows the last event.
+        streams_overflow: a stream whose prompt is too long begins, then fails; otherwise it is refused with a status.
+        answers: set once the request is accepted.
+    """
+
+    answers: Answers
+
+    errors: ClassVar[Dialect] = "openai"
+    names_events: ClassVar[bool] = False
+    ends_with_done: ClassVar[bool] = False
+    streams_overflow: ClassVar[bool] = False
+
+    def __init__(self, body: Body, service: Service, caller: Caller) -> None:
+        self.body, self.service, self.caller = body, service, caller
+
+    @abstractmethod
+    def reads(self) -> Sequence[Read]:
+        """For each prompt of the request, a function that converts it; a worker thread calls it.
+
+        Such a function raises ArgosyError if the request is refused.
+        """
+
+    def begin(self) -> Iterable[Event]:
+        """The events before the first step."""
+        return ()
+
+    @abstractmethod
+    def take(self, step: Step) -> Iterable[Event]:
+        """The events for one step."""
+
+    async def end(self) -> Iterable[Event]:
+        """The events after the last answer has ended."""
+        return ()
+
+    @abstractmethod
+    def fold(self, event: Event) -> None:
+        """Add an event to the whole answer."""
+
+    @abstractmethod
+    def whole(self) -> Mapping[str, Any]:
+        """The whole answer, after all events were folded."""
+
+    def failed(self, error: Exception) -> bytes:
+        """Encode the last event of a stream that fails."""
+        return error_event(error, self.errors, self.caller)
+
+
+async def respond(kind: type[Exchange[Body, Event]], body: Body, request: Request) -> Response:
+    """Answer `request` as `kind` does: as a stream if the body asks for one, otherwise whole.
+
+    Raises:
+        ArgosyError: the request is refused, or a whole answer cannot be finished.
+        GoneAway: the client disconnected before its whole answer was sent.
+    """
+    service: Service = request.app.state.service
+    caller: Caller = request.state.caller
+    exchange = kind(body, service, caller)
+    try:
+        exchange.answers, headers = await service.open(exchange.reads(), caller)
+    except PromptTooLong as error:
+        if not (body.stream and kind.streams_overflow):
+            raise
+        return EventStream(_refused(exchange, error), caller, failed=exchange.failed)
+    if body.stream:
+        return EventStream(
+            streamed(exchange), caller, exchange.answers.cancel, headers=headers, failed=exchange.failed
+        )
+    return JSONResponse(
+        await until_gone(request.receive, folded(exchange), exchange.answers.cancel), headers=headers
+    )
+
+
+async def streamed(exchange: Exchange[Body, Event]) -> AsyncGenerator[bytes, None]:
+    """The encoded events of an accepted request."""
+    async with aclosing(_events(exchange)) as events:
+        async for event in events:
+            yield _encoded(exchange, event)
+    if exchange.ends_with_done:
+        yield sse(DONE)
+
+
+async def folded(exchange: Exchange[Body, Event]) -> Mapping[str, Any]:
+    """The whole answer to an accepted request."""
+    async with aclosing(_events(exchange)) as events:
+        async for event in events:
+            exchange.fold(event)
+    return exchange.whole()
+
+
+async def _events(exchange: Exchange[Body, Event]) -> AsyncGenerator[Event, None]:
+    try:
+        for event in exchange.begin():
+            yield event
+        async with aclosing(exchange.answers.steps()) as steps:
+            async for step in steps:
+                for event in exchange.take(step):
+                    yield event
+        for event in await exchange.end():
+            yield event
+    finally:
+        exchange.answers.cancel()  # at once: a client that does not read may hold up the last event
+
+
+async def _refused(exchange: Exchange[Body, Event], error: PromptTooLong) -> AsyncGenerator[bytes, None]:
+    for event in exchange.begin():
+        yield _encoded(exchange, event)
+    raise error
+
+
+def _encoded(exchange: Exchange[Body, Event], event: Event) -> bytes:
+    return sse(event, event["type"] if exchange.names_events else None)

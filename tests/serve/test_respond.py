@@ -1,0 +1,113 @@
+"""A new dialect: the least that it needs, and everything that `respond` gives it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from starlette.requests import Request
+from starlette.responses import Response
+
+from argosy.config import SamplingParams
+from argosy.guard.keys import KeyRing
+from argosy.serve import app
+from argosy.serve.core import ChatRequest, Read, Said, Service, Step
+from argosy.serve.fields import Closed, NoEffect, Sampling, Text, Tokens
+from argosy.serve.openapi import Route
+from argosy.serve.respond import Exchange, respond
+from tests.serve.conftest import start
+from tests.serve.record import read_events
+
+
+class PlainBody(Sampling):
+    ask: Text
+    most: Tokens = 200
+    mood: NoEffect[Text] = None
+
+    def request(self) -> ChatRequest:
+        return ChatRequest(
+            messages=[{"role": "user", "content": self.ask}],
+            params=SamplingParams(max_tokens=self.most, **self.sampling()),
+            ignored=self.ignored(),
+        )
+
+
+class PlainEvent(Closed):
+    text: str
+
+
+class PlainAnswer(Closed):
+    text: str
+    num_tokens: int
+
+
+class PlainExchange(Exchange[PlainBody, PlainEvent]):
+    _text = ""
+
+    def reads(self) -> list[Read]:
+        return [self.body.request]
+
+    def take(self, step: Step) -> list[PlainEvent]:
+        return [{"text": step.text}] if isinstance(step, Said) and step.text else []
+
+    def fold(self, event: PlainEvent) -> None:
+        self._text += event["text"]
+
+    def whole(self) -> PlainAnswer:
+        return {"text": self._text, "num_tokens": self.answers.num_new_tokens}
+
+
+async def plain(body: PlainBody, request: Request) -> Response:
+    """Answer a question."""
+    return await respond(PlainExchange, body, request)
+
+
+ROUTE: Route = app._post("/v1/plain", plain, PlainAnswer, events=PlainEvent)
+
+
+@pytest.fixture
+def plainly(speaking_service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[httpx.Client]:
+    monkeypatch.setattr(app, "ROUTES", (*app.ROUTES, ROUTE))
+    for url in start(app.make_app(speaking_service, KeyRing(None), block_tokens=16, max_sequences=8)):
+        with httpx.Client(base_url=f"{url}/v1", timeout=60) as client:
+            yield client
+
+
+def test_a_new_dialect_streams_what_its_whole_answer_says(plainly: httpx.Client) -> None:
+    asked = {"ask": "#plain", "temperature": 0, "mood": "cheerful"}
+    whole = plainly.post("/plain", json=asked)
+    assert whole.json() == {"text": "It is well, thank you.", "num_tokens": whole.json()["num_tokens"]}
+    streamed = plainly.post("/plain", json={**asked, "stream": True})
+    events = [event["data"] for event in read_events(streamed.text)]
+    assert len(events) > 3
+    assert "".join(event["text"] for event in events) == whole.json()["text"]
+    for answer in (whole, streamed):
+        assert answer.headers["x-ignored-params"] == "mood"
+
+
+def test_a_new_dialect_refuses_and_fails_as_the_others_do(plainly: httpx.Client) -> None:
+    refused = plainly.post("/plain", json={"ask": "#plain", "frobnicate": 1})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "frobnicate")
+    too_long = plainly.post("/plain", json={"ask": "Ω" * 5000, "stream": True})
+    assert (too_long.status_code, too_long.json()["error"]["code"]) == (400, "context_length_exceeded")
+    failed = plainly.post("/plain", json={"ask": "#fail", "temperature": 0})
+    assert failed.status_code == 400
+    *said, last = read_events(
+        plainly.post("/plain", json={"ask": "#fail", "temperature": 0, "stream": True}).text
+    )
+    assert "".join(event["data"]["text"] for event in said) == "It is"
+    assert last["data"] == json.loads(failed.text)
+
+
+def test_a_refused_prompt_ends_the_prompts_before_it(
+    speaker: httpx.Client, speaking_service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, ended = speaking_service.loop, list[object]()
+    cancel = loop.cancel
+    monkeypatch.setattr(loop, "cancel", lambda request: [ended.append(request), cancel(request)])
+    prompts = {"prompt": ["#long", "#long", "Ω" * 5000], "max_tokens": 400}
+    answer = speaker.post("/v1/completions", json=prompts)
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    assert len(ended) == 2
