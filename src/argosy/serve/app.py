@@ -393,6 +393,3 @@ async def _answer_error(request: Request, error: Exception) -> Response:
         error = Refused(error.status_code, "the request cannot be read")
     status, body = error_body(error, dialect_of(request.scope["path"]), request.state.caller.request_id)
     return JSONResponse(body, status, headers=error_headers(error, status))
-
-
-__all__ = ["ROUTES", "make_app"]

@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from argosy.errors import ArgosyError, Overloaded, PromptTooLong
 from argosy.guard.keys import Key, KeyRing
 from argosy.guard.keys import Scope as KeyScope
-from argosy.guard.limits import Limits, TooMany
+from argosy.guard.limits import Limits
 from argosy.serve.fields import Closed
 from argosy.serve.held import Pool, Share
 from argosy.serve.log import where_it_failed
@@ -515,19 +515,3 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-__all__ = [
-    "Caller",
-    "Dialect",
-    "Gate",
-    "GoneAway",
-    "Policy",
-    "Refused",
-    "TooMany",
-    "dialect_of",
-    "error_body",
-    "error_headers",
-    "report",
-    "send_error",
-]

@@ -143,31 +143,27 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         facts: LoopFacts = self._snapshot()
-        engine, totals = facts.engine, facts.engine.totals
-        for name, what, value in (
-            ("argosy_prompt_tokens", "Prompt tokens", totals.prompt_tokens),
-            ("argosy_new_tokens", "Generated tokens", totals.new_tokens),
-            ("argosy_expert_lookups", "Expert lookups", totals.lookups),
-            ("argosy_expert_hits", "Expert lookups that found the expert in memory", totals.hits),
-            ("argosy_read_bytes", "Bytes read from the drive", totals.bytes_read),
-            ("argosy_steps", "Engine steps", facts.num_steps),
+        engine, totals, decode_rate = facts.engine, facts.engine.totals, facts.new_tok_per_s
+        counter, gauge = CounterMetricFamily, GaugeMetricFamily
+        for family, name, what, value in (
+            (counter, "argosy_prompt_tokens", "Prompt tokens", totals.prompt_tokens),
+            (counter, "argosy_new_tokens", "Generated tokens", totals.new_tokens),
+            (counter, "argosy_expert_lookups", "Expert lookups", totals.lookups),
+            (counter, "argosy_expert_hits", "Expert lookups that found the expert in memory", totals.hits),
+            (counter, "argosy_read_bytes", "Bytes read from the drive", totals.bytes_read),
+            (counter, "argosy_steps", "Engine steps", facts.num_steps),
+            (gauge, "argosy_sequences_running", "Running sequences", engine.num_running),
+            (gauge, "argosy_sequences_waiting", "Waiting sequences", engine.num_waiting),
+            (gauge, "argosy_kv_blocks_held", "KV blocks of running sequences", engine.kv_blocks_held),
+            (gauge, "argosy_kv_blocks_kept", "KV blocks in the prefix cache", engine.kv_blocks_kept),
+            (gauge, "argosy_kv_blocks", "All KV blocks", engine.kv_blocks),
+            (gauge, "argosy_experts", "Experts in all layers", engine.num_experts),
+            (gauge, "argosy_experts_resident", "Experts in memory", engine.num_resident),
+            (gauge, "argosy_peak_bytes", "Peak memory of the process", totals.peak_bytes),
+            (gauge, "argosy_budget_bytes", "Memory budget", engine.budget_bytes),
+            (gauge, "argosy_decode_tokens_per_second", "Recent generated tokens per second", decode_rate),
         ):
-            counter = CounterMetricFamily(name, what)
-            counter.add_metric([], value)
-            yield counter
-        for name, what, number in (
-            ("argosy_sequences_running", "Running sequences", engine.num_running),
-            ("argosy_sequences_waiting", "Waiting sequences", engine.num_waiting),
-            ("argosy_kv_blocks_held", "KV blocks of running sequences", engine.kv_blocks_held),
-            ("argosy_kv_blocks_kept", "KV blocks in the prefix cache", engine.kv_blocks_kept),
-            ("argosy_kv_blocks", "All KV blocks", engine.kv_blocks),
-            ("argosy_experts", "Experts in all layers", engine.num_experts),
-            ("argosy_experts_resident", "Experts in memory", engine.num_resident),
-            ("argosy_peak_bytes", "Peak memory of the process", totals.peak_bytes),
-            ("argosy_budget_bytes", "Memory budget", engine.budget_bytes),
-            ("argosy_decode_tokens_per_second", "Recent generated tokens per second", facts.new_tok_per_s),
-        ):
-            gauge = GaugeMetricFamily(name, what)
-            if number is not None:
-                gauge.add_metric([], number)
-            yield gauge
+            metric = family(name, what)
+            if value is not None:
+                metric.add_metric([], value)
+            yield metric
