@@ -12,6 +12,7 @@ import pytest
 
 from argosy import errors
 from argosy.cli.main import _COMMANDS, main
+from argosy.cli.serve import serve
 from argosy.cli.settings import Settings, wants_traceback
 from argosy.errors import UsageError
 from tests.cli.fake_engine import FakeEngine
@@ -34,6 +35,14 @@ def test_help_is_under_40_lines_with_two_examples(command: str, capsys: Captured
     examples = out.split("Examples:")[1].split("\n\n")[0].strip().splitlines()
     assert len(examples) == 2
     assert all(line.strip().startswith("argosy") for line in examples)
+
+
+def test_the_help_of_serve_shows_the_default_of_every_number(capsys: Captured) -> None:
+    assert main(["serve", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    defaults = [option.default for option in serve.params if type(option.default) in (int, float)]
+    assert len(defaults) == 5
+    assert all(f"[default: {default}" in shown for default in defaults)
 
 
 @pytest.mark.parametrize("arguments", [[], ["keys"]])

@@ -32,6 +32,7 @@ _REPLAY_BYTES = 16 << 20  # answers of a thousand tokens take about 20 KB each
 @click.option(
     "--drain",
     default=30.0,
+    show_default=True,
     type=click.FloatRange(0, 3600),
     metavar="S",
     help="Seconds to finish running requests at the end.",
@@ -47,6 +48,7 @@ _REPLAY_BYTES = 16 << 20  # answers of a thousand tokens take about 20 KB each
 @click.option(
     "--max-waiting",
     default=64,
+    show_default=True,
     type=click.IntRange(0),
     metavar="N",
     help="Requests that may wait.",
