@@ -2,6 +2,13 @@
 
     bind  ->  (the engine is opened)  ->  serve: listen, answer, drain
 
+This file alone knows uvicorn. It relies on members that uvicorn does not document and may change in any minor release,
+so `pyproject.toml` bounds its version:
+
+    Server       startup, shutdown, capture_signals, handle_exit, should_exit, force_exit, server_state.connections
+    H11Protocol  its module, its arguments, app_state, connections, cycle.response_complete, loop, transport
+    Config       `http` as a function that makes a protocol
+
 Elsewhere: the application is `app.py`; options are `cli/serve.py`.
 """
 
