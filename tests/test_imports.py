@@ -75,6 +75,18 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         pytest.fail(" <- ".join(error.args[1]))
 
 
+def test_no_dialect_imports_another() -> None:
+    dialects = {"anthropic_messages", "openai_chat", "openai_completions", "openai_responses"}
+    found = {
+        path.stem: imported
+        for path in modules()
+        if path.stem in dialects
+        for _, imported in imports(path)
+        if dialects - {path.stem} & set(imported.split("."))
+    }
+    assert found == {}
+
+
 def test_nothing_imports_torch_or_reads_a_pickle() -> None:
     found = [
         f"{path.relative_to(SOURCE)}:{line} imports {imported}"

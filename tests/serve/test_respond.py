@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -13,8 +15,12 @@ from starlette.responses import Response
 from argosy.config import SamplingParams
 from argosy.guard.keys import KeyRing
 from argosy.serve import app
+from argosy.serve.anthropic_messages import CountBody, MessagesBody
 from argosy.serve.core import ChatRequest, Read, Said, Service, Step
 from argosy.serve.fields import Closed, NoEffect, Sampling, Text, Tokens
+from argosy.serve.openai_chat import ChatBody
+from argosy.serve.openai_completions import CompletionBody
+from argosy.serve.openai_responses import ResponsesBody
 from argosy.serve.openapi import Route
 from argosy.serve.respond import Exchange, respond
 from tests.serve.conftest import start
@@ -111,3 +117,32 @@ def test_a_refused_prompt_ends_the_prompts_before_it(
     answer = speaker.post("/v1/completions", json=prompts)
     assert answer.json()["error"]["code"] == "context_length_exceeded"
     assert len(ended) == 2
+
+
+SAY = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "kind", "method"),
+    [
+        ("/v1/chat/completions", {"messages": SAY, "max_tokens": 1}, ChatBody, "request"),
+        ("/v1/completions", {"prompt": "Hi", "max_tokens": 1}, CompletionBody, "params"),
+        ("/v1/responses", {"input": "Hi", "max_output_tokens": 1}, ResponsesBody, "request"),
+        ("/v1/responses/input_tokens", {"input": "Hi"}, ResponsesBody, "request"),
+        ("/v1/messages", {"messages": SAY, "max_tokens": 1}, MessagesBody, "request"),
+        ("/v1/messages/count_tokens", {"messages": SAY}, CountBody, "request"),
+    ],
+)
+def test_a_body_is_converted_in_a_worker_thread(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str, body: Any, kind: type, method: str
+) -> None:
+    threads, convert = [], getattr(kind, method)
+
+    def seen(*args: Any, **named: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return convert(*args, **named)
+
+    monkeypatch.setattr(kind, method, seen)
+    assert client.post(path, json=body).status_code == 200
+    (name,) = threads
+    assert name.startswith("argosy-work")
