@@ -523,7 +523,7 @@ class ChatExchange(ChunkExchange[ChatBody, ChatChunk]):
         if logprob is not None:
             scored = self.speller.scored(logprob, self.body.top_logprobs or 0)
             choice["logprobs"] = {"content": [scored], "refusal": None}
-        return self.choice(choice)
+        return self.chunk_of(choice)
 
     def usage(self) -> ChatUsage:
         details: ThoughtTokens = {"reasoning_tokens": self.answers.num_reasoning_tokens}

@@ -52,7 +52,7 @@ class ChunkExchange(Exchange[Body, Event]):
         }  # fmt: skip
         return cast(Event, made)
 
-    def choice(self, choice: Any) -> Event:
+    def chunk_of(self, choice: Any) -> Event:
         """A chunk with one choice and, if requested, the usage so far."""
         usage = {"usage": self.usage()} if self.body.tells_usage_always else {}
         return self.chunk([choice], **usage)

@@ -182,7 +182,7 @@ class CompletionExchange(ChunkExchange[CompletionBody, Completion]):
                 scored = self._scored([step.logprob], self._begun[number].of([step.logprob.token_id]))
         finish = _reason(step) if isinstance(step, Ended) else None
         choice: TextChoice = {"index": number, "text": text, "logprobs": scored, "finish_reason": finish}
-        return [self.choice(choice)]
+        return [self.chunk_of(choice)]
 
     async def end(self) -> list[Completion]:
         return self.last(self.timings() | ({"usage": self.usage()} if self.wants_usage else {}))
