@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from argosy.engine import engine as engine_module
+from argosy.engine import answers, requests
 from argosy.engine.sampler import Sampler, SamplerState
 from argosy.errors import GrammarError
 from tests.models.tiny import qwen3_moe, write_model
@@ -123,8 +123,8 @@ def speaking(more: Mapping[str, Script] | None = None) -> ExitStack:
                 raise GrammarError("the grammar cannot be followed")
             return super().sample(logits, params, state, constraint)
 
-    stack.enter_context(mock.patch.object(engine_module, "SamplerState", ScriptedState))
-    stack.enter_context(mock.patch.object(engine_module, "Sampler", ScriptedSampler))
+    stack.enter_context(mock.patch.object(requests, "SamplerState", ScriptedState))
+    stack.enter_context(mock.patch.object(answers, "Sampler", ScriptedSampler))
     return stack
 
 
