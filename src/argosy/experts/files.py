@@ -37,7 +37,7 @@ class Arithmetic:
 
 
 LARGEST_ALIGNMENT = 4096  # alignment of reads, in bytes, that a plan assumes before a file is opened
-MATRIX_ALIGNMENT = 64  # where a transcoded matrix may begin
+MATRIX_ALIGNMENT = _native.MATRIX_ALIGNMENT  # where a transcoded matrix may begin
 
 
 def _lay_out(record: ExpertRecord, alignment: int) -> tuple[list[int], int]:
