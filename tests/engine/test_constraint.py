@@ -541,7 +541,7 @@ def test_an_answer_ends_where_the_grammar_does_without_another_step(engine: Engi
     assert engine.config.eos_ids[0] not in result.token_ids
 
 
-def test_a_constrained_answer_is_the_same_beside_others_and_when_it_is_put_back(
+def test_a_constrained_answer_is_the_same_beside_others_and_when_it_is_preempt(
     directory: Path, engine: Engine
 ) -> None:
     params = [
@@ -554,7 +554,7 @@ def test_a_constrained_answer_is_the_same_beside_others_and_when_it_is_put_back(
     alone = [engine.generate(prompt, own) for prompt, own in zip(prompts, params, strict=True)]
     with Engine.open(directory, memory="2GiB", threads=1, grammars=True, context=160) as small:
         together = small.generate_batch(prompts, params)
-        assert small.facts().num_put_back > 0
+        assert small.facts().num_preempted > 0
     for ours, theirs in zip(together, alone, strict=True):
         assert (ours.token_ids, ours.logprobs, ours.text) == (theirs.token_ids, theirs.logprobs, theirs.text)
 

@@ -164,7 +164,7 @@ def test_preemption_happens_with_a_drafter(text_model: Path) -> None:
         text_model, memory="2GiB", threads=1, context=160, drafter=drafter, draft_tokens=4
     ) as engine:
         run(engine, requests)
-        assert engine.facts().num_put_back > 0
+        assert engine.facts().num_preempted > 0
 
 
 def test_several_answers_to_one_prompt_fork_with_a_drafter(text_model: Path) -> None:

@@ -323,14 +323,14 @@ def test_every_token_of_a_prompt_has_its_log_probability(chunk_tokens: int, max_
     assert result.usage["cached_tokens"] == 0
 
 
-def test_a_prompt_whose_log_probabilities_are_wanted_has_them_once_when_it_is_put_back() -> None:
+def test_a_prompt_whose_log_probabilities_are_wanted_has_them_once_when_it_is_preempt() -> None:
     params = SamplingParams(max_tokens=30, prompt_logprobs=1, ignore_eos=True)
     prompts = [PROMPT[:10], PROMPT[1:11], PROMPT[2:12], PROMPT[3:13], PROMPT[4:14]]
     with Engine.open(REFERENCE.directory, memory="1GiB", threads=1, chunk_tokens=8) as engine:
         alone = [engine.generate(prompt, params) for prompt in prompts]
     with Engine.open(REFERENCE.directory, memory="1GiB", threads=1, chunk_tokens=8, context=96) as engine:
         together = engine.generate_batch(prompts, params)
-        assert engine.facts().num_put_back > 0
+        assert engine.facts().num_preempted > 0
     assert [(r.token_ids, r.prompt_logprobs) for r in together] == [
         (r.token_ids, r.prompt_logprobs) for r in alone
     ]

@@ -160,7 +160,7 @@ def test_a_sequence_that_is_put_back_has_the_answer_it_has_alone(model: Model) -
         with model.engine(context=160, prefix_reuse=reuse) as engine:
             results = engine.generate_batch(prompts, params)
             facts = engine.facts()
-        assert facts.num_put_back > 0
+        assert facts.num_preempted > 0
         assert facts.kv_blocks_held == 0
         for prompt, result, own in zip(prompts, results, params, strict=True):
             assert visible(result) == model.alone(prompt, own)

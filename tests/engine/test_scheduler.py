@@ -131,8 +131,8 @@ def test_who_came_last_is_put_back_when_blocks_run_out_and_is_computed_again() -
     rig.add(old, young)
     while len(young.new_ids) < 5:
         rig.step()
-    assert rig.scheduler.num_put_back == 0
-    while not rig.scheduler.num_put_back:
+    assert rig.scheduler.num_preempted == 0
+    while not rig.scheduler.num_preempted:
         rig.step(new_id=2000)
     assert young.blocks == []
     assert young.num_computed == 0
@@ -143,7 +143,7 @@ def test_who_came_last_is_put_back_when_blocks_run_out_and_is_computed_again() -
     assert len(young.new_ids) == 9
 
 
-def test_who_came_first_is_never_put_back() -> None:
+def test_who_came_first_is_never_preempt() -> None:
     rig = Rig(num_blocks=5, chunk_tokens=32)
     sequences = [rig.sequence(2, max_new=15, first_id=50 * i) for i in range(4)]
     rig.add(*sequences)
@@ -152,7 +152,7 @@ def test_who_came_first_is_never_put_back() -> None:
         rig.step()
         assert first in rig.finished or first.num_computed == first.num_tokens - 1
     assert rig.finished == sequences
-    assert rig.scheduler.num_put_back > 0
+    assert rig.scheduler.num_preempted > 0
 
 
 def test_a_step_that_failed_runs_again_as_it_was() -> None:

@@ -198,7 +198,7 @@ def test_a_preempted_sequence_makes_its_rows_again(sees_both_ways: bool) -> None
     one = rig.sequence_of(list(prompt.token_ids), 20, spans=spans_of(prompt))
     rig.add(older, one)
     rig.run()
-    assert rig.scheduler.num_put_back > 0
+    assert rig.scheduler.num_preempted > 0
     assert len(made) > 1
     assert len(one.new_ids) == 20
 

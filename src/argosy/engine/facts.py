@@ -24,7 +24,7 @@ class EngineFacts:
 
     num_running: int
     num_waiting: int
-    num_put_back: int  # how often a sequence was preempted
+    num_preempted: int  # how often a sequence was preempted
     kv_blocks: int  # held, kept and free together
     kv_blocks_held: int  # by running sequences
     kv_blocks_kept: int  # held by no sequence, and kept in the prefix cache
@@ -81,7 +81,7 @@ def collect(
     return EngineFacts(
         num_running=scheduler.num_running,
         num_waiting=scheduler.num_waiting,
-        num_put_back=scheduler.num_put_back,
+        num_preempted=scheduler.num_preempted,
         kv_blocks=blocks.num_blocks,
         kv_blocks_held=blocks.num_held,
         kv_blocks_kept=blocks.num_kept,

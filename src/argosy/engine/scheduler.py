@@ -165,7 +165,7 @@ class Scheduler:
         self._decoding = _Decoding.of([])
         self._began_at = 0.0
         self._num_steps = 0
-        self.num_put_back = 0
+        self.num_preempted = 0
 
     @property
     def has_work(self) -> bool:
@@ -193,11 +193,11 @@ class Scheduler:
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
 
-    def put_back(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: Sequence) -> None:
         """Preempt a running sequence: it waits again, and is recomputed from its tokens."""
         self._stop(sequence)
         self.add(sequence)
-        self.num_put_back += 1
+        self.num_preempted += 1
 
     def next_step(self) -> Scheduled:
         """Returns the next step's tokens. Call it only while `has_work`."""
@@ -260,7 +260,7 @@ class Scheduler:
             if scheduled.proposals.get(sequence):
                 self._roll_back(sequence)
             elif self._states.state.position(sequence.state_slot) < 0:
-                self.put_back(sequence)
+                self.preempt(sequence)
 
     def _roll_back(self, sequence: Sequence) -> None:
         assert self._states is not None
@@ -388,7 +388,7 @@ class Scheduler:
             if sequence.loading is None:
                 continue
             if not self._cache.load(sequence, at_once):
-                self.put_back(sequence)
+                self.preempt(sequence)
             else:
                 self._has_come(sequence, sequence.num_computed // self._blocks.block_tokens)
 
@@ -399,7 +399,7 @@ class Scheduler:
             if sequence.is_prefilling or sequence.num_tokens <= len(sequence.blocks) * size:
                 continue
             while not self._blocks.num_available and sequence in self._running:
-                self.put_back(self._running[-1])
+                self.preempt(self._running[-1])
             if sequence in self._running:
                 sequence.blocks += self._blocks.take(1)
                 self._note_growth(sequence)
