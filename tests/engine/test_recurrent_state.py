@@ -140,7 +140,7 @@ def test_a_step_that_fails_half_way_leaves_a_slot_that_stands_nowhere(
         assert slot is not None
         states = states_of(engine)
         with monkeypatch.context() as patch:
-            patch.setattr(engine._model.experts, "lease", interrupted)
+            patch.setattr(engine._model.experts, "run", interrupted)
             with pytest.raises(InterruptedError):
                 engine.step()
         assert states.state.position(slot) == -1
