@@ -126,7 +126,7 @@ class Engine(BlockingCalls):
     # ── one step ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def step(self) -> list[TokenEvent]:
-        """Prefill one chunk, or decode one token, for every sequence in the next step.
+        """Prefill a chunk, decode a token or confirm proposed ones, for every sequence in the next step.
 
         A step whose read fails runs once more. If the read fails again, the sequences that need the expert end with
         the error, and the others continue unaffected. If anything else fails midway, including ^C, every sequence in
@@ -162,8 +162,8 @@ class Engine(BlockingCalls):
         answers = self._answers
         self._uses.count(scheduled.step.num_tokens)
         ended = answers.note_prompts(scheduled, self._model, at_once=self.settings.max_sequences)
-        is_failed = {one.sequence for one in ended}
-        rows = [each for each in scheduled.rows(logits) if each[0] not in is_failed]
+        failed = {one.sequence for one in ended}
+        rows = [each for each in scheduled.rows(logits) if each[0] not in failed]
         accepted = [answers.accept(*each) for each in rows]
         self._scheduler.commit(scheduled, {one.sequence: one.num_confirmed for one in accepted})
         for leader, own, _ in rows:
