@@ -156,6 +156,13 @@ def test_a_closed_engine_says_so() -> None:
         engine.generate([1])
 
 
+def test_a_misspelt_option_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(
+        UsageError, match="unknown option 'contxt' of Engine.open; known: memory, context, threads"
+    ):
+        Engine.open(REFERENCE.directory, contxt=64)  # type: ignore[call-arg]
+
+
 def test_a_closed_engine_lets_go_of_its_memory() -> None:
     engine = Engine.open(REFERENCE.directory, memory="1GiB", threads=1)
     engine.generate(PROMPT, SamplingParams(max_tokens=2))

@@ -65,6 +65,10 @@ def configure(model: str | Path, files: ModelFiles, **options: Unpack[EngineOpti
         UsageError: a setting is invalid, or the requested context is longer than the model supports.
     """
     given: dict[str, Any] = dict(options)
+    for name in given:
+        if name not in EngineOptions.__annotations__:
+            known = ", ".join(EngineOptions.__annotations__)
+            raise UsageError(f"unknown option '{name}' of Engine.open; known: {known}")
     memory, context = given.pop("memory", None), given.pop("context", None)
     if str(model) == DEMO and memory is None and given.get("expert_slots") is None:
         given["expert_slots"] = quarter_of_experts(files)
