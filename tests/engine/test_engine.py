@@ -158,7 +158,7 @@ def test_a_closed_engine_says_so() -> None:
 
 def test_a_misspelt_option_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        UsageError, match="unknown option 'contxt' of Engine.open; known: memory, context, threads"
+        UsageError, match=r"unknown option 'contxt' of Engine\.open; known: memory, context, threads"
     ):
         Engine.open(REFERENCE.directory, contxt=64)  # type: ignore[call-arg]
 
