@@ -1,4 +1,4 @@
-"""One small model's text side for each family: a tokenizer with the family's tokens, and its chat template."""
+"""The text side of one small model per family: a tokenizer with the family's tokens, and its chat template."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _GLM = [*_QWEN, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "/noth
 
 @dataclass(frozen=True)
 class Family:
-    """`special` tokens are flagged so; `structural` ones are single tokens like any word."""
+    """`special` tokens are flagged as special; `structural` ones are single tokens like any word."""
 
     name: str
     template: str
@@ -135,7 +135,7 @@ FAMILIES = {
             ["<think>", "</think>", "<minimax:tool_call>", "</minimax:tool_call>"],
             ["[e~["],
         ),
-        _family("minimax_spelled", templates.MINIMAX_M2, _MINIMAX, [], ["[e~["]),  # no token for any mark
+        _family("minimax_spelled", templates.MINIMAX_M2, _MINIMAX, [], ["[e~["]),  # no mark is a token
         _family("chatml", CHATML, [], ["<think>", "</think>"], ["<|im_end|>"]),  # calls no tools
     )
 }

@@ -1,4 +1,4 @@
-"""The tokenizer of a small Kimi as its files have it, and what `tiktoken` makes of the same."""
+"""The tokenizer files of a small Kimi, and the same tokenizer built by `tiktoken`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def add(first, second):
 <|im_user|>user<|im_middle|> reserved_token im_end think [BOS] [EOS] aaaaaaaaaaaaaaaa abababababab
 """
 UNMADE = "jabberwocky"
-# Where they lie behind the ranks: some of Kimi-K2's, one of them not flagged special.
+# Some of Kimi-K2's special tokens, by their offset behind the ranks; one of them is not flagged as special.
 SPECIAL = {
     0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 3: "<|im_user|>", 4: "<|im_assistant|>", 10: "<|im_system|>",
     17: "<|im_middle|>", 22: "<think>", 254: "[UNK]", 255: "[PAD]",
@@ -47,10 +47,10 @@ TEMPLATE = (
 
 @functools.cache
 def ranks() -> Mapping[bytes, int]:
-    """A vocabulary trained on `TEXT`; single bytes have the first ranks, in no order, as in Kimi's.
+    """A vocabulary trained on `TEXT`; single bytes have the first ranks, in no particular order, as in Kimi's.
 
-    Behind the trained tokens lie some that reach from the end of a word of `TEXT` into the next, so that another way to
-    cut text shows, and one that no merges lead to.
+    Behind the trained tokens come some that reach from one word of `TEXT` into the next, so that splitting text
+    differently would show, and one token that no merges lead to.
     """
     split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
     core = Tokenizer(models.BPE())
@@ -84,7 +84,7 @@ def lines_of(ranks: Mapping[bytes, int]) -> list[str]:
 
 
 def config_of(num_ranks: int = NUM_RANKS, **changes: object) -> dict[str, object]:
-    """tokenizer_config.json, with `changes`."""
+    """The contents of tokenizer_config.json, with `changes`."""
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     return {
         "added_tokens_decoder": {
@@ -106,7 +106,7 @@ def config_of(num_ranks: int = NUM_RANKS, **changes: object) -> dict[str, object
 def write_kimi_tokenizer(
     directory: Path, lines: list[str] | None = None, config: Mapping[str, object] | None = None
 ) -> Path:
-    """tiktoken.model and what stands beside it."""
+    """Write tiktoken.model and the files beside it."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tiktoken.model").write_text("\n".join(lines_of(ranks()) if lines is None else lines) + "\n")
     (directory / "tokenizer_config.json").write_text(json.dumps(config_of() if config is None else config))

@@ -1,4 +1,4 @@
-"""Chat templates written the way hubs' are: each with a different trick."""
+"""Chat templates in the style of the hub's, each with a different trick."""
 
 from tests.prompt.tokenizers_for_tests import CHATML
 

@@ -1,4 +1,4 @@
-"""Chat templates: what the template wrote and what a caller wrote stay apart, within bounds."""
+"""Chat templates: the template's text and the caller's text stay apart, and rendering is bounded."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def segments_of(template: str, messages: Messages, **variables: object) -> list[
 
 
 def plainly(template: str, messages: Messages, **variables: object) -> str:
-    """What the hub's own renderer gives: jinja2, with nothing of ours in it."""
+    """Render as the hub does: with plain jinja2 and none of our code."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
@@ -69,20 +69,20 @@ turns = st.lists(contents, min_size=1, max_size=5)
 @settings(deadline=None, max_examples=60)
 @given(said=turns)
 @pytest.mark.parametrize("name", ALL)
-def test_templates_read_as_in_plain_jinja_and_show_who_wrote_what(name: str, said: list[str]) -> None:
+def test_templates_render_as_in_plain_jinja_and_show_who_wrote_what(name: str, said: list[str]) -> None:
     roles = ["user", "assistant"] * 3
     messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
     segments = segments_of(ALL[name], messages)
     assert "".join(text for _, text in segments) == plainly(ALL[name], messages)
 
-    # Nothing of the callers is among the template's own text: it is the same whatever they say.
+    # No caller's text is among the template's own text, which is the same whatever the messages say.
     if name in ("chatml", "llama2"):
         assert "".join(text for is_callers, text in segments if not is_callers) == plainly(
             ALL[name], [{**message, "content": ""} for message in messages]
         )
 
 
-def test_the_callers_text_is_marked_wherever_the_template_puts_it() -> None:
+def test_caller_text_is_marked_wherever_the_template_puts_it() -> None:
     segments = segments_of(TRICKS, [{"role": "user", "content": "  CAT\nSAT "}])
     template_wrote = "".join(text for is_callers, text in segments if not is_callers)
     assert "CAT" not in template_wrote
@@ -93,12 +93,12 @@ def test_the_callers_text_is_marked_wherever_the_template_puts_it() -> None:
     assert '"  CAT\\nSAT "' in callers
 
 
-def test_trimming_is_followed() -> None:
+def test_trimmed_text_is_still_marked() -> None:
     messages = [{"role": "user", "content": "  hello \n"}]
     assert segments_of(LLAMA2, messages) == [(False, "<s>[INST] "), (True, "hello"), (False, " [/INST]")]
 
 
-def test_thinking_of_earlier_turns_is_cut_off_as_the_model_expects() -> None:
+def test_thoughts_of_earlier_turns_are_removed_as_the_model_expects() -> None:
     messages = [
         {"role": "user", "content": "2+2?"},
         {"role": "assistant", "content": "<think>\nfour\n</think>\n\n4"},
@@ -119,14 +119,14 @@ def test_thinking_of_earlier_turns_is_cut_off_as_the_model_expects() -> None:
         "{{ messages[0].content.encode() }}",
     ],
 )
-def test_a_template_that_makes_new_text_of_the_callers_is_refused(template: str) -> None:
+def test_a_template_that_computes_new_text_from_the_callers_text_is_refused(template: str) -> None:
     messages = [{"role": "user", "content": "<b> x&y 42 words"}]
     with pytest.raises(Refused) as caught:
         segments_of(template, messages)
     assert caught.value.kind == "computed"
 
 
-def test_a_caller_s_text_is_marked_inside_what_python_prints_of_lists_and_objects() -> None:
+def test_caller_text_is_marked_inside_printed_lists_and_objects() -> None:
     said = "'<|im_end|>\n\"é"
     messages = [{"role": "user", "content": said, "more": {said: [said, None]}}]
     segments = segments_of(
@@ -136,7 +136,7 @@ def test_a_caller_s_text_is_marked_inside_what_python_prints_of_lists_and_object
     assert "".join(text for is_callers, text in segments if not is_callers) == "[]{: [, None]}1"
 
 
-def test_the_shadows_themselves_are_no_way_in() -> None:
+def test_callers_cannot_forge_shadow_characters() -> None:
     said = "".join(map(chr, (0x40000, 0x40001, 0xDFFFF, 0x10FFFF))) + "<|im_end|>"
     segments = segments_of(CHATML, [{"role": "system", "content": said}, {"role": "user", "content": said}])
     assert [text for is_callers, text in segments if is_callers] == [said, said]
@@ -144,7 +144,7 @@ def test_the_shadows_themselves_are_no_way_in() -> None:
         segments_of(chr(0x40000), HI)
 
 
-def test_every_character_has_a_shadow_of_its_own_and_comes_back() -> None:
+def test_every_character_has_its_own_shadow_and_is_restored() -> None:
     shadows = ShadowMap()
     unicode = "".join(map(chr, [*range(0x40000), *range(0xE0000, 0x110000)]))
     shared = "".join(map(chr, range(0xDFFFF, 0xDFFFF - 3 * 65_536, -1)))
@@ -169,7 +169,7 @@ def test_no_marker_from_a_caller_becomes_a_control_token(marker: str, role: str)
         assert all(count == counts[0] for count in counts)
 
 
-def test_variables_from_a_caller_are_a_callers_text() -> None:
+def test_variables_from_a_caller_are_marked_as_caller_text() -> None:
     segments = segments_of("{{ documents_title }}{{ messages[0].content }}", HI, documents_title="<|im_end|>")
     assert segments == [(True, "<|im_end|>Hi")]
 
@@ -184,7 +184,7 @@ def chatml() -> Iterator[ChatTemplate]:
     template.close()
 
 
-def test_rendering_gives_the_ids_of_the_whole_text(chatml: ChatTemplate) -> None:
+def test_rendered_segments_have_the_ids_of_the_whole_text(chatml: ChatTemplate) -> None:
     segments = chatml.segments(HI_TURNS)
     text = text_of(segments)
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
@@ -194,7 +194,7 @@ def test_rendering_gives_the_ids_of_the_whole_text(chatml: ChatTemplate) -> None
     assert shorter.endswith("Hi<|im_end|>\n")
 
 
-def test_one_process_answers_again_and_a_new_one_replaces_it_when_it_is_gone(chatml: ChatTemplate) -> None:
+def test_one_process_is_reused_and_replaced_when_it_dies(chatml: ChatTemplate) -> None:
     first = chatml.segments(HI_TURNS)
     process = chatml._worker._process  # type: ignore[union-attr]
     assert chatml.segments(HI_TURNS) == first
@@ -204,7 +204,7 @@ def test_one_process_answers_again_and_a_new_one_replaces_it_when_it_is_gone(cha
     assert chatml.segments(HI_TURNS) == first
 
 
-def test_a_process_that_was_started_before_the_template_was_known_renders_it(chatml: ChatTemplate) -> None:
+def test_a_process_started_before_the_template_is_known_renders_it(chatml: ChatTemplate) -> None:
     worker = Worker()
     early = ChatTemplate(chatml.source, chatml._special_tokens, worker=worker)
     assert early.segments(HI_TURNS) == chatml.segments(HI_TURNS)
@@ -213,7 +213,7 @@ def test_a_process_that_was_started_before_the_template_was_known_renders_it(cha
     assert not worker.is_alive
 
 
-def test_the_process_is_given_what_the_loader_needs_and_no_secret(
+def test_the_process_inherits_what_the_loader_needs_and_no_secret(
     chatml: ChatTemplate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/python/lib")
@@ -231,7 +231,7 @@ def test_the_process_is_given_what_the_loader_needs_and_no_secret(
     assert b"LD_LIBRARY_PATH=/opt/python/lib" in found
 
 
-def test_the_process_ends_by_itself_when_nobody_asks(chatml: ChatTemplate) -> None:
+def test_an_idle_process_exits_by_itself(chatml: ChatTemplate) -> None:
     chatml.segments(HI_TURNS)
     worker = chatml._worker
     assert worker is not None
@@ -239,7 +239,7 @@ def test_the_process_ends_by_itself_when_nobody_asks(chatml: ChatTemplate) -> No
     assert chatml.segments(HI_TURNS)
 
 
-def test_a_template_that_does_not_end_is_stopped() -> None:
+def test_a_template_that_runs_too_long_is_stopped() -> None:
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     template = ChatTemplate(loops, render_seconds=0.5)
     start = time.monotonic()
@@ -281,11 +281,11 @@ def test_a_bad_template_fails_with_its_reason(source: str, sentence: str) -> Non
     template.close()
 
 
-def test_a_format_string_reaches_no_inside_of_python() -> None:
+def test_a_format_string_cannot_reach_python_internals() -> None:
     assert segments_of("{{ '{0.__class__}x'.format(1) }}", HI) == [(False, "x")]
 
 
-def test_what_a_template_refuses_is_said_in_its_words() -> None:
+def test_a_template_s_own_refusal_is_quoted() -> None:
     template = ChatTemplate(MIXTRAL, SPECIAL_TOKENS)
     with pytest.raises(UsageError, match="refuses this conversation: Conversation roles must alternate"):
         template.segments([*HI_TURNS, *HI_TURNS])
@@ -294,7 +294,7 @@ def test_what_a_template_refuses_is_said_in_its_words() -> None:
     template.close()
 
 
-def test_a_template_that_hides_whose_text_it_writes_is_refused_with_a_way_out() -> None:
+def test_a_template_that_hides_who_wrote_its_text_is_refused_with_a_way_out() -> None:
     template = ChatTemplate("{{ messages[0].content | e }}")
     with pytest.raises(CheckpointError, match="cannot be used safely") as caught:
         template.segments(check_messages([{"role": "user", "content": "a < b"}]))
@@ -302,7 +302,7 @@ def test_a_template_that_hides_whose_text_it_writes_is_refused_with_a_way_out() 
     template.close()
 
 
-def test_the_process_can_open_no_file() -> None:
+def test_the_process_cannot_open_files() -> None:
     code = (
         "import sys; sys.path[:0] = %r\n"
         "from argosy.prompt import template_worker as w\n"
@@ -332,7 +332,7 @@ def test_a_long_message_is_rendered_in_time(chatml: ChatTemplate) -> None:
 # Variables
 
 
-def test_variables_with_a_meaning_of_their_own_are_refused(chatml: ChatTemplate) -> None:
+def test_reserved_and_structured_variables_are_refused(chatml: ChatTemplate) -> None:
     with pytest.raises(UsageError, match="variable 'messages' cannot be set"):
         chatml.segments(HI_TURNS, variables={"messages": None})
     with pytest.raises(UsageError, match="'tree' is a dict, expected text, a number or a boolean"):
@@ -350,7 +350,7 @@ def test_only_variables_that_the_template_reads_can_be_set(chatml: ChatTemplate)
     template.close()
 
 
-# Every way to ask
+# Every kind of prompt
 
 
 def llama_tokenizer(template: str | None) -> Tokenizer:
@@ -358,7 +358,7 @@ def llama_tokenizer(template: str | None) -> Tokenizer:
     return Tokenizer(core, config=SPECIAL_TOKENS, chat_template=template)
 
 
-def test_a_string_is_one_user_message_where_there_is_a_template() -> None:
+def test_a_string_is_one_user_message_when_there_is_a_template() -> None:
     builder = PromptBuilder(llama_tokenizer(MIXTRAL), vocab_size=600)
     prompt = builder.build("Hi")
     assert prompt.text == "<s> [INST] Hi [/INST]"
@@ -376,7 +376,7 @@ def test_raw_text_gets_bos_and_no_template() -> None:
     assert builder.build("Hi") == builder.build(Prompt.raw("Hi"))
 
 
-def test_token_ids_are_taken_as_they_are() -> None:
+def test_token_ids_are_used_as_they_are() -> None:
     import numpy as np
 
     builder = PromptBuilder(None, vocab_size=10)
@@ -399,19 +399,19 @@ def test_token_ids_are_taken_as_they_are() -> None:
         (Prompt.raw("x"), "no tokenizer.json"),
     ],
 )
-def test_a_prompt_that_cannot_be_meant_is_named(request_: object, sentence: str) -> None:
+def test_an_invalid_prompt_is_refused_with_the_reason(request_: object, sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
         PromptBuilder(None, vocab_size=10).build(request_)  # type: ignore[arg-type]
 
 
-def test_messages_for_a_model_without_a_template_are_refused_with_a_way_out() -> None:
+def test_messages_to_a_model_without_a_template_are_refused_with_a_way_out() -> None:
     with pytest.raises(UsageError, match="no chat template") as caught:
         PromptBuilder(llama_tokenizer(None), vocab_size=600).build(HI)
     assert "Prompt.raw" in str(caught.value.hint)
 
 
-def test_a_template_is_rendered_when_a_thousand_files_are_open(chatml: ChatTemplate) -> None:
-    """A server with many connections has descriptors that `select` cannot wait for."""
+def test_a_template_is_rendered_while_a_thousand_files_are_open(chatml: ChatTemplate) -> None:
+    """A server with many connections has file descriptors too large for `select`."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(2048, before[1]), before[1]))
     try:

@@ -1,4 +1,6 @@
-"""A last turn of the assistant is continued: the prompt ends where its text ends, and the answer is what follows."""
+"""A conversation that ends with an assistant turn is continued: the prompt ends with that turn's text, and the answer
+continues it.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ def builders() -> Iterator[dict[str, PromptBuilder]]:
 
 
 def read(family: Family, builder: PromptBuilder, prompt: Prompt, text: str) -> tuple[list[int], Answer]:
-    """The answer to `prompt` whose tokens spell `text`, its end included, one for each character."""
+    """The token ids and the parsed answer when the model writes `text`, one token per character, and an end token."""
     end = family.tokenizer.control_id(family.ends[0])
     assert end is not None
     ids = [*(token_id for letter in text for token_id in family.tokenizer.encode(letter)), end]
@@ -41,7 +43,7 @@ def read(family: Family, builder: PromptBuilder, prompt: Prompt, text: str) -> t
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_prompt_ends_where_the_text_of_the_last_turn_ends(
+def test_the_prompt_ends_where_the_last_turn_s_text_ends(
     name: str, builders: dict[str, PromptBuilder]
 ) -> None:
     builder, family = builders[name], FAMILIES[name]
@@ -56,7 +58,7 @@ def test_the_prompt_ends_where_the_text_of_the_last_turn_ends(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_answer_is_the_continuation_alone_and_is_text(
+def test_the_answer_is_only_the_continuation_and_is_text(
     name: str, builders: dict[str, PromptBuilder]
 ) -> None:
     builder = builders[name]
@@ -65,12 +67,12 @@ def test_the_answer_is_the_continuation_alone_and_is_text(
     assert answer == Answer(REST)
 
 
-# What these print of an earlier turn is not what they print of the one that is continued.
+# These templates print an earlier turn differently from a turn that is being continued.
 CHANGING = ("deepseek_v31", "qwen3", "kimi_k2", "glm", "glm47", "minimax_m2", "harmony")
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in CHANGING])
-def test_a_continued_turn_keeps_its_tokens_when_it_comes_back_as_one(
+def test_a_continued_turn_keeps_its_tokens_when_it_is_sent_back_as_one_turn(
     name: str, builders: dict[str, PromptBuilder]
 ) -> None:
     builder, family = builders[name], FAMILIES[name]
@@ -86,7 +88,7 @@ def test_a_continued_turn_keeps_its_tokens_when_it_comes_back_as_one(
 
 
 @pytest.mark.parametrize("name", ["qwen3", "chatml", "qwen2_5"])
-def test_an_answer_that_was_cut_is_continued_with_its_own_tokens(
+def test_a_truncated_answer_is_continued_with_its_own_tokens(
     name: str, builders: dict[str, PromptBuilder]
 ) -> None:
     builder, family = builders[name], FAMILIES[name]
@@ -102,19 +104,19 @@ def test_an_answer_that_was_cut_is_continued_with_its_own_tokens(
     assert more.token_ids == (*(first.token_ids or ()), *ids)
 
 
-def test_white_space_at_the_end_is_kept_where_a_template_trims(builders: dict[str, PromptBuilder]) -> None:
+def test_trailing_white_space_is_kept_even_if_the_template_trims(builders: dict[str, PromptBuilder]) -> None:
     for name in NAMES:
         begun = {"role": "assistant", "content": "```python\n"}
         assert builders[name].apply_template([*USER, begun]).endswith("```python\n"), name
 
 
-def test_marks_in_a_continued_turn_stay_text(builders: dict[str, PromptBuilder]) -> None:
+def test_marks_in_a_continued_turn_remain_text(builders: dict[str, PromptBuilder]) -> None:
     for name in NAMES:
         family, builder = FAMILIES[name], builders[name]
         plain = builder.build([*USER, BEGUN]).token_ids or ()
         for mark in (*family.marks, "<|im_end|>"):
             if mark in ("<think>", "</think>"):
-                continue  # templates take thoughts out of a turn
+                continue  # templates remove thoughts from a turn
             begun = {"role": "assistant", "content": f"a {mark} b"}
             ids = builder.build([*USER, begun]).token_ids or ()
             assert [i for i in ids if i in family.tokenizer.control_ids] == [
@@ -122,12 +124,12 @@ def test_marks_in_a_continued_turn_stay_text(builders: dict[str, PromptBuilder])
             ], (name, mark)
 
 
-def test_an_empty_last_turn_of_the_assistant_is_left_out(builders: dict[str, PromptBuilder]) -> None:
+def test_an_empty_last_assistant_turn_is_ignored(builders: dict[str, PromptBuilder]) -> None:
     empty = {"role": "assistant", "content": ""}
     assert builders["qwen3"].build([*USER, empty]) == builders["qwen3"].build(USER)
 
 
-def test_a_template_that_changes_what_was_said_refuses_by_name() -> None:
+def test_a_template_that_changes_the_turn_s_text_cannot_continue_it() -> None:
     shouting = CHATML.replace("message['content']", "message['content'] | upper")
     family = FAMILIES["chatml"]
     for template in (
@@ -141,7 +143,7 @@ def test_a_template_that_changes_what_was_said_refuses_by_name() -> None:
         builder.close()
 
 
-def test_a_continued_answer_has_no_form_and_is_no_call_but_may_call(
+def test_a_continuation_cannot_be_forced_into_a_form_or_a_call_but_may_call(
     builders: dict[str, PromptBuilder],
 ) -> None:
     for name in NAMES:

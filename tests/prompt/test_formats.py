@@ -1,4 +1,4 @@
-"""Formats: the tokens of an answer become text, thoughts and calls, however they are cut."""
+"""Formats: an answer's tokens become the same text, thoughts and tool calls however the text is split into tokens."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def transcripts() -> Iterator[Any]:
 
 
 def tokens_of(family: Family, pieces: Iterable[str | dict[str, str]]) -> list[Token]:
-    """(id, text): a piece that is a token of the family has its id; others are text, and so is what is `typed`."""
+    """(id, text) pairs: only a piece that is one of the family's tokens, and is not `typed`, has an id."""
     tokens: list[Token] = []
     for piece in pieces:
         if isinstance(piece, dict):
@@ -69,7 +69,7 @@ def events_of(family: Family, case: dict[str, Any], tokens: Iterable[Token]) -> 
 
 
 def told(events: Iterable[Event]) -> list[list[Any]]:
-    """Events as transcripts write them: neighbours of one kind together, a call as one."""
+    """Events as transcripts write them: adjacent events of one kind are joined, and a call is one event."""
     made: list[list[Any]] = []
     for event in events:
         match event:
@@ -90,7 +90,7 @@ def told(events: Iterable[Event]) -> list[list[Any]]:
 
 
 @pytest.mark.parametrize(("family", "case"), list(transcripts()))
-def test_an_answer_is_told_as_its_transcript_says(family: Family, case: dict[str, Any]) -> None:
+def test_an_answer_gives_the_events_of_its_transcript(family: Family, case: dict[str, Any]) -> None:
     events = events_of(family, case, tokens_of(family, case["pieces"]))
     assert told(events) == case["events"]
 
@@ -104,7 +104,7 @@ def test_an_answer_is_told_as_its_transcript_says(family: Family, case: dict[str
 
 
 def cut_up(tokens: Iterable[Token], places: Iterable[int]) -> Iterator[Token]:
-    """The same tokens, text among them joined and cut at `places` of the whole."""
+    """The same tokens, with adjacent text joined and then split at `places`, counted over all text."""
     joined: list[Token] = []
     for token_id, text in tokens:
         if token_id is None and joined and joined[-1][0] is None:
@@ -128,7 +128,7 @@ ALL = [(param.values[0], param.values[1]) for param in transcripts()]
 
 @settings(deadline=None, max_examples=600)
 @given(case=st.sampled_from(ALL), data=st.data())
-def test_any_way_to_cut_an_answer_gives_the_same(
+def test_any_split_of_an_answer_gives_the_same_events(
     case: tuple[Family, dict[str, Any]], data: st.DataObject
 ) -> None:
     family, transcript = case
@@ -138,7 +138,7 @@ def test_any_way_to_cut_an_answer_gives_the_same(
     assert told(events_of(family, transcript, cut_up(tokens, places))) == transcript["events"]
 
 
-def test_a_mark_that_is_text_may_be_cut_anywhere() -> None:
+def test_a_mark_spelled_as_text_may_be_split_anywhere() -> None:
     family = FAMILIES["minimax_spelled"]
     cases = [case for member, case in ALL if member is family]
     for case in cases:
@@ -156,7 +156,7 @@ def test_a_mark_that_is_text_may_be_cut_anywhere() -> None:
     data=st.data(),
     opens=st.booleans(),
 )
-def test_no_answer_raises_and_none_loses_a_word(name: str, data: st.DataObject, opens: bool) -> None:
+def test_no_answer_raises_or_loses_a_word(name: str, data: st.DataObject, opens: bool) -> None:
     family = FAMILIES[name]
     words = [
         "get_weather",
@@ -175,33 +175,33 @@ def test_no_answer_raises_and_none_loses_a_word(name: str, data: st.DataObject, 
     pieces = data.draw(st.lists(st.sampled_from([*family.marks, *words]), max_size=15))
     case = {"tools": TOOLS} | ({"prompt": "<think>\n"} if opens else {})
     said = told(events_of(family, case, tokens_of(family, pieces)))
-    # What harmony writes in front of a message is structure, whatever it says.
+    # In harmony, everything in front of a message is structure, whatever it says.
     if name != "harmony" and not any(kind == "call" for kind, *_ in said):
         heard = "".join(text for _, text in said)
         assert all(heard.count(word) >= 1 for word in pieces if word in ("Oslo", '"'))
 
 
-def test_thoughts_that_only_text_can_mark_begin_an_answer_or_are_text() -> None:
+def test_thoughts_marked_by_plain_text_count_only_at_the_start_of_an_answer() -> None:
     spelled = FAMILIES["minimax_spelled"]
     assert told(events_of(spelled, {}, [(None, "\n<think>a</think>b <think>c</think>")])) == [
         ["reasoning", "a"],
         ["text", "b <think>c</think>"],
     ]
-    never = FAMILIES["qwen2_5"]  # neither a token nor in the template
+    never = FAMILIES["qwen2_5"]  # the mark is neither a token nor in the template
     for prompt in ("x", "<think>\n"):
         said = told(events_of(never, {"prompt": prompt}, [(None, "<think>a</think>b")]))
         assert said == [["text", "<think>a</think>b"]]
 
 
-def test_text_comes_out_as_it_comes_in() -> None:
+def test_text_is_streamed_as_it_arrives() -> None:
     parser = find_format(FAMILIES["qwen3"].tokenizer, FAMILIES["qwen3"].template).parser(check_tools(TOOLS))
     assert parser.push(None, "Hel") == [TextDelta("Hel")]
     assert parser.push(None, "lo") == [TextDelta("lo")]
-    assert parser.push(None, " ") == []  # perhaps the end of the text before a call
+    assert parser.push(None, " ") == []  # the text may end here, before a call
     assert parser.push(None, "you") == [TextDelta(" you")]
 
 
-def test_no_more_is_held_back_than_could_become_a_mark() -> None:
+def test_only_text_that_may_begin_a_mark_is_held_back() -> None:
     family = FAMILIES["minimax_spelled"]
     parser = find_format(family.tokenizer, family.template).parser(check_tools(TOOLS))
     assert parser.push(None, "a <") == [TextDelta("a")]
@@ -209,7 +209,7 @@ def test_no_more_is_held_back_than_could_become_a_mark() -> None:
     assert parser.push(None, "x") == [TextDelta(" <minimax:x")]
 
 
-def test_a_call_is_told_as_soon_as_it_is_whole() -> None:
+def test_a_call_is_reported_as_soon_as_it_is_complete() -> None:
     family = FAMILIES["kimi_k2"]
     parser = find_format(family.tokenizer, family.template).parser(check_tools(TOOLS))
     pieces = [
@@ -228,8 +228,8 @@ def test_a_call_is_told_as_soon_as_it_is_whole() -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_coder", "kimi_k2", "glm"])
-def test_reading_takes_no_more_than_in_proportion_to_the_answer(name: str) -> None:
-    """Closing marks inside a string, escaped quotes, white space: what a reader might go back over."""
+def test_parsing_time_is_linear_in_the_length_of_the_answer(name: str) -> None:
+    """Closing marks inside a string, escaped quotes and white space tempt a parser to read text again."""
     family = FAMILIES[name]
     opening = {
         "qwen3": ["<tool_call>", '{"name": "get_weather", "arguments": {"city": "'],
@@ -253,12 +253,12 @@ def test_reading_takes_no_more_than_in_proportion_to_the_answer(name: str) -> No
         assert answer.text == "".join(pieces)
         return spent
 
-    # Quadratic work would be 100 times as much; the least of several, because others may use the processor, too.
+    # Quadratic work would take 100 times as long. Take the best of several runs, as other processes share the CPU.
     few = min(seconds(2000) for _ in range(3))
     assert any(seconds(20_000) < 50 * few + 0.05 for _ in range(5))
 
 
-# Which one
+# Choosing a format
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_reading_takes_no_more_than_in_proportion_to_the_answer(name: str) -> No
         ("chatml", "plain"),
     ],
 )
-def test_the_format_follows_from_tokens_and_template(family: str, name: str) -> None:
+def test_tokens_and_template_decide_the_format(family: str, name: str) -> None:
     found = find_format(FAMILIES[family].tokenizer, FAMILIES[family].template)
     assert found.name == name
     assert type(named_format(name, FAMILIES[family].tokenizer)) is type(found)
@@ -291,12 +291,12 @@ def test_every_format_has_a_transcript() -> None:
     assert names == FORMATS.keys()
 
 
-def test_an_unknown_format_is_refused_with_those_that_are_known() -> None:
+def test_an_unknown_format_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UsageError, match="unknown format 'xml'; known: deepseek_v3, deepseek_v31, glm"):
         named_format("xml", FAMILIES["qwen3"].tokenizer)
 
 
-def test_an_end_of_a_prompt_in_callers_words_opens_no_thoughts() -> None:
+def test_caller_text_at_the_end_of_a_prompt_opens_no_thoughts() -> None:
     family = FAMILIES["qwen3"]
     form = find_format(family.tokenizer, family.template)
     for is_callers, state in ((True, "either"), (False, "open")):
@@ -304,7 +304,7 @@ def test_an_end_of_a_prompt_in_callers_words_opens_no_thoughts() -> None:
         assert form.thoughts_in(Prompt(tuple(ids), "<think>\n")) == state
 
 
-# Answers that the token limit cuts
+# Answers truncated by the token limit
 
 CALLS_ALONE = [
     (family, case)
@@ -326,7 +326,7 @@ def of_cut_answer(family: Family, case: dict[str, Any], tokens: Iterable[Token])
 
 
 def cuts_of(family: Family, case: dict[str, Any]) -> Iterator[list[Token]]:
-    """The tokens of an answer up to each place where it may be cut, those between two characters included."""
+    """The tokens of an answer up to each place where it may be truncated, including places between two characters."""
     tokens = tokens_of(family, case["pieces"])
     for number, (token_id, text) in enumerate(tokens):
         before = tokens[:number]
@@ -335,7 +335,7 @@ def cuts_of(family: Family, case: dict[str, Any]) -> Iterator[list[Token]]:
             yield from ([*before, (None, text[:at])] for at in range(1, len(text)))
 
 
-def test_a_call_that_is_cut_is_never_text_and_only_whole_calls_have_arguments_that_can_be_read() -> None:
+def test_a_truncated_call_is_never_text_and_only_complete_calls_have_readable_arguments() -> None:
     families = set()
     for family, case in CALLS_ALONE:
         whole = [event[1:3] for event in case["events"] if event[0] == "call"]

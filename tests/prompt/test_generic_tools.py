@@ -1,4 +1,4 @@
-"""Tools for chat templates that know of none: every template prints them, and nothing a caller wrote is a marker."""
+"""Tools for chat templates without tool support: every template prints them, and no caller text becomes a marker."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ And now?"""
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tools_calls_and_results_stand_where_the_template_prints_texts(kind: tuple[str, bool]) -> None:
+def test_tools_calls_and_results_appear_where_the_template_prints_messages(kind: tuple[str, bool]) -> None:
     builder = BUILDERS[kind]
     assert builder.tool_calling == "generic"
     text = builder.apply_template(CONVERSATION, tools=TOOLS)
@@ -101,7 +101,7 @@ def test_tools_calls_and_results_stand_where_the_template_prints_texts(kind: tup
     assert [json.loads(line)["function"]["name"] for line in told] == ["get_weather", "clock"]
 
 
-def test_a_template_without_a_system_message_has_the_instructions_in_the_first_question() -> None:
+def test_without_system_messages_the_instructions_go_into_the_first_user_message() -> None:
     text = BUILDERS["mixtral", False].apply_template(CONVERSATION, tools=TOOLS)
     assert text.startswith("<|endoftext|> [INST] Be brief.\n\n# Tools")
     assert text.count("[INST]") == 2
@@ -110,7 +110,7 @@ def test_a_template_without_a_system_message_has_the_instructions_in_the_first_q
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_marker_becomes_a_control_token_wherever_a_caller_says_it(kind: tuple[str, bool]) -> None:
+def test_no_marker_becomes_a_control_token_wherever_a_caller_writes_it(kind: tuple[str, bool]) -> None:
     builder = BUILDERS[kind]
     tokenizer = builder._needed("a test")
 
@@ -135,7 +135,7 @@ def test_marks_are_tokens_where_the_model_has_them(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_answer_is_read_as_hermes_writes_it_and_replayed(kind: tuple[str, bool]) -> None:
+def test_an_answer_in_hermes_format_is_parsed_and_replayed(kind: tuple[str, bool]) -> None:
     name, has_tokens = kind
     builder = builder_of(TEMPLATES[name], ALL_TOKENS if has_tokens else (), ReplayMemory())
     tokenizer = builder._needed("a test")
@@ -156,14 +156,14 @@ def test_an_answer_is_read_as_hermes_writes_it_and_replayed(kind: tuple[str, boo
     ]}  # fmt: skip
     result = {"role": "tool", "tool_call_id": answer.calls[0].id, "content": "rain"}
     again = builder.build([*asked, found, result], tools=TOOLS, tenant="me").token_ids or ()
-    # Mixtral writes a space before an answer that it does not ask for.
+    # Mixtral's template prints a space before an answer but does not end a prompt with one.
     if name in ("chatml", "ignores_system"):
         assert again[: len(prompt.token_ids or ()) + len(ids)] == (*(prompt.token_ids or ()), *ids)
     builder.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_grammars_of_calls_are_those_of_hermes(kind: tuple[str, bool]) -> None:
+def test_call_grammars_are_those_of_hermes(kind: tuple[str, bool]) -> None:
     builder = BUILDERS[kind]
     prompt = builder.build(CONVERSATION[:2], tools=TOOLS)
     lazy = builder.grammar(prompt, TOOLS)
@@ -176,7 +176,7 @@ def test_grammars_of_calls_are_those_of_hermes(kind: tuple[str, bool]) -> None:
     assert '{\\"name\\": \\"get_weather\\", \\"arguments\\": ' in must.text
 
 
-def test_a_model_that_is_told_of_tools_by_its_own_template_keeps_it() -> None:
+def test_a_model_whose_template_supports_tools_keeps_its_template() -> None:
     for family in FAMILIES.values():
         builder = family.builder()
         assert builder.tool_calling == ("generic" if family.name == "chatml" else "native"), family.name

@@ -50,7 +50,7 @@ QWEN35 = (
 
 
 class Original(NamedTuple):
-    """What a model's own tokenizer.json does before it merges bytes."""
+    """The steps in a model's own tokenizer.json before it merges bytes."""
 
     words: pre_tokenizers.PreTokenizer
     is_nfc: bool = False
@@ -65,8 +65,8 @@ def split(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
 DIGITS = pre_tokenizers.Digits(individual_digits=True)
-# From transformers 5.24: `GPTNeoXTokenizer` (OLMoE), `Qwen2Tokenizer` (up to Qwen3-Next), `Qwen3_5Tokenizer` and
-# `TikTokenConverter` (gpt-oss, GLM). MiniMax-M2's expression is the one quoted in llama.cpp's llama-vocab.cpp.
+# These are from transformers 5.24: `GPTNeoXTokenizer` (OLMoE), `Qwen2Tokenizer` (up to Qwen3-Next), `Qwen3_5Tokenizer`
+# and `TikTokenConverter` (gpt-oss, GLM). MiniMax-M2's expression is the one quoted in llama.cpp's llama-vocab.cpp.
 ORIGINALS = {
     "gpt-2": Original(GPT2),
     "olmo": Original(GPT2, is_nfc=True),
@@ -168,7 +168,7 @@ texts = st.lists(pieces).map("".join).filter(lambda text: not any(token in text 
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[tokenizers.Tokenizer, Tokenizer]:
-    """A tokenizer as a model's own files have it, and the one that its GGUF gives."""
+    """The tokenizer of a model's own files, and the one rebuilt from its GGUF."""
     core = trained(request.param)
     path = tmp_path_factory.mktemp("pair") / "v.gguf"
     return core, opened(write_bpe(path, core, request.param, bos=0, eos=2))
@@ -183,8 +183,8 @@ def test_ids_of_any_text_are_those_of_the_original(
     assert tokenizer.encode(text) == core.encode(text, add_special_tokens=False).ids
 
 
-def test_a_word_that_is_a_token_is_that_token_in_glm(tmp_path: Path) -> None:
-    """GLM's merges come from tiktoken: greedy merging cannot reach some tokens, and their words still are tokens."""
+def test_in_glm_a_word_that_is_a_token_becomes_that_token(tmp_path: Path) -> None:
+    """GLM's merges come from tiktoken: greedy merging cannot reach some tokens, but their words become them."""
     vocab = {
         token: at for at, token in enumerate([*pre_tokenizers.ByteLevel.alphabet(), "ab", "abc", "bc", "bcd"])
     }
@@ -196,7 +196,7 @@ def test_a_word_that_is_a_token_is_that_token_in_glm(tmp_path: Path) -> None:
 
 
 def write_kimi_gguf(path: Path) -> Path:
-    """Kimi's tokenizer as `DeepseekV2Model.set_vocab` of llama.cpp writes it: one merge for a token at most."""
+    """Kimi's tokenizer as `DeepseekV2Model.set_vocab` of llama.cpp writes it: at most one merge per token."""
     spelled = {token: "".join(spelling_of_bytes()[byte] for byte in token) for token in kimi_files.ranks()}
     special = [kimi_files.SPECIAL.get(at, f"[PAD{kimi_files.NUM_RANKS + at}]") for at in range(256)]
     kinds = [1] * len(spelled) + [3 if at in kimi_files.SPECIAL else 5 for at in range(256)]
@@ -216,7 +216,7 @@ def write_kimi_gguf(path: Path) -> Path:
 
 
 def merged_below(token: bytes, rank: int) -> list[bytes]:
-    """The parts of a token after every merge into tokens of lower rank, the lowest first."""
+    """The parts of a token after all merges into tokens of lower rank, lowest rank first."""
     parts, ranks = [bytes([byte]) for byte in token], kimi_files.ranks()
     while True:
         made = [(ranks.get(left + right, rank), at) for at, (left, right) in enumerate(pairwise(parts))]
@@ -231,7 +231,7 @@ def kimi(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return opened(write_kimi_gguf(tmp_path_factory.mktemp("kimi") / "v.gguf"))
 
 
-def test_a_kimi_token_that_no_merge_leads_to_is_still_found(kimi: Tokenizer) -> None:
+def test_a_kimi_token_that_no_merge_reaches_is_still_found(kimi: Tokenizer) -> None:
     assert len(kimi.encode(kimi_files.UNMADE)) == 1
 
 
@@ -244,7 +244,7 @@ def test_ids_of_kimi_are_those_of_tiktoken(kimi: Tokenizer, text: str) -> None:
     assert kimi.encode(text) == kimi_files.peer().encode_ordinary(text)
 
 
-def test_a_kimi_token_longer_than_any_is_refused(tmp_path: Path) -> None:
+def test_a_kimi_token_longer_than_512_bytes_is_refused(tmp_path: Path) -> None:
     path = write(
         tmp_path / "v.gguf", "gpt2", ["a", "a" * 513], [1, 1], lambda w: w.add_tokenizer_pre("kimi-k2")
     )
@@ -253,26 +253,26 @@ def test_a_kimi_token_longer_than_any_is_refused(tmp_path: Path) -> None:
 
 
 WORDS = {
-    "gpt-4o": {  # by case, and contractions stay
+    "gpt-4o": {  # words are split by case and keep their contractions
         "HelloWorld": ["Hello", "World"],
         "I'm they'LL": ["I'm", "Ġthey'LL"],
         "12345 67": ["123", "45", "Ġ", "67"],
         "a //b\n\n c": ["a", "Ġ//", "b", "ĊĊ", "Ġc"],
         "x   y": ["x", "ĠĠ", "Ġy"],
     },
-    "deepseek-v3": {  # digits in threes, and Chinese apart
+    "deepseek-v3": {  # digits in threes, Chinese by itself
         "12345 67": ["123", "45", "Ġ", "67"],
         "It's HelloWorld": ["It", "'s", "ĠHelloWorld"],
         "f(x.y)\n\n z": ["f", "(x", ".y", ")ĊĊ", "Ġz"],
         "ab一二c": ["ab", "ä¸ĢäºĮ", "c"],
     },
-    "deepseek-llm": {  # a new line alone, punctuation alone, letters of one script
+    "deepseek-llm": {  # line breaks and punctuation by themselves, letters of one script
         "12345 67": ["12345", "Ġ", "67"],
         "It's a\n\n b": ["It", "'", "s", "Ġa", "Ċ", "Ċ", "Ġb"],
         "(x.y)": ["(", "x", ".", "y", ")"],
         "ab一二é": ["ab", "ä¸ĢäºĮ", "Ã©"],
     },
-    "kimi-k2": {  # as gpt-4o's, and Chinese apart
+    "kimi-k2": {  # as gpt-4o, but Chinese by itself
         "HelloWorld's": ["Hello", "World's"],
         "12345 67": ["123", "45", "Ġ", "67"],
         "a //b\n c": ["a", "Ġ//", "b", "Ċ", "Ġc"],
@@ -302,7 +302,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize("pre", WORDS)
-def test_text_is_cut_into_the_words_of_the_model(pre: str, tmp_path: Path) -> None:
+def test_text_is_split_into_the_model_s_words(pre: str, tmp_path: Path) -> None:
     core = trained("gpt-2")
     file = read_gguf(write_bpe(tmp_path / "v.gguf", core, pre, bos=0, eos=2))
     read = read_tokenizer(file)
@@ -315,14 +315,14 @@ def test_special_tokens_and_the_template_come_from_the_metadata(tmp_path: Path) 
     tokenizer = opened(write_bpe(tmp_path / "v.gguf", trained("smollm"), "smollm", bos=1, eos=2))
     assert tokenizer.chat_template == TEMPLATE
     assert (tokenizer.bos_id, tokenizer.prefix_ids) == (1, ())
-    assert tokenizer.eos_ids == (0, 2)  # <|endoftext|> ends an answer, too
+    assert tokenizer.eos_ids == (0, 2)  # <|endoftext|> ends an answer too
     assert tokenizer.special_tokens == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     assert {0, 1, 2} <= tokenizer.control_ids
     assert tokenizer.control_ids.isdisjoint(tokenizer.encode("<|im_start|>system"))
     assert tokenizer.encode_segments([(False, "<|im_start|>")]) == [1]
 
 
-def test_llama_bpe_starts_with_bos_and_the_file_has_the_last_word(tmp_path: Path) -> None:
+def test_llama_bpe_starts_with_bos(tmp_path: Path) -> None:
     core = trained("llama-bpe")
     assert opened(write_bpe(tmp_path / "a.gguf", core, "llama-bpe", bos=1, eos=2)).prefix_ids == (1,)
 
@@ -364,11 +364,11 @@ def pieces_of(tokenizer: Tokenizer, text: str) -> list[str]:
 def test_sentencepiece_merges_the_pair_with_the_best_score_first(tmp_path: Path) -> None:
     tokenizer = opened(write_sentencepiece(tmp_path / "v.gguf", PIECES))
     assert pieces_of(tokenizer, "ab") == ["▁ab"]
-    assert pieces_of(tokenizer, "abc") == ["▁a", "bc"]  # -1.0 and -1.5 go before -2.0 and -3.0
+    assert pieces_of(tokenizer, "abc") == ["▁a", "bc"]  # scores -1.0 and -1.5 win over -2.0 and -3.0
     assert pieces_of(tokenizer, "cab") == ["▁", "c", "ab"]
 
 
-def test_a_character_without_a_token_falls_back_to_bytes_and_comes_back(tmp_path: Path) -> None:
+def test_a_character_without_a_token_falls_back_to_bytes_and_decodes_again(tmp_path: Path) -> None:
     tokenizer = opened(write_sentencepiece(tmp_path / "v.gguf", PIECES))
     assert pieces_of(tokenizer, "é€") == ["▁", "é", "<0xE2>", "<0x82>", "<0xAC>"]
     assert tokenizer.token_bytes(tokenizer.encode("é€")[2]) == b"\xe2"
@@ -379,7 +379,7 @@ def test_a_character_without_a_token_falls_back_to_bytes_and_comes_back(tmp_path
     assert (tokenizer.prefix_ids, tokenizer.eos_ids) == ((1,), (2,))
 
 
-def test_a_space_before_the_text_and_bos_can_be_off(tmp_path: Path) -> None:
+def test_the_space_prefix_and_bos_can_be_turned_off(tmp_path: Path) -> None:
     path = write_sentencepiece(tmp_path / "v.gguf", PIECES, add_space_prefix=False, add_bos_token=False)
     tokenizer = opened(path)
     assert pieces_of(tokenizer, "ab") == ["ab"]
@@ -387,7 +387,7 @@ def test_a_space_before_the_text_and_bos_can_be_off(tmp_path: Path) -> None:
     assert tokenizer.prefix_ids == ()
 
 
-def test_what_cannot_be_rebuilt_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_tokenizer_that_cannot_be_rebuilt_is_refused_by_name(tmp_path: Path) -> None:
     core = trained("gpt-2")
     with pytest.raises(
         UnsupportedModel, match=r"uses the pre-tokenizer 'tekken'; supported: gpt-2, olmo, smollm"
@@ -408,7 +408,7 @@ def test_what_cannot_be_rebuilt_is_refused_by_name(tmp_path: Path) -> None:
         Tokenizer.open(write(tmp_path / "f.gguf", "llama", ["a", "b"], [1], lambda writer: None))
 
 
-def test_a_score_that_ranks_nothing_and_a_token_without_end_are_refused(tmp_path: Path) -> None:
+def test_a_nan_score_and_an_overlong_token_are_refused(tmp_path: Path) -> None:
     for at, pieces in enumerate([{**PIECES, "bc": float("nan")}, {**PIECES, "b" * 513: -5.0}]):
         with pytest.raises(
             CheckpointError, match=r"characters and score \S+; expected at most 512 characters, and a number"
@@ -416,5 +416,5 @@ def test_a_score_that_ranks_nothing_and_a_token_without_end_are_refused(tmp_path
             Tokenizer.open(write_sentencepiece(tmp_path / f"{at}.gguf", pieces))
 
 
-def test_a_file_without_a_tokenizer_has_none(tmp_path: Path) -> None:
+def test_a_file_without_a_tokenizer_gives_none(tmp_path: Path) -> None:
     assert Tokenizer.open(write(tmp_path / "a.gguf", "none", ["a"], [1], lambda writer: None)) is None

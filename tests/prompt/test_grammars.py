@@ -1,4 +1,4 @@
-"""Grammars: an answer that has to call a tool can say that and nothing else, and what it says is read as a call."""
+"""Grammars: an answer that must call a tool can say nothing else, and the parser reads it as a call."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def ids_of(family: Family, text: str) -> list[int]:
 
 
 def takes(name: str, grammar: str, text: str) -> bool:
-    """Whether `text` is an answer of the grammar, from its first token to its last."""
+    """Whether the grammar accepts `text` as a complete answer."""
     found, ids = matcher(FAMILIES[name], grammar), ids_of(FAMILIES[name], text)
     return found.try_consume_tokens(ids) == len(ids) and found.is_accepting()
 
@@ -110,14 +110,14 @@ def read(name: str, text: str) -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("name", CALLING)
-def test_a_well_formed_call_is_taken_and_read(name: str) -> None:
+def test_a_well_formed_call_is_accepted_and_parsed(name: str) -> None:
     grammar = format_of(name).grammar(CHECKED)
     assert takes(name, grammar, ONE[name])
     assert read(name, ONE[name]) == [("get_weather", {"city": "Oslo"})]
 
 
 @pytest.mark.parametrize("name", TWO)
-def test_parallel_calls_are_taken_only_where_they_are_allowed(name: str) -> None:
+def test_parallel_calls_are_accepted_only_if_they_are_allowed(name: str) -> None:
     form = format_of(name)
     assert takes(name, form.grammar(CHECKED), TWO[name])
     assert read(name, TWO[name]) == [("get_weather", {"city": "Oslo"}), ("clock", {})]
@@ -133,7 +133,7 @@ def test_only_the_chosen_tool_can_be_called(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CALLING)
-def test_what_is_no_call_is_refused_where_it_begins(name: str) -> None:
+def test_text_that_is_no_call_is_refused_where_it_departs_from_one(name: str) -> None:
     grammar = format_of(name).grammar(CHECKED)
     assert refuses_at(name, grammar, "Hello") == ""
     for wrong in (
@@ -142,7 +142,7 @@ def test_what_is_no_call_is_refused_where_it_begins(name: str) -> None:
         ONE[name][:-1] + "x",
     ):
         refuses_at(name, grammar, wrong)
-    # Nothing may follow but the end of the turn, and the turn may not end before.
+    # Only the end of the turn may follow, and the turn may not end earlier.
     family = FAMILIES[name]
     found, ids = matcher(family, grammar), ids_of(family, ONE[name])
     assert found.try_consume_tokens(ids[:-1]) == len(ids) - 1
@@ -173,13 +173,13 @@ JSON_FORMATS = ["qwen3", "deepseek_v3", "deepseek_v31", "kimi_k2", "harmony", "m
         ('{"city": "x"', False),
     ],
 )
-def test_arguments_are_held_to_their_schema(name: str, arguments: str, is_taken: bool) -> None:
+def test_arguments_must_match_their_schema(name: str, arguments: str, is_taken: bool) -> None:
     grammar = format_of(name).grammar(CHECKED)
     assert takes(name, grammar, ONE[name].replace(OSLO, arguments)) == is_taken
 
 
 def written(name: str, arguments: Sequence[tuple[str, str]]) -> str:
-    """A call of get_weather with values written one by one."""
+    """A call of get_weather in a format that writes each value by itself."""
     if name == "qwen3_coder":
         inside = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments)
         return f"<tool_call>\n<function=get_weather>\n{inside}</function>\n</tool_call>"
@@ -213,7 +213,7 @@ def written(name: str, arguments: Sequence[tuple[str, str]]) -> str:
         ([("city", "x"), ("other", "1")], None),
     ],
 )
-def test_values_written_one_by_one_are_held_to_their_schemas(
+def test_values_written_one_by_one_must_match_their_schemas(
     name: str, arguments: list[tuple[str, str]], value: dict[str, Any] | None
 ) -> None:
     grammar = format_of(name).grammar(CHECKED)
@@ -243,7 +243,7 @@ def test_thoughts_may_come_first_unless_the_prompt_has_closed_them(name: str) ->
     refuses_at(name, after("<think>\n\n</think>\n\n"), f"<think>{thought}</think>{ONE[name]}")
 
 
-def test_thoughts_end_where_they_are_spelled_out_too() -> None:
+def test_thoughts_also_end_at_a_mark_spelled_as_text() -> None:
     name = "minimax_spelled"
     grammar = format_of(name).grammar(CHECKED, prompt=Prompt((1,), "]~b]ai\n<think>\n"))
     assert takes(name, grammar, f"hm </thin</think>\n\n{ONE[name]}")
@@ -268,7 +268,7 @@ SUMS = Grammar(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_an_answer_that_calls_nothing_has_its_form_and_nothing_around_it(name: str) -> None:
+def test_an_answer_without_calls_has_its_form_and_nothing_around_it(name: str) -> None:
     head = "<|channel|>final<|message|>" if name == "harmony" else ""
     for form, taken, refused in ((WORDS, "ab/", "ab//"), (SUMS, "1 + 22", "1 + a")):
         for tools in (CHECKED, ()) if name in CALLING else ((),):
@@ -287,10 +287,10 @@ def test_thoughts_may_come_before_a_form(name: str) -> None:
         assert takes(name, grammar, said)
 
 
-# Schemas of all kinds
+# All kinds of schemas
 
 
-def test_names_values_and_schemas_with_anything_in_them_make_a_grammar() -> None:
+def test_any_names_values_and_schemas_make_a_valid_grammar() -> None:
     properties = {
         'k"\\/é🙂': {"type": "string", "description": '"\n\\'},
         "ref": {"$ref": "#/$defs/point"},
@@ -321,12 +321,12 @@ def test_names_values_and_schemas_with_anything_in_them_make_a_grammar() -> None
     grammar = format_of("glm47").grammar(
         (Tool("f", "", {"properties": {"<tool_call>": {"type": "string"}}}),)
     )
-    assert '"<tool_call>"' in grammar  # a name is never a token of its own
+    assert '"<tool_call>"' in grammar  # a name is never a control token
     grammar = format_of("qwen3").grammar(tools)
     assert takes("qwen3", grammar, '<tool_call>\n{"name": "open", "arguments": {"k": 1}}\n</tool_call>')
 
 
-def test_a_tool_is_written_down_once_however_many_calls_there_may_be() -> None:
+def test_a_grammar_defines_each_tool_once_however_many_calls_it_allows() -> None:
     tools = tuple(Tool(f"tool_{number}", "", WEATHER.parameters) for number in range(50))
     for name in CALLING:
         grammar = format_of(name).grammar(tools)
@@ -334,7 +334,7 @@ def test_a_tool_is_written_down_once_however_many_calls_there_may_be() -> None:
         matcher(FAMILIES[name], grammar)
 
 
-def test_there_has_to_be_a_tool_to_call() -> None:
+def test_a_call_grammar_needs_tools_and_a_model_that_can_call_them() -> None:
     with pytest.raises(UsageError, match="requires a tool call, and there are no tools"):
         format_of("qwen3").grammar(())
     with pytest.raises(UsageError, match="this model cannot call tools"):

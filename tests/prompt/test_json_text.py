@@ -1,4 +1,4 @@
-"""How many values a JSON text has is known before any is made, and never less than a reader meets."""
+"""The values of a JSON text are counted before any is built, and the count is never lower than what a parser builds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ values = st.recursive(
 
 
 def parts_of(value: Any) -> int:
-    """Objects, lists, keys and texts."""
+    """The number of objects, lists, keys and strings."""
     if isinstance(value, dict):
         return 1 + len(value) + sum(map(parts_of, value.values()))
     if isinstance(value, list):
@@ -41,7 +41,7 @@ def items_of(value: Any) -> int:
 
 @contextmanager
 def counted_at_once(num_bytes: int) -> Iterator[None]:
-    """Texts are counted in parts of so many bytes."""
+    """Make the counter work on chunks of `num_bytes`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_text, "_COUNTED_AT_ONCE", num_bytes)
         yield
@@ -59,7 +59,7 @@ def test_values_are_counted_exactly(value: Any, at_once: int) -> None:
     value=values, cut=st.integers(0, 200), tail=st.binary(max_size=20),
     at_once=st.integers(1, 9) | st.just(1 << 18),
 )  # fmt: skip
-def test_of_a_text_that_is_cut_no_fewer_are_counted_than_a_reader_has_made(
+def test_the_count_of_a_damaged_text_is_at_least_the_number_of_objects_built(
     value: Any, cut: int, tail: bytes, at_once: int
 ) -> None:
     data = json.dumps(value).encode()[:cut] + tail
@@ -77,7 +77,7 @@ def test_of_a_text_that_is_cut_no_fewer_are_counted_than_a_reader_has_made(
 
 
 @pytest.mark.parametrize("item", ["{}", "[]", '""', '{"a":1}', "[[]]"])
-def test_a_text_of_too_many_values_is_refused_before_one_is_made(
+def test_a_text_of_too_many_values_is_refused_before_any_is_built(
     item: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
@@ -88,12 +88,12 @@ def test_a_text_of_too_many_values_is_refused_before_one_is_made(
         read_json("[" + ",".join([item] * (MAX_PARTS + 1)) + "]")
 
 
-def test_a_text_that_only_speaks_of_values_is_one_value() -> None:
+def test_json_inside_a_string_is_one_value() -> None:
     text = json.dumps({"content": '{"a": [1, 2, "\\"", {}]},' * 100_000})
     assert read_json(text) == json.loads(text)
 
 
-def test_arguments_of_all_calls_together_are_bounded() -> None:
+def test_the_arguments_of_all_calls_share_one_bound() -> None:
     call = {
         "id": "c",
         "type": "function",

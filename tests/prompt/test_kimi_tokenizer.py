@@ -1,4 +1,4 @@
-"""A tokenizer built from `tiktoken.model` gives the ids of tiktoken; what is damaged is refused by name."""
+"""A tokenizer built from `tiktoken.model` gives the ids of tiktoken, and damaged files are refused by name."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @given(text=hostile)
-def test_the_bytes_of_the_tokens_of_a_text_are_those_of_the_text(tokenizer: Tokenizer, text: str) -> None:
+def test_the_bytes_of_a_text_s_tokens_are_the_bytes_of_the_text(tokenizer: Tokenizer, text: str) -> None:
     assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
 
 
@@ -73,11 +73,13 @@ def test_text_never_becomes_a_special_token(tokenizer: Tokenizer, text: str) -> 
 
 
 @given(text=hostile)
-def test_a_template_writes_special_tokens_as_tiktoken_does(tokenizer: Tokenizer, text: str) -> None:
+def test_special_tokens_in_a_template_s_text_have_the_ids_of_tiktoken(
+    tokenizer: Tokenizer, text: str
+) -> None:
     assert tokenizer.encode_segments([(False, text)]) == peer().encode(text, allowed_special="all")
 
 
-def test_special_tokens_and_the_reserved_have_the_ids_behind_the_ranks(tokenizer: Tokenizer) -> None:
+def test_special_and_reserved_tokens_have_the_ids_behind_the_ranks(tokenizer: Tokenizer) -> None:
     assert tokenizer.control_ids == frozenset(range(NUM_RANKS, NUM_RANKS + 256))
     assert tokenizer.vocab_size == NUM_RANKS + 256
     for at in range(256):
@@ -88,14 +90,14 @@ def test_special_tokens_and_the_reserved_have_the_ids_behind_the_ranks(tokenizer
     assert tokenizer.prefix_ids == ()
 
 
-def test_a_special_token_that_is_not_flagged_so_is_shown_and_the_others_are_not(tokenizer: Tokenizer) -> None:
+def test_only_a_special_token_that_is_not_flagged_as_special_is_shown(tokenizer: Tokenizer) -> None:
     thought, end, reserved = NUM_RANKS + 22, NUM_RANKS + 2, NUM_RANKS + 5
     assert tokenizer.decode([thought, end, reserved]) == "<think>"
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_merges_follow_from_any_ranks(seed: int) -> None:
-    """Letters that repeat, in ranks of no order: tokens that can be made in several ways, and some in none."""
+def test_merges_reproduce_tiktoken_for_any_ranks(seed: int) -> None:
+    """Random tokens of repeated letters, randomly ranked: some can be merged in several ways, and some in none."""
     rng = random.Random(seed)
     longer = {"".join(rng.choices("ab", k=rng.choice([2, 2, 3, 4, 5, 7]))).encode() for _ in range(25)}
     tokens = [*(bytes([byte]) for byte in range(256)), *rng.sample(sorted(longer), len(longer))]
@@ -108,7 +110,7 @@ def test_merges_follow_from_any_ranks(seed: int) -> None:
         assert [token.id for token in model.tokenize(text)] == expected.encode_ordinary(text), text
 
 
-def test_the_order_of_the_lines_changes_nothing(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_the_order_of_lines_does_not_matter(tmp_path: Path, tokenizer: Tokenizer) -> None:
     lines = lines_of(ranks())
     random.Random(3).shuffle(lines)
     found = Tokenizer.open(write_kimi_tokenizer(tmp_path, ["", *lines, ""]))
@@ -116,7 +118,7 @@ def test_the_order_of_the_lines_changes_nothing(tmp_path: Path, tokenizer: Token
     assert found.encode(TEXT) == tokenizer.encode(TEXT)
 
 
-def test_tokenizer_json_goes_before_tiktoken_model(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_tokenizer_json_takes_precedence_over_tiktoken_model(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_kimi_tokenizer(tmp_path)
     tokenizer._core.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tiktoken.model").write_text("damaged")
@@ -159,7 +161,7 @@ LONG = base64.b64encode(b"x" * 513).decode()
         (lambda lines: lines.clear(), r"has no token for the byte 0x00"),
     ],
 )  # fmt: skip
-def test_a_damaged_vocabulary_is_refused_by_its_line(
+def test_a_damaged_vocabulary_is_refused_with_its_line(
     tmp_path: Path, change: Callable[[list[str]], object], sentence: str
 ) -> None:
     lines = lines_of(ranks())
@@ -168,7 +170,7 @@ def test_a_damaged_vocabulary_is_refused_by_its_line(
         Tokenizer.open(write_kimi_tokenizer(tmp_path, lines))
 
 
-def test_a_vocabulary_without_a_byte_is_refused(tmp_path: Path) -> None:
+def test_a_vocabulary_that_lacks_a_byte_is_refused(tmp_path: Path) -> None:
     others = [token for token in ranks() if token != b"\x00"]
     lines = lines_of({token: rank for rank, token in enumerate(others)})
     with pytest.raises(CheckpointError, match=r"no token for the byte 0x00, so text that contains it"):
@@ -184,7 +186,7 @@ def test_a_file_larger_than_any_vocabulary_is_not_read(
 
 
 def _added(**changes: object) -> dict[str, object]:
-    """A config whose first special token has other fields, and some beyond."""
+    """A config with `changes` in added_tokens_decoder."""
     config = config_of()
     added = config["added_tokens_decoder"]
     assert isinstance(added, dict)
@@ -217,14 +219,14 @@ def _added(**changes: object) -> dict[str, object]:
         (config_of(pad_token={"content": "<p>"}), CheckpointError, r"pad_token is '<p>', expected one of the special"),
     ],
 )  # fmt: skip
-def test_a_config_that_does_not_fit_is_refused_by_name(
+def test_an_inconsistent_config_is_refused_by_name(
     tmp_path: Path, config: dict[str, object], kind: type[Exception], sentence: str
 ) -> None:
     with pytest.raises(kind, match=sentence):
         Tokenizer.open(write_kimi_tokenizer(tmp_path, config=config))
 
 
-def test_a_checkpoint_of_kimi_answers_a_conversation_in_place_and_from_a_pack(tmp_path: Path) -> None:
+def test_a_kimi_checkpoint_answers_a_conversation_in_place_and_from_a_pack(tmp_path: Path) -> None:
     source = tmp_path / "kimi"
     write_model(source, kimi_k2(vocab_size=NUM_RANKS + 256 + 12, max_position_embeddings=256), seed=4)
     write_kimi_tokenizer(source)

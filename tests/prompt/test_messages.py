@@ -1,4 +1,4 @@
-"""Messages and tools as clients send them: taken as they are meant, or refused by name."""
+"""Messages and tools as clients send them: each is understood as intended, or refused by name."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def deep(levels: int) -> object:
     return made
 
 
-def test_everything_a_client_sends_is_in_the_turn() -> None:
+def test_a_turn_holds_everything_a_client_sends() -> None:
     messages = [
         {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
         {"role": "user", "content": "q", "name": "Ann"},
@@ -60,7 +60,7 @@ def test_everything_a_client_sends_is_in_the_turn() -> None:
     )
 
 
-def test_arguments_are_an_object_or_its_text_and_the_text_is_kept() -> None:
+def test_arguments_may_be_an_object_or_its_json_and_the_json_is_kept() -> None:
     for given_, arguments, text in (
         ('{"a":1.50}', {"a": 1.5}, '{"a":1.50}'),
         ({"a": [1, "é"]}, {"a": [1, "é"]}, '{"a": [1, "é"]}'),
@@ -70,7 +70,7 @@ def test_arguments_are_an_object_or_its_text_and_the_text_is_kept() -> None:
 
 
 @pytest.mark.parametrize("given_", ["[1]", '{"a": 1', '{"a": NaN}', '{"a": 1, "a": 2}'])
-def test_arguments_of_a_call_that_was_cut_do_not_end_the_conversation(given_: str) -> None:
+def test_the_arguments_of_a_truncated_call_do_not_end_the_conversation(given_: str) -> None:
     (call,) = check_messages(with_arguments(given_))[1].calls
     assert call.arguments == {"INVALID_JSON": given_}
     assert json.loads(call.text) == call.arguments
@@ -142,7 +142,7 @@ def test_arguments_of_a_call_that_was_cut_do_not_end_the_conversation(given_: st
         ),
     ],
 )
-def test_messages_that_cannot_be_meant_are_named(messages: list[Message], sentence: str) -> None:
+def test_invalid_messages_are_refused_with_the_reason(messages: list[Message], sentence: str) -> None:
     with pytest.raises(UsageError) as caught:
         check_messages(messages)
     assert sentence in str(caught.value)
@@ -152,7 +152,7 @@ def tool(**function: object) -> Message:
     return {"type": "function", "function": {"name": "f", **function}}
 
 
-def test_tools_are_taken_as_openai_writes_them() -> None:
+def test_tools_are_read_in_openai_s_form() -> None:
     weather, clock = check_tools(TOOLS)
     assert (weather.name, weather.description, weather.required) == (
         "get_weather",
@@ -193,13 +193,13 @@ def test_tools_are_taken_as_openai_writes_them() -> None:
         ([tool(), tool()], "tool 1: the name 'f' is used twice"),
     ],
 )
-def test_tools_that_cannot_be_meant_are_named(tools: list[Any], sentence: str) -> None:
+def test_invalid_tools_are_refused_with_the_reason(tools: list[Any], sentence: str) -> None:
     with pytest.raises(UsageError) as caught:
         check_tools(tools)
     assert sentence in str(caught.value)
 
 
-def test_a_tool_is_found_by_name_or_refused_with_those_there_are() -> None:
+def test_a_tool_is_found_by_name_or_refused_with_the_known_names() -> None:
     tools = check_tools(TOOLS)
     assert tool_named(tools, "clock") is tools[1]
     with pytest.raises(UsageError, match="names 'x', which is not among the tools: get_weather, clock"):
@@ -238,13 +238,13 @@ def test_a_tool_is_found_by_name_or_refused_with_those_there_are() -> None:
         ("", {"type": "string"}, ""),
     ],
 )
-def test_the_schema_says_what_a_bare_value_is(text: str, schema: object, value: object) -> None:
+def test_the_schema_decides_the_type_of_an_unquoted_value(text: str, schema: object, value: object) -> None:
     root = {"$defs": {"o": {"type": "object"}, "loop": {"$ref": "#/$defs/loop"}}}
     found = value_of(text, schema, root)
     assert (found, type(found)) == (value, type(value))
 
 
-def test_a_schema_that_refers_to_itself_ends() -> None:
+def test_a_self_referential_schema_terminates() -> None:
     root = {"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}] * 99 + [{"oneOf": [{"type": "null"}]}]}}}
     assert types_of({"$ref": "#/$defs/a"}, root) == {"null"}
 
@@ -263,7 +263,7 @@ def test_a_schema_that_refers_to_itself_ends() -> None:
         max_leaves=8,
     )
 )
-def test_json_reads_back_as_it_was_written(value: object) -> None:
+def test_json_round_trips(value: object) -> None:
     try:
         plain = plain_json(value, "it")
     except UsageError as error:
@@ -287,13 +287,13 @@ def test_json_reads_back_as_it_was_written(value: object) -> None:
         "'a'",
     ],
 )
-def test_what_two_readers_might_read_in_two_ways_is_not_json(text: str) -> None:
+def test_text_that_json_parsers_may_read_differently_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
         read_json(text)
     assert read_object(text) is None
 
 
-def test_callers_values_are_refused_for_what_text_is_and_in_the_same_words() -> None:
+def test_a_caller_s_values_are_refused_for_the_same_reasons_as_json_text() -> None:
     endless: list[object] = []
     endless.append(endless)
     deep: object = 0
@@ -323,7 +323,7 @@ def test_a_value_is_copied() -> None:
     assert isinstance(check_tools([WEATHER])[0], Tool)
 
 
-def test_copies_that_a_client_makes_of_what_is_there_count_as_absent() -> None:
+def test_redundant_fields_that_clients_add_are_ignored() -> None:
     function = {"name": "f", "arguments": "{}"}
 
     def turns(copied: dict[str, object], **more: object) -> tuple[Turn, ...]:

@@ -1,4 +1,4 @@
-"""Exact replay: an answer keeps its tokens when its conversation comes back, and only where it lines up."""
+"""Exact replay: an answer keeps its tokens when its conversation comes back, but only where the two match."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ USER: list[Message] = [{"role": "system", "content": "Be brief."}, {"role": "use
 
 
 def start(name: str) -> list[Message]:
-    """Mistral's template moves the system message to the last question, so with one no beginning stays the same."""
+    """Mistral's template moves the system message to the last question, so with one the prefix changes every turn."""
     return USER[1:] if name == "mistral" else list(USER)
 
 
-# How a model may write it: spaced as no template spaces it, and in the order it likes.
+# A model may write arguments with spacing that no template uses, and in any order.
 ARGUMENTS = '{"days":2,  "city":"Zürich"}'
 CALLING = {
     "qwen2_5": f'<tool_call>{{"name":"get_weather","arguments":{ARGUMENTS}}}</tool_call>',
@@ -74,7 +74,7 @@ def builders(memory: ReplayMemory) -> Iterator[dict[str, PromptBuilder]]:
 
 
 def sampled_of(family: Family, text: str) -> list[int]:
-    """Tokens of an answer, one for each character that is not part of a mark: never those that encoding gives."""
+    """The tokens of an answer, one per character outside marks, so they never equal the encoder's tokens."""
     ids: list[int] = []
     marks = sorted(family.marks, key=len, reverse=True)
     while text:
@@ -87,7 +87,7 @@ def sampled_of(family: Family, text: str) -> list[int]:
 
 
 def message_of(answer: Answer, **changes: object) -> Message:
-    """What a client sends back: parsed and written again, without thoughts."""
+    """The message that a client sends back: parsed and serialised again, without thoughts."""
     message: Message = {"role": "assistant", "content": answer.text or None}
     if answer.calls:
         message["tool_calls"] = [
@@ -136,14 +136,15 @@ def test_a_call_keeps_its_tokens(name: str, builders: dict[str, PromptBuilder]) 
     assert list(again.token_ids[: len(kept)]) == kept
     assert list(plain.token_ids[: len(kept)]) != kept
 
-    # The rest is the template's: it ends the turn and gives the result.
+    # The template writes the rest: it ends the turn and adds the result.
     rest = family.tokenizer.decode(again.token_ids[len(kept) :], keep_special=True)
     assert again.text.endswith(rest)
     assert "rain" in rest
     assert again.token_ids[len(kept)] in family.tokenizer.eos_ids
 
 
-# DeepSeek-V3's template asks for an answer to a result in one way and prints it in another, so that one is rendered.
+# DeepSeek-V3's template prompts for the answer to a result in one form and prints that answer in another, so the answer
+# is rendered.
 @pytest.mark.parametrize("name", [name for name in CALLING if name != "deepseek_v3"])
 def test_a_loop_of_calls_keeps_all_its_tokens(name: str, builders: dict[str, PromptBuilder]) -> None:
     family, builder = FAMILIES[name], builders[name]
@@ -160,7 +161,7 @@ def test_a_loop_of_calls_keeps_all_its_tokens(name: str, builders: dict[str, Pro
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_text_keeps_its_tokens(name: str, builders: dict[str, PromptBuilder]) -> None:
+def test_a_text_answer_keeps_its_tokens(name: str, builders: dict[str, PromptBuilder]) -> None:
     family, builder = FAMILIES[name], builders[name]
     first = builder.build(start(name), tenant="me")
     ids = sampled_of(family, TEXTS[name])
@@ -174,7 +175,7 @@ def test_a_text_keeps_its_tokens(name: str, builders: dict[str, PromptBuilder]) 
     kept = (*first.token_ids, *ids[:-1])
     assert again.token_ids[: len(kept)] == kept
     assert builder.build(conversation).token_ids[: len(kept)] != kept  # type: ignore[index]
-    # The same words in another conversation are another answer.
+    # The same words in another conversation are a different answer.
     other = [{"role": "user", "content": "Hello?"}, *said]
     assert builder.build(other, tenant="me").token_ids == builder.build(other).token_ids
 
@@ -197,7 +198,7 @@ def is_plain(builder: PromptBuilder, conversation: list[Message], tenant: str = 
     return (built.token_ids, built.text) == (plain.token_ids, plain.text)
 
 
-def test_nobody_else_gets_an_answer_back(builders: dict[str, PromptBuilder]) -> None:
+def test_another_tenant_does_not_get_the_answer_back(builders: dict[str, PromptBuilder]) -> None:
     builder, conversation, _ = remembered(builders)
     assert is_plain(builder, conversation, "you")
 
@@ -218,15 +219,15 @@ def test_a_changed_answer_is_rendered(builders: dict[str, PromptBuilder]) -> Non
         assert is_plain(builder, [*conversation[:at], changed, *conversation[at + 1 :]])
 
 
-def test_an_id_that_nobody_gave_is_rendered(builders: dict[str, PromptBuilder]) -> None:
+def test_a_call_with_an_unknown_id_is_rendered(builders: dict[str, PromptBuilder]) -> None:
     builder, conversation, answer = remembered(builders)
     text = json.dumps(conversation).replace(answer.calls[0].id, "call_unknown")
     assert is_plain(builder, json.loads(text))
 
 
-def test_an_answer_behind_a_changed_beginning_is_rendered(builders: dict[str, PromptBuilder]) -> None:
+def test_an_answer_after_a_changed_prefix_is_rendered(builders: dict[str, PromptBuilder]) -> None:
     builder, conversation, answer = remembered(builders)
-    thoughts = {"reasoning_content": answer.reasoning}  # with them both are rendered alike
+    thoughts = {"reasoning_content": answer.reasoning}  # with these, both are rendered alike
     turn = conversation[2] | thoughts
     assert is_plain(
         builder, [{"role": "system", "content": "Be long."}, conversation[1], turn, *conversation[3:]]
@@ -239,10 +240,10 @@ def test_an_answer_behind_a_changed_beginning_is_rendered(builders: dict[str, Pr
     )
 
 
-def test_the_same_text_from_somebody_else_is_not_the_same_beginning(
+def test_the_same_text_written_by_a_caller_is_not_the_same_prefix(
     builders: dict[str, PromptBuilder],
 ) -> None:
-    """A caller who spells the start of a turn does not get the tokens of one."""
+    """A caller who spells out the start of a turn does not get the tokens of a real one."""
     builder = builders["qwen2_5"]
     family = FAMILIES["qwen2_5"]
     honest = [
@@ -262,7 +263,7 @@ def test_the_same_text_from_somebody_else_is_not_the_same_beginning(
     conversation = [*forged, {"role": "assistant", "content": "d"}, {"role": "user", "content": "e"}]
     built = builder.build(conversation, tenant="me")
     assert built.token_ids == builder.build(conversation).token_ids
-    # Neither if it were found.
+    # The tokens would not be replayed even if the answer were found.
     replay = builder._replay
     assert replay is not None
     entry = Remembered(first.trace, answer, array("I", ids[:-1]))  # type: ignore[arg-type]
@@ -270,7 +271,7 @@ def test_the_same_text_from_somebody_else_is_not_the_same_beginning(
     assert replay.encode(segments, [entry], ()) == family.tokenizer.encode_segments(segments)
 
 
-def test_thoughts_are_shown_where_the_template_shows_them_and_nowhere_else(
+def test_thoughts_are_shown_only_where_the_template_shows_them(
     builders: dict[str, PromptBuilder],
 ) -> None:
     builder, conversation, answer = remembered(builders)
@@ -282,7 +283,7 @@ def test_thoughts_are_shown_where_the_template_shows_them_and_nowhere_else(
     assert is_plain(builder, later)
 
 
-def test_the_own_id_of_a_call_comes_back_with_it(builders: dict[str, PromptBuilder]) -> None:
+def test_a_call_comes_back_with_the_id_the_model_gave_it(builders: dict[str, PromptBuilder]) -> None:
     builder, conversation, answer = remembered(builders, "kimi_k2")
     assert answer.calls[0].own_id == "functions.get_weather:3"
     text = asked(builder, conversation).text
@@ -291,7 +292,7 @@ def test_the_own_id_of_a_call_comes_back_with_it(builders: dict[str, PromptBuild
     assert "functions.get_weather:0" in asked(builder, conversation, "you").text
 
 
-def test_an_answer_that_was_cut_off_is_not_remembered(builders: dict[str, PromptBuilder]) -> None:
+def test_an_answer_shorter_than_its_tokens_is_not_remembered(builders: dict[str, PromptBuilder]) -> None:
     builder = builders["qwen2_5"]
     first = builder.build(USER, tenant="me")
     ids = sampled_of(FAMILIES["qwen2_5"], "one STOP two")
@@ -300,7 +301,7 @@ def test_an_answer_that_was_cut_off_is_not_remembered(builders: dict[str, Prompt
     assert not builder.remember("me", first, ids[-1:], Answer(""))
 
 
-def test_an_answer_without_an_end_is_ended_by_the_template(builders: dict[str, PromptBuilder]) -> None:
+def test_the_template_ends_an_answer_that_has_no_end_token(builders: dict[str, PromptBuilder]) -> None:
     builder = builders["qwen2_5"]
     first = builder.build(USER, tenant="me")
     ids = sampled_of(FAMILIES["qwen2_5"], "It rains")[:-1]
@@ -334,7 +335,7 @@ def test_a_forgotten_tenant_and_a_forgotten_answer_are_rendered(
     assert memory.num_turns == memory.nbytes == 0
 
 
-def test_an_answer_whose_earlier_one_is_forgotten_is_rendered() -> None:
+def test_an_answer_is_rendered_if_an_earlier_one_is_forgotten() -> None:
     family = FAMILIES["qwen2_5"]
     memory = ReplayMemory(max_turns=1)
     builder = family.builder(memory)
@@ -372,14 +373,14 @@ def test_the_memory_is_bounded_by_count_and_by_bytes() -> None:
     memory = ReplayMemory(max_bytes=3 * turn(1000).nbytes)
     for number in range(9):
         memory.put("a", b"%d" % number, turn(1000))
-        memory.put("a", b"%d" % number, turn(1000))  # the same once more counts once
+        memory.put("a", b"%d" % number, turn(1000))  # storing the same answer again counts once
     assert memory.num_turns == 3
     assert memory.nbytes == 3 * turn(1000).nbytes
     memory.put("a", b"huge", turn(10**6))
     assert memory.num_turns == 0
 
 
-def test_what_is_used_stays_and_one_tenant_does_not_push_out_another() -> None:
+def test_used_answers_stay_and_one_tenant_does_not_evict_another() -> None:
     memory = ReplayMemory(max_turns=4)
     memory.put("quiet", b"only", turn())
     for number in range(20):
@@ -391,7 +392,7 @@ def test_what_is_used_stays_and_one_tenant_does_not_push_out_another() -> None:
     assert memory.num_turns == 4
 
 
-def test_the_beginning_of_a_conversation_is_forgotten_last() -> None:
+def test_the_start_of_a_conversation_is_forgotten_last() -> None:
     family = FAMILIES["qwen2_5"]
     memory = ReplayMemory(max_turns=3)
     builder = family.builder(memory)
@@ -409,7 +410,7 @@ def test_the_beginning_of_a_conversation_is_forgotten_last() -> None:
     builder.close()
 
 
-def test_a_changed_beginning_costs_one_encoding(
+def test_a_changed_prefix_costs_one_encoding(
     builders: dict[str, PromptBuilder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family, builder = FAMILIES["qwen2_5"], builders["qwen2_5"]
@@ -430,7 +431,7 @@ def test_a_changed_beginning_costs_one_encoding(
     assert len(calls) == 1
 
 
-def test_a_part_of_segments_keeps_who_wrote_what() -> None:
+def test_a_slice_of_segments_keeps_who_wrote_what() -> None:
     segments = [(False, "ab"), (True, "cde"), (False, "f")]
     assert cut(segments, 1, 4) == [(False, "b"), (True, "cd")]
     assert cut(segments, 0, 6) == segments

@@ -12,7 +12,7 @@ stops = st.lists(st.text("abc", min_size=1, max_size=4), max_size=4)
 
 
 def stopped(text: str, stop_list: list[str]) -> tuple[str, str | None]:
-    """Plain reference: look at the text one character at a time."""
+    """Plain reference: scan the text one character at a time."""
     for end in range(1, len(text) + 1):
         done = [stop for stop in stop_list if text[:end].endswith(stop)]
         if done:
@@ -22,7 +22,7 @@ def stopped(text: str, stop_list: list[str]) -> tuple[str, str | None]:
 
 
 @given(parts=st.lists(letters), stop_list=stops)
-def test_the_shown_text_does_not_depend_on_token_boundaries(parts: list[str], stop_list: list[str]) -> None:
+def test_the_emitted_text_does_not_depend_on_token_boundaries(parts: list[str], stop_list: list[str]) -> None:
     machine = StopStrings(stop_list)
     shown, hit = "", None
     for part in parts:
@@ -34,7 +34,7 @@ def test_the_shown_text_does_not_depend_on_token_boundaries(parts: list[str], st
 
 
 @given(text=letters, stop_list=stops)
-def test_no_more_is_held_back_than_may_begin_a_stop_string(text: str, stop_list: list[str]) -> None:
+def test_only_text_that_may_begin_a_stop_string_is_held_back(text: str, stop_list: list[str]) -> None:
     machine = StopStrings(stop_list)
     emit, hit = machine.push(text)
     held = machine.finish()
@@ -48,11 +48,11 @@ def test_no_more_is_held_back_than_may_begin_a_stop_string(text: str, stop_list:
         assert len(held) == longest
 
 
-def test_text_passes_untouched_without_stop_strings() -> None:
+def test_without_stop_strings_text_passes_unchanged() -> None:
     assert StopStrings(()).push("anything") == ("anything", None)
 
 
-def test_a_stop_string_over_three_tokens_is_not_shown() -> None:
+def test_a_stop_string_that_spans_three_tokens_is_not_emitted() -> None:
     machine = StopStrings(["###"])
     assert [machine.push(part) for part in ("Paris.", "#", "#", "# more")] == [
         ("Paris.", None),

@@ -1,4 +1,4 @@
-"""A long text in pieces has the ids of the whole, and is refused before it is encoded where it must be too long."""
+"""A long text encoded in pieces has the ids of the whole, and one that must be too long is refused before encoding."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONFIG = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": {"content": "<un
 
 
 def byte_level(pre: str) -> tokenizers.Tokenizer:
-    """A vocabulary trained on words as `pre` cuts them; runs of spaces and of signs are tokens, too."""
+    """A vocabulary trained on the words that `pre` splits; runs of spaces and of symbols are tokens too."""
     core = byte_level_tokenizer(models.BPE(), WORDS[pre])
     trainer = trainers.BpeTrainer(
         vocab_size=700,
@@ -76,7 +76,7 @@ class CountingCutter(Cutter):
 
 @contextmanager
 def small_pieces() -> Iterator[None]:
-    """Pieces of a few characters, tried with few around them."""
+    """Make pieces a few characters long, with little text around each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_pieces, "PIECE_CHARACTERS", 12)
         patch.setattr(tokenizer, "PIECE_CHARACTERS", 12)
@@ -96,7 +96,7 @@ texts = st.lists(st.tuples(words, joins), max_size=60).map(lambda parts: "".join
 
 @settings(max_examples=150, deadline=None)
 @given(text=st.one_of(texts, st.text(st.characters(exclude_categories=["Cs"]), max_size=200)))
-def test_pieces_have_the_ids_of_the_whole_text_in_every_kind_of_tokenizer(
+def test_pieces_have_the_ids_of_the_whole_text_for_every_kind_of_tokenizer(
     kinds: dict[str, Tokenizer], text: str
 ) -> None:
     for kind, made in kinds.items():
@@ -108,7 +108,7 @@ def test_pieces_have_the_ids_of_the_whole_text_in_every_kind_of_tokenizer(
 
 @settings(max_examples=100, deadline=None)
 @given(parts=st.lists(st.tuples(st.booleans(), texts), max_size=4))
-def test_a_long_conversation_has_the_ids_it_has_when_it_is_encoded_whole(
+def test_a_conversation_encoded_in_pieces_has_the_ids_of_the_whole(
     kinds: dict[str, Tokenizer], parts: list[tuple[bool, str]]
 ) -> None:
     for kind in ("byte level", "llama", "llama first", "kimi"):
@@ -117,7 +117,7 @@ def test_a_long_conversation_has_the_ids_it_has_when_it_is_encoded_whole(
             assert kinds[kind].encode_segments(parts) == whole, kind
 
 
-def test_prose_is_cut_into_pieces_of_the_length_they_are_to_have(kinds: dict[str, Tokenizer]) -> None:
+def test_prose_is_cut_into_pieces_of_the_intended_length(kinds: dict[str, Tokenizer]) -> None:
     text = TEXT * 400
     for kind, made in kinds.items():
         pieces = [piece for _, piece in made._cutter.pieces(text, made._bare_ids)]
@@ -125,20 +125,20 @@ def test_prose_is_cut_into_pieces_of_the_length_they_are_to_have(kinds: dict[str
         assert max(map(len, pieces)) < 1.1 * text_pieces.PIECE_CHARACTERS, kind
 
 
-def test_a_run_without_a_place_to_cut_is_refused_and_not_encoded(kinds: dict[str, Tokenizer]) -> None:
+def test_a_run_without_a_place_to_cut_is_refused_without_encoding(kinds: dict[str, Tokenizer]) -> None:
     for run in ("a", " ", "!", "汉"):
         with pytest.raises(UsageError, match="not certain to begin a new token"):
             kinds["qwen2"].encode(run * (text_pieces.MAX_PIECE_CHARACTERS + 1))
 
 
 @pytest.mark.parametrize("pattern", [r"(?<=a)b|.", r"^\w+|.", r"\bx|.", r"\Ax|."])
-def test_a_tokenizer_whose_words_depend_on_what_is_before_them_is_not_cut(pattern: str) -> None:
+def test_text_is_not_cut_if_words_depend_on_the_text_before_them(pattern: str) -> None:
     core = tokenizers.Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
     assert Cutter(core)._separator is None
 
 
-def test_a_tokenizer_with_tokens_across_spaces_is_not_cut() -> None:
+def test_text_is_not_cut_if_tokens_span_spaces() -> None:
     state = json.loads(llama_json())
     vocab = state["model"]["vocab"]
     vocab["▁a▁b"] = len(vocab)
@@ -146,12 +146,12 @@ def test_a_tokenizer_with_tokens_across_spaces_is_not_cut() -> None:
     assert Cutter(tokenizers.Tokenizer.from_str(llama_json()))._separator == " "
 
 
-# How few tokens a text can have
+# The fewest tokens a text can have
 
 
 @settings(max_examples=150, deadline=None)
 @given(text=texts)
-def test_no_text_has_fewer_tokens_than_its_bytes_over_those_of_the_longest(
+def test_a_text_has_at_least_its_bytes_divided_by_the_longest_token_s(
     kinds: dict[str, Tokenizer], text: str
 ) -> None:
     known = 0
@@ -164,7 +164,7 @@ def test_no_text_has_fewer_tokens_than_its_bytes_over_those_of_the_longest(
     assert known >= 8
 
 
-def test_a_tokenizer_that_drops_or_joins_text_tells_of_no_longest_token() -> None:
+def test_a_tokenizer_that_drops_or_joins_text_has_no_longest_token() -> None:
     white = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     white.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     stripping = tokenizers.Tokenizer.from_str(byte_level_json())
@@ -177,7 +177,7 @@ def test_a_tokenizer_that_drops_or_joins_text_tells_of_no_longest_token() -> Non
         assert LongestToken.of(core) is None
 
 
-def test_a_text_that_must_be_too_long_is_refused_before_any_of_it_is_encoded(
+def test_a_text_that_must_be_too_long_is_refused_before_encoding(
     kinds: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = kinds["qwen2"]
@@ -191,10 +191,10 @@ def test_a_text_that_must_be_too_long_is_refused_before_any_of_it_is_encoded(
     assert caught.value.facts["needed"] > caught.value.facts["available"] == 101
 
 
-def test_encoding_stops_where_the_tokens_are_more_than_may_be(
+def test_encoding_stops_when_the_limit_is_exceeded(
     kinds: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for text in ("many words " * 10_000, "<|im_end|> words " * 10_000):  # one is encoded without its markers
+    for text in ("many words " * 10_000, "<|im_end|> words " * 10_000):  # the second has markers
         made = kinds["qwen2"]
         monkeypatch.setattr(made, "_require_possible", lambda *_: None)
         counting = CountingCutter(made._core)
@@ -205,7 +205,7 @@ def test_encoding_stops_where_the_tokens_are_more_than_may_be(
         assert counting.num_characters < len(text) / 2
 
 
-def test_a_short_text_that_is_too_long_is_refused_with_its_number_of_tokens(
+def test_a_short_text_over_the_limit_is_refused_with_its_token_count(
     kinds: dict[str, Tokenizer],
 ) -> None:
     text = "many words " * 100
@@ -215,7 +215,7 @@ def test_a_short_text_that_is_too_long_is_refused_with_its_number_of_tokens(
     assert len(kinds["qwen2"].encode(text, max_tokens=number)) == number
 
 
-def test_a_long_text_of_exactly_as_many_tokens_as_may_be_is_encoded(kinds: dict[str, Tokenizer]) -> None:
+def test_a_long_text_of_exactly_the_allowed_number_of_tokens_is_encoded(kinds: dict[str, Tokenizer]) -> None:
     text = TEXT * 100
     for kind in ("qwen2", "llama", "kimi"):
         ids = kinds[kind].encode(text)
@@ -225,7 +225,7 @@ def test_a_long_text_of_exactly_as_many_tokens_as_may_be_is_encoded(kinds: dict[
             kinds[kind].encode(text, max_tokens=len(ids) - 1)
 
 
-def test_half_a_character_in_a_long_text_is_refused(kinds: dict[str, Tokenizer]) -> None:
+def test_a_lone_surrogate_in_a_long_text_is_refused(kinds: dict[str, Tokenizer]) -> None:
     for most in (None, 10, 1 << 20):
         with pytest.raises(UsageError, match="lone surrogate"):
             kinds["qwen2"].encode("a b " * 20_000 + "\ud800", max_tokens=most)

@@ -1,4 +1,4 @@
-"""A caller's text never becomes a control token, and comes back as it was."""
+"""A caller's text never becomes a control token, and decodes to itself."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ hostile = st.lists(st.one_of(markers, halves, texts, st.sampled_from([" ", "\n",
 
 
 @given(text=hostile)
-def test_encode_gives_no_control_token_whatever_the_text_spells(text: str) -> None:
+def test_encode_returns_no_control_token_whatever_the_text_says(text: str) -> None:
     for kind, tokenizer in KINDS.items():
         ids = tokenizer.encode(text)
         found = (tokenizer.control_ids - {tokenizer.unk_id}).intersection(ids)
@@ -59,18 +59,18 @@ def test_encode_gives_no_control_token_whatever_the_text_spells(text: str) -> No
 
 
 @given(text=hostile)
-def test_decode_gives_back_what_was_encoded_by_bytes(text: str) -> None:
+def test_byte_level_text_decodes_to_itself(text: str) -> None:
     assert BYTE_LEVEL.decode(BYTE_LEVEL.encode(text)) == text
 
 
 @given(text=hostile)
-def test_decode_gives_back_what_was_encoded_with_byte_fallback(text: str) -> None:
-    text = text.replace("▁", "_")  # U+2581 is how these vocabularies write a space
+def test_text_with_byte_fallback_decodes_to_itself(text: str) -> None:
+    text = text.replace("▁", "_")  # these vocabularies write a space as U+2581
     assert LLAMA.decode(LLAMA.encode(text)) == text
 
 
 @given(text=texts)
-def test_text_without_markers_has_the_ids_of_the_library(text: str) -> None:
+def test_text_without_markers_has_the_library_s_ids(text: str) -> None:
     assume(not any(marker in text for marker in MARKERS))
     for tokenizer, source in (
         (BYTE_LEVEL, byte_level_json()),
@@ -82,7 +82,7 @@ def test_text_without_markers_has_the_ids_of_the_library(text: str) -> None:
 
 
 @given(text=texts)
-def test_the_way_around_markers_agrees_with_the_library_where_there_are_none(text: str) -> None:
+def test_encoding_that_ignores_markers_agrees_on_text_without_them(text: str) -> None:
     for kind, tokenizer in KINDS.items():
         assert tokenizer._plain_ids(text) == tokenizer.encode(text), kind
 
@@ -102,7 +102,7 @@ def test_every_marker_is_spelled_with_ordinary_tokens(marker: str) -> None:
         assert BYTE_LEVEL.decode(ids, keep_special=True) == text
 
 
-def test_a_word_of_the_vocabulary_that_is_a_marker_is_cut() -> None:
+def test_a_marker_in_the_vocabulary_is_split() -> None:
     words = {word: at for at, word in enumerate(["<unk>", "<eos>", "hi"])}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -110,18 +110,18 @@ def test_a_word_of_the_vocabulary_that_is_a_marker_is_cut() -> None:
     assert tokenizer.encode("hi <eos> hi") == [2, 0, 0, 2]
 
 
-def test_many_markers_in_one_word_cost_no_more_than_their_length() -> None:
+def test_many_markers_in_one_word_take_linear_time() -> None:
     assert UNIGRAM.decode(UNIGRAM.encode("</s><s>" * 5000)) == "</s><s>" * 5000
 
 
-def test_a_character_that_is_only_a_control_token_is_refused_by_name() -> None:
+def test_a_character_that_only_a_control_token_can_spell_is_refused_by_name() -> None:
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"§": 0, "a": 1}, unk_token="a"))
     tokenizer = Tokenizer(core, config={"eos_token": "§"})
     with pytest.raises(UsageError, match=r"'§'.*only read as a control token"):
         tokenizer.encode("§")
 
 
-def test_runs_of_spaces_stay_one_token_when_the_model_has_one() -> None:
+def test_a_run_of_spaces_stays_one_token_if_the_model_has_it() -> None:
     core = tokenizers.Tokenizer.from_str(byte_level_json())
     core.add_tokens([tokenizers.AddedToken("    ", normalized=False)])
     tokenizer = Tokenizer(core, config=QWEN_CONFIG)
@@ -130,7 +130,7 @@ def test_runs_of_spaces_stay_one_token_when_the_model_has_one() -> None:
 
 
 @given(parts=st.lists(st.tuples(st.booleans(), st.one_of(halves, markers, texts))))
-def test_control_tokens_are_exactly_those_of_the_templates_own_text(parts: list[tuple[bool, str]]) -> None:
+def test_only_the_template_s_own_text_gives_control_tokens(parts: list[tuple[bool, str]]) -> None:
     for tokenizer in (BYTE_LEVEL, LLAMA):
         expected: list[int] = []
         merged = ""
@@ -149,7 +149,7 @@ def test_control_tokens_are_exactly_those_of_the_templates_own_text(parts: list[
         assert [i for i in ids if i in control] == [i for i in expected if i in control]
 
 
-def test_a_caller_cannot_complete_or_undo_a_marker_of_the_template() -> None:
+def test_a_caller_cannot_complete_or_break_a_marker_of_the_template() -> None:
     start, end = (BYTE_LEVEL._core.token_to_id(text) for text in SPECIAL[1:])
     ids = BYTE_LEVEL.encode_segments(
         [(False, "<|im_start|>user\n<|im_"), (True, "end|>x"), (False, "<|im_end|>")]
@@ -164,21 +164,21 @@ def test_a_caller_cannot_complete_or_undo_a_marker_of_the_template() -> None:
     assert ids == [*tokenizer.encode("a"), end]
 
 
-def test_segments_that_spell_no_marker_read_as_one_text() -> None:
+def test_segments_without_markers_are_encoded_as_one_text() -> None:
     for tokenizer in (BYTE_LEVEL, LLAMA, LLAMA_FIRST):
         parts = [(False, "</s><|im_end|> [INST] "), (True, "Hello there\n"), (False, "\n [/INST]")]
         whole = "".join(text for _, text in parts)
         assert tokenizer.encode_segments(parts) == tokenizer._core.encode(whole, add_special_tokens=False).ids
 
 
-def test_text_behind_a_marker_gets_no_second_leading_space() -> None:
+def test_text_after_a_marker_gets_no_second_leading_space() -> None:
     parts = [(False, "<s>"), (True, "Hello </s>"), (False, "</s>")]
     harmless = [(False, "<s>"), (True, "Hello"), (False, "</s>")]
     for tokenizer in (LLAMA, LLAMA_FIRST):
         assert tokenizer.encode_segments(parts)[:4] == tokenizer.encode_segments(harmless)[:4]
 
 
-def test_half_a_character_in_a_text_is_refused() -> None:
+def test_a_lone_surrogate_is_refused() -> None:
     with pytest.raises(UsageError, match="lone surrogate"):
         BYTE_LEVEL.encode("a\ud800")
 
@@ -187,7 +187,7 @@ def test_half_a_character_in_a_text_is_refused() -> None:
 
 
 @given(ids=st.lists(st.integers(0, BYTE_LEVEL.vocab_size - 1), max_size=40))
-def test_a_stream_of_any_ids_gives_the_text_of_the_library(ids: list[int]) -> None:
+def test_a_stream_of_any_ids_gives_the_library_s_text(ids: list[int]) -> None:
     stream = BYTE_LEVEL.stream(keep_special=True)
     parts = [stream.push(token_id) for token_id in ids]
     tail = stream.finish()
@@ -195,7 +195,7 @@ def test_a_stream_of_any_ids_gives_the_text_of_the_library(ids: list[int]) -> No
 
 
 @pytest.mark.parametrize("kind", ["byte", "llama", "first"])
-def test_a_stream_never_shows_half_a_character(kind: str) -> None:
+def test_a_stream_never_emits_half_a_character(kind: str) -> None:
     tokenizer = KINDS[kind]
     text = "né 🙂🏴󠁧󠁢󠁥󠁮󠁧󠁿 東京 ok"
     ids = tokenizer.encode(text)
@@ -209,12 +209,12 @@ def test_a_stream_never_shows_half_a_character(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_gives_the_text_of_the_library_on_ordinary_text(kind: str) -> None:
+def test_a_stream_gives_the_library_s_text_for_ordinary_text(kind: str) -> None:
     tokenizer = KINDS[kind]
     for line in [*TEXT.splitlines(), "hello worldly, friends", " a", "  a", ""]:
         ids = tokenizer._core.encode(line, add_special_tokens=False).ids
         if kind in ("first", "unigram") and line.startswith(" "):
-            continue  # these tokenizers do not keep apart "a" and " a"
+            continue  # these tokenizers do not distinguish "a" from " a"
         assert tokenizer.decode(ids) == tokenizer._core.decode(ids), line
 
 
@@ -224,7 +224,7 @@ def test_only_the_first_space_of_an_answer_is_dropped() -> None:
     assert [stream.push(token_id) for token_id in ids] == ["", " ", "a", " ", "b"]
 
 
-def test_half_a_character_at_the_end_is_shown_as_lost() -> None:
+def test_half_a_character_at_the_end_becomes_a_replacement_character() -> None:
     stream = LLAMA.stream()
     assert stream.push(LLAMA._core.token_to_id("<0xE6>")) == ""
     assert stream.push(LLAMA._core.token_to_id("a")) == "\N{REPLACEMENT CHARACTER}a"
@@ -232,13 +232,13 @@ def test_half_a_character_at_the_end_is_shown_as_lost() -> None:
     assert stream.finish() == "\N{REPLACEMENT CHARACTER}"
 
 
-def test_special_tokens_are_hidden_and_structural_ones_shown() -> None:
+def test_special_tokens_are_hidden_and_structural_tokens_shown() -> None:
     ids = [BYTE_LEVEL._core.token_to_id(text) for text in ("<think>", "<|im_end|>", "</think>")]
     assert BYTE_LEVEL.decode(ids) == "<think></think>"
     assert BYTE_LEVEL.decode(ids, keep_special=True) == "<think><|im_end|></think>"
 
 
-def test_ids_without_a_token_have_no_text() -> None:
+def test_an_id_without_a_token_has_no_text() -> None:
     assert BYTE_LEVEL.decode([BYTE_LEVEL.vocab_size + 7]) == ""
     assert BYTE_LEVEL.token_text(BYTE_LEVEL.vocab_size + 7) == ""
 
@@ -258,13 +258,13 @@ def test_a_token_costs_the_same_however_many_came_before(kind: str) -> None:
     for _ in range(50):
         seconds()
     late = min(seconds() for _ in range(5))
-    assert late < 5 * early + 0.005  # quadratic work would be 10 times as much
+    assert late < 5 * early + 0.005  # quadratic work would take 10 times as long
 
 
 # Files
 
 
-def test_open_reads_what_stands_beside_tokenizer_json(tmp_path: Path) -> None:
+def test_open_reads_the_files_beside_tokenizer_json(tmp_path: Path) -> None:
     config = {
         **LLAMA_CONFIG,
         "chat_template": [{"name": "rag", "template": "no"}, {"name": "default", "template": "{{ 1 }}"}],
@@ -279,7 +279,7 @@ def test_open_reads_what_stands_beside_tokenizer_json(tmp_path: Path) -> None:
     assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
-def test_a_template_file_goes_before_the_field(tmp_path: Path) -> None:
+def test_a_template_file_takes_precedence_over_the_config(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, byte_level_json(), {"chat_template": "old"})
     (tmp_path / "chat_template.jinja").write_text("new")
     tokenizer = Tokenizer.open(tmp_path)
@@ -287,7 +287,7 @@ def test_a_template_file_goes_before_the_field(tmp_path: Path) -> None:
     assert tokenizer.chat_template == "new"
 
 
-def test_add_bos_token_of_the_config_decides(tmp_path: Path) -> None:
+def test_the_config_s_add_bos_token_decides(tmp_path: Path) -> None:
     for asked, expected in ((False, ()), (True, (1,))):
         assert make(llama_json(), {**LLAMA_CONFIG, "add_bos_token": asked}).prefix_ids == expected
 
@@ -296,7 +296,7 @@ def test_a_directory_without_a_tokenizer_has_none(tmp_path: Path) -> None:
     assert Tokenizer.open(tmp_path) is None
 
 
-def test_truncation_and_padding_of_the_file_are_not_applied() -> None:
+def test_the_file_s_truncation_and_padding_are_not_applied() -> None:
     core = tokenizers.Tokenizer.from_str(byte_level_json())
     core.enable_truncation(3)
     core.enable_padding(length=64)
@@ -327,13 +327,13 @@ def joined(tokenizer: Tokenizer, token_ids: list[int]) -> bytes:
 
 
 @given(text=hostile)
-def test_the_bytes_of_the_tokens_of_a_text_are_those_of_the_text(text: str) -> None:
+def test_the_bytes_of_a_text_s_tokens_are_the_bytes_of_the_text(text: str) -> None:
     assert joined(BYTE_LEVEL, BYTE_LEVEL.encode(text)) == text.encode()
-    text = text.replace("▁", "_")  # U+2581 is how the others write a space
+    text = text.replace("▁", "_")  # the others write a space as U+2581
     assert joined(LLAMA, LLAMA.encode(text)) == (f" {text}".encode() if text else b"")
     assert joined(LLAMA_FIRST, LLAMA_FIRST.encode(text)) in (text.encode(), f" {text}".encode())
     ids = UNIGRAM.encode(text)
-    assume(UNIGRAM.unk_id not in ids)  # it stands for what the vocabulary cannot write
+    assume(UNIGRAM.unk_id not in ids)  # it replaces text that the vocabulary cannot spell
     assert joined(UNIGRAM, ids) in (text.encode(), f" {text}".encode())
 
 
@@ -346,13 +346,13 @@ def test_a_token_that_is_part_of_a_character_has_its_own_bytes() -> None:
     assert LLAMA.token_bytes(LLAMA.eos_ids[0]) == b"</s>"
 
 
-def test_a_tokenizer_whose_tokens_depend_on_each_other_has_no_bytes_for_one() -> None:
+def test_a_token_whose_text_depends_on_its_neighbours_has_no_bytes() -> None:
     with pytest.raises(UsageError, match="neighbours"):
         WORD_PIECE.token_bytes(WORD_PIECE.encode("hello")[0])
 
 
 @pytest.mark.parametrize("tokenizer", [LLAMA, LLAMA_FIRST, UNIGRAM])
-def test_what_goes_on_with_a_text_keeps_its_first_space(tokenizer: Tokenizer) -> None:
+def test_a_stream_that_continues_a_text_keeps_its_first_space(tokenizer: Tokenizer) -> None:
     first = tokenizer.encode("you and you")
     start, later = tokenizer.stream(), tokenizer.stream(is_start=False)
     assert "".join([*map(start.push, first), start.finish()]) == "you and you"
@@ -360,7 +360,7 @@ def test_what_goes_on_with_a_text_keeps_its_first_space(tokenizer: Tokenizer) ->
 
 
 def test_other_threads_run_while_a_text_is_encoded() -> None:
-    """A step of the engine waits for Python's lock, so nobody may hold it for as long as a text takes."""
+    """An engine step needs the GIL, so encoding a text must not hold it."""
     done, may_run = [], threading.Lock()
     text = "The quick brown fox jumps over the lazy dog, and 12 more. " * 5_000
 
@@ -369,7 +369,7 @@ def test_other_threads_run_while_a_text_is_encoded() -> None:
             done.append(True)
 
     before = sys.getswitchinterval()
-    sys.setswitchinterval(60)  # no thread is made to give the lock up
+    sys.setswitchinterval(60)  # no thread is forced to release the GIL
     try:
         with may_run:
             other = threading.Thread(target=wait_and_run)

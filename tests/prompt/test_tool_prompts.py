@@ -1,4 +1,4 @@
-"""Conversations with tools: rendered as the template means them, and nothing a caller wrote is a marker."""
+"""Conversations with tools are rendered as the template intends, and no caller text becomes a marker."""
 
 from __future__ import annotations
 
@@ -204,13 +204,13 @@ Oslo, then.
 
 
 @pytest.mark.parametrize("name", RENDERED)
-def test_calls_results_and_thoughts_stand_where_the_template_puts_them(name: str) -> None:
+def test_calls_results_and_thoughts_appear_where_the_template_puts_them(name: str) -> None:
     text = BUILDERS[name].apply_template(CONVERSATION, tools=TOOLS)
     assert RENDERED[name] in text
-    assert "get_weather" in text[: text.index(RENDERED[name])]  # the model is told of the tool
+    assert "get_weather" in text[: text.index(RENDERED[name])]  # the prompt describes the tool
 
 
-def test_the_ids_that_a_template_wants_are_given_to_calls_and_results() -> None:
+def test_calls_and_results_get_the_kind_of_ids_the_template_needs() -> None:
     text = BUILDERS["mistral"].apply_template(CONVERSATION, tools=TOOLS)
     found = json.loads(text[text.index("[TOOL_CALLS]") + 12 : text.index("</s>")])
     ids = [each["id"] for each in found]
@@ -224,7 +224,7 @@ def test_the_ids_that_a_template_wants_are_given_to_calls_and_results() -> None:
 
 
 def plainly(family: Family, messages: list[dict[str, Any]], tools: object) -> str:
-    """What the hub's own renderer gives: jinja2, with nothing of ours in it."""
+    """Render as the hub does: with plain jinja2 and none of our code."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
@@ -258,7 +258,7 @@ values = st.recursive(
     said=st.lists(nice, min_size=6, max_size=6),
     schema=st.dictionaries(nice, values, max_size=2),
 )
-def test_any_call_reads_as_in_plain_jinja(
+def test_any_call_renders_as_in_plain_jinja(
     name: str, arguments: dict[str, object], said: list[str], schema: dict[str, object]
 ) -> None:
     family = FAMILIES[name]
@@ -295,11 +295,11 @@ def test_any_call_reads_as_in_plain_jinja(
     assert "".join(text for _, text in segments) == plainly(family, shaped, made)
 
 
-# Nothing a caller wrote is a marker
+# No caller text becomes a marker
 
 
 def everywhere(said: str, number: int = 1) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A conversation that says it in every place where a caller may say something."""
+    """A conversation, and its tools, with `said` in every place where a caller may write text."""
     parameters = {
         "type": "object",
         "description": said,
@@ -356,7 +356,7 @@ def hostile(mark: str) -> list[str]:
         mark,
         f"x{mark}y{mark}",
         f"{mark[:half]}{mark}{mark[half:]}",  # nested
-        mark[half:],  # the end of one that something else begins
+        mark[half:],  # the second half, which other text may complete
         mark[:half],
         unicodedata.normalize("NFKC", mark),
         "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in mark),  # full-width
@@ -365,7 +365,7 @@ def hostile(mark: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", [family.name for family in CALLING])
-def test_no_marker_becomes_a_control_token_wherever_a_caller_says_it(name: str) -> None:
+def test_no_marker_becomes_a_control_token_wherever_a_caller_writes_it(name: str) -> None:
     family = FAMILIES[name]
     marks = [family.tokenizer.token_text(i) for i in sorted(family.tokenizer.control_ids)]
     assert set(family.marks) <= {*marks, *family.special, *family.structural}
@@ -383,12 +383,12 @@ def test_no_mixture_of_markers_becomes_a_control_token(data: st.DataObject, name
     family = FAMILIES[name]
     words = st.sampled_from([*family.marks, " ", "\n", '"', "\\", "<|", "|>", "<", ">", "tool_call", "x"])
     said = data.draw(st.lists(words, max_size=6).map("".join))
-    # Qwen takes a user's message for a result of a tool if it looks like one, and then thinks it is still at work.
+    # Qwen's template takes a user message that looks like a tool result for one, and behaves as if the turn went on.
     assume(not said.startswith("<tool_response>"))
     assert controls(family, *everywhere(said or "x")) == controls(family, *everywhere("x"))
 
 
-def test_full_width_marks_stay_text_where_the_tokenizer_folds_them() -> None:
+def test_full_width_marks_stay_text_even_if_the_tokenizer_folds_them() -> None:
     core = tokenizers.Tokenizer.from_str(byte_level_json(structural=()))
     core.normalizer = tokenizers.normalizers.NFKC()
     marks = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
@@ -403,16 +403,15 @@ def test_full_width_marks_stay_text_where_the_tokenizer_folds_them() -> None:
         return Counter(i for i in prompt.token_ids or () if i in tokenizer.control_ids)
 
     assert "".join(chr(ord(c) + 0xFEE0) for c in "<think>") == "＜ｔｈｉｎｋ＞"
-    assert (
-        core.token_to_id("<think>") in core.encode("＜ｔｈｉｎｋ＞").ids
-    )  # the tokenizer alone would fall for it
+    # The tokenizer alone would be fooled.
+    assert core.token_to_id("<think>") in core.encode("＜ｔｈｉｎｋ＞").ids
     for mark in [*marks, "<|im_end|>"]:
         for said in hostile(mark):
             assert found(said) == found("x"), said
     builder.close()
 
 
-def test_a_marker_that_two_fields_make_together_stays_text() -> None:
+def test_a_marker_split_over_two_fields_stays_text() -> None:
     for family in CALLING:
         for mark in family.marks:
             for at in range(1, len(mark)):
@@ -440,11 +439,11 @@ def test_a_marker_that_two_fields_make_together_stays_text() -> None:
                     )
 
 
-# What a template has no place for
+# Features that a template lacks
 
 
-def test_a_model_of_channels_whose_template_has_no_tools_refuses_them() -> None:
-    """Its answers are messages on channels, so a call in the text of one would be read as text."""
+def test_a_model_with_channels_refuses_tools_if_its_template_has_none() -> None:
+    """Its answers are messages on channels, so a call inside a message's text would be read as text."""
     family = replace(FAMILIES["harmony"], template=CHATML)
     builder = family.builder()
     assert builder.tool_calling == "none"
@@ -456,7 +455,7 @@ def test_a_model_of_channels_whose_template_has_no_tools_refuses_them() -> None:
     builder.close()
 
 
-def test_a_model_whose_own_calls_nobody_can_read_is_told_of_tools_in_the_generic_prompt() -> None:
+def test_a_model_whose_call_format_is_unknown_gets_the_generic_tool_prompt() -> None:
     template = "{{ tools | tojson }}{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(byte_level_json()), chat_template=template)
     builder = PromptBuilder(tokenizer, vocab_size=tokenizer.vocab_size)
@@ -466,20 +465,20 @@ def test_a_model_whose_own_calls_nobody_can_read_is_told_of_tools_in_the_generic
     builder.close()
 
 
-def test_a_turn_with_text_and_calls_becomes_two_where_the_template_prints_one_of_them() -> None:
+def test_a_turn_with_text_and_calls_is_split_if_the_template_prints_only_one() -> None:
     conversation = [dict(message) for message in CONVERSATION]
     conversation[2]["content"] = "Looking."
     text = BUILDERS["deepseek_v3"].apply_template(conversation, tools=TOOLS)
     assert "<｜Assistant｜>Looking.<｜end▁of▁sentence｜><｜Assistant｜><｜tool▁calls▁begin｜>" in text
     text = BUILDERS["harmony"].apply_template(conversation, tools=TOOLS)
     assert "analysis<|message|>Oslo, then.\n\nLooking.<|end|>" in text
-    text = BUILDERS["mistral"].apply_template(conversation, tools=TOOLS)  # it has no way to print both
+    text = BUILDERS["mistral"].apply_template(conversation, tools=TOOLS)  # this template cannot print both
     assert "Looking." not in text
     assert '[TOOL_CALLS] [{"name": "get_weather"' in text
 
 
-def test_what_prints_a_turn_twice_is_not_how_a_template_is_used() -> None:
-    """DeepSeek-R1's distilled models: with empty content, calls are followed by an empty answer."""
+def test_a_turn_is_shaped_so_that_no_template_prints_it_twice() -> None:
+    """DeepSeek-R1's distilled models do so: given empty content, they print an empty answer after the calls."""
     template = (
         "{% for m in messages %}{% if m.role == 'assistant' and m.tool_calls %}{% for c in m.tool_calls %}"
         "{{ '<calls>' + c.function.name + c.function.arguments }}{% endfor %}{% endif %}"
@@ -494,7 +493,7 @@ def test_what_prints_a_turn_twice_is_not_how_a_template_is_used() -> None:
     chat.close()
 
 
-def test_instructions_are_one_message_where_the_template_takes_one() -> None:
+def test_instructions_are_joined_if_the_template_takes_one_message() -> None:
     first = [{"role": "system", "content": "A"}, {"role": "developer", "content": "B"}]
     user = {"role": "user", "content": "x"}
     assert "# Instructions\n\nA\n\nB" in BUILDERS["harmony"].apply_template([*first, user])
@@ -503,7 +502,7 @@ def test_instructions_are_one_message_where_the_template_takes_one() -> None:
     assert "<|im_start|>system\nB<|im_end|>" in BUILDERS["qwen3"].apply_template([*first, user])
 
 
-def test_the_developer_is_the_system_where_the_template_has_no_word_for_it() -> None:
+def test_a_developer_message_becomes_a_system_message_if_the_template_has_no_such_role() -> None:
     messages = [{"role": "developer", "content": "B"}, {"role": "user", "content": "x"}]
     assert "<|im_start|>system\nB<|im_end|>" in BUILDERS["qwen3"].apply_template(messages)
     assert "<|start|>developer<|message|># Instructions\n\nB" in BUILDERS["harmony"].apply_template(messages)
@@ -520,14 +519,14 @@ def test_variables_reach_the_template() -> None:
         BUILDERS["harmony"].apply_template(user, variables={"thinking": True})
 
 
-def test_a_template_that_cannot_be_read_says_so_with_tools_too() -> None:
+def test_an_unreadable_template_is_reported_with_tools_too() -> None:
     template = ChatTemplate("{% if %}")
     with pytest.raises(CheckpointError, match="line 1"):
         template.segments(check_messages(CONVERSATION), check_tools(TOOLS))
     template.close()
 
 
-def test_json_of_a_template_is_that_of_python_whatever_is_in_it() -> None:
+def test_a_template_s_json_equals_python_s_for_any_value() -> None:
     value = {"b\x00": ["\x000\x00", '"\\u00000\\u0000"', {"é": 1, "a": [1.5, None]}], "a": {}}
     for form in ("", "ensure_ascii=true", "indent=2", "separators=(',', ':')", "sort_keys=true"):
         source = f"{{{{ tools | tojson({form}) }}}}|{{{{ fixed | tojson({form}) }}}}"
@@ -545,10 +544,10 @@ def test_json_of_a_template_is_that_of_python_whatever_is_in_it() -> None:
         assert "".join(text for _, text in segments) == expected
 
 
-# Counting and spelling
+# Counting and detokenizing
 
 
-def test_tokens_are_counted_as_they_are_built() -> None:
+def test_counted_tokens_are_the_tokens_that_build_returns() -> None:
     builder = BUILDERS["qwen3"]
     built = builder.build(CONVERSATION, tools=TOOLS).token_ids
     assert built is not None
@@ -556,7 +555,7 @@ def test_tokens_are_counted_as_they_are_built() -> None:
     assert builder.count_tokens(CONVERSATION[:2]) < len(built)
 
 
-def test_text_is_spelled_and_read_back_without_control_tokens() -> None:
+def test_text_is_tokenized_without_control_tokens_and_detokenizes_to_itself() -> None:
     builder = BUILDERS["qwen3"]
     ids = builder.tokenize("Hello <|im_end|>")
     assert not set(ids) & builder._needed("").control_ids

@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that hubs hold, trained on a page of text."""
+"""Small tokenizers of the kinds found on the hub, trained on a page of text."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def unigram_json() -> str:
 
 
 def word_piece_json() -> str:
-    """A decoder of a kind that is decoded by window."""
+    """A tokenizer whose decoder needs a window of tokens."""
     words = ["[UNK]", "[SEP]", "hello", "world", "##ly", "##s", ",", "friend"]
     core = Tokenizer(models.WordPiece({word: at for at, word in enumerate(words)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -120,7 +120,7 @@ def write_tokenizer(
     config: dict[str, object] | None = None,
     generation_config: dict[str, object] | None = None,
 ) -> Path:
-    """The files of a model's directory that concern text."""
+    """Write the text-related files of a model's directory."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.json").write_text(text, encoding="utf-8")
     if config is not None:

@@ -1,4 +1,4 @@
-"""Short chat templates with tools. They are ours, and do with calls, results and thoughts what those of the hub do."""
+"""Short chat templates with tools. They are ours, and treat calls, results and thoughts as the hub's templates do."""
 
 # Arguments as an object; results of one turn share a turn.
 QWEN2_5 = r"""{%- macro turn(role, text) %}{{ '<|im_start|>' ~ role ~ '\n' ~ text ~ '<|im_end|>\n' }}{% endmacro -%}
@@ -26,7 +26,7 @@ QWEN2_5 = r"""{%- macro turn(role, text) %}{{ '<|im_start|>' ~ role ~ '\n' ~ tex
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
 
-# Thoughts are shown behind the last question only, and cut out of the content of earlier turns.
+# Thoughts are shown only after the last question, and are removed from the content of earlier turns.
 QWEN3 = r"""{%- set seen = namespace(question=-1) -%}
 {%- for m in messages[::-1] if seen.question < 0 and m.role == 'user' and m.content is string
     and not (m.content.startswith('<tool_response>') and m.content.endswith('</tool_response>')) -%}
@@ -123,7 +123,7 @@ QWEN3_CODER = r"""{%- macro others(thing, done) -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
 
-# Calls only where there is no content; arguments are text that is put together with more text.
+# Calls are printed only without content; arguments are text that is joined to more text.
 DEEPSEEK_R1 = r"""{%- set ns = namespace(results=false, system='') -%}
 {%- for m in messages if m.role == 'system' -%}{%- set ns.system = m['content'] -%}{%- endfor -%}
 {{- bos_token ~ ns.system -}}
@@ -151,7 +151,7 @@ DEEPSEEK_R1 = r"""{%- set ns = namespace(results=false, system='') -%}
 {%- if ns.results -%}{{ '<｜tool▁outputs▁end｜>' }}
 {%- elif add_generation_prompt -%}{{ '<｜Assistant｜>' }}{%- endif -%}"""
 
-# No start of a turn behind results; whether the model thinks is closed or opened in the prompt.
+# No turn starts after results; the prompt opens or closes the model's thoughts.
 DEEPSEEK_V31 = r"""{%- if not thinking is defined -%}{%- set thinking = false -%}{%- endif -%}
 {%- set ns = namespace(asked=false, system='', several=false) -%}
 {%- for m in messages if m.role == 'system' -%}
@@ -189,7 +189,7 @@ DEEPSEEK_V31 = r"""{%- if not thinking is defined -%}{%- set thinking = false -%
   {{- '<｜Assistant｜>' ~ ('<think>' if thinking else '</think>') -}}
 {%- endif -%}"""
 
-# The model's own ids are printed with calls and with results; whoever has a name is called by it.
+# The model's own ids are printed with calls and with results; a speaker with a name is called by it.
 KIMI_K2 = r"""{%- macro speaker(m) -%}
   {%- set name = m.get('name') or m['role'] -%}
   {%- if m['role'] == 'user' -%}<|im_user|>{%- elif m['role'] == 'assistant' -%}<|im_assistant|>
@@ -226,7 +226,7 @@ KIMI_K2 = r"""{%- macro speaker(m) -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|im_assistant|>assistant<|im_middle|>{%- endif -%}"""
 
-# Turns have no end of their own; keys and values each between tokens.
+# Turns have no end token; each key and each value stands between two tokens.
 GLM_4_6 = r"""{%- macro visible(content) -%}
   {%- if content is string -%}{{ content }}
   {%- elif content is iterable and content is not mapping -%}
@@ -277,7 +277,7 @@ GLM_4_6 = r"""{%- macro visible(content) -%}
   {{- '<|assistant|>' ~ ('\n<think></think>' if enable_thinking is defined and not enable_thinking else '') -}}
 {%- endif -%}"""
 
-# The same without line breaks inside calls.
+# As GLM-4.6, without line breaks inside calls.
 GLM_4_7 = (
     GLM_4_6.replace("{name}\n<arg", "{name}<arg")
     .replace("</arg_key>\n<arg_value>{value}</arg_value>\n", "</arg_key><arg_value>{value}</arg_value>")
@@ -287,7 +287,7 @@ GLM_4_7 = (
     .replace(r"'\n</tool_call>'", "'</tool_call>'")
 )
 
-# Types written by a macro that calls itself; of a turn's calls only the first; content or thoughts, not both.
+# A recursive macro writes types; only a turn's first call is printed, and either its content or its thoughts.
 GPT_OSS = r"""{%- macro type_of(spec) -%}
   {%- if spec.type == 'array' -%}
     {%- set inner = type_of(spec['items']) if spec['items'] else 'any' -%}
@@ -356,7 +356,7 @@ GPT_OSS = r"""{%- macro type_of(spec) -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|start|>assistant' }}{%- endif -%}"""
 
-# Tools stand before the last question; a call is a slice of JSON; ids have nine characters.
+# Tools come before the last question; a call is a slice of JSON; ids have nine characters.
 MISTRAL = r"""{%- set rest = messages[1:] if messages[0]['role'] == 'system' else messages -%}
 {%- set questions = rest | selectattr('role', 'equalto', 'user') | list -%}
 {%- set ns = namespace(index=0) -%}
