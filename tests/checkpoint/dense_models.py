@@ -1,4 +1,4 @@
-"""Small made-up dense models, as a safetensors directory and as a GGUF file, with the same numbers in both."""
+"""Small made-up dense models, each as a safetensors directory and as a GGUF file with the same weights."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class NumpyDense(NumpyModel):
 
 
 def made_up_tensors(config: dict[str, Any] = CONFIG, seed: int = 0) -> dict[str, Array]:
-    """Every tensor of a dense model, values that float16 holds exactly."""
+    """Every tensor of a dense model, with values that float16 represents exactly."""
     chance = np.random.default_rng(seed)
     hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
@@ -85,7 +85,7 @@ def write_dense_directory(directory: Path, *, dtype: str = "F32", **changes: Any
 
 
 def write_dense_gguf(path: Path, *, architecture: str = "llama", pre_tokenizer: str = "smollm") -> Path:
-    """The same model as llama.cpp would keep it: q and k rows in adjacent rotary pairs, norms and all in F32."""
+    """The same model as llama.cpp stores it: q and k rows in adjacent rotary pairs, and every tensor in F32."""
     names = {
         "input_layernorm": "attn_norm",
         "self_attn.q_proj": "attn_q",
@@ -137,7 +137,7 @@ def write_dense_gguf(path: Path, *, architecture: str = "llama", pre_tokenizer: 
 
 
 def _to_adjacent_pairs(rows: Array, num_heads: int | None) -> Array:
-    """Row j and row j + half of a head become neighbours, as in llama.cpp's conversion."""
+    """Make rows j and j + half of each head neighbours, as llama.cpp's conversion does."""
     if num_heads is None:
         return rows
     half = rows.shape[0] // num_heads // 2

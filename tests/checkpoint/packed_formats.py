@@ -1,6 +1,6 @@
-"""What a pack's bytes mean, in plain numpy and Python: the tests' own reading, apart from the kernels.
+"""What a pack's bytes mean, in plain numpy and Python: the tests' own decoder, independent of the kernels.
 
-q8, q4    groups of 32 columns share a float16 scale; panels of 16 rows: of each group the scales, then the quants
+q8, q4    groups of 32 columns share a float16 scale; a panel of 16 rows holds the scales, then the quants, per group
 checksum  crc32c of four quarters, then crc32c of the four results
 """
 
@@ -41,7 +41,7 @@ def decode(format: str, stored: bytes, rows: int, cols: int) -> Float32:
 
 
 def quants_and_scales(format: str, stored: bytes, rows: int, cols: int) -> tuple[Float32, Float32]:
-    """Whole numbers [rows, cols] and scales [rows, groups], taken out byte by byte."""
+    """The integers [rows, cols] and the scales [rows, groups], unpacked byte by byte."""
     groups = -(-cols // GROUP)
     quants = np.zeros((rows, groups * GROUP), np.float32)
     scales = np.zeros((rows, groups), np.float32)

@@ -10,21 +10,21 @@ Entry = dict[str, Any]
 
 
 def entry(dtype: str, shape: list[int], begin: int, end: int) -> Entry:
-    """One tensor of a header."""
+    """One tensor's entry in a header."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
 def write_raw(
     path: Path, header: bytes | dict[str, Any], data: bytes = b"", *, length: int | None = None
 ) -> Path:
-    """A file with this header and these bytes; `length` may lie about the header."""
+    """Write a file with this header and these bytes; `length` may lie about the header."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
     return path
 
 
 def write_index(directory: Path, weight_map: Any, **more: Any) -> Path:
-    """An index file with this weight map."""
+    """Write an index file with this weight map."""
     path = directory / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": weight_map} | more))
     return path

@@ -1,4 +1,4 @@
-"""GGUF files byte by byte: the tests' own writer, which can lie about anything."""
+"""Write GGUF files byte by byte: the tests' own writer, which can lie about anything."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def _value(kind: int, value: object) -> bytes:
 
 
 def tensor(name: str | bytes, sizes: list[int], kind: int, offset: int) -> bytes:
-    """An entry of the tensor list; sizes are columns first, as in the file."""
+    """An entry of the tensor list; `sizes` has columns first, as in the file."""
     return text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kind, offset)
 
 
 @dataclass
 class RawGguf:
-    """A small, good file; a test changes what it wants to be wrong."""
+    """A small, valid file; a test changes the parts that should be wrong."""
 
     metadata: list[bytes] = field(
         default_factory=lambda: [

@@ -1,4 +1,4 @@
-"""The GGUF reader finds what a file holds, and believes nothing."""
+"""The GGUF reader finds everything in a file, and trusts nothing in it."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "model.gguf"
 
 
-def test_it_finds_every_key_and_tensor(path: Path) -> None:
+def test_every_key_and_tensor_is_found(path: Path) -> None:
     raw = RawGguf()
     file = read_gguf(raw.write(path))
     start = len(raw.to_bytes()) - len(raw.data)
 
     assert file.text("general.architecture") == "qwen3moe"
     assert file.integer("a.count") == 7
-    assert file.number("a.rate") == 1e-5  # and not the float32 nearest to it
+    assert file.number("a.rate") == 1e-5  # not the nearest float32
     assert file.flag("a.is_on", default=False) is True
     assert file.texts("a.words") == ["one", "", "drei €"]
     assert file.numbers("a.numbers") == [1, -2, 3]
@@ -53,7 +53,7 @@ def test_it_finds_every_key_and_tensor(path: Path) -> None:
     ]
 
 
-def test_a_key_that_is_missing_or_of_another_kind_is_said(path: Path) -> None:
+def test_a_key_that_is_missing_or_of_the_wrong_type_is_named(path: Path) -> None:
     file = read_gguf(RawGguf().write(path))
     with pytest.raises(CheckpointError, match=r"model\.gguf has no key a\.size"):
         file.integer("a.size")
@@ -67,13 +67,13 @@ def test_a_key_that_is_missing_or_of_another_kind_is_said(path: Path) -> None:
         file.texts("a.count")
 
 
-def test_tensors_may_be_listed_in_any_order_and_version_2_reads_alike(path: Path) -> None:
+def test_tensors_may_be_in_any_order_and_version_2_is_read_too(path: Path) -> None:
     raw = RawGguf(version=2)
     raw.tensors.reverse()
     assert read_gguf(raw.write(path)).tensors["x"].shape == (2, 4)
 
 
-def test_the_last_tensor_may_be_padded_and_the_alignment_may_be_another(path: Path) -> None:
+def test_the_last_tensor_may_be_padded_and_the_alignment_may_differ(path: Path) -> None:
     raw = RawGguf()
     raw.data += bytes(28)
     assert len(read_gguf(raw.write(path)).tensors) == 3
@@ -86,7 +86,7 @@ def test_the_last_tensor_may_be_padded_and_the_alignment_may_be_another(path: Pa
     assert read_gguf(raw.write(path)).tensors["y"].offset % 64 == 0
 
 
-def test_metadata_alone_make_a_file_with_the_same_metadata(path: Path, tmp_path: Path) -> None:
+def test_a_file_of_metadata_only_has_the_same_metadata(path: Path, tmp_path: Path) -> None:
     file = read_gguf(RawGguf().write(path))
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(metadata_only(file))
@@ -97,7 +97,7 @@ def test_metadata_alone_make_a_file_with_the_same_metadata(path: Path, tmp_path:
 
 
 def array(item_kind: int, num_items: int, *first: int) -> bytes:
-    """An array under the key `a` that claims so many items, and the bytes that follow."""
+    """An array under the key `a` that claims `num_items` items, and the bytes that follow."""
     return text("a") + struct.pack(f"<IIQ{len(first)}Q", ARRAY, item_kind, num_items, *first)
 
 
@@ -136,14 +136,14 @@ LIES = {
 
 
 @pytest.mark.parametrize("sentence", LIES)
-def test_a_lie_is_refused_by_name(sentence: str, path: Path) -> None:
+def test_a_false_claim_is_refused_by_name(sentence: str, path: Path) -> None:
     with pytest.raises(CheckpointError) as refusal:
         read_gguf(LIES[sentence].write(path))
     assert sentence in refusal.value.message
     assert refusal.value.message.startswith("model.gguf")
 
 
-def test_a_file_of_another_byte_order_or_version_is_refused_with_what_to_do(path: Path) -> None:
+def test_another_byte_order_or_version_is_refused_with_a_hint(path: Path) -> None:
     big = b"GGUF" + struct.pack(">IQQ", 3, 1, 1) + bytes(100)
     path.write_bytes(big)
     with pytest.raises(
@@ -155,7 +155,7 @@ def test_a_file_of_another_byte_order_or_version_is_refused_with_what_to_do(path
 
 
 def write_parts(directory: Path, stem: str = "model", *, changed: Mapping[int, RawGguf | None] = {}) -> Path:
-    """Three parts of a model with five tensors, the first with the metadata; returns the path of the first."""
+    """Write a model of five tensors in three parts, the first with the metadata; return the path of the first."""
     tensors = (["a"], ["b", "c"], ["d", "e"])
     for number, names in enumerate(tensors):
         raw = RawGguf(
@@ -177,7 +177,7 @@ def split(number: int, count: int = 3, num_tensors: int = 5) -> list[bytes]:
     ]
 
 
-def test_parts_are_one_model_and_each_tensor_lies_in_its_own(tmp_path: Path) -> None:
+def test_parts_are_read_as_one_model(tmp_path: Path) -> None:
     first = write_parts(tmp_path)
     file = read_gguf(first)
     assert file.path == first
@@ -185,7 +185,7 @@ def test_parts_are_one_model_and_each_tensor_lies_in_its_own(tmp_path: Path) -> 
     assert [int(ref.path.name[6:11]) for ref in file.tensors.values()] == [1, 2, 2, 3, 3]
     assert [read_values(ref).tobytes()[0] for ref in file.tensors.values()] == [0, 1, 1, 2, 2]
     assert file.metadata == {"a.count": 7}
-    copy = tmp_path / "metadata.gguf"  # nobody looks for its parts
+    copy = tmp_path / "metadata.gguf"  # read without its parts
     copy.write_bytes(metadata_only(file))
     assert read_gguf(copy).metadata == {"a.count": 7}
 
@@ -220,13 +220,13 @@ WRONG_PARTS = {
 
 
 @pytest.mark.parametrize("sentence", WRONG_PARTS)
-def test_a_part_that_is_missing_or_of_another_model_is_named(sentence: str, tmp_path: Path) -> None:
+def test_a_part_that_is_missing_or_from_another_model_is_named(sentence: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as refusal:
         read_gguf(write_parts(tmp_path, changed=WRONG_PARTS[sentence]))
     assert sentence in refusal.value.message
 
 
-def test_a_later_part_or_a_renamed_one_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_a_later_or_renamed_part_is_refused_with_a_hint(tmp_path: Path) -> None:
     first = write_parts(tmp_path)
     with pytest.raises(
         CheckpointError, match=r"part 2 of 3 of a model with 5 tensors; .*\n?.*00001-of-00003"
@@ -239,7 +239,7 @@ def test_a_later_part_or_a_renamed_one_is_refused_with_what_to_do(tmp_path: Path
         read_gguf(renamed)
 
 
-def test_parts_of_a_directory_count_as_one_model(tmp_path: Path) -> None:
+def test_parts_in_a_directory_count_as_one_model(tmp_path: Path) -> None:
     assert find_gguf(tmp_path) is None
     first = write_parts(tmp_path)
     assert find_gguf(tmp_path) == first
@@ -253,8 +253,8 @@ def test_parts_of_a_directory_count_as_one_model(tmp_path: Path) -> None:
         find_gguf(tmp_path)
 
 
-def test_a_large_vocabulary_is_stepped_over_and_a_huge_file_is_not_read(path: Path) -> None:
-    """A sparse file of 10 GB; what is read of it is its header, and long texts are never decoded."""
+def test_a_large_vocabulary_is_skipped_and_a_huge_file_is_not_read(path: Path) -> None:
+    """The file is sparse, of 10 GB. Only its header is read, and its long arrays of strings are not decoded."""
     tokens = [f"token{at}" for at in range(100_000)]
     raw = RawGguf(
         metadata=[entry("tokenizer.ggml.tokens", ARRAY, (STRING, tokens))],
@@ -269,17 +269,17 @@ def test_a_large_vocabulary_is_stepped_over_and_a_huge_file_is_not_read(path: Pa
     seconds = perf_counter() - started
     assert found.tensors["x"].nbytes == 10_000_000_000
     assert found.texts("tokenizer.ggml.tokens")[99_999] == "token99999"
-    assert seconds < 2  # some 30 ms on a quiet machine; reading the file would take seconds
+    assert seconds < 2  # about 30 ms on a quiet machine; reading the file would take seconds
 
 
-def test_sizes_of_blocks_are_those_of_the_gguf_package() -> None:
+def test_block_sizes_are_those_of_the_gguf_package() -> None:
     for name, (values, nbytes) in BLOCK_SIZES.items():
         if name != "Q8_1":  # two float16 in ggml, which the package counts as float32
             assert (values, nbytes) == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]], name
 
 
 @pytest.mark.parametrize("type_name", TYPES)
-def test_values_are_those_that_the_gguf_package_reads(type_name: str, path: Path) -> None:
+def test_values_equal_those_the_gguf_package_reads(type_name: str, path: Path) -> None:
     rng = np.random.default_rng(7)
     blocks, expected = to_blocks(rng.standard_normal((19, 512), np.float32), type_name, rng)
     writer = gguf.GGUFWriter(path, "any")
@@ -299,7 +299,7 @@ def test_values_of_a_type_without_a_kernel_are_refused_by_name(path: Path) -> No
 
 
 @pytest.mark.parametrize(("kind", "said"), [(4, "4"), (512, "512"), (139, "139, one of ik_llama.cpp's own")])
-def test_an_unknown_type_is_answered_with_the_types_that_run(kind: int, said: str, path: Path) -> None:
+def test_an_unknown_type_is_refused_with_the_supported_types(kind: int, said: str, path: Path) -> None:
     with pytest.raises(UnsupportedModel) as refusal:
         read_gguf(RawGguf(tensors=[tensor("x", [256], kind, 0)], data=bytes(110)).write(path))
     sentence, _, hint = str(refusal.value).partition("\nhint: ")
@@ -309,11 +309,11 @@ def test_an_unknown_type_is_answered_with_the_types_that_run(kind: int, said: st
     assert hint.startswith("Q4_K_M, ")
 
 
-def test_slot_formats_hold_every_block_type_of_the_tests() -> None:
+def test_slot_formats_include_every_block_type_of_the_tests() -> None:
     assert set(SLOT_FORMATS) == set(BLOCK_TYPES)
 
 
-def test_rows_in_pairs_come_back_in_halves() -> None:
+def test_paired_rows_are_restored_to_halves() -> None:
     rows = np.arange(24 * 3).reshape(24, 3)
     np.testing.assert_array_equal(in_halves(in_pairs(rows, 4), 4), rows)
     assert in_halves(np.arange(8).reshape(8, 1), 2).ravel().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]

@@ -1,4 +1,4 @@
-"""A pack is opened only if all of it is there and belongs together; damage is named by file, layer and expert."""
+"""A pack opens only if it is complete and consistent; damage is named by file, layer and expert."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def refusal(directory: Path) -> str:
 
 
 def rewrite(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a manifest, and make its own BLAKE3 agree again."""
+    """Change a manifest, and update its own BLAKE3 to match."""
     path = directory / "argosy.json"
     manifest = json.loads(path.read_text())
     change(manifest["contents"])
@@ -59,7 +59,7 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(content)
 
 
-def test_a_manifest_reads_back_as_it_was_written(packed: Path) -> None:
+def test_a_manifest_round_trips(packed: Path) -> None:
     manifest = read_manifest(packed)
 
     assert manifest.to_bytes() == (packed / "argosy.json").read_bytes()
@@ -100,7 +100,7 @@ def test_a_manifest_of_another_version_is_refused(packed: Path, version: int) ->
     assert f"argosy.json has version {version}; this Argosy reads version 4" in refusal(packed)
 
 
-def test_a_missing_or_cut_file_is_named(packed: Path) -> None:
+def test_a_missing_or_truncated_file_is_named(packed: Path) -> None:
     size = (packed / "experts.bin").stat().st_size
     with (packed / "experts.bin").open("r+b") as file:
         file.truncate(size - 1)
@@ -110,7 +110,7 @@ def test_a_missing_or_cut_file_is_named(packed: Path) -> None:
     assert refusal(packed) == f"experts.bin is missing from {packed}"
 
 
-def test_a_config_beside_the_manifest_that_says_otherwise_is_refused(packed: Path) -> None:
+def test_a_config_that_contradicts_the_manifest_is_refused(packed: Path) -> None:
     path = packed / "config.json"
     path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 2e-06'))
 
@@ -167,7 +167,7 @@ def test_a_config_beside_the_manifest_that_says_otherwise_is_refused(packed: Pat
         (lambda c: c.pop("experts"), "expected the keys format, config, dense, experts, files"),
     ],
 )
-def test_a_manifest_that_is_whole_and_wrong_is_refused(
+def test_an_intact_but_inconsistent_manifest_is_refused(
     packed: Path, change: Callable[[dict[str, Any]], None], sentence: str
 ) -> None:
     rewrite(packed, change)
@@ -193,7 +193,7 @@ def test_a_flipped_bit_in_a_dense_tensor_is_named(packed: Path) -> None:
         verify_pack(packed)
 
 
-def test_a_change_in_the_padding_or_a_copied_file_is_found(packed: Path) -> None:
+def test_a_change_in_the_padding_is_found(packed: Path) -> None:
     flip(packed / "experts.bin", (packed / "experts.bin").stat().st_size - 1)
     with pytest.raises(
         CheckpointError, match=r"experts.bin changed since the pack was written: its BLAKE3 differs"
@@ -212,9 +212,9 @@ def test_verify_reports_its_progress(packed: Path) -> None:
     }
 
 
-def test_a_number_of_experts_is_believed_only_with_as_many_checksums(packed: Path) -> None:
+def test_the_number_of_experts_must_match_the_checksums(packed: Path) -> None:
     def change(contents: dict[str, Any]) -> None:
-        contents["config"]["num_experts"] = 2**31  # laid out, they would take all memory
+        contents["config"]["num_experts"] = 2**31  # allocating this many would use all memory
 
     rewrite(packed, change)
     with pytest.raises(CheckpointError, match=r"checksums for \d+ experts, expected \d{10}"):
@@ -223,7 +223,7 @@ def test_a_number_of_experts_is_believed_only_with_as_many_checksums(packed: Pat
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_change_to_a_manifest_s_values_is_an_argosy_error_or_harmless(
+def test_any_change_to_a_manifest_s_values_is_harmless_or_an_argosy_error(
     original: Path, data: st.DataObject
 ) -> None:
     manifest = original / "argosy.json"

@@ -1,4 +1,4 @@
-"""A pack holds the same model: exactly where that is promised, and within half a step where it is quantised."""
+"""A pack holds the same model: exact where that is promised, and within half a step where it is quantised."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ every_format = pytest.mark.parametrize("format", PACK_FORMATS)
 def packed(
     tmp_path: Path, config: RawConfig, format: str, dtype: str = "BF16"
 ) -> tuple[ModelFiles, ModelFiles]:
-    """A tiny model in place and its pack."""
+    """A tiny model and its pack, both opened."""
     source = open_model(write_model(tmp_path / "source", config, seed=5, dtype=dtype))
     pack(source, tmp_path / "packed", format=format)
     return source, open_model(tmp_path / "packed")
@@ -63,7 +63,7 @@ def is_kept_exact(name: str) -> bool:
 
 @every_format
 @pytest.mark.parametrize("make", [mixtral, qwen2_moe, qwen3_moe], ids=lambda make: make.__name__)
-def test_formats_are_as_promised_and_exact_parts_are_exact(tmp_path: Path, make: Any, format: str) -> None:
+def test_formats_are_as_documented_and_exact_parts_are_exact(tmp_path: Path, make: Any, format: str) -> None:
     changes = {} if make is mixtral else {"mlp_only_layers": [1]}
     source, files = packed(tmp_path, make(**changes), format, "F16" if format == "source" else "BF16")
 
@@ -101,7 +101,7 @@ def test_quantised_weights_are_within_a_step_of_the_source(
             step = np.repeat(np.abs(scales), 32, axis=1)[:, : matrix.cols]
             error = np.abs(quants * step * np.sign(np.repeat(scales, 32, axis=1)[:, : matrix.cols]) - wanted)
             assert np.abs(quants).max() <= most_steps
-            # Half a step by rounding; q4 may clip its largest values when that makes the whole group better.
+            # Rounding is off by up to half a step; q4 may also clip its largest values if the whole group gains by it.
             assert (error <= step * (0.51 if format == "q8" else 1.5)).all()
             assert (error**2).mean() ** 0.5 <= 0.6 * step.mean()
 
@@ -127,7 +127,7 @@ def test_records_are_aligned_for_unbuffered_reads(tmp_path: Path) -> None:
 
 
 @every_format
-def test_checksums_are_those_of_the_bytes(tmp_path: Path, format: str) -> None:
+def test_checksums_match_the_bytes(tmp_path: Path, format: str) -> None:
     _, files = packed(tmp_path, qwen2_moe(num_experts=3, num_hidden_layers=2), format)
 
     for ref in files.dense.values():
@@ -145,7 +145,7 @@ def test_checksums_are_those_of_the_bytes(tmp_path: Path, format: str) -> None:
         assert facts == {"nbytes": len(data), "blake3": blake3.blake3(data).hexdigest()}
 
 
-def test_config_tokenizer_and_licence_come_along(tmp_path: Path) -> None:
+def test_config_tokenizer_and_licence_are_copied(tmp_path: Path) -> None:
     directory = write_model(tmp_path / "source", mixtral(), seed=5)
     for name in (
         "tokenizer.json",
@@ -191,7 +191,7 @@ def test_a_packed_model_can_be_packed_again_unless_it_is_quantised(tmp_path: Pat
 
 
 @every_format
-def test_slices_do_not_show_in_the_result(
+def test_packing_in_slices_changes_no_byte(
     tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_model(write_model(tmp_path / "source", qwen2_moe(hidden_size=72), seed=5, dtype="F32"))
@@ -235,7 +235,7 @@ def test_the_report_gives_sizes_and_seconds(tmp_path: Path) -> None:
     assert not (tmp_path / "packed.partial").exists()
 
 
-# Refused
+# Refusals
 
 
 @pytest.mark.parametrize("format", ["bf16", "q8", "q4"])
@@ -269,7 +269,7 @@ def write_tensors(directory: Path, config: RawConfig, tensors: dict[str, Array])
     return directory
 
 
-def test_places_that_cannot_become_a_pack_are_refused(tmp_path: Path) -> None:
+def test_an_unsuitable_destination_or_format_is_refused(tmp_path: Path) -> None:
     source = open_model(write_model(tmp_path / "source", mixtral(), seed=5))
 
     def refusal(destination: Path, format: str = "q8") -> str:
@@ -291,7 +291,7 @@ def test_places_that_cannot_become_a_pack_are_refused(tmp_path: Path) -> None:
     assert open_pack(tmp_path / "empty") is not None
 
 
-def test_sizes_are_those_of_the_kernels(tmp_path: Path) -> None:
+def test_matrix_sizes_are_those_of_the_kernels(tmp_path: Path) -> None:
     from argosy import _native
 
     for format in ("f32", "f16", "bf16", "q8", "q4"):
@@ -300,7 +300,7 @@ def test_sizes_are_those_of_the_kernels(tmp_path: Path) -> None:
             assert matrix_bytes(format, rows, cols) == expected == _native.matrix_bytes(format, rows, cols)
 
 
-def test_verify_reads_everything_and_finds_it_as_written(tmp_path: Path) -> None:
+def test_verify_reads_every_byte_of_an_intact_pack(tmp_path: Path) -> None:
     packed(tmp_path, mixtral(), "q4")
     total = sum(p.stat().st_size for p in (tmp_path / "packed").iterdir() if p.name != "argosy.json")
 

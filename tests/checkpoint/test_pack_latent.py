@@ -1,4 +1,4 @@
-"""Packs of models with latent attention hold kv_up in the two halves that memory wants, and no weight loses by it."""
+"""Packs of models with latent attention store kv_up as the two halves used in memory, with no loss of precision."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ IN_BLOCKS = deepseek_v3(
     kv_lora_rank=128, qk_rope_head_dim=16, qk_nope_head_dim=128, v_head_dim=128, num_attention_heads=2,
     num_key_value_heads=2,
 )  # fmt: skip
-# Every expert runs: a rounded score that tips a choice would hide what rounding itself costs.
+# Every expert is chosen, as a rounded score that changed a choice would hide what rounding itself costs.
 ALL_EXPERTS = deepseek_v3(
     hidden_size=96, kv_lora_rank=64, qk_nope_head_dim=32, v_head_dim=32, n_routed_experts=4, num_experts_per_tok=4,
     n_group=1, topk_group=1,
@@ -40,7 +40,7 @@ ALL_EXPERTS = deepseek_v3(
 
 
 def halves(files: ModelFiles, layer: int) -> tuple[np.ndarray, np.ndarray]:
-    """k_up and v_up of a layer, from its kv_up."""
+    """The k_up and v_up of a layer, computed from its kv_up."""
     latent = files.config.latent
     assert latent is not None
     whole = dense_values(files, f"layers.{layer}.kv_up").reshape(files.config.num_heads, -1, latent.kv_rank)
@@ -71,7 +71,7 @@ def logits(model: Path, config: RawConfig, seed: int = 1) -> np.ndarray:
 @pytest.mark.parametrize(
     ("format", "dtype"), [("bf16", "BF16"), ("source", "BF16"), ("source", "F32"), ("source", "F16")]
 )
-def test_float_halves_keep_their_bits_and_logits_theirs(
+def test_float_halves_and_logits_are_bit_identical(
     config: RawConfig, format: str, dtype: str, tmp_path: Path
 ) -> None:
     source = open_model(write_model(tmp_path / "source", config, seed=1, dtype=dtype))
@@ -89,7 +89,7 @@ def test_float_halves_keep_their_bits_and_logits_theirs(
 
 
 @pytest.mark.parametrize(("config", "is_cut"), [(IN_BLOCKS, True), (WHOLE_PANELS, False)])
-def test_fp8_is_written_in_two_where_halves_are_whole_blocks(
+def test_fp8_is_split_only_if_the_halves_are_whole_blocks(
     config: RawConfig, is_cut: bool, tmp_path: Path
 ) -> None:
     write_fp8_model(tmp_path / "model", config, seed=2)
@@ -99,7 +99,7 @@ def test_fp8_is_written_in_two_where_halves_are_whole_blocks(
 
 
 @pytest.mark.parametrize("format", ["q8", "q4"])
-def test_q8_quantises_the_key_half_along_the_columns_that_are_multiplied(format: str, tmp_path: Path) -> None:
+def test_q8_quantises_the_key_half_along_the_columns_of_its_product(format: str, tmp_path: Path) -> None:
     source = open_model(write_model(tmp_path / "source", WHOLE_PANELS, seed=3))
     files = packed(source.path, format)
 
@@ -113,7 +113,7 @@ def test_q8_quantises_the_key_half_along_the_columns_that_are_multiplied(format:
         assert np.all(np.abs(quants * steps - expected) <= 0.51 * np.abs(steps))
 
 
-def test_memory_holds_the_key_half_of_a_q8_pack_once_and_as_it_is(tmp_path: Path) -> None:
+def test_the_key_half_of_a_q8_pack_is_loaded_once_and_unchanged(tmp_path: Path) -> None:
     source = open_model(write_model(tmp_path / "source", WHOLE_PANELS, seed=4))
     files = packed(source.path, "q8")
     store = _native.Store(1)
@@ -122,12 +122,11 @@ def test_memory_holds_the_key_half_of_a_q8_pack_once_and_as_it_is(tmp_path: Path
     finally:
         store.close()
     assert {weights.matrices[f"layers.0.{part}"].format for part in ("k_up", "v_up")} == {"q8"}
-    assert dense_footprint(files.dense) < files.dense_bytes + 8192 * len(
-        files.dense
-    )  # nothing passes scratch
+    # No matrix passes through scratch memory.
+    assert dense_footprint(files.dense) < files.dense_bytes + 8192 * len(files.dense)
 
 
-def test_heads_of_parts_of_panels_are_bf16_in_a_q8_pack(tmp_path: Path) -> None:
+def test_a_q8_pack_stores_the_key_half_as_bf16_if_heads_are_not_whole_panels(tmp_path: Path) -> None:
     source = open_model(write_model(tmp_path / "source", PARTS_OF_PANELS, seed=5))
     files = packed(source.path, "q8")
     assert files.dense["layers.1.k_up"].format == "bf16"
@@ -137,7 +136,7 @@ def test_heads_of_parts_of_panels_are_bf16_in_a_q8_pack(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [WHOLE_PANELS, PARTS_OF_PANELS])
-def test_a_pack_of_a_pack_is_that_of_the_checkpoint(config: RawConfig, tmp_path: Path) -> None:
+def test_a_pack_of_a_pack_equals_the_pack_of_the_checkpoint(config: RawConfig, tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", config, seed=6)
     straight, between = packed(source, "q8"), packed(source, "bf16")
     pack(between, tmp_path / "again", format="q8")
@@ -148,7 +147,7 @@ def test_a_pack_of_a_pack_is_that_of_the_checkpoint(config: RawConfig, tmp_path:
 def test_quantising_the_halves_costs_no_more_than_quantising_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As packs did once, whose key half became float16 while it landed."""
+    """Earlier packs quantised the whole, and their key half became float16 when it was loaded."""
     now, before = [], []
     for seed in range(4):
         source = write_model(tmp_path / f"{seed}" / "source", ALL_EXPERTS, seed=seed)
@@ -159,5 +158,5 @@ def test_quantising_the_halves_costs_no_more_than_quantising_the_whole(
             whole = packed(source, "q8", "whole")
         assert not is_split(whole)
         before.append(mean_divergence(exact, logits(whole.path, ALL_EXPERTS, seed)))
-    # Ratios of single models lie between 0.94 and 1.09.
+    # The ratios of single models lie between 0.94 and 1.09.
     assert sum(now) <= 1.15 * sum(before)

@@ -1,4 +1,4 @@
-"""A pack that is killed, starved of room or disturbed goes on, and ends with the bytes of one that was not."""
+"""A pack that is killed, runs out of disk or is disturbed resumes, and ends with the bytes of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from argosy.model.families import open_model
 from tests.models.hub_quantised import write_fp8_model, write_int4_model
 from tests.models.tiny import qwen2_moe, qwen3_moe, write_model
 
-# Packs argv[1] into argv[2]; kills itself with SIGKILL in the middle of write number argv[3], half of it written.
+# Packs argv[1] into argv[2], and kills itself with SIGKILL when half of write number argv[3] is written.
 KILLED_AT_A_WRITE = """
 import os, signal, sys
 from argosy.checkpoint.pack import pack
@@ -66,11 +66,11 @@ def run_killed(source: Path, destination: Path, at_write: int) -> int:
     return subprocess.run(command, check=False, timeout=60).returncode
 
 
-def test_killed_again_and_again_it_still_ends_with_the_same_bytes(source: Path, tmp_path: Path) -> None:
+def test_a_pack_killed_again_and_again_ends_with_the_same_bytes(source: Path, tmp_path: Path) -> None:
     pack_to(source, tmp_path / "undisturbed")
     destination = tmp_path / "packed"
     kills = 0
-    # 11: odd and small, so that kills fall on data, on padding, on the journal and on the manifest.
+    # 11 is odd and small, so that kills hit data, padding, the journal and the manifest.
     while (code := run_killed(source, destination, 11)) == -signal.SIGKILL:
         kills += 1
         assert not destination.exists()
@@ -84,9 +84,11 @@ def test_killed_again_and_again_it_still_ends_with_the_same_bytes(source: Path, 
     assert not (tmp_path / "packed.partial").exists()
 
 
-# The first four writes: the journal's header, a tensor, its padding, its line in the journal.
+# The first four writes are the journal's header, a tensor, its padding, and its line in the journal.
 @pytest.mark.parametrize("at_write", [1, 2, 3, 4, 5, -1, -2, -3, -4, -5, -6])
-def test_killed_at_the_first_and_last_writes(source: Path, tmp_path: Path, at_write: int) -> None:
+def test_a_pack_killed_at_its_first_or_last_writes_resumes(
+    source: Path, tmp_path: Path, at_write: int
+) -> None:
     writes = count_writes(lambda: pack_to(source, tmp_path / "undisturbed"))
     destination = tmp_path / "packed"
 
@@ -118,7 +120,7 @@ def count_writes(action: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.7, 0.95])
-def test_killed_from_outside_at_any_time(source: Path, tmp_path: Path, share: float) -> None:
+def test_a_pack_killed_at_any_time_resumes(source: Path, tmp_path: Path, share: float) -> None:
     pack_to(source, tmp_path / "undisturbed")
     destination = tmp_path / "packed"
     slow = "import os, sys, time; real = os.pwrite\n"
@@ -144,7 +146,7 @@ def interrupted(source: Path, destination: Path, at_write: int = 40) -> Path:
     return destination.with_name(destination.name + ".partial")
 
 
-def test_what_was_damaged_meanwhile_is_written_again(source: Path, tmp_path: Path) -> None:
+def test_data_damaged_in_between_is_written_again(source: Path, tmp_path: Path) -> None:
     pack_to(source, tmp_path / "undisturbed")
     partial = interrupted(source, tmp_path / "packed", 80)
     content = bytearray((partial / "dense.bin").read_bytes())
@@ -158,7 +160,7 @@ def test_what_was_damaged_meanwhile_is_written_again(source: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("journal", [b"", b"nonsense\n", b"{}\n0 1\n", b"\xff\xfe", b"[]\n"])
-def test_a_damaged_journal_means_starting_over(source: Path, tmp_path: Path, journal: bytes) -> None:
+def test_a_damaged_journal_restarts_the_pack(source: Path, tmp_path: Path, journal: bytes) -> None:
     pack_to(source, tmp_path / "undisturbed")
     partial = interrupted(source, tmp_path / "packed")
     (partial / "journal").write_bytes(journal)
@@ -169,7 +171,7 @@ def test_a_damaged_journal_means_starting_over(source: Path, tmp_path: Path, jou
     assert contents(tmp_path / "packed") == contents(tmp_path / "undisturbed")
 
 
-def test_a_source_that_changed_means_starting_over_and_it_is_said(source: Path, tmp_path: Path) -> None:
+def test_a_changed_source_restarts_the_pack_and_is_reported(source: Path, tmp_path: Path) -> None:
     interrupted(source, tmp_path / "packed")
     write_model(source, qwen2_moe(num_hidden_layers=2, num_experts=4), seed=6)
     said: list[str] = []
@@ -184,7 +186,7 @@ def test_a_source_that_changed_means_starting_over_and_it_is_said(source: Path, 
     assert contents(tmp_path / "packed") == contents(tmp_path / "undisturbed")
 
 
-def test_another_format_means_starting_over_and_it_is_said(source: Path, tmp_path: Path) -> None:
+def test_another_format_restarts_the_pack_and_is_reported(source: Path, tmp_path: Path) -> None:
     interrupted(source, tmp_path / "packed")
 
     report = pack(open_model(source), tmp_path / "packed", format="q8")
@@ -205,7 +207,7 @@ def test_a_source_that_changes_while_it_is_packed_is_refused(source: Path, tmp_p
     assert "changed since" in (pack_to(source, tmp_path / "packed").restarted_because or "")
 
 
-def test_two_processes_do_not_write_one_pack(source: Path, tmp_path: Path) -> None:
+def test_two_processes_cannot_write_one_pack(source: Path, tmp_path: Path) -> None:
     (tmp_path / "packed.partial").mkdir()
     with (tmp_path / "packed.partial" / "journal").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -214,7 +216,7 @@ def test_two_processes_do_not_write_one_pack(source: Path, tmp_path: Path) -> No
     pack_to(source, tmp_path / "packed")
 
 
-def test_an_interrupt_leaves_what_a_later_run_continues(source: Path, tmp_path: Path) -> None:
+def test_an_interrupted_pack_is_resumed_by_a_later_run(source: Path, tmp_path: Path) -> None:
     def interrupt(what: str, share: float) -> None:
         if share > 0.6:
             raise KeyboardInterrupt
@@ -229,7 +231,7 @@ def test_an_interrupt_leaves_what_a_later_run_continues(source: Path, tmp_path: 
 # Disk full
 
 
-def test_too_little_room_is_said_before_anything_is_written(
+def test_too_little_disk_space_is_reported_before_anything_is_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -250,7 +252,7 @@ def test_too_little_room_is_said_before_anything_is_written(
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_that_fills_up_meanwhile_is_said_and_the_pack_continues_later(
+def test_a_disk_that_fills_up_is_reported_and_the_pack_resumes_later(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     real, left = os.pwrite, 60
@@ -277,7 +279,7 @@ CHANGING_CALLS = ("mkdir", "open", "ftruncate", "pwrite", "fsync", "rename", "un
 
 
 def failing_at(number: int, code: int, patch: pytest.MonkeyPatch, under: Path) -> list[str]:
-    """Let the `number`th call that changes a file fail, once; the list tells which calls there were."""
+    """Make the `number`th call that changes a file fail, once; the list collects the names of all such calls."""
     calls: list[str] = []
 
     def failing(name: str) -> Callable[..., Any]:
@@ -299,7 +301,7 @@ def failing_at(number: int, code: int, patch: pytest.MonkeyPatch, under: Path) -
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_that_is_full_at_any_call_is_said_with_the_bytes_needed(
+def test_a_full_disk_at_any_call_is_reported_with_the_bytes_needed(
     source: Path, tmp_path: Path, code: int
 ) -> None:
     pack_to(source, tmp_path / "undisturbed")
@@ -307,7 +309,7 @@ def test_a_disk_that_is_full_at_any_call_is_said_with_the_bytes_needed(
         calls = failing_at(0, code, patch, tmp_path / "counted")
         pack_to(source, tmp_path / "counted")
     assert set(calls) == set(CHANGING_CALLS)
-    # Behind the rename the pack is whole, and nothing that fails there matters.
+    # After the rename the pack is complete, and later failures do not matter.
     renamed = max(at for at, name in enumerate(calls) if name == "rename") + 1
     step = max(1, len(calls) // 60)
     for number in sorted({*range(1, 12), *range(1, renamed, step), *range(renamed - 12, len(calls) + 1)}):
@@ -325,12 +327,12 @@ def test_a_disk_that_is_full_at_any_call_is_said_with_the_bytes_needed(
         if number <= renamed:
             assert pack_to(source, destination).restarted_because is None
         found = contents(destination)
-        found.pop("journal", None)  # nobody reads what is left of it
+        found.pop("journal", None)  # a leftover journal is never read
         assert found == contents(tmp_path / "undisturbed")
         shutil.rmtree(destination)
 
 
-def test_small_files_of_another_source_do_not_end_up_in_the_pack(source: Path, tmp_path: Path) -> None:
+def test_small_files_of_a_changed_source_do_not_stay_in_the_pack(source: Path, tmp_path: Path) -> None:
     pack_to(source, tmp_path / "undisturbed")
     writes = count_writes(lambda: pack_to(source, tmp_path / "counted"))
     (source / "merges.txt").write_text("of a tokenizer that goes")
@@ -343,7 +345,7 @@ def test_small_files_of_another_source_do_not_end_up_in_the_pack(source: Path, t
     assert contents(tmp_path / "packed") == contents(tmp_path / "undisturbed")
 
 
-def test_a_limit_on_file_sizes_is_a_full_disk_too(source: Path, tmp_path: Path) -> None:
+def test_a_file_size_limit_is_reported_as_a_full_disk(source: Path, tmp_path: Path) -> None:
     script = (
         "import resource, sys; from argosy.checkpoint.pack import pack; from argosy.errors import DiskFull\n"
     )
@@ -360,7 +362,7 @@ def test_a_limit_on_file_sizes_is_a_full_disk_too(source: Path, tmp_path: Path) 
     assert pack_to(source, tmp_path / "packed").resumed_bytes > 0
 
 
-def test_a_real_file_system_without_room(source: Path, tmp_path: Path) -> None:
+def test_a_full_file_system_is_reported(source: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
@@ -371,7 +373,7 @@ def test_a_real_file_system_without_room(source: Path, tmp_path: Path) -> None:
             pack_to(source, disk / "packed")
         assert caught.value.facts["free_bytes"] < 65_537  # type: ignore[operator]
 
-        # Room by the look of it, and none when it comes to writing.
+        # The check finds enough space, and the writes fail.
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pack_module._Writer, "_require_room", lambda self: None)
             with pytest.raises(DiskFull):
@@ -382,7 +384,7 @@ def test_a_real_file_system_without_room(source: Path, tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_the_journal_says_what_is_packed_from_what(source: Path, tmp_path: Path) -> None:
+def test_the_journal_records_the_source_and_the_format(source: Path, tmp_path: Path) -> None:
     partial = interrupted(source, tmp_path / "packed")
 
     header = json.loads((partial / "journal").read_text().split("\n")[0])
@@ -393,7 +395,7 @@ def test_the_journal_says_what_is_packed_from_what(source: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("format", ["source", "q4"])
 @pytest.mark.parametrize("write", [write_fp8_model, write_int4_model])
-def test_a_pack_of_codes_and_scales_goes_on_where_it_stopped(
+def test_a_pack_of_codes_and_scales_resumes_where_it_stopped(
     write: Callable[..., Path], format: str, tmp_path: Path
 ) -> None:
     config = qwen3_moe(hidden_size=160, moe_intermediate_size=96, num_experts=4, num_hidden_layers=2)
@@ -407,7 +409,7 @@ def test_a_pack_of_codes_and_scales_goes_on_where_it_stopped(
     verify_pack(tmp_path / "packed")
 
 
-def test_scales_that_change_meanwhile_are_noticed(tmp_path: Path) -> None:
+def test_scales_that_change_in_between_are_noticed(tmp_path: Path) -> None:
     config = qwen3_moe(hidden_size=160, moe_intermediate_size=96, num_experts=4, num_hidden_layers=2)
     write_fp8_model(tmp_path / "source", config, seed=5, num_shards=2)
     stop_after(0.6, tmp_path, "source")
@@ -419,7 +421,7 @@ def test_scales_that_change_meanwhile_are_noticed(tmp_path: Path) -> None:
 
 
 class Stopped(Exception):
-    """Thrown out of a pack, as a user's ^C would be."""
+    """Raised out of a pack, as a user's ^C would be."""
 
 
 def stop_after(share: float, directory: Path, format: str) -> None:

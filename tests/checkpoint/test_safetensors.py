@@ -1,4 +1,4 @@
-"""A safetensors file is believed about nothing: each lie has its sentence."""
+"""Nothing in a safetensors file is trusted: every false claim gets its own error message."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def refusal(directory: Path) -> str:
     return str(caught.value)
 
 
-def test_it_finds_what_the_format_s_own_library_wrote(path: Path) -> None:
+def test_files_of_the_format_s_own_library_are_read(path: Path) -> None:
     tensors = {
         "a": np.arange(6, dtype=np.float32).reshape(2, 3),
         "b": np.arange(4, dtype=np.float16),
@@ -46,14 +46,14 @@ def test_it_finds_what_the_format_s_own_library_wrote(path: Path) -> None:
         assert stored == tensors[name].tobytes()
 
 
-def test_a_header_may_be_padded_with_spaces_and_come_in_any_order(path: Path) -> None:
+def test_a_header_may_be_padded_with_spaces_and_in_any_order(path: Path) -> None:
     header = {"late": entry("F16", [2], 4, 8), "early": entry("F32", [1], 0, 4)}
     write_raw(path, json.dumps(header).encode() + b"     ", b"\0" * 8)
 
     assert list(open_tensors(path.parent)) == ["early", "late"]
 
 
-def test_a_link_to_a_file_elsewhere_is_followed_as_hub_caches_need(tmp_path: Path) -> None:
+def test_links_are_followed_because_hub_caches_need_them(tmp_path: Path) -> None:
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot").mkdir()
     write_raw(tmp_path / "blobs" / "0a1b", {"a": entry("F32", [1], 0, 4)}, b"\0" * 4)
@@ -109,7 +109,7 @@ GOOD = entry("F32", [1], 0, 4)
         ({"__metadata__": [], "a": GOOD}, 4, r"__metadata__ must map strings to strings"),
     ],
 )
-def test_a_header_that_lies_is_refused_with_the_numbers(
+def test_an_inconsistent_header_is_refused_with_the_numbers(
     path: Path, header: dict[str, Any], data: int, sentence: str
 ) -> None:
     write_raw(path, header, b"\0" * data)
@@ -163,7 +163,7 @@ def test_the_header_s_length_is_checked_before_it_is_read(path: Path) -> None:
     assert "claims a header of 3 bytes, but the file has only 2 after the length" in refusal(path.parent)
 
 
-def test_a_truncated_file_is_refused_with_the_tensor_that_is_cut(path: Path) -> None:
+def test_a_truncated_file_is_refused_with_the_first_missing_tensor(path: Path) -> None:
     write_raw(path, {"a": GOOD, "b": entry("BF16", [8, 8], 4, 132)}, b"\0" * 132)
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
@@ -175,7 +175,7 @@ def test_a_truncated_file_is_refused_with_the_tensor_that_is_cut(path: Path) -> 
     assert f"b ends at byte {len(whole)}, but the file has {len(whole) - 100} bytes" in str(caught.value)
 
 
-def test_a_name_that_cannot_be_printed_still_makes_a_printable_sentence(path: Path) -> None:
+def test_an_unprintable_name_is_escaped_in_the_error(path: Path) -> None:
     write_raw(path, b'{"\\u200b\\u001b[31m' + b"x" * 500 + b'": 1}')
 
     found = refusal(path.parent)
@@ -185,7 +185,7 @@ def test_a_name_that_cannot_be_printed_still_makes_a_printable_sentence(path: Pa
     assert len(found) < 300
 
 
-def test_what_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
+def test_anything_but_a_regular_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     os.mkfifo(path)
     assert refusal(tmp_path) == "model.safetensors is not a regular file"
@@ -219,7 +219,7 @@ def test_shards_are_read_as_one(tmp_path: Path) -> None:
     }
 
 
-def test_the_index_and_its_shards_have_to_agree_both_ways(tmp_path: Path) -> None:
+def test_the_index_and_its_shards_must_agree_in_both_directions(tmp_path: Path) -> None:
     weight_map = two_shards(tmp_path)
 
     write_index(tmp_path, weight_map | {"c": "two.safetensors"})
@@ -266,7 +266,7 @@ def test_an_index_without_a_weight_map_is_refused(tmp_path: Path, weight_map: ob
     assert "has no weight_map" in refusal(tmp_path)
 
 
-def test_an_index_with_odd_values_or_keys_is_refused(tmp_path: Path) -> None:
+def test_an_index_with_invalid_values_or_keys_is_refused(tmp_path: Path) -> None:
     write_index(tmp_path, {"a": 7})
     assert "assigns a to 7, expected a file name" in refusal(tmp_path)
 
@@ -294,7 +294,7 @@ def test_a_format_that_can_run_code_is_never_read(tmp_path: Path, name: str) -> 
     assert "hint: download the safetensors files" in found
 
 
-def test_other_weights_are_named(tmp_path: Path) -> None:
+def test_weights_in_another_format_are_named(tmp_path: Path) -> None:
     (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
 
     assert "looked for model.safetensors and model.safetensors.index.json, found model-q4.gguf" in refusal(
@@ -313,9 +313,7 @@ def test_errors_carry_their_facts(path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [[2] * 1000, [1] * 1000])  # overflows; disagrees with its offsets
-def test_a_shape_of_a_thousand_dimensions_is_told_in_a_short_sentence(
-    tmp_path: Path, shape: list[int]
-) -> None:
+def test_a_shape_of_a_thousand_dimensions_gives_a_short_error(tmp_path: Path, shape: list[int]) -> None:
     write_raw(tmp_path / "x.safetensors", {"a": entry("BF16", shape, 0, 4)}, bytes(4))
     with pytest.raises(CheckpointError) as caught:
         read_header(tmp_path / "x.safetensors")

@@ -1,4 +1,4 @@
-"""Writing safetensors: what is written is what the format's own library reads."""
+"""Writing safetensors: the format's own library reads what Argosy writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from argosy.checkpoint.safetensors import open_tensors
 from argosy.checkpoint.safetensors_write import encode, to_bfloat16_bits, write_safetensors
 
 
-def test_a_written_file_is_read_back_by_the_reference_library_and_by_our_own_reader(tmp_path: Path):
+def test_a_written_file_is_read_by_the_reference_library_and_by_our_reader(tmp_path: Path):
     from safetensors.numpy import load_file
 
     tensors = {
@@ -33,7 +33,7 @@ def test_a_written_file_is_read_back_by_the_reference_library_and_by_our_own_rea
     assert refs["two"].shape == (2, 1)
 
 
-def test_tensors_are_made_one_at_a_time_and_in_order(tmp_path: Path):
+def test_tensors_are_made_one_at_a_time_in_order(tmp_path: Path):
     made: list[str] = []
 
     def make(name: str) -> bytes:
@@ -45,14 +45,14 @@ def test_tensors_are_made_one_at_a_time_and_in_order(tmp_path: Path):
     assert made == names
 
 
-def test_a_tensor_of_another_length_than_its_shape_is_refused(tmp_path: Path):
+def test_a_tensor_whose_length_contradicts_its_shape_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="'a' came as 3 bytes, expected 4"):
         write_safetensors(tmp_path / "x", [("a", "F16", (2,), lambda: bytes(3))])
     with pytest.raises(ValueError, match="given twice"):
         write_safetensors(tmp_path / "x", [("a", "F16", (1,), lambda: bytes(2))] * 2)
 
 
-def test_bfloat16_rounds_to_the_nearest_and_ties_go_to_even():
+def test_bfloat16_rounds_to_nearest_ties_to_even():
     exact, below, tie_even, tie_odd, above = 0x3F80_0000, 0x3F80_7FFF, 0x3F80_8000, 0x3F81_8000, 0x3F80_8001
     values = np.array([exact, below, tie_even, tie_odd, above], dtype=np.uint32).view(np.float32)
     assert to_bfloat16_bits(values).tolist() == [0x3F80, 0x3F80, 0x3F80, 0x3F82, 0x3F81]
@@ -65,6 +65,6 @@ def test_bfloat16_rounds_to_the_nearest_and_ties_go_to_even():
 
 
 @pytest.mark.parametrize(("dtype", "value"), [("F16", 65520.0), ("BF16", 3.4e38), ("F32", np.nan)])
-def test_a_number_without_room_in_the_dtype_is_refused(dtype: str, value: float):
+def test_a_number_that_the_dtype_cannot_hold_is_refused(dtype: str, value: float):
     with pytest.raises(ValueError, match=f"too large for {dtype}"):
         encode(np.array([1.0, value], dtype=np.float32), dtype)

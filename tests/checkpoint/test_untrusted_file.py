@@ -1,4 +1,4 @@
-"""Small JSON files: two readers can never disagree about them."""
+"""Small JSON files are read so strictly that no two parsers can disagree about them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from argosy.checkpoint.untrusted_file import quote, read_object
 from argosy.errors import CheckpointError
 
 
-def test_an_object_is_read_as_it_stands(tmp_path: Path) -> None:
+def test_an_object_is_read_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{"a": [1, 2.5, null, true, "\\u00e9"]}')
 
@@ -21,7 +21,9 @@ def test_an_object_is_read_as_it_stands(tmp_path: Path) -> None:
     ("text", "found"),
     [("[]", "a list"), ("null", "null"), ("1", "a whole number"), ("true", "true or false")],
 )
-def test_another_outermost_value_is_refused_by_its_kind(tmp_path: Path, text: str, found: str) -> None:
+def test_a_top_level_value_that_is_no_object_is_refused_by_type(
+    tmp_path: Path, text: str, found: str
+) -> None:
     path = tmp_path / "config.json"
     path.write_text(text)
 

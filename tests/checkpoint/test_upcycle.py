@@ -33,7 +33,7 @@ def test_at_step_zero_the_mixture_is_the_dense_model(dtype: str, tie: bool, tmp_
     dense = write_dense_directory(tmp_path / "dense", dtype=dtype, tie_word_embeddings=tie)
     mixture = upcycle(dense, tmp_path / "mixture", **SIZES)
     expected, found = NumpyDense(dense).logits(TOKEN_IDS), NumpyModel(mixture).logits(TOKEN_IDS)
-    # Both in float64: 2 W x / 2 is W x, and zero experts add zero; only sums may differ in their last bit.
+    # Both run in float64: 2 W x / 2 is W x, and zero experts add zero; only sums may differ in their last bit.
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
@@ -78,7 +78,7 @@ def test_the_seed_decides_which_neurons_are_copied(tmp_path: Path):
     assert not np.array_equal(same, other)
 
 
-def test_the_three_matrices_of_an_expert_lie_side_by_side_in_the_file(tmp_path: Path):
+def test_an_expert_s_three_matrices_are_adjacent_in_the_file(tmp_path: Path):
     mixture = upcycle(write_dense_directory(tmp_path / "dense"), tmp_path / "mixture", **SIZES)
     header, _ = read_header(mixture / "model.safetensors")
     names = sorted(header, key=lambda name: header[name]["data_offsets"])
@@ -114,7 +114,7 @@ def test_progress_rises_from_zero_and_stays_below_one(tmp_path: Path):
     assert 0.9 < shares[-1] < 1
 
 
-def test_an_existing_destination_is_left_as_it_is(tmp_path: Path):
+def test_an_existing_destination_is_left_unchanged(tmp_path: Path):
     (tmp_path / "mixture").mkdir()
     (tmp_path / "mixture" / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="already exists"):
@@ -154,7 +154,7 @@ def test_more_neurons_than_the_dense_model_has_are_refused_with_both_numbers(tmp
         ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}),
     ],
 )
-def test_a_flag_that_has_no_counterpart_is_refused_by_name(key: str, value: object, tmp_path: Path):
+def test_a_flag_without_a_counterpart_is_refused_by_name(key: str, value: object, tmp_path: Path):
     with pytest.raises(UnsupportedModel, match=key):
         upcycle(write_dense_directory(tmp_path / "dense", **{key: value}), tmp_path / "mixture", **SIZES)
 
@@ -181,16 +181,16 @@ def test_a_missing_or_misshapen_tensor_is_named(tmp_path: Path):
         open_dense(other)
 
 
-def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path):
+def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path):
     (tmp_path / "dense.gguf").write_bytes(b"not a model at all" * 10)
     with pytest.raises(CheckpointError, match="starts with 'not '; a GGUF file starts with"):
         open_dense(tmp_path / "dense.gguf")
 
 
-# A directory that appears when it is whole
+# A directory that appears only when it is complete
 
 
-def test_what_a_killed_process_left_for_the_same_directory_is_removed(tmp_path: Path):
+def test_leftovers_of_a_killed_process_for_the_same_directory_are_removed(tmp_path: Path):
     left, others = tmp_path / ".mixture.abcdefgh.partial", tmp_path / ".mixture.b.abcdefgh.partial"
     for path in (left, others):
         path.mkdir()
@@ -200,7 +200,7 @@ def test_what_a_killed_process_left_for_the_same_directory_is_removed(tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == [others.name, "mixture"]
 
 
-def test_a_directory_that_another_process_is_writing_stays(tmp_path: Path):
+def test_a_directory_that_another_process_is_writing_is_kept(tmp_path: Path):
     with new_directory(tmp_path / "mixture") as first:
         (first / "file").write_bytes(b"first")
         with new_directory(tmp_path / "mixture") as second:
@@ -210,7 +210,7 @@ def test_a_directory_that_another_process_is_writing_stays(tmp_path: Path):
     assert (tmp_path / "mixture" / "file").read_bytes() == b"first"
 
 
-def test_a_scratch_directory_that_is_taken_for_abandoned_is_made_again(
+def test_a_scratch_directory_removed_as_abandoned_is_created_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     real, removed = fcntl.flock, []
