@@ -1,11 +1,11 @@
-"""Record what llama.cpp's converters say of released models: the metadata, without any weights.
+"""Record the GGUF metadata that llama.cpp's converters write for released models, without any weights.
 
     config.json of `published.py`  ->  the converter of its architecture  ->  gguf_converted.json
 
     python -m tests.families.convert_published LLAMA_CPP COMMIT
 
-LLAMA_CPP is a checkout (llama-cpp-python's source distribution has one in `vendor/`), COMMIT what to name it by. It
-needs `transformers`, whose configs the converters read, and no torch, which they use for weights alone: it is stubbed.
+LLAMA_CPP is a checkout of llama.cpp (llama-cpp-python's source distribution has one in `vendor/`), COMMIT its name in
+the record. The converters read configs with `transformers`. They need torch only for weights, so torch is stubbed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.families.published import PUBLISHED
 
 RECORD = Path(__file__).with_name("gguf_converted.json")
 
-# Of configs that `published.py` keeps without: the class in the hub's file, by which a converter is chosen.
+# The `architectures` class of the hub's config.json, which selects the converter, for configs stored here without it.
 CLASSES = {
     "mixtral": "MixtralForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
@@ -37,8 +37,8 @@ CLASSES = {
     "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
 }
-# tokenizer.ggml.pre, which converters find by a hash of the tokenizer: the repositories beside the hashes in
-# `get_vocab_base_pre` of conversion/base.py. Mixtral's tokenizer is SentencePiece and has none.
+# tokenizer.ggml.pre, which converters look up by a hash of the tokenizer: `get_vocab_base_pre` of conversion/base.py
+# names a repository beside each hash. Mixtral's tokenizer is SentencePiece and has none.
 PRE_TOKENIZERS = {
     "deepseek_v2": "deepseek-llm",
     "deepseek_v3": "deepseek-v3",
@@ -58,12 +58,12 @@ PRE_TOKENIZERS = {
     "qwen3_vl_moe": "qwen2",
     "qwen3_5_moe_text": "qwen35",
 }
-# Layers for multi-token prediction that the hub's files have and config.json does not count.
+# Multi-token prediction layers that the hub's files contain and config.json does not count.
 UNCOUNTED_MTP_LAYERS = 1
 
 
 class _Stub(types.ModuleType):
-    """Stands for torch: anything can be asked of it, and nothing computed."""
+    """Stands in for torch: every attribute exists, and nothing is computed."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -77,7 +77,7 @@ class _Stub(types.ModuleType):
 
 
 def configs() -> dict[str, RawConfig]:
-    """The released models, by name, each once."""
+    """The configs of released models by name, each config once."""
     found = {model.name: model.config for model in PUBLISHED}
     found |= {name: config for name, config in RELEASED.items() if config not in found.values()}
     return {
@@ -98,13 +98,13 @@ def load_converters(checkout: Path) -> Any:
 
 
 def convert(base: Any, config: RawConfig) -> dict[str, Any]:
-    """The metadata that are about the architecture, as the converter hands them to its writer."""
+    """The metadata about the architecture, as the converter passes it to its writer."""
     base.ModelBase.index_tensors = lambda self, remote_hf_model_id=None: {}
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         (directory / "config.json").write_text(json.dumps(config))
         kind = base.ModelBase.from_model_architecture(config["architectures"][0])
-        # The converter counts these layers while it looks through the tensors, and here there are none.
+        # The converter counts these layers while it indexes the tensors, and there are no tensors here.
         if hasattr(kind, "opt_num_mtp_layers"):
 
             class Counted(kind):  # type: ignore[misc, valid-type]
@@ -123,7 +123,7 @@ def convert(base: Any, config: RawConfig) -> dict[str, Any]:
 
 
 def _typed(entry: Any) -> Any:
-    """The value, a float where it is written as one: converters pass whole numbers, too."""
+    """The value, as a float if it is written as one, since converters pass ints for some of these."""
     return float(entry.value) if entry.type.name == "FLOAT32" else entry.value
 
 

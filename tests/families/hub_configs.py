@@ -1,7 +1,7 @@
 """The keys of `config.json` of released models with latent attention, in the spelling of the hub.
 
-Left out are `quantization_config`, which says how weights are stored and not what they compute, and most of a vision
-tower's keys.
+This file omits `quantization_config`, which describes how weights are stored and not what they compute, and most keys
+of vision towers.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ DEEPSEEK_V3: RawConfig = {
     "vocab_size": 129280,
 }
 
-# R1's file has no keys of training.
+# R1's file has no training keys.
 DEEPSEEK_R1: RawConfig = {
     key: value
     for key, value in DEEPSEEK_V3.items()

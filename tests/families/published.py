@@ -1,4 +1,4 @@
-"""Geometry of released models, as their config.json has it, and the parameter counts that were published."""
+"""The geometry of released models, as in their config.json, and their published parameter counts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.families.hub_configs import RELEASED, RawConfig
 
 
 class Published(NamedTuple):
-    """A released model: what decides its size, and its parameters in billions, without vision and prediction heads."""
+    """A released model: its config, and its parameters in billions without vision and multi-token prediction layers."""
 
     name: str
     config: RawConfig
@@ -286,7 +286,7 @@ QWEN35_397B = {
 
 
 def qwen3_vl_moe_of(**changes: Any) -> RawConfig:
-    """config.json of Qwen3-VL-30B-A3B-Instruct, with `changes` of its text part; most of the tower's keys left out."""
+    """config.json of Qwen3-VL-30B-A3B-Instruct without most of the tower's keys, with `changes` to its text part."""
     text = {
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -341,7 +341,7 @@ QWEN3_VL_235B = {
     "num_hidden_layers": 94,
 }
 
-# config.json of Qwen3-Omni-30B-A3B-Instruct, most of the keys of other parts left out.
+# config.json of Qwen3-Omni-30B-A3B-Instruct, without most keys of other parts.
 QWEN3_OMNI: RawConfig = {
     "architectures": ["Qwen3OmniMoeForConditionalGeneration"],
     "assistant_token_id": 77091,
@@ -431,7 +431,7 @@ QWEN3_OMNI: RawConfig = {
     "user_token_id": 872,
 }
 
-# config.json of GLM-4.5V, most of the tower's keys left out.
+# config.json of GLM-4.5V, without most of the tower's keys.
 GLM_45V: RawConfig = {
     "architectures": ["Glm4vMoeForConditionalGeneration"],
     "image_end_token_id": 151340,

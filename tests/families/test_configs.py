@@ -1,4 +1,4 @@
-"""config.json: what each key of each family means, what an absent one means, and what is refused."""
+"""config.json: the meaning of each family's keys, the defaults of absent keys, and the configs that are refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def without(raw: RawConfig, *keys: str) -> RawConfig:
     return {key: value for key, value in raw.items() if key not in keys}
 
 
-# What keys mean
+# The meaning of keys
 
 
 def test_mixtral() -> None:
@@ -133,7 +133,7 @@ def test_experts_are_counted_under_any_of_their_names(make: Any) -> None:
 
 
 @every_family
-def test_null_means_the_usual_thing(make: Any) -> None:
+def test_null_means_the_default(make: Any) -> None:
     config = parse(make(hidden_size=48, num_key_value_heads=None, head_dim=None, rope_scaling=None))
 
     assert config.num_kv_heads == config.num_heads
@@ -141,19 +141,19 @@ def test_null_means_the_usual_thing(make: Any) -> None:
 
 
 @every_family
-def test_head_dim_stands_apart_from_hidden_size(make: Any) -> None:
+def test_head_dim_is_independent_of_hidden_size(make: Any) -> None:
     assert parse(make(head_dim=24)).head_dim == 24
 
 
 @every_family
-def test_tokens_that_end_an_answer_are_one_or_many_or_none(make: Any) -> None:
+def test_there_may_be_one_end_token_or_many_or_none(make: Any) -> None:
     assert parse(make(eos_token_id=[2, 5])).eos_ids == (2, 5)
     assert parse(make(eos_token_id=None)).eos_ids == ()
     assert parse(make(eos_token_id=-1, bos_token_id=-1)).eos_ids == ()
     assert parse(make(bos_token_id=None)).bos_id is None
 
 
-def test_layers_without_routed_experts() -> None:
+def test_layers_may_have_no_routed_experts() -> None:
     def moe_layers(**changes: Any) -> tuple[int, ...]:
         two, three = parse(qwen2_moe(**changes)), parse(qwen3_moe(**changes))
         assert two.moe_layers == three.moe_layers
@@ -172,19 +172,19 @@ def windows(raw: RawConfig) -> list[int]:
     return [layer.sliding_window for layer in parse(raw).layers]
 
 
-def test_mixtral_s_window_holds_in_every_layer() -> None:
+def test_mixtral_s_window_applies_to_every_layer() -> None:
     assert windows(mixtral(sliding_window=8)) == [8, 8, 8]
     assert windows(mixtral(sliding_window=None)) == [0, 0, 0]
     assert "sliding_window is 0" in refusal(mixtral(sliding_window=0))
 
 
-def test_qwen2_moe_s_window_holds_in_even_layers_below_max_window_layers() -> None:
+def test_qwen2_moe_s_window_applies_to_even_layers_below_max_window_layers() -> None:
     used = {"use_sliding_window": True, "sliding_window": 7, "num_hidden_layers": 5}
     assert windows(qwen2_moe(**used, max_window_layers=3)) == [7, 0, 7, 0, 0]
     assert windows(qwen2_moe(**used | {"use_sliding_window": False})) == [0] * 5
     kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention", "full_attention"]
     assert windows(qwen2_moe(**used, layer_types=kinds)) == [0, 7, 7, 0, 0]
-    # transformers 5 writes sliding_window 0 where the window is off.
+    # transformers 5 writes sliding_window 0 if the window is off.
     assert windows(qwen2_moe(sliding_window=0, layer_types=["full_attention"] * 3)) == [0, 0, 0]
 
     assert "layer 0, but its window is off" in refusal(qwen2_moe(layer_types=["sliding_attention"] * 3))
@@ -200,7 +200,7 @@ def test_qwen2_moe_s_window_holds_in_even_layers_below_max_window_layers() -> No
     )
 
 
-def test_qwen3_moe_s_window_holds_in_every_layer() -> None:
+def test_qwen3_moe_s_window_applies_to_every_layer() -> None:
     used = {"use_sliding_window": True, "sliding_window": 6}
     assert windows(qwen3_moe(**used)) == [6, 6, 6]
     assert windows(qwen3_moe(**used, max_window_layers=1)) == [6, 6, 6]
@@ -219,8 +219,8 @@ def test_biases() -> None:
     assert "asks for attention_bias true; supported: false" in refusal(mixtral(attention_bias=True))
 
 
-def test_keys_of_sister_models_are_fine_while_they_change_nothing() -> None:
-    # As in the files of Qwen3-Coder.
+def test_keys_of_related_models_are_accepted_if_they_change_nothing() -> None:
+    # Qwen3-Coder's config.json has these keys.
     parse(qwen3_moe(qkv_bias=False, use_qk_norm=True, shared_expert_intermediate_size=0))
     assert "asks for shared_expert_intermediate_size 40; supported: 0 or null" in refusal(
         qwen3_moe(shared_expert_intermediate_size=40)
@@ -257,7 +257,7 @@ def test_rope_kinds_and_their_fields() -> None:
     full = rope(yarn | more | {"truncate": False})
     assert (full.beta_fast, full.beta_slow, full.attention_factor, full.truncate) == (16.0, 2.0, 1.25, False)
     assert (full.mscale, full.mscale_all_dim) == (0.7, 1.0)
-    assert rope(yarn | {"factor": None}).factor == 4.0  # the ratio of the contexts
+    assert rope(yarn | {"factor": None}).factor == 4.0  # the ratio of the two context lengths
     assert rope(without(yarn, "original_max_position_embeddings")).original_context == 128
     assert rope(yarn, original_max_position_embeddings=64).original_context == 64
 
@@ -313,19 +313,19 @@ def test_rope_kinds_and_their_fields() -> None:
         ),
     ],
 )
-def test_a_rope_that_is_not_built_in_is_refused_by_name(scaling: dict[str, Any], sentence: str) -> None:
+def test_an_unsupported_rope_is_refused_by_name(scaling: dict[str, Any], sentence: str) -> None:
     assert sentence in refusal(qwen3_moe(rope_scaling=scaling))
 
 
 @pytest.mark.parametrize("make", [mixtral, qwen2_moe, qwen3_moe, olmoe], ids=lambda make: make.__name__)
-def test_a_part_of_the_head_that_turns_is_refused_where_the_family_has_no_such_key(make: Any) -> None:
+def test_partial_rotary_is_refused_if_the_family_has_no_such_key(make: Any) -> None:
     parse(make(partial_rotary_factor=1))
     assert "asks for partial_rotary_factor 0.5; supported: 1 or null" in refusal(
         make(partial_rotary_factor=0.5)
     )
 
 
-def test_rope_said_twice_has_to_agree() -> None:
+def test_rope_given_twice_must_agree() -> None:
     scaling = {"rope_type": "linear", "factor": 2.0}
     parse(qwen3_moe(rope_scaling=scaling, rope_parameters=scaling))
     assert "gives both rope_scaling and rope_parameters, and they differ" in refusal(
@@ -333,12 +333,12 @@ def test_rope_said_twice_has_to_agree() -> None:
     )
 
 
-# What is refused
+# Refusals
 
 
 @every_family
 @pytest.mark.parametrize("value", ["sqrtsoftplus", 3, None, False, {"a": [1]}])
-def test_an_unknown_key_is_refused_by_name_with_its_value_and_what_is_known(make: Any, value: object) -> None:
+def test_an_unknown_key_is_refused_with_its_value_and_the_known_keys(make: Any, value: object) -> None:
     raw = make(score_function=value)
 
     with pytest.raises(UnsupportedModel) as caught:
@@ -352,7 +352,7 @@ def test_an_unknown_key_is_refused_by_name_with_its_value_and_what_is_known(make
 
 
 @every_family
-def test_training_and_generation_keys_are_harmless(make: Any) -> None:
+def test_training_and_generation_keys_are_ignored(make: Any) -> None:
     extras = {"router_jitter_noise": 0.1, "attention_dropout": 0.5, "temperature": 0.6, "top_k": 20, "pad_token_id": 0,
               "id2label": {"0": "A"}, "_name_or_path": "x", "output_router_logits": True}  # fmt: skip
     assert parse(make(**extras)) == parse(make())
@@ -402,7 +402,7 @@ def test_training_and_generation_keys_are_harmless(make: Any) -> None:
         ({"rope_scaling": [1]}, r"rope_scaling is \[1\], a list; expected an object or null"),
     ],
 )
-def test_a_value_that_cannot_be_meant_is_refused(make: Any, changes: dict[str, Any], sentence: str) -> None:
+def test_an_invalid_value_is_refused(make: Any, changes: dict[str, Any], sentence: str) -> None:
     found = refusal(make(**changes))
 
     assert re.search(sentence, found), found
@@ -412,7 +412,7 @@ def test_a_value_that_cannot_be_meant_is_refused(make: Any, changes: dict[str, A
 # A config inside a config
 
 
-def test_a_nested_config_is_read_as_strictly_and_its_sentences_say_where() -> None:
+def test_a_nested_config_is_read_as_strictly_and_errors_say_where() -> None:
     def text_config(values: object) -> ConfigReader:
         return ConfigReader({"text_config": values}, "wrapper").nested("text_config", "inner", "inner_text")
 

@@ -81,7 +81,7 @@ def test_routers() -> None:
     assert (plain.renormalize, plain.renormalize_eps) == (False, 0.0)
 
 
-def test_yarn_s_magnitude_of_all_dimensions_is_squared_into_the_scale_of_scores() -> None:
+def test_yarn_s_mscale_all_dim_is_squared_into_the_attention_scale() -> None:
     def scale_of(raw: RawConfig) -> float:
         return parse(raw).attention_scale * math.sqrt(parse(raw).head_dim)
 
@@ -93,7 +93,7 @@ def test_yarn_s_magnitude_of_all_dimensions_is_squared_into_the_scale_of_scores(
     assert scale_of(DEEPSEEK_V3 | {"rope_scaling": without}) == pytest.approx(1.0)
 
 
-def test_rope_is_yarn_over_the_dimensions_that_turn() -> None:
+def test_rope_is_yarn_over_the_rotary_dimensions() -> None:
     assert parse(DEEPSEEK_V3).rope == RopeConfig(
         theta=1e4, rotary_dim=64, is_interleaved=True, kind="yarn", factor=40.0, original_context=4096,
         mscale=1.0, mscale_all_dim=1.0,
@@ -102,7 +102,7 @@ def test_rope_is_yarn_over_the_dimensions_that_turn() -> None:
     assert parse(GLM_4_7_FLASH).rope.kind == "default"
 
 
-def test_what_transformers_5_writes_means_the_same() -> None:
+def test_the_keys_of_transformers_5_mean_the_same() -> None:
     for raw in (DEEPSEEK_V2, DEEPSEEK_V3, GLM_4_7_FLASH):
         head_dim = raw["qk_nope_head_dim"] + 64
         written = {
@@ -122,7 +122,7 @@ def test_what_transformers_5_writes_means_the_same() -> None:
     assert parse(within_text(model_type="deepseek_v3")) == parse(KIMI_K25)
 
 
-def test_the_text_of_of_a_wrapper_is_the_model_and_the_wrapper_has_the_last_word_on_tokens() -> None:
+def test_a_wrapper_s_text_config_is_the_model_and_the_wrapper_decides_its_tokens() -> None:
     config = parse(KIMI_K25)
     assert (config.family, config.num_experts, config.num_layers) == ("kimi_k25", 384, 61)
     assert parse(KIMI_K25 | {"eos_token_id": [5, 6]}).eos_ids == (5, 6)
@@ -183,7 +183,7 @@ def test_an_absent_key_has_the_default_of_the_family_s_config_class() -> None:
         ),
     ],
 )
-def test_what_is_not_built_in_is_refused_by_name(raw: RawConfig, sentence: str) -> None:
+def test_unsupported_features_are_refused_by_name(raw: RawConfig, sentence: str) -> None:
     with pytest.raises(UnsupportedModel) as caught:
         parse(raw)
     assert sentence in str(caught.value)
@@ -215,13 +215,13 @@ def test_what_is_not_built_in_is_refused_by_name(raw: RawConfig, sentence: str) 
         (KIMI_K25 | {"text_config": None}, "text_config is null; expected an object"),
     ],
 )
-def test_what_contradicts_itself_is_refused(raw: RawConfig, sentence: str) -> None:
+def test_contradictions_are_refused(raw: RawConfig, sentence: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         parse(raw)
     assert sentence in str(caught.value)
 
 
-# Parameters in 10^9 without layers for multi-token prediction, and elements that a position leaves in the KV cache.
+# Billions of parameters without multi-token prediction layers, and KV cache elements per position.
 PUBLISHED = {
     "DeepSeek-V2-Lite": (15.7, 27 * 576),
     "DeepSeek-V2": (235.7, 60 * 576),
@@ -232,10 +232,10 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_and_kv_cache_are_those_that_the_papers_give(name: str) -> None:
+def test_parameters_and_kv_cache_are_those_in_the_papers(name: str) -> None:
     config = parse(RELEASED[name])
     total, _ = count_parameters(config)
     billions, elements = PUBLISHED[name]
     assert total / 1e9 == pytest.approx(billions, rel=2e-3)
-    # 70 KB for each position of Kimi-K2 and DeepSeek-V3 at 16 bits.
+    # That is 70 KB per position of Kimi-K2 and DeepSeek-V3 at 16 bits.
     assert kv_bytes(config, 4096, "f16") == 4096 * elements * 2

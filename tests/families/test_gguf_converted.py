@@ -1,4 +1,4 @@
-"""What llama.cpp's converters write today of every announced model is read, and means what its config.json means.
+"""The metadata that llama.cpp's converters write for every announced model means the same as its config.json.
 
 The record is `gguf_converted.json`; `convert_published.py` makes it, by running the converters of llama.cpp.
 """
@@ -44,7 +44,7 @@ CONVERTED: dict[str, Metadata] = json.loads(RECORD.read_text())
 MADE_WITH = CONVERTED.pop("made with")
 CONFIGS = configs()
 ARCHITECTURES = {metadata["general.architecture"]: name for name, metadata in CONVERTED.items()}
-# Written by the recorded commit of llama.cpp, and not yet by the package that PyPI has.
+# Keys that the recorded commit of llama.cpp writes and the `gguf` package on PyPI does not know yet.
 NEWER_THAN_THE_PACKAGE = {"attention.recurrent_layers"}
 
 each_model = pytest.mark.parametrize("name", CONVERTED)
@@ -52,7 +52,7 @@ each_model = pytest.mark.parametrize("name", CONVERTED)
 
 @pytest.fixture(autouse=True)
 def without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files are opened as far as their metadata go: the config comes back, and no tensor is missed."""
+    """Make readers stop after the metadata: they return the config and look for no tensors."""
     for reader in READERS:
         monkeypatch.setattr(reader, "read_gguf_layout", lambda file, config, **_: config)
 
@@ -63,7 +63,7 @@ def hub_config(name: str) -> ModelConfig:
 
 
 def deciding_tensors(config: ModelConfig, architecture: str) -> dict[str, tuple[int, ...]]:
-    """The tensors by which readers decide what metadata do not say."""
+    """The tensors that tell readers what the metadata does not."""
     shapes = {"token_embd.weight": (config.vocab_size, config.hidden_size)}
     present = {
         "output.weight": not config.is_embedding_tied,
@@ -77,7 +77,7 @@ def deciding_tensors(config: ModelConfig, architecture: str) -> dict[str, tuple[
 
 
 def open_converted(name: str, path: Path, more: Mapping[str, Any] = MappingProxyType({})) -> ModelConfig:
-    """What Argosy reads from a file with the metadata of `name`, and `more`."""
+    """The config that Argosy reads from a file with the metadata of `name`, updated by `more`."""
     metadata = {**CONVERTED[name], **more}
     architecture = metadata["general.architecture"]
     writer = GGUFWriter(path, architecture)
@@ -108,7 +108,7 @@ def add(writer: GGUFWriter, key: str, value: Any) -> None:
         case float():
             writer.add_float32(key, value)
         case str():
-            if key != "general.architecture":  # the writer's own
+            if key != "general.architecture":  # the writer adds this key itself
                 writer.add_string(key, value)
         case _:
             writer.add_array(key, value)
@@ -117,15 +117,15 @@ def add(writer: GGUFWriter, key: str, value: Any) -> None:
 def test_every_announced_architecture_is_recorded() -> None:
     assert set(ARCHITECTURES) == {family.GGUF_ARCHITECTURE for family in FAMILIES.values()}
     recorded = {CONFIGS[name]["model_type"] for name in CONVERTED}
-    assert FAMILIES.keys() - recorded == {"qwen3_5_moe"}  # as qwen3_5_moe_text, in a wrapper
+    assert FAMILIES.keys() - recorded == {"qwen3_5_moe"}  # the wrapper of qwen3_5_moe_text
 
 
 @each_model
-def test_metadata_as_converted_today_mean_what_config_json_means(name: str, tmp_path: Path) -> None:
+def test_converted_metadata_means_the_same_as_config_json(name: str, tmp_path: Path) -> None:
     found, expected = open_converted(name, tmp_path / "model.gguf"), hub_config(name)
     if expected.latent is not None:
         expected = replace(expected, latent=replace(expected.latent, is_up_split=True))
-    # Those say it otherwise: by tensors, which are not here, and by what the conversion has done to them.
+    # These fields differ: a GGUF decides them by tensors, which are not here, or the conversion has changed them.
     assert found == replace(
         expected,
         family=found.family,
@@ -143,13 +143,13 @@ def test_metadata_as_converted_today_mean_what_config_json_means(name: str, tmp_
 
 
 @each_model
-def test_its_tokenizer_is_one_that_is_known(name: str) -> None:
+def test_its_tokenizer_is_known(name: str) -> None:
     pre = CONVERTED[name]["tokenizer.ggml.pre"]
     assert pre in WORDS if pre is not None else CONFIGS[name]["model_type"] == "mixtral"
 
 
 def templates(keys: type = gguf.Keys) -> Iterator[str]:
-    """What the installed `gguf` package can say of an architecture, below its namespace."""
+    """Every key that the installed `gguf` package has for an architecture, without its namespace."""
     for value in vars(keys).values():
         if isinstance(value, type):
             yield from templates(value)
@@ -164,7 +164,7 @@ def test_the_recorded_keys_are_those_of_the_gguf_package(name: str) -> None:
     assert written - set(templates()) <= NEWER_THAN_THE_PACKAGE
 
 
-# Keys that may have any value: about vision, about how a model was made, or about a scaling or layers it does not have.
+# Keys that may have any value: they concern vision, training, or a scaling or layers that the model does not have.
 HARMLESS = {
     "feed_forward_length",
     "n_deepstack_layers",
@@ -172,11 +172,11 @@ HARMLESS = {
     "rope.scaling.finetuned",
     "rope.scaling.original_context_length",
 }
-DEFAULTS = {("attention.causal", True), ("expert_weights_norm", True)}  # what an absent key means, too
+DEFAULTS = {("attention.causal", True), ("expert_weights_norm", True)}  # the same as an absent key
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_any_other_key_changes_the_model_or_is_refused_by_its_name(architecture: str, tmp_path: Path) -> None:
+def test_any_other_key_changes_the_model_or_is_refused_by_name(architecture: str, tmp_path: Path) -> None:
     name = ARCHITECTURES[architecture]
     plain = open_converted(name, tmp_path / "plain.gguf")
     others = [

@@ -1,4 +1,4 @@
-"""What the metadata and tensors of a GGUF of architecture `deepseek2` mean, in the spelling of both ages."""
+"""The meaning of metadata and tensors in a GGUF of architecture `deepseek2`, in its old and its new form."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Write = Callable[..., ModelFiles]
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Writes a model whose metadata a test can add to or take from, and opens it."""
+    """Write a model, with metadata added or removed by the test, and open it."""
 
     def write(
         config: RawConfig,
@@ -78,19 +78,19 @@ def changed(name: str, value: object) -> Callable[[GGUFWriter], None]:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("split_kv", [True, False])
-def test_metadata_mean_what_config_json_means(
+def test_metadata_means_the_same_as_config_json(
     name: str, split_kv: bool, write: Write, tmp_path: Path
 ) -> None:
     found = write(MODELS[name], split_kv=split_kv).config
     expected = open_model(tmp_path / "model.gguf.f32").config
     assert found.latent is not None
     assert found.latent.is_up_split == split_kv
-    # A file does not say which of the models with a sigmoid router it holds.
+    # A file does not say which model with a sigmoid router it holds.
     assert found.family == ("deepseek_v2" if "V2" in name else "deepseek_v3")
     assert replace(found, family=expected.family, latent=replace(found.latent, is_up_split=False)) == expected
 
 
-def test_key_and_value_halves_are_read_where_they_lie(write: Write) -> None:
+def test_key_and_value_halves_are_read_from_their_own_tensors(write: Write) -> None:
     files = write(deepseek_v3())
     keys, values = files.dense["layers.1.k_up"], files.dense["layers.1.v_up"]
     assert (keys.name, keys.rows, keys.cols) == ("blk.1.attn_k_b.weight", 4 * 20, 10)
@@ -99,7 +99,7 @@ def test_key_and_value_halves_are_read_where_they_lie(write: Write) -> None:
     assert files.dense["layers.0.down"].name == "blk.0.ffn_down.weight"
 
 
-def test_a_file_that_does_not_name_its_router_and_has_no_bias_for_the_choice_has_softmax(
+def test_without_a_named_router_and_a_choice_bias_the_router_is_softmax(
     write: Write,
 ) -> None:
     old = ("expert_gating_func", "expert_group_count", "expert_group_used_count", "expert_weights_norm")
@@ -107,7 +107,7 @@ def test_a_file_that_does_not_name_its_router_and_has_no_bias_for_the_choice_has
     assert config.router == RouterConfig(score="softmax", group_score="max", renormalize=False, scale=16.0)
 
 
-def test_keys_and_values_that_ik_llama_cpp_writes_a_second_time_are_left_alone(write: Write) -> None:
+def test_duplicate_keys_and_values_of_ik_llama_cpp_are_ignored(write: Write) -> None:
     config = deepseek_v3()
     copies = {
         f"blk.{layer}.attn_{name}.weight": np.ones(shape, np.float32)
@@ -119,16 +119,14 @@ def test_keys_and_values_that_ik_llama_cpp_writes_a_second_time_are_left_alone(w
     assert not {ref.name for ref in files.dense.values()} & copies.keys()
 
 
-def test_a_bias_for_the_choice_alone_means_sigmoid_scores_where_the_file_does_not_name_them(
-    write: Write, tmp_path: Path
-) -> None:
-    # As GLM-4.7-Flash is converted: its config.json has no scoring_func, from which converters write the key.
+def test_without_a_named_router_a_choice_bias_means_sigmoid_scores(write: Write, tmp_path: Path) -> None:
+    # A converted GLM-4.7-Flash lacks the key: converters take it from scoring_func, and its config.json has none.
     found = write(MODELS["GLM-4.7-Flash"], without=("expert_gating_func",)).config.router
     assert found == open_model(tmp_path / "model.gguf.f32").config.router
     assert (found.score, found.has_choice_bias) == ("sigmoid", True)
 
 
-def test_layers_for_multi_token_prediction_are_recognised_and_left_out(write: Write) -> None:
+def test_multi_token_prediction_layers_are_counted_and_ignored(write: Write) -> None:
     def one_layer_more(writer: GGUFWriter) -> None:
         changed("block_count", 4)(writer)
         writer.add_nextn_predict_layers(1)
@@ -141,14 +139,14 @@ def test_layers_for_multi_token_prediction_are_recognised_and_left_out(write: Wr
     assert (files.config.num_layers, files.config.num_mtp_layers) == (3, 1)
 
 
-def test_a_layer_beyond_the_model_s_is_refused(write: Write) -> None:
+def test_a_layer_beyond_the_last_is_refused(write: Write) -> None:
     with pytest.raises(
         CheckpointError, match=r"blk\.3\.attn_norm\.weight \[32\]: a deepseek_v3 model with these"
     ):
         write(deepseek_v3(), tensors={"blk.3.attn_norm.weight": np.ones(32, np.float32)})
 
 
-def test_other_mathematics_is_refused_by_name(write: Write) -> None:
+def test_unsupported_mathematics_is_refused_by_name(write: Write) -> None:
     with pytest.raises(
         UnsupportedModel, match=r"expert_gating_func 3; supported: 1 \(softmax\), 2 \(sigmoid\)"
     ):
@@ -168,7 +166,7 @@ def test_other_mathematics_is_refused_by_name(write: Write) -> None:
         (lambda w: w.add_nextn_predict_layers(3), r"nextn_predict_layers is 3 of 3 layers"),
     ],
 )  # fmt: skip
-def test_what_contradicts_itself_is_refused(
+def test_contradictions_are_refused(
     extra: Callable[[GGUFWriter], object], sentence: str, write: Write
 ) -> None:
     with pytest.raises(CheckpointError, match=sentence):

@@ -1,4 +1,4 @@
-"""What the metadata and tensors of a GGUF mean, and that nothing in them goes unnoticed."""
+"""The metadata and tensors of a GGUF mean what they should, and none goes unnoticed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Writes a model whose metadata and tensors a test can add to or take from."""
+    """Write a model, with metadata and tensors added or removed by the test."""
 
     def write(
         architecture: str,
@@ -75,22 +75,22 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 
 
 def hub_config(path: Path) -> ModelConfig:
-    """What the same model's config.json means."""
+    """The config of the same model, read from its config.json."""
     return open_model(path.with_name(path.name + ".f32")).config
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_metadata_mean_what_config_json_means(architecture: str, is_tied: bool, write: Write) -> None:
+def test_metadata_means_the_same_as_config_json(architecture: str, is_tied: bool, write: Write) -> None:
     path = write(architecture, tie_word_embeddings=is_tied)
-    # A GGUF does not keep two values that decide nothing there: widths of layers without routed experts, and
-    # qwen3moe and qwen2moe always, and never, renormalise.
+    # A GGUF keeps no width of layers without routed experts if there are none. It has no key for renormalisation:
+    # qwen3moe always renormalises, and qwen2moe never does.
     assert replace(open_model(path).config, dense_width=0) == replace(hub_config(path), dense_width=0)
 
 
-def test_a_directory_with_one_gguf_is_that_gguf(write: Write, tmp_path: Path) -> None:
+def test_a_directory_with_one_gguf_opens_as_that_gguf(write: Write, tmp_path: Path) -> None:
     path = write("qwen3moe")
-    (tmp_path / "config.json").write_text("{}")  # as repositories of GGUF files have it
+    (tmp_path / "config.json").write_text("{}")  # GGUF repositories have one
     assert open_model(tmp_path) == open_model(path)
     (tmp_path / "other.gguf").write_bytes(path.read_bytes())
     with pytest.raises(
@@ -119,7 +119,7 @@ def test_experts_are_slices_of_the_stacked_tensors(tmp_path: Path) -> None:
     assert files.dense["final_norm"].block_type is None
 
 
-def test_only_llama_has_its_rows_in_pairs(write: Write) -> None:
+def test_only_llama_has_paired_rows(write: Write) -> None:
     for architecture in CONFIGS:
         files = open_model(write(architecture))
         config = files.config
@@ -141,7 +141,7 @@ def test_routing_keys_are_read(write: Write) -> None:
     assert open_model(path).config.router == RouterConfig(renormalize=False)
 
 
-def test_an_id_that_means_none_is_no_token(write: Write) -> None:
+def test_an_id_that_means_none_gives_no_token(write: Write) -> None:
     def name_none(writer: GGUFWriter) -> None:
         writer.add_eot_token_id(2**32 - 1)
         writer.kv_data[0]["tokenizer.ggml.bos_token_id"].value = 2**32 - 1
@@ -150,7 +150,7 @@ def test_an_id_that_means_none_is_no_token(write: Write) -> None:
     assert (config.eos_ids, config.bos_id) == ((2,), None)
 
 
-def test_layers_for_multi_token_prediction_are_counted_and_left_alone(write: Write) -> None:
+def test_multi_token_prediction_layers_are_counted_and_ignored(write: Write) -> None:
     tensors = {f"blk.2.nextn.{name}.weight": np.ones(4, np.float32) for name in ("eh_proj", "enorm", "hnorm")}
     tensors["blk.2.attn_norm.weight"] = np.ones(32, np.float32)
 
@@ -163,7 +163,7 @@ def test_layers_for_multi_token_prediction_are_counted_and_left_alone(write: Wri
     assert not any(name.startswith("layers.2") for name in files.dense)
 
 
-def test_what_a_glm_has_of_bias_and_norm_its_tensors_say(write: Write, tmp_path: Path) -> None:
+def test_tensors_decide_whether_a_glm_has_biases_and_norms(write: Write, tmp_path: Path) -> None:
     for has_bias, has_norm in ((True, False), (False, True)):
         path = write("glm4moe", attention_bias=has_bias, use_qk_norm=has_norm, norm_topk_prob=has_norm)
         config = open_model(path).config
@@ -234,7 +234,7 @@ REFUSED: dict[str, tuple[str, Callable[[GGUFWriter], object]]] = {
 
 
 @pytest.mark.parametrize("sentence", REFUSED)
-def test_mathematics_that_is_not_built_in_is_refused_by_name(sentence: str, write: Write) -> None:
+def test_unsupported_mathematics_is_refused_by_name(sentence: str, write: Write) -> None:
     architecture, extra = REFUSED[sentence]
     with pytest.raises(UnsupportedModel, match=sentence):
         open_model(write(architecture, extra=extra))
@@ -253,7 +253,7 @@ def test_a_dense_model_and_another_architecture_are_refused(write: Write, tmp_pa
         open_model(tmp_path / "other.gguf")
 
 
-def test_a_missing_extra_or_misshapen_tensor_is_named(write: Write, tmp_path: Path) -> None:
+def test_a_missing_unexpected_or_misshapen_tensor_is_named(write: Write, tmp_path: Path) -> None:
     odd = {"blk.0.attn_sinks.weight": np.zeros(4, np.float32)}
     with pytest.raises(
         CheckpointError, match=r"blk\.0\.attn_sinks\.weight \[4\]: a qwen3_moe model with these"
@@ -292,6 +292,6 @@ def test_a_type_without_a_kernel_is_refused_by_name(write: Write) -> None:
         open_model(write("qwen3moe", type_name="TQ2_0", **whole_blocks))
 
 
-def test_a_key_that_is_missing_is_named(write: Write) -> None:
+def test_a_missing_key_is_named(write: Write) -> None:
     with pytest.raises(CheckpointError, match=r"model\.gguf has no key qwen3moe\.expert_feed_forward_length"):
         open_model(write("qwen3moe", without="expert_feed_forward_length"))

@@ -1,4 +1,4 @@
-"""GLM-4.5 to 4.7: what the config means, what an absent key means, which tensors are left alone, what is refused."""
+"""GLM-4.5 to 4.7: the meaning of the config, the defaults of absent keys, ignored tensors, and refusals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from argosy.model.families.layout import read_layout
 from tests.models.safetensors_file import read_checkpoint, write_checkpoint
 from tests.models.tiny import RawConfig, glm4_moe, write_model
 
-# The hub's config.json of GLM-4.6; Air differs in sizes, in the scale, and has no norm of q and k.
+# The hub's config.json of GLM-4.6; Air differs in sizes and in the scale, and has no norms of q and k.
 GLM_4_6: RawConfig = {
     "architectures": ["Glm4MoeForCausalLM"],
     "attention_bias": True,
@@ -66,7 +66,7 @@ def refusal(**changes: Any) -> str:
     return str(caught.value)
 
 
-def test_a_config_of_the_hub() -> None:
+def test_the_hub_s_config_is_read() -> None:
     config = parse(GLM_4_6)
 
     assert config.layers == (LayerConfig(is_moe=False),) * 3 + (LayerConfig(is_moe=True),) * 89
@@ -98,7 +98,7 @@ def test_an_absent_key_has_the_default_of_the_config_class() -> None:
         parse({"model_type": "glm4_moe"})
 
 
-def test_the_part_of_a_head_that_turns() -> None:
+def test_rotary_dimensions_are_read() -> None:
     assert parse(glm4_moe(partial_rotary_factor=0.34)).rope.rotary_dim == 4
     assert parse(glm4_moe(partial_rotary_factor=1.0)).rope.rotary_dim == 12
     inside = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.7}
@@ -119,7 +119,7 @@ def test_the_part_of_a_head_that_turns() -> None:
     )
 
 
-def test_what_is_not_built_in_is_refused_by_name() -> None:
+def test_unsupported_features_are_refused_by_name() -> None:
     assert "asks for scoring_func 'softmax'; supported: sigmoid" in refusal(scoring_func="softmax")
     assert "leaves none of the 3 layers with routed experts" in refusal(first_k_dense_replace=3)
     assert "6 experts in 4 groups, 2 of them kept; expected groups of equal size" in refusal(
@@ -129,7 +129,7 @@ def test_what_is_not_built_in_is_refused_by_name() -> None:
         parse(glm4_moe(mlp_only_layers=[1]))
 
 
-def test_a_layer_for_multi_token_prediction_is_left_alone(tmp_path: Path) -> None:
+def test_a_multi_token_prediction_layer_is_ignored(tmp_path: Path) -> None:
     write_model(tmp_path, glm4_moe(), seed=1)
     tensors = {name: ("BF16", tensor) for name, tensor in read_checkpoint(tmp_path).items()}
     for name in ("eh_proj.weight", "enorm.weight", "shared_head.norm.weight", "mlp.experts.0.up_proj.weight"):

@@ -1,4 +1,4 @@
-"""gpt-oss: what its config means, where its tensors lie, and what is refused."""
+"""gpt-oss: the meaning of its config, the layout of its tensors, and refusals."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def windows(config: ModelConfig) -> list[int]:
     return [layer.sliding_window for layer in config.layers]
 
 
-def test_a_config_of_the_hub() -> None:
+def test_the_hub_s_config_is_read() -> None:
     config = parse(gpt_oss())
 
     assert config.layers == tuple(LayerConfig(is_moe=True, sliding_window=window) for window in (8, 0, 8))
@@ -63,14 +63,14 @@ def test_an_absent_key_has_the_default_of_the_config_class() -> None:
     assert all((config.has_qkv_bias, config.has_o_bias))
 
 
-def test_positions_without_yarn_have_to_be_asked_for() -> None:
+def test_yarn_is_the_default_and_can_be_turned_off() -> None:
     plain = without(gpt_oss(), "rope_scaling", "initial_context_length")
     assert parse(plain).rope.kind == "yarn"
     assert parse(plain | {"rope_scaling": None}).rope.kind == "yarn"
     assert parse(plain | {"rope_parameters": {"rope_type": "default"}}).rope.kind == "default"
 
 
-def test_layers_alternate_unless_their_types_say_otherwise() -> None:
+def test_layers_alternate_unless_layer_types_says_otherwise() -> None:
     assert windows(parse(gpt_oss(layer_types=None))) == [8, 0, 8]
     assert windows(parse(gpt_oss(layer_types=["full_attention"] * 3))) == [0, 0, 0]
     assert windows(parse(gpt_oss(layer_types=["full_attention"] * 3, sliding_window=None))) == [0, 0, 0]
@@ -87,7 +87,7 @@ def test_layers_alternate_unless_their_types_say_otherwise() -> None:
         ({"num_shared_experts": 1}, "sets num_shared_experts to 1, but gpt_oss does not know this key"),
     ],
 )
-def test_what_is_not_built_in_is_refused_by_name(changes: dict[str, Any], sentence: str) -> None:
+def test_unsupported_features_are_refused_by_name(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises((CheckpointError, UnsupportedModel)) as caught:
         parse(gpt_oss(**changes))
     assert sentence in str(caught.value)

@@ -1,4 +1,4 @@
-"""MiniMax-M2: what the config means, what an absent key means, which tensors are left alone, what is refused."""
+"""MiniMax-M2: the meaning of the config, the defaults of absent keys, ignored tensors, and refusals."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def refusal(**changes: Any) -> str:
     return str(caught.value)
 
 
-def test_a_config_of_the_hub() -> None:
+def test_the_hub_s_config_is_read() -> None:
     config = parse(HUB)
 
     assert config.layers == (LayerConfig(is_moe=True),) * 62
@@ -99,7 +99,7 @@ def test_an_absent_key_has_the_default_of_the_config_class() -> None:
     assert (config.eos_ids, config.bos_id, config.context_tokens) == ((200_020,), 200_034, 196_608)
 
 
-def test_the_part_of_a_head_that_turns_has_two_spellings() -> None:
+def test_rotary_dimensions_have_two_spellings() -> None:
     assert parse(minimax_m2(rotary_dim=4)).rope.rotary_dim == 4
     plain = {key: value for key, value in minimax_m2().items() if key != "rotary_dim"}
     assert parse(plain).rope.rotary_dim == 12
@@ -130,11 +130,11 @@ def test_the_part_of_a_head_that_turns_has_two_spellings() -> None:
         ({"sliding_window": 8}, "asks for sliding_window 8; supported: null"),
     ],
 )
-def test_what_is_not_built_in_is_refused_by_name(changes: dict[str, Any], sentence: str) -> None:
+def test_unsupported_features_are_refused_by_name(changes: dict[str, Any], sentence: str) -> None:
     assert sentence in refusal(**changes)
 
 
-def test_modules_for_multi_token_prediction_are_left_alone(tmp_path: Path) -> None:
+def test_multi_token_prediction_modules_are_ignored(tmp_path: Path) -> None:
     write_model(tmp_path, minimax_m2(), seed=1)
     tensors = {name: ("BF16", tensor) for name, tensor in read_checkpoint(tmp_path).items()}
     tensors["model.mtp.0.enorm.weight"] = ("BF16", np.ones(4, np.float32))

@@ -1,4 +1,4 @@
-"""OLMoE: what the config means, what an absent key means, and what is refused."""
+"""OLMoE: the meaning of the config, the defaults of absent keys, and refusals."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def parse(raw: RawConfig) -> ModelConfig:
     return FAMILIES["olmoe"].parse_config(raw)
 
 
-def test_a_config_of_the_hub() -> None:
+def test_the_hub_s_config_is_read() -> None:
     config = parse(HUB)
 
     assert config.layers == (LayerConfig(is_moe=True),) * 16
@@ -66,7 +66,7 @@ def test_a_config_of_the_hub() -> None:
     )
 
 
-def test_flags() -> None:
+def test_flags_are_read() -> None:
     assert parse(olmoe(clip_qkv=8)).qkv_limit == 8.0
     assert parse(olmoe(norm_topk_prob=True)).router.renormalize
     biased = parse(olmoe(attention_bias=True))
@@ -85,7 +85,7 @@ def test_an_absent_key_has_the_default_of_the_config_class() -> None:
     assert parse({"model_type": "olmoe", "num_attention_heads": 8}).num_kv_heads == 8
 
 
-def test_what_is_not_built_in_is_refused_by_name() -> None:
+def test_unsupported_features_are_refused_by_name() -> None:
     with pytest.raises(CheckpointError, match=r"clip_qkv is 0, a whole number; expected a number above zero"):
         parse(olmoe(clip_qkv=0))
     with pytest.raises(UnsupportedModel, match=r"sets sliding_window to 8, but olmoe does not know this key"):

@@ -1,4 +1,4 @@
-"""From a directory to ModelFiles: every tensor is accounted for."""
+"""Opening a directory as ModelFiles accounts for every tensor."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ NUMPY = {"f32": "<f4", "f16": "<f2", "bf16": "<u2"}
 def write(
     directory: Path, config: RawConfig, change: Callable[[dict[str, Array]], None] | None = None
 ) -> Path:
-    """A tiny model, its tensors changed by `change`."""
+    """Write a tiny model whose tensors `change` has modified."""
     tensors = random_tensors(config, 3, "BF16")
     if change is not None:
         change(tensors)
@@ -64,7 +64,7 @@ def refusal(directory: Path) -> str:
 
 
 def stored(path: Path, offset: int, format: str, rows: int, cols: int) -> Array:
-    """The values of a matrix, read where ModelFiles says that they are."""
+    """The values of a matrix, read from where ModelFiles locates it."""
     raw = np.frombuffer(path.read_bytes(), np.uint8)[
         offset : offset + rows * cols * np.dtype(NUMPY[format]).itemsize
     ]
@@ -87,19 +87,19 @@ def hub_names(config: RawConfig, layer: int, expert: int) -> tuple[str, str, str
 
 
 def is_another_part_s(name: str, config: RawConfig) -> bool:
-    """A vision tower's, or of a layer for multi-token prediction."""
+    """Whether a tensor belongs to a vision tower or a multi-token prediction layer."""
     text, (first, *rest) = text_of(config), name.removeprefix("language_model.").split(".")
     is_mtp = rest[0] == "layers" and int(rest[1]) >= text["num_hidden_layers"]
     return is_mtp or first in ("vision_tower", "mm_projector")
 
 
-# One tensor for each matrix of an expert; the others have tests of their own.
+# Families that do not store one tensor per expert matrix have tests of their own.
 OTHERS = ("gpt_oss", *tiny_delta.FAMILIES, *tiny_wrappers.TEXT_FAMILIES)
 SEPARATE = [one for one in CONFIGURATIONS if one.config["model_type"] not in OTHERS]
 
 
 @pytest.mark.parametrize("configuration", SEPARATE, ids=lambda configuration: configuration.name)
-def test_every_tensor_is_found_where_it_lies(tmp_path: Path, configuration: Configuration) -> None:
+def test_every_tensor_is_located(tmp_path: Path, configuration: Configuration) -> None:
     config = configuration.config
     write_tiny_model(tmp_path, config, seed=1, dtype=configuration.dtype, num_shards=configuration.num_shards)
     tensors = read_checkpoint(tmp_path)
@@ -126,7 +126,7 @@ def test_every_tensor_is_found_where_it_lies(tmp_path: Path, configuration: Conf
     assert ("head" in files.dense) != text_of(config)["tie_word_embeddings"]
 
 
-def test_canonical_names_are_those_of_the_seams(tmp_path: Path) -> None:
+def test_tensors_get_their_canonical_names(tmp_path: Path) -> None:
     write(tmp_path, qwen2_moe(mlp_only_layers=[1]))
 
     names = {name: ref.name for name, ref in open_model(tmp_path).dense.items()}
@@ -162,7 +162,7 @@ def fuse(config: RawConfig, tensors: dict[str, Array]) -> dict[str, Array]:
 
 
 @every_family
-def test_experts_that_lie_fused_are_read_as_two_pieces(tmp_path: Path, make: Any) -> None:
+def test_fused_experts_are_read_as_two_pieces(tmp_path: Path, make: Any) -> None:
     config = make()
     tensors = random_tensors(config, 3, "BF16")
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -176,7 +176,7 @@ def test_experts_that_lie_fused_are_read_as_two_pieces(tmp_path: Path, make: Any
             assert np.array_equal(expert_matrix(files, layer, expert, name), tensors[hub_name])
 
 
-def test_fused_experts_of_another_shape_are_refused(tmp_path: Path) -> None:
+def test_fused_experts_of_the_wrong_shape_are_refused(tmp_path: Path) -> None:
     config = qwen3_moe()
     tensors = fuse(config, random_tensors(config, 3, "BF16"))
     name = "model.layers.0.mlp.experts.gate_up_proj"
@@ -196,7 +196,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path, make: Any) -> None:
 
 
 @every_family
-def test_a_tensor_of_another_shape_is_refused_with_both_shapes(tmp_path: Path, make: Any) -> None:
+def test_a_tensor_of_the_wrong_shape_is_refused_with_both_shapes(tmp_path: Path, make: Any) -> None:
     name = hub_names(make(), 1, 3)[2]
 
     def cut(tensors: dict[str, Array]) -> None:
@@ -211,7 +211,7 @@ def test_a_tensor_of_another_shape_is_refused_with_both_shapes(tmp_path: Path, m
 
 
 @every_family
-def test_a_tensor_that_nothing_reads_is_refused(tmp_path: Path, make: Any) -> None:
+def test_an_unexpected_tensor_is_refused(tmp_path: Path, make: Any) -> None:
     def add(tensors: dict[str, Array]) -> None:
         tensors["model.layers.0.self_attn.sinks"] = np.zeros(4, np.float32)
         tensors["model.layers.1.self_attn.sinks"] = np.zeros(4, np.float32)
@@ -224,13 +224,13 @@ def test_a_tensor_that_nothing_reads_is_refused(tmp_path: Path, make: Any) -> No
     )
 
 
-def test_a_layer_or_expert_too_many_is_refused(tmp_path: Path) -> None:
+def test_an_extra_layer_is_refused(tmp_path: Path) -> None:
     tensors = random_tensors(qwen3_moe(num_hidden_layers=4), 3, "BF16")
     write(tmp_path, qwen3_moe(), lambda kept: kept.update(tensors))
     assert "model.layers.3." in refusal(tmp_path)
 
 
-def test_constants_that_old_exporters_left_are_passed_over(tmp_path: Path) -> None:
+def test_constants_from_old_exporters_are_ignored(tmp_path: Path) -> None:
     def add(tensors: dict[str, Array]) -> None:
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(5, np.float32)
         tensors["model.rotary_emb.inv_freq"] = np.zeros(5, np.float32)
@@ -239,14 +239,14 @@ def test_constants_that_old_exporters_left_are_passed_over(tmp_path: Path) -> No
 
 
 def within(directory: Path, config: RawConfig, layout: Layout, model_config: ModelConfig) -> ModelFiles:
-    """The text model of a checkpoint that has more: every name of `config`'s behind `language_model.`."""
+    """Open the text model of a larger checkpoint, in which its tensor names have the prefix `language_model.`."""
     tensors = {f"language_model.{name}": tensor for name, tensor in random_tensors(config, 3, "BF16").items()}
     tensors["vision_tower.patch.proj.weight"] = tensors["vision.weight"] = np.ones((2, 2), np.float32)
     write_checkpoint(directory, {name: ("BF16", tensor) for name, tensor in tensors.items()})
     return read_layout(directory, model_config, (layout,), open_tensors(directory))
 
 
-def test_a_text_model_may_lie_behind_a_prefix_beside_what_is_passed_over(tmp_path: Path) -> None:
+def test_a_text_model_may_have_a_prefix_and_ignored_neighbours(tmp_path: Path) -> None:
     config = FAMILIES["qwen3_moe"].parse_config(qwen3_moe())
     layout = replace(
         FAMILIES["qwen3_moe"].LAYOUTS[0],
@@ -264,7 +264,7 @@ def test_a_text_model_may_lie_behind_a_prefix_beside_what_is_passed_over(tmp_pat
         within(tmp_path, qwen3_moe(), FAMILIES["qwen3_moe"].LAYOUTS[0], config)
 
 
-def test_layers_for_multi_token_prediction_are_recognised_and_left_out(tmp_path: Path) -> None:
+def test_multi_token_prediction_layers_are_recognised_and_ignored(tmp_path: Path) -> None:
     write(tmp_path, qwen3_moe(num_hidden_layers=5))
     config = FAMILIES["qwen3_moe"].parse_config(qwen3_moe())
     layouts = FAMILIES["qwen3_moe"].LAYOUTS
@@ -277,7 +277,7 @@ def test_layers_for_multi_token_prediction_are_recognised_and_left_out(tmp_path:
     assert {layer for layer, _ in files.experts} == {0, 1, 2}
 
 
-def test_a_head_in_the_files_wins_over_tied_in_the_config(tmp_path: Path) -> None:
+def test_a_head_in_the_files_overrides_tied_embeddings_in_the_config(tmp_path: Path) -> None:
     config = qwen3_moe(tie_word_embeddings=True)
 
     def add(tensors: dict[str, Array]) -> None:
@@ -302,7 +302,7 @@ def test_a_dtype_that_no_kernel_reads_is_refused(tmp_path: Path) -> None:
         open_model(tmp_path)
 
 
-def test_norms_in_float32_beside_bf16_are_fine_and_experts_of_two_formats_are_not(tmp_path: Path) -> None:
+def test_float32_norms_with_bf16_are_fine_but_experts_need_one_format(tmp_path: Path) -> None:
     config = mixtral()
     tensors: dict[str, tuple[str, Array]] = {
         name: ("F32" if "norm" in name else "BF16", tensor)
@@ -321,7 +321,7 @@ def test_norms_in_float32_beside_bf16_are_fine_and_experts_of_two_formats_are_no
 # Directories and the small files
 
 
-def test_a_directory_without_a_model_says_what_was_looked_for(tmp_path: Path) -> None:
+def test_a_directory_without_a_model_gives_an_error_with_the_expected_files(tmp_path: Path) -> None:
     assert refusal(tmp_path) == (
         f"{tmp_path} holds no model: looked for argosy.json (a pack), for config.json with model.safetensors or "
         "model.safetensors.index.json, and for a .gguf file"
@@ -330,7 +330,7 @@ def test_a_directory_without_a_model_says_what_was_looked_for(tmp_path: Path) ->
     assert refusal(tmp_path).endswith(", found model.safetensors without config.json")
 
 
-def test_a_config_without_weights_says_what_was_looked_for(tmp_path: Path) -> None:
+def test_a_config_without_weights_gives_an_error_with_the_expected_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(mixtral()))
     assert "holds no safetensors: looked for model.safetensors and model.safetensors.index.json" in refusal(
         tmp_path
@@ -340,7 +340,7 @@ def test_a_config_without_weights_says_what_was_looked_for(tmp_path: Path) -> No
     assert "found pytorch_model.bin, a format that can run code" in refusal(tmp_path)
 
 
-def test_a_path_that_is_no_directory_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_no_model_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "gone") == f"{tmp_path / 'gone'} does not exist"
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert "is a file; a model is a .gguf file, or a directory with" in refusal(
@@ -356,7 +356,7 @@ def test_an_unknown_family_is_refused_by_name(tmp_path: Path, model_type: object
         open_model(tmp_path)
 
 
-def test_generation_config_has_the_last_word_on_the_end_of_an_answer(tmp_path: Path) -> None:
+def test_generation_config_overrides_the_end_tokens(tmp_path: Path) -> None:
     write(tmp_path, qwen3_moe(eos_token_id=2))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 5], "temperature": 0.6}))
     assert open_model(tmp_path).config.eos_ids == (7, 5)
@@ -368,7 +368,7 @@ def test_generation_config_has_the_last_word_on_the_end_of_an_answer(tmp_path: P
     assert refusal(tmp_path).startswith("generation_config.json: eos_token_id is 'x', text")
 
 
-def test_a_config_of_many_layers_costs_nothing_when_the_files_have_few(tmp_path: Path) -> None:
+def test_a_config_that_claims_many_layers_is_refused_cheaply(tmp_path: Path) -> None:
     write(tmp_path, mixtral())
     config = mixtral(num_hidden_layers=4096, num_local_experts=65_536)
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -380,7 +380,7 @@ def test_a_config_of_many_layers_costs_nothing_when_the_files_have_few(tmp_path:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_norm_that_is_not_a_number_is_refused_by_name(value: float) -> None:
+def test_a_norm_that_is_not_finite_is_refused_by_name(value: float) -> None:
     values = np.ones(8, np.float32)
     check_vector("model.norm.weight", values)
     values[5] = value
@@ -393,8 +393,8 @@ def test_a_norm_that_is_not_a_number_is_refused_by_name(value: float) -> None:
     assert caught.value.facts["tensor"] == "model.norm.weight"
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "extra.weight"])  # asked for; nobody's
-def test_a_shape_of_a_thousand_dimensions_is_told_in_a_short_sentence(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "extra.weight"])  # required; unexpected
+def test_a_shape_of_a_thousand_dimensions_gives_a_short_error(tmp_path: Path, name: str) -> None:
     write_tiny_model(tmp_path, qwen3_moe(), seed=1)
     tensors = read_checkpoint(tmp_path)
     raw = {known: tensor for known, tensor in tensors.items() if known != name}

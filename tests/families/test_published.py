@@ -1,4 +1,4 @@
-"""Released models from their config.json alone: as many parameters as were published."""
+"""The config.json of a released model gives its published parameter count."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ LARGEST_ERROR = 0.005
 
 
 @pytest.mark.parametrize("model", PUBLISHED, ids=lambda model: model.name)
-def test_a_released_config_has_the_published_parameters(model: Published) -> None:
+def test_a_released_config_gives_the_published_parameter_count(model: Published) -> None:
     config = FAMILIES[model.config["model_type"]].parse_config(model.config)
     everything, _ = count_parameters(config)
     assert everything == pytest.approx(model.billions * 1e9, rel=LARGEST_ERROR)
 
 
-def test_show_prints_them_without_any_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_prints_the_parameter_count_without_any_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for model in PUBLISHED:
         path = tmp_path / "config.json"
         path.write_text(json.dumps(model.config))
@@ -32,7 +34,7 @@ def test_show_prints_them_without_any_weights(tmp_path: Path, capsys: pytest.Cap
         assert facts["kv_bytes_per_token"]["f16"] > 0
 
 
-def test_a_token_of_kimi_k2_takes_70_kilobytes_of_kv_cache(
+def test_kimi_k2_needs_70_kilobytes_of_kv_cache_per_token(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kimi = next(model for model in PUBLISHED if model.name == "Kimi-K2")

@@ -1,4 +1,4 @@
-"""`quantization_config` is read strictly, and what it says is checked against the tensors that are there."""
+"""`quantization_config` is read strictly, and checked against the tensors in the files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
 
 
 def changed(base: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """A copy; `group__key` reaches into the one group of an INT4 config, `weights__key` into its weights."""
+    """A changed copy; `group__key` sets a key in an INT4 config's only group, `weights__key` one in its weights."""
     config = copy.deepcopy(base)
     for key, value in changes.items():
         where, _, inner = key.rpartition("__")
@@ -43,18 +43,20 @@ def changed(base: dict[str, Any], **changes: Any) -> dict[str, Any]:
     ("given", "method", "num_excluded"),
     [
         (FP8, "fp8", 3),
+        # MiniMax-M2
         (
             changed(FP8, fmt="float8_e4m3fn", modules_to_not_convert=["gate", "lm_head"]),
             "fp8",
             2,
-        ),  # MiniMax-M2
-        (changed(FP8, scale_fmt="ue8m0", ignored_layers=["lm_head"]), "fp8", 4),  # DeepSeek-V3.1
+        ),
+        # DeepSeek-V3.1
+        (changed(FP8, scale_fmt="ue8m0", ignored_layers=["lm_head"]), "fp8", 4),
         (INT4, "int4", 4),
         (changed(INT4, quantization_status=None, version="0.12.0", global_compression_ratio=None), "int4", 4),
         (MXFP4, "mxfp4", 1),
     ],
 )
-def test_what_is_supported_is_read(given: dict[str, Any], method: str, num_excluded: int) -> None:
+def test_supported_configs_are_read(given: dict[str, Any], method: str, num_excluded: int) -> None:
     found = read_quantization({"quantization_config": given})
     assert found is not None
     assert (found.method, len(found.excluded)) == (method, num_excluded)
@@ -99,7 +101,7 @@ def test_no_quantization_config_is_none() -> None:
         (changed(MXFP4, dequantize=True), "quantization_config.dequantize true"),
     ],
 )
-def test_everything_else_is_refused_by_name_with_what_is_supported(given: Any, asked: str) -> None:
+def test_other_configs_are_refused_by_name_with_the_supported_ones(given: Any, asked: str) -> None:
     with pytest.raises(UnsupportedModel) as caught:
         read_quantization({"quantization_config": given})
     assert asked in str(caught.value)
@@ -138,7 +140,7 @@ def test_everything_else_is_refused_by_name_with_what_is_supported(given: Any, a
         (changed(INT4, ignore=["re:" + "(a|a)" * 9]), "which has more than 3 repetitions or 8 alternatives"),
     ],
 )
-def test_lists_of_modules_are_proved(given: Any, sentence: str) -> None:
+def test_invalid_or_costly_module_lists_are_refused(given: Any, sentence: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         read_quantization({"quantization_config": given})
     assert sentence in str(caught.value)
@@ -153,12 +155,12 @@ def test_lists_of_modules_are_proved(given: Any, sentence: str) -> None:
         r"re:(?:a|b)[*+?]\*[]+]",
     ],
 )
-def test_expressions_of_released_checkpoints_are_used(expression: str) -> None:
+def test_expressions_in_released_checkpoints_are_accepted(expression: str) -> None:
     found = read_quantization({"quantization_config": changed(INT4, ignore=[expression])})
     assert found == Quantization("int4", (expression,))
 
 
-def test_two_configs_that_differ_are_refused() -> None:
+def test_two_different_configs_are_refused() -> None:
     with pytest.raises(CheckpointError, match="two different values of quantization_config"):
         read_quantization({"quantization_config": FP8, "text_config": {"quantization_config": INT4}})
 
@@ -176,9 +178,7 @@ def test_two_configs_that_differ_are_refused() -> None:
         ("re:.*self_attn.*", "model.layers.0.mlp.up_proj", False),
     ],
 )
-def test_an_excluded_name_stands_for_itself_and_what_is_inside(
-    name: str, module: str, excluded: bool
-) -> None:
+def test_an_excluded_name_covers_the_module_and_its_children(name: str, module: str, excluded: bool) -> None:
     assert Quantization("fp8", (name,)).excludes(module) is excluded
 
 
@@ -193,13 +193,11 @@ def test_an_excluded_name_stands_for_itself_and_what_is_inside(
         ("model.layers.3", "model.layers.3.mlp.up_proj", False),
     ],
 )
-def test_names_of_compressed_tensors_match_as_in_its_own_library(
-    name: str, module: str, excluded: bool
-) -> None:
+def test_compressed_tensors_names_match_as_in_its_own_library(name: str, module: str, excluded: bool) -> None:
     assert Quantization("int4", (name,)).excludes(module) is excluded
 
 
-def test_the_config_of_a_wrapper_counts(tmp_path: Path) -> None:
+def test_a_wrapper_s_config_applies_to_its_text_model(tmp_path: Path) -> None:
     config = kimi_k25(hidden_size=64, moe_intermediate_size=32)
     write_int4_model(tmp_path / "model", config, seed=1)  # at the top
     top = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -209,7 +207,7 @@ def test_the_config_of_a_wrapper_counts(tmp_path: Path) -> None:
     assert open_model(tmp_path / "model").expert_format == "int4"
 
 
-# Checkpoints that are not what they should be.
+# Damaged checkpoints
 
 EXPERT = "model.layers.1.mlp.experts.2.up_proj."
 Damage = Callable[[Path], None]
@@ -264,7 +262,7 @@ def renamed(name: str, new: str) -> Damage:
         ),
     ],
 )
-def test_an_fp8_checkpoint_that_is_not_whole_is_named(damage: Damage, sentence: str, tmp_path: Path) -> None:
+def test_a_damaged_fp8_checkpoint_is_refused_by_name(damage: Damage, sentence: str, tmp_path: Path) -> None:
     write_fp8_model(tmp_path / "model", CONFIG, seed=1)
     damage(tmp_path / "model")
     with pytest.raises(CheckpointError) as caught:
@@ -292,7 +290,7 @@ def test_an_fp8_checkpoint_that_is_not_whole_is_named(damage: Damage, sentence: 
         ),
     ],
 )
-def test_an_int4_checkpoint_that_is_not_whole_is_named(damage: Damage, sentence: str, tmp_path: Path) -> None:
+def test_a_damaged_int4_checkpoint_is_refused_by_name(damage: Damage, sentence: str, tmp_path: Path) -> None:
     write_int4_model(tmp_path / "model", INT4_CONFIG, seed=1)
     damage(tmp_path / "model")
     with pytest.raises(CheckpointError) as caught:
@@ -300,7 +298,7 @@ def test_an_int4_checkpoint_that_is_not_whole_is_named(damage: Damage, sentence:
     assert sentence in str(caught.value)
 
 
-def test_int4_in_columns_that_are_no_groups_is_refused_by_name(tmp_path: Path) -> None:
+def test_int4_columns_that_are_not_whole_groups_are_refused_by_name(tmp_path: Path) -> None:
     write_int4_model(tmp_path / "model", INT4_CONFIG | {"moe_intermediate_size": 72}, seed=1)
     with pytest.raises(
         UnsupportedModel, match=r"down_proj\.weight_packed has 72 columns; supported: whole groups of 32"
@@ -333,7 +331,7 @@ SPOILED = [
 
 @pytest.mark.parametrize(("name", "at", "value"), SPOILED)
 @pytest.mark.parametrize("slots", [None, 2])
-def test_codes_and_scales_that_are_no_numbers_are_named_when_they_land(
+def test_codes_and_scales_that_are_not_finite_are_named_when_loaded(
     name: str, at: int, value: bytes, slots: int | None, tmp_path: Path
 ) -> None:
     write_fp8_model(tmp_path / "model", CONFIG, seed=1)
@@ -347,7 +345,7 @@ def test_codes_and_scales_that_are_no_numbers_are_named_when_they_land(
 
 @pytest.mark.parametrize(("name", "at", "value"), SPOILED)
 @pytest.mark.parametrize("format", ["source", "q8"])
-def test_codes_and_scales_that_are_no_numbers_are_not_packed(
+def test_codes_and_scales_that_are_not_finite_are_not_packed(
     name: str, at: int, value: bytes, format: str, tmp_path: Path
 ) -> None:
     write_fp8_model(tmp_path / "model", CONFIG, seed=1)

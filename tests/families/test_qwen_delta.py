@@ -1,4 +1,4 @@
-"""Qwen3-Next and Qwen3.5-MoE: what their configs, tensors and GGUF metadata mean, and what is refused by name."""
+"""Qwen3-Next and Qwen3.5-MoE: the meaning of configs, tensors and GGUF metadata, and refusals."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ NEXT_80B = qwen3_next(
 def qwen35(
     hidden: int, layers: int, heads: int, value_heads: int, experts: int, k: int, width: int
 ) -> RawConfig:
-    """config.json of a Qwen3.5 or Qwen3.6 with these sizes."""
+    """The config.json of a Qwen3.5 or Qwen3.6 with these sizes."""
     sections = {"mrope_interleaved": True, "mrope_section": [11, 11, 10]}
     return qwen3_5_moe(
         eos_token_id=248044,
@@ -83,13 +83,13 @@ def qwen35(
     ("raw", "billions"),
     [
         (NEXT_80B, 79.7),
-        (qwen35(2048, 40, 16, 32, 256, 8, 512), 35.1 - 0.45),  # less the vision tower
+        (qwen35(2048, 40, 16, 32, 256, 8, 512), 35.1 - 0.45),  # without the vision tower
         (qwen35(3072, 48, 32, 64, 256, 8, 1024), 122.6 - 0.45),
         (qwen35(4096, 60, 32, 64, 512, 10, 1024), 396.8 - 0.45),
     ],
     ids=["Qwen3-Next-80B-A3B", "Qwen3.6-35B-A3B", "Qwen3.5-122B-A10B", "Qwen3.5-397B-A17B"],
 )
-def test_released_models_have_their_published_size(raw: RawConfig, billions: float) -> None:
+def test_released_configs_give_the_published_size(raw: RawConfig, billions: float) -> None:
     config = FAMILIES[raw["model_type"]].parse_config(raw)
     assert count_parameters(config)[0] == pytest.approx(billions * 1e9, rel=0.005)
     assert len(config.delta_layers) == config.num_layers * 3 // 4
@@ -104,7 +104,7 @@ def parse(config: RawConfig) -> ModelConfig:
     return FAMILIES[config["model_type"]].parse_config(config)
 
 
-def test_layers_are_those_of_the_interval_or_of_layer_types() -> None:
+def test_the_interval_or_layer_types_decide_the_layers() -> None:
     def mixers(**changes: Any) -> str:
         return "".join(layer.mixer[0] for layer in parse(qwen3_next(num_hidden_layers=5, **changes)).layers)
 
@@ -114,7 +114,7 @@ def test_layers_are_those_of_the_interval_or_of_layer_types() -> None:
     assert mixers(layer_types=kinds) == "addad"
 
 
-def test_the_wrapper_says_what_it_says_and_the_text_the_rest() -> None:
+def test_the_wrapper_s_keys_override_the_text_config() -> None:
     config = qwen3_5_moe(eos_token_id=7, bos_token_id=5)
     assert (parse(config).eos_ids, parse(config).bos_id, parse(config).is_embedding_tied) == ((7,), 5, False)
     config |= {"eos_token_id": [8, 9], "bos_token_id": 6, "tie_word_embeddings": True}
@@ -152,14 +152,14 @@ CONTRADICTIONS = {
 
 
 @pytest.mark.parametrize("sentence", REFUSED)
-def test_what_is_not_built_in_is_refused_by_name(sentence: str) -> None:
+def test_unsupported_features_are_refused_by_name(sentence: str) -> None:
     with pytest.raises(UnsupportedModel) as caught:
         parse(REFUSED[sentence])
     assert sentence in str(caught.value)
 
 
 @pytest.mark.parametrize("sentence", CONTRADICTIONS)
-def test_what_contradicts_itself_is_refused(sentence: str) -> None:
+def test_contradictions_are_refused(sentence: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         parse(CONTRADICTIONS[sentence])
     assert sentence in str(caught.value)
@@ -169,7 +169,7 @@ def test_what_contradicts_itself_is_refused(sentence: str) -> None:
 
 
 def write(directory: Path, config: RawConfig, change: Callable[[dict[str, Array]], None]) -> Path:
-    """A tiny model, its tensors changed by `change`."""
+    """Write a tiny model whose tensors `change` has modified."""
     directory.mkdir(exist_ok=True)
     tensors = random_tensors(config, 3, "BF16")
     change(tensors)
@@ -179,7 +179,7 @@ def write(directory: Path, config: RawConfig, change: Callable[[dict[str, Array]
 
 
 def one_by_one(tensors: dict[str, Array]) -> None:
-    """Experts as the hub's FP8 repositories have them."""
+    """Store experts as the hub's FP8 repositories do."""
     for name in [name for name in tensors if name.endswith("mlp.experts.gate_up_proj")]:
         base = name.removesuffix("gate_up_proj")
         down = tensors.pop(base + "down_proj")
@@ -190,7 +190,7 @@ def one_by_one(tensors: dict[str, Array]) -> None:
 
 
 def fused(tensors: dict[str, Array]) -> None:
-    """Experts as transformers 5 may write them."""
+    """Store experts as transformers 5 may write them."""
     layers = {name.partition("mlp.experts.")[0] for name in tensors if "mlp.experts." in name}
     for layer in layers:
         base = layer + "mlp.experts."
@@ -217,7 +217,7 @@ def without_prefix(tensors: dict[str, Array]) -> None:
     ],
     ids=["qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "qwen3_5_moe without its prefix"],
 )
-def test_every_layout_of_the_same_weights_gives_the_same_bits(
+def test_every_layout_of_the_same_weights_gives_the_same_logits(
     config: RawConfig, change: Callable[[dict[str, Array]], None], tmp_path: Path
 ) -> None:
     prompt = prompt_ids(config, 3, 12)
@@ -228,7 +228,7 @@ def test_every_layout_of_the_same_weights_gives_the_same_bits(
     np.testing.assert_array_equal(*logits)
 
 
-def test_vision_and_multi_token_prediction_are_passed_over_and_take_no_memory(tmp_path: Path) -> None:
+def test_vision_and_multi_token_prediction_are_ignored_and_use_no_memory(tmp_path: Path) -> None:
     directory = write(tmp_path, qwen3_5_moe(), lambda tensors: None)
     files = open_model(directory)
     read = {ref.name for ref in files.dense.values()}
@@ -255,14 +255,14 @@ def test_a_missing_tensor_is_named(make: Callable[[], RawConfig], name: str, tmp
         open_model(write(tmp_path, make(), lambda tensors: tensors.__delitem__(name)))
 
 
-def test_a_tensor_of_the_other_mixer_is_extra(tmp_path: Path) -> None:
+def test_a_tensor_of_the_other_mixer_is_refused(tmp_path: Path) -> None:
     extra = "model.layers.0.self_attn.q_proj.weight"
     directory = write(tmp_path, qwen3_next(), lambda tensors: tensors.update({extra: np.zeros((4, 4))}))
     with pytest.raises(CheckpointError, match=r"q_proj[.]weight.*this config[.]json has no such tensor"):
         open_model(directory)
 
 
-def test_a_convolution_of_another_shape_is_refused_with_both(tmp_path: Path) -> None:
+def test_a_convolution_of_the_wrong_shape_is_refused_with_both_shapes(tmp_path: Path) -> None:
     name = "model.layers.0.linear_attn.conv1d.weight"
     directory = write(tmp_path, qwen3_next(), lambda tensors: tensors.update({name: tensors[name][:, 0]}))
     with pytest.raises(CheckpointError, match=r"conv1d.weight is \[76, 4\], expected \[76, 1, 4\]"):
@@ -296,7 +296,7 @@ def write_gguf(
 
 
 @pytest.mark.parametrize("make", [qwen3_next, qwen3_5_moe_text], ids=lambda make: make.__name__)
-def test_metadata_mean_what_config_json_means(
+def test_metadata_means_the_same_as_config_json(
     make: Callable[..., RawConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_gguf(tmp_path / "model.gguf", make(**GGUF_SIZES), monkeypatch, lambda writer: None)
@@ -324,13 +324,13 @@ RECURRENT = "qwen3next.attention.recurrent_layers"
 
 
 def list_layers(writer: GGUFWriter, layers: list[Any] | None) -> None:
-    """Lists these layers as recurrent, or none."""
+    """List these layers as recurrent, or write no list."""
     del writer.kv_data[0][RECURRENT]
     if layers is not None:
         writer.add_array(RECURRENT, layers)
 
 
-def test_a_file_that_lists_no_layers_has_attention_at_an_interval(
+def test_without_a_list_of_layers_attention_comes_at_an_interval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "model.gguf"
@@ -339,20 +339,17 @@ def test_a_file_that_lists_no_layers_has_attention_at_an_interval(
     assert mixers == ["delta", "attention", "delta"]
 
 
-def test_where_layers_are_listed_the_interval_decides_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_list_of_layers_overrides_the_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def as_converted(writer: GGUFWriter) -> None:
-        writer.kv_data[0][
-            "qwen3next.full_attention_interval"
-        ].value = 4  # whatever the model has, it is 2 here
+        # Converters write 4 for every model; the interval of this model is 2.
+        writer.kv_data[0]["qwen3next.full_attention_interval"].value = 4
 
     path = write_gguf(tmp_path / "model.gguf", qwen3_next(**GGUF_SIZES), monkeypatch, as_converted)
     assert open_model(path).config.delta_layers == (0, 2)
 
 
-def test_the_list_of_layers_may_hold_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "model.gguf"  # as llama.cpp itself saves a model
+def test_the_list_of_layers_may_hold_0_and_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.gguf"  # llama.cpp itself saves numbers
     write_gguf(path, qwen3_next(**GGUF_SIZES), monkeypatch, lambda writer: list_layers(writer, [1, 0, 1]))
     assert open_model(path).config.delta_layers == (0, 2)
 
@@ -375,9 +372,7 @@ def test_a_list_of_layers_that_contradicts_the_file_is_refused(
         open_model(path)
 
 
-def test_layers_for_multi_token_prediction_are_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_multi_token_prediction_layers_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def add_mtp(writer: GGUFWriter) -> None:
         writer.add_nextn_predict_layers(1)
         writer.kv_data[0]["qwen3next.block_count"].value = 4
@@ -399,7 +394,7 @@ def test_layers_for_multi_token_prediction_are_left_alone(
         (lambda writer: writer.add_ssm_inner_size(30), "inner_size is 30, in 4 value heads for 2 key heads"),
     ],
 )
-def test_metadata_that_are_not_understood_are_refused(
+def test_unknown_or_inconsistent_metadata_is_refused(
     extra: Callable[[GGUFWriter], object], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def replace(writer: GGUFWriter) -> None:

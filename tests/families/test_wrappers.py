@@ -1,4 +1,4 @@
-"""Models that also see or hear: the text part is read, other parts are left alone, and what is unknown is refused."""
+"""Models that also see or hear: the text part is read, known other parts are ignored, and anything else is refused."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write(directory: Path, config: RawConfig, tensors: dict[str, Array]) -> Path
 # ── config.json ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_config_of_qwen3_vl() -> None:
+def test_the_config_of_qwen3_vl_is_read() -> None:
     config = parse(qwen3_vl_moe_of())
 
     assert config.layers == (LayerConfig(is_moe=True),) * 48
@@ -56,19 +56,19 @@ def test_a_config_of_qwen3_vl() -> None:
     assert (config.eos_ids, config.bos_id) == ((151_645,), 151_643)
 
 
-def test_a_config_of_qwen3_omni_is_that_of_its_thinker() -> None:
+def test_the_config_of_qwen3_omni_is_that_of_its_thinker() -> None:
     config = parse(QWEN3_OMNI)
 
     assert config.layers == (LayerConfig(is_moe=True),) * 48
     assert (config.vocab_size, config.num_experts, config.expert_width) == (152_064, 128, 768)
     assert (config.rope.theta, config.rope.rotary_dim, config.rope.is_interleaved) == (1e6, 128, False)
-    assert config.eos_ids == (151_645,)  # nobody says which: the end of a turn
+    assert config.eos_ids == (151_645,)  # not given, so the end of a turn
     assert parse(QWEN3_OMNI | {"im_end_token_id": 7}).eos_ids == (7,)
     thinker = QWEN3_OMNI["thinker_config"] | {"eos_token_id": [8, 9]}
     assert parse(QWEN3_OMNI | {"thinker_config": thinker}).eos_ids == (8, 9)
 
 
-def test_a_config_of_glm_4_5v() -> None:
+def test_the_config_of_glm_4_5v_is_read() -> None:
     config = parse(GLM_45V)
 
     assert config.layers == (LayerConfig(is_moe=False),) + (LayerConfig(is_moe=True),) * 45
@@ -81,8 +81,8 @@ def test_a_config_of_glm_4_5v() -> None:
     assert config.eos_ids == (151_329, 151_336, 151_338)
 
 
-def test_pairs_of_dimensions_are_distributed_over_the_axes_of_positions_as_in_transformers() -> None:
-    """`apply_interleaved_mrope` of Qwen3-VL gives pair 3 i + a to axis a; GLM-4.5V splits pairs one after the other."""
+def test_rotary_pairs_are_assigned_to_position_axes_as_in_transformers() -> None:
+    """`apply_interleaved_mrope` of Qwen3-VL gives pair 3 i + a to axis a; GLM-4.5V gives an axis consecutive pairs."""
     taking_turns = [*((0, 1, 2) * 20), 0, 0, 0, 0]
     assert parse(qwen3_vl_moe_of()).rope.axes == parse(QWEN3_OMNI).rope.axes == tuple(taking_turns)
     assert parse(GLM_45V).rope.axes == (0,) * 8 + (1,) * 12 + (2,) * 12
@@ -97,13 +97,13 @@ def test_pairs_of_dimensions_are_distributed_over_the_axes_of_positions_as_in_tr
         )
 
     assert axes(without_factor, 5, 1, 2) == (0, 1, 2, 0, 0, 2, 0, 0)
-    assert axes(without_factor, 0, 9, 9) == (0, 1, 2, 0, 1, 2, 0, 1)  # more than there are pairs
+    assert axes(without_factor, 0, 9, 9) == (0, 1, 2, 0, 1, 2, 0, 1)  # more than the number of pairs
     assert axes(glm4v_moe, 5, 1, 2) == (0, 0, 0, 0, 0, 1, 2, 2)
     assert parse(qwen3_moe()).rope.axes == ()
 
 
 @every_wrapper
-def test_the_wrapper_says_what_it_says_and_the_text_the_rest(make: Callable[..., RawConfig]) -> None:
+def test_the_wrapper_s_keys_override_the_text_config(make: Callable[..., RawConfig]) -> None:
     config = make(eos_token_id=7, bos_token_id=5)
     assert (parse(config).eos_ids, parse(config).bos_id, parse(config).is_embedding_tied) == ((7,), 5, False)
     said = {"eos_token_id": [8, 9], "bos_token_id": 6, "tie_word_embeddings": True}
@@ -172,13 +172,13 @@ REFUSED: list[tuple[RawConfig, str]] = [
 
 
 @pytest.mark.parametrize(("config", "sentence"), REFUSED)
-def test_what_is_not_built_in_is_refused_by_name(config: RawConfig, sentence: str) -> None:
+def test_unsupported_features_are_refused_by_name(config: RawConfig, sentence: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         parse(config)
     assert sentence in str(caught.value)
 
 
-def test_what_is_said_of_quantisation_is_found_in_every_part_about_text() -> None:
+def test_quantization_config_is_found_in_every_part_about_text() -> None:
     fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     for raw in (
         {"quantization_config": fp8},
@@ -200,9 +200,7 @@ def test_what_is_said_of_quantisation_is_found_in_every_part_about_text() -> Non
 
 
 @every_wrapper
-def test_other_parts_are_left_alone_and_nothing_else_is(
-    make: Callable[..., RawConfig], tmp_path: Path
-) -> None:
+def test_only_known_other_parts_are_ignored(make: Callable[..., RawConfig], tmp_path: Path) -> None:
     config = make()
     tensors = random_tensors(config, 3, "BF16")
     files = open_model(write(tmp_path, config, tensors))
@@ -225,14 +223,14 @@ def test_other_parts_are_left_alone_and_nothing_else_is(
             open_model(tmp_path)
 
 
-def test_a_layer_for_multi_token_prediction_is_left_alone(tmp_path: Path) -> None:
+def test_a_multi_token_prediction_layer_is_ignored(tmp_path: Path) -> None:
     tensors = random_tensors(glm4v_moe(), 3, "BF16")
     extra = {"model.language_model.layers.3.eh_proj.weight": np.ones((4, 4), np.float32)}
     assert open_model(write(tmp_path, glm4v_moe(), tensors | extra)).config.num_mtp_layers == 1
 
 
 def rows_together(tensors: dict[str, Array]) -> dict[str, Array]:
-    """As transformers writes the experts of Qwen3-VL-MoE: [experts, 2 * width, hidden]."""
+    """Store experts as transformers writes those of Qwen3-VL-MoE: [experts, 2 * width, hidden]."""
     is_expert = {name: name.endswith(("experts.gate_up_proj", "experts.down_proj")) for name in tensors}
     return {
         name: np.ascontiguousarray(tensor.swapaxes(1, 2)) if is_expert[name] else tensor
@@ -241,7 +239,7 @@ def rows_together(tensors: dict[str, Array]) -> dict[str, Array]:
 
 
 def one_by_one(tensors: dict[str, Array]) -> dict[str, Array]:
-    """As other tools may: a tensor for each matrix of an expert."""
+    """Store one tensor per expert matrix, as other tools may."""
     separate: dict[str, Array] = {}
     for name, tensor in rows_together(tensors).items():
         base, _, last = name.rpartition(".")
@@ -256,7 +254,7 @@ def one_by_one(tensors: dict[str, Array]) -> dict[str, Array]:
     return separate
 
 
-def test_experts_of_qwen3_vl_are_the_same_in_every_order(tmp_path: Path) -> None:
+def test_experts_of_qwen3_vl_are_the_same_in_every_layout(tmp_path: Path) -> None:
     config = qwen3_vl_moe()
     tensors = random_tensors(config, 3, "BF16")
     orders = {"hub": tensors, "together": rows_together(tensors), "separate": one_by_one(tensors)}
@@ -274,7 +272,7 @@ def test_experts_of_qwen3_vl_are_the_same_in_every_order(tmp_path: Path) -> None
         Engine.open(tmp_path / "hub", memory="1GiB")
 
 
-def test_experts_that_could_lie_either_way_are_refused(tmp_path: Path) -> None:
+def test_experts_whose_shape_fits_both_layouts_are_refused(tmp_path: Path) -> None:
     config = qwen3_vl_moe(hidden_size=24, moe_intermediate_size=12)
     write(tmp_path, config, random_tensors(config, 3, "BF16"))
     with pytest.raises(
@@ -286,14 +284,14 @@ def test_experts_that_could_lie_either_way_are_refused(tmp_path: Path) -> None:
     assert not open_model(write(tmp_path / "separate", config, one)).has_strided_experts
 
 
-def test_experts_of_neither_shape_are_refused_with_that_of_the_hub(tmp_path: Path) -> None:
+def test_experts_that_fit_no_layout_are_refused_with_the_hub_s_shape(tmp_path: Path) -> None:
     tensors = random_tensors(qwen3_vl_moe(), 3, "BF16")
     write(tmp_path, qwen3_vl_moe(moe_intermediate_size=10), tensors)
     with pytest.raises(CheckpointError, match=r"gate_up_proj is \[7, 36, 22\], expected \[7, 36, 20\]"):
         open_model(tmp_path)
 
 
-def test_a_checkpoint_of_another_family_s_names_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_with_another_family_s_names_is_refused(tmp_path: Path) -> None:
     text = text_of(qwen3_vl_moe()) | {
         "model_type": "qwen3_moe",
         "rope_scaling": None,
@@ -318,12 +316,12 @@ GGUFS = {
 }
 
 
-# The axes take turns, the third only twice; or the pairs of one axis follow those of another.
+# The axes take turns, the third only twice; or each axis has consecutive pairs.
 GGUF_AXES = {"qwen3vlmoe": (0, 1, 2, 0, 1, 2, 0, 1), "glm4moe": (0, 0, 1, 2)}
 
 
 @pytest.mark.parametrize("architecture", GGUFS)
-def test_sections_of_axes_change_nothing_for_text(architecture: str, tmp_path: Path) -> None:
+def test_axis_sections_change_nothing_for_text(architecture: str, tmp_path: Path) -> None:
     config, sections, family = GGUFS[architecture]
     path = tmp_path / "model.gguf"
     reference = NumpyModel(write_gguf_model(path, config, one_type("F32"), seed=4, sections=sections))
@@ -337,7 +335,7 @@ def test_sections_of_axes_change_nothing_for_text(architecture: str, tmp_path: P
         assert difference(engine.logits(prompt), reference.logits(prompt)) <= LARGEST_DIFFERENCE
 
 
-def test_a_vision_tower_beside_a_gguf_does_not_count(tmp_path: Path) -> None:
+def test_a_vision_tower_beside_a_gguf_is_ignored(tmp_path: Path) -> None:
     config, sections, _ = GGUFS["qwen3vlmoe"]
     path = tmp_path / "Qwen3-VL.gguf"
     write_gguf_model(path, config, one_type("F32"), seed=4, sections=sections)
