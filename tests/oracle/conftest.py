@@ -1,4 +1,4 @@
-"""The oracle is transformers on torch: without them there is nothing to collect here."""
+"""The oracle is transformers on torch; without them, no test here is collected."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ collect_ignore_glob = [] if all(map(importlib.util.find_spec, ("torch", "transfo
 
 @pytest.fixture(scope="module")
 def one_quiet_thread() -> Iterator[None]:
-    """For modules that compute with torch: sums of one thread have one order."""
+    """Make torch use one thread, so that its sums have one order."""
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""Gated delta nets against transformers, beyond what every configuration is held against in `test_oracle.py`."""
+"""Gated delta nets against transformers, beyond the checks that `test_oracle.py` makes for every configuration."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DELTA = tuple(c for c in CONFIGURATIONS if c.config["model_type"] in tiny_delta.
 
 
 @pytest.mark.parametrize("configuration", DELTA, ids=lambda configuration: configuration.name)
-def test_a_config_means_what_transformers_reads_in_it(configuration: Configuration, tmp_path: Path) -> None:
+def test_a_config_means_what_transformers_reads_from_it(configuration: Configuration, tmp_path: Path) -> None:
     write_model(tmp_path, configuration.config, seed=1)
     ours = open_model(tmp_path).config
     model = load(tmp_path)
@@ -60,7 +60,7 @@ def test_a_config_means_what_transformers_reads_in_it(configuration: Configurati
     np.testing.assert_allclose(inverse_frequency(ours.rope), rotary.inv_freq.numpy(), rtol=1e-6)
 
 
-# As many key and value heads as the classes assume where a file says nothing; everything else stays small.
+# For each key, the sizes that its absence implies; everything else stays small.
 ABSENT: dict[str, RawConfig] = {
     "full_attention_interval": {"full_attention_interval": 4, "num_hidden_layers": 4},
     "linear_conv_kernel_dim": {},
@@ -115,7 +115,7 @@ def test_an_absent_key_has_the_default_of_transformers(make: Any, missing: str, 
     ids=["qwen3_next", "qwen3_5_moe"],
 )
 def test_a_long_prompt_equals_the_chunked_form_of_transformers(config: RawConfig, tmp_path: Path) -> None:
-    """Hundreds of tokens: theirs go through the state in chunks of 64, by another formula; ours one by one."""
+    """transformers updates the state in chunks of 64 tokens, by another formula; Argosy goes token by token."""
     for seed in range(20_000, 20_100):
         write_model(tmp_path, config, seed=seed)
         prompt = prompt_ids(config, seed, 400)
@@ -129,7 +129,7 @@ def test_a_long_prompt_equals_the_chunked_form_of_transformers(config: RawConfig
 
 
 def random_config(seed: int) -> RawConfig:
-    """Flags and sizes in combinations nobody would write down; sizes are small and awkward on purpose."""
+    """A random combination of flags and sizes; sizes are small and awkward on purpose."""
     rng = np.random.default_rng([seed, 4])
 
     def pick(*choices: Any) -> Any:
@@ -183,10 +183,10 @@ def test_random_configurations_equal_transformers(seed: int, tmp_path: Path) -> 
 
 
 def test_a_pack_answers_like_its_source(tmp_path: Path) -> None:
-    """The bounds are those of the other families. Every expert is chosen, so that no rounded score tips a choice.
+    """The bounds are those of the other families. Every expert is chosen, so that no rounded score changes a choice.
 
-    Heads of a delta net are 64 wide: of ten dimensions, many sums come out near zero, and their norm makes rounding
-    large again.
+    Delta net heads are 64 wide: with ten dimensions, many sums would be close to zero, and the norm would amplify
+    their rounding errors.
     """
     config = qwen3_next(
         hidden_size=128,

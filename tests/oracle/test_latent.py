@@ -1,6 +1,6 @@
-"""Families with latent attention against transformers: what a config means, a long prompt, a wrapper of several parts.
+"""Families with latent attention against transformers: configs, a long prompt, and a wrapper of several parts.
 
-Logits and greedy tokens of all configurations, at other seeds and sizes, are in `test_oracle.py`.
+`test_oracle.py` checks logits and greedy tokens of all configurations, at other seeds and sizes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FIRST_SEED = 40_000
 
 
 @pytest.mark.parametrize("configuration", LATENT, ids=lambda configuration: configuration.name)
-def test_a_config_means_what_transformers_reads_in_it(configuration: Configuration, tmp_path: Path) -> None:
+def test_a_config_means_what_transformers_reads_from_it(configuration: Configuration, tmp_path: Path) -> None:
     write_model(tmp_path, configuration.config, seed=1)
     ours = open_model(tmp_path).config
     model = load(tmp_path)
@@ -66,7 +66,7 @@ def test_a_config_means_what_transformers_reads_in_it(configuration: Configurati
     assert angle_scale(ours.rope) == pytest.approx(rotary.attention_scaling, rel=1e-12)
 
 
-# Sizes that an absent key must mean, so that a model without the key is still small.
+# Each key has its default value, so that dropping the key leaves the model unchanged.
 DEFAULTS: dict[Callable[..., RawConfig], RawConfig] = {
     deepseek_v2: {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "n_shared_experts": 2, "first_k_dense_replace": 0},
     deepseek_v3: {
@@ -79,7 +79,7 @@ DEFAULTS: dict[Callable[..., RawConfig], RawConfig] = {
         "rope_interleave": True,
     },
 }  # fmt: skip
-SIZES_ALONE = ("n_routed_experts", "num_hidden_layers")  # of the test, not of the family
+SIZES_ALONE = ("n_routed_experts", "num_hidden_layers")  # sizes of this test, not of the family
 COMMON_KEYS = ("rope_theta", "rms_norm_eps", "routed_scaling_factor", "rope_scaling")
 OPTIONAL_KEYS = [
     *((family, name) for family, sizes in DEFAULTS.items() for name in sizes if name not in SIZES_ALONE),
@@ -111,7 +111,7 @@ def test_an_absent_key_has_the_default_of_transformers(
 
 
 def test_a_long_prompt_equals_transformers(tmp_path: Path) -> None:
-    """Hundreds of positions: sums over several sections of vectors, many KV blocks, several chunks."""
+    """Hundreds of positions need sums over several sections of vectors, many KV blocks, and several chunks."""
     config = deepseek_v3(
         max_position_embeddings=2048,
         n_routed_experts=16,
@@ -129,8 +129,8 @@ def test_a_long_prompt_equals_transformers(tmp_path: Path) -> None:
         assert difference(engine.logits(prompt), reference.logits) <= LARGEST_DIFFERENCE
 
 
-def test_the_text_part_of_a_wrapper_is_what_transformers_finds_in_it(tmp_path: Path) -> None:
-    """`load` reads the text model alone; here the class of the whole model reads the hub's names."""
+def test_the_text_part_of_a_wrapper_is_the_one_transformers_reads(tmp_path: Path) -> None:
+    """`load` reads only the text model; here the class of the whole model reads the hub's names."""
     config = kimi_k25()
     config["vision_config"] = {
         "hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "patch_size": 2,

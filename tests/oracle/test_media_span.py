@@ -1,7 +1,7 @@
 """The numpy model agrees with transformers on media spans.
 
 The decoders of transformers get what its multimodal models pass to them: embeddings, positions on three axes, and
-vectors that are added after the first layers. Spans that see in both directions are given to them as a mask.
+vectors that are added after the first layers. A span that sees in both directions becomes a mask.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from tests.models.tiny import text_of
 
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("one_quiet_thread")]
 
-# float32 against float64, as in `tests/models/test_references.py`.
+# float32 is compared with float64, as in `tests/models/test_references.py`.
 LARGEST_DIFFERENCE = 1e-5
-SMALLEST_MARGIN = 1e-4  # of a routing decision: float32 may choose differently below about 1e-5
+SMALLEST_MARGIN = 1e-4  # of a routing decision; below about 1e-5, float32 may choose differently
 
 DIRECTORIES = {reference.name: reference.directory for reference in REFERENCES}
 DEEPSTACK = [name for name in DIRECTORIES if name.startswith(("qwen3_vl_moe", "qwen3_omni_moe"))]
@@ -99,9 +99,7 @@ def assert_equal(model: NumpyModel, logits: Array, expected: tuple[Array, list[A
 
 @pytest.mark.parametrize("kinds", SPANS.values(), ids=SPANS)
 @pytest.mark.parametrize("name", THREE_AXES)
-def test_a_sequence_with_spans_has_the_logits_and_hidden_states_of_transformers(
-    name: str, kinds: Any
-) -> None:
+def test_logits_and_hidden_states_with_spans_equal_transformers(name: str, kinds: Any) -> None:
     num_added = 3 if name in DEEPSTACK else 0
     model, media, logits = decided(name, kinds=kinds, num_added_layers=num_added)
     assert media.angles is not None
@@ -109,9 +107,9 @@ def test_a_sequence_with_spans_has_the_logits_and_hidden_states_of_transformers(
     assert_equal(model, logits, transformers_answer(load(DIRECTORIES[name]), media))
 
 
-# Without delta nets, which cannot see later tokens.
+# Delta nets are left out, as they cannot see later tokens.
 @pytest.mark.parametrize("name", [n for n in (*THREE_AXES, *ONE_AXIS) if not n.startswith("qwen3_5_moe")])
-def test_a_span_that_sees_both_ways_is_a_mask_in_transformers(name: str) -> None:
+def test_a_span_that_sees_both_ways_equals_a_mask_in_transformers(name: str) -> None:
     model, media, logits = decided(
         name, kinds=("picture", "picture"), sees_both_ways=True, num_added_layers=0
     )

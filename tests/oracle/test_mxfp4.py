@@ -20,7 +20,7 @@ from tests.oracle.test_oracle import mean_divergence
 pytestmark = pytest.mark.filterwarnings("default")
 
 SIZES = {"hidden_size": 256, "head_dim": 32, "num_key_value_heads": 2, "num_attention_heads": 8}
-# Every expert chosen: a rounded router score that tips one decision would hide what rounding itself costs.
+# Every expert is chosen, as a rounded router score that changed a choice would hide what rounding itself costs.
 CONFIGS = {
     "windows": gpt_oss(**SIZES, intermediate_size=224, num_local_experts=4, num_experts_per_tok=4),
     "no window": gpt_oss(
@@ -66,9 +66,8 @@ def test_logits_equal_transformers_on_the_same_files(name: str, tmp_path: Path) 
         result = engine.generate(prompt, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
         again = engine.logits(prompt + result.token_ids)
 
-    pack(
-        open_model(tmp_path / "model"), tmp_path / "packed", format="bf16"
-    )  # exact, and activations are float32
+    # A bf16 pack is exact, and its activations are float32.
+    pack(open_model(tmp_path / "model"), tmp_path / "packed", format="bf16")
     with Engine.open(tmp_path / "packed", memory="8GiB", threads=2) as engine:
         exact = engine.logits(prompt)
 

@@ -1,6 +1,6 @@
 """Fresh checkpoints against transformers: other seeds and sizes than the committed references, and random flags.
 
-Needs torch and transformers (`make test-oracle`). The reference is float32 arithmetic on the stored weights.
+The tests need torch and transformers (`make test-oracle`). The reference is float32 arithmetic on the stored weights.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ LARGE = (
             head_dim=44,
             use_qk_norm=True,
             num_hidden_layers=2,
-            n_routed_experts=12,  # sigmoid scores lie closer than a softmax's: of more experts, some are near ties
+            n_routed_experts=12,  # sigmoid scores lie closer than a softmax's: more experts would give near ties
             n_group=3,
             topk_group=2,
             num_experts_per_tok=3,
@@ -203,7 +203,7 @@ def test_random_configurations_equal_transformers(configuration: Configuration, 
 
 
 def test_a_long_prompt_equals_transformers(tmp_path: Path) -> None:
-    """Hundreds of positions: sums over many keys, many KV blocks, several chunks."""
+    """Hundreds of positions need sums over many keys, many KV blocks, and several chunks."""
     config = qwen3_moe(max_position_embeddings=2048, num_experts=16, num_experts_per_tok=4, hidden_size=64)
     for seed in range(FIRST_SEED, FIRST_SEED + 100):
         write_model(tmp_path, config, seed=seed)
@@ -215,7 +215,7 @@ def test_a_long_prompt_equals_transformers(tmp_path: Path) -> None:
         assert difference(engine.logits(prompt), reference.logits) <= LARGEST_DIFFERENCE
 
 
-# Models with latent attention and with delta nets have modules of other names, and tests of their own.
+# Models with latent attention or delta nets have modules with other names, and tests of their own.
 PLAIN = [
     c
     for c in (*CONFIGURATIONS, *RANDOM)
@@ -224,7 +224,7 @@ PLAIN = [
 
 
 @pytest.mark.parametrize("configuration", PLAIN, ids=name_of)
-def test_a_config_means_what_transformers_reads_in_it(configuration: Configuration, tmp_path: Path) -> None:
+def test_a_config_means_what_transformers_reads_from_it(configuration: Configuration, tmp_path: Path) -> None:
     write_model(tmp_path, configuration.config, seed=1)
     ours = open_model(tmp_path).config
     model = load(tmp_path)
@@ -265,7 +265,7 @@ def test_a_config_means_what_transformers_reads_in_it(configuration: Configurati
     shared = getattr(moe, "shared_expert", None) or getattr(moe, "shared_experts", None)
     assert ours.shared_width == (shared.gate_proj.out_features if shared else 0)
     eos = theirs.eos_token_id
-    if eos is None:  # Qwen3-Omni's thinker: the end of a turn
+    if eos is None:  # Qwen3-Omni's thinker has only the end of a turn
         eos = configuration.config["im_end_token_id"]
     assert ours.eos_ids == tuple(eos if isinstance(eos, list) else [eos])
 
@@ -275,13 +275,13 @@ def test_a_config_means_what_transformers_reads_in_it(configuration: Configurati
 
 
 def window_of(config: transformers.PreTrainedConfig, attention: torch.nn.Module) -> int:
-    """The window transformers applies in this layer; 0 is full attention."""
+    """The window that transformers applies in this layer; 0 means full attention."""
     if config.model_type == "mixtral":
         return config.sliding_window or 0
     return getattr(attention, "sliding_window", None) or 0
 
 
-# In Mixtral and Qwen3-MoE an absent num_key_value_heads is not "as many as heads".
+# In Mixtral and Qwen3-MoE, an absent num_key_value_heads does not mean the number of heads.
 DEFAULT_KV_HEADS = {
     "mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4, "glm4_moe": 8, "olmoe": 16, "minimax_m2": 8,
 }  # fmt: skip
@@ -331,7 +331,7 @@ def test_an_absent_key_of_gpt_oss_has_the_default_of_transformers(missing: str, 
         assert difference(engine.logits(prompt), expected) <= LARGEST_DIFFERENCE
 
 
-# Every expert chosen: a rounded router score that tips one decision would hide what rounding itself costs.
+# Every expert is chosen, as a rounded router score that changed a choice would hide what rounding itself costs.
 ALL_CHOSEN = [
     mixtral(hidden_size=128, intermediate_size=96, num_experts_per_tok=6),
     qwen2_moe(hidden_size=128, moe_intermediate_size=96, num_experts_per_tok=6, norm_topk_prob=True),
@@ -348,7 +348,7 @@ ALL_CHOSEN = [
 def test_a_pack_answers_like_its_source(config: RawConfig, tmp_path: Path) -> None:
     """bf16 keeps every bit of a bf16 checkpoint; q8 rounds weights and activations to eight bits, q4 weights to four.
 
-    Random weights have no structure that hides rounding; the bounds are about three times what is found. A wrong
+    Random weights have no structure that hides rounding; the bounds are about three times the values found. A wrong
     scale, row or column costs more than one nat.
     """
     write_model(tmp_path / "source", config, seed=FIRST_SEED)
@@ -367,6 +367,6 @@ def test_a_pack_answers_like_its_source(config: RawConfig, tmp_path: Path) -> No
 
 
 def mean_divergence(expected: Array, found: Array) -> float:
-    """Mean KL divergence of the next-token distributions, in nats."""
+    """The mean KL divergence of the next-token distributions, in nats."""
     p, q = softmax(expected.astype(np.float64)), softmax(found.astype(np.float64))
     return float((p * np.log(p / q)).sum(axis=1).mean())

@@ -1,7 +1,7 @@
-"""GGUF files against llama.cpp: what it computes from a file is what Argosy computes from it.
+"""GGUF files against llama.cpp: Argosy computes the same logits from a file.
 
 llama.cpp comes as llama-cpp-python in an environment of its own (`make peer` builds it, `ARGOSY_PEER_PYTHON` names
-another interpreter); without one there is nothing to compare with. It keeps keys and values in 16 bits.
+another interpreter); without it these tests are skipped. llama.cpp keeps keys and values in 16 bits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(not PEER.exists(), reason=f"no llama-cpp-python:
 # Mean KL in nats; keys and values in 16 bits cost 6e-7, a wrong scale or frequency more than 1e-3.
 LARGEST_DIVERGENCE = 1e-5
 
-# The bounds of yarn are given, because the class overrides what the file says with its own.
+# The yarn bounds are passed explicitly, because the class overrides those of the file with its own.
 SCRIPT = """
 import json, sys
 import numpy as np
@@ -51,7 +51,7 @@ np.save(out, np.array(model.scores[: len(ids)]))
 
 
 def peer_logits(path: Path, token_ids: list[int], **yarn: float) -> Array:
-    """float32 [tokens, vocab] of llama.cpp."""
+    """The logits of llama.cpp, float32 [tokens, vocab]."""
     out = path.with_suffix(".npy")
     subprocess.run(
         [PEER, "-c", SCRIPT, path, json.dumps(token_ids), out, json.dumps(yarn)],
@@ -129,7 +129,7 @@ def test_logits_of_partial_rotary_flat_norms_and_sigmoid_routers_are_llama_cpp_s
     assert divergence_from_peer(tmp_path / "model.gguf", HEADS[name], "F32") <= LARGEST_DIVERGENCE
 
 
-# Text parts of models that also see: positions of images have several axes there, and those of text one.
+# Text parts of models that also see: images have positions on several axes, and text has them on one.
 SEEING: dict[str, tuple[RawConfig, tuple[int, ...]]] = {
     "Qwen3-VL-MoE": (
         qwen3_moe(**SIZES, num_key_value_heads=2, head_dim=64, moe_intermediate_size=256, num_experts=6),
@@ -140,7 +140,7 @@ SEEING: dict[str, tuple[RawConfig, tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("name", SEEING)
-def test_logits_of_text_behind_positions_of_three_axes_are_llama_cpp_s(name: str, tmp_path: Path) -> None:
+def test_logits_of_text_with_three_position_axes_are_llama_cpp_s(name: str, tmp_path: Path) -> None:
     config, sections = SEEING[name]
     path = tmp_path / "model.gguf"
     write_gguf_model(path, config, one_type("F32"), seed=7, sections=sections)
@@ -151,7 +151,7 @@ def test_logits_of_text_behind_positions_of_three_axes_are_llama_cpp_s(name: str
     assert mean_divergence(peer_logits(path, prompt), logits) <= LARGEST_DIVERGENCE
 
 
-# llama.cpp's delta nets take key heads of any width, and as many channels of values in a head as of keys.
+# llama.cpp's delta nets allow key heads of any width, but value heads must have the same width.
 DELTA: dict[str, Any] = {
     "hidden_size": 256,
     "moe_intermediate_size": 256,
@@ -171,7 +171,7 @@ DELTA_MODELS: dict[str, RawConfig] = {
 }
 
 
-# F32 file by file; beside Q8_0 activations have 16 bits here and 8 there, and every expert is chosen.
+# With Q8_0 weights, activations have 16 bits in Argosy and 8 in llama.cpp, so every expert is chosen.
 @pytest.mark.parametrize("name", DELTA_MODELS)
 @pytest.mark.parametrize(
     ("type_name", "experts_per_token", "largest"), [("F32", 2, LARGEST_DIVERGENCE), ("Q8_0", 6, 0.002)]
@@ -189,7 +189,7 @@ def test_logits_of_gated_delta_nets_are_llama_cpp_s(
     assert mean_divergence(peer_logits(path, prompt), logits) <= largest
 
 
-def test_llama_cpp_reads_q_k_v_and_z_from_one_matrix_as_argosy_does(tmp_path: Path) -> None:
+def test_q_k_v_and_z_are_read_from_one_matrix_as_in_llama_cpp(tmp_path: Path) -> None:
     config, path = DELTA_MODELS["Qwen3-Next"], tmp_path / "model.gguf"
     write_delta_gguf(path, config, one_type("F32"), seed=7, has_ssm_in=True)
     prompt = prompt_ids(config, 7)
@@ -199,19 +199,19 @@ def test_llama_cpp_reads_q_k_v_and_z_from_one_matrix_as_argosy_does(tmp_path: Pa
     assert mean_divergence(peer_logits(path, prompt), logits) <= LARGEST_DIVERGENCE
 
 
-# Every expert chosen: a rounded score that tips one decision would hide what 8-bit activations cost.
+# Every expert is chosen, as a rounded score that changed a choice would hide what 8-bit activations cost.
 @pytest.mark.parametrize("name", ["GLM-4.6", "OLMoE", "MiniMax-M2"])
-def test_quantised_they_stay_close_to_it(name: str, tmp_path: Path) -> None:
+def test_logits_of_quantised_models_are_close_to_llama_cpp_s(name: str, tmp_path: Path) -> None:
     config = HEADS[name] | {"num_experts_per_tok": 6}
     assert divergence_from_peer(tmp_path / "model.gguf", config, "Q8_0") <= 0.002
 
 
-# llama.cpp rounds the bounds of yarn, which gpt-oss does not; its activations beside MXFP4 have 8 bits, as Argosy's.
+# llama.cpp rounds the yarn bounds, and gpt-oss does not. With MXFP4, activations have 8 bits in both.
 @pytest.mark.parametrize(("type_name", "largest"), [("F32", 1e-4), ("MXFP4", 0.002)])
 def test_logits_of_sinks_windows_and_biases_are_llama_cpp_s(
     type_name: str, largest: float, tmp_path: Path
 ) -> None:
-    # Every expert chosen: a rounded score that tips one decision would hide what rounding costs.
+    # Every expert is chosen, as a rounded score that changed a choice would hide what rounding costs.
     config = gpt_oss(
         hidden_size=256,
         intermediate_size=256,

@@ -1,7 +1,7 @@
-"""Models that also see or hear, against transformers: what an absent key of their text part means.
+"""Models that also see or hear, against transformers: the defaults of absent keys in their text part.
 
-Logits and greedy tokens of all configurations are in `test_oracle.py`. There the whole model computes, with positions
-of three axes; the configurations of each family cut the pairs of a head into different sections.
+`test_oracle.py` checks logits and greedy tokens of all configurations. There the whole model runs, with positions on
+three axes; the configurations of each family split the pairs of a head into different sections.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.models.tiny_wrappers import glm4v_moe, qwen3_omni_moe, qwen3_vl_moe
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("one_quiet_thread")]
 
 
-# As many heads as an absent num_key_value_heads means, and as many dense layers as an absent first_k_dense_replace.
+# The numbers of heads and of dense layers are the defaults of num_key_value_heads and first_k_dense_replace.
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 16, "head_dim": 4}
 CONFIGS: dict[str, RawConfig] = {
     "qwen3_vl_moe": qwen3_vl_moe(**SIZES, num_key_value_heads=16),
