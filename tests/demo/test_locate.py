@@ -1,4 +1,4 @@
-"""The packed demo model: named by a digest of the experts, made once, and finished by the next call when cut off."""
+"""The packed demo model is named by a digest of the experts, made once, and resumed by the next call if interrupted."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def test_a_known_file_is_not_hashed_again(experts: Path, monkeypatch: pytest.Mon
     assert locate._version() == name_of(b"first")
 
 
-def test_a_changed_file_has_another_name(experts: Path) -> None:
+def test_a_changed_file_gives_another_name(experts: Path) -> None:
     locate._version()
     before = experts.stat()
-    experts.write_bytes(b"other")  # of the same size
+    experts.write_bytes(b"other")  # the same size
     os.utime(experts, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     assert locate._version() == name_of(b"other")
 
 
 @pytest.mark.parametrize("note", ["", "one line", "a\nb\nc\n", "{key}\n../../etc\n", "{key}\n\xff"])
-def test_a_note_that_cannot_be_meant_is_written_again(experts: Path, note: str) -> None:
+def test_an_invalid_version_file_is_written_again(experts: Path, note: str) -> None:
     locate._version()
     known = locate.cache_directory() / "demo.version"
     key = known.read_text().splitlines()[0]
@@ -59,7 +59,7 @@ def test_a_note_that_cannot_be_meant_is_written_again(experts: Path, note: str) 
     assert known.read_text() == f"{key}\n{name_of(b'first')}\n"
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(
+def test_an_unwritable_cache_is_no_error(
     experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
@@ -67,9 +67,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(
     assert locate._version() == name_of(b"first")
 
 
-def test_a_pack_of_another_version_of_the_format_is_not_taken(
-    experts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pack_of_another_format_version_is_not_used(experts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Path] = []
 
     def is_there(path: Path) -> object:
@@ -83,12 +81,12 @@ def test_a_pack_of_another_version_of_the_format_is_not_taken(
     assert len(set(asked)) == 2
 
 
-# Making it
+# Making the pack
 
 
 @pytest.fixture
 def builds(experts: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Each place where the merged model was built; a tiny one stands in for it."""
+    """The paths where the merged model was built, with a tiny model in its place."""
     built: list[Path] = []
 
     def build_demo(destination: Path, **_: object) -> None:
@@ -101,16 +99,16 @@ def builds(experts: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 class Killed(BaseException):
-    """What ends a process without a word to it."""
+    """Stands in for a kill: nothing in a pack catches it."""
 
 
 def names(cache: Path) -> set[str]:
-    """Of models, whole or not: the lock and the note of the version are not counted."""
+    """The names of models, complete or not, without the lock and the version file."""
     return {path.name for path in cache.iterdir() if "demo-" in path.name}
 
 
 @pytest.mark.parametrize("at", ["__enter__", "_copy", "finish"])
-def test_a_call_that_ends_while_it_packs_is_finished_by_the_next(at: str, builds: list[Path]) -> None:
+def test_an_interrupted_pack_is_finished_by_the_next_call(at: str, builds: list[Path]) -> None:
     with pytest.MonkeyPatch.context() as patch:
 
         def end(*_: Any) -> None:
@@ -123,11 +121,11 @@ def test_a_call_that_ends_while_it_packs_is_finished_by_the_next(at: str, builds
     packed = locate.locate()
 
     assert open_pack(packed) is not None
-    assert len(builds) == 1  # what was built is used
+    assert len(builds) == 1  # the merged model is reused
     assert names(locate.cache_directory()) == {packed.name}
 
 
-def test_what_was_built_and_is_damaged_is_built_again(builds: list[Path]) -> None:
+def test_a_damaged_merged_model_is_built_again(builds: list[Path]) -> None:
     packed = locate.locate()
     merged = builds[0]
     for path in packed.iterdir():
@@ -140,14 +138,14 @@ def test_what_was_built_and_is_damaged_is_built_again(builds: list[Path]) -> Non
     assert builds == [merged, merged]
 
 
-def test_what_is_left_of_a_finished_pack_is_removed(builds: list[Path]) -> None:
+def test_leftovers_of_a_finished_pack_are_removed(builds: list[Path]) -> None:
     packed = locate.locate()
     builds[0].mkdir()
     assert locate.locate() == packed
     assert names(locate.cache_directory()) == {packed.name}
 
 
-def test_leftovers_of_any_version_go_and_what_is_in_use_stays(builds: list[Path]) -> None:
+def test_leftovers_of_any_version_are_removed_unless_in_use(builds: list[Path]) -> None:
     cache = locate.cache_directory()
     for name in (
         ".demo-0-1.abcdefgh.partial",
@@ -167,9 +165,9 @@ def test_leftovers_of_any_version_go_and_what_is_in_use_stays(builds: list[Path]
     assert names(cache) == {".demo-0-1.ijklmnop.partial", "demo-0-1-q8", packed.name}
 
 
-def test_a_cache_that_can_only_be_read_serves_the_pack_that_is_there(builds: list[Path]) -> None:
+def test_a_read_only_cache_serves_its_pack(builds: list[Path]) -> None:
     packed = locate.locate()
     builds[0].mkdir()
     (packed.parent / "demo.lock").unlink()
-    (packed.parent / "demo.lock").mkdir()  # so that nothing can be locked, for root neither
+    (packed.parent / "demo.lock").mkdir()  # a directory, so that not even root can lock it
     assert locate.locate() == packed
