@@ -1,4 +1,4 @@
-"""Facts of machines that are not this one: each test writes the kernel's files it needs."""
+"""Facts about made-up machines: each test writes the kernel files that it needs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_without_a_cgroup_the_machine_is_the_limit(fake: FakeMachine) -> None:
     assert machine.swap_bytes(fake.root) == 2 * MIB
 
 
-def test_cgroup_v2_limit_is_found_and_its_page_cache_counts_as_free(fake: FakeMachine) -> None:
+def test_the_cgroup_v2_limit_is_found_and_its_page_cache_counts_as_free(fake: FakeMachine) -> None:
     fake.put_in_cgroup_v2()
     fake.write("sys/fs/cgroup/user.slice/app/memory.max", f"{4 * GIB}\n")
     fake.write("sys/fs/cgroup/user.slice/app/memory.current", f"{3 * GIB}\n")
@@ -79,16 +79,17 @@ def test_cgroup_v2_limit_is_found_and_its_page_cache_counts_as_free(fake: FakeMa
     assert str(limit) == "2.7 GiB free of 4.0 GiB (cgroup v2 /user.slice/app)"
 
 
-def test_the_smallest_limit_of_all_parents_wins(fake: FakeMachine) -> None:
+def test_the_smallest_limit_of_all_parents_applies(fake: FakeMachine) -> None:
     fake.put_in_cgroup_v2()
     for group, limit_text, used in (("user.slice/app", "max", 10), ("user.slice", str(2 * GIB), 50 * MIB)):
         fake.write(f"sys/fs/cgroup/{group}/memory.max", limit_text + "\n")
         fake.write(f"sys/fs/cgroup/{group}/memory.current", f"{used}\n")
     limit = machine.memory_limit(fake.root)
-    assert limit == MemoryLimit(2 * GIB, 2 * GIB, "cgroup v2 /user.slice")  # free is never more than all
+    # Free memory never exceeds the limit.
+    assert limit == MemoryLimit(2 * GIB, 2 * GIB, "cgroup v2 /user.slice")
 
 
-def test_memory_high_is_a_limit_as_memory_max_is(fake: FakeMachine) -> None:
+def test_memory_high_is_a_limit_like_memory_max(fake: FakeMachine) -> None:
     fake.put_in_cgroup_v2()
     group = "sys/fs/cgroup/user.slice/app"
     fake.write(f"{group}/memory.max", "max\n")
@@ -97,20 +98,20 @@ def test_memory_high_is_a_limit_as_memory_max_is(fake: FakeMachine) -> None:
     expected = MemoryLimit(3 * GIB, 2 * GIB + OWN_BYTES, "cgroup v2 /user.slice/app")
     assert machine.memory_limit(fake.root) == expected
 
-    fake.write(f"{group}/memory.max", f"{4 * GIB}\n")  # whichever is smaller
+    fake.write(f"{group}/memory.max", f"{4 * GIB}\n")  # the smaller one applies
     assert machine.memory_limit(fake.root) == expected
     fake.write(f"{group}/memory.max", f"{2 * GIB}\n")
     assert machine.memory_limit(fake.root).total_bytes == 2 * GIB
     fake.write(f"{group}/memory.high", "max\n")
     assert machine.memory_limit(fake.root).total_bytes == 2 * GIB
 
-    fake.write("sys/fs/cgroup/user.slice/memory.max", "max\n")  # and of the parents, too
+    fake.write("sys/fs/cgroup/user.slice/memory.max", "max\n")  # a parent's limit applies too
     fake.write("sys/fs/cgroup/user.slice/memory.high", f"{GIB}\n")
     fake.write("sys/fs/cgroup/user.slice/memory.current", "0\n")
     assert machine.memory_limit(fake.root) == MemoryLimit(GIB, GIB, "cgroup v2 /user.slice")
 
 
-def test_cgroup_v1_limit_is_found_and_a_huge_one_is_none(fake: FakeMachine) -> None:
+def test_the_cgroup_v1_limit_is_found_and_a_huge_one_is_no_limit(fake: FakeMachine) -> None:
     fake.put_in_cgroup_v1()
     memory = "sys/fs/cgroup/memory"
     fake.write(f"{memory}/memory.limit_in_bytes", "9223372036854771712\n")
@@ -127,7 +128,7 @@ def test_cgroup_v1_limit_is_found_and_a_huge_one_is_none(fake: FakeMachine) -> N
     assert machine.memory_limit(fake.root) == MemoryLimit(GIB, expected, "cgroup v1 /docker/abc")
 
 
-def test_in_a_container_the_path_may_lead_outside_the_mount(fake: FakeMachine) -> None:
+def test_in_a_container_the_cgroup_path_may_lie_outside_the_mount(fake: FakeMachine) -> None:
     fake.put_in_cgroup_v2(
         path="/system.slice/docker-abc.scope/init", inner_path="/system.slice/docker-abc.scope"
     )
@@ -142,14 +143,12 @@ def test_in_a_container_the_path_may_lead_outside_the_mount(fake: FakeMachine) -
     ("free_bytes", "margin_bytes"),
     [(100 * GIB, 5 * GIB), (8 * GIB, 512 * MIB), (2 * GIB, 256 * MIB), (512 * MIB, 64 * MIB)],
 )
-def test_the_margin_is_a_twentieth_and_not_too_much_of_a_small_machine(
-    free_bytes: int, margin_bytes: int
-) -> None:
+def test_the_margin_is_a_twentieth_but_bounded_on_small_machines(free_bytes: int, margin_bytes: int) -> None:
     limit = MemoryLimit(200 * GIB, free_bytes, "machine")
     assert machine.default_budget(limit) == (free_bytes - margin_bytes, margin_bytes)
 
 
-def test_footprint_is_what_the_kernel_counts(fake: FakeMachine) -> None:
+def test_the_footprint_is_what_the_kernel_counts(fake: FakeMachine) -> None:
     found = machine.process_footprint(fake.root)
     assert (found.resident_bytes, found.anonymous_bytes, found.file_bytes, found.peak_bytes) == tuple(
         n * MIB for n in (300, 200, 100, 400)
@@ -160,8 +159,8 @@ def test_page_tables_are_what_the_kernel_counts(fake: FakeMachine) -> None:
     assert machine.process_footprint(fake.root).page_table_bytes == 2 * MIB
 
 
-def test_limits_of_what_is_mapped_are_found_and_unlimited_ones_are_none(fake: FakeMachine) -> None:
-    assert machine.address_space_limit(fake.root) is None  # no file at all
+def test_mapping_limits_are_found_and_unlimited_ones_are_none(fake: FakeMachine) -> None:
+    assert machine.address_space_limit(fake.root) is None  # the file is missing
     fake.write(
         "proc/self/limits",
         "Limit                     Soft Limit           Hard Limit           Units     \n"
@@ -174,7 +173,7 @@ def test_limits_of_what_is_mapped_are_found_and_unlimited_ones_are_none(fake: Fa
     assert machine.thread_stack_bytes(fake.root) == 16 * MIB
 
 
-def test_cgroup_peak_counts_only_for_a_process_alone(fake: FakeMachine) -> None:
+def test_the_cgroup_peak_counts_only_if_the_process_is_alone(fake: FakeMachine) -> None:
     assert machine.cgroup_peak_bytes(fake.root) is None
     fake.put_in_cgroup_v2()
     group = "sys/fs/cgroup/user.slice/app"
@@ -189,7 +188,9 @@ def test_cgroup_peak_counts_only_for_a_process_alone(fake: FakeMachine) -> None:
     assert machine.cgroup_peak_bytes(fake.root) == 2 * GIB
 
 
-def test_cores_are_the_mask_or_a_smaller_quota(fake: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usable_cores_are_the_affinity_mask_or_a_smaller_quota(
+    fake: FakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     assert machine.usable_cores(fake.root) == 8
     fake.put_in_cgroup_v2()
@@ -205,7 +206,7 @@ def test_cores_are_the_mask_or_a_smaller_quota(fake: FakeMachine, monkeypatch: p
     assert machine.usable_cores(fake.root) == 3
 
 
-def test_the_drive_is_that_of_the_longest_mount_point(fake: FakeMachine, tmp_path: Path) -> None:
+def test_the_drive_is_that_of_the_longest_matching_mount_point(fake: FakeMachine, tmp_path: Path) -> None:
     data = tmp_path / "data set"
     data.mkdir()
     escaped = str(data).replace(" ", "\\040")
@@ -228,13 +229,13 @@ def test_the_drive_is_that_of_the_longest_mount_point(fake: FakeMachine, tmp_pat
     assert other == machine.Drive("ext4", "/dev/vda", "/", 8192)
 
 
-def test_the_processor_is_named_or_its_architecture_is(fake: FakeMachine) -> None:
+def test_the_processor_is_given_by_name_or_by_architecture(fake: FakeMachine) -> None:
     assert machine.cpu_model(fake.root) == os.uname().machine
     fake.write("proc/cpuinfo", "processor\t: 0\nmodel name\t: Some CPU 9000\n")
     assert machine.cpu_model(fake.root) == "Some CPU 9000"
 
 
-def test_this_machine_has_facts_that_agree() -> None:
+def test_the_facts_of_this_machine_are_consistent() -> None:
     limit, footprint = machine.memory_limit(), machine.process_footprint()
     assert 0 < limit.free_bytes <= limit.total_bytes
     assert 0 < footprint.resident_bytes <= limit.total_bytes
@@ -247,7 +248,7 @@ def test_a_peak_that_cannot_be_read_is_none(tmp_path: Path) -> None:
     assert machine.peak_bytes(tmp_path) is None
     status = tmp_path / "proc/self/status"
     status.parent.mkdir(parents=True)
-    status.write_text("VmSize:  1 kB\n")  # a kernel that does not say it
+    status.write_text("VmSize:  1 kB\n")  # a kernel without VmHWM
     assert machine.peak_bytes(tmp_path) is None
     status.write_text("VmHWM:  8 kB\nRssAnon:  1 kB\nRssFile:  2 kB\nRssShmem:  3 kB\n")
     assert machine.peak_bytes(tmp_path) == 8192
