@@ -1,4 +1,4 @@
-"""Run the `argosy` command as a user does: another process, its output and its exit code."""
+"""Run the `argosy` command as a user does: in another process, with its output and its exit code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COMMAND = Path(sys.executable).with_name("argosy")
 def run_argosy(
     *arguments: str | Path, stdin: str = "", timeout_s: float = 60
 ) -> subprocess.CompletedProcess[str]:
-    """Run `argosy` with these arguments; never raises for its exit code."""
+    """Run `argosy` with these arguments; a nonzero exit code raises nothing."""
     return subprocess.run(
         [COMMAND, *arguments],
         input=stdin,
