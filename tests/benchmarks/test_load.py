@@ -1,4 +1,4 @@
-"""The load test asks for what a model can be checked on, and times what it says it times."""
+"""The load test asks questions whose answers can be checked, and times what it says it times."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_last_word_of_a_question_is_the_token_before_its_answer(files: tuple
         assert question.answer == "".join(tokens[ids[-1] + 1 : ids[-1] + 13])
 
 
-def test_a_word_is_one_token_where_the_rule_says_so(files: tuple[Path, ModelFiles]) -> None:
+def test_a_word_is_one_token_if_the_rule_says_so(files: tuple[Path, ModelFiles]) -> None:
     tokenizer = Tokenizer.open(files[0], files[1].header)
     assert tokenizer is not None
     for word in ("abc", "aab", "aaa", "cab", "bab", "zzz", "zza", "mno", "nml"):
@@ -59,7 +59,7 @@ def reply(*parts: tuple[float, bytes]) -> Reply:
     return Reply(connection, 0.0, list(parts))
 
 
-def test_a_text_came_when_the_last_byte_of_its_event_did() -> None:
+def test_a_text_arrives_with_the_last_byte_of_its_event() -> None:
     second = events("b")
     got = reply(
         (1.0, HEAD), (2.0, events("", "a")), (3.0, second[:9]), (4.0, second[9:]), (5.0, b"0\r\n\r\n")
@@ -67,13 +67,13 @@ def test_a_text_came_when_the_last_byte_of_its_event_did() -> None:
     assert got.texts() == [(2.0, "a"), (4.0, "b")]
 
 
-def test_a_refusal_is_no_answer() -> None:
+def test_a_refused_request_ends_the_measurement() -> None:
     with pytest.raises(SystemExit, match="429"):
         reply((1.0, HEAD.replace(b"200 OK", b"429 Too Many"))).texts()
 
 
 async def load_of(said: str, num_clients: int, num_requests: int) -> tuple[Load, int]:
-    """Load on a server that needs 10 ms to say `said`, and the most requests it had at once."""
+    """The load on a server that takes 10 ms to answer `said`, and the most requests it had at once."""
     now = most = 0
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -99,13 +99,13 @@ async def load_of(said: str, num_clients: int, num_requests: int) -> tuple[Load,
     return load, most
 
 
-def test_every_client_has_one_request_on_its_way_at_any_time() -> None:
+def test_every_client_has_one_request_in_flight_at_any_time() -> None:
     load, most = asyncio.run(load_of("abc", 3, 4))
     assert (most, load.num_right) == (3, 12)
     assert 0 < load.tok_per_s <= 3 * 3 / 0.01
 
 
-def test_answers_that_do_not_go_on_with_their_documents_end_the_measurement() -> None:
+def test_answers_that_do_not_continue_their_documents_end_the_measurement() -> None:
     load, _ = asyncio.run(load_of("abd", 1, 2))
     assert load.num_right == 0
     measured = object.__new__(Measured)
@@ -116,7 +116,7 @@ def test_answers_that_do_not_go_on_with_their_documents_end_the_measurement() ->
         measured.correct()
 
 
-def test_a_percentile_is_a_value_that_was_measured() -> None:
+def test_a_percentile_is_a_measured_value() -> None:
     values = [3.0, 1.0, 2.0, 4.0]
     assert [nearest_rank(values, share) for share in (0.5, 0.51, 0.99)] == [2.0, 3.0, 4.0]
     assert nearest_rank([7.0], 0.5) == 7.0

@@ -1,4 +1,4 @@
-"""The models that benchmarks are run on say what they are meant to say."""
+"""The models that benchmarks run on give the answers they are made for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.routing import overlap
 RAW = raw_config(
     hidden=512, layers=2, experts=8, experts_per_token=2, width=256, heads=4, vocab=1280, context=512
 )
-# Root mean square of the rounding, for normal numbers: half a step of the type, and room for a poor scale.
+# The root mean square of the rounding error for normally distributed values: half a step, and room for a poor scale.
 LARGEST_ROUNDING = {
     **{"F16": 3e-4, "BF16": 2e-3, "Q8_0": 0.006, "Q6_K": 0.021, "Q5_0": 0.045, "Q5_1": 0.041, "Q5_K": 0.041},
     **{"MXFP4": 0.12, "Q3_K": 0.16, "Q2_K": 0.34},
@@ -27,7 +27,7 @@ LARGEST_ROUNDING = {
 
 
 @pytest.mark.parametrize("block_type", BLOCK_TYPES)
-def test_blocks_hold_what_was_quantised(block_type: str):
+def test_blocks_hold_the_quantised_values(block_type: str):
     values = np.random.default_rng(1).standard_normal((8, 512)).astype(np.float32)
     values[0] = 0
     blocks = to_blocks(block_type, values)
@@ -44,9 +44,8 @@ def test_scaled_blocks_hold_scaled_values(block_type: str):
     blocks = to_blocks(block_type, values)
     nbytes = gguf.GGML_QUANT_SIZES[kind][1]
     scaled = scale_blocks(block_type, blocks.reshape(-1, nbytes), 0.25).reshape(blocks.shape)
-    np.testing.assert_allclose(
-        dequantize(scaled, kind), dequantize(blocks, kind) / 4, rtol=1e-3, atol=1e-4
-    )  # float16 scales, some of them subnormal
+    # The scales are float16, and some of them are subnormal.
+    np.testing.assert_allclose(dequantize(scaled, kind), dequantize(blocks, kind) / 4, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("format", ["Q4_0", "Q4_K_M", "BF16", "Q3_K_M", "IQ4_XS", "MXFP4_MOE", "Q5_1"])
@@ -58,7 +57,7 @@ def test_an_answer_continues_the_document(tmp_path: Path, format: str):
         assert engine.generate(text[:16], params).token_ids == text[16:]
 
 
-def test_recorded_routing_stays_with_its_experts_and_uniform_routing_does_not():
+def test_recorded_routing_reuses_experts_and_uniform_routing_does_not():
     config, text = parse_config(RAW), np.array(document(1, 256))
     recorded = overlap(RandomWeights(config, routing="recorded").chosen(text), 1)
     uniform = overlap(RandomWeights(config, routing="uniform").chosen(text), 1)
@@ -66,7 +65,7 @@ def test_recorded_routing_stays_with_its_experts_and_uniform_routing_does_not():
     assert recorded > uniform + 0.1
 
 
-def test_the_types_are_those_of_llama_quantize():
+def test_block_types_are_those_of_llama_quantize():
     config = parse_config(raw_config(layers=16, heads=8, kv_heads=2))
     eight = parse_config(raw_config(layers=16, heads=8, kv_heads=4, experts=8))
 
@@ -88,7 +87,7 @@ def test_the_types_are_those_of_llama_quantize():
     assert block_type_of("Q2_K", "embed", 0, 1024, config) == "Q2_K"
 
 
-def test_every_token_of_the_vocabulary_is_another_one():
+def test_the_tokens_of_the_vocabulary_are_distinct():
     tokens, merges = vocabulary(32_000)
     assert len(tokens) == len(set(tokens)) == 32_000
     assert len(merges) == 32_000 - 258
