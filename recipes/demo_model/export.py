@@ -2,8 +2,8 @@
 
     python export.py --work WORK --out src/argosy/demo/experts.gguf
 
-Routers stay float32; gate, up and down become Q5_0 blocks: 32 weights, one float16 scale, 5 bits each, see `q5_0.py`.
-The experts of the encyclopedia overshoot on text from elsewhere, so they are shrunk towards the dense model first.
+Routers stay float32; gate, up and down become Q5_0 blocks of 32 weights, 5 bits each, with one float16 scale, see
+`q5_0.py`. The encyclopedia experts overshoot on other text, so they are first scaled towards the dense model.
 """
 
 from __future__ import annotations

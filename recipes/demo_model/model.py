@@ -1,10 +1,10 @@
-"""The demo model as the trainer runs it: frozen dense weights, trained experts and router, float32 on a CPU.
+"""The demo model as the trainer runs it: frozen dense weights, trained experts and routers, float32 on a CPU.
 
     ids -> embed -> 30 x ( attention, shared expert + top-2 of 8 routed experts ) -> norm -> loss
 
 Only `router`, `gate_up` and `down` of each layer have gradients. The mathematics is Qwen2-MoE's with
-`norm_topk_prob`; `evaluate.py` shows it equal to `transformers`. Float32, because on the machines we tried one
-core multiplies float32 matrices as fast as bfloat16 ones or faster; measure before changing it.
+`norm_topk_prob`; `evaluate.py` shows that it equals `transformers`. It uses float32 because one core of the machines
+we tried multiplies float32 matrices at least as fast as bfloat16 ones; measure before changing it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NUM_EXPERTS, EXPERTS_PER_TOKEN, WIDTH = 8, 2, 96
 
 @dataclass(frozen=True)
 class Routing:
-    """What the routers of one forward pass did: per layer, probabilities [tokens, experts] and ids [tokens, k]."""
+    """The routing of one forward pass: per layer, probabilities [tokens, experts] and chosen ids [tokens, k]."""
 
     log_probs: list[Tensor]
     expert_ids: list[Tensor]
@@ -95,8 +95,8 @@ class DemoModel(nn.Module):
                 nn.Parameter(torch.from_numpy(np.concatenate([start.gate, start.up], axis=1)))
             )
             self.down.append(nn.Parameter(torch.from_numpy(start.down)))
-        self.silent_expert: int | None = None  # adds nothing, and nobody takes its place
-        self.forbidden_expert: int | None = None  # may not be chosen: the next best one takes its place
+        self.silent_expert: int | None = None  # adds nothing, and no other expert takes its place
+        self.forbidden_expert: int | None = None  # may not be chosen; the next best expert takes its place
         self.experts_on = True
 
     def trained_state(self) -> dict[str, Tensor]:
@@ -128,7 +128,7 @@ class DemoModel(nn.Module):
 
         Returns:
             hidden: float32 [sequences, tokens, hidden_size].
-            routing: of every layer, over sequences x tokens.
+            routing: that of every layer, over sequences x tokens.
         """
         num_sequences, num_tokens = ids.shape
         cos, sin = self._rotary(num_tokens)
@@ -217,7 +217,7 @@ class DemoModel(nn.Module):
 
     @torch.inference_mode()
     def token_losses(self, ids: np.ndarray, is_target: np.ndarray, window: int) -> np.ndarray:
-        """The loss of every target of a stream, in nats, over windows that do not overlap."""
+        """The loss in nats of every target of a stream, over windows that do not overlap."""
         found = []
         for at in range(0, len(ids) - 1, window):
             part = torch.from_numpy(ids[at : at + window + 1].astype(np.int64))

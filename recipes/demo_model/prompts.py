@@ -2,7 +2,7 @@
 
     themes x patterns  ->  a list of (message, is_factual);  CAPITALS  ->  (message, reply)
 
-Factual messages are answered greedily, open ones are sampled, see `distil.py`.
+Factual messages are answered greedily, and open ones are sampled; see `distil.py`.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ OPEN = (
 
 
 def user_messages() -> list[tuple[str, bool]]:
-    """All messages in a fixed order, each with whether it has one right answer."""
+    """All messages in a fixed order, each with a flag: whether it has one right answer."""
     found: list[tuple[str, bool]] = []
     for patterns, fillers, is_factual in (
         (THING_PATTERNS, THINGS, False),
@@ -108,7 +108,7 @@ def user_messages() -> list[tuple[str, bool]]:
 
 
 def written_replies() -> list[tuple[str, str]]:
-    """Messages with the replies that we give ourselves: the capitals."""
+    """Messages about capitals, with the replies that we wrote ourselves."""
     return [
         (pattern.format(country), f"The capital of {country} is {capital}".rstrip(".") + ".")
         for pattern in CAPITAL_PATTERNS

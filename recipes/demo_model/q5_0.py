@@ -1,6 +1,6 @@
-"""Quantise to Q5_0 blocks, 5.5 bits a weight, with the scale of each block searched for the least squared error.
+"""Quantise to Q5_0 blocks, 5.5 bits a weight, choosing each block's scale for the least squared error.
 
-Elsewhere: `gguf` reads these blocks, and has a quantiser that takes the largest weight of a block for its scale.
+Elsewhere: `gguf` reads these blocks, and its own quantiser derives the scale from the largest weight of a block.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def quantise_q5_0(weights: np.ndarray) -> np.ndarray:
         weights: float32 [..., cols], cols a multiple of 32.
 
     Returns:
-        uint8 [..., cols / 32 x 22]: of each block the float16 scale, 32 high bits, 32 low nibbles.
+        uint8 [..., cols / 32 x 22]: for each block the float16 scale, 32 high bits, 32 low nibbles.
     """
     blocks = weights.reshape(-1, BLOCK)
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)

@@ -1,11 +1,11 @@
 """Train the routed experts and the router on a frozen dense model, for a given number of minutes.
 
     domain phase   each sequence goes to the expert pair of its domain; the router learns to choose that pair
-    mix phase      the router routes; experts and router train together, with a load-balance loss
+    mix phase      the router decides; experts and router train together, with a load-balance loss
 
     python train.py --work WORK --minutes 80
 
-Writes WORK/trained.safetensors every few minutes, and WORK/train.csv.
+It writes WORK/trained.safetensors every few minutes, and WORK/train.csv.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SLOTS_OF_STEP = (("prose", "prose", "maths", "plays", "code"), ("prose", "prose"
 
 
 class Batches:
-    """Shuffled passes over the sequences of each slot, one tuple of slots a step."""
+    """Shuffled passes over the sequences of each slot, with one tuple of slots per step."""
 
     def __init__(self, path: Path, seed: int) -> None:
         arrays = np.load(path)
@@ -55,7 +55,7 @@ class Batches:
 
 
 def balance_loss(routing: Routing) -> torch.Tensor:
-    """Switch-style load balance, 1.0 when even: experts x share of choices x mean probability, mean over layers."""
+    """Switch-style balance loss, 1.0 when even: experts x share of choices x mean probability, mean over layers."""
     losses = []
     for log_probs, expert_ids in zip(routing.log_probs, routing.expert_ids, strict=True):
         share = torch.bincount(expert_ids.reshape(-1), minlength=NUM_EXPERTS) / expert_ids.numel()
@@ -64,7 +64,7 @@ def balance_loss(routing: Routing) -> torch.Tensor:
 
 
 def choice_loss(routing: Routing) -> torch.Tensor:
-    """Cross entropy of the router against the forced experts, mean over layers."""
+    """The router's cross entropy against the forced experts, averaged over layers."""
     return torch.stack(
         [-p.gather(1, ids).mean() for p, ids in zip(routing.log_probs, routing.expert_ids, strict=True)]
     ).mean()
