@@ -1,4 +1,4 @@
-"""Several prompts at once: they share every expert that is read, and each answer is what it would be alone.
+"""Answer several prompts at once: they share every expert that is read, and each answer is the same as alone.
 
 python examples/answer_together.py
 """

@@ -1,8 +1,8 @@
-"""Which experts answer? Counts, per layer, how often each expert of the demo model is chosen for a prompt.
+"""Which experts answer? Count, per layer, how often each expert of the demo model is chosen for a prompt.
 
     python examples/watch_routing.py "Write a Python function that adds two numbers."
 
-Routing is content: which experts ran can reveal the text. Keep such counts as private as the text itself.
+The choice of experts can reveal the text. Keep such counts as private as the text itself.
 """
 
 from __future__ import annotations
