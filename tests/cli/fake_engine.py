@@ -1,4 +1,4 @@
-"""An engine that says what a test tells it to, with the surface that the command line uses."""
+"""A fake engine with the interface that the command line uses; it answers as a test scripts it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FakePlan:
 
 
 class FakePrompts:
-    """Notes what is asked, and then does what the family's own text side does."""
+    """Records each request, then builds and parses as the family's own prompt builder does."""
 
     takes_messages = True
 
@@ -47,9 +47,9 @@ class FakePrompts:
 
 
 class FakeEngine:
-    """Answers every prompt with `answer`, a token each; `before_token` may raise.
+    """Answers every prompt with `answer`, one token per word; `before_token` may raise.
 
-    The model is one of `family`: a word of `answer` that is one of the family's control tokens is that token.
+    The model belongs to `family`: a word of `answer` that spells a control token of the family becomes that token.
     """
 
     answer: Sequence[str] = ("Paris", " is", " it.")

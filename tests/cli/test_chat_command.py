@@ -26,7 +26,7 @@ Captured = pytest.CaptureFixture[str]
 
 
 def reading(*lines: object) -> Callable[[], str]:
-    """Gives the lines one by one, raises those that are exceptions, and then ends."""
+    """Return the lines one by one, raise those that are exceptions, then end the input."""
     waiting: Iterator[object] = iter(lines)
 
     def read() -> str:
@@ -42,7 +42,7 @@ def conversation(engine: Engine, system: str | None = None) -> Conversation:
     return Conversation(engine("model"), SamplingParams(), system)  # type: ignore[arg-type]
 
 
-def test_each_turn_has_all_turns_before_it(engine: Engine, capsys: Captured) -> None:
+def test_each_turn_is_sent_with_all_turns_before_it(engine: Engine, capsys: Captured) -> None:
     conversation(engine, "Be brief.").talk(reading("Hi", "", "And now?"))
     system, hi = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}
     answer = {"role": "assistant", "content": "Paris is it."}
@@ -54,7 +54,9 @@ HARMONY = ("<|channel|>", "analysis", "<|message|>", "User says", " hi", "<|end|
            "<|channel|>", "final", "<|message|>", "Hello", "!", "<|return|>")  # fmt: skip
 
 
-def test_only_the_answer_is_shown_and_thoughts_go_back_as_thoughts(engine: Engine, capsys: Captured) -> None:
+def test_only_the_answer_is_shown_and_thoughts_are_sent_back_as_thoughts(
+    engine: Engine, capsys: Captured
+) -> None:
     engine.family, engine.answer = "harmony", HARMONY
     talk = conversation(engine)
     talk.talk(reading("Hi", "And now?"))
@@ -67,12 +69,10 @@ def test_only_the_answer_is_shown_and_thoughts_go_back_as_thoughts(engine: Engin
     ]
     again = talk._engine.prompts.build(engine.asked[1])
     assert "<|start|>assistant<|channel|>final<|message|>Hello!<|end|>" in again.text
-    assert "analysis" not in again.text  # this template leaves the thoughts of earlier turns out
+    assert "analysis" not in again.text  # this template omits the thoughts of earlier turns
 
 
-def test_an_answer_that_is_stopped_among_its_thoughts_goes_back_without_text(
-    engine: Engine, capsys: Captured
-) -> None:
+def test_an_answer_stopped_while_thinking_is_sent_back_without_text(engine: Engine, capsys: Captured) -> None:
     engine.family, engine.answer = "harmony", HARMONY
     engine.before_token = staticmethod(lambda at: signal.raise_signal(signal.SIGINT) if at == 3 else None)
     talk = conversation(engine)
@@ -80,7 +80,7 @@ def test_an_answer_that_is_stopped_among_its_thoughts_goes_back_without_text(
     assert talk.messages[-1] == {"role": "assistant", "content": "", "reasoning_content": "User says"}
 
 
-def test_reset_keeps_the_system_message_only(engine: Engine, capsys: Captured) -> None:
+def test_reset_keeps_only_the_system_message(engine: Engine, capsys: Captured) -> None:
     talk = conversation(engine, "Be brief.")
     talk.talk(reading("Hi", "/reset"))
     assert talk.messages == [{"role": "system", "content": "Be brief."}]
@@ -107,7 +107,7 @@ def test_an_interrupt_stops_the_answer_and_keeps_what_was_said(engine: Engine, c
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_interrupt_leaves(engine: Engine, capsys: Captured) -> None:
+def test_a_second_interrupt_quits(engine: Engine, capsys: Captured) -> None:
     def twice(at: int) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -117,7 +117,7 @@ def test_a_second_interrupt_leaves(engine: Engine, capsys: Captured) -> None:
         conversation(engine).talk(reading("Hi"))
 
 
-def test_two_interrupts_in_a_row_at_the_prompt_leave(engine: Engine, capsys: Captured) -> None:
+def test_two_interrupts_in_a_row_at_the_prompt_quit(engine: Engine, capsys: Captured) -> None:
     conversation(engine).talk(reading(KeyboardInterrupt, "Hi", KeyboardInterrupt, "Hi"))
     assert capsys.readouterr().err.count("press ^C again to quit") == 2
     with pytest.raises(KeyboardInterrupt):
@@ -127,7 +127,7 @@ def test_two_interrupts_in_a_row_at_the_prompt_leave(engine: Engine, capsys: Cap
 @pytest.mark.parametrize(
     ("error", "hint"), [(PromptTooLong("too long"), "hint: /reset forgets"), (UsageError("no such role"), "")]
 )
-def test_a_turn_that_cannot_be_taken_is_forgotten(
+def test_a_refused_turn_is_forgotten(
     error: UsageError, hint: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     def refuse(self: object, prompt: object, params: object) -> None:
@@ -154,11 +154,11 @@ def test_a_real_model_talks_over_several_turns(
     out, err = said("Hi\nAnd now?\n" + "word " * 400 + "\n/reset\nHi\n")
     assert "and the context holds 256" in err
     assert out.startswith(alone)
-    assert out.endswith(alone)  # the same question anew has the same answer
+    assert out.endswith(alone)  # after /reset the same question gets the same answer
     assert len(out) > 2 * len(alone)
 
 
-def test_the_line_editor_takes_a_line_and_leaves_on_interrupts(chat_model: Path) -> None:
+def test_the_line_editor_reads_a_line_and_quits_on_interrupts(chat_model: Path) -> None:
     master, slave = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "argosy", "chat", str(chat_model), "--threads", "1", "-n", "4"],
@@ -176,7 +176,7 @@ def test_the_line_editor_takes_a_line_and_leaves_on_interrupts(chat_model: Path)
                 part = os.read(master, 4096)
                 shown += part
                 if b"\x1b[6n" in part:
-                    os.write(master, b"\x1b[1;1R")  # where a terminal says its cursor is
+                    os.write(master, b"\x1b[1;1R")  # the terminal's answer: its cursor position
         shown = shown[shown.index(text) + len(text) :]
 
     until(b">")

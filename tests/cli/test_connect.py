@@ -1,4 +1,4 @@
-"""`argosy connect`: golden settings of each client, keys out of sight, and files that survive being changed."""
+"""`argosy connect`: golden settings for each client, hidden keys, and edits that keep the rest of a file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_the_settings_of_a_client_are_these(
+def test_the_printed_settings_of_each_client_match_its_golden_file(
     client: str, server: FakeServer, home: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.key = KEY
@@ -65,7 +65,7 @@ def test_the_settings_of_a_client_are_these(
 
 
 @pytest.mark.parametrize("client", ["claude-code", "openwebui"])
-def test_what_is_for_a_shell_can_be_read_by_one(
+def test_a_shell_can_run_the_settings_meant_for_a_shell(
     client: str, server: FakeServer, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ARGOSY_API_KEY", KEY)
@@ -82,11 +82,11 @@ def test_a_key_is_printed_only_when_asked_for(
 ) -> None:
     monkeypatch.setenv("ARGOSY_API_KEY", KEY)
     assert main(["connect", client, "--url", server.url, "--show-key"]) == 0
-    assert (KEY in capsys.readouterr().out) == (client != "codex")  # Codex reads it from the variable, always
+    assert (KEY in capsys.readouterr().out) == (client != "codex")  # Codex always reads it from the variable
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_written_files_say_what_is_needed_and_writing_again_changes_nothing(
+def test_written_files_hold_the_settings_and_writing_again_changes_nothing(
     client: str, server: FakeServer, home: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ARGOSY_API_KEY", KEY)
@@ -100,7 +100,7 @@ def test_written_files_say_what_is_needed_and_writing_again_changes_nothing(
     first = path.read_text()
     assert server.url in first
     if client in ("claude-code", "openwebui"):
-        assert KEY in first  # these clients know no reference
+        assert KEY in first  # these clients cannot refer to a variable
     else:
         assert KEY not in first
     assert main(["connect", client, "--url", server.url, "--write"]) == 0
@@ -109,19 +109,18 @@ def test_written_files_say_what_is_needed_and_writing_again_changes_nothing(
     assert [other.name for other in path.parent.iterdir() if "before-argosy" in other.name] == []
 
 
-def test_codex_finds_its_catalogue_where_the_settings_say(server: FakeServer, home: Path) -> None:
+def test_codex_finds_its_catalogue_where_the_settings_point(server: FakeServer, home: Path) -> None:
     assert main(["connect", "codex", "--url", server.url, "--write"]) == 0
     settings = tomllib.loads((home / ".codex/config.toml").read_text())
     catalogue = json.loads(Path(settings["model_catalog_json"]).read_text())
     (entry,) = catalogue["models"]
     assert entry["slug"] == settings["model"]
     assert entry["context_window"] == settings["model_context_window"] == 32_768
-    assert (
-        "env_key" not in settings["model_providers"]["argosy"]
-    )  # no key was given: Codex must not look for one
+    # No key was given, so Codex must not look for one.
+    assert "env_key" not in settings["model_providers"]["argosy"]
 
 
-def test_the_files_of_a_client_are_where_its_own_variables_say(
+def test_files_are_written_where_the_clients_own_variables_point(
     server: FakeServer, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CODEX_HOME", str(home / "elsewhere"))
@@ -133,13 +132,13 @@ def test_the_files_of_a_client_are_where_its_own_variables_say(
     assert (home / "mine.json").is_file()
 
 
-# What the server says
+# Facts from the server
 
 
 @pytest.mark.parametrize(
     ("tools", "note"), [("native", ""), ("generic", "generic prompt"), ("none", "cannot call")]
 )
-def test_settings_say_whether_the_model_calls_tools_and_what_it_reads(
+def test_settings_say_whether_the_model_calls_tools_and_which_inputs_it_reads(
     server: FakeServer, capsys: Captured, tools: str, note: str
 ) -> None:
     server.tools, server.inputs = tools, ["text", "image"]
@@ -155,7 +154,7 @@ def test_settings_say_whether_the_model_calls_tools_and_what_it_reads(
 
 
 @pytest.mark.parametrize("said", [[], ["--write"], ["--model", "mine"], ["--context", "8192"]])
-def test_without_a_server_there_are_no_settings_and_it_is_said_how_to_start_one(
+def test_without_a_server_there_are_no_settings_but_a_hint_to_start_one(
     said: list[str], home: Path, capsys: Captured
 ) -> None:
     assert main(["connect", "opencode", "--url", "http://127.0.0.1:9", *said]) == 1
@@ -166,7 +165,9 @@ def test_without_a_server_there_are_no_settings_and_it_is_said_how_to_start_one(
     assert list(home.iterdir()) == []
 
 
-def test_without_a_server_what_is_said_of_it_is_enough(home: Path, capsys: Captured) -> None:
+def test_without_a_server_a_model_and_a_context_on_the_command_line_are_enough(
+    home: Path, capsys: Captured
+) -> None:
     said = ["--model", "mine", "--context", "8192"]
     assert main(["connect", "opencode", "--url", "http://127.0.0.1:9", "--write", *said]) == 0
     written = json.loads((home / FILES["opencode"]).read_text())
@@ -185,7 +186,7 @@ def test_a_refused_key_and_an_unknown_model_are_errors(
     assert f"{server.url} refuses the key" in capsys.readouterr().err
 
 
-def test_another_program_at_the_address_is_an_error_and_no_placeholder(capsys: Captured) -> None:
+def test_another_program_at_the_address_is_an_error_not_a_placeholder(capsys: Captured) -> None:
     with stranger(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}") as url:
         assert main(["connect", "codex", "--url", url]) == 1
     said = capsys.readouterr()
@@ -193,7 +194,7 @@ def test_another_program_at_the_address_is_an_error_and_no_placeholder(capsys: C
     assert said.err.startswith(f"error: {url} is not an Argosy server: its list of models cannot be read\n")
 
 
-# Files of others
+# Existing files
 
 
 def put(path: Path, text: str) -> str:
@@ -209,7 +210,9 @@ def only_backup(path: Path) -> Path:
     return backup
 
 
-def test_other_settings_of_a_json_file_stay_and_the_old_file_is_kept(server: FakeServer, home: Path) -> None:
+def test_other_settings_in_a_json_file_are_kept_and_the_old_file_is_backed_up(
+    server: FakeServer, home: Path
+) -> None:
     path = home / FILES["claude-code"]
     old = put(
         path,
@@ -228,7 +231,7 @@ def test_other_settings_of_a_json_file_stay_and_the_old_file_is_kept(server: Fak
     assert only_backup(path).stat().st_mode & 0o777 == 0o600
 
 
-def test_other_settings_and_comments_of_codex_stay(server: FakeServer, home: Path) -> None:
+def test_other_settings_and_comments_of_codex_are_kept(server: FakeServer, home: Path) -> None:
     path = home / FILES["codex"]
     put(
         path,
@@ -261,7 +264,7 @@ rules:
 """
 
 
-def test_other_models_of_continue_stay_and_ours_is_exchanged(server: FakeServer, home: Path) -> None:
+def test_other_models_of_continue_are_kept_and_ours_is_replaced(server: FakeServer, home: Path) -> None:
     path = home / FILES["continue"]
     put(path, CONTINUE)
     assert main(["connect", "continue", "--url", server.url, "--write"]) == 0
@@ -303,7 +306,7 @@ models:
         ),
     ],
 )
-def test_every_other_line_of_continue_stays(
+def test_every_other_line_of_continue_is_kept(
     text: str, added_after: str, removed: str, server: FakeServer, home: Path
 ) -> None:
     path = home / FILES["continue"]
@@ -332,7 +335,7 @@ def test_every_other_line_of_continue_stays(
         "[model_providers.argosy]\nenv_key = 'OLD'\n# stays\nname = 'x'  # too\n[b]\n[model_providers.other]\n",
     ],
 )
-def test_every_other_setting_and_comment_of_codex_stays(text: str, server: FakeServer, home: Path) -> None:
+def test_every_other_setting_and_comment_of_codex_is_kept(text: str, server: FakeServer, home: Path) -> None:
     path = home / FILES["codex"]
     put(path, text)
     assert main(["connect", "codex", "--url", server.url, "--write"]) == 0
@@ -356,7 +359,7 @@ def test_every_other_setting_and_comment_of_codex_stays(text: str, server: FakeS
     assert path.read_text() == new
 
 
-def test_lines_of_an_environment_file_are_exchanged_where_they_stand(server: FakeServer, home: Path) -> None:
+def test_lines_of_an_environment_file_are_replaced_in_place(server: FakeServer, home: Path) -> None:
     put(
         home / "open-webui.env",
         "# mine\n\nPORT=3000\n\nOPENAI_API_KEY=old\nexport ENABLE_OLLAMA_API=True\nA='\nOPENAI_API_KEY=x'",
@@ -402,7 +405,7 @@ def test_lines_of_an_environment_file_are_exchanged_where_they_stand(server: Fak
         ("openwebui", "A='1\n", "the line 'A='1' is not an assignment"),
     ],
 )
-def test_what_cannot_be_read_for_certain_is_left_as_it_is(
+def test_a_file_that_cannot_be_read_for_certain_is_left_unchanged(
     client: str, text: str, why: str, server: FakeServer, home: Path, capsys: Captured
 ) -> None:
     path = home / FILES[client]
@@ -415,7 +418,7 @@ def test_what_cannot_be_read_for_certain_is_left_as_it_is(
     assert [other.name for other in path.parent.iterdir() if path.name in other.name] == [path.name]
 
 
-def test_a_link_stays_a_link_and_its_file_is_changed(server: FakeServer, home: Path) -> None:
+def test_a_symlink_is_kept_and_its_target_is_changed(server: FakeServer, home: Path) -> None:
     put(home / "dotfiles/settings.json", "{}")
     (home / ".claude").mkdir()
     (home / FILES["claude-code"]).symlink_to(home / "dotfiles/settings.json")
@@ -424,14 +427,14 @@ def test_a_link_stays_a_link_and_its_file_is_changed(server: FakeServer, home: P
     assert server.url in (home / "dotfiles/settings.json").read_text()
 
 
-def test_a_changed_file_has_nothing_beside_it_but_the_old_one(server: FakeServer, home: Path) -> None:
+def test_the_backup_is_the_only_file_left_beside_a_changed_file(server: FakeServer, home: Path) -> None:
     put(home / FILES["claude-code"], "{}")
     assert main(["connect", "claude-code", "--url", server.url, "--write"]) == 0
     names = sorted(path.name for path in (home / ".claude").iterdir())
     assert names == ["settings.json", "settings.json.before-argosy-1"]
 
 
-def test_a_file_that_changes_meanwhile_is_not_overwritten(
+def test_a_file_that_another_program_changes_meanwhile_is_not_overwritten(
     server: FakeServer, home: Path, capsys: Captured
 ) -> None:
     from argosy.cli import edit_file
@@ -448,7 +451,7 @@ def test_a_file_that_changes_meanwhile_is_not_overwritten(
     assert path.read_text() == '{"somebody": "else"}'
 
 
-def test_only_writing_settings_imports_their_parsers(server: FakeServer) -> None:
+def test_settings_parsers_are_imported_only_when_settings_are_written(server: FakeServer) -> None:
     parsers = {"tomlkit", "ruamel.yaml", "dotenv"}
     for client in CLIENTS:
         code = (
@@ -459,7 +462,7 @@ def test_only_writing_settings_imports_their_parsers(server: FakeServer) -> None
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
 
 
-def test_a_name_that_means_something_to_a_shell_means_nothing(capsys: Captured) -> None:
+def test_a_model_name_with_shell_syntax_is_quoted(capsys: Captured) -> None:
     name = "a'; touch pwned; '$(touch pwned)"
     arguments = [
         "connect",

@@ -1,4 +1,4 @@
-"""`argosy doctor` on this machine, and its advice on others."""
+"""`argosy doctor` on this machine, and its advice for others."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from argosy.errors import DiskFull, UsageError
 from argosy.plan import machine
 
 
-def test_doctor_prints_facts_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_prints_facts_and_leaves_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--path", str(tmp_path), "--size", "64MiB"]) == 0
     printed = capsys.readouterr()
-    assert printed.err == ""  # no terminal, no progress
+    assert printed.err == ""  # no progress bar without a terminal
     for start in (
         "cores",
         "  prefetch          ",
@@ -51,7 +51,7 @@ def test_json_holds_the_same_facts(tmp_path: Path, capsys: pytest.CaptureFixture
     assert facts["advice"]
 
 
-def test_the_environment_fixes_what_is_asked_for_ahead(
+def test_the_environment_overrides_ask_ahead(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def doctor() -> int:
@@ -68,7 +68,7 @@ def test_the_environment_fixes_what_is_asked_for_ahead(
     assert "must be off or one_level or two_levels, found 'three_levels'" in capsys.readouterr().err
 
 
-def test_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(what: str, share: float) -> None:
         if what == "measuring reads":
             raise KeyboardInterrupt
@@ -78,7 +78,7 @@ def test_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_nearly_full_drive_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nearly_full_drive_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "free_disk_bytes", lambda path: 300 * MIB)
     found = command.measure_drive(tmp_path, GIB)
     assert found["file_bytes"] == 0
@@ -89,7 +89,7 @@ def test_a_nearly_full_drive_is_left_alone(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("code", "kind", "exit_code"), [(errno.ENOSPC, DiskFull, 5), (errno.EACCES, UsageError, 2)]
 )
-def test_a_directory_that_takes_no_file_gets_a_sentence(
+def test_a_directory_without_room_or_permission_for_a_file_is_a_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[DiskFull], exit_code: int
 ) -> None:
     def refuse(**_: object) -> None:

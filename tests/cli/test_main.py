@@ -46,7 +46,9 @@ def test_the_help_of_serve_shows_the_default_of_every_number(capsys: Captured) -
 
 
 @pytest.mark.parametrize("arguments", [[], ["keys"]])
-def test_a_group_of_commands_alone_shows_its_help_as_usage(arguments: list[str], capsys: Captured) -> None:
+def test_a_command_group_without_a_command_shows_its_help_as_a_usage_error(
+    arguments: list[str], capsys: Captured
+) -> None:
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -55,7 +57,7 @@ def test_a_group_of_commands_alone_shows_its_help_as_usage(arguments: list[str],
     assert "error" not in captured.err
 
 
-def test_an_output_that_is_full_exits_5_and_is_said_once() -> None:
+def test_a_full_output_exits_5_and_is_reported_once() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "argosy", "--help"],
@@ -72,7 +74,7 @@ def test_an_output_that_is_full_exits_5_and_is_said_once() -> None:
 
 
 @pytest.mark.parametrize("command", [["run", "Hi", "-m"], ["chat"], ["serve"], ["show"]])
-def test_a_name_of_the_hub_is_answered_with_how_to_get_it(command: list[str], capsys: Captured) -> None:
+def test_a_hub_name_is_answered_with_a_download_hint(command: list[str], capsys: Captured) -> None:
     assert main([*command, "Qwen/Qwen3-30B-A3B"]) == 4
     said = capsys.readouterr().err
     assert said.startswith("error: Qwen/Qwen3-30B-A3B does not exist\nhint: ")
@@ -80,7 +82,7 @@ def test_a_name_of_the_hub_is_answered_with_how_to_get_it(command: list[str], ca
     assert "then give ./Qwen3-30B-A3B" in said
 
 
-def test_a_path_that_is_no_name_of_the_hub_gets_no_such_hint(
+def test_a_path_that_is_not_a_hub_name_gets_no_download_hint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -96,7 +98,7 @@ def test_help_names_every_command(capsys: Captured) -> None:
     assert set(_COMMANDS) <= set(listed)
 
 
-def test_version_comes_alone_and_without_the_heavy_imports(capsys: Captured) -> None:
+def test_version_and_help_need_no_heavy_imports(capsys: Captured) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("argosy 0.")
     code = (
@@ -145,7 +147,7 @@ def _seconds_of_a_bare_interpreter() -> float:
         (["upcycle", "only-one"], "missing argument 'DST'"),
     ],
 )
-def test_what_cannot_be_meant_is_named_and_exits_2(
+def test_an_invalid_argument_is_named_and_exits_2(
     arguments: list[str], sentence: str, engine: Engine, capsys: Captured
 ) -> None:
     assert main(arguments) == 2
@@ -170,7 +172,7 @@ def test_what_cannot_be_meant_is_named_and_exits_2(
         (errors.FetchFailed, 1),
     ],
 )
-def test_an_error_of_ours_is_its_sentence_and_its_code(
+def test_an_argosy_error_prints_its_message_and_exits_with_its_code(
     error: type[errors.ArgosyError], code: int, engine: Engine, capsys: Captured
 ) -> None:
     def fail() -> None:
@@ -181,7 +183,7 @@ def test_an_error_of_ours_is_its_sentence_and_its_code(
     assert capsys.readouterr().err == "error: layer 3 is upside down\nhint: turn it over\n"
 
 
-def test_an_error_nobody_expected_is_one_line_and_a_way_to_see_more(
+def test_an_unexpected_error_is_one_line_and_a_hint_to_see_the_traceback(
     engine: Engine, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> None:
@@ -208,7 +210,7 @@ def test_an_interrupt_anywhere_exits_130_with_a_clean_line(at: str, engine: Engi
     assert capsys.readouterr().err == "\ninterrupted\n"
 
 
-def test_a_reader_that_goes_away_is_no_error(engine: Engine) -> None:
+def test_a_reader_that_closes_the_pipe_causes_no_error_message(engine: Engine) -> None:
     code = (
         "import sys, argosy.engine.engine as e\n"
         "from tests.cli.fake_engine import FakeEngine\n"
@@ -231,7 +233,7 @@ def test_a_reader_that_goes_away_is_no_error(engine: Engine) -> None:
 # The environment
 
 
-def test_flags_go_before_the_environment_and_only_what_was_said_reaches_the_engine() -> None:
+def test_flags_override_the_environment_and_only_given_settings_reach_the_engine() -> None:
     environment = {"ARGOSY_MEMORY": "2GiB", "ARGOSY_THREADS": "3", "HOME": "/"}
     settings = Settings.read(environment, memory="1GiB", kv_dtype="f16")
     assert settings.for_engine() == {"memory": "1GiB", "threads": 3, "kv_dtype": "f16"}
@@ -249,7 +251,7 @@ def test_flags_go_before_the_environment_and_only_what_was_said_reaches_the_engi
         ),
     ],
 )
-def test_a_variable_that_cannot_be_meant_is_named(environment: dict[str, str], sentence: str) -> None:
+def test_an_invalid_environment_variable_is_named(environment: dict[str, str], sentence: str) -> None:
     with pytest.raises(UsageError) as caught:
         Settings.read(environment)
     assert sentence in str(caught.value)

@@ -1,4 +1,4 @@
-"""`argosy pack`: what it prints, and that it asks for what it needs."""
+"""`argosy pack`: its output, and its errors when an argument is missing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_it_packs_and_reports_sizes_and_seconds(source: Path, tmp_path: Path) ->
     assert re.fullmatch(rf"packed   {tmp_path / 'packed'}, q4, in \d+\.\d s", first)
     assert re.fullmatch(r"  before +\d+(\.\d)? KiB", before)
     assert re.fullmatch(r"  after +\d+(\.\d)? KiB   \d+% of the original", after)
-    assert result.stderr == ""  # no bar where there is no terminal
+    assert result.stderr == ""  # no progress bar without a terminal
     assert open_model(tmp_path / "packed").expert_format == "q4"
 
 
@@ -46,7 +46,7 @@ def test_json_gives_the_same_facts(source: Path, tmp_path: Path) -> None:
     assert facts["resumed_bytes"] == 0
 
 
-def test_verify_says_that_a_pack_is_intact_or_what_is_not(source: Path, tmp_path: Path) -> None:
+def test_verify_confirms_an_intact_pack_and_fails_on_a_corrupt_one(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "packed", "--format", "q8")
 
     result = run("--verify", tmp_path / "packed")
@@ -59,7 +59,7 @@ def test_verify_says_that_a_pack_is_intact_or_what_is_not(source: Path, tmp_path
     assert isinstance(run("--verify", tmp_path / "packed").exception, CorruptRecord)
 
 
-def test_it_asks_for_what_is_missing(source: Path) -> None:
+def test_it_names_the_missing_arguments(source: Path) -> None:
     for arguments in ((), (source,), (source, "x"), (source, "--format", "q4")):
         error = run(*arguments).exception
         assert isinstance(error, UsageError)

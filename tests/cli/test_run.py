@@ -1,4 +1,4 @@
-"""`argosy run`, `show` and `upcycle`: what is asked of the engine, and what is printed where."""
+"""`argosy run`, `show` and `upcycle`: what reaches the engine, and what goes to stdout and stderr."""
 
 from __future__ import annotations
 
@@ -93,14 +93,14 @@ def test_options_reach_the_engine_and_the_sampler(
     ]  # fmt: skip
 
 
-def test_without_options_the_engines_own_choices_hold(engine: Engine, capsys: Captured) -> None:
+def test_without_options_the_engines_defaults_hold(engine: Engine, capsys: Captured) -> None:
     main(["run", "-m", "model", "Hi"])
     assert engine.opened == [{"model": "model"}]
     assert engine.params == [SamplingParams()]
     assert engine.asked == ["Hi"]
 
 
-def test_raw_text_and_a_system_message_are_said_as_what_they_are(engine: Engine, capsys: Captured) -> None:
+def test_raw_text_and_a_system_message_reach_the_engine_as_such(engine: Engine, capsys: Captured) -> None:
     main(["run", "-m", "model", "--raw", "Once"])
     main(["run", "-m", "model", "--system", "Be brief.", "Hi"])
     assert engine.asked == [
@@ -121,7 +121,9 @@ def test_the_prompt_may_come_on_stdin(
     assert engine.asked == [prompt, prompt]
 
 
-def test_no_prompt_at_all_is_named(engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+def test_a_missing_or_unreadable_prompt_is_an_error(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert main(["run", "-m", "model"]) == 2
     assert "stdin is empty" in capsys.readouterr().err
@@ -142,7 +144,7 @@ def test_without_a_model_the_demo_model_answers(engine: Engine) -> None:
         assert engine.opened.pop() == {"model": "demo"}
 
 
-def test_a_terminal_is_not_steered_by_a_models_text() -> None:
+def test_a_models_text_cannot_send_escape_sequences_to_a_terminal() -> None:
     terminal, file = Terminal(), io.StringIO()
     for stream in (terminal, file):
         write_text("a\x1b[2J\x9bb\tc\n\r", stream)
@@ -154,9 +156,7 @@ HARMONY = ("<|channel|>", "analysis", "<|message|>", "User says", " hi", "<|end|
            "<|channel|>", "final", "<|message|>", "Hello", "!", "<|return|>")  # fmt: skip
 
 
-def test_a_models_thoughts_and_its_structure_are_not_part_of_the_answer(
-    engine: Engine, capsys: Captured
-) -> None:
+def test_thoughts_and_control_tokens_are_not_part_of_the_answer(engine: Engine, capsys: Captured) -> None:
     engine.family, engine.answer = "harmony", HARMONY
     assert main(["run", "-m", "model", "-q", "Hi"]) == 0
     assert capsys.readouterr() == ("Hello!\n", "")
@@ -171,15 +171,13 @@ def test_a_models_thoughts_and_its_structure_are_not_part_of_the_answer(
     assert captured.err == ""
 
 
-def test_an_answer_that_ends_among_its_thoughts_shows_them_and_no_answer(
-    engine: Engine, capsys: Captured
-) -> None:
+def test_an_answer_that_ends_while_thinking_shows_only_its_thoughts(engine: Engine, capsys: Captured) -> None:
     engine.family, engine.answer = "qwen3", ("<think>", "Let me ", "see")
     assert main(["run", "-m", "model", "-q", "--thoughts", "Hi"]) == 0
     assert capsys.readouterr() == ("\n", "thinking: Let me see\n\n")
 
 
-def test_text_that_is_continued_is_shown_as_it_is(engine: Engine, capsys: Captured) -> None:
+def test_the_continuation_of_raw_text_is_shown_unparsed(engine: Engine, capsys: Captured) -> None:
     engine.family, engine.answer = "qwen3", ("<think>", " is a", "</think>", " mark")
     assert main(["run", "-m", "model", "-q", "--raw", "The tag"]) == 0
     assert capsys.readouterr().out == "<think> is a</think> mark\n"
@@ -263,7 +261,7 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(
 
 
 @pytest.mark.parametrize("command", ["run", "chat", "serve", "show"])
-def test_a_context_longer_than_the_model_s_is_refused_with_both_numbers(
+def test_a_context_longer_than_the_models_is_refused_with_both_numbers(
     command: str, chat_model: Path, capsys: Captured
 ) -> None:
     model = ["-m", str(chat_model), "Hi"] if command == "run" else [str(chat_model)]
@@ -273,7 +271,7 @@ def test_a_context_longer_than_the_model_s_is_refused_with_both_numbers(
     assert "hint: `--context 256` is the longest" in said
 
 
-def test_show_refuses_a_context_of_a_config_without_weights_too(
+def test_show_also_refuses_too_long_a_context_for_a_config_without_weights(
     chat_model: Path, tmp_path: Path, capsys: Captured
 ) -> None:
     config = tmp_path / "config.json"
@@ -283,9 +281,9 @@ def test_show_refuses_a_context_of_a_config_without_weights_too(
     assert "a context of 257 tokens was requested, and the model supports 256" in capsys.readouterr().err
 
 
-def test_an_interrupt_of_the_real_process_exits_130(chat_model: Path) -> None:
+def test_interrupting_the_real_process_exits_130(chat_model: Path) -> None:
     command = [sys.executable, "-m", "argosy", "run", "-m", str(chat_model), "--threads", "1"]
-    # A full pipe keeps the answer from ending before the signal comes.
+    # The pause after each write keeps the answer from ending before the signal arrives.
     code = (
         "import sys, argosy.cli.output as output\n"
         "real = output.write_text\n"
@@ -323,7 +321,9 @@ def test_show_prints_family_geometry_and_plan(chat_model: Path, capsys: Captured
     assert facts["num_experts"] == 6
 
 
-def test_show_of_what_does_not_fit_exits_3_and_says_what_would(chat_model: Path, capsys: Captured) -> None:
+def test_showing_a_model_that_does_not_fit_exits_3_and_names_a_budget_that_works(
+    chat_model: Path, capsys: Captured
+) -> None:
     assert main(["show", str(chat_model), "--memory", "2MiB"]) == 3
     captured = capsys.readouterr()
     assert captured.out.endswith("fits      no\n")
@@ -334,7 +334,7 @@ def test_show_of_what_does_not_fit_exits_3_and_says_what_would(chat_model: Path,
     assert facts["plan"]["total_bytes"] > 2 << 20
 
 
-def test_show_of_no_model_exits_4(tmp_path: Path, capsys: Captured) -> None:
+def test_showing_a_directory_without_a_model_exits_4(tmp_path: Path, capsys: Captured) -> None:
     assert main(["show", str(tmp_path)]) == 4
     assert "holds no model" in capsys.readouterr().err
 
@@ -342,7 +342,7 @@ def test_show_of_no_model_exits_4(tmp_path: Path, capsys: Captured) -> None:
 # upcycle
 
 
-def test_upcycle_hands_its_options_on(
+def test_upcycle_passes_its_options_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     asked: list[object] = []
@@ -377,7 +377,7 @@ QWEN3_30B = {
 }
 
 
-def test_show_of_a_config_alone_says_what_its_weights_would_take(tmp_path: Path, capsys: Captured) -> None:
+def test_showing_a_config_without_weights_estimates_their_size(tmp_path: Path, capsys: Captured) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B))
     for path in (tmp_path, tmp_path / "config.json"):
         assert main(["show", str(path)]) == 0

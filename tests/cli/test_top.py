@@ -1,4 +1,4 @@
-"""`argosy top`: what a running server says, once, as JSON, and redrawn; a sentence where one cannot be used."""
+"""`argosy top`: the state of a running server, printed once, as JSON or redrawn; an error for an unusable server."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_json_is_the_servers_own_object(server: FakeServer, capsys: Captured) ->
     assert json.loads(capsys.readouterr().out) == server.state()
 
 
-def test_states_come_one_after_the_other(server: FakeServer) -> None:
+def test_the_stream_brings_later_states(server: FakeServer) -> None:
     states = Server(server.url).states()
     first = next(states)
     server.tokens += 100
@@ -67,7 +67,7 @@ def test_states_come_one_after_the_other(server: FakeServer) -> None:
     assert next(tokens for tokens in later if tokens != first["heat"]["tokens"]) == 400
 
 
-def test_what_a_server_does_not_say_is_a_dash_and_what_it_says_does_not_steer_the_terminal() -> None:
+def test_missing_facts_are_dashes_and_escape_sequences_in_a_state_do_not_reach_the_terminal() -> None:
     state = {
         "model": {"id": "a\x1b[2Jb\nc"},
         "memory": {"lines": [{"name": "x"}]},
@@ -84,7 +84,7 @@ def test_what_a_server_does_not_say_is_a_dash_and_what_it_says_does_not_steer_th
 # Redrawn in place
 
 
-def test_the_bar_gives_every_part_its_share_and_at_least_a_cell() -> None:
+def test_the_bar_gives_every_nonempty_part_its_share_and_at_least_one_cell() -> None:
     lines = [
         {"name": "process", "bytes": 1},
         {"name": "dense weights", "bytes": 499},
@@ -102,7 +102,7 @@ def test_the_use_of_experts_is_shaded_by_layer_and_fits_the_screen() -> None:
     assert {len(row) for row in rows} == {100}
 
 
-def test_a_lost_server_is_waited_for_and_its_last_state_says_how_old_it_is(
+def test_top_waits_for_a_lost_server_and_shows_the_age_of_its_last_state(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     screen = io.StringIO()
@@ -120,7 +120,7 @@ def test_a_lost_server_is_waited_for_and_its_last_state_says_how_old_it_is(
 
     monkeypatch.setattr(Server, "states", states)
     monkeypatch.setattr(top.time, "sleep", lambda seconds: None)
-    top.watch(Server(server.url))  # ^C ends it without a word
+    top.watch(Server(server.url))  # ^C ends it silently
     shown = screen.getvalue()
     assert "has ended the stream; this state is 0 s old" in shown
     assert "nothing answers there; this state is " in shown
@@ -131,7 +131,7 @@ def test_a_lost_server_is_waited_for_and_its_last_state_says_how_old_it_is(
 # Servers that cannot be used
 
 
-def test_nothing_that_listens_is_said_so(capsys: Captured) -> None:
+def test_an_address_where_nothing_listens_is_an_error(capsys: Captured) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -155,7 +155,7 @@ def test_a_missing_and_a_wrong_key_are_told_apart(
     assert main(["top", "--url", server.url, "--once"]) == 0
 
 
-def test_a_key_file_goes_before_the_environment(
+def test_a_key_file_overrides_the_environment(
     server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.key = "sk-right"
@@ -166,7 +166,7 @@ def test_a_key_file_goes_before_the_environment(
 
 
 @pytest.mark.parametrize("text", ["", "two words", "new\r\nX-Header: 1", "schl\u00fcssel"])
-def test_what_cannot_be_a_key_never_becomes_a_header(
+def test_an_invalid_key_is_never_sent_as_a_header(
     text: str, server: FakeServer, tmp_path: Path, capsys: Captured
 ) -> None:
     key_file = tmp_path / "key"
@@ -193,7 +193,9 @@ def test_what_cannot_be_a_key_never_becomes_a_header(
         (b"SSH-2.0-OpenSSH_9.9\r\n", "it does not speak HTTP"),
     ],
 )
-def test_another_program_is_no_argosy(answer: bytes, sentence: str, capsys: Captured) -> None:
+def test_another_program_at_the_address_is_reported_as_not_argosy(
+    answer: bytes, sentence: str, capsys: Captured
+) -> None:
     with stranger(answer) as url:
         assert main(["top", "--url", url, "--once"]) == 1
     err = capsys.readouterr().err
@@ -201,7 +203,7 @@ def test_another_program_is_no_argosy(answer: bytes, sentence: str, capsys: Capt
     assert "hint: another program may listen there" in err
 
 
-def test_a_servers_own_sentence_is_passed_on(capsys: Captured) -> None:
+def test_a_servers_own_error_message_is_passed_on(capsys: Captured) -> None:
     body = b'{"error":{"message":"the model is still being read"}}'
     with stranger(b"HTTP/1.1 503 Busy\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)) as url:
         assert main(["top", "--url", url, "--once"]) == 1
@@ -223,6 +225,6 @@ def test_a_servers_own_sentence_is_passed_on(capsys: Captured) -> None:
         ("http://h/?x=1", "must be an address without path"),
     ],
 )
-def test_an_address_that_is_none_is_refused(url: str, sentence: str, capsys: Captured) -> None:
+def test_an_invalid_address_is_refused(url: str, sentence: str, capsys: Captured) -> None:
     assert main(["top", "--url", url]) == 2
     assert sentence in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A tiny random checkpoint with a tokenizer and a chat template: it talks, and says nothing."""
+"""A tiny random checkpoint with a tokenizer and a chat template; it answers with meaningless text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.prompt.tokenizers_for_tests import CHATML, byte_level_json, write_tok
 def write_chat_model(
     directory: Path, *, chat_template: str | None = CHATML, context_tokens: int = 256
 ) -> Path:
-    """The model's vocabulary is padded beyond its tokenizer's, as hubs' are."""
+    """Write the model; its vocabulary is padded beyond its tokenizer's, as in checkpoints on the hub."""
     write_model(directory, qwen3_moe(vocab_size=512, max_position_embeddings=context_tokens), seed=3)
     config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     if chat_template is not None:
