@@ -1,4 +1,4 @@
-"""`argosy serve` as a process of its own, with a tiny model that says what the conversation asks it to."""
+"""`argosy serve` as a separate process, with a tiny model that answers by script."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # litellm would fetch its prices when it is imported
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # otherwise litellm fetches its price list on import
 ROOT = Path(__file__).parents[2]
-NUM_LONG = 1200  # tokens of what "#long" says; nobody who hangs up early lets it get there
+NUM_LONG = 1200  # tokens of the answer to "#long"; it ends earlier when its client hangs up
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,16 @@ class Server:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing runs or waits, and no block is held."""
+        """Whether nothing runs or waits, and no block is held."""
         state = httpx.get(f"{self.url}/v1/engine/state").json()
         return (state["queue"]["running"], state["queue"]["waiting"], state["kv"]["blocks_used"]) == (0, 0, 0)
 
     def require_freed(self, num_before: int) -> None:
-        """The engine has let go of an answer of NUM_LONG tokens before its end.
+        """Require that the engine abandoned an answer of NUM_LONG tokens early.
 
-        A token takes a millisecond or less, and a client that is a process of its own some hundred to hang up.
+        A token takes a millisecond or less, and a client in its own process needs about a hundred to hang up.
         """
-        time.sleep(0.15)  # the engine's state is told ten times a second
+        time.sleep(0.15)  # the engine publishes its state ten times a second
         deadline = time.monotonic() + 10
         while not self.is_idle:
             assert time.monotonic() < deadline, "what was cancelled still runs"

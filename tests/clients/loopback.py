@@ -1,8 +1,8 @@
-"""Real agents and a server in a network namespace that has loopback alone: neither can reach anything else.
+"""Real agents and a server in a network namespace with only a loopback device: neither can reach anything else.
 
-    unshare (network, user)  ->  argosy serve, with a speaking model  <-  nsenter: an agent, its environment empty
+    unshare (network, user)  ->  argosy serve, with a speaking model  <-  nsenter: an agent with an empty environment
 
-An agent gets a home and a working directory of its own, no variable but the ones that the test names, and settings that
+An agent gets its own home and working directory, only the variables that the test names, and the settings that
 `argosy connect --write` makes. Elsewhere: the model is `tests/serve/speaking.py`.
 """
 
@@ -26,19 +26,19 @@ import pytest
 from tests.clients.conftest import ROOT
 
 MODULES = ROOT / "build" / "clients" / "node_modules"
-# The programs that the packages' own starters would run; packages are installed without their scripts.
+# The programs that the packages' launchers would run; the packages are installed without running their scripts.
 PROGRAMS = {
     "claude": MODULES / "@anthropic-ai/claude-code-linux-x64/claude",
     "codex": MODULES / "@openai/codex-linux-x64/vendor/x86_64-unknown-linux-musl/bin/codex",
     "opencode": MODULES / "opencode-linux-x64-baseline/bin/opencode",
 }
-PORT = 8080  # nobody else is in the namespace
+PORT = 8080  # always free: the namespace holds nothing else
 URL = f"http://127.0.0.1:{PORT}"
 _NAMESPACE = ["unshare", "--user", "--map-root-user", "--net"]
 
 
 def require_program(name: str) -> Path:
-    """The path of an agent, or a skipped test."""
+    """Return the path of an agent, or skip the test."""
     path = PROGRAMS[name]
     if not path.is_file():
         pytest.skip(f"{name} is not installed; `make test-clients` does that where npm is there")
@@ -53,7 +53,7 @@ def require_namespaces() -> None:
 
 @dataclass(frozen=True)
 class Done:
-    """What a program printed."""
+    """The exit status and the output of a program."""
 
     status: int
     stdout: str
@@ -67,7 +67,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Loopback:
-    """A running server, and the way to it."""
+    """A running server, and how to start programs in its namespace."""
 
     pid: int
     log: Path
@@ -76,7 +76,7 @@ class Loopback:
         self, command: Sequence[str | Path], *, home: Path, work: Path, timeout_s: float = 300,
         variables: Mapping[str, str] | None = None,
     ) -> Done:  # fmt: skip
-        """Run a program beside the server, with an environment that holds nothing else."""
+        """Run a program in the server's namespace, with a minimal environment plus `variables`."""
         environment = {
             "HOME": str(home), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TERM": "dumb", **(variables or {}),
         }  # fmt: skip
@@ -95,13 +95,13 @@ class Loopback:
 
     def answered(self, route: str) -> list[int]:
         """Statuses of the requests to `route` so far."""
-        time.sleep(0.2)  # the log has a writer of its own
+        time.sleep(0.2)  # a separate thread writes the log
         return [int(found) for found in re.findall(rf"POST {route} (\d+) ", self.log.read_text())]
 
 
 @contextmanager
 def served(directory: Path, scripts: Mapping[str, object], *arguments: str) -> Iterator[Loopback]:
-    """`argosy serve` with a speaking model, alone with whoever enters its namespace."""
+    """Run `argosy serve` with a speaking model in its own network namespace."""
     require_namespaces()
     directory.mkdir(exist_ok=True)
     (directory / "scripts.json").write_text(json.dumps(scripts))

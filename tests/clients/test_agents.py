@@ -1,6 +1,6 @@
-"""Claude Code, Codex and opencode as people install them: each answers, uses a tool, and survives what ended sessions.
+"""Claude Code, Codex and opencode as users install them: each answers, uses a tool, and survives known session killers.
 
-Every test is one or two turns of the real program against a server that is alone with it (`loopback.py`).
+Every test is one or two turns of the real program, isolated with a server in one namespace (`loopback.py`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from tests.clients.loopback import URL, Done, Loopback, require_program, served
 from tests.serve.speaking import call
 
 CONTEXT_TOKENS = 131_072
-# A prompt of Claude Code's own has 41,000 tokens for the tokenizer of the tests; these have some hundred, and one tool.
+# Claude Code's own prompt has 41,000 tokens with the tests' tokenizer; these options leave a few hundred, and one tool.
 BRIEF = ("--system-prompt", "Be brief.", "--tools", "Read", "--setting-sources", "user")
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a note and a picture to be read."""
+    """A directory with a note and a picture to read."""
     directory = tmp_path_factory.mktemp("project")
     (directory / "note.txt").write_text("The harbour opens at nine.\n")
     (directory / "picture.png").write_bytes(_png())
@@ -60,9 +60,9 @@ def home(tmp_path: Path) -> Path:
 
 
 class Agent:
-    """A program that is set up as a user would set it up.
+    """An agent configured as a user would configure it.
 
-    PROGRAM is its name among the installed ones, CLIENT its name for `argosy connect`.
+    PROGRAM is its key in `loopback.PROGRAMS`, CLIENT its name for `argosy connect`.
     """
 
     PROGRAM: str
@@ -99,19 +99,19 @@ def test_claude_code_answers_with_its_own_prompt_and_tools(claude: Claude) -> No
     assert result["usage"]["output_tokens"] > 0
 
 
-def test_claude_code_reads_a_file_and_goes_on(claude: Claude) -> None:
+def test_claude_code_reads_a_file_and_continues(claude: Claude) -> None:
     result = claude.ask("#claude-note", *BRIEF)
     assert (result["result"], result["is_error"], result["num_turns"]) == ("At nine.", False, 2)
 
 
-def test_a_picture_that_a_tool_read_does_not_end_a_session_of_claude_code(claude: Claude) -> None:
+def test_a_picture_read_by_a_tool_does_not_end_a_claude_code_session(claude: Claude) -> None:
     first = claude.ask("#claude-picture", *BRIEF)
     assert (first["result"], first["is_error"]) == ("I cannot see it.", False)
     later = claude.ask("#plain", *BRIEF, "--continue")
     assert (later["result"], later["is_error"]) == ("It is well, thank you.", False)
 
 
-def test_claude_code_knows_a_prompt_that_is_too_long_for_what_it_is(
+def test_claude_code_recognizes_the_error_for_too_long_a_prompt(
     small_server: Loopback, home: Path, project: Path
 ) -> None:
     result = Claude(small_server, home, project).ask("#plain", *BRIEF)
@@ -161,14 +161,14 @@ def test_codex_answers(server: Loopback, home: Path, project: Path) -> None:
     assert events[-1]["type"] == "turn.completed"
 
 
-def test_codex_runs_a_command_and_goes_on(server: Loopback, home: Path, project: Path) -> None:
+def test_codex_runs_a_command_and_continues(server: Loopback, home: Path, project: Path) -> None:
     events = Codex(server, home, project).ask("#codex-note")
     [command] = _items(events, "command_execution")
     assert command["aggregated_output"] == "The harbour opens at nine.\n"
     assert _items(events, "agent_message")[-1]["text"] == "At nine."
 
 
-def test_codex_knows_a_prompt_that_is_too_long_for_what_it_is(
+def test_codex_recognizes_the_error_for_too_long_a_prompt(
     small_server: Loopback, home: Path, project: Path
 ) -> None:
     events = Codex(small_server, home, project).ask("#plain")
@@ -191,7 +191,7 @@ def test_opencode_answers(server: Loopback, home: Path, project: Path) -> None:
     assert [part["text"] for part in parts if part["type"] == "text"] == ["It is well, thank you."]
 
 
-def test_opencode_reads_a_file_and_goes_on(server: Loopback, home: Path, project: Path) -> None:
+def test_opencode_reads_a_file_and_continues(server: Loopback, home: Path, project: Path) -> None:
     parts = OpenCode(server, home, project).ask("#opencode-note")
     [used] = [part for part in parts if part["type"] == "tool"]
     assert (used["tool"], used["state"]["status"]) == ("read", "completed")

@@ -1,4 +1,4 @@
-"""The Vercel AI SDK in node, with `@ai-sdk/openai-compatible` and with `@ai-sdk/openai`, whose default is Responses."""
+"""The Vercel AI SDK in node, with `@ai-sdk/openai-compatible` and `@ai-sdk/openai`, which uses Responses by default."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SCRIPTS = Path(__file__).parent / "node"
 
 
 def converse(script: str, server: Server) -> dict[str, Any]:
-    """What a conversation in node printed last."""
+    """Run a conversation in node; return the facts that it prints last."""
     if shutil.which("node") is None:
         pytest.skip("node is not there, so the AI SDK cannot run")
     if not (FOLDER / "node_modules" / "ai").is_dir():
         pytest.skip("the AI SDK is not installed; `make test-clients` does that where npm is there")
-    shutil.copy(SCRIPTS / script, FOLDER)  # beside its modules
+    shutil.copy(SCRIPTS / script, FOLDER)  # node looks for modules beside the script
     command = ["node", FOLDER / script, server.url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -34,7 +34,7 @@ def converse(script: str, server: Server) -> dict[str, Any]:
 def found(server: Server) -> dict[str, Any]:
     before = server.num_new_tokens
     made = converse("conversation.mjs", server)
-    server.require_freed(before + 300)  # of the conversation before
+    server.require_freed(before + 300)  # 300 for the turns before the abandoned one
     return made
 
 
@@ -46,7 +46,7 @@ def test_plain_and_streamed(found: dict[str, Any]) -> None:
     assert plain["usage"]["outputTokenDetails"]["reasoningTokens"] > 0
 
 
-def test_parallel_tools_are_streamed_and_their_results_are_taken(found: dict[str, Any]) -> None:
+def test_parallel_tool_calls_are_streamed_and_their_results_are_accepted(found: dict[str, Any]) -> None:
     assert found["tools"] == {
         "calls": [["get_weather", {"city": "Oslo"}], ["get_weather", {"city": "Rome", "days": 2}]],
         "texts": ["Let me look.", "It is sunny in both."],
@@ -58,12 +58,12 @@ def test_a_schema_is_parsed(found: dict[str, Any]) -> None:
     assert found["schema"] == {"answer": 42}
 
 
-def test_who_leaves_a_stream_frees_the_engine(found: dict[str, Any]) -> None:
-    assert 5 <= found["cancelled"] < 400  # and the fixture has seen the engine idle
+def test_leaving_a_stream_frees_the_engine(found: dict[str, Any]) -> None:
+    assert 5 <= found["cancelled"] < 400  # the fixture has also seen the engine idle
 
 
-def test_earlier_answers_that_come_back_as_references_are_found(server: Server) -> None:
+def test_earlier_answers_sent_back_as_references_are_found(server: Server) -> None:
     made = converse("responses.mjs", server)
     assert made["calls"] == [["get_weather", {"city": "Oslo"}], ["get_weather", {"city": "Rome", "days": 2}]]
     assert made["texts"] == ["It is sunny in both.", "It is well, thank you."]
-    assert "item_reference" in made["sent"][-1]  # or the SDK has changed, and this test proves nothing
+    assert "item_reference" in made["sent"][-1]  # otherwise the SDK has changed and this test proves nothing

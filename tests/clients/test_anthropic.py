@@ -41,7 +41,7 @@ def test_plain_and_streamed(client: anthropic.Anthropic) -> None:
     assert final.usage.output_tokens == whole.usage.output_tokens
 
 
-def test_parallel_tools_are_streamed_and_their_results_are_taken(client: anthropic.Anthropic) -> None:
+def test_parallel_tool_calls_are_streamed_and_their_results_are_accepted(client: anthropic.Anthropic) -> None:
     more: Any = {"model": "tiny", "max_tokens": 300, "tools": TOOLS}
     with client.messages.stream(messages=said("#weather"), **more) as stream:
         blocks = [event.content_block for event in stream if event.type == "content_block_stop"]
@@ -59,7 +59,7 @@ def test_parallel_tools_are_streamed_and_their_results_are_taken(client: anthrop
     assert second.content[0].text == "It is sunny in both."
 
 
-def test_one_call_where_calls_are_not_parallel(client: anthropic.Anthropic) -> None:
+def test_there_is_one_call_when_parallel_calls_are_disabled(client: anthropic.Anthropic) -> None:
     one: Any = {"type": "any", "disable_parallel_tool_use": True}
     answer: Any = client.messages.create(
         model="tiny", max_tokens=300, tools=TOOLS, tool_choice=one, messages=said("#thoughtful")
@@ -81,7 +81,7 @@ def test_tokens_are_counted(client: anthropic.Anthropic) -> None:
     assert counted.input_tokens == usage.input_tokens + (usage.cache_read_input_tokens or 0)
 
 
-def test_who_leaves_a_stream_frees_the_engine(client: anthropic.Anthropic, server: Server) -> None:
+def test_leaving_a_stream_frees_the_engine(client: anthropic.Anthropic, server: Server) -> None:
     before = server.num_new_tokens
     with client.messages.create(model="tiny", max_tokens=1500, messages=said("#long"), stream=True) as stream:
         for _ in range(6):
@@ -89,7 +89,7 @@ def test_who_leaves_a_stream_frees_the_engine(client: anthropic.Anthropic, serve
     server.require_freed(before)
 
 
-def test_a_last_turn_of_the_assistant_is_continued(client: anthropic.Anthropic) -> None:
+def test_a_final_assistant_turn_is_continued(client: anthropic.Anthropic) -> None:
     begun: Any = [*said("#plain"), {"role": "assistant", "content": "Well: it"}]
     whole: Any = client.messages.create(model="tiny", max_tokens=100, messages=begun)
     assert [block.text for block in whole.content] == ["It is well, thank you."]
@@ -98,7 +98,7 @@ def test_a_last_turn_of_the_assistant_is_continued(client: anthropic.Anthropic) 
         client.messages.create(model="tiny", max_tokens=100, messages=spaced)
 
 
-def test_interleaved_blocks_are_the_same_whole_and_streamed(client: anthropic.Anthropic) -> None:
+def test_interleaved_blocks_are_equal_whole_and_streamed(client: anthropic.Anthropic) -> None:
     more: Any = {"model": "tiny", "max_tokens": 100, "messages": said("#interleaved")}
     whole: Any = client.messages.create(**more)
     with client.messages.stream(**more) as stream:
@@ -107,7 +107,7 @@ def test_interleaved_blocks_are_the_same_whole_and_streamed(client: anthropic.An
     assert [block.to_dict() for block in final.content] == [block.to_dict() for block in whole.content]
 
 
-def test_a_call_that_is_cut_is_the_same_whole_and_streamed(client: anthropic.Anthropic) -> None:
+def test_a_truncated_call_is_equal_whole_and_streamed(client: anthropic.Anthropic) -> None:
     more: Any = {"model": "tiny", "max_tokens": 125, "messages": said("#thoughtful"), "tools": TOOLS}
     whole: Any = client.messages.create(**more)
     with client.messages.stream(**more) as stream:
@@ -127,7 +127,7 @@ def test_a_call_that_is_cut_is_the_same_whole_and_streamed(client: anthropic.Ant
     assert second.content[0].text == "It is sunny in both."
 
 
-def test_an_image_that_a_tool_read_does_not_end_the_session(client: anthropic.Anthropic) -> None:
+def test_an_image_read_by_a_tool_does_not_end_the_session(client: anthropic.Anthropic) -> None:
     source = {"type": "base64", "media_type": "image/png", "data": "aGVsbG8="}
     used = {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": {"city": "Oslo"}}
     found = [{"type": "text", "text": "#sunny"}, {"type": "image", "source": source}]

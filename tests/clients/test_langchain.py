@@ -48,7 +48,7 @@ def test_plain_and_streamed(model: ChatOpenAI) -> None:
     assert together.usage_metadata["output_tokens"] == whole.usage_metadata["output_tokens"]
 
 
-def test_parallel_tools_are_streamed_and_their_results_are_taken(model: ChatOpenAI) -> None:
+def test_parallel_tool_calls_are_streamed_and_their_results_are_accepted(model: ChatOpenAI) -> None:
     calling = model.bind_tools([get_weather])
     chunks: list[Any] = list(calling.stream("#weather"))
     first: AIMessageChunk = sum(chunks[1:], chunks[0])
@@ -75,7 +75,7 @@ def test_log_probabilities(server: Server) -> None:
     assert "".join(one["token"] for one in scored[:-1]) == "It is well, thank you."
 
 
-def test_who_leaves_a_stream_frees_the_engine(model: ChatOpenAI, server: Server) -> None:
+def test_leaving_a_stream_frees_the_engine(model: ChatOpenAI, server: Server) -> None:
     async def leave() -> None:
         async for at in _numbered(model.astream("#long")):
             if at == 5:

@@ -1,4 +1,4 @@
-"""LiteLLM, which aider and DSPy talk through: it tells errors apart by their words."""
+"""LiteLLM, which aider and DSPy use: it distinguishes errors by their wording."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from tests.clients.conftest import Server
 from tests.serve.speaking import CONTEXT_TOKENS
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # its own types make pydantic warn
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # LiteLLM's own types make pydantic warn
 
 
 def complete(server: Server, model: str, text: str) -> str | None:
@@ -26,6 +26,6 @@ def test_an_answer(server: Server, model: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["openai/tiny", "anthropic/tiny"])
-def test_a_prompt_that_is_too_long_is_told_from_other_errors(server: Server, model: str) -> None:
+def test_too_long_a_prompt_is_distinguished_from_other_errors(server: Server, model: str) -> None:
     with pytest.raises(litellm.ContextWindowExceededError):
         complete(server, model, "word " * 2 * CONTEXT_TOKENS)

@@ -1,4 +1,4 @@
-"""`llm`, the command: a model of an OpenAI-compatible server, as its own configuration has it."""
+"""The `llm` command, with the server configured as one of its OpenAI-compatible models."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_plain_and_streamed(llm: Callable[..., str]) -> None:
 
 
 @pytest.mark.parametrize("stream", [(), ("--no-stream",)])
-def test_parallel_tools_are_called_and_their_results_are_taken(
+def test_parallel_tools_are_called_and_their_results_are_accepted(
     llm: Callable[..., str], stream: tuple[str, ...]
 ) -> None:
     said = llm("#weather", "--functions", WEATHER, "--tools-debug", *stream)
@@ -63,7 +63,7 @@ def test_a_schema_is_followed(llm: Callable[..., str]) -> None:
     assert json.loads(llm("#json", "--schema", "answer int", "--no-stream")) == {"answer": 42}
 
 
-def test_who_stops_the_command_frees_the_engine(server: Server, environment: dict[str, str]) -> None:
+def test_interrupting_the_command_frees_the_engine(server: Server, environment: dict[str, str]) -> None:
     before = server.num_new_tokens
     command = [LLM, "-m", "tiny", "--no-log", "#long"]
     with subprocess.Popen(

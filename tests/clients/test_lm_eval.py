@@ -16,12 +16,12 @@ from argosy import Engine, SamplingParams
 from tests.clients.conftest import Server
 
 TASKS = Path(__file__).parent / "lm_eval_tasks"
-FIRST_ID = 0  # what rolling log-likelihoods begin behind: this model has no token for it, so one is named
+FIRST_ID = 0  # the prefix of rolling log-likelihoods: this model has no such token, so the test names one
 
 
 @pytest.fixture(scope="module")
 def results(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What lm-eval wrote down. It runs among the tasks, which name their files from there."""
+    """The folder of lm-eval's results. It runs in the tasks' folder, because they name their files relative to it."""
     folder = tmp_path_factory.mktemp("lm_eval")
     model = {
         "model": "tiny", "base_url": f"{server.url}/v1/completions", "tokenizer_backend": "remote",
@@ -53,7 +53,7 @@ def samples(results: Path, task: str) -> list[dict[str, Any]]:
 
 
 def score(engine: Engine, token_ids: list[int], num_given: int) -> tuple[float, bool]:
-    """Log-likelihood of what follows the first tokens, and whether each of its tokens is the most likely."""
+    """The log-likelihood of the tokens after the first `num_given`, and whether each of them is the most likely."""
     params = SamplingParams(max_tokens=0, prompt_logprobs=1)
     found = engine.generate(token_ids, params).prompt_logprobs
     assert found is not None
@@ -86,6 +86,6 @@ def test_a_text_is_scored_as_the_engine_scores_it(results: Path, engine: Engine)
         assert float(item["resps"][0][0]) == direct
 
 
-def test_what_the_model_says_is_matched(results: Path) -> None:
+def test_the_models_answer_is_an_exact_match(results: Path) -> None:
     (item,) = samples(results, "argosy_said")
     assert item["exact_match"] == 1.0

@@ -47,7 +47,7 @@ def test_chat_plain_and_streamed(client: openai.OpenAI) -> None:
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
 
 
-def test_chat_streams_parallel_tools_and_goes_on_with_their_results(client: openai.OpenAI) -> None:
+def test_chat_streams_parallel_tool_calls_and_continues_with_their_results(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(model="tiny", messages=said("#weather"), tools=TOOLS) as stream:
         done = [e for e in stream if e.type == "tool_calls.function.arguments.done"]
         message = stream.get_final_completion().choices[0].message
@@ -56,12 +56,12 @@ def test_chat_streams_parallel_tools_and_goes_on_with_their_results(client: open
     calls: Any = message.tool_calls
     assert [(call.function.name, json.loads(call.function.arguments)) for call in calls] == CALLS
     results = [{"role": "tool", "tool_call_id": call.id, "content": "#sunny"} for call in calls]
-    back: Any = [*said("#weather"), message, *results]  # as the client's own documentation has it
+    back: Any = [*said("#weather"), message, *results]  # as the client's documentation shows it
     second = client.chat.completions.create(model="tiny", messages=back, tools=TOOLS)
     assert second.choices[0].message.content == "It is sunny in both."
 
 
-def test_chat_takes_back_the_message_that_it_gave_thoughts_included(client: openai.OpenAI) -> None:
+def test_chat_accepts_its_own_message_back_with_its_thoughts(client: openai.OpenAI) -> None:
     first = (
         client.chat.completions.create(model="tiny", messages=said("#thoughtful"), tools=TOOLS)
         .choices[0]
@@ -76,7 +76,7 @@ def test_chat_takes_back_the_message_that_it_gave_thoughts_included(client: open
     assert second.choices[0].message.content == "It is sunny in both."
 
 
-def test_chat_parses_a_schema_and_gives_log_probabilities(client: openai.OpenAI) -> None:
+def test_chat_parses_a_schema_and_returns_log_probabilities(client: openai.OpenAI) -> None:
     parsed = client.chat.completions.parse(model="tiny", messages=said("#json"), response_format=Reply)
     assert parsed.choices[0].message.parsed == Reply(answer=42)
     scored = client.chat.completions.create(
@@ -87,7 +87,7 @@ def test_chat_parses_a_schema_and_gives_log_probabilities(client: openai.OpenAI)
     assert scored.message.content == 'He said "é🙂" and left.'
 
 
-def test_responses_stream_parallel_tools_and_take_their_results(client: openai.OpenAI) -> None:
+def test_responses_stream_parallel_tool_calls_and_accept_their_results(client: openai.OpenAI) -> None:
     tools: Any = [{"type": "function", "strict": False, **WEATHER}]
     with client.responses.stream(model="tiny", input="#thoughtful", tools=tools) as stream:
         kinds = [event.type for event in stream]
@@ -105,7 +105,7 @@ def test_responses_stream_parallel_tools_and_take_their_results(client: openai.O
     )
 
 
-def test_responses_parse_a_schema_and_give_log_probabilities(client: openai.OpenAI) -> None:
+def test_responses_parse_a_schema_and_return_log_probabilities(client: openai.OpenAI) -> None:
     parsed = client.responses.parse(model="tiny", input="#json", text_format=Reply)
     assert parsed.output_parsed == Reply(answer=42)
     scored: Any = client.responses.create(
@@ -122,7 +122,7 @@ def test_completions_echo_and_score(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("dialect", ["chat", "responses", "completions"])
-def test_who_leaves_a_stream_frees_the_engine(client: openai.OpenAI, server: Server, dialect: str) -> None:
+def test_leaving_a_stream_frees_the_engine(client: openai.OpenAI, server: Server, dialect: str) -> None:
     before = server.num_new_tokens
     stream: Any
     if dialect == "chat":
@@ -137,7 +137,7 @@ def test_who_leaves_a_stream_frees_the_engine(client: openai.OpenAI, server: Ser
     server.require_freed(before)
 
 
-def test_who_gives_up_waiting_for_a_whole_answer_frees_the_engine(server: Server) -> None:
+def test_cancelling_a_whole_answer_frees_the_engine(server: Server) -> None:
     async def give_up() -> None:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
             asking = asyncio.create_task(client.chat.completions.create(model="tiny", messages=said("#long")))
@@ -151,7 +151,7 @@ def test_who_gives_up_waiting_for_a_whole_answer_frees_the_engine(server: Server
     server.require_freed(before)
 
 
-def test_chat_tells_a_cut_call_as_far_as_it_goes_and_takes_it_back(client: openai.OpenAI) -> None:
+def test_chat_returns_a_truncated_call_and_accepts_it_back(client: openai.OpenAI) -> None:
     more: Any = {"model": "tiny", "tools": TOOLS, "max_tokens": 125}
     whole = client.chat.completions.create(messages=said("#thoughtful"), **more).choices[0]
     assert whole.finish_reason == "length"

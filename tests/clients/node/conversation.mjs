@@ -1,4 +1,4 @@
-// One conversation with the Vercel AI SDK; what came of it goes to stdout as JSON.
+// Hold one conversation with the Vercel AI SDK, and print its facts as JSON.
 //   node conversation.mjs URL
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { generateText, Output, stepCountIs, streamText, tool } from "ai";

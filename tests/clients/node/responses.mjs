@@ -1,4 +1,5 @@
-// A conversation through `@ai-sdk/openai`, whose default is Responses with `store: true`: earlier answers come back as references.
+// Hold a conversation through `@ai-sdk/openai`. It uses Responses with `store: true` by default, and sends earlier
+// answers back as references.
 //   node responses.mjs URL
 import { createOpenAI } from "@ai-sdk/openai";
 import { generateText, stepCountIs, tool } from "ai";
