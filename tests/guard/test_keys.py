@@ -1,4 +1,4 @@
-"""Keys: shown once, kept as digests in a file of their owner's, and gone within a second of being revoked."""
+"""Keys: shown once, kept as digests in a file that only its owner can read, and invalid within a second if revoked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Clock:
         return self.now
 
 
-def test_a_secret_is_told_once_and_its_file_is_the_owners_alone(tmp_path: Path) -> None:
+def test_a_secret_is_not_stored_and_only_the_owner_can_read_the_key_file(tmp_path: Path) -> None:
     file = KeyFile(tmp_path / "keys.json")
     key, secret = file.add("laptop", requests_per_minute=60)
     assert secret not in file.path.read_text()
@@ -28,7 +28,7 @@ def test_a_secret_is_told_once_and_its_file_is_the_owners_alone(tmp_path: Path) 
     assert key.requests_per_minute == 60
 
 
-def test_a_file_that_others_may_read_is_refused(tmp_path: Path) -> None:
+def test_a_key_file_that_others_may_read_is_refused(tmp_path: Path) -> None:
     file = KeyFile(tmp_path / "keys.json")
     file.add("laptop")
     file.path.chmod(0o640)
@@ -46,7 +46,7 @@ def test_a_file_that_others_may_read_is_refused(tmp_path: Path) -> None:
         '{"version": 1, "keys": [{"id": "a", "name": "b", "sha256": "c", "owner": "d"}]}',
     ],
 )
-def test_what_is_no_file_of_keys_is_refused(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_not_a_key_file_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "keys.json"
     path.write_text(content)
     path.chmod(0o600)
@@ -58,16 +58,14 @@ def test_what_is_no_file_of_keys_is_refused(tmp_path: Path, content: str) -> Non
     ("limits", "fault"),
     [({"scopes": ("root",)}, "unknown scope 'root'"), ({"tokens_per_day": 0}, "tokens_per_day must be")],
 )
-def test_a_key_that_cannot_be_meant_is_not_made(
-    tmp_path: Path, limits: dict[str, object], fault: str
-) -> None:
+def test_an_invalid_key_is_not_created(tmp_path: Path, limits: dict[str, object], fault: str) -> None:
     file = KeyFile(tmp_path / "keys.json")
     with pytest.raises(UsageError, match=fault):
         file.add("laptop", **limits)
     assert not file.path.exists()
 
 
-def test_two_keys_of_one_name_are_refused_and_revoking_frees_the_name(tmp_path: Path) -> None:
+def test_a_duplicate_name_is_refused_until_its_key_is_revoked(tmp_path: Path) -> None:
     file = KeyFile(tmp_path / "keys.json")
     first, _ = file.add("laptop")
     with pytest.raises(UsageError, match="already exists"):
@@ -78,7 +76,7 @@ def test_two_keys_of_one_name_are_refused_and_revoking_frees_the_name(tmp_path: 
         file.revoke("desk")
 
 
-def test_a_ring_finds_whose_secret_it_is_and_nobody_for_another(tmp_path: Path) -> None:
+def test_a_key_ring_finds_the_key_of_a_secret_and_none_for_another_text(tmp_path: Path) -> None:
     file = KeyFile(tmp_path / "keys.json")
     keys = [file.add(name) for name in ("a", "b", "c")]
     ring = KeyRing(file)
@@ -90,11 +88,11 @@ def test_a_ring_finds_whose_secret_it_is_and_nobody_for_another(tmp_path: Path) 
     assert ring.find("\udc80") is None
 
 
-def test_without_a_file_everybody_is_local() -> None:
+def test_without_a_key_file_every_caller_is_local() -> None:
     assert KeyRing(None).find(None) is LOCAL
 
 
-def test_a_revoked_key_ends_within_a_second_and_a_spoilt_file_lets_nobody_in(tmp_path: Path) -> None:
+def test_a_revoked_key_is_invalid_within_a_second_and_a_corrupt_file_admits_nobody(tmp_path: Path) -> None:
     file, clock = KeyFile(tmp_path / "keys.json"), Clock()
     _, secret = file.add("laptop")
     other, other_secret = file.add("desk")

@@ -1,4 +1,4 @@
-"""Limits of a key: requests a minute, requests at once, tokens a day."""
+"""Limits of a key: requests per minute, concurrent requests, tokens per day."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def refused_for(limits: Limits, one: Key) -> int:
     return caught.value.retry_after_s
 
 
-def test_a_minute_s_requests_may_come_at_once_and_then_as_the_minute_passes(clock: Clock) -> None:
+def test_the_requests_of_a_minute_may_come_at_once_and_are_then_refilled_over_time(clock: Clock) -> None:
     limits, one = Limits(clock), key(requests_per_minute=3)
     for _ in range(3):
         limits.begin(one)
@@ -47,7 +47,7 @@ def test_a_minute_s_requests_may_come_at_once_and_then_as_the_minute_passes(cloc
     limits.begin(one)
 
 
-def test_no_more_requests_run_at_once_than_may(clock: Clock) -> None:
+def test_concurrent_requests_are_limited(clock: Clock) -> None:
     limits, one = Limits(clock), key(concurrent_requests=2)
     limits.begin(one)
     limits.begin(one)
@@ -57,7 +57,7 @@ def test_no_more_requests_run_at_once_than_may(clock: Clock) -> None:
     limits.begin(one)
 
 
-def test_a_day_s_tokens_end_with_the_answer_that_uses_them_up(clock: Clock) -> None:
+def test_the_answer_that_uses_up_the_days_tokens_may_finish(clock: Clock) -> None:
     limits, one = Limits(clock), key(tokens_per_day=100)
     limits.begin(one)
     limits.count(one, 99)
@@ -71,13 +71,13 @@ def test_a_day_s_tokens_end_with_the_answer_that_uses_them_up(clock: Clock) -> N
     limits.begin(one)
 
 
-def test_a_refused_request_uses_nothing_and_keys_do_not_share(clock: Clock) -> None:
+def test_a_refused_request_costs_nothing_and_keys_have_separate_limits(clock: Clock) -> None:
     limits, one = Limits(clock), key(concurrent_requests=1, requests_per_minute=2)
     limits.begin(one)
     for _ in range(5):
         refused_for(limits, one)
     limits.end(one)
-    limits.begin(one)  # the second of the minute
+    limits.begin(one)  # the second request of the minute
     limits.begin(replace(one, id="other"))
 
 
@@ -89,7 +89,7 @@ def test_a_key_without_limits_is_never_refused(clock: Clock) -> None:
         limits.end(one)
 
 
-def test_a_clock_that_is_set_back_renews_no_day_and_locks_nobody_out_for_longer_than_one(
+def test_setting_the_clock_back_restores_no_tokens_and_locks_no_key_out_for_more_than_a_day(
     clock: Clock,
 ) -> None:
     limits, one = Limits(clock), key(tokens_per_day=10)
@@ -103,7 +103,7 @@ def test_a_clock_that_is_set_back_renews_no_day_and_locks_nobody_out_for_longer_
     limits.begin(one)
 
 
-def test_a_clock_that_is_set_back_gives_no_requests_again_and_refuses_none_for_longer_than_their_minute(
+def test_setting_the_clock_back_restores_no_requests_and_refuses_none_for_more_than_a_minute(
     clock: Clock,
 ) -> None:
     limits, one = Limits(clock), key(requests_per_minute=1)
@@ -114,7 +114,7 @@ def test_a_clock_that_is_set_back_gives_no_requests_again_and_refuses_none_for_l
     limits.begin(one)
 
 
-# ── counts that outlive the process ─────────────────────────────────────────────────────────────────────────────────
+# ── usage that outlives the process ─────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
@@ -127,13 +127,11 @@ def reopened(limits: Limits, path: Path, clock: Clock, *known: str) -> Limits:
     return Limits(clock, file=UseFile(path), known=known)
 
 
-def test_the_next_process_goes_on_counting_where_this_one_was_and_lets_go_of_what_ran(
-    clock: Clock, path: Path
-) -> None:
+def test_a_restart_keeps_token_counts_and_forgets_running_requests(clock: Clock, path: Path) -> None:
     one = key(tokens_per_day=100, requests_per_minute=2, concurrent_requests=1)
     limits = Limits(clock, file=UseFile(path))
     limits.begin(one)
-    limits.count(one, 60)  # and it is killed in the middle of the answer
+    limits.count(one, 60)  # the process is killed in the middle of the answer
     limits = reopened(limits, path, clock, "k")
     limits.begin(one)
     limits.count(one, 40)
@@ -143,7 +141,7 @@ def test_the_next_process_goes_on_counting_where_this_one_was_and_lets_go_of_wha
     limits.close()
 
 
-def test_a_minute_s_requests_are_not_given_again_by_a_restart(clock: Clock, path: Path) -> None:
+def test_a_restart_does_not_refill_the_requests_of_a_minute(clock: Clock, path: Path) -> None:
     one = key(requests_per_minute=1)
     limits = Limits(clock, file=UseFile(path))
     limits.begin(one)
@@ -153,9 +151,7 @@ def test_a_minute_s_requests_are_not_given_again_by_a_restart(clock: Clock, path
     limits.close()
 
 
-def test_counts_of_a_key_that_is_gone_are_forgotten_now_and_by_the_next_process(
-    clock: Clock, path: Path
-) -> None:
+def test_usage_of_a_removed_key_is_forgotten_now_and_after_a_restart(clock: Clock, path: Path) -> None:
     gone, also_gone, stays = (replace(LOCAL, id=name) for name in "abc")
     limits = Limits(clock, file=UseFile(path))
     for one in (gone, also_gone, stays):
@@ -163,7 +159,7 @@ def test_counts_of_a_key_that_is_gone_are_forgotten_now_and_by_the_next_process(
         limits.count(one, 5)
     limits.save()
     limits.forget("a")
-    limits.count(gone, 5)  # the last token of what still ran
+    limits.count(gone, 5)  # the last tokens of a request that was still running
     limits.end(gone)
     limits = reopened(limits, path, clock, "a", "c")
     assert limits._uses.keys() == {"c"}
@@ -173,7 +169,7 @@ def test_counts_of_a_key_that_is_gone_are_forgotten_now_and_by_the_next_process(
     file.close()
 
 
-def test_a_file_of_counts_is_its_owner_s_alone_and_one_server_s_at_a_time(path: Path) -> None:
+def test_only_the_owner_and_one_server_at_a_time_can_use_a_usage_file(path: Path) -> None:
     file = UseFile(path)
     assert path.stat().st_mode & 0o777 == 0o600
     with pytest.raises(UsageError, match="in use by another server"):
@@ -182,7 +178,7 @@ def test_a_file_of_counts_is_its_owner_s_alone_and_one_server_s_at_a_time(path: 
     UseFile(path).close()
 
 
-def test_what_is_no_file_of_counts_is_refused_with_a_way_out(path: Path) -> None:
+def test_a_file_that_is_not_a_usage_file_is_refused_with_a_hint(path: Path) -> None:
     path.write_text("half a page of something else" * 100)
     with pytest.raises(UsageError, match=r"(?s)not a usage file of version 1.*remove it"):
         UseFile(path)
