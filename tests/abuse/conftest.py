@@ -1,4 +1,4 @@
-"""The server of `tests/serve`, under attack."""
+"""The server fixtures of `tests/serve`, for attacks."""
 
 from tests.serve.conftest import client, engine, service, url
 

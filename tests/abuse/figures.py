@@ -1,14 +1,14 @@
-"""Measure the reliability figures that a test at its own size does not prove.
+"""Measure the reliability figures at their full size, which is too large for a test.
 
-    python tests/abuse/figures.py               all, at the sizes they are named with; exit code 1 if one does not hold
+    python tests/abuse/figures.py               all, at their named sizes; exits with 1 if one does not hold
     python tests/abuse/figures.py R4 R10        these two
     python tests/abuse/figures.py R13=20        twenty runs, reported as "holds at 20 of 200"
 
-Every figure is counted, not sampled from a log: a violation is a request, a run or a mutation that did not do what it
-must, and is printed. Seconds are wall time on the machine at hand, so an upper bound where it is busy.
+Every figure is counted, not sampled from a log: each request, run or mutation that breaks the promise is a violation,
+and is printed. Seconds are wall time on this machine, so they are an upper bound if it is busy.
 
-Elsewhere: `test_figures.py` runs a small form of each; kills of the writers are `kills.py`; the memory budget under
-attack is `benchmarks/attack.py`.
+Elsewhere: `test_figures.py` runs a small form of each figure; `kills.py` kills the writers of files;
+`benchmarks/attack.py` measures the memory budget under attack.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ from tests.serve import test_disconnects as disconnects
 from tests.serve.conftest import serving, start
 from tests.serve.dialects import DIALECTS, PATHS, greedy
 
-_MOST_SHOWN = 5  # violations
+_MOST_SHOWN = 5  # violations printed for a figure
 
 
 @dataclass
 class Finding:
-    """What one figure came to.
+    """The result of one figure.
 
     Attributes:
-        size: how many were done.
-        whole: how many the figure is about, where only the measurement can tell.
+        size: number of cases done.
+        whole: number of cases of the full figure, if only the measurement knows it.
         violations: one sentence each.
-        late: what took too long, apart from them, because a busy machine is late too.
+        late: missed time limits; kept apart, because a busy machine misses them too.
     """
 
     size: int = 0
@@ -86,14 +86,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Figure:
-    """measure: takes a directory to work in, and how many to do."""
+    """A figure; `measure` takes a directory to work in and the number of cases."""
 
     what: str
     named_size: int
     measure: Callable[[Path, int], Finding]
 
     def line(self, number: str, finding: Finding) -> str:
-        """One line: what was done, what it came to, whether it holds and at which size."""
+        """One line: the number of cases, the facts, whether the figure holds and at which size."""
         whole = finding.whole or self.named_size
         if finding.violations or finding.late:
             verdict = f"open: {len(finding.violations)} violations, {len(finding.late)} too slow"
@@ -130,7 +130,7 @@ _PARAMS = SamplingParams(max_tokens=16, ignore_eos=True)
 
 @dataclass
 class Run:
-    """One answer, and the experts that each of its steps used; token i comes out of step i."""
+    """One answer, and the experts that each of its steps used; step i produces token i."""
 
     token_ids: list[int]
     error: ArgosyError | None
@@ -138,7 +138,11 @@ class Run:
 
 
 def run_once(directory: Path, prompt: list[int]) -> Run:
-    """Raises: ArgosyError, when the model is not even opened."""
+    """Answer `prompt` once.
+
+    Raises:
+        ArgosyError: the model cannot be opened.
+    """
     uses: list[set[Key]] = [set()]
 
     def note(layer: int, ids: Any) -> None:
@@ -170,7 +174,7 @@ class Damage:
         self._whole, self._stale, self._pieces = whole, stale, pieces
 
     def apply(self, directory: Path, seed: int) -> tuple[str, set[Key]]:
-        """Write the damaged files; which kind it is, and whose bytes of `experts.bin` are no longer what they were."""
+        """Write the damaged files; return the kind of damage, and the experts whose bytes it may have changed."""
         rng = random.Random(seed)
         kind = self.KINDS[seed % len(self.KINDS)]
         for name in (EXPERTS_FILE, MANIFEST_FILE):
@@ -205,7 +209,7 @@ class Damage:
         }
 
     def _stale_manifest(self, directory: Path, rng: random.Random) -> set[Key]:
-        """That of another pack of the same shape, whole, or one checksum of it."""
+        """Write the manifest of another pack of the same shape, or put one of its checksums into this pack's."""
         manifest = json.loads(self._whole[MANIFEST_FILE])
         stale = json.loads(self._stale[MANIFEST_FILE])
         places = [
@@ -224,7 +228,7 @@ class Damage:
 
 
 def pairs_of_lists(one: Any, other: Any) -> Iterator[tuple[list[Any], list[Any]]]:
-    """Lists of equal length at the same place of two documents."""
+    """Yield the lists of equal length at the same place of two documents."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in one.keys() & other.keys():
             yield from pairs_of_lists(one[key], other[key])
@@ -265,7 +269,7 @@ def damaged_store(scratch: Path, size: int) -> Finding:
 def judge(
     directory: Path, prompt: list[int], golden: Run, changed: set[Key], first_use: int | None
 ) -> tuple[str, str | None]:
-    """What a damaged pack led to, and what is wrong about it."""
+    """Run a damaged pack; return the outcome, and its fault if there is one."""
     try:
         run = run_once(directory, prompt)
     except CheckpointError as error:
@@ -293,13 +297,13 @@ def judge(
 
 _LONG = SamplingParams(max_tokens=64, ignore_eos=True)
 _ERROR_S = 2.0
-# A read that fails is tried once more: a single fault is read over, and many end the answers that need it.
+# A failed read is tried once more: a single fault has no effect, and repeated faults end the answers that need it.
 _FAULTS = (("eio", 1), ("eio", 8), ("truncated", 8), ("eintr", 1), ("short", 1))
 
 
 @contextmanager
 def reading_from(faults: _native.FaultyFileSystem) -> Iterator[None]:
-    """Engines that are opened meanwhile read from a file system with faults."""
+    """While this is entered, engines are opened on a file system with faults."""
     plain = _native.Store
     _native.Store = lambda readers: plain(readers, faults)  # type: ignore[assignment, misc]
     try:
@@ -310,7 +314,7 @@ def reading_from(faults: _native.FaultyFileSystem) -> Iterator[None]:
 
 @figure("R5", 0, "runs of 64 tokens, a fault at every Nth read")
 def failing_reads(scratch: Path, size: int) -> Finding:
-    """`size`: so many N at most, evenly; 0: every one."""
+    """Inject each fault at about `size` evenly spaced reads, or at every read if `size` is 0."""
     source = open_model(write_model(scratch / "source", _TINY, seed=4))
     pack(source, scratch / "pack", format="bf16")
     prompts = [prompt_ids(_TINY, 1, 9), prompt_ids(_TINY, 2, 3)]
@@ -351,7 +355,7 @@ def failing_reads(scratch: Path, size: int) -> Finding:
                         finding.require(num_faults > 1, f"{at}: not tried again")
                         finding.require(found == wanted[: len(found)], f"{at}: other tokens before the error")
                 finding.require(engine.facts().kv_blocks_held == 0, f"{at}: blocks are held")
-                while faults.num_reads < first + nth + num_faults:  # until the drive is well again
+                while faults.num_reads < first + nth + num_faults:  # until the faults are used up
                     try:
                         tokens(engine)
                     except ReadFailed:
@@ -374,7 +378,7 @@ def failing_reads(scratch: Path, size: int) -> Finding:
 
 @figure("R10", 1000, "disconnects, streaming and not")
 def vanished_clients(scratch: Path, size: int) -> Finding:
-    """What `tests/serve/test_disconnects.py` does, more often."""
+    """Run `tests/serve/test_disconnects.py` with more disconnects."""
     file = KeyFile(scratch / "keys.json")
     pairs = [(key.id, secret) for key, secret in (file.add(str(n)) for n in range(disconnects.NUM_CLIENTS))]
     disconnects.NUM_DISCONNECTS = size
@@ -396,10 +400,10 @@ def vanished_clients(scratch: Path, size: int) -> Finding:
     return finding
 
 
-# ── a server as a process of its own ────────────────────────────────────────────────────────────────────────────────
+# ── a server in its own process ─────────────────────────────────────────────────────────────────────────────────────
 
 _START_S, _END_S = 120.0, 60.0
-_GOES_ON = {"logit_bias": {"2": -100, "0": -100}}  # no token ends an answer
+_GOES_ON = {"logit_bias": {"2": -100, "0": -100}}  # forbids the tokens that end an answer
 TERMINAL = {
     "chat": re.compile(r'"finish_reason":"(stop|length)".*data: \[DONE\]\n\n$', re.DOTALL),
     "completions": re.compile(r'"finish_reason":"(stop|length)".*data: \[DONE\]\n\n$', re.DOTALL),
@@ -418,7 +422,7 @@ class Served:
 
 @contextmanager
 def served(model: Path, scratch: Path, *options: object, **environment: str) -> Iterator[Served]:
-    """`argosy serve`, ready; what it prints lies in a file. It is killed at the end, if it still runs."""
+    """Run `argosy serve`, with its output in a file. It is ready on entry, and killed on exit if it still runs."""
     command = [sys.executable, "-m", "argosy", "serve", model, "--memory", "1GiB", "--port", 0, *options]
     log = scratch / "log"
     with log.open("wb") as sink:
@@ -442,9 +446,10 @@ def body_of(dialect: str, said: str, max_tokens: int, **more: Any) -> dict[str, 
 
 
 def stream_to_its_end(url: str, dialect: str, max_tokens: int, begun: threading.Event) -> str:
-    """All that a streamed answer brings; `begun` is set at its first bytes.
+    """Return all text of a streamed answer; set `begun` at its first bytes.
 
-    Raises: httpx.TransportError, when the connection ends before the answer.
+    Raises:
+        httpx.TransportError: the connection ends before the answer.
     """
     body = body_of(dialect, f"{dialect} asks for a long answer", max_tokens, stream=True)
     found = []
@@ -455,13 +460,13 @@ def stream_to_its_end(url: str, dialect: str, max_tokens: int, begun: threading.
     return "".join(found)
 
 
-# ── R13: told to end ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── R13: shutdown by signal ─────────────────────────────────────────────────────────────────────────────────────────
 
 _REFUSED_S, _SECOND_S = 0.1, 1.0
 
 
 def last_accepted(url: str, process: subprocess.Popen[bytes]) -> float:
-    """Seconds from now to the beginning of the last request that is still let in."""
+    """Seconds from now to the start of the last request that is still accepted."""
     began, last = time.monotonic(), 0.0
     while process.poll() is None and time.monotonic() - began < _END_S:
         asked = time.monotonic() - began
@@ -530,7 +535,7 @@ def how_it_ended(dialect: str, stream: Future[str]) -> str:
     return "error event" if ENDED_BY_ERROR.search(text) else f"no terminal event: {text[-200:]!r}"
 
 
-# ── R14: killed while it answers ────────────────────────────────────────────────────────────────────────────────────
+# ── R14: killed while answering ─────────────────────────────────────────────────────────────────────────────────────
 
 
 @figure("R14", 100, "kills with SIGKILL under load, each followed by a damaged file of kv_dir and a restart")
@@ -589,11 +594,11 @@ def ask_until_it_dies(url: str, number: int) -> None:
                 return
 
 
-# ── R24: what is said to a server ───────────────────────────────────────────────────────────────────────────────────
+# ── R24: prompts stay private ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def request_with(rng: random.Random, canary: str, secret: str) -> dict[str, Any]:
-    """A request that has the canary somewhere: in half of them where it belongs, else where it does not."""
+    """A request with the canary somewhere: in a field where text belongs, or where it does not."""
     dialect = rng.choice(DIALECTS)
     headers = {"Authorization": f"Bearer {secret}"}
     body = body_of(dialect, f"say {canary}", 16)
@@ -686,7 +691,7 @@ def abort_while_answering(server: Served, canary: str, secret: str) -> None:
     server.process.wait(_END_S)
 
 
-# ── R2: numbers ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── R2: numbers in requests ─────────────────────────────────────────────────────────────────────────────────────────
 
 _EDGES = (
     "-9223372036854775808", "-2147483648", "-1", "0", "1", "2147483648", "9007199254740993", "9223372036854775807",
@@ -696,14 +701,14 @@ _HERE = "\ue000the number\ue000"
 
 
 class Numbers:
-    """Every number in the document's bodies: a body that has a mark in its place."""
+    """For every number in the document's request bodies, a body with a marker in its place."""
 
     def __init__(self, document: dict[str, Any]) -> None:
         self._document = document
         self._schemas = document["components"]["schemas"]
 
     def bodies(self) -> dict[tuple[str, str], Any]:
-        """By path of the route and of the field."""
+        """The bodies, keyed by the path of the route and the path of the field."""
         found: dict[tuple[str, str], Any] = {}
         for path, methods in self._document["paths"].items():
             for operation in methods.values():
@@ -731,7 +736,7 @@ class Numbers:
             yield inner, {"1": value}
 
     def _sample(self, schema: dict[str, Any]) -> Any:
-        """Something small that the schema allows."""
+        """A small value that the schema allows."""
         if "$ref" in schema:
             return self._sample(self._schemas[schema["$ref"].rpartition("/")[2]])
         if "const" in schema or "default" in schema:
@@ -754,7 +759,7 @@ DIALECT_BODIES = {PATHS[dialect]: greedy(dialect, "Hi", 16) for dialect in DIALE
 
 @contextmanager
 def in_this_process(model: Path, keys: KeyFile | None = None) -> Iterator[str]:
-    """A server in a thread of this process."""
+    """Run a server in a thread of this process."""
     with (
         Engine.open(model, memory="1GiB", threads=1, grammars=True, max_waiting=64) as engine,
         serving(engine) as service,
@@ -766,7 +771,7 @@ def in_this_process(model: Path, keys: KeyFile | None = None) -> Iterator[str]:
 
 @figure("R2", 0, "numbers of requests, each at its edges")
 def numbers_at_their_edges(scratch: Path, size: int) -> Finding:
-    """`size`: so many at most; 0: every number of every body that the document has, at every edge."""
+    """Try at most `size` cases; 0: every number of every body in the document, at every edge."""
     finding, statuses = Finding(), Counter[str]()
     with (
         in_this_process(write_chat_model(scratch / "model")) as url,
@@ -788,13 +793,13 @@ def numbers_at_their_edges(scratch: Path, size: int) -> Finding:
     return finding
 
 
-# ── R21: forms that are hard to follow ──────────────────────────────────────────────────────────────────────────────
+# ── R21: expensive grammars and schemas ─────────────────────────────────────────────────────────────────────────────
 
 _CPU_S, _FORM_BYTES = 0.25, 64 << 20
 
 
 def bombs(rng: random.Random) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Forms of answers that cost more than they weigh, without end."""
+    """Yield structured-output constraints, without end, that are short and expensive to compile."""
 
     def nested(depth: int) -> dict[str, Any]:
         schema: dict[str, Any] = {"type": "string"}
@@ -838,7 +843,7 @@ def bombs(rng: random.Random) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Of a process and its children's time so far; once it has nothing more to do."""
+    """CPU seconds of a process and its children so far, read once it has become idle."""
     last = -1.0
     while True:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
@@ -871,7 +876,7 @@ def hard_forms(scratch: Path, size: int) -> Finding:
             if finding.size == size:
                 break
             before = cpu_seconds(pid)
-            Path(f"/proc/{pid}/clear_refs").write_text("5")  # VmHWM from here
+            Path(f"/proc/{pid}/clear_refs").write_text("5")  # resets VmHWM
             held = memory_of(pid, "VmRSS")
             answer = client.post("/v1/completions", json=body | {"structured_outputs": form})
             costs.append((cpu_seconds(pid) - before, memory_of(pid, "VmHWM") - held, name))
@@ -898,7 +903,7 @@ def hard_forms(scratch: Path, size: int) -> Finding:
     return finding
 
 
-# ── R22: who gets in ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── R22: access control ─────────────────────────────────────────────────────────────────────────────────────────────
 
 _ELSEWHERE: tuple[dict[str, str], ...] = (
     {}, {"Host": "evil.example"}, {"Host": "localhost.evil.example"}, {"Host": r"evil.example\@localhost"},
@@ -908,7 +913,7 @@ _ELSEWHERE: tuple[dict[str, str], ...] = (
 
 @figure("R22", 0, "requests: every route x key x host x page")
 def who_gets_in(scratch: Path, size: int) -> Finding:
-    """`size`: so many at most; 0: all."""
+    """Try at most `size` cases; 0: all."""
     keys = KeyFile(scratch / "keys.json")
     secrets: dict[str, dict[str, str]] = {"none": {}, "bad": {"Authorization": "Bearer bad"}}
     secrets["a password"] = {"Authorization": "Basic YTpi"}
@@ -943,13 +948,13 @@ def who_gets_in(scratch: Path, size: int) -> Finding:
     return finding
 
 
-# ── R23: what one key learns of another's prompts ───────────────────────────────────────────────────────────────────
+# ── R23: what one key can learn about another's prompts ─────────────────────────────────────────────────────────────
 
 _MOST_AUC = 0.55
 
 
 def auc(hits: list[float], misses: list[float]) -> float:
-    """How well a threshold on a number tells hits from misses: 0.5 not at all, 1 always."""
+    """How well a threshold on a number separates hits from misses: 0.5 not at all, 1 perfectly."""
     order = np.argsort(np.argsort([*hits, *misses], kind="stable"))
     values, inverse = np.unique([*hits, *misses], return_inverse=True)
     sums = np.bincount(inverse, weights=order, minlength=len(values)) / np.bincount(inverse)
@@ -960,7 +965,7 @@ def auc(hits: list[float], misses: list[float]) -> float:
 
 @dataclass
 class Probes:
-    """What an asker saw of prompts that another had asked before (True), and had not (False)."""
+    """What an asker saw for prompts that another key had sent before (True) and had not (False)."""
 
     cached: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
     seconds: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
@@ -973,7 +978,7 @@ class Probes:
 
 
 def probe(directory: Path, config: Any, size: int, *, asker: str, num_tokens: int, **options: Any) -> Probes:
-    """`victim` asks a prompt; `asker` then asks that one, or another, and looks at what it is told and at the time."""
+    """Send a prompt as `victim`, then the same or another as `asker`; record `cached_tokens` and the time of each."""
     rng, found = random.Random(0), Probes()
     one_token = SamplingParams(max_tokens=1, ignore_eos=True)
     with Engine.open(directory, memory="2GiB", threads=1, readers=1, **options) as engine:
@@ -1033,7 +1038,7 @@ def connected(url: str) -> socket.socket:
 
 
 def one_answer(connection: socket.socket) -> tuple[int, str]:
-    """Status and head of an answer with a content length; 0: the connection ended first."""
+    """Status and head of an answer with a content length; status 0 if the connection ended first."""
     found = b""
     while not (match := re.search(rb"content-length: (\d+)(?s:.*?)\r\n\r\n", found)) or len(
         found
@@ -1089,7 +1094,7 @@ _HEAD_S, _BODY_S, _LATE_S = 15.0, 60.0, 5.0
 
 @figure("R12", 500, "clients that send a byte a second")
 def slow_clients(scratch: Path, size: int) -> Finding:
-    """Half of them a head, half of them a body. A reader that is slow: `tests/serve/test_slow_clients.py`."""
+    """Half of them send a slow head, half a slow body. Slow readers are in `tests/serve/test_slow_clients.py`."""
     finding = Finding(size=size)
     taken: dict[str, list[float]] = {"heads": [], "bodies": []}
     statuses: Counter[str] = Counter()
@@ -1140,7 +1145,7 @@ def slow_clients(scratch: Path, size: int) -> Finding:
 
 
 def answer_so_far(connection: socket.socket) -> str:
-    """Send one more byte; what the server says, if it says something or has closed the connection."""
+    """Return the status the server has sent, or "closed" if it hung up; otherwise send one more byte and return ""."""
     connection.settimeout(0)
     try:
         part = connection.recv(1 << 12)
@@ -1156,15 +1161,15 @@ def answer_so_far(connection: socket.socket) -> str:
     return ""
 
 
-# ── R17: for some time ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── R17: a long run ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-_GROWTH_MIB = 1.0  # an hour
+_GROWTH_MIB = 1.0  # per hour
 
 
 @figure("R17", 30 * 60, "seconds of mixed requests")
 def for_some_time(scratch: Path, size: int) -> Finding:
-    """After a third, threads and files stay as many, and a line through the memory says how it grows."""
+    """After a third of the time, threads and files must not grow in number; a line fit gives the growth of memory."""
     finding, counts = Finding(size=size), Counter[str]()
     samples: list[tuple[float, int, int, int]] = []
     is_over = threading.Event()
@@ -1230,7 +1235,7 @@ _HOSTS = (
 
 
 def carriers(address: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every place of a request that could have an address."""
+    """Yield a request for every place that could hold an address."""
 
     def turn(part: Any) -> dict[str, Any]:
         return {"messages": [{"role": "user", "content": part if isinstance(part, str) else [part]}]}
@@ -1256,7 +1261,7 @@ def carriers(address: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def packets_sent(device: str) -> int:
-    """By this thread's network."""
+    """Packets that left through `device` of this thread's network namespace."""
     found = re.search(rf"{device}:(.*)", Path("/proc/thread-self/net/dev").read_text())
     assert found
     return int(found[1].split()[9])
@@ -1269,7 +1274,7 @@ def datagrams_sent() -> int:
 
 @figure("R19", 150, "addresses, each in every place of a request")
 def addresses(scratch: Path, size: int) -> Finding:
-    """In a network of its own, where whatever leaves goes to one device that counts it, and one listener."""
+    """Measure in a network namespace whose only way out is one device that counts packets, with one local listener."""
 
     def measured() -> Finding:
         if ctypes.CDLL(None, use_errno=True).unshare(_NEW_NETWORK):
@@ -1287,7 +1292,7 @@ def addresses(scratch: Path, size: int) -> Finding:
             subprocess.run(["ip", *command.split()], check=True)
         return follow_no_address(scratch, size)
 
-    with ThreadPoolExecutor(1) as pool:  # a thread may have a network of its own, which its children share
+    with ThreadPoolExecutor(1) as pool:  # a thread may have its own network namespace; its children share it
         return pool.submit(measured).result()
 
 
@@ -1297,7 +1302,7 @@ def follow_no_address(scratch: Path, size: int) -> Finding:
     with served(model, scratch) as server, socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
         port = listener.getsockname()[1]
-        time.sleep(3)  # the kernel's own greetings on a new device
+        time.sleep(3)  # the kernel itself sends packets on a new device
         before = packets_sent("sentinel"), datagrams_sent()
         found = [f"{scheme}//{host.format(port=port)}/x" for host in _HOSTS for scheme in _SCHEMES]
         with httpx.Client(base_url=server.url, timeout=_END_S) as client:
@@ -1317,7 +1322,7 @@ def follow_no_address(scratch: Path, size: int) -> Finding:
             finding.violations.append("a connection was made to this machine")
         except BlockingIOError:
             pass
-        with socket.socket(type=socket.SOCK_DGRAM) as probe:  # what leaves is counted
+        with socket.socket(type=socket.SOCK_DGRAM) as probe:  # prove that an outgoing packet is counted
             probe.sendto(b"x", ("192.0.2.7", 9))
         finding.require(packets_sent("sentinel") > before[0] + num_packets, "the device counts nothing")
     finding.facts += [
@@ -1330,7 +1335,7 @@ def follow_no_address(scratch: Path, size: int) -> Finding:
 
 
 def measure(number: str, size: int | None = None) -> tuple[Finding, str]:
-    """One figure at `size`, or at the size it is named with; and its line."""
+    """Measure one figure at `size`, or at its named size; return the finding and its line."""
     one = FIGURES[number]
     with tempfile.TemporaryDirectory(prefix=f"argosy-{number}-") as scratch:
         finding = one.measure(Path(scratch), one.named_size if size is None else size)

@@ -1,4 +1,4 @@
-"""Bodies that cost a server far more than they cost their sender: name -> (path, body, how many at once, refusal)."""
+"""Bodies that cost a server far more than they cost their sender: name -> (path, body, number at once, refusal)."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""Kill every writer of files at many points of its work; the next command has to find all that was complete.
+"""Kill every writer of files at many points of its work; the next command must find everything that was complete.
 
     python tests/abuse/kills.py --points 200          all five writers, a table, exit code 1 if anything was lost
 
-A process of its own does the work and is killed with SIGKILL. Half of the points are calls: every call that changes a
-file (open, write, sync, rename, remove, ...) has a number, and the process is killed at call n, a write half done. The
-other half are moments, drawn at random from the time that the work takes, which also fall inside native code such as
-SQLite's. What the work has completed it tells through a pipe. Then a second process is the next command: it must
-succeed, and must find what was told, or what was under way, and nothing else.
+A child process does the work and is killed with SIGKILL. Half of the points are calls: every call that changes a file
+(open, write, sync, rename, remove, ...) has a number, and the process is killed at call n, with a write half done. The
+other half are moments, drawn at random from the duration of the work; they also fall inside native code such as
+SQLite's. The work reports each completed step through a pipe. Then a second process runs the next command. It must
+succeed, and must find the reported steps, perhaps also the one under way, and nothing else.
 
-Elsewhere: `test_kills.py` runs a few points of each.
+Elsewhere: `test_kills.py` runs a few points of each writer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # this process forks, so it must have one thread
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # this process forks, so it must have only one thread
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from argosy.checkpoint.pack import pack
@@ -58,34 +58,34 @@ class Writer(ABC):
     """One writer of files.
 
     Attributes:
-        directory: what it writes lies in here, and nothing else does.
+        directory: holds the files it writes, and nothing else.
     """
 
     name: str
 
     def __init__(self, fixed: Path) -> None:
-        """`fixed`: what is made once, and read by every point."""
+        """`fixed` is a directory of files that are made once and read at every point."""
         self.fixed = fixed
         self.directory = Path()
 
     def prepare(self) -> None:  # noqa: B027 (most need nothing)
-        """Make in `fixed` what undisturbed work makes; in a process of its own, because it may start threads."""
+        """Make the result of undisturbed work in `fixed`; runs in a child process, because it may start threads."""
 
     @abstractmethod
     def work(self, tell: Tell) -> None:
-        """Write, and tell after each step what is now complete."""
+        """Write, and report after each step what is now complete."""
 
     @abstractmethod
     def check(self, told: list[Any]) -> str:
-        """Run the next command, and see that all that was `told` is there; in a word, what was found.
+        """Run the next command, and check that every step in `told` is there; return a word for the state found.
 
         Raises:
-            AssertionError: something is lost, half there, or in the way.
+            AssertionError: something is lost, incomplete or left over.
         """
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """All files but a pack's journal, which may stay in a whole pack and is not read."""
+    """The contents of all files except a pack's journal, which may stay in a complete pack and is not read."""
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "journal"}
 
 
@@ -123,7 +123,7 @@ class Pack(Writer):
             report = pack(open_model(self.source), packed, format="q4")
             whole = contents(self.fixed / "whole")
             share = report.resumed_bytes / (len(whole["dense.bin"]) + len(whole["experts.bin"]))
-            done = max(told, default=0.0)  # told behind the journal's line, so one more may be whole
+            done = max(told, default=0.0)  # reported after the journal's line, so one more may be complete
             require(share >= done - 1e-9, f"{done:.3f} was written, {share:.3f} was kept")
             require(report.restarted_because is None, f"it started over: {report.restarted_because}")
             found = "continued" if report.resumed_bytes else "from the start"
@@ -254,7 +254,7 @@ class Prompts(Writer):
 
 
 class Demo(Writer):
-    """The demo model, from a made-up base wheel and made-up experts."""
+    """The demo model, from a fake base wheel and fake experts."""
 
     name = "demo"
 
@@ -310,7 +310,7 @@ WRITERS: dict[str, type[Writer]] = {one.name: one for one in (Pack, Keys, Counts
 
 
 class _Counter:
-    """Numbers the calls that change files below `directory`, and kills the process at one of them."""
+    """Numbers the calls that change files under `directory`, and kills the process at one of them."""
 
     def __init__(self, directory: Path, kill_at: int | None) -> None:
         self._directory = str(directory)
@@ -358,7 +358,7 @@ class _Counter:
 
 
 def _fork(action: Callable[[Tell], None]) -> tuple[int, list[Any]]:
-    """Run `action` in a process of its own: how that ended, and what it told."""
+    """Run `action` in a child process; return its wait status and what it reported."""
     source, sink = os.pipe()
     sys.stdout.flush()
     child = os.fork()
@@ -368,9 +368,9 @@ def _fork(action: Callable[[Tell], None]) -> tuple[int, list[Any]]:
             signal.alarm(_LONGEST_S)
             os.close(source)
             screen = os.fdopen(os.dup(2), "w")
-            for descriptor in (1, 2):  # what commands print
+            for descriptor in (1, 2):  # hide the output of commands
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-            write = os.write  # as it is before calls are counted
+            write = os.write  # the original, from before calls are counted
 
             def tell(what: object) -> None:
                 write(sink, json.dumps(what).encode() + b"\n")
@@ -384,7 +384,7 @@ def _fork(action: Callable[[Tell], None]) -> tuple[int, list[Any]]:
             os._exit(code)
     os.close(sink)
     with open(source, "rb") as pipe:
-        lines = pipe.read().split(b"\n")[:-1]  # a line without its end was not told
+        lines = pipe.read().split(b"\n")[:-1]  # a line without its end does not count
     return os.waitpid(child, 0)[1], [json.loads(line) for line in lines]
 
 
@@ -398,7 +398,7 @@ def _scratch(writer: Writer, parent: Path) -> Iterator[None]:
 
 
 def measure(writer: Writer, parent: Path) -> tuple[int, float]:
-    """How many calls the undisturbed work makes that change files, and how many seconds it takes."""
+    """Run the work undisturbed; return the number of calls that change files, and the seconds."""
 
     def work(tell: Tell) -> None:
         counter = _Counter(writer.directory, None)
@@ -414,17 +414,17 @@ def measure(writer: Writer, parent: Path) -> tuple[int, float]:
 
 
 def kill_once(writer: Writer, parent: Path, *, call: int | None = None, moment_s: float = 0.0) -> str:
-    """One point: in a word, what the next command found, or `NOT_KILLED`.
+    """Test one point; return a word for the state that the next command found, or `NOT_KILLED`.
 
     Raises:
-        AssertionError: it fails, or finds something else.
+        AssertionError: the next command fails, or finds another state.
     """
 
     def work(tell: Tell) -> None:
         if call is not None:
             _Counter(writer.directory, call)
         else:
-            # The kernel ends the process at this moment, whatever it does: as SIGKILL would, and more exactly.
+            # The kernel ends the process at this moment, whatever it is doing: like SIGKILL, but more precisely timed.
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_REAL, max(moment_s, 1e-6))
         writer.work(tell)
@@ -453,7 +453,7 @@ def kill_once(writer: Writer, parent: Path, *, call: int | None = None, moment_s
 
 
 def run(name: str, num_points: int, seed: int) -> dict[str, Any]:
-    """Kill one writer at so many points; what was found, and each failure as a sentence."""
+    """Kill one writer at `num_points` points; return the states found, and a sentence for each failure."""
     chance = random.Random(f"{seed} {name}")
     found: dict[str, int] = {}
     failures: list[str] = []
@@ -474,7 +474,7 @@ def run(name: str, num_points: int, seed: int) -> dict[str, Any]:
             point = planned
             try:
                 what = kill_once(writer, parent, **point)
-                while what == NOT_KILLED:  # this time it took less long than when it was measured
+                while what == NOT_KILLED:  # this run was faster than the measured one
                     point = {"moment_s": chance.uniform(0, point.get("moment_s", seconds))}
                     what = kill_once(writer, parent, **point)
                 found[what] = found.get(what, 0) + 1

@@ -1,6 +1,6 @@
-"""Hostile bodies and prompts against a real server: the right status, others answered meanwhile, memory bounded.
+"""Hostile bodies and prompts against a real server: the right status, service for other clients, bounded memory.
 
-What each takes of a server's memory is measured by `benchmarks/hostile.py`.
+`benchmarks/hostile.py` measures how much of a server's memory each of them takes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Lengths of all texts that are encoded at once."""
+    """The length of each text that is passed to one encoding call."""
     lengths: list[int] = []
     encoding = Tokenizer._encoding
 
@@ -77,7 +77,8 @@ def test_a_hostile_body_is_refused_within_bounds_while_another_client_is_answere
         with server.client("attacker") as client:
             answers.append(client.post(path, content=data))
 
-    attackers = [threading.Thread(target=attack) for _ in range(min(at_once, 3))]  # an abuse test has seconds
+    # At most three at once, so that the test takes seconds.
+    attackers = [threading.Thread(target=attack) for _ in range(min(at_once, 3))]
     for attacker in attackers:
         attacker.start()
     with server.client("other") as other:
@@ -98,7 +99,7 @@ def test_a_hostile_body_is_refused_within_bounds_while_another_client_is_answere
     assert max(pieces, default=0) <= MAX_PIECE_CHARACTERS
 
 
-def test_long_bodies_that_mean_something_are_answered(server: Server) -> None:
+def test_long_but_valid_bodies_are_answered(server: Server) -> None:
     parts = [{"type": "text", "text": ""}] * 4000
     tool = {
         "type": "function",
@@ -115,7 +116,7 @@ def test_long_bodies_that_mean_something_are_answered(server: Server) -> None:
         ):
             answer = client.post(CHAT, json=body)
             said = answer.text
-            # A context of 256 tokens has no room for them; they were read to their end all the same.
+            # A context of 256 tokens has no room for them, but they are read to their end.
             assert (
                 answer.status_code == 200
                 or "maximum context length" in said
@@ -127,7 +128,7 @@ def test_long_bodies_that_mean_something_are_answered(server: Server) -> None:
         assert text.json()["content"] == "a b " * 25_000
 
 
-def test_a_text_that_speaks_of_many_braces_is_not_taken_for_them(server: Server) -> None:
+def test_braces_inside_a_string_are_not_counted_as_objects(server: Server) -> None:
     with server.client("other") as client:
         answer = client.post(CHAT, content=SPEAKING_OF_BRACES)
         assert "maximum context length" in answer.json()["error"]["message"]

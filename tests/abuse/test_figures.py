@@ -1,4 +1,4 @@
-"""The reliability figures of the README hold in a small form, and what does not hold is found out."""
+"""The reliability figures of the README hold in a small form, and a violation is detected."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from tests.abuse import figures
 
-# R12 and R17 need minutes; R21 is about seconds of CPU, and its forms are those of `test_grammar_bounds.py`.
+# R12 and R17 need minutes. R21 measures seconds of CPU, and `test_grammar_bounds.py` has its grammars.
 SMALL = {
     "R2": 60, "R4": 24, "R5": 2, "R10": 10, "R11": 20, "R13": 1, "R14": 1, "R19": 6, "R22": 60, "R23": 30, "R24": 40,
 }  # fmt: skip
@@ -25,11 +25,11 @@ def test_a_figure_holds_in_its_small_form(number: str) -> None:
         pytest.skip(str(error))
     assert not finding.violations, finding.violations
     assert finding.size >= SMALL[number]
-    assert finding.late or f" holds at {finding.size:,} of " in line  # a small form claims no more than it is
+    assert finding.late or f" holds at {finding.size:,} of " in line  # a small form claims only its own size
 
 
-def test_damage_that_nobody_notices_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where no checksum is looked at: the damaged pack gives the tokens it gave before."""
+def test_undetected_damage_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulate an engine that checks no checksum: the damaged pack gives the same tokens as before."""
     real = figures.run_once
     whole: list[figures.Run] = []
 

@@ -1,4 +1,4 @@
-"""Requests whose ends two readers may see in two places, written byte by byte: none hides another."""
+"""Request smuggling, byte by byte: no ambiguous request end hides a second request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def connect(url: str) -> socket.socket:
 
 
 def answers(url: str, *parts: bytes) -> bytes:
-    """All that comes back until the server closes the connection."""
+    """Send the parts; return everything the server sends until it closes the connection."""
     with connect(url) as connection:
         for part in parts:
             connection.sendall(part)
@@ -74,13 +74,13 @@ SMUGGLED = {
 
 
 @pytest.mark.parametrize("name", SMUGGLED)
-def test_a_request_that_hides_in_another_is_never_answered(url: str, name: str) -> None:
+def test_a_request_hidden_in_another_is_never_answered(url: str, name: str) -> None:
     found = answers(url, SMUGGLED[name])
     assert b'{"status":"ok"}' not in found
     assert statuses(found) in ([400], [501]), found
 
 
-def test_requests_one_behind_the_other_are_all_answered_in_turn(url: str) -> None:
+def test_pipelined_requests_are_answered_in_order(url: str) -> None:
     whole = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
     pieces = HEAD + CHUNKED + b"\r\n8\r\n" + BODY[:8] + b"\r\n8\r\n" + BODY[8:] + b"\r\n0\r\n\r\n"
     found = answers(url, whole + pieces + HIDDEN)
@@ -88,7 +88,7 @@ def test_requests_one_behind_the_other_are_all_answered_in_turn(url: str) -> Non
     assert found.endswith(b'{"status":"ok"}')
 
 
-def test_a_head_without_end_is_refused_long_before_its_time_is_up(url: str) -> None:
+def test_an_endless_head_is_refused_long_before_the_timeout(url: str) -> None:
     with connect(url) as connection:
         began = time.monotonic()
         connection.sendall(b"GET /health HTTP/1.1\r\nX: " + b"a" * (40 << 10))
@@ -106,7 +106,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_refused_request_leaves_its_connection_only_when_all_of_its_body_was_read(
+def test_a_refused_request_keeps_its_connection_open_only_if_its_whole_body_was_read(
     url: str, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(gate, "_DISCARD_S", 0.2)
@@ -120,12 +120,12 @@ def test_a_refused_request_leaves_its_connection_only_when_all_of_its_body_was_r
     assert statuses(cut) == [status]
     assert b"\r\nconnection: close\r\n" in cut.lower()
     awaited = answers(url, head + b"Expect: 100-continue\r\nContent-Length: 50\r\n\r\n")
-    assert statuses(awaited) == [status]  # nobody asks for what is refused
+    assert statuses(awaited) == [status]  # no 100 Continue for a refused request
     assert b"\r\nconnection: close\r\n" in awaited.lower()
 
 
-def test_a_client_that_sends_a_large_body_hears_why_it_is_refused(url: str) -> None:
-    """A server that closes the connection first would have the client's system drop the answer."""
+def test_a_refused_client_gets_its_answer_even_after_a_large_body(url: str) -> None:
+    """If the server closed the connection first, the client's system would drop the answer."""
     size = 4 << 20
     head = REFUSED["no JSON"][0] + b"Content-Length: %d\r\n\r\n" % size
     with connect(url) as connection:
@@ -133,14 +133,14 @@ def test_a_client_that_sends_a_large_body_hears_why_it_is_refused(url: str) -> N
         assert connection.recv(12) == b"HTTP/1.1 415"
 
 
-def test_a_client_whose_body_is_too_large_hears_that_it_is(url: str) -> None:
+def test_a_client_with_too_large_a_body_gets_a_413(url: str) -> None:
     size = gate.MAX_BODY_BYTES + (8 << 20)
     with connect(url) as connection:
         connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % size + b"a" * size)
         assert connection.recv(12) == b"HTTP/1.1 413"
 
 
-def test_a_body_without_end_is_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_body_is_abandoned(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "_MOST_DISCARDED_BYTES", 100_000)
     with connect(url) as connection:
         connection.sendall(REFUSED["no JSON"][0] + CHUNKED + b"\r\n")
@@ -157,19 +157,19 @@ def test_a_body_without_end_is_given_up(url: str, monkeypatch: pytest.MonkeyPatc
     "path",
     ["/", "/health", "/ready", "/openapi.json", "/page/app.js", "/favicon.ico", "/v1/models", "/metrics"],
 )
-def test_head_is_answered_as_get_is_without_the_body(url: str, path: str) -> None:
+def test_head_is_answered_like_get_without_the_body(url: str, path: str) -> None:
     ask = b" %s HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" % path.encode()
     given, _, body = answers(url, b"GET" + ask + HIDDEN).partition(b"\r\n\r\n")
     head, _, rest = answers(url, b"HEAD" + ask + HIDDEN).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200")
     assert body
-    assert rest.startswith(b"HTTP/1.1 200")  # of the request behind it: there is no body
+    assert rest.startswith(b"HTTP/1.1 200")  # the answer to the next request, so HEAD has no body
     assert fields(head) == fields(given)
     assert b"content-length" in fields(head)
 
 
 def fields(head: bytes) -> dict[bytes, bytes]:
-    """But for what differs from one request to the next."""
+    """The header fields, with values that vary between requests left empty."""
     found = dict(line.split(b": ", 1) for line in head.split(b"\r\n")[1:])
     varies = {b"x-request-id"} | (
         {b"content-length"} if found[b"content-type"].startswith(b"text/plain") else set()
@@ -177,15 +177,15 @@ def fields(head: bytes) -> dict[bytes, bytes]:
     return {name: b"" if name in varies else value for name, value in found.items()}
 
 
-def test_head_of_a_stream_ends_and_so_does_the_stream(url: str) -> None:
+def test_head_on_a_stream_route_ends_and_closes_the_stream(url: str) -> None:
     found = answers(url, b"HEAD /v1/engine/events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" + HIDDEN)
     assert statuses(found) == [200, 200]
     assert b"text/event-stream" in found
     assert b"data:" not in found
 
 
-def test_head_is_refused_where_get_is(url: str) -> None:
+def test_head_is_refused_wherever_get_is(url: str) -> None:
     for path, status in ((b"/nothing", 404), (b"/v1/messages", 405), (b"/v1/models/nothing", 404)):
         found = answers(url, b"HEAD %s HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" % path + HIDDEN)
         assert statuses(found) == [status, 200]
-        assert found.count(b"{") == 1  # the other has no body
+        assert found.count(b"{") == 1  # only the answer to the second request has a body

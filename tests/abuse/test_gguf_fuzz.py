@@ -1,4 +1,4 @@
-"""Whatever bytes a GGUF file is made of, the answer is tensors or one ArgosyError, and memory stays small."""
+"""Whatever bytes a GGUF file has, reading it gives tensors or an ArgosyError, and takes little memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ quick = settings(max_examples=300, deadline=None, suppress_health_check=[HealthC
 
 
 def check(path: Path) -> None:
-    """Read a file: what comes back lies inside it, and reading took little memory."""
+    """Read a file; check that its tensors lie inside it and that reading took little memory."""
     file_bytes = path.stat().st_size
     sentence = ""
     tracemalloc.start()
@@ -41,7 +41,7 @@ def check(path: Path) -> None:
     assert peak < 200_000 + 60 * file_bytes
 
 
-def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
+def test_a_file_truncated_anywhere_is_refused(tmp_path: Path) -> None:
     path, content = tmp_path / "model.gguf", RawGguf().to_bytes()
     for length in range(len(content)):
         path.write_bytes(content[:length])
@@ -49,7 +49,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
             read_gguf(path)
 
 
-def test_a_file_with_any_byte_changed_gives_tensors_or_a_sentence(tmp_path: Path) -> None:
+def test_a_file_with_any_byte_changed_gives_tensors_or_an_error(tmp_path: Path) -> None:
     path, content = tmp_path / "model.gguf", RawGguf().to_bytes()
     for at in range(len(RawGguf().header())):
         for change in (0x01, 0x80, 0xFF):
@@ -61,7 +61,7 @@ def test_a_file_with_any_byte_changed_gives_tensors_or_a_sentence(tmp_path: Path
 
 @quick
 @given(content=st.binary(max_size=200), has_magic=st.booleans())
-def test_any_bytes(tmp_path: Path, content: bytes, has_magic: bool) -> None:
+def test_any_bytes_give_tensors_or_an_error(tmp_path: Path, content: bytes, has_magic: bool) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes((b"GGUF\3\0\0\0" if has_magic else b"") + content)
     check(path)
@@ -69,7 +69,7 @@ def test_any_bytes(tmp_path: Path, content: bytes, has_magic: bool) -> None:
 
 @quick
 @given(data=st.data())
-def test_a_whole_model_with_some_bytes_of_its_header_changed(
+def test_a_model_with_changed_header_bytes_opens_or_gives_an_error(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     content = bytearray(_good_model(tmp_path_factory))

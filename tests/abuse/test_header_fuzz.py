@@ -1,4 +1,4 @@
-"""Whatever bytes a checkpoint is made of, the answer is tensors or one ArgosyError, and memory stays small."""
+"""Whatever bytes a checkpoint has, reading it gives tensors or an ArgosyError, and takes little memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthC
 
 
 def check(path: Path) -> None:
-    """Read a file: what comes back lies inside it, and reading took little memory."""
+    """Read a file; check that its tensors lie inside it and that reading took little memory."""
     file_bytes = path.stat().st_size
     sentence = ""
     tracemalloc.start()
@@ -51,14 +51,14 @@ def check(path: Path) -> None:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert len(sentence.encode()) < 2_000
-    assert peak < 200_000 + 60 * file_bytes  # a parsed header is tens of times its text, and no more
+    assert peak < 200_000 + 60 * file_bytes  # a parsed header takes tens of times its text, but no more
 
 
 @quick
 @given(content=st.binary(max_size=200))
 @example(content=b"\xff" * 8)
 @example(content=(10**8).to_bytes(8, "little") + b"{")
-def test_any_bytes(tmp_path: Path, content: bytes) -> None:
+def test_any_bytes_give_tensors_or_an_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     check(path)
@@ -66,7 +66,9 @@ def test_any_bytes(tmp_path: Path, content: bytes) -> None:
 
 @quick
 @given(header=headers, length=st.none() | st.integers(0, 2**64 - 1), data=st.binary(max_size=40))
-def test_any_header(tmp_path: Path, header: dict[str, Any], length: int | None, data: bytes) -> None:
+def test_any_header_gives_tensors_or_an_error(
+    tmp_path: Path, header: dict[str, Any], length: int | None, data: bytes
+) -> None:
     path = tmp_path / "model.safetensors"
     text = json.dumps(header).encode()
     path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
@@ -75,7 +77,9 @@ def test_any_header(tmp_path: Path, header: dict[str, Any], length: int | None, 
 
 @quick
 @given(data=st.data())
-def test_a_good_file_with_some_bytes_changed(tmp_path: Path, data: st.DataObject) -> None:
+def test_a_good_file_with_changed_bytes_gives_tensors_or_an_error(
+    tmp_path: Path, data: st.DataObject
+) -> None:
     header = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
               "b": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [8, 16]}}  # fmt: skip
     text = json.dumps(header).encode()
@@ -89,7 +93,7 @@ def test_a_good_file_with_some_bytes_changed(tmp_path: Path, data: st.DataObject
 
 @quick
 @given(content=st.binary(max_size=100) | anything.map(lambda value: json.dumps(value).encode()))
-def test_any_config_file(tmp_path: Path, content: bytes) -> None:
+def test_any_config_file_is_read_or_gives_an_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(content)
     try:
@@ -101,7 +105,7 @@ def test_any_config_file(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     "config", [mixtral(), qwen2_moe(), qwen3_moe()], ids=lambda config: config["model_type"]
 )
-def test_any_value_under_any_key_of_a_config(config: dict[str, Any]) -> None:
+def test_any_value_under_any_config_key_is_valid_or_gives_an_error(config: dict[str, Any]) -> None:
     family = FAMILIES[config["model_type"]]
     keys = [*config, "rope_scaling", "rope_parameters", "layer_types", "head_dim", "num_experts_per_token"]
     fields = ["rope_type", "type", "factor", "rope_theta", "original_max_position_embeddings", "beta_fast"]

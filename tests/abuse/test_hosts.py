@@ -1,4 +1,4 @@
-"""Names of hosts and origins, written byte by byte: a page elsewhere gets in under none, and none breaks a request."""
+"""Host and origin headers, byte by byte: none lets a page from another site in, and none breaks the server."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def address(service: Service) -> Iterator[tuple[str, int]]:
 
 
 def status(address: tuple[str, int], *lines: str, method: str = "GET", path: str = "/health") -> int:
-    """Of a request with these lines for its head, and a body where it has one."""
+    """The status of a request with these header lines, and with a body if its method has one."""
     head = "".join(f"{line}\r\n" for line in (f"{method} {path} HTTP/1.1", *lines, "Connection: close", ""))
     body = b'{"content": "a"}' if method == "POST" else b""
     with socket.create_connection(address, timeout=10) as connection:
@@ -55,23 +55,21 @@ def status(address: tuple[str, int], *lines: str, method: str = "GET", path: str
 
 
 @pytest.mark.parametrize("host", OURS, ids=ascii)
-def test_an_address_localhost_and_a_name_that_was_allowed_are_answered(
-    address: tuple[str, int], host: str
-) -> None:
+def test_an_address_localhost_and_an_allowed_name_are_answered(address: tuple[str, int], host: str) -> None:
     assert status(address, f"Host: {host}") == 200
 
 
 @pytest.mark.parametrize("host", OTHERS, ids=ascii)
-def test_another_name_is_refused(address: tuple[str, int], host: str) -> None:
+def test_any_other_name_is_refused(address: tuple[str, int], host: str) -> None:
     assert status(address, f"Host: {host}") == 403
 
 
 @pytest.mark.parametrize("host", MALFORMED, ids=ascii)
-def test_what_is_no_host_is_refused_and_never_read_as_one(address: tuple[str, int], host: str) -> None:
+def test_a_malformed_host_is_refused(address: tuple[str, int], host: str) -> None:
     assert status(address, f"Host: {host}") == 400
 
 
-def test_a_request_has_one_host(address: tuple[str, int]) -> None:
+def test_a_request_has_exactly_one_host(address: tuple[str, int]) -> None:
     assert status(address) == 400
     assert status(address, "Host: localhost", "Host: localhost") == 400
     assert status(address, "Host: localhost", "Host: evil.example") == 400
@@ -85,7 +83,7 @@ def posted(address: tuple[str, int], *lines: str) -> int:
 @pytest.mark.parametrize(
     "origin", ["http://localhost:8080", "https://localhost:8080", "http://LOCALHOST:8080"]
 )
-def test_the_page_itself_may_ask(address: tuple[str, int], origin: str) -> None:
+def test_the_servers_own_page_may_send_requests(address: tuple[str, int], origin: str) -> None:
     assert posted(address, f"Origin: {origin}") == 200
     assert posted(address, f"Origin: {origin}", "Sec-Fetch-Site: same-origin") == 200
 
@@ -101,11 +99,11 @@ def test_the_page_itself_may_ask(address: tuple[str, int], origin: str) -> None:
     ],
     ids=ascii,
 )  # fmt: skip
-def test_a_page_elsewhere_may_not(address: tuple[str, int], origin: str) -> None:
+def test_a_page_from_another_origin_may_not_send_requests(address: tuple[str, int], origin: str) -> None:
     assert posted(address, f"Origin: {origin}") == 403
 
 
-def test_a_request_that_a_browser_calls_foreign_is_refused(address: tuple[str, int]) -> None:
+def test_a_request_that_a_browser_marks_as_cross_site_is_refused(address: tuple[str, int]) -> None:
     assert [posted(address, f"Sec-Fetch-Site: {site}") for site in ("cross-site", "same-site", "[", "")] == [
         403
     ] * 4
@@ -115,6 +113,6 @@ def test_a_request_that_a_browser_calls_foreign_is_refused(address: tuple[str, i
 @pytest.mark.parametrize(
     "kind", ["", "application/x-www-form-urlencoded", "text/plain", "multipart/form-data", "[", "json"]
 )
-def test_what_a_form_of_another_page_can_send_is_no_json(address: tuple[str, int], kind: str) -> None:
+def test_content_types_that_a_foreign_form_can_send_are_refused(address: tuple[str, int], kind: str) -> None:
     lines = ("Host: localhost", f"Content-Type: {kind}", "Content-Length: 16")
     assert status(address, *lines, method="POST", path="/tokenize") == 415

@@ -1,4 +1,4 @@
-"""Files of keys: several writers, one that is killed, contents that nobody checked. And keys as headers."""
+"""Key files with several writers, a killed writer or corrupt contents; and keys in headers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def file(tmp_path: Path) -> KeyFile:
 
 
 def run_at_once(code: str, file: KeyFile, num_processes: int) -> list[int]:
-    """Exit codes of processes that run `code` with `file` and `number`, all from the same moment on."""
+    """Run `code` with `file` and `number` in several processes, all started at once; return their exit codes."""
     head = (
         "import sys, time\nfrom pathlib import Path\nfrom argosy.guard.keys import KeyFile\n"
         "file, number = KeyFile(Path(sys.argv[1])), sys.argv[2]\n"
@@ -47,7 +47,7 @@ def run_at_once(code: str, file: KeyFile, num_processes: int) -> list[int]:
     ]
     for process in processes:
         assert process.stdout is not None
-        assert process.stdout.readline() == b"\n"  # it is ready
+        assert process.stdout.readline() == b"\n"  # the process is ready
     for process in processes:
         assert process.stdin is not None
         process.stdin.write(b"\n")
@@ -57,12 +57,12 @@ def run_at_once(code: str, file: KeyFile, num_processes: int) -> list[int]:
     return [process.returncode for process in processes]
 
 
-def test_adds_at_once_are_all_there(file: KeyFile) -> None:
+def test_concurrent_adds_are_all_kept(file: KeyFile) -> None:
     assert run_at_once("file.add(number)", file, NUM_WRITERS) == [0] * NUM_WRITERS
     assert sorted(key.name for key in file.read()) == sorted(map(str, range(NUM_WRITERS)))
 
 
-def test_a_revoked_key_never_comes_back_beside_adds_and_no_other_goes(file: KeyFile) -> None:
+def test_concurrent_adds_and_revocations_lose_no_key_and_restore_none(file: KeyFile) -> None:
     code = (
         "for at in range(15):\n"
         "    file.add(f'{number} stays {at}')\n"
@@ -74,7 +74,7 @@ def test_a_revoked_key_never_comes_back_beside_adds_and_no_other_goes(file: KeyF
     assert {key.name for key in file.read()} == expected
 
 
-def test_the_commands_themselves_lose_nothing_either(file: KeyFile) -> None:
+def test_concurrent_commands_lose_no_key(file: KeyFile) -> None:
     file.add("old")
     command = [sys.executable, "-m", "argosy", "keys"]
     processes = [
@@ -86,9 +86,7 @@ def test_the_commands_themselves_lose_nothing_either(file: KeyFile) -> None:
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename"])
-def test_a_writer_that_is_killed_half_way_leaves_the_old_keys_no_lock_and_no_file(
-    file: KeyFile, call: str
-) -> None:
+def test_a_writer_killed_halfway_leaves_the_old_keys_no_lock_and_no_file(file: KeyFile, call: str) -> None:
     file.add("old")
     before = file.path.read_bytes()
     stop = "lambda *_: (print('stopped', flush=True), time.sleep(60))"
@@ -108,9 +106,9 @@ def test_a_writer_that_is_killed_half_way_leaves_the_old_keys_no_lock_and_no_fil
     assert {path.name for path in file.path.parent.iterdir()} == {"keys.json"}
 
 
-def test_a_link_to_a_file_of_keys_stays_one_and_a_file_keeps_its_mode(file: KeyFile) -> None:
+def test_a_symlink_to_a_key_file_is_kept_and_so_is_the_mode_of_the_file(file: KeyFile) -> None:
     file.add("first")
-    file.path.chmod(0o400)  # its server only reads
+    file.path.chmod(0o400)  # the server only reads it
     link = KeyFile(file.path.with_name("link.json"))
     link.path.symlink_to(file.path)
     link.add("second")
@@ -120,13 +118,13 @@ def test_a_link_to_a_file_of_keys_stays_one_and_a_file_keeps_its_mode(file: KeyF
 
 
 @pytest.mark.parametrize("name", ["", " ", "a\nb", "\x1b[2J", "a" * 65, " a", "\u202eb"])
-def test_a_name_that_no_terminal_can_show_is_refused(file: KeyFile, name: str) -> None:
+def test_an_unprintable_name_is_refused(file: KeyFile, name: str) -> None:
     with pytest.raises(UsageError, match="a key name must be 1 to 64 printable characters"):
         file.add(name)
     assert not file.path.exists()
 
 
-# ── contents ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── corrupt contents ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def key(**fields: Any) -> dict[str, Any]:
@@ -161,9 +159,7 @@ def write(file: KeyFile, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", SPOILT)
-def test_a_spoilt_file_is_refused_by_the_number_of_the_key_and_what_is_wrong(
-    file: KeyFile, name: str
-) -> None:
+def test_a_corrupt_file_is_refused_with_the_number_of_the_key_and_its_fault(file: KeyFile, name: str) -> None:
     keys, fault = SPOILT[name]
     write(file, json.dumps({"version": 1, "keys": keys}))
     with pytest.raises(UsageError) as refused:
@@ -183,7 +179,9 @@ def test_a_spoilt_file_is_refused_by_the_number_of_the_key_and_what_is_wrong(
         ('{"version": 1, "keys": [' + " " * (1 << 20) + "]}", "it is larger than 1048576 bytes"),
     ],
 )
-def test_what_is_no_file_of_keys_is_refused_by_line(file: KeyFile, text: str, fault: str) -> None:
+def test_a_file_that_is_not_a_key_file_is_refused_with_its_fault(
+    file: KeyFile, text: str, fault: str
+) -> None:
     write(file, text)
     with pytest.raises(UsageError) as refused:
         file.read()
@@ -207,7 +205,7 @@ def status(url: str, *headers: tuple[str, str]) -> int:
     return httpx.get(f"{url}/v1/models", headers=list(headers)).status_code
 
 
-def test_a_key_that_is_given_twice_counts_once_and_two_keys_are_refused(
+def test_one_key_in_two_headers_is_accepted_and_two_keys_are_refused(
     keyed: tuple[str, KeyFile, str, str],
 ) -> None:
     url, _, one, two = keyed
@@ -217,7 +215,7 @@ def test_a_key_that_is_given_twice_counts_once_and_two_keys_are_refused(
     assert status(url, header, ("x-api-key", two)) == 400
     assert status(url, bearer, bearer) == 400
     assert status(url, bearer, ("x-api-key", two)) == 401
-    assert status(url, ("Authorization", "Basic b25lOnR3bw=="), header) == 200  # for a proxy on the way
+    assert status(url, ("Authorization", "Basic b25lOnR3bw=="), header) == 200  # Basic is meant for a proxy
     answer = httpx.get(f"{url}/v1/models", headers=[bearer, ("x-api-key", two)])
     assert answer.json()["error"]["message"] == (
         "the authorization and x-api-key headers hold different keys\nhint: send only one"
@@ -228,7 +226,7 @@ def test_a_key_that_is_given_twice_counts_once_and_two_keys_are_refused(
 @pytest.mark.parametrize(
     "secret", ["", " ", "é", "\x00", "a" * 20_000, "Bearer", "ak-" + "A" * 43, DIGEST], ids=ascii
 )
-def test_no_text_that_is_no_key_lets_anybody_in_or_breaks_anything(
+def test_no_invalid_key_is_accepted_or_causes_a_server_error(
     keyed: tuple[str, KeyFile, str, str], secret: str
 ) -> None:
     host, _, port = keyed[0].removeprefix("http://").partition(":")
@@ -240,7 +238,7 @@ def test_no_text_that_is_no_key_lets_anybody_in_or_breaks_anything(
         assert answer.split()[1] in (b"401", b"400"), answer
 
 
-def test_a_wrong_key_is_told_that_trying_again_is_no_use(keyed: tuple[str, KeyFile, str, str]) -> None:
+def test_a_client_with_a_wrong_key_is_told_not_to_retry(keyed: tuple[str, KeyFile, str, str]) -> None:
     url, _, one, _ = keyed
     wrong = httpx.post(f"{url}/v1/messages", json={}, headers={"x-api-key": "wrong"})
     forbidden = httpx.get(f"{url}/metrics", headers={"x-api-key": one})
@@ -251,7 +249,7 @@ def test_a_wrong_key_is_told_that_trying_again_is_no_use(keyed: tuple[str, KeyFi
 
 
 @pytest.mark.parametrize("name", ["a number for sha256", "a sha256 outside ASCII", "a list for id"])
-def test_a_file_that_is_spoilt_while_it_serves_lets_nobody_in_and_breaks_no_request(
+def test_a_key_file_corrupted_while_serving_admits_nobody_and_breaks_no_request(
     keyed: tuple[str, KeyFile, str, str], name: str
 ) -> None:
     url, file, one, _ = keyed

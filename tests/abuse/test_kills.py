@@ -1,6 +1,6 @@
 """A writer that is killed anywhere loses nothing that was complete, and the next command works.
 
-A few points of each writer; KILL_POINTS=200 in the environment, or `kills.py` itself, for more.
+The tests try a few points of each writer; set KILL_POINTS=200, or run `kills.py` itself, for more.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 KILLS = Path(__file__).with_name("kills.py")
 POINTS = os.environ.get("KILL_POINTS", "12")
 
-# Writes in place, so that a kill in the middle leaves half of it.
+# A writer that writes in place, so a kill in the middle leaves a file half old.
 IN_PLACE = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
@@ -49,7 +49,7 @@ def test_a_writer_that_is_killed_anywhere_loses_nothing_that_was_complete(writer
     assert f"{writer} " in done.stdout
 
 
-def test_a_writer_that_leaves_halves_is_found_out() -> None:
+def test_a_writer_that_leaves_a_half_written_file_is_detected() -> None:
     command = [sys.executable, "-c", IN_PLACE, str(KILLS.parent)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert int(done.stdout) > 0

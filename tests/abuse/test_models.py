@@ -1,6 +1,6 @@
-"""Broken models, budgets and prompts: each gets its sentence, from the Python API and from the command line.
+"""Broken models, budgets and prompts: each gets a clear error, from the Python API and from the command line.
 
-The reader's own refusals are `tests/checkpoint/` and `test_files.py`; here they have to reach the person who asked.
+`tests/checkpoint/` and `test_files.py` test the reader's own errors; here the errors must reach the user.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CONFIG = qwen3_moe()
 FIRST_SHARD, SECOND_SHARD = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 GREEDY = SamplingParams(max_tokens=4, ignore_eos=True)
 PROMPT = "w3 w4 w5"
-EVERY_EXPERT = [[token_id] for token_id in range(3, 60)]  # so many prompts that each expert has its turn
+EVERY_EXPERT = [[token_id] for token_id in range(3, 60)]  # enough prompts to use every expert
 
 
 def truncate_a_shard(directory: Path) -> None:
@@ -109,7 +109,7 @@ def empty(directory: Path) -> None:
 
 @dataclass(frozen=True)
 class Broken:
-    """What was done to a checkpoint, and what the sentence has to say about it."""
+    """How a checkpoint is broken, and the words that the error must contain."""
 
     name: str
     damage: Callable[[Path], None]
@@ -194,7 +194,7 @@ def test_a_broken_checkpoint_is_refused_with_its_facts(broken: Broken, checkpoin
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.name.replace(" ", "-"))
-def test_the_command_says_the_same_and_exits_with_four(broken: Broken, checkpoint: Path) -> None:
+def test_the_command_prints_the_same_facts_and_exits_with_four(broken: Broken, checkpoint: Path) -> None:
     broken.damage(checkpoint)
     done = run_argosy("run", "-m", checkpoint, PROMPT)
 
@@ -205,7 +205,7 @@ def test_the_command_says_the_same_and_exits_with_four(broken: Broken, checkpoin
         assert words in done.stderr
 
 
-def test_a_path_that_is_no_model_is_named(tmp_path: Path) -> None:
+def test_a_missing_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere does not exist"):
         open_engine(tmp_path / "nowhere")
     done = run_argosy("run", "-m", tmp_path / "nowhere", PROMPT)
@@ -219,7 +219,7 @@ def answer_each(engine: Engine, prompts: list[list[int]]) -> None:
 
 
 def flip_a_bit(directory: Path, layer: int, expert: int) -> str:
-    """Flip one bit in the middle of a packed expert; returns the file's name."""
+    """Flip one bit in the middle of a packed expert; return the file's name."""
     piece = open_model(directory).experts[layer, expert].pieces[0]
     with piece.path.open("r+b") as file:
         file.seek(piece.offset + piece.nbytes // 2)
@@ -230,7 +230,9 @@ def flip_a_bit(directory: Path, layer: int, expert: int) -> str:
 
 
 @pytest.mark.parametrize("expert_slots", [None, 2], ids=["resident", "smallest-cache"])
-def test_a_flipped_bit_names_file_layer_and_expert(packed: Path, expert_slots: int | None) -> None:
+def test_an_error_about_a_flipped_bit_names_file_layer_and_expert(
+    packed: Path, expert_slots: int | None
+) -> None:
     file_name = flip_a_bit(packed, layer=1, expert=3)
     with pytest.raises(CorruptRecord) as caught, open_engine(packed, expert_slots=expert_slots) as engine:
         answer_each(engine, EVERY_EXPERT)
@@ -240,7 +242,7 @@ def test_a_flipped_bit_names_file_layer_and_expert(packed: Path, expert_slots: i
     assert f"{file_name}: layer 1, expert 3" in str(caught.value)
 
 
-def test_an_engine_survives_a_flipped_bit_and_answers_what_does_not_need_it(packed: Path) -> None:
+def test_an_engine_with_a_flipped_bit_still_answers_prompts_that_do_not_need_it(packed: Path) -> None:
     one_token = SamplingParams(max_tokens=1)
     with open_engine(packed) as engine:
         whole = [engine.generate(prompt, one_token).token_ids for prompt in EVERY_EXPERT]
@@ -264,7 +266,7 @@ def test_the_command_names_a_flipped_bit_and_exits_with_four(packed: Path) -> No
     assert "experts.bin: layer 0, expert 5" in done.stderr
 
 
-def test_a_budget_too_small_says_what_is_needed_and_what_for(checkpoint: Path) -> None:
+def test_too_small_a_budget_is_refused_with_the_needed_bytes_by_use(checkpoint: Path) -> None:
     with pytest.raises(DoesNotFit) as caught:
         open_engine(checkpoint, memory="20MiB")
 
@@ -274,7 +276,7 @@ def test_a_budget_too_small_says_what_is_needed_and_what_for(checkpoint: Path) -
         assert words in str(caught.value)
 
 
-def test_the_command_exits_with_three_and_the_budget_it_names_works(checkpoint: Path) -> None:
+def test_the_command_exits_with_three_and_names_a_budget_that_works(checkpoint: Path) -> None:
     refused = run_argosy("run", "-m", checkpoint, "--memory", "20MiB", PROMPT)
     assert (refused.returncode, refused.stdout) == (3, "")
     named = re.search(r"--memory (\d+MiB)", refused.stderr)
@@ -298,13 +300,13 @@ def test_a_prompt_that_fills_the_context_is_refused_with_both_numbers(
         assert len(engine.generate([5] * 63, GREEDY).token_ids) == 1
 
 
-def test_a_context_beyond_the_models_own_is_not_promised(checkpoint: Path) -> None:
-    """Angles past max_position_embeddings were never trained; the model has 128 positions."""
+def test_a_prompt_beyond_the_models_own_context_is_refused(checkpoint: Path) -> None:
+    """The model has 128 positions; it was never trained on positions past max_position_embeddings."""
     with open_engine(checkpoint, context=128) as engine, pytest.raises(PromptTooLong, match="200"):
         engine.generate([5] * 200, GREEDY)
 
 
-def test_the_command_refuses_a_prompt_that_is_too_long(checkpoint: Path) -> None:
+def test_the_command_refuses_too_long_a_prompt(checkpoint: Path) -> None:
     done = run_argosy("run", "-m", checkpoint, stdin=" ".join(f"w{i % 90}" for i in range(300)))
     assert (done.returncode, done.stdout) == (2, "")
     assert "300 tokens" in done.stderr
@@ -316,7 +318,7 @@ def test_the_command_refuses_a_prompt_that_is_too_long(checkpoint: Path) -> None
     [([], "empty"), ([112], "112"), ([-1], "-1"), (["w3"], "")],
     ids=["empty", "past-the-vocabulary", "negative", "not-a-number"],
 )
-def test_a_prompt_that_cannot_be_meant_is_refused(checkpoint: Path, prompt: list[Any], says: str) -> None:
+def test_an_invalid_prompt_is_refused(checkpoint: Path, prompt: list[Any], says: str) -> None:
     with open_engine(checkpoint) as engine:
         with pytest.raises(UsageError) as caught:
             engine.generate(prompt, GREEDY)
@@ -330,12 +332,12 @@ def test_text_needs_a_tokenizer(tmp_path: Path) -> None:
         engine.generate("w3 w4", GREEDY)
 
 
-def test_an_expert_cache_below_one_tokens_experts_is_refused(checkpoint: Path) -> None:
+def test_an_expert_cache_too_small_for_one_token_is_refused(checkpoint: Path) -> None:
     with pytest.raises(UsageError, match="at least experts_per_token = 2, found 1"):
         open_engine(checkpoint, expert_slots=1)
 
 
-def test_a_shard_that_shrinks_while_the_engine_runs_is_an_error_and_not_a_wrong_answer(
+def test_a_shard_that_shrinks_while_the_engine_runs_causes_an_error_not_a_wrong_answer(
     checkpoint: Path,
 ) -> None:
     with open_engine(checkpoint, expert_slots=2) as engine:
